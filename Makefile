@@ -1,0 +1,39 @@
+# Two commands for everybody: `make demo` and `make test`. Each sets everything up by itself in .venv.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.ready
+CACHE  := $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/dsmoe-local
+
+.PHONY: help demo test check lint types layers soak bench clean
+help:           ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+
+demo: $(STAMP)  ## build the demo model with our own converter and quantizer, then chat with it
+	@$(BIN)/dsmoe demo --chat
+
+test: $(STAMP)  ## run the tests
+	@$(BIN)/pytest
+
+check: lint types layers test  ## what CI runs: ruff, mypy, import-linter, tests
+
+lint: $(STAMP)
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(STAMP)
+	@$(BIN)/mypy
+
+layers: $(STAMP)
+	@$(BIN)/lint-imports
+
+soak: $(STAMP)  ## a thousand random kills of the converter and the quantizer
+	@$(BIN)/pytest -m soak -k soak tests
+
+clean:          ## remove the virtual environment and tool caches (not the demo's models)
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+
+# llama-cpp-python is compiled for this very processor, once, and the wheel kept outside the tree.
+# GGML_RPC makes a loopback worker a device, so that offload can be tested without a GPU.
+$(STAMP): pyproject.toml tools/setup_venv.py
+	@$(PYTHON) tools/setup_venv.py --venv $(VENV) --cache "$(CACHE)"
+	@touch $@

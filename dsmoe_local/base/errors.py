@@ -1,0 +1,86 @@
+"""The error tree. Libraries raise these; only the command line turns them into exit codes.
+
+DsmoeError                  a message of at most three lines: what, where, what to do
+ ├─ UsageError              the command line asks for something that cannot be (exit status 2)
+ ├─ MissingExtraError       a package of an optional extra is not installed
+ ├─ FileError               a file cannot be read, written or locked
+ │   ├─ LockedError         another run holds the output
+ │   └─ NoSpaceError        the disk is too small for what was asked
+ ├─ FormatError             a file's content is malformed: corrupt, hostile or unsupported
+ └─ InterruptedRunError     SIGINT or SIGTERM stopped the work (exit status 130 or 143)
+
+Packages add their own branches (`dsmoe_convert.errors`, `dsmoe_quantize.errors`, …) below these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class DsmoeError(Exception):
+    """An error that a user can act on.
+
+    `what` went wrong, `where` (file, field, tensor) and the `remedy`, one line each; `where` and `remedy` may
+    be empty.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str | Path = "", remedy: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = str(where)
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return "\n".join(line for line in (self.what, self.where, self.remedy) if line)
+
+
+class UsageError(DsmoeError):
+    """The command line asks for something that cannot be."""
+
+    exit_code = 2
+
+
+class MissingExtraError(DsmoeError):
+    """A package of an optional extra is not installed."""
+
+    def __init__(self, extra: str, package: str) -> None:
+        super().__init__(
+            f"this needs the package {package}: pip install 'dsmoe-local[{extra}]'",
+        )
+
+
+class FileError(DsmoeError):
+    """A file cannot be read, written or locked."""
+
+
+class LockedError(FileError):
+    """Another run holds the output."""
+
+
+class NoSpaceError(FileError):
+    """The disk is too small for what was asked."""
+
+
+class FormatError(DsmoeError):
+    """A file's content is malformed: corrupt, hostile or unsupported."""
+
+
+class InterruptedRunError(DsmoeError):
+    """SIGINT or SIGTERM stopped the work; what is finished is kept."""
+
+    def __init__(self, what: str, *, signal_number: int = 2, remedy: str = "") -> None:
+        super().__init__(what, remedy=remedy)
+        self.exit_code = 128 + signal_number
+
+
+@contextmanager
+def missing_extra(extra: str) -> Iterator[None]:
+    """Turn an ImportError inside the block into the one-line error that names the extra to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(extra, error.name or "?") from error

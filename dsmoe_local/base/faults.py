@@ -1,0 +1,37 @@
+"""Named points at which a test may kill the process, to prove that nothing is lost there.
+
+`DSMOE_FAULT=point` or `DSMOE_FAULT=point:3` sends SIGKILL when the point is reached for the first or third
+time. Without the variable `reach` does nothing. Every point is declared here, so that tests visit them all.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+POINTS = {
+    "output.created": "the temp file and its empty journal exist",
+    "output.header": "the header is written, no tensor yet",
+    "output.slab": "a slab of a tensor is written, not synced",
+    "output.synced": "tensors are synced, the journal does not say so yet",
+    "output.journaled": "the journal names finished tensors",
+    "output.complete": "all tensors are written and synced, nothing is verified",
+    "output.verified": "the temp file is verified, not renamed",
+    "output.renamed": "the final name exists, the journal is still there",
+}
+
+_wanted, _, _ordinal = os.environ.get("DSMOE_FAULT", "").partition(":")
+_left = int(_ordinal or "1")
+_lock = threading.Lock()
+
+
+def reach(point: str) -> None:
+    """Die here if the environment says so."""
+    if point != _wanted:
+        return
+    global _left
+    with _lock:
+        _left -= 1
+        if _left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)

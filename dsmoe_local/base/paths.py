@@ -1,0 +1,31 @@
+"""Where our own files live: the XDG folders when set, else the platform's usual ones."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import platformdirs
+
+_APP = "dsmoe-local"
+
+
+def cache_folder() -> Path:
+    """What can be made again: the demo's models."""
+    return _folder("XDG_CACHE_HOME", platformdirs.user_cache_path(_APP))
+
+
+def data_folder() -> Path:
+    """What must not be lost: history and, later, sessions."""
+    return _folder("XDG_DATA_HOME", platformdirs.user_data_path(_APP))
+
+
+def demo_folder() -> Path:
+    """The demo's checkpoint and models."""
+    return cache_folder() / "demo"
+
+
+def _folder(variable: str, default: Path) -> Path:
+    configured = os.environ.get(variable, "")
+    # The XDG specification: a relative path is invalid and ignored.
+    return Path(configured) / _APP if configured.startswith("/") else default

@@ -1,0 +1,41 @@
+"""Byte counts as people write and read them."""
+
+from __future__ import annotations
+
+import re
+
+from dsmoe_local.base.errors import UsageError
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    **{f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", 1)},
+    **{f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", 1)},
+}
+
+
+def parse_size(text: str) -> int:
+    """Bytes in `text`: a number and B, KB, KiB … TB, TiB (no unit: bytes), case-insensitive. UsageError if not."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if match is None or match[2].lower() not in _UNITS:
+        raise UsageError(
+            f"{text!r} is not a size", remedy="write a number and B, KB, KiB, MB, MiB, GB or GiB, as in 2GiB"
+        )
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def format_size(n_bytes: float) -> str:
+    """`n_bytes` in decimal units with three figures: 10.8 GB."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if abs(n_bytes) < 999.5 or unit == "GB":
+            break
+        n_bytes /= 1000
+    return f"{n_bytes:.0f} {unit}" if unit == "B" or n_bytes >= 99.95 else f"{n_bytes:.3g} {unit}"
+
+
+def format_count(count: float) -> str:
+    """`count` as 16.4B, 360M or 12.3K."""
+    for factor, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(count) >= factor * 0.9995:
+            return f"{count / factor:.4g}{suffix}" if factor == 1e12 else f"{count / factor:.3g}{suffix}"
+    return f"{count:.0f}"

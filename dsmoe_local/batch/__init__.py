@@ -1,0 +1,1 @@
+"""JSONL in, JSONL out, no record lost. Leaves inference to the engine."""

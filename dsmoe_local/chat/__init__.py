@@ -1,0 +1,1 @@
+"""The terminal conversation: reading, rendering, keeping turns. Leaves inference to the engine."""

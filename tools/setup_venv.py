@@ -1,0 +1,98 @@
+"""Create the development virtual environment: standard library only, since it runs before anything is installed.
+
+The one slow step is compiling llama-cpp-python. It is built for this processor with GGML_RPC on and the wheel
+is kept in the user's cache, keyed by everything that decides whether it may be reused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CMAKE_ARGS = "-DGGML_RPC=ON"
+
+
+def say(text: str) -> None:
+    """One line of progress on stderr."""
+    print(f"setup: {text}", file=sys.stderr, flush=True)
+
+
+def llama_requirement() -> str:
+    """The llama-cpp-python requirement, as pyproject.toml states it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return next(line for line in project["dependencies"] if line.startswith("llama-cpp-python"))
+
+
+def processor() -> str:
+    """What the compiler's native tuning depends on: a wheel must not move to another processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.lower().startswith(("flags", "features")):
+                return line
+    return f"{platform.processor()} {platform.mac_ver()[0]}"
+
+
+def wheel_folder(cache: Path, requirement: str, cmake_args: str) -> Path:
+    """The cache folder of the wheel for this interpreter, processor, requirement and build options."""
+    key = "\n".join((requirement, cmake_args, processor()))
+    tag = f"cp{sys.version_info.major}{sys.version_info.minor}-{platform.system()}-{platform.machine()}"
+    return cache / "wheels" / f"{tag}-{hashlib.sha256(key.encode()).hexdigest()[:12]}".lower()
+
+
+def build_wheel(python: Path, folder: Path, requirement: str, cmake_args: str) -> Path:
+    """The cached wheel, compiled first if it is not there."""
+    found = sorted(folder.glob("llama_cpp_python-*.whl"))
+    if found:
+        return found[-1]
+    say("compiling llama-cpp-python for this processor (once; a few minutes)")
+    building = folder.with_name(f"{folder.name}.{os.getpid()}")
+    building.mkdir(parents=True, exist_ok=True)
+    command = [python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python"]
+    try:
+        subprocess.run(
+            [*command, "--wheel-dir", building, requirement],
+            check=True,
+            env={**os.environ, "CMAKE_ARGS": cmake_args},
+        )
+        if not folder.exists():
+            building.rename(folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return sorted(folder.glob("llama_cpp_python-*.whl"))[-1]
+
+
+def main() -> int:
+    """Build the environment from nothing; an interrupted one is never mistaken for a finished one."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--venv", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, required=True)
+    options = parser.parse_args()
+    if sys.version_info < (3, 11):  # noqa: UP036 - the user's python3 may be anything
+        say(f"Python 3.11 or newer is needed, this is {platform.python_version()}: make PYTHON=python3.12")
+        return 1
+    say(f"creating {options.venv} with Python {platform.python_version()}")
+    subprocess.run([sys.executable, "-m", "venv", "--clear", options.venv], check=True)
+    python = options.venv / "bin" / "python"
+    cmake_args = " ".join(filter(None, (CMAKE_ARGS, os.environ.get("CMAKE_ARGS"))))
+    requirement = llama_requirement()
+    wheel = build_wheel(python, wheel_folder(options.cache, requirement, cmake_args), requirement, cmake_args)
+    say("installing the packages")
+    subprocess.run([python, "-m", "pip", "install", "--quiet", wheel, "--editable", f"{ROOT}[dev]"], check=True)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except subprocess.CalledProcessError as error:
+        say(f"failed with exit status {error.returncode}: {' '.join(map(str, error.cmd))}")
+        sys.exit(1)
