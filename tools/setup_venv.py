@@ -86,7 +86,9 @@ def main() -> int:
     requirement = llama_requirement()
     wheel = build_wheel(python, wheel_folder(options.cache, requirement, cmake_args), requirement, cmake_args)
     say("installing the packages")
-    subprocess.run([python, "-m", "pip", "install", "--quiet", wheel, "--editable", f"{ROOT}[dev]"], check=True)
+    subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", wheel, "--editable", f"{ROOT}[dev]"], check=True
+    )
     return 0
 
 

@@ -19,7 +19,7 @@ from dsmoe_local.base.text import safe_line
 
 
 def sync(descriptor: int) -> None:
-    """Force a file's content to the medium. An error is fatal: the kernel may have dropped the dirty pages."""
+    """Force a file's content to the medium. An error is fatal: the kernel may have dropped dirty pages."""
     if sys.platform == "darwin":
         # fsync on macOS stops at the drive's cache.
         fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)

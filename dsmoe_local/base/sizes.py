@@ -15,7 +15,7 @@ _UNITS = {
 
 
 def parse_size(text: str) -> int:
-    """Bytes in `text`: a number and B, KB, KiB … TB, TiB (no unit: bytes), case-insensitive. UsageError if not."""
+    """Bytes in `text`: a number and B, KB, KiB … TB, TiB (none: bytes), in any case. UsageError if not."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].lower() not in _UNITS:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Foreign text made safe to print. Every name, message and model output passes `safe_text` before a terminal."""
+"""Foreign text made safe to print: every name, message and model output passes here before a terminal."""
 
 from __future__ import annotations
 

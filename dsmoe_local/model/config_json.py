@@ -1,0 +1,267 @@
+"""config.json of a DeepSeekMoE checkpoint: read strictly, written for checkpoints that we make.
+
+What llama.cpp's graph cannot honour is refused here: converting it silently would give wrong output. Each
+refusal names the file, the key, its value and what is accepted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dsmoe_local.base.errors import FileError, FormatError
+from dsmoe_local.base.text import safe_line
+from dsmoe_local.model.hyperparameters import Hyperparameters, RopeScaling
+
+FILE_NAME = "config.json"
+_MAX_BYTES = 16 << 20
+
+# The graph does exactly this: any other value would be ignored by it.
+_REQUIRED_VALUES: Mapping[str, tuple[object, ...]] = {
+    "norm_topk_prob": (False, None),
+    "scoring_func": ("softmax", None),
+    "topk_method": ("greedy", "gready", None),
+    "moe_layer_freq": (1, None),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "hidden_act": ("silu", "swish", None),
+    "ep_size": (1, None),
+    "pretraining_tp": (1, None),
+    "n_group": (1, 0, None),
+    "topk_group": (1, 0, None),
+    "q_lora_rank": (None,),
+    "kv_lora_rank": (None,),
+    "sliding_window": (None,),
+    "partial_rotary_factor": (1, 1.0, None),
+}
+
+_MODEL_TYPES = ("deepseek",)
+_CLASS = "DeepseekForCausalLM"
+
+
+@dataclass(frozen=True, slots=True)
+class _Config:
+    """A parsed config.json with typed access; every complaint names the file and the key."""
+
+    path: Path
+    values: Mapping[str, Any]
+
+    def refuse(self, key: str, accepted: str) -> NoReturn:
+        raise FormatError(
+            f"{key} = {safe_line(json.dumps(self.values.get(key)), 60)} is not supported",
+            where=f"{self.path}: {key}",
+            remedy=f"accepted: {accepted}",
+        )
+
+    def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
+        value = self.values.get(key)
+        if value is None and default is not None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            self.refuse(key, f"a whole number from {low} to {high}")
+        return value
+
+    def number(self, key: str, low: float, high: float, default: float | None = None) -> float:
+        value = self.values.get(key)
+        if value is None and default is not None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            self.refuse(key, f"a number from {low:g} to {high:g}")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            self.refuse(key, "true or false")
+        return value
+
+
+def read_config(folder: Path) -> Hyperparameters:
+    """The hyper-parameters in `folder`/config.json.
+
+    Raises FileError if it cannot be read, FormatError if it is not a DeepSeekMoE that llama.cpp can run.
+    """
+    return parse_config(load_json(folder / FILE_NAME), folder / FILE_NAME)
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a small file; strict (no duplicate keys, no NaN). FileError or FormatError."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise ValueError("a key occurs twice")
+        return result
+
+    def no_constant(word: str) -> NoReturn:
+        raise ValueError(f"{word} is not JSON")
+
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise FormatError("the file is too large to be a configuration", where=path)
+        value = json.loads(path.read_bytes(), object_pairs_hook=unique, parse_constant=no_constant)
+    except OSError as error:
+        raise FileError(f"cannot read {path.name}: {error.strerror}", where=path) from error
+    except (ValueError, RecursionError) as error:
+        raise FormatError(
+            f"{path.name} is not valid JSON: {safe_line(str(error), 80)}", where=path
+        ) from error
+    if not isinstance(value, dict):
+        raise FormatError(f"{path.name} must hold a JSON object", where=path)
+    return value
+
+
+def parse_config(values: Mapping[str, Any], path: Path) -> Hyperparameters:
+    """The hyper-parameters in a parsed config.json; `path` is for messages only."""
+    config = _Config(path, values)
+    _check_kind(config)
+    for key, accepted in _REQUIRED_VALUES.items():
+        value = values.get(key)
+        # `1 == True` in Python; JSON tells them apart.
+        if not any(value == good and isinstance(value, bool) == isinstance(good, bool) for good in accepted):
+            names = [json.dumps(good) for good in accepted if good is not None]
+            config.refuse(key, " or ".join([*names, "leave it out"]))
+    hidden_size = config.integer("hidden_size", 32, 1 << 20)
+    n_heads = config.integer("num_attention_heads", 1, 1024)
+    n_layers = config.integer("num_hidden_layers", 1, 512)
+    n_kv_heads = config.integer("num_key_value_heads", 1, 1024, n_heads)
+    head_dim = config.integer("head_dim", 2, 4096, hidden_size // n_heads)
+    if head_dim * n_heads != hidden_size:
+        config.refuse("head_dim", f"hidden_size / num_attention_heads = {hidden_size / n_heads:g}")
+    if head_dim % 2:
+        config.refuse("num_attention_heads", "a divisor of hidden_size that gives an even head size")
+    if n_heads % n_kv_heads:
+        config.refuse("num_key_value_heads", f"a divisor of num_attention_heads = {n_heads}")
+    n_routed = config.integer("n_routed_experts", 1, 512)
+    n_dense = config.integer("first_k_dense_replace", 0, n_layers, 0)
+    if n_dense == n_layers:
+        config.refuse("first_k_dense_replace", f"less than num_hidden_layers = {n_layers}")
+    return Hyperparameters(
+        architecture="deepseek",
+        n_layers=n_layers,
+        hidden_size=hidden_size,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        ffn_size=config.integer("intermediate_size", 1, 1 << 22),
+        n_vocab=config.integer("vocab_size", 1, 1 << 24),
+        n_context=config.integer("max_position_embeddings", 1, 1 << 28),
+        n_dense_layers=n_dense,
+        rms_norm_eps=config.number("rms_norm_eps", 1e-12, 1e-1, 1e-6),
+        rope_theta=config.number("rope_theta", 1.0, 1e12, _nested_rope_theta(config)),
+        rope_scaling=_rope_scaling(config),
+        n_routed_experts=n_routed,
+        n_shared_experts=config.integer("n_shared_experts", 1, 512),
+        n_experts_per_token=config.integer("num_experts_per_tok", 1, n_routed),
+        expert_size=config.integer("moe_intermediate_size", 1, 1 << 20),
+        routed_scaling_factor=config.number("routed_scaling_factor", 1e-6, 1e6, 1.0),
+        tied_embeddings=config.flag("tie_word_embeddings", default=False),
+        name=path.resolve().parent.name,
+    )
+
+
+def _check_kind(config: _Config) -> None:
+    kind = config.values.get("model_type")
+    classes = config.values.get("architectures")
+    if kind is not None and kind not in _MODEL_TYPES:
+        config.refuse("model_type", '"deepseek" (DeepSeekMoE, arXiv 2401.06066)')
+    if classes is not None and classes != [_CLASS]:
+        config.refuse("architectures", f'["{_CLASS}"]')
+    if kind is None and classes is None:
+        config.refuse("model_type", '"deepseek" (DeepSeekMoE, arXiv 2401.06066)')
+
+
+def _rope_parameters(config: _Config) -> tuple[str, Mapping[str, Any]]:
+    """The key that describes rotary scaling and its object: transformers 5 renamed it."""
+    for key in ("rope_scaling", "rope_parameters"):
+        value = config.values.get(key)
+        if value is not None:
+            if not isinstance(value, dict):
+                config.refuse(key, "null or an object")
+            return key, value
+    return "rope_scaling", {}
+
+
+def _nested_rope_theta(config: _Config) -> float:
+    """transformers 5 moves rope_theta into the rope object; a top-level key still wins."""
+    key, rope = _rope_parameters(config)
+    if "rope_theta" not in rope:
+        return 10000.0
+    return _Config(config.path, {"rope_theta": rope["rope_theta"]}).number("rope_theta", 1.0, 1e12)
+
+
+def _rope_scaling(config: _Config) -> RopeScaling | None:
+    key, rope = _rope_parameters(config)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    inner = _Config(config.path, rope)
+    readers: Mapping[object, Callable[[], RopeScaling | None]] = {
+        "default": lambda: None,
+        "linear": lambda: RopeScaling("linear", inner.number("factor", 1e-3, 1e6)),
+        "yarn": lambda: RopeScaling(
+            "yarn",
+            inner.number("factor", 1e-3, 1e6),
+            inner.integer(
+                "original_max_position_embeddings",
+                1,
+                1 << 28,
+                config.integer("max_position_embeddings", 1, 1 << 28),
+            ),
+            inner.number("beta_fast", 0, 1e6, 32.0),
+            inner.number("beta_slow", 0, 1e6, 1.0),
+            inner.number("attention_factor", 0, 1e6, 0.0),
+        ),
+    }
+    if not isinstance(kind, str) or kind not in readers:
+        config.refuse(key, 'null, or rope_type "default", "linear" or "yarn"')
+    for refused in ("mscale", "mscale_all_dim"):
+        if kind == "yarn" and rope.get(refused) not in (None, 1, 1.0):
+            inner.refuse(refused, "1, or leave it out")
+    return readers[kind]()
+
+
+def config_values(hp: Hyperparameters, **extra: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
+    """A config.json for a checkpoint with these hyper-parameters; `extra` adds or replaces keys."""
+    scaling = hp.rope_scaling
+    rope: dict[str, Any] | None = None
+    if scaling is not None:
+        rope = {"type": scaling.kind, "factor": scaling.factor}
+        if scaling.kind == "yarn":
+            rope |= {
+                "original_max_position_embeddings": scaling.original_context,
+                "beta_fast": scaling.beta_fast,
+                "beta_slow": scaling.beta_slow,
+            }
+            if scaling.attention_factor:
+                rope["attention_factor"] = scaling.attention_factor
+    return {
+        "architectures": [_CLASS],
+        "model_type": "deepseek",
+        "attention_bias": False,
+        "first_k_dense_replace": hp.n_dense_layers,
+        "hidden_act": "silu",
+        "hidden_size": hp.hidden_size,
+        "intermediate_size": hp.ffn_size,
+        "max_position_embeddings": hp.n_context,
+        "moe_intermediate_size": hp.expert_size,
+        "moe_layer_freq": 1,
+        "n_routed_experts": hp.n_routed_experts,
+        "n_shared_experts": hp.n_shared_experts,
+        "norm_topk_prob": False,
+        "num_attention_heads": hp.n_heads,
+        "num_experts_per_tok": hp.n_experts_per_token,
+        "num_hidden_layers": hp.n_layers,
+        "num_key_value_heads": hp.n_kv_heads,
+        "rms_norm_eps": hp.rms_norm_eps,
+        "rope_scaling": rope,
+        "rope_theta": hp.rope_theta,
+        "routed_scaling_factor": hp.routed_scaling_factor,
+        "scoring_func": "softmax",
+        "tie_word_embeddings": hp.tied_embeddings,
+        "vocab_size": hp.n_vocab,
+        **extra,
+    }

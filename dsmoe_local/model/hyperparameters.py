@@ -1,0 +1,87 @@
+"""The hyper-parameters of a DeepSeekMoE (arXiv 2401.06066), and of the dense models it is compared with.
+
+Reading them from a config.json is config_json's task, from a GGUF file gguf_model's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+Architecture: TypeAlias = Literal["deepseek", "llama"]
+ARCHITECTURES: tuple[Architecture, ...] = ("deepseek", "llama")
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """How rotary positions are stretched beyond the trained context.
+
+    `original_context` and the betas matter to `yarn` alone; `attention_factor` 0 means llama.cpp's default.
+    """
+
+    kind: Literal["linear", "yarn"]
+    factor: float
+    original_context: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Hyperparameters:
+    """Widths and counts of one model. A dense model has no experts and `n_dense_layers == n_layers`.
+
+    Layers 0 … n_dense_layers - 1 hold a dense FFN of `ffn_size` neurons, the others `n_routed_experts` experts
+    of `expert_size` neurons, of which a router picks `n_experts_per_token`, beside `n_shared_experts` that
+    every token uses (stored fused, as one FFN of `shared_size`).
+    """
+
+    architecture: Architecture
+    n_layers: int
+    hidden_size: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    n_vocab: int
+    n_context: int
+    n_dense_layers: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    n_routed_experts: int = 0
+    n_shared_experts: int = 0
+    n_experts_per_token: int = 0
+    expert_size: int = 0
+    routed_scaling_factor: float = 1.0
+    tied_embeddings: bool = False
+    name: str = ""
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether any layer has routed experts."""
+        return self.n_routed_experts > 0
+
+    @property
+    def n_moe_layers(self) -> int:
+        """Layers with routed experts."""
+        return self.n_layers - self.n_dense_layers
+
+    @property
+    def shared_size(self) -> int:
+        """Width of the fused shared experts."""
+        return self.n_shared_experts * self.expert_size
+
+    @property
+    def attention_size(self) -> int:
+        """Columns of all query heads together."""
+        return self.n_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Columns of all key (or value) heads together."""
+        return self.n_kv_heads * self.head_dim
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether `layer` has routed experts."""
+        return layer >= self.n_dense_layers
