@@ -1,4 +1,4 @@
-"""Create the development virtual environment: standard library only, since it runs before anything is installed.
+"""Create the development virtual environment, with the standard library only: nothing is installed yet.
 
 The one slow step is compiling llama-cpp-python. It is built for this processor with GGML_RPC on and the wheel
 is kept in the user's cache, keyed by everything that decides whether it may be reused.

@@ -189,7 +189,7 @@ def _rope_parameters(config: _Config) -> tuple[str, Mapping[str, Any]]:
 
 def _nested_rope_theta(config: _Config) -> float:
     """transformers 5 moves rope_theta into the rope object; a top-level key still wins."""
-    key, rope = _rope_parameters(config)
+    rope = _rope_parameters(config)[1]
     if "rope_theta" not in rope:
         return 10000.0
     return _Config(config.path, {"rope_theta": rope["rope_theta"]}).number("rope_theta", 1.0, 1e12)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeAlias
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from dsmoe_local.base.errors import FormatError, UsageError
 
-GgmlType = GGMLQuantizationType
+GgmlType: TypeAlias = GGMLQuantizationType
 
 FLOATS = frozenset({GgmlType.F32, GgmlType.F16, GgmlType.BF16})
 
@@ -22,7 +23,7 @@ def type_name(ggml_type: GgmlType) -> str:
 def parse_type(word: str) -> GgmlType:
     """The ggml type called `word`, in any case. UsageError if there is none."""
     try:
-        return GgmlType[word.upper()]
+        return GGMLQuantizationType[word.upper()]
     except KeyError as error:
         known = ", ".join(kind.name.lower() for kind in GgmlType)
         raise UsageError(f"{word!r} is not a ggml type", remedy=f"known: {known}") from error

@@ -31,9 +31,9 @@ class RopeScaling:
 class Hyperparameters:
     """Widths and counts of one model. A dense model has no experts and `n_dense_layers == n_layers`.
 
-    Layers 0 … n_dense_layers - 1 hold a dense FFN of `ffn_size` neurons, the others `n_routed_experts` experts
-    of `expert_size` neurons, of which a router picks `n_experts_per_token`, beside `n_shared_experts` that
-    every token uses (stored fused, as one FFN of `shared_size`).
+    Layers 0 … n_dense_layers - 1 hold a dense FFN of `ffn_size` neurons, the others `n_routed_experts`
+    experts of `expert_size` neurons, of which a router picks `n_experts_per_token`, beside
+    `n_shared_experts` that every token uses (stored fused, as one FFN of `shared_size`).
     """
 
     architecture: Architecture
