@@ -89,30 +89,38 @@ def read_config(folder: Path) -> Hyperparameters:
     return parse_config(load_json(folder / FILE_NAME), folder / FILE_NAME)
 
 
-def load_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a small file; strict (no duplicate keys, no NaN). FileError or FormatError."""
+def load_json(path: Path, max_bytes: int = _MAX_BYTES) -> dict[str, Any]:
+    """A JSON object from a file of at most `max_bytes`, strictly. FileError or FormatError."""
+    try:
+        if path.stat().st_size > max_bytes:
+            raise FormatError(f"the file exceeds {max_bytes >> 20} MiB", where=path)
+        raw = path.read_bytes()
+    except OSError as error:
+        raise FileError(f"cannot read {safe_line(path.name, 60)}: {error.strerror}", where=path) from error
+    return strict_json(raw, path)
+
+
+def strict_json(raw: bytes, path: Path) -> dict[str, Any]:
+    """The JSON object in `raw`: no duplicate keys, no NaN. FormatError; `path` is for messages only."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            raise ValueError("a key occurs twice")
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise ValueError(f"the key {twice!r} occurs twice")
         return result
 
     def no_constant(word: str) -> NoReturn:
         raise ValueError(f"{word} is not JSON")
 
+    name = safe_line(path.name, 60)
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise FormatError("the file is too large to be a configuration", where=path)
-        value = json.loads(path.read_bytes(), object_pairs_hook=unique, parse_constant=no_constant)
-    except OSError as error:
-        raise FileError(f"cannot read {path.name}: {error.strerror}", where=path) from error
+        value = json.loads(raw, object_pairs_hook=unique, parse_constant=no_constant)
     except (ValueError, RecursionError) as error:
-        raise FormatError(
-            f"{path.name} is not valid JSON: {safe_line(str(error), 80)}", where=path
-        ) from error
+        raise FormatError(f"{name} is not valid JSON: {safe_line(str(error), 80)}", where=path) from error
     if not isinstance(value, dict):
-        raise FormatError(f"{path.name} must hold a JSON object", where=path)
+        raise FormatError(f"{name} must hold a JSON object", where=path)
     return value
 
 
