@@ -1,0 +1,300 @@
+"""What a GGUF file says about its model: hyper-parameters and tensors, checked before native code sees them.
+
+Knows the architectures `deepseek` and `llama` and refuses others by name. llama.cpp aborts on several of the
+values that are refused here, and computes nonsense with others (src/llama-model.cpp, src/llama-vocab.cpp).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import numpy as np
+from gguf.constants import ExpertGatingFuncType, GGUFValueType
+
+from dsmoe_local.base.errors import FormatError
+from dsmoe_local.base.text import safe_line
+from dsmoe_local.model.ggml import GgmlType
+from dsmoe_local.model.gguf_file import Field, GgufFile, read_gguf
+from dsmoe_local.model.hyperparameters import ARCHITECTURES, Architecture, Hyperparameters, RopeScaling
+from dsmoe_local.model.layout import IGNORED_TENSORS, tensor_specs
+
+MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
+MAX_EXPERTS = 512  # LLAMA_MAX_EXPERTS
+
+_NOT_WEIGHTS = frozenset(
+    kind for kind in GgmlType if kind.name in {"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"}
+)
+_LLAMA_BIASES = re.compile(r"blk\.\d+\.(attn_(q|k|v|output)|ffn_(gate|up|down))\.bias")
+_UNSIGNED = frozenset({GGUFValueType.UINT32})
+_TOKENIZERS = ("gpt2", "llama")
+_SPECIAL_TOKENS = ("bos", "eos", "unknown", "padding", "separator", "eot", "eom")
+
+
+def read_model(path: Path) -> tuple[GgufFile, Hyperparameters]:
+    """A model file's header and hyper-parameters.
+
+    Raises FileError if it cannot be read, FormatError if its structure, a value, a tensor's shape or the
+    vocabulary is not what the architecture needs.
+    """
+    file = read_gguf(path)
+    hp = hyperparameters_of(file)
+    _check_tensors(file, hp)
+    _check_vocabulary(file, hp)
+    return file, hp
+
+
+def hyperparameters_of(file: GgufFile) -> Hyperparameters:
+    """The hyper-parameters in a file's metadata, each within its range. FormatError if not."""
+    return _Metadata(file).hyperparameters()
+
+
+class _Metadata:
+    """Typed, range-checked access to the keys of one architecture."""
+
+    def __init__(self, file: GgufFile) -> None:
+        self.file = file
+        found = file.get("general.architecture")
+        if found not in ARCHITECTURES:
+            raise FormatError(
+                f"the architecture {safe_line(str(found), 40)!r} is not supported",
+                where=file.path,
+                remedy=f"supported: {', '.join(ARCHITECTURES)}",
+            )
+        self.architecture = cast(Architecture, found)
+
+    def refuse(self, key: str, value: object, accepted: str) -> NoReturn:
+        raise FormatError(
+            f"{key} = {safe_line(str(value), 60)} is not valid",
+            where=self.file.path,
+            remedy=f"accepted: {accepted}; convert the model again",
+        )
+
+    def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
+        key = f"{self.architecture}.{key}"
+        field = self.file.metadata.get(key)
+        if field is None:
+            if default is None:
+                self.refuse(key, "(missing)", f"a number from {low} to {high}")
+            return default
+        if field.type not in _UNSIGNED or not low <= field.value <= high:
+            self.refuse(key, field.value, f"an unsigned 32-bit number from {low} to {high}")
+        return int(field.value)
+
+    def number(self, key: str, low: float, high: float, default: float | None = None) -> float:
+        key = f"{self.architecture}.{key}"
+        field = self.file.metadata.get(key)
+        if field is None:
+            if default is None:
+                self.refuse(key, "(missing)", f"a number from {low:g} to {high:g}")
+            return default
+        valid = field.type is GGUFValueType.FLOAT32 and math.isfinite(field.value)
+        if not valid or not low <= field.value <= high:
+            self.refuse(key, field.value, f"a 32-bit float from {low:g} to {high:g}")
+        # The shortest decimal that gives the same float: 1e-06, not 9.999999974752427e-07.
+        return shortest_float(field.value)
+
+    def hyperparameters(self) -> Hyperparameters:
+        n_layers = self.integer("block_count", 1, MAX_LAYERS)
+        hidden_size = self.integer("embedding_length", 1, 1 << 20)
+        n_heads = self.integer("attention.head_count", 1, 1024)
+        n_kv_heads = self.integer("attention.head_count_kv", 1, n_heads, n_heads)
+        head_dim = self.integer("attention.key_length", 2, 4096, max(2, hidden_size // n_heads))
+        prefix = self.architecture
+        if n_heads % n_kv_heads:
+            self.refuse(f"{prefix}.attention.head_count_kv", n_kv_heads, f"a divisor of {n_heads}")
+        if self.integer("attention.value_length", 2, 4096, head_dim) != head_dim:
+            self.refuse(f"{prefix}.attention.value_length", "(differs)", "the same as key_length")
+        if self.architecture == "deepseek" and head_dim * n_heads != hidden_size:
+            self.refuse(f"{prefix}.attention.head_count", n_heads, "heads of equal, whole size")
+        if self.integer("rope.dimension_count", 1, 4096, head_dim) != head_dim or head_dim % 2:
+            self.refuse(f"{prefix}.rope.dimension_count", "(differs)", "the head size, an even number")
+        return Hyperparameters(
+            architecture=self.architecture,
+            n_layers=n_layers,
+            hidden_size=hidden_size,
+            n_heads=n_heads,
+            n_kv_heads=n_kv_heads,
+            head_dim=head_dim,
+            ffn_size=self.integer("feed_forward_length", 0, 1 << 22, 0),
+            n_vocab=len(self.file.get("tokenizer.ggml.tokens", ())),
+            n_context=self.integer("context_length", 1, 1 << 28),
+            rms_norm_eps=self.number("attention.layer_norm_rms_epsilon", 0.0, 1.0),
+            rope_theta=self.number("rope.freq_base", 1e-3, 1e12, 10000.0),
+            rope_scaling=self.rope_scaling(),
+            tied_embeddings="output.weight" not in self.file.tensors,
+            name=safe_line(str(self.file.get("general.name", "")), 100),
+            **self.experts(n_layers),
+        )
+
+    def experts(self, n_layers: int) -> dict[str, Any]:
+        """The keyword arguments of Hyperparameters that concern experts."""
+        if self.architecture == "llama":
+            if self.integer("expert_count", 0, MAX_EXPERTS, 0):
+                self.refuse("llama.expert_count", "above 0", "0: only deepseek models have experts here")
+            return {"n_dense_layers": n_layers}
+        n_experts = self.integer("expert_count", 1, MAX_EXPERTS)
+        gating = self.integer("expert_gating_func", 0, 255, 0)
+        if gating not in (0, ExpertGatingFuncType.SOFTMAX):
+            self.refuse("deepseek.expert_gating_func", gating, "1 (softmax)")
+        if self.file.get("deepseek.expert_weights_norm", False):
+            self.refuse("deepseek.expert_weights_norm", True, "false")
+        return {
+            "n_dense_layers": self.integer("leading_dense_block_count", 0, n_layers - 1, 0),
+            "n_routed_experts": n_experts,
+            "n_shared_experts": self.integer("expert_shared_count", 1, MAX_EXPERTS),
+            "n_experts_per_token": self.integer("expert_used_count", 1, n_experts),
+            "expert_size": self.integer("expert_feed_forward_length", 1, 1 << 20),
+            "routed_scaling_factor": self.number("expert_weights_scale", 0.0, 1e6, 1.0) or 1.0,
+        }
+
+    def rope_scaling(self) -> RopeScaling | None:
+        kind = self.file.get(f"{self.architecture}.rope.scaling.type", "none")
+        if kind == "none":
+            return None
+        if kind == "linear":
+            return RopeScaling("linear", self.number("rope.scaling.factor", 1e-3, 1e6))
+        if kind != "yarn":
+            self.refuse(f"{self.architecture}.rope.scaling.type", kind, "none, linear, yarn")
+        return RopeScaling(
+            "yarn",
+            self.number("rope.scaling.factor", 1e-3, 1e6),
+            self.integer("rope.scaling.original_context_length", 1, 1 << 28),
+            self.number("rope.scaling.yarn_beta_fast", 0, 1e6, 32.0),
+            self.number("rope.scaling.yarn_beta_slow", 0, 1e6, 1.0),
+            self.number("rope.scaling.yarn_attn_factor", 0, 1e6, 0.0),
+        )
+
+
+def _check_tensors(file: GgufFile, hp: Hyperparameters) -> None:
+    """Every tensor the graph needs, in its shape, and no other."""
+    specs = {spec.name: spec for spec in tensor_specs(hp)}
+    remedy = "the file does not fit its own metadata; convert the model again"
+    for name, spec in specs.items():
+        info = file.tensors.get(name)
+        if info is None:
+            raise FormatError(f"the tensor {name} is missing", where=file.path, remedy=remedy)
+        if info.shape != spec.shape:
+            raise FormatError(
+                f"the tensor {name} has the shape {info.shape}, not {spec.shape}",
+                where=file.path,
+                remedy=remedy,
+            )
+        if info.type in _NOT_WEIGHTS:
+            raise FormatError(
+                f"the tensor {name} has the type {info.type.name}, which no weights have",
+                where=file.path,
+                remedy=remedy,
+            )
+    for name in file.tensors:
+        optional = IGNORED_TENSORS.fullmatch(name) or (
+            hp.architecture == "llama" and _LLAMA_BIASES.fullmatch(name)
+        )
+        if name not in specs and not optional:
+            raise FormatError(
+                f"the tensor {safe_line(name, 60)} is not part of a {hp.architecture} model",
+                where=file.path,
+                remedy=remedy,
+            )
+
+
+def _check_vocabulary(file: GgufFile, hp: Hyperparameters) -> None:
+    """A vocabulary that llama.cpp loads: it aborts on some of these, and misreads others."""
+
+    def refuse(what: str, key: str) -> NoReturn:
+        raise FormatError(
+            f"the vocabulary is damaged: {what}",
+            where=f"{file.path}: {key}",
+            remedy="convert the model again",
+        )
+
+    def strings(key: str) -> list[str]:
+        field = file.metadata.get(key)
+        if field is None or field.item_type is not GGUFValueType.STRING:
+            refuse("a list of strings is missing", key)
+        return cast(list[str], field.value)
+
+    model = file.get("tokenizer.ggml.model")
+    if model not in _TOKENIZERS:
+        refuse(f"the tokenizer model is {safe_line(str(model), 40)!r}", "tokenizer.ggml.model")
+    tokens = strings("tokenizer.ggml.tokens")
+    if len(set(tokens)) != len(tokens):
+        refuse("a token occurs twice", "tokenizer.ggml.tokens")
+    for key in ("tokenizer.ggml.token_type", "tokenizer.ggml.scores"):
+        values = file.get(key)
+        if values is not None and (not isinstance(values, list) or len(values) != len(tokens)):
+            refuse(f"not one entry for each of the {len(tokens)} tokens", key)
+    if model == "gpt2":
+        merges = strings("tokenizer.ggml.merges")
+        if any(" " not in merge[1:] for merge in merges):
+            refuse("a merge is not a pair", "tokenizer.ggml.merges")
+    for name in _SPECIAL_TOKENS:
+        key = f"tokenizer.ggml.{name}_token_id"
+        value = file.get(key)
+        if value is not None and not (type(value) is int and 0 <= value < hp.n_vocab):
+            refuse(f"token id {safe_line(str(value), 40)} is out of range", key)
+
+
+def shortest_float(value: float) -> float:
+    """The float with the shortest decimal form that rounds to the same 32-bit float."""
+    return float(str(np.float32(value)))
+
+
+def metadata_of(hp: Hyperparameters) -> dict[str, Field]:
+    """The architecture's metadata, in writing order: what llama.cpp requires and what helps its readers.
+
+    `general.*` beyond the architecture and `tokenizer.*` are the converter's to add.
+    """
+    prefix = hp.architecture
+
+    def count(value: int) -> Field:
+        return Field(value, GGUFValueType.UINT32)
+
+    def number(value: float) -> Field:
+        return Field(value, GGUFValueType.FLOAT32)
+
+    fields = {
+        "block_count": count(hp.n_layers),
+        "context_length": count(hp.n_context),
+        "embedding_length": count(hp.hidden_size),
+        "feed_forward_length": count(hp.ffn_size),
+        "attention.head_count": count(hp.n_heads),
+        "attention.head_count_kv": count(hp.n_kv_heads),
+        "attention.layer_norm_rms_epsilon": number(hp.rms_norm_eps),
+        "rope.dimension_count": count(hp.head_dim),
+        "rope.freq_base": number(hp.rope_theta),
+        **_rope_fields(hp.rope_scaling),
+        "vocab_size": count(hp.n_vocab),
+    }
+    if hp.is_moe:
+        fields |= {
+            "leading_dense_block_count": count(hp.n_dense_layers),
+            "expert_count": count(hp.n_routed_experts),
+            "expert_used_count": count(hp.n_experts_per_token),
+            "expert_shared_count": count(hp.n_shared_experts),
+            "expert_feed_forward_length": count(hp.expert_size),
+            "expert_weights_scale": number(hp.routed_scaling_factor),
+            "expert_gating_func": count(ExpertGatingFuncType.SOFTMAX),
+        }
+    return {f"{prefix}.{key}": field for key, field in fields.items()}
+
+
+def _rope_fields(scaling: RopeScaling | None) -> Mapping[str, Field]:
+    if scaling is None:
+        return {"rope.scaling.type": Field("none", GGUFValueType.STRING)}
+    fields = {
+        "rope.scaling.type": Field(scaling.kind, GGUFValueType.STRING),
+        "rope.scaling.factor": Field(scaling.factor, GGUFValueType.FLOAT32),
+    }
+    if scaling.kind == "yarn":
+        fields |= {
+            "rope.scaling.original_context_length": Field(scaling.original_context, GGUFValueType.UINT32),
+            "rope.scaling.yarn_beta_fast": Field(scaling.beta_fast, GGUFValueType.FLOAT32),
+            "rope.scaling.yarn_beta_slow": Field(scaling.beta_slow, GGUFValueType.FLOAT32),
+        }
+        if scaling.attention_factor:
+            fields["rope.scaling.yarn_attn_factor"] = Field(scaling.attention_factor, GGUFValueType.FLOAT32)
+    return fields
