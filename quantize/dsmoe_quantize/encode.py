@@ -1,0 +1,242 @@
+"""The encoder: rows of one type in, rows of another out, checked, a slab at a time. No files, no threads.
+
+A slab is a few MiB of rows of one matrix. It is worked in pieces that stay in a core's cache between the
+three steps check, convert to f32, encode, so that memory sees each weight once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsmoe_local.base.errors import UsageError
+from dsmoe_local.model.ggml import FLOATS, GgmlType, block_size, row_bytes, tensor_bytes, type_name
+from dsmoe_quantize import kernels
+from dsmoe_quantize.errors import WeightError
+
+Bytes: TypeAlias = NDArray[np.uint8]
+
+SLAB_BYTES = 4 << 20
+"""Source bytes read, encoded and written at a time."""
+PIECE_WEIGHTS = 128 << 10
+"""Weights converted at a time: 512 KiB as f32, half of a core's second-level cache."""
+
+
+class RowSource(Protocol):
+    """Where a tensor's weights come from. Used by several threads at once.
+
+    Rows are those of the whole tensor: the rows of expert 0, then those of expert 1, and so on.
+    """
+
+    @property
+    def type(self) -> GgmlType:
+        """How the rows are stored."""
+        ...
+
+    def read(self, first_row: int, n_rows: int, scratch: Bytes) -> Bytes:
+        """`n_rows` rows from `first_row` on as contiguous bytes, of one expert only.
+
+        `scratch` is memory of at least that size that the source may fill and return a part of; it may as
+        well return memory of its own. Raises FileError or FormatError.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TensorJob:
+    """One tensor to write: its name and shape (slowest dimension first), the type wanted, and the weights."""
+
+    name: str
+    shape: tuple[int, ...]
+    target: GgmlType
+    source: RowSource
+
+    @property
+    def n_columns(self) -> int:
+        """Weights per row."""
+        return self.shape[-1]
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of all matrices together."""
+        return math.prod(self.shape[:-1])
+
+    @property
+    def rows_per_matrix(self) -> int:
+        """Rows of one expert, or of the tensor if it is a single matrix or vector."""
+        return self.shape[-2] if len(self.shape) > 1 else 1
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes in the file to write."""
+        return tensor_bytes(self.target, self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Slab:
+    """Some rows of one matrix of a tensor."""
+
+    first_row: int
+    n_rows: int
+
+
+def check_job(job: TensorJob) -> None:
+    """UsageError if no kernel leads to the target, or its blocks do not divide the rows."""
+    source, target = job.source.type, job.target
+    if source is target:
+        return
+    if source not in kernels.READABLE or target not in kernels.WRITABLE:
+        raise UsageError(
+            f"cannot encode {type_name(source)} as {type_name(target)}",
+            where=job.name,
+            remedy="choose another type for it with --tensor-type",
+        )
+    if job.n_columns % block_size(target):
+        raise UsageError(
+            f"{type_name(target)} cannot hold {job.n_columns} columns",
+            where=job.name,
+            remedy=f"it needs a multiple of {block_size(target)}",
+        )
+
+
+def slabs(job: TensorJob) -> Iterator[Slab]:
+    """The tensor cut into slabs of about SLAB_BYTES, of equal size within a matrix, none across two."""
+    rows = job.rows_per_matrix
+    source_bytes = rows * row_bytes(job.source.type, job.n_columns)
+    per_matrix = min(rows, max(1, round(source_bytes / SLAB_BYTES)))
+    edges = [rows * part // per_matrix for part in range(per_matrix + 1)]
+    for matrix in range(0, job.n_rows, rows):
+        for start, end in pairwise(edges):
+            yield Slab(matrix + start, end - start)
+
+
+@dataclass(frozen=True, slots=True)
+class _Steps:
+    """How one type becomes another: neither step for a copy, both by way of f32."""
+
+    decode: Callable[[int, int, int], object] | None
+    encode: Callable[[int, int, int, int], int] | None
+
+    @classmethod
+    def between(cls, source: GgmlType, target: GgmlType) -> _Steps:
+        if source is target:
+            return cls(None, None)
+        return cls(
+            None if source is GgmlType.F32 else kernels.decoder(source),
+            None if target is GgmlType.F32 else kernels.encoder(target),
+        )
+
+
+class SlabEncoder:
+    """Encodes slabs, one at a time, in buffers that it keeps. Each thread has its own."""
+
+    def __init__(self) -> None:
+        self._scratch = np.empty(0, np.uint8)
+        self._floats = np.empty(0, np.float32)
+        self._output = np.empty(0, np.uint8)
+
+    def read(self, job: TensorJob, slab: Slab) -> Bytes:
+        """The slab's bytes as the source has them, in memory that the next call reuses."""
+        n_bytes = slab.n_rows * row_bytes(job.source.type, job.n_columns)
+        if self._scratch.size < n_bytes:
+            self._scratch = np.empty(n_bytes, np.uint8)
+        raw = job.source.read(slab.first_row, slab.n_rows, self._scratch)
+        if raw.nbytes != n_bytes or not raw.flags.c_contiguous:
+            raise ValueError(f"{job.name}: the source returned {raw.nbytes} bytes, not {n_bytes}")
+        return raw
+
+    def encode(self, job: TensorJob, slab: Slab, raw: Bytes, stopped: Callable[[], bool]) -> Bytes | None:
+        """The slab in the target type, in memory that the next call reuses; None if `stopped` said so.
+
+        Raises WeightError for a weight that is NaN, infinite, or too large for the target.
+        """
+        source, target, columns = job.source.type, job.target, job.n_columns
+        source_row, target_row = row_bytes(source, columns), row_bytes(target, columns)
+        piece_rows = min(slab.n_rows, max(1, PIECE_WEIGHTS // columns))
+        steps = _Steps.between(source, target)
+        output = raw if source is target else self._room(slab.n_rows * target_row, piece_rows * columns)
+        raw_at, output_at, floats_at = raw.ctypes.data, output.ctypes.data, self._floats.ctypes.data
+        for start in range(0, slab.n_rows, piece_rows):
+            if stopped():
+                return None
+            rows = min(piece_rows, slab.n_rows - start)
+            piece = raw[start * source_row : (start + rows) * source_row]
+            if not usable(piece, source):
+                raise _not_finite(job, slab.first_row + start, piece)
+            here, into = raw_at + start * source_row, output_at + start * target_row
+            if steps.decode:
+                here, there = floats_at if steps.encode else into, here
+                steps.decode(there, here, rows * columns)
+            if steps.encode:
+                steps.encode(here, into, rows, columns)
+                if not usable(output[start * target_row : (start + rows) * target_row], target):
+                    raise _too_large(job, slab.first_row + start, piece)
+        return output
+
+    def _room(self, n_bytes: int, n_floats: int) -> Bytes:
+        """An output buffer of exactly `n_bytes`; `_floats` grows to `n_floats`."""
+        if self._output.size < n_bytes:
+            self._output = np.empty(n_bytes, np.uint8)
+        if self._floats.size < n_floats:
+            self._floats = np.empty(n_floats, np.float32)
+        return self._output[:n_bytes]
+
+
+# Signed view, unsigned view, and the exponent's bits: all of them set means NaN or infinite.
+_EXPONENTS: dict[GgmlType, tuple[type[np.signedinteger], type[np.unsignedinteger], int, int]] = {
+    GgmlType.F32: (np.int32, np.uint32, 0x7F800000, 0x80000000),
+    GgmlType.F16: (np.int16, np.uint16, 0x7C00, 0x8000),
+    GgmlType.BF16: (np.int16, np.uint16, 0x7F80, 0x8000),
+}
+
+
+def usable(raw: Bytes, kind: GgmlType) -> bool:
+    """Whether all weights (of a block type: all scales) are finite. Two passes over the bits, no copy."""
+    if kind not in FLOATS:
+        return kernels.validator(kind)(raw.ctypes.data, raw.nbytes)
+    signed, unsigned, exponent, sign = _EXPONENTS[kind]
+    # As a signed number the largest is the largest positive weight, as an unsigned one the largest negative.
+    return int(raw.view(signed).max()) < exponent and int(raw.view(unsigned).max()) < exponent | sign
+
+
+def _floats_of(raw: Bytes, kind: GgmlType) -> NDArray[np.float32]:
+    if kind is GgmlType.F32:
+        return raw.view(np.float32)
+    floats = np.zeros(raw.nbytes // row_bytes(kind, block_size(kind)) * block_size(kind), np.float32)
+    if kind in kernels.READABLE:
+        kernels.decoder(kind)(raw.ctypes.data, floats.ctypes.data, floats.size)
+    return floats
+
+
+def _index(job: TensorJob, first_row: int, at: int) -> tuple[int, ...]:
+    flat = first_row * job.n_columns + at
+    return tuple(int(position) for position in np.unravel_index(flat, job.shape))
+
+
+def _not_finite(job: TensorJob, first_row: int, piece: Bytes) -> WeightError:
+    floats = _floats_of(piece, job.source.type)
+    at = int(np.argmin(np.isfinite(floats)))
+    what = "a weight is NaN" if np.isnan(floats[at]) else "a weight is infinite"
+    return WeightError(
+        what,
+        tensor=job.name,
+        index=_index(job, first_row, at),
+        remedy="the source is damaged: download or train it again",
+    )
+
+
+def _too_large(job: TensorJob, first_row: int, piece: Bytes) -> WeightError:
+    floats = _floats_of(piece, job.source.type)
+    at = int(np.argmax(np.abs(floats)))
+    return WeightError(
+        f"the weight {floats[at]:.6g} is too large for {type_name(job.target)}",
+        tensor=job.name,
+        index=_index(job, first_row, at),
+        remedy="choose bf16 or f32 for this tensor with --tensor-type",
+    )

@@ -1,0 +1,33 @@
+"""What can go wrong between weights and blocks. All of them are below the base tree's branches.
+
+DsmoeError
+ ├─ UsageError
+ │   └─ RequantizeError     the source is quantized already and nobody asked for a second loss
+ ├─ FormatError
+ │   └─ WeightError         a weight that no file may hold: NaN, infinite, or too large for the type
+ └─ KernelError             ggml's library is missing or unusable
+"""
+
+from __future__ import annotations
+
+from dsmoe_local.base.errors import DsmoeError, FormatError, UsageError
+
+
+class KernelError(DsmoeError):
+    """ggml's library is missing or unusable."""
+
+
+class RequantizeError(UsageError):
+    """The source is quantized already and nobody asked for a second loss."""
+
+
+class WeightError(FormatError):
+    """A weight that no file may hold: NaN, infinite, or too large for the type.
+
+    `tensor` and `index` say where, so that a caller can translate them into its own names.
+    """
+
+    def __init__(self, what: str, *, tensor: str, index: tuple[int, ...], remedy: str = "") -> None:
+        super().__init__(what, where=f"{tensor}[{', '.join(map(str, index))}]", remedy=remedy)
+        self.tensor = tensor
+        self.index = index

@@ -1,0 +1,131 @@
+"""The only door to ggml's quantization kernels; the only ctypes in this package.
+
+The kernels live in the ggml library that llama-cpp-python brings. It is found through the package's location
+and opened by path: llama_cpp itself is not imported, since that would load the whole engine. The kernels used
+here have no state, so a second copy of the library beside the engine's own does no harm.
+
+Addresses are plain integers and nothing is checked here: that is `encode`'s task. ctypes releases the GIL
+during every call, so threads run in parallel.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from dsmoe_local.model.ggml import FLOATS, GgmlType
+from dsmoe_quantize.errors import KernelError
+
+_LIBRARY = {"darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}.get(sys.platform, "libggml-base.so")
+
+_TO_FLOAT = {
+    GgmlType.F16: "ggml_fp16_to_fp32_row",
+    GgmlType.BF16: "ggml_bf16_to_fp32_row",
+    GgmlType.Q4_0: "dequantize_row_q4_0",
+    GgmlType.Q4_1: "dequantize_row_q4_1",
+    GgmlType.Q5_0: "dequantize_row_q5_0",
+    GgmlType.Q5_1: "dequantize_row_q5_1",
+    GgmlType.Q8_0: "dequantize_row_q8_0",
+    GgmlType.Q2_K: "dequantize_row_q2_K",
+    GgmlType.Q3_K: "dequantize_row_q3_K",
+    GgmlType.Q4_K: "dequantize_row_q4_K",
+    GgmlType.Q5_K: "dequantize_row_q5_K",
+    GgmlType.Q6_K: "dequantize_row_q6_K",
+    GgmlType.IQ4_NL: "dequantize_row_iq4_nl",
+    GgmlType.IQ4_XS: "dequantize_row_iq4_xs",
+}
+
+READABLE = frozenset({GgmlType.F32, *_TO_FLOAT})
+"""Types that can be a source."""
+
+WRITABLE = FLOATS | {
+    GgmlType.Q4_0,
+    GgmlType.Q4_1,
+    GgmlType.Q5_0,
+    GgmlType.Q5_1,
+    GgmlType.Q8_0,
+    GgmlType.Q4_K,
+    GgmlType.Q5_K,
+    GgmlType.Q6_K,
+    GgmlType.IQ4_NL,
+    GgmlType.IQ4_XS,
+}
+"""Types that can be a target: those that need no importance matrix."""
+
+
+def library_path() -> Path:
+    """Where llama-cpp-python keeps ggml's kernels. KernelError if it is not installed or built otherwise."""
+    spec = importlib.util.find_spec("llama_cpp")
+    for location in (spec.submodule_search_locations or ()) if spec else ():
+        path = Path(location) / "lib" / _LIBRARY
+        if path.is_file():
+            return path
+    raise KernelError(
+        f"{_LIBRARY} of llama-cpp-python is missing",
+        where="looked into the package's lib folder" if spec else "the package is not installed",
+        remedy="reinstall it: pip install --force-reinstall llama-cpp-python",
+    )
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    path = library_path()
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise KernelError("ggml's library cannot be opened", where=path, remedy=str(error)) from error
+
+
+@cache
+def _function(name: str, result: type | None, *arguments: type) -> Callable[..., int]:
+    try:
+        function: Callable[..., int] = ctypes.CFUNCTYPE(result, *arguments)((name, _library()))
+    except AttributeError as error:
+        raise KernelError(
+            f"ggml's library lacks {name}",
+            where=library_path(),
+            remedy="this needs llama-cpp-python >= 0.3.36",
+        ) from error
+    return function
+
+
+def decoder(source: GgmlType) -> Callable[[int, int, int], object]:
+    """The function (source address, address of f32, number of weights) that reads `source` (not F32)."""
+    return _function(_TO_FLOAT[source], None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+
+
+def encoder(target: GgmlType) -> Callable[[int, int, int, int], int]:
+    """The function (address of f32, target address, rows, columns) that writes `target`.
+
+    Columns must be a multiple of the block: ggml aborts the process otherwise.
+    """
+    chunk = _function(
+        "ggml_quantize_chunk",
+        ctypes.c_size_t,
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+    )
+    number = int(target)
+
+    def encode(source_address: int, target_address: int, n_rows: int, n_columns: int) -> int:
+        return chunk(number, source_address, target_address, 0, n_rows, n_columns, None)
+
+    return encode
+
+
+def validator(kind: GgmlType) -> Callable[[int, int], bool]:
+    """The function (address, bytes) that says whether blocks of `kind` hold only finite scales."""
+    validate = _function(
+        "ggml_validate_row_data", ctypes.c_bool, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t
+    )
+    number = int(kind)
+    return lambda address, n_bytes: bool(validate(number, address, n_bytes))
