@@ -1,0 +1,164 @@
+"""`dsmoe inspect`: a model's shape and costs as tables or JSON. The figures come from model.report."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+from dsmoe_local.base.sizes import format_count, format_size
+from dsmoe_local.base.text import safe_line
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from dsmoe_local.model.cost import Share
+    from dsmoe_local.model.report import ModelReport
+
+_COMPARED = {"deepseek-7b": "DeepSeek 7B", "llama2-7b": "LLaMA2 7B"}
+
+
+@click.command(name="inspect")
+@click.argument("target", metavar="FILE|FOLDER|PRESET")
+@click.option("--json", "as_json_", is_flag=True, help="Print one JSON object.")
+def command(target: str, as_json_: bool) -> None:
+    """Show what a model is and what it costs.
+
+    Takes a GGUF file, the folder of a Hugging Face checkpoint (its config.json is enough), or a model of the
+    DeepSeekMoE paper: deepseekmoe-2b, deepseekmoe-16b, deepseekmoe-145b, deepseekmoe-142b-half, gshard-137b,
+    deepseek-7b, deepseek-67b, llama2-7b.
+    """
+    from dsmoe_local.model.report import as_json, report_on
+
+    report = report_on(target)
+    if as_json_:
+        click.echo(json.dumps(as_json(report), indent=2, ensure_ascii=True))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False)
+    for part in _parts(report):
+        console.print(part)
+
+
+def _parts(report: ModelReport) -> list[RenderableType]:
+    from rich.text import Text
+
+    hp = report.hp
+    title = Text.assemble((safe_line(hp.name or report.source, 80), "bold"))
+    if hp.name and hp.name != report.source:
+        title.append(f"  {safe_line(report.source, 120)}", style="dim")
+    parts: list[RenderableType] = [title, _facts(report), _role_table(report)]
+    if report.assumed_type is not None:
+        parts.append(Text(f"No weights were read: sizes are for {report.assumed_type.name}.", style="dim"))
+    return parts
+
+
+def _facts(report: ModelReport) -> Table:
+    from rich.table import Table
+
+    hp = report.hp
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="cyan", no_wrap=True)
+    grid.add_column()
+    heads = f"{hp.n_heads} heads of {hp.head_dim}"
+    if hp.n_kv_heads != hp.n_heads:
+        heads += f", {hp.n_kv_heads} for keys and values"
+    rows = [
+        ("architecture", f"{hp.architecture}, {hp.n_layers} layers, {hp.hidden_size} wide, {heads}"),
+        ("experts", _experts(report)),
+        ("parameters", _parameters(report)),
+        ("FLOPs per 4K tokens", _flops(report)),
+        ("weights", f"{format_size(report.n_bytes)}, {_bits(report.n_bytes, report.n_parameters)} bits each"),
+        ("read per token", f"{format_size(report.n_bytes_per_token)} of weights"),
+        ("KV cache (F16)", _kv(report)),
+    ]
+    if report.tokenizer is not None:
+        tokenizer = report.tokenizer
+        start = f", starts with {tokenizer.bos}" if tokenizer.adds_bos else ", no start token"
+        kind = "/".join(filter(None, (tokenizer.model, tokenizer.pre)))
+        rows.append(("tokenizer", f"{kind}, {tokenizer.n_tokens:,} tokens{start}, ends with {tokenizer.eos}"))
+        template = tokenizer.template
+        shown = "none: a base model" if template is None else f"{len(template)} characters"
+        rows.append(("chat template", shown))
+    for name, value in rows:
+        grid.add_row(name, value)
+    return grid
+
+
+def _experts(report: ModelReport) -> str:
+    hp = report.hp
+    if not hp.is_moe:
+        return f"none: a dense FFN of {hp.ffn_size} in every layer"
+    dense = {0: "", 1: "; layer 0 dense"}.get(hp.n_dense_layers, f"; layers 0-{hp.n_dense_layers - 1} dense")
+    if dense:
+        dense += f" ({hp.ffn_size})"
+    return (
+        f"{hp.n_shared_experts} shared + {hp.n_experts_per_token} of {hp.n_routed_experts} routed,"
+        f" {hp.expert_size} wide{dense}"
+    )
+
+
+def _parameters(report: ModelReport) -> str:
+    total, activated = report.n_parameters, report.n_activated
+    if total == activated:
+        return f"{format_count(total)}, all of them used by every token"
+    share = activated / total
+    return f"{format_count(total)} in total, {format_count(activated)} active per token ({share:.0%})"
+
+
+def _flops(report: ModelReport) -> str:
+    ratios = ", ".join(f"{ratio:.1%} of {_COMPARED[name]}" for name, ratio in report.ratios.items())
+    paper = "" if report.flops_paper is None else f" ({report.flops_paper / 1e12:.1f}T as the paper counts)"
+    return f"{report.flops / 1e12:.1f}T{paper}: {ratios}"
+
+
+def _kv(report: ModelReport) -> str:
+    context = report.hp.n_context
+    per_token = report.kv_bytes_per_token
+    return f"{format_size(per_token)} per token, {format_size(per_token * context)} for all {context:,}"
+
+
+def _types(share: Share) -> str:
+    if len(share.types) == 1:
+        return next(iter(share.types)).name
+    return ", ".join(f"{kind.name} {n_bytes / share.n_bytes:.0%}" for kind, n_bytes in share.types.items())
+
+
+def _bits(n_bytes: int, n_weights: int) -> str:
+    return f"{8 * n_bytes / n_weights:.2f}"
+
+
+def _role_table(report: ModelReport) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("role", no_wrap=True)
+    for heading in ("weights", "size", "bits", "read/token"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("of all reads", no_wrap=True)
+    table.add_column("types")
+    read = report.n_bytes_per_token
+    for share in report.shares:
+        part = share.n_bytes_per_token / read
+        table.add_row(
+            share.role.value,
+            format_count(share.n_weights),
+            format_size(share.n_bytes),
+            _bits(share.n_bytes, share.n_weights),
+            format_size(share.n_bytes_per_token),
+            f"{part:4.0%} {'▇' * round(part * 10)}",
+            _types(share),
+        )
+    table.add_section()
+    table.add_row(
+        "all",
+        format_count(report.n_parameters),
+        format_size(report.n_bytes),
+        _bits(report.n_bytes, report.n_parameters),
+        format_size(read),
+    )
+    return table

@@ -1,0 +1,134 @@
+"""The commands and their exit codes. A command's module is imported only to run it: help must be instant."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import click
+
+from dsmoe_local import __version__
+from dsmoe_local.base.errors import DsmoeError
+from dsmoe_local.base.text import safe_text
+
+_INTERRUPTED = 130
+
+
+@dataclass(frozen=True, slots=True)
+class CommandEntry:
+    """A subcommand: the module that defines `command`, and its line in the list of commands."""
+
+    module: str
+    summary: str
+
+
+COMMANDS: Mapping[str, CommandEntry] = {
+    "convert": CommandEntry("dsmoe_local.cli.convert", "Hugging Face checkpoint to GGUF, in one pass."),
+    "quantize": CommandEntry("dsmoe_local.cli.quantize", "GGUF to a smaller GGUF."),
+    "chat": CommandEntry("dsmoe_local.cli.chat", "Talk with a model in the terminal."),
+    "batch": CommandEntry("dsmoe_local.cli.batch", "Answer a file of prompts, one JSON record each."),
+    "inspect": CommandEntry("dsmoe_local.cli.inspect", "Show what a model is and what it costs."),
+    "demo": CommandEntry("dsmoe_local.cli.demo", "Make a small real DeepSeekMoE model, offline."),
+    "completion": CommandEntry("dsmoe_local.cli.completion", "Print the completion script for your shell."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that lists commands from the table above and imports one only to run it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return load_command(cmd_name) if cmd_name in COMMANDS else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry.summary) for name, entry in COMMANDS.items()])
+
+
+@click.group(
+    cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=False
+)
+@click.version_option(__version__, prog_name="dsmoe")
+def group() -> None:
+    """Convert, quantize and run DeepSeekMoE models on a laptop."""
+
+
+def load_command(name: str) -> click.Command:
+    """The command called `name`, with the options that all commands share."""
+    command: click.Command = importlib.import_module(COMMANDS[name].module).command
+    command.context_settings.setdefault("help_option_names", ["-h", "--help"])
+    if not any(parameter.name == "debug" for parameter in command.params):
+        debug = click.Option(["--debug"], is_flag=True, expose_value=False, help="Show tracebacks of errors.")
+        command.params.append(debug)
+    return command
+
+
+def run(command: click.Command, program: str) -> int:
+    """Run a command line and turn what comes out of it into messages on stderr and an exit code."""
+    debug = "--debug" in sys.argv or bool(os.environ.get("DSMOE_DEBUG"))
+    try:
+        result = command.main(prog_name=program, standalone_mode=False)
+        sys.stdout.flush()
+    except click.ClickException as error:
+        complain(f"{error.format_message()}\n{_help_hint(error)}")
+        return error.exit_code
+    except DsmoeError as error:
+        if debug:
+            traceback.print_exc()
+        complain(str(error))
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        complain("interrupted")
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output is gone; nothing may try to flush into the pipe at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:  # noqa: BLE001 - the last resort: a bug must not show as a traceback
+        if debug:
+            traceback.print_exc()
+        complain(f"internal error: {type(error).__name__}: {error}\nrun again with --debug and report it")
+        return 1
+    return result if isinstance(result, int) else 0
+
+
+def _help_hint(error: click.ClickException) -> str:
+    context = getattr(error, "ctx", None)
+    return f"see {context.command_path} --help" if context is not None else ""
+
+
+def complain(message: str) -> None:
+    """An error of at most three lines, on stderr, each line safe to print."""
+    lines = safe_text(message).splitlines()[:3] or ["unknown error"]
+    click.echo("\n".join([f"error: {lines[0]}", *(f"  {line}" for line in lines[1:])]), err=True)
+
+
+def dsmoe() -> None:
+    """The `dsmoe` script."""
+    sys.exit(run(group, "dsmoe"))
+
+
+def convert() -> None:
+    """The `dsmoe-convert` script."""
+    sys.exit(run(load_command("convert"), "dsmoe-convert"))
+
+
+def quantize() -> None:
+    """The `dsmoe-quantize` script."""
+    sys.exit(run(load_command("quantize"), "dsmoe-quantize"))
+
+
+def chat() -> None:
+    """The `dsmoe-chat` script."""
+    sys.exit(run(load_command("chat"), "dsmoe-chat"))
+
+
+def batch() -> None:
+    """The `dsmoe-batch` script."""
+    sys.exit(run(load_command("batch"), "dsmoe-batch"))

@@ -1,0 +1,213 @@
+"""Everything worth knowing about a model, as data: what `dsmoe inspect` shows. Renders nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsmoe_local.base.errors import FileError, UsageError
+from dsmoe_local.base.text import safe_line
+from dsmoe_local.model import config_json
+from dsmoe_local.model.cost import PAPER_TOKENS, Share, flops, kv_bytes_per_token, parameters, shares
+from dsmoe_local.model.ggml import GgmlType, type_name
+from dsmoe_local.model.gguf_file import GgufFile
+from dsmoe_local.model.gguf_model import read_model
+from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.layout import Role, tensor_specs
+from dsmoe_local.model.presets import PRESETS, matching_preset
+
+COMPARED_WITH = ("deepseek-7b", "llama2-7b")
+_CHECKPOINT_TYPES = {"float32": GgmlType.F32, "float16": GgmlType.F16, "bfloat16": GgmlType.BF16}
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerReport:
+    """A file's vocabulary. `template` is the chat template, as stored; None for a base model."""
+
+    model: str
+    pre: str
+    n_tokens: int
+    bos: str
+    eos: str
+    adds_bos: bool
+    template: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelReport:
+    """One model. FLOPs are for a sequence of 4,096 tokens; `flops_paper` uses the paper's nominal widths and
+    is None where the dimensions are no preset's. `assumed_type` names the weights' type where there is no
+    file to read it from.
+    """
+
+    source: str
+    hp: Hyperparameters
+    n_parameters: int
+    n_activated: int
+    flops: float
+    flops_paper: float | None
+    ratios: Mapping[str, float]
+    shares: tuple[Share, ...]
+    kv_bytes_per_token: int
+    tokenizer: TokenizerReport | None
+    assumed_type: GgmlType | None
+
+    @property
+    def n_bytes(self) -> int:
+        """Stored size of all weights."""
+        return sum(share.n_bytes for share in self.shares)
+
+    @property
+    def n_bytes_per_token(self) -> float:
+        """Weight bytes read to decode one token."""
+        return sum(share.n_bytes_per_token for share in self.shares)
+
+
+def report_on(target: str) -> ModelReport:
+    """The report on a GGUF file, a folder with a config.json, or a preset of the paper.
+
+    UsageError if `target` is none of these; FileError and FormatError as their readers raise them.
+    """
+    path = Path(target)
+    if path.is_file():
+        return _report_on_file(path)
+    if path.is_dir():
+        return _report_on_folder(path)
+    preset = PRESETS.get(target.lower())
+    if preset is not None:
+        return _report(target.lower(), preset.hp, GgmlType.BF16)
+    raise UsageError(
+        f"no file, folder or preset is called {safe_line(target)!r}",
+        remedy=f"presets: {', '.join(PRESETS)}",
+    )
+
+
+def _report_on_file(path: Path) -> ModelReport:
+    if path.name == config_json.FILE_NAME:
+        return _report_on_folder(path.parent)
+    file, hp = read_model(path)
+    return _report(str(path), hp, None, file)
+
+
+def _report_on_folder(folder: Path) -> ModelReport:
+    if not (folder / config_json.FILE_NAME).is_file():
+        raise FileError(
+            f"the folder has no {config_json.FILE_NAME}",
+            where=folder,
+            remedy="name a GGUF file or the folder of a Hugging Face checkpoint",
+        )
+    hp = config_json.read_config(folder)
+    values = config_json.load_json(folder / config_json.FILE_NAME)
+    kind = _CHECKPOINT_TYPES.get(str(values.get("torch_dtype", values.get("dtype"))), GgmlType.BF16)
+    return _report(str(folder), hp, kind)
+
+
+def _report(
+    source: str, hp: Hyperparameters, assumed: GgmlType | None, file: GgufFile | None = None
+) -> ModelReport:
+    counted = parameters(hp)
+    preset = matching_preset(hp)
+    nominal = None if preset is None else flops(hp, PAPER_TOKENS, preset.ffn_factor)
+    specs = tensor_specs(hp)
+    types = [
+        file.tensors[spec.name].type if file else _unquantized(spec.role, assumed or GgmlType.BF16)
+        for spec in specs
+    ]
+    return ModelReport(
+        source=source,
+        hp=hp,
+        n_parameters=counted.total,
+        n_activated=counted.activated,
+        flops=flops(hp, PAPER_TOKENS),
+        flops_paper=nominal,
+        ratios={name: _ratio(hp, nominal, name) for name in COMPARED_WITH},
+        shares=tuple(shares(hp, zip(specs, types, strict=True))),
+        kv_bytes_per_token=kv_bytes_per_token(hp),
+        tokenizer=None if file is None else _tokenizer(file),
+        assumed_type=assumed,
+    )
+
+
+def _unquantized(role: Role, kind: GgmlType) -> GgmlType:
+    return GgmlType.F32 if role in (Role.NORM, Role.ROUTER) else kind
+
+
+def _ratio(hp: Hyperparameters, nominal: float | None, other: str) -> float:
+    """FLOPs as a share of another model's, both counted the same way: nominal widths where both have them."""
+    preset = PRESETS[other]
+    if nominal is not None:
+        return nominal / flops(preset.hp, PAPER_TOKENS, preset.ffn_factor)
+    return flops(hp, PAPER_TOKENS) / flops(preset.hp, PAPER_TOKENS)
+
+
+def _tokenizer(file: GgufFile) -> TokenizerReport:
+    tokens: list[str] = file.get("tokenizer.ggml.tokens", [])
+
+    def token(name: str) -> str:
+        number = file.get(f"tokenizer.ggml.{name}_token_id")
+        return "" if number is None else safe_line(tokens[number], 60)
+
+    template = file.get("tokenizer.chat_template")
+    return TokenizerReport(
+        model=safe_line(str(file.get("tokenizer.ggml.model", "")), 40),
+        pre=safe_line(str(file.get("tokenizer.ggml.pre", "")), 40),
+        n_tokens=len(tokens),
+        bos=token("bos"),
+        eos=token("eos"),
+        adds_bos=bool(file.get("tokenizer.ggml.add_bos_token", False)),
+        template=template if isinstance(template, str) else None,
+    )
+
+
+def as_json(report: ModelReport) -> dict[str, Any]:
+    """The report as a JSON object: plain numbers in parameters, FLOPs and bytes."""
+    hp = report.hp
+    return {
+        "source": report.source,
+        "name": hp.name,
+        "architecture": hp.architecture,
+        "n_layers": hp.n_layers,
+        "n_dense_layers": hp.n_dense_layers,
+        "hidden_size": hp.hidden_size,
+        "n_heads": hp.n_heads,
+        "n_kv_heads": hp.n_kv_heads,
+        "ffn_size": hp.ffn_size,
+        "n_routed_experts": hp.n_routed_experts,
+        "n_shared_experts": hp.n_shared_experts,
+        "n_experts_per_token": hp.n_experts_per_token,
+        "expert_size": hp.expert_size,
+        "n_vocab": hp.n_vocab,
+        "n_context": hp.n_context,
+        "parameters": {"total": report.n_parameters, "activated": report.n_activated},
+        "flops_4k": report.flops,
+        "flops_4k_paper": report.flops_paper,
+        "flops_ratio": dict(report.ratios),
+        "bytes": report.n_bytes,
+        "bits_per_weight": 8 * report.n_bytes / report.n_parameters,
+        "bytes_read_per_token": report.n_bytes_per_token,
+        "kv_bytes_per_token": report.kv_bytes_per_token,
+        "assumed_type": None if report.assumed_type is None else type_name(report.assumed_type),
+        "roles": {
+            share.role.value: {
+                "parameters": share.n_weights,
+                "bytes": share.n_bytes,
+                "bits_per_weight": 8 * share.n_bytes / share.n_weights,
+                "bytes_read_per_token": share.n_bytes_per_token,
+                "types": {type_name(kind): n_bytes for kind, n_bytes in share.types.items()},
+            }
+            for share in report.shares
+        },
+        "tokenizer": None
+        if report.tokenizer is None
+        else {
+            "model": report.tokenizer.model,
+            "pre": report.tokenizer.pre,
+            "n_tokens": report.tokenizer.n_tokens,
+            "bos": report.tokenizer.bos,
+            "eos": report.tokenizer.eos,
+            "adds_bos": report.tokenizer.adds_bos,
+            "chat_template": report.tokenizer.template,
+        },
+    }
