@@ -1,19 +1,32 @@
 """Writing one GGUF file, whatever the tensors come from: crash-safe, resumable, on all cores.
 
-A lock, a sibling `.NAME.part` with its journal of finished tensors, then sync, verify, rename. The converter
-and the quantizer both end here; neither knows how. What the tensors hold is `encode`'s concern.
+A lock, a sibling temp file with its journal of finished tensors, then sync, verify, rename. The converter and
+the quantizer both end here; neither knows how. What the tensors hold is `encode`'s concern.
 """
 
 from __future__ import annotations
 
+import errno
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsmoe_local.base.progress import Listener, ignore
+from dsmoe_local.base import durable
+from dsmoe_local.base.errors import FileError, InterruptedRunError, NoSpaceError, UsageError
+from dsmoe_local.base.faults import reach
+from dsmoe_local.base.progress import Advanced, Finished, Listener, Started, ignore
+from dsmoe_local.base.sizes import format_size
 from dsmoe_local.model.gguf_file import Field
-from dsmoe_quantize.encode import TensorJob
+from dsmoe_local.model.gguf_writer import GgufPlan, PlannedTensor, plan_gguf, write_at
+from dsmoe_quantize.encode import TensorJob, check_job
+from dsmoe_quantize.errors import WeightError
+from dsmoe_quantize.part_file import PartFile
+from dsmoe_quantize.pipeline import Effects, PlacedJob, Syncer, encode_all, n_cores
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +65,96 @@ def write_output(
     `sources` are the files read: the output must be none of them. `threads` 0 means all cores. `listen` is
     called from one thread at a time. `stop` ends the run within two seconds.
 
-    Raises UsageError (the output is a source, a folder, or exists without `force`), LockedError, NoSpaceError,
-    FileError, WeightError, InterruptedRunError, and what the row sources raise. An existing output is
-    untouched in every such case, and what is finished is kept for the next run.
+    Raises UsageError (the output is a source or not a file), LockedError, NoSpaceError, FileError,
+    WeightError, InterruptedRunError, and what the row sources raise. An existing output is untouched in every
+    such case, and what is finished is kept for the next run.
     """
-    raise NotImplementedError
+    started = time.monotonic()
+    for job in jobs:
+        check_job(job)
+    tensors = [PlannedTensor(job.name, job.shape, job.target) for job in jobs]
+    with _disk_errors(out):
+        out = _checked(out, sources)
+        plan = plan_gguf(metadata, tensors)
+        with durable.locked(out), PartFile(out, plan, fingerprint, listen, force) as part:
+            if not part.published:
+                _fill(part, plan, jobs, threads or n_cores(), listen, stop or threading.Event())
+                reach("output.complete")
+            part.publish(tensors)
+            n_resumed = len(jobs) if part.published else len(part.done)
+    n_weights = sum(job.n_rows * job.n_columns for job in jobs)
+    return Summary(out, plan.size, len(jobs), n_weights, n_resumed, time.monotonic() - started)
+
+
+def _fill(
+    part: PartFile,
+    plan: GgufPlan,
+    jobs: Sequence[TensorJob],
+    threads: int,
+    listen: Listener,
+    stop: threading.Event,
+) -> None:
+    """Encode into the temp file what it lacks, and sync it."""
+    n_total, n_done = (
+        sum(job.n_bytes for job in jobs),
+        sum(job.n_bytes for job in jobs if job.name in part.done),
+    )
+    listen(Started("encoding", n_total, n_done))
+    listening = threading.Lock()
+
+    def advanced(job: TensorJob, n_bytes: int) -> None:
+        nonlocal n_done
+        with listening:
+            n_done += n_bytes
+            listen(Advanced(n_bytes, job.name))
+
+    syncer = Syncer(part.descriptor, part.journal)
+    effects = Effects(
+        lambda data, offset: write_at(part.descriptor, data.data, offset), advanced, syncer.finished
+    )
+    left = [PlacedJob(job, plan.offsets[job.name]) for job in jobs if job.name not in part.done]
+    try:
+        encode_all(left, effects, threads, stop)
+        if stop.is_set() and n_done < n_total:
+            raise InterruptedRunError(
+                f"interrupted: {format_size(n_done)} of {format_size(n_total)} written",
+                remedy="run the same command again to continue",
+            )
+    except BaseException as error:
+        syncer.abandon()
+        if isinstance(error, WeightError):
+            part.discard()
+        raise
+    syncer.close()
+    durable.sync(part.descriptor)
+    listen(Finished("encoding"))
+
+
+def _checked(out: Path, sources: Sequence[Path]) -> Path:
+    """The file that `out` leads to, which must be a regular one, or none yet, and no source."""
+    out = out.resolve()
+    if not out.parent.is_dir():
+        raise FileError("the output's folder does not exist", where=out.parent, remedy="create it first")
+    if out.exists() and not out.is_file():
+        raise UsageError("the output is not a file", where=out, remedy="name a file to write")
+    for source in sources:
+        if durable.same_file(source, out):
+            raise UsageError("input and output are the same file", where=source, remedy="name another output")
+    return out
+
+
+@contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    """Turn the system's errors while writing into ours. Sources report their own."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            raise NoSpaceError(
+                "the disk is full",
+                where=out.parent,
+                remedy="free some space, then run the same command to continue",
+            ) from error
+        raise FileError(
+            f"cannot write the output: {error.strerror}", where=error.filename or out, remedy=""
+        ) from error

@@ -1,0 +1,214 @@
+"""Many tensors at once: threads that read, encode and write slabs, and one that syncs what is finished.
+
+Knows neither paths nor formats. There are more workers than encoders, so that reading and writing go on while
+all cores encode.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from dsmoe_local.base import durable
+from dsmoe_local.base.faults import reach
+from dsmoe_quantize.encode import Bytes, Slab, SlabEncoder, TensorJob, slabs
+
+SYNC_BYTES = 256 << 20
+"""Finished bytes that may wait for a sync: what a crash can cost, and what the last sync has to write."""
+SYNC_SECONDS = 1.0
+"""How long a finished tensor may wait for one."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedJob:
+    """A tensor and where its bytes go."""
+
+    job: TensorJob
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Effects:
+    """What workers do beside encoding. Each is called from several threads at once.
+
+    `write` puts bytes at an offset; `advanced` hears of a written slab (tensor, bytes); `finished` of a
+    tensor whose slabs are all written.
+    """
+
+    write: Callable[[Bytes, int], None]
+    advanced: Callable[[TensorJob, int], None]
+    finished: Callable[[TensorJob], None]
+
+
+def n_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def encode_all(jobs: Sequence[PlacedJob], effects: Effects, threads: int, stop: threading.Event) -> None:
+    """Encode all jobs with `threads` encoders; return early if `stop` is set.
+
+    The error of the first bad slab, in the order of the jobs, is raised once all threads have ended.
+    """
+    run = _Run(jobs, effects, threads, stop)
+    workers = [
+        threading.Thread(target=run.work, name=f"encoder-{number}")
+        for number in range(threads + min(threads, 4))
+    ]
+    for worker in workers:
+        worker.start()
+    try:
+        for worker in workers:
+            worker.join()
+    except BaseException:
+        run.abandon()
+        for worker in workers:
+            worker.join()
+        raise
+    run.raise_first()
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    order: int
+    placed: PlacedJob
+    slab: Slab
+
+
+class _Run:
+    """The state that the workers of one `encode_all` share."""
+
+    def __init__(
+        self, jobs: Sequence[PlacedJob], effects: Effects, threads: int, stop: threading.Event
+    ) -> None:
+        self._effects = effects
+        self._stop = stop
+        self._abandoned = False
+        self._lock = threading.Lock()
+        self._encoders = threading.BoundedSemaphore(threads)
+        self._slabs_left: dict[str, int] = {}
+        self._errors: list[tuple[int, BaseException]] = []
+        self._tasks = self._all_tasks(jobs)
+
+    def work(self) -> None:
+        """Do tasks until there are none: the body of a thread."""
+        encoder = SlabEncoder()
+        while (task := self._next()) is not None:
+            try:
+                self._do(task, encoder)
+            except BaseException as error:  # noqa: BLE001 - raise_first raises it in the caller's thread
+                with self._lock:
+                    self._errors.append((task.order, error))
+                return
+
+    def abandon(self) -> None:
+        """Make every worker end soon."""
+        self._abandoned = True
+
+    def raise_first(self) -> None:
+        """Raise the error of the earliest slab: slabs are handed out in order, so all before it were done."""
+        if self._errors:
+            raise min(self._errors, key=lambda entry: entry[0])[1]
+
+    def _stopped(self) -> bool:
+        return self._abandoned or self._stop.is_set()
+
+    def _all_tasks(self, jobs: Sequence[PlacedJob]) -> Iterator[_Task]:
+        order = 0
+        for placed in jobs:
+            parts = list(slabs(placed.job))
+            self._slabs_left[placed.job.name] = len(parts)
+            for slab in parts:
+                yield _Task(order, placed, slab)
+                order += 1
+
+    def _next(self) -> _Task | None:
+        with self._lock:
+            return None if self._errors or self._stopped() else next(self._tasks, None)
+
+    def _do(self, task: _Task, encoder: SlabEncoder) -> None:
+        job, slab = task.placed.job, task.slab
+        raw = encoder.read(job, slab)
+        with self._encoders:
+            encoded = encoder.encode(job, slab, raw, self._stopped)
+        if encoded is None:
+            return
+        row = job.n_bytes // job.n_rows
+        self._effects.write(encoded, task.placed.offset + slab.first_row * row)
+        reach("output.slab")
+        self._effects.advanced(job, encoded.nbytes)
+        with self._lock:
+            self._slabs_left[job.name] -= 1
+            finished = not self._slabs_left[job.name]
+        if finished:
+            self._effects.finished(job)
+
+
+class Syncer:
+    """A thread that syncs the file and then journals what was finished before the sync.
+
+    It works while others write, so that little is left to sync at the end. An error ends it: `finished` and
+    `close` raise it.
+    """
+
+    def __init__(self, descriptor: int, journal: durable.Journal) -> None:
+        self._descriptor = descriptor
+        self._journal = journal
+        self._waiting: list[str] = []
+        self._n_bytes = 0
+        self._closing = False
+        self._error: BaseException | None = None
+        self._wake = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="syncer")
+        self._thread.start()
+
+    def finished(self, job: TensorJob) -> None:
+        """Take note of a tensor that is written."""
+        with self._wake:
+            if self._error:
+                raise self._error
+            self._waiting.append(job.name)
+            self._n_bytes += job.n_bytes
+            if self._n_bytes >= SYNC_BYTES:
+                self._wake.notify()
+
+    def close(self) -> None:
+        """Return when all that is finished is durable."""
+        self._end()
+        self._sync()
+        if self._error:
+            raise self._error
+
+    def abandon(self) -> None:
+        """End without a last sync: what waits for one will be written again."""
+        self._end()
+
+    def _end(self) -> None:
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._error:
+            with self._wake:
+                self._wake.wait_for(lambda: self._closing or self._n_bytes >= SYNC_BYTES, SYNC_SECONDS)
+                if self._closing:
+                    return
+            self._sync()
+
+    def _sync(self) -> None:
+        with self._wake:
+            names, self._waiting, self._n_bytes = self._waiting, [], 0
+        if not names or self._error:
+            return
+        try:
+            durable.sync(self._descriptor)
+            reach("output.synced")
+            self._journal.append(*names)
+            reach("output.journaled")
+        except OSError as error:
+            with self._wake:
+                self._error = error
