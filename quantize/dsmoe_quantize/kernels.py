@@ -11,6 +11,7 @@ during every call, so threads run in parallel.
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -69,6 +70,14 @@ def library_path() -> Path:
         where="looked into the package's lib folder" if spec else "the package is not installed",
         remedy="reinstall it: pip install --force-reinstall llama-cpp-python",
     )
+
+
+def version() -> str:
+    """The version of the package the kernels come from: another one may encode the same weights otherwise."""
+    try:
+        return importlib.metadata.version("llama-cpp-python")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 @cache

@@ -9,8 +9,8 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from dsmoe_local.base.progress import Advanced, Finished, Listener, Started, ign
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.model.gguf_file import Field
 from dsmoe_local.model.gguf_writer import GgufPlan, PlannedTensor, plan_gguf, write_at
+from dsmoe_quantize import kernels
 from dsmoe_quantize.encode import TensorJob, check_job
 from dsmoe_quantize.errors import WeightError
 from dsmoe_quantize.part_file import PartFile
@@ -76,9 +77,12 @@ def write_output(
     with _disk_errors(out):
         out = _checked(out, sources)
         plan = plan_gguf(metadata, tensors)
+        fingerprint = {**fingerprint, "llama-cpp-python": kernels.version()}
+        before = _states(sources)
         with durable.locked(out), PartFile(out, plan, fingerprint, listen, force) as part:
             if not part.published:
                 _fill(part, plan, jobs, threads or n_cores(), listen, stop or threading.Event())
+                _refuse_changes(before, part)
                 reach("output.complete")
             part.publish(tensors)
             n_resumed = len(jobs) if part.published else len(part.done)
@@ -128,6 +132,24 @@ def _fill(
     syncer.close()
     durable.sync(part.descriptor)
     listen(Finished("encoding"))
+
+
+def _states(sources: Iterable[Path]) -> dict[Path, tuple[int, int, int]]:
+    """What tells one content of a file from another; files that are gone are left out."""
+    found: dict[Path, tuple[int, int, int]] = {}
+    for source in sources:
+        with suppress(FileNotFoundError):
+            status = source.stat()
+            found[source] = (status.st_ino, status.st_size, status.st_mtime_ns)
+    return found
+
+
+def _refuse_changes(before: Mapping[Path, tuple[int, int, int]], part: PartFile) -> None:
+    """FileError if a source is another file now than it was: the output would be a mixture."""
+    for source, state in _states(before).items():
+        if state != before[source]:
+            part.discard()
+            raise FileError("the source changed while it was read", where=source, remedy="run again")
 
 
 def _checked(out: Path, sources: Sequence[Path]) -> Path:

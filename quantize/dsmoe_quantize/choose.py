@@ -1,0 +1,161 @@
+"""Which type each tensor gets: --type, the wishes beside it, and fallbacks, each with its reason."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from dsmoe_local.base.errors import UsageError
+from dsmoe_local.base.text import safe_line
+from dsmoe_local.model.ggml import GgmlType, block_size, type_name
+from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.layout import Role, role_of
+from dsmoe_quantize.mixes import FALLBACKS, MixWalk, walk_order
+from dsmoe_quantize.recipes import Recipe
+from dsmoe_quantize.types import FloatType, TypeChoice, parse_target
+
+
+class TensorLike(Protocol):
+    """A tensor to choose a type for: `type` is what it is in an unquantized file, or in the source file."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def type(self) -> GgmlType: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """One --tensor-type: tensors whose whole name matches get this type."""
+
+    pattern: re.Pattern[str]
+    type: GgmlType
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What the user wants beside --type. The first override wins; `output` and `embedding` over all of them."""
+
+    overrides: tuple[Override, ...] = ()
+    output: GgmlType | None = None
+    embedding: GgmlType | None = None
+    pure: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The type of one tensor and why it is that; `is_fallback` if the blocks of the wanted one do not fit."""
+
+    name: str
+    type: GgmlType
+    reason: str = ""
+    is_fallback: bool = False
+
+
+def parse_override(text: str) -> Override:
+    """`REGEX=TYPE`. UsageError if it is not that."""
+    pattern, equals, word = text.rpartition("=")
+    if not equals or not pattern:
+        raise UsageError(
+            f"{safe_line(text, 60)!r} is not REGEX=TYPE",
+            remedy=r"write for example --tensor-type 'blk\.\d+\.attn_v\.weight=q8_0'",
+        )
+    try:
+        return Override(re.compile(pattern), parse_target(word))
+    except re.error as error:
+        raise UsageError(f"{safe_line(pattern, 60)!r} is not a regular expression: {error}") from error
+
+
+def choose_types(
+    tensors: Sequence[TensorLike], hp: Hyperparameters, choice: TypeChoice, wishes: Wishes | None = None
+) -> list[Choice]:
+    """The type of every tensor, in the order given.
+
+    Norms, routers, biases and other vectors keep the type they have, whatever is asked for. UsageError for a
+    --tensor-type that matches no other tensor, and for a recipe with --pure.
+    """
+    wishes = wishes or Wishes()
+    if wishes.pure and isinstance(choice, Recipe):
+        raise UsageError(
+            f"{choice.name} is a recipe of several types", remedy="--pure goes with a single one, as in q4_k"
+        )
+    chooser = _Chooser(hp, choice, wishes, [tensor.name for tensor in tensors])
+    chosen = {
+        tensor.name: chooser.choose(tensor)
+        for tensor in sorted(tensors, key=lambda each: walk_order(each.name))
+    }
+    for override in wishes.overrides:
+        if override.pattern.pattern not in chooser.matched:
+            raise UsageError(
+                f"--tensor-type {safe_line(override.pattern.pattern, 60)} matches no tensor it may change",
+                remedy="it must match a whole name; norms and routers never change; see dsmoe inspect",
+            )
+    return [chosen[tensor.name] for tensor in tensors]
+
+
+def may_change(tensor: TensorLike) -> bool:
+    """Whether a tensor is one that --type speaks of: a matrix of weights, and not a router."""
+    n_dimensions = len(tensor.shape) - next(
+        (i for i, size in enumerate(tensor.shape) if size > 1), len(tensor.shape) - 1
+    )
+    role = role_of(tensor.name)
+    return n_dimensions > 1 and role not in (None, Role.ROUTER, Role.NORM)
+
+
+class _Chooser:
+    """Chooses for one tensor after another, in llama.cpp's order."""
+
+    def __init__(self, hp: Hyperparameters, choice: TypeChoice, wishes: Wishes, names: list[str]) -> None:
+        self._choice = choice
+        self._wishes = wishes
+        self._tied = "output.weight" not in names
+        self._walk = None if isinstance(choice, FloatType | Recipe) else MixWalk(choice, hp, names)
+        self._fallbacks: Mapping[GgmlType, GgmlType] = (
+            choice.fallbacks if isinstance(choice, Recipe) else FALLBACKS
+        )
+        self.matched: set[str] = set()
+
+    def choose(self, tensor: TensorLike) -> Choice:
+        if not may_change(tensor):
+            return Choice(tensor.name, tensor.type, "never quantized")
+        wanted, reason = self._wish(tensor) or self._by_type(tensor)
+        return self._fitting(tensor, wanted, reason)
+
+    def _wish(self, tensor: TensorLike) -> tuple[GgmlType, str] | None:
+        override = next(
+            (each for each in self._wishes.overrides if each.pattern.fullmatch(tensor.name)), None
+        )
+        if override:
+            self.matched.add(override.pattern.pattern)
+        role = role_of(tensor.name)
+        if role is Role.EMBEDDING and self._wishes.embedding is not None:
+            return self._wishes.embedding, "--embedding-type"
+        is_output = role is Role.OUTPUT or (role is Role.EMBEDDING and self._tied)
+        if is_output and self._wishes.output is not None:
+            return self._wishes.output, "--output-type"
+        return (override.type, "--tensor-type") if override else None
+
+    def _by_type(self, tensor: TensorLike) -> tuple[GgmlType, str]:
+        if isinstance(self._choice, Recipe):
+            role = role_of(tensor.name)
+            assert role is not None  # may_change has seen to it
+            return self._choice.type_of(tensor.name, role, self._tied)
+        if self._walk is None or self._wishes.pure:
+            return self._choice.base, "--pure" if self._wishes.pure else ""
+        return self._walk.type_of(tensor.name, tensor.shape[-1])
+
+    def _fitting(self, tensor: TensorLike, wanted: GgmlType, reason: str) -> Choice:
+        columns = tensor.shape[-1]
+        if columns % block_size(wanted) == 0:
+            return Choice(tensor.name, wanted, reason)
+        kind = self._fallbacks.get(wanted, wanted)
+        if columns % block_size(kind):
+            kind = GgmlType.F16
+        why = f"{block_size(wanted)} does not divide {columns} columns: no {type_name(wanted)}"
+        return Choice(tensor.name, kind, f"{reason}; {why}" if reason else why, is_fallback=True)

@@ -1,0 +1,187 @@
+"""GGUF to GGUF: read a model, choose types, write it again. The steps are other modules'."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsmoe_local.base.errors import FileError
+from dsmoe_local.base.progress import Listener, ignore
+from dsmoe_local.model.cost import read_fraction
+from dsmoe_local.model.ggml import FLOATS, GgmlType, row_bytes, tensor_bytes, type_name
+from dsmoe_local.model.gguf_file import GgufFile, TensorInfo
+from dsmoe_local.model.gguf_model import read_model
+from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.layout import role_of
+from dsmoe_quantize.choose import Choice, Wishes, choose_types
+from dsmoe_quantize.encode import Bytes, TensorJob
+from dsmoe_quantize.errors import RequantizeError
+from dsmoe_quantize.output import Summary, write_output
+from dsmoe_quantize.types import TypeChoice, known_words, metadata_with_type
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What becomes of one tensor."""
+
+    source: TensorInfo
+    choice: Choice
+
+    @property
+    def n_bytes(self) -> int:
+        """Its size in the new file."""
+        return tensor_bytes(self.choice.type, self.source.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A quantization before it is done, and what it will cost."""
+
+    file: GgufFile
+    hp: Hyperparameters
+    type: TypeChoice
+    changes: Sequence[Change]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(change.n_bytes for change in self.changes)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Average over all weights."""
+        return 8 * self.n_bytes / sum(change.source.n_weights for change in self.changes)
+
+    @property
+    def n_bytes_per_token(self) -> float:
+        """Weight bytes that the decoding of one token reads."""
+        roles = ((change.n_bytes, role_of(change.source.name)) for change in self.changes)
+        return sum(n_bytes * (read_fraction(self.hp, role) if role else 1.0) for n_bytes, role in roles)
+
+    @property
+    def n_fallbacks(self) -> int:
+        """Tensors whose columns do not take the blocks of the type wanted."""
+        return sum(change.choice.is_fallback for change in self.changes)
+
+
+def plan_quantization(
+    source: Path, choice: TypeChoice, wishes: Wishes | None = None, *, allow_requantize: bool = False
+) -> Plan:
+    """Read `source` and choose a type for each tensor; nothing is written.
+
+    Raises FileError or FormatError for the file, UsageError for wishes that cannot be met, RequantizeError if
+    tensors that are quantized already would be quantized again without `allow_requantize`.
+    """
+    file, hp = read_model(source)
+    tensors = list(file.tensors.values())
+    chosen = choose_types(tensors, hp, choice, wishes)
+    changes = [Change(tensor, each) for tensor, each in zip(tensors, chosen, strict=True)]
+    again = [change for change in changes if _is_second_loss(change)]
+    if again and not allow_requantize:
+        first = again[0]
+        raise RequantizeError(
+            f"{len(again)} tensors are quantized already",
+            where=f"{first.source.name} is {type_name(first.source.type)}, wanted {type_name(first.choice.type)}",
+            remedy="start from the unquantized file, or lose quality twice with --allow-requantize",
+        )
+    return Plan(file, hp, choice, changes)
+
+
+def quantize_file(
+    plan: Plan,
+    out: Path,
+    *,
+    threads: int = 0,
+    force: bool = False,
+    listen: Listener = ignore,
+    stop: threading.Event | None = None,
+) -> Summary:
+    """Carry out `plan`. Resumable, and complete or not at all, as `write_output` says; raises what it raises."""
+    path = plan.file.path
+    with _opened(path) as descriptor:
+        jobs = [
+            TensorJob(
+                each.source.name, each.source.shape, each.choice.type, GgufRows(path, descriptor, each.source)
+            )
+            for each in plan.changes
+        ]
+        return write_output(
+            out,
+            metadata_with_type(plan.file.metadata, plan.type),
+            jobs,
+            _fingerprint(plan, descriptor),
+            sources=[path],
+            threads=threads,
+            force=force,
+            listen=listen,
+            stop=stop,
+        )
+
+
+def default_output(source: Path, choice: TypeChoice) -> Path:
+    """`<name>-<TYPE>.gguf` in the current folder; a type that the source's name ends in is replaced."""
+    words = "|".join(map(re.escape, known_words()))
+    name = re.sub(rf"[-._]({words})$", "", source.stem, flags=re.IGNORECASE)
+    return Path(f"{name}-{choice.name}.gguf")
+
+
+@dataclass(frozen=True, slots=True)
+class GgufRows:
+    """The rows of one tensor of an open GGUF file. Reads, never maps: a mapped file counts as our memory."""
+
+    path: Path
+    descriptor: int
+    info: TensorInfo
+
+    @property
+    def type(self) -> GgmlType:
+        """How the rows are stored."""
+        return self.info.type
+
+    def read(self, first_row: int, n_rows: int, scratch: Bytes) -> Bytes:
+        """The rows, in `scratch`. FileError if the file cannot be read or has become shorter."""
+        row = row_bytes(self.info.type, self.info.shape[-1])
+        rows = scratch[: n_rows * row]
+        view, offset = rows.data, self.info.offset + first_row * row
+        while view:
+            try:
+                n_read = os.preadv(self.descriptor, [view], offset)
+            except OSError as error:
+                raise FileError(f"cannot read the model: {error.strerror}", where=self.path) from error
+            if not n_read:
+                raise FileError("the model file became shorter while it was read", where=self.path)
+            view, offset = view[n_read:], offset + n_read
+        return rows
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise FileError(f"cannot read the model: {error.strerror}", where=path) from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _is_second_loss(change: Change) -> bool:
+    return change.source.type not in FLOATS and change.choice.type is not change.source.type
+
+
+def _fingerprint(plan: Plan, descriptor: int) -> dict[str, object]:
+    """What decides the bytes of the output."""
+    status = os.fstat(descriptor)
+    types = "\n".join(f"{each.source.name} {type_name(each.choice.type)}" for each in plan.changes)
+    return {
+        "the source": [status.st_size, status.st_mtime_ns, status.st_ino],
+        "the type": plan.type.name,
+        "the tensors' types": hashlib.sha256(types.encode()).hexdigest(),
+    }

@@ -1,0 +1,87 @@
+"""What the word after --type means: a float type, one of llama.cpp's mixes, or a recipe of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from gguf.constants import GGML_QUANT_VERSION, GGUFValueType
+
+from dsmoe_local.base.errors import UsageError
+from dsmoe_local.base.text import safe_line
+from dsmoe_local.model.ggml import GgmlType, parse_type, type_name
+from dsmoe_local.model.gguf_file import Field
+from dsmoe_quantize import kernels
+from dsmoe_quantize.mixes import ALIASES, MIXES, Mix
+from dsmoe_quantize.recipes import RECIPES, Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class FloatType:
+    """Every matrix in one float type; norms and routers stay as they are."""
+
+    name: str
+    file_type: int
+    base: GgmlType
+
+
+TypeChoice: TypeAlias = FloatType | Mix | Recipe
+"""What --type resolves to. All have a `name`, for file names, and a `file_type`, llama.cpp's number."""
+
+FLOAT_TYPES: Mapping[str, FloatType] = {
+    "F32": FloatType("F32", 0, GgmlType.F32),
+    "F16": FloatType("F16", 1, GgmlType.F16),
+    "BF16": FloatType("BF16", 32, GgmlType.BF16),
+}
+
+
+def known_words() -> list[str]:
+    """Every word that `resolve` takes, as it is best written."""
+    return [*RECIPES, *MIXES, *ALIASES, *(name.lower() for name in FLOAT_TYPES)]
+
+
+def resolve(word: str) -> TypeChoice:
+    """The choice called `word`, in any case. UsageError, listing all, if there is none."""
+    upper = word.upper()
+    mix = MIXES.get(ALIASES.get(upper, upper))
+    choice = RECIPES.get(word.lower()) or mix or FLOAT_TYPES.get(upper)
+    if choice is None:
+        raise UsageError(
+            f"{safe_line(word, 40)!r} is not a type", remedy=f"known: {', '.join(known_words())}"
+        )
+    return choice
+
+
+def resolve_float(kind: GgmlType) -> FloatType:
+    """The choice that keeps weights in the float type `kind`."""
+    return FLOAT_TYPES[type_name(kind)]
+
+
+def parse_target(word: str) -> GgmlType:
+    """The ggml type called `word`, if weights can be encoded in it. UsageError if not."""
+    kind = parse_type(word)
+    if kind not in kernels.WRITABLE:
+        known = ", ".join(type_name(each).lower() for each in GgmlType if each in kernels.WRITABLE)
+        raise UsageError(f"no weights can be encoded as {type_name(kind)} here", remedy=f"known: {known}")
+    return kind
+
+
+def metadata_with_type(metadata: Mapping[str, Field], choice: TypeChoice) -> dict[str, Field]:
+    """`metadata` as a file of this type has it, as llama_model_quantize writes it.
+
+    The two keys about quantization move to the end, and keys about being one of several shards go: the
+    converter and the quantizer both use this, and so write the same bytes.
+    """
+    dropped = (
+        "general.quantization_version",
+        "general.file_type",
+        "split.no",
+        "split.count",
+        "split.tensors.count",
+    )
+    kept = {key: field for key, field in metadata.items() if key not in dropped}
+    return kept | {
+        "general.quantization_version": Field(GGML_QUANT_VERSION, GGUFValueType.UINT32),
+        "general.file_type": Field(choice.file_type, GGUFValueType.UINT32),
+    }
