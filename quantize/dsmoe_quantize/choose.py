@@ -40,7 +40,7 @@ class Override:
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """What the user wants beside --type. The first override wins; `output` and `embedding` over all of them."""
+    """What the user wants beside --type. The first override wins; `output` and `embedding` beat them all."""
 
     overrides: tuple[Override, ...] = ()
     output: GgmlType | None = None
@@ -101,11 +101,9 @@ def choose_types(
 
 def may_change(tensor: TensorLike) -> bool:
     """Whether a tensor is one that --type speaks of: a matrix of weights, and not a router."""
-    n_dimensions = len(tensor.shape) - next(
-        (i for i, size in enumerate(tensor.shape) if size > 1), len(tensor.shape) - 1
-    )
+    is_vector = all(size == 1 for size in tensor.shape[:-1])
     role = role_of(tensor.name)
-    return n_dimensions > 1 and role not in (None, Role.ROUTER, Role.NORM)
+    return not is_vector and role not in (None, Role.ROUTER, Role.NORM)
 
 
 class _Chooser:

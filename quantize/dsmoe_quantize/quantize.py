@@ -87,7 +87,7 @@ def plan_quantization(
         first = again[0]
         raise RequantizeError(
             f"{len(again)} tensors are quantized already",
-            where=f"{first.source.name} is {type_name(first.source.type)}, wanted {type_name(first.choice.type)}",
+            where=f"{first.source.name}: {type_name(first.source.type)} to {type_name(first.choice.type)}",
             remedy="start from the unquantized file, or lose quality twice with --allow-requantize",
         )
     return Plan(file, hp, choice, changes)
@@ -102,7 +102,7 @@ def quantize_file(
     listen: Listener = ignore,
     stop: threading.Event | None = None,
 ) -> Summary:
-    """Carry out `plan`. Resumable, and complete or not at all, as `write_output` says; raises what it raises."""
+    """Carry out `plan`. Resumable, and complete or not at all: see `write_output`, also for what it raises."""
     path = plan.file.path
     with _opened(path) as descriptor:
         jobs = [

@@ -32,7 +32,7 @@ class Recipe:
     fallbacks: Mapping[GgmlType, GgmlType]
 
     def type_of(self, name: str, role: Role, tied: bool) -> tuple[GgmlType, str]:
-        """The type of a tensor before any fallback, and why it is that. `tied`: the embedding is the output."""
+        """The type before any fallback, and why it is that. `tied`: the embedding is the output too."""
         if role is Role.EMBEDDING and tied:
             return self.types[Role.OUTPUT], "tied embedding"
         if role in self.down and _DOWN.search(name):
