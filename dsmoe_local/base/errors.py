@@ -18,21 +18,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dsmoe_local.base.text import safe_line
+
+_LINE_LIMIT = 400
+
 
 class DsmoeError(Exception):
     """An error that a user can act on.
 
-    `what` went wrong, `where` (file, field, tensor) and the `remedy`, one line each; `where` and `remedy` may
-    be empty.
+    `what` went wrong, `where` (file, field, tensor) and the `remedy`, one line each, made safe to print here;
+    `where` and `remedy` may be empty.
     """
 
     exit_code = 1
 
     def __init__(self, what: str, *, where: str | Path = "", remedy: str = "") -> None:
         super().__init__(what)
-        self.what = what
-        self.where = str(where)
-        self.remedy = remedy
+        self.what = safe_line(what, _LINE_LIMIT)
+        self.where = safe_line(str(where), _LINE_LIMIT)
+        self.remedy = safe_line(remedy, _LINE_LIMIT)
 
     def __str__(self) -> str:
         return "\n".join(line for line in (self.what, self.where, self.remedy) if line)

@@ -1,0 +1,98 @@
+"""Durable files: what is on disk after a crash, and who may write."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dsmoe_local.base import durable
+from dsmoe_local.base.errors import FileError, LockedError, NoSpaceError
+
+
+def test_same_file_sees_through_links(tmp_path: Path) -> None:
+    """Guards against emptying the input through a second name for it."""
+    file = tmp_path / "a"
+    file.write_bytes(b"x")
+    (tmp_path / "soft").symlink_to(file)
+    os.link(file, tmp_path / "hard")
+    (tmp_path / "copy").write_bytes(b"x")
+    assert durable.same_file(file, tmp_path / "soft")
+    assert durable.same_file(file, tmp_path / "hard")
+    assert not durable.same_file(file, tmp_path / "copy")
+    assert not durable.same_file(file, tmp_path / "absent")
+
+
+def test_failed_write_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a full disk costing the file that was there."""
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+
+    def fail(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(durable, "sync", fail)
+    with pytest.raises(OSError, match="space"):
+        durable.write_file(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+
+
+def test_write_file_replaces(tmp_path: Path) -> None:
+    """Guards the mode and the content of small files."""
+    path = tmp_path / "a"
+    durable.write_file(path, b"secret", mode=0o600)
+    assert path.read_bytes() == b"secret"
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_second_process_is_told_the_lock(tmp_path: Path) -> None:
+    """Guards against two runs writing one output."""
+    code = (
+        "import sys, pathlib; from dsmoe_local.base.durable import locked\n"
+        "with locked(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    output = tmp_path / "model.gguf"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(output)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(LockedError) as caught, durable.locked(output):
+            pass
+        assert ".model.gguf.lock" in str(caught.value)
+        holder.kill()
+    with durable.locked(output):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_journal_cuts_a_torn_line(tmp_path: Path) -> None:
+    """Guards against trusting a line that was being written when the power went."""
+    path = tmp_path / "journal"
+    with durable.Journal(path) as journal:
+        journal.append({"a": 1}, "b")
+    with path.open("ab") as file:
+        file.write(b'{"half": ')
+    with durable.Journal(path) as journal:
+        assert journal.entries == [{"a": 1}, "b"]
+        journal.append("c")
+    assert path.read_bytes() == b'{"a":1}\n"b"\n"c"\n'
+
+
+def test_journal_refuses_damage(tmp_path: Path) -> None:
+    """Guards against skipping over garbage in the middle."""
+    path = tmp_path / "journal"
+    path.write_bytes(b'"a"\nxx\n"b"\n')
+    with pytest.raises(FileError, match="damaged"):
+        durable.Journal(path)
+
+
+def test_too_little_space_is_said_before_work(tmp_path: Path) -> None:
+    """Guards against finding out after an hour."""
+    durable.require_space(tmp_path, 1)
+    with pytest.raises(NoSpaceError, match="not enough disk space"):
+        durable.require_space(tmp_path, 1 << 60)

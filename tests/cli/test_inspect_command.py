@@ -1,0 +1,136 @@
+"""`dsmoe inspect` and the command line's own behaviour."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.raw_gguf import STRING, KeyValue, tiny_model
+
+from dsmoe_local.base.errors import MissingExtraError, missing_extra
+from dsmoe_local.cli.main import COMMANDS, load_command
+from dsmoe_local.model.presets import PRESETS
+
+
+def dsmoe(*arguments: str, **options: str) -> subprocess.CompletedProcess[str]:
+    code = "from dsmoe_local.cli.main import dsmoe; dsmoe()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_inspect_a_file_as_json(tmp_path: Path) -> None:
+    """Guards the figures a script reads: sizes are those of the file."""
+    path = tiny_model().write(tmp_path / "tiny.gguf")
+    done = dsmoe("inspect", str(path), "--json")
+    report = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert report["parameters"]["total"] == sum(tensor.n_bytes // 4 for tensor in tiny_model().tensors)
+    assert report["bytes"] == 4 * report["parameters"]["total"]
+    assert report["roles"]["routed experts"]["bytes_read_per_token"] == 3 * 2 * 64 * 32 * 4
+    assert report["tokenizer"]["n_tokens"] == 8
+    assert report["flops_4k_paper"] is None
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_inspect_every_preset(name: str) -> None:
+    """Guards the preset names that the help lists, and the paper's figure beside the real one."""
+    from dsmoe_local.model.report import as_json, report_on
+
+    report = as_json(report_on(name))
+    assert report["flops_4k_paper"] > 0
+    assert name in (load_command("inspect").help or "")
+
+
+def test_inspect_a_folder_with_only_a_config(tmp_path: Path) -> None:
+    """Guards the look at a model before 33 GB are downloaded."""
+    from dsmoe_local.model.config_json import config_values
+
+    config = config_values(PRESETS["deepseekmoe-16b"].hp, torch_dtype="float16")
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    done = dsmoe("inspect", str(tmp_path))
+    assert done.returncode == 0
+    assert "2 shared + 6 of 64 routed" in done.stdout
+    assert "74.4T as the paper counts" in done.stdout
+    assert "F16" in done.stdout
+
+
+def test_names_in_a_file_are_not_markup_and_not_escapes(tmp_path: Path) -> None:
+    """Guards the terminal and Rich against a model's name."""
+    name = KeyValue("general.name", STRING, "[bold red]x[/]\x1b[2J")
+    done = dsmoe("inspect", str(tiny_model().with_value(name).write(tmp_path / "a.gguf")))
+    assert "[bold red]x[/]␛[2J" in done.stdout
+    assert "\x1b" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("inspect", "nowhere.gguf"), 2),
+        (("inspect",), 2),
+        (("inspect", "--bogus", "x"), 2),
+        (("nonsense",), 2),
+    ],
+)
+def test_mistakes_are_short(arguments: tuple[str, ...], code: int) -> None:
+    """Guards against tracebacks: at most three lines on stderr, and the exit status of a usage error."""
+    done = dsmoe(*arguments)
+    assert done.returncode == code
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) <= 3
+
+
+def test_a_damaged_file_is_a_short_error(tmp_path: Path) -> None:
+    """Guards the way of a FormatError to the user."""
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(b"GGUF" + bytes(100))
+    done = dsmoe("inspect", str(path))
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: damaged GGUF file")
+    assert len(done.stderr.splitlines()) <= 3
+    assert "Traceback" in dsmoe("inspect", str(path), "--debug").stderr
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """Guards the 0.3 s of `dsmoe --help`: neither numpy nor torch nor llama_cpp nor Rich."""
+    code = (
+        "import sys; sys.argv = ['dsmoe', '--help']\n"
+        "from dsmoe_local.cli.main import group\n"
+        "try: group()\nexcept SystemExit: pass\n"
+        "print(sorted({'numpy', 'torch', 'llama_cpp', 'rich', 'gguf'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    for name, entry in COMMANDS.items():
+        assert f"  {name}" in done.stdout
+        assert entry.summary in done.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_and_debug(name: str) -> None:
+    """Guards the table of commands against modules that are not there."""
+    command = load_command(name)
+    assert command.help
+    assert any(parameter.name == "debug" for parameter in command.params)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts(shell: str) -> None:
+    """Guards shell completion of all five programs."""
+    done = dsmoe("completion", shell)
+    assert done.returncode == 0
+    for program in ("dsmoe", "dsmoe-convert", "dsmoe-quantize", "dsmoe-chat", "dsmoe-batch"):
+        assert f"_{program.replace('-', '_').upper()}_COMPLETE" in done.stdout
+
+
+def test_a_missing_extra_is_one_line() -> None:
+    """Guards the message of a laptop without torch: it names the extra to install."""
+    with pytest.raises(MissingExtraError) as caught, missing_extra("convert"):
+        import a_package_that_is_not_there  # type: ignore[import-not-found]  # noqa: F401
+    assert str(caught.value) == (
+        "this needs the package a_package_that_is_not_there: pip install 'dsmoe-local[convert]'"
+    )

@@ -1,0 +1,183 @@
+"""The strict reader: correct files pass, each kind of damage is refused with a short message."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.raw_gguf import (
+    ARRAY,
+    BOOL,
+    FLOAT32,
+    INT32,
+    Q8_0,
+    STRING,
+    UINT32,
+    KeyValue,
+    RawGguf,
+    Tensor,
+    tiny_model,
+)
+
+from dsmoe_local.base.errors import FileError, FormatError
+from dsmoe_local.model.gguf_file import read_gguf
+from dsmoe_local.model.gguf_model import read_model
+
+GOOD = tiny_model()
+NAME = KeyValue("general.name", STRING, "x")
+ONE = Tensor("a", (32,))
+
+STRUCTURE = {
+    "empty file": RawGguf(magic=b"", cut=20),
+    "other magic": replace(GOOD, magic=b"GGML"),
+    "version 1": replace(GOOD, version=1),
+    "big-endian": replace(GOOD, version=3 << 24),
+    "2^40 tensors": replace(GOOD, n_tensors=1 << 40),
+    "2^63 fields": replace(GOOD, n_values=1 << 63),
+    "one tensor too many": replace(RawGguf([NAME], [ONE], n_tensors=2), data=b""),
+    "truncated data": replace(GOOD, cut=100),
+    "truncated header": RawGguf([NAME], cut=40),
+    "duplicate key": RawGguf([NAME, NAME]),
+    "empty key": RawGguf([KeyValue("", STRING, "x")]),
+    "unknown type": RawGguf([KeyValue("a", 0, 1), replace(NAME, kind=STRING)], version=3).with_value(
+        KeyValue("b", ARRAY, [], 77)
+    ),
+    "boolean 2": RawGguf([KeyValue("a", BOOL, 2)]),
+    "boolean 2 in an array": RawGguf([KeyValue("a", ARRAY, [0, 2], BOOL)]),
+    "nested array": RawGguf([KeyValue("a", ARRAY, [], ARRAY)]),
+    "array of 2^40 numbers": RawGguf([KeyValue("a", ARRAY, [1], UINT32, count=1 << 40)]),
+    "array of 2^40 strings": RawGguf([KeyValue("a", ARRAY, ["x"], STRING, count=1 << 40)]),
+    "array one string short": RawGguf([KeyValue("a", ARRAY, ["x", "y"], STRING, count=12)]),
+    "not UTF-8": RawGguf([KeyValue("a", STRING, b"\xff\xfe")]),
+    "not UTF-8 in an array": RawGguf([KeyValue("a", ARRAY, [b"ok", b"\xff"], STRING)]),
+    "alignment 3": RawGguf([KeyValue("general.alignment", UINT32, 3)], [ONE]),
+    "alignment 0": RawGguf([KeyValue("general.alignment", UINT32, 0)], [ONE]),
+    "alignment as text": RawGguf([KeyValue("general.alignment", STRING, "32")], [ONE]),
+    "duplicate tensor": RawGguf([], [ONE, ONE]),
+    "overlapping tensors": RawGguf([], [Tensor("a", (32,)), Tensor("b", (32,), offset=64)]),
+    "tensor past the end": RawGguf([], [Tensor("a", (32,), offset=1 << 50)], data=bytes(128)),
+    "unaligned tensor": RawGguf([], [Tensor("a", (32,), offset=4)], data=bytes(256)),
+    "no dimensions": RawGguf([], [Tensor("a", ())]),
+    "five dimensions": RawGguf([], [Tensor("a", (1, 1, 1, 1, 1))]),
+    "zero columns": RawGguf([], [Tensor("a", (0, 4))]),
+    "2^62 rows": RawGguf([], [Tensor("a", (32, 1 << 62), n_dimensions=2)], data=bytes(128)),
+    "overflowing shape": RawGguf([], [Tensor("a", (1 << 33, 1 << 33))], data=bytes(128)),
+    "unknown tensor type": RawGguf([], [Tensor("a", (32,), kind=99)], data=bytes(128)),
+    "columns no block divides": RawGguf([], [Tensor("a", (33,), kind=Q8_0)], data=bytes(128)),
+    "long tensor name": RawGguf([], [Tensor("a" * 64, (32,))]),
+}
+
+
+def check_refused(path: Path) -> None:
+    with pytest.raises(FormatError) as caught:
+        read_model(path)
+    message = str(caught.value)
+    assert len(message.splitlines()) <= 3
+    assert str(path) in message
+
+
+@pytest.mark.parametrize("name", STRUCTURE)
+def test_structural_damage_is_refused(tmp_path: Path, name: str) -> None:
+    """Guards llama.cpp against files that it aborts on or silently accepts."""
+    path = STRUCTURE[name].write(tmp_path / "bad.gguf")
+    with pytest.raises(FormatError) as caught:
+        read_gguf(path)
+    assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_a_good_file_passes(tmp_path: Path) -> None:
+    """Guards against strictness that refuses correct files, and against swapped dimensions."""
+    file, hp = read_model(GOOD.write(tmp_path / "good.gguf"))
+    assert (hp.n_layers, hp.n_routed_experts, hp.n_experts_per_token, hp.n_vocab) == (2, 4, 2, 8)
+    assert hp.rms_norm_eps == 1e-6
+    assert file.tensors["blk.1.ffn_down_exps.weight"].shape == (4, 64, 32)
+    assert list(file.tensors) == [tensor.name for tensor in GOOD.tensors]
+
+
+def number(key: str, value: float, kind: int = UINT32) -> RawGguf:
+    return GOOD.with_value(KeyValue(f"deepseek.{key}", kind, value))
+
+
+def token_id(name: str, value: int, kind: int = UINT32) -> RawGguf:
+    return GOOD.with_value(KeyValue(f"tokenizer.ggml.{name}_token_id", kind, value))
+
+
+MEANING = {
+    "no architecture": GOOD.without("general.architecture"),
+    "other architecture": GOOD.with_value(KeyValue("general.architecture", STRING, "qwen2")),
+    "0 layers": number("block_count", 0),
+    "513 layers": number("block_count", 513),
+    "layers as int32": number("block_count", 2, INT32),
+    "0 experts used": number("expert_used_count", 0),
+    "more used than there are": number("expert_used_count", 5),
+    "no shared experts": GOOD.without("deepseek.expert_shared_count"),
+    "all layers dense": number("leading_dense_block_count", 2),
+    "eps NaN": number("attention.layer_norm_rms_epsilon", float("nan"), FLOAT32),
+    "eps negative": number("attention.layer_norm_rms_epsilon", -1.0, FLOAT32),
+    "eps infinite": number("attention.layer_norm_rms_epsilon", float("inf"), FLOAT32),
+    "context 0": number("context_length", 0),
+    "heads 0": number("attention.head_count", 0),
+    "heads 5": number("attention.head_count", 5),
+    "kv heads 3": number("attention.head_count_kv", 3),
+    "sigmoid gating": number("expert_gating_func", 2),
+    "normalised weights": number("expert_weights_norm", 1, BOOL),
+    "unknown rotary scaling": GOOD.with_value(KeyValue("deepseek.rope.scaling.type", STRING, "dynamic")),
+    "missing tensor": GOOD.without_tensor("blk.1.ffn_gate_inp.weight"),
+    "extra tensor": GOOD.with_tensor(Tensor("blk.1.attn_output.bias", (64,))),
+    "wrong shape": GOOD.with_tensor(Tensor("blk.1.ffn_gate_inp.weight", (64, 8))),
+    "wrong rank": GOOD.with_tensor(Tensor("blk.1.ffn_gate_exps.weight", (64, 128))),
+    "integer weights": GOOD.with_tensor(Tensor("blk.0.attn_q.weight", (64, 64), kind=26)),
+    "bos out of range": token_id("bos", 8),
+    "eos negative": token_id("eos", -1, INT32),
+    "no tokens": GOOD.without("tokenizer.ggml.tokens"),
+    "no merges": GOOD.without("tokenizer.ggml.merges"),
+    "tokens are numbers": GOOD.with_value(KeyValue("tokenizer.ggml.tokens", ARRAY, [1] * 8, INT32)),
+    "a token twice": GOOD.with_value(KeyValue("tokenizer.ggml.tokens", ARRAY, ["a"] * 8, STRING)),
+    "too few token types": GOOD.with_value(KeyValue("tokenizer.ggml.token_type", ARRAY, [1], INT32)),
+    "a merge without a space": GOOD.with_value(KeyValue("tokenizer.ggml.merges", ARRAY, ["ab"], STRING)),
+    "unknown tokenizer": GOOD.with_value(KeyValue("tokenizer.ggml.model", STRING, "bert")),
+}
+
+
+@pytest.mark.parametrize("name", MEANING)
+def test_senseless_values_are_refused(tmp_path: Path, name: str) -> None:
+    """Guards llama.cpp against values that it aborts on or computes nonsense with."""
+    check_refused(MEANING[name].write(tmp_path / "bad.gguf"))
+
+
+def test_metadata_cannot_forge_a_message(tmp_path: Path) -> None:
+    """Guards the terminal against escape sequences and newlines in a file's own names."""
+    evil = KeyValue("general.architecture", STRING, "x\x1b[2J\nerror: all is well")
+    with pytest.raises(FormatError) as caught:
+        read_model(GOOD.with_value(evil).write(tmp_path / "evil.gguf"))
+    assert "\x1b" not in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_absent_file_and_folder(tmp_path: Path) -> None:
+    """Guards the message for a path that is wrong."""
+    with pytest.raises(FileError, match="No such file"):
+        read_gguf(tmp_path / "absent.gguf")
+    with pytest.raises(FileError, match="directory"):
+        read_gguf(tmp_path)
+
+
+BYTES = GOOD.encode()
+
+
+@settings(max_examples=300, deadline=None)
+@given(position=st.integers(0, 3000), value=st.integers(0, 255), cut=st.integers(0, 3000))
+def test_any_damage_is_an_error_or_harmless(
+    tmp_path_factory: pytest.TempPathFactory, position: int, value: int, cut: int
+) -> None:
+    """Guards against crashes of the reader itself on arbitrary bytes."""
+    path = tmp_path_factory.getbasetemp() / "fuzz.gguf"
+    damaged = bytearray(BYTES[: len(BYTES) - cut])
+    damaged[position] = value
+    path.write_bytes(damaged)
+    with suppress(FormatError):
+        read_model(path)
