@@ -1,0 +1,29 @@
+"""What can go wrong between a request and its reply, as branches of the error tree. Raises nothing itself."""
+
+from __future__ import annotations
+
+from dsmoe_local.base.errors import DsmoeError
+
+
+class EngineError(DsmoeError):
+    """The engine cannot do what it was asked."""
+
+
+class ModelLoadError(EngineError):
+    """llama.cpp refused a model that the strict reader accepted; `where` carries its own last word."""
+
+
+class OutOfMemoryError(EngineError):
+    """Not even the smallest context fits into the memory that is available."""
+
+
+class TemplateError(EngineError):
+    """A chat template is malformed, refuses the messages, or needs too much time or room."""
+
+
+class PromptError(EngineError):
+    """A prompt that cannot be read: too long for the context, empty, or one endless word."""
+
+
+class NativeError(EngineError):
+    """llama.cpp failed in the middle of the work."""

@@ -1,0 +1,171 @@
+"""From options to a session: the strict reader, the memory plan, llama.cpp's own load, told as progress."""
+
+from __future__ import annotations
+
+import threading
+
+from dsmoe_local.base import progress
+from dsmoe_local.base.errors import UsageError
+from dsmoe_local.base.text import safe_line
+from dsmoe_local.engine import native
+from dsmoe_local.engine.generation import Session
+from dsmoe_local.engine.machine import available_memory, physical_cores
+from dsmoe_local.engine.memory import BufferOptions, plan_memory
+from dsmoe_local.engine.prompt import PromptEncoder
+from dsmoe_local.engine.template import ChatTemplate, choose_template
+from dsmoe_local.engine.types import ModelInfo, ModelOptions
+from dsmoe_local.model.gguf_file import GgufFile
+from dsmoe_local.model.gguf_model import read_model
+from dsmoe_local.model.hyperparameters import Hyperparameters
+
+_SMALLEST_REQUEST = 32
+
+
+def load_session(options: ModelOptions, listen: progress.Listener, stop: threading.Event) -> Session:
+    """See `Engine.load`."""
+    _check(options)
+    file, hp = read_model(options.path)
+    n_experts = _n_experts(options, hp)
+    n_gpu_layers = _n_gpu_layers(options, listen)
+    buffers = BufferOptions(
+        min(options.n_ubatch, options.n_batch),
+        options.flash_attention != "off",
+        options.cache_type_k,
+        options.cache_type_v,
+    )
+    plan = plan_memory(
+        hp,
+        buffers,
+        # What lies on a GPU is not this machine's memory; the placement itself is llama.cpp's.
+        weights=0 if n_gpu_layers else sum(tensor.n_bytes for tensor in file.tensors.values()),
+        available=available_memory(),
+        requested=options.n_context,
+    )
+    for note in plan.notes:
+        listen(progress.Note(note))
+    if plan.n_context > hp.n_context:
+        listen(
+            progress.Note(f"the model was trained for {hp.n_context} tokens of context, not {plan.n_context}")
+        )
+    template = _template(options, file, hp)
+    model = _load_model(options, file, hp, n_gpu_layers, plan.paged, listen, stop)
+    try:
+        threads = options.n_threads or physical_cores()
+        n_batch = min(options.n_batch, plan.n_context)
+        context = native.Context(
+            model,
+            native.ContextOptions(
+                n_context=plan.n_context,
+                n_batch=n_batch,
+                n_ubatch=min(options.n_ubatch, n_batch),
+                n_threads=threads,
+                n_threads_batch=options.n_threads_batch or threads,
+                flash_attention=options.flash_attention,
+                cache_type_k=options.cache_type_k,
+                cache_type_v=options.cache_type_v,
+            ),
+        )
+    except BaseException:
+        model.close()
+        raise
+    chosen = None
+    if template is not None:
+        text, source = template
+        chosen = ChatTemplate(text, source, bos=model.text_of(model.bos), eos=model.text_of(model.eos))
+    info = ModelInfo(
+        path=options.path,
+        name=safe_line(hp.name, 60) or safe_line(options.path.stem, 60),
+        architecture=hp.architecture,
+        n_context=plan.n_context,
+        n_context_trained=hp.n_context,
+        n_vocab=model.n_vocab,
+        n_parameters=model.n_parameters,
+        n_bytes=model.n_bytes,
+        n_routed_experts=hp.n_routed_experts,
+        n_experts_per_token=n_experts or hp.n_experts_per_token,
+        n_threads=threads,
+        template=chosen.source if chosen else None,
+    )
+    return Session(info, model, context, PromptEncoder(model, chosen, plan.n_context))
+
+
+def _check(options: ModelOptions) -> None:
+    """The options that need no model to be wrong."""
+    native.check_modes(options.cache_type_k, options.cache_type_v, options.flash_attention)
+    for flag, value, least in (
+        ("-c", options.n_context, _SMALLEST_REQUEST),
+        ("-b", options.n_batch, 1),
+        ("-ub", options.n_ubatch, 1),
+        ("-t", options.n_threads, 1),
+        ("-tb", options.n_threads_batch, 1),
+    ):
+        if value is not None and not least <= value < 1 << 24:
+            raise UsageError(f"{flag} {value} is out of range", remedy=f"it takes {least} or more")
+
+
+def _n_experts(options: ModelOptions, hp: Hyperparameters) -> int | None:
+    wanted = options.n_experts_per_token
+    if wanted is None:
+        return None
+    if not hp.is_moe:
+        raise UsageError("--active-experts: the model is dense, it has no experts", where=str(options.path))
+    if not 1 <= wanted <= hp.n_routed_experts:
+        raise UsageError(
+            f"--active-experts {wanted} is out of range",
+            where=str(options.path),
+            remedy=f"the model has {hp.n_routed_experts} routed experts and uses {hp.n_experts_per_token}",
+        )
+    return wanted
+
+
+def _n_gpu_layers(options: ModelOptions, listen: progress.Listener) -> int:
+    """llama.cpp's number: -1 is all. Without a GPU 0, said once if layers were asked for."""
+    wanted = options.n_gpu_layers
+    if native.gpu_names():
+        return -1 if wanted is None else wanted
+    if wanted:
+        listen(progress.Note("no GPU in this build of llama.cpp: -ngl has no effect"))
+    return 0
+
+
+def _template(options: ModelOptions, file: GgufFile, hp: Hyperparameters) -> tuple[str, str] | None:
+    own = file.get("tokenizer.chat_template")
+    return choose_template(
+        options.chat_template,
+        own if isinstance(own, str) else None,
+        architecture=hp.architecture,
+        name=f"{hp.name} {options.path.stem}",
+    )
+
+
+def _load_model(
+    options: ModelOptions,
+    file: GgufFile,
+    hp: Hyperparameters,
+    n_gpu_layers: int,
+    paged: bool,
+    listen: progress.Listener,
+    stop: threading.Event,
+) -> native.Model:
+    done = 0
+
+    def report(fraction: float) -> bool:
+        nonlocal done
+        now = int(fraction * file.size)
+        listen(progress.Advanced(now - done))
+        done = now
+        return not stop.is_set()
+
+    listen(progress.Started(f"loading {safe_line(options.path.name, 60)}", file.size))
+    try:
+        return native.Model(
+            options.path,
+            n_gpu_layers=n_gpu_layers,
+            # Repacked weights are anonymous memory, which cannot be paged back to the file.
+            repack=not paged,
+            n_experts_per_token=options.n_experts_per_token,
+            architecture=hp.architecture,
+            progress=report,
+        )
+    finally:
+        listen(progress.Finished("loading"))

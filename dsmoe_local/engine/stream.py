@@ -1,0 +1,43 @@
+"""From token bytes to printable text: whole characters, nothing of a stop string. Knows no tokens."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+
+
+class TextStream:
+    """Turns the bytes of successive tokens into text pieces.
+
+    Invariant: the pieces joined are the decoded bytes (malformed ones as U+FFFD) up to the first stop string;
+    no piece ends in half a character, nor in the beginning of what may still become a stop string.
+    """
+
+    def __init__(self, stop: Sequence[str] = ()) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._stop = tuple(stop)
+        self._held = ""
+        self.stopped = False
+
+    def feed(self, piece: bytes, *, final: bool = False) -> str:
+        """The text that becomes certain with `piece`; with `final` all that is left. "" once `stopped`."""
+        if self.stopped:
+            return ""
+        text = self._held + self._decoder.decode(piece, final)
+        found = [place for place in (text.find(stop) for stop in self._stop) if place >= 0]
+        if found:
+            self.stopped = True
+            self._held = ""
+            return text[: min(found)]
+        hold = 0 if final else self._possible_start(text)
+        self._held = text[len(text) - hold :]
+        return text[: len(text) - hold]
+
+    def _possible_start(self, text: str) -> int:
+        """Length of the longest end of `text` that some stop string begins with."""
+        longest = max((len(stop) for stop in self._stop), default=1) - 1
+        for length in range(min(longest, len(text)), 0, -1):
+            end = text[-length:]
+            if any(stop.startswith(end) for stop in self._stop):
+                return length
+        return 0
