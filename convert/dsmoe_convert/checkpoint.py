@@ -1,0 +1,210 @@
+"""Opens a folder that holds a checkpoint: which tensors it has, and where. Data is read through `shards`.
+
+Single and sharded safetensors, and `.bin` files on request. The index is not trusted: it may only name files
+of its own folder, and every tensor must be where it says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsmoe_convert import pickle_bin, safetensors_file
+from dsmoe_convert.errors import CheckpointError
+from dsmoe_convert.shards import LocalShards, ShardSource
+from dsmoe_convert.stored import DTYPES, StoredTensor
+from dsmoe_local.base.text import safe_line
+from dsmoe_local.model.config_json import load_json
+from dsmoe_local.model.ggml import GgmlType
+from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.layout import IGNORED_SOURCES, TensorSpec, tensor_specs
+
+_MAX_INDEX = 256 << 20
+_LM_HEAD = "lm_head.weight"
+
+Reader = Callable[[Path], Mapping[str, StoredTensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The weights of one model. `identity` names the exact bytes: it changes when any shard does."""
+
+    name: str
+    tensors: Mapping[str, StoredTensor]
+    shards: ShardSource
+    identity: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """One way in which weights are stored: a single file or an index, and the parser of its files."""
+
+    single: str
+    index: str
+    suffix: str
+    read: Reader
+
+
+SAFETENSORS = Form(
+    "model.safetensors", "model.safetensors.index.json", ".safetensors", safetensors_file.read_tensors
+)
+PICKLE = Form("pytorch_model.bin", "pytorch_model.bin.index.json", ".bin", pickle_bin.read_tensors)
+
+
+def open_checkpoint(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
+    """The checkpoint in `folder`, headers read and checked.
+
+    Raises FileError if a file cannot be read, CheckpointError if a file is malformed, absent or of a kind
+    that is not supported.
+    """
+    form = find_form(folder, allow_pickle=allow_pickle)
+    if (folder / form.single).exists():
+        tensors = dict(form.read(folder / form.single))
+    else:
+        weight_map = read_index(folder / form.index, form.suffix)
+        shards = {shard: form.read(_existing(folder / shard)) for shard in sorted(set(weight_map.values()))}
+        tensors = match_index(weight_map, shards, folder)
+    return Checkpoint(
+        folder.resolve().name, tensors, LocalShards(folder), _identity(folder, tensors.values())
+    )
+
+
+def find_form(folder: Path, *, allow_pickle: bool) -> Form:
+    """How the weights in `folder` are stored. safetensors win over pickles, single files over an index."""
+    for form in (SAFETENSORS, PICKLE):
+        if (folder / form.single).exists() or (folder / form.index).exists():
+            if form is PICKLE and not allow_pickle:
+                raise CheckpointError(
+                    "the weights are pickles (.bin), which can carry code",
+                    where=folder,
+                    remedy="use a safetensors version, or --allow-pickle if you trust the source",
+                )
+            return form
+    raise CheckpointError(
+        "no weights here",
+        where=folder,
+        remedy=f"expected {SAFETENSORS.single}, {SAFETENSORS.index} or {PICKLE.single}",
+    )
+
+
+def read_index(path: Path, suffix: str) -> dict[str, str]:
+    """The weight_map of an index: tensor -> shard. Only file names of the index's own folder pass."""
+    weight_map = load_json(path, _MAX_INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError("the index has no weight_map", where=path)
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not _is_file_name(shard, suffix):
+            raise CheckpointError(
+                f"the index names the shard {safe_line(json.dumps(shard), 50)}",
+                where=f"{path}: {safe_line(name, 80)}",
+                remedy=f"accepted: names of {suffix} files in the same folder",
+            )
+    return weight_map
+
+
+def match_index(
+    weight_map: Mapping[str, str], shards: Mapping[str, Mapping[str, StoredTensor]], folder: Path
+) -> dict[str, StoredTensor]:
+    """Every tensor of the index as its shard stores it; index and shards must agree."""
+    for name, shard in weight_map.items():
+        if name not in shards[shard]:
+            raise CheckpointError(
+                f"the index says that {safe_line(shard, 50)} has a tensor that it lacks",
+                where=safe_line(name, 100),
+                remedy=f"download it again: {folder / shard}",
+            )
+    for shard, stored in shards.items():
+        for name in stored:
+            if weight_map.get(name) != shard:
+                raise CheckpointError(
+                    f"{safe_line(shard, 50)} has a tensor that the index does not place there",
+                    where=f"{folder}: {safe_line(name, 80)}",
+                )
+    return {name: shards[shard][name] for name, shard in weight_map.items()}
+
+
+def check_tensors(tensors: Mapping[str, StoredTensor], hp: Hyperparameters, where: str) -> None:
+    """CheckpointError unless `tensors` are exactly those of a model with these hyper-parameters."""
+    expected = {
+        source: spec.shape[-2:] if len(spec.sources) > 1 or len(spec.shape) == 3 else spec.shape
+        for spec in tensor_specs(hp)
+        for source in spec.sources
+    }
+    _refuse_some([name for name in expected if name not in tensors], "missing from the checkpoint", where)
+    extra = [name for name in tensors if name not in expected and not _may_ignore(name, hp)]
+    _refuse_some(extra, "not part of a DeepSeekMoE with this config.json", where)
+    for name, shape in expected.items():
+        stored = tensors[name]
+        if stored.shape != shape:
+            raise CheckpointError(
+                f"{safe_line(name, 60)} has the shape {list(stored.shape)[:4]}",
+                where=where,
+                remedy=f"config.json makes it {list(shape)}",
+            )
+        if stored.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{safe_line(name, 60)} is stored as {safe_line(stored.dtype, 20)}",
+                where=where,
+                remedy=f"accepted: {', '.join(DTYPES)}",
+            )
+
+
+def main_type(tensors: Mapping[str, StoredTensor], specs: Iterable[TensorSpec]) -> GgmlType:
+    """The float type that most weight bytes of the model have: the checkpoint's own type."""
+    sizes: dict[str, int] = {}
+    for spec in specs:
+        for stored in (tensors[source] for source in spec.sources):
+            sizes[stored.dtype] = sizes.get(stored.dtype, 0) + stored.n_bytes
+    return DTYPES[max(sizes, key=lambda dtype: sizes[dtype])].ggml
+
+
+def digest(tensors: Iterable[StoredTensor]) -> str:
+    """A hash of names, types, shapes and places: of everything the headers say."""
+    state = hashlib.sha256()
+    for tensor in sorted(tensors, key=lambda tensor: tensor.name):
+        state.update(
+            f"{tensor.name}\0{tensor.dtype}\0{tensor.shape}\0{tensor.shard}\0{tensor.offset}\n".encode()
+        )
+    return state.hexdigest()
+
+
+def _identity(folder: Path, tensors: Iterable[StoredTensor]) -> dict[str, Any]:
+    tensors = list(tensors)
+    shards: dict[str, list[int]] = {}
+    for shard in sorted({tensor.shard for tensor in tensors}):
+        status = (folder / shard).stat()
+        shards[shard] = [status.st_size, status.st_mtime_ns]
+    return {"shards": shards, "headers": digest(tensors)}
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise CheckpointError(
+            f"the shard {safe_line(path.name, 60)} is missing", where=path.parent, remedy="download it again"
+        )
+    return path
+
+
+def _is_file_name(text: str, suffix: str) -> bool:
+    return (
+        text.endswith(suffix)
+        and text == Path(text).name
+        and not text.startswith(".")
+        and "\\" not in text
+        and text.isprintable()
+    )
+
+
+def _may_ignore(name: str, hp: Hyperparameters) -> bool:
+    # A tied checkpoint may still carry the copy that training frameworks save.
+    return IGNORED_SOURCES.fullmatch(name) is not None or (name == _LM_HEAD and hp.tied_embeddings)
+
+
+def _refuse_some(names: list[str], what: str, where: str) -> None:
+    if names:
+        more = f" and {len(names) - 1} more tensors are" if len(names) > 1 else " is"
+        raise CheckpointError(f"{safe_line(names[0], 60)}{more} {what}", where=where)

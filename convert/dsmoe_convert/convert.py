@@ -1,0 +1,171 @@
+"""Checkpoint to GGUF in one pass: plan every tensor, then let the streaming encoder fetch and write them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dsmoe_convert.checkpoint import Checkpoint, check_tensors, main_type, open_checkpoint
+from dsmoe_convert.metadata import general_fields, license_of
+from dsmoe_convert.rows import rows_of, source_position
+from dsmoe_convert.stored import DTYPES
+from dsmoe_convert.tokenizer import read_tokenizer
+from dsmoe_local.base.progress import Listener, Note, ignore
+from dsmoe_local.base.text import safe_line
+from dsmoe_local.model.config_json import read_config
+from dsmoe_local.model.ggml import GgmlType
+from dsmoe_local.model.gguf_file import Field
+from dsmoe_local.model.gguf_model import metadata_of
+from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.layout import Role, TensorSpec, tensor_specs
+from dsmoe_quantize.choose import Choice, Wishes, choose_types
+from dsmoe_quantize.encode import TensorJob
+from dsmoe_quantize.errors import WeightError
+from dsmoe_quantize.output import Summary, write_output
+from dsmoe_quantize.types import TypeChoice, metadata_with_type, resolve, resolve_float
+
+_ALWAYS_F32 = (Role.NORM, Role.ROUTER)
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertOptions:
+    """What decides the content of the file. `type` None keeps the checkpoint's own; `pre` None recognises."""
+
+    type: str | None = None
+    wishes: Wishes = field(default_factory=Wishes)
+    pre: str | None = None
+    allow_pickle: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How the work is done; nothing here changes a byte of the file."""
+
+    threads: int = 0
+    force: bool = False
+    listen: Listener = ignore
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """A tensor of the layout and the type it has in an unquantized file. What choose_types looks at."""
+
+    spec: TensorSpec
+    type: GgmlType
+
+    @property
+    def name(self) -> str:
+        """The GGUF name."""
+        return self.spec.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Slowest dimension first."""
+        return self.spec.shape
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """A conversion that is checked and ready to run. `choices` tells each tensor's type and why."""
+
+    checkpoint: Checkpoint
+    hp: Hyperparameters
+    choice: TypeChoice
+    choices: Sequence[Choice]
+    metadata: Mapping[str, Field]
+    encode_order: Sequence[str] | None = None
+
+    @property
+    def default_name(self) -> str:
+        """The output's name when the user gives none."""
+        return f"{self.checkpoint.name}-{self.choice.name}.gguf"
+
+
+def plan_folder(folder: Path, options: ConvertOptions, listen: Listener = ignore) -> Conversion:
+    """Read and check everything about the checkpoint in `folder` but its weights.
+
+    Raises FileError, FormatError (CheckpointError, TokenizerError) or UsageError.
+    """
+    hp = read_config(folder)
+    checkpoint = open_checkpoint(folder, allow_pickle=options.allow_pickle)
+    return plan(checkpoint, folder, hp, options, listen)
+
+
+def plan(
+    checkpoint: Checkpoint, folder: Path, hp: Hyperparameters, options: ConvertOptions, listen: Listener
+) -> Conversion:
+    """Plan the conversion of a checkpoint whose configuration and tokenizer are in `folder`."""
+
+    def note(text: str) -> None:
+        listen(Note(safe_line(text)))
+
+    check_tensors(checkpoint.tensors, hp, checkpoint.name)
+    specs = tensor_specs(hp)
+    own = main_type(checkpoint.tensors, specs)
+    choice = resolve(options.type) if options.type else resolve_float(own)
+    planned = [PlannedTensor(spec, GgmlType.F32 if spec.role in _ALWAYS_F32 else own) for spec in specs]
+    _note_mixed(checkpoint, planned, note)
+    choices = choose_types(planned, hp, choice, options.wishes)
+    metadata = {
+        **general_fields(hp, checkpoint.name, license_of(folder)),
+        **metadata_of(hp),
+        **read_tokenizer(folder, hp.n_vocab, options.pre, note),
+    }
+    return Conversion(checkpoint, hp, choice, choices, metadata_with_type(metadata, choice))
+
+
+def run(conversion: Conversion, out: Path, run_options: RunOptions) -> Summary:
+    """Write the file. See write_output for what survives an interruption and what it raises."""
+    specs = tensor_specs(conversion.hp)
+    jobs = [
+        TensorJob(spec.name, spec.shape, chosen.type, rows_of(conversion.checkpoint, spec))
+        for spec, chosen in zip(specs, conversion.choices, strict=True)
+    ]
+    try:
+        return write_output(
+            out,
+            conversion.metadata,
+            jobs,
+            {"checkpoint": conversion.checkpoint.identity, "type": conversion.choice.name},
+            threads=run_options.threads,
+            force=run_options.force,
+            listen=run_options.listen,
+            stop=run_options.stop,
+        )
+    except WeightError as error:
+        raise _in_checkpoint_terms(error, specs) from error
+    finally:
+        conversion.checkpoint.shards.close()
+
+
+def convert_folder(
+    folder: Path, out: Path, options: ConvertOptions | None = None, run_options: RunOptions | None = None
+) -> Summary:
+    """Convert the checkpoint in `folder` to the file `out`. Raises what `plan_folder` and `run` raise."""
+    run_options = run_options or RunOptions()
+    return run(plan_folder(folder, options or ConvertOptions(), run_options.listen), out, run_options)
+
+
+def _note_mixed(
+    checkpoint: Checkpoint, planned: Sequence[PlannedTensor], note: Callable[[str], None]
+) -> None:
+    """Say so where matrices are stored in another float type than most."""
+    others = [
+        tensor.name
+        for tensor in planned
+        if tensor.spec.role not in _ALWAYS_F32
+        and any(
+            DTYPES[checkpoint.tensors[source].dtype].ggml is not tensor.type for source in tensor.spec.sources
+        )
+    ]
+    if others:
+        note(f"{len(others)} matrices have another float type than most, the first is {others[0]}")
+
+
+def _in_checkpoint_terms(error: WeightError, specs: Sequence[TensorSpec]) -> WeightError:
+    spec = next(spec for spec in specs if spec.name == error.tensor)
+    name, index = source_position(spec, error.index)
+    return WeightError(error.what, tensor=name, index=index, remedy=error.remedy)

@@ -1,0 +1,87 @@
+"""A checkpoint's tensors as the encoder wants them: experts stacked, query and key rows permuted.
+
+Nothing is gathered beforehand: rows are read where they lie when the encoder asks for them. torch does the
+permutation.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from dsmoe_convert.checkpoint import Checkpoint
+from dsmoe_convert.shards import ShardSource
+from dsmoe_convert.stored import DTYPES, StoredTensor
+from dsmoe_local.model.ggml import GgmlType
+from dsmoe_local.model.layout import TensorSpec
+from dsmoe_quantize.encode import Bytes, RowSource
+
+
+class StackedRows:
+    """The rows of equally shaped matrices, one after another. A RowSource."""
+
+    def __init__(self, shards: ShardSource, parts: tuple[StoredTensor, ...]) -> None:
+        self.type: GgmlType = DTYPES[parts[0].dtype].ggml
+        self._shards = shards
+        self._parts = parts
+        # A vector is one row.
+        self._rows = math.prod(parts[0].shape[:-1])
+        self._row_bytes = parts[0].n_bytes // self._rows
+
+    def read(self, first_row: int, n_rows: int, scratch: Bytes) -> Bytes:
+        """See RowSource."""
+        part, row = divmod(first_row, self._rows)
+        raw = scratch[: n_rows * self._row_bytes]
+        self._shards.read_into(self._parts[part], row * self._row_bytes, raw.data)
+        return raw
+
+
+class RotaryRows:
+    """The rows of a query or key projection in llama.cpp's order. A RowSource.
+
+    Hugging Face rotates the two halves of a head against each other, llama.cpp adjacent rows, so rows i and
+    i + head_dim / 2 of a head become rows 2i and 2i + 1. Whole heads are read and reordered.
+    """
+
+    def __init__(self, inner: StackedRows, n_rows: int, n_heads: int, row_bytes: int) -> None:
+        self.type: GgmlType = inner.type
+        self._inner = inner
+        self._head_dim = n_rows // n_heads
+        self._row_bytes = row_bytes
+
+    def read(self, first_row: int, n_rows: int, scratch: Bytes) -> Bytes:
+        """See RowSource. The result is not in `scratch`: the heads are read there."""
+        size = self._head_dim
+        first = first_row // size * size
+        end = -(-(first_row + n_rows) // size) * size
+        needed = (end - first) * self._row_bytes
+        if scratch.size < needed:
+            scratch = np.empty(needed, np.uint8)
+        heads = torch.from_numpy(self._inner.read(first, end - first, scratch))
+        pairs = heads.view(-1, 2, size // 2, self._row_bytes).transpose(1, 2).reshape(-1)
+        start = (first_row - first) * self._row_bytes
+        result: Bytes = pairs[start : start + n_rows * self._row_bytes].numpy()
+        return result
+
+
+def rows_of(checkpoint: Checkpoint, spec: TensorSpec) -> RowSource:
+    """The source of one tensor of the layout; its parts must have been checked against the layout."""
+    parts = tuple(checkpoint.tensors[source] for source in spec.sources)
+    rows = StackedRows(checkpoint.shards, parts)
+    if not spec.rotary_heads:
+        return rows
+    return RotaryRows(rows, spec.shape[0], spec.rotary_heads, parts[0].n_bytes // spec.shape[0])
+
+
+def source_position(spec: TensorSpec, index: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    """The checkpoint's name and index of a weight that is at `index` of the tensor in the file."""
+    if len(index) == 3:
+        return spec.sources[index[0]], index[1:]
+    if not spec.rotary_heads:
+        return spec.sources[0], index
+    head_dim = spec.shape[0] // spec.rotary_heads
+    head, row = divmod(index[0], head_dim)
+    pair, half = divmod(row, 2)
+    return spec.sources[0], (head * head_dim + half * (head_dim // 2) + pair, *index[1:])

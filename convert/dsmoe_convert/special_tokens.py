@@ -1,0 +1,152 @@
+"""BOS, EOS and their kin: which ids they have, and whether the model wants them around its input.
+
+They are always written out: without them llama.cpp takes token 11 for both, and adds none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gguf.constants import GGUFValueType
+
+from dsmoe_convert.errors import TokenizerError
+from dsmoe_local.base.text import safe_line
+from dsmoe_local.model.config_json import FILE_NAME, load_json
+from dsmoe_local.model.gguf_file import Field
+
+# Classes whose default is to add BOS where the files do not say.
+_ADDS_BOS = ("LlamaTokenizer", "LlamaTokenizerFast")
+_MAP = "special_tokens_map.json"
+_GENERATION = "generation_config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class SpecialTokens:
+    """Ids of special tokens; `padding` and `unknown` may be absent."""
+
+    bos: int
+    eos: int
+    padding: int | None
+    unknown: int | None
+    add_bos: bool
+    add_eos: bool
+
+    def fields(self) -> dict[str, Field]:
+        """As GGUF metadata."""
+        ids = {"bos": self.bos, "eos": self.eos, "unknown": self.unknown, "padding": self.padding}
+        flags = {"add_bos_token": self.add_bos, "add_eos_token": self.add_eos}
+        return {
+            f"tokenizer.ggml.{name}_token_id": Field(token_id, GGUFValueType.UINT32)
+            for name, token_id in ids.items()
+            if token_id is not None
+        } | {f"tokenizer.ggml.{name}": Field(flag, GGUFValueType.BOOL) for name, flag in flags.items()}
+
+
+def read_special_tokens(
+    folder: Path,
+    tokenizer: Mapping[str, Any],
+    config: Mapping[str, Any],
+    ids: Mapping[str, int],
+    n_vocab: int,
+    note: Callable[[str], None],
+) -> SpecialTokens:
+    """The special tokens of the tokenizer in `folder`; `ids` is its vocabulary.
+
+    Names in tokenizer_config.json or special_tokens_map.json count first, then ids in generation_config.json
+    and config.json. Raises TokenizerError for an EOS that is missing, a name that is no token, an id that is
+    out of range or a flag that is not one.
+    """
+    sources = [config, *(load_json(folder / _MAP) for _ in range((folder / _MAP).exists()))]
+    numbers = [load_json(folder / name) for name in (_GENERATION, FILE_NAME) if (folder / name).exists()]
+
+    def find(name: str) -> int | None:
+        token = next(
+            (text for text in map(_text_of, (s.get(f"{name}_token") for s in sources)) if text), None
+        )
+        number = _number(folder, numbers, f"{name}_token_id", n_vocab)
+        if token is None:
+            return number
+        if token not in ids:
+            raise TokenizerError(
+                f"{name}_token is {safe_line(repr(token), 50)}, which is no token", where=folder
+            )
+        if number not in (None, ids[token]) and name in ("bos", "eos"):
+            note(f"{name} is {ids[token]} by its name, {number} in the configuration; the name counts")
+        return ids[token]
+
+    eos = find("eos")
+    if eos is None:
+        raise TokenizerError(
+            "the tokenizer has no end-of-sequence token",
+            where=folder,
+            remedy="add eos_token to tokenizer_config.json",
+        )
+    bos = find("bos")
+    add_bos = _flag(folder, config, "add_bos_token")
+    add_eos = _flag(folder, config, "add_eos_token")
+    if add_bos is None:
+        add_bos = bos is not None and (
+            _template_adds(tokenizer, 0, bos, ids) or config.get("tokenizer_class") in _ADDS_BOS
+        )
+    if bos is None:
+        note("the tokenizer has no beginning-of-sequence token; the end-of-sequence token stands in, unused")
+        bos, add_bos = eos, False
+    if add_eos is None:
+        add_eos = _template_adds(tokenizer, -1, eos, ids)
+    return SpecialTokens(bos, eos, find("pad"), find("unk"), add_bos, add_eos)
+
+
+def _text_of(entry: object) -> str | None:
+    if isinstance(entry, dict):
+        entry = entry.get("content")
+    return entry if isinstance(entry, str) else None
+
+
+def _number(folder: Path, sources: list[dict[str, Any]], key: str, n_vocab: int) -> int | None:
+    found = None
+    for source in sources:
+        value = source.get(key)
+        # Several EOS ids are a list; the first is the main one.
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        for number in values:
+            # -1 stands for none in some files.
+            if type(number) is not int or not -1 <= number < n_vocab:
+                raise TokenizerError(
+                    f"{key} is {safe_line(repr(number), 30)}",
+                    where=folder,
+                    remedy=f"accepted: ids below vocab_size = {n_vocab}",
+                )
+            if found is None and number >= 0:
+                found = number
+    return found
+
+
+def _flag(folder: Path, config: Mapping[str, Any], key: str) -> bool | None:
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise TokenizerError(
+            f"{key} is {safe_line(repr(value), 30)}",
+            where=f"{folder}: tokenizer_config.json",
+            remedy="accepted: true, false",
+        )
+    return value
+
+
+def _template_adds(tokenizer: Mapping[str, Any], at: int, token_id: int, ids: Mapping[str, int]) -> bool:
+    """Whether tokenizer.json's post-processor puts this token first (`at` 0) or last (-1)."""
+    steps = [tokenizer.get("post_processor")]
+    while steps:
+        step = steps.pop()
+        if not isinstance(step, dict):
+            continue
+        inner, single = step.get("processors"), step.get("single")
+        if isinstance(inner, list):
+            steps += inner
+        if step.get("type") == "TemplateProcessing" and isinstance(single, list) and single:
+            piece = single[at].get("SpecialToken") if isinstance(single[at], dict) else None
+            if isinstance(piece, dict) and ids.get(str(piece.get("id"))) == token_id:
+                return True
+    return False

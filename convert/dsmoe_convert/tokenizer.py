@@ -1,0 +1,247 @@
+"""A checkpoint's tokenizer as GGUF metadata, read from its own JSON files and never through transformers.
+
+The vocabulary becomes llama.cpp's `gpt2` model (byte-level BPE). What would make llama.cpp abort or split
+text differently is refused here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from gguf.constants import GGUFValueType, TokenType
+
+from dsmoe_convert import chat_templates, pretokenizers
+from dsmoe_convert.byte_level import has_joined_digits
+from dsmoe_convert.errors import TokenizerError
+from dsmoe_convert.special_tokens import SpecialTokens, read_special_tokens
+from dsmoe_local.base.text import safe_line
+from dsmoe_local.model.config_json import load_json
+from dsmoe_local.model.gguf_file import Field
+
+TOKENIZER = "tokenizer.json"
+CONFIG = "tokenizer_config.json"
+MAX_BYTES = 256 << 20
+
+# Tokens that some models forgot to mark as special; llama.cpp's converter knows the same.
+_LOOKS_SPECIAL = (("<|", "|>"), ("<\uff5c", "\uff5c>"))
+
+# Options of the BPE model that llama.cpp does not have.
+_MODEL_OPTIONS: Mapping[str, tuple[object, ...]] = {
+    "type": ("BPE",),
+    "dropout": (None, 0, 0.0),
+    "continuing_subword_prefix": (None, ""),
+    "end_of_word_suffix": (None, ""),
+    "byte_fallback": (None, False),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """One entry per embedding row. `types` are gguf's TokenType numbers; `merges` are pairs in one string."""
+
+    tokens: list[str]
+    types: list[int]
+    merges: list[str]
+    ids: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFiles:
+    """The parsed files of one tokenizer."""
+
+    folder: Path
+    tokenizer: Mapping[str, Any]
+    config: Mapping[str, Any]
+
+    @property
+    def path(self) -> Path:
+        """tokenizer.json, for messages."""
+        return self.folder / TOKENIZER
+
+
+def read_tokenizer(
+    folder: Path, n_vocab: int, pre: str | None, note: Callable[[str], None]
+) -> dict[str, Field]:
+    """The `tokenizer.*` metadata of a checkpoint with `n_vocab` embedding rows.
+
+    `pre` overrides the recognition of the pre-tokenizer. `note` hears what a person should know.
+    Raises FileError if a file cannot be read, TokenizerError or FormatError if it is not a tokenizer that
+    llama.cpp can reproduce, UsageError if llama.cpp does not know `pre`.
+    """
+    if pre is not None:
+        pretokenizers.check_name(pre)
+    files = _load(folder)
+    vocabulary = _vocabulary(files, n_vocab, note)
+    special = read_special_tokens(folder, files.tokenizer, files.config, vocabulary.ids, n_vocab, note)
+    name = pre or _recognize(files, special)
+    templates = chat_templates.read_templates(folder, files.config)
+    return {
+        "tokenizer.ggml.model": Field("gpt2", GGUFValueType.STRING),
+        "tokenizer.ggml.pre": Field(name, GGUFValueType.STRING),
+        "tokenizer.ggml.tokens": _array(vocabulary.tokens, GGUFValueType.STRING),
+        "tokenizer.ggml.token_type": _array(vocabulary.types, GGUFValueType.INT32),
+        "tokenizer.ggml.merges": _array(vocabulary.merges, GGUFValueType.STRING),
+        **special.fields(),
+        **templates,
+    }
+
+
+def _array(values: list[Any], item: GGUFValueType) -> Field:
+    return Field(values, GGUFValueType.ARRAY, item)
+
+
+def _load(folder: Path) -> TokenizerFiles:
+    path = folder / TOKENIZER
+    if not path.exists():
+        raise TokenizerError(
+            "the checkpoint has no tokenizer.json",
+            where=folder,
+            remedy="take it from the model's repository, or save the fast tokenizer beside the weights",
+        )
+    tokenizer = load_json(path, MAX_BYTES)
+    config = load_json(folder / CONFIG, MAX_BYTES) if (folder / CONFIG).exists() else {}
+    return TokenizerFiles(folder, tokenizer, config)
+
+
+def _refuse(files: TokenizerFiles, what: str, remedy: str = "") -> NoReturn:
+    raise TokenizerError(what, where=files.path, remedy=remedy)
+
+
+def _model(files: TokenizerFiles) -> Mapping[str, Any]:
+    model = files.tokenizer.get("model")
+    if not isinstance(model, dict):
+        _refuse(files, "there is no model in it")
+    for key, accepted in _MODEL_OPTIONS.items():
+        if model.get(key) not in accepted:
+            value = safe_line(str(model.get(key)), 30)
+            _refuse(files, f"the tokenizer's {key} is {value}", f"llama.cpp needs {accepted[0] or 'none'}")
+    return model
+
+
+def _vocabulary(files: TokenizerFiles, n_vocab: int, note: Callable[[str], None]) -> Vocabulary:
+    model = _model(files)
+    vocab = model.get("vocab")
+    if not isinstance(vocab, dict) or not vocab:
+        _refuse(files, "the tokenizer has no vocabulary")
+    tokens: dict[int, str] = {}
+    types: dict[int, int] = {}
+    for text, token_id in vocab.items():
+        _place(files, tokens, token_id, text, n_vocab)
+        types[token_id] = TokenType.NORMAL
+    stripping = 0
+    for token_id, text, entry in _added_tokens(files):
+        if text not in vocab or vocab[text] != token_id:
+            _place(files, tokens, token_id, text, n_vocab)
+        special = bool(entry.get("special")) or any(
+            text.startswith(start) and text.endswith(end) for start, end in _LOOKS_SPECIAL
+        )
+        types[token_id] = TokenType.CONTROL if special else TokenType.USER_DEFINED
+        stripping += any(entry.get(key) for key in ("lstrip", "rstrip", "single_word"))
+    if stripping:
+        note(f"{stripping} added tokens strip the space around them; llama.cpp does not")
+    ids = {text: token_id for token_id, text in tokens.items()}
+    if len(ids) != len(tokens):
+        twice = next(text for token_id, text in tokens.items() if ids[text] != token_id)
+        _refuse(files, f"the token {safe_line(repr(twice), 40)} has two ids")
+    for token_id in range(n_vocab):
+        if token_id not in tokens:
+            padding = f"[PAD{token_id}]"
+            if padding in ids:
+                _refuse(files, f"the vocabulary has a token {padding}, the name of padding row {token_id}")
+            tokens[token_id], types[token_id] = padding, TokenType.UNUSED
+    rows = range(n_vocab)
+    return Vocabulary(
+        [tokens[i] for i in rows], [int(types[i]) for i in rows], _merges(files, model, vocab), ids
+    )
+
+
+def _place(
+    files: TokenizerFiles, tokens: dict[int, str], token_id: object, text: object, n_vocab: int
+) -> None:
+    if type(token_id) is not int or not 0 <= token_id < n_vocab:
+        _refuse(
+            files,
+            f"the token {safe_line(repr(text), 40)} has the id {safe_line(repr(token_id), 20)}",
+            f"config.json's vocab_size is {n_vocab}",
+        )
+    if not isinstance(text, str) or not text or not _is_unicode(text):
+        _refuse(files, f"token {token_id} is not a text")
+    if token_id in tokens:
+        _refuse(files, f"the id {token_id} has two tokens, one is {safe_line(repr(text), 40)}")
+    tokens[token_id] = text
+
+
+def _added_tokens(files: TokenizerFiles) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
+    """Tokens outside of the BPE model, from tokenizer.json and, where it lacks them, its config."""
+    entries: dict[object, Mapping[str, Any]] = {}
+    added = files.tokenizer.get("added_tokens") or []
+    decoder = files.config.get("added_tokens_decoder") or {}
+    if not isinstance(added, list) or not isinstance(decoder, dict):
+        _refuse(files, "added_tokens is not a list")
+    known = [(entry.get("id") if isinstance(entry, dict) else None, entry) for entry in added]
+    listed = [(int(key) if key.isdecimal() else key, entry) for key, entry in decoder.items()]
+    for token_id, entry in [*known, *listed]:
+        content = entry.get("content") if isinstance(entry, dict) else None
+        if type(token_id) is not int or not isinstance(content, str):
+            _refuse(files, "an added token lacks id or content")
+        earlier = entries.get(token_id)
+        if earlier is not None and earlier["content"] != content:
+            _refuse(files, f"the added token {token_id} differs in {CONFIG}")
+        if earlier is None:
+            entries[token_id] = entry
+            yield token_id, content, entry
+
+
+def _merges(files: TokenizerFiles, model: Mapping[str, Any], vocab: Mapping[str, int]) -> list[str]:
+    """The merges as "left right"; tokenizer.json writes them so, or as pairs."""
+    merges = model.get("merges")
+    if not isinstance(merges, list) or not merges:
+        _refuse(files, "the tokenizer has no merges")
+    result: list[str] = []
+    for position, merge in enumerate(merges):
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(part, str) for part in parts):
+            _refuse(files, f"merge {position} is not a pair")
+        left, right = parts
+        if not left or not right or " " in left + right:
+            _refuse(files, f"merge {position} has an empty part or one with a space")
+        if left + right not in vocab:
+            _refuse(files, f"merge {position} makes {safe_line(repr(left + right), 40)}, which is no token")
+        result.append(f"{left} {right}")
+    return result
+
+
+def _recognize(files: TokenizerFiles, special: SpecialTokens) -> str:
+    joins_digits = has_joined_digits(files.tokenizer["model"]["vocab"])
+    name = pretokenizers.by_definition(files.tokenizer, joins_digits=joins_digits)
+    if name is None:
+        plain = _encode_check_text(files)
+        name = pretokenizers.by_check_text((plain, [special.bos, *plain], [*plain, special.eos]))
+    if name is None:
+        raise TokenizerError(
+            "the pre-tokenizer is none that is known here",
+            where=f"{files.path}: pre_tokenizer",
+            remedy="name llama.cpp's equivalent with --pre NAME, for example --pre deepseek-llm",
+        )
+    return name
+
+
+def _encode_check_text(files: TokenizerFiles) -> list[int]:
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(files.path))
+        ids: list[int] = tokenizer.encode(pretokenizers.CHECK_TEXT, add_special_tokens=False).ids
+    except Exception as error:
+        raise TokenizerError(
+            f"the tokenizers library refuses it: {safe_line(str(error), 70)}", where=files.path
+        ) from error
+    return ids
+
+
+def _is_unicode(text: str) -> bool:
+    # JSON can spell half of a surrogate pair, UTF-8 cannot.
+    return not any(0xD800 <= ord(character) < 0xE000 for character in text)

@@ -1,0 +1,104 @@
+"""llama.cpp itself, as an oracle: what it makes of a GGUF file. Through its C API, one model at a time."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import llama_cpp  # noqa: TID251 - the oracle
+import numpy as np
+from numpy.typing import NDArray
+
+
+@llama_cpp.llama_log_callback
+def _silence(level: int, text: bytes, data: ctypes.c_void_p) -> None:
+    pass
+
+
+@contextmanager
+def loaded(path: Path, *, vocab_only: bool = False) -> Iterator[Any]:
+    """A llama_model pointer for the file; AssertionError if llama.cpp refuses it."""
+    llama_cpp.llama_log_set(_silence, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    parameters = llama_cpp.llama_model_default_params()
+    parameters.vocab_only = vocab_only
+    parameters.n_gpu_layers = 0
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
+    assert model, f"llama.cpp refuses {path}"
+    try:
+        yield model
+    finally:
+        llama_cpp.llama_model_free(model)
+
+
+def logits(path: Path, ids: Sequence[int], *, n_context: int = 256) -> NDArray[np.float32]:
+    """f32 logits of every position, shape (len(ids), n_vocab), with an f32 KV cache and one thread."""
+    with loaded(path) as model:
+        parameters = llama_cpp.llama_context_default_params()
+        parameters.n_ctx = n_context
+        parameters.n_batch = parameters.n_ubatch = n_context
+        parameters.n_threads = parameters.n_threads_batch = 1
+        parameters.type_k = parameters.type_v = llama_cpp.GGML_TYPE_F32
+        parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        context = llama_cpp.llama_init_from_model(model, parameters)
+        assert context
+        batch = llama_cpp.llama_batch_init(len(ids), 0, 1)
+        try:
+            batch.n_tokens = len(ids)
+            for position, token in enumerate(ids):
+                batch.token[position] = token
+                batch.pos[position] = position
+                batch.n_seq_id[position] = 1
+                batch.seq_id[position][0] = 0
+                batch.logits[position] = 1
+            assert llama_cpp.llama_decode(context, batch) == 0
+            n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+            rows = [
+                np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, position), (n_vocab,)).copy()
+                for position in range(len(ids))
+            ]
+            return np.stack(rows)
+        finally:
+            llama_cpp.llama_batch_free(batch)
+            llama_cpp.llama_free(context)
+
+
+class Vocabulary:
+    """Tokenization of a file by llama.cpp."""
+
+    def __init__(self, model: Any) -> None:
+        self._vocab = llama_cpp.llama_model_get_vocab(model)
+
+    def encode(self, text: str, *, add_special: bool = False, parse_special: bool = False) -> list[int]:
+        raw = text.encode()
+        buffer = (llama_cpp.llama_token * (len(raw) + 8))()
+        count = llama_cpp.llama_tokenize(
+            self._vocab, raw, len(raw), buffer, len(buffer), add_special, parse_special
+        )
+        assert count >= 0
+        return list(buffer[:count])
+
+    def piece(self, token: int) -> bytes:
+        buffer = ctypes.create_string_buffer(256)
+        count = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, 256, 0, True)
+        assert count >= 0
+        return buffer.raw[:count]
+
+    def special(self) -> dict[str, int | bool]:
+        """BOS, EOS and whether BOS is added."""
+        return {
+            "bos": llama_cpp.llama_vocab_bos(self._vocab),
+            "eos": llama_cpp.llama_vocab_eos(self._vocab),
+            "add_bos": llama_cpp.llama_vocab_get_add_bos(self._vocab),
+            "add_eos": llama_cpp.llama_vocab_get_add_eos(self._vocab),
+        }
+
+
+@contextmanager
+def vocabulary(path: Path) -> Iterator[Vocabulary]:
+    """The vocabulary of a file, without its weights."""
+    with loaded(path, vocab_only=True) as model:
+        yield Vocabulary(model)
