@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -50,12 +51,12 @@ class Wishes:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The type of one tensor and why it is that; `is_fallback` if the blocks of the wanted one do not fit."""
+    """The type of one tensor and why it is that; `misfit` says why the wanted one could not be, if so."""
 
     name: str
     type: GgmlType
     reason: str = ""
-    is_fallback: bool = False
+    misfit: str = ""
 
 
 def parse_override(text: str) -> Override:
@@ -97,6 +98,15 @@ def choose_types(
                 remedy="it must match a whole name; norms and routers never change; see dsmoe inspect",
             )
     return [chosen[tensor.name] for tensor in tensors]
+
+
+def fallback_notes(choices: Sequence[Choice]) -> list[str]:
+    """One line for each kind of fallback among `choices`."""
+    counts = Counter((each.misfit, each.type) for each in choices if each.misfit)
+    return [
+        f"{misfit}; {count} tensor{'s' if count > 1 else ''} in {type_name(kind)} instead"
+        for (misfit, kind), count in counts.items()
+    ]
 
 
 def may_change(tensor: TensorLike) -> bool:
@@ -155,5 +165,5 @@ class _Chooser:
         kind = self._fallbacks.get(wanted, wanted)
         if columns % block_size(kind):
             kind = GgmlType.F16
-        why = f"{block_size(wanted)} does not divide {columns} columns: no {type_name(wanted)}"
-        return Choice(tensor.name, kind, f"{reason}; {why}" if reason else why, is_fallback=True)
+        misfit = f"{block_size(wanted)} does not divide {columns} columns: no {type_name(wanted)}"
+        return Choice(tensor.name, kind, reason, misfit)

@@ -7,6 +7,8 @@ the quantizer both end here; neither knows how. What the tensors hold is `encode
 from __future__ import annotations
 
 import errno
+import resource
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,7 +34,10 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a finished run wrote. `n_resumed` tensors were there from an interrupted one."""
+    """What a finished run wrote. `n_resumed` tensors were there from an interrupted one.
+
+    `peak_memory` is the most that the process held so far, in bytes, with the largest of its children.
+    """
 
     path: Path
     n_bytes: int
@@ -40,6 +45,7 @@ class Summary:
     n_weights: int
     n_resumed: int
     seconds: float
+    peak_memory: int
 
     @property
     def bits_per_weight(self) -> float:
@@ -87,7 +93,16 @@ def write_output(
             part.publish(tensors)
             n_resumed = len(jobs) if part.published else len(part.done)
     n_weights = sum(job.n_rows * job.n_columns for job in jobs)
-    return Summary(out, plan.size, len(jobs), n_weights, n_resumed, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    return Summary(out, plan.size, len(jobs), n_weights, n_resumed, seconds, peak_memory())
+
+
+def peak_memory() -> int:
+    """The most memory that this process and the largest of its finished children have held, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * sum(
+        resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
 
 
 def _fill(

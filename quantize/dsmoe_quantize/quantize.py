@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsmoe_local.base.errors import FileError
-from dsmoe_local.base.progress import Listener, ignore
+from dsmoe_local.base.progress import Listener, Note, ignore
 from dsmoe_local.model.cost import read_fraction
 from dsmoe_local.model.ggml import FLOATS, GgmlType, row_bytes, tensor_bytes, type_name
 from dsmoe_local.model.gguf_file import GgufFile, TensorInfo
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import role_of
-from dsmoe_quantize.choose import Choice, Wishes, choose_types
+from dsmoe_quantize.choose import Choice, Wishes, choose_types, fallback_notes
 from dsmoe_quantize.encode import Bytes, TensorJob
 from dsmoe_quantize.errors import RequantizeError
 from dsmoe_quantize.output import Summary, write_output
@@ -64,11 +64,6 @@ class Plan:
         roles = ((change.n_bytes, role_of(change.source.name)) for change in self.changes)
         return sum(n_bytes * (read_fraction(self.hp, role) if role else 1.0) for n_bytes, role in roles)
 
-    @property
-    def n_fallbacks(self) -> int:
-        """Tensors whose columns do not take the blocks of the type wanted."""
-        return sum(change.choice.is_fallback for change in self.changes)
-
 
 def plan_quantization(
     source: Path, choice: TypeChoice, wishes: Wishes | None = None, *, allow_requantize: bool = False
@@ -102,8 +97,10 @@ def quantize_file(
     listen: Listener = ignore,
     stop: threading.Event | None = None,
 ) -> Summary:
-    """Carry out `plan`. Resumable, and complete or not at all: see `write_output`, also for what it raises."""
+    """Carry out `plan`. Resumable, complete or not at all: see `write_output`, also for what it raises."""
     path = plan.file.path
+    for text in fallback_notes([change.choice for change in plan.changes]):
+        listen(Note(text))
     with _opened(path) as descriptor:
         jobs = [
             TensorJob(
