@@ -11,10 +11,11 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from dsmoe_local.base import durable
 from dsmoe_local.base.errors import FileError, InterruptedRunError, NoSpaceError, UsageError
@@ -28,6 +29,8 @@ from dsmoe_quantize.encode import TensorJob, check_job
 from dsmoe_quantize.errors import WeightError
 from dsmoe_quantize.part_file import PartFile
 from dsmoe_quantize.pipeline import Effects, PlacedJob, Syncer, encode_all, n_cores
+
+Arrange: TypeAlias = Callable[[Sequence[TensorJob]], Sequence[TensorJob]]
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -62,10 +65,13 @@ def write_output(
     sources: Sequence[Path] = (),
     threads: int = 0,
     force: bool = False,
+    arrange: Arrange = list,
     listen: Listener = ignore,
     stop: threading.Event | None = None,
 ) -> Summary:
     """Write `jobs` in this order, after `metadata` as it is, to `out`, which appears complete or not at all.
+
+    They are encoded in the order that `arrange` gives to those that an interrupted run has left.
 
     `fingerprint` holds whatever decides the bytes (the source's identity, the options), as JSON values by a
     name that a user understands: a run that was interrupted is continued if it agrees, else started over.
@@ -87,7 +93,7 @@ def write_output(
         before = _states(sources)
         with durable.locked(out), PartFile(out, plan, fingerprint, listen, force) as part:
             if not part.published:
-                _fill(part, plan, jobs, threads or n_cores(), listen, stop or threading.Event())
+                _fill(part, plan, jobs, arrange, threads or n_cores(), listen, stop or threading.Event())
                 _refuse_changes(before, part)
                 reach("output.complete")
             part.publish(tensors)
@@ -109,6 +115,7 @@ def _fill(
     part: PartFile,
     plan: GgufPlan,
     jobs: Sequence[TensorJob],
+    arrange: Arrange,
     threads: int,
     listen: Listener,
     stop: threading.Event,
@@ -131,7 +138,8 @@ def _fill(
     effects = Effects(
         lambda data, offset: write_at(part.descriptor, data.data, offset), advanced, syncer.finished
     )
-    left = [PlacedJob(job, plan.offsets[job.name]) for job in jobs if job.name not in part.done]
+    order = arrange([job for job in jobs if job.name not in part.done])
+    left = [PlacedJob(job, plan.offsets[job.name]) for job in order]
     try:
         encode_all(left, effects, threads, stop)
         if stop.is_set() and n_done < n_total:
