@@ -128,7 +128,8 @@ class Model:
             self._overrides: Any = (lib.llama_model_kv_override * 2)()
             self._overrides[0].key = f"{architecture}.expert_used_count".encode()
             self._overrides[0].tag = lib.LLAMA_KV_OVERRIDE_TYPE_INT
-            self._overrides[0].value.val_i64 = n_experts_per_token
+            value: Any = self._overrides[0].value
+            value.val_i64 = n_experts_per_token
             parameters.kv_overrides = self._overrides
         given_up = False
 

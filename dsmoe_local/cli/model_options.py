@@ -1,0 +1,169 @@
+"""The options of every command that runs a model, in llama.cpp's spelling, and the objects they become."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from dsmoe_local.base.errors import UsageError
+from dsmoe_local.base.paths import demo_folder
+
+if TYPE_CHECKING:
+    from dsmoe_local.engine.engine import Engine
+    from dsmoe_local.engine.types import ModelOptions, SamplingParameters
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DEMO_MODEL = "demo-q4.gguf"
+
+
+class GpuLayers(click.ParamType[int | None]):
+    """`-ngl`: a number, `all`, or `auto`."""
+
+    name = "N|auto|all"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        """-1 for all, None for auto."""
+        word = str(value).lower()
+        if word in ("auto", "all"):
+            return None if word == "auto" else -1
+        if not word.isdigit():
+            self.fail(f"{value!r} is not a number, auto or all", param, ctx)
+        return int(word)
+
+
+_MODEL = [
+    click.option(
+        "-c", "--ctx-size", "n_context", type=int, metavar="N", help="Context in tokens [what fits]."
+    ),
+    click.option("-t", "--threads", "n_threads", type=int, metavar="N", help="Threads [physical cores]."),
+    click.option(
+        "-tb", "--threads-batch", "n_threads_batch", type=int, metavar="N", help="Threads for prompts [-t]."
+    ),
+    click.option("-b", "--batch-size", "n_batch", type=int, default=2048, metavar="N", help="Batch [2048]."),
+    click.option(
+        "-ub", "--ubatch-size", "n_ubatch", type=int, default=512, metavar="N", help="Tokens per step [512]."
+    ),
+    click.option("-ngl", "--gpu-layers", "n_gpu_layers", type=GpuLayers(), help="Layers on the GPU [auto]."),
+    click.option(
+        "-fa",
+        "--flash-attn",
+        "flash_attention",
+        type=click.Choice(["auto", "on", "off"]),
+        default="auto",
+        help="Flash attention [auto].",
+    ),
+    click.option(
+        "-ctk", "--cache-type-k", "cache_type_k", default="f16", metavar="TYPE", help="Type of K [f16]."
+    ),
+    click.option(
+        "-ctv", "--cache-type-v", "cache_type_v", default="f16", metavar="TYPE", help="Type of V [f16]."
+    ),
+    click.option(
+        "--active-experts",
+        "n_experts_per_token",
+        type=int,
+        metavar="N",
+        help="Routed experts per token [the model's own number].",
+    ),
+    click.option(
+        "--chat-template",
+        "chat_template",
+        metavar="FILE|NAME",
+        help="A template file, or a built-in: deepseek-moe, chatml [the model's own].",
+    ),
+]
+_SAMPLING = [
+    click.option("--temp", "temperature", type=float, metavar="X", help="Temperature; 0 is greedy [0.8]."),
+    click.option(
+        "--top-k", "top_k", type=int, metavar="N", help="Sample among the N likeliest; 0 = all [40]."
+    ),
+    click.option("--top-p", "top_p", type=float, metavar="X", help="Nucleus sampling; 1 = off [0.95]."),
+    click.option(
+        "--min-p", "min_p", type=float, metavar="X", help="Least share of the likeliest; 0 = off [0.05]."
+    ),
+    click.option("--typical", "typical_p", type=float, metavar="X", help="Locally typical; 1 = off [1]."),
+    click.option("--repeat-penalty", "repeat_penalty", type=float, metavar="X", help="1 = off [1]."),
+    click.option(
+        "--repeat-last-n", "repeat_last_n", type=int, metavar="N", help="Penalties look back N [64]."
+    ),
+    click.option("--presence-penalty", "presence_penalty", type=float, metavar="X", help="0 = off [0]."),
+    click.option("--frequency-penalty", "frequency_penalty", type=float, metavar="X", help="0 = off [0]."),
+    click.option("-s", "--seed", "seed", type=int, metavar="N", help="Seed; -1 = a new one each time [-1]."),
+]
+
+
+def model_options(function: F) -> F:
+    """Add the options that say how a model is loaded."""
+    return _add(function, _MODEL)
+
+
+def sampling_options(function: F) -> F:
+    """Add the options that say how tokens are chosen."""
+    return _add(function, _SAMPLING)
+
+
+def _add(function: F, options: Sequence[Callable[[F], F]]) -> F:
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def find_model(*named: str | None) -> Path:
+    """The model that a command names, as argument or with -m; else the demo's, saying so. UsageError if none."""
+    paths = {name for name in named if name}
+    if len(paths) > 1:
+        raise UsageError("two models are named", remedy="give the model once: as an argument, or with -m")
+    if paths:
+        return Path(paths.pop())
+    demo = demo_folder() / DEMO_MODEL
+    if not demo.is_file():
+        raise UsageError(
+            "no model is named, and the demo's is not made yet",
+            remedy="name one with -m FILE.gguf, or make the demo's: dsmoe demo",
+        )
+    click.echo(f"no model named: using the demo's, {demo}", err=True)
+    return demo
+
+
+def load_engine(path: Path, values: dict[str, Any]) -> Engine:
+    """The engine for `path`, loaded with progress on the screen; takes its own options out of `values`."""
+    from dsmoe_local.cli.render import run_with_progress
+    from dsmoe_local.engine.engine import Engine
+
+    options = _model_options(path, values)
+    return run_with_progress(lambda listen, stop: Engine.load(options, listen, stop))
+
+
+def _model_options(path: Path, values: dict[str, Any]) -> ModelOptions:
+    from dsmoe_local.engine.types import ModelOptions
+
+    names = [
+        "n_context",
+        "n_threads",
+        "n_threads_batch",
+        "n_batch",
+        "n_ubatch",
+        "n_gpu_layers",
+        "flash_attention",
+        "cache_type_k",
+        "cache_type_v",
+        "n_experts_per_token",
+        "chat_template",
+    ]
+    return ModelOptions(path=path, **{name: values.pop(name) for name in names})
+
+
+def sampling_parameters(values: dict[str, Any]) -> SamplingParameters:
+    """The sampling that options ask for; takes its own options out of `values`. UsageError out of range."""
+    from dataclasses import fields
+
+    from dsmoe_local.engine.types import SamplingParameters
+
+    given = {item.name: values.pop(item.name, None) for item in fields(SamplingParameters)}
+    if given["seed"] == -1:
+        given["seed"] = None
+    return SamplingParameters(**{name: value for name, value in given.items() if value is not None})
