@@ -1,0 +1,138 @@
+"""Every mix against llama_model_quantize: tensor types, tensor bytes and metadata."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from support.quantize_oracle import llama_quantize
+from support.tiny_gguf import DEEP, DENSE, EIGHT_EXPERTS, MOE, NARROW, ODD, write_tiny
+
+from dsmoe_local.model.ggml import GgmlType
+from dsmoe_local.model.gguf_file import GgufFile, read_gguf
+from dsmoe_quantize.choose import Override, Wishes
+from dsmoe_quantize.mixes import MIXES
+from dsmoe_quantize.quantize import plan_quantization, quantize_file
+from dsmoe_quantize.types import FLOAT_TYPES, resolve
+
+MODELS = {
+    "moe": (MOE, "bf16"),
+    "eight experts": (EIGHT_EXPERTS, "f16"),
+    "narrow": (NARROW, "f32"),
+    "odd": (ODD, "bf16"),
+    "dense": (DENSE, "f16"),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        name: write_tiny(folder / f"{number}.gguf", hp, dtype)
+        for number, (name, (hp, dtype)) in enumerate(MODELS.items())
+    }
+
+
+def quantized(
+    source: Path, out: Path, word: str, wishes: Wishes | None = None, *, again: bool = False
+) -> Path:
+    plan = plan_quantization(source, resolve(word), wishes, allow_requantize=again)
+    quantize_file(plan, out, threads=2)
+    return out
+
+
+def tensor_data(file: GgufFile) -> dict[str, tuple[GgmlType, tuple[int, ...], bytes]]:
+    raw = file.path.read_bytes()
+    return {
+        info.name: (info.type, info.shape, raw[info.offset : info.offset + info.n_bytes])
+        for info in file.tensors.values()
+    }
+
+
+def assert_same(ours: Path, theirs: Path) -> None:
+    mine, other = read_gguf(ours), read_gguf(theirs)
+    assert list(mine.metadata.items()) == list(other.metadata.items())
+    data, expected = tensor_data(mine), tensor_data(other)
+    assert {name: each[:2] for name, each in data.items()} == {
+        name: each[:2] for name, each in expected.items()
+    }
+    assert [name for name in expected if data[name] != expected[name]] == []
+
+
+@pytest.mark.parametrize("word", [*MIXES, *FLOAT_TYPES])
+@pytest.mark.parametrize("model", MODELS)
+def test_mix_equals_llama_cpp(models: dict[str, Path], tmp_path: Path, model: str, word: str) -> None:
+    """A rule, fallback, counter or kernel call that differs from llama.cpp's."""
+    ours = quantized(models[model], tmp_path / "ours.gguf", word)
+    assert_same(ours, llama_quantize(models[model], tmp_path / "theirs.gguf", resolve(word).file_type))
+
+
+@pytest.mark.parametrize("word", ["Q4_K_M", "Q5_K_M", "Q4_K_S", "IQ4_XS"])
+def test_mix_equals_llama_cpp_with_28_layers(tmp_path: Path, word: str) -> None:
+    """The layers with more bits, in a model as deep as the 16B one and with grouped queries."""
+    source = write_tiny(tmp_path / "deep.gguf", DEEP)
+    ours = quantized(source, tmp_path / "ours.gguf", word)
+    assert_same(ours, llama_quantize(source, tmp_path / "theirs.gguf", resolve(word).file_type))
+
+
+def test_more_bits_layers(tmp_path: Path) -> None:
+    """The published list of layers that Q4_K_M protects: a change in llama.cpp would show here."""
+    plan = plan_quantization(write_tiny(tmp_path / "deep.gguf", DEEP), resolve("Q4_K_M"))
+    protected = [each.source.name for each in plan.changes if each.choice.reason == "more bits in this layer"]
+    layers = [int(name.split(".")[1]) for name in protected if name.endswith("attn_v.weight")]
+    assert layers == [0, 1, 2, 5, 8, 11, 14, 17, 20, 23, 24, 25, 26, 27]
+
+
+@pytest.mark.parametrize("model", ["moe", "dense"])
+def test_wishes_equal_llama_cpp(models: dict[str, Path], tmp_path: Path, model: str) -> None:
+    """Overrides must keep llama.cpp's counting of the tensors that they take out of its hands."""
+    wishes = Wishes(
+        overrides=(
+            Override(re.compile(r"blk\.[13]\.attn_v\.weight"), GgmlType.Q8_0),
+            Override(re.compile(r"blk\.[02]\.ffn_down.*\.weight"), GgmlType.Q5_1),
+            Override(re.compile(r"blk\.0\..*"), GgmlType.IQ4_XS),
+        ),
+        embedding=GgmlType.Q5_K,
+    )
+    ours = quantized(models[model], tmp_path / "ours.gguf", "q4_k_m", wishes)
+    theirs = llama_quantize(
+        models[model],
+        tmp_path / "theirs.gguf",
+        resolve("q4_k_m").file_type,
+        {f"^{each.pattern.pattern}$": int(each.type) for each in wishes.overrides},
+        token_embedding_type=int(GgmlType.Q5_K),
+    )
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("word", ["q4_k", "iq4_xs", "q8_0", "q5_0"])
+def test_pure_equals_llama_cpp(models: dict[str, Path], tmp_path: Path, word: str) -> None:
+    """--pure must switch the mix's rules off, and keep the fallbacks and --output-type."""
+    ours = quantized(models["moe"], tmp_path / "ours.gguf", word, Wishes(pure=True, output=GgmlType.Q6_K))
+    theirs = llama_quantize(
+        models["moe"],
+        tmp_path / "theirs.gguf",
+        resolve(word).file_type,
+        pure=True,
+        output_tensor_type=int(GgmlType.Q6_K),
+    )
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("first", ["Q8_0", "Q5_K_M", "Q4_K_S", "Q4_0", "Q4_1", "Q5_1", "IQ4_XS", "IQ4_NL"])
+def test_requantizing_equals_llama_cpp(models: dict[str, Path], tmp_path: Path, first: str) -> None:
+    """Reading every quantized type, and copying what has the wanted type already."""
+    source = quantized(models["eight experts"], tmp_path / "source.gguf", first)
+    ours = quantized(source, tmp_path / "ours.gguf", "Q6_K", again=True)
+    theirs = llama_quantize(
+        source, tmp_path / "theirs.gguf", resolve("Q6_K").file_type, allow_requantize=True
+    )
+    assert_same(ours, theirs)
+
+
+def test_requantizing_to_floats_equals_llama_cpp(models: dict[str, Path], tmp_path: Path) -> None:
+    """Back to a float type: norms and routers must not be touched."""
+    source = quantized(models["moe"], tmp_path / "source.gguf", "Q4_K_M")
+    ours = quantized(source, tmp_path / "ours.gguf", "bf16", again=True)
+    assert_same(ours, llama_quantize(source, tmp_path / "theirs.gguf", 32, allow_requantize=True))

@@ -1,0 +1,103 @@
+"""Tiny random GGUF models, written with the `gguf` package: inputs for our quantizer and for llama.cpp's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from dsmoe_local.model.ggml import GgmlType
+from dsmoe_local.model.gguf_model import metadata_of
+from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.layout import Role, tensor_specs
+
+# Wide rows take every block, 96 and 288 columns only blocks of 32; nine layers have "more bits" in some.
+MOE = Hyperparameters(
+    architecture="deepseek",
+    n_layers=9,
+    hidden_size=256,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=64,
+    ffn_size=288,
+    n_vocab=64,
+    n_context=128,
+    n_dense_layers=1,
+    n_routed_experts=3,
+    n_shared_experts=1,
+    n_experts_per_token=2,
+    expert_size=96,
+)
+DEEP = replace(MOE, n_layers=28, n_kv_heads=1, n_routed_experts=2, expert_size=32)
+"""As many layers as the 16B model, and four heads to a key."""
+EIGHT_EXPERTS = replace(MOE, n_layers=4, n_dense_layers=2, n_routed_experts=8, expert_size=64)
+"""llama.cpp has rules for models with just eight experts."""
+NARROW = replace(MOE, n_layers=2, hidden_size=576, n_heads=9, n_kv_heads=3, tied_embeddings=True)
+"""The demo's widths: no row takes a block of 256. The embedding is the output."""
+ODD = replace(MOE, n_layers=2, expert_size=72, ffn_size=120)
+"""Down projections that take no block at all."""
+DENSE = Hyperparameters(
+    architecture="llama",
+    n_layers=9,
+    hidden_size=256,
+    n_heads=8,
+    n_kv_heads=2,
+    head_dim=32,
+    ffn_size=256,
+    n_vocab=64,
+    n_context=128,
+    n_dense_layers=9,
+    tied_embeddings=True,
+)
+
+
+def write_tiny(path: Path, hp: Hyperparameters, dtype: str = "bf16", seed: int = 0) -> Path:
+    """A model with random weights in `dtype` (f32, f16, bf16), norms and routers in F32; returns `path`."""
+    writer = gguf.GGUFWriter(path, hp.architecture)
+    writer.add_name("tiny")
+    writer.add_file_type({"f32": 0, "f16": 1, "bf16": 32}[dtype])
+    for key, field in metadata_of(hp).items():
+        writer.add_key_value(key, field.value, field.type, field.item_type)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("deepseek-llm")
+    writer.add_token_list([f"t{number}" for number in range(hp.n_vocab)])
+    writer.add_token_types([1] * hp.n_vocab)
+    writer.add_token_merges(["t 1"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_add_bos_token(True)
+    generator = np.random.default_rng(seed)
+    for spec in tensor_specs(hp):
+        weights = generator.standard_normal(spec.shape, np.float32) * np.float32(0.05)
+        if spec.role in (Role.NORM, Role.ROUTER) or dtype == "f32":
+            writer.add_tensor(spec.name, weights)
+        elif dtype == "f16":
+            writer.add_tensor(spec.name, weights.astype(np.float16))
+        else:
+            bits = (weights.view(np.uint32) >> 16).astype(np.uint16)
+            writer.add_tensor(
+                spec.name, bits.view(np.uint8), raw_shape=bits.view(np.uint8).shape, raw_dtype=GgmlType.BF16
+            )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def patch_weight(path: Path, tensor: str, index: int, value: float) -> None:
+    """Overwrite one weight of an F32, F16 or BF16 tensor in place; `index` counts weights."""
+    from dsmoe_local.model.gguf_file import read_gguf
+
+    info = read_gguf(path).tensors[tensor]
+    one = np.float32(value)
+    raw = {
+        GgmlType.F32: one.tobytes(),
+        GgmlType.F16: np.float16(one).tobytes(),
+        GgmlType.BF16: one.tobytes()[2:],
+    }[info.type]
+    with path.open("r+b") as file:
+        file.seek(info.offset + index * len(raw))
+        file.write(raw)
