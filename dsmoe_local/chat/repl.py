@@ -16,6 +16,7 @@ from prompt_toolkit.formatted_text import FormattedText
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import ColorDepth
+from prompt_toolkit.styles import Style
 
 from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.base.paths import data_folder
@@ -45,6 +46,7 @@ class Repl:
             complete_while_typing=False,
             enable_open_in_editor=True,
             prompt_continuation="  ",
+            style=Style.from_dict({"bottom-toolbar": "noreverse ansibrightblack"}),
             color_depth=ColorDepth.DEPTH_1_BIT if os.environ.get("NO_COLOR") else None,
         )
 
@@ -54,7 +56,7 @@ class Repl:
         while not self.finished:
             try:
                 text = self._session.prompt(
-                    FormattedText([("bold ansicyan", "> ")]), rprompt=self._meter, in_thread=False
+                    FormattedText([("bold ansicyan", "> ")]), bottom_toolbar=self._meter
                 )
             except KeyboardInterrupt:
                 self.screen.notice("Ctrl-D or /exit leaves")
@@ -99,13 +101,12 @@ class Repl:
                 "a base model without a chat template: it completes your text; Enter alone goes on"
             )
 
-    def _meter(self) -> FormattedText:
-        if self.conversation.usage is None:
-            return FormattedText([])
-        used, total = self.conversation.n_used, self.conversation.engine.info.n_context
-        speed = self.conversation.usage.tokens_per_second
-        parts = [f"{used}/{total}", *([f"{speed:.0f} tokens/s"] if speed else [])]
-        return FormattedText([("ansibrightblack", " · ".join(parts))])
+    def _meter(self) -> str:
+        """The line below the prompt, which is gone once a message is sent."""
+        used, info = self.conversation.n_used, self.conversation.engine.info
+        speed = 0.0 if self.conversation.usage is None else self.conversation.usage.tokens_per_second
+        parts = [info.name, f"context {used}/{info.n_context}", *([f"{speed:.0f} tokens/s"] if speed else [])]
+        return "  ".join(parts)
 
 
 class _CommandCompleter(Completer):

@@ -113,7 +113,7 @@ def _add(function: F, options: Sequence[Callable[[F], F]]) -> F:
 
 
 def find_model(*named: str | None) -> Path:
-    """The model that a command names, as argument or with -m; else the demo's, saying so. UsageError if none."""
+    """The model that a command names, by argument or -m; else the demo's, saying so. UsageError if none."""
     paths = {name for name in named if name}
     if len(paths) > 1:
         raise UsageError("two models are named", remedy="give the model once: as an argument, or with -m")

@@ -1,0 +1,154 @@
+"""A fake engine with the real one's interface, for tests of what is built on it. No model, no native code."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from dsmoe_local.engine.errors import EngineError, PromptError
+from dsmoe_local.engine.stream import TextStream
+from dsmoe_local.engine.types import (
+    FinishReason,
+    Message,
+    ModelInfo,
+    Prompt,
+    Request,
+    TokenEvent,
+    Usage,
+)
+
+END = 0  # the id of the token that ends a reply; a byte b has the id b + 1
+
+
+def echo(prompt: str) -> str:
+    """The default reply: the prompt's last line."""
+    return prompt.rsplit("\n", 1)[-1]
+
+
+class FakeEngine:
+    """Answers with `reply(prompt text)`, one byte a token, so that characters straddle tokens.
+
+    `replies` instead are given in turn. `template` False makes a base model. `gate`, when given, is called
+    before each token: a test can wait in it, cancel, or raise. `requests` collects what was submitted.
+    """
+
+    def __init__(
+        self,
+        reply: Callable[[str], str] = echo,
+        *,
+        replies: Sequence[str] | None = None,
+        n_context: int = 4096,
+        template: bool = True,
+        gate: Callable[[int], None] = lambda index: None,
+    ) -> None:
+        self._reply = reply
+        self._replies = None if replies is None else itertools.cycle(replies)
+        self._gate = gate
+        self._cached: tuple[int, ...] = ()
+        self._running: dict[str, threading.Event] = {}
+        self._closed = False
+        self.requests: list[Request] = []
+        self.info = ModelInfo(
+            path=Path("fake.gguf"),
+            name="fake",
+            architecture="deepseek",
+            n_context=n_context,
+            n_context_trained=n_context,
+            n_vocab=257,
+            n_parameters=0,
+            n_bytes=0,
+            n_routed_experts=64,
+            n_experts_per_token=6,
+            n_threads=1,
+            template="fake" if template else None,
+        )
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """One id a byte; a conversation is its contents on lines, each after its role."""
+        if isinstance(prompt, str):
+            return tuple(byte + 1 for byte in prompt.encode())
+        ids: list[int] = []
+        for item in prompt:
+            if isinstance(item, Message):
+                if self.info.template is None:
+                    raise PromptError("the model has no chat template: it only completes text")
+                ids += self.encode(f"{item.role}: ")
+                ids += item.token_ids or self.encode(item.content)
+                ids += self.encode("\n")
+            else:
+                ids.append(item)
+        return tuple(ids)
+
+    def submit(self, request: Request) -> Iterator[TokenEvent]:
+        """See TextEngine."""
+        if self._closed:
+            raise EngineError("the engine is closed")
+        if request.id in self._running:
+            raise EngineError(f"a request with the id {request.id!r} is already running")
+        self.requests.append(request)
+        cancelled = self._running[request.id] = threading.Event()
+        return self._generate(request, cancelled)
+
+    def _generate(self, request: Request, cancelled: threading.Event) -> Iterator[TokenEvent]:
+        try:
+            prompt = self.encode(request.prompt)
+            room = self.info.n_context - len(prompt)
+            if room < 1:
+                raise PromptError(
+                    f"the prompt has {len(prompt)} tokens, the context holds {self.info.n_context}"
+                )
+            text = bytes(token_id - 1 for token_id in prompt).decode("utf-8", "replace").rstrip("\n")
+            answer = (next(self._replies) if self._replies else self._reply(text)).encode()
+            yield from self._tokens(request, prompt, answer, min(room, request.max_tokens or room), cancelled)
+        finally:
+            self._running.pop(request.id, None)
+
+    def _tokens(
+        self, request: Request, prompt: tuple[int, ...], answer: bytes, limit: int, cancelled: threading.Event
+    ) -> Iterator[TokenEvent]:
+        stream = TextStream(request.stop)
+        n_cached = _common(self._cached, prompt)
+        ended_by: int | None = END
+        reason = FinishReason.STOP
+        done = 0
+        for byte in answer:
+            self._gate(done)
+            if cancelled.is_set():
+                reason, ended_by = FinishReason.CANCELLED, None
+                break
+            if done == limit:
+                full = limit != request.max_tokens
+                reason, ended_by = FinishReason.CONTEXT_FULL if full else FinishReason.LENGTH, None
+                break
+            done += 1
+            yield TokenEvent(request.id, stream.feed(bytes([byte])), float(done), byte + 1, logprob=0.0)
+            if stream.stopped:
+                ended_by = None
+                break
+        self._cached = (*prompt, *(byte + 1 for byte in answer[:done]))
+        yield TokenEvent(
+            request.id,
+            stream.feed(b"", final=True),
+            float(done),
+            ended_by,
+            finish_reason=reason,
+            usage=Usage(len(prompt), n_cached, done, 0.0, float(done), request.sampling.seed),
+        )
+
+    def cancel(self, request_id: str) -> None:
+        """See TextEngine."""
+        if request_id in self._running:
+            self._running[request_id].set()
+
+    def close(self) -> None:
+        """See TextEngine."""
+        self._closed = True
+        for cancelled in self._running.values():
+            cancelled.set()
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    pairs = zip(first, second, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
