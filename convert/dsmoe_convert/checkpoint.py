@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dsmoe_convert import pickle_bin, safetensors_file
 from dsmoe_convert.errors import CheckpointError
@@ -24,6 +23,7 @@ from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import IGNORED_SOURCES, TensorSpec, tensor_specs
 
 _MAX_INDEX = 256 << 20
+_READ_BESIDE = ("config.json", "tokenizer.json")
 _LM_HEAD = "lm_head.weight"
 
 Reader = Callable[[Path], Mapping[str, StoredTensor]]
@@ -31,12 +31,16 @@ Reader = Callable[[Path], Mapping[str, StoredTensor]]
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The weights of one model. `identity` names the exact bytes: it changes when any shard does."""
+    """The weights of one model. `identity` names the exact bytes: it changes when any shard does.
+
+    `files` are those on disk that a conversion reads.
+    """
 
     name: str
     tensors: Mapping[str, StoredTensor]
     shards: ShardSource
-    identity: Mapping[str, Any]
+    identity: Mapping[str, object]
+    files: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +72,13 @@ def open_checkpoint(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
         weight_map = read_index(folder / form.index, form.suffix)
         shards = {shard: form.read(_existing(folder / shard)) for shard in sorted(set(weight_map.values()))}
         tensors = match_index(weight_map, shards, folder)
-    return Checkpoint(
-        folder.resolve().name, tensors, LocalShards(folder), _identity(folder, tensors.values())
-    )
+    names = sorted({tensor.shard for tensor in tensors.values()})
+    files = tuple(folder / name for name in (*names, *_READ_BESIDE) if (folder / name).exists())
+    identity = {
+        "shards": {name: _state(folder / name) for name in names},
+        "headers": digest(tensors.values()),
+    }
+    return Checkpoint(folder.resolve().name, tensors, LocalShards(folder), identity, files)
 
 
 def find_form(folder: Path, *, allow_pickle: bool) -> Form:
@@ -78,16 +86,21 @@ def find_form(folder: Path, *, allow_pickle: bool) -> Form:
     for form in (SAFETENSORS, PICKLE):
         if (folder / form.single).exists() or (folder / form.index).exists():
             if form is PICKLE and not allow_pickle:
-                raise CheckpointError(
-                    "the weights are pickles (.bin), which can carry code",
-                    where=folder,
-                    remedy="use a safetensors version, or --allow-pickle if you trust the source",
-                )
+                raise pickle_error(folder)
             return form
     raise CheckpointError(
         "no weights here",
         where=folder,
         remedy=f"expected {SAFETENSORS.single}, {SAFETENSORS.index} or {PICKLE.single}",
+    )
+
+
+def pickle_error(where: str | Path) -> CheckpointError:
+    """The refusal of `.bin` files that nobody asked for."""
+    return CheckpointError(
+        "the weights are pickles (.bin), which can carry code",
+        where=where,
+        remedy="use a safetensors version, or --allow-pickle if you trust the source",
     )
 
 
@@ -172,13 +185,9 @@ def digest(tensors: Iterable[StoredTensor]) -> str:
     return state.hexdigest()
 
 
-def _identity(folder: Path, tensors: Iterable[StoredTensor]) -> dict[str, Any]:
-    tensors = list(tensors)
-    shards: dict[str, list[int]] = {}
-    for shard in sorted({tensor.shard for tensor in tensors}):
-        status = (folder / shard).stat()
-        shards[shard] = [status.st_size, status.st_mtime_ns]
-    return {"shards": shards, "headers": digest(tensors)}
+def _state(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
 def _existing(path: Path) -> Path:

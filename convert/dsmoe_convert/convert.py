@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dsmoe_convert.checkpoint import Checkpoint, check_tensors, main_type, open_checkpoint
@@ -15,12 +15,12 @@ from dsmoe_convert.tokenizer import read_tokenizer
 from dsmoe_local.base.progress import Listener, Note, ignore
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.model.config_json import read_config
-from dsmoe_local.model.ggml import GgmlType
+from dsmoe_local.model.ggml import GgmlType, tensor_bytes
 from dsmoe_local.model.gguf_file import Field
 from dsmoe_local.model.gguf_model import metadata_of
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import Role, TensorSpec, tensor_specs
-from dsmoe_quantize.choose import Choice, Wishes, choose_types
+from dsmoe_quantize.choose import Choice, Wishes, choose_types, fallback_notes
 from dsmoe_quantize.encode import TensorJob
 from dsmoe_quantize.errors import WeightError
 from dsmoe_quantize.output import Summary, write_output
@@ -69,14 +69,20 @@ class PlannedTensor:
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """A conversion that is checked and ready to run. `choices` tells each tensor's type and why."""
+    """A conversion that is checked and ready to run. `choices` has a type for each of `tensors`."""
 
     checkpoint: Checkpoint
     hp: Hyperparameters
     choice: TypeChoice
+    tensors: Sequence[PlannedTensor]
     choices: Sequence[Choice]
     metadata: Mapping[str, Field]
-    encode_order: Sequence[str] | None = None
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all weights in the file."""
+        pairs = zip(self.tensors, self.choices, strict=True)
+        return sum(tensor_bytes(choice.type, tensor.shape) for tensor, choice in pairs)
 
     @property
     def default_name(self) -> str:
@@ -84,13 +90,22 @@ class Conversion:
         return f"{self.checkpoint.name}-{self.choice.name}.gguf"
 
 
-def plan_folder(folder: Path, options: ConvertOptions, listen: Listener = ignore) -> Conversion:
+def plan_folder(
+    folder: Path,
+    options: ConvertOptions,
+    listen: Listener = ignore,
+    *,
+    name: str = "",
+    identity: Mapping[str, object] | None = None,
+) -> Conversion:
     """Read and check everything about the checkpoint in `folder` but its weights.
 
-    Raises FileError, FormatError (CheckpointError, TokenizerError) or UsageError.
+    `name` and `identity` replace those that follow from the folder. Raises FileError, FormatError
+    (CheckpointError, TokenizerError) or UsageError.
     """
     hp = read_config(folder)
     checkpoint = open_checkpoint(folder, allow_pickle=options.allow_pickle)
+    checkpoint = replace(checkpoint, name=name or checkpoint.name, identity=identity or checkpoint.identity)
     return plan(checkpoint, folder, hp, options, listen)
 
 
@@ -114,24 +129,35 @@ def plan(
         **metadata_of(hp),
         **read_tokenizer(folder, hp.n_vocab, options.pre, note),
     }
-    return Conversion(checkpoint, hp, choice, choices, metadata_with_type(metadata, choice))
+    return Conversion(checkpoint, hp, choice, planned, choices, metadata_with_type(metadata, choice))
 
 
 def run(conversion: Conversion, out: Path, run_options: RunOptions) -> Summary:
     """Write the file. See write_output for what survives an interruption and what it raises."""
+    for text in fallback_notes(conversion.choices):
+        run_options.listen(Note(text))
     specs = tensor_specs(conversion.hp)
     jobs = [
         TensorJob(spec.name, spec.shape, chosen.type, rows_of(conversion.checkpoint, spec))
         for spec, chosen in zip(specs, conversion.choices, strict=True)
     ]
+    sources = {spec.name: [conversion.checkpoint.tensors[name] for name in spec.sources] for spec in specs}
+
+    def arrange(left: Sequence[TensorJob]) -> Sequence[TensorJob]:
+        by_name = {job.name: job for job in left}
+        order = conversion.checkpoint.shards.arrange({name: sources[name] for name in by_name})
+        return [by_name[name] for name in order]
+
     try:
         return write_output(
             out,
             conversion.metadata,
             jobs,
             {"checkpoint": conversion.checkpoint.identity, "type": conversion.choice.name},
+            sources=conversion.checkpoint.files,
             threads=run_options.threads,
             force=run_options.force,
+            arrange=arrange,
             listen=run_options.listen,
             stop=run_options.stop,
         )

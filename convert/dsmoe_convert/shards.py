@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -15,8 +16,16 @@ from dsmoe_local.base.errors import FileError
 class ShardSource(Protocol):
     """Reads spans of tensors. Safe to call from several threads."""
 
+    def arrange(self, wanted: Mapping[str, Sequence[StoredTensor]]) -> Sequence[str]:
+        """Learn which tensors will be read, by the name of what is made of them; say in which order to."""
+        ...
+
     def read_into(self, tensor: StoredTensor, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with the tensor's bytes from byte `start` on. FileError or CheckpointError."""
+        ...
+
+    def done_with(self, tensor: StoredTensor, n_bytes: int) -> None:
+        """Learn that `n_bytes` more of the tensor will not be read again."""
         ...
 
     def close(self) -> None:
@@ -32,9 +41,16 @@ class LocalShards:
         self._lock = threading.Lock()
         self._descriptors: dict[str, int] = {}
 
+    def arrange(self, wanted: Mapping[str, Sequence[StoredTensor]]) -> Sequence[str]:
+        """See ShardSource. Any order will do."""
+        return list(wanted)
+
     def read_into(self, tensor: StoredTensor, start: int, buffer: memoryview) -> None:
         """See ShardSource."""
         read_span(self._open(tensor.shard), self._folder / tensor.shard, tensor.offset + start, buffer)
+
+    def done_with(self, tensor: StoredTensor, n_bytes: int) -> None:
+        """See ShardSource. The shards stay."""
 
     def _open(self, shard: str) -> int:
         with self._lock:

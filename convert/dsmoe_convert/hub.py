@@ -1,0 +1,291 @@
+"""A model repository on a Hugging Face hub: what it holds, and how its files get here.
+
+Everything goes through huggingface_hub, so HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN and the shared cache work as
+they do elsewhere. Only the files that a conversion needs are fetched. Tokens never reach a message.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+import re
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from dsmoe_convert.checkpoint import PICKLE, SAFETENSORS, Form, pickle_error, read_index
+from dsmoe_convert.errors import HubError
+from dsmoe_convert.stored import StoredTensor
+from dsmoe_local.base.errors import DsmoeError, InterruptedRunError, UsageError
+from dsmoe_local.base.progress import Advanced, Finished, Listener, Started
+from dsmoe_local.base.text import safe_line
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+T = TypeVar("T")
+
+_REQUIRED = ("config.json", "tokenizer.json")
+_OPTIONAL = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "README.md",
+)
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_INTERRUPTED = "interrupted while downloading"
+_PATIENCE = 1.5  # seconds that a download gets to end by itself after an interruption
+
+
+@dataclass(frozen=True, slots=True)
+class HubRequest:
+    """Which repository, as the user says it. `endpoint` None means the library's own."""
+
+    repository: str
+    revision: str | None = None
+    token: str | None = None
+    endpoint: str | None = None
+
+
+def is_repository(text: str) -> bool:
+    """Whether `text` has the form OWNER/NAME."""
+    return _REPOSITORY.fullmatch(text) is not None and ".." not in text
+
+
+def locate(source: str) -> Path | None:
+    """The local folder that `source` names, None for the id of a repository. UsageError if it is neither."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UsageError(
+            f"{safe_line(source, 60)} is a file",
+            remedy="dsmoe-quantize takes GGUF files"
+            if path.suffix == ".gguf"
+            else "name the folder that holds config.json and the weights",
+        )
+    if is_repository(source):
+        return None
+    raise UsageError(
+        f"{safe_line(source, 60)!r} is neither a folder nor a repository id",
+        remedy="a repository id is OWNER/NAME, as in deepseek-ai/deepseek-moe-16b-chat",
+    )
+
+
+class HubRepository:
+    """One revision of a repository, pinned to its commit. Raises HubError for whatever the hub says."""
+
+    def __init__(self, request: HubRequest, listen: Listener, stop: threading.Event) -> None:
+        import huggingface_hub
+
+        # What it warns of (retries, a file that cannot be renewed) reaches the user as our error, if at all.
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        self._request = request
+        self._hub = huggingface_hub
+        self._listen = listen
+        self._stop = stop
+        self.offline = bool(huggingface_hub.constants.HF_HUB_OFFLINE)
+        self.sizes: Mapping[str, int] = {}
+        self.commit = ""
+        if not self.offline:
+            info = self._call(
+                lambda: self._api.model_info(
+                    request.repository, revision=request.revision, files_metadata=True
+                )
+            )
+            self.sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+            self.commit = info.sha or ""
+
+    @property
+    def name(self) -> str:
+        """The repository's name without its owner."""
+        return self._request.repository.partition("/")[2]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the bytes of every file."""
+        return {"repository": self._request.repository, "commit": self.commit}
+
+    @property
+    def _api(self) -> HfApi:
+        return self._hub.HfApi(endpoint=self._request.endpoint, token=self._request.token)
+
+    def fetch_small_files(self) -> Path:
+        """Configuration, tokenizer, index and model card, in the cache; the folder they are in."""
+        if self.offline:
+            return self._fetch("config.json").parent
+        missing = [name for name in _REQUIRED if name not in self.sizes]
+        if missing:
+            raise HubError(f"the repository has no {missing[0]}", where=self._request.repository)
+        for form in (SAFETENSORS, PICKLE):
+            if form.single not in self.sizes and form.index in self.sizes:
+                self._fetch(form.index)
+        for name in (*_REQUIRED, *_OPTIONAL):
+            if name in self.sizes:
+                self._fetch(name)
+        return self._fetch("config.json").parent
+
+    def weight_files(self, folder: Path, *, allow_pickle: bool) -> tuple[Form, list[str]]:
+        """How the weights are stored, and the files that hold them; `folder` holds the index."""
+        for form in (SAFETENSORS, PICKLE):
+            if form.single in self.sizes or form.index in self.sizes:
+                if form is PICKLE and not allow_pickle:
+                    raise pickle_error(self._request.repository)
+                if form.single in self.sizes:
+                    return form, [form.single]
+                shards = sorted(set(read_index(folder / form.index, form.suffix).values()))
+                missing = [shard for shard in shards if shard not in self.sizes]
+                if missing:
+                    raise HubError(
+                        f"the repository has no {safe_line(missing[0], 60)}", where=self._request.repository
+                    )
+                return form, shards
+        raise HubError("the repository has no weights in safetensors", where=self._request.repository)
+
+    def fetch_weights(self, files: list[str]) -> None:
+        """Bring weights into the cache; those that are there already are not fetched again."""
+        here = [name for name in files if self._is_cached(name)]
+        total, done = (sum(self.sizes[name] for name in names) for names in (files, here))
+        self._listen(Started("downloading", total, done))
+        for name in files:
+            if name not in here:
+                self._fetch(name, report=True)
+        self._listen(Finished("downloading"))
+
+    def fetch_to(self, name: str, folder: Path) -> Path:
+        """Bring one file into `folder`, past the cache."""
+        return self._fetch(name, local_dir=folder)
+
+    def tensors_of(self, name: str) -> dict[str, StoredTensor]:
+        """The tensors of a safetensors file that is not here. Offsets count from the start of its data."""
+        header = self._call(
+            lambda: self._api.parse_safetensors_file_metadata(
+                self._request.repository, name, revision=self.commit
+            )
+        )
+        return {
+            tensor: StoredTensor(tensor, info.dtype, tuple(info.shape), name, begin, end - begin)
+            for tensor, info in header.tensors.items()
+            for begin, end in (info.data_offsets,)
+        }
+
+    def _is_cached(self, name: str) -> bool:
+        found = self._hub.try_to_load_from_cache(self._request.repository, name, revision=self.commit)
+        return isinstance(found, str)
+
+    def _fetch(self, name: str, *, local_dir: Path | None = None, report: bool = False) -> Path:
+        download = self._hub.hf_hub_download
+        options: dict[str, Any] = {"local_dir": local_dir}
+        # Versions before 1.0 have no such parameter: without it, no progress and no early end.
+        if "tqdm_class" in inspect.signature(download).parameters:
+            options["tqdm_class"] = _progress_class(self._listen if report else None, self._stop, name)
+        path = self._call(
+            lambda: download(
+                self._request.repository,
+                name,
+                revision=self.commit or self._request.revision,
+                token=self._request.token,
+                endpoint=self._request.endpoint,
+                local_files_only=self.offline,
+                **options,
+            )
+        )
+        return Path(path)
+
+    def _call(self, work: Callable[[], T]) -> T:
+        """Do `work`, a call into the library, in a thread of its own: it must not hold up an interruption."""
+        outcome: list[Callable[[], T]] = []
+
+        def body() -> None:
+            try:
+                result = work()
+                outcome.append(lambda: result)
+            except BaseException as error:  # noqa: BLE001 - raised below, in the caller's thread
+                caught = error
+                outcome.append(lambda: _raise(caught))
+
+        thread = threading.Thread(target=body, name="hub", daemon=True)
+        thread.start()
+        while thread.is_alive() and not self._stop.is_set():
+            thread.join(0.1)
+        thread.join(_PATIENCE)
+        if self._stop.is_set():
+            raise InterruptedRunError(_INTERRUPTED, remedy="run the same command again to continue")
+        try:
+            return outcome[0]()
+        except DsmoeError:
+            raise
+        except Exception as error:
+            raise self._translated(error) from error
+
+    def _translated(self, error: Exception) -> HubError:
+        """The library's exception in our words; the most specific line of the table wins."""
+        for name, what, remedy in _COMPLAINTS:
+            kind = getattr(self._hub.errors, name, None)
+            if kind is not None and isinstance(error, kind):
+                return HubError(what, where=self._place, remedy=remedy)
+        text = next(iter(str(error).strip().splitlines()), "")
+        for secret in filter(None, (self._request.token, self._hub.get_token())):
+            text = text.replace(secret, "***")
+        return HubError(
+            f"the download failed: {safe_line(f'{type(error).__name__}: {text}', 90)}",
+            where=self._place,
+            remedy="check the network, then run the same command to continue",
+        )
+
+    @property
+    def _place(self) -> str:
+        revision = f" at {safe_line(self._request.revision, 40)}" if self._request.revision else ""
+        return f"{self._request.repository}{revision}"
+
+
+_COMPLAINTS = (
+    (
+        "GatedRepoError",
+        "access to this repository must be granted",
+        "accept its terms on its page, then set HF_TOKEN or give --token",
+    ),
+    (
+        "RepositoryNotFoundError",
+        "there is no such repository, or it is private",
+        "check the name; for a private one set HF_TOKEN or give --token",
+    ),
+    ("RevisionNotFoundError", "the repository has no such revision", "check --revision"),
+    (
+        "OfflineModeIsEnabled",
+        "the hub may not be asked: HF_HUB_OFFLINE is set",
+        "unset it, or use what is in the cache",
+    ),
+    (
+        "LocalEntryNotFoundError",
+        "not in the cache, and the hub cannot be reached",
+        "check the network, and whether HF_HUB_OFFLINE is set",
+    ),
+    ("EntryNotFoundError", "a file is missing in the repository", "check the repository's page"),
+)
+
+
+def _raise(error: BaseException) -> Any:  # noqa: ANN401 - never returns
+    raise error
+
+
+def _progress_class(listen: Listener | None, stop: threading.Event, name: str) -> type[Any]:
+    """A progress bar that draws nothing: it passes bytes on as events, and ends a download that must stop."""
+    bar: Any = importlib.import_module("tqdm").tqdm
+
+    def start(self: Any, *args: Any, **options: Any) -> None:  # noqa: ANN401 - tqdm's signature
+        options.pop("name", None)
+        bar.__init__(self, *args, **(options | {"disable": True}))
+
+    def update(self: Any, n: float | None = 1) -> None:  # noqa: ANN401 - tqdm's signature
+        if stop.is_set():
+            raise InterruptedRunError(_INTERRUPTED)
+        if listen is not None and n:
+            listen(Advanced(int(n), name))
+
+    return type("Events", (bar,), {"__init__": start, "update": update})

@@ -1,0 +1,173 @@
+"""From what the user names to a file: a local folder, a repository, or a repository shard by shard."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dsmoe_convert.checkpoint import SAFETENSORS, Checkpoint, digest, match_index, read_index
+from dsmoe_convert.convert import Conversion, ConvertOptions, RunOptions, plan, plan_folder, run
+from dsmoe_convert.errors import CheckpointError
+from dsmoe_convert.hub import HubRepository, HubRequest, locate
+from dsmoe_convert.low_disk import ShardWindow
+from dsmoe_convert.safetensors_file import read_tensors
+from dsmoe_convert.stored import StoredTensor
+from dsmoe_convert.tokenizer import read_tokenizer
+from dsmoe_local.base import durable
+from dsmoe_local.base.errors import UsageError, missing_extra
+from dsmoe_local.base.progress import Advanced, Listener, Note
+from dsmoe_local.model.config_json import read_config
+from dsmoe_quantize.output import Summary
+
+_AT_ONCE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class SourceOptions:
+    """How a repository is reached; `low_disk` keeps at most two of its shards on disk."""
+
+    revision: str | None = None
+    token: str | None = None
+    endpoint: str | None = None
+    low_disk: bool = False
+
+
+def convert(
+    source: str,
+    out: Path | None,
+    options: ConvertOptions | None = None,
+    source_options: SourceOptions | None = None,
+    run_options: RunOptions | None = None,
+) -> Summary:
+    """Convert `source`, a folder or a repository's id, to `out` (by default a file in the current folder).
+
+    Raises UsageError, FileError (HubError), FormatError (CheckpointError, TokenizerError), MissingExtraError
+    and what dsmoe_quantize.output.write_output raises.
+    """
+    options, run_options = options or ConvertOptions(), run_options or RunOptions()
+    source_options = source_options or SourceOptions()
+    with missing_extra("convert"):
+        planned = plan_source(source, options, source_options, run_options)
+        target = out or Path(planned.conversion.default_name)
+        if planned.staging is None:
+            return run(planned.conversion, target, run_options)
+        return _run_staged(planned.conversion, planned.staging, target, run_options)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSource:
+    """A planned conversion; with a staging place if its shards are still to come."""
+
+    conversion: Conversion
+    staging: Staging | None = None
+
+
+def plan_source(
+    source: str,
+    options: ConvertOptions,
+    source_options: SourceOptions,
+    run_options: RunOptions,
+    *,
+    headers_only: bool = False,
+) -> PlannedSource:
+    """Check `source` and plan its conversion.
+
+    The weights of a repository are fetched, unless they come later or, with `headers_only`, never.
+    """
+    folder = locate(source)
+    if folder is not None:
+        if source_options.revision:
+            raise UsageError("--revision goes with a repository, not with a folder")
+        if source_options.low_disk:
+            run_options.listen(Note("--low-disk changes nothing here: the checkpoint is on disk already"))
+        return PlannedSource(plan_folder(folder, options, run_options.listen))
+    request = HubRequest(source, source_options.revision, source_options.token, source_options.endpoint)
+    repository = HubRepository(request, run_options.listen, run_options.stop)
+    if source_options.low_disk or headers_only:
+        return _plan_staged(repository, options, run_options)
+    return PlannedSource(_plan_cached(repository, options, run_options))
+
+
+def _plan_cached(repository: HubRepository, options: ConvertOptions, run_options: RunOptions) -> Conversion:
+    """Bring the whole checkpoint into the cache; the small files are judged before the large ones come."""
+    folder = repository.fetch_small_files()
+    if repository.offline:
+        conversion = plan_folder(folder, options, run_options.listen)
+        return replace(conversion, checkpoint=replace(conversion.checkpoint, name=repository.name))
+    read_tokenizer(folder, read_config(folder).n_vocab, options.pre, lambda text: None)
+    _, files = repository.weight_files(folder, allow_pickle=options.allow_pickle)
+    repository.fetch_weights(files)
+    return plan_folder(
+        folder, options, run_options.listen, name=repository.name, identity=repository.identity
+    )
+
+
+class Staging:
+    """The folder beside the output in which shards lie between download and deletion. A source of `Fetch`."""
+
+    def __init__(self, repository: HubRepository, shards: list[str], listen: Listener) -> None:
+        self.folder = Path()
+        self.shards = shards
+        self._repository = repository
+        self._listen = listen
+
+    @property
+    def n_bytes(self) -> int:
+        """The most that shards take at a time."""
+        return sum(sorted((self._repository.sizes[shard] for shard in self.shards), reverse=True)[:_AT_ONCE])
+
+    def open(self, out: Path) -> None:
+        """Place it beside `out`, and tidy what an interrupted run left."""
+        self.folder = out.with_name(f".{out.name}.shards")
+        self.folder.mkdir(exist_ok=True)
+        for partial in self.folder.rglob("*.incomplete"):
+            partial.unlink(missing_ok=True)
+        here = [shard for shard in self.shards if (self.folder / shard).exists()]
+        # Those read last are of least use, and one more must fit.
+        for shard in here[:-1] if len(here) >= _AT_ONCE else ():
+            (self.folder / shard).unlink()
+
+    def fetch(self, shard: str) -> tuple[Path, Mapping[str, StoredTensor]]:
+        """See low_disk.Fetch."""
+        number = self.shards.index(shard) + 1
+        self._listen(Advanced(0, f"downloading shard {number} of {len(self.shards)}"))
+        path = self._repository.fetch_to(shard, self.folder)
+        return path, read_tensors(path)
+
+    def remove(self) -> None:
+        """Delete the folder and all that is in it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _plan_staged(
+    repository: HubRepository, options: ConvertOptions, run_options: RunOptions
+) -> PlannedSource:
+    """Plan by the shards' headers alone."""
+    if repository.offline:
+        raise UsageError("the shards must be downloaded, but HF_HUB_OFFLINE is set")
+    folder = repository.fetch_small_files()
+    hp = read_config(folder)
+    form, shards = repository.weight_files(folder, allow_pickle=options.allow_pickle)
+    if form is not SAFETENSORS:
+        raise CheckpointError("--low-disk needs safetensors", where=repository.name)
+    headers = {shard: repository.tensors_of(shard) for shard in shards}
+    tensors = headers[shards[0]]
+    if shards != [form.single]:
+        tensors = match_index(read_index(folder / form.index, form.suffix), headers, folder)
+    staging = Staging(repository, shards, run_options.listen)
+    window = ShardWindow(staging.fetch, run_options.stop)
+    identity = {**repository.identity, "headers": digest(tensors.values())}
+    checkpoint = Checkpoint(repository.name, tensors, window, identity)
+    return PlannedSource(plan(checkpoint, folder, hp, options, run_options.listen), staging)
+
+
+def _run_staged(conversion: Conversion, staging: Staging, out: Path, run_options: RunOptions) -> Summary:
+    part = out.with_name(f".{out.name}.part")
+    held = part.stat().st_blocks * 512 if part.exists() else 0
+    durable.require_space(out.resolve().parent, max(0, conversion.n_bytes - held) + staging.n_bytes)
+    staging.open(out.resolve())
+    summary = run(conversion, out, run_options)
+    staging.remove()
+    return summary

@@ -1,0 +1,91 @@
+"""`dsmoe convert`: arguments and tables. What is done is dsmoe_convert's task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from dsmoe_local.base.errors import missing_extra
+from dsmoe_local.base.sizes import format_size
+from dsmoe_local.cli.type_options import TypeRow, show_types, summary_line, type_options, wishes_of
+
+if TYPE_CHECKING:
+    from dsmoe_convert.convert import Conversion
+
+
+@click.command(name="convert")
+@click.argument("source", metavar="SRC")
+@click.option("-o", "--output", "out", metavar="OUT", type=click.Path(path_type=Path), help="File to write.")
+@type_options
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+@click.option(
+    "--pre", metavar="NAME", help="llama.cpp's name for the pre-tokenizer, if it is not recognised."
+)
+@click.option("--allow-pickle", is_flag=True, help="Read .bin weights, in a restricted child process.")
+@click.option("--revision", metavar="REV", help="Branch, tag or commit of the repository.")
+@click.option("--token", metavar="TOKEN", help="Access token of the hub.  [default: HF_TOKEN]")
+@click.option("--low-disk", is_flag=True, help="Download, encode and delete one shard after another.")
+def command(
+    source: str,
+    out: Path | None,
+    word: str | None,
+    overrides: tuple[str, ...],
+    output_type: str | None,
+    embedding_type: str | None,
+    pure: bool,
+    threads: int | None,
+    dry_run: bool,
+    force: bool,
+    pre: str | None,
+    allow_pickle: bool,
+    revision: str | None,
+    token: str | None,
+    low_disk: bool,
+) -> None:
+    """Make a GGUF from a Hugging Face checkpoint of a DeepSeekMoE, in one pass.
+
+    SRC is a folder, or a repository such as deepseek-ai/deepseek-moe-16b-chat. TYPE is as for dsmoe quantize;
+    left out, the weights keep their own. OUT is <name>-<TYPE>.gguf in the current folder unless named. A run
+    that was interrupted continues when the same command is given again.
+    """
+    from dsmoe_local.cli.render import run_with_progress, show_result
+
+    with missing_extra("convert"):
+        from dsmoe_convert.convert import ConvertOptions, RunOptions
+        from dsmoe_convert.sources import SourceOptions, convert, plan_source
+
+    options = ConvertOptions(word, wishes_of(overrides, output_type, embedding_type, pure), pre, allow_pickle)
+    source_options = SourceOptions(revision, token, low_disk=low_disk)
+    if dry_run:
+        planned = run_with_progress(
+            lambda listen, stop: plan_source(
+                source, options, source_options, RunOptions(listen=listen, stop=stop), headers_only=True
+            )
+        )
+        _show(planned.conversion)
+        return
+    summary = run_with_progress(
+        lambda listen, stop: convert(
+            source, out, options, source_options, RunOptions(threads or 0, force, listen, stop)
+        )
+    )
+    show_result(summary_line(summary))
+
+
+def _show(conversion: Conversion) -> None:
+    """The table of a dry run, on stdout."""
+    from dsmoe_local.model.ggml import tensor_bytes
+
+    rows = [
+        TypeRow(tensor.name, tensor.shape, tensor.type, choice, tensor_bytes(choice.type, tensor.shape))
+        for tensor, choice in zip(conversion.tensors, conversion.choices, strict=True)
+    ]
+    n_bytes = sum(row.n_bytes for row in rows)
+    n_weights = sum(tensor.spec.n_weights for tensor in conversion.tensors)
+    show_types(
+        rows,
+        f"{conversion.default_name}: {len(rows)} tensors, {format_size(n_bytes)},"
+        f" {8 * n_bytes / n_weights:.2f} bits per weight",
+    )
