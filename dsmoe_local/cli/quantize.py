@@ -74,3 +74,5 @@ def _show(plan: Plan) -> None:
         f" {plan.bits_per_weight:.2f} bits per weight,"
         f" {format_size(plan.n_bytes_per_token)} read per token",
     )
+    if plan.n_requantized:
+        console.print(f"{plan.n_requantized} tensors are quantized already: this needs --allow-requantize")

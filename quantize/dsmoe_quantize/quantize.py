@@ -38,6 +38,11 @@ class Change:
         """Its size in the new file."""
         return tensor_bytes(self.choice.type, self.source.shape)
 
+    @property
+    def is_second_loss(self) -> bool:
+        """Whether it is quantized already and would be again."""
+        return self.source.type not in FLOATS and self.choice.type is not self.source.type
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -59,6 +64,11 @@ class Plan:
         return 8 * self.n_bytes / sum(change.source.n_weights for change in self.changes)
 
     @property
+    def n_requantized(self) -> int:
+        """Tensors that are quantized already and change their type."""
+        return sum(change.is_second_loss for change in self.changes)
+
+    @property
     def n_bytes_per_token(self) -> float:
         """Weight bytes that the decoding of one token reads."""
         roles = ((change.n_bytes, role_of(change.source.name)) for change in self.changes)
@@ -77,7 +87,7 @@ def plan_quantization(
     tensors = list(file.tensors.values())
     chosen = choose_types(tensors, hp, choice, wishes)
     changes = [Change(tensor, each) for tensor, each in zip(tensors, chosen, strict=True)]
-    again = [change for change in changes if _is_second_loss(change)]
+    again = [change for change in changes if change.is_second_loss]
     if again and not allow_requantize:
         first = again[0]
         raise RequantizeError(
@@ -167,10 +177,6 @@ def _opened(path: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _is_second_loss(change: Change) -> bool:
-    return change.source.type not in FLOATS and change.choice.type is not change.source.type
 
 
 def _fingerprint(plan: Plan, descriptor: int) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import gguf
 import numpy as np
 
 from dsmoe_local.model.ggml import GgmlType
+from dsmoe_local.model.gguf_file import read_gguf
 from dsmoe_local.model.gguf_model import metadata_of
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import Role, tensor_specs
@@ -89,15 +91,14 @@ def write_tiny(path: Path, hp: Hyperparameters, dtype: str = "bf16", seed: int =
 
 def patch_weight(path: Path, tensor: str, index: int, value: float) -> None:
     """Overwrite one weight of an F32, F16 or BF16 tensor in place; `index` counts weights."""
-    from dsmoe_local.model.gguf_file import read_gguf
-
     info = read_gguf(path).tensors[tensor]
     one = np.float32(value)
-    raw = {
-        GgmlType.F32: one.tobytes(),
-        GgmlType.F16: np.float16(one).tobytes(),
-        GgmlType.BF16: one.tobytes()[2:],
-    }[info.type]
+    to_bytes: dict[GgmlType, Callable[[], bytes]] = {
+        GgmlType.F32: one.tobytes,
+        GgmlType.F16: lambda: np.float16(one).tobytes(),
+        GgmlType.BF16: lambda: one.tobytes()[2:],
+    }
+    raw = to_bytes[info.type]()
     with path.open("r+b") as file:
         file.seek(info.offset + index * len(raw))
         file.write(raw)
