@@ -75,4 +75,4 @@ def _show(plan: Plan) -> None:
         f" {format_size(plan.n_bytes_per_token)} read per token",
     )
     if plan.n_requantized:
-        console.print(f"{plan.n_requantized} tensors are quantized already: this needs --allow-requantize")
+        click.echo(f"{plan.n_requantized} tensors are quantized already: this needs --allow-requantize")
