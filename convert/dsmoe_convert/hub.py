@@ -82,6 +82,8 @@ class HubRepository:
 
     def __init__(self, request: HubRequest, listen: Listener, stop: threading.Event) -> None:
         import huggingface_hub
+        import huggingface_hub.constants
+        import huggingface_hub.errors
 
         # What it warns of (retries, a file that cannot be renewed) reaches the user as our error, if at all.
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
