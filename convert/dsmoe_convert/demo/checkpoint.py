@@ -1,0 +1,144 @@
+"""Writes the demo as an ordinary Hugging Face checkpoint: sharded safetensors, config, tokenizer.
+
+Fine-grained expert segmentation (arXiv 2401.06066, section 3.1) of trained FFNs: the neurons of a layer are
+cut into experts, nothing is retrained. A routed expert's output is multiplied by its gate, which a softmax
+over 14 nearly equal logits makes 1/14; its down projection is multiplied by 14, so the two cancel.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsmoe_convert.demo.calibration import (
+    EXPERT_SIZE,
+    N_DENSE_LAYERS,
+    N_ROUTED_EXPERTS,
+    N_SHARED_EXPERTS,
+    Calibration,
+)
+from dsmoe_convert.demo.source import Source
+from dsmoe_convert.demo.tokenizer_files import generation_config, tokenizer_config, tokenizer_json
+from dsmoe_local.base.errors import missing_extra
+from dsmoe_local.base.progress import Advanced, Finished, Listener, Started
+from dsmoe_local.model.config_json import config_values
+from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.layout import tensor_specs
+
+ROUTER_SCALE = 1e-4
+"""Spread of the logits. Small enough that gates differ from 1/14 by no more than rounding elsewhere; large
+enough that a float32 softmax, whose steps near 1 are 6e-8, still tells the experts apart."""
+
+SHARD_BYTES = 160 << 20
+_FLOAT32 = 4
+
+Array = NDArray[np.float32]
+
+
+def hyperparameters(source: Source, n_active: int) -> Hyperparameters:
+    """The demo's shape: the source's, with its FFNs cut into experts."""
+    return replace(
+        source.hyperparameters,
+        architecture="deepseek",
+        n_dense_layers=N_DENSE_LAYERS,
+        n_routed_experts=N_ROUTED_EXPERTS,
+        n_shared_experts=N_SHARED_EXPERTS,
+        n_experts_per_token=n_active,
+        expert_size=EXPERT_SIZE,
+        name="SmolLM2-135M-DeepSeekMoE",
+    )
+
+
+def tensors(source: Source, calibration: Calibration) -> Iterator[tuple[str, Array]]:
+    """Every tensor of the checkpoint, layer by layer: Hugging Face name and float32 values."""
+    for name, values in source.tensors():
+        prefix, _, last = name.partition(".mlp.")
+        layer = int(prefix.rpartition(".")[2]) if last else 0
+        if layer < N_DENSE_LAYERS:
+            yield name, values
+            continue
+        index = layer - N_DENSE_LAYERS
+        if last == "gate_proj.weight":
+            router = calibration.router[index].astype(np.float32) * np.float32(ROUTER_SCALE)
+            yield f"{prefix}.mlp.gate.weight", router
+        yield from _experts(f"{prefix}.mlp", last, values, calibration.order[index])
+
+
+def _experts(
+    prefix: str, projection: str, values: Array, order: NDArray[np.uint16]
+) -> Iterator[tuple[str, Array]]:
+    """One projection of a dense FFN, cut along its neurons: rows of gate and up, columns of down."""
+    is_down = projection == "down_proj.weight"
+    n_shared = N_SHARED_EXPERTS * EXPERT_SIZE
+    pieces = np.split(order, range(n_shared, len(order), EXPERT_SIZE))
+    for number, neurons in enumerate(pieces, -1):
+        owner = "shared_experts" if number < 0 else f"experts.{number}"
+        piece = np.ascontiguousarray(values[:, neurons] if is_down else values[neurons])
+        if is_down and number >= 0:
+            piece *= np.float32(N_ROUTED_EXPERTS)
+        yield f"{prefix}.{owner}.{projection}", piece
+
+
+def write_checkpoint(
+    source: Source, calibration: Calibration, folder: Path, n_active: int, listen: Listener
+) -> Hyperparameters:
+    """Write the checkpoint into `folder`, replacing one that is there. Weights in float32: 540 MB."""
+    folder.mkdir(parents=True, exist_ok=True)
+    hp = hyperparameters(source, n_active)
+    # config.json goes first and comes back last: a folder that has it is complete.
+    (folder / "config.json").unlink(missing_ok=True)
+    for stale in folder.glob("model-*.safetensors"):
+        stale.unlink()
+    _write_shards(source, calibration, folder, hp, listen)
+    _write_json(folder / "tokenizer.json", tokenizer_json(source))
+    _write_json(folder / "tokenizer_config.json", tokenizer_config(source))
+    _write_json(folder / "generation_config.json", generation_config(source))
+    config = config_values(
+        hp,
+        torch_dtype="float32",
+        bos_token_id=source.metadata("tokenizer.ggml.bos_token_id"),
+        eos_token_id=source.metadata("tokenizer.ggml.eos_token_id"),
+    )
+    _write_json(folder / "config.json", config)
+    return hp
+
+
+def _write_shards(
+    source: Source, calibration: Calibration, folder: Path, hp: Hyperparameters, listen: Listener
+) -> None:
+    with missing_extra("demo"):
+        from safetensors.numpy import save_file
+    total = sum(spec.n_weights for spec in tensor_specs(hp)) * _FLOAT32
+    n_shards = -(-total // SHARD_BYTES)
+    weight_map: dict[str, str] = {}
+    shard: dict[str, Array] = {}
+    listen(Started("checkpoint", total))
+
+    def flush() -> None:
+        name = f"model-{len(set(weight_map.values())) + 1:05d}-of-{n_shards:05d}.safetensors"
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, name))
+        shard.clear()
+
+    written = 0
+    for name, values in tensors(source, calibration):
+        shard[name] = values
+        written += values.nbytes
+        listen(Advanced(values.nbytes, name))
+        if written * n_shards >= total * (len(set(weight_map.values())) + 1):
+            flush()
+    listen(Finished("checkpoint"))
+    _write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {"total_size": written}, "weight_map": weight_map},
+    )
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

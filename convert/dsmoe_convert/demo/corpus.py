@@ -1,0 +1,34 @@
+"""The text the calibration reads and is judged by: the help topics that every Python ships, in two halves.
+
+Many topics repeat sections of others, so a split by topic alone would leak. Topics go to a half by a hash of
+their name (which holds for every Python version); then every paragraph that was seen before, and every
+calibration paragraph that the held-out half contains, is dropped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pydoc_data.topics import topics
+from typing import Literal, TypeAlias
+
+Half: TypeAlias = Literal["calibration", "held out"]
+
+
+def text(half: Half) -> str:
+    """One half of the help topics: paragraphs apart by a blank line, none of them in the other half."""
+    held_out = _paragraphs(topics[name] for name in sorted(topics) if not _is_calibration(name))
+    if half == "held out":
+        return "\n\n".join(held_out)
+    seen = set(held_out)
+    calibration = _paragraphs(topics[name] for name in sorted(topics) if _is_calibration(name))
+    return "\n\n".join(paragraph for paragraph in calibration if paragraph not in seen)
+
+
+def _is_calibration(topic: str) -> bool:
+    return hashlib.sha256(topic.encode()).digest()[0] % 2 == 0
+
+
+def _paragraphs(texts: Iterable[str]) -> tuple[str, ...]:
+    """The paragraphs in order, each once."""
+    return tuple(dict.fromkeys(part for text in texts for part in text.strip("\n").split("\n\n")))
