@@ -111,7 +111,7 @@ def choose_template(
     if requested is not None:
         if requested in BUILT_IN:
             return BUILT_IN[requested], f"built-in {requested}"
-        return _read_template(Path(requested)), safe_line(requested, 60)
+        return _read_template(Path(requested)), safe_line(Path(requested).name, 60)
     if own:
         return own, "the model's own"
     if architecture == "deepseek" and _CHAT_MODEL.search(re.sub(r"[-_.]", " ", name)):

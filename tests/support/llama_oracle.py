@@ -102,3 +102,34 @@ def vocabulary(path: Path) -> Iterator[Vocabulary]:
     """The vocabulary of a file, without its weights."""
     with loaded(path, vocab_only=True) as model:
         yield Vocabulary(model)
+
+
+def greedy(path: Path, prompt: Sequence[int], count: int, *, n_context: int = 256) -> list[int]:
+    """`count` greedy tokens after `prompt` by the bare loop: the whole prompt in one step, then token by token.
+
+    Two threads and llama.cpp's defaults, as a plain C program would do it. Ends early at an end-of-reply token,
+    which is left out.
+    """
+    with loaded(path) as model:
+        parameters = llama_cpp.llama_context_default_params()
+        parameters.n_ctx = n_context
+        parameters.n_threads = parameters.n_threads_batch = 2
+        context = llama_cpp.llama_init_from_model(model, parameters)
+        assert context
+        vocab = llama_cpp.llama_model_get_vocab(model)
+        n_vocab = llama_cpp.llama_vocab_n_tokens(vocab)
+        written: list[int] = []
+        step = list(prompt)
+        try:
+            while len(written) < count:
+                ids = (llama_cpp.llama_token * len(step))(*step)
+                assert llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(ids, len(step))) == 0
+                row = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, -1), (n_vocab,))
+                best = int(row.argmax())
+                if llama_cpp.llama_vocab_is_eog(vocab, best):
+                    break
+                written.append(best)
+                step = [best]
+        finally:
+            llama_cpp.llama_free(context)
+        return written

@@ -1,0 +1,111 @@
+"""Loading: progress, notes, refusals that are short errors, and nothing on the screen."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+from support.models import tiny_model
+
+from dsmoe_local.base.errors import DsmoeError, FileError, FormatError, InterruptedRunError, UsageError
+from dsmoe_local.base.progress import Advanced, Event, Finished, Note, Started
+from dsmoe_local.engine import loading, native
+from dsmoe_local.engine.engine import Engine
+from dsmoe_local.engine.errors import ModelLoadError
+from dsmoe_local.engine.types import ModelOptions, Request
+
+
+def test_progress_adds_up_and_the_log_stays_off_the_screen(capfd: pytest.CaptureFixture[str]) -> None:
+    """Guards: a bar that never fills; llama.cpp's log in the middle of a chat."""
+    events: list[Event] = []
+    with Engine.load(ModelOptions(tiny_model()), events.append) as engine:
+        assert engine.info.n_context == 256
+        assert any("llama" in line for line in engine.log())
+    kinds = [type(event) for event in events]
+    assert kinds[0] is Started
+    assert kinds[-1] is Finished
+    started = events[0]
+    assert isinstance(started, Started)
+    assert sum(event.amount for event in events if isinstance(event, Advanced)) == started.total
+    assert capfd.readouterr() == ("", "")
+
+
+def test_loading_can_be_given_up() -> None:
+    """Guards: Ctrl-C that has to wait for 10 GB."""
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(InterruptedRunError):
+        Engine.load(ModelOptions(tiny_model()), stop=stop)
+    with Engine.load(ModelOptions(tiny_model())):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cache_type_k": "q3_k"}, "-ctk q3_k"),
+        ({"flash_attention": "off", "cache_type_v": "q8_0"}, "quantized V"),
+        ({"n_context": 8}, "-c 8"),
+        ({"n_threads": 0}, "-t 0"),
+        ({"n_ubatch": 0}, "-ub 0"),
+        ({"chat_template": "no-such"}, "no-such"),
+    ],
+)
+def test_impossible_options(options: dict[str, object], message: str) -> None:
+    """Guards: options that llama.cpp refuses late, or aborts on."""
+    with pytest.raises(UsageError) as refusal:
+        Engine.load(ModelOptions(tiny_model(), **options))
+    assert message in str(refusal.value)
+
+
+def test_bad_files_never_reach_native_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: llama.cpp aborting the process on a malformed file."""
+    monkeypatch.setattr(native, "Model", lambda *_, **__: pytest.fail("reached native code"))
+    whole = tiny_model().read_bytes()
+    cases = {"cut": whole[: len(whole) // 2], "empty": b"", "zip": b"PK\3\4" + b"\0" * 999}
+    for name, content in cases.items():
+        path = tmp_path / f"{name}.gguf"
+        path.write_bytes(content)
+        with pytest.raises((FormatError, FileError)):
+            Engine.load(ModelOptions(path))
+    with pytest.raises(FileError):
+        Engine.load(ModelOptions(tmp_path / "missing.gguf"))
+    with pytest.raises(DsmoeError):
+        Engine.load(ModelOptions(tmp_path))
+
+
+def test_what_llama_cpp_refuses_names_its_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Guards: 'failed to load model' without the cause, which only the log holds."""
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(tiny_model().read_bytes().replace(b"deepseek-llm", b"deepseek-xxx"))
+    with pytest.raises(ModelLoadError) as refusal:
+        Engine.load(ModelOptions(bad))
+    assert "pre-tokenizer" in str(refusal.value)
+
+
+def test_memory_notes_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a smaller context taken in silence; a paged model that is refused."""
+    events: list[Event] = []
+    monkeypatch.setattr(loading, "available_memory", lambda: 96 * 2**20 + 900_000)
+    with Engine.load(ModelOptions(tiny_model(), n_ubatch=8), events.append) as engine:
+        notes = [event.text for event in events if isinstance(event, Note)]
+        assert any("paged from disk" in note for note in notes)
+        assert list(engine.submit(Request("r", "a", max_tokens=2)))
+
+
+def test_no_gpu_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: -ngl failing, or silently doing nothing, on a CPU-only build."""
+    monkeypatch.setattr(native, "gpu_names", tuple)
+    events: list[Event] = []
+    with Engine.load(ModelOptions(tiny_model(), n_gpu_layers=99), events.append):
+        notes = [event.text for event in events if isinstance(event, Note)]
+    assert notes == ["no GPU in this build of llama.cpp: -ngl has no effect"]
+
+
+def test_context_beyond_training_is_said() -> None:
+    """Guards: nonsense beyond the trained context without a warning."""
+    events: list[Event] = []
+    with Engine.load(ModelOptions(tiny_model(), n_context=512), events.append) as engine:
+        assert engine.info.n_context == 512
+    assert any("trained for 256" in event.text for event in events if isinstance(event, Note))
