@@ -1,6 +1,6 @@
 """The encoder: rows of one type in, rows of another out, checked, a slab at a time. No files, no threads.
 
-A slab is a few MiB of rows of one matrix. It is worked in pieces that stay in a core's cache between the
+A slab is some MiB of rows of one matrix. It is worked in pieces that stay in a core's cache between the
 three steps check, convert to f32, encode, so that memory sees each weight once.
 """
 
@@ -22,7 +22,7 @@ from dsmoe_quantize.errors import WeightError
 
 Bytes: TypeAlias = NDArray[np.uint8]
 
-SLAB_BYTES = 4 << 20
+SLAB_BYTES = 2 << 20
 """Source bytes read, encoded and written at a time."""
 PIECE_WEIGHTS = 128 << 10
 """Weights converted at a time: 512 KiB as f32, half of a core's second-level cache."""

@@ -11,6 +11,7 @@ from support.tiny_gguf import DEEP, DENSE, EIGHT_EXPERTS, MOE, NARROW, ODD, writ
 
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import GgufFile, read_gguf
+from dsmoe_quantize import encode
 from dsmoe_quantize.choose import Override, Wishes
 from dsmoe_quantize.mixes import MIXES
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
@@ -136,3 +137,14 @@ def test_requantizing_to_floats_equals_llama_cpp(models: dict[str, Path], tmp_pa
     source = quantized(models["moe"], tmp_path / "source.gguf", "Q4_K_M")
     ours = quantized(source, tmp_path / "ours.gguf", "bf16", again=True)
     assert_same(ours, llama_quantize(source, tmp_path / "theirs.gguf", 32, allow_requantize=True))
+
+
+@pytest.mark.parametrize("word", ["Q4_K_M", "Q8_0", "F32"])
+def test_any_cut_gives_the_same_bytes(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    """Slabs and pieces that end in the middle of a tensor: tiny models otherwise have one slab per matrix."""
+    monkeypatch.setattr(encode, "SLAB_BYTES", 12345)
+    monkeypatch.setattr(encode, "PIECE_WEIGHTS", 1000)
+    ours = quantized(models["moe"], tmp_path / "ours.gguf", word)
+    assert_same(ours, llama_quantize(models["moe"], tmp_path / "theirs.gguf", resolve(word).file_type))
