@@ -15,8 +15,10 @@ from dsmoe_local.base import durable
 from dsmoe_local.base.faults import reach
 from dsmoe_quantize.encode import Bytes, Slab, SlabEncoder, TensorJob, slabs
 
-SYNC_BYTES = 256 << 20
-"""Finished bytes that may wait for a sync: what a crash can cost, and what the last sync has to write."""
+SYNC_BYTES = 128 << 20
+"""Finished bytes that start a sync. Twice as many may wait for one: what a crash can cost, what the last sync
+has to write, and what an interruption has to wait for.
+"""
 SYNC_SECONDS = 1.0
 """How long a finished tensor may wait for one."""
 
@@ -165,14 +167,15 @@ class Syncer:
         self._thread.start()
 
     def finished(self, job: TensorJob) -> None:
-        """Take note of a tensor that is written."""
+        """Take note of a tensor that is written; wait while the disk is too far behind."""
         with self._wake:
-            if self._error:
-                raise self._error
             self._waiting.append(job.name)
             self._n_bytes += job.n_bytes
             if self._n_bytes >= SYNC_BYTES:
-                self._wake.notify()
+                self._wake.notify_all()
+            self._wake.wait_for(lambda: self._error or self._n_bytes < 2 * SYNC_BYTES)
+            if self._error:
+                raise self._error
 
     def close(self) -> None:
         """Return when all that is finished is durable."""
@@ -188,7 +191,7 @@ class Syncer:
     def _end(self) -> None:
         with self._wake:
             self._closing = True
-            self._wake.notify()
+            self._wake.notify_all()
         self._thread.join()
 
     def _run(self) -> None:
@@ -202,6 +205,7 @@ class Syncer:
     def _sync(self) -> None:
         with self._wake:
             names, self._waiting, self._n_bytes = self._waiting, [], 0
+            self._wake.notify_all()
         if not names or self._error:
             return
         try:
@@ -209,6 +213,7 @@ class Syncer:
             reach("output.synced")
             self._journal.append(*names)
             reach("output.journaled")
-        except OSError as error:
+        except BaseException as error:  # noqa: BLE001 - raised where someone waits for this thread
             with self._wake:
                 self._error = error
+                self._wake.notify_all()
