@@ -121,10 +121,9 @@ def _fill(
     stop: threading.Event,
 ) -> None:
     """Encode into the temp file what it lacks, and sync it."""
-    n_total, n_done = (
-        sum(job.n_bytes for job in jobs),
-        sum(job.n_bytes for job in jobs if job.name in part.done),
-    )
+    missing = arrange([job for job in jobs if job.name not in part.done])
+    n_total = sum(job.n_bytes for job in jobs)
+    n_done = n_total - sum(job.n_bytes for job in missing)
     listen(Started("encoding", n_total, n_done))
     listening = threading.Lock()
 
@@ -138,10 +137,8 @@ def _fill(
     effects = Effects(
         lambda data, offset: write_at(part.descriptor, data.data, offset), advanced, syncer.finished
     )
-    order = arrange([job for job in jobs if job.name not in part.done])
-    left = [PlacedJob(job, plan.offsets[job.name]) for job in order]
     try:
-        encode_all(left, effects, threads, stop)
+        encode_all([PlacedJob(job, plan.offsets[job.name]) for job in missing], effects, threads, stop)
         if stop.is_set() and n_done < n_total:
             raise InterruptedRunError(
                 f"interrupted: {format_size(n_done)} of {format_size(n_total)} written",
