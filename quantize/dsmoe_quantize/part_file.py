@@ -7,6 +7,7 @@ the last one, before the rename, holds the file's inode. What fills the file is 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -42,12 +43,14 @@ class PartFile:
         self._plan = plan
         self._force = force
         self._listen = listen
-        self._fingerprint = {
+        values = {
             "journal": JOURNAL_VERSION,
             "size": plan.size,
             "metadata": hashlib.sha256(plan.header).hexdigest(),
             **fingerprint,
         }
+        # As it comes back from the journal: a tuple would never equal the list that is read.
+        self._fingerprint: dict[str, Any] = json.loads(json.dumps(values))
         self.descriptor = -1
         self.journal: durable.Journal
         self._open = ExitStack()
