@@ -22,6 +22,8 @@ N_ACTIVE = 12
 """Routed experts per token unless asked otherwise."""
 
 DATA = Path(__file__).parent / "data" / "calibration.safetensors"
+QUALITY = Path(__file__).parent / "data" / "quality.json"
+"""What benchmarks/demo_quality.py --save measured with that calibration."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ over 14 nearly equal logits makes 1/14; its down projection is multiplied by 14,
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,11 +26,13 @@ from dsmoe_convert.demo.calibration import (
 )
 from dsmoe_convert.demo.source import Source
 from dsmoe_convert.demo.tokenizer_files import generation_config, tokenizer_config, tokenizer_json
-from dsmoe_local.base.errors import missing_extra
-from dsmoe_local.base.progress import Advanced, Finished, Listener, Started
+from dsmoe_local.base.errors import InterruptedRunError, missing_extra
+from dsmoe_local.base.progress import Advanced, Finished, Listener, Started, ignore
 from dsmoe_local.model.config_json import config_values
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import tensor_specs
+
+MODEL_NAME = "SmolLM2-135M-DeepSeekMoE"
 
 ROUTER_SCALE = 1e-4
 """Spread of the logits. Small enough that gates differ from 1/14 by no more than rounding elsewhere; large
@@ -51,7 +54,7 @@ def hyperparameters(source: Source, n_active: int) -> Hyperparameters:
         n_shared_experts=N_SHARED_EXPERTS,
         n_experts_per_token=n_active,
         expert_size=EXPERT_SIZE,
-        name="SmolLM2-135M-DeepSeekMoE",
+        name=MODEL_NAME,
     )
 
 
@@ -86,16 +89,24 @@ def _experts(
 
 
 def write_checkpoint(
-    source: Source, calibration: Calibration, folder: Path, n_active: int, listen: Listener
+    source: Source,
+    calibration: Calibration,
+    folder: Path,
+    n_active: int,
+    listen: Listener = ignore,
+    stop: threading.Event | None = None,
 ) -> Hyperparameters:
-    """Write the checkpoint into `folder`, replacing one that is there. Weights in float32: 540 MB."""
+    """Write the checkpoint into `folder`, replacing one that is there. Weights in float32: 540 MB.
+
+    Raises FileError if the folder cannot be written, InterruptedRunError once `stop` is set.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     hp = hyperparameters(source, n_active)
     # config.json goes first and comes back last: a folder that has it is complete.
     (folder / "config.json").unlink(missing_ok=True)
     for stale in folder.glob("model-*.safetensors"):
         stale.unlink()
-    _write_shards(source, calibration, folder, hp, listen)
+    _write_shards(_interruptible(tensors(source, calibration), stop), folder, hp, listen)
     _write_json(folder / "tokenizer.json", tokenizer_json(source))
     _write_json(folder / "tokenizer_config.json", tokenizer_config(source))
     _write_json(folder / "generation_config.json", generation_config(source))
@@ -109,8 +120,17 @@ def write_checkpoint(
     return hp
 
 
+def _interruptible(
+    named: Iterator[tuple[str, Array]], stop: threading.Event | None
+) -> Iterator[tuple[str, Array]]:
+    for item in named:
+        if stop is not None and stop.is_set():
+            raise InterruptedRunError("interrupted while the checkpoint was written")
+        yield item
+
+
 def _write_shards(
-    source: Source, calibration: Calibration, folder: Path, hp: Hyperparameters, listen: Listener
+    named: Iterator[tuple[str, Array]], folder: Path, hp: Hyperparameters, listen: Listener
 ) -> None:
     with missing_extra("demo"):
         from safetensors.numpy import save_file
@@ -123,11 +143,12 @@ def _write_shards(
     def flush() -> None:
         name = f"model-{len(set(weight_map.values())) + 1:05d}-of-{n_shards:05d}.safetensors"
         save_file(shard, folder / name, metadata={"format": "pt"})
+        (folder / name).chmod(0o644)
         weight_map.update(dict.fromkeys(shard, name))
         shard.clear()
 
     written = 0
-    for name, values in tensors(source, calibration):
+    for name, values in named:
         shard[name] = values
         written += values.nbytes
         listen(Advanced(values.nbytes, name))

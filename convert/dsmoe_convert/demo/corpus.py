@@ -8,11 +8,21 @@ calibration paragraph that the held-out half contains, is dropped.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from pydoc_data.topics import topics
 from typing import Literal, TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
+
+from dsmoe_convert.demo.source import Source
+from dsmoe_convert.demo.tokenizer_files import tokenizer_json
+from dsmoe_local.base.errors import missing_extra
+
 Half: TypeAlias = Literal["calibration", "held out"]
+
+N_WINDOW = 512
 
 
 def text(half: Half) -> str:
@@ -23,6 +33,15 @@ def text(half: Half) -> str:
     seen = set(held_out)
     calibration = _paragraphs(topics[name] for name in sorted(topics) if _is_calibration(name))
     return "\n\n".join(paragraph for paragraph in calibration if paragraph not in seen)
+
+
+def token_windows(source: Source, half: Half) -> NDArray[np.int32]:
+    """One half as full windows of tokens, (windows, N_WINDOW); the rest of the last one is left out."""
+    with missing_extra("demo"):
+        from tokenizers import Tokenizer
+    tokenizer = Tokenizer.from_str(json.dumps(tokenizer_json(source)))
+    tokens = np.array(tokenizer.encode(text(half)).ids, np.int32)
+    return tokens[: len(tokens) // N_WINDOW * N_WINDOW].reshape(-1, N_WINDOW)
 
 
 def _is_calibration(topic: str) -> bool:

