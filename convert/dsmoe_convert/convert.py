@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from dsmoe_convert.tokenizer import read_tokenizer
 from dsmoe_local.base.progress import Listener, Note, ignore
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.model.config_json import read_config
-from dsmoe_local.model.ggml import GgmlType, tensor_bytes
+from dsmoe_local.model.ggml import GgmlType, tensor_bytes, type_name
 from dsmoe_local.model.gguf_file import Field
 from dsmoe_local.model.gguf_model import metadata_of
 from dsmoe_local.model.hyperparameters import Hyperparameters
@@ -153,7 +154,7 @@ def run(conversion: Conversion, out: Path, run_options: RunOptions) -> Summary:
             out,
             conversion.metadata,
             jobs,
-            {"checkpoint": conversion.checkpoint.identity, "type": conversion.choice.name},
+            _fingerprint(conversion),
             sources=conversion.checkpoint.files,
             threads=run_options.threads,
             force=run_options.force,
@@ -165,6 +166,16 @@ def run(conversion: Conversion, out: Path, run_options: RunOptions) -> Summary:
         raise _in_checkpoint_terms(error, specs) from error
     finally:
         conversion.checkpoint.shards.close()
+
+
+def _fingerprint(conversion: Conversion) -> dict[str, object]:
+    """What decides the bytes of the output, by names that a user understands; the header is added later."""
+    types = "\n".join(f"{choice.name} {type_name(choice.type)}" for choice in conversion.choices)
+    return {
+        "the checkpoint": conversion.checkpoint.identity,
+        "the type": conversion.choice.name,
+        "the tensors' types": hashlib.sha256(types.encode()).hexdigest(),
+    }
 
 
 def convert_folder(
