@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,15 @@ def test_mix_equals_llama_cpp_with_28_layers(tmp_path: Path, word: str) -> None:
     source = write_tiny(tmp_path / "deep.gguf", DEEP)
     ours = quantized(source, tmp_path / "ours.gguf", word)
     assert_same(ours, llama_quantize(source, tmp_path / "theirs.gguf", resolve(word).file_type))
+
+
+def test_80_dense_layers_equal_llama_cpp(tmp_path: Path) -> None:
+    """llama.cpp takes 80 layers with grouped queries for a 70B model, which has a rule of its own."""
+    hp = replace(DENSE, n_layers=80, n_dense_layers=80, n_kv_heads=1, ffn_size=32)
+    source = write_tiny(tmp_path / "deep.gguf", hp)
+    ours = quantized(source, tmp_path / "ours.gguf", "Q4_K_S")
+    assert_same(ours, llama_quantize(source, tmp_path / "theirs.gguf", resolve("Q4_K_S").file_type))
+    assert read_gguf(ours).tensors["blk.40.attn_v.weight"].type is GgmlType.Q5_K
 
 
 def test_more_bits_layers(tmp_path: Path) -> None:
