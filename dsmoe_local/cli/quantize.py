@@ -45,7 +45,7 @@ def command(
     from dsmoe_quantize.types import known_words, resolve
 
     if word is None:
-        raise UsageError("no type is given", remedy=f"--type takes one of {', '.join(known_words())}")
+        raise UsageError("no type is given", remedy=f"--type {', '.join(known_words())}")
     choice = resolve(word)
     wishes = wishes_of(overrides, output_type, embedding_type, pure)
     plan = plan_quantization(source, choice, wishes, allow_requantize=allow_requantize or dry_run)

@@ -22,6 +22,7 @@ from dsmoe_local.model.layout import role_of
 from dsmoe_quantize.choose import Choice, Wishes, choose_types, fallback_notes
 from dsmoe_quantize.encode import Bytes, TensorJob
 from dsmoe_quantize.errors import RequantizeError
+from dsmoe_quantize.mixes import ALIASES
 from dsmoe_quantize.output import Summary, write_output
 from dsmoe_quantize.types import TypeChoice, known_words, metadata_with_type
 
@@ -133,7 +134,7 @@ def quantize_file(
 
 def default_output(source: Path, choice: TypeChoice) -> Path:
     """`<name>-<TYPE>.gguf` in the current folder; a type that the source's name ends in is replaced."""
-    words = "|".join(map(re.escape, known_words()))
+    words = "|".join(map(re.escape, (*known_words(), *ALIASES)))
     name = re.sub(rf"[-._]({words})$", "", source.stem, flags=re.IGNORECASE)
     return Path(f"{name}-{choice.name}.gguf")
 

@@ -37,8 +37,8 @@ FLOAT_TYPES: Mapping[str, FloatType] = {
 
 
 def known_words() -> list[str]:
-    """Every word that `resolve` takes, as it is best written."""
-    return [*RECIPES, *MIXES, *ALIASES, *(name.lower() for name in FLOAT_TYPES)]
+    """The words that `resolve` takes, as they are best written, without aliases."""
+    return [*RECIPES, *MIXES, *(name.lower() for name in FLOAT_TYPES)]
 
 
 def resolve(word: str) -> TypeChoice:
