@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -128,12 +128,7 @@ def parse_config(values: Mapping[str, Any], path: Path) -> Hyperparameters:
     """The hyper-parameters in a parsed config.json; `path` is for messages only."""
     config = _Config(path, values)
     _check_kind(config)
-    for key, accepted in _REQUIRED_VALUES.items():
-        value = values.get(key)
-        # `1 == True` in Python; JSON tells them apart.
-        if not any(value == good and isinstance(value, bool) == isinstance(good, bool) for good in accepted):
-            names = [json.dumps(good) for good in accepted if good is not None]
-            config.refuse(key, " or ".join([*names, "leave it out"]))
+    _require(config, _REQUIRED_VALUES)
     hidden_size = config.integer("hidden_size", 32, 1 << 20)
     n_heads = config.integer("num_attention_heads", 1, 1024)
     n_layers = config.integer("num_hidden_layers", 1, 512)
@@ -173,6 +168,15 @@ def parse_config(values: Mapping[str, Any], path: Path) -> Hyperparameters:
     )
 
 
+def _require(config: _Config, required: Mapping[str, tuple[object, ...]]) -> None:
+    for key, accepted in required.items():
+        value = config.values.get(key)
+        # `1 == True` in Python; JSON tells them apart.
+        if not any(value == good and isinstance(value, bool) == isinstance(good, bool) for good in accepted):
+            names = [json.dumps(good) for good in accepted if good is not None]
+            config.refuse(key, " or ".join([*names, "leave it out"]))
+
+
 def _check_kind(config: _Config) -> None:
     kind = config.values.get("model_type")
     classes = config.values.get("architectures")
@@ -210,26 +214,41 @@ def _rope_scaling(config: _Config) -> RopeScaling | None:
     readers: Mapping[object, Callable[[], RopeScaling | None]] = {
         "default": lambda: None,
         "linear": lambda: RopeScaling("linear", inner.number("factor", 1e-3, 1e6)),
-        "yarn": lambda: RopeScaling(
-            "yarn",
-            inner.number("factor", 1e-3, 1e6),
-            inner.integer(
-                "original_max_position_embeddings",
-                1,
-                1 << 28,
-                config.integer("max_position_embeddings", 1, 1 << 28),
-            ),
-            inner.number("beta_fast", 0, 1e6, 32.0),
-            inner.number("beta_slow", 0, 1e6, 1.0),
-            inner.number("attention_factor", 0, 1e6, 0.0),
-        ),
+        "yarn": lambda: _yarn(config, inner),
     }
     if not isinstance(kind, str) or kind not in readers:
         config.refuse(key, 'null, or rope_type "default", "linear" or "yarn"')
-    for refused in ("mscale", "mscale_all_dim"):
-        if kind == "yarn" and rope.get(refused) not in (None, 1, 1.0):
-            inner.refuse(refused, "1, or leave it out")
     return readers[kind]()
+
+
+# llama.cpp's graph for this architecture reads none of these from the file.
+_YARN_VALUES: Mapping[str, tuple[object, ...]] = {
+    "beta_fast": (32, None),
+    "beta_slow": (1, None),
+    "mscale": (1, None),
+    "mscale_all_dim": (1, 0, None),
+    "truncate": (True, None),
+}
+
+
+def _yarn(config: _Config, rope: _Config) -> RopeScaling:
+    _require(rope, _YARN_VALUES)
+    scaling = RopeScaling(
+        "yarn",
+        rope.number("factor", 1e-3, 1e6),
+        rope.integer(
+            "original_max_position_embeddings",
+            1,
+            1 << 28,
+            config.integer("max_position_embeddings", 1, 1 << 28),
+        ),
+    )
+    # Both given and equal, they cancel, as in transformers.
+    cancelled = bool(rope.values.get("mscale") and rope.values.get("mscale_all_dim"))
+    default = 1.0 if cancelled else scaling.yarn_magnitude
+    magnitude = rope.number("attention_factor", 1e-6, 1e6, default)
+    # To the precision of the file that it will be written to.
+    return replace(scaling, attention_factor=float(f"{magnitude / scaling.yarn_magnitude:.7g}"))
 
 
 def config_values(hp: Hyperparameters, **extra: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
@@ -241,11 +260,9 @@ def config_values(hp: Hyperparameters, **extra: Any) -> dict[str, Any]:  # noqa:
         if scaling.kind == "yarn":
             rope |= {
                 "original_max_position_embeddings": scaling.original_context,
-                "beta_fast": scaling.beta_fast,
-                "beta_slow": scaling.beta_slow,
             }
-            if scaling.attention_factor:
-                rope["attention_factor"] = scaling.attention_factor
+            if scaling.attention_factor != 1:
+                rope["attention_factor"] = scaling.attention_factor * scaling.yarn_magnitude
     return {
         "architectures": [_CLASS],
         "model_type": "deepseek",

@@ -163,9 +163,7 @@ class _Metadata:
             "yarn",
             self.number("rope.scaling.factor", 1e-3, 1e6),
             self.integer("rope.scaling.original_context_length", 1, 1 << 28),
-            self.number("rope.scaling.yarn_beta_fast", 0, 1e6, 32.0),
-            self.number("rope.scaling.yarn_beta_slow", 0, 1e6, 1.0),
-            self.number("rope.scaling.yarn_attn_factor", 0, 1e6, 0.0),
+            self.number("rope.scaling.attn_factor", 1e-6, 1e6, 1.0),
         )
 
 
@@ -292,9 +290,6 @@ def _rope_fields(scaling: RopeScaling | None) -> Mapping[str, Field]:
     if scaling.kind == "yarn":
         fields |= {
             "rope.scaling.original_context_length": Field(scaling.original_context, GGUFValueType.UINT32),
-            "rope.scaling.yarn_beta_fast": Field(scaling.beta_fast, GGUFValueType.FLOAT32),
-            "rope.scaling.yarn_beta_slow": Field(scaling.beta_slow, GGUFValueType.FLOAT32),
+            "rope.scaling.attn_factor": Field(scaling.attention_factor, GGUFValueType.FLOAT32),
         }
-        if scaling.attention_factor:
-            fields["rope.scaling.yarn_attn_factor"] = Field(scaling.attention_factor, GGUFValueType.FLOAT32)
     return fields

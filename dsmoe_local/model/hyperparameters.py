@@ -5,6 +5,7 @@ Reading them from a config.json is config_json's task, from a GGUF file gguf_mod
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -16,15 +17,19 @@ ARCHITECTURES: tuple[Architecture, ...] = ("deepseek", "llama")
 class RopeScaling:
     """How rotary positions are stretched beyond the trained context.
 
-    `original_context` and the betas matter to `yarn` alone; `attention_factor` 0 means llama.cpp's default.
+    `original_context` and `attention_factor` matter to `yarn` alone. The latter multiplies YaRN's own
+    magnitude, 1 + 0.1 ln(factor). The betas are always 32 and 1: llama.cpp reads no others here.
     """
 
     kind: Literal["linear", "yarn"]
     factor: float
     original_context: int = 0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float = 0.0
+    attention_factor: float = 1.0
+
+    @property
+    def yarn_magnitude(self) -> float:
+        """What YaRN by itself multiplies queries and keys with."""
+        return 1 + 0.1 * math.log(max(1.0, self.factor))
 
 
 @dataclass(frozen=True, slots=True)

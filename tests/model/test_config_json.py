@@ -153,7 +153,7 @@ def test_absent(tmp_path: Path) -> None:
     [
         HP,
         replace(HP, tied_embeddings=True, routed_scaling_factor=2.5),
-        replace(HP, n_kv_heads=4, rope_scaling=RopeScaling("yarn", 4.0, 1024, 16.0, 2.0, 0.5)),
+        replace(HP, n_kv_heads=4, rope_scaling=RopeScaling("yarn", 4.0, 1024, 0.5)),
         replace(HP, rope_scaling=RopeScaling("linear", 2.0)),
     ],
 )

@@ -80,7 +80,7 @@ def test_metadata_of_a_model_is_read_back(tmp_path: Path) -> None:
     for hp in (
         base,
         replace(base, n_kv_heads=4, routed_scaling_factor=2.5, rms_norm_eps=1e-5),
-        replace(base, rope_scaling=RopeScaling("yarn", 4.0, 1024, 16.0, 2.0, 0.5)),
+        replace(base, rope_scaling=RopeScaling("yarn", 4.0, 1024, 0.5)),
     ):
         metadata = {"general.architecture": METADATA["general.architecture"], **metadata_of(hp)}
         path = tmp_path / "a.gguf"

@@ -89,12 +89,12 @@ def rotation(hp: Hyperparameters, length: int) -> tuple[torch.Tensor, torch.Tens
             hp.head_dim
             * math.log(scaling.original_context / (beta * 2 * math.pi))
             / (2 * math.log(hp.rope_theta))
-            for beta in (scaling.beta_fast, scaling.beta_slow)
+            for beta in (32, 1)
         )
         low, high = max(math.floor(low), 0), min(math.ceil(high), hp.head_dim - 1)
         ramp = ((torch.arange(hp.head_dim // 2) - low) / max(high - low, 1e-3)).clamp(0, 1)
         frequencies = frequencies / scaling.factor * ramp + frequencies * (1 - ramp)
-        magnitude = scaling.attention_factor or 1 + 0.1 * math.log(scaling.factor)
+        magnitude = scaling.attention_factor * (1 + 0.1 * math.log(scaling.factor))
     angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
     angles = torch.cat((angles, angles), -1)
     return angles.cos() * magnitude, angles.sin() * magnitude
