@@ -22,7 +22,7 @@ from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.base.paths import data_folder
 from dsmoe_local.chat import commands
 from dsmoe_local.chat.conversation import Conversation
-from dsmoe_local.chat.screen import Screen, describe_usage, keys_withheld
+from dsmoe_local.chat.screen import Screen, describe_usage, keys_echoed, keys_withheld
 from dsmoe_local.engine.types import TokenEvent
 
 _BLOCK = '"""'
@@ -38,7 +38,11 @@ class Repl:
         self.screen = screen
         self.finished = False
         self._stats = stats
-        self._session: PromptSession[str] = PromptSession(
+        self._read = _read_plainly if screen.console.is_dumb_terminal else self._prompt(history)
+
+    def _prompt(self, history: bool) -> Callable[[], str]:
+        session: PromptSession[str] = PromptSession(
+            FormattedText([("bold ansicyan", "> ")]),
             history=_open_history() if history else InMemoryHistory(),
             multiline=True,
             key_bindings=_keys(),
@@ -46,18 +50,23 @@ class Repl:
             complete_while_typing=False,
             enable_open_in_editor=True,
             prompt_continuation="  ",
+            bottom_toolbar=self._meter,
             style=Style.from_dict({"bottom-toolbar": "noreverse ansibrightblack"}),
             color_depth=ColorDepth.DEPTH_1_BIT if os.environ.get("NO_COLOR") else None,
         )
+        return session.prompt
 
     def run(self) -> None:
         """Read and answer until the user leaves."""
         self._greet()
+        # Outside the prompt Ctrl-C only ever ends a reply, and keys wait for the prompt.
+        with keys_withheld(), _interrupt_calls(self.conversation.cancel):
+            self._loop()
+
+    def _loop(self) -> None:
         while not self.finished:
             try:
-                text = self._session.prompt(
-                    FormattedText([("bold ansicyan", "> ")]), bottom_toolbar=self._meter
-                )
+                text = self._read()
             except KeyboardInterrupt:
                 self.screen.notice("Ctrl-D or /exit leaves")
                 continue
@@ -71,8 +80,7 @@ class Repl:
 
     def show_reply(self, action: Callable[[Conversation], Iterable[TokenEvent]]) -> None:
         """Print a reply; Ctrl-C ends it and it stays in the conversation."""
-        with keys_withheld(), _interrupt_calls(self.conversation.cancel):
-            self.screen.reply(action(self.conversation), trim=not self.conversation.completes)
+        self.screen.reply(action(self.conversation), trim=not self.conversation.completes)
         if self._stats and self.conversation.usage is not None:
             self.screen.notice(describe_usage(self.conversation.usage))
 
@@ -105,7 +113,11 @@ class Repl:
         """The line below the prompt, which is gone once a message is sent."""
         used, info = self.conversation.n_used, self.conversation.engine.info
         speed = 0.0 if self.conversation.usage is None else self.conversation.usage.tokens_per_second
-        parts = [info.name, f"context {used}/{info.n_context}", *([f"{speed:.0f} tokens/s"] if speed else [])]
+        parts = [
+            info.name,
+            f"context {used}/{info.n_context}",
+            *([f"{speed:.0f} tokens/s"] if speed >= 1 else []),
+        ]
         return "  ".join(parts)
 
 
@@ -152,6 +164,15 @@ def _keys() -> KeyBindings:
         event.current_buffer.open_in_editor()
 
     return keys
+
+
+def _read_plainly() -> str:
+    """A message from a terminal that can do nothing but print; a block is read to its end."""
+    with keys_echoed():
+        lines = [input("> ")]
+        while lines[0].startswith(_BLOCK) and (len("".join(lines)) < 6 or not lines[-1].endswith(_BLOCK)):
+            lines.append(input("  "))
+        return "\n".join(lines)
 
 
 @contextmanager

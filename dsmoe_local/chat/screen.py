@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import termios
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +17,7 @@ from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.base.text import safe_line, safe_text
 from dsmoe_local.engine.types import FinishReason, TokenEvent, Usage
 
+_INPUT, _LOCAL = 0, 3  # places in what termios.tcgetattr returns
 _ENDINGS = {
     FinishReason.LENGTH: "cut at max_tokens: /continue goes on",
     FinishReason.CONTEXT_FULL: "the context is full: /clear starts over, /undo goes back",
@@ -107,19 +109,44 @@ def describe_usage(usage: Usage) -> str:
 
 
 @contextmanager
-def keys_withheld(stream: TextIO | None = None) -> Iterator[None]:
-    """While a reply is printed, typed keys stay off the screen and wait for the prompt; Ctrl-C works."""
-    stream = sys.stdin if stream is None else stream
-    if not stream.isatty():
+def keys_withheld() -> Iterator[None]:
+    """Typed keys stay off the screen and wait until somebody reads them; Ctrl-C still interrupts."""
+
+    def withhold(modes: list[Any]) -> None:
+        # Without ICRNL a typed Enter reaches the prompt as Enter, not as Ctrl-J.
+        modes[_INPUT] &= ~termios.ICRNL
+        modes[_LOCAL] &= ~(termios.ECHO | termios.ICANON)
+
+    with _terminal_modes(withhold):
+        yield
+
+
+@contextmanager
+def keys_echoed() -> Iterator[None]:
+    """The terminal's own line editing, and Ctrl-C as KeyboardInterrupt."""
+
+    def echo(modes: list[Any]) -> None:
+        modes[_INPUT] |= termios.ICRNL
+        modes[_LOCAL] |= termios.ECHO | termios.ICANON
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with _terminal_modes(echo):
+            yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _terminal_modes(change: Callable[[list[Any]], None]) -> Iterator[None]:
+    if not sys.stdin.isatty():
         yield
         return
-    descriptor = stream.fileno()
+    descriptor = sys.stdin.fileno()
     before = termios.tcgetattr(descriptor)
-    withheld = termios.tcgetattr(descriptor)
-    # Without ICRNL a typed Enter reaches the prompt as Enter, not as Ctrl-J.
-    withheld[0] &= ~termios.ICRNL
-    withheld[3] &= ~(termios.ECHO | termios.ICANON)
-    termios.tcsetattr(descriptor, termios.TCSADRAIN, withheld)
+    changed = termios.tcgetattr(descriptor)
+    change(changed)
+    termios.tcsetattr(descriptor, termios.TCSADRAIN, changed)
     try:
         yield
     finally:

@@ -40,7 +40,8 @@ FLASH_ATTENTION = {
 }
 DECODED, NO_SLOT, ABORTED = 0, 1, 2  # what `Context.decode` returns
 
-_LOG_ERROR, _LOG_CONTINUED = 3, 5
+# ggml.h's levels; the bindings' comment lists an older set.
+_LOG_DEBUG, _LOG_ERROR, _LOG_CONTINUED = 1, 4, 5
 _DEVICE_GPU, _DEVICE_INTEGRATED_GPU = 1, 2
 
 _log: deque[tuple[int, str]] = deque(maxlen=400)
@@ -52,7 +53,7 @@ def _keep_log(level: int, text: bytes, _: object) -> None:
     if level == _LOG_CONTINUED and _log:
         previous, start = _log.pop()
         _log.append((previous, start + line))
-    else:
+    elif level != _LOG_DEBUG:
         _log.append((level, line))
 
 
@@ -140,6 +141,8 @@ class Model:
 
         self._progress = lib.llama_progress_callback(report)
         parameters.progress_callback = self._progress
+        # Again: whoever else uses llama_cpp in this process may have set it since.
+        lib.llama_log_set(_keep_log, None)
         _log.clear()
         self.handle = lib.llama_model_load_from_file(bytes(path), parameters)
         if not self.handle:

@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,8 +41,8 @@ def real_engine() -> Iterator[Engine]:
         yield loaded
 
 
-def generate(engine: Engine, prompt: Prompt, count: int = 24, **more: object) -> list[TokenEvent]:
-    values = {"sampling": GREEDY, "max_tokens": count, **more}
+def generate(engine: Engine, prompt: Prompt, count: int = 24, **more: Any) -> list[TokenEvent]:
+    values: dict[str, Any] = {"sampling": GREEDY, "max_tokens": count, **more}
     return list(engine.submit(Request("r", prompt, **values)))
 
 

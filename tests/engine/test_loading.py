@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.models import tiny_model
@@ -52,7 +53,7 @@ def test_loading_can_be_given_up() -> None:
         ({"chat_template": "no-such"}, "no-such"),
     ],
 )
-def test_impossible_options(options: dict[str, object], message: str) -> None:
+def test_impossible_options(options: dict[str, Any], message: str) -> None:
     """Guards: options that llama.cpp refuses late, or aborts on."""
     with pytest.raises(UsageError) as refusal:
         Engine.load(ModelOptions(tiny_model(), **options))
@@ -87,8 +88,8 @@ def test_what_llama_cpp_refuses_names_its_reason(monkeypatch: pytest.MonkeyPatch
 def test_memory_notes_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a smaller context taken in silence; a paged model that is refused."""
     events: list[Event] = []
-    monkeypatch.setattr(loading, "available_memory", lambda: 96 * 2**20 + 900_000)
-    with Engine.load(ModelOptions(tiny_model(), n_ubatch=8), events.append) as engine:
+    monkeypatch.setattr(loading, "available_memory", lambda: 96 * 2**20 + 1_800_000)
+    with Engine.load(ModelOptions(tiny_model(), n_context=256, n_ubatch=8), events.append) as engine:
         notes = [event.text for event in events if isinstance(event, Note)]
         assert any("paged from disk" in note for note in notes)
         assert list(engine.submit(Request("r", "a", max_tokens=2)))

@@ -23,8 +23,7 @@ BUFFERS = BufferOptions(512, True, "f16", "f16")
 
 
 def sixteen_b() -> Hyperparameters:
-    found = PRESETS["deepseekmoe-16b"]
-    return getattr(found, "hp", None) or found.hyperparameters
+    return PRESETS["deepseekmoe-16b"].hp
 
 
 def plan(*, weights: float, available: float, requested: int | None = None) -> MemoryPlan:

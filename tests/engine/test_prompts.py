@@ -76,7 +76,7 @@ def test_replies_keep_their_ids(model: native.Model) -> None:
     encode = encoder(model).encode
     before = encode(talk[:1])
     ids = encode(talk)
-    # The prompt ended in "Assistant:"; what the template would say now, "Assistant: ", must not shift the ids.
+    # The prompt ended in "Assistant:"; "Assistant: ", as the template would say now, is wrong.
     assert ids[: len(before) + 5] == before + unusual
     assert ids[len(before) + 5] == model.eos
 

@@ -108,8 +108,9 @@ def test_hub_helpers() -> None:
     """Guards: helpers that templates on the hub rely on, and the hub's JSON without HTML escapes."""
     text = (
         "{{ strftime_now('%Y') | length }} {{ {'a': '<é>'} | tojson }} {{ [1, 2] | tojson(indent=1) }} "
-        "{% generation %}g{% endgeneration %}{% for x in range(9) %}{% if x == 2 %}{% break %}{% endif %}{{ x }}"
-        "{% endfor %} {{ bos_token + eos_token }}"
+        "{% generation %}g{% endgeneration %}"
+        "{% for x in range(9) %}{% if x == 2 %}{% break %}{% endif %}{{ x }}{% endfor %}"
+        " {{ bos_token + eos_token }}"
     )
     expected = f"4 {json.dumps({'a': '<é>'}, ensure_ascii=False)} {json.dumps([1, 2], indent=1)} g01 <s></s>"
     assert template(text).render(TALK) == expected

@@ -1,0 +1,109 @@
+"""A program on a pseudo-terminal, driven as a person would: type, wait for what appears, see the ending."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import select
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Self
+
+ENTER, CTRL_C, CTRL_D, ALT_ENTER = "\r", "\x03", "\x04", "\x1b\r"
+_CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]|\x1b[=>]|\x1b\][^\x07]*\x07")
+
+
+class Terminal:
+    """`python -m MODULE ARGUMENTS` or `python -c CODE` with a terminal of its own."""
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+        *,
+        columns: int = 100,
+        lines: int = 40,
+    ) -> None:
+        self._master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+        values = {
+            **os.environ,
+            "TERM": "xterm-256color",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            **(environment or {}),
+        }
+        self._child = subprocess.Popen(
+            [sys.executable, *arguments],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env={name: value for name, value in values.items() if value},
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+        os.close(slave)
+        self.raw = ""
+        self._seen = 0
+
+    def send(self, text: str) -> None:
+        """Send keys."""
+        os.write(self._master, text.encode())
+
+    def paste(self, text: str) -> None:
+        """Send text as a terminal sends a paste to a program that asked for bracketed ones."""
+        self.send(f"\x1b[200~{text}\x1b[201~")
+
+    def wait_for(self, pattern: str, seconds: float = 60) -> str:
+        """Wait until `pattern` appears after what was last waited for; returns the text up to its end."""
+        deadline = time.monotonic() + seconds
+        while True:
+            text = self.text[self._seen :]
+            found = re.search(pattern, text)
+            if found:
+                self._seen += found.end()
+                return text[: found.end()]
+            left = deadline - time.monotonic()
+            if left <= 0 or not self._read(left):
+                raise AssertionError(f"{pattern!r} did not appear in {text!r}")
+
+    @property
+    def text(self) -> str:
+        """All output so far without control sequences."""
+        return _CONTROLS.sub("", self.raw).replace("\r", "")
+
+    def _read(self, seconds: float) -> bool:
+        if not select.select([self._master], [], [], seconds)[0]:
+            return False
+        try:
+            chunk = os.read(self._master, 65536)
+        except OSError:  # Linux's way of saying that the child's side is closed
+            return False
+        self.raw += chunk.decode("utf-8", "replace")
+        if b"\x1b[6n" in chunk:
+            # Where is the cursor? At the top, as far as this terminal knows.
+            self.send("\x1b[1;1R")
+        return bool(chunk)
+
+    def ending(self, seconds: float = 120) -> int:
+        """Wait for the end; the exit status."""
+        deadline = time.monotonic() + seconds
+        while self._read(max(0.0, deadline - time.monotonic())):
+            pass
+        return self._child.wait(max(0.1, deadline - time.monotonic()))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._child.kill()
+        self._child.wait()
+        os.close(self._master)
