@@ -164,6 +164,22 @@ def check_tensors(tensors: Mapping[str, StoredTensor], hp: Hyperparameters, wher
                 where=where,
                 remedy=f"accepted: {', '.join(DTYPES)}",
             )
+    _refuse_mixed_experts(tensors, tensor_specs(hp), where)
+
+
+def _refuse_mixed_experts(
+    tensors: Mapping[str, StoredTensor], specs: Iterable[TensorSpec], where: str
+) -> None:
+    """The experts of a layer become one tensor, which is read as one type."""
+    for spec in specs:
+        main = tensors[spec.sources[0]].dtype
+        for stored in (tensors[source] for source in spec.sources):
+            if stored.dtype != main:
+                raise CheckpointError(
+                    f"{safe_line(stored.name, 60)} is stored as {stored.dtype}",
+                    where=where,
+                    remedy=f"expert 0 of its layer is stored as {main}; all must be alike",
+                )
 
 
 def main_type(tensors: Mapping[str, StoredTensor], specs: Iterable[TensorSpec]) -> GgmlType:

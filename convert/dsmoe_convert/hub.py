@@ -130,7 +130,11 @@ class HubRepository:
         for name in (*_REQUIRED, *_OPTIONAL):
             if name in self.sizes:
                 self._fetch(name)
-        return self._fetch("config.json").parent
+        # By the name the user gave: so the cache remembers which commit it stood for, for offline use.
+        folder = self._fetch("config.json", revision=self._request.revision).parent
+        if folder.name != self.commit:
+            raise HubError("the repository changed just now", where=self._place, remedy="run again")
+        return folder
 
     def weight_files(self, folder: Path, *, allow_pickle: bool) -> tuple[Form, list[str]]:
         """How the weights are stored, and the files that hold them; `folder` holds the index."""
@@ -180,7 +184,12 @@ class HubRepository:
         found = self._hub.try_to_load_from_cache(self._request.repository, name, revision=self.commit)
         return isinstance(found, str)
 
-    def _fetch(self, name: str, *, local_dir: Path | None = None, report: bool = False) -> Path:
+    def _fetch(
+        self, name: str, *, revision: str | None = "", local_dir: Path | None = None, report: bool = False
+    ) -> Path:
+        """One file; `revision` "" means the pinned commit."""
+        if revision == "":
+            revision = self.commit or self._request.revision
         download = self._hub.hf_hub_download
         options: dict[str, Any] = {"local_dir": local_dir}
         # Versions before 1.0 have no such parameter: without it, no progress and no early end.
@@ -190,7 +199,7 @@ class HubRepository:
             lambda: download(
                 self._request.repository,
                 name,
-                revision=self.commit or self._request.revision,
+                revision=revision,
                 token=self._request.token,
                 endpoint=self._request.endpoint,
                 local_files_only=self.offline,

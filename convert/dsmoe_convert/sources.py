@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from dsmoe_convert.checkpoint import SAFETENSORS, Checkpoint, digest, match_index, read_index
@@ -94,8 +94,7 @@ def _plan_cached(repository: HubRepository, options: ConvertOptions, run_options
     """Bring the whole checkpoint into the cache; the small files are judged before the large ones come."""
     folder = repository.fetch_small_files()
     if repository.offline:
-        conversion = plan_folder(folder, options, run_options.listen)
-        return replace(conversion, checkpoint=replace(conversion.checkpoint, name=repository.name))
+        return plan_folder(folder, options, run_options.listen, name=repository.name)
     read_tokenizer(folder, read_config(folder).n_vocab, options.pre, lambda text: None)
     _, files = repository.weight_files(folder, allow_pickle=options.allow_pickle)
     repository.fetch_weights(files)

@@ -100,6 +100,6 @@ def _child(
     connection.send("started")
     try:
         work(*arguments)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - the parent shows it
         connection.send(traceback.format_exc())
         raise SystemExit(1) from None

@@ -12,16 +12,13 @@ import llama_cpp  # noqa: TID251 - the oracle
 import numpy as np
 from numpy.typing import NDArray
 
-
-@llama_cpp.llama_log_callback
-def _silence(level: int, text: bytes, data: ctypes.c_void_p) -> None:
-    pass
+_SILENT = llama_cpp.llama_log_callback(lambda level, text, data: None)
 
 
 @contextmanager
 def loaded(path: Path, *, vocab_only: bool = False) -> Iterator[Any]:
     """A llama_model pointer for the file; AssertionError if llama.cpp refuses it."""
-    llama_cpp.llama_log_set(_silence, ctypes.c_void_p(0))
+    llama_cpp.llama_log_set(_SILENT, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     parameters = llama_cpp.llama_model_default_params()
     parameters.vocab_only = vocab_only
@@ -105,10 +102,10 @@ def vocabulary(path: Path) -> Iterator[Vocabulary]:
 
 
 def greedy(path: Path, prompt: Sequence[int], count: int, *, n_context: int = 256) -> list[int]:
-    """`count` greedy tokens after `prompt` by the bare loop: the whole prompt in one step, then token by token.
+    """`count` greedy tokens after `prompt`: the whole prompt in one step, then token by token.
 
-    Two threads and llama.cpp's defaults, as a plain C program would do it. Ends early at an end-of-reply token,
-    which is left out.
+    Two threads and llama.cpp's defaults, as a plain C program would do it. Ends early at an end-of-reply
+    token, which is left out.
     """
     with loaded(path) as model:
         parameters = llama_cpp.llama_context_default_params()

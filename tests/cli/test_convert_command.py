@@ -1,0 +1,131 @@
+"""`dsmoe convert` as a program: output names, messages, exit codes, interruption."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from support.checkpoints import write_checkpoint
+
+from dsmoe_local.cli.convert import command
+from dsmoe_local.model.gguf_model import read_model
+
+SCRIPT = "from dsmoe_local.cli.main import convert; convert()"
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(command, [*arguments], catch_exceptions=False)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return write_checkpoint(tmp_path / "tiny", dtype=torch.bfloat16)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ((), "tiny-BF16.gguf"),
+        (("--type", "Q4"), "tiny-q4.gguf"),
+        (("--type", "q8_0"), "tiny-Q8_0.gguf"),
+        (("--type", "q4_k_m"), "tiny-Q4_K_M.gguf"),
+        (("--type", "q8_0", "--pure"), "tiny-Q8_0.gguf"),
+    ],
+)
+def test_default_output(arguments: tuple[str, ...], name: str, checkpoint: Path) -> None:
+    """A file that appears somewhere else, or under a name that hides its type."""
+    invoke("tiny", *arguments)
+    assert read_model(checkpoint.parent / name)[1].name == "tiny"
+
+
+def test_summary_and_force(checkpoint: Path) -> None:
+    """A run that says nothing at its end, overwrites unasked, or refuses although asked."""
+    first = run("tiny", "-o", "out.gguf")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == ""
+    for word in ("out.gguf", "bits per weight", "peak memory"):
+        assert word in first.stderr
+    again = run("tiny", "-o", "out.gguf")
+    assert again.returncode == 1
+    assert "--force" in again.stderr
+    assert run("tiny", "-o", "out.gguf", "--force").returncode == 0
+
+
+def test_dry_run_writes_nothing(checkpoint: Path) -> None:
+    """A dry run that writes, or hides a fallback."""
+    result = invoke("tiny", "--type", "q4_k_m", "--dry-run")
+    assert "tiny-Q4_K_M.gguf" in result.output
+    assert "256 does not divide" in result.output
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["tiny"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "word"),
+    [
+        (("nowhere",), 2, "neither a folder nor"),
+        (("tiny", "--type", "q9"), 2, "Q4_K_M"),
+        (("tiny", "--pre", "nothing"), 2, "pre-tokenizer"),
+        (("tiny", "--tensor-type", "x"), 2, "REGEX=TYPE"),
+        (("tiny", "-o", "no/such/folder.gguf"), 1, "folder"),
+        (("tiny", "--threads", "0"), 2, "threads"),
+        ((), 2, "SRC"),
+    ],
+)
+def test_errors(arguments: tuple[str, ...], status: int, word: str, checkpoint: Path) -> None:
+    """A traceback, a wrong exit status, or an error of more than three lines."""
+    done = run(*arguments)
+    assert done.returncode == status, done.stderr
+    assert word in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 3
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["tiny"]
+
+
+def test_missing_extra(checkpoint: Path) -> None:
+    """A traceback where torch is not installed."""
+    code = f"import sys; sys.modules['torch'] = None; {SCRIPT}"
+    done = subprocess.run([sys.executable, "-c", code, "tiny"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "error: this needs the package torch: pip install 'dsmoe-local[convert]'\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interruption(number: signal.Signals, checkpoint: Path) -> None:
+    """Ctrl-C that is slow, leaves half a file or has the exit status of a failure."""
+    code = (
+        "import os, sys\n"
+        "from dsmoe_quantize import pipeline\n"
+        "write = pipeline._Run._do\n"
+        "def slow(self, task, encoder):\n"
+        "    os.write(1, b'.')\n"
+        "    self._stop.wait(30)\n"
+        "    write(self, task, encoder)\n"
+        f"pipeline._Run._do = slow\n{SCRIPT}"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, "tiny", "-o", "out.gguf"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert child.stdout is not None
+    child.stdout.read(1)
+    began = time.monotonic()
+    os.kill(child.pid, number)
+    _, errors = child.communicate(timeout=20)
+    assert time.monotonic() - began < 10  # the promise is two seconds; a busy machine gets more
+    assert child.returncode == 128 + number, errors
+    assert b"same command" in errors
+    assert not Path("out.gguf").exists()
+    assert run("tiny", "-o", "out.gguf").returncode == 0

@@ -1,0 +1,297 @@
+"""Downloads from a small server on loopback that speaks the hub's API: whole, shard by shard, refused."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from support.checkpoints import TINY, random_weights, write_checkpoint, write_weights
+from support.hub_server import COMMIT, Hub, serving
+
+from dsmoe_convert.convert import ConvertOptions, RunOptions
+from dsmoe_convert.errors import HubError
+from dsmoe_convert.sources import SourceOptions, convert, plan_source
+from dsmoe_local.base.errors import DsmoeError, InterruptedRunError, UsageError
+from dsmoe_local.base.progress import Advanced, Event, Started
+
+SECRET = "hf_" + "secret" * 5
+N_SHARDS = 5
+SCRIPT = "from dsmoe_local.cli.main import convert; convert()"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the hub's cache out of the user's."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    folder = write_checkpoint(tmp_path / "tiny-moe", n_shards=N_SHARDS)
+    (folder / "modeling_deepseek.py").write_text("raise SystemExit('never run')")
+    (folder / "pytorch_model.bin").write_bytes(b"never fetched")
+    with serving(Hub(folder)) as running:
+        yield running
+
+
+@pytest.fixture
+def expected(hub: Hub, tmp_path: Path) -> bytes:
+    """What the same files give as a local folder."""
+    return convert(str(hub.folder), tmp_path / "expected.gguf").path.read_bytes()
+
+
+def fetch(
+    hub: Hub, out: Path, *, low_disk: bool = False, run: RunOptions | None = None, **source: str
+) -> bytes:
+    options = SourceOptions(endpoint=hub.url, low_disk=low_disk, **source)
+    return convert(hub.repository, out, None, options, run).path.read_bytes()
+
+
+def shards_in(names: list[str]) -> list[str]:
+    return [name for name in names if name.endswith(".safetensors")]
+
+
+def test_whole_repository(hub: Hub, tmp_path: Path, expected: bytes) -> None:
+    """A file that is not needed and fetched, or needed and not; a second run that downloads again."""
+    events: list[Event] = []
+    assert fetch(hub, tmp_path / "out.gguf", run=RunOptions(listen=events.append)) == expected
+    downloads = hub.downloads()
+    assert len(shards_in(downloads)) == N_SHARDS
+    assert not [name for name in downloads if name.endswith((".py", ".bin"))]
+    total = next(
+        event.total for event in events if isinstance(event, Started) and event.stage == "downloading"
+    )
+    shards = list(hub.folder.glob("*.safetensors"))
+    assert total == sum(shard.stat().st_size for shard in shards)
+    names = {shard.name for shard in shards}
+    assert sum(e.amount for e in events if isinstance(e, Advanced) and e.detail in names) == total
+    hub.requests.clear()
+    assert fetch(hub, tmp_path / "again.gguf") == expected
+    assert hub.downloads() == []
+
+
+def test_low_disk(hub: Hub, tmp_path: Path, expected: bytes) -> None:
+    """More than two shards on disk at a time, or something left behind."""
+    staging = tmp_path / "out" / ".out.gguf.shards"
+    most = 0
+
+    def look(name: str) -> None:
+        nonlocal most
+        if name.endswith(".safetensors"):
+            most = max(most, 1 + len(list(staging.glob("*.safetensors"))))
+
+    hub.on_file = look
+    (tmp_path / "out").mkdir()
+    assert fetch(hub, tmp_path / "out" / "out.gguf", low_disk=True) == expected
+    assert 1 <= most <= 2
+    assert shards_in(hub.downloads()) == sorted(shard.name for shard in hub.folder.glob("*.safetensors"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["out.gguf"]
+    assert not list((tmp_path / "hub").rglob("*.safetensors"))
+
+
+def test_low_disk_with_scattered_tensors(tmp_path: Path) -> None:
+    """A checkpoint whose experts are spread over many shards: a wait for a shard that never ends."""
+    weights = random_weights(TINY)
+    names = sorted(weights, key=lambda name: name[::-1])
+    folder = write_checkpoint(tmp_path / "tiny-moe", n_shards=1)
+    for path in folder.glob("model*"):
+        path.unlink()
+    write_weights(folder, {name: weights[name] for name in names}, "sharded", 6)
+    expected = convert(str(folder), tmp_path / "expected.gguf").path.read_bytes()
+    with serving(Hub(folder)) as hub:
+        assert fetch(hub, tmp_path / "out.gguf", low_disk=True) == expected
+        assert len(shards_in(hub.downloads())) == 6
+
+
+def test_low_disk_resumes(hub: Hub, tmp_path: Path, expected: bytes) -> None:
+    """An interruption in the middle that makes the next run fetch everything again."""
+    run = RunOptions(threads=1)
+    out = tmp_path / "out.gguf"
+
+    def stop(name: str) -> None:
+        if name.startswith("model-00004"):
+            run.stop.set()
+
+    hub.on_file = stop
+    with pytest.raises(InterruptedRunError):
+        fetch(hub, out, low_disk=True, run=run)
+    assert not out.exists()
+    hub.on_file = lambda name: None
+    hub.requests.clear()
+    assert fetch(hub, out, low_disk=True) == expected
+    assert not list(tmp_path.glob(".out.gguf*"))
+
+
+def test_low_disk_killed(hub: Hub, tmp_path: Path, expected: bytes) -> None:
+    """kill -9 while shards come and go."""
+    out = tmp_path / "out" / "out.gguf"
+    out.parent.mkdir()
+    command = [sys.executable, "-c", SCRIPT, hub.repository, "-o", str(out), "--low-disk"]
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "DSMOE_FAULT": "output.slab:60",
+    }
+    assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
+    assert not out.exists()
+    done = subprocess.run(command, env=environment | {"DSMOE_FAULT": ""}, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes() == expected
+    assert [path.name for path in out.parent.iterdir()] == ["out.gguf"]
+
+
+def test_a_moved_branch_starts_over(hub: Hub, tmp_path: Path) -> None:
+    """A resume that mixes two commits."""
+    run = RunOptions(threads=1)
+    hub.on_file = lambda name: run.stop.set() if name.startswith("model-00004") else None
+    with pytest.raises(InterruptedRunError):
+        fetch(hub, tmp_path / "out.gguf", low_disk=True, run=run)
+    write_checkpoint(hub.folder, seed=5, n_shards=N_SHARDS)
+    hub.commit = "f" * 40
+    hub.revisions = ("main", hub.commit)
+    hub.on_file = lambda name: None
+    notes: list[Event] = []
+    found = fetch(hub, tmp_path / "out.gguf", low_disk=True, run=RunOptions(listen=notes.append))
+    assert found == convert(str(hub.folder), tmp_path / "fresh.gguf").path.read_bytes()
+
+
+def test_a_cut_connection(hub: Hub, tmp_path: Path, expected: bytes) -> None:
+    """A connection that drops in the middle of a shard."""
+    hub.cut_after["model-00002-of-00005.safetensors"] = 5000
+    assert fetch(hub, tmp_path / "out.gguf") == expected
+
+
+def test_interrupted_download(hub: Hub, tmp_path: Path, expected: bytes) -> None:
+    """Ctrl-C during a download that waits for its end, or forgets the shards that are complete."""
+    run = RunOptions()
+    hub.on_file = lambda name: run.stop.set() if name.startswith("model-00003") else None
+    with pytest.raises(InterruptedRunError):
+        fetch(hub, tmp_path / "out.gguf", run=run)
+    hub.on_file = lambda name: None
+    hub.requests.clear()
+    assert fetch(hub, tmp_path / "out.gguf") == expected
+    assert 1 <= len(shards_in(hub.downloads())) <= 3
+
+
+def test_revision(hub: Hub, tmp_path: Path) -> None:
+    """A revision that is ignored."""
+    hub.revisions = ("main", "v1", COMMIT)
+    fetch(hub, tmp_path / "out.gguf", revision="v1")
+    assert any(path.endswith("/revision/v1") for _, path in hub.requests)
+    with pytest.raises(HubError, match="no such revision"):
+        fetch(hub, tmp_path / "other.gguf", revision="v2")
+
+
+def test_token(hub: Hub, tmp_path: Path, expected: bytes) -> None:
+    """A token that is not sent, or printed."""
+    hub.token = SECRET
+    assert fetch(hub, tmp_path / "out.gguf", token=SECRET) == expected
+    for wrong, gated, word in (
+        ("", False, "private"),
+        ("", True, "granted"),
+        (SECRET + "x", False, "private"),
+    ):
+        hub.gated = gated
+        with pytest.raises(HubError) as caught:
+            fetch(hub, tmp_path / "no.gguf", token=wrong or "hf_other")
+        assert word in str(caught.value)
+        assert SECRET not in str(caught.value)
+
+
+def test_secrets_are_scrubbed(tmp_path: Path) -> None:
+    """A library error that quotes the token."""
+    options = SourceOptions(endpoint=f"http://127.0.0.1:1/{SECRET}", token=SECRET)
+    with pytest.raises(HubError) as caught:
+        convert("tester/tiny-moe", tmp_path / "out.gguf", None, options)
+    assert SECRET not in str(caught.value)
+
+
+def test_offline(hub: Hub, tmp_path: Path, expected: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HF_HUB_OFFLINE that still asks the server, or a cached repository that cannot be used without it."""
+    assert fetch(hub, tmp_path / "out.gguf") == expected
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+    found = convert(hub.repository, tmp_path / "off.gguf", None, SourceOptions(endpoint=hub.url))
+    assert found.path.read_bytes() == expected
+    assert hub.requests == []
+    with pytest.raises(HubError, match="cache"):
+        convert("tester/other", tmp_path / "no.gguf", None, SourceOptions(endpoint=hub.url))
+    with pytest.raises(UsageError, match="OFFLINE"):
+        fetch(hub, tmp_path / "low.gguf", low_disk=True)
+
+
+def test_a_bad_configuration_is_found_before_the_weights(hub: Hub, tmp_path: Path) -> None:
+    """33 GB that are downloaded first and refused then."""
+    config = (hub.folder / "config.json").read_text()
+    (hub.folder / "config.json").write_text(config.replace('"softmax"', '"sigmoid"'))
+    with pytest.raises(DsmoeError, match="scoring_func"):
+        fetch(hub, tmp_path / "out.gguf")
+    assert shards_in(hub.downloads()) == []
+
+
+def test_missing_files(hub: Hub, tmp_path: Path) -> None:
+    """A repository that lacks a shard, its tokenizer or all weights."""
+    shard = next(hub.folder.glob("model-00002*"))
+    content = shard.read_bytes()
+    shard.unlink()
+    with pytest.raises(HubError, match="model-00002"):
+        fetch(hub, tmp_path / "out.gguf")
+    shard.write_bytes(content)
+    for path in hub.folder.glob("model*"):
+        path.unlink()
+    with pytest.raises(DsmoeError, match="pickle"):
+        fetch(hub, tmp_path / "out.gguf")
+    (hub.folder / "pytorch_model.bin").unlink()
+    with pytest.raises(HubError, match="no weights"):
+        fetch(hub, tmp_path / "out.gguf")
+    (hub.folder / "tokenizer.json").unlink()
+    with pytest.raises(HubError, match="no tokenizer"):
+        fetch(hub, tmp_path / "out.gguf")
+
+
+def test_pickles_from_the_hub(tmp_path: Path) -> None:
+    """A repository with .bin weights only."""
+    folder = write_checkpoint(tmp_path / "tiny-moe", form="bin", dtype=torch.bfloat16)
+    options = ConvertOptions(allow_pickle=True)
+    expected = convert(str(folder), tmp_path / "expected.gguf", options).path.read_bytes()
+    with serving(Hub(folder)) as hub:
+        source = SourceOptions(endpoint=hub.url)
+        assert convert(hub.repository, tmp_path / "out.gguf", options, source).path.read_bytes() == expected
+
+
+def test_dry_run_fetches_no_weights(hub: Hub) -> None:
+    """A dry run that downloads what it does not need."""
+    planned = plan_source(
+        hub.repository, ConvertOptions("q4"), SourceOptions(endpoint=hub.url), RunOptions(), headers_only=True
+    )
+    assert planned.conversion.default_name == "tiny-moe-q4.gguf"
+    assert shards_in(hub.downloads()) == []
+
+
+@pytest.mark.parametrize("name", ["nothing", "a/b/c", "./missing", "/missing", "a/..", "owner/na me", "-o/x"])
+def test_names_that_are_neither(name: str, tmp_path: Path) -> None:
+    """A typing error that turns into a request to the hub."""
+    with pytest.raises(UsageError, match="neither a folder nor"):
+        convert(name, tmp_path / "out.gguf")
+
+
+def test_files_instead_of_folders(tmp_path: Path) -> None:
+    """A GGUF or a shard given as the source."""
+    (tmp_path / "x.gguf").touch()
+    with pytest.raises(UsageError, match="is a file"):
+        convert(str(tmp_path / "x.gguf"), None)
+
+
+def test_revision_of_a_folder(tmp_path: Path) -> None:
+    """A revision that is silently ignored for a local folder."""
+    with pytest.raises(UsageError, match="--revision"):
+        convert(str(tmp_path), None, None, SourceOptions(revision="v1"))

@@ -1,0 +1,278 @@
+"""Tokenization of converted files in llama.cpp against the `tokenizers` library, and refusals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import llama_oracle
+from support.checkpoints import BOS, EOS, TINY, trained_tokenizer, write_checkpoint, write_tokenizer
+from tokenizers import Tokenizer
+
+from dsmoe_convert import pretokenizers
+from dsmoe_convert.convert import ConvertOptions, convert_folder
+from dsmoe_convert.tokenizer import read_tokenizer
+from dsmoe_local.base.errors import DsmoeError, UsageError
+from dsmoe_local.model.gguf_file import Field, read_gguf
+
+REAL = Path(__file__).parents[3] / "shared" / "data" / "deepseek-llm-tokenizer"
+SEPARATOR = "\n__ggml_vocab_test__\n"
+
+TEXTS = (
+    "Hello world, how are you today?",
+    " leading space and  two  spaces",
+    "I'll say it's 'quoted', they've \"double\" ones...",
+    "人工智能模型可以回答问题。今天天气很好，我们去公园。",
+    "日本語と한국어 mixed with English",
+    "нещо на Български",
+    "def f(x: int) -> int:\n    return x ** 2  # comment\n\n\nclass A:\n\tpass\n",
+    '{"key": [1, 2.50, null], "url": "https://example.org/?q=a&b=c#d"}',
+    "0 1 12 123 1234 12345 3.14159 1,000,000 2026-11-24 ½ ² ٣",
+    "🚀 (normal) 😶‍🌫️ ✅ 🦙🦙 👩‍👩‍👧",
+    "\t\t\ttabs\n\n \n  \n   mixed \r\n windows\r\n",
+    "   \n",
+    " ",
+    "",
+    "café naïve Äpfel øl Øl",
+    "a" * 300,
+    pretokenizers.CHECK_TEXT,
+)
+
+
+def write_vocabulary(folder: Path, pre: str = "deepseek-llm", out: str = "out.gguf") -> Path:
+    """A converted tiny checkpoint with a tokenizer trained under the rules `pre`."""
+    return convert_folder(write_checkpoint(folder / "model", pre=pre), folder / out).path
+
+
+@pytest.mark.parametrize("pre", ["deepseek-llm", "deepseek-coder", "deepseek-v3", "smollm", "gpt-2", "qwen2"])
+def test_llama_cpp_splits_as_tokenizers_does(pre: str, tmp_path: Path) -> None:
+    """A pre-tokenizer that is recognised wrongly, merges in the wrong order, tokens at the wrong id."""
+    reference = Tokenizer.from_file(str(trained_tokenizer(pre) / "tokenizer.json"))
+    out = write_vocabulary(tmp_path, pre)
+    assert read_gguf(out).get("tokenizer.ggml.pre") == pre
+    with llama_oracle.vocabulary(out) as vocabulary:
+        for text in TEXTS:
+            ids = reference.encode(text, add_special_tokens=False).ids
+            assert vocabulary.encode(text) == ids, text
+            assert b"".join(map(vocabulary.piece, ids)).decode() == text
+
+
+def test_special_tokens(tmp_path: Path) -> None:
+    """BOS that is not added, special-token text that becomes a special token when it must not."""
+    out = write_vocabulary(tmp_path)
+    with llama_oracle.vocabulary(out) as vocabulary:
+        assert vocabulary.special() == {"bos": 0, "eos": 1, "add_bos": True, "add_eos": False}
+        assert vocabulary.encode("", add_special=True) == [0]
+        assert vocabulary.encode(f"a{EOS}", parse_special=True)[-1] == 1
+        assert 1 not in vocabulary.encode(f"a{EOS}")
+    types = read_gguf(out).get("tokenizer.ggml.token_type")
+    tokens = read_gguf(out).get("tokenizer.ggml.tokens")
+    assert tokens[-1] == f"[PAD{TINY.n_vocab - 1}]"
+    assert (types[0], types[1], types[tokens.index("ø")], types[5], types[-1]) == (3, 3, 4, 1, 5)
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="the real tokenizer is not here")
+def test_real_vectors(tmp_path: Path) -> None:
+    """The 46 cases that llama.cpp ships for this tokenizer."""
+    folder = write_checkpoint(tmp_path / "model", replace(TINY, n_vocab=102400, n_layers=1, n_dense_layers=0))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((REAL / name).read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"bos_token_id": 100000, "eos_token_id": 100001}
+    (folder / "config.json").write_text(json.dumps(config))
+    out = convert_folder(folder, tmp_path / "out.gguf", ConvertOptions("q8")).path
+    texts = (REAL / "vectors.inp").read_text("utf-8").split(SEPARATOR)[:-1]
+    wanted = [[int(word) for word in line.split()] for line in (REAL / "vectors.out").read_text().split("\n")]
+    assert len(texts) == 46
+    file = read_gguf(out)
+    assert file.get("tokenizer.ggml.token_type")[100002:100015] == [4] * 13
+    reference = Tokenizer.from_file(str(REAL / "tokenizer.json"))
+    with llama_oracle.vocabulary(out) as vocabulary:
+        assert vocabulary.special() == {"bos": 100000, "eos": 100001, "add_bos": True, "add_eos": False}
+        for text, ids in zip(texts, wanted, strict=False):
+            assert vocabulary.encode(text) == ids, text
+        for text in TEXTS:
+            assert vocabulary.encode(text) == reference.encode(text, add_special_tokens=False).ids, text
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """A folder with a trained tokenizer and nothing else."""
+    write_tokenizer(tmp_path)
+    return tmp_path
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], object], name: str = "tokenizer.json") -> None:
+    content = json.loads((folder / name).read_text())
+    change(content)
+    (folder / name).write_text(json.dumps(content))
+
+
+def read(folder: Path, pre: str | None = None) -> dict[str, Field]:
+    return read_tokenizer(folder, TINY.n_vocab, pre, lambda text: None)
+
+
+def test_merges_in_both_forms(files: Path) -> None:
+    """A tokenizer.json of another age: merges as strings instead of pairs, or the other way round."""
+    pairs = read(files)
+    edit(files, lambda t: t["model"].update(merges=[" ".join(merge) for merge in t["model"]["merges"]]))
+    assert read(files) == pairs
+
+
+REFUSALS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "unknown splitting": (lambda t: t["pre_tokenizer"]["pretokenizers"].pop(0), "pre-tokenizer"),
+    "a normalizer": (lambda t: t.update(normalizer={"type": "Lowercase"}), "pre-tokenizer"),
+    "ignore_merges": (lambda t: t["model"].update(ignore_merges=True), "pre-tokenizer"),
+    "not BPE": (lambda t: t["model"].update(type="Unigram"), "type"),
+    "byte fallback": (lambda t: t["model"].update(byte_fallback=True), "byte_fallback"),
+    "no model": (lambda t: t.pop("model"), "no model"),
+    "no merges": (lambda t: t["model"].update(merges=[]), "merges"),
+    "a merge of three": (lambda t: t["model"]["merges"].append(["a", "b", "c"]), "not a pair"),
+    "a merge with a space": (lambda t: t["model"]["merges"].append(["a b", "c"]), "space"),
+    "a merge to nowhere": (lambda t: t["model"]["merges"].append(["q", "\u0120q"]), "no token"),
+    "two tokens, one id": (lambda t: t["model"]["vocab"].update({"zzz": 7}), "two tokens"),
+    "id beyond the rows": (lambda t: t["model"]["vocab"].update({"zzz": TINY.n_vocab}), "vocab_size"),
+    "negative id": (lambda t: t["model"]["vocab"].update({"zzz": -1}), "vocab_size"),
+    "id that is no number": (lambda t: t["model"]["vocab"].update({"zzz": True}), "vocab_size"),
+    "an empty token": (lambda t: t["model"]["vocab"].update({"": 630}), "not a text"),
+    "half a surrogate pair": (lambda t: t["model"]["vocab"].update({"\ud800": 630}), "not a text"),
+    "one token, two ids": (
+        lambda t: t["added_tokens"].append({"id": 631, "content": "a", "special": False}),
+        "two ids",
+    ),
+    "a padding row's name": (lambda t: t["model"]["vocab"].update({"[PAD639]": 630}), "PAD639"),
+    "added token without text": (lambda t: t["added_tokens"].append({"id": 631}), "lacks"),
+    "added tokens not a list": (lambda t: t.update(added_tokens={"a": 1}), "not a list"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_tokenizers_that_are_refused(case: str, files: Path) -> None:
+    """A vocabulary that would make llama.cpp abort, or split text in another way without a word."""
+    change, word = REFUSALS[case]
+    edit(files, change)
+    with pytest.raises(DsmoeError) as caught:
+        read(files)
+    assert word in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 3
+    assert max(map(len, str(caught.value).splitlines())) < 160
+
+
+def test_a_vocabulary_that_joins_digits_is_not_deepseek_llm(files: Path) -> None:
+    """llama.cpp keeps numbers whole under this name; a token for "12" would then be used where HF splits."""
+
+    def join(t: dict[str, Any]) -> None:
+        t["model"]["vocab"]["12"] = 630
+        t["model"]["merges"].append(["1", "2"])
+
+    edit(files, join)
+    with pytest.raises(DsmoeError, match="pre-tokenizer"):
+        read(files)
+
+
+def test_duplicate_token_strings_are_refused(files: Path) -> None:
+    """A key that JSON parsers silently take twice."""
+    text = json.dumps(json.loads((files / "tokenizer.json").read_text()))
+    (files / "tokenizer.json").write_text(text.replace('"vocab": {', '"vocab": {"a": 3, "a": 4, ', 1))
+    with pytest.raises(DsmoeError, match="twice"):
+        read(files)
+
+
+def test_pre_overrides(files: Path) -> None:
+    """--pre that is ignored, or that accepts a name llama.cpp will refuse."""
+    edit(files, REFUSALS["unknown splitting"][0])
+    assert read(files, "deepseek-coder")["tokenizer.ggml.pre"].value == "deepseek-coder"
+    with pytest.raises(UsageError) as caught:
+        read(files, "deepseek-lm")
+    assert "deepseek-llm" in str(caught.value)
+
+
+CONFIG = "tokenizer_config.json"
+
+
+def test_bos_by_template_or_class(files: Path) -> None:
+    """add_bos that is lost where the configuration does not say it."""
+    edit(files, lambda c: c.pop("add_bos_token"), CONFIG)
+    assert read(files)["tokenizer.ggml.add_bos_token"].value is True
+    edit(files, lambda c: c.update(tokenizer_class="PreTrainedTokenizerFast"), CONFIG)
+    assert read(files)["tokenizer.ggml.add_bos_token"].value is False
+    template = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": BOS, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    }
+    edit(files, lambda t: t.update(post_processor={"type": "Sequence", "processors": [template]}))
+    assert read(files)["tokenizer.ggml.add_bos_token"].value is True
+
+
+def test_special_ids_from_other_files(files: Path) -> None:
+    """Checkpoints that name BOS and EOS in special_tokens_map.json, or by number only."""
+    edit(files, lambda c: (c.pop("bos_token"), c.pop("eos_token")), CONFIG)
+    (files / "special_tokens_map.json").write_text(
+        json.dumps({"bos_token": BOS, "eos_token": {"content": EOS}})
+    )
+    assert read(files)["tokenizer.ggml.eos_token_id"].value == 1
+    (files / "special_tokens_map.json").unlink()
+    (files / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": [1, 5]}))
+    assert read(files)["tokenizer.ggml.eos_token_id"].value == 1
+    (files / "generation_config.json").write_text(json.dumps({"eos_token_id": TINY.n_vocab}))
+    with pytest.raises(DsmoeError, match="eos_token_id"):
+        read(files)
+    (files / "generation_config.json").unlink()
+    with pytest.raises(DsmoeError, match="end-of-sequence"):
+        read(files)
+
+
+def test_eos_that_is_no_token(files: Path) -> None:
+    """A name that the vocabulary lacks."""
+    edit(files, lambda c: c.update(eos_token="<nothing>"), CONFIG)
+    with pytest.raises(DsmoeError, match="eos_token"):
+        read(files)
+
+
+def test_templates_in_every_place(files: Path) -> None:
+    """A chat template that is not found where newer and older tools keep it."""
+    key = "tokenizer.chat_template"
+    edit(files, lambda c: c.update(chat_template="{{ 1 }}"), CONFIG)
+    assert read(files)[key].value == "{{ 1 }}"
+    named = [{"name": "default", "template": "{{ 2 }}"}, {"name": "tool_use", "template": "{{ 3 }}"}]
+    edit(files, lambda c: c.update(chat_template=named), CONFIG)
+    assert read(files)[key].value == "{{ 2 }}"
+    assert read(files)[f"{key}.tool_use"].value == "{{ 3 }}"
+    assert read(files)["tokenizer.chat_templates"].value == ["tool_use"]
+    (files / "chat_template.json").write_text(json.dumps({"chat_template": "{{ 4 }}"}))
+    assert read(files)[key].value == "{{ 4 }}"
+    (files / "chat_template.jinja").write_text("{{ 5 }}")
+    assert read(files)[key].value == "{{ 5 }}"
+    (files / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(DsmoeError, match="UTF-8"):
+        read(files)
+
+
+def test_no_template_for_a_base_model(files: Path) -> None:
+    """A base model that is given a chat template it was not trained with."""
+    edit(files, lambda c: c.pop("chat_template"), CONFIG)
+    assert not [key for key in read(files) if "chat_template" in key]
+
+
+def test_known_hashes() -> None:
+    """The second table: a name that llama.cpp does not load."""
+    assert set(pretokenizers.CHECK_HASHES.values()) <= pretokenizers.KNOWN_NAMES
+    assert {known.name for known in pretokenizers.DEFINITIONS} <= pretokenizers.KNOWN_NAMES
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="the real tokenizer is not here")
+def test_recognition_by_check_text(tmp_path: Path) -> None:
+    """A tokenizer whose rules are written in another form, known by the ids of the check text alone."""
+    reference = Tokenizer.from_file(str(REAL / "tokenizer.json"))
+    ids = reference.encode(pretokenizers.CHECK_TEXT, add_special_tokens=False).ids
+    assert pretokenizers.by_check_text(([1, 2], ids, [100000, *ids])) == "deepseek-llm"
+    assert pretokenizers.by_check_text((ids,)) is None
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((REAL / name).read_bytes())
+    edit(tmp_path, lambda t: t.update(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}]}))
+    fields = read_tokenizer(tmp_path, 102400, None, lambda text: None)
+    assert fields["tokenizer.ggml.pre"].value == "deepseek-llm"
