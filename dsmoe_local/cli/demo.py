@@ -26,9 +26,7 @@ CHAT_TYPE = "q4"
 
 
 @click.command(name="demo")
-@click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Folder [cache]."
-)
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where to put it [the cache].")
 @click.option(
     "--active-experts", "n_active", type=int, metavar="K", help="Routed experts per token, of 14 [12]."
 )

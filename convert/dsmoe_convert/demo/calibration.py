@@ -60,3 +60,4 @@ def save(calibration: Calibration, path: Path = DATA) -> None:
     save_file(
         {"order": calibration.order, "router": calibration.router}, path, metadata={"source_sha256": SHA256}
     )
+    path.chmod(0o644)  # safetensors keeps its files private

@@ -143,7 +143,7 @@ def _write_shards(
     def flush() -> None:
         name = f"model-{len(set(weight_map.values())) + 1:05d}-of-{n_shards:05d}.safetensors"
         save_file(shard, folder / name, metadata={"format": "pt"})
-        (folder / name).chmod(0o644)
+        (folder / name).chmod(0o644)  # safetensors keeps its files private
         weight_map.update(dict.fromkeys(shard, name))
         shard.clear()
 
