@@ -177,7 +177,10 @@ def splitting_steps() -> list[dict[str, Any]]:
         elif kind == "Digits":
             steps.append({"type": kind, "individual_digits": parameters[0]})
         else:
-            steps.append({"type": kind, "add_prefix_space": parameters[0], "use_regex": parameters[1]})
+            prefix, use_regex = parameters
+            steps.append(
+                {"type": kind, "add_prefix_space": prefix, "trim_offsets": True, "use_regex": use_regex}
+            )
     return steps
 
 

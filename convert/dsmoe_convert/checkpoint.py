@@ -78,7 +78,7 @@ def open_checkpoint(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
         "shards": {name: _state(folder / name) for name in names},
         "headers": digest(tensors.values()),
     }
-    return Checkpoint(folder.resolve().name, tensors, LocalShards(folder), identity, files)
+    return Checkpoint(folder.resolve().name or "model", tensors, LocalShards(folder), identity, files)
 
 
 def find_form(folder: Path, *, allow_pickle: bool) -> Form:

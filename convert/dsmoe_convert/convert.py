@@ -126,7 +126,7 @@ def plan(
     _note_mixed(checkpoint, planned, note)
     choices = choose_types(planned, hp, choice, options.wishes)
     metadata = {
-        **general_fields(hp, checkpoint.name, license_of(folder)),
+        **general_fields(hp, safe_line(checkpoint.name), license_of(folder)),
         **metadata_of(hp),
         **read_tokenizer(folder, hp.n_vocab, options.pre, note),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -104,34 +105,45 @@ def _plan_cached(repository: HubRepository, options: ConvertOptions, run_options
 
 
 class Staging:
-    """The folder beside the output in which shards lie between download and deletion. A source of `Fetch`."""
+    """The folder beside the output in which shards lie between download and deletion. A source of `Fetch`.
+
+    It appears with the first download: by then the output is locked, and may be written.
+    """
 
     def __init__(self, repository: HubRepository, shards: list[str], listen: Listener) -> None:
-        self.folder = Path()
-        self.shards = shards
+        self.out = Path()
+        self.n_output = 0
+        self._shards = shards
         self._repository = repository
         self._listen = listen
+        self._is_open = False
 
     @property
-    def n_bytes(self) -> int:
-        """The most that shards take at a time."""
-        return sum(sorted((self._repository.sizes[shard] for shard in self.shards), reverse=True)[:_AT_ONCE])
+    def folder(self) -> Path:
+        """Beside the output, and hidden."""
+        return self.out.with_name(f".{self.out.name}.shards")
 
-    def open(self, out: Path) -> None:
-        """Place it beside `out`, and tidy what an interrupted run left."""
-        self.folder = out.with_name(f".{out.name}.shards")
+    def _open(self) -> None:
+        """Check the space, create the folder, and tidy what an interrupted run left."""
+        part = self.out.with_name(f".{self.out.name}.part")
         self.folder.mkdir(exist_ok=True)
         for partial in self.folder.rglob("*.incomplete"):
             partial.unlink(missing_ok=True)
-        here = [shard for shard in self.shards if (self.folder / shard).exists()]
-        # Those read last are of least use, and one more must fit.
-        for shard in here[:-1] if len(here) >= _AT_ONCE else ():
+        here = [shard for shard in self._shards if (self.folder / shard).exists()]
+        # The first is needed soonest, and one more must fit beside it.
+        for shard in here[_AT_ONCE - 1 :]:
             (self.folder / shard).unlink()
+        largest = sorted((self._repository.sizes[shard] for shard in self._shards), reverse=True)[:_AT_ONCE]
+        missing = self.n_output - part.stat().st_blocks * 512 if part.exists() else 0
+        durable.require_space(self.out.parent, max(0, missing) + sum(largest))
+        self._is_open = True
 
     def fetch(self, shard: str) -> tuple[Path, Mapping[str, StoredTensor]]:
         """See low_disk.Fetch."""
-        number = self.shards.index(shard) + 1
-        self._listen(Advanced(0, f"downloading shard {number} of {len(self.shards)}"))
+        if not self._is_open:
+            self._open()
+        number = self._shards.index(shard) + 1
+        self._listen(Advanced(0, f"downloading shard {number} of {len(self._shards)}"))
         path = self._repository.fetch_to(shard, self.folder)
         return path, read_tensors(path)
 
@@ -146,6 +158,8 @@ def _plan_staged(
     """Plan by the shards' headers alone."""
     if repository.offline:
         raise UsageError("the shards must be downloaded, but HF_HUB_OFFLINE is set")
+    # Old versions of the library's transfer layer keep 10 GB of chunks otherwise.
+    os.environ.setdefault("HF_XET_CHUNK_CACHE_SIZE_BYTES", "0")
     folder = repository.fetch_small_files()
     hp = read_config(folder)
     form, shards = repository.weight_files(folder, allow_pickle=options.allow_pickle)
@@ -163,10 +177,7 @@ def _plan_staged(
 
 
 def _run_staged(conversion: Conversion, staging: Staging, out: Path, run_options: RunOptions) -> Summary:
-    part = out.with_name(f".{out.name}.part")
-    held = part.stat().st_blocks * 512 if part.exists() else 0
-    durable.require_space(out.resolve().parent, max(0, conversion.n_bytes - held) + staging.n_bytes)
-    staging.open(out.resolve())
+    staging.out, staging.n_output = out.resolve(), conversion.n_bytes
     summary = run(conversion, out, run_options)
     staging.remove()
     return summary

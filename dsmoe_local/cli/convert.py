@@ -59,11 +59,12 @@ def command(
     options = ConvertOptions(word, wishes_of(overrides, output_type, embedding_type, pure), pre, allow_pickle)
     source_options = SourceOptions(revision, token, low_disk=low_disk)
     if dry_run:
-        planned = run_with_progress(
-            lambda listen, stop: plan_source(
-                source, options, source_options, RunOptions(listen=listen, stop=stop), headers_only=True
+        with missing_extra("convert"):
+            planned = run_with_progress(
+                lambda listen, stop: plan_source(
+                    source, options, source_options, RunOptions(listen=listen, stop=stop), headers_only=True
+                )
             )
-        )
         _show(planned.conversion)
         return
     summary = run_with_progress(

@@ -111,6 +111,19 @@ def test_low_disk_with_scattered_tensors(tmp_path: Path) -> None:
         assert len(shards_in(hub.downloads())) == 6
 
 
+def test_low_disk_leaves_nothing_when_refused(hub: Hub, tmp_path: Path) -> None:
+    """An output that may not be written, found out after shards came, or a staging folder left behind."""
+    out = tmp_path / "out" / "out.gguf"
+    with pytest.raises(DsmoeError, match="folder"):
+        fetch(hub, out, low_disk=True)
+    out.parent.mkdir()
+    out.write_bytes(b"precious")
+    with pytest.raises(DsmoeError, match="exists"):
+        fetch(hub, out, low_disk=True)
+    assert [path.name for path in out.parent.iterdir()] == ["out.gguf"]
+    assert shards_in(hub.downloads()) == []
+
+
 def test_low_disk_resumes(hub: Hub, tmp_path: Path, expected: bytes) -> None:
     """An interruption in the middle that makes the next run fetch everything again."""
     run = RunOptions(threads=1)
