@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ _MAX_INDEX = 256 << 20
 _READ_BESIDE = ("config.json", "tokenizer.json")
 _LM_HEAD = "lm_head.weight"
 
-Reader = Callable[[Path], Mapping[str, StoredTensor]]
+Reader = Callable[[Path, threading.Event | None], Mapping[str, StoredTensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,18 +60,22 @@ SAFETENSORS = Form(
 PICKLE = Form("pytorch_model.bin", "pytorch_model.bin.index.json", ".bin", pickle_bin.read_tensors)
 
 
-def open_checkpoint(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
+def open_checkpoint(
+    folder: Path, *, allow_pickle: bool = False, stop: threading.Event | None = None
+) -> Checkpoint:
     """The checkpoint in `folder`, headers read and checked.
 
     Raises FileError if a file cannot be read, CheckpointError if a file is malformed, absent or of a kind
-    that is not supported.
+    that is not supported, InterruptedRunError after `stop`.
     """
     form = find_form(folder, allow_pickle=allow_pickle)
     if (folder / form.single).exists():
-        tensors = dict(form.read(folder / form.single))
+        tensors = dict(form.read(folder / form.single, stop))
     else:
         weight_map = read_index(folder / form.index, form.suffix)
-        shards = {shard: form.read(_existing(folder / shard)) for shard in sorted(set(weight_map.values()))}
+        shards = {
+            shard: form.read(_existing(folder / shard), stop) for shard in sorted(set(weight_map.values()))
+        }
         tensors = match_index(weight_map, shards, folder)
     names = sorted({tensor.shard for tensor in tensors.values()})
     files = tuple(folder / name for name in (*names, *_READ_BESIDE) if (folder / name).exists())

@@ -98,6 +98,7 @@ def plan_folder(
     *,
     name: str = "",
     identity: Mapping[str, object] | None = None,
+    stop: threading.Event | None = None,
 ) -> Conversion:
     """Read and check everything about the checkpoint in `folder` but its weights.
 
@@ -105,7 +106,7 @@ def plan_folder(
     (CheckpointError, TokenizerError) or UsageError.
     """
     hp = read_config(folder)
-    checkpoint = open_checkpoint(folder, allow_pickle=options.allow_pickle)
+    checkpoint = open_checkpoint(folder, allow_pickle=options.allow_pickle, stop=stop)
     checkpoint = replace(checkpoint, name=name or checkpoint.name, identity=identity or checkpoint.identity)
     return plan(checkpoint, folder, hp, options, listen)
 
@@ -183,7 +184,8 @@ def convert_folder(
 ) -> Summary:
     """Convert the checkpoint in `folder` to the file `out`. Raises what `plan_folder` and `run` raise."""
     run_options = run_options or RunOptions()
-    return run(plan_folder(folder, options or ConvertOptions(), run_options.listen), out, run_options)
+    planned = plan_folder(folder, options or ConvertOptions(), run_options.listen, stop=run_options.stop)
+    return run(planned, out, run_options)
 
 
 def _note_mixed(

@@ -11,24 +11,29 @@ import json
 import math
 import subprocess
 import sys
+import threading
+import time
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsmoe_convert.errors import CheckpointError
 from dsmoe_convert.stored import DTYPES, StoredTensor
-from dsmoe_local.base.errors import FileError
+from dsmoe_local.base.errors import FileError, InterruptedRunError
 from dsmoe_local.base.text import safe_line
 
 if TYPE_CHECKING:
     import torch
 
 _TIMEOUT = 600  # seconds; reading the pickle of a 10 GB shard takes about one
+_POLL = 0.2
 _LOCAL_HEADER = 30  # bytes of a zip entry's local header before its name
 
 
-def read_tensors(path: Path) -> dict[str, StoredTensor]:
+def read_tensors(path: Path, stop: threading.Event | None = None) -> dict[str, StoredTensor]:
     """The tensors of one `.bin` file by name, as a restricted child process reports them.
+
+    `stop` ends the child. The answer is then of no use, and InterruptedRunError is raised.
 
     Raises CheckpointError if the file is not a plain dictionary of dense, contiguous tensors in PyTorch's zip
     format, FileError if it cannot be read.
@@ -37,14 +42,14 @@ def read_tensors(path: Path) -> dict[str, StoredTensor]:
     command = [sys.executable, "-P", "-m", "dsmoe_convert.pickle_bin", str(path.absolute())]
     try:
         size = path.stat().st_size
-        child = subprocess.run(command, capture_output=True, timeout=_TIMEOUT, check=False)
+        status, output = _run(command, stop or threading.Event())
     except subprocess.TimeoutExpired as error:
         raise CheckpointError(f"reading the pickle took more than {_TIMEOUT} s", where=path) from error
     except OSError as error:
         raise FileError(f"cannot read the shard: {error.strerror}", where=path) from error
-    answer = _answer(child.stdout)
-    if child.returncode != 0 or "tensors" not in answer:
-        what = answer.get("error") or f"the reader died with status {child.returncode}"
+    answer = _answer(output)
+    if status != 0 or "tensors" not in answer:
+        what = answer.get("error") or f"the reader died with status {status}"
         raise CheckpointError(
             f"not a usable .bin file: {safe_line(str(what), 80)}",
             where=path,
@@ -63,6 +68,26 @@ def read_tensors(path: Path) -> dict[str, StoredTensor]:
                 where=f"{path}: {safe_line(tensor.name, 80)}",
             )
     return tensors
+
+
+def _run(command: list[str], stop: threading.Event) -> tuple[int, bytes]:
+    """Exit status and output of the child, which Ctrl-C on the terminal does not reach."""
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as child:
+        give_up = time.monotonic() + _TIMEOUT
+        while True:
+            try:
+                output, _ = child.communicate(timeout=_POLL)
+            except subprocess.TimeoutExpired:
+                if stop.is_set() or time.monotonic() > give_up:
+                    child.kill()
+                if stop.is_set():
+                    raise InterruptedRunError("interrupted", remedy="run the same command again") from None
+                if time.monotonic() > give_up:
+                    raise
+            else:
+                return child.returncode, output
 
 
 def _answer(output: bytes) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from pathlib import Path
 from typing import NoReturn, TypeGuard
 
@@ -21,8 +22,8 @@ from dsmoe_local.model.config_json import strict_json
 MAX_HEADER = 100_000_000  # the format's own limit
 
 
-def read_tensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file by name.
+def read_tensors(path: Path, stop: threading.Event | None = None) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file by name; so soon that `stop` makes no difference.
 
     Raises FileError if the file cannot be read, CheckpointError if anything about its header is wrong.
     """

@@ -83,7 +83,7 @@ def plan_source(
             raise UsageError("--revision goes with a repository, not with a folder")
         if source_options.low_disk:
             run_options.listen(Note("--low-disk changes nothing here: the checkpoint is on disk already"))
-        return PlannedSource(plan_folder(folder, options, run_options.listen))
+        return PlannedSource(plan_folder(folder, options, run_options.listen, stop=run_options.stop))
     request = HubRequest(source, source_options.revision, source_options.token, source_options.endpoint)
     repository = HubRepository(request, run_options.listen, run_options.stop)
     if source_options.low_disk or headers_only:
@@ -95,12 +95,17 @@ def _plan_cached(repository: HubRepository, options: ConvertOptions, run_options
     """Bring the whole checkpoint into the cache; the small files are judged before the large ones come."""
     folder = repository.fetch_small_files()
     if repository.offline:
-        return plan_folder(folder, options, run_options.listen, name=repository.name)
+        return plan_folder(folder, options, run_options.listen, name=repository.name, stop=run_options.stop)
     read_tokenizer(folder, read_config(folder).n_vocab, options.pre, lambda text: None)
     _, files = repository.weight_files(folder, allow_pickle=options.allow_pickle)
     repository.fetch_weights(files)
     return plan_folder(
-        folder, options, run_options.listen, name=repository.name, identity=repository.identity
+        folder,
+        options,
+        run_options.listen,
+        name=repository.name,
+        identity=repository.identity,
+        stop=run_options.stop,
     )
 
 

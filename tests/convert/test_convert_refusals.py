@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import struct
+import threading
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +20,7 @@ from support.checkpoints import TINY, random_weights, write_checkpoint, write_we
 from dsmoe_convert.checkpoint import open_checkpoint
 from dsmoe_convert.convert import ConvertOptions, RunOptions, convert_folder
 from dsmoe_convert.errors import CheckpointError
-from dsmoe_local.base.errors import DsmoeError
+from dsmoe_local.base.errors import DsmoeError, InterruptedRunError
 from dsmoe_local.base.progress import Event, Note
 
 Tensors = dict[str, torch.Tensor]
@@ -345,6 +346,16 @@ def test_bin_files_that_are_refused(case: str, tmp_path: Path, out: Path) -> Non
     """A tensor whose bytes do not lie in the file as its shape says."""
     save, word = BINS[case]
     refused(bin_checkpoint(tmp_path / "model", save), out, word, allow_pickle=True)
+
+
+def test_interrupted_pickle(tmp_path: Path) -> None:
+    """Ctrl-C that waits for seven children, each loading torch."""
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"x": torch.zeros(3)}, path)
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(InterruptedRunError):
+        open_checkpoint(tmp_path, allow_pickle=True, stop=stop)
 
 
 def test_bin_with_shared_storage(tmp_path: Path) -> None:
