@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from gguf.constants import GGUFValueType, TokenType
 
-from dsmoe_convert import chat_templates, pretokenizers
+from dsmoe_convert import chat_templates, check_encoding, pretokenizers
 from dsmoe_convert.byte_level import has_joined_digits
 from dsmoe_convert.errors import TokenizerError
 from dsmoe_convert.special_tokens import SpecialTokens, read_special_tokens
@@ -182,7 +182,10 @@ def _added_tokens(files: TokenizerFiles) -> Iterator[tuple[int, str, Mapping[str
     if not isinstance(added, list) or not isinstance(decoder, dict):
         _refuse(files, "added_tokens is not a list")
     known = [(entry.get("id") if isinstance(entry, dict) else None, entry) for entry in added]
-    listed = [(int(key) if key.isdecimal() else key, entry) for key, entry in decoder.items()]
+    # Longer digits are no id, and Python refuses to read very long ones.
+    listed = [
+        (int(key) if key.isdecimal() and len(key) < 10 else key, entry) for key, entry in decoder.items()
+    ]
     for token_id, entry in [*known, *listed]:
         content = entry.get("content") if isinstance(entry, dict) else None
         if type(token_id) is not int or not isinstance(content, str):
@@ -218,7 +221,7 @@ def _recognize(files: TokenizerFiles, special: SpecialTokens) -> str:
     joins_digits = has_joined_digits(files.tokenizer["model"]["vocab"])
     name = pretokenizers.by_definition(files.tokenizer, joins_digits=joins_digits)
     if name is None:
-        plain = _encode_check_text(files)
+        plain = check_encoding.encode(files.path, pretokenizers.CHECK_TEXT)
         name = pretokenizers.by_check_text((plain, [special.bos, *plain], [*plain, special.eos]))
     if name is None:
         raise TokenizerError(
@@ -227,19 +230,6 @@ def _recognize(files: TokenizerFiles, special: SpecialTokens) -> str:
             remedy="name llama.cpp's equivalent with --pre NAME, for example --pre deepseek-llm",
         )
     return name
-
-
-def _encode_check_text(files: TokenizerFiles) -> list[int]:
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(files.path))
-        ids: list[int] = tokenizer.encode(pretokenizers.CHECK_TEXT, add_special_tokens=False).ids
-    except Exception as error:
-        raise TokenizerError(
-            f"the tokenizers library refuses it: {safe_line(str(error), 70)}", where=files.path
-        ) from error
-    return ids
 
 
 def _is_unicode(text: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +14,7 @@ from support import llama_oracle
 from support.checkpoints import BOS, EOS, TINY, trained_tokenizer, write_checkpoint, write_tokenizer
 from tokenizers import Tokenizer
 
-from dsmoe_convert import pretokenizers
+from dsmoe_convert import check_encoding, pretokenizers
 from dsmoe_convert.convert import ConvertOptions, convert_folder
 from dsmoe_convert.tokenizer import read_tokenizer
 from dsmoe_local.base.errors import DsmoeError, UsageError
@@ -147,6 +148,28 @@ REFUSALS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a padding row's name": (lambda t: t["model"]["vocab"].update({"[PAD639]": 630}), "PAD639"),
     "added token without text": (lambda t: t["added_tokens"].append({"id": 631}), "lacks"),
     "added tokens not a list": (lambda t: t.update(added_tokens={"a": 1}), "not a list"),
+    "a definition on which the library panics": (
+        lambda t: t.update(pre_tokenizer={"type": "FixedLength", "length": 0}),
+        "library refuses it",
+    ),
+    "a definition on which the library aborts": (
+        lambda t: t.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "/////w=="}),
+        "library refuses it",
+    ),
+    "padding that fills the memory": (
+        lambda t: t.update(
+            normalizer={"type": "Lowercase"},
+            padding={
+                "strategy": {"Fixed": 10**12},
+                "direction": "Right",
+                "pad_to_multiple_of": None,
+                "pad_id": 0,
+                "pad_type_id": 0,
+                "pad_token": "x",
+            },
+        ),
+        "none that is known",
+    ),
 }
 
 
@@ -160,6 +183,30 @@ def test_tokenizers_that_are_refused(case: str, files: Path) -> None:
     assert word in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 3
     assert max(map(len, str(caught.value).splitlines())) < 160
+
+
+def test_an_added_token_with_an_endless_id(files: Path) -> None:
+    """Digits that Python refuses to turn into a number."""
+    edit(files, lambda c: c.update(added_tokens_decoder={"1" * 5000: {"content": "x"}}), CONFIG)
+    with pytest.raises(DsmoeError, match="lacks id"):
+        read(files)
+
+
+def test_padding_and_truncation_do_not_hide_a_known_tokenizer(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer.json saved with them, whose ids of the check text are then others."""
+
+    def spoil(t: dict[str, Any], **settings: Any) -> None:
+        t.update(normalizer={"type": "Replace", "pattern": {"String": "\x07"}, "content": ""}, **settings)
+
+    edit(files, spoil)
+    ids = check_encoding.encode(files / "tokenizer.json", pretokenizers.CHECK_TEXT)
+    digest = hashlib.sha256(str(ids).encode()).hexdigest()
+    monkeypatch.setattr(pretokenizers, "CHECK_HASHES", {digest: "smollm"})
+    cut = {"max_length": 5, "stride": 0, "strategy": "LongestFirst", "direction": "Right"}
+    edit(files, lambda t: spoil(t, truncation=cut))
+    assert read(files)["tokenizer.ggml.pre"].value == "smollm"
 
 
 def test_a_vocabulary_that_joins_digits_is_not_deepseek_llm(files: Path) -> None:
