@@ -65,6 +65,14 @@ class ShardWindow:
 
     def read_into(self, tensor: StoredTensor, start: int, buffer: memoryview) -> None:
         """See ShardSource; waits until the shard is here."""
+        try:
+            self._read_into(tensor, start, buffer)
+        except BaseException as error:
+            # Its shard will never be done with: those who wait for a later one must not wait for that.
+            self._fail(error)
+            raise
+
+    def _read_into(self, tensor: StoredTensor, start: int, buffer: memoryview) -> None:
         with self._changed:
             while tensor.shard not in self._present:
                 if self._error:
@@ -119,9 +127,12 @@ class ShardWindow:
                     self._present[name] = shard
                     self._changed.notify_all()
         except BaseException as error:  # noqa: BLE001 - the readers raise it in their threads
-            with self._changed:
-                self._error = error
-                self._changed.notify_all()
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
 
 
 class _Shard:
