@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 
@@ -22,7 +22,7 @@ from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.base.paths import data_folder
 from dsmoe_local.chat import commands
 from dsmoe_local.chat.conversation import Conversation
-from dsmoe_local.chat.screen import Screen, describe_usage, keys_echoed, keys_withheld
+from dsmoe_local.chat.screen import Screen, describe_usage, keys_withheld
 from dsmoe_local.engine.types import TokenEvent
 
 _BLOCK = '"""'
@@ -60,7 +60,8 @@ class Repl:
         """Read and answer until the user leaves."""
         self._greet()
         # Outside the prompt Ctrl-C only ever ends a reply, and keys wait for the prompt.
-        with keys_withheld(), _interrupt_calls(self.conversation.cancel):
+        withheld = nullcontext() if self.screen.console.is_dumb_terminal else keys_withheld()
+        with withheld, _on_interrupt(lambda number, frame: self.conversation.cancel()):
             self._loop()
 
     def _loop(self) -> None:
@@ -168,7 +169,7 @@ def _keys() -> KeyBindings:
 
 def _read_plainly() -> str:
     """A message from a terminal that can do nothing but print; a block is read to its end."""
-    with keys_echoed():
+    with _on_interrupt(signal.default_int_handler):
         lines = [input("> ")]
         while lines[0].startswith(_BLOCK) and (len("".join(lines)) < 6 or not lines[-1].endswith(_BLOCK)):
             lines.append(input("  "))
@@ -176,13 +177,8 @@ def _read_plainly() -> str:
 
 
 @contextmanager
-def _interrupt_calls(cancel: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C calls `cancel` instead of raising."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        cancel()
-
-    before = signal.signal(signal.SIGINT, handle)
+def _on_interrupt(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, handler)
     try:
         yield
     finally:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import termios
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -110,43 +108,19 @@ def describe_usage(usage: Usage) -> str:
 
 @contextmanager
 def keys_withheld() -> Iterator[None]:
-    """Typed keys stay off the screen and wait until somebody reads them; Ctrl-C still interrupts."""
-
-    def withhold(modes: list[Any]) -> None:
-        # Without ICRNL a typed Enter reaches the prompt as Enter, not as Ctrl-J.
-        modes[_INPUT] &= ~termios.ICRNL
-        modes[_LOCAL] &= ~(termios.ECHO | termios.ICANON)
-
-    with _terminal_modes(withhold):
-        yield
-
-
-@contextmanager
-def keys_echoed() -> Iterator[None]:
-    """The terminal's own line editing, and Ctrl-C as KeyboardInterrupt."""
-
-    def echo(modes: list[Any]) -> None:
-        modes[_INPUT] |= termios.ICRNL
-        modes[_LOCAL] |= termios.ECHO | termios.ICANON
-
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with _terminal_modes(echo):
-            yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _terminal_modes(change: Callable[[list[Any]], None]) -> Iterator[None]:
+    """Typed keys stay off the screen and wait until a prompt reads them; Ctrl-C still interrupts."""
     if not sys.stdin.isatty():
         yield
         return
     descriptor = sys.stdin.fileno()
     before = termios.tcgetattr(descriptor)
-    changed = termios.tcgetattr(descriptor)
-    change(changed)
-    termios.tcsetattr(descriptor, termios.TCSADRAIN, changed)
+    withheld = termios.tcgetattr(descriptor)
+    # Without ICRNL a typed Enter reaches the prompt as Enter, not as Ctrl-J.
+    withheld[_INPUT] &= ~termios.ICRNL
+    withheld[_LOCAL] &= ~(termios.ECHO | termios.ICANON)
+    # Ctrl-C would throw away what was typed before it.
+    withheld[_LOCAL] |= termios.NOFLSH
+    termios.tcsetattr(descriptor, termios.TCSADRAIN, withheld)
     try:
         yield
     finally:

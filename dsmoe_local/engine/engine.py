@@ -30,7 +30,7 @@ class _Job:
     request: Request
     submitted: float
     events: queue.SimpleQueue[TokenEvent | BaseException | None] = field(default_factory=queue.SimpleQueue)
-    cancelled: threading.Event = field(default_factory=threading.Event)
+    cancelled: bool = False
 
 
 class Engine:
@@ -38,7 +38,9 @@ class Engine:
 
     def __init__(self, options: ModelOptions, listen: progress.Listener, stop: threading.Event) -> None:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
+        # Reentrant, and no Event for the flag: `cancel` may be called by a signal handler in the middle of
+        # `submit`.
+        self._lock = threading.RLock()
         self._waiting: dict[str, _Job] = {}
         self._session: Session | None = None
         self._failure: BaseException | None = None
@@ -112,7 +114,7 @@ class Engine:
 
     def _cancel(self, job: _Job) -> None:
         with self._lock:
-            job.cancelled.set()
+            job.cancelled = True
             # Only the running request has a generation to abort; the flag suffices for those that wait.
             if self._session is not None and self._session.running == job.request.id:
                 self._session.abort()
@@ -168,7 +170,7 @@ class Engine:
             session.running = job.request.id
             session.clear_abort()
         try:
-            for event in Generation(session, job.request, job.submitted, job.cancelled.is_set):
+            for event in Generation(session, job.request, job.submitted, lambda: job.cancelled):
                 job.events.put(event)
             job.events.put(None)
         except BaseException as error:  # noqa: BLE001 - raised again in the thread that reads the events

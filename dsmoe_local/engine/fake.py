@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -47,7 +46,7 @@ class FakeEngine:
         self._replies = None if replies is None else itertools.cycle(replies)
         self._gate = gate
         self._cached: tuple[int, ...] = ()
-        self._running: dict[str, threading.Event] = {}
+        self._cancelled: dict[str, bool] = {}
         self._closed = False
         self.requests: list[Request] = []
         self.info = ModelInfo(
@@ -85,13 +84,13 @@ class FakeEngine:
         """See TextEngine."""
         if self._closed:
             raise EngineError("the engine is closed")
-        if request.id in self._running:
+        if request.id in self._cancelled:
             raise EngineError(f"a request with the id {request.id!r} is already running")
         self.requests.append(request)
-        cancelled = self._running[request.id] = threading.Event()
-        return self._generate(request, cancelled)
+        self._cancelled[request.id] = False
+        return self._generate(request)
 
-    def _generate(self, request: Request, cancelled: threading.Event) -> Iterator[TokenEvent]:
+    def _generate(self, request: Request) -> Iterator[TokenEvent]:
         try:
             prompt = self.encode(request.prompt)
             room = self.info.n_context - len(prompt)
@@ -101,12 +100,12 @@ class FakeEngine:
                 )
             text = bytes(token_id - 1 for token_id in prompt).decode("utf-8", "replace").rstrip("\n")
             answer = (next(self._replies) if self._replies else self._reply(text)).encode()
-            yield from self._tokens(request, prompt, answer, min(room, request.max_tokens or room), cancelled)
+            yield from self._tokens(request, prompt, answer, min(room, request.max_tokens or room))
         finally:
-            self._running.pop(request.id, None)
+            self._cancelled.pop(request.id, None)
 
     def _tokens(
-        self, request: Request, prompt: tuple[int, ...], answer: bytes, limit: int, cancelled: threading.Event
+        self, request: Request, prompt: tuple[int, ...], answer: bytes, limit: int
     ) -> Iterator[TokenEvent]:
         stream = TextStream(request.stop)
         n_cached = _common(self._cached, prompt)
@@ -115,7 +114,7 @@ class FakeEngine:
         done = 0
         for byte in answer:
             self._gate(done)
-            if cancelled.is_set():
+            if self._cancelled[request.id]:
                 reason, ended_by = FinishReason.CANCELLED, None
                 break
             if done == limit:
@@ -139,14 +138,13 @@ class FakeEngine:
 
     def cancel(self, request_id: str) -> None:
         """See TextEngine."""
-        if request_id in self._running:
-            self._running[request_id].set()
+        if request_id in self._cancelled:
+            self._cancelled[request_id] = True
 
     def close(self) -> None:
         """See TextEngine."""
         self._closed = True
-        for cancelled in self._running.values():
-            cancelled.set()
+        self._cancelled = dict.fromkeys(self._cancelled, True)
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

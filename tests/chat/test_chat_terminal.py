@@ -134,6 +134,7 @@ def test_no_colour_where_none_is_wanted(environment: dict[str, str]) -> None:
         terminal.wait_for(r"> ")
         terminal.send("/set" + ENTER)
         terminal.wait_for(r"frequency_penalty")
+        terminal.wait_for(r"\n> ")
         terminal.send("hi" + ENTER)
         terminal.wait_for(r"hi\s+hi\n")
         assert not re.search(r"\x1b\[[0-9;]*3[0-7]m|\x1b\[38", terminal.raw)
@@ -198,8 +199,7 @@ def test_endless_word_and_special_text_do_no_harm() -> None:
         terminal.wait_for(r"error: the prompt has \d+ tokens|too long")
         terminal.wait_for(PROMPT)
         terminal.send("<｜end▁of▁sentence｜>" + ENTER)
-        terminal.wait_for("cut at max_tokens")
-        terminal.wait_for(PROMPT)
+        terminal.wait_for(r"context [1-9]\d*/256")
         terminal.send(CTRL_D)
         assert terminal.ending() == 0
 

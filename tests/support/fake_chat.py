@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-import threading
+import time
 
 from dsmoe_local.chat.conversation import Conversation
 from dsmoe_local.chat.repl import Repl
@@ -17,23 +17,25 @@ class HaltingEngine(FakeEngine):
 
     def __init__(self, *, template: bool) -> None:
         super().__init__(self._answer, template=template, gate=self._halt)
-        self._cancelled = threading.Event()
         self._place = -1
+        self._halted = False
 
     def _answer(self, prompt: str) -> str:
         question = prompt.rsplit("\n", 1)[-1].removeprefix("user: ")
-        self._cancelled.clear()
         self._place = question.encode().find(b"#")
         return question.replace("#", "")
 
     def _halt(self, index: int) -> None:
         if index == self._place:
+            # No Event: a signal handler that sets what its own thread waits for may wait for ever.
+            self._halted = True
             print("[halt]", end="", flush=True)
-            self._cancelled.wait(60)
+            while self._halted:
+                time.sleep(0.01)
 
     def cancel(self, request_id: str) -> None:
         super().cancel(request_id)
-        self._cancelled.set()
+        self._halted = False
 
 
 def main() -> None:
