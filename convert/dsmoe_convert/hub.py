@@ -12,6 +12,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -59,7 +60,9 @@ def is_repository(text: str) -> bool:
 
 def locate(source: str) -> Path | None:
     """The local folder that `source` names, None for the id of a repository. UsageError if it is neither."""
-    path = Path(source).expanduser()
+    path = Path(source)
+    with suppress(RuntimeError):  # ~NAME of nobody
+        path = path.expanduser()
     if path.is_dir():
         return path
     if path.exists():

@@ -13,7 +13,7 @@ import click
 
 from dsmoe_local import __version__
 from dsmoe_local.base.errors import DsmoeError
-from dsmoe_local.base.text import safe_text
+from dsmoe_local.base.text import safe_line, safe_text
 
 _INTERRUPTED = 130
 
@@ -75,6 +75,10 @@ def run(command: click.Command, program: str) -> int:
     try:
         result = command.main(prog_name=program, standalone_mode=False)
         sys.stdout.flush()
+    except click.exceptions.NoArgsIsHelpError as error:
+        # Its message is the whole help.
+        click.echo(error.format_message(), err=True)
+        return error.exit_code
     except click.ClickException as error:
         complain(f"{error.format_message()}\n{_help_hint(error)}")
         return error.exit_code
@@ -89,6 +93,12 @@ def run(command: click.Command, program: str) -> int:
     except BrokenPipeError:
         # The reader of our output is gone; nothing may try to flush into the pipe at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        # A full disk behind stdout, a folder that may not be looked into, a name that is too long.
+        if debug:
+            traceback.print_exc()
+        complain(f"{error.strerror or error}\n{safe_line(str(error.filename or ''))}")
         return 1
     except Exception as error:  # noqa: BLE001 - the last resort: a bug must not show as a traceback
         if debug:

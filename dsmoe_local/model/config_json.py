@@ -164,7 +164,7 @@ def parse_config(values: Mapping[str, Any], path: Path) -> Hyperparameters:
         expert_size=config.integer("moe_intermediate_size", 1, 1 << 20),
         routed_scaling_factor=config.number("routed_scaling_factor", 1e-6, 1e6, 1.0),
         tied_embeddings=config.flag("tie_word_embeddings", default=False),
-        name=path.resolve().parent.name,
+        name=path.parent.resolve().name,
     )
 
 

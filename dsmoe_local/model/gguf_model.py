@@ -41,6 +41,14 @@ def read_model(path: Path) -> tuple[GgufFile, Hyperparameters]:
     vocabulary is not what the architecture needs.
     """
     file = read_gguf(path)
+    n_files = file.get("split.count", 1)
+    # Joined files say 0.
+    if n_files not in (0, 1):
+        raise FormatError(
+            f"this is one of {safe_line(str(n_files), 20)} files that make a model together",
+            where=path,
+            remedy="join them first: llama-gguf-split --merge FIRST.gguf OUT.gguf",
+        )
     hp = hyperparameters_of(file)
     _check_tensors(file, hp)
     _check_vocabulary(file, hp)

@@ -69,7 +69,7 @@ def parse_override(text: str) -> Override:
         )
     try:
         return Override(re.compile(pattern), parse_target(word))
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise UsageError(f"{safe_line(pattern, 60)!r} is not a regular expression: {error}") from error
 
 

@@ -174,7 +174,10 @@ def _refuse_changes(before: Mapping[Path, tuple[int, int, int]], part: PartFile)
 
 def _checked(out: Path, sources: Sequence[Path]) -> Path:
     """The file that `out` leads to, which must be a regular one, or none yet, and no source."""
-    out = out.resolve()
+    try:
+        out = out.resolve()
+    except RuntimeError as error:
+        raise UsageError("the output's links lead in a circle", where=out) from error
     if not out.parent.is_dir():
         raise FileError("the output's folder does not exist", where=out.parent, remedy="create it first")
     if out.exists() and not out.is_file():

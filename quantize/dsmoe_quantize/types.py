@@ -10,7 +10,7 @@ from gguf.constants import GGML_QUANT_VERSION, GGUFValueType
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.model.ggml import GgmlType, parse_type, type_name
+from dsmoe_local.model.ggml import GgmlType, type_name
 from dsmoe_local.model.gguf_file import Field
 from dsmoe_quantize import kernels
 from dsmoe_quantize.mixes import ALIASES, MIXES, Mix
@@ -60,10 +60,12 @@ def resolve_float(kind: GgmlType) -> FloatType:
 
 def parse_target(word: str) -> GgmlType:
     """The ggml type called `word`, if weights can be encoded in it. UsageError if not."""
-    kind = parse_type(word)
-    if kind not in kernels.WRITABLE:
+    kind = GgmlType.__members__.get(word.upper())
+    if kind is None or kind not in kernels.WRITABLE:
         known = ", ".join(type_name(each).lower() for each in GgmlType if each in kernels.WRITABLE)
-        raise UsageError(f"no weights can be encoded as {type_name(kind)} here", remedy=f"known: {known}")
+        raise UsageError(
+            f"{safe_line(word, 40)!r} is no type that a tensor can be encoded in", remedy=f"known: {known}"
+        )
     return kind
 
 

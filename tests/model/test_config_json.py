@@ -142,6 +142,15 @@ def test_broken_json(tmp_path: Path, content: str) -> None:
         read_config(tmp_path)
 
 
+def test_a_config_that_is_a_link_into_a_cache(tmp_path: Path) -> None:
+    """The hub's cache links to its blobs: a model would be called by their folder."""
+    (tmp_path / "blobs").mkdir()
+    blob = (write(tmp_path) / "config.json").rename(tmp_path / "blobs" / "0123")
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "config.json").symlink_to(blob)
+    assert read_config(tmp_path / "tiny").name == "tiny"
+
+
 def test_absent(tmp_path: Path) -> None:
     """Guards the message for a folder that is no checkpoint."""
     with pytest.raises(FileError, match="cannot read"):

@@ -181,3 +181,14 @@ def test_any_damage_is_an_error_or_harmless(
     path.write_bytes(damaged)
     with suppress(FormatError):
         read_model(path)
+
+
+@pytest.mark.parametrize("n_files", [0, 1, 3])
+def test_one_of_several_files(n_files: int, tmp_path: Path) -> None:
+    """Part of a split model, refused as if it were damaged; or a joined one refused for its past."""
+    path = GOOD.with_value(KeyValue("split.count", UINT32, n_files)).write(tmp_path / "x-00001-of-00003.gguf")
+    if n_files < 2:
+        read_model(path)
+        return
+    with pytest.raises(FormatError, match="one of 3 files"):
+        read_model(path)

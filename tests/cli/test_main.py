@@ -1,0 +1,73 @@
+"""What `dsmoe` itself does: help, and errors that no command foresees."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = "from dsmoe_local.cli.main import dsmoe; dsmoe()"
+
+
+def run(*arguments: str, stdout: str = "") -> subprocess.CompletedProcess[str]:
+    with Path(stdout or "/dev/null").open("w") as file:
+        return subprocess.run(
+            [sys.executable, "-c", SCRIPT, *arguments],
+            stdout=file,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+
+
+def test_no_command_shows_the_whole_help() -> None:
+    """Help that is cut to three lines, as if it were an error."""
+    done = run()
+    assert done.returncode == 2
+    assert "Commands:" in done.stderr
+    assert "quantize" in done.stderr
+    assert "error" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdout", "words"),
+    [
+        (("inspect", "deepseekmoe-16b"), "/dev/full", "No space left"),
+        (("inspect", "deepseekmoe-16b", "--json"), "/dev/full", "No space left"),
+        (("inspect", "a" * 300), "", "File name too long"),
+        (("convert", "a" * 300 + "/x"), "", "File name too long"),
+    ],
+)
+def test_the_systems_errors_are_not_called_ours(arguments: tuple[str, ...], stdout: str, words: str) -> None:
+    """A full disk or an impossible name, reported as a bug of this program."""
+    if stdout and not Path(stdout).exists():
+        pytest.skip("no such device here")
+    done = run(*arguments, stdout=stdout)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "internal" not in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 3
+
+
+@pytest.mark.parametrize("pattern", ["a{99999999999}", "(" * 5000, "("])
+def test_patterns_that_no_regex_engine_takes(pattern: str, tmp_path: Path) -> None:
+    """Errors of the `re` module that are not `re.error`."""
+    done = run("quantize", str(tmp_path / "x.gguf"), "--type", "q4", "--tensor-type", f"{pattern}=q8_0")
+    assert done.returncode == 2
+    assert "not a regular expression" in done.stderr
+
+
+def test_an_output_whose_links_lead_in_a_circle(tmp_path: Path) -> None:
+    """A symlink loop as the output."""
+    from support.tiny_gguf import MOE, write_tiny
+
+    source = write_tiny(tmp_path / "tiny.gguf", MOE)
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    done = run("quantize", str(source), str(tmp_path / "a"), "--type", "q8")
+    assert done.returncode in (1, 2)
+    assert "internal" not in done.stderr
+    assert "links" in done.stderr
