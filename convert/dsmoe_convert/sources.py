@@ -17,7 +17,7 @@ from dsmoe_convert.safetensors_file import read_tensors
 from dsmoe_convert.stored import StoredTensor
 from dsmoe_convert.tokenizer import read_tokenizer
 from dsmoe_local.base import durable
-from dsmoe_local.base.errors import UsageError, missing_extra
+from dsmoe_local.base.errors import InterruptedRunError, UsageError, missing_extra
 from dsmoe_local.base.progress import Advanced, Listener, Note
 from dsmoe_local.model.config_json import read_config
 from dsmoe_quantize.output import Summary
@@ -77,6 +77,19 @@ def plan_source(
 
     The weights of a repository are fetched, unless they come later or, with `headers_only`, never.
     """
+    planned = _planned(source, options, source_options, run_options, headers_only)
+    if run_options.stop.is_set():
+        raise InterruptedRunError("interrupted", remedy="run the same command again")
+    return planned
+
+
+def _planned(
+    source: str,
+    options: ConvertOptions,
+    source_options: SourceOptions,
+    run_options: RunOptions,
+    headers_only: bool,
+) -> PlannedSource:
     folder = locate(source)
     if folder is not None:
         if source_options.revision:
@@ -86,7 +99,7 @@ def plan_source(
         return PlannedSource(plan_folder(folder, options, run_options.listen, stop=run_options.stop))
     request = HubRequest(source, source_options.revision, source_options.token, source_options.endpoint)
     repository = HubRepository(request, run_options.listen, run_options.stop)
-    if source_options.low_disk or headers_only:
+    if source_options.low_disk or (headers_only and not repository.offline):
         return _plan_staged(repository, options, run_options)
     return PlannedSource(_plan_cached(repository, options, run_options))
 
@@ -169,7 +182,10 @@ def _plan_staged(
     hp = read_config(folder)
     form, shards = repository.weight_files(folder, allow_pickle=options.allow_pickle)
     if form is not SAFETENSORS:
-        raise CheckpointError("--low-disk needs safetensors", where=repository.name)
+        raise CheckpointError(
+            "--low-disk and --dry-run read the headers of safetensors; here are pickles (.bin)",
+            where=repository.name,
+        )
     headers = {shard: repository.tensors_of(shard) for shard in shards}
     tensors = headers[shards[0]]
     if shards != [form.single]:

@@ -235,6 +235,10 @@ def test_offline(hub: Hub, tmp_path: Path, expected: bytes, monkeypatch: pytest.
     hub.requests.clear()
     found = convert(hub.repository, tmp_path / "off.gguf", None, SourceOptions(endpoint=hub.url))
     assert found.path.read_bytes() == expected
+    dry = plan_source(
+        hub.repository, ConvertOptions(), SourceOptions(endpoint=hub.url), RunOptions(), headers_only=True
+    )
+    assert dry.conversion.default_name == "tiny-moe-F32.gguf"
     assert hub.requests == []
     with pytest.raises(HubError, match="cache"):
         convert("tester/other", tmp_path / "no.gguf", None, SourceOptions(endpoint=hub.url))
@@ -290,7 +294,18 @@ def test_dry_run_fetches_no_weights(hub: Hub) -> None:
     assert shards_in(hub.downloads()) == []
 
 
-@pytest.mark.parametrize("name", ["nothing", "a/b/c", "./missing", "/missing", "a/..", "owner/na me", "-o/x"])
+def test_interrupted_planning(hub: Hub) -> None:
+    """Ctrl-C during a dry run, or while the tokenizer is read, that is forgotten."""
+    run = RunOptions()
+    run.stop.set()
+    with pytest.raises(InterruptedRunError):
+        plan_source(str(hub.folder), ConvertOptions(), SourceOptions(), run)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["~nobody-of-that-name/x", "nothing", "a/b/c", "./missing", "/missing", "a/..", "owner/na me", "-o/x"],
+)
 def test_names_that_are_neither(name: str, tmp_path: Path) -> None:
     """A typing error that turns into a request to the hub."""
     with pytest.raises(UsageError, match="neither a folder nor"):
