@@ -24,7 +24,6 @@ PROMPTS = [
     "<|im_start|>user\nWhat is gravity?<|im_end|>\n<|im_start|>assistant\n",
     "The capital of France is",
     "def fibonacci(n):\n",
-    "Once upon a time",
 ]
 DENSE_TO_12 = 19.0 / 16.6
 """What the recipe without training lost on such text, and the most that we may."""
