@@ -40,7 +40,7 @@ _OPTIONAL = (
 )
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _INTERRUPTED = "interrupted while downloading"
-_PATIENCE = 1.5  # seconds that a download gets to end by itself after an interruption
+_PATIENCE = 1.0  # seconds that a download gets to end by itself after an interruption
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from dsmoe_local.base import durable
 from dsmoe_local.base.errors import InterruptedRunError, UsageError, missing_extra
 from dsmoe_local.base.progress import Advanced, Listener, Note
 from dsmoe_local.model.config_json import read_config
-from dsmoe_quantize.output import Summary
+from dsmoe_quantize.output import Summary, refuse_early
 
 _AT_ONCE = 2
 
@@ -50,6 +50,8 @@ def convert(
     options, run_options = options or ConvertOptions(), run_options or RunOptions()
     source_options = source_options or SourceOptions()
     with missing_extra("convert"):
+        if out is not None:
+            refuse_early(out, run_options.force)
         planned = plan_source(source, options, source_options, run_options)
         target = out or Path(planned.conversion.default_name)
         if planned.staging is None:

@@ -27,7 +27,7 @@ from dsmoe_local.model.gguf_writer import GgufPlan, PlannedTensor, plan_gguf, wr
 from dsmoe_quantize import kernels
 from dsmoe_quantize.encode import TensorJob, check_job
 from dsmoe_quantize.errors import WeightError
-from dsmoe_quantize.part_file import PartFile
+from dsmoe_quantize.part_file import PartFile, exists_error, journal_of
 from dsmoe_quantize.pipeline import Effects, PlacedJob, Syncer, encode_all, n_cores
 
 Arrange: TypeAlias = Callable[[Sequence[TensorJob]], Sequence[TensorJob]]
@@ -101,6 +101,15 @@ def write_output(
     n_weights = sum(job.n_rows * job.n_columns for job in jobs)
     seconds = time.monotonic() - started
     return Summary(out, plan.size, len(jobs), n_weights, n_resumed, seconds, peak_memory())
+
+
+def refuse_early(out: Path, force: bool) -> None:
+    """Raise what `write_output` would for `out` itself: for callers with long work, a download, before it."""
+    with _disk_errors(out):
+        out = _checked(out, ())
+        # Beside a journal it may be a finished run's, which only has to be tidied.
+        if out.exists() and not force and not journal_of(out).exists():
+            raise exists_error(out)
 
 
 def peak_memory() -> int:

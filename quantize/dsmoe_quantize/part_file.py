@@ -26,6 +26,16 @@ from dsmoe_local.model.gguf_writer import GgufPlan, PlannedTensor, write_at
 JOURNAL_VERSION = 1
 
 
+def journal_of(out: Path) -> Path:
+    """Where the journal of an unfinished `out` is."""
+    return out.with_name(f".{out.name}.part.journal")
+
+
+def exists_error(out: Path) -> FileError:
+    """The refusal to replace a file."""
+    return FileError("the output exists already", where=out, remedy="--force replaces it")
+
+
 class PartFile:
     """The temp file and journal of one output, under its lock. Use as a context; `publish` ends it well.
 
@@ -37,7 +47,7 @@ class PartFile:
     ) -> None:
         self.out = out
         self.path = out.with_name(f".{out.name}.part")
-        self.journal_path = out.with_name(f".{out.name}.part.journal")
+        self.journal_path = journal_of(out)
         self.done: frozenset[str] = frozenset()
         self.published = False
         self._plan = plan
@@ -167,7 +177,7 @@ class PartFile:
 
     def _refuse_existing(self) -> None:
         if self.out.exists() and not self._force:
-            raise FileError("the output exists already", where=self.out, remedy="--force replaces it")
+            raise exists_error(self.out)
 
     def _verify(self, tensors: list[PlannedTensor]) -> None:
         """Hold what the strict reader finds in the file against the plan."""

@@ -255,6 +255,16 @@ def test_a_bad_configuration_is_found_before_the_weights(hub: Hub, tmp_path: Pat
     assert shards_in(hub.downloads()) == []
 
 
+def test_an_output_that_may_not_be_written_is_found_before_the_weights(hub: Hub, tmp_path: Path) -> None:
+    """33 GB that are downloaded first and refused then."""
+    (tmp_path / "out.gguf").write_bytes(b"precious")
+    with pytest.raises(DsmoeError, match="exists already"):
+        fetch(hub, tmp_path / "out.gguf")
+    with pytest.raises(DsmoeError, match="folder does not exist"):
+        fetch(hub, tmp_path / "no" / "out.gguf")
+    assert hub.downloads() == []
+
+
 def test_missing_files(hub: Hub, tmp_path: Path) -> None:
     """A repository that lacks a shard, its tokenizer or all weights."""
     shard = next(hub.folder.glob("model-00002*"))
