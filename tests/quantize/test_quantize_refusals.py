@@ -249,7 +249,9 @@ def test_error_in_the_listener(source: Path, tmp_path: Path) -> None:
 
     with pytest.raises(ZeroDivisionError):
         run(source, tmp_path / "out.gguf", listen=listen)
-    assert threading.active_count() == 1
+    # Other tests' servers may have left some of theirs.
+    names = [thread.name for thread in threading.enumerate()]
+    assert not [name for name in names if name.startswith(("encoder", "syncer"))]
 
 
 def test_source_changes_meanwhile(source: Path, tmp_path: Path) -> None:
