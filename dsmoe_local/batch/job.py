@@ -63,9 +63,13 @@ def check_paths(options: BatchOptions) -> int:
         raise FileError(
             "the output exists", where=options.out, remedy="name another, or replace it with --force"
         )
-    if not options.out.absolute().parent.is_dir():
-        raise FileError("the output's folder does not exist", where=options.out.absolute().parent)
+    _check_folder(options.out)
     return check_ids(options.source)
+
+
+def _check_folder(out: Path) -> None:
+    if not out.absolute().parent.is_dir():
+        raise FileError("the output's folder does not exist", where=out.absolute().parent)
 
 
 def run_batch(
@@ -84,6 +88,7 @@ def run_batch(
     stop = stop or threading.Event()
     started = time.perf_counter()
     summary = BatchSummary()
+    _check_folder(options.out)
     with durable.locked(options.out):
         # Again, now that nobody else can write it.
         total = check_paths(options)

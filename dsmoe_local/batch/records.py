@@ -157,6 +157,12 @@ def strict_object(raw: bytes) -> dict[str, Any]:
         raise LineError("not JSON that can be read: too deep, or too long a number") from error
     if not isinstance(value, dict):
         raise LineError("not a JSON object")
+    if "\\ud" in text.lower():
+        # Escapes can spell half a pair, which no output could hold.
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise LineError("half of a surrogate pair is no text") from error
     return value
 
 

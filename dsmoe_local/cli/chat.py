@@ -111,7 +111,7 @@ def _one_prompt(prompt: str | None, prompt_file: str | None) -> str | None:
             ) from error
     if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
         return _decoded(sys.stdin.buffer.read(_MAX_PROMPT + 1), "stdin")
-    return prompt
+    return None if prompt is None else _not_empty(prompt)
 
 
 def _decoded(content: bytes, source: str) -> str:
@@ -122,7 +122,10 @@ def _decoded(content: bytes, source: str) -> str:
     except UnicodeDecodeError as error:
         raise FileError("the prompt is not UTF-8", where=f"{source}, byte {error.start}") from error
     # The shell's own newline at the end is not part of what was asked.
-    text = text.removesuffix("\n")
+    return _not_empty(text.removesuffix("\n"))
+
+
+def _not_empty(text: str) -> str:
     if not text.strip():
         raise UsageError("the prompt is empty", remedy="use -p TEXT, or leave out the pipe to chat")
     return text

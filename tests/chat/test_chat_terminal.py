@@ -158,9 +158,11 @@ def test_history_is_private_and_comes_back() -> None:
 
 def test_real_model_two_turns_and_interruption() -> None:
     """Guards: the whole of it together: load, template, cache, Ctrl-C through llama.cpp, exit status."""
-    with Terminal(chat("-m", str(smollm2()), "--temp", "0", "-c", "2048")) as terminal:
+    with Terminal(chat("-m", str(smollm2()), "--temp", "0", "-c", "2048", "-n", "12")) as terminal:
         terminal.wait_for(r"context 0/2048")
         terminal.send("My name is Bob. Say hello to me." + ENTER)
+        terminal.wait_for(PROMPT)
+        terminal.send("/set max_tokens none" + ENTER)
         terminal.wait_for(PROMPT)
         terminal.send("Write a very long story about a fox." + ENTER)
         terminal.wait_for(r"fox\.\s+\w+ \w+ \w+")
