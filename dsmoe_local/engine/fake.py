@@ -108,6 +108,7 @@ class FakeEngine:
         self, request: Request, prompt: tuple[int, ...], answer: bytes, limit: int
     ) -> Iterator[TokenEvent]:
         stream = TextStream(request.stop)
+        stream.begin_after(bytes(token_id - 1 for token_id in prompt[-4:]))
         n_cached = _common(self._cached, prompt)
         ended_by: int | None = END
         reason = FinishReason.STOP
@@ -129,7 +130,7 @@ class FakeEngine:
         self._cached = (*prompt, *(byte + 1 for byte in answer[:done]))
         yield TokenEvent(
             request.id,
-            stream.feed(b"", final=True),
+            stream.finish(cut=reason is not FinishReason.STOP),
             float(done),
             ended_by,
             finish_reason=reason,

@@ -123,6 +123,8 @@ class Generation:
             yield self._close(FinishReason.CANCELLED)
             return
         self._prompt_read = self._now()
+        # A reply that goes on may have been cut inside a character, which takes four bytes at most.
+        self._stream.begin_after(b"".join(map(self._session.model.piece, prompt[-4:])))
         limit = min(room, self._request.max_tokens or room)
         full = FinishReason.LENGTH if limit == self._request.max_tokens else FinishReason.CONTEXT_FULL
         choose = _Chooser(self._session, self._request, self._seed, prompt)
@@ -179,7 +181,7 @@ class Generation:
             completion_seconds=now - read,
             seed=self._seed,
         )
-        rest = self._stream.feed(b"", final=True)
+        rest = self._stream.finish(cut=reason is not FinishReason.STOP)
         return TokenEvent(self._request.id, rest, now, token_id, logprob, finish_reason=reason, usage=usage)
 
     def _now(self) -> float:

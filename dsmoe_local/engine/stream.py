@@ -19,11 +19,22 @@ class TextStream:
         self._held = ""
         self.stopped = False
 
-    def feed(self, piece: bytes, *, final: bool = False) -> str:
-        """The text that becomes certain with `piece`; with `final` all that is left. "" once `stopped`."""
+    def begin_after(self, before: bytes) -> None:
+        """Take up half a character that `before`, what the text continues, may end in."""
+        self._decoder.decode(before)
+
+    def feed(self, piece: bytes) -> str:
+        """The text that becomes certain with `piece`; none once `stopped`."""
+        return self._release(self._decoder.decode(piece), final=False)
+
+    def finish(self, *, cut: bool) -> str:
+        """What was held back. Half a character at the end is malformed, or left out if the text was `cut`."""
+        return self._release("" if cut else self._decoder.decode(b"", True), final=True)
+
+    def _release(self, new: str, *, final: bool) -> str:
         if self.stopped:
             return ""
-        text = self._held + self._decoder.decode(piece, final)
+        text = self._held + new
         found = [place for place in (text.find(stop) for stop in self._stop) if place >= 0]
         if found:
             self.stopped = True

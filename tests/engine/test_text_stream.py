@@ -18,7 +18,7 @@ def cut(raw: bytes, places: list[int]) -> list[bytes]:
 def run(pieces: list[bytes], stop: tuple[str, ...] = ()) -> tuple[list[str], bool]:
     stream = TextStream(stop)
     texts = [stream.feed(piece) for piece in pieces]
-    return [*texts, stream.feed(b"", final=True)], stream.stopped
+    return [*texts, stream.finish(cut=False)], stream.stopped
 
 
 @given(st.text(), st.lists(st.integers(0, 200)))
@@ -63,3 +63,12 @@ def test_possible_stop_is_released_when_it_is_none() -> None:
     """Guards: text held back for ever."""
     assert run([b"ab", b"c"], ("abd",))[0] == ["", "abc", ""]
     assert run([b"ab"], ("abd",))[0] == ["", "ab"]
+
+
+def test_character_cut_in_two_replies() -> None:
+    """Guards: a stopped reply ending in U+FFFD, and its continuation beginning with more of them."""
+    rocket = "\N{ROCKET}".encode()
+    first, second = TextStream(), TextStream()
+    assert first.feed(b"a" + rocket[:2]) + first.finish(cut=True) == "a"
+    second.begin_after(b"a" + rocket[:2])
+    assert second.feed(rocket[2:] + b"b") == "\N{ROCKET}b"
