@@ -21,7 +21,7 @@ from dsmoe_local.model.gguf_file import Field
 from dsmoe_local.model.gguf_model import metadata_of
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import Role, TensorSpec, tensor_specs
-from dsmoe_quantize.choose import Choice, Wishes, choose_types, fallback_notes
+from dsmoe_quantize.choose import Choice, Wishes, choose_types, fallback_notes, label_of
 from dsmoe_quantize.encode import TensorJob
 from dsmoe_quantize.errors import WeightError
 from dsmoe_quantize.output import Summary, write_output
@@ -78,6 +78,7 @@ class Conversion:
     tensors: Sequence[PlannedTensor]
     choices: Sequence[Choice]
     metadata: Mapping[str, Field]
+    wishes: Wishes
 
     @property
     def n_bytes(self) -> int:
@@ -88,7 +89,12 @@ class Conversion:
     @property
     def default_name(self) -> str:
         """The output's name when the user gives none."""
-        return f"{self.checkpoint.name}-{self.choice.name}.gguf"
+        return output_name(self.checkpoint.name, self.choice, self.wishes)
+
+
+def output_name(name: str, choice: TypeChoice, wishes: Wishes) -> str:
+    """The default name of the output of the checkpoint called `name`."""
+    return f"{name}-{label_of(choice, wishes)}.gguf"
 
 
 def plan_folder(
@@ -131,7 +137,8 @@ def plan(
         **metadata_of(hp),
         **read_tokenizer(folder, hp.n_vocab, options.pre, note),
     }
-    return Conversion(checkpoint, hp, choice, planned, choices, metadata_with_type(metadata, choice))
+    metadata = metadata_with_type(metadata, choice)
+    return Conversion(checkpoint, hp, choice, planned, choices, metadata, options.wishes)
 
 
 def run(conversion: Conversion, out: Path, run_options: RunOptions) -> Summary:

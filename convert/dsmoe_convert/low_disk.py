@@ -18,7 +18,8 @@ from dsmoe_convert.stored import StoredTensor
 from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.base.text import safe_line
 
-_WINDOW = 2
+N_SHARDS = 2
+"""Shards on disk together, unless one tensor needs more."""
 _POLL = 0.2  # seconds between looks at the stop event while waiting
 
 Fetch = Callable[[str], tuple[Path, Mapping[str, StoredTensor]]]
@@ -33,7 +34,7 @@ class ShardWindow:
         self._stop = stop
         self._changed = threading.Condition()
         self._sequence: list[str] = []
-        self._window = _WINDOW
+        self.n_shards = N_SHARDS
         self._unread: dict[str, dict[str, int]] = {}
         self._present: dict[str, _Shard] = {}
         self._error: BaseException | None = None
@@ -53,7 +54,7 @@ class ShardWindow:
                 self._unread.setdefault(tensor.shard, {})[tensor.name] = tensor.n_bytes
         needs = [sorted({tensor.shard for tensor in wanted[name]}) for name in order]
         self._sequence = list(dict.fromkeys(shard for shards in needs for shard in shards))
-        self._window = max(_WINDOW, _most_at_once(needs))
+        self.n_shards = max(N_SHARDS, _most_at_once(needs))
         self._thread = threading.Thread(target=self._bring_all, name="shards", daemon=True)
         self._thread.start()
         return order
@@ -118,7 +119,7 @@ class ShardWindow:
         try:
             for name in self._sequence:
                 with self._changed:
-                    self._changed.wait_for(lambda: self._closing or len(self._present) < self._window)
+                    self._changed.wait_for(lambda: self._closing or len(self._present) < self.n_shards)
                     if self._closing:
                         return
                 path, tensors = self._fetch(name)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsmoe_convert.checkpoint import SAFETENSORS, Checkpoint, digest, match_index, read_index
-from dsmoe_convert.convert import Conversion, ConvertOptions, RunOptions, plan, plan_folder, run
+from dsmoe_convert.convert import Conversion, ConvertOptions, RunOptions, output_name, plan, plan_folder, run
 from dsmoe_convert.errors import CheckpointError
 from dsmoe_convert.hub import HubRepository, HubRequest, locate
 from dsmoe_convert.low_disk import ShardWindow
@@ -21,8 +21,7 @@ from dsmoe_local.base.errors import InterruptedRunError, UsageError, missing_ext
 from dsmoe_local.base.progress import Advanced, Listener, Note
 from dsmoe_local.model.config_json import read_config
 from dsmoe_quantize.output import Summary, refuse_early
-
-_AT_ONCE = 2
+from dsmoe_quantize.types import resolve
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +49,22 @@ def convert(
     options, run_options = options or ConvertOptions(), run_options or RunOptions()
     source_options = source_options or SourceOptions()
     with missing_extra("convert"):
-        if out is not None:
-            refuse_early(out, run_options.force)
+        target = out or _early_name(source, options)
+        if target is not None:
+            refuse_early(target, run_options.force)
         planned = plan_source(source, options, source_options, run_options)
-        target = out or Path(planned.conversion.default_name)
+        target = target or Path(planned.conversion.default_name)
         if planned.staging is None:
             return run(planned.conversion, target, run_options)
         return _run_staged(planned.conversion, planned.staging, target, run_options)
+
+
+def _early_name(source: str, options: ConvertOptions) -> Path | None:
+    """The default output, before anything is read or downloaded; None where the weights decide its type."""
+    if options.type is None:
+        return None
+    name = (locate(source) or Path(source)).name
+    return Path(output_name(name, resolve(options.type), options.wishes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +141,7 @@ class Staging:
     def __init__(self, repository: HubRepository, shards: list[str], listen: Listener) -> None:
         self.out = Path()
         self.n_output = 0
+        self.window: ShardWindow
         self._shards = shards
         self._repository = repository
         self._listen = listen
@@ -151,9 +160,10 @@ class Staging:
             partial.unlink(missing_ok=True)
         here = [shard for shard in self._shards if (self.folder / shard).exists()]
         # The first is needed soonest, and one more must fit beside it.
-        for shard in here[_AT_ONCE - 1 :]:
+        n_shards = self.window.n_shards
+        for shard in here[n_shards - 1 :]:
             (self.folder / shard).unlink()
-        largest = sorted((self._repository.sizes[shard] for shard in self._shards), reverse=True)[:_AT_ONCE]
+        largest = sorted((self._repository.sizes[shard] for shard in self._shards), reverse=True)[:n_shards]
         missing = self.n_output - part.stat().st_blocks * 512 if part.exists() else 0
         durable.require_space(self.out.parent, max(0, missing) + sum(largest))
         self._is_open = True
@@ -193,7 +203,7 @@ def _plan_staged(
     if shards != [form.single]:
         tensors = match_index(read_index(folder / form.index, form.suffix), headers, folder)
     staging = Staging(repository, shards, run_options.listen)
-    window = ShardWindow(staging.fetch, run_options.stop)
+    window = staging.window = ShardWindow(staging.fetch, run_options.stop)
     identity = {**repository.identity, "headers": digest(tensors.values())}
     checkpoint = Checkpoint(repository.name, tensors, window, identity)
     return PlannedSource(plan(checkpoint, folder, hp, options, run_options.listen), staging)

@@ -52,7 +52,7 @@ def command(
     if dry_run:
         _show(plan)
         return
-    target = out or default_output(source, choice)
+    target = out or default_output(source, choice, wishes)
     summary = run_with_progress(
         lambda listen, stop: quantize_file(
             plan, target, threads=threads or 0, force=force, listen=listen, stop=stop

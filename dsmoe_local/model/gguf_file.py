@@ -8,6 +8,7 @@ is allocated, nothing recurses, and only the header is read. Format: ggml's docs
 from __future__ import annotations
 
 import math
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ _MAX_KEY = 65535
 _MAX_DIMENSIONS = 4
 _MAX_WEIGHTS = 1 << 62
 _MAX_HEADER = 1 << 30
+_WINDOW = 64 << 20  # read at first: more than any sane header
 
 _SCALARS: Mapping[GGUFValueType, struct.Struct] = {
     GGUFValueType.UINT8: struct.Struct("<B"),
@@ -75,14 +77,22 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """The header of one file: metadata and tensors in file order."""
+    """The header of one file: metadata and tensors in file order.
+
+    `identity` tells one content from another: size, time of change in ns, inode.
+    """
 
     path: Path
     metadata: Mapping[str, Field]
     tensors: Mapping[str, TensorInfo]
     alignment: int
     data_offset: int
-    size: int
+    identity: tuple[int, int, int]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return self.identity[0]
 
     def get(self, key: str, default: Any = None) -> Any:  # noqa: ANN401 - metadata holds any type
         """A metadata value, or `default`."""
@@ -96,8 +106,8 @@ def read_gguf(path: Path) -> GgufFile:
     Raises FileError if the file cannot be read, FormatError if anything about its structure is wrong.
     """
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
+            identity = identity_of(os.fstat(file.fileno()))
             if file.read(4) != MAGIC:
                 raise FormatError(
                     f"{safe_line(path.name)} is not a GGUF file",
@@ -105,17 +115,23 @@ def read_gguf(path: Path) -> GgufFile:
                     remedy="make one from a checkpoint with dsmoe-convert",
                 )
             file.seek(0)
-            return _Parser(path, size, file.read(min(size, 64 << 20))).parse()
+            return _Parser(path, identity, file.read(_WINDOW)).parse()
     except OSError as error:
         raise FileError(f"cannot read the model: {error.strerror}", where=path) from error
+
+
+def identity_of(status: os.stat_result) -> tuple[int, int, int]:
+    """See GgufFile.identity."""
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 class _Parser:
     """A cursor over the header's bytes; reads on when the first window is too short."""
 
-    def __init__(self, path: Path, size: int, window: bytes) -> None:
+    def __init__(self, path: Path, identity: tuple[int, int, int], window: bytes) -> None:
         self.path = path
-        self.size = size
+        self.identity = identity
+        self.size = identity[0]
         self.data = window
         self.at = 0
 
@@ -185,7 +201,7 @@ class _Parser:
         entries = [self.tensor() for _ in range(n_tensors)]
         data_offset = -(-self.at // alignment) * alignment
         tensors = self.place(entries, data_offset, alignment)
-        return GgufFile(self.path, metadata, tensors, alignment, data_offset, self.size)
+        return GgufFile(self.path, metadata, tensors, alignment, data_offset, self.identity)
 
     def alignment(self, metadata: Mapping[str, Field]) -> int:
         field = metadata.get("general.alignment")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,11 @@ class Choice:
     misfit: str = ""
 
 
+def label_of(choice: TypeChoice, wishes: Wishes) -> str:
+    """What a file of this type is called: a mix that is `pure` is its one ggml type."""
+    return type_name(choice.base) if wishes.pure and not isinstance(choice, Recipe) else choice.name
+
+
 def parse_override(text: str) -> Override:
     """`REGEX=TYPE`. UsageError if it is not that."""
     pattern, equals, word = text.rpartition("=")
@@ -68,8 +74,11 @@ def parse_override(text: str) -> Override:
             remedy=r"write for example --tensor-type 'blk\.\d+\.attn_v\.weight=q8_0'",
         )
     try:
-        return Override(re.compile(pattern), parse_target(word))
-    except (re.error, OverflowError, RecursionError) as error:
+        with warnings.catch_warnings():
+            # Python warns of patterns that may change their meaning, as in `[[a]`.
+            warnings.simplefilter("error", FutureWarning)
+            return Override(re.compile(pattern), parse_target(word))
+    except (re.error, OverflowError, RecursionError, FutureWarning) as error:
         raise UsageError(f"{safe_line(pattern, 60)!r} is not a regular expression: {error}") from error
 
 

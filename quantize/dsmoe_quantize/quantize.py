@@ -15,11 +15,11 @@ from dsmoe_local.base.errors import FileError
 from dsmoe_local.base.progress import Listener, Note, ignore
 from dsmoe_local.model.cost import read_fraction
 from dsmoe_local.model.ggml import FLOATS, GgmlType, row_bytes, tensor_bytes, type_name
-from dsmoe_local.model.gguf_file import GgufFile, TensorInfo
+from dsmoe_local.model.gguf_file import GgufFile, TensorInfo, identity_of
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import role_of
-from dsmoe_quantize.choose import Choice, Wishes, choose_types, fallback_notes
+from dsmoe_quantize.choose import Choice, Wishes, choose_types, fallback_notes, label_of
 from dsmoe_quantize.encode import Bytes, TensorJob
 from dsmoe_quantize.errors import RequantizeError
 from dsmoe_quantize.mixes import ALIASES
@@ -112,7 +112,7 @@ def quantize_file(
     path = plan.file.path
     for text in fallback_notes([change.choice for change in plan.changes]):
         listen(Note(text))
-    with _opened(path) as descriptor:
+    with _opened(plan.file) as descriptor:
         jobs = [
             TensorJob(
                 each.source.name, each.source.shape, each.choice.type, GgufRows(path, descriptor, each.source)
@@ -123,7 +123,7 @@ def quantize_file(
             out,
             metadata_with_type(plan.file.metadata, plan.type),
             jobs,
-            _fingerprint(plan, descriptor),
+            _fingerprint(plan),
             sources=[path],
             threads=threads,
             force=force,
@@ -132,11 +132,11 @@ def quantize_file(
         )
 
 
-def default_output(source: Path, choice: TypeChoice) -> Path:
+def default_output(source: Path, choice: TypeChoice, wishes: Wishes) -> Path:
     """`<name>-<TYPE>.gguf` in the current folder; a type that the source's name ends in is replaced."""
     words = "|".join(map(re.escape, (*known_words(), *ALIASES)))
     name = re.sub(rf"[-._]({words})$", "", source.stem, flags=re.IGNORECASE)
-    return Path(f"{name}-{choice.name}.gguf")
+    return Path(f"{name}-{label_of(choice, wishes)}.gguf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,23 +169,24 @@ class GgufRows:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[int]:
+def _opened(file: GgufFile) -> Iterator[int]:
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(file.path, os.O_RDONLY)
     except OSError as error:
-        raise FileError(f"cannot read the model: {error.strerror}", where=path) from error
+        raise FileError(f"cannot read the model: {error.strerror}", where=file.path) from error
     try:
+        if identity_of(os.fstat(descriptor)) != file.identity:
+            raise FileError("the model file changed meanwhile", where=file.path, remedy="run again")
         yield descriptor
     finally:
         os.close(descriptor)
 
 
-def _fingerprint(plan: Plan, descriptor: int) -> dict[str, object]:
+def _fingerprint(plan: Plan) -> dict[str, object]:
     """What decides the bytes of the output."""
-    status = os.fstat(descriptor)
     types = "\n".join(f"{each.source.name} {type_name(each.choice.type)}" for each in plan.changes)
     return {
-        "the source": [status.st_size, status.st_mtime_ns, status.st_ino],
+        "the source": list(plan.file.identity),
         "the type": plan.type.name,
         "the tensors' types": hashlib.sha256(types.encode()).hexdigest(),
     }

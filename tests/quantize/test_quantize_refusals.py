@@ -22,7 +22,7 @@ from dsmoe_local.base.errors import (
     NoSpaceError,
     UsageError,
 )
-from dsmoe_local.base.progress import Advanced, Event
+from dsmoe_local.base.progress import Advanced, Event, Started
 from dsmoe_local.model.gguf_file import read_gguf
 from dsmoe_quantize import kernels, pipeline
 from dsmoe_quantize.errors import KernelError, RequantizeError, WeightError
@@ -269,8 +269,22 @@ def test_source_changes_meanwhile(source: Path, tmp_path: Path) -> None:
 def test_source_shrinks_meanwhile(source: Path, tmp_path: Path) -> None:
     """A short read that is taken for data."""
     plan = plan_quantization(source, resolve("q8_0"))
-    os.truncate(source, source.stat().st_size - 4096)
+
+    def shrink(event: object) -> None:
+        if isinstance(event, Started):
+            os.truncate(source, source.stat().st_size - 4096)
+
     with pytest.raises(FileError, match="shorter"):
+        quantize_file(plan, tmp_path / "out.gguf", listen=shrink)
+
+
+def test_source_is_replaced_after_planning(source: Path, tmp_path: Path) -> None:
+    """A header of one file before the weights of another."""
+    plan = plan_quantization(source, resolve("q8_0"))
+    content = source.read_bytes()
+    source.unlink()
+    source.write_bytes(content)
+    with pytest.raises(FileError, match="changed meanwhile"):
         quantize_file(plan, tmp_path / "out.gguf")
 
 

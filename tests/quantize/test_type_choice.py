@@ -192,4 +192,15 @@ def test_targets() -> None:
 )
 def test_default_output(source: str, word: str, out: str) -> None:
     """A name that piles up types, or lands beside the source instead of here."""
-    assert default_output(Path(source), resolve(word)) == Path(out)
+    assert default_output(Path(source), resolve(word), Wishes()) == Path(out)
+
+
+def test_pure_output_is_named_after_its_type() -> None:
+    """A file called Q4_K_M that holds nothing but Q4_K."""
+    assert default_output(Path("x-f16.gguf"), resolve("q4_k"), Wishes(pure=True)) == Path("x-Q4_K.gguf")
+
+
+def test_a_pattern_python_warns_of() -> None:
+    """Python's own warning, with a source path, on the user's screen."""
+    with pytest.raises(UsageError, match="not a regular expression"):
+        parse_override("[[a]=q8_0")
