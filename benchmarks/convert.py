@@ -140,8 +140,8 @@ class Bench:
         return measure("llama_model_quantize", "Q8_0 -> Q4_K_M", command, [source], out)
 
 
-def measure_all(bench: Bench) -> list[Run]:
-    """All runs, in an order that keeps few files on the disk at a time."""
+def measure_all(bench: Bench, also: Sequence[str]) -> list[Run]:
+    """All runs, in an order that keeps few files on the disk at a time; `also` one pass to these types."""
     runs: list[Run] = []
     eight, out = bench.work / "eight.gguf", bench.work / "out.gguf"
     if bench.llama_cpp is not None:
@@ -152,7 +152,7 @@ def measure_all(bench: Bench) -> list[Run]:
         runs.append(quantize(eight, out))
         out.unlink()
     eight.unlink()
-    for word in ("Q4_K_M", "q4"):
+    for word in ("Q4_K_M", *also):
         runs.append(bench.ours(word, out))
         out.unlink()
     return runs
@@ -226,6 +226,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, help="its tokenizer's folder")
     parser.add_argument("--work", type=Path, help="folder for outputs  [default: the system's own]")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--also", metavar="TYPE", action="append", default=[], help="one more type")
     parser.add_argument("--llama-cpp", type=Path)
     parser.add_argument("--llama-cpp-python", type=Path, default=Path(sys.executable))
     arguments = parser.parse_args()
@@ -237,7 +238,7 @@ def main() -> None:
             checkpoint = work / "checkpoint"
             make_checkpoint(checkpoint, arguments.layers, arguments.tokenizer)
         bench = Bench(checkpoint, work, arguments.threads, arguments.llama_cpp, arguments.llama_cpp_python)
-        runs = measure_all(bench)
+        runs = measure_all(bench, arguments.also)
     dropped = hasattr(os, "posix_fadvise")
     show(runs, ratios(runs), "inputs not in the page cache" if dropped else "page cache as it comes")
 
