@@ -35,7 +35,7 @@ from dsmoe_convert.demo.checkpoint import write_checkpoint
 from dsmoe_convert.demo.corpus import token_windows
 from dsmoe_convert.demo.source import open_source, source_path
 
-COMMAND = "python benchmarks/demo_quality.py --save"
+COMMAND = "python benchmarks/demo_quality.py"
 _LOGIT_BLOCK = 64
 
 Windows = NDArray[np.int32]
@@ -193,7 +193,7 @@ def main() -> int:
             print(f"{row.model} {row.type} {row.active}: {row.perplexity:.3f}", file=sys.stderr)
     show(rows, windows)
     result = {
-        "command": COMMAND,
+        "command": f"{COMMAND} --windows {len(windows)}",
         "tokens": int(windows.size),
         "window": int(windows.shape[1]),
         "rows": [asdict(row) for row in rows],
