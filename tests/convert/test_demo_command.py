@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -15,6 +16,8 @@ def dsmoe(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", program, *arguments],
         stdin=subprocess.DEVNULL,
+        # Threads that wait by spinning starve each other where the cores are shared.
+        env={**os.environ, "OMP_WAIT_POLICY": "passive"},
         capture_output=True,
         text=True,
         timeout=300,
