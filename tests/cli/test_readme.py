@@ -1,0 +1,84 @@
+"""The README against the program: its tables, its tree and its commands must stay true."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dsmoe_local.cli.main import load_command
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DEMO_DATA = ROOT / "convert" / "dsmoe_convert" / "demo" / "data"
+BLOCKS = re.findall(r"^```\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def output_of(*command: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env={"COLUMNS": "80"},
+    )
+    return [line.rstrip() for line in done.stdout.rstrip().splitlines()]
+
+
+def test_the_table_of_types() -> None:
+    """Guards the sizes against a change of a recipe or a mix."""
+    assert "\n".join(output_of("benchmarks/type_sizes.py")[:-1]) in README
+
+
+def test_the_table_of_the_demos_quality() -> None:
+    """Guards the perplexities against a calibration that was made and measured anew."""
+    quality = json.loads((DEMO_DATA / "quality.json").read_text(encoding="utf-8"))
+    assert quality["command"] in README
+    for row in quality["rows"]:
+        active = f"{row['active']} of {row['experts']}" if row["experts"] else "dense"
+        error = row["perplexity"] * row["relative_error"]
+        figures = f"{row['perplexity']:.2f} ± {error:.2f}"
+        assert f"| {row['model']} | {row['type']} | {active} | {figures} |" in README
+
+
+def test_the_inspect_example() -> None:
+    """Guards the example against a change of the figures or of the layout."""
+    code = "from dsmoe_local.cli.main import dsmoe; dsmoe()"
+    assert "\n".join(output_of("-c", code, "inspect", "deepseekmoe-16b")) in README
+
+
+def test_the_tree_names_what_is_there() -> None:
+    """Guards the tree against files that moved."""
+    (tree,) = [block for block in BLOCKS if block.startswith("dsmoe_local/\n")]
+    names = re.findall(r"^ *([\w/]+/)(?=\s)|\b(\w+\.py)\b", tree, re.MULTILINE)
+    assert len(names) > 30
+    for folder, module in names:
+        pattern = module or folder.rstrip("/")
+        assert any(".venv" not in path.parts for path in ROOT.rglob(pattern)), pattern
+
+
+def commands() -> list[list[str]]:
+    lines = [line for block in BLOCKS for line in block.splitlines()]
+    found = [re.sub(r"^(\$ |.*\| )", "", line).split("   ")[0] for line in lines]
+    return [shlex.split(line, comments=True) for line in found if re.match(r"dsmoe[- ]", line)]
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_commands_parse(words: list[str], tmp_path: Path) -> None:
+    """Guards the commands that people copy against renamed options."""
+    if words[0] == "dsmoe":
+        words = words[1:]
+    command = load_command(words[0].removeprefix("dsmoe-"))
+    command.make_context("x", list(words[1:]))
+
+
+@pytest.mark.parametrize("target", re.findall(r"\]\((?!https?:)([^)#]+)\)", README))
+def test_links_lead_somewhere(target: str) -> None:
+    """Guards links to files of the repository."""
+    assert (ROOT / target).exists()
