@@ -59,6 +59,12 @@ def check_paths(options: BatchOptions) -> int:
     """
     if durable.same_file(options.source, options.out):
         raise UsageError("input and output are the same file", where=str(options.out))
+    if options.source.exists() and not options.source.is_file():
+        raise FileError(
+            "the input is not a regular file, and it is read twice",
+            where=options.source,
+            remedy="write the lines to a file first",
+        )
     if options.out.exists() and not options.force:
         raise FileError(
             "the output exists", where=options.out, remedy="name another, or replace it with --force"

@@ -174,6 +174,8 @@ def _text(key: str, value: object) -> str:
 
 def _prompt(key: str, value: object) -> str | tuple[int, ...]:
     if isinstance(value, list):
+        if not value:
+            raise LineError(f"{key} is an empty list")
         return tuple(_integer(key, item) for item in value)
     return _text(key, value)
 
@@ -192,7 +194,10 @@ def _messages(key: str, value: object) -> tuple[Message, ...]:
 def _number(key: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise LineError(f"{key} is not a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise LineError(f"{key} is out of range") from error
 
 
 def _integer(key: str, value: object) -> int:

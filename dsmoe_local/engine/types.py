@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
@@ -70,7 +69,8 @@ _Check: TypeAlias = Callable[[float], bool]
 
 
 def _between(low: float, high: float) -> _Check:
-    return lambda value: math.isfinite(value) and low <= value <= high
+    # False for NaN; unlike math.isfinite it takes whole numbers of any size.
+    return lambda value: low <= value <= high
 
 
 _RANGES: dict[str, tuple[Callable[..., bool], str]] = {

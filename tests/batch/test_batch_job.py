@@ -141,6 +141,16 @@ def test_output_is_never_overwritten_by_accident(tmp_path: Path) -> None:
         run_batch(FakeEngine(), BatchOptions(options.source, tmp_path / "no" / "out", options.defaults))
 
 
+def test_input_that_can_be_read_only_once_is_refused(tmp_path: Path) -> None:
+    """Guards: a pipe that the check empties, so that no record is written and the run succeeds."""
+    options = batch(tmp_path)
+    options.source.unlink()
+    os.mkfifo(options.source)
+    with pytest.raises(FileError, match="regular file"):
+        run_batch(FakeEngine(), options)
+    assert not options.out.exists()
+
+
 def test_two_runs_on_one_output(tmp_path: Path) -> None:
     """Guards: records of two runs mixed in one file."""
     options = batch(tmp_path, {"prompt": "a"})
