@@ -34,7 +34,10 @@ def _optional_integer(text: str) -> int | None:
 
 
 def _stop(text: str) -> tuple[str, ...]:
-    return () if text.lower() in ("none", "off") else (text.encode().decode("unicode_escape"),)
+    if text.lower() in ("none", "off"):
+        return ()
+    # unicode_escape reads Latin-1; what that lacks is escaped, so that it survives.
+    return (text.encode("latin-1", "backslashreplace").decode("unicode_escape"),)
 
 
 SETTINGS: Mapping[str, Setting] = {

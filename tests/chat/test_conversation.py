@@ -109,6 +109,7 @@ def test_settings_are_read_checked_and_used() -> None:
         ("seed", "none", None),
         ("max_tokens", "9", 9),
         ("stop", "\\n", ("\n",)),
+        ("stop", "用户é:\\n", ("用户é:\n",)),
     ):
         settings = change(settings, name, text)
         assert get_setting(settings, name) == value
