@@ -19,7 +19,8 @@ from dsmoe_local.engine.types import Message, Prompt
 STACK_BYTES = 256 << 20
 MAX_RUN = 200_000
 MAX_TOKEN_BYTES = 128  # more than the longest token of the vocabularies in use
-_ENDLESS = re.compile(rf"\S{{{MAX_RUN + 1}}}|\s{{{MAX_RUN + 1}}}")
+# Looks only where a run begins: from each of its letters the search would be quadratic.
+_ENDLESS = re.compile(rf"(?<!\S)\S{{{MAX_RUN + 1}}}|(?<!\s)\s{{{MAX_RUN + 1}}}")
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
 
 

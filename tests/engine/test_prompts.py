@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +11,7 @@ from support.models import tiny_model
 
 from dsmoe_local.engine import native
 from dsmoe_local.engine.errors import PromptError
-from dsmoe_local.engine.prompt import MAX_RUN, PromptEncoder
+from dsmoe_local.engine.prompt import _ENDLESS, MAX_RUN, PromptEncoder
 from dsmoe_local.engine.template import BUILT_IN, ChatTemplate
 from dsmoe_local.engine.types import Message
 
@@ -131,6 +132,13 @@ def test_run_at_the_limit_and_beyond(model: native.Model) -> None:
     with pytest.raises(PromptError, match="200000") as refusal:
         encode("a" * (MAX_RUN + 1))
     assert "spaces" in str(refusal.value)
+
+
+def test_many_long_words_are_searched_once() -> None:
+    """Guards: a search for endless words that is quadratic in their length: half a minute."""
+    begun = time.process_time()
+    assert not _ENDLESS.search(("a" * 150_000 + " ") * 3)
+    assert time.process_time() - begun < 2
 
 
 def test_text_beyond_any_context_is_refused_unread(model: native.Model) -> None:
