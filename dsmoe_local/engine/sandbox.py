@@ -70,10 +70,10 @@ def _errors(source: str) -> Callable[[Callable[[], T]], T]:
             return work()
         except jinja2.TemplateSyntaxError as error:
             reason = f"line {error.lineno}: {error.message}"
-        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-            reason = str(error) or type(error).__name__
         except (RecursionError, MemoryError) as error:
             reason = f"it is too deep or too large ({type(error).__name__})"
+        except Exception as error:  # noqa: BLE001 - filters and Python's compiler raise whatever they like
+            reason = str(error) or type(error).__name__
         raise TemplateError(
             f"the chat template ({source}) fails: {safe_line(reason, 60)}",
             remedy="check the messages, or name another template with --chat-template",

@@ -125,6 +125,15 @@ def test_template_refuses() -> None:
 
 
 @pytest.mark.parametrize(
+    "text", ["{{ 'a'|dictsort }}", "{{ 1|xmlattr }}", "{% for i in [1] %}" * 25 + "{% endfor %}" * 25]
+)
+def test_whatever_a_template_raises_is_a_template_error(text: str) -> None:
+    """Guards: filters' AttributeError, the compiler's SyntaxError as an internal error of ours."""
+    with pytest.raises(TemplateError, match="fails"):
+        template(text).render(TALK)
+
+
+@pytest.mark.parametrize(
     "attack",
     [
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
