@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from dsmoe_local.base import progress
+from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.engine.errors import EngineError
 from dsmoe_local.engine.generation import Generation, Session
 from dsmoe_local.engine.loading import load_session
@@ -73,11 +74,17 @@ class Engine:
             engine._loaded.wait()
         except BaseException:
             stop.set()
+            # Loading may be over by now: the thread then waits for work.
+            engine._jobs.put(None)
             engine._thread.join()
             raise
         if engine._failure is not None:
             engine._thread.join()
             raise engine._failure
+        if stop.is_set():
+            # It came when there was nothing left to give up.
+            engine.close()
+            raise InterruptedRunError("loading was interrupted")
         return engine
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 from dsmoe_local.base import progress
 from dsmoe_local.base.errors import UsageError
@@ -25,7 +26,7 @@ def load_session(options: ModelOptions, listen: progress.Listener, stop: threadi
     """See `Engine.load`."""
     _check(options)
     file, hp = read_model(options.path)
-    n_experts = _n_experts(options, hp)
+    hp = replace(hp, n_experts_per_token=_n_experts(options, hp))
     n_gpu_layers = _n_gpu_layers(options, listen)
     buffers = BufferOptions(
         min(options.n_ubatch, options.n_batch),
@@ -82,7 +83,7 @@ def load_session(options: ModelOptions, listen: progress.Listener, stop: threadi
         n_parameters=model.n_parameters,
         n_bytes=model.n_bytes,
         n_routed_experts=hp.n_routed_experts,
-        n_experts_per_token=n_experts or hp.n_experts_per_token,
+        n_experts_per_token=hp.n_experts_per_token,
         n_threads=threads,
         template=chosen.source if chosen else None,
     )
@@ -103,10 +104,10 @@ def _check(options: ModelOptions) -> None:
             raise UsageError(f"{flag} {value} is out of range", remedy=f"it takes {least} or more")
 
 
-def _n_experts(options: ModelOptions, hp: Hyperparameters) -> int | None:
+def _n_experts(options: ModelOptions, hp: Hyperparameters) -> int:
     wanted = options.n_experts_per_token
     if wanted is None:
-        return None
+        return hp.n_experts_per_token
     if not hp.is_moe:
         raise UsageError("--active-experts: the model is dense, it has no experts", where=str(options.path))
     if not 1 <= wanted <= hp.n_routed_experts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,14 @@ import pytest
 from support.models import tiny_model
 
 from dsmoe_local.base.errors import DsmoeError, FileError, FormatError, InterruptedRunError, UsageError
-from dsmoe_local.base.progress import Advanced, Event, Finished, Note, Started
+from dsmoe_local.base.progress import Advanced, Event, Finished, Listener, Note, Started
 from dsmoe_local.engine import loading, native
 from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.errors import ModelLoadError
+from dsmoe_local.engine.generation import Session
+from dsmoe_local.engine.memory import MemoryPlan, plan_memory
 from dsmoe_local.engine.types import ModelOptions, Request
+from dsmoe_local.model.hyperparameters import Hyperparameters
 
 
 def test_progress_adds_up_and_the_log_stays_off_the_screen(capfd: pytest.CaptureFixture[str]) -> None:
@@ -40,6 +44,44 @@ def test_loading_can_be_given_up() -> None:
         Engine.load(ModelOptions(tiny_model()), stop=stop)
     with Engine.load(ModelOptions(tiny_model())):
         pass
+
+
+@pytest.mark.parametrize("error", [InterruptedRunError, KeyboardInterrupt])
+def test_interruption_when_loading_is_over(
+    monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    """Guards: a Ctrl-C that nobody notices, and one that waits for ever for a thread without work."""
+
+    def interrupted(options: ModelOptions, listen: Listener, stop: threading.Event) -> Session:
+        session = loading.load_session(options, listen, threading.Event())
+        stop.set() if error is InterruptedRunError else press_ctrl_c(stop)
+        return session
+
+    def press_ctrl_c(stop: threading.Event) -> None:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        assert stop.wait(20)
+
+    monkeypatch.setattr("dsmoe_local.engine.engine.load_session", interrupted)
+    with pytest.raises(error):
+        Engine.load(ModelOptions(tiny_model()))
+
+
+def test_memory_plan_counts_the_experts_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: buffers planned for fewer experts than run."""
+    planned: list[int] = []
+
+    def plan(hp: Hyperparameters, *arguments: Any, **options: Any) -> MemoryPlan:
+        planned.append(hp.n_experts_per_token)
+        return plan_memory(hp, *arguments, **options)
+
+    monkeypatch.setattr(loading, "plan_memory", plan)
+    for wanted in (None, 1, 3):
+        with Engine.load(ModelOptions(tiny_model(), n_experts_per_token=wanted)) as engine:
+            assert (
+                planned.pop()
+                == engine.info.n_experts_per_token
+                == (wanted or engine.info.n_experts_per_token)
+            )
 
 
 @pytest.mark.parametrize(
