@@ -20,6 +20,8 @@ from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.hyperparameters import Hyperparameters
 
 _SMALLEST_REQUEST = 32
+_MOST_TOKENS = (1 << 24) - 1
+_MOST_THREADS = 512  # ggml's own limit; where threads run out, OpenMP ends the process
 
 
 def load_session(options: ModelOptions, listen: progress.Listener, stop: threading.Event) -> Session:
@@ -93,15 +95,15 @@ def load_session(options: ModelOptions, listen: progress.Listener, stop: threadi
 def _check(options: ModelOptions) -> None:
     """The options that need no model to be wrong."""
     native.check_modes(options.cache_type_k, options.cache_type_v, options.flash_attention)
-    for flag, value, least in (
-        ("-c", options.n_context, _SMALLEST_REQUEST),
-        ("-b", options.n_batch, 1),
-        ("-ub", options.n_ubatch, 1),
-        ("-t", options.n_threads, 1),
-        ("-tb", options.n_threads_batch, 1),
+    for flag, value, least, most in (
+        ("-c", options.n_context, _SMALLEST_REQUEST, _MOST_TOKENS),
+        ("-b", options.n_batch, 1, _MOST_TOKENS),
+        ("-ub", options.n_ubatch, 1, _MOST_TOKENS),
+        ("-t", options.n_threads, 1, _MOST_THREADS),
+        ("-tb", options.n_threads_batch, 1, _MOST_THREADS),
     ):
-        if value is not None and not least <= value < 1 << 24:
-            raise UsageError(f"{flag} {value} is out of range", remedy=f"it takes {least} or more")
+        if value is not None and not least <= value <= most:
+            raise UsageError(f"{flag} {value} is out of range", remedy=f"it takes {least} to {most}")
 
 
 def _n_experts(options: ModelOptions, hp: Hyperparameters) -> int:

@@ -91,6 +91,8 @@ def test_memory_plan_counts_the_experts_asked_for(monkeypatch: pytest.MonkeyPatc
         ({"flash_attention": "off", "cache_type_v": "q8_0"}, "quantized V"),
         ({"n_context": 8}, "-c 8"),
         ({"n_threads": 0}, "-t 0"),
+        ({"n_threads": 99_999}, "1 to 512"),
+        ({"n_threads_batch": 99_999}, "-tb 99999"),
         ({"n_ubatch": 0}, "-ub 0"),
         ({"chat_template": "no-such"}, "no-such"),
     ],
