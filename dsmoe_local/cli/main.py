@@ -71,6 +71,7 @@ def load_command(name: str) -> click.Command:
 
 def run(command: click.Command, program: str) -> int:
     """Run a command line and turn what comes out of it into messages on stderr and an exit code."""
+    _open_closed_streams()
     debug = "--debug" in sys.argv or bool(os.environ.get("DSMOE_DEBUG"))
     try:
         result = command.main(prog_name=program, standalone_mode=False)
@@ -106,6 +107,13 @@ def run(command: click.Command, program: str) -> int:
         complain(f"internal error: {type(error).__name__}: {error}\nrun again with --debug and report it")
         return 1
     return result if isinstance(result, int) else 0
+
+
+def _open_closed_streams() -> None:
+    """Python has None for a stream that the shell closed (`<&-`); opened in order they get their numbers."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - open until the end
 
 
 def _help_hint(error: click.ClickException) -> str:

@@ -71,3 +71,16 @@ def test_an_output_whose_links_lead_in_a_circle(tmp_path: Path) -> None:
     assert done.returncode in (1, 2)
     assert "internal" not in done.stderr
     assert "links" in done.stderr
+
+
+@pytest.mark.parametrize("stream", ["<&-", "<&- >&-"])
+def test_closed_streams_are_empty(stream: str) -> None:
+    """Streams that the shell closed, which Python has as None, reported as a bug of this program."""
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {stream}', "sh", sys.executable, "-c", SCRIPT, "chat"],
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "the prompt is empty" in done.stderr
