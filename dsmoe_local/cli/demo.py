@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,12 +81,14 @@ def _show(built: Built, console: Console) -> None:
     model = built.files[CHAT_TYPE]
     # The commands find the cached demo by themselves.
     argument = "" if built.folder == demo_folder() else f" {model}"
+    # In an environment that is not activated the bare name would not be found.
+    program = "dsmoe" if shutil.which("dsmoe") else str(Path(sys.executable).with_name("dsmoe"))
     console.print(
         Text.assemble(
             ("next  ", "cyan"),
-            f"dsmoe chat{argument}\n",
-            f"      dsmoe inspect {model}\n",
-            f"      dsmoe convert {built.folder} --type Q4_K_M",
+            f"{program} chat{argument}\n",
+            f"      {program} inspect {model}\n",
+            f"      {program} convert {built.folder} --type Q4_K_M",
         )
     )
 

@@ -88,7 +88,7 @@ def _report_on_file(path: Path) -> ModelReport:
     if path.name == config_json.FILE_NAME:
         return _report_on_folder(path.parent)
     file, hp = read_model(path)
-    return _report(str(path), hp, None, file)
+    return _report(str(path), hp, GgmlType.F32, file)
 
 
 def _report_on_folder(folder: Path) -> ModelReport:
@@ -104,17 +104,13 @@ def _report_on_folder(folder: Path) -> ModelReport:
     return _report(str(folder), hp, kind)
 
 
-def _report(
-    source: str, hp: Hyperparameters, assumed: GgmlType | None, file: GgufFile | None = None
-) -> ModelReport:
+def _report(source: str, hp: Hyperparameters, assumed: GgmlType, file: GgufFile | None = None) -> ModelReport:
+    """`assumed` is the weights' type where there is no file."""
     counted = parameters(hp)
     preset = matching_preset(hp)
     nominal = None if preset is None else flops(hp, PAPER_TOKENS, preset.ffn_factor)
     specs = tensor_specs(hp)
-    types = [
-        file.tensors[spec.name].type if file else _unquantized(spec.role, assumed or GgmlType.BF16)
-        for spec in specs
-    ]
+    types = [file.tensors[spec.name].type if file else _unquantized(spec.role, assumed) for spec in specs]
     return ModelReport(
         source=source,
         hp=hp,
@@ -126,7 +122,7 @@ def _report(
         shares=tuple(shares(hp, zip(specs, types, strict=True))),
         kv_bytes_per_token=kv_bytes_per_token(hp),
         tokenizer=None if file is None else _tokenizer(file),
-        assumed_type=assumed,
+        assumed_type=None if file else assumed,
     )
 
 

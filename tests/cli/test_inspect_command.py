@@ -58,6 +58,17 @@ def test_inspect_a_folder_with_only_a_config(tmp_path: Path) -> None:
     assert "F16" in done.stdout
 
 
+def test_a_folder_in_f32_is_counted_in_f32(tmp_path: Path) -> None:
+    """Guards the type with the number 0, which is false in Python, against being taken for none."""
+    from dsmoe_local.model.config_json import config_values
+
+    config = config_values(PRESETS["deepseekmoe-2b"].hp, torch_dtype="float32")
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    report = json.loads(dsmoe("inspect", str(tmp_path), "--json").stdout)
+    assert report["assumed_type"] == "F32"
+    assert report["bits_per_weight"] == 32
+
+
 def test_names_in_a_file_are_not_markup_and_not_escapes(tmp_path: Path) -> None:
     """Guards the terminal and Rich against a model's name."""
     name = KeyValue("general.name", STRING, "[bold red]x[/]\x1b[2J")
