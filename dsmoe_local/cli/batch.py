@@ -12,6 +12,7 @@ import click
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.cli.model_options import (
+    check_stop,
     find_model,
     load_engine,
     model_options,
@@ -73,6 +74,7 @@ def command(
 
     if max_tokens is not None and max_tokens < 1:
         raise UsageError(f"-n {max_tokens} is out of range", remedy="it takes 1 or more")
+    check_stop(stop)
     defaults = BatchDefaults(sampling_parameters(values), max_tokens, stop)
     options = BatchOptions(source, out, defaults, form, force)
     check_paths(options)

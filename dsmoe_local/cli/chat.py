@@ -11,6 +11,7 @@ import click
 from dsmoe_local.base.errors import FileError, UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.cli.model_options import (
+    check_stop,
     find_model,
     load_engine,
     model_options,
@@ -61,6 +62,8 @@ def command(
     """
     from dsmoe_local.chat.settings import ChatSettings
 
+    path = find_model(model, named_model)
+    check_stop(stop)
     text = _one_prompt(prompt, prompt_file)
     if text is None and not sys.stdout.isatty():
         raise UsageError("a chat needs a terminal", remedy="use -p TEXT for one answer")
@@ -71,7 +74,7 @@ def command(
             )
         max_tokens = None
     settings = ChatSettings(sampling_parameters(values), max_tokens, stop)
-    with load_engine(find_model(model, named_model), values) as engine:
+    with load_engine(path, values) as engine:
         from dsmoe_local.chat.conversation import Conversation
 
         conversation = Conversation(engine, settings, system)

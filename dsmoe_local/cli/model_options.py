@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from dsmoe_local.base.errors import UsageError
+from dsmoe_local.base.errors import FileError, UsageError
 from dsmoe_local.base.paths import demo_folder
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def find_model(*named: str | None) -> Path:
     if len(paths) > 1:
         raise UsageError("two models are named", remedy="give the model once: as an argument, or with -m")
     if paths:
-        return Path(paths.pop())
+        return _model_file(Path(paths.pop()))
     demo = demo_folder() / DEMO_MODEL
     if not demo.is_file():
         raise UsageError(
@@ -167,3 +167,23 @@ def sampling_parameters(values: dict[str, Any]) -> SamplingParameters:
     if given["seed"] == -1:
         given["seed"] = None
     return SamplingParameters(**{name: value for name, value in given.items() if value is not None})
+
+
+def _model_file(path: Path) -> Path:
+    """`path`, if it is no folder. FileError, naming a model that lies in it, if it is."""
+    if path.is_dir():
+        inside = next(iter(sorted(path.glob("*.gguf"))), None)
+        raise FileError(
+            "the model is a folder",
+            where=path,
+            remedy=f"name a file, such as {inside}" if inside else "make a model of it with dsmoe-convert",
+        )
+    if not path.exists():
+        raise FileError("there is no such model", where=path, remedy="see dsmoe chat --help")
+    return path
+
+
+def check_stop(stop: tuple[str, ...]) -> None:
+    """UsageError for an empty -r: nothing would ever be generated."""
+    if not all(stop):
+        raise UsageError("-r: the stop text is empty", remedy="leave it out")
