@@ -62,7 +62,8 @@ def command(
     """
     from dsmoe_local.chat.settings import ChatSettings
 
-    path = find_model(model, named_model)
+    # A wrong path is said first; that the demo's model is missing only once there is something to answer.
+    path = find_model(model, named_model) if model or named_model else None
     check_stop(stop)
     text = _one_prompt(prompt, prompt_file)
     if text is None and not sys.stdout.isatty():
@@ -74,7 +75,7 @@ def command(
             )
         max_tokens = None
     settings = ChatSettings(sampling_parameters(values), max_tokens, stop)
-    with load_engine(path, values) as engine:
+    with load_engine(path or find_model(), values) as engine:
         from dsmoe_local.chat.conversation import Conversation
 
         conversation = Conversation(engine, settings, system)
