@@ -52,29 +52,16 @@ def load_session(options: ModelOptions, listen: progress.Listener, stop: threadi
         )
     template = _template(options, file, hp)
     model = _load_model(options, file, hp, n_gpu_layers, plan.paged, listen, stop)
+    threads = options.n_threads or physical_cores()
     try:
-        threads = options.n_threads or physical_cores()
-        n_batch = min(options.n_batch, plan.n_context)
-        context = native.Context(
-            model,
-            native.ContextOptions(
-                n_context=plan.n_context,
-                n_batch=n_batch,
-                n_ubatch=min(options.n_ubatch, n_batch),
-                n_threads=threads,
-                n_threads_batch=options.n_threads_batch or threads,
-                flash_attention=options.flash_attention,
-                cache_type_k=options.cache_type_k,
-                cache_type_v=options.cache_type_v,
-            ),
-        )
+        chosen = None
+        if template is not None:
+            text, source = template
+            chosen = ChatTemplate(text, source, bos=model.text_of(model.bos), eos=model.text_of(model.eos))
+        context = _make_context(model, options, plan.n_context, threads)
     except BaseException:
         model.close()
         raise
-    chosen = None
-    if template is not None:
-        text, source = template
-        chosen = ChatTemplate(text, source, bos=model.text_of(model.bos), eos=model.text_of(model.eos))
     info = ModelInfo(
         path=options.path,
         name=safe_line(hp.name, 60) or safe_line(options.path.stem, 60),
@@ -90,6 +77,23 @@ def load_session(options: ModelOptions, listen: progress.Listener, stop: threadi
         template=chosen.source if chosen else None,
     )
     return Session(info, model, context, PromptEncoder(model, chosen, plan.n_context))
+
+
+def _make_context(model: native.Model, options: ModelOptions, n_context: int, threads: int) -> native.Context:
+    n_batch = min(options.n_batch, n_context)
+    return native.Context(
+        model,
+        native.ContextOptions(
+            n_context=n_context,
+            n_batch=n_batch,
+            n_ubatch=min(options.n_ubatch, n_batch),
+            n_threads=threads,
+            n_threads_batch=options.n_threads_batch or threads,
+            flash_attention=options.flash_attention,
+            cache_type_k=options.cache_type_k,
+            cache_type_v=options.cache_type_v,
+        ),
+    )
 
 
 def _check(options: ModelOptions) -> None:
