@@ -18,8 +18,8 @@ from dsmoe_local.base import progress
 from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.engine.errors import EngineError
 from dsmoe_local.engine.generation import Generation, Session
-from dsmoe_local.engine.loading import load_session
-from dsmoe_local.engine.types import ModelInfo, ModelOptions, Prompt, Request, TokenEvent
+from dsmoe_local.engine.load.session import load_session
+from dsmoe_local.engine.types import ModelInfo, ModelOptions, Observation, Prompt, Request, TokenEvent
 
 
 @dataclass(slots=True)
@@ -133,6 +133,10 @@ class Engine:
     def log(self) -> tuple[str, ...]:
         """llama.cpp's latest log lines, safe to print."""
         return self._require_session().log()
+
+    def observe(self, name: str) -> Observation:
+        """What the observer of that name has seen. EngineError if none was loaded."""
+        raise EngineError(f"no observer {name!r} was loaded")
 
     def close(self) -> None:
         """End all requests and free the model. Closing twice is fine."""

@@ -12,6 +12,7 @@ from dsmoe_local.engine.types import (
     FinishReason,
     Message,
     ModelInfo,
+    Observation,
     Prompt,
     Request,
     TokenEvent,
@@ -141,6 +142,14 @@ class FakeEngine:
         """See TextEngine."""
         if request_id in self._cancelled:
             self._cancelled[request_id] = True
+
+    def log(self) -> tuple[str, ...]:
+        """See TextEngine: there is no log."""
+        return ()
+
+    def observe(self, name: str) -> Observation:
+        """See TextEngine."""
+        raise EngineError(f"no observer {name!r} was loaded")
 
     def close(self) -> None:
         """See TextEngine."""

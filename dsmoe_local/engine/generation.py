@@ -5,25 +5,20 @@ A `Session` is a loaded model with its one sequence; a `Generation` is one reque
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
-
 from dsmoe_local.engine import native
 from dsmoe_local.engine.errors import NativeError, PromptError
-from dsmoe_local.engine.prompt import PromptEncoder
+from dsmoe_local.engine.prompts.encoder import PromptEncoder
+from dsmoe_local.engine.sampling import Chooser, choose_seed
 from dsmoe_local.engine.stream import TextStream
 from dsmoe_local.engine.types import (
-    MAX_SEED,
     FinishReason,
     ModelInfo,
     PromptProgress,
     Request,
-    SamplingParameters,
     TokenEvent,
     Usage,
 )
@@ -65,7 +60,7 @@ class Session:
                 break
             shared += 1
         if shared < len(self.cached):
-            self.context.forget(shared)
+            self.context.forget(0, shared)
             del self.cached[shared:]
         return shared
 
@@ -73,15 +68,15 @@ class Session:
         """Run tokens behind the cached ones. False if it was aborted; the cache is exact either way."""
         before = len(self.cached)
         try:
-            status = self.context.decode(token_ids, before, logits=logits)
+            status = self.context.decode([native.Row(0, before, token_ids, int(logits))])
         except NativeError:
-            self.cached = self.cached[: self.context.n_cached]
+            self.cached = self.cached[: self.context.n_cached(0)]
             raise
         if status == native.NO_SLOT:
             raise NativeError(
                 "the KV cache has no room left", remedy="load the model with a larger context: -c"
             )
-        done = len(token_ids) if status == native.DECODED else max(0, self.context.n_cached - before)
+        done = len(token_ids) if status == native.DECODED else max(0, self.context.n_cached(0) - before)
         self.cached += token_ids[:done]
         return status == native.DECODED
 
@@ -103,7 +98,7 @@ class Generation:
         self._cancelled = cancelled
         self._started = submitted
         self._stream = TextStream(request.stop)
-        self._seed = _seed(request.sampling)
+        self._seed = choose_seed(request.sampling)
         self._n_prompt = self._n_cached = self._n_generated = 0
         self._prompt_read = 0.0
 
@@ -127,7 +122,7 @@ class Generation:
         self._stream.begin_after(b"".join(map(self._session.model.piece, prompt[-4:])))
         limit = min(room, self._request.max_tokens or room)
         full = FinishReason.LENGTH if limit == self._request.max_tokens else FinishReason.CONTEXT_FULL
-        choose = _Chooser(self._session, self._request, self._seed, prompt)
+        choose = Chooser(self._session.model, self._session.context, self._request, self._seed, prompt)
         try:
             yield from self._write(choose, limit, full)
         finally:
@@ -147,11 +142,11 @@ class Generation:
                 yield TokenEvent(self._request.id, "", self._now(), progress=progress)
         return True
 
-    def _write(self, choose: _Chooser, limit: int, full: FinishReason) -> Iterator[TokenEvent]:
+    def _write(self, choose: Chooser, limit: int, full: FinishReason) -> Iterator[TokenEvent]:
         """Decode, with the prompt's logits at hand."""
         model = self._session.model
         while True:
-            token_id, logprob = choose()
+            token_id, logprob = choose(-1, self._session.context.logits()[0])
             if model.ends(token_id):
                 yield self._close(FinishReason.STOP, token_id, logprob)
                 return
@@ -186,47 +181,3 @@ class Generation:
 
     def _now(self) -> float:
         return time.perf_counter() - self._started
-
-
-class _Chooser:
-    """Chooses the next token from the last step's logits: argmax where that is all, else a sampler chain."""
-
-    def __init__(self, session: Session, request: Request, seed: int | None, prompt: Sequence[int]) -> None:
-        self._context = session.context
-        self._logprobs = request.logprobs
-        self._sampler: native.Sampler | None = None
-        if not _plain_greedy(request.sampling):
-            self._sampler = native.Sampler(session.context, request.sampling, seed or 0)
-            n_seen = request.sampling.repeat_last_n
-            self._sampler.accept(prompt[len(prompt) - min(n_seen, len(prompt)) :])
-
-    def __call__(self) -> tuple[int, float | None]:
-        logits = self._context.logits()
-        best = int(logits.argmax())
-        # argmax finds a NaN first, wherever it is.
-        if not np.isfinite(logits[best]):
-            raise NativeError("the model computes NaN or infinity", remedy="check the file: dsmoe inspect")
-        token_id = best if self._sampler is None else self._sampler.sample()
-        return token_id, _logprob(logits, token_id, float(logits[best])) if self._logprobs else None
-
-    def close(self) -> None:
-        """Free the chain."""
-        if self._sampler is not None:
-            self._sampler.close()
-
-
-def _logprob(logits: npt.NDArray[np.float32], token_id: int, peak: float) -> float:
-    total = float(np.exp(logits - np.float32(peak)).sum(dtype=np.float64))
-    return float(logits[token_id]) - peak - float(np.log(total))
-
-
-def _plain_greedy(sampling: SamplingParameters) -> bool:
-    penalized = sampling.repeat_penalty != 1 or sampling.presence_penalty or sampling.frequency_penalty
-    return sampling.temperature <= 0 and not (penalized and sampling.repeat_last_n)
-
-
-def _seed(sampling: SamplingParameters) -> int | None:
-    """The seed to use, and to report: None where nothing is random."""
-    if sampling.temperature <= 0:
-        return None
-    return secrets.randbelow(MAX_SEED + 1) if sampling.seed is None else sampling.seed

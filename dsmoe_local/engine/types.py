@@ -6,11 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from dsmoe_local.base.errors import UsageError
 
 MAX_SEED = 2**32 - 2  # llama.cpp reads 2^32 - 1 as "choose one"
+ALL_LAYERS = -1
+MAX_REPLIES = 64
+MAX_TOP_LOGPROBS = 20
 
 
 class FinishReason(StrEnum):
@@ -43,7 +46,8 @@ Prompt: TypeAlias = str | tuple[Message, ...] | tuple[int, ...]
 class SamplingParameters:
     """How the next token is chosen.
 
-    `temperature` 0 takes the likeliest one. Raises UsageError out of range.
+    `temperature` 0 takes the likeliest one. `mirostat` 1 or 2 replaces top_k, top_p, min_p and typical_p by
+    a feedback that holds the surprise at `mirostat_tau`. Raises UsageError out of range.
     """
 
     temperature: float = 0.8
@@ -55,6 +59,9 @@ class SamplingParameters:
     repeat_last_n: int = 64
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    mirostat: int = 0
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -83,6 +90,9 @@ _RANGES: dict[str, tuple[Callable[..., bool], str]] = {
     "repeat_last_n": (_between(0, 2**20), "a whole number of tokens, 0 = off"),
     "presence_penalty": (_between(-100, 100), "a number, 0 = off"),
     "frequency_penalty": (_between(-100, 100), "a number, 0 = off"),
+    "mirostat": (lambda value: value in (0, 1, 2), "0 (off), 1 or 2"),
+    "mirostat_tau": (_between(0, 100), "a number from 0 to 100"),
+    "mirostat_eta": (_between(0, 1), "a number from 0 to 1"),
     "seed": (lambda value: value is None or 0 <= value <= MAX_SEED, f"a whole number from 0 to {MAX_SEED}"),
 }
 
@@ -93,6 +103,13 @@ class Request:
 
     A conversation that ends with an assistant's message is continued from there. `max_tokens` None: until the
     model stops or the context is full. Generation also ends before the first of the `stop` strings.
+
+    `n` replies are made of one prompt, told apart by `TokenEvent.index`; the i-th is sampled with the seed
+    plus i. `logprobs` asks for the log-probability of each token, `top_logprobs` for those of that
+    many of the likeliest beside it. `logit_bias` adds to the logits of token ids before anything else; -100 bans one.
+    `grammar` is GBNF, `json_schema` the text of a JSON schema; at most one of them constrains the reply.
+    `context_shift`: when the context is full, the older half of the conversation makes room, instead of the
+    end.
     """
 
     id: str
@@ -100,9 +117,26 @@ class Request:
     sampling: SamplingParameters = field(default_factory=SamplingParameters)
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
+    n: int = 1
     logprobs: bool = False
+    top_logprobs: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    grammar: str | None = None
+    json_schema: str | None = None
+    context_shift: bool = False
 
     def __post_init__(self) -> None:
+        if not 1 <= self.n <= MAX_REPLIES:
+            raise UsageError(f"n = {self.n} is out of range", remedy=f"it takes 1 to {MAX_REPLIES}")
+        if not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
+            raise UsageError(
+                f"top_logprobs = {self.top_logprobs} is out of range",
+                remedy=f"it takes 0 to {MAX_TOP_LOGPROBS}",
+            )
+        if self.grammar is not None and self.json_schema is not None:
+            raise UsageError("grammar and json_schema are given", remedy="use one of them")
+        if any(not -1000 <= bias <= 1000 for _, bias in self.logit_bias):
+            raise UsageError("logit_bias is out of range", remedy="it takes numbers from -1000 to 1000")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise UsageError(f"max_tokens = {self.max_tokens} is out of range", remedy="it takes 1 or more")
         if any(not text for text in self.stop):
@@ -136,16 +170,27 @@ class PromptProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token that could have been next. `text` is its own, possibly with half a character as U+FFFD."""
+
+    token_id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
 class TokenEvent:
     """One step of a reply.
 
     A generated token: `token_id` is set; `text` is what became printable with it, possibly nothing (half a
     character, or the start of what may be a stop string). A long prompt being read: `progress`, no token.
 
-    Every stream that does not raise ends with one event whose `finish_reason` and `usage` are set. Its `text`
-    is what was held back; its `token_id` is the token that ended the reply, if one did (not part of it).
-    Joined, the texts are the reply. `logprob` is natural and of the model's own distribution, before any
-    sampling parameter; None unless asked for. `seconds` count from the request's submission.
+    Every stream that does not raise ends with one event whose `finish_reason` and `usage` are set (with
+    `n` > 1: each reply does, in any order). Its `text` is what was held back; its `token_id` is the token
+    that ended the reply, if one did (not part of it). Joined, the texts are the reply. `logprob` is natural
+    and of the model's own distribution, before any sampling parameter; None unless asked for. `alternatives`:
+    the chosen token, then the `top_logprobs` likeliest, most likely first; empty unless asked for. `seconds`
+    count from the request's submission.
     """
 
     request_id: str
@@ -156,11 +201,33 @@ class TokenEvent:
     progress: PromptProgress | None = None
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    index: int = 0
+    alternatives: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ObserverOptions:
+    """An observer to load with the model: its name in `observe.registry`, and its parameters."""
+
+    name: str
+    parameters: tuple[tuple[str, str | int | float | bool], ...] = ()
+
+
+Observation: TypeAlias = dict[str, Any]
+"""What an observer has seen so far: plain JSON values; each observer documents its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelOptions:
-    """What to load and how. None: the engine's own choice (see the field's flag in `dsmoe-chat --help`)."""
+    """What to load and how. None: the engine's own choice (see the field's flag in `dsmoe-chat --help`).
+
+    `n_parallel` requests are decoded at once, sharing `n_context` tokens of KV cache (`unified`: any request
+    may use all of it, and equal beginnings are kept once; else an equal share each). `deterministic` makes a
+    reply independent of what else runs; it needs `n_parallel` >= 2 and excludes `unified`.
+
+    `n_gpu_layers` and `n_cpu_moe` count layers; ALL_LAYERS is all of them. `tensor_overrides` are pairs of a
+    regular expression of tensor names and a buffer type's name; `devices` the names that may be used.
+    """
 
     path: Path
     n_context: int | None = None
@@ -168,17 +235,28 @@ class ModelOptions:
     n_ubatch: int = 512
     n_threads: int | None = None
     n_threads_batch: int | None = None
-    n_gpu_layers: int | None = None
+    n_gpu_layers: int | None = None  # None: what fits
     flash_attention: str = "auto"
     cache_type_k: str = "f16"
     cache_type_v: str = "f16"
     n_experts_per_token: int | None = None
     chat_template: str | None = None
+    n_parallel: int = 1
+    unified: bool | None = None
+    deterministic: bool = False
+    n_cpu_moe: int | None = 0
+    tensor_overrides: tuple[tuple[str, str], ...] = ()
+    devices: tuple[str, ...] | None = None
+    observers: tuple[ObserverOptions, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What a loaded model is. `template` names where the chat template comes from; None: completion only."""
+    """What a loaded model is.
+
+    `template` names where the chat template comes from; None: completion only. `n_context` is the longest
+    prompt and reply of one request. `placement` says where weights and KV cache lie, in words.
+    """
 
     path: Path
     name: str
@@ -192,6 +270,10 @@ class ModelInfo:
     n_experts_per_token: int
     n_threads: int
     template: str | None
+    n_parallel: int = 1
+    unified: bool = True
+    deterministic: bool = False
+    placement: str = ""
 
 
 class TextEngine(Protocol):
@@ -219,6 +301,14 @@ class TextEngine(Protocol):
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """The exact token ids that `prompt` becomes. Raises PromptError, TemplateError."""
+        ...
+
+    def log(self) -> tuple[str, ...]:
+        """llama.cpp's latest log lines, safe to print."""
+        ...
+
+    def observe(self, name: str) -> Observation:
+        """What the observer of that name has seen since loading. EngineError if none was loaded."""
         ...
 
     def close(self) -> None:

@@ -235,7 +235,7 @@ def test_abort_in_prefill_leaves_an_exact_cache() -> None:
         read = [event.progress.done for event in events if event.progress]
         assert read[-1] < len(prompt)
         session = engine._require_session()
-        assert len(session.cached) == session.context.n_cached
+        assert len(session.cached) == session.context.n_cached(0)
         assert list(prompt[: len(session.cached)]) == session.cached
         # What is cached must be right, not only counted.
         short = prompt[:300]
@@ -253,7 +253,7 @@ def test_native_abort_flag_stops_a_running_step() -> None:
         # One single step, which takes seconds when nothing stops it.
         assert session.decode(prompt, logits=True) is False
         timer.join()
-        assert session.context.n_cached == 0
+        assert session.context.n_cached(0) == 0
         session.clear_abort()
 
 

@@ -12,11 +12,12 @@ from support.models import tiny_model
 
 from dsmoe_local.base.errors import DsmoeError, FileError, FormatError, InterruptedRunError, UsageError
 from dsmoe_local.base.progress import Advanced, Event, Finished, Listener, Note, Started
-from dsmoe_local.engine import loading, native
+from dsmoe_local.engine import native
 from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.errors import ModelLoadError
 from dsmoe_local.engine.generation import Session
-from dsmoe_local.engine.memory import MemoryPlan, plan_memory
+from dsmoe_local.engine.load import session as loading
+from dsmoe_local.engine.load.memory import MemoryPlan, plan_memory
 from dsmoe_local.engine.types import ModelOptions, Request
 from dsmoe_local.model.hyperparameters import Hyperparameters
 

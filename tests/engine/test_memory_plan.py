@@ -12,8 +12,8 @@ from support.models import smollm2, tiny_model
 
 from dsmoe_local.engine import native
 from dsmoe_local.engine.errors import OutOfMemoryError
-from dsmoe_local.engine.machine import available_memory, physical_cores
-from dsmoe_local.engine.memory import BufferOptions, MemoryPlan, buffer_bytes, plan_memory
+from dsmoe_local.engine.load.machine import available_memory, physical_cores
+from dsmoe_local.engine.load.memory import BufferOptions, MemoryPlan, buffer_bytes, plan_memory
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.presets import PRESETS

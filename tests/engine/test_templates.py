@@ -10,8 +10,8 @@ import pytest
 
 from dsmoe_local.base.errors import FileError, UsageError
 from dsmoe_local.engine.errors import TemplateError
-from dsmoe_local.engine.sandbox import SandboxedTemplate
-from dsmoe_local.engine.template import BUILT_IN, ChatTemplate, Segment, choose_template
+from dsmoe_local.engine.prompts.sandbox import SandboxedTemplate
+from dsmoe_local.engine.prompts.template import BUILT_IN, ChatTemplate, Segment, choose_template
 from dsmoe_local.engine.types import Message
 
 TALK = (
@@ -178,7 +178,7 @@ def test_sandbox_holds(attack: str) -> None:
 )
 def test_bombs_are_refused(bomb: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a template that eats the memory or never ends."""
-    monkeypatch.setattr("dsmoe_local.engine.sandbox.MAX_SECONDS", 0.5)
+    monkeypatch.setattr("dsmoe_local.engine.prompts.sandbox.MAX_SECONDS", 0.5)
     started = time.monotonic()
     with pytest.raises(TemplateError):
         template(bomb).render(TALK)

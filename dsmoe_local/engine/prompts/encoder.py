@@ -13,7 +13,7 @@ from typing import Protocol
 
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.engine.errors import PromptError
-from dsmoe_local.engine.template import ChatTemplate, Segment
+from dsmoe_local.engine.prompts.template import ChatTemplate, Segment
 from dsmoe_local.engine.types import Message, Prompt
 
 STACK_BYTES = 256 << 20

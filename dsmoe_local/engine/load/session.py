@@ -10,10 +10,10 @@ from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.engine import native
 from dsmoe_local.engine.generation import Session
-from dsmoe_local.engine.machine import available_memory, physical_cores
-from dsmoe_local.engine.memory import BufferOptions, plan_memory
-from dsmoe_local.engine.prompt import PromptEncoder
-from dsmoe_local.engine.template import ChatTemplate, choose_template
+from dsmoe_local.engine.load.machine import available_memory, physical_cores
+from dsmoe_local.engine.load.memory import BufferOptions, plan_memory
+from dsmoe_local.engine.prompts.encoder import PromptEncoder
+from dsmoe_local.engine.prompts.template import ChatTemplate, choose_template
 from dsmoe_local.engine.types import ModelInfo, ModelOptions
 from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.gguf_model import read_model

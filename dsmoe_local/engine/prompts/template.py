@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dsmoe_local.base.errors import FileError, UsageError
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.engine.sandbox import SandboxedTemplate
+from dsmoe_local.engine.prompts.sandbox import SandboxedTemplate
 from dsmoe_local.engine.types import Message
 
 BUILT_IN = {

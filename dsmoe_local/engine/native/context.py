@@ -1,0 +1,222 @@
+"""The KV cache and compute buffers of a model, for one or many sequences; fills llama.cpp's batches."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from dsmoe_local.base.errors import UsageError
+from dsmoe_local.base.text import safe_line
+from dsmoe_local.engine.errors import ModelLoadError, NativeError
+from dsmoe_local.engine.native.library import clear_log, last_error, lib
+from dsmoe_local.engine.native.model import Model
+
+CACHE_TYPES = {
+    "f32": lib.GGML_TYPE_F32,
+    "f16": lib.GGML_TYPE_F16,
+    "bf16": 30,  # the bindings lack the name
+    "q8_0": lib.GGML_TYPE_Q8_0,
+    "q5_1": lib.GGML_TYPE_Q5_1,
+    "q5_0": lib.GGML_TYPE_Q5_0,
+    "q4_1": lib.GGML_TYPE_Q4_1,
+    "q4_0": lib.GGML_TYPE_Q4_0,
+    "iq4_nl": lib.GGML_TYPE_IQ4_NL,
+}
+FLASH_ATTENTION = {
+    "auto": lib.LLAMA_FLASH_ATTN_TYPE_AUTO,
+    "off": lib.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+    "on": lib.LLAMA_FLASH_ATTN_TYPE_ENABLED,
+}
+DECODED, NO_SLOT, ABORTED = 0, 1, 2  # what `Context.decode` returns
+MAX_SEQUENCES = 256  # llama.cpp's own limit
+
+
+@dataclass(frozen=True, slots=True)
+class ContextOptions:
+    """Sizes and modes of a context; the strings are keys of CACHE_TYPES and FLASH_ATTENTION.
+
+    `n_context` cells in all: any sequence may use any of them if `unified`, else `n_context / n_sequences`
+    each. `eval_callback`: ggml's scheduler callback as a ctypes object, which the caller keeps alive.
+    """
+
+    n_context: int
+    n_batch: int
+    n_ubatch: int
+    n_threads: int
+    n_threads_batch: int
+    flash_attention: str = "auto"
+    cache_type_k: str = "f16"
+    cache_type_v: str = "f16"
+    n_sequences: int = 1
+    unified: bool = True
+    offload_cache: bool = True
+    eval_callback: Any = None
+
+
+class Row(NamedTuple):
+    """A run of tokens of one sequence in a step; `n_outputs` of its last tokens get logits."""
+
+    sequence: int
+    position: int
+    token_ids: Sequence[int]
+    n_outputs: int
+
+
+class Context:
+    """The KV cache and compute buffers. One thread at a time, but `abort` from any.
+
+    Sequences that decode are numbered below `n_sequences`; with a unified cache, ids up to MAX_SEQUENCES - 1
+    may hold copies of their cells.
+    """
+
+    def __init__(self, model: Model, options: ContextOptions) -> None:
+        """Raises ModelLoadError with llama.cpp's own reason."""
+        parameters = lib.llama_context_default_params()
+        parameters.n_ctx = options.n_context
+        parameters.n_batch = options.n_batch
+        parameters.n_ubatch = options.n_ubatch
+        parameters.n_seq_max = options.n_sequences
+        parameters.kv_unified = options.unified
+        parameters.offload_kqv = options.offload_cache
+        # One row of logits per sequence: the buffer for a whole ubatch of them would be 200 MB at 16B.
+        parameters.n_outputs_max = options.n_sequences
+        parameters.n_threads = options.n_threads
+        parameters.n_threads_batch = options.n_threads_batch
+        parameters.flash_attn_type = FLASH_ATTENTION[options.flash_attention]
+        parameters.type_k = CACHE_TYPES[options.cache_type_k]
+        parameters.type_v = CACHE_TYPES[options.cache_type_v]
+        if options.eval_callback is not None:
+            parameters.cb_eval = options.eval_callback
+        # strlen as the callback: true while the buffer holds a byte. It costs no GIL, unlike a Python
+        # function.
+        self._abort = ctypes.create_string_buffer(2)
+        self._strlen = ctypes.cast(ctypes.CDLL(None).strlen, lib.ggml_abort_callback)
+        parameters.abort_callback = self._strlen
+        parameters.abort_callback_data = ctypes.addressof(self._abort)
+        self.model = model
+        self.options = options
+        clear_log()
+        self.handle = lib.llama_init_from_model(model.handle, parameters)
+        if not self.handle:
+            raise ModelLoadError("llama.cpp cannot make a context for the model", where=last_error())
+        self.n_batch: int = lib.llama_n_batch(self.handle)
+        self.n_ubatch: int = lib.llama_n_ubatch(self.handle)
+        self._memory = lib.llama_get_memory(self.handle)
+        self._n_outputs = 0
+        self._make_batch(self.n_batch)
+
+    def _make_batch(self, room: int) -> None:
+        """A llama_batch over numpy memory, filled by slices; never pass it to llama_batch_free."""
+        self._tokens = np.zeros(room, np.int32)
+        self._positions = np.zeros(room, np.int32)
+        self._outputs = np.zeros(room, np.int8)
+        self._n_ids = np.ones(room, np.int32)
+        ids = np.arange(MAX_SEQUENCES, dtype=np.int32)
+        self._ids = ids
+        self._id_address = [ids.ctypes.data + index * ids.itemsize for index in range(MAX_SEQUENCES)]
+        self._sequences = np.full(room, self._id_address[0], np.uint64)
+        self._count = np.arange(room, dtype=np.int32)
+        self._batch = lib.llama_batch(
+            n_tokens=0,
+            token=self._tokens.ctypes.data_as(ctypes.POINTER(lib.llama_token)),
+            pos=self._positions.ctypes.data_as(ctypes.POINTER(lib.llama_pos)),
+            n_seq_id=self._n_ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            seq_id=self._sequences.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(lib.llama_seq_id))),
+            logits=self._outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+
+    def decode(self, rows: Sequence[Row]) -> int:
+        """Run one step of at most n_batch tokens and one output a sequence.
+
+        Returns DECODED, NO_SLOT (nothing changed) or ABORTED (`n_cached` says what stayed). Raises
+        NativeError.
+        """
+        count = n_outputs = 0
+        for sequence, position, token_ids, wanted in rows:
+            end = count + len(token_ids)
+            self._tokens[count:end] = token_ids
+            self._positions[count:end] = self._count[: end - count]
+            self._positions[count:end] += position
+            self._sequences[count:end] = self._id_address[sequence]
+            self._outputs[count:end] = 0
+            if wanted:
+                self._outputs[end - wanted : end] = 1
+                n_outputs += wanted
+            count = end
+        self._batch.n_tokens = count
+        status: int = lib.llama_decode(self.handle, self._batch)
+        if status not in (DECODED, NO_SLOT, ABORTED):
+            raise NativeError(f"llama.cpp cannot decode (status {status})", where=last_error())
+        self._n_outputs = n_outputs if status == DECODED else 0
+        return status
+
+    def logits(self) -> npt.NDArray[np.float32]:
+        """The last step's logits in the order of its outputs, shape (n_outputs, n_vocab): a view that the
+        next `decode` overwrites.
+        """
+        pointer = lib.llama_get_logits(self.handle)
+        return np.ctypeslib.as_array(pointer, shape=(self._n_outputs, self.model.n_vocab))
+
+    def n_cached(self, sequence: int) -> int:
+        """How many positions the KV cache holds of a sequence."""
+        last: int = lib.llama_memory_seq_pos_max(self._memory, sequence)
+        return last + 1
+
+    def forget(self, sequence: int, start: int, end: int = -1) -> None:
+        """Drop a sequence's positions from `start` to `end` (-1: to its end)."""
+        lib.llama_memory_seq_rm(self._memory, sequence, start, end)
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Make the empty sequence `target` hold the first `count` positions of `source`.
+
+        Unified: the same cells, at no cost. Else the data are copied, with the next step.
+        """
+        if self.options.unified:
+            lib.llama_memory_seq_cp(self._memory, source, target, 0, count)
+        else:
+            # Only whole streams can be copied.
+            lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+            lib.llama_memory_seq_rm(self._memory, target, count, -1)
+
+    @property
+    def can_shift(self) -> bool:
+        """Whether cached positions can be moved."""
+        return bool(lib.llama_memory_can_shift(self._memory))
+
+    def shift(self, sequence: int, start: int, distance: int) -> None:
+        """Move the positions from `start` on back by `distance`; the sequence must own its cells alone."""
+        lib.llama_memory_seq_add(self._memory, sequence, start, -1, -distance)
+
+    def abort(self) -> None:
+        """Make the running and every later `decode` return ABORTED, within a graph node on a CPU."""
+        self._abort[0] = b"\x01"
+
+    def clear_abort(self) -> None:
+        """Let `decode` run again."""
+        self._abort[0] = b"\x00"
+
+    def close(self) -> None:
+        """Free the cache and buffers."""
+        if self.handle:
+            lib.llama_free(self.handle)
+            self.handle = None
+
+
+def check_modes(cache_type_k: str, cache_type_v: str, flash_attention: str) -> None:
+    """UsageError for modes that llama.cpp does not know, or would refuse late."""
+    for flag, value in (("-ctk", cache_type_k), ("-ctv", cache_type_v)):
+        if value not in CACHE_TYPES:
+            raise UsageError(
+                f"{flag} {safe_line(value)} is not a KV type", remedy=f"it takes {', '.join(CACHE_TYPES)}"
+            )
+    if flash_attention not in FLASH_ATTENTION:
+        raise UsageError(f"-fa {safe_line(flash_attention)}: it takes {', '.join(FLASH_ATTENTION)}")
+    if flash_attention == "off" and cache_type_v not in ("f32", "f16", "bf16"):
+        raise UsageError(
+            "a quantized V cache needs flash attention", remedy="leave out -fa off, or use -ctv f16"
+        )

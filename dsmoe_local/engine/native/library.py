@@ -1,0 +1,68 @@
+"""llama.cpp's library as the bindings opened it: start-up, its log, its backend symbols. Owns no model."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from llama_cpp import llama_cpp as lib  # noqa: TID251
+
+from dsmoe_local.base.text import safe_line
+
+__all__ = ["backend_function", "clear_log", "keep_log", "last_error", "lib", "log_lines"]
+
+# ggml.h's levels; the bindings' comment lists an older set.
+_LOG_DEBUG, _LOG_ERROR, _LOG_CONTINUED = 1, 4, 5
+
+_log: deque[tuple[int, str]] = deque(maxlen=400)
+
+
+@lib.llama_log_callback  # type: ignore[untyped-decorator]
+def _keep_log(level: int, text: bytes, _: object) -> None:
+    line = text.decode("utf-8", "replace")
+    if level == _LOG_CONTINUED and _log:
+        previous, start = _log.pop()
+        _log.append((previous, start + line))
+    elif level != _LOG_DEBUG:
+        _log.append((level, line))
+
+
+def keep_log() -> None:
+    """Take llama.cpp's log into the ring; again before each load, since others may have set it since."""
+    lib.llama_log_set(_keep_log, None)
+
+
+def clear_log() -> None:
+    """Forget the lines so far: an error that follows is then the cause of what fails next."""
+    _log.clear()
+
+
+keep_log()
+lib.llama_backend_init()
+
+
+def log_lines() -> tuple[str, ...]:
+    """llama.cpp's last few hundred log lines, made safe to print."""
+    return tuple(safe_line(line.rstrip()) for _, line in list(_log))
+
+
+def last_error() -> str:
+    """The first error of the log's latest run of errors: the cause; what follows it only repeats that it
+    failed.
+    """
+    errors: list[str] = []
+    for level, line in reversed(list(_log)):
+        if level == _LOG_ERROR and line.strip():
+            errors.append(safe_line(line.strip(), 110))
+        elif errors:
+            break
+    return errors[-1] if errors else ""
+
+
+def backend_function(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:  # noqa: ANN401 - ctypes types
+    """A function of ggml's backend registry, typed."""
+    # Through llama_cpp's own handle: the wheel's other copies of libggml have registries of their own.
+    function = lib._lib[name]
+    function.restype, function.argtypes = result, list(arguments)
+    return function  # type: ignore[no-any-return]

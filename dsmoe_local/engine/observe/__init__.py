@@ -1,0 +1,1 @@
+"""Observers: what looks inside a model while it runs, next to the logits, and returns summaries."""

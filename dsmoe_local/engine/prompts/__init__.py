@@ -1,0 +1,1 @@
+"""Prompts to token ids: chat templates, their sandbox, and the encoder."""
