@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Self
 
 from dsmoe_local.base import progress
@@ -19,19 +19,31 @@ from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.engine.errors import EngineError
 from dsmoe_local.engine.generation import Generation, Session
 from dsmoe_local.engine.load.session import load_session
-from dsmoe_local.engine.types import ModelInfo, ModelOptions, Observation, Prompt, Request, TokenEvent
+from dsmoe_local.engine.streaming import stream
+from dsmoe_local.engine.types import (
+    Deliver,
+    ModelInfo,
+    ModelOptions,
+    Observation,
+    Prompt,
+    Request,
+    Ticket,
+    TokenEvent,
+)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Job:
-    """A submitted request: the events on their way to the caller, None after the last; an error instead of
-    it.
-    """
+    """A submitted request on its way; the caller's Ticket."""
 
+    engine: Engine
     request: Request
     submitted: float
-    events: queue.SimpleQueue[TokenEvent | BaseException | None] = field(default_factory=queue.SimpleQueue)
+    deliver: Deliver
     cancelled: bool = False
+
+    def cancel(self) -> None:
+        self.engine._cancel(self)
 
 
 class Engine:
@@ -94,23 +106,18 @@ class Engine:
 
     def submit(self, request: Request) -> Iterator[TokenEvent]:
         """Generate a reply (see TextEngine). Requests wait for those submitted before them."""
+        return stream(self.start, request)
+
+    def start(self, request: Request, deliver: Deliver) -> Ticket:
+        """Generate without waiting (see TextEngine)."""
         self._require_session()
-        job = _Job(request, time.perf_counter())
+        job = _Job(self, request, time.perf_counter(), deliver)
         with self._lock:
             if request.id in self._waiting:
                 raise EngineError(f"a request with the id {request.id!r} is already running")
             self._waiting[request.id] = job
         self._jobs.put(job)
-        return self._events(job)
-
-    def _events(self, job: _Job) -> Iterator[TokenEvent]:
-        try:
-            while (event := job.events.get()) is not None:
-                if isinstance(event, BaseException):
-                    raise event
-                yield event
-        finally:
-            self._cancel(job)
+        return job
 
     def cancel(self, request_id: str) -> None:
         """End a request, also while its prompt is read. Unknown ids are fine."""
@@ -182,11 +189,12 @@ class Engine:
             session.clear_abort()
         try:
             for event in Generation(session, job.request, job.submitted, lambda: job.cancelled):
-                job.events.put(event)
-            job.events.put(None)
+                job.deliver(event)
+            end: BaseException | None = None
         except BaseException as error:  # noqa: BLE001 - raised again in the thread that reads the events
-            job.events.put(error)
+            end = error
         finally:
             with self._lock:
                 session.running = None
                 del self._waiting[job.request.id]
+        job.deliver(end)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from dsmoe_local.engine.errors import EngineError, PromptError
 from dsmoe_local.engine.stream import TextStream
 from dsmoe_local.engine.types import (
+    Deliver,
     FinishReason,
     Message,
     ModelInfo,
     Observation,
     Prompt,
     Request,
+    Ticket,
     TokenEvent,
     Usage,
 )
@@ -91,6 +95,21 @@ class FakeEngine:
         self._cancelled[request.id] = False
         return self._generate(request)
 
+    def start(self, request: Request, deliver: Deliver) -> Ticket:
+        """See TextEngine: each request runs in a thread of its own."""
+        stream = self.submit(request)
+
+        def run() -> None:
+            try:
+                for event in stream:
+                    deliver(event)
+                deliver(None)
+            except BaseException as error:  # noqa: BLE001 - the receiver's to raise
+                deliver(error)
+
+        threading.Thread(target=run, name=f"fake-{request.id}", daemon=True).start()
+        return _Ticket(self, request.id)
+
     def _generate(self, request: Request) -> Iterator[TokenEvent]:
         try:
             prompt = self.encode(request.prompt)
@@ -155,6 +174,15 @@ class FakeEngine:
         """See TextEngine."""
         self._closed = True
         self._cancelled = dict.fromkeys(self._cancelled, True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ticket:
+    engine: FakeEngine
+    request_id: str
+
+    def cancel(self) -> None:
+        self.engine.cancel(self.request_id)
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

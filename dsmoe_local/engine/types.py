@@ -105,11 +105,12 @@ class Request:
     model stops or the context is full. Generation also ends before the first of the `stop` strings.
 
     `n` replies are made of one prompt, told apart by `TokenEvent.index`; the i-th is sampled with the seed
-    plus i. `logprobs` asks for the log-probability of each token, `top_logprobs` for those of that
-    many of the likeliest beside it. `logit_bias` adds to the logits of token ids before anything else; -100 bans one.
+    plus i. `logprobs` asks for the log-probability of each token, `top_logprobs` for those of that many of the
+    likeliest beside it. `logit_bias` adds to the logits of token ids before anything else; -100 bans one.
     `grammar` is GBNF, `json_schema` the text of a JSON schema; at most one of them constrains the reply.
     `context_shift`: when the context is full, the older half of the conversation makes room, instead of the
-    end.
+    end. `score_from`: the prompt's tokens from this index on are shown to the observers with their logits
+    (a model loaded with an observer that reads logits).
     """
 
     id: str
@@ -124,6 +125,7 @@ class Request:
     grammar: str | None = None
     json_schema: str | None = None
     context_shift: bool = False
+    score_from: int | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.n <= MAX_REPLIES:
@@ -276,6 +278,18 @@ class ModelInfo:
     placement: str = ""
 
 
+Deliver: TypeAlias = Callable[[TokenEvent | BaseException | None], None]
+"""Takes a request's events as they happen, then None; an error instead of what would follow."""
+
+
+class Ticket(Protocol):
+    """A request on its way."""
+
+    def cancel(self) -> None:
+        """End it, as `TextEngine.cancel` does; nothing happens once it is over."""
+        ...
+
+
 class TextEngine(Protocol):
     """What chat and batch hold: the engine in this process, one in another, or a fake. Callable from any
     thread.
@@ -290,6 +304,13 @@ class TextEngine(Protocol):
         """Generate. Events arrive as they happen; an EngineError is raised from the iteration.
 
         Closing the iterator early cancels the request.
+        """
+        ...
+
+    def start(self, request: Request, deliver: Deliver) -> Ticket:
+        """Generate without waiting: `deliver` is called in the engine's own thread and must not block.
+
+        What `submit` would raise at once is raised here too; what it would raise later is delivered.
         """
         ...
 

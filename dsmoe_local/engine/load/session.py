@@ -21,6 +21,7 @@ from dsmoe_local.model.hyperparameters import Hyperparameters
 
 _SMALLEST_REQUEST = 32
 _MOST_TOKENS = (1 << 24) - 1
+_MOST_PARALLEL = native.MAX_SEQUENCES // 2  # as many ids again are for parked prefixes
 _MOST_THREADS = 512  # ggml's own limit; where threads run out, OpenMP ends the process
 
 
@@ -46,10 +47,10 @@ def load_session(options: ModelOptions, listen: progress.Listener, stop: threadi
     )
     for note in plan.notes:
         listen(progress.Note(note))
-    if plan.n_context > hp.n_context:
-        listen(
-            progress.Note(f"the model was trained for {hp.n_context} tokens of context, not {plan.n_context}")
-        )
+    unified = _unified(options)
+    n_context = _context_of_one(options.n_parallel, unified, plan.n_context, hp.n_context)
+    if n_context > hp.n_context:
+        listen(progress.Note(f"the model was trained for {hp.n_context} tokens of context, not {n_context}"))
     template = _template(options, file, hp)
     model = _load_model(options, file, hp, n_gpu_layers, plan.paged, listen, stop)
     threads = options.n_threads or physical_cores()
@@ -58,7 +59,7 @@ def load_session(options: ModelOptions, listen: progress.Listener, stop: threadi
         if template is not None:
             text, source = template
             chosen = ChatTemplate(text, source, bos=model.text_of(model.bos), eos=model.text_of(model.eos))
-        context = _make_context(model, options, plan.n_context, threads)
+        context = _make_context(model, options, plan.n_context, unified, threads)
     except BaseException:
         model.close()
         raise
@@ -66,7 +67,7 @@ def load_session(options: ModelOptions, listen: progress.Listener, stop: threadi
         path=options.path,
         name=safe_line(hp.name, 60) or safe_line(options.path.stem, 60),
         architecture=hp.architecture,
-        n_context=plan.n_context,
+        n_context=n_context,
         n_context_trained=hp.n_context,
         n_vocab=model.n_vocab,
         n_parameters=model.n_parameters,
@@ -75,11 +76,29 @@ def load_session(options: ModelOptions, listen: progress.Listener, stop: threadi
         n_experts_per_token=hp.n_experts_per_token,
         n_threads=threads,
         template=chosen.source if chosen else None,
+        n_parallel=options.n_parallel,
+        unified=unified,
+        deterministic=options.deterministic,
     )
-    return Session(info, model, context, PromptEncoder(model, chosen, plan.n_context))
+    return Session(info, model, context, PromptEncoder(model, chosen, n_context))
 
 
-def _make_context(model: native.Model, options: ModelOptions, n_context: int, threads: int) -> native.Context:
+def _unified(options: ModelOptions) -> bool:
+    """Whether all sequences share one pool of cells."""
+    if options.deterministic and options.unified:
+        raise UsageError("deterministic decoding needs a cache of its own for each sequence")
+    return not options.deterministic and (options.unified is None or options.unified)
+
+
+def _context_of_one(n_parallel: int, unified: bool, n_context: int, n_trained: int) -> int:
+    """The most tokens that one request may use of `n_context` in all."""
+    share = n_context // n_parallel
+    return min(n_context, max(n_trained, share)) if unified else share
+
+
+def _make_context(
+    model: native.Model, options: ModelOptions, n_context: int, unified: bool, threads: int
+) -> native.Context:
     n_batch = min(options.n_batch, n_context)
     return native.Context(
         model,
@@ -92,6 +111,8 @@ def _make_context(model: native.Model, options: ModelOptions, n_context: int, th
             flash_attention=options.flash_attention,
             cache_type_k=options.cache_type_k,
             cache_type_v=options.cache_type_v,
+            n_sequences=options.n_parallel,
+            unified=unified,
         ),
     )
 
@@ -105,6 +126,7 @@ def _check(options: ModelOptions) -> None:
         ("-ub", options.n_ubatch, 1, _MOST_TOKENS),
         ("-t", options.n_threads, 1, _MOST_THREADS),
         ("-tb", options.n_threads_batch, 1, _MOST_THREADS),
+        ("--parallel", options.n_parallel, 2 if options.deterministic else 1, _MOST_PARALLEL),
     ):
         if value is not None and not least <= value <= most:
             raise UsageError(f"{flag} {value} is out of range", remedy=f"it takes {least} to {most}")

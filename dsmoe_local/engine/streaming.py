@@ -1,0 +1,51 @@
+"""From delivered events to an iterator: what every engine's `submit` is made of. Generates nothing itself."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterator
+
+from dsmoe_local.engine.types import Deliver, Request, Ticket, TokenEvent
+
+
+class EventStream(Iterator[TokenEvent]):
+    """The events of one started request, in order. Closing or forgetting it early cancels the request."""
+
+    def __init__(self) -> None:
+        self._events: queue.SimpleQueue[TokenEvent | BaseException | None] = queue.SimpleQueue()
+        self._ticket: Ticket | None = None
+        self._over = False
+
+    def begin(self, start: Callable[[Request, Deliver], Ticket], request: Request) -> EventStream:
+        """Start the request."""
+        self._ticket = start(request, self._events.put)
+        return self
+
+    def __next__(self) -> TokenEvent:
+        if self._over:
+            raise StopIteration
+        try:
+            event = self._events.get()
+        except BaseException:
+            self.close()
+            raise
+        if isinstance(event, TokenEvent):
+            return event
+        self._over = True
+        if event is None:
+            raise StopIteration
+        raise event
+
+    def close(self) -> None:
+        """Cancel what is not over, and end the iteration."""
+        self._over = True
+        if self._ticket is not None:
+            self._ticket.cancel()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def stream(start: Callable[[Request, Deliver], Ticket], request: Request) -> EventStream:
+    """Start `request` and iterate over what is delivered."""
+    return EventStream().begin(start, request)
