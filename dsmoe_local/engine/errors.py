@@ -27,3 +27,7 @@ class PromptError(EngineError):
 
 class NativeError(EngineError):
     """llama.cpp failed in the middle of the work."""
+
+
+class EngineCrashError(EngineError):
+    """The engine's process died."""
