@@ -30,4 +30,8 @@ class NativeError(EngineError):
 
 
 class EngineCrashError(EngineError):
-    """The engine's process died."""
+    """The engine's process died; `where` carries the last line of its log, `log` its last lines."""
+
+    def __init__(self, what: str, *, where: str = "", remedy: str = "", log: tuple[str, ...] = ()) -> None:
+        super().__init__(what, where=where, remedy=remedy)
+        self.log = log

@@ -10,17 +10,21 @@ from llama_cpp import llama_cpp as lib  # noqa: TID251
 
 from dsmoe_local.base.text import safe_line
 
-__all__ = ["backend_function", "clear_log", "keep_log", "last_error", "lib", "log_lines"]
+__all__ = ["backend_function", "clear_log", "echo_log", "keep_log", "last_error", "lib", "log_lines"]
 
 # ggml.h's levels; the bindings' comment lists an older set.
 _LOG_DEBUG, _LOG_ERROR, _LOG_CONTINUED = 1, 4, 5
 
 _log: deque[tuple[int, str]] = deque(maxlen=400)
+_echo: list[Callable[[bytes], object]] = []
 
 
 @lib.llama_log_callback  # type: ignore[untyped-decorator]
 def _keep_log(level: int, text: bytes, _: object) -> None:
     line = text.decode("utf-8", "replace")
+    if level != _LOG_DEBUG:
+        for write in _echo:
+            write(text)
     if level == _LOG_CONTINUED and _log:
         previous, start = _log.pop()
         _log.append((previous, start + line))
@@ -31,6 +35,11 @@ def _keep_log(level: int, text: bytes, _: object) -> None:
 def keep_log() -> None:
     """Take llama.cpp's log into the ring; again before each load, since others may have set it since."""
     lib.llama_log_set(_keep_log, None)
+
+
+def echo_log(write: Callable[[bytes], object]) -> None:
+    """Hand every piece of the log to `write` at once too, so that it outlives this process."""
+    _echo.append(write)
 
 
 def clear_log() -> None:
