@@ -15,7 +15,7 @@ from dsmoe_local.engine.schedule.scheduler import Scheduler
 
 @dataclass
 class PlayedCache:
-    """llama.cpp's cache in miniature: each sequence a list of (cell, token); a copy shares cells if unified."""
+    """llama.cpp's cache in miniature: sequences of (cell, token) pairs; a copy shares cells if unified."""
 
     limits: Limits
     held: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
@@ -25,8 +25,8 @@ class PlayedCache:
         for operation in step.operations:
             if isinstance(operation, Copy):
                 assert not self.held.get(operation.target), "copied onto something"
-                source = self.held[operation.source][: operation.count]
-                assert len(source) == operation.count, "copied more than is there"
+                source = self.held[operation.source][: operation.n_tokens]
+                assert len(source) == operation.n_tokens, "copied more than is there"
                 unified = self.limits.unified
                 self.held[operation.target] = (
                     list(source) if unified else [(next(self._cells), token) for _, token in source]
@@ -36,11 +36,11 @@ class PlayedCache:
                 del self.held[operation.sequence][operation.start :]
             elif isinstance(operation, Shift):
                 mine = self.held[operation.sequence]
-                moved = {cell for cell, _ in mine[operation.start + operation.count :]}
+                moved = {cell for cell, _ in mine[operation.start + operation.n_tokens :]}
                 for other, cells in self.held.items():
                     if other != operation.sequence:
                         assert not moved & {cell for cell, _ in cells}, "shifted cells that others own"
-                del mine[operation.start : operation.start + operation.count]
+                del mine[operation.start : operation.start + operation.n_tokens]
         for sequence, start, count, _ in step.rows:
             assert 0 <= sequence.slot < self.limits.n_slots, "decoded on an id that only holds"
             mine = self.held.setdefault(sequence.slot, [])
@@ -100,7 +100,7 @@ class Play:
         for sequence in step.full:
             self.end(by_sequence[id(sequence)], "full")
         for row in step.rows:
-            if row.start + row.count == len(row.sequence.tokens):
+            if row.start + row.n_tokens == len(row.sequence.tokens):
                 assert row.n_outputs >= 1, "a complete row without logits"
                 self._generate(by_sequence[id(row.sequence)])
         self.scheduler.check()
@@ -148,7 +148,7 @@ def limits(draw: st.DrawFn) -> Limits:
 
 @st.composite
 def plays(draw: st.DrawFn) -> tuple[Limits, list[tuple[str, int, int, int, bool]]]:
-    """Limits, and what happens: ("add", which prefix, tail length, reply length, stated) or cancel, or steps."""
+    """Limits, and what happens: ("add", which prefix, tail length, reply length, stated), cancel, step."""
     chosen = limits(draw)
     happenings = draw(
         st.lists(
@@ -166,7 +166,7 @@ def plays(draw: st.DrawFn) -> tuple[Limits, list[tuple[str, int, int, int, bool]
     return chosen, happenings
 
 
-_PREFIXES = ([], list(range(30)), [*range(20), *range(500, 530)], [7] * 25)
+_PREFIXES: tuple[list[int], ...] = ([], list(range(30)), [*range(20), *range(500, 530)], [7] * 25)
 
 
 @settings(max_examples=300, deadline=None)
@@ -204,7 +204,7 @@ def test_shared_beginning_is_read_once() -> None:
     for number in range(16):
         stage.add([*shared, 5000 + number, 6000 + number], 4)
     stage.finish_all()
-    read = sum(row.count for step in stage.steps for row in step.rows)
+    read = sum(row.n_tokens for step in stage.steps for row in step.rows)
     assert read == 402 + 15 * 2 + 16 * 3
 
 
@@ -214,7 +214,7 @@ def test_copies_of_one_prompt_differ_only_in_their_replies() -> None:
     for _ in range(4):
         stage.add(list(range(200)), 5)
     stage.finish_all()
-    read = sum(row.count for step in stage.steps for row in step.rows)
+    read = sum(row.n_tokens for step in stage.steps for row in step.rows)
     assert read == 200 + 3 * 1 + 4 * 4
 
 
@@ -285,7 +285,7 @@ def test_deterministic_steps_have_one_width() -> None:
         stage.add([number, *range(70 + number)], 5 + number)
     stage.finish_all()
     for step in stage.steps:
-        if any(row.count > 1 or row.sequence.n_cached < row.sequence.n_prompt for row in step.rows):
+        if any(row.n_tokens > 1 or row.sequence.n_cached < row.sequence.n_prompt for row in step.rows):
             assert len(step.rows) == 1
             assert step.rows[0].start % 32 == 0
         elif step.rows:

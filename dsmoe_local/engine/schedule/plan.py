@@ -12,8 +12,8 @@ GROWTH = 512  # cells that a sequence without max_tokens reserves at a time
 class Limits:
     """What the cache and a step can hold.
 
-    `n_cells` in all if `unified`, else of each slot; `n_context` tokens of one sequence; `n_step_tokens` of one
-    step. Sequence ids below `n_slots` decode; ids from there to `n_ids` only hold cells (unified only).
+    `n_cells` in all if `unified`, else of each slot; `n_context` tokens of one sequence; `n_step_tokens` of
+    one step. Sequence ids below `n_slots` decode; ids from there to `n_ids` only hold cells (unified only).
     """
 
     n_slots: int
@@ -57,11 +57,11 @@ class Sequence:
 
 
 class Copy(NamedTuple):
-    """Make the empty sequence `target` hold the first `count` tokens of `source`."""
+    """Make the empty sequence `target` hold the first `n_tokens` tokens of `source`."""
 
     source: int
     target: int
-    count: int
+    n_tokens: int
 
 
 class Forget(NamedTuple):
@@ -72,22 +72,22 @@ class Forget(NamedTuple):
 
 
 class Shift(NamedTuple):
-    """Drop `count` tokens from position `start` on, and move what follows back by as many."""
+    """Drop `n_tokens` tokens from position `start` on, and move what follows back by as many."""
 
     sequence: int
     start: int
-    count: int
+    n_tokens: int
 
 
 Operation: TypeAlias = Copy | Forget | Shift
 
 
 class StepRow(NamedTuple):
-    """Tokens `start` to `start + count` of a sequence; the last `n_outputs` of them get logits."""
+    """Tokens `start` to `start + n_tokens` of a sequence; the last `n_outputs` of them get logits."""
 
     sequence: Sequence
     start: int
-    count: int
+    n_tokens: int
     n_outputs: int
 
 

@@ -76,7 +76,7 @@ class Scheduler:
         sequence.slot = -1
 
     def plan(self) -> Step:
-        """The next step. Every row's sequence is running; sequences in `full` must be finished by the caller."""
+        """The next step. Every row's sequence is running; the caller must finish the sequences in `full`."""
         full = self._grow()
         if self.waiting and len(self.running) < self.limits.n_slots:
             self._admit()
@@ -299,8 +299,9 @@ class Scheduler:
         return slot, count
 
     def _park(self, slot: int, count: int, needed: frozenset[int]) -> None:
-        """Keep on a spare id what a slot is about to lose beyond its first `count` tokens, if it is of use: the
-        whole conversation where there is one slot, else what several requests began with.
+        """Keep on a spare id what a slot is about to lose beyond its first `count` tokens, if it is of use.
+
+        That is the whole conversation where there is one slot, else what several requests began with.
         """
         if not self.limits.unified:
             return
