@@ -1,0 +1,174 @@
+"""The engine under measurement, as chat and batch hold it: requests in, events out, timed by the caller.
+
+Greedy. Tokens that would end a reply are banned, so that everybody generates the same number of tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+from dsmoe_local.base import progress
+from dsmoe_local.engine.types import (
+    ModelOptions,
+    Prompt,
+    Request,
+    SamplingParameters,
+    TextEngine,
+    TokenEvent,
+    Usage,
+)
+
+GREEDY = SamplingParameters(temperature=0)
+_BAN = -1000.0
+
+
+def load_client(options: ModelOptions, listen: progress.Listener) -> TextEngine:
+    """The engine in a child process: what the commands use."""
+    from dsmoe_local.engine.process.client import EngineClient
+
+    return EngineClient.load(options, listen)
+
+
+def load_in_process(options: ModelOptions, listen: progress.Listener) -> TextEngine:
+    """The engine in this process."""
+    from dsmoe_local.engine.engine import Engine
+
+    return Engine.load(options, listen)
+
+
+LOADERS: dict[str, Callable[[ModelOptions, progress.Listener], TextEngine]] = {
+    "client": load_client,
+    "in-process": load_in_process,
+}
+
+
+@dataclass(slots=True)
+class Reply:
+    """When each token of a reply arrived, in seconds of the caller's clock."""
+
+    started: float
+    arrivals: list[float] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+    usage: Usage | None = None
+
+    @property
+    def first_token_seconds(self) -> float:
+        """From the request to its first token."""
+        return self.arrivals[0] - self.started
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens a second from the first token on."""
+        return (len(self.arrivals) - 1) / (self.arrivals[-1] - self.arrivals[0])
+
+
+class Ours:
+    """A loaded engine, one of LOADERS."""
+
+    def __init__(
+        self,
+        path: Path,
+        ends: Sequence[int],
+        *,
+        kind: str = "client",
+        n_context: int | None = None,
+        n_threads: int | None = None,
+        n_parallel: int = 1,
+        unified: bool | None = None,
+    ) -> None:
+        """`ends`: the ids that would end a reply."""
+        options = ModelOptions(
+            path, n_context=n_context, n_threads=n_threads, n_parallel=n_parallel, unified=unified
+        )
+        self.engine = LOADERS[kind](options, progress.ignore)
+        self._bans = tuple((token_id, _BAN) for token_id in ends)
+        self._numbers = itertools.count()
+
+    def request(self, prompt: Prompt, n_new: int) -> Request:
+        """A greedy request for exactly `n_new` tokens."""
+        return Request(
+            f"benchmark-{next(self._numbers)}", prompt, GREEDY, max_tokens=n_new, logit_bias=self._bans
+        )
+
+    def reply(self, prompt: Prompt, n_new: int) -> Reply:
+        """One reply, alone."""
+        return self.replies([prompt], n_new, 1)[0]
+
+    def replies(
+        self, prompts: Sequence[Prompt], n_new: int, n_clients: int, *, exact: bool = True
+    ) -> list[Reply]:
+        """All replies, at most `n_clients` requests in flight. `exact`: a shorter one ends the program."""
+        free = threading.Semaphore(n_clients)
+        ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        replies = []
+        for prompt in prompts:
+            free.acquire()
+            reply = Reply(time.perf_counter())
+            self.engine.start(self.request(prompt, n_new), _collector(reply, free, ended))
+            replies.append(reply)
+        for _ in prompts:
+            error = ended.get()
+            if error is not None:
+                raise error
+        for reply in replies:
+            if exact and len(reply.arrivals) != n_new:
+                raise SystemExit(f"a reply has {len(reply.arrivals)} tokens, {n_new} were asked for")
+        return replies
+
+    def decode_rate(self, prompt: Prompt, n_new: int) -> float:
+        """Tokens a second of one stream."""
+        return self.reply(prompt, n_new).decode_rate
+
+    def steady_rate(self, prompts: Sequence[Prompt], n_new: int) -> float:
+        """Tokens a second of all prompts together, while every one of them is being decoded."""
+        replies = self.replies(prompts, n_new, len(prompts))
+        begin = max(reply.arrivals[0] for reply in replies)
+        end = min(reply.arrivals[-1] for reply in replies)
+        count = sum(begin < arrival <= end for reply in replies for arrival in reply.arrivals)
+        if end <= begin:
+            raise SystemExit("the replies were not decoded together: more new tokens are needed")
+        return count / (end - begin)
+
+    def throughput(self, prompts: Sequence[Prompt], n_new: int, n_clients: int) -> float:
+        """New tokens a second from the first request to the last reply, prompts included."""
+        started = time.perf_counter()
+        self.replies(prompts, n_new, n_clients)
+        return len(prompts) * n_new / (time.perf_counter() - started)
+
+    def close(self) -> None:
+        """Give the model back."""
+        self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _collector(
+    reply: Reply, free: threading.Semaphore, ended: queue.SimpleQueue[BaseException | None]
+) -> Callable[[TokenEvent | BaseException | None], None]:
+    """Called in the engine's own thread: it notes and returns."""
+
+    def take(event: TokenEvent | BaseException | None) -> None:
+        if not isinstance(event, TokenEvent):
+            ended.put(event)
+            free.release()
+        elif event.finish_reason is not None:
+            reply.usage = event.usage
+            reply.pieces.append(event.text)
+        elif event.token_id is not None:
+            reply.arrivals.append(time.perf_counter())
+            reply.token_ids.append(event.token_id)
+            reply.pieces.append(event.text)
+
+    return take

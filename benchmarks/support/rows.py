@@ -1,0 +1,133 @@
+"""Figures and how they are taken: contenders in turn, medians, a bar, a table. Knows no model."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+Measure = Callable[[int], float]
+"""Takes the number of the round, which decides what text is used, and returns a figure."""
+
+_WARM_UP = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """What a ratio is held against."""
+
+    value: float
+    at_most: bool = False
+
+    def holds(self, ratio: float) -> bool:
+        """Whether `ratio` is good enough."""
+        return ratio <= self.value if self.at_most else ratio >= self.value
+
+    def __str__(self) -> str:
+        return f"{'<=' if self.at_most else '>='} {self.value:g}"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table. `result` is ours / theirs, or ours - theirs; no `bar`: for information."""
+
+    measure: str
+    ours: float
+    contender: str
+    theirs: float
+    result: float
+    unit: str = "tokens/s"
+    bar: Bar | None = None
+    note: str = ""
+    is_difference: bool = False
+
+    @property
+    def passed(self) -> bool | None:
+        """None without a bar."""
+        return self.bar.holds(self.result) if self.bar is not None else None
+
+    def as_json(self) -> dict[str, object]:
+        """For the line at the end."""
+        return {
+            "measure": self.measure,
+            "ours": round(self.ours, 4),
+            "against": self.contender,
+            "theirs": round(self.theirs, 4),
+            "unit": self.unit,
+            "difference" if self.is_difference else "ratio": round(self.result, 4),
+            "bar": str(self.bar) if self.bar is not None else None,
+            "passed": self.passed,
+            "note": self.note,
+        }
+
+
+def in_turn(contenders: Mapping[str, Measure], rounds: int) -> dict[str, list[float]]:
+    """Measure everyone in every round, after a round that does not count.
+
+    The order turns around from round to round, so that a slow drift of the machine favours nobody.
+    """
+    figures: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds + 1):
+        names = list(contenders) if number % 2 else list(reversed(contenders))
+        for name in names:
+            figure = contenders[name](number)
+            say(f"  {'warm-up' if number == _WARM_UP else f'round {number}'}: {name} {figure:,.2f}")
+            if number != _WARM_UP:
+                figures[name].append(figure)
+    return figures
+
+
+def compare(
+    measure: str,
+    figures: Mapping[str, Sequence[float]],
+    ours: str,
+    theirs: str,
+    *,
+    bar: Bar | None = None,
+    unit: str = "tokens/s",
+    note: str = "",
+) -> Row:
+    """A row of medians. The ratio is the median of the rounds' own: both sides saw the same machine then."""
+    ratio = statistics.median(a / b for a, b in zip(figures[ours], figures[theirs], strict=True))
+    return Row(
+        measure,
+        statistics.median(figures[ours]),
+        theirs,
+        statistics.median(figures[theirs]),
+        ratio,
+        unit,
+        bar,
+        note,
+    )
+
+
+def say(text: str) -> None:
+    """A line of progress on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def show(title: str, rows: Sequence[Row]) -> None:
+    """The table on stdout."""
+    table = Table(title=title, title_justify="left", title_style="", box=None)
+    for heading in ("measure", "ours", "against", "theirs", "unit", "result", "bar", "", "note"):
+        table.add_column(heading, justify="right" if heading in ("ours", "theirs", "result") else "left")
+    words = {True: "met", False: "MISSED", None: ""}
+    for row in rows:
+        table.add_row(
+            row.measure,
+            f"{row.ours:,.1f}",
+            row.contender,
+            f"{row.theirs:,.1f}",
+            row.unit,
+            f"{row.result:+.1f}" if row.is_difference else f"x {row.result:.3f}",
+            str(row.bar) if row.bar is not None else "",
+            words[row.passed],
+            row.note,
+        )
+    # A file or a pipe has no width to fit into.
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console.print(table)

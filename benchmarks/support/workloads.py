@@ -1,0 +1,70 @@
+"""Prompts as token ids, cut from Python's help topics: text that any tokenizer knows. Measures nothing.
+
+A slice is never handed out twice, so that nobody finds in a cache what an earlier round left there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pydoc_data.topics import topics
+
+Ids = tuple[int, ...]
+
+_TAIL_OF_SHARED = 16
+_SHORTEST, _LONGEST = 32, 192
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Prompts of one kind and how many tokens each is to be answered with."""
+
+    name: str
+    n_prompts: int
+    n_new: int
+    n_shared: int
+    """Tokens that all prompts begin with; 0: the prompts have nothing in common."""
+
+    @property
+    def n_each(self) -> int:
+        """The most tokens that one prompt and its reply take."""
+        return (self.n_shared + _TAIL_OF_SHARED if self.n_shared else _LONGEST) + self.n_new
+
+
+class Corpus:
+    """Token ids to cut prompts from. `take` goes on where the last one ended."""
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self._ids = tuple(ids)
+        self._at = 0
+
+    def take(self, count: int) -> Ids:
+        """The next `count` ids. At the corpus's end it begins anew, one further on: still no slice twice."""
+        if count >= len(self._ids):
+            raise ValueError(f"the corpus has {len(self._ids)} tokens, {count} are wanted")
+        if self._at + count > len(self._ids):
+            self._at = self._at % 7 + 1
+        taken = self._ids[self._at : self._at + count]
+        self._at += count
+        return taken
+
+    def prompts(self, work: Workload, seed: int) -> list[Ids]:
+        """The workload's prompts, new ones on every call."""
+        if work.n_shared:
+            shared = self.take(work.n_shared)
+            return [shared + self.take(_TAIL_OF_SHARED) for _ in range(work.n_prompts)]
+        lengths = random.Random(seed)
+        return [self.take(lengths.randint(_SHORTEST, _LONGEST)) for _ in range(work.n_prompts)]
+
+
+def help_texts() -> list[str]:
+    """The topics, one text each, in a fixed order."""
+    return [topics[name] for name in sorted(topics)]
+
+
+def sentences(count: int, start: int) -> str:
+    """About `count` words of the help texts, different ones for each `start`."""
+    words = itertools.chain.from_iterable(text.split() for text in help_texts())
+    return " ".join(itertools.islice(words, start * count, (start + 1) * count))
