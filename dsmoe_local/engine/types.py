@@ -228,7 +228,8 @@ class ModelOptions:
     reply independent of what else runs; it needs `n_parallel` >= 2 and excludes `unified`.
 
     `n_gpu_layers` and `n_cpu_moe` count layers; ALL_LAYERS is all of them. `tensor_overrides` are pairs of a
-    regular expression of tensor names and a buffer type's name; `devices` the names that may be used.
+    regular expression of tensor names and a buffer type's or device's name; `devices` the names that may be
+    used. `offload_cache` keeps the KV cache of a layer where the layer is, else all of it is on the CPU.
     """
 
     path: Path
@@ -246,9 +247,10 @@ class ModelOptions:
     n_parallel: int = 1
     unified: bool | None = None
     deterministic: bool = False
-    n_cpu_moe: int | None = 0
+    n_cpu_moe: int | None = None  # None: what must
     tensor_overrides: tuple[tuple[str, str], ...] = ()
     devices: tuple[str, ...] | None = None
+    offload_cache: bool = True
     observers: tuple[ObserverOptions, ...] = ()
 
 

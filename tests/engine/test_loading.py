@@ -16,6 +16,7 @@ from dsmoe_local.engine import native
 from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.errors import ModelLoadError
 from dsmoe_local.engine.generation import Session
+from dsmoe_local.engine.load import fit
 from dsmoe_local.engine.load import session as loading
 from dsmoe_local.engine.load.memory import MemoryPlan, plan_memory
 from dsmoe_local.engine.types import ModelOptions, Request
@@ -75,7 +76,7 @@ def test_memory_plan_counts_the_experts_asked_for(monkeypatch: pytest.MonkeyPatc
         planned.append(hp.n_experts_per_token)
         return plan_memory(hp, *arguments, **options)
 
-    monkeypatch.setattr(loading, "plan_memory", plan)
+    monkeypatch.setattr(fit, "plan_memory", plan)
     for wanted in (None, 1, 3):
         with Engine.load(ModelOptions(tiny_model(), n_experts_per_token=wanted)) as engine:
             assert (
@@ -133,7 +134,7 @@ def test_what_llama_cpp_refuses_names_its_reason(monkeypatch: pytest.MonkeyPatch
 def test_memory_notes_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a smaller context taken in silence; a paged model that is refused."""
     events: list[Event] = []
-    monkeypatch.setattr(loading, "available_memory", lambda: 96 * 2**20 + 1_800_000)
+    monkeypatch.setattr(fit, "available_memory", lambda: 96 * 2**20 + 1_800_000)
     with Engine.load(ModelOptions(tiny_model(), n_context=256, n_ubatch=8), events.append) as engine:
         notes = [event.text for event in events if isinstance(event, Note)]
         assert any("paged from disk" in note for note in notes)
@@ -142,7 +143,7 @@ def test_memory_notes_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_gpu_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: -ngl failing, or silently doing nothing, on a CPU-only build."""
-    monkeypatch.setattr(native, "gpu_names", tuple)
+    monkeypatch.setattr(native, "offload_devices", lambda devices: ())
     events: list[Event] = []
     with Engine.load(ModelOptions(tiny_model(), n_gpu_layers=99), events.append):
         notes = [event.text for event in events if isinstance(event, Note)]

@@ -10,11 +10,12 @@ from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.engine import native
 from dsmoe_local.engine.generation import Session
-from dsmoe_local.engine.load.machine import available_memory, physical_cores
-from dsmoe_local.engine.load.memory import BufferOptions, plan_memory
+from dsmoe_local.engine.load.fit import Fit, fit_model
+from dsmoe_local.engine.load.machine import physical_cores
+from dsmoe_local.engine.load.memory import BufferOptions
 from dsmoe_local.engine.prompts.encoder import PromptEncoder
 from dsmoe_local.engine.prompts.template import ChatTemplate, choose_template
-from dsmoe_local.engine.types import ModelInfo, ModelOptions
+from dsmoe_local.engine.types import ALL_LAYERS, ModelInfo, ModelOptions
 from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.hyperparameters import Hyperparameters
@@ -30,36 +31,23 @@ def load_session(options: ModelOptions, listen: progress.Listener, stop: threadi
     _check(options)
     file, hp = read_model(options.path)
     hp = replace(hp, n_experts_per_token=_n_experts(options, hp))
-    n_gpu_layers = _n_gpu_layers(options, listen)
-    buffers = BufferOptions(
-        min(options.n_ubatch, options.n_batch),
-        options.flash_attention != "off",
-        options.cache_type_k,
-        options.cache_type_v,
-    )
-    plan = plan_memory(
-        hp,
-        buffers,
-        # What lies on a GPU is not this machine's memory; the placement itself is llama.cpp's.
-        weights=0 if n_gpu_layers else sum(tensor.n_bytes for tensor in file.tensors.values()),
-        available=available_memory(),
-        requested=options.n_context,
-    )
-    for note in plan.notes:
-        listen(progress.Note(note))
+    template = _template(options, file, hp)
     unified = _unified(options)
-    n_context = _context_of_one(options.n_parallel, unified, plan.n_context, hp.n_context)
+    threads = options.n_threads or physical_cores()
+    wanted = _context_options(options, options.n_context or hp.n_context, unified, threads)
+    fit = fit_model(options, file, hp, _buffer_options(wanted), wanted)
+    for note in fit.notes:
+        listen(progress.Note(note))
+    n_context = _context_of_one(options.n_parallel, unified, fit.n_context, hp.n_context)
     if n_context > hp.n_context:
         listen(progress.Note(f"the model was trained for {hp.n_context} tokens of context, not {n_context}"))
-    template = _template(options, file, hp)
-    model = _load_model(options, file, hp, n_gpu_layers, plan.paged, listen, stop)
-    threads = options.n_threads or physical_cores()
+    model = _load_model(options, file, hp, fit, listen, stop)
     try:
         chosen = None
         if template is not None:
             text, source = template
             chosen = ChatTemplate(text, source, bos=model.text_of(model.bos), eos=model.text_of(model.eos))
-        context = _make_context(model, options, plan.n_context, unified, threads)
+        context = native.Context(model, _context_options(options, fit.n_context, unified, threads))
     except BaseException:
         model.close()
         raise
@@ -79,6 +67,7 @@ def load_session(options: ModelOptions, listen: progress.Listener, stop: threadi
         n_parallel=options.n_parallel,
         unified=unified,
         deterministic=options.deterministic,
+        placement=fit.placement.describe(),
     )
     return Session(info, model, context, PromptEncoder(model, chosen, n_context))
 
@@ -96,24 +85,34 @@ def _context_of_one(n_parallel: int, unified: bool, n_context: int, n_trained: i
     return min(n_context, max(n_trained, share)) if unified else share
 
 
-def _make_context(
-    model: native.Model, options: ModelOptions, n_context: int, unified: bool, threads: int
-) -> native.Context:
+def _context_options(
+    options: ModelOptions, n_context: int, unified: bool, threads: int
+) -> native.ContextOptions:
     n_batch = min(options.n_batch, n_context)
-    return native.Context(
-        model,
-        native.ContextOptions(
-            n_context=n_context,
-            n_batch=n_batch,
-            n_ubatch=min(options.n_ubatch, n_batch),
-            n_threads=threads,
-            n_threads_batch=options.n_threads_batch or threads,
-            flash_attention=options.flash_attention,
-            cache_type_k=options.cache_type_k,
-            cache_type_v=options.cache_type_v,
-            n_sequences=options.n_parallel,
-            unified=unified,
-        ),
+    return native.ContextOptions(
+        n_context=n_context,
+        n_batch=n_batch,
+        n_ubatch=min(options.n_ubatch, n_batch),
+        n_threads=threads,
+        n_threads_batch=options.n_threads_batch or threads,
+        flash_attention=options.flash_attention,
+        cache_type_k=options.cache_type_k,
+        cache_type_v=options.cache_type_v,
+        n_sequences=options.n_parallel,
+        unified=unified,
+        offload_cache=options.offload_cache,
+    )
+
+
+def _buffer_options(context: native.ContextOptions) -> BufferOptions:
+    return BufferOptions(
+        n_ubatch=context.n_ubatch,
+        flash_attention=context.flash_attention != "off",
+        cache_type_k=context.cache_type_k,
+        cache_type_v=context.cache_type_v,
+        n_sequences=context.n_sequences,
+        unified=context.unified,
+        n_outputs=context.n_sequences,
     )
 
 
@@ -126,6 +125,8 @@ def _check(options: ModelOptions) -> None:
         ("-ub", options.n_ubatch, 1, _MOST_TOKENS),
         ("-t", options.n_threads, 1, _MOST_THREADS),
         ("-tb", options.n_threads_batch, 1, _MOST_THREADS),
+        ("-ngl", options.n_gpu_layers, ALL_LAYERS, _MOST_TOKENS),
+        ("--n-cpu-moe", options.n_cpu_moe, ALL_LAYERS, _MOST_TOKENS),
         ("--parallel", options.n_parallel, 2 if options.deterministic else 1, _MOST_PARALLEL),
     ):
         if value is not None and not least <= value <= most:
@@ -147,32 +148,25 @@ def _n_experts(options: ModelOptions, hp: Hyperparameters) -> int:
     return wanted
 
 
-def _n_gpu_layers(options: ModelOptions, listen: progress.Listener) -> int:
-    """llama.cpp's number: -1 is all. Without a GPU 0, said once if layers were asked for."""
-    wanted = options.n_gpu_layers
-    if native.gpu_names():
-        return -1 if wanted is None else wanted
-    if wanted:
-        listen(progress.Note("no GPU in this build of llama.cpp: -ngl has no effect"))
-    return 0
-
-
 def _template(options: ModelOptions, file: GgufFile, hp: Hyperparameters) -> tuple[str, str] | None:
     own = file.get("tokenizer.chat_template")
-    return choose_template(
+    found = choose_template(
         options.chat_template,
         own if isinstance(own, str) else None,
         architecture=hp.architecture,
         name=f"{hp.name} {options.path.stem}",
     )
+    if found is not None:
+        # A malformed one is told before gigabytes are loaded, which know the texts of BOS and EOS.
+        ChatTemplate(*found, bos="", eos="")
+    return found
 
 
 def _load_model(
     options: ModelOptions,
     file: GgufFile,
     hp: Hyperparameters,
-    n_gpu_layers: int,
-    paged: bool,
+    fit: Fit,
     listen: progress.Listener,
     stop: threading.Event,
 ) -> native.Model:
@@ -189,9 +183,13 @@ def _load_model(
     try:
         return native.Model(
             options.path,
-            n_gpu_layers=n_gpu_layers,
+            n_gpu_layers=fit.placement.n_gpu_layers,
+            devices=fit.devices,
+            split=fit.placement.split,
+            overrides=fit.placement.overrides,
+            mapped=fit.mapped,
             # Repacked weights are anonymous memory, which cannot be paged back to the file.
-            repack=not paged,
+            repack=not fit.paged,
             n_experts_per_token=options.n_experts_per_token,
             architecture=hp.architecture,
             progress=report,

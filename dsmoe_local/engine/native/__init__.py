@@ -13,23 +13,35 @@ from dsmoe_local.engine.native.context import (
     Row,
     check_modes,
 )
-from dsmoe_local.engine.native.devices import gpu_names
+from dsmoe_local.engine.native.devices import (
+    CPU_BUFFER,
+    Device,
+    DeviceKind,
+    buffer_types,
+    list_devices,
+    offload_devices,
+)
 from dsmoe_local.engine.native.library import last_error, log_lines
 from dsmoe_local.engine.native.model import Model
 from dsmoe_local.engine.native.samplers import Sampler
 
 __all__ = [
     "ABORTED",
+    "CPU_BUFFER",
     "DECODED",
     "MAX_SEQUENCES",
     "NO_SLOT",
     "Context",
     "ContextOptions",
+    "Device",
+    "DeviceKind",
     "Model",
     "Row",
     "Sampler",
+    "buffer_types",
     "check_modes",
-    "gpu_names",
     "last_error",
+    "list_devices",
     "log_lines",
+    "offload_devices",
 ]

@@ -1,20 +1,141 @@
-"""The devices that this build of llama.cpp computes on. Lists them; where tensors go is decided elsewhere."""
+"""The devices that this build of llama.cpp computes on, and their buffer types. Lists them, with handles for
+loading; what goes where is decided elsewhere.
+"""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
 
+from dsmoe_local.base.errors import UsageError
+from dsmoe_local.base.text import safe_line
 from dsmoe_local.engine.native.library import backend_function
 
-_DEVICE_GPU, _DEVICE_INTEGRATED_GPU = 1, 2
+CPU_BUFFER = "CPU"
 
 
-def gpu_names() -> tuple[str, ...]:
-    """The GPU devices that this build of llama.cpp sees."""
+class DeviceKind(StrEnum):
+    """ggml's kinds, in the order of their numbers."""
+
+    CPU = "CPU"
+    GPU = "GPU"
+    INTEGRATED = "integrated GPU"
+    ACCELERATOR = "accelerator"
+    META = "group"
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device as its backend reports it.
+
+    `n_free` and `n_bytes` are 0 where it reports no memory. `shares_memory`: its memory is the machine's own.
+    `hardware` tells one card from another across backends, where that is known.
+    """
+
+    name: str
+    description: str
+    backend: str
+    kind: DeviceKind
+    n_free: int
+    n_bytes: int
+    hardware: str = ""
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether layers can be offloaded to it."""
+        return self.kind in (DeviceKind.GPU, DeviceKind.INTEGRATED)
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether what lies on it is taken from the machine's memory."""
+        return self.kind is not DeviceKind.GPU or self.backend == "MTL"
+
+
+class _Properties(ctypes.Structure):
+    # ggml_backend_dev_props; the capabilities at its end are four bools, with room for more to come.
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("description", ctypes.c_char_p),
+        ("memory_free", ctypes.c_size_t),
+        ("memory_total", ctypes.c_size_t),
+        ("type", ctypes.c_int),
+        ("device_id", ctypes.c_char_p),
+        ("capabilities", ctypes.c_byte * 64),
+    ]
+
+
+def list_devices() -> tuple[Device, ...]:
+    """Every device, the processor included, in ggml's order."""
+    return tuple(_describe(handle) for handle in _handles())
+
+
+def offload_devices(devices: Sequence[Device]) -> tuple[Device, ...]:
+    """Those that llama.cpp would offload to by itself, in its order: remote ones, then GPUs, each card once;
+    an integrated GPU only where there is no other.
+    """
+    remote = [device for device in devices if device.kind is DeviceKind.GPU and device.backend == "RPC"]
+    gpus: list[Device] = []
+    for device in devices:
+        known = any(device.hardware and device.hardware == other.hardware for other in gpus)
+        if device.kind is DeviceKind.GPU and device.backend != "RPC" and not known:
+            gpus.append(device)
+    integrated = [device for device in devices if device.kind is DeviceKind.INTEGRATED]
+    if not gpus and integrated:
+        gpus = [device for device in integrated if device.backend == integrated[0].backend]
+    return (*remote, *gpus)
+
+
+def buffer_types() -> dict[str, int]:
+    """Handles of the devices' buffer types by name; a device's own name does as well."""
+    types: dict[str, int] = {}
+    buffer_type = backend_function("ggml_backend_dev_buffer_type", ctypes.c_void_p, ctypes.c_void_p)
+    name = backend_function("ggml_backend_buft_name", ctypes.c_char_p, ctypes.c_void_p)
+    for handle in _handles():
+        found = buffer_type(handle)
+        if found:
+            types.setdefault(_text(name(found)), found)
+            types.setdefault(_describe(handle).name, found)
+    return types
+
+
+def device_list(names: Sequence[str]) -> Any:  # noqa: ANN401 - a ctypes array
+    """The NULL-terminated array of handles that llama.cpp takes; keep it alive while it does. UsageError for
+    an unknown name.
+    """
+    handles = {_describe(handle).name: handle for handle in _handles()}
+    for name in names:
+        if name not in handles:
+            raise UsageError(
+                f"there is no device {safe_line(name, 60)}", remedy=f"there are {', '.join(handles)}"
+            )
+    return (ctypes.c_void_p * (len(names) + 1))(*(handles[name] for name in names), None)
+
+
+def _handles() -> list[int]:
     count = backend_function("ggml_backend_dev_count", ctypes.c_size_t)
     get = backend_function("ggml_backend_dev_get", ctypes.c_void_p, ctypes.c_size_t)
-    name = backend_function("ggml_backend_dev_name", ctypes.c_char_p, ctypes.c_void_p)
-    kind = backend_function("ggml_backend_dev_type", ctypes.c_int, ctypes.c_void_p)
-    devices = [get(index) for index in range(count())]
-    gpus = [device for device in devices if kind(device) in (_DEVICE_GPU, _DEVICE_INTEGRATED_GPU)]
-    return tuple(name(device).decode("utf-8", "replace") for device in gpus)
+    return [get(index) for index in range(count())]
+
+
+def _describe(handle: int) -> Device:
+    read = backend_function("ggml_backend_dev_get_props", None, ctypes.c_void_p, ctypes.POINTER(_Properties))
+    registry = backend_function("ggml_backend_dev_backend_reg", ctypes.c_void_p, ctypes.c_void_p)
+    registry_name = backend_function("ggml_backend_reg_name", ctypes.c_char_p, ctypes.c_void_p)
+    found = _Properties()
+    read(handle, ctypes.byref(found))
+    return Device(
+        name=_text(found.name),
+        description=_text(found.description),
+        backend=_text(registry_name(registry(handle))),
+        kind=list(DeviceKind)[found.type],
+        n_free=found.memory_free,
+        n_bytes=found.memory_total,
+        hardware=_text(found.device_id),
+    )
+
+
+def _text(value: bytes | None) -> str:
+    return safe_line((value or b"").decode("utf-8", "replace"), 120)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsmoe_local.base.errors import InterruptedRunError
+from dsmoe_local.base.errors import InterruptedRunError, UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.engine.errors import ModelLoadError, NativeError
+from dsmoe_local.engine.native.devices import buffer_types, device_list
 from dsmoe_local.engine.native.library import clear_log, keep_log, last_error, lib
+
+
+class _BufferOverride(ctypes.Structure):
+    # llama_model_tensor_buft_override, which the bindings lack.
+    _fields_ = [("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p)]
 
 
 class Model:
@@ -21,6 +28,10 @@ class Model:
         path: Path,
         *,
         n_gpu_layers: int = 0,
+        devices: Sequence[str] | None = None,
+        split: Sequence[int] = (),
+        overrides: Sequence[tuple[str, str]] = (),
+        mapped: bool = True,
         repack: bool = True,
         n_experts_per_token: int | None = None,
         architecture: str = "deepseek",
@@ -30,24 +41,23 @@ class Model:
         """Load `path`. `progress` hears fractions from 0 to 1; returning False gives up
         (InterruptedRunError).
 
+        The last `n_gpu_layers` layers (the output counts as one) lie on `devices` (None: llama.cpp's choice),
+        `split` of them on each (none: by free memory), but a tensor that one of the `overrides` matches lies
+        in the buffer type that the first such names. `mapped` weights on the CPU are pages of the file.
+
         `measure_only` reads no weights and allocates nothing: contexts made from it only log their sizes.
         Raises ModelLoadError with llama.cpp's own reason.
         """
         parameters = lib.llama_model_default_params()
         parameters.n_gpu_layers = n_gpu_layers
         parameters.use_extra_bufts = repack
-        parameters.load_mode = lib.LLAMA_LOAD_MODE_MMAP
+        parameters.load_mode = lib.LLAMA_LOAD_MODE_MMAP if mapped else lib.LLAMA_LOAD_MODE_NONE
         if measure_only:
             parameters.no_alloc = True
             parameters.load_mode = lib.LLAMA_LOAD_MODE_NONE
+        self._place(parameters, devices, split, overrides)
         if n_experts_per_token is not None:
-            # The list ends with an empty key.
-            self._overrides: Any = (lib.llama_model_kv_override * 2)()
-            self._overrides[0].key = f"{architecture}.expert_used_count".encode()
-            self._overrides[0].tag = lib.LLAMA_KV_OVERRIDE_TYPE_INT
-            value: Any = self._overrides[0].value
-            value.val_i64 = n_experts_per_token
-            parameters.kv_overrides = self._overrides
+            self._override_active_experts(parameters, architecture, n_experts_per_token)
         given_up = False
 
         def report(fraction: float, _: object) -> bool:
@@ -73,6 +83,42 @@ class Model:
         self.eos: int = lib.llama_vocab_eos(self.vocabulary)
         self.adds_bos: bool = lib.llama_vocab_get_add_bos(self.vocabulary)
         self._pieces: dict[int, bytes] = {}
+
+    def _place(
+        self,
+        parameters: Any,  # noqa: ANN401 - a ctypes struct
+        devices: Sequence[str] | None,
+        split: Sequence[int],
+        overrides: Sequence[tuple[str, str]],
+    ) -> None:
+        # llama.cpp keeps the pointers: the arrays live as long as the model.
+        if devices is not None:
+            self._devices = device_list(devices)
+            parameters.devices = ctypes.addressof(self._devices)
+        if split:
+            self._split = (ctypes.c_float * lib.llama_max_devices())(*split)
+            parameters.tensor_split = self._split
+        if overrides:
+            types = buffer_types()
+            unknown = next((name for _, name in overrides if name not in types), None)
+            if unknown is not None:
+                raise UsageError(
+                    f"there is no buffer type {safe_line(unknown, 60)}",
+                    remedy=f"there are {', '.join(types)}",
+                )
+            self._patterns = (_BufferOverride * (len(overrides) + 1))(
+                *(_BufferOverride(os.fsencode(pattern), types[name]) for pattern, name in overrides)
+            )
+            parameters.tensor_buft_overrides = ctypes.addressof(self._patterns)
+
+    def _override_active_experts(self, parameters: Any, architecture: str, count: int) -> None:  # noqa: ANN401
+        # The list ends with an empty key.
+        self._overrides: Any = (lib.llama_model_kv_override * 2)()
+        self._overrides[0].key = f"{architecture}.expert_used_count".encode()
+        self._overrides[0].tag = lib.LLAMA_KV_OVERRIDE_TYPE_INT
+        value: Any = self._overrides[0].value
+        value.val_i64 = count
+        parameters.kv_overrides = self._overrides
 
     def tokenize(self, text: bytes, *, special: bool) -> list[int]:
         """Token ids of UTF-8 `text`, without BOS or EOS. `special`: text of special tokens becomes those
