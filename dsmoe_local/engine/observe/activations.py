@@ -1,0 +1,109 @@
+"""Observes what every weight matrix is multiplied with: sums of squares per input channel, and per expert.
+
+These are what an importance matrix is made of; making it is another module's task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dsmoe_local.engine.native import Model, tensors
+from dsmoe_local.engine.observe.arrays import pack
+from dsmoe_local.engine.observe.observer import Observer
+from dsmoe_local.engine.types import Observation
+from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.layout import Role, TensorSpec, tensor_specs
+
+_SHARED_INPUT: Mapping[str, str] = {
+    "attn_k": "attn_q",
+    "attn_v": "attn_q",
+    "ffn_up": "ffn_gate",
+    "ffn_up_exps": "ffn_gate_exps",
+    "ffn_gate_shexp": "ffn_gate_inp",
+    "ffn_up_shexp": "ffn_gate_inp",
+}
+"""Matrices that are multiplied with the same vectors as another, which alone is watched."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Input:
+    """What some weights are multiplied with: one line of sums and one count for each of the experts, or for
+    all.
+    """
+
+    weights: list[str]
+    counts: npt.NDArray[np.int64]
+    sums: npt.NDArray[np.float64]
+
+
+class Activations(Observer):
+    """Sums are kept with their counts: an aborted step makes tokens count twice, but no mean wrong."""
+
+    reads_graph = True
+
+    def __init__(self, model: Model, hp: Hyperparameters) -> None:
+        super().__init__()
+        self._inputs: dict[str, _Input] = {}
+        for spec in tensor_specs(hp):
+            if spec.role is Role.NORM or (spec.role is Role.EMBEDDING and not hp.tied_embeddings):
+                continue
+            self._add(spec)
+        self.weights = {
+            f"{known.weights[0]}".encode(): partial(
+                self._take_routed if known.weights[0].endswith("_exps.weight") else self._take, known
+            )
+            for known in self._inputs.values()
+        }
+
+    def _add(self, spec: TensorSpec) -> None:
+        prefix, _, kind = spec.name.removesuffix(".weight").rpartition(".")
+        key = f"{prefix}.{_SHARED_INPUT.get(kind, kind)}"
+        known = self._inputs.get(key)
+        if known is None:
+            n_matrices = spec.shape[0] if spec.role is Role.ROUTED_EXPERT else 1
+            known = _Input([], np.zeros(n_matrices, np.int64), np.zeros((n_matrices, spec.shape[-1])))
+            self._inputs[key] = known
+        known.weights.append(spec.name)
+
+    @staticmethod
+    def _take(known: _Input, tensor: int) -> None:
+        source = tensors.source_of(tensor, 1)
+        # A tied embedding is also read by token ids.
+        if not tensors.is_float(source):
+            return
+        x = tensors.read(source)[0, 0]
+        known.counts[0] += len(x)
+        known.sums[0] += np.square(x).sum(0, dtype=np.float64)
+
+    @staticmethod
+    def _take_routed(known: _Input, tensor: int) -> None:
+        x = tensors.read(tensors.source_of(tensor, 1))[0]
+        ids = tensors.read(tensors.source_of(tensor, 2))[0, 0]
+        if not ids.size:
+            return
+        # Either one vector for all experts of a token, or one for each.
+        n_used = 1 if x.shape[1] > 1 else ids.shape[1]
+        flat = ids.ravel()
+        order = np.argsort(flat, kind="stable")
+        experts, starts, counts = np.unique(flat[order], return_index=True, return_counts=True)
+        squares = np.square(x.reshape(-1, x.shape[-1])[order // n_used])
+        known.counts[experts] += counts
+        known.sums[experts] += np.add.reduceat(squares, starts, axis=0, dtype=np.float64)
+
+    def summary(self) -> Observation:
+        """See Observer: for each input its weights, counts (n_matrices) and sums (n_matrices, n_columns)."""
+        inputs: list[dict[str, Any]] = [
+            {
+                "weights": known.weights,
+                "counts": pack(known.counts, "int64"),
+                "sums": pack(known.sums, "float32"),
+            }
+            for known in self._inputs.values()
+        ]
+        return {"inputs": inputs}

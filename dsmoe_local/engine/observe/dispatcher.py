@@ -1,0 +1,115 @@
+"""The observers of a loaded model, behind one graph callback and two calls a step. Sums up nothing itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dsmoe_local.engine.errors import EngineError
+from dsmoe_local.engine.native import Model, Row, tensors
+from dsmoe_local.engine.observe.observer import Logits, Observer, Scored, Watch
+from dsmoe_local.engine.observe.registry import make_observer
+from dsmoe_local.engine.types import Observation, ObserverOptions
+from dsmoe_local.model.hyperparameters import Hyperparameters
+
+
+class Dispatcher:
+    """Owned by the engine's thread.
+
+    `eval_callback` belongs into the context's options (None: nobody wants the graph), and must outlive the
+    context. `reads_logits`: somebody wants the logits of scored prompt tokens, so rows have many outputs.
+    """
+
+    def __init__(self, options: Sequence[ObserverOptions], model: Model, hp: Hyperparameters) -> None:
+        """Raises UsageError (an unknown observer or parameter, or one that the model cannot have),
+        FileError, FormatError.
+        """
+        self._observers: dict[str, Observer] = {}
+        self._nodes: Mapping[bytes, Watch] = {}
+        self._weights: Mapping[bytes, Watch] = {}
+        self._failure: BaseException | None = None
+        try:
+            for option in options:
+                self._observers[option.name] = make_observer(option, model, hp)
+        except BaseException:
+            self.close()
+            raise
+        self.reads_logits = any(observer.reads_logits for observer in self._observers.values())
+        self.eval_callback: Any = None
+        if any(observer.reads_graph for observer in self._observers.values()):
+            tensors.check_layout()
+            self.eval_callback = tensors.eval_callback(self._visit)
+
+    def before_step(self, rows: Sequence[Row]) -> None:
+        """Call before each decode. A step that no `after_step` follows (it was aborted, or found no room) is
+        not counted.
+        """
+        observers = self._observers.values()
+        for observer in observers:
+            observer.before_step(rows)
+        self._nodes = _merged([observer.nodes for observer in observers if observer.nodes])
+        self._weights = _merged([observer.weights for observer in observers if observer.weights])
+
+    def after_step(self, rows: Sequence[Row], logits: Logits, scored: Sequence[Scored | None] = ()) -> None:
+        """Call after each complete decode with its logits, shape (n_outputs, n_vocab), in the order of rows.
+
+        `scored` says for each row which tokens its outputs should have predicted; left out: none. Raises what
+        an observer raised in the middle of the step.
+        """
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+        for observer in self._observers.values():
+            observer.after_step(rows, logits, scored)
+
+    def summary(self, name: str) -> Observation:
+        """What the observer of that name has seen. EngineError if there is none."""
+        observer = self._observers.get(name)
+        if observer is None:
+            raise EngineError(f"no observer {name!r} was loaded")
+        return observer.summary()
+
+    def close(self) -> None:
+        """Release the observers' files. Closing twice is fine."""
+        for observer in self._observers.values():
+            observer.close()
+
+    def _visit(self, tensor: int, ask: bool, _: object) -> bool:
+        """The graph callback: for each node before it is computed, and for those that are wanted after it."""
+        try:
+            watch = self._nodes.get(tensors.name_of(tensor))
+            if watch is None and self._weights:
+                watch = self._watch_of_weight(tensor)
+            if ask:
+                return watch is not None
+            if watch is not None:
+                watch(tensor)
+        except BaseException as error:  # noqa: BLE001 - raised again after the step: it cannot leave ctypes
+            self._failure = self._failure or error
+            self._nodes = self._weights = {}
+            # True would ask for one more stop; False at a stop would end the graph.
+            return not ask
+        return True
+
+    def _watch_of_weight(self, tensor: int) -> Watch | None:
+        weight = tensors.source_of(tensor, 0)
+        return self._weights.get(tensors.weight_name_of(weight)) if weight else None
+
+
+def _merged(tables: Sequence[Mapping[bytes, Watch]]) -> Mapping[bytes, Watch]:
+    """One table of what several observers want; most often there is one."""
+    if len(tables) <= 1:
+        return tables[0] if tables else {}
+    merged = dict(tables[0])
+    for table in tables[1:]:
+        for name, watch in table.items():
+            merged[name] = _both(merged[name], watch) if name in merged else watch
+    return merged
+
+
+def _both(first: Watch, second: Watch) -> Watch:
+    def watch(tensor: int) -> None:
+        first(tensor)
+        second(tensor)
+
+    return watch

@@ -1,0 +1,192 @@
+"""Observes the routers: which experts are chosen, with how much of the probability, and what they add.
+
+Choices and their probabilities are taken of every token; entropy and norms of about one in eight, since each
+of those needs a further stop of the graph in each layer.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dsmoe_local.base.errors import UsageError
+from dsmoe_local.engine.native import Model, Row, tensors
+from dsmoe_local.engine.observe.arrays import pack
+from dsmoe_local.engine.observe.observer import Logits, Observer, Scored, Watch
+from dsmoe_local.engine.types import Observation
+from dsmoe_local.model.hyperparameters import Hyperparameters
+
+SAMPLED = 8
+"""One token in so many is looked at in detail."""
+MAX_TRACE = 4096
+
+_LONG_STEP = 64
+"""A step with so many tokens always gives some of them; of shorter ones, one in SAMPLED gives all."""
+_TINY = np.float32(1e-30)
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Traced:
+    """One decoded token's choices, shape (n_moe_layers, n_used)."""
+
+    sequence: int
+    position: int
+    token_id: int
+    experts: Array
+    probabilities: Array
+
+
+class Routing(Observer):
+    """`trace` keeps the choices of up to so many tokens: the last ones of a reply that was decoded alone."""
+
+    reads_graph = True
+
+    def __init__(self, model: Model, hp: Hyperparameters, *, trace: int = 0) -> None:
+        super().__init__()
+        if not hp.is_moe:
+            raise UsageError("routing: the model is dense, it has no experts")
+        if not 0 <= trace <= MAX_TRACE:
+            raise UsageError(f"routing: trace = {trace} is out of range", remedy=f"it takes 0 to {MAX_TRACE}")
+        self._first, self._n_layers, self._n_experts = hp.n_dense_layers, hp.n_moe_layers, hp.n_routed_experts
+        self._counts = np.zeros((self._n_layers, self._n_experts), np.int64)
+        self._expert_mass = np.zeros((self._n_layers, self._n_experts))
+        self._n_tokens = np.zeros(self._n_layers, np.int64)
+        self._mass, self._mass_squares = np.zeros(self._n_layers), np.zeros(self._n_layers)
+        # Count and sum.
+        self._details = {name: np.zeros((2, self._n_layers)) for name in ("entropy", "routed", "shared")}
+        self._trace: deque[_Traced] = deque(maxlen=trace)
+        self._n_steps = 0
+        self._stride = 1
+        self._chosen: list[tuple[int, Array, Array]] = []
+        self._detailed: list[tuple[str, int, Array]] = []
+        self._plain = self._watch_choices()
+        self._full = {**self._plain, **self._watch_details()}
+
+    def _watch_choices(self) -> dict[bytes, Watch]:
+        return {
+            f"ffn_moe_weights-{self._first + layer}".encode(): partial(self._take_choices, layer)
+            for layer in range(self._n_layers)
+        }
+
+    def _watch_details(self) -> dict[bytes, Watch]:
+        takers: dict[str, Callable[[int, int], None]] = {
+            "ffn_moe_probs": self._take_entropy,
+            "ffn_moe_out": partial(self._take_norm, "routed"),
+            "ffn_shexp": partial(self._take_norm, "shared"),
+        }
+        return {
+            f"{name}-{self._first + layer}".encode(): partial(taker, layer)
+            for name, taker in takers.items()
+            for layer in range(self._n_layers)
+        }
+
+    def before_step(self, rows: Sequence[Row]) -> None:
+        """See Observer."""
+        self._chosen.clear()
+        self._detailed.clear()
+        long = sum(len(row.token_ids) for row in rows) >= _LONG_STEP
+        self._stride = SAMPLED if long else 1
+        self.nodes = self._full if long or self._n_steps % SAMPLED == 0 else self._plain
+        self._n_steps += 1
+
+    def _take_choices(self, layer: int, tensor: int) -> None:
+        # The ids are read by this very node, so they are still in memory.
+        experts = tensors.read(tensors.source_of(tensor, 1))[0, 0]
+        probabilities = tensors.read(tensor)[0, :, :, 0]
+        self._chosen.append((layer, experts.astype(np.int64), probabilities.copy()))
+
+    def _take_entropy(self, layer: int, tensor: int) -> None:
+        p = tensors.read(tensor)[0, 0, :: self._stride]
+        self._detailed.append(("entropy", layer, -np.einsum("te,te->t", p, np.log(np.maximum(p, _TINY)))))
+
+    def _take_norm(self, name: str, layer: int, tensor: int) -> None:
+        x = tensors.read(tensor)[0, 0, :: self._stride]
+        self._detailed.append((name, layer, np.sqrt(np.einsum("tc,tc->t", x, x))))
+
+    def after_step(self, rows: Sequence[Row], logits: Logits, scored: Sequence[Scored | None]) -> None:
+        """See Observer: all layers of the step are counted at once."""
+        if not self._chosen:
+            return
+        layers = np.repeat([layer for layer, _, _ in self._chosen], [len(e) for _, e, _ in self._chosen])
+        experts = np.concatenate([experts for _, experts, _ in self._chosen])
+        mass = np.concatenate([mass for _, _, mass in self._chosen]).astype(np.float64)
+        cells = (layers[:, None] * self._n_experts + experts).ravel()
+        size = self._counts.size
+        self._counts += np.bincount(cells, minlength=size).reshape(self._counts.shape)
+        self._expert_mass += np.bincount(cells, mass.ravel(), size).reshape(self._counts.shape)
+        captured = mass.sum(1)
+        self._n_tokens += np.bincount(layers, minlength=self._n_layers)
+        self._mass += np.bincount(layers, captured, self._n_layers)
+        self._mass_squares += np.bincount(layers, captured * captured, self._n_layers)
+        for name, layer, values in self._detailed:
+            self._details[name][:, layer] += len(values), values.sum()
+        if self._trace.maxlen:
+            self._remember(rows, experts, mass)
+
+    def _remember(self, rows: Sequence[Row], experts: Array, mass: Array) -> None:
+        # With several rows in a step it is not known whose choices are whose.
+        if len(rows) != 1 or len(rows[0].token_ids) != 1 or len(experts) != self._n_layers:
+            self._trace.clear()
+            return
+        row = rows[0]
+        last = self._trace[-1] if self._trace else None
+        if last is not None and (last.sequence, last.position + 1) != (row.sequence, row.position):
+            self._trace.clear()
+        self._trace.append(_Traced(row.sequence, row.position, row.token_ids[0], experts, mass))
+
+    def summary(self) -> Observation:
+        """See Observer; docs/observers.md says what the fields are."""
+        return {
+            "n_routed_experts": self._n_experts,
+            "layers": [self._layer(layer) for layer in range(self._n_layers)],
+            "trace": self._traced() if self._trace else None,
+        }
+
+    def _layer(self, layer: int) -> dict[str, Any]:
+        n, counts = int(self._n_tokens[layer]), self._counts[layer]
+        if not n:
+            return {"layer": self._first + layer, "tokens": 0}
+        share = counts / counts.sum()
+        captured = self._mass[layer] / n
+        sampled, entropies = self._details["entropy"][:, layer]
+        norms = {
+            f"{name}_norm": total / max(1, count)
+            for name, (count, total) in (
+                (name, self._details[name][:, layer].tolist()) for name in ("routed", "shared")
+            )
+        }
+        return {
+            "layer": self._first + layer,
+            "tokens": n,
+            "experts_per_token": int(counts.sum()) // n,
+            "counts": counts.tolist(),
+            "expert_mass": self._expert_mass[layer].tolist(),
+            "captured_mass": captured,
+            "captured_mass_deviation": float(np.sqrt(max(0.0, self._mass_squares[layer] / n - captured**2))),
+            "load_entropy": float(
+                -(share * np.log(np.maximum(share, _TINY))).sum() / max(1e-9, np.log(len(share)))
+            ),
+            "load_peak": float(share.max() * len(share)),
+            "unused": int((counts == 0).sum()),
+            "sampled": int(sampled),
+            "router_entropy": entropies / max(1.0, sampled),
+            **norms,
+        }
+
+    def _traced(self) -> dict[str, Any]:
+        tokens = list(self._trace)
+        return {
+            "sequence": tokens[0].sequence,
+            "positions": [token.position for token in tokens],
+            "token_ids": [int(token.token_id) for token in tokens],
+            "experts": pack(np.stack([token.experts for token in tokens]), "int16"),
+            "probabilities": pack(np.stack([token.probabilities for token in tokens]), "float32"),
+        }
