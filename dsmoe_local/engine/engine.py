@@ -1,24 +1,26 @@
-"""The engine in this process: one thread owns the model and generates, one request at a time, in order.
+"""The engine in this process: one thread owns the model and decodes for all requests that are in.
 
-Callers see `TextEngine`: typed requests in, typed events out. The thread is what lets Ctrl-C interrupt a
-prompt in the middle: the caller's thread only waits, and may cancel. What is loaded and how is `loading`'s
-concern.
+Callers see `TextEngine`: typed requests in, typed events out. A second thread turns prompts into token ids
+and checks requests, so that a step never waits for either. What a step does is `core`'s concern, what is
+loaded and how that of `load`.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Self
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Self, TypeVar
 
 from dsmoe_local.base import progress
 from dsmoe_local.base.errors import InterruptedRunError
+from dsmoe_local.engine.core import Core
 from dsmoe_local.engine.errors import EngineError
-from dsmoe_local.engine.generation import Generation, Session
 from dsmoe_local.engine.load.session import load_session
+from dsmoe_local.engine.reply import Job
+from dsmoe_local.engine.sampling import check_request
+from dsmoe_local.engine.session import Session
 from dsmoe_local.engine.streaming import stream
 from dsmoe_local.engine.types import (
     Deliver,
@@ -27,38 +29,43 @@ from dsmoe_local.engine.types import (
     Observation,
     Prompt,
     Request,
-    Ticket,
     TokenEvent,
 )
 
+T = TypeVar("T")
 
-@dataclass(slots=True, eq=False)
-class _Job:
-    """A submitted request on its way; the caller's Ticket."""
 
-    engine: Engine
-    request: Request
-    submitted: float
-    deliver: Deliver
-    cancelled: bool = False
+class _Ticket:
+    """A caller's hold on a request."""
+
+    def __init__(self, engine: Engine, job: Job) -> None:
+        self._engine = engine
+        self._job = job
 
     def cancel(self) -> None:
-        self.engine._cancel(self)
+        """End it; nothing happens once it is over."""
+        self._engine._cancel(self._job)
 
 
 class Engine:
-    """A loaded model. Make it with `Engine.load`; close it, or use it as a context manager."""
+    """A loaded model. Make it with `Engine.load`; close it, or use it as a context manager.
+
+    `after_step`, when set, is called in the engine's thread once the events of a step are delivered.
+    """
 
     def __init__(self, options: ModelOptions, listen: progress.Listener, stop: threading.Event) -> None:
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self.after_step: Callable[[], None] | None = None
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         # Reentrant, and no Event for the flag: `cancel` may be called by a signal handler in the middle of
-        # `submit`.
+        # `start`.
         self._lock = threading.RLock()
-        self._waiting: dict[str, _Job] = {}
+        self._jobs: dict[str, Job] = {}
         self._session: Session | None = None
+        self._core: Core | None = None
         self._failure: BaseException | None = None
         self._closed = False
         self._loaded = threading.Event()
+        self._intake = ThreadPoolExecutor(1, "dsmoe-intake")
         self._thread = threading.Thread(
             target=self._run,
             args=(lambda: load_session(options, listen, stop),),
@@ -87,7 +94,7 @@ class Engine:
         except BaseException:
             stop.set()
             # Loading may be over by now: the thread then waits for work.
-            engine._jobs.put(None)
+            engine._inbox.put(None)
             engine._thread.join()
             raise
         if engine._failure is not None:
@@ -105,33 +112,26 @@ class Engine:
         return self._require_session().info
 
     def submit(self, request: Request) -> Iterator[TokenEvent]:
-        """Generate a reply (see TextEngine). Requests wait for those submitted before them."""
+        """Generate a reply (see TextEngine)."""
         return stream(self.start, request)
 
-    def start(self, request: Request, deliver: Deliver) -> Ticket:
+    def start(self, request: Request, deliver: Deliver) -> _Ticket:
         """Generate without waiting (see TextEngine)."""
-        self._require_session()
-        job = _Job(self, request, time.perf_counter(), deliver)
+        job = Job(request, deliver)
         with self._lock:
-            if request.id in self._waiting:
+            self._require_session()
+            if request.id in self._jobs:
                 raise EngineError(f"a request with the id {request.id!r} is already running")
-            self._waiting[request.id] = job
-        self._jobs.put(job)
-        return job
+            self._jobs[request.id] = job
+            self._intake.submit(self._take_in, job)
+        return _Ticket(self, job)
 
     def cancel(self, request_id: str) -> None:
         """End a request, also while its prompt is read. Unknown ids are fine."""
         with self._lock:
-            job = self._waiting.get(request_id)
+            job = self._jobs.get(request_id)
         if job is not None:
             self._cancel(job)
-
-    def _cancel(self, job: _Job) -> None:
-        with self._lock:
-            job.cancelled = True
-            # Only the running request has a generation to abort; the flag suffices for those that wait.
-            if self._session is not None and self._session.running == job.request.id:
-                self._session.abort()
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """The exact token ids of `prompt`. Raises PromptError, TemplateError."""
@@ -142,8 +142,15 @@ class Engine:
         return self._require_session().log()
 
     def observe(self, name: str) -> Observation:
-        """What the observer of that name has seen. EngineError if none was loaded."""
-        raise EngineError(f"no observer {name!r} was loaded")
+        """What the observer of that name has seen, between two steps. EngineError if none was loaded."""
+        session = self._require_session()
+        return self._between_steps(lambda: session.observers.summary(name))
+
+    def check(self) -> None:
+        """AssertionError unless the scheduler's books agree."""
+        core = self._core
+        assert core is not None
+        self._between_steps(core.scheduler.check)
 
     def close(self) -> None:
         """End all requests and free the model. Closing twice is fine."""
@@ -151,10 +158,11 @@ class Engine:
             if self._closed:
                 return
             self._closed = True
-            jobs = list(self._waiting.values())
+            jobs = list(self._jobs.values())
         for job in jobs:
             self._cancel(job)
-        self._jobs.put(None)
+        self._intake.shutdown()
+        self._inbox.put(None)
         self._thread.join()
 
     def __enter__(self) -> Self:
@@ -168,33 +176,91 @@ class Engine:
             raise EngineError("the engine is closed")
         return self._session
 
+    def _between_steps(self, function: Callable[[], T]) -> T:
+        """What `function` returns in the engine's thread."""
+        future: Future[T] = Future()
+
+        def call() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+                future.set_exception(error)
+
+        self._inbox.put(call)
+        return future.result()
+
+    def _cancel(self, job: Job) -> None:
+        with self._lock:
+            if self._jobs.get(job.request.id) is not job or job.cancelled:
+                return
+            job.cancelled = True
+        core = self._core
+        assert core is not None
+        core.interrupt(job)
+        self._inbox.put(lambda: core.cancel(job))
+
+    def _take_in(self, job: Job) -> None:
+        """The intake thread: from a request to something that can be scheduled."""
+        session, core = self._session, self._core
+        assert session is not None
+        assert core is not None
+        prompt: tuple[int, ...] = ()
+        failure: Exception | None = None
+        try:
+            if not job.cancelled:
+                check_request(session.model, job.request)
+                prompt = session.encoder.encode(job.request.prompt)
+        except Exception as error:  # noqa: BLE001 - delivered to the request that caused it
+            failure = error
+        self._inbox.put(lambda: self._admit(core, job, prompt, failure))
+
+    def _admit(self, core: Core, job: Job, prompt: tuple[int, ...], failure: Exception | None) -> None:
+        try:
+            if failure is not None:
+                raise failure
+            if job.cancelled:
+                job.drop()
+                self._finish(job, None)
+            else:
+                core.add(job, prompt)
+        except Exception as error:  # noqa: BLE001 - delivered to the request that caused it
+            self._finish(job, error)
+
+    def _finish(self, job: Job, error: Exception | None) -> None:
+        """The last word on a request. Its id is free before the caller can hear of it."""
+        with self._lock:
+            del self._jobs[job.request.id]
+        job.deliver(error)
+
     def _run(self, load: Callable[[], Session]) -> None:
         """The engine's thread."""
         try:
-            self._session = load()
+            session = load()
+            self._core = core = Core(session, self._finish)
+            self._session = session
         except BaseException as error:  # noqa: BLE001 - raised again by `load` in the caller's thread
             self._failure = error
+            self._intake.shutdown()
             return
         finally:
             self._loaded.set()
         try:
-            while (job := self._jobs.get()) is not None:
-                self._generate(self._session, job)
+            while self._take_tasks(core):
+                core.step()
+                self._tell()
         finally:
-            self._session.close()
+            session.close()
 
-    def _generate(self, session: Session, job: _Job) -> None:
-        with self._lock:
-            session.running = job.request.id
-            session.clear_abort()
-        try:
-            for event in Generation(session, job.request, job.submitted, lambda: job.cancelled):
-                job.deliver(event)
-            end: BaseException | None = None
-        except BaseException as error:  # noqa: BLE001 - raised again in the thread that reads the events
-            end = error
-        finally:
-            with self._lock:
-                session.running = None
-                del self._waiting[job.request.id]
-        job.deliver(end)
+    def _take_tasks(self, core: Core) -> bool:
+        """Do what came in; waits only where there is nothing to compute. False at the end."""
+        while not self._inbox.empty() or core.idle:
+            task = self._inbox.get()
+            if task is None:
+                return False
+            task()
+            self._tell()
+        return True
+
+    def _tell(self) -> None:
+        if self.after_step is not None:
+            self.after_step()

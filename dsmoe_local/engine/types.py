@@ -105,9 +105,9 @@ class Request:
     model stops or the context is full. Generation also ends before the first of the `stop` strings.
 
     `n` replies are made of one prompt, told apart by `TokenEvent.index`; the i-th is sampled with the seed
-    plus i. `logprobs` asks for the log-probability of each token, `top_logprobs` for those of that many of the
-    likeliest beside it. `logit_bias` adds to the logits of token ids before anything else; -100 bans one.
-    `grammar` is GBNF, `json_schema` the text of a JSON schema; at most one of them constrains the reply.
+    plus i. `logprobs` asks for the log-probability of each token, `top_logprobs` for those of that many of
+    the likeliest beside it. `logit_bias` adds to the logits of token ids before anything else; -100 bans
+    one. `grammar` is GBNF, `json_schema` the text of a JSON schema; at most one of them constrains the reply.
     `context_shift`: when the context is full, the older half of the conversation makes room, instead of the
     end. `score_from`: the prompt's tokens from this index on are shown to the observers with their logits
     (a model loaded with an observer that reads logits).

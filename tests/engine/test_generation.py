@@ -15,6 +15,7 @@ from support import llama_oracle
 from support.models import smollm2, tiny_model
 
 from dsmoe_local.base.errors import UsageError
+from dsmoe_local.engine import native
 from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.errors import EngineError, PromptError
 from dsmoe_local.engine.types import (
@@ -47,6 +48,13 @@ def generate(engine: Engine, prompt: Prompt, count: int = 24, **more: Any) -> li
     return list(engine.submit(Request("r", prompt, **values)))
 
 
+def forget(engine: Engine) -> None:
+    """Drop what idle sequences hold."""
+    core = engine._core
+    assert core is not None
+    engine._between_steps(core.scheduler.forget_idle)
+
+
 def ids(events: Sequence[TokenEvent]) -> list[int]:
     return [event.token_id for event in events[:-1] if event.token_id is not None]
 
@@ -58,8 +66,7 @@ def text(events: Sequence[TokenEvent]) -> str:
 @pytest.mark.parametrize("prompt", ["The quick brown fox", "人工智能", "def f(x):\n    return", "a"])
 def test_greedy_tokens_equal_the_bare_loop(engine: Engine, prompt: str) -> None:
     """Guards: a token, position or output row passed wrongly to llama_decode."""
-    engine.encode(prompt)
-    engine._require_session().keep_prefix_of([])  # a cold cache, as the oracle's
+    forget(engine)  # a cold cache, as the oracle's
     with llama_oracle.vocabulary(tiny_model()) as vocabulary:
         expected_prompt = vocabulary.encode(prompt, add_special=True)
     assert list(engine.encode(prompt)) == expected_prompt
@@ -234,9 +241,12 @@ def test_abort_in_prefill_leaves_an_exact_cache() -> None:
         assert events[-1].finish_reason is FinishReason.CANCELLED
         read = [event.progress.done for event in events if event.progress]
         assert read[-1] < len(prompt)
-        session = engine._require_session()
-        assert len(session.cached) == session.context.n_cached(0)
-        assert list(prompt[: len(session.cached)]) == session.cached
+        session, core = engine._require_session(), engine._core
+        assert core is not None
+        held = core.scheduler.cells.tokens(0)
+        assert len(held) == session.context.n_cached(0)
+        assert list(prompt[: len(held)]) == held
+        engine.check()
         # What is cached must be right, not only counted.
         short = prompt[:300]
         events = generate(engine, short, 6)
@@ -247,14 +257,14 @@ def test_native_abort_flag_stops_a_running_step() -> None:
     """Guards: the strlen callback no longer being called by a newer llama.cpp."""
     prompt = tuple(3 + index % 200 for index in range(1900))
     with Engine.load(ModelOptions(smollm2(), n_context=2048, n_ubatch=2048, n_threads=1)) as engine:
-        session = engine._require_session()
-        timer = threading.Timer(0.1, session.abort)
+        context = engine._require_session().context
+        timer = threading.Timer(0.1, context.abort)
         timer.start()
         # One single step, which takes seconds when nothing stops it.
-        assert session.decode(prompt, logits=True) is False
+        assert context.decode([native.Row(0, 0, prompt, 1)]) == native.ABORTED
         timer.join()
-        assert session.context.n_cached(0) == 0
-        session.clear_abort()
+        assert context.n_cached(0) == 0
+        context.clear_abort()
 
 
 def test_closing_the_iterator_cancels(engine: Engine) -> None:

@@ -41,7 +41,8 @@ class ContextOptions:
     """Sizes and modes of a context; the strings are keys of CACHE_TYPES and FLASH_ATTENTION.
 
     `n_context` cells in all: any sequence may use any of them if `unified`, else `n_context / n_sequences`
-    each. `eval_callback`: ggml's scheduler callback as a ctypes object, which the caller keeps alive.
+    each. A step may have `n_outputs` rows of logits. `eval_callback`: ggml's scheduler callback as a ctypes
+    object, which the caller keeps alive.
     """
 
     n_context: int
@@ -55,6 +56,7 @@ class ContextOptions:
     n_sequences: int = 1
     unified: bool = True
     offload_cache: bool = True
+    n_outputs: int = 1
     eval_callback: Any = None
 
 
@@ -83,8 +85,8 @@ class Context:
         parameters.n_seq_max = options.n_sequences
         parameters.kv_unified = options.unified
         parameters.offload_kqv = options.offload_cache
-        # One row of logits per sequence: the buffer for a whole ubatch of them would be 200 MB at 16B.
-        parameters.n_outputs_max = options.n_sequences
+        # Usually one row of logits per sequence: those of a whole ubatch would be 200 MB at 16B.
+        parameters.n_outputs_max = options.n_outputs
         parameters.n_threads = options.n_threads
         parameters.n_threads_batch = options.n_threads_batch
         parameters.flash_attn_type = FLASH_ATTENTION[options.flash_attention]
@@ -131,7 +133,7 @@ class Context:
         )
 
     def decode(self, rows: Sequence[Row]) -> int:
-        """Run one step of at most n_batch tokens and one output a sequence.
+        """Run one step of at most n_batch tokens and n_outputs outputs.
 
         Returns DECODED, NO_SLOT (nothing changed) or ABORTED (`n_cached` says what stayed). Raises
         NativeError.

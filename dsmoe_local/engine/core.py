@@ -1,0 +1,251 @@
+"""One step of the engine after another: what the scheduler decided, decoded, and the tokens that come of it.
+
+Owned by the engine's thread; only `interrupt` may be called from others. Threads, queues and who waits for
+what are `engine`'s concern.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dsmoe_local.base.errors import UsageError
+from dsmoe_local.engine import native
+from dsmoe_local.engine.errors import NativeError, PromptError
+from dsmoe_local.engine.observe.observer import Logits, Scored
+from dsmoe_local.engine.reply import Job, Reply
+from dsmoe_local.engine.schedule import plan
+from dsmoe_local.engine.schedule.scheduler import Scheduler
+from dsmoe_local.engine.session import Session
+from dsmoe_local.engine.types import FinishReason
+
+_FILLER = 0  # any token will do: its logits are never looked at
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A row of a step: its place among the batch's rows, and those of its last token and its last output."""
+
+    row: plan.StepRow
+    row_index: int
+    batch_index: int
+    output_index: int
+
+
+class Core:
+    """A session at work: the requests in it and the steps that serve them.
+
+    `finished` is called with each request that is over, after its last event, and the error that ended it.
+    """
+
+    def __init__(self, session: Session, finished: Callable[[Job, Exception | None], None]) -> None:
+        self._session = session
+        self._finished = finished
+        self._context = session.context
+        self.scheduler = Scheduler(session.limits)
+        self._replies: dict[plan.Sequence, Reply] = {}
+        self._lock = threading.RLock()
+        self._computing: dict[Job, bool] = {}
+        self._alone = False
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to compute."""
+        return self.scheduler.idle
+
+    def add(self, job: Job, prompt: tuple[int, ...]) -> None:
+        """Take a request in. Raises what is wrong with it: PromptError, UsageError."""
+        n_context = self._session.info.n_context
+        if len(prompt) >= n_context:
+            raise PromptError(
+                f"the prompt has {len(prompt)} tokens, the context holds {n_context}",
+                remedy="shorten it, or load the model with a larger context: -c",
+            )
+        if job.request.context_shift and not self._context.can_shift:
+            raise UsageError("the model's context cannot be shifted")
+        if job.request.score_from is not None and not self._session.observers.reads_logits:
+            raise UsageError("score_from: no observer of the model reads logits")
+        replies: list[Reply] = []
+        try:
+            for index in range(job.request.n):
+                replies.append(Reply(job, index, prompt, self._context, n_context))  # noqa: PERF401 - closed below
+        except BaseException:
+            for reply in replies:
+                reply.close()
+            raise
+        job.n_open = len(replies)
+        for reply in replies:
+            self._replies[reply.sequence] = reply
+            self.scheduler.add(reply.sequence)
+
+    def cancel(self, job: Job) -> None:
+        """End a request's replies as CANCELLED."""
+        for reply in self._of(job):
+            self._end(reply, FinishReason.CANCELLED)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        """End a request's replies without another event."""
+        for reply in self._of(job):
+            self._take_out(reply)
+        self._finished(job, error)
+
+    def interrupt(self, job: Job) -> None:
+        """Break off the running step if it reads the cancelled `job`'s prompt, or computes nothing else.
+
+        From any thread. A step that only decodes is short, and is left to the others that are in it.
+        """
+        with self._lock:
+            if self._computing.get(job) or (self._alone and job in self._computing):
+                self._context.abort()
+
+    def step(self) -> None:
+        """Compute one step and deliver its events."""
+        step = self.scheduler.plan()
+        for operation in step.operations:
+            self._perform(operation)
+        for sequence in step.full:
+            self._end(self._replies[sequence], FinishReason.CONTEXT_FULL)
+        if step.rows:
+            self._decode(step)
+
+    def _of(self, job: Job) -> list[Reply]:
+        return [reply for reply in self._replies.values() if reply.job is job]
+
+    def _perform(self, operation: plan.Operation) -> None:
+        if isinstance(operation, plan.Copy):
+            self._context.copy(operation.source, operation.target, operation.n_tokens)
+        elif isinstance(operation, plan.Forget):
+            self._context.forget(operation.sequence, operation.start)
+        else:
+            end = operation.start + operation.n_tokens
+            self._context.forget(operation.sequence, operation.start, end)
+            self._context.shift(operation.sequence, end, operation.n_tokens)
+
+    def _decode(self, step: plan.Step) -> None:
+        placed, rows = self._place(step)
+        observers = self._session.observers
+        if not self._begin(placed):
+            return
+        try:
+            observers.before_step(rows)
+            status = self._context.decode(rows)
+            if status == native.NO_SLOT:
+                raise NativeError(
+                    "the KV cache has no room left", remedy="load the model with a larger context: -c"
+                )
+        except Exception as error:  # noqa: BLE001 - delivered to those whose step this was
+            self._lose(step, error)
+            return
+        finally:
+            with self._lock:
+                self._computing = {}
+                self._context.clear_abort()
+        for filler in step.fillers:
+            if self._context.n_cached(filler.slot) > filler.position:
+                self._context.forget(filler.slot, filler.position)
+        if status == native.ABORTED:
+            for row in step.rows:
+                self.scheduler.resync(row.sequence, self._context.n_cached(row.sequence.slot))
+            return
+        self.scheduler.commit(step)
+        logits = self._context.logits()
+        try:
+            scored = self._scored(placed, len(rows)) if observers.reads_logits else ()
+            observers.after_step(rows, logits, scored)
+        except Exception as error:  # noqa: BLE001 - delivered to those whose step this was
+            self._lose(step, error)
+            return
+        self._advance(placed, logits)
+
+    def _place(self, step: plan.Step) -> tuple[list[_Placed], list[native.Row]]:
+        """The rows and fillers as a batch. Streams are computed together only in the order of their slots."""
+        placed: list[_Placed] = []
+        rows: list[native.Row] = []
+        n_tokens = n_outputs = 0
+        parts: list[plan.StepRow | plan.Filler] = [*step.rows, *step.fillers]
+        if not self.scheduler.limits.unified:
+            parts.sort(key=lambda part: part.slot if isinstance(part, plan.Filler) else part.sequence.slot)
+        for part in parts:
+            if isinstance(part, plan.Filler):
+                row = native.Row(part.slot, part.position, (_FILLER,), 1)
+            else:
+                tokens = part.sequence.tokens[part.start : part.start + part.n_tokens]
+                row = native.Row(part.sequence.slot, part.start, tokens, part.n_outputs)
+            n_tokens += len(row.token_ids)
+            n_outputs += row.n_outputs
+            rows.append(row)
+            if isinstance(part, plan.StepRow):
+                placed.append(_Placed(part, len(rows) - 1, n_tokens - 1, n_outputs - 1))
+        return placed, rows
+
+    def _begin(self, placed: Sequence[_Placed]) -> bool:
+        """Allow `interrupt`; False if a request of the step was cancelled before that."""
+        with self._lock:
+            computing: dict[Job, bool] = {}
+            for place in placed:
+                job = self._replies[place.row.sequence].job
+                computing[job] = computing.get(job, False) or place.row.n_tokens > 1
+            if any(job.cancelled for job in computing):
+                return False
+            self._computing = computing
+            self._alone = len(computing) == 1
+        return True
+
+    def _scored(self, placed: Sequence[_Placed], n_rows: int) -> list[Scored | None]:
+        """For each row of the batch, what its outputs should have predicted."""
+        scored: list[Scored | None] = [None] * n_rows
+        for place in placed:
+            sequence, start, n_tokens, n_outputs = place.row
+            if sequence.score_from is None or start >= sequence.n_prompt:
+                continue
+            first = start + n_tokens - n_outputs + 1
+            targets = sequence.tokens[first : min(start + n_tokens + 1, sequence.n_prompt)]
+            scored[place.row_index] = Scored(self._replies[sequence].job.request.id, first, targets)
+        return scored
+
+    def _advance(self, placed: Sequence[_Placed], logits: Logits) -> None:
+        """Choose the next token of every complete row."""
+        for place in placed:
+            sequence = place.row.sequence
+            reply = self._replies.get(sequence)
+            if reply is None:  # its request failed in this very step
+                continue
+            if sequence.n_cached < len(sequence.tokens):
+                reply.progress(sequence.n_cached, len(sequence.tokens))
+                continue
+            try:
+                choice = reply.choose(place.batch_index, logits[place.output_index])
+                reason = reply.take(choice)
+            except Exception as error:  # noqa: BLE001 - delivered to the request that caused it
+                self._fail(reply.job, error)
+                continue
+            if reason is None:
+                self.scheduler.append(sequence, choice.token_id)
+            else:
+                self._remove(reply)
+
+    def _lose(self, step: plan.Step, error: Exception) -> None:
+        """Fail the requests of a step that could not be computed; no cell that it touched is trusted."""
+        for filler in step.fillers:
+            self._context.forget(filler.slot, filler.position)
+        for row in step.rows:
+            self.scheduler.lose(row.sequence)
+        for job in {self._replies[row.sequence].job for row in step.rows}:
+            self._fail(job, error)
+
+    def _end(self, reply: Reply, reason: FinishReason) -> None:
+        reply.end(reason)
+        self._remove(reply)
+
+    def _remove(self, reply: Reply) -> None:
+        """Take a reply out whose last event is delivered."""
+        self._take_out(reply)
+        if reply.job.n_open == 0:
+            self._finished(reply.job, None)
+
+    def _take_out(self, reply: Reply) -> None:
+        reply.close()
+        del self._replies[reply.sequence]
+        self.scheduler.finish(reply.sequence)
+        reply.job.n_open -= 1

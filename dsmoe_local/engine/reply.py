@@ -1,0 +1,160 @@
+"""A request on its way and its replies: tokens become text, limits and stop strings end it. Decodes none."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from dsmoe_local.engine import native
+from dsmoe_local.engine.observe.observer import Logits
+from dsmoe_local.engine.sampling import Choice, Chooser, choose_seed
+from dsmoe_local.engine.schedule.plan import Sequence
+from dsmoe_local.engine.stream import TextStream
+from dsmoe_local.engine.types import (
+    MAX_SEED,
+    Deliver,
+    FinishReason,
+    PromptProgress,
+    Request,
+    TokenEvent,
+    Usage,
+)
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A submitted request: what it asks for, where its events go, and how many replies are not ended."""
+
+    request: Request
+    deliver: Deliver
+    submitted: float = field(default_factory=time.perf_counter)
+    cancelled: bool = False
+    n_open: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """Since it was submitted."""
+        return time.perf_counter() - self.submitted
+
+    def drop(self) -> None:
+        """The closing events of a request that was cancelled before it began."""
+        for index in range(self.request.n):
+            usage = Usage(0, 0, 0, self.seconds, 0.0, choose_seed(self.request.sampling))
+            event = TokenEvent(
+                self.request.id,
+                "",
+                self.seconds,
+                finish_reason=FinishReason.CANCELLED,
+                usage=usage,
+                index=index,
+            )
+            self.deliver(event)
+
+
+class Reply:
+    """One reply of a request. Its events are those that `TextEngine.submit` describes."""
+
+    def __init__(
+        self, job: Job, index: int, prompt: tuple[int, ...], context: native.Context, n_context: int
+    ) -> None:
+        """Raises what the request's sampling cannot have."""
+        request = job.request
+        self.job = job
+        self.index = index
+        self._model = context.model
+        self._seed = choose_seed(request.sampling)
+        if self._seed is not None:
+            self._seed = (self._seed + index) % (MAX_SEED + 1)
+        self._chooser = Chooser(self._model, context, request, self._seed, prompt)
+        self._stream = TextStream(request.stop)
+        # A reply that goes on may have been cut inside a character, which takes four bytes at most.
+        self._stream.begin_after(b"".join(map(self._model.piece, prompt[-4:])))
+        room = None if request.context_shift else n_context - len(prompt)
+        limits = [limit for limit in (room, request.max_tokens) if limit is not None]
+        self._limit = min(limits, default=None)
+        self._limit_reason = (
+            FinishReason.LENGTH if self._limit == request.max_tokens else FinishReason.CONTEXT_FULL
+        )
+        self._n_generated = 0
+        self._prompt_read: float | None = None
+        self.sequence = Sequence(
+            list(prompt),
+            n_most=None if request.max_tokens is None else len(prompt) + request.max_tokens,
+            n_reusable=request.score_from,
+            score_from=request.score_from,
+            can_shift=request.context_shift,
+        )
+
+    def choose(self, batch_index: int, logits: Logits) -> Choice:
+        """The next token, from the logits of the step's token `batch_index`."""
+        if self._prompt_read is None:
+            self._prompt_read = self.job.seconds
+        return self._chooser.choose(batch_index, logits)
+
+    def take(self, choice: Choice) -> FinishReason | None:
+        """Tell the reader of a chosen token; returns why the reply ends with it, if it does."""
+        if self._model.ends(choice.token_id):
+            self.end(FinishReason.STOP, choice)
+            return FinishReason.STOP
+        self._n_generated += 1
+        text = self._stream.feed(self._model.piece(choice.token_id))
+        self.job.deliver(
+            TokenEvent(
+                self.job.request.id,
+                text,
+                self.job.seconds,
+                choice.token_id,
+                choice.logprob,
+                index=self.index,
+                alternatives=choice.alternatives,
+            )
+        )
+        if self._stream.stopped:
+            return self.end(FinishReason.STOP)
+        if self._n_generated == self._limit:
+            return self.end(self._limit_reason)
+        return None
+
+    def progress(self, done: int, total: int) -> None:
+        """Tell the reader that the prompt is partly read."""
+        self.job.deliver(
+            TokenEvent(
+                self.job.request.id,
+                "",
+                self.job.seconds,
+                progress=PromptProgress(done, total),
+                index=self.index,
+            )
+        )
+
+    def end(self, reason: FinishReason, choice: Choice | None = None) -> FinishReason:
+        """Free the sampler and tell the reader that the reply is over. `choice`: the token that ended it."""
+        self.close()
+        now = self.job.seconds
+        read = now if self._prompt_read is None else self._prompt_read
+        usage = Usage(
+            prompt_tokens=self.sequence.n_prompt,
+            cached_tokens=self.sequence.n_reused or 0,
+            completion_tokens=self._n_generated,
+            prompt_seconds=read,
+            completion_seconds=now - read,
+            seed=self._seed,
+        )
+        self.job.deliver(
+            TokenEvent(
+                self.job.request.id,
+                self._stream.finish(cut=reason is not FinishReason.STOP),
+                now,
+                None if choice is None else choice.token_id,
+                None if choice is None else choice.logprob,
+                finish_reason=reason,
+                usage=usage,
+                index=self.index,
+                alternatives=() if choice is None else choice.alternatives,
+            )
+        )
+        return reason
+
+    def close(self) -> None:
+        """Free the sampler."""
+        self._chooser.close()

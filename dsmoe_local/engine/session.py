@@ -1,0 +1,34 @@
+"""A loaded model with what belongs to it: made by `load`, worked with by `core`. Decides nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsmoe_local.engine import native
+from dsmoe_local.engine.observe.dispatcher import Dispatcher
+from dsmoe_local.engine.prompts.encoder import PromptEncoder
+from dsmoe_local.engine.schedule.plan import Limits
+from dsmoe_local.engine.types import ModelInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """Owned by the engine's thread, but for `encoder` and `log`, which any thread may use."""
+
+    info: ModelInfo
+    model: native.Model
+    context: native.Context
+    encoder: PromptEncoder
+    observers: Dispatcher
+    limits: Limits
+
+    def log(self) -> tuple[str, ...]:
+        """llama.cpp's latest log lines."""
+        return native.log_lines()
+
+    def close(self) -> None:
+        """Free everything native."""
+        self.encoder.close()
+        self.context.close()
+        self.observers.close()
+        self.model.close()
