@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -129,12 +130,14 @@ def find_model(*named: str | None) -> Path:
     return demo
 
 
-def load_engine(path: Path, values: dict[str, Any]) -> Engine:
+def load_engine(
+    path: Path, values: dict[str, Any], *, n_parallel: int = 1, deterministic: bool = False
+) -> Engine:
     """The engine for `path`, loaded with progress on the screen; takes its own options out of `values`."""
     from dsmoe_local.cli.render import run_with_progress
     from dsmoe_local.engine.engine import Engine
 
-    options = _model_options(path, values)
+    options = replace(_model_options(path, values), n_parallel=n_parallel, deterministic=deterministic)
     return run_with_progress(lambda listen, stop: Engine.load(options, listen, stop))
 
 
