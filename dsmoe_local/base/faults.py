@@ -19,6 +19,14 @@ POINTS = {
     "output.complete": "all tensors are written and synced, nothing is verified",
     "output.verified": "the temp file is verified, not renamed",
     "output.renamed": "the final name exists, the journal is still there",
+    "batch.spooled": "standard input is kept, nothing is answered",
+    "batch.created": "the batch's output exists, empty, without a journal",
+    "batch.begun": "the batch's journal exists, without a record",
+    "batch.announced": "a group of records is in the journal, not in the output",
+    "batch.record": "one record of a group is written, not synced",
+    "batch.written": "all records of a group are written, not synced",
+    "batch.synced": "a group is synced, nobody knows yet",
+    "batch.complete": "every record counts, nothing is cleaned up",
 }
 
 _wanted, _, _ordinal = os.environ.get("DSMOE_FAULT", "").partition(":")

@@ -1,190 +1,188 @@
-"""One batch: every input line answered in order, every record on the disk before the next begins."""
+"""One batch, prepared: its input read once, its output open, what is finished known. `run` does the work."""
 
 from __future__ import annotations
 
-import errno
-import json
-import os
 import threading
-import time
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from dsmoe_local.base import durable
-from dsmoe_local.base.errors import DsmoeError, FileError, InterruptedRunError, NoSpaceError, UsageError
-from dsmoe_local.base.progress import Advanced, Finished, Listener, Started, ignore
-from dsmoe_local.batch.records import BatchDefaults, Line, check_ids, describe, read_lines, request_of
-from dsmoe_local.batch.responses import FORMATS, Failure, Reply
-from dsmoe_local.engine.types import FinishReason, Message, Request, TextEngine
+from dsmoe_local.base.errors import FileError, FormatError, UsageError
+from dsmoe_local.base.progress import Listener, Note, ignore
+from dsmoe_local.batch.index import Index, build_index
+from dsmoe_local.batch.journal import Output, journal_path
+from dsmoe_local.batch.lines import Key, Line, key_of
+from dsmoe_local.batch.order import work_order
+from dsmoe_local.batch.requests import BatchDefaults, request_of
+from dsmoe_local.batch.responses import FORMATS
+from dsmoe_local.batch.sources import InputForm, Source
+from dsmoe_local.batch.spool import spool, spool_path
+from dsmoe_local.batch.summary import BatchSummary
+from dsmoe_local.engine.types import Request
+
+STDIN = Path("-")
+REQUESTS = InputForm()
+_SEEDS = 2**31
 
 
 @dataclass(frozen=True, slots=True)
 class BatchOptions:
-    """What to read, where to write, and how."""
+    """What to read, where to write, and how.
+
+    `settings` is whatever else a reply depends on (the model, its options): records of other settings are not
+    continued. `deterministic`: the engine is; requests that sample without a seed then get one of their own,
+    always the same. `max_errors`: give up after that many more failed lines than this.
+    """
 
     source: Path
     out: Path
     defaults: BatchDefaults
     form: str = "openai"
-    force: bool = False
+    input: InputForm = REQUESTS
+    settings: Mapping[str, str] = field(default_factory=dict)
+    ordered: bool = False
+    deterministic: bool = False
+    restart: bool = False
+    max_errors: int | None = None
 
 
 @dataclass(slots=True)
-class BatchSummary:
-    """What came of it."""
+class Job:
+    """A batch that can be run. `order`: the positions of the lines that are left, in the order of work."""
 
-    n_records: int = 0
-    n_failed: int = 0
-    n_prompt_tokens: int = 0
-    n_completion_tokens: int = 0
-    seconds: float = 0.0
+    options: BatchOptions
+    source: Source
+    index: Index
+    output: Output
+    summary: BatchSummary
+    order: array[int]
 
-    def count(self, outcome: Reply | Failure) -> None:
-        """Add one record."""
-        self.n_records += 1
-        if isinstance(outcome, Failure):
-            self.n_failed += 1
-        else:
-            self.n_prompt_tokens += outcome.usage.prompt_tokens
-            self.n_completion_tokens += outcome.usage.completion_tokens
+    def line(self, position: int) -> Line:
+        """Read a line again. FormatError if it is not what it was."""
+        span = self.index.span(position)
+        raw = self.source.read(span)
+        line = self.source.line(span.number, raw)
+        if key_of(line, raw) != self.index.key(position):
+            raise FormatError(
+                "the input changed while it was worked on", where=f"{self.source.path}, line {span.number}"
+            )
+        return line
+
+    def request(self, line: Line, position: int) -> Request:
+        """The request that a line makes. Raises LineError, UsageError."""
+        request = request_of(line, self.options.defaults)
+        sampling = request.sampling
+        if self.options.deterministic and sampling.seed is None and sampling.temperature > 0:
+            key = self.index.key(position)
+            request = replace(request, sampling=replace(sampling, seed=(key.id ^ key.content) % _SEEDS))
+        return request
+
+    def finish(self) -> None:
+        """Remove what is needed no longer once every record is there."""
+        if self.options.source == STDIN:
+            spool_path(self.options.out).unlink(missing_ok=True)
 
 
-def check_paths(options: BatchOptions) -> int:
-    """Everything that can be wrong before a model is loaded; returns the number of requests.
-
-    Raises UsageError (input is output), FileError (the input cannot be read, the output exists), FormatError
-    (an id occurs twice).
-    """
-    if durable.same_file(options.source, options.out):
-        raise UsageError("input and output are the same file", where=str(options.out))
+def check_paths(options: BatchOptions) -> None:
+    """What can be wrong at first sight. Raises UsageError (input is output), FileError."""
+    folder = options.out.absolute().parent
+    if not folder.is_dir():
+        raise FileError("the output's folder does not exist", where=folder)
+    if options.out.is_dir():
+        raise FileError("the output is a folder", where=options.out)
+    if options.source == STDIN:
+        return
+    for path in (options.out, journal_path(options.out)):
+        if durable.same_file(options.source, path):
+            raise UsageError("input and output are the same file", where=str(path))
     if options.source.exists() and not options.source.is_file():
         raise FileError(
-            "the input is not a regular file, and it is read twice",
+            "the input is not a regular file, and it is read more than once",
             where=options.source,
-            remedy="write the lines to a file first",
+            remedy="name -, and pipe the lines in",
         )
-    if options.out.exists() and not options.force:
-        raise FileError(
-            "the output exists", where=options.out, remedy="name another, or replace it with --force"
-        )
-    _check_folder(options.out)
-    return check_ids(options.source)
 
 
-def _check_folder(out: Path) -> None:
-    if not out.absolute().parent.is_dir():
-        raise FileError("the output's folder does not exist", where=out.absolute().parent)
+@contextmanager
+def prepared(
+    options: BatchOptions, listen: Listener = ignore, stop: threading.Event | None = None
+) -> Iterator[Job]:
+    """The job that `options` describe, held until the block ends: nobody else can write its output.
 
-
-def run_batch(
-    engine: TextEngine,
-    options: BatchOptions,
-    listen: Listener = ignore,
-    stop: threading.Event | None = None,
-) -> BatchSummary:
-    """Answer every line of the input, in order.
-
-    A record counts once its whole line is synced. A crash can leave one more line behind, without its
-    newline: cut short it is no JSON, so it never passes for a record. Setting `stop` ends the running reply
-    without a record and raises InterruptedRunError. A line that fails becomes an error record, and the others
-    go on.
+    Everything that needs no model is checked here. Raises UsageError, FileError (the input, the output, other
+    settings than those of the records that are there), LockedError, FormatError (ids), InterruptedRunError.
     """
     stop = stop or threading.Event()
-    started = time.perf_counter()
-    summary = BatchSummary()
-    _check_folder(options.out)
+    check_paths(options)
     with durable.locked(options.out):
-        # Again, now that nobody else can write it.
-        total = check_paths(options)
-        with _appending(options.out) as descriptor:
-            listen(Started("answering", total, unit="records"))
-            for line in read_lines(options.source):
-                outcome = None if stop.is_set() else _answer(engine, line, options.defaults, stop)
-                if outcome is None:
-                    raise InterruptedRunError(
-                        f"interrupted: {summary.n_records} of {total} records are written"
-                    )
-                _append(descriptor, options, outcome)
-                summary.count(outcome)
-                listen(Advanced(1, f"{summary.n_failed} failed" if summary.n_failed else ""))
-            listen(Finished("answering"))
-    summary.seconds = time.perf_counter() - started
-    return summary
+        path = spool(options.out, stop) if options.source == STDIN else options.source
+        source = Source(path, options.input)
+        try:
+            index = build_index(source, options.defaults, listen, stop)
+            summary = BatchSummary(n_requests=len(index))
+            known = _Known(index, summary)
+            with Output(options.out, _settings(options), known.mark, restart=options.restart) as output:
+                known.tell(source, listen)
+                left = (position for position in range(len(index)) if not index.done[position])
+                order = work_order(left, index.signatures, index.costs, ordered=options.ordered)
+                yield Job(options, source, index, output, summary, order)
+        finally:
+            source.close()
 
 
-@contextmanager
-def _appending(out: Path) -> Iterator[int]:
-    """A new output file, its folder entry synced."""
-    descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
-    try:
-        durable.sync_folder(out.absolute().parent)
-        yield descriptor
-    finally:
-        os.close(descriptor)
+class _Known:
+    """Takes the finished records' keys from the journal."""
+
+    def __init__(self, index: Index, summary: BatchSummary) -> None:
+        self._index = index
+        self._summary = summary
+        self._n_foreign = 0
+        self._changed: int | None = None
+
+    def mark(self, key: Key, failed: bool) -> None:
+        """One record is finished."""
+        self._summary.n_records += 1
+        self._summary.n_resumed += 1
+        self._summary.n_failed += failed
+        positions = self._index.find(key.id)
+        same = [position for position in positions if self._index.key(position) == key]
+        if same:
+            self._index.done[same[0]] = 1
+        elif positions:
+            self._changed = positions[0]
+        else:
+            self._n_foreign += 1
+
+    def tell(self, source: Source, listen: Listener) -> None:
+        """Say what was found. FileError if a finished line asks for something else now."""
+        if self._changed is not None:
+            raise FileError(
+                "a line has changed since its record was written",
+                where=f"{source.path}, line {self._index.span(self._changed).number}",
+                remedy="give the new line an id of its own, or start over: --restart",
+            )
+        if self._summary.n_resumed:
+            listen(Note(f"{self._summary.n_resumed} records are there already"))
+        if self._n_foreign:
+            listen(Note(f"{self._n_foreign} of them are of lines that the input has no longer"))
 
 
-def _append(descriptor: int, options: BatchOptions, outcome: Reply | Failure) -> None:
-    """Write and sync one record as a whole; FileError, and the file as before, if the disk cannot take it."""
-    record = FORMATS[options.form](outcome)
-    line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    before = os.fstat(descriptor).st_size
-    try:
-        # One write, so that a kill leaves all of it or none.
-        if os.write(descriptor, line) != len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        durable.sync(descriptor)
-    except OSError as error:
-        os.ftruncate(descriptor, before)
-        kind = NoSpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else FileError
-        raise kind(f"a record cannot be written: {error.strerror}", where=options.out) from error
-
-
-def _answer(
-    engine: TextEngine, line: Line, defaults: BatchDefaults, stop: threading.Event
-) -> Reply | Failure | None:
-    """The line's outcome; None if it was interrupted."""
-    try:
-        request = request_of(line, defaults)
-        with _cancelling(engine, request, stop):
-            return _reply(engine, request)
-    except DsmoeError as error:
-        code, message = describe(error)
-        return Failure(line.id, line.number, code, f"line {line.number}: {message}")
-
-
-def _reply(engine: TextEngine, request: Request) -> Reply | None:
-    chat = not isinstance(request.prompt, str) and isinstance(request.prompt[0], Message)
-    pieces: list[str] = []
-    for event in engine.submit(request):
-        pieces.append(event.text)
-        if event.finish_reason is None or event.usage is None:
-            continue
-        if event.finish_reason is FinishReason.CANCELLED:
-            return None
-        text = "".join(pieces)
-        # The space before a chat reply belongs to the template.
-        text = text.lstrip() if chat else text
-        return Reply(request.id, engine.info.name, chat, text, event.finish_reason, event.usage)
-    return None
-
-
-@contextmanager
-def _cancelling(engine: TextEngine, request: Request, stop: threading.Event) -> Iterator[None]:
-    """Cancel the request when `stop` is set, also while its prompt is read and no event arrives."""
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.is_set():
-            if stop.wait(0.05):
-                engine.cancel(request.id)
-                return
-
-    watcher = threading.Thread(target=watch, name="dsmoe-batch-stop", daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()
+def _settings(options: BatchOptions) -> dict[str, str]:
+    """All that a record depends on beside its line, as words."""
+    if options.form not in FORMATS:
+        raise UsageError(f"{options.form!r} is no output format", remedy=f"known are {', '.join(FORMATS)}")
+    template = options.input.template
+    own = {
+        "format": options.form,
+        "max_tokens": options.defaults.max_tokens,
+        "stop": list(options.defaults.stop),
+        "text": options.input.text,
+        "template": template.text if template else None,
+        "chat": options.input.chat,
+        "deterministic": options.deterministic,
+    }
+    chosen = {**options.settings, **asdict(options.defaults.sampling), **own}
+    return {name: str(value) for name, value in chosen.items()}

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypeAlias, TypedDict
 
-from dsmoe_local.engine.types import FinishReason, Usage
+from dsmoe_local.engine.types import FinishReason, TokenLogprob, Usage
+
+ScoredToken: TypeAlias = tuple[TokenLogprob, tuple[TokenLogprob, ...]]
+"""A generated token, and the likeliest ones in its place."""
+
+_LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI says it so
 
 
 class UsageRecord(TypedDict):
@@ -17,6 +23,15 @@ class UsageRecord(TypedDict):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+
+
+class TimingRecord(TypedDict):
+    """Seconds of wall time: from submission to the end, reading the prompt, generating; and the speed."""
+
+    seconds: float
+    prompt_seconds: float
+    completion_seconds: float
+    tokens_per_second: float
 
 
 class ErrorRecord(TypedDict):
@@ -45,25 +60,53 @@ class OpenAiRecord(TypedDict):
 
 
 class SimpleRecord(TypedDict):
-    """A line of `--format simple`."""
+    """A line of `--format simple`. With `n` > 1 texts and reasons are lists; log-probabilities are there
+    where they were asked for.
+    """
 
     id: str
-    text: str | None
-    finish_reason: str | None
+    text: str | list[str] | None
+    finish_reason: str | list[str] | None
     usage: UsageRecord | None
+    timing: TimingRecord | None
     error: ErrorRecord | None
+    logprobs: NotRequired[list[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One reply to a prompt. `tokens` None: no log-probabilities were asked for."""
+
+    text: str
+    finish_reason: FinishReason
+    tokens: tuple[ScoredToken, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A finished reply. `chat`: to messages, else to a prompt."""
+    """What a request returned. `chat`: to messages, else to a prompt; `usages`: of each choice."""
 
     id: str
     model: str
     chat: bool
-    text: str
-    finish_reason: FinishReason
-    usage: Usage
+    choices: tuple[Choice, ...]
+    usages: tuple[Usage, ...]
+    seconds: float
+
+    @property
+    def n_prompt_tokens(self) -> int:
+        """Of the one prompt that all choices share."""
+        return self.usages[0].prompt_tokens
+
+    @property
+    def n_cached_tokens(self) -> int:
+        """How many of them had been read before."""
+        return self.usages[0].cached_tokens
+
+    @property
+    def n_completion_tokens(self) -> int:
+        """Of all choices."""
+        return sum(usage.completion_tokens for usage in self.usages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +119,10 @@ class Failure:
     message: str
 
 
-def openai_record(outcome: Reply | Failure) -> OpenAiRecord:
+Outcome: TypeAlias = Reply | Failure
+
+
+def openai_record(outcome: Outcome) -> OpenAiRecord:
     """The record of `--format openai`."""
     name = uuid.uuid4().hex
     record = OpenAiRecord(id=f"batch_req_{name}", custom_id=outcome.id, response=None, error=None)
@@ -87,42 +133,94 @@ def openai_record(outcome: Reply | Failure) -> OpenAiRecord:
     return record
 
 
-def simple_record(outcome: Reply | Failure) -> SimpleRecord:
+def simple_record(outcome: Outcome) -> SimpleRecord:
     """The record of `--format simple`."""
+    record = SimpleRecord(id=outcome.id, text=None, finish_reason=None, usage=None, timing=None, error=None)
     if isinstance(outcome, Failure):
-        return SimpleRecord(id=outcome.id, text=None, finish_reason=None, usage=None, error=_error(outcome))
-    return SimpleRecord(
-        id=outcome.id,
-        text=outcome.text,
-        finish_reason=outcome.finish_reason.value,
-        usage=_usage(outcome.usage),
-        error=None,
-    )
+        record["error"] = _error(outcome)
+        return record
+    texts = [choice.text for choice in outcome.choices]
+    reasons = [choice.finish_reason.value for choice in outcome.choices]
+    scores = [_chat_scores(choice.tokens) for choice in outcome.choices if choice.tokens is not None]
+    single = len(outcome.choices) == 1
+    record["text"] = texts[0] if single else texts
+    record["finish_reason"] = reasons[0] if single else reasons
+    record["usage"], record["timing"] = _usage(outcome), _timing(outcome)
+    if scores:
+        record["logprobs"] = scores[0] if single else scores
+    return record
 
 
-FORMATS: Mapping[str, Callable[[Reply | Failure], OpenAiRecord | SimpleRecord]] = {
+FORMATS: Mapping[str, Callable[[Outcome], OpenAiRecord | SimpleRecord]] = {
     "openai": openai_record,
     "simple": simple_record,
 }
 
 
 def _body(reply: Reply, name: str) -> dict[str, Any]:
-    choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": _ending(reply.finish_reason)}
-    if reply.chat:
-        choice["message"] = {"role": "assistant", "content": reply.text, "refusal": None}
-    else:
-        choice["text"] = reply.text
+    choices = [_choice(reply, index, choice) for index, choice in enumerate(reply.choices)]
     return {
         "id": f"chatcmpl-{name}" if reply.chat else f"cmpl-{name}",
         "object": "chat.completion" if reply.chat else "text_completion",
         "created": int(time.time()),
         "model": reply.model,
-        "choices": [choice],
+        "choices": choices,
         "usage": {
-            **_usage(reply.usage),
-            "prompt_tokens_details": {"cached_tokens": reply.usage.cached_tokens},
+            **_usage(reply),
+            "prompt_tokens_details": {"cached_tokens": reply.n_cached_tokens},
         },
+        "timing": _timing(reply),
     }
+
+
+def _choice(reply: Reply, index: int, choice: Choice) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "index": index,
+        "logprobs": None,
+        "finish_reason": _ending(choice.finish_reason),
+    }
+    if reply.chat:
+        record["message"] = {"role": "assistant", "content": choice.text, "refusal": None}
+        if choice.tokens is not None:
+            record["logprobs"] = {"content": _chat_scores(choice.tokens), "refusal": None}
+    else:
+        record["text"] = choice.text
+        if choice.tokens is not None:
+            record["logprobs"] = _completion_scores(choice.tokens)
+    return record
+
+
+def _chat_scores(tokens: tuple[ScoredToken, ...]) -> list[dict[str, Any]]:
+    return [
+        {**_score(token), "top_logprobs": [_score(other) for other in others]} for token, others in tokens
+    ]
+
+
+def _score(token: TokenLogprob) -> dict[str, Any]:
+    # Half a character has no text, and its bytes are not known here.
+    whole = "\N{REPLACEMENT CHARACTER}" not in token.text
+    return {
+        "token": token.text,
+        "logprob": _finite(token.logprob),
+        "bytes": list(token.text.encode()) if whole else None,
+    }
+
+
+def _completion_scores(tokens: tuple[ScoredToken, ...]) -> dict[str, Any]:
+    offsets, offset = [], 0
+    for token, _ in tokens:
+        offsets.append(offset)
+        offset += len(token.text)
+    return {
+        "tokens": [token.text for token, _ in tokens],
+        "token_logprobs": [_finite(token.logprob) for token, _ in tokens],
+        "top_logprobs": [{other.text: _finite(other.logprob) for other in others} for _, others in tokens],
+        "text_offset": offsets,
+    }
+
+
+def _finite(logprob: float) -> float:
+    return logprob if math.isfinite(logprob) else _LEAST_LOGPROB
 
 
 def _ending(reason: FinishReason) -> Literal["stop", "length"]:
@@ -130,11 +228,20 @@ def _ending(reason: FinishReason) -> Literal["stop", "length"]:
     return "stop" if reason is FinishReason.STOP else "length"
 
 
-def _usage(usage: Usage) -> UsageRecord:
+def _usage(reply: Reply) -> UsageRecord:
     return UsageRecord(
-        prompt_tokens=usage.prompt_tokens,
-        completion_tokens=usage.completion_tokens,
-        total_tokens=usage.prompt_tokens + usage.completion_tokens,
+        prompt_tokens=reply.n_prompt_tokens,
+        completion_tokens=reply.n_completion_tokens,
+        total_tokens=reply.n_prompt_tokens + reply.n_completion_tokens,
+    )
+
+
+def _timing(reply: Reply) -> TimingRecord:
+    return TimingRecord(
+        seconds=round(reply.seconds, 4),
+        prompt_seconds=round(max(usage.prompt_seconds for usage in reply.usages), 4),
+        completion_seconds=round(max(usage.completion_seconds for usage in reply.usages), 4),
+        tokens_per_second=round(sum(usage.tokens_per_second for usage in reply.usages), 2),
     )
 
 

@@ -1,12 +1,12 @@
-"""`dsmoe batch`: arguments, the summary and the exit code. Reading, writing and errors are
-dsmoe_local.batch's.
-"""
+"""`dsmoe batch`: arguments, the summary and the exit code. The work and its errors are `batch`'s."""
 
 from __future__ import annotations
 
+import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,9 +20,34 @@ from dsmoe_local.cli.model_options import (
     sampling_parameters,
 )
 
+if TYPE_CHECKING:
+    from dsmoe_local.batch.job import BatchOptions
+    from dsmoe_local.batch.summary import BatchSummary
+
+_AUTO_PARALLEL = 16
+_LEAST_DETERMINISTIC = 2  # one sequence alone takes other kernels than several
+# What a reply depends on beside the model's file; the rest only with --deterministic, up to rounding.
+_SETTINGS = ("n_context", "cache_type_k", "cache_type_v", "n_experts_per_token", "chat_template")
+_EXACT_SETTINGS = ("n_batch", "n_ubatch", "n_gpu_layers", "flash_attention")
+
+
+class Parallel(click.ParamType[int]):
+    """`--parallel`: a number, or `auto` (0)."""
+
+    name = "N|auto"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """0 for auto."""
+        word = str(value).lower()
+        if word == "auto":
+            return 0
+        if not word.isdigit() or not int(word):
+            self.fail(f"{value!r} is neither a number from 1 nor auto", param, ctx)
+        return int(word)
+
 
 @click.command(name="batch")
-@click.argument("source", metavar="IN.jsonl", type=click.Path(path_type=Path))
+@click.argument("source", metavar="IN.jsonl|-", type=click.Path(path_type=Path))
 @click.option(
     "-o",
     "--output",
@@ -30,7 +55,7 @@ from dsmoe_local.cli.model_options import (
     metavar="OUT.jsonl",
     type=click.Path(path_type=Path),
     required=True,
-    help="The records.",
+    help="The records. What is there already is continued.",
 )
 @click.option("-m", "--model", "named_model", metavar="FILE", help="The model; without one, the demo's.")
 @click.option(
@@ -38,51 +63,108 @@ from dsmoe_local.cli.model_options import (
     "form",
     type=click.Choice(["openai", "simple"]),
     default="openai",
-    help="OpenAI's batch responses, or {id, text, finish_reason, usage, error} [openai].",
+    help="OpenAI's batch responses, or {id, text, finish_reason, usage, timing, error} [openai].",
+)
+@click.option("--text", is_flag=True, help="Each input line is a prompt as it is.")
+@click.option("--template", metavar="TEXT", help='A prompt with {field}s of JSONL or CSV: "Translate: {en}".')
+@click.option("--chat", "as_chat", is_flag=True, help="--text and --template make a user's messages.")
+@click.option(
+    "-np", "--parallel", "n_parallel", type=Parallel(), default="auto", help="Requests at once [auto]."
 )
 @click.option(
-    "-n",
-    "--max-tokens",
-    "max_tokens",
-    type=int,
-    metavar="N",
-    help="Longest reply [until the context is full].",
+    "--deterministic", is_flag=True, help="The same text whatever else runs, also after a resume; slower."
 )
+@click.option("--ordered", is_flag=True, help="Records in the order of the input [as they are finished].")
+@click.option(
+    "--max-errors", "max_errors", type=click.IntRange(0), metavar="N", help="Give up after N failed lines."
+)
+@click.option("-n", "--max-tokens", "max_tokens", type=int, metavar="N", help="Longest reply [the context].")
 @click.option("-r", "--stop", "stop", multiple=True, metavar="TEXT", help="End replies before TEXT.")
-@click.option("--force", is_flag=True, help="Replace an output that exists.")
+@click.option("--restart", is_flag=True, help="Replace an output that exists.")
+@click.option("--json", "as_json", is_flag=True, help="The summary as JSON, the last line on stderr.")
 @model_options
 @sampling_options
 def command(
     source: Path,
-    out: Path,
     named_model: str | None,
-    form: str,
-    max_tokens: int | None,
-    stop: tuple[str, ...],
-    force: bool,
+    n_parallel: int,
+    deterministic: bool,
+    as_json: bool,
     **values: Any,  # noqa: ANN401 - the shared options
 ) -> int:
-    """Answer a file of prompts, one JSON object a line.
+    """Answer a file of prompts, one JSON object a line; `-` is standard input.
 
-    A line holds {"prompt": …} or {"messages": […]}, and may hold "id", "max_tokens", "stop" and sampling
-    parameters ("temperature", "top_p", "seed", …). Each record is on the disk before the next is begun. A bad
-    line becomes an error record; the exit status is then 1.
+    A line is OpenAI's batch request, or holds {"prompt": …} or {"messages": […]}, and may hold "id",
+    "max_tokens", "stop" and sampling parameters ("temperature", "top_p", "seed", …). No record is lost or
+    written twice, whatever kills the run: the same command goes on where it ended. A bad line becomes an
+    error record; the exit status is then 1.
     """
-    from dsmoe_local.batch.job import BatchOptions, check_paths, run_batch
-    from dsmoe_local.batch.records import BatchDefaults
-    from dsmoe_local.cli.render import run_with_progress, show_result
+    from dsmoe_local.batch.job import prepared
+    from dsmoe_local.batch.run import run
+    from dsmoe_local.cli.render import run_with_progress
 
+    model = find_model(named_model)
+    n_parallel = n_parallel or _AUTO_PARALLEL
+    if deterministic:
+        n_parallel = max(n_parallel, _LEAST_DETERMINISTIC)
+    options = _options(source, model, n_parallel if deterministic else None, values)
+    with ExitStack() as stack:
+        job = run_with_progress(lambda listen, stop: stack.enter_context(prepared(options, listen, stop)))
+        if job.order:
+            engine = stack.enter_context(
+                load_engine(model, values, n_parallel=n_parallel, deterministic=deterministic)
+            )
+            run_with_progress(lambda listen, stop: run(engine, job, listen, stop))
+        else:
+            job.finish()
+    _show(job.summary, as_json)
+    return 1 if job.summary.n_failed else 0
+
+
+def _options(source: Path, model: Path, n_deterministic: int | None, values: dict[str, Any]) -> BatchOptions:
+    """Takes what is the batch's own out of `values`. UsageError for what cannot be."""
+    from dsmoe_local.batch.job import BatchOptions
+    from dsmoe_local.batch.requests import BatchDefaults
+    from dsmoe_local.batch.sources import InputForm
+    from dsmoe_local.batch.template import parse_template
+
+    max_tokens, stop, template = (values.pop(name) for name in ("max_tokens", "stop", "template"))
     if max_tokens is not None and max_tokens < 1:
         raise UsageError(f"-n {max_tokens} is out of range", remedy="it takes 1 or more")
     check_stop(stop)
-    defaults = BatchDefaults(sampling_parameters(values), max_tokens, stop)
-    options = BatchOptions(source, out, defaults, form, force)
-    check_paths(options)
-    with load_engine(find_model(named_model), values) as engine:
-        summary = run_with_progress(lambda listen, event: run_batch(engine, options, listen, event))
-    show_result(
-        f"{summary.n_records} records ({summary.n_failed} failed) in {summary.seconds:.1f} s: "
-        f"{summary.n_prompt_tokens} tokens read, {summary.n_completion_tokens} generated"
+    return BatchOptions(
+        source=source,
+        defaults=BatchDefaults(sampling_parameters(values), max_tokens, stop),
+        input=InputForm(
+            text=values.pop("text"),
+            template=parse_template(template) if template is not None else None,
+            chat=values.pop("as_chat"),
+        ),
+        settings=_settings(model, n_deterministic, values),
+        deterministic=n_deterministic is not None,
+        **{name: values.pop(name) for name in ("out", "form", "ordered", "restart", "max_errors")},
     )
+
+
+def _settings(model: Path, n_deterministic: int | None, values: dict[str, Any]) -> dict[str, str]:
+    """What the records of one output have in common, beside the batch's own options."""
+    from dsmoe_local.batch.identity import file_identity
+
+    names = _SETTINGS + (_EXACT_SETTINGS if n_deterministic else ())
+    settings = {"model": file_identity(model)} | {name: str(values.get(name)) for name in names}
+    template = values.get("chat_template")
+    if template is not None and Path(template).is_file():
+        settings["chat_template"] = file_identity(Path(template))
+    if n_deterministic:
+        settings["parallel"] = str(n_deterministic)
+    return settings
+
+
+def _show(summary: BatchSummary, as_json: bool) -> None:
+    from dsmoe_local.cli.render import show_result
+
+    if as_json:
+        sys.stderr.write(json.dumps(summary.as_json()) + "\n")
+    else:
+        show_result(summary.in_words())
     sys.stderr.flush()
-    return 1 if summary.n_failed else 0

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dsmoe_local.engine.errors import EngineError, PromptError
@@ -20,6 +21,7 @@ from dsmoe_local.engine.types import (
     Request,
     Ticket,
     TokenEvent,
+    TokenLogprob,
     Usage,
 )
 
@@ -44,6 +46,7 @@ class FakeEngine:
         *,
         replies: Sequence[str] | None = None,
         n_context: int = 4096,
+        n_parallel: int = 1,
         template: bool = True,
         gate: Callable[[int], None] = lambda index: None,
     ) -> None:
@@ -67,6 +70,7 @@ class FakeEngine:
             n_experts_per_token=6,
             n_threads=1,
             template="fake" if template else None,
+            n_parallel=n_parallel,
         )
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
@@ -120,7 +124,10 @@ class FakeEngine:
                 )
             text = bytes(token_id - 1 for token_id in prompt).decode("utf-8", "replace").rstrip("\n")
             answer = (next(self._replies) if self._replies else self._reply(text)).encode()
-            yield from self._tokens(request, prompt, answer, min(room, request.max_tokens or room))
+            for index in range(request.n):
+                limit = min(room, request.max_tokens or room)
+                for event in self._tokens(request, prompt, answer, limit):
+                    yield replace(event, index=index)
         finally:
             self._cancelled.pop(request.id, None)
 
@@ -143,7 +150,14 @@ class FakeEngine:
                 reason, ended_by = FinishReason.CONTEXT_FULL if full else FinishReason.LENGTH, None
                 break
             done += 1
-            yield TokenEvent(request.id, stream.feed(bytes([byte])), float(done), byte + 1, logprob=0.0)
+            yield TokenEvent(
+                request.id,
+                stream.feed(bytes([byte])),
+                float(done),
+                byte + 1,
+                logprob=0.0,
+                alternatives=_alternatives(request, byte),
+            )
             if stream.stopped:
                 ended_by = None
                 break
@@ -183,6 +197,17 @@ class _Ticket:
 
     def cancel(self) -> None:
         self.engine.cancel(self.request_id)
+
+
+def _alternatives(request: Request, byte: int) -> tuple[TokenLogprob, ...]:
+    """The token, which is certain, and the ones before it in the alphabet, which are not possible."""
+    if not request.logprobs:
+        return ()
+    others = [max(byte - distance, 0) for distance in range(request.top_logprobs)]
+    return tuple(
+        TokenLogprob(each + 1, bytes([each]).decode("utf-8", "replace"), 0.0 if each == byte else -math.inf)
+        for each in (byte, *others)
+    )
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

@@ -1,0 +1,248 @@
+"""The output and its journal: which records are finished, through kills and power loss. Knows no requests.
+
+A group of records is announced first: one journal line each (group, key, length, CRC-32, failed), synced.
+Then the records are appended to the output, synced, and count. So the output never holds a byte that the
+journal does not explain, and only its last group can be torn: when the files are opened again, both are cut
+back to the last record that is whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+from dsmoe_local.base import durable
+from dsmoe_local.base.errors import FileError, NoSpaceError
+from dsmoe_local.base.faults import reach
+from dsmoe_local.batch.lines import Key
+
+Settings = Mapping[str, Any]
+Visitor = Callable[[Key, bool], None]
+"""Is told the key of each finished record, and whether it is an error's."""
+
+_VERSION = "dsmoe_batch"
+_MISSING = "not set"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A line of output on its way to the disk."""
+
+    key: Key
+    content: bytes
+    failed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A journal line."""
+
+    group: int
+    key: Key
+    length: int
+    checksum: int
+    failed: bool
+
+
+@dataclass(slots=True)
+class _Extent:
+    """What is whole: bytes of both files, and the last group."""
+
+    output: int
+    journal: int
+    group: int = 0
+
+
+def journal_path(out: Path) -> Path:
+    """Where the journal of `out` lies."""
+    return out.with_name(f"{out.name}.journal")
+
+
+class Output:
+    """An output file and its journal, open for appending. The caller holds the lock."""
+
+    def __init__(self, out: Path, settings: Settings, visit: Visitor, *, restart: bool = False) -> None:
+        """Continue what is there, or begin. FileError if it is not ours, was changed, or was begun with
+        other settings.
+        """
+        self.path = out
+        journal = journal_path(out)
+        if restart:
+            journal.unlink(missing_ok=True)
+            out.unlink(missing_ok=True)
+        _check_files(out, journal)
+        if not journal.exists():
+            _begin(out, journal, settings)
+        header = _read_header(journal)
+        if header.settings != settings:
+            if header.has_entries:
+                raise _other_settings(out, header.settings, settings)
+            _begin(out, journal, settings)
+            header = _read_header(journal)
+        self._extent = _recover(out, journal, header.size, visit)
+        self._output = os.open(out, os.O_WRONLY | os.O_APPEND)
+        self._journal = os.open(journal, os.O_WRONLY | os.O_APPEND)
+        try:
+            self._cut()
+        except BaseException:
+            self.close()
+            raise
+
+    def append(self, records: Sequence[Record]) -> None:
+        """Write and sync a group: when this returns, it counts. FileError if the disk cannot take it."""
+        group = self._extent.group + 1
+        entries = b"".join(_entry_line(group, record) for record in records)
+        try:
+            try:
+                _write(self._journal, entries)
+                durable.sync(self._journal)
+                reach("batch.announced")
+                for record in records:
+                    _write(self._output, record.content)
+                    reach("batch.record")
+                reach("batch.written")
+                durable.sync(self._output)
+            except OSError:
+                self._cut()
+                raise
+        except OSError as error:
+            kind = NoSpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else FileError
+            raise kind(f"a record cannot be written: {error.strerror}", where=self.path) from error
+        reach("batch.synced")
+        n_bytes = sum(len(record.content) for record in records)
+        self._extent = _Extent(self._extent.output + n_bytes, self._extent.journal + len(entries), group)
+
+    def _cut(self) -> None:
+        """Take away what does not count."""
+        for descriptor, size in (
+            (self._output, self._extent.output),
+            (self._journal, self._extent.journal),
+        ):
+            if os.fstat(descriptor).st_size != size:
+                os.ftruncate(descriptor, size)
+                durable.sync(descriptor)
+
+    def close(self) -> None:
+        """Release both files; they stay on the disk."""
+        os.close(self._output)
+        os.close(self._journal)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _check_files(out: Path, journal: Path) -> None:
+    if not out.exists() and journal.exists() and _read_header(journal).has_entries:
+        raise FileError("the output is gone, its journal is there", where=out, remedy="start over: --restart")
+    if out.exists() and not journal.exists() and out.stat().st_size:
+        raise FileError(
+            "the output exists, and no journal of it",
+            where=out,
+            remedy="name another, or replace it with --restart",
+        )
+
+
+def _begin(out: Path, journal: Path, settings: Settings) -> None:
+    descriptor = os.open(out, os.O_WRONLY | os.O_CREAT, 0o644)
+    os.close(descriptor)
+    durable.sync_folder(out.absolute().parent)
+    reach("batch.created")
+    header = json.dumps({_VERSION: 1, "settings": settings}, separators=(",", ":"))
+    durable.write_file(journal, header.encode() + b"\n")
+    reach("batch.begun")
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    settings: Settings
+    size: int
+    has_entries: bool
+
+
+def _read_header(journal: Path) -> _Header:
+    with journal.open("rb") as file:
+        raw = file.readline()
+        has_entries = bool(file.read(1))
+    try:
+        header = json.loads(raw)
+    except ValueError as error:
+        raise _damaged(journal) from error
+    if not raw.endswith(b"\n") or not isinstance(header, dict) or header.get(_VERSION) != 1:
+        raise _damaged(journal)
+    return _Header(header["settings"], len(raw), has_entries)
+
+
+def _damaged(journal: Path) -> FileError:
+    return FileError("the journal is damaged", where=journal, remedy="start over: --restart")
+
+
+def _other_settings(out: Path, then: Settings, now: Settings) -> FileError:
+    names = [name for name in {**then, **now} if then.get(name, _MISSING) != now.get(name, _MISSING)]
+    changes = (f"{name}: {then.get(name, _MISSING)} then, {now.get(name, _MISSING)} now" for name in names)
+    return FileError(
+        f"begun with another {'model' if any(name.startswith('model') for name in names) else 'setting'}"
+        f" ({'; '.join(changes)})",
+        where=out,
+        remedy="use what it was begun with, or start over: --restart",
+    )
+
+
+def _entry_line(group: int, record: Record) -> bytes:
+    key = f"{record.key.id:016x}{record.key.content:016x}"
+    fields = [group, key, len(record.content), zlib.crc32(record.content), int(record.failed)]
+    return json.dumps(fields, separators=(",", ":")).encode() + b"\n"
+
+
+def _read_entry(raw: bytes) -> _Entry | None:
+    """None for what is no entry."""
+    try:
+        group, key, length, checksum, failed = json.loads(raw)
+        return _Entry(group, Key(int(key[:16], 16), int(key[16:], 16)), length, checksum, bool(failed))
+    except (ValueError, TypeError):
+        return None
+
+
+def _entries(file: BinaryIO) -> Iterator[tuple[bytes, _Entry | None]]:
+    while (raw := file.readline()).endswith(b"\n"):
+        yield raw, _read_entry(raw)
+
+
+def _recover(out: Path, journal: Path, header_size: int, visit: Visitor) -> _Extent:
+    """Compare the output with its journal, record by record; FileError where more than a group is wrong."""
+    extent = _Extent(0, header_size)
+    changed = FileError(
+        "the output is not what its journal says", where=out, remedy="put it back, or start over: --restart"
+    )
+    with out.open("rb") as output, journal.open("rb") as file:
+        file.seek(header_size)
+        entries = _entries(file)
+        for raw, entry in entries:
+            if entry is None or not _holds(output, entry):
+                # A later group was begun only after this one counted.
+                if any(later is not None and later.group > extent.group + 1 for _, later in entries):
+                    raise changed
+                return extent
+            extent = _Extent(extent.output + entry.length, extent.journal + len(raw), entry.group)
+            visit(entry.key, entry.failed)
+        if output.read(1):
+            raise changed
+    return extent
+
+
+def _holds(output: BinaryIO, entry: _Entry) -> bool:
+    content = output.read(entry.length)
+    return len(content) == entry.length and zlib.crc32(content) == entry.checksum
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
