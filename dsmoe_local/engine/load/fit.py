@@ -22,7 +22,7 @@ from dsmoe_local.engine.load.memory import (
     paging_note,
     plan_memory,
 )
-from dsmoe_local.engine.load.placement import Placement, Room, Weights, Wishes, place, room_of, weigh
+from dsmoe_local.engine.load.placement import HOST, Placement, Room, Weights, Wishes, place, room_of, weigh
 from dsmoe_local.engine.load.probe import measure_compute
 from dsmoe_local.engine.types import ModelOptions
 from dsmoe_local.model.gguf_file import GgufFile
@@ -34,22 +34,26 @@ _MOST_MEASUREMENTS = 4
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """How to load: `n_context` tokens of cache; weights paged from the file, or in memory; on these devices,
-    so placed. `notes` say what a person should know of it.
+    """How to load: `n_context` tokens of cache, the weights paged from the file or in memory, and where.
+    `notes` say what a person should know of it.
     """
 
     n_context: int
     paged: bool
-    devices: tuple[str, ...]
     placement: Placement
     notes: tuple[str, ...]
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The names of the devices that llama.cpp may use."""
+        return self.placement.devices
 
     @property
     def mapped(self) -> bool:
         """Whether weights on the host are pages of the file. What is computed on there beside a GPU is
         faster in memory of its own.
         """
-        return self.paged or not self.placement.n_cpu_moe
+        return self.paged or all(device != HOST for _, device in self.placement.overrides)
 
 
 def fit_model(
@@ -84,7 +88,7 @@ def fit_model(
     if rooms and placement.n_gpu_layers:
         notes.append(placement.describe())
     notes += [*plan.notes, *more, *_overfull(placement, rooms)]
-    return Fit(plan.n_context, paged, tuple(room.name for room in rooms), placement, tuple(notes))
+    return Fit(plan.n_context, paged, placement, tuple(notes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,21 +106,22 @@ class _Planner:
     def place(self, context: native.ContextOptions) -> Placement:
         """Place, measure the buffers, and place again until both agree."""
         bound = compute_bytes(self.hp, self.buffers, self.n_context)
-        assumed: Mapping[str, int] = dict.fromkeys((room.name for room in self.rooms), bound)
-        placement = self._place(assumed)
+        bounds = {room.name: bound for room in self.rooms}
         if self.wishes.n_gpu_layers is not None and self.wishes.n_cpu_moe is not None:
-            return placement
+            return self._place(bounds)
         most: dict[str, int] = {}
+        placement = self._place(most)
         for _ in range(_MOST_MEASUREMENTS):
             if not placement.n_gpu_layers:
                 return placement
             measured = self._measure(placement, context)
-            most = {name: max(size, most.get(name, 0)) for name, size in measured.items()}
+            most |= {name: max(size, most.get(name, 0)) for name, size in measured.items()}
             again = self._place(most)
             if again == placement:
                 return placement
             placement = again
-        return self._place({name: max(most[name], assumed[name]) for name in most})
+        # They go round in a circle: what bounds all of them is safe.
+        return self._place({name: max(bound, most.get(name, 0)) for name in bounds})
 
     def _place(self, compute: Mapping[str, int]) -> Placement:
         cache = layer_cache_bytes(self.hp, self.buffers, self.n_context)
@@ -126,7 +131,6 @@ class _Planner:
         return measure_compute(
             self.options.path,
             placement,
-            [room.name for room in self.rooms],
             context,
             n_experts_per_token=self.options.n_experts_per_token,
             architecture=self.hp.architecture,

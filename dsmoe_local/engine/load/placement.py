@@ -75,16 +75,21 @@ class Share:
     n_layers: int
     weights: int
     cache: int
+    has_output: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
     """A decision, as llama.cpp takes it: the last `n_gpu_layers` layers on the devices, `split` of them on
     each, except the tensors of `overrides`. `fits` is False where a person insists on too much.
+
+    A device that would hold nothing is left out, since each takes buffers; but where nothing at all is
+    offloaded they stay, for the long prompts that a GPU computes on weights of the host.
     """
 
     n_gpu_layers: int
     n_cpu_moe: int
+    devices: tuple[str, ...]
     split: tuple[int, ...]
     overrides: tuple[tuple[str, str], ...]
     shares: tuple[Share, ...]
@@ -99,10 +104,9 @@ class Placement:
     def describe(self) -> str:
         """In words: what lies where."""
         offloaded = [share for share in self.shares if share.weights or share.cache]
-        parts = [f"{share.name}: {_layers(share.n_layers)}{_amounts(share)}" for share in offloaded]
-        layers = _layers(self.host.n_layers) if offloaded and self.host.n_layers else ""
-        experts = f"routed experts of {_layers(self.n_cpu_moe)}" if self.n_cpu_moe else ""
-        return "; ".join([*parts, f"{self.host.name}: {layers}{experts}{_amounts(self.host)}"])
+        experts = f"the routed experts of {_layers(self.n_cpu_moe)}" if self.n_cpu_moe else ""
+        host = f"{self.host.name}: {_parts(self.host) if offloaded else ''}{experts}{_amounts(self.host)}"
+        return "; ".join([*(f"{share.name}: {_parts(share)}{_amounts(share)}" for share in offloaded), host])
 
 
 def room_of(name: str, n_free: int, *, shared: bool, available: int) -> Room:
@@ -231,9 +235,10 @@ def _placement(
         layers = range(position, min(position + count, n_layers))
         held = weights.fixed.get(room.name, 0) + sum(weights.layers[layer] for layer in layers)
         held += sum(weights.experts[layer] for layer in layers if layer not in moved)
-        if position <= n_layers < position + count:
-            held += weights.output
-        shares.append(Share(room.name, len(layers), held, cache * len(layers) if wishes.offload_cache else 0))
+        has_output = position <= n_layers < position + count
+        held += weights.output if has_output else 0
+        cached = cache * len(layers) if wishes.offload_cache else 0
+        shares.append(Share(room.name, len(layers), held, cached, has_output))
         position += count
     below = min(first, n_layers)
     held = weights.embedding + weights.fixed.get(HOST, 0)
@@ -241,9 +246,20 @@ def _placement(
     held += sum(weights.experts[layer] for layer in moved)
     if not n_gpu and not weights.tied:
         held += weights.output
-    host = Share(HOST, below, held, cache * n_layers - sum(share.cache for share in shares))
+    host = Share(HOST, below, held, cache * n_layers - sum(share.cache for share in shares), not n_gpu)
     overrides = (*wishes.overrides, *([(_experts_pattern(moved), HOST)] if moved else []))
-    return Placement(n_gpu, len(moved), split, overrides, tuple(shares), host, fits)
+    used = [share.n_layers > 0 or share.weights > 0 for share in shares]
+    kept = [index for index, room in enumerate(rooms) if used[index] or not any(used)]
+    return Placement(
+        n_gpu,
+        len(moved),
+        tuple(rooms[index].name for index in kept),
+        tuple(split[index] for index in kept),
+        overrides,
+        tuple(shares[index] for index in kept),
+        host,
+        fits,
+    )
 
 
 def _experts_pattern(layers: Sequence[int]) -> str:
@@ -252,6 +268,10 @@ def _experts_pattern(layers: Sequence[int]) -> str:
 
 def _layers(count: int) -> str:
     return f"{count} layer{'' if count == 1 else 's'}, "
+
+
+def _parts(share: Share) -> str:
+    return (_layers(share.n_layers) if share.n_layers else "") + ("the output, " if share.has_output else "")
 
 
 def _amounts(share: Share) -> str:

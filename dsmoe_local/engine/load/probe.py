@@ -21,17 +21,19 @@ _ROUNDING = 1 << 14  # the log has two decimals of a MiB
 def measure_compute(
     path: Path,
     placement: Placement,
-    devices: Sequence[str],
     context: native.ContextOptions,
     *,
     n_experts_per_token: int | None,
     architecture: str,
 ) -> dict[str, int]:
-    """Bytes of compute buffers on each of the devices. Raises ModelLoadError with llama.cpp's own reason."""
+    """Bytes of compute buffers on each device that the placement uses.
+
+    Raises ModelLoadError with llama.cpp's own reason.
+    """
     model = native.Model(
         path,
         n_gpu_layers=placement.n_gpu_layers,
-        devices=devices,
+        devices=placement.devices,
         split=placement.split,
         overrides=placement.overrides,
         n_experts_per_token=n_experts_per_token,
@@ -40,7 +42,7 @@ def measure_compute(
     )
     try:
         native.Context(model, context).close()
-        return compute_sizes(native.log_lines(), devices)
+        return compute_sizes(native.log_lines(), placement.devices)
     finally:
         model.close()
 

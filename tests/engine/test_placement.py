@@ -1,0 +1,210 @@
+"""Which layers, experts and caches go where: the arithmetic on plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsmoe_local.engine.load.placement import (
+    HOST,
+    Placement,
+    Room,
+    Weights,
+    Wishes,
+    place,
+    room_of,
+    weigh,
+)
+from dsmoe_local.engine.load.probe import compute_sizes
+from dsmoe_local.engine.types import ALL_LAYERS
+from dsmoe_local.model.ggml import GgmlType, tensor_bytes
+from dsmoe_local.model.gguf_file import TensorInfo
+from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.layout import tensor_specs
+from dsmoe_local.model.presets import PRESETS
+
+# Layer 0 is dense; the experts of the others weigh ten times what every token reads of a layer.
+MOE = Weights((30, 10, 10, 10), (0, 100, 100, 100), output=20, embedding=7, fixed={})
+EVERYTHING = 30 + 3 * 110 + 20 + 4  # with a cache of 1 a layer
+
+
+def placed(
+    room: int,
+    wishes: Wishes | None = None,
+    *,
+    weights: Weights = MOE,
+    compute: Mapping[str, int] | None = None,
+) -> Placement:
+    return place(weights, [Room("GPU0", room)], wishes or Wishes(), cache=1, compute=compute or {})
+
+
+def infos(hp: Hyperparameters) -> list[TensorInfo]:
+    return [
+        TensorInfo(spec.name, spec.shape, GgmlType.Q8_0, 0, tensor_bytes(GgmlType.Q8_0, spec.shape))
+        for spec in tensor_specs(hp)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("room", "n_gpu_layers", "n_cpu_moe"),
+    [
+        (EVERYTHING, 5, 0),
+        (EVERYTHING - 1, 5, 1),
+        (EVERYTHING - 100, 5, 1),
+        (EVERYTHING - 101, 5, 2),
+        (EVERYTHING - 300, 5, 3),
+        (EVERYTHING - 301, 4, 3),
+        (20 + 11 + 11, 3, 2),
+        (20, 1, 0),
+        (19, 0, 0),
+    ],
+)
+def test_experts_give_way_before_layers(room: int, n_gpu_layers: int, n_cpu_moe: int) -> None:
+    """Guards: experts on the GPU that push out what every token reads; a byte too much; room left empty."""
+    chosen = placed(room)
+    assert (chosen.n_gpu_layers, chosen.n_cpu_moe) == (n_gpu_layers, n_cpu_moe)
+    assert chosen.fits
+
+
+def test_experts_on_the_host_are_those_of_the_first_layers() -> None:
+    """Guards: patterns that match other layers' experts, or shared ones."""
+    chosen = placed(EVERYTHING - 101)
+    ((pattern, device),) = chosen.overrides
+    assert device == HOST
+    hp = PRESETS["deepseekmoe-16b"].hp
+    moved = weigh(infos(hp), hp, [(pattern, HOST)])
+    whole = weigh(infos(hp), hp)
+    assert [index for index, size in enumerate(moved.experts) if size != whole.experts[index]] == [1, 2]
+    assert moved.layers == whole.layers
+
+
+def test_weights_of_a_file_are_counted_once() -> None:
+    """Guards: tensors that no device is charged for, or two are."""
+    hp = PRESETS["deepseekmoe-16b"].hp
+    total = sum(info.n_bytes for info in infos(hp))
+    weights = weigh(infos(hp), hp)
+    for wishes in (
+        Wishes(),
+        Wishes(n_gpu_layers=0),
+        Wishes(n_gpu_layers=5),
+        Wishes(ALL_LAYERS, 9),
+        Wishes(None, None, (("attn", HOST), ("shexp", "GPU0"))),
+    ):
+        weights = weigh(infos(hp), hp, wishes.overrides)
+        chosen = placed(10**10, wishes, weights=weights)
+        assert chosen.host.weights + sum(share.weights for share in chosen.shares) == total
+        assert chosen.host.cache + sum(share.cache for share in chosen.shares) == hp.n_layers
+
+
+def test_tied_embedding_is_held_twice_when_offloaded() -> None:
+    """Guards: an output that is forgotten on the device, or counted twice on the host."""
+    tied = Weights((10,), (0,), output=7, embedding=7, fixed={}, tied=True)
+    assert placed(0, weights=tied).host.weights == 17
+    chosen = placed(100, weights=tied)
+    assert (chosen.host.weights, chosen.shares[0].weights) == (7, 17)
+
+
+def test_what_is_asked_for_is_done() -> None:
+    """Guards: -ngl and --n-cpu-moe corrected in silence, and numbers beyond the model."""
+    chosen = placed(EVERYTHING, Wishes(2, 0))
+    assert (chosen.n_gpu_layers, chosen.n_cpu_moe, chosen.fits) == (2, 0, True)
+    chosen = placed(EVERYTHING, Wishes(99, 99))
+    assert (chosen.n_gpu_layers, chosen.n_cpu_moe, chosen.fits) == (5, 3, True)
+    chosen = placed(50, Wishes(ALL_LAYERS, 0))
+    assert (chosen.n_gpu_layers, chosen.n_cpu_moe, chosen.fits) == (5, 0, False)
+    chosen = placed(EVERYTHING, Wishes(None, ALL_LAYERS))
+    assert (chosen.n_gpu_layers, chosen.n_cpu_moe) == (5, 3)
+    chosen = placed(EVERYTHING, Wishes(ALL_LAYERS, None))
+    assert (chosen.n_gpu_layers, chosen.n_cpu_moe) == (5, 0)
+
+
+def test_compute_buffers_and_overrides_take_room() -> None:
+    """Guards: weights that fill a device to the last byte."""
+    assert placed(EVERYTHING + 5, compute={"GPU0": 6}).n_cpu_moe == 1
+    fixed = Weights(MOE.layers, MOE.experts, 20, 7, {"GPU0": 6})
+    assert placed(EVERYTHING + 5, weights=fixed).n_cpu_moe == 1
+
+
+def test_cache_can_stay_on_the_host() -> None:
+    """Guards: --no-kv-offload that changes words only."""
+    chosen = placed(EVERYTHING - 4, Wishes(offload_cache=False))
+    assert (chosen.n_cpu_moe, chosen.host.cache, chosen.shares[0].cache) == (0, 4, 0)
+
+
+def test_several_devices_are_filled_in_turn() -> None:
+    """Guards: a layer that is larger than what is left on the device it is given to."""
+    rooms = [Room("GPU0", 150), Room("GPU1", 120), Room("GPU2", 1000)]
+    chosen = place(MOE, rooms, Wishes(), cache=1, compute={"GPU1": 9})
+    assert chosen.split == (2, 1, 2)
+    assert [share.weights for share in chosen.shares] == [140, 110, 130]
+    chosen = place(MOE, [Room("GPU0", 1000), *rooms], Wishes(), cache=1, compute={})
+    assert (chosen.devices, chosen.split) == (("GPU0",), (5,))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    layers=st.lists(st.tuples(st.integers(1, 50), st.integers(0, 200)), min_size=1, max_size=8),
+    output=st.integers(0, 60),
+    rooms=st.lists(st.integers(0, 900), max_size=3),
+    cache=st.integers(0, 9),
+    compute=st.integers(0, 30),
+)
+def test_nothing_is_overfull(
+    layers: list[tuple[int, int]], output: int, rooms: list[int], cache: int, compute: int
+) -> None:
+    """Guards: a device that is given more than it has room for; layers that no device has."""
+    weights = Weights(tuple(a for a, _ in layers), tuple(b for _, b in layers), output, 3, {})
+    names = {f"GPU{number}": Room(f"GPU{number}", size) for number, size in enumerate(rooms)}
+    chosen = place(
+        weights, list(names.values()), Wishes(), cache=cache, compute=dict.fromkeys(names, compute)
+    )
+    assert chosen.fits
+    assert sum(chosen.split) == (chosen.n_gpu_layers if rooms else 0)
+    for share, count in zip(chosen.shares, chosen.split, strict=True):
+        assert not count or share.weights + share.cache + compute <= names[share.name].n_bytes
+    held = chosen.host.weights + sum(share.weights for share in chosen.shares)
+    assert held == sum(a + b for a, b in layers) + output + 3
+
+
+def test_reserve() -> None:
+    """Guards: a driver without memory of its own; a small card on which nothing may lie."""
+    gb = 1 << 30
+    assert room_of("a", 24 * gb, shared=False, available=0).n_bytes == 23 * gb
+    assert room_of("a", 2 * gb, shared=False, available=0).n_bytes == 2 * gb - gb // 4
+    assert room_of("a", 24 * gb, shared=True, available=8 * gb).n_bytes == 7 * gb
+    assert room_of("a", 0, shared=False, available=8 * gb).n_bytes == 0
+
+
+def test_words() -> None:
+    """Guards: words that say another thing than what is done."""
+    assert placed(19).describe() == "CPU: 387 B of weights, 4 B of KV cache"
+    assert placed(EVERYTHING - 101).describe() == (
+        "GPU0: 4 layers, the output, 180 B of weights, 4 B of KV cache; "
+        "CPU: the routed experts of 2 layers, 207 B of weights"
+    )
+    assert placed(20 + 11).describe() == (
+        "GPU0: 1 layer, the output, 30 B of weights, 1 B of KV cache; "
+        "CPU: 3 layers, the routed experts of 1 layer, 357 B of weights, 3 B of KV cache"
+    )
+
+
+def test_sizes_in_the_log_of_several_backends() -> None:
+    """Guards: buffers of the host, or of device 10, taken for those of device 1."""
+    log = [
+        "sched_reserve: RPC0[127.0.0.1:50052] compute buffer size =    96.13 MiB",
+        "sched_reserve:      CUDA1 compute buffer size =   1.00 MiB",
+        "sched_reserve:     CUDA10 compute buffer size =   2.00 MiB",
+        "sched_reserve:  CUDA_Host compute buffer size =   9.00 MiB",
+        "sched_reserve: MTL0_Private compute buffer size =   3.00 MiB",
+        "llama_kv_cache:      CUDA1 KV buffer size =   5.00 MiB",
+    ]
+    sizes = compute_sizes(log, ["RPC0", "CUDA1", "CUDA10", "MTL0"])
+    assert {name: round(size / 2**20) for name, size in sizes.items()} == {
+        "RPC0": 96,
+        "CUDA1": 1,
+        "CUDA10": 2,
+        "MTL0": 3,
+    }

@@ -1,0 +1,182 @@
+"""Offloading, on devices that a loopback worker provides: llama.cpp itself says what lies where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.rpc_device import rpc_worker, run_cases
+from support.tiny_gguf import DENSE, MOE, write_tiny
+
+from dsmoe_local.engine.load.placement import weigh
+from dsmoe_local.model.gguf_model import read_model
+from dsmoe_local.model.hyperparameters import Hyperparameters
+
+MIB = 2**20
+ROUNDING = 0.02  # the log has two decimals; tensors are padded
+HP = replace(MOE, n_routed_experts=16, n_experts_per_token=3, n_context=256)
+CASES: dict[str, dict[str, Any]] = {
+    "none": {"n_gpu_layers": 0},
+    "no device": {"devices": []},
+    "output": {"n_gpu_layers": 1},
+    "some": {"n_gpu_layers": 4, "n_cpu_moe": 0},
+    "some without experts": {"n_gpu_layers": 6, "n_cpu_moe": 6},
+    "all": {"n_gpu_layers": -1, "n_cpu_moe": 0},
+    "more than all": {"n_gpu_layers": 99, "n_cpu_moe": 0},
+    "three without experts": {"n_gpu_layers": -1, "n_cpu_moe": 3},
+    "all without experts": {"n_gpu_layers": -1, "n_cpu_moe": -1},
+    "auto": {},
+    "second device": {"devices": ["RPC1"]},
+    "override": {"tensor_overrides": [[r"blk\.[2-4]\.attn", "CPU"], ["output", "CPU"]]},
+    "cache on the host": {"offload_cache": False},
+    "parallel": {"n_parallel": 4, "unified": False},
+}
+N_PARTS = HP.n_layers + 1
+# Layers on the devices as -ngl counts them, and the first layer that has its experts there.
+ON_DEVICE = {
+    "none": (0, 0),
+    "no device": (0, 0),
+    "output": (1, 0),
+    "some": (4, 0),
+    "some without experts": (6, 6),
+    "all": (N_PARTS, 0),
+    "more than all": (N_PARTS, 0),
+    "three without experts": (N_PARTS, 3),
+    "all without experts": (N_PARTS, HP.n_layers),
+    "auto": (N_PARTS, 0),
+    "second device": (N_PARTS, 0),
+    "parallel": (N_PARTS, 0),
+}
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    with rpc_worker(2) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("model") / "moe.gguf", HP)
+
+
+@pytest.fixture(scope="module")
+def results(endpoint: str, model: Path) -> dict[str, dict[str, Any]]:
+    cases = [{"model": str(model), "options": options} for options in CASES.values()]
+    return dict(zip(CASES, run_cases(endpoint, cases), strict=True))
+
+
+def offloaded(buffers: dict[str, dict[str, float]], kind: str) -> float:
+    return sum(size for device, size in buffers[kind].items() if device.startswith("RPC"))
+
+
+def expected(model: Path, n_gpu_layers: int, n_cpu_moe: int) -> float:
+    """MiB of weights that these settings put on devices."""
+    file, hp = read_model(model)
+    weights = weigh(file.tensors.values(), hp)
+    first = N_PARTS - n_gpu_layers
+    on_device = sum(weights.layers[first:]) + sum(weights.experts[max(first, n_cpu_moe) :])
+    return (on_device + (weights.output if n_gpu_layers else 0)) / MIB
+
+
+@pytest.mark.parametrize("name", ON_DEVICE)
+def test_weights_and_cache_lie_where_they_should(
+    name: str, results: dict[str, dict[str, Any]], model: Path
+) -> None:
+    """Guards: experts or layers on the wrong side; a KV cache that stays behind."""
+    found = results[name]
+    n_gpu_layers, n_cpu_moe = ON_DEVICE[name]
+    assert offloaded(found["buffers"], "model") == pytest.approx(
+        expected(model, n_gpu_layers, n_cpu_moe), abs=ROUNDING
+    )
+    n_layers = min(n_gpu_layers, HP.n_layers + 1) - (1 if n_gpu_layers else 0)
+    cache = sum(found["buffers"]["KV"].values())
+    assert offloaded(found["buffers"], "KV") == pytest.approx(cache * n_layers / HP.n_layers, abs=ROUNDING)
+
+
+def test_the_text_is_the_same_wherever_weights_lie(results: dict[str, dict[str, Any]]) -> None:
+    """Guards: tensors that are read as another device lays them out."""
+    texts = {name: found["token_ids"] for name, found in results.items()}
+    assert len(texts["none"]) == 8
+    assert all(text == texts["none"] for text in texts.values()), texts
+
+
+def test_devices_are_those_asked_for(results: dict[str, dict[str, Any]]) -> None:
+    """Guards: --device read as a wish; buffers on a device that holds nothing."""
+    for name, device in (("second device", "RPC1"), ("all", "RPC0")):
+        buffers = results[name]["buffers"]
+        assert {key for kind in buffers.values() for key in kind if key.startswith("RPC")} == {device}
+    for kind in results["no device"]["buffers"].values():
+        assert set(kind) == {"CPU"}
+
+
+def test_overrides_and_cache_on_the_host(results: dict[str, dict[str, Any]], model: Path) -> None:
+    """Guards: --tensor-override and --no-kv-offload without effect."""
+    file, _ = read_model(model)
+    names = [f"blk.{layer}.attn_" for layer in (2, 3, 4)] + ["output"]
+    kept = sum(info.n_bytes for info in file.tensors.values() if info.name.startswith(tuple(names)))
+    kept += sum(
+        info.n_bytes
+        for info in file.tensors.values()
+        if "attn_output" in info.name and info.name[4] not in "234"
+    )
+    on_device = offloaded(results["override"]["buffers"], "model")
+    assert on_device == pytest.approx(expected(model, N_PARTS, 0) - kept / MIB, abs=ROUNDING)
+    assert offloaded(results["cache on the host"]["buffers"], "KV") == 0
+
+
+def test_where_things_lie_is_told(results: dict[str, dict[str, Any]]) -> None:
+    """Guards: an offload in silence, a note where nothing is offloaded."""
+    for name, found in results.items():
+        told = [note for note in found["notes"] if "RPC" in note]
+        assert told == ([found["placement"]] if ON_DEVICE.get(name, (1, 0))[0] else [])
+    assert "routed experts of 2 layers" in results["three without experts"]["placement"]
+
+
+@pytest.mark.parametrize("hp", [HP, DENSE], ids=["moe", "dense"])
+def test_auto_fits_what_llama_cpp_allocates(hp: Hyperparameters, endpoint: str, tmp_path: Path) -> None:
+    """Guards: buffers that the arithmetic forgot; a device that is left half empty."""
+    path = write_tiny(tmp_path / "m.gguf", hp)
+    rooms = [share * MIB for share in (1, 3, 6, 9, 14, 40)]
+    cases = [
+        {"model": str(path), "free": list(free)}
+        for free in [*((room, 0) for room in rooms), (3 * MIB, 6 * MIB)]
+    ]
+    results = run_cases(endpoint, cases)
+    used = []
+    for case, found in zip(cases, results, strict=True):
+        for index, free in enumerate(case["free"]):
+            held = sum(kind.get(f"RPC{index}", 0) for kind in found["buffers"].values())
+            assert held * MIB <= free - free // 8 + ROUNDING * MIB
+        used.append(offloaded(found["buffers"], "model"))
+        assert found["token_ids"] == results[0]["token_ids"]
+    assert used[:6] == sorted(used[:6])
+    assert used[0] < used[2] < used[5]
+    largest = max(weigh(read_model(path)[0].tensors.values(), hp).layers) / MIB
+    assert used[5] == pytest.approx(sum(results[0]["buffers"]["model"].values()), abs=largest + 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"devices": ["RPC7"]}, "there is no such GPU\nit takes none, or some of RPC0, RPC1"),
+        ({"tensor_overrides": [["attn", "CUDA0"]]}, "there is no buffer CUDA0"),
+        ({"tensor_overrides": [["(", "CPU"]]}, "not a regular expression"),
+        ({"n_gpu_layers": -2}, "-ngl -2"),
+    ],
+)
+def test_impossible_wishes(options: dict[str, Any], message: str, endpoint: str, model: Path) -> None:
+    """Guards: a typing error that is taken for 'the default'."""
+    (found,) = run_cases(endpoint, [{"model": str(model), "options": options}])
+    assert found["error"] == "UsageError"
+    assert message in found["message"]
+
+
+def test_more_than_fits_is_said(endpoint: str, model: Path) -> None:
+    """Guards: a crash that nothing announced."""
+    case = {"model": str(model), "free": [MIB, 0], "options": {"n_gpu_layers": -1, "n_cpu_moe": 0}}
+    (found,) = run_cases(endpoint, [case])
+    assert any("this may fail" in note for note in found["notes"])

@@ -1,0 +1,203 @@
+"""Devices without a GPU: a loopback worker makes llama.cpp see GPUs that compute on this processor.
+
+A registered device stays for the life of a process and a lost worker ends it, so that everything that uses
+one runs in a process of its own: `python -m support.rpc_device COMMAND …`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+FAKE_FREE = 2 << 30
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+def has_rpc() -> bool:
+    """Whether this build of llama.cpp has the RPC backend."""
+    from dsmoe_local.engine.native.library import backend_function
+
+    return bool(backend_function("ggml_backend_reg_by_name", ctypes.c_void_p, ctypes.c_char_p)(b"RPC"))
+
+
+def _rpc_function(name: bytes, result: Any, *arguments: Any) -> Any:
+    from dsmoe_local.engine.native.library import backend_function
+
+    registry = backend_function("ggml_backend_reg_by_name", ctypes.c_void_p, ctypes.c_char_p)(b"RPC")
+    look_up = backend_function(
+        "ggml_backend_reg_get_proc_address", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p
+    )
+    return ctypes.CFUNCTYPE(result, *arguments)(look_up(registry, name))
+
+
+@contextlib.contextmanager
+def rpc_worker(n_devices: int) -> Iterator[str]:
+    """A worker with so many devices; its endpoint. Skips the test where the build has no RPC."""
+    if not has_rpc():
+        pytest.skip("this build of llama.cpp has no RPC backend: CMAKE_ARGS=-DGGML_RPC=ON")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    worker = subprocess.Popen(
+        _command("serve", endpoint, str(n_devices)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=_ROOT,
+        env=_environment(),
+    )
+    try:
+        _wait_for(endpoint, worker)
+        yield endpoint
+    finally:
+        worker.kill()
+        worker.communicate()
+
+
+def run_cases(endpoint: str, cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Load and run each of the cases (see `_run`) in one process that knows the devices."""
+    done = subprocess.run(
+        _command("run", endpoint, json.dumps(cases)),
+        capture_output=True,
+        text=True,
+        cwd=_ROOT,
+        env=_environment(),
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results: list[dict[str, Any]] = json.loads(done.stdout)
+    return results
+
+
+def _command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "support.rpc_device", *arguments]
+
+
+def _environment() -> dict[str, str]:
+    folders = [_ROOT, _ROOT / "convert", _ROOT / "quantize", _ROOT / "tests"]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))}
+
+
+def _wait_for(endpoint: str, worker: subprocess.Popen[bytes]) -> None:
+    host, _, port = endpoint.partition(":")
+    deadline = time.monotonic() + 60
+    while True:
+        assert worker.poll() is None, "the RPC worker ended"
+        assert time.monotonic() < deadline, "the RPC worker does not listen"
+        with contextlib.suppress(OSError), socket.create_connection((host, int(port)), 1):
+            return
+
+
+def _serve(endpoint: str, n_devices: int) -> None:
+    from dsmoe_local.engine.native.library import backend_function
+
+    first = backend_function("ggml_backend_dev_get", ctypes.c_void_p, ctypes.c_size_t)(0)
+    devices = (ctypes.c_void_p * n_devices)(*[first] * n_devices)
+    start = _rpc_function(
+        b"ggml_backend_rpc_start_server",
+        None,
+        ctypes.c_char_p,
+        ctypes.c_char_p,
+        ctypes.c_size_t,
+        ctypes.c_size_t,
+        ctypes.c_void_p,
+    )
+    start(endpoint.encode(), None, 1, n_devices, ctypes.addressof(devices))
+
+
+def register(endpoint: str) -> None:
+    """Make the worker's devices known to llama.cpp in this process."""
+    from dsmoe_local.engine.native.library import backend_function
+
+    add = _rpc_function(b"ggml_backend_rpc_add_server", ctypes.c_void_p, ctypes.c_char_p)
+    backend_function("ggml_backend_register", None, ctypes.c_void_p)(add(endpoint.encode()))
+
+
+def _run(case: dict[str, Any]) -> dict[str, Any]:
+    """Load `model` with `options`, the devices having `free` bytes each, and complete some token ids.
+
+    Returns what llama.cpp says of its buffers, the notes, the words of the placement and the token ids; or
+    the error.
+    """
+    from dsmoe_local.base.errors import DsmoeError
+    from dsmoe_local.base.progress import Event, Note
+    from dsmoe_local.engine import native
+    from dsmoe_local.engine.engine import Engine
+    from dsmoe_local.engine.types import ModelOptions, Request, SamplingParameters
+
+    notes: list[str] = []
+    free = case.get("free", [FAKE_FREE] * 16)
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Note):
+            notes.append(event.text)
+
+    def offload_devices(devices: Sequence[native.Device]) -> tuple[native.Device, ...]:
+        gpus = [device for device in devices if device.is_gpu]
+        return tuple(replace(gpu, n_free=room) for gpu, room in zip(gpus, free, strict=False))
+
+    class LoudModel(native.Model):
+        def __init__(self, path: Path, **settings: Any) -> None:
+            super().__init__(path, **settings)
+            # Making a context begins a new log.
+            log.extend(() if settings.get("measure_only") else native.log_lines())
+
+    log: list[str] = []
+    options = {"n_threads": 1, **case.get("options", {})}
+    for name in ("tensor_overrides", "devices"):
+        if options.get(name) is not None:
+            options[name] = tuple(tuple(x) if isinstance(x, list) else x for x in options[name])
+    patched = patch.multiple(native, offload_devices=offload_devices, Model=LoudModel)
+    try:
+        with patched:
+            engine = Engine.load(ModelOptions(Path(case["model"]), **options), listen)
+    except DsmoeError as error:
+        return {"error": type(error).__name__, "message": str(error), "notes": notes}
+    with engine:
+        request = Request("r", (0, 5, 6, 7), SamplingParameters(temperature=0), max_tokens=8)
+        events = list(engine.submit(request))
+        return {
+            "buffers": _buffers([*log, *engine.log()]),
+            "notes": notes,
+            "placement": engine.info.placement,
+            "n_context": engine.info.n_context,
+            "token_ids": [event.token_id for event in events if event.token_id is not None],
+        }
+
+
+def _buffers(log: Sequence[str]) -> dict[str, dict[str, float]]:
+    """MiB of each kind of buffer (model, KV, compute) on each device that the log names."""
+    found: dict[str, dict[str, float]] = {"model": {}, "KV": {}, "compute": {}}
+    for line in log:
+        match = re.search(r"(\w+?)(?:\[\S*)? +(model|KV|compute) buffer size = +([\d.]+) MiB", line)
+        if match:
+            device = match[1].partition("_")[0]
+            found[match[2]][device] = found[match[2]].get(device, 0.0) + float(match[3])
+    return found
+
+
+def main(words: Sequence[str]) -> None:
+    """What the processes of this module do."""
+    if words[0] == "serve":
+        _serve(words[1], int(words[2]))
+    else:
+        register(words[1])
+        json.dump([_run(case) for case in json.loads(words[2])], sys.stdout)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
