@@ -8,7 +8,7 @@ from typing import Any
 from dsmoe_local.engine.errors import EngineError
 from dsmoe_local.engine.native import Model, Row, tensors
 from dsmoe_local.engine.observe.observer import Logits, Observer, Scored, Watch
-from dsmoe_local.engine.observe.registry import make_observer
+from dsmoe_local.engine.observe.registry import check_observers, make_observer
 from dsmoe_local.engine.types import Observation, ObserverOptions
 from dsmoe_local.model.hyperparameters import Hyperparameters
 
@@ -24,6 +24,7 @@ class Dispatcher:
         """Raises UsageError (an unknown observer or parameter, or one that the model cannot have),
         FileError, FormatError.
         """
+        check_observers(options)
         self._observers: dict[str, Observer] = {}
         self._nodes: Mapping[bytes, Watch] = {}
         self._weights: Mapping[bytes, Watch] = {}

@@ -71,6 +71,7 @@ def _check_parameters(option: ObserverOptions) -> None:
 
 
 def make_observer(option: ObserverOptions, model: Model, hp: Hyperparameters) -> Observer:
-    """The observer that was declared, for a loaded model. Raises UsageError, FileError, FormatError."""
-    check_observers([option])
+    """The observer of options that were checked, for a loaded model. Raises UsageError, FileError,
+    FormatError.
+    """
     return OBSERVERS[option.name].make(model, hp, **dict(option.parameters))
