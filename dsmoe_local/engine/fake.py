@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,6 +38,7 @@ class FakeEngine:
 
     `replies` instead are given in turn. `template` False makes a base model. `gate`, when given, is called
     before each token: a test can wait in it, cancel, or raise. `requests` collects what was submitted.
+    `observations` is what its observers have seen, by their names.
     """
 
     def __init__(
@@ -49,10 +50,12 @@ class FakeEngine:
         n_parallel: int = 1,
         template: bool = True,
         gate: Callable[[int], None] = lambda index: None,
+        observations: Mapping[str, Observation] | None = None,
     ) -> None:
         self._reply = reply
         self._replies = None if replies is None else itertools.cycle(replies)
         self._gate = gate
+        self._observations = dict(observations or {})
         self._cached: tuple[int, ...] = ()
         self._cancelled: dict[str, bool] = {}
         self._closed = False
@@ -182,7 +185,9 @@ class FakeEngine:
 
     def observe(self, name: str) -> Observation:
         """See TextEngine."""
-        raise EngineError(f"no observer {name!r} was loaded")
+        if name not in self._observations:
+            raise EngineError(f"no observer {name!r} was loaded")
+        return self._observations[name]
 
     def close(self) -> None:
         """See TextEngine."""
