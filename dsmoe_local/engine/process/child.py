@@ -1,0 +1,346 @@
+"""One child process with one engine, as its client sees it: asked, listened to, reaped. Starts no second one.
+
+Three threads: one starts it, reads and delivers; one sends, so that nobody can be interrupted in the middle
+of a frame; one reads the log.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import queue
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import BinaryIO, Self, TypeAlias
+
+from dsmoe_local.base import progress
+from dsmoe_local.base.errors import InterruptedRunError
+from dsmoe_local.engine.errors import EngineCrashError, EngineError
+from dsmoe_local.engine.process import wire
+from dsmoe_local.engine.process.log import LogKeeper
+from dsmoe_local.engine.process.spawn import crash, spawn
+from dsmoe_local.engine.types import (
+    Deliver,
+    ModelInfo,
+    ModelOptions,
+    Observation,
+    Prompt,
+    Request,
+    TokenEvent,
+)
+
+_GRACE = 1.0  # seconds that a child has to leave
+_PATIENCE = 5.0  # seconds that a killed one may take; after that it is left to the system
+_POLL = 0.05  # how late a set `stop` may be noticed
+
+_Answer: TypeAlias = "queue.SimpleQueue[wire.Plain | EngineError]"
+
+
+class AlreadyOverError(Exception):
+    """The child had ended before it was asked; `failure` says why."""
+
+    def __init__(self, failure: EngineError) -> None:
+        super().__init__(str(failure))
+        self.failure = failure
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Running:
+    """A request in flight; the caller's Ticket."""
+
+    child: Child
+    number: int
+    request_id: str
+    deliver: Deliver
+
+    def cancel(self) -> None:
+        self.child.cancel_number(self.number)
+
+
+class Child:
+    """A process with a loaded model. `failure` is set once it is over: why nothing can be asked any more."""
+
+    def __init__(self, log: LogKeeper, listen: progress.Listener) -> None:
+        self.failure: EngineError | None = None
+        self.info: ModelInfo
+        self._log = log
+        self._listen = listen
+        self._closing = False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._spawned = threading.Event()
+        self._loaded = threading.Event()
+        self._load_failure: BaseException | None = None
+        # Guards what is in flight between those who ask and the reader.
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._running: dict[int, _Running] = {}
+        self._by_id: dict[str, _Running] = {}
+        self._calls: dict[int, _Answer] = {}
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._run, name="dsmoe-client", daemon=True)
+
+    @classmethod
+    def load(
+        cls,
+        options: ModelOptions,
+        factory: str,
+        log: LogKeeper,
+        listen: progress.Listener,
+        stop: threading.Event,
+    ) -> Self:
+        """Start a process and load the model there. It is killed if `stop` is set or the wait interrupted."""
+        frame = wire.pack(("load", factory, wire.to_plain(options)))
+        log.begin()
+        child = cls(log, listen)
+        child._outbox.put(frame)
+        child._reader.start()
+        try:
+            while not child._loaded.wait(_POLL) and not stop.is_set():
+                pass
+            if child._load_failure is not None:
+                raise child._load_failure
+            if stop.is_set():
+                raise InterruptedRunError("loading was interrupted")
+        except BaseException:
+            child.kill()
+            raise
+        return child
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        assert self._process is not None
+        return self._process.pid
+
+    # What a caller may ask, from any thread.
+
+    def start(self, request: Request, deliver: Deliver) -> _Running:
+        """See TextEngine. AlreadyOverError if there is nobody to ask."""
+        number = next(self._numbers)
+        frame = wire.pack(("start", number, wire.to_plain(request)))
+        running = _Running(self, number, request.id, deliver)
+        with self._lock:
+            self._check_alive()
+            if request.id in self._by_id:
+                raise EngineError(f"a request with the id {request.id!r} is already running")
+            self._running[number] = self._by_id[request.id] = running
+        self._outbox.put(frame)
+        return running
+
+    def cancel(self, request_id: str) -> None:
+        """See TextEngine. Takes no lock: the signal handler that calls it may have interrupted `start`."""
+        running = self._by_id.get(request_id)
+        if running is not None:
+            running.cancel()
+
+    def cancel_number(self, number: int) -> None:
+        """Cancel a request, if it is not over."""
+        if number in self._running:
+            self._outbox.put(wire.pack(("cancel", number)))
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """See TextEngine. AlreadyOverError if there is nobody to ask."""
+        return tuple(self._call("encode", wire.to_plain(prompt)))
+
+    def observe(self, name: str) -> Observation:
+        """See TextEngine. AlreadyOverError if there is nobody to ask."""
+        seen: Observation = self._call("observe", name)
+        return seen
+
+    def _call(self, what: str, argument: wire.Plain) -> wire.Plain:
+        number = next(self._numbers)
+        frame = wire.pack(("call", number, what, argument))
+        answer: _Answer = queue.SimpleQueue()
+        with self._lock:
+            self._check_alive()
+            self._calls[number] = answer
+        self._outbox.put(frame)
+        value = answer.get()
+        if isinstance(value, BaseException):
+            raise value
+        return value
+
+    def _check_alive(self) -> None:
+        if self.failure is not None:
+            raise AlreadyOverError(copy.copy(self.failure))
+
+    # Its end.
+
+    def close(self) -> None:
+        """Let it end what runs and leave; kill it if it does not."""
+        self._closing = True
+        self._outbox.put(wire.pack(("close",)))
+        self._join(_GRACE)
+        self.kill()
+
+    def kill(self) -> None:
+        """End it at once, if it has not ended, and reap it."""
+        self._closing = True
+        self._spawned.wait()
+        if self._process is not None:
+            self._process.kill()
+        self._join(_PATIENCE)
+
+    def _join(self, seconds: float) -> None:
+        if threading.current_thread() is not self._reader:
+            self._reader.join(seconds)
+
+    # The reader's thread.
+
+    def _run(self) -> None:
+        """The whole life of the process. Started here, since it is to die with its starter's thread."""
+        try:
+            self._process, channel = spawn()
+        except BaseException as error:  # noqa: BLE001 - raised again by `load`
+            self._load_failure = error
+            self._loaded.set()
+            return
+        finally:
+            self._spawned.set()
+        assert self._process.stdout is not None
+        others = [
+            threading.Thread(target=_send, args=(channel, self._outbox), name="dsmoe-send", daemon=True),
+            threading.Thread(
+                target=_keep, args=(self._process.stdout, self._log), name="dsmoe-log", daemon=True
+            ),
+        ]
+        for thread in others:
+            thread.start()
+        with channel, channel.makefile("rb", 1 << 16) as source:
+            garbled = self._read(source)
+            status = self._reap(self._process, at_once=garbled is not None)
+            self._outbox.put(None)
+            for thread in others:
+                thread.join(_GRACE)
+        self._end(self._reason(status, garbled))
+
+    def _read(self, source: wire.Source) -> Exception | None:
+        """Take messages until the end; or until one cannot be understood, which is returned."""
+        try:
+            while (message := wire.receive(source)) is not None:
+                kind, *arguments = message
+                _TAKE[kind](self, *arguments)
+        except (wire.WireError, LookupError, TypeError, ValueError) as error:
+            return error
+        except OSError:
+            # The connection was reset: what was sent to it was never read.
+            return None
+        return None
+
+    def _reap(self, process: subprocess.Popen[bytes], *, at_once: bool) -> int:
+        try:
+            if not at_once:
+                return process.wait(_GRACE)
+        except subprocess.TimeoutExpired:
+            # It closed the socket and goes on.
+            pass
+        process.kill()
+        return process.wait()
+
+    def _reason(self, status: int, garbled: Exception | None) -> EngineError:
+        if self._closing:
+            return EngineError("the engine is closed")
+        log = self._log.lines()
+        if garbled is None:
+            return crash(status, log, loading=not self._loaded.is_set())
+        error = EngineCrashError("the engine's process sent what cannot be understood", log=log)
+        error.__cause__ = garbled
+        return error
+
+    def _end(self, failure: EngineError) -> None:
+        """Tell everybody who waits."""
+        with self._lock:
+            self.failure = failure
+            running, calls = list(self._running.values()), list(self._calls.values())
+            self._running.clear()
+            self._by_id.clear()
+            self._calls.clear()
+        if not self._loaded.is_set():
+            self._load_failure = failure
+            self._loaded.set()
+        for request in running:
+            self._hand(request, copy.copy(failure))
+        for answer in calls:
+            answer.put(copy.copy(failure))
+
+    def _take_progress(self, event: wire.Plain) -> None:
+        try:
+            self._listen(wire.progress_from_plain(event))
+        except Exception as error:  # noqa: BLE001 - the listener's own, raised again by `load`
+            self._load_failure = error
+            self._loaded.set()
+
+    def _take_loaded(self, info: wire.Plain) -> None:
+        self.info = wire.from_plain(ModelInfo, info)
+        self._loaded.set()
+
+    def _take_failed(self, error: wire.Plain) -> None:
+        self._load_failure = wire.error_from_plain(error)
+        self._loaded.set()
+
+    def _take_answer(self, number: int, value: wire.Plain) -> None:
+        self._answer(number, value)
+
+    def _take_refusal(self, number: int, error: wire.Plain) -> None:
+        self._answer(number, wire.error_from_plain(error))
+
+    def _answer(self, number: int, value: wire.Plain) -> None:
+        with self._lock:
+            answer = self._calls.pop(number)
+        answer.put(value)
+
+    def _take_events(self, events: list[wire.Plain]) -> None:
+        for event in events:
+            running = self._running.get(event[0])
+            if running is None:
+                continue  # its receiver failed
+            if len(event) > wire.END_LENGTH:
+                self._hand(running, wire.event_from_plain(running.request_id, event))
+            else:
+                # Forgotten first: the receiver may start the same id again.
+                self._forget(running)
+                self._hand(running, None if event[1] is None else wire.error_from_plain(event[1]))
+
+    def _forget(self, running: _Running) -> None:
+        with self._lock:
+            del self._running[running.number]
+            del self._by_id[running.request_id]
+
+    def _hand(self, running: _Running, item: TokenEvent | BaseException | None) -> None:
+        """Deliver. A receiver that fails loses its own request, nobody else's."""
+        try:
+            running.deliver(item)
+        except Exception:  # noqa: BLE001 - reported as any thread's
+            running.cancel()
+            if running.number in self._running:
+                self._forget(running)
+            threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
+
+
+_TAKE: dict[str, Callable[..., None]] = {
+    "progress": Child._take_progress,
+    "loaded": Child._take_loaded,
+    "failed": Child._take_failed,
+    "answer": Child._take_answer,
+    "refusal": Child._take_refusal,
+    "events": Child._take_events,
+}
+
+
+def _send(channel: socket.socket, outbox: queue.SimpleQueue[bytes | None]) -> None:
+    """The sender's thread."""
+    try:
+        while (frame := outbox.get()) is not None:
+            channel.sendall(frame)
+    except OSError:
+        return  # nobody reads there any more: the reader says why
+
+
+def _keep(source: BinaryIO, log: LogKeeper) -> None:
+    """The log's thread."""
+    with source:
+        log.read(source)

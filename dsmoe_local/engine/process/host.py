@@ -1,0 +1,261 @@
+"""The engine's own process: `python -m dsmoe_local.engine.process.host SOCKET PARENT`, started by `client`.
+
+Serves one engine to one client over an inherited socket: load, start, cancel, encode, observe, close. What
+the messages look like is `wire`'s concern. Ends when the client closes the socket or dies.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pkgutil
+import queue
+import resource
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NoReturn, Protocol, runtime_checkable
+
+from dsmoe_local.base.errors import DsmoeError
+from dsmoe_local.base.progress import Event
+from dsmoe_local.engine.errors import EngineError
+from dsmoe_local.engine.process import wire
+from dsmoe_local.engine.types import ModelOptions, Request, TextEngine, Ticket, TokenEvent
+
+_PR_SET_PDEATHSIG = 1
+
+
+@runtime_checkable
+class _StepEngine(Protocol):
+    """An engine that tells when the events of a step are delivered."""
+
+    after_step: Callable[[], None] | None
+
+
+@dataclass(slots=True, eq=False)
+class _Running:
+    """A request that was asked for; `ticket` once the engine has it."""
+
+    number: int
+    ticket: Ticket | None = None
+    cancelled: bool = False
+
+
+class _Outbox:
+    """What is on its way to the client. Events wait for the end of the engine's step, if it tells of one."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._channel = channel
+        self._lock = threading.Lock()
+        self._events: list[wire.Plain] = []
+        self.by_step = False
+
+    def send(self, *message: wire.Plain) -> None:
+        """Send one message at once."""
+        frame = wire.pack(message)
+        with self._lock:
+            self._write(frame)
+
+    def put(self, event: wire.Plain, *, last: bool) -> None:
+        """Send an event of a request, together with those of the same step."""
+        with self._lock:
+            self._events.append(event)
+        if last or not self.by_step:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send the events so far as one frame."""
+        with self._lock:
+            if self._events:
+                events, self._events = self._events, []
+                self._write(_pack_events(events))
+
+    def _write(self, frame: bytes) -> None:
+        try:
+            self._channel.sendall(frame)
+        except OSError:
+            # The client is gone: nobody is left to work for.
+            os._exit(1)
+
+
+def _pack_events(events: list[wire.Plain]) -> bytes:
+    """One frame; an event that cannot be sent (its numbers are none) becomes its request's error."""
+    try:
+        return wire.pack(("events", events))
+    except EngineError:
+        return wire.pack(("events", [_sendable(event) for event in events]))
+
+
+def _sendable(event: wire.Plain) -> wire.Plain:
+    try:
+        wire.pack(event)
+    except EngineError as error:
+        return (event[0], wire.error_to_plain(error))
+    return event
+
+
+class _Host:
+    """One engine and its client.
+
+    The main thread reads and never works, so that a cancellation is taken at any time; a second thread loads,
+    starts and encodes, in the order asked; events come from the engine's own.
+    """
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._incoming = channel.makefile("rb")
+        self._outbox = _Outbox(channel)
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._engine: TextEngine | None = None
+        # Guards the requests between the thread that starts and the one that cancels.
+        self._lock = threading.Lock()
+        self._requests: dict[int, _Running] = {}
+        self._stop = threading.Event()
+
+    def serve(self) -> None:
+        """Until the client closes, or is gone."""
+        threading.Thread(target=self._run, name="dsmoe-host", daemon=True).start()
+        while (message := wire.receive(self._incoming)) is not None:
+            kind, *arguments = message
+            _TAKE[kind](self, *arguments)
+
+    def _run(self) -> None:
+        """The worker's thread."""
+        while (job := self._work.get()) is not None:
+            job()
+        if self._engine is not None:
+            self._engine.close()
+        _leave()
+
+    # What the client may ask, in the main thread.
+
+    def _take_load(self, factory: str, options: wire.Plain) -> None:
+        self._work.put(lambda: self._load(factory, options))
+
+    def _take_start(self, number: int, request: wire.Plain) -> None:
+        running = _Running(number)
+        with self._lock:
+            self._requests[number] = running
+        self._work.put(lambda: self._start(running, request))
+
+    def _take_cancel(self, number: int) -> None:
+        with self._lock:
+            running = self._requests.get(number)
+            if running is None:
+                return
+            running.cancelled = True
+            ticket = running.ticket
+        if ticket is not None:
+            ticket.cancel()
+
+    def _take_call(self, number: int, what: str, argument: wire.Plain) -> None:
+        self._work.put(lambda: self._answer(number, what, argument))
+
+    def _take_close(self) -> None:
+        self._stop.set()
+        self._work.put(None)
+
+    # The work itself, in the worker's thread.
+
+    def _load(self, factory: str, options: wire.Plain) -> None:
+        try:
+            load = pkgutil.resolve_name(factory)
+            engine: TextEngine = load(wire.from_plain(ModelOptions, options), self._tell_progress, self._stop)
+            if isinstance(engine, _StepEngine):
+                self._outbox.by_step = True
+                engine.after_step = self._outbox.flush
+            self._engine = engine
+            self._outbox.send("loaded", wire.to_plain(engine.info))
+        except Exception as error:  # noqa: BLE001 - raised again in the client
+            self._outbox.send("failed", _crossing(error))
+
+    def _tell_progress(self, event: Event) -> None:
+        self._outbox.send("progress", wire.progress_to_plain(event))
+
+    def _start(self, running: _Running, request: wire.Plain) -> None:
+        try:
+            ticket = self._loaded().start(
+                wire.from_plain(Request, request), lambda item: self._deliver(running, item)
+            )
+        except Exception as error:  # noqa: BLE001 - raised again in the client
+            self._deliver(running, error)
+            return
+        with self._lock:
+            running.ticket = ticket
+            cancelled = running.cancelled
+        if cancelled:
+            ticket.cancel()
+
+    def _deliver(self, running: _Running, item: TokenEvent | BaseException | None) -> None:
+        """In the engine's thread."""
+        if isinstance(item, TokenEvent):
+            self._outbox.put(wire.event_to_plain(running.number, item), last=False)
+            return
+        with self._lock:
+            self._requests.pop(running.number, None)
+        self._outbox.put((running.number, None if item is None else _crossing(item)), last=True)
+
+    def _answer(self, number: int, what: str, argument: wire.Plain) -> None:
+        try:
+            self._outbox.send("answer", number, _CALLS[what](self._loaded(), argument))
+        except Exception as error:  # noqa: BLE001 - raised again in the client
+            self._outbox.send("refusal", number, _crossing(error))
+
+    def _loaded(self) -> TextEngine:
+        assert self._engine is not None, "the client waits for the model before it asks for more"
+        return self._engine
+
+
+_TAKE: dict[str, Callable[..., None]] = {
+    "load": _Host._take_load,
+    "start": _Host._take_start,
+    "cancel": _Host._take_cancel,
+    "call": _Host._take_call,
+    "close": _Host._take_close,
+}
+
+
+_CALLS: dict[str, Callable[[TextEngine, wire.Plain], wire.Plain]] = {
+    "encode": lambda engine, prompt: engine.encode(wire.prompt_from_plain(prompt)),
+    "observe": lambda engine, name: engine.observe(name),
+}
+
+
+def _crossing(error: BaseException) -> wire.Plain:
+    """An error as it crosses; of one that nobody meant to raise the traceback goes to the log."""
+    if not isinstance(error, DsmoeError):
+        traceback.print_exception(error)
+    return wire.error_to_plain(error)
+
+
+def _die_with(parent: int) -> None:
+    """Be killed when the parent dies, even where another process keeps our socket open."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _leave() -> NoReturn:
+    """Exit. Not the interpreter's own way out: destructors of native libraries may crash on it."""
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def main() -> NoReturn:
+    """Serve the socket whose descriptor is the first argument; the second is the parent's process id."""
+    descriptor, parent = map(int, sys.argv[1:])
+    # Ctrl-C is the client's to judge.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _die_with(parent)
+    # A dump of gigabytes of weights would hold up the news of a crash.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    _Host(socket.socket(fileno=descriptor)).serve()
+    _leave()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,456 @@
+"""An engine in a child process, on fakes: it dies, hangs or misbehaves, and its client does not."""
+
+from __future__ import annotations
+
+import _thread
+import os
+import queue
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import hosted
+
+from dsmoe_local.base import progress
+from dsmoe_local.base.errors import FileError, InterruptedRunError
+from dsmoe_local.engine.errors import EngineCrashError, EngineError, OutOfMemoryError, PromptError
+from dsmoe_local.engine.fake import FakeEngine
+from dsmoe_local.engine.process import wire
+from dsmoe_local.engine.process.client import EngineClient
+from dsmoe_local.engine.process.spawn import spawn
+from dsmoe_local.engine.types import FinishReason, Message, ModelOptions, Request, TextEngine, TokenEvent
+
+OPTIONS = ModelOptions(Path("fake.gguf"), n_context=77)
+SIGNALS = [signal.SIGSEGV, signal.SIGABRT, signal.SIGKILL]
+
+
+def load(factory: str = hosted.FAKE, **more: Any) -> EngineClient:
+    return EngineClient.load(OPTIONS, factory=factory, **more)
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[EngineClient]:
+    with load() as loaded:
+        yield loaded
+
+
+def text(events: list[TokenEvent]) -> str:
+    return "".join(event.text for event in events)
+
+
+def is_gone(pid: int) -> bool:
+    """Whether no process has that id, not even a zombie."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_same_events_as_in_this_process(client: EngineClient) -> None:
+    """Guards: an event lost, doubled or changed on its way."""
+    request = Request("r", "one\n\u2028é中\N{GRINNING FACE} \x1b[31m", stop=("31",), max_tokens=40)
+    expected = list(hosted.Hosted().submit(request))
+    got = list(client.submit(request))
+    # What the fake remembers of its last reply is its own.
+    assert [repr(event) for event in got[:-1]] == [repr(event) for event in expected[:-1]]
+    assert (got[-1].text, got[-1].finish_reason) == (expected[-1].text, expected[-1].finish_reason)
+
+
+def test_client_has_the_interface(client: EngineClient) -> None:
+    """Guards: a client that callers cannot hold as any other engine."""
+    engine: TextEngine = client
+    here = FakeEngine(n_context=100_000)
+    assert engine.info == here.info
+    conversation = (Message("user", "hé"), Message("assistant", "x", (5, 6)), Message("user", "\u2028"))
+    assert engine.encode(conversation) == here.encode(conversation)
+    assert engine.encode((1, 2, 3)) == (1, 2, 3)
+    with pytest.raises(EngineError, match="no observer 'x'"):
+        engine.observe("x")
+    engine.cancel("unknown")
+
+
+def test_many_requests_at_once_keep_their_events_apart(client: EngineClient) -> None:
+    """Guards: an event delivered to another request."""
+    streams = {word: client.submit(Request(word, word)) for word in map(str, range(1000, 1040))}
+    for word, events in streams.items():
+        seen = list(events)
+        assert {event.request_id for event in seen} == {word}
+        assert text(seen) == word
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_child_killed_in_the_middle_of_replies(number: signal.Signals) -> None:
+    """Guards: a native crash that ends the session, that leaves a stream waiting, or a client that is then
+    of no use.
+    """
+    with load(hosted.HALTING) as client:
+        streams = [client.submit(Request(name, "abcdef")) for name in "abc"]
+        for stream in streams:
+            assert text([next(stream) for _ in range(3)]) == "abc"
+        first = client.pid
+        os.kill(first, number)
+        for stream in streams:
+            with pytest.raises(EngineCrashError, match=f"was killed by {number.name}"):
+                next(stream)
+            assert list(stream) == []
+        assert is_gone(first)
+        again = list(client.submit(Request("a", "xyz", max_tokens=3)))
+        assert text(again) == "xyz"
+        assert client.pid != first
+
+
+def test_child_killed_again_and_again() -> None:
+    """Guards: threads, descriptors or requests of a dead child that the next one trips over."""
+    with load() as client:
+        list(client.submit(Request("r", "warm")))
+        before = (threading.active_count(), len(os.listdir("/dev/fd")))
+        for _ in range(5):
+            with pytest.raises(EngineCrashError, match="SIGKILL"):
+                list(client.submit(Request("r", "signal SIGKILL")))
+            assert text(list(client.submit(Request("r", "next")))) == "next"
+        assert (threading.active_count(), len(os.listdir("/dev/fd"))) == before
+
+
+def test_child_that_exits_tells_its_status_and_its_last_lines() -> None:
+    """Guards: the reason of a crash, which only the log has, lost with the process."""
+    with load() as client:
+        list(client.submit(Request("p", "print last \x1b[31mwords")))
+        with pytest.raises(EngineCrashError, match="exit status 3") as caught:
+            list(client.submit(Request("r", "exit 3")))
+        assert caught.value.log[-1] == "last ␛[31mwords"
+        assert caught.value.where == "its log ends: last ␛[31mwords"
+        assert client.log() == caught.value.log
+        assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_who_waits_for_an_answer_hears_of_the_crash() -> None:
+    """Guards: `encode` waiting for ever for a child that is gone."""
+    with load(hosted.HALTING) as client:
+        os.kill(client.pid, signal.SIGSTOP)
+        results: queue.SimpleQueue[object] = queue.SimpleQueue()
+
+        def encode() -> None:
+            try:
+                results.put(client.encode("x"))
+            except EngineError as error:
+                results.put(error)
+
+        waiting = threading.Thread(target=encode)
+        waiting.start()
+        while not client._latest()._calls:
+            pass
+        os.kill(client.pid, signal.SIGKILL)
+        waiting.join()
+        assert isinstance(results.get(), EngineCrashError)
+        assert client.encode("x") == (ord("x") + 1,)
+
+
+def test_observations_die_with_the_child() -> None:
+    """Guards: the empty observation of a new child shown as what the old one saw."""
+    with load() as client:
+        assert client.observe("modules")
+        with pytest.raises(EngineCrashError):
+            list(client.submit(Request("r", "exit 1")))
+        with pytest.raises(EngineCrashError, match="exit status 1"):
+            client.observe("modules")
+
+
+def test_model_that_cannot_be_loaded_again(tmp_path: Path) -> None:
+    """Guards: a failed second load taken for the crash, or tried for ever."""
+    path = tmp_path / "loaded"
+    with EngineClient.load(ModelOptions(path), factory=hosted.ONCE) as client:
+        with pytest.raises(EngineCrashError):
+            list(client.submit(Request("r", "exit 1")))
+        for _ in range(2):
+            with pytest.raises(OutOfMemoryError, match="no room any more"):
+                client.submit(Request("r", "x"))
+        path.unlink()
+        assert text(list(client.submit(Request("r", "x")))) == "x"
+
+
+def test_refusals_arrive_as_what_they_are(client: EngineClient) -> None:
+    """Guards: a caller that can no longer tell a bad prompt from a broken engine."""
+    with pytest.raises(PromptError, match="the context holds 100000") as caught:
+        list(client.submit(Request("r", "x" * 100_000)))
+    assert caught.value.exit_code == 1
+    with pytest.raises(EngineError, match="cannot be sent"):
+        client.encode(b"bytes")  # type: ignore[arg-type]
+    with pytest.raises(EngineError, match="internal error in the engine: UnicodeEncodeError"):
+        client.encode("\ud83d")  # the fake's own way; the real one replaces it
+    assert "Traceback" in "\n".join(client.log())
+
+
+def test_numbers_that_are_none_end_their_request_only(client: EngineClient) -> None:
+    """Guards: a NaN that kills the engine's thread, and all other requests with it."""
+    with pytest.raises(EngineError, match="cannot be sent"):
+        list(client.submit(Request("n", "nan")))
+    assert text(list(client.submit(Request("n", "fine")))) == "fine"
+
+
+def test_same_id_twice(client: EngineClient) -> None:
+    """Guards: two requests of one id, of which `cancel` finds one; an id that stays taken."""
+    stream = client.submit(Request("same", "signal SIGCONT"))  # which never ends
+    with pytest.raises(EngineError, match="already running"):
+        client.submit(Request("same", "x"))
+    del stream
+    for _ in range(3):
+        list(client.submit(Request("other", "x")))
+
+
+def test_an_id_is_free_once_its_end_is_delivered(client: EngineClient) -> None:
+    """Guards: a batch that starts the same id from its receiver being refused."""
+    ends: queue.SimpleQueue[object] = queue.SimpleQueue()
+
+    def deliver(item: TokenEvent | BaseException | None) -> None:
+        if item is None:
+            client.start(Request("again", "x"), lambda item: ends.put(item) if item is None else None)
+
+    client.start(Request("again", "x"), deliver)
+    assert ends.get() is None
+
+
+def test_cancelling(client: EngineClient) -> None:
+    """Guards: a cancellation that finds the wrong request, none, or one that is over."""
+    with load(hosted.HALTING) as halting:
+        # Only a request that has not begun can be cancelled where tokens halt for ever.
+        os.kill(halting.pid, signal.SIGSTOP)
+        stream = halting.submit(Request("c", "abcdef"))
+        other = halting.submit(Request("o", "abcdef"))
+        halting.cancel("c")
+        os.kill(halting.pid, signal.SIGCONT)
+        assert [next(other).text for _ in range(3)] == ["a", "b", "c"]
+        events = [next(stream)]
+        while events[-1].finish_reason is None and len(events) < 3:
+            events.append(next(stream))
+    ticket = client.start(Request("t", "x"), lambda item: None)
+    list(client.submit(Request("u", "x")))
+    ticket.cancel()
+
+
+def test_receiver_that_fails_loses_its_own_request_only(
+    client: EngineClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: one bug in a caller that ends every stream."""
+    heard: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", heard.append)
+
+    def deliver(item: object) -> None:
+        raise ValueError("mine")
+
+    client.start(Request("bad", "abc"), deliver)
+    assert text(list(client.submit(Request("good", "abc")))) == "abc"
+    assert [call.exc_type for call in heard] == [ValueError]
+
+
+def test_load_tells_its_progress() -> None:
+    """Guards: options or progress lost on the way."""
+    events: list[progress.Event] = []
+    load(listen=events.append).close()
+    assert events == [
+        progress.Started("loading", 3),
+        progress.Advanced(3, "all"),
+        progress.Note("context of 77"),
+        progress.Finished("loading"),
+    ]
+
+
+@pytest.mark.parametrize("how", ["stop", "Ctrl-C", "listener"])
+def test_load_is_given_up(how: str) -> None:
+    """Guards: Ctrl-C that waits for a load which hears nothing, and a process that then stays."""
+    pids: list[int] = []
+    stop = threading.Event()
+    table: dict[str, int] = {}
+    ends: dict[str, tuple[Callable[[], object], type[BaseException]]] = {
+        "stop": (stop.set, InterruptedRunError),
+        "Ctrl-C": (_thread.interrupt_main, KeyboardInterrupt),
+        "listener": (lambda: table["bug"], KeyError),
+    }
+    end, expected = ends[how]
+
+    def listen(event: progress.Event) -> None:
+        assert isinstance(event, progress.Note)
+        pids.append(int(event.text))
+        end()
+
+    with pytest.raises(expected):
+        load(hosted.NEVER_LOADED, listen=listen, stop=stop)
+    assert is_gone(pids[0])
+
+
+def test_stop_that_was_set_before() -> None:
+    """Guards: an interruption just before the load that is forgotten."""
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(InterruptedRunError):
+        load(stop=stop)
+
+
+def test_loads_that_fail() -> None:
+    """Guards: a load that fails by other errors than in this process, or never ends."""
+    with pytest.raises(OutOfMemoryError, match="no room") as refused:
+        load(hosted.NOT_LOADED)
+    assert str(refused.value) == "no room\nhere\nless"
+    with pytest.raises(EngineCrashError, match="SIGABRT while it loaded the model") as crashed:
+        load(hosted.DYING_AT_LOAD)
+    assert crashed.value.where == "its log ends: ggml.c:1: GGML_ASSERT(␛[31mfine␛[0m) failed"
+    with pytest.raises(EngineError, match="internal error in the engine: KeyError: 'a bug'"):
+        load(hosted.BROKEN)
+    with pytest.raises(EngineError, match="ModuleNotFoundError"):
+        load("support.no_such:thing")
+
+
+@pytest.mark.parametrize("factory", [hosted.FAKE, hosted.STUCK, hosted.HALTING])
+def test_close(factory: str) -> None:
+    """Guards: a close that hangs, leaves the process or a zombie, or cannot be repeated."""
+    client = load(factory)
+    pid = client.pid
+    client.close()
+    client.close()
+    assert is_gone(pid)
+    asked: list[Callable[[], object]] = [
+        lambda: client.submit(Request("r", "x")),
+        lambda: client.encode("x"),
+        lambda: client.info,
+    ]
+    for ask in asked:
+        with pytest.raises(EngineError, match="the engine is closed"):
+            ask()
+
+
+def test_close_ends_what_runs() -> None:
+    """Guards: a reader that waits for ever for a reply of an engine that was closed."""
+    with load(hosted.HALTING) as client:
+        os.kill(client.pid, signal.SIGSTOP)  # it cannot even leave by itself
+        stream = client.submit(Request("r", "abcdef"))
+    with pytest.raises(EngineError, match="closed"):
+        next(stream)
+
+
+def test_log_file_takes_every_line(tmp_path: Path) -> None:
+    """Guards: a log that ends with the process whose end it should explain."""
+    path = tmp_path / "engine.log"
+    with load(log_file=path) as client:
+        for word in ("first", "exit 2", "second"):
+            stream = client.submit(Request("r", f"print {word}" if word != "exit 2" else word))
+            if word == "exit 2":
+                with pytest.raises(EngineCrashError):
+                    list(stream)
+            else:
+                list(stream)
+        assert "first" not in client.log()
+    assert path.read_text().splitlines() == ["first", "second"]
+    with pytest.raises(FileError, match="the log cannot be written"):
+        load(log_file=tmp_path / "no" / "folder")
+
+
+def test_events_of_a_step_come_in_one_frame() -> None:
+    """Guards: a system call for every token, where sixteen sequences decode at once."""
+    process, channel = spawn()
+    assert process.stdout is not None
+    with channel, channel.makefile("rb") as source, process.stdout:
+        channel.sendall(wire.pack(("load", hosted.STEPPING, wire.to_plain(OPTIONS))))
+        assert wire.receive(source)[0] == "loaded"  # type: ignore[index]
+        channel.sendall(wire.pack(("start", 5, wire.to_plain(Request("r", "abc")))))
+        frame = wire.receive(source)
+        assert frame is not None
+        assert [event[:2] for event in frame[1]] == [[5, "a"], [5, "b"], [5, "c"]]
+        channel.sendall(wire.pack(("cancel", 5)))
+        frame = wire.receive(source)
+        assert frame is not None
+        assert frame[0] == "events"
+        assert frame[1][0][6] == FinishReason.STOP
+        assert frame[1][1] == [5, None]
+    # Closing the socket is what the death of a client looks like.
+    assert process.wait() == 0
+
+
+PARENT = f"""
+import sys, time
+from support import hosted
+from dsmoe_local.engine.process.client import EngineClient
+from dsmoe_local.engine.types import ModelOptions, Request
+from pathlib import Path
+client = EngineClient.load(ModelOptions(Path("x")), factory="{hosted.STUCK}")
+print(client.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs Linux's pidfd_open")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_child_of_a_parent_that_is_killed(number: signal.Signals) -> None:
+    """Guards: a model that stays in memory after its user's program was killed."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+    )
+    assert parent.stdout is not None
+    child = os.pidfd_open(int(parent.stdout.readline()))
+    try:
+        parent.send_signal(number)
+        parent.communicate()
+        assert select.select([child], [], [], 60)[0]  # readable once the process is over
+    finally:
+        os.close(child)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a signal that only Linux sends")
+def test_child_dies_where_its_socket_stays_open() -> None:
+    """Guards: a fork of the client's process that keeps the socket, and so the child, alive."""
+    started: list[tuple[subprocess.Popen[bytes], socket.socket]] = []
+
+    def start() -> None:
+        process, channel = spawn()
+        channel.sendall(wire.pack(("load", hosted.FAKE, wire.to_plain(OPTIONS))))
+        channel.recv(1)  # it is up
+        started.append((process, channel))
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+    process, channel = started[0]
+    assert process.stdout is not None
+    with channel, process.stdout:
+        assert process.wait() == -signal.SIGKILL
+
+
+def test_neither_side_imports_what_it_does_not_need() -> None:
+    """Guards: the memory of numpy and llama.cpp in the parent, and of the screen's libraries in the child."""
+    code = f"""
+import sys
+from pathlib import Path
+from dsmoe_local.engine.process.client import EngineClient
+from dsmoe_local.engine.types import ModelOptions
+with EngineClient.load(ModelOptions(Path("x")), factory="{hosted.FAKE}") as client:
+    print(*sys.modules)
+    print(*client.observe("modules")["modules"])
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    ours, theirs = (
+        {name.partition(".")[0] for name in line.split()} | set(line.split())
+        for line in done.stdout.splitlines()
+    )
+    assert not ours & {"numpy", "llama_cpp", "dsmoe_local.engine.process.host", "asyncio"}
+    assert not theirs & {"click", "rich", "prompt_toolkit", "dsmoe_local.engine.process.client"}
+
+
+def test_modules_in_the_working_folder_are_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: a folder with a json.py of its own that takes over, or breaks, the engine's process."""
+    (tmp_path / "json.py").write_text("raise SystemExit(9)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    with load() as client:
+        assert text(list(client.submit(Request("r", "fine")))) == "fine"

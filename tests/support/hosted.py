@@ -1,0 +1,155 @@
+"""Engines for the process to host in tests: fakes that halt, crash, hang or misbehave on request."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from dsmoe_local.base.progress import Advanced, Finished, Listener, Note, Started
+from dsmoe_local.engine.errors import OutOfMemoryError
+from dsmoe_local.engine.fake import FakeEngine
+from dsmoe_local.engine.types import Deliver, ModelOptions, Observation, Request, Ticket, TokenEvent
+
+_FOR_EVER = threading.Event()
+
+FAKE = "support.hosted:fake"
+HALTING = "support.hosted:halting"
+STEPPING = "support.hosted:stepping"
+STUCK = "support.hosted:stuck"
+NEVER_LOADED = "support.hosted:never_loaded"
+NOT_LOADED = "support.hosted:not_loaded"
+DYING_AT_LOAD = "support.hosted:dying_at_load"
+BROKEN = "support.hosted:broken"
+ONCE = "support.hosted:loading_once"
+
+
+class Hosted(FakeEngine):
+    """Does what the last line of a prompt says: `signal SIGSEGV`, `exit 3`, `nan`, `print TEXT`; else echoes.
+
+    Its one observer, `modules`, tells what this process has imported.
+    """
+
+    def __init__(self, gate: Callable[[int], None] = lambda index: None) -> None:
+        super().__init__(_obey, gate=gate, n_context=100_000)
+
+    def submit(self, request: Request) -> Iterator[TokenEvent]:
+        events = super().submit(request)
+        if request.prompt == "nan":
+            return (replace(event, logprob=math.nan) for event in events)
+        return events
+
+    def observe(self, name: str) -> Observation:
+        return {"modules": sorted(sys.modules)} if name == "modules" else super().observe(name)
+
+
+def _obey(prompt: str) -> str:
+    verb, _, argument = prompt.rsplit("\n", 1)[-1].removeprefix("user: ").partition(" ")
+    if verb == "signal":
+        os.kill(os.getpid(), signal.Signals[argument])
+        _FOR_EVER.wait()
+    if verb == "exit":
+        os._exit(int(argument))
+    if verb == "print":
+        print(argument, file=sys.stderr, flush=True)
+    return prompt
+
+
+def fake(options: ModelOptions, listen: Listener, stop: threading.Event) -> FakeEngine:
+    """A fake engine, loaded with a little progress."""
+    listen(Started("loading", 3))
+    listen(Advanced(3, "all"))
+    listen(Note(f"context of {options.n_context}"))
+    listen(Finished("loading"))
+    return Hosted()
+
+
+def halting(options: ModelOptions, listen: Listener, stop: threading.Event) -> FakeEngine:
+    """Replies halt after three tokens, for ever."""
+
+    def halt(index: int) -> None:
+        if index == 3:
+            _FOR_EVER.wait()
+
+    return Hosted(halt)
+
+
+class _Steps(Hosted):
+    after_step: Callable[[], None] | None = None
+
+    def start(self, request: Request, deliver: Deliver) -> Ticket:
+        """Two steps: all tokens, and, once `cancel` was called, the end."""
+        *tokens, end = self.submit(request)
+        ended = threading.Event()
+
+        def run() -> None:
+            assert self.after_step is not None
+            for event in tokens:
+                deliver(event)
+            self.after_step()
+            ended.wait()
+            deliver(end)
+            deliver(None)
+            self.after_step()
+
+        threading.Thread(target=run, daemon=True).start()
+        return _StepTicket(ended)
+
+
+class _StepTicket:
+    def __init__(self, ended: threading.Event) -> None:
+        self._ended = ended
+
+    def cancel(self) -> None:
+        self._ended.set()
+
+
+def stepping(options: ModelOptions, listen: Listener, stop: threading.Event) -> FakeEngine:
+    """Tells of the ends of its steps."""
+    return _Steps()
+
+
+class _Stuck(Hosted):
+    def close(self) -> None:
+        _FOR_EVER.wait()
+
+
+def stuck(options: ModelOptions, listen: Listener, stop: threading.Event) -> FakeEngine:
+    """Cannot be closed."""
+    return _Stuck()
+
+
+def never_loaded(options: ModelOptions, listen: Listener, stop: threading.Event) -> FakeEngine:
+    """Tells its process id and loads for ever, whatever it is asked."""
+    listen(Note(str(os.getpid())))
+    _FOR_EVER.wait()
+    raise AssertionError
+
+
+def not_loaded(options: ModelOptions, listen: Listener, stop: threading.Event) -> FakeEngine:
+    """Refuses."""
+    raise OutOfMemoryError("no room", where="here", remedy="less")
+
+
+def dying_at_load(options: ModelOptions, listen: Listener, stop: threading.Event) -> FakeEngine:
+    """As llama.cpp does of some files."""
+    sys.stderr.write("ggml.c:1: GGML_ASSERT(\x1b[31mfine\x1b[0m) failed\n")
+    os.abort()
+
+
+def broken(options: ModelOptions, listen: Listener, stop: threading.Event) -> FakeEngine:
+    """Has a bug."""
+    raise KeyError("a bug")
+
+
+def loading_once(options: ModelOptions, listen: Listener, stop: threading.Event) -> FakeEngine:
+    """Loads where `options.path` is not there yet, and makes it; a second time it refuses."""
+    try:
+        options.path.touch(exist_ok=False)
+    except FileExistsError:
+        raise OutOfMemoryError("no room any more") from None
+    return Hosted()
