@@ -1,54 +1,82 @@
-"""Sampler chains in llama.cpp's own order. Which tokens are sampled when is decided elsewhere."""
+"""Sampler chains in llama.cpp's own order, over candidates given; which tokens those are is decided above."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable
 from typing import Any
 
-from dsmoe_local.engine.native.context import Context
+import numpy as np
+import numpy.typing as npt
+
 from dsmoe_local.engine.native.library import lib
 from dsmoe_local.engine.types import SamplingParameters
 
+_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("probability", np.float32)])
+# Below it float32 logits divided by the temperature overflow, and infinity minus infinity is NaN.
+_LOWEST_TEMPERATURE = 1e-6
+_MIROSTAT_TOKENS = 100  # how many of the likeliest the first mirostat fits its curve to
+
+
+class Candidates:
+    """Room for a step's candidates in llama.cpp's form. Samplers sort and cut it in place."""
+
+    def __init__(self) -> None:
+        self._rows = np.zeros(0, _CANDIDATE)
+        self._array = lib.llama_token_data_array()
+
+    def fill(self, ids: npt.NDArray[np.int32], logits: npt.NDArray[np.float32]) -> None:
+        """Take over the tokens that may be chosen, and their logits."""
+        count = len(ids)
+        if count > len(self._rows):
+            self._rows = np.zeros(count, _CANDIDATE)
+        rows = self._rows[:count]
+        rows["id"] = ids
+        rows["logit"] = logits
+        array = self._array
+        array.data = ctypes.cast(self._rows.ctypes.data, lib.llama_token_data_p)
+        array.size, array.selected, array.sorted = count, -1, False
+
+    def run(self, chain: Any) -> int:  # noqa: ANN401 - a ctypes pointer
+        """Apply a chain; returns the token that it selects."""
+        lib.llama_sampler_apply(chain, ctypes.byref(self._array))
+        token_id: int = self._array.data[self._array.selected].id
+        return token_id
+
 
 class Sampler:
-    """One request's sampler chain, in llama.cpp's own order."""
+    """One request's sampler chain from top-k on: penalties and biases belong into the logits it is given."""
 
-    def __init__(self, context: Context, parameters: SamplingParameters, seed: int) -> None:
-        self._context = context
+    def __init__(self, n_vocab: int, parameters: SamplingParameters, seed: int) -> None:
         self._chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
-        for stage in self._stages(parameters, seed):
+        for stage in _stages(n_vocab, parameters, seed):
             lib.llama_sampler_chain_add(self._chain, stage)
 
-    def _stages(self, p: SamplingParameters, seed: int) -> Iterable[Any]:
-        yield lib.llama_sampler_init_penalties(
-            self._context.model.n_vocab,
-            p.repeat_last_n,
-            p.repeat_penalty,
-            p.frequency_penalty,
-            p.presence_penalty,
-        )
-        if p.temperature <= 0:
-            yield lib.llama_sampler_init_greedy()
-            return
-        yield lib.llama_sampler_init_top_k(p.top_k)
-        yield lib.llama_sampler_init_typical(p.typical_p, 1)
-        yield lib.llama_sampler_init_top_p(p.top_p, 1)
-        yield lib.llama_sampler_init_min_p(p.min_p, 1)
-        yield lib.llama_sampler_init_temp(p.temperature)
-        yield lib.llama_sampler_init_dist(seed)
-
-    def accept(self, token_ids: Iterable[int]) -> None:
-        """Let the penalties know tokens that were not sampled here."""
-        for token_id in token_ids:
-            lib.llama_sampler_accept(self._chain, token_id)
-
-    def sample(self, index: int) -> int:
-        """Choose from the logits of the batch's token `index` (-1: the last); the choice is accepted."""
-        token_id: int = lib.llama_sampler_sample(self._chain, self._context.handle, index)
-        return token_id
+    def choose(self, candidates: Candidates) -> int:
+        """Draw one of the candidates; they are used up."""
+        return candidates.run(self._chain)
 
     def close(self) -> None:
         """Free the chain and its samplers."""
         if self._chain:
             lib.llama_sampler_free(self._chain)
             self._chain = None
+
+
+def _stages(n_vocab: int, p: SamplingParameters, seed: int) -> Iterable[Any]:
+    temperature = lib.llama_sampler_init_temp(max(p.temperature, _LOWEST_TEMPERATURE))
+    if p.mirostat:
+        yield temperature
+        if p.mirostat == 1:
+            yield lib.llama_sampler_init_mirostat(
+                n_vocab, seed, p.mirostat_tau, p.mirostat_eta, _MIROSTAT_TOKENS
+            )
+        else:
+            yield lib.llama_sampler_init_mirostat_v2(seed, p.mirostat_tau, p.mirostat_eta)
+        return
+    yield lib.llama_sampler_init_top_k(p.top_k)
+    yield lib.llama_sampler_init_typical(p.typical_p, 1)
+    yield lib.llama_sampler_init_top_p(p.top_p, 1)
+    yield lib.llama_sampler_init_min_p(p.min_p, 1)
+    yield temperature
+    yield lib.llama_sampler_init_dist(seed)

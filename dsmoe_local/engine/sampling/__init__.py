@@ -1,0 +1,6 @@
+"""Choosing tokens: `Chooser` for a reply, `check_request` before it is scheduled, `choose_seed`."""
+
+from dsmoe_local.engine.sampling.check import check_request
+from dsmoe_local.engine.sampling.chooser import Choice, Chooser, choose_seed
+
+__all__ = ["Choice", "Chooser", "check_request", "choose_seed"]

@@ -1,0 +1,21 @@
+"""What a request asks of sampling that a model cannot do, found before the request is scheduled."""
+
+from __future__ import annotations
+
+from dsmoe_local.base.errors import UsageError
+from dsmoe_local.engine import native
+from dsmoe_local.engine.sampling.constraint import constraint_of
+from dsmoe_local.engine.types import Request
+
+
+def check_request(model: native.Model, request: Request) -> None:
+    """Raises UsageError: a biased token id beyond the vocabulary, a grammar or schema that cannot be kept to.
+
+    Prepares what a constraint needs, so that the engine's thread does not have to; from any thread.
+    """
+    for token_id, _ in request.logit_bias:
+        if not 0 <= token_id < model.n_vocab:
+            raise UsageError(
+                f"logit_bias: there is no token {token_id}", remedy=f"ids go from 0 to {model.n_vocab - 1}"
+            )
+    constraint_of(model, request)

@@ -1,0 +1,38 @@
+"""Questions to a row of logits, in numpy: the likeliest tokens, log-probabilities. Chooses nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Logits = npt.NDArray[np.float32]
+TokenIds = npt.NDArray[np.int32]
+
+_GROUPS_PER_TOKEN = 8
+
+
+def near_top(logits: Logits, count: int) -> TokenIds:
+    """Ids of at least the `count` highest logits, in ascending order of id: a short list to look at closer.
+
+    Selecting exactly over a whole vocabulary costs several times as much: the `count`-th highest maximum of
+    groups of logits is a bound that at least `count` logits reach.
+    """
+    size = len(logits)
+    width = size // (_GROUPS_PER_TOKEN * count) if count else 0
+    if width < 2:
+        return np.arange(size, dtype=np.int32)
+    groups = size // width
+    maxima = logits[: groups * width].reshape(width, groups).max(axis=0)
+    bound = np.partition(maxima, groups - count)[groups - count]
+    return np.flatnonzero(logits >= bound).astype(np.int32)
+
+
+def likeliest(logits: Logits, count: int) -> TokenIds:
+    """Ids of the `count` highest logits, highest first; equal ones in ascending order of id."""
+    ids = near_top(logits, count)
+    return ids[np.argsort(-logits[ids], kind="stable")[:count]]
+
+
+def log_total(logits: Logits, peak: float) -> float:
+    """The logarithm of the sum of exponentials; `peak` is the highest logit."""
+    return peak + float(np.log(np.exp(logits - np.float32(peak)).sum(dtype=np.float64)))
