@@ -32,6 +32,7 @@ COMMANDS: Mapping[str, CommandEntry] = {
     "chat": CommandEntry("dsmoe_local.cli.chat", "Talk with a model in the terminal."),
     "batch": CommandEntry("dsmoe_local.cli.batch", "Answer a file of prompts, one JSON record each."),
     "inspect": CommandEntry("dsmoe_local.cli.inspect", "Show what a model is and what it costs."),
+    "devices": CommandEntry("dsmoe_local.cli.devices", "List what models can run on, and how to add GPUs."),
     "demo": CommandEntry("dsmoe_local.cli.demo", "Make a small real DeepSeekMoE model, offline."),
     "completion": CommandEntry("dsmoe_local.cli.completion", "Print the completion script for your shell."),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from dsmoe_local.base.errors import FileError, UsageError
 from dsmoe_local.base.paths import demo_folder
 
 if TYPE_CHECKING:
-    from dsmoe_local.engine.engine import Engine
+    from dsmoe_local.engine.process.client import EngineClient
     from dsmoe_local.engine.types import ModelOptions, SamplingParameters
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -21,8 +22,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 DEMO_MODEL = "demo-q4.gguf"
 
 
-class GpuLayers(click.ParamType[int | None]):
-    """`-ngl`: a number, `all`, or `auto`."""
+class LayerCount(click.ParamType[int | None]):
+    """A number of layers, `all`, or `auto`: what fits."""
 
     name = "N|auto|all"
 
@@ -31,9 +32,45 @@ class GpuLayers(click.ParamType[int | None]):
         word = str(value).lower()
         if word in ("auto", "all"):
             return None if word == "auto" else -1
-        if not word.isdigit():
+        if not (word.isascii() and word.isdigit()):
             self.fail(f"{value!r} is not a number, auto or all", param, ctx)
         return int(word)
+
+
+class TensorOverrides(click.ParamType[tuple[tuple[str, str], ...]]):
+    """`-ot`: REGEX=BUFFER, several of them separated by commas. Commas within a REGEX are its own."""
+
+    name = "REGEX=BUFFER"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[tuple[str, str], ...]:
+        """Pairs of a pattern and a buffer's name."""
+        if isinstance(value, tuple):
+            return value
+        pairs = re.findall(r"(.+?)=([^=,]+)(?:,|$)", str(value))
+        if ",".join(map("=".join, pairs)) != value:
+            self.fail(f"{value!r} is not REGEX=BUFFER", param, ctx)
+        return tuple(pairs)
+
+
+class DeviceList(click.ParamType[tuple[str, ...]]):
+    """`-dev`: names separated by commas, or `none`."""
+
+    name = "LIST"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        """The names; empty for none."""
+        if isinstance(value, tuple):
+            return value
+        names = tuple(name.strip() for name in str(value).split(","))
+        if names == ("none",):
+            return ()
+        if not all(names):
+            self.fail(f"{value!r} is not a list of devices", param, ctx)
+        return names
 
 
 _MODEL = [
@@ -48,7 +85,43 @@ _MODEL = [
     click.option(
         "-ub", "--ubatch-size", "n_ubatch", type=int, default=512, metavar="N", help="Tokens per step [512]."
     ),
-    click.option("-ngl", "--gpu-layers", "n_gpu_layers", type=GpuLayers(), help="Layers on the GPU [auto]."),
+    click.option(
+        "-ngl",
+        "--gpu-layers",
+        "--n-gpu-layers",
+        "n_gpu_layers",
+        type=LayerCount(),
+        metavar="N|auto|all",
+        help="Layers on the GPU [auto: what fits].",
+    ),
+    click.option(
+        "-ncmoe",
+        "--n-cpu-moe",
+        "n_cpu_moe",
+        type=LayerCount(),
+        metavar="N|auto|all",
+        help="Keep the routed experts of the first N layers on the CPU [auto: what must].",
+    ),
+    click.option("-cmoe", "--cpu-moe", "cpu_moe", is_flag=True, help="Keep all routed experts on the CPU."),
+    click.option(
+        "-ot",
+        "--tensor-override",
+        "--override-tensor",
+        "tensor_overrides",
+        type=TensorOverrides(),
+        multiple=True,
+        help="Put tensors whose names match into a buffer: CPU, or a device. The first match counts.",
+    ),
+    click.option(
+        "-dev",
+        "--device",
+        "devices",
+        type=DeviceList(),
+        help="Devices to use, as `dsmoe devices` calls them; none = the CPU alone [all].",
+    ),
+    click.option(
+        "-nkvo", "--no-kv-offload", "keep_cache", is_flag=True, help="Keep the KV cache on the CPU."
+    ),
     click.option(
         "-fa",
         "--flash-attn",
@@ -75,6 +148,13 @@ _MODEL = [
         "chat_template",
         metavar="FILE|NAME",
         help="A template file, or a built-in: deepseek-moe, chatml [the model's own].",
+    ),
+    click.option(
+        "--log-file",
+        "log_file",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Add llama.cpp's log to FILE.",
     ),
 ]
 _SAMPLING = [
@@ -142,7 +222,7 @@ def load_engine(
 
 
 def _model_options(path: Path, values: dict[str, Any]) -> ModelOptions:
-    from dsmoe_local.engine.types import ModelOptions
+    from dsmoe_local.engine.types import ALL_LAYERS, ModelOptions
 
     names = [
         "n_context",
@@ -151,13 +231,25 @@ def _model_options(path: Path, values: dict[str, Any]) -> ModelOptions:
         "n_batch",
         "n_ubatch",
         "n_gpu_layers",
+        "devices",
         "flash_attention",
         "cache_type_k",
         "cache_type_v",
         "n_experts_per_token",
         "chat_template",
     ]
-    return ModelOptions(path=path, **{name: values.pop(name) for name in names})
+    n_cpu_moe = values.pop("n_cpu_moe")
+    if values.pop("cpu_moe"):
+        if n_cpu_moe is not None:
+            raise UsageError("--cpu-moe and --n-cpu-moe are given", remedy="use one of them")
+        n_cpu_moe = ALL_LAYERS
+    return ModelOptions(
+        path=path,
+        n_cpu_moe=n_cpu_moe,
+        tensor_overrides=tuple(pair for pairs in values.pop("tensor_overrides") for pair in pairs),
+        offload_cache=not values.pop("keep_cache"),
+        **{name: values.pop(name) for name in names},
+    )
 
 
 def sampling_parameters(values: dict[str, Any]) -> SamplingParameters:

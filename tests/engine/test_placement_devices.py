@@ -141,7 +141,7 @@ def test_auto_fits_what_llama_cpp_allocates(hp: Hyperparameters, endpoint: str, 
     """Guards: buffers that the arithmetic forgot; a device that is left half empty."""
     path = write_tiny(tmp_path / "m.gguf", hp)
     rooms = [share * MIB for share in (1, 3, 6, 9, 14, 40)]
-    cases = [
+    cases: list[dict[str, Any]] = [
         {"model": str(path), "free": list(free)}
         for free in [*((room, 0) for room in rooms), (3 * MIB, 6 * MIB)]
     ]

@@ -1,7 +1,7 @@
 """Devices without a GPU: a loopback worker makes llama.cpp see GPUs that compute on this processor.
 
 A registered device stays for the life of a process and a lost worker ends it, so that everything that uses
-one runs in a process of its own: `python -m support.rpc_device COMMAND …`.
+one runs in a process of its own: `python -m support.rpc_device TASK …`.
 """
 
 from __future__ import annotations
@@ -69,8 +69,16 @@ def rpc_worker(n_devices: int) -> Iterator[str]:
 
 def run_cases(endpoint: str, cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Load and run each of the cases (see `_run`) in one process that knows the devices."""
-    done = subprocess.run(
-        _command("run", endpoint, json.dumps(cases)),
+    done = run_with_devices(endpoint, "run", json.dumps(cases))
+    assert done.returncode == 0, done.stderr[-3000:]
+    results: list[dict[str, Any]] = json.loads(done.stdout)
+    return results
+
+
+def run_with_devices(endpoint: str, task: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A process that knows the devices and does what `main` says of `task`."""
+    return subprocess.run(
+        _command(task, endpoint, *arguments),
         capture_output=True,
         text=True,
         cwd=_ROOT,
@@ -78,9 +86,6 @@ def run_cases(endpoint: str, cases: Sequence[dict[str, Any]]) -> list[dict[str, 
         timeout=300,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    results: list[dict[str, Any]] = json.loads(done.stdout)
-    return results
 
 
 def _command(*arguments: str) -> list[str]:
@@ -190,14 +195,20 @@ def _buffers(log: Sequence[str]) -> dict[str, dict[str, float]]:
     return found
 
 
-def main(words: Sequence[str]) -> None:
-    """What the processes of this module do."""
-    if words[0] == "serve":
-        _serve(words[1], int(words[2]))
+def main(task: str, endpoint: str, *arguments: str) -> None:
+    """`serve` devices; or know them and `run` cases, or a `dsmoe` command line."""
+    if task == "serve":
+        _serve(endpoint, int(arguments[0]))
+        return
+    register(endpoint)
+    if task == "run":
+        json.dump([_run(case) for case in json.loads(arguments[0])], sys.stdout)
     else:
-        register(words[1])
-        json.dump([_run(case) for case in json.loads(words[2])], sys.stdout)
+        from dsmoe_local.cli.main import dsmoe
+
+        sys.argv = ["dsmoe", *arguments]
+        dsmoe()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(*sys.argv[1:])

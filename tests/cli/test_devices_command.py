@@ -1,0 +1,79 @@
+"""`dsmoe devices`, without a GPU and with one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+from support.rpc_device import rpc_worker, run_with_devices
+
+from dsmoe_local.cli.main import load_command
+from dsmoe_local.engine import native
+from dsmoe_local.engine.native import Device, DeviceKind
+
+
+def devices(*arguments: str) -> str:
+    result = CliRunner().invoke(load_command("devices"), arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.stdout
+
+
+def test_the_processor_is_listed_and_builds_are_told() -> None:
+    """Guards: an empty table on a machine without a GPU, and no way to learn how to get one."""
+    listed = json.loads(devices("--json"))
+    cpu = next(device for device in listed["devices"] if device["name"] == "CPU")
+    assert 0 < cpu["free_bytes"] <= cpu["total_bytes"]
+    assert set(listed["builds"]) == {"Metal", "CUDA", "Vulkan"}
+    text = devices()
+    assert "No GPU" in text
+    for switch in ("-DGGML_METAL=ON", "-DGGML_CUDA=ON", "-DGGML_VULKAN=ON"):
+        assert switch in text
+
+
+def test_a_device_that_is_registered_is_listed() -> None:
+    """Guards: devices read from another copy of ggml than the one that computes; memory read wrongly."""
+    with rpc_worker(2) as endpoint:
+        done = run_with_devices(endpoint, "dsmoe", "devices", "--json")
+        assert done.returncode == 0, done.stderr
+        listed = {device["name"]: device for device in json.loads(done.stdout)["devices"]}
+        assert set(listed) == {"CPU", "RPC0", "RPC1"}
+        assert listed["RPC1"]["backend"] == "RPC"
+        assert listed["RPC1"]["offload"]
+        assert listed["RPC1"]["total_bytes"] == listed["CPU"]["total_bytes"]
+        table = run_with_devices(endpoint, "dsmoe", "devices").stdout
+        assert "RPC0" in table
+        assert "No GPU" not in table
+
+
+def test_builds_that_are_there_are_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: advice to build what is running; markup in a device's own text."""
+    card = Device("CUDA0", "[red]card", "CUDA", DeviceKind.GPU, 3 * 10**9, 8 * 10**9)
+    monkeypatch.setattr(native, "list_devices", lambda: (card,))
+    assert set(json.loads(devices("--json"))["builds"]) == {"Metal", "Vulkan"}
+    text = devices()
+    assert "[red]card" in text
+    assert "GGML_CUDA" not in text
+    assert "8 GB" in text
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (["CUDA0", "RPC0"], ["RPC0", "CUDA0"]),
+        (["CUDA0", "Vulkan0", "Vulkan1"], ["CUDA0", "Vulkan1"]),
+        (["CUDA0", "iGPU0"], ["CUDA0"]),
+        (["RPC0", "iGPU0"], ["RPC0", "iGPU0"]),
+        (["CPU", "BLAS"], []),
+    ],
+)
+def test_choice_of_devices(names: list[str], chosen: list[str]) -> None:
+    """Guards: one card used twice through two backends; an integrated GPU that slows a real one down."""
+    kinds = {"iGPU": DeviceKind.INTEGRATED, "CPU": DeviceKind.CPU, "BLAS": DeviceKind.ACCELERATOR}
+    hardware = {"CUDA0": "0000:01", "Vulkan0": "0000:01", "Vulkan1": "0000:02"}
+    found = []
+    for name in names:
+        backend = name.rstrip("0123456789")
+        kind = kinds.get(backend, DeviceKind.GPU)
+        found.append(Device(name, "", backend, kind, 1, 1, hardware.get(name, "")))
+    assert [device.name for device in native.offload_devices(found)] == chosen
