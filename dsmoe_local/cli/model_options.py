@@ -212,13 +212,16 @@ def find_model(*named: str | None) -> Path:
 
 def load_engine(
     path: Path, values: dict[str, Any], *, n_parallel: int = 1, deterministic: bool = False
-) -> Engine:
-    """The engine for `path`, loaded with progress on the screen; takes its own options out of `values`."""
+) -> EngineClient:
+    """The engine for `path`, in a process of its own, loaded with progress on the screen; takes its own
+    options out of `values`.
+    """
     from dsmoe_local.cli.render import run_with_progress
-    from dsmoe_local.engine.engine import Engine
+    from dsmoe_local.engine.process.client import EngineClient
 
+    log_file: Path | None = values.pop("log_file")
     options = replace(_model_options(path, values), n_parallel=n_parallel, deterministic=deterministic)
-    return run_with_progress(lambda listen, stop: Engine.load(options, listen, stop))
+    return run_with_progress(lambda listen, stop: EngineClient.load(options, listen, stop, log_file=log_file))
 
 
 def _model_options(path: Path, values: dict[str, Any]) -> ModelOptions:
