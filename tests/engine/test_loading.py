@@ -14,12 +14,12 @@ from dsmoe_local.base.errors import DsmoeError, FileError, FormatError, Interrup
 from dsmoe_local.base.progress import Advanced, Event, Finished, Listener, Note, Started
 from dsmoe_local.engine import native
 from dsmoe_local.engine.engine import Engine
-from dsmoe_local.engine.errors import ModelLoadError
-from dsmoe_local.engine.generation import Session
+from dsmoe_local.engine.errors import ModelLoadError, TemplateError
 from dsmoe_local.engine.load import fit
 from dsmoe_local.engine.load import session as loading
 from dsmoe_local.engine.load.memory import MemoryPlan, plan_memory
-from dsmoe_local.engine.types import ModelOptions, Request
+from dsmoe_local.engine.session import Session
+from dsmoe_local.engine.types import ALL_LAYERS, ModelOptions, Request
 from dsmoe_local.model.hyperparameters import Hyperparameters
 
 
@@ -92,6 +92,10 @@ def test_memory_plan_counts_the_experts_asked_for(monkeypatch: pytest.MonkeyPatc
         ({"cache_type_k": "q3_k"}, "-ctk q3_k"),
         ({"flash_attention": "off", "cache_type_v": "q8_0"}, "quantized V"),
         ({"n_context": 8}, "-c 8"),
+        ({"n_context": 2**40}, "it takes 32 to 16777215"),
+        ({"n_gpu_layers": -2}, "-ngl -2"),
+        ({"n_cpu_moe": -2}, "--n-cpu-moe -2"),
+        ({"tensor_overrides": (("(", "CPU"),)}, "not a regular expression"),
         ({"n_threads": 0}, "-t 0"),
         ({"n_threads": 99_999}, "1 to 512"),
         ({"n_threads_batch": 99_999}, "-tb 99999"),
@@ -141,13 +145,48 @@ def test_memory_notes_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
         assert list(engine.submit(Request("r", "a", max_tokens=2)))
 
 
-def test_no_gpu_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: -ngl failing, or silently doing nothing, on a CPU-only build."""
+@pytest.mark.parametrize(
+    ("options", "notes"),
+    [
+        ({"n_gpu_layers": 99}, ["no GPU in this build of llama.cpp: -ngl has no effect"]),
+        (
+            {
+                "n_gpu_layers": ALL_LAYERS,
+                "n_cpu_moe": ALL_LAYERS,
+                "tensor_overrides": (("attn", "CUDA0"),),
+                "devices": ("CUDA0",),
+            },
+            [
+                (
+                    "no GPU in this build of llama.cpp: -ngl, --n-cpu-moe, --tensor-override, --device "
+                    "have no effect"
+                )
+            ],
+        ),
+        ({"n_gpu_layers": 0, "n_cpu_moe": 0, "devices": ()}, []),
+        ({}, []),
+    ],
+)
+def test_no_gpu_is_said_once(
+    options: dict[str, Any], notes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: options for GPUs failing, or silently doing nothing, on a CPU-only build."""
     monkeypatch.setattr(native, "offload_devices", lambda devices: ())
     events: list[Event] = []
-    with Engine.load(ModelOptions(tiny_model(), n_gpu_layers=99), events.append):
-        notes = [event.text for event in events if isinstance(event, Note)]
-    assert notes == ["no GPU in this build of llama.cpp: -ngl has no effect"]
+    with Engine.load(ModelOptions(tiny_model(), **options), events.append) as engine:
+        assert engine.info.placement.startswith("CPU: ")
+    assert [event.text for event in events if isinstance(event, Note)] == notes
+
+
+def test_a_template_that_is_none_is_told_before_the_weights_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: gigabytes that are loaded before a typing error is told."""
+    monkeypatch.setattr(native, "Model", lambda *_, **__: pytest.fail("loaded the model"))
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for message in messages %}{{ message.content }")
+    with pytest.raises(TemplateError):
+        Engine.load(ModelOptions(tiny_model(), chat_template=str(template)))
 
 
 def test_context_beyond_training_is_said() -> None:

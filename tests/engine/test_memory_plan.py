@@ -13,7 +13,13 @@ from support.models import smollm2, tiny_model
 from dsmoe_local.engine import native
 from dsmoe_local.engine.errors import OutOfMemoryError
 from dsmoe_local.engine.load.machine import available_memory, physical_cores
-from dsmoe_local.engine.load.memory import BufferOptions, MemoryPlan, buffer_bytes, plan_memory
+from dsmoe_local.engine.load.memory import (
+    BufferOptions,
+    MemoryPlan,
+    buffer_bytes,
+    layer_cache_bytes,
+    plan_memory,
+)
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.presets import PRESETS
@@ -41,19 +47,47 @@ def test_bound_holds_llama_cpp_s_own_sizes(
 ) -> None:
     """Guards: buffers larger than planned, and plans so generous that they refuse what would fit."""
     path = tiny_model() if which == "tiny" else smollm2()
+    check_bound(path, BufferOptions(n_ubatch, flash_attention, "f16", "f16"), n_context)
+
+
+@pytest.mark.parametrize("flash_attention", [True, False])
+@pytest.mark.parametrize("unified", [True, False])
+@pytest.mark.parametrize("n_sequences", [3, 16])
+@pytest.mark.parametrize("n_context", [1000, 8192])
+def test_bound_holds_for_many_sequences(
+    n_context: int, n_sequences: int, unified: bool, flash_attention: bool
+) -> None:
+    """Guards: the padding of each share forgotten, or rows of logits."""
+    options = BufferOptions(512, flash_attention, "f16", "f16", n_sequences, unified, n_sequences)
+    check_bound(smollm2(), options, n_context)
+
+
+def check_bound(path: Path, options: BufferOptions, n_context: int) -> None:
     _, hp = read_model(path)
     model = native.Model(path, measure_only=True)
-    mode = "auto" if flash_attention else "off"
-    context = native.Context(model, native.ContextOptions(n_context, n_ubatch, n_ubatch, 1, 1, mode))
+    context = native.Context(
+        model,
+        native.ContextOptions(
+            n_context,
+            options.n_ubatch,
+            options.n_ubatch,
+            1,
+            1,
+            "auto" if options.flash_attention else "off",
+            n_sequences=options.n_sequences,
+            unified=options.unified,
+            n_outputs=options.n_outputs,
+        ),
+    )
     log = "\n".join(native.log_lines())
     context.close()
     model.close()
     kv = float(re.findall(r"llama_kv_cache: size = +([\d.]+) MiB", log)[0]) * 2**20
-    compute = sum(map(float, re.findall(r"compute buffer size = +([\d.]+) MiB", log))) * 2**20
-    options = BufferOptions(n_ubatch, flash_attention, "f16", "f16")
+    compute = sum(map(float, re.findall(r"(?:compute|output) buffer size = +([\d.]+) MiB", log))) * 2**20
     planned = buffer_bytes(hp, options, n_context)
     assert kv + compute <= planned + 2**16
     assert planned <= kv + 3 * compute + 6 * 2**20
+    assert hp.n_layers * layer_cache_bytes(hp, options, n_context) == pytest.approx(kv, abs=2**13)
 
 
 def test_kv_cache_of_the_16b_model() -> None:
@@ -97,6 +131,30 @@ def test_request_too_large_is_reduced_and_said() -> None:
     assert chosen.n_context < 100_000
     assert buffer_bytes(sixteen_b(), BUFFERS, chosen.n_context) < 2 * GB
     assert "context reduced from 100000" in chosen.notes[0]
+
+
+@pytest.mark.parametrize("unified", [True, False])
+def test_many_sequences_want_a_context_each(unified: bool) -> None:
+    """Guards: sixteen requests squeezed into one request's context; a note about what nobody asked for."""
+    buffers = replace(BUFFERS, n_sequences=4, unified=unified, n_outputs=4)
+    chosen = plan_memory(sixteen_b(), buffers, weights=10 * GB, available=24 * GB, requested=None)
+    assert chosen == MemoryPlan(4 * 4096, False, ())
+    chosen = plan_memory(sixteen_b(), buffers, weights=10 * GB, available=13 * GB, requested=None)
+    assert chosen.n_context < 4 * 4096
+    # In one pool any of them may still be as long as the model allows.
+    assert bool(chosen.notes) is not unified
+    if not unified:
+        assert chosen.n_context % (4 * 256) == 0
+        assert f"from {4 * 4096} to {chosen.n_context}" in chosen.notes[0]
+
+
+def test_each_share_is_padded() -> None:
+    """Guards: a plan that is too small for what llama.cpp then makes of it."""
+    streams = BufferOptions(1, True, "f16", "f16", n_sequences=16, unified=False)
+    pool = BufferOptions(1, True, "f16", "f16", n_sequences=16)
+    assert layer_cache_bytes(sixteen_b(), streams, 1600) == layer_cache_bytes(sixteen_b(), pool, 16 * 256)
+    with pytest.raises(OutOfMemoryError, match="4096 tokens"):
+        plan_memory(sixteen_b(), streams, weights=0, available=GB // 2, requested=None)
 
 
 def test_nothing_fits() -> None:
