@@ -1,4 +1,4 @@
-"""Reading llama.cpp's grammar notation, GBNF. What a grammar permits is `network`'s and `matcher`'s concern."""
+"""Reading llama.cpp's grammar notation, GBNF. What a grammar permits is found out by others."""
 
 from __future__ import annotations
 

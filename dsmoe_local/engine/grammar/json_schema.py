@@ -1,8 +1,8 @@
-"""A JSON schema as a grammar whose every text is valid under it. Not every valid text: the grammar may be narrower.
+"""A JSON schema as a grammar whose every text is valid under it; keywords are read by `schema_keywords`.
 
-Narrower: members come in the order of `properties`; an object with `properties` has no others unless
-`additionalProperties` says so; strings and arrays have at most MAX_COUNT characters and items. What the schema
-says and a grammar cannot keep is refused, never ignored. The keywords themselves are read by `schema_keywords`.
+The grammar is narrower than the schema: members come in the order of `properties`; an object that has those has
+no others unless `additionalProperties` says so; strings and arrays have at most MAX_COUNT characters and items;
+numbers have at most 15 digits. What a schema asks for and a grammar cannot keep is refused, never ignored.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ MAX_RULES = 20_000
 MAX_BYTES = 1_000_000
 
 _CLOCK = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,6})?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
-_DAY = r"[0-9]{4}-((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|1[0-9]|2[0-8]))"
+_DAYS = "(0[1-9]|[12][0-9]|30)"
+_DATE = f"(19|20)[0-9]{{2}}-((0[13578]|1[02])-({_DAYS}|31)|(0[469]|11)-{_DAYS}|02-(0[1-9]|1[0-9]|2[0-8]))"
 _LABEL = "[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?"
 _HOST = rf"({_LABEL}\.){{1,5}}[a-z]{{2,12}}"
 _BYTE = "(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9][0-9]|[0-9])"
 _FORMATS = {
-    "date": _DAY.replace("[0-9]{4}", "(19|20)[0-9]{2}", 1),
+    "date": _DATE,
     "time": _CLOCK,
-    "date-time": _DAY.replace("[0-9]{4}", "(19|20)[0-9]{2}", 1) + "T" + _CLOCK,
+    "date-time": f"{_DATE}T{_CLOCK}",
     "uuid": "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
     "ipv4": rf"{_BYTE}\.{_BYTE}\.{_BYTE}\.{_BYTE}",
     "hostname": _HOST,

@@ -1,9 +1,9 @@
-"""Running a compiled grammar over bytes: where a text may go on. Polynomial for every grammar.
+"""Running a compiled grammar over bytes: how a text may go on. Polynomial for every grammar.
 
 All ways to read the text are followed at once. Those that are inside the same rule since the same place share
 one frame, so their number is bounded by the text's length, not exponential in it; left recursion and endless
-ambiguity end here like anything else. A call at a rule's very end hands on its own caller, so lists written by
-right recursion do not pile up frames.
+ambiguity end here like anything else. A call at a rule's very end hands on its own caller, so that lists
+written by right recursion do not pile up frames.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Position:
 
 
 class Matcher:
-    """Positions in texts of one grammar. Keeps no position itself: those are values, and share what they can."""
+    """Positions in texts of one grammar. They are values: advancing one leaves it as it was."""
 
     def __init__(self, root: CompiledRule) -> None:
         self._root = root
@@ -62,7 +62,7 @@ class Matcher:
         return closure.finish()
 
     def advance(self, position: Position, text: bytes) -> Position | None:
-        """Behind `text`; None if the grammar does not permit it here. EngineError: too ambiguous to follow."""
+        """Behind `text`; None if the grammar does not permit it here. EngineError: too many ways."""
         for byte in text:
             closure = _Closure(self._outermost)
             for state, frame in position.ways:

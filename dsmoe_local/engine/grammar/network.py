@@ -1,7 +1,7 @@
 """A grammar as one small automaton per rule, over bytes, with edges that call other rules.
 
-Built from nodes here, once per grammar; run over text by `matcher`. Within a rule it is deterministic, state by
-state as they are first needed.
+Built from nodes here, once per grammar; run over text by `matcher`. Within a rule it is deterministic; its
+states are made when they are first needed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a grammar is made of: rules of nested nodes. Data only; how they are written and matched is elsewhere."""
+"""What a grammar is made of: rules of nested nodes. Data only: read, written and matched elsewhere."""
 
 from __future__ import annotations
 

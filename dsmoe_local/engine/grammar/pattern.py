@@ -1,5 +1,6 @@
-"""Regular expressions of JSON schemas as nodes, for the inside of a JSON string. The part that Python's `re` and
-ECMAScript agree on; what goes beyond it is refused.
+"""Regular expressions of JSON schemas as nodes, for the inside of a JSON string.
+
+The part that Python's `re` and ECMAScript agree on; what goes beyond it is refused.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ _DOT = characters([(ord(char), ord(char)) for char in "\n\r\u2028\u2029"], negat
 
 
 def pattern_content(pattern: str) -> Node:
-    """The strings in which the pattern is found, as the content of a JSON string. UsageError: not supported."""
+    """The strings in which the pattern is found, as a JSON string's content. UsageError: not supported."""
     return _Parser(pattern).whole()
 
 

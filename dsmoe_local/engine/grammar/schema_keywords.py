@@ -1,7 +1,7 @@
-"""The keywords of JSON schemas: which are known, what they take, and how schemas that hold together become one.
+"""The keywords of JSON schemas: which are known, what they take, how several schemas become one. No grammars.
 
-Knows nothing of grammars. Conjunctions (`$ref` with its neighbours, `allOf`) are merged away here, `oneOf` becomes
-`anyOf` where no value can be valid under two of its schemas.
+Conjunctions (`$ref` with its neighbours, `allOf`) are merged away; `oneOf` becomes `anyOf` where no value
+that would be generated is valid under two of its schemas.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ _KEYWORDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "enum": (lambda value: isinstance(value, list), "a list"),
     "const": (lambda _: True, "a value"),
     "properties": (
-        lambda value: isinstance(value, dict) and all(map(_is_schema, value.values())), "an object of schemas",
+        lambda value: isinstance(value, dict) and all(map(_is_schema, value.values())),
+        "an object of schemas",
     ),
     "required": (_is_names, "a list of names"),
     "additionalProperties": (_is_schema, "a schema"),
@@ -104,7 +105,7 @@ _FAMILIES = {
 
 
 def natural_types(schema: Schema) -> list[str]:
-    """The types that the keywords of an untyped schema speak of. Any other value is valid too, but not meant."""
+    """The types that the keywords of an untyped schema speak of; others are valid too, but hardly meant."""
     return [name for name, keywords in _FAMILIES.items() if any(key in schema for key in keywords)]
 
 
@@ -115,7 +116,7 @@ class Flattener:
         self._document = document
 
     def flatten(self, schema: Any, where: str) -> Schema:  # noqa: ANN401 - any JSON value
-        """The schema as one set of keywords. Raises UsageError: unknown keywords, wrong values, endless refs."""
+        """The schema as one set of keywords. Raises UsageError: unknown keywords, wrong values, lost refs."""
         flat: Schema = {}
         todo: list[tuple[Any, str]] = [(schema, where)]
         references: set[str] = set()
@@ -254,8 +255,14 @@ def _types(schema: Schema) -> list[str]:
 
 
 _TYPE_NAMES = {
-    dict: "object", list: "array", str: "string", float: "number", int: "number", bool: "boolean", type(None): "null",
-}  # fmt: skip
+    dict: "object",
+    list: "array",
+    str: "string",
+    float: "number",
+    int: "number",
+    bool: "boolean",
+    type(None): "null",
+}
 
 
 def _common(some: list[Any], others: list[Any]) -> list[Any]:

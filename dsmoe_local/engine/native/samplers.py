@@ -23,14 +23,19 @@ class Candidates:
 
     def __init__(self) -> None:
         self._rows = np.zeros(0, _CANDIDATE)
-        self._array = lib.llama_token_data_array()
+        self._all_ids = np.zeros(0, np.int32)
+        self._array: Any = lib.llama_token_data_array()
 
-    def fill(self, ids: npt.NDArray[np.int32], logits: npt.NDArray[np.float32]) -> None:
-        """Take over the tokens that may be chosen, and their logits."""
-        count = len(ids)
+    def fill(self, logits: npt.NDArray[np.float32], ids: npt.NDArray[np.int32] | None = None) -> None:
+        """Take over the tokens that may be chosen, by their logits; no `ids`: the whole vocabulary."""
+        count = len(logits)
         if count > len(self._rows):
             self._rows = np.zeros(count, _CANDIDATE)
         rows = self._rows[:count]
+        if ids is None:
+            if len(self._all_ids) != count:
+                self._all_ids = np.arange(count, dtype=np.int32)
+            ids = self._all_ids
         rows["id"] = ids
         rows["logit"] = logits
         array = self._array

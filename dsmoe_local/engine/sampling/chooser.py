@@ -20,7 +20,7 @@ from dsmoe_local.engine.sampling.likeliest import Logits, TokenIds, likeliest, l
 from dsmoe_local.engine.sampling.penalties import Adjustments
 from dsmoe_local.engine.types import MAX_SEED, Request, SamplingParameters, TokenLogprob
 
-_CONSTRAINED_WIDTH = 1000
+_CONSTRAINED_WIDTH = 256
 """How many permitted tokens a draw under a constraint may choose from where top-k is off."""
 
 
@@ -66,8 +66,8 @@ class Chooser:
     def choose(self, batch_index: int, logits: Logits) -> Choice:
         """The next token, by its row of logits, which is only read. The choice is final: it is remembered.
 
-        `batch_index` is where the row's token is in the step's batch, for samplers that read the context
-        itself. Raises NativeError for logits that are no numbers, EngineError where no token is permitted.
+        `batch_index`, the token's place in the step's batch, is not needed: all that counts is in the row.
+        Raises NativeError for logits that are no numbers, EngineError where no token is permitted.
         """
         best = int(logits.argmax())
         # argmax finds a NaN first, wherever it is.
@@ -88,13 +88,15 @@ class Chooser:
     def _pick(self, logits: Logits) -> int:
         if self._sampler is None:
             return int(logits.argmax())
-        count = self._top_k or len(logits)
-        return self._pick_from(near_top(logits, min(count, len(logits))), logits)
+        if not self._top_k:
+            self._candidates.fill(logits)
+            return self._sampler.choose(self._candidates)
+        return self._pick_from(near_top(logits, min(self._top_k, len(logits))), logits)
 
     def _pick_from(self, ids: TokenIds, logits: Logits) -> int:
         if self._sampler is None:
             return int(ids[logits[ids].argmax()])
-        self._candidates.fill(ids, logits[ids])
+        self._candidates.fill(logits[ids], ids)
         return self._sampler.choose(self._candidates)
 
     def _with_logprobs(self, logits: Logits, token_id: int, peak: float) -> Choice:

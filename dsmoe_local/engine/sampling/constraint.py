@@ -95,7 +95,7 @@ class Constraint:
         self._tested.clear()
 
     def likeliest(self, logits: Logits, count: int) -> TokenIds:
-        """Up to `count` permitted tokens of the highest logits, highest first. EngineError if there is none."""
+        """Up to `count` permitted tokens, those of the highest logits first. EngineError if there is none."""
         possible = self._possible()
         found: list[int] = []
         seen, look = 0, max(_FIRST_LOOK, 2 * count)
@@ -122,5 +122,7 @@ class Constraint:
             if behind is not None:
                 allowed[first, _SINGLE] = True
                 allowed[first, :256] = behind.first_bytes()
-        ids = np.flatnonzero(allowed.ravel()[self._vocabulary.pairs]).astype(np.int32)
-        return np.union1d(ids, self._vocabulary.ends) if self._position.complete else ids
+        possible = allowed.ravel()[self._vocabulary.pairs]
+        if self._position.complete:
+            possible[self._vocabulary.ends] = True
+        return np.flatnonzero(possible).astype(np.int32)
