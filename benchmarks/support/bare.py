@@ -175,7 +175,7 @@ class HighLevel:
 
     def __init__(self, path: Path, *, n_context: int, n_threads: int) -> None:
         # Its default would be half the processors.
-        self._llama = llama_cpp.Llama(
+        self._llama: Any = llama_cpp.Llama(
             str(path), n_ctx=n_context, n_threads=n_threads, n_threads_batch=n_threads, verbose=False
         )
         silence()

@@ -72,7 +72,7 @@ def in_turn(contenders: Mapping[str, Measure], rounds: int) -> dict[str, list[fl
     """
     figures: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):
-        names = list(contenders) if number % 2 else list(reversed(contenders))
+        names = list(contenders)[:: 1 if number % 2 else -1]
         for name in names:
             figure = contenders[name](number)
             say(f"  {'warm-up' if number == _WARM_UP else f'round {number}'}: {name} {figure:,.2f}")

@@ -43,8 +43,9 @@ def llama_bench(
     folder: Path, model: Path, *, n_prompt: int, n_new: int, n_threads: int, rounds: int
 ) -> tuple[float, float]:
     """Tokens a second of a prompt and of decoding one stream."""
-    command = [find_program(folder, "llama-bench"), "-m", model, "-p", str(n_prompt), "-n", str(n_new)]
-    tests = json.loads(_output([*command, "-t", str(n_threads), "-r", str(rounds), "-o", "json"]))
+    command: list[str | Path] = [find_program(folder, "llama-bench"), "-m", model]
+    command += ["-p", str(n_prompt), "-n", str(n_new), "-t", str(n_threads), "-r", str(rounds)]
+    tests = json.loads(_output([*command, "-o", "json"]))
     by_kind = {bool(test["n_gen"]): float(test["avg_ts"]) for test in tests}
     return by_kind[False], by_kind[True]
 
@@ -61,10 +62,11 @@ def llama_batched_bench(
     unified: bool,
 ) -> float:
     """Tokens a second of `width` sequences decoded together."""
-    command = [find_program(folder, "llama-batched-bench"), "-m", model, "-c", str(n_context)]
+    command: list[str | Path] = [find_program(folder, "llama-batched-bench"), "-m", model]
+    command += ["-c", str(n_context)]
     command += ["-npp", str(n_prompt), "-ntg", str(n_new), "-npl", str(width), "-t", str(n_threads)]
     command += ["--output-format", "jsonl", *(["-kvu"] if unified else [])]
-    lines = _output([str(word) for word in command]).splitlines()
+    lines = _output(command).splitlines()
     return float(json.loads(next(line for line in lines if line.startswith("{")))["speed_tg"])
 
 
@@ -76,7 +78,8 @@ class Server:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self._port: int = probe.getsockname()[1]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the server
-        command = [program, "-m", model, "--host", "127.0.0.1", "--port", str(self._port), *arguments]
+        command: list[str | Path] = [program, "-m", model, "--host", "127.0.0.1"]
+        command += ["--port", str(self._port), *arguments]
         self._process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT)
         try:
             self._wait()
