@@ -145,15 +145,17 @@ def _run(case: dict[str, Any]) -> dict[str, Any]:
     from dsmoe_local.engine.types import ModelOptions, Request, SamplingParameters
 
     notes: list[str] = []
-    free = case.get("free", [FAKE_FREE] * 16)
+    free = case.get("free", [FAKE_FREE] * 2)
 
     def listen(event: Event) -> None:
         if isinstance(event, Note):
             notes.append(event.text)
 
-    def offload_devices(devices: Sequence[native.Device]) -> tuple[native.Device, ...]:
-        gpus = [device for device in devices if device.is_gpu]
-        return tuple(replace(gpu, n_free=room) for gpu, room in zip(gpus, free, strict=False))
+    def list_devices() -> tuple[native.Device, ...]:
+        rooms = iter(free)
+        return tuple(replace(each, n_free=next(rooms)) if each.is_gpu else each for each in known)
+
+    known = native.list_devices()
 
     class LoudModel(native.Model):
         def __init__(self, path: Path, **settings: Any) -> None:
@@ -166,7 +168,7 @@ def _run(case: dict[str, Any]) -> dict[str, Any]:
     for name in ("tensor_overrides", "devices"):
         if options.get(name) is not None:
             options[name] = tuple(tuple(x) if isinstance(x, list) else x for x in options[name])
-    patched = patch.multiple(native, offload_devices=offload_devices, Model=LoudModel)
+    patched = patch.multiple(native, list_devices=list_devices, Model=LoudModel)
     try:
         with patched:
             engine = Engine.load(ModelOptions(Path(case["model"]), **options), listen)

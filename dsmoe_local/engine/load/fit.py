@@ -66,26 +66,33 @@ def fit_model(
     """Decide. `context` is what the context will be made with, but for its length. Raises UsageError,
     OutOfMemoryError, and ModelLoadError if llama.cpp cannot measure.
     """
-    overrides = _overrides(options)
-    devices, notes = _devices(options)
+    known = native.list_devices()
+    can_offload = native.offload_devices(known)
+    overrides = _overrides(options, known, can_offload)
+    devices, notes = _devices(options, known, can_offload)
     available = available_memory()
     rooms = [
         room_of(device.name, device.n_free, shared=device.shares_memory, available=available)
         for device in devices
     ]
-    weights = weigh(file.tensors.values(), hp, overrides if rooms else ())
-    n_bytes = sum(tensor.n_bytes for tensor in file.tensors.values())
-    pool = available + sum(room.n_bytes for room in rooms if not room.shared)
-    if options.n_gpu_layers == 0:
-        pool = available
-    plan = plan_memory(hp, buffers, weights=n_bytes, available=pool, requested=options.n_context)
     wishes = Wishes(
         options.n_gpu_layers, options.n_cpu_moe, overrides if rooms else (), options.offload_cache
     )
+    pool = available
+    if options.n_gpu_layers != 0:
+        pool += sum(room.n_bytes for room in rooms if not room.shared)
+    plan = plan_memory(
+        hp,
+        buffers,
+        weights=sum(tensor.n_bytes for tensor in file.tensors.values()),
+        available=pool,
+        requested=options.n_context,
+    )
+    weights = weigh(file.tensors.values(), hp, wishes.overrides)
     planner = _Planner(options, hp, buffers, weights, tuple(rooms), wishes, plan.n_context)
     placement = planner.place(replace(context, n_context=plan.n_context))
     paged, more = _paged(plan, placement, rooms, available)
-    if rooms and placement.n_gpu_layers:
+    if placement.n_gpu_layers:
         notes.append(placement.describe())
     notes += [*plan.notes, *more, *_overfull(placement, rooms)]
     return Fit(plan.n_context, paged, placement, tuple(notes))
@@ -137,57 +144,55 @@ class _Planner:
         )
 
 
-def _devices(options: ModelOptions) -> tuple[list[native.Device], list[str]]:
+def _devices(
+    options: ModelOptions, known: Sequence[native.Device], can_offload: Sequence[native.Device]
+) -> tuple[Sequence[native.Device], list[str]]:
     """The devices to offload to. Where the build has none, what asks for them is said to have no effect."""
-    known = native.list_devices()
-    chosen = native.offload_devices(known)
-    if not chosen:
-        asked = [
-            flag
-            for flag, value in (
-                ("-ngl", options.n_gpu_layers),
-                ("--n-cpu-moe", options.n_cpu_moe),
-                ("--tensor-override", options.tensor_overrides),
-                ("--device", options.devices),
-            )
-            if value
-        ]
+    if not can_offload:
+        wishes = (
+            ("-ngl", options.n_gpu_layers),
+            ("--n-cpu-moe", options.n_cpu_moe),
+            ("--tensor-override", options.tensor_overrides),
+            ("--device", options.devices),
+        )
+        asked = [flag for flag, value in wishes if value]
         verb = "has" if len(asked) == 1 else "have"
         note = f"no GPU in this build of llama.cpp: {', '.join(asked)} {verb} no effect"
-        return [], [note] if asked else []
-    if options.devices is not None:
-        by_name = {device.name: device for device in known if device.is_gpu}
-        for name in options.devices:
-            if name not in by_name:
-                raise UsageError(
-                    f"--device {safe_line(name, 60)}: there is no such GPU",
-                    remedy=f"it takes none, or some of {', '.join(by_name)}",
-                )
-        chosen = tuple(by_name[name] for name in dict.fromkeys(options.devices))
-    return list(chosen[:_MOST_DEVICES]), []
+        return (), [note] if asked else []
+    if options.devices is None:
+        return can_offload[:_MOST_DEVICES], []
+    by_name = {device.name: device for device in known if device.is_gpu}
+    for name in options.devices:
+        if name not in by_name:
+            raise UsageError(
+                f"--device {safe_line(name, 60)}: there is no such GPU",
+                remedy=f"it takes none, or some of {', '.join(by_name)}",
+            )
+    return [by_name[name] for name in dict.fromkeys(options.devices)][:_MOST_DEVICES], []
 
 
-def _overrides(options: ModelOptions) -> tuple[tuple[str, str], ...]:
-    """The tensor overrides with devices' names for buffer types' names. UsageError if one cannot be."""
-    types = native.buffer_types()
-    devices = {types[device.name]: device.name for device in native.list_devices() if device.name in types}
-    has_gpu = bool(native.offload_devices(native.list_devices()))
-    found = []
-    for pattern, name in options.tensor_overrides:
+def _overrides(
+    options: ModelOptions, known: Sequence[native.Device], can_offload: Sequence[native.Device]
+) -> tuple[tuple[str, str], ...]:
+    """The tensor overrides, with devices' names for buffer types' names. UsageError if one cannot be."""
+    for pattern, _ in options.tensor_overrides:
         try:
             re.compile(pattern)
         except (re.error, OverflowError, RecursionError) as error:
             raise UsageError(
                 f"--tensor-override {safe_line(pattern, 60)}: not a regular expression", where=str(error)
             ) from error
-        if name in types:
-            found.append((pattern, devices[types[name]]))
-        elif has_gpu:
+    if not can_offload:
+        return ()
+    types = native.buffer_types()
+    names = {types[device.name]: device.name for device in known if device.name in types}
+    for _, name in options.tensor_overrides:
+        if name not in types:
             raise UsageError(
                 f"--tensor-override: there is no buffer {safe_line(name, 60)}",
                 remedy=f"there are {', '.join(types)}",
             )
-    return tuple(found)
+    return tuple((pattern, names[types[name]]) for pattern, name in options.tensor_overrides)
 
 
 def _paged(

@@ -27,6 +27,9 @@ class DeviceKind(StrEnum):
     META = "group"
 
 
+_KINDS = tuple(DeviceKind)
+
+
 @dataclass(frozen=True, slots=True)
 class Device:
     """A device as its backend reports it.
@@ -130,7 +133,7 @@ def _describe(handle: int) -> Device:
         name=_text(found.name),
         description=_text(found.description),
         backend=_text(registry_name(registry(handle))),
-        kind=list(DeviceKind)[found.type],
+        kind=_KINDS[found.type] if found.type < len(_KINDS) else DeviceKind.META,
         n_free=found.memory_free,
         n_bytes=found.memory_total,
         hardware=_text(found.device_id),
