@@ -27,6 +27,7 @@ class Conversation:
         self.finish_reason: FinishReason | None = None
         self._numbers = itertools.count(1)
         self._running = ""
+        self._cancelled = False
 
     @property
     def completes(self) -> bool:
@@ -73,7 +74,8 @@ class Conversation:
         self.usage = self.finish_reason = None
 
     def cancel(self) -> None:
-        """End the reply that is being made; from any thread or a signal handler."""
+        """End the reply that was asked for last; from any thread or a signal handler."""
+        self._cancelled = True
         self.engine.cancel(self._running)
 
     def prompt(self) -> Prompt:
@@ -86,6 +88,10 @@ class Conversation:
         return (*self.engine.encode(text.content), *replies[-1].token_ids)
 
     def _reply(self, *, keep_question: bool = False) -> Iterator[TokenEvent]:
+        self._cancelled = False
+        return self._events(keep_question)
+
+    def _events(self, keep_question: bool) -> Iterator[TokenEvent]:
         self._running = f"chat-{next(self._numbers)}"
         pieces: list[str] = []
         ids: list[int] = []
@@ -97,7 +103,11 @@ class Conversation:
                 max_tokens=self.settings.max_tokens,
                 stop=self.settings.stop,
             )
-            for event in self.engine.submit(request):
+            events = self.engine.submit(request)
+            if self._cancelled:
+                # Before the engine knew of it.
+                self.cancel()
+            for event in events:
                 pieces.append(event.text)
                 if event.finish_reason is None and event.token_id is not None:
                     ids.append(event.token_id)

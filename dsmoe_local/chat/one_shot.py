@@ -23,9 +23,10 @@ def answer(conversation: Conversation, text: str, out: TextIO, *, as_json: bool 
     make_safe = safe_text if out.isatty() else str
     begun = conversation.completes
     pieces: list[str] = []
+    events = conversation.send(text)
     before = signal.signal(signal.SIGINT, lambda number, frame: conversation.cancel())
     try:
-        for event in conversation.send(text):
+        for event in events:
             piece = event.text if begun else event.text.lstrip()
             begun = begun or bool(piece)
             pieces.append(piece)

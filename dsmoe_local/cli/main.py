@@ -93,14 +93,18 @@ def run(command: click.Command, program: str) -> int:
         complain("interrupted")
         return _INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output is gone; nothing may try to flush into the pipe at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of our output is gone.
+        _discard_output()
         return 1
     except OSError as error:
-        # A full disk behind stdout, a folder that may not be looked into, a name that is too long.
+        # A full disk behind stdout, or none; a folder that may not be looked into; a name too long.
         if debug:
             traceback.print_exc()
         complain(f"{error.strerror or error}\n{safe_line(str(error.filename or ''))}")
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _discard_output()
         return 1
     except Exception as error:  # noqa: BLE001 - the last resort: a bug must not show as a traceback
         if debug:
@@ -110,11 +114,23 @@ def run(command: click.Command, program: str) -> int:
     return result if isinstance(result, int) else 0
 
 
+def _discard_output() -> None:
+    """Let nothing try to flush into a stdout that takes nothing, at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _open_closed_streams() -> None:
-    """Python has None for a stream that the shell closed (`<&-`); opened in order they get their numbers."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+    """Python has None for a stream that the shell closed (`<&-`); opened in order they get their numbers.
+
+    A closed stdout refuses what is written to it, as it does other programs: a result is never lost silently.
+    """
+    for name, flags, mode in (
+        ("stdin", os.O_RDONLY, "r"),
+        ("stdout", os.O_RDONLY, "w"),
+        ("stderr", os.O_WRONLY, "w"),
+    ):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - open until the end
+            setattr(sys, name, open(os.open(os.devnull, flags), mode, encoding="utf-8"))  # noqa: SIM115 - open until the end
 
 
 def _help_hint(error: click.ClickException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 
 import pytest
 from rich.console import Console
@@ -14,7 +15,7 @@ from dsmoe_local.chat.screen import Screen
 from dsmoe_local.chat.settings import SETTINGS, ChatSettings, change, get_setting, setting_name
 from dsmoe_local.engine.errors import PromptError
 from dsmoe_local.engine.fake import FakeEngine
-from dsmoe_local.engine.types import FinishReason, Message
+from dsmoe_local.engine.types import FinishReason, Message, Request, TokenEvent
 
 
 def talk(engine: FakeEngine, settings: ChatSettings | None = None, system: str = "") -> Conversation:
@@ -61,6 +62,26 @@ def test_failed_or_unanswered_message_is_not_kept() -> None:
     conversation.engine = FakeEngine(gate=lambda i: conversation.cancel())
     assert said(conversation, "x") == ""
     assert conversation.turns == []
+
+
+def test_interruption_before_the_engine_knows_the_request() -> None:
+    """Guards: a Ctrl-C that is lost between the question and its start, and a long reply that follows."""
+    conversation: Conversation
+
+    class Slow(FakeEngine):
+        def submit(self, request: Request) -> Iterator[TokenEvent]:
+            if interrupted:
+                conversation.cancel()
+            return super().submit(request)
+
+    conversation = talk(Slow())
+    interrupted = True
+    assert said(conversation, "x") == ""
+    assert conversation.finish_reason is FinishReason.CANCELLED
+    # A Ctrl-C between two replies is none of the next one's.
+    interrupted = False
+    conversation.cancel()
+    assert said(conversation, "y") == "user: y"
 
 
 def test_stop_string_drops_the_ids() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.models import smollm2, tiny_model
+from support.processes import children_of
 
 from dsmoe_local.base.paths import demo_folder
 
@@ -81,6 +82,34 @@ def test_reader_that_goes_away() -> None:
     )
     assert len(done.stdout) == 5
     assert done.stderr == ""
+
+
+def test_output_that_is_closed() -> None:
+    """Guards: an answer that goes nowhere, and the exit status of success."""
+    code = f"{sys.executable} -c '{CODE}' -m '{tiny_model()}' -p fox -n 4 >&-"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(["/bin/sh", "-c", code], stderr=subprocess.PIPE, env=environment, check=False)
+    assert done.returncode == 1
+    assert done.stderr == b"error: Bad file descriptor\n"
+
+
+def test_engine_that_dies_in_the_middle() -> None:
+    """Guards: a crash of llama.cpp as a traceback, a hang, or an exit status of success."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", CODE, "-m", str(smollm2()), "-p", "Write a very long story.", "--temp", "0"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert child.stdout is not None
+    child.stdout.read(1)
+    (engine,) = children_of(child.pid)
+    os.kill(engine, signal.SIGSEGV)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 1
+    assert errors.startswith(b"error: the engine was killed by SIGSEGV\n")
+    assert len(errors.splitlines()) <= 3
 
 
 def test_interruption_keeps_what_came() -> None:

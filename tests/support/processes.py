@@ -1,0 +1,12 @@
+"""Other processes, looked at from outside."""
+
+from __future__ import annotations
+
+import subprocess
+
+
+def children_of(pid: int) -> list[int]:
+    """The ids of a process's children."""
+    listed = subprocess.run(["ps", "-A", "-o", "ppid=,pid="], capture_output=True, text=True, check=True)
+    pairs = [line.split() for line in listed.stdout.splitlines()]
+    return [int(child) for parent, child in pairs if int(parent) == pid]
