@@ -99,24 +99,28 @@ class Output:
         group = self._extent.group + 1
         entries = b"".join(_entry_line(group, record) for record in records)
         try:
-            try:
-                _write(self._journal, entries)
-                durable.sync(self._journal)
-                reach("batch.announced")
-                for record in records:
-                    _write(self._output, record.content)
-                    reach("batch.record")
-                reach("batch.written")
-                durable.sync(self._output)
-            except OSError:
-                self._cut()
-                raise
+            self._write(self._journal, entries)
+            durable.sync(self._journal)
+            reach("batch.announced")
+            for record in records:
+                self._write(self._output, record.content)
+                reach("batch.record")
+            reach("batch.written")
+            durable.sync(self._output)
         except OSError as error:
             kind = NoSpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else FileError
             raise kind(f"a record cannot be written: {error.strerror}", where=self.path) from error
         reach("batch.synced")
         n_bytes = sum(len(record.content) for record in records)
         self._extent = _Extent(self._extent.output + n_bytes, self._extent.journal + len(entries), group)
+
+    def _write(self, descriptor: int, data: bytes) -> None:
+        try:
+            while data:
+                data = data[os.write(descriptor, data) :]
+        except OSError:
+            self._cut()
+            raise
 
     def _cut(self) -> None:
         """Take away what does not count."""
@@ -241,8 +245,3 @@ def _recover(out: Path, journal: Path, header_size: int, visit: Visitor) -> _Ext
 def _holds(output: BinaryIO, entry: _Entry) -> bool:
     content = output.read(entry.length)
     return len(content) == entry.length and zlib.crc32(content) == entry.checksum
-
-
-def _write(descriptor: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]

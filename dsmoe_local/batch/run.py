@@ -152,6 +152,7 @@ class _Run:
             and self._n_put - self._n_written < _MOST_UNWRITTEN
             and self._next - self._n_emitted < _MOST_AHEAD
             and not self._suspects
+            and not self._too_many()
         ):
             position = order[self._next]
             self._next += 1

@@ -1,0 +1,173 @@
+"""Batches killed at every named point and at random: every line answered exactly once in the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from support.batches import by_id, records, write_lines
+from support.kills import points_of
+
+N_LINES = 60
+REPEATED = ("batch.announced", "batch.record", "batch.written", "batch.synced")
+WORK = """
+import sys
+from pathlib import Path
+from dsmoe_local.batch.job import BatchOptions
+from dsmoe_local.batch.requests import BatchDefaults
+from dsmoe_local.batch.run import run_batch
+from dsmoe_local.engine.fake import FakeEngine
+from dsmoe_local.engine.types import SamplingParameters
+source, out, n_parallel = sys.argv[1:]
+options = BatchOptions(
+    Path(source), Path(out), BatchDefaults(SamplingParameters(temperature=1)), "simple", deterministic=True
+)
+engine = FakeEngine(n_parallel=int(n_parallel))
+print("started", flush=True)
+run_batch(engine, options)
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A batch in a process of its own, from a file or from a pipe."""
+
+    source: Path
+    out: Path
+    piped: bool = False
+
+    def spawn(self, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+        """The child, at the moment it begins to work."""
+        with (self.source if self.piped else Path(os.devnull)).open("rb") as stdin:
+            child = subprocess.Popen(
+                [sys.executable, "-c", WORK, "-" if self.piped else str(self.source), str(self.out), "2"],
+                stdin=stdin,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **(environment or {})},
+            )
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"started\n", child.communicate()[1]
+        return child
+
+    def run(self, fault: str = "") -> int:
+        """The exit status of one run, killed at a named point if one is given."""
+        child = self.spawn({"DSMOE_FAULT": fault})
+        _, errors = child.communicate()
+        assert errors == b""
+        return child.returncode
+
+    def whole(self) -> bytes:
+        """The whole records that are there."""
+        content = self.out.read_bytes() if self.out.exists() else b""
+        return content[: content.rfind(b"\n") + 1]
+
+    def check(self, kept: bytes) -> None:
+        """Every line has its record, once; what was whole after a kill is there still."""
+        assert self.out.read_bytes().startswith(kept)
+        found = by_id(records(self.out))
+        assert {name: record["text"] for name, record in found.items()} == {
+            f"id-{number}": f"text {number} é\u2028" for number in range(N_LINES)
+        }
+        names = {path.name for path in self.out.parent.iterdir()}
+        assert names == {"in.jsonl", "out.jsonl", "out.jsonl.journal"}
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Iterator[Run]:
+    """Runs without end, each in a folder of its own."""
+
+    def make() -> Iterator[Run]:
+        number = 0
+        while True:
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            lines = ({"id": f"id-{n}", "prompt": f"text {n} é\u2028"} for n in range(N_LINES))
+            yield Run(write_lines(folder / "in.jsonl", lines), folder / "out.jsonl", piped=number % 2 == 1)
+            number += 1
+
+    return make()
+
+
+@pytest.mark.parametrize("point", points_of("batch"))
+def test_batch_killed_at_every_point(runs: Iterator[Run], point: str) -> None:
+    """Guards: a step of the write path that loses a record, or writes one twice, when it is cut short."""
+    for ordinal in (1, 3) if point in REPEATED else (1,):
+        for run in (next(runs), next(runs)):
+            if point == "batch.spooled" and not run.piped:
+                continue
+            assert run.run(f"{point}:{ordinal}") == -signal.SIGKILL, f"{point}:{ordinal} is never reached"
+            kept = run.whole()
+            assert run.run() == 0
+            run.check(kept)
+
+
+def test_spooled_input_serves_a_resume(runs: Iterator[Run]) -> None:
+    """Guards: a run that cannot go on because its pipe is dry."""
+    next(runs)
+    run = next(runs)
+    assert run.run("batch.written:3") == -signal.SIGKILL
+    kept = run.whole()
+    content = run.source.read_bytes()
+    run.source.write_bytes(b"")
+    assert run.run() == 0
+    run.source.write_bytes(content)
+    run.check(kept)
+
+
+def test_batch_killed_at_random(runs: Iterator[Run]) -> None:
+    """Guards: a crash between two named points."""
+    kill_at_random(runs, n_kills=20, seed=1)
+
+
+@pytest.mark.soak
+def test_batch_soak(runs: Iterator[Run]) -> None:
+    """Guards: what twenty kills do not meet."""
+    kill_at_random(runs, n_kills=1000, seed=int(time.time()))
+
+
+def kill_at_random(runs: Iterator[Run], n_kills: int, seed: int) -> None:
+    """Kill one output's runs until one gets through, then go to the next."""
+    generator = random.Random(seed)
+    run, kept = next(runs), b""
+    began = time.monotonic()
+    assert run.run() == 0
+    duration = time.monotonic() - began
+    run, n_killed = next(runs), 0
+    while n_killed < n_kills:
+        child = run.spawn()
+        try:
+            # The child has begun: most of a whole run was its start.
+            child.wait(timeout=generator.uniform(0, duration / 3))
+        except subprocess.TimeoutExpired:
+            child.kill()
+        _, errors = child.communicate()
+        assert errors == b"", (seed, n_killed)
+        assert run.whole().startswith(kept), (seed, n_killed)
+        kept = run.whole()
+        n_killed += child.returncode == -signal.SIGKILL
+        assert child.returncode in (0, -signal.SIGKILL)
+        if child.returncode == 0:
+            run.check(kept)
+            run, kept = next(runs), b""
+    assert run.run() == 0
+    run.check(kept)
+
+
+def test_journal_names_what_the_output_holds(runs: Iterator[Run]) -> None:
+    """Guards: a journal that others cannot check: keys are of fixed width, one line a record."""
+    run = next(runs)
+    assert run.run() == 0
+    header, *entries = run.out.with_name("out.jsonl.journal").read_bytes().split(b"\n")[:-1]
+    assert set(json.loads(header)) == {"dsmoe_batch", "settings"}
+    assert len(entries) == N_LINES
+    assert sum(json.loads(entry)[2] for entry in entries) == run.out.stat().st_size

@@ -1,0 +1,272 @@
+"""Batch lines to requests: strict JSON, one mistake one error, every field honoured or refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.batches import requests, write_lines
+
+from dsmoe_local.base.errors import DsmoeError, FileError
+from dsmoe_local.batch import lines
+from dsmoe_local.batch.fields import HONOURED, IGNORED, NEUTRAL
+from dsmoe_local.batch.requests import BatchDefaults
+from dsmoe_local.batch.sources import InputForm, Source
+from dsmoe_local.engine.types import Message, Request, SamplingParameters
+
+DEFAULTS = BatchDefaults(SamplingParameters(temperature=0.5), max_tokens=7, stop=("END",))
+CHAT = "/v1/chat/completions"
+
+
+def request(folder: Path, line: dict[str, Any] | bytes) -> Request:
+    (make,) = requests(write_lines(folder / "in.jsonl", [line]), defaults=DEFAULTS)
+    return make()
+
+
+def chat(body: dict[str, Any]) -> dict[str, Any]:
+    messages = [{"role": "user", "content": "b"}]
+    return {"custom_id": "c", "method": "POST", "url": CHAT, "body": {"messages": messages, **body}}
+
+
+def completion(body: dict[str, Any]) -> dict[str, Any]:
+    return {"custom_id": "c", "method": "POST", "url": "/v1/completions", "body": {"prompt": "p", **body}}
+
+
+def test_prompts_messages_ids_and_settings(tmp_path: Path) -> None:
+    """Guards: a field that is read but not used."""
+    path = write_lines(
+        tmp_path / "in.jsonl",
+        [
+            {"prompt": "a"},
+            {
+                "id": "x",
+                "messages": [{"role": "user", "content": "b"}],
+                "temperature": 0,
+                "stop": "S",
+                "seed": 4,
+            },
+            {
+                "custom_id": 9,
+                "prompt": [1, 2],
+                "max_tokens": 3,
+                "stop": ["p", "q"],
+                "repetition_penalty": 1.5,
+            },
+        ],
+    )
+    first, second, third = (make() for make in requests(path, defaults=DEFAULTS))
+    assert (first.id, first.prompt, first.max_tokens, first.stop) == ("line-1", "a", 7, ("END",))
+    assert first.sampling == DEFAULTS.sampling
+    assert (second.id, second.prompt, second.stop) == ("x", (Message("user", "b"),), ("S",))
+    assert (second.sampling.temperature, second.sampling.seed) == (0, 4)
+    assert (third.id, third.prompt, third.max_tokens, third.stop) == ("9", (1, 2), 3, ("p", "q"))
+    assert third.sampling.repeat_penalty == 1.5
+
+
+def test_an_openai_line(tmp_path: Path) -> None:
+    """Guards: a field of a file that vLLM or OpenAI answers, lost on the way."""
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    made = request(
+        tmp_path,
+        chat(
+            {
+                "model": "gpt-4o-mini",
+                "messages": [
+                    {"role": "developer", "content": "be brief"},
+                    {
+                        "role": "user",
+                        "name": "u",
+                        "content": [{"type": "text", "text": "x"}, {"type": "text", "text": "y"}],
+                    },
+                    {"role": "assistant", "content": "z", "tool_calls": [], "refusal": None},
+                ],
+                "max_completion_tokens": 5,
+                "temperature": 0.25,
+                "top_p": 0.5,
+                "top_k": -1,
+                "min_p": 0.125,
+                "n": 3,
+                "seed": -1,
+                "stop": None,
+                "logprobs": True,
+                "top_logprobs": 2,
+                "logit_bias": {"17": -100, "5": 1.5},
+                "presence_penalty": 0.5,
+                "frequency_penalty": -0.5,
+                "response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}},
+                "stream": True,
+                "user": "me",
+                "metadata": {"a": "b"},
+                "store": False,
+                "tools": [],
+            }
+        ),
+    )
+    assert made.id == "c"
+    assert made.prompt == (
+        Message("system", "be brief"),
+        Message("user", "x\ny"),
+        Message("assistant", "z"),
+    )
+    assert (made.max_tokens, made.n, made.stop) == (5, 3, ("END",))
+    assert (made.logprobs, made.top_logprobs, made.logit_bias) == (True, 2, ((17, -100), (5, 1.5)))
+    assert made.json_schema is not None
+    assert json.loads(made.json_schema) == schema
+    assert made.sampling == SamplingParameters(
+        temperature=0.25,
+        top_p=0.5,
+        top_k=0,
+        min_p=0.125,
+        seed=2**32 - 2,
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+    )
+
+
+def test_completions_say_how_many_logprobs(tmp_path: Path) -> None:
+    """Guards: completions' number read as chat's flag."""
+    made = request(tmp_path, completion({"prompt": ["only"], "logprobs": 3, "best_of": 1, "echo": False}))
+    assert (made.prompt, made.logprobs, made.top_logprobs) == ("only", True, 3)
+
+
+@pytest.mark.parametrize("field", ["json_schema", "guided_json"])
+def test_names_of_constraints(tmp_path: Path, field: str) -> None:
+    """Guards: vLLM's names of the same thing."""
+    assert request(tmp_path, {"prompt": "a", field: {"type": "null"}}).json_schema == '{"type": "null"}'
+    made = request(tmp_path, completion({"structured_outputs": {"grammar": 'root ::= "a"', "json": None}}))
+    assert made.grammar == 'root ::= "a"'
+    made = request(tmp_path, completion({"response_format": {"type": "json_object"}}))
+    assert made.json_schema == '{"type": "object"}'
+
+
+def test_every_field_of_openai_is_known() -> None:
+    """Guards: a field of OpenAI's own request types that is called unknown."""
+    from openai.types import completion_create_params as text
+    from openai.types.chat import completion_create_params as conversation
+
+    known = HONOURED.keys() | IGNORED | NEUTRAL.keys()
+    for parameters in (text.CompletionCreateParamsBase, conversation.CompletionCreateParamsBase):
+        assert set(parameters.__annotations__) <= known
+    assert not IGNORED & (HONOURED.keys() | NEUTRAL.keys())
+    assert not HONOURED.keys() & NEUTRAL.keys()
+
+
+@pytest.mark.parametrize("field", sorted(NEUTRAL))
+def test_what_cannot_be_had_is_refused_by_name(tmp_path: Path, field: str) -> None:
+    """Guards: a reply that is not what was asked for, without a word."""
+    with pytest.raises(DsmoeError, match=f"^{field} is not supported"):
+        request(tmp_path, chat({field: ["something"]}))
+    for value in NEUTRAL[field]:
+        request(tmp_path, chat({field: value}))
+    request(tmp_path, chat({field: None}))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (chat({"temprature": 1}), "unknown field 'temprature'"),
+        (chat({"prompt": "a"}), "no prompt"),
+        (completion({"prompt": None}), "takes prompt"),
+        (completion({"prompt": ["a", "b"]}), "list of 2 prompts"),
+        (completion({}) | {"url": "/v1/embeddings"}, "/v1/embeddings"),
+        (completion({}) | {"method": "GET"}, "method"),
+        (completion({}) | {"body": []}, "body is not an object"),
+        (completion({}) | {"temperature": 1}, "'temperature' beside body"),
+        (chat({"max_tokens": 1, "max_completion_tokens": 2}), "max_tokens and max_completion_tokens differ"),
+        (chat({"messages": [{"role": "tool", "content": "a"}]}), "the role 'tool'"),
+        (chat({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}), "'image_url'"),
+        (
+            chat({"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}]}),
+            "tool_calls is not supported",
+        ),
+        (chat({"tools": [{"type": "function"}]}), "tools is not supported"),
+        (chat({"response_format": {"type": "grammar"}}), "response_format"),
+        (chat({"structured_outputs": {"regex": "a"}}), "structured_outputs.regex"),
+        (chat({"logit_bias": {"hello": 1}}), "'hello' is not a token id"),
+        (chat({"n": 0}), "n = 0"),
+        (chat({"top_logprobs": 21}), "top_logprobs = 21"),
+    ],
+)
+def test_bad_requests(tmp_path: Path, line: dict[str, Any], message: str) -> None:
+    """Guards: a mistake that is passed over, or told without its field."""
+    with pytest.raises(DsmoeError) as refusal:
+        request(tmp_path, line)
+    assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"not json", "not JSON"),
+        (b'{"prompt": "a"', "not JSON"),
+        (b'["prompt"]', "not a JSON object"),
+        (b'{"prompt": "a", "temperature": NaN}', "NaN"),
+        (b'{"prompt": "a", "temperature": -Infinity}', "Infinity"),
+        (b'{"prompt": "a", "temperature": 1e999}', "out of range"),
+        (b'{"prompt": "a", "prompt": "b"}', "twice"),
+        (b'{"prompt": "\xff"}', "UTF-8"),
+        (b'{"prompt": "\\ud800"}', "surrogate"),
+        (b'{"id": "\\ud800", "prompt": "a"}', "surrogate"),
+        (b'{"id": {}, "prompt": "a"}', "the id"),
+        (b'{"id": true, "prompt": "a"}', "the id"),
+        (b'{"id": "a", "custom_id": "b", "prompt": "a"}', "differ"),
+        (b"{}", "either prompt or messages"),
+        (b'{"prompt": "a", "messages": []}', "either prompt or messages"),
+        (b'{"messages": []}', "messages"),
+        (b'{"prompt": 5}', "prompt is not text"),
+        (b'{"prompt": [1.5]}', "whole number"),
+        (b'{"prompt": []}', "prompt is an empty list"),
+        (b'{"prompt": "a", "temperature": 1' + b"0" * 400 + b"}", "temperature is out of range"),
+        (b'{"prompt": "a", "top_k": 1' + b"0" * 400 + b"}", "a whole number, 0 = off"),
+        (b'{"messages": [{"role": "user"}]}', "role and content"),
+        (b'{"messages": [{"role": "user", "content": null}]}', "content is not text"),
+        (b'{"prompt": "a", "temprature": 1}', "temprature"),
+        (b'{"prompt": "a", "temperature": "hot"}', "temperature is not a number"),
+        (b'{"prompt": "a", "max_tokens": 0}', "max_tokens"),
+        (b'{"prompt": "a", "top_k": 1.5}', "top_k is not a whole number"),
+        (b'{"prompt": "a", "stop": [""]}', "stop string"),
+        (b"[" * 100_000, "JSON"),
+        (b'{"prompt": "a", "seed": ' + b"1" * 10_000 + b"}", "JSON"),
+    ],
+)
+def test_bad_lines(tmp_path: Path, line: bytes, message: str) -> None:
+    """Guards: a bad line that ends the run, or passes."""
+    good, bad = requests(write_lines(tmp_path / "in.jsonl", [b'{"prompt": "good"}', line]))
+    assert good()
+    with pytest.raises(DsmoeError) as refusal:
+        bad()
+    assert message in str(refusal.value)
+
+
+def test_only_newlines_end_lines(tmp_path: Path) -> None:
+    """Guards: splitlines, which breaks on U+2028, NEL and form feeds; a BOM or CR taken for text."""
+    text = "a\u2028b\u2029c\x85d"
+    path = tmp_path / "in.jsonl"
+    content = [
+        "\ufeff" + json.dumps({"prompt": text}, ensure_ascii=False),
+        "",
+        '{"prompt": "x"}\r',
+        '{"prompt": "last"}',
+    ]
+    path.write_bytes("\n".join(content).encode())
+    found = [(made.id, made.prompt) for made in (make() for make in requests(path))]
+    assert found == [("line-1", text), ("line-3", "x"), ("line-4", "last")]
+
+
+def test_overlong_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: one line eating the memory, or its tail read as lines of their own."""
+    monkeypatch.setattr(lines, "MAX_LINE", 100)
+    path = write_lines(tmp_path / "in.jsonl", [{"prompt": "a" * 250}, {"prompt": "b"}])
+    long, short = requests(path)
+    with pytest.raises(lines.LineError, match="longer"):
+        long()
+    assert (short().id, short().prompt) == ("line-2", "b")
+
+
+def test_unreadable_input(tmp_path: Path) -> None:
+    """Guards: a traceback for a missing file or a folder."""
+    for path in (tmp_path / "missing", tmp_path):
+        with pytest.raises(FileError):
+            Source(path, InputForm())

@@ -1,0 +1,107 @@
+"""Plain text, CSV and templates: every line found again at its place, fields filled in, mistakes by line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.batches import requests, write_lines
+
+from dsmoe_local.base.errors import DsmoeError, FormatError, UsageError
+from dsmoe_local.batch.sources import InputForm, Source
+from dsmoe_local.batch.template import parse_template
+from dsmoe_local.engine.types import Message
+
+
+def test_text_lines(tmp_path: Path) -> None:
+    """Guards: JSON or braces in a text line taken for more than text; a CR kept."""
+    path = write_lines(tmp_path / "in.txt", ['{"prompt": 1}', "", "a {b}\r", "c\u2028d", b"\xff"])
+    *good, bad = requests(path, InputForm(text=True))
+    assert [(made.id, made.prompt) for made in (make() for make in good)] == [
+        ("line-1", '{"prompt": 1}'),
+        ("line-3", "a {b}"),
+        ("line-4", "c\u2028d"),
+    ]
+    with pytest.raises(DsmoeError, match="UTF-8"):
+        bad()
+    (only,) = requests(write_lines(path, ["hi"]), InputForm(text=True, chat=True))
+    assert only().prompt == (Message("user", "hi"),)
+
+
+def test_a_template_over_json(tmp_path: Path) -> None:
+    """Guards: a field that is not text printed as Python; a missing one left empty; data for settings."""
+    template = InputForm(template=parse_template("{{x}} {a.b}: {n}{l}"))
+    path = write_lines(
+        tmp_path / "in.jsonl",
+        [{"id": "i", "a.b": "é{n}", "n": 1.5, "l": [True], "temperature": "warm"}, {"n": 1, "l": None}],
+    )
+    good, bad = requests(path, template)
+    assert (good().id, good().prompt) == ("i", "{x} é{n}: 1.5[true]")
+    with pytest.raises(DsmoeError, match=r"field 'a\.b' is missing"):
+        bad()
+
+
+@pytest.mark.parametrize("text", ["plain", "{", "{}", "{a:b}", "{a!r}", "{0:}{b!s}"])
+def test_bad_templates(text: str) -> None:
+    """Guards: a template that means something else than it seems to."""
+    with pytest.raises(UsageError, match="template"):
+        parse_template(text)
+
+
+def test_csv(tmp_path: Path) -> None:
+    """Guards: rows split inside quotes; a wrong row that shifts the others; columns taken for settings."""
+    path = tmp_path / "in.csv"
+    path.write_bytes(
+        b'\xef\xbb\xbfid,text,n\r\nx,"one, ""two""\nthree",7\r\n\r\ny,short\nz,last,8\nw,a"b"\xff,9\n"open,x'
+    )
+    found = requests(path, InputForm(template=parse_template("{text}|{n}")))
+    made = [found[0](), found[2]()]
+    assert [(each.id, each.prompt) for each in made] == [("x", 'one, "two"\nthree|7'), ("z", "last|8")]
+    for make, message in zip((found[1], found[3], found[4]), ("2 fields", "UTF-8", "not CSV"), strict=True):
+        with pytest.raises(DsmoeError, match=message):
+            make()
+
+
+def test_csv_columns(tmp_path: Path) -> None:
+    """Guards: a misspelt column found on every line instead of once."""
+    path = write_lines(tmp_path / "in.tsv", ["a\tb", "1\t2"])
+    with pytest.raises(FormatError, match="no column 'c'"):
+        Source(path, InputForm(template=parse_template("{c}")))
+    with pytest.raises(UsageError, match="template"):
+        Source(path, InputForm())
+    with pytest.raises(FormatError, match="twice"):
+        Source(write_lines(path, ["a\ta"]), InputForm(template=parse_template("{a}")))
+
+
+_CELL = st.text(st.sampled_from('ab",\n\r é\u2028'), max_size=6)
+
+
+@given(st.lists(st.tuples(_CELL, _CELL), min_size=1, max_size=8))
+def test_csv_rows_are_found_again(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]]
+) -> None:
+    """Guards: offsets that drift behind quoted line breaks. The csv module's own writer is the oracle."""
+    path = tmp_path_factory.mktemp("csv") / "in.csv"
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL).writerows([("a", "b"), *rows])
+    path.write_bytes(text.getvalue().encode())
+    source = Source(path, InputForm(template=parse_template("{a}{b}")))
+    spans = [span for span, _ in source.spans()]
+    random.Random(0).shuffle(spans)
+    found = {span.number: source.line(span.number, source.read(span)) for span in spans}
+    source.close()
+    prompts = [found[number].values.get("prompt") for number in sorted(found)]
+    assert prompts == [first + second for first, second in rows]
+
+
+def test_templates_cannot_reach_attributes() -> None:
+    """Guards: str.format, with which a template could look into objects."""
+    template = parse_template("{a.__class__}")
+    assert template.fields == ("a.__class__",)
+    with pytest.raises(DsmoeError, match="missing"):
+        template.fill({"a": "x"})

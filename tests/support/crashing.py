@@ -1,0 +1,76 @@
+"""An engine whose process dies on certain prompts, and everything that was in flight with it."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from dsmoe_local.engine.errors import EngineCrashError, EngineError
+from dsmoe_local.engine.fake import FakeEngine
+from dsmoe_local.engine.types import Deliver, Prompt, Request, TokenEvent
+
+
+@dataclass(frozen=True)
+class _Idle:
+    def cancel(self) -> None:
+        """Nothing runs long enough to be cancelled."""
+
+
+class CrashingEngine(FakeEngine):
+    """Echoes, one request after the other, once `patience` of them wait; dies of those that `kills` names.
+
+    Dead, it is loaded again by `start` or `encode`; `reload` may raise what keeps it from that.
+    """
+
+    def __init__(
+        self,
+        kills: Callable[[str], bool],
+        *,
+        patience: int = 1,
+        reload: Callable[[], None] = lambda: None,
+    ) -> None:
+        super().__init__()
+        self._kills = kills
+        self._reload = reload
+        self._patience = patience
+        self._queue: queue.SimpleQueue[tuple[Request, Deliver]] = queue.SimpleQueue()
+        self._dead = False
+        self.in_flight_at_crashes: list[int] = []
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        self._revive()
+        return super().encode(prompt)
+
+    def start(self, request: Request, deliver: Deliver) -> _Idle:
+        self._revive()
+        self._cancelled[request.id] = False
+        self._queue.put((request, deliver))
+        return _Idle()
+
+    def submit(self, request: Request) -> Iterator[TokenEvent]:
+        raise EngineError("batches start requests")
+
+    def _revive(self) -> None:
+        if self._dead:
+            self._reload()
+            self._dead = False
+
+    def _work(self) -> None:
+        waiting = [self._queue.get() for _ in range(self._patience)]
+        while True:
+            request, deliver = waiting.pop(0) if waiting else self._queue.get()
+            if not self._kills(str(request.prompt)):
+                for event in self._generate(request):
+                    deliver(event)
+                deliver(None)
+                continue
+            while not self._queue.empty():
+                waiting.append(self._queue.get())
+            self._dead = True
+            self.in_flight_at_crashes.append(1 + len(waiting))
+            for victim in (deliver, *(other for _, other in waiting)):
+                victim(EngineCrashError("the engine was killed by SIGSEGV"))
+            waiting.clear()
