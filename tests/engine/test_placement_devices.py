@@ -104,6 +104,12 @@ def test_the_text_is_the_same_wherever_weights_lie(results: dict[str, dict[str, 
     assert all(text == texts["none"] for text in texts.values()), texts
 
 
+def test_the_bar_fills_however_weights_are_read(results: dict[str, dict[str, Any]], model: Path) -> None:
+    """Guards: a bar that stops when weights are copied, not mapped."""
+    for found in results.values():
+        assert found["progress"] == {"done": model.stat().st_size, "total": model.stat().st_size}
+
+
 def test_devices_are_those_asked_for(results: dict[str, dict[str, Any]]) -> None:
     """Guards: --device read as a wish; buffers on a device that holds nothing."""
     for name, device in (("second device", "RPC1"), ("all", "RPC0")):

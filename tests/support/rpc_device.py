@@ -135,21 +135,26 @@ def register(endpoint: str) -> None:
 def _run(case: dict[str, Any]) -> dict[str, Any]:
     """Load `model` with `options`, the devices having `free` bytes each, and complete some token ids.
 
-    Returns what llama.cpp says of its buffers, the notes, the words of the placement and the token ids; or
-    the error.
+    Returns what llama.cpp says of its buffers, the notes and progress, the words of the placement and the
+    token ids; or the error.
     """
     from dsmoe_local.base.errors import DsmoeError
-    from dsmoe_local.base.progress import Event, Note
+    from dsmoe_local.base.progress import Advanced, Event, Note, Started
     from dsmoe_local.engine import native
     from dsmoe_local.engine.engine import Engine
     from dsmoe_local.engine.types import ModelOptions, Request, SamplingParameters
 
     notes: list[str] = []
+    progress = {"done": 0, "total": 0}
     free = case.get("free", [FAKE_FREE] * 2)
 
     def listen(event: Event) -> None:
         if isinstance(event, Note):
             notes.append(event.text)
+        elif isinstance(event, Started):
+            progress["total"] += event.total
+        elif isinstance(event, Advanced):
+            progress["done"] += event.amount
 
     def list_devices() -> tuple[native.Device, ...]:
         rooms = iter(free)
@@ -180,6 +185,7 @@ def _run(case: dict[str, Any]) -> dict[str, Any]:
         return {
             "buffers": _buffers([*log, *engine.log()]),
             "notes": notes,
+            "progress": progress,
             "placement": engine.info.placement,
             "n_context": engine.info.n_context,
             "token_ids": [event.token_id for event in events if event.token_id is not None],
