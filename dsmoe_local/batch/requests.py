@@ -33,7 +33,8 @@ def request_of(line: Line, defaults: BatchDefaults) -> Request:
     parts = read_fields(body, chat=chat)
     sampling = {name: parts.pop(name) for name in _SAMPLING & parts.keys()}
     given: dict[str, Any] = {"max_tokens": defaults.max_tokens, "stop": defaults.stop} | parts
-    return Request(line.id, sampling=replace(defaults.sampling, **sampling), **given)
+    chosen = replace(defaults.sampling, **sampling) if sampling else defaults.sampling
+    return Request(line.id, sampling=chosen, **given)
 
 
 def is_chat(request: Request) -> bool:

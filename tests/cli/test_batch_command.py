@@ -1,0 +1,141 @@
+"""`dsmoe-batch` on a real model: exit codes, streams, inputs of every form, signals, and going on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.batches import by_id, records, write_lines
+from support.models import tiny_model
+
+COMMAND = "from dsmoe_local.cli.main import batch; batch()"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def words(source: Path | str, out: Path, *more: str) -> list[str]:
+    return [
+        sys.executable,
+        "-c",
+        COMMAND,
+        str(source),
+        "-o",
+        str(out),
+        "-m",
+        str(tiny_model()),
+        "-t",
+        "1",
+        *more,
+    ]
+
+
+def run(
+    source: Path | str, out: Path, *more: str, given: bytes | None = None
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        words(source, out, *more),
+        input=given,
+        stdin=subprocess.DEVNULL if given is None else None,
+        capture_output=True,
+        env=ENVIRONMENT,
+        check=False,
+    )
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def test_command(tmp_path: Path) -> None:
+    """Guards: an exit status that hides failed lines; output on stdout; a summary no script can read."""
+    lines: list[dict[str, Any]] = [
+        {"prompt": "The quick", "max_tokens": 4, "temperature": 0},
+        {"prompt": "fox " * 300},
+    ]
+    source, out = write_lines(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
+    done = run(source, out, "--parallel", "2")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "2 records (1 failed)" in done.stderr
+    found = by_id(records(out))
+    assert found["line-1"]["response"]["body"]["usage"]["completion_tokens"] in range(5)
+    assert "context" in found["line-2"]["error"]["message"]
+    done = run(source, out, "--json")
+    assert done.returncode == 1
+    summary = json.loads(done.stderr.splitlines()[-1])
+    assert (summary["n_records"], summary["n_failed"], summary["n_resumed"]) == (2, 1, 2)
+    done = run(source, out, "--temp", "0.5")
+    assert done.returncode == 1
+    assert "temperature: 0.8 then, 0.5 now" in done.stderr
+    assert "--restart" in done.stderr
+    write_lines(source, lines[:1])
+    assert run(source, out, "--temp", "0.5", "--restart", "--format", "simple").returncode == 0
+    assert set(records(out)[0]) == {"id", "text", "finish_reason", "usage", "timing", "error"}
+
+
+def test_forms_of_input(tmp_path: Path) -> None:
+    """Guards: a pipe, a table or plain lines that are read as something else."""
+    out = tmp_path / "out.jsonl"
+    done = run("-", out, "--text", "-n", "2", "--ordered", given=b"The\nquick\n\nfox\n")
+    assert done.returncode == 0, done.stderr
+    assert [record["custom_id"] for record in records(out)] == ["line-1", "line-2", "line-4"]
+    assert not out.with_name("out.jsonl.input").exists()
+    table = tmp_path / "in.csv"
+    table.write_text('id,word\na,"The, quick"\nb,fox\n')
+    done = run(table, out, "--restart", "--template", "{word} jumps", "-n", "2")
+    assert done.returncode == 0, done.stderr
+    assert set(by_id(records(out))) == {"a", "b"}
+    assert run("-", tmp_path / "none.jsonl", given=b"").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--parallel", "0"], "neither a number from 1 nor auto"),
+        (["-n", "0"], "-n 0"),
+        (["-r", ""], "stop text is empty"),
+        (["--template", "plain"], "names no field"),
+        (["--chat"], "--chat is for"),
+        (["--max-errors", "-1"], "--max-errors"),
+    ],
+)
+def test_refusals(tmp_path: Path, options: list[str], message: str) -> None:
+    """Guards: a mistake on the command line that is found after the model was loaded, or never."""
+    source, out = write_lines(tmp_path / "in.jsonl", [{"prompt": "a"}]), tmp_path / "out.jsonl"
+    done = run(source, out, *options)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) <= 3
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_killed_command_goes_on(tmp_path: Path, number: signal.Signals) -> None:
+    """Guards: acknowledged records lost by a signal, or written again; a text that a kill has changed."""
+    lines = [{"prompt": f"The quick {i}", "max_tokens": 3 + i % 7} for i in range(60)]
+    source, out = write_lines(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
+    options = ("--deterministic", "--parallel", "2", "--format", "simple")
+    child = subprocess.Popen(words(source, out, *options), stderr=subprocess.PIPE, env=ENVIRONMENT)
+    deadline = time.monotonic() + 120
+    while (not out.exists() or out.read_bytes().count(b"\n") < 3) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    child.send_signal(number)
+    _, errors = child.communicate(timeout=60)
+    assert b"Traceback" not in errors
+    assert child.returncode == (-9 if number == signal.SIGKILL else 128 + number), errors
+    if number != signal.SIGKILL:
+        assert b"records are written" in errors
+    content = out.read_bytes()
+    kept = content[: content.rfind(b"\n") + 1]
+    assert 3 <= kept.count(b"\n") < 60
+    assert run(source, out, *options).returncode == 0
+    assert out.read_bytes().startswith(kept)
+    whole = tmp_path / "whole.jsonl"
+    assert run(source, whole, *options).returncode == 0
+    assert texts(out) == texts(whole)
+
+
+def texts(path: Path) -> dict[str, str]:
+    return {name: record["text"] for name, record in by_id(records(path)).items()}
