@@ -82,7 +82,8 @@ def _progress_bar(console: Console, *, in_bytes: bool) -> Progress:
     )
     return Progress(
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=28),
+        # Counts come with a longer detail: speeds.
+        BarColumn(bar_width=28 if in_bytes else 10),
         *amounts,
         TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[detail]}", style="dim", markup=False),
