@@ -1,0 +1,91 @@
+"""Chooses how many requests to decode at once, and whether they share one pool of cells. Loads nothing.
+
+More at once is faster until the cache no longer fits. A cache of its own for each sequence (a stream) decodes
+faster than a shared pool, in which every sequence looks at all cells; but each stream must have room for the
+longest request. `benchmarks/engine.py` measures both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from dsmoe_local.engine.load.machine import available_memory
+from dsmoe_local.engine.load.memory import BufferOptions, buffer_bytes, plan_memory
+from dsmoe_local.engine.types import ModelOptions
+from dsmoe_local.model.gguf_model import read_model
+from dsmoe_local.model.hyperparameters import Hyperparameters
+
+MOST_PARALLEL = 32  # twice as many gain nothing on processors, see docs/performance.md
+DETERMINISTIC_PARALLEL = 8
+_STEP = 256  # cells; llama.cpp pads a stream to this
+_OVERHEAD = 64  # tokens that a template may put around a request's texts
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What is to be answered: `n_requests`, the longest taking at most `n_longest` tokens with its reply, all
+    together about `n_total`. None: as long as the context allows.
+    """
+
+    n_requests: int
+    n_longest: int | None
+    n_total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Parallel:
+    """How to decode: `n_parallel` at once over `n_context` cells in all."""
+
+    n_parallel: int
+    unified: bool
+    n_context: int
+
+
+def choose_parallel(options: ModelOptions, workload: Workload) -> ModelOptions:
+    """`options` with n_parallel, unified and n_context chosen for this machine; what they state is kept.
+
+    Reads the model's header: raises what `Engine.load` would of it.
+    """
+    if options.deterministic:
+        # The width is part of what a reply depends on: it must not follow what is left to do, or the memory.
+        return replace(options, n_parallel=DETERMINISTIC_PARALLEL)
+    file, hp = read_model(options.path)
+    room = _room(options, hp, weights=sum(tensor.n_bytes for tensor in file.tensors.values()))
+    wanted = min(MOST_PARALLEL, max(1, workload.n_requests))
+    chosen = arrange(workload, wanted=wanted, room=room, n_trained=hp.n_context)
+    return replace(options, n_parallel=chosen.n_parallel, unified=chosen.unified, n_context=chosen.n_context)
+
+
+def arrange(workload: Workload, *, wanted: int, room: int, n_trained: int) -> Parallel:
+    """Choose between streams and a pool for `room` tokens of cache and at most `wanted` sequences. Pure."""
+    longest = min(n_trained, (workload.n_longest or n_trained) + _OVERHEAD)
+    stream = -(-longest // _STEP) * _STEP
+    n_streams = min(wanted, room // stream)
+    mean = max(1, -(-workload.n_total // max(1, workload.n_requests)))
+    n_pooled = max(1, min(wanted, room // mean))
+    if n_streams * 4 >= n_pooled * 3:
+        return Parallel(n_streams, n_streams == 1, n_streams * stream)
+    # What all need together, twice over for those that are longer than most; never less than one needs.
+    cells = max(stream, min(room, 2 * n_pooled * mean))
+    return Parallel(n_pooled, True, min(room, -(-cells // _STEP) * _STEP))
+
+
+def _room(options: ModelOptions, hp: Hyperparameters, *, weights: int) -> int:
+    """Tokens of cache that fit: half of what is left beside the weights, or what was asked for."""
+    if options.n_context is not None:
+        return options.n_context
+    buffers = BufferOptions(
+        n_ubatch=min(options.n_ubatch, options.n_batch),
+        flash_attention=options.flash_attention != "off",
+        cache_type_k=options.cache_type_k,
+        cache_type_v=options.cache_type_v,
+        n_sequences=MOST_PARALLEL,
+        n_outputs=MOST_PARALLEL,
+    )
+    available = available_memory()
+    fits = plan_memory(hp, buffers, weights=weights, available=available, requested=None).n_context
+    least = min(fits, hp.n_context)
+    half = max(0, available - weights) // 2
+    while fits > least and buffer_bytes(hp, buffers, fits) > half:
+        fits = max(least, fits // 2)
+    return fits

@@ -1,0 +1,44 @@
+"""How many at once: pure arithmetic on workloads and rooms."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsmoe_local.engine.load.parallel import Workload, arrange
+
+
+@given(
+    n_requests=st.integers(1, 10_000),
+    longest=st.one_of(st.none(), st.integers(1, 20_000)),
+    mean=st.integers(1, 3000),
+    wanted=st.integers(1, 64),
+    room=st.integers(512, 300_000),
+    trained=st.sampled_from([512, 2048, 4096, 8192]),
+)
+def test_every_request_that_the_model_can_hold_fits(
+    n_requests: int, longest: int | None, mean: int, wanted: int, room: int, trained: int
+) -> None:
+    """Guards: a prompt refused as too long because streams, or the pool, were made too small."""
+    chosen = arrange(
+        Workload(n_requests, longest, n_requests * mean), wanted=wanted, room=room, n_trained=trained
+    )
+    assert 1 <= chosen.n_parallel <= wanted
+    assert chosen.n_context <= room
+    of_one = chosen.n_context if chosen.unified else chosen.n_context // chosen.n_parallel
+    assert of_one >= min(trained, longest or trained, room // 256 * 256)
+
+
+def test_short_requests_get_streams_and_rare_long_ones_a_pool() -> None:
+    """Guards: the slower cache where the faster one fits; a few sequences where many would fit a pool."""
+    short = arrange(Workload(100, 300, 100 * 200), wanted=16, room=32_768, n_trained=4096)
+    assert (short.n_parallel, short.unified) == (16, False)
+    mixed = arrange(Workload(100, 4000, 100 * 300), wanted=16, room=16_384, n_trained=4096)
+    assert (mixed.n_parallel, mixed.unified) == (16, True)
+    assert mixed.n_context >= 4096
+
+
+def test_little_room_means_few_at_once() -> None:
+    """Guards: sixteen sequences that preempt each other all the time."""
+    tight = arrange(Workload(100, 4000, 100 * 3000), wanted=16, room=8192, n_trained=4096)
+    assert tight.n_parallel == 2
