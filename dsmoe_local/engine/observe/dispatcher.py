@@ -20,24 +20,35 @@ class Dispatcher:
     context. `reads_logits`: somebody wants the logits of scored prompt tokens, so rows have many outputs.
     """
 
-    def __init__(self, options: Sequence[ObserverOptions], model: Model, hp: Hyperparameters) -> None:
-        """Raises UsageError (an unknown observer or parameter, or one that the model cannot have),
+    def __init__(
+        self,
+        options: Sequence[ObserverOptions],
+        model: Model,
+        hp: Hyperparameters,
+        *,
+        own: Sequence[Observer] = (),
+    ) -> None:
+        """`own` are the engine's, without a name and a summary; they are closed with the others.
+
+        Raises UsageError (an unknown observer or parameter, or one that the model cannot have),
         FileError, FormatError.
         """
-        check_observers(options)
         self._observers: dict[str, Observer] = {}
+        self._all = [*own]
         self._nodes: Mapping[bytes, Watch] = {}
         self._weights: Mapping[bytes, Watch] = {}
         self._failure: BaseException | None = None
         try:
+            check_observers(options)
             for option in options:
                 self._observers[option.name] = make_observer(option, model, hp)
+                self._all.append(self._observers[option.name])
         except BaseException:
             self.close()
             raise
-        self.reads_logits = any(observer.reads_logits for observer in self._observers.values())
+        self.reads_logits = any(observer.reads_logits for observer in self._all)
         self.eval_callback: Any = None
-        if any(observer.reads_graph for observer in self._observers.values()):
+        if any(observer.reads_graph for observer in self._all):
             tensors.check_layout()
             self.eval_callback = tensors.eval_callback(self._visit)
 
@@ -45,7 +56,7 @@ class Dispatcher:
         """Call before each decode. A step that no `after_step` follows (it was aborted, or found no room) is
         not counted.
         """
-        observers = self._observers.values()
+        observers = self._all
         for observer in observers:
             observer.before_step(rows)
         self._nodes = _merged([observer.nodes for observer in observers if observer.nodes])
@@ -60,7 +71,7 @@ class Dispatcher:
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
-        for observer in self._observers.values():
+        for observer in self._all:
             observer.after_step(rows, logits, scored)
 
     def summary(self, name: str) -> Observation:
@@ -72,7 +83,7 @@ class Dispatcher:
 
     def close(self) -> None:
         """Release the observers' files. Closing twice is fine."""
-        for observer in self._observers.values():
+        for observer in self._all:
             observer.close()
 
     def _visit(self, tensor: int, ask: bool, _: object) -> bool:

@@ -1,0 +1,180 @@
+"""Keeps in memory what every token reads, of a model that exceeds it, so that only routed experts are paged.
+
+Decides which tensors, locks their pages (or touches them now and then, where locking is forbidden), and says
+what speed to expect. Fetching the experts that a token needs is `prefetch`'s concern.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsmoe_local.base import progress
+from dsmoe_local.base.errors import InterruptedRunError
+from dsmoe_local.base.sizes import format_size
+from dsmoe_local.engine.load.mapped_file import MappedFile, Range, raise_lock_limit, read_speed, whole_pages
+from dsmoe_local.engine.load.placement import Placement
+from dsmoe_local.model.gguf_file import TensorInfo
+from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.layout import Role, role_of
+
+_LAYER = re.compile(r"blk\.(\d+)\.")
+_LOCK_BYTES = 32 << 20  # between two looks at whether to go on
+_TOUCH_SECONDS = 1.0
+_PRIORITY = (
+    Role.NORM,
+    Role.ROUTER,
+    Role.ATTENTION,
+    Role.SHARED_EXPERT,
+    Role.DENSE_FFN,
+    Role.OUTPUT,
+)
+"""What every token reads in full, the least bytes first. Of an embedding it reads one row."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostTensors:
+    """The tensors that lie in the machine's memory: those that every token reads, by priority; and the routed
+    experts.
+    """
+
+    always: tuple[TensorInfo, ...]
+    experts: tuple[TensorInfo, ...]
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of all routed experts."""
+        return sum(tensor.n_bytes for tensor in self.experts)
+
+
+def host_tensors(tensors: Iterable[TensorInfo], hp: Hyperparameters, placement: Placement) -> HostTensors:
+    """The tensors that `placement` leaves on the host. Overrides of a person's own are not looked at: what
+    they move is then kept for nothing.
+    """
+    order = {role: index for index, role in enumerate(_PRIORITY)}
+    if hp.tied_embeddings:
+        order[Role.EMBEDDING] = len(order)
+    n_host = hp.n_layers + 1 - placement.n_gpu_layers  # the output is a layer more
+    always: list[tuple[int, int, TensorInfo]] = []
+    experts: list[TensorInfo] = []
+    for tensor in tensors:
+        role = role_of(tensor.name)
+        layer = layer_of(tensor)
+        index = hp.n_layers if layer is None else layer
+        if role is Role.ROUTED_EXPERT:
+            if index < max(n_host, placement.n_cpu_moe):
+                experts.append(tensor)
+        elif role in order and index < n_host:
+            always.append((order[role], tensor.offset, tensor))
+    return HostTensors(tuple(tensor for *_, tensor in sorted(always)), tuple(experts))
+
+
+def layer_of(tensor: TensorInfo) -> int | None:
+    """A tensor's layer; None if it belongs to none."""
+    match = _LAYER.match(tensor.name)
+    return int(match[1]) if match else None
+
+
+def plan_resident(tensors: Sequence[TensorInfo], budget: int) -> tuple[Range, ...]:
+    """The pages of these tensors to keep, at most three quarters of `budget` bytes, in the order of the
+    file.
+    """
+    # Were experts left too little, each would be evicted before it is multiplied.
+    room = budget * 3 // 4
+    kept: list[Range] = []
+    for tensor in tensors:
+        pages = whole_pages(tensor.offset, tensor.offset + tensor.n_bytes)
+        if pages.size <= room:
+            room -= pages.size
+            kept.append(pages)
+    return _merge(kept)
+
+
+def _merge(pages: Iterable[Range]) -> tuple[Range, ...]:
+    merged: list[Range] = []
+    for one in sorted(pages):
+        if merged and one.start <= merged[-1].end:
+            merged[-1] = Range(merged[-1].start, max(one.end, merged[-1].end))
+        else:
+            merged.append(one)
+    return tuple(merged)
+
+
+class Resident:
+    """Pages that are kept. `refresh` belongs to the engine's thread."""
+
+    def __init__(
+        self, path: Path, ranges: tuple[Range, ...], listen: progress.Listener, stop: threading.Event
+    ) -> None:
+        """Reads the pages, told as progress. Raises FileError, and InterruptedRunError if `stop` is set."""
+        self.file = MappedFile(path)
+        self.n_bytes = sum(pages.size for pages in ranges)
+        self.n_locked = 0
+        self._touched: list[Range] = []
+        self._next_touch = 0.0
+        listen(progress.Started("reading what every token needs", self.n_bytes))
+        try:
+            raise_lock_limit()
+            for pages in ranges:
+                self._keep(pages, listen, stop)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            listen(progress.Finished("reading"))
+
+    def _keep(self, pages: Range, listen: progress.Listener, stop: threading.Event) -> None:
+        for start in range(pages.start, pages.end, _LOCK_BYTES):
+            if stop.is_set():
+                raise InterruptedRunError("loading was interrupted")
+            piece = Range(start, min(start + _LOCK_BYTES, pages.end))
+            # Once it is forbidden it is so for all that follows.
+            if not self._touched and self.file.lock(piece):
+                self.n_locked += piece.size
+            else:
+                self.file.touch(piece)
+                self._touched.append(piece)
+            listen(progress.Advanced(piece.size))
+
+    @property
+    def mode(self) -> str:
+        """In words: how the pages are kept."""
+        if not self._touched:
+            return "locked"
+        touched = sum(pages.size for pages in self._touched)
+        if not self.n_locked:
+            return "touched every second, since the system forbids locking"
+        return f"{format_size(touched)} of them touched every second, since the system forbids locking more"
+
+    def refresh(self) -> None:
+        """Touch what could not be locked, if it is due. Call it before each step: an idle engine keeps
+        nothing that it could not lock.
+        """
+        if not self._touched or time.monotonic() < self._next_touch:
+            return
+        for pages in self._touched:
+            self.file.touch(pages)
+        self._next_touch = time.monotonic() + _TOUCH_SECONDS
+
+    def close(self) -> None:
+        """Let go of the pages. Closing twice is fine."""
+        self.file.close()
+
+
+def paging_note(path: Path, tensors: HostTensors, hp: Hyperparameters, resident: int, room: int) -> str:
+    """What to tell of a model of which `resident` bytes stay in memory, with `room` bytes left to its
+    experts: what a token reads from disk, and the speed to expect. "" if that is nothing.
+    """
+    n_bytes = tensors.expert_bytes
+    per_token = n_bytes * hp.n_experts_per_token // max(1, hp.n_routed_experts)
+    paged = per_token * max(0, n_bytes - room) // max(1, n_bytes)  # if all experts are as likely
+    paged += max(0, sum(tensor.n_bytes for tensor in tensors.always) - resident)
+    if not paged:
+        return ""
+    speed = read_speed(path)
+    pace = f": at {format_size(int(speed))}/s that is at most {speed / paged:.2g} tokens/s" if speed else ""
+    return f"a token reads about {format_size(paged)} from disk{pace}"
