@@ -81,7 +81,7 @@ class Job:
         return request
 
     def finish(self) -> None:
-        """Remove what is needed no longer once every record is there."""
+        """Every record is there: remove what is needed no longer."""
         if self.options.source == STDIN:
             spool_path(self.options.out).unlink(missing_ok=True)
 

@@ -65,54 +65,59 @@ def journal_path(out: Path) -> Path:
 
 
 class Output:
-    """An output file and its journal, open for appending. The caller holds the lock."""
+    """An output file and its journal. Made, it knows what is finished; `open` makes it ready for more, and
+    only then are files touched. The caller holds the lock.
+    """
 
     def __init__(self, out: Path, settings: Settings, visit: Visitor, *, restart: bool = False) -> None:
-        """Continue what is there, or begin. FileError if it is not ours, was changed, or was begun with
-        other settings.
-        """
+        """Read what is there. FileError if it is not ours, was changed, or was begun with other settings."""
         self.path = out
-        journal = journal_path(out)
+        self._settings = settings
+        self._descriptors: tuple[int, int] | None = None
+        self._extent: _Extent | None = None  # None: it is yet to be begun
         if restart:
-            journal.unlink(missing_ok=True)
-            out.unlink(missing_ok=True)
-        _check_files(out, journal)
-        if not journal.exists():
-            _begin(out, journal, settings)
-        header = _read_header(journal)
+            return
+        header = _read_header(journal_path(out))
+        _check_files(out, header)
+        if header is None or not header.has_entries:
+            return
         if header.settings != settings:
-            if header.has_entries:
-                raise _other_settings(out, header.settings, settings)
-            _begin(out, journal, settings)
-            header = _read_header(journal)
-        self._extent = _recover(out, journal, header.size, visit)
-        self._output = os.open(out, os.O_WRONLY | os.O_APPEND)
-        self._journal = os.open(journal, os.O_WRONLY | os.O_APPEND)
-        try:
-            self._cut()
-        except BaseException:
-            self.close()
-            raise
+            raise _other_settings(out, header.settings, settings)
+        self._extent = _recover(out, journal_path(out), header.size, visit)
+
+    def open(self) -> None:
+        """Cut off what is torn, or begin; what `restart` replaces is removed now."""
+        if self._extent is None:
+            self._extent = _begin(self.path, self._settings)
+        flags = os.O_WRONLY | os.O_APPEND
+        self._descriptors = os.open(self.path, flags), os.open(journal_path(self.path), flags)
+        self._cut()
 
     def append(self, records: Sequence[Record]) -> None:
         """Write and sync a group: when this returns, it counts. FileError if the disk cannot take it."""
-        group = self._extent.group + 1
+        extent, (output, journal) = self._opened()
+        group = extent.group + 1
         entries = b"".join(_entry_line(group, record) for record in records)
         try:
-            self._write(self._journal, entries)
-            durable.sync(self._journal)
+            self._write(journal, entries)
+            durable.sync(journal)
             reach("batch.announced")
             for record in records:
-                self._write(self._output, record.content)
+                self._write(output, record.content)
                 reach("batch.record")
             reach("batch.written")
-            durable.sync(self._output)
+            durable.sync(output)
         except OSError as error:
             kind = NoSpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else FileError
             raise kind(f"a record cannot be written: {error.strerror}", where=self.path) from error
         reach("batch.synced")
         n_bytes = sum(len(record.content) for record in records)
-        self._extent = _Extent(self._extent.output + n_bytes, self._extent.journal + len(entries), group)
+        self._extent = _Extent(extent.output + n_bytes, extent.journal + len(entries), group)
+
+    def _opened(self) -> tuple[_Extent, tuple[int, int]]:
+        if self._extent is None or self._descriptors is None:
+            raise ValueError("the output is not open")
+        return self._extent, self._descriptors
 
     def _write(self, descriptor: int, data: bytes) -> None:
         try:
@@ -124,18 +129,17 @@ class Output:
 
     def _cut(self) -> None:
         """Take away what does not count."""
-        for descriptor, size in (
-            (self._output, self._extent.output),
-            (self._journal, self._extent.journal),
-        ):
+        extent, (output, journal) = self._opened()
+        for descriptor, size in ((output, extent.output), (journal, extent.journal)):
             if os.fstat(descriptor).st_size != size:
                 os.ftruncate(descriptor, size)
                 durable.sync(descriptor)
 
     def close(self) -> None:
         """Release both files; they stay on the disk."""
-        os.close(self._output)
-        os.close(self._journal)
+        for descriptor in self._descriptors or ():
+            os.close(descriptor)
+        self._descriptors = None
 
     def __enter__(self) -> Self:
         return self
@@ -144,10 +148,16 @@ class Output:
         self.close()
 
 
-def _check_files(out: Path, journal: Path) -> None:
-    if not out.exists() and journal.exists() and _read_header(journal).has_entries:
+def stored_settings(out: Path) -> Settings:
+    """The settings that the records of `out` share; empty without any. FileError."""
+    header = _read_header(journal_path(out))
+    return header.settings if header is not None and header.has_entries else {}
+
+
+def _check_files(out: Path, header: _Header | None) -> None:
+    if not out.exists() and header is not None and header.has_entries:
         raise FileError("the output is gone, its journal is there", where=out, remedy="start over: --restart")
-    if out.exists() and not journal.exists() and out.stat().st_size:
+    if header is None and out.exists() and out.stat().st_size:
         raise FileError(
             "the output exists, and no journal of it",
             where=out,
@@ -155,14 +165,18 @@ def _check_files(out: Path, journal: Path) -> None:
         )
 
 
-def _begin(out: Path, journal: Path, settings: Settings) -> None:
-    descriptor = os.open(out, os.O_WRONLY | os.O_CREAT, 0o644)
-    os.close(descriptor)
+def _begin(out: Path, settings: Settings) -> _Extent:
+    """New files in the place of those that may be there."""
+    journal = journal_path(out)
+    journal.unlink(missing_ok=True)
+    out.unlink(missing_ok=True)
+    os.close(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
     durable.sync_folder(out.absolute().parent)
     reach("batch.created")
-    header = json.dumps({_VERSION: 1, "settings": settings}, separators=(",", ":"))
-    durable.write_file(journal, header.encode() + b"\n")
+    header = json.dumps({_VERSION: 1, "settings": settings}, separators=(",", ":")).encode() + b"\n"
+    durable.write_file(journal, header)
     reach("batch.begun")
+    return _Extent(0, len(header))
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,10 +186,14 @@ class _Header:
     has_entries: bool
 
 
-def _read_header(journal: Path) -> _Header:
-    with journal.open("rb") as file:
-        raw = file.readline()
-        has_entries = bool(file.read(1))
+def _read_header(journal: Path) -> _Header | None:
+    """None without a journal."""
+    try:
+        with journal.open("rb") as file:
+            raw = file.readline()
+            has_entries = bool(file.read(1))
+    except FileNotFoundError:
+        return None
     try:
         header = json.loads(raw)
     except ValueError as error:

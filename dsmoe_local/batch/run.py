@@ -56,6 +56,7 @@ def run(
     InterruptedRunError. Raises FileError (the disk), ErrorLimitError, and what keeps the model from being
     loaded again.
     """
+    job.output.open()
     work = _Run(engine, job, listen, stop or threading.Event())
     if job.index.model_named not in ("", engine.info.name):
         listen(Note(f"the lines' model is ignored: {engine.info.name} answers them"))

@@ -102,14 +102,17 @@ class Source:
             values = self._row_values(raw)
         else:
             values = strict_object(raw)
+        line = named_line(number, values)
         template = self._form.template
         if template is None and not self._form.text:
-            return named_line(number, values)
-        prompt = values["text"] if template is None else template.fill(values)
-        content = (
-            {"messages": [{"role": "user", "content": prompt}]} if self._form.chat else {"prompt": prompt}
-        )
-        return named_line(number, {key: values.get(key) for key in ("id", "custom_id")} | content)
+            return line
+        try:
+            prompt = values["text"] if template is None else template.fill(values)
+        except LineError as error:
+            return Line(number, line.id, {}, error)
+        if self._form.chat:
+            return Line(number, line.id, {"messages": [{"role": "user", "content": prompt}]})
+        return Line(number, line.id, {"prompt": prompt})
 
     def _read_header(self) -> list[str]:
         # A field may be as long as a line; the limit of the csv module is the process's.

@@ -100,13 +100,16 @@ def command(
     error record; the exit status is then 1.
     """
     from dsmoe_local.batch.job import prepared
+    from dsmoe_local.batch.journal import stored_settings
     from dsmoe_local.batch.run import run
     from dsmoe_local.cli.render import run_with_progress
 
     model = find_model(named_model)
-    n_parallel = n_parallel or _AUTO_PARALLEL
     if deterministic:
-        n_parallel = max(n_parallel, _LEAST_DETERMINISTIC)
+        # What was chosen once stays, whatever would fit now: texts depend on it.
+        n_parallel = n_parallel or int(stored_settings(values["out"]).get("parallel", 0))
+        n_parallel = max(n_parallel or _AUTO_PARALLEL, _LEAST_DETERMINISTIC)
+    n_parallel = n_parallel or _AUTO_PARALLEL
     options = _options(source, model, n_parallel if deterministic else None, values)
     with ExitStack() as stack:
         job = run_with_progress(lambda listen, stop: stack.enter_context(prepared(options, listen, stop)))
@@ -116,6 +119,7 @@ def command(
             )
             run_with_progress(lambda listen, stop: run(engine, job, listen, stop))
         else:
+            job.output.open()
             job.finish()
     _show(job.summary, as_json)
     return 1 if job.summary.n_failed else 0

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dsmoe_local.base import durable
 from dsmoe_local.base.errors import FileError, NoSpaceError
-from dsmoe_local.batch.journal import Output, Record, journal_path
+from dsmoe_local.batch.journal import Output, Record, journal_path, stored_settings
 from dsmoe_local.batch.lines import Key
 
 SETTINGS = {"model": "7 bytes abc", "temperature": "0.8"}
@@ -33,12 +33,19 @@ def found_in(out: Path, settings: dict[str, str] = SETTINGS, *, restart: bool = 
         assert failed == (key.id == 3)
         found.append(key.id)
 
-    with Output(out, settings, visit, restart=restart):
-        return found
+    with Output(out, settings, visit, restart=restart) as output:
+        output.open()
+    return found
+
+
+def opened(out: Path) -> Output:
+    output = Output(out, SETTINGS, lambda key, failed: None)
+    output.open()
+    return output
 
 
 def write(out: Path) -> None:
-    with Output(out, SETTINGS, lambda key, failed: None) as output:
+    with opened(out) as output:
         for group in GROUPS:
             output.append([record(number) for number in group])
 
@@ -53,7 +60,7 @@ def test_records_are_found_again(tmp_path: Path) -> None:
     write(out)
     assert out.read_bytes() == content(1, 2, 3, 4, 5, 6)
     assert found_in(out) == [1, 2, 3, 4, 5, 6]
-    with Output(out, SETTINGS, lambda key, failed: None) as output:
+    with opened(out) as output:
         output.append([record(7)])
     assert found_in(out) == [1, 2, 3, 4, 5, 6, 7]
     assert found_in(out, restart=True) == []
@@ -81,7 +88,7 @@ def test_any_end_of_the_last_group_may_be_missing(
         os.truncate(journal, journal.stat().st_size - data.draw(st.integers(0, 20)))
     assert len(found_in(out)) == n_whole
     assert out.read_bytes() == whole[: len(content(*range(1, n_whole + 1)))]
-    with Output(out, SETTINGS, lambda key, failed: None) as output:
+    with opened(out) as output:
         output.append([record(9)])
     assert found_in(out)[-1] == 9
 
@@ -115,6 +122,7 @@ def test_other_settings_are_shown(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     write(out)
     other = {"model": "8 bytes def", "temperature": "0.8", "top_k": "1"}
+    assert stored_settings(out) == SETTINGS
     with pytest.raises(FileError) as refusal:
         found_in(out, other)
     assert "model: 7 bytes abc then, 8 bytes def now; top_k: not set then, 1 now" in str(refusal.value)
@@ -126,11 +134,25 @@ def test_other_settings_are_shown(tmp_path: Path) -> None:
     assert json.loads(journal_path(out).read_bytes())["settings"] == SETTINGS
 
 
+def test_nothing_is_touched_before_it_is_opened(tmp_path: Path) -> None:
+    """Guards: an output lost, or half begun, because the model could not be loaded."""
+    out = tmp_path / "out.jsonl"
+    with Output(out, SETTINGS, lambda key, failed: None):
+        assert list(tmp_path.iterdir()) == []
+    assert stored_settings(out) == {}
+    write(out)
+    os.truncate(out, out.stat().st_size - 3)
+    before = out.read_bytes()
+    for restart in (False, True):
+        Output(out, SETTINGS, lambda key, failed: None, restart=restart).close()
+        assert out.read_bytes() == before
+
+
 def test_full_disk_leaves_whole_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: half a record at the end of the file; an error of the disk that is tried again."""
     out = tmp_path / "out.jsonl"
     real = os.write
-    with Output(out, SETTINGS, lambda key, failed: None) as output:
+    with opened(out) as output:
         output.append([record(1)])
 
         def full(descriptor: int, data: bytes) -> int:

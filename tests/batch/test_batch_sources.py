@@ -38,8 +38,11 @@ def test_a_template_over_json(tmp_path: Path) -> None:
     template = InputForm(template=parse_template("{{x}} {a.b}: {n}{l}"))
     path = write_lines(
         tmp_path / "in.jsonl",
-        [{"id": "i", "a.b": "é{n}", "n": 1.5, "l": [True], "temperature": "warm"}, {"n": 1, "l": None}],
+        [{"id": "i", "a.b": "é{n}", "n": 1.5, "l": [True], "temperature": "warm"}, {"id": 5, "l": None}],
     )
+    source = Source(path, template)
+    assert [source.line(span.number, raw).id for span, raw in source.spans()] == ["i", "5"]
+    source.close()
     good, bad = requests(path, template)
     assert (good().id, good().prompt) == ("i", "{x} é{n}: 1.5[true]")
     with pytest.raises(DsmoeError, match=r"field 'a\.b' is missing"):
