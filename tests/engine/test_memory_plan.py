@@ -105,7 +105,7 @@ def test_all_fits() -> None:
 
 def test_smaller_context_beside_the_weights() -> None:
     """Guards: a default context that pushes the weights out of memory."""
-    chosen = plan(weights=10, available=10.9)
+    chosen = plan(weights=10, available=11.2)
     assert 2048 <= chosen.n_context < 4096
     assert not chosen.paged
     assert "context reduced from 4096" in chosen.notes[0]
@@ -123,6 +123,15 @@ def test_request_is_granted_over_the_weights() -> None:
     """Guards: -c ignored although the buffers fit."""
     chosen = plan(weights=10, available=10.9, requested=4096)
     assert (chosen.n_context, chosen.paged) == (4096, True)
+
+
+def test_request_that_cannot_be_met_does_not_page_the_weights() -> None:
+    """Guards: a slow model and all memory taken, for a context that is not what was asked for anyway."""
+    chosen = plan(weights=1, available=10, requested=1_000_000)
+    assert not chosen.paged
+    assert 30_000 < chosen.n_context < 40_000
+    assert buffer_bytes(sixteen_b(), BUFFERS, chosen.n_context) < 8.7 * GB
+    assert len(chosen.notes) == 1
 
 
 def test_request_too_large_is_reduced_and_said() -> None:

@@ -201,10 +201,10 @@ def _paged(
     """Whether the weights that are left to the machine's own memory exceed it."""
     shared = {room.name for room in rooms if room.shared}
     here = [placement.host, *(share for share in placement.shares if share.name in shared)]
-    n_weights = sum(share.weights for share in here)
-    if plan.paged or n_weights + sum(share.cache for share in here) + PROCESS <= available:
+    n_weights, n_cache = (sum(share.weights for share in here), sum(share.cache for share in here))
+    if plan.paged or n_weights + n_cache + PROCESS <= available:
         return plan.paged, []
-    return True, [paging_note(n_weights, available)]
+    return True, [paging_note(n_weights, n_cache, available)]
 
 
 def _overfull(placement: Placement, rooms: Sequence[Room]) -> list[str]:

@@ -15,6 +15,7 @@ from dsmoe_local.model.hyperparameters import Hyperparameters
 SMALLEST_CONTEXT = 512
 _COMFORTABLE_CONTEXT = 2048  # what is worth having before weights are paged for more
 _STEP = 256  # llama.cpp pads a context to this
+_SPARED = 32  # one part in so many is left to the rest of the system
 PROCESS = 96 << 20  # Python, the tokenizer's tables, one row of logits
 
 
@@ -88,7 +89,7 @@ def plan_memory(
     is granted, with the weights paged if need be, unless the buffers alone exceed the memory.
     OutOfMemoryError when nothing fits.
     """
-    budget = available - PROCESS
+    budget = (available - PROCESS) // _SPARED * (_SPARED - 1)
     wanted = requested or hp.n_context * options.n_sequences
     step = _STEP * options.n_streams
     smallest = min(SMALLEST_CONTEXT, wanted)
@@ -105,8 +106,11 @@ def plan_memory(
         return low * step
 
     n_context = largest(budget - weights)
-    comfortable = _COMFORTABLE_CONTEXT * options.n_streams
-    paged = n_context < (min(wanted, comfortable) if requested is None else wanted)
+    comfortable = min(wanted, _COMFORTABLE_CONTEXT * options.n_streams)
+    paged = n_context < comfortable
+    if requested is not None and n_context < wanted:
+        # Paged weights make room for what a person asked for; not for a part of it.
+        paged = paged or largest(budget) == wanted
     if paged:
         # Buffers cannot be paged out, weights can; half is left to the weights unless a person asked for
         # more.
@@ -119,7 +123,9 @@ def plan_memory(
             remedy="close other programs, or use a smaller KV type: -ctk q8_0 -ctv q8_0",
         )
     notes = _context_notes(hp, options, n_context, wanted, available, requested is not None)
-    return MemoryPlan(n_context, paged, (*notes, *([paging_note(weights, available)] if paged else ())))
+    if paged:
+        notes.append(paging_note(weights, buffer_bytes(hp, options, n_context), available))
+    return MemoryPlan(n_context, paged, tuple(notes))
 
 
 def _context_notes(
@@ -143,9 +149,9 @@ def _context_notes(
     return [note]
 
 
-def paging_note(weights: int, available: int) -> str:
-    """What to tell of weights that exceed the memory."""
+def paging_note(weights: int, buffers: int, available: int) -> str:
+    """What to tell of weights that exceed the memory beside the buffers."""
     return (
-        f"the weights ({format_size(weights)}) exceed the available memory ({format_size(available)}): "
-        "they are paged from disk, which is slow"
+        f"the weights ({format_size(weights)}) and buffers ({format_size(buffers)}) exceed the available "
+        f"memory ({format_size(available)}): the weights are paged from disk, which is slow"
     )
