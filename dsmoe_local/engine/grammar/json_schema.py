@@ -1,8 +1,9 @@
 """A JSON schema as a grammar whose every text is valid under it; keywords are read by `schema_keywords`.
 
-The grammar is narrower than the schema: members come in the order of `properties`; an object that has those has
-no others unless `additionalProperties` says so; strings and arrays have at most MAX_COUNT characters and items;
-numbers have at most 15 digits. What a schema asks for and a grammar cannot keep is refused, never ignored.
+The grammar is narrower than the schema: members come in the order of `properties`; an object that has those
+has no others unless `additionalProperties` says so; strings and arrays have at most MAX_COUNT characters and
+items; numbers have at most 15 digits. What a schema asks for and a grammar cannot keep is refused, never
+ignored.
 """
 
 from __future__ import annotations
