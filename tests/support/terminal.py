@@ -52,6 +52,11 @@ class Terminal:
         self.raw = ""
         self._seen = 0
 
+    @property
+    def pid(self) -> int:
+        """The program's process id."""
+        return self._child.pid
+
     def send(self, text: str) -> None:
         """Send keys."""
         os.write(self._master, text.encode())

@@ -97,8 +97,8 @@ class Child:
         log.begin()
         child = cls(log, listen)
         child._outbox.put(frame)
-        child._reader.start()
         try:
+            child._reader.start()
             while not child._loaded.wait(_POLL) and not stop.is_set():
                 pass
             if child._load_failure is not None:
@@ -180,6 +180,8 @@ class Child:
     def kill(self) -> None:
         """End it at once, if it has not ended, and reap it."""
         self._closing = True
+        if self._reader.ident is None:
+            return  # interrupted before it began
         self._spawned.wait()
         if self._process is not None:
             self._process.kill()

@@ -58,14 +58,14 @@ class EngineClient:
         stop: threading.Event | None = None,
         *,
         log_file: Path | None = None,
-        factory: str = NATIVE,
+        factory: str | None = None,
     ) -> Self:
         """See `Engine.load`; EngineCrashError if the process dies of the file.
 
         `listen` hears the progress from a thread of the client's. `log_file` takes all lines of the child's
-        log. `factory` names the function that loads the engine there, as `module:function`.
+        log. `factory` names the function that loads the engine there, as `module:function` [NATIVE].
         """
-        client = cls(options, log_file, factory)
+        client = cls(options, log_file, factory or NATIVE)
         try:
             client._child = client._start_child(listen, stop or threading.Event())
         except BaseException:

@@ -169,7 +169,7 @@ class _Host:
                 engine.after_step = self._outbox.flush
             self._engine = engine
             self._outbox.send("loaded", wire.to_plain(engine.info))
-        except Exception as error:  # noqa: BLE001 - raised again in the client
+        except BaseException as error:  # noqa: BLE001 - raised again in the client
             self._outbox.send("failed", _crossing(error))
 
     def _tell_progress(self, event: Event) -> None:
@@ -180,7 +180,7 @@ class _Host:
             ticket = self._loaded().start(
                 wire.from_plain(Request, request), lambda item: self._deliver(running, item)
             )
-        except Exception as error:  # noqa: BLE001 - raised again in the client
+        except BaseException as error:  # noqa: BLE001 - raised again in the client
             self._deliver(running, error)
             return
         with self._lock:
@@ -201,7 +201,7 @@ class _Host:
     def _answer(self, number: int, what: str, argument: wire.Plain) -> None:
         try:
             self._outbox.send("answer", number, _CALLS[what](self._loaded(), argument))
-        except Exception as error:  # noqa: BLE001 - raised again in the client
+        except BaseException as error:  # noqa: BLE001 - raised again in the client
             self._outbox.send("refusal", number, _crossing(error))
 
     def _loaded(self) -> TextEngine:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import dsmoe_local
-from dsmoe_local.engine.errors import EngineCrashError
+from dsmoe_local.engine.errors import EngineCrashError, EngineError
 
 _HOST = "dsmoe_local.engine.process.host"
 _CRASH_LINES = 20
@@ -25,7 +25,7 @@ _REMEDIES = {
 def spawn() -> tuple[subprocess.Popen[bytes], socket.socket]:
     """A host, whose stdout and stderr are one pipe, and our end of its socket.
 
-    On Linux it is killed when the calling *thread* ends.
+    On Linux it is killed when the calling *thread* ends. EngineError if it cannot be started.
     """
     ours, theirs = socket.socketpair()
     with theirs:
@@ -41,9 +41,9 @@ def spawn() -> tuple[subprocess.Popen[bytes], socket.socket]:
                 # A terminal's Ctrl-C is for the client alone.
                 start_new_session=True,
             )
-        except BaseException:
+        except OSError as error:
             ours.close()
-            raise
+            raise EngineError(f"the engine's process cannot be started: {error.strerror}") from error
     return process, ours
 
 
