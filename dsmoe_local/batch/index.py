@@ -13,12 +13,15 @@ from dsmoe_local.batch.lines import Key, Line, key_of
 from dsmoe_local.batch.order import cost_of, prefix_signature
 from dsmoe_local.batch.requests import BatchDefaults, model_named, request_of
 from dsmoe_local.batch.sources import Source, Span
+from dsmoe_local.batch.workload import WorkloadMeter
 
 _REPORT = 1 << 20
 
 
 class Index:
-    """The lines of an input, by position from 0. `model_named` is one that a line asks for."""
+    """The lines of an input, by position from 0. `model_named` is one that a line asks for;
+    `workload` sums up all of them.
+    """
 
     def __init__(self) -> None:
         self._numbers = array("Q")
@@ -32,6 +35,7 @@ class Index:
         self.costs = array("I")
         self.done = bytearray()
         self.model_named = ""
+        self.workload = WorkloadMeter()
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -84,7 +88,7 @@ def build_index(source: Source, defaults: BatchDefaults, listen: Listener, stop:
     reported = 0
     for span, raw in source.spans():
         line = source.line(span.number, raw)
-        signature, cost = _shape(line, defaults)
+        signature, cost = _shape(line, defaults, index.workload)
         index.add(span, key_of(line, raw), signature, cost)
         index.model_named = index.model_named or model_named(line)
         if span.offset + span.length - reported >= _REPORT:
@@ -98,12 +102,13 @@ def build_index(source: Source, defaults: BatchDefaults, listen: Listener, stop:
     return index
 
 
-def _shape(line: Line, defaults: BatchDefaults) -> tuple[int, int]:
+def _shape(line: Line, defaults: BatchDefaults, workload: WorkloadMeter) -> tuple[int, int]:
     """What the order of work depends on; a bad line takes no work."""
     try:
         request = request_of(line, defaults)
     except DsmoeError:
         return 0, 0
+    workload.add(request)
     return prefix_signature(request.prompt), cost_of(request)
 
 

@@ -148,12 +148,6 @@ class Output:
         self.close()
 
 
-def stored_settings(out: Path) -> Settings:
-    """The settings that the records of `out` share; empty without any. FileError."""
-    header = _read_header(journal_path(out))
-    return header.settings if header is not None and header.has_entries else {}
-
-
 def _check_files(out: Path, header: _Header | None) -> None:
     if not out.exists() and header is not None and header.has_entries:
         raise FileError("the output is gone, its journal is there", where=out, remedy="start over: --restart")

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 from itertools import groupby
 
+from dsmoe_local.batch.workload import UNSET_TOKENS, prompt_bytes
 from dsmoe_local.engine.types import Message, Prompt, Request
 
 _PREFIX_BYTES = (64, 256, 1024, 4096)
 _BITS = 16
-_UNSET_TOKENS = 512
 _MOST_COST = 2**32 - 1
 
 
@@ -32,9 +32,8 @@ def prefix_signature(prompt: Prompt) -> int:
 
 def cost_of(request: Request) -> int:
     """A guess at the work: what may be generated, and what must be read, a tenth as dear."""
-    n_generated = request.n * (request.max_tokens or _UNSET_TOKENS)
-    n_read = sum(len(piece) for piece in _pieces(request.prompt, _MOST_COST)) // 4
-    return min(10 * n_generated + n_read, _MOST_COST)
+    n_generated = request.n * (request.max_tokens or UNSET_TOKENS)
+    return min(10 * n_generated + prompt_bytes(request.prompt) // 4, _MOST_COST)
 
 
 def _pieces(prompt: Prompt, limit: int) -> Iterator[bytes]:

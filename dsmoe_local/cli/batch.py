@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +22,10 @@ from dsmoe_local.cli.model_options import (
 )
 
 if TYPE_CHECKING:
-    from dsmoe_local.batch.job import BatchOptions
+    from dsmoe_local.batch.job import BatchOptions, Job
     from dsmoe_local.batch.summary import BatchSummary
+    from dsmoe_local.engine.types import ModelOptions
 
-_AUTO_PARALLEL = 16
 _LEAST_DETERMINISTIC = 2  # one sequence alone takes other kernels than several
 # What a reply depends on beside the model's file; the rest only with --deterministic, up to rounding.
 _SETTINGS = ("n_context", "cache_type_k", "cache_type_v", "n_experts_per_token", "chat_template")
@@ -100,22 +101,19 @@ def command(
     error record; the exit status is then 1.
     """
     from dsmoe_local.batch.job import prepared
-    from dsmoe_local.batch.journal import stored_settings
     from dsmoe_local.batch.run import run
     from dsmoe_local.cli.render import run_with_progress
+    from dsmoe_local.engine.load.parallel import DETERMINISTIC_PARALLEL
 
     model = find_model(named_model)
     if deterministic:
-        # What was chosen once stays, whatever would fit now: texts depend on it.
-        n_parallel = n_parallel or int(stored_settings(values["out"]).get("parallel", 0))
-        n_parallel = max(n_parallel or _AUTO_PARALLEL, _LEAST_DETERMINISTIC)
-    n_parallel = n_parallel or _AUTO_PARALLEL
+        n_parallel = max(n_parallel or DETERMINISTIC_PARALLEL, _LEAST_DETERMINISTIC)
     options = _options(source, model, n_parallel if deterministic else None, values)
     with ExitStack() as stack:
         job = run_with_progress(lambda listen, stop: stack.enter_context(prepared(options, listen, stop)))
         if job.order:
             engine = stack.enter_context(
-                load_engine(model, values, n_parallel=n_parallel, deterministic=deterministic)
+                load_engine(model, values, lambda options: _complete(options, n_parallel, job))
             )
             run_with_progress(lambda listen, stop: run(engine, job, listen, stop))
         else:
@@ -123,6 +121,17 @@ def command(
             job.finish()
     _show(job.summary, as_json)
     return 1 if job.summary.n_failed else 0
+
+
+def _complete(options: ModelOptions, n_parallel: int, job: Job) -> ModelOptions:
+    """`n_parallel` 0: as many as suit the work that is left."""
+    from dsmoe_local.engine.load.parallel import Workload, choose_parallel
+
+    if n_parallel:
+        return replace(options, n_parallel=n_parallel, deterministic=job.options.deterministic)
+    n_left = len(job.order)
+    meter = job.index.workload
+    return choose_parallel(options, Workload(n_left, meter.n_longest, meter.n_total(n_left)))
 
 
 def _options(source: Path, model: Path, n_deterministic: int | None, values: dict[str, Any]) -> BatchOptions:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -211,16 +210,18 @@ def find_model(*named: str | None) -> Path:
 
 
 def load_engine(
-    path: Path, values: dict[str, Any], *, n_parallel: int = 1, deterministic: bool = False
+    path: Path,
+    values: dict[str, Any],
+    complete: Callable[[ModelOptions], ModelOptions] = lambda options: options,
 ) -> EngineClient:
     """The engine for `path`, in a process of its own, loaded with progress on the screen; takes its own
-    options out of `values`.
+    options out of `values`, and lets `complete` add what is not the user's to say.
     """
     from dsmoe_local.cli.render import run_with_progress
     from dsmoe_local.engine.process.client import EngineClient
 
     log_file: Path | None = values.pop("log_file")
-    options = replace(_model_options(path, values), n_parallel=n_parallel, deterministic=deterministic)
+    options = complete(_model_options(path, values))
     return run_with_progress(lambda listen, stop: EngineClient.load(options, listen, stop, log_file=log_file))
 
 

@@ -1,0 +1,53 @@
+"""How much there is to do, in tokens, before anything is tokenized: bounds and guesses from bytes."""
+
+from __future__ import annotations
+
+from dsmoe_local.engine.types import Message, Prompt, Request
+
+UNSET_TOKENS = 512
+"""A guess at replies whose length nobody limits."""
+_BYTES_A_TOKEN = 4
+
+
+class WorkloadMeter:
+    """Sums up requests. `n_sequences` counts replies: a request may want several."""
+
+    def __init__(self) -> None:
+        self.n_sequences = 0
+        self._longest: int | None = 0
+        self._total = 0
+
+    def add(self, request: Request) -> None:
+        """Count one request."""
+        n_bytes = prompt_bytes(request.prompt)
+        self.n_sequences += request.n
+        self._total += request.n * expected_tokens(request)
+        if request.max_tokens is None or self._longest is None:
+            self._longest = None
+        else:
+            # A tokenizer makes at most one token of a byte.
+            self._longest = max(self._longest, n_bytes + request.max_tokens)
+
+    @property
+    def n_longest(self) -> int | None:
+        """No request takes more tokens than this, its reply included; None if one may take any number."""
+        return self._longest
+
+    def n_total(self, n_sequences: int) -> int:
+        """What so many of the replies take, about."""
+        return self._total * n_sequences // max(1, self.n_sequences)
+
+
+def expected_tokens(request: Request) -> int:
+    """About what a reply takes, with its prompt."""
+    return prompt_bytes(request.prompt) // _BYTES_A_TOKEN + (request.max_tokens or UNSET_TOKENS)
+
+
+def prompt_bytes(prompt: Prompt) -> int:
+    """Bytes of text; of token ids, their number times as many bytes as a token has."""
+    if isinstance(prompt, str):
+        return len(prompt.encode())
+    return sum(
+        len(f"{item.role}\n{item.content}\n".encode()) if isinstance(item, Message) else _BYTES_A_TOKEN
+        for item in prompt
+    )
