@@ -131,8 +131,10 @@ def test_counts_do_not_depend_on_the_steps(tiny: Path, n_ubatch: int, unified: b
 
 def test_last_layer_sees_outputs_only(tiny: Path) -> None:
     """Guards: a summary that pretends to know the last layer's choices for every prompt token."""
-    with observed(tiny, ObserverOptions("routing")) as model:
-        model.step(Row(0, 0, IDS, 1))
+    with observed(tiny, ObserverOptions("routing"), ObserverOptions("activations")) as model:
+        model.step(Row(0, 0, IDS[:5], 0))
+        assert [layer["tokens"] for layer in model.summary("routing")["layers"]] == [5, 0]
+        model.step(Row(0, 5, IDS[5:], 1))
         layers = model.summary("routing")["layers"]
     assert [layer["tokens"] for layer in layers] == [len(IDS), 1]
 

@@ -5,7 +5,7 @@ These are what an importance matrix is made of; making it is another module's ta
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dsmoe_local.engine.native import Model, tensors
+from dsmoe_local.engine.native import Model, Row, tensors
 from dsmoe_local.engine.observe.arrays import pack
 from dsmoe_local.engine.observe.observer import Observer
 from dsmoe_local.engine.types import Observation
@@ -49,6 +49,7 @@ class Activations(Observer):
 
     def __init__(self, model: Model, hp: Hyperparameters) -> None:
         super().__init__()
+        self._reader = tensors.Reader()
         self._inputs: dict[str, _Input] = {}
         for spec in tensor_specs(hp):
             if spec.role is Role.NORM or (spec.role is Role.EMBEDDING and not hp.tied_embeddings):
@@ -61,6 +62,10 @@ class Activations(Observer):
             for known in self._inputs.values()
         }
 
+    def before_step(self, rows: Sequence[Row]) -> None:
+        """See Observer."""
+        self._reader.forget()
+
     def _add(self, spec: TensorSpec) -> None:
         prefix, _, kind = spec.name.removesuffix(".weight").rpartition(".")
         key = f"{prefix}.{_SHARED_INPUT.get(kind, kind)}"
@@ -71,20 +76,18 @@ class Activations(Observer):
             self._inputs[key] = known
         known.weights.append(spec.name)
 
-    @staticmethod
-    def _take(known: _Input, tensor: int) -> None:
+    def _take(self, known: _Input, tensor: int) -> None:
         source = tensors.source_of(tensor, 1)
         # A tied embedding is also read by token ids.
         if not tensors.is_float(source):
             return
-        x = tensors.read(source)[0, 0]
+        x = self._reader.view(source)[0, 0]
         known.counts[0] += len(x)
         known.sums[0] += np.square(x).sum(0, dtype=np.float64)
 
-    @staticmethod
-    def _take_routed(known: _Input, tensor: int) -> None:
-        x = tensors.read(tensors.source_of(tensor, 1))[0]
-        ids = tensors.read(tensors.source_of(tensor, 2))[0, 0]
+    def _take_routed(self, known: _Input, tensor: int) -> None:
+        x = self._reader.view(tensors.source_of(tensor, 1))[0]
+        ids = self._reader.view(tensors.source_of(tensor, 2))[0, 0]
         if not ids.size:
             return
         # Either one vector for all experts of a token, or one for each.

@@ -37,6 +37,7 @@ class Dispatcher:
         self._all = [*own]
         self._nodes: Mapping[bytes, Watch] = {}
         self._weights: Mapping[bytes, Watch] = {}
+        self._keys: frozenset[int] | None = None
         self._failure: BaseException | None = None
         try:
             check_observers(options)
@@ -59,8 +60,11 @@ class Dispatcher:
         observers = self._all
         for observer in observers:
             observer.before_step(rows)
-        self._nodes = _merged([observer.nodes for observer in observers if observer.nodes])
         self._weights = _merged([observer.weights for observer in observers if observer.weights])
+        nodes = _merged([observer.nodes for observer in observers if observer.nodes])
+        if nodes is not self._nodes:
+            self._nodes = nodes
+            self._keys = _keys_of(nodes)
 
     def after_step(self, rows: Sequence[Row], logits: Logits, scored: Sequence[Scored | None] = ()) -> None:
         """Call after each complete decode with its logits, shape (n_outputs, n_vocab), in the order of rows.
@@ -89,6 +93,8 @@ class Dispatcher:
     def _visit(self, tensor: int, ask: bool, _: object) -> bool:
         """The graph callback: for each node before it is computed, and for those that are wanted after it."""
         try:
+            if self._keys is not None and not self._weights and tensors.key_of(tensor) not in self._keys:
+                return not ask
             watch = self._nodes.get(tensors.name_of(tensor))
             if watch is None and self._weights:
                 watch = self._watch_of_weight(tensor)
@@ -106,6 +112,12 @@ class Dispatcher:
     def _watch_of_weight(self, tensor: int) -> Watch | None:
         weight = tensors.source_of(tensor, 0)
         return self._weights.get(tensors.weight_name_of(weight)) if weight else None
+
+
+def _keys_of(nodes: Mapping[bytes, Watch]) -> frozenset[int] | None:
+    """The keys of all names; None if one of them has none."""
+    keys = [tensors.key_of_name(name) for name in nodes]
+    return frozenset(key for key in keys if key is not None) if None not in keys else None
 
 
 def _merged(tables: Sequence[Mapping[bytes, Watch]]) -> Mapping[bytes, Watch]:

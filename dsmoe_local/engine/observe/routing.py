@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,9 +28,22 @@ MAX_TRACE = 4096
 
 _LONG_STEP = 64
 """A step with so many tokens always gives some of them; of shorter ones, one in SAMPLED gives all."""
+_COUNTED_AT_ONCE = 512
 _TINY = np.float32(1e-30)
 
 Array = npt.NDArray[Any]
+
+
+class _Chosen(NamedTuple):
+    """What one layer did with the tokens of a ubatch, as bytes: all experts in order of probability (int32),
+    and the probabilities of those chosen (float32).
+    """
+
+    layer: int
+    n_tokens: int
+    n_used: int
+    order: bytes
+    mass: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +73,18 @@ class Routing(Observer):
         self._expert_mass = np.zeros((self._n_layers, self._n_experts))
         self._n_tokens = np.zeros(self._n_layers, np.int64)
         self._mass, self._mass_squares = np.zeros(self._n_layers), np.zeros(self._n_layers)
-        # Count and sum.
-        self._details = {name: np.zeros((2, self._n_layers)) for name in ("entropy", "routed", "shared")}
+        # Counts and sums over the tokens that were looked at in detail.
+        self._entropy = np.zeros((2, self._n_layers))
+        self._contributions = {name: np.zeros(self._n_layers) for name in ("routed", "shared")}
         self._trace: deque[_Traced] = deque(maxlen=trace)
         self._n_steps = 0
         self._stride = 1
-        self._chosen: list[tuple[int, Array, Array]] = []
-        self._detailed: list[tuple[str, int, Array]] = []
+        self._reader = tensors.Reader()
+        # Of the running step, and of complete ones that are not counted yet.
+        self._chosen: list[_Chosen] = []
+        self._complete: list[_Chosen] = []
+        self._probabilities: list[tuple[int, Array]] = []
+        self._norms: list[tuple[str, int, Array]] = []
         self._plain = self._watch_choices()
         self._full = {**self._plain, **self._watch_details()}
 
@@ -78,7 +96,7 @@ class Routing(Observer):
 
     def _watch_details(self) -> dict[bytes, Watch]:
         takers: dict[str, Callable[[int, int], None]] = {
-            "ffn_moe_probs": self._take_entropy,
+            "ffn_moe_probs": self._take_probabilities,
             "ffn_moe_out": partial(self._take_norm, "routed"),
             "ffn_shexp": partial(self._take_norm, "shared"),
         }
@@ -90,60 +108,94 @@ class Routing(Observer):
 
     def before_step(self, rows: Sequence[Row]) -> None:
         """See Observer."""
+        self._reader.forget()
         self._chosen.clear()
-        self._detailed.clear()
+        self._probabilities.clear()
+        self._norms.clear()
         long = sum(len(row.token_ids) for row in rows) >= _LONG_STEP
         self._stride = SAMPLED if long else 1
         self.nodes = self._full if long or self._n_steps % SAMPLED == 0 else self._plain
         self._n_steps += 1
 
-    def _take_choices(self, layer: int, tensor: int) -> None:
-        # The ids are read by this very node, so they are still in memory.
-        experts = tensors.read(tensors.source_of(tensor, 1))[0, 0]
-        probabilities = tensors.read(tensor)[0, :, :, 0]
-        self._chosen.append((layer, experts.astype(np.int64), probabilities.copy()))
+    # Between nodes the processor's caches are full of weights, and every line of Python is slow: so as little
+    # as possible is done there.
 
-    def _take_entropy(self, layer: int, tensor: int) -> None:
-        p = tensors.read(tensor)[0, 0, :: self._stride]
-        self._detailed.append(("entropy", layer, -np.einsum("te,te->t", p, np.log(np.maximum(p, _TINY)))))
+    def _take_choices(self, layer: int, tensor: int) -> None:
+        # The ids are read by this very node, so they are still in memory: the first columns of a whole order.
+        n_tokens, order = self._reader.copy_rows(tensors.source_of(tensor, 1))
+        n_used = tensors.size_of(tensor, 1)
+        mass = self._reader.copy_bytes(tensor, 4 * n_used * n_tokens)
+        self._chosen.append(_Chosen(layer, n_tokens, n_used, order, mass))
+
+    def _take_probabilities(self, layer: int, tensor: int) -> None:
+        self._probabilities.append((layer, self._reader.view(tensor)[0, 0, :: self._stride].copy()))
 
     def _take_norm(self, name: str, layer: int, tensor: int) -> None:
-        x = tensors.read(tensor)[0, 0, :: self._stride]
-        self._detailed.append((name, layer, np.sqrt(np.einsum("tc,tc->t", x, x))))
+        x = self._reader.view(tensor)[0, 0, :: self._stride]
+        self._norms.append((name, layer, np.einsum("tc,tc->t", x, x)))
 
     def after_step(self, rows: Sequence[Row], logits: Logits, scored: Sequence[Scored | None]) -> None:
-        """See Observer: all layers of the step are counted at once."""
-        if not self._chosen:
+        """See Observer: many layers, and steps, are counted at once."""
+        self._complete += self._chosen
+        if self._probabilities:
+            self._add_details()
+        if self._trace.maxlen and self._chosen:
+            self._remember(rows)
+        if len(self._complete) >= _COUNTED_AT_ONCE:
+            self._count()
+
+    def _count(self) -> None:
+        if not self._complete:
             return
-        layers = np.repeat([layer for layer, _, _ in self._chosen], [len(e) for _, e, _ in self._chosen])
-        experts = np.concatenate([experts for _, experts, _ in self._chosen])
-        mass = np.concatenate([mass for _, _, mass in self._chosen]).astype(np.float64)
+        layers = np.repeat([c.layer for c in self._complete], [c.n_tokens for c in self._complete])
+        experts, mass = self._arrays(self._complete)
+        self._complete.clear()
         cells = (layers[:, None] * self._n_experts + experts).ravel()
         size = self._counts.size
         self._counts += np.bincount(cells, minlength=size).reshape(self._counts.shape)
         self._expert_mass += np.bincount(cells, mass.ravel(), size).reshape(self._counts.shape)
-        captured = mass.sum(1)
+        captured = mass.sum(1, dtype=np.float64)
         self._n_tokens += np.bincount(layers, minlength=self._n_layers)
         self._mass += np.bincount(layers, captured, self._n_layers)
         self._mass_squares += np.bincount(layers, captured * captured, self._n_layers)
-        for name, layer, values in self._detailed:
-            self._details[name][:, layer] += len(values), values.sum()
-        if self._trace.maxlen:
-            self._remember(rows, experts, mass)
 
-    def _remember(self, rows: Sequence[Row], experts: Array, mass: Array) -> None:
+    def _arrays(self, chosen: Sequence[_Chosen]) -> tuple[Array, Array]:
+        """Experts and their probabilities, one line for each token and layer."""
+        n_used = chosen[0].n_used
+        order = np.frombuffer(b"".join([c.order for c in chosen]), np.int32).reshape(-1, self._n_experts)
+        mass = np.frombuffer(b"".join([c.mass for c in chosen]), np.float32)
+        return order[:, :n_used], mass.reshape(-1, n_used)
+
+    def _add_details(self) -> None:
+        p = np.concatenate([values for _, values in self._probabilities])
+        entropies = -np.einsum("te,te->t", p, np.log(np.maximum(p, _TINY)))
+        layers = np.repeat(
+            [layer for layer, _ in self._probabilities], [len(v) for _, v in self._probabilities]
+        )
+        self._entropy += [
+            np.bincount(layers, minlength=self._n_layers),
+            np.bincount(layers, entropies, self._n_layers),
+        ]
+        for name, layer, squares in self._norms:
+            self._contributions[name][layer] += np.sqrt(squares).sum()
+
+    def _remember(self, rows: Sequence[Row]) -> None:
         # With several rows in a step it is not known whose choices are whose.
-        if len(rows) != 1 or len(rows[0].token_ids) != 1 or len(experts) != self._n_layers:
+        if len(rows) != 1 or len(rows[0].token_ids) != 1 or len(self._chosen) != self._n_layers:
             self._trace.clear()
             return
         row = rows[0]
         last = self._trace[-1] if self._trace else None
         if last is not None and (last.sequence, last.position + 1) != (row.sequence, row.position):
             self._trace.clear()
-        self._trace.append(_Traced(row.sequence, row.position, row.token_ids[0], experts, mass))
+        experts, mass = self._arrays(self._chosen)
+        self._trace.append(
+            _Traced(row.sequence, row.position, int(row.token_ids[0]), experts.astype(np.int16), mass)
+        )
 
     def summary(self) -> Observation:
         """See Observer; docs/observers.md says what the fields are."""
+        self._count()
         return {
             "n_routed_experts": self._n_experts,
             "layers": [self._layer(layer) for layer in range(self._n_layers)],
@@ -156,12 +208,10 @@ class Routing(Observer):
             return {"layer": self._first + layer, "tokens": 0}
         share = counts / counts.sum()
         captured = self._mass[layer] / n
-        sampled, entropies = self._details["entropy"][:, layer]
+        sampled, entropy = self._entropy[:, layer].tolist()
         norms = {
-            f"{name}_norm": total / max(1, count)
-            for name, (count, total) in (
-                (name, self._details[name][:, layer].tolist()) for name in ("routed", "shared")
-            )
+            f"{name}_norm": float(totals[layer]) / max(1.0, sampled)
+            for name, totals in self._contributions.items()
         }
         return {
             "layer": self._first + layer,
@@ -177,7 +227,7 @@ class Routing(Observer):
             "load_peak": float(share.max() * len(share)),
             "unused": int((counts == 0).sum()),
             "sampled": int(sampled),
-            "router_entropy": entropies / max(1.0, sampled),
+            "router_entropy": entropy / max(1.0, sampled),
             **norms,
         }
 
@@ -186,7 +236,7 @@ class Routing(Observer):
         return {
             "sequence": tokens[0].sequence,
             "positions": [token.position for token in tokens],
-            "token_ids": [int(token.token_id) for token in tokens],
+            "token_ids": [token.token_id for token in tokens],
             "experts": pack(np.stack([token.experts for token in tokens]), "int16"),
             "probabilities": pack(np.stack([token.probabilities for token in tokens]), "float32"),
         }
