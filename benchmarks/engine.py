@@ -117,22 +117,27 @@ def main() -> None:
         say(f"the machine is busy (load {load:.1f}): figures will be too low and scattered")
     rows: list[Row] = []
     started = time.monotonic()
-    for name in given.only.split(",") if given.only else MEASURES:
-        say(f"{name} ({time.monotonic() - started:.0f} s)")
-        rows += MEASURES[name](bench)
-    show(f"{path.name}, {given.threads} threads, ours: {given.engine}", rows)
-    print(
-        json.dumps(
-            {
-                "model": path.name,
-                "threads": given.threads,
-                "engine": given.engine,
-                "load_before": round(load, 2),
-                "rounds": bench.sizes.rounds,
-                "rows": [row.as_json() for row in rows],
-            }
-        )
-    )
+    try:
+        for name in given.only.split(",") if given.only else MEASURES:
+            say(f"{name} ({time.monotonic() - started:.0f} s)")
+            rows += MEASURES[name](bench)
+    finally:
+        # A run takes long: what was measured is shown even if something ends it early.
+        report(given, bench, load, rows)
+
+
+def report(given: argparse.Namespace, bench: Bench, load: float, rows: list[Row]) -> None:
+    """The table and the line."""
+    show(f"{bench.path.name}, {given.threads} threads, ours: {given.engine}", rows)
+    result = {
+        "model": bench.path.name,
+        "threads": given.threads,
+        "engine": given.engine,
+        "load_before": round(load, 2),
+        "rounds": bench.sizes.rounds,
+        "rows": [row.as_json() for row in rows],
+    }
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from benchmarks.support.bare import Bare, HighLevel, Vocabulary
 from benchmarks.support.memory import peak_of
 from benchmarks.support.ours import Ours
-from benchmarks.support.rows import Bar, Row, compare, in_turn, say
+from benchmarks.support.rows import WARM_UP, Bar, Row, compare, in_turn, say
 from benchmarks.support.tools import Server, llama_batched_bench, llama_bench, serving
 from benchmarks.support.workloads import Corpus, Ids, Workload, sentences
 from dsmoe_local.engine.types import Message
@@ -109,13 +109,8 @@ def one_stream(bench: Bench) -> list[Row]:
     if "in-process" in figures and bench.kind != "in-process":
         rows.append(compare(f"{name}, in-process", figures, "in-process", "bare loop"))
     if bench.llama_cpp is not None:
-        _, theirs = llama_bench(
-            bench.llama_cpp,
-            bench.path,
-            n_prompt=sizes.n_start,
-            n_new=n_new,
-            n_threads=bench.n_threads,
-            rounds=sizes.rounds,
+        theirs = llama_bench(
+            bench.llama_cpp, bench.path, n_threads=bench.n_threads, rounds=sizes.rounds, n_new=n_new
         )
         note = "random tokens, from an empty context"
         rows.append(Row(name, rows[0].ours, "llama-bench", theirs, rows[0].ours / theirs, note=note))
@@ -141,13 +136,12 @@ def prompt_processing(bench: Bench) -> list[Row]:
     name = f"prompt processing, {n_prompt} tokens"
     rows = [compare(name, figures, bench.kind, "bare loop", bar=Bar(0.97))]
     if bench.llama_cpp is not None:
-        theirs, _ = llama_bench(
+        theirs = llama_bench(
             bench.llama_cpp,
             bench.path,
-            n_prompt=n_prompt,
-            n_new=1,
             n_threads=bench.n_threads,
             rounds=bench.sizes.rounds,
+            n_prompt=n_prompt,
         )
         note = "random tokens, no logits"
         rows.append(Row(name, rows[0].ours, "llama-bench", theirs, rows[0].ours / theirs, note=note))
@@ -287,6 +281,8 @@ def _serve(
     """Everybody's throughput, and how many requests each server failed."""
     n_clients = bench.sizes.n_clients
     prompts = [bench.corpus.prompts(work, seed) for seed in range(bench.sizes.rounds + 1)]
+    # A whole warm-up would take as long as a round that counts.
+    prompts[WARM_UP] = prompts[WARM_UP][:2]
     failed = dict.fromkeys(servers, 0)
 
     def ask(name: str, at: int) -> float:
@@ -303,35 +299,44 @@ def _failures(count: int) -> str:
     return f"; it failed {count} requests" if count else ""
 
 
+@dataclass(frozen=True, slots=True)
+class _FollowUp:
+    """A conversation whose first turn is done: what the second asks, and how many of its ids were read."""
+
+    messages: tuple[Message, ...]
+    ids: tuple[int, ...]
+    n_read: int
+
+
 def second_turn(bench: Bench) -> list[Row]:
     """The first token of a follow-up, against a bare loop that reads just the new tokens behind the rest."""
     n_words, n_reply = (40, 8) if bench.sizes == QUICK else (400, 48)
-    cached = new = 0
+    cached: list[int] = []
+
+    @cache
+    def first_turn(at: int) -> _FollowUp:
+        question = Message("user", sentences(n_words, at))
+        answer = ours.reply((question,), n_reply)
+        said = Message("assistant", "".join(answer.pieces), tuple(answer.token_ids))
+        messages = (question, said, Message("user", sentences(n_words // 10, 1000 + at)))
+        # The reply's last token was chosen but never read.
+        n_read = len(ours.engine.encode((question,))) + len(answer.token_ids) - 1
+        return _FollowUp(messages, ours.engine.encode(messages), n_read)
 
     def ours_turn(at: int) -> float:
-        nonlocal cached, new
-        first = Message("user", sentences(n_words, at))
-        answer = ours.reply((first,), n_reply)
-        said = Message("assistant", "".join(answer.pieces), tuple(answer.token_ids))
-        follow_up = (first, said, Message("user", sentences(30, 1000 + at)))
-        ids[at] = ours.engine.encode(follow_up)
-        # The reply's last token was chosen but never read.
-        kept[at] = len(ours.engine.encode((first,))) + len(answer.token_ids) - 1
-        second = ours.reply(follow_up, 1)
-        assert second.usage is not None
-        cached, new = second.usage.cached_tokens, len(ids[at]) - kept[at]
-        return 1000 * second.first_token_seconds
+        reply = ours.reply(first_turn(at).messages, 1)
+        assert reply.usage is not None
+        cached.append(reply.usage.cached_tokens)
+        return 1000 * reply.first_token_seconds
 
     def bare_turn(at: int) -> float:
-        if at not in ids:
-            ours_turn(at)
-        return 1000 * bare.read_seconds(ids[at][kept[at] :], ids[at][: kept[at]])
+        turn = first_turn(at)
+        return 1000 * bare.read_seconds(turn.ids[turn.n_read :], turn.ids[: turn.n_read])
 
-    ids: dict[int, tuple[int, ...]] = {}
-    kept: dict[int, int] = {}
     with bench.ours(2048) as ours, Bare(bench.path, n_context=2048, n_threads=bench.n_threads) as bare:
         figures = in_turn({bench.kind: ours_turn, "bare loop": bare_turn}, bench.sizes.rounds)
-    note = f"{new} new tokens behind {kept[max(kept)]}; {cached} were cached"
+        last = first_turn(bench.sizes.rounds)
+    note = f"{len(last.ids) - last.n_read} new tokens behind {last.n_read}; {cached[-1]} were cached"
     name = "second turn, time to first token"
     # What a tenth allows for: the template, tokenizing, and the way to the caller.
     return [compare(name, figures, bench.kind, "bare loop", bar=Bar(1.1, at_most=True), unit="ms", note=note)]

@@ -70,6 +70,16 @@ class Reply:
         return (len(self.arrivals) - 1) / (self.arrivals[-1] - self.arrivals[0])
 
 
+def steady_rate(replies: Sequence[Reply]) -> float:
+    """Tokens a second from when the last reply has begun until the first one ends."""
+    begin = max(reply.arrivals[0] for reply in replies)
+    end = min(reply.arrivals[-1] for reply in replies)
+    if end <= begin:
+        raise SystemExit("the replies were not decoded together: more new tokens are needed")
+    count = sum(begin < arrival <= end for reply in replies for arrival in reply.arrivals)
+    return count / (end - begin)
+
+
 class Ours:
     """A loaded engine, one of LOADERS."""
 
@@ -129,13 +139,7 @@ class Ours:
 
     def steady_rate(self, prompts: Sequence[Prompt], n_new: int) -> float:
         """Tokens a second of all prompts together, while every one of them is being decoded."""
-        replies = self.replies(prompts, n_new, len(prompts))
-        begin = max(reply.arrivals[0] for reply in replies)
-        end = min(reply.arrivals[-1] for reply in replies)
-        count = sum(begin < arrival <= end for reply in replies for arrival in reply.arrivals)
-        if end <= begin:
-            raise SystemExit("the replies were not decoded together: more new tokens are needed")
-        return count / (end - begin)
+        return steady_rate(self.replies(prompts, n_new, len(prompts)))
 
     def throughput(self, prompts: Sequence[Prompt], n_new: int, n_clients: int) -> float:
         """New tokens a second from the first request to the last reply, prompts included."""

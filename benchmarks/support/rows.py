@@ -13,7 +13,7 @@ from rich.table import Table
 Measure = Callable[[int], float]
 """Takes the number of the round, which decides what text is used, and returns a figure."""
 
-_WARM_UP = 0
+WARM_UP = 0  # the round that does not count
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +75,8 @@ def in_turn(contenders: Mapping[str, Measure], rounds: int) -> dict[str, list[fl
         names = list(contenders)[:: 1 if number % 2 else -1]
         for name in names:
             figure = contenders[name](number)
-            say(f"  {'warm-up' if number == _WARM_UP else f'round {number}'}: {name} {figure:,.2f}")
-            if number != _WARM_UP:
+            say(f"  {'warm-up' if number == WARM_UP else f'round {number}'}: {name} {figure:,.2f}")
+            if number != WARM_UP:
                 figures[name].append(figure)
     return figures
 

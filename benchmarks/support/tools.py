@@ -40,14 +40,13 @@ def _output(command: Sequence[str | Path]) -> str:
 
 
 def llama_bench(
-    folder: Path, model: Path, *, n_prompt: int, n_new: int, n_threads: int, rounds: int
-) -> tuple[float, float]:
-    """Tokens a second of a prompt and of decoding one stream."""
+    folder: Path, model: Path, *, n_threads: int, rounds: int, n_prompt: int = 0, n_new: int = 0
+) -> float:
+    """Tokens a second of a prompt or of decoding one stream, whichever is not 0."""
     command: list[str | Path] = [find_program(folder, "llama-bench"), "-m", model]
     command += ["-p", str(n_prompt), "-n", str(n_new), "-t", str(n_threads), "-r", str(rounds)]
-    tests = json.loads(_output([*command, "-o", "json"]))
-    by_kind = {bool(test["n_gen"]): float(test["avg_ts"]) for test in tests}
-    return by_kind[False], by_kind[True]
+    (test,) = json.loads(_output([*command, "-o", "json"]))
+    return float(test["avg_ts"])
 
 
 def llama_batched_bench(
