@@ -138,7 +138,8 @@ def test_logit_bias_equals_that_of_the_chain(
     """Guards: a bias applied after penalties or after top-k; one of a token that is given twice."""
     sampling = SamplingParameters(temperature=1.5, repeat_penalty=1.4)
     bias = [(prompt[1], 6.0), (500, 16.5), (501, -4.0), (model.eos, -100.0)]
-    array = (llama_cpp.llama_logit_bias * len(bias))(*bias)
+    pairs = [llama_cpp.llama_logit_bias(*pair) for pair in bias]
+    array = (llama_cpp.llama_logit_bias * len(bias))(*pairs)
     biased = llama_cpp.llama_sampler_init_logit_bias(model.n_vocab, len(bias), array)
     chain = chain_of(model, [biased, *usual_stages(sampling, 5, model.n_vocab)])
     for token_id in prompt:

@@ -230,9 +230,7 @@ class Flattener:
 
     def _merge(self, some: Schema, others: Schema, where: str) -> Schema:
         merged = dict(some)
-        if {"properties", "additionalProperties"} & others.keys() and {
-            "properties", "additionalProperties",
-        } & some.keys():  # fmt: skip
+        if all({"properties", "additionalProperties"} & side.keys() for side in (some, others)):
             merged["properties"] = _merged_properties(some, others)
         for key, value in others.items():
             if key not in merged:
@@ -243,7 +241,10 @@ class Flattener:
                 merged[key] = _MERGE[key](merged[key], value)
         if len(merged.get("anyOf", ())) > MAX_ALTERNATIVES:
             raise refuse(where, "so many alternatives at once")
-        if "prefixItems" in merged and ("items" in some) != ("items" in others):
+        lists = [
+            {key: side[key] for key in ("prefixItems", "items") if key in side} for side in (some, others)
+        ]
+        if "prefixItems" in merged and all(lists) and lists[0] != lists[1]:
             raise refuse(where, "prefixItems and items of different schemas")
         return merged
 

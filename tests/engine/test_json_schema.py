@@ -1,0 +1,435 @@
+"""JSON schemas as grammars: every text they permit is valid, as the package `jsonschema` sees it."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable
+from datetime import datetime, time
+from typing import Any, Literal
+
+import jsonschema
+import pydantic
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from support.grammar_texts import belongs, random_text
+
+from dsmoe_local.base.errors import UsageError
+from dsmoe_local.engine.grammar.json_schema import parse_json_schema
+from dsmoe_local.engine.grammar.network import CompiledRule, compile_grammar
+
+
+def compiled(schema: Any) -> CompiledRule:
+    return compile_grammar(parse_json_schema(json.dumps(schema)))
+
+
+def assert_sound(schema: Any, seed: int, count: int = 8) -> int:
+    """All random texts are valid; returns how many there were."""
+    root = compiled(schema)
+    rng = random.Random(seed)
+    validator = jsonschema.Draft202012Validator(
+        schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER
+    )
+    texts = [text for _ in range(count) if (text := random_text(root, rng)) is not None]
+    for text in texts:
+        value = json.loads(text.decode(), parse_constant=lambda name: pytest.fail(name))
+        validator.validate(value)
+    return len(texts)
+
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "minLength": 1, "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 130},
+        "mail": {"type": "string", "format": "email"},
+        "tags": {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": 3},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+TREE = {
+    "$defs": {
+        "node": {
+            "type": "object",
+            "properties": {
+                "value": {"type": ["number", "null"]},
+                "children": {"type": "array", "items": {"$ref": "#/$defs/node"}, "maxItems": 2},
+            },
+            "required": ["value"],
+            "additionalProperties": False,
+        }
+    },
+    "$ref": "#/$defs/node",
+}
+SCHEMAS: list[Any] = [
+    {},
+    True,
+    PERSON,
+    TREE,
+    {"type": "object"},
+    {"type": "array", "minItems": 2, "maxItems": 2},
+    {"type": "string", "minLength": 3, "maxLength": 5},
+    {"type": "number", "minimum": -1.25, "exclusiveMaximum": 3},
+    {"type": "number", "exclusiveMinimum": 0, "maximum": 0.001},
+    {"type": "number", "exclusiveMinimum": 99.5},
+    {"type": "integer", "exclusiveMinimum": -12, "maximum": 1234567},
+    {"type": "integer", "maximum": -7},
+    {"enum": [1, "one", None, True, {"a": [1.5]}, "\ud800", 'q"\\\n']},
+    {"const": {"x": "é\u2028"}},
+    {"anyOf": [{"type": "string", "pattern": "^[A-Z]{2}-[0-9]+$"}, {"type": "null"}]},
+    {"oneOf": [{"type": "string"}, {"type": "integer"}, {"type": "array", "items": {"type": "boolean"}}]},
+    {
+        "oneOf": [
+            {
+                "type": "object",
+                "properties": {"k": {"const": i}, f"v{i}": {"type": "integer"}},
+                "required": ["k"],
+            }
+            for i in range(3)
+        ]
+    },
+    {"allOf": [{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}, PERSON]}
+    | {"allOf": [{"properties": {"a": {"type": "number"}}}, {"properties": {"a": {"maximum": 4}}}]},
+    {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}, "ab": {"type": "null"}, 'b"': {"type": "null"}},
+        "additionalProperties": {"type": "string"},
+    },
+    {"type": "object", "additionalProperties": {"type": "integer"}, "maxProperties": 2},
+    {
+        "type": "object",
+        "properties": {"a": True},
+        "required": ["a", "z"],
+        "additionalProperties": {"type": "null"},
+    },
+    {"type": "array", "prefixItems": [{"type": "string"}, {"type": "null"}], "items": {"type": "integer"}},
+    {"type": "array", "prefixItems": [{"type": "string"}, {"type": "null"}], "items": False, "maxItems": 1},
+    {
+        "type": "array",
+        "prefixItems": [{"type": "null"}],
+        "items": {"type": "integer"},
+        "minItems": 3,
+        "maxItems": 4,
+    },
+    {"properties": {"only": {"$ref": "#"}}},
+    {
+        "type": "object",
+        "properties": {"kind": {"enum": ["a", "b", "c"]}},
+        "required": ["kind"],
+        "anyOf": [{"properties": {"kind": {"const": "b"}}}, {"properties": {"n": {"type": "null"}}}],
+    },
+    *({"type": "string", "format": name} for name in ("date", "time", "date-time", "uuid", "ipv4")),
+    *({"type": "string", "format": name} for name in ("email", "hostname", "uri")),
+]
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: json.dumps(schema)[:70])
+def test_texts_are_valid(schema: Any) -> None:
+    """Guards: a keyword that is dropped, a bound that is off by one, text that is not even JSON."""
+    assert assert_sound(schema, seed=1, count=12) >= 6
+
+
+_LEAVES = st.one_of(
+    st.just({"type": "boolean"}),
+    st.just({"type": "null"}),
+    st.builds(
+        lambda low, size: {"type": "integer", "minimum": low, "maximum": low + size},
+        st.integers(-(10**6), 10**6),
+        st.integers(0, 10**7),
+    ),
+    st.builds(
+        lambda low, size: {"type": "number", "minimum": low, "maximum": low + size},
+        st.sampled_from([-3.75, -0.001, 0, 0.5, 7, 99.99]),
+        st.sampled_from([0.25, 1, 10.5, 1000]),
+    ),
+    st.builds(
+        lambda low, size: {"type": "string", "minLength": low, "maxLength": low + size},
+        st.integers(0, 20),
+        st.integers(0, 20),
+    ),
+    st.builds(
+        lambda values: {"enum": values}, st.lists(st.text(max_size=6) | st.integers(), min_size=1, max_size=4)
+    ),
+    st.just({"type": ["string", "null"]}),
+    st.just({}),
+)
+_KEYS = st.sampled_from(["a", "ab", "abc", "b", "", "é", 'q"', "x y", "~/"])
+
+
+def _objects(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.builds(
+        lambda properties, required, extra: {
+            "type": "object",
+            "properties": properties,
+            "required": sorted(required & properties.keys()),
+            **extra,
+        },
+        st.dictionaries(_KEYS, inner, max_size=4),
+        st.sets(_KEYS),
+        st.sampled_from([{}, {"additionalProperties": False}, {"additionalProperties": {"type": "integer"}}]),
+    )
+
+
+_TREES = st.recursive(
+    _LEAVES,
+    lambda inner: (
+        _objects(inner)
+        | st.builds(
+            lambda item, low, size: {"type": "array", "items": item, "minItems": low, "maxItems": low + size},
+            inner,
+            st.integers(0, 3),
+            st.integers(0, 3),
+        )
+        | st.builds(lambda ways: {"anyOf": ways}, st.lists(inner, min_size=1, max_size=3))
+        | st.builds(lambda ways: {"allOf": ways}, st.lists(_objects(inner), min_size=2, max_size=2))
+    ),
+    max_leaves=8,
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "read"), [("time", time.fromisoformat), ("date-time", datetime.fromisoformat)]
+)
+def test_times_are_times(name: str, read: Callable[[str], Any]) -> None:
+    """Guards: what `jsonschema` does not check by itself."""
+    root = compiled({"type": "string", "format": name})
+    rng = random.Random(2)
+    for _ in range(30):
+        text = random_text(root, rng)
+        assert text is not None
+        assert read(json.loads(text)).tzinfo is not None
+
+
+@given(_TREES, st.integers(0, 2**32))
+@settings(max_examples=120, deadline=None)
+def test_texts_of_random_schemas_are_valid(schema: Any, seed: int) -> None:
+    """Guards: combinations of keywords that are each right alone."""
+    try:
+        assert_sound(schema, seed, count=3)
+    except UsageError as error:
+        # Two random schemas may exclude each other, or hold what together is not supported.
+        assume("not supported" not in str(error) and "satisfy" not in str(error) and "met" not in str(error))
+        raise
+
+
+@given(
+    st.integers(-(10**5), 10**5),
+    st.integers(0, 10**5),
+    st.integers(-(10**6), 10**6),
+    st.booleans(),
+    st.booleans(),
+)
+@settings(max_examples=300, deadline=None)
+def test_integers_within_bounds_are_exactly_those(
+    low: int, size: int, value: int, low_out: bool, high_out: bool
+) -> None:
+    """Guards: digits of a range that are split wrongly."""
+    high = low + size
+    schema = {
+        "type": "integer",
+        "exclusiveMinimum" if low_out else "minimum": low,
+        "exclusiveMaximum" if high_out else "maximum": high,
+    }
+    first, last = low + low_out, high - high_out
+    if first > last:
+        with pytest.raises(UsageError, match="no number"):
+            compiled(schema)
+        return
+    root = compiled(schema)
+    for number in {value, first, last, first - 1, last + 1, (first + last) // 2, 0}:
+        assert belongs(root, str(number)) == (first <= number <= last), number
+    assert not belongs(root, "-0")
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        (
+            {},
+            ["{}", "[1, [2]]", '"\\u00e9"', "-1.5e+10", "null"],
+            ["[1,]", "01", '"\n"', "{a:1}", "1.", "NaN", ""],
+        ),
+        ({"type": "string"}, ['"\\n\\"é"', '""'], ['"\\ud800"', "'a'", '"\\x"', '"a']),
+        (
+            PERSON,
+            ['{"name": "A", "age": 0}', '{ "name":"A","age":130 }'],
+            ['{"age":1,"name":"A"}', '{"name":"A"}'],
+        ),
+        ({"type": "number", "maximum": 2}, ["2", "1.75", "-3.5"], ["2.01", "3", "1e5"]),
+        ({"type": "object", "properties": {"a": {}}}, ["{}", '{"a":[]}'], ['{"b":1}', '{"a":1,"a":2}']),
+        ({"type": "string", "pattern": "a|^b$"}, ['"xay"', '"b"'], ['"xb"', '""']),
+        ({"enum": ["a", 1]}, ['"a"', "1"], ["2", '"b"', "1.0"]),
+    ],
+)
+def test_what_is_permitted(schema: Any, good: list[str], bad: list[str]) -> None:
+    """Guards: grammars so narrow that they are sound for want of texts."""
+    root = compiled(schema)
+    assert [text for text in good if not belongs(root, text)] == []
+    assert [text for text in bad if belongs(root, text)] == []
+
+
+PATTERNS = [
+    r"^[a-z0-9_-]{3,16}$",
+    r"^(\([0-9]{3}\))?[0-9]{3}-[0-9]{4}$",
+    r"^\d+\.\d{2}$",
+    r"^(?:foo|ba[rz])*?x+$",
+    r"colou?r",
+    r"^[^\"\\]{2}$",
+    r"^\S+\s\W\D$",
+    r"^[\w.+-]+@[\w-]+\.[\w.]+$",
+    r"^[^a-y]$",
+    r"^\u00e9\x41\/\-[\]\\^-]$",
+    r"^.{2}$|^$",
+    r"",
+    r"^a{2,}b{0,3}c{2}$",
+    r'^"[^"]*"$',
+]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_patterns_are_those_of_re(pattern: str) -> None:
+    """Guards: characters that need an escape in JSON, anchors, classes read differently."""
+    root = compiled({"type": "string", "pattern": pattern})
+    rng = random.Random(0)
+    for _ in range(40):
+        text = random_text(root, rng, patience=20)
+        if text is not None:
+            assert re.search(pattern, json.loads(text))
+    alphabet = [*'abcfoxrz019 .-@_+()"\\é^]x']
+    for _ in range(300):
+        value = "".join(rng.choices(alphabet, k=rng.randrange(6)))
+        if belongs(root, json.dumps(value, ensure_ascii=False)):
+            assert re.search(pattern, value), value
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r"(?=a)b", r"(a)\1", r"\bword", r"(?<n>a)", r"a**", "(a", "a)", "[a", r"\p{L}", "^a^", "[]a]",
+     "[[:alpha:]]", "a{9999}", "a{3,2}", "*", "(a$)", "[z-a]", r"[\d-z]", "\\"],
+)  # fmt: skip
+def test_patterns_that_are_refused(pattern: str) -> None:
+    """Guards: syntax taken for something else, and so for something wrong."""
+    with pytest.raises(UsageError, match="pattern"):
+        compiled({"type": "string", "pattern": pattern})
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+        ({"not": {"type": "null"}}, "keyword not"),
+        ({"if": {}, "then": {}}, "keyword if"),
+        ({"type": "object", "patternProperties": {"a": {}}}, "patternProperties"),
+        ({"type": "integer", "multipleOf": 3}, "multipleOf"),
+        ({"type": "string", "format": "duration"}, "format duration"),
+        ({"type": "string", "pattern": "a", "minLength": 3}, "pattern with a length"),
+        ({"type": "object", "minProperties": 2}, "minProperties"),
+        ({"typ": "string"}, "keyword typ"),
+        ({"$ref": "https://example.com/s.json"}, "within the schema"),
+        ({"$ref": "#/$defs/lost"}, "has no"),
+        ({"type": "text"}, "type takes"),
+        ({"properties": {"a/b": {"items": 3}}}, "items takes"),
+        ({"minLength": -1}, "minLength takes"),
+        ({"enum": [1], "minimum": 3}, "beside enum"),
+        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "ambiguous"),
+        ({"oneOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]}, "ambiguous"),
+        ({"type": "string", "minLength": 4, "maxLength": 3}, "cannot be met"),
+        ({"type": "integer", "minimum": 4, "maximum": 3}, "no number"),
+        ({"allOf": [{"type": "string"}, {"type": "null"}]}, "no text can satisfy"),
+        ({"$ref": "#"}, None),
+        (False, "no text can satisfy"),
+        ({"properties": {"next": {"$ref": "#"}}, "required": ["next"]}, "no text can satisfy"),
+        ([], "is an object"),
+        (3, "is an object"),
+    ],
+)  # fmt: skip
+def test_schemas_that_are_refused(schema: Any, message: str | None) -> None:
+    """Guards: constraints that are silently ignored; schemas that nothing satisfies and nothing ends."""
+    if message is None:
+        assert belongs(compiled(schema), "1")  # says nothing, so anything goes
+        return
+    with pytest.raises(UsageError, match=re.escape(message)):
+        compiled(schema)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", '{"type": "string"', "NaN", '{"minimum": 1e999}', '{"const": Infinity}', "[" * 100_000,
+     '{"items":' * 20_000 + "{}" + "}" * 20_000, "\ud800", '{"maximum": ' + "9" * 10_000 + "}"],
+    ids=lambda text: text[:20],
+)  # fmt: skip
+def test_texts_that_are_no_schema(text: str) -> None:
+    """Guards: Python's own errors, above all a recursion error, instead of one that says what is wrong."""
+    with pytest.raises(UsageError, match="JSON schema"):
+        compile_grammar(parse_json_schema(text))
+
+
+@pytest.mark.timeout(60)
+def test_deep_recursive_and_wide_schemas() -> None:
+    """Guards: Python's stack, sizes that double with every property, level or alternative."""
+    deep: Any = {"type": "integer"}
+    for _ in range(150):
+        deep = {"type": "array", "items": deep, "minItems": 1, "maxItems": 2}
+    assert belongs(compiled(deep), "[" * 150 + "7" + "]" * 150)
+    wide = {"type": "object", "properties": {f"p{i}": {"type": "integer"} for i in range(300)}}
+    root = compiled(wide)
+    assert belongs(root, json.dumps({"p7": 1, "p299": 2}))
+    assert not belongs(root, json.dumps({"p299": 2, "p7": 1}))
+    assert belongs(compiled(TREE), '{"value":1,"children":[' * 500 + '{"value":null}' + "]}" * 500)
+    both = {
+        "$defs": {
+            "a": {"properties": {"x": {"$ref": "#/$defs/a"}, "y": {"type": "integer"}}},
+            "b": {"properties": {"x": {"$ref": "#/$defs/b"}, "z": {"type": "null"}}},
+        },
+        "allOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}],
+    }
+    assert belongs(compiled(both), '{"x":{"x":{"y":1,"z":null}}}')
+
+
+@pytest.mark.timeout(60)
+def test_conjunctions_that_explode_are_refused() -> None:
+    """Guards: a product of alternatives that takes all memory."""
+    ways = {"anyOf": [{"minLength": i} for i in range(12)]}
+    with pytest.raises(UsageError, match="alternatives"):
+        compiled(
+            {"allOf": [ways] + [{"anyOf": [{"maxLength": i} for i in range(n, n + 12)]} for n in range(8)]}
+        )
+    doubling: dict[str, Any] = {"d0": {"type": "string"}}
+    for i in range(40):
+        doubling[f"d{i + 1}"] = {"allOf": [{"$ref": f"#/$defs/d{i}"}, {"allOf": [{"$ref": f"#/$defs/d{i}"}]}]}
+    assert belongs(compiled({"$defs": doubling, "$ref": "#/$defs/d40"}), '"x"')
+
+
+class Cat(pydantic.BaseModel):
+    kind: Literal["cat"] = "cat"
+    lives: int = pydantic.Field(ge=0, le=9)
+
+
+class Dog(pydantic.BaseModel):
+    kind: Literal["dog"] = "dog"
+    name: str | None = None
+
+
+class Owner(pydantic.BaseModel):
+    """What users have: models of pydantic."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+    name: str = pydantic.Field(min_length=1, max_length=20)
+    pet: Cat | Dog = pydantic.Field(discriminator="kind")
+    others: list[Cat | Dog] = pydantic.Field(default_factory=list, max_length=2)
+    scores: dict[str, float] = {}
+    pair: tuple[int, str]
+    friend: Owner | None = None
+
+
+def test_models_of_pydantic() -> None:
+    """Guards: the schemas that most users have."""
+    root = compiled(Owner.model_json_schema())
+    rng = random.Random(3)
+    texts = [text for _ in range(30) if (text := random_text(root, rng)) is not None]
+    assert len(texts) > 10
+    for text in texts:
+        Owner.model_validate_json(text)
