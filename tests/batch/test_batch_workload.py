@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
@@ -33,8 +33,9 @@ def test_longest_and_total() -> None:
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return Engine.load(ModelOptions(Path(smollm2()), n_context=512, n_threads=1))
+def engine() -> Iterator[Engine]:
+    with Engine.load(ModelOptions(smollm2(), n_context=512, n_threads=1)) as loaded:
+        yield loaded
 
 
 @given(st.text(max_size=60), st.text(max_size=60))

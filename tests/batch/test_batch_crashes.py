@@ -1,0 +1,60 @@
+"""Batches whose engine's process really dies: by its own doing, or killed from outside."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import hosted
+from support.batches import answer, batch, by_id
+from support.models import tiny_model
+
+from dsmoe_local.base.progress import Event
+from dsmoe_local.engine.process.client import EngineClient
+from dsmoe_local.engine.types import ModelOptions
+
+
+@pytest.mark.parametrize(
+    ("deed", "told"), [("signal SIGSEGV", "SIGSEGV"), ("signal SIGABRT", "SIGABRT"), ("exit 3", "3")]
+)
+def test_the_culprit_alone_is_blamed(tmp_path: Path, deed: str, told: str) -> None:
+    """Guards: a native crash that ends the batch, or takes other lines' records with it."""
+    lines: list[dict[str, Any]] = [{"id": str(n), "prompt": f"p{n}"} for n in range(12)]
+    lines[4]["prompt"] = deed
+    options = batch(tmp_path, *lines, ordered=True)
+    with EngineClient.load(ModelOptions(Path("fake.gguf")), factory=hosted.FAKE) as engine:
+        found = by_id(answer(engine, options))
+    assert len(found) == 12
+    assert {name for name, record in found.items() if record["error"]} == {"4"}
+    assert found["4"]["error"]["code"] == "engine_crash_error"
+    assert told in found["4"]["error"]["message"]
+    assert found["11"]["text"] == "p11"
+
+
+def test_an_engine_killed_from_outside(tmp_path: Path) -> None:
+    """Guards: a line blamed for the out-of-memory killer's choice; texts that differ after it."""
+    lines = [{"id": str(n), "prompt": f"The quick {n}", "max_tokens": 12} for n in range(30)]
+    folders = [tmp_path / name for name in ("whole", "killed")]
+    for folder in folders:
+        folder.mkdir()
+    options = ModelOptions(tiny_model(), n_parallel=2, deterministic=True, n_threads=1)
+    with EngineClient.load(options) as engine:
+        whole = by_id(answer(engine, batch(folders[0], *lines)))
+        first = engine.pid
+        n_records = 0
+
+        def listen(event: Event) -> None:
+            nonlocal n_records
+            before, n_records = n_records, n_records + getattr(event, "amount", 0)
+            if before < 5 <= n_records:
+                os.kill(first, signal.SIGKILL)
+
+        killed = by_id(answer(engine, batch(folders[1], *lines), listen))
+        assert engine.pid != first
+    assert {name: record["text"] for name, record in killed.items()} == {
+        name: record["text"] for name, record in whole.items()
+    }
+    assert not any(record["error"] for record in killed.values())
