@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,12 +61,15 @@ def observed(
     *observers: ObserverOptions,
     n_experts_per_token: int | None = None,
     n_gpu_layers: int = 0,
+    overrides: Sequence[tuple[str, str]] = (),
     n_ubatch: int = 64,
     unified: bool = True,
 ) -> Iterator[Observed]:
     """The model with an F32 cache and no flash attention, so that it agrees with torch."""
     _, hp = read_model(path)
-    model = native.Model(path, n_experts_per_token=n_experts_per_token, n_gpu_layers=n_gpu_layers)
+    model = native.Model(
+        path, n_experts_per_token=n_experts_per_token, n_gpu_layers=n_gpu_layers, overrides=overrides
+    )
     try:
         dispatcher = Dispatcher(observers, model, hp)
         options = native.ContextOptions(
@@ -87,6 +94,32 @@ def observed(
             dispatcher.close()
     finally:
         model.close()
+
+
+def graph_summaries(path: Path, ids: Sequence[int], **placement: Any) -> dict[str, Any]:
+    """What the observers of the graph see of a prompt and four further tokens, wherever the model lies."""
+    names = ("routing", "activations")
+    with observed(path, *map(ObserverOptions, names), **placement) as model:
+        model.step(native.Row(0, 0, ids[:-4], len(ids) - 4))
+        for position in range(len(ids) - 4, len(ids)):
+            model.step(native.Row(0, position, [ids[position]], 1))
+        buffers = [line for line in native.log_lines() if "compute buffer size" in line]
+        return {"buffers": buffers, **{name: model.summary(name) for name in names}}
+
+
+def graph_summaries_on(endpoint: str, path: Path, ids: Sequence[int], **placement: Any) -> dict[str, Any]:
+    """The same in another process, which has the devices of an RPC worker: they stay as long as it lives."""
+    done = subprocess.run(
+        [sys.executable, "-m", "support.observed", endpoint, str(path), json.dumps([ids, placement])],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 class _Products(TorchFunctionMode):
@@ -128,3 +161,11 @@ def stacked_squares(
         sums = np.stack([part.double().square().sum(0).numpy() for part in parts])
         found[spec.name] = (sums, [len(part) for part in parts])
     return found
+
+
+if __name__ == "__main__":
+    from support.rpc_device import register
+
+    register(sys.argv[1])
+    prompt, where = json.loads(sys.argv[3])
+    json.dump(graph_summaries(Path(sys.argv[2]), prompt, **where), sys.stdout)

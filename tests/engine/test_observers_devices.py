@@ -1,0 +1,45 @@
+"""Observers of a model that lies on devices: a loopback worker's, whose memory this process cannot read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from support.models import tiny_model
+from support.observed import graph_summaries, graph_summaries_on
+from support.rpc_device import rpc_worker
+
+from dsmoe_local.engine.observe.arrays import unpack
+
+IDS = [0, *range(20, 58), 5, 5, 300]
+EXPERTS_ON_CPU = [[r"\.ffn_(up|down|gate)_exps", "CPU"]]
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    with rpc_worker(1) as running:
+        yield running
+
+
+@pytest.mark.parametrize(
+    "placement",
+    [{"n_gpu_layers": 99}, {"n_gpu_layers": 2}, {"n_gpu_layers": 99, "overrides": EXPERTS_ON_CPU}],
+    ids=["all", "two layers", "experts on the CPU"],
+)
+def test_device_memory_is_fetched(endpoint: str, placement: dict[str, Any]) -> None:
+    """Guards: a device's address read as this process's own, which ends it; names of weights copied over."""
+    expected = graph_summaries(tiny_model(), IDS)
+    found = graph_summaries_on(endpoint, tiny_model(), IDS, **placement)
+    assert any("RPC0" in line for line in found["buffers"])
+    for one, other in zip(found["routing"]["layers"], expected["routing"]["layers"], strict=True):
+        assert one["counts"] == other["counts"]
+        for name in ("captured_mass", "router_entropy", "routed_norm", "shared_norm"):
+            assert one[name] == pytest.approx(other[name], rel=1e-3), name
+    pairs = zip(found["activations"]["inputs"], expected["activations"]["inputs"], strict=True)
+    for one, other in pairs:
+        assert one["weights"] == other["weights"]
+        np.testing.assert_array_equal(unpack(one["counts"]), unpack(other["counts"]))
+        sums = unpack(other["sums"])
+        np.testing.assert_allclose(unpack(one["sums"]), sums, rtol=5e-3, atol=1e-3 * sums.max())
