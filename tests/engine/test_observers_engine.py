@@ -1,0 +1,97 @@
+"""Observers declared at load: through the engine, its child process, and the fake."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from support import llama_oracle
+from support.models import tiny_model
+
+from dsmoe_local.base.errors import UsageError
+from dsmoe_local.engine.engine import Engine
+from dsmoe_local.engine.errors import EngineError
+from dsmoe_local.engine.fake import FakeEngine
+from dsmoe_local.engine.observe.arrays import unpack
+from dsmoe_local.engine.process.client import EngineClient
+from dsmoe_local.engine.types import ModelOptions, ObserverOptions, Request, SamplingParameters, TextEngine
+
+IDS = (0, *range(20, 58), 5, 5, 300)
+GREEDY = SamplingParameters(temperature=0)
+Load = Callable[[ModelOptions], Any]
+
+
+def options(*observers: ObserverOptions, **more: Any) -> ModelOptions:
+    return ModelOptions(tiny_model(), n_threads=1, observers=observers, **more)
+
+
+def nll_sum(first: int) -> float:
+    """Of the tokens after the one at index `first`."""
+    logits = llama_oracle.logits(tiny_model(), IDS).astype(np.float64)
+    logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    return -float(logprobs[np.arange(len(IDS) - 1), IDS[1:]][first:].sum())
+
+
+def score(engine: TextEngine, *starts: int) -> None:
+    streams = [
+        engine.submit(Request(f"r{index}", IDS, GREEDY, max_tokens=4, score_from=start))
+        for index, start in enumerate(starts)
+    ]
+    for stream in streams:
+        list(stream)
+
+
+@pytest.mark.parametrize("load", [Engine.load, EngineClient.load], ids=["in this process", "in a child"])
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"n_parallel": 4}, {"n_parallel": 3, "n_ubatch": 16}, {"n_parallel": 2, "deterministic": True}],
+    ids=["alone", "together", "in chunks", "deterministic"],
+)
+def test_prompts_are_scored(load: Load, more: dict[str, Any]) -> None:
+    """Guards: tokens left out because the cache held their prefix, scored twice, or with other logits."""
+    with load(options(ObserverOptions("logprobs"), **more)) as engine:
+        score(engine, 0, 10, 0)
+        score(engine, 10)
+        list(engine.submit(Request("not scored", IDS, GREEDY, max_tokens=4)))
+        seen = engine.observe("logprobs")
+    assert seen["tokens"] == 2 * (len(IDS) - 1) + 2 * (len(IDS) - 11)
+    # The cache is F16 here, the oracle's F32.
+    assert seen["nll"] == pytest.approx(2 * nll_sum(0) + 2 * nll_sum(10), rel=2e-3)
+
+
+@pytest.mark.parametrize("load", [Engine.load, EngineClient.load], ids=["in this process", "in a child"])
+def test_a_reply_is_traced(load: Load) -> None:
+    """Guards: a trace that misses the first token of the reply, or mixes in the prompt."""
+    with load(options(ObserverOptions("routing", (("trace", 100),)))) as engine:
+        events = list(engine.submit(Request("r", IDS, GREEDY, max_tokens=6)))
+        trace = engine.observe("routing")["trace"]
+        with pytest.raises(EngineError, match="no observer"):
+            engine.observe("logprobs")
+    ids = [event.token_id for event in events[:-1]]
+    # The last token was chosen, but never read.
+    assert trace["token_ids"] == ids[:-1]
+    assert trace["positions"] == list(range(len(IDS), len(IDS) + 5))
+    assert unpack(trace["experts"]).shape == (5, 2, 3)
+
+
+@pytest.mark.parametrize("load", [Engine.load, EngineClient.load], ids=["in this process", "in a child"])
+def test_unknown_observers_are_refused_at_load(load: Load) -> None:
+    """Guards: a misspelt observer that is told when the work is done."""
+    with pytest.raises(UsageError, match="no observer 'rooting'"):
+        load(options(ObserverOptions("rooting")))
+
+
+def test_scoring_needs_an_observer_of_logits() -> None:
+    """Guards: a scored request that nobody scores."""
+    with Engine.load(options(ObserverOptions("routing"))) as engine, pytest.raises(UsageError):
+        score(engine, 0)
+
+
+def test_the_fake_observes_what_it_is_told() -> None:
+    """Guards: a fake that knows observers which no engine would."""
+    engine = FakeEngine(observations={"routing": {"layers": []}})
+    assert engine.observe("routing") == {"layers": []}
+    with pytest.raises(EngineError, match="no observer 'logprobs' was loaded"):
+        engine.observe("logprobs")
