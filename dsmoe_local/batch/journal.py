@@ -168,7 +168,13 @@ def _begin(out: Path, settings: Settings) -> _Extent:
     durable.sync_folder(out.absolute().parent)
     reach("batch.created")
     header = json.dumps({_VERSION: 1, "settings": settings}, separators=(",", ":")).encode() + b"\n"
-    durable.write_file(journal, header)
+    # One name, whichever process writes it: what a kill leaves is replaced by the next run.
+    temporary = journal.with_name(f".{journal.name}.part")
+    with temporary.open("wb") as file:
+        file.write(header)
+        file.flush()
+        durable.sync(file.fileno())
+    durable.replace(temporary, journal)
     reach("batch.begun")
     return _Extent(0, len(header))
 

@@ -29,7 +29,18 @@ if TYPE_CHECKING:
 _LEAST_DETERMINISTIC = 2  # one sequence alone takes other kernels than several
 # What a reply depends on beside the model's file; the rest only with --deterministic, up to rounding.
 _SETTINGS = ("n_context", "cache_type_k", "cache_type_v", "n_experts_per_token", "chat_template")
-_EXACT_SETTINGS = ("n_batch", "n_ubatch", "n_gpu_layers", "flash_attention")
+_EXACT_SETTINGS = (
+    "n_batch",
+    "n_ubatch",
+    "n_threads",
+    "n_threads_batch",
+    "flash_attention",
+    "devices",
+    "n_gpu_layers",
+    "n_cpu_moe",
+    "cpu_moe",
+    "tensor_overrides",
+)
 
 
 class Parallel(click.ParamType[int]):
