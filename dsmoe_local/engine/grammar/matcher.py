@@ -54,6 +54,7 @@ class Matcher:
     def __init__(self, root: CompiledRule) -> None:
         self._root = root
         self._outermost = Frame()
+        self.work = 0  # ways taken so far, for whoever has to stop in time
 
     def start(self) -> Position:
         """Before the first byte."""
@@ -70,6 +71,7 @@ class Matcher:
                 if target is not None:
                     closure.add(target, frame)
             position = closure.finish()
+            self.work += closure.work
             if not position.ways and not position.complete:
                 return None
         return position
@@ -84,12 +86,12 @@ class _Closure:
         self._seen: set[Way] = set()
         self._frames: dict[CompiledRule, Frame] = {}
         self._new: set[Frame] = set()
-        self._work = 0
+        self.work = 0
 
     def add(self, state: State, frame: Frame) -> None:
         """A way; ways already known are not taken twice."""
-        self._work += 1
-        if self._work > MAX_WAYS:
+        self.work += 1
+        if self.work > MAX_WAYS:
             raise EngineError(
                 "the grammar can be read in too many ways at once",
                 remedy="write it without ambiguity, above all in repetitions of repetitions",
@@ -123,7 +125,7 @@ class _Closure:
             self.add(rule.start, callee)
         # A frame that begins here may still get callers; only those of older frames are all known.
         if after.ends_only and frame is not self._outermost and frame not in self._new:
-            self._work += len(frame.returns)
+            self.work += len(frame.returns)
             callee.returns.update(frame.returns)
         else:
             callee.returns[after, frame] = None

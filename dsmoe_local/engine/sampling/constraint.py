@@ -23,6 +23,7 @@ from dsmoe_local.engine.types import Request
 _SINGLE = 256  # stands for "no second byte" in a pair of a token's first two bytes
 _BYTES = 257
 _FIRST_LOOK = 256
+_MAX_WORK = 500_000  # about half a second of looking for tokens, in which nobody else gets any
 
 
 class Vocabulary:
@@ -98,14 +99,14 @@ class Constraint:
         """Up to `count` permitted tokens, those of the highest logits first. EngineError if there is none."""
         possible = self._possible()
         found: list[int] = []
-        seen, look = 0, max(_FIRST_LOOK, 2 * count)
-        while len(found) < count and seen < len(possible):
+        seen, look, most = 0, max(_FIRST_LOOK, 2 * count), self._matcher.work + _MAX_WORK
+        while len(found) < count and seen < len(possible) and self._matcher.work < most:
             order = likeliest(logits[possible], look)[seen:]
             for token_id in map(int, possible[order]):
                 if self.permits(token_id):
                     found.append(token_id)
-                    if len(found) == count:
-                        break
+                if len(found) == count or self._matcher.work >= most:
+                    break
             seen, look = seen + len(order), look * 8
         if not found:
             raise EngineError(

@@ -1,0 +1,271 @@
+"""GBNF grammars against llama.cpp's own sampler, and hostile ones, on which that one dies or never ends."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import llama_cpp  # noqa: TID251 - the oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import llama_oracle
+from support.grammar_texts import belongs, random_text
+from support.models import smollm2
+
+from dsmoe_local.base.errors import UsageError
+from dsmoe_local.engine.errors import EngineError
+from dsmoe_local.engine.grammar.gbnf import parse_gbnf
+from dsmoe_local.engine.grammar.matcher import Matcher
+from dsmoe_local.engine.grammar.network import CompiledRule, compile_grammar
+from dsmoe_local.engine.grammar.nodes import characters
+from dsmoe_local.engine.grammar.utf8 import byte_ranges
+
+
+def compiled(text: str) -> CompiledRule:
+    return compile_grammar(parse_gbnf(text))
+
+
+class Oracle:
+    """llama.cpp's grammar sampler, fed one character after another."""
+
+    def __init__(self, model: Any) -> None:
+        self._vocab = llama_cpp.llama_model_get_vocab(model)
+        self._eos = llama_cpp.llama_vocab_eos(self._vocab)
+        self._ids: dict[str, list[int]] = {}
+
+    def _allows(self, sampler: Any, token_id: int) -> bool:
+        data = (llama_cpp.llama_token_data * 1)(llama_cpp.llama_token_data(token_id, 1.0, 0.0))
+        array = llama_cpp.llama_token_data_array(data, 1, -1, False)
+        llama_cpp.llama_sampler_apply(sampler, ctypes.byref(array))
+        return bool(data[0].logit > 0)
+
+    def _tokens(self, char: str) -> list[int]:
+        if char not in self._ids:
+            raw = char.encode()
+            room = (llama_cpp.llama_token * 8)()
+            count = llama_cpp.llama_tokenize(self._vocab, raw, len(raw), room, 8, False, False)
+            self._ids[char] = room[:count]
+        return self._ids[char]
+
+    def belongs(self, grammar: str, text: str) -> bool:
+        sampler = llama_cpp.llama_sampler_init_grammar(self._vocab, grammar.encode(), b"root")
+        assert sampler
+        try:
+            for token_id in (token_id for char in text for token_id in self._tokens(char)):
+                if not self._allows(sampler, token_id):
+                    return False
+                llama_cpp.llama_sampler_accept(sampler, token_id)
+            return self._allows(sampler, self._eos)
+        finally:
+            llama_cpp.llama_sampler_free(sampler)
+
+
+@contextmanager
+def oracle() -> Iterator[Oracle]:
+    with llama_oracle.loaded(smollm2(), vocab_only=True) as model:
+        yield Oracle(model)
+
+
+GRAMMARS = [
+    'root ::= "a" | "ab" | "abc"?',
+    'root ::= (("a" | "b")+ "c"){2,3} [^a-c]*',
+    "root ::= [a-c]{2} | [x-z\\]\\\\^-]{0,3} | .",
+    'root ::= expr # a comment\nexpr ::= term ("+" term)*\nterm ::= "(" expr ")" | [0-9]+',
+    'root ::= "é" | "中"+ | [à-ï]{2} | "\\u20AC" | "\\x41"',
+    'root ::= (\n  "a"  # first\n  | "b"\n)  "\\n"?\n\nunused ::= "z"',
+    'root ::= a\na ::= b c\nb ::= "x"? | d\nc ::= "y"*\nd ::= ""',
+    'root ::= list\nlist ::= item | item "," list\nitem ::= [a-b] item-2?\nitem-2 ::= "c" item-2 | "d"',
+    'root ::= "" | "a" root "b"',
+    'root ::= "a"{0,} | "b"',
+    'root ::= ("ab" | "a" "bc")* "c"?',
+]
+ALPHABET = "aabbccxyz(+)012,d^]-\\é中à€A\n "
+
+
+def test_texts_belong_as_for_llama_cpp() -> None:
+    """Guards: repetition, grouping, escapes, sets, comments or empty rules read in another way."""
+    rng = random.Random(0)
+    with oracle() as their:
+        for grammar in GRAMMARS:
+            root = compiled(grammar)
+            texts = {"".join(rng.choices(ALPHABET, k=rng.randrange(7))) for _ in range(150)}
+            for _ in range(25):
+                text = random_text(root, rng, patience=8)
+                if text is None or len(text) > 60:
+                    continue
+                own = text.decode()
+                texts |= {own, own[:-1], own + rng.choice(ALPHABET)}
+                cut = rng.randrange(len(own) + 1)
+                texts.add(own[:cut] + rng.choice(ALPHABET) + own[cut + 1 :])
+            # The vocabulary has no token for some control characters.
+            for text in sorted(text for text in texts if text.replace("\n", "").isprintable()):
+                assert belongs(root, text) == their.belongs(grammar, text), (grammar, text)
+
+
+# Each item in both notations: GBNF and Python's.
+_ITEMS = st.recursive(
+    st.sampled_from(
+        [('"a"', "a"), ('"ab"', "(?:ab)"), ("[ab]", "[ab]"), ("[^a]", "[^a]"), (".", "."), ('""', "")]
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, min_size=1, max_size=3).map(lambda items: _group(items, " ", "")),
+        st.lists(inner, min_size=1, max_size=3).map(lambda items: _group(items, " | ", "|")),
+        st.tuples(inner, st.sampled_from(["?", "+", "*", "{2}", "{1,2}", "{2,}"])).map(
+            lambda pair: (f"({pair[0][0]}){pair[1]}", f"(?:{pair[0][1]}){pair[1]}")
+        ),
+    ),
+    max_leaves=6,
+)
+
+
+def _group(items: list[tuple[str, str]], theirs: str, pythons: str) -> tuple[str, str]:
+    gbnf, regex = zip(*items, strict=True)
+    return f"({theirs.join(gbnf)})", f"(?:{pythons.join(regex)})"
+
+
+@given(_ITEMS, st.lists(st.text(alphabet="abc", max_size=7), min_size=1, max_size=8))
+@settings(max_examples=300, deadline=None)
+def test_regular_grammars_are_those_of_re(item: tuple[str, str], texts: list[str]) -> None:
+    """Guards: automata that are joined wrongly: loops that leak into their neighbours."""
+    gbnf, regex = item
+    root = compiled(f"root ::= {gbnf}")
+    for text in texts:
+        assert belongs(root, text) == bool(re.fullmatch(regex, text)), (gbnf, text)
+
+
+@given(st.lists(st.tuples(st.integers(0, 0x10FFFF), st.integers(0, 0x10FFFF)), max_size=4), st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_characters_and_their_bytes(ranges: list[tuple[int, int]], negated: bool) -> None:
+    """Guards: characters at the borders of UTF-8's lengths, surrogates, ranges that overlap."""
+    some = characters(ranges, negated=negated)
+    sequences = [sequence for low, high in some.ranges for sequence in byte_ranges(low, high)]
+    points = {0, 0x7F, 0x80, 0x7FF, 0x800, 0xD7FF, 0xE000, 0xFFFF, 0x10000, 0x10FFFF}
+    points |= {point + step for pair in ranges for point in pair for step in (-1, 0, 1)}
+    for point in points:
+        if not 0 <= point <= 0x10FFFF or 0xD800 <= point <= 0xDFFF:
+            continue
+        raw = chr(point).encode()
+        wanted = any(low <= point <= high for low, high in ranges) != negated
+        found = [
+            sequence
+            for sequence in sequences
+            if len(sequence) == len(raw)
+            and all(low <= byte <= high for byte, (low, high) in zip(raw, sequence, strict=True))
+        ]
+        assert len(found) == wanted, hex(point)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "where"),
+    [
+        ("", "root"),
+        ('start ::= "a"', "root"),
+        ("root ::= lost", "rule root"),
+        ('root ::= "a', "line 1"),
+        ('root ::= "a"\nb = "c"', "line 2, column 3"),
+        ('root ::= ("a"', "line 1"),
+        ('root ::= "a")', "line 1, column 13"),
+        ("root ::= [b-a]", "line 1"),
+        ("root ::= *", "line 1"),
+        ('root ::= "a"{3,2}', "line 1"),
+        ('root ::= "a"{0,99999999}', "line 1"),
+        ('root ::= "a"{x}', "line 1"),
+        ('root ::= "\\q"', "line 1"),
+        ('root ::= "\\ud800"', "line 1"),
+        ('root ::= "\\U00110000"', "line 1"),
+        ('root ::= "\ud800"', "surrogate"),
+        ('root ::= "a"\nroot ::= "b"', "line 2"),
+        ("root ::= <think>", "line 1"),
+        ("root ::= " + "(" * 100_000, "line 1"),
+        ("root ::= root", "rule root"),
+        ('root ::= "a" root', "rule root"),
+        ("root ::= a\na ::= b\nb ::= a", "rule root"),
+        ("root ::= [^\\x00-\\U0010FFFF]", "rule root"),
+        ("root ::= " + "(" * 6 + '"a"' + "){8}" * 6, "too large"),
+        ("root ::= " + " | ".join(["[a-z]{9999}"] * 30), "too large"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_grammars_that_are_refused(grammar: str, where: str) -> None:
+    """Guards: what ends llama.cpp's process, or lets it run for ever; errors that do not say where."""
+    with pytest.raises(UsageError, match=re.escape(where)):
+        compiled(grammar)
+
+
+def _doubling(depth: int) -> str:
+    rules = "".join(f'r{i} ::= r{i + 1} r{i + 1} | r{i + 1} "x"?\n' for i in range(depth))
+    return f'root ::= r0\n{rules}r{depth} ::= "a"?\n'
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("grammar", "text", "wanted"),
+    [
+        ('root ::= root "+" "a" | "a"', "a+a+a", True),
+        ('root ::= a root "x" | "y"\na ::= b\nb ::= ""', "yxx", True),
+        ('root ::= a\na ::= b a | "x"\nb ::= a | ""', "xxx", True),
+        ('root ::= "a" root "b" | "a" root "c" | ""', "a" * 300 + "bc" * 150, True),
+        ('root ::= root root | "a" | ""', "a" * 30, True),
+        ('root ::= ("a"* )* "b"', "a" * 2000 + "b", True),
+        ('root ::= (("a"* "a"*)* "a"?)* "b"', "a" * 2000, False),
+        (_doubling(40), "aaa", True),
+        ("root ::= [a-z]{0,10000}", "a" * 9000, True),
+        ("root ::= r0\n" + "".join(f"r{i} ::= r{i + 1}\n" for i in range(2000)) + 'r2000 ::= "a"', "a", True),
+        ('root ::= "x" | r0\n' + "".join(f'r{i} ::= r{i + 1} "b"\n' for i in range(3000)) + 'r3000 ::= "a"',
+         "a" + "b" * 3000, True),
+        ("root ::= " + " | ".join(f'"{i}"' for i in range(5000)), "4999", True),
+        ('root ::= "a" more\nmore ::= "b" more | ""', "a" + "b" * 20_000, True),
+    ],
+    ids=lambda value: str(value)[:40],
+)  # fmt: skip
+def test_hostile_grammars_end(grammar: str, text: str, wanted: bool) -> None:
+    """Guards: left recursion, exponential ways to read a text, long chains: time, memory, Python's stack."""
+    assert belongs(compiled(grammar), text) == wanted
+
+
+@pytest.mark.timeout(60)
+def test_endless_ambiguity_fails_the_text_only() -> None:
+    """Guards: a grammar that is legal and takes cubic time, in the thread that decodes for everyone."""
+    many = " | ".join(f"s s{i}" for i in range(80))
+    rules = "".join(f's{i} ::= s "a"? s | "a"\n' for i in range(80))
+    root = compiled(f'root ::= s\ns ::= {many} | "a"\n{rules}')
+    with pytest.raises(EngineError, match="too many ways"):
+        belongs(root, "a" * 100_000)
+
+
+def test_branches_without_an_end_are_not_entered() -> None:
+    """Guards: a reply led into a rule that can never be completed."""
+    root = compiled('root ::= "a" (dead | "b") | dead\ndead ::= "c" dead')
+    matcher = Matcher(root)
+    after = matcher.advance(matcher.start(), b"a")
+    assert after is not None
+    assert bytes(after.first_bytes().nonzero()[0].tolist()) == b"b"
+    assert matcher.advance(matcher.start(), b"c") is None
+
+
+def test_right_recursion_keeps_no_frames() -> None:
+    """Guards: a list of a thousand items that costs a thousand frames, and all of them at its end."""
+    root = compiled('root ::= "[" list "]"\nlist ::= "a" | "a" "," list')
+    matcher = Matcher(root)
+    position = matcher.advance(matcher.start(), b"[" + b"a," * 1000)
+    assert position is not None
+    for _, frame in position.ways:
+        assert len(frame.returns) == 1
+        _, parent = next(iter(frame.returns))
+        assert len(parent.returns) == 0
+
+
+def test_positions_are_values() -> None:
+    """Guards: a token that was only tested leaving its traces."""
+    root = compiled('root ::= ("a" | "b" root "c")+')
+    matcher = Matcher(root)
+    start = matcher.advance(matcher.start(), b"b")
+    assert start is not None
+    for _ in range(2):
+        tried = [matcher.advance(start, text) is not None for text in (b"ac", b"bac", b"c", b"aac")]
+        assert tried == [True, True, False, True]
