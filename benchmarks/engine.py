@@ -33,6 +33,7 @@ from dsmoe_local.engine.load.machine import physical_cores
 
 DEMO = "demo-q4.gguf"
 SHAPE_TYPE = "q4"
+CACHES = {"unified": True, "streams": False}
 
 
 def shape_file(layers: int) -> Path:
@@ -68,6 +69,11 @@ def arguments() -> argparse.Namespace:
         "--rounds", type=int, metavar="N", help="rounds that count, after one that does not [3]"
     )
     parser.add_argument("--slots", type=int, metavar="N", help="ours and llama-server's [16]")
+    parser.add_argument(
+        "--cache",
+        choices=list(CACHES),
+        help="ours against llama-server: one pool, or streams [the row's own]",
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes; the figures mean nothing")
     given = parser.parse_args()
     unknown = set((given.only or "").split(",")) - set(MEASURES) - {""}
@@ -111,6 +117,7 @@ def main() -> None:
         given.engine,
         given.llama_cpp,
         is_demo=path.name == DEMO,
+        unified=CACHES.get(given.cache),
     )
     load = os.getloadavg()[0]
     if load > 0.3:

@@ -14,7 +14,8 @@ from benchmarks.support.ours import Ours
 from benchmarks.support.rows import WARM_UP, Bar, Row, compare, in_turn, say
 from benchmarks.support.tools import Server, llama_batched_bench, llama_bench, serving
 from benchmarks.support.workloads import Corpus, Ids, Workload, sentences
-from dsmoe_local.engine.types import Message
+from dsmoe_local.engine.load import parallel
+from dsmoe_local.engine.types import Message, ModelOptions
 
 MEGABYTE = 1e6
 _PAD = 256  # llama.cpp pads a sequence's share of the cache to this
@@ -54,20 +55,20 @@ class Bench:
     """Our engine: one of ours.LOADERS."""
     llama_cpp: Path | None
     is_demo: bool
+    unified: bool | None = None
+    """The mode of our cache in the rows against llama-server; None: each row's own."""
 
     def ours(
-        self, n_context: int | None, n_parallel: int = 1, unified: bool | None = None, kind: str | None = None
+        self, n_context: int, n_parallel: int = 1, unified: bool | None = None, kind: str | None = None
     ) -> Ours:
         """Our engine, loaded."""
-        return Ours(
-            self.path,
-            self.vocabulary.ends,
-            kind=kind or self.kind,
-            n_context=n_context,
-            n_threads=self.n_threads,
-            n_parallel=n_parallel,
-            unified=unified,
-        )
+        options = replace(self.options, n_context=n_context, n_parallel=n_parallel, unified=unified)
+        return Ours(options, self.vocabulary.ends, kind or self.kind)
+
+    @property
+    def options(self) -> ModelOptions:
+        """What all of our engines have in common."""
+        return ModelOptions(self.path, n_threads=self.n_threads)
 
     def rounds_of(self, make: Callable[[], list[Ids]]) -> list[list[Ids]]:
         """Prompts for each round, the warm-up included: everybody gets the same ones in the same round."""
@@ -220,7 +221,8 @@ SERVING = {
 def _scaled(bench: Bench, name: str) -> tuple[Serving, str]:
     chosen = SERVING[name]
     work = replace(chosen.work, n_prompts=bench.sizes.n_requests)
-    return replace(chosen, work=work), f"{work.n_prompts} {work.name}, {work.n_new} new each"
+    unified = chosen.unified if bench.unified is None else bench.unified
+    return replace(chosen, work=work, unified=unified), f"{work.n_prompts} {work.name}, {work.n_new} new each"
 
 
 def same_slots(bench: Bench, name: str) -> list[Row]:
@@ -257,21 +259,21 @@ def same_slots(bench: Bench, name: str) -> list[Row]:
 
 def own_defaults(bench: Bench, name: str) -> list[Row]:
     """What `--parallel auto` chooses against llama-server as it starts by itself."""
-    from dsmoe_local.engine.load.parallel import choose_parallel
-
     if bench.llama_cpp is None:
         say("  skipped: it needs --llama-cpp")
         return []
     chosen, title = _scaled(bench, name)
-    n_parallel = choose_parallel(bench.path, n_context=None)
-    n_context = n_parallel * padded(chosen.work.n_each)
+    work = chosen.work
     server_name = "llama-server, defaults"
+    total = parallel.Workload(work.n_prompts, work.n_each, work.n_prompts * work.n_mean)
+    options = parallel.choose_parallel(bench.options, total)
     with (
-        bench.ours(n_context, n_parallel, chosen.unified) as ours,
+        Ours(options, bench.vocabulary.ends, bench.kind) as ours,
         serving(bench.llama_cpp, bench.path, []) as server,
     ):
-        figures, failed = _serve(bench, chosen.work, ours, {server_name: server})
-    note = f"auto = {n_parallel}{_failures(failed[server_name])}"
+        figures, failed = _serve(bench, work, ours, {server_name: server})
+    mode = _UNIFIED[bool(options.unified)]
+    note = f"auto: {options.n_parallel} at once, {mode}{_failures(failed[server_name])}"
     return [compare(f"{title}, auto", figures, bench.kind, server_name, bar=_BAR_OF_DEFAULTS, note=note)]
 
 

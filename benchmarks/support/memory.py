@@ -41,8 +41,10 @@ def children_peak() -> int:
 def measure_ours(path: Path, n_context: int, n_parallel: int, n_threads: int) -> Peak:
     """The process tree: this one holds the client, its child the engine."""
     from benchmarks.support.ours import Ours
+    from dsmoe_local.engine.types import ModelOptions
 
-    with Ours(path, (), n_context=n_context, n_parallel=n_parallel, n_threads=n_threads) as ours:
+    options = ModelOptions(path, n_context=n_context, n_parallel=n_parallel, n_threads=n_threads)
+    with Ours(options, ()) as ours:
         ours.replies([_ids(at) for at in range(n_parallel)], _NEW, n_parallel, exact=False)
     return Peak(own_peak() + children_peak(), 0)
 

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Self
 
 from dsmoe_local.base import progress
@@ -83,21 +82,8 @@ def steady_rate(replies: Sequence[Reply]) -> float:
 class Ours:
     """A loaded engine, one of LOADERS."""
 
-    def __init__(
-        self,
-        path: Path,
-        ends: Sequence[int],
-        *,
-        kind: str = "client",
-        n_context: int | None = None,
-        n_threads: int | None = None,
-        n_parallel: int = 1,
-        unified: bool | None = None,
-    ) -> None:
+    def __init__(self, options: ModelOptions, ends: Sequence[int], kind: str = "client") -> None:
         """`ends`: the ids that would end a reply."""
-        options = ModelOptions(
-            path, n_context=n_context, n_threads=n_threads, n_parallel=n_parallel, unified=unified
-        )
         self.engine = LOADERS[kind](options, progress.ignore)
         self._bans = tuple((token_id, _BAN) for token_id in ends)
         self._numbers = itertools.count()

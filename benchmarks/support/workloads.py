@@ -32,6 +32,11 @@ class Workload:
         """The most tokens that one prompt and its reply take."""
         return (self.n_shared + _TAIL_OF_SHARED if self.n_shared else _LONGEST) + self.n_new
 
+    @property
+    def n_mean(self) -> int:
+        """Tokens that a prompt and its reply take on average."""
+        return self.n_each if self.n_shared else (_SHORTEST + _LONGEST) // 2 + self.n_new
+
 
 class Corpus:
     """Token ids to cut prompts from. `take` goes on where the last one ended."""

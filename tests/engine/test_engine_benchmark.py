@@ -1,0 +1,153 @@
+"""The engine's benchmark: how figures are taken, and that every row still runs. No figure is judged here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.models import smollm2, tiny_model
+
+from benchmarks.support.ours import Reply, steady_rate
+from benchmarks.support.rows import Bar, compare, in_turn
+from benchmarks.support.tools import Failure, Server, serving
+from benchmarks.support.workloads import Corpus, Workload
+
+ROOT = Path(__file__).parents[2]
+FAKE_SERVER = """#!{python}
+import json, sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.answer(200, {{}})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        too_long = len(body["prompt"]) > 8
+        n = body["n_predict"] - (body["prompt"][0] == 13)
+        self.answer(500 if too_long else 200, {{"tokens_predicted": n}})
+
+    def answer(self, status, value):
+        raw = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        self.wfile.write(raw)
+
+port = int(sys.argv[sys.argv.index("--port") + 1])
+if "--broken" in sys.argv:
+    sys.exit("no such model")
+ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+def test_contenders_take_turns() -> None:
+    """Guards: a warm-up that counts, or one contender that always runs first, on the cooler machine."""
+    calls: list[str] = []
+
+    def contender(name: str) -> object:
+        def measure(number: int) -> float:
+            calls.append(f"{name}{number}")
+            return float(number)
+
+        return measure
+
+    figures = in_turn({"a": contender("a"), "b": contender("b")}, 3)  # type: ignore[dict-item]
+    assert figures == {"a": [1, 2, 3], "b": [1, 2, 3]}
+    assert calls == ["b0", "a0", "a1", "b1", "b2", "a2", "a3", "b3"]
+
+
+def test_the_ratio_is_that_of_a_round() -> None:
+    """Guards: a ratio of medians, in which a slow round of one side meets a fast round of the other."""
+    row = compare("x", {"a": [10, 20, 90], "b": [10, 40, 30]}, "a", "b", bar=Bar(1.0))
+    assert (row.ours, row.theirs, row.result, row.passed) == (20, 30, 1.0, True)
+
+
+@pytest.mark.parametrize(
+    ("bar", "result", "passed"),
+    [(Bar(0.97), 0.96, False), (Bar(0.97), 0.97, True), (Bar(150, at_most=True), 151, False)],
+)
+def test_bars(bar: Bar, result: float, passed: bool) -> None:
+    """Guards: a bar read the wrong way round."""
+    assert bar.holds(result) is passed
+
+
+def test_no_prompt_is_handed_out_twice() -> None:
+    """Guards: rounds that find their prompts in somebody's cache, also once the corpus begins anew."""
+    corpus = Corpus(range(10_000))
+    prompts = [ids for seed in range(4) for ids in corpus.prompts(Workload("", 16, 8, 0), seed)]
+    assert sum(map(len, prompts)) > 5_000
+    starts = [corpus.take(300)[0] for _ in range(70)]
+    assert len(set(starts)) == len(starts)
+    assert len(set(prompts)) == len(prompts)
+
+
+def test_a_shared_prefix_is_shared_exactly() -> None:
+    """Guards: tails that agree by chance of cutting, which would make the prefix longer than it says."""
+    work = Workload("", 8, 8, 40)
+    prompts = Corpus(range(1_000)).prompts(work, 0)
+    assert len({ids[:40] for ids in prompts}) == 1
+    assert len({ids[40] for ids in prompts}) == 8
+    assert all(len(ids) + work.n_new <= work.n_each for ids in prompts)
+
+
+def test_the_steady_rate_leaves_out_the_ramps() -> None:
+    """Guards: counting tokens from before everybody decodes, or after the first one is done."""
+    early = Reply(0, arrivals=[1, 2, 3, 4, 5, 6])
+    late = Reply(0, arrivals=[3, 4, 5, 6, 7, 8])
+    assert steady_rate([early, late]) == 2
+    with pytest.raises(SystemExit, match="not decoded together"):
+        steady_rate([Reply(0, arrivals=[1, 2]), Reply(0, arrivals=[2, 3])])
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Path:
+    """A folder with a llama-server that only counts."""
+    program = tmp_path / "bin" / "llama-server"
+    program.parent.mkdir()
+    program.write_text(FAKE_SERVER.format(python=sys.executable))
+    program.chmod(0o755)
+    return tmp_path
+
+
+def test_requests_that_the_server_fails_count_no_tokens(build: Path) -> None:
+    """Guards: a server that looks fast because it refuses the work."""
+    with serving(build, Path("model"), []) as server:
+        assert server.throughput([[1] * 4, [1] * 9, [2] * 4], 5, 2) > 0
+        assert server.n_failed == 1
+        assert server.throughput([[1] * 9], 5, 1) == 0
+        process = server._process
+    assert process.returncode is not None
+
+
+def test_a_server_that_answers_less_is_not_measured(build: Path) -> None:
+    """Guards: comparing speeds of replies of different lengths."""
+    with serving(build, Path("model"), []) as server, pytest.raises(Failure, match="generated 4 tokens"):
+        server.throughput([[13]], 5, 1)
+
+
+def test_a_server_that_does_not_start_says_why(build: Path) -> None:
+    """Guards: waiting ten minutes for a server that has ended."""
+    with pytest.raises(Failure, match="no such model"):
+        Server(build, Path("model"), ["--broken"])
+
+
+@pytest.mark.parametrize(
+    ("model", "measures", "n_rows"),
+    # Together, requests must overlap: a tiny model would be done with the first before the last is there.
+    [(tiny_model, "stream,prompt,turn,memory", 7), (smollm2, "together", 4)],
+)
+def test_every_row_without_llama_cpp_runs(model: Callable[[], Path], measures: str, n_rows: int) -> None:
+    """Guards: a change of the engine that breaks the benchmark, found out only when figures are wanted."""
+    command = [sys.executable, "benchmarks/engine.py", "--quick", "--threads", "1", "--only", measures]
+    done = subprocess.run(
+        [*command, "--model", str(model())], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert len(rows) == n_rows
+    assert all(row["ours"] > 0 and row["theirs"] > 0 for row in rows)
