@@ -60,7 +60,7 @@ def measure_bare(path: Path, n_context: int, n_parallel: int, n_threads: int) ->
 
 
 def _ids(seed: int) -> tuple[int, ...]:
-    return tuple(range(1000 + seed, 1000 + seed + _PROMPT))
+    return tuple(range(100 + seed, 100 + seed + _PROMPT))
 
 
 MEASURES = {"ours": measure_ours, "bare": measure_bare}
