@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +17,10 @@ from support.checkpoints import TINY, random_weights, write_checkpoint
 from support.observed import Observed, observed, stacked_squares, torch_inputs
 
 from dsmoe_convert.convert import convert_folder
-from dsmoe_local.engine.native import ABORTED, Row
+from dsmoe_local.engine.native import ABORTED, Row, tensors
 from dsmoe_local.engine.observe.arrays import unpack
+from dsmoe_local.engine.observe.observer import Observer
+from dsmoe_local.engine.observe.registry import OBSERVERS, Entry
 from dsmoe_local.engine.types import ObserverOptions
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import tensor_specs
@@ -192,13 +196,43 @@ def test_activations_equal_torch(variant: tuple[Path, Hyperparameters]) -> None:
         np.testing.assert_allclose(found[name][0], sums, rtol=5e-3, atol=1e-3 * sums.max(), err_msg=name)
 
 
-def test_observers_of_one_node_both_see_it(tiny: Path) -> None:
-    """Guards: one observer replacing another that wants the same step."""
+def test_nodes_and_weights_are_seen_together(tiny: Path) -> None:
+    """Guards: one kind of interest hiding the other."""
     with observed(tiny, ObserverOptions("routing"), ObserverOptions("activations")) as model:
         read_all(model)
         assert model.summary("routing")["layers"][0]["tokens"] == len(IDS)
         entry = next(e for e in model.summary("activations")["inputs"] if "output.weight" in e["weights"])
     assert unpack(entry["counts"]).tolist() == [len(IDS)]
+
+
+class Counting(Observer):
+    """Counts the tokens of some nodes."""
+
+    reads_graph = True
+
+    def __init__(self, names: tuple[bytes, ...]) -> None:
+        super().__init__()
+        self.seen = dict.fromkeys(names, 0)
+        self.nodes = {name: partial(self.count, name) for name in names}
+
+    def count(self, name: bytes, tensor: int) -> None:
+        self.seen[name] += tensors.size_of(tensor, 2)
+
+    def summary(self) -> dict[str, Any]:
+        return {name.decode(): count for name, count in self.seen.items()}
+
+
+def test_observers_of_one_node_both_see_it(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: an observer that takes a node away from another."""
+    first, second = b"ffn_moe_weights-1", b"ffn_moe_weights-2"
+    for name, nodes in (("one", (first,)), ("both", (first, second))):
+        monkeypatch.setitem(OBSERVERS, name, Entry(lambda model, hp, nodes=nodes: Counting(nodes)))
+    with observed(tiny, ObserverOptions("one"), ObserverOptions("both"), ObserverOptions("routing")) as model:
+        read_all(model)
+        found = [model.summary(name) for name in ("one", "both")]
+        assert model.summary("routing")["layers"][0]["tokens"] == len(IDS)
+    n = len(IDS)
+    assert found == [{"ffn_moe_weights-1": n}, {"ffn_moe_weights-1": n, "ffn_moe_weights-2": n}]
 
 
 def test_an_aborted_step_is_not_counted(tiny: Path) -> None:

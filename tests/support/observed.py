@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -52,7 +53,17 @@ class Observed:
         self.context.forget(sequence, 0)
 
     def summary(self, name: str) -> dict[str, Any]:
-        return self.dispatcher.summary(name)
+        """An observer's summary, which is plain JSON."""
+        found = self.dispatcher.summary(name)
+        _assert_plain(found)
+        return found
+
+
+def _assert_plain(value: Any) -> None:
+    assert type(value) in (dict, list, str, int, float, bool, type(None)), value
+    assert type(value) is not float or math.isfinite(value)
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _assert_plain(part)
 
 
 @contextmanager

@@ -63,7 +63,7 @@ class Reference(Observer):
         held = np.cumsum(block.exponentials[j, ids], dtype=np.float64)
         count = int(np.searchsorted(held, self._mass * block.totals[j])) + 1
         ids = ids[:count]
-        tail = max(0.0, 1 - held[len(ids) - 1] / block.totals[j])
+        tail = max(0.0, 1 - float(held[len(ids) - 1] / block.totals[j]))
         logprobs = (shifted[ids] - log_total).astype(np.float32)
         return Prediction(
             int(block.targets[j]), float(block.logprobs[j]), tail, ids.astype(np.int32), logprobs

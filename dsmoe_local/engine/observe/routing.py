@@ -207,7 +207,7 @@ class Routing(Observer):
         if not n:
             return {"layer": self._first + layer, "tokens": 0}
         share = counts / counts.sum()
-        captured = self._mass[layer] / n
+        captured = float(self._mass[layer]) / n
         sampled, entropy = self._entropy[:, layer].tolist()
         norms = {
             f"{name}_norm": float(totals[layer]) / max(1.0, sampled)
