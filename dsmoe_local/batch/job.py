@@ -91,8 +91,12 @@ def check_paths(options: BatchOptions) -> None:
     folder = options.out.absolute().parent
     if not folder.is_dir():
         raise FileError("the output's folder does not exist", where=folder)
-    if options.out.is_dir():
-        raise FileError("the output is a folder", where=options.out)
+    if options.out == STDIN or (options.out.exists() and not options.out.is_file()):
+        raise FileError(
+            "the output is not a regular file",
+            where=options.out,
+            remedy="name a file: a run is continued in it",
+        )
     if options.source == STDIN:
         return
     for path in (options.out, journal_path(options.out)):
@@ -117,6 +121,9 @@ def prepared(
     """
     stop = stop or threading.Event()
     check_paths(options)
+    if options.out.is_symlink():
+        # The journal and the lock belong to the file, not to one of its names.
+        options = replace(options, out=options.out.resolve())
     with durable.locked(options.out):
         path = spool(options.out, stop) if options.source == STDIN else options.source
         source = Source(path, options.input)

@@ -190,6 +190,27 @@ def test_output_is_never_overwritten_by_accident(tmp_path: Path) -> None:
         run_batch(FakeEngine(), replace(options, out=tmp_path / "no" / "out"))
 
 
+@pytest.mark.parametrize("name", ["-", "/dev/null", "."])
+def test_outputs_that_are_no_files(tmp_path: Path, name: str) -> None:
+    """Guards: records written where no run can find them again."""
+    with pytest.raises(FileError, match="not a regular file"):
+        run_batch(FakeEngine(), batch(tmp_path, {"prompt": "a"}, out=Path(name)))
+
+
+def test_an_output_behind_a_link(tmp_path: Path) -> None:
+    """Guards: a link replaced by a file; two runs on one file under two names."""
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(tmp_path / "disk" / "out.jsonl")
+    options = batch(tmp_path, {"prompt": "a"}, out=link)
+    for restart in (False, False, True):
+        assert len(answer(FakeEngine(), replace(options, restart=restart))) == 1
+    assert link.is_symlink()
+    assert journal_path(link.resolve()).exists()
+    with durable.locked(link.resolve()), pytest.raises(LockedError):
+        run_batch(FakeEngine(), options)
+
+
 def test_input_that_can_be_read_only_once_is_refused(tmp_path: Path) -> None:
     """Guards: a pipe that the index empties, so that no record is written and the run succeeds."""
     options = batch(tmp_path)
