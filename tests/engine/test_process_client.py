@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import inspect
 import os
 import queue
 import select
@@ -67,6 +68,8 @@ def test_same_events_as_in_this_process(client: EngineClient) -> None:
 def test_client_has_the_interface(client: EngineClient) -> None:
     """Guards: a client that callers cannot hold as any other engine."""
     engine: TextEngine = client
+    for name in ("submit", "start", "cancel", "encode", "log", "observe", "close"):
+        assert inspect.signature(getattr(EngineClient, name)) == inspect.signature(getattr(TextEngine, name))
     here = FakeEngine(n_context=100_000)
     assert engine.info == here.info
     conversation = (Message("user", "hé"), Message("assistant", "x", (5, 6)), Message("user", "\u2028"))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import llama_oracle
+from support import hosted_native, llama_oracle
 from support.models import smollm2, tiny_model
 
 from dsmoe_local.base.errors import DsmoeError
@@ -80,7 +80,7 @@ def test_second_turn_reads_only_its_new_tokens(trained: EngineClient) -> None:
 
 @pytest.mark.parametrize(
     "prompt",
-    ["x" * 30_000, "7" * 60_000, " " * 60_000, "-" * 60_000, "中" * 30_000],
+    ["x" * 200_000, "y" * 30_000, "7" * 60_000, " " * 60_000, "-" * 60_000, "中" * 30_000],
     ids=lambda text: text[0],
 )
 def test_endless_words(client: EngineClient, prompt: str) -> None:
@@ -137,6 +137,21 @@ def test_engine_killed_in_the_middle_of_a_reply(trained: EngineClient, number: s
     assert "llama" in "\n".join(caught.value.log)
     events = list(trained.submit(Request("r", "The capital of France is", GREEDY, max_tokens=3)))
     assert "Paris" in text(events)
+
+
+@pytest.mark.parametrize(
+    ("factory", "name", "last"),
+    [
+        (hosted_native.ABORTING, "SIGABRT", "its log ends: ggml.c:7: GGML_ASSERT(a == b) failed"),
+        (hosted_native.READING_NOTHING, "SIGSEGV", "its log ends: "),
+    ],
+)
+def test_native_code_that_crashes(factory: str, name: str, last: str) -> None:
+    """Guards: llama.cpp's own last words lost, or hidden behind what a debugger prints."""
+    with EngineClient.load(ModelOptions(tiny_model()), factory=factory) as client:
+        with pytest.raises(EngineCrashError, match=f"killed by {name}") as caught:
+            client.encode("x")
+        assert caught.value.where.startswith(last)
 
 
 def test_cancelling_in_prefill_keeps_what_was_read(trained: EngineClient) -> None:
