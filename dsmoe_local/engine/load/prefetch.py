@@ -66,25 +66,29 @@ class Prefetch(Observer):
         self._resident = resident
         self._room = room
         self._n_experts = n_experts
+        self._reader = tensors.Reader()
         layers: dict[int | None, list[TensorInfo]] = {}
         for tensor in experts:
             layers.setdefault(layer_of(tensor), []).append(tensor)
         self.nodes = {
-            f"ffn_moe_topk-{layer}".encode(): partial(self._fetch, sorted(of_layer, key=_place_in_order))
+            f"ffn_moe_weights-{layer}".encode(): partial(self._fetch, sorted(of_layer, key=_place_in_order))
             for layer, of_layer in layers.items()
         }
         self.reads_graph = bool(self.nodes)
 
     def before_step(self, rows: Sequence[Row]) -> None:
         """See Observer."""
+        self._reader.forget()
         self._resident.refresh()
 
     def close(self) -> None:
         """See Observer."""
         self._resident.close()
 
-    def _fetch(self, experts: Sequence[TensorInfo], chosen: int) -> None:
-        runs = _runs(np.unique(tensors.read(chosen)).tolist())
+    def _fetch(self, experts: Sequence[TensorInfo], weights: int) -> None:
+        # The first node that reads which experts were chosen: to be looked at, its sources are kept.
+        chosen = self._reader.view(tensors.source_of(weights, 1))
+        runs = _runs(np.unique(chosen).tolist())
         room = self._room
         for tensor in experts:
             size = tensor.n_bytes // self._n_experts

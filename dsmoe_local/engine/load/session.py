@@ -9,12 +9,15 @@ from dsmoe_local.base import progress
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.engine import native
-from dsmoe_local.engine.generation import Session
 from dsmoe_local.engine.load.fit import Fit, fit_model
-from dsmoe_local.engine.load.machine import physical_cores
-from dsmoe_local.engine.load.memory import BufferOptions
+from dsmoe_local.engine.load.machine import available_memory, physical_cores
+from dsmoe_local.engine.load.memory import BufferOptions, buffer_bytes
+from dsmoe_local.engine.load.prefetch import page_experts
+from dsmoe_local.engine.observe.dispatcher import Dispatcher
 from dsmoe_local.engine.prompts.encoder import PromptEncoder
 from dsmoe_local.engine.prompts.template import ChatTemplate, choose_template
+from dsmoe_local.engine.schedule.plan import Limits
+from dsmoe_local.engine.session import Session
 from dsmoe_local.engine.types import ALL_LAYERS, ModelInfo, ModelOptions
 from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.gguf_model import read_model
@@ -47,7 +50,18 @@ def load_session(options: ModelOptions, listen: progress.Listener, stop: threadi
         if template is not None:
             text, source = template
             chosen = ChatTemplate(text, source, bos=model.text_of(model.bos), eos=model.text_of(model.eos))
-        context = native.Context(model, _context_options(options, fit.n_context, unified, threads))
+        own = []
+        if fit.paged:
+            budget = available_memory() - buffer_bytes(hp, _buffer_options(wanted), fit.n_context)
+            own = [page_experts(file, hp, fit.placement, budget, listen, stop)]
+        observers = Dispatcher(options.observers, model, hp, own=own)
+        try:
+            context = native.Context(
+                model, _context_options(options, fit.n_context, unified, threads, observers)
+            )
+        except BaseException:
+            observers.close()
+            raise
     except BaseException:
         model.close()
         raise
@@ -69,7 +83,16 @@ def load_session(options: ModelOptions, listen: progress.Listener, stop: threadi
         deterministic=options.deterministic,
         placement=fit.placement.describe(),
     )
-    return Session(info, model, context, PromptEncoder(model, chosen, n_context))
+    limits = Limits(
+        n_slots=options.n_parallel,
+        n_cells=fit.n_context if unified else n_context,
+        n_context=n_context,
+        n_step_tokens=context.n_ubatch,
+        unified=unified,
+        deterministic=options.deterministic,
+        n_ids=native.MAX_SEQUENCES,
+    )
+    return Session(info, model, context, PromptEncoder(model, chosen, n_context), observers, limits)
 
 
 def _unified(options: ModelOptions) -> bool:
@@ -86,13 +109,20 @@ def _context_of_one(n_parallel: int, unified: bool, n_context: int, n_trained: i
 
 
 def _context_options(
-    options: ModelOptions, n_context: int, unified: bool, threads: int
+    options: ModelOptions,
+    n_context: int,
+    unified: bool,
+    threads: int,
+    observers: Dispatcher | None = None,
 ) -> native.ContextOptions:
-    n_batch = min(options.n_batch, n_context)
+    # A step holds a token of every sequence, and one more of a prompt.
+    n_batch = max(min(options.n_batch, n_context), options.n_parallel + 1)
+    n_ubatch = min(options.n_ubatch, n_batch)
+    scores = observers is not None and observers.reads_logits
     return native.ContextOptions(
         n_context=n_context,
         n_batch=n_batch,
-        n_ubatch=min(options.n_ubatch, n_batch),
+        n_ubatch=n_ubatch,
         n_threads=threads,
         n_threads_batch=options.n_threads_batch or threads,
         flash_attention=options.flash_attention,
@@ -101,6 +131,8 @@ def _context_options(
         n_sequences=options.n_parallel,
         unified=unified,
         offload_cache=options.offload_cache,
+        n_outputs=max(n_ubatch, options.n_parallel) if scores else options.n_parallel,
+        eval_callback=None if observers is None else observers.eval_callback,
     )
 
 
@@ -112,7 +144,7 @@ def _buffer_options(context: native.ContextOptions) -> BufferOptions:
         cache_type_v=context.cache_type_v,
         n_sequences=context.n_sequences,
         unified=context.unified,
-        n_outputs=context.n_sequences,
+        n_outputs=context.n_outputs,
     )
 
 
