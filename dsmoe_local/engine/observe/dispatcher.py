@@ -39,19 +39,19 @@ class Dispatcher:
         self._weights: Mapping[bytes, Watch] = {}
         self._keys: frozenset[int] | None = None
         self._failure: BaseException | None = None
+        self.eval_callback: Any = None
         try:
             check_observers(options)
             for option in options:
                 self._observers[option.name] = make_observer(option, model, hp)
                 self._all.append(self._observers[option.name])
+            if any(observer.reads_graph for observer in self._all):
+                tensors.check_layout()
+                self.eval_callback = tensors.eval_callback(self._visit)
         except BaseException:
             self.close()
             raise
         self.reads_logits = any(observer.reads_logits for observer in self._all)
-        self.eval_callback: Any = None
-        if any(observer.reads_graph for observer in self._all):
-            tensors.check_layout()
-            self.eval_callback = tensors.eval_callback(self._visit)
 
     def before_step(self, rows: Sequence[Row]) -> None:
         """Call before each decode. A step that no `after_step` follows (it was aborted, or found no room) is
@@ -95,13 +95,13 @@ class Dispatcher:
         try:
             if self._keys is not None and not self._weights and tensors.key_of(tensor) not in self._keys:
                 return not ask
-            watch = self._nodes.get(tensors.name_of(tensor))
-            if watch is None and self._weights:
-                watch = self._watch_of_weight(tensor)
+            of_name = self._nodes.get(tensors.name_of(tensor))
+            of_weight = self._watch_of_weight(tensor) if self._weights else None
             if ask:
-                return watch is not None
-            if watch is not None:
-                watch(tensor)
+                return of_name is not None or of_weight is not None
+            for watch in (of_name, of_weight):
+                if watch is not None:
+                    watch(tensor)
         except BaseException as error:  # noqa: BLE001 - raised again after the step: it cannot leave ctypes
             self._failure = self._failure or error
             self._nodes = self._weights = {}
