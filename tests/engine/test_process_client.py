@@ -171,7 +171,7 @@ def test_observations_die_with_the_child() -> None:
 def test_model_that_cannot_be_loaded_again(tmp_path: Path) -> None:
     """Guards: a failed second load taken for the crash, or tried for ever."""
     path = tmp_path / "loaded"
-    with EngineClient.load(ModelOptions(path), factory=hosted.ONCE) as client:
+    with EngineClient.load(ModelOptions(path, n_context=1), factory=hosted.ONCE) as client:
         with pytest.raises(EngineCrashError):
             list(client.submit(Request("r", "exit 1")))
         for _ in range(2):
@@ -179,6 +179,33 @@ def test_model_that_cannot_be_loaded_again(tmp_path: Path) -> None:
                 client.submit(Request("r", "x"))
         path.unlink()
         assert text(list(client.submit(Request("r", "x")))) == "x"
+
+
+@pytest.mark.parametrize("how", ["cancel", "close"])
+def test_second_load_is_given_up(how: str, tmp_path: Path) -> None:
+    """Guards: Ctrl-C, or leaving, that waits minutes for a model that nobody wants any more."""
+    with EngineClient.load(ModelOptions(tmp_path / "loaded"), factory=hosted.ONCE) as client:
+        with pytest.raises(EngineCrashError):
+            list(client.submit(Request("r", "exit 1")))
+        first = client.pid
+        results: queue.SimpleQueue[object] = queue.SimpleQueue()
+
+        def start() -> None:
+            try:
+                client.start(Request("again", "x"), results.put)
+            except (EngineError, InterruptedRunError) as error:
+                results.put(error)
+
+        starting = threading.Thread(target=start)
+        starting.start()
+        while not client._given_up:
+            pass
+        client.cancel("again") if how == "cancel" else client.close()
+        starting.join()
+        error = results.get()
+        assert str(error) == {"cancel": "loading was interrupted", "close": "the engine is closed"}[how]
+        if how == "cancel":
+            assert client.pid == first  # the dead one: the next start tries again
 
 
 def test_refusals_arrive_as_what_they_are(client: EngineClient) -> None:

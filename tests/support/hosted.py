@@ -147,9 +147,14 @@ def broken(options: ModelOptions, listen: Listener, stop: threading.Event) -> Fa
 
 
 def loading_once(options: ModelOptions, listen: Listener, stop: threading.Event) -> FakeEngine:
-    """Loads where `options.path` is not there yet, and makes it; a second time it refuses."""
+    """Loads where `options.path` is not there yet, and makes it; a second time it refuses, or, without
+    `n_context`, loads for ever.
+    """
     try:
         options.path.touch(exist_ok=False)
     except FileExistsError:
+        if options.n_context is None:
+            listen(Note(str(os.getpid())))
+            _FOR_EVER.wait()
         raise OutOfMemoryError("no room any more") from None
     return Hosted()

@@ -35,7 +35,7 @@ from dsmoe_local.engine.types import (
 
 _GRACE = 1.0  # seconds that a child has to leave
 _PATIENCE = 5.0  # seconds that a killed one may take; after that it is left to the system
-_POLL = 0.05  # how late a set `stop` may be noticed
+_POLL = 0.05  # how late it may be noticed that a load is to stop
 
 _Answer: TypeAlias = "queue.SimpleQueue[wire.Plain | EngineError]"
 
@@ -90,20 +90,22 @@ class Child:
         factory: str,
         log: LogKeeper,
         listen: progress.Listener,
-        stop: threading.Event,
+        stopped: Callable[[], bool],
     ) -> Self:
-        """Start a process and load the model there. It is killed if `stop` is set or the wait interrupted."""
+        """Start a process and load the model there. It is killed once `stopped`, or if the wait is
+        interrupted.
+        """
         frame = wire.pack(("load", factory, wire.to_plain(options)))
         log.begin()
         child = cls(log, listen)
         child._outbox.put(frame)
         try:
             child._reader.start()
-            while not child._loaded.wait(_POLL) and not stop.is_set():
+            while not child._loaded.wait(_POLL) and not stopped():
                 pass
             if child._load_failure is not None:
                 raise child._load_failure
-            if stop.is_set():
+            if stopped():
                 raise InterruptedRunError("loading was interrupted")
         except BaseException:
             child.kill()

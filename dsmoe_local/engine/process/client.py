@@ -49,6 +49,8 @@ class EngineClient:
         # Held while a child is started, so that of several callers one does it.
         self._starting = threading.Lock()
         self._child: Child | None = None
+        # Of those who start a request: set if it is cancelled before it is anybody's.
+        self._given_up: dict[str, threading.Event] = {}
 
     @classmethod
     def load(
@@ -67,7 +69,7 @@ class EngineClient:
         """
         client = cls(options, log_file, factory or NATIVE)
         try:
-            client._child = client._start_child(listen, stop or threading.Event())
+            client._child = client._start_child(listen, (stop or threading.Event()).is_set)
         except BaseException:
             client.close()
             raise
@@ -88,19 +90,29 @@ class EngineClient:
         return stream(self.start, request)
 
     def start(self, request: Request, deliver: Deliver) -> Ticket:
-        """Generate without waiting (see TextEngine), except for the model after a crash. What the engine
-        refuses is delivered, not raised.
+        """Generate without waiting (see TextEngine), except for the model after a crash; InterruptedRunError
+        if the request is cancelled meanwhile. What the engine refuses is delivered, not raised.
         """
-        return self._ask(lambda child: child.start(request, deliver))
+        given_up = self._given_up[request.id] = threading.Event()
+        try:
+            ticket = self._ask(lambda child: child.start(request, deliver), given_up)
+            if given_up.is_set():
+                ticket.cancel()
+            return ticket
+        finally:
+            self._given_up.pop(request.id, None)
 
     def cancel(self, request_id: str) -> None:
         """End a request, also while its prompt is read. Unknown ids are fine. Signal handlers may call it."""
+        given_up = self._given_up.get(request_id)
+        if given_up is not None:
+            given_up.set()
         if self._child is not None:
             self._child.cancel(request_id)
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """The exact token ids of `prompt`. Raises PromptError, TemplateError."""
-        return self._ask(lambda child: child.encode(prompt))
+        return self._ask(lambda child: child.encode(prompt), threading.Event())
 
     def observe(self, name: str) -> Observation:
         """What the observer of that name has seen. EngineError if none was loaded, EngineCrashError if it
@@ -134,30 +146,34 @@ class EngineClient:
             raise EngineError("the engine is closed")
         return self._child
 
-    def _ask(self, ask: Callable[[Child], T]) -> T:
+    def _ask(self, ask: Callable[[Child], T], given_up: threading.Event) -> T:
         """Ask a living child; once more if it died before it could be asked."""
         try:
-            return ask(self._living())
+            return ask(self._living(given_up))
         except AlreadyOverError:
             pass
         try:
-            return ask(self._living())
+            return ask(self._living(given_up))
         except AlreadyOverError as over:
             raise over.failure from None
 
-    def _living(self) -> Child:
+    def _living(self, given_up: threading.Event) -> Child:
         """The child; a new one with the model loaded if it died."""
         child = self._latest()
         if child.failure is None:
             return child
         with self._starting:
             child = self._latest()
-            if child.failure is not None:
-                try:
-                    child = self._child = self._start_child(progress.ignore, self._closing)
-                except InterruptedRunError as error:
-                    raise EngineError("the engine is closed") from error
-            return child
+            if child.failure is None:
+                return child
+            try:
+                self._child = self._start_child(
+                    progress.ignore, lambda: given_up.is_set() or self._closing.is_set()
+                )
+            except InterruptedRunError:
+                self._latest()
+                raise
+            return self._child
 
-    def _start_child(self, listen: progress.Listener, stop: threading.Event) -> Child:
-        return Child.load(self._options, self._factory, self._log, listen, stop)
+    def _start_child(self, listen: progress.Listener, stopped: Callable[[], bool]) -> Child:
+        return Child.load(self._options, self._factory, self._log, listen, stopped)
