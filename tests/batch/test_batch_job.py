@@ -20,7 +20,7 @@ from dsmoe_local.batch.job import BatchOptions, prepared
 from dsmoe_local.batch.journal import journal_path
 from dsmoe_local.batch.requests import BatchDefaults
 from dsmoe_local.batch.run import ErrorLimitError, run_batch
-from dsmoe_local.engine.errors import ModelLoadError, NativeError
+from dsmoe_local.engine.errors import EngineCrashError, EngineError, ModelLoadError, NativeError
 from dsmoe_local.engine.fake import FakeEngine
 from dsmoe_local.engine.types import Request, SamplingParameters
 
@@ -344,15 +344,16 @@ def test_a_crash_costs_only_its_culprit(tmp_path: Path) -> None:
     assert any(isinstance(note, Note) and "one at a time" in note.text for note in notes)
 
 
-def test_a_model_that_cannot_be_loaded_again(tmp_path: Path) -> None:
-    """Guards: every line blamed for a model that is gone."""
+@pytest.mark.parametrize("kind", [ModelLoadError, EngineCrashError])
+def test_a_model_that_cannot_be_loaded_again(tmp_path: Path, kind: type[EngineError]) -> None:
+    """Guards: every line blamed for a model that is gone, or that kills its process while it is loaded."""
 
     def reload() -> None:
-        raise ModelLoadError("the model is gone")
+        raise kind("the model is gone")
 
     options = batch(tmp_path, *({"prompt": text} for text in ("live", "kill", "live", "live")))
     engine = CrashingEngine(lambda prompt: prompt == "kill", patience=3, reload=reload)
-    with pytest.raises(ModelLoadError):
+    with pytest.raises(kind):
         run_batch(engine, replace(options, ordered=True))
     assert [record["id"] for record in records(options.out)] == ["line-1"]
     assert len(answer(FakeEngine(), options)) == 4

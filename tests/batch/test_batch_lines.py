@@ -256,13 +256,19 @@ def test_only_newlines_end_lines(tmp_path: Path) -> None:
 
 
 def test_overlong_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: one line eating the memory, or its tail read as lines of their own."""
+    """Guards: one line eating the memory, its tail read as lines of their own, the next one not found."""
     monkeypatch.setattr(lines, "MAX_LINE", 100)
     path = write_lines(tmp_path / "in.jsonl", [{"prompt": "a" * 250}, {"prompt": "b"}])
     long, short = requests(path)
     with pytest.raises(lines.LineError, match="longer"):
         long()
     assert (short().id, short().prompt) == ("line-2", "b")
+    source = Source(path, InputForm())
+    assert [source.read(span) for span, raw in source.spans()] == [
+        b'{"prompt": "' + b"a" * 89,
+        b'{"prompt": "b"}\n',
+    ]
+    source.close()
 
 
 def test_unreadable_input(tmp_path: Path) -> None:
