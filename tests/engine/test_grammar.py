@@ -95,10 +95,10 @@ def test_texts_belong_as_for_llama_cpp() -> None:
             root = compiled(grammar)
             texts = {"".join(rng.choices(ALPHABET, k=rng.randrange(7))) for _ in range(150)}
             for _ in range(25):
-                text = random_text(root, rng, patience=8)
-                if text is None or len(text) > 60:
+                raw = random_text(root, rng, patience=8)
+                if raw is None or len(raw) > 60:
                     continue
-                own = text.decode()
+                own = raw.decode()
                 texts |= {own, own[:-1], own + rng.choice(ALPHABET)}
                 cut = rng.randrange(len(own) + 1)
                 texts.add(own[:cut] + rng.choice(ALPHABET) + own[cut + 1 :])
@@ -186,6 +186,7 @@ def test_characters_and_their_bytes(ranges: list[tuple[int, int]], negated: bool
         ('root ::= "a" root', "rule root"),
         ("root ::= a\na ::= b\nb ::= a", "rule root"),
         ("root ::= [^\\x00-\\U0010FFFF]", "rule root"),
+        ('root ::= "a"' + "*" * 100_000, "line 1"),
         ("root ::= " + "(" * 6 + '"a"' + "){8}" * 6, "too large"),
         ("root ::= " + " | ".join(["[a-z]{9999}"] * 30), "too large"),
     ],
@@ -219,6 +220,7 @@ def _doubling(depth: int) -> str:
         ('root ::= "x" | r0\n' + "".join(f'r{i} ::= r{i + 1} "b"\n' for i in range(3000)) + 'r3000 ::= "a"',
          "a" + "b" * 3000, True),
         ("root ::= " + " | ".join(f'"{i}"' for i in range(5000)), "4999", True),
+        ("root ::= " + "(" * 99 + '"a"' + ' | "b")*' * 99, "ab" * 20, True),
         ('root ::= "a" more\nmore ::= "b" more | ""', "a" + "b" * 20_000, True),
     ],
     ids=lambda value: str(value)[:40],
@@ -226,6 +228,15 @@ def _doubling(depth: int) -> str:
 def test_hostile_grammars_end(grammar: str, text: str, wanted: bool) -> None:
     """Guards: left recursion, exponential ways to read a text, long chains: time, memory, Python's stack."""
     assert belongs(compiled(grammar), text) == wanted
+
+
+@pytest.mark.timeout(60)
+def test_long_repetitions_side_by_side_are_not_followed_for_ever() -> None:
+    """Guards: gigabytes of sets of states, one for each byte of a reply."""
+    root = compiled("root ::= [a-z]{0,9999} [a-z]{0,9999} [a-z]{0,9999}")
+    assert belongs(root, "a" * 100)
+    with pytest.raises(EngineError, match="too many states"):
+        belongs(root, "a" * 9000)
 
 
 @pytest.mark.timeout(60)

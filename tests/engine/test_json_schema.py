@@ -204,7 +204,7 @@ def test_times_are_times(name: str, read: Callable[[str], Any]) -> None:
 
 
 @given(_TREES, st.integers(0, 2**32))
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_texts_of_random_schemas_are_valid(schema: Any, seed: int) -> None:
     """Guards: combinations of keywords that are each right alone."""
     try:
@@ -222,7 +222,7 @@ def test_texts_of_random_schemas_are_valid(schema: Any, seed: int) -> None:
     st.booleans(),
     st.booleans(),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_integers_within_bounds_are_exactly_those(
     low: int, size: int, value: int, low_out: bool, high_out: bool
 ) -> None:
@@ -295,7 +295,7 @@ def test_patterns_are_those_of_re(pattern: str) -> None:
     root = compiled({"type": "string", "pattern": pattern})
     rng = random.Random(0)
     for _ in range(40):
-        text = random_text(root, rng, patience=20)
+        text = random_text(root, rng, patience=20, limit=200)
         if text is not None:
             assert re.search(pattern, json.loads(text))
     alphabet = [*'abcfoxrz019 .-@_+()"\\é^]x']
@@ -340,6 +340,8 @@ def test_patterns_that_are_refused(pattern: str) -> None:
         ({"type": "integer", "minimum": 4, "maximum": 3}, "no number"),
         ({"allOf": [{"type": "string"}, {"type": "null"}]}, "no text can satisfy"),
         ({"$ref": "#"}, None),
+        ({"oneOf": [{"$ref": "#"}, {"type": "null"}]}, "nested so deep"),
+        ({"oneOf": [{"const": i} for i in range(1000)]}, "so many"),
         (False, "no text can satisfy"),
         ({"properties": {"next": {"$ref": "#"}}, "required": ["next"]}, "no text can satisfy"),
         ([], "is an object"),
@@ -379,6 +381,7 @@ def test_deep_recursive_and_wide_schemas() -> None:
     assert belongs(root, json.dumps({"p7": 1, "p299": 2}))
     assert not belongs(root, json.dumps({"p299": 2, "p7": 1}))
     assert belongs(compiled(TREE), '{"value":1,"children":[' * 500 + '{"value":null}' + "]}" * 500)
+    assert belongs(compiled({"anyOf": [{"$ref": "#"}, {"type": "null"}]}), "null")
     both = {
         "$defs": {
             "a": {"properties": {"x": {"$ref": "#/$defs/a"}, "y": {"type": "integer"}}},

@@ -20,6 +20,7 @@ from dsmoe_local.engine.grammar.nodes import (
 
 MAX_NESTING = 100
 MAX_REPETITION = 10_000
+MAX_SIGNS = 2  # of repetition, one after another
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _NUMBER = re.compile(r"[0-9]{1,9}")
@@ -83,9 +84,13 @@ class _Parser:
         blank = _BLANK_LINES if depth else _BLANK
         while (item := self._item(depth)) is not None:
             self._skip(blank)
+            signs = 0
             while (times := self._repetition(blank)) is not None:
                 item = Repeat(item, *times)
                 self._skip(blank)
+                signs += 1
+                if signs > MAX_SIGNS:
+                    raise self._error("repetitions of repetitions of repetitions")
             items.append(item)
         return Sequence(tuple(items)) if items else NOTHING
 

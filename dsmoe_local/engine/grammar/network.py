@@ -13,11 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from dsmoe_local.base.errors import UsageError
+from dsmoe_local.engine.errors import EngineError
 from dsmoe_local.engine.grammar.nodes import Characters, Choice, Grammar, Node, Repeat, Rule, Sequence, Text
 from dsmoe_local.engine.grammar.utf8 import byte_ranges
 
-MAX_PARTS = 200_000
+MAX_PARTS = 100_000
 """States in all rules together, at some 300 bytes each."""
+MAX_STATES = 1_000_000
+"""In the deterministic states of a rule, states that they stand for: some 60 bytes each."""
 _INLINE_COPIES = 8  # what is repeated more often becomes a rule, so that each copy costs one state
 
 
@@ -31,19 +34,29 @@ class _Part:
 
 
 class State:
-    """A deterministic state of a rule. `calls`: the rules that may begin here, each with the state behind."""
+    """A deterministic state of a rule: `final` if the rule may end here, `ends_only` if it must."""
 
-    __slots__ = ("_bytes", "_first", "_rule", "_steps", "calls", "ends_only", "final", "has_bytes")
+    __slots__ = ("_bytes", "_calls", "_first", "_parts", "_rule", "_steps", "ends_only", "final", "has_bytes")
 
     def __init__(self, rule: CompiledRule, parts: frozenset[int]) -> None:
         self._rule = rule
+        self._parts = parts
         self._bytes = tuple(edge for part in sorted(parts) for edge in rule.parts[part].bytes)
         self._steps: dict[int, State | None] = {}
+        self._calls: tuple[tuple[CompiledRule, State], ...] | None = None
         self._first: npt.NDArray[np.bool_] | None = None
-        self.calls: tuple[tuple[CompiledRule, State], ...] = ()
-        self.final = rule.end in parts
         self.has_bytes = bool(self._bytes)
-        self.ends_only = False
+        self.final = rule.end in parts
+        self.ends_only = (
+            self.final and not self.has_bytes and not any(rule.parts[part].calls for part in parts)
+        )
+
+    @property
+    def calls(self) -> tuple[tuple[CompiledRule, State], ...]:
+        """The rules that may begin here, each with the state behind it."""
+        if self._calls is None:
+            self._calls = self._rule.calls(self._parts)
+        return self._calls
 
     def step(self, byte: int) -> State | None:
         """Where a byte leads within the rule."""
@@ -74,6 +87,7 @@ class CompiledRule:
         self.nullable = False
         self._rules: list[CompiledRule] = []
         self._states: dict[frozenset[int], State] = {}
+        self._size = 0
         self.start: State
 
     def link(self, rules: list[CompiledRule]) -> None:
@@ -82,27 +96,26 @@ class CompiledRule:
         self.start = self.state([0])
 
     def state(self, targets: Iterable[int]) -> State:
-        """The state for being at any of these parts."""
-        # A worklist, not recursion: rules may be long chains, and chains of rules longer.
-        new: list[tuple[State, frozenset[int]]] = []
-        first = self._state(targets, new)
-        while new:
-            state, parts = new.pop()
-            behind: dict[int, list[int]] = {}
-            for part in parts:
-                for index, target in self.parts[part].calls:
-                    behind.setdefault(index, []).append(target)
-            state.calls = tuple((self._rules[i], self._state(after, new)) for i, after in behind.items())
-            state.ends_only = state.final and not state._bytes and not state.calls
-        return first
-
-    def _state(self, targets: Iterable[int], new: list[tuple[State, frozenset[int]]]) -> State:
+        """The state for being at any of these parts. EngineError: there are too many of them."""
         parts = self._closed(targets)
         known = self._states.get(parts)
         if known is None:
+            self._size += len(parts)
+            if self._size > MAX_STATES:
+                raise EngineError(
+                    "the grammar needs too many states",
+                    remedy="do not put long repetitions of the same side by side",
+                )
             known = self._states[parts] = State(self, parts)
-            new.append((known, parts))
         return known
+
+    def calls(self, parts: frozenset[int]) -> tuple[tuple[CompiledRule, State], ...]:
+        """The rules that may begin at these parts, each with the state behind it."""
+        behind: dict[int, list[int]] = {}
+        for part in parts:
+            for index, target in self.parts[part].calls:
+                behind.setdefault(index, []).append(target)
+        return tuple((self._rules[index], self.state(targets)) for index, targets in behind.items())
 
     def _closed(self, targets: Iterable[int]) -> frozenset[int]:
         todo, seen = list(targets), set(targets)

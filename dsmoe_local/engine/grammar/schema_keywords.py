@@ -18,7 +18,8 @@ from dsmoe_local.base.text import safe_line
 Schema: TypeAlias = dict[str, Any]
 
 MAX_ALTERNATIVES = 1_000
-MAX_PARTS = 1_000  # of one conjunction, those within it included
+MAX_PARTS = 300  # of one conjunction, those within it included
+MAX_NESTING = 20  # of oneOf in oneOf
 NO_TYPE = "none"  # what is left of two types that exclude each other; an empty list would restrict nothing
 TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 
@@ -114,6 +115,7 @@ class Flattener:
 
     def __init__(self, document: Any) -> None:  # noqa: ANN401 - any JSON value
         self._document = document
+        self._depth = 0
 
     def flatten(self, schema: Any, where: str) -> Schema:  # noqa: ANN401 - any JSON value
         """The schema as one set of keywords. Raises UsageError: unknown keywords, wrong values, lost refs."""
@@ -193,7 +195,11 @@ class Flattener:
         if isinstance(discriminator, dict) and isinstance(discriminator.get("propertyName"), str):
             named = {"required": [discriminator["propertyName"]]}
             ways = [{"allOf": [way, named]} for way in ways]
+        if self._depth >= MAX_NESTING or len(ways) > MAX_PARTS:
+            raise refuse(where, "oneOf nested so deep, or of so many")
+        self._depth += 1
         flat = [self.flatten(way, f"{where}/oneOf/{i}") for i, way in enumerate(ways)]
+        self._depth -= 1
         for (i, some), (j, others) in itertools.combinations(enumerate(flat), 2):
             if not self._disjoint(some, others, where):
                 raise UsageError(

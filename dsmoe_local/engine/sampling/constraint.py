@@ -58,7 +58,7 @@ def constraint_of(model: native.Model, request: Request) -> Constraint | None:
 
 
 # A batch often has one grammar for all of its lines.
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=16)
 def _compiled(grammar: str | None, json_schema: str | None) -> CompiledRule:
     return compile_grammar(parse_json_schema(json_schema or "") if grammar is None else parse_gbnf(grammar))
 
