@@ -26,7 +26,7 @@ class Index:
     def __init__(self) -> None:
         self._numbers = array("Q")
         self._offsets = array("Q")
-        self._lengths = array("I")
+        self.lengths = array("I")
         self._ids = array("Q")
         self._contents = array("Q")
         self._sorted_ids = array("Q")
@@ -44,7 +44,7 @@ class Index:
         """Append a line."""
         self._numbers.append(span.number)
         self._offsets.append(span.offset)
-        self._lengths.append(span.length)
+        self.lengths.append(span.length)
         self._ids.append(key.id)
         self._contents.append(key.content)
         self.signatures.append(signature)
@@ -58,7 +58,7 @@ class Index:
 
     def span(self, position: int) -> Span:
         """Where a line lies."""
-        return Span(self._numbers[position], self._offsets[position], self._lengths[position])
+        return Span(self._numbers[position], self._offsets[position], self.lengths[position])
 
     def key(self, position: int) -> Key:
         """What a line is known by."""

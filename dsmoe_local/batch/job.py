@@ -15,12 +15,13 @@ from dsmoe_local.base.progress import Listener, Note, ignore
 from dsmoe_local.batch.index import Index, build_index
 from dsmoe_local.batch.journal import Output, journal_path
 from dsmoe_local.batch.lines import Key, Line, key_of
-from dsmoe_local.batch.order import work_order
+from dsmoe_local.batch.order import shared_bytes, work_order
 from dsmoe_local.batch.requests import BatchDefaults, request_of
 from dsmoe_local.batch.responses import FORMATS
 from dsmoe_local.batch.sources import InputForm, Source
 from dsmoe_local.batch.spool import spool, spool_path
 from dsmoe_local.batch.summary import BatchSummary
+from dsmoe_local.batch.workload import BYTES_A_TOKEN
 from dsmoe_local.engine.types import Request
 
 STDIN = Path("-")
@@ -79,6 +80,12 @@ class Job:
             key = self.index.key(position)
             request = replace(request, sampling=replace(sampling, seed=(key.id ^ key.content) % _SEEDS))
         return request
+
+    @property
+    def n_shared_tokens(self) -> int:
+        """Prompt tokens, about, that the line before in the order of work begins with too."""
+        index = self.index
+        return shared_bytes(self.order, index.signatures, index.lengths) // BYTES_A_TOKEN
 
     def finish(self) -> None:
         """Every record is there: remove what is needed no longer."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from dsmoe_local.batch.workload import UNSET_TOKENS, prompt_bytes
 from dsmoe_local.engine.types import Message, Prompt, Request
@@ -28,6 +28,17 @@ def prefix_signature(prompt: Prompt) -> int:
         signature = signature << _BITS | int.from_bytes(digest.digest(), "little")
         begin = end
     return signature
+
+
+def shared_bytes(order: Iterable[int], signatures: Sequence[int], lengths: Sequence[int]) -> int:
+    """How much of the prompts, about, is a beginning of the one before: at most 4 KiB of each is seen."""
+    shared = 0
+    for before, after in pairwise(order):
+        differing = (signatures[before] ^ signatures[after]).bit_length()
+        n_common = len(_PREFIX_BYTES) - -(-differing // _BITS)
+        if n_common:
+            shared += min(_PREFIX_BYTES[n_common - 1], lengths[before], lengths[after])
+    return shared
 
 
 def cost_of(request: Request) -> int:

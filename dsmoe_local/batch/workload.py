@@ -6,7 +6,8 @@ from dsmoe_local.engine.types import Message, Prompt, Request
 
 UNSET_TOKENS = 512
 """A guess at replies whose length nobody limits."""
-_BYTES_A_TOKEN = 4
+BYTES_A_TOKEN = 4
+"""A guess at text of any language."""
 
 
 class WorkloadMeter:
@@ -40,7 +41,7 @@ class WorkloadMeter:
 
 def expected_tokens(request: Request) -> int:
     """About what a reply takes, with its prompt."""
-    return prompt_bytes(request.prompt) // _BYTES_A_TOKEN + (request.max_tokens or UNSET_TOKENS)
+    return prompt_bytes(request.prompt) // BYTES_A_TOKEN + (request.max_tokens or UNSET_TOKENS)
 
 
 def prompt_bytes(prompt: Prompt) -> int:
@@ -48,6 +49,6 @@ def prompt_bytes(prompt: Prompt) -> int:
     if isinstance(prompt, str):
         return len(prompt.encode())
     return sum(
-        len(f"{item.role}\n{item.content}\n".encode()) if isinstance(item, Message) else _BYTES_A_TOKEN
+        len(f"{item.role}\n{item.content}\n".encode()) if isinstance(item, Message) else BYTES_A_TOKEN
         for item in prompt
     )

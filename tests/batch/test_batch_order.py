@@ -8,7 +8,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsmoe_local.batch.order import cost_of, prefix_signature, work_order
+from dsmoe_local.batch.order import cost_of, prefix_signature, shared_bytes, work_order
 from dsmoe_local.engine.types import Message, Prompt, Request
 
 
@@ -52,6 +52,19 @@ def test_long_jobs_come_early() -> None:
     together: list[Prompt] = ["s" * 70 + "a", "other", "s" * 70 + "b", "third"]
     assert order(together, [5, 100, 400, 50]) == [2, 0, 1, 3]
     assert order(together, [5, 100, 400, 50], ordered=True) == [0, 1, 2, 3]
+
+
+def test_what_prompts_share() -> None:
+    """Guards: a cache without room for sharing where all begin alike; levels counted from the wrong end."""
+    prompts: list[Prompt] = ["s" * 2000 + str(number) for number in range(5)]
+    prompts += ["s" * 100 + "other", "unrelated " * 300]
+    signatures = [prefix_signature(prompt) for prompt in prompts]
+    lengths = [len(prompt) for prompt in prompts]
+    assert shared_bytes(range(5), signatures, lengths) == 4 * 1024
+    assert shared_bytes([4, 5], signatures, lengths) == 64
+    assert shared_bytes([5, 6], signatures, lengths) == 0
+    assert shared_bytes([0, 0], signatures, lengths) == 2001
+    assert shared_bytes([], signatures, lengths) == 0
 
 
 _PROMPTS = st.one_of(
