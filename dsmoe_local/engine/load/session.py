@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import ExitStack
 from dataclasses import replace
 
 from dsmoe_local.base import progress
@@ -14,6 +15,7 @@ from dsmoe_local.engine.load.machine import available_memory, physical_cores
 from dsmoe_local.engine.load.memory import BufferOptions, buffer_bytes
 from dsmoe_local.engine.load.prefetch import page_experts
 from dsmoe_local.engine.observe.dispatcher import Dispatcher
+from dsmoe_local.engine.observe.registry import check_observers, read_logits
 from dsmoe_local.engine.prompts.encoder import PromptEncoder
 from dsmoe_local.engine.prompts.template import ChatTemplate, choose_template
 from dsmoe_local.engine.schedule.plan import Limits
@@ -36,16 +38,16 @@ def load_session(options: ModelOptions, listen: progress.Listener, stop: threadi
     hp = replace(hp, n_experts_per_token=_n_experts(options, hp))
     template = _template(options, file, hp)
     unified = _unified(options)
-    threads = options.n_threads or physical_cores()
-    wanted = _context_options(options, options.n_context or hp.n_context, unified, threads)
+    wanted = _context_options(options, options.n_context or hp.n_context, unified)
     fit = fit_model(options, file, hp, _buffer_options(wanted), wanted)
     for note in fit.notes:
         listen(progress.Note(note))
     n_context = _context_of_one(options.n_parallel, unified, fit.n_context, hp.n_context)
     if n_context > hp.n_context:
         listen(progress.Note(f"the model was trained for {hp.n_context} tokens of context, not {n_context}"))
-    model = _load_model(options, file, hp, fit, listen, stop)
-    try:
+    with ExitStack() as made:
+        model = _load_model(options, file, hp, fit, listen, stop)
+        made.callback(model.close)
         chosen = None
         if template is not None:
             text, source = template
@@ -55,17 +57,39 @@ def load_session(options: ModelOptions, listen: progress.Listener, stop: threadi
             budget = available_memory() - buffer_bytes(hp, _buffer_options(wanted), fit.n_context)
             own = [page_experts(file, hp, fit.placement, budget, listen, stop)]
         observers = Dispatcher(options.observers, model, hp, own=own)
-        try:
-            context = native.Context(
-                model, _context_options(options, fit.n_context, unified, threads, observers)
-            )
-        except BaseException:
-            observers.close()
-            raise
-    except BaseException:
-        model.close()
-        raise
-    info = ModelInfo(
+        made.callback(observers.close)
+        context = native.Context(
+            model, _context_options(options, fit.n_context, unified, observers.eval_callback)
+        )
+        made.pop_all()  # the session's to close, from here on
+    return Session(
+        _info(options, hp, model, fit, n_context, unified, chosen),
+        model,
+        context,
+        PromptEncoder(model, chosen, n_context),
+        observers,
+        Limits(
+            n_slots=options.n_parallel,
+            n_cells=fit.n_context if unified else n_context,
+            n_context=n_context,
+            n_step_tokens=context.n_ubatch,
+            unified=unified,
+            deterministic=options.deterministic,
+            n_ids=native.MAX_SEQUENCES,
+        ),
+    )
+
+
+def _info(
+    options: ModelOptions,
+    hp: Hyperparameters,
+    model: native.Model,
+    fit: Fit,
+    n_context: int,
+    unified: bool,
+    template: ChatTemplate | None,
+) -> ModelInfo:
+    return ModelInfo(
         path=options.path,
         name=safe_line(hp.name, 60) or safe_line(options.path.stem, 60),
         architecture=hp.architecture,
@@ -76,23 +100,13 @@ def load_session(options: ModelOptions, listen: progress.Listener, stop: threadi
         n_bytes=model.n_bytes,
         n_routed_experts=hp.n_routed_experts,
         n_experts_per_token=hp.n_experts_per_token,
-        n_threads=threads,
-        template=chosen.source if chosen else None,
+        n_threads=options.n_threads or physical_cores(),
+        template=template.source if template else None,
         n_parallel=options.n_parallel,
         unified=unified,
         deterministic=options.deterministic,
         placement=fit.placement.describe(),
     )
-    limits = Limits(
-        n_slots=options.n_parallel,
-        n_cells=fit.n_context if unified else n_context,
-        n_context=n_context,
-        n_step_tokens=context.n_ubatch,
-        unified=unified,
-        deterministic=options.deterministic,
-        n_ids=native.MAX_SEQUENCES,
-    )
-    return Session(info, model, context, PromptEncoder(model, chosen, n_context), observers, limits)
 
 
 def _unified(options: ModelOptions) -> bool:
@@ -109,16 +123,13 @@ def _context_of_one(n_parallel: int, unified: bool, n_context: int, n_trained: i
 
 
 def _context_options(
-    options: ModelOptions,
-    n_context: int,
-    unified: bool,
-    threads: int,
-    observers: Dispatcher | None = None,
+    options: ModelOptions, n_context: int, unified: bool, eval_callback: object = None
 ) -> native.ContextOptions:
     # A step holds a token of every sequence, and one more of a prompt.
     n_batch = max(min(options.n_batch, n_context), options.n_parallel + 1)
     n_ubatch = min(options.n_ubatch, n_batch)
-    scores = observers is not None and observers.reads_logits
+    threads = options.n_threads or physical_cores()
+    scores = read_logits(options.observers)
     return native.ContextOptions(
         n_context=n_context,
         n_batch=n_batch,
@@ -132,7 +143,7 @@ def _context_options(
         unified=unified,
         offload_cache=options.offload_cache,
         n_outputs=max(n_ubatch, options.n_parallel) if scores else options.n_parallel,
-        eval_callback=None if observers is None else observers.eval_callback,
+        eval_callback=eval_callback,
     )
 
 
@@ -150,6 +161,7 @@ def _buffer_options(context: native.ContextOptions) -> BufferOptions:
 
 def _check(options: ModelOptions) -> None:
     """The options that need no model to be wrong."""
+    check_observers(options.observers)
     native.check_modes(options.cache_type_k, options.cache_type_v, options.flash_attention)
     for flag, value, least, most in (
         ("-c", options.n_context, _SMALLEST_REQUEST, _MOST_TOKENS),

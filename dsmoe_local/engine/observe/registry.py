@@ -20,9 +20,9 @@ from dsmoe_local.model.hyperparameters import Hyperparameters
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """How to make one observer, which takes its parameters by keyword, and their types."""
+    """One observer, made of a model, its hyper-parameters, and parameters of these types by keyword."""
 
-    make: Callable[..., Observer]
+    kind: type[Observer]
     parameters: Mapping[str, type] = field(default_factory=dict)
     required: tuple[str, ...] = ()
 
@@ -74,4 +74,10 @@ def make_observer(option: ObserverOptions, model: Model, hp: Hyperparameters) ->
     """The observer of options that were checked, for a loaded model. Raises UsageError, FileError,
     FormatError.
     """
-    return OBSERVERS[option.name].make(model, hp, **dict(option.parameters))
+    make: Callable[..., Observer] = OBSERVERS[option.name].kind
+    return make(model, hp, **dict(option.parameters))
+
+
+def read_logits(options: Sequence[ObserverOptions]) -> bool:
+    """Whether any of the observers wants the logits of scored prompt tokens."""
+    return any(OBSERVERS[option.name].kind.reads_logits for option in options)
