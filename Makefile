@@ -26,7 +26,7 @@ types: $(STAMP)
 layers: $(STAMP)
 	@$(BIN)/lint-imports
 
-soak: $(STAMP)  ## a thousand random kills of the converter and the quantizer
+soak: $(STAMP)  ## a thousand random kills of whatever writes files
 	@$(BIN)/pytest -m soak --timeout 0 tests
 
 clean:          ## remove the virtual environment and tool caches (not the demo's models)
