@@ -52,6 +52,7 @@ class _Outbox:
         self._channel = channel
         self._lock = threading.Lock()
         self._events: list[wire.Plain] = []
+        self._unsendable: dict[int, wire.Plain] = {}
         self.by_step = False
 
     def send(self, *message: wire.Plain) -> None:
@@ -70,9 +71,31 @@ class _Outbox:
     def flush(self) -> None:
         """Send the events so far as one frame."""
         with self._lock:
-            if self._events:
-                events, self._events = self._events, []
-                self._write(_pack_events(events))
+            events, self._events = self._events, []
+            if not events:
+                return
+            if self._unsendable:
+                events = self._sendable(events)
+            try:
+                frame = wire.pack(("events", events))
+            except EngineError:
+                frame = wire.pack(("events", self._sendable(events)))
+            self._write(frame)
+
+    def _sendable(self, events: list[wire.Plain]) -> list[wire.Plain]:
+        """Without the events that cannot be sent (a number is NaN): their requests end with that error."""
+        sendable: list[wire.Plain] = []
+        for event in events:
+            number = event[0]
+            if len(event) == wire.END_LENGTH:
+                sendable.append((number, self._unsendable.pop(number, event[1])))
+                continue
+            try:
+                wire.pack(event)
+                sendable.append(event)
+            except EngineError as error:
+                self._unsendable[number] = wire.error_to_plain(error)
+        return sendable
 
     def _write(self, frame: bytes) -> None:
         try:
@@ -80,22 +103,6 @@ class _Outbox:
         except OSError:
             # The client is gone: nobody is left to work for.
             os._exit(1)
-
-
-def _pack_events(events: list[wire.Plain]) -> bytes:
-    """One frame; an event that cannot be sent (its numbers are none) becomes its request's error."""
-    try:
-        return wire.pack(("events", events))
-    except EngineError:
-        return wire.pack(("events", [_sendable(event) for event in events]))
-
-
-def _sendable(event: wire.Plain) -> wire.Plain:
-    try:
-        wire.pack(event)
-    except EngineError as error:
-        return (event[0], wire.error_to_plain(error))
-    return event
 
 
 class _Host:
