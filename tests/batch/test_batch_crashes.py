@@ -12,9 +12,8 @@ from support import hosted
 from support.batches import answer, batch, by_id
 from support.models import tiny_model
 
-from dsmoe_local.base.progress import Event
 from dsmoe_local.engine.process.client import EngineClient
-from dsmoe_local.engine.types import ModelOptions
+from dsmoe_local.engine.types import Deliver, ModelOptions, Request, Ticket
 
 
 @pytest.mark.parametrize(
@@ -34,7 +33,7 @@ def test_the_culprit_alone_is_blamed(tmp_path: Path, deed: str, told: str) -> No
     assert found["11"]["text"] == "p11"
 
 
-def test_an_engine_killed_from_outside(tmp_path: Path) -> None:
+def test_an_engine_killed_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a line blamed for the out-of-memory killer's choice; texts that differ after it."""
     lines = [{"id": str(n), "prompt": f"The quick {n}", "max_tokens": 12} for n in range(30)]
     folders = [tmp_path / name for name in ("whole", "killed")]
@@ -44,16 +43,21 @@ def test_an_engine_killed_from_outside(tmp_path: Path) -> None:
     with EngineClient.load(options) as engine:
         whole = by_id(answer(engine, batch(folders[0], *lines)))
         first = engine.pid
-        n_records = 0
+        n_started = 0
+        start = engine.start
 
-        def listen(event: Event) -> None:
-            nonlocal n_records
-            before, n_records = n_records, n_records + getattr(event, "amount", 0)
-            if before < 5 <= n_records:
+        def kill_at_eighth(request: Request, deliver: Deliver) -> Ticket:
+            nonlocal n_started
+            ticket = start(request, deliver)
+            n_started += 1
+            if n_started == 8:
                 os.kill(first, signal.SIGKILL)
+            return ticket
 
-        killed = by_id(answer(engine, batch(folders[1], *lines), listen))
+        monkeypatch.setattr(engine, "start", kill_at_eighth)
+        killed = by_id(answer(engine, batch(folders[1], *lines)))
         assert engine.pid != first
+        assert n_started > len(lines)
     assert {name: record["text"] for name, record in killed.items()} == {
         name: record["text"] for name, record in whole.items()
     }
