@@ -15,7 +15,7 @@ import numpy as np
 from dsmoe_local.base import progress
 from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.base.sizes import format_size
-from dsmoe_local.engine.load.mapped_file import Range, whole_pages
+from dsmoe_local.engine.load.mapped_file import PAGE, Range, whole_pages
 from dsmoe_local.engine.load.placement import Placement
 from dsmoe_local.engine.load.resident import Resident, host_tensors, layer_of, paging_note, plan_resident
 from dsmoe_local.engine.native import Row, tensors
@@ -42,15 +42,19 @@ def page_experts(
     mine = host_tensors(file.tensors.values(), hp, placement)
     resident = Resident(file.path, plan_resident(mine.always, budget), listen, stop)
     room = max(0, budget - resident.n_bytes)
-    notes = [f"{format_size(resident.n_bytes)} that every token reads stay in memory: {resident.mode}"]
+    listen(
+        progress.Note(
+            f"{format_size(resident.n_bytes)} that every token reads stay in memory: {resident.mode}"
+        )
+    )
     experts = mine.experts
     try:
         tensors.check_layout()
     except DsmoeError as error:
-        notes.append(f"experts are not read ahead: {error.what}")
+        listen(progress.Note(f"experts are not read ahead: {error.what}"))
         experts = ()
-    notes.append(paging_note(file.path, mine, hp, resident.n_bytes, room))
-    for note in filter(None, notes):
+    note = paging_note(file.path, mine, hp, resident.n_bytes, room)
+    if note:
         listen(progress.Note(note))
     return Prefetch(experts, hp.n_routed_experts, resident, room)
 
@@ -71,7 +75,9 @@ class Prefetch(Observer):
         for tensor in experts:
             layers.setdefault(layer_of(tensor), []).append(tensor)
         self.nodes = {
-            f"ffn_moe_weights-{layer}".encode(): partial(self._fetch, sorted(of_layer, key=_place_in_order))
+            f"ffn_moe_weights-{layer}".encode(): partial(
+                self._fetch_chosen, sorted(of_layer, key=_place_in_order)
+            )
             for layer, of_layer in layers.items()
         }
         self.reads_graph = bool(self.nodes)
@@ -85,18 +91,20 @@ class Prefetch(Observer):
         """See Observer."""
         self._resident.close()
 
-    def _fetch(self, experts: Sequence[TensorInfo], weights: int) -> None:
+    def _fetch_chosen(self, experts: Sequence[TensorInfo], weights: int) -> None:
         # The first node that reads which experts were chosen: to be looked at, its sources are kept.
         chosen = self._reader.view(tensors.source_of(weights, 1))
-        runs = _runs(np.unique(chosen).tolist())
+        self.fetch(experts, np.unique(chosen).tolist())
+
+    def fetch(self, tensors_of_layer: Sequence[TensorInfo], chosen: Sequence[int]) -> None:
+        """Begin to read the `chosen` experts, ascending, in one layer's tensors."""
         room = self._room
-        for tensor in experts:
+        for tensor in tensors_of_layer:
             size = tensor.n_bytes // self._n_experts
-            for first, last in runs:
-                pages = whole_pages(tensor.offset + first * size, tensor.offset + last * size)
+            for first, last in _runs(chosen):
+                start, end = whole_pages(tensor.offset + first * size, tensor.offset + last * size)
+                pages = Range(start, min(end, start + room // PAGE * PAGE))
                 room -= pages.size
-                if room < 0:
-                    return
                 self._resident.file.fetch(pages)
 
 
