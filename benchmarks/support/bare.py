@@ -181,19 +181,25 @@ class HighLevel:
         silence()
 
     def decode_rate(self, prompt: Sequence[int], n_new: int) -> float:
-        """Tokens a second from the first piece on."""
+        """Tokens a second from the first token on. The pieces cannot tell: half a character yields none."""
         self._llama.reset()
-        stream = self._llama.create_completion(list(prompt), max_tokens=n_new, temperature=0.0, stream=True)
-        next(stream)
-        # What it evaluated, not the pieces: half a character yields none.
-        before = self._llama.n_tokens
-        started = time.perf_counter()
-        for _ in stream:
-            pass
-        seconds = time.perf_counter() - started
-        if self._llama.n_tokens == before:
+        evaluate, steps = self._llama.eval, list[float]()
+
+        def timed(tokens: Sequence[int]) -> None:
+            evaluate(tokens)
+            steps.append(time.perf_counter())
+
+        self._llama.eval = timed
+        try:
+            for _ in self._llama.create_completion(
+                list(prompt), max_tokens=n_new, temperature=0.0, stream=True
+            ):
+                pass
+        finally:
+            self._llama.eval = evaluate
+        if len(steps) < 2:
             raise SystemExit("llama_cpp.Llama ended its reply at once")
-        return float((self._llama.n_tokens - before) / seconds)
+        return (len(steps) - 1) / (steps[-1] - steps[0])
 
     def close(self) -> None:
         """Free everything."""
