@@ -260,6 +260,16 @@ def test_integers_within_bounds_are_exactly_those(
         ),
         ({"type": "number", "maximum": 2}, ["2", "1.75", "-3.5"], ["2.01", "3", "1e5"]),
         ({"type": "object", "properties": {"a": {}}}, ["{}", '{"a":[]}'], ['{"b":1}', '{"a":1,"a":2}']),
+        (
+            {"properties": {"a": {"type": "integer"}, "ab": {}}, "additionalProperties": {"type": "string"}},
+            ['{"a":1,"b":"x"}', '{"abc":"x", "":"y", "A":"z"}', '{"ab":1}'],
+            ['{"a":"x"}', '{"b":"x","a":"y"}', '{"b":"x","ab":"y"}', '{"\\u0061":"x"}', '{"b":1}'],
+        ),
+        (
+            {"properties": {"a": {}}, "additionalProperties": True, "maxProperties": 3, "required": ["a"]},
+            ['{"a":1}', '{"a":1,"b":2}', '{"a":1,"b":2,"c":3}'],
+            ["{}", '{"a":1,"b":2,"c":3,"d":4}'],
+        ),
         ({"type": "string", "pattern": "a|^b$"}, ['"xay"', '"b"'], ['"xb"', '""']),
         ({"enum": ["a", 1]}, ['"a"', "1"], ["2", '"b"', "1.0"]),
     ],
