@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Callable
 from datetime import datetime, time
+from pathlib import Path
 from typing import Any, Literal
 
 import jsonschema
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from support.grammar_texts import belongs, random_text
 
 from dsmoe_local.base.errors import UsageError
+from dsmoe_local.engine.grammar import json_schema, schema_keywords
 from dsmoe_local.engine.grammar.json_schema import parse_json_schema
 from dsmoe_local.engine.grammar.network import CompiledRule, compile_grammar
 
@@ -446,3 +448,11 @@ def test_models_of_pydantic() -> None:
     assert len(texts) > 10
     for text in texts:
         Owner.model_validate_json(text)
+
+
+def test_every_keyword_is_documented() -> None:
+    """Guards: a keyword or format that is supported, or a new one, of which nobody is told."""
+    text = (Path(__file__).parents[2] / "docs" / "sampling.md").read_text()
+    assert [
+        name for name in (*schema_keywords.KEYWORDS, *json_schema.FORMATS) if f"`{name}`" not in text
+    ] == []

@@ -30,7 +30,7 @@ _DATE = f"(19|20)[0-9]{{2}}-((0[13578]|1[02])-({_DAYS}|31)|(0[469]|11)-{_DAYS}|0
 _LABEL = "[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?"
 _HOST = rf"({_LABEL}\.){{1,5}}[a-z]{{2,12}}"
 _BYTE = "(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9][0-9]|[0-9])"
-_FORMATS = {
+FORMATS = {
     "date": _DATE,
     "time": _CLOCK,
     "date-time": f"{_DATE}T{_CLOCK}",
@@ -132,9 +132,9 @@ class _Converter:
         if len(forms) + bounded > 1:
             raise refuse(where, f"{' with '.join(forms)}{' with a length' if bounded else ''}")
         if "format" in schema:
-            if schema["format"] not in _FORMATS:
+            if schema["format"] not in FORMATS:
                 raise refuse(where, f"format {schema['format']}")
-            return values.string_of(pattern_content(f"^({_FORMATS[schema['format']]})$"))
+            return values.string_of(pattern_content(f"^({FORMATS[schema['format']]})$"))
         if "pattern" in schema:
             try:
                 return values.string_of(pattern_content(schema["pattern"]))

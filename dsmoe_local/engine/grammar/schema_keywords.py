@@ -65,7 +65,7 @@ def _is_text(value: Any) -> bool:  # noqa: ANN401 - any JSON value
     return isinstance(value, str)
 
 
-_KEYWORDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+KEYWORDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "$ref": (_is_text, "a text"),
     "allOf": (_is_schemas, "a list of schemas"),
     "anyOf": (_is_schemas, "a list of schemas"),
@@ -148,9 +148,9 @@ class Flattener:
         for key, value in schema.items():
             if key in _ANNOTATIONS:
                 continue
-            if key not in _KEYWORDS:
+            if key not in KEYWORDS:
                 raise refuse(where, f"keyword {key}")
-            check, takes = _KEYWORDS[key]
+            check, takes = KEYWORDS[key]
             if not check(value):
                 raise UsageError(
                     f"the JSON schema is malformed: {key} takes {takes}", where=safe_line(where, 200)
