@@ -1,6 +1,6 @@
 """What observers cost a decode step: steps with and without them in turn, on one model. Table, then JSON.
 
-    python benchmarks/observers.py MODEL.gguf [--steps 64] [--sequences 1,16] [--only routing,activations] [--threads N]
+    python benchmarks/observers.py MODEL.gguf [--steps 64] [--sequences 1,16] [--only routing] [--threads 1]
 
 Each observer gets a context of its own beside a plain one; the two decode the same tokens alternately, so
 that whatever else the machine does strikes both. With --threads 1 the processor's time is measured instead of
@@ -86,8 +86,8 @@ def compare(
             rows = [native.Row(sequence, PROMPT + step, [token], 1) for sequence, token in enumerate(tokens)]
             for side in sides if step % 2 else sides[::-1]:
                 side.step(rows, counted=step >= 4)
-        # One step in eight is observed in detail, which a median would miss.
         plain = statistics.median(sides[0].seconds)
+        # Their mean: one step in eight is observed in detail, which a median would miss.
         differences = np.subtract(sides[1].seconds, sides[0].seconds)
         low, high = np.quantile(differences, (0.05, 0.95))
         return plain, plain + float(differences[(differences >= low) & (differences <= high)].mean())
