@@ -136,6 +136,14 @@ def test_child_that_exits_tells_its_status_and_its_last_lines() -> None:
         assert len(str(caught.value).splitlines()) <= 3
 
 
+def test_thread_of_the_child_that_fails() -> None:
+    """Guards: a bug that ends the engine's thread, and requests that then wait for ever."""
+    with load() as client:
+        with pytest.raises(EngineCrashError, match="exit status 1") as caught:
+            list(client.submit(Request("r", "thread")))
+        assert caught.value.where == "its log ends: KeyError: 'a bug'"
+
+
 def test_who_waits_for_an_answer_hears_of_the_crash() -> None:
     """Guards: `encode` waiting for ever for a child that is gone."""
     with load(hosted.HALTING) as client:

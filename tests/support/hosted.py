@@ -29,7 +29,8 @@ ONCE = "support.hosted:loading_once"
 
 
 class Hosted(FakeEngine):
-    """Does what the last line of a prompt says: `signal SIGSEGV`, `exit 3`, `nan`, `print TEXT`; else echoes.
+    """Does what a prompt's last line says: `signal SIGSEGV`, `exit 3`, `thread`, `nan`, `print TEXT`; else it
+    echoes.
 
     Its one observer, `modules`, tells what this process has imported.
     """
@@ -51,6 +52,10 @@ def _obey(prompt: str) -> str:
     verb, _, argument = prompt.rsplit("\n", 1)[-1].removeprefix("user: ").partition(" ")
     if verb == "signal":
         os.kill(os.getpid(), signal.Signals[argument])
+        _FOR_EVER.wait()
+    if verb == "thread":
+        nothing: dict[str, int] = {}
+        threading.Thread(target=lambda: nothing["a bug"]).start()
         _FOR_EVER.wait()
     if verb == "exit":
         os._exit(int(argument))

@@ -252,6 +252,13 @@ def _leave() -> NoReturn:
     os._exit(0)
 
 
+def _fail(error: BaseException | None) -> NoReturn:
+    """End the process of a thread's failure: without that thread, requests would wait for ever."""
+    traceback.print_exception(error)
+    sys.stderr.flush()
+    os._exit(1)
+
+
 def main() -> NoReturn:
     """Serve the socket whose descriptor is the first argument; the second is the parent's process id."""
     descriptor, parent = map(int, sys.argv[1:])
@@ -260,7 +267,11 @@ def main() -> NoReturn:
     _die_with(parent)
     # A dump of gigabytes of weights would hold up the news of a crash.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    _Host(socket.socket(fileno=descriptor)).serve()
+    threading.excepthook = lambda failed: _fail(failed.exc_value)
+    try:
+        _Host(socket.socket(fileno=descriptor)).serve()
+    except BaseException as error:  # noqa: BLE001 - told by the log and the exit status
+        _fail(error)
     _leave()
 
 
