@@ -138,11 +138,11 @@ def _complete(options: ModelOptions, n_parallel: int, job: Job) -> ModelOptions:
     """`n_parallel` 0: as many as suit the work that is left."""
     from dsmoe_local.engine.load.parallel import Workload, choose_parallel
 
-    if n_parallel:
-        return replace(options, n_parallel=n_parallel, deterministic=job.options.deterministic)
     n_left = len(job.order)
     meter = job.index.workload
-    return choose_parallel(options, Workload(n_left, meter.n_longest, meter.n_total(n_left)))
+    n_total = max(n_left, meter.n_total(n_left) - job.n_shared_tokens)
+    options = replace(options, deterministic=job.options.deterministic)
+    return choose_parallel(options, Workload(n_left, meter.n_longest, n_total), n_parallel or None)
 
 
 def _options(source: Path, model: Path, n_deterministic: int | None, values: dict[str, Any]) -> BatchOptions:

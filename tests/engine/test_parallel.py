@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
+from support.models import tiny_model
 
-from dsmoe_local.engine.load.parallel import Workload, arrange
+from dsmoe_local.engine.load.parallel import (
+    DETERMINISTIC_PARALLEL,
+    Workload,
+    arrange,
+    choose_parallel,
+)
+from dsmoe_local.engine.types import ModelOptions
 
 
 @given(
@@ -21,7 +28,7 @@ def test_every_request_that_the_model_can_hold_fits(
 ) -> None:
     """Guards: a prompt refused as too long because streams, or the pool, were made too small."""
     chosen = arrange(
-        Workload(n_requests, longest, n_requests * mean), wanted=wanted, room=room, n_trained=trained
+        Workload(n_requests, longest, n_requests * mean), least=1, most=wanted, room=room, n_trained=trained
     )
     assert 1 <= chosen.n_parallel <= wanted
     assert chosen.n_context <= room
@@ -31,14 +38,30 @@ def test_every_request_that_the_model_can_hold_fits(
 
 def test_short_requests_get_streams_and_rare_long_ones_a_pool() -> None:
     """Guards: the slower cache where the faster one fits; a few sequences where many would fit a pool."""
-    short = arrange(Workload(100, 300, 100 * 200), wanted=16, room=32_768, n_trained=4096)
+    short = arrange(Workload(100, 300, 100 * 200), least=1, most=16, room=32_768, n_trained=4096)
     assert (short.n_parallel, short.unified) == (16, False)
-    mixed = arrange(Workload(100, 4000, 100 * 300), wanted=16, room=16_384, n_trained=4096)
+    mixed = arrange(Workload(100, 4000, 100 * 300), least=1, most=16, room=16_384, n_trained=4096)
     assert (mixed.n_parallel, mixed.unified) == (16, True)
     assert mixed.n_context >= 4096
 
 
 def test_little_room_means_few_at_once() -> None:
     """Guards: sixteen sequences that preempt each other all the time."""
-    tight = arrange(Workload(100, 4000, 100 * 3000), wanted=16, room=8192, n_trained=4096)
+    tight = arrange(Workload(100, 4000, 100 * 3000), least=1, most=16, room=8192, n_trained=4096)
     assert tight.n_parallel == 2
+
+
+def test_a_person_s_number_is_kept() -> None:
+    """Guards: --parallel 16 that becomes fewer; a pool where sixteen streams fit."""
+    asked = arrange(Workload(3, 300, 600), least=16, most=16, room=32_768, n_trained=4096)
+    assert (asked.n_parallel, asked.unified) == (16, False)
+    tight = arrange(Workload(3, 4000, 9000), least=16, most=16, room=8192, n_trained=4096)
+    assert (tight.n_parallel, tight.unified) == (16, True)
+
+
+def test_the_deterministic_width_does_not_follow_the_work() -> None:
+    """Guards: a resumed run with fewer lines left that computes other bits."""
+    options = ModelOptions(tiny_model(), deterministic=True)
+    first, resumed = (choose_parallel(options, Workload(count, 100, 90 * count)) for count in (1000, 1))
+    assert first == resumed
+    assert (first.n_parallel, first.unified) == (DETERMINISTIC_PARALLEL, False)

@@ -24,7 +24,7 @@ _OVERHEAD = 64  # tokens that a template may put around a request's texts
 @dataclass(frozen=True, slots=True)
 class Workload:
     """What is to be answered: `n_requests`, the longest taking at most `n_longest` tokens with its reply, all
-    together about `n_total`. None: as long as the context allows.
+    together about `n_total`, what several begin with counted once. None: as long as the context allows.
     """
 
     n_requests: int
@@ -41,33 +41,43 @@ class Parallel:
     n_context: int
 
 
-def choose_parallel(options: ModelOptions, workload: Workload) -> ModelOptions:
+def choose_parallel(options: ModelOptions, workload: Workload, n_parallel: int | None = None) -> ModelOptions:
     """`options` with n_parallel, unified and n_context chosen for this machine; what they state is kept.
 
-    Reads the model's header: raises what `Engine.load` would of it.
+    `n_parallel`: a person's own choice. Reads the model's header: raises what `Engine.load` would of it.
     """
-    if options.deterministic:
-        # The width is part of what a reply depends on: it must not follow what is left to do, or the memory.
-        return replace(options, n_parallel=DETERMINISTIC_PARALLEL)
     file, hp = read_model(options.path)
     room = _room(options, hp, weights=sum(tensor.n_bytes for tensor in file.tensors.values()))
-    wanted = min(MOST_PARALLEL, max(1, workload.n_requests))
-    chosen = arrange(workload, wanted=wanted, room=room, n_trained=hp.n_context)
+    if options.deterministic:
+        # The width is part of what a reply depends on: it must not follow what is left to do, or the memory.
+        width = n_parallel or DETERMINISTIC_PARALLEL
+        cells = min(_stream(workload, hp.n_context), max(_STEP, room // width // _STEP * _STEP))
+        return replace(options, n_parallel=width, unified=False, n_context=width * cells)
+    if n_parallel is not None:
+        chosen = arrange(workload, least=n_parallel, most=n_parallel, room=room, n_trained=hp.n_context)
+    else:
+        most = min(MOST_PARALLEL, max(1, workload.n_requests))
+        chosen = arrange(workload, least=1, most=most, room=room, n_trained=hp.n_context)
     return replace(options, n_parallel=chosen.n_parallel, unified=chosen.unified, n_context=chosen.n_context)
 
 
-def arrange(workload: Workload, *, wanted: int, room: int, n_trained: int) -> Parallel:
-    """Choose between streams and a pool for `room` tokens of cache and at most `wanted` sequences. Pure."""
-    longest = min(n_trained, (workload.n_longest or n_trained) + _OVERHEAD)
-    stream = -(-longest // _STEP) * _STEP
-    n_streams = min(wanted, room // stream)
+def arrange(workload: Workload, *, least: int, most: int, room: int, n_trained: int) -> Parallel:
+    """Choose between streams and a pool for `room` tokens of cache and `least` to `most` sequences. Pure."""
+    stream = _stream(workload, n_trained)
+    n_streams = min(most, room // stream)
     mean = max(1, -(-workload.n_total // max(1, workload.n_requests)))
-    n_pooled = max(1, min(wanted, room // mean))
-    if n_streams * 4 >= n_pooled * 3:
+    n_pooled = max(least, min(most, room // mean))
+    if n_streams >= least and n_streams * 4 >= n_pooled * 3:
         return Parallel(n_streams, n_streams == 1, n_streams * stream)
     # What all need together, twice over for those that are longer than most; never less than one needs.
     cells = max(stream, min(room, 2 * n_pooled * mean))
     return Parallel(n_pooled, True, min(room, -(-cells // _STEP) * _STEP))
+
+
+def _stream(workload: Workload, n_trained: int) -> int:
+    """The cells that the longest request needs."""
+    longest = min(n_trained, (workload.n_longest or n_trained) + _OVERHEAD)
+    return -(-longest // _STEP) * _STEP
 
 
 def _room(options: ModelOptions, hp: Hyperparameters, *, weights: int) -> int:
