@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,11 @@ import torch
 from support import torch_deepseek
 from support.checkpoints import TINY, random_weights, write_checkpoint
 from support.observed import Observed, observed, stacked_squares, torch_inputs
+from support.tiny_gguf import DENSE, write_tiny
 
 from dsmoe_convert.convert import convert_folder
-from dsmoe_local.engine.native import ABORTED, Row, tensors
+from dsmoe_local.base.errors import UsageError
+from dsmoe_local.engine.native import ABORTED, Model, Row, tensors
 from dsmoe_local.engine.observe.arrays import unpack
 from dsmoe_local.engine.observe.observer import Observer
 from dsmoe_local.engine.observe.registry import OBSERVERS, Entry
@@ -213,11 +215,12 @@ class Counting(Observer):
     """Counts the tokens of some nodes."""
 
     reads_graph = True
+    names: tuple[bytes, ...] = (b"ffn_moe_weights-1",)
 
-    def __init__(self, names: tuple[bytes, ...]) -> None:
+    def __init__(self, model: Model, hp: Hyperparameters) -> None:
         super().__init__()
-        self.seen = dict.fromkeys(names, 0)
-        self.nodes = {name: partial(self.count, name) for name in names}
+        self.seen = dict.fromkeys(self.names, 0)
+        self.nodes = {name: partial(self.count, name) for name in self.names}
 
     def count(self, name: bytes, tensor: int) -> None:
         self.seen[name] += tensors.size_of(tensor, 2)
@@ -226,11 +229,14 @@ class Counting(Observer):
         return {name.decode(): count for name, count in self.seen.items()}
 
 
+class CountingBoth(Counting):
+    names = (b"ffn_moe_weights-1", b"ffn_moe_weights-2")
+
+
 def test_observers_of_one_node_both_see_it(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: an observer that takes a node away from another."""
-    first, second = b"ffn_moe_weights-1", b"ffn_moe_weights-2"
-    for name, nodes in (("one", (first,)), ("both", (first, second))):
-        monkeypatch.setitem(OBSERVERS, name, Entry(lambda model, hp, nodes=nodes: Counting(nodes)))
+    monkeypatch.setitem(OBSERVERS, "one", Entry(Counting))
+    monkeypatch.setitem(OBSERVERS, "both", Entry(CountingBoth))
     with observed(tiny, ObserverOptions("one"), ObserverOptions("both"), ObserverOptions("routing")) as model:
         read_all(model)
         found = [model.summary(name) for name in ("one", "both")]
@@ -256,22 +262,52 @@ def test_an_aborted_step_is_not_counted(tiny: Path) -> None:
         assert model.summary("routing")["layers"][0]["tokens"] == len(IDS)
 
 
+class Failing(Counting):
+    """Fails at its node in every second step."""
+
+    steps = 0
+
+    def before_step(self, rows: Sequence[Row]) -> None:
+        self.steps += 1
+
+    def count(self, name: bytes, tensor: int) -> None:
+        if self.steps % 2 == 0:
+            raise ValueError(name.decode())
+
+
 def test_a_failing_observer_fails_the_step(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: an exception that ctypes prints and forgets, and a graph that stops in the middle."""
-    with observed(tiny, ObserverOptions("routing")) as model:
-        expected = model.step(Row(0, 0, IDS, 1))
-        model.context.forget(0, 0)
-
-        def fail(layer: int, tensor: int) -> None:
-            raise ValueError(f"layer {layer}")
-
-        model.dispatcher._observers["routing"]._plain = {b"ffn_moe_weights-1": lambda tensor: fail(1, tensor)}  # type: ignore[attr-defined]
-        rows = [Row(0, 0, IDS, 1)]
+    monkeypatch.setitem(OBSERVERS, "failing", Entry(Failing))
+    with observed(tiny, ObserverOptions("failing")) as model:
+        other, rows = [Row(1, 0, IDS[::-1], 1)], [Row(0, 0, IDS, 1)]
+        expected = model.step(*rows)
+        model.dispatcher.before_step(other)
+        model.context.decode(other)
+        with pytest.raises(ValueError, match="ffn_moe_weights-1"):
+            model.dispatcher.after_step(other, model.context.logits())
+        assert not np.array_equal(model.context.logits(), expected)
+        model.context.forget(1, 0)
+        model.step(*other)
         model.dispatcher.before_step(rows)
-        assert model.context.decode(rows) == 0
+        model.context.forget(0, 0)
+        model.context.decode(rows)
         np.testing.assert_array_equal(model.context.logits(), expected)
-        with pytest.raises(ValueError, match="layer 1"):
+        with pytest.raises(ValueError, match="ffn_moe_weights-1"):
             model.dispatcher.after_step(rows, model.context.logits())
+
+
+def test_dense_models_have_activations_but_no_routing(tmp_path: Path) -> None:
+    """Guards: matrices of the llama architecture that nobody watches; routers where there are none."""
+    path = write_tiny(tmp_path / "dense.gguf", DENSE)
+    with observed(path, ObserverOptions("activations")) as model:
+        model.step(Row(0, 0, IDS[:9], 9))
+        inputs = model.summary("activations")["inputs"]
+    assert all(unpack(entry["counts"]).tolist() == [9] for entry in inputs)
+    assert all((unpack(entry["sums"]) > 0).all() for entry in inputs)
+    named = {name for entry in inputs for name in entry["weights"]}
+    assert named == {spec.name for spec in tensor_specs(DENSE) if len(spec.shape) > 1}
+    with pytest.raises(UsageError, match="dense"), observed(path, ObserverOptions("routing")):
+        pass
 
 
 def test_observing_changes_no_logits(tiny: Path) -> None:
