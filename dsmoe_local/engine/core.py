@@ -25,11 +25,10 @@ _FILLER = 0  # any token will do: its logits are never looked at
 
 @dataclass(frozen=True, slots=True)
 class _Placed:
-    """A row of a step: its place among the batch's rows, and those of its last token and its last output."""
+    """A row of a step, its place in the batch, and that of its last output among the outputs."""
 
     row: plan.StepRow
     row_index: int
-    batch_index: int
     output_index: int
 
 
@@ -162,7 +161,7 @@ class Core:
         """The rows and fillers as a batch. Streams are computed together only in the order of their slots."""
         placed: list[_Placed] = []
         rows: list[native.Row] = []
-        n_tokens = n_outputs = 0
+        n_outputs = 0
         parts: list[plan.StepRow | plan.Filler] = [*step.rows, *step.fillers]
         if not self.scheduler.limits.unified:
             parts.sort(key=lambda part: part.slot if isinstance(part, plan.Filler) else part.sequence.slot)
@@ -172,11 +171,10 @@ class Core:
             else:
                 tokens = part.sequence.tokens[part.start : part.start + part.n_tokens]
                 row = native.Row(part.sequence.slot, part.start, tokens, part.n_outputs)
-            n_tokens += len(row.token_ids)
             n_outputs += row.n_outputs
             rows.append(row)
             if isinstance(part, plan.StepRow):
-                placed.append(_Placed(part, len(rows) - 1, n_tokens - 1, n_outputs - 1))
+                placed.append(_Placed(part, len(rows) - 1, n_outputs - 1))
         return placed, rows
 
     def _begin(self, placed: Sequence[_Placed]) -> bool:
@@ -215,7 +213,7 @@ class Core:
                 reply.progress(sequence.n_cached, len(sequence.tokens))
                 continue
             try:
-                choice = reply.choose(place.batch_index, logits[place.output_index])
+                choice = reply.choose(logits[place.output_index])
                 reason = reply.take(choice)
             except Exception as error:  # noqa: BLE001 - delivered to the request that caused it
                 self._fail(reply.job, error)

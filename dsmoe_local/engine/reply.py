@@ -85,11 +85,11 @@ class Reply:
             can_shift=request.context_shift,
         )
 
-    def choose(self, batch_index: int, logits: Logits) -> Choice:
-        """The next token, from the logits of the step's token `batch_index`."""
+    def choose(self, logits: Logits) -> Choice:
+        """The next token, from the newest one's row of logits."""
         if self._prompt_read is None:
             self._prompt_read = self.job.seconds
-        return self._chooser.choose(batch_index, logits)
+        return self._chooser.choose(logits)
 
     def take(self, choice: Choice) -> FinishReason | None:
         """Tell the reader of a chosen token; returns why the reply ends with it, if it does."""

@@ -126,7 +126,7 @@ def test_choices_equal_those_of_llama_cpp(
     theirs = Theirs(model, grammar, sampling)
     text = b""
     for row in rows:
-        chosen = ours.choose(0, row).token_id
+        chosen = ours.choose(row).token_id
         assert chosen == theirs.choose(row), text
         if model.ends(chosen):
             break
@@ -152,7 +152,7 @@ def test_replies_of_noise_keep_the_grammar(
         for _ in range(100):
             row = rng.normal(0, 3, model.n_vocab).astype(np.float32)
             row[controls] += 15
-            chosen = chooser.choose(0, row).token_id
+            chosen = chooser.choose(row).token_id
             if model.ends(chosen):
                 break
             assert chosen not in controls
@@ -166,9 +166,9 @@ def test_what_no_token_can_write(model: native.Model, context: native.Context) -
     """Guards: one of the forbidden tokens taken where none is permitted."""
     chooser = chooser_of(model, context, sampling=GREEDY, grammar='root ::= "a\\x16"')
     row = np.zeros(model.n_vocab, np.float32)
-    chooser.choose(0, row)
+    chooser.choose(row)
     with pytest.raises(EngineError, match="none of the model's tokens"):
-        chooser.choose(0, row)
+        chooser.choose(row)
 
 
 def test_a_ban_yields_to_the_grammar(model: native.Model, context: native.Context) -> None:
@@ -178,8 +178,8 @@ def test_a_ban_yields_to_the_grammar(model: native.Model, context: native.Contex
     chooser = chooser_of(model, context, grammar='root ::= "yes"', logit_bias=tuple(pieces), sampling=GREEDY)
     row = np.zeros(model.n_vocab, np.float32)
     row[yes] = 1
-    assert chooser.choose(0, row).token_id == yes
-    assert model.ends(chooser.choose(0, row).token_id)
+    assert chooser.choose(row).token_id == yes
+    assert model.ends(chooser.choose(row).token_id)
 
 
 @pytest.mark.timeout(120)
@@ -193,7 +193,7 @@ def test_hostile_grammars_take_no_hold_of_the_engine(model: native.Model, contex
 
     def choose_on() -> None:
         for _ in range(1000):
-            chooser.choose(0, row)
+            chooser.choose(row)
 
     with pytest.raises(EngineError, match="too many ways"):
         choose_on()

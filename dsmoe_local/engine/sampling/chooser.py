@@ -63,10 +63,9 @@ class Chooser:
             self._candidates = _rooms.setdefault(context, Candidates())
             self._sampler = native.Sampler(model.n_vocab, sampling, seed or 0)
 
-    def choose(self, batch_index: int, logits: Logits) -> Choice:
+    def choose(self, logits: Logits) -> Choice:
         """The next token, by its row of logits, which is only read. The choice is final: it is remembered.
 
-        `batch_index`, the token's place in the step's batch, is not needed: all that counts is in the row.
         Raises NativeError for logits that are no numbers, EngineError where no token is permitted.
         """
         best = int(logits.argmax())
