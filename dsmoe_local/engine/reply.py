@@ -116,7 +116,9 @@ class Reply:
         return None
 
     def progress(self, done: int, total: int) -> None:
-        """Tell the reader that the prompt is partly read."""
+        """Tell the reader that the prompt is partly read; nothing if it is read again after a preemption."""
+        if self._prompt_read is not None:
+            return
         self.job.deliver(
             TokenEvent(
                 self.job.request.id,

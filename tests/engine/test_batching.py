@@ -221,6 +221,8 @@ def test_more_requests_than_room_all_end() -> None:
     for events in replies.values():
         assert isinstance(events, list)
         assert events[-1].finish_reason in (FinishReason.CONTEXT_FULL, FinishReason.STOP)
+        progress = [event.progress is not None for event in events]
+        assert True not in progress[progress.index(False) :], "a prompt is read again for the reader to see"
         usage = events[-1].usage
         assert usage is not None
         assert usage.prompt_tokens + usage.completion_tokens <= n_context
