@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.errors import EngineError
 from dsmoe_local.engine.fake import FakeEngine
 from dsmoe_local.engine.observe.arrays import unpack
+from dsmoe_local.engine.observe.registry import OBSERVERS
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions, ObserverOptions, Request, SamplingParameters, TextEngine
 
@@ -95,3 +97,30 @@ def test_the_fake_observes_what_it_is_told() -> None:
     assert engine.observe("routing") == {"layers": []}
     with pytest.raises(EngineError, match="no observer 'logprobs' was loaded"):
         engine.observe("logprobs")
+
+
+def keys_of(value: Any) -> set[str]:
+    """All keys of a summary, but those of packed arrays and of tables that numbers or names index."""
+    if isinstance(value, list):
+        return set().union(*map(keys_of, value))
+    if not isinstance(value, dict) or "base64" in value:
+        return set()
+    return {key for key in value if key.isidentifier()} | set().union(*map(keys_of, value.values()))
+
+
+def test_documentation_names_every_observer_and_field(tmp_path: Path) -> None:
+    """Guards: an observer, a parameter or a field of a summary that nobody can know of."""
+    text = (Path(__file__).parents[2] / "docs" / "observers.md").read_text()
+    path = ("path", str(tmp_path / "reference"))
+    with Engine.load(options(ObserverOptions("reference", (path,)))) as engine:
+        score(engine, 0)
+        fields = keys_of(engine.observe("reference"))
+    parameters: dict[str, tuple[Any, ...]] = {"divergence": (path,), "routing": (("trace", 8),)}
+    others = [ObserverOptions(name, parameters.get(name, ())) for name in OBSERVERS if name != "reference"]
+    with Engine.load(options(*others)) as engine:
+        score(engine, 0)
+        for other in others:
+            fields |= keys_of(engine.observe(other.name))
+    assert {"kl_upper", "captured_mass", "positions", "counts", "perplexity", "tail_mass"} <= fields
+    names = fields | set(OBSERVERS) | {name for entry in OBSERVERS.values() for name in entry.parameters}
+    assert {name for name in names if f"`{name}`" not in text} == set()
