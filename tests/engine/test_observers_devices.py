@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from support.models import tiny_model
 from support.observed import graph_summaries, graph_summaries_on
 from support.rpc_device import rpc_worker
 
+from dsmoe_local.engine.native import tensors
 from dsmoe_local.engine.observe.arrays import unpack
 
 IDS = [0, *range(20, 58), 5, 5, 300]
@@ -43,3 +45,11 @@ def test_device_memory_is_fetched(endpoint: str, placement: dict[str, Any]) -> N
         np.testing.assert_array_equal(unpack(one["counts"]), unpack(other["counts"]))
         sums = unpack(other["sums"])
         np.testing.assert_allclose(unpack(one["sums"]), sums, rtol=5e-3, atol=1e-3 * sums.max())
+
+
+@pytest.mark.parametrize("name", [b"blk.3.ffn_up_exps.weight", b"CUDA0#blk.3.ffn_up_exps.weight#0"])
+def test_copied_weights_keep_their_names(name: bytes) -> None:
+    """Guards: weights not found where the scheduler copies them to a device, as no loopback worker asks."""
+    tensor = ctypes.create_string_buffer(336)
+    ctypes.memmove(ctypes.addressof(tensor) + 256, name, len(name))
+    assert tensors.weight_name_of(ctypes.addressof(tensor)) == b"blk.3.ffn_up_exps.weight"
