@@ -248,8 +248,19 @@ class Engine:
             while self._take_tasks(core):
                 core.step()
                 self._tell()
+        except BaseException as error:
+            self._break_down(error)
+            raise
         finally:
             session.close()
+
+    def _break_down(self, error: BaseException) -> None:
+        """A fault of our own: nobody may wait for this thread any more."""
+        with self._lock:
+            self._closed = True
+            jobs, self._jobs = list(self._jobs.values()), {}
+        for job in jobs:
+            job.deliver(error)
 
     def _take_tasks(self, core: Core) -> bool:
         """Do what came in; waits only where there is nothing to compute. False at the end."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from collections.abc import Sequence as Several
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from support.models import smollm2, tiny_model
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.engine.engine import Engine
-from dsmoe_local.engine.errors import NativeError, PromptError
+from dsmoe_local.engine.errors import EngineError, NativeError, PromptError
+from dsmoe_local.engine.schedule import scheduler
+from dsmoe_local.engine.schedule.plan import Sequence
 from dsmoe_local.engine.types import (
     Deliver,
     FinishReason,
@@ -35,12 +38,12 @@ def unified() -> Iterator[Engine]:
         engine.check()
 
 
-def requests(prompts: Sequence[str], count: int = 20, **more: Any) -> list[Request]:
+def requests(prompts: Several[str], count: int = 20, **more: Any) -> list[Request]:
     values: dict[str, Any] = {"sampling": GREEDY, "max_tokens": count, "logprobs": True, **more}
     return [Request(str(number), prompt, **values) for number, prompt in enumerate(prompts)]
 
 
-def run(engine: Engine, wanted: Sequence[Request]) -> dict[str, list[TokenEvent] | BaseException]:
+def run(engine: Engine, wanted: Several[Request]) -> dict[str, list[TokenEvent] | BaseException]:
     """The events of each request, all of them in flight at once; an error instead."""
     arrived: queue.SimpleQueue[tuple[str, TokenEvent | BaseException | None]] = queue.SimpleQueue()
 
@@ -209,8 +212,19 @@ def test_a_native_failure_ends_only_its_step(unified: Engine, monkeypatch: pytes
     assert ids(reply) == llama_oracle.greedy(tiny_model(), unified.encode("dog"), 5)
 
 
-def test_more_requests_than_room_all_end() -> None:
-    """Guards: replies of unstated length that block or starve each other."""
+def test_more_requests_than_room_all_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: replies of unstated length that block or starve each other; a preempted one that is lost, or
+    whose prompt is read again for all to see.
+    """
+    monkeypatch.setattr(scheduler, "GROWTH", 32)
+    preempted = []
+    preempt = scheduler.Scheduler._preempt
+
+    def record(self: scheduler.Scheduler, sequence: Sequence) -> None:
+        preempted.append(sequence)
+        preempt(self, sequence)
+
+    monkeypatch.setattr(scheduler.Scheduler, "_preempt", record)
     options = ModelOptions(tiny_model(), n_context=512, n_parallel=4, n_threads=2)
     wanted = requests([f"{number} dog" for number in range(8)], 1)
     wanted = [Request(request.id, request.prompt, GREEDY) for request in wanted]
@@ -218,6 +232,7 @@ def test_more_requests_than_room_all_end() -> None:
         replies = run(engine, wanted)
         engine.check()
         n_context = engine.info.n_context
+    assert preempted
     for events in replies.values():
         assert isinstance(events, list)
         assert events[-1].finish_reason in (FinishReason.CONTEXT_FULL, FinishReason.STOP)
@@ -259,3 +274,23 @@ def test_deterministic_needs_two_and_no_shared_cells() -> None:
         Engine.load(ModelOptions(tiny_model(), n_parallel=1, deterministic=True))
     with pytest.raises(UsageError, match="of its own"):
         Engine.load(ModelOptions(tiny_model(), n_parallel=2, deterministic=True, unified=True))
+
+
+def test_a_fault_of_our_own_ends_all_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: callers that wait for ever for an engine whose thread is gone."""
+    reported = []
+    monkeypatch.setattr(threading, "excepthook", reported.append)
+    with Engine.load(ModelOptions(tiny_model(), n_threads=1)) as engine:
+        core = engine._core
+        assert core is not None
+
+        def fail() -> None:
+            raise ZeroDivisionError("made to fail")
+
+        monkeypatch.setattr(core.scheduler, "plan", fail)
+        [reply] = run(engine, requests(["dog"], 5)).values()
+        assert isinstance(reply, ZeroDivisionError)
+        with pytest.raises(EngineError, match="closed"):
+            engine.submit(Request("after", "x"))
+        engine._thread.join()
+    assert len(reported) == 1
