@@ -278,7 +278,7 @@ def test_deterministic_needs_two_and_no_shared_cells() -> None:
 
 def test_a_fault_of_our_own_ends_all_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: callers that wait for ever for an engine whose thread is gone."""
-    reported = []
+    reported: list[threading.ExceptHookArgs] = []
     monkeypatch.setattr(threading, "excepthook", reported.append)
     with Engine.load(ModelOptions(tiny_model(), n_threads=1)) as engine:
         core = engine._core
