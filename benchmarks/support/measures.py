@@ -242,7 +242,7 @@ def same_slots(bench: Bench, name: str) -> list[Row]:
             )
             for flag in ("-no-kvu", "-kvu")
         }
-        figures, failed = _serve(bench, work, ours, servers)
+        figures, failed = _serve(bench, work, ours, servers, sizes.n_clients)
     fastest = max(servers, key=lambda server: sorted(figures[server])[len(figures[server]) // 2])
     return [
         compare(
@@ -271,17 +271,18 @@ def own_defaults(bench: Bench, name: str) -> list[Row]:
         Ours(options, bench.vocabulary.ends, bench.kind) as ours,
         serving(bench.llama_cpp, bench.path, []) as server,
     ):
-        figures, failed = _serve(bench, work, ours, {server_name: server})
+        figures, failed = _serve(
+            bench, work, ours, {server_name: server}, max(bench.sizes.n_clients, 2 * options.n_parallel)
+        )
     mode = _UNIFIED[bool(options.unified)]
     note = f"auto: {options.n_parallel} at once, {mode}{_failures(failed[server_name])}"
     return [compare(f"{title}, auto", figures, bench.kind, server_name, bar=_BAR_OF_DEFAULTS, note=note)]
 
 
 def _serve(
-    bench: Bench, work: Workload, ours: Ours, servers: dict[str, Server]
+    bench: Bench, work: Workload, ours: Ours, servers: dict[str, Server], n_clients: int
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Everybody's throughput, and how many requests each server failed."""
-    n_clients = bench.sizes.n_clients
     prompts = [bench.corpus.prompts(work, seed) for seed in range(bench.sizes.rounds + 1)]
     # A whole warm-up would take as long as a round that counts.
     prompts[WARM_UP] = prompts[WARM_UP][:2]
