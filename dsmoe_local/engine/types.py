@@ -109,8 +109,8 @@ class Request:
     the likeliest beside it. `logit_bias` adds to the logits of token ids before anything else; -100 bans
     one. `grammar` is GBNF, `json_schema` the text of a JSON schema; at most one of them constrains the reply.
     `context_shift`: when the context is full, the older half of the conversation makes room, instead of the
-    end. `score_from`: the prompt's tokens from this index on are shown to the observers with their logits
-    (a model loaded with an observer that reads logits).
+    end. `score_from`: the logits of the prompt's tokens from this index on are shown to the observers, so the
+    tokens behind it are scored (a model loaded with an observer that reads logits; n = 1).
     """
 
     id: str
@@ -135,6 +135,8 @@ class Request:
                 f"top_logprobs = {self.top_logprobs} is out of range",
                 remedy=f"it takes 0 to {MAX_TOP_LOGPROBS}",
             )
+        if self.score_from is not None and (self.n > 1 or self.score_from < 0):
+            raise UsageError("score_from takes an index from 0, and n = 1")
         if self.grammar is not None and self.json_schema is not None:
             raise UsageError("grammar and json_schema are given", remedy="use one of them")
         if any(not -1000 <= bias <= 1000 for _, bias in self.logit_bias):
