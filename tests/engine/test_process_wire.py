@@ -55,7 +55,14 @@ SAMPLING = st.builds(
     mirostat=st.sampled_from([0, 1, 2]),
     seed=st.none() | st.integers(0, 2**32 - 2),
 )
-CONSTRAINTS = st.sampled_from([{}, {"grammar": 'root ::= "\u2028"'}, {"json_schema": '{"type": "number"}'}])
+CONSTRAINTS = st.sampled_from(
+    [
+        {"n": 64},
+        {"score_from": 2**40},
+        {"grammar": 'root ::= "\u2028"'},
+        {"json_schema": '{"type": "number"}'},
+    ]
+)
 REQUESTS = st.builds(
     lambda constraint, **values: Request(**values, **constraint),
     CONSTRAINTS,
@@ -64,12 +71,10 @@ REQUESTS = st.builds(
     sampling=SAMPLING,
     max_tokens=st.none() | st.integers(1, 2**31),
     stop=st.lists(ANY_TEXT.filter(bool), max_size=3).map(tuple),
-    n=st.integers(1, 64),
     logprobs=st.booleans(),
     top_logprobs=st.integers(0, 20),
     logit_bias=st.lists(st.tuples(st.integers(0, 10**6), st.floats(-1000, 1000)), max_size=3).map(tuple),
     context_shift=st.booleans(),
-    score_from=st.none() | COUNTS,
 )
 EVENTS = st.builds(
     TokenEvent,
