@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -32,6 +33,8 @@ from dsmoe_local.engine.load.resident import Resident, host_tensors, paging_note
 from dsmoe_local.engine.native import tensors
 from dsmoe_local.engine.types import ModelOptions, ObserverOptions, Request, SamplingParameters
 from dsmoe_local.model.gguf_model import read_model
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is in memory")
 
 PAGE = mmap.PAGESIZE
 AMPLE = 1 << 40
