@@ -233,11 +233,20 @@ def test_a_displaced_conversation_is_parked_and_found_again() -> None:
     stage = Play(Limits(n_slots=1, n_cells=1024, n_context=512, n_step_tokens=512))
     first = stage.add(list(range(100)), 10)
     stage.finish_all()
-    stage.add(list(range(300, 400)), 10)
+    other = stage.add(list(range(300, 400)), 10)
     stage.finish_all()
-    again = stage.add([*first.sequence.tokens, 900, 901], 10)
+    for _ in range(3):
+        again = stage.add([*first.sequence.tokens, 900, 901], 10)
+        stage.finish_all()
+        assert again.sequence.n_reused == len(first.sequence.tokens)
+        other = stage.add([*other.sequence.tokens, 902, 903], 10)
+        stage.finish_all()
+        assert other.sequence.n_reused == len(other.sequence.tokens) - 9 - 2
+        first = again
+    # The third is one too many: attention looks at what is parked, too.
+    stage.add(list(range(700, 800)), 10)
     stage.finish_all()
-    assert again.sequence.n_reused == len(first.sequence.tokens)
+    assert len(stage.scheduler.cells.sequences) == 2
 
 
 def test_promised_lengths_are_kept_while_growing_ones_give_way() -> None:
