@@ -212,8 +212,8 @@ class Serving:
 
 
 SERVING = {
-    "prefix400": Serving(Workload("prompts sharing a 400-token prefix", 64, 64, 400), True, Bar(1.15)),
-    "prefix1600": Serving(Workload("prompts sharing a 1,600-token prefix", 64, 16, 1600), True, Bar(2.0)),
+    "prefix400": Serving(Workload("prompts sharing a 400-token prefix", 64, 64, 400), False, Bar(1.15)),
+    "prefix1600": Serving(Workload("prompts sharing a 1,600-token prefix", 64, 16, 1600), False, Bar(2.0)),
     "unrelated": Serving(Workload("unrelated prompts", 64, 64, 0), False, Bar(1.0)),
 }
 
