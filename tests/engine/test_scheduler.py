@@ -228,25 +228,22 @@ def test_a_turn_continues_where_the_last_one_ended() -> None:
     assert second.sequence.n_reused == len(first.sequence.tokens)
 
 
-def test_a_displaced_conversation_is_parked_and_found_again() -> None:
-    """Guards: two conversations on one slot throwing each other's cache away."""
+def test_a_shared_beginning_is_parked_and_a_conversation_is_not() -> None:
+    """Guards: a system text read again after every other prompt; old chats that slow attention down."""
     stage = Play(Limits(n_slots=1, n_cells=1024, n_context=512, n_step_tokens=512))
-    first = stage.add(list(range(100)), 10)
-    stage.finish_all()
-    other = stage.add(list(range(300, 400)), 10)
-    stage.finish_all()
-    for _ in range(3):
-        again = stage.add([*first.sequence.tokens, 900, 901], 10)
+    system = list(range(100))
+    for number in range(2):
+        stage.add([*system, 500 + number, 501], 10)
         stage.finish_all()
-        assert again.sequence.n_reused == len(first.sequence.tokens)
-        other = stage.add([*other.sequence.tokens, 902, 903], 10)
-        stage.finish_all()
-        assert other.sequence.n_reused == len(other.sequence.tokens) - 9 - 2
-        first = again
-    # The third is one too many: attention looks at what is parked, too.
-    stage.add(list(range(700, 800)), 10)
+    first = stage.add(list(range(300, 400)), 10)
     stage.finish_all()
-    assert len(stage.scheduler.cells.sequences) == 2
+    again = stage.add([*system, 502, 503], 10)
+    stage.finish_all()
+    assert again.sequence.n_reused == len(system)
+    second = stage.add([*first.sequence.tokens, 900, 901], 10)
+    stage.finish_all()
+    assert second.sequence.n_reused == 0
+    assert stage.scheduler.cells.n_cells == len(system) + len(second.sequence.tokens)
 
 
 def test_promised_lengths_are_kept_while_growing_ones_give_way() -> None:

@@ -57,7 +57,8 @@ class CellTree:
         if not token_ids:
             return
         tail = self._tails.get(sequence, self._root)
-        if tail is not self._root and len(tail.owners) == 1 and not tail.children and tail.exact == exact:
+        alike = tail.exact == exact and not tail.n_hits
+        if tail is not self._root and alike and len(tail.owners) == 1 and not tail.children:
             tail.tokens.extend(token_ids)
         else:
             tail = self._attach(Run(tail, list(token_ids), {sequence}, exact=exact))

@@ -254,6 +254,8 @@ class Scheduler:
             kept = self.cells.n_kept(busy, source, count)
             if kept + self._n_promised() + reserved - count > self.limits.n_cells:
                 return False
+        # One that goes on where another ended is its next turn, and no second use of its beginning.
+        diverges = any(self.cells.length(owner) > count for owner in owners)
         slot, count = self._take_slot(busy, count, owners)
         sequence.slot = slot
         sequence.n_cached = count
@@ -261,7 +263,7 @@ class Scheduler:
         if sequence.n_reused is None:
             sequence.n_reused = count
         self.running.append(sequence)
-        if count >= _WORTH_WAITING:
+        if count >= _WORTH_WAITING and diverges:
             self.cells.hit(slot, count)
         self._touch(slot)
         if self.limits.unified:
@@ -295,28 +297,20 @@ class Scheduler:
             self._park(slot, kept, owners)
             self._truncate(slot, kept)
         if kept < count:
-            source = min(owners)
-            self._copy(source, slot, count)
-            if self.limits.n_slots == 1 and self.cells.length(source) == count:
-                self._truncate(source, 0)  # all of it is in the slot again
+            self._copy(min(owners), slot, count)
         return slot, count
 
     def _park(self, slot: int, count: int, needed: frozenset[int]) -> None:
-        """Keep on a spare id what a slot is about to lose beyond its first `count` tokens, if it is of use.
-
-        That is what several requests began with; where there is one slot, also the last conversation as a
-        whole. Attention looks at parked cells too, so there are not many: five took a seventh of its speed.
+        """Keep on a spare id what several requests began with and a slot is about to lose: what lies beyond
+        its first `count` tokens. Not more than that, since attention looks at parked cells too.
         """
-        if not self.limits.unified:
-            return
-        alone = self.limits.n_slots == 1
-        worth = self.cells.length(slot) if alone else self.cells.n_wanted(slot)
-        if worth <= count:
+        worth = self.cells.n_wanted(slot)
+        if not self.limits.unified or worth <= count:
             return
         parked = [held for held in self.cells.sequences if held >= self.limits.n_slots]
         spare = set(range(self.limits.n_slots, self.limits.n_ids)) - set(parked)
         dispensable = [held for held in parked if held not in needed]
-        if dispensable and (alone or not spare):
+        if dispensable and not spare:
             oldest = min(dispensable, key=lambda held: self._last_used.get(held, 0))
             self._truncate(oldest, 0)
             spare.add(oldest)
