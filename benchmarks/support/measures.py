@@ -97,9 +97,6 @@ def one_stream(bench: Bench) -> list[Row]:
             "bare loop": lambda at: bare.decode_rate(prompts[at], n_new),
             "Llama(stream=True)": lambda at: high.decode_rate(prompts[at][0], n_new),
         }
-        if bench.kind == "client":
-            inside = stack.enter_context(bench.ours(n_context, kind="in-process"))
-            contenders["in-process"] = lambda at: inside.decode_rate(prompts[at][0], n_new)
         figures = in_turn(contenders, sizes.rounds)
     name = f"one stream, decode, {n_new} tokens"
     high_bar = None if bench.is_demo else Bar(1.4)
@@ -107,8 +104,6 @@ def one_stream(bench: Bench) -> list[Row]:
         compare(name, figures, bench.kind, "bare loop", bar=Bar(0.97)),
         compare(name, figures, bench.kind, "Llama(stream=True)", bar=high_bar),
     ]
-    if "in-process" in figures and bench.kind != "in-process":
-        rows.append(compare(f"{name}, in-process", figures, "in-process", "bare loop"))
     if bench.llama_cpp is not None:
         theirs = llama_bench(
             bench.llama_cpp, bench.path, n_threads=bench.n_threads, rounds=sizes.rounds, n_new=n_new
