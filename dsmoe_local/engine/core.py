@@ -53,6 +53,11 @@ class Core:
         """Whether there is nothing to compute."""
         return self.scheduler.idle
 
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether the next step may take long."""
+        return bool(self.scheduler.waiting) or any(s.prefilling for s in self.scheduler.running)
+
     def add(self, job: Job, prompt: tuple[int, ...]) -> None:
         """Take a request in. Raises what is wrong with it: PromptError, UsageError."""
         n_context = self._session.info.n_context

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self, TypeVar
@@ -34,6 +35,9 @@ from dsmoe_local.engine.types import (
 
 T = TypeVar("T")
 
+_FRAME = 1 / 60
+"""Seconds. To wake another process for every token of a small model takes 5% of its speed."""
+
 
 class _Ticket:
     """A caller's hold on a request."""
@@ -50,7 +54,9 @@ class _Ticket:
 class Engine:
     """A loaded model. Make it with `Engine.load`; close it, or use it as a context manager.
 
-    `after_step`, when set, is called in the engine's thread once the events of a step are delivered.
+    `after_step`, when set, is called in the engine's thread when the events delivered since the last call are
+    to be passed on: after a step, but no more often than an eye can follow, and before anything that may take
+    long.
     """
 
     def __init__(self, options: ModelOptions, listen: progress.Listener, stop: threading.Event) -> None:
@@ -65,6 +71,7 @@ class Engine:
         self._failure: BaseException | None = None
         self._closed = False
         self._loaded = threading.Event()
+        self._told = 0.0
         self._intake = ThreadPoolExecutor(1, "dsmoe-intake")
         self._thread = threading.Thread(
             target=self._run,
@@ -246,8 +253,11 @@ class Engine:
             self._loaded.set()
         try:
             while self._take_tasks(core):
+                if core.reads_prompts:
+                    self._tell()
                 core.step()
-                self._tell()
+                if core.idle or time.perf_counter() - self._told >= _FRAME:
+                    self._tell()
         except BaseException as error:
             self._break_down(error)
             raise
@@ -269,9 +279,11 @@ class Engine:
             if task is None:
                 return False
             task()
-            self._tell()
+            if core.idle:
+                self._tell()
         return True
 
     def _tell(self) -> None:
+        self._told = time.perf_counter()
         if self.after_step is not None:
             self.after_step()

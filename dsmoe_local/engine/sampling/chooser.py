@@ -72,11 +72,14 @@ class Chooser:
         # argmax finds a NaN first, wherever it is.
         if not np.isfinite(logits[best]):
             raise NativeError("the model computes NaN or infinity", remedy="check the file: dsmoe inspect")
-        adjusted = self._adjustments.apply(logits)
-        token_id = self._pick(adjusted)
+        if self._sampler is None and self._adjustments.keeps_first(best):
+            token_id = best
+        else:
+            token_id = self._pick(self._adjustments.apply(logits))
         if self._constraint is not None:
             if not self._constraint.permits(token_id):
                 width = 1 if self._sampler is None else self._top_k or _CONSTRAINED_WIDTH
+                adjusted = self._adjustments.apply(logits)
                 token_id = self._pick_from(self._constraint.likeliest(adjusted, width), adjusted)
             self._constraint.accept(token_id)
         self._adjustments.remember((token_id,))

@@ -18,6 +18,7 @@ class Adjustments:
         self._sampling = sampling
         self._biased = np.array([token_id for token_id, _ in bias], np.int64)
         self._bias = np.array([value for _, value in bias], np.float32)
+        self._lowered = frozenset(token_id for token_id, _ in bias) if all(b <= 0 for _, b in bias) else None
         self._recent: deque[int] = deque(maxlen=sampling.repeat_last_n)
         self._counts: dict[int, int] = {}
         penalized = sampling.repeat_penalty != 1 or sampling.presence_penalty or sampling.frequency_penalty
@@ -27,6 +28,10 @@ class Adjustments:
     def any(self) -> bool:
         """Whether logits are ever changed."""
         return self._penalizes or len(self._bias) > 0
+
+    def keeps_first(self, token_id: int) -> bool:
+        """Whether `token_id`, the likeliest, stays so for certain: nothing is raised, it is not lowered."""
+        return not self._penalizes and self._lowered is not None and token_id not in self._lowered
 
     def remember(self, token_ids: Iterable[int]) -> None:
         """Count tokens of the prompt or the reply."""
