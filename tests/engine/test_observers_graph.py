@@ -296,6 +296,21 @@ def test_a_failing_observer_fails_the_step(tiny: Path, monkeypatch: pytest.Monke
             model.dispatcher.after_step(rows, model.context.logits())
 
 
+def test_a_failure_in_an_aborted_step_is_not_the_next_ones(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: requests that fail because of a step in which they were not."""
+    monkeypatch.setitem(OBSERVERS, "failing", Entry(Failing))
+    with observed(tiny, ObserverOptions("failing")) as model:
+        model.step(Row(0, 0, IDS, 1))
+        aborted = [Row(1, 0, IDS, 1)]
+        model.dispatcher.before_step(aborted)
+        # Complete, but taken for one that was aborted behind the observer's node.
+        model.context.decode(aborted)
+        model.context.forget(1, 0)
+        model.step(Row(0, len(IDS), [5], 1))
+
+
 def test_dense_models_have_activations_but_no_routing(tmp_path: Path) -> None:
     """Guards: matrices of the llama architecture that nobody watches; routers where there are none."""
     path = write_tiny(tmp_path / "dense.gguf", DENSE)

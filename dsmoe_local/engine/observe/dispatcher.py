@@ -57,6 +57,8 @@ class Dispatcher:
         """Call before each decode. A step that no `after_step` follows (it was aborted, or found no room) is
         not counted.
         """
+        # Of a step that nobody asked about: this one's requests have no part in it.
+        self._failure = None
         observers = self._all
         for observer in observers:
             observer.before_step(rows)
