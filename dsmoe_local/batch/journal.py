@@ -73,6 +73,7 @@ class Output:
         """Read what is there. FileError if it is not ours, was changed, or was begun with other settings."""
         self.path = out
         self._settings = settings
+        self._restart = restart
         self._descriptors: tuple[int, int] | None = None
         self._extent: _Extent | None = None  # None: it is yet to be begun
         if restart:
@@ -86,8 +87,13 @@ class Output:
         self._extent = _recover(out, journal_path(out), header.size, visit)
 
     def open(self) -> None:
-        """Cut off what is torn, or begin; what `restart` replaces is removed now."""
+        """Cut off what is torn, or begin; what `restart` replaces is removed now.
+
+        FileError if somebody else has written the output meanwhile.
+        """
         if self._extent is None:
+            if not self._restart:
+                _check_files(self.path, _read_header(journal_path(self.path)))
             self._extent = _begin(self.path, self._settings)
         flags = os.O_WRONLY | os.O_APPEND
         self._descriptors = os.open(self.path, flags), os.open(journal_path(self.path), flags)
@@ -151,9 +157,10 @@ class Output:
 def _check_files(out: Path, header: _Header | None) -> None:
     if not out.exists() and header is not None and header.has_entries:
         raise FileError("the output is gone, its journal is there", where=out, remedy="start over: --restart")
-    if header is None and out.exists() and out.stat().st_size:
+    if (header is None or not header.has_entries) and out.exists() and out.stat().st_size:
+        missing = "no journal of it" if header is None else "its journal knows no record"
         raise FileError(
-            "the output exists, and no journal of it",
+            f"the output exists, and {missing}",
             where=out,
             remedy="name another, or replace it with --restart",
         )

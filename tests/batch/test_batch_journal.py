@@ -117,6 +117,27 @@ def test_foreign_changes_are_refused(tmp_path: Path, change: Callable[[Path], ob
     assert found_in(out, restart=True) == []
 
 
+def test_a_foreign_output_is_kept(tmp_path: Path) -> None:
+    """Guards: another tool's file deleted, because a run that ended before its first record left a
+    journal of that name; one deleted that was written while the model was loaded.
+    """
+    out = tmp_path / "out.jsonl"
+    opened(out).close()
+    assert found_in(out) == []
+    out.write_bytes(b"precious\n")
+    with pytest.raises(FileError, match="knows no record") as refusal:
+        found_in(out)
+    assert "--restart" in str(refusal.value)
+    assert out.read_bytes() == b"precious\n"
+    out.unlink()
+    output = Output(out, SETTINGS, lambda key, failed: None)
+    out.write_bytes(b"precious\n")
+    with pytest.raises(FileError, match="knows no record"):
+        output.open()
+    assert out.read_bytes() == b"precious\n"
+    assert found_in(out, restart=True) == []
+
+
 def test_other_settings_are_shown(tmp_path: Path) -> None:
     """Guards: records of two models in one file; a refusal that does not say what differs."""
     out = tmp_path / "out.jsonl"
