@@ -11,10 +11,13 @@ BYTES_A_TOKEN = 4
 
 
 class WorkloadMeter:
-    """Sums up requests. `n_sequences` counts replies: a request may want several."""
+    """Sums up requests. `n_sequences` counts replies: a request may want several. `n_messages` is of the
+    longest conversation.
+    """
 
     def __init__(self) -> None:
         self.n_sequences = 0
+        self.n_messages = 0
         self._longest: int | None = 0
         self._total = 0
 
@@ -22,6 +25,7 @@ class WorkloadMeter:
         """Count one request."""
         n_bytes = prompt_bytes(request.prompt)
         self.n_sequences += request.n
+        self.n_messages = max(self.n_messages, n_messages(request.prompt))
         self._total += request.n * expected_tokens(request)
         if request.max_tokens is None or self._longest is None:
             self._longest = None
@@ -31,7 +35,9 @@ class WorkloadMeter:
 
     @property
     def n_longest(self) -> int | None:
-        """No request takes more tokens than this, its reply included; None if one may take any number."""
+        """No request takes more tokens than this with its reply, what a template adds aside; None if one may
+        take any number.
+        """
         return self._longest
 
     def n_total(self, n_sequences: int) -> int:
@@ -42,6 +48,11 @@ class WorkloadMeter:
 def expected_tokens(request: Request) -> int:
     """About what a reply takes, with its prompt."""
     return prompt_bytes(request.prompt) // BYTES_A_TOKEN + (request.max_tokens or UNSET_TOKENS)
+
+
+def n_messages(prompt: Prompt) -> int:
+    """Messages of a conversation; 0 if it is none."""
+    return sum(isinstance(item, Message) for item in prompt)
 
 
 def prompt_bytes(prompt: Prompt) -> int:

@@ -142,7 +142,8 @@ def _complete(options: ModelOptions, n_parallel: int, job: Job) -> ModelOptions:
     meter = job.index.workload
     n_total = max(n_left, meter.n_total(n_left) - job.n_shared_tokens)
     options = replace(options, deterministic=job.options.deterministic)
-    return choose_parallel(options, Workload(n_left, meter.n_longest, n_total), n_parallel or None)
+    workload = Workload(n_left, meter.n_longest, n_total, meter.n_messages)
+    return choose_parallel(options, workload, n_parallel or None)
 
 
 def _options(source: Path, model: Path, n_deterministic: int | None, values: dict[str, Any]) -> BatchOptions:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.models import tiny_model
+from support.models import smollm2, tiny_model
 
 from dsmoe_local.engine.load.parallel import (
     DETERMINISTIC_PARALLEL,
@@ -13,6 +16,7 @@ from dsmoe_local.engine.load.parallel import (
     choose_parallel,
 )
 from dsmoe_local.engine.types import ModelOptions
+from dsmoe_local.model.gguf_model import read_model
 
 
 @given(
@@ -34,6 +38,17 @@ def test_every_request_that_the_model_can_hold_fits(
     assert chosen.n_context <= room
     of_one = chosen.n_context if chosen.unified else chosen.n_context // chosen.n_parallel
     assert of_one >= min(trained, longest or trained, room // 256 * 256)
+    full = arrange(
+        Workload(n_requests, longest, n_requests * mean),
+        least=1,
+        most=wanted,
+        room=room,
+        n_trained=trained,
+        stated=True,
+    )
+    of_one = full.n_context if full.unified else full.n_context // full.n_parallel
+    assert of_one >= min(trained, room // full.n_parallel // 256 * 256)
+    assert full.n_context <= room
 
 
 def test_short_requests_get_streams_and_rare_long_ones_a_pool() -> None:
@@ -65,3 +80,31 @@ def test_the_deterministic_width_does_not_follow_the_work() -> None:
     first, resumed = (choose_parallel(options, Workload(count, 100, 90 * count)) for count in (1000, 1))
     assert first == resumed
     assert (first.n_parallel, first.unified) == (DETERMINISTIC_PARALLEL, False)
+
+
+@pytest.mark.parametrize(("deterministic", "n_parallel"), [(False, 1), (False, 2), (True, 2)])
+def test_a_stated_context_is_used(deterministic: bool, n_parallel: int) -> None:
+    """Guards: -c 8192 that leaves a request 256 tokens, because its lines are short."""
+    options = ModelOptions(smollm2(), deterministic=deterministic, n_context=1024)
+    n_trained = read_model(options.path)[1].n_context
+    chosen = choose_parallel(options, Workload(3, 20, 60), n_parallel)
+    assert chosen.n_context is not None
+    assert chosen.n_context // n_parallel >= min(n_trained, 1024 // n_parallel)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("loop", [False, True])
+def test_a_template_has_room(tmp_path: Path, deterministic: bool, loop: bool) -> None:
+    """Guards: every line refused as too long, because the template's own text was not thought of."""
+    preamble, turn = "word " * 30, "{{ m.content }}"
+    inside = preamble + turn if loop else turn
+    template = tmp_path / "long.jinja"
+    template.write_text(("" if loop else preamble) + "{% for m in messages %}" + inside + "{% endfor %}")
+    options = ModelOptions(smollm2(), deterministic=deterministic, chat_template=str(template))
+    plain, short, long = (
+        choose_parallel(options, Workload(2, 100, 200, n_messages), 2).n_context or 0
+        for n_messages in (0, 1, 2)
+    )
+    assert plain == 2 * 256
+    assert short >= 2 * (100 + 150)
+    assert long >= 2 * (100 + 150 * (1 + loop))

@@ -11,8 +11,9 @@ from support.models import tiny_model
 
 from dsmoe_local.engine import native
 from dsmoe_local.engine.errors import PromptError
+from dsmoe_local.engine.prompts.choice import BUILT_IN
 from dsmoe_local.engine.prompts.encoder import _ENDLESS, MAX_RUN, PromptEncoder
-from dsmoe_local.engine.prompts.template import BUILT_IN, ChatTemplate
+from dsmoe_local.engine.prompts.template import ChatTemplate
 from dsmoe_local.engine.types import Message
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"

@@ -10,8 +10,9 @@ import pytest
 
 from dsmoe_local.base.errors import FileError, UsageError
 from dsmoe_local.engine.errors import TemplateError
+from dsmoe_local.engine.prompts.choice import BUILT_IN, added_bytes, choose_template
 from dsmoe_local.engine.prompts.sandbox import SandboxedTemplate
-from dsmoe_local.engine.prompts.template import BUILT_IN, ChatTemplate, Segment, choose_template
+from dsmoe_local.engine.prompts.template import ChatTemplate, Segment
 from dsmoe_local.engine.types import Message
 
 TALK = (
@@ -192,3 +193,27 @@ def test_ordinary_large_conversation_is_no_bomb() -> None:
         assert len(joined(template(text).segments(long))) > 1_100_000
     joining = SandboxedTemplate("{{ messages | map(attribute='content') | join('\n') | trim }}", "test", {})
     assert len(joining.render(messages=[{"content": message.content} for message in long])) > 1_100_000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *BUILT_IN.values(),
+        "{% set intro = 'Be kind. ' %}{% for m in messages %}{{ intro }}{{ m.content }}{% endfor %}",
+        "{%- for m in messages -%}{# no text #}[{{ '<' + m['role'] + '>' }}{{ m.content }}]{%- endfor %}tail"
+        * 2,
+        "{% macro turn(m) %}<{{ m.role }}> é{% endmacro %}{% for m in messages %}{{ turn(m) }}{% endfor %}",
+        "{% set x %}Be kind. {% endset %}{% for m in messages %}{{ x }}{{ m.content }}{% endfor %}",
+        "a preamble " * 50 + "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}",
+    ],
+)
+@pytest.mark.parametrize("n_messages", [1, 2, 9])
+def test_what_a_template_adds_is_bounded(text: str, n_messages: int) -> None:
+    """Guards: requests that do not fit, because of what their template puts around them."""
+    talk = tuple(Message(("user", "assistant")[at % 2], "") for at in range(n_messages))
+    roles = sum(len(message.role) for message in talk)
+    once, each = added_bytes(text)
+    # A special token is one token, whatever its name.
+    rendered = ChatTemplate(text, "test", bos="^", eos="$").render(talk)
+    assert len(rendered.encode()) <= once + each * n_messages + 2 * roles
+    assert once + each * n_messages <= 2 * n_messages * len(text.encode())

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from dsmoe_local.engine.load.machine import available_memory
 from dsmoe_local.engine.load.memory import BufferOptions, buffer_bytes, plan_memory
+from dsmoe_local.engine.prompts.choice import added_bytes, template_of
 from dsmoe_local.engine.types import ModelOptions
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.hyperparameters import Hyperparameters
@@ -18,18 +19,21 @@ from dsmoe_local.model.hyperparameters import Hyperparameters
 MOST_PARALLEL = 32  # twice as many gain nothing on processors, see docs/performance.md
 DETERMINISTIC_PARALLEL = 8
 _STEP = 256  # cells; llama.cpp pads a stream to this
-_OVERHEAD = 64  # tokens that a template may put around a request's texts
+_OVERHEAD = 64  # tokens that nobody counts: BOS, the date in a template
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
     """What is to be answered: `n_requests`, the longest taking at most `n_longest` tokens with its reply, all
     together about `n_total`, what several begin with counted once. None: as long as the context allows.
+
+    `n_messages`: of the longest conversation; what a template adds to it is not counted. 0: there is none.
     """
 
     n_requests: int
     n_longest: int | None
     n_total: int
+    n_messages: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,35 +52,51 @@ def choose_parallel(options: ModelOptions, workload: Workload, n_parallel: int |
     """
     file, hp = read_model(options.path)
     room = _room(options, hp, weights=sum(tensor.n_bytes for tensor in file.tensors.values()))
+    stated = options.n_context is not None
+    longest = _longest(workload, template_of(options, file, hp))
     if options.deterministic:
         # The width is part of what a reply depends on: it must not follow what is left to do, or the memory.
         width = n_parallel or DETERMINISTIC_PARALLEL
-        cells = min(_stream(workload, hp.n_context), max(_STEP, room // width // _STEP * _STEP))
+        share = max(_STEP, room // width // _STEP * _STEP)
+        cells = min(_stream(None if stated else longest, hp.n_context), share)
         return replace(options, n_parallel=width, unified=False, n_context=width * cells)
-    if n_parallel is not None:
-        chosen = arrange(workload, least=n_parallel, most=n_parallel, room=room, n_trained=hp.n_context)
-    else:
-        most = min(MOST_PARALLEL, max(1, workload.n_requests))
-        chosen = arrange(workload, least=1, most=most, room=room, n_trained=hp.n_context)
+    workload = replace(workload, n_longest=longest)
+    least, most = n_parallel or 1, n_parallel or min(MOST_PARALLEL, max(1, workload.n_requests))
+    chosen = arrange(workload, least=least, most=most, room=room, n_trained=hp.n_context, stated=stated)
     return replace(options, n_parallel=chosen.n_parallel, unified=chosen.unified, n_context=chosen.n_context)
 
 
-def arrange(workload: Workload, *, least: int, most: int, room: int, n_trained: int) -> Parallel:
-    """Choose between streams and a pool for `room` tokens of cache and `least` to `most` sequences. Pure."""
-    stream = _stream(workload, n_trained)
+def arrange(
+    workload: Workload, *, least: int, most: int, room: int, n_trained: int, stated: bool = False
+) -> Parallel:
+    """Choose between streams and a pool for `room` tokens of cache and `least` to `most` sequences. Pure.
+
+    `stated`: a person asked for that room, so it is used as far as the model can use it.
+    """
+    stream = _stream(workload.n_longest, n_trained)
     n_streams = min(most, room // stream)
     mean = max(1, -(-workload.n_total // max(1, workload.n_requests)))
     n_pooled = max(least, min(most, room // mean))
     if n_streams >= least and n_streams * 4 >= n_pooled * 3:
+        if stated:
+            stream = max(stream, min(_stream(None, n_trained), room // n_streams // _STEP * _STEP))
         return Parallel(n_streams, n_streams == 1, n_streams * stream)
     # What all need together, twice over for those that are longer than most; never less than one needs.
-    cells = max(stream, min(room, 2 * n_pooled * mean))
+    cells = room if stated else max(stream, min(room, 2 * n_pooled * mean))
     return Parallel(n_pooled, True, min(room, -(-cells // _STEP) * _STEP))
 
 
-def _stream(workload: Workload, n_trained: int) -> int:
-    """The cells that the longest request needs."""
-    longest = min(n_trained, (workload.n_longest or n_trained) + _OVERHEAD)
+def _longest(workload: Workload, template: tuple[str, str] | None) -> int | None:
+    """The most tokens that a request takes, with all that is put around its texts."""
+    if workload.n_longest is None:
+        return None
+    once, each = added_bytes(template[0]) if template and workload.n_messages else (0, 0)
+    return workload.n_longest + _OVERHEAD + once + each * workload.n_messages
+
+
+def _stream(n_longest: int | None, n_trained: int) -> int:
+    """The cells that the longest request needs; None: all that the model can use."""
+    longest = n_trained if n_longest is None else min(n_trained, n_longest)
     return -(-longest // _STEP) * _STEP
 
 

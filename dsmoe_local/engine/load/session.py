@@ -16,8 +16,9 @@ from dsmoe_local.engine.load.memory import BufferOptions, buffer_bytes
 from dsmoe_local.engine.load.prefetch import page_experts
 from dsmoe_local.engine.observe.dispatcher import Dispatcher
 from dsmoe_local.engine.observe.registry import check_observers, read_logits
+from dsmoe_local.engine.prompts.choice import template_of
 from dsmoe_local.engine.prompts.encoder import PromptEncoder
-from dsmoe_local.engine.prompts.template import ChatTemplate, choose_template
+from dsmoe_local.engine.prompts.template import ChatTemplate
 from dsmoe_local.engine.schedule.plan import Limits
 from dsmoe_local.engine.session import Session
 from dsmoe_local.engine.types import ALL_LAYERS, ModelInfo, ModelOptions
@@ -193,13 +194,7 @@ def _n_experts(options: ModelOptions, hp: Hyperparameters) -> int:
 
 
 def _template(options: ModelOptions, file: GgufFile, hp: Hyperparameters) -> tuple[str, str] | None:
-    own = file.get("tokenizer.chat_template")
-    found = choose_template(
-        options.chat_template,
-        own if isinstance(own, str) else None,
-        architecture=hp.architecture,
-        name=f"{hp.name} {options.path.stem}",
-    )
+    found = template_of(options, file, hp)
     if found is not None:
         # A malformed one is told before gigabytes are loaded, which know the texts of BOS and EOS.
         ChatTemplate(*found, bos="", eos="")

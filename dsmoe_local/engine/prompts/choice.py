@@ -1,0 +1,109 @@
+"""Which chat template a model uses, and how much text one adds at most. Renders nothing, knows no Jinja.
+
+The order: what the user names (a file, or a built-in), the file's own, the built-in of a chat model that
+lacks one, else none: completion only.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from dsmoe_local.base.errors import FileError, UsageError
+from dsmoe_local.base.text import safe_line
+from dsmoe_local.engine.types import ModelOptions
+from dsmoe_local.model.gguf_file import GgufFile
+from dsmoe_local.model.hyperparameters import Hyperparameters
+
+BUILT_IN = {
+    "deepseek-moe": (
+        "{{ bos_token }}"
+        "{% for message in messages %}"
+        "{% if message['role'] == 'user' %}User: {{ message['content'] }}\n\n"
+        "{% elif message['role'] == 'assistant' %}Assistant: {{ message['content'] }}{{ eos_token }}"
+        "{% elif message['role'] == 'system' %}{{ message['content'] }}\n\n"
+        "{% else %}{{ raise_exception('roles are system, user and assistant') }}{% endif %}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}Assistant:{% endif %}"
+    ),
+    "chatml": (
+        "{% for message in messages %}"
+        "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+}
+_CHAT_MODEL = re.compile(r"(?i)\b(chat|instruct|it)\b")
+_MAX_TEMPLATE = 1 << 20
+_TAG = re.compile(r"(\{#.*?#\}|\{%.*?%\}|\{\{.*?\}\})", re.DOTALL)
+_VERB = re.compile(r"\{%[-+]?\s*(\w+)")
+_QUOTED = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", re.DOTALL)
+_BLOCKS = {"for": 1, "endfor": -1, "macro": 1, "endmacro": -1, "endset": -1}
+
+
+def template_of(options: ModelOptions, file: GgufFile, hp: Hyperparameters) -> tuple[str, str] | None:
+    """`choose_template` for the model in `file`."""
+    own = file.get("tokenizer.chat_template")
+    return choose_template(
+        options.chat_template,
+        own if isinstance(own, str) else None,
+        architecture=hp.architecture,
+        name=f"{hp.name} {options.path.stem}",
+    )
+
+
+def choose_template(
+    requested: str | None, own: str | None, *, architecture: str, name: str
+) -> tuple[str, str] | None:
+    """The template's text and where it comes from; None for completion only. Raises UsageError, FileError."""
+    if requested is not None:
+        if requested in BUILT_IN:
+            return BUILT_IN[requested], f"built-in {requested}"
+        return _read_template(Path(requested)), safe_line(Path(requested).name, 60)
+    if own:
+        return own, "the model's own"
+    if architecture == "deepseek" and _CHAT_MODEL.search(re.sub(r"[-_.]", " ", name)):
+        return BUILT_IN["deepseek-moe"], "built-in deepseek-moe"
+    return None
+
+
+def added_bytes(text: str) -> tuple[int, int]:
+    """The most bytes of its own that a template puts into a conversation: once, and again for each message.
+
+    Every branch is counted. What is in a loop, in a macro or kept in a variable may come with every message.
+    Special tokens that are variables count as one byte, which is one token.
+    """
+    once = repeated = depth = 0
+    for part in _TAG.split(text):
+        if part.startswith("{#"):
+            continue
+        found = _VERB.match(part)
+        verb = found[1] if found else ""
+        depth += 1 if verb == "set" and "=" not in part else _BLOCKS.get(verb, 0)
+        if part.startswith(("{%", "{{")):
+            amount = sum(len((one or other).encode()) for one, other in _QUOTED.findall(part)) + 1
+        else:
+            amount = len(part.encode())
+        if depth > 0 or verb == "set":
+            repeated += amount
+        else:
+            once += amount
+    return once, repeated
+
+
+def _read_template(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_TEMPLATE + 1)
+        if len(content) > _MAX_TEMPLATE:
+            raise FileError("the chat template is larger than 1 MiB", where=path)
+        return content.decode("utf-8")
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"--chat-template {safe_line(str(path), 60)!r} is no file and no built-in template",
+            remedy=f"name a file, or one of: {', '.join(BUILT_IN)}",
+        ) from error
+    except UnicodeDecodeError as error:
+        raise FileError("the chat template is not UTF-8", where=path) from error
+    except OSError as error:
+        raise FileError(f"the chat template cannot be read: {error.strerror}", where=path) from error
