@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dsmoe_local.engine.errors import EngineError
-from dsmoe_local.engine.grammar.network import CompiledRule, State
+from dsmoe_local.engine.grammar.network import CompiledRule, State, check_size
 
 MAX_WAYS = 5_000
 """Ways to read a text that are followed at once; a grammar that is not ambiguous needs a few dozen."""
@@ -54,18 +54,19 @@ class Matcher:
     def __init__(self, root: CompiledRule) -> None:
         self._root = root
         self._outermost = Frame()
+        self._needs = _Needs()
         self.work = 0  # ways taken so far, for whoever has to stop in time
 
     def start(self) -> Position:
         """Before the first byte."""
-        closure = _Closure(self._outermost)
+        closure = _Closure(self._outermost, self._needs)
         closure.add(self._root.start, self._outermost)
         return closure.finish()
 
     def advance(self, position: Position, text: bytes) -> Position | None:
-        """Behind `text`; None if the grammar does not permit it here. EngineError: too many ways."""
+        """Behind `text`; None if the grammar does not permit it here. EngineError: too many ways, states."""
         for byte in text:
-            closure = _Closure(self._outermost)
+            closure = _Closure(self._outermost, self._needs)
             for state, frame in position.ways:
                 target = state.step(byte)
                 if target is not None:
@@ -77,11 +78,27 @@ class Matcher:
         return position
 
 
+class _Needs:
+    """The size of the states that one matcher has come to. It does not matter who had them made."""
+
+    def __init__(self) -> None:
+        self._keys: set[int] = set()
+        self._size = 0
+
+    def add(self, state: State) -> None:
+        """A state; one already known is not counted twice."""
+        if state.key not in self._keys:
+            self._keys.add(state.key)
+            self._size += state.size
+            check_size(self._size)
+
+
 class _Closure:
     """The ways at one place: those given, and all that begin or return without a byte between."""
 
-    def __init__(self, outermost: Frame) -> None:
+    def __init__(self, outermost: Frame, needs: _Needs) -> None:
         self._outermost = outermost
+        self._needs = needs
         self._todo: list[Way] = []
         self._seen: set[Way] = set()
         self._frames: dict[CompiledRule, Frame] = {}
@@ -98,6 +115,7 @@ class _Closure:
             )
         way = (state, frame)
         if way not in self._seen:
+            self._needs.add(state)
             self._seen.add(way)
             self._todo.append(way)
 
@@ -118,6 +136,7 @@ class _Closure:
         return Position(tuple(ways), complete)
 
     def _call(self, rule: CompiledRule, after: State, frame: Frame) -> None:
+        self._needs.add(after)
         callee = self._frames.get(rule)
         if callee is None:
             callee = self._frames[rule] = Frame()

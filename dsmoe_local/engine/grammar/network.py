@@ -20,7 +20,9 @@ from dsmoe_local.engine.grammar.utf8 import byte_ranges
 MAX_PARTS = 100_000
 """States in all rules together, at some 300 bytes each."""
 MAX_STATES = 1_000_000
-"""In the deterministic states of a rule, states that they stand for: some 60 bytes each."""
+"""In deterministic states, states that they stand for, at some 60 bytes each: the most that are kept of a
+grammar, and the most that one text may need.
+"""
 _INLINE_COPIES = 8  # what is repeated more often becomes a rule, so that each copy costs one state
 
 
@@ -36,11 +38,16 @@ class _Part:
 class State:
     """A deterministic state of a rule: `final` if the rule may end here, `ends_only` if it must."""
 
-    __slots__ = ("_bytes", "_calls", "_first", "_parts", "_rule", "_steps", "ends_only", "final", "has_bytes")
+    __slots__ = (
+        "_bytes", "_calls", "_first", "_parts", "_rule", "_steps",
+        "ends_only", "final", "has_bytes", "key", "size",
+    )  # fmt: skip
 
     def __init__(self, rule: CompiledRule, parts: frozenset[int]) -> None:
         self._rule = rule
         self._parts = parts
+        self.key = hash((rule, parts))  # outlives the state: the same one has it when it is made again
+        self.size = len(parts)
         self._bytes = tuple(edge for part in sorted(parts) for edge in rule.parts[part].bytes)
         self._steps: dict[int, State | None] = {}
         self._calls: tuple[tuple[CompiledRule, State], ...] | None = None
@@ -76,6 +83,47 @@ class State:
                 self._first[low : high + 1] = True
         return self._first
 
+    def forget(self) -> None:
+        """Let go of the states that are reached from here."""
+        self._steps = {}
+        self._calls = None
+
+
+class _Kept:
+    """The deterministic states of a grammar's rules, shared by all texts that are held to it.
+
+    When they are too many all are dropped. Those in use stay usable; the others are made again when needed.
+    """
+
+    def __init__(self) -> None:
+        self._states: dict[tuple[CompiledRule, frozenset[int]], State] = {}
+        self._size = 0
+
+    def state(self, rule: CompiledRule, parts: frozenset[int]) -> State:
+        """The state for these parts of a rule."""
+        known = self._states.get((rule, parts))
+        if known is None:
+            if self._size + len(parts) > MAX_STATES:
+                self._drop()
+            self._size += len(parts)
+            known = self._states[rule, parts] = State(rule, parts)
+        return known
+
+    def _drop(self) -> None:
+        for state in list(self._states.values()):
+            state.forget()
+        self._states = {}
+        self._size = 0
+
+
+def check_size(size: int) -> None:
+    """EngineError if a text needs states of that size together."""
+    if size > MAX_STATES:
+        raise EngineError(
+            "the grammar needs too many states",
+            remedy="do not put long repetitions of the same side by side",
+        )
+
 
 class CompiledRule:
     """One rule. `nullable`: nothing at all is one of its texts."""
@@ -86,36 +134,33 @@ class CompiledRule:
         self.end = -1
         self.nullable = False
         self._rules: list[CompiledRule] = []
-        self._states: dict[frozenset[int], State] = {}
-        self._size = 0
+        self._kept: _Kept
         self.start: State
 
-    def link(self, rules: list[CompiledRule]) -> None:
+    def link(self, rules: list[CompiledRule], kept: _Kept) -> None:
         """Make the rule ready to run; `rules` are those that the parts call by index."""
         self._rules = rules
+        self._kept = kept
         self.start = self.state([0])
 
     def state(self, targets: Iterable[int]) -> State:
-        """The state for being at any of these parts. EngineError: there are too many of them."""
-        parts = self._closed(targets)
-        known = self._states.get(parts)
-        if known is None:
-            self._size += len(parts)
-            if self._size > MAX_STATES:
-                raise EngineError(
-                    "the grammar needs too many states",
-                    remedy="do not put long repetitions of the same side by side",
-                )
-            known = self._states[parts] = State(self, parts)
-        return known
+        """The state for being at any of these parts."""
+        return self._kept.state(self, self._closed(targets))
 
     def calls(self, parts: frozenset[int]) -> tuple[tuple[CompiledRule, State], ...]:
-        """The rules that may begin at these parts, each with the state behind it."""
+        """The rules that may begin at these parts, each with the state behind it. EngineError: too many."""
         behind: dict[int, list[int]] = {}
         for part in parts:
             for index, target in self.parts[part].calls:
                 behind.setdefault(index, []).append(target)
-        return tuple((self._rules[index], self.state(targets)) for index, targets in behind.items())
+        calls: list[tuple[CompiledRule, State]] = []
+        size = 0
+        for index, targets in behind.items():
+            after = self.state(targets)
+            calls.append((self._rules[index], after))
+            size += after.size
+            check_size(size)
+        return tuple(calls)
 
     def _closed(self, targets: Iterable[int]) -> frozenset[int]:
         todo, seen = list(targets), set(targets)
@@ -142,8 +187,9 @@ def compile_grammar(grammar: Grammar) -> CompiledRule:
         _prune(rule, alive, endings.rules)
     for number in _Endings(rules, bytes_too=False).rules:
         rules[number].nullable = True
+    kept = _Kept()
     for rule in rules:
-        rule.link(rules)
+        rule.link(rules, kept)
     return root
 
 
