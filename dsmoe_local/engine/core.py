@@ -46,6 +46,7 @@ class Core:
         self._replies: dict[plan.Sequence, Reply] = {}
         self._lock = threading.RLock()
         self._computing: dict[Job, bool] = {}
+        self._shifting = False
         self._alone = False
 
     @property
@@ -125,6 +126,7 @@ class Core:
             end = operation.start + operation.n_tokens
             self._context.forget(operation.sequence, operation.start, end)
             self._context.shift(operation.sequence, end, operation.n_tokens)
+            self._shifting = True
 
     def _decode(self, step: plan.Step) -> None:
         placed, rows = self._place(step)
@@ -145,6 +147,7 @@ class Core:
             with self._lock:
                 self._computing = {}
                 self._context.clear_abort()
+        self._shifting = False
         for filler in step.fillers:
             if self._context.n_cached(filler.slot) > filler.position:
                 self._context.forget(filler.slot, filler.position)
@@ -191,7 +194,8 @@ class Core:
                 computing[job] = computing.get(job, False) or place.row.n_tokens > 1
             if any(job.cancelled for job in computing):
                 return False
-            self._computing = computing
+            # llama.cpp moves cells at the start of the next step; broken off there, it would move some twice.
+            self._computing = {} if self._shifting else computing
             self._alone = len(computing) == 1
         return True
 

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from dsmoe_local.base import progress
 from dsmoe_local.base.errors import InterruptedRunError
@@ -56,16 +56,19 @@ class Engine:
 
     `after_step`, when set, is called in the engine's thread when the events delivered since the last call are
     to be passed on: after a step, but no more often than an eye can follow, and before anything that may take
-    long.
+    long. `on_fault`, when set, is called there instead of telling the requests if the thread itself fails.
     """
 
     def __init__(self, options: ModelOptions, listen: progress.Listener, stop: threading.Event) -> None:
         self.after_step: Callable[[], None] | None = None
+        self.on_fault: Callable[[BaseException], None] | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         # Reentrant, and no Event for the flag: `cancel` may be called by a signal handler in the middle of
         # `start`.
         self._lock = threading.RLock()
         self._jobs: dict[str, Job] = {}
+        self._calls: set[Future[Any]] = set()
+        self._encoding = threading.Lock()  # held while the model's vocabulary is in use outside its thread
         self._session: Session | None = None
         self._core: Core | None = None
         self._failure: BaseException | None = None
@@ -142,7 +145,8 @@ class Engine:
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """The exact token ids of `prompt`. Raises PromptError, TemplateError."""
-        return self._require_session().encoder.encode(prompt)
+        with self._encoding:
+            return self._require_session().encoder.encode(prompt)
 
     def log(self) -> tuple[str, ...]:
         """llama.cpp's latest log lines, safe to print."""
@@ -169,8 +173,9 @@ class Engine:
         for job in jobs:
             self._cancel(job)
         self._intake.shutdown()
-        self._inbox.put(None)
-        self._thread.join()
+        with self._encoding:
+            self._inbox.put(None)
+            self._thread.join()
 
     def __enter__(self) -> Self:
         return self
@@ -192,8 +197,12 @@ class Engine:
                 future.set_result(function())
             except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
                 future.set_exception(error)
+            self._calls.discard(future)
 
-        self._inbox.put(call)
+        with self._lock:
+            self._require_session()
+            self._calls.add(future)
+            self._inbox.put(call)
         return future.result()
 
     def _cancel(self, job: Job) -> None:
@@ -266,11 +275,17 @@ class Engine:
 
     def _break_down(self, error: BaseException) -> None:
         """A fault of our own: nobody may wait for this thread any more."""
+        if self.on_fault is not None:
+            self.on_fault(error)
+            return
         with self._lock:
             self._closed = True
             jobs, self._jobs = list(self._jobs.values()), {}
+            calls, self._calls = self._calls, set()
         for job in jobs:
             job.deliver(error)
+        for call in calls:
+            call.set_exception(error)
 
     def _take_tasks(self, core: Core) -> bool:
         """Do what came in; waits only where there is nothing to compute. False at the end."""

@@ -110,7 +110,7 @@ class Request:
     one. `grammar` is GBNF, `json_schema` the text of a JSON schema; at most one of them constrains the reply.
     `context_shift`: when the context is full, the older half of the conversation makes room, instead of the
     end. `score_from`: the logits of the prompt's tokens from this index on are shown to the observers, so the
-    tokens behind it are scored (a model loaded with an observer that reads logits; n = 1).
+    tokens behind it are scored (of a model with an observer that reads logits; needs n = 1 and max_tokens).
     """
 
     id: str
@@ -135,8 +135,8 @@ class Request:
                 f"top_logprobs = {self.top_logprobs} is out of range",
                 remedy=f"it takes 0 to {MAX_TOP_LOGPROBS}",
             )
-        if self.score_from is not None and (self.n > 1 or self.score_from < 0):
-            raise UsageError("score_from takes an index from 0, and n = 1")
+        if self.score_from is not None and (self.n > 1 or self.score_from < 0 or self.max_tokens is None):
+            raise UsageError("score_from takes an index from 0, n = 1, and max_tokens")
         if self.grammar is not None and self.json_schema is not None:
             raise UsageError("grammar and json_schema are given", remedy="use one of them")
         if any(not -1000 <= bias <= 1000 for _, bias in self.logit_bias):

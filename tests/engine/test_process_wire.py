@@ -58,13 +58,13 @@ SAMPLING = st.builds(
 CONSTRAINTS = st.sampled_from(
     [
         {"n": 64},
-        {"score_from": 2**40},
+        {"score_from": 2**40, "max_tokens": 1},
         {"grammar": 'root ::= "\u2028"'},
         {"json_schema": '{"type": "number"}'},
     ]
 )
 REQUESTS = st.builds(
-    lambda constraint, **values: Request(**values, **constraint),
+    lambda constraint, **values: Request(**values | constraint),
     CONSTRAINTS,
     id=ANY_TEXT,
     prompt=PROMPTS,

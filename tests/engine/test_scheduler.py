@@ -154,7 +154,7 @@ def plays(draw: st.DrawFn) -> tuple[Limits, list[tuple[str, int, int, int, bool]
         st.lists(
             st.tuples(
                 st.sampled_from(["add", "add", "add", "cancel", "step", "step"]),
-                st.integers(0, 3),
+                st.integers(0, 4),
                 st.integers(1, 30),
                 st.integers(1, 60),
                 st.booleans(),
@@ -166,7 +166,7 @@ def plays(draw: st.DrawFn) -> tuple[Limits, list[tuple[str, int, int, int, bool]
     return chosen, happenings
 
 
-_PREFIXES: tuple[list[int], ...] = ([], list(range(30)), [*range(20), *range(500, 530)], [7] * 25)
+_PREFIXES: tuple[list[int], ...] = ([], list(range(30)), [*range(20), *range(500, 530)], [7] * 25, [5] * 8)
 
 
 @settings(max_examples=300, deadline=None)
@@ -296,6 +296,56 @@ def test_deterministic_steps_have_one_width() -> None:
             assert step.rows[0].start % 32 == 0
         elif step.rows:
             assert len(step.rows) + len(step.fillers) == 4
+
+
+def test_decoding_goes_on_while_prompts_keep_coming() -> None:
+    """Guards: in streams, a long reply that waits until nobody asks any more."""
+    stage = Play(Limits(n_slots=2, n_cells=256, n_context=256, n_step_tokens=64, unified=False))
+    long = stage.add(list(range(10)), 100)
+    for number in range(300):
+        if long.ended:
+            break
+        stage.add([1000 + number, *range(40)], 1)
+        stage.step()
+    assert long.ended == "length"
+
+
+def test_a_second_copy_of_a_beginning_counts() -> None:
+    """Guards: admission by the cells of one holder while another's are taken, and then too many in all."""
+    stage = Play(Limits(n_slots=2, n_cells=128, n_context=128, n_step_tokens=64))
+    common = [5] * 15
+    stage.add([*common, 1], 60)
+    stage.add([*common, 2], 10)
+    for _ in range(12):
+        stage.step()
+    stage.add([*common, 3, 4], 36)
+    stage.finish_all()
+    assert all(run.ended == "length" for run in stage.runs)
+
+
+def test_deterministic_prompts_begin_with_prefilled_cells_only() -> None:
+    """Guards: cells that were decoded one at a time in a prompt that would read them as a chunk."""
+    stage = Play(
+        Limits(n_slots=2, n_cells=512, n_context=512, n_step_tokens=64, unified=False, deterministic=True)
+    )
+    first = stage.add(list(range(60)), 100)
+    for _ in range(30):
+        stage.step()
+    second = stage.add([*first.sequence.tokens, 900], 5)
+    stage.finish_all()
+    assert second.sequence.n_reused == 0
+
+
+def test_a_broken_step_scores_its_prompt_again() -> None:
+    """Guards: tokens that are cached but were never shown with their logits."""
+    stage = Play(Limits(n_slots=1, n_cells=512, n_context=512, n_step_tokens=64))
+    run = stage.add(list(range(100)), 1, score_from=0, n_reusable=0)
+    step = stage.scheduler.plan()
+    stage.cache.do(step)
+    stage.scheduler.resync(run.sequence, 40)
+    del stage.cache.held[0][40:]
+    stage.finish_all()
+    assert sum(row.n_outputs for step in stage.steps for row in step.rows) == 100
 
 
 def test_a_shift_spares_shared_cells() -> None:

@@ -85,6 +85,7 @@ def halting(options: ModelOptions, listen: Listener, stop: threading.Event) -> F
 
 class _Steps(Hosted):
     after_step: Callable[[], None] | None = None
+    on_fault: Callable[[BaseException], None] | None = None
 
     def start(self, request: Request, deliver: Deliver) -> Ticket:
         """Two steps: all tokens, and, once `cancel` was called, the end."""

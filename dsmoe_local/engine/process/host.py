@@ -34,6 +34,7 @@ class _StepEngine(Protocol):
     """An engine that tells when the events of a step are delivered."""
 
     after_step: Callable[[], None] | None
+    on_fault: Callable[[BaseException], None] | None
 
 
 @dataclass(slots=True, eq=False)
@@ -174,6 +175,8 @@ class _Host:
             if isinstance(engine, _StepEngine):
                 self._outbox.by_step = True
                 engine.after_step = self._outbox.flush
+                # No request is to blame: all of them learn that the process died.
+                engine.on_fault = _fail
             self._engine = engine
             self._outbox.send("loaded", wire.to_plain(engine.info))
         except BaseException as error:  # noqa: BLE001 - raised again in the client

@@ -42,6 +42,7 @@ class Scheduler:
         self._operations: list[Operation] = []
         self._last_used: dict[int, int] = {}
         self._clock = 0
+        self._reads = False  # in streams: whether the last step read prompts
 
     @property
     def idle(self) -> bool:
@@ -88,19 +89,24 @@ class Scheduler:
     def commit(self, step: Step) -> None:
         """Every row of `step` is in the cache."""
         for sequence, start, count, _ in step.rows:
-            self.cells.extend(
-                sequence.slot, sequence.tokens[start : start + count], exact=not sequence.shifted
-            )
+            self._hold(sequence, start, start + count)
             sequence.n_cached = start + count
 
     def resync(self, sequence: Sequence, n_held: int) -> None:
         """The step was broken off: the cache holds `n_held` tokens of a running sequence."""
         before = sequence.n_cached
-        if n_held > before:
-            self.cells.extend(sequence.slot, sequence.tokens[before:n_held], exact=not sequence.shifted)
-        # Logits are lost with the step: the last token is computed again.
-        sequence.n_cached = min(n_held, len(sequence.tokens) - 1)
+        self._hold(sequence, before, n_held)
+        # Logits are lost with the step: the last token is computed again, of a scored prompt all of them.
+        sequence.n_cached = min(n_held, len(sequence.tokens) - 1 if sequence.score_from is None else before)
         self._truncate(sequence.slot, sequence.n_cached, native_length=n_held)
+
+    def _hold(self, sequence: Sequence, start: int, end: int) -> None:
+        """Note that the cache holds a sequence's tokens from `start` to `end` now."""
+        # Another prompt may only begin with cells that reading it would give: bit by bit, if deterministic.
+        decoded = self.limits.deterministic and start >= sequence.n_prompt
+        self.cells.extend(
+            sequence.slot, sequence.tokens[start:end], exact=not sequence.shifted and not decoded
+        )
 
     def lose(self, sequence: Sequence) -> None:
         """The cache may hold anything of a running sequence: none of it is trusted."""
@@ -249,14 +255,14 @@ class Scheduler:
         """Give a sequence a slot and its cells; False if there are not enough."""
         reserved = self._wanted(sequence)
         busy = self._busy()
-        source = min(owners) if owners else None
+        slot, source, count = self._choose_slot(busy, count, owners)
         if self.limits.unified:
             kept = self.cells.n_kept(busy, source, count)
             if kept + self._n_promised() + reserved - count > self.limits.n_cells:
                 return False
         # One that goes on where another ended is its next turn, and no second use of its beginning.
         diverges = any(self.cells.length(owner) > count for owner in owners)
-        slot, count = self._take_slot(busy, count, owners)
+        self._take_slot(slot, source, count)
         sequence.slot = slot
         sequence.n_cached = count
         sequence.n_reserved = reserved
@@ -278,29 +284,33 @@ class Scheduler:
             return min(len(sequence.tokens) + GROWTH, self.limits.n_context)
         return min(sequence.n_most, self.limits.n_context)
 
-    def _take_slot(self, busy: set[int], count: int, owners: frozenset[int]) -> tuple[int, int]:
-        """Choose a free slot and make it hold the first `count` tokens of one of `owners`; returns both."""
+    def _choose_slot(self, busy: set[int], count: int, owners: frozenset[int]) -> tuple[int, int | None, int]:
+        """A free slot, which of `owners` it gets its first tokens from (perhaps itself), and how many."""
         free = [slot for slot in range(self.limits.n_slots) if slot not in busy]
         idle_owners = owners.intersection(free)
         if not self.limits.unified and count < _WORTH_COPYING and not idle_owners:
             count = 0
         empty = [slot for slot in free if not self.cells.length(slot)]
-        ready = [slot for slot in idle_owners if self.cells.length(slot) == count] if count else empty
-        if ready:
-            return min(ready), count
-        if empty and (self.limits.unified or not idle_owners):
-            slot, kept = empty[0], 0
-        else:
-            # Going on where one left off needs no copy; otherwise the least recently used gives way.
-            slot = min(free, key=lambda slot: (slot not in owners, self._last_used.get(slot, 0)))
-            kept = count if slot in owners else 0
-            self._park(slot, kept, owners)
-            self._truncate(slot, kept)
-        if kept < count:
-            self._copy(min(owners), slot, count)
-        return slot, count
+        ready = [slot for slot in idle_owners if self.cells.length(slot) == count]
+        if count and ready:
+            return min(ready), min(ready), count
+        source = min(owners) if count else None
+        if empty and (self.limits.unified or not count or not idle_owners):
+            return empty[0], source, count
+        # Going on where one left off needs no copy; otherwise the least recently used gives way.
+        slot = min(free, key=lambda slot: (slot not in owners, self._last_used.get(slot, 0)))
+        return slot, slot if count and slot in owners else source, count
 
-    def _park(self, slot: int, count: int, needed: frozenset[int]) -> None:
+    def _take_slot(self, slot: int, source: int | None, count: int) -> None:
+        """Make a free slot hold the first `count` tokens of `source`, and nothing else."""
+        kept = count if slot == source else 0
+        if self.cells.length(slot) > kept:
+            self._park(slot, kept, source)
+            self._truncate(slot, kept)
+        if source is not None and slot != source:
+            self._copy(source, slot, count)
+
+    def _park(self, slot: int, count: int, needed: int | None) -> None:
         """Keep on a spare id what several requests began with and a slot is about to lose: what lies beyond
         its first `count` tokens. Not more than that, since attention looks at parked cells too.
         """
@@ -309,7 +319,7 @@ class Scheduler:
             return
         parked = [held for held in self.cells.sequences if held >= self.limits.n_slots]
         spare = set(range(self.limits.n_slots, self.limits.n_ids)) - set(parked)
-        dispensable = [held for held in parked if held not in needed]
+        dispensable = [held for held in parked if held != needed]
         if dispensable and not spare:
             oldest = min(dispensable, key=lambda held: self._last_used.get(held, 0))
             self._truncate(oldest, 0)
@@ -354,9 +364,10 @@ class Scheduler:
         reading = [sequence for sequence in able if sequence.prefilling]
         if self.limits.unified:
             return self._decode_rows(decoding) + self._prefill_rows(reading, len(decoding))
-        if not reading:
+        # Rows of different lengths would be computed as several batches: prompts and replies take turns.
+        self._reads = bool(reading) and not (decoding and self._reads)
+        if not self._reads:
             return self._decode_rows(sorted(decoding, key=lambda sequence: sequence.slot))
-        # Rows of different lengths would be computed as several batches: prompts first, by themselves.
         return self._prefill_rows(reading[:1] if self.limits.deterministic else reading, 0)
 
     def _decode_rows(self, decoding: list[Sequence]) -> tuple[StepRow, ...]:
