@@ -22,6 +22,7 @@ from dsmoe_local.batch.sources import InputForm, Source
 from dsmoe_local.batch.spool import spool, spool_path
 from dsmoe_local.batch.summary import BatchSummary
 from dsmoe_local.batch.workload import BYTES_A_TOKEN
+from dsmoe_local.engine.load.parallel import Workload
 from dsmoe_local.engine.types import Request
 
 STDIN = Path("-")
@@ -82,10 +83,11 @@ class Job:
         return request
 
     @property
-    def n_shared_tokens(self) -> int:
-        """Prompt tokens, about, that the line before in the order of work begins with too."""
+    def workload(self) -> Workload:
+        """What is left, about; prompt tokens that the line before in the order of work begins with, once."""
         index = self.index
-        return shared_bytes(self.order, index.signatures, index.lengths) // BYTES_A_TOKEN
+        n_shared = shared_bytes(self.order, index.signatures, index.lengths) // BYTES_A_TOKEN
+        return index.workload.left(len(self.order), len(index), n_shared)
 
     def finish(self) -> None:
         """Every record is there: remove what is needed no longer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dsmoe_local.engine.load.parallel import Workload
 from dsmoe_local.engine.types import Message, Prompt, Request
 
 UNSET_TOKENS = 512
@@ -43,6 +44,14 @@ class WorkloadMeter:
     def n_total(self, n_sequences: int) -> int:
         """What so many of the replies take, about."""
         return self._total * n_sequences // max(1, self.n_sequences)
+
+    def left(self, n_left: int, n_lines: int, n_shared: int) -> Workload:
+        """What `n_left` of `n_lines` lines ask for, if they are like the others; `n_shared` of their prompt
+        tokens are read once for several.
+        """
+        n_sequences = max(1, self.n_sequences * n_left // max(1, n_lines))
+        n_total = max(n_sequences, self.n_total(n_sequences) - n_shared)
+        return Workload(n_sequences, self.n_longest, n_total, self.n_messages)
 
 
 def expected_tokens(request: Request) -> int:

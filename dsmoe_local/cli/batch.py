@@ -136,14 +136,10 @@ def command(
 
 def _complete(options: ModelOptions, n_parallel: int, job: Job) -> ModelOptions:
     """`n_parallel` 0: as many as suit the work that is left."""
-    from dsmoe_local.engine.load.parallel import Workload, choose_parallel
+    from dsmoe_local.engine.load.parallel import choose_parallel
 
-    n_left = len(job.order)
-    meter = job.index.workload
-    n_total = max(n_left, meter.n_total(n_left) - job.n_shared_tokens)
     options = replace(options, deterministic=job.options.deterministic)
-    workload = Workload(n_left, meter.n_longest, n_total, meter.n_messages)
-    return choose_parallel(options, workload, n_parallel or None)
+    return choose_parallel(options, job.workload, n_parallel or None)
 
 
 def _options(source: Path, model: Path, n_deterministic: int | None, values: dict[str, Any]) -> BatchOptions:

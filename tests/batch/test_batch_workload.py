@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.batches import batch
 from support.models import smollm2
 
+from dsmoe_local.batch.job import prepared
 from dsmoe_local.batch.workload import WorkloadMeter
 from dsmoe_local.engine.engine import Engine
+from dsmoe_local.engine.load.parallel import Workload
 from dsmoe_local.engine.types import Message, ModelOptions, Request
 
 
@@ -33,6 +38,18 @@ def test_longest_and_total() -> None:
     talk = (Message("user", "x"), Message("assistant", "y"), Message("user", "z"))
     assert meter(short, Request("c", talk), Request("d", talk[:1])).n_messages == 3
     assert meter(short, Request("c", (1, 2))).n_messages == 0
+
+
+def test_what_is_left(tmp_path: Path) -> None:
+    """Guards: a line that wants sixteen replies given one cache; a resumed run planned for all lines."""
+    lines: list[dict[str, Any]] = [{"prompt": "a", "n": 16, "max_tokens": 2}]
+    with prepared(batch(tmp_path, *lines)) as job:
+        assert job.workload == Workload(16, 3, 32)
+    made = meter(Request("a", "a", n=16, max_tokens=2), *(Request("b", "b", max_tokens=2) for _ in range(3)))
+    assert made.left(4, 4, 0) == Workload(19, 3, 38)
+    assert made.left(2, 4, 5) == Workload(9, 3, 13)
+    assert made.left(0, 4, 5) == Workload(1, 3, 1)
+    assert meter().left(0, 0, 0) == Workload(1, 0, 1)
 
 
 @pytest.fixture(scope="module")

@@ -24,13 +24,13 @@ _OVERHEAD = 64  # tokens that nobody counts: BOS, the date in a template
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What is to be answered: `n_requests`, the longest taking at most `n_longest` tokens with its reply, all
-    together about `n_total`, what several begin with counted once. None: as long as the context allows.
+    """What is to be answered: `n_sequences` replies. With its prompt the longest takes at most `n_longest`
+    tokens (None: as long as the context allows), all of them about `n_total`, equal beginnings counted once.
 
     `n_messages`: of the longest conversation; what a template adds to it is not counted. 0: there is none.
     """
 
-    n_requests: int
+    n_sequences: int
     n_longest: int | None
     n_total: int
     n_messages: int = 0
@@ -61,7 +61,7 @@ def choose_parallel(options: ModelOptions, workload: Workload, n_parallel: int |
         cells = min(_stream(None if stated else longest, hp.n_context), share)
         return replace(options, n_parallel=width, unified=False, n_context=width * cells)
     workload = replace(workload, n_longest=longest)
-    least, most = n_parallel or 1, n_parallel or min(MOST_PARALLEL, max(1, workload.n_requests))
+    least, most = n_parallel or 1, n_parallel or min(MOST_PARALLEL, max(1, workload.n_sequences))
     chosen = arrange(workload, least=least, most=most, room=room, n_trained=hp.n_context, stated=stated)
     return replace(options, n_parallel=chosen.n_parallel, unified=chosen.unified, n_context=chosen.n_context)
 
@@ -75,7 +75,7 @@ def arrange(
     """
     stream = _stream(workload.n_longest, n_trained)
     n_streams = min(most, room // stream)
-    mean = max(1, -(-workload.n_total // max(1, workload.n_requests)))
+    mean = max(1, -(-workload.n_total // max(1, workload.n_sequences)))
     n_pooled = max(least, min(most, room // mean))
     if n_streams >= least and n_streams * 4 >= n_pooled * 3:
         if stated:
