@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import shutil
 import tempfile
@@ -129,6 +130,7 @@ def write_tokenizer(folder: Path, pre: str = "deepseek-llm") -> None:
 def trained_tokenizer(pre: str) -> Path:
     """A folder with the files of a tokenizer whose splitting rules are those called `pre`; made once."""
     folder = Path(tempfile.mkdtemp(prefix="dsmoe-tokenizer-"))
+    atexit.register(shutil.rmtree, folder, True)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizer(pre)
     tokenizer.decoder = decoders.ByteLevel()
