@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,10 @@ from support.models import tiny_model
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.engine.engine import Engine
-from dsmoe_local.engine.errors import EngineError
+from dsmoe_local.engine.errors import EngineCrashError, EngineError
 from dsmoe_local.engine.fake import FakeEngine
 from dsmoe_local.engine.observe.arrays import unpack
+from dsmoe_local.engine.observe.reference_file import ReferenceReader
 from dsmoe_local.engine.observe.registry import OBSERVERS
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions, ObserverOptions, Request, SamplingParameters, TextEngine
@@ -83,6 +87,24 @@ def test_unknown_observers_are_refused_at_load(load: Load) -> None:
     """Guards: a misspelt observer that is told when the work is done."""
     with pytest.raises(UsageError, match="no observer 'rooting'"):
         load(options(ObserverOptions("rooting")))
+
+
+def test_a_reference_is_begun_anew_after_a_crash(tmp_path: Path) -> None:
+    """Guards: what the dead process had written keeping the model from ever being loaded again."""
+    path = tmp_path / "reference"
+    with EngineClient.load(options(ObserverOptions("reference", (("path", str(path)),)))) as engine:
+        score(engine, 0)
+        os.kill(engine.pid, signal.SIGKILL)
+        # It may be told of the death, or find it when it asks.
+        with contextlib.suppress(EngineCrashError):
+            score(engine, 0)
+        score(engine, 10)
+        n_tokens = engine.observe("reference")["tokens"]
+        assert n_tokens in (len(IDS) - 11, 2 * len(IDS) - 12)
+    reader = ReferenceReader(path)
+    assert reader.n_tokens == n_tokens
+    reader.close()
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_scoring_needs_an_observer_of_logits() -> None:

@@ -18,11 +18,11 @@ from support import llama_oracle
 from support.models import tiny_model
 from support.observed import observed
 
-from dsmoe_local.base.errors import FileError, FormatError, UsageError
+from dsmoe_local.base.errors import FileError, FormatError, LockedError, UsageError
 from dsmoe_local.engine.errors import EngineError, NativeError
 from dsmoe_local.engine.native import Row
 from dsmoe_local.engine.observe.observer import Scored
-from dsmoe_local.engine.observe.reference_file import ReferenceReader
+from dsmoe_local.engine.observe.reference_file import Prediction, ReferenceReader, ReferenceWriter
 from dsmoe_local.engine.observe.scoring import blocks
 from dsmoe_local.engine.types import ObserverOptions
 from dsmoe_local.model.gguf_model import read_model
@@ -221,6 +221,53 @@ def test_a_reference_is_never_overwritten(tmp_path: Path) -> None:
     assert path.read_bytes() == content
     with pytest.raises(FileError):
         write_reference(tmp_path / "no" / "folder")
+
+
+def reference_writer(path: Path) -> ReferenceWriter:
+    return ReferenceWriter(path, 640)
+
+
+def add_one(writer: ReferenceWriter, request_id: str) -> None:
+    ids, logprobs = np.array([3], np.int32), np.array([-0.1], np.float32)
+    writer.add(request_id, 1, [Prediction(3, -0.1, 0.1, ids, logprobs)])
+
+
+def test_a_reference_has_its_name_once_it_is_asked_for(tmp_path: Path) -> None:
+    """Guards: half a reference that passes for a whole one; tokens lost behind the first summary; files that
+    runs without tokens leave behind.
+    """
+    path = tmp_path / "ref"
+    writer = reference_writer(path)
+    writer.publish()
+    assert not path.exists()
+    add_one(writer, "first")
+    assert not path.exists()
+    with pytest.raises(LockedError):
+        reference_writer(path)
+    writer.publish()
+    assert ReferenceReader(path).n_tokens == 1
+    add_one(writer, "second")
+    writer.close()
+    writer.close()
+    assert ReferenceReader(path).n_tokens == 2
+    reference_writer(tmp_path / "empty").close()
+    with pytest.raises(FileError, match="exists already"):
+        reference_writer(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["ref"]
+
+
+def test_a_file_made_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    """Guards: somebody else's work replaced when ours is done, or ours lost."""
+    path = tmp_path / "ref"
+    writer = reference_writer(path)
+    add_one(writer, "first")
+    path.write_text("theirs")
+    for finish in (writer.publish, writer.close):
+        with pytest.raises(FileError, match=r"ref\.part"):
+            finish()
+    writer.close()
+    assert path.read_text() == "theirs"
+    assert ReferenceReader(tmp_path / "ref.part").n_tokens == 1
 
 
 @pytest.fixture(scope="module")

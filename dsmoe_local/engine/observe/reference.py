@@ -70,8 +70,8 @@ class Reference(Observer):
         )
 
     def summary(self) -> Observation:
-        """See Observer. What is counted here is on the medium."""
-        self._writer.flush()
+        """See Observer. What is counted here is on the medium, in the file of that name."""
+        self._writer.publish()
         return {
             "path": str(self._path),
             "tokens": self._n_tokens,

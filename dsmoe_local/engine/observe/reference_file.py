@@ -17,6 +17,7 @@ import struct
 import zlib
 from bisect import bisect_right
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -24,7 +25,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from dsmoe_local.base.durable import sync
+from dsmoe_local.base.durable import locked, replace, sync
 from dsmoe_local.base.errors import FileError, FormatError
 
 _MAGIC = b"DSMOEREF"
@@ -47,20 +48,30 @@ class Prediction:
 
 
 class ReferenceWriter:
-    """Appends blocks. What `flush` has seen is on the medium."""
+    """Appends blocks to a file that gets its name from `publish`, and is called `.part` before.
+
+    What a process that died has left under that name is overwritten: the next one begins anew.
+    """
 
     def __init__(self, path: Path, n_vocab: int) -> None:
-        """FileError if the file exists already, or cannot be made."""
+        """FileError if the file exists already, or cannot be made; LockedError: another run writes it."""
+        self._path = path
+        self._part: Path | None = path.with_name(f"{path.name}.part")
+        self._empty = True
         header = json.dumps({"version": _VERSION, "n_vocab": n_vocab}).encode()
-        try:
-            self._file: BinaryIO = path.open("xb")
-        except FileExistsError as error:
-            raise FileError(
-                "the reference exists already", where=path, remedy="remove it, or name another file"
-            ) from error
-        except OSError as error:
-            raise FileError(f"the reference cannot be written: {error.strerror}", where=path) from error
-        self._file.write(_HEADER.pack(_MAGIC, len(header)) + header)
+        with ExitStack() as made:
+            try:
+                made.enter_context(locked(path))
+                self._require_none("remove it, or name another file")
+                self._file: BinaryIO = made.enter_context(self._part.open("wb"))
+            except OSError as error:
+                raise FileError(f"the reference cannot be written: {error.strerror}", where=path) from error
+            self._file.write(_HEADER.pack(_MAGIC, len(header)) + header)
+            self._made = made.pop_all()
+
+    def _require_none(self, remedy: str) -> None:
+        if self._path.exists():
+            raise FileError("the reference exists already", where=self._path, remedy=remedy)
 
     def add(self, request_id: str, index: int, predictions: Sequence[Prediction]) -> None:
         """Append tokens that follow each other, from `index` on."""
@@ -76,15 +87,29 @@ class ReferenceWriter:
         ]
         body = b"".join(parts)
         self._file.write(_BLOCK.pack(len(body), zlib.crc32(body)) + body)
+        self._empty = False
 
-    def flush(self) -> None:
-        """Force everything to the medium."""
+    def publish(self) -> None:
+        """Force everything to the medium, under the file's own name; a file without tokens gets none.
+
+        FileError if there is another file of that name by now.
+        """
         self._file.flush()
         sync(self._file.fileno())
+        if self._part is not None and not self._empty:
+            self._require_none(f"what was written is {self._part.name}")
+            replace(self._part, self._path)
+            self._part = None
 
     def close(self) -> None:
-        """Closing twice is fine."""
-        self._file.close()
+        """Publish and release the file. Closing twice is fine."""
+        with self._made:
+            if self._file.closed:
+                return
+            if not self._empty:
+                self.publish()
+            elif self._part is not None:
+                self._part.unlink()
 
 
 class ReferenceReader:
