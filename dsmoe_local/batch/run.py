@@ -18,7 +18,13 @@ from dsmoe_local.batch.lines import describe
 from dsmoe_local.batch.responses import FORMATS, Failure, Outcome
 from dsmoe_local.batch.summary import BatchSummary, Speedometer
 from dsmoe_local.batch.writer import RecordWriter
-from dsmoe_local.engine.errors import EngineCrashError, ModelLoadError, OutOfMemoryError
+from dsmoe_local.engine.errors import (
+    EngineCrashError,
+    EngineError,
+    ModelLoadError,
+    NativeError,
+    OutOfMemoryError,
+)
 from dsmoe_local.engine.types import TextEngine, Ticket
 
 _TICK = 0.1  # how long a stop may go unnoticed
@@ -26,6 +32,8 @@ _REPORT = 0.5
 _PATIENCE = 1.5  # for replies that are being cancelled
 _MOST_UNWRITTEN = 4096
 _MOST_AHEAD = 1024  # replies that wait for an earlier line's, with `ordered`
+# They end all that was worked on, whoever is to blame.
+_SHARED = (EngineCrashError, NativeError)
 # The model cannot be had any more: no line can be answered, and none is to blame.
 _FATAL = (ModelLoadError, OutOfMemoryError, FileError, FormatError, InterruptedRunError)
 
@@ -51,10 +59,10 @@ def run(
     """Answer what is left of a job.
 
     A record counts once it is synced. A line that fails becomes an error record, and the others go on. When
-    the engine's process dies, what it was working on is tried again, one request at a time; one that kills it
-    alone becomes an error record. Setting `stop` cancels the replies on their way and raises
-    InterruptedRunError. Raises FileError (the disk), ErrorLimitError, and what keeps the model from being
-    loaded again.
+    the engine's process dies or llama.cpp fails, what it was working on is tried again, one request at a
+    time; one that fails alone becomes an error record. Setting `stop` cancels the replies on their way and
+    raises InterruptedRunError. Raises FileError (the disk), ErrorLimitError, and what keeps the model from
+    being loaded again.
     """
     job.output.open()
     work = _Run(engine, job, listen, stop or threading.Event())
@@ -205,20 +213,20 @@ class _Run:
                 self._emit(collector.position, reply)
         elif ending:
             return
-        elif isinstance(error, EngineCrashError):
+        elif isinstance(error, _SHARED):
             self._crashed(collector.position, collector.alone, error)
         elif isinstance(error, DsmoeError) and not isinstance(error, _FATAL):
             self._fail(collector.position, error)
         else:
             raise error
 
-    def _crashed(self, position: int, alone: bool, error: EngineCrashError) -> None:
+    def _crashed(self, position: int, alone: bool, error: EngineError) -> None:
         """Try it again alone; it is to blame if it was."""
         if alone:
             self._fail(position, error)
             return
         if not self._suspects:
-            self._listen(Note(f"{error.what}: its requests are tried again, one at a time"))
+            self._listen(Note(f"{error.what}: what it worked on is tried again, one at a time"))
         self._suspects.append(position)
 
     def _fail(self, position: int, error: DsmoeError) -> None:

@@ -325,18 +325,25 @@ def test_too_many_errors(tmp_path: Path) -> None:
         run_batch(FakeEngine(), replace(options, max_errors=0, restart=True))
 
 
-def test_a_crash_costs_only_its_culprit(tmp_path: Path) -> None:
-    """Guards: records lost with a dead engine; innocent requests blamed; the culprit tried for ever."""
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [
+        (EngineCrashError("the engine was killed by SIGSEGV"), "engine_crash_error"),
+        (NativeError("llama.cpp cannot decode (status -3)"), "native_error"),
+    ],
+)
+def test_a_crash_costs_only_its_culprit(tmp_path: Path, failure: EngineError, code: str) -> None:
+    """Guards: records lost with a dead engine or a failed step; others blamed; the culprit tried for ever."""
     culprits = {"line-2", "line-9"}
     lines = [{"prompt": "kill" if f"line-{n + 1}" in culprits else "live"} for n in range(20)]
-    engine = CrashingEngine(lambda prompt: prompt == "kill", patience=3)
+    engine = CrashingEngine(lambda prompt: prompt == "kill", patience=3, error=failure)
     notes: list[Event] = []
     found = by_id(answer(engine, replace(batch(tmp_path, *lines), ordered=True), notes.append))
     assert len(found) == 20
     assert {name for name, record in found.items() if record["error"]} == culprits
     error = found["line-2"]["error"]
-    assert error["code"] == "engine_crash_error"
-    assert "SIGSEGV" in error["message"]
+    assert error["code"] == code
+    assert failure.what in error["message"]
     assert engine.in_flight_at_crashes[0] > 1
     # Each culprit among others, then alone; it may have been alone by chance at first.
     assert engine.in_flight_at_crashes[1] == 1

@@ -19,7 +19,8 @@ class _Idle:
 
 
 class CrashingEngine(FakeEngine):
-    """Echoes, one request after the other, once `patience` of them wait; dies of those that `kills` names.
+    """Echoes, one request after the other, once `patience` of them wait; dies of those that `kills` names. All
+    that were in flight then get `error`.
 
     Dead, it is loaded again by `start` or `encode`; `reload` may raise what keeps it from that.
     """
@@ -29,10 +30,12 @@ class CrashingEngine(FakeEngine):
         kills: Callable[[str], bool],
         *,
         patience: int = 1,
+        error: EngineError | None = None,
         reload: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__()
         self._kills = kills
+        self._error = error or EngineCrashError("the engine was killed by SIGSEGV")
         self._reload = reload
         self._patience = patience
         self._queue: queue.SimpleQueue[tuple[Request, Deliver]] = queue.SimpleQueue()
@@ -72,5 +75,5 @@ class CrashingEngine(FakeEngine):
             self._dead = True
             self.in_flight_at_crashes.append(1 + len(waiting))
             for victim in (deliver, *(other for _, other in waiting)):
-                victim(EngineCrashError("the engine was killed by SIGSEGV"))
+                victim(self._error)
             waiting.clear()
