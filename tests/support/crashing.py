@@ -19,8 +19,8 @@ class _Idle:
 
 
 class CrashingEngine(FakeEngine):
-    """Echoes, one request after the other, once `patience` of them wait; dies of those that `kills` names. All
-    that were in flight then get `error`.
+    """Echoes, one request after the other, once `patience` of them wait; dies of those that `kills` names.
+    All that were in flight then get `error`.
 
     Dead, it is loaded again by `start` or `encode`; `reload` may raise what keeps it from that.
     """
