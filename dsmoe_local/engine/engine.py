@@ -224,7 +224,7 @@ class Engine:
         failure: Exception | None = None
         try:
             if not job.cancelled:
-                check_request(session.model, job.request)
+                job.language = check_request(session.model, job.request)
                 prompt = session.encoder.encode(job.request.prompt)
         except Exception as error:  # noqa: BLE001 - delivered to the request that caused it
             failure = error

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from dsmoe_local.engine import native
 from dsmoe_local.engine.observe.observer import Logits
-from dsmoe_local.engine.sampling import Choice, Chooser, choose_seed
+from dsmoe_local.engine.sampling import Choice, Chooser, Language, choose_seed
 from dsmoe_local.engine.schedule.plan import Sequence
 from dsmoe_local.engine.stream import TextStream
 from dsmoe_local.engine.types import (
@@ -23,10 +23,14 @@ from dsmoe_local.engine.types import (
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A submitted request: what it asks for, where its events go, and how many replies are not ended."""
+    """A submitted request: what it asks for, where its events go, and how many replies are not ended.
+
+    `language` is there once the request was checked, if its replies are held to one.
+    """
 
     request: Request
     deliver: Deliver
+    language: Language | None = None
     submitted: float = field(default_factory=time.perf_counter)
     cancelled: bool = False
     n_open: int = 0
@@ -65,7 +69,7 @@ class Reply:
         self._seed = choose_seed(request.sampling)
         if self._seed is not None:
             self._seed = (self._seed + index) % (MAX_SEED + 1)
-        self._chooser = Chooser(self._model, context, request, self._seed, prompt)
+        self._chooser = Chooser(self._model, context, request, self._seed, prompt, job.language)
         self._stream = TextStream(request.stop)
         # A reply that goes on may have been cut inside a character, which takes four bytes at most.
         self._stream.begin_after(b"".join(map(self._model.piece, prompt[-4:])))

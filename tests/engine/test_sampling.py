@@ -123,7 +123,7 @@ def test_tokens_equal_those_of_the_chain(
         chain = chain_of(model, usual_stages(sampling, seed, model.n_vocab))
         for token_id in prompt:
             llama_cpp.llama_sampler_accept(chain, token_id)
-        chooser = Chooser(model, context, Request("r", "", sampling), seed, prompt)
+        chooser = Chooser(model, context, Request("r", "", sampling), seed, prompt, None)
         before = rows.copy()
         chosen = [chooser.choose(row).token_id for row in rows]
         np.testing.assert_array_equal(rows, before)
@@ -146,7 +146,7 @@ def test_logit_bias_equals_that_of_the_chain(
         llama_cpp.llama_sampler_accept(chain, token_id)
     # One bias in two parts must be the same.
     request = Request("r", "", sampling, logit_bias=((500, 16.0), *bias[:1], (500, 0.5), *bias[2:]))
-    chooser = Chooser(model, context, request, 5, prompt)
+    chooser = Chooser(model, context, request, 5, prompt, None)
     chosen = [chooser.choose(row).token_id for row in rows]
     assert chosen == [sample(chain, row) for row in rows]
     assert 500 in chosen
@@ -170,7 +170,7 @@ def test_choosers_of_one_context_do_not_disturb_each_other(
         return [chooser.choose(row) for row in rows]
 
     def make(kind: SamplingParameters) -> Chooser:
-        return Chooser(model, context, Request("r", "", kind), 3, [1, 2])
+        return Chooser(model, context, Request("r", "", kind), 3, [1, 2], None)
 
     alone = [choose_all(make(kind)) for kind in kinds]
     mixed = [make(kind) for kind in kinds]
@@ -182,7 +182,7 @@ def test_logprobs_and_alternatives(model: native.Model, context: native.Context,
     """Guards: log-probabilities after biases or temperature, alternatives out of order, one too few."""
     sampling = SamplingParameters(temperature=1.7, top_k=0, min_p=0, top_p=1)
     request = Request("r", "", sampling, logprobs=True, top_logprobs=4, logit_bias=((77, 80.0),))
-    choice = Chooser(model, context, request, 1, []).choose(rows[-1])
+    choice = Chooser(model, context, request, 1, [], None).choose(rows[-1])
     row = rows[-1].astype(np.float64)
     logprobs = row - np.logaddexp.reduce(row)
     assert choice.token_id == 77
@@ -193,7 +193,7 @@ def test_logprobs_and_alternatives(model: native.Model, context: native.Context,
     for item in choice.alternatives:
         assert item.logprob == pytest.approx(logprobs[item.token_id], abs=1e-5)
         assert item.text == model.text_of(item.token_id)
-    plain = Chooser(model, context, Request("r", "", sampling), 1, []).choose(rows[-1])
+    plain = Chooser(model, context, Request("r", "", sampling), 1, [], None).choose(rows[-1])
     assert plain.logprob is None
     assert plain.alternatives == ()
 
@@ -232,7 +232,9 @@ def test_logits_that_are_no_numbers(
     """Guards: NaN sorted somewhere and sampled, as if the model had said something."""
     logits = np.zeros(model.n_vocab, np.float32)
     logits[model.n_vocab - 2] = value
-    chooser = Chooser(model, context, Request("r", "", SamplingParameters(temperature=temperature)), 1, [1])
+    chooser = Chooser(
+        model, context, Request("r", "", SamplingParameters(temperature=temperature)), 1, [1], None
+    )
     with pytest.raises(NativeError, match="NaN"):
         chooser.choose(logits)
 
@@ -244,7 +246,7 @@ def test_tiny_temperatures_are_greedy(
     """Guards: logits that overflow in the division, whose differences are then NaN: the last token wins."""
     logits = np.linspace(1, 30, model.n_vocab, dtype=np.float32)[::-1].copy()
     sampling = SamplingParameters(temperature=temperature, top_k=0, min_p=0, top_p=1)
-    chooser = Chooser(model, context, Request("r", "", sampling), 1, [1])
+    chooser = Chooser(model, context, Request("r", "", sampling), 1, [1], None)
     assert chooser.choose(logits).token_id == 0
 
 

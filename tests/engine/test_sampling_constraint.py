@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,8 +21,9 @@ from dsmoe_local.engine import native
 from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.errors import EngineError
 from dsmoe_local.engine.grammar.gbnf import parse_gbnf
-from dsmoe_local.engine.grammar.network import compile_grammar
-from dsmoe_local.engine.sampling import Chooser, check_request
+from dsmoe_local.engine.grammar.network import CompiledRule, compile_grammar
+from dsmoe_local.engine.grammar.nodes import Grammar
+from dsmoe_local.engine.sampling import Chooser, check_request, constraint
 from dsmoe_local.engine.types import FinishReason, Message, ModelOptions, Request, SamplingParameters
 
 GREEDY = SamplingParameters(temperature=0)
@@ -53,8 +55,7 @@ def rows() -> Any:
 
 def chooser_of(model: native.Model, context: native.Context, **values: Any) -> Chooser:
     request = Request("r", "", **values)
-    check_request(model, request)
-    return Chooser(model, context, request, 7, [])
+    return Chooser(model, context, request, 7, [], check_request(model, request))
 
 
 class Theirs:
@@ -252,7 +253,40 @@ def test_a_real_model_writes_what_the_schema_says() -> None:
             reply = json.loads("".join(event.text for event in events))
             jsonschema.Draft202012Validator(SCHEMA).validate(reply)
             assert all(event.logprob is not None for event in events[:-1])
-        with pytest.raises(UsageError, match="line 1"):
-            list(engine.submit(Request("bad", "x", grammar="root ::= (")))
+        for n in (1, 3):
+            failing = engine.submit(Request("bad", "x", grammar="root ::= (", n=n))
+            with pytest.raises(UsageError, match="line 1"):
+                next(failing)
+            assert list(failing) == []
         events = list(engine.submit(Request("good", question, GREEDY, grammar='root ::= "Oui" | "Non"')))
         assert "".join(event.text for event in events) in ("Oui", "Non")
+
+
+def test_grammars_are_prepared_while_others_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: everybody waiting between two steps for a grammar that was prepared once, and forgotten."""
+    prepared: list[str] = []
+    one_more, blocked, go_on = threading.Semaphore(0), threading.Event(), threading.Event()
+
+    def prepare(grammar: Grammar) -> CompiledRule:
+        prepared.append(threading.current_thread().name)
+        one_more.release()
+        return compile_grammar(grammar)
+
+    def block() -> None:
+        blocked.set()
+        assert go_on.wait(60)
+
+    monkeypatch.setattr(constraint, "compile_grammar", prepare)
+    with Engine.load(ModelOptions(smollm2(), n_context=512, n_threads=1, n_parallel=4)) as engine:
+        engine.after_step = block
+        first = engine.submit(Request("first", "x", GREEDY, max_tokens=2))
+        assert blocked.wait(60)
+        wanted = [str(2**100 + i) for i in range(40)]
+        held = [engine.submit(Request(text, "x", GREEDY, grammar=f'root ::= "{text}"')) for text in wanted]
+        for _ in wanted:
+            assert one_more.acquire(timeout=60)
+        go_on.set()
+        list(first)
+        assert ["".join(event.text for event in stream) for stream in held] == wanted
+    assert len(prepared) == len(wanted)
+    assert not {"dsmoe-engine"} & set(prepared)

@@ -2,5 +2,6 @@
 
 from dsmoe_local.engine.sampling.check import check_request
 from dsmoe_local.engine.sampling.chooser import Choice, Chooser, choose_seed
+from dsmoe_local.engine.sampling.constraint import Language
 
-__all__ = ["Choice", "Chooser", "check_request", "choose_seed"]
+__all__ = ["Choice", "Chooser", "Language", "check_request", "choose_seed"]

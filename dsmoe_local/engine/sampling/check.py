@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.engine import native
-from dsmoe_local.engine.sampling.constraint import constraint_of
+from dsmoe_local.engine.sampling.constraint import Language, language_of
 from dsmoe_local.engine.types import Request
 
 
-def check_request(model: native.Model, request: Request) -> None:
-    """Raises UsageError: a biased token id beyond the vocabulary, a grammar or schema that cannot be kept to.
+def check_request(model: native.Model, request: Request) -> Language | None:
+    """What the request's `Chooser`s take: its grammar or schema made ready, from any thread but the engine's.
 
-    Prepares what a constraint needs, so that the engine's thread does not have to; from any thread.
+    Raises UsageError: a biased token id beyond the vocabulary, a grammar or schema that cannot be kept to.
     """
     for token_id, _ in request.logit_bias:
         if not 0 <= token_id < model.n_vocab:
             raise UsageError(
                 f"logit_bias: there is no token {token_id}", remedy=f"ids go from 0 to {model.n_vocab - 1}"
             )
-    constraint_of(model, request)
+    return language_of(model, request)

@@ -15,7 +15,7 @@ import numpy as np
 from dsmoe_local.engine import native
 from dsmoe_local.engine.errors import NativeError
 from dsmoe_local.engine.native.samplers import Candidates
-from dsmoe_local.engine.sampling.constraint import Constraint, constraint_of
+from dsmoe_local.engine.sampling.constraint import Constraint, Language
 from dsmoe_local.engine.sampling.likeliest import Logits, TokenIds, likeliest, log_total, near_top
 from dsmoe_local.engine.sampling.penalties import Adjustments
 from dsmoe_local.engine.types import MAX_SEED, Request, SamplingParameters, TokenLogprob
@@ -47,8 +47,9 @@ class Chooser:
         request: Request,
         seed: int | None,
         prompt_ids: Sequence[int],
+        language: Language | None,
     ) -> None:
-        """`seed` None: as 0. The request must have passed `check_request`."""
+        """`seed` None: as 0. `language` is what `check_request` returned for the request."""
         sampling = request.sampling
         self._model = model
         self._logprobs = request.logprobs or request.top_logprobs > 0
@@ -56,7 +57,7 @@ class Chooser:
         self._adjustments = Adjustments(sampling, request.logit_bias)
         if sampling.repeat_last_n:
             self._adjustments.remember(prompt_ids[-sampling.repeat_last_n :])
-        self._constraint: Constraint | None = constraint_of(model, request)
+        self._constraint = None if language is None else Constraint(language)
         self._sampler: native.Sampler | None = None
         self._top_k = 0 if sampling.mirostat else sampling.top_k
         if sampling.temperature > 0:

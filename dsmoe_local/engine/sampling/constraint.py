@@ -6,6 +6,7 @@ first: most of the vocabulary is ruled out by its first two bytes.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from weakref import WeakKeyDictionary
 
@@ -47,14 +48,25 @@ def _pair(piece: bytes) -> int:
 _vocabularies: WeakKeyDictionary[native.Model, Vocabulary] = WeakKeyDictionary()
 
 
-def constraint_of(model: native.Model, request: Request) -> Constraint | None:
-    """What holds a request's reply; None if nothing does. Raises UsageError if it cannot be read."""
+@dataclass(frozen=True, slots=True)
+class Language:
+    """What a request's replies are held to, in a model's own tokens. Its states are made while it is used."""
+
+    root: CompiledRule
+    vocabulary: Vocabulary
+
+
+def language_of(model: native.Model, request: Request) -> Language | None:
+    """What holds a request's replies; None if nothing does. Raises UsageError if it cannot be read.
+
+    Takes up to a second for a large grammar, and for the first one of a model.
+    """
     if request.grammar is None and request.json_schema is None:
         return None
     vocabulary = _vocabularies.get(model)
     if vocabulary is None:
         vocabulary = _vocabularies[model] = Vocabulary(model)
-    return Constraint(_compiled(request.grammar, request.json_schema), vocabulary)
+    return Language(_compiled(request.grammar, request.json_schema), vocabulary)
 
 
 # A batch often has one grammar for all of its lines.
@@ -66,10 +78,10 @@ def _compiled(grammar: str | None, json_schema: str | None) -> CompiledRule:
 class Constraint:
     """One reply under a grammar: what may follow what was accepted so far."""
 
-    def __init__(self, root: CompiledRule, vocabulary: Vocabulary) -> None:
-        self._vocabulary = vocabulary
-        self._ends = frozenset(map(int, vocabulary.ends))
-        self._matcher = Matcher(root)
+    def __init__(self, language: Language) -> None:
+        self._vocabulary = language.vocabulary
+        self._ends = frozenset(map(int, self._vocabulary.ends))
+        self._matcher = Matcher(language.root)
         self._position = self._matcher.start()
         # What the tokens tested since the last `accept` lead to.
         self._tested: dict[int, Position | None] = {}
