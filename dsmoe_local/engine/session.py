@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from dsmoe_local.engine import native
@@ -27,8 +28,7 @@ class Session:
         return native.log_lines()
 
     def close(self) -> None:
-        """Free everything native."""
-        self.encoder.close()
-        self.context.close()
-        self.observers.close()
-        self.model.close()
+        """Free everything native, and let observers end their files, whatever one of them raises."""
+        with ExitStack() as last_to_first:
+            for part in (self.model, self.observers, self.context, self.encoder):
+                last_to_first.callback(part.close)
