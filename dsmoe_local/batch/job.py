@@ -23,7 +23,7 @@ from dsmoe_local.batch.spool import spool, spool_path
 from dsmoe_local.batch.summary import BatchSummary
 from dsmoe_local.batch.workload import BYTES_A_TOKEN
 from dsmoe_local.engine.load.parallel import Workload
-from dsmoe_local.engine.types import Request
+from dsmoe_local.engine.types import ModelInfo, Request
 
 STDIN = Path("-")
 REQUESTS = InputForm()
@@ -88,6 +88,17 @@ class Job:
         index = self.index
         n_shared = shared_bytes(self.order, index.signatures, index.lengths) // BYTES_A_TOKEN
         return index.workload.left(len(self.order), len(index), n_shared)
+
+    def hold_to(self, info: ModelInfo) -> None:
+        """Texts that must not differ need a model that was loaded alike. FileError if it was not."""
+        if not self.options.deterministic:
+            return
+        longest = self.index.workload.n_longest
+        enough = info.n_context >= (info.n_context_trained if longest is None else longest)
+        context = "what the lines need" if enough else f"{info.n_context} tokens"
+        self.output.require(
+            {"context of a request": context, "threads": str(info.n_threads), "kernels": info.kernels}
+        )
 
     def finish(self) -> None:
         """Every record is there: remove what is needed no longer."""

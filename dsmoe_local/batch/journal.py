@@ -74,6 +74,8 @@ class Output:
         self.path = out
         self._settings = settings
         self._restart = restart
+        self._loaded: Settings = {}
+        self._loaded_then: Settings | None = None  # None: there are no records yet
         self._descriptors: tuple[int, int] | None = None
         self._extent: _Extent | None = None  # None: it is yet to be begun
         if restart:
@@ -85,6 +87,13 @@ class Output:
         if header.settings != settings:
             raise _other_settings(out, header.settings, settings)
         self._extent = _recover(out, journal_path(out), header.size, visit)
+        self._loaded_then = header.loaded
+
+    def require(self, loaded: Settings) -> None:
+        """Settings that are known once the model is loaded. FileError if there are records of others."""
+        if self._loaded_then is not None and self._loaded_then != loaded:
+            raise _other_settings(self.path, self._loaded_then, loaded)
+        self._loaded = loaded
 
     def open(self) -> None:
         """Cut off what is torn, or begin; what `restart` replaces is removed now.
@@ -94,7 +103,7 @@ class Output:
         if self._extent is None:
             if not self._restart:
                 _check_files(self.path, _read_header(journal_path(self.path)))
-            self._extent = _begin(self.path, self._settings)
+            self._extent = _begin(self.path, self._settings, self._loaded)
         flags = os.O_WRONLY | os.O_APPEND
         self._descriptors = os.open(self.path, flags), os.open(journal_path(self.path), flags)
         self._cut()
@@ -166,7 +175,7 @@ def _check_files(out: Path, header: _Header | None) -> None:
         )
 
 
-def _begin(out: Path, settings: Settings) -> _Extent:
+def _begin(out: Path, settings: Settings, loaded: Settings) -> _Extent:
     """New files in the place of those that may be there."""
     journal = journal_path(out)
     journal.unlink(missing_ok=True)
@@ -174,7 +183,8 @@ def _begin(out: Path, settings: Settings) -> _Extent:
     os.close(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
     durable.sync_folder(out.absolute().parent)
     reach("batch.created")
-    header = json.dumps({_VERSION: 1, "settings": settings}, separators=(",", ":")).encode() + b"\n"
+    words = {_VERSION: 1, "settings": settings, "loaded": loaded}
+    header = json.dumps(words, separators=(",", ":")).encode() + b"\n"
     # One name, whichever process writes it: what a kill leaves is replaced by the next run.
     temporary = journal.with_name(f".{journal.name}.part")
     with temporary.open("wb") as file:
@@ -189,6 +199,7 @@ def _begin(out: Path, settings: Settings) -> _Extent:
 @dataclass(frozen=True, slots=True)
 class _Header:
     settings: Settings
+    loaded: Settings
     size: int
     has_entries: bool
 
@@ -207,7 +218,7 @@ def _read_header(journal: Path) -> _Header | None:
         raise _damaged(journal) from error
     if not raw.endswith(b"\n") or not isinstance(header, dict) or header.get(_VERSION) != 1:
         raise _damaged(journal)
-    return _Header(header["settings"], len(raw), has_entries)
+    return _Header(header["settings"], header.get("loaded", {}), len(raw), has_entries)
 
 
 def _damaged(journal: Path) -> FileError:

@@ -64,6 +64,7 @@ def run(
     raises InterruptedRunError. Raises FileError (the disk), ErrorLimitError, and what keeps the model from
     being loaded again.
     """
+    job.hold_to(engine.info)
     job.output.open()
     work = _Run(engine, job, listen, stop or threading.Event())
     if job.index.model_named not in ("", engine.info.name):

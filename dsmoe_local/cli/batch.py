@@ -27,20 +27,11 @@ if TYPE_CHECKING:
     from dsmoe_local.engine.types import ModelOptions
 
 _LEAST_DETERMINISTIC = 2  # one sequence alone takes other kernels than several
-# What a reply depends on beside the model's file; the rest only with --deterministic, up to rounding.
-_SETTINGS = ("n_context", "cache_type_k", "cache_type_v", "n_experts_per_token", "chat_template")
-_EXACT_SETTINGS = (
-    "n_batch",
-    "n_ubatch",
-    "n_threads",
-    "n_threads_batch",
-    "flash_attention",
-    "devices",
-    "n_gpu_layers",
-    "n_cpu_moe",
-    "cpu_moe",
-    "tensor_overrides",
-)
+# What a reply depends on beside the model's file. With --deterministic the context, threads and devices do,
+# too, but as they are once the model is loaded.
+_SETTINGS = ("cache_type_k", "cache_type_v", "n_experts_per_token", "chat_template")
+_LOOSE_SETTINGS = ("n_context",)
+_EXACT_SETTINGS = ("n_batch", "n_ubatch", "n_threads_batch", "flash_attention")
 
 
 class Parallel(click.ParamType[int]):
@@ -171,7 +162,7 @@ def _settings(model: Path, n_deterministic: int | None, values: dict[str, Any]) 
     """What the records of one output have in common, beside the batch's own options."""
     from dsmoe_local.batch.identity import file_identity
 
-    names = _SETTINGS + (_EXACT_SETTINGS if n_deterministic else ())
+    names = _SETTINGS + (_EXACT_SETTINGS if n_deterministic else _LOOSE_SETTINGS)
     settings = {"model": file_identity(model)} | {name: str(values.get(name)) for name in names}
     template = values.get("chat_template")
     if template is not None and Path(template).is_file():

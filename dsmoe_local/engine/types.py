@@ -261,7 +261,8 @@ class ModelInfo:
     """What a loaded model is.
 
     `template` names where the chat template comes from; None: completion only. `n_context` is the longest
-    prompt and reply of one request. `placement` says where weights and KV cache lie, in words.
+    prompt and reply of one request. `placement` says where weights and KV cache lie, in words; `kernels` what
+    else the last digits of float results depend on, beside the options.
     """
 
     path: Path
@@ -280,6 +281,7 @@ class ModelInfo:
     unified: bool = True
     deterministic: bool = False
     placement: str = ""
+    kernels: str = ""
 
 
 Deliver: TypeAlias = Callable[[TokenEvent | BaseException | None], None]

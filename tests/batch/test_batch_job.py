@@ -288,6 +288,25 @@ def test_deterministic_requests_have_seeds(tmp_path: Path) -> None:
     assert len({seeds[0][name] for name in "abc"} - {None}) == 3
 
 
+@pytest.mark.parametrize("change", [{"n_threads": 2}, {"kernels": "repacked"}, {"n_context": 8}])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_model_loaded_otherwise(tmp_path: Path, change: dict[str, Any], deterministic: bool) -> None:
+    """Guards: --deterministic texts that follow the free memory; a resume that is refused without need."""
+    lines = [{"prompt": "abc", "max_tokens": 9}, {"prompt": "d", "max_tokens": 2}]
+    options = batch(tmp_path, lines[0], deterministic=deterministic)
+    answer(FakeEngine(), options)
+    options = batch(tmp_path, *lines, deterministic=deterministic)
+    engine = FakeEngine()
+    engine.info = replace(engine.info, **change)
+    if not deterministic:
+        assert len(answer(engine, options)) == 2
+        return
+    with pytest.raises(FileError, match="begun with another setting"):
+        answer(engine, options)
+    engine.info = replace(FakeEngine().info, n_context=12)
+    assert len(answer(engine, options)) == 2
+
+
 def test_interruption_ends_the_running_replies(tmp_path: Path) -> None:
     """Guards: Ctrl-C waiting for a long reply; a cut reply written as a record; a finished one lost."""
     options = batch(tmp_path, {"prompt": "a"}, {"prompt": "bbb"}, {"prompt": "ccc"})

@@ -154,6 +154,27 @@ def test_other_settings_are_shown(tmp_path: Path) -> None:
     assert json.loads(journal_path(out).read_bytes())["settings"] == SETTINGS
 
 
+def test_what_only_loading_tells_is_held(tmp_path: Path) -> None:
+    """Guards: records of two kernels in a file that promises equal texts; a run refused for no reason."""
+    out = tmp_path / "out.jsonl"
+    here, there = {"kernels": "repacked"}, {"kernels": "as in the file"}
+
+    def resumed(loaded: dict[str, str], *, restart: bool = False) -> None:
+        with Output(out, SETTINGS, lambda key, failed: None, restart=restart) as output:
+            output.require(loaded)
+            output.open()
+            output.append([record(1)])
+
+    resumed(here)
+    resumed(here)
+    with pytest.raises(FileError, match="kernels: repacked then, as in the file now"):
+        resumed(there)
+    assert found_in(out) == [1, 1]
+    resumed(there, restart=True)
+    with pytest.raises(FileError, match="kernels"):
+        resumed(here)
+
+
 def test_nothing_is_touched_before_it_is_opened(tmp_path: Path) -> None:
     """Guards: an output lost, or half begun, because the model could not be loaded."""
     out = tmp_path / "out.jsonl"

@@ -137,5 +137,20 @@ def test_killed_command_goes_on(tmp_path: Path, number: signal.Signals) -> None:
     assert texts(out) == texts(whole)
 
 
+def test_deterministic_records_of_one_arithmetic(tmp_path: Path) -> None:
+    """Guards: a promise of equal texts kept with other threads; one that cannot be met by stating it."""
+    line = {"prompt": "The", "max_tokens": 2}
+    source, out = write_lines(tmp_path / "in.jsonl", [line]), tmp_path / "out.jsonl"
+    options = ("--deterministic", "--parallel", "2")
+    assert run(source, out, *options).returncode == 0
+    write_lines(source, [line, {"prompt": "fox", "max_tokens": 3}])
+    done = run(source, out, *options, "-t", "2")
+    assert done.returncode == 1
+    assert "threads: 1 then, 2 now" in done.stderr
+    # What was not stated, and what it came to, are the same.
+    assert run(source, out, *options, "-c", "512").returncode == 0
+    assert len(records(out)) == 2
+
+
 def texts(path: Path) -> dict[str, str]:
     return {name: record["text"] for name, record in by_id(records(path)).items()}

@@ -142,6 +142,7 @@ def test_memory_notes_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with Engine.load(ModelOptions(tiny_model(), n_context=256, n_ubatch=8), events.append) as engine:
         notes = [event.text for event in events if isinstance(event, Note)]
         assert any("paged from disk" in note for note in notes)
+        assert engine.info.kernels.endswith("weights as in the file, steps of 8 tokens")
         assert list(engine.submit(Request("r", "a", max_tokens=2)))
 
 
@@ -175,6 +176,7 @@ def test_no_gpu_is_said_once(
     events: list[Event] = []
     with Engine.load(ModelOptions(tiny_model(), **options), events.append) as engine:
         assert engine.info.placement.startswith("CPU: ")
+        assert engine.info.kernels == "all on the CPU, weights repacked, steps of 256 tokens"
     assert [event.text for event in events if isinstance(event, Note)] == notes
 
 

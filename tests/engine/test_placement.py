@@ -181,6 +181,10 @@ def test_reserve() -> None:
 def test_words() -> None:
     """Guards: words that say another thing than what is done."""
     assert placed(19).describe() == "CPU: 387 B of weights, 4 B of KV cache"
+    roomy, tight = placed(EVERYTHING).computing(), placed(EVERYTHING - 101).computing()
+    assert roomy == "GPU0: 5 layers"
+    assert tight.startswith("GPU0: 5 layers, CPU: ")
+    assert "exps" in tight
     assert placed(EVERYTHING - 101).describe() == (
         "GPU0: 4 layers, the output, 180 B of weights, 4 B of KV cache; "
         "CPU: the routed experts of 2 layers, 207 B of weights"

@@ -101,6 +101,14 @@ class Placement:
         """Weights and cache on the host."""
         return self.host.weights + self.host.cache
 
+    def computing(self) -> str:
+        """In words: which device computes what. Sizes are not in it: they follow the context."""
+        if not self.devices:
+            return "all on the CPU"
+        counts = dict(zip(self.devices, self.split, strict=False))
+        parts = [f"{device}: {counts.get(device, 0)} layers" for device in self.devices]
+        return ", ".join([*parts, *(f"{device}: {pattern}" for pattern, device in self.overrides)])
+
     def describe(self) -> str:
         """In words: what lies where."""
         offloaded = [share for share in self.shares if share.weights or share.cache]

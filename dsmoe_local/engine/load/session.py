@@ -64,7 +64,7 @@ def load_session(options: ModelOptions, listen: progress.Listener, stop: threadi
         )
         made.pop_all()  # the session's to close, from here on
     return Session(
-        _info(options, hp, model, fit, n_context, unified, chosen),
+        _info(options, hp, model, fit, n_context, unified, context.n_ubatch, chosen),
         model,
         context,
         PromptEncoder(model, chosen, n_context),
@@ -88,6 +88,7 @@ def _info(
     fit: Fit,
     n_context: int,
     unified: bool,
+    n_step: int,
     template: ChatTemplate | None,
 ) -> ModelInfo:
     return ModelInfo(
@@ -107,7 +108,15 @@ def _info(
         unified=unified,
         deterministic=options.deterministic,
         placement=fit.placement.describe(),
+        kernels=_kernels(options, fit, n_step),
     )
+
+
+def _kernels(options: ModelOptions, fit: Fit, n_step: int) -> str:
+    """What this machine, and its free memory, decided of the arithmetic."""
+    cache = "" if options.offload_cache or not fit.placement.devices else ", KV cache on the CPU"
+    weights = "as in the file" if fit.paged else "repacked"
+    return f"{fit.placement.computing()}{cache}, weights {weights}, steps of {n_step} tokens"
 
 
 def _unified(options: ModelOptions) -> bool:
