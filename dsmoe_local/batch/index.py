@@ -119,6 +119,6 @@ def _check_ids(source: Source, index: Index) -> None:
         if one.id == other.id:
             raise FormatError(
                 f"the id {safe_line(one.id, 60)!r} occurs twice",
-                where=f"{source.path}, lines {one.number} and {other.number}",
+                where=f"{source.shown}, lines {one.number} and {other.number}",
                 remedy="give every line an id of its own, or none",
             )

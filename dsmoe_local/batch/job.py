@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from array import array
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from dsmoe_local.batch.order import shared_bytes, work_order
 from dsmoe_local.batch.requests import BatchDefaults, request_of
 from dsmoe_local.batch.responses import FORMATS
 from dsmoe_local.batch.sources import InputForm, Source
-from dsmoe_local.batch.spool import spool, spool_path
+from dsmoe_local.batch.spool import spool_path, spooled
 from dsmoe_local.batch.summary import BatchSummary
 from dsmoe_local.batch.workload import BYTES_A_TOKEN
 from dsmoe_local.engine.load.parallel import Workload
@@ -69,7 +69,7 @@ class Job:
         line = self.source.line(span.number, raw)
         if key_of(line, raw) != self.index.key(position):
             raise FormatError(
-                "the input changed while it was worked on", where=f"{self.source.path}, line {span.number}"
+                "the input changed while it was worked on", where=f"{self.source.shown}, line {span.number}"
             )
         return line
 
@@ -144,20 +144,23 @@ def prepared(
     if options.out.is_symlink():
         # The journal and the lock belong to the file, not to one of its names.
         options = replace(options, out=options.out.resolve())
-    with durable.locked(options.out):
-        path = spool(options.out, stop) if options.source == STDIN else options.source
-        source = Source(path, options.input)
-        try:
-            index = build_index(source, options.defaults, listen, stop)
-            summary = BatchSummary(n_requests=len(index))
-            known = _Known(index, summary)
-            with Output(options.out, _settings(options), known.mark, restart=options.restart) as output:
-                known.tell(source, listen)
-                left = (position for position in range(len(index)) if not index.done[position])
-                order = work_order(left, index.signatures, index.costs, ordered=options.ordered)
-                yield Job(options, source, index, output, summary, order)
-        finally:
-            source.close()
+    with ExitStack() as stack:
+        stack.enter_context(durable.locked(options.out))
+        spool = stack.enter_context(spooled(options.out, stop)) if options.source == STDIN else None
+        path, shown = (spool.path, "standard input") if spool else (options.source, "")
+        source = stack.enter_context(closing(Source(path, options.input, shown)))
+        index = build_index(source, options.defaults, listen, stop)
+        summary = BatchSummary(n_requests=len(index))
+        known = _Known(index, summary)
+        output = stack.enter_context(
+            Output(options.out, _settings(options), known.mark, restart=options.restart)
+        )
+        known.tell(source, listen)
+        if spool:
+            spool.keep()
+        left = (position for position in range(len(index)) if not index.done[position])
+        order = work_order(left, index.signatures, index.costs, ordered=options.ordered)
+        yield Job(options, source, index, output, summary, order)
 
 
 class _Known:
@@ -188,7 +191,7 @@ class _Known:
         if self._changed is not None:
             raise FileError(
                 "a line has changed since its record was written",
-                where=f"{source.path}, line {self._index.span(self._changed).number}",
+                where=f"{source.shown}, line {self._index.span(self._changed).number}",
                 remedy="give the new line an id of its own, or start over: --restart",
             )
         if self._summary.n_resumed:

@@ -42,13 +42,14 @@ class Span:
 
 
 class Source:
-    """An input file. Lines are decoded one at a time: it may be of any size. Raises FileError."""
+    """An input file, called `shown` in messages. Lines are decoded one at a time: it may be of any size.
+    Raises FileError.
+    """
 
-    def __init__(self, path: Path, form: InputForm, *, name: str = "") -> None:
-        self.path = path
+    def __init__(self, path: Path, form: InputForm, shown: str = "") -> None:
+        self.shown = shown or str(path)
         self._form = form
-        # A spooled input has lost its own name, and with it what it is.
-        self._delimiter = None if form.text else _DELIMITERS.get(Path(name or path.name).suffix.lower())
+        self._delimiter = None if form.text else _DELIMITERS.get(path.suffix.lower())
         if form.chat and not (form.text or form.template):
             raise UsageError("--chat is for --text and --template", remedy='write {"messages": …} lines')
         if self._delimiter and form.template is None:
@@ -125,7 +126,7 @@ class Source:
             fault = f"has no column {safe_line(missing[0], 40)!r}" if missing else "has a column twice"
             raise FormatError(
                 f"the input {fault}",
-                where=self.path,
+                where=self.shown,
                 remedy=f"its columns are {', '.join(names)}" if names else "it is empty",
             )
         return names
@@ -173,7 +174,7 @@ class Source:
         try:
             yield
         except OSError as error:
-            raise FileError(f"the input cannot be read: {error.strerror}", where=self.path) from error
+            raise FileError(f"the input cannot be read: {error.strerror}", where=self.shown) from error
 
 
 def _raw_lines(file: BinaryIO) -> Iterator[tuple[Span, bytes]]:

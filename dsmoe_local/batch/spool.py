@@ -7,6 +7,8 @@ import select
 import stat
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dsmoe_local.base import durable
@@ -22,30 +24,56 @@ def spool_path(out: Path) -> Path:
     return out.with_name(f"{out.name}.input")
 
 
-def spool(out: Path, stop: threading.Event) -> Path:
-    """Keep standard input beside `out`; what an earlier run kept, when there is nothing on standard input.
+class Spool:
+    """Standard input as it was read, or what an earlier run kept of it, in `path`."""
 
-    Setting `stop` ends the wait for more with InterruptedRunError. Raises UsageError without any input.
+    def __init__(self, path: Path, kept: Path) -> None:
+        self.path = path
+        self._kept = kept
+
+    def keep(self) -> None:
+        """Let later runs find it; it takes the place of what an earlier one kept."""
+        if self.path != self._kept:
+            with _telling(self._kept):
+                durable.replace(self.path, self._kept)
+        self.path = self._kept
+        reach("batch.spooled")
+
+
+@contextmanager
+def spooled(out: Path, stop: threading.Event) -> Iterator[Spool]:
+    """Standard input beside `out`; what an earlier run kept, when there is nothing on standard input.
+
+    Unless it is kept, nothing of it stays. Setting `stop` ends the wait for more with InterruptedRunError.
+    Raises UsageError without any input.
     """
-    path = spool_path(out)
-    temporary = path.with_name(f".{path.name}.part")
-    descriptor = sys.stdin.fileno()
+    kept = spool_path(out)
+    temporary = kept.with_name(f".{kept.name}.part")
     try:
-        with temporary.open("wb") as file:
-            if not os.isatty(descriptor):
-                _copy(descriptor, file.fileno(), stop)
-            n_bytes = os.fstat(file.fileno()).st_size
-            durable.sync(file.fileno())
-        if n_bytes:
-            durable.replace(temporary, path)
-    except OSError as error:
-        raise FileError(f"standard input cannot be kept: {error.strerror}", where=temporary) from error
+        is_new = _receive(temporary, stop)
+        if not is_new and not kept.exists():
+            raise UsageError("standard input is empty", remedy="pipe the lines in, or name a file")
+        yield Spool(temporary if is_new else kept, kept)
     finally:
         temporary.unlink(missing_ok=True)
-    reach("batch.spooled")
-    if not path.exists():
-        raise UsageError("standard input is empty", remedy="pipe the lines in, or name a file")
-    return path
+
+
+def _receive(path: Path, stop: threading.Event) -> bool:
+    """Write standard input to `path`; False if there was none."""
+    descriptor = sys.stdin.fileno()
+    with _telling(path), path.open("wb") as file:
+        if not os.isatty(descriptor):
+            _copy(descriptor, file.fileno(), stop)
+        durable.sync(file.fileno())
+        return os.fstat(file.fileno()).st_size > 0
+
+
+@contextmanager
+def _telling(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise FileError(f"standard input cannot be kept: {error.strerror}", where=path) from error
 
 
 def _copy(source: int, target: int, stop: threading.Event) -> None:

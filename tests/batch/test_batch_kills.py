@@ -124,6 +124,26 @@ def test_spooled_input_serves_a_resume(runs: Iterator[Run]) -> None:
     run.check(kept)
 
 
+def test_a_wrong_pipe_does_no_harm(runs: Iterator[Run]) -> None:
+    """Guards: the lines that are left replaced by others, before it is seen that they are not its own."""
+    next(runs)
+    run = next(runs)
+    assert run.run("batch.written:3") == -signal.SIGKILL
+    kept = run.whole()
+    content = run.source.read_bytes()
+    run.source.write_bytes(content.replace(b"text", b"other"))
+    child = run.spawn()
+    _, errors = child.communicate()
+    assert b"a line has changed" in errors
+    assert b"standard input, line" in errors
+    assert child.returncode == 1
+    assert run.out.with_name("out.jsonl.input").read_bytes() == content
+    run.source.write_bytes(b"")
+    assert run.run() == 0
+    run.source.write_bytes(content)
+    run.check(kept)
+
+
 def test_batch_killed_at_random(runs: Iterator[Run]) -> None:
     """Guards: a crash between two named points."""
     kill_at_random(runs, n_kills=20, seed=1)
@@ -168,6 +188,6 @@ def test_journal_names_what_the_output_holds(runs: Iterator[Run]) -> None:
     run = next(runs)
     assert run.run() == 0
     header, *entries = run.out.with_name("out.jsonl.journal").read_bytes().split(b"\n")[:-1]
-    assert set(json.loads(header)) == {"dsmoe_batch", "settings"}
+    assert set(json.loads(header)) == {"dsmoe_batch", "settings", "loaded"}
     assert len(entries) == N_LINES
     assert sum(json.loads(entry)[2] for entry in entries) == run.out.stat().st_size
