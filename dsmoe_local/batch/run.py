@@ -108,7 +108,13 @@ class _Run:
     def until_done(self) -> None:
         """Work until every record counts."""
         while self._n_written < len(self._job.order) and not self._stop.is_set() and not self._too_many():
-            self._fill()
+            try:
+                self._fill()
+            except InterruptedRunError:
+                # The model was about to be loaded again.
+                if not self._stop.is_set():
+                    raise
+                return
             self._take(_TICK)
             self._report()
 

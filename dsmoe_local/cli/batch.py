@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -111,13 +112,16 @@ def command(
     if deterministic:
         n_parallel = max(n_parallel or DETERMINISTIC_PARALLEL, _LEAST_DETERMINISTIC)
     options = _options(source, model, n_parallel if deterministic else None, values)
+    stop = threading.Event()
     with ExitStack() as stack:
-        job = run_with_progress(lambda listen, stop: stack.enter_context(prepared(options, listen, stop)))
+        job = run_with_progress(
+            lambda listen, stop: stack.enter_context(prepared(options, listen, stop)), stop
+        )
         if job.order:
             engine = stack.enter_context(
-                load_engine(model, values, lambda options: _complete(options, n_parallel, job))
+                load_engine(model, values, lambda options: _complete(options, n_parallel, job), stop)
             )
-            run_with_progress(lambda listen, stop: run(engine, job, listen, stop))
+            run_with_progress(lambda listen, stop: run(engine, job, listen, stop), stop)
         else:
             job.output.open()
             job.finish()

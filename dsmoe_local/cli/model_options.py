@@ -13,6 +13,8 @@ from dsmoe_local.base.errors import FileError, UsageError
 from dsmoe_local.base.paths import demo_folder
 
 if TYPE_CHECKING:
+    import threading
+
     from dsmoe_local.engine.process.client import EngineClient
     from dsmoe_local.engine.types import ModelOptions, SamplingParameters
 
@@ -213,16 +215,20 @@ def load_engine(
     path: Path,
     values: dict[str, Any],
     complete: Callable[[ModelOptions], ModelOptions] = lambda options: options,
+    stop: threading.Event | None = None,
 ) -> EngineClient:
     """The engine for `path`, in a process of its own, loaded with progress on the screen; takes its own
-    options out of `values`, and lets `complete` add what is not the user's to say.
+    options out of `values`, and lets `complete` add what is not the user's to say. `stop` also ends the loads
+    that a crash makes necessary.
     """
     from dsmoe_local.cli.render import run_with_progress
     from dsmoe_local.engine.process.client import EngineClient
 
     log_file: Path | None = values.pop("log_file")
     options = complete(_model_options(path, values))
-    return run_with_progress(lambda listen, stop: EngineClient.load(options, listen, stop, log_file=log_file))
+    return run_with_progress(
+        lambda listen, stop: EngineClient.load(options, listen, stop, log_file=log_file), stop
+    )
 
 
 def _model_options(path: Path, values: dict[str, Any]) -> ModelOptions:

@@ -94,14 +94,16 @@ def _progress_bar(console: Console, *, in_bytes: bool) -> Progress:
     )
 
 
-def run_with_progress(work: Callable[[Listener, threading.Event], T]) -> T:
+def run_with_progress(
+    work: Callable[[Listener, threading.Event], T], stop: threading.Event | None = None
+) -> T:
     """Do `work` with its progress on the screen.
 
-    SIGINT and SIGTERM set the event that `work` is given; it then raises InterruptedRunError, which gets the
-    exit status of the signal. A second signal is not waited for.
+    SIGINT and SIGTERM set the event that `work` is given, `stop` or a new one; it then raises
+    InterruptedRunError, which gets the exit status of the signal. A second signal is not waited for.
     """
     view = ProgressView(error_console())
-    stop = threading.Event()
+    stop = stop or threading.Event()
     received: list[int] = []
     try:
         with _stopping_on_signals(stop, received):

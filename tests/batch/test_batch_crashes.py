@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from support import hosted
 from support.batches import answer, batch, by_id
 from support.models import tiny_model
 
+from dsmoe_local.base.errors import InterruptedRunError
+from dsmoe_local.batch.run import run_batch
 from dsmoe_local.engine.process.client import EngineClient
-from dsmoe_local.engine.types import Deliver, ModelOptions, Request, Ticket
+from dsmoe_local.engine.types import Deliver, ModelOptions, Prompt, Request, Ticket
 
 
 @pytest.mark.parametrize(
@@ -62,3 +65,20 @@ def test_an_engine_killed_from_outside(tmp_path: Path, monkeypatch: pytest.Monke
         name: record["text"] for name, record in whole.items()
     }
     assert not any(record["error"] for record in killed.values())
+
+
+def test_an_interruption_while_the_model_loads_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a signal that waits until a model is loaded which nobody wants any more."""
+    stop = threading.Event()
+    options = batch(tmp_path, {"id": "a", "prompt": "exit 1"}, {"id": "b", "prompt": "b"}, ordered=True)
+    with EngineClient.load(ModelOptions(tmp_path / "loaded"), stop=stop, factory=hosted.ONCE) as engine:
+        encode = engine.encode
+
+        def interrupted(prompt: Prompt) -> tuple[int, ...]:
+            # The second load of this engine never ends by itself.
+            stop.set()
+            return encode(prompt)
+
+        monkeypatch.setattr(engine, "encode", interrupted)
+        with pytest.raises(InterruptedRunError, match="0 of 2 records are written"):
+            run_batch(engine, options, stop=stop)

@@ -41,8 +41,11 @@ class EngineClient:
     `encode` loads the model again in a new child. What observers had seen is lost with the old one.
     """
 
-    def __init__(self, options: ModelOptions, log_file: Path | None, factory: str) -> None:
+    def __init__(
+        self, options: ModelOptions, stop: threading.Event, log_file: Path | None, factory: str
+    ) -> None:
         self._options = options
+        self._stop = stop
         self._factory = factory
         self._log = LogKeeper(log_file)
         self._closing = threading.Event()
@@ -64,12 +67,13 @@ class EngineClient:
     ) -> Self:
         """See `Engine.load`; EngineCrashError if the process dies of the file.
 
-        `listen` hears the progress from a thread of the client's. `log_file` takes all lines of the child's
-        log. `factory` names the function that loads the engine there, as `module:function` [NATIVE].
+        `stop` ends later loads, after a crash, too. `listen` hears the progress from a thread of the
+        client's. `log_file` takes all lines of the child's log. `factory` names the function that loads the
+        engine there, as `module:function` [NATIVE].
         """
-        client = cls(options, log_file, factory or NATIVE)
+        client = cls(options, stop or threading.Event(), log_file, factory or NATIVE)
         try:
-            client._child = client._start_child(listen, (stop or threading.Event()).is_set)
+            client._child = client._start_child(listen, threading.Event())
         except BaseException:
             client.close()
             raise
@@ -91,7 +95,8 @@ class EngineClient:
 
     def start(self, request: Request, deliver: Deliver) -> Ticket:
         """Generate without waiting (see TextEngine), except for the model after a crash; InterruptedRunError
-        if the request is cancelled meanwhile. What the engine refuses is delivered, not raised.
+        if the request is cancelled, or `load`'s `stop` set, meanwhile. What the engine refuses is delivered,
+        not raised.
         """
         given_up = self._given_up[request.id] = threading.Event()
         try:
@@ -167,13 +172,14 @@ class EngineClient:
             if child.failure is None:
                 return child
             try:
-                self._child = self._start_child(
-                    progress.ignore, lambda: given_up.is_set() or self._closing.is_set()
-                )
+                self._child = self._start_child(progress.ignore, given_up)
             except InterruptedRunError:
                 self._latest()
                 raise
             return self._child
 
-    def _start_child(self, listen: progress.Listener, stopped: Callable[[], bool]) -> Child:
-        return Child.load(self._options, self._factory, self._log, listen, stopped)
+    def _start_child(self, listen: progress.Listener, given_up: threading.Event) -> Child:
+        ends = (self._stop, self._closing, given_up)
+        return Child.load(
+            self._options, self._factory, self._log, listen, lambda: any(end.is_set() for end in ends)
+        )
