@@ -13,7 +13,7 @@ from benchmarks.support.memory import peak_of
 from benchmarks.support.ours import Ours
 from benchmarks.support.rows import WARM_UP, Bar, Row, compare, in_turn, say
 from benchmarks.support.tools import Server, llama_batched_bench, llama_bench, serving
-from benchmarks.support.workloads import Corpus, Ids, Workload, sentences
+from benchmarks.support.workloads import Corpus, Ids, Workload, as_batch, sentences
 from dsmoe_local.engine.load import parallel
 from dsmoe_local.engine.types import Message, ModelOptions
 
@@ -237,7 +237,7 @@ def same_slots(bench: Bench, name: str) -> list[Row]:
             )
             for flag in ("-no-kvu", "-kvu")
         }
-        figures, failed = _serve(bench, work, ours, servers, sizes.n_clients)
+        figures, failed = _serve(bench, work, _prompts(bench, work), ours, servers, sizes.n_clients)
     fastest = max(servers, key=lambda server: sorted(figures[server])[len(figures[server]) // 2])
     return [
         compare(
@@ -260,27 +260,36 @@ def own_defaults(bench: Bench, name: str) -> list[Row]:
     chosen, title = _scaled(bench, name)
     work = chosen.work
     server_name = "llama-server, defaults"
-    total = parallel.Workload(work.n_prompts, work.n_each, work.n_prompts * work.n_mean)
-    options = parallel.choose_parallel(bench.options, total)
+    prompts = _prompts(bench, work)
+    options = parallel.choose_parallel(bench.options, as_batch(prompts[-1], work.n_new))
     with (
         Ours(options, bench.vocabulary.ends, bench.kind) as ours,
         serving(bench.llama_cpp, bench.path, []) as server,
     ):
-        figures, failed = _serve(
-            bench, work, ours, {server_name: server}, max(bench.sizes.n_clients, 2 * options.n_parallel)
-        )
+        n_clients = max(bench.sizes.n_clients, 2 * options.n_parallel)
+        figures, failed = _serve(bench, work, prompts, ours, {server_name: server}, n_clients)
     mode = _UNIFIED[bool(options.unified)]
     note = f"auto: {options.n_parallel} at once, {mode}{_failures(failed[server_name])}"
     return [compare(f"{title}, auto", figures, bench.kind, server_name, bar=_BAR_OF_DEFAULTS, note=note)]
 
 
-def _serve(
-    bench: Bench, work: Workload, ours: Ours, servers: dict[str, Server], n_clients: int
-) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Everybody's throughput, and how many requests each server failed."""
+def _prompts(bench: Bench, work: Workload) -> list[list[Ids]]:
+    """The prompts of every round."""
     prompts = [bench.corpus.prompts(work, seed) for seed in range(bench.sizes.rounds + 1)]
     # A whole warm-up would take as long as a round that counts.
     prompts[WARM_UP] = prompts[WARM_UP][:2]
+    return prompts
+
+
+def _serve(
+    bench: Bench,
+    work: Workload,
+    prompts: list[list[Ids]],
+    ours: Ours,
+    servers: dict[str, Server],
+    n_clients: int,
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Everybody's throughput, and how many requests each server failed."""
     failed = dict.fromkeys(servers, 0)
 
     def ask(name: str, at: int) -> float:

@@ -6,10 +6,18 @@ A slice is never handed out twice, so that nobody finds in a cache what an earli
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from pydoc_data.topics import topics
+from tempfile import TemporaryDirectory
+
+from dsmoe_local.batch.job import BatchOptions, prepared
+from dsmoe_local.batch.requests import BatchDefaults
+from dsmoe_local.engine.load import parallel
+from dsmoe_local.engine.types import SamplingParameters
 
 Ids = tuple[int, ...]
 
@@ -31,11 +39,6 @@ class Workload:
     def n_each(self) -> int:
         """The most tokens that one prompt and its reply take."""
         return (self.n_shared + _TAIL_OF_SHARED if self.n_shared else _LONGEST) + self.n_new
-
-    @property
-    def n_mean(self) -> int:
-        """Tokens that a prompt and its reply take on average."""
-        return self.n_each if self.n_shared else (_SHORTEST + _LONGEST) // 2 + self.n_new
 
 
 class Corpus:
@@ -62,6 +65,19 @@ class Corpus:
             return [shared + self.take(_TAIL_OF_SHARED) for _ in range(work.n_prompts)]
         lengths = random.Random(seed)
         return [self.take(lengths.randint(_SHORTEST, _LONGEST)) for _ in range(work.n_prompts)]
+
+
+def as_batch(prompts: Sequence[Ids], n_new: int) -> parallel.Workload:
+    """What dsmoe-batch makes of a file of these prompts, before it loads the model."""
+    with TemporaryDirectory() as folder:
+        source = Path(folder) / "in.jsonl"
+        lines = (json.dumps({"prompt": prompt, "max_tokens": n_new}) for prompt in prompts)
+        source.write_text("".join(f"{line}\n" for line in lines))
+        options = BatchOptions(
+            source, Path(folder) / "out.jsonl", BatchDefaults(SamplingParameters(temperature=0))
+        )
+        with prepared(options) as job:
+            return job.workload
 
 
 def help_texts() -> list[str]:

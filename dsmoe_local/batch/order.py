@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 from itertools import groupby, pairwise
 
-from dsmoe_local.batch.workload import UNSET_TOKENS, prompt_bytes
+from dsmoe_local.batch.workload import BYTES_A_TOKEN, UNSET_TOKENS, prompt_bytes
 from dsmoe_local.engine.types import Message, Prompt, Request
 
 _PREFIX_BYTES = (64, 256, 1024, 4096)
@@ -55,7 +55,8 @@ def _pieces(prompt: Prompt, limit: int) -> Iterator[bytes]:
         if isinstance(item, Message):
             yield f"{item.role}\n{item.content[:limit]}\n".encode()
         else:
-            yield item.to_bytes(8, "little", signed=True) if -(2**63) <= item < 2**63 else b"?"
+            # As many bytes as `shared_bytes` takes for a token.
+            yield item.to_bytes(BYTES_A_TOKEN, "little", signed=True) if -(2**31) <= item < 2**31 else b"????"
 
 
 def work_order(

@@ -24,15 +24,13 @@ class WorkloadMeter:
 
     def add(self, request: Request) -> None:
         """Count one request."""
-        n_bytes = prompt_bytes(request.prompt)
         self.n_sequences += request.n
         self.n_messages = max(self.n_messages, n_messages(request.prompt))
         self._total += request.n * expected_tokens(request)
         if request.max_tokens is None or self._longest is None:
             self._longest = None
         else:
-            # A tokenizer makes at most one token of a byte.
-            self._longest = max(self._longest, n_bytes + request.max_tokens)
+            self._longest = max(self._longest, most_tokens(request.prompt) + request.max_tokens)
 
     @property
     def n_longest(self) -> int | None:
@@ -62,6 +60,13 @@ def expected_tokens(request: Request) -> int:
 def n_messages(prompt: Prompt) -> int:
     """Messages of a conversation; 0 if it is none."""
     return sum(isinstance(item, Message) for item in prompt)
+
+
+def most_tokens(prompt: Prompt) -> int:
+    """A prompt has no more tokens: a tokenizer makes at most one of a byte, and ids are what they are."""
+    if prompt and isinstance(prompt[0], int):
+        return len(prompt)
+    return prompt_bytes(prompt)
 
 
 def prompt_bytes(prompt: Prompt) -> int:

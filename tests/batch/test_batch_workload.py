@@ -35,6 +35,7 @@ def test_longest_and_total() -> None:
     assert made.n_total(1) == made.n_total(3) // 3
     assert meter(short, Request("c", (1, 2))).n_longest is None
     assert meter().n_longest == meter().n_total(0) == 0
+    assert meter(Request("c", (1, 2, 3), max_tokens=5)).n_longest == 8
     talk = (Message("user", "x"), Message("assistant", "y"), Message("user", "z"))
     assert meter(short, Request("c", talk), Request("d", talk[:1])).n_messages == 3
     assert meter(short, Request("c", (1, 2))).n_messages == 0
