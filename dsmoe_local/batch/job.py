@@ -36,7 +36,7 @@ class BatchOptions:
 
     `settings` is whatever else a reply depends on (the model, its options): records of other settings are not
     continued. `deterministic`: the engine is; requests that sample without a seed then get one of their own,
-    always the same. `max_errors`: give up after that many more failed lines than this.
+    always the same. `max_errors`: give up once more lines than this have failed.
     """
 
     source: Path
@@ -155,7 +155,7 @@ def prepared(
         output = stack.enter_context(
             Output(options.out, _settings(options), known.mark, restart=options.restart)
         )
-        known.tell(source, listen)
+        known.tell(source, listen, ordered=options.ordered)
         if spool:
             spool.keep()
         left = (position for position in range(len(index)) if not index.done[position])
@@ -171,6 +171,8 @@ class _Known:
         self._summary = summary
         self._n_foreign = 0
         self._changed: int | None = None
+        self._last = -1
+        self._in_order = True
 
     def mark(self, key: Key, failed: bool) -> None:
         """One record is finished."""
@@ -181,13 +183,17 @@ class _Known:
         same = [position for position in positions if self._index.key(position) == key]
         if same:
             self._index.done[same[0]] = 1
+            self._in_order = self._in_order and same[0] > self._last
+            self._last = max(self._last, same[0])
         elif positions:
             self._changed = positions[0]
         else:
             self._n_foreign += 1
 
-    def tell(self, source: Source, listen: Listener) -> None:
-        """Say what was found. FileError if a finished line asks for something else now."""
+    def tell(self, source: Source, listen: Listener, *, ordered: bool) -> None:
+        """Say what was found, and whether `ordered` cannot be had any more. FileError if a finished line asks
+        for something else now.
+        """
         if self._changed is not None:
             raise FileError(
                 "a line has changed since its record was written",
@@ -198,6 +204,9 @@ class _Known:
             listen(Note(f"{self._summary.n_resumed} records are there already"))
         if self._n_foreign:
             listen(Note(f"{self._n_foreign} of them are of lines that the input has no longer"))
+        first_left = self._index.done.find(0)
+        if ordered and not (self._in_order and (first_left < 0 or first_left > self._last)):
+            listen(Note("the records there are not in the input's order: --ordered is for the new ones only"))
 
 
 def _settings(options: BatchOptions) -> dict[str, str]:

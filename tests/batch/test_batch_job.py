@@ -271,6 +271,22 @@ def test_ordered(tmp_path: Path) -> None:
     assert [record["id"] for record in found] == ["line-1", "line-2", "line-3", "line-4"]
 
 
+@pytest.mark.parametrize(
+    ("there", "told"), [("", False), ("ab", False), ("c", True), ("ba", True), ("abcde", False)]
+)
+def test_an_order_that_cannot_be_had(tmp_path: Path, there: str, told: bool) -> None:
+    """Guards: --ordered on the output of an unordered run, which is then in no order, without a word."""
+    answer(FakeEngine(), batch(tmp_path, *({"id": name, "prompt": name} for name in there), ordered=True))
+    notes: list[Event] = []
+    options = batch(tmp_path, *({"id": name, "prompt": name} for name in "abcde"), ordered=True)
+    found = answer(FakeEngine(), options, notes.append)
+    assert any(isinstance(note, Note) and "--ordered" in note.text for note in notes) == told
+    assert told or [record["id"] for record in found] == list("abcde")
+    notes.clear()
+    answer(FakeEngine(), replace(options, ordered=False), notes.append)
+    assert not any(isinstance(note, Note) and "--ordered" in note.text for note in notes)
+
+
 def test_deterministic_requests_have_seeds(tmp_path: Path) -> None:
     """Guards: sampling that differs after a resume; one seed for all; a seed that was given replaced."""
     lines: list[dict[str, Any]] = [{"id": name, "prompt": "p", "temperature": 1} for name in "abc"]
