@@ -80,7 +80,11 @@ class Parallel(click.ParamType[int]):
 )
 @click.option("--ordered", is_flag=True, help="Records in the order of the input [as they are finished].")
 @click.option(
-    "--max-errors", "max_errors", type=click.IntRange(0), metavar="N", help="Give up after N failed lines."
+    "--max-errors",
+    "max_errors",
+    type=click.IntRange(0),
+    metavar="N",
+    help="Give up after more than N failed lines.",
 )
 @click.option("-n", "--max-tokens", "max_tokens", type=int, metavar="N", help="Longest reply [the context].")
 @click.option("-r", "--stop", "stop", multiple=True, metavar="TEXT", help="End replies before TEXT.")
