@@ -262,10 +262,12 @@ class Engine:
             self._loaded.set()
         try:
             while self._take_tasks(core):
-                if core.reads_prompts:
+                reads_prompts = core.reads_prompts
+                if reads_prompts:
                     self._tell()
                 core.step()
-                if core.idle or time.perf_counter() - self._told >= _FRAME:
+                # A first token is not kept waiting.
+                if reads_prompts or core.idle or time.perf_counter() - self._told >= _FRAME:
                     self._tell()
         except BaseException as error:
             self._break_down(error)
