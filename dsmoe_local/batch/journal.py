@@ -28,6 +28,7 @@ Visitor = Callable[[Key, bool], None]
 
 _VERSION = "dsmoe_batch"
 _MISSING = "not set"
+_MOST_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,16 +169,23 @@ def _check_files(out: Path, header: _Header | None) -> None:
         raise FileError("the output is gone, its journal is there", where=out, remedy="start over: --restart")
     if (header is None or not header.has_entries) and out.exists() and out.stat().st_size:
         missing = "no journal of it" if header is None else "its journal knows no record"
-        raise FileError(
-            f"the output exists, and {missing}",
-            where=out,
-            remedy="name another, or replace it with --restart",
-        )
+        replaceable = ", or replace it with --restart" if _may_be_records(out) else ""
+        raise FileError(f"the output exists, and {missing}", where=out, remedy=f"name another{replaceable}")
+
+
+def _may_be_records(out: Path) -> bool:
+    """Whether a file begins like a batch's output: --restart is for those, not for whatever was named."""
+    with out.open("rb") as file:
+        return file.read(1) in (b"", b"{")
 
 
 def _begin(out: Path, settings: Settings, loaded: Settings) -> _Extent:
     """New files in the place of those that may be there."""
     journal = journal_path(out)
+    if out.exists() and not journal.exists() and not _may_be_records(out):
+        raise FileError(
+            "the output exists, and is no batch's", where=out, remedy="name another, or remove it yourself"
+        )
     journal.unlink(missing_ok=True)
     out.unlink(missing_ok=True)
     os.close(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
@@ -226,14 +234,21 @@ def _damaged(journal: Path) -> FileError:
 
 
 def _other_settings(out: Path, then: Settings, now: Settings) -> FileError:
-    names = [name for name in {**then, **now} if then.get(name, _MISSING) != now.get(name, _MISSING)]
-    changes = (f"{name}: {then.get(name, _MISSING)} then, {now.get(name, _MISSING)} now" for name in names)
+    names = [name for name in {**then, **now} if _word(then, name) != _word(now, name)]
+    changes = [f"{name}: {_word(then, name)} then, {_word(now, name)} now" for name in names]
+    if len(changes) > _MOST_SHOWN:
+        changes[_MOST_SHOWN:] = [f"and {len(changes) - _MOST_SHOWN} more"]
     return FileError(
         f"begun with another {'model' if any(name.startswith('model') for name in names) else 'setting'}"
         f" ({'; '.join(changes)})",
         where=out,
         remedy="use what it was begun with, or start over: --restart",
     )
+
+
+def _word(settings: Settings, name: str) -> str:
+    word = settings.get(name, _MISSING)
+    return _MISSING if word == str(None) else word
 
 
 def _entry_line(group: int, record: Record) -> bytes:

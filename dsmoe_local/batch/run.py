@@ -146,7 +146,7 @@ class _Run:
             )
         else:
             raise ErrorLimitError(
-                f"{self._n_failed} lines failed: more than --max-errors {job.options.max_errors}",
+                f"lines failed: {self._n_failed}, more than --max-errors {job.options.max_errors}",
                 where=job.output.path,
                 remedy="see the error records; the same command goes on with the other lines",
             )
@@ -239,7 +239,6 @@ class _Run:
     def _fail(self, position: int, error: DsmoeError) -> None:
         line = self._job.line(position)
         code, message = describe(error)
-        self._n_failed += 1
         self._emit(position, Failure(line.id, line.number, code, f"line {line.number}: {message}"))
 
     def _emit(self, position: int, outcome: Outcome) -> None:
@@ -250,11 +249,15 @@ class _Run:
             return
         self._waiting[position] = outcome
         order = self._job.order
-        while self._n_emitted < len(order) and order[self._n_emitted] in self._waiting:
+        while (
+            not self._too_many() and self._n_emitted < len(order) and order[self._n_emitted] in self._waiting
+        ):
             position = order[self._n_emitted]
             self._put(position, self._waiting.pop(position))
 
     def _put(self, position: int, outcome: Outcome) -> None:
+        # Counted here and not when it failed: with `ordered`, a record that waits is lost with the run.
+        self._n_failed += isinstance(outcome, Failure)
         record = FORMATS[self._job.options.form](outcome)
         content = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
         self._writer.put(Record(self._job.index.key(position), content, isinstance(outcome, Failure)))

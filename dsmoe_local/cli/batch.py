@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dsmoe_local.base.durable import same_file
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.cli.model_options import (
     check_stop,
@@ -113,6 +114,7 @@ def command(
     from dsmoe_local.engine.load.parallel import DETERMINISTIC_PARALLEL
 
     model = find_model(named_model)
+    _spare(model, values["out"], values["log_file"])
     if deterministic:
         n_parallel = max(n_parallel or DETERMINISTIC_PARALLEL, _LEAST_DETERMINISTIC)
     options = _options(source, model, n_parallel if deterministic else None, values)
@@ -131,6 +133,15 @@ def command(
             job.finish()
     _show(job.summary, as_json)
     return 1 if job.summary.n_failed else 0
+
+
+def _spare(model: Path, out: Path, log_file: Path | None) -> None:
+    """UsageError if what would be written is the model, or one file for two things."""
+    for flag, path in (("-o", out), ("--log-file", log_file)):
+        if path is not None and same_file(path, model):
+            raise UsageError(f"{flag} names the model", where=str(path), remedy="name another file")
+    if log_file is not None and log_file.absolute() == out.absolute():
+        raise UsageError("-o and --log-file name one file", where=str(out))
 
 
 def _complete(options: ModelOptions, n_parallel: int, job: Job) -> ModelOptions:

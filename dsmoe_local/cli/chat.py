@@ -97,6 +97,8 @@ def _answer(conversation: Conversation, text: str, *, as_json: bool, stats: bool
     from dsmoe_local.chat.screen import describe_usage
 
     answer(conversation, text, sys.stdout, as_json=as_json)
+    if conversation.finish_reason == "context_full":
+        click.echo("note: the context is full, the reply ends there: -c", err=True)
     if stats and conversation.usage is not None:
         click.echo(describe_usage(conversation.usage), err=True)
 

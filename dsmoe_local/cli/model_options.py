@@ -207,7 +207,7 @@ def find_model(*named: str | None) -> Path:
             "no model is named, and the demo's is not made yet",
             remedy="name one with -m FILE.gguf, or make the demo's: dsmoe demo",
         )
-    click.echo(f"no model named: using the demo's, {demo}", err=True)
+    click.echo(f"note: no model named: using the demo's, {demo}", err=True)
     return demo
 
 
@@ -284,7 +284,9 @@ def _model_file(path: Path) -> Path:
             remedy=f"name a file, such as {inside}" if inside else "make a model of it with dsmoe-convert",
         )
     if not path.exists():
-        raise FileError("there is no such model", where=path, remedy="see dsmoe chat --help")
+        raise FileError(
+            "there is no such model", where=path, remedy="make one with dsmoe-convert, or dsmoe demo"
+        )
     return path
 
 

@@ -65,7 +65,7 @@ class Core:
         if len(prompt) >= n_context:
             raise PromptError(
                 f"the prompt has {len(prompt)} tokens, the context holds {n_context}",
-                remedy="shorten it, or load the model with a larger context: -c",
+                remedy="leave something out (/undo, /clear in a chat), or load with a larger context: -c",
             )
         if job.request.context_shift and not self._context.can_shift:
             raise UsageError("the model's context cannot be shifted")

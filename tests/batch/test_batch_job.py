@@ -174,10 +174,11 @@ def test_settings_that_may_change(tmp_path: Path) -> None:
 def test_output_is_never_overwritten_by_accident(tmp_path: Path) -> None:
     """Guards: results lost by a mistyped name, or through a link to the input."""
     options = batch(tmp_path, {"prompt": "a"})
-    options.out.write_text("precious\n")
-    with pytest.raises(FileError, match="--restart"):
-        run_batch(FakeEngine(), options)
-    assert options.out.read_text() == "precious\n"
+    for content, told in (("precious\n", "name another$"), ('{"precious": 1}\n', "--restart")):
+        options.out.write_text(content)
+        with pytest.raises(FileError, match=told):
+            run_batch(FakeEngine(), options)
+        assert options.out.read_text() == content
     for make in (Path.hardlink_to, Path.symlink_to):
         options.out.unlink()
         make(options.out, options.source)
@@ -344,6 +345,26 @@ def test_interruption_ends_the_running_replies(tmp_path: Path) -> None:
         run_batch(engine, options, listen, stop)
     assert [record["id"] for record in records(options.out)] == ["line-1"]
     assert len(answer(FakeEngine(), options)) == 3
+
+
+def test_too_many_errors_in_order_get_somewhere(tmp_path: Path) -> None:
+    """Guards: failed lines that wait for earlier ones being dropped and failing again in every run."""
+    lines = [{"prompt": "a"}] * 3 + ["bad"] * 3 + [{"prompt": "b"}] * 3
+    options = batch(tmp_path, *lines, ordered=True, max_errors=1)
+    with pytest.raises(ErrorLimitError, match="more than --max-errors 1"):
+        run_batch(FakeEngine(), options)
+    assert [record["error"] is not None for record in records(options.out)] == [False] * 3 + [True] * 2
+    found = answer(FakeEngine(), options)
+    assert [record["id"] for record in found] == [f"line-{number}" for number in range(1, 10)]
+
+
+def test_restart_is_for_outputs(tmp_path: Path) -> None:
+    """Guards: --restart in the place of a model, or of whatever else was named by mistake."""
+    options = batch(tmp_path, {"prompt": "a"}, restart=True)
+    options.out.write_bytes(b"GGUF precious")
+    with pytest.raises(FileError, match="no batch's"):
+        run_batch(FakeEngine(), options)
+    assert options.out.read_bytes() == b"GGUF precious"
 
 
 def test_too_many_errors(tmp_path: Path) -> None:

@@ -49,6 +49,17 @@ def run(
     return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
+@pytest.mark.parametrize("flag", ["-o", "--log-file"])
+def test_the_model_is_never_written_over(tmp_path: Path, flag: str) -> None:
+    """Guards: -o and -m swapped, which cost the model."""
+    source, model = write_lines(tmp_path / "in.jsonl", [{"prompt": "a"}]), tmp_path / "model.gguf"
+    model.write_bytes(tiny_model().read_bytes())
+    done = run(source, tmp_path / "out.jsonl", "-m", str(model), flag, str(model), "--restart")
+    assert done.returncode == 2
+    assert f"{flag} names the model" in done.stderr
+    assert model.read_bytes() == tiny_model().read_bytes()
+
+
 def test_command(tmp_path: Path) -> None:
     """Guards: an exit status that hides failed lines; output on stdout; a summary no script can read."""
     lines: list[dict[str, Any]] = [

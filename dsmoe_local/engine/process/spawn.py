@@ -57,15 +57,19 @@ def _environment() -> dict[str, str]:
     }
 
 
+_INTERRUPTED = "failed to decode, ret = 2"  # what llama.cpp says of a step that was broken off: no cause
+
+
 def crash(status: int, log: tuple[str, ...], *, loading: bool) -> EngineCrashError:
     """The error for a process that ended by itself with that Popen status."""
     name = _signal_name(-status) if status < 0 else ""
     when = " while it loaded the model" if loading else ""
     how = f"was killed by {name}" if name else f"ended with exit status {status}"
     usual = "--log-file FILE keeps its whole log"
+    telling = [line for line in log if _INTERRUPTED not in line]
     return EngineCrashError(
         f"the engine {how}{when}",
-        where=f"its log ends: {log[-1]}" if log else "",
+        where=f"its log ends: {telling[-1]}" if telling else "",
         remedy=_REMEDIES.get(name, usual),
         log=log[-_CRASH_LINES:],
     )
