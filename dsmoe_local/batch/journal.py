@@ -169,7 +169,7 @@ def _check_files(out: Path, header: _Header | None) -> None:
         raise FileError("the output is gone, its journal is there", where=out, remedy="start over: --restart")
     if (header is None or not header.has_entries) and out.exists() and out.stat().st_size:
         missing = "no journal of it" if header is None else "its journal knows no record"
-        replaceable = ", or replace it with --restart" if _may_be_records(out) else ""
+        replaceable = ", or replace it with --restart" if header is not None or _may_be_records(out) else ""
         raise FileError(f"the output exists, and {missing}", where=out, remedy=f"name another{replaceable}")
 
 
