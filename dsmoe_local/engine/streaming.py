@@ -11,15 +11,11 @@ from dsmoe_local.engine.types import Deliver, Request, Ticket, TokenEvent
 class EventStream(Iterator[TokenEvent]):
     """The events of one started request, in order. Closing or forgetting it early cancels the request."""
 
-    def __init__(self) -> None:
+    def __init__(self, start: Callable[[Request, Deliver], Ticket], request: Request) -> None:
         self._events: queue.SimpleQueue[TokenEvent | BaseException | None] = queue.SimpleQueue()
         self._ticket: Ticket | None = None
         self._over = False
-
-    def begin(self, start: Callable[[Request, Deliver], Ticket], request: Request) -> EventStream:
-        """Start the request."""
         self._ticket = start(request, self._events.put)
-        return self
 
     def __next__(self) -> TokenEvent:
         if self._over:
@@ -48,4 +44,4 @@ class EventStream(Iterator[TokenEvent]):
 
 def stream(start: Callable[[Request, Deliver], Ticket], request: Request) -> EventStream:
     """Start `request` and iterate over what is delivered."""
-    return EventStream().begin(start, request)
+    return EventStream(start, request)
