@@ -244,3 +244,9 @@ _ROLES = {rule.gguf.replace("blk.{n}.", ""): rule.role for rule in RULES}
 def role_of(name: str) -> Role | None:
     """The role of a GGUF tensor by its name; None for a name that no model of ours has."""
     return _ROLES.get(re.sub(r"^blk\.\d+\.", "", name))
+
+
+def layer_of(name: str) -> int | None:
+    """The layer in a GGUF tensor's name; None if it belongs to none."""
+    match = re.match(r"blk\.(\d+)\.", name)
+    return int(match[1]) if match else None

@@ -15,6 +15,7 @@ from types import MappingProxyType
 
 from dsmoe_local.model.ggml import GgmlType, block_size
 from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.layout import layer_of
 
 
 class Category(Enum):
@@ -179,7 +180,7 @@ class MixWalk:
         if category in self._met:
             self._met[category] += 1
         if category is Category.FFN_DOWN and self._hp.n_routed_experts > 1:
-            index = layer_of(name)
+            index = _index_of(name)
         return Position(index, count, self._hp)
 
     def _by_rules(self, category: Category, at: Position) -> tuple[GgmlType, str]:
@@ -201,12 +202,12 @@ class MixWalk:
         return hp.architecture == "llama" and hp.n_layers == 80 and hp.n_heads != hp.n_kv_heads
 
 
-def layer_of(name: str) -> int:
-    """The layer in a tensor's name, -1 if it belongs to none."""
-    match = re.match(r"blk\.(\d+)\.", name)
-    return int(match[1]) if match else -1
+def _index_of(name: str) -> int:
+    """The layer in a tensor's name; -1, as in llama.cpp, if it belongs to none."""
+    layer = layer_of(name)
+    return -1 if layer is None else layer
 
 
 def walk_order(name: str) -> tuple[int, str]:
     """The sort key of llama.cpp's loader."""
-    return layer_of(name), name
+    return _index_of(name), name

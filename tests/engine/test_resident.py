@@ -33,6 +33,7 @@ from dsmoe_local.engine.load.resident import Resident, host_tensors, paging_note
 from dsmoe_local.engine.native import tensors
 from dsmoe_local.engine.types import ModelOptions, ObserverOptions, Request, SamplingParameters
 from dsmoe_local.model.gguf_model import read_model
+from dsmoe_local.model.layout import layer_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is in memory")
 
@@ -141,10 +142,8 @@ def test_what_lies_on_a_gpu_is_not_kept(tmp_path: Path) -> None:
     """Guards: pages of offloaded layers locked, experts left on the host not counted."""
     file, hp = read_model(write_tiny(tmp_path / "m.gguf", MOE))
     found = host_tensors(file.tensors.values(), hp, placement(n_gpu_layers=4, n_cpu_moe=7))
-    assert {resident.layer_of(tensor) for tensor in found.always} == set(
-        range(6)
-    )  # of nine, three and output
-    assert {resident.layer_of(tensor) for tensor in found.experts} == set(range(1, 7))
+    assert {layer_of(tensor.name) for tensor in found.always} == set(range(6))  # of nine, three and output
+    assert {layer_of(tensor.name) for tensor in found.experts} == set(range(1, 7))
     everything = host_tensors(file.tensors.values(), hp, placement(n_gpu_layers=10))
     assert everything.always == ()
     assert everything.experts == ()

@@ -15,10 +15,9 @@ from dsmoe_local.base.sizes import format_size
 from dsmoe_local.engine.types import ALL_LAYERS
 from dsmoe_local.model.gguf_file import TensorInfo
 from dsmoe_local.model.hyperparameters import Hyperparameters
-from dsmoe_local.model.layout import Role, role_of
+from dsmoe_local.model.layout import Role, layer_of, role_of
 
 HOST = "CPU"
-_LAYER = re.compile(r"blk\.(\d+)\.")
 _MOST_RESERVED = 1 << 30  # a driver's own buffers, and what other programs may want meanwhile
 _RESERVED_SHARE = 8
 
@@ -133,12 +132,12 @@ def weigh(
     output = embedding = 0
     for tensor in tensors:
         device = next((name for pattern, name in patterns if pattern.search(tensor.name)), None)
-        layer = _LAYER.match(tensor.name)
+        layer = layer_of(tensor.name)
         role = role_of(tensor.name)
         if device is not None:
             fixed[device] = fixed.get(device, 0) + tensor.n_bytes
-        elif layer is not None and int(layer[1]) < hp.n_layers:
-            (experts if role is Role.ROUTED_EXPERT else layers)[int(layer[1])] += tensor.n_bytes
+        elif layer is not None and layer < hp.n_layers:
+            (experts if role is Role.ROUTED_EXPERT else layers)[layer] += tensor.n_bytes
         elif role is Role.EMBEDDING:
             embedding += tensor.n_bytes
             output += tensor.n_bytes if hp.tied_embeddings else 0

@@ -17,11 +17,12 @@ from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.engine.load.mapped_file import PAGE, Range, whole_pages
 from dsmoe_local.engine.load.placement import Placement
-from dsmoe_local.engine.load.resident import Resident, host_tensors, layer_of, paging_note, plan_resident
+from dsmoe_local.engine.load.resident import Resident, host_tensors, paging_note, plan_resident
 from dsmoe_local.engine.native import Row, tensors
 from dsmoe_local.engine.observe.observer import Observer
 from dsmoe_local.model.gguf_file import GgufFile, TensorInfo
 from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.layout import layer_of
 
 _ORDER = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 """As they are multiplied."""
@@ -73,7 +74,7 @@ class Prefetch(Observer):
         self._reader = tensors.Reader()
         layers: dict[int | None, list[TensorInfo]] = {}
         for tensor in experts:
-            layers.setdefault(layer_of(tensor), []).append(tensor)
+            layers.setdefault(layer_of(tensor.name), []).append(tensor)
         self.nodes = {
             f"ffn_moe_weights-{layer}".encode(): partial(
                 self._fetch_chosen, sorted(of_layer, key=_place_in_order)

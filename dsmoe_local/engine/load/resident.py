@@ -6,7 +6,6 @@ what speed to expect. Fetching the experts that a token needs is `prefetch`'s co
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -20,9 +19,8 @@ from dsmoe_local.engine.load.mapped_file import MappedFile, Range, raise_lock_li
 from dsmoe_local.engine.load.placement import Placement
 from dsmoe_local.model.gguf_file import TensorInfo
 from dsmoe_local.model.hyperparameters import Hyperparameters
-from dsmoe_local.model.layout import Role, role_of
+from dsmoe_local.model.layout import Role, layer_of, role_of
 
-_LAYER = re.compile(r"blk\.(\d+)\.")
 _LOCK_BYTES = 32 << 20  # between two looks at whether to go on
 _TOUCH_SECONDS = 1.0
 _PRIORITY = (
@@ -63,7 +61,7 @@ def host_tensors(tensors: Iterable[TensorInfo], hp: Hyperparameters, placement: 
     experts: list[TensorInfo] = []
     for tensor in tensors:
         role = role_of(tensor.name)
-        layer = layer_of(tensor)
+        layer = layer_of(tensor.name)
         index = hp.n_layers if layer is None else layer
         if role is Role.ROUTED_EXPERT:
             if index < max(n_host, placement.n_cpu_moe):
@@ -71,12 +69,6 @@ def host_tensors(tensors: Iterable[TensorInfo], hp: Hyperparameters, placement: 
         elif role in order and index < n_host:
             always.append((order[role], tensor.offset, tensor))
     return HostTensors(tuple(tensor for *_, tensor in sorted(always)), tuple(experts))
-
-
-def layer_of(tensor: TensorInfo) -> int | None:
-    """A tensor's layer; None if it belongs to none."""
-    match = _LAYER.match(tensor.name)
-    return int(match[1]) if match else None
 
 
 def plan_resident(tensors: Sequence[TensorInfo], budget: int) -> tuple[Range, ...]:
