@@ -20,7 +20,7 @@ from prompt_toolkit.styles import Style
 
 from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.base.paths import data_folder
-from dsmoe_local.chat import commands
+from dsmoe_local.chat.commands import table as commands
 from dsmoe_local.chat.conversation import Conversation
 from dsmoe_local.chat.screen import Screen, describe_usage, keys_withheld
 from dsmoe_local.engine.types import TokenEvent

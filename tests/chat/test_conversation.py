@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from dsmoe_local.base.errors import UsageError
-from dsmoe_local.chat import commands
+from dsmoe_local.chat.commands import table as commands
 from dsmoe_local.chat.conversation import Conversation
 from dsmoe_local.chat.screen import Screen
 from dsmoe_local.chat.settings import SETTINGS, ChatSettings, change, get_setting, setting_name

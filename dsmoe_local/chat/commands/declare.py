@@ -1,0 +1,67 @@
+"""How a slash command is declared: one declaration gives behaviour, help and completion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    from dsmoe_local.base.config_file import ConfigFile
+    from dsmoe_local.chat.conversation import Conversation, Event
+    from dsmoe_local.chat.experts_view import ExpertsView
+    from dsmoe_local.chat.store.sessions import Session, SessionStore
+    from dsmoe_local.chat.terminal.screen import Screen
+
+
+class Chat(Protocol):
+    """What commands act on. `chat.Chat` is one; commands run in its worker's thread, one at a time."""
+
+    conversation: Conversation
+    screen: Screen
+    sessions: SessionStore | None  # None: --no-history
+    session: Session | None  # None: nothing is stored yet
+    config: ConfigFile
+    experts: ExpertsView
+    finished: bool
+
+    def show_reply(self, action: Callable[[Conversation], Iterable[Event]]) -> None:
+        """Print the reply whose events `action` returns; afterwards it is durable."""
+        ...
+
+    def save(self) -> None:
+        """Make durable what a command changed in the conversation: turns, system text."""
+        ...
+
+    def adopt(self, session: Session | None) -> None:
+        """Go on with another session (None: a new one); its turns and cache are loaded."""
+        ...
+
+
+Complete: TypeAlias = Callable[[Chat, str], Iterable[str]]
+"""Takes what is typed behind a command's name, up to the cursor; gives what its last word could become."""
+
+
+def no_words(chat: Chat, typed: str) -> Iterable[str]:
+    """The completion of commands that take none."""
+    return ()
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A slash command. `run` gets the chat and what follows the name, stripped; it raises DsmoeErrors.
+
+    `arguments` in words for the help: `[NAME [VALUE]]`. `files`: the last word is completed as a file's name,
+    beside what `complete` gives.
+    """
+
+    run: Callable[[Chat, str], None]
+    help: str
+    arguments: str = ""
+    aliases: tuple[str, ...] = ()
+    complete: Complete = no_words
+    files: bool = False
+
+
+Commands: TypeAlias = Mapping[str, Command]
+"""Commands by name, in the order of the help."""

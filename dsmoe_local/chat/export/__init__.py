@@ -1,0 +1,1 @@
+"""A conversation as a file worth sending: Markdown, JSON, HTML."""

@@ -1,0 +1,1 @@
+"""Markdown that is still being written, block by block. Knows no terminal and no conversation."""
