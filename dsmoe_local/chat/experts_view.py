@@ -1,0 +1,126 @@
+"""What the chat shows of the routed experts: a live panel beside a reply, the picture behind it, the session's
+sums. The numbers are `experts.activity`'s, the drawing `experts.panel`'s.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dsmoe_local.base.errors import UsageError
+from dsmoe_local.engine.errors import EngineError
+from dsmoe_local.engine.types import ObserverOptions, TextEngine
+from dsmoe_local.experts.activity import Activity, activity_of
+
+if TYPE_CHECKING:
+    from dsmoe_local.chat.terminal.screen import Screen
+
+OBSERVERS = (ObserverOptions("routing"),)
+_LOOK_EVERY = 0.25  # seconds
+
+
+class ExpertsView:
+    """Watches the routers of `engine` while replies run, once switched on.
+
+    `reply` is what happened in the last reply, `session` all since the experts were switched on, prompts
+    included. Counts survive a crash of the engine: what the dead one had not told is missing. `clock` counts
+    seconds.
+    """
+
+    def __init__(self, engine: TextEngine, clock: Callable[[], float] = time.monotonic) -> None:
+        self.engine = engine
+        self.on = False
+        self.reply = Activity()
+        self.session = Activity()
+        self._clock = clock
+        self._before = Activity()  # at the beginning of the exchange
+        self._read = Activity()  # when its prompt was read
+        self._latest = Activity()
+        self._writing = False
+        self._looked = -_LOOK_EVERY
+        self._crashes = 0
+
+    def switch(self, on: bool) -> None:
+        """Watch, or no longer; nothing is lost of what was seen. UsageError if the model is dense, EngineError
+        while a reply runs.
+        """
+        if on and not self.engine.info.n_routed_experts:
+            raise UsageError("the model is dense: it has no experts to look at")
+        self.engine.set_observers(OBSERVERS if on else ())
+        self.on = on
+
+    def forget(self) -> None:
+        """Begin anew, as for another session."""
+        self.reply, self.session = Activity(), Activity()
+
+    def reply_begins(self) -> None:
+        """Call before the request is made."""
+        if not self.on:
+            return
+        self.reply = Activity()
+        self._crashes = self._n_crashes()
+        self._before = self._read = self._latest = self._look() or Activity()
+        self._writing = False
+        self._looked = -_LOOK_EVERY
+
+    def reply_goes_on(self, screen: Screen, *, reading: bool = False) -> None:
+        """Call with every event; draws a few times a second. `reading`: the prompt is still being read."""
+        if not self.on:
+            return
+        if not reading and not self._writing:
+            # The prompt's tokens are not the reply's.
+            self._writing = True
+            self._take()
+            self._read = self._latest
+        now = self._clock()
+        if now - self._looked < _LOOK_EVERY:
+            return
+        self._looked = now
+        self._take()
+        if self._writing and not screen.plain:
+            from dsmoe_local.experts.panel import live_panel
+
+            screen.live(live_panel(self._latest - self._read, screen.width, screen.height))
+
+    def reply_ends(self, screen: Screen) -> None:
+        """Call when no more events come, for whatever reason."""
+        if not self.on:
+            return
+        screen.live(None)
+        self._take()
+        self.session += self._latest - self._before
+        self.reply = self._latest - self._read
+        if self.reply.tokens:
+            from dsmoe_local.experts.panel import show_reply
+
+            show_reply(screen, self.reply)
+
+    def export(self, path: Path) -> None:
+        """Write the picture, or for `.json` the numbers, of the last reply and the session to the new file.
+
+        UsageError where nothing was seen yet, FileError as the disk says.
+        """
+        raise UsageError("the picture of the experts cannot be written yet")
+
+    def _take(self) -> None:
+        """Look, and start anew where the engine did."""
+        now = self._look()
+        if now is None:
+            return
+        if self._n_crashes() != self._crashes or not now.follows(self._latest):
+            # What a new process has counted is all of this exchange; what the old one told is carried on.
+            self._crashes = self._n_crashes()
+            self.session += self._latest - self._before
+            self._before = self._read = Activity()
+        self._latest = now
+
+    def _look(self) -> Activity | None:
+        try:
+            return activity_of(self.engine.observe("routing"))
+        except EngineError:
+            return None
+
+    def _n_crashes(self) -> int:
+        return getattr(self.engine, "crashes", 0)
