@@ -10,6 +10,11 @@ import platformdirs
 _APP = "dsmoe-local"
 
 
+def config_folder() -> Path:
+    """What the user says once for all: the config file."""
+    return _folder("XDG_CONFIG_HOME", platformdirs.user_config_path(_APP))
+
+
 def cache_folder() -> Path:
     """What can be made again: the demo's models."""
     return _folder("XDG_CACHE_HOME", platformdirs.user_cache_path(_APP))

@@ -9,16 +9,20 @@ from typing import Any
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
+from dsmoe_local.chat.turns import OnFull
 from dsmoe_local.engine.types import SamplingParameters
 
 
 @dataclass(frozen=True, slots=True)
 class ChatSettings:
-    """How replies are generated. `max_tokens` None: until the model stops or the context is full."""
+    """How replies are generated. `max_tokens` None: until the model stops or the context is full; `on_full`
+    says what happens then.
+    """
 
     sampling: SamplingParameters = field(default_factory=SamplingParameters)
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
+    on_full: OnFull = OnFull.STOP
 
 
 @dataclass(frozen=True, slots=True)

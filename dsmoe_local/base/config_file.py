@@ -1,0 +1,133 @@
+"""The user's config file: TOML that is read as plain values and changed in place, comments kept.
+
+What its keys mean is told by those who read them: `cli.configuration` and `chat.commands.settings`.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Mapping, MutableMapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from dsmoe_local.base.durable import locked, write_file
+from dsmoe_local.base.errors import FileError, FormatError
+from dsmoe_local.base.paths import config_folder
+
+Value: TypeAlias = str | int | float | bool | list[str]
+
+_MAX_BYTES = 1 << 20
+
+
+def config_path() -> Path:
+    """Where the config file is looked for."""
+    return config_folder() / "config.toml"
+
+
+class ConfigFile:
+    """A TOML file that need not exist. It is read anew by every call: the user may edit it meanwhile."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def values(self) -> dict[str, Any]:
+        """What the file says, as tomllib reads it; empty without a file.
+
+        FormatError, naming the line, for what is no TOML; FileError if it cannot be read.
+        """
+        return self._parsed(self._text())
+
+    def set(self, section: tuple[str, ...], changes: Mapping[str, Value | None]) -> None:
+        """Set keys of a section (`()`: the top level), or take them out (None); the rest stays as it is.
+
+        Durable on return, and the owner's alone. FormatError or FileError as for `values`, or if a value has
+        the section's name; LockedError while another process is writing.
+        """
+        if all(value is None for value in changes.values()) and not self.path.exists():
+            return
+        try:
+            # Through a link, as people keep such files elsewhere: the link stays.
+            path = self.path.resolve()
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with locked(path):
+                text = self._text()
+                changed = self._changed(text, section, changes)
+                if changed != text:
+                    write_file(path, changed.encode(), 0o600)
+        except OSError as error:
+            raise FileError(
+                f"the config file cannot be written: {error.strerror or error}", where=self.path
+            ) from error
+
+    def _text(self) -> str:
+        try:
+            with self.path.open("rb") as file:
+                content = file.read(_MAX_BYTES + 1)
+        except (FileNotFoundError, NotADirectoryError):
+            return ""
+        except OSError as error:
+            raise FileError(
+                f"the config file cannot be read: {error.strerror or error}", where=self.path
+            ) from error
+        if len(content) > _MAX_BYTES:
+            raise FormatError("the config file is larger than 1 MiB", where=self.path)
+        try:
+            return content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            line = content.count(b"\n", 0, error.start) + 1
+            raise FormatError("the config file is not UTF-8", where=f"{self.path}, line {line}") from error
+
+    def _parsed(self, text: str) -> dict[str, Any]:
+        try:
+            return tomllib.loads(text)
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
+            # Its message names line and column.
+            raise FormatError(f"the config file is not valid TOML: {error}", where=self.path) from error
+
+    def _changed(self, text: str, section: tuple[str, ...], changes: Mapping[str, Value | None]) -> str:
+        """The file's text with the changes in it."""
+        import tomlkit
+        from tomlkit.exceptions import TOMLKitError
+        from tomlkit.items import InlineTable
+
+        def new_table(parent: object, is_last: bool) -> MutableMapping[str, Any]:
+            if isinstance(parent, InlineTable):
+                return tomlkit.inline_table()
+            # Of `[presets.calm]`, `presets` needs no heading of its own.
+            return tomlkit.table(is_super_table=not is_last)
+
+        wanted = self._parsed(text)
+        self._apply(wanted, section, changes, lambda parent, is_last: {})
+        try:
+            document = tomlkit.parse(text)
+            self._apply(document, section, changes, new_table)
+            result = document.as_string()
+            # tomlkit cannot change every layout of a file; half a change is none.
+            if tomllib.loads(result) == wanted:
+                return result
+        except (TOMLKitError, ValueError):
+            pass
+        raise FileError(
+            "the config file cannot be changed as it is laid out",
+            where=self.path,
+            remedy=f"write [{'.'.join(section)}] as a section of its own" if section else "",
+        )
+
+    def _apply(
+        self,
+        table: MutableMapping[str, Any],
+        section: tuple[str, ...],
+        changes: Mapping[str, Value | None],
+        new_table: Callable[[object, bool], MutableMapping[str, Any]],
+    ) -> None:
+        for depth, name in enumerate(section, 1):
+            if name not in table:
+                table[name] = new_table(table, depth == len(section))
+            table = table[name]
+            if not isinstance(table, MutableMapping):
+                raise FormatError(f"{name} is no section of the config file", where=self.path)
+        for key, value in changes.items():
+            if value is not None:
+                table[key] = value
+            elif key in table:
+                del table[key]
