@@ -179,7 +179,7 @@ def _options(source: Path, model: Path, n_deterministic: int | None, values: dic
 
 def _settings(model: Path, n_deterministic: int | None, values: dict[str, Any]) -> dict[str, str]:
     """What the records of one output have in common, beside the batch's own options."""
-    from dsmoe_local.batch.identity import file_identity
+    from dsmoe_local.model.identity import file_identity
 
     names = _SETTINGS + (_EXACT_SETTINGS if n_deterministic else _LOOSE_SETTINGS)
     settings = {"model": file_identity(model)} | {name: str(values.get(name)) for name in names}

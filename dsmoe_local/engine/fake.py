@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dsmoe_local.engine.errors import EngineError, PromptError
+from dsmoe_local.base import progress
+from dsmoe_local.engine.errors import EngineCrashError, EngineError, PromptError
 from dsmoe_local.engine.stream import TextStream
 from dsmoe_local.engine.types import (
     Deliver,
     FinishReason,
     Message,
     ModelInfo,
+    ModelOptions,
     Observation,
+    ObserverOptions,
     Prompt,
     Request,
     Ticket,
@@ -37,8 +41,12 @@ class FakeEngine:
     """Answers with `reply(prompt text)`, one byte a token, so that characters straddle tokens.
 
     `replies` instead are given in turn. `template` False makes a base model. `gate`, when given, is called
-    before each token: a test can wait in it, cancel, or raise. `requests` collects what was submitted.
-    `observations` is what its observers have seen, by their names.
+    before each token: a test can wait in it, cancel, or raise. `observations` is what its observers have
+    seen, by their names; all of them are there until `set_observers` says otherwise.
+
+    It keeps what it was asked: `requests`, `saved` and `loaded` (files and token counts of cache files),
+    `observers` (what was set), `reloads` (options) and `kills`. `failures` are raised by the next calls of
+    `reload` and `set_observers`, one each.
     """
 
     def __init__(
@@ -55,11 +63,21 @@ class FakeEngine:
         self._reply = reply
         self._replies = None if replies is None else itertools.cycle(replies)
         self._gate = gate
-        self._observations = dict(observations or {})
         self._cached: tuple[int, ...] = ()
         self._cancelled: dict[str, bool] = {}
         self._closed = False
+        self._dead = False
+        self._observed: frozenset[str] | None = None
+        self.observations = dict(observations or {})
         self.requests: list[Request] = []
+        self.saved: list[tuple[Path, int]] = []
+        self.loaded: list[tuple[Path, int]] = []
+        self.observers: list[tuple[ObserverOptions, ...]] = []
+        self.reloads: list[ModelOptions] = []
+        self.failures: list[Exception] = []
+        self.kills = 0
+        self.crashes = 0
+        self.options = ModelOptions(Path("fake.gguf"), n_context=n_context, n_parallel=n_parallel)
         self.info = ModelInfo(
             path=Path("fake.gguf"),
             name="fake",
@@ -74,6 +92,8 @@ class FakeEngine:
             n_threads=1,
             template="fake" if template else None,
             n_parallel=n_parallel,
+            template_text="{{ messages }}" if template else None,
+            vocabulary="bytes",
         )
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
@@ -98,6 +118,7 @@ class FakeEngine:
             raise EngineError("the engine is closed")
         if request.id in self._cancelled:
             raise EngineError(f"a request with the id {request.id!r} is already running")
+        self._revive()
         self.requests.append(request)
         self._cancelled[request.id] = False
         return self._generate(request)
@@ -120,31 +141,32 @@ class FakeEngine:
     def _generate(self, request: Request) -> Iterator[TokenEvent]:
         try:
             prompt = self.encode(request.prompt)
-            room = self.info.n_context - len(prompt)
-            if room < 1:
+            if len(prompt) >= self.info.n_context:
                 raise PromptError(
                     f"the prompt has {len(prompt)} tokens, the context holds {self.info.n_context}"
                 )
             text = bytes(token_id - 1 for token_id in prompt).decode("utf-8", "replace").rstrip("\n")
             answer = (next(self._replies) if self._replies else self._reply(text)).encode()
             for index in range(request.n):
-                limit = min(room, request.max_tokens or room)
-                for event in self._tokens(request, prompt, answer, limit):
+                for event in self._tokens(request, prompt, answer):
                     yield replace(event, index=index)
         finally:
             self._cancelled.pop(request.id, None)
 
-    def _tokens(
-        self, request: Request, prompt: tuple[int, ...], answer: bytes, limit: int
-    ) -> Iterator[TokenEvent]:
+    def _tokens(self, request: Request, prompt: tuple[int, ...], answer: bytes) -> Iterator[TokenEvent]:
         stream = TextStream(request.stop)
         stream.begin_after(bytes(token_id - 1 for token_id in prompt[-4:]))
         n_cached = _common(self._cached, prompt)
+        room = None if request.context_shift else self.info.n_context - len(prompt)
+        limit = min((each for each in (room, request.max_tokens) if each is not None), default=None)
+        held = list(prompt)
         ended_by: int | None = END
         reason = FinishReason.STOP
         done = 0
         for byte in answer:
             self._gate(done)
+            if self._dead:
+                raise EngineCrashError("the engine was ended because it did not answer")
             if self._cancelled[request.id]:
                 reason, ended_by = FinishReason.CANCELLED, None
                 break
@@ -152,6 +174,8 @@ class FakeEngine:
                 full = limit != request.max_tokens
                 reason, ended_by = FinishReason.CONTEXT_FULL if full else FinishReason.LENGTH, None
                 break
+            dropped, dropped_from = self._make_room(request, held)
+            held.append(byte + 1)
             done += 1
             yield TokenEvent(
                 request.id,
@@ -160,11 +184,13 @@ class FakeEngine:
                 byte + 1,
                 logprob=0.0,
                 alternatives=_alternatives(request, byte),
+                dropped=dropped,
+                dropped_from=dropped_from,
             )
             if stream.stopped:
                 ended_by = None
                 break
-        self._cached = (*prompt, *(byte + 1 for byte in answer[:done]))
+        self._cached = tuple(held)
         yield TokenEvent(
             request.id,
             stream.finish(cut=reason is not FinishReason.STOP),
@@ -174,10 +200,56 @@ class FakeEngine:
             usage=Usage(len(prompt), n_cached, done, 0.0, float(done), request.sampling.seed),
         )
 
+    def _make_room(self, request: Request, held: list[int]) -> tuple[int, int]:
+        """How many tokens leave a full context, and from where."""
+        if len(held) <= self.info.n_context:
+            return 0, 0
+        start = max(1, request.n_keep)
+        count = (self.info.n_context - start) // 2
+        del held[start : start + count]
+        return count, start
+
     def cancel(self, request_id: str) -> None:
         """See TextEngine."""
         if request_id in self._cancelled:
             self._cancelled[request_id] = True
+
+    def decode(self, token_ids: Sequence[int]) -> tuple[str, ...]:
+        """See TextEngine."""
+        if any(not 0 <= token_id < self.info.n_vocab for token_id in token_ids):
+            raise PromptError("a token id is not in the vocabulary")
+        return tuple("<end>" if token_id == END else _text(token_id - 1) for token_id in token_ids)
+
+    def save_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
+        """See TextEngine: a JSON file with the ids."""
+        count = 0 if self._cancelled or self._dead else _common(self._cached, token_ids)
+        if count:
+            path.write_text(json.dumps(token_ids[:count]))
+            self.saved.append((path, count))
+        return count
+
+    def load_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
+        """See TextEngine."""
+        self._revive()
+        try:
+            count = _common(json.loads(path.read_text()), token_ids)
+        except (OSError, ValueError, TypeError):
+            return 0
+        if count:
+            self._cached = token_ids[:count]
+            self.loaded.append((path, count))
+        return count
+
+    def set_observers(self, options: tuple[ObserverOptions, ...]) -> None:
+        """See TextEngine."""
+        self._revive()
+        if self._cancelled:
+            raise EngineError("observers cannot be changed while requests run")
+        if self.failures:
+            raise self.failures.pop(0)
+        self.observers.append(options)
+        self.options = replace(self.options, observers=options)
+        self._observed = frozenset(option.name for option in options)
 
     def log(self) -> tuple[str, ...]:
         """See TextEngine: there is no log."""
@@ -185,9 +257,44 @@ class FakeEngine:
 
     def observe(self, name: str) -> Observation:
         """See TextEngine."""
-        if name not in self._observations:
+        known = self.observations if self._observed is None else self._observed
+        if name not in known:
             raise EngineError(f"no observer {name!r} was loaded")
-        return self._observations[name]
+        return self.observations.get(name, {})
+
+    def reload(
+        self,
+        options: ModelOptions,
+        listen: progress.Listener = progress.ignore,
+        stop: threading.Event | None = None,
+    ) -> None:
+        """See ReloadableEngine: a model of the same kind, with the context and experts that are asked for."""
+        self.reloads.append(options)
+        self._cached = ()
+        listen(progress.Started("loading fake.gguf", 1))
+        listen(progress.Advanced(1))
+        listen(progress.Finished("loading"))
+        if self.failures:
+            raise self.failures.pop(0)
+        self._dead = False
+        self.options = options
+        self._observed = frozenset(option.name for option in options.observers)
+        self.info = replace(
+            self.info,
+            n_context=options.n_context or self.info.n_context,
+            n_experts_per_token=options.n_experts_per_token or 6,
+        )
+
+    def kill(self) -> None:
+        """See ReloadableEngine."""
+        self.kills += 1
+        self._dead = True
+        self._cached = ()
+
+    def _revive(self) -> None:
+        if self._dead:
+            self._dead = False
+            self.crashes += 1
 
     def close(self) -> None:
         """See TextEngine."""
@@ -210,9 +317,12 @@ def _alternatives(request: Request, byte: int) -> tuple[TokenLogprob, ...]:
         return ()
     others = [max(byte - distance, 0) for distance in range(request.top_logprobs)]
     return tuple(
-        TokenLogprob(each + 1, bytes([each]).decode("utf-8", "replace"), 0.0 if each == byte else -math.inf)
-        for each in (byte, *others)
+        TokenLogprob(each + 1, _text(each), 0.0 if each == byte else -math.inf) for each in (byte, *others)
     )
+
+
+def _text(byte: int) -> str:
+    return bytes([byte]).decode("utf-8", "replace")
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

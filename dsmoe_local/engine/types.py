@@ -1,16 +1,19 @@
-"""The nouns that every caller of the engine shares: requests, events, options. Data and one protocol."""
+"""The nouns that every caller of the engine shares: requests, events, options, and what an engine is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
+from dsmoe_local.base import progress
 from dsmoe_local.base.errors import UsageError
+from dsmoe_local.engine.parameters import MAX_SEED as MAX_SEED
+from dsmoe_local.engine.parameters import SamplingParameters as SamplingParameters
 
-MAX_SEED = 2**32 - 2  # llama.cpp reads 2^32 - 1 as "choose one"
 ALL_LAYERS = -1
 MAX_REPLIES = 64
 MAX_TOP_LOGPROBS = 20
@@ -43,61 +46,6 @@ Prompt: TypeAlias = str | tuple[Message, ...] | tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class SamplingParameters:
-    """How the next token is chosen.
-
-    `temperature` 0 takes the likeliest one. `mirostat` 1 or 2 replaces top_k, top_p, min_p and typical_p by
-    a feedback that holds the surprise at `mirostat_tau`. Raises UsageError out of range.
-    """
-
-    temperature: float = 0.8
-    top_k: int = 40
-    top_p: float = 0.95
-    min_p: float = 0.05
-    typical_p: float = 1.0
-    repeat_penalty: float = 1.0
-    repeat_last_n: int = 64
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    mirostat: int = 0
-    mirostat_tau: float = 5.0
-    mirostat_eta: float = 0.1
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
-            check, accepted = _RANGES[item.name]
-            if not check(value):
-                raise UsageError(f"{item.name} = {value} is out of range", remedy=f"it takes {accepted}")
-
-
-_Check: TypeAlias = Callable[[float], bool]
-
-
-def _between(low: float, high: float) -> _Check:
-    # False for NaN; unlike math.isfinite it takes whole numbers of any size.
-    return lambda value: low <= value <= high
-
-
-_RANGES: dict[str, tuple[Callable[..., bool], str]] = {
-    "temperature": (_between(0, 100), "a number from 0 (always the likeliest token) to 100"),
-    "top_k": (_between(0, 2**31 - 1), "a whole number, 0 = off"),
-    "top_p": (_between(0, 1), "a number from 0 to 1, 1 = off"),
-    "min_p": (_between(0, 1), "a number from 0 to 1, 0 = off"),
-    "typical_p": (_between(0, 1), "a number from 0 to 1, 1 = off"),
-    "repeat_penalty": (_between(0.01, 100), "a number from 0.01 to 100, 1 = off"),
-    "repeat_last_n": (_between(0, 2**20), "a whole number of tokens, 0 = off"),
-    "presence_penalty": (_between(-100, 100), "a number, 0 = off"),
-    "frequency_penalty": (_between(-100, 100), "a number, 0 = off"),
-    "mirostat": (lambda value: value in (0, 1, 2), "0 (off), 1 or 2"),
-    "mirostat_tau": (_between(0, 100), "a number from 0 to 100"),
-    "mirostat_eta": (_between(0, 1), "a number from 0 to 1"),
-    "seed": (lambda value: value is None or 0 <= value <= MAX_SEED, f"a whole number from 0 to {MAX_SEED}"),
-}
-
-
-@dataclass(frozen=True, slots=True)
 class Request:
     """One reply to generate. `id` names it for `cancel`; ids of requests in flight must differ.
 
@@ -108,9 +56,10 @@ class Request:
     plus i. `logprobs` asks for the log-probability of each token, `top_logprobs` for those of that many of
     the likeliest beside it. `logit_bias` adds to the logits of token ids before anything else; -100 bans
     one. `grammar` is GBNF, `json_schema` the text of a JSON schema; at most one of them constrains the reply.
-    `context_shift`: when the context is full, the older half of the conversation makes room, instead of the
-    end. `score_from`: the logits of the prompt's tokens from this index on are shown to the observers, so the
-    tokens behind it are scored (of a model with an observer that reads logits; needs n = 1 and max_tokens).
+    `context_shift`: when the context is full, the older half of what lies behind the first `n_keep` tokens
+    makes room (the very first token always stays), instead of the end. `score_from`: the logits of the
+    prompt's tokens from this index on are shown to the observers, so the tokens behind it are scored (of a
+    model with an observer that reads logits; needs n = 1 and max_tokens).
     """
 
     id: str
@@ -125,6 +74,7 @@ class Request:
     grammar: str | None = None
     json_schema: str | None = None
     context_shift: bool = False
+    n_keep: int = 0
     score_from: int | None = None
 
     def __post_init__(self) -> None:
@@ -135,6 +85,8 @@ class Request:
                 f"top_logprobs = {self.top_logprobs} is out of range",
                 remedy=f"it takes 0 to {MAX_TOP_LOGPROBS}",
             )
+        if self.n_keep < 0:
+            raise UsageError(f"n_keep = {self.n_keep} is out of range", remedy="it takes 0 or more")
         if self.score_from is not None and (self.n > 1 or self.score_from < 0 or self.max_tokens is None):
             raise UsageError("score_from takes an index from 0, n = 1, and max_tokens")
         if self.grammar is not None and self.json_schema is not None:
@@ -195,6 +147,9 @@ class TokenEvent:
     and of the model's own distribution, before any sampling parameter; None unless asked for. `alternatives`:
     the chosen token, then the `top_logprobs` likeliest, most likely first; empty unless asked for. `seconds`
     count from the request's submission.
+
+    `dropped` > 0: the context was full (see `Request.context_shift`), and just before this event that many
+    tokens of prompt and reply, from the place `dropped_from` on, left it.
     """
 
     request_id: str
@@ -207,6 +162,8 @@ class TokenEvent:
     usage: Usage | None = None
     index: int = 0
     alternatives: tuple[TokenLogprob, ...] = ()
+    dropped: int = 0
+    dropped_from: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,9 +217,10 @@ class ModelOptions:
 class ModelInfo:
     """What a loaded model is.
 
-    `template` names where the chat template comes from; None: completion only. `n_context` is the longest
-    prompt and reply of one request. `placement` says where weights and KV cache lie, in words; `kernels` what
-    else the last digits of float results depend on, beside the options.
+    `template` names where the chat template comes from, `template_text` is its source; None: completion
+    only. `vocabulary` is a digest of the tokenizer: token ids mean the same in two models if it is equal.
+    `n_context` is the longest prompt and reply of one request. `placement` says where weights and KV cache
+    lie, in words; `kernels` what else the last digits of float results depend on, beside the options.
     """
 
     path: Path
@@ -282,6 +240,8 @@ class ModelInfo:
     deterministic: bool = False
     placement: str = ""
     kernels: str = ""
+    template_text: str | None = None
+    vocabulary: str = ""
 
 
 Deliver: TypeAlias = Callable[[TokenEvent | BaseException | None], None]
@@ -330,14 +290,80 @@ class TextEngine(Protocol):
         """The exact token ids that `prompt` becomes. Raises PromptError, TemplateError."""
         ...
 
+    def decode(self, token_ids: Sequence[int]) -> tuple[str, ...]:
+        """Each token's own text, as `TokenLogprob.text`; special tokens by their names. PromptError for an id
+        that the vocabulary does not have.
+        """
+        ...
+
+    def save_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
+        """Write what the KV cache holds of the beginning of `token_ids` to the new file `path`, and sync it.
+
+        Returns how many tokens that are. 0, and no file: the cache holds nothing of them, a request runs, the
+        engine cannot (`deterministic`, or a cache in parts), or the disk is full.
+        """
+        ...
+
+    def load_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
+        """Make the KV cache hold what the file of a `save_cache` holds of the beginning of `token_ids`.
+
+        Returns how many tokens the cache holds of it then. 0: the file is of other tokens, another model or
+        shape, or cannot be used now. The caller has verified that the file is byte for byte what was written:
+        contents that were changed are taken as they are, or end the engine's process.
+        """
+        ...
+
+    def set_observers(self, options: tuple[ObserverOptions, ...]) -> None:
+        """Replace all observers; what the old ones have seen is gone. The model stays loaded, the KV cache
+        too, if there is room to carry it over. Without observers nothing is left that costs time.
+
+        EngineError while requests run; UsageError, FileError, FormatError for what the model cannot have: the
+        old ones are then still there.
+        """
+        ...
+
     def log(self) -> tuple[str, ...]:
         """llama.cpp's latest log lines, safe to print."""
         ...
 
     def observe(self, name: str) -> Observation:
-        """What the observer of that name has seen since loading. EngineError if none was loaded."""
+        """What the observer of that name has seen since it is there. EngineError if there is none."""
         ...
 
     def close(self) -> None:
         """End all requests and give the model back. Closing twice is fine."""
+        ...
+
+
+class ReloadableEngine(TextEngine, Protocol):
+    """An engine in a process of its own, which can be ended and replaced. Callable from any thread."""
+
+    @property
+    def options(self) -> ModelOptions:
+        """What is loaded, and how, and what will be after a crash; with the observers set since."""
+        ...
+
+    @property
+    def crashes(self) -> int:
+        """How often the process has died, or was killed, and another took its place."""
+        ...
+
+    def reload(
+        self,
+        options: ModelOptions,
+        listen: progress.Listener = progress.ignore,
+        stop: threading.Event | None = None,
+    ) -> None:
+        """Load another model, or the same one otherwise. The old one is given back first, with its KV cache.
+
+        `listen` and `stop` as in `Engine.load`, and what it raises; the old options then stay, and the next
+        request loads that model again.
+        """
+        ...
+
+    def kill(self) -> None:
+        """End the process at once, even one that hangs or loads. Never waits; signal handlers may call it.
+
+        Requests in flight end with EngineCrashError, and the next one loads the model again.
+        """
         ...

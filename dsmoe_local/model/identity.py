@@ -1,4 +1,4 @@
-"""What a batch's records have in common: which model answered. Opens no model, reads a sample of the file."""
+"""Which model a file is: a digest to tell it by. Opens no model, reads a sample of the file."""
 
 from __future__ import annotations
 
