@@ -1,0 +1,158 @@
+"""Commands that put files into the conversation and the conversation into files: /read, /export, /copy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+
+from dsmoe_local.base.errors import UsageError
+from dsmoe_local.base.text import safe_line
+from dsmoe_local.chat.commands.declare import Chat, Command, Commands
+from dsmoe_local.chat.export.about import About, title_of
+from dsmoe_local.chat.turns import Role
+
+PICTURE = "experts.svg"
+
+
+def about(chat: Chat) -> About:
+    """What an export of this chat says about it."""
+    transcript, info = chat.conversation.transcript, chat.conversation.engine.info
+    title = (chat.session.name if chat.session is not None else "") or title_of(transcript)
+    return About(title, info.name, datetime.now().astimezone(), info.vocabulary)
+
+
+def _export(chat: Chat, argument: str) -> None:
+    name = _unquoted(argument)
+    if not name:
+        raise UsageError("a file's name is missing", remedy=f"/export chat.html, .md or .json, or {PICTURE}")
+    # Not Path.expanduser, which raises for `~nobody`.
+    path = Path(os.path.expanduser(name))
+    if _is_picture(path):
+        if _may_write(chat, path):
+            chat.experts.export(path)
+            chat.screen.notice(f"written: {path}")
+        return
+    # Here, since the formats need large packages.
+    from dsmoe_local.chat.export.files import export_as, write_export
+
+    transcript = chat.conversation.transcript
+    if not transcript.turns:
+        raise UsageError("there is nothing to export yet")
+    content = export_as(path.name, transcript, about(chat))
+    if _may_write(chat, path):
+        write_export(path, content)
+        n_turns = len(transcript.turns)
+        chat.screen.notice(f"written: {path}, {n_turns} message{'' if n_turns == 1 else 's'}")
+
+
+def _is_picture(path: Path) -> bool:
+    ending = path.suffix.lower()
+    return ending == ".svg" or (ending == ".json" and path.name.lower().startswith("experts"))
+
+
+def _may_write(chat: Chat, path: Path) -> bool:
+    if not path.exists() or chat.screen.confirm(f"{safe_line(str(path))} is there already. Replace it?"):
+        return True
+    chat.screen.notice("nothing was written")
+    return False
+
+
+def _copy(chat: Chat, argument: str) -> None:
+    what = argument.lower()
+    if what not in _COPIED:
+        raise UsageError(
+            f"/copy {safe_line(argument, 40)}: what is that?", remedy="it takes code, all or nothing"
+        )
+    text = _COPIED[what](chat)
+    way = chat.screen.copy(text)
+    chat.screen.notice(f"copied {len(text):,} characters: {way}")
+
+
+def _last_reply(chat: Chat) -> str:
+    return next(_replies(chat), "") or _nothing("there is no reply to copy yet")
+
+
+def _last_code(chat: Chat) -> str:
+    """The last code block, as it would be typed: without its last newline, which a shell would obey."""
+    from markdown_it import MarkdownIt
+
+    markdown = MarkdownIt("commonmark")
+    for reply in _replies(chat):
+        blocks = [token for token in markdown.parse(reply) if token.type in ("fence", "code_block")]
+        if blocks:
+            return blocks[-1].content.removesuffix("\n")
+    return _nothing("there is no code to copy yet")
+
+
+def _all(chat: Chat) -> str:
+    from dsmoe_local.chat.export.markdown_file import export_markdown
+
+    transcript = chat.conversation.transcript
+    return (
+        export_markdown(transcript, about(chat))
+        if transcript.turns
+        else _nothing("there is nothing to copy yet")
+    )
+
+
+def _replies(chat: Chat) -> Iterator[str]:
+    turns = chat.conversation.transcript.turns
+    return (turn.content.strip("\n") for turn in reversed(turns) if turn.role is Role.ASSISTANT)
+
+
+def _nothing(why: str) -> str:
+    raise UsageError(why)
+
+
+_COPIED: Mapping[str, Callable[[Chat], str]] = {"": _last_reply, "code": _last_code, "all": _all}
+
+
+def _read(chat: Chat, argument: str) -> None:
+    from dsmoe_local.chat.attachments import describe, expand, read_attachment, split_name
+
+    name, question = split_name(argument)
+    attachment, asked = read_attachment(name), expand(question)
+    chat.screen.notice(describe((attachment, *asked.files)))
+    # A base model goes on with the text as it is.
+    content = attachment.text if chat.conversation.completes else attachment.framed
+    message = f"{content.rstrip()}\n\n{asked.text}" if asked.text else content
+    chat.show_reply(lambda conversation: conversation.send(message))
+
+
+def _unquoted(argument: str) -> str:
+    if len(argument) > 1 and argument[0] == argument[-1] == '"':
+        return argument[1:-1]
+    return argument
+
+
+def _words_to_copy(chat: Chat, typed: str) -> Iterable[str]:
+    return [word for word in _COPIED if word]
+
+
+def _pictures(chat: Chat, typed: str) -> Iterable[str]:
+    return [PICTURE]
+
+
+COMMANDS: Commands = {
+    "read": Command(
+        _read,
+        "send a text file, with a question about it; @FILE in a message does so too",
+        "FILE [QUESTION]",
+        files=True,
+    ),
+    "export": Command(
+        _export,
+        f"write the conversation to a .md, .json or .html file, or the experts to {PICTURE}",
+        "FILE",
+        complete=_pictures,
+        files=True,
+    ),
+    "copy": Command(
+        _copy,
+        "copy the last reply, its code, or everything to the clipboard",
+        "[code|all]",
+        complete=_words_to_copy,
+    ),
+}
