@@ -27,6 +27,11 @@ POINTS = {
     "batch.written": "all records of a group are written, not synced",
     "batch.synced": "a group is synced, nobody knows yet",
     "batch.complete": "every record counts, nothing is cleaned up",
+    "session.turn": "a turn is in the transaction of a save, which is not committed",
+    "session.saved": "a save is committed, nobody knows yet",
+    "state.written": "a KV state is written under its temporary name",
+    "state.renamed": "a KV state has its name, but no row in the database",
+    "state.recorded": "a KV state counts, what it replaces is still there",
 }
 
 _wanted, _, _ordinal = os.environ.get("DSMOE_FAULT", "").partition(":")

@@ -1,0 +1,194 @@
+"""The session database as a file: opening, migrating, transactions, and SQLite's errors in our words.
+
+Knows nothing of what the tables mean.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+
+from dsmoe_local.base.durable import sync_folder
+from dsmoe_local.base.errors import DsmoeError, FileError, FormatError, LockedError, NoSpaceError
+from dsmoe_local.chat.store.schema import APPLICATION_ID, MIGRATIONS
+
+FILE_NAME = "sessions.db"
+BUSY_SECONDS = 10.0
+_WITHOUT = "move it away, or chat with --no-history"
+
+# FULL: a commit in the write-ahead log is synced before it returns. fullfsync: on macOS fsync stops at the
+# drive's cache. secure_delete: what is deleted is overwritten.
+_SETTINGS = (
+    "PRAGMA trusted_schema = OFF",
+    "PRAGMA foreign_keys = ON",
+    "PRAGMA synchronous = FULL",
+    "PRAGMA fullfsync = ON",
+    "PRAGMA checkpoint_fullfsync = ON",
+    "PRAGMA secure_delete = ON",
+)
+
+
+class Database:
+    """An open database. Callable from any thread: writing has one connection, reading another, so that a reader
+    never waits for a write to reach the disk.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._write_lock = threading.Lock()
+        self._read_lock = threading.Lock()
+        self._writer = _connect(path)
+        try:
+            with _explained(path):
+                self._writer.execute("PRAGMA journal_mode = WAL")
+                self._migrate()
+            self._reader = _connect(path)
+        except BaseException:
+            self._writer.close()
+            raise
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """The database in `folder`; both are made if need be, for their owner only.
+
+        Raises FormatError if it is damaged, of a newer version or none of ours, FileError if it cannot be opened.
+        """
+        path = folder / FILE_NAME
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            folder.chmod(0o700)
+            _make_private(path)
+        except OSError as error:
+            raise FileError(
+                f"the sessions cannot be opened: {error.strerror}",
+                where=path,
+                remedy="make the folder writable, or chat with --no-history",
+            ) from error
+        return cls(path)
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return self.path.parent
+
+    def close(self) -> None:
+        """Close it, after what other threads are doing. Closing twice is fine."""
+        with self._write_lock, self._read_lock:
+            self._reader.close()
+            self._writer.close()
+
+    @contextmanager
+    def write(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that changes something: durable as a whole when the block ends, undone if it raises."""
+        with self._write_lock, _explained(self.path), _transaction(self._writer, "IMMEDIATE"):
+            yield self._writer
+
+    @contextmanager
+    def read(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that reads: everything in the block sees one state."""
+        with self._read_lock, _explained(self.path), _transaction(self._reader, "DEFERRED"):
+            yield self._reader
+
+    def empty_log(self) -> None:
+        """Move the write-ahead log into the database, so that what was deleted is nowhere; if nobody reads."""
+        with self._write_lock, _explained(self.path):
+            self._writer.execute("PRAGMA wal_checkpoint (TRUNCATE)").fetchall()
+
+    def _migrate(self) -> None:
+        newest = len(MIGRATIONS)
+        if self._version() == newest:
+            return
+        with _transaction(self._writer, "IMMEDIATE"):
+            # Another chat may have been faster.
+            version = self._version()
+            if version == 0 and self._writer.execute("SELECT 1 FROM sqlite_schema").fetchone():
+                raise FormatError("this is not a database of sessions", where=self.path, remedy=_WITHOUT)
+            if version > newest:
+                raise FormatError(
+                    "the sessions are of a newer version of dsmoe-local",
+                    where=f"{self.path}: version {version}, this one reads up to {newest}",
+                    remedy="upgrade, or chat with --no-history",
+                )
+            for statements in MIGRATIONS[version:]:
+                for statement in statements:
+                    self._writer.execute(statement)
+            self._writer.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            self._writer.execute(f"PRAGMA user_version = {newest}")
+
+    def _version(self) -> int:
+        (application,) = self._writer.execute("PRAGMA application_id").fetchone()
+        (version,) = self._writer.execute("PRAGMA user_version").fetchone()
+        return int(version) if application in (0, APPLICATION_ID) else 0
+
+
+def _make_private(path: Path) -> None:
+    """The file exists, and is its owner's only; SQLite gives its log the same mode."""
+    try:
+        # Never opened if it exists: closing it would take away the locks of this process's other connections.
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+    except FileExistsError:
+        path.chmod(0o600)
+    else:
+        sync_folder(path.parent)
+        sync_folder(path.parent.parent)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    with _explained(path):
+        connection = sqlite3.connect(
+            path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
+        )
+        try:
+            for setting in _SETTINGS:
+                connection.execute(setting)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+
+@contextmanager
+def _transaction(connection: sqlite3.Connection, kind: str) -> Iterator[None]:
+    connection.execute(f"BEGIN {kind}")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        # Some errors have ended the transaction already.
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
+_DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+_TOO_FULL = frozenset({sqlite3.SQLITE_FULL})
+_LOCKED = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """SQLite's errors as ours."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise _explain(error, path) from error
+
+
+def _explain(error: sqlite3.Error, path: Path) -> DsmoeError:
+    code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
+    if code in _DAMAGED:
+        return FormatError("the database of sessions is damaged", where=path, remedy=_WITHOUT)
+    if code in _TOO_FULL:
+        return NoSpaceError(
+            "the disk is full: the session is not saved", where=path, remedy="free some space"
+        )
+    if code in _LOCKED:
+        return LockedError(
+            "another program holds the sessions", where=path, remedy="close it, or chat with --no-history"
+        )
+    return FileError(f"the sessions cannot be used: {error}", where=path, remedy="chat with --no-history")

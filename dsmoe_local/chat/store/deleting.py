@@ -1,0 +1,47 @@
+"""Deleting a session: which turns go with it, and which others need."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable
+from pathlib import Path
+
+STATES_FOLDER = "states"
+
+# What the tree's other sessions show, what they have written and undone, and all that those are answers to.
+_NEEDED = """
+    WITH RECURSIVE needed (id) AS (
+        SELECT head FROM session WHERE tree = :tree AND head IS NOT NULL
+        UNION SELECT turn.id FROM turn JOIN session ON turn.writer = session.number WHERE turn.tree = :tree
+        UNION SELECT turn.parent FROM turn JOIN needed ON turn.id = needed.id WHERE turn.parent IS NOT NULL
+    )
+    SELECT id FROM needed
+"""
+
+
+def delete_session(connection: sqlite3.Connection, number: int) -> list[str]:
+    """Delete the rows of a session, in a transaction of the caller. Returns the KV states' files to remove."""
+    row = connection.execute("SELECT tree FROM session WHERE number = ?", (number,)).fetchone()
+    if row is None:
+        return []
+    (tree,) = row
+    files = [file for (file,) in connection.execute("SELECT file FROM state WHERE session = ?", (number,))]
+    connection.execute("DELETE FROM session WHERE number = ?", (number,))
+    needed = {turn_id for (turn_id,) in connection.execute(_NEEDED, {"tree": tree})}
+    turns = [turn_id for (turn_id,) in connection.execute("SELECT id FROM turn WHERE tree = ?", (tree,))]
+    # Children first: a turn is younger than its parent.
+    unneeded = [(turn_id,) for turn_id in sorted(turns, reverse=True) if turn_id not in needed]
+    connection.executemany("DELETE FROM search_index WHERE rowid = ?", unneeded)
+    connection.executemany("DELETE FROM turn WHERE id = ?", unneeded)
+    # The index keeps deleted words until its parts are merged.
+    connection.execute("INSERT INTO search_index (search_index) VALUES ('optimize')")
+    return files
+
+
+def remove_files(folder: Path, files: Iterable[str]) -> None:
+    """Remove KV states; what cannot be removed now is an orphan that `StateStore.tidy` finds."""
+    for file in files:
+        try:
+            (folder / STATES_FOLDER / file).unlink(missing_ok=True)
+        except OSError:
+            continue

@@ -1,0 +1,227 @@
+"""One stored session: its turns read back, and what is new in them made durable."""
+
+from __future__ import annotations
+
+import itertools
+import sqlite3
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from dsmoe_local.base.faults import reach
+from dsmoe_local.chat.store.database import Database
+from dsmoe_local.chat.store.names import free_name, key_of
+from dsmoe_local.chat.store.rows import COLUMNS, row_of, storable, turn_of
+from dsmoe_local.chat.store.words import indexed
+from dsmoe_local.chat.turns import Role, Transcript, Turn
+
+_TITLE = 80
+
+_PATH = f"""
+    WITH RECURSIVE path (id, parent) AS (
+        SELECT id, parent FROM turn WHERE id = ?
+        UNION ALL SELECT turn.id, turn.parent FROM turn JOIN path ON turn.id = path.parent
+    )
+    SELECT id, {", ".join(COLUMNS)} FROM path JOIN turn USING (id) ORDER BY depth
+"""  # noqa: S608 - no foreign text
+_ADD_TURN = f"""
+    INSERT INTO turn (parent, tree, writer, depth, created, {", ".join(COLUMNS)})
+    VALUES (?, ?, ?, ?, ?, {", ".join("?" * len(COLUMNS))})
+"""  # noqa: S608 - no foreign text
+
+
+@dataclass(slots=True)
+class _Stored:
+    """What this chat knows to be stored: the transcript, its turns' ids, and the revision that this was."""
+
+    transcript: Transcript
+    turn_ids: list[int] = field(default_factory=list)
+    revision: int | None = None
+
+    @property
+    def head(self) -> int | None:
+        return self.turn_ids[-1] if self.turn_ids else None
+
+
+class Session:
+    """A conversation in the store. Made by SessionStore; one thread at a time may load and save.
+
+    `number` is 0 until the first turn is saved, and is never another session's, as long as the store lives. Both
+    `number` and `name` change when a save has to go on as a new session.
+    """
+
+    def __init__(
+        self, database: Database, *, number: int = 0, name: str = "", model: str = "", vocabulary: str = ""
+    ) -> None:
+        self.number = number
+        self.name = name
+        self.model = model
+        self.vocabulary = vocabulary
+        self.stored = _Stored(Transcript())
+        self._database = database
+
+    def load(self, vocabulary: str, model: str = "") -> Transcript:
+        """All turns, with the token ids that are of `vocabulary`: what is said from now on is of it, and of `model`.
+
+        FormatError if the database is damaged. A session that is not there any more is loaded as an empty one.
+        """
+        self.vocabulary = vocabulary
+        if self.number == 0:
+            return self.stored.transcript
+        with self._database.read() as connection:
+            row = connection.execute(
+                "SELECT name, model, head, revision, system, n_left_out, n_shifted FROM session WHERE number = ?",
+                (self.number,),
+            ).fetchone()
+            if row is None:
+                self.stored = _Stored(Transcript())
+                return self.stored.transcript
+            self.name, old_model, head, revision, system, n_left_out, n_shifted = row
+            turns = connection.execute(_PATH, (head,)).fetchall()
+        self.model = model or old_model
+        transcript = Transcript(
+            tuple(turn_of(values, vocabulary) for _, *values in turns), system, n_left_out, n_shifted
+        )
+        self.stored = _Stored(transcript, [turn_id for turn_id, *_ in turns], revision)
+        return transcript
+
+    def save(self, transcript: Transcript) -> str | None:
+        """Make `transcript` durable: it is once this returns. Only what is new is written.
+
+        A session without turns is not stored at all before it has some. If another chat has gone on with this
+        session, or deleted it, this one becomes a new session: then the return value says so.
+
+        Raises NoSpaceError, FileError, FormatError; then nothing of it is stored, and the next save has it.
+        """
+        known = self.stored.transcript
+        if self.number == 0 and not transcript.turns:
+            self.stored.transcript = transcript
+            return None
+        if self.number and transcript == known and self.stored.revision is not None:
+            return None
+        with self._database.write() as connection:
+            saving = _Saving(connection, self, transcript)
+            saving.run()
+        reach("session.saved")
+        self.number, self.name, self.stored = saving.number, saving.name, saving.stored
+        return saving.note
+
+
+class _Saving:
+    """One save, inside its transaction. The session takes what came of it once that is durable."""
+
+    def __init__(self, connection: sqlite3.Connection, session: Session, transcript: Transcript) -> None:
+        self._connection = connection
+        self._session = session
+        self._transcript = transcript
+        self._tree = 0
+        self._now = time.time()
+        self.number = session.number
+        self.name = session.name
+        self.stored = _Stored(transcript)
+        self.note: str | None = None
+
+    def run(self) -> None:
+        """Write what is new."""
+        before = self._session.stored
+        n_common = n_equal(before.transcript.turns, self._transcript.turns)
+        turn_ids = before.turn_ids[:n_common]
+        row = self._connection.execute(
+            "SELECT name, tree, revision FROM session WHERE number = ?", (self.number,)
+        ).fetchone()
+        if turn_ids and not _exists(self._connection, turn_ids[-1]):
+            # Deleted meanwhile: all of it is new again.
+            turn_ids = []
+        revision = 1
+        if row is not None and row[2] == before.revision:
+            self.name, self._tree, revision = row[0], row[1], row[2] + 1
+        else:
+            self._become_new(row)
+        turn_ids += self._add_turns(turn_ids[-1] if turn_ids else None, len(turn_ids))
+        self.stored = _Stored(self._transcript, turn_ids, revision)
+        self._point_at(self.stored)
+
+    def _become_new(self, row: tuple[str, int, int] | None) -> None:
+        """A new row: of a new session, or of one that another chat has changed or deleted."""
+        wanted = self._session.name
+        if row is not None:
+            wanted = row[0]
+        name = free_name(self._connection, wanted) if wanted else ""
+        if row is not None:
+            self.note = f"another chat has gone on with {row[0]}: this one is now the session {name}"
+        elif self.number:
+            self.note = f"{wanted} was deleted elsewhere: this chat is now the session {name}"
+        elif name != wanted:
+            self.note = f"the name {wanted} is taken: this is now the session {name}"
+        self.number, self._tree, self.name = add_session(
+            self._connection, name, None if row is None else row[1], self._now
+        )
+
+    def _add_turns(self, parent: int | None, n_before: int) -> list[int]:
+        added: list[int] = []
+        for depth, turn in enumerate(self._transcript.turns[n_before:], n_before + 1):
+            values = row_of(turn, self._session.vocabulary)
+            parent = self._connection.execute(
+                _ADD_TURN, (parent, self._tree, self.number, depth, self._now, *values)
+            ).lastrowid
+            assert parent is not None
+            self._connection.execute(
+                "INSERT INTO search_index (rowid, content) VALUES (?, ?)",
+                (parent, indexed(storable(turn.content))),
+            )
+            added.append(parent)
+            reach("session.turn")
+        return added
+
+    def _point_at(self, stored: _Stored) -> None:
+        transcript = stored.transcript
+        self._connection.execute(
+            "UPDATE session SET head = ?, revision = ?, system = ?, n_left_out = ?, n_shifted = ?, title = ?,"
+            " model = ?, updated = ? WHERE number = ?",
+            (
+                stored.head,
+                stored.revision,
+                storable(transcript.system),
+                transcript.n_left_out,
+                transcript.n_shifted,
+                _title(transcript.turns),
+                storable(self._session.model),
+                self._now,
+                self.number,
+            ),
+        )
+
+
+def add_session(
+    connection: sqlite3.Connection, name: str, tree: int | None, now: float
+) -> tuple[int, int, str]:
+    """A new row, still without turns: number, tree, name. Without a name it is called after its number."""
+    number = connection.execute(
+        "INSERT INTO session (name, key, tree, revision, system, n_left_out, n_shifted, title, model, created,"
+        " updated) VALUES ('', '', 0, 1, '', 0, 0, '', '', ?, ?)",
+        (now, now),
+    ).lastrowid
+    assert number is not None
+    tree = tree or number
+    name = name or free_name(connection, f"chat-{number}")
+    connection.execute(
+        "UPDATE session SET name = ?, key = ?, tree = ? WHERE number = ?", (name, key_of(name), tree, number)
+    )
+    return number, tree, name
+
+
+def n_equal(first: Sequence[Turn], second: Sequence[Turn]) -> int:
+    """How many turns the two have in common at their beginning."""
+    pairs = zip(first, second, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] is pair[1] or pair[0] == pair[1], pairs))
+
+
+def _exists(connection: sqlite3.Connection, turn_id: int) -> bool:
+    # Then all the turns before it do, too: a parent is never deleted before its children.
+    return connection.execute("SELECT 1 FROM turn WHERE id = ?", (turn_id,)).fetchone() is not None
+
+
+def _title(turns: Sequence[Turn]) -> str:
+    text = next((turn.content for turn in turns if turn.role is Role.USER), "")
+    line = " ".join(storable(text[: 8 * _TITLE]).split())
+    return line if len(line) <= _TITLE else f"{line[: _TITLE - 1]}…"

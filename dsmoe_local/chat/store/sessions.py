@@ -1,0 +1,187 @@
+"""All stored sessions: finding, naming, forking, deleting and searching them."""
+
+from __future__ import annotations
+
+import difflib
+import sqlite3
+import time
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from dsmoe_local.base.errors import UsageError
+from dsmoe_local.base.text import safe_line
+from dsmoe_local.chat.store.database import Database
+from dsmoe_local.chat.store.deleting import delete_session, remove_files
+from dsmoe_local.chat.store.names import check_name, free_name, is_taken, key_of
+from dsmoe_local.chat.store.searching import Hit, search
+from dsmoe_local.chat.store.session import Session, add_session
+from dsmoe_local.chat.turns import Transcript
+
+__all__ = ["Hit", "Session", "SessionStore", "Summary"]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A session in a list. `title` is the beginning of its first message; `updated` in seconds since 1970."""
+
+    number: int
+    name: str
+    title: str
+    n_turns: int
+    model: str
+    updated: float
+
+
+class SessionStore:
+    """The sessions in one folder. Callable from any thread. Any number of programs may have it open at once.
+
+    All methods raise FormatError when the database is damaged, FileError when it cannot be read or written.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        # So that a session which is open here learns its new name.
+        self._open: weakref.WeakSet[Session] = weakref.WeakSet()
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """The store in `folder`, which is made if need be."""
+        return cls(Database.open(folder))
+
+    def close(self) -> None:
+        """Close the database. Closing twice is fine."""
+        self._database.close()
+
+    def create(self, model: str, vocabulary: str, system: str) -> Session:
+        """A new session, stored from its first turn on. It has no name until then, unless `rename` gives it one."""
+        session = self._session(0, "", model, vocabulary)
+        session.stored.transcript = Transcript(system=system)
+        return session
+
+    def find(self, text: str) -> Session:
+        """The session of that name, number, or unique beginning of a name. UsageError, naming the nearest."""
+        wanted = key_of(" ".join(text.split()))
+        by_key: dict[str, tuple[int, str]] = {}
+        with self._database.read() as connection:
+            for number, name, key in connection.execute(
+                "SELECT number, name, key FROM session ORDER BY updated DESC, number DESC"
+            ):
+                by_key[key] = number, name
+        if not wanted:
+            raise UsageError("which session? give its name or number", remedy="/sessions lists them")
+        found = [wanted] if wanted in by_key else []
+        found = found or [key for key, (number, _) in by_key.items() if wanted == str(number)]
+        found = found or [key for key in by_key if key.startswith(wanted)]
+        if len(found) == 1:
+            return self._session(*by_key[found[0]])
+        shown = safe_line(text, 60)
+        if found:
+            names = ", ".join(by_key[key][1] for key in found[:5])
+            raise UsageError(f"several sessions begin with {shown}", remedy=f"say more of the name: {names}")
+        near = difflib.get_close_matches(wanted, by_key, n=1, cutoff=0.5)
+        raise UsageError(
+            f"there is no session {shown}",
+            remedy=f"did you mean {by_key[near[0]][1]}?" if near else "/sessions lists them",
+        )
+
+    def latest(self) -> Session | None:
+        """The session that was saved last."""
+        with self._database.read() as connection:
+            row = connection.execute(
+                "SELECT number, name FROM session ORDER BY updated DESC, number DESC LIMIT 1"
+            ).fetchone()
+        return None if row is None else self._session(*row)
+
+    def summaries(self) -> list[Summary]:
+        """All sessions, the one saved last first."""
+        with self._database.read() as connection:
+            rows = connection.execute(
+                "SELECT number, name, title, ifnull(depth, 0), model, session.updated FROM session"
+                " LEFT JOIN turn ON turn.id = head ORDER BY session.updated DESC, number DESC"
+            ).fetchall()
+        return [Summary(*row) for row in rows]
+
+    def names(self) -> list[str]:
+        """All names, the session saved last first."""
+        with self._database.read() as connection:
+            rows = connection.execute("SELECT name FROM session ORDER BY updated DESC, number DESC")
+            return [name for (name,) in rows]
+
+    def fork(self, session: Session, name: str = "") -> Session:
+        """A new session with the same turns as `session` has in this chat, which is none the less there.
+
+        UsageError if nothing of it is stored yet, or the name is taken.
+        """
+        name = check_name(name) if name else ""
+        if session.number == 0:
+            raise UsageError("there is nothing to fork yet")
+        with self._database.write() as connection:
+            head = session.stored.head
+            if session.stored.revision is None:
+                head = _head(connection, session.number)
+            _refuse_taken(connection, name)
+            row = connection.execute(
+                "SELECT tree, name FROM session WHERE number = ?", (session.number,)
+            ).fetchone()
+            if row is None:
+                raise UsageError(f"{session.name} was deleted elsewhere")
+            tree, original = row
+            now = time.time()
+            number, _, name = add_session(connection, name or free_name(connection, original), tree, now)
+            connection.execute(
+                "UPDATE session SET (head, system, n_left_out, n_shifted, title, model) = (SELECT ?, system,"
+                " n_left_out, n_shifted, title, model FROM session WHERE number = ?) WHERE number = ?",
+                (head, session.number, number),
+            )
+        return self._session(number, name, session.model, session.vocabulary)
+
+    def rename(self, session: Session, name: str) -> None:
+        """Give a session another name. UsageError if it cannot be one, or is taken."""
+        name = check_name(name)
+        if session.number == 0:
+            with self._database.read() as connection:
+                _refuse_taken(connection, name)
+        else:
+            with self._database.write() as connection:
+                _refuse_taken(connection, name, by_other_than=session.number)
+                n_renamed = connection.execute(
+                    "UPDATE session SET name = ?, key = ? WHERE number = ?",
+                    (name, key_of(name), session.number),
+                ).rowcount
+                if n_renamed == 0:
+                    raise UsageError(f"{session.name} was deleted elsewhere")
+        session.name = name
+        for other in self._open:
+            if other.number and other.number == session.number:
+                other.name = name
+
+    def delete(self, session: Session) -> None:
+        """Delete a session, the turns that no other one needs, and its KV states. Deleting twice is fine."""
+        if session.number == 0:
+            return
+        with self._database.write() as connection:
+            files = delete_session(connection, session.number)
+        remove_files(self._database.folder, files)
+        self._database.empty_log()
+
+    def search(self, words: str, limit: int = 20) -> list[Hit]:
+        """The latest turns that hold all of `words`, of those that a session still shows."""
+        with self._database.read() as connection:
+            return search(connection, words, limit)
+
+    def _session(self, number: int, name: str, model: str = "", vocabulary: str = "") -> Session:
+        session = Session(self._database, number=number, name=name, model=model, vocabulary=vocabulary)
+        self._open.add(session)
+        return session
+
+
+def _head(connection: sqlite3.Connection, number: int) -> int | None:
+    row = connection.execute("SELECT head FROM session WHERE number = ?", (number,)).fetchone()
+    return None if row is None else row[0]
+
+
+def _refuse_taken(connection: sqlite3.Connection, name: str, by_other_than: int = 0) -> None:
+    if name and is_taken(connection, name, by_other_than):
+        raise UsageError(f"there is a session {name} already", remedy="choose another name")
