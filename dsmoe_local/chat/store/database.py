@@ -34,8 +34,8 @@ _SETTINGS = (
 
 
 class Database:
-    """An open database. Callable from any thread: writing has one connection, reading another, so that a reader
-    never waits for a write to reach the disk.
+    """An open database. Callable from any thread: writing has one connection, reading another, so that a
+    reader never waits for a write to reach the disk.
     """
 
     def __init__(self, path: Path) -> None:
@@ -56,7 +56,8 @@ class Database:
     def open(cls, folder: Path) -> Self:
         """The database in `folder`; both are made if need be, for their owner only.
 
-        Raises FormatError if it is damaged, of a newer version or none of ours, FileError if it cannot be opened.
+        Raises FormatError if it is damaged, of a newer version or none of ours, FileError if it cannot be
+        opened.
         """
         path = folder / FILE_NAME
         try:
@@ -84,7 +85,9 @@ class Database:
 
     @contextmanager
     def write(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that changes something: durable as a whole when the block ends, undone if it raises."""
+        """A transaction that changes something: durable as a whole when the block ends, undone if it
+        raises.
+        """
         with self._write_lock, _explained(self.path), _transaction(self._writer, "IMMEDIATE"):
             yield self._writer
 
@@ -95,7 +98,7 @@ class Database:
             yield self._reader
 
     def empty_log(self) -> None:
-        """Move the write-ahead log into the database, so that what was deleted is nowhere; if nobody reads."""
+        """Move the write-ahead log into the database, if nobody reads: what was deleted is nowhere then."""
         with self._write_lock, _explained(self.path):
             self._writer.execute("PRAGMA wal_checkpoint (TRUNCATE)").fetchall()
 

@@ -20,7 +20,7 @@ _NEEDED = """
 
 
 def delete_session(connection: sqlite3.Connection, number: int) -> list[str]:
-    """Delete the rows of a session, in a transaction of the caller. Returns the KV states' files to remove."""
+    """Delete the rows of a session, in the caller's transaction. Returns the files of its KV states."""
     row = connection.execute("SELECT tree FROM session WHERE number = ?", (number,)).fetchone()
     if row is None:
         return []

@@ -29,7 +29,7 @@ def row_of(turn: Turn, vocabulary: str) -> tuple[object, ...]:
 
 
 def turn_of(row: Sequence[Any], vocabulary: str) -> Turn:
-    """The turn; without token ids if they are of another vocabulary. FormatError if the row makes no sense."""
+    """The turn, without token ids that are of another vocabulary. FormatError if the row makes no sense."""
     role, content, token_ids, of_vocabulary, ending, usage = row
     try:
         return Turn(

@@ -1,8 +1,8 @@
 """The tables of the session database, as steps that are only ever added to.
 
-Turns form trees. A turn names its parent; a session names its head, and is the way from there up to a turn without
-a parent. Undo moves the head, another reply is a sibling, a fork is a second session in the same tree: none of
-them changes a turn or takes one away.
+Turns form trees. A turn names its parent; a session names its head, and is the way from there up to a turn
+without a parent. Undo moves the head, another reply is a sibling, a fork is a second session in the same
+tree: none of them changes a turn or takes one away.
 """
 
 from __future__ import annotations

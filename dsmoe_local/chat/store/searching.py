@@ -28,7 +28,8 @@ def search(connection: sqlite3.Connection, words: str, limit: int) -> list[Hit]:
         return []
     found = connection.execute(
         "SELECT turn.id, turn.tree, depth, role, turn.content, created FROM search_index"
-        " JOIN turn ON turn.id = search_index.rowid WHERE search_index MATCH ? ORDER BY search_index.rowid DESC",
+        " JOIN turn ON turn.id = search_index.rowid WHERE search_index MATCH ?"
+        " ORDER BY search_index.rowid DESC",
         (expression,),
     )
     hits: list[Hit] = []

@@ -46,8 +46,8 @@ class _Stored:
 class Session:
     """A conversation in the store. Made by SessionStore; one thread at a time may load and save.
 
-    `number` is 0 until the first turn is saved, and is never another session's, as long as the store lives. Both
-    `number` and `name` change when a save has to go on as a new session.
+    `number` is 0 until the first turn is saved, and never given to another session. Both `number` and `name`
+    change when a save has to go on as a new session.
     """
 
     def __init__(
@@ -61,16 +61,19 @@ class Session:
         self._database = database
 
     def load(self, vocabulary: str, model: str = "") -> Transcript:
-        """All turns, with the token ids that are of `vocabulary`: what is said from now on is of it, and of `model`.
+        """All turns, with the token ids that are of `vocabulary`. What is said from now on is of that, and of
+        `model`, if one is named.
 
-        FormatError if the database is damaged. A session that is not there any more is loaded as an empty one.
+        FormatError if the database is damaged. A session that is not there any more is loaded as an empty
+        one.
         """
         self.vocabulary = vocabulary
         if self.number == 0:
             return self.stored.transcript
         with self._database.read() as connection:
             row = connection.execute(
-                "SELECT name, model, head, revision, system, n_left_out, n_shifted FROM session WHERE number = ?",
+                "SELECT name, model, head, revision, system, n_left_out, n_shifted FROM session"
+                " WHERE number = ?",
                 (self.number,),
             ).fetchone()
             if row is None:
@@ -197,8 +200,8 @@ def add_session(
 ) -> tuple[int, int, str]:
     """A new row, still without turns: number, tree, name. Without a name it is called after its number."""
     number = connection.execute(
-        "INSERT INTO session (name, key, tree, revision, system, n_left_out, n_shifted, title, model, created,"
-        " updated) VALUES ('', '', 0, 1, '', 0, 0, '', '', ?, ?)",
+        "INSERT INTO session (name, key, tree, revision, system, n_left_out, n_shifted, title, model,"
+        " created, updated) VALUES ('', '', 0, 1, '', 0, 0, '', '', ?, ?)",
         (now, now),
     ).lastrowid
     assert number is not None

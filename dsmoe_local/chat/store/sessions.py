@@ -55,7 +55,9 @@ class SessionStore:
         self._database.close()
 
     def create(self, model: str, vocabulary: str, system: str) -> Session:
-        """A new session, stored from its first turn on. It has no name until then, unless `rename` gives it one."""
+        """A new session, stored from its first turn on. Until then it has no name, unless `rename` gives it
+        one.
+        """
         session = self._session(0, "", model, vocabulary)
         session.stored.transcript = Transcript(system=system)
         return session

@@ -1,7 +1,7 @@
 """KV states beside the sessions: files that an engine wrote, each known by its tokens, its size and a digest.
 
-A state is only a shortcut: whatever is wrong with one, it is removed without a word, and the conversation is read
-again. What is in the files is the engine's concern.
+A state is only a shortcut: whatever is wrong with one, it is removed without a word, and the conversation is
+read again. What is in the files is the engine's concern.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SPARE_BYTES = 1 << 30
 """A state is not written to a disk that would have less room than this afterwards."""
 MIN_TOKENS = 16
 _MIN_SHARE = 8
-"""A state helps if an eighth of its tokens are wanted: reading it takes that long, at most, in their place."""
+"""A state helps if an eighth of its tokens are wanted: reading the file costs less than computing those."""
 _ENDING = ".state"
 _WRITING = ".part"
 _CHUNK = 1 << 20
@@ -46,8 +46,8 @@ class _State:
 class StateStore:
     """The KV states of the sessions in `folder`, of at most `cap_bytes` together. Holds nothing open.
 
-    Any number of programs may use one folder at once. All methods raise FormatError or FileError when the session
-    database cannot be used; of a state itself nothing is ever raised.
+    Any number of programs may use one folder at once. All methods raise FormatError or FileError when the
+    session database cannot be used; of a state itself nothing is ever raised.
     """
 
     def __init__(self, folder: Path, cap_bytes: int = CAP_BYTES) -> None:
@@ -64,8 +64,9 @@ class StateStore:
     ) -> bool:
         """Store the state of `token_ids`, in place of what the session had of this fingerprint.
 
-        `write` makes a new file of that path, and returns how many of the ids it holds; 0: there is none. False if
-        nothing is stored, because of that, the room on the disk, the cap, or a session that is not there.
+        `write` makes a new file of that path, and returns how many of the ids it holds; 0: there is none.
+        False if nothing is stored, because of that, the room on the disk, the cap, or a session that is not
+        there.
         """
         with self._database() as database:
             with database.read() as connection:
@@ -86,8 +87,8 @@ class StateStore:
                 return False
 
     def find(self, session_number: int, fingerprint: str, token_ids: Sequence[int]) -> Path | None:
-        """The file whose state has most of the beginning of `token_ids`, exactly as it was written; None if there
-        is none that helps. Sessions that are forks of each other share their states.
+        """The file whose state has most of the beginning of `token_ids`, exactly as it was written; None if
+        none helps. Sessions that are forks of each other share their states.
         """
         with self._database() as database:
             with database.read() as connection:
@@ -107,8 +108,8 @@ class StateStore:
         return None
 
     def tidy(self) -> None:
-        """Remove what is too much, the one longest not used first, and what crashes left; never what another chat
-        is writing.
+        """Remove what is too much, the one longest not used first, and what crashes left; never what another
+        chat is writing.
         """
         with self._database() as database:
             self._enforce_cap(database)
@@ -143,7 +144,7 @@ class StateStore:
         write: Callable[[Path], int],
         final: Path,
     ) -> bool:
-        """The new file under its final name and its row, then the old ones' end; the caller holds the lock."""
+        """The new file and its row, then the end of what it replaces. The caller holds the lock."""
         writing = final.with_name(final.name + _WRITING)
         try:
             n_tokens = write(writing)

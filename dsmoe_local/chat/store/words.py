@@ -1,9 +1,9 @@
-"""How past turns are searched: what is indexed of a text, what is asked of the index, and what is shown of a hit.
+"""Texts as the search sees them: what is indexed, what is asked of the index, and what is shown of a hit.
 
-SQLite's tokenizer takes a run of letters for one word. Chinese, Japanese and Korean have no spaces between words,
-so a whole sentence would be one, found by nobody. Here each of their characters is set apart with spaces before
-the text is indexed, and so is every word of a query, which is then looked for as a phrase: 专家 is asked for as
-"专 家" and found in 混合专家模型, indexed as "混 合 专 家 模 型".
+SQLite's tokenizer takes a run of letters for one word. Chinese and Japanese have no spaces between words, and
+Korean puts particles behind them, so a whole clause would be one word, found by nobody. Here each of their
+characters is set apart with spaces before the text is indexed, and so is every word of a query, which is then
+looked for as a phrase: 专家 is asked for as "专 家", and found in 混合专家, indexed as "混 合 专 家".
 """
 
 from __future__ import annotations

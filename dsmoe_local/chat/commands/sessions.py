@@ -1,0 +1,196 @@
+"""Commands for stored sessions: naming, opening, listing, searching, forking and deleting them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from dsmoe_local.base.errors import DsmoeError, UsageError
+from dsmoe_local.chat import words
+from dsmoe_local.chat.commands.declare import Chat, Command, Commands
+from dsmoe_local.chat.turns import Role
+
+if TYPE_CHECKING:
+    from dsmoe_local.chat.store.sessions import Session, SessionStore
+
+_SHOWN = 30
+_WHO = {Role.USER: "you", Role.ASSISTANT: "reply"}
+
+
+def _store(chat: Chat) -> SessionStore:
+    if chat.sessions is None:
+        raise UsageError("nothing is kept of this chat", remedy="without --no-history it would be")
+    return chat.sessions
+
+
+def _current(chat: Chat) -> Session:
+    """The session of this chat, which begins to exist here if need be."""
+    store = _store(chat)
+    if chat.session is None:
+        info = chat.conversation.engine.info
+        chat.session = store.create(info.name, info.vocabulary, chat.conversation.system)
+    return chat.session
+
+
+def _is_current(chat: Chat, session: Session) -> bool:
+    return chat.session is not None and chat.session.number == session.number
+
+
+def _save(chat: Chat, name: str) -> None:
+    store = _store(chat)
+    if name:
+        store.rename(_current(chat), name)
+    chat.save()
+    session = chat.session
+    if session is not None and session.number:
+        chat.screen.notice(f"this session is {session.name}, kept up to here and from here on")
+    else:
+        called = f"as {session.name} " if session is not None and session.name else ""
+        chat.screen.notice(f"this session is kept {called}from its first message on")
+
+
+def _load(chat: Chat, name: str) -> None:
+    session = _store(chat).find(name)
+    if _is_current(chat, session):
+        chat.screen.notice(f"{session.name} is what you are in")
+        return
+    chat.save()
+    chat.adopt(session)
+    chat.screen.notice(f"{session.name}: {words.count(len(chat.conversation.turns), 'message')}")
+
+
+def _sessions(chat: Chat, argument: str) -> None:
+    if argument not in ("", "all"):
+        raise UsageError(f"/sessions {argument}: what is that?", remedy="it takes all or nothing")
+    summaries = _store(chat).summaries()
+    if not summaries:
+        chat.screen.notice("no sessions yet")
+        return
+    shown = summaries if argument else summaries[:_SHOWN]
+    current = chat.session.number if chat.session is not None else 0
+    chat.screen.table(
+        (
+            f"{'*' if summary.number == current else ' '}{summary.number}",
+            summary.name,
+            summary.title,
+            f"{words.count(summary.n_turns, 'message')}, {summary.model}, {_when(summary.updated)}",
+        )
+        for summary in shown
+    )
+    if len(shown) < len(summaries):
+        chat.screen.notice(f"and {len(summaries) - len(shown):,} older ones: /sessions all")
+
+
+def _rename(chat: Chat, argument: str) -> None:
+    store = _store(chat)
+    session, name = _old_and_new(store, argument)
+    session = session or _current(chat)
+    before = session.name
+    store.rename(session, name)
+    chat.screen.notice(f"{before} is now {session.name}" if before else f"this session is now {session.name}")
+
+
+def _old_and_new(store: SessionStore, argument: str) -> tuple[Session | None, str]:
+    """Whose name is changed (None: this session's), and to what.
+
+    The longest beginning that is a session's whole name, or its number, is the old name.
+    """
+    parts = argument.split()
+    known = store.names()
+    for n_parts in range(len(parts) - 1, 0, -1):
+        old = " ".join(parts[:n_parts])
+        if session := _exactly(store, known, old):
+            return session, " ".join(parts[n_parts:])
+    return None, argument
+
+
+def _exactly(store: SessionStore, known: list[str], text: str) -> Session | None:
+    folded = text.casefold()
+    if not text.isdecimal() and all(name.casefold() != folded for name in known):
+        return None
+    try:
+        return store.find(text)
+    except UsageError:
+        return None
+
+
+def _delete(chat: Chat, name: str) -> None:
+    store = _store(chat)
+    session = store.find(name)
+    summary = next(each for each in store.summaries() if each.number == session.number)
+    question = (
+        f"Delete {session.name} ({words.count(summary.n_turns, 'message')}: “{summary.title}”) for good?"
+    )
+    if not chat.screen.confirm(question):
+        chat.screen.notice("nothing was deleted")
+        return
+    # Left first: leaving may keep something of it.
+    was_current = _is_current(chat, session)
+    if was_current:
+        chat.adopt(None)
+    store.delete(session)
+    chat.screen.notice(f"{session.name} is deleted{': a new conversation' if was_current else ''}")
+
+
+def _search(chat: Chat, wanted: str) -> None:
+    if not wanted:
+        raise UsageError(
+            "what are you looking for?", remedy="/search WORDS finds turns that have all of them"
+        )
+    hits = _store(chat).search(wanted)
+    if not hits:
+        chat.screen.notice("nothing found")
+        return
+    chat.screen.table(
+        (hit.session, f"{_WHO[hit.role]}: {hit.snippet}", f"turn {hit.turn}, {_when(hit.when)}")
+        for hit in hits
+    )
+
+
+def _fork(chat: Chat, name: str) -> None:
+    store = _store(chat)
+    chat.save()
+    if chat.session is None:
+        raise UsageError("there is nothing to fork yet")
+    before = chat.session.name
+    fork = store.fork(chat.session, name)
+    chat.adopt(fork)
+    chat.screen.notice(f"this is now {fork.name}; {before} stays as it is: /load {before} goes back to it")
+
+
+def _names(chat: Chat, typed: str) -> Iterator[str]:
+    """What the last of the words typed so far could become: of a name with spaces, what is left of it."""
+    if chat.sessions is None:
+        return
+    try:
+        names = chat.sessions.names()
+    except DsmoeError:
+        # Keys are being read: the command itself will say it.
+        return
+    before = len(typed) - len(typed.rpartition(" ")[2])
+    folded = typed.casefold()
+    yield from (name[before:] for name in names if name.casefold().startswith(folded))
+
+
+def _all(chat: Chat, typed: str) -> Iterable[str]:
+    return ["all"]
+
+
+def _when(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"
+
+
+COMMANDS: Commands = {
+    "sessions": Command(_sessions, "list the sessions that are kept", "[all]", complete=_all),
+    "save": Command(_save, "name this session; it is kept all along", "[NAME]"),
+    "load": Command(
+        _load, "go on with another session: its name, number, or how it begins", "NAME", complete=_names
+    ),
+    "rename": Command(
+        _rename, "give this session, or the one called OLD, another name", "[OLD] NEW", complete=_names
+    ),
+    "delete": Command(_delete, "delete a session for good, after asking", "NAME", complete=_names),
+    "fork": Command(_fork, "go on in a copy of this session; the original stays as it is", "[NAME]"),
+    "search": Command(_search, "find past messages and replies that have all these words", "WORDS"),
+}
