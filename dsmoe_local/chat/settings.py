@@ -1,12 +1,18 @@
-"""The settings of a conversation that can change while it runs, as one table. Shows nothing."""
+"""The settings of a conversation that can change while it runs, as one table. Shows nothing.
+
+The table also says under which key the config file has a setting, in `[chat]` and in presets: the name of its
+long flag.
+"""
 
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, cast
 
+from dsmoe_local.base.config_file import Value
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.chat.turns import OnFull
@@ -27,38 +33,79 @@ class ChatSettings:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One name of `/set`: how its value is read, and what it does."""
+    """One name of `/set`: its key in the config file, how its value is read, what it does, and the words that
+    its value may be.
+    """
 
+    key: str
     read: Callable[[str], Any]
     help: str
+    words: tuple[str, ...] = ()
+
+
+_NOTHING = ("none", "off", "random", "-1")
 
 
 def _optional_integer(text: str) -> int | None:
-    return None if text.lower() in ("none", "off", "random", "-1") else int(text)
+    return None if text.lower() in _NOTHING else int(text)
 
 
 def _stop(text: str) -> tuple[str, ...]:
     if text.lower() in ("none", "off"):
         return ()
+    try:
+        listed = json.loads(text) if text.startswith("[") else None
+    except ValueError:
+        listed = None
+    if isinstance(listed, list) and all(isinstance(item, str) for item in listed):
+        return tuple(listed)
     # unicode_escape reads Latin-1; what that lacks is escaped, so that it survives.
     return (text.encode("latin-1", "backslashreplace").decode("unicode_escape"),)
 
 
 SETTINGS: Mapping[str, Setting] = {
-    "temperature": Setting(float, "how freely words are chosen; 0 takes the likeliest"),
-    "top_k": Setting(int, "choose among the K likeliest tokens; 0 = all"),
-    "top_p": Setting(float, "choose among the likeliest tokens that hold this probability; 1 = all"),
-    "min_p": Setting(float, "drop tokens less likely than this part of the likeliest; 0 = none"),
-    "typical_p": Setting(float, "locally typical sampling; 1 = off"),
-    "repeat_penalty": Setting(float, "make recent tokens less likely; 1 = off"),
-    "repeat_last_n": Setting(int, "how many tokens the penalties look back; 0 = off"),
-    "presence_penalty": Setting(float, "subtracted once from every recent token; 0 = off"),
-    "frequency_penalty": Setting(float, "subtracted for every recent occurrence; 0 = off"),
-    "seed": Setting(_optional_integer, "fixes the random choices; none = a new one for each reply"),
-    "max_tokens": Setting(_optional_integer, "longest reply; none = until the context is full"),
-    "stop": Setting(_stop, "a text that ends a reply; none = off"),
+    "temperature": Setting("temp", float, "how freely words are chosen; 0 takes the likeliest"),
+    "top_k": Setting("top-k", int, "choose among the K likeliest tokens; 0 = all"),
+    "top_p": Setting("top-p", float, "choose among the likeliest tokens that hold this probability; 1 = all"),
+    "min_p": Setting("min-p", float, "drop tokens less likely than this part of the likeliest; 0 = none"),
+    "typical_p": Setting("typical", float, "locally typical sampling; 1 = off"),
+    "repeat_penalty": Setting("repeat-penalty", float, "make recent tokens less likely; 1 = off"),
+    "repeat_last_n": Setting("repeat-last-n", int, "how many tokens the penalties look back; 0 = off"),
+    "presence_penalty": Setting(
+        "presence-penalty", float, "subtracted once from every recent token; 0 = off"
+    ),
+    "frequency_penalty": Setting(
+        "frequency-penalty", float, "subtracted for every recent occurrence; 0 = off"
+    ),
+    "mirostat": Setting(
+        "mirostat",
+        int,
+        "1 or 2 hold the surprise steady, in place of top_k to typical_p; 0 = off",
+        ("0", "1", "2"),
+    ),
+    "mirostat_tau": Setting("mirostat-ent", float, "the surprise that mirostat holds"),
+    "mirostat_eta": Setting("mirostat-lr", float, "how fast mirostat learns"),
+    "seed": Setting(
+        "seed", _optional_integer, "fixes the random choices; none = a new one for each reply", ("none",)
+    ),
+    "max_tokens": Setting(
+        "predict", _optional_integer, "longest reply; none = until the context is full", ("none",)
+    ),
+    "stop": Setting(
+        "reverse-prompt", _stop, 'a text that ends a reply, or several: ["a", "b"]; none = off', ("none",)
+    ),
+    "on_full": Setting(
+        "on-full",
+        lambda text: OnFull(text.lower()),
+        "when the context is full: stop, shift (drop the oldest text) or compact (drop whole turns)",
+        tuple(OnFull),
+    ),
 }
-_SHORT = {"temp": "temperature", "n_predict": "max_tokens", "predict": "max_tokens", "typical": "typical_p"}
+_SHORT = {
+    **{setting.key.replace("-", "_"): name for name, setting in SETTINGS.items()},
+    "n": "max_tokens",
+    "n_predict": "max_tokens",
+}
 _SAMPLING = frozenset(item.name for item in fields(SamplingParameters))
 
 
@@ -84,10 +131,56 @@ def change(settings: ChatSettings, name: str, text: str) -> ChatSettings:
     """`settings` with one value read from `text`. UsageError if it cannot be read or is out of range."""
     try:
         value = SETTINGS[name].read(text.strip())
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, OverflowError) as error:
         raise UsageError(f"{name} cannot be {safe_line(text, 40)!r}", remedy=SETTINGS[name].help) from error
     if name == "max_tokens" and value is not None and value < 1:
         raise UsageError("max_tokens must be 1 or more", remedy=SETTINGS[name].help)
+    if name == "stop" and not all(value):
+        raise UsageError("a stop text is empty", remedy=SETTINGS[name].help)
+    return _with(settings, name, value)
+
+
+def apply(settings: ChatSettings, values: Mapping[str, Any]) -> ChatSettings:
+    """`settings` with those that a section of the config file has. UsageError for a key or value that is
+    wrong.
+    """
+    for key, value in values.items():
+        name = setting_name(key)
+        if name == "stop" and isinstance(value, str | list):
+            # As they are: TOML has escapes of its own.
+            texts = [value] if isinstance(value, str) else value
+            if not all(isinstance(text, str) and text for text in texts):
+                raise UsageError(f"{key} holds what is no text", remedy=SETTINGS[name].help)
+            settings = replace(settings, stop=tuple(texts))
+        elif isinstance(value, str | int | float) and not isinstance(value, bool):
+            settings = change(settings, name, str(value))
+        else:
+            raise UsageError(f"{key} cannot be {safe_line(str(value), 40)}", remedy=SETTINGS[name].help)
+    return settings
+
+
+def as_value(settings: ChatSettings, name: str) -> Value:
+    """The value of one of SETTINGS as the config file has it."""
+    value = get_setting(settings, name)
+    if value is None:
+        return -1
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, OnFull) else cast(Value, value)
+
+
+def in_words(settings: ChatSettings, name: str) -> str:
+    """The value of one of SETTINGS for people, in a form that `change` reads; safe to print."""
+    value = get_setting(settings, name)
+    if value is None or value == ():
+        return "none"
+    if isinstance(value, tuple):
+        return safe_line(json.dumps(value, ensure_ascii=False))
+    return str(value).removesuffix(".0")
+
+
+def _with(settings: ChatSettings, name: str, value: object) -> ChatSettings:
+    changes: dict[str, Any] = {name: value}
     if name in _SAMPLING:
-        return replace(settings, sampling=replace(settings.sampling, **{name: value}))
-    return replace(settings, **{name: value})
+        return replace(settings, sampling=replace(settings.sampling, **changes))
+    return replace(settings, **changes)

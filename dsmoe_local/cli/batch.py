@@ -18,6 +18,7 @@ from dsmoe_local.cli.model_options import (
     check_stop,
     find_model,
     load_engine,
+    model_option,
     model_options,
     sampling_options,
     sampling_parameters,
@@ -62,7 +63,7 @@ class Parallel(click.ParamType[int]):
     required=True,
     help="The records. What is there already is continued.",
 )
-@click.option("-m", "--model", "named_model", metavar="FILE", help="The model; without one, the demo's.")
+@model_option
 @click.option(
     "--format",
     "form",

@@ -14,6 +14,7 @@ import click
 from dsmoe_local import __version__
 from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.base.text import safe_line, safe_text
+from dsmoe_local.cli.configuration import attach, where_from
 
 _INTERRUPTED = 130
 
@@ -32,8 +33,10 @@ COMMANDS: Mapping[str, CommandEntry] = {
     "chat": CommandEntry("dsmoe_local.cli.chat", "Talk with a model in the terminal."),
     "batch": CommandEntry("dsmoe_local.cli.batch", "Answer a file of prompts, one JSON record each."),
     "inspect": CommandEntry("dsmoe_local.cli.inspect", "Show what a model is and what it costs."),
+    "models": CommandEntry("dsmoe_local.cli.models", "List the models that are found by name."),
     "devices": CommandEntry("dsmoe_local.cli.devices", "List what models can run on, and how to add GPUs."),
     "demo": CommandEntry("dsmoe_local.cli.demo", "Make a small real DeepSeekMoE model, offline."),
+    "config": CommandEntry("dsmoe_local.cli.config", "Show every option's value and where it comes from."),
     "completion": CommandEntry("dsmoe_local.cli.completion", "Print the completion script for your shell."),
 }
 
@@ -61,12 +64,15 @@ def group() -> None:
 
 
 def load_command(name: str) -> click.Command:
-    """The command called `name`, with the options that all commands share."""
+    """The command called `name`, with the options that all commands share, and what speaks for options that
+    are not given.
+    """
     command: click.Command = importlib.import_module(COMMANDS[name].module).command
     command.context_settings.setdefault("help_option_names", ["-h", "--help"])
     if not any(parameter.name == "debug" for parameter in command.params):
         debug = click.Option(["--debug"], is_flag=True, expose_value=False, help="Show tracebacks of errors.")
         command.params.append(debug)
+    attach(command, name)
     return command
 
 
@@ -82,7 +88,7 @@ def run(command: click.Command, program: str) -> int:
         click.echo(error.format_message(), err=True)
         return error.exit_code
     except click.ClickException as error:
-        complain(f"{error.format_message()}\n{_help_hint(error)}")
+        complain(f"{error.format_message()}\n{where_from(error) or _help_hint(error)}")
         return error.exit_code
     except DsmoeError as error:
         if debug:

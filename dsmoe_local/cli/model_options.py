@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,11 +10,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from dsmoe_local.base.errors import FileError, UsageError
+from dsmoe_local.base.errors import DsmoeError, FileError, UsageError
 from dsmoe_local.base.paths import demo_folder
+from dsmoe_local.cli.configuration import (
+    choose_preset,
+    complete_preset,
+    from_command_line,
+    models_folder,
+    told_origin,
+)
 
 if TYPE_CHECKING:
     import threading
+
+    from click.shell_completion import CompletionItem
 
     from dsmoe_local.engine.process.client import EngineClient
     from dsmoe_local.engine.types import ModelOptions, SamplingParameters
@@ -21,6 +31,33 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 DEMO_MODEL = "demo-q4.gguf"
+
+
+class ModelName(click.ParamType[str]):
+    """A model: a file, or the name of a known one. What it is, `find_model` says."""
+
+    name = "NAME|FILE"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """As it is."""
+        return str(value)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Names of known models; files where a path begins, or no name fits."""
+        from click.shell_completion import CompletionItem
+
+        from dsmoe_local.model.discovery import known_models
+
+        wanted = incomplete.casefold()
+        try:
+            known = [] if os.sep in incomplete else known_models(models_folder())
+        except DsmoeError:
+            # The config file cannot be read: the command itself will say so.
+            known = []
+        names = [model.name for model in known if model.name.casefold().startswith(wanted)]
+        return [CompletionItem(name) for name in names] or [CompletionItem(incomplete, type="file")]
 
 
 class LayerCount(click.ParamType[int | None]):
@@ -174,8 +211,42 @@ _SAMPLING = [
     ),
     click.option("--presence-penalty", "presence_penalty", type=float, metavar="X", help="0 = off [0]."),
     click.option("--frequency-penalty", "frequency_penalty", type=float, metavar="X", help="0 = off [0]."),
+    click.option(
+        "--mirostat", "mirostat", type=int, metavar="N", help="1 or 2: hold the surprise steady; 0 = off [0]."
+    ),
+    click.option(
+        "--mirostat-ent", "mirostat_tau", type=float, metavar="X", help="The surprise it holds [5]."
+    ),
+    click.option("--mirostat-lr", "mirostat_eta", type=float, metavar="X", help="How fast it learns [0.1]."),
     click.option("-s", "--seed", "seed", type=int, metavar="N", help="Seed; -1 = a new one each time [-1]."),
+    click.option(
+        "--preset",
+        "preset",
+        metavar="NAME",
+        is_eager=True,
+        expose_value=False,
+        callback=choose_preset,
+        shell_complete=complete_preset,
+        help="Settings kept under a name: /set save NAME in a chat. Other flags count more.",
+    ),
 ]
+
+
+def model_option(function: F) -> F:
+    """Add -m: `named_model`, for `find_model`."""
+    option = click.option(
+        "-m",
+        "--model",
+        "named_model",
+        type=ModelName(),
+        help="The model, a file or a name that dsmoe models lists; without one, the demo's.",
+    )
+    return option(function)
+
+
+def model_argument(function: F) -> F:
+    """Add the argument that may name a model: `model`, for `find_model`."""
+    return click.argument("model", required=False, metavar="[MODEL]", type=ModelName())(function)
 
 
 def model_options(function: F) -> F:
@@ -195,12 +266,19 @@ def _add(function: F, options: Sequence[Callable[[F], F]]) -> F:
 
 
 def find_model(*named: str | None) -> Path:
-    """The model that a command names, by argument or -m; else the demo's, saying so. UsageError if none."""
-    paths = {name for name in named if name}
-    if len(paths) > 1:
+    """The model that a command names, by argument or -m, as a file or by name; else the demo's, saying so.
+
+    UsageError if none, or if the name is nobody's or several models'; FileError for a path that is no file.
+    """
+    words = {name for name in named if name}
+    if len(words) > 1 and not from_command_line("named_model"):
+        # An argument outweighs a -m that a variable or the config file gives.
+        words = {next(name for name in named if name)}
+    if len(words) > 1:
         raise UsageError("two models are named", remedy="give the model once: as an argument, or with -m")
-    if paths:
-        return _model_file(Path(paths.pop()))
+    if words:
+        with told_origin("named_model"):
+            return _model_file(words.pop())
     demo = demo_folder() / DEMO_MODEL
     if not demo.is_file():
         raise UsageError(
@@ -223,12 +301,15 @@ def load_engine(
     """
     from dsmoe_local.cli.render import run_with_progress
     from dsmoe_local.engine.process.client import EngineClient
+    from dsmoe_local.model.discovery import note_use
 
     log_file: Path | None = values.pop("log_file")
     options = complete(_model_options(path, values))
-    return run_with_progress(
+    engine = run_with_progress(
         lambda listen, stop: EngineClient.load(options, listen, stop, log_file=log_file), stop
     )
+    note_use(path)
+    return engine
 
 
 def _model_options(path: Path, values: dict[str, Any]) -> ModelOptions:
@@ -249,8 +330,9 @@ def _model_options(path: Path, values: dict[str, Any]) -> ModelOptions:
         "chat_template",
     ]
     n_cpu_moe = values.pop("n_cpu_moe")
-    if values.pop("cpu_moe"):
-        if n_cpu_moe is not None:
+    # Of the two, what the command line says outweighs a variable or the config file.
+    if values.pop("cpu_moe") and (n_cpu_moe is None or from_command_line("cpu_moe")):
+        if n_cpu_moe is not None and from_command_line("n_cpu_moe"):
             raise UsageError("--cpu-moe and --n-cpu-moe are given", remedy="use one of them")
         n_cpu_moe = ALL_LAYERS
     return ModelOptions(
@@ -271,11 +353,24 @@ def sampling_parameters(values: dict[str, Any]) -> SamplingParameters:
     given = {item.name: values.pop(item.name, None) for item in fields(SamplingParameters)}
     if given["seed"] == -1:
         given["seed"] = None
-    return SamplingParameters(**{name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        with told_origin(name):
+            SamplingParameters(**{name: value})
+    return SamplingParameters(**given)
 
 
-def _model_file(path: Path) -> Path:
-    """`path`, if it is no folder. FileError, naming a model that lies in it, if it is."""
+def _model_file(word: str) -> Path:
+    """The file that `word` names: a path, or a known model's name. FileError or UsageError if neither."""
+    from dsmoe_local.model.discovery import find_known, unknown_model
+
+    path = Path(os.path.expanduser(word))
+    if path.exists() and not path.is_dir():
+        return path
+    folder = models_folder()
+    known = find_known(word, folder)
+    if known is not None:
+        return known
     if path.is_dir():
         inside = next(iter(sorted(path.glob("*.gguf"))), None)
         raise FileError(
@@ -283,11 +378,7 @@ def _model_file(path: Path) -> Path:
             where=path,
             remedy=f"name a file, such as {inside}" if inside else "make a model of it with dsmoe-convert",
         )
-    if not path.exists():
-        raise FileError(
-            "there is no such model", where=path, remedy="make one with dsmoe-convert, or dsmoe demo"
-        )
-    return path
+    raise unknown_model(word, folder)
 
 
 def check_stop(stop: tuple[str, ...]) -> None:

@@ -1,0 +1,166 @@
+"""The command about settings: shown, changed, kept in the config file as defaults or presets."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from dsmoe_local.base.config_file import Value
+from dsmoe_local.base.errors import DsmoeError, UsageError
+from dsmoe_local.base.text import safe_line
+from dsmoe_local.chat.commands.declare import Chat, Command, Commands
+from dsmoe_local.chat.settings import (
+    SETTINGS,
+    ChatSettings,
+    apply,
+    as_value,
+    change,
+    get_setting,
+    in_words,
+    setting_name,
+)
+
+_DEFAULTS = ChatSettings()
+_SECTION = "chat"
+_PRESETS = "presets"
+_PRESET_NAME = re.compile(r"[\w.+-]{1,40}")
+_NOT_OF_A_PRESET = ("seed", "max_tokens", "stop", "on_full")
+
+
+def _set(chat: Chat, argument: str) -> None:
+    word, _, rest = argument.partition(" ")
+    rest = rest.strip()
+    if not word:
+        _show_all(chat)
+    elif word in _ACTIONS:
+        _ACTIONS[word](chat, rest)
+    elif not rest:
+        name = setting_name(word)
+        chat.screen.notice(f"{name} {in_words(chat.conversation.settings, name)}: {SETTINGS[name].help}")
+    else:
+        name = setting_name(word)
+        chat.conversation.settings = change(chat.conversation.settings, name, rest)
+        chat.screen.notice(f"{name} {in_words(chat.conversation.settings, name)}")
+
+
+def _show_all(chat: Chat) -> None:
+    settings = chat.conversation.settings
+
+    def value(name: str) -> str:
+        default = f" (default {in_words(_DEFAULTS, name)})" if _differs(settings, name) else ""
+        return in_words(settings, name) + default
+
+    chat.screen.table([(name, value(name), SETTINGS[name].help) for name in SETTINGS])
+
+
+def _save(chat: Chat, name: str) -> None:
+    """What the settings are becomes what they begin with, or the preset `name`."""
+    settings = chat.conversation.settings
+    if name:
+        _save_preset(chat, name, settings)
+        return
+    # A value at the top level, which holds for every command, would come back if [chat] said nothing.
+    above = chat.config.values()
+    kept = [each for each in SETTINGS if _differs(settings, each) or SETTINGS[each].key in above]
+    changes: dict[str, Value | None] = {SETTINGS[each].key: None for each in SETTINGS}
+    changes |= {SETTINGS[each].key: as_value(settings, each) for each in kept}
+    chat.config.set((_SECTION,), changes)
+    where = safe_line(str(chat.config.path))
+    shown = ", ".join(f"{each} {in_words(settings, each)}" for each in kept) or "the defaults"
+    chat.screen.notice(f"chats begin with {shown}: {where}")
+
+
+def _save_preset(chat: Chat, name: str, settings: ChatSettings) -> None:
+    if not _PRESET_NAME.fullmatch(name):
+        raise UsageError(
+            f"{safe_line(name, 40)!r} is no name for a preset", remedy="use letters, digits, . + - and _"
+        )
+    known = _presets(chat)
+    # All of the sampling, also what is the default: a preset is to give the same wherever it is used.
+    kept = [each for each in SETTINGS if each not in _NOT_OF_A_PRESET or _differs(settings, each)]
+    changes: dict[str, Value | None] = {setting.key: None for setting in SETTINGS.values()}
+    changes |= {SETTINGS[each].key: as_value(settings, each) for each in kept}
+    chat.config.set((_PRESETS, name), changes)
+    done = "replaced" if name in known else "saved"
+    chat.screen.notice(f"the preset {name} is {done}: /set use {name}, or --preset {name}")
+
+
+def _use(chat: Chat, name: str) -> None:
+    presets = _presets(chat)
+    if not name:
+        listed = ", ".join(safe_line(each, 40) for each in presets)
+        chat.screen.notice(f"presets: {listed}" if listed else "there are no presets yet: /set save NAME")
+        return
+    values = presets.get(name)
+    if values is None:
+        near = difflib.get_close_matches(name, presets, n=1)
+        raise UsageError(
+            f"there is no preset {safe_line(name, 40)!r}",
+            remedy=f"did you mean {near[0]}?" if near else "/set use lists them, /set save NAME makes one",
+        )
+    try:
+        settings = apply(chat.conversation.settings, values)
+    except UsageError as error:
+        where = f"{chat.config.path}: [{_PRESETS}.{name}]"
+        raise UsageError(error.what, where=where, remedy=error.remedy) from error
+    chat.conversation.settings = settings
+    chat.screen.notice(
+        ", ".join(f"{setting_name(key)} {in_words(settings, setting_name(key))}" for key in values)
+    )
+
+
+def _reset(chat: Chat, argument: str) -> None:
+    if argument:
+        name = setting_name(argument)
+        value = as_value(_DEFAULTS, name)
+        chat.conversation.settings = apply(chat.conversation.settings, {SETTINGS[name].key: value})
+        chat.screen.notice(f"{name} {in_words(_DEFAULTS, name)}")
+        return
+    chat.conversation.settings = _DEFAULTS
+    chat.screen.notice("all settings are the defaults again")
+
+
+def _differs(settings: ChatSettings, name: str) -> bool:
+    return bool(get_setting(settings, name) != get_setting(_DEFAULTS, name))
+
+
+def _presets(chat: Chat) -> Mapping[str, Mapping[str, Any]]:
+    presets = chat.config.values().get(_PRESETS, {})
+    if not isinstance(presets, dict):
+        return {}
+    return {name: values for name, values in presets.items() if isinstance(values, dict)}
+
+
+_ACTIONS: Mapping[str, Callable[[Chat, str], None]] = {"save": _save, "use": _use, "reset": _reset}
+
+
+def _complete(chat: Chat, typed: str) -> Iterable[str]:
+    *before, last = typed.split(" ")
+    return [word for word in _words(chat, [word for word in before if word]) if word.startswith(last)]
+
+
+def _words(chat: Chat, before: list[str]) -> Iterable[str]:
+    """What may follow the words `before`."""
+    if not before:
+        return (*SETTINGS, *_ACTIONS)
+    if len(before) > 1:
+        return ()
+    if before[0] == "reset":
+        return SETTINGS
+    try:
+        # A config file that cannot be read is the command's to complain of.
+        return _presets(chat) if before[0] in _ACTIONS else SETTINGS[setting_name(before[0])].words
+    except DsmoeError:
+        return ()
+
+
+COMMANDS: Commands = {
+    "set": Command(
+        _set,
+        "show or change settings; save keeps them, as defaults or as a preset NAME for use",
+        "[NAME [VALUE] | save [NAME] | use NAME | reset [NAME]]",
+        complete=_complete,
+    ),
+}

@@ -1,0 +1,208 @@
+"""`dsmoe config`: every option, its value and where that comes from. `configuration` knows; this shows."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from dsmoe_local.base.config_file import config_path
+from dsmoe_local.base.errors import UsageError
+from dsmoe_local.base.text import safe_line
+from dsmoe_local.cli.configuration import (
+    MODELS_FOLDER,
+    ConfigDefaults,
+    Origin,
+    Source,
+    config_file,
+    configurable,
+    keys_of,
+    models_folder,
+    models_folder_origin,
+    origin_of,
+    presets_of,
+    unknown_keys,
+    variable,
+)
+
+# The help of an option ends with its built-in value, in words.
+_BUILT_IN = re.compile(r"\[([^\[\]]+)\]\.?$")
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """An option: its key in the config file, its value as data and in words, and where it comes from."""
+
+    key: str
+    value: Any
+    words: str
+    origin: Origin
+    error: str = ""
+
+
+class CommandName(click.ParamType[str]):
+    """A subcommand that has options."""
+
+    name = "COMMAND"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """UsageError for a word that is none."""
+        from dsmoe_local.cli.main import COMMANDS
+
+        if value not in COMMANDS:
+            raise UsageError(
+                f"there is no command {safe_line(str(value), 40)!r}",
+                remedy=f"there are: {', '.join(COMMANDS)}",
+            )
+        return str(value)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """The commands that begin like this."""
+        from dsmoe_local.cli.main import COMMANDS
+
+        return [CompletionItem(name) for name in COMMANDS if name.startswith(incomplete)]
+
+
+@click.command(name="config")
+@click.argument("name", metavar="[COMMAND]", default="chat", type=CommandName())
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--path", "show_path", is_flag=True, help="Print where the config file is.")
+def command(name: str, as_json: bool, show_path: bool) -> None:
+    """Show the options of a command (chat, if none is named), their values and where these come from.
+
+    A flag counts most, then the variable of the option (DSMOE_TEMP for --temp), then a preset, then the
+    config file: the command's section, then the top level. Its keys are long flags without the dashes:
+
+    \\b
+        model = "deepseek-moe-16b-chat-q4"
+        models-folder = "~/models"
+        [chat]
+        temp = 0.6
+        [presets.calm]
+        temp = 0.1
+
+    $EDITOR "$(dsmoe config --path)" changes it, as does /set save in a chat.
+    """
+    if show_path:
+        click.echo(safe_line(str(config_path()), 4096) if sys.stdout.isatty() else str(config_path()))
+        return
+    from dsmoe_local.cli.main import COMMANDS
+
+    values = config_file().values()
+    shown = [_models_folder(), *options_of(name)]
+    if as_json:
+        click.echo(json.dumps(_as_json(name, shown, values), indent=2, ensure_ascii=True))
+        return
+    for note in unknown_keys(values, COMMANDS):
+        click.echo(f"note: {note}", err=True)
+    _show(shown, presets_of(values))
+
+
+def options_of(name: str) -> list[Shown]:
+    """Every option of a command, as it would be if the command ran now without flags."""
+    from dsmoe_local.cli.main import load_command
+
+    command = load_command(name)
+    defaults = ConfigDefaults(command, name, quiet=True)
+    context = click.Context(command, info_name=name, default_map=defaults)
+    with context:
+        options = configurable(command)
+        # The preset first: it speaks for others.
+        for option in sorted(options, key=lambda option: not option.is_eager):
+            _resolve(context, option)
+        return [_shown(context, option) for option in options]
+
+
+def _resolve(context: click.Context, option: click.Option) -> None:
+    value, source = option.consume_value(context, {})
+    context.set_parameter_source(str(option.name), source)
+    if option.name == "preset" and isinstance(value, str) and isinstance(context.default_map, ConfigDefaults):
+        context.default_map.choose(value)
+
+
+def _shown(context: click.Context, option: click.Option) -> Shown:
+    key, origin = keys_of(option)[0], origin_of(context, str(option.name))
+    raw, _ = option.consume_value(context, {})
+    if origin.source is Source.BUILT_IN:
+        found = _BUILT_IN.search(option.help or "")
+        words = found[1] if found else _in_words(option.get_default(context))
+        return Shown(key, _plain(option.get_default(context)), words, origin)
+    try:
+        value = option.type_cast_value(context, raw)
+    except click.BadParameter as error:
+        return Shown(key, None, _in_words(raw), origin, error.message)
+    return Shown(key, _plain(value), _in_words(raw if not option.is_flag else value), origin)
+
+
+def _models_folder() -> Shown:
+    folder = str(models_folder())
+    return Shown(MODELS_FOLDER, folder, folder, models_folder_origin())
+
+
+def _plain(value: object) -> Any:  # noqa: ANN401 - a JSON value
+    if isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, tuple | list):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else None
+
+
+def _in_words(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple | list):
+        return ", ".join(map(_in_words, value))
+    return str(value) if isinstance(value, str | int | float | Path) else ""
+
+
+def _as_json(name: str, shown: list[Shown], values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "command": name,
+        "file": str(config_path()),
+        "options": [
+            {
+                "key": each.key,
+                "variable": variable(each.key),
+                "value": each.value,
+                "source": each.origin.source.value,
+                "where": each.origin.where or None,
+                "error": each.error or None,
+            }
+            for each in shown
+        ],
+        "presets": {preset: dict(section) for preset, section in presets_of(values).items()},
+    }
+
+
+def _show(shown: list[Shown], presets: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = 160
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading, fixed in (("option", True), ("value", False), ("from", False)):
+        table.add_column(heading, no_wrap=fixed, overflow="fold")
+    for each in shown:
+        built_in = each.origin.source is Source.BUILT_IN
+        value = Text(safe_line(each.words), style="dim" if built_in else "bold")
+        if each.error:
+            value.append(f"  {safe_line(each.error)}", style="red")
+        # The file is named once, below.
+        where = "built-in" if built_in else each.origin.where.replace(f"{config_path()}:", "config file:")
+        table.add_row(each.key, value, Text(safe_line(where), style="dim" if built_in else ""))
+    console.print(table)
+    if presets:
+        console.print(Text(f"presets: {', '.join(safe_line(name, 40) for name in presets)}"))
+    console.print(Text(f"config file: {safe_line(str(config_path()))}"), soft_wrap=True)

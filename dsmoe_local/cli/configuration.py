@@ -1,0 +1,312 @@
+"""Where options get their values from when the command line does not give them, for all commands alike.
+
+The order: flag, `DSMOE_*` variable, preset, the command's section of the config file, the file's top level,
+built-in. click asks for variables and defaults; this module tells it both, and says where a value came from.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from dsmoe_local.base.config_file import ConfigFile, config_path
+from dsmoe_local.base.errors import DsmoeError, FormatError, UsageError
+from dsmoe_local.base.paths import data_folder
+from dsmoe_local.base.text import safe_line
+
+PRESETS = "presets"
+MODELS_FOLDER = "models-folder"
+# They say what this one run does; --debug is looked for before anything is parsed.
+_FLAGS_ALONE = frozenset({"help", "version", "debug", "show_path"})
+
+
+class Source(StrEnum):
+    """What gave an option its value, weakest last."""
+
+    FLAG = "flag"
+    VARIABLE = "variable"
+    PRESET = "preset"
+    CONFIG = "config"
+    BUILT_IN = "built-in"
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a value comes from; `where` in words for people: `DSMOE_TEMP`, `config.toml: [chat] temp`."""
+
+    source: Source
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """A section of the config file."""
+
+    source: Source
+    name: str
+    values: Mapping[str, Any]
+
+
+def variable(key: str) -> str:
+    """The variable of an option: DSMOE_CTX_SIZE for ctx-size."""
+    return f"DSMOE_{key.upper().replace('-', '_')}"
+
+
+def keys_of(option: click.Parameter) -> list[str]:
+    """The names of an option in the config file: its long flags, the usual one first."""
+    return [flag.removeprefix("--") for flag in option.opts if flag.startswith("--")]
+
+
+def configurable(command: click.Command) -> list[click.Option]:
+    """The options that variables and the config file can give."""
+    options = [each for each in command.params if isinstance(each, click.Option)]
+    return [each for each in options if each.name not in _FLAGS_ALONE and keys_of(each)]
+
+
+def attach(command: click.Command, name: str) -> None:
+    """Let variables and the config file speak for the options of the command called `name`."""
+    if isinstance(command.context_settings.get("default_map"), ConfigDefaults):
+        return
+    for option in configurable(command):
+        option.envvar = [variable(key) for key in keys_of(option)]
+        if option.multiple:
+            option.type = _one_a_line(option.type)
+    # `config` tells of all keys that mean nothing, by itself.
+    command.context_settings["default_map"] = ConfigDefaults(command, name, quiet=name == "config")
+
+
+def _one_a_line(kind: click.ParamType[Any]) -> click.ParamType[Any]:
+    """`kind`, taking a variable's lines for several values; click takes its words, but texts have spaces."""
+    kind = copy.copy(kind)
+    vars(kind)["envvar_list_splitter"] = "\n"
+    return kind
+
+
+def config_file() -> ConfigFile:
+    """The user's config file."""
+    return ConfigFile(config_path())
+
+
+def models_folder() -> Path:
+    """Where models are looked for by name: the variable's folder, the config file's, or the usual one."""
+    named = os.environ.get(variable(MODELS_FOLDER)) or config_file().values().get(MODELS_FOLDER)
+    if named is not None and not isinstance(named, str):
+        raise FormatError("this takes a text", where=f"{config_path()}: {MODELS_FOLDER}")
+    return Path(os.path.expanduser(named)) if named else data_folder() / "models"
+
+
+def models_folder_origin() -> Origin:
+    """What says where the models folder is."""
+    if os.environ.get(variable(MODELS_FOLDER)):
+        return Origin(Source.VARIABLE, variable(MODELS_FOLDER))
+    if config_file().values().get(MODELS_FOLDER):
+        return Origin(Source.CONFIG, f"{config_path()}: {MODELS_FOLDER}")
+    return Origin(Source.BUILT_IN)
+
+
+class ConfigDefaults(dict[str, Any]):
+    """The config file as click's `default_map` of one command. Nothing is read for --help or completion, and
+    the file once for each run. Unless `quiet`, a note tells of keys that mean nothing.
+    """
+
+    def __init__(self, command: click.Command, name: str, *, quiet: bool = False) -> None:
+        super().__init__()
+        self.command_name = name
+        self._quiet = quiet
+        self._options = {option.name: option for option in configurable(command)}
+        self._context: click.Context | None = None
+        self._layers: list[_Layer] = []
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._find(name) is not None
+
+    def __getitem__(self, name: str) -> Any:  # noqa: ANN401 - an option's raw value
+        found = self._find(name)
+        if found is None:
+            raise KeyError(name)
+        layer, key = found
+        return _raw(self._options[name], layer.values[key], _where(layer, key))
+
+    def get(self, name: str, default: Any = None) -> Any:  # noqa: ANN401 - an option's raw value
+        """See dict.get, which does not ask __getitem__."""
+        try:
+            return self[name]
+        except KeyError:
+            return default
+
+    def origin(self, name: str) -> Origin | None:
+        """Where the value of the option called `name` stands in the file; None if it does not."""
+        found = self._find(name)
+        return None if found is None else Origin(found[0].source, _where(*found))
+
+    def choose(self, preset: str) -> None:
+        """Let a preset speak before the rest of the file. UsageError for one that is not there."""
+        presets = presets_of(config_file().values())
+        if preset not in presets:
+            near = difflib.get_close_matches(preset, presets, n=1)
+            there = ", ".join(map(safe_line, presets)) or "none; /set save NAME in a chat makes one"
+            raise UsageError(
+                f"there is no preset {safe_line(preset, 40)!r}",
+                where=str(config_path()),
+                remedy=f"did you mean {near[0]}?" if near else f"there are: {there}",
+            )
+        self._layers.insert(0, _Layer(Source.PRESET, f"{PRESETS}.{preset}", presets[preset]))
+
+    def _find(self, name: str) -> tuple[_Layer, str] | None:
+        context = click.get_current_context(silent=True)
+        if name not in self._options or context is None or context.resilient_parsing:
+            return None
+        if self._context is not context:
+            self._context, self._layers = context, self._read()
+        for layer in self._layers:
+            for key in keys_of(self._options[name]):
+                # `chat` is a flag of two commands, and the section of a third.
+                if key in layer.values and (layer.name or not isinstance(layer.values[key], dict)):
+                    return layer, key
+        return None
+
+    def _read(self) -> list[_Layer]:
+        values = config_file().values()
+        for note in [] if self._quiet else unknown_keys(values, [self.command_name]):
+            click.echo(f"note: {safe_line(str(config_path()))}: {note}", err=True)
+        section = values.get(self.command_name, {})
+        if not isinstance(section, dict):
+            section = {}
+        return [_Layer(Source.CONFIG, self.command_name, section), _Layer(Source.CONFIG, "", values)]
+
+
+def _where(layer: _Layer, key: str) -> str:
+    return f"{config_path()}: {f'[{layer.name}] ' if layer.name else ''}{key}"
+
+
+def _raw(option: click.Option, value: object, where: str) -> object:
+    """A value of the file as the command line would give it: click's types read texts."""
+    if option.is_flag:
+        if isinstance(value, bool):
+            return value
+        raise FormatError("this takes true or false", where=where)
+    values = value if isinstance(value, list) and option.multiple else [value]
+    if any(isinstance(each, bool) or not isinstance(each, str | int | float) for each in values):
+        raise FormatError("this takes a text or a number", where=where)
+    texts = tuple(str(each) for each in values)
+    if isinstance(option.type, click.Path):
+        # No shell has seen it.
+        texts = tuple(os.path.expanduser(text) for text in texts)
+    return texts if option.multiple else texts[0]
+
+
+def presets_of(values: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The presets in a config file's values."""
+    presets = values.get(PRESETS, {})
+    if not isinstance(presets, dict):
+        return {}
+    return {name: section for name, section in presets.items() if isinstance(section, dict)}
+
+
+def unknown_keys(values: Mapping[str, Any], commands: Iterable[str]) -> list[str]:
+    """What stands in the config file and means nothing, in words. Of the commands' sections only those of
+    `commands` are looked at.
+    """
+    from dsmoe_local.chat.settings import SETTINGS
+    from dsmoe_local.cli.main import COMMANDS, load_command
+
+    def keys(names: Iterable[str]) -> set[str]:
+        return {
+            key for name in names for option in configurable(load_command(name)) for key in keys_of(option)
+        }
+
+    notes: list[str] = []
+
+    def check(section: Mapping[str, Any], known: set[str], name: str = "") -> None:
+        for key in section:
+            if key not in known:
+                near = difflib.get_close_matches(key, sorted(known), n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                place = f" in [{safe_line(name, 60)}]" if name else ""
+                notes.append(f"{safe_line(key, 40)!r}{place} is no option{hint}")
+
+    commands = list(commands)
+    known = {*COMMANDS, PRESETS, MODELS_FOLDER, *keys(commands)}
+    if not known.issuperset(values):
+        # Most often an option of another command.
+        known |= keys(COMMANDS)
+    check(values, known)
+    for name in commands:
+        section = values.get(name, {})
+        if isinstance(section, dict):
+            check(section, keys([name]), name)
+        elif name not in keys(COMMANDS):
+            notes.append(f"{name!r} is no section: write [{name}]")
+    for name, section in presets_of(values).items():
+        check(section, {setting.key for setting in SETTINGS.values()}, f"{PRESETS}.{name}")
+    return notes
+
+
+def origin_of(context: click.Context, name: str) -> Origin:
+    """Where a parameter's value comes from."""
+    source = context.get_parameter_source(name)
+    defaults = context.default_map
+    if source is ParameterSource.COMMANDLINE:
+        return Origin(Source.FLAG)
+    if source is ParameterSource.ENVIRONMENT:
+        option = next(each for each in context.command.params if each.name == name)
+        names = [option.envvar] if isinstance(option.envvar, str) else option.envvar or ()
+        return Origin(Source.VARIABLE, next((each for each in names if os.environ.get(each)), ""))
+    if source is ParameterSource.DEFAULT_MAP and isinstance(defaults, ConfigDefaults):
+        with context.scope(cleanup=False):
+            return defaults.origin(name) or Origin(Source.CONFIG)
+    return Origin(Source.BUILT_IN)
+
+
+def from_command_line(name: str) -> bool:
+    """Whether the running command got its parameter `name` on the command line, which outweighs other
+    options that come from elsewhere.
+    """
+    context = click.get_current_context(silent=True)
+    return context is None or origin_of(context, name).source is Source.FLAG
+
+
+@contextmanager
+def told_origin(name: str) -> Iterator[None]:
+    """Let a UsageError about the parameter `name` say which variable or key of the file its value is from."""
+    try:
+        yield
+    except UsageError as error:
+        context = click.get_current_context(silent=True)
+        where = "" if context is None else origin_of(context, name).where
+        if not where:
+            raise
+        raise UsageError(error.what, where=f"from {where}", remedy=error.remedy) from error
+
+
+def where_from(error: click.ClickException) -> str:
+    """The variable or place in the file whose value click refuses; empty if it was the command line's."""
+    if not isinstance(error, click.BadParameter) or error.ctx is None or error.param is None:
+        return ""
+    where = origin_of(error.ctx, error.param.name).where if error.param.name else ""
+    return f"from {where}" if where else ""
+
+
+def choose_preset(context: click.Context, option: click.Parameter, preset: str | None) -> None:
+    """What --preset does when it is parsed, before the other options are."""
+    if preset is not None and isinstance(context.default_map, ConfigDefaults):
+        with told_origin("preset"):
+            context.default_map.choose(preset)
+
+
+def complete_preset(context: click.Context, option: click.Parameter, typed: str) -> list[str]:
+    """The presets that begin like this."""
+    try:
+        return [name for name in presets_of(config_file().values()) if name.startswith(typed)]
+    except DsmoeError:
+        return []

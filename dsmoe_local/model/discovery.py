@@ -1,0 +1,187 @@
+"""The model files that are known by name: those in the models folder, the demo's, and those used lately.
+
+Where the models folder is, the caller says. Listing names reads folders alone; `describe` reads headers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dsmoe_local.base.durable import write_file
+from dsmoe_local.base.errors import DsmoeError, FileError, UsageError
+from dsmoe_local.base.paths import data_folder, demo_folder
+from dsmoe_local.base.text import safe_line
+
+if TYPE_CHECKING:
+    from dsmoe_local.model.gguf_file import GgufFile
+
+MAX_RECENT = 20
+_ENDING = ".gguf"
+_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class KnownModel:
+    """A model file that a name stands for; `group` says why it is known."""
+
+    name: str
+    path: Path
+    group: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDescription:
+    """What a header says of a known model: bytes, the name of its type, the context it was trained for. With
+    `reason`, why it cannot be used, the rest is empty.
+    """
+
+    model: KnownModel
+    n_bytes: int = 0
+    type: str = ""
+    n_context: int = 0
+    title: str = ""
+    reason: str = ""
+
+
+def known_models(folder: Path) -> list[KnownModel]:
+    """Every model file known: in `folder` and the folders in it, the demo's, then those used lately, newest
+    first. A file that is there twice is listed once. Only looks at names: no file is opened.
+    """
+    groups: list[tuple[str, Iterable[Path]]] = [
+        ("models folder", _in_folder(folder)),
+        ("demo", _in_folder(demo_folder())),
+        ("recent", recent_models()),
+    ]
+    found: dict[str, KnownModel] = {}
+    for group, paths in groups:
+        for path in paths:
+            found.setdefault(os.path.realpath(path), KnownModel(path.stem, path, group))
+    return list(found.values())
+
+
+def _in_folder(folder: Path) -> Iterator[Path]:
+    for pattern in (f"*{_ENDING}", f"*/*{_ENDING}"):
+        yield from sorted(path for path in folder.glob(pattern) if _is_file(path))
+
+
+def find_known(word: str, folder: Path) -> Path | None:
+    """The known model that `word` names: a name or its unique beginning, in any case, with or without .gguf.
+
+    None if there is none; UsageError if there are several.
+    """
+    wanted = word.casefold()
+    wanted = wanted.removesuffix(_ENDING) if wanted != _ENDING else wanted
+    known = known_models(folder)
+    matches = [model for model in known if model.name.casefold() == wanted] or [
+        model for model in known if model.name.casefold().startswith(wanted)
+    ]
+    if len(matches) > 1:
+        names = {model.name for model in matches}
+        shown = [str(model.path) if len(names) == 1 else model.name for model in matches[:_SHOWN]]
+        more = ", …" if len(matches) > _SHOWN else ""
+        raise UsageError(
+            f"{len(matches)} models are called {safe_line(word, 60)!r}, or begin so",
+            where=", ".join(shown) + more,
+            remedy="give its path" if len(names) == 1 else "type more of the name",
+        )
+    return matches[0].path if matches else None
+
+
+def nearest_names(word: str, folder: Path) -> list[str]:
+    """Names of known models that `word` may have meant, the nearest first."""
+    names = {model.name.casefold(): model.name for model in known_models(folder)}
+    near = difflib.get_close_matches(word.casefold().removesuffix(_ENDING), names, n=_SHOWN)
+    return [names[name] for name in near]
+
+
+def unknown_model(word: str, folder: Path) -> UsageError | FileError:
+    """The error for a word that is neither a file nor a known model's name; it tells the nearest names."""
+    near = nearest_names(word, folder)
+    if os.sep in word:
+        return FileError(
+            "there is no such model",
+            where=safe_line(word),
+            remedy="make one with dsmoe-convert, or dsmoe demo",
+        )
+    return UsageError(
+        f"no model is called {safe_line(word, 60)!r}",
+        where="" if Path(word).suffix != _ENDING else "there is no such file here either",
+        remedy=f"did you mean {' or '.join(map(safe_line, near))}?" if near else "dsmoe models lists them",
+    )
+
+
+def recent_models() -> list[Path]:
+    """Files that were loaded, the latest first; those that are gone are left out."""
+    try:
+        listed = json.loads(_recent_path().read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return []
+    if not isinstance(listed, list):
+        return []
+    paths = [Path(item) for item in listed[:MAX_RECENT] if isinstance(item, str)]
+    return [path for path in paths if path.is_absolute() and _is_file(path)]
+
+
+def note_use(path: Path) -> None:
+    """Remember a model that was loaded. Nothing is said where that cannot be written: it is a convenience."""
+    latest = path.absolute()
+    same = os.path.realpath(latest)
+    paths = [latest, *(other for other in recent_models() if os.path.realpath(other) != same)]
+    target = _recent_path()
+    try:
+        content = json.dumps([str(each) for each in paths[:MAX_RECENT]], indent=2)
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_file(target, content.encode(), 0o600)
+    except (OSError, UnicodeEncodeError):
+        pass
+
+
+def describe(model: KnownModel) -> ModelDescription:
+    """What a model's header says. A file that cannot be used gives the reason, no error."""
+    from dsmoe_local.model.gguf_model import read_model
+
+    try:
+        file, hp = read_model(model.path)
+    except DsmoeError as error:
+        return ModelDescription(model, _size(model.path), reason=error.what)
+    return ModelDescription(model, file.size, _type_of(file), hp.n_context, hp.name)
+
+
+def _type_of(file: GgufFile) -> str:
+    """llama.cpp's name of the file's type; without one, the types that hold most of its weights."""
+    from gguf.constants import LlamaFileType
+
+    from dsmoe_local.model.ggml import type_name
+
+    number = file.get("general.file_type")
+    if isinstance(number, int) and number in LlamaFileType._value2member_map_:
+        return LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    weights: Counter[str] = Counter()
+    for tensor in file.tensors.values():
+        weights[type_name(tensor.type)] += tensor.n_weights
+    return " + ".join(name for name, _ in weights.most_common(2))
+
+
+def _recent_path() -> Path:
+    return data_folder() / "recent.json"
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
