@@ -1,5 +1,6 @@
-"""What the chat shows of the routed experts: a live panel beside a reply, the picture behind it, the session's
-sums. The numbers are `experts.activity`'s, the drawing `experts.panel`'s.
+"""What the chat shows of the routed experts: live beside a reply, the picture behind it, sums of the session.
+
+The numbers are `experts.activity`'s, the drawing is `experts.panel`'s.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from dsmoe_local.chat.terminal.screen import Screen
 
 OBSERVERS = (ObserverOptions("routing"),)
+REPLY, SESSION = "last reply", "session"
 _LOOK_EVERY = 0.25  # seconds
 
 
@@ -43,8 +45,8 @@ class ExpertsView:
         self._crashes = 0
 
     def switch(self, on: bool) -> None:
-        """Watch, or no longer; nothing is lost of what was seen. UsageError if the model is dense, EngineError
-        while a reply runs.
+        """Watch, or no longer; what was seen stays. UsageError for a dense model, EngineError while a reply
+        runs.
         """
         if on and not self.engine.info.n_routed_experts:
             raise UsageError("the model is dense: it has no experts to look at")
@@ -92,17 +94,68 @@ class ExpertsView:
         self._take()
         self.session += self._latest - self._before
         self.reply = self._latest - self._read
-        if self.reply.tokens:
-            from dsmoe_local.experts.panel import show_reply
+        self._before = self._read = self._latest
+        if not self.reply.tokens:
+            return
+        from dsmoe_local.experts.panel import panel, summary
 
-            show_reply(screen, self.reply)
+        if screen.plain:
+            screen.notice(f"experts: {summary(self.reply)}")
+        else:
+            screen.show(panel(self.reply, "experts"))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that were seen."""
+        return tuple(layer.layer for layer in self.session.layers)
+
+    def show(self, screen: Screen, *which: str) -> None:
+        """REPLY, SESSION or both: the pictures, and the first one's layers. UsageError if there is none."""
+        from dsmoe_local.experts.panel import panels, summary
+        from dsmoe_local.experts.tables import layer_rows, layer_table
+
+        parts = {name: activity for name, activity in self._seen().items() if name in which}
+        if screen.plain:
+            for name, activity in parts.items():
+                screen.notice(f"{name}: {summary(activity)}")
+                screen.table(layer_rows(activity))
+            return
+        screen.show(panels(parts, screen.width))
+        screen.show(layer_table(parts[which[0]], screen.width))
+
+    def show_layer(self, screen: Screen, number: int) -> None:
+        """One layer's busiest experts. UsageError if there is no such layer, or nothing was seen."""
+        from dsmoe_local.experts.tables import expert_rows, expert_table
+
+        parts = {
+            name: layer
+            for name, activity in self._seen().items()
+            for layer in activity.layers
+            if layer.layer == number
+        }
+        if not parts:
+            first, last = self.layers[0], self.layers[-1]
+            raise UsageError(f"layer {number} has no routed experts", remedy=f"layers {first} to {last} have")
+        if screen.plain:
+            screen.table(expert_rows(parts))
+        else:
+            screen.show(expert_table(parts, screen.width))
 
     def export(self, path: Path) -> None:
-        """Write the picture, or for `.json` the numbers, of the last reply and the session to the new file.
+        """Write the picture, or for `.json` the numbers, of the last reply and the session over `path`.
 
-        UsageError where nothing was seen yet, FileError as the disk says.
+        UsageError for another ending or where nothing was seen, FileError as the disk says.
         """
-        raise UsageError("the picture of the experts cannot be written yet")
+        from dsmoe_local.experts.picture import write_picture
+
+        write_picture(path, self.engine.info.name, self._seen())
+
+    def _seen(self) -> dict[str, Activity]:
+        found = {REPLY: self.reply, SESSION: self.session}
+        if not self.session.tokens:
+            remedy = "send a message" if self.on else "/experts watches from the next reply on"
+            raise UsageError("no experts were seen yet", remedy=remedy)
+        return {name: activity for name, activity in found.items() if activity.tokens}
 
     def _take(self) -> None:
         """Look, and start anew where the engine did."""

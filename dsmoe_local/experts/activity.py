@@ -1,13 +1,13 @@
 """What the routers of a model did over some tokens, as plain data that can be added and subtracted.
 
-Made from the `routing` observation (docs/observers.md), which counts since the model was loaded: the difference
-of two is what happened between them. Draws nothing.
+Made from the `routing` observation (docs/observers.md), which counts since the observer is there: the
+difference of two is what happened between them. Draws nothing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,10 @@ from dsmoe_local.engine.types import Observation
 class LayerActivity:
     """One layer's sums over the `tokens` it saw.
 
-    `counts`: how often each routed expert was chosen; `mass`: the router's probabilities of each, where it was
-    chosen; `captured` and `captured_squares`: the sum and the sum of squares of the probability that a token's
-    chosen experts have together. Over the `sampled` tokens: `entropy` of the router's probabilities in nats, and
-    the lengths `routed` and `shared` of what the routed and the shared experts added.
+    `counts`: how often each routed expert was chosen; `mass`: the router's probabilities of each, where it
+    was chosen; `captured` and `captured_squares`: the sum and the sum of squares of the probability that a
+    token's chosen experts have together. Over the `sampled` tokens: `entropy` of the router's probabilities
+    in nats, and the lengths `routed` and `shared` of what the routed and the shared experts added.
     """
 
     layer: int
@@ -102,8 +102,8 @@ class LayerActivity:
         return self.shared / both if self.sampled and both > 0 else None
 
     def busiest(self, n: int) -> list[tuple[int, float]]:
-        """The `n` experts that most tokens chose, with the share of the tokens that did; none of the unused."""
-        order = sorted(range(len(self.counts)), key=lambda expert: (-self.counts[expert], expert))
+        """The `n` experts that most tokens chose, with the share of the tokens that did; no unused ones."""
+        order = sorted(range(len(self.counts)), key=lambda i: (-self.counts[i], -self.mass[i], i))
         shares = self.shares
         return [(expert, shares[expert]) for expert in order[:n] if self.counts[expert]]
 
@@ -116,7 +116,7 @@ class Activity:
 
     @property
     def tokens(self) -> int:
-        """Tokens that went through the model. The last layer may have seen fewer: of a prompt only the end."""
+        """Tokens that went through the model. The last layer may have seen fewer: of a prompt, the end."""
         return max((layer.tokens for layer in self.layers), default=0)
 
     @property
@@ -136,7 +136,7 @@ class Activity:
         return Activity(tuple(a.plus(b, sign) for a, b in zip(self.layers, other.layers, strict=True)))
 
     def follows(self, earlier: Activity) -> bool:
-        """Whether `earlier` can be a former state of this one: nothing was counted there that is missing here."""
+        """Whether `earlier` can be a former state of this: nothing was counted there that is missing here."""
         if not earlier.layers:
             return True
         return len(self.layers) == len(earlier.layers) and all(
@@ -147,17 +147,17 @@ class Activity:
     @property
     def experts_per_token(self) -> float:
         """Routed experts that a token used in a layer, on average."""
-        return _ratio((layer.tokens * layer.experts_per_token, layer.tokens) for layer in self.layers) or 0.0
+        return _ratio((sum(layer.counts), layer.tokens) for layer in self.layers)
 
     @property
     def captured_mass(self) -> float:
         """Mean probability of the chosen experts over all tokens and layers."""
-        return _ratio((layer.captured, layer.tokens) for layer in self.layers) or 0.0
+        return _ratio((layer.captured, layer.tokens) for layer in self.layers)
 
     @property
     def load_entropy(self) -> float:
         """The layers' mean, of those that saw tokens."""
-        return _ratio((layer.load_entropy, 1) for layer in self.layers if layer.tokens) or 0.0
+        return _ratio((layer.load_entropy, 1) for layer in self.layers if layer.tokens)
 
     @property
     def shared_share(self) -> float | None:
@@ -166,10 +166,13 @@ class Activity:
         return sum(shares) / len(shares) if shares else None
 
 
-def _ratio(parts: Any) -> float | None:  # noqa: ANN401 - pairs
-    pairs = list(parts)
-    below = sum(pair[1] for pair in pairs)
-    return sum(pair[0] for pair in pairs) / below if below else None
+def _ratio(parts: Iterable[tuple[float, float]]) -> float:
+    """The sum of the first numbers by the sum of the second; 0 of nothing."""
+    above = below = 0.0
+    for part in parts:
+        above += part[0]
+        below += part[1]
+    return above / below if below else 0.0
 
 
 def activity_of(observation: Observation) -> Activity:

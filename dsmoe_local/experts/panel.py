@@ -1,17 +1,21 @@
-"""Panels of the routed experts for a terminal: beside a running reply, and behind it."""
+"""Panels of the routed experts, made of heatmaps and a line of numbers; as wide and high as they are told."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
+from rich.console import Group, RenderableType
+from rich.table import Table
 from rich.text import Text
 
 from dsmoe_local.experts.activity import Activity
+from dsmoe_local.experts.grid import grid_of, scale_of
+from dsmoe_local.experts.heatmap import Heatmap
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from dsmoe_local.chat.terminal.screen import Screen
+_GAP = 3
+_FRAME = 2  # around cells that are drawn in shades
+_LIVE_LINES = 14
+_ROUND_IT = 6  # lines of a live panel that are no cells, and the least that are worth drawing
 
 
 def summary(activity: Activity) -> str:
@@ -19,8 +23,8 @@ def summary(activity: Activity) -> str:
     parts = [
         f"{activity.tokens:,} tokens",
         f"{activity.experts_per_token:.3g} of {activity.n_routed_experts} experts",
-        f"router mass {activity.captured_mass:.0%}",
-        f"evenness {activity.load_entropy:.2f}",
+        f"mass {activity.captured_mass:.0%}",
+        f"even {activity.load_entropy:.2f}",
     ]
     if activity.shared_share is not None:
         parts.append(f"shared {activity.shared_share:.0%}")
@@ -28,10 +32,48 @@ def summary(activity: Activity) -> str:
 
 
 def live_panel(activity: Activity, width: int, height: int) -> RenderableType:
-    """What is drawn beside a running reply: a few lines."""
-    return Text(f"experts: {summary(activity)}", style="dim", no_wrap=True, overflow="ellipsis")
+    """What is drawn beside a running reply: at most a third of `height`."""
+    line = Text(f"experts: {summary(activity)}", style="dim", no_wrap=True, overflow="ellipsis")
+    rows = min(_LIVE_LINES, height // 3)
+    if rows < _ROUND_IT or not activity.tokens:
+        return line
+    return Group(line, Heatmap(activity, height=rows - 2, legend=False))
 
 
-def show_reply(screen: Screen, activity: Activity) -> None:
-    """What is printed behind a reply."""
-    screen.notice(f"experts: {summary(activity)}")
+def panel(activity: Activity, title: str) -> RenderableType:
+    """One activity: the line and the picture with its scale."""
+    return Group(
+        Text.assemble((title, "bold"), ("  " + summary(activity), "dim"), no_wrap=True, overflow="ellipsis"),
+        Heatmap(activity),
+    )
+
+
+def panels(parts: Mapping[str, Activity], width: int, *, tall: bool = False) -> RenderableType:
+    """Several activities by their titles, with one scale; beside each other where `width` allows it."""
+    seen = {title: activity for title, activity in parts.items() if activity.tokens}
+    if not seen:
+        return Text("no tokens were seen yet", style="dim")
+    scale = scale_of(list(seen.values()), [grid_of(each, 10_000, 10_000) for each in seen.values()])
+    part_width = (width - _GAP * (len(seen) - 1)) // len(seen)
+    beside = len(seen) > 1 and all(_least_width(each) <= part_width for each in seen.values())
+    last = next(iter(seen)) if beside else list(seen)[-1]
+    drawn = [
+        Group(
+            Text(title, style="bold", no_wrap=True, overflow="ellipsis"),
+            Text(summary(activity), style="dim"),
+            Heatmap(activity, scale=scale, tall=tall, legend=title == last),
+        )
+        for title, activity in seen.items()
+    ]
+    if not beside:
+        return Group(*(part for each in drawn for part in (each, Text(""))))
+    grid = Table.grid(padding=(0, _GAP, 0, 0))
+    for _ in drawn:
+        grid.add_column(width=part_width)
+    grid.add_row(*drawn)
+    return grid
+
+
+def _least_width(activity: Activity) -> int:
+    """Columns of a picture in which every expert has its own."""
+    return len(str(activity.layers[-1].layer)) + 1 + _FRAME + activity.n_routed_experts

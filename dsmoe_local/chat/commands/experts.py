@@ -1,0 +1,185 @@
+"""The commands about experts: /experts watches and shows them, /active runs with more or fewer of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from rich.text import Text
+
+from dsmoe_local.base.errors import UsageError
+from dsmoe_local.base.progress import Advanced, Event, Finished, Note, Started
+from dsmoe_local.base.sizes import format_count, format_size
+from dsmoe_local.base.text import safe_line
+from dsmoe_local.chat.commands.declare import Chat, Command, Commands
+from dsmoe_local.chat.experts_view import REPLY, SESSION
+from dsmoe_local.chat.terminal.screen import Screen
+from dsmoe_local.experts.cost import active_cost, compared, own_number
+
+_DEFAULT = "default"
+
+
+def _experts(chat: Chat, argument: str) -> None:
+    word, _, rest = argument.partition(" ")
+    action = _ACTIONS.get(word.lower())
+    if action is None:
+        raise UsageError(
+            f"/experts {safe_line(word, 40)}: what is that?",
+            remedy=f"it takes {_EXPERTS_ARGUMENTS}, or nothing",
+        )
+    action(chat, rest.strip())
+
+
+def _watch_or_show(chat: Chat, _: str) -> None:
+    if chat.experts.on:
+        chat.experts.show(chat.screen, REPLY, SESSION)
+    else:
+        _watch(chat, "")
+
+
+def _watch(chat: Chat, _: str) -> None:
+    chat.experts.switch(True)
+    chat.screen.notice(
+        "the experts are watched from the next reply on; /experts shows more, /experts off ends it"
+    )
+
+
+def _rest(chat: Chat, _: str) -> None:
+    chat.experts.switch(False)
+    chat.screen.notice("the experts are no longer watched")
+
+
+def _show_reply(chat: Chat, _: str) -> None:
+    chat.experts.show(chat.screen, REPLY)
+
+
+def _show_session(chat: Chat, _: str) -> None:
+    chat.experts.show(chat.screen, SESSION)
+
+
+def _show_layer(chat: Chat, argument: str) -> None:
+    if not (argument.isascii() and argument.isdigit()):
+        raise UsageError("/experts layer takes a layer's number", remedy="as in /experts layer 5")
+    chat.experts.show_layer(chat.screen, int(argument))
+
+
+_ACTIONS = {
+    "": _watch_or_show,
+    "on": _watch,
+    "off": _rest,
+    "reply": _show_reply,
+    "session": _show_session,
+    "layer": _show_layer,
+}
+_EXPERTS_ARGUMENTS = "off, reply, session, layer N"
+
+
+def _complete_experts(chat: Chat, typed: str) -> Iterable[str]:
+    first, space, _ = typed.partition(" ")
+    if not space:
+        return [word for word in _ACTIONS if word]
+    return [str(number) for number in chat.experts.layers] if first == "layer" else []
+
+
+def _active(chat: Chat, argument: str) -> None:
+    engine = chat.conversation.engine
+    n_routed, now = engine.info.n_routed_experts, engine.info.n_experts_per_token
+    if not n_routed:
+        raise UsageError("the model is dense: it has no routed experts")
+    path = engine.options.path
+    own = own_number(path)
+    if not argument:
+        _show_active(chat, own)
+        return
+    then = own if argument.lower() == _DEFAULT else _number(argument, n_routed)
+    if then == now:
+        chat.screen.notice(f"the model runs with {now} of {n_routed} routed experts already")
+        return
+    chat.screen.notice(compared(active_cost(path, now), active_cost(path, then)))
+    if then != own:
+        chat.screen.notice(
+            f"the model was made for {own}: replies may get worse; /active {_DEFAULT} goes back to that"
+        )
+    chat.screen.notice("the model is loaded again now, and the conversation read again with the next message")
+    loading = _Loading(chat.screen)
+    try:
+        engine.reload(
+            replace(engine.options, n_experts_per_token=None if then == own else then), loading.listen
+        )
+    finally:
+        chat.screen.live(None)
+    chat.screen.notice(f"{then} of {n_routed} routed experts are active")
+
+
+def _show_active(chat: Chat, own: int) -> None:
+    engine = chat.conversation.engine
+    n_routed, now = engine.info.n_routed_experts, engine.info.n_experts_per_token
+    numbers = sorted({1, max(1, own // 2), own, now, min(2 * own, n_routed), n_routed})
+    costs = [active_cost(engine.options.path, number) for number in numbers]
+    remarks = {own: "what the model was made for", now: "now"} if own != now else {own: "now"}
+    chat.screen.table(
+        [
+            ("active experts", "read per token", "active parameters", ""),
+            *(
+                (
+                    f"{cost.n_experts_per_token} of {n_routed}",
+                    format_size(cost.n_bytes),
+                    format_count(cost.n_activated),
+                    remarks.get(cost.n_experts_per_token, ""),
+                )
+                for cost in costs
+            ),
+        ]
+    )
+
+
+def _number(argument: str, n_routed: int) -> int:
+    if not (argument.isascii() and argument.isdigit() and 1 <= int(argument) <= n_routed):
+        raise UsageError(
+            f"/active {safe_line(argument, 40)} is out of range",
+            remedy=f"it takes 1 to {n_routed}, or {_DEFAULT}",
+        )
+    return int(argument)
+
+
+class _Loading:
+    """The progress of a load in place of the live panel, a line for each whole percent."""
+
+    def __init__(self, screen: Screen) -> None:
+        self._screen = screen
+        self._stage = ""
+        self._done = self._total = self._shown = 0
+
+    def listen(self, event: Event) -> None:
+        """Take one event; from any thread."""
+        if isinstance(event, Note):
+            self._screen.notice(f"note: {event.text}")
+        elif isinstance(event, Started):
+            self._stage, self._done, self._total, self._shown = event.stage, event.done, event.total, -1
+        elif isinstance(event, Advanced):
+            self._done += event.amount
+        percent = 100 * self._done // max(1, self._total)
+        if not isinstance(event, Finished) and percent != self._shown:
+            self._shown = percent
+            self._screen.live(Text(f"{safe_line(self._stage, 60)}: {percent}%", style="dim"))
+
+
+def _complete_active(chat: Chat, typed: str) -> Iterable[str]:
+    n_routed = chat.conversation.engine.info.n_routed_experts
+    return [] if " " in typed else [_DEFAULT, *map(str, range(1, n_routed + 1))]
+
+
+COMMANDS: Commands = {
+    "experts": Command(
+        _experts,
+        "watch which experts replies use, and show it",
+        f"[{_EXPERTS_ARGUMENTS.replace(', ', '|')}]",
+        complete=_complete_experts,
+    ),
+    "active": Command(
+        _active,
+        "show or change how many routed experts a token uses",
+        f"[N|{_DEFAULT}]",
+        complete=_complete_active,
+    ),
+}

@@ -1,0 +1,178 @@
+"""`dsmoe experts`: which experts a text uses, layer by layer; dsmoe_local.experts reads, counts and draws."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dsmoe_local.base.errors import FileError, UsageError
+from dsmoe_local.base.text import safe_line
+from dsmoe_local.cli.model_options import find_model, load_engine, model_options
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from dsmoe_local.base.progress import Listener
+    from dsmoe_local.engine.types import TextEngine
+    from dsmoe_local.experts.reading import Reading
+
+_N_DIFFERENCES = 12
+
+
+@click.command(name="experts")
+@click.argument("files", nargs=-1, required=True, metavar="[MODEL.gguf] FILE.txt|- [FILE.txt]")
+@click.option("-m", "--model", "named_model", metavar="FILE", help="The model; without one, the demo's.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="Write the picture, too.")
+@model_options
+def command(
+    files: tuple[str, ...],
+    named_model: str | None,
+    as_json: bool,
+    svg: Path | None,
+    **values: Any,  # noqa: ANN401 - the shared options
+) -> None:
+    """Show which routed experts a text uses, layer by layer.
+
+    The whole text is read, in parts as long as the context; - is stdin. Of two texts it is also shown which
+    experts they use most differently.
+    """
+    model, names = _sorted_out(files)
+    path = find_model(model, named_model)
+    if svg is not None and svg.suffix.lower() != ".svg":
+        raise UsageError("--svg takes a file's name that ends in .svg", where=safe_line(str(svg)))
+    texts = dict(zip(_titles(names), map(_text, names), strict=True))
+    from dsmoe_local.cli.render import run_with_progress
+    from dsmoe_local.experts.cost import own_number
+    from dsmoe_local.experts.reading import OBSERVERS
+
+    if not own_number(path):
+        raise UsageError("the model is dense: it has no routed experts", where=safe_line(str(path)))
+    stop = threading.Event()
+    with load_engine(path, values, lambda options: replace(options, observers=OBSERVERS), stop) as engine:
+        readings = run_with_progress(lambda listen, stop: _read(engine, texts, listen, stop), stop)
+        name = engine.info.name
+    if svg is not None:
+        from dsmoe_local.experts.picture import write_picture
+
+        write_picture(svg, name, {title: reading.activity for title, reading in readings.items()})
+    if as_json:
+        click.echo(json.dumps(_as_json(name, readings), ensure_ascii=True))
+        return
+    _print(name, readings)
+
+
+def _sorted_out(files: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:
+    """The model, if one is among the arguments, and the texts."""
+    model, texts = (files[0], files[1:]) if files[0].lower().endswith(".gguf") else (None, files)
+    if not 1 <= len(texts) <= 2:
+        raise UsageError("one or two texts are wanted", remedy="name text files, or - for stdin")
+    if texts.count("-") > 1:
+        raise UsageError("stdin is asked for twice", remedy="use one -")
+    return model, texts
+
+
+def _titles(names: tuple[str, ...]) -> list[str]:
+    """What the texts are called; told apart even where they are the same."""
+    shown = ["stdin" if name == "-" else safe_line(Path(name).name, 60) for name in names]
+    return [
+        f"{title} ({number})" if shown.count(title) > 1 else title for number, title in enumerate(shown, 1)
+    ]
+
+
+def _text(name: str) -> str:
+    where = "stdin" if name == "-" else safe_line(name)
+    try:
+        content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FileError("the text is not UTF-8", where=f"{where}, byte {error.start}") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise FileError(f"the text cannot be read: {reason}", where=where) from error
+    if not text.strip():
+        raise UsageError("the text is empty", where=where)
+    return text
+
+
+def _read(
+    engine: TextEngine, texts: Mapping[str, str], listen: Listener, stop: threading.Event
+) -> dict[str, Reading]:
+    from dsmoe_local.experts.reading import read_text
+
+    return {title: read_text(engine, text, title, listen, stop) for title, text in texts.items()}
+
+
+def _as_json(model: str, readings: Mapping[str, Reading]) -> dict[str, Any]:
+    from dsmoe_local.experts.compare import differences, overlap
+    from dsmoe_local.experts.picture import activity_json
+
+    found: dict[str, Any] = {
+        "model": model,
+        "texts": [
+            {
+                "name": title,
+                "text_tokens": reading.n_tokens,
+                "windows": reading.n_windows,
+                "perplexity": reading.perplexity,
+                **activity_json(reading.activity),
+            }
+            for title, reading in readings.items()
+        ],
+    }
+    if len(readings) == 2:
+        first, second = (reading.activity for reading in readings.values())
+        found["overlap"] = [overlap(*pair) for pair in zip(first.layers, second.layers, strict=True)]
+        found["differences"] = [
+            {"layer": each.layer, "expert": each.expert, "shares": [each.first, each.second]}
+            for each in differences(first, second, _N_DIFFERENCES)
+        ]
+    return found
+
+
+def _print(model: str, readings: Mapping[str, Reading]) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False)
+    for part in _parts(model, readings, console.width):
+        console.print(part)
+
+
+def _parts(model: str, readings: Mapping[str, Reading], width: int) -> Iterator[RenderableType]:
+    from rich.text import Text
+
+    from dsmoe_local.experts.compare import differences, mean_overlap
+    from dsmoe_local.experts.panel import panels
+    from dsmoe_local.experts.tables import difference_table, layer_table
+
+    yield Text(safe_line(model, 80), style="bold")
+    for title, reading in readings.items():
+        yield Text(f"{title}: {_about(reading)}", style="dim")
+    yield Text("")
+    yield panels({title: reading.activity for title, reading in readings.items()}, width)
+    for title, reading in readings.items():
+        if len(readings) > 1:
+            yield Text(title, style="bold")
+        yield layer_table(reading.activity, width)
+    if len(readings) == 2:
+        first, second = (reading.activity for reading in readings.values())
+        same = mean_overlap(first, second)
+        yield Text(f"{same:.0%} of their loads is the same; they differ most in", style="bold")
+        titles = tuple(readings)
+        yield difference_table(differences(first, second, _N_DIFFERENCES), (titles[0], titles[1]), width)
+
+
+def _about(reading: Reading) -> str:
+    parts = [f"{reading.n_tokens:,} tokens"]
+    if reading.n_windows > 1:
+        parts.append(f"read in {reading.n_windows} parts")
+    if reading.perplexity is not None:
+        parts.append(f"perplexity {reading.perplexity:.2f}")
+    return ", ".join(parts)

@@ -1,0 +1,49 @@
+"""What another number of active experts costs and saves, from the file's header. Loads nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dsmoe_local.base.sizes import format_count, format_size
+from dsmoe_local.model.cost import parameters, shares
+from dsmoe_local.model.gguf_model import read_model
+from dsmoe_local.model.layout import tensor_specs
+
+
+@dataclass(frozen=True, slots=True)
+class ActiveCost:
+    """What a token takes with `n_experts_per_token` routed experts: parameters, bytes of weights read."""
+
+    n_experts_per_token: int
+    n_activated: int
+    n_bytes: float
+
+
+def own_number(path: Path) -> int:
+    """Routed experts per token that the file itself asks for; 0 for a dense model. FormatError, FileError."""
+    return read_model(path)[1].n_experts_per_token
+
+
+def active_cost(path: Path, n_experts_per_token: int) -> ActiveCost:
+    """What a token takes of the model in `path`. FormatError, FileError as its reader raises them."""
+    file, hp = read_model(path)
+    hp = replace(hp, n_experts_per_token=n_experts_per_token)
+    types = [(spec, file.tensors[spec.name].type) for spec in tensor_specs(hp)]
+    n_bytes = sum(share.n_bytes_per_token for share in shares(hp, types))
+    return ActiveCost(n_experts_per_token, parameters(hp).activated, n_bytes)
+
+
+def compared(now: ActiveCost, then: ActiveCost) -> str:
+    """What changes from `now` to `then`, in a sentence."""
+    return (
+        f"with {then.n_experts_per_token} instead of {now.n_experts_per_token} experts a token reads "
+        f"{format_size(then.n_bytes)} of weights instead of {format_size(now.n_bytes)} "
+        f"({_change(now.n_bytes, then.n_bytes)}) and uses {format_count(then.n_activated)} parameters "
+        f"instead of {format_count(now.n_activated)} ({_change(now.n_activated, then.n_activated)})"
+    )
+
+
+def _change(now: float, then: float) -> str:
+    part = then / now - 1
+    return "the same" if abs(part) < 0.0005 else f"{abs(part):.1%} {'less' if part < 0 else 'more'}"

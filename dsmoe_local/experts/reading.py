@@ -1,0 +1,99 @@
+"""Runs a text through a model that has the observers below, and says what its routers did. Draws nothing."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dsmoe_local.base.errors import InterruptedRunError
+from dsmoe_local.base.progress import Advanced, Finished, Listener, Started
+from dsmoe_local.engine.types import FinishReason, ObserverOptions, Request, SamplingParameters, TextEngine
+from dsmoe_local.experts.activity import Activity, activity_of
+
+OBSERVERS = (ObserverOptions("routing"), ObserverOptions("logprobs"))
+"""The last layer computes only what logits need: a scored prompt needs them for every token."""
+
+_MAX_PIECE = 1 << 16
+"""Characters that are tokenized together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What happened in a text of `n_tokens`, read in `n_windows` parts that know nothing of each other.
+
+    `perplexity` is None where there was nothing to predict.
+    """
+
+    activity: Activity
+    n_tokens: int
+    n_windows: int
+    perplexity: float | None
+
+
+def read_text(engine: TextEngine, text: str, name: str, listen: Listener, stop: threading.Event) -> Reading:
+    """Read all of `text`, in equal windows that fit the context, each behind a BOS if the model has one.
+
+    `name` is for the progress. InterruptedRunError once `stop` is set; PromptError, EngineError.
+    """
+    bos, ids = token_ids(engine, text)
+    windows = list(_windows(ids, bos, engine.info.n_context - 1))
+    before, logprobs_before = activity_of(engine.observe("routing")), engine.observe("logprobs")
+    listen(Started(f"reading {name}", sum(map(len, windows)), unit="tokens"))
+    for number, window in enumerate(windows):
+        _read(engine, f"{name} {number}", window, listen, stop)
+    listen(Finished(f"reading {name}"))
+    after, logprobs = activity_of(engine.observe("routing")), engine.observe("logprobs")
+    scored = logprobs["tokens"] - logprobs_before["tokens"]
+    nll = logprobs["nll"] - logprobs_before["nll"]
+    # Beyond float's range there is no perplexity to speak of.
+    perplexity = math.exp(min(nll / scored, 700.0)) if scored else None
+    return Reading(after - before, len(ids), len(windows), perplexity)
+
+
+def _read(
+    engine: TextEngine, request_id: str, window: tuple[int, ...], listen: Listener, stop: threading.Event
+) -> None:
+    request = Request(request_id, window, SamplingParameters(temperature=0), max_tokens=1, score_from=0)
+    read = 0
+    for event in engine.submit(request):
+        if stop.is_set():
+            engine.cancel(request_id)
+        if event.progress is not None:
+            listen(Advanced(event.progress.done - read))
+            read = event.progress.done
+        if event.finish_reason is FinishReason.CANCELLED:
+            raise InterruptedRunError("interrupted: the text is not read to its end")
+    listen(Advanced(max(0, len(window) - read)))
+
+
+def token_ids(engine: TextEngine, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The BOS token, or nothing if the model has none, and the text's own tokens. PromptError if there are
+    none.
+    """
+    # What two different texts have in common at their beginning is no part of either.
+    first, second = engine.encode("a"), engine.encode("b")
+    bos = first[:1] if first[:1] == second[:1] else ()
+    pieces = (engine.encode(piece) for piece in _pieces(text, min(_MAX_PIECE, engine.info.n_context)))
+    return bos, tuple(token for piece in pieces for token in piece[len(bos) :])
+
+
+def _pieces(text: str, limit: int) -> Iterator[str]:
+    """Parts of at most `limit` characters, which end with a line if there is one, else with a word."""
+    start = 0
+    while len(text) - start > limit:
+        line = text.rfind("\n", start, start + limit)
+        word = text.rfind(" ", start + 1, start + limit)
+        # A space belongs to the word behind it.
+        end = line + 1 if line >= 0 else word if word >= 0 else start + limit
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _windows(ids: tuple[int, ...], bos: tuple[int, ...], limit: int) -> Iterator[tuple[int, ...]]:
+    """As few as possible, of the same length but for one token."""
+    count = -(-len(ids) // max(1, limit - len(bos)))
+    for number in range(count):
+        yield bos + ids[len(ids) * number // count : len(ids) * (number + 1) // count]

@@ -1,0 +1,155 @@
+"""Activity layer by layer as tables: which experts a layer leans on, how even and how sure its router is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from dsmoe_local.experts.activity import Activity, LayerActivity
+from dsmoe_local.experts.compare import Difference
+
+N_BUSIEST = 4
+"""Experts of a layer that tables name."""
+_EXPERT_WIDTH = 9  # "63 100%  "
+_WIDE = 60
+"""Columns from which on a table of experts says more than their shares."""
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A number of a layer: its heading, what it means, and how it is written."""
+
+    heading: str
+    meaning: str
+    write: Callable[[LayerActivity], str]
+
+
+def _optional(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+COLUMNS: Sequence[Column] = (
+    Column("mass", "the router's probability of the chosen experts", lambda x: f"{x.captured_mass:.0%}"),
+    Column("even", "load entropy, 1 = all equally busy", lambda x: f"{x.load_entropy:.2f}"),
+    Column("shared", "the shared experts' part of what is added", lambda x: _optional(x.shared_share, ".0%")),
+    Column("peak", "the busiest expert, times the mean", lambda x: f"{x.load_peak:.1f}"),
+    Column("unused", "experts that no token chose", lambda x: str(x.unused)),
+    Column("nats", "entropy of the router", lambda x: _optional(x.router_entropy, ".2f")),
+)
+"""In the order in which narrow tables keep them."""
+
+
+def leans_on(layer: LayerActivity, n: int = N_BUSIEST) -> str:
+    """The busiest experts with the share of the tokens that chose each."""
+    digits = len(str(len(layer.counts) - 1))
+    return "  ".join(f"{expert:>{digits}} {share:4.0%}" for expert, share in layer.busiest(n))
+
+
+def layer_rows(activity: Activity) -> list[tuple[str, ...]]:
+    """All columns as text, a heading first: for terminals that want no pictures."""
+    return [
+        ("layer", *(column.heading for column in COLUMNS), "leans on"),
+        *(
+            (str(layer.layer), *(column.write(layer) for column in COLUMNS), leans_on(layer))
+            if layer.tokens
+            else (str(layer.layer), *("" for _ in COLUMNS), "no tokens")
+            for layer in activity.layers
+        ),
+    ]
+
+
+def legend(columns: Sequence[Column] = COLUMNS) -> str:
+    """What the columns mean, as one sentence."""
+    return "; ".join(f"{column.heading}: {column.meaning}" for column in columns)
+
+
+def layer_table(activity: Activity, width: int) -> RenderableType:
+    """A line for each layer, with as many columns and experts as `width` holds."""
+    room = width - 6 - 2 * _EXPERT_WIDTH
+    columns = [column for number, column in enumerate(COLUMNS, 1) if 7 * number <= room] or [COLUMNS[0]]
+    n_busiest = max(1, min(8, (width - 6 - sum(len(each.heading) + 2 for each in columns)) // _EXPERT_WIDTH))
+    table = _table()
+    table.add_column("layer", justify="right", no_wrap=True)
+    for column in columns:
+        table.add_column(column.heading, justify="right", no_wrap=True)
+    table.add_column("leans on", no_wrap=True)
+    for layer in activity.layers:
+        written = [column.write(layer) for column in columns] if layer.tokens else [""] * len(columns)
+        table.add_row(str(layer.layer), *written, leans_on(layer, n_busiest) if layer.tokens else "no tokens")
+    _explain(table, legend(columns))
+    return table
+
+
+def expert_table(parts: Mapping[str, LayerActivity], width: int, n: int = 16) -> RenderableType:
+    """One layer's busiest experts, by the first part that saw tokens, with a bar for each part."""
+    seen = {name: layer for name, layer in parts.items() if layer.tokens}
+    if not seen:
+        return Text("no tokens were seen yet", style="dim")
+    wide = width >= _WIDE
+    bar = max(4, min(24, (width - 10) // len(seen) - (14 if wide else 8)))
+    table = _table()
+    table.add_column("", justify="right", no_wrap=True)
+    for name in seen:
+        table.add_column(name, no_wrap=True)
+        if wide:
+            table.add_column("mass", justify="right", no_wrap=True)
+    leading = next(iter(seen.values()))
+    for expert, _ in leading.busiest(n):
+        cells: list[str] = []
+        for layer in seen.values():
+            share, count = layer.shares[expert], layer.counts[expert]
+            cells.append(f"{'▇' * round(bar * share):<{bar}} {share:4.0%}")
+            if wide:
+                cells.append(f"{layer.mass[expert] / count:.2f}" if count else "")
+        table.add_row(str(expert), *cells)
+    notes = ["experts by the share of the tokens that chose them"]
+    notes += ["mass: the router's mean probability where it chose them"] if wide else []
+    left = len(leading.counts) - leading.unused - n
+    notes += [f"{left} more were chosen"] if left > 0 else []
+    _explain(table, "; ".join(notes))
+    return table
+
+
+def expert_rows(parts: Mapping[str, LayerActivity], n: int = 16) -> list[tuple[str, ...]]:
+    """The same as text, a heading first."""
+    leading = next(iter(parts.values()))
+    return [
+        ("expert", *parts),
+        *(
+            (str(expert), *(f"{layer.shares[expert]:.0%}" for layer in parts.values()))
+            for expert, _ in leading.busiest(n)
+        ),
+    ]
+
+
+def difference_table(differences: Sequence[Difference], names: tuple[str, str], width: int) -> RenderableType:
+    """The experts that two texts use most differently."""
+    table = _table()
+    for heading in ("layer", "expert"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right", max_width=max(6, (width - 30) // 2), overflow="ellipsis")
+    table.add_column("change", justify="right", no_wrap=True)
+    for each in differences:
+        table.add_row(
+            str(each.layer),
+            str(each.expert),
+            f"{each.first:.0%}",
+            f"{each.second:.0%}",
+            f"{100 * (each.second - each.first):+.0f}",
+        )
+    return table
+
+
+def _table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+
+
+def _explain(table: Table, text: str) -> None:
+    table.caption = Text(text, style="dim")
+    table.caption_justify = "left"
