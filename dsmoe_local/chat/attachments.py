@@ -10,12 +10,13 @@ import os
 import re
 import stat
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from dsmoe_local.base.errors import FileError, UsageError
 from dsmoe_local.base.text import safe_line
+from dsmoe_local.chat import words
 from dsmoe_local.chat.export.markdown_file import in_fence
 
 MAX_BYTES = 1 << 20
@@ -110,9 +111,9 @@ def read_attachment(name: str, folder: Path | None = None) -> Attachment:
     return Attachment(name, text.replace("\r\n", "\n"))
 
 
-def describe(files: Iterable[Attachment]) -> str:
-    """One line on what was read."""
-    return "read " + ", ".join(f"{each.name}: {len(each.text):,} characters" for each in files)
+def describe(file: Attachment) -> str:
+    """What was read, for people."""
+    return f"read {safe_line(file.name, 120)}: {words.count(len(file.text), 'character')}"
 
 
 def _candidates(match: re.Match[str]) -> Iterator[tuple[str, str]]:

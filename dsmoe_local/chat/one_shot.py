@@ -1,55 +1,157 @@
-"""One prompt, one answer, the answer alone on the output stream."""
+"""One prompt, one answer, the answer alone on the output stream; what else is to be said goes beside it."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
 from typing import TextIO
 
-from dsmoe_local.base.errors import InterruptedRunError
+from dsmoe_local.base.errors import DsmoeError, InterruptedRunError
 from dsmoe_local.base.text import safe_text
-from dsmoe_local.chat.conversation import Conversation
+from dsmoe_local.chat import words
+from dsmoe_local.chat.conversation import Conversation, MadeRoom
 from dsmoe_local.engine.types import FinishReason
 
+_CUT: Mapping[FinishReason | None, tuple[str, str]] = {
+    FinishReason.LENGTH: ("the reply is cut at the longest that was allowed", "-n N allows more tokens"),
+    FinishReason.CONTEXT_FULL: ("the context is full, the reply ends there", "-c N makes it larger"),
+}
 
-def answer(conversation: Conversation, text: str, out: TextIO, *, as_json: bool = False) -> None:
-    """Write the reply to `text` as it comes, or as one JSON object at the end.
 
-    The reply's leading whitespace belongs to the template and is left out, except in a completion. Control
-    characters are made visible where `out` is a terminal. After Ctrl-C what came is written, then
-    InterruptedRunError raised.
+def answer(
+    conversation: Conversation,
+    text: str,
+    out: TextIO,
+    *,
+    beside: TextIO | None = None,
+    as_json: bool = False,
+    stats: bool = False,
+) -> None:
+    """Write the reply to `text` as it comes, or as one JSON object at the end; notes and `stats` go `beside`
+    (None: stderr).
+
+    The object has `text`, `finish_reason`, `usage` and `model`; with a JSON schema also `value`, what the
+    text says, null if it was cut. The whitespace that a reply begins with belongs to the template and is left
+    out, except in a completion. Control characters are made visible where `out` is a terminal.
+
+    After Ctrl-C what came is written, then InterruptedRunError raised; a second Ctrl-C waits for nothing.
+    DsmoeError if there is a JSON schema and the reply was cut before it was JSON.
     """
-    make_safe = safe_text if out.isatty() else str
-    begun = conversation.completes
-    pieces: list[str] = []
-    events = conversation.send(text)
-    before = signal.signal(signal.SIGINT, lambda number, frame: conversation.cancel())
+    notes = beside if beside is not None else sys.stderr
+    written = _Written(out, silent=as_json)
     try:
-        for event in events:
-            piece = event.text if begun else event.text.lstrip()
-            begun = begun or bool(piece)
-            pieces.append(piece)
-            if piece and not as_json:
-                out.write(make_safe(piece))
-                out.flush()
+        with _interruptible(conversation):
+            for event in conversation.send(text):
+                if isinstance(event, MadeRoom):
+                    _note(notes, words.made_room(event))
+                else:
+                    written.add(event.text, trim=not conversation.completes)
+    except BaseException:
+        written.break_off()
+        raise
+    value = _json_value(written.text) if conversation.json_schema is not None else None
+    if as_json:
+        written.replace(_envelope(conversation, written.text, value))
+    written.finish()
+    if stats and conversation.usage is not None:
+        notes.write(words.usage(conversation.usage) + "\n")
+    _conclude(conversation, notes, damaged=conversation.json_schema is not None and value is None)
+
+
+class _Written:
+    """A reply on its way out."""
+
+    def __init__(self, out: TextIO, *, silent: bool) -> None:
+        self.text = ""
+        self._out = out
+        self._silent = silent
+        self._make_safe = safe_text if out.isatty() else str
+
+    def add(self, piece: str, *, trim: bool) -> None:
+        piece = piece.lstrip() if trim and not self.text else piece
+        if not piece:
+            return
+        self.text += piece
+        if not self._silent:
+            self._out.write(self._make_safe(piece))
+            self._out.flush()
+
+    def replace(self, text: str) -> None:
+        """Write `text` instead of what was not written so far."""
+        self._out.write(self._make_safe(text))
+        self.text = text
+
+    def finish(self) -> None:
+        """End the last line."""
+        if not self.text.endswith("\n"):
+            self._out.write("\n")
+        self._out.flush()
+
+    def break_off(self) -> None:
+        """An error follows: on a terminal it gets a line of its own."""
+        if self.text and not self._silent and self._out.isatty():
+            self.finish()
+
+
+@contextmanager
+def _interruptible(conversation: Conversation) -> Iterator[None]:
+    """Ctrl-C ends the reply; the second one ends everything."""
+
+    def cancel(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        conversation.cancel()
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:
+        # Ignored, it is by a shell that runs this in the background.
+        signal.signal(signal.SIGINT, cancel)
+    try:
+        yield
     finally:
         signal.signal(signal.SIGINT, before)
-    whole = "".join(pieces)
-    if as_json:
-        out.write(json.dumps(_envelope(conversation, whole), ensure_ascii=False) + "\n")
-    elif not whole.endswith("\n"):
-        out.write("\n")
-    out.flush()
-    if conversation.finish_reason is FinishReason.CANCELLED:
-        raise InterruptedRunError("interrupted", signal_number=signal.SIGINT)
 
 
-def _envelope(conversation: Conversation, text: str) -> dict[str, object]:
+def _json_value(text: str) -> str | None:
+    """`text` as JSON on one line, numbers as they are written; None if it is not JSON."""
+    try:
+        json.loads(text, parse_int=str, parse_float=str)
+    except (ValueError, RecursionError):
+        return None
+    # A string of JSON has no newline.
+    return text.replace("\n", " ").strip()
+
+
+def _envelope(conversation: Conversation, text: str, value: str | None) -> str:
     usage = conversation.usage
-    return {
+    fields = {
         "text": text,
         "finish_reason": conversation.finish_reason,
         "usage": None if usage is None else dataclasses.asdict(usage),
         "model": conversation.engine.info.name,
     }
+    envelope = json.dumps(fields, ensure_ascii=False)
+    if conversation.json_schema is None:
+        return envelope
+    return f'{envelope.removesuffix("}")}, "value": {value or "null"}}}'
+
+
+def _conclude(conversation: Conversation, notes: TextIO, *, damaged: bool) -> None:
+    """Say how the reply ended, if not by itself."""
+    ending = conversation.finish_reason
+    if ending is FinishReason.CANCELLED:
+        raise InterruptedRunError("interrupted", signal_number=signal.SIGINT)
+    what, remedy = _CUT.get(ending, ("a stop string ended the reply", ""))
+    if damaged:
+        raise DsmoeError("the reply ended before it was JSON", where=what, remedy=remedy)
+    if ending in _CUT:
+        _note(notes, f"{what}: {remedy}")
+
+
+def _note(notes: TextIO, text: str) -> None:
+    notes.write(f"note: {text}\n")
+    notes.flush()

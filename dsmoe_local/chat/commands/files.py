@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
+from dsmoe_local.chat import words
 from dsmoe_local.chat.commands.declare import Chat, Command, Commands
 from dsmoe_local.chat.export.about import About, title_of
 from dsmoe_local.chat.turns import Role
@@ -43,8 +44,7 @@ def _export(chat: Chat, argument: str) -> None:
     content = export_as(path.name, transcript, about(chat))
     if _may_write(chat, path):
         write_export(path, content)
-        n_turns = len(transcript.turns)
-        chat.screen.notice(f"written: {path}, {n_turns} message{'' if n_turns == 1 else 's'}")
+        chat.screen.notice(f"written: {path}, {words.count(len(transcript.turns), 'message')}")
 
 
 def _is_picture(path: Path) -> bool:
@@ -53,7 +53,10 @@ def _is_picture(path: Path) -> bool:
 
 
 def _may_write(chat: Chat, path: Path) -> bool:
-    if not path.exists() or chat.screen.confirm(f"{safe_line(str(path))} is there already. Replace it?"):
+    # Not Path.exists, which raises for names too long.
+    if not os.path.exists(path) or chat.screen.confirm(
+        f"{safe_line(str(path))} is there already. Replace it?"
+    ):
         return True
     chat.screen.notice("nothing was written")
     return False
@@ -67,7 +70,7 @@ def _copy(chat: Chat, argument: str) -> None:
         )
     text = _COPIED[what](chat)
     way = chat.screen.copy(text)
-    chat.screen.notice(f"copied {len(text):,} characters: {way}")
+    chat.screen.notice(f"copied {words.count(len(text), 'character')}: {way}")
 
 
 def _last_reply(chat: Chat) -> str:
@@ -80,9 +83,10 @@ def _last_code(chat: Chat) -> str:
 
     markdown = MarkdownIt("commonmark")
     for reply in _replies(chat):
-        blocks = [token for token in markdown.parse(reply) if token.type in ("fence", "code_block")]
-        if blocks:
-            return blocks[-1].content.removesuffix("\n")
+        blocks = (block for block in reversed(markdown.parse(reply)) if block.type in ("fence", "code_block"))
+        code = next((block.content for block in blocks if block.content.strip()), "")
+        if code:
+            return code.removesuffix("\n")
     return _nothing("there is no code to copy yet")
 
 
@@ -99,7 +103,7 @@ def _all(chat: Chat) -> str:
 
 def _replies(chat: Chat) -> Iterator[str]:
     turns = chat.conversation.transcript.turns
-    return (turn.content.strip("\n") for turn in reversed(turns) if turn.role is Role.ASSISTANT)
+    return (turn.content.strip() for turn in reversed(turns) if turn.role is Role.ASSISTANT)
 
 
 def _nothing(why: str) -> str:
@@ -114,7 +118,8 @@ def _read(chat: Chat, argument: str) -> None:
 
     name, question = split_name(argument)
     attachment, asked = read_attachment(name), expand(question)
-    chat.screen.notice(describe((attachment, *asked.files)))
+    for file in (attachment, *asked.files):
+        chat.screen.notice(describe(file))
     # A base model goes on with the text as it is.
     content = attachment.text if chat.conversation.completes else attachment.framed
     message = f"{content.rstrip()}\n\n{asked.text}" if asked.text else content

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from dsmoe_local.base.text import safe_line, safe_text
+from dsmoe_local.chat import words
 from dsmoe_local.chat.turns import Role, Transcript, Turn
 from dsmoe_local.engine.types import FinishReason
 
@@ -29,9 +30,9 @@ class About:
 
     def facts(self, transcript: Transcript) -> str:
         """Model, time and length on one line of safe text."""
-        n_turns = len(transcript.turns)
+        length = words.count(len(transcript.turns), "message")
         when = f"{self.exported:%Y-%m-%d %H:%M}"
-        return f"{self.model_name} · {when} · {n_turns} message{'' if n_turns == 1 else 's'}"
+        return f"{self.model_name} · {when} · {length}"
 
     def speaker(self, turn: Turn) -> str:
         """Who said it, safe to print."""
@@ -55,5 +56,9 @@ def remark(turn: Turn) -> str:
 
 
 def body(turn: Turn) -> str:
-    """The text of a turn, safe to print, without the empty lines around it."""
-    return safe_text(turn.content.replace("\r\n", "\n")).strip("\n")
+    """The text of a turn, safe to print, without the empty lines around it.
+
+    The whitespace that a reply begins with belongs to the template.
+    """
+    text = safe_text(turn.content.replace("\r\n", "\n")).strip("\n")
+    return text.strip() if turn.role is Role.ASSISTANT else text

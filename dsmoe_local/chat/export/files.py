@@ -43,6 +43,7 @@ def write_export(path: Path, content: str) -> None:
         if final.exists() and not final.is_file():
             raise FileError("this is no ordinary file", where=safe_line(str(path)))
         write_file(final, content.encode(), 0o600)
-    except (OSError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "a circle of links"
+    except (OSError, ValueError, RuntimeError) as error:
+        # Beside what the system says: a NUL in the name, a circle of links.
+        reason = error.strerror if isinstance(error, OSError) else str(error)
         raise FileError(f"the export cannot be written: {reason}", where=safe_line(str(path))) from error
