@@ -125,11 +125,12 @@ def _delete(chat: Chat, name: str) -> None:
     if not chat.screen.confirm(question):
         chat.screen.notice("nothing was deleted")
         return
-    # Left first: leaving may keep something of it.
     was_current = _is_current(chat, session)
-    if was_current:
-        chat.adopt(None)
     store.delete(session)
+    if was_current:
+        # Forgotten first: whoever leaves a session keeps what is new in it.
+        chat.session = None
+        chat.adopt(None)
     chat.screen.notice(f"{session.name} is deleted{': a new conversation' if was_current else ''}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from dataclasses import dataclass
 
+from dsmoe_local.chat.store.rows import storable
 from dsmoe_local.chat.store.words import query, snippet
 from dsmoe_local.chat.turns import Role
 
@@ -23,7 +24,7 @@ class Hit:
 
 def search(connection: sqlite3.Connection, words: str, limit: int) -> list[Hit]:
     """The latest turns with all of `words`, or words that begin so."""
-    expression = query(words)
+    expression = query(storable(words))
     if expression is None:
         return []
     found = connection.execute(

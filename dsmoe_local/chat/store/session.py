@@ -31,7 +31,7 @@ _ADD_TURN = f"""
 
 
 @dataclass(slots=True)
-class _Stored:
+class Stored:
     """What this chat knows to be stored: the transcript, its turns' ids, and the revision that this was."""
 
     transcript: Transcript
@@ -57,7 +57,7 @@ class Session:
         self.name = name
         self.model = model
         self.vocabulary = vocabulary
-        self.stored = _Stored(Transcript())
+        self.stored = Stored(Transcript())
         self._database = database
 
     def load(self, vocabulary: str, model: str = "") -> Transcript:
@@ -77,7 +77,7 @@ class Session:
                 (self.number,),
             ).fetchone()
             if row is None:
-                self.stored = _Stored(Transcript())
+                self.stored = Stored(Transcript())
                 return self.stored.transcript
             self.name, old_model, head, revision, system, n_left_out, n_shifted = row
             turns = connection.execute(_PATH, (head,)).fetchall()
@@ -85,7 +85,7 @@ class Session:
         transcript = Transcript(
             tuple(turn_of(values, vocabulary) for _, *values in turns), system, n_left_out, n_shifted
         )
-        self.stored = _Stored(transcript, [turn_id for turn_id, *_ in turns], revision)
+        self.stored = Stored(transcript, [turn_id for turn_id, *_ in turns], revision)
         return transcript
 
     def save(self, transcript: Transcript) -> str | None:
@@ -121,7 +121,7 @@ class _Saving:
         self._now = time.time()
         self.number = session.number
         self.name = session.name
-        self.stored = _Stored(transcript)
+        self.stored = Stored(transcript)
         self.note: str | None = None
 
     def run(self) -> None:
@@ -132,33 +132,30 @@ class _Saving:
         row = self._connection.execute(
             "SELECT name, tree, revision FROM session WHERE number = ?", (self.number,)
         ).fetchone()
-        if turn_ids and not _exists(self._connection, turn_ids[-1]):
-            # Deleted meanwhile: all of it is new again.
+        tree = _tree(self._connection, turn_ids[-1]) if turn_ids else None
+        if tree is None:
+            # Of what was deleted meanwhile, all is new again.
             turn_ids = []
         revision = 1
         if row is not None and row[2] == before.revision:
             self.name, self._tree, revision = row[0], row[1], row[2] + 1
         else:
-            self._become_new(row)
+            self._become_new(None if row is None else row[0], tree)
         turn_ids += self._add_turns(turn_ids[-1] if turn_ids else None, len(turn_ids))
-        self.stored = _Stored(self._transcript, turn_ids, revision)
+        self.stored = Stored(self._transcript, turn_ids, revision)
         self._point_at(self.stored)
 
-    def _become_new(self, row: tuple[str, int, int] | None) -> None:
-        """A new row: of a new session, or of one that another chat has changed or deleted."""
-        wanted = self._session.name
-        if row is not None:
-            wanted = row[0]
+    def _become_new(self, changed: str | None, tree: int | None) -> None:
+        """A new row: of a new session, a fork, or a session that another chat has changed or deleted."""
+        wanted = changed or self._session.name
         name = free_name(self._connection, wanted) if wanted else ""
-        if row is not None:
-            self.note = f"another chat has gone on with {row[0]}: this one is now the session {name}"
+        if changed is not None:
+            self.note = f"another chat has gone on with {changed}: this one is now the session {name}"
         elif self.number:
             self.note = f"{wanted} was deleted elsewhere: this chat is now the session {name}"
         elif name != wanted:
             self.note = f"the name {wanted} is taken: this is now the session {name}"
-        self.number, self._tree, self.name = add_session(
-            self._connection, name, None if row is None else row[1], self._now
-        )
+        self.number, self._tree, self.name = add_session(self._connection, name, tree, self._now)
 
     def _add_turns(self, parent: int | None, n_before: int) -> list[int]:
         added: list[int] = []
@@ -176,7 +173,7 @@ class _Saving:
             reach("session.turn")
         return added
 
-    def _point_at(self, stored: _Stored) -> None:
+    def _point_at(self, stored: Stored) -> None:
         transcript = stored.transcript
         self._connection.execute(
             "UPDATE session SET head = ?, revision = ?, system = ?, n_left_out = ?, n_shifted = ?, title = ?,"
@@ -219,9 +216,10 @@ def n_equal(first: Sequence[Turn], second: Sequence[Turn]) -> int:
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] is pair[1] or pair[0] == pair[1], pairs))
 
 
-def _exists(connection: sqlite3.Connection, turn_id: int) -> bool:
-    # Then all the turns before it do, too: a parent is never deleted before its children.
-    return connection.execute("SELECT 1 FROM turn WHERE id = ?", (turn_id,)).fetchone() is not None
+def _tree(connection: sqlite3.Connection, turn_id: int) -> int | None:
+    """The tree of a turn; None if it is not there. If it is, so are those before it: parents go last."""
+    row = connection.execute("SELECT tree FROM turn WHERE id = ?", (turn_id,)).fetchone()
+    return None if row is None else row[0]
 
 
 def _title(turns: Sequence[Turn]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import sqlite3
-import time
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,9 @@ from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.chat.store.database import Database
 from dsmoe_local.chat.store.deleting import delete_session, remove_files
-from dsmoe_local.chat.store.names import check_name, free_name, is_taken, key_of
+from dsmoe_local.chat.store.names import check_name, is_taken, key_of
 from dsmoe_local.chat.store.searching import Hit, search
-from dsmoe_local.chat.store.session import Session, add_session
+from dsmoe_local.chat.store.session import Session, Stored
 from dsmoe_local.chat.turns import Transcript
 
 __all__ = ["Hit", "Session", "SessionStore", "Summary"]
@@ -112,32 +111,24 @@ class SessionStore:
             return [name for (name,) in rows]
 
     def fork(self, session: Session, name: str = "") -> Session:
-        """A new session with the same turns as `session` has in this chat, which is none the less there.
+        """A new session that begins with the turns which `session` has in this chat.
 
-        UsageError if nothing of it is stored yet, or the name is taken.
+        UsageError if it has none, or the name is taken.
         """
-        name = check_name(name) if name else ""
-        if session.number == 0:
+        if name:
+            name = check_name(name)
+            with self._database.read() as connection:
+                _refuse_taken(connection, name)
+        if session.number and session.stored.revision is None:
+            session = self._session(session.number, session.name)
+            session.load("")
+        transcript = session.stored.transcript
+        if session.number == 0 or not transcript.turns:
             raise UsageError("there is nothing to fork yet")
-        with self._database.write() as connection:
-            head = session.stored.head
-            if session.stored.revision is None:
-                head = _head(connection, session.number)
-            _refuse_taken(connection, name)
-            row = connection.execute(
-                "SELECT tree, name FROM session WHERE number = ?", (session.number,)
-            ).fetchone()
-            if row is None:
-                raise UsageError(f"{session.name} was deleted elsewhere")
-            tree, original = row
-            now = time.time()
-            number, _, name = add_session(connection, name or free_name(connection, original), tree, now)
-            connection.execute(
-                "UPDATE session SET (head, system, n_left_out, n_shifted, title, model) = (SELECT ?, system,"
-                " n_left_out, n_shifted, title, model FROM session WHERE number = ?) WHERE number = ?",
-                (head, session.number, number),
-            )
-        return self._session(number, name, session.model, session.vocabulary)
+        fork = self._session(0, name or session.name, session.model, session.vocabulary)
+        fork.stored = Stored(transcript, list(session.stored.turn_ids))
+        fork.save(transcript)
+        return fork
 
     def rename(self, session: Session, name: str) -> None:
         """Give a session another name. UsageError if it cannot be one, or is taken."""
@@ -177,11 +168,6 @@ class SessionStore:
         session = Session(self._database, number=number, name=name, model=model, vocabulary=vocabulary)
         self._open.add(session)
         return session
-
-
-def _head(connection: sqlite3.Connection, number: int) -> int | None:
-    row = connection.execute("SELECT head FROM session WHERE number = ?", (number,)).fetchone()
-    return None if row is None else row[0]
 
 
 def _refuse_taken(connection: sqlite3.Connection, name: str, by_other_than: int = 0) -> None:

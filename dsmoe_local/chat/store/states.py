@@ -21,7 +21,7 @@ from dsmoe_local.base.errors import FileError, LockedError
 from dsmoe_local.base.faults import reach
 from dsmoe_local.chat.store.database import Database
 from dsmoe_local.chat.store.deleting import STATES_FOLDER, remove_files
-from dsmoe_local.chat.store.rows import pack, unpack
+from dsmoe_local.chat.store.rows import pack, storable, unpack
 
 CAP_BYTES = 4 << 30
 SPARE_BYTES = 1 << 30
@@ -68,6 +68,7 @@ class StateStore:
         False if nothing is stored, because of that, the room on the disk, the cap, or a session that is not
         there.
         """
+        fingerprint = storable(fingerprint)
         with self._database() as database:
             with database.read() as connection:
                 if not _is_there(connection, session_number):
@@ -90,6 +91,7 @@ class StateStore:
         """The file whose state has most of the beginning of `token_ids`, exactly as it was written; None if
         none helps. Sessions that are forks of each other share their states.
         """
+        fingerprint = storable(fingerprint)
         with self._database() as database:
             with database.read() as connection:
                 candidates = _states(connection, session_number, fingerprint, forks=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 import unicodedata
 
-MAX_WORDS = 32
 _SNIPPET = 80
 _BEFORE = 24
 
@@ -26,7 +25,7 @@ _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 
 def indexed(text: str) -> str:
     """What the index is given of `text`."""
-    normal = unicodedata.normalize("NFKC", _CONTROL.sub(" ", text))
+    normal = unicodedata.normalize("NFKC", _CONTROL.sub(" ", text)).casefold()
     return _CHARACTER_BY_CHARACTER.sub(r" \1 ", normal)
 
 
@@ -53,7 +52,7 @@ def snippet(text: str, words: str) -> str:
 def _phrases(words: str) -> list[str]:
     phrases = (" ".join(indexed(word).replace('"', " ").split()) for word in words.split())
     spoken = dict.fromkeys(phrase for phrase in phrases if any(letter.isalnum() for letter in phrase))
-    return list(spoken)[:MAX_WORDS]
+    return list(spoken)
 
 
 def _folded(text: str) -> tuple[str, list[int]]:
