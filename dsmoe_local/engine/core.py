@@ -9,16 +9,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from dsmoe_local.base.errors import UsageError
-from dsmoe_local.engine import native
-from dsmoe_local.engine.errors import NativeError, PromptError
+from dsmoe_local.engine import at_rest, native
+from dsmoe_local.engine.errors import EngineError, NativeError, PromptError
 from dsmoe_local.engine.observe.observer import Logits, Scored
 from dsmoe_local.engine.reply import Job, Reply
 from dsmoe_local.engine.schedule import plan
 from dsmoe_local.engine.schedule.scheduler import Scheduler
 from dsmoe_local.engine.session import Session
-from dsmoe_local.engine.types import FinishReason
+from dsmoe_local.engine.types import FinishReason, ObserverOptions
 
 _FILLER = 0  # any token will do: its logits are never looked at
 
@@ -41,8 +42,8 @@ class Core:
     def __init__(self, session: Session, finished: Callable[[Job, Exception | None], None]) -> None:
         self._session = session
         self._finished = finished
-        self._context = session.context
         self.scheduler = Scheduler(session.limits)
+        self.lost: EngineError | None = None
         self._replies: dict[plan.Sequence, Reply] = {}
         self._lock = threading.RLock()
         self._computing: dict[Job, bool] = {}
@@ -67,14 +68,14 @@ class Core:
                 f"the prompt has {len(prompt)} tokens, the context holds {n_context}",
                 remedy="leave something out (/undo, /clear in a chat), or load with a larger context: -c",
             )
-        if job.request.context_shift and not self._context.can_shift:
+        if job.request.context_shift and not self._session.context.can_shift:
             raise UsageError("the model's context cannot be shifted")
         if job.request.score_from is not None and not self._session.observers.reads_logits:
             raise UsageError("score_from: no observer of the model reads logits")
         replies: list[Reply] = []
         try:
             for index in range(job.request.n):
-                replies.append(Reply(job, index, prompt, self._context, n_context))  # noqa: PERF401 - closed below
+                replies.append(Reply(job, index, prompt, self._session.context, n_context))  # noqa: PERF401 - closed below
         except BaseException:
             for reply in replies:
                 reply.close()
@@ -102,7 +103,7 @@ class Core:
         """
         with self._lock:
             if self._computing.get(job) or (self._alone and job in self._computing):
-                self._context.abort()
+                self._session.context.abort()
 
     def step(self) -> None:
         """Compute one step and deliver its events."""
@@ -114,18 +115,48 @@ class Core:
         if step.rows:
             self._decode(step)
 
+    # Between requests.
+
+    def save_cache(self, path: Path, token_ids: list[int]) -> int:
+        """See TextEngine."""
+        if not self.idle or self._session.limits.deterministic:
+            return 0
+        self._settle()
+        return at_rest.save_cache(self._session, self.scheduler.book, path, token_ids)
+
+    def load_cache(self, path: Path, token_ids: list[int]) -> int:
+        """See TextEngine."""
+        if not self.idle or self._session.limits.deterministic:
+            return 0
+        self._settle()
+        return at_rest.load_cache(self._session, self.scheduler.book, self._settle, path, token_ids)
+
+    def set_observers(self, options: tuple[ObserverOptions, ...]) -> None:
+        """See TextEngine. Where it leaves no context, `lost` says so."""
+        if not self.idle:
+            raise EngineError("observers cannot be changed while requests run")
+        try:
+            at_rest.exchange_observers(self._session, self.scheduler.book, self._settle, options)
+        except at_rest.ContextLostError as error:
+            self.lost = error
+            raise
+
+    def _settle(self) -> None:
+        for operation in self.scheduler.book.take_operations():
+            self._perform(operation)
+
     def _of(self, job: Job) -> list[Reply]:
         return [reply for reply in self._replies.values() if reply.job is job]
 
     def _perform(self, operation: plan.Operation) -> None:
         if isinstance(operation, plan.Copy):
-            self._context.copy(operation.source, operation.target, operation.n_tokens)
+            self._session.context.copy(operation.source, operation.target, operation.n_tokens)
         elif isinstance(operation, plan.Forget):
-            self._context.forget(operation.sequence, operation.start)
+            self._session.context.forget(operation.sequence, operation.start)
         else:
             end = operation.start + operation.n_tokens
-            self._context.forget(operation.sequence, operation.start, end)
-            self._context.shift(operation.sequence, end, operation.n_tokens)
+            self._session.context.forget(operation.sequence, operation.start, end)
+            self._session.context.shift(operation.sequence, end, operation.n_tokens)
             self._shifting = True
 
     def _decode(self, step: plan.Step) -> None:
@@ -135,7 +166,7 @@ class Core:
             return
         try:
             observers.before_step(rows)
-            status = self._context.decode(rows)
+            status = self._session.context.decode(rows)
             if status == native.NO_SLOT:
                 raise NativeError(
                     "the KV cache has no room left", remedy="load the model with a larger context: -c"
@@ -146,17 +177,17 @@ class Core:
         finally:
             with self._lock:
                 self._computing = {}
-                self._context.clear_abort()
+                self._session.context.clear_abort()
         self._shifting = False
         for filler in step.fillers:
-            if self._context.n_cached(filler.slot) > filler.position:
-                self._context.forget(filler.slot, filler.position)
+            if self._session.context.n_cached(filler.slot) > filler.position:
+                self._session.context.forget(filler.slot, filler.position)
         if status == native.ABORTED:
             for row in step.rows:
-                self.scheduler.resync(row.sequence, self._context.n_cached(row.sequence.slot))
+                self.scheduler.resync(row.sequence, self._session.context.n_cached(row.sequence.slot))
             return
         self.scheduler.commit(step)
-        logits = self._context.logits()
+        logits = self._session.context.logits()
         try:
             scored = self._scored(placed, len(rows)) if observers.reads_logits else ()
             observers.after_step(rows, logits, scored)
@@ -235,7 +266,7 @@ class Core:
     def _lose(self, step: plan.Step, error: Exception) -> None:
         """Fail the requests of a step that could not be computed; no cell that it touched is trusted."""
         for filler in step.fillers:
-            self._context.forget(filler.slot, filler.position)
+            self._session.context.forget(filler.slot, filler.position)
         for row in step.rows:
             self.scheduler.lose(row.sequence)
         for job in {self._replies[row.sequence].job for row in step.rows}:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from dsmoe_local.base import progress
@@ -28,6 +29,7 @@ from dsmoe_local.engine.types import (
     ModelInfo,
     ModelOptions,
     Observation,
+    ObserverOptions,
     Prompt,
     Request,
     TokenEvent,
@@ -148,6 +150,25 @@ class Engine:
         with self._encoding:
             return self._require_session().encoder.encode(prompt)
 
+    def decode(self, token_ids: Sequence[int]) -> tuple[str, ...]:
+        """Each token's own text. PromptError for an id that the vocabulary does not have."""
+        with self._encoding:
+            session = self._require_session()
+            session.encoder.check_ids(token_ids)
+            return tuple(map(session.model.text_of, token_ids))
+
+    def save_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
+        """Write what the KV cache holds of these tokens to a new file (see TextEngine)."""
+        return self._between_steps(lambda core: core.save_cache(path, list(token_ids)))
+
+    def load_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
+        """Make the KV cache hold what such a file does (see TextEngine)."""
+        return self._between_steps(lambda core: core.load_cache(path, list(token_ids)))
+
+    def set_observers(self, options: tuple[ObserverOptions, ...]) -> None:
+        """Replace all observers of the model (see TextEngine)."""
+        self._between_steps(lambda core: core.set_observers(options))
+
     def log(self) -> tuple[str, ...]:
         """llama.cpp's latest log lines, safe to print."""
         return self._require_session().log()
@@ -155,13 +176,11 @@ class Engine:
     def observe(self, name: str) -> Observation:
         """What the observer of that name has seen, between two steps. EngineError if none was loaded."""
         session = self._require_session()
-        return self._between_steps(lambda: session.observers.summary(name))
+        return self._between_steps(lambda _: session.observers.summary(name))
 
     def check(self) -> None:
         """AssertionError unless the scheduler's books agree."""
-        core = self._core
-        assert core is not None
-        self._between_steps(core.scheduler.check)
+        self._between_steps(lambda core: core.scheduler.check())
 
     def close(self) -> None:
         """End all requests and free the model. Closing twice is fine."""
@@ -188,13 +207,15 @@ class Engine:
             raise EngineError("the engine is closed")
         return self._session
 
-    def _between_steps(self, function: Callable[[], T]) -> T:
+    def _between_steps(self, function: Callable[[Core], T]) -> T:
         """What `function` returns in the engine's thread."""
+        core = self._core
+        assert core is not None
         future: Future[T] = Future()
 
         def call() -> None:
             try:
-                future.set_result(function())
+                future.set_result(function(core))
             except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
                 future.set_exception(error)
             self._calls.discard(future)
@@ -296,6 +317,8 @@ class Engine:
             if task is None:
                 return False
             task()
+            if core.lost is not None:
+                raise core.lost
             if core.idle:
                 self._tell()
         return True

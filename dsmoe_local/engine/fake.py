@@ -66,7 +66,7 @@ class FakeEngine:
         self._cached: tuple[int, ...] = ()
         self._cancelled: dict[str, bool] = {}
         self._closed = False
-        self._dead = False
+        self._killed = False
         self._observed: frozenset[str] | None = None
         self.observations = dict(observations or {})
         self.requests: list[Request] = []
@@ -118,7 +118,7 @@ class FakeEngine:
             raise EngineError("the engine is closed")
         if request.id in self._cancelled:
             raise EngineError(f"a request with the id {request.id!r} is already running")
-        self._revive()
+        self._start_again()
         self.requests.append(request)
         self._cancelled[request.id] = False
         return self._generate(request)
@@ -165,7 +165,7 @@ class FakeEngine:
         done = 0
         for byte in answer:
             self._gate(done)
-            if self._dead:
+            if self._killed:
                 raise EngineCrashError("the engine was ended because it did not answer")
             if self._cancelled[request.id]:
                 reason, ended_by = FinishReason.CANCELLED, None
@@ -222,7 +222,7 @@ class FakeEngine:
 
     def save_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
         """See TextEngine: a JSON file with the ids."""
-        count = 0 if self._cancelled or self._dead else _common(self._cached, token_ids)
+        count = 0 if self._cancelled or self._killed else _common(self._cached, token_ids)
         if count:
             path.write_text(json.dumps(token_ids[:count]))
             self.saved.append((path, count))
@@ -230,7 +230,7 @@ class FakeEngine:
 
     def load_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
         """See TextEngine."""
-        self._revive()
+        self._start_again()
         try:
             count = _common(json.loads(path.read_text()), token_ids)
         except (OSError, ValueError, TypeError):
@@ -242,7 +242,7 @@ class FakeEngine:
 
     def set_observers(self, options: tuple[ObserverOptions, ...]) -> None:
         """See TextEngine."""
-        self._revive()
+        self._start_again()
         if self._cancelled:
             raise EngineError("observers cannot be changed while requests run")
         if self.failures:
@@ -276,7 +276,7 @@ class FakeEngine:
         listen(progress.Finished("loading"))
         if self.failures:
             raise self.failures.pop(0)
-        self._dead = False
+        self._killed = False
         self.options = options
         self._observed = frozenset(option.name for option in options.observers)
         self.info = replace(
@@ -288,12 +288,12 @@ class FakeEngine:
     def kill(self) -> None:
         """See ReloadableEngine."""
         self.kills += 1
-        self._dead = True
+        self._killed = True
         self._cached = ()
 
-    def _revive(self) -> None:
-        if self._dead:
-            self._dead = False
+    def _start_again(self) -> None:
+        if self._killed:
+            self._killed = False
             self.crashes += 1
 
     def close(self) -> None:

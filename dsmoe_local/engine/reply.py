@@ -87,6 +87,7 @@ class Reply:
             n_reusable=request.score_from,
             score_from=request.score_from,
             can_shift=request.context_shift,
+            n_keep=request.n_keep,
         )
 
     def choose(self, logits: Logits) -> Choice:
@@ -102,6 +103,7 @@ class Reply:
             return FinishReason.STOP
         self._n_generated += 1
         text = self._stream.feed(self._model.piece(choice.token_id))
+        dropped, dropped_from = self._take_dropped()
         self.job.deliver(
             TokenEvent(
                 self.job.request.id,
@@ -111,6 +113,8 @@ class Reply:
                 choice.logprob,
                 index=self.index,
                 alternatives=choice.alternatives,
+                dropped=dropped,
+                dropped_from=dropped_from,
             )
         )
         if self._stream.stopped:
@@ -137,6 +141,7 @@ class Reply:
         """Free the sampler and tell the reader that the reply is over. `choice`: the token that ended it."""
         self.close()
         now = self.job.seconds
+        dropped, dropped_from = self._take_dropped()
         read = now if self._prompt_read is None else self._prompt_read
         usage = Usage(
             prompt_tokens=self.sequence.n_prompt,
@@ -157,9 +162,15 @@ class Reply:
                 usage=usage,
                 index=self.index,
                 alternatives=() if choice is None else choice.alternatives,
+                dropped=dropped,
+                dropped_from=dropped_from,
             )
         )
         return reason
+
+    def _take_dropped(self) -> tuple[int, int]:
+        dropped, self.sequence.dropped = self.sequence.dropped, (0, 0)
+        return dropped
 
     def close(self) -> None:
         """Free the sampler."""

@@ -12,9 +12,12 @@ from dsmoe_local.engine.schedule.plan import Limits
 from dsmoe_local.engine.types import ModelInfo
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Session:
-    """Owned by the engine's thread, but for `encoder` and `log`, which any thread may use."""
+    """Owned by the engine's thread, but for `info`, `encoder`, `log` and the model's vocabulary, which any
+    thread may use. Only `context` and `observers` are ever replaced. `shape` is what a file of the KV cache
+    depends on, besides its tokens.
+    """
 
     info: ModelInfo
     model: native.Model
@@ -22,6 +25,7 @@ class Session:
     encoder: PromptEncoder
     observers: Dispatcher
     limits: Limits
+    shape: bytes
 
     def log(self) -> tuple[str, ...]:
         """llama.cpp's latest log lines."""

@@ -5,17 +5,19 @@ from __future__ import annotations
 import threading
 from contextlib import ExitStack
 from dataclasses import replace
+from hashlib import blake2b
 
 from dsmoe_local.base import progress
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.engine import native
+from dsmoe_local.engine.cache_file import shape_digest
 from dsmoe_local.engine.load.fit import Fit, fit_model
 from dsmoe_local.engine.load.machine import available_memory, physical_cores
 from dsmoe_local.engine.load.memory import BufferOptions, buffer_bytes
 from dsmoe_local.engine.load.prefetch import page_experts
 from dsmoe_local.engine.observe.dispatcher import Dispatcher
-from dsmoe_local.engine.observe.registry import check_observers, read_logits
+from dsmoe_local.engine.observe.registry import check_observers, n_outputs
 from dsmoe_local.engine.prompts.choice import template_of
 from dsmoe_local.engine.prompts.encoder import PromptEncoder
 from dsmoe_local.engine.prompts.template import ChatTemplate
@@ -25,10 +27,13 @@ from dsmoe_local.engine.types import ALL_LAYERS, ModelInfo, ModelOptions
 from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.identity import file_identity
 
 _SMALLEST_REQUEST = 32
 _MOST_TOKENS = (1 << 24) - 1
 _MOST_PARALLEL = native.MAX_SEQUENCES // 2  # as many ids again are for parked prefixes
+_TOKENIZER = "tokenizer."
+_TEMPLATES = "tokenizer.chat_template"
 _MOST_THREADS = 512  # ggml's own limit; where threads run out, OpenMP ends the process
 
 
@@ -38,6 +43,14 @@ def load_session(options: ModelOptions, listen: progress.Listener, stop: threadi
     file, hp = read_model(options.path)
     hp = replace(hp, n_experts_per_token=_n_experts(options, hp))
     template = _template(options, file, hp)
+    shape = shape_digest(
+        # Of the file that is loaded, before another one can have taken its place.
+        file_identity(options.path),
+        hp.n_experts_per_token,
+        options.cache_type_k,
+        options.cache_type_v,
+        native.VERSION,
+    )
     unified = _unified(options)
     wanted = _context_options(options, options.n_context or hp.n_context, unified)
     fit = fit_model(options, file, hp, _buffer_options(wanted), wanted)
@@ -64,7 +77,7 @@ def load_session(options: ModelOptions, listen: progress.Listener, stop: threadi
         )
         made.pop_all()  # the session's to close, from here on
     return Session(
-        _info(options, hp, model, fit, n_context, unified, context.n_ubatch, chosen),
+        _info(options, file, hp, model, fit, n_context, unified, context.n_ubatch, chosen),
         model,
         context,
         PromptEncoder(model, chosen, n_context),
@@ -78,11 +91,13 @@ def load_session(options: ModelOptions, listen: progress.Listener, stop: threadi
             deterministic=options.deterministic,
             n_ids=native.MAX_SEQUENCES,
         ),
+        shape,
     )
 
 
 def _info(
     options: ModelOptions,
+    file: GgufFile,
     hp: Hyperparameters,
     model: native.Model,
     fit: Fit,
@@ -109,7 +124,18 @@ def _info(
         deterministic=options.deterministic,
         placement=fit.placement.describe(),
         kernels=_kernels(options, fit, n_step),
+        template_text=template.text if template else None,
+        vocabulary=_vocabulary(file),
     )
+
+
+def _vocabulary(file: GgufFile) -> str:
+    """A digest of all that makes token ids of text, and text of them."""
+    digest = blake2b(digest_size=16)
+    for key, field in sorted(file.metadata.items()):
+        if key.startswith(_TOKENIZER) and not key.startswith(_TEMPLATES):
+            digest.update(repr((key, field.value)).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
 
 
 def _kernels(options: ModelOptions, fit: Fit, n_step: int) -> str:
@@ -139,7 +165,6 @@ def _context_options(
     n_batch = max(min(options.n_batch, n_context), options.n_parallel + 1)
     n_ubatch = min(options.n_ubatch, n_batch)
     threads = options.n_threads or physical_cores()
-    scores = read_logits(options.observers)
     return native.ContextOptions(
         n_context=n_context,
         n_batch=n_batch,
@@ -152,7 +177,7 @@ def _context_options(
         n_sequences=options.n_parallel,
         unified=unified,
         offload_cache=options.offload_cache,
-        n_outputs=max(n_ubatch, options.n_parallel) if scores else options.n_parallel,
+        n_outputs=n_outputs(options.observers, n_ubatch, options.n_parallel),
         eval_callback=eval_callback,
     )
 

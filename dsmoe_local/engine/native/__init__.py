@@ -21,7 +21,7 @@ from dsmoe_local.engine.native.devices import (
     list_devices,
     offload_devices,
 )
-from dsmoe_local.engine.native.library import last_error, log_lines
+from dsmoe_local.engine.native.library import VERSION, last_error, log_lines
 from dsmoe_local.engine.native.model import Model
 from dsmoe_local.engine.native.samplers import Sampler
 
@@ -31,6 +31,7 @@ __all__ = [
     "DECODED",
     "MAX_SEQUENCES",
     "NO_SLOT",
+    "VERSION",
     "Context",
     "ContextOptions",
     "Device",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,9 @@ FLASH_ATTENTION = {
 }
 DECODED, NO_SLOT, ABORTED = 0, 1, 2  # what `Context.decode` returns
 MAX_SEQUENCES = 256  # llama.cpp's own limit
+ALL_SEQUENCES = -1
+
+Buffer: TypeAlias = bytes | bytearray | memoryview | mmap.mmap
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +197,46 @@ class Context:
     def shift(self, sequence: int, start: int, distance: int) -> None:
         """Move the positions from `start` on back by `distance`; the sequence must own its cells alone."""
         lib.llama_memory_seq_add(self._memory, sequence, start, -1, -distance)
+
+    def state_size(self, sequence: int = ALL_SEQUENCES) -> int:
+        """Bytes that `write_state` needs now."""
+        if sequence == ALL_SEQUENCES:
+            size: int = lib.llama_state_get_size(self.handle)
+        else:
+            size = lib.llama_state_seq_get_size(self.handle, sequence)
+        return size
+
+    def write_state(self, target: Buffer, sequence: int = ALL_SEQUENCES) -> bool:
+        """Copy what the cache holds into `target`, which has `state_size` bytes. False if it cannot be.
+
+        Only of sequences below `n_sequences`: of others the cells would be written without an owner.
+        """
+        data = np.frombuffer(target, np.uint8)
+        pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        if sequence == ALL_SEQUENCES:
+            n_bytes: int = lib.llama_state_get_data(self.handle, pointer, data.size)
+        else:
+            n_bytes = lib.llama_state_seq_get_data(self.handle, pointer, data.size, sequence)
+        return n_bytes == data.size
+
+    def read_state(self, source: Buffer, sequence: int = ALL_SEQUENCES) -> bool:
+        """Make the cache, or one sequence of it, hold what was written; False, and nothing, if it cannot.
+
+        Needs as many free cells, and a cache of the same types and layers. Checks little else.
+        """
+        data = np.frombuffer(source, np.uint8)
+        pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        if sequence == ALL_SEQUENCES:
+            n_bytes: int = lib.llama_state_set_data(self.handle, pointer, data.size)
+        else:
+            n_bytes = lib.llama_state_seq_set_data(self.handle, pointer, data.size, sequence)
+        if n_bytes == data.size:
+            return True
+        if sequence == ALL_SEQUENCES:
+            lib.llama_memory_clear(self._memory, True)
+        else:
+            self.forget(sequence, 0)
+        return False
 
     def abort(self) -> None:
         """Make the running and every later `decode` return ABORTED, within a graph node on a CPU."""

@@ -6,11 +6,21 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from llama_cpp import __version__ as VERSION  # noqa: N812, TID251
 from llama_cpp import llama_cpp as lib  # noqa: TID251
 
 from dsmoe_local.base.text import safe_line
 
-__all__ = ["backend_function", "clear_log", "echo_log", "keep_log", "last_error", "lib", "log_lines"]
+__all__ = [
+    "VERSION",
+    "backend_function",
+    "clear_log",
+    "echo_log",
+    "keep_log",
+    "last_error",
+    "lib",
+    "log_lines",
+]
 
 # ggml.h's levels; the bindings' comment lists an older set.
 _LOG_DEBUG, _LOG_ERROR, _LOG_CONTINUED = 1, 4, 5

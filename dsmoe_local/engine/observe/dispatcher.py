@@ -33,8 +33,11 @@ class Dispatcher:
         Raises UsageError (an unknown observer or parameter, or one that the model cannot have),
         FileError, FormatError.
         """
+        self._model = model
+        self._hp = hp
         self._observers: dict[str, Observer] = {}
-        self._all = [*own]
+        self._own = own
+        self._all: list[Observer] = []
         self._nodes: Mapping[bytes, Watch] = {}
         self._weights: Mapping[bytes, Watch] = {}
         self._keys: frozenset[int] | None = None
@@ -44,14 +47,31 @@ class Dispatcher:
             check_observers(options)
             for option in options:
                 self._observers[option.name] = make_observer(option, model, hp)
-                self._all.append(self._observers[option.name])
-            if any(observer.reads_graph for observer in self._all):
-                tensors.check_layout()
-                self.eval_callback = tensors.eval_callback(self._visit)
+            self._take_in(own)
         except BaseException:
             self.close()
             raise
         self.reads_logits = any(observer.reads_logits for observer in self._all)
+
+    def _take_in(self, own: Sequence[Observer]) -> None:
+        self._own = own
+        self._all = [*own, *self._observers.values()]
+        if self.eval_callback is None and any(observer.reads_graph for observer in self._all):
+            tensors.check_layout()
+            self.eval_callback = tensors.eval_callback(self._visit)
+
+    def successor(self, options: Sequence[ObserverOptions]) -> Dispatcher:
+        """Another one, with these observers and the engine's own, to be followed by `retire`. Raises as at
+        loading; this one then goes on.
+        """
+        successor = Dispatcher(options, self._model, self._hp)
+        successor._take_in(self._own)
+        return successor
+
+    def retire(self) -> None:
+        """Release the observers' files, but for the engine's own observers, which another one has now."""
+        self._own = ()
+        self.close()
 
     def before_step(self, rows: Sequence[Row]) -> None:
         """Call before each decode. A step that no `after_step` follows (it was aborted, or found no room) is
@@ -89,7 +109,7 @@ class Dispatcher:
 
     def close(self) -> None:
         """Release the observers' files. Closing twice is fine."""
-        for observer in self._all:
+        for observer in (*self._own, *self._observers.values()):
             observer.close()
 
     def _visit(self, tensor: int, ask: bool, _: object) -> bool:

@@ -78,6 +78,7 @@ def make_observer(option: ObserverOptions, model: Model, hp: Hyperparameters) ->
     return make(model, hp, **dict(option.parameters))
 
 
-def read_logits(options: Sequence[ObserverOptions]) -> bool:
-    """Whether any of the observers wants the logits of scored prompt tokens."""
-    return any(OBSERVERS[option.name].kind.reads_logits for option in options)
+def n_outputs(options: Sequence[ObserverOptions], n_ubatch: int, n_sequences: int) -> int:
+    """Rows of logits that a step may have: of all tokens if an observer scores prompts, else one each."""
+    scores = any(OBSERVERS[option.name].kind.reads_logits for option in options)
+    return max(n_ubatch, n_sequences) if scores else n_sequences

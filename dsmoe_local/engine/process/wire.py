@@ -200,6 +200,7 @@ def event_to_plain(number: int, event: TokenEvent) -> Plain:
         and event.usage is None
         and not event.index
         and not event.alternatives
+        and not event.dropped
     ):
         return (number, event.text, event.seconds, event.token_id)
     return (number, *to_plain(event)[1:])

@@ -68,13 +68,17 @@ class PromptEncoder:
             ids = self._with_bos(self._encode_messages(messages))
         else:
             ids = [token_id for token_id in prompt if isinstance(token_id, int)]
-            if any(not 0 <= token_id < self._vocabulary.n_vocab for token_id in ids):
-                raise PromptError(
-                    "a token id is not in the vocabulary", where=f"0 to {self._vocabulary.n_vocab - 1}"
-                )
+            self.check_ids(ids)
         if not ids:
             raise PromptError("the prompt is empty")
         return tuple(ids)
+
+    def check_ids(self, token_ids: Sequence[int]) -> None:
+        """PromptError if one of them is none."""
+        if any(not 0 <= token_id < self._vocabulary.n_vocab for token_id in token_ids):
+            raise PromptError(
+                "a token id is not in the vocabulary", where=f"0 to {self._vocabulary.n_vocab - 1}"
+            )
 
     def _encode_messages(self, messages: Sequence[Message]) -> list[int]:
         """A conversation, up to where the reply begins or, after an assistant's message, goes on."""

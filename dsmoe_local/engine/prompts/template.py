@@ -30,6 +30,7 @@ class ChatTemplate:
 
     def __init__(self, text: str, source: str, *, bos: str, eos: str) -> None:
         """Raises TemplateError if `text` is no template."""
+        self.text = text
         self.source = source
         self._template = SandboxedTemplate(text, source, {"bos_token": bos, "eos_token": eos})
 

@@ -32,7 +32,11 @@ class Sequence:
 
     `n_most` tokens are reserved; None: the reply may take all of the context, which is reserved as it grows.
     `n_reusable`: no more than so many of the prompt's tokens may come from the cache. `score_from`: tokens
-    from there on get logits. `can_shift`: when the context is full, tokens make room instead of ending it.
+    from there on get logits. `can_shift`: when the context is full, tokens behind the first `n_keep` make
+    room instead of ending it.
+
+    `n_unmoved` tokens lie where they were computed; None: all. `dropped`: how many tokens the latest shift
+    took out, and from where, until somebody has told of it.
     """
 
     tokens: list[int]
@@ -40,15 +44,22 @@ class Sequence:
     n_reusable: int | None = None
     score_from: int | None = None
     can_shift: bool = False
+    n_keep: int = 0
     n_prompt: int = field(init=False)
     slot: int = -1
     n_cached: int = 0
     n_reserved: int = 0
     n_reused: int | None = None
-    shifted: bool = False
+    n_unmoved: int | None = None
+    dropped: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
         self.n_prompt = len(self.tokens)
+
+    @property
+    def shifted(self) -> bool:
+        """Whether tokens have made room for others."""
+        return self.n_unmoved is not None
 
     @property
     def prefilling(self) -> bool:

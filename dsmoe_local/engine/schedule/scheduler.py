@@ -1,4 +1,4 @@
-"""Decides what each step computes: who runs, what is read, shared, parked, evicted. Knows only numbers.
+"""Decides what each step computes: who runs, what is read and shared. Knows only numbers.
 
 Rules. First come, first served: what does not fit makes those behind it wait. A sequence is admitted when its
 prompt and its max_tokens fit beside the promises already made, so it never runs out of cells later; only
@@ -11,19 +11,19 @@ from __future__ import annotations
 
 from collections import deque
 
+from dsmoe_local.engine.schedule.cache_book import CacheBook
 from dsmoe_local.engine.schedule.cell_tree import CellTree, common_length
 from dsmoe_local.engine.schedule.plan import (
     GROWTH,
-    Copy,
     Filler,
     Forget,
     Limits,
-    Operation,
     Sequence,
     Shift,
     Step,
     StepRow,
 )
+from dsmoe_local.engine.schedule.rows import decode_rows, prefill_rows
 
 _WORTH_WAITING = 16  # a shorter common beginning is read again rather than waited for
 _WORTH_COPYING = 32  # in streams a copy moves data: the whole stream
@@ -38,11 +38,13 @@ class Scheduler:
         self.limits = limits
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self.cells = CellTree()
-        self._operations: list[Operation] = []
-        self._last_used: dict[int, int] = {}
-        self._clock = 0
+        self.book = CacheBook(limits)
         self._reads = False  # in streams: whether the last step read prompts
+
+    @property
+    def cells(self) -> CellTree:
+        """What the cache holds."""
+        return self.book.cells
 
     @property
     def idle(self) -> bool:
@@ -66,14 +68,14 @@ class Scheduler:
             return
         self.running.remove(sequence)
         keep = sequence.n_cached
+        if sequence.n_unmoved is not None:
+            keep = min(keep, sequence.n_unmoved)
         if self.limits.deterministic:
             # Only whole prefill chunks are what another prompt would compute, bit by bit.
             chunk = self.limits.n_step_tokens
             keep = min(keep, sequence.n_prompt) // chunk * chunk
-        if sequence.shifted:
-            keep = min(keep, 1)
-        self._truncate(sequence.slot, keep)
-        self._touch(sequence.slot)
+        self.book.truncate(sequence.slot, keep)
+        self.book.touch(sequence.slot)
         sequence.slot = -1
 
     def plan(self) -> Step:
@@ -83,8 +85,7 @@ class Scheduler:
             self._admit()
         rows = self._rows([sequence for sequence in self.running if sequence not in full])
         fillers = self._fillers(rows) if self.limits.deterministic else ()
-        operations, self._operations = tuple(self._operations), []
-        return Step(operations, rows, fillers, tuple(full))
+        return Step(self.book.take_operations(), rows, fillers, tuple(full))
 
     def commit(self, step: Step) -> None:
         """Every row of `step` is in the cache."""
@@ -98,7 +99,7 @@ class Scheduler:
         self._hold(sequence, before, n_held)
         # Logits are lost with the step: the last token is computed again, of a scored prompt all of them.
         sequence.n_cached = min(n_held, len(sequence.tokens) - 1 if sequence.score_from is None else before)
-        self._truncate(sequence.slot, sequence.n_cached, native_length=n_held)
+        self.book.truncate(sequence.slot, sequence.n_cached, native_length=n_held)
 
     def _hold(self, sequence: Sequence, start: int, end: int) -> None:
         """Note that the cache holds a sequence's tokens from `start` to `end` now."""
@@ -111,7 +112,7 @@ class Scheduler:
     def lose(self, sequence: Sequence) -> None:
         """The cache may hold anything of a running sequence: none of it is trusted."""
         self.cells.truncate(sequence.slot, 0)
-        self._operations.append(Forget(sequence.slot, 0))
+        self.book.operations.append(Forget(sequence.slot, 0))
         sequence.n_cached = 0
 
     def forget_idle(self) -> None:
@@ -119,7 +120,7 @@ class Scheduler:
         busy = {sequence.slot for sequence in self.running}
         for held in self.cells.sequences:
             if held not in busy:
-                self._truncate(held, 0)
+                self.book.truncate(held, 0)
 
     def check(self) -> None:
         """AssertionError unless the books agree with themselves; for tests and idle time."""
@@ -187,33 +188,34 @@ class Scheduler:
         if self._n_needed() + self._n_promised() + more > self.limits.n_cells:
             return False
         sequence.n_reserved = wanted
-        self._make_room()
+        self.book.make_room(self._busy(), self._n_promised())
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
         """Send a growing sequence back to the head of the queue; it reads its own text again later."""
         self.running.remove(sequence)
-        self._truncate(sequence.slot, 0)
+        self.book.truncate(sequence.slot, 0)
         sequence.slot, sequence.n_cached, sequence.n_reserved = -1, 0, 0
         self.waiting.appendleft(sequence)
 
     def _shift(self, sequence: Sequence) -> bool:
-        """Make room in a full sequence by dropping half of what it alone owns, behind what it shares."""
+        """Make room in a full sequence by dropping half of what lies behind what it keeps and shares."""
         if not sequence.can_shift:
             return False
         # Copies that nobody runs from are no reason to give up.
         self.forget_idle()
-        start = max(1, self.cells.n_shared(sequence.slot))
+        start = max(1, sequence.n_keep, self.cells.n_shared(sequence.slot))
         count = (sequence.n_cached - start) // 2
         if count < 1:
             return False
         rest = sequence.tokens[start + count : sequence.n_cached]
         self.cells.truncate(sequence.slot, start)
         self.cells.extend(sequence.slot, rest, exact=False)
-        self._operations.append(Shift(sequence.slot, start, count))
+        self.book.operations.append(Shift(sequence.slot, start, count))
         del sequence.tokens[start : start + count]
         sequence.n_cached -= count
-        sequence.shifted = True
+        sequence.n_unmoved = start if sequence.n_unmoved is None else min(start, sequence.n_unmoved)
+        sequence.dropped = (count, start)
         return True
 
     def _admit(self) -> None:
@@ -262,7 +264,7 @@ class Scheduler:
                 return False
         # One that goes on where another ended is its next turn, and no second use of its beginning.
         diverges = any(self.cells.length(owner) > count for owner in owners)
-        self._take_slot(slot, source, count)
+        self.book.take_slot(slot, source, count)
         sequence.slot = slot
         sequence.n_cached = count
         sequence.n_reserved = reserved
@@ -271,9 +273,9 @@ class Scheduler:
         self.running.append(sequence)
         if count >= _WORTH_WAITING and diverges:
             self.cells.hit(slot, count)
-        self._touch(slot)
+        self.book.touch(slot)
         if self.limits.unified:
-            self._make_room()
+            self.book.make_room(self._busy(), self._n_promised())
         return True
 
     def _wanted(self, sequence: Sequence) -> int:
@@ -298,95 +300,19 @@ class Scheduler:
         if empty and (self.limits.unified or not count or not idle_owners):
             return empty[0], source, count
         # Going on where one left off needs no copy; otherwise the least recently used gives way.
-        slot = min(free, key=lambda slot: (slot not in owners, self._last_used.get(slot, 0)))
+        slot = min(free, key=lambda slot: (slot not in owners, self.book.last_used(slot)))
         return slot, slot if count and slot in owners else source, count
-
-    def _take_slot(self, slot: int, source: int | None, count: int) -> None:
-        """Make a free slot hold the first `count` tokens of `source`, and nothing else."""
-        kept = count if slot == source else 0
-        if self.cells.length(slot) > kept:
-            self._park(slot, kept, source)
-            self._truncate(slot, kept)
-        if source is not None and slot != source:
-            self._copy(source, slot, count)
-
-    def _park(self, slot: int, count: int, needed: int | None) -> None:
-        """Keep on a spare id what several requests began with and a slot is about to lose: what lies beyond
-        its first `count` tokens. Not more than that, since attention looks at parked cells too.
-        """
-        worth = self.cells.n_wanted(slot)
-        if not self.limits.unified or worth <= count:
-            return
-        parked = [held for held in self.cells.sequences if held >= self.limits.n_slots]
-        spare = set(range(self.limits.n_slots, self.limits.n_ids)) - set(parked)
-        dispensable = [held for held in parked if held != needed]
-        if dispensable and not spare:
-            oldest = min(dispensable, key=lambda held: self._last_used.get(held, 0))
-            self._truncate(oldest, 0)
-            spare.add(oldest)
-        if spare:
-            target = min(spare)
-            self._copy(slot, target, worth)
-            self._last_used[target] = self._last_used.get(slot, 0)
-
-    def _copy(self, source: int, target: int, count: int) -> None:
-        self._operations.append(Copy(source, target, count))
-        self._touch(source)
-        if self.limits.unified:
-            self.cells.share(source, target, count)
-        else:
-            self.cells.extend(target, self.cells.tokens(source)[:count])
-
-    def _make_room(self) -> None:
-        """Evict what nobody runs from, least recently used first, until the promises can be kept."""
-        busy = self._busy()
-        promised = self._n_promised()
-        idle = sorted(
-            (held for held in self.cells.sequences if held not in busy),
-            key=lambda held: self._last_used.get(held, 0),
-        )
-        for held in idle:
-            if self.cells.n_cells + promised <= self.limits.n_cells:
-                return
-            self._truncate(held, 0)
-
-    def _truncate(self, sequence: int, count: int, *, native_length: int | None = None) -> None:
-        if (self.cells.length(sequence) if native_length is None else native_length) > count:
-            self._operations.append(Forget(sequence, count))
-        self.cells.truncate(sequence, count)
-
-    def _touch(self, sequence: int) -> None:
-        self._clock += 1
-        self._last_used[sequence] = self._clock
 
     def _rows(self, able: list[Sequence]) -> tuple[StepRow, ...]:
         decoding = [sequence for sequence in able if not sequence.prefilling]
         reading = [sequence for sequence in able if sequence.prefilling]
         if self.limits.unified:
-            return self._decode_rows(decoding) + self._prefill_rows(reading, len(decoding))
+            return decode_rows(decoding) + prefill_rows(reading, self.limits.n_step_tokens - len(decoding))
         # Rows of different lengths would be computed as several batches: prompts and replies take turns.
         self._reads = bool(reading) and not (decoding and self._reads)
         if not self._reads:
-            return self._decode_rows(sorted(decoding, key=lambda sequence: sequence.slot))
-        return self._prefill_rows(reading[:1] if self.limits.deterministic else reading, 0)
-
-    def _decode_rows(self, decoding: list[Sequence]) -> tuple[StepRow, ...]:
-        return tuple(StepRow(sequence, sequence.n_cached, 1, 1) for sequence in decoding)
-
-    def _prefill_rows(self, reading: list[Sequence], n_taken: int) -> tuple[StepRow, ...]:
-        rows = []
-        room = max(1, self.limits.n_step_tokens - n_taken)
-        for sequence in reading:
-            if room <= 0:
-                break
-            start, end = sequence.n_cached, len(sequence.tokens)
-            count = min(room, end - start)
-            n_outputs = int(start + count == end)
-            if sequence.score_from is not None:
-                n_outputs = max(n_outputs, start + count - max(start, sequence.score_from))
-            rows.append(StepRow(sequence, start, count, n_outputs))
-            room -= count
-        return tuple(rows)
+            return decode_rows(sorted(decoding, key=lambda sequence: sequence.slot))
+        return prefill_rows(reading[:1] if self.limits.deterministic else reading, self.limits.n_step_tokens)
 
     def _fillers(self, rows: tuple[StepRow, ...]) -> tuple[Filler, ...]:
         """Tokens for the slots that do not decode in a step that decodes."""
@@ -398,6 +324,6 @@ class Scheduler:
             if slot in taken:
                 continue
             if self.cells.length(slot) >= self.limits.n_cells:
-                self._truncate(slot, 0)
+                self.book.truncate(slot, 0)
             fillers.append(Filler(slot, self.cells.length(slot)))
         return tuple(fillers)

@@ -1,0 +1,115 @@
+"""A sequence of the KV cache as a file: our header, its tokens, llama.cpp's state. Knows no scheduler.
+
+The header's digest covers the tokens and the part of the state that says how the rest is laid out, so that
+native code never reads a layout that was not written here. The values themselves are the caller's to verify.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from hashlib import blake2b
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from dsmoe_local.base.durable import sync
+from dsmoe_local.engine.native import Context
+
+_MAGIC = b"dsmoe-kv"
+_HEAD = struct.Struct("<8s16s16sQQ")  # magic, shape, digest, tokens, bytes of state
+_DIGEST = 16
+_LAYOUT = 64  # bytes of state in which llama.cpp says what follows,
+_LAYOUT_OF_TOKEN = 12  # and of each cell: position, number of sequences, sequence
+
+
+class Stored(NamedTuple):
+    """The contents of a file: the tokens, and the state as llama.cpp wrote it, mapped."""
+
+    token_ids: list[int]
+    state: memoryview
+
+
+def shape_digest(*parts: object) -> bytes:
+    """What a file's contents depend on besides the tokens, as the header keeps it."""
+    return blake2b(repr(parts).encode(), digest_size=_DIGEST).digest()
+
+
+def write_cache(path: Path, shape: bytes, token_ids: Sequence[int], context: Context, sequence: int) -> bool:
+    """Write what the cache holds of a sequence, which are these tokens, to a new file, and sync it.
+
+    False, and no file, if llama.cpp cannot write it. OSError, and no file, if the disk is full or the like;
+    FileExistsError if there is one.
+    """
+    tokens = np.asarray(token_ids, "<i4").tobytes()
+    start, n_state = _HEAD.size + len(tokens), context.state_size(sequence)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    written = False
+    try:
+        with os.fdopen(descriptor, "r+b") as file:
+            with room_in(file, start + n_state) as room, room[start:] as state:
+                complete = context.write_state(state, sequence)
+                digest = _digest(tokens, state, len(token_ids))
+                room[:start] = _HEAD.pack(_MAGIC, shape, digest, len(token_ids), n_state) + tokens
+            sync(file.fileno())
+        written = complete
+    finally:
+        if not written:
+            path.unlink(missing_ok=True)
+    return written
+
+
+@contextmanager
+def open_cache(path: Path, shape: bytes) -> Iterator[Stored | None]:
+    """What a file holds; None if it cannot be read, is of another shape, or was not written here."""
+    with ExitStack() as opened:
+        try:
+            file = opened.enter_context(path.open("rb"))
+            size = os.fstat(file.fileno()).st_size
+            mapped = opened.enter_context(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
+        except (OSError, ValueError):  # mmap calls an empty file a wrong value
+            yield None
+            return
+        view = opened.enter_context(memoryview(mapped))
+        if size < _HEAD.size:
+            yield None
+            return
+        magic, own_shape, digest, n_tokens, n_state = _HEAD.unpack(view[: _HEAD.size])
+        start = _HEAD.size + 4 * n_tokens
+        if (magic, own_shape, start + n_state) != (_MAGIC, shape, size):
+            yield None
+            return
+        tokens = bytes(view[_HEAD.size : start])
+        state = opened.enter_context(view[start:])
+        if _digest(tokens, state, n_tokens) != digest:
+            yield None
+            return
+        yield Stored(np.frombuffer(tokens, "<i4").tolist(), state)
+
+
+@contextmanager
+def room_in(file: BinaryIO, n_bytes: int) -> Iterator[memoryview]:
+    """The first bytes of a file as memory. OSError if the disk has no room for them."""
+    # A mapping with holes would end the process when the disk is full.
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, n_bytes)
+    else:
+        _fill(file, n_bytes)
+    with mmap.mmap(file.fileno(), n_bytes) as mapped, memoryview(mapped) as view:
+        yield view
+
+
+def _fill(file: BinaryIO, n_bytes: int) -> None:
+    block = bytes(1 << 20)
+    for start in range(0, n_bytes, len(block)):
+        file.write(block[: n_bytes - start])
+    file.flush()
+
+
+def _digest(tokens: bytes, state: memoryview, n_tokens: int) -> bytes:
+    layout = state[: _LAYOUT + _LAYOUT_OF_TOKEN * n_tokens]
+    return blake2b(tokens + bytes(layout), digest_size=_DIGEST).digest()
