@@ -49,9 +49,9 @@ def style_sheet() -> str:
     """The page's whole style, with the colours of highlighted code."""
     from pygments.formatters import HtmlFormatter
 
-    def colours(style: str) -> str:
-        return "\n".join(HtmlFormatter(style=style).get_token_style_defs("pre"))
+    def colours(scheme: str, style: str) -> str:
+        rules = "\n".join(HtmlFormatter(style=style).get_token_style_defs("pre"))
+        return f"@media (prefers-color-scheme: {scheme}) {{\n{rules}\n}}"
 
-    dark = f"@media (prefers-color-scheme: dark) {{\n{colours('github-dark')}\n}}"
     # The page's own rules come last: code that a lexer does not understand gets no red boxes.
-    return f"{colours('default')}\n{dark}\n{_LAYOUT}"
+    return f"{colours('light', 'default')}\n{colours('dark', 'github-dark')}\n{_LAYOUT}"
