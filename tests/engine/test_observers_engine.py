@@ -137,8 +137,17 @@ def test_documentation_names_every_observer_and_field(tmp_path: Path) -> None:
     with Engine.load(options(ObserverOptions("reference", (path,)))) as engine:
         score(engine, 0)
         fields = keys_of(engine.observe("reference"))
-    parameters: dict[str, tuple[Any, ...]] = {"divergence": (path,), "routing": (("trace", 8),)}
-    others = [ObserverOptions(name, parameters.get(name, ())) for name in OBSERVERS if name != "reference"]
+    gates = ("path", str(tmp_path / "gates"))
+    with Engine.load(options(ObserverOptions("routing_reference", (gates,)))) as engine:
+        score(engine, 0)
+        fields |= keys_of(engine.observe("routing_reference"))
+    parameters: dict[str, tuple[Any, ...]] = {
+        "divergence": (path,),
+        "routing": (("trace", 8),),
+        "routing_divergence": (gates,),
+    }
+    written = ("reference", "routing_reference")
+    others = [ObserverOptions(name, parameters.get(name, ())) for name in OBSERVERS if name not in written]
     with Engine.load(options(*others)) as engine:
         score(engine, 0)
         for other in others:

@@ -14,6 +14,8 @@ from dsmoe_local.engine.observe.logprobs import Logprobs
 from dsmoe_local.engine.observe.observer import Observer
 from dsmoe_local.engine.observe.reference import Reference
 from dsmoe_local.engine.observe.routing import Routing
+from dsmoe_local.engine.observe.routing_divergence import RoutingDivergence
+from dsmoe_local.engine.observe.routing_reference import RoutingReference
 from dsmoe_local.engine.types import ObserverOptions
 from dsmoe_local.model.hyperparameters import Hyperparameters
 
@@ -33,6 +35,8 @@ OBSERVERS: Mapping[str, Entry] = {
     "logprobs": Entry(Logprobs),
     "reference": Entry(Reference, {"path": str, "top": int, "mass": float}, ("path",)),
     "routing": Entry(Routing, {"trace": int}),
+    "routing_divergence": Entry(RoutingDivergence, {"path": str}, ("path",)),
+    "routing_reference": Entry(RoutingReference, {"path": str}, ("path",)),
 }
 
 
