@@ -38,9 +38,7 @@ def run(
 
 def test_answer_alone_on_stdout() -> None:
     """Guards: logs, statistics or colours in what a script reads."""
-    done = run(
-        "-p", "Hi! My name is Bob. What is the capital of France?", "--temp", "0", "-n", "40", model=smollm2()
-    )
+    done = run("-p", "Hi! My name is Bob. What is the capital of France?", "--temp", "0", model=smollm2())
     assert done.returncode == 0
     assert "Paris" in done.stdout
     assert done.stdout.endswith("\n")
@@ -49,7 +47,7 @@ def test_answer_alone_on_stdout() -> None:
     assert "\x1b" not in done.stdout
 
 
-@pytest.mark.parametrize("how", ["stdin", "dash", "file"])
+@pytest.mark.parametrize("how", ["stdin", "dash", "argument", "file"])
 def test_prompt_from_elsewhere(how: str, tmp_path: Path) -> None:
     """Guards: a prompt in a pipe or file that differs from the same one typed."""
     greedy = ("--temp", "0", "-n", "8")
@@ -60,8 +58,48 @@ def test_prompt_from_elsewhere(how: str, tmp_path: Path) -> None:
         file.write_text(text)
         done = run("-f", str(file), *greedy, model=tiny_model())
     else:
-        done = run(*(["-p", "-"] if how == "dash" else []), *greedy, given=text, model=tiny_model())
+        asked = {"stdin": [], "dash": ["-p", "-"], "argument": ["-"]}[how]
+        done = run(*asked, *greedy, given=text, model=tiny_model())
     assert (done.returncode, done.stdout) == (0, expected)
+
+
+def test_what_is_piped_comes_before_the_prompt(tmp_path: Path) -> None:
+    """Guards: stdin or a file that is dropped because there is a prompt too, or that follows it."""
+    greedy = ("--temp", "0", "-n", "8")
+    (tmp_path / "middle.txt").write_text("brown\n")
+    expected = run("-p", "The quick\n\nbrown\n\nfox", *greedy, model=tiny_model()).stdout
+    done = run(
+        "-p", "fox", "-f", str(tmp_path / "middle.txt"), *greedy, given="The quick\n", model=tiny_model()
+    )
+    assert (done.returncode, done.stdout) == (0, expected)
+
+
+def test_a_schema_is_kept(tmp_path: Path) -> None:
+    """Guards: a schema that does not reach the engine; an answer that is not what it allows."""
+    schema = tmp_path / "schema.json"
+    schema.write_text(
+        '{"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"],'
+        ' "additionalProperties": false}'
+    )
+    asked = ("-p", "What is the capital of France?", "--schema", str(schema), "--temp", "0")
+    done = run(*asked, "--json", model=smollm2())
+    assert done.returncode == 0
+    envelope = json.loads(done.stdout)
+    assert envelope["value"] == json.loads(envelope["text"]) == {"city": "Paris"}
+    assert json.loads(run(*asked, model=smollm2()).stdout) == envelope["value"]
+    cut = run(*asked, "-n", "2", model=smollm2())
+    assert cut.returncode == 1
+    assert "before it was JSON" in cut.stderr
+    schema.write_text('{"type": "colour"}')
+    wrong = run(*asked, model=smollm2())
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+
+
+def test_arguments_that_are_no_text() -> None:
+    """Guards: a traceback for bytes that no shell should pass, but does."""
+    done = run("-p", os.fsdecode(b"caf\xe9"), model=tiny_model())
+    assert done.returncode == 2
+    assert "not UTF-8" in done.stderr
 
 
 def test_statistics_on_stderr_and_json() -> None:
@@ -133,7 +171,7 @@ def test_interruption_keeps_what_came() -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["-p", "x", "-f", "y"], 2, "two prompts"),
+        (["-p", "x", "-f", "/no/such/file"], 1, "cannot be read"),
         (["-f", "/no/such/file"], 1, "cannot be read"),
         (["-p", "x", "-n", "0"], 2, "-n 0"),
         (["-p", "x", "--temp", "-1"], 2, "temperature"),
