@@ -58,9 +58,13 @@ def _stop(text: str) -> tuple[str, ...]:
     except ValueError:
         listed = None
     if isinstance(listed, list) and all(isinstance(item, str) for item in listed):
-        return tuple(listed)
-    # unicode_escape reads Latin-1; what that lacks is escaped, so that it survives.
-    return (text.encode("latin-1", "backslashreplace").decode("unicode_escape"),)
+        texts = tuple(listed)
+    else:
+        # unicode_escape reads Latin-1; what that lacks is escaped, so that it survives.
+        texts = (text.encode("latin-1", "backslashreplace").decode("unicode_escape"),)
+    # An escape may make what is no text: half a surrogate pair.
+    "".join(texts).encode()
+    return texts
 
 
 SETTINGS: Mapping[str, Setting] = {

@@ -133,8 +133,9 @@ def _shown(context: click.Context, option: click.Option) -> Shown:
     raw, _ = option.consume_value(context, {})
     if origin.source is Source.BUILT_IN:
         found = _BUILT_IN.search(option.help or "")
-        words = found[1] if found else _in_words(option.get_default(context))
-        return Shown(key, _plain(option.get_default(context)), words, origin)
+        default = _plain(option.get_default(context))
+        words = found[1] if found else _in_words(default)
+        return Shown(key, [] if option.multiple and default is None else default, words, origin)
     try:
         value = option.type_cast_value(context, raw)
     except click.BadParameter as error:

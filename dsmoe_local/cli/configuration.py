@@ -160,20 +160,24 @@ class ConfigDefaults(dict[str, Any]):
                 where=str(config_path()),
                 remedy=f"did you mean {near[0]}?" if near else f"there are: {there}",
             )
-        self._layers.insert(0, _Layer(Source.PRESET, f"{PRESETS}.{preset}", presets[preset]))
+        self._current_layers().insert(0, _Layer(Source.PRESET, f"{PRESETS}.{preset}", presets[preset]))
 
     def _find(self, name: str) -> tuple[_Layer, str] | None:
         context = click.get_current_context(silent=True)
         if name not in self._options or context is None or context.resilient_parsing:
             return None
-        if self._context is not context:
-            self._context, self._layers = context, self._read()
-        for layer in self._layers:
+        for layer in self._current_layers():
             for key in keys_of(self._options[name]):
                 # `chat` is a flag of two commands, and the section of a third.
                 if key in layer.values and (layer.name or not isinstance(layer.values[key], dict)):
                     return layer, key
         return None
+
+    def _current_layers(self) -> list[_Layer]:
+        context = click.get_current_context()
+        if self._context is not context:
+            self._context, self._layers = context, self._read()
+        return self._layers
 
     def _read(self) -> list[_Layer]:
         values = config_file().values()
