@@ -14,7 +14,6 @@ from pathlib import Path
 from dsmoe_local.base.paths import cache_folder
 from dsmoe_local.engine import native
 from dsmoe_local.engine.cache_file import open_cache, room_in, write_cache
-from dsmoe_local.engine.errors import EngineError
 from dsmoe_local.engine.observe.registry import n_outputs
 from dsmoe_local.engine.schedule.cache_book import CacheBook
 from dsmoe_local.engine.schedule.cell_tree import common_length
@@ -59,14 +58,10 @@ def load_cache(
         return common
 
 
-class ContextLostError(EngineError):
-    """The old context is gone, and no other can be made: the engine is of no use any more."""
-
-
 def exchange_observers(
     session: Session, book: CacheBook, settle: Callable[[], None], options: Sequence[ObserverOptions]
 ) -> None:
-    """See TextEngine. ContextLostError if nothing can be done any more."""
+    """See TextEngine. If not even the old context can be made again, the session is left with a closed one."""
     old = session.observers
     successor = old.successor(options)
     before = session.context.options
@@ -85,19 +80,12 @@ def exchange_observers(
             session.observers = successor
         except BaseException:
             successor.retire()
-            session.context = _again(session.model, before)
+            session.context = native.Context(session.model, before)
             raise
         finally:
             if session.context.handle and not (state and session.context.read_state(state)):
                 book.forget_all()
     old.retire()
-
-
-def _again(model: native.Model, options: native.ContextOptions) -> native.Context:
-    try:
-        return native.Context(model, options)
-    except BaseException as error:
-        raise ContextLostError("the engine has no memory left for its KV cache") from error
 
 
 @contextmanager

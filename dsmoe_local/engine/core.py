@@ -43,7 +43,7 @@ class Core:
         self._session = session
         self._finished = finished
         self.scheduler = Scheduler(session.limits)
-        self.lost: EngineError | None = None
+        self.lost: Exception | None = None
         self._replies: dict[plan.Sequence, Reply] = {}
         self._lock = threading.RLock()
         self._computing: dict[Job, bool] = {}
@@ -132,13 +132,14 @@ class Core:
         return at_rest.load_cache(self._session, self.scheduler.book, self._settle, path, token_ids)
 
     def set_observers(self, options: tuple[ObserverOptions, ...]) -> None:
-        """See TextEngine. Where it leaves no context, `lost` says so."""
+        """See TextEngine. `lost` is set where no context is left to go on with."""
         if not self.idle:
             raise EngineError("observers cannot be changed while requests run")
         try:
             at_rest.exchange_observers(self._session, self.scheduler.book, self._settle, options)
-        except at_rest.ContextLostError as error:
-            self.lost = error
+        except Exception as error:
+            if not self._session.context.handle:
+                self.lost = error
             raise
 
     def _settle(self) -> None:

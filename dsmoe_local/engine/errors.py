@@ -35,3 +35,7 @@ class EngineCrashError(EngineError):
     def __init__(self, what: str, *, where: str = "", remedy: str = "", log: tuple[str, ...] = ()) -> None:
         super().__init__(what, where=where, remedy=remedy)
         self.log = log
+
+
+class EngineKilledError(EngineCrashError):
+    """The engine's process was ended on request, since it did not answer."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dsmoe_local.base import progress
-from dsmoe_local.engine.errors import EngineCrashError, EngineError, PromptError
+from dsmoe_local.engine.errors import EngineError, EngineKilledError, PromptError
 from dsmoe_local.engine.stream import TextStream
 from dsmoe_local.engine.types import (
     Deliver,
@@ -166,7 +166,7 @@ class FakeEngine:
         for byte in answer:
             self._gate(done)
             if self._killed:
-                raise EngineCrashError("the engine was ended because it did not answer")
+                raise EngineKilledError("the engine was ended, since it did not answer")
             if self._cancelled[request.id]:
                 reason, ended_by = FinishReason.CANCELLED, None
                 break

@@ -13,8 +13,9 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO, Self, TypeAlias
 
 from dsmoe_local.base import progress
@@ -28,6 +29,7 @@ from dsmoe_local.engine.types import (
     ModelInfo,
     ModelOptions,
     Observation,
+    ObserverOptions,
     Prompt,
     Request,
     TokenEvent,
@@ -69,7 +71,7 @@ class Child:
         self.info: ModelInfo
         self._log = log
         self._listen = listen
-        self._closing = False
+        self._verdict: EngineError | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._spawned = threading.Event()
         self._loaded = threading.Event()
@@ -148,6 +150,24 @@ class Child:
         """See TextEngine. AlreadyOverError if there is nobody to ask."""
         return tuple(self._call("encode", wire.to_plain(prompt)))
 
+    def decode(self, token_ids: Sequence[int]) -> tuple[str, ...]:
+        """See TextEngine. AlreadyOverError if there is nobody to ask."""
+        return tuple(self._call("decode", list(token_ids)))
+
+    def save_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
+        """See TextEngine. AlreadyOverError if there is nobody to ask."""
+        count: int = self._call("save_cache", (str(path.absolute()), token_ids))
+        return count
+
+    def load_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
+        """See TextEngine. AlreadyOverError if there is nobody to ask."""
+        count: int = self._call("load_cache", (str(path.absolute()), token_ids))
+        return count
+
+    def set_observers(self, options: tuple[ObserverOptions, ...]) -> None:
+        """See TextEngine. AlreadyOverError if there is nobody to ask."""
+        self._call("set_observers", wire.to_plain(options))
+
     def observe(self, name: str) -> Observation:
         """See TextEngine. AlreadyOverError if there is nobody to ask."""
         seen: Observation = self._call("observe", name)
@@ -167,21 +187,34 @@ class Child:
         return value
 
     def _check_alive(self) -> None:
-        if self.failure is not None:
-            raise AlreadyOverError(copy.copy(self.failure))
+        if self.over is not None:
+            raise AlreadyOverError(copy.copy(self.over))
 
     # Its end.
 
+    @property
+    def over(self) -> EngineError | None:
+        """Why nothing can be asked any more; None while it can."""
+        return self.failure or self._verdict
+
+    def condemn(self, verdict: EngineError) -> None:
+        """End it at once and do not wait: what is in flight ends with `verdict`. Takes no lock: signal
+        handlers may call it.
+        """
+        self._verdict = self._verdict or verdict
+        if self._process is not None:
+            self._process.kill()
+
     def close(self) -> None:
         """Let it end what runs and leave; kill it if it does not."""
-        self._closing = True
+        self._verdict = self._verdict or EngineError("the engine is closed")
         self._outbox.put(wire.pack(("close",)))
         self._join(_GRACE)
         self.kill()
 
     def kill(self) -> None:
         """End it at once, if it has not ended, and reap it."""
-        self._closing = True
+        self._verdict = self._verdict or EngineError("the engine is closed")
         if self._reader.ident is None:
             return  # interrupted before it began
         self._spawned.wait()
@@ -246,8 +279,8 @@ class Child:
         return process.wait()
 
     def _reason(self, status: int, garbled: Exception | None) -> EngineError:
-        if self._closing:
-            return EngineError("the engine is closed")
+        if self._verdict is not None:
+            return self._verdict
         log = self._log.lines()
         if garbled is None:
             return crash(status, log, loading=not self._loaded.is_set())

@@ -7,13 +7,14 @@ and the process itself `child`'s.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Self, TypeVar
 
 from dsmoe_local.base import progress
 from dsmoe_local.base.errors import InterruptedRunError
-from dsmoe_local.engine.errors import EngineError
+from dsmoe_local.engine.errors import EngineCrashError, EngineError, EngineKilledError
 from dsmoe_local.engine.process.child import AlreadyOverError, Child
 from dsmoe_local.engine.process.log import LogKeeper
 from dsmoe_local.engine.streaming import stream
@@ -22,6 +23,7 @@ from dsmoe_local.engine.types import (
     ModelInfo,
     ModelOptions,
     Observation,
+    ObserverOptions,
     Prompt,
     Request,
     Ticket,
@@ -52,6 +54,8 @@ class EngineClient:
         # Held while a child is started, so that of several callers one does it.
         self._starting = threading.Lock()
         self._child: Child | None = None
+        self._crashes = 0
+        self._killed = threading.Event()  # of the load in progress: set to give it up
         # Of those who start a request: set if it is cancelled before it is anybody's.
         self._given_up: dict[str, threading.Event] = {}
 
@@ -73,7 +77,7 @@ class EngineClient:
         """
         client = cls(options, stop or threading.Event(), log_file, factory or NATIVE)
         try:
-            client._child = client._start_child(listen, threading.Event())
+            client._child = client._start_child(options, listen)
         except BaseException:
             client.close()
             raise
@@ -83,6 +87,16 @@ class EngineClient:
     def info(self) -> ModelInfo:
         """The loaded model."""
         return self._latest().info
+
+    @property
+    def options(self) -> ModelOptions:
+        """What is loaded, and how (see ReloadableEngine)."""
+        return self._options
+
+    @property
+    def crashes(self) -> int:
+        """How often a process has died and another took its place."""
+        return self._crashes
 
     @property
     def pid(self) -> int:
@@ -119,6 +133,34 @@ class EngineClient:
         """The exact token ids of `prompt`. Raises PromptError, TemplateError."""
         return self._ask(lambda child: child.encode(prompt), threading.Event())
 
+    def decode(self, token_ids: Sequence[int]) -> tuple[str, ...]:
+        """Each token's own text. PromptError for an id that the vocabulary does not have."""
+        return self._ask(lambda child: child.decode(token_ids), threading.Event())
+
+    def save_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
+        """Write what the KV cache holds of these tokens (see TextEngine); 0 if it died with the process."""
+        try:
+            return self._latest().save_cache(path, token_ids)
+        except AlreadyOverError:
+            return 0
+        except EngineCrashError:
+            path.unlink(missing_ok=True)
+            return 0
+
+    def load_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
+        """Make the KV cache hold what such a file does (see TextEngine); 0 if the process dies of it."""
+        try:
+            return self._ask(lambda child: child.load_cache(path, token_ids), threading.Event())
+        except EngineKilledError:
+            raise
+        except EngineCrashError:
+            return 0
+
+    def set_observers(self, options: tuple[ObserverOptions, ...]) -> None:
+        """Replace all observers (see TextEngine), also of the processes to come."""
+        self._ask(lambda child: child.set_observers(options), threading.Event())
+        self._options = replace(self._options, observers=options)
+
     def observe(self, name: str) -> Observation:
         """What the observer of that name has seen. EngineError if none was loaded, EngineCrashError if it
         died with the process.
@@ -131,6 +173,30 @@ class EngineClient:
     def log(self) -> tuple[str, ...]:
         """The child's latest log lines, safe to print; those of a dead one stay until it is replaced."""
         return self._log.lines()
+
+    def reload(
+        self,
+        options: ModelOptions,
+        listen: progress.Listener = progress.ignore,
+        stop: threading.Event | None = None,
+    ) -> None:
+        """Load another model, or the same one otherwise (see ReloadableEngine)."""
+        with self._starting:
+            self._latest().close()
+            # Its place stays taken: without another one, the next request finds it over.
+            self._child = self._start_child(options, listen, *([] if stop is None else [stop]))
+            self._options = options
+
+    def kill(self) -> None:
+        """End the process at once, also one that hangs or loads (see ReloadableEngine)."""
+        self._killed.set()
+        if self._child is not None:
+            self._child.condemn(
+                EngineKilledError(
+                    "the engine was ended, since it did not answer",
+                    remedy="the next message loads the model again",
+                )
+            )
 
     def close(self) -> None:
         """End all requests and the child, which is killed if it does not leave. Closing twice is fine."""
@@ -165,21 +231,27 @@ class EngineClient:
     def _living(self, given_up: threading.Event) -> Child:
         """The child; a new one with the model loaded if it died."""
         child = self._latest()
-        if child.failure is None:
+        if child.over is None:
             return child
         with self._starting:
             child = self._latest()
-            if child.failure is None:
+            if child.over is None:
                 return child
+            # Two models at once may be more than the memory holds.
+            child.kill()
             try:
-                self._child = self._start_child(progress.ignore, given_up)
+                self._child = self._start_child(self._options, progress.ignore, given_up)
             except InterruptedRunError:
                 self._latest()
                 raise
+            self._crashes += isinstance(child.over, EngineCrashError)
             return self._child
 
-    def _start_child(self, listen: progress.Listener, given_up: threading.Event) -> Child:
-        ends = (self._stop, self._closing, given_up)
+    def _start_child(
+        self, options: ModelOptions, listen: progress.Listener, *given_up: threading.Event
+    ) -> Child:
+        self._killed = killed = threading.Event()
+        ends = (self._stop, self._closing, killed, *given_up)
         return Child.load(
-            self._options, self._factory, self._log, listen, lambda: any(end.is_set() for end in ends)
+            options, self._factory, self._log, listen, lambda: any(end.is_set() for end in ends)
         )

@@ -1,7 +1,7 @@
 """The engine's own process: `python -m dsmoe_local.engine.process.host SOCKET PARENT`, started by `client`.
 
-Serves one engine to one client over an inherited socket: load, start, cancel, encode, observe, close. What
-the messages look like is `wire`'s concern. Ends when the client closes the socket or dies.
+Serves one engine to one client over an inherited socket: load, start, cancel, calls, close. What the messages
+look like is `wire`'s concern. Ends when the client closes the socket or dies.
 """
 
 from __future__ import annotations
@@ -18,13 +18,21 @@ import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn, Protocol, runtime_checkable
 
 from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.base.progress import Event
 from dsmoe_local.engine.errors import EngineError
 from dsmoe_local.engine.process import wire
-from dsmoe_local.engine.types import ModelOptions, Request, TextEngine, Ticket, TokenEvent
+from dsmoe_local.engine.types import (
+    ModelOptions,
+    ObserverOptions,
+    Request,
+    TextEngine,
+    Ticket,
+    TokenEvent,
+)
 
 _PR_SET_PDEATHSIG = 1
 
@@ -230,8 +238,19 @@ _TAKE: dict[str, Callable[..., None]] = {
 
 _CALLS: dict[str, Callable[[TextEngine, wire.Plain], wire.Plain]] = {
     "encode": lambda engine, prompt: engine.encode(wire.prompt_from_plain(prompt)),
+    "decode": lambda engine, ids: list(engine.decode(ids)),
+    "save_cache": lambda engine, argument: engine.save_cache(*_file_and_tokens(argument)),
+    "load_cache": lambda engine, argument: engine.load_cache(*_file_and_tokens(argument)),
+    "set_observers": lambda engine, options: engine.set_observers(
+        tuple(wire.from_plain(ObserverOptions, option) for option in options)
+    ),
     "observe": lambda engine, name: engine.observe(name),
 }
+
+
+def _file_and_tokens(argument: wire.Plain) -> tuple[Path, tuple[int, ...]]:
+    path, token_ids = argument
+    return Path(path), tuple(token_ids)
 
 
 def _crossing(error: BaseException) -> wire.Plain:
