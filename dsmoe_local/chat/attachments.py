@@ -20,8 +20,9 @@ from dsmoe_local.chat import words
 from dsmoe_local.chat.export.markdown_file import in_fence
 
 MAX_BYTES = 1 << 20
+_LONGEST_NAME = 1024
 # Not after what may be the beginning of an e-mail address.
-_MENTION = re.compile(r'(?<![A-Za-z0-9._%+\-@])@(?:"([^"\n]+)"|([^\s"]+))')
+_MENTION = re.compile(rf'(?<![A-Za-z0-9._%+\-@])@(?:"([^"\n]+)"|([^\s"]{{1,{_LONGEST_NAME}}}))')
 _LEADING_NAME = re.compile(r'"([^"\n]+)"(?=\s|$)|(\S+)')
 
 
@@ -81,7 +82,8 @@ def split_name(argument: str, folder: Path | None = None) -> tuple[str, str]:
         raise UsageError("a file's name is missing")
     if match[1]:
         return match[1], argument[match.end() :].strip()
-    for end in (*(space.start() for space in re.finditer(r"\s", argument)), len(argument)):
+    longest = argument[:_LONGEST_NAME]
+    for end in (*(space.start() for space in re.finditer(r"\s", longest)), len(longest)):
         if _is_file(_path(argument[:end], folder)):
             return argument[:end], argument[end:].strip()
     return match[0], argument[match.end() :].strip()
@@ -133,7 +135,7 @@ def _ends_a_name(word: str, place: int) -> bool:
     character = word[place]
     if character in "._-~/":
         return character == "." and not any(letter.isalnum() for letter in word[place:])
-    return unicodedata.category(character).startswith("P")
+    return character in "`<>|" or unicodedata.category(character).startswith("P")
 
 
 def _path(name: str, folder: Path | None) -> Path:

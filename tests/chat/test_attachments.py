@@ -45,6 +45,8 @@ def folder(tmp_path: Path) -> Path:
         ("@x(1).txt?", ["x(1).txt"], "x(1).txt?"),
         ("请总结@文件.txt。谢谢", ["文件.txt"], "请总结文件.txt。谢谢"),
         ("“@文件.txt”是什么", ["文件.txt"], "“文件.txt”是什么"),
+        ("`@a.py` or <@sub/b.py>", ["a.py", "sub/b.py"], "`a.py` or <sub/b.py>"),
+        ("@a.py#L3", ["a.py"], "a.py#L3"),
         ("line\n@a.py\nline", ["a.py"], "line\na.py\nline"),
     ],
 )
@@ -75,6 +77,7 @@ def test_mentions(message: str, names: list[str], rest: str, folder: Path) -> No
         "@a.pyx and @a.pyc",
         "@a",
         "@" + "x" * 5000,
+        "@" + ",." * 5000,
         "@/dev/null",
         "@a\0b",
     ],
