@@ -32,7 +32,9 @@ from dsmoe_local.cli.configuration import (
 )
 
 # The help of an option ends with its built-in value, in words.
-_BUILT_IN = re.compile(r"\[([^\[\]]+)\]\.?$")
+_BUILT_IN = re.compile(r"\[(?:default: )?([^\[\]]+)\]\.?$")
+_SECRET = frozenset({"token"})
+_HIDDEN = "(hidden)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +133,8 @@ def _resolve(context: click.Context, option: click.Option) -> None:
 def _shown(context: click.Context, option: click.Option) -> Shown:
     key, origin = keys_of(option)[0], origin_of(context, str(option.name))
     raw, _ = option.consume_value(context, {})
+    if key in _SECRET and origin.source is not Source.BUILT_IN:
+        return Shown(key, _HIDDEN, _HIDDEN, origin)
     if origin.source is Source.BUILT_IN:
         found = _BUILT_IN.search(option.help or "")
         default = _plain(option.get_default(context))

@@ -22,7 +22,9 @@ from dsmoe_local.chat.settings import SETTINGS, ChatSettings, change
 from dsmoe_local.chat.turns import OnFull
 from dsmoe_local.cli.configuration import configurable, keys_of, variable
 from dsmoe_local.cli.main import COMMANDS, group, load_command, run
-from dsmoe_local.cli.model_options import find_model, sampling_parameters
+from dsmoe_local.cli.model_options import find_model, load_engine, sampling_parameters
+from dsmoe_local.engine.process.client import EngineClient
+from dsmoe_local.engine.types import ALL_LAYERS, ModelOptions
 
 SHARED = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -315,6 +317,45 @@ def test_config_as_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     assert capsys.readouterr().out == f"{config_path()}\n"
     with pytest.raises(UsageError, match="no command"):
         load_command("config").main(["chatt"], standalone_mode=False)
+
+
+def test_config_does_not_show_secrets(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: an access token on the screen, or in a report of a bug."""
+    monkeypatch.setenv("DSMOE_TOKEN", "hf_secret")
+    load_command("config").main(["convert"], standalone_mode=False)
+    load_command("config").main(["convert", "--json"], standalone_mode=False)
+    text = capsys.readouterr().out
+    assert "DSMOE_TOKEN" in text
+    assert "secret" not in text
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "expected"),
+    [
+        ("cpu-moe = true", [], ALL_LAYERS),
+        ("cpu-moe = true", ["--n-cpu-moe", "3"], 3),
+        ("n-cpu-moe = 3", ["--cpu-moe"], ALL_LAYERS),
+        ("", ["--cpu-moe", "--n-cpu-moe", "3"], None),
+    ],
+)
+def test_a_flag_outweighs_a_configured_rival(
+    config: str, arguments: list[str], expected: int | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Guards: two options that exclude each other refused, though only one was typed."""
+    write_config(config)
+    loaded: list[ModelOptions] = []
+    monkeypatch.setattr(EngineClient, "load", lambda options, *_, **__: loaded.append(options))
+    monkeypatch.setattr(
+        load_command("chat"), "callback", lambda **values: load_engine(tmp_path / "m.gguf", values)
+    )
+    if expected is None:
+        with pytest.raises(UsageError, match="are given"):
+            chat(*arguments)
+    else:
+        chat(*arguments)
+        assert loaded[0].n_cpu_moe == expected
 
 
 def as_set() -> st.SearchStrategy[ChatSettings]:
