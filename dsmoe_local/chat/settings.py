@@ -183,6 +183,15 @@ def in_words(settings: ChatSettings, name: str) -> str:
     return str(value).removesuffix(".0")
 
 
+def setting_rows(settings: ChatSettings) -> list[tuple[str, str, str]]:
+    """Name, value and help of every setting, for people; the default beside a value that differs from it."""
+    rows = []
+    for name, setting in SETTINGS.items():
+        value, default = in_words(settings, name), in_words(ChatSettings(), name)
+        rows.append((name, value if value == default else f"{value} (default {default})", setting.help))
+    return rows
+
+
 def _with(settings: ChatSettings, name: str, value: object) -> ChatSettings:
     changes: dict[str, Any] = {name: value}
     if name in _SAMPLING:

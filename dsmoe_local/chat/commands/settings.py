@@ -20,6 +20,7 @@ from dsmoe_local.chat.settings import (
     get_setting,
     in_words,
     setting_name,
+    setting_rows,
 )
 
 _DEFAULTS = ChatSettings()
@@ -33,7 +34,7 @@ def _set(chat: Chat, argument: str) -> None:
     word, _, rest = argument.partition(" ")
     rest = rest.strip()
     if not word:
-        _show_all(chat)
+        chat.screen.table(setting_rows(chat.conversation.settings))
     elif word in _ACTIONS:
         _ACTIONS[word](chat, rest)
     elif not rest:
@@ -43,16 +44,6 @@ def _set(chat: Chat, argument: str) -> None:
         name = setting_name(word)
         chat.conversation.settings = change(chat.conversation.settings, name, rest)
         chat.screen.notice(f"{name} {in_words(chat.conversation.settings, name)}")
-
-
-def _show_all(chat: Chat) -> None:
-    settings = chat.conversation.settings
-
-    def value(name: str) -> str:
-        default = f" (default {in_words(_DEFAULTS, name)})" if _differs(settings, name) else ""
-        return in_words(settings, name) + default
-
-    chat.screen.table([(name, value(name), SETTINGS[name].help) for name in SETTINGS])
 
 
 def _save(chat: Chat, name: str) -> None:
