@@ -1,0 +1,159 @@
+"""The lines below the conversation and how they get onto a terminal: pure functions that give escape codes.
+
+A frame is painted in place: only what changed is written, what is printed above it goes where it was, and no
+line of it ever reaches the scrollback. Nobody asks where the terminal's cursor is: it is where the last
+frame left it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from rich.cells import cell_len, get_character_cell_size
+
+_SGR = re.compile(r"\x1b\[[0-9;:]*m")
+# A terminal that knows synchronized updates shows all of one at once; others ignore the code.
+_BEGIN, _END = "\x1b[?2026h\x1b[?25l", "\x1b[?2026l"
+_SHOW_CURSOR = "\x1b[?25h"
+_WRAP, _NO_WRAP = "\x1b[?7h", "\x1b[?7l"
+_ERASE_LINE, _ERASE_DOWN = "\x1b[K", "\x1b[J"
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """Lines with their styles, none wider than `columns`; where the cursor is, and whether it shows."""
+
+    lines: tuple[str, ...]
+    columns: int
+    row: int = 0
+    column: int = 0
+    shows_cursor: bool = True
+
+
+def without_styles(line: str) -> str:
+    """`line` without the codes that colour it."""
+    return _SGR.sub("", line)
+
+
+def width_of(line: str) -> int:
+    """How many cells a line with styles takes."""
+    return cell_len(without_styles(line))
+
+
+def paint(old: Frame | None, new: Frame, above: str = "", *, reflows: bool = True) -> str:
+    """What makes a terminal that shows `old` show `new`, with the lines of `above` before it.
+
+    `above` ends with a newline; its lines may be longer than the terminal is wide. `reflows`: see `wipe`.
+    """
+    return "".join(_paint(old, new, above, reflows=reflows))
+
+
+def wipe(frame: Frame | None, columns: int, *, reflows: bool = True) -> str:
+    """What takes a frame off a terminal that is `columns` wide now, with the cursor where the frame began.
+
+    `reflows`: whether the terminal wraps lines anew when its width changes, as most do.
+    """
+    if frame is None:
+        return ""
+    return f"\r{_up(_rows_to_cursor(frame, columns, reflows=reflows))}{_ERASE_DOWN}"
+
+
+def _paint(old: Frame | None, new: Frame, above: str, *, reflows: bool) -> Iterator[str]:
+    if old is not None and old.columns != new.columns:
+        yield wipe(old, new.columns, reflows=reflows)
+        old = None
+    if old == new and not above:
+        return
+    yield _BEGIN
+    if old is not None:
+        yield f"\r{_up(old.row)}"
+    if above:
+        yield from _print(above, new.columns)
+        yield from _write_all(new.lines)
+    elif old is None:
+        yield _ERASE_DOWN
+        yield from _write_all(new.lines)
+    else:
+        yield from _write_changes(old.lines, new.lines)
+    yield _place_cursor(new)
+    yield _END
+
+
+def _print(above: str, columns: int) -> Iterator[str]:
+    """Lines written over what was there. The terminal wraps the long ones, so that a copy has them whole."""
+    for line in above.removesuffix("\n").split("\n"):
+        # Erased first: at the end of a full line the last cell would go. Of a long one only a row is known.
+        known = "\t" not in line and width_of(line) <= columns
+        yield f"{_ERASE_LINE if known else _ERASE_DOWN}{line}\r\n"
+
+
+def _write_all(lines: Sequence[str]) -> Iterator[str]:
+    yield _NO_WRAP
+    for line in lines[:-1]:
+        yield f"{_ERASE_LINE}{line}\r\n"
+    yield f"{_ERASE_DOWN}{lines[-1]}\r{_up(len(lines) - 1)}{_WRAP}"
+
+
+def _write_changes(old: Sequence[str], new: Sequence[str]) -> Iterator[str]:
+    """From the first line and back to it."""
+    row = 0
+    yield _NO_WRAP
+    for number, (before, line) in enumerate(zip(old, new, strict=False)):
+        if before != line:
+            yield f"\r{_down(number - row)}{_ERASE_LINE}{line}"
+            row = number
+    if len(new) > len(old):
+        yield _down(len(old) - 1 - row)
+        # Only a line feed scrolls the screen where it is full.
+        yield "".join(f"\r\n{_ERASE_LINE}{line}" for line in new[len(old) :])
+        row = len(new) - 1
+    elif len(new) < len(old):
+        yield f"\r{_down(len(new) - row)}{_ERASE_DOWN}"
+        row = len(new)
+    yield f"\r{_up(row)}{_WRAP}"
+
+
+def _place_cursor(frame: Frame) -> str:
+    right = f"\x1b[{frame.column}C" if frame.column else ""
+    return f"{_down(frame.row)}{right}{_SHOW_CURSOR if frame.shows_cursor else ''}"
+
+
+def _rows_to_cursor(frame: Frame, columns: int, *, reflows: bool) -> int:
+    """How many rows the cursor is below the frame's first one, on a terminal that is `columns` wide now."""
+    if not reflows or columns >= frame.columns:
+        # Every line ends with a line feed, so a wider terminal joins none.
+        return frame.row
+    before = sum(_rows_taken(line, columns) for line in frame.lines[: frame.row])
+    line = without_styles(frame.lines[frame.row]) if frame.lines else ""
+    return before + _rows_taken(line.ljust(frame.column)[: _index(line, frame.column)], columns) - 1
+
+
+def _rows_taken(line: str, columns: int) -> int:
+    """The rows that a terminal makes of a line. A wide character of which half fits goes to the next."""
+    rows, used = 1, 0
+    for character in without_styles(line):
+        size = get_character_cell_size(character)
+        if used + size > columns:
+            rows, used = rows + 1, 0
+        used += size
+    return rows
+
+
+def _index(line: str, column: int) -> int:
+    """The index of the character at a column."""
+    used = 0
+    for index, character in enumerate(line):
+        if used >= column:
+            return index
+        used += get_character_cell_size(character)
+    return len(line) + column - used
+
+
+def _up(rows: int) -> str:
+    return f"\x1b[{rows}A" if rows > 0 else ""
+
+
+def _down(rows: int) -> str:
+    return f"\x1b[{rows}B" if rows > 0 else ""

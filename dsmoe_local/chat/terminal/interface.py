@@ -1,0 +1,384 @@
+"""The full terminal as the thread that reads keys has it: what keys do, and what waits to be sent.
+
+All of it belongs to that thread; others hand it actions through the mailbox.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import Future
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from prompt_toolkit.application import Application, in_terminal
+from prompt_toolkit.buffer import Buffer
+from prompt_toolkit.document import Document
+from prompt_toolkit.filters import is_searching
+from prompt_toolkit.output import ColorDepth
+from prompt_toolkit.search import stop_search
+
+from dsmoe_local.base.errors import FileError
+from dsmoe_local.base.text import safe_line
+from dsmoe_local.chat.terminal.ansi import error_message, render_lines
+from dsmoe_local.chat.terminal.completion import Complete
+from dsmoe_local.chat.terminal.editor import edit_text
+from dsmoe_local.chat.terminal.history import open_history
+from dsmoe_local.chat.terminal.keys import key_bindings
+from dsmoe_local.chat.terminal.layout import STYLE, ChatLayout
+from dsmoe_local.chat.terminal.mailbox import Action, Mailbox
+from dsmoe_local.chat.terminal.output import TerminalOutput, reflows
+from dsmoe_local.chat.terminal.renderer import InlineRenderer
+from dsmoe_local.chat.terminal.stage import Stage
+from dsmoe_local.chat.terminal.status import Status, bar, shorten
+
+_PATIENCE = 1.0  # seconds from the first Ctrl-C to what the second one does
+_GRACE = 3.0  # seconds that a signal leaves to a running reply
+_MOST_QUEUED_SHOWN = 3
+_MANY_LINES = 20  # what is more than an input shows at once
+_ESCAPE_SECONDS = 0.1  # what follows an Esc within that time belongs to it
+
+_T = TypeVar("_T")
+
+
+class ChatApplication(Application[None]):
+    """One application for the whole chat, drawn below what is printed."""
+
+    def _on_resize(self) -> None:
+        # The renderer finds out by itself how the terminal has wrapped what was drawn.
+        self.invalidate()
+
+
+class Interface:
+    """What is on the screen, and the messages that wait. `send` hands one to the thread that answers."""
+
+    def __init__(
+        self,
+        *,
+        state: Callable[[], Status],
+        complete: Complete,
+        history_path: Path | None,
+        colour: bool,
+        send: Callable[[str], None],
+    ) -> None:
+        self._send = send
+        self._colour = colour
+        self.cancel: Action = _nothing
+        self.kill: Action = _nothing
+        self._busy = False
+        self._job = 0
+        self._interrupted_at: float | None = None
+        self._leaving = False
+        self._hidden = False
+        self._hint = ""
+        self._question: tuple[str, Future[bool]] | None = None
+        self._queued: list[str] = []
+        self._layout = ChatLayout(
+            history=open_history(history_path),
+            complete=complete,
+            state_lines=self._state_lines,
+            bar=lambda columns: bar(state(), columns),
+            question=lambda: "" if self._question is None else self._question[0],
+        )
+        self._layout.input.on_text_changed += lambda _: self._clear_hint()
+        output = TerminalOutput(gone=self.leave_now)
+        self.app = ChatApplication(
+            layout=self._layout.layout,
+            style=STYLE,
+            include_default_pygments_style=False,
+            key_bindings=key_bindings(self),
+            color_depth=None if colour else ColorDepth.DEPTH_1_BIT,
+            erase_when_done=True,
+            terminal_size_polling_interval=None,
+            output=output,
+        )
+        self.app.ttimeoutlen = _ESCAPE_SECONDS
+        renderer = InlineRenderer(self.app.renderer.style, output, reflows=reflows())
+        self.app.renderer = renderer
+        self._renderer = renderer
+        self.stage = Stage(renderer.print_above, output.get_size, colour=colour)
+        renderer.top = self.stage.top
+        self.mailbox = Mailbox(self.stage.feed, self.app.invalidate)
+
+    # What runs in the thread that draws.
+
+    def run(self) -> None:
+        """Read keys until the user leaves. EOFError: the terminal has gone away."""
+        self.app.run(pre_run=self._start_loop, set_exception_handler=False)
+
+    def print_now(self, text: str) -> None:
+        """Print lines while nothing is drawn: before and after `run`."""
+        self.stage.print(text)
+        self._renderer.erase()
+
+    def idle(self, goes_on: bool) -> None:
+        """What was sent is dealt with."""
+        self._busy = False
+        self._interrupted_at = None
+        if self._leaving or not goes_on:
+            self._exit()
+        elif self._queued:
+            self._begin(self._queued.pop(0))
+
+    def fail(self, error: BaseException) -> None:
+        """End the chat with `error`."""
+        if not self.app.is_done:
+            self.app.exit(exception=error)
+
+    def ask(self, question: str, answer: Future[bool]) -> None:
+        """Ask for yes or no, in place of the input, which is back afterwards."""
+        if is_searching():
+            stop_search()
+        self._layout.answer.reset()
+        self._question = (question, answer)
+        self._layout.focus()
+
+    def edit(self, text: str, result: Future[str | None]) -> None:
+        """Have a text edited, for another thread."""
+
+        async def work() -> None:
+            try:
+                result.set_result(await self._edit(text))
+            except FileError as error:
+                result.set_exception(error)
+
+        self._do(work())
+
+    def write(self, sequence: str) -> None:
+        """Write codes for the terminal."""
+        self.app.output.write_raw(sequence)
+        self.app.output.flush()
+
+    def leave_now(self) -> None:
+        """Leave for a signal, or because the terminal is gone: a running reply gets a little time to end."""
+        self._queued.clear()
+        self.answer(yes=False)
+        if not self._busy:
+            self._exit()
+        elif not self._leaving:
+            self._in_thread(self.cancel)
+            self._later(_GRACE, self._in_thread, self.kill)
+            self._later(2 * _GRACE, self._exit)
+        self._leaving = True
+
+    # What keys do.
+
+    @property
+    def input(self) -> Buffer:
+        """The next message."""
+        return self._layout.input
+
+    @property
+    def asked(self) -> bool:
+        """Whether a question waits for an answer."""
+        return self._question is not None
+
+    @property
+    def n_queued(self) -> int:
+        """How many messages wait for the reply to end."""
+        return len(self._queued)
+
+    def enter(self) -> None:
+        """Send the input, or have it wait for its turn."""
+        text = self.input.text
+        if text.strip():
+            self.input.append_to_history()
+        self.input.reset()
+        self._hint = ""
+        if not self._busy:
+            self._begin(text)
+        elif text.strip() and not self._leaving:
+            self._queued.append(text)
+
+    def answer_typed(self) -> None:
+        """Answer with what was typed: y or yes is yes."""
+        self.answer(yes=self._layout.answer.text.strip().lower() in ("y", "yes"))
+
+    def answer(self, yes: bool) -> None:
+        """Answer the question, if there is one."""
+        if self._question is not None:
+            question, answer = self._question
+            self._question = None
+            self._layout.focus()
+            self.stage.print(f"{safe_line(question)} {'yes' if yes else 'no'}\n")
+            answer.set_result(yes)
+
+    def interrupt(self) -> None:
+        """Ctrl-C: say no; stop the reply; end an engine that does not stop; clear the input."""
+        if self._hidden:
+            return
+        if self.asked:
+            self.answer(yes=False)
+        elif self._busy:
+            self._stop()
+        else:
+            self.input.reset()
+            self._hint = "Ctrl-D or /exit leaves"
+
+    def leave(self) -> None:
+        """Ctrl-D: leave, once the running reply is stopped and kept."""
+        if not self._busy:
+            self._exit()
+            return
+        self._leaving = True
+        self._queued.clear()
+        if self._interrupted_at is None:
+            self._stop()
+
+    def take_back(self) -> None:
+        """The last message that waits becomes the input again."""
+        self.input.document = Document(self._queued.pop())
+
+    def open_editor(self) -> None:
+        """Have the input edited."""
+
+        async def work() -> None:
+            try:
+                text = await self._edit(self.input.text)
+            except FileError as error:
+                columns = self.app.output.get_size().columns
+                lines = render_lines(error_message(error), columns, colour=self._colour)
+                self.stage.print("".join(f"{line}\n" for line in lines), gap=True)
+            else:
+                if text is not None:
+                    self.input.document = Document(text)
+
+        self._do(work())
+
+    def suspend(self) -> None:
+        """Ctrl-Z: stop, as a job of the shell; drawn again when it goes on."""
+
+        async def work() -> None:
+            async with self._free_terminal():
+                os.kill(0, signal.SIGTSTP)
+
+        self._do(work())
+
+    def clear_screen(self) -> None:
+        """Ctrl-L."""
+        self._renderer.clear()
+
+    # The rest is nobody else's.
+
+    def _begin(self, text: str) -> None:
+        self._busy = True
+        self._job += 1
+        if text.strip():
+            self.stage.echo(text)
+        self._send(text)
+
+    def _stop(self) -> None:
+        now = time.monotonic()
+        if self._interrupted_at is None:
+            self._interrupted_at = now
+            self._in_thread(self.cancel)
+        else:
+            # Pressed twice in a hurry, it means the same as once if once is enough.
+            self._later(max(0.0, self._interrupted_at + _PATIENCE - now), self._kill_job, self._job)
+
+    def _kill_job(self, job: int) -> None:
+        if self._busy and self._job == job:
+            self._in_thread(self.kill)
+
+    def _exit(self) -> None:
+        if self.app.is_running and not self.app.is_done:
+            self.app.exit()
+
+    def _clear_hint(self) -> None:
+        self._hint = ""
+
+    def _state_lines(self, columns: int) -> list[str]:
+        lines = [self.stage.state] if self.stage.state else []
+        if self._leaving:
+            lines = ["leaving …"]
+        elif self._interrupted_at is not None:
+            lines = ["stopping …  Ctrl-C again ends the engine; it starts anew with the next message"]
+        shown = self._queued[:_MOST_QUEUED_SHOWN]
+        lines += [f"queued: {text.strip()}" for text in shown]
+        if len(self._queued) > len(shown):
+            lines.append(f"queued: {len(self._queued) - len(shown)} more")
+        if self._hint:
+            lines.append(self._hint)
+        n_lines = self.input.document.line_count
+        if n_lines > _MANY_LINES:
+            lines.append(f"{n_lines} lines")
+        return [shorten(line, columns) for line in lines]
+
+    def _start_loop(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(self._on_exception)
+        loop.add_signal_handler(signal.SIGCONT, self._come_back)
+        self.mailbox.start(loop)
+
+    def _on_exception(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        self.fail(context.get("exception") or RuntimeError(str(context.get("message"))))
+
+    def _come_back(self) -> None:
+        """Somebody else had the terminal: what is on it now is not known."""
+        if not self._hidden:
+            self._renderer.reset()
+            self.app.invalidate()
+
+    async def _edit(self, text: str) -> str | None:
+        async with self._free_terminal():
+            return await self._await_thread(lambda: edit_text(text))
+
+    @asynccontextmanager
+    async def _free_terminal(self) -> AsyncIterator[None]:
+        """The terminal is for another program's use; what is to be printed waits."""
+        self._hidden = True
+        self.mailbox.pause(True)
+        try:
+            async with in_terminal():
+                yield
+        finally:
+            self._hidden = False
+            self.mailbox.pause(False)
+
+    def _do(self, work: Coroutine[Any, Any, None]) -> None:
+        self.app.create_background_task(work)
+
+    def _later(self, seconds: float, function: Callable[..., object], *arguments: object) -> None:
+        asyncio.get_running_loop().call_later(seconds, function, *arguments)
+
+    def _in_thread(self, function: Action) -> None:
+        """What may wait for the engine never keeps the keys waiting."""
+
+        async def work() -> None:
+            await self._await_thread(function)
+
+        self._do(work())
+
+    async def _await_thread(self, function: Callable[[], _T]) -> _T:
+        """Like an executor's, but a thread that hangs does not keep the program from ending."""
+        loop = asyncio.get_running_loop()
+        result: asyncio.Future[_T] = loop.create_future()
+
+        def set_result(value: _T | None, error: Exception | None) -> None:
+            if result.cancelled():
+                return
+            if error is not None:
+                result.set_exception(error)
+            else:
+                result.set_result(cast(_T, value))
+
+        def work() -> None:
+            value, error = None, None
+            try:
+                value = function()
+            except Exception as raised:  # noqa: BLE001 - it is raised where the result is awaited
+                error = raised
+            with suppress(RuntimeError):  # the loop is over
+                loop.call_soon_threadsafe(set_result, value, error)
+
+        threading.Thread(target=work, daemon=True).start()
+        return await result
+
+
+def _nothing() -> None:
+    return None

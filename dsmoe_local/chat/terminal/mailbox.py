@@ -1,0 +1,86 @@
+"""What other threads want on the screen, taken by the one that draws: in order, in bundles."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable
+
+_SECONDS_BETWEEN = 0.05
+_MOST_AT_ONCE = 8192  # characters of a reply between two looks at the keys
+
+Action = Callable[[], None]
+
+
+class Mailbox:
+    """Pieces of a reply, bundled for `feed`, and actions; `redraw` is called after each bundle."""
+
+    def __init__(self, feed: Callable[[str], None], redraw: Action) -> None:
+        self._feed = feed
+        self._redraw = redraw
+        self._posted: deque[str | Action] = deque()
+        self._awake = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._taken_at = 0.0
+        self._paused = False
+
+    def post(self, item: str | Action) -> None:
+        """Leave an action, or a piece of a reply. From any thread."""
+        self._posted.append(item)
+        if not self._awake.is_set():
+            self._wake()
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Take what was posted, and all that will be, in this loop."""
+        self._loop = loop
+        self._wake()
+
+    def pause(self, paused: bool) -> None:
+        """Whether the screen is somebody else's now; what is posted waits."""
+        self._paused = paused
+        if not paused:
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._loop is None:
+            return
+        self._awake.set()
+        try:
+            self._loop.call_soon_threadsafe(self._schedule)
+        except RuntimeError:
+            return  # the loop is over, and nothing is drawn any more
+
+    def _schedule(self) -> None:
+        assert self._loop is not None
+        self._loop.call_at(max(self._loop.time(), self._taken_at + _SECONDS_BETWEEN), self._take)
+
+    def _take(self) -> None:
+        assert self._loop is not None
+        self._awake.clear()
+        if self._paused:
+            return
+        room = _MOST_AT_ONCE
+        pieces: list[str] = []
+        while self._posted and room > 0:
+            item = self._posted.popleft()
+            if isinstance(item, str):
+                if len(item) > room:
+                    self._posted.appendleft(item[room:])
+                pieces.append(item[:room])
+                room -= len(item)
+                continue
+            self._deliver(pieces)
+            item()
+        self._deliver(pieces)
+        self._taken_at = self._loop.time()
+        self._redraw()
+        if self._posted and not self._awake.is_set():
+            self._awake.set()
+            # At once, but keys that came meanwhile are first.
+            self._loop.call_soon(self._take)
+
+    def _deliver(self, pieces: list[str]) -> None:
+        if pieces:
+            self._feed("".join(pieces))
+            pieces.clear()

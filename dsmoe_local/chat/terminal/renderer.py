@@ -1,0 +1,135 @@
+"""Draws a prompt_toolkit layout below a conversation that scrolls, with lines of our own on top of it.
+
+prompt_toolkit's renderer asks the terminal where its cursor is, switches bracketed paste off for whatever is
+printed above it, and takes a resized terminal for one that does not wrap. This one knows what is where.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+
+from prompt_toolkit.application import Application
+from prompt_toolkit.data_structures import Size
+from prompt_toolkit.layout import Layout
+from prompt_toolkit.layout.mouse_handlers import MouseHandlers
+from prompt_toolkit.layout.screen import Screen, WritePosition
+from prompt_toolkit.output import ColorDepth
+from prompt_toolkit.output.vt100 import Vt100_Output
+from prompt_toolkit.renderer import Renderer
+from prompt_toolkit.styles import BaseStyle
+
+from dsmoe_local.chat.terminal.frame import Frame, paint, wipe
+
+Top = Callable[[int, int], Sequence[str]]
+"""Gives the lines above the layout, for so many columns and at most so many rows."""
+
+# Directions of writing would reorder the line around them; they take no cell.
+_INVISIBLE = dict.fromkeys((0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)), "")
+_RESET = "\x1b[0m"
+_SET_UP, _SET_DOWN = "\x1b[?1l\x1b[?2004h", "\x1b[?2004l"
+
+
+class InlineRenderer(Renderer):
+    """Keeps the lines of the layout, and those that `top` gives, at the end of what is printed."""
+
+    def __init__(self, style: BaseStyle, output: Vt100_Output, *, reflows: bool) -> None:
+        self.top: Top = _no_lines
+        self._reflows = reflows
+        self._frame: Frame | None = None
+        self._above: list[str] = []
+        self._set_up = False
+        self._looks: dict[str, tuple[str, bool]] = {}
+        super().__init__(style, output)
+
+    def print_above(self, text: str) -> None:
+        """Lines, each with its newline, that go above the frame the next time it is drawn."""
+        self._above.append(text)
+
+    def render(self, app: Application[object], layout: Layout, is_done: bool = False) -> None:
+        """Draw what changed; what is to be printed goes out in the same write."""
+        size = self.output.get_size()
+        screen, handlers = Screen(), MouseHandlers()
+        screen.show_cursor = False
+        height = min(layout.container.preferred_height(size.columns, size.rows).preferred, size.rows)
+        layout.container.write_to_screen(
+            screen,
+            handlers,
+            WritePosition(0, 0, size.columns, height),
+            parent_style="",
+            erase_bg=False,
+            z_index=None,
+        )
+        screen.draw_all_floats()
+        self.mouse_handlers = handlers
+        self._last_screen = screen
+        self._draw(screen, height, size, layout, app.color_depth)
+        layout.visible_windows = screen.visible_windows
+
+    def _draw(self, screen: Screen, height: int, size: Size, layout: Layout, depth: ColorDepth) -> None:
+        top = [line.replace("\t", "    ") for line in self.top(size.columns, size.rows - height)]
+        lines = [self._line(screen, row, size.columns, depth) for row in range(height)]
+        cursor = screen.get_cursor_position(layout.current_window)
+        frame = Frame((*top, *lines), size.columns, len(top) + cursor.y, cursor.x, screen.show_cursor)
+        if not self._set_up:
+            self.output.write_raw(_SET_UP)
+            self._set_up = True
+        self.output.write_raw(paint(self._frame, frame, "".join(self._above), reflows=self._reflows))
+        self._above.clear()
+        self._frame = frame
+        self.output.flush()
+
+    def _line(self, screen: Screen, row: int, columns: int, depth: ColorDepth) -> str:
+        """A row of the screen with its styles, without the spaces at its end."""
+        cells = screen.data_buffer[row]
+        parts: list[str] = []
+        last, column, end = _RESET, 0, 0
+        while column < columns:
+            cell = cells[column]
+            code, shows_spaces = self._look(cell.style, depth)
+            if code != last:
+                parts.append(code)
+                last = code
+            parts.append(cell.char.translate(_INVISIBLE))
+            column += cell.width or 1
+            if cell.char != " " or shows_spaces:
+                end = len(parts)
+        line = "".join(parts[:end])
+        return f"{line}{_RESET}" if "\x1b" in line else line
+
+    def _look(self, style: str, depth: ColorDepth) -> tuple[str, bool]:
+        """The code of a style, and whether a space in it can be seen."""
+        look = self._looks.get(style)
+        if look is None:
+            attributes = self.style.get_attrs_for_style_str(style)
+            paper = io.StringIO()
+            pen = Vt100_Output(paper, lambda: Size(1, 1))
+            pen.set_attributes(attributes, depth)
+            pen.flush()
+            shows_spaces = bool(attributes.bgcolor or attributes.underline or attributes.reverse)
+            look = self._looks[style] = (paper.getvalue(), shows_spaces)
+        return look
+
+    def erase(self, leave_alternate_screen: bool = True) -> None:
+        """Take the frame off the screen; what was to be printed is."""
+        self.output.write_raw(wipe(self._frame, self.output.get_size().columns, reflows=self._reflows))
+        self.output.write_raw("".join(self._above).replace("\n", "\r\n"))
+        self._above.clear()
+        self.reset(leave_alternate_screen=leave_alternate_screen)
+
+    def reset(self, _scroll: bool = False, leave_alternate_screen: bool = True) -> None:
+        """Forget what is on the screen: the frame is drawn anew where the cursor is."""
+        self._frame = None
+        if self._set_up:
+            self.output.write_raw(_SET_DOWN)
+            self._set_up = False
+        super().reset(_scroll, leave_alternate_screen)
+
+    def clear(self) -> None:
+        """Clear the screen; the frame is drawn at its top."""
+        self.output.write_raw("\x1b[H\x1b[2J")
+        self._frame = None
+
+
+def _no_lines(columns: int, rows: int) -> Sequence[str]:
+    return ()
