@@ -157,10 +157,10 @@ def _parts(model: str, readings: Mapping[str, Reading], width: int) -> Iterator[
         yield Text(f"{title}: {_about(reading)}", style="dim")
     yield Text("")
     yield panels({title: reading.activity for title, reading in readings.items()}, width)
-    for title, reading in readings.items():
+    for number, (title, reading) in enumerate(readings.items(), 1):
         if len(readings) > 1:
             yield Text(title, style="bold")
-        yield layer_table(reading.activity, width)
+        yield layer_table(reading.activity, width, explained=number == len(readings))
     if len(readings) == 2:
         first, second = (reading.activity for reading in readings.values())
         same = mean_overlap(first, second)

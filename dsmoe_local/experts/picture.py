@@ -18,10 +18,9 @@ _N_BUSIEST = 8
 # No fonts from the network: a page that holds the picture asks for nothing.
 _SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">
 <style>
-.{unique_id}-matrix {{
-  font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: {char_height}px;
-}}
-.{unique_id}-title {{ font-family: sans-serif; font-size: 18px; font-weight: bold; }}
+text {{ font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }}
+text {{ font-size: {char_height}px; }}
+.{unique_id}-title {{ font-weight: bold; }}
 {styles}
 </style>
 <defs>
@@ -66,8 +65,14 @@ def as_svg(title: str, parts: Mapping[str, Activity]) -> str:
     from dsmoe_local.experts.panel import panels
     from dsmoe_local.experts.tables import layer_table
 
+    # Whatever the terminal can, and NO_COLOR says: a picture is no terminal.
     console = Console(
-        width=_WIDTH, record=True, file=io.StringIO(), force_terminal=True, color_system="truecolor"
+        width=_WIDTH,
+        record=True,
+        file=io.StringIO(),
+        force_terminal=True,
+        color_system="truecolor",
+        _environ={},
     )
     console.print(panels({safe_line(name, 80): part for name, part in parts.items()}, _WIDTH, tall=True))
     name, first = next((name, part) for name, part in parts.items() if part.tokens)

@@ -16,7 +16,7 @@ OBSERVERS = (ObserverOptions("routing"), ObserverOptions("logprobs"))
 """The last layer computes only what logits need: a scored prompt needs them for every token."""
 
 _MAX_PIECE = 1 << 16
-"""Characters that are tokenized together."""
+"""Characters that are tokenized together; of a small context fewer, since it limits what is taken at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def token_ids(engine: TextEngine, text: str) -> tuple[tuple[int, ...], tuple[int
     # What two different texts have in common at their beginning is no part of either.
     first, second = engine.encode("a"), engine.encode("b")
     bos = first[:1] if first[:1] == second[:1] else ()
-    pieces = (engine.encode(piece) for piece in _pieces(text, min(_MAX_PIECE, engine.info.n_context)))
+    pieces = (engine.encode(piece) for piece in _pieces(text, min(_MAX_PIECE, 16 * engine.info.n_context)))
     return bos, tuple(token for piece in pieces for token in piece[len(bos) :])
 
 

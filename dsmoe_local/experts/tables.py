@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich import box
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -44,10 +44,13 @@ COLUMNS: Sequence[Column] = (
 """In the order in which narrow tables keep them."""
 
 
-def leans_on(layer: LayerActivity, n: int = N_BUSIEST) -> str:
+def leans_on(layer: LayerActivity, n: int = N_BUSIEST) -> Text:
     """The busiest experts with the share of the tokens that chose each."""
     digits = len(str(len(layer.counts) - 1))
-    return "  ".join(f"{expert:>{digits}} {share:4.0%}" for expert, share in layer.busiest(n))
+    parts = [
+        Text.assemble(f"{expert:>{digits}}", (f" {share:4.0%}", "dim")) for expert, share in layer.busiest(n)
+    ]
+    return Text("  ").join(parts)
 
 
 def layer_rows(activity: Activity) -> list[tuple[str, ...]]:
@@ -55,7 +58,7 @@ def layer_rows(activity: Activity) -> list[tuple[str, ...]]:
     return [
         ("layer", *(column.heading for column in COLUMNS), "leans on"),
         *(
-            (str(layer.layer), *(column.write(layer) for column in COLUMNS), leans_on(layer))
+            (str(layer.layer), *(column.write(layer) for column in COLUMNS), leans_on(layer).plain)
             if layer.tokens
             else (str(layer.layer), *("" for _ in COLUMNS), "no tokens")
             for layer in activity.layers
@@ -68,8 +71,8 @@ def legend(columns: Sequence[Column] = COLUMNS) -> str:
     return "; ".join(f"{column.heading}: {column.meaning}" for column in columns)
 
 
-def layer_table(activity: Activity, width: int) -> RenderableType:
-    """A line for each layer, with as many columns and experts as `width` holds."""
+def layer_table(activity: Activity, width: int, *, explained: bool = True) -> RenderableType:
+    """A line for each layer, with as many columns and experts as `width` holds; what they mean below."""
     room = width - 6 - 2 * _EXPERT_WIDTH
     columns = [column for number, column in enumerate(COLUMNS, 1) if 7 * number <= room] or [COLUMNS[0]]
     n_busiest = max(1, min(8, (width - 6 - sum(len(each.heading) + 2 for each in columns)) // _EXPERT_WIDTH))
@@ -81,8 +84,7 @@ def layer_table(activity: Activity, width: int) -> RenderableType:
     for layer in activity.layers:
         written = [column.write(layer) for column in columns] if layer.tokens else [""] * len(columns)
         table.add_row(str(layer.layer), *written, leans_on(layer, n_busiest) if layer.tokens else "no tokens")
-    _explain(table, legend(columns))
-    return table
+    return _explained(table, legend(columns)) if explained else table
 
 
 def expert_table(parts: Mapping[str, LayerActivity], width: int, n: int = 16) -> RenderableType:
@@ -111,8 +113,7 @@ def expert_table(parts: Mapping[str, LayerActivity], width: int, n: int = 16) ->
     notes += ["mass: the router's mean probability where it chose them"] if wide else []
     left = len(leading.counts) - leading.unused - n
     notes += [f"{left} more were chosen"] if left > 0 else []
-    _explain(table, "; ".join(notes))
-    return table
+    return _explained(table, "; ".join(notes))
 
 
 def expert_rows(parts: Mapping[str, LayerActivity], n: int = 16) -> list[tuple[str, ...]]:
@@ -150,6 +151,5 @@ def _table() -> Table:
     return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
 
 
-def _explain(table: Table, text: str) -> None:
-    table.caption = Text(text, style="dim")
-    table.caption_justify = "left"
+def _explained(table: Table, text: str) -> RenderableType:
+    return Group(table, Text(text, style="dim"))
