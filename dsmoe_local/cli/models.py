@@ -14,7 +14,12 @@ from dsmoe_local.base.text import safe_line
 from dsmoe_local.cli.configuration import models_folder
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from dsmoe_local.model.discovery import ModelDescription
+
+_WIDE = 80
+"""Columns from which on it is shown where a model lies."""
 
 
 @click.command(name="models")
@@ -59,30 +64,40 @@ def _show(models: list[ModelDescription]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("name", overflow="fold")
-    for heading in ("size", "type", "context"):
-        table.add_column(heading, justify="right" if heading != "type" else "left", no_wrap=True)
-    table.add_column("from", no_wrap=True)
-    table.add_column("file", overflow="fold")
-    for each in models:
-        file = Text(safe_line(_in_home(each.model.path)), style="dim")
-        if each.reason:
-            file = Text.assemble((f"{safe_line(each.reason)}: ", "red"), file)
-        table.add_row(
-            Text(safe_line(each.model.name), style="dim" if each.reason else "bold"),
-            format_size(each.n_bytes),
-            Text(safe_line(each.type, 40)),
-            f"{each.n_context:,}" if each.n_context else "",
-            each.model.group,
-            file,
-        )
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = 160
+    wide = console.width >= _WIDE
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("name", overflow="fold", min_width=12)
+    for heading in ("size", "type", "context"):
+        table.add_column(heading, justify="right" if heading != "type" else "left", no_wrap=True)
+    if wide:
+        table.add_column("from", no_wrap=True)
+        table.add_column("file", overflow="fold")
+    for each in models:
+        table.add_row(*_row(each, wide=wide))
     console.print(table)
+
+
+def _row(description: ModelDescription, *, wide: bool) -> list[Text]:
+    """The cells of a model; in a narrow terminal only what it is, not where."""
+    from rich.text import Text
+
+    reason = Text(safe_line(description.reason), style="red")
+    cells = [
+        Text(safe_line(description.model.name), style="dim" if description.reason else "bold"),
+        Text(format_size(description.n_bytes)),
+        Text(safe_line(description.type, 40)),
+        Text(f"{description.n_context:,}" if description.n_context else ""),
+    ]
+    file = Text(safe_line(_in_home(description.model.path)), style="dim")
+    if wide:
+        return [*cells, Text(description.model.group), Text("\n").join([reason, file] if reason else [file])]
+    if reason:
+        cells[0] = Text("\n").join([cells[0], reason])
+    return cells
 
 
 def _in_home(path: Path) -> str:

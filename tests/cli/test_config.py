@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,10 +37,9 @@ def write_config(text: str) -> None:
 
 @pytest.fixture(autouse=True)
 def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in COMMANDS:
-        for option in configurable(load_command(name)):
-            for key in keys_of(option):
-                monkeypatch.delenv(variable(key), raising=False)
+    for name in os.environ:
+        if name.startswith("DSMOE_"):
+            monkeypatch.delenv(name)
 
 
 @pytest.fixture

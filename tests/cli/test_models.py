@@ -22,6 +22,11 @@ from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.model.discovery import MAX_RECENT, known_models, note_use, recent_models
 
 
+@pytest.fixture(autouse=True)
+def no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DSMOE_MODELS_FOLDER", raising=False)
+
+
 @pytest.fixture
 def folder() -> Path:
     """The models folder, with `alpha`, `Beta-q4`, `beta-q8`, and `deep/gamma`; none of them a real model."""
