@@ -1,0 +1,310 @@
+"""KV caches as files: what is read again is what was computed, and what is no such file is refused."""
+
+from __future__ import annotations
+
+import errno
+import os
+import queue
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.models import smollm2, tiny_model
+
+from dsmoe_local.engine import cache_file
+from dsmoe_local.engine.engine import Engine
+from dsmoe_local.engine.errors import PromptError
+from dsmoe_local.engine.process.client import EngineClient
+from dsmoe_local.engine.types import ModelOptions, Request, SamplingParameters, TextEngine
+
+GREEDY = SamplingParameters(temperature=0)
+SHARED = "The quick brown fox jumps over the lazy dog. " * 8
+SHAPES: list[dict[str, Any]] = [
+    {},
+    {"cache_type_k": "f32", "cache_type_v": "f32"},
+    {"flash_attention": "off"},
+    {"n_parallel": 3},
+]
+
+
+def options(path: Path | None = None, **more: Any) -> ModelOptions:
+    return ModelOptions(path or tiny_model(), n_threads=1, **more)
+
+
+def reply(engine: TextEngine, prompt: tuple[int, ...], count: int = 12) -> list[tuple[int, float | None]]:
+    """Ids and log-probabilities, bit by bit."""
+    events = engine.submit(Request("r", prompt, GREEDY, max_tokens=count, logprobs=True))
+    return [(event.token_id, event.logprob) for event in events if event.token_id is not None]
+
+
+def n_cached(engine: TextEngine, prompt: tuple[int, ...]) -> int:
+    usage = list(engine.submit(Request("r", prompt, GREEDY, max_tokens=1)))[-1].usage
+    assert usage is not None
+    return usage.cached_tokens
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> tuple[Path, tuple[int, ...]]:
+    """A file, and the tokens it holds."""
+    path = tmp_path / "state"
+    with Engine.load(options()) as engine:
+        prompt = engine.encode(SHARED)
+        reply(engine, prompt, 1)
+        assert engine.save_cache(path, prompt) == len(prompt)
+    return path, prompt
+
+
+@pytest.mark.parametrize("more", SHAPES, ids=str)
+def test_goes_on_as_if_never_closed(more: dict[str, Any], tmp_path: Path) -> None:
+    """Guards: a restored conversation that answers otherwise, or is read again."""
+    path = tmp_path / "state"
+    with Engine.load(options(**more)) as engine:
+        prompt = engine.encode(SHARED)
+        told = tuple(token_id for token_id, _ in reply(engine, prompt))
+        turn = (*prompt, *told, *engine.encode("And then?"))
+        saved = engine.save_cache(path, turn)
+        assert saved >= len(prompt)
+        expected = reply(engine, turn)
+    with Engine.load(options(**more)) as engine:
+        assert engine.load_cache(path, turn) == saved
+        engine.check()
+        assert reply(engine, turn) == expected
+        engine.check()
+    with Engine.load(options(**more)) as engine:
+        engine.load_cache(path, turn)
+        assert n_cached(engine, turn) == saved
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+def test_a_real_model_goes_on_too(kind: str, tmp_path: Path) -> None:
+    """Guards: a cache of several heads and layers, or of quantized values, restored in another order."""
+    path = tmp_path / "state"
+    more = {"cache_type_k": kind, "cache_type_v": kind}
+    with EngineClient.load(options(smollm2(), n_context=512, **more)) as engine:
+        prompt = engine.encode("The capital of France is a city on the river")
+        reply(engine, prompt, 1)
+        turn = (*prompt, *engine.encode(" which"))
+        saved = engine.save_cache(path, turn)
+        expected = reply(engine, turn)
+    with EngineClient.load(options(smollm2(), n_context=1024, **more)) as engine:
+        assert engine.load_cache(path, turn) == saved == len(prompt)
+        assert reply(engine, turn) == expected
+
+
+def test_only_the_common_beginning_is_taken(stored: tuple[Path, tuple[int, ...]]) -> None:
+    """Guards: a cache that holds tokens of another conversation behind the common ones."""
+    path, prompt = stored
+    other = (*prompt[:30], *prompt[40:])
+    with Engine.load(options()) as engine:
+        reply(engine, prompt, 1)
+        expected = reply(engine, other)
+    with Engine.load(options()) as engine:
+        assert engine.load_cache(path, other) == 30
+        engine.check()
+        assert reply(engine, other) == expected
+        assert engine.load_cache(path, (*prompt[1:],)) == 0
+        assert engine.load_cache(path, ()) == 0
+
+
+def test_what_the_cache_holds_is_no_reason_to_read(stored: tuple[Path, tuple[int, ...]]) -> None:
+    """Guards: a longer conversation in the cache replaced by its own beginning."""
+    path, prompt = stored
+    longer = (*prompt, *prompt[:20])
+    with Engine.load(options()) as engine:
+        reply(engine, longer, 1)
+        assert engine.load_cache(path, longer) == len(longer)
+        assert n_cached(engine, longer) == len(longer) - 1
+
+
+def test_others_make_room(stored: tuple[Path, tuple[int, ...]]) -> None:
+    """Guards: more cells promised than there are; a file that is larger than the cache."""
+    path, prompt = stored
+    with Engine.load(options(n_parallel=2, n_context=128)) as engine:
+        others = tuple(reversed(prompt))
+        reply(engine, others, 1)
+        reply(engine, tuple(token_id + 1 for token_id in prompt), 1)
+        assert engine.load_cache(path, prompt) == len(prompt)
+        engine.check()
+        assert reply(engine, prompt, 5)
+    with Engine.load(options(n_context=64)) as engine:
+        assert engine.load_cache(path, prompt) == 0
+        engine.check()
+        assert reply(engine, prompt[:40], 5)
+
+
+def test_nothing_is_written_where_nothing_is_held(tmp_path: Path) -> None:
+    """Guards: an empty file taken for a conversation; a cache in parts, whose parts cannot be copied."""
+    path = tmp_path / "state"
+    with Engine.load(options()) as engine:
+        prompt = engine.encode(SHARED)
+        assert engine.save_cache(path, prompt) == 0
+        reply(engine, prompt, 1)
+        assert engine.save_cache(path, prompt[1:]) == 0
+    for more in ({"n_parallel": 2, "deterministic": True}, {"n_parallel": 2, "unified": False}):
+        with Engine.load(options(**more)) as engine:
+            reply(engine, prompt[:40], 1)
+            assert engine.save_cache(path, prompt[:40]) == 0
+            assert engine.load_cache(path, prompt[:40]) == 0
+    assert not path.exists()
+
+
+def test_not_while_a_request_runs(stored: tuple[Path, tuple[int, ...]]) -> None:
+    """Guards: cells written or taken that a running step changes."""
+    path, prompt = stored
+    with Engine.load(options()) as engine:
+        stream = engine.submit(Request("r", prompt, GREEDY, max_tokens=150))
+        next(stream)
+        assert engine.save_cache(path.with_name("other"), prompt) == 0
+        assert engine.load_cache(path, prompt) == 0
+        engine.cancel("r")
+        list(stream)
+        assert engine.save_cache(path.with_name("other"), prompt) == len(prompt)
+
+
+def damaged(content: bytes) -> Iterator[tuple[str, bytes]]:
+    """Copies of a file that something happened to where its structure is."""
+    for length in (0, 1, 7, 55, 56, 60, len(content) // 2, len(content) - 1):
+        yield f"cut at {length}", content[:length]
+    yield "longer", content + b"\0"
+    rare = random.Random(4)
+    n_tokens = int.from_bytes(content[40:48], "little")
+    layout = 56 + 4 * n_tokens + 64 + 12 * n_tokens
+    for place in sorted({*range(56), *rare.sample(range(56, layout), 200)}):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << rare.randrange(8)
+        yield f"a bit flipped at {place}", bytes(flipped)
+
+
+def test_damaged_files_are_refused(stored: tuple[Path, tuple[int, ...]]) -> None:
+    """Guards: a layout that llama.cpp asserts on, and a cache that a half-read file leaves behind."""
+    path, prompt = stored
+    with Engine.load(options()) as engine:
+        for what, content in damaged(path.read_bytes()):
+            (broken := path.with_name("broken")).write_bytes(content)
+            assert engine.load_cache(broken, prompt) == 0, what
+        engine.check()
+        assert engine.load_cache(path.with_name("missing"), prompt) == 0
+        assert engine.load_cache(path.parent, prompt) == 0
+        assert engine.load_cache(path, prompt) == len(prompt)
+
+
+def test_forged_contents_leave_a_sane_cache(
+    stored: tuple[Path, tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: books that say more than the cache holds, after native code refused a file half-way."""
+    path, prompt = stored
+    content = bytearray(path.read_bytes())
+    start = 56 + 4 * len(prompt) + 64 + 12 * len(prompt)
+    # The types of rows lie behind the cells: zeros are the type of another cache.
+    content[start - 64 : start + 200] = bytes(264)
+    path.write_bytes(content)
+    monkeypatch.setattr(cache_file, "_digest", lambda *_: bytes(content[24:40]))
+    with Engine.load(options()) as engine:
+        expected = reply(engine, prompt)
+        reply(engine, tuple(reversed(prompt)), 1)
+        assert engine.load_cache(path, prompt) == 0
+        engine.check()
+        assert reply(engine, prompt) == expected
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"cache_type_k": "f32"}, {"n_experts_per_token": 2}, {"path": "other"}],
+    ids=str,
+)
+def test_files_of_another_shape_are_refused(
+    more: dict[str, Any], stored: tuple[Path, tuple[int, ...]]
+) -> None:
+    """Guards: keys and values of another model, or of other experts, taken for this one's."""
+    path, prompt = stored
+    if "path" in more:
+        more = {"path": tiny_model("{{ messages[0].content }}")}
+    with Engine.load(options(**more)) as engine:
+        assert engine.load_cache(path, prompt) == 0
+        assert reply(engine, prompt, 3)
+
+
+def test_a_full_disk_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: half a file, or a process that ends because a mapping has no room behind it."""
+    path = tmp_path / "state"
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Engine.load(options()) as engine:
+        prompt = engine.encode(SHARED)
+        reply(engine, prompt, 1)
+        monkeypatch.setattr(os, "posix_fallocate", full)
+        assert engine.save_cache(path, prompt) == 0
+        assert not path.exists()
+        path.write_bytes(b"mine")
+        assert engine.save_cache(path, prompt) == 0
+        assert path.read_bytes() == b"mine"
+
+
+def test_files_are_the_users_alone(stored: tuple[Path, tuple[int, ...]]) -> None:
+    """Guards: a conversation that others on the machine can read."""
+    assert stored[0].stat().st_mode & 0o777 == 0o600
+
+
+def test_tokens_as_they_are_shown() -> None:
+    """Guards: texts that differ from those of log-probabilities; ids beyond the vocabulary."""
+    with EngineClient.load(options()) as engine:
+        events = list(
+            engine.submit(Request("r", "dog", GREEDY, max_tokens=8, logprobs=True, top_logprobs=20))
+        )
+        shown = {token.token_id: token.text for event in events for token in event.alternatives}
+        assert engine.decode(tuple(shown)) == tuple(shown.values())
+        assert engine.decode((0,)) != ("",), "special tokens have names"
+        assert engine.decode(()) == ()
+        for wrong in (-1, engine.info.n_vocab):
+            with pytest.raises(PromptError):
+                engine.decode((wrong,))
+
+
+def test_a_shift_tells_what_it_dropped_and_spares_what_is_kept() -> None:
+    """Guards: a caller's books that drift from the engine's; a system text dropped, or read again."""
+    n_context, n_keep = 64, 20
+    with Engine.load(options(n_context=n_context)) as engine:
+        ends = tuple((token_id, -100.0) for token_id in range(10))
+        prompt = engine.encode(SHARED)[:30]
+        books = list(prompt)
+        core = engine._core
+        assert core is not None
+        tokens: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
+        finish = core.scheduler.finish
+
+        def spy(sequence: Any) -> None:
+            tokens.put(list(sequence.tokens))
+            finish(sequence)
+
+        core.scheduler.finish = spy  # type: ignore[method-assign]
+        request = Request(
+            "r", prompt, GREEDY, max_tokens=150, logit_bias=ends, context_shift=True, n_keep=n_keep
+        )
+        shifts = []
+        for event in engine.submit(request):
+            if event.dropped:
+                shifts.append((event.dropped, event.dropped_from))
+                del books[event.dropped_from : event.dropped_from + event.dropped]
+            if event.token_id is not None and event.finish_reason is None:
+                books.append(event.token_id)
+        # The last token is chosen, and never appended.
+        assert books[:-1] == tokens.get(timeout=60)
+        assert len(shifts) > 2
+        assert set(shifts) == {((n_context - n_keep) // 2, n_keep)}
+        assert books[:n_keep] == list(prompt[:n_keep])
+        assert n_cached(engine, (*books[:n_keep], 99, 98)) == n_keep
+        engine.check()
+
+
+def test_vocabularies_are_told_apart_and_templates_are_not() -> None:
+    """Guards: token ids of one tokenizer read with another; ids thrown away for a template's sake."""
+    template = "{{ messages[0].content }}"
+    with Engine.load(options()) as plain, Engine.load(options(tiny_model(template))) as templated:
+        assert plain.info.vocabulary == templated.info.vocabulary
+        assert plain.info.template_text != templated.info.template_text == template
+        with Engine.load(options(smollm2(), n_context=64)) as other:
+            assert other.info.vocabulary != plain.info.vocabulary
