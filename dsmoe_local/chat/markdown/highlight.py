@@ -120,8 +120,9 @@ class Highlighter:
         spans = [(_style(kind), value) for _, kind, value in tokens]
         if "".join(value for _, value in spans) != line:
             return [("", text)]
-        style, value = spans[-1]
-        return [*spans[:-1], (style, value.removesuffix("\n"))]
+        style, value = spans.pop()
+        spans.append((style, value.removesuffix("\n")))
+        return [span for span in spans if span[1]]
 
 
 def _context(lexer: Lexer | None) -> LexerContext | None:

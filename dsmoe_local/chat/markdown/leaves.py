@@ -6,6 +6,7 @@ be read again: a `Context` keeps the lists and quotes that are open, one line of
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -19,8 +20,11 @@ from dsmoe_local.chat.markdown.parser import parse_blocks
 _STAND_IN = "# _"
 """A block that ends with its line, so that nothing behind it can become a part of it."""
 
-_MOST_BEFORE_MARKER = 3
 _MOST_BEHIND_MARKER = 4
+"""Spaces; if there are more, they belong to the content."""
+
+
+_QUOTES = re.compile(r"^.*> ?")
 
 
 class LeafKind(StrEnum):
@@ -38,7 +42,8 @@ class LeafKind(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Container:
     """A quote, or an item of a list: `marker` as it was written, `number` in an ordered list, `indent` of its
-    content in columns. `key` tells containers apart. `begun`: a leaf of it is printed.
+    content in columns. `key` tells containers apart. `sibling` is the item before in the same list. `begun`:
+    a leaf of it is printed.
     """
 
     key: int
@@ -46,6 +51,7 @@ class Container:
     marker: str = ""
     number: int | None = None
     indent: int = 0
+    sibling: Container | None = None
     begun: bool = False
 
     @property
@@ -76,28 +82,36 @@ class Leaf:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """Where in the document the lines are that come next: inside of `path`, of whose containers the first
-    `n_before` began on lines that are gone.
+    """Where in the document the lines are that come next: in `before`, which began on lines that are gone,
+    and, if they begin with a leaf that was read already, in `after`, which begin with that leaf.
     """
 
-    path: tuple[Container, ...] = ()
-    n_before: int = 0
+    before: tuple[Container, ...] = ()
+    after: tuple[Container, ...] = ()
+
+    @staticmethod
+    def of(leaf: Leaf) -> Context:
+        """The context for going on with a leaf, from its first line."""
+        n_before = sum(container.line < leaf.start for container in leaf.path)
+        before, after = leaf.path[:n_before], leaf.path[n_before:]
+        if after and after[0].sibling is not None:
+            before += (after[0].sibling,)
+        return Context(before, after)
 
     @property
     def stand_in(self) -> list[str]:
-        """The source that opens the containers which began before; at most one line."""
-        if not self.n_before:
-            return []
-        line, column = "", 0
-        for container in self.path[: self.n_before]:
+        """Source that opens the containers of `before`, a line for each."""
+        lines, margin, column = [], "", 0
+        for container in self.before:
             if container.quote:
-                line, column = f"{line}> ", 0
+                margin, column = f"{margin}> ", 0
+                lines.append(margin + _STAND_IN)
                 continue
             spaces = container.indent - column - len(container.marker)
             lead = max(0, spaces - _MOST_BEHIND_MARKER)
-            line += " " * lead + container.marker + " " * (spaces - lead)
-            column = container.indent
-        return [line + _STAND_IN]
+            lines.append(f"{margin}{' ' * lead}{container.marker}{' ' * (spaces - lead)}{_STAND_IN}")
+            margin, column = margin + " " * (container.indent - column), container.indent
+        return lines
 
 
 def read_leaves(lines: Sequence[str], context: Context) -> list[Leaf]:
@@ -105,6 +119,14 @@ def read_leaves(lines: Sequence[str], context: Context) -> list[Leaf]:
     stand_in = context.stand_in
     tokens, indents = parse_blocks("".join(f"{line}\n" for line in (*stand_in, *lines)))
     return list(_Walk(tokens, indents, lines, context, len(stand_in)).leaves())
+
+
+@dataclass(frozen=True, slots=True)
+class _List:
+    """A list that is open: the number of the next item, and the item before."""
+
+    number: int
+    item: Container | None = None
 
 
 @dataclass(slots=True)
@@ -117,26 +139,23 @@ class _Walk:
     context: Context
     n_stand_in: int
     path: list[Container] = field(default_factory=list)
-    numbers: list[int] = field(default_factory=list)  # of the item before, for each list that is open
+    lists: list[_List] = field(default_factory=list)
     keys: Iterator[int] = field(init=False)
     known: list[Container] = field(init=False)  # those of the context that were not met yet
 
     def __post_init__(self) -> None:
-        self.known = list(self.context.path)
+        self.known = [*self.context.before, *self.context.after]
         self.keys = count(max((container.key for container in self.known), default=-1) + 1)
 
     def leaves(self) -> Iterator[Leaf]:
         for place, token in enumerate(self.tokens):
-            if token.type == "blockquote_open":
+            if token.type in ("blockquote_open", "list_item_open"):
                 self._enter(token, place)
             elif token.type in ("bullet_list_open", "ordered_list_open"):
                 start = token.attrGet("start")
-                self.numbers.append(0 if start is None else int(start) - 1)
+                self.lists.append(_List(1 if start is None else int(start)))
             elif token.type in ("bullet_list_close", "ordered_list_close"):
-                self.numbers.pop()
-            elif token.type == "list_item_open":
-                self.numbers[-1] += 1
-                self._enter(token, place)
+                self.lists.pop()
             elif token.type in ("list_item_close", "blockquote_close"):
                 yield from self._leave()
             elif (leaf := self._read(token, place)) is not None:
@@ -144,18 +163,28 @@ class _Walk:
 
     def _enter(self, token: Token, place: int) -> None:
         line = _lines_of(token)[0] - self.n_stand_in
-        first = self.tokens[place + 1]
-        indent = self.indents[first.level, _lines_of(first)[0]] if first.map else 0
-        if self.known:
-            container = replace(self.known.pop(0), line=line, indent=indent)
-            if container.number is not None:
-                self.numbers[-1] = container.number
-        elif token.type == "blockquote_open":
+        quote = token.type == "blockquote_open"
+        marker = "" if quote else token.info + token.markup
+        if self.known and self.known[0].quote is quote:
+            known = self.known.pop(0)
+            container = replace(known, line=line, indent=self._indent(place, line))
+        elif quote:
             container = Container(next(self.keys), line)
         else:
-            number = self.numbers[-1] if token.info else None
-            container = Container(next(self.keys), line, token.info + token.markup, number, indent)
+            number = self.lists[-1].number if token.info else None
+            indent = self._indent(place, line)
+            container = Container(next(self.keys), line, marker, number, indent, self.lists[-1].item)
+        if not quote:
+            self.lists[-1] = _List((container.number or 0) + 1, replace(container, sibling=None))
         self.path.append(container)
+
+    def _indent(self, place: int, line: int) -> int:
+        """The indent of the content of the item that begins at `place`."""
+        first = self.tokens[place + 1]
+        if first.map:
+            return self.indents[first.level, first.map[0]]
+        # It is empty: a space behind its marker, which ends the line.
+        return len(_QUOTES.sub("", self.lines[line]).expandtabs(4).rstrip()) + 1
 
     def _leave(self) -> Iterator[Leaf]:
         container = self.path[-1]

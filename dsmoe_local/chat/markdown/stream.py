@@ -132,7 +132,7 @@ class MarkdownStream:
         if leaves:
             path = _begun(leaves[-1].path)
             self._lines = self._lines[leaves[-1].end :]
-            self._context, self._kind, self._gap = Context(path, len(path)), None, None
+            self._context, self._kind, self._gap = Context(path), None, None
         return blocks
 
     def _is_final(self, leaf: Leaf) -> bool:
@@ -144,13 +144,12 @@ class MarkdownStream:
     def _keep(self, leaf: Leaf, gap: bool) -> list[Block]:
         """Go on with a leaf that is open. The lines of code are final one by one."""
         blocks: list[Block] = []
-        path, end = leaf.path, len(self._lines)
+        end = len(self._lines)
         if leaf.kind is LeafKind.FENCE and leaf.content:
             blocks = self._composer.blocks(leaf, gap=gap, more=True)
-            path, end = _begun(path), leaf.start + 1
-        n_before = sum(container.line < leaf.start for container in path)
+            leaf, end = replace(leaf, path=_begun(leaf.path)), leaf.start + 1
         self._lines = self._lines[leaf.start : end]
-        self._context, self._kind, self._gap = Context(path, n_before), leaf.kind, gap
+        self._context, self._kind, self._gap = Context.of(leaf), leaf.kind, gap
         return blocks
 
 
@@ -159,7 +158,8 @@ def _gaps(leaves: list[Leaf], lines: Sequence[str], first: bool | None) -> Itera
     end = 0
     for leaf in leaves:
         if first is None:
-            yield any(map(_is_empty, lines[end : leaf.start]))
+            top = next((container.line for container in leaf.path if not container.begun), leaf.start)
+            yield any(map(_is_empty, lines[end:top]))
         else:
             yield first
             first = None
