@@ -180,7 +180,8 @@ def test_presets(chat: Recorder) -> None:
     assert chat.settings.sampling.top_k == 3
     assert chat.settings.max_tokens == 50
     chat.config.set(("presets", "hand"), {"temp": 1, "reverse-prompt": "\\n"})
-    assert chat.set("use hand") == 'temperature 1, stop ["\\\\n"]'
+    assert chat.set("use hand") == 'hand: temperature 1, stop ["\\\\n"]'
+    assert chat.set("use hand") == "hand: nothing changes"
     assert chat.settings.sampling.top_k == 3
     assert chat.settings.stop == ("\\n",)
     with pytest.raises(UsageError) as caught:

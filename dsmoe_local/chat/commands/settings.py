@@ -96,10 +96,10 @@ def _use(chat: Chat, name: str) -> None:
     except UsageError as error:
         where = f"{chat.config.path}: [{_PRESETS}.{name}]"
         raise UsageError(error.what, where=where, remedy=error.remedy) from error
-    chat.conversation.settings = settings
-    chat.screen.notice(
-        ", ".join(f"{setting_name(key)} {in_words(settings, setting_name(key))}" for key in values)
-    )
+    before, chat.conversation.settings = chat.conversation.settings, settings
+    changed = [each for each in SETTINGS if get_setting(settings, each) != get_setting(before, each)]
+    shown = ", ".join(f"{each} {in_words(settings, each)}" for each in changed) or "nothing changes"
+    chat.screen.notice(f"{safe_line(name, 40)}: {shown}")
 
 
 def _reset(chat: Chat, argument: str) -> None:
