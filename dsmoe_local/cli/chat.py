@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsmoe_local.base.errors import FileError, UsageError
-from dsmoe_local.base.text import safe_line
+from dsmoe_local.base.errors import FormatError, UsageError
 from dsmoe_local.cli.model_options import (
     check_stop,
     find_model,
@@ -20,14 +21,28 @@ from dsmoe_local.cli.model_options import (
 )
 
 if TYPE_CHECKING:
-    from dsmoe_local.chat.conversation import Conversation
+    from dsmoe_local.chat.settings import ChatSettings
+    from dsmoe_local.chat.store.sessions import Session, SessionStore
+    from dsmoe_local.chat.terminal.completion import Choice
+    from dsmoe_local.chat.terminal.status import Status
+    from dsmoe_local.engine.process.client import EngineClient
 
-_MAX_PROMPT = 16 << 20
+
+@dataclass(frozen=True, slots=True)
+class _Conversing:
+    """The options of a conversation, as opposed to one answer."""
+
+    session: str | None
+    latest: bool
+    no_history: bool
+    plain: bool
+    experts: bool
+    stats: bool
 
 
 @click.command(name="chat")
-@click.argument("model", required=False, metavar="[MODEL.gguf]")
-@click.option("-m", "--model", "named_model", metavar="FILE", help="The model; without one, the demo's.")
+@click.argument("words", nargs=-1, metavar="[MODEL] [-]")
+@click.option("-m", "--model", "named_model", metavar="NAME|FILE", help="The model; without one, the demo's.")
 @click.option("-p", "--prompt", metavar="TEXT", help="Answer this and exit; - reads it from stdin.")
 @click.option("-f", "--file", "prompt_file", metavar="FILE", help="Answer the text of a file and exit.")
 @click.option("-sys", "--system", default="", metavar="TEXT", help="System text.")
@@ -37,101 +52,183 @@ _MAX_PROMPT = 16 << 20
 @click.option(
     "-r", "--reverse-prompt", "stop", multiple=True, metavar="TEXT", help="End replies before TEXT."
 )
+@click.option(
+    "--on-full",
+    type=click.Choice(["stop", "shift", "compact"]),
+    default="stop",
+    help="When the context is full: stop, shift out what is oldest, or leave out whole messages [stop].",
+)
+@click.option("--session", metavar="NAME", help="Go on with a kept conversation, or begin one of that name.")
+@click.option("--continue", "latest", is_flag=True, help="Go on with the latest conversation.")
+@click.option("--no-history", is_flag=True, help="Keep nothing: no conversation, and not what you type.")
+@click.option("--plain", is_flag=True, help="Nothing but lines of text: for screen readers and logs.")
+@click.option("--experts", is_flag=True, help="Show what the experts do from the start, as /experts does.")
 @click.option("--json", "as_json", is_flag=True, help="With -p: one JSON object with text, usage and ending.")
+@click.option("--schema", metavar="FILE", help="With -p: the answer is JSON that this JSON schema allows.")
 @click.option("--stats", is_flag=True, help="Tell what each reply took, on stderr with -p.")
-@click.option("--no-history", is_flag=True, help="Do not keep what you type for Ctrl-R.")
 @model_options
 @sampling_options
 def command(
-    model: str | None,
+    words: tuple[str, ...],
     named_model: str | None,
     prompt: str | None,
     prompt_file: str | None,
     system: str,
     max_tokens: int | None,
     stop: tuple[str, ...],
-    as_json: bool,
-    stats: bool,
+    on_full: str,
+    session: str | None,
+    latest: bool,
     no_history: bool,
+    plain: bool,
+    experts: bool,
+    as_json: bool,
+    schema: str | None,
+    stats: bool,
     **values: Any,  # noqa: ANN401 - the shared options
 ) -> None:
     """Talk with a model in the terminal, or answer one prompt.
 
-    MODEL.gguf is a file of a DeepSeekMoE or LLaMA model. With -p, -f or a prompt on stdin the answer alone
-    goes to stdout. A model without a chat template completes text.
+    MODEL is a name that `dsmoe models` lists, or a GGUF file of a DeepSeekMoE or LLaMA model. With -p, -f or
+    a prompt on stdin the answer alone goes to stdout. A model without a chat template completes text.
     """
     from dsmoe_local.chat.settings import ChatSettings
+    from dsmoe_local.chat.turns import OnFull
+    from dsmoe_local.cli.prompt_input import one_prompt, read_schema
 
+    model, dash = _model_and_dash(words)
     # A wrong path is said first; that the demo's model is missing only once there is something to answer.
     path = find_model(model, named_model) if model or named_model else None
     check_stop(stop)
-    text = _one_prompt(prompt, prompt_file)
-    if text is None and not sys.stdout.isatty():
+    text = one_prompt(prompt, prompt_file, dash)
+    if text is None and not (sys.stdout.isatty() and sys.stdin.isatty()):
         raise UsageError("a chat needs a terminal", remedy="use -p TEXT for one answer")
+    if text is None and (as_json or schema):
+        raise UsageError(f"{'--json' if as_json else '--schema'} is for one answer", remedy="use it with -p")
+    json_schema = read_schema(schema) if schema is not None else None
     if max_tokens is not None and max_tokens < 1:
         if max_tokens != -1:
             raise UsageError(
                 f"-n {max_tokens} is out of range", remedy="it takes 1 or more, or -1 for no limit"
             )
         max_tokens = None
-    settings = ChatSettings(sampling_parameters(values), max_tokens, stop)
-    with load_engine(path or find_model(), values) as engine:
-        from dsmoe_local.chat.conversation import Conversation
-
-        conversation = Conversation(engine, settings, system)
-        if text is None:
-            _interactive(conversation, stats=stats, history=not no_history)
-        else:
-            _answer(conversation, text, as_json=as_json, stats=stats)
-
-
-def _interactive(conversation: Conversation, *, stats: bool, history: bool) -> None:
-    from dsmoe_local.chat.repl import Repl
-    from dsmoe_local.chat.screen import Screen
-
-    Repl(conversation, Screen(), history=history, stats=stats).run()
+    settings = ChatSettings(sampling_parameters(values), max_tokens, stop, OnFull(on_full))
+    if text is not None:
+        with load_engine(path or find_model(), values) as engine:
+            _answer(engine, settings, system, text, json_schema, as_json=as_json, stats=stats)
+        return
+    conversing = _Conversing(session, latest, no_history, plain, experts, stats)
+    with ExitStack() as open_things:
+        kept = _open_sessions(conversing, open_things)
+        engine = open_things.enter_context(load_engine(path or find_model(), values))
+        _converse(engine, settings, system, conversing, kept)
 
 
-def _answer(conversation: Conversation, text: str, *, as_json: bool, stats: bool) -> None:
+def _model_and_dash(words: tuple[str, ...]) -> tuple[str | None, bool]:
+    """The model's name, and whether `-` asks for the prompt on stdin."""
+    names = [word for word in words if word != "-"]
+    if len(names) > 1:
+        raise UsageError(
+            "two arguments are given, but one model is enough",
+            remedy=f'to answer a text: dsmoe-chat {names[0]} -p "TEXT"',
+        )
+    return (names[0] if names else None), len(names) < len(words)
+
+
+def _answer(
+    engine: EngineClient,
+    settings: ChatSettings,
+    system: str,
+    text: str,
+    json_schema: str | None,
+    *,
+    as_json: bool,
+    stats: bool,
+) -> None:
+    from dsmoe_local.chat.conversation import Conversation
     from dsmoe_local.chat.one_shot import answer
-    from dsmoe_local.chat.screen import describe_usage
 
-    answer(conversation, text, sys.stdout, as_json=as_json)
-    if conversation.finish_reason == "context_full":
-        click.echo("note: the context is full, the reply ends there: -c", err=True)
-    if stats and conversation.usage is not None:
-        click.echo(describe_usage(conversation.usage), err=True)
+    conversation = Conversation(engine, settings, system)
+    conversation.json_schema = json_schema
+    answer(conversation, text, sys.stdout, as_json=as_json, stats=stats)
 
 
-def _one_prompt(prompt: str | None, prompt_file: str | None) -> str | None:
-    """The text to answer once; None for a conversation."""
-    if prompt is not None and prompt_file is not None:
-        raise UsageError("-p and -f name two prompts", remedy="use one of them")
-    if prompt_file is not None:
-        try:
-            with Path(prompt_file).open("rb") as file:
-                return _decoded(file.read(_MAX_PROMPT + 1), safe_line(prompt_file))
-        except OSError as error:
-            raise FileError(
-                f"the prompt cannot be read: {error.strerror}", where=safe_line(prompt_file)
-            ) from error
-    if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
-        return _decoded(sys.stdin.buffer.read(_MAX_PROMPT + 1), "stdin")
-    return None if prompt is None else _not_empty(prompt)
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What is stored: all sessions, and the one to go on with."""
+
+    sessions: SessionStore | None
+    session: Session | None = None
+    new_name: str = ""
 
 
-def _decoded(content: bytes, source: str) -> str:
-    if len(content) > _MAX_PROMPT:
-        raise FileError("the prompt is larger than 16 MiB", where=source)
+def _open_sessions(conversing: _Conversing, open_things: ExitStack) -> _Kept:
+    """Before the model is loaded: a session that is not there should be told at once."""
+    from dsmoe_local.base.paths import data_folder
+    from dsmoe_local.chat.store.sessions import SessionStore
+
+    if conversing.no_history:
+        if conversing.session or conversing.latest:
+            raise UsageError("with --no-history there are no sessions to go on with")
+        return _Kept(None)
     try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise FileError("the prompt is not UTF-8", where=f"{source}, byte {error.start}") from error
-    # The shell's own newline at the end is not part of what was asked.
-    return _not_empty(text.removesuffix("\n"))
+        sessions = SessionStore.open(data_folder() / "sessions")
+    except FormatError as error:
+        raise FormatError(error.what, where=error.where, remedy="--no-history chats without it") from error
+    open_things.callback(sessions.close)
+    if conversing.session is not None:
+        known = conversing.session in sessions.names()
+        return _Kept(sessions, sessions.find(conversing.session) if known else None, conversing.session)
+    if conversing.latest:
+        latest = sessions.latest()
+        if latest is None:
+            raise UsageError("there is no conversation to go on with yet", remedy="leave out --continue")
+        return _Kept(sessions, latest)
+    return _Kept(sessions)
 
 
-def _not_empty(text: str) -> str:
-    if not text.strip():
-        raise UsageError("the prompt is empty", remedy="use -p TEXT, or leave out the pipe to chat")
-    return text
+def _converse(
+    engine: EngineClient, settings: ChatSettings, system: str, conversing: _Conversing, kept: _Kept
+) -> None:
+    from dsmoe_local.base.config_file import ConfigFile, config_path
+    from dsmoe_local.base.paths import data_folder
+    from dsmoe_local.chat.cache_keeper import CacheKeeper
+    from dsmoe_local.chat.chat import Chat
+    from dsmoe_local.chat.commands.table import COMMANDS
+    from dsmoe_local.chat.conversation import Conversation
+    from dsmoe_local.chat.store.states import StateStore
+    from dsmoe_local.chat.terminal.completion import choices
+    from dsmoe_local.chat.terminal.open import open_terminal
+
+    conversation = Conversation(engine, settings, system)
+    if conversation.completes and system:
+        raise UsageError(
+            "-sys: the model has no chat template, it takes no system text", remedy="write it into the text"
+        )
+    caches = None if kept.sessions is None else CacheKeeper(StateStore(data_folder() / "sessions"))
+
+    def state() -> Status:
+        return chat.status()
+
+    def complete(before: str) -> Iterable[Choice]:
+        return choices(before, COMMANDS, chat)
+
+    terminal = open_terminal(
+        plain=conversing.plain,
+        state=state,
+        complete=complete,
+        history_path=None if conversing.no_history else data_folder() / "history",
+    )
+    chat = Chat(
+        conversation,
+        terminal,
+        ConfigFile(config_path()),
+        sessions=kept.sessions,
+        caches=caches,
+        stats=conversing.stats,
+    )
+    chat.begin(kept.session, name=kept.new_name, system=system, experts=conversing.experts)
+    try:
+        terminal.run(chat.take, chat.cancel, chat.kill)
+    finally:
+        chat.close()

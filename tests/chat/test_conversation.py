@@ -1,19 +1,16 @@
-"""Turns, settings and commands on the fake engine: what is kept, what is said, what is refused."""
+"""Turns on the fake engine: what is kept, what is gone back to, what happens when the context is full."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
-from rich.console import Console
 
 from dsmoe_local.base.errors import UsageError
-from dsmoe_local.chat.commands import table as commands
-from dsmoe_local.chat.conversation import Conversation
-from dsmoe_local.chat.screen import Screen
-from dsmoe_local.chat.settings import SETTINGS, ChatSettings, change, get_setting, setting_name
-from dsmoe_local.engine.errors import PromptError
+from dsmoe_local.chat.conversation import Conversation, Event, MadeRoom
+from dsmoe_local.chat.settings import ChatSettings
+from dsmoe_local.chat.turns import OnFull, Role, Turn
+from dsmoe_local.engine.errors import EngineCrashError, PromptError
 from dsmoe_local.engine.fake import FakeEngine
 from dsmoe_local.engine.types import FinishReason, Message, Request, TokenEvent
 
@@ -22,8 +19,16 @@ def talk(engine: FakeEngine, settings: ChatSettings | None = None, system: str =
     return Conversation(engine, settings or ChatSettings(), system)
 
 
+def text_of(events: Iterable[Event]) -> str:
+    return "".join(event.text for event in events if isinstance(event, TokenEvent))
+
+
 def said(conversation: Conversation, text: str) -> str:
-    return "".join(event.text for event in conversation.send(text))
+    return text_of(conversation.send(text))
+
+
+def contents(conversation: Conversation) -> list[str]:
+    return [turn.content for turn in conversation.turns]
 
 
 def test_turns_keep_exact_ids_and_the_cache() -> None:
@@ -32,36 +37,70 @@ def test_turns_keep_exact_ids_and_the_cache() -> None:
     conversation = talk(engine, system="Be brief.")
     assert said(conversation, "a") == "héllo 🚀"
     assert said(conversation, "b") == "two"
-    assert [turn.role for turn in conversation.turns] == ["user", "assistant"] * 2
+    assert [turn.role for turn in conversation.turns] == [Role.USER, Role.ASSISTANT] * 2
     assert conversation.turns[1].token_ids == tuple(byte + 1 for byte in "héllo 🚀".encode())
-    assert conversation.prompt()[0] == Message("system", "Be brief.")
+    assert conversation.messages()[0] == Message("system", "Be brief.")
     assert conversation.usage is not None
     assert conversation.usage.cached_tokens > len("system: Be brief.")
+    assert conversation.n_used == conversation.usage.prompt_tokens + conversation.usage.completion_tokens
 
 
 def test_interrupted_reply_is_kept_and_continued() -> None:
-    """Guards: a partial reply thrown away, or continued as a new turn."""
+    """Guards: a partial reply thrown away, not marked as such, or continued as a new turn."""
     conversation: Conversation
     engine = FakeEngine(replies=["abcdef", "def"], gate=lambda i: conversation.cancel() if i == 3 else None)
     conversation = talk(engine)
     assert said(conversation, "q") == "abc"
-    assert conversation.finish_reason is FinishReason.CANCELLED
+    assert conversation.turns[1].ending is FinishReason.CANCELLED
+    assert conversation.turns[1].unfinished
     ids = conversation.turns[1].token_ids
-    assert "".join(event.text for event in conversation.go_on()) == "def"
+    assert text_of(conversation.go_on()) == "def"
     assert conversation.turns[1].content == "abcdef"
     assert conversation.turns[1].token_ids == (*ids, *(ord(letter) + 1 for letter in "def"))
     assert len(conversation.turns) == 2
 
 
-def test_failed_or_unanswered_message_is_not_kept() -> None:
-    """Guards: a question without an answer making the next one fail too."""
+def test_message_that_can_have_no_answer_is_not_kept() -> None:
+    """Guards: a question that is too long making every next one fail too."""
     conversation = talk(FakeEngine(n_context=40))
     with pytest.raises(PromptError):
         said(conversation, "x" * 100)
     assert conversation.turns == []
-    conversation.engine = FakeEngine(gate=lambda i: conversation.cancel())
-    assert said(conversation, "x") == ""
-    assert conversation.turns == []
+
+
+def test_message_stopped_before_its_answer_waits() -> None:
+    """Guards: Ctrl-C while a long prompt is read losing the prompt; two questions in a row after it."""
+    stopping = True
+    conversation = talk(FakeEngine(gate=lambda i: conversation.cancel() if stopping else None))
+    assert said(conversation, "long question") == ""
+    assert contents(conversation) == ["long question"]
+    assert conversation.unanswered
+    stopping = False
+    assert text_of(conversation.go_on()).endswith("long question")
+    assert len(conversation.turns) == 2
+    stopping = True
+    said(conversation, "typo")
+    stopping = False
+    said(conversation, "question")
+    assert contents(conversation)[2] == "question"
+
+
+def test_message_that_an_engine_died_of_waits() -> None:
+    """Guards: a crash losing what was asked, or what was said so far."""
+
+    def die(index: int) -> None:
+        if deadly and index == 2:
+            raise EngineCrashError("died")
+
+    deadly = True
+    conversation = talk(FakeEngine(replies=["abcd"], gate=die))
+    with pytest.raises(EngineCrashError):
+        said(conversation, "q")
+    assert contents(conversation) == ["q", "ab"]
+    assert conversation.turns[1].unfinished
+    deadly = False
+    assert text_of(conversation.go_on()) == "abcd"
+    assert contents(conversation) == ["q", "ababcd"]
 
 
 def test_interruption_before_the_engine_knows_the_request() -> None:
@@ -88,27 +127,53 @@ def test_stop_string_drops_the_ids() -> None:
     """Guards: ids that reach beyond the text that was shown."""
     conversation = talk(FakeEngine(replies=["one STOP two"]), ChatSettings(stop=("STOP",)))
     assert said(conversation, "q") == "one "
-    assert conversation.turns[1] == Message("assistant", "one ")
+    assert conversation.turns[1].message == Message("assistant", "one ")
 
 
-def test_regenerate_and_undo() -> None:
-    """Guards: regenerate dropping the wrong messages."""
-    conversation = talk(FakeEngine(replies=["1", "2", "3"]))
+def test_regenerate_edit_and_undo() -> None:
+    """Guards: regenerate dropping the wrong messages; an edited message beside the old one."""
+    engine = FakeEngine(replies=["1", "2", "3", "4"])
+    conversation = talk(engine)
     said(conversation, "a")
     said(conversation, "b")
-    assert "".join(event.text for event in conversation.regenerate()) == "3"
-    assert [turn.content for turn in conversation.turns] == ["a", "1", "b", "3"]
-    assert conversation.undo()
-    assert [turn.content for turn in conversation.turns] == ["a", "1"]
-    assert conversation.undo()
-    assert not conversation.undo()
-    for action in (conversation.regenerate, conversation.go_on):
+    assert text_of(conversation.regenerate()) == "3"
+    assert contents(conversation) == ["a", "1", "b", "3"]
+    assert text_of(conversation.edit("c")) == "4"
+    assert contents(conversation) == ["a", "1", "c", "4"]
+    # What the cache still holds is not read again.
+    assert conversation.usage is not None
+    assert conversation.usage.cached_tokens == len(engine.encode(conversation.messages()[:2])) + len("user: ")
+    assert [turn.content for turn in conversation.undo()] == ["c", "4"]
+    assert contents(conversation) == ["a", "1"]
+    assert len(conversation.undo(5)) == 2
+    assert conversation.undo() == ()
+    for action in (conversation.regenerate, conversation.go_on, lambda: conversation.edit("x")):
         with pytest.raises(UsageError):
             action()
 
 
+def test_regenerating_keeps_the_reply_until_there_is_another() -> None:
+    """Guards: a reply lost to a Ctrl-C before the first word of the next."""
+    stopping = False
+    conversation = talk(
+        FakeEngine(replies=["one", "two"], gate=lambda i: conversation.cancel() if stopping else None)
+    )
+    said(conversation, "q")
+    stopping = True
+    assert text_of(conversation.regenerate()) == ""
+    assert contents(conversation) == ["q", "one"]
+
+
+def test_a_reply_of_nothing_is_a_reply() -> None:
+    """Guards: a message that vanishes when the model ends its turn at once."""
+    conversation = talk(FakeEngine(replies=["", "x"]))
+    said(conversation, "q")
+    assert contents(conversation) == ["q", ""]
+    assert said(conversation, "r") == "x"
+
+
 def test_base_model_starts_over_and_goes_on() -> None:
-    """Guards: texts of a base model run together."""
+    """Guards: texts of a base model run together; earlier ones lost."""
     engine = FakeEngine(replies=["b", "c", "e"], template=False)
     conversation = talk(engine)
     said(conversation, "a")
@@ -116,71 +181,86 @@ def test_base_model_starts_over_and_goes_on() -> None:
     assert engine.requests[-1].prompt == engine.encode("ab")
     assert conversation.turns[-1].content == "bc"
     said(conversation, "d")
-    assert conversation.turns[0] == Message("user", "d")
-    assert len(conversation.turns) == 2
+    assert engine.encode(engine.requests[-1].prompt) == engine.encode("d")
+    assert contents(conversation) == ["a", "bc", "d", "e"]
 
 
-def test_settings_are_read_checked_and_used() -> None:
-    """Guards: a setting that is shown but not used; a value out of range taken."""
-    settings = ChatSettings()
-    for name, text, value in (
-        ("temperature", "0.2", 0.2),
-        ("top_k", "0", 0),
-        ("seed", "5", 5),
-        ("seed", "none", None),
-        ("max_tokens", "9", 9),
-        ("stop", "\\n", ("\n",)),
-        ("stop", "用户é:\\n", ("用户é:\n",)),
-    ):
-        settings = change(settings, name, text)
-        assert get_setting(settings, name) == value
-    assert set(SETTINGS) >= {"min_p", "typical_p", "repeat_penalty", "presence_penalty", "frequency_penalty"}
-    for name, text in (
-        ("temperature", "hot"),
-        ("top_p", "2"),
-        ("max_tokens", "0"),
-        ("seed", "-7"),
-        ("top_k", "1.5"),
-    ):
-        with pytest.raises(UsageError):
-            change(settings, name, text)
-    assert setting_name("top-k") == "top_k"
-    with pytest.raises(UsageError, match="tempe"):
-        setting_name("tempereture")
-    engine = FakeEngine()
-    said(talk(engine, settings), "x")
-    assert engine.requests[0].max_tokens == 9
-    assert engine.requests[0].sampling.temperature == 0.2
+def test_context_full_stops() -> None:
+    """Guards: a conversation cut without a word."""
+    conversation = talk(FakeEngine(lambda prompt: "x" * 500, n_context=64))
+    said(conversation, "q")
+    assert conversation.turns[1].ending is FinishReason.CONTEXT_FULL
+    with pytest.raises(PromptError):
+        said(conversation, "and now?")
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("/help", "help"),
-        (" /quit ", "exit"),
-        ("/set top_k 3", "set"),
-        ("/usr/bin is a folder", None),
-        ("/home", None),
-        ("//", None),
-        ("hello /help", None),
-        ("", None),
-    ],
-)
-def test_only_known_names_are_commands(text: str, expected: str | None) -> None:
-    """Guards: a path that cannot be sent; a command sent as a message."""
-    parsed = commands.parse(text)
-    if expected is None:
-        assert parsed is None
-    else:
-        assert isinstance(parsed, tuple)
-        assert parsed[0] is commands.COMMANDS[expected]
-    assert commands.parse("/claer") == commands.Unknown("claer", "clear")
+def test_context_full_compacts_between_replies() -> None:
+    """Guards: dropping the system text or half a turn; dropping what would still fit; saying nothing."""
+    engine = FakeEngine(lambda prompt: "y" * 8, n_context=200)
+    conversation = talk(engine, ChatSettings(on_full=OnFull.COMPACT), system="S")
+    rooms: list[MadeRoom] = []
+    for number in range(12):
+        rooms += [event for event in conversation.send(f"q{number:02}") if isinstance(event, MadeRoom)]
+        assert conversation.finish_reason is FinishReason.STOP
+    gone = [turn for room in rooms for turn in room.turns]
+    assert gone
+    assert [turn.content for turn in gone[::2]] == [f"q{number:02}" for number in range(len(gone) // 2)]
+    messages = conversation.messages()
+    assert messages[0] == Message("system", "S")
+    assert messages[1].role == "user"
+    assert len(messages) - 1 + len(gone) == len(conversation.turns) == 24
+    assert conversation.transcript.n_left_out == len(gone)
+    # Room for half of the context at a time, not for one message each time.
+    assert len(rooms) <= 3
 
 
-def test_screen_is_plain_where_it_must_be() -> None:
-    """Guards: escape codes in redirected output; control characters of a model obeyed; markup read."""
-    out = io.StringIO()
-    screen = Screen(Console(file=out, highlight=False, markup=False))
-    conversation = talk(FakeEngine(replies=["  [b]x[/b]\x1b[2J\x07"]))
-    screen.reply(conversation.send("q"), trim=True)
-    assert out.getvalue() == "[b]x[/b]\N{SYMBOL FOR ESCAPE}[2J\N{SYMBOL FOR BELL}\n"
+def test_context_full_compacts_in_mid_reply() -> None:
+    """Guards: a reply that ends where it could go on; one that is told twice."""
+    replies = iter(["x" * 20, "y" * 500, "z" * 10])
+    engine = FakeEngine(lambda prompt: next(replies), n_context=160)
+    conversation = talk(engine, ChatSettings(on_full=OnFull.COMPACT))
+    said(conversation, "first")
+    events = list(conversation.send("second"))
+    assert [event.turns[0].content for event in events if isinstance(event, MadeRoom)] == ["first"]
+    reply = conversation.turns[-1]
+    assert reply.content == text_of(events)
+    assert reply.content.rstrip("z").rstrip("y") == ""
+    assert reply.content.endswith("yz" + "z" * 9)
+    assert conversation.finish_reason is FinishReason.STOP
+
+
+def test_compacting_gives_up_where_one_message_fills_the_context() -> None:
+    """Guards: a loop that makes room where there is none."""
+    engine = FakeEngine(lambda prompt: "x" * 500, n_context=64)
+    conversation = talk(engine, ChatSettings(on_full=OnFull.COMPACT))
+    assert not [event for event in conversation.send("q") if isinstance(event, MadeRoom)]
+    assert conversation.finish_reason is FinishReason.CONTEXT_FULL
+
+
+def test_undo_brings_back_what_left_the_context() -> None:
+    """Guards: an empty context after an undo beyond what was compacted."""
+    engine = FakeEngine(lambda prompt: "y" * 8, n_context=120)
+    conversation = talk(engine, ChatSettings(on_full=OnFull.COMPACT))
+    for number in range(6):
+        said(conversation, f"q{number}")
+    left_out = conversation.transcript.n_left_out
+    assert left_out
+    conversation.undo(6 - left_out // 2)
+    assert len(conversation.turns) == left_out
+    assert conversation.transcript.n_left_out == 0
+    assert conversation.messages()[0].content == "q0"
+
+
+def test_transcript_brings_a_conversation_back() -> None:
+    """Guards: going on with other tokens than before, or with what had left the context."""
+    engine = FakeEngine(lambda prompt: "y" * 8, n_context=120)
+    conversation = talk(engine, ChatSettings(on_full=OnFull.COMPACT), system="S")
+    for number in range(6):
+        said(conversation, f"q{number}")
+    other = talk(engine)
+    other.restore(conversation.transcript)
+    assert other.context_ids() == conversation.context_ids()
+    assert other.n_used == len(other.context_ids())
+    assert other.turns[-1] == Turn(
+        Role.ASSISTANT, "y" * 8, (ord("y") + 1,) * 8, FinishReason.STOP, conversation.usage
+    )

@@ -4,32 +4,41 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 
+from dsmoe_local.base.config_file import ConfigFile
+from dsmoe_local.base.paths import data_folder
+from dsmoe_local.chat.chat import Chat
+from dsmoe_local.chat.commands.table import COMMANDS
 from dsmoe_local.chat.conversation import Conversation
-from dsmoe_local.chat.repl import Repl
-from dsmoe_local.chat.screen import Screen
 from dsmoe_local.chat.settings import ChatSettings
+from dsmoe_local.chat.store.sessions import SessionStore
+from dsmoe_local.chat.terminal.completion import choices
+from dsmoe_local.chat.terminal.open import open_terminal
+from dsmoe_local.engine.errors import EngineCrashError
 from dsmoe_local.engine.fake import FakeEngine
 
 
 class HaltingEngine(FakeEngine):
-    """Echoes; a `#` in the question halts the reply at that place until Ctrl-C."""
+    """Echoes; a `#` in the question halts the reply at that place until Ctrl-C, a `!` lets it crash there."""
 
-    def __init__(self, *, template: bool) -> None:
-        super().__init__(self._answer, template=template, gate=self._halt)
-        self._place = -1
+    def __init__(self, *, template: bool, n_context: int) -> None:
+        super().__init__(self._answer, template=template, gate=self._halt, n_context=n_context)
+        self._places: dict[int, str] = {}
         self._halted = False
 
     def _answer(self, prompt: str) -> str:
-        question = prompt.rsplit("\n", 1)[-1].removeprefix("user: ")
-        self._place = question.encode().find(b"#")
-        return question.replace("#", "")
+        question = prompt.rsplit("user: ", 1)[-1].encode()
+        self._places = {index: mark for mark in "#!" if (index := question.find(mark.encode())) >= 0}
+        return question.decode().replace("#", "").replace("!", "")
 
     def _halt(self, index: int) -> None:
-        if index == self._place:
+        mark = self._places.get(index)
+        if mark == "!":
+            raise EngineCrashError("the engine's process was killed by SIGSEGV")
+        if mark == "#":
             # No Event: a signal handler that sets what its own thread waits for may wait for ever.
             self._halted = True
-            print("[halt]", end="", flush=True)
             while self._halted:
                 time.sleep(0.01)
 
@@ -39,9 +48,28 @@ class HaltingEngine(FakeEngine):
 
 
 def main() -> None:
-    """The chat; `base` as the argument: a model without a template."""
-    engine = HaltingEngine(template="base" not in sys.argv)
-    Repl(Conversation(engine, ChatSettings()), Screen()).run()
+    """The chat; `base` among the arguments: a model without a template; `plain`; a number: its context;
+    `latest`: it goes on with the latest session.
+    """
+    numbers = [int(word) for word in sys.argv[1:] if word.isdigit()]
+    engine = HaltingEngine(template="base" not in sys.argv, n_context=numbers[0] if numbers else 4096)
+    folder = data_folder() / "sessions"
+    sessions = SessionStore.open(folder)
+    screen = open_terminal(
+        plain="plain" in sys.argv,
+        state=lambda: chat.status(),
+        complete=lambda before: choices(before, COMMANDS, chat),
+        history_path=data_folder() / "history",
+    )
+    chat = Chat(
+        Conversation(engine, ChatSettings()), screen, ConfigFile(Path("config.toml")), sessions=sessions
+    )
+    chat.begin(sessions.latest() if "latest" in sys.argv else None)
+    try:
+        screen.run(chat.take, chat.cancel, chat.kill)
+    finally:
+        chat.close()
+        sessions.close()
 
 
 if __name__ == "__main__":

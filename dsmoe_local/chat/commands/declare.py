@@ -29,6 +29,10 @@ class Chat(Protocol):
         """Print the reply whose events `action` returns; afterwards it is durable."""
         ...
 
+    def advise(self) -> None:
+        """Warn, quietly, of a system text that the model was not trained with."""
+        ...
+
     def save(self) -> None:
         """Make durable what a command changed in the conversation: turns, system text."""
         ...

@@ -1,0 +1,68 @@
+"""Keeps the KV cache of a session beside it, so that going on needs no reading. What fails is left out.
+
+Files and their limits are `store.states`' concern, the cache itself the engine's.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from dsmoe_local.base.errors import DsmoeError
+from dsmoe_local.chat.conversation import Conversation
+from dsmoe_local.chat.store.sessions import Session
+from dsmoe_local.chat.store.states import StateStore
+from dsmoe_local.engine.types import ReloadableEngine
+from dsmoe_local.model.identity import file_identity
+
+_WORTH_KEEPING = 128
+"""Tokens; fewer are read sooner than found."""
+
+
+class CacheKeeper:
+    """The states of one store. Restoring and keeping never raise and never tell: a cache is only a cache."""
+
+    def __init__(self, states: StateStore) -> None:
+        self._states = states
+        self._kept: tuple[int, tuple[int, ...]] | None = None
+
+    def restore(self, conversation: Conversation, session: Session) -> None:
+        """Give the engine what it held when the session was left."""
+        try:
+            ids = conversation.context_ids()
+            found = self._states.find(session.number, fingerprint(conversation.engine), ids)
+            if found is not None and conversation.engine.load_cache(found, ids) >= len(ids) - 1:
+                self._kept = (session.number, ids)
+        except (DsmoeError, OSError):
+            # The conversation is read again instead.
+            return
+
+    def keep(self, conversation: Conversation, session: Session) -> None:
+        """Write what the engine holds of the session, unless that is there already."""
+        if not conversation.turns or conversation.unanswered:
+            return
+        try:
+            ids = conversation.context_ids()
+            if len(ids) < _WORTH_KEEPING or self._kept == (session.number, ids):
+                return
+            engine = conversation.engine
+            self._states.keep(
+                session.number, fingerprint(engine), ids, lambda path: engine.save_cache(path, ids)
+            )
+            self._kept = (session.number, ids)
+            self._states.tidy()
+        except (DsmoeError, OSError):
+            return
+
+
+def fingerprint(engine: ReloadableEngine) -> str:
+    """What a state depends on beside its tokens: the file, and what changes the numbers or their layout."""
+    options = engine.options
+    return " ".join(
+        (
+            file_identity(options.path),
+            f"{engine.info.n_experts_per_token} experts",
+            f"K {options.cache_type_k} V {options.cache_type_v} attention {options.flash_attention}",
+            engine.info.placement,
+            f"llama-cpp-python {version('llama-cpp-python')}",
+        )
+    )

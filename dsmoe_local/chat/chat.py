@@ -1,0 +1,273 @@
+"""One chat: a conversation with its screen, its session and its commands. Takes one input after another.
+
+How keys are read and things drawn is `terminal`'s concern, what a reply consists of `conversation`'s.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from rich.text import Text
+
+from dsmoe_local.base.config_file import ConfigFile
+from dsmoe_local.base.errors import DsmoeError, InterruptedRunError
+from dsmoe_local.base.text import safe_line, safe_text
+from dsmoe_local.chat import attachments, words
+from dsmoe_local.chat.cache_keeper import CacheKeeper
+from dsmoe_local.chat.commands import table
+from dsmoe_local.chat.conversation import Conversation, Event, MadeRoom
+from dsmoe_local.chat.experts_view import ExpertsView
+from dsmoe_local.chat.store.sessions import Session, SessionStore
+from dsmoe_local.chat.terminal.screen import ReplyView, Screen
+from dsmoe_local.chat.terminal.status import Status
+from dsmoe_local.chat.turns import OnFull, Role, Transcript
+from dsmoe_local.engine.errors import EngineCrashError
+from dsmoe_local.engine.types import FinishReason
+
+BLOCK = '"""'
+_NEARLY_FULL = 0.85
+_REST_SECONDS = 30.0
+"""So long after the last reply the cache is kept: the next message may be near before that."""
+_RECALLED = 12
+"""Lines of each of the turns that are shown when a session goes on."""
+
+
+class Chat:
+    """What commands act on (see commands.declare.Chat). `take` and `close` run in one thread."""
+
+    def __init__(
+        self,
+        conversation: Conversation,
+        screen: Screen,
+        config: ConfigFile,
+        *,
+        sessions: SessionStore | None = None,
+        caches: CacheKeeper | None = None,
+        stats: bool = False,
+    ) -> None:
+        self.conversation = conversation
+        self.screen = screen
+        self.config = config
+        self.sessions = sessions
+        self.session: Session | None = None
+        self.experts = ExpertsView(conversation.engine)
+        self.finished = False
+        self._caches = caches
+        self._stats = stats
+        self._warned = False
+        self._crashed = False
+        self._working = threading.Lock()
+        self._rest: threading.Timer | None = None
+
+    def begin(
+        self, session: Session | None = None, *, name: str = "", system: str = "", experts: bool = False
+    ) -> None:
+        """Greet, and go on with `session`, or with a new one called `name`. Before anything is taken."""
+        info = self.conversation.engine.info
+        self.screen.notice(f"{info.name} · {info.n_context:,} tokens of context · /help")
+        if self.conversation.completes:
+            self.screen.notice(
+                "a base model without a chat template: it completes your text; Enter alone goes on"
+            )
+        if session is not None:
+            self.adopt(session)
+            self._recall()
+        elif name and self.sessions is not None:
+            self.session = self.sessions.create(info.name, info.vocabulary, system)
+            self.sessions.rename(self.session, name)
+        if system:
+            self.conversation.system = system
+        self.advise()
+        if experts:
+            self.experts.switch(True)
+
+    def advise(self) -> None:
+        """The quiet warning of a system text that the model was not trained with."""
+        if self.conversation.system and words.advises_against_system(self.conversation.engine.info):
+            self.screen.notice(
+                "note: DeepSeekMoE's authors advise against a system text: it was trained without"
+            )
+
+    def take(self, text: str) -> bool:
+        """One input: a command, or a message to answer. Errors are shown. False: the chat ends."""
+        self._call_off_rest()
+        with self._working:
+            try:
+                self._take(text)
+            except InterruptedRunError:
+                self.screen.notice("[stopped]")
+            except EngineCrashError as error:
+                self._crashed = True
+                self.screen.error(error)
+                self.screen.notice("the conversation is kept; the next message loads the model again")
+            except DsmoeError as error:
+                self.screen.error(error)
+        if not self.finished:
+            self._rest = threading.Timer(_REST_SECONDS, self.idle)
+            self._rest.daemon = True
+            self._rest.start()
+        return not self.finished
+
+    def close(self) -> None:
+        """Keep the cache, for the next time. No reply runs any more."""
+        self._call_off_rest()
+        self.idle()
+
+    def cancel(self) -> None:
+        """End the running reply; from any thread or a signal handler."""
+        self.conversation.cancel()
+
+    def kill(self) -> None:
+        """End the engine, which did not answer `cancel`; from any thread."""
+        self.conversation.engine.kill()
+
+    def show_reply(self, action: Callable[[Conversation], Iterable[Event]]) -> None:
+        """Print the reply whose events `action` returns; afterwards it is durable."""
+        if self._crashed:
+            self._crashed = False
+            self.screen.notice("loading the model again")
+        events = action(self.conversation)
+        # The question is on the disk before anything can happen to it.
+        self.save()
+        self.experts.reply_begins()
+        try:
+            with self.screen.reply() as view:
+                self._show(events, view)
+        finally:
+            self.save()
+            self.experts.reply_ends(self.screen)
+        self._remark()
+
+    def save(self) -> None:
+        """Make durable what changed in the conversation."""
+        if self.sessions is None or (self.session is None and not self.conversation.turns):
+            return
+        if self.session is None:
+            info = self.conversation.engine.info
+            self.session = self.sessions.create(info.name, info.vocabulary, self.conversation.system)
+        note = self.session.save(self.conversation.transcript)
+        if note:
+            self.screen.notice(note)
+
+    def adopt(self, session: Session | None) -> None:
+        """Go on with another session (None: a new one); its turns and cache are loaded."""
+        before = self.conversation.turns
+        info = self.conversation.engine.info
+        transcript = Transcript(system=self.conversation.system)
+        if session is not None:
+            transcript = session.load(info.vocabulary)
+        if list(transcript.turns[: len(before)]) != before:
+            self._keep_cache()
+        self.session = session
+        self._warned = False
+        self.experts.forget()
+        self.conversation.restore(transcript)
+        if session is None:
+            return
+        if session.model != info.name:
+            self.screen.notice(f"its replies were {safe_line(session.model, 60)}'s; {info.name} goes on")
+            session.model = info.name
+        if self._caches is not None:
+            self._caches.restore(self.conversation, session)
+
+    def idle(self) -> None:
+        """A time to keep the cache, unless something is being done."""
+        if self._working.acquire(blocking=False):
+            try:
+                self._keep_cache()
+            finally:
+                self._working.release()
+
+    def _keep_cache(self) -> None:
+        if self._caches is not None and self.session is not None and self.session.number:
+            self._caches.keep(self.conversation, self.session)
+
+    def _call_off_rest(self) -> None:
+        if self._rest is not None:
+            self._rest.cancel()
+            self._rest = None
+
+    def _recall(self) -> None:
+        """The last message and reply of a session that goes on."""
+        turns = self.conversation.turns
+        session = self.session
+        assert session is not None
+        n_earlier = max(0, len(turns) - 2)
+        earlier = f", {words.count(n_earlier, 'turn')} before these" if n_earlier else ""
+        self.screen.notice(f"{session.name}{earlier}")
+        for turn in turns[-2:]:
+            mark = "> " if turn.role is Role.USER else ""
+            lines = f"{mark}{turn.content.strip()}".split("\n")
+            shown = [*lines[:_RECALLED], *(["…"] if len(lines) > _RECALLED else [])]
+            self.screen.show(Text(safe_text("\n".join(shown)), style="dim"))
+        if self.conversation.unanswered:
+            self.screen.notice("[not answered: /continue answers it]")
+
+    def status(self) -> Status:
+        """What the bottom bar shows; from any thread."""
+        conversation = self.conversation
+        usage = conversation.usage
+        return Status(
+            model=conversation.engine.info.name,
+            session=self.session.name if self.session is not None else "",
+            n_used=conversation.n_used,
+            n_context=conversation.engine.info.n_context,
+            tokens_per_second=0.0 if usage is None else usage.tokens_per_second,
+        )
+
+    def _take(self, text: str) -> None:
+        if text.startswith(BLOCK):
+            message = text.removeprefix(BLOCK).removesuffix(BLOCK).strip("\n")
+            self._send(message)
+            return
+        parsed = table.parse(text)
+        if isinstance(parsed, tuple):
+            command, argument = parsed
+            command.run(self, argument)
+        elif isinstance(parsed, table.Unknown):
+            self.screen.notice(
+                f"/{safe_line(parsed.word, 40)} is no command; did you mean /{parsed.nearest}?"
+            )
+        elif text.strip():
+            self._send(text)
+        elif self.conversation.completes and self.conversation.turns:
+            self.show_reply(lambda conversation: conversation.go_on())
+
+    def _send(self, text: str) -> None:
+        expanded = attachments.expand(text, Path.cwd())
+        for file in expanded.files:
+            self.screen.notice(attachments.describe(file))
+        self.show_reply(lambda conversation: conversation.send(expanded.text))
+
+    def _show(self, events: Iterable[Event], view: ReplyView) -> None:
+        # The whitespace that a reply begins with belongs to the template.
+        begun = self.conversation.completes
+        for event in events:
+            if isinstance(event, MadeRoom):
+                view.note(f"[{words.made_room(event)}]")
+                continue
+            if event.progress is not None:
+                view.progress(event.progress.done, event.progress.total)
+            text = event.text if begun else event.text.lstrip()
+            if text:
+                begun = True
+                view.text(text)
+            self.experts.reply_goes_on(self.screen, reading=event.progress is not None)
+        ending = self.conversation.finish_reason
+        if ending in words.ENDINGS:
+            view.note(f"[{words.ENDINGS[ending]}]")
+        elif not begun and ending is FinishReason.STOP:
+            view.note("[the model says nothing: /regen tries again]")
+
+    def _remark(self) -> None:
+        """What is to be said after a reply."""
+        conversation = self.conversation
+        if self._stats and conversation.usage is not None:
+            self.screen.notice(words.usage(conversation.usage))
+        share = conversation.n_used / conversation.engine.info.n_context
+        nearly = share >= _NEARLY_FULL and conversation.settings.on_full is OnFull.STOP
+        if nearly and not self._warned and conversation.finish_reason is not FinishReason.CONTEXT_FULL:
+            self.screen.notice(words.nearly_full(share))
+        self._warned = nearly

@@ -1,0 +1,80 @@
+"""Commands that change what was said: again, back, otherwise, on."""
+
+from __future__ import annotations
+
+from dsmoe_local.base.errors import UsageError
+from dsmoe_local.base.text import safe_line
+from dsmoe_local.chat.commands.declare import Chat, Command, Commands
+from dsmoe_local.chat.turns import Role
+
+
+def _exit(chat: Chat, _: str) -> None:
+    chat.finished = True
+
+
+def _clear(chat: Chat, _: str) -> None:
+    before = chat.session.name if chat.session is not None else ""
+    chat.adopt(None)
+    kept = f"; the one before is kept as {safe_line(before, 60)}: /load" if before else ""
+    chat.screen.notice(f"a new conversation{kept}")
+
+
+def _regenerate(chat: Chat, _: str) -> None:
+    chat.show_reply(lambda conversation: conversation.regenerate())
+
+
+def _continue(chat: Chat, _: str) -> None:
+    chat.show_reply(lambda conversation: conversation.go_on())
+
+
+def _undo(chat: Chat, argument: str) -> None:
+    if argument and not (argument.isascii() and argument.isdigit() and int(argument)):
+        raise UsageError(f"/undo takes a number of messages, not {safe_line(argument, 40)!r}")
+    gone = chat.conversation.undo(int(argument or 1))
+    questions = [turn for turn in gone if turn.role is Role.USER]
+    if not questions:
+        chat.screen.notice("there is nothing to undo")
+        return
+    chat.save()
+    if len(questions) == 1:
+        said = safe_line(questions[0].content.strip(), 60)
+        chat.screen.notice(f"forgotten: “{said}” and what was answered")
+    else:
+        chat.screen.notice(f"the last {len(questions)} messages and their replies are forgotten")
+
+
+def _edit(chat: Chat, argument: str) -> None:
+    question = chat.conversation.last(Role.USER)
+    if question is None:
+        raise UsageError("there is no message to edit yet")
+    text = argument or chat.screen.edit(question.content)
+    if text is None or not text.strip() or text == question.content:
+        chat.screen.notice("the message is as it was: /regen answers it again")
+        return
+    chat.show_reply(lambda conversation: conversation.edit(text))
+
+
+def _system(chat: Chat, text: str) -> None:
+    if text:
+        if chat.conversation.completes:
+            raise UsageError(
+                "the model has no chat template: it takes no system text",
+                remedy="write it into the text that is to be completed",
+            )
+        chat.conversation.system = "" if text in ("off", "none") else text
+        chat.save()
+    system = chat.conversation.system
+    chat.screen.notice(f"system: {safe_line(system, 300)}" if system else "no system text")
+    if text:
+        chat.advise()
+
+
+COMMANDS: Commands = {
+    "exit": Command(_exit, "leave", aliases=("quit", "bye")),
+    "clear": Command(_clear, "begin a new conversation", aliases=("new",)),
+    "regen": Command(_regenerate, "answer the last message again", aliases=("retry",)),
+    "edit": Command(_edit, "change the last message, in $EDITOR or to TEXT, and answer it", "[TEXT]"),
+    "continue": Command(_continue, "go on with a reply that was cut or stopped"),
+    "undo": Command(_undo, "forget the last N messages and their replies", "[N]"),
+    "system": Command(_system, "show or change the system text; off removes it", "[TEXT]"),
+}
