@@ -61,7 +61,7 @@ def load_cache(
 def exchange_observers(
     session: Session, book: CacheBook, settle: Callable[[], None], options: Sequence[ObserverOptions]
 ) -> None:
-    """See TextEngine. If not even the old context can be made again, the session is left with a closed one."""
+    """See TextEngine. If not even the old context can be made again, a closed one is left."""
     old = session.observers
     successor = old.successor(options)
     before = session.context.options

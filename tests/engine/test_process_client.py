@@ -26,7 +26,15 @@ from dsmoe_local.engine.fake import FakeEngine
 from dsmoe_local.engine.process import wire
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.process.spawn import spawn
-from dsmoe_local.engine.types import FinishReason, Message, ModelOptions, Request, TextEngine, TokenEvent
+from dsmoe_local.engine.types import (
+    FinishReason,
+    Message,
+    ModelOptions,
+    ReloadableEngine,
+    Request,
+    TextEngine,
+    TokenEvent,
+)
 
 OPTIONS = ModelOptions(Path("fake.gguf"), n_context=77)
 SIGNALS = [signal.SIGSEGV, signal.SIGABRT, signal.SIGKILL]
@@ -68,8 +76,12 @@ def test_same_events_as_in_this_process(client: EngineClient) -> None:
 def test_client_has_the_interface(client: EngineClient) -> None:
     """Guards: a client that callers cannot hold as any other engine."""
     engine: TextEngine = client
-    for name in ("submit", "start", "cancel", "encode", "log", "observe", "close"):
-        assert inspect.signature(getattr(EngineClient, name)) == inspect.signature(getattr(TextEngine, name))
+    reloadable: ReloadableEngine = client
+    assert reloadable.options == OPTIONS
+    for name in [name for name in vars(ReloadableEngine) | vars(TextEngine) if not name.startswith("_")]:
+        if not isinstance(vars(EngineClient)[name], property):
+            expected = inspect.signature(getattr(ReloadableEngine, name))
+            assert inspect.signature(getattr(EngineClient, name)) == expected
     here = FakeEngine(n_context=100_000)
     assert engine.info == here.info
     conversation = (Message("user", "hé"), Message("assistant", "x", (5, 6)), Message("user", "\u2028"))

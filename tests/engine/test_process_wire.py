@@ -75,6 +75,7 @@ REQUESTS = st.builds(
     top_logprobs=st.integers(0, 20),
     logit_bias=st.lists(st.tuples(st.integers(0, 10**6), st.floats(-1000, 1000)), max_size=3).map(tuple),
     context_shift=st.booleans(),
+    n_keep=COUNTS,
 )
 EVENTS = st.builds(
     TokenEvent,
@@ -88,6 +89,9 @@ EVENTS = st.builds(
     usage=st.none() | st.builds(Usage, COUNTS, COUNTS, COUNTS, FLOATS, FLOATS, st.none() | COUNTS),
     index=st.integers(0, 63),
     alternatives=st.lists(st.builds(TokenLogprob, COUNTS, ANY_TEXT, FLOATS), max_size=3).map(tuple),
+    dropped=st.just(0),
+) | st.builds(
+    TokenEvent, st.just("r"), ANY_TEXT, FLOATS, COUNTS, dropped=st.integers(1, 9), dropped_from=COUNTS
 )
 PATHS = st.sampled_from(["m.gguf", "/a b/ü.gguf", "half \udcff name.gguf"]).map(Path)
 OBSERVERS = st.builds(

@@ -50,6 +50,12 @@ class PlayedCache:
             assert len(self.held.get(slot, [])) == position, "a filler out of place"
         self._measure()
 
+    def hold(self, slot: int, tokens: list[int]) -> None:
+        """What a file held, in free cells."""
+        assert not self.held.get(slot), "restored onto something"
+        self.held[slot] = [(next(self._cells), token) for token in tokens]
+        self._measure()
+
     def _measure(self) -> None:
         if self.limits.unified:
             used = {cell for cells in self.held.values() for cell, _ in cells}
@@ -119,6 +125,20 @@ class Play:
         run.ended = how
         self.scheduler.finish(run.sequence)
 
+    def put_in(self, tokens: list[int]) -> None:
+        """A file's tokens, between requests."""
+        book = self.scheduler.book
+        slot = book.make_place(len(tokens))
+        if slot is None:
+            assert not self.scheduler.limits.unified or len(tokens) > self.scheduler.limits.n_cells
+            return
+        self.cache.do(Step(book.take_operations()))
+        self.cache.hold(slot, tokens)
+        book.put_in(slot, tokens)
+        self.cache.compare(self.scheduler)
+        self.scheduler.check()
+        assert book.longest_idle(tokens)[1] == len(tokens)
+
     def finish_all(self, most: int = 3000) -> None:
         for _ in range(most):
             if self.scheduler.idle:
@@ -181,13 +201,15 @@ def test_random_work_ends_and_the_books_agree(
         if kind == "add":
             prompt = [*_PREFIXES[prefix], *(10_000 + number % 3 * 100 + place for place in range(tail))]
             prompt = prompt[: chosen.n_context - 1]
-            stage.add(prompt, length, stated=stated, can_shift=stated and tail % 5 == 0)
+            stage.add(prompt, length, stated=stated, can_shift=stated and tail % 5 == 0, n_keep=tail % 3 * 10)
         elif kind == "cancel" and stage.runs:
             run = stage.runs[prefix * 7 % len(stage.runs)]
             if not run.ended:
                 stage.end(run, "cancelled")
         elif kind == "step" and not stage.scheduler.idle:
             stage.step()
+        elif kind == "step":
+            stage.put_in([*_PREFIXES[prefix], *range(20_000, 20_000 + tail)])
     stage.finish_all()
     assert all(run.ended for run in stage.runs)
     for run in stage.runs:
@@ -357,6 +379,23 @@ def test_a_shift_spares_shared_cells() -> None:
     stage.finish_all()
     assert keeps.ended == shifts.ended == "length"
     assert shifts.sequence.tokens[:40] == shared
+
+
+def test_a_shift_keeps_what_it_is_told_to() -> None:
+    """Guards: a system text that scrolls away; kept tokens read again; more kept than the context holds."""
+    stage = Play(Limits(n_slots=1, n_cells=100, n_context=100, n_step_tokens=64))
+    system = list(range(40))
+    run = stage.add([*system, *range(700, 730)], 200, stated=False, can_shift=True, n_keep=40)
+    stage.finish_all()
+    assert run.ended == "length"
+    assert run.sequence.tokens[:40] == system
+    assert run.sequence.dropped == (30, 40)
+    again = stage.add([*system, 900], 1)
+    stage.finish_all()
+    assert again.sequence.n_reused == 40
+    keeps_all = stage.add(list(range(70)), 200, stated=False, can_shift=True, n_keep=100)
+    stage.finish_all()
+    assert keeps_all.ended == "full"
 
 
 def test_scored_prompts_get_all_their_logits() -> None:

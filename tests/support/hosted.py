@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Note, Started
 from dsmoe_local.engine.errors import OutOfMemoryError
@@ -25,6 +26,7 @@ NEVER_LOADED = "support.hosted:never_loaded"
 NOT_LOADED = "support.hosted:not_loaded"
 DYING_AT_LOAD = "support.hosted:dying_at_load"
 BROKEN = "support.hosted:broken"
+CHOOSY = "support.hosted:choosy"
 ONCE = "support.hosted:loading_once"
 
 
@@ -32,7 +34,8 @@ class Hosted(FakeEngine):
     """Does what a prompt's last line says: `signal SIGSEGV`, `exit 3`, `thread`, `nan`, `print TEXT`; else it
     echoes.
 
-    Its one observer, `modules`, tells what this process has imported.
+    Its observers tell what this process has imported, `modules`, and what was loaded, `loaded`. A cache file
+    that says `die` is not survived.
     """
 
     def __init__(self, gate: Callable[[int], None] = lambda index: None) -> None:
@@ -45,7 +48,16 @@ class Hosted(FakeEngine):
         return events
 
     def observe(self, name: str) -> Observation:
+        if name == "loaded":
+            names = [option.name for option in self.options.observers]
+            return {"observers": names, "n_context": self.options.n_context}
         return {"modules": sorted(sys.modules)} if name == "modules" else super().observe(name)
+
+    def load_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
+        if path.read_text() == "die":
+            os.kill(os.getpid(), signal.SIGSEGV)
+            _FOR_EVER.wait()
+        return super().load_cache(path, token_ids)
 
 
 def _obey(prompt: str) -> str:
@@ -70,7 +82,9 @@ def fake(options: ModelOptions, listen: Listener, stop: threading.Event) -> Fake
     listen(Advanced(3, "all"))
     listen(Note(f"context of {options.n_context}"))
     listen(Finished("loading"))
-    return Hosted()
+    engine = Hosted()
+    engine.options = options
+    return engine
 
 
 def halting(options: ModelOptions, listen: Listener, stop: threading.Event) -> FakeEngine:
@@ -150,6 +164,18 @@ def dying_at_load(options: ModelOptions, listen: Listener, stop: threading.Event
 def broken(options: ModelOptions, listen: Listener, stop: threading.Event) -> FakeEngine:
     """Has a bug."""
     raise KeyError("a bug")
+
+
+def choosy(options: ModelOptions, listen: Listener, stop: threading.Event) -> FakeEngine:
+    """Refuses a context of 1, dies of one of 2, loads one of 3 for ever, and halts with one of 4."""
+    if options.n_context == 1:
+        raise OutOfMemoryError("no room")
+    if options.n_context == 2:
+        os.abort()
+    if options.n_context == 3:
+        listen(Note("for ever"))
+        _FOR_EVER.wait()
+    return halting(options, listen, stop) if options.n_context == 4 else fake(options, listen, stop)
 
 
 def loading_once(options: ModelOptions, listen: Listener, stop: threading.Event) -> FakeEngine:
