@@ -13,7 +13,7 @@ from dsmoe_local.base.errors import UsageError
 from dsmoe_local.engine.errors import NativeError
 from dsmoe_local.engine.native import Model, Row, tensors
 from dsmoe_local.engine.observe.observer import Logits, Observer, Scored
-from dsmoe_local.engine.observe.routing_file import Choices, Gates, costs_of
+from dsmoe_local.engine.observe.routing_file import Choices, costs_of, gates_of
 from dsmoe_local.model.hyperparameters import Hyperparameters
 
 
@@ -37,9 +37,10 @@ class ScoredChoices(Observer):
 
     def __init__(self, model: Model, hp: Hyperparameters) -> None:
         super().__init__()
-        if not hp.is_moe:
+        gates = gates_of(hp)
+        if gates is None:
             raise UsageError("routing cannot be compared: the model is dense, it has no experts")
-        self.gates = Gates(hp.n_dense_layers, hp.n_moe_layers, hp.n_routed_experts)
+        self.gates = gates
         self._reader = tensors.Reader()
         self._seen: list[list[_Seen]] = [[] for _ in range(hp.n_moe_layers)]
         self._tokens: list[bytes] = []

@@ -92,6 +92,7 @@ class Divergence(Observer):
             "same_top": self._n_same_top,
             "nll": self._nll.mean,
             "reference_nll": self._reference_nll.mean,
+            "reference_nll_error": self._reference_nll.error,
             "nll_change": self._change.mean,
             "nll_change_error": self._change.error,
         }

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dsmoe_local.engine.observe.block_file import BlockReader, BlockWriter
+from dsmoe_local.model.hyperparameters import Hyperparameters
 
 STEP = 2.0**-11
 
@@ -37,6 +38,11 @@ class Gates(NamedTuple):
     first_layer: int
     n_layers: int
     n_experts: int
+
+
+def gates_of(hp: Hyperparameters) -> Gates | None:
+    """A model's; None if it is dense."""
+    return Gates(hp.n_dense_layers, hp.n_moe_layers, hp.n_routed_experts) if hp.is_moe else None
 
 
 @dataclass(frozen=True, slots=True)

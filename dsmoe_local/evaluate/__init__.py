@@ -1,0 +1,1 @@
+"""Measures models: perplexity, divergence from a reference, routing fidelity."""

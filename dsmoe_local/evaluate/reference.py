@@ -1,0 +1,228 @@
+"""What a reference model made of a text: recorded in a folder, kept in one file, compared with. Runs models
+through `measure`; what is recorded of each token is the observers' own.
+
+A kept reference is a zip archive, not compressed, of the folder's files: `about.json`, `tokens` (int32,
+windows after each other), `predictions`, and `choices` where the model has routers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from dsmoe_local.base.durable import replace as give_name
+from dsmoe_local.base.durable import require_space, sync
+from dsmoe_local.base.errors import FileError, FormatError, UsageError
+from dsmoe_local.base.progress import Listener, ignore
+from dsmoe_local.base.text import safe_line
+from dsmoe_local.engine.observe.routing_file import Gates, gates_of
+from dsmoe_local.engine.types import ObserverOptions, TextEngine
+from dsmoe_local.evaluate.measure import measure
+from dsmoe_local.evaluate.results import Comparison, Evaluation, divergence_of, reference_of, routing_of
+from dsmoe_local.evaluate.windows import Windows
+from dsmoe_local.model.gguf_model import read_model
+
+TOP = 256
+"""Entries that are kept of a token at most."""
+
+_VERSION = 1
+_ABOUT, _TOKENS, _PREDICTIONS, _CHOICES = "about.json", "tokens", "predictions", "choices"
+_MOST_ABOUT = 1 << 20
+# What zipfile, json and numpy raise of a file that is something else.
+_MALFORMED = (
+    zipfile.BadZipFile,
+    ArithmeticError,
+    EOFError,
+    KeyError,
+    NotImplementedError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A recorded reference, in a folder. `gates` is None where no choices were recorded."""
+
+    folder: Path
+    model: str
+    windows: Windows
+    gates: Gates | None
+
+    def observers(self, model: Path) -> tuple[ObserverOptions, ...]:
+        """What compares a model with it: its routers only where they are alike."""
+        predictions = _observer("divergence", self.folder / _PREDICTIONS)
+        if self.gates is None or self.gates != _gates(model):
+            return (predictions,)
+        return (predictions, _observer("routing_divergence", self.folder / _CHOICES))
+
+
+def _gates(model: Path) -> Gates | None:
+    """A model file's; raises what the strict reader does."""
+    return gates_of(read_model(model)[1])
+
+
+def recorders(folder: Path, model: Path) -> tuple[ObserverOptions, ...]:
+    """What records a reference into `folder`; load the model with them before `record`."""
+    predictions = _observer("reference", folder / _PREDICTIONS, ("top", TOP))
+    if _gates(model) is None:
+        return (predictions,)
+    return (predictions, _observer("routing_reference", folder / _CHOICES))
+
+
+def _observer(name: str, path: Path, *more: tuple[str, int]) -> ObserverOptions:
+    return ObserverOptions(name, (("path", str(path)), *more))
+
+
+def record(
+    engine: TextEngine,
+    windows: Windows,
+    folder: Path,
+    listen: Listener = ignore,
+    stop: threading.Event | None = None,
+) -> tuple[Reference, Evaluation]:
+    """Measure a model loaded with `recorders`, and record it. Raises what `measure` does, and FileError."""
+    gates = _gates(engine.info.path)
+    per_token = 8 * TOP + (2 * gates.n_layers * (gates.n_experts + 16) if gates else 0)
+    require_space(folder, windows.n_scored * per_token)
+    result = measure(engine, windows, listen, stop)
+    # Asked for, they are complete on the disk.
+    engine.observe("reference")
+    if gates is not None:
+        engine.observe("routing_reference")
+    reference = Reference(folder, engine.info.name, windows, gates)
+    (folder / _TOKENS).write_bytes(np.array(windows.tokens, "<i4").tobytes())
+    (folder / _ABOUT).write_text(json.dumps(_about(reference)), encoding="utf-8")
+    return reference, result
+
+
+def _about(reference: Reference) -> dict[str, Any]:
+    windows, gates = reference.windows, reference.gates
+    return {
+        "version": _VERSION,
+        "model": reference.model,
+        "text": windows.text,
+        "text_digest": windows.text_digest,
+        "vocabulary": windows.vocabulary,
+        "n_context": windows.n_context,
+        "gates": list(gates) if gates else None,
+    }
+
+
+def compare(
+    engine: TextEngine, reference: Reference, listen: Listener = ignore, stop: threading.Event | None = None
+) -> Evaluation:
+    """Measure a model loaded with `reference.observers`, beside the reference. Raises what `measure` does;
+    UsageError if the models' tokens differ.
+    """
+    if engine.info.vocabulary != reference.windows.vocabulary:
+        raise UsageError(
+            f"{engine.info.name} and {reference.model} have different vocabularies",
+            remedy="only models with the same tokens can be compared",
+        )
+    result = measure(engine, reference.windows, listen, stop)
+    seen = engine.observe("divergence")
+    alike = reference.gates is not None and reference.gates == _gates(engine.info.path)
+    routing = routing_of(engine.observe("routing_divergence")) if alike else None
+    return replace(
+        result, comparison=Comparison(reference.model, reference_of(seen), divergence_of(seen), routing)
+    )
+
+
+@contextmanager
+def workplace(kept: Path | None = None) -> Iterator[Path]:
+    """A folder for a reference, removed in the end; beside the file that is to keep it, if one is."""
+    try:
+        made = TemporaryDirectory(
+            prefix=".dsmoe-eval-", dir=kept.absolute().parent if kept else None, ignore_cleanup_errors=True
+        )
+    except OSError as error:
+        raise FileError(f"no folder can be made: {error.strerror}", where=str(error.filename)) from error
+    with made as folder:
+        yield Path(folder)
+
+
+def require_new(kept: Path) -> None:
+    """FileError if there is such a file: hours of work are not written over."""
+    if os.path.lexists(kept):
+        raise FileError("the file exists already", where=kept, remedy="remove it, or name another file")
+
+
+def keep(reference: Reference, kept: Path) -> None:
+    """Write the reference as one file: complete under its name, or not at all. FileError."""
+    require_new(kept)
+    temporary = reference.folder / "kept"
+    names = [_ABOUT, _TOKENS, _PREDICTIONS, *([_CHOICES] if reference.gates else [])]
+    require_space(reference.folder, sum((reference.folder / name).stat().st_size for name in names))
+    try:
+        with temporary.open("wb") as file:
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+                for name in names:
+                    archive.write(reference.folder / name, name)
+            file.flush()
+            sync(file.fileno())
+        give_name(temporary, kept)
+    except OSError as error:
+        raise FileError(f"the reference cannot be kept: {error.strerror}", where=kept) from error
+
+
+def is_kept(path: Path) -> bool:
+    """Whether a file is a kept reference rather than a model."""
+    return zipfile.is_zipfile(path)
+
+
+def unpack(kept: Path, folder: Path, n_windows: int | None = None) -> Reference:
+    """A kept reference, or its first `n_windows`. FileError, FormatError."""
+    try:
+        with zipfile.ZipFile(kept) as archive:
+            about = json.loads(_small(archive, _ABOUT))
+            if about["version"] != _VERSION:
+                raise ValueError(f"version {about['version']} is not known")
+            gates = Gates(*map(int, about["gates"])) if about["gates"] is not None else None
+            require_space(folder, kept.stat().st_size)
+            for name in (_TOKENS, _PREDICTIONS, *([_CHOICES] if gates else [])):
+                _extract(archive, name, folder)
+        ids = np.frombuffer((folder / _TOKENS).read_bytes(), "<i4").reshape(-1, int(about["n_context"]))
+        windows = Windows(
+            tuple(tuple(window) for window in ids[:n_windows].tolist()),
+            *(safe_line(str(about[name]), 80) for name in ("text", "text_digest", "vocabulary")),
+        )
+        if not windows.tokens:
+            raise ValueError("it has no windows")
+        return Reference(folder, safe_line(str(about["model"]), 80), windows, gates)
+    except OSError as error:
+        raise FileError(f"the reference cannot be read: {error.strerror}", where=kept) from error
+    except _MALFORMED as error:
+        raise FormatError(f"this is no kept reference: {error}", where=kept) from error
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
+    """What is stored as it is cannot be larger than the archive."""
+    found = archive.getinfo(name)
+    if found.compress_type != zipfile.ZIP_STORED or found.file_size != found.compress_size:
+        raise ValueError(f"{name} is compressed")
+    return found
+
+
+def _small(archive: zipfile.ZipFile, name: str) -> bytes:
+    member = _member(archive, name)
+    if member.file_size > _MOST_ABOUT:
+        raise ValueError(f"{name} is too large")
+    return archive.read(member)
+
+
+def _extract(archive: zipfile.ZipFile, name: str, folder: Path) -> None:
+    with archive.open(_member(archive, name)) as source, (folder / name).open("wb") as target:
+        shutil.copyfileobj(source, target, 1 << 20)
