@@ -41,8 +41,9 @@ def live_panel(activity: Activity, width: int, height: int) -> RenderableType:
 
 
 def panel(activity: Activity, title: str) -> RenderableType:
-    """One activity: the line and the picture with its scale."""
+    """One activity below an empty line: the numbers, and the picture with its scale."""
     return Group(
+        Text(""),
         Text.assemble((title, "bold"), ("  " + summary(activity), "dim"), no_wrap=True, overflow="ellipsis"),
         Heatmap(activity),
     )

@@ -277,11 +277,12 @@ def test_mistakes_are_explained(watching: Stage, line: str, message: str) -> Non
 
 def test_nothing_seen_yet_is_no_empty_picture(stage: Stage, tmp_path: Path) -> None:
     """Guards: a division by zero, and a file without content."""
-    for action in (
+    actions: list[Callable[[], None]] = [
         lambda: stage.run("/experts reply"),
         lambda: stage.run("/experts layer 1"),
         lambda: stage.view.export(tmp_path / "experts.svg"),
-    ):
+    ]
+    for action in actions:
         with pytest.raises(UsageError, match="no experts were seen yet"):
             action()
     assert list(tmp_path.iterdir()) == []
