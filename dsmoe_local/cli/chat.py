@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dsmoe_local.base.errors import FormatError, UsageError
+from dsmoe_local.cli.configuration import from_command_line, told_origin
 from dsmoe_local.cli.model_options import (
+    ModelName,
     check_stop,
     find_model,
     load_engine,
+    model_option,
     model_options,
     sampling_options,
     sampling_parameters,
@@ -41,8 +44,8 @@ class _Conversing:
 
 
 @click.command(name="chat")
-@click.argument("words", nargs=-1, metavar="[MODEL] [-]")
-@click.option("-m", "--model", "named_model", metavar="NAME|FILE", help="The model; without one, the demo's.")
+@click.argument("words", nargs=-1, metavar="[MODEL] [-]", type=ModelName())
+@model_option
 @click.option("-p", "--prompt", metavar="TEXT", help="Answer this and exit; - reads it from stdin.")
 @click.option("-f", "--file", "prompt_file", metavar="FILE", help="Answer the text of a file and exit.")
 @click.option("-sys", "--system", default="", metavar="TEXT", help="System text.")
@@ -106,13 +109,9 @@ def command(
     if text is None and (as_json or schema):
         raise UsageError(f"{'--json' if as_json else '--schema'} is for one answer", remedy="use it with -p")
     json_schema = read_schema(schema) if schema is not None else None
-    if max_tokens is not None and max_tokens < 1:
-        if max_tokens != -1:
-            raise UsageError(
-                f"-n {max_tokens} is out of range", remedy="it takes 1 or more, or -1 for no limit"
-            )
-        max_tokens = None
-    settings = ChatSettings(sampling_parameters(values), max_tokens, stop, OnFull(on_full))
+    with told_origin("max_tokens"):
+        limit = _limit(max_tokens)
+    settings = ChatSettings(sampling_parameters(values), limit, stop, OnFull(on_full))
     if text is not None:
         with load_engine(path or find_model(), values) as engine:
             _answer(engine, settings, system, text, json_schema, as_json=as_json, stats=stats)
@@ -122,6 +121,14 @@ def command(
         kept = _open_sessions(conversing, open_things)
         engine = open_things.enter_context(load_engine(path or find_model(), values))
         _converse(engine, settings, system, conversing, kept)
+
+
+def _limit(max_tokens: int | None) -> int | None:
+    if max_tokens is None or max_tokens == -1:
+        return None
+    if max_tokens < 1:
+        raise UsageError(f"-n {max_tokens} is out of range", remedy="it takes 1 or more, or -1 for no limit")
+    return max_tokens
 
 
 def _model_and_dash(words: tuple[str, ...]) -> tuple[str | None, bool]:
@@ -168,7 +175,7 @@ def _open_sessions(conversing: _Conversing, open_things: ExitStack) -> _Kept:
     from dsmoe_local.chat.store.sessions import SessionStore
 
     if conversing.no_history:
-        if conversing.session or conversing.latest:
+        if (conversing.session or conversing.latest) and from_command_line("no_history"):
             raise UsageError("with --no-history there are no sessions to go on with")
         return _Kept(None)
     try:
