@@ -142,8 +142,9 @@ def test_nothing_is_written_where_nothing_is_held(tmp_path: Path) -> None:
         assert engine.save_cache(path, prompt) == 0
         reply(engine, prompt, 1)
         assert engine.save_cache(path, prompt[1:]) == 0
-    for more in ({"n_parallel": 2, "deterministic": True}, {"n_parallel": 2, "unified": False}):
-        with Engine.load(options(**more)) as engine:
+    parts: list[dict[str, Any]] = [{"deterministic": True}, {"unified": False}]
+    for more in parts:
+        with Engine.load(options(n_parallel=2, **more)) as engine:
             reply(engine, prompt[:40], 1)
             assert engine.save_cache(path, prompt[:40]) == 0
             assert engine.load_cache(path, prompt[:40]) == 0

@@ -50,9 +50,7 @@ def generate(engine: Engine, prompt: Prompt, count: int = 24, **more: Any) -> li
 
 def forget(engine: Engine) -> None:
     """Drop what idle sequences hold."""
-    core = engine._core
-    assert core is not None
-    engine._between_steps(core.scheduler.forget_idle)
+    engine._between_steps(lambda core: core.scheduler.forget_idle())
 
 
 def ids(events: Sequence[TokenEvent]) -> list[int]:
