@@ -50,7 +50,7 @@ REPLIES = {
     "half": f"{MARKDOWN.partition('    return')[0]}¤",
     "table": f"{MARKDOWN.partition('| 专家')[0]}¤",
     "long": "".join(f"{number}. a line of the long reply\n" for number in range(1, 61)),
-    "halt": "A first paragraph.\n\nA second one begins, longer than a narrow window is wide, so it wraps#.",
+    "halt": "A first paragraph.\n\nA second one begins, longer than a narrow window is wide, so it wraps.¤",
     "wide": "一二三四五六七八九十" * 12 + "¤",
 }
 

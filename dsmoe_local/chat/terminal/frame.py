@@ -17,17 +17,19 @@ _SGR = re.compile(r"\x1b\[[0-9;:]*m")
 # A terminal that knows synchronized updates shows all of one at once; others ignore the code.
 _BEGIN, _END = "\x1b[?2026h\x1b[?25l", "\x1b[?2026l"
 _SHOW_CURSOR = "\x1b[?25h"
+_SAVE_CURSOR, _RESTORE_CURSOR = "\x1b7", "\x1b8"
 _WRAP, _NO_WRAP = "\x1b[?7h", "\x1b[?7l"
 _ERASE_LINE, _ERASE_DOWN = "\x1b[K", "\x1b[J"
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """Lines with their styles, none wider than `columns`; where the cursor is, and whether it shows."""
+    """Lines with their styles, for a window of `columns` and `rows`; where in them the cursor is."""
 
     lines: tuple[str, ...]
     columns: int
-    row: int = 0
+    rows: int
+    row: int = 0  # of the cursor, among the lines
     column: int = 0
     shows_cursor: bool = True
 
@@ -57,42 +59,61 @@ def wipe(frame: Frame | None, columns: int, *, reflows: bool = True) -> str:
     """
     if frame is None:
         return ""
-    return f"\r{_up(_rows_to_cursor(frame, columns, reflows=reflows))}{_ERASE_DOWN}"
+    rows = rows_taken(frame, columns, reflows=reflows)
+    # Row by row: some terminals take what is erased as a whole from the first row on for worth keeping. The way
+    # back is remembered, not counted: in a lower window there may be fewer rows below.
+    erase = _down(1).join([_ERASE_LINE] * rows)
+    return f"\r{_up(_rows_to_cursor(frame, columns, reflows=reflows))}{_SAVE_CURSOR}{erase}{_RESTORE_CURSOR}"
+
+
+def rows_taken(frame: Frame | None, columns: int, *, reflows: bool = True) -> int:
+    """The rows that a frame takes on a terminal that is `columns` wide now."""
+    if frame is None or not reflows or columns >= frame.columns:
+        return 0 if frame is None else len(frame.lines)
+    return sum(_rows_of(line, columns) for line in frame.lines)
+
+
+def rows_printed(text: str, columns: int) -> int:
+    """The rows that whole lines take."""
+    return sum(_rows_of(line, columns) for line in text.removesuffix("\n").split("\n")) if text else 0
 
 
 def _paint(old: Frame | None, new: Frame, above: str, *, reflows: bool) -> Iterator[str]:
-    if old is not None and old.columns != new.columns:
+    if old is not None and (old.columns, old.rows) != (new.columns, new.rows):
+        # In a lower window some terminals drop what is below the cursor.
         yield wipe(old, new.columns, reflows=reflows)
         old = None
     if old == new and not above:
         return
     yield _BEGIN
-    if old is not None:
-        yield f"\r{_up(old.row)}"
-    if above:
-        yield from _print(above, new.columns)
-        yield from _write_all(new.lines)
-    elif old is None:
-        yield _ERASE_DOWN
+    if old is None or above:
+        yield from _print(old, above, new.columns)
         yield from _write_all(new.lines)
     else:
+        yield f"\r{_up(old.row)}"
         yield from _write_changes(old.lines, new.lines)
     yield _place_cursor(new)
     yield _END
 
 
-def _print(above: str, columns: int) -> Iterator[str]:
-    """Lines written over what was there. The terminal wraps the long ones, so that a copy has them whole."""
-    for line in above.removesuffix("\n").split("\n"):
-        # Erased first: at the end of a full line the last cell would go. Of a long one only a row is known.
-        known = "\t" not in line and width_of(line) <= columns
-        yield f"{_ERASE_LINE if known else _ERASE_DOWN}{line}\r\n"
+def _print(old: Frame | None, above: str, columns: int) -> Iterator[str]:
+    """Lines written over the frame. The terminal wraps the long ones, so that a copy has them whole."""
+    lines = above.removesuffix("\n").split("\n") if above else []
+    if any("\t" in line or width_of(line) > columns for line in lines):
+        # Which rows these take is the terminal's business.
+        yield wipe(old, columns)
+        yield "\r"
+    else:
+        yield f"\r{_up(old.row if old else 0)}"
+    # Erased first: at the end of a full line its last cell would go.
+    yield "".join(f"{_ERASE_LINE}{line}\r\n" for line in lines)
 
 
 def _write_all(lines: Sequence[str]) -> Iterator[str]:
     yield _NO_WRAP
     for line in lines[:-1]:
         yield f"{_ERASE_LINE}{line}\r\n"
+    # Below it there may be more of what was there.
     yield f"{_ERASE_DOWN}{lines[-1]}\r{_up(len(lines) - 1)}{_WRAP}"
 
 
@@ -125,12 +146,12 @@ def _rows_to_cursor(frame: Frame, columns: int, *, reflows: bool) -> int:
     if not reflows or columns >= frame.columns:
         # Every line ends with a line feed, so a wider terminal joins none.
         return frame.row
-    before = sum(_rows_taken(line, columns) for line in frame.lines[: frame.row])
+    before = sum(_rows_of(line, columns) for line in frame.lines[: frame.row])
     line = without_styles(frame.lines[frame.row]) if frame.lines else ""
-    return before + _rows_taken(line.ljust(frame.column)[: _index(line, frame.column)], columns) - 1
+    return before + _rows_of(line.ljust(frame.column)[: _index(line, frame.column)], columns) - 1
 
 
-def _rows_taken(line: str, columns: int) -> int:
+def _rows_of(line: str, columns: int) -> int:
     """The rows that a terminal makes of a line. A wide character of which half fits goes to the next."""
     rows, used = 1, 0
     for character in without_styles(line):

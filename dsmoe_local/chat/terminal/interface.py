@@ -32,7 +32,7 @@ from dsmoe_local.chat.terminal.history import open_history
 from dsmoe_local.chat.terminal.keys import key_bindings
 from dsmoe_local.chat.terminal.layout import STYLE, ChatLayout
 from dsmoe_local.chat.terminal.mailbox import Action, Mailbox
-from dsmoe_local.chat.terminal.output import TerminalOutput, reflows
+from dsmoe_local.chat.terminal.output import TerminalOutput, habits
 from dsmoe_local.chat.terminal.renderer import InlineRenderer
 from dsmoe_local.chat.terminal.stage import Stage
 from dsmoe_local.chat.terminal.status import Status, bar, shorten
@@ -98,7 +98,7 @@ class Interface:
             output=output,
         )
         self.app.ttimeoutlen = _ESCAPE_SECONDS
-        renderer = InlineRenderer(self.app.renderer.style, output, reflows=reflows())
+        renderer = InlineRenderer(self.app.renderer.style, output, habits())
         self.app.renderer = renderer
         self._renderer = renderer
         self.stage = Stage(renderer.print_above, output.get_size, colour=colour)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from prompt_toolkit.data_structures import Size
 from prompt_toolkit.output.vt100 import Vt100_Output
 
 _USUAL_SIZE = os.terminal_size((80, 24))
-# Terminals that leave lines as they are when the window gets narrower; all others wrap them anew.
-_KEEP_LINES = ("linux", "st", "st-256color", "vt100", "vt220", "screen", "screen-256color")
+# Values of TERM for terminals that cut lines off when the window gets narrower. Others wrap them anew.
+_RIGID = ("linux", "st", "st-256color", "vt100", "vt220", "screen", "screen-256color")
 
 
 def terminal_size() -> Size:
@@ -23,12 +24,24 @@ def terminal_size() -> Size:
     return Size(rows=found.lines or _USUAL_SIZE.lines, columns=found.columns or _USUAL_SIZE.columns)
 
 
-def reflows() -> bool:
-    """Whether the terminal wraps its lines anew when its width changes."""
+@dataclass(frozen=True, slots=True)
+class Habits:
+    """What a terminal does with its lines when its width changes.
+
+    `reflows`: it wraps them anew. `keeps_empty_rows`: where they take more rows then, the first ones leave
+    the screen, even if the last ones are empty.
+    """
+
+    reflows: bool = True
+    keeps_empty_rows: bool = False
+
+
+def habits() -> Habits:
+    """Those of the terminal that the environment tells of."""
     if os.environ.get("TMUX"):
-        return True
-    kept = os.environ.get("STY") or os.environ.get("XTERM_VERSION")
-    return not kept and os.environ.get("TERM", "") not in _KEEP_LINES
+        return Habits(keeps_empty_rows=True)
+    rigid = os.environ.get("STY") or os.environ.get("XTERM_VERSION")
+    return Habits(reflows=not rigid and os.environ.get("TERM", "") not in _RIGID)
 
 
 class TerminalOutput(Vt100_Output):

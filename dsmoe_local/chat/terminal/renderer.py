@@ -19,7 +19,8 @@ from prompt_toolkit.output.vt100 import Vt100_Output
 from prompt_toolkit.renderer import Renderer
 from prompt_toolkit.styles import BaseStyle
 
-from dsmoe_local.chat.terminal.frame import Frame, paint, wipe
+from dsmoe_local.chat.terminal.frame import Frame, paint, rows_printed, rows_taken, wipe
+from dsmoe_local.chat.terminal.output import Habits
 
 Top = Callable[[int, int], Sequence[str]]
 """Gives the lines above the layout, for so many columns and at most so many rows."""
@@ -33,9 +34,10 @@ _SET_UP, _SET_DOWN = "\x1b[?1l\x1b[?2004h", "\x1b[?2004l"
 class InlineRenderer(Renderer):
     """Keeps the lines of the layout, and those that `top` gives, at the end of what is printed."""
 
-    def __init__(self, style: BaseStyle, output: Vt100_Output, *, reflows: bool) -> None:
+    def __init__(self, style: BaseStyle, output: Vt100_Output, habits: Habits) -> None:
         self.top: Top = _no_lines
-        self._reflows = reflows
+        self._habits = habits
+        self._rows_kept = 0  # rows that the frame takes at least
         self._frame: Frame | None = None
         self._above: list[str] = []
         self._set_up = False
@@ -69,15 +71,31 @@ class InlineRenderer(Renderer):
     def _draw(self, screen: Screen, height: int, size: Size, layout: Layout, depth: ColorDepth) -> None:
         top = [line.replace("\t", "    ") for line in self.top(size.columns, size.rows - height)]
         lines = [self._line(screen, row, size.columns, depth) for row in range(height)]
+        above = "".join(self._above)
+        self._above.clear()
+        top = [""] * self._rows_missing(len(top) + height, above, size) + top
         cursor = screen.get_cursor_position(layout.current_window)
-        frame = Frame((*top, *lines), size.columns, len(top) + cursor.y, cursor.x, screen.show_cursor)
+        row = len(top) + cursor.y
+        frame = Frame((*top, *lines), size.columns, size.rows, row, cursor.x, screen.show_cursor)
         if not self._set_up:
             self.output.write_raw(_SET_UP)
             self._set_up = True
-        self.output.write_raw(paint(self._frame, frame, "".join(self._above), reflows=self._reflows))
-        self._above.clear()
+        self.output.write_raw(paint(self._frame, frame, above, reflows=self._habits.reflows))
         self._frame = frame
         self.output.flush()
+
+    def _rows_missing(self, height: int, above: str, size: Size) -> int:
+        """The empty rows to draw, so that lines which were wrapped leave no empty rows below the frame.
+
+        Where such rows stay for good, each change of the width would move the frame up, and out of sight.
+        """
+        before = self._frame
+        if before is not None and before.columns != size.columns and self._habits.keeps_empty_rows:
+            self._rows_kept = rows_taken(before, size.columns)
+        self._rows_kept = max(0, self._rows_kept - rows_printed(above, size.columns))
+        if self._rows_kept <= height:
+            self._rows_kept = 0
+        return max(0, min(self._rows_kept, size.rows) - height)
 
     def _line(self, screen: Screen, row: int, columns: int, depth: ColorDepth) -> str:
         """A row of the screen with its styles, without the spaces at its end."""
@@ -112,14 +130,14 @@ class InlineRenderer(Renderer):
 
     def erase(self, leave_alternate_screen: bool = True) -> None:
         """Take the frame off the screen; what was to be printed is."""
-        self.output.write_raw(wipe(self._frame, self.output.get_size().columns, reflows=self._reflows))
+        self.output.write_raw(wipe(self._frame, self.output.get_size().columns, reflows=self._habits.reflows))
         self.output.write_raw("".join(self._above).replace("\n", "\r\n"))
         self._above.clear()
         self.reset(leave_alternate_screen=leave_alternate_screen)
 
     def reset(self, _scroll: bool = False, leave_alternate_screen: bool = True) -> None:
         """Forget what is on the screen: the frame is drawn anew where the cursor is."""
-        self._frame = None
+        self._frame, self._rows_kept = None, 0
         if self._set_up:
             self.output.write_raw(_SET_DOWN)
             self._set_up = False
@@ -127,8 +145,9 @@ class InlineRenderer(Renderer):
 
     def clear(self) -> None:
         """Clear the screen; the frame is drawn at its top."""
+        self.output.write_raw(wipe(self._frame, self.output.get_size().columns, reflows=self._habits.reflows))
         self.output.write_raw("\x1b[H\x1b[2J")
-        self._frame = None
+        self._frame, self._rows_kept = None, 0
 
 
 def _no_lines(columns: int, rows: int) -> Sequence[str]:

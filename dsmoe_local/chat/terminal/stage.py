@@ -84,14 +84,14 @@ class Stage:
         """The open part of the reply and the panel, in at most `rows` lines."""
         if rows <= 1:
             return []
-        gap = [] if self._ends_blank else [""]
         panel = self._draw_panel(columns)[: max(0, rows - _LEFT_FREE)]
         panel += [""] if panel else []
-        room = rows - len(gap) - len(panel) - 1
+        room = rows - len(panel) - 2
         # Half of the window: were it all, a window made half as wide could not show it.
         live = [] if self._reply is None else self._reply.lines(columns, min(room, max(3, rows // 2)))
-        live = [*live, ""] if live else []
-        return [*gap, *live, *panel]
+        # What follows in a reply brings its own blank line, where there is one.
+        joined = self._ends_blank or (live and self._reply_begun)
+        return [*([] if joined else [""]), *live, *([""] if live else []), *panel]
 
     def _window(self) -> tuple[int, int]:
         size = self._size()
