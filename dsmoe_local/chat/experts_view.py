@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 OBSERVERS = (ObserverOptions("routing"),)
 REPLY, SESSION = "last reply", "session"
-_LOOK_EVERY = 0.25  # seconds
+_LOOK_EVERY = 0.4  # seconds; a look takes some milliseconds of both processes
 
 
 class ExpertsView:
@@ -97,12 +97,12 @@ class ExpertsView:
         self._before = self._read = self._latest
         if not self.reply.tokens:
             return
-        from dsmoe_local.experts.panel import panel, summary
+        from dsmoe_local.experts.panel import reply_panel, summary
 
         if screen.plain:
             screen.notice(f"experts: {summary(self.reply)}")
         else:
-            screen.show(panel(self.reply, "experts"))
+            screen.show(reply_panel(self.reply, screen.width))
 
     @property
     def layers(self) -> tuple[int, ...]:

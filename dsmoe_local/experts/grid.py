@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from dsmoe_local.experts.activity import Activity, LayerActivity
 
@@ -57,7 +58,7 @@ def _cells(layers: Sequence[LayerActivity], per_column: int) -> Iterator[float |
         yield sum(part) / (len(part) * tokens) if tokens else None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Scale:
     """From shares to shades, 0 to `high`, bent so that an even load (`even`) stands in the middle: whether a
     token uses six of 64 experts or twelve of 14, half of the shades are for those with less than their part.
@@ -66,7 +67,7 @@ class Scale:
     high: float
     even: float
 
-    @property
+    @cached_property
     def _power(self) -> float:
         ratio = self.even / self.high if self.high > 0 else 0.5
         return math.log(0.5) / math.log(min(0.99, max(0.001, ratio)))

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
 
 from rich.color import Color
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.measure import Measurement
+from rich.segment import Segment
 from rich.style import Style
 from rich.text import Text
 
@@ -32,6 +35,7 @@ COLOURS = (
 )
 _COLOURS = tuple(map(Color.parse, COLOURS))
 _SHADES, _ASCII_SHADES = " ░▒▓█", " .+*#"
+_DIM = Style(dim=True)
 _MAX_CELL = 4
 _EVERY_ROW = 10_000
 
@@ -68,12 +72,15 @@ class Heatmap:
             yield Text(self.title, style="bold", no_wrap=True, overflow="ellipsis")
         yield Text(indent + _expert_numbers(grid, cell), style="dim", no_wrap=True)
         if in_colour:
-            draw = _full_lines if lines_per_row == 1 else _half_lines
-            cells = draw(grid, scale, cell)
+            draw = _full_line if lines_per_row == 1 else _half_line
+            lines = (draw(grid, row, scale, cell) for row in range(0, len(grid.rows), lines_per_row))
         else:
-            cells = _shaded_lines(grid, scale, cell, _ASCII_SHADES if options.ascii_only else _SHADES)
-        for first, line in zip(grid.first_layers[::lines_per_row], cells, strict=True):
-            yield Text.assemble((f"{first:>{label}} ", "dim"), line, no_wrap=True)
+            shades = _ASCII_SHADES if options.ascii_only else _SHADES
+            lines = (_shaded_line(row, scale, cell, shades) for row in grid.rows)
+        for first, line in zip(grid.first_layers[::lines_per_row], lines, strict=True):
+            yield Segment(f"{first:>{label}} ", _DIM)
+            yield from line
+            yield Segment.line()
         if self.legend:
             yield from self._legend(grid, scale, options, in_colour=in_colour)
 
@@ -125,36 +132,38 @@ def _expert_numbers(grid: Grid, cell: int) -> str:
     return line[: grid.n_columns * cell]
 
 
-def _colour(value: float | None, scale: Scale) -> Color | None:
-    return None if value is None else _COLOURS[scale.level(value, len(_COLOURS))]
+def _levels(row: Sequence[float | None], scale: Scale) -> list[int | None]:
+    return [None if value is None else scale.level(value, len(COLOURS)) for value in row]
 
 
-def _full_lines(grid: Grid, scale: Scale, cell: int) -> Iterator[Text]:
-    for row in grid.rows:
-        line = Text()
-        for value in row:
-            line.append(" " * cell, Style(bgcolor=_colour(value, scale)))
-        yield line
+@cache
+def _style(text: int | None, background: int | None) -> Style:
+    """Made once each: a live panel needs thousands a second."""
+    return Style(
+        color=None if text is None else _COLOURS[text],
+        bgcolor=None if background is None else _COLOURS[background],
+    )
 
 
-def _half_lines(grid: Grid, scale: Scale, cell: int) -> Iterator[Text]:
-    """Two rows to a line: the upper one is the text's colour, the lower one the background's."""
-    for number in range(0, len(grid.rows), 2):
-        upper = grid.rows[number]
-        lower: Sequence[float | None] = (
-            grid.rows[number + 1] if number + 1 < len(grid.rows) else (None,) * len(upper)
-        )
-        line = Text()
-        for above, below in zip(upper, lower, strict=True):
-            colours = _colour(above, scale), _colour(below, scale)
-            if colours[0] is None:
-                line.append("▄" * cell, Style(color=colours[1]) if colours[1] else Style())
-            else:
-                line.append("▀" * cell, Style(color=colours[0], bgcolor=colours[1]))
-        yield line
+def _full_line(grid: Grid, number: int, scale: Scale, cell: int) -> Iterator[Segment]:
+    for level, run in groupby(_levels(grid.rows[number], scale)):
+        yield Segment(" " * (cell * len(list(run))), _style(None, level))
 
 
-def _shaded_lines(grid: Grid, scale: Scale, cell: int, shades: str) -> Iterator[Text]:
-    for row in grid.rows:
-        cells = ("?" if value is None else shades[scale.level(value, len(shades))] for value in row)
-        yield Text(f"|{''.join(each * cell for each in cells)}|")
+def _half_line(grid: Grid, number: int, scale: Scale, cell: int) -> Iterator[Segment]:
+    """Two rows on a line: the upper one is the text's colour, the lower one the background's."""
+    upper = _levels(grid.rows[number], scale)
+    lower: list[int | None] = [None] * len(upper)
+    if number + 1 < len(grid.rows):
+        lower = _levels(grid.rows[number + 1], scale)
+    for (above, below), run in groupby(zip(upper, lower, strict=True)):
+        width = cell * len(list(run))
+        if above is None:
+            yield Segment(("▄" if below is not None else " ") * width, _style(below, None))
+        else:
+            yield Segment("▀" * width, _style(above, below))
+
+
+def _shaded_line(row: Sequence[float | None], scale: Scale, cell: int, shades: str) -> Iterator[Segment]:
+    cells = ("?" if value is None else shades[scale.level(value, len(shades))] for value in row)
+    yield Segment(f"|{''.join(each * cell for each in cells)}|")

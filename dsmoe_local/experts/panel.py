@@ -18,8 +18,8 @@ _LIVE_LINES = 14
 _ROUND_IT = 6  # lines of a live panel that are no cells, and the least that are worth drawing
 
 
-def summary(activity: Activity) -> str:
-    """One line on all layers."""
+def summary(activity: Activity, width: int = 400) -> str:
+    """One line on all layers, of whole parts."""
     parts = [
         f"{activity.tokens:,} tokens",
         f"{activity.experts_per_token:.3g} of {activity.n_routed_experts} experts",
@@ -28,25 +28,29 @@ def summary(activity: Activity) -> str:
     ]
     if activity.shared_share is not None:
         parts.append(f"shared {activity.shared_share:.0%}")
+    while len(parts) > 1 and len(" · ".join(parts)) > width:
+        parts.pop()
     return " · ".join(parts)
 
 
 def live_panel(activity: Activity, width: int, height: int) -> RenderableType:
     """What is drawn beside a running reply: at most a third of `height`."""
-    line = Text(f"experts: {summary(activity)}", style="dim", no_wrap=True, overflow="ellipsis")
+    line = _headed(activity, width)
     rows = min(_LIVE_LINES, height // 3)
     if rows < _ROUND_IT or not activity.tokens:
         return line
     return Group(line, Heatmap(activity, height=rows - 2, legend=False))
 
 
-def panel(activity: Activity, title: str) -> RenderableType:
-    """One activity below an empty line: the numbers, and the picture with its scale."""
-    return Group(
-        Text(""),
-        Text.assemble((title, "bold"), ("  " + summary(activity), "dim"), no_wrap=True, overflow="ellipsis"),
-        Heatmap(activity),
-    )
+def reply_panel(activity: Activity, width: int) -> RenderableType:
+    """What is printed behind a reply, below an empty line: the numbers, and the picture with its scale."""
+    return Group(Text(""), _headed(activity, width), Heatmap(activity))
+
+
+def _headed(activity: Activity, width: int) -> Text:
+    title = "experts"
+    numbers = summary(activity, width - len(title) - 2)
+    return Text.assemble((title, "bold"), (f"  {numbers}", "dim"), no_wrap=True, overflow="ellipsis")
 
 
 def panels(parts: Mapping[str, Activity], width: int, *, tall: bool = False) -> RenderableType:
@@ -61,7 +65,7 @@ def panels(parts: Mapping[str, Activity], width: int, *, tall: bool = False) -> 
     drawn = [
         Group(
             Text(title, style="bold", no_wrap=True, overflow="ellipsis"),
-            Text(summary(activity), style="dim"),
+            Text(summary(activity, part_width if beside else width), style="dim"),
             Heatmap(activity, scale=scale, tall=tall, legend=title == last),
         )
         for title, activity in seen.items()

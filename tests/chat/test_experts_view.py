@@ -148,7 +148,7 @@ def test_reading_is_no_writing(watching: Stage) -> None:
     assert watching.view.reply.tokens == 4
 
 
-def test_it_looks_four_times_a_second(watching: Stage) -> None:
+def test_it_looks_few_times_a_second(watching: Stage) -> None:
     """Guards: a look with every token, which costs more than the token."""
     watching.view.reply_begins()
     for _ in range(1000):
@@ -156,7 +156,7 @@ def test_it_looks_four_times_a_second(watching: Stage) -> None:
         watching.clock.now += 0.01
         watching.view.reply_goes_on(watching.as_screen)
     watching.view.reply_ends(watching.as_screen)
-    assert 35 <= watching.engine.looks <= 45
+    assert 20 <= watching.engine.looks <= 30
 
 
 def test_off_costs_nothing(stage: Stage) -> None:
