@@ -54,6 +54,14 @@ def _edit(chat: Chat, argument: str) -> None:
     chat.show_reply(lambda conversation: conversation.edit(text))
 
 
+def _editor(chat: Chat, text: str) -> None:
+    message = chat.screen.edit(text)
+    if message is None or not message.strip():
+        chat.screen.notice("nothing was written")
+        return
+    chat.show_reply(lambda conversation: conversation.send(message))
+
+
 def _system(chat: Chat, text: str) -> None:
     if text:
         if chat.conversation.completes:
@@ -74,6 +82,7 @@ COMMANDS: Commands = {
     "clear": Command(_clear, "begin a new conversation", aliases=("new",)),
     "regen": Command(_regenerate, "answer the last message again", aliases=("retry",)),
     "edit": Command(_edit, "change the last message, in $EDITOR or to TEXT, and answer it", "[TEXT]"),
+    "editor": Command(_editor, "write a message in $EDITOR, beginning with TEXT", "[TEXT]"),
     "continue": Command(_continue, "go on with a reply that was cut or stopped"),
     "undo": Command(_undo, "forget the last N messages and their replies", "[N]"),
     "system": Command(_system, "show or change the system text; off removes it", "[TEXT]"),

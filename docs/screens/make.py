@@ -1,0 +1,179 @@
+"""`python docs/screens/make.py`: the README's pictures, from real runs of the programs on the demo model.
+
+Each program runs in a terminal of its own, is typed to, and what its screen then shows is drawn as SVG.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import select
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import termios
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyte
+from rich.console import Console
+from rich.style import Style
+from rich.terminal_theme import SVG_EXPORT_THEME
+from rich.text import Text
+
+HERE = Path(__file__).resolve().parent
+BIN = Path(sys.executable).parent
+COLUMNS = 96
+PATIENCE = 120.0  # seconds for anything to appear
+QUIET = 4.0  # seconds without a change, after which a reply is over
+# pyte's names of the sixteen colours, as Rich calls them.
+COLOURS = {"brown": "yellow", "brightblack": "bright_black", "brightbrown": "bright_yellow"}
+
+
+class Program:
+    """A program on a terminal of `lines` lines that can be drawn."""
+
+    def __init__(self, words: Sequence[str], lines: int, folder: Path) -> None:
+        self._screen = pyte.Screen(COLUMNS, lines)
+        self._stream = pyte.ByteStream(self._screen)
+        self._master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", lines, COLUMNS, 0, 0))
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("DSMOE_")}
+        environment |= {
+            "TERM": "xterm-256color",
+            "COLORTERM": "truecolor",
+            "COLUMNS": str(COLUMNS),
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            "XDG_DATA_HOME": str(folder / "data"),
+            "XDG_CONFIG_HOME": str(folder / "config"),
+        }
+        environment.pop("NO_COLOR", None)
+        self._child = subprocess.Popen(
+            words, stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True
+        )
+        os.close(slave)
+
+    def type(self, text: str) -> None:
+        """Type `text` and Enter."""
+        os.write(self._master, f"{text}\r".encode())
+
+    def wait_for(self, pattern: str) -> None:
+        """Wait until the screen shows `pattern`."""
+        deadline = time.monotonic() + PATIENCE
+        while not re.search(pattern, "\n".join(self._screen.display)):
+            if not self._read(deadline - time.monotonic()):
+                raise SystemExit(f"{pattern!r} did not appear on\n" + "\n".join(self._screen.display))
+
+    def settle(self) -> None:
+        """Wait until nothing has changed for a while."""
+        while self._read(QUIET):
+            pass
+
+    def end(self) -> None:
+        """Wait for the end."""
+        while self._read(PATIENCE):
+            pass
+        self._child.wait()
+
+    def _read(self, seconds: float) -> bool:
+        if not select.select([self._master], [], [], max(0.0, seconds))[0]:
+            return False
+        try:
+            chunk = os.read(self._master, 1 << 16)
+        except OSError:  # Linux's way of saying that the program has ended
+            return False
+        self._stream.feed(chunk)
+        return bool(chunk)
+
+    def close(self) -> None:
+        """End it."""
+        self._child.kill()
+        self._child.wait()
+        os.close(self._master)
+
+    def draw(self, name: str, title: str) -> None:
+        """Write what the screen shows to `name`."""
+        lines = [self._line(row) for row in range(self._screen.lines)]
+        while lines and not lines[-1].plain.strip():
+            lines.pop()
+        console = Console(width=COLUMNS, record=True, file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        console.print(Text("\n").join(lines), overflow="crop", no_wrap=True)
+        svg = console.export_svg(title=title, theme=SVG_EXPORT_THEME, unique_id=f"dsmoe-{Path(name).stem}")
+        console.file.close()
+        (HERE / name).write_text(svg, encoding="utf-8")
+        print(HERE / name)
+
+    def _line(self, row: int) -> Text:
+        line = Text()
+        cells = self._screen.buffer[row]
+        for column in range(COLUMNS):
+            cell = cells[column]
+            style = Style(
+                color=_colour(cell.fg),
+                bgcolor=_colour(cell.bg),
+                bold=cell.bold,
+                italic=cell.italics,
+                underline=cell.underscore,
+                reverse=cell.reverse,
+            )
+            line.append(cell.data, style)
+        return line
+
+
+def _colour(name: str) -> str | None:
+    if name == "default":
+        return None
+    if re.fullmatch("[0-9a-f]{6}", name):
+        return f"#{name}"
+    return COLOURS.get(name, re.sub("^bright(?!_)", "bright_", name))
+
+
+def chat(folder: Path) -> None:
+    """A conversation with Markdown and code; then the experts."""
+    words = ["dsmoe-chat", "--temp", "0", "-n", "150", "-c", "2048"]
+    program = Program(words, 34, folder)
+    program.wait_for("context 0/")
+    program.type("/save rivers")
+    program.wait_for("rivers ")
+    program.type("Name three rivers, as a list.")
+    program.wait_for("tokens/s")
+    program.settle()
+    program.type("Write a Python function that reverses a list. Use a fenced code block.")
+    program.settle()
+    program.draw("chat.svg", "dsmoe-chat")
+    program.type("/clear")
+    program.wait_for("a new conversation")
+    program.type("/experts")
+    program.wait_for("are watched")
+    program.type("What is a mixture of experts?")
+    program.wait_for(r"experts: \d+ tokens")
+    program.settle()
+    program.draw("experts.svg", "/experts")
+    program.close()
+
+
+def inspect(folder: Path) -> None:
+    """What a model is."""
+    program = Program(["dsmoe", "inspect", "deepseekmoe-16b"], 24, folder)
+    program.end()
+    program.draw("inspect.svg", "dsmoe inspect deepseekmoe-16b")
+    program.close()
+
+
+def main() -> None:
+    """Make them all."""
+    folder = Path(tempfile.mkdtemp(prefix="dsmoe-screens-"))
+    try:
+        inspect(folder)
+        chat(folder)
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
