@@ -102,7 +102,7 @@ class ExpertsView:
         if screen.plain:
             screen.notice(f"experts: {summary(self.reply)}")
         else:
-            screen.show(reply_panel(self.reply, screen.width))
+            screen.show(reply_panel(self.reply, screen.width, screen.height))
 
     @property
     def layers(self) -> tuple[int, ...]:

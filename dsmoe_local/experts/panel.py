@@ -42,9 +42,11 @@ def live_panel(activity: Activity, width: int, height: int) -> RenderableType:
     return Group(line, Heatmap(activity, height=rows - 2, legend=False))
 
 
-def reply_panel(activity: Activity, width: int) -> RenderableType:
-    """What is printed behind a reply, below an empty line: the numbers, and the picture with its scale."""
-    return Group(Text(""), _headed(activity, width), Heatmap(activity))
+def reply_panel(activity: Activity, width: int, height: int) -> RenderableType:
+    """What is printed behind a reply, below an empty line: the numbers, and the picture with its scale; no
+    higher than leaves some of the reply on a screen of so many lines.
+    """
+    return Group(Text(""), _headed(activity, width), Heatmap(activity, height=max(8, 2 * height // 3)))
 
 
 def _headed(activity: Activity, width: int) -> Text:

@@ -41,7 +41,7 @@ def test_nothing_is_wider_than_the_screen(width: int, system: Any, tall: bool, b
     parts = {"last reply": activity, "session": activity + activity}
     for renderable in (
         Heatmap(activity, tall=tall),
-        reply_panel(activity, width),
+        reply_panel(activity, width, 40),
         panels(parts, width, tall=tall),
         live_panel(activity, width, 40),
         layer_table(activity, width),
@@ -61,6 +61,12 @@ def test_a_live_panel_is_a_third_of_the_screen(height: int, system: Any) -> None
     lines = drawn(live_panel(BIG, 80, height), color_system=system)
     assert len(lines) <= max(1, height // 3)
     assert "60 tokens" in lines[0]
+
+
+def test_a_reply_stays_in_sight() -> None:
+    """Guards: shades, which take a line for each layer, on a small screen."""
+    for system in SYSTEMS:
+        assert len(drawn(reply_panel(SMALL, 80, 24), color_system=system)) <= 20
 
 
 def test_shades_stand_for_shares() -> None:
