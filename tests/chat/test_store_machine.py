@@ -56,12 +56,15 @@ class Sessions(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        self.new_chat(0)
-        self.new_chat(1)
+        self.new_chat(0, "alpha")
+        self.new_chat(1, "专家")
 
-    @rule(store=stores)
-    def new_chat(self, store: int) -> None:
-        self.chats.append(Chat(store, self.stores[store].create("fake", "v", "")))
+    @rule(store=stores, text=texts)
+    def new_chat(self, store: int, text: str) -> None:
+        chat = Chat(store, self.stores[store].create("fake", "v", ""))
+        self.chats.append(chat)
+        if len(text) % 2:
+            self.change(chat, (said(text), replied(text)))
 
     @rule(pick=picks, text=texts, reply=texts, keep_both=st.booleans())
     def send(self, pick: int, text: str, reply: str, keep_both: bool) -> None:
@@ -87,10 +90,9 @@ class Sessions(RuleBasedStateMachine):
         chat.transcript = replace(chat.transcript, system=system, n_left_out=n_left_out)
         self.change(chat, chat.transcript.turns)
 
+    @precondition(lambda self: self.model.order)
     @rule(pick=picks, store=stores)
     def load(self, pick: int, store: int) -> None:
-        if not self.model.order:
-            return
         stored = self.model.sessions[self.model.order[pick % len(self.model.order)]]
         session = self.stores[store].find(stored.name)
         chat = Chat(store, session, session.load("v"))
@@ -112,10 +114,20 @@ class Sessions(RuleBasedStateMachine):
         self.model.fork(chat.model, fork.model, name if named else "")
         self.chats.append(fork)
 
+    @precondition(lambda self: self.model.order)
+    @rule(pick=picks, text=texts, undo=st.booleans())
+    def fork_and_go_on(self, pick: int, text: str, undo: bool) -> None:
+        chat = self.pick(pick)
+        if chat.transcript.turns:
+            self.fork(pick, "", named=False)
+            fork = self.chats[-1]
+            self.change(fork, (*fork.transcript.turns, said(text), replied(text)))
+            if undo:
+                self.change(fork, fork.transcript.turns[:-3])
+
+    @precondition(lambda self: self.model.order)
     @rule(pick=picks, store=stores, name=names)
     def rename(self, pick: int, store: int, name: str) -> None:
-        if not self.model.order:
-            return
         number = self.model.order[pick % len(self.model.order)]
         stored = self.model.sessions[number]
         session = self.stores[store].find(str(number))
@@ -134,7 +146,11 @@ class Sessions(RuleBasedStateMachine):
     @precondition(lambda self: self.model.order)
     @rule(pick=picks, store=stores)
     def delete(self, pick: int, store: int) -> None:
-        number = self.model.order[pick % len(self.model.order)]
+        # Rather one that shares its turns.
+        trees = [*self.model.trees.values()]
+        shared = [number for number in self.model.order if trees.count(self.model.trees[number]) > 1]
+        candidates = shared if shared and pick % 4 else self.model.order
+        number = candidates[pick % len(candidates)]
         self.stores[store].delete(self.stores[store].find(str(number)))
         self.model.delete(number)
 
@@ -143,7 +159,7 @@ class Sessions(RuleBasedStateMachine):
         self.killed.append(self.stores[store])
         self.stores[store] = SessionStore.open(self.folder / "sessions")
         self.chats = [chat for chat in self.chats if chat.store != store]
-        self.new_chat(store)
+        self.new_chat(store, "x")
 
     @rule(
         store=stores,
@@ -194,7 +210,8 @@ class Sessions(RuleBasedStateMachine):
             connection.close()
 
     def pick(self, pick: int) -> Chat:
-        return self.chats[pick % len(self.chats)]
+        # Rather one that was opened lately.
+        return self.chats[-1 - pick % min(len(self.chats), 3 + pick % 3)]
 
     def change(self, chat: Chat, turns: tuple[Turn, ...]) -> None:
         chat.transcript = replace(chat.transcript, turns=turns)
