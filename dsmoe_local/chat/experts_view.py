@@ -26,9 +26,9 @@ _LOOK_EVERY = 0.4  # seconds; a look takes some milliseconds of both processes
 class ExpertsView:
     """Watches the routers of `engine` while replies run, once switched on.
 
-    `reply` is what happened in the last reply, `session` all since the experts were switched on, prompts
-    included. Counts survive a crash of the engine: what the dead one had not told is missing. `clock` counts
-    seconds.
+    `reply` is what happened in the last reply, `session` in all since `forget` or the beginning, prompts
+    included, as far as it was watched. Counts survive a crash of the engine: only what the dead one had not
+    told is missing. `clock` counts seconds.
     """
 
     def __init__(self, engine: TextEngine, clock: Callable[[], float] = time.monotonic) -> None:
@@ -37,8 +37,6 @@ class ExpertsView:
         self.reply = Activity()
         self.session = Activity()
         self._clock = clock
-        self._before = Activity()  # at the beginning of the exchange
-        self._read = Activity()  # when its prompt was read
         self._latest = Activity()
         self._writing = False
         self._looked = -_LOOK_EVERY
@@ -63,28 +61,27 @@ class ExpertsView:
             return
         self.reply = Activity()
         self._crashes = self._n_crashes()
-        self._before = self._read = self._latest = self._look() or Activity()
+        self._latest = self._look() or Activity()
         self._writing = False
         self._looked = -_LOOK_EVERY
 
     def reply_goes_on(self, screen: Screen, *, reading: bool = False) -> None:
-        """Call with every event; draws a few times a second. `reading`: the prompt is still being read."""
+        """Call with every event; draws now and then. `reading`: the prompt is still, or again, being read."""
         if not self.on:
             return
-        if not reading and not self._writing:
-            # The prompt's tokens are not the reply's.
-            self._writing = True
-            self._take()
-            self._read = self._latest
         now = self._clock()
-        if now - self._looked < _LOOK_EVERY:
+        turned = reading == self._writing
+        if not turned and now - self._looked < _LOOK_EVERY:
             return
         self._looked = now
         self._take()
-        if self._writing and not screen.plain:
+        if turned:
+            # What came until here was the prompt's, what comes now is the reply's; or the other way round.
+            self._writing = not reading
+        elif self._writing and not screen.plain:
             from dsmoe_local.experts.panel import live_panel
 
-            screen.live(live_panel(self._latest - self._read, screen.width, screen.height))
+            screen.live(live_panel(self.reply, screen.width, screen.height))
 
     def reply_ends(self, screen: Screen) -> None:
         """Call when no more events come, for whatever reason."""
@@ -92,9 +89,6 @@ class ExpertsView:
             return
         screen.live(None)
         self._take()
-        self.session += self._latest - self._before
-        self.reply = self._latest - self._read
-        self._before = self._read = self._latest
         if not self.reply.tokens:
             return
         from dsmoe_local.experts.panel import reply_panel, summary
@@ -115,13 +109,17 @@ class ExpertsView:
         from dsmoe_local.experts.tables import layer_rows, layer_table
 
         parts = {name: activity for name, activity in self._seen().items() if name in which}
+        if not parts:
+            raise UsageError(
+                "the last reply was not watched, or too short", remedy="/experts session shows all"
+            )
         if screen.plain:
             for name, activity in parts.items():
                 screen.notice(f"{name}: {summary(activity)}")
                 screen.table(layer_rows(activity))
             return
         screen.show(panels(parts, screen.width))
-        screen.show(layer_table(parts[which[0]], screen.width))
+        screen.show(layer_table(next(iter(parts.values())), screen.width))
 
     def show_layer(self, screen: Screen, number: int) -> None:
         """One layer's busiest experts. UsageError if there is no such layer, or nothing was seen."""
@@ -158,16 +156,17 @@ class ExpertsView:
         return {name: activity for name, activity in found.items() if activity.tokens}
 
     def _take(self) -> None:
-        """Look, and start anew where the engine did."""
+        """Look, and count what came since."""
         now = self._look()
         if now is None:
             return
-        if self._n_crashes() != self._crashes or not now.follows(self._latest):
-            # What a new process has counted is all of this exchange; what the old one told is carried on.
-            self._crashes = self._n_crashes()
-            self.session += self._latest - self._before
-            self._before = self._read = Activity()
-        self._latest = now
+        # Another process began to count at 0.
+        anew = self._n_crashes() != self._crashes or not now.follows(self._latest)
+        since = now if anew else now - self._latest
+        self._crashes, self._latest = self._n_crashes(), now
+        self.session += since
+        if self._writing:
+            self.reply += since
 
     def _look(self) -> Activity | None:
         try:

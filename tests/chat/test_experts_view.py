@@ -148,6 +148,17 @@ def test_reading_is_no_writing(watching: Stage) -> None:
     assert watching.view.reply.tokens == 4
 
 
+def test_what_is_read_again_is_not_written(watching: Stage) -> None:
+    """Guards: a conversation that makes room, and is read again, in the middle of a reply."""
+    watching.exchange(10, 4, during=lambda index: read_again(watching) if index == 1 else None)
+    assert (watching.view.reply.tokens, watching.view.session.tokens) == (4, 34)
+
+
+def read_again(stage: Stage) -> None:
+    stage.view.reply_goes_on(stage.as_screen, reading=True)
+    stage.see(20)
+
+
 def test_it_looks_few_times_a_second(watching: Stage) -> None:
     """Guards: a look with every token, which costs more than the token."""
     watching.view.reply_begins()
@@ -286,6 +297,16 @@ def test_nothing_seen_yet_is_no_empty_picture(stage: Stage, tmp_path: Path) -> N
         with pytest.raises(UsageError, match="no experts were seen yet"):
             action()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reply_of_one_token_is_nothing_to_show(watching: Stage) -> None:
+    """Guards: a KeyError, since of the last token of a reply nothing is ever computed."""
+    watching.exchange(10, 5)
+    watching.exchange(10, 0)
+    watching.run("/experts")
+    assert REPLY not in watching.screen.shown[-2]
+    with pytest.raises(UsageError, match="too short"):
+        watching.run("/experts reply")
 
 
 def test_a_plain_terminal_gets_lines(watching: Stage) -> None:
