@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -12,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsmoe_local.base.errors import FileError, UsageError
+from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.cli.model_options import find_model, load_engine, model_options
+from dsmoe_local.cli.model_options import find_model, load_engine, model_option, model_options
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -28,7 +27,7 @@ _N_DIFFERENCES = 12
 
 @click.command(name="experts")
 @click.argument("files", nargs=-1, required=True, metavar="[MODEL.gguf] FILE.txt|- [FILE.txt]")
-@click.option("-m", "--model", "named_model", metavar="FILE", help="The model; without one, the demo's.")
+@model_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="Write the picture, too.")
 @model_options
@@ -48,11 +47,13 @@ def command(
     path = find_model(model, named_model)
     if svg is not None and svg.suffix.lower() != ".svg":
         raise UsageError("--svg takes a file's name that ends in .svg", where=safe_line(str(svg)))
-    texts = dict(zip(_titles(names), map(_text, names), strict=True))
     from dsmoe_local.cli.render import run_with_progress
+    from dsmoe_local.evaluate.text import read_text
     from dsmoe_local.experts.cost import own_number
     from dsmoe_local.experts.reading import OBSERVERS
 
+    contents = [read_text(name).content for name in names]
+    texts = dict(zip(_titles(names), contents, strict=True))
     if not own_number(path):
         raise UsageError("the model is dense: it has no routed experts", where=safe_line(str(path)))
     stop = threading.Event()
@@ -87,27 +88,18 @@ def _titles(names: tuple[str, ...]) -> list[str]:
     ]
 
 
-def _text(name: str) -> str:
-    where = "stdin" if name == "-" else safe_line(name)
-    try:
-        content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FileError("the text is not UTF-8", where=f"{where}, byte {error.start}") from error
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise FileError(f"the text cannot be read: {reason}", where=where) from error
-    if not text.strip():
-        raise UsageError("the text is empty", where=where)
-    return text
-
-
 def _read(
     engine: TextEngine, texts: Mapping[str, str], listen: Listener, stop: threading.Event
 ) -> dict[str, Reading]:
-    from dsmoe_local.experts.reading import read_text
+    from dsmoe_local.evaluate.windows import bos_token, encode_text
+    from dsmoe_local.experts.reading import read_tokens
 
-    return {title: read_text(engine, text, title, listen, stop) for title, text in texts.items()}
+    bos = bos_token(engine)
+    ids = {title: encode_text(engine, text) for title, text in texts.items()}
+    return {
+        title: read_tokens(engine, each if bos is None else each[1:], bos, title, listen, stop)
+        for title, each in ids.items()
+    }
 
 
 def _as_json(model: str, readings: Mapping[str, Reading]) -> dict[str, Any]:

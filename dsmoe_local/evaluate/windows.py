@@ -57,7 +57,7 @@ def cut_windows(engine: TextEngine, text: Text, n_context: int, n_windows: int |
     Where the model wants BOS, it takes the place of each window's first token, as llama.cpp has it.
     """
     ids = encode_text(engine, text.content)
-    bos = _bos(engine)
+    bos = bos_token(engine)
     count = min(len(ids) // n_context, n_windows or len(ids))
     if not count:
         raise UsageError(
@@ -73,7 +73,7 @@ def cut_windows(engine: TextEngine, text: Text, n_context: int, n_windows: int |
 
 def encode_text(engine: TextEngine, content: str) -> list[int]:
     """The ids of a text of any length, BOS in front where the model wants it."""
-    bos = _bos(engine)
+    bos = bos_token(engine)
     ids: list[int] = []
     for piece in pieces(content, engine.info.n_context * MAX_TOKEN_BYTES):
         part = engine.encode(piece)
@@ -81,7 +81,7 @@ def encode_text(engine: TextEngine, content: str) -> list[int]:
     return ids
 
 
-def _bos(engine: TextEngine) -> int | None:
+def bos_token(engine: TextEngine) -> int | None:
     """What every prompt begins with, if anything."""
     firsts = {engine.encode(text)[0] for text in ("a", "1", "\n")}
     return firsts.pop() if len(firsts) == 1 else None

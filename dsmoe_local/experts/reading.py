@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from dsmoe_local.base.errors import InterruptedRunError
@@ -14,9 +14,6 @@ from dsmoe_local.experts.activity import Activity, activity_of
 
 OBSERVERS = (ObserverOptions("routing"), ObserverOptions("logprobs"))
 """The last layer computes only what logits need: a scored prompt needs them for every token."""
-
-_MAX_PIECE = 1 << 16
-"""Characters that are tokenized together; of a small context fewer, since it limits what is taken at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +29,19 @@ class Reading:
     perplexity: float | None
 
 
-def read_text(engine: TextEngine, text: str, name: str, listen: Listener, stop: threading.Event) -> Reading:
-    """Read all of `text`, in equal windows that fit the context, each behind a BOS if the model has one.
+def read_tokens(
+    engine: TextEngine,
+    ids: Sequence[int],
+    bos: int | None,
+    name: str,
+    listen: Listener,
+    stop: threading.Event,
+) -> Reading:
+    """Read all of `ids`, in equal windows that fit the context, each behind `bos` if there is one.
 
-    `name` is for the progress. InterruptedRunError once `stop` is set; PromptError, EngineError.
+    `name` is for the progress. InterruptedRunError once `stop` is set; EngineError.
     """
-    bos, ids = token_ids(engine, text)
-    windows = list(_windows(ids, bos, engine.info.n_context - 1))
+    windows = list(_windows(tuple(ids), () if bos is None else (bos,), engine.info.n_context - 1))
     before, logprobs_before = activity_of(engine.observe("routing")), engine.observe("logprobs")
     listen(Started(f"reading {name}", sum(map(len, windows)), unit="tokens"))
     for number, window in enumerate(windows):
@@ -66,30 +69,6 @@ def _read(
         if event.finish_reason is FinishReason.CANCELLED:
             raise InterruptedRunError("interrupted: the text is not read to its end")
     listen(Advanced(max(0, len(window) - read)))
-
-
-def token_ids(engine: TextEngine, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The BOS token, or nothing if the model has none, and the text's own tokens. PromptError if there are
-    none.
-    """
-    # What two different texts have in common at their beginning is no part of either.
-    first, second = engine.encode("a"), engine.encode("b")
-    bos = first[:1] if first[:1] == second[:1] else ()
-    pieces = (engine.encode(piece) for piece in _pieces(text, min(_MAX_PIECE, 16 * engine.info.n_context)))
-    return bos, tuple(token for piece in pieces for token in piece[len(bos) :])
-
-
-def _pieces(text: str, limit: int) -> Iterator[str]:
-    """Parts of at most `limit` characters, which end with a line if there is one, else with a word."""
-    start = 0
-    while len(text) - start > limit:
-        line = text.rfind("\n", start, start + limit)
-        word = text.rfind(" ", start + 1, start + limit)
-        # A space belongs to the word behind it.
-        end = line + 1 if line >= 0 else word if word >= 0 else start + limit
-        yield text[start:end]
-        start = end
-    yield text[start:]
 
 
 def _windows(ids: tuple[int, ...], bos: tuple[int, ...], limit: int) -> Iterator[tuple[int, ...]]:

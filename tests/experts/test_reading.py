@@ -16,18 +16,17 @@ from typing import Any
 import pytest
 import torch
 from support import torch_deepseek
-from support.checkpoints import BOS, CORPUS, TINY, random_weights
+from support.checkpoints import CORPUS, TINY, random_weights
 from support.models import tiny_model
 from support.observed import torch_inputs
 from support.tiny_gguf import DENSE, write_tiny
 
 from dsmoe_local.base.errors import InterruptedRunError
-from dsmoe_local.base.progress import Advanced, Event, Started
+from dsmoe_local.base.progress import Advanced, Event, Listener, Started, ignore
 from dsmoe_local.engine.engine import Engine
-from dsmoe_local.engine.fake import FakeEngine
 from dsmoe_local.engine.types import ModelOptions
 from dsmoe_local.experts.cost import active_cost, compared, own_number
-from dsmoe_local.experts.reading import OBSERVERS, read_text, token_ids
+from dsmoe_local.experts.reading import OBSERVERS, Reading, read_tokens
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.report import report_on
 
@@ -48,6 +47,13 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
         yield engine
 
 
+def read(
+    engine: Engine, text: str, listen: Listener = ignore, stop: threading.Event | None = None
+) -> Reading:
+    bos, *ids = engine.encode(text)
+    return read_tokens(engine, ids, bos, "text", listen, stop or threading.Event())
+
+
 def windows(engine: Engine, ids: list[int], bos: list[int]) -> list[list[int]]:
     """As the documentation has them: as few as fit beside one more token, equally long."""
     count = 1
@@ -62,7 +68,7 @@ def windows(engine: Engine, ids: list[int], bos: list[int]) -> list[list[int]]:
 def test_a_text_uses_the_experts_that_torch_chooses(engine: Engine) -> None:
     """Guards: a last layer that sees only the ends, windows that overlap or lose a token, no BOS."""
     bos, *ids = engine.encode(TEXT)
-    reading = read_text(engine, TEXT, "text", lambda event: None, threading.Event())
+    reading = read(engine, TEXT)
     weights = random_weights(TINY)
     counts = torch.zeros(TINY.n_moe_layers, TINY.n_routed_experts, dtype=torch.long)
     nll, n_scored, parts = 0.0, 0, windows(engine, ids, [bos])
@@ -83,9 +89,9 @@ def test_a_text_uses_the_experts_that_torch_chooses(engine: Engine) -> None:
 
 def test_a_second_text_is_counted_on_its_own(engine: Engine) -> None:
     """Guards: a text that is shown with the experts of the one before it."""
-    first = read_text(engine, TEXT, "a", lambda event: None, threading.Event())
-    other = read_text(engine, CORPUS[2], "b", lambda event: None, threading.Event())
-    again = read_text(engine, TEXT, "a", lambda event: None, threading.Event())
+    first = read(engine, TEXT)
+    other = read(engine, CORPUS[2])
+    again = read(engine, TEXT)
     assert [layer.counts for layer in again.activity.layers] == [
         layer.counts for layer in first.activity.layers
     ]
@@ -96,7 +102,7 @@ def test_a_second_text_is_counted_on_its_own(engine: Engine) -> None:
 def test_progress_adds_up(engine: Engine) -> None:
     """Guards: a bar that ends before or behind its end."""
     events: list[Event] = []
-    read_text(engine, TEXT, "text", events.append, threading.Event())
+    read(engine, TEXT, events.append)
     total = sum(event.total for event in events if isinstance(event, Started))
     assert total == sum(event.amount for event in events if isinstance(event, Advanced)) > 0
 
@@ -106,23 +112,7 @@ def test_a_stopped_reading_ends(engine: Engine) -> None:
     stop = threading.Event()
     stop.set()
     with pytest.raises(InterruptedRunError):
-        read_text(engine, TEXT, "text", lambda event: None, stop)
-
-
-def test_long_texts_are_tokenized_in_parts() -> None:
-    """Guards: characters lost or doubled where a text is cut, and cutting for ever without spaces."""
-    engine = FakeEngine(n_context=4)
-    for text in ("word " * 40, "x" * 200, "line\n" * 30 + "end", "\n" * 150, " " * 150, "\nab " * 50):
-        bos, ids = token_ids(engine, text)
-        assert bos == ()
-        assert bytes(token - 1 for token in ids).decode() == text
-
-
-def test_special_tokens_in_a_text_are_text(engine: Engine) -> None:
-    """Guards: a file that names the BOS token and thereby is one."""
-    bos, ids = token_ids(engine, f"{BOS} and {BOS}")
-    assert len(bos) == 1
-    assert bos[0] not in ids
+        read(engine, TEXT, stop=stop)
 
 
 def test_costs_are_those_of_inspect_and_linear_in_the_experts() -> None:
@@ -180,7 +170,7 @@ def test_the_command_prints_tables_json_and_a_picture(tmp_path: Path) -> None:
     [
         (("nowhere.txt",), "cannot be read", 1),
         ((".",), "cannot be read", 1),
-        (("-",), "the text is empty", 2),
+        (("-",), "the text is empty", 1),
         (("-", "-"), "stdin is asked for twice", 2),
         (("a", "b", "c"), "one or two texts", 2),
         (("-", "--svg", "a.png"), "ends in .svg", 2),
