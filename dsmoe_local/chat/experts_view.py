@@ -71,7 +71,7 @@ class ExpertsView:
             return
         now = self._clock()
         turned = reading == self._writing
-        if not turned and now - self._looked < _LOOK_EVERY:
+        if not turned and (reading or now - self._looked < _LOOK_EVERY):
             return
         self._looked = now
         self._take()
