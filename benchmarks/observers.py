@@ -4,8 +4,8 @@
 
 Each observer gets a context of its own beside a plain one; the two decode the same tokens alternately, so
 that whatever else the machine does strikes both. With --threads 1 the processor's time is measured instead of
-the wall's, which other programs hardly change. A look is a summary, written as JSON: a chat's panel takes two or
-three of them a second.
+the wall's, which other programs hardly change. A look is a summary, written as JSON: a chat's panel takes two
+or three of them a second.
 """
 
 from __future__ import annotations
