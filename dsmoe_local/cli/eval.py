@@ -247,7 +247,7 @@ def _comparison(comparison: Comparison) -> list[tuple[str, str]]:
     return [
         ("reference", f"{reference}: {_estimate(comparison.reference_perplexity.perplexity)}"),
         ("ratio of both", _estimate(divergence.ratio)),
-        ("KL divergence", f"{_estimate(divergence.kl)}, at most {divergence.kl_upper:.3g}"),
+        ("KL divergence", f"{_estimate(divergence.kl)} at least, {divergence.kl_upper:.3g} at most"),
         ("of single tokens", f"{', '.join(quantiles)}, largest {divergence.maximum:.3g}"),
         ("same likeliest", _percentage(divergence.same_top)),
         *([("same experts", "no routers to compare")] if comparison.routing is None else []),
@@ -262,11 +262,14 @@ def _routing_table(routing: Routing) -> Table:
     for heading in ("layer", "same experts", "overlap", "gate KL"):
         table.add_column(heading, justify="right", no_wrap=True)
     for layer in routing.layers:
+        # What is smaller than its bound is not known to be anything.
+        gate_kl = max(layer.gate_kl.value, layer.gate_kl_bound)
+        sign = "< " if layer.gate_kl.value < layer.gate_kl_bound else ""
         table.add_row(
-            str(layer.layer), f"{layer.same:.1%}", f"{layer.overlap.value:.2%}", f"{layer.gate_kl.value:.3g}"
+            str(layer.layer), f"{layer.same:.1%}", f"{layer.overlap.value:.2%}", f"{sign}{gate_kl:.2g}"
         )
     table.add_section()
-    table.add_row("mean", f"{routing.same:.1%}", f"{routing.overlap:.2%}", f"{routing.gate_kl:.3g}")
+    table.add_row("mean", f"{routing.same:.1%}", f"{routing.overlap:.2%}", f"{routing.gate_kl:.2g}")
     table.add_row("in all", f"{routing.same_everywhere:.1%}", "", "")
     return table
 

@@ -33,7 +33,7 @@ from dsmoe_local.evaluate.results import Comparison, Evaluation, divergence_of, 
 from dsmoe_local.evaluate.windows import Windows
 from dsmoe_local.model.gguf_model import read_model
 
-TOP = 256
+TOP = 2048
 """Entries that are kept of a token at most."""
 
 _VERSION = 1

@@ -1,0 +1,278 @@
+"""Perplexity, divergence and routing of whole runs: against torch, a bare loop, and what must hold."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from support import llama_oracle, torch_deepseek
+from support.checkpoints import TINY, random_weights
+from support.models import tiny_model
+from support.tiny_gguf import DENSE, write_tiny
+
+from dsmoe_local.base import progress
+from dsmoe_local.base.errors import FormatError, InterruptedRunError, UsageError
+from dsmoe_local.engine.engine import Engine
+from dsmoe_local.engine.errors import EngineError
+from dsmoe_local.engine.fake import FakeEngine
+from dsmoe_local.engine.process.client import EngineClient
+from dsmoe_local.engine.types import ModelOptions
+from dsmoe_local.evaluate import reference as references
+from dsmoe_local.evaluate.measure import measure, options_for
+from dsmoe_local.evaluate.reference import Reference, compare, keep, record, recorders, unpack, workplace
+from dsmoe_local.evaluate.results import Comparison, Evaluation
+from dsmoe_local.evaluate.text import Text, built_in
+from dsmoe_local.evaluate.windows import Windows, cut_windows
+from dsmoe_quantize.quantize import plan_quantization, quantize_file
+from dsmoe_quantize.types import resolve
+
+N_CONTEXT = 64
+TEXT = Text("test", built_in().content[1000:2200])
+
+
+def exact(path: Path, **more: Any) -> ModelOptions:
+    """As the oracles compute: an F32 cache, no flash attention."""
+    return ModelOptions(
+        path, n_threads=1, cache_type_k="f32", cache_type_v="f32", flash_attention="off", **more
+    )
+
+
+def cut(n_context: int = N_CONTEXT) -> Windows:
+    with Engine.load(exact(tiny_model(), n_context=256)) as engine:
+        return cut_windows(engine, TEXT, n_context)
+
+
+def log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
+    wide = np.asarray(logits, np.float64)
+    wide = wide - wide.max(1, keepdims=True)
+    result: NDArray[np.float64] = wide - np.log(np.exp(wide).sum(1, keepdims=True))
+    return result
+
+
+def torch_logits(window: Sequence[int]) -> NDArray[Any]:
+    found: NDArray[Any] = torch_deepseek.logits(random_weights(TINY), TINY, list(window)).numpy()
+    return found
+
+
+def bare_logits(window: Sequence[int]) -> NDArray[Any]:
+    return llama_oracle.logits(tiny_model(), window)
+
+
+@pytest.mark.parametrize("oracle", [torch_logits, bare_logits], ids=["torch", "llama_decode"])
+@pytest.mark.parametrize("n_context", [32, 63], ids=["many at once", "odd"])
+@pytest.mark.parametrize("load", [Engine.load, EngineClient.load], ids=["in this process", "in a child"])
+def test_perplexity_is_the_oracles(load: Any, n_context: int, oracle: Any) -> None:
+    """Guards: a half too few or too many scored, windows that see each other, a wrong standard error."""
+    windows = cut(n_context=n_context)
+    first = n_context // 2
+    nll = np.concatenate(
+        [
+            -log_softmax(oracle(window))[np.arange(first, n_context - 1), window[first + 1 :]]
+            for window in windows.tokens
+        ]
+    )
+    with load(options_for(exact(tiny_model(), n_ubatch=100), n_context)) as engine:
+        result = measure(engine, windows)
+    assert len(nll) == windows.n_scored == result.perplexity.n_scored
+    perplexity = math.exp(nll.mean())
+    assert result.perplexity.perplexity.value == pytest.approx(perplexity, rel=1e-4)
+    error = perplexity * math.sqrt((np.square(nll).mean() - nll.mean() ** 2) / (len(nll) - 1))
+    assert result.perplexity.perplexity.error == pytest.approx(error, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """The tiny model as a reference."""
+    folder = tmp_path_factory.mktemp("reference")
+    with Engine.load(options_for(exact(tiny_model()), N_CONTEXT, *recorders(folder, tiny_model()))) as engine:
+        return record(engine, cut_windows(engine, TEXT, N_CONTEXT), folder)[0]
+
+
+def compared(reference: Reference, path: Path, **more: Any) -> tuple[Evaluation, Comparison]:
+    options = options_for(exact(path, **more), N_CONTEXT, *reference.observers(path))
+    with Engine.load(options) as engine:
+        result = compare(engine, reference)
+    assert result.comparison is not None
+    return result, result.comparison
+
+
+def test_a_model_is_like_itself(recorded: Reference) -> None:
+    """Guards: windows of one run compared with others of the other; noise between two runs of one model."""
+    # In windows of a whole step each, so that the same is computed together.
+    result, found = compared(recorded, tiny_model())
+    assert found.divergence.kl.value < 1e-6
+    assert found.divergence.same_top.value == 1
+    assert found.divergence.ratio.value == pytest.approx(1, abs=1e-5)
+    assert found.reference_perplexity.perplexity.value == pytest.approx(
+        result.perplexity.perplexity.value, rel=1e-5
+    )
+    assert found.routing is not None
+    assert found.routing.same == found.routing.overlap == found.routing.same_everywhere == 1
+    assert found.routing.gate_kl < 1e-6
+
+
+def quantized(word: str, folder: Path) -> Path:
+    out = folder / f"{word}.gguf"
+    quantize_file(plan_quantization(tiny_model(), resolve(word)), out)
+    return out
+
+
+def test_fewer_bits_are_further_away(recorded: Reference, tmp_path: Path) -> None:
+    """Guards: a measure by which a worse file looks better."""
+    found = [compared(recorded, quantized(word, tmp_path))[1] for word in ("Q8_0", "Q5_0", "Q4_0")]
+    divergences = [each.divergence.kl.value for each in found]
+    assert 0 < divergences[0] < 0.01
+    assert divergences == sorted(divergences)
+    assert divergences[-1] > 10 * divergences[0]
+    same = [each.divergence.same_top.value for each in found]
+    assert same == sorted(same, reverse=True)
+    routing = [each.routing for each in found if each.routing is not None]
+    assert [each.overlap for each in routing] == sorted([each.overlap for each in routing], reverse=True)
+    assert routing[0].gate_kl < routing[1].gate_kl < routing[2].gate_kl
+    assert all(each.same_everywhere <= each.same <= each.overlap < 1 for each in routing)
+
+
+@pytest.mark.parametrize("top", [4, 64])
+def test_what_is_left_out_stays_within_its_bounds(
+    top: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: a compressed reference whose stated error is not its error, against full logits."""
+    monkeypatch.setattr(references, "TOP", top)
+    options = options_for(exact(tiny_model()), N_CONTEXT, *recorders(tmp_path, tiny_model()))
+    with Engine.load(options) as engine:
+        reference, _ = record(engine, cut_windows(engine, TEXT, N_CONTEXT), tmp_path)
+    model = quantized("Q4_0", tmp_path)
+    _, found = compared(reference, model)
+    kl = []
+    for window in reference.windows.tokens:
+        p, q = (
+            log_softmax(llama_oracle.logits(path, window))[N_CONTEXT // 2 : -1]
+            for path in (tiny_model(), model)
+        )
+        kl += (np.exp(p) * (p - q)).sum(1).tolist()
+    mean = float(np.mean(kl))
+    assert found.divergence.kl.value < mean + 1e-4
+    assert found.divergence.kl_upper > mean - 1e-4
+    assert found.divergence.kl.value < found.divergence.kl_upper
+
+
+def test_fewer_experts_than_the_reference(recorded: Reference) -> None:
+    """Guards: a model that cannot be compared with itself under other options."""
+    _, found = compared(recorded, tiny_model(), n_experts_per_token=2)
+    assert found.routing is not None
+    assert found.routing.same == 0
+    # In the first layer the two are among the three.
+    assert found.routing.layers[0].overlap.value == pytest.approx(2 / 3, abs=1e-3)
+
+
+def test_other_vocabularies_are_refused(recorded: Reference) -> None:
+    """Guards: ids of one tokenizer read as those of another."""
+    engine = FakeEngine()
+    engine.info = replace(engine.info, vocabulary="another")
+    with pytest.raises(UsageError, match="different vocabularies"):
+        compare(engine, recorded)
+
+
+def test_a_dense_model_has_no_choices_to_record(tmp_path: Path) -> None:
+    """Guards: dense references refused for want of routers."""
+    names = [option.name for option in recorders(tmp_path, write_tiny(tmp_path / "dense.gguf", DENSE))]
+    assert names == ["reference"]
+
+
+def test_a_kept_reference_is_the_same(recorded: Reference, tmp_path: Path) -> None:
+    """Guards: windows, names or records lost on the way through a file; its first windows alone."""
+    model = quantized("Q5_0", tmp_path)
+    kept = tmp_path / "kept"
+    with workplace(kept) as place:
+        here = replace(recorded, folder=place)
+        for file in recorded.folder.iterdir():
+            (place / file.name).write_bytes(file.read_bytes())
+        keep(here, kept)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["Q5_0.gguf", "kept"]
+    with ExitStack() as stack:
+        again = unpack(kept, stack.enter_context(workplace()))
+        assert replace(again, folder=recorded.folder) == recorded
+        assert compared(again, model)[1] == compared(recorded, model)[1]
+        few = unpack(kept, stack.enter_context(workplace()), 2)
+        assert compared(few, model)[0].perplexity.n_scored == 2 * (N_CONTEXT // 2 - 1)
+
+
+def test_what_is_no_kept_reference_is_refused(recorded: Reference, tmp_path: Path) -> None:
+    """Guards: a traceback of zipfile, json or numpy; anything that is unpacked larger than it is."""
+    import zipfile
+
+    about = (recorded.folder / "about.json").read_text()
+    for index, (method, content) in enumerate(
+        [
+            (zipfile.ZIP_STORED, "{}"),
+            (zipfile.ZIP_STORED, "["),
+            (zipfile.ZIP_STORED, about.replace('"n_context": 64', '"n_context": 0')),
+            (zipfile.ZIP_STORED, about.replace('"version": 1', '"version": 2')),
+            (zipfile.ZIP_STORED, about),
+            (zipfile.ZIP_DEFLATED, about),
+        ]
+    ):
+        path = tmp_path / f"{index}"
+        with zipfile.ZipFile(path, "w", method) as archive:
+            archive.writestr("about.json", content)
+            if index < 4:
+                for name in ("tokens", "predictions", "choices"):
+                    archive.write(recorded.folder / name, name)
+        place = tmp_path / f"place-{index}"
+        place.mkdir()
+        with pytest.raises(FormatError, match="no kept reference"):
+            unpack(path, place)
+
+
+class Stopping:
+    """Sets `stop` when the measurement tells of its first progress."""
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+        self.events: list[progress.Event] = []
+
+    def listen(self, event: progress.Event) -> None:
+        self.events.append(event)
+        if isinstance(event, progress.Advanced):
+            self.stop.set()
+
+
+def test_a_stop_ends_the_measurement() -> None:
+    """Guards: a run that cannot be interrupted, windows that the engine goes on with."""
+    stopping = Stopping()
+    windows = cut()
+    with Engine.load(options_for(exact(tiny_model()), N_CONTEXT)) as engine:
+        with pytest.raises(InterruptedRunError):
+            measure(engine, windows, stopping.listen, stopping.stop)
+        engine.check()
+    assert not any(isinstance(event, progress.Finished) for event in stopping.events)
+
+
+def test_progress_adds_up() -> None:
+    """Guards: a bar that ends early or runs over, with chunks told twice."""
+    events: list[progress.Event] = []
+    windows = cut()
+    with Engine.load(options_for(exact(tiny_model(), n_ubatch=20), N_CONTEXT)) as engine:
+        measure(engine, windows, events.append)
+    started = [event for event in events if isinstance(event, progress.Started)]
+    amounts = [event.amount for event in events if isinstance(event, progress.Advanced)]
+    assert started[0].total == sum(amounts) == windows.n_tokens
+    assert min(amounts) >= 0
+    assert len(amounts) > len(windows.tokens)
+
+
+def test_tokens_that_nobody_scored_are_told() -> None:
+    """Guards: figures of half a text after the engine's process was replaced."""
+    engine = FakeEngine(
+        observations={"logprobs": {"tokens": 3, "nll": 1.0, "perplexity": 2.0, "perplexity_error": 0.1}}
+    )
+    with pytest.raises(EngineError, match="scored 3 of 14 tokens"):
+        measure(engine, cut_windows(engine, Text("t", "abcdefgh" * 4), 16))
