@@ -225,7 +225,7 @@ class Sessions(RuleBasedStateMachine):
 
 TestSessions = Sessions.TestCase
 TestSessions.settings = settings(
-    max_examples=int(os.environ.get("STORE_EXAMPLES", "25")),
+    max_examples=int(os.environ.get("STORE_EXAMPLES", "50")),
     stateful_step_count=30,
     deadline=None,
     suppress_health_check=list(HealthCheck),

@@ -14,6 +14,7 @@ from support.stored import replied, said, talk, without_ids
 
 from dsmoe_local.base.errors import FormatError, LockedError, UsageError
 from dsmoe_local.chat.store import database
+from dsmoe_local.chat.store.schema import MIGRATIONS
 from dsmoe_local.chat.store.sessions import SessionStore
 from dsmoe_local.chat.turns import Transcript
 from dsmoe_local.engine.types import FinishReason
@@ -383,7 +384,7 @@ def test_a_database_of_somebody_else_is_left_alone(folder: Path) -> None:
 def test_migration_is_all_or_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a database between two versions after a step that failed."""
     SessionStore.open(folder).close()
-    steps = (*database.MIGRATIONS, ("CREATE TABLE more (x)", "CREATE TABLE broken ("))
+    steps = (*MIGRATIONS, ("CREATE TABLE more (x)", "CREATE TABLE broken ("))
     monkeypatch.setattr(database, "MIGRATIONS", steps)
     with pytest.raises(Exception, match="cannot be used"):
         SessionStore.open(folder)

@@ -115,12 +115,14 @@ class StateStore:
         """
         with self._database() as database:
             self._enforce_cap(database)
-            present = self._files()
+            # In this order: a state's file is there before its row.
             with database.read() as connection:
                 known = {file for (file,) in connection.execute("SELECT file FROM state")}
+            present = self._files()
             self._remove(database, known - present)
-            for file in present - known:
-                self._remove_orphan(database, file)
+            for file in present:
+                if file not in known or not _is_final(file):
+                    self._tidy_after(database, _final_of(file))
 
     @contextmanager
     def _database(self) -> Iterator[Database]:
@@ -159,28 +161,18 @@ class StateStore:
         finally:
             writing.unlink(missing_ok=True)
         reach("state.renamed")
+        state = _State(final.name, session_number, tuple(token_ids[:n_tokens]), n_bytes, digest)
         try:
             with database.write() as connection:
-                old = [state.file for state in _states(connection, session_number, fingerprint)]
-                connection.executemany("DELETE FROM state WHERE file = ?", [(file,) for file in old])
-                connection.execute(
-                    "INSERT INTO state (file, session, fingerprint, token_ids, n_bytes, digest, used)"
-                    " SELECT ?, number, ?, ?, ?, ?, ? FROM session WHERE number = ?",
-                    (
-                        final.name,
-                        fingerprint,
-                        pack(token_ids[:n_tokens]),
-                        n_bytes,
-                        digest,
-                        time.time(),
-                        session_number,
-                    ),
-                )
+                replaced = _record(connection, state, fingerprint)
         except BaseException:
             final.unlink(missing_ok=True)
             raise
         reach("state.recorded")
-        remove_files(self._folder, old)
+        if replaced is None:
+            final.unlink(missing_ok=True)
+            return False
+        remove_files(self._folder, replaced)
         self._enforce_cap(database)
         return True
 
@@ -216,24 +208,33 @@ class StateStore:
             remove_files(self._folder, files)
 
     def _files(self) -> set[str]:
-        """What is there: states, finished or not."""
-        endings = (_ENDING, _ENDING + _WRITING)
+        """What is there: states, what becomes one, and locks."""
         try:
-            return {path.name for path in self._states.iterdir() if path.name.endswith(endings)}
+            return {path.name for path in self._states.iterdir() if _is_final(_final_of(path.name))}
         except OSError:
             return set()
 
-    def _remove_orphan(self, database: Database, file: str) -> None:
-        final = file.removesuffix(_WRITING)
+    def _tidy_after(self, database: Database, final: str) -> None:
+        """Remove what the writer of this state left; not while it writes."""
         try:
             with locked(self._states / final):
-                # Its writer may have finished since we looked.
+                # It may have finished since we looked.
                 with database.read() as connection:
-                    known = connection.execute("SELECT 1 FROM state WHERE file = ?", (file,)).fetchone()
-                if known is None:
-                    remove_files(self._folder, [file])
+                    known = connection.execute("SELECT 1 FROM state WHERE file = ?", (final,)).fetchone()
+                remove_files(self._folder, [final + _WRITING, *([] if known else [final])])
         except (LockedError, OSError):
             return
+
+
+def _is_final(file: str) -> bool:
+    return file.endswith(_ENDING) and not file.startswith(".")
+
+
+def _final_of(file: str) -> str:
+    """The state that a file is, becomes, or is the lock of."""
+    if file.startswith(".") and file.endswith(".lock"):
+        return file.removeprefix(".").removesuffix(".lock")
+    return file.removesuffix(_WRITING)
 
 
 def n_common(first: Sequence[int], second: Sequence[int]) -> int:
@@ -267,6 +268,28 @@ def _states(
         _State(file, session, unpack(packed), n_bytes, digest)
         for file, session, packed, n_bytes, digest in rows
     ]
+
+
+def _record(connection: sqlite3.Connection, state: _State, fingerprint: str) -> list[str] | None:
+    """Add the row, and take away those that it replaces: their files. None if the session is gone."""
+    if not _is_there(connection, state.session):
+        return None
+    replaced = [old.file for old in _states(connection, state.session, fingerprint)]
+    connection.executemany("DELETE FROM state WHERE file = ?", [(file,) for file in replaced])
+    connection.execute(
+        "INSERT INTO state (file, session, fingerprint, token_ids, n_bytes, digest, used)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (
+            state.file,
+            state.session,
+            fingerprint,
+            pack(state.token_ids),
+            state.n_bytes,
+            state.digest,
+            time.time(),
+        ),
+    )
+    return replaced
 
 
 def _bytes_per_token(connection: sqlite3.Connection, fingerprint: str) -> float:
