@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import lru_cache
 
@@ -12,13 +13,43 @@ from dsmoe_local.chat.markdown.blocks import Span, Spans
 from dsmoe_local.chat.markdown.parser import parse_inline
 
 _STYLES = {"em": "emphasis", "strong": "strong", "s": "deleted-text"}
+_LONGEST = 5000
+_BACKTICKS = re.compile("`+")
+_CODE = re.compile("(`+).*?\\1", re.DOTALL)
 _TEXT = {"text": "", "text_special": "", "code_inline": "code", "mathematics": "mathematics"}
 
 
 @lru_cache(maxsize=256)
 def inline_spans(source: str, base: str = "") -> Spans:
     """The spans of `source`, all in the style `base` and their own. Lines end where the source's do."""
-    return tuple((style, safe_text(text)) for style, text in _spans(parse_inline(source), base) if text)
+    return tuple(
+        (style, safe_text(text))
+        for part in _parts(source)
+        for style, text in _spans(parse_inline(part), base)
+        if text
+    )
+
+
+def without_open_marks(source: str) -> str:
+    """Text that is still being written, so that emphasis and code look right before their end is there."""
+    source = source.rstrip("*_~`")
+    marks = ""
+    for run in _BACKTICKS.findall(source):
+        if not marks or run == marks:
+            marks = "" if marks else run
+    if marks:
+        return source + marks
+    prose = _CODE.sub("", source)
+    return source + "".join(mark for mark in ("~~", "**") if prose.count(mark) % 2)
+
+
+def _parts(source: str) -> Iterator[str]:
+    """Parts that can be read in a moment: brackets that never close take the square of the length."""
+    while len(source) > _LONGEST:
+        end = max(source.rfind(mark, 0, _LONGEST) for mark in "\n ") + 1 or _LONGEST
+        yield source[:end]
+        source = source[end:]
+    yield source
 
 
 def _spans(tokens: list[Token], base: str) -> Iterator[Span]:

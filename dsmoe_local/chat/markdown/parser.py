@@ -7,7 +7,6 @@ beside Chinese punctuation, mathematics, whose characters are no Markdown.
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from functools import cache
 
@@ -21,7 +20,7 @@ _TOO_DEEP = 40
 
 _INDENTS = "indents"
 _OUT = ("html_block", "reference"), ("html_inline", "entity")
-_MATHEMATICS = re.compile(r"\\\((?s:.+?)\\\)|\\\[(?s:.+?)\\\]|\$\$(?s:.+?)\$\$")
+_MATHEMATICS = {"\\(": "\\)", "\\[": "\\]", "$$": "$$"}
 
 
 def parse_blocks(source: str) -> tuple[list[Token], dict[tuple[int, int], int]]:
@@ -80,10 +79,12 @@ def _is_wide_letter(character: str) -> bool:
 
 
 def _mathematics(state: StateInline, silent: bool) -> bool:
-    match = _MATHEMATICS.match(state.src, state.pos, state.posMax)
-    if match is None:
+    closes = _MATHEMATICS.get(state.src[state.pos : state.pos + 2])
+    end = state.src.find(closes, state.pos + 2, state.posMax) if closes else -1
+    if closes is None or end < 0:
         return False
+    end += len(closes)
     if not silent:
-        state.push("mathematics", "", 0).content = match[0]
-    state.pos = match.end()
+        state.push("mathematics", "", 0).content = state.src[state.pos : end]
+    state.pos = end
     return True

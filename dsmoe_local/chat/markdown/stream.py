@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from dsmoe_local.base.text import safe_text
-from dsmoe_local.chat.markdown.blocks import Block
+from dsmoe_local.chat.markdown.blocks import Block, Kind
 from dsmoe_local.chat.markdown.compose import Composer
+from dsmoe_local.chat.markdown.inline import without_open_marks
 from dsmoe_local.chat.markdown.leaves import Container, Context, Leaf, LeafKind, read_leaves
 
 _RETURN = safe_text("\r")
@@ -23,6 +24,9 @@ _PATIENCE = 8
 
 _MARK = re.compile(r"[\s>]*([-=*_+#~`|:\s]+|\d{1,9}[.)]?)?\s*")
 """A beginning of a line that may still become anything."""
+
+_MARKS = 80
+"""Characters that may be the marks of lists and quotes."""
 
 _FENCE_MARK = re.compile(r"[\s>]*(`+|~+)?")
 
@@ -53,15 +57,18 @@ class Open:
             kept -= 1
             n_kept += len(lines[kept]) + 1
         lines[head:kept] = []
-        if lines and len(lines[-1]) > 2 * n_characters:
-            lines[-1] = f"{lines[-1][:n_characters]}…{lines[-1][-n_characters:]}"
+        if lines and len(lines[-1]) > n_characters + _MARKS:
+            lines[-1] = f"{lines[-1][:_MARKS]}…{lines[-1][-n_characters:]}"
         leaves = read_leaves(lines, self.context)
         composer = self.composer.copy()
-        return [
+        blocks = [
             block
             for leaf, gap in zip(leaves, _gaps(leaves, lines, self.gap), strict=True)
             for block in composer.blocks(leaf, gap=gap)
         ]
+        if blocks and blocks[-1].kind in (Kind.TEXT, Kind.HEADING):
+            blocks[-1] = replace(blocks[-1], source=without_open_marks(blocks[-1].source))
+        return blocks
 
 
 class MarkdownStream:

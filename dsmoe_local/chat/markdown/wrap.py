@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from rich.cells import cell_len
@@ -11,13 +13,31 @@ from dsmoe_local.chat.markdown.blocks import Span
 
 Line: TypeAlias = list[Span]
 
+_TAB = " " * 4
+
+# Chinese and Japanese are written without spaces: a line may end behind each character. Korean is not.
+_IDEOGRAPH = "\u2e80-\ua4cf\uf900-\ufaff\ufe30-\ufe4f\uff00-\uff60\uffe0-\uffe6\U00020000-\U0003fffd"
+_EMOJI = "\u231a-\u23ff\u2600-\u27bf\U0001f300-\U0001faff"
+_JOINED = "[\u0300-\u036f\u20d0-\u20ff\ufe00-\ufe0f\U0001f3fb-\U0001f3ff]*"
+_CLUSTER = f"[{_EMOJI}]{_JOINED}(?:\u200d[^ ]{_JOINED})*|[\U0001f1e6-\U0001f1ff]{{2}}|[^ ]{_JOINED}"
+
+_BREAKABLE = f"{_IDEOGRAPH}{_EMOJI}\U0001f1e6-\U0001f1ff"
+_PIECES = re.compile(f"(?P<space> +)|(?P<wide>(?=[{_BREAKABLE}])(?:{_CLUSTER}))|[^ {_BREAKABLE}]+")
+_CHARACTERS = re.compile(f"{_CLUSTER}| ")
 _NOT_FIRST = frozenset(
     "，。、；：？！）】》」』〉〕〗”’…—～·％,.;:?!)]}%々ーぁぃぅぇぉっゃゅょァィゥェォッャュョ"
 )
 _NOT_LAST = frozenset("（【《「『〈〔〖“‘([{")
-_JOINER = "\u200d"
-_SKIN_TONES = ("\U0001f3fb", "\U0001f3ff")
-_HANGUL = ("\uac00", "\ud7a3")
+
+
+@dataclass(slots=True)
+class _Word:
+    """What no line is broken in, and the spaces before it."""
+
+    space: Line = field(default_factory=list)
+    n_space: int = 0
+    spans: Line = field(default_factory=list)
+    width: int = 0
 
 
 def wrap(spans: Iterable[Span], width: int, *, fold: bool) -> list[Line]:
@@ -26,27 +46,28 @@ def wrap(spans: Iterable[Span], width: int, *, fold: bool) -> list[Line]:
     """
     lines: list[Line] = []
     for paragraph in _split_lines(spans):
-        lines.append([])
+        line: Line = []
+        lines.append(line)
         used = 0
-        for space, word in _words(paragraph):
-            n_space, n_word = _width(space), _width(word)
-            if used and used + n_space + n_word > width:
-                lines.append([])
-                used, n_space, space = 0, 0, []
-            for part in _folded(word, width) if fold and n_word > width else [word]:
-                if used + n_space + _width(part) > width and used:
-                    lines.append([])
-                    used, n_space, space = 0, 0, []
-                lines[-1] += [*space, *part]
-                used += n_space + _width(part)
-                n_space, space = 0, []
+        for word in _words(paragraph):
+            if used and used + word.n_space + word.width > width:
+                line = []
+                lines.append(line)
+                used = 0
+            if used:
+                line += word.space
+                used += word.n_space
+            parts = _folded(word.spans, width) if fold and word.width > width else [word.spans]
+            line += parts[0]
+            lines += parts[1:]
+            line = lines[-1]
+            used += word.width if len(parts) == 1 else _width(line)
     return lines
 
 
 def fold(spans: Iterable[Span], width: int) -> list[Line]:
-    """Lines of exactly `width` cells but the last, broken anywhere, as a terminal does it."""
-    lines = [part for line in _split_lines(spans) for part in (_folded(line, width) or [[]])]
-    return lines or [[]]
+    """Lines of at most `width` cells, broken anywhere, as a terminal does it."""
+    return [part for line in _split_lines(spans) for part in _folded(line, width)]
 
 
 def width_of(spans: Iterable[Span]) -> int:
@@ -56,13 +77,13 @@ def width_of(spans: Iterable[Span]) -> int:
 
 def longest_word(spans: Iterable[Span]) -> int:
     """Cells of the longest piece that is not broken at a space."""
-    return max((_width(word) for line in _split_lines(spans) for _, word in _words(line)), default=0)
+    return max((word.width for line in _split_lines(spans) for word in _words(line)), default=0)
 
 
 def _split_lines(spans: Iterable[Span]) -> list[Line]:
     lines: list[Line] = [[]]
     for style, text in spans:
-        first, *others = text.replace("\t", "    ").split("\n")
+        first, *others = text.replace("\t", _TAB).split("\n")
         lines[-1].append((style, first))
         lines += [[(style, other)] for other in others]
     return lines
@@ -72,72 +93,38 @@ def _width(spans: Iterable[Span]) -> int:
     return sum(cell_len(text) for _, text in spans)
 
 
-def _words(line: Line) -> Iterator[tuple[Line, Line]]:
-    """The words of a line, each with the spaces before it."""
-    space: Line = []
-    word: Line = []
-    before = ""
-    for style, cluster in _clusters(line):
-        if cluster == " ":
-            if word:
-                yield space, word
-                space, word = [], []
-            space.append((style, cluster))
-        else:
-            if word and _may_break(before, cluster):
-                yield space, word
-                space, word = [], []
-            word.append((style, cluster))
-        before = cluster
-    if word:
-        yield space, word
-
-
-def _may_break(before: str, after: str) -> bool:
-    if before.isascii() and after.isascii():
-        return False
-    if _HANGUL[0] <= before[-1] <= _HANGUL[1] and _HANGUL[0] <= after[0] <= _HANGUL[1]:
-        return False  # Korean has spaces between its words
-    return (
-        (cell_len(before) > 1 or cell_len(after) > 1)
-        and after[0] not in _NOT_FIRST
-        and before[0] not in _NOT_LAST
-    )
-
-
-def _clusters(line: Line) -> Iterator[Span]:
-    """The characters of a line; those that belong together stay together. Words of ASCII count as one."""
+def _words(line: Line) -> Iterator[_Word]:
+    word = _Word()
+    last, last_wide = "", False
     for style, text in line:
-        start = 0
-        for place in range(1, len(text) + 1):
-            if place < len(text) and _belongs(text[place - 1], text[place]):
-                continue
-            yield style, text[start:place]
-            start = place
-
-
-def _belongs(before: str, after: str) -> bool:
-    if after.isascii():
-        return before.isascii() and before != " " and after != " "
-    return (
-        before == _JOINER
-        or after == _JOINER
-        or cell_len(after) == 0
-        or _SKIN_TONES[0] <= after <= _SKIN_TONES[1]
-    )
+        for match in _PIECES.finditer(text):
+            piece, kind = match[0], match.lastgroup
+            may_break = (last_wide or kind == "wide") and piece[0] not in _NOT_FIRST and last not in _NOT_LAST
+            if word.spans and (kind == "space" or may_break):
+                yield word
+                word = _Word()
+            if kind == "space":
+                word.space.append((style, piece))
+                word.n_space += len(piece)
+            else:
+                word.spans.append((style, piece))
+                word.width += cell_len(piece)
+            last, last_wide = piece[-1], kind == "wide"
+    if word.spans:
+        yield word
 
 
 def _folded(line: Line, width: int) -> list[Line]:
-    lines: list[Line] = []
-    used = width + 1
+    lines: list[Line] = [[]]
+    used = 0
     for style, text in line:
-        start = 0
-        for place in range(1, len(text) + 1):
-            if place < len(text) and not text[place].isascii() and _belongs(text[place - 1], text[place]):
-                continue
-            cluster, start = text[start:place], place
+        if used + cell_len(text) <= width:
+            lines[-1].append((style, text))
+            used += cell_len(text)
+            continue
+        for cluster in _CHARACTERS.findall(text):
             taken = cell_len(cluster)
-            if used + taken > width:
+            if used and used + taken > width:
                 lines.append([])
                 used = 0
             lines[-1].append((style, cluster))
