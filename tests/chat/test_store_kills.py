@@ -72,7 +72,11 @@ class Chatting:
 
     def end(self, child: subprocess.Popen[str], acknowledged: int, *, alone: bool = True) -> int:
         """Wait for it, and check the store; returns how many turns are acknowledged."""
-        output, errors = child.communicate()
+        assert child.stdout is not None
+        assert child.stderr is not None
+        with child:
+            # Not communicate: it would miss what readline has read ahead.
+            output, errors = child.stdout.read(), child.stderr.read()
         assert errors == ""
         lines = output.split("\n")[:-1]  # what is behind the last newline was cut off
         acknowledged = int(lines[-1]) if lines else acknowledged
