@@ -21,7 +21,7 @@ from dsmoe_local.experts.activity import Activity, activity_of
 from dsmoe_local.experts.compare import differences
 from dsmoe_local.experts.heatmap import COLOURS, Heatmap
 from dsmoe_local.experts.panel import live_panel, panels, reply_panel
-from dsmoe_local.experts.picture import as_svg, write_picture
+from dsmoe_local.experts.picture import activity_json, as_svg, write_picture
 from dsmoe_local.experts.tables import COLUMNS, difference_table, expert_table, layer_table
 
 SYSTEMS = ("truecolor", "256", "standard", None)
@@ -174,3 +174,12 @@ def test_a_picture_needs_a_known_ending_something_seen_and_a_place(tmp_path: Pat
     with pytest.raises(FileError, match="cannot be written"):
         write_picture(tmp_path / "none" / "experts.svg", "m", {"session": SMALL})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_documentation_names_every_number() -> None:
+    """Guards: a column or a field that nobody can know the meaning of."""
+    text = (Path(__file__).parents[2] / "docs" / "experts.md").read_text(encoding="utf-8")
+    fields = activity_json(BIG)
+    names = {*fields, *fields["layers"][0]} - {"layers", "layer", "n_routed_experts"}
+    assert {name for name in names if f"`{name}`" not in text} == set()
+    assert {column.heading for column in COLUMNS if f"| {column.heading} |" not in text} == set()
