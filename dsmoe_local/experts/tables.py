@@ -15,7 +15,7 @@ from dsmoe_local.experts.compare import Difference
 
 N_BUSIEST = 4
 """Experts of a layer that tables name."""
-_EXPERT_WIDTH = 9  # "63 100%  "
+_AROUND = 9  # columns that a table takes beside its numbers: the layer, the margins
 _WIDE = 60
 """Columns from which on a table of experts says more than their shares."""
 
@@ -73,9 +73,14 @@ def legend(columns: Sequence[Column] = COLUMNS) -> str:
 
 def layer_table(activity: Activity, width: int, *, explained: bool = True) -> RenderableType:
     """A line for each layer, with as many columns and experts as `width` holds; what they mean below."""
-    room = width - 6 - 2 * _EXPERT_WIDTH
-    columns = [column for number, column in enumerate(COLUMNS, 1) if 7 * number <= room] or [COLUMNS[0]]
-    n_busiest = max(1, min(8, (width - 6 - sum(len(each.heading) + 2 for each in columns)) // _EXPERT_WIDTH))
+    expert = len(str(activity.n_routed_experts - 1)) + len(" 100%  ")
+    room = width - _AROUND
+    columns = [
+        column
+        for number, column in enumerate(COLUMNS, 1)
+        if sum(map(_column_width, COLUMNS[:number])) + 2 * expert <= room
+    ] or [COLUMNS[0]]
+    n_busiest = max(1, min(8, (room + 2 - sum(map(_column_width, columns))) // expert))
     table = _table()
     table.add_column("layer", justify="right", no_wrap=True)
     for column in columns:
@@ -145,6 +150,10 @@ def difference_table(differences: Sequence[Difference], names: tuple[str, str], 
             f"{100 * (each.second - each.first):+.0f}",
         )
     return table
+
+
+def _column_width(column: Column) -> int:
+    return max(len(column.heading), len("100%")) + 2
 
 
 def _table() -> Table:
