@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 from dsmoe_local.base.errors import InterruptedRunError
@@ -25,7 +26,7 @@ from dsmoe_local.evaluate.windows import Windows
 LOGPROBS = ObserverOptions("logprobs")
 
 _TICK = 0.1  # how long a stop may go unnoticed
-_REPORT = 2.0  # asking for the perplexity so far waits for a step
+_REPORT = 1.0  # seconds between two looks at the perplexity so far
 _AHEAD = 2  # the engine never waits for the next window
 _LEAST_CELLS = 32  # the smallest cache that an engine takes
 _GREEDY = SamplingParameters(temperature=0)
@@ -89,6 +90,9 @@ class _Run:
         self._inbox: queue.SimpleQueue[tuple[int, TokenEvent | BaseException | None]] = queue.SimpleQueue()
         self._running: dict[int, Ticket] = {}
         self._n_read: dict[int, int] = {}
+        # An answer waits for the end of a step: meanwhile a stop must be noticed.
+        self._asker = ThreadPoolExecutor(1, "dsmoe-perplexity")
+        self._asked: Future[str] | None = None
         self._reported = time.perf_counter()
 
     def until_done(self) -> None:
@@ -107,6 +111,7 @@ class _Run:
                 if self._stop.is_set():
                     raise InterruptedRunError("the measurement was interrupted")
         finally:
+            self._asker.shutdown(wait=False, cancel_futures=True)
             for ticket in self._running.values():
                 ticket.cancel()
         self._listen(Finished(f"measuring {name}"))
@@ -131,9 +136,19 @@ class _Run:
 
     def _advance(self, number: int, n_read: int) -> None:
         new, self._n_read[number] = n_read - self._n_read[number], n_read
-        detail = ""
+        self._listen(Advanced(new, self._detail()))
+
+    def _detail(self) -> str:
+        """The perplexity so far, when it has been told again."""
+        if self._asked is not None:
+            if not self._asked.done():
+                return ""
+            told, self._asked = self._asked.result(), None
+            return told
         if time.perf_counter() - self._reported >= _REPORT:
-            seen = perplexity_of(self._engine.observe(LOGPROBS.name))
-            detail = f"perplexity {seen.perplexity.value:.4g}"
             self._reported = time.perf_counter()
-        self._listen(Advanced(new, detail))
+            self._asked = self._asker.submit(self._ask)
+        return ""
+
+    def _ask(self) -> str:
+        return f"perplexity {perplexity_of(self._engine.observe(LOGPROBS.name)).perplexity.value:.4g}"
