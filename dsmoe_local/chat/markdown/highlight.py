@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from copy import deepcopy
 from functools import lru_cache
 from typing import Any
@@ -107,17 +108,20 @@ class Highlighter:
         """The styles of `text`, which is the rest of a line. It comes out whole, whatever the lexer does."""
         line, before = f"{text}\n", self._before
         self._before = line
+        tokens: list[tuple[int, Any, str]] = []
         try:
             if self._context is None:
-                tokens = list(self._lexer.get_tokens_unprocessed(line))
+                tokens.extend(self._lexer.get_tokens_unprocessed(line))
             else:
                 context = self._context
                 context.text, context.pos, context.end = before + line, len(before), len(before + line)
-                tokens = list(ExtendedRegexLexer.get_tokens_unprocessed(self._lexer, context=context))
+                # Only this way of running a lexer keeps its state; it is that of all regular expression lexers.
+                with suppress(_EndOfLineError):
+                    tokens.extend(ExtendedRegexLexer.get_tokens_unprocessed(self._lexer, context=context))
         except Exception:  # noqa: BLE001 - lexers of hundreds of languages, run in a way of our own
             self._context = None
             return [("", text)]
-        spans = [(_style(kind), value) for _, kind, value in tokens]
+        spans = [(_style(kind), value) for _, kind, value in tokens if value]
         if "".join(value for _, value in spans) != line:
             return [("", text)]
         style, value = spans.pop()
@@ -125,11 +129,42 @@ class Highlighter:
         return [span for span in spans if span[1]]
 
 
+class _EndOfLineError(Exception):
+    """The line is read."""
+
+
+class _Line:
+    """Ends the reading of a line before rules that match nothing are tried at its end: what they mean depends
+    on the line that follows.
+    """
+
+    pos: int
+    _end = 0
+
+    @property
+    def end(self) -> int:
+        if self.pos >= self._end:
+            raise _EndOfLineError
+        return self._end
+
+    @end.setter
+    def end(self, end: int) -> None:
+        self._end = end
+
+
+class _Context(_Line, LexerContext):  # type: ignore[misc]
+    pass
+
+
+class _YamlContext(_Line, YamlLexerContext):  # type: ignore[misc]
+    pass
+
+
 def _context(lexer: Lexer | None) -> LexerContext | None:
     """What a lexer keeps from line to line; None for those that keep nothing."""
     if isinstance(lexer, YamlLexer):
-        return YamlLexerContext("", 0)
-    return LexerContext("", 0) if isinstance(lexer, RegexLexer) else None
+        return _YamlContext("", 0)
+    return _Context("", 0) if isinstance(lexer, RegexLexer) else None
 
 
 def _merged(spans: Iterator[Span]) -> Iterator[Span]:

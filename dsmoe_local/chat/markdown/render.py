@@ -65,8 +65,19 @@ def _lines(block: Block, width: int, *, whole: bool) -> list[Line]:
     inner = max(width - width_of(block.hang), min(width, _NARROWEST))
     lines = _DRAW[block.kind](block, inner, whole) or [[]]
     gap: list[Line] = [] if block.gap is None else [[("quote", block.gap)]]
+    if block.kind is Kind.CODE:
+        return [*gap, *lines]
     margins = (block.lead, *[block.hang] * (len(lines) - 1))
-    return [*gap, *([*margin, *line] for margin, line in zip(margins, lines, strict=True))]
+    return [*gap, *(_trimmed([*margin, *line]) for margin, line in zip(margins, lines, strict=True))]
+
+
+def _trimmed(line: Line) -> Line:
+    while line and not line[-1][1].rstrip(" "):
+        line.pop()
+    if line:
+        style, text = line[-1]
+        line[-1] = (style, text.rstrip(" "))
+    return line
 
 
 def _text(block: Block, width: int, whole: bool) -> list[Line]:

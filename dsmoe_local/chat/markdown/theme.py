@@ -38,17 +38,13 @@ _STYLES = {
 
 
 def ansi(spans: Iterable[Span], *, colour: bool) -> str:
-    """A line with its styles; without colours, bold and the like stay. No spaces at its end."""
+    """A line with its styles; without colours, bold and the like stay."""
     parts: list[list[str]] = []
     for names, text in spans:
         if parts and parts[-1][0] == names:
             parts[-1][1] += text
         elif text:
             parts.append([names, text])
-    while parts and not (stripped := parts[-1][1].rstrip(" ")):
-        parts.pop()
-    if parts:
-        parts[-1][1] = stripped
     return "".join(
         style(names, colour=colour).render(text, color_system=ColorSystem.STANDARD) for names, text in parts
     )
