@@ -115,7 +115,7 @@ class Highlighter:
             else:
                 context = self._context
                 context.text, context.pos, context.end = before + line, len(before), len(before + line)
-                # Only this way of running a lexer keeps its state; it is that of all regular expression lexers.
+                # Of the ways to run a lexer of regular expressions, this one keeps its state.
                 with suppress(_EndOfLineError):
                     tokens.extend(ExtendedRegexLexer.get_tokens_unprocessed(self._lexer, context=context))
         except Exception:  # noqa: BLE001 - lexers of hundreds of languages, run in a way of our own
@@ -152,18 +152,18 @@ class _Line:
         self._end = end
 
 
-class _Context(_Line, LexerContext):  # type: ignore[misc]
+class _Context(_Line, LexerContext):
     pass
 
 
-class _YamlContext(_Line, YamlLexerContext):  # type: ignore[misc]
+class _YamlContext(_Line, YamlLexerContext):
     pass
 
 
 def _context(lexer: Lexer | None) -> LexerContext | None:
     """What a lexer keeps from line to line; None for those that keep nothing."""
     if isinstance(lexer, YamlLexer):
-        return _YamlContext("", 0)
+        return _YamlContext("", 0)  # type: ignore[no-untyped-call]
     return _Context("", 0) if isinstance(lexer, RegexLexer) else None
 
 
