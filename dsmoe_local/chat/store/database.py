@@ -102,6 +102,10 @@ class Database:
         with self._write_lock, _explained(self.path):
             self._writer.execute("PRAGMA wal_checkpoint (TRUNCATE)").fetchall()
 
+    def damaged(self, detail: object) -> FormatError:
+        """The error that says so, to be raised."""
+        return _damaged(self.path, detail)
+
     def _migrate(self) -> None:
         newest = len(MIGRATIONS)
         if self._version() == newest:
@@ -182,10 +186,14 @@ def _explained(path: Path) -> Iterator[None]:
         raise _explain(error, path) from error
 
 
+def _damaged(path: Path, detail: object) -> FormatError:
+    return FormatError(f"the database of sessions is damaged: {detail}", where=path, remedy=_WITHOUT)
+
+
 def _explain(error: sqlite3.Error, path: Path) -> DsmoeError:
     code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
     if code in _DAMAGED:
-        return FormatError("the database of sessions is damaged", where=path, remedy=_WITHOUT)
+        return _damaged(path, error)
     if code in _TOO_FULL:
         return NoSpaceError(
             "the disk is full: the session is not saved", where=path, remedy="free some space"

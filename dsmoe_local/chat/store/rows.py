@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from dsmoe_local.base.errors import FormatError
 from dsmoe_local.chat.turns import Role, Turn
 from dsmoe_local.engine.types import FinishReason, Usage
 
@@ -29,8 +28,10 @@ def row_of(turn: Turn, vocabulary: str) -> tuple[object, ...]:
 
 
 def turn_of(row: Sequence[Any], vocabulary: str) -> Turn:
-    """The turn, without token ids that are of another vocabulary. FormatError if the row makes no sense."""
+    """The turn, without token ids that are of another vocabulary. ValueError if the row makes no sense."""
     role, content, token_ids, of_vocabulary, ending, usage = row
+    if not isinstance(content, str):
+        raise ValueError(f"content of the type {type(content).__name__}")
     try:
         return Turn(
             Role(role),
@@ -39,8 +40,8 @@ def turn_of(row: Sequence[Any], vocabulary: str) -> Turn:
             None if ending is None else FinishReason(ending),
             None if usage is None else Usage(**json.loads(usage)),
         )
-    except (ValueError, TypeError) as error:
-        raise FormatError(f"a turn in the database of sessions is damaged: {error}") from error
+    except TypeError as error:
+        raise ValueError(str(error)) from error
 
 
 def storable(text: str) -> str:

@@ -23,7 +23,7 @@ class Hit:
 
 
 def search(connection: sqlite3.Connection, words: str, limit: int) -> list[Hit]:
-    """The latest turns with all of `words`, or words that begin so."""
+    """The latest turns with all of `words`, or words that begin so. ValueError for a turn that is damaged."""
     expression = query(storable(words))
     if expression is None:
         return []

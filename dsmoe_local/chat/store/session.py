@@ -82,9 +82,11 @@ class Session:
             self.name, old_model, head, revision, system, n_left_out, n_shifted = row
             turns = connection.execute(_PATH, (head,)).fetchall()
         self.model = model or old_model
-        transcript = Transcript(
-            tuple(turn_of(values, vocabulary) for _, *values in turns), system, n_left_out, n_shifted
-        )
+        try:
+            read = tuple(turn_of(values, vocabulary) for _, *values in turns)
+        except ValueError as error:
+            raise self._database.damaged(error) from error
+        transcript = Transcript(read, system, n_left_out, n_shifted)
         self.stored = Stored(transcript, [turn_id for turn_id, *_ in turns], revision)
         return transcript
 

@@ -162,7 +162,10 @@ class SessionStore:
     def search(self, words: str, limit: int = 20) -> list[Hit]:
         """The latest turns that hold all of `words`, of those that a session still shows."""
         with self._database.read() as connection:
-            return search(connection, words, limit)
+            try:
+                return search(connection, words, limit)
+            except ValueError as error:
+                raise self._database.damaged(error) from error
 
     def _session(self, number: int, name: str, model: str = "", vocabulary: str = "") -> Session:
         session = Session(self._database, number=number, name=name, model=model, vocabulary=vocabulary)

@@ -267,6 +267,7 @@ def _states(
     return [
         _State(file, session, unpack(packed), n_bytes, digest)
         for file, session, packed, n_bytes, digest in rows
+        if len(packed) % 4 == 0
     ]
 
 
