@@ -168,6 +168,17 @@ def test_where_lines_end(text: str, width: int, lines: list[str]) -> None:
     assert ["".join(part for _, part in line) for line in wrapped] == lines
 
 
+def test_lines_of_the_source_stay_unless_broken_to_fit() -> None:
+    """Guards: verses and addresses run together; text broken at 80 columns broken again at 60."""
+    verse = "Roses are red\nviolets are blue\n"
+    assert drawn(verse) == verse
+    sentence = "word " * 12 + "that was broken here\n" + "and goes on"
+    assert drawn(sentence, 100) == sentence.replace("\n", " ") + "\n"
+    rows = "**One:** " + "word " * 12 + "end.\n**Two:** more\n"
+    assert drawn(rows, 100) == rows.replace("*", "")
+    assert drawn("word " * 12 + "end  \nnext", 100) == "word " * 12 + "end\nnext\n"
+
+
 TABLE = "| 名称 Name | Value | A longer column of text |\n|---|--:|:-:|\n"
 TABLE += "| 中文 | 1 | some words that need room |\n| `code` **b** | 12345 | 😀<br>two |\n"
 

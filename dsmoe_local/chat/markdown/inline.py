@@ -14,6 +14,7 @@ from dsmoe_local.chat.markdown.parser import parse_inline
 
 _STYLES = {"em": "emphasis", "strong": "strong", "s": "deleted-text"}
 _LONGEST = 5000
+_BROKEN = re.compile(r"(?<=[^\n]{50})(?<!  )(?<!\\)\n(?=[a-z])")
 _BACKTICKS = re.compile("`+")
 _CODE = re.compile("(`+).*?\\1", re.DOTALL)
 _TEXT = {"text": "", "text_special": "", "code_inline": "code", "mathematics": "mathematics"}
@@ -21,7 +22,10 @@ _TEXT = {"text": "", "text_special": "", "code_inline": "code", "mathematics": "
 
 @lru_cache(maxsize=256)
 def inline_spans(source: str, base: str = "") -> Spans:
-    """The spans of `source`, all in the style `base` and their own. Lines end where the source's do."""
+    """The spans of `source`, all in the style `base` and their own. Lines end where the source's do, but for
+    those that were broken in the middle of a sentence to fit somebody else's window.
+    """
+    source = _BROKEN.sub(" ", source)
     return tuple(
         (style, safe_text(text))
         for part in _parts(source)
