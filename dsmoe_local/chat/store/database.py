@@ -184,6 +184,9 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         raise _explain(error, path) from error
+    except UnicodeDecodeError as error:
+        # Of SQLite's own message, where that quotes what is damaged.
+        raise _damaged(path, "it holds text that is none") from error
 
 
 def _damaged(path: Path, detail: object) -> FormatError:
