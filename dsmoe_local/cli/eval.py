@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 from contextlib import ExitStack
@@ -262,24 +263,24 @@ def _routing_table(routing: Routing) -> Table:
     for heading in ("layer", "same experts", "overlap", "gate KL"):
         table.add_column(heading, justify="right", no_wrap=True)
     for layer in routing.layers:
-        # What is smaller than its bound is not known to be anything.
-        gate_kl = max(layer.gate_kl.value, layer.gate_kl_bound)
-        sign = "< " if layer.gate_kl.value < layer.gate_kl_bound else ""
-        table.add_row(
-            str(layer.layer), f"{layer.same:.1%}", f"{layer.overlap.value:.2%}", f"{sign}{gate_kl:.2g}"
-        )
+        gate_kl = _bounded(layer.gate_kl.value, layer.gate_kl_bound)
+        table.add_row(str(layer.layer), f"{layer.same:.1%}", f"{layer.overlap.value:.2%}", gate_kl)
     table.add_section()
-    table.add_row("mean", f"{routing.same:.1%}", f"{routing.overlap:.2%}", f"{routing.gate_kl:.2g}")
+    gate_kl = _bounded(routing.gate_kl, routing.gate_kl_bound)
+    table.add_row("mean", f"{routing.same:.1%}", f"{routing.overlap:.2%}", gate_kl)
     table.add_row("in all", f"{routing.same_everywhere:.1%}", "", "")
     return table
+
+
+def _bounded(value: float, bound: float) -> str:
+    """What is smaller than its error is not known to be anything."""
+    return f"< {bound:.2g}" if value < bound else f"{value:.2g}"
 
 
 def _estimate(estimate: Estimate) -> str:
     """As many digits as its error makes worth showing."""
     if estimate.error <= 0:
         return f"{estimate.value:.4g}"
-    import math
-
     digits = min(9, max(0, 1 - math.floor(math.log10(estimate.error))))
     return f"{estimate.value:,.{digits}f} ± {estimate.error:,.{digits}f}"
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Started, ignore
+from dsmoe_local.base.text import safe_line
 from dsmoe_local.engine.errors import EngineError
 from dsmoe_local.engine.types import (
     ModelOptions,
@@ -48,6 +49,11 @@ def options_for(options: ModelOptions, n_context: int, *observers: ObserverOptio
     )
 
 
+def name_of(engine: TextEngine) -> str:
+    """The model's file: all quantizations of a model call themselves the same."""
+    return safe_line(engine.info.path.stem, 80)
+
+
 def measure(
     engine: TextEngine, windows: Windows, listen: Listener = ignore, stop: threading.Event | None = None
 ) -> Evaluation:
@@ -59,7 +65,7 @@ def measure(
     began = time.perf_counter()
     _Run(engine, windows, listen, stop or threading.Event()).until_done()
     return Evaluation(
-        model=engine.info.name,
+        model=name_of(engine),
         text=windows.text,
         text_digest=windows.text_digest,
         n_context=windows.n_context,
@@ -97,7 +103,7 @@ class _Run:
 
     def until_done(self) -> None:
         """Read every window."""
-        name = self._engine.info.name
+        name = name_of(self._engine)
         self._listen(Started(f"measuring {name}", self._windows.n_tokens, unit="tokens"))
         waiting = iter(enumerate(self._windows.tokens))
         most = self._engine.info.n_parallel + _AHEAD

@@ -28,7 +28,7 @@ from dsmoe_local.base.progress import Listener, ignore
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.engine.observe.routing_file import Gates, gates_of
 from dsmoe_local.engine.types import ObserverOptions, TextEngine
-from dsmoe_local.evaluate.measure import measure
+from dsmoe_local.evaluate.measure import measure, name_of
 from dsmoe_local.evaluate.results import Comparison, Evaluation, divergence_of, reference_of, routing_of
 from dsmoe_local.evaluate.windows import Windows
 from dsmoe_local.model.gguf_model import read_model
@@ -102,7 +102,7 @@ def record(
     engine.observe("reference")
     if gates is not None:
         engine.observe("routing_reference")
-    reference = Reference(folder, engine.info.name, windows, gates)
+    reference = Reference(folder, name_of(engine), windows, gates)
     (folder / _TOKENS).write_bytes(np.array(windows.tokens, "<i4").tobytes())
     (folder / _ABOUT).write_text(json.dumps(_about(reference)), encoding="utf-8")
     return reference, result
@@ -129,7 +129,7 @@ def compare(
     """
     if engine.info.vocabulary != reference.windows.vocabulary:
         raise UsageError(
-            f"{engine.info.name} and {reference.model} have different vocabularies",
+            f"{name_of(engine)} and {reference.model} have different vocabularies",
             remedy="only models with the same tokens can be compared",
         )
     result = measure(engine, reference.windows, listen, stop)

@@ -82,6 +82,11 @@ class Routing:
         """Mean over the layers."""
         return _mean([layer.gate_kl.value for layer in self.layers])
 
+    @property
+    def gate_kl_bound(self) -> float:
+        """How far `gate_kl` may be off."""
+        return _mean([layer.gate_kl_bound for layer in self.layers])
+
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
@@ -119,8 +124,8 @@ class Evaluation:
         fields["tokens_per_second"] = self.tokens_per_second
         routing = self.comparison.routing if self.comparison else None
         if routing is not None:
-            means = {"same": routing.same, "overlap": routing.overlap, "gate_kl": routing.gate_kl}
-            fields["comparison"]["routing"] |= means
+            names = ("same", "overlap", "gate_kl", "gate_kl_bound")
+            fields["comparison"]["routing"] |= {name: getattr(routing, name) for name in names}
         return fields
 
 
