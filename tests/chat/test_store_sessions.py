@@ -228,6 +228,8 @@ def test_finding_by_name_number_and_beginning(store: SessionStore) -> None:
         store.rename(session, name)
         session.save(talk(name))
     assert store.find("GROCERIES").number == 1
+    named = [store.named(name) for name in ("GROCERIES", " 42  WAYS ", "groc", "1", "", "\udcff")]
+    assert [session and session.number for session in named] == [1, 4, None, None, None, None]
     assert store.find("groceries  f").number == 2
     assert store.find("2").name == "groceries for May"
     assert store.find("ärg").name == "Ärger"

@@ -61,9 +61,10 @@ def _load(chat: Chat, name: str) -> None:
 
 
 def _sessions(chat: Chat, argument: str) -> None:
+    store = _store(chat)
     if argument not in ("", "all"):
         raise UsageError(f"/sessions {argument}: what is that?", remedy="it takes all or nothing")
-    summaries = _store(chat).summaries()
+    summaries = store.summaries()
     if not summaries:
         chat.screen.notice("no sessions yet")
         return
@@ -97,20 +98,16 @@ def _old_and_new(store: SessionStore, argument: str) -> tuple[Session | None, st
     The longest beginning that is a session's whole name, or its number, is the old name.
     """
     parts = argument.split()
-    known = store.names()
     for n_parts in range(len(parts) - 1, 0, -1):
         old = " ".join(parts[:n_parts])
-        if session := _exactly(store, known, old):
+        if session := store.named(old) or _numbered(store, old):
             return session, " ".join(parts[n_parts:])
     return None, argument
 
 
-def _exactly(store: SessionStore, known: list[str], text: str) -> Session | None:
-    folded = text.casefold()
-    if not text.isdecimal() and all(name.casefold() != folded for name in known):
-        return None
+def _numbered(store: SessionStore, text: str) -> Session | None:
     try:
-        return store.find(text)
+        return store.find(text) if text.isdecimal() else None
     except UsageError:
         return None
 
@@ -135,11 +132,12 @@ def _delete(chat: Chat, name: str) -> None:
 
 
 def _search(chat: Chat, wanted: str) -> None:
+    store = _store(chat)
     if not wanted:
         raise UsageError(
             "what are you looking for?", remedy="/search WORDS finds turns that have all of them"
         )
-    hits = _store(chat).search(wanted)
+    hits = store.search(wanted)
     if not hits:
         chat.screen.notice("nothing found")
         return

@@ -14,6 +14,7 @@ from dsmoe_local.base.text import safe_line
 from dsmoe_local.chat.store.database import Database
 from dsmoe_local.chat.store.deleting import delete_session, remove_files
 from dsmoe_local.chat.store.names import check_name, is_taken, key_of
+from dsmoe_local.chat.store.rows import storable
 from dsmoe_local.chat.store.searching import Hit, search
 from dsmoe_local.chat.store.session import Session, Stored
 from dsmoe_local.chat.turns import Transcript
@@ -86,6 +87,14 @@ class SessionStore:
             f"there is no session {shown}",
             remedy=f"did you mean {by_key[near[0]][1]}?" if near else "/sessions lists them",
         )
+
+    def named(self, name: str) -> Session | None:
+        """The session of that very name, in whatever case."""
+        with self._database.read() as connection:
+            row = connection.execute(
+                "SELECT number, name FROM session WHERE key = ?", (storable(key_of(" ".join(name.split()))),)
+            ).fetchone()
+        return None if row is None else self._session(*row)
 
     def latest(self) -> Session | None:
         """The session that was saved last."""

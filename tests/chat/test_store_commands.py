@@ -1,0 +1,244 @@
+"""The commands for sessions, in a chat with the fake engine: what they do, say, ask and complete."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from dsmoe_local.base.config_file import ConfigFile
+from dsmoe_local.base.errors import DsmoeError
+from dsmoe_local.chat.chat import Chat
+from dsmoe_local.chat.commands.sessions import COMMANDS
+from dsmoe_local.chat.conversation import Conversation
+from dsmoe_local.chat.settings import ChatSettings
+from dsmoe_local.chat.store.sessions import SessionStore
+from dsmoe_local.chat.terminal.screen import ReplyView, Screen
+from dsmoe_local.engine.fake import FakeEngine
+from dsmoe_local.engine.types import Message
+
+
+class RecordingScreen:
+    """Writes down all lines; `yes` is what it answers to questions."""
+
+    width, height, plain, colour = 80, 24, True, False
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.yes = True
+
+    def notice(self, text: str) -> None:
+        self.lines.append(text)
+
+    def error(self, error: DsmoeError) -> None:
+        self.lines += str(error).splitlines()
+
+    def table(self, rows: Iterable[Sequence[str]]) -> None:
+        self.lines += [" | ".join(row) for row in rows]
+
+    def confirm(self, question: str) -> bool:
+        self.lines.append(question)
+        return self.yes
+
+    def live(self, renderable: object) -> None:
+        pass
+
+    def show(self, renderable: object) -> None:
+        pass
+
+    @contextmanager
+    def reply(self) -> Iterator[ReplyView]:
+        yield cast(ReplyView, self)
+
+    def progress(self, done: int, total: int) -> None:
+        pass
+
+    def text(self, piece: str) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+
+class Talk:
+    """A chat, and what it says to one input."""
+
+    def __init__(self, sessions: SessionStore | None, config: Path) -> None:
+        self.screen = RecordingScreen()
+        self.engine = FakeEngine(lambda prompt: "Echo " + prompt.rsplit("\n", 1)[-1].removeprefix("user: "))
+        conversation = Conversation(self.engine, ChatSettings())
+        self.chat = Chat(conversation, cast(Screen, self.screen), ConfigFile(config), sessions=sessions)
+
+    def take(self, text: str) -> list[str]:
+        """What is said to the input, without the replies."""
+        self.screen.lines.clear()
+        self.chat.take(text)
+        # It would keep the cache after a while.
+        self.chat.close()
+        return self.screen.lines
+
+    def contents(self) -> list[str]:
+        """What the conversation consists of."""
+        return [turn.content for turn in self.chat.conversation.turns]
+
+    def complete(self, name: str, typed: str) -> list[str]:
+        """What a command offers."""
+        return [*COMMANDS[name].complete(self.chat, typed)]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[SessionStore]:
+    opened = SessionStore.open(tmp_path / "sessions")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def talk(store: SessionStore, tmp_path: Path) -> Talk:
+    return Talk(store, tmp_path / "config.toml")
+
+
+@pytest.fixture
+def other(store: SessionStore, tmp_path: Path) -> Talk:
+    return Talk(store, tmp_path / "config.toml")
+
+
+def test_naming_before_and_after_the_first_message(talk: Talk, store: SessionStore) -> None:
+    """Guards: a name given too early, which is lost."""
+    assert talk.take("/save") == ["this session is kept from its first message on"]
+    assert talk.take("/save Big plans") == ["this session is kept as Big plans from its first message on"]
+    assert store.names() == []
+    talk.take("hello")
+    assert store.names() == ["Big plans"]
+    assert talk.take("/save") == ["this session is Big plans, kept up to here and from here on"]
+    assert talk.take("/save Small plans") == ["this session is Small plans, kept up to here and from here on"]
+    assert store.names() == ["Small plans"]
+
+
+def test_going_from_one_session_to_another(talk: Talk, store: SessionStore) -> None:
+    """Guards: turns of one session that end up in another."""
+    talk.take("first")
+    talk.take("/save One")
+    talk.take("/clear")
+    talk.take("second")
+    assert talk.take("/load one")[-1] == "One: 2 messages"
+    assert talk.contents() == ["first", "Echo first"]
+    assert talk.take("/load 1") == ["One is what you are in"]
+    talk.take("third")
+    assert talk.take("/load 2")[-1] == "chat-2: 2 messages"
+    assert talk.contents() == ["second", "Echo second"]
+    assert talk.take("/load tow")[0] == "there is no session tow"
+    assert talk.take("/load")[0].startswith("which session?")
+    assert store.find("One").load("fake").turns[-1].content == "Echo third"
+
+
+def test_the_list(talk: Talk) -> None:
+    """Guards: a list without what tells sessions apart, or without an end."""
+    assert talk.take("/sessions") == ["no sessions yet"]
+    for number in range(1, 33):
+        talk.take("/clear")
+        talk.take(f"message {number}")
+    lines = talk.take("/sessions")
+    assert len(lines) == 31
+    assert lines[0].startswith("*32 | chat-32 | message 32 | 2 messages, fake, 20")
+    assert lines[1].startswith(" 31 | chat-31 | message 31 | 2 messages, fake, 20")
+    assert lines[-1] == "and 2 older ones: /sessions all"
+    assert len(talk.take("/sessions all")) == 32
+    assert talk.take("/sessions some")[0] == "/sessions some: what is that?"
+
+
+def test_renaming_this_session_and_others(talk: Talk, other: Talk, store: SessionStore) -> None:
+    """Guards: the wrong one renamed; a chat that goes on under its old name."""
+    talk.take("a")
+    other.take("b")
+    assert talk.take("/rename My ideas") == ["chat-1 is now My ideas"]
+    assert talk.take("/rename my ideas Better ideas") == ["My ideas is now Better ideas"]
+    assert talk.take("/rename chat-2 Theirs") == ["chat-2 is now Theirs"]
+    assert talk.take("/rename 2 Theirs again") == ["Theirs is now Theirs again"]
+    assert other.chat.status().session == "Theirs again"
+    assert talk.take("/rename 99 bottles") == ["Better ideas is now 99 bottles"]
+    assert talk.take("/rename theirs AGAIN")[0] == "there is a session theirs AGAIN already"
+    assert talk.take("/rename Theirs again Theirs again") == ["Theirs again is now Theirs again"]
+    assert talk.take("/rename")[0] == "a session needs a name"
+
+
+def test_deleting_asks(talk: Talk, store: SessionStore) -> None:
+    """Guards: a session gone by a slip of the fingers; a deleted one that the chat stores again."""
+    talk.take("first message")
+    talk.take("/clear")
+    talk.take("second message")
+    talk.screen.yes = False
+    assert talk.take("/delete chat-1") == [
+        "Delete chat-1 (2 messages: “first message”) for good?",
+        "nothing was deleted",
+    ]
+    talk.screen.yes = True
+    assert talk.take("/delete chat-1")[-1] == "chat-1 is deleted"
+    assert talk.contents() == ["second message", "Echo second message"]
+    assert talk.take("/delete chat-2")[-1] == "chat-2 is deleted: a new conversation"
+    assert talk.contents() == []
+    talk.take("/save")
+    assert store.names() == []
+    talk.take("third")
+    assert store.names() == ["chat-3"]
+    assert talk.take("/delete")[0].startswith("which session?")
+
+
+def test_searching(talk: Talk) -> None:
+    """Guards: hits without a way to their session."""
+    talk.take("混合专家模型 is a mixture of experts")
+    talk.take("/clear")
+    talk.take("dense")
+    lines = talk.take("/search 专家 mixture")
+    assert [line.rpartition(",")[0] for line in lines] == [
+        "chat-1 | reply: Echo 混合专家模型 is a mixture of experts | turn 2",
+        "chat-1 | you: 混合专家模型 is a mixture of experts | turn 1",
+    ]
+    assert talk.take("/search sparse") == ["nothing found"]
+    assert talk.take('/search "') == ["nothing found"]
+    assert talk.take("/search")[0] == "what are you looking for?"
+
+
+def test_forking(talk: Talk, store: SessionStore) -> None:
+    """Guards: a fork that changes its original, or is read again."""
+    assert talk.take("/fork")[0] == "there is nothing to fork yet"
+    talk.take("common")
+    said = talk.take("/fork")[-1]
+    assert said == "this is now chat-1 2; chat-1 stays as it is: /load chat-1 goes back to it"
+    talk.take("only here")
+    reply = talk.engine.requests[-1].prompt[1]
+    assert isinstance(reply, Message)
+    assert reply.token_ids == talk.engine.encode("Echo common")
+    assert talk.take("/fork chat-1")[0] == "there is a session chat-1 already"
+    talk.take("/fork Third")
+    assert store.names()[0] == "Third"
+    assert len(store.find("chat-1").load("").turns) == 2
+    assert len(store.find("Third").load("").turns) == 4
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_without_history_nothing_is_kept(name: str, tmp_path: Path) -> None:
+    """Guards: a command that pretends to keep something, or a traceback."""
+    talk = Talk(None, tmp_path / "config.toml")
+    talk.take("a")
+    assert talk.take(f"/{name} x") == ["nothing is kept of this chat", "without --no-history it would be"]
+    assert talk.complete(name, "x") in ([], ["all"])
+
+
+def test_names_are_completed(talk: Talk, store: SessionStore) -> None:
+    """Guards: names with spaces that are completed at the wrong place; keys that raise errors."""
+    for name in ("My plans for May", "my notes", "other"):
+        talk.take("/clear")
+        talk.take("/save " + name)
+        talk.take("x")
+    assert talk.complete("load", "") == ["other", "my notes", "My plans for May"]
+    assert talk.complete("load", "MY") == ["my notes", "My plans for May"]
+    assert talk.complete("delete", "my p") == ["plans for May"]
+    assert talk.complete("rename", "my plans ") == ["for May"]
+    assert talk.complete("sessions", "") == ["all"]
+    assert talk.complete("load", "none") == []
+    store.close()
+    assert talk.complete("load", "") == []
