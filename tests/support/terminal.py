@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import os
 import pty
@@ -13,6 +14,7 @@ import sys
 import termios
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -30,8 +32,9 @@ class Terminal:
         *,
         columns: int = 100,
         lines: int = 40,
+        folder: Path | None = None,
     ) -> None:
-        self._master, slave = pty.openpty()
+        self.master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
         values = {
             **os.environ,
@@ -45,10 +48,12 @@ class Terminal:
             stdout=slave,
             stderr=slave,
             env={name: value for name, value in values.items() if value},
+            cwd=folder,
             start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )
         os.close(slave)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.raw = ""
         self._seen = 0
 
@@ -59,7 +64,7 @@ class Terminal:
 
     def send(self, text: str) -> None:
         """Send keys."""
-        os.write(self._master, text.encode())
+        os.write(self.master, text.encode())
 
     def paste(self, text: str) -> None:
         """Send text as a terminal sends a paste to a program that asked for bracketed ones."""
@@ -84,17 +89,22 @@ class Terminal:
         return _CONTROLS.sub("", self.raw).replace("\r", "")
 
     def _read(self, seconds: float) -> bool:
-        if not select.select([self._master], [], [], seconds)[0]:
+        if not select.select([self.master], [], [], seconds)[0]:
             return False
         try:
-            chunk = os.read(self._master, 65536)
+            chunk = os.read(self.master, 65536)
         except OSError:  # Linux's way of saying that the child's side is closed
             return False
-        self.raw += chunk.decode("utf-8", "replace")
+        text = self._decoder.decode(chunk)
+        self.raw += text
+        self.took(text)
         if b"\x1b[6n" in chunk:
             # Where is the cursor? At the top, as far as this terminal knows.
             self.send("\x1b[1;1R")
         return bool(chunk)
+
+    def took(self, text: str) -> None:
+        """Called with all output; for those who draw it."""
 
     def ending(self, seconds: float = 120) -> int:
         """Wait for the end; the exit status."""
@@ -111,4 +121,4 @@ class Terminal:
     ) -> None:
         self._child.kill()
         self._child.wait()
-        os.close(self._master)
+        os.close(self.master)

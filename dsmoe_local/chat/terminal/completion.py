@@ -26,7 +26,7 @@ class Choice:
 
 
 Complete: TypeAlias = Callable[[str], Iterable[Choice]]
-"""Takes what is typed up to the cursor. Called in a thread of its own."""
+"""Takes what is typed up to the cursor; quick, and called in the thread that reads keys."""
 
 
 def nothing(before: str) -> Iterable[Choice]:
@@ -66,7 +66,8 @@ def _names(start: str, commands: Commands) -> Iterator[Choice]:
         # A command is offered once, by its own name where that will do.
         word = next((word for word in words if word.startswith(start)), None)
         if word is not None:
-            yield Choice(word, len(start), command.help, f"/{word} {command.arguments}".rstrip())
+            text = f"{word} " if command.arguments else word
+            yield Choice(text, len(start), command.help, f"/{word} {command.arguments}".rstrip())
 
 
 def _command(word: str, commands: Commands) -> Command | None:

@@ -60,8 +60,8 @@ def wipe(frame: Frame | None, columns: int, *, reflows: bool = True) -> str:
     if frame is None:
         return ""
     rows = rows_taken(frame, columns, reflows=reflows)
-    # Row by row: some terminals take what is erased as a whole from the first row on for worth keeping. The way
-    # back is remembered, not counted: in a lower window there may be fewer rows below.
+    # Row by row: what is erased as a whole, from the first row on, some terminals keep in their scrollback.
+    # The way back is remembered, not counted: a window that got lower may have fewer rows below.
     erase = _down(1).join([_ERASE_LINE] * rows)
     return f"\r{_up(_rows_to_cursor(frame, columns, reflows=reflows))}{_SAVE_CURSOR}{erase}{_RESTORE_CURSOR}"
 
@@ -79,13 +79,13 @@ def rows_printed(text: str, columns: int) -> int:
 
 
 def _paint(old: Frame | None, new: Frame, above: str, *, reflows: bool) -> Iterator[str]:
+    if old == new and not above:
+        return
+    yield _BEGIN
     if old is not None and (old.columns, old.rows) != (new.columns, new.rows):
         # In a lower window some terminals drop what is below the cursor.
         yield wipe(old, new.columns, reflows=reflows)
         old = None
-    if old == new and not above:
-        return
-    yield _BEGIN
     if old is None or above:
         yield from _print(old, above, new.columns)
         yield from _write_all(new.lines)

@@ -230,6 +230,10 @@ class Interface:
         if self._interrupted_at is None:
             self._stop()
 
+    def complete(self) -> None:
+        """Tab."""
+        self._layout.complete()
+
     def take_back(self) -> None:
         """The last message that waits becomes the input again."""
         self.input.document = Document(self._queued.pop())
@@ -254,8 +258,12 @@ class Interface:
         """Ctrl-Z: stop, as a job of the shell; drawn again when it goes on."""
 
         async def work() -> None:
+            loop = asyncio.get_running_loop()
             async with self._free_terminal():
+                # Drawn again in any case: the signal that lets it go on is not for `_come_back`.
+                loop.remove_signal_handler(signal.SIGCONT)
                 os.kill(0, signal.SIGTSTP)
+                loop.add_signal_handler(signal.SIGCONT, self._come_back)
 
         self._do(work())
 

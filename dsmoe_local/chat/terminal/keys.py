@@ -27,6 +27,7 @@ class Actions(Protocol):
     def answer_typed(self) -> None: ...
     def interrupt(self) -> None: ...
     def leave(self) -> None: ...
+    def complete(self) -> None: ...
     def take_back(self) -> None: ...
     def open_editor(self) -> None: ...
     def suspend(self) -> None: ...
@@ -43,7 +44,7 @@ def key_bindings(actions: Actions) -> KeyBindings:
         ("enter", typing, lambda: _enter(actions)),
         ("escape enter", typing, lambda: actions.input.newline(copy_margin=False)),
         ("c-j", typing, lambda: actions.input.newline(copy_margin=False)),
-        ("tab", typing, lambda: _complete(actions.input)),
+        ("tab", typing, actions.complete),
         ("c-d", blank, actions.leave),
         ("up", queued, actions.take_back),
         ("c-x c-e", typing, actions.open_editor),
@@ -82,16 +83,6 @@ def _enter(actions: Actions) -> None:
         buffer.newline(copy_margin=False)
     else:
         actions.enter()
-
-
-def _complete(buffer: Buffer) -> None:
-    state = buffer.complete_state
-    if state is None or not state.completions:
-        buffer.start_completion(insert_common_part=True)
-        return
-    buffer.complete_next()
-    if len(state.completions) == 1:
-        buffer.complete_state = None
 
 
 def _interrupt(actions: Actions) -> None:

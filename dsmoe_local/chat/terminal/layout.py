@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from prompt_toolkit.application import get_app
-from prompt_toolkit.buffer import Buffer
-from prompt_toolkit.completion import CompleteEvent, Completer, Completion, ThreadedCompleter
-from prompt_toolkit.document import Document
+from prompt_toolkit.buffer import Buffer, CompletionState
+from prompt_toolkit.completion import Completion, get_common_complete_suffix
 from prompt_toolkit.filters import Condition, has_completions
 from prompt_toolkit.formatted_text import AnyFormattedText, StyleAndTextTuples
 from prompt_toolkit.history import History
@@ -28,6 +27,7 @@ from prompt_toolkit.styles import Style
 from prompt_toolkit.widgets import SearchToolbar
 from rich.cells import cell_len, set_cell_size
 
+from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.chat.terminal.completion import Complete
 from dsmoe_local.chat.terminal.status import shorten
@@ -41,9 +41,8 @@ STYLE = Style.from_dict(
         "bar.model": "ansibrightblack bold",
         "bar.filling": "ansiyellow",
         "bar.full": "ansired",
-        "menu": "",
-        "menu.help": "ansibrightblack",
-        "menu.selected": "reverse",
+        "offer.help": "ansibrightblack",
+        "offer.selected": "reverse",
         "search-toolbar": "ansibrightblack",
         "incsearch": "underline",
         "incsearch.current": "underline",
@@ -71,13 +70,13 @@ class ChatLayout:
         question: Callable[[], str],
     ) -> None:
         self._question = question
+        self._choices = complete
         self.input = Buffer(
             name="input",
             multiline=True,
             history=history,
-            completer=ThreadedCompleter(_Choices(complete)),
-            complete_while_typing=Condition(self._names_a_command),
         )
+        self.input.on_text_insert += lambda _: self._offer_commands()
         self.answer = Buffer(name="answer", multiline=False)
         self.search = SearchToolbar(
             backward_search_prompt="history: ", forward_search_prompt="history, newer: ", ignore_case=True
@@ -126,23 +125,42 @@ class ChatLayout:
 
         return Window(self._answer_control, height=1, dont_extend_height=True, get_line_prefix=prefix)
 
-    def _names_a_command(self) -> bool:
+    def complete(self) -> None:
+        """Tab: complete as far as it is clear, then offer what there is, then go through that."""
+        offered = self.input.complete_state
+        if offered is not None and len(offered.completions) > 1:
+            self.input.complete_next()
+            return
+        found = self._completions()
+        if len(found) == 1:
+            self.input.apply_completion(found[0])
+        elif found:
+            self.input.insert_text(get_common_complete_suffix(self.input.document, found))
+            self._offer(self._completions())
+
+    def _offer_commands(self) -> None:
+        """While a command's name is typed, what it could be is shown."""
         text = self.input.text
-        return text.startswith("/") and not any(character.isspace() for character in text)
+        if text.startswith("/") and not any(character.isspace() for character in text):
+            self._offer(self._completions())
 
+    def _offer(self, completions: list[Completion]) -> None:
+        self.input.complete_state = CompletionState(self.input.document, completions) if completions else None
 
-class _Choices(Completer):
-    def __init__(self, complete: Complete) -> None:
-        self._complete = complete
-
-    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
-        for choice in self._complete(document.text_before_cursor):
-            yield Completion(
+    def _completions(self) -> list[Completion]:
+        try:
+            found = list(self._choices(self.input.document.text_before_cursor))
+        except DsmoeError:
+            return []
+        return [
+            Completion(
                 choice.text,
                 -choice.replaces,
                 display=safe_line(choice.shown or choice.text),
                 display_meta=safe_line(choice.help),
             )
+            for choice in found
+        ]
 
 
 def menu(buffer: Buffer, columns: int) -> StyleAndTextTuples:
@@ -159,10 +177,11 @@ def menu(buffer: Buffer, columns: int) -> StyleAndTextTuples:
         name = set_cell_size(shorten(each.display_text, width), width)
         rest = columns - width - 5
         note = shorten(each.display_meta_text, rest) if each.display_meta_text and rest > 5 else ""
-        style = "class:menu.selected" if number == selected else "class:menu"
+        style = "class:offer.selected" if number == selected else "class:offer"
         lines += [("", "\n" if lines else ""), ("", "  "), (style, name)]
-        lines += [("", "  "), ("class:menu.help", note)] if note else []
-    return lines
+        lines += [("", "  "), ("class:offer.help", note)] if note else []
+    below = len(state.completions) - first - len(shown)
+    return [*lines, ("class:offer.help", f"\n  … {below} more")] if below else lines
 
 
 def _lines(content: Callable[[], StyleAndTextTuples]) -> ConditionalContainer:

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 
 _SECONDS_BETWEEN = 0.05
 _MOST_AT_ONCE = 8192  # characters of a reply between two looks at the keys
@@ -26,30 +27,31 @@ class Mailbox:
         self._paused = False
 
     def post(self, item: str | Action) -> None:
-        """Leave an action, or a piece of a reply. From any thread."""
+        """Leave an action, or a piece of a reply, which can wait a little for more. From any thread."""
         self._posted.append(item)
-        if not self._awake.is_set():
-            self._wake()
+        if not isinstance(item, str):
+            self._call(self._take)
+        elif not self._awake.is_set():
+            self._awake.set()
+            self._call(self._schedule)
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Take what was posted, and all that will be, in this loop."""
         self._loop = loop
-        self._wake()
+        self._call(self._take)
 
     def pause(self, paused: bool) -> None:
         """Whether the screen is somebody else's now; what is posted waits."""
         self._paused = paused
         if not paused:
-            self._wake()
+            self._call(self._take)
 
-    def _wake(self) -> None:
+    def _call(self, function: Action) -> None:
         if self._loop is None:
             return
-        self._awake.set()
-        try:
-            self._loop.call_soon_threadsafe(self._schedule)
-        except RuntimeError:
-            return  # the loop is over, and nothing is drawn any more
+        # Without a loop any more nothing is drawn any more.
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(function)
 
     def _schedule(self) -> None:
         assert self._loop is not None
@@ -58,7 +60,7 @@ class Mailbox:
     def _take(self) -> None:
         assert self._loop is not None
         self._awake.clear()
-        if self._paused:
+        if self._paused or not self._posted:
             return
         room = _MOST_AT_ONCE
         pieces: list[str] = []

@@ -14,7 +14,7 @@ _CELLS = 8
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 _SEPARATOR = "  ·  "
 # Parts that are left out where the window is too narrow, the least needed first.
-_LEAST_NEEDED = ("note", "speed", "session", "meter", "model")
+_LEAST_NEEDED = ("note", "speed", "session", "meter", "word", "model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,8 @@ def bar(status: Status, columns: int) -> StyleAndTextTuples:
     """The line in `columns` cells, with the parts left out that do not fit."""
     parts = dict(_parts(status))
     for name in ("", *_LEAST_NEEDED):
+        if name == "word":
+            parts["context"] = parts.get("context", [])[-1:]
         parts.pop(name, None)
         if _width(parts) <= columns:
             break
@@ -52,7 +54,7 @@ def _parts(status: Status) -> Iterator[tuple[str, StyleAndTextTuples]]:
         share = min(1.0, status.n_used / status.n_context)
         style = "class:bar.full" if share > 0.9 else "class:bar.filling" if share > 0.75 else "class:bar"
         yield "meter", [(style, _meter(share))]
-        yield "context", [(style, f"context {status.n_used:,}/{status.n_context:,}")]
+        yield "context", [(style, "context "), (style, f"{status.n_used:,}/{status.n_context:,}")]
     if status.tokens_per_second >= 0.05:
         digits = 0 if status.tokens_per_second >= 10 else 1
         yield "speed", [("class:bar", f"{status.tokens_per_second:.{digits}f} tokens/s")]

@@ -1,0 +1,256 @@
+"""What the full terminal shows, screen by screen; support/screens.py says how to renew the golden ones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from support.screens import ScreenTerminal
+from support.terminal import ALT_ENTER, CTRL_C, CTRL_D, ENTER
+from support.tmux import Tmux, needs_tmux
+
+CHAT = ["-m", "support.terminal_chat"]
+Start = Callable[..., ScreenTerminal]
+
+
+@pytest.fixture
+def chat(tmp_path: Path) -> Iterator[Start]:
+    """Starts chats, in a folder of their own."""
+    started: list[ScreenTerminal] = []
+
+    def start(*arguments: str, columns: int = 80, lines: int = 24, **environment: str) -> ScreenTerminal:
+        terminal = ScreenTerminal(
+            [*CHAT, *arguments], environment, columns=columns, lines=lines, folder=tmp_path
+        )
+        started.append(terminal)
+        terminal.wait_screen("context 0/2,048")
+        return terminal
+
+    yield start
+    for terminal in started:
+        terminal.__exit__(None, None, None)
+
+
+def test_first_prompt(chat: Start) -> None:
+    """Guards: a prompt that is not where it should be, or a bar without what it is for."""
+    chat().check("first_prompt")
+
+
+def test_markdown_with_code_and_chinese(chat: Start) -> None:
+    """Guards: Markdown shown as its source, a table out of line behind wide characters, lost blank lines."""
+    terminal = chat(lines=36)
+    terminal.send("/reply markdown" + ENTER)
+    terminal.check("markdown")
+
+
+def test_markdown_amid_a_reply(chat: Start) -> None:
+    """Guards: an open block that is not shown before it is final, or twice once it is."""
+    terminal = chat(lines=36)
+    terminal.send("/reply table" + ENTER)
+    terminal.check("markdown_open")
+    terminal.send(CTRL_C)
+    terminal.check("markdown_stopped")
+
+
+def test_reply_longer_than_the_screen(chat: Start) -> None:
+    """Guards: lines drawn again in the scrollback, or lost on their way there."""
+    terminal = chat(lines=16)
+    terminal.send("/reply long" + ENTER)
+    terminal.wait_screen(r"60\. a line[^\n]*\n\n>\n")
+    numbers = re.findall(r"(?m)^(\d+)\. a line of the long reply$", terminal.whole_text())
+    assert numbers == [str(number) for number in range(1, 61)]
+    assert terminal.whole_text().count("context") == 2  # in the greeting and in the bar
+
+
+def test_block_longer_than_the_screen(chat: Start) -> None:
+    """Guards: an open block that pushes its own beginning into the scrollback, where it stays for good."""
+    terminal = chat(columns=40, lines=10)
+    terminal.send("/reply wide" + ENTER)
+    terminal.wait_screen("context 40/2,048")
+    assert "十" not in terminal.whole_text().removesuffix(terminal.screen_text())
+    terminal.send(CTRL_C)
+    terminal.wait_screen("stopped")
+    assert terminal.whole_text().count("十") == 12
+
+
+def test_resize_amid_a_reply(chat: Start) -> None:
+    """Guards: remains of what was drawn before, on a terminal that cuts lines off."""
+    terminal = chat(columns=90)
+    terminal.send("/reply halt" + ENTER)
+    terminal.wait_screen("so it wraps")
+    terminal.send("typed meanwhile")
+    terminal.wait_screen("typed meanwhile")
+    for columns, lines in ((50, 24), (70, 24), (40, 26), (50, 26)):
+        terminal.resize(columns, lines)
+        terminal.until(lambda text, columns=columns: max(map(len, text.split("\n"))) <= columns)  # type: ignore[misc]
+    terminal.check("resized", whole=True)
+    terminal.send(CTRL_C)
+    terminal.check("resized_stopped", whole=True)
+
+
+@needs_tmux
+@pytest.mark.parametrize("reply", ["halt", "table", "wide"])
+def test_resize_where_lines_are_wrapped_anew(reply: str, tmp_path: Path) -> None:
+    """Guards: copies of the input or of the open block that a new width leaves in the scrollback."""
+    with Tmux(CHAT, tmp_path, columns=90) as tmux:
+        tmux.wait_for("context 0/2,048")
+        tmux.send("/reply long", "Enter", f"/reply {reply}", "Enter")
+        tmux.wait_for("so it wraps|一二三|16B")
+        tmux.send("typed meanwhile")
+        tmux.wait_for("typed meanwhile")
+        for columns, lines in ((60, 24), (41, 24), (77, 24), (40, 20), (90, 14), (33, 24), (90, 24)):
+            tmux.resize(columns, lines)
+            tmux.wait_for(r"typed meanwhile\nSmolLM2 135M.* [0-9,]+/2,048")
+        tmux.send("C-c")
+        tmux.wait_for(r"stopped.*\n\n*> typed meanwhile\nSmolLM2")
+        whole = tmux.whole()
+    assert whole.count("typed meanwhile") == 1
+    assert whole.count("SmolLM2 135M") == 2  # in the greeting and in the bar
+    assert len(re.findall(r"(?m)^\d+\. a line of the long reply$", whole)) == 60
+    once = {"halt": "A second one", "table": "16.4B", "wide": "一二三四五六七八九十" * 12}
+    assert whole.replace("\n", "").count(once[reply]) == 1
+
+
+def test_paste_of_300_lines(chat: Start) -> None:
+    """Guards: a paste that sends itself, an input that fills the screen, a cursor that cannot be seen."""
+    terminal = chat()
+    terminal.paste("\n".join(f"line {number}" for number in range(1, 301)))
+    terminal.check("paste")
+    terminal.send(ENTER)
+    terminal.wait_screen(r"line 300\n\n>\n")
+    assert re.findall(r"(?m)^[> ] line (\d+)$", terminal.whole_text()) == [str(n) for n in range(1, 301)]
+
+
+def test_forty_columns(chat: Start) -> None:
+    """Guards: lines that are cut off in a narrow window, a bar without the context."""
+    terminal = chat(columns=40, lines=36)
+    terminal.send("/reply markdown" + ENTER)
+    terminal.wait_screen("is not")
+    terminal.send("an input that is longer than forty columns are wide")
+    terminal.check("forty_columns")
+
+
+def test_no_colour(chat: Start) -> None:
+    """Guards: colours against NO_COLOR."""
+    terminal = chat(lines=36, NO_COLOR="1")
+    terminal.send("/reply markdown" + ENTER)
+    terminal.check("markdown")
+    terminal.send("/error" + ENTER)
+    terminal.wait_screen("do that")
+    assert not re.search(r"\x1b\[[0-9;]*(?:[34][0-8]|9[0-7]|10[0-7])[;m]", terminal.raw)
+
+
+def test_colour(chat: Start) -> None:
+    """Guards: the test above passing because there are no colours at all."""
+    terminal = chat(lines=36)
+    terminal.send("/reply markdown" + ENTER)
+    terminal.check("markdown")
+    assert re.search(r"\x1b\[[0-9;]*3[0-7][;m]", terminal.raw)
+
+
+def test_keys_appear_while_a_reply_hangs(chat: Start) -> None:
+    """Guards: keys that wait for the reply: this one ends only after they were seen."""
+    terminal = chat()
+    terminal.send("/reply halt" + ENTER)
+    terminal.wait_screen("so it wraps")
+    for count in range(1, 6):
+        terminal.send("k")
+        terminal.wait_screen(rf"(?m)^> {'k' * count}$")
+    assert "stopped" not in terminal.screen_text()
+
+
+def test_messages_wait_in_line(chat: Start) -> None:
+    """Guards: a message sent during a reply that is lost, comes too early, or cannot be taken back."""
+    terminal = chat()
+    terminal.send("/reply halt" + ENTER)
+    terminal.wait_screen("so it wraps")
+    terminal.send("first" + ENTER + "second" + ENTER + "third" + ENTER)
+    terminal.check("queue")
+    terminal.send("\x1b[A")
+    terminal.wait_screen("(?m)^> third$")
+    terminal.send(CTRL_C)
+    terminal.check("queue_sent")
+
+
+def test_interruption_at_the_prompt(chat: Start) -> None:
+    """Guards: Ctrl-C at the prompt ending the chat, or keeping the line."""
+    terminal = chat()
+    terminal.send("half a li")
+    terminal.wait_screen("half a li")
+    terminal.send(CTRL_C)
+    terminal.check("interrupted_prompt")
+    terminal.send("next" + ENTER)
+    terminal.wait_screen(r"> next\n\nnext\n\n>\n")
+    assert "leaves" not in terminal.screen_text()
+
+
+def test_interruption_while_the_prompt_is_read(chat: Start) -> None:
+    """Guards: reading that shows nothing, or cannot be stopped."""
+    terminal = chat()
+    terminal.send("/prompt" + ENTER)
+    terminal.check("reading")
+    terminal.send(CTRL_C)
+    terminal.wait_screen(r"> /prompt\n\n\[stopped\]\n\n>\n")
+
+
+def test_lines_and_blocks(chat: Start) -> None:
+    """Guards: Alt-Enter or Ctrl-J sending; a block sent at its first line."""
+    terminal = chat()
+    terminal.send("one" + ALT_ENTER + "two\nthree" + ENTER)
+    terminal.wait_screen(r"> one\n  two\n  three\n")
+    terminal.send('"""' + ENTER + "a" + ENTER + 'b"""' + ENTER)
+    terminal.wait_screen(r'> """\n  a\n  b"""\n')
+
+
+def test_completion(chat: Start) -> None:
+    """Guards: commands, their words or files that are not offered, or an offer that hides what is typed."""
+    terminal = chat()
+    (Path(f"/proc/{terminal.pid}/cwd").resolve() / "a file.txt").touch()
+    terminal.send("/")
+    terminal.check("commands")
+    terminal.send("de\t")
+    terminal.wait_screen(r"(?m)^> /delete$")
+    terminal.send(CTRL_C + "/reply ha\t")
+    terminal.wait_screen(r"> /reply hal\n  half\n  halt\n")
+    terminal.send("\t\t")
+    terminal.wait_screen("> /reply halt\n")
+    terminal.send(CTRL_C + "see @a\t")
+    terminal.wait_screen('> see @"a file.txt"')
+
+
+def test_questions(chat: Start) -> None:
+    """Guards: a question answered by what was typed for something else, or an answer taken for a message."""
+    terminal = chat()
+    for keys, answer in ((f"y{ENTER}", "gone"), (ENTER, "kept"), (CTRL_C, "kept"), (CTRL_D, "kept")):
+        terminal.send("/delete x" + ENTER)
+        terminal.wait_screen(r"delete x\? \[y/N\]")
+        terminal.send(keys)
+        terminal.wait_screen(rf"{answer}\n\n>\n")
+        terminal.send("\x0c")
+        terminal.wait_gone(answer)
+
+
+def test_panel_and_notes(chat: Start) -> None:
+    """Guards: a panel that stays, a note in the middle of a paragraph."""
+    terminal = chat()
+    terminal.send("/panel" + ENTER)
+    terminal.check("panel")
+    terminal.send(CTRL_C)
+    terminal.wait_gone("layer")
+    terminal.send("/note" + ENTER)
+    terminal.wait_screen(
+        r"> /note\n\nthe oldest turn has left the context\n\na reply\n\nthat goes on\nanother one has\n\n>\n"
+    )
+
+
+def test_control_sequences_are_inert(chat: Start) -> None:
+    """Guards: a model or a paste that clears the screen, sets the title or turns the line around."""
+    terminal = chat()
+    terminal.paste("\x9b2J\u202e[red]x[/red]\x1b]0;title\x07")
+    terminal.wait_screen("x")
+    terminal.send(ENTER)
+    terminal.wait_screen(r"(?s)title.*title.*\n>\n")
+    assert not re.search("\x9b|\u202e|\x1b\\]", terminal.raw)
+    assert "[red]x[/red]" in terminal.screen_text()

@@ -1,0 +1,112 @@
+"""What a program on a pseudo-terminal shows: the screen and what scrolled out of it, by pyte; golden screens.
+
+The golden screens are the files in tests/chat/golden. `GOLDEN_SCREENS=write pytest FILE` writes those of a
+test file anew; look at what changed before you commit it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fcntl
+import os
+import re
+import struct
+import termios
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyte
+
+from support.terminal import Terminal
+
+GOLDEN = Path(__file__).parent.parent / "chat" / "golden"
+
+# pyte cuts lines off when it gets narrower, as xterm does; a name that tells the program so.
+_ENVIRONMENT = {
+    "XTERM_VERSION": "XTerm(390)",
+    **dict.fromkeys(("TMUX", "STY", "NO_COLOR", "VISUAL", "EDITOR", "DISPLAY", "WAYLAND_DISPLAY"), ""),
+}
+
+
+class ScreenTerminal(Terminal):
+    """A Terminal that knows what is on its screen."""
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+        *,
+        columns: int = 80,
+        lines: int = 24,
+        folder: Path | None = None,
+    ) -> None:
+        self.screen = pyte.HistoryScreen(columns, lines, history=10_000, ratio=0.5)
+        self._stream = pyte.Stream(self.screen)
+        values = {**_ENVIRONMENT, **(environment or {})}
+        super().__init__(arguments, values, columns=columns, lines=lines, folder=folder)
+
+    def took(self, text: str) -> None:
+        """Draw what the program wrote."""
+        self._stream.feed(text)
+
+    def resize(self, columns: int, lines: int) -> None:
+        """Change the size of the window."""
+        self.screen.resize(lines, columns)
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+
+    def screen_text(self) -> str:
+        """The screen, without spaces at the ends of lines and empty lines at its end."""
+        return _text(self.screen.buffer[row] for row in range(self.screen.lines))
+
+    def whole_text(self) -> str:
+        """What scrolled out of the screen, and the screen."""
+        rows = [*self.screen.history.top, *(self.screen.buffer[row] for row in range(self.screen.lines))]
+        return _text(rows)
+
+    def until(self, shown: Callable[[str], bool], seconds: float = 20) -> str:
+        """Wait until the screen is as `shown` wants it; returns its text."""
+        deadline = time.monotonic() + seconds
+        while not shown(text := self.screen_text()):
+            left = deadline - time.monotonic()
+            if left <= 0 or not self._read(left):
+                raise AssertionError(f"the screen did not come to what was waited for:\n{text}")
+        return text
+
+    def wait_screen(self, pattern: str, seconds: float = 20) -> str:
+        """Wait until `pattern` is found on the screen; returns its text."""
+        return self.until(lambda text: bool(re.search(pattern, text)), seconds)
+
+    def wait_gone(self, pattern: str, seconds: float = 20) -> str:
+        """Wait until `pattern` is on the screen no more; returns its text."""
+        return self.until(lambda text: not re.search(pattern, text), seconds)
+
+    def check(self, name: str, *, whole: bool = False) -> None:
+        """Wait until the screen (`whole`: with all above it) is the golden one of that name."""
+        path = GOLDEN / f"{name}.txt"
+        content = self.whole_text if whole else self.screen_text
+        if os.environ.get("GOLDEN_SCREENS") == "write":
+            self._settle()
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(f"{content()}\n", encoding="utf-8")
+            return
+        wanted = path.read_text(encoding="utf-8").removesuffix("\n")
+        try:
+            self.until(lambda _: content() == wanted, seconds=20)
+        except AssertionError:
+            shown = content().splitlines()
+            lines = difflib.unified_diff(wanted.splitlines(), shown, "golden", "shown", lineterm="")
+            raise AssertionError(f"not the golden screen {name}:\n" + "\n".join(lines)) from None
+
+    def _settle(self) -> None:
+        while self._read(1.0):
+            pass
+
+
+def _text(rows: Iterable[Mapping[int, Any]]) -> str:
+    lines = []
+    for row in rows:
+        last = max(row, default=-1)
+        lines.append("".join(row[column].data for column in range(last + 1)).rstrip())
+    return "\n".join(lines).rstrip("\n")
