@@ -140,7 +140,7 @@ def test_killed_at_random(tmp_path: Path) -> None:
 @pytest.mark.soak
 def test_store_soak(tmp_path: Path) -> None:
     """Guards: what a dozen kills do not meet."""
-    kill_at_random(tmp_path, n_kills=500, seed=int(time.time()))
+    kill_at_random(tmp_path, n_kills=200, seed=int(time.time()))
 
 
 def kill_at_random(folder: Path, n_kills: int, seed: int) -> None:

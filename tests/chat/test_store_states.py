@@ -18,6 +18,7 @@ from dsmoe_local.base.errors import NoSpaceError
 from dsmoe_local.chat.store import states as module
 from dsmoe_local.chat.store.sessions import Session, SessionStore
 from dsmoe_local.chat.store.states import StateStore
+from dsmoe_local.engine.errors import EngineCrashError
 
 IDS = tuple(range(100, 164))
 
@@ -173,11 +174,16 @@ def test_what_cannot_be_kept_is_not(
         path.write_bytes(b"half")
         raise NoSpaceError("full")
 
+    def crash(path: Path) -> int:
+        path.write_bytes(b"half")
+        raise EngineCrashError("crashed")
+
     def fail_otherwise(path: Path) -> int:
         raise OSError(28, "full")
 
     assert not states.keep(session.number, "f", IDS, lambda path: 0)
     assert not states.keep(session.number, "f", IDS, fail)
+    assert not states.keep(session.number, "f", IDS, crash)
     assert not states.keep(session.number, "f", IDS, fail_otherwise)
     assert not states.keep(99, "f", IDS, writer())
     assert not StateStore(tmp_path, cap_bytes=4).keep(session.number, "f", IDS, writer(b"12345"))

@@ -22,6 +22,7 @@ from dsmoe_local.base.faults import reach
 from dsmoe_local.chat.store.database import Database
 from dsmoe_local.chat.store.deleting import STATES_FOLDER, remove_files
 from dsmoe_local.chat.store.rows import pack, storable, unpack
+from dsmoe_local.engine.errors import EngineError
 
 CAP_BYTES = 4 << 30
 SPARE_BYTES = 1 << 30
@@ -65,8 +66,8 @@ class StateStore:
         """Store the state of `token_ids`, in place of what the session had of this fingerprint.
 
         `write` makes a new file of that path, and returns how many of the ids it holds; 0: there is none.
-        False if nothing is stored, because of that, the room on the disk, the cap, or a session that is not
-        there.
+        False if nothing is stored: because of that or its error, the room on the disk, the cap, or a session
+        that is not there.
         """
         fingerprint = storable(fingerprint)
         with self._database() as database:
@@ -84,7 +85,7 @@ class StateStore:
             try:
                 with locked(final):
                     return self._write(database, session_number, fingerprint, token_ids, write, final)
-            except (OSError, FileError):
+            except (OSError, FileError, EngineError):
                 return False
 
     def find(self, session_number: int, fingerprint: str, token_ids: Sequence[int]) -> Path | None:
