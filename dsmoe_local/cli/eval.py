@@ -45,7 +45,13 @@ _MODELS_OWN = {"n_experts_per_token": None, "cache_type_k": "f16", "cache_type_v
 @click.command(name="eval")
 @model_argument
 @model_option
-@click.option("--text", "source", metavar="FILE|-", help="The text to predict [a built-in one].")
+@click.option(
+    "--text",
+    "source",
+    type=click.Path(allow_dash=True),
+    metavar="FILE|-",
+    help="The text to predict [a built-in one].",
+)
 @click.option(
     "--against",
     type=ModelName(),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -254,6 +256,21 @@ def test_a_stop_ends_the_measurement() -> None:
             measure(engine, windows, stopping.listen, stopping.stop)
         engine.check()
     assert not any(isinstance(event, progress.Finished) for event in stopping.events)
+
+
+def test_a_crash_is_told() -> None:
+    """Guards: a measurement that waits for ever, or goes on in a process that has seen half of the text."""
+    with EngineClient.load(options_for(exact(tiny_model()), N_CONTEXT)) as engine:
+        killed = False
+
+        def kill(event: progress.Event) -> None:
+            nonlocal killed
+            if isinstance(event, progress.Advanced) and not killed:
+                killed = True
+                os.kill(engine.pid, signal.SIGKILL)
+
+        with pytest.raises(EngineError):
+            measure(engine, cut(), kill)
 
 
 def test_progress_adds_up() -> None:
