@@ -167,6 +167,7 @@ def keep(reference: Reference, kept: Path) -> None:
     names = [_ABOUT, _TOKENS, _PREDICTIONS, *([_CHOICES] if reference.gates else [])]
     require_space(reference.folder, sum((reference.folder / name).stat().st_size for name in names))
     try:
+        temporary.touch(0o600)  # it holds the text
         with temporary.open("wb") as file:
             with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
                 for name in names:

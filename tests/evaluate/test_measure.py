@@ -199,6 +199,7 @@ def test_a_kept_reference_is_the_same(recorded: Reference, tmp_path: Path) -> No
             (place / file.name).write_bytes(file.read_bytes())
         keep(here, kept)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["Q5_0.gguf", "kept"]
+    assert kept.stat().st_mode & 0o777 == 0o600
     with ExitStack() as stack:
         again = unpack(kept, stack.enter_context(workplace()))
         assert replace(again, folder=recorded.folder) == recorded
