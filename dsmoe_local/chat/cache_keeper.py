@@ -45,10 +45,10 @@ class CacheKeeper:
             if len(ids) < _WORTH_KEEPING or self._kept == (session.number, ids):
                 return
             engine = conversation.engine
-            self._states.keep(
+            if self._states.keep(
                 session.number, fingerprint(engine), ids, lambda path: engine.save_cache(path, ids)
-            )
-            self._kept = (session.number, ids)
+            ):
+                self._kept = (session.number, ids)
             self._states.tidy()
         except (DsmoeError, OSError):
             return

@@ -177,7 +177,7 @@ class Conversation:
         return self._events(before, keeps_question=keeps_question)
 
     def _events(self, before: list[Turn], *, keeps_question: bool) -> Iterator[Event]:
-        asked = list(self.turns)
+        asked, n_used = list(self.turns), self.n_used
         keeps = keeps_question
         try:
             if not self.completes:
@@ -197,7 +197,7 @@ class Conversation:
             raise
         finally:
             if self.turns == asked and not keeps:
-                self.turns = before
+                self.turns, self.n_used = before, n_used
 
     def _run(self) -> Iterator[Event]:
         """One request, and what came of it as a turn, also when an error or the reader ends it early."""

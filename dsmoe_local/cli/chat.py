@@ -184,8 +184,7 @@ def _open_sessions(conversing: _Conversing, open_things: ExitStack) -> _Kept:
         raise FormatError(error.what, where=error.where, remedy="--no-history chats without it") from error
     open_things.callback(sessions.close)
     if conversing.session is not None:
-        known = conversing.session in sessions.names()
-        return _Kept(sessions, sessions.find(conversing.session) if known else None, conversing.session)
+        return _Kept(sessions, sessions.named(conversing.session), conversing.session)
     if conversing.latest:
         latest = sessions.latest()
         if latest is None:

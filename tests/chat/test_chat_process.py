@@ -11,28 +11,45 @@ import pytest
 from support import hosted
 from support.models import smollm2
 from support.processes import children_of
-from support.terminal import CTRL_C, CTRL_D, ENTER, Terminal
+from support.screens import ScreenTerminal
+from support.terminal import CTRL_C, CTRL_D, ENTER
 
-PROMPT = r"context \d+/\d+"
 CHAT = "from dsmoe_local.cli.main import chat; chat()"
+HANGING = f"from dsmoe_local.engine.process import client; client.NATIVE = '{hosted.HALTING}'; {CHAT}"
 SLOW = f"from dsmoe_local.engine.process import client; client.NATIVE = '{hosted.NEVER_LOADED}'; {CHAT}"
 
 
 def test_chat_goes_on_after_a_crash() -> None:
-    """Guards: a crash of llama.cpp that ends the chat."""
-    with Terminal(["-c", CHAT, str(smollm2()), "--temp", "0", "-c", "2048"]) as terminal:
-        terminal.wait_for(PROMPT)
+    """Guards: a crash of llama.cpp that ends the chat, or loses what was said."""
+    with ScreenTerminal(["-c", CHAT, str(smollm2()), "--temp", "0", "-c", "2048"], lines=60) as terminal:
+        terminal.wait_screen(r"context 0/2,048", 60)
         terminal.send("Tell me a very long story." + ENTER)
-        terminal.wait_for(r"story\.\s+\S+ \S+ \S+")
+        terminal.wait_screen(r"story\.\n\n\S+ \S+", 60)
         (engine,) = children_of(terminal.pid)
         os.kill(engine, signal.SIGKILL)
-        terminal.wait_for(r"the engine was killed by SIGKILL")
-        terminal.wait_for(PROMPT)
-        terminal.send("What is my name?" + ENTER)
-        terminal.wait_for(r"name\?\n\s*\w+")
+        terminal.wait_screen(r"the engine was killed by SIGKILL")
+        terminal.send("/continue" + ENTER)
+        terminal.wait_screen(r"loading the model again\n\n\S+ \S+", 60)
         assert children_of(terminal.pid) != [engine]
         terminal.send(CTRL_C)
-        terminal.wait_for(PROMPT)
+        terminal.wait_screen("stopped")
+        terminal.send(CTRL_D)
+        assert terminal.ending() == 0
+
+
+def test_second_interruption_ends_an_engine_that_hangs() -> None:
+    """Guards: an engine that does not answer taking the chat with it."""
+    with ScreenTerminal(["-c", HANGING, str(smollm2())], lines=60) as terminal:
+        terminal.wait_screen(r"context 0/", 60)
+        terminal.send("hello" + ENTER)
+        terminal.wait_screen(r"hello\n\n\S+")
+        (engine,) = children_of(terminal.pid)
+        terminal.send(CTRL_C)
+        terminal.wait_screen("Ctrl-C")
+        terminal.send(CTRL_C)
+        terminal.wait_screen("error: the engine was ended")
+        with pytest.raises(ProcessLookupError):
+            os.kill(engine, 0)
         terminal.send(CTRL_D)
         assert terminal.ending() == 0
 

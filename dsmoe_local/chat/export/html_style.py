@@ -50,7 +50,8 @@ def style_sheet() -> str:
     from pygments.formatters import HtmlFormatter
 
     def colours(scheme: str, style: str) -> str:
-        rules = "\n".join(HtmlFormatter(style=style).get_token_style_defs("pre"))
+        lines: list[str] = HtmlFormatter(style=style).get_token_style_defs("pre")  # type: ignore[no-untyped-call]
+        rules = "\n".join(lines)
         return f"@media (prefers-color-scheme: {scheme}) {{\n{rules}\n}}"
 
     # The page's own rules come last: code that a lexer does not understand gets no red boxes.

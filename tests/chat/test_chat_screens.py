@@ -1,0 +1,157 @@
+"""What a whole chat shows, on a fake engine: going back and on, sessions, a full context, crashes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from support.screens import ScreenTerminal
+from support.terminal import CTRL_C, CTRL_D, ENTER
+
+Start = Callable[..., ScreenTerminal]
+
+
+@pytest.fixture
+def chat(tmp_path: Path) -> Iterator[Start]:
+    """Starts chats, in a folder of their own."""
+    started: list[ScreenTerminal] = []
+
+    def start(*arguments: str, columns: int = 80, lines: int = 30, **environment: str) -> ScreenTerminal:
+        terminal = ScreenTerminal(
+            ["-m", "support.fake_chat", *arguments],
+            environment,
+            columns=columns,
+            lines=lines,
+            folder=tmp_path,
+        )
+        started.append(terminal)
+        terminal.wait_screen(r"context \d")
+        return terminal
+
+    yield start
+    for terminal in started:
+        terminal.__exit__(None, None, None)
+
+
+def say(terminal: ScreenTerminal, text: str, shown: str) -> None:
+    """Send `text` and wait until `shown` has been printed after it, with the empty input below."""
+    terminal.send(text + ENTER)
+    terminal.wait_screen(rf"(?s)> {re.escape(text)}(?=\n).*{shown}.*\n>\n[^\n]*$")
+
+
+def test_first_run(chat: Start) -> None:
+    """Guards: a greeting that does not say what one talks with and where help is."""
+    terminal = chat()
+    say(terminal, "hello", "\nhello")
+    terminal.check("chat_first_run")
+    terminal.send(CTRL_D)
+    assert terminal.ending() == 0
+
+
+def test_again_back_otherwise_and_on(chat: Start) -> None:
+    """Guards: /regen, /undo, /edit, /continue and /fork changing other turns than they say."""
+    terminal = chat(EDITOR="sed -i s/second/changed/")
+    say(terminal, "first", "\nfirst")
+    say(terminal, "second", "\nsecond")
+    say(terminal, "/regen", "\nsecond")
+    say(terminal, "/edit", "changed")
+    say(terminal, "/undo", "forgotten: “changed”")
+    say(terminal, "/fork other", "this is now other")
+    say(terminal, "/context", "user ")
+    terminal.check("chat_again", whole=True)
+
+
+def test_stopped_and_continued(chat: Start) -> None:
+    """Guards: Ctrl-C losing what came, or the message it came before."""
+    terminal = chat()
+    terminal.send("one# two" + ENTER)
+    terminal.wait_screen(r"two\n\none")
+    terminal.send(CTRL_C)
+    terminal.wait_screen("stopped: /continue")
+    terminal.send("#never begun" + ENTER)
+    terminal.wait_screen("> #never begun")
+    terminal.wait_screen(r"never begun\n\n>\n")
+    terminal.send(CTRL_C)
+    terminal.until(lambda text: text.count("stopped: /continue") == 2)
+    say(terminal, "/context", "#never begun")
+    terminal.check("chat_stopped")
+
+
+def test_session_goes_on_after_kill_9(chat: Start) -> None:
+    """Guards: a turn that was on the screen but not on the disk; a question lost with its reply."""
+    terminal = chat()
+    say(terminal, "/save letters", "kept as letters")
+    say(terminal, "alpha", "\nalpha")
+    terminal.send("beta#gamma" + ENTER)
+    terminal.wait_screen(r"gamma\n\nbeta")
+    os.kill(terminal.pid, signal.SIGKILL)
+    terminal.ending()
+    terminal = chat("latest")
+    terminal.check("chat_resumed")
+    say(terminal, "/continue", "\nbeta")
+
+
+@pytest.mark.parametrize("on_full", ["stop", "shift", "compact"])
+def test_context_full(chat: Start, on_full: str) -> None:
+    """Guards: a conversation that is cut without a word, or that cannot go on where it was to."""
+    terminal = chat("200", lines=60)
+    say(terminal, f"/set on_full {on_full}", f"on_full {on_full}")
+    for letter in "abc":
+        say(terminal, letter * 40, rf"\n({letter * 40}|error: )")
+    terminal.check(f"chat_full_{on_full}")
+
+
+def test_crash_amid_a_reply(chat: Start) -> None:
+    """Guards: a crash that ends the chat, or one after which nobody knows what to do."""
+    terminal = chat()
+    say(terminal, "fine", "\nfine")
+    say(terminal, "half!way", "loads the model again")
+    say(terminal, "next", "\nnext")
+    terminal.check("chat_crash")
+
+
+def test_base_model(chat: Start) -> None:
+    """Guards: a conversation's format put around the text for a base model."""
+    terminal = chat("base")
+    say(terminal, "once", "\nonce")
+    terminal.send(ENTER)
+    terminal.wait_screen("onceonce")
+    say(terminal, "/system Be brief.", "takes no system text")
+    terminal.check("chat_base")
+
+
+def test_forty_columns(chat: Start) -> None:
+    """Guards: help and notices that run out of a narrow window."""
+    terminal = chat(columns=40, lines=100)
+    say(terminal, "/help", "files after @")
+    terminal.check("chat_narrow_help")
+
+
+@pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
+def test_no_colours_where_none_are_wanted(chat: Start, environment: dict[str, str]) -> None:
+    """Guards: colour codes on a dumb terminal or against NO_COLOR."""
+    terminal = ScreenTerminal(["-m", "support.fake_chat"], environment)
+    with terminal:
+        terminal.wait_screen("/help\n")
+        terminal.send("/set" + ENTER)
+        terminal.wait_screen("on_full")
+        terminal.send("**hi** `code`" + ENTER)
+        terminal.wait_screen(r"code`?\s+\S*hi\S* `?code")
+        assert not re.search(r"\x1b\[[0-9;]*3[0-7]m|\x1b\[[0-9;]*[34]8;", terminal.raw)
+        if "TERM" in environment:
+            assert "\x1b" not in terminal.raw
+
+
+def test_what_a_model_says_is_inert(chat: Start) -> None:
+    """Guards: a model that clears the screen, changes the title, or writes with Rich markup."""
+    terminal = chat()
+    before = len(terminal.raw)
+    terminal.paste("[red]x[/red]\x9b2J\u202ey")
+    terminal.send(ENTER)
+    terminal.wait_screen(r"\n\n\[red\]x\[/red\]\N{REPLACEMENT CHARACTER}2J\N{REPLACEMENT CHARACTER}y")
+    assert "\x9b" not in terminal.raw[before:]
+    assert "\u202e" not in terminal.raw[before:]
