@@ -188,7 +188,7 @@ class Interface:
         text = self.input.text
         if text.strip():
             self.input.append_to_history()
-        self.input.reset()
+        self._empty_input()
         self._hint = ""
         if not self._busy:
             self._begin(text)
@@ -217,7 +217,7 @@ class Interface:
         elif self._busy:
             self._stop()
         else:
-            self.input.reset()
+            self._empty_input()
             self._hint = "Ctrl-D or /exit leaves"
 
     def leave(self) -> None:
@@ -251,6 +251,7 @@ class Interface:
             else:
                 if text is not None:
                     self.input.document = Document(text)
+            self.app.invalidate()
 
         self._do(work())
 
@@ -279,6 +280,11 @@ class Interface:
         if text.strip():
             self.stage.echo(text)
         self._send(text)
+
+    def _empty_input(self) -> None:
+        self.input.reset()
+        # Now, not with the next drawing: the next key may be Up.
+        self.input.load_history_if_not_yet_loaded()
 
     def _stop(self) -> None:
         now = time.monotonic()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 _SECONDS_BETWEEN = 0.05
-_MOST_AT_ONCE = 8192  # characters of a reply between two looks at the keys
+_MOST_AT_ONCE = 4096  # characters of a reply between two looks at the keys
 
 Action = Callable[[], None]
 

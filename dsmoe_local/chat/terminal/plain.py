@@ -10,6 +10,7 @@ import os
 import select
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -158,13 +159,13 @@ class PlainTerminal:
             if not self._busy:
                 raise KeyboardInterrupt
             self._n_interrupts += 1
-            (cancel if self._n_interrupts == 1 else kill)()
+            _in_thread(cancel if self._n_interrupts == 1 else kill)
 
         def leave(number: int, frame: FrameType | None) -> None:
             again, self._signal = bool(self._signal), number
             if not self._busy:
                 raise EOFError
-            (kill if again else cancel)()
+            _in_thread(kill if again else cancel)
 
         handlers = {signal.SIGINT: interrupt, signal.SIGTERM: leave, signal.SIGHUP: leave}
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
@@ -209,6 +210,11 @@ class _View:
 def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def _in_thread(function: Callable[[], None]) -> None:
+    """Not in the signal handler: the thread that it interrupts may hold what `function` waits for."""
+    threading.Thread(target=function, daemon=True).start()
 
 
 def _waits(seconds: float = 0.0) -> bool:

@@ -1,0 +1,120 @@
+"""The painting of frames, on pyte: whatever is printed and drawn, nothing is lost, left or doubled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pyte
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.cells import cell_len, set_cell_size
+
+from dsmoe_local.chat.terminal.frame import Frame, paint, rows_printed, rows_taken, wipe
+
+COLUMNS, ROWS = 20, 8
+LINE = st.text("ab 专\N{THUMBS UP SIGN}", max_size=26).map(lambda text: f"x{text}y")
+# pyte does not wrap a wide character of which half fits, so lines that are wrapped have none.
+PRINTED = st.one_of(LINE.map(lambda line: _fit(line)), st.text("ab", min_size=1, max_size=60))
+LINES = st.lists(LINE, min_size=1, max_size=ROWS - 1)
+
+
+class Paper:
+    """A terminal that keeps what scrolls out of it."""
+
+    def __init__(self) -> None:
+        self.screen = pyte.HistoryScreen(COLUMNS, ROWS, history=10_000)
+        self.stream = pyte.Stream(self.screen)
+
+    def lines(self) -> list[str]:
+        rows: Iterable[Mapping[int, Any]] = [
+            *self.screen.history.top,
+            *(self.screen.buffer[row] for row in range(ROWS)),
+        ]
+        texts = ["".join(row[column].data for column in range(COLUMNS)).rstrip() for row in rows]
+        while texts and not texts[-1]:
+            texts.pop()
+        return texts
+
+
+def _fit(line: str) -> str:
+    return set_cell_size(line, min(cell_len(line), COLUMNS)).rstrip()
+
+
+def _wrapped(line: str) -> list[str]:
+    if not line.isascii():
+        return [line]
+    return [line[start : start + COLUMNS] for start in range(0, len(line), COLUMNS)]
+
+
+STEPS = st.lists(
+    st.tuples(LINES, st.integers(0, ROWS), st.lists(PRINTED, max_size=5)), min_size=1, max_size=12
+)
+
+
+@given(STEPS)
+def test_what_is_printed_stays_and_what_is_drawn_goes(steps: list[tuple[list[str], int, list[str]]]) -> None:
+    """Guards: a frame that leaves lines behind, eats printed ones, or shows what it showed before."""
+    paper = Paper()
+    before: Frame | None = None
+    printed: list[str] = []
+    for lines, row, above in steps:
+        lines = [_fit(line) for line in lines]
+        frame = Frame(tuple(lines), COLUMNS, ROWS, row % len(lines), min(3, COLUMNS - 1))
+        paper.stream.feed(paint(before, frame, "".join(f"{line}\n" for line in above)))
+        printed += [row for line in above for row in _wrapped(line)]
+        assert paper.lines() == [*printed, *lines]
+        assert paper.screen.cursor.x == min(3, COLUMNS - 1)
+        top = len(paper.screen.history.top)
+        assert paper.screen.cursor.y == len(printed) + frame.row - top
+        before = frame
+    paper.stream.feed(wipe(before, COLUMNS))
+    assert paper.lines() == [line for line in printed if printed[-1:] or line]
+
+
+def test_what_did_not_change_is_not_written() -> None:
+    """Guards: all lines written for each key, which flickers and is slow over a network."""
+    before = Frame(("first", "second", "third"), COLUMNS, ROWS, 1, 6)
+    written = paint(before, Frame(("first", "second!", "third"), COLUMNS, ROWS, 1, 7))
+    assert "second!" in written
+    assert "first" not in written
+    assert "third" not in written
+    assert paint(before, before) == ""
+
+
+def test_an_update_is_one() -> None:
+    """Guards: a terminal that shows a frame half painted though it knows synchronized updates."""
+    frame = Frame(("line",), COLUMNS, ROWS)
+    narrower = Frame(("line",), COLUMNS - 1, ROWS)
+    for written in (paint(None, frame), paint(frame, narrower, "text\n")):
+        assert written.startswith("\x1b[?2026h")
+        assert written.endswith("\x1b[?2026l")
+
+
+def test_a_frame_is_never_erased_as_a_whole() -> None:
+    """Guards: tmux, which keeps what is erased from the first row on in its scrollback."""
+    frame = Frame(("one", "two"), COLUMNS, ROWS, 1, 2)
+    written = paint(frame, Frame(("three", "four"), COLUMNS, ROWS), "x" * 50 + "\ta\tb\n")
+    assert written.index("three") < written.index("\x1b[J") < written.index("four")
+    assert "\x1b[J" not in wipe(frame, 10)
+
+
+@pytest.mark.parametrize(
+    ("line", "columns", "rows"),
+    [
+        ("", 10, 1),
+        ("a" * 10, 10, 1),
+        ("a" * 11, 10, 2),
+        ("专" * 5, 10, 1),
+        ("a" + "专" * 5, 10, 2),
+        ("专" * 9, 5, 5),
+    ],
+)
+def test_rows_of_a_line_that_is_wrapped_anew(line: str, columns: int, rows: int) -> None:
+    """Guards: wide characters at the edge counted as if they could be cut in two."""
+    frame = Frame((f"\x1b[1m{line}\x1b[0m",), 20, ROWS)
+    assert rows_taken(frame, columns) == rows
+    assert rows_taken(frame, columns, reflows=False) == 1
+    assert rows_taken(frame, 30) == 1
+    assert rows_printed(f"{line}\n{line}\n", columns) == 2 * rows
