@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 @click.argument("source", metavar="IN.gguf", type=click.Path(path_type=Path))
 @click.argument("out", metavar="[OUT.gguf]", required=False, type=click.Path(path_type=Path))
 @type_options
+@click.option(
+    "--imatrix",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Encode by what each weight counts, as dsmoe imatrix or llama-imatrix found it.",
+)
 @click.option("--allow-requantize", is_flag=True, help="Accept tensors that are quantized already.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 def command(
@@ -31,6 +37,7 @@ def command(
     pure: bool,
     threads: int | None,
     dry_run: bool,
+    imatrix: Path | None,
     allow_requantize: bool,
     force: bool,
 ) -> None:
@@ -41,6 +48,7 @@ def command(
     named. A run that was interrupted continues when the same command is given again.
     """
     from dsmoe_local.cli.render import run_with_progress, show_result
+    from dsmoe_quantize.imatrix_file import read_imatrix
     from dsmoe_quantize.quantize import default_output, plan_quantization, quantize_file
     from dsmoe_quantize.types import known_words, resolve
 
@@ -48,7 +56,13 @@ def command(
         raise UsageError("no type is given", remedy=f"--type {', '.join(known_words())}")
     choice = resolve(word)
     wishes = wishes_of(overrides, output_type, embedding_type, pure)
-    plan = plan_quantization(source, choice, wishes, allow_requantize=allow_requantize or dry_run)
+    plan = plan_quantization(
+        source,
+        choice,
+        wishes,
+        allow_requantize=allow_requantize or dry_run,
+        imatrix=read_imatrix(imatrix) if imatrix else None,
+    )
     if dry_run:
         _show(plan)
         return

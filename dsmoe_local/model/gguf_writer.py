@@ -45,10 +45,11 @@ class GgufPlan:
 
 
 def plan_gguf(metadata: Mapping[str, Field], tensors: Sequence[PlannedTensor]) -> GgufPlan:
-    """Lay out a file. `metadata` must name the architecture; empty arrays are left out: GGUF readers take a
-    missing array for an empty one, and the `gguf` package cannot write them.
+    """Lay out a file. Of a model `metadata` names the architecture; empty arrays are left out: GGUF readers
+    take a missing array for an empty one, and the `gguf` package cannot write them.
     """
-    writer = GGUFWriter(None, metadata[ARCHITECTURE_KEY].value)
+    # An empty name is not written.
+    writer = GGUFWriter(None, metadata[ARCHITECTURE_KEY].value if ARCHITECTURE_KEY in metadata else "")
     for key, field in metadata.items():
         if key == ARCHITECTURE_KEY or (field.type is GGUFValueType.ARRAY and not field.value):
             continue

@@ -83,9 +83,14 @@ def parse_override(text: str) -> Override:
 
 
 def choose_types(
-    tensors: Sequence[TensorLike], hp: Hyperparameters, choice: TypeChoice, wishes: Wishes | None = None
+    tensors: Sequence[TensorLike],
+    hp: Hyperparameters,
+    choice: TypeChoice,
+    wishes: Wishes | None = None,
+    *,
+    imatrix: bool = False,
 ) -> list[Choice]:
-    """The type of every tensor, in the order given.
+    """The type of every tensor, in the order given. `imatrix`: they are encoded with an importance matrix.
 
     Norms, routers, biases and other vectors keep the type they have, whatever is asked for. UsageError for a
     --tensor-type that matches no other tensor, and for a recipe with --pure.
@@ -95,7 +100,7 @@ def choose_types(
         raise UsageError(
             f"{choice.name} is a recipe of several types", remedy="--pure goes with a single one, as in q4_k"
         )
-    chooser = _Chooser(hp, choice, wishes, [tensor.name for tensor in tensors])
+    chooser = _Chooser(hp, choice, wishes, [tensor.name for tensor in tensors], imatrix)
     chosen = {
         tensor.name: chooser.choose(tensor)
         for tensor in sorted(tensors, key=lambda each: walk_order(each.name))
@@ -128,11 +133,15 @@ def may_change(tensor: TensorLike) -> bool:
 class _Chooser:
     """Chooses for one tensor after another, in llama.cpp's order."""
 
-    def __init__(self, hp: Hyperparameters, choice: TypeChoice, wishes: Wishes, names: list[str]) -> None:
+    def __init__(
+        self, hp: Hyperparameters, choice: TypeChoice, wishes: Wishes, names: list[str], imatrix: bool
+    ) -> None:
         self._choice = choice
         self._wishes = wishes
         self._tied = "output.weight" not in names
-        self._walk = None if isinstance(choice, FloatType | Recipe) else MixWalk(choice, hp, names)
+        self._walk = (
+            None if isinstance(choice, FloatType | Recipe) else MixWalk(choice, hp, names, imatrix=imatrix)
+        )
         self._fallbacks: Mapping[GgmlType, GgmlType] = (
             choice.fallbacks if isinstance(choice, Recipe) else FALLBACKS
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol, TypeAlias
 
@@ -50,12 +50,15 @@ class RowSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TensorJob:
-    """One tensor to write: its name and shape (slowest dimension first), the type wanted, and the weights."""
+    """One tensor to write: its name and shape (slowest dimension first), the type wanted, the weights, and
+    what each column of each matrix counts, shape (n_matrices, n_columns), if that is known.
+    """
 
     name: str
     shape: tuple[int, ...]
     target: GgmlType
     source: RowSource
+    importance: NDArray[np.float32] | None = field(default=None, compare=False)
 
     @property
     def n_columns(self) -> int:
@@ -77,6 +80,13 @@ class TensorJob:
         """Bytes in the file to write."""
         return tensor_bytes(self.target, self.shape)
 
+    def importance_at(self, row: int) -> int | None:
+        """The address of what the columns of the matrix count that this row is in."""
+        if self.importance is None:
+            return None
+        address: int = self.importance[row // self.rows_per_matrix].ctypes.data
+        return address
+
 
 @dataclass(frozen=True, slots=True)
 class Slab:
@@ -89,6 +99,12 @@ class Slab:
 def check_job(job: TensorJob) -> None:
     """UsageError if no kernel leads to the target, or its blocks do not divide the rows."""
     source, target = job.source.type, job.target
+    if job.importance is not None:
+        wanted = (job.n_rows // job.rows_per_matrix, job.n_columns)
+        if job.importance.shape != wanted or job.importance.dtype != np.float32:
+            raise ValueError(f"{job.name}: importance of the shape {job.importance.shape}, not {wanted}")
+        if not job.importance.flags.c_contiguous:
+            raise ValueError(f"{job.name}: importance must be contiguous")
     if source is target:
         return
     if source not in kernels.READABLE or target not in kernels.WRITABLE:
@@ -121,7 +137,7 @@ class _Steps:
     """How one type becomes another: neither step for a copy, both by way of f32."""
 
     decode: Callable[[int, int, int], object] | None
-    encode: Callable[[int, int, int, int], int] | None
+    encode: Callable[[int, int, int, int, int | None], int] | None
 
     @classmethod
     def between(cls, source: GgmlType, target: GgmlType) -> _Steps:
@@ -161,6 +177,7 @@ class SlabEncoder:
         piece_rows = min(slab.n_rows, max(1, PIECE_WEIGHTS // columns))
         steps = _Steps.between(source, target)
         output = raw if source is target else self._room(slab.n_rows * target_row, piece_rows * columns)
+        importance = job.importance_at(slab.first_row)
         raw_at, output_at, floats_at = raw.ctypes.data, output.ctypes.data, self._floats.ctypes.data
         for start in range(0, slab.n_rows, piece_rows):
             if stopped():
@@ -174,7 +191,7 @@ class SlabEncoder:
                 here, there = floats_at if steps.encode else into, here
                 steps.decode(there, here, rows * columns)
             if steps.encode:
-                steps.encode(here, into, rows, columns)
+                steps.encode(here, into, rows, columns, importance)
                 if not usable(output[start * target_row : (start + rows) * target_row], target):
                     raise _too_large(job, slab.first_row + start, piece)
         return output

@@ -107,8 +107,9 @@ def decoder(source: GgmlType) -> Callable[[int, int, int], object]:
     return _function(_TO_FLOAT[source], None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
 
-def encoder(target: GgmlType) -> Callable[[int, int, int, int], int]:
-    """The function (address of f32, target address, rows, columns) that writes `target`.
+def encoder(target: GgmlType) -> Callable[[int, int, int, int, int | None], int]:
+    """The function (address of f32, target address, rows, columns, address of what each column counts, as
+    f32, or None) that writes `target`.
 
     Columns must be a multiple of the block: ggml aborts the process otherwise.
     """
@@ -125,8 +126,10 @@ def encoder(target: GgmlType) -> Callable[[int, int, int, int], int]:
     )
     number = int(target)
 
-    def encode(source_address: int, target_address: int, n_rows: int, n_columns: int) -> int:
-        return chunk(number, source_address, target_address, 0, n_rows, n_columns, None)
+    def encode(
+        source_address: int, target_address: int, n_rows: int, n_columns: int, importance: int | None
+    ) -> int:
+        return chunk(number, source_address, target_address, 0, n_rows, n_columns, importance)
 
     return encode
 

@@ -1,8 +1,7 @@
 """llama.cpp's mixes as data: which tensor gets which type, for the architectures deepseek and llama.
 
 Read from src/llama-quant.cpp of llama.cpp (llama_tensor_get_type and what it calls); the tests hold every mix
-against llama_model_quantize, names, types and bytes. Without an importance matrix, as here, no other of its
-rules applies. What is ours is in `recipes`.
+against llama_model_quantize, names, types and bytes. What is ours is in `recipes`.
 """
 
 from __future__ import annotations
@@ -74,12 +73,15 @@ def _shared_by_four_heads(at: Position) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Tensors of `category` get `type` where the condition holds; `why` says so to a person."""
+    """Tensors of `category` get `type` where the condition holds; `why` says so to a person. `imatrix`: only
+    with an importance matrix, or only without; None: in both cases.
+    """
 
     category: Category
     applies: Callable[[Position], bool]
     type: GgmlType
     why: str
+    imatrix: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +105,13 @@ _SMALL = (
 )
 _NON_LINEAR = (
     Rule(Category.ATTENTION_V, _shared_by_four_heads, GgmlType.Q5_K, "shared by four heads or more"),
-    Rule(Category.FFN_DOWN, _first_eighth, GgmlType.Q5_K, "more bits in the first layers"),
+    Rule(Category.FFN_DOWN, _first_eighth, GgmlType.Q5_K, "more bits in the first layers", imatrix=False),
 )
+
+
+def _with_minimum(kind: GgmlType) -> tuple[Rule, ...]:
+    return (Rule(Category.FFN_DOWN, _first_eighth, kind, "a minimum in the first layers", imatrix=True),)
+
 
 _LIST = (
     Mix("Q8_0", 7, GgmlType.Q8_0),
@@ -112,11 +119,11 @@ _LIST = (
     Mix("Q5_K_M", 17, GgmlType.Q5_K, _MORE_BITS),
     Mix("Q5_K_S", 16, GgmlType.Q5_K),
     Mix("Q5_1", 9, GgmlType.Q5_1),
-    Mix("Q5_0", 8, GgmlType.Q5_0),
+    Mix("Q5_0", 8, GgmlType.Q5_0, _with_minimum(GgmlType.Q5_1)),
     Mix("Q4_K_M", 15, GgmlType.Q4_K, _MORE_BITS, with_8_experts=True),
     Mix("Q4_K_S", 14, GgmlType.Q4_K, _SMALL, with_8_experts=True),
     Mix("Q4_1", 3, GgmlType.Q4_1),
-    Mix("Q4_0", 2, GgmlType.Q4_0),
+    Mix("Q4_0", 2, GgmlType.Q4_0, _with_minimum(GgmlType.Q4_1)),
     Mix("IQ4_NL", 25, GgmlType.IQ4_NL, _NON_LINEAR, with_8_experts=True),
     Mix("IQ4_XS", 30, GgmlType.IQ4_XS, _NON_LINEAR, with_8_experts=True),
 )
@@ -145,8 +152,10 @@ class MixWalk:
     those whose type the user sets: so the walk has a memory.
     """
 
-    def __init__(self, mix: Mix, hp: Hyperparameters, names: list[str]) -> None:
+    def __init__(self, mix: Mix, hp: Hyperparameters, names: list[str], *, imatrix: bool = False) -> None:
+        """`imatrix`: there is an importance matrix, with which some rules differ."""
         self._mix = mix
+        self._rules = [rule for rule in mix.rules if rule.imatrix in (None, imatrix)]
         self._hp = hp
         categories = [category_of(name) for name in names]
         self._tied = Category.OUTPUT not in categories
@@ -184,7 +193,7 @@ class MixWalk:
         return Position(index, count, self._hp)
 
     def _by_rules(self, category: Category, at: Position) -> tuple[GgmlType, str]:
-        for rule in self._mix.rules:
+        for rule in self._rules:
             if rule.category is category and rule.applies(at):
                 return rule.type, rule.why
         return self._mix.base, ""

@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dsmoe_local.base.errors import FileError
 from dsmoe_local.base.progress import Listener, Note, ignore
 from dsmoe_local.model.cost import read_fraction
@@ -22,6 +25,7 @@ from dsmoe_local.model.layout import role_of
 from dsmoe_quantize.choose import Choice, Wishes, choose_types, fallback_notes, label_of
 from dsmoe_quantize.encode import Bytes, TensorJob
 from dsmoe_quantize.errors import RequantizeError
+from dsmoe_quantize.imatrix import Imatrix, metadata_of_use
 from dsmoe_quantize.mixes import ALIASES
 from dsmoe_quantize.output import Summary, write_output
 from dsmoe_quantize.types import TypeChoice, known_words, metadata_with_type
@@ -53,6 +57,7 @@ class Plan:
     hp: Hyperparameters
     type: TypeChoice
     changes: Sequence[Change]
+    imatrix: Imatrix | None = None
 
     @property
     def n_bytes(self) -> int:
@@ -77,16 +82,26 @@ class Plan:
 
 
 def plan_quantization(
-    source: Path, choice: TypeChoice, wishes: Wishes | None = None, *, allow_requantize: bool = False
+    source: Path,
+    choice: TypeChoice,
+    wishes: Wishes | None = None,
+    *,
+    allow_requantize: bool = False,
+    imatrix: Imatrix | None = None,
 ) -> Plan:
-    """Read `source` and choose a type for each tensor; nothing is written.
+    """Read `source` and choose a type for each tensor; nothing is written. With `imatrix`, weights will be
+    encoded by what they count.
 
-    Raises FileError or FormatError for the file, UsageError for wishes that cannot be met, RequantizeError if
-    tensors that are quantized already would be quantized again without `allow_requantize`.
+    Raises FileError or FormatError for the file, UsageError for wishes that cannot be met and for an
+    importance matrix of another model, RequantizeError if tensors that are quantized already would be
+    quantized again without `allow_requantize`.
     """
     file, hp = read_model(source)
     tensors = list(file.tensors.values())
-    chosen = choose_types(tensors, hp, choice, wishes)
+    if imatrix is not None:
+        for tensor in tensors:
+            imatrix.importance(tensor.name, tensor.shape)
+    chosen = choose_types(tensors, hp, choice, wishes, imatrix=imatrix is not None)
     changes = [Change(tensor, each) for tensor, each in zip(tensors, chosen, strict=True)]
     again = [change for change in changes if change.is_second_loss]
     if again and not allow_requantize:
@@ -96,7 +111,7 @@ def plan_quantization(
             where=f"{first.source.name}: {type_name(first.source.type)} to {type_name(first.choice.type)}",
             remedy="start from the unquantized file, or lose quality twice with --allow-requantize",
         )
-    return Plan(file, hp, choice, changes)
+    return Plan(file, hp, choice, changes, imatrix)
 
 
 def quantize_file(
@@ -115,13 +130,20 @@ def quantize_file(
     with _opened(plan.file) as descriptor:
         jobs = [
             TensorJob(
-                each.source.name, each.source.shape, each.choice.type, GgufRows(path, descriptor, each.source)
+                each.source.name,
+                each.source.shape,
+                each.choice.type,
+                GgufRows(path, descriptor, each.source),
+                _importance(plan, each),
             )
             for each in plan.changes
         ]
+        for text in _notes_of_importance(plan, jobs):
+            listen(Note(text))
         return write_output(
             out,
-            metadata_with_type(plan.file.metadata, plan.type),
+            metadata_with_type(plan.file.metadata, plan.type)
+            | (metadata_of_use(plan.imatrix) if plan.imatrix else {}),
             jobs,
             _fingerprint(plan),
             sources=[path],
@@ -168,6 +190,27 @@ class GgufRows:
         return rows
 
 
+def _importance(plan: Plan, change: Change) -> NDArray[np.float32] | None:
+    """What the columns of a tensor count that is encoded anew."""
+    if plan.imatrix is None or change.choice.type in FLOATS or change.choice.type is change.source.type:
+        return None
+    return plan.imatrix.importance(change.source.name, change.source.shape)
+
+
+def _notes_of_importance(plan: Plan, jobs: Sequence[TensorJob]) -> Iterator[str]:
+    """What a matrix does not know of tensors that are encoded: the output and the embedding often."""
+    if plan.imatrix is None:
+        return
+    blind = [
+        job.name
+        for job in jobs
+        if job.importance is None and job.target not in FLOATS and job.target is not job.source.type
+    ]
+    if blind:
+        more = f" and {len(blind) - 3} more" if len(blind) > 3 else ""
+        yield f"the importance matrix says nothing of {', '.join(blind[:3])}{more}"
+
+
 @contextmanager
 def _opened(file: GgufFile) -> Iterator[int]:
     try:
@@ -189,4 +232,5 @@ def _fingerprint(plan: Plan) -> dict[str, object]:
         "the source": list(plan.file.identity),
         "the type": plan.type.name,
         "the tensors' types": hashlib.sha256(types.encode()).hexdigest(),
+        "the importance matrix": plan.imatrix.digest() if plan.imatrix else None,
     }

@@ -1,0 +1,210 @@
+"""Importance matrices as files: llama.cpp's GGUF form, read and written; its old form, read.
+
+A GGUF holds of each tensor `<tensor>.in_sum2`, (n_matrices, n_columns), and `<tensor>.counts`, (n_matrices,
+1), both F32. The old form (`.dat`) has means times the number of windows, without counts of single experts:
+
+    number of entries, then of each: length and text of the name, windows, number of values, the values;
+    windows in all, length and text of the text's name
+
+with numbers of four bytes, little-endian.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+from gguf.constants import GGUFValueType
+from numpy.typing import NDArray
+
+from dsmoe_local.base import durable
+from dsmoe_local.base.errors import FileError, FormatError
+from dsmoe_local.base.text import safe_line
+from dsmoe_local.model.ggml import GgmlType
+from dsmoe_local.model.gguf_file import MAGIC, Field, GgufFile, TensorInfo, read_gguf
+from dsmoe_local.model.gguf_writer import PlannedTensor, plan_gguf, write_at
+from dsmoe_quantize.imatrix import Imatrix, Statistics, is_plausible
+
+ENDING = ".imatrix.gguf"
+
+_TYPE = "imatrix"
+_SUMS, _COUNTS = ".in_sum2", ".counts"
+_DATASETS, _N_CHUNKS, _CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
+_RUN = "dsmoe.imatrix.run"
+_INT = struct.Struct("<i")
+_MAX_OLD = 1 << 30
+_MAX_NAME = 1 << 12
+
+
+def read_imatrix(path: Path) -> Imatrix:
+    """An importance matrix of either form. FileError if it cannot be read, FormatError if it is none."""
+    try:
+        with path.open("rb") as file:
+            is_gguf = file.read(len(MAGIC)) == MAGIC
+        return _read_gguf(path) if is_gguf else _OldReader(path).read()
+    except OSError as error:
+        raise FileError(f"cannot read the importance matrix: {error.strerror}", where=path) from error
+
+
+def write_imatrix(imatrix: Imatrix, path: Path, reached: Callable[[], None] = lambda: None) -> None:
+    """Write the GGUF form, complete or not at all, over what is there; `reached` is called before the file
+    gets its name. OSError as the system says. One run at a time: hold `durable.locked(path)`.
+    """
+    arrays: dict[str, NDArray[np.float32]] = {}
+    for name in sorted(imatrix.entries):
+        entry = imatrix.entries[name]
+        arrays[name + _SUMS] = np.ascontiguousarray(entry.sums, "<f4")
+        arrays[name + _COUNTS] = entry.counts.astype("<f4")[:, None]
+    tensors = [PlannedTensor(name, array.shape, GgmlType.F32) for name, array in arrays.items()]
+    plan = plan_gguf(_metadata(imatrix), tensors)
+    # Whoever holds the lock is alone: what a killed run has left is written over.
+    temporary = path.with_name(f".{path.name}.new")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        os.ftruncate(descriptor, plan.size)
+        write_at(descriptor, plan.header, 0)
+        for name, array in arrays.items():
+            write_at(descriptor, array.data, plan.offsets[name])
+        durable.sync(descriptor)
+        reached()
+        durable.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _metadata(imatrix: Imatrix) -> dict[str, Field]:
+    found = {
+        "general.type": Field(_TYPE, GGUFValueType.STRING),
+        # llama.cpp's quantizer refuses a file without the list, and an empty one cannot be written.
+        _DATASETS: Field(list(imatrix.datasets) or ["unknown"], GGUFValueType.ARRAY, GGUFValueType.STRING),
+        _N_CHUNKS: Field(imatrix.n_chunks, GGUFValueType.UINT32),
+        _CHUNK_SIZE: Field(imatrix.chunk_size, GGUFValueType.UINT32),
+    }
+    if imatrix.run:
+        found[_RUN] = Field(json.dumps(dict(imatrix.run)), GGUFValueType.STRING)
+    return found
+
+
+def _refusal(path: Path, what: str, where: str = "") -> FormatError:
+    return FormatError(
+        f"not a usable importance matrix: {what}",
+        where=f"{path}{': ' if where else ''}{safe_line(where, 80)}",
+        remedy="make one: dsmoe imatrix MODEL",
+    )
+
+
+def _read_gguf(path: Path) -> Imatrix:
+    file = read_gguf(path)
+    if file.get("general.type") != _TYPE and not any(name.endswith(_SUMS) for name in file.tensors):
+        raise _refusal(path, "it is a GGUF of another kind")
+    names = sorted({name.removesuffix(end) for name in file.tensors for end in (_SUMS, _COUNTS)})
+    names = [name for name in names if not name.endswith((_SUMS, _COUNTS))]
+    with path.open("rb") as stream:
+
+        def values(info: TensorInfo) -> NDArray[np.float32]:
+            stream.seek(info.offset)
+            found = np.frombuffer(stream.read(info.n_bytes), "<f4")
+            if found.nbytes != info.n_bytes:
+                raise _refusal(path, "it became shorter while it was read")
+            return found.astype(np.float32, copy=False)
+
+        entries = {name: _entry(path, file, name, values) for name in names}
+    return Imatrix(entries, *_about(path, file))
+
+
+def _entry(
+    path: Path, file: GgufFile, name: str, values: Callable[[TensorInfo], NDArray[np.float32]]
+) -> Statistics:
+    sums, counts = file.tensors.get(name + _SUMS), file.tensors.get(name + _COUNTS)
+    if sums is None or counts is None:
+        raise _refusal(path, "sums without counts, or counts without sums", name)
+    if sums.type is not GgmlType.F32 or counts.type is not GgmlType.F32:
+        raise _refusal(path, "the values are not F32", name)
+    numbers, squares = values(counts), values(sums)
+    if not is_plausible(numbers) or not is_plausible(squares) or squares.size % numbers.size:
+        raise _refusal(path, "sums and counts that cannot be", name)
+    if numbers.max() >= 2.0**62:
+        raise _refusal(path, "a count is beyond all bounds", name)
+    return Statistics(squares.reshape(numbers.size, -1), np.rint(numbers).astype(np.int64))
+
+
+def _about(path: Path, file: GgufFile) -> tuple[tuple[str, ...], int, int, str, Mapping[str, object]]:
+    """Datasets, windows, their size, the file's name, and what our collector says."""
+    datasets = file.get(_DATASETS, [])
+    n_chunks, chunk_size = file.get(_N_CHUNKS), file.get(_CHUNK_SIZE)
+    if not isinstance(datasets, list) or not all(isinstance(name, str) for name in datasets):
+        raise _refusal(path, "it names no texts", _DATASETS)
+    for key, number in ((_N_CHUNKS, n_chunks), (_CHUNK_SIZE, chunk_size)):
+        if type(number) is not int or not 0 <= number < 1 << 32:
+            raise _refusal(path, "the number of windows is missing", key)
+    assert isinstance(n_chunks, int)
+    assert isinstance(chunk_size, int)
+    if not chunk_size:
+        raise _refusal(path, "windows of no tokens", _CHUNK_SIZE)
+    return tuple(safe_line(name, 200) for name in datasets), n_chunks, chunk_size, path.name, _run(file)
+
+
+def _run(file: GgufFile) -> Mapping[str, object]:
+    try:
+        found = json.loads(file.get(_RUN, "{}"))
+    except (TypeError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+class _OldReader:
+    """A cursor over a file of the old form."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with path.open("rb") as file:
+            self._data = file.read(_MAX_OLD + 1)
+        if len(self._data) > _MAX_OLD:
+            raise _refusal(path, "it is far too large")
+        self._at = 0
+
+    def read(self) -> Imatrix:
+        n_entries = self._int()
+        if not 0 < n_entries <= len(self._data) // 12:
+            raise _refusal(self._path, "it is neither a GGUF nor of the old form")
+        entries = dict(self._one() for _ in range(n_entries))
+        n_chunks = 0
+        datasets: tuple[str, ...] = ()
+        if self._at < len(self._data):
+            n_chunks = max(0, self._int())
+            datasets = (self._text(),) if self._at < len(self._data) else ()
+        return Imatrix(entries, datasets, n_chunks, 0, self._path.name)
+
+    def _one(self) -> tuple[str, Statistics]:
+        name, n_windows, size = self._text(), self._int(), self._int()
+        if size < 1:
+            raise _refusal(self._path, "an entry has no values", name)
+        values = np.frombuffer(self._take(4 * size), "<f4").astype(np.float32, copy=False)
+        if not is_plausible(values):
+            raise _refusal(self._path, "sums that cannot be", name)
+        # Without a number of windows, the values are the means.
+        return name, Statistics(values[None], np.array([max(1, n_windows)], np.int64))
+
+    def _take(self, size: int) -> bytes:
+        part = self._data[self._at : self._at + size]
+        if size < 0 or len(part) != size:
+            raise _refusal(self._path, "it is neither a GGUF nor whole in the old form")
+        self._at += size
+        return part
+
+    def _int(self) -> int:
+        number: int = _INT.unpack(self._take(4))[0]
+        return number
+
+    def _text(self) -> str:
+        size = self._int()
+        if not 0 <= size <= _MAX_NAME:
+            raise _refusal(self._path, "it is neither a GGUF nor of the old form")
+        return safe_line(self._take(size).decode(errors="replace"), 200)
