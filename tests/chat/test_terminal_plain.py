@@ -69,7 +69,7 @@ def test_second_interruption(chat: Start) -> None:
     terminal.send("/reply halt" + ENTER)
     terminal.wait_for("so it wraps.")
     terminal.send(CTRL_C)
-    terminal.wait_for(r"\^C")
+    terminal.wait_for("hung")
     terminal.send(CTRL_C)
     terminal.wait_for(r"(?s)killed.*stopped.*\n> ")
 

@@ -93,7 +93,9 @@ class ScriptedChat:
         self.screen.run(self.take, self.cancel, self.kill)
 
     def cancel(self) -> None:
-        if not self.hangs:
+        if self.hangs:
+            self.screen.notice("hung")
+        else:
             self._stopped.set()
 
     def kill(self) -> None:

@@ -1,0 +1,144 @@
+"""The parts of the terminals that need none: completion, bottom line, clipboard, mailbox, editor."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from pathlib import Path
+from typing import cast
+
+import pytest
+from rich.cells import cell_len
+
+from dsmoe_local.base.errors import FileError
+from dsmoe_local.chat.commands.declare import Chat, Command
+from dsmoe_local.chat.terminal import clipboard
+from dsmoe_local.chat.terminal.completion import choices
+from dsmoe_local.chat.terminal.editor import edit_text
+from dsmoe_local.chat.terminal.mailbox import Mailbox
+from dsmoe_local.chat.terminal.status import Status, bar, shorten
+
+NO_CHAT = cast(Chat, None)
+
+
+def _nothing(chat: Chat, argument: str) -> None:
+    return None
+
+
+NAMES = ("notes on go", "notes", "other")
+COMMANDS = {
+    "load": Command(
+        _nothing, "go on", "NAME", complete=lambda chat, typed: ("notes on go", "notes", "other")
+    ),
+    "exit": Command(_nothing, "leave", aliases=("quit", "bye")),
+    "read": Command(_nothing, "read", "FILE", files=True),
+}
+
+
+def _completed(before: str) -> list[str]:
+    return [before[: len(before) - each.replaces] + each.text for each in choices(before, COMMANDS, NO_CHAT)]
+
+
+@pytest.mark.parametrize(
+    ("before", "completed"),
+    [
+        ("/", ["/load ", "/exit", "/read "]),
+        ("/l", ["/load "]),
+        ("/q", ["/quit"]),
+        ("/x", []),
+        ("text /l", []),
+        ("/load n", ["/load notes on go", "/load notes"]),
+        ("/load notes o", ["/load notes on go", "/load notes other"]),
+        ("/exit n", []),
+    ],
+)
+def test_completion_of_commands(before: str, completed: list[str]) -> None:
+    """Guards: aliases offered beside the name, names with spaces that end at the first one."""
+    assert _completed(before) == completed
+
+
+def test_completion_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: names with spaces cut in two, hidden files offered, an e-mail address taken for a file."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "notes").mkdir()
+    for name in ("note one.txt", "notes/inner.md", ".hidden", "bad\nname"):
+        (tmp_path / name).touch()
+    assert _completed("see @no") == ["see @notes/", 'see @"note one.txt"']
+    assert _completed('see @"note') == ['see @"notes/', 'see @"note one.txt"']
+    assert _completed("/read ~/notes/i") == ["/read ~/notes/inner.md"]
+    assert _completed("/read .h") == ["/read .hidden"]
+    assert _completed("me@no") == []
+    assert [each.shown for each in choices("@", COMMANDS, NO_CHAT)] == ["notes/", "note one.txt"]
+
+
+@pytest.mark.parametrize("columns", range(1, 120, 7))
+def test_the_bottom_line_fits(columns: int) -> None:
+    """Guards: a line that is cut off in a narrow window before what matters most in it."""
+    status = Status("DeepSeekMoE 16B", "专家 notes", 3900, 4096, 8.25, "a note")
+    text = "".join(part[1] for part in bar(status, columns))
+    assert "3,900/4,096" in text
+    assert cell_len(text) <= max(columns, len("3,900/4,096"))
+    assert columns < 115 or "8.2 tokens/s  ·  a note" in text
+
+
+def test_shortening() -> None:
+    """Guards: a wide character cut in two, a line break in a line."""
+    assert shorten("专家专家", 5) == "专家…"
+    assert shorten("a\nb", 5) == "a b"
+
+
+def test_text_too_long_for_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a sequence that the terminal drops, and a copy that is said to have worked."""
+    for variable in ("TMUX", "STY"):
+        monkeypatch.delenv(variable, raising=False)
+    assert clipboard.osc_52("x" * (clipboard.OSC_52_LIMIT + 1)) is None
+    monkeypatch.setenv("STY", "1")
+    pieces = (clipboard.osc_52("专" * 1000) or "").removesuffix("\x1b\\").split("\x1b\\")
+    assert all(piece.startswith("\x1bP") and len(piece) < 250 for piece in pieces)
+    joined = "".join(piece.removeprefix("\x1bP") for piece in pieces)
+    assert base64.b64decode(joined.removeprefix("\x1b]52;c;").removesuffix("\x07")).decode() == "专" * 1000
+
+
+def test_clipboard_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a tool that fails taken for one that worked, one for another desktop tried."""
+    for name, body in (("wl-copy", "exit 1"), ("xclip", f"cat > {tmp_path}/copied"), ("pbcopy", "exit 0")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o700)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("TMUX", raising=False)
+    monkeypatch.setenv("WAYLAND_DISPLAY", "wayland-0")
+    monkeypatch.setenv("DISPLAY", ":0")
+    assert clipboard.copy_with_tool("专家") == "xclip"
+    assert (tmp_path / "copied").read_text(encoding="utf-8") == "专家"
+
+
+def test_no_editor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a traceback where no editor is installed."""
+    for variable in ("VISUAL", "EDITOR"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(FileError, match="there is no editor"):
+        edit_text("text")
+
+
+def test_the_mailbox_keeps_the_order() -> None:
+    """Guards: a note before the text that it follows; a long text that is taken at once, while keys wait."""
+    taken: list[str] = []
+
+    async def run() -> None:
+        box = Mailbox(taken.append, lambda: None)
+        loop = asyncio.get_running_loop()
+        done = loop.create_future()
+        box.post("a" * 10_000)
+        box.post(lambda: taken.append("note"))
+        box.post("b")
+        box.post(lambda: done.set_result(None))
+        box.start(loop)
+        await done
+
+    asyncio.run(run())
+    long = taken[: taken.index("note")]
+    assert "".join(long) == "a" * 10_000
+    assert max(map(len, long)) < 5_000
+    assert taken[len(long) :] == ["note", "b"]
