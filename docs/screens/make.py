@@ -6,6 +6,7 @@ Each program runs in a terminal of its own, is typed to, and what its screen the
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import pty
 import re
@@ -26,11 +27,13 @@ from rich.style import Style
 from rich.terminal_theme import SVG_EXPORT_THEME
 from rich.text import Text
 
+from dsmoe_local.experts.picture import SVG_FORMAT
+
 HERE = Path(__file__).resolve().parent
 BIN = Path(sys.executable).parent
 COLUMNS = 96
 PATIENCE = 120.0  # seconds for anything to appear
-QUIET = 4.0  # seconds without a change, after which a reply is over
+QUIET = 8.0  # seconds without a change, after which a reply is over
 # pyte's names of the sixteen colours, as Rich calls them.
 COLOURS = {"brown": "yellow", "brightblack": "bright_black", "brightbrown": "bright_yellow"}
 
@@ -103,7 +106,9 @@ class Program:
             lines.pop()
         console = Console(width=COLUMNS, record=True, file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         console.print(Text("\n").join(lines), overflow="crop", no_wrap=True)
-        svg = console.export_svg(title=title, theme=SVG_EXPORT_THEME, unique_id=f"dsmoe-{Path(name).stem}")
+        svg = console.export_svg(
+            title=title, theme=SVG_EXPORT_THEME, code_format=SVG_FORMAT, unique_id=Path(name).stem
+        )
         console.file.close()
         (HERE / name).write_text(svg, encoding="utf-8")
         print(HERE / name)
@@ -111,18 +116,20 @@ class Program:
     def _line(self, row: int) -> Text:
         line = Text()
         cells = self._screen.buffer[row]
-        for column in range(COLUMNS):
-            cell = cells[column]
-            style = Style(
-                color=_colour(cell.fg),
-                bgcolor=_colour(cell.bg),
-                bold=cell.bold,
-                italic=cell.italics,
-                underline=cell.underscore,
-                reverse=cell.reverse,
-            )
-            line.append(cell.data, style)
+        for style, run in itertools.groupby((cells[column] for column in range(COLUMNS)), _style):
+            line.append("".join(cell.data for cell in run), style)
         return line
+
+
+def _style(cell: pyte.screens.Char) -> Style:
+    return Style(
+        color=_colour(cell.fg),
+        bgcolor=_colour(cell.bg),
+        bold=cell.bold,
+        italic=cell.italics,
+        underline=cell.underscore,
+        reverse=cell.reverse,
+    )
 
 
 def _colour(name: str) -> str | None:
@@ -135,23 +142,23 @@ def _colour(name: str) -> str | None:
 
 def chat(folder: Path) -> None:
     """A conversation with Markdown and code; then the experts."""
-    words = ["dsmoe-chat", "--temp", "0", "-n", "150", "-c", "2048"]
+    words = ["dsmoe-chat", "--temp", "0", "-n", "76", "-c", "2048"]
     program = Program(words, 34, folder)
     program.wait_for("context 0/")
-    program.type("/save rivers")
-    program.wait_for("rivers ")
-    program.type("Name three rivers, as a list.")
+    program.type("/save files")
+    program.wait_for("files ")
+    program.type("How do I read a file in Python? Give a short example.")
     program.wait_for("tokens/s")
     program.settle()
-    program.type("Write a Python function that reverses a list. Use a fenced code block.")
-    program.settle()
+    program.type("/stats")
+    program.wait_for("read in")
     program.draw("chat.svg", "dsmoe-chat")
     program.type("/clear")
     program.wait_for("a new conversation")
     program.type("/experts")
     program.wait_for("are watched")
     program.type("What is a mixture of experts?")
-    program.wait_for(r"experts: \d+ tokens")
+    program.wait_for(r"experts +\d+ tokens")
     program.settle()
     program.draw("experts.svg", "/experts")
     program.close()

@@ -16,7 +16,7 @@ from dsmoe_local.experts.activity import Activity, LayerActivity
 _WIDTH = 150  # columns of the picture
 _N_BUSIEST = 8
 # No fonts from the network: a page that holds the picture asks for nothing.
-_SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">
+SVG_FORMAT = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">
 <style>
 text {{ font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }}
 text {{ font-size: {char_height}px; }}
@@ -78,7 +78,7 @@ def as_svg(title: str, parts: Mapping[str, Activity]) -> str:
     name, first = next((name, part) for name, part in parts.items() if part.tokens)
     console.print(Text(f"\n{safe_line(name, 80)}, layer by layer", style="bold"))
     console.print(layer_table(first, _WIDTH))
-    return console.export_svg(title=safe_line(title), code_format=_SVG, unique_id="experts")
+    return console.export_svg(title=safe_line(title), code_format=SVG_FORMAT, unique_id="experts")
 
 
 def as_json(title: str, parts: Mapping[str, Activity]) -> str:

@@ -2,9 +2,174 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
 
+import pytest
+from support.routed import ShowingScreen
+
+from dsmoe_local.base.config_file import ConfigFile
+from dsmoe_local.chat.chat import Chat
 from dsmoe_local.chat.commands import table as commands
+from dsmoe_local.chat.conversation import Conversation
+from dsmoe_local.chat.settings import ChatSettings
+from dsmoe_local.chat.terminal.completion import choices
+from dsmoe_local.chat.terminal.screen import Screen
+from dsmoe_local.engine.errors import EngineCrashError
+from dsmoe_local.engine.fake import FakeEngine
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class TalkingScreen(ShowingScreen):
+    """A screen that also writes down replies, and whose editor gives `edited`."""
+
+    edited: str | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.replies: list[str] = []
+
+    @contextmanager
+    def reply(self) -> Iterator[TalkingScreen]:
+        self.replies.append("")
+        yield self
+
+    def progress(self, done: int, total: int) -> None:
+        pass
+
+    def text(self, piece: str) -> None:
+        self.replies[-1] += piece
+
+    def note(self, text: str) -> None:
+        self.notices.append(text)
+
+    def edit(self, text: str) -> str | None:
+        return self.edited
+
+    @property
+    def said(self) -> str:
+        """All that was told beside replies."""
+        lines = [*self.notices, *(str(error) for error in self.errors)]
+        return "\n".join([*lines, *("  ".join(row) for rows in self.tables for row in rows), *self.shown])
+
+
+def chat_with(engine: FakeEngine) -> tuple[Chat, TalkingScreen]:
+    screen = TalkingScreen()
+    chat = Chat(
+        Conversation(engine, ChatSettings()), cast(Screen, screen), ConfigFile(Path("/nowhere/config.toml"))
+    )
+    return chat, screen
+
+
+def take(chat: Chat, *texts: str) -> None:
+    for text in texts:
+        chat.take(text)
+    chat.close()
+
+
+def test_every_command_is_in_help_completion_and_the_guides() -> None:
+    """Guards: a command that nobody can find."""
+    chat, screen = chat_with(FakeEngine())
+    take(chat, "/help")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    guide = (ROOT / "docs" / "chat.md").read_text(encoding="utf-8")
+    offered = {choice.text.strip() for choice in choices("/", commands.COMMANDS, chat)}
+    for name, command in commands.COMMANDS.items():
+        names = " ".join(f"`/{word}`" for word in (name, *command.aliases))
+        arguments = f" `{command.arguments}`" if command.arguments else ""
+        escaped = arguments.replace("|", "\\|")
+        assert f"| {names}{escaped} | {command.help} |" in guide
+        assert f"`/{name}`" in readme
+        assert f"/{name}" in screen.said
+        assert command.help in screen.said
+        assert name in offered
+
+
+def test_help_of_one_command() -> None:
+    """Guards: help that is always everything."""
+    chat, screen = chat_with(FakeEngine())
+    take(chat, "/help /undo")
+    assert screen.tables == [[("/undo [N]", commands.COMMANDS["undo"].help)]]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        (["/undo"], "there is nothing to undo"),
+        (["a", "b", "/undo 2"], "the last 2 messages and their replies are forgotten"),
+        (["a", "/undo x"], "/undo takes a number"),
+        (["a", "/undo ²"], "/undo takes a number"),
+        (["/edit"], "there is no message to edit yet"),
+        (["a", "/edit"], "the message is as it was"),
+        (["/editor"], "nothing was written"),
+        (["/regen"], "there is nothing to answer again yet"),
+        (["/continue"], "there is no reply to continue yet"),
+        (["/system Be\x1b[2J brief.", "/system"], "system: Be\N{SYMBOL FOR ESCAPE}[2J brief."),
+        (["/system x", "/system off"], "no system text"),
+        (["/show prompt"], "nothing is in the context yet"),
+        (["/show nonsense"], "/show takes info, parameters, template, prompt"),
+        (["/show"], "routed experts  6 of 64"),
+        (["/show template"], "{{ messages }}"),
+        (["/show parameters"], "temperature  0.8"),
+        (["/tokens"], "there is no reply with known tokens yet"),
+        (["/tokens hé"], "3 tokens"),
+        (["/stats"], "no reply yet"),
+        (["a", "b", "/stats"], "all replies: 2 tokens"),
+        (["/save x"], "nothing is kept of this chat"),
+        (["/frobnicate"], "/frobnicate is no command; did you mean /help?"),
+    ],
+    ids=str,
+)
+def test_what_commands_say(inputs: list[str], said: str) -> None:
+    """Guards: a command that says nothing, raises, or says it wrong."""
+    chat, screen = chat_with(FakeEngine(lambda prompt: prompt[-1]))
+    take(chat, *inputs)
+    assert said in screen.said
+
+
+def test_show_prompt_has_the_exact_tokens() -> None:
+    """Guards: a prompt that is shown as it is not; half characters that break the screen."""
+    engine = FakeEngine(replies=["é"])
+    chat, screen = chat_with(engine)
+    screen.colour = False
+    take(chat, "q", "/show prompt")
+    ids = engine.encode(chat.conversation.messages())
+    assert (
+        screen.shown[-1].replace("\n", " ").split()
+        == " ".join(
+            f"{piece if piece.strip() else ' '}[{token_id}]".strip()
+            for token_id, piece in zip(ids, engine.decode(ids), strict=True)
+        ).split()
+    )
+    assert f"{len(ids)} tokens" in screen.notices
+
+
+def test_edit_in_the_editor_and_by_argument() -> None:
+    """Guards: an edited message that is answered twice, or beside the old one."""
+    chat, screen = chat_with(FakeEngine())
+    screen.edited = "second"
+    take(chat, "first", "/edit", "/edit third")
+    assert [turn.content for turn in chat.conversation.turns] == ["third", "user: third"]
+    assert screen.replies == ["user: first", "user: second", "user: third"]
+
+
+def test_crash_is_told_and_the_next_message_goes_on() -> None:
+    """Guards: a crash that ends the chat, or is not explained."""
+
+    def die(index: int) -> None:
+        if not screen.errors:
+            raise EngineCrashError("the engine was killed by SIGSEGV")
+
+    chat, screen = chat_with(FakeEngine(gate=die))
+    take(chat, "a", "/continue")
+    assert screen.notices[-2:] == [
+        "the conversation is kept; the next message loads the model again",
+        "loading the model again",
+    ]
+    assert screen.replies == ["", "user: a"]
 
 
 @pytest.mark.parametrize(

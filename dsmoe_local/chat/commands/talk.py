@@ -15,7 +15,7 @@ def _exit(chat: Chat, _: str) -> None:
 def _clear(chat: Chat, _: str) -> None:
     before = chat.session.name if chat.session is not None else ""
     chat.adopt(None)
-    kept = f"; the one before is kept as {safe_line(before, 60)}: /load" if before else ""
+    kept = f"; the one before is kept: /load {safe_line(before, 60)}" if before else ""
     chat.screen.notice(f"a new conversation{kept}")
 
 
