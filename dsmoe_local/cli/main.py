@@ -34,6 +34,7 @@ COMMANDS: Mapping[str, CommandEntry] = {
     "batch": CommandEntry("dsmoe_local.cli.batch", "Answer a file of prompts, one JSON record each."),
     "inspect": CommandEntry("dsmoe_local.cli.inspect", "Show what a model is and what it costs."),
     "eval": CommandEntry("dsmoe_local.cli.eval", "Measure how well a model predicts a text."),
+    "imatrix": CommandEntry("dsmoe_local.cli.imatrix", "Collect what each weight counts, for quantizing."),
     "experts": CommandEntry("dsmoe_local.cli.experts", "Show which experts a text makes a model lean on."),
     "models": CommandEntry("dsmoe_local.cli.models", "List the models that are found by name."),
     "devices": CommandEntry("dsmoe_local.cli.devices", "List what models can run on, and how to add GPUs."),

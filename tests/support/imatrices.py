@@ -11,11 +11,11 @@ import llama_cpp  # noqa: TID251 - the oracle
 import numpy as np
 from gguf import GGUFReader
 from numpy.typing import NDArray
-from support.quantize_oracle import llama_quantize
 
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import Role, tensor_specs
 from dsmoe_quantize.imatrix import Imatrix, Statistics
+from support.quantize_oracle import llama_quantize
 
 Values = Mapping[str, NDArray[np.float32]]
 

@@ -1,0 +1,111 @@
+"""How well a text covers the experts: tokens per expert and layer, by their counts. Prints nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dsmoe_quantize.imatrix import FEW, Imatrix
+
+_EXPERTS = re.compile(r"^blk\.(\d+)\.ffn_(gate|up|down)_exps\.weight$")
+_TOKENS = re.compile(r"^blk\.\d+\.attn_q\.weight$")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCoverage:
+    """Tokens that each routed expert of a layer was multiplied with."""
+
+    layer: int
+    counts: tuple[int, ...]
+
+    @property
+    def n_cold(self) -> int:
+        """Experts whose own statistics are not enough: see `dsmoe_quantize.imatrix`."""
+        return sum(count < FEW for count in self.counts)
+
+    @property
+    def n_unseen(self) -> int:
+        """Experts that were never chosen."""
+        return self.counts.count(0)
+
+    @property
+    def median(self) -> float:
+        """Of the counts."""
+        return float(np.median(self.counts))
+
+    @property
+    def coldest(self) -> tuple[int, ...]:
+        """The experts by count, the fewest first."""
+        return tuple(sorted(range(len(self.counts)), key=lambda expert: (self.counts[expert], expert)))
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """All layers with routed experts; `n_tokens` were read, 0 if that is not known."""
+
+    n_tokens: int
+    layers: tuple[LayerCoverage, ...]
+
+    @property
+    def n_experts(self) -> int:
+        """Of all layers together."""
+        return sum(len(layer.counts) for layer in self.layers)
+
+    @property
+    def n_cold(self) -> int:
+        """Of all layers together."""
+        return sum(layer.n_cold for layer in self.layers)
+
+    @property
+    def n_unseen(self) -> int:
+        """Of all layers together."""
+        return sum(layer.n_unseen for layer in self.layers)
+
+    def coldest(self, n: int) -> list[tuple[int, int, int]]:
+        """The `n` coldest experts: count, layer, expert."""
+        every = (
+            (count, layer.layer, expert) for layer in self.layers for expert, count in enumerate(layer.counts)
+        )
+        return sorted(every)[:n]
+
+    def as_json(self) -> dict[str, Any]:
+        """For `json.dumps`; docs/imatrix.md says what the fields are."""
+        return {
+            "tokens": self.n_tokens,
+            "experts": self.n_experts,
+            "cold": self.n_cold,
+            "unseen": self.n_unseen,
+            "few": FEW,
+            "layers": [
+                {
+                    "layer": layer.layer,
+                    "counts": list(layer.counts),
+                    "coldest": list(layer.coldest),
+                    "median": layer.median,
+                    "cold": layer.n_cold,
+                    "unseen": layer.n_unseen,
+                }
+                for layer in self.layers
+            ],
+        }
+
+
+def coverage_of(imatrix: Imatrix) -> Coverage:
+    """From the counts; without layers if the model is dense or the file has the old form."""
+    layers: dict[int, tuple[int, ...]] = {}
+    for name, entry in imatrix.entries.items():
+        match = _EXPERTS.match(name)
+        if match and len(entry.counts) > 1:
+            layers[int(match[1])] = tuple(entry.counts.tolist())
+    return Coverage(
+        _n_tokens(imatrix.entries) if not imatrix.is_old else 0,
+        tuple(LayerCoverage(layer, layers[layer]) for layer in sorted(layers)),
+    )
+
+
+def _n_tokens(entries: Mapping[str, Any]) -> int:
+    return max((int(entry.counts.max()) for name, entry in entries.items() if _TOKENS.match(name)), default=0)
