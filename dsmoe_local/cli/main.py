@@ -35,6 +35,7 @@ COMMANDS: Mapping[str, CommandEntry] = {
     "inspect": CommandEntry("dsmoe_local.cli.inspect", "Show what a model is and what it costs."),
     "eval": CommandEntry("dsmoe_local.cli.eval", "Measure how well a model predicts a text."),
     "imatrix": CommandEntry("dsmoe_local.cli.imatrix", "Collect what each weight counts, for quantizing."),
+    "bench": CommandEntry("dsmoe_local.cli.bench", "Measure how fast models are, side by side."),
     "experts": CommandEntry("dsmoe_local.cli.experts", "Show which experts a text makes a model lean on."),
     "models": CommandEntry("dsmoe_local.cli.models", "List the models that are found by name."),
     "devices": CommandEntry("dsmoe_local.cli.devices", "List what models can run on, and how to add GPUs."),

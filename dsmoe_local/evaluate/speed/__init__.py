@@ -1,0 +1,1 @@
+"""How fast models are, what they read for it, and what the machine could read: what `dsmoe bench` shows."""
