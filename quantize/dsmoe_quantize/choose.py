@@ -15,7 +15,7 @@ from dsmoe_local.model.ggml import GgmlType, block_size, type_name
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import Role, role_of
 from dsmoe_quantize.mixes import FALLBACKS, MixWalk, walk_order
-from dsmoe_quantize.recipes import Recipe
+from dsmoe_quantize.recipes import AnyRecipe, LayeredRecipe, Recipe
 from dsmoe_quantize.types import FloatType, TypeChoice, parse_target
 
 
@@ -62,7 +62,9 @@ class Choice:
 
 def label_of(choice: TypeChoice, wishes: Wishes) -> str:
     """What a file of this type is called: a mix that is `pure` is its one ggml type."""
-    return type_name(choice.base) if wishes.pure and not isinstance(choice, Recipe) else choice.name
+    if wishes.pure and not isinstance(choice, Recipe | LayeredRecipe):
+        return type_name(choice.base)
+    return choice.name
 
 
 def parse_override(text: str) -> Override:
@@ -96,7 +98,7 @@ def choose_types(
     --tensor-type that matches no other tensor, and for a recipe with --pure.
     """
     wishes = wishes or Wishes()
-    if wishes.pure and isinstance(choice, Recipe):
+    if wishes.pure and isinstance(choice, Recipe | LayeredRecipe):
         raise UsageError(
             f"{choice.name} is a recipe of several types", remedy="--pure goes with a single one, as in q4_k"
         )
@@ -112,6 +114,15 @@ def choose_types(
                 remedy="it must match a whole name; norms and routers never change; see dsmoe inspect",
             )
     return [chosen[tensor.name] for tensor in tensors]
+
+
+def settled_types(
+    tensors: Sequence[TensorLike], hp: Hyperparameters, recipe: AnyRecipe, wishes: Wishes
+) -> dict[str, Choice]:
+    """The tensors, by name, whose types a recipe has no say in: vectors, routers, and what `wishes` name."""
+    chooser = _Chooser(hp, recipe, wishes, [tensor.name for tensor in tensors], False)
+    choices = (chooser.settled(tensor) for tensor in tensors)
+    return {choice.name: choice for choice in choices if choice}
 
 
 def fallback_notes(choices: Sequence[Choice]) -> list[str]:
@@ -140,18 +151,24 @@ class _Chooser:
         self._wishes = wishes
         self._tied = "output.weight" not in names
         self._walk = (
-            None if isinstance(choice, FloatType | Recipe) else MixWalk(choice, hp, names, imatrix=imatrix)
+            None
+            if isinstance(choice, FloatType | Recipe | LayeredRecipe)
+            else MixWalk(choice, hp, names, imatrix=imatrix)
         )
         self._fallbacks: Mapping[GgmlType, GgmlType] = (
-            choice.fallbacks if isinstance(choice, Recipe) else FALLBACKS
+            choice.fallbacks if isinstance(choice, Recipe | LayeredRecipe) else FALLBACKS
         )
         self.matched: set[str] = set()
 
     def choose(self, tensor: TensorLike) -> Choice:
+        return self.settled(tensor) or self._fitting(tensor, *self._by_type(tensor))
+
+    def settled(self, tensor: TensorLike) -> Choice | None:
+        """The choice for a tensor that --type has no say in; None if it has."""
         if not may_change(tensor):
             return Choice(tensor.name, tensor.type, "never quantized")
-        wanted, reason = self._wish(tensor) or self._by_type(tensor)
-        return self._fitting(tensor, wanted, reason)
+        wish = self._wish(tensor)
+        return self._fitting(tensor, *wish) if wish else None
 
     def _wish(self, tensor: TensorLike) -> tuple[GgmlType, str] | None:
         override = next(
@@ -168,7 +185,7 @@ class _Chooser:
         return (override.type, "--tensor-type") if override else None
 
     def _by_type(self, tensor: TensorLike) -> tuple[GgmlType, str]:
-        if isinstance(self._choice, Recipe):
+        if isinstance(self._choice, Recipe | LayeredRecipe):
             role = role_of(tensor.name)
             assert role is not None  # may_change has seen to it
             return self._choice.type_of(tensor.name, role, self._tied)

@@ -185,7 +185,7 @@ class SlabEncoder:
             rows = min(piece_rows, slab.n_rows - start)
             piece = raw[start * source_row : (start + rows) * source_row]
             if not usable(piece, source):
-                raise _not_finite(job, slab.first_row + start, piece)
+                raise not_finite(job, slab.first_row + start, piece)
             here, into = raw_at + start * source_row, output_at + start * target_row
             if steps.decode:
                 here, there = floats_at if steps.encode else into, here
@@ -236,7 +236,8 @@ def _index(job: TensorJob, first_row: int, at: int) -> tuple[int, ...]:
     return tuple(int(position) for position in np.unravel_index(flat, job.shape))
 
 
-def _not_finite(job: TensorJob, first_row: int, piece: Bytes) -> WeightError:
+def not_finite(job: TensorJob, first_row: int, piece: Bytes) -> WeightError:
+    """What to raise for rows of the source, from `first_row` on, that are not `usable`."""
     floats = _floats_of(piece, job.source.type)
     at = int(np.argmin(np.isfinite(floats)))
     what = "a weight is NaN" if np.isnan(floats[at]) else "a weight is infinite"

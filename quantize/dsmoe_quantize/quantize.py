@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from gguf.constants import GGUFValueType
 from numpy.typing import NDArray
 
 from dsmoe_local.base.errors import FileError
 from dsmoe_local.base.progress import Listener, Note, ignore
 from dsmoe_local.model.cost import read_fraction
 from dsmoe_local.model.ggml import FLOATS, GgmlType, row_bytes, tensor_bytes, type_name
-from dsmoe_local.model.gguf_file import GgufFile, TensorInfo, identity_of
+from dsmoe_local.model.gguf_file import Field, GgufFile, TensorInfo, identity_of
 from dsmoe_local.model.gguf_model import read_model
+from dsmoe_local.model.gguf_writer import PlannedTensor, plan_gguf
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import role_of
 from dsmoe_quantize.choose import Choice, Wishes, choose_types, fallback_notes, label_of
@@ -28,6 +30,8 @@ from dsmoe_quantize.errors import RequantizeError
 from dsmoe_quantize.imatrix import Imatrix, metadata_of_use
 from dsmoe_quantize.mixes import ALIASES
 from dsmoe_quantize.output import Summary, write_output
+from dsmoe_quantize.recipe_file import render_recipe
+from dsmoe_quantize.recipes import RECIPE_KEY, LayeredRecipe
 from dsmoe_quantize.types import TypeChoice, known_words, metadata_with_type
 
 
@@ -70,6 +74,22 @@ class Plan:
         return 8 * self.n_bytes / sum(change.source.n_weights for change in self.changes)
 
     @property
+    def metadata(self) -> dict[str, Field]:
+        """What the new file says of itself."""
+        metadata = metadata_with_type(self.file.metadata, self.type)
+        if isinstance(self.type, LayeredRecipe):
+            metadata[RECIPE_KEY] = Field(render_recipe(self.type), GGUFValueType.STRING)
+        return metadata | (metadata_of_use(self.imatrix) if self.imatrix else {})
+
+    @property
+    def file_size(self) -> int:
+        """Bytes of the new file, header included."""
+        tensors = [
+            PlannedTensor(each.source.name, each.source.shape, each.choice.type) for each in self.changes
+        ]
+        return plan_gguf(self.metadata, tensors).size
+
+    @property
     def n_requantized(self) -> int:
         """Tensors that are quantized already and change their type."""
         return sum(change.is_second_loss for change in self.changes)
@@ -97,20 +117,31 @@ def plan_quantization(
     quantized again without `allow_requantize`.
     """
     file, hp = read_model(source)
+    plan = plan_file(file, hp, choice, wishes, imatrix)
+    if plan.n_requantized and not allow_requantize:
+        first = next(change for change in plan.changes if change.is_second_loss)
+        raise RequantizeError(
+            f"{plan.n_requantized} tensors are quantized already",
+            where=f"{first.source.name}: {type_name(first.source.type)} to {type_name(first.choice.type)}",
+            remedy="start from the unquantized file, or lose quality twice with --allow-requantize",
+        )
+    return plan
+
+
+def plan_file(
+    file: GgufFile,
+    hp: Hyperparameters,
+    choice: TypeChoice,
+    wishes: Wishes | None = None,
+    imatrix: Imatrix | None = None,
+) -> Plan:
+    """As `plan_quantization`, of a file that is read already; nobody asks whether it is quantized."""
     tensors = list(file.tensors.values())
     if imatrix is not None:
         for tensor in tensors:
             imatrix.importance(tensor.name, tensor.shape)
     chosen = choose_types(tensors, hp, choice, wishes, imatrix=imatrix is not None)
     changes = [Change(tensor, each) for tensor, each in zip(tensors, chosen, strict=True)]
-    again = [change for change in changes if change.is_second_loss]
-    if again and not allow_requantize:
-        first = again[0]
-        raise RequantizeError(
-            f"{len(again)} tensors are quantized already",
-            where=f"{first.source.name}: {type_name(first.source.type)} to {type_name(first.choice.type)}",
-            remedy="start from the unquantized file, or lose quality twice with --allow-requantize",
-        )
     return Plan(file, hp, choice, changes, imatrix)
 
 
@@ -127,7 +158,7 @@ def quantize_file(
     path = plan.file.path
     for text in fallback_notes([change.choice for change in plan.changes]):
         listen(Note(text))
-    with _opened(plan.file) as descriptor:
+    with opened(plan.file) as descriptor:
         jobs = [
             TensorJob(
                 each.source.name,
@@ -142,8 +173,7 @@ def quantize_file(
             listen(Note(text))
         return write_output(
             out,
-            metadata_with_type(plan.file.metadata, plan.type)
-            | (metadata_of_use(plan.imatrix) if plan.imatrix else {}),
+            plan.metadata,
             jobs,
             _fingerprint(plan),
             sources=[path],
@@ -212,7 +242,8 @@ def _notes_of_importance(plan: Plan, jobs: Sequence[TensorJob]) -> Iterator[str]
 
 
 @contextmanager
-def _opened(file: GgufFile) -> Iterator[int]:
+def opened(file: GgufFile) -> Iterator[int]:
+    """A descriptor of the file, to read rows from. FileError if it cannot be opened, or is another now."""
     try:
         descriptor = os.open(file.path, os.O_RDONLY)
     except OSError as error:
@@ -228,9 +259,11 @@ def _opened(file: GgufFile) -> Iterator[int]:
 def _fingerprint(plan: Plan) -> dict[str, object]:
     """What decides the bytes of the output."""
     types = "\n".join(f"{each.source.name} {type_name(each.choice.type)}" for each in plan.changes)
+    recipe = render_recipe(plan.type) if isinstance(plan.type, LayeredRecipe) else ""
     return {
         "the source": list(plan.file.identity),
         "the type": plan.type.name,
         "the tensors' types": hashlib.sha256(types.encode()).hexdigest(),
+        "the recipe": hashlib.sha256(recipe.encode()).hexdigest() if recipe else None,
         "the importance matrix": plan.imatrix.digest() if plan.imatrix else None,
     }

@@ -14,7 +14,7 @@ from dsmoe_local.model.ggml import GgmlType, type_name
 from dsmoe_local.model.gguf_file import Field
 from dsmoe_quantize import kernels
 from dsmoe_quantize.mixes import ALIASES, MIXES, Mix
-from dsmoe_quantize.recipes import RECIPES, Recipe
+from dsmoe_quantize.recipes import RECIPE_KEY, RECIPES, AnyRecipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +26,10 @@ class FloatType:
     base: GgmlType
 
 
-TypeChoice: TypeAlias = FloatType | Mix | Recipe
-"""What --type resolves to. All have a `name`, for file names, and a `file_type`, llama.cpp's number."""
+TypeChoice: TypeAlias = FloatType | Mix | AnyRecipe
+"""What --type or --recipe resolves to. All have a `name`, for file names, and a `file_type`, as llama.cpp
+numbers them.
+"""
 
 FLOAT_TYPES: Mapping[str, FloatType] = {
     "F32": FloatType("F32", 0, GgmlType.F32),
@@ -72,8 +74,8 @@ def parse_target(word: str) -> GgmlType:
 def metadata_with_type(metadata: Mapping[str, Field], choice: TypeChoice) -> dict[str, Field]:
     """`metadata` as a file of this type has it, as llama_model_quantize writes it.
 
-    The two keys about quantization move to the end, and keys about being one of several shards go: the
-    converter and the quantizer both use this, and so write the same bytes.
+    The two keys about quantization move to the end, and keys about being one of several shards, or about the
+    recipe of the source, go: the converter and the quantizer both use this, and so write the same bytes.
     """
     dropped = (
         "general.quantization_version",
@@ -81,6 +83,7 @@ def metadata_with_type(metadata: Mapping[str, Field], choice: TypeChoice) -> dic
         "split.no",
         "split.count",
         "split.tensors.count",
+        RECIPE_KEY,
     )
     kept = {key: field for key, field in metadata.items() if key not in dropped}
     return kept | {

@@ -1,0 +1,262 @@
+"""The options of `dsmoe quantize` that choose the bits, and the tables that explain the choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from dsmoe_local.base.errors import UsageError
+from dsmoe_local.base.sizes import format_size, parse_size
+from dsmoe_local.base.text import safe_line
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from dsmoe_quantize.budget import Budget
+    from dsmoe_quantize.explain import Offer, Reason
+    from dsmoe_quantize.target import Request, Target
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_CPUS = ("x86-avx2", "arm-dotprod", "none")
+
+_OPTIONS = (
+    click.option(
+        "--target-size",
+        metavar="SIZE",
+        help="Choose types so that the file has this size at most, as in 9.2GiB.",
+    ),
+    click.option(
+        "--target-bpw",
+        type=click.FloatRange(1, 32),
+        metavar="BITS",
+        help="… so many bits per weight at most, as in 4.7.",
+    ),
+    click.option(
+        "--target-bytes-per-token",
+        metavar="SIZE",
+        help="… so many bytes read to decode a token at most, as in 1.6GB.",
+    ),
+    click.option(
+        "--max-slow-share",
+        type=click.FloatRange(0, 100),
+        metavar="PERCENT",
+        help="… so much of what a token reads in types without fast kernels at most.",
+    ),
+    click.option(
+        "--cpu",
+        type=click.Choice(_CPUS),
+        help="The kind of processor whose fast kernels count.  [default: this machine's]",
+    ),
+    click.option(
+        "--imatrix",
+        "imatrix_file",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="What each channel counts: an importance matrix, of dsmoe imatrix or llama-imatrix.",
+    ),
+    click.option(
+        "--sensitivity",
+        "sensitivity_file",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Keep what is measured for a target here, and use what is there.  [default: in the cache]",
+    ),
+    click.option(
+        "--sample",
+        type=click.IntRange(0),
+        metavar="N",
+        help="Try types on so many weights of each tensor; 0: on all.  [default: 262144]",
+    ),
+    click.option("--explain", is_flag=True, help="Say why each group of tensors gets its type."),
+    click.option(
+        "--recipe",
+        "recipe_file",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="The types that a recipe file names, instead of --type.",
+    ),
+    click.option(
+        "--recipe-out",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Write the types chosen as a recipe file, to use again or to edit.",
+    ),
+)
+
+
+def target_options(function: Function) -> Function:
+    """Add the options to a command."""
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+@dataclass(frozen=True, slots=True)
+class TargetOptions:
+    """The options as they are given."""
+
+    target_size: str | None
+    target_bpw: float | None
+    target_bytes_per_token: str | None
+    max_slow_share: float | None
+    cpu: str | None
+    imatrix_file: Path | None
+    sensitivity_file: Path | None
+    sample: int | None
+    explain: bool
+    recipe_file: Path | None
+    recipe_out: Path | None
+
+    @property
+    def has_target(self) -> bool:
+        """Whether types are to be chosen for a budget."""
+        return any(
+            each is not None for each in (self.target_size, self.target_bpw, self.target_bytes_per_token)
+        )
+
+    def check(self, word: str | None, pure: bool) -> None:
+        """UsageError unless exactly one thing says what the types are, and the rest goes with it."""
+        ways = {
+            "--type": word is not None,
+            "--recipe": self.recipe_file is not None,
+            "a target": self.has_target,
+        }
+        given = [name for name, is_given in ways.items() if is_given]
+        if len(given) > 1:
+            raise UsageError(f"{' and '.join(given)} exclude each other", remedy="give one of them")
+        alone = {
+            "--sensitivity": self.sensitivity_file is not None,
+            "--sample": self.sample is not None,
+            "--max-slow-share": self.max_slow_share is not None,
+            "--cpu": self.cpu is not None,
+            "--explain": self.explain,
+            "--recipe-out": self.recipe_out is not None,
+        }
+        lonely = [name for name, is_given in alone.items() if is_given]
+        if lonely and not self.has_target:
+            raise UsageError(
+                f"{lonely[0]} needs a target",
+                remedy="--target-size, --target-bpw or --target-bytes-per-token",
+            )
+        if pure and word is None:
+            raise UsageError("--pure goes with --type alone")
+
+    def request(self) -> Request:
+        """The options about a target as data. UsageError for what is no size."""
+        from dsmoe_quantize.budget import Budget
+        from dsmoe_quantize.fast_kernels import this_cpu
+        from dsmoe_quantize.target import Request
+
+        share = self.max_slow_share
+        budget = Budget(
+            size=parse_size(self.target_size) if self.target_size else None,
+            bits_per_weight=self.target_bpw,
+            bytes_per_token=parse_size(self.target_bytes_per_token) if self.target_bytes_per_token else None,
+            slow_share=None if share is None else share / 100,
+        )
+        return Request(budget, self._name(), self.sensitivity_file, self.sample, self.cpu or this_cpu())
+
+    def _name(self) -> str:
+        """What the file is called after: the first budget that is given."""
+        if self.target_size:
+            return "".join(self.target_size.split())
+        if self.target_bpw:
+            return f"{self.target_bpw:g}bpw"
+        return f"{''.join((self.target_bytes_per_token or '').split())}-per-token"
+
+
+def show_offers(target: Target, budget: Budget, *, to_stderr: bool) -> None:
+    """Print the trade-off around a recipe."""
+    from rich.console import Console
+
+    from dsmoe_quantize.explain import offers
+
+    console = Console(stderr=to_stderr, highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = 160
+    solved = target.solved
+    console.print(_offer_table(offers(target.market, solved, budget)))
+    exact = "no recipe is better" if solved.is_optimal else f"none is below {solved.bound:.4g}"
+    costs = "measured" if target.sensitivity.weights else "built-in"
+    console.print(
+        f"predicted error {solved.total.error:.4g} ({exact}), from {target.sensitivity.share:.0%} of the"
+        f" weights and {costs} costs of errors; left of the budget: {_room(target, budget)}"
+    )
+
+
+def _room(target: Target, budget: Budget) -> str:
+    """What is not used of each budget."""
+    plan, market = target.solved.plan, target.market
+    slow_share = target.solved.total.n_slow / market.n_read if market.n_read else 0.0
+    parts = [
+        f"{name} {1 - used / limit:.1%}"
+        for name, used, limit in (
+            ("size", target.solved.file_size, budget.size),
+            ("bits", plan.bits_per_weight, budget.bits_per_weight),
+            ("bytes per token", plan.n_bytes_per_token, budget.bytes_per_token),
+            ("slow share", slow_share, budget.slow_share),
+        )
+        if limit
+    ]
+    return ", ".join(parts)
+
+
+def _offer_table(offers: Sequence[Offer]) -> Table:
+    table = _table("", "predicted error", "weights", "bits each", "read per token", "no fast kernel")
+    for each in offers:
+        table.add_row(
+            each.label,
+            f"{each.total.error:.4g}",
+            format_size(each.total.n_bytes),
+            f"{each.bits_per_weight:.2f}",
+            format_size(each.total.n_bytes_per_token),
+            f"{each.slow_share:.0%}",
+        )
+    return table
+
+
+def show_reasons(target: Target) -> None:
+    """Print on stdout why each group of tensors gets its type."""
+    from rich.console import Console
+
+    from dsmoe_quantize.explain import reasons
+
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = 200
+    console.print(_reason_table(reasons(target.market, target.solved)))
+
+
+def _reason_table(reasons: Sequence[Reason]) -> Table:
+    from dsmoe_local.model.ggml import type_name
+
+    table = _table("tensors", "layers", "type", "size", "of the error", "why")
+    for index in (0, 1, 2, 5):
+        table.columns[index].justify = "left"
+    for index in (1, 5):
+        table.columns[index].no_wrap = False
+    for each in reasons:
+        table.add_row(
+            safe_line(each.kind),
+            each.layers,
+            type_name(each.type),
+            format_size(each.n_bytes),
+            f"{each.error_share:.1%}",
+            each.why,
+        )
+    return table
+
+
+def _table(*headings: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
+    return table

@@ -1,0 +1,313 @@
+"""From a budget to a recipe: what each type of each group costs and how much it hurts, and what is best.
+
+Errors are predicted divergences in nats: each tensor's relative squared error (`sensitivity`) times what such
+an error costs in its group (`groups.WEIGHTS`, or what was measured), summed up. Good for comparing recipes of
+one model; how far a file really is from its source, `dsmoe eval --against` says.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from dsmoe_local.base.errors import UsageError
+from dsmoe_local.base.sizes import format_size
+from dsmoe_local.model.cost import read_fraction
+from dsmoe_local.model.ggml import GgmlType, tensor_bytes
+from dsmoe_local.model.gguf_file import DEFAULT_ALIGNMENT, GgufFile, TensorInfo
+from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.layout import role_of
+from dsmoe_quantize.choose import Choice, Wishes, settled_types
+from dsmoe_quantize.fast_kernels import is_fast
+from dsmoe_quantize.groups import WEIGHTS, Group, group_of
+from dsmoe_quantize.imatrix import Imatrix
+from dsmoe_quantize.quantize import Plan, plan_file
+from dsmoe_quantize.recipe_file import closest_mix, default_fallbacks, file_type_of
+from dsmoe_quantize.recipes import OTHERS, LayeredRecipe
+from dsmoe_quantize.sensitivity import Sensitivity
+from dsmoe_quantize.solver import Option, Problem, Solution, solve
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a file may cost at most; None: anything. At least one is set.
+
+    `size` in bytes, header included; `bits_per_weight` over all weights, header left out; `bytes_per_token`
+    of weights read to decode one; `slow_share` of the weights read that have no fast kernel, 0 to 1.
+    """
+
+    size: int | None = None
+    bits_per_weight: float | None = None
+    bytes_per_token: int | None = None
+    slow_share: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What tensors cost: bytes in the file, padding included; bytes read per token; weights read per token
+    without fast kernels; the predicted error.
+    """
+
+    n_bytes: int = 0
+    n_bytes_per_token: float = 0.0
+    n_slow: float = 0.0
+    error: float = 0.0
+
+    def __add__(self, other: Figures) -> Figures:
+        return Figures(
+            self.n_bytes + other.n_bytes,
+            self.n_bytes_per_token + other.n_bytes_per_token,
+            self.n_slow + other.n_slow,
+            self.error + other.error,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class GroupOptions:
+    """A group whose type is free, its tensors, and what each type that fits them costs, smallest first."""
+
+    group: Group
+    tensors: tuple[TensorInfo, ...]
+    options: Mapping[GgmlType, Figures]
+
+
+@dataclass(frozen=True, slots=True)
+class Solved:
+    """A recipe for a budget. `picks` has the type of each free group; `total` is of all tensors.
+
+    `prices` are what the last byte of the size, the last byte per token and the last slow weight cost.
+    """
+
+    plan: Plan
+    recipe: LayeredRecipe
+    picks: Mapping[Group, GgmlType]
+    total: Figures
+    file_size: int
+    prices: tuple[float, float, float]
+    bound: float
+    is_optimal: bool
+
+
+class Market:
+    """A model's groups with all that their types cost on a kind of processor. Solves for budgets."""
+
+    def __init__(
+        self,
+        file: GgufFile,
+        hp: Hyperparameters,
+        sensitivity: Sensitivity,
+        *,
+        wishes: Wishes | None = None,
+        imatrix: Imatrix | None = None,
+        cpu: str = "none",
+    ) -> None:
+        self.file = file
+        self.hp = hp
+        self.cpu = cpu
+        self.wishes = wishes or Wishes()
+        self.imatrix = imatrix
+        self._sensitivity = sensitivity
+        self._tied = "output.weight" not in file.tensors
+        self._alignment = file.get("general.alignment", DEFAULT_ALIGNMENT)
+        self._weights = self._error_weights()
+        base = LayeredRecipe("base", "F16", 1, {}, default_fallbacks())
+        tensors = list(file.tensors.values())
+        self.settled = settled_types(tensors, hp, base, self.wishes)
+        self.fixed = self.figures(self.settled.values())
+        self.groups = self._groups(tensors)
+        self.n_weights = sum(tensor.n_weights for tensor in tensors)
+        self.n_read = sum(tensor.n_weights * self._read_fraction(tensor) for tensor in tensors)
+
+    def figures(self, choices: Iterable[Choice]) -> Figures:
+        """What tensors cost in the types chosen. KeyError if one was not measured."""
+        total = Figures()
+        for choice in choices:
+            total += self._figures(self.file.tensors[choice.name], choice.type)
+        return total
+
+    def solve(
+        self,
+        budget: Budget,
+        name: str,
+        about: Mapping[str, str | int | float] | None = None,
+        *,
+        quick: bool = False,
+    ) -> Solved:
+        """The recipe of least predicted error within `budget`, nearly so if `quick`. UsageError if nothing
+        fits.
+        """
+        header = 0
+        while True:
+            solved = self._solve(budget, header, name, about or {}, quick)
+            if budget.size is None or solved.file_size <= budget.size:
+                return solved
+            # The header holds the recipe, and so is known only afterwards.
+            header += solved.file_size - budget.size
+
+    def _read_fraction(self, tensor: TensorInfo) -> float:
+        role = role_of(tensor.name)
+        return read_fraction(self.hp, role) if role else 1.0
+
+    def _error_weights(self) -> dict[Group, tuple[float, float]]:
+        """Of each group: what a relative error of 1 costs, and its energy."""
+        energies: dict[Group, float] = {}
+        for name, measured in self._sensitivity.tensors.items():
+            group = group_of(name, self._tied)
+            if group is not None:
+                energy = measured.energy * measured.n_weights / measured.n_tried
+                energies[group] = energies.get(group, 0.0) + energy
+        n_layers = Counter(group.kind for group in energies)
+        known = self._sensitivity.weights
+        return {
+            group: (
+                known.get(str(group), known.get(group.kind, WEIGHTS[group.kind]) / n_layers[group.kind]),
+                energy,
+            )
+            for group, energy in energies.items()
+        }
+
+    def _figures(self, tensor: TensorInfo, kind: GgmlType) -> Figures:
+        n_bytes = tensor_bytes(kind, tensor.shape)
+        fraction = self._read_fraction(tensor)
+        is_matrix = tensor.name in self._sensitivity.tensors
+        slow = is_matrix and not is_fast(self.cpu, kind, tensor.shape)
+        return Figures(
+            -(-n_bytes // self._alignment) * self._alignment,
+            n_bytes * fraction,
+            tensor.n_weights * fraction if slow else 0.0,
+            self._error(tensor, kind) if is_matrix else 0.0,
+        )
+
+    def _error(self, tensor: TensorInfo, kind: GgmlType) -> float:
+        measured = self._sensitivity.tensors[tensor.name]
+        group = group_of(tensor.name, self._tied)
+        assert group is not None  # it was measured
+        weight, energy = self._weights[group]
+        if not energy:
+            return 0.0
+        return weight * measured.errors[kind] * measured.n_weights / measured.n_tried / energy
+
+    def _groups(self, tensors: Sequence[TensorInfo]) -> list[GroupOptions]:
+        members: dict[Group, list[TensorInfo]] = {}
+        for tensor in tensors:
+            group = group_of(tensor.name, self._tied)
+            if group is not None and tensor.name not in self.settled:
+                members.setdefault(group, []).append(tensor)
+        return [self._options(group, each) for group, each in members.items()]
+
+    def _options(self, group: Group, tensors: list[TensorInfo]) -> GroupOptions:
+        measured = [self._sensitivity.tensors[tensor.name].errors for tensor in tensors]
+        shared = [kind for kind in measured[0] if all(kind in errors for errors in measured)]
+        found = {}
+        for kind in shared:
+            total = Figures()
+            for tensor in tensors:
+                total += self._figures(tensor, kind)
+            found[kind] = total
+        ordered = sorted(found.items(), key=lambda item: (item[1].n_bytes, item[1].error, item[0]))
+        return GroupOptions(group, tuple(tensors), dict(ordered))
+
+    def _limits(self, budget: Budget, header: int) -> list[float | None]:
+        """What is left for the free groups, in the order of `_costs`."""
+        sizes = [budget.size - header] if budget.size is not None else []
+        if budget.bits_per_weight is not None:
+            sizes.append(int(budget.bits_per_weight * self.n_weights / 8))
+        return [
+            min(sizes) - self.fixed.n_bytes if sizes else None,
+            None if budget.bytes_per_token is None else budget.bytes_per_token - self.fixed.n_bytes_per_token,
+            None if budget.slow_share is None else budget.slow_share * self.n_read - self.fixed.n_slow,
+        ]
+
+    def _solve(
+        self, budget: Budget, header: int, name: str, about: Mapping[str, str | int | float], quick: bool
+    ) -> Solved:
+        limits = self._limits(budget, header)
+        used = [at for at, limit in enumerate(limits) if limit is not None]
+        tables = [list(each.options) for each in self.groups]
+        problem = Problem(
+            [
+                [Option(figures.error, _costs(figures, used)) for figures in each.options.values()]
+                for each in self.groups
+            ],
+            tuple(int(limit) for limit in limits if limit is not None),
+        )
+        solution = solve(problem, quick=quick) if min(problem.limits, default=0) >= 0 else None
+        if solution is None:
+            raise self._infeasible(budget)
+        picks = {
+            each.group: table[at] for each, table, at in zip(self.groups, tables, solution.picks, strict=True)
+        }
+        return self._solved(picks, solution, used, name, about)
+
+    def _solved(
+        self,
+        picks: Mapping[Group, GgmlType],
+        solution: Solution,
+        used: Sequence[int],
+        name: str,
+        about: Mapping[str, str | int | float],
+    ) -> Solved:
+        total = self.fixed
+        for each in self.groups:
+            total += each.options[picks[each.group]]
+        weights: Counter[GgmlType] = Counter()
+        for each in self.groups:
+            weights[picks[each.group]] += sum(tensor.n_weights for tensor in each.tensors)
+        closest = closest_mix([max(weights, key=lambda kind: (weights[kind], -kind))]) if weights else "F16"
+        about = {**about, "predicted_error": float(f"{total.error:.4g}")}
+        recipe = LayeredRecipe(
+            name, closest, file_type_of(closest), _layered(picks), default_fallbacks(), about
+        )
+        plan = plan_file(self.file, self.hp, recipe, self.wishes, self.imatrix)
+        prices = dict(zip(used, solution.prices, strict=True))
+        return Solved(
+            plan,
+            recipe,
+            picks,
+            total,
+            plan.file_size,
+            (prices.get(0, 0.0), prices.get(1, 0.0), prices.get(2, 0.0)),
+            solution.bound + self.fixed.error,
+            solution.is_optimal,
+        )
+
+    def _infeasible(self, budget: Budget) -> UsageError:
+        least = self.fixed
+        for each in self.groups:
+            every = each.options.values()
+            least += Figures(
+                min(figures.n_bytes for figures in every),
+                min(figures.n_bytes_per_token for figures in every),
+                min(figures.n_slow for figures in every),
+            )
+        what = [
+            f"{format_size(least.n_bytes)} of weights ({8 * least.n_bytes / self.n_weights:.2f} bits each)"
+        ]
+        if budget.bytes_per_token is not None:
+            what.append(f"{format_size(least.n_bytes_per_token)} read per token")
+        if budget.slow_share is not None:
+            what.append(f"{least.n_slow / self.n_read:.0%} of them without fast kernels")
+        return UsageError(
+            "no choice of types fits the budget", where=f"at least: {', '.join(what)}", remedy="allow more"
+        )
+
+
+def _costs(figures: Figures, used: Sequence[int]) -> tuple[int, ...]:
+    """In whole bytes and weights, rounded up: sums of them never promise too little."""
+    every = (figures.n_bytes, -int(-figures.n_bytes_per_token // 1), -int(-figures.n_slow // 1))
+    return tuple(every[at] for at in used)
+
+
+def _layered(picks: Mapping[Group, GgmlType]) -> dict[str, dict[int | None, GgmlType]]:
+    """Picks as a recipe has them: the most frequent type of a kind for all other layers."""
+    kinds: dict[str, dict[int | None, GgmlType]] = {}
+    for group, kind in sorted(picks.items(), key=lambda item: (item[0].kind, item[0].layer or 0)):
+        kinds.setdefault(group.kind, {})[group.layer] = kind
+    result: dict[str, dict[int | None, GgmlType]] = {}
+    for name, layers in kinds.items():
+        counts = Counter(layers.values())
+        most = max(counts, key=lambda kind: (counts[kind], -kind))
+        named = {layer: kind for layer, kind in layers.items() if kind is not most}
+        result[name] = {OTHERS: most, **named}
+    return result

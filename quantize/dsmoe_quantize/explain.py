@@ -1,0 +1,174 @@
+"""Why a recipe is as it is: the trade-off around it, named types beside it, and each group's alternatives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+from dsmoe_local.base.errors import UsageError
+from dsmoe_local.base.sizes import format_size
+from dsmoe_local.model.ggml import GgmlType, block_size, type_name
+from dsmoe_quantize.budget import Budget, Figures, GroupOptions, Market, Solved
+from dsmoe_quantize.choose import choose_types
+from dsmoe_quantize.fast_kernels import is_fast
+from dsmoe_quantize.groups import KINDS
+from dsmoe_quantize.mixes import MIXES
+from dsmoe_quantize.recipe_file import format_layers
+from dsmoe_quantize.recipes import RECIPES
+from dsmoe_quantize.types import TypeChoice
+
+_STEPS = ((0.9, "10% less"), (0.95, "5% less"), (1.05, "5% more"), (1.1, "10% more"))
+_NAMED: tuple[TypeChoice, ...] = (
+    *RECIPES.values(),
+    *(MIXES[word] for word in ("Q8_0", "Q5_K_M", "Q4_K_M", "Q4_K_S", "IQ4_XS", "Q4_0")),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """One line of the trade-off: a recipe, ours or a named one, and what it costs."""
+
+    label: str
+    total: Figures
+    bits_per_weight: float
+    slow_share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why the groups of a kind in some layers have their type. `error_share` is of the whole error."""
+
+    kind: str
+    layers: str
+    type: GgmlType
+    n_bytes: int
+    error_share: float
+    why: str
+
+
+def offers(market: Market, solved: Solved, budget: Budget) -> list[Offer]:
+    """The recipe, what somewhat smaller and larger budgets would give, and the named types; by size."""
+    found = [offer(market, "this recipe", solved.total)]
+    for factor, label in _STEPS:
+        with suppress(UsageError):
+            part = market.solve(_scaled(budget, factor), "step", quick=True)
+            found.append(offer(market, label, part.total))
+    tensors = list(market.file.tensors.values())
+    for choice in _NAMED:
+        # A type that was not measured, or a wish that makes no sense with it.
+        with suppress(KeyError, UsageError):
+            chosen = choose_types(
+                tensors, market.hp, choice, market.wishes, imatrix=market.imatrix is not None
+            )
+            found.append(offer(market, choice.name, market.figures(chosen)))
+    return sorted(found, key=lambda each: each.total.n_bytes)
+
+
+def offer(market: Market, label: str, total: Figures) -> Offer:
+    """A line for what all tensors cost."""
+    return Offer(
+        label,
+        total,
+        8 * total.n_bytes / market.n_weights,
+        total.n_slow / market.n_read if market.n_read else 0,
+    )
+
+
+def _scaled(budget: Budget, factor: float) -> Budget:
+    return replace(
+        budget,
+        size=None if budget.size is None else int(budget.size * factor),
+        bits_per_weight=None if budget.bits_per_weight is None else budget.bits_per_weight * factor,
+        bytes_per_token=None if budget.bytes_per_token is None else int(budget.bytes_per_token * factor),
+    )
+
+
+def reasons(market: Market, solved: Solved) -> list[Reason]:
+    """One for each kind and type, in the order of the model."""
+    merged: dict[tuple[str, GgmlType], list[GroupOptions]] = {}
+    for each in market.groups:
+        merged.setdefault((each.group.kind, solved.picks[each.group]), []).append(each)
+    ordered = sorted(merged.items(), key=lambda item: KINDS.index(item[0][0]))
+    free = [_reason(market, solved, kind, chosen, members) for (kind, chosen), members in ordered]
+    return [*free, *_settled(market)]
+
+
+def _reason(
+    market: Market, solved: Solved, kind: str, chosen: GgmlType, members: list[GroupOptions]
+) -> Reason:
+    options = _joined(members)
+    here = options[chosen]
+    tensor = members[0].tensors[0]
+    parts = [
+        _step(solved, here, {k: v for k, v in options.items() if v.error < here.error}, "more"),
+        _step(solved, here, {k: v for k, v in options.items() if v.n_bytes < here.n_bytes}, "less"),
+    ]
+    if not any(figures.error < here.error for figures in options.values()):
+        parts[0] = "nothing that fits is better"
+    if market.cpu != "none" and not is_fast(market.cpu, chosen, tensor.shape):
+        parts.append("no fast kernel")
+    if tensor.shape[-1] % block_size(GgmlType.Q4_K):
+        parts.append(f"256 does not divide {tensor.shape[-1]} columns")
+    layers = [each.group.layer for each in members if each.group.layer is not None]
+    share = here.error / solved.total.error if solved.total.error else 0.0
+    return Reason(
+        kind, ",".join(format_layers(layers)), chosen, here.n_bytes, share, "; ".join(filter(None, parts))
+    )
+
+
+def _joined(members: list[GroupOptions]) -> dict[GgmlType, Figures]:
+    """What each type that fits all of them costs, in all of them together."""
+    joined: dict[GgmlType, Figures] = {}
+    for kind in members[0].options:
+        if all(kind in each.options for each in members):
+            total = Figures()
+            for each in members:
+                total += each.options[kind]
+            joined[kind] = total
+    return joined
+
+
+def _step(solved: Solved, here: Figures, others: Mapping[GgmlType, Figures], way: str) -> str:
+    """The best of the other types, and how its price compares with the recipe's."""
+    best: tuple[float, GgmlType, Figures] | None = None
+    for kind, figures in others.items():
+        price = _worth(solved, figures) - _worth(solved, here)
+        gain = here.error - figures.error
+        if way == "less" and gain >= 0:
+            continue  # an option that is not allowed to be slow, or the recipe is not the best
+        ratio = gain / price if price else 0.0
+        if best is None or (ratio > best[0] if way == "more" else ratio < best[0]):
+            best = (ratio, kind, figures)
+    if best is None:
+        return ""
+    ratio, kind, figures = best
+    size = format_size(abs(figures.n_bytes - here.n_bytes))
+    if way == "more":
+        sign = "+" if figures.n_bytes >= here.n_bytes else "-"
+        text = f"{type_name(kind)} saves {here.error - figures.error:.1e} for {sign}{size}"
+        return f"{text}, {ratio:.2g} x what that saves elsewhere" if ratio > 0 else text
+    text = f"{type_name(kind)} costs {figures.error - here.error:.1e} for -{size}"
+    return f"{text}, {ratio:.2g} x what that saves elsewhere" if ratio > 0 else text
+
+
+def _worth(solved: Solved, figures: Figures) -> float:
+    """What the costs would save elsewhere, at the budget's margin."""
+    size, per_token, slow = solved.prices
+    return size * figures.n_bytes + per_token * figures.n_bytes_per_token + slow * figures.n_slow
+
+
+def _settled(market: Market) -> list[Reason]:
+    """The tensors that the user has spoken of."""
+    return [
+        Reason(
+            choice.name,
+            "",
+            choice.type,
+            market.figures([choice]).n_bytes,
+            0.0,
+            "; ".join(filter(None, (choice.reason, choice.misfit))),
+        )
+        for choice in market.settled.values()
+        if choice.reason.startswith("--")
+    ]

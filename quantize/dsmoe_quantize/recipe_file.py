@@ -1,0 +1,228 @@
+"""Recipe files: TOML that the solver writes, people edit, and `--recipe` applies. Text, and its meaning.
+
+    format = 1
+    name = "9.2GiB"
+    closest = "Q4_K_M"
+
+    [types]
+    output = "Q6_K"
+    routed-down = { IQ4_NL = "others", Q5_0 = "1-3,26", Q8_0 = "27" }
+
+    [fallbacks]
+    Q4_K = "IQ4_NL"
+
+A kind of group (`groups`) has one type, or several with their layers. `fallbacks` say what takes the place of
+a type whose blocks do not fit a row; left out, they are those of `q4`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dsmoe_local.base import durable
+from dsmoe_local.base.errors import DsmoeError, FileError, FormatError
+from dsmoe_local.base.text import safe_line
+from dsmoe_local.model.ggml import GgmlType, type_name
+from dsmoe_quantize.groups import KINDS
+from dsmoe_quantize.mixes import MIXES
+from dsmoe_quantize.recipes import OTHERS, RECIPES, LayeredRecipe
+from dsmoe_quantize.types import FLOAT_TYPES, parse_target
+
+_FORMAT = 1
+_MAX_BYTES = 1 << 20
+_MAX_LAYER = 511  # llama.cpp's limit
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
+_KEYS = frozenset({"format", "name", "closest", "types", "fallbacks", "about"})
+_OTHERS = "others"
+_HEAD = """\
+# A recipe: which type each group of tensors gets. Edit it, then: dsmoe-quantize IN.gguf --recipe FILE
+# Layers are written as "0-3,7"; "others" are all that are not named.
+"""
+
+
+def default_fallbacks() -> Mapping[GgmlType, GgmlType]:
+    """What takes the place of a type that does not fit, unless a file says otherwise."""
+    recipe = RECIPES["q4"]
+    return recipe.fallbacks
+
+
+def closest_mix(types: Iterable[GgmlType]) -> str:
+    """The word for the mix whose base is the most frequent of `types`, of equal ones the first."""
+    counts = Counter(types)
+    base = max(counts, key=lambda kind: counts[kind])
+    words = [mix.name for mix in MIXES.values() if mix.base is base]
+    return words[0] if words else type_name(base)
+
+
+def file_type_of(closest: str) -> int:
+    """llama.cpp's number for a mix or float type. KeyError if there is none of that name."""
+    return MIXES[closest].file_type if closest in MIXES else FLOAT_TYPES[closest].file_type
+
+
+def read_recipe(path: Path) -> LayeredRecipe:
+    """The recipe in a file. FileError if it cannot be read, FormatError if it is none, naming the line."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+    except OSError as error:
+        raise FileError(f"cannot read the recipe: {error.strerror}", where=path) from error
+    if len(content) > _MAX_BYTES:
+        raise FormatError("the recipe is far too large", where=path)
+    try:
+        return parse_recipe(content.decode(), str(path))
+    except UnicodeDecodeError as error:
+        raise FormatError("the recipe is not UTF-8", where=path) from error
+
+
+def write_recipe(recipe: LayeredRecipe, path: Path) -> None:
+    """Write the file, durably, over what is there. FileError."""
+    try:
+        durable.write_file(path, render_recipe(recipe).encode())
+    except OSError as error:
+        raise FileError(f"cannot write the recipe: {error.strerror}", where=path) from error
+
+
+def render_recipe(recipe: LayeredRecipe) -> str:
+    """The file's text. `parse_recipe` makes the same recipe of it."""
+    lines = [
+        _HEAD,
+        f"format = {_FORMAT}",
+        f"name = {json.dumps(recipe.name)}",
+        f'closest = "{recipe.closest}"',
+    ]
+    lines += ["", "[types]"]
+    lines += [f"{kind} = {_layers_text(recipe.types[kind])}" for kind in KINDS if kind in recipe.types]
+    lines += ["", "[fallbacks]"]
+    lines += [f'{type_name(a)} = "{type_name(b)}"' for a, b in sorted(recipe.fallbacks.items())]
+    if recipe.about:
+        lines += ["", "# How it came about; changes nothing.", "[about]"]
+        lines += [f"{key} = {_value_text(value)}" for key, value in recipe.about.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _value_text(value: str | int | float) -> str:
+    """JSON's strings are TOML's but for DEL, which safe_line takes away."""
+    return json.dumps(safe_line(value, 200), ensure_ascii=False) if isinstance(value, str) else repr(value)
+
+
+def _layers_text(layers: Mapping[int | None, GgmlType]) -> str:
+    """The right side of a line: a type, or a table from type to layers."""
+    if set(layers) == {OTHERS}:
+        return f'"{type_name(layers[OTHERS])}"'
+    parts = []
+    for kind in sorted(
+        set(layers.values()), key=lambda kind: (kind is not layers.get(OTHERS), type_name(kind))
+    ):
+        words = [_OTHERS] if layers.get(OTHERS) is kind else []
+        words += format_layers(layer for layer, each in layers.items() if each is kind and layer is not None)
+        parts.append(f'{type_name(kind)} = "{",".join(words)}"')
+    return f"{{ {', '.join(parts)} }}"
+
+
+def format_layers(layers: Iterable[int]) -> list[str]:
+    """Runs of layers: 1, 2, 3, 7 are 1-3 and 7."""
+    words = []
+    for _, run in groupby(enumerate(sorted(layers)), key=lambda pair: pair[1] - pair[0]):
+        numbers = [number for _, number in run]
+        words.append(str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}")
+    return words
+
+
+def parse_recipe(text: str, where: str) -> LayeredRecipe:
+    """The recipe in a text that comes from `where`. FormatError."""
+    try:
+        tables = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise FormatError(f"the recipe is not TOML: {error}", where=where) from error
+    return _Reader(tables, where).recipe()
+
+
+class _Reader:
+    """Turns tables into a recipe, or says what is wrong with them."""
+
+    def __init__(self, tables: Mapping[str, Any], where: str) -> None:
+        self._tables = tables
+        self._where = where
+
+    def refuse(self, what: str, remedy: str = "") -> NoReturn:
+        raise FormatError(what, where=self._where, remedy=remedy)
+
+    def recipe(self) -> LayeredRecipe:
+        """The whole."""
+        if unknown := sorted(set(self._tables) - _KEYS):
+            self.refuse(f"the recipe has an unknown key {unknown[0]!r}", f"known: {', '.join(sorted(_KEYS))}")
+        if self._tables.get("format") != _FORMAT:
+            self.refuse(f"this is no recipe of format {_FORMAT}", f"a recipe begins with: format = {_FORMAT}")
+        name = self._tables.get("name")
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            self.refuse("the recipe needs a name", "of letters, digits and . _ + -, 64 at most")
+        types = {kind: self._layers(kind, value) for kind, value in self._table("types").items()}
+        if not types:
+            self.refuse("the recipe has no types", "it needs a table [types]")
+        closest = self._tables.get(
+            "closest", closest_mix(kind for each in types.values() for kind in each.values())
+        )
+        if closest not in MIXES and closest not in FLOAT_TYPES:
+            self.refuse(f"closest = {closest!r} is no mix", f"known: {', '.join((*MIXES, *FLOAT_TYPES))}")
+        return LayeredRecipe(name, closest, file_type_of(closest), types, self._fallbacks(), self._about())
+
+    def _about(self) -> Mapping[str, str | int | float]:
+        about = self._table("about")
+        for key, value in about.items():
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", key) or type(value) not in (str, int, float):
+                self.refuse(f"[about] {key!r} is no simple value", "it holds texts and numbers")
+        return about
+
+    def _table(self, key: str) -> dict[str, Any]:
+        table = self._tables.get(key, {})
+        if not isinstance(table, dict):
+            self.refuse(f"{key} is no table")
+        return table
+
+    def _type(self, word: object, line: str) -> GgmlType:
+        if not isinstance(word, str):
+            self.refuse(f"{line}: a type is a word in quotes")
+        try:
+            return parse_target(word)
+        except DsmoeError as error:
+            self.refuse(f"{line}: {error.what}", error.remedy)
+
+    def _layers(self, kind: str, value: object) -> dict[int | None, GgmlType]:
+        if kind not in KINDS:
+            self.refuse(f"[types] has an unknown group {kind!r}", f"known: {', '.join(KINDS)}")
+        if not isinstance(value, dict):
+            return {OTHERS: self._type(value, kind)}
+        found: dict[int | None, GgmlType] = {}
+        for word, layers in value.items():
+            for layer in self._numbers(kind, layers):
+                if layer in found:
+                    self.refuse(f"{kind}: {_OTHERS if layer is None else f'layer {layer}'} has two types")
+                found[layer] = self._type(word, kind)
+        if not found:
+            self.refuse(f"{kind} has no types")
+        return found
+
+    def _numbers(self, kind: str, text: object) -> Iterable[int | None]:
+        for part in text.split(",") if isinstance(text, str) else [None]:
+            match = re.fullmatch(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?", part or "")
+            if part is not None and part.strip() == _OTHERS:
+                yield OTHERS
+            elif match is None or not int(match[1]) <= int(match[2] or match[1]) <= _MAX_LAYER:
+                self.refuse(f"{kind}: {text!r} are no layers", 'write them as "0-3,7", or "others"')
+            else:
+                yield from range(int(match[1]), int(match[2] or match[1]) + 1)
+
+    def _fallbacks(self) -> Mapping[GgmlType, GgmlType]:
+        if "fallbacks" not in self._tables:
+            return default_fallbacks()
+        return {
+            self._type(key, "fallbacks"): self._type(value, f"fallbacks: {key}")
+            for key, value in self._table("fallbacks").items()
+        }

@@ -1,0 +1,252 @@
+"""How much each type would hurt each tensor: the error of weights that are encoded and read again.
+
+The error of a tensor is the sum of squared differences, each weighted by the mean square of what its column
+is multiplied with (with an importance matrix; all alike without), and for an expert by how often it is
+chosen: what the tensor's output is wrong by, squared, if differences are independent. Divided by the same sum
+over the weights themselves (`energy`) it is a relative error, which tensors have in common.
+
+Large tensors are tried on a sample of rows, the same ones each time, spread over all experts. A few threads
+hold a few hundred KB each, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsmoe_local.base.errors import InterruptedRunError
+from dsmoe_local.base.progress import Advanced, Finished, Listener, Started, ignore
+from dsmoe_local.model.ggml import FLOATS, GgmlType, block_size, row_bytes
+from dsmoe_local.model.gguf_file import GgufFile, TensorInfo
+from dsmoe_quantize import kernels
+from dsmoe_quantize.choose import may_change
+from dsmoe_quantize.encode import PIECE_WEIGHTS, Bytes, TensorJob, not_finite, usable
+from dsmoe_quantize.errors import WeightError
+from dsmoe_quantize.imatrix import Imatrix
+from dsmoe_quantize.pipeline import n_cores
+from dsmoe_quantize.quantize import GgufRows, opened
+
+SAMPLE = 1 << 18
+"""Weights of each tensor to try types on."""
+_GOLDEN = (5**0.5 - 1) / 2  # its multiples are spread evenly, however many there are
+
+_QUANTIZED = tuple(kind for kind in GgmlType if kind in kernels.WRITABLE - FLOATS)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorErrors:
+    """Of one tensor: the weighted error of each type, and of the weights themselves, over the rows tried."""
+
+    n_weights: int
+    n_tried: int
+    energy: float
+    errors: Mapping[GgmlType, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """What was measured of a model, by tensor. `source`, `imatrix` and `kernels` say of what and with what.
+
+    `weights` are what a relative error of 1 in a group ("routed-down.5"), or in all layers of a kind
+    ("routed-down"), would cost in nats of divergence, where somebody has measured that.
+    """
+
+    source: str
+    imatrix: str
+    kernels: str
+    sample: int
+    tensors: Mapping[str, TensorErrors] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def share(self) -> float:
+        """The part of the measured tensors' weights that was tried."""
+        n_weights = sum(each.n_weights for each in self.tensors.values())
+        return sum(each.n_tried for each in self.tensors.values()) / max(n_weights, 1)
+
+
+def candidates(tensor: TensorInfo) -> list[GgmlType]:
+    """The types that a tensor may get: what its width allows, and what it is if that is a type of blocks. A
+    float type only where no block fits.
+    """
+    fitting = [kind for kind in _QUANTIZED if tensor.shape[-1] % block_size(kind) == 0]
+    if not fitting:
+        return sorted({GgmlType.F16, tensor.type})
+    return fitting if tensor.type in FLOATS or tensor.type in fitting else [*fitting, tensor.type]
+
+
+def measure(
+    file: GgufFile,
+    known: Sensitivity,
+    imatrix: Imatrix | None = None,
+    *,
+    threads: int = 0,
+    keep: Callable[[Sensitivity], None] = lambda sensitivity: None,
+    listen: Listener = ignore,
+    stop: threading.Event | None = None,
+) -> Sensitivity:
+    """`known` with every tensor of `file` that may change. `keep` gets what there is after each tensor.
+
+    `threads` 0 means all cores; they change nothing in the figures. Raises WeightError for weights that are
+    NaN or infinite, FileError, InterruptedRunError when `stop` is set.
+    """
+    stop = stop or threading.Event()
+    wanted = [tensor for tensor in file.tensors.values() if may_change(tensor)]
+    missing = [tensor for tensor in wanted if tensor.name not in known.tensors]
+    found = dict(known.tensors)
+    lock = threading.Lock()
+    listen(Started("measuring", len(wanted), len(wanted) - len(missing), "tensors"))
+
+    def snapshot() -> Sensitivity:
+        ordered = {tensor.name: found[tensor.name] for tensor in wanted if tensor.name in found}
+        return Sensitivity(known.source, known.imatrix, known.kernels, known.sample, ordered, known.weights)
+
+    with opened(file) as descriptor, ThreadPoolExecutor(threads or n_cores()) as pool:
+
+        def work(tensor: TensorInfo) -> None:
+            rows = GgufRows(file.path, descriptor, tensor)
+            trial = _Trial(tensor, rows, imatrix, known.sample)
+            errors = trial.run(stop.is_set)
+            if errors is not None:
+                with lock:
+                    found[tensor.name] = errors
+                    keep(snapshot())
+                    listen(Advanced(1, tensor.name))
+
+        futures = [pool.submit(work, tensor) for tensor in missing]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    if stop.is_set() and len(found) < len(wanted):
+        raise InterruptedRunError(
+            f"interrupted: {len(found)} of {len(wanted)} tensors measured",
+            remedy="run the same command again to continue",
+        )
+    listen(Finished("measuring"))
+    return snapshot()
+
+
+def sampled_rows(n_matrices: int, rows_per_matrix: int, n_columns: int, sample: int) -> list[list[int]]:
+    """Rows of each matrix to try, in order: about `sample` weights in all, at least one row of each matrix,
+    spread evenly. All rows if `sample` is 0.
+    """
+    n_rows = max(1, round(sample / (n_matrices * n_columns)))
+    if not sample or n_rows >= rows_per_matrix:
+        return [list(range(rows_per_matrix))] * n_matrices
+    picked = []
+    for matrix in range(n_matrices):
+        places = ((matrix + number * n_matrices + 0.5) * _GOLDEN % 1 for number in range(n_rows))
+        picked.append(sorted({int(place * rows_per_matrix) for place in places}))
+    return picked
+
+
+class _Trial:
+    """One tensor under every type that it may get. Used by one thread."""
+
+    def __init__(self, tensor: TensorInfo, rows: GgufRows, imatrix: Imatrix | None, sample: int) -> None:
+        self._tensor = tensor
+        self._rows = rows
+        self._columns = tensor.shape[-1]
+        self._per_matrix = tensor.shape[-2]
+        self._n_matrices = tensor.n_weights // (self._columns * self._per_matrix)
+        self._sample = sample
+        self._types = [kind for kind in candidates(tensor) if kind is not tensor.type]
+        self._importance = imatrix.importance(tensor.name, tensor.shape) if imatrix else None
+        self._frequency = _frequencies(tensor.name, self._n_matrices, imatrix)
+
+    def run(self, stopped: Callable[[], bool]) -> TensorErrors | None:
+        """The errors; None if `stopped` said so. A type that cannot hold a weight is left out."""
+        energy, n_tried = 0.0, 0
+        errors = dict.fromkeys(self._types, 0.0)
+        picked = sampled_rows(self._n_matrices, self._per_matrix, self._columns, self._sample)
+        for matrix, rows in enumerate(picked):
+            frequency = float(self._frequency[matrix])
+            weights = None if self._importance is None else self._importance[matrix]
+            for floats in self._pieces(matrix, rows):
+                if stopped():
+                    return None
+                n_tried += floats.size
+                energy += frequency * _weighted(np.square(floats), weights)
+                for kind in list(errors):
+                    difference = self._difference(floats, kind, weights)
+                    if difference is None:
+                        del errors[kind]
+                    else:
+                        errors[kind] += frequency * _weighted(difference, weights)
+        if self._tensor.type in candidates(self._tensor):
+            errors[self._tensor.type] = 0.0
+        return TensorErrors(self._tensor.n_weights, n_tried, energy, errors)
+
+    def _pieces(self, matrix: int, rows: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+        """The rows as f32, (rows, columns), some at a time; memory that the next piece reuses."""
+        kind, columns = self._tensor.type, self._columns
+        per_piece = min(len(rows), max(1, PIECE_WEIGHTS // columns))
+        n_bytes = row_bytes(kind, columns)
+        raw = np.empty(per_piece * n_bytes, np.uint8)
+        floats = np.empty((per_piece, columns), np.float32)
+        for start in range(0, len(rows), per_piece):
+            part = rows[start : start + per_piece]
+            piece = raw[: len(part) * n_bytes]
+            self._read(matrix * self._per_matrix, part, piece, n_bytes)
+            if not usable(piece, kind):
+                raise self._bad_weight(matrix, part, piece)
+            if kind is GgmlType.F32:
+                yield piece.view(np.float32).reshape(len(part), columns)
+            else:
+                kernels.decoder(kind)(piece.ctypes.data, floats.ctypes.data, len(part) * columns)
+                yield floats[: len(part)]
+
+    def _bad_weight(self, matrix: int, rows: Sequence[int], piece: Bytes) -> WeightError:
+        lines = list(piece.reshape(len(rows), -1))
+        at = next(at for at, line in enumerate(lines) if not usable(line, self._tensor.type))
+        job = TensorJob(self._tensor.name, self._tensor.shape, self._tensor.type, self._rows)
+        return not_finite(job, matrix * self._per_matrix + rows[at], lines[at])
+
+    def _read(self, first: int, rows: Sequence[int], into: Bytes, n_bytes: int) -> None:
+        done = 0
+        for _, run in groupby(enumerate(rows), key=lambda pair: pair[1] - pair[0]):
+            numbers = [row for _, row in run]
+            part = into[done * n_bytes : (done + len(numbers)) * n_bytes]
+            part[:] = self._rows.read(first + numbers[0], len(numbers), part)
+            done += len(numbers)
+
+    def _difference(
+        self, floats: NDArray[np.float32], kind: GgmlType, weights: NDArray[np.float32] | None
+    ) -> NDArray[np.float32] | None:
+        """The squares of what encoding changes; None if the type cannot hold the weights."""
+        n_rows, columns = floats.shape
+        encoded = np.empty(n_rows * row_bytes(kind, columns), np.uint8)
+        address = None if weights is None or kind in FLOATS else weights.ctypes.data
+        kernels.encoder(kind)(floats.ctypes.data, encoded.ctypes.data, n_rows, columns, address)
+        if not usable(encoded, kind):
+            return None
+        again = np.empty_like(floats)
+        kernels.decoder(kind)(encoded.ctypes.data, again.ctypes.data, again.size)
+        again -= floats
+        return np.square(again, out=again)
+
+
+def _frequencies(name: str, n_matrices: int, imatrix: Imatrix | None) -> NDArray[np.float64]:
+    """How often each matrix is used, against the others. One that was never seen was once, nearly."""
+    entry = imatrix.entries.get(name) if imatrix else None
+    if entry is None or len(entry.counts) != n_matrices:
+        return np.ones(n_matrices)
+    counts = entry.counts + 1.0
+    frequencies: NDArray[np.float64] = counts / counts.mean()
+    return frequencies
+
+
+def _weighted(squares: NDArray[np.float32], weights: NDArray[np.float32] | None) -> float:
+    """The sum, each column by its weight; in double precision and always in the same order."""
+    columns = squares.sum(axis=0, dtype=np.float64)
+    return float(columns.sum() if weights is None else (columns * weights).sum())

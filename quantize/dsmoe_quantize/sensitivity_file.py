@@ -1,0 +1,193 @@
+"""Sensitivity as a JSON file, which is written while it is measured and goes on where a run was interrupted.
+
+    {"format": "dsmoe-sensitivity", "version": 1, "source": …, "imatrix": …, "kernels": …, "sample": 262144,
+     "tensors": {"blk.1.attn_q.weight": {"n_weights": …, "n_tried": …, "energy": …, "errors": {"Q4_K": …}}},
+     "weights": {"routed-down": 0.9, "routed-down.1": 0.05}}
+
+`weights` may be added by whoever measures divergence; all else is ours. See `sensitivity` for what they mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dsmoe_local.base import durable
+from dsmoe_local.base.errors import FileError, FormatError, UsageError
+from dsmoe_local.base.paths import cache_folder
+from dsmoe_local.base.text import safe_line
+from dsmoe_local.model.ggml import GgmlType, type_name
+from dsmoe_local.model.gguf_file import GgufFile
+from dsmoe_local.model.identity import file_identity
+from dsmoe_quantize import kernels
+from dsmoe_quantize.imatrix import Imatrix
+from dsmoe_quantize.sensitivity import SAMPLE, Sensitivity, TensorErrors
+
+_FORMAT, _VERSION = "dsmoe-sensitivity", 1
+_MAX_BYTES = 1 << 26
+_SECONDS = 5.0  # between two times of writing
+
+
+def start(file: GgufFile, imatrix: Imatrix | None, sample: int | None) -> Sensitivity:
+    """Nothing measured yet of this model with this matrix."""
+    return Sensitivity(
+        file_identity(file.path),
+        imatrix.digest() if imatrix else "",
+        kernels.version(),
+        SAMPLE if sample is None else sample,
+    )
+
+
+def default_path(wanted: Sensitivity) -> Path:
+    """Where it is kept if the user names no file: in the cache, by all that it depends on."""
+    parts = (wanted.source, wanted.imatrix, wanted.kernels, wanted.sample)
+    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    return cache_folder() / "sensitivity" / f"{digest}.json"
+
+
+def resume(path: Path, wanted: Sensitivity, *, any_sample: bool = False) -> Sensitivity:
+    """What the file holds of `wanted`, or `wanted` if there is no file. UsageError if it is of another model,
+    or another importance matrix; `any_sample` takes the file's sample as it is.
+    """
+    if not path.exists():
+        return wanted
+    found = read_sensitivity(path)
+    for what, had, want in (
+        ("another model", found.source, wanted.source),
+        ("another importance matrix", found.imatrix, wanted.imatrix),
+        ("another version of llama-cpp-python", found.kernels, wanted.kernels),
+        ("another sample", found.sample, found.sample if any_sample else wanted.sample),
+    ):
+        if had != want:
+            raise UsageError(
+                f"the sensitivity was measured with {what}",
+                where=path,
+                remedy="name another file, or remove it",
+            )
+    return found
+
+
+class Keeper:
+    """Writes what was measured, now and then, and at the end."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._written = time.monotonic()
+        self._latest: Sensitivity | None = None
+
+    def keep(self, sensitivity: Sensitivity) -> None:
+        """Take the latest state; write it if the last one is some seconds old. FileError."""
+        self._latest = sensitivity
+        if time.monotonic() - self._written > _SECONDS:
+            self.close()
+
+    def close(self) -> None:
+        """Write what was not yet written. FileError."""
+        if self._latest is not None:
+            write_sensitivity(self._latest, self._path)
+            self._latest, self._written = None, time.monotonic()
+
+
+def write_sensitivity(sensitivity: Sensitivity, path: Path) -> None:
+    """Write the file, durably, over what is there. FileError."""
+    content = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "source": sensitivity.source,
+        "imatrix": sensitivity.imatrix,
+        "kernels": sensitivity.kernels,
+        "sample": sensitivity.sample,
+        "tensors": {
+            name: {
+                "n_weights": each.n_weights,
+                "n_tried": each.n_tried,
+                "energy": each.energy,
+                "errors": {type_name(kind): error for kind, error in sorted(each.errors.items())},
+            }
+            for name, each in sensitivity.tensors.items()
+        },
+        "weights": dict(sensitivity.weights),
+    }
+    try:
+        durable.write_file(path, (json.dumps(content, indent=1) + "\n").encode())
+    except OSError as error:
+        raise FileError(f"cannot write the sensitivity: {error.strerror}", where=path) from error
+
+
+def read_sensitivity(path: Path) -> Sensitivity:
+    """A file's content. FileError if it cannot be read, FormatError if it is none."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+    except OSError as error:
+        raise FileError(f"cannot read the sensitivity: {error.strerror}", where=path) from error
+    try:
+        found = json.loads(content[:_MAX_BYTES])
+    except (ValueError, RecursionError) as error:
+        raise _refusal(path, "it is not JSON") from error
+    if not isinstance(found, dict) or found.get("format") != _FORMAT or found.get("version") != _VERSION:
+        raise _refusal(path, f"it is not {_FORMAT} of version {_VERSION}")
+    return _Reader(path, found).read()
+
+
+def _refusal(path: Path, what: str) -> FormatError:
+    return FormatError(
+        f"not a usable sensitivity file: {what}", where=path, remedy="remove it to measure again"
+    )
+
+
+class _Reader:
+    """Takes a JSON object apart."""
+
+    def __init__(self, path: Path, found: Mapping[str, Any]) -> None:
+        self._path = path
+        self._found = found
+
+    def refuse(self, what: str) -> NoReturn:
+        raise _refusal(self._path, safe_line(what, 120))
+
+    def read(self) -> Sensitivity:
+        """The whole."""
+        source, imatrix, version = (self._found.get(key) for key in ("source", "imatrix", "kernels"))
+        sample, tensors = self._found.get("sample"), self._found.get("tensors")
+        if not isinstance(source, str) or not isinstance(imatrix, str) or not isinstance(version, str):
+            self.refuse("it does not say what it is of")
+        if type(sample) is not int or sample < 0:
+            self.refuse("it does not say how much was tried")
+        if not isinstance(tensors, dict):
+            self.refuse("it has no tensors")
+        return Sensitivity(
+            source,
+            imatrix,
+            version,
+            sample,
+            {name: self._tensor(name, value) for name, value in tensors.items()},
+            self._numbers("weights", self._found.get("weights", {})),
+        )
+
+    def _tensor(self, name: str, value: object) -> TensorErrors:
+        if not isinstance(value, dict):
+            self.refuse(f"{name} is no object")
+        n_weights, n_tried = value.get("n_weights"), value.get("n_tried")
+        if type(n_weights) is not int or type(n_tried) is not int or not 0 < n_tried <= n_weights:
+            self.refuse(f"{name}: the numbers of weights cannot be")
+        energy = self._numbers(name, {"energy": value.get("energy")})["energy"]
+        errors = self._numbers(name, value.get("errors"))
+        if unknown := errors.keys() - GgmlType.__members__.keys():
+            self.refuse(f"{name}: {min(unknown)} is no type")
+        return TensorErrors(
+            n_weights, n_tried, energy, {GgmlType.__members__[key]: error for key, error in errors.items()}
+        )
+
+    def _numbers(self, where: str, value: object) -> dict[str, float]:
+        if not isinstance(value, dict):
+            self.refuse(f"{where}: numbers are missing")
+        for key, number in value.items():
+            if type(number) not in (int, float) or not math.isfinite(number) or number < 0:
+                self.refuse(f"{where}: {key} is no number that can be")
+        return {key: float(number) for key, number in value.items()}

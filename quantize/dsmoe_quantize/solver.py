@@ -1,0 +1,381 @@
+"""One option for each group, so that the errors' sum is least and no budget is exceeded. Plain numbers.
+
+A multiple-choice knapsack with several budgets. A price for each budget (Lagrange multipliers) gives a lower
+bound of the error and, for each option, the least by which any solution with it exceeds that bound; whatever
+exceeds a known solution is ruled out. What is left is searched in depth. Where that takes too long, each
+option of the group with the largest step makes a problem of its own, with better prices. All this ends with a
+proof that nothing is better, or after a number of nodes, and then the bound says how far it can be off.
+The same problem has the same solution everywhere: nothing here depends on time or chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_NODES = 100_000
+"""Nodes of the search: about a second."""
+_N_STEPS = 34  # golden section over nine decades of a price: to 1e-6 of it
+_DECADES = 9.0
+_N_STEPS_NEAR, _DECADES_NEAR = 16, 1.5  # around the prices of a problem that has this one in it
+_NODES_AT_ONCE = 4000
+_CLOSE = 0.002  # of the error: less is not worth branches
+_MAX_BRANCHES = 4  # groups whose options are tried one by one, each with prices of its own
+_GOLDEN = (5**0.5 - 1) / 2
+_EXACT = 1e-12  # of the error: what rounding may add to a bound
+
+Floats: TypeAlias = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One way for one group: the error it makes, and what it takes from each budget."""
+
+    error: float
+    costs: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """The options of each group, at least one, and the budgets. Errors are finite and not negative."""
+
+    groups: Sequence[Sequence[Option]]
+    limits: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """`picks` is the option of each group. No solution has an error below `bound`.
+
+    `prices` says what the last unit of each budget is worth: how much error one more would save, about.
+    """
+
+    picks: tuple[int, ...]
+    error: float
+    costs: tuple[int, ...]
+    bound: float
+    prices: tuple[float, ...]
+    is_optimal: bool
+
+
+def solve(problem: Problem, *, quick: bool = False) -> Solution | None:
+    """The best solution found, which is the best there is where `is_optimal`; None if none was found. `quick`
+    spends little on the proof.
+    """
+    kept = [_undominated(options) for options in problem.groups]
+    for k, limit in enumerate(problem.limits):
+        least = (
+            min(options[at].costs[k] for at in alive)
+            for options, alive in zip(problem.groups, kept, strict=True)
+        )
+        if sum(least) > limit:
+            return None
+    solver = _Solver(problem, _NODES_AT_ONCE if quick else MAX_NODES)
+    bound = solver.explore(kept, None, 0 if quick else _MAX_BRANCHES)
+    if solver.best is None:
+        return None
+    chosen = [options[at] for options, at in zip(problem.groups, solver.best, strict=True)]
+    error = float(sum(option.error for option in chosen))
+    return Solution(
+        tuple(solver.best),
+        error,
+        tuple(sum(option.costs[k] for option in chosen) for k in range(len(problem.limits))),
+        min(error, bound),
+        solver.prices,
+        bound == np.inf,
+    )
+
+
+class _Solver:
+    """The best solution so far, and the parts of the problem that are still to be looked into."""
+
+    def __init__(self, problem: Problem, max_nodes: int) -> None:
+        self._problem = problem
+        self._nodes_left = max_nodes
+        self.best: list[int] | None = None
+        self.best_error = np.inf
+        self.prices: tuple[float, ...] = ()
+
+    def explore(self, kept: list[list[int]], hint: Floats | None, branches_left: int) -> float:
+        """Look for better solutions with the options in `kept`. No solution that it missed has an error below
+        what it returns: infinity if it missed none.
+        """
+        table = _Table.of(self._problem, kept)
+        prices = table.best_prices(hint)
+        if hint is None:
+            self.prices = tuple(float(each) for each in prices / table.scale)
+        search = _Search(table, prices, self.best_error)
+        search.run(min(self._nodes_left, _NODES_AT_ONCE if branches_left else self._nodes_left))
+        self._nodes_left -= search.n_nodes
+        if search.best is not None:
+            self.best_error = search.best_error
+            self.best = [alive[at] for alive, at in zip(kept, search.best, strict=True)]
+        if search.is_complete:
+            return np.inf
+        is_close = search.bound >= self.best_error * (1 - _CLOSE)
+        if is_close or not branches_left or self._nodes_left <= 0:
+            return search.bound
+        # What the search ruled out stays so: the error to beat only falls.
+        kept = [[alive[at] for at in search.alive(group)] or alive[:1] for group, alive in enumerate(kept)]
+        group = table.largest_step(kept, self._problem)
+        if group is None:
+            return search.bound
+        bound = np.inf
+        for at in kept[group]:
+            part = [*kept[:group], [at], *kept[group + 1 :]]
+            bound = min(bound, self.explore(part, prices, branches_left - 1))
+        return bound
+
+
+def _undominated(options: Sequence[Option]) -> list[int]:
+    """Options for which no other is at least as good in everything; of equal ones the first."""
+    kept: list[int] = []
+    for at in sorted(range(len(options)), key=lambda at: (options[at].error, options[at].costs, at)):
+        costs = options[at].costs
+        if not any(all(a <= b for a, b in zip(options[other].costs, costs, strict=True)) for other in kept):
+            kept.append(at)
+    return kept
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """The problem as arrays: `errors[group, option]`, `costs[budget, group, option]` in units of `scale`."""
+
+    errors: Floats
+    costs: Floats
+    exact: tuple[tuple[tuple[int, ...], ...], ...]
+    limits: tuple[int, ...]
+    scale: Floats
+
+    @classmethod
+    def of(cls, problem: Problem, kept: list[list[int]]) -> _Table:
+        n_groups, width = len(kept), max(map(len, kept), default=1)
+        errors = np.full((n_groups, width), np.inf)
+        costs = np.zeros((len(problem.limits), n_groups, width))
+        scale = np.array([max(limit, 1) for limit in problem.limits], np.float64)
+        exact = []
+        for group, (options, alive) in enumerate(zip(problem.groups, kept, strict=True)):
+            for column, at in enumerate(alive):
+                errors[group, column] = options[at].error
+                costs[:, group, column] = np.array(options[at].costs) / scale
+            exact.append(tuple(options[at].costs for at in alive))
+        return cls(errors, costs, tuple(exact), problem.limits, scale)
+
+    def priced(self, prices: Floats) -> Floats:
+        """Error plus the price of the costs, of each option."""
+        total = self.errors.copy()
+        for price, costs in zip(prices, self.costs, strict=True):
+            if price:
+                total += price * costs
+        return total
+
+    def bound(self, prices: Floats) -> float:
+        """No solution has a smaller error than this, whatever the prices."""
+        return float(self.priced(prices).min(axis=1).sum() - sum(self._used(prices)))
+
+    def _used(self, prices: Floats) -> Floats:
+        return prices * np.array(self.limits, np.float64) / self.scale
+
+    def best_prices(self, hint: Floats | None) -> Floats:
+        """The prices that make the bound highest, near `hint` where that is not 0. It is concave in them: one
+        search within another.
+        """
+        prices = np.zeros(len(self.limits))
+        top = self._top_price()
+        if top:
+            far = (np.log(top) - _DECADES * np.log(10), np.log(top), _N_STEPS)
+            ranges = [far] * len(prices)
+            for at, price in enumerate(() if hint is None else hint):
+                if price:
+                    width = _DECADES_NEAR / 2 * np.log(10)
+                    ranges[at] = (np.log(price) - width, np.log(price) + width, _N_STEPS_NEAR)
+            self._search(prices, 0, ranges)
+        return prices
+
+    def largest_step(self, kept: list[list[int]], problem: Problem) -> int | None:
+        """The group whose options differ most in what they take; None if no group has a choice."""
+        steps = [
+            max(
+                (max(costs) - min(costs)) / scale
+                for costs, scale in zip(
+                    zip(*(problem.groups[group][at].costs for at in alive), strict=True),
+                    self.scale,
+                    strict=True,
+                )
+            )
+            if len(alive) > 1
+            else -1.0
+            for group, alive in enumerate(kept)
+        ]
+        group = int(np.argmax(steps)) if steps else 0
+        return group if steps and steps[group] >= 0 else None
+
+    def _top_price(self) -> float:
+        """A price at which every group takes its cheapest option."""
+        highest = 0.0
+        for costs in self.costs:
+            for errors, column in zip(self.errors, costs, strict=True):
+                rows = sorted((c, e) for c, e in zip(column, errors, strict=True) if np.isfinite(e))
+                steps = [(b[0] - a[0], a[1] - b[1]) for a, b in pairwise(rows)]
+                highest = max([highest, *(saved / more for more, saved in steps if more > 0)])
+        return highest * 2
+
+    def _search(self, prices: Floats, at: int, ranges: Sequence[tuple[float, float, int]]) -> float:
+        """Set prices[at:] to the best for the prices before them; returns the bound."""
+        if at == len(prices):
+            return self.bound(prices)
+
+        def value(log_price: float | None) -> float:
+            prices[at] = 0.0 if log_price is None else np.exp(log_price)
+            prices[at + 1 :] = 0.0
+            return self._search(prices, at + 1, ranges)
+
+        low, high, n_steps = ranges[at]
+        left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
+        at_left, at_right = value(left), value(right)
+        for _ in range(n_steps):
+            if at_left >= at_right:
+                high, right, at_right = right, left, at_left
+                left = high - _GOLDEN * (high - low)
+                at_left = value(left)
+            else:
+                low, left, at_left = left, right, at_right
+                right = low + _GOLDEN * (high - low)
+                at_right = value(right)
+        free = value(None)
+        return free if free >= max(at_left, at_right) else value(left if at_left >= at_right else right)
+
+
+class _Search:
+    """A search in depth, groups with the largest steps first, options by what they exceed the bound by."""
+
+    def __init__(self, table: _Table, prices: Floats, error_to_beat: float) -> None:
+        self._limits = table.limits
+        self.n_nodes = 0
+        priced = table.priced(prices)
+        over = priced - priced.min(axis=1, keepdims=True)
+        self.bound = table.bound(prices)
+        spread = (table.costs.max(axis=2) - table.costs.min(axis=2)).sum(axis=0) if len(prices) else None
+        n_groups = len(table.errors)
+        self._order = sorted(range(n_groups), key=lambda group: -spread[group] if spread is not None else 0)
+        self._options = [
+            [
+                (float(over[group, at]), float(table.errors[group, at]), table.exact[group][at], int(at))
+                for at in np.argsort(over[group], kind="stable")
+                if np.isfinite(table.errors[group, at])
+            ]
+            for group in self._order
+        ]
+        self._rest = self._least_rest()
+        self.best: list[int] | None = None
+        self.best_error = error_to_beat
+        self.is_complete = False
+
+    def run(self, max_nodes: int) -> None:
+        """Find a first solution, make it better by single steps, then search."""
+        if self.bound >= self.best_error * (1 - _EXACT):
+            self.is_complete = True
+            return
+        first = self._repaired()
+        if first is not None:
+            self._take(self._improved(first))
+        self._descend(max_nodes)
+
+    def alive(self, group: int) -> list[int]:
+        """The options of a group that a better solution may still have, likely ones first."""
+        room = self.best_error * (1 - _EXACT) - self.bound
+        return [option[3] for option in self._options[self._order.index(group)] if option[0] < room]
+
+    def _least_rest(self) -> list[tuple[int, ...]]:
+        """What the groups from each depth on take from each budget at least."""
+        rest = [tuple(0 for _ in self._limits)]
+        for options in reversed(self._options):
+            least = (min(option[2][k] for option in options) for k in range(len(self._limits)))
+            rest.append(tuple(a + b for a, b in zip(rest[-1], least, strict=True)))
+        return rest[::-1]
+
+    def _take(self, ranks: list[int]) -> None:
+        error = sum(options[rank][1] for options, rank in zip(self._options, ranks, strict=True))
+        if error < self.best_error:
+            self.best_error = error
+            self.best = [0] * len(self._order)
+            for group, options, rank in zip(self._order, self._options, ranks, strict=True):
+                self.best[group] = options[rank][3]
+
+    def _used(self, ranks: list[int]) -> list[int]:
+        picked = [options[rank][2] for options, rank in zip(self._options, ranks, strict=True)]
+        return [sum(costs[k] for costs in picked) for k in range(len(self._limits))]
+
+    def _excess(self, used: Sequence[int]) -> float:
+        return sum(max(0, a - b) / max(b, 1) for a, b in zip(used, self._limits, strict=True))
+
+    def _repaired(self) -> list[int] | None:
+        """The options that the prices choose, exchanged one by one until they fit; None if that fails."""
+        ranks = [0] * len(self._options)
+        used = self._used(ranks)
+        while excess := self._excess(used):
+            best: tuple[float, int, int, list[int]] | None = None
+            for depth, options in enumerate(self._options):
+                now = options[ranks[depth]]
+                for rank, option in enumerate(options):
+                    after = [u - a + b for u, a, b in zip(used, now[2], option[2], strict=True)]
+                    gain = excess - self._excess(after)
+                    if gain > 0:
+                        rate = (option[0] - now[0]) / gain
+                        if best is None or rate < best[0]:
+                            best = (rate, depth, rank, after)
+            if best is None:
+                return None
+            ranks[best[1]], used = best[2], best[3]
+        return ranks
+
+    def _improved(self, ranks: list[int]) -> list[int]:
+        """Single exchanges that lower the error and still fit, the best first, until there is none."""
+        used = self._used(ranks)
+        while True:
+            best: tuple[float, int, int, list[int]] | None = None
+            for depth, options in enumerate(self._options):
+                now = options[ranks[depth]]
+                for rank, option in enumerate(options):
+                    gain = now[1] - option[1]
+                    if gain > 0 and (best is None or gain > best[0]):
+                        after = [u - a + b for u, a, b in zip(used, now[2], option[2], strict=True)]
+                        if not self._excess(after):
+                            best = (gain, depth, rank, after)
+            if best is None:
+                return ranks
+            ranks[best[1]], used = best[2], best[3]
+
+    def _descend(self, max_nodes: int) -> None:
+        n_groups, n_budgets = len(self._options), len(self._limits)
+        ranks, over = [-1] * n_groups, [0.0] * (n_groups + 1)
+        used = [[0] * n_budgets for _ in range(n_groups + 1)]
+        depth = 0
+        while depth >= 0:
+            if depth == n_groups:
+                self._take(ranks)
+                depth -= 1
+                continue
+            ranks[depth] += 1
+            options = self._options[depth]
+            ceiling = self.best_error * (1 - _EXACT)
+            if ranks[depth] == len(options) or self.bound + over[depth] + options[ranks[depth]][0] >= ceiling:
+                # Options are in the order of what they add: none of those that follow can do.
+                ranks[depth] = -1
+                depth -= 1
+                continue
+            if self.n_nodes >= max_nodes:
+                return
+            self.n_nodes += 1
+            more, _, costs, _ = options[ranks[depth]]
+            after = [a + b for a, b in zip(used[depth], costs, strict=True)]
+            rest = self._rest[depth + 1]
+            if all(a + b <= c for a, b, c in zip(after, rest, self._limits, strict=True)):
+                over[depth + 1], used[depth + 1] = over[depth] + more, after
+                depth += 1
+        self.is_complete = True
