@@ -207,3 +207,21 @@ def test_suspended_and_continued(tmp_path: Path) -> None:
         tmux.wait_for(r"goes on\n\n> half a line\n.*context 0/2,048$")
         tmux.send("x")
         tmux.wait_for("half a linex")
+
+
+def test_keys_typed_while_a_model_loads(tmp_path: Path) -> None:
+    """Guards: keys that are echoed into the progress of the load, or lost, or an Enter that does not send."""
+    code = (
+        "import os, time\n"
+        "from dsmoe_local.chat.terminal.waiting import keys_withheld\n"
+        "from support import terminal_chat\n"
+        "with keys_withheld():\n"
+        "    print('loading', flush=True)\n"
+        "    while not os.path.exists('go'): time.sleep(0.01)\n"
+        "terminal_chat.main()\n"
+    )
+    with ScreenTerminal(["-c", code], folder=tmp_path) as terminal:
+        terminal.wait_screen("loading")
+        terminal.send("early" + ENTER + "later")
+        (tmp_path / "go").touch()
+        terminal.wait_screen(r"(?s)loading\n.*help\n\n> early\n\nearly\n\n> later\n")

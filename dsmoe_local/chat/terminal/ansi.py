@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Iterable, Sequence
 
+from rich.cells import cell_len
 from rich.console import COLOR_SYSTEMS, Console, RenderableType
 from rich.segment import Segment
 from rich.style import Style
@@ -16,6 +17,7 @@ from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.base.text import safe_line, safe_text
 
 _NOTICE_LIMIT = 400
+_NARROWEST_NAME = 14
 
 
 def wants_colour() -> bool:
@@ -63,14 +65,19 @@ def error_message(error: DsmoeError) -> RenderableType:
     return text
 
 
-def table(rows: Iterable[Sequence[str]]) -> RenderableType:
-    """Rows of a name, a value or explanation, and so on."""
+def table(rows: Iterable[Sequence[str]], width: int) -> RenderableType:
+    """Rows of a name, a value or explanation, and so on; names leave the rest more than half of the width."""
+    rows = [list(map(safe_line, row)) for row in rows]
+    longest = max((cell_len(row[0]) for row in rows if len(row) > 1), default=width)
     grid = Table.grid(padding=(0, 2))
     for number, row in enumerate(rows):
         if number == 0:
             for column in range(len(row)):
-                grid.add_column(style="bold" if column == 0 else None, no_wrap=column == 0)
-        grid.add_row(*(Text(safe_line(cell)) for cell in row))
+                grid.add_column(
+                    style="bold" if column == 0 else None,
+                    width=min(longest, max(_NARROWEST_NAME, width * 2 // 5)) if column == 0 else None,
+                )
+        grid.add_row(*map(Text, row))
     return grid
 
 

@@ -110,7 +110,7 @@ class FullTerminal:
 
     def table(self, rows: Iterable[Sequence[str]]) -> None:
         """Rows of a name, a value or explanation, and so on."""
-        self.show(ansi.table(rows))
+        self.show(ansi.table(rows, self.width))
 
     def show(self, renderable: RenderableType) -> None:
         """Anything that Rich can draw, made of safe text."""
@@ -130,7 +130,7 @@ class FullTerminal:
         """A reply that begins; it is complete on the screen when the context ends."""
         text = MarkdownText(colour=self.colour) if self._markdown else RawText()
         stage = self._interface.stage
-        self._interface.mailbox.post(lambda: stage.begin(text))
+        self._interface.mailbox.post(lambda: self._interface.begin_reply(text))
         try:
             yield _View(self._interface)
         finally:

@@ -8,13 +8,12 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Future
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from prompt_toolkit.application import Application, in_terminal
 from prompt_toolkit.buffer import Buffer
@@ -34,11 +33,14 @@ from dsmoe_local.chat.terminal.layout import STYLE, ChatLayout
 from dsmoe_local.chat.terminal.mailbox import Action, Mailbox
 from dsmoe_local.chat.terminal.output import TerminalOutput, habits
 from dsmoe_local.chat.terminal.renderer import InlineRenderer
+from dsmoe_local.chat.terminal.reply import ReplyText
 from dsmoe_local.chat.terminal.stage import Stage
 from dsmoe_local.chat.terminal.status import Status, bar, shorten
+from dsmoe_local.chat.terminal.threads import await_thread
 
 _PATIENCE = 1.0  # seconds from the first Ctrl-C to what the second one does
 _GRACE = 3.0  # seconds that a signal leaves to a running reply
+_SILENCE = 0.5  # seconds without a word that are not worth one
 _MOST_QUEUED_SHOWN = 3
 _MANY_LINES = 20  # what is more than an input shows at once
 _ESCAPE_SECONDS = 0.1  # what follows an Esc within that time belongs to it
@@ -115,6 +117,16 @@ class Interface:
         """Print lines while nothing is drawn: before and after `run`."""
         self.stage.print(text)
         self._renderer.erase()
+
+    def begin_reply(self, reply: ReplyText) -> None:
+        """A reply begins; if nothing comes of it for a while, that is said."""
+
+        def say_so() -> None:
+            self.stage.wait_for(reply)
+            self.app.invalidate()
+
+        self.stage.begin(reply)
+        self._later(_SILENCE, say_so)
 
     def idle(self, goes_on: bool) -> None:
         """What was sent is dealt with."""
@@ -340,7 +352,7 @@ class Interface:
 
     async def _edit(self, text: str) -> str | None:
         async with self._free_terminal():
-            return await self._await_thread(lambda: edit_text(text))
+            return await await_thread(lambda: edit_text(text))
 
     @asynccontextmanager
     async def _free_terminal(self) -> AsyncIterator[None]:
@@ -364,34 +376,9 @@ class Interface:
         """What may wait for the engine never keeps the keys waiting."""
 
         async def work() -> None:
-            await self._await_thread(function)
+            await await_thread(function)
 
         self._do(work())
-
-    async def _await_thread(self, function: Callable[[], _T]) -> _T:
-        """Like an executor's, but a thread that hangs does not keep the program from ending."""
-        loop = asyncio.get_running_loop()
-        result: asyncio.Future[_T] = loop.create_future()
-
-        def set_result(value: _T | None, error: Exception | None) -> None:
-            if result.cancelled():
-                return
-            if error is not None:
-                result.set_exception(error)
-            else:
-                result.set_result(cast(_T, value))
-
-        def work() -> None:
-            value, error = None, None
-            try:
-                value = function()
-            except Exception as raised:  # noqa: BLE001 - it is raised where the result is awaited
-                error = raised
-            with suppress(RuntimeError):  # the loop is over
-                loop.call_soon_threadsafe(set_result, value, error)
-
-        threading.Thread(target=work, daemon=True).start()
-        return await result
 
 
 def _nothing() -> None:

@@ -171,7 +171,7 @@ def menu(buffer: Buffer, columns: int) -> StyleAndTextTuples:
     selected = state.complete_index
     first = max(0, min((selected or 0) - _MENU_LINES + 2, len(state.completions) - _MENU_LINES))
     shown = state.completions[first : first + _MENU_LINES]
-    width = min(max(cell_len(each.display_text) for each in shown), max(1, columns // 2))
+    width = min(max(cell_len(each.display_text) for each in shown), max(12, columns // 3))
     lines: StyleAndTextTuples = []
     for number, each in enumerate(shown, first):
         name = set_cell_size(shorten(each.display_text, width), width)

@@ -53,6 +53,7 @@ class PlainTerminal:
         self._signal = 0
         self._busy = False
         self._n_interrupts = 0
+        self._woken = -1  # can be read once a signal has come
 
     @property
     def width(self) -> int:
@@ -116,7 +117,7 @@ class PlainTerminal:
         """Ask for yes or no."""
         busy, self._busy = self._busy, False
         try:
-            return input(f"{safe_line(question)} [y/N] ").strip().lower() in ("y", "yes")
+            return self._line(f"{safe_line(question)} [y/N] ").strip().lower() in ("y", "yes")
         except (KeyboardInterrupt, EOFError):
             _write("\n")
             return False
@@ -146,12 +147,24 @@ class PlainTerminal:
     def _read(self) -> str:
         """An input: a line, a block between three quotes, or a paste of lines."""
         typed_ahead = _waits()
-        lines = [input("> ")]
+        lines = [self._line("> ")]
         while block_is_open("\n".join(lines)):
-            lines.append(input("  "))
+            lines.append(self._line("  "))
         while not typed_ahead and _waits(_PASTE_SECONDS):
-            lines.append(input())
+            lines.append(self._line())
         return "\n".join(lines)
+
+    def _line(self, prompt: str = "") -> str:
+        if self._readline or not sys.stdin.isatty():
+            return input(prompt)
+        _write(prompt)
+        # A signal that comes just before a blocking read would not be seen before there is a line.
+        while sys.stdin not in select.select([sys.stdin, self._woken], [], [])[0]:
+            os.read(self._woken, 64)
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line.removesuffix("\n")
 
     @contextmanager
     def _signals_handled(self, cancel: Callable[[], None], kill: Callable[[], None]) -> Iterator[None]:
@@ -169,9 +182,15 @@ class PlainTerminal:
 
         handlers = {signal.SIGINT: interrupt, signal.SIGTERM: leave, signal.SIGHUP: leave}
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        self._woken, wake = os.pipe()
+        os.set_blocking(wake, False)
+        woken_before = signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
         try:
             yield
         finally:
+            signal.set_wakeup_fd(woken_before)
+            os.close(self._woken)
+            os.close(wake)
             for number, handler in before.items():
                 signal.signal(number, handler)
 

@@ -6,7 +6,9 @@ printed above it, and takes a resized terminal for one that does not wrap. This 
 
 from __future__ import annotations
 
+import asyncio
 import io
+import time
 from collections.abc import Callable, Sequence
 
 from prompt_toolkit.application import Application
@@ -27,6 +29,7 @@ Top = Callable[[int, int], Sequence[str]]
 
 # Directions of writing would reorder the line around them; they take no cell.
 _INVISIBLE = dict.fromkeys((0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)), "")
+_SECONDS_TO_SETTLE = 0.05
 _RESET = "\x1b[0m"
 _SET_UP, _SET_DOWN = "\x1b[?1l\x1b[?2004h", "\x1b[?2004l"
 
@@ -41,6 +44,7 @@ class InlineRenderer(Renderer):
         self._frame: Frame | None = None
         self._above: list[str] = []
         self._set_up = False
+        self._new_size: tuple[Size, float] | None = None  # not drawn for yet, and since when it is known
         self._looks: dict[str, tuple[str, bool]] = {}
         super().__init__(style, output)
 
@@ -51,6 +55,9 @@ class InlineRenderer(Renderer):
     def render(self, app: Application[object], layout: Layout, is_done: bool = False) -> None:
         """Draw what changed; what is to be printed goes out in the same write."""
         size = self.output.get_size()
+        if self._is_changing(size):
+            asyncio.get_running_loop().call_later(_SECONDS_TO_SETTLE, app.invalidate)
+            return
         screen, handlers = Screen(), MouseHandlers()
         screen.show_cursor = False
         height = min(layout.container.preferred_height(size.columns, size.rows).preferred, size.rows)
@@ -83,6 +90,15 @@ class InlineRenderer(Renderer):
         self.output.write_raw(paint(self._frame, frame, above, reflows=self._habits.reflows))
         self._frame = frame
         self.output.flush()
+
+    def _is_changing(self, size: Size) -> bool:
+        """Whether the window has only just got this size: in another, what is written now is misplaced."""
+        frame, now = self._frame, time.monotonic()
+        if frame is None or (frame.columns, frame.rows) == (size.columns, size.rows):
+            self._new_size = None
+        elif self._new_size is None or self._new_size[0] != size:
+            self._new_size = (size, now)
+        return self._new_size is not None and now < self._new_size[1] + _SECONDS_TO_SETTLE
 
     def _rows_missing(self, height: int, above: str, size: Size) -> int:
         """The empty rows to draw, so that lines which were wrapped leave no empty rows below the frame.

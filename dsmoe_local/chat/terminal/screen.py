@@ -86,7 +86,7 @@ class Screen(Protocol):
         ...
 
     def edit(self, text: str) -> str | None:
-        """Have `text` changed in the user's editor; None if nothing was saved. FileError without an editor."""
+        """Have `text` changed in the user's editor; None if nothing was saved. FileError: no editor."""
         ...
 
     def copy(self, text: str) -> str:

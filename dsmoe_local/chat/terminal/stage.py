@@ -52,6 +52,12 @@ class Stage:
         """A reply begins."""
         self._reply, self._reply_begun = reply, False
 
+    def wait_for(self, reply: ReplyText) -> None:
+        """Say that a reply is on its way, unless there is more to say of it or something of it to see."""
+        waits = reply is self._reply and not self._reply_begun and not reply.lines(*self._window())
+        if waits and not self.state:
+            self.state = "waiting for the first word …  Ctrl-C stops"
+
     def feed(self, piece: str) -> None:
         """More of the reply."""
         if self._reply is not None:
