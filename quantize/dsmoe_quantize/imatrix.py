@@ -101,9 +101,9 @@ def _fill_up(means: NDArray[np.float32], sums: NDArray[np.float32], counts: NDAr
 
 
 def _level(means: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The mean of each matrix; where all is 0, what makes all channels count the same."""
+    """The mean of each matrix; where all is 0, that of all matrices."""
     level: NDArray[np.float32] = means.mean(1, keepdims=True)
-    level[level == 0] = 1 / FLOOR
+    level[level == 0] = means.mean() or 1
     return level
 
 

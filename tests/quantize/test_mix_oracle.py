@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.quantize_oracle import llama_quantize
+from support.quantize_oracle import assert_same, llama_quantize
 from support.tiny_gguf import DEEP, DENSE, EIGHT_EXPERTS, MOE, NARROW, ODD, write_tiny
 
 from dsmoe_local.model.ggml import GgmlType
-from dsmoe_local.model.gguf_file import GgufFile, read_gguf
+from dsmoe_local.model.gguf_file import read_gguf
 from dsmoe_quantize import encode
 from dsmoe_quantize.choose import Override, Wishes
 from dsmoe_quantize.mixes import MIXES
@@ -42,24 +42,6 @@ def quantized(
     plan = plan_quantization(source, resolve(word), wishes, allow_requantize=again)
     quantize_file(plan, out, threads=2)
     return out
-
-
-def tensor_data(file: GgufFile) -> dict[str, tuple[GgmlType, tuple[int, ...], bytes]]:
-    raw = file.path.read_bytes()
-    return {
-        info.name: (info.type, info.shape, raw[info.offset : info.offset + info.n_bytes])
-        for info in file.tensors.values()
-    }
-
-
-def assert_same(ours: Path, theirs: Path) -> None:
-    mine, other = read_gguf(ours), read_gguf(theirs)
-    assert list(mine.metadata.items()) == list(other.metadata.items())
-    data, expected = tensor_data(mine), tensor_data(other)
-    assert {name: each[:2] for name, each in data.items()} == {
-        name: each[:2] for name, each in expected.items()
-    }
-    assert [name for name in expected if data[name] != expected[name]] == []
 
 
 @pytest.mark.parametrize("word", [*MIXES, *FLOAT_TYPES])

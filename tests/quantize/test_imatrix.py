@@ -1,0 +1,205 @@
+"""Importance matrices: blended, merged, and used, against llama_model_quantize byte for byte."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from support.imatrices import as_llama_reads, llama_quantize_with, random_imatrix
+from support.quantize_oracle import assert_same
+from support.tiny_gguf import DENSE, EIGHT_EXPERTS, MOE, NARROW, ODD, write_tiny
+
+from dsmoe_local.base.errors import UsageError
+from dsmoe_local.model.ggml import GgmlType
+from dsmoe_local.model.gguf_file import read_gguf
+from dsmoe_quantize import encode, kernels
+from dsmoe_quantize.choose import Override, Wishes
+from dsmoe_quantize.imatrix import FEW, Imatrix, Statistics, merged, metadata_of_use
+from dsmoe_quantize.imatrix_file import read_imatrix, write_imatrix
+from dsmoe_quantize.mixes import MIXES
+from dsmoe_quantize.quantize import plan_quantization, quantize_file
+from dsmoe_quantize.types import resolve
+
+MODELS = {
+    "moe": (MOE, "bf16"),
+    "eight experts": (EIGHT_EXPERTS, "f16"),
+    "narrow": (NARROW, "f32"),
+    "odd": (ODD, "bf16"),
+    "dense": (DENSE, "f16"),
+}
+
+
+def of(sums: list[list[float]], counts: list[int]) -> Imatrix:
+    entry = Statistics(np.array(sums, np.float32), np.array(counts, np.int64))
+    return Imatrix({"w": entry}, ("text",), 1, 64)
+
+
+def quantized(source: Path, out: Path, word: str, imatrix: Imatrix, wishes: Wishes | None = None) -> Path:
+    quantize_file(plan_quantization(source, resolve(word), wishes, imatrix=imatrix), out, threads=2)
+    return out
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """Each model with a matrix of it, as files."""
+    folder = tmp_path_factory.mktemp("models")
+    found = {}
+    for number, (name, (hp, dtype)) in enumerate(MODELS.items()):
+        matrix = folder / f"{number}.imatrix.gguf"
+        write_imatrix(random_imatrix(hp, seed=number, output=name == "moe"), matrix)
+        found[name] = write_tiny(folder / f"{number}.gguf", hp, dtype), matrix
+    return found
+
+
+@pytest.mark.parametrize("word", MIXES)
+@pytest.mark.parametrize("model", MODELS)
+def test_quantizing_equals_llama_cpp(
+    models: dict[str, tuple[Path, Path]], tmp_path: Path, model: str, word: str
+) -> None:
+    """Guards: a file of ours that llama.cpp reads otherwise; an expert that gets another's importance; rules
+    that differ with a matrix (Q4_0, Q5_0, IQ4_XS, IQ4_NL); metadata that says something else.
+    """
+    source, matrix = models[model]
+    imatrix = read_imatrix(matrix)
+    ours = quantized(source, tmp_path / "ours.gguf", word, imatrix)
+    said = {key: field.value for key, field in metadata_of_use(imatrix).items()}
+    theirs = tmp_path / "theirs.gguf"
+    llama_quantize_with(as_llama_reads(matrix), source, theirs, resolve(word).file_type, said)
+    assert_same(ours, theirs)
+
+
+def test_importance_changes_what_is_written(models: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    """Guards: a matrix that is read and never used, and weights it says much of that are kept no better."""
+    source, matrix = models["moe"]
+    name = "blk.4.ffn_gate_exps.weight"
+    imatrix = read_imatrix(matrix)
+    errors = []
+    for given in (None, imatrix):
+        out = tmp_path / f"{given is not None}.gguf"
+        quantize_file(plan_quantization(source, resolve("Q4_K_S"), imatrix=given), out)
+        difference = weights(out, name) - weights(source, name)
+        importance = imatrix.importance(name, difference.shape)
+        assert importance is not None
+        errors.append(float((importance[:, None] * difference**2).sum()))
+    assert errors[1] < 0.9 * errors[0]
+
+
+def weights(path: Path, name: str) -> NDArray[np.float32]:
+    info = read_gguf(path).tensors[name]
+    raw = np.frombuffer(path.read_bytes(), np.uint8, info.n_bytes, info.offset)
+    floats = np.empty(info.n_weights, np.float32)
+    kernels.decoder(info.type)(raw.ctypes.data, floats.ctypes.data, floats.size)
+    return floats.reshape(info.shape)
+
+
+@pytest.mark.parametrize("word", ["Q4_K_M", "IQ4_NL"])
+def test_any_cut_gives_the_same_bytes(
+    models: dict[str, tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    """Guards: the importance of the wrong expert where a slab begins in the middle of one."""
+    source, matrix = models["moe"]
+    imatrix = read_imatrix(matrix)
+    expected = quantized(source, tmp_path / "whole.gguf", word, imatrix)
+    monkeypatch.setattr(encode, "SLAB_BYTES", 12345)
+    monkeypatch.setattr(encode, "PIECE_WEIGHTS", 1000)
+    assert quantized(source, tmp_path / "cut.gguf", word, imatrix).read_bytes() == expected.read_bytes()
+
+
+@pytest.mark.parametrize("kind", sorted(kernels.WRITABLE))
+def test_nothing_of_no_importance(tmp_path: Path, kind: GgmlType) -> None:
+    """Guards: blocks without any importance: ggml divides by the sum of it and writes NaN for a scale."""
+    imatrix = random_imatrix(MOE)
+    for entry in imatrix.entries.values():
+        entry.sums[..., : entry.sums.shape[-1] // 2] = 0
+        entry.sums[0] = 0
+    source = write_tiny(tmp_path / "source.gguf", MOE, "f32")
+    wishes = Wishes(overrides=(Override(re.compile(".*"), kind),))
+    quantize_file(plan_quantization(source, resolve("Q8_0"), wishes, imatrix=imatrix), tmp_path / "out.gguf")
+
+
+def test_cold_experts_are_filled_up() -> None:
+    """Guards: cold experts taken for important everywhere, as in llama.cpp's tool; warm ones changed; a step
+    where one becomes the other.
+    """
+    warm, cold, none = [8.0 * FEW, 2.0 * FEW], [30.0, 0.0], [0.0, 0.0]
+    imatrix = of([warm, cold, none], [FEW, 10, 0])
+    found = imatrix.importance("w", (3, 5, 2))
+    assert found is not None
+    layer = (np.array(warm) + cold) / (FEW + 10)
+    assert found[0].tolist() == [8, 2]
+    np.testing.assert_allclose(found[1], (np.array(cold) + (FEW - 10) * layer) / FEW, rtol=1e-6)
+    np.testing.assert_allclose(found[2], layer, rtol=1e-6)
+    just = of([warm, [FEW - 1.0, 3.0 * FEW]], [FEW, FEW - 1]).importance("w", (2, 5, 2))
+    enough = of([warm, [FEW - 1.0, 3.0 * FEW]], [FEW, FEW]).importance("w", (2, 5, 2))
+    assert just is not None
+    assert enough is not None
+    np.testing.assert_allclose(just, enough, rtol=0.15)
+
+
+def test_what_is_not_known() -> None:
+    """Guards: importance made up for a tensor that was never seen."""
+    imatrix = of([[0.0, 0.0]], [0])
+    assert imatrix.importance("w", (5, 2)) is None
+    assert imatrix.importance("other", (5, 2)) is None
+
+
+def test_zeros_are_lifted() -> None:
+    """Guards: a channel that counts nothing, and a matrix none of whose channels counts."""
+    found = of([[0.0, 4.0]], [2]).importance("w", (5, 2))
+    assert found is not None
+    assert found[0, 1] == 2
+    assert 0 < found[0, 0] < 1e-5
+    found = of([[0.0, 0.0], [200.0, 200.0]], [100, 100]).importance("w", (2, 5, 2))
+    assert found is not None
+    assert found[1].tolist() == [2, 2]
+    assert 0 < found[0, 0] == found[0, 1] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("sums", "counts", "shape"),
+    [([[1.0, 2.0]], [3], (5, 3)), ([[1.0, 2.0]], [3], (2, 5, 2)), ([[1.0], [2.0]], [3, 4], (5, 2))],
+    ids=["columns", "experts", "one for two"],
+)
+def test_another_model_is_refused(sums: list[list[float]], counts: list[int], shape: tuple[int, ...]) -> None:
+    """Guards: importance read beyond its end, or of other channels."""
+    with pytest.raises(UsageError, match="of another model"):
+        of(sums, counts).importance("w", shape)
+
+
+def test_a_matrix_of_another_model_plans_nothing(models: dict[str, tuple[Path, Path]]) -> None:
+    """Guards: hours of work before the refusal."""
+    with pytest.raises(UsageError, match="of another model") as raised:
+        plan_quantization(models["narrow"][0], resolve("q4"), imatrix=read_imatrix(models["moe"][1]))
+    assert "dsmoe imatrix" in str(raised.value)
+
+
+def test_merging_adds_up() -> None:
+    """Guards: counts that are lost, texts named twice, tensors that one part alone has seen left out."""
+    first, second = random_imatrix(NARROW, seed=1), random_imatrix(NARROW, seed=2)
+    more = Imatrix(
+        {**second.entries, "new": Statistics(np.ones((1, 2), np.float32), np.array([5]))},
+        ("b", *first.datasets),
+        3,
+        1024,
+    )
+    total = merged([first, more])
+    assert total.datasets == (*first.datasets, "b")
+    assert (total.n_chunks, total.chunk_size) == (18, 512)
+    assert total.entries.keys() == more.entries.keys()
+    for name, entry in first.entries.items():
+        other = second.entries[name]
+        np.testing.assert_allclose(total.entries[name].sums, entry.sums + other.sums, rtol=1e-6)
+        assert total.entries[name].counts.tolist() == (entry.counts + other.counts).tolist()
+    assert total.entries["new"].counts.tolist() == [5]
+
+
+def test_only_what_adds_up_is_merged() -> None:
+    """Guards: sums of two models in one file, windows counted as tokens."""
+    with pytest.raises(UsageError, match="of different models"):
+        merged([random_imatrix(NARROW), random_imatrix(MOE)])
+    old = of([[1.0]], [1])
+    with pytest.raises(UsageError, match="of the old form"):
+        merged([random_imatrix(MOE), Imatrix(old.entries, (), 1, 0, "old.dat")])
