@@ -52,7 +52,7 @@ def command(
     from dsmoe_quantize.imatrix_file import read_imatrix
     from dsmoe_quantize.quantize import default_output, quantize_file
 
-    options = TargetOptions(**target)
+    word, options = TargetOptions(**target).outweighed(word)
     options.check(word, pure)
     wishes = wishes_of(overrides, output_type, embedding_type, pure)
     imatrix = read_imatrix(options.imatrix_file) if options.imatrix_file else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,6 +12,7 @@ import click
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.sizes import format_size, parse_size
 from dsmoe_local.base.text import safe_line
+from dsmoe_local.cli.configuration import from_command_line
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+_TARGETS = ("target_size", "target_bpw", "target_bytes_per_token")
 _CPUS = ("x86-avx2", "arm-dotprod", "none")
 
 _OPTIONS = (
@@ -120,13 +122,8 @@ class TargetOptions:
         )
 
     def check(self, word: str | None, pure: bool) -> None:
-        """UsageError unless exactly one thing says what the types are, and the rest goes with it."""
-        ways = {
-            "--type": word is not None,
-            "--recipe": self.recipe_file is not None,
-            "a target": self.has_target,
-        }
-        given = [name for name, is_given in ways.items() if is_given]
+        """UsageError if more than one thing says what the types are, or the rest does not go with it."""
+        given = self._ways(word)
         if len(given) > 1:
             raise UsageError(f"{' and '.join(given)} exclude each other", remedy="give one of them")
         alone = {
@@ -145,6 +142,28 @@ class TargetOptions:
             )
         if pure and word is None:
             raise UsageError("--pure goes with --type alone")
+
+    def _ways(self, word: str | None) -> list[str]:
+        """What says what the types are."""
+        ways = {
+            "--type": word is not None,
+            "--recipe": self.recipe_file is not None,
+            "a target": self.has_target,
+        }
+        return [name for name, is_given in ways.items() if is_given]
+
+    def outweighed(self, word: str | None) -> tuple[str | None, TargetOptions]:
+        """--type and these, without what is only in the config file or a variable where the command line says
+        in another way what the types are.
+        """
+        ways = {"word": word, **{name: getattr(self, name) for name in ("recipe_file", *_TARGETS)}}
+        spoken = {name for name, value in ways.items() if value is not None and from_command_line(name)}
+        if not spoken:
+            return word, self
+        if spoken.intersection(_TARGETS):
+            spoken.update(_TARGETS)
+        kept: dict[str, Any] = {name: value if name in spoken else None for name, value in ways.items()}
+        return kept.pop("word"), replace(self, **kept)
 
     def request(self) -> Request:
         """The options about a target as data. UsageError for what is no size."""

@@ -15,7 +15,7 @@ from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.model.cost import read_fraction
 from dsmoe_local.model.ggml import GgmlType, tensor_bytes
-from dsmoe_local.model.gguf_file import DEFAULT_ALIGNMENT, GgufFile, TensorInfo
+from dsmoe_local.model.gguf_file import GgufFile, TensorInfo
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import role_of
 from dsmoe_quantize.choose import Choice, Wishes, settled_types
@@ -109,7 +109,7 @@ class Market:
         self.imatrix = imatrix
         self._sensitivity = sensitivity
         self._tied = "output.weight" not in file.tensors
-        self._alignment = file.get("general.alignment", DEFAULT_ALIGNMENT)
+        self._alignment = file.alignment
         self._weights = self._error_weights()
         base = LayeredRecipe("base", "F16", 1, {}, default_fallbacks())
         tensors = list(file.tensors.values())

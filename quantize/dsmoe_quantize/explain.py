@@ -19,6 +19,7 @@ from dsmoe_quantize.recipes import RECIPES
 from dsmoe_quantize.types import TypeChoice
 
 _STEPS = ((0.9, "10% less"), (0.95, "5% less"), (1.05, "5% more"), (1.1, "10% more"))
+_SLOW_SHARES = (0.25, 0.5)
 _NAMED: tuple[TypeChoice, ...] = (
     *RECIPES.values(),
     *(MIXES[word] for word in ("Q8_0", "Q5_K_M", "Q4_K_M", "Q4_K_S", "IQ4_XS", "Q4_0")),
@@ -50,10 +51,12 @@ class Reason:
 def offers(market: Market, solved: Solved, budget: Budget) -> list[Offer]:
     """The recipe, what somewhat smaller and larger budgets would give, and the named types; by size."""
     found = [offer(market, "this recipe", solved.total)]
-    for factor, label in _STEPS:
+    steps = [(_scaled(budget, factor), label) for factor, label in _STEPS]
+    if market.cpu != "none" and budget.slow_share is None:
+        steps += [(replace(budget, slow_share=share), f"at most {share:.0%} slow") for share in _SLOW_SHARES]
+    for other, label in steps:
         with suppress(UsageError):
-            part = market.solve(_scaled(budget, factor), "step", quick=True)
-            found.append(offer(market, label, part.total))
+            found.append(offer(market, label, market.solve(other, "step", quick=True).total))
     tensors = list(market.file.tensors.values())
     for choice in _NAMED:
         # A type that was not measured, or a wish that makes no sense with it.
