@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Started, ignore
-from dsmoe_local.base.sizes import parse_size
 from dsmoe_local.engine.load.machine import available_memory
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -24,6 +23,7 @@ _LEAST, _MOST = 64 << 20, 2 << 30  # bytes of the buffer
 _TIMES_CACHE = 4
 _SHARE = 4  # one part in so many of the available memory at most
 _PASSES = 8
+_KILOBYTE = 1024
 _SECONDS = 2.0  # after which no further pass begins
 
 _Part = NDArray[np.int64]
@@ -83,8 +83,8 @@ def last_level_cache(caches: Path = _CACHES) -> int:
     sizes = [0]
     for path in caches.glob("index*/size"):
         try:
-            # 32768K, as the kernel writes it, is 32768 KiB.
-            sizes.append(parse_size(path.read_text(encoding="ascii").strip().removesuffix("K") + "KiB"))
+            # 32768K, as the kernel writes it.
+            sizes.append(int(path.read_text(encoding="ascii").strip().removesuffix("K")) * _KILOBYTE)
         except (OSError, ValueError):
             continue  # one that is not what it should be is none
     return max(sizes)
