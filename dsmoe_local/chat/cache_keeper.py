@@ -5,6 +5,7 @@ Files and their limits are `store.states`' concern, the cache itself the engine'
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib.metadata import version
 
 from dsmoe_local.base.errors import DsmoeError
@@ -23,35 +24,32 @@ class CacheKeeper:
 
     def __init__(self, states: StateStore) -> None:
         self._states = states
-        self._kept: tuple[int, tuple[int, ...]] | None = None
+        self._kept: tuple[int, str, tuple[int, ...]] | None = None
+        # What a crash has left of a state that was being written.
+        with suppress(DsmoeError, OSError):
+            states.tidy()
 
     def restore(self, conversation: Conversation, session: Session) -> None:
         """Give the engine what it held when the session was left."""
-        try:
-            ids = conversation.context_ids()
-            found = self._states.find(session.number, fingerprint(conversation.engine), ids)
+        # What fails is left out: the conversation is read again instead.
+        with suppress(DsmoeError, OSError):
+            ids, of = conversation.context_ids(), fingerprint(conversation.engine)
+            found = self._states.find(session.number, of, ids) if ids else None
             if found is not None and conversation.engine.load_cache(found, ids) >= len(ids) - 1:
-                self._kept = (session.number, ids)
-        except (DsmoeError, OSError):
-            # The conversation is read again instead.
-            return
+                self._kept = (session.number, of, ids)
 
     def keep(self, conversation: Conversation, session: Session) -> None:
-        """Write what the engine holds of the session, unless that is there already."""
-        if not conversation.turns or conversation.unanswered:
+        """Write what the engine holds of the session, unless that is there already, or the engine is not."""
+        engine = conversation.engine
+        if conversation.unanswered or not engine.alive:
             return
-        try:
-            ids = conversation.context_ids()
-            if len(ids) < _WORTH_KEEPING or self._kept == (session.number, ids):
+        with suppress(DsmoeError, OSError):
+            ids, of = conversation.context_ids(), fingerprint(engine)
+            if len(ids) < _WORTH_KEEPING or self._kept == (session.number, of, ids):
                 return
-            engine = conversation.engine
-            if self._states.keep(
-                session.number, fingerprint(engine), ids, lambda path: engine.save_cache(path, ids)
-            ):
-                self._kept = (session.number, ids)
+            if self._states.keep(session.number, of, ids, lambda path: engine.save_cache(path, ids)):
+                self._kept = (session.number, of, ids)
             self._states.tidy()
-        except (DsmoeError, OSError):
-            return
 
 
 def fingerprint(engine: ReloadableEngine) -> str:

@@ -6,36 +6,43 @@ How keys are read and things drawn is `terminal`'s concern, what a reply consist
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 from rich.text import Text
 
 from dsmoe_local.base.config_file import ConfigFile
-from dsmoe_local.base.errors import DsmoeError, InterruptedRunError
+from dsmoe_local.base.errors import DsmoeError, InterruptedRunError, UsageError
 from dsmoe_local.base.text import safe_line, safe_text
 from dsmoe_local.chat import attachments, words
 from dsmoe_local.chat.cache_keeper import CacheKeeper
 from dsmoe_local.chat.commands import table
-from dsmoe_local.chat.conversation import Conversation, Event, MadeRoom
+from dsmoe_local.chat.context import MadeRoom
+from dsmoe_local.chat.conversation import Asked, Conversation, Reply
 from dsmoe_local.chat.experts_view import ExpertsView
 from dsmoe_local.chat.store.sessions import Session, SessionStore
 from dsmoe_local.chat.terminal.screen import ReplyView, Screen
 from dsmoe_local.chat.terminal.status import Status
 from dsmoe_local.chat.turns import OnFull, Role, Transcript
 from dsmoe_local.engine.errors import EngineCrashError
-from dsmoe_local.engine.types import FinishReason
+from dsmoe_local.engine.types import FinishReason, TokenEvent
 
 BLOCK = '"""'
 _NEARLY_FULL = 0.85
 _REST_SECONDS = 30.0
 """So long after the last reply the cache is kept: the next message may be near before that."""
+_LAST_WAIT = 60.0  # seconds that leaving waits for a cache that is being written
 _RECALLED = 12
 """Lines of each of the turns that are shown when a session goes on."""
 
 
 class Chat:
-    """What commands act on (see commands.declare.Chat). `take` and `close` run in one thread."""
+    """What commands act on (see commands.declare.Chat).
+
+    `take` runs in one thread, `cancel`, `kill` and `status` in any; a timer of its own keeps the cache.
+    """
 
     def __init__(
         self,
@@ -57,14 +64,18 @@ class Chat:
         self._caches = caches
         self._stats = stats
         self._warned = False
-        self._crashed = False
+        self._cancelled = threading.Event()
+        # Held while an input is taken, or the cache is kept.
         self._working = threading.Lock()
         self._rest: threading.Timer | None = None
 
     def begin(
         self, session: Session | None = None, *, name: str = "", system: str = "", experts: bool = False
     ) -> None:
-        """Greet, and go on with `session`, or with a new one called `name`. Before anything is taken."""
+        """Greet, and go on with `session`, or with a new one called `name`. Before anything is taken.
+
+        `system` takes the place of the session's own text.
+        """
         info = self.conversation.engine.info
         self.screen.notice(f"{info.name} · {info.n_context:,} tokens of context · /help")
         if self.conversation.completes:
@@ -72,13 +83,12 @@ class Chat:
                 "a base model without a chat template: it completes your text; Enter alone goes on"
             )
         if session is not None:
-            self.adopt(session)
-            self._recall()
-        elif name and self.sessions is not None:
-            self.session = self.sessions.create(info.name, info.vocabulary, system)
-            self.sessions.rename(self.session, name)
-        if system:
-            self.conversation.system = system
+            self.adopt(session, system)
+            self._recall(session)
+        else:
+            self.conversation.set_system(system)
+            if name and self.sessions is not None:
+                self.sessions.rename(self.current_session(self.sessions), name)
         self.advise()
         if experts:
             self.experts.switch(True)
@@ -92,6 +102,7 @@ class Chat:
 
     def take(self, text: str) -> bool:
         """One input: a command, or a message to answer. Errors are shown. False: the chat ends."""
+        self._cancelled.clear()
         self._call_off_rest()
         with self._working:
             try:
@@ -99,13 +110,12 @@ class Chat:
             except InterruptedRunError:
                 self.screen.notice("[stopped]")
             except EngineCrashError as error:
-                self._crashed = True
                 self.screen.error(error)
                 self.screen.notice("the conversation is kept; the next message loads the model again")
             except DsmoeError as error:
                 self.screen.error(error)
         if not self.finished:
-            self._rest = threading.Timer(_REST_SECONDS, self.idle)
+            self._rest = threading.Timer(_REST_SECONDS, self.rest)
             self._rest.daemon = True
             self._rest.start()
         return not self.finished
@@ -113,52 +123,77 @@ class Chat:
     def close(self) -> None:
         """Keep the cache, for the next time. No reply runs any more."""
         self._call_off_rest()
-        self.idle()
+        if self._working.acquire(timeout=_LAST_WAIT):
+            try:
+                self._keep_cache()
+            finally:
+                self._working.release()
 
     def cancel(self) -> None:
-        """End the running reply; from any thread or a signal handler."""
+        """End the running reply, or what will be one in a moment; from any thread or a signal handler."""
+        self._cancelled.set()
         self.conversation.cancel()
 
     def kill(self) -> None:
         """End the engine, which did not answer `cancel`; from any thread."""
         self.conversation.engine.kill()
 
-    def show_reply(self, action: Callable[[Conversation], Iterable[Event]]) -> None:
+    def send(self, text: str) -> None:
+        """Have a message answered; files that it names with @ are put in."""
+        expanded = attachments.expand(text, Path.cwd())
+        for file in expanded.files:
+            self.screen.notice(attachments.describe(file))
+        self.show_reply(lambda conversation: conversation.send(expanded.text))
+
+    def show_reply(self, action: Callable[[Conversation], Reply]) -> None:
         """Print the reply whose events `action` returns; afterwards it is durable."""
-        if self._crashed:
-            self._crashed = False
+        conversation = self.conversation
+        if not conversation.engine.alive:
             self.screen.notice("loading the model again")
-        events = action(self.conversation)
-        # The question is on the disk before anything can happen to it.
-        self.save()
-        self.experts.reply_begins()
+        events = action(conversation)
+        if self._cancelled.is_set():
+            # Before there was a reply to cancel.
+            conversation.cancel()
         try:
-            with self.screen.reply() as view:
+            self.experts.reply_begins()
+            # Closed before anything is saved: what came of a reply that breaks off is its turn by then.
+            with closing(events), self.screen.reply() as view:
                 self._show(events, view)
         finally:
-            self.save()
-            self.experts.reply_ends(self.screen)
+            try:
+                self.experts.reply_ends(self.screen)
+            finally:
+                self._save_whatever_happened()
         self._remark()
 
     def save(self) -> None:
         """Make durable what changed in the conversation."""
         if self.sessions is None or (self.session is None and not self.conversation.turns):
             return
-        if self.session is None:
-            info = self.conversation.engine.info
-            self.session = self.sessions.create(info.name, info.vocabulary, self.conversation.system)
-        note = self.session.save(self.conversation.transcript)
+        note = self.current_session(self.sessions).save(self.conversation.transcript)
         if note:
             self.screen.notice(note)
 
-    def adopt(self, session: Session | None) -> None:
-        """Go on with another session (None: a new one); its turns and cache are loaded."""
+    def current_session(self, sessions: SessionStore) -> Session:
+        """The session of this chat, which begins to exist here if need be."""
+        if self.session is None:
+            info = self.conversation.engine.info
+            self.session = sessions.create(info.name, info.vocabulary, self.conversation.system)
+        return self.session
+
+    def adopt(self, session: Session | None, system: str = "") -> None:
+        """Go on with another session (None: a new one), once this one is saved; turns and cache are loaded.
+
+        `system` takes the place of the session's own text.
+        """
+        self.save()
         before = self.conversation.turns
         info = self.conversation.engine.info
         transcript = Transcript(system=self.conversation.system)
         if session is not None:
             transcript = session.load(info.vocabulary)
-        if list(transcript.turns[: len(before)]) != before:
+            transcript = replace(transcript, system=system or transcript.system)
+        if transcript.turns[: len(before)] != before:
             self._keep_cache()
         self.session = session
         self._warned = False
@@ -172,94 +207,88 @@ class Chat:
         if self._caches is not None:
             self._caches.restore(self.conversation, session)
 
-    def idle(self) -> None:
-        """A time to keep the cache, unless something is being done."""
+    def rest(self) -> None:
+        """Nothing has been asked for a while: the cache is kept, unless something is being done."""
         if self._working.acquire(blocking=False):
             try:
                 self._keep_cache()
             finally:
                 self._working.release()
 
-    def _keep_cache(self) -> None:
-        if self._caches is not None and self.session is not None and self.session.number:
-            self._caches.keep(self.conversation, self.session)
-
-    def _call_off_rest(self) -> None:
-        if self._rest is not None:
-            self._rest.cancel()
-            self._rest = None
-
-    def _recall(self) -> None:
-        """The last message and reply of a session that goes on."""
-        turns = self.conversation.turns
-        session = self.session
-        assert session is not None
-        n_earlier = max(0, len(turns) - 2)
-        earlier = f", {words.count(n_earlier, 'turn')} before these" if n_earlier else ""
-        self.screen.notice(f"{session.name}{earlier}")
-        for turn in turns[-2:]:
-            mark = "> " if turn.role is Role.USER else ""
-            lines = f"{mark}{turn.content.strip()}".split("\n")
-            shown = [*lines[:_RECALLED], *(["…"] if len(lines) > _RECALLED else [])]
-            self.screen.show(Text(safe_text("\n".join(shown)), style="dim"))
-        if self.conversation.unanswered:
-            self.screen.notice("[not answered: /continue answers it]")
-
     def status(self) -> Status:
         """What the bottom bar shows; from any thread."""
-        conversation = self.conversation
+        conversation, session = self.conversation, self.session
         usage = conversation.usage
+        info = conversation.engine.info
         return Status(
-            model=conversation.engine.info.name,
-            session=self.session.name if self.session is not None else "",
+            model=info.name,
+            session=session.name if session is not None else "",
             n_used=conversation.n_used,
-            n_context=conversation.engine.info.n_context,
+            n_context=info.n_context,
             tokens_per_second=0.0 if usage is None else usage.tokens_per_second,
         )
 
     def _take(self, text: str) -> None:
         if text.startswith(BLOCK):
             message = text.removeprefix(BLOCK).removesuffix(BLOCK).strip("\n")
-            self._send(message)
+            self.send(message)
             return
         parsed = table.parse(text)
-        if isinstance(parsed, tuple):
-            command, argument = parsed
-            command.run(self, argument)
-        elif isinstance(parsed, table.Unknown):
+        if isinstance(parsed, table.Unknown):
             self.screen.notice(
                 f"/{safe_line(parsed.word, 40)} is no command; did you mean /{parsed.nearest}?"
             )
+        elif parsed is not None:
+            command, argument = parsed
+            if argument and not command.arguments:
+                raise UsageError(
+                    f"{text.split()[0]} takes nothing behind it",
+                    remedy=f"a message that begins so can be sent between lines of {BLOCK}",
+                )
+            command.run(self, argument)
         elif text.strip():
-            self._send(text)
+            self.send(text)
         elif self.conversation.completes and self.conversation.turns:
             self.show_reply(lambda conversation: conversation.go_on())
 
-    def _send(self, text: str) -> None:
-        expanded = attachments.expand(text, Path.cwd())
-        for file in expanded.files:
-            self.screen.notice(attachments.describe(file))
-        self.show_reply(lambda conversation: conversation.send(expanded.text))
-
-    def _show(self, events: Iterable[Event], view: ReplyView) -> None:
+    def _show(self, events: Reply, view: ReplyView) -> None:
         # The whitespace that a reply begins with belongs to the template.
         begun = self.conversation.completes
+        end: TokenEvent | None = None
         for event in events:
+            if isinstance(event, Asked):
+                # The question is on the disk before anything can happen to it.
+                self.save()
+                continue
             if isinstance(event, MadeRoom):
                 view.note(f"[{words.made_room(event)}]")
                 continue
             if event.progress is not None:
                 view.progress(event.progress.done, event.progress.total)
+            end = event if event.finish_reason is not None else end
             text = event.text if begun else event.text.lstrip()
             if text:
                 begun = True
                 view.text(text)
             self.experts.reply_goes_on(self.screen, reading=event.progress is not None)
-        ending = self.conversation.finish_reason
-        if ending in words.ENDINGS:
+        self._tell_ending(None if end is None else end.finish_reason, view, begun=begun)
+
+    def _tell_ending(self, ending: FinishReason | None, view: ReplyView, *, begun: bool) -> None:
+        turns = self.conversation.turns
+        complete = bool(turns) and turns[-1].role is Role.ASSISTANT and not turns[-1].unfinished
+        if ending is FinishReason.CANCELLED and not begun and complete:
+            view.note("[stopped: the reply that was there stays]")
+        elif ending in words.ENDINGS:
             view.note(f"[{words.ENDINGS[ending]}]")
         elif not begun and ending is FinishReason.STOP:
             view.note("[the model says nothing: /regen tries again]")
+
+    def _save_whatever_happened(self) -> None:
+        """Save after a reply. An error that is under way already matters more than one of the disk."""
+        try:
+            self.save()
+        except DsmoeError as error:
+            self.screen.error(error)
 
     def _remark(self) -> None:
         """What is to be said after a reply."""
@@ -271,3 +300,28 @@ class Chat:
         if nearly and not self._warned and conversation.finish_reason is not FinishReason.CONTEXT_FULL:
             self.screen.notice(words.nearly_full(share))
         self._warned = nearly
+
+    def _recall(self, session: Session) -> None:
+        """The last message and reply of a session that goes on."""
+        turns = self.conversation.turns
+        n_earlier = max(0, len(turns) - 2)
+        earlier = f", {words.count(n_earlier, 'turn')} before these" if n_earlier else ""
+        self.screen.notice(f"{session.name}{earlier}")
+        for turn in turns[-2:]:
+            mark = "> " if turn.role is Role.USER else ""
+            lines = f"{mark}{turn.content.strip()}".split("\n")
+            # A line may be a whole book.
+            shown = [line if len(line) <= 400 else f"{line[:399]}…" for line in lines[:_RECALLED]]
+            shown += ["…"] if len(lines) > _RECALLED else []
+            self.screen.show(Text(safe_text("\n".join(shown)), style="dim"))
+        if self.conversation.unanswered:
+            self.screen.notice("[not answered: /continue answers it]")
+
+    def _keep_cache(self) -> None:
+        if self._caches is not None and self.session is not None and self.session.number:
+            self._caches.keep(self.conversation, self.session)
+
+    def _call_off_rest(self) -> None:
+        if self._rest is not None:
+            self._rest.cancel()
+            self._rest = None

@@ -14,7 +14,8 @@ from typing import TextIO
 from dsmoe_local.base.errors import DsmoeError, InterruptedRunError
 from dsmoe_local.base.text import safe_text
 from dsmoe_local.chat import words
-from dsmoe_local.chat.conversation import Conversation, MadeRoom
+from dsmoe_local.chat.context import MadeRoom
+from dsmoe_local.chat.conversation import Asked, Conversation
 from dsmoe_local.engine.types import FinishReason
 
 _CUT: Mapping[FinishReason | None, tuple[str, str]] = {
@@ -49,7 +50,7 @@ def answer(
             for event in conversation.send(text):
                 if isinstance(event, MadeRoom):
                     _note(notes, words.made_room(event))
-                else:
+                elif not isinstance(event, Asked):
                     written.add(event.text, trim=not conversation.completes)
     except BaseException:
         written.break_off()

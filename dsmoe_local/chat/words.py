@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.chat.conversation import MadeRoom
+from dsmoe_local.chat.context import MadeRoom
 from dsmoe_local.chat.turns import Role
 from dsmoe_local.engine.types import FinishReason, ModelInfo, Usage
 

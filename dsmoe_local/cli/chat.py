@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsmoe_local.base.errors import FormatError, UsageError
+from dsmoe_local.base.errors import UsageError
 from dsmoe_local.cli.configuration import from_command_line, told_origin
 from dsmoe_local.cli.model_options import (
     ModelName,
@@ -172,19 +172,22 @@ class _Kept:
 def _open_sessions(conversing: _Conversing, open_things: ExitStack) -> _Kept:
     """Before the model is loaded: a session that is not there should be told at once."""
     from dsmoe_local.base.paths import data_folder
+    from dsmoe_local.chat.store.names import check_name
     from dsmoe_local.chat.store.sessions import SessionStore
 
     if conversing.no_history:
-        if (conversing.session or conversing.latest) and from_command_line("no_history"):
+        wanted = from_command_line("session") or from_command_line("latest")
+        if wanted and from_command_line("no_history"):
             raise UsageError("with --no-history there are no sessions to go on with")
-        return _Kept(None)
-    try:
-        sessions = SessionStore.open(data_folder() / "sessions")
-    except FormatError as error:
-        raise FormatError(error.what, where=error.where, remedy="--no-history chats without it") from error
+        if not wanted:
+            return _Kept(None)
+    sessions = SessionStore.open(data_folder() / "sessions")
     open_things.callback(sessions.close)
-    if conversing.session is not None:
-        return _Kept(sessions, sessions.named(conversing.session), conversing.session)
+    if conversing.session is not None and not from_command_line("latest"):
+        found = sessions.named(conversing.session)
+        if found is None:
+            check_name(conversing.session)
+        return _Kept(sessions, found, conversing.session)
     if conversing.latest:
         latest = sessions.latest()
         if latest is None:
@@ -211,6 +214,9 @@ def _converse(
         raise UsageError(
             "-sys: the model has no chat template, it takes no system text", remedy="write it into the text"
         )
+    if kept.session is not None and not from_command_line("system"):
+        # The session has a system text of its own.
+        system = ""
     caches = None if kept.sessions is None else CacheKeeper(StateStore(data_folder() / "sessions"))
 
     def state() -> Status:
@@ -223,7 +229,7 @@ def _converse(
         plain=conversing.plain,
         state=state,
         complete=complete,
-        history_path=None if conversing.no_history else data_folder() / "history",
+        history_path=None if kept.sessions is None else data_folder() / "history",
     )
     chat = Chat(
         conversation,

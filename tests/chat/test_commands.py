@@ -2,66 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
 
 import pytest
-from support.routed import ShowingScreen
+from support.talking import chat_with
 
-from dsmoe_local.base.config_file import ConfigFile
 from dsmoe_local.chat.chat import Chat
 from dsmoe_local.chat.commands import table as commands
-from dsmoe_local.chat.conversation import Conversation
-from dsmoe_local.chat.settings import ChatSettings
 from dsmoe_local.chat.terminal.completion import choices
-from dsmoe_local.chat.terminal.screen import Screen
 from dsmoe_local.engine.errors import EngineCrashError
 from dsmoe_local.engine.fake import FakeEngine
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-class TalkingScreen(ShowingScreen):
-    """A screen that also writes down replies, and whose editor gives `edited`."""
-
-    edited: str | None = None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.replies: list[str] = []
-
-    @contextmanager
-    def reply(self) -> Iterator[TalkingScreen]:
-        self.replies.append("")
-        yield self
-
-    def progress(self, done: int, total: int) -> None:
-        pass
-
-    def text(self, piece: str) -> None:
-        self.replies[-1] += piece
-
-    def note(self, text: str) -> None:
-        self.notices.append(text)
-
-    def edit(self, text: str) -> str | None:
-        return self.edited
-
-    @property
-    def said(self) -> str:
-        """All that was told beside replies."""
-        lines = [*self.notices, *(str(error) for error in self.errors)]
-        return "\n".join([*lines, *("  ".join(row) for rows in self.tables for row in rows), *self.shown])
-
-
-def chat_with(engine: FakeEngine) -> tuple[Chat, TalkingScreen]:
-    screen = TalkingScreen()
-    chat = Chat(
-        Conversation(engine, ChatSettings()), cast(Screen, screen), ConfigFile(Path("/nowhere/config.toml"))
-    )
-    return chat, screen
 
 
 def take(chat: Chat, *texts: str) -> None:
@@ -102,6 +54,10 @@ def test_help_of_one_command() -> None:
         (["a", "b", "/undo 2"], "the last 2 messages and their replies are forgotten"),
         (["a", "/undo x"], "/undo takes a number"),
         (["a", "/undo ²"], "/undo takes a number"),
+        (["a", "/undo " + "9" * 5000], "/undo takes a number"),
+        (["/exit strategies for startups"], "/exit takes nothing behind it"),
+        (["a", "/continue"], "the reply is complete"),
+        (["/SYSTEM"], "no system text"),
         (["/edit"], "there is no message to edit yet"),
         (["a", "/edit"], "the message is as it was"),
         (["/editor"], "nothing was written"),
@@ -161,9 +117,11 @@ def test_crash_is_told_and_the_next_message_goes_on() -> None:
 
     def die(index: int) -> None:
         if not screen.errors:
+            engine.kill()
             raise EngineCrashError("the engine was killed by SIGSEGV")
 
-    chat, screen = chat_with(FakeEngine(gate=die))
+    engine = FakeEngine(gate=die)
+    chat, screen = chat_with(engine)
     take(chat, "a", "/continue")
     assert screen.notices[-2:] == [
         "the conversation is kept; the next message loads the model again",
@@ -180,6 +138,8 @@ def test_crash_is_told_and_the_next_message_goes_on() -> None:
         ("/set top_k 3", "set"),
         ("/usr/bin is a folder", None),
         ("/home/me", None),
+        ("/exports/ is full", None),
+        ("/HELP", "help"),
         ("//", None),
         ("hello /help", None),
         ("", None),

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 import pytest
 
 from dsmoe_local.base.errors import UsageError
-from dsmoe_local.chat.conversation import Conversation, Event, MadeRoom
+from dsmoe_local.chat.context import MadeRoom
+from dsmoe_local.chat.conversation import Conversation, Event
 from dsmoe_local.chat.settings import ChatSettings
 from dsmoe_local.chat.turns import OnFull, Role, Turn
 from dsmoe_local.engine.errors import EngineCrashError, PromptError
@@ -65,7 +66,7 @@ def test_message_that_can_have_no_answer_is_not_kept() -> None:
     conversation = talk(FakeEngine(n_context=40))
     with pytest.raises(PromptError):
         said(conversation, "x" * 100)
-    assert conversation.turns == []
+    assert conversation.turns == ()
 
 
 def test_message_stopped_before_its_answer_waits() -> None:
@@ -264,3 +265,60 @@ def test_transcript_brings_a_conversation_back() -> None:
     assert other.turns[-1] == Turn(
         Role.ASSISTANT, "y" * 8, (ord("y") + 1,) * 8, FinishReason.STOP, conversation.usage
     )
+
+
+@pytest.mark.parametrize("on_full", [OnFull.COMPACT, OnFull.SHIFT])
+def test_message_that_is_too_long_costs_nothing(on_full: OnFull) -> None:
+    """Guards: a conversation that is forgotten for a message that cannot fit anyway."""
+    conversation = talk(FakeEngine(lambda prompt: "ok", n_context=200), ChatSettings(on_full=on_full))
+    for text in ("my name is Bob", "second message"):
+        said(conversation, text)
+    before = (conversation.transcript, conversation.n_used)
+    events: list[Event] = []
+    with pytest.raises(PromptError):
+        events.extend(conversation.send("x" * 300))
+    assert not [event for event in events if isinstance(event, MadeRoom)]
+    assert (conversation.transcript, conversation.n_used) == before
+    assert said(conversation, "third") == "ok"
+
+
+def test_going_back_never_cuts_the_question() -> None:
+    """Guards: what was shifted out of a long conversation being cut from a short one, question and all."""
+    engine = FakeEngine(lambda prompt: "y" * 20, n_context=200)
+    conversation = talk(engine, ChatSettings(on_full=OnFull.SHIFT))
+    for number in range(6):
+        said(conversation, f"message {number}")
+    assert conversation.transcript.n_shifted
+    conversation.settings = ChatSettings(on_full=OnFull.STOP)
+    conversation.undo(5)
+    said(conversation, "what is two plus two?")
+    asked = bytes(token_id - 1 for token_id in engine.encode(engine.requests[-1].prompt)).decode()
+    assert "user: what is two plus two?" in asked
+
+
+def test_question_that_a_shift_cut_is_asked_again_whole() -> None:
+    """Guards: /regen after a shift in mid-reply sending half a question."""
+    replies = iter(["z" * 150, "again"])
+    engine = FakeEngine(lambda prompt: next(replies), n_context=200)
+    conversation = talk(engine, ChatSettings(on_full=OnFull.SHIFT))
+    said(conversation, "q" * 120)
+    assert conversation.transcript.n_shifted
+    assert text_of(conversation.regenerate()) == "again"
+    asked = bytes(token_id - 1 for token_id in engine.encode(engine.requests[-1].prompt)).decode()
+    assert "q" * 120 in asked
+
+
+def test_shifted_reply_goes_on_where_it_was() -> None:
+    """Guards: /continue after a shift starting over, or refusing for lack of room."""
+    conversation: Conversation
+    replies = iter(["z" * 400, "w" * 30])
+    engine = FakeEngine(
+        lambda prompt: next(replies),
+        n_context=200,
+        gate=lambda i: conversation.cancel() if i == 300 else None,
+    )
+    conversation = talk(engine, ChatSettings(on_full=OnFull.SHIFT))
+    said(conversation, "q")
+    assert text_of(conversation.go_on()) == "w" * 30
+    assert conversation.turns[-1].content == "z" * 300 + "w" * 30
+    assert len(engine.encode(engine.requests[-1].prompt)) < 200

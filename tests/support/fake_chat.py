@@ -35,6 +35,7 @@ class HaltingEngine(FakeEngine):
     def _halt(self, index: int) -> None:
         mark = self._places.get(index)
         if mark == "!":
+            self.kill()
             raise EngineCrashError("the engine's process was killed by SIGSEGV")
         if mark == "#":
             # No Event: a signal handler that sets what its own thread waits for may wait for ever.

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     from dsmoe_local.base.config_file import ConfigFile
-    from dsmoe_local.chat.conversation import Conversation, Event
+    from dsmoe_local.chat.conversation import Conversation, Reply
     from dsmoe_local.chat.experts_view import ExpertsView
     from dsmoe_local.chat.store.sessions import Session, SessionStore
     from dsmoe_local.chat.terminal.screen import Screen
+
+_DIGITS = 9
 
 
 class Chat(Protocol):
@@ -25,7 +27,11 @@ class Chat(Protocol):
     experts: ExpertsView
     finished: bool
 
-    def show_reply(self, action: Callable[[Conversation], Iterable[Event]]) -> None:
+    def send(self, text: str) -> None:
+        """Have a message answered; files that it names with @ are put in."""
+        ...
+
+    def show_reply(self, action: Callable[[Conversation], Reply]) -> None:
         """Print the reply whose events `action` returns; afterwards it is durable."""
         ...
 
@@ -37,8 +43,12 @@ class Chat(Protocol):
         """Make durable what a command changed in the conversation: turns, system text."""
         ...
 
+    def current_session(self, sessions: SessionStore) -> Session:
+        """The session of this chat, which begins to exist here if need be."""
+        ...
+
     def adopt(self, session: Session | None) -> None:
-        """Go on with another session (None: a new one); its turns and cache are loaded."""
+        """Go on with another session (None: a new one), once this one is saved."""
         ...
 
 
@@ -65,6 +75,12 @@ class Command:
     aliases: tuple[str, ...] = ()
     complete: Complete = no_words
     files: bool = False
+
+
+def read_count(text: str) -> int | None:
+    """The whole number, from 0 on, that a command is given; None for anything else."""
+    # int() refuses thousands of digits, which are ASCII digits all the same.
+    return int(text) if text.isascii() and text.isdigit() and len(text) < _DIGITS else None
 
 
 Commands: TypeAlias = Mapping[str, Command]

@@ -11,7 +11,7 @@ from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.progress import Advanced, Event, Finished, Note, Started
 from dsmoe_local.base.sizes import format_count, format_size
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.chat.commands.declare import Chat, Command, Commands
+from dsmoe_local.chat.commands.declare import Chat, Command, Commands, read_count
 from dsmoe_local.chat.experts_view import REPLY, SESSION
 from dsmoe_local.chat.terminal.screen import Screen
 from dsmoe_local.experts.cost import active_cost, compared, own_number
@@ -58,9 +58,10 @@ def _show_session(chat: Chat, _: str) -> None:
 
 
 def _show_layer(chat: Chat, argument: str) -> None:
-    if not (argument.isascii() and argument.isdigit()):
+    number = read_count(argument)
+    if number is None:
         raise UsageError("/experts layer takes a layer's number", remedy="as in /experts layer 5")
-    chat.experts.show_layer(chat.screen, int(argument))
+    chat.experts.show_layer(chat.screen, number)
 
 
 _ACTIONS = {
@@ -134,12 +135,13 @@ def _show_active(chat: Chat, own: int) -> None:
 
 
 def _number(argument: str, n_routed: int) -> int:
-    if not (argument.isascii() and argument.isdigit() and 1 <= int(argument) <= n_routed):
+    number = read_count(argument)
+    if number is None or not 1 <= number <= n_routed:
         raise UsageError(
             f"/active {safe_line(argument, 40)} is out of range",
             remedy=f"it takes 1 to {n_routed}, or {_DEFAULT}",
         )
-    return int(argument)
+    return number
 
 
 class _Loading:

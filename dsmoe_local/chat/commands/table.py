@@ -74,11 +74,13 @@ def parse(text: str) -> tuple[Command, str] | Unknown | None:
     match = _FIRST_WORD.fullmatch(text.strip())
     if match is None:
         return None
-    word, argument = match[1], (match[2] or "").strip()
+    word, argument = match[1].casefold(), (match[2] or "").strip()
     if word in BY_WORD:
         return BY_WORD[word], argument
-    near = difflib.get_close_matches(word.lower(), BY_WORD, n=1, cutoff=0.7)
+    if "/" in word:
+        return None
+    near = difflib.get_close_matches(word, BY_WORD, n=1, cutoff=0.7)
     if near:
-        return Unknown(word, near[0])
-    # One word without another slash is more likely a command that is not there than a question.
-    return Unknown(word, "help") if re.fullmatch(r"[A-Za-z]+", word) and not argument else None
+        return Unknown(match[1], near[0])
+    # One word alone is more likely a command that is not there than a message.
+    return Unknown(match[1], "help") if re.fullmatch(r"[a-z]+", word) and not argument else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.chat.commands.declare import Chat, Command, Commands
+from dsmoe_local.chat.commands.declare import Chat, Command, Commands, read_count
 from dsmoe_local.chat.turns import Role
 
 
@@ -28,9 +28,10 @@ def _continue(chat: Chat, _: str) -> None:
 
 
 def _undo(chat: Chat, argument: str) -> None:
-    if argument and not (argument.isascii() and argument.isdigit() and int(argument)):
+    n_messages = read_count(argument or "1")
+    if not n_messages:
         raise UsageError(f"/undo takes a number of messages, not {safe_line(argument, 40)!r}")
-    gone = chat.conversation.undo(int(argument or 1))
+    gone = chat.conversation.undo(n_messages)
     questions = [turn for turn in gone if turn.role is Role.USER]
     if not questions:
         chat.screen.notice("there is nothing to undo")
@@ -59,7 +60,7 @@ def _editor(chat: Chat, text: str) -> None:
     if message is None or not message.strip():
         chat.screen.notice("nothing was written")
         return
-    chat.show_reply(lambda conversation: conversation.send(message))
+    chat.send(message)
 
 
 def _system(chat: Chat, text: str) -> None:
@@ -69,7 +70,7 @@ def _system(chat: Chat, text: str) -> None:
                 "the model has no chat template: it takes no system text",
                 remedy="write it into the text that is to be completed",
             )
-        chat.conversation.system = "" if text in ("off", "none") else text
+        chat.conversation.set_system("" if text in ("off", "none") else text)
         chat.save()
     system = chat.conversation.system
     chat.screen.notice(f"system: {safe_line(system, 300)}" if system else "no system text")

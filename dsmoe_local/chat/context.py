@@ -1,0 +1,128 @@
+"""What of a conversation is in the context: its messages, its exact tokens, and what leaves when it is full.
+
+Plain functions of a transcript and an engine that tokenizes; what is said and kept is `conversation`'s
+concern.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from dsmoe_local.base.sequences import n_common
+from dsmoe_local.chat.turns import OnFull, Role, Transcript, Turn
+from dsmoe_local.engine.types import Message, Prompt, TextEngine
+
+
+@dataclass(frozen=True, slots=True)
+class MadeRoom:
+    """The context was full: `turns` left it (compact), or the oldest `n_tokens` behind the system text."""
+
+    turns: tuple[Turn, ...] = ()
+    n_tokens: int = 0
+
+
+def completes(engine: TextEngine) -> bool:
+    """Whether the model only completes text; then the context holds the last text and what came of it."""
+    return engine.info.template is None
+
+
+def messages(kept: Transcript) -> tuple[Message, ...]:
+    """What is in the context, but for tokens that were shifted out."""
+    system = [Message("system", kept.system)] if kept.system else []
+    return (*system, *(turn.message for turn in kept.turns[kept.n_left_out :]))
+
+
+def prompt(kept: Transcript, engine: TextEngine) -> Prompt:
+    """What the engine is given for the next reply."""
+    if completes(engine):
+        return _text_to_complete(kept, engine)
+    said = messages(kept)
+    if not kept.n_shifted:
+        return said
+    ids, n_kept = engine.encode(said), n_never_shifted(kept, engine)
+    return (*ids[:n_kept], *ids[n_kept + kept.n_shifted :])
+
+
+def token_ids(kept: Transcript, engine: TextEngine) -> tuple[int, ...]:
+    """The exact ids of the context; none of a conversation without turns."""
+    return engine.encode(prompt(kept, engine)) if kept.turns else ()
+
+
+def n_never_shifted(kept: Transcript, engine: TextEngine) -> int:
+    """Tokens at the beginning that are never shifted out: the start token, and the system text."""
+    if not kept.system:
+        return 1
+    said = messages(kept)
+    return max(1, n_common(engine.encode(said[:1]), engine.encode(said)))
+
+
+def fitted(
+    kept: Transcript, engine: TextEngine, on_full: OnFull, max_tokens: int | None
+) -> tuple[Transcript, MadeRoom | None]:
+    """`kept` with room for a reply, where that is asked for, and what left it.
+
+    Where nothing helps, since the last message alone is too long, nothing leaves.
+    """
+    if completes(engine):
+        return kept, None
+    if kept.n_shifted and kept.n_shifted > _most_shifted(kept, engine):
+        # Gone back to before what was shifted out, or to a message that lost its beginning.
+        kept = replace(kept, n_shifted=0)
+    n_context = engine.info.n_context
+    wanted = n_context - min(max_tokens or n_context, n_context // 4)
+    if on_full is OnFull.STOP or len(token_ids(kept, engine)) <= wanted:
+        return kept, None
+    found = compacted(kept, engine) if on_full is OnFull.COMPACT else _shifted(kept, engine)
+    return found or (kept, None)
+
+
+def compacted(kept: Transcript, engine: TextEngine) -> tuple[Transcript, MadeRoom] | None:
+    """`kept` without its oldest messages and their replies, so that half of the context is free, and what
+    left it. The last message stays; None if there is no other, or it alone is too long.
+    """
+    n_context = engine.info.n_context
+    less = kept
+    for index in range(kept.n_left_out + 1, len(kept.turns)):
+        if kept.turns[index].role is Role.USER:
+            # Tokens that were shifted out are of what leaves now.
+            less = replace(kept, n_left_out=index, n_shifted=0)
+            if len(token_ids(less, engine)) <= n_context // 2:
+                break
+    if less is kept or len(token_ids(less, engine)) >= n_context:
+        return None
+    return less, MadeRoom(turns=kept.turns[kept.n_left_out : less.n_left_out])
+
+
+def _shifted(kept: Transcript, engine: TextEngine) -> tuple[Transcript, MadeRoom] | None:
+    """`kept` without what is oldest behind the system text, so that half of the context is free."""
+    n_context = engine.info.n_context
+    n_ids = len(engine.encode(messages(kept)))
+    target = max(n_ids - n_context // 2, kept.n_shifted)
+    n_shifted = min(target, _most_shifted(kept, engine))
+    if n_shifted <= kept.n_shifted or n_ids - n_shifted >= n_context:
+        return None
+    return replace(kept, n_shifted=n_shifted), MadeRoom(n_tokens=n_shifted - kept.n_shifted)
+
+
+def _most_shifted(kept: Transcript, engine: TextEngine) -> int:
+    """The most tokens that may be shifted out: none of a message that waits for its reply, and not the end of
+    a reply that goes on.
+    """
+    said = messages(kept)
+    n_kept = n_never_shifted(kept, engine)
+    if said[-1].role == Role.ASSISTANT:
+        return len(engine.encode(said)) - n_kept - engine.info.n_context // 4
+    before = len(engine.encode(said[:-1])) if len(said) > 1 else 0
+    return max(0, before - n_kept)
+
+
+def _text_to_complete(kept: Transcript, engine: TextEngine) -> Prompt:
+    index = max((index for index, turn in enumerate(kept.turns) if turn.role is Role.USER), default=None)
+    if index is None:
+        return ""
+    text, *replies = kept.turns[index:]
+    if not replies:
+        return text.content
+    if not replies[-1].token_ids:
+        return text.content + replies[-1].content
+    return (*engine.encode(text.content), *replies[-1].token_ids)

@@ -1,0 +1,66 @@
+"""A whole chat whose screen writes down what it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+from dsmoe_local.base.config_file import ConfigFile
+from dsmoe_local.chat.cache_keeper import CacheKeeper
+from dsmoe_local.chat.chat import Chat
+from dsmoe_local.chat.conversation import Conversation
+from dsmoe_local.chat.settings import ChatSettings
+from dsmoe_local.chat.store.sessions import SessionStore
+from dsmoe_local.chat.terminal.screen import Screen
+from dsmoe_local.engine.types import ReloadableEngine
+from support.routed import ShowingScreen
+
+
+class TalkingScreen(ShowingScreen):
+    """A screen that also writes down replies, and whose editor gives `edited`."""
+
+    edited: str | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.replies: list[str] = []
+
+    @contextmanager
+    def reply(self) -> Iterator[TalkingScreen]:
+        self.replies.append("")
+        yield self
+
+    def progress(self, done: int, total: int) -> None:
+        pass
+
+    def text(self, piece: str) -> None:
+        self.replies[-1] += piece
+
+    def note(self, text: str) -> None:
+        self.notices.append(text)
+
+    def edit(self, text: str) -> str | None:
+        return self.edited
+
+    @property
+    def said(self) -> str:
+        """All that was told beside replies."""
+        lines = [*self.notices, *(str(error) for error in self.errors)]
+        return "\n".join([*lines, *("  ".join(row) for rows in self.tables for row in rows), *self.shown])
+
+
+def chat_with(
+    engine: ReloadableEngine, sessions: SessionStore | None = None, caches: CacheKeeper | None = None
+) -> tuple[Chat, TalkingScreen]:
+    """A chat that nothing was taken by yet, and its screen."""
+    screen = TalkingScreen()
+    chat = Chat(
+        Conversation(engine, ChatSettings()),
+        cast(Screen, screen),
+        ConfigFile(Path("/nowhere/config.toml")),
+        sessions=sessions,
+        caches=caches,
+    )
+    return chat, screen
