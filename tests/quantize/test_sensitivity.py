@@ -1,4 +1,4 @@
-"""Errors of types against files that were really quantized, as the `gguf` package reads them; what keeps them."""
+"""Errors of types against files that were really quantized, as the `gguf` package reads them; their file."""
 
 from __future__ import annotations
 
