@@ -13,7 +13,7 @@ from dsmoe_local.base.text import safe_line
 from dsmoe_local.evaluate.speed.bandwidth import Bandwidth, measure_bandwidth
 
 _CPU_INFO = Path("/proc/cpuinfo")
-_BUSY = 0.3  # a load average above which other programs are felt
+_BUSY, _BUSY_PER_CORE = 0.3, 0.1  # load averages above which other programs are felt
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ def look_at_machine(
 ) -> Machine:
     """Measure the machine; a note says if it is busy. Setting `stop` raises InterruptedRunError."""
     load = _load_average()
-    if load > _BUSY:
+    if load > max(_BUSY, _BUSY_PER_CORE * (os.cpu_count() or 1)):
         listen(Note(f"the machine is busy (load {load:.1f}): figures will be too low, and scattered"))
     return Machine(cpu_name(), measure_bandwidth(n_threads, listen, stop), load)
 

@@ -1,0 +1,71 @@
+"""The benchmark of a dense model against the 16B: its random files, and what it makes of few layers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from benchmarks.dense_against_moe import MOE, at_layers, shape_of, with_layers, write_random
+from benchmarks.make_checkpoint import make_pool
+from dsmoe_local.model.cost import parameters
+from dsmoe_local.model.gguf_model import read_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_layers_are_extrapolated() -> None:
+    """Guards: another line than the one through the points, a measured value replaced by a computed one."""
+    assert at_layers({2: 5.0, 8: 8.0}, 28) == pytest.approx(18)
+    assert at_layers({2: 5.0, 5: 6.6, 8: 8.0}, 28) == pytest.approx(18, rel=0.05)
+    assert at_layers({28: 3.0}, 28) == 3.0
+
+
+def test_shapes_are_the_papers() -> None:
+    """Guards: a shape with other widths, or other experts, than the model that it stands for."""
+    assert parameters(shape_of(MOE, quick=False).hp).total == pytest.approx(16.4e9, rel=0.01)
+    assert parameters(shape_of("llama2-7b", quick=False).hp).total == pytest.approx(6.74e9, rel=0.01)
+    small = with_layers(shape_of(MOE, quick=True).hp, 3)
+    assert (small.n_layers, small.n_dense_layers, small.n_routed_experts) == (3, 1, 64)
+    dense = with_layers(shape_of("deepseek-7b", quick=True).hp, 3)
+    assert (dense.n_layers, dense.n_dense_layers) == (3, 3)
+
+
+@pytest.mark.parametrize("preset", [MOE, "deepseek-7b"])
+def test_random_files(preset: str, tmp_path: Path) -> None:
+    """Guards: files that our reader or the gguf package refuses, and weights that are no numbers."""
+    path = tmp_path / "random.gguf"
+    hp = with_layers(shape_of(preset, quick=True).hp, 2)
+    write_random(path, hp, make_pool(0))
+    _, found = read_model(path)
+    assert (found.architecture, found.n_layers, found.n_vocab) == (hp.architecture, 2, hp.n_vocab)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    norm = np.asarray(tensors["blk.1.ffn_norm.weight"].data)
+    assert norm.dtype == np.float32
+    assert norm.mean() == pytest.approx(1, abs=0.05)
+    values = np.asarray(tensors["blk.1.attn_q.weight"].data).view(np.uint16).astype(np.uint32) << 16
+    weights = values.view(np.float32)
+    assert weights.std() == pytest.approx(0.02, rel=0.05)
+    if preset == MOE:
+        assert np.asarray(tensors["blk.1.ffn_gate_inp.weight"].data).std() == pytest.approx(0.02, rel=0.05)
+
+
+def test_it_runs() -> None:
+    """Guards: a benchmark that only works where it was written."""
+    command = [sys.executable, "-m", "benchmarks.dense_against_moe", "--quick", "--layers", "2,3"]
+    command += ["-p", "8", "-n", "4", "-r", "1", "--rounds", "1", "--threads", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240, check=False)
+    if "too scattered" in done.stderr:
+        pytest.skip("the machine is too busy for figures")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    # 7B against 2.4B of weights read, of shapes that keep the proportions.
+    whole = result["result"]
+    assert whole["dense_bytes_per_token"] / whole["moe_bytes_per_token"] == pytest.approx(2.3, abs=0.2)
+    assert whole["tg4"]["moe"] > 0
+    assert done.stdout.count("deepseekmoe-16b-3-layers") == 3
