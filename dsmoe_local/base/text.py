@@ -26,6 +26,11 @@ def safe_text(text: str) -> str:
     return text.translate(_TABLE)
 
 
+def whole_characters(text: str) -> str:
+    """`text` with each lone surrogate (a pasted half of a pair) as U+FFFD, so that it can be encoded."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def safe_line(text: str, limit: int = 200) -> str:
     """`safe_text` on one line of at most `limit` characters, for names and messages inside a sentence."""
     line = text.translate(_ONE_LINE)

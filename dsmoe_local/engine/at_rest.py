@@ -28,7 +28,8 @@ def save_cache(session: Session, book: CacheBook, path: Path, token_ids: list[in
         return 0
     try:
         held = book.cells.tokens(slot)
-        return count if write_cache(path, session.shape, held, session.context, slot) else 0
+        written = write_cache(path, session.info.cache_identity, held, session.context, slot)
+        return count if written else 0
     except OSError:
         return 0
 
@@ -37,7 +38,7 @@ def load_cache(
     session: Session, book: CacheBook, settle: Callable[[], None], path: Path, token_ids: list[int]
 ) -> int:
     """See TextEngine. `settle` does to the cache what the book has noted."""
-    with open_cache(path, session.shape) as stored:
+    with open_cache(path, session.info.cache_identity) as stored:
         if stored is None:
             return 0
         common = common_length(stored.token_ids, token_ids, 0, len(token_ids))

@@ -21,7 +21,7 @@ from dsmoe_local.base.durable import sync
 from dsmoe_local.engine.native import Context
 
 _MAGIC = b"dsmoe-kv"
-_HEAD = struct.Struct("<8s16s16sQQ")  # magic, shape, digest, tokens, bytes of state
+_HEAD = struct.Struct("<8s16s16sQQ")  # magic, identity, digest, tokens, bytes of state
 _DIGEST = 16
 _LAYOUT = 64  # bytes of state in which llama.cpp says what follows,
 _LAYOUT_OF_TOKEN = 12  # and of each cell: position, number of sequences, sequence
@@ -34,13 +34,9 @@ class Stored(NamedTuple):
     state: memoryview
 
 
-def shape_digest(*parts: object) -> bytes:
-    """What a file's contents depend on besides the tokens, as the header keeps it."""
-    return blake2b(repr(parts).encode(), digest_size=_DIGEST).digest()
-
-
-def write_cache(path: Path, shape: bytes, token_ids: Sequence[int], context: Context, sequence: int) -> bool:
+def write_cache(path: Path, identity: str, token_ids: Sequence[int], context: Context, sequence: int) -> bool:
     """Write what the cache holds of a sequence, which are these tokens, to a new file, and sync it.
+    `identity` is what it depends on besides (see ModelInfo).
 
     False, and no file, if llama.cpp cannot write it. OSError, and no file, if the disk is full or the like;
     FileExistsError if there is one.
@@ -54,7 +50,9 @@ def write_cache(path: Path, shape: bytes, token_ids: Sequence[int], context: Con
             with room_in(file, start + n_state) as room, room[start:] as state:
                 complete = context.write_state(state, sequence)
                 digest = _digest(tokens, state, len(token_ids))
-                room[:start] = _HEAD.pack(_MAGIC, shape, digest, len(token_ids), n_state) + tokens
+                room[:start] = (
+                    _HEAD.pack(_MAGIC, _digest_of(identity), digest, len(token_ids), n_state) + tokens
+                )
             sync(file.fileno())
         written = complete
     finally:
@@ -64,8 +62,8 @@ def write_cache(path: Path, shape: bytes, token_ids: Sequence[int], context: Con
 
 
 @contextmanager
-def open_cache(path: Path, shape: bytes) -> Iterator[Stored | None]:
-    """What a file holds; None if it cannot be read, is of another shape, or was not written here."""
+def open_cache(path: Path, identity: str) -> Iterator[Stored | None]:
+    """What a file holds; None if it cannot be read, is of another identity, or was not written here."""
     with ExitStack() as opened:
         try:
             file = opened.enter_context(path.open("rb"))
@@ -78,9 +76,9 @@ def open_cache(path: Path, shape: bytes) -> Iterator[Stored | None]:
         if size < _HEAD.size:
             yield None
             return
-        magic, own_shape, digest, n_tokens, n_state = _HEAD.unpack(view[: _HEAD.size])
+        magic, of, digest, n_tokens, n_state = _HEAD.unpack(view[: _HEAD.size])
         start = _HEAD.size + 4 * n_tokens
-        if (magic, own_shape, start + n_state) != (_MAGIC, shape, size):
+        if (magic, of, start + n_state) != (_MAGIC, _digest_of(identity), size):
             yield None
             return
         tokens = bytes(view[_HEAD.size : start])
@@ -108,6 +106,10 @@ def _fill(file: BinaryIO, n_bytes: int) -> None:
     for start in range(0, n_bytes, len(block)):
         file.write(block[: n_bytes - start])
     file.flush()
+
+
+def _digest_of(identity: str) -> bytes:
+    return blake2b(identity.encode(), digest_size=_DIGEST).digest()
 
 
 def _digest(tokens: bytes, state: memoryview, n_tokens: int) -> bytes:

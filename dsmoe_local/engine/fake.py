@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dsmoe_local.base import progress
+from dsmoe_local.base.sequences import n_common
+from dsmoe_local.base.text import whole_characters
 from dsmoe_local.engine.errors import EngineError, EngineKilledError, PromptError
 from dsmoe_local.engine.stream import TextStream
 from dsmoe_local.engine.types import (
@@ -94,12 +96,13 @@ class FakeEngine:
             n_parallel=n_parallel,
             template_text="{{ messages }}" if template else None,
             vocabulary="bytes",
+            cache_identity=_identity(self.options),
         )
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """One id a byte; a conversation is its contents on lines, each after its role."""
         if isinstance(prompt, str):
-            return tuple(byte + 1 for byte in prompt.encode())
+            return tuple(byte + 1 for byte in whole_characters(prompt).encode())
         ids: list[int] = []
         for item in prompt:
             if isinstance(item, Message):
@@ -156,7 +159,7 @@ class FakeEngine:
     def _tokens(self, request: Request, prompt: tuple[int, ...], answer: bytes) -> Iterator[TokenEvent]:
         stream = TextStream(request.stop)
         stream.begin_after(bytes(token_id - 1 for token_id in prompt[-4:]))
-        n_cached = _common(self._cached, prompt)
+        n_cached = n_common(self._cached, prompt)
         room = None if request.context_shift else self.info.n_context - len(prompt)
         limit = min((each for each in (room, request.max_tokens) if each is not None), default=None)
         held = list(prompt)
@@ -214,6 +217,10 @@ class FakeEngine:
         if request_id in self._cancelled:
             self._cancelled[request_id] = True
 
+    def cancel_all(self) -> None:
+        """See ReloadableEngine: there are no loads to give up."""
+        self._cancelled = dict.fromkeys(self._cancelled, True)
+
     def decode(self, token_ids: Sequence[int]) -> tuple[str, ...]:
         """See TextEngine."""
         if any(not 0 <= token_id < self.info.n_vocab for token_id in token_ids):
@@ -221,10 +228,10 @@ class FakeEngine:
         return tuple("<end>" if token_id == END else _text(token_id - 1) for token_id in token_ids)
 
     def save_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
-        """See TextEngine: a JSON file with the ids."""
-        count = 0 if self._cancelled or self._killed else _common(self._cached, token_ids)
+        """See TextEngine: a JSON file with the ids, and what they are of."""
+        count = 0 if self._cancelled or self._killed else n_common(self._cached, token_ids)
         if count:
-            path.write_text(json.dumps(token_ids[:count]))
+            path.write_text(json.dumps([self.info.cache_identity, token_ids[:count]]))
             self.saved.append((path, count))
         return count
 
@@ -232,7 +239,8 @@ class FakeEngine:
         """See TextEngine."""
         self._start_again()
         try:
-            count = _common(json.loads(path.read_text()), token_ids)
+            identity, held = json.loads(path.read_text())
+            count = n_common(tuple(held), token_ids) if identity == self.info.cache_identity else 0
         except (OSError, ValueError, TypeError):
             return 0
         if count:
@@ -283,6 +291,7 @@ class FakeEngine:
             self.info,
             n_context=options.n_context or self.info.n_context,
             n_experts_per_token=options.n_experts_per_token or 6,
+            cache_identity=_identity(options),
         )
 
     def kill(self) -> None:
@@ -296,10 +305,15 @@ class FakeEngine:
             self._killed = False
             self.crashes += 1
 
+    @property
+    def alive(self) -> bool:
+        """See ReloadableEngine."""
+        return not self._closed and not self._killed
+
     def close(self) -> None:
         """See TextEngine."""
         self._closed = True
-        self._cancelled = dict.fromkeys(self._cancelled, True)
+        self.cancel_all()
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,6 +339,6 @@ def _text(byte: int) -> str:
     return bytes([byte]).decode("utf-8", "replace")
 
 
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    pairs = zip(first, second, strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+def _identity(options: ModelOptions) -> str:
+    """Of the options that the real one's depends on, some."""
+    return f"{options.path} {options.n_experts_per_token} {options.cache_type_k} {options.cache_type_v}"

@@ -15,8 +15,7 @@ from dsmoe_local.engine.types import ModelInfo
 @dataclass(slots=True)
 class Session:
     """Owned by the engine's thread, but for `info`, `encoder`, `log` and the model's vocabulary, which any
-    thread may use. Only `context` and `observers` are ever replaced. `shape` is what a file of the KV cache
-    depends on, besides its tokens.
+    thread may use. Only `context` and `observers` are ever replaced.
     """
 
     info: ModelInfo
@@ -25,7 +24,6 @@ class Session:
     encoder: PromptEncoder
     observers: Dispatcher
     limits: Limits
-    shape: bytes
 
     def log(self) -> tuple[str, ...]:
         """llama.cpp's latest log lines."""

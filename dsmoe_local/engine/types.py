@@ -221,6 +221,8 @@ class ModelInfo:
     only. `vocabulary` is a digest of the tokenizer: token ids mean the same in two models if it is equal.
     `n_context` is the longest prompt and reply of one request. `placement` says where weights and KV cache
     lie, in words; `kernels` what else the last digits of float results depend on, beside the options.
+    `cache_identity` is a digest of all that the contents of the KV cache depend on beside their tokens, this
+    very file among it (a copy is another one); what `save_cache` writes is of use only where it is equal.
     """
 
     path: Path
@@ -242,6 +244,7 @@ class ModelInfo:
     kernels: str = ""
     template_text: str | None = None
     vocabulary: str = ""
+    cache_identity: str = ""
 
 
 Deliver: TypeAlias = Callable[[TokenEvent | BaseException | None], None]
@@ -336,11 +339,21 @@ class TextEngine(Protocol):
 
 
 class ReloadableEngine(TextEngine, Protocol):
-    """An engine in a process of its own, which can be ended and replaced. Callable from any thread."""
+    """An engine in a process of its own, which can be ended and replaced. Callable from any thread.
+
+    Where the process has died, `start`, `submit`, `encode`, `decode`, `load_cache` and `set_observers` load
+    the model again first, which may take minutes: InterruptedRunError if `cancel_all` or `kill` gives it up.
+    `save_cache` and `observe` load nothing, since what they want is gone.
+    """
 
     @property
     def options(self) -> ModelOptions:
         """What is loaded, and how, and what will be after a crash; with the observers set since."""
+        ...
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process is there; else the next request loads the model again first."""
         ...
 
     @property
@@ -357,12 +370,19 @@ class ReloadableEngine(TextEngine, Protocol):
         """Load another model, or the same one otherwise. The old one is given back first, with its KV cache.
 
         `listen` and `stop` as in `Engine.load`, and what it raises; the old options then stay, and the next
-        request loads that model again.
+        request loads that model again. `cancel_all` and `kill` give it up, too.
+        """
+        ...
+
+    def cancel_all(self) -> None:
+        """End all requests, as `cancel` does, and give up every load that a call waits for. Never waits;
+        signal handlers may call it.
         """
         ...
 
     def kill(self) -> None:
-        """End the process at once, even one that hangs or loads. Never waits; signal handlers may call it.
+        """End the process at once, even one that hangs, and give up every load that a call waits for. Never
+        waits; signal handlers may call it.
 
         Requests in flight end with EngineCrashError, and the next one loads the model again.
         """

@@ -1,30 +1,92 @@
-"""Which model a file is: a digest to tell it by. Opens no model, reads a sample of the file."""
+"""Which model a file is: a digest to tell it by, which a copy shares, or that of this very file.
+
+Reads a sample: blocks spread over the file, and of a GGUF file its header and both ends of every tensor. What
+any of it means is the reader's concern.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
+from typing import BinaryIO
 
-from dsmoe_local.base.errors import FileError
+from dsmoe_local.base.errors import FileError, FormatError
+from dsmoe_local.model.gguf_file import MAGIC, GgufFile, identity_of, read_gguf
 
 _BLOCK = 1 << 16
 _N_BLOCKS = 64
+_END = 1 << 12
 
 
 def file_identity(path: Path) -> str:
-    """A file's size and a digest of blocks spread over it, its beginning and end among them.
+    """A file's size and a digest of its sample, in a fraction of a second. A copy has the same. FileError.
 
-    Enough to tell models apart, in milliseconds; a file that is made to pass for another will. FileError.
+    Enough to tell models apart; a file that is made to pass for another will.
     """
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            digest = blake2b(str(size).encode(), digest_size=8)
-            last = max(size - _BLOCK, 0)
-            for number in range(_N_BLOCKS):
-                file.seek(last * number // (_N_BLOCKS - 1))
-                digest.update(file.read(_BLOCK))
+            return _identity(file, _header(file, path))
     except OSError as error:
-        raise FileError(f"the file cannot be read: {error.strerror}", where=path) from error
+        raise _unreadable(error, path) from error
+
+
+def exact_identity(model: GgufFile) -> str:
+    """`file_identity`, and what no copy shares: device, inode, and the times of the last change. Tells a file
+    from what it was before anything was written to it. FileError, FormatError if it is not the file whose
+    header was read.
+    """
+    try:
+        with model.path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if identity_of(status) != model.identity:
+                raise FormatError(
+                    "the model's file is being changed",
+                    where=model.path,
+                    remedy="try again once that is over",
+                )
+            return (
+                f"{_identity(file, model)} device {status.st_dev} inode {status.st_ino}"
+                f" written {status.st_mtime_ns} changed {status.st_ctime_ns}"
+            )
+    except OSError as error:
+        raise _unreadable(error, model.path) from error
+
+
+def _unreadable(error: OSError, path: Path) -> FileError:
+    return FileError(f"the file cannot be read: {error.strerror}", where=path)
+
+
+def _header(file: BinaryIO, path: Path) -> GgufFile | None:
+    """None if it is no GGUF file, or one that nothing could load."""
+    if file.read(len(MAGIC)) != MAGIC:
+        return None
+    try:
+        return read_gguf(path)
+    except FormatError:
+        return None
+
+
+def _identity(file: BinaryIO, model: GgufFile | None) -> str:
+    size = os.fstat(file.fileno()).st_size
+    digest = blake2b(str(size).encode(), digest_size=8)
+    for start, length in _sample(size, model):
+        file.seek(start)
+        digest.update(file.read(length))
     return f"{size} bytes {digest.hexdigest()}"
+
+
+def _sample(size: int, model: GgufFile | None) -> Iterable[tuple[int, int]]:
+    """Where to read, and how much, in the file's order."""
+    last = max(size - _BLOCK, 0)
+    spread = ((last * number // (_N_BLOCKS - 1), _BLOCK) for number in range(_N_BLOCKS))
+    return spread if model is None else sorted([*spread, *_of_model(model)])
+
+
+def _of_model(model: GgufFile) -> Iterator[tuple[int, int]]:
+    yield 0, model.data_offset
+    for tensor in model.tensors.values():
+        length = min(_END, tensor.n_bytes)
+        yield tensor.offset, length
+        yield tensor.offset + tensor.n_bytes - length, length

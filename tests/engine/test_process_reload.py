@@ -52,6 +52,21 @@ def in_thread(function: Callable[[], object]) -> Callable[[], object]:
     return wait
 
 
+def dead_and_loading_for_ever(client: EngineClient) -> threading.Event:
+    """Kill it; the next load has no end. Set once there is one."""
+    # The same process, as it will be loaded next time.
+    client._latest().options = replace(OPTIONS, n_context=3)
+    client.kill()
+    started = threading.Event()
+    starting = client._start_child
+
+    def tell(options: ModelOptions, listen: progress.Listener, *more: Any) -> Any:
+        return starting(options, lambda _: started.set(), *more)
+
+    client._start_child = tell  # type: ignore[method-assign, assignment]
+    return started
+
+
 def test_another_model_takes_the_place() -> None:
     """Guards: two models at once; options that are forgotten after a crash; progress that nobody hears."""
     with load() as client:
@@ -139,21 +154,12 @@ def test_killed_in_the_middle_of_a_call() -> None:
 def test_a_load_after_a_crash_can_be_killed() -> None:
     """Guards: a process that hangs while it loads, and that nothing ends."""
     with load(replace(OPTIONS, n_context=4)) as client:
-        # The same process, as it will be loaded next time.
-        client._options = replace(OPTIONS, n_context=3)
-        client.kill()
-        started = threading.Event()
-        starting = client._start_child
-
-        def tell(options: ModelOptions, listen: progress.Listener, *given_up: threading.Event) -> Any:
-            return starting(options, lambda _: started.set(), *given_up)
-
-        client._start_child = tell  # type: ignore[method-assign]
+        started = dead_and_loading_for_ever(client)
         wait = in_thread(lambda: client.encode("ab"))
         assert started.wait(60)
         client.kill()
         assert isinstance(wait(), InterruptedRunError)
-        client._options = OPTIONS
+        client._latest().options = OPTIONS
         assert client.encode("ab") == (98, 99)
 
 

@@ -11,7 +11,6 @@ from dsmoe_local.base import progress
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.engine import native
-from dsmoe_local.engine.cache_file import shape_digest
 from dsmoe_local.engine.load.fit import Fit, fit_model
 from dsmoe_local.engine.load.machine import available_memory, physical_cores
 from dsmoe_local.engine.load.memory import BufferOptions, buffer_bytes
@@ -27,7 +26,7 @@ from dsmoe_local.engine.types import ALL_LAYERS, ModelInfo, ModelOptions
 from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.hyperparameters import Hyperparameters
-from dsmoe_local.model.identity import file_identity
+from dsmoe_local.model.identity import exact_identity
 
 _SMALLEST_REQUEST = 32
 _MOST_TOKENS = (1 << 24) - 1
@@ -43,14 +42,6 @@ def load_session(options: ModelOptions, listen: progress.Listener, stop: threadi
     file, hp = read_model(options.path)
     hp = replace(hp, n_experts_per_token=_n_experts(options, hp))
     template = _template(options, file, hp)
-    shape = shape_digest(
-        # Of the file that is loaded, before another one can have taken its place.
-        file_identity(options.path),
-        hp.n_experts_per_token,
-        options.cache_type_k,
-        options.cache_type_v,
-        native.VERSION,
-    )
     unified = _unified(options)
     wanted = _context_options(options, options.n_context or hp.n_context, unified)
     fit = fit_model(options, file, hp, _buffer_options(wanted), wanted)
@@ -62,6 +53,8 @@ def load_session(options: ModelOptions, listen: progress.Listener, stop: threadi
     with ExitStack() as made:
         model = _load_model(options, file, hp, fit, listen, stop)
         made.callback(model.close)
+        # That of the header that was checked, too: no other file can have taken its place meanwhile.
+        identity = exact_identity(file)
         chosen = None
         if template is not None:
             text, source = template
@@ -76,8 +69,9 @@ def load_session(options: ModelOptions, listen: progress.Listener, stop: threadi
             model, _context_options(options, fit.n_context, unified, observers.eval_callback)
         )
         made.pop_all()  # the session's to close, from here on
+    info = _info(options, file, hp, model, fit, n_context, unified, context.n_ubatch, chosen)
     return Session(
-        _info(options, file, hp, model, fit, n_context, unified, context.n_ubatch, chosen),
+        replace(info, cache_identity=_cache_identity(options, hp, fit, identity)),
         model,
         context,
         PromptEncoder(model, chosen, n_context),
@@ -91,7 +85,6 @@ def load_session(options: ModelOptions, listen: progress.Listener, stop: threadi
             deterministic=options.deterministic,
             n_ids=native.MAX_SEQUENCES,
         ),
-        shape,
     )
 
 
@@ -139,10 +132,30 @@ def _vocabulary(file: GgufFile) -> str:
 
 
 def _kernels(options: ModelOptions, fit: Fit, n_step: int) -> str:
-    """What this machine, and its free memory, decided of the arithmetic."""
+    """What this machine, and its free memory, decided of the arithmetic, and of how the work is cut."""
+    return f"{_arithmetic(options, fit)}, steps of {n_step} tokens"
+
+
+def _arithmetic(options: ModelOptions, fit: Fit) -> str:
     cache = "" if options.offload_cache or not fit.placement.devices else ", KV cache on the CPU"
     weights = "as in the file" if fit.paged else "repacked"
-    return f"{fit.placement.computing()}{cache}, weights {weights}, steps of {n_step} tokens"
+    return f"{fit.placement.computing()}{cache}, weights {weights}"
+
+
+def _cache_identity(options: ModelOptions, hp: Hyperparameters, fit: Fit, file: str) -> str:
+    """See ModelInfo. How the work is cut (steps, threads, the context) is not in it: in one session, too, it
+    depends on what else runs and on what the cache held before.
+    """
+    parts = (
+        file,
+        hp.n_experts_per_token,
+        options.cache_type_k,
+        options.cache_type_v,
+        options.flash_attention,
+        _arithmetic(options, fit),
+        native.VERSION,
+    )
+    return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
 def _unified(options: ModelOptions) -> bool:

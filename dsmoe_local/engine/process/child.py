@@ -37,9 +37,14 @@ from dsmoe_local.engine.types import (
 
 _GRACE = 1.0  # seconds that a child has to leave
 _PATIENCE = 5.0  # seconds that a killed one may take; after that it is left to the system
-_POLL = 0.05  # how late it may be noticed that a load is to stop
+POLL = 0.05  # seconds: how late it may be noticed that a load is to stop
 
 _Answer: TypeAlias = "queue.SimpleQueue[wire.Plain | EngineError]"
+
+
+def interrupted_load() -> InterruptedRunError:
+    """What a load ends with that nobody wants any more."""
+    return InterruptedRunError("loading was interrupted")
 
 
 class AlreadyOverError(Exception):
@@ -64,9 +69,12 @@ class _Running:
 
 
 class Child:
-    """A process with a loaded model. `failure` is set once it is over: why nothing can be asked any more."""
+    """A process with a loaded model. `failure` is set once it is over: why nothing can be asked any more.
+    `options` are what the next one is to be loaded with.
+    """
 
-    def __init__(self, log: LogKeeper, listen: progress.Listener) -> None:
+    def __init__(self, options: ModelOptions, log: LogKeeper, listen: progress.Listener) -> None:
+        self.options = options
         self.failure: EngineError | None = None
         self.info: ModelInfo
         self._log = log
@@ -98,17 +106,19 @@ class Child:
         interrupted.
         """
         frame = wire.pack(("load", factory, wire.to_plain(options)))
+        if stopped():
+            raise interrupted_load()
         log.begin()
-        child = cls(log, listen)
+        child = cls(options, log, listen)
         child._outbox.put(frame)
         try:
             child._reader.start()
-            while not child._loaded.wait(_POLL) and not stopped():
+            while not child._loaded.wait(POLL) and not stopped():
                 pass
             if child._load_failure is not None:
                 raise child._load_failure
             if stopped():
-                raise InterruptedRunError("loading was interrupted")
+                raise interrupted_load()
         except BaseException:
             child.kill()
             raise
@@ -139,6 +149,11 @@ class Child:
         """See TextEngine. Takes no lock: the signal handler that calls it may have interrupted `start`."""
         running = self._by_id.get(request_id)
         if running is not None:
+            running.cancel()
+
+    def cancel_all(self) -> None:
+        """Cancel all requests. Takes no lock, as `cancel`."""
+        for running in list(self._running.values()):
             running.cancel()
 
     def cancel_number(self, number: int) -> None:

@@ -6,16 +6,19 @@ and the process itself `child`'s.
 
 from __future__ import annotations
 
+import itertools
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self, TypeVar
 
 from dsmoe_local.base import progress
 from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.engine.errors import EngineCrashError, EngineError, EngineKilledError
-from dsmoe_local.engine.process.child import AlreadyOverError, Child
+from dsmoe_local.engine.process.child import POLL, AlreadyOverError, Child, interrupted_load
 from dsmoe_local.engine.process.log import LogKeeper
 from dsmoe_local.engine.streaming import stream
 from dsmoe_local.engine.types import (
@@ -35,18 +38,31 @@ T = TypeVar("T")
 NATIVE = "dsmoe_local.engine.process.native_engine:load"
 
 
+@dataclass(slots=True, eq=False)
+class _Call:
+    """Somebody's call. `given_up`: it is to load nothing, or no longer. No Event: whoever sets it may be a
+    signal handler in the middle of setting it.
+    """
+
+    given_up: bool = False
+
+    def check(self) -> None:
+        """InterruptedRunError if it is given up."""
+        if self.given_up:
+            raise interrupted_load()
+
+
 class EngineClient:
     """A loaded model in a child process. Make it with `EngineClient.load`; close it, or use it as a context
     manager.
 
-    When the child dies, every request in flight ends with EngineCrashError; the next `start`, `submit` or
-    `encode` loads the model again in a new child. What observers had seen is lost with the old one.
+    When the child dies, every request in flight ends with EngineCrashError; the next call that needs one (see
+    ReloadableEngine) loads the model again in a new child. What observers had seen is lost with the old one.
     """
 
     def __init__(
         self, options: ModelOptions, stop: threading.Event, log_file: Path | None, factory: str
     ) -> None:
-        self._options = options
         self._stop = stop
         self._factory = factory
         self._log = LogKeeper(log_file)
@@ -55,9 +71,10 @@ class EngineClient:
         self._starting = threading.Lock()
         self._child: Child | None = None
         self._crashes = 0
-        self._killed = threading.Event()  # of the load in progress: set to give it up
-        # Of those who start a request: set if it is cancelled before it is anybody's.
-        self._given_up: dict[str, threading.Event] = {}
+        # All that are in progress, and by the request's id those that start one.
+        self._numbers = itertools.count()
+        self._calls: dict[int, _Call] = {}
+        self._starts: dict[str, _Call] = {}
 
     @classmethod
     def load(
@@ -77,7 +94,7 @@ class EngineClient:
         """
         client = cls(options, stop or threading.Event(), log_file, factory or NATIVE)
         try:
-            client._child = client._start_child(options, listen)
+            client._child = client._start_child(options, listen, _Call())
         except BaseException:
             client.close()
             raise
@@ -91,7 +108,14 @@ class EngineClient:
     @property
     def options(self) -> ModelOptions:
         """What is loaded, and how (see ReloadableEngine)."""
-        return self._options
+        assert self._child is not None
+        return self._child.options
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process is there (see ReloadableEngine)."""
+        child = self._child
+        return child is not None and child.over is None and not self._closing.is_set()
 
     @property
     def crashes(self) -> int:
@@ -112,45 +136,63 @@ class EngineClient:
         if the request is cancelled, or `load`'s `stop` set, meanwhile. What the engine refuses is delivered,
         not raised.
         """
-        given_up = self._given_up[request.id] = threading.Event()
-        try:
-            ticket = self._ask(lambda child: child.start(request, deliver), given_up)
-            if given_up.is_set():
-                ticket.cancel()
-            return ticket
-        finally:
-            self._given_up.pop(request.id, None)
+        with self._call() as call:
+            self._starts[request.id] = call
+            try:
+                ticket = self._ask(lambda child: child.start(request, deliver), call)
+                if call.given_up:
+                    ticket.cancel()
+                return ticket
+            finally:
+                self._starts.pop(request.id, None)
 
     def cancel(self, request_id: str) -> None:
         """End a request, also while its prompt is read. Unknown ids are fine. Signal handlers may call it."""
-        given_up = self._given_up.get(request_id)
-        if given_up is not None:
-            given_up.set()
+        call = self._starts.get(request_id)
+        if call is not None:
+            call.given_up = True
         if self._child is not None:
             self._child.cancel(request_id)
 
+    def cancel_all(self) -> None:
+        """End all requests, and give up every load that a call waits for (see ReloadableEngine)."""
+        self._give_up_all()
+        if self._child is not None:
+            self._child.cancel_all()
+
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """The exact token ids of `prompt`. Raises PromptError, TemplateError."""
-        return self._ask(lambda child: child.encode(prompt), threading.Event())
+        with self._call() as call:
+            return self._ask(lambda child: child.encode(prompt), call)
 
     def decode(self, token_ids: Sequence[int]) -> tuple[str, ...]:
         """Each token's own text. PromptError for an id that the vocabulary does not have."""
-        return self._ask(lambda child: child.decode(token_ids), threading.Event())
+        with self._call() as call:
+            return self._ask(lambda child: child.decode(token_ids), call)
 
     def save_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
-        """Write what the KV cache holds of these tokens (see TextEngine); 0 if it died with the process."""
+        """Write what the KV cache holds of these tokens (see TextEngine); 0 if it died with the process.
+        EngineError if the engine is closed meanwhile.
+        """
+        child = self._latest()
+        if os.path.lexists(path):
+            return 0
         try:
-            return self._latest().save_cache(path, token_ids)
+            return child.save_cache(path, token_ids)
         except AlreadyOverError:
             return 0
-        except EngineCrashError:
+        except EngineError as error:
+            # Whoever wrote it is gone, perhaps in the middle.
             path.unlink(missing_ok=True)
-            return 0
+            if isinstance(error, EngineCrashError):
+                return 0
+            raise
 
     def load_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
         """Make the KV cache hold what such a file does (see TextEngine); 0 if the process dies of it."""
         try:
-            return self._ask(lambda child: child.load_cache(path, token_ids), threading.Event())
+            with self._call() as call:
+                return self._ask(lambda child: child.load_cache(path, token_ids), call)
         except EngineKilledError:
             raise
         except EngineCrashError:
@@ -158,8 +200,19 @@ class EngineClient:
 
     def set_observers(self, options: tuple[ObserverOptions, ...]) -> None:
         """Replace all observers (see TextEngine), also of the processes to come."""
-        self._ask(lambda child: child.set_observers(options), threading.Event())
-        self._options = replace(self._options, observers=options)
+
+        def exchange(child: Child) -> None:
+            before = child.options
+            # At once, so that who finds the process dead right after the exchange loads these.
+            child.options = replace(before, observers=options)
+            try:
+                child.set_observers(options)
+            except BaseException:
+                child.options = before
+                raise
+
+        with self._call() as call:
+            self._ask(exchange, call)
 
     def observe(self, name: str) -> Observation:
         """What the observer of that name has seen. EngineError if none was loaded, EngineCrashError if it
@@ -181,15 +234,14 @@ class EngineClient:
         stop: threading.Event | None = None,
     ) -> None:
         """Load another model, or the same one otherwise (see ReloadableEngine)."""
-        with self._starting:
+        with self._call() as call, self._turn_to_start(call):
             self._latest().close()
             # Its place stays taken: without another one, the next request finds it over.
-            self._child = self._start_child(options, listen, *([] if stop is None else [stop]))
-            self._options = options
+            self._child = self._start_child(options, listen, call, stop)
 
     def kill(self) -> None:
-        """End the process at once, also one that hangs or loads (see ReloadableEngine)."""
-        self._killed.set()
+        """End the process at once, also one that hangs, and every load (see ReloadableEngine)."""
+        self._give_up_all()
         if self._child is not None:
             self._child.condemn(
                 EngineKilledError(
@@ -217,30 +269,56 @@ class EngineClient:
             raise EngineError("the engine is closed")
         return self._child
 
-    def _ask(self, ask: Callable[[Child], T], given_up: threading.Event) -> T:
+    @contextmanager
+    def _call(self) -> Iterator[_Call]:
+        """A call that may load the model first."""
+        number, call = next(self._numbers), _Call()
+        self._calls[number] = call
+        try:
+            yield call
+        finally:
+            del self._calls[number]
+
+    def _give_up_all(self) -> None:
+        """Takes no lock: the signal handler that wants it may have interrupted the one who holds it."""
+        for call in list(self._calls.values()):
+            call.given_up = True
+
+    @contextmanager
+    def _turn_to_start(self, call: _Call) -> Iterator[None]:
+        """Hold the right to start a child; InterruptedRunError if the call is given up while others do."""
+        while not self._starting.acquire(timeout=POLL):
+            call.check()
+        try:
+            call.check()
+            yield
+        finally:
+            self._starting.release()
+
+    def _ask(self, ask: Callable[[Child], T], call: _Call) -> T:
         """Ask a living child; once more if it died before it could be asked."""
         try:
-            return ask(self._living(given_up))
+            return ask(self._living(call))
         except AlreadyOverError:
             pass
         try:
-            return ask(self._living(given_up))
+            return ask(self._living(call))
         except AlreadyOverError as over:
             raise over.failure from None
 
-    def _living(self, given_up: threading.Event) -> Child:
+    def _living(self, call: _Call) -> Child:
         """The child; a new one with the model loaded if it died."""
         child = self._latest()
         if child.over is None:
             return child
-        with self._starting:
+        with self._turn_to_start(call):
             child = self._latest()
             if child.over is None:
                 return child
             # Two models at once may be more than the memory holds.
             child.kill()
             try:
-                self._child = self._start_child(self._options, progress.ignore, given_up)
+                self._child = self._start_child(child.options, progress.ignore, call)
             except InterruptedRunError:
                 self._latest()
                 raise
@@ -248,10 +326,15 @@ class EngineClient:
             return self._child
 
     def _start_child(
-        self, options: ModelOptions, listen: progress.Listener, *given_up: threading.Event
+        self,
+        options: ModelOptions,
+        listen: progress.Listener,
+        call: _Call,
+        stop: threading.Event | None = None,
     ) -> Child:
-        self._killed = killed = threading.Event()
-        ends = (self._stop, self._closing, killed, *given_up)
-        return Child.load(
-            options, self._factory, self._log, listen, lambda: any(end.is_set() for end in ends)
-        )
+        ends = [self._stop, self._closing, *([] if stop is None else [stop])]
+
+        def stopped() -> bool:
+            return call.given_up or any(end.is_set() for end in ends)
+
+        return Child.load(options, self._factory, self._log, listen, stopped)

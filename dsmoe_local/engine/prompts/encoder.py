@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from dsmoe_local.base.text import safe_line
+from dsmoe_local.base.text import safe_line, whole_characters
 from dsmoe_local.engine.errors import PromptError
 from dsmoe_local.engine.prompts.template import ChatTemplate, Segment
 from dsmoe_local.engine.types import Message, Prompt
@@ -161,8 +161,7 @@ class PromptEncoder:
     def _tokenize(self, text: str, *, special: bool) -> list[int]:
         if not text:
             return []
-        # Lone surrogates (a pasted half of a pair) have no UTF-8.
-        encoded = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+        encoded = whole_characters(text).encode()
         if len(encoded) > self._n_context * MAX_TOKEN_BYTES:
             raise PromptError(
                 f"the text is too long for a context of {self._n_context} tokens",
