@@ -22,7 +22,7 @@ from dsmoe_local.model.gguf_file import Field
 FEW = 64
 """Tokens below which an expert's own statistics are filled up with its layer's mean."""
 FLOOR = np.float32(1e-6)
-"""No channel counts less than this share of its matrix's mean: blocks that count nothing have no scale."""
+"""No channel counts less than this share of its matrix's mean: the kernels keep nothing of what is 0."""
 
 _MAX_TEXT = 127  # what llama.cpp keeps of a name in the metadata
 
