@@ -6,14 +6,12 @@ Files and their limits are `store.states`' concern, the cache itself the engine'
 from __future__ import annotations
 
 from contextlib import suppress
-from importlib.metadata import version
 
 from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.chat.conversation import Conversation
 from dsmoe_local.chat.store.sessions import Session
 from dsmoe_local.chat.store.states import StateStore
 from dsmoe_local.engine.types import ReloadableEngine
-from dsmoe_local.model.identity import file_identity
 
 _WORTH_KEEPING = 128
 """Tokens; fewer are read sooner than found."""
@@ -53,14 +51,5 @@ class CacheKeeper:
 
 
 def fingerprint(engine: ReloadableEngine) -> str:
-    """What a state depends on beside its tokens: the file, and what changes the numbers or their layout."""
-    options = engine.options
-    return " ".join(
-        (
-            file_identity(options.path),
-            f"{engine.info.n_experts_per_token} experts",
-            f"K {options.cache_type_k} V {options.cache_type_v} attention {options.flash_attention}",
-            engine.info.placement,
-            f"llama-cpp-python {version('llama-cpp-python')}",
-        )
-    )
+    """What a state depends on beside its tokens; the engine knows."""
+    return engine.info.cache_identity

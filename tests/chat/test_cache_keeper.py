@@ -1,0 +1,20 @@
+"""States of the KV cache are found again for the model, and the options, that they were written with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from dsmoe_local.chat.cache_keeper import fingerprint
+from dsmoe_local.engine.fake import FakeEngine
+
+
+@pytest.mark.parametrize("more", [{"n_experts_per_token": 2}, {"cache_type_v": "q8_0"}], ids=str)
+def test_a_state_is_of_what_was_loaded(more: dict[str, Any]) -> None:
+    """Guards: a state of other experts found, and of a file that took the loaded one's place refused."""
+    engine, other = FakeEngine(), FakeEngine()
+    assert fingerprint(engine) == fingerprint(other) == engine.info.cache_identity != ""
+    other.reload(replace(other.options, **more))
+    assert fingerprint(other) != fingerprint(engine)
