@@ -23,6 +23,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from gguf.constants import GGUFValueType
@@ -54,7 +55,9 @@ from dsmoe_quantize.types import resolve
 MOE = "deepseekmoe-16b"
 DENSE = ("deepseek-7b", "llama2-7b")
 PAPER = 2.5
-QUICK_PART, QUICK_VOCABULARY, BLOCK = 4, 4096, 32
+Measured: TypeAlias = Mapping[tuple[str, int], ModelSpeed]
+"""A round: what was measured by shape and number of layers."""
+QUICK_PART, QUICK_VOCABULARY, BLOCK = 8, 4096, 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,7 @@ class Shape:
 
 
 def shape_of(preset: str, *, quick: bool) -> Shape:
-    """The shape; `quick`: with a quarter of its widths."""
+    """The shape; `quick`: with an eighth of its widths."""
     hp = PRESETS[preset].hp
     if not quick:
         return Shape(preset, hp)
@@ -205,12 +208,12 @@ def at_layers(points: Mapping[int, float], layers: int) -> float:
     return float(start + slope * layers)
 
 
-def seconds_per_token(models: Mapping[int, ModelSpeed], at: int, layers: int) -> float:
-    """Of the workload `at` that place, of a model with so many layers."""
+def seconds_per_token(models: Mapping[int, ModelSpeed], at: int, layers: int) -> float | None:
+    """Of the workload `at` that place, of a model with so many layers; None if the figures are too scattered
+    to tell.
+    """
     seconds = at_layers({count: 1 / model.speeds[at].rate for count, model in models.items()}, layers)
-    if seconds <= 0:
-        raise SystemExit("the figures are too scattered to extrapolate: repeat it on a quiet machine")
-    return seconds
+    return seconds if seconds > 0 else None
 
 
 def main() -> None:
@@ -233,9 +236,9 @@ def main() -> None:
     machine = look_at_machine(
         given.threads, lambda event: say(event.text) if isinstance(event, Note) else None
     )
-    rounds: list[dict[tuple[str, int], ModelSpeed]] = []
+    rounds: list[Measured] = []
     for number in range(given.rounds):
-        measured = {}
+        measured: dict[tuple[str, int], ModelSpeed] = {}
         for shape, layers, path in files[:: 1 if number % 2 else -1]:
             speed = measure(path, workloads, given.repetitions, given.threads)
             say(f"round {number + 1}: {path.stem} {', '.join(map(_told, speed.speeds))}")
@@ -250,36 +253,50 @@ def _told(speed: Speed) -> str:
     return f"{speed.workload.label} {speed.rate:.1f}"
 
 
+def of(shape: Shape, measured: Measured) -> dict[int, ModelSpeed]:
+    """What was measured of a shape, by its number of layers."""
+    return {layers: speed for (name, layers), speed in measured.items() if name == shape.name}
+
+
+def pair_of(shapes: Sequence[Shape], measured: Measured, at: int) -> tuple[float, float] | None:
+    """Seconds per token of both whole models in one round; None if they cannot be told."""
+    moe, dense = (seconds_per_token(of(shape, measured), at, shape.hp.n_layers) for shape in shapes)
+    return None if moe is None or dense is None else (moe, dense)
+
+
 def report(
     given: argparse.Namespace,
     shapes: Sequence[Shape],
     workloads: Sequence[Workload],
-    rounds: Sequence[Mapping[tuple[str, int], ModelSpeed]],
+    rounds: Sequence[Measured],
     load: float,
 ) -> None:
     """The whole models beside each other, and the line."""
-    # Of each round its own ratio: both sides saw the same machine then.
-    whole: dict[str, list[list[float]]] = {workload.label: [] for workload in workloads}
-    n_bytes = [0.0, 0.0]
-    for measured in rounds:
-        for at, workload in enumerate(workloads):
-            pair = []
-            for side, shape in enumerate(shapes):
-                models = {layers: speed for (name, layers), speed in measured.items() if name == shape.name}
-                pair.append(seconds_per_token(models, at, shape.hp.n_layers))
-                reads = {layers: speed.reads.n_bytes for layers, speed in models.items()}
-                n_bytes[side] = at_layers(reads, shape.hp.n_layers)
-            whole[workload.label].append(pair)
     how = "measured" if given.layers == "all" else f"extrapolated from {given.layers} layers"
     names = [f"{shape.name} ({shape.hp.n_layers} layers)" for shape in shapes]
     print(f"\nWhole models, {how}, {given.type}, {given.threads} threads:\n")
     print(f"| | {names[0]} | {names[1]} | ratio | paper |\n| - | -: | -: | -: | -: |")
     result: dict[str, object] = {}
-    for label, pairs in whole.items():
+    for at, workload in enumerate(workloads):
+        pairs = [each for measured in rounds if (each := pair_of(shapes, measured, at)) is not None]
+        if not pairs:
+            print(f"| {workload.label}, t/s | too scattered to tell | | | nearly {PAPER} x |")
+            result[workload.label] = None
+            continue
+        # The median of the rounds' own ratios: both sides saw the same machine then.
         ratio = statistics.median(dense / moe for moe, dense in pairs)
         rates = [1 / statistics.median(pair[side] for pair in pairs) for side in range(len(shapes))]
-        print(f"| {label}, t/s | {rates[0]:.1f} | {rates[1]:.1f} | {ratio:.2f} x | nearly {PAPER} x |")
-        result[label] = {"moe": round(rates[0], 3), "dense": round(rates[1], 3), "ratio": round(ratio, 4)}
+        print(
+            f"| {workload.label}, t/s | {rates[0]:.1f} | {rates[1]:.1f} | {ratio:.2f} x | nearly {PAPER} x |"
+        )
+        figures = {"moe": round(rates[0], 3), "dense": round(rates[1], 3), "ratio": round(ratio, 4)}
+        result[workload.label] = figures
+    n_bytes = [
+        at_layers(
+            {layers: each.reads.n_bytes for layers, each in of(shape, rounds[0]).items()}, shape.hp.n_layers
+        )
+        for shape in shapes
+    ]
     print(
         f"| read per token | {format_size(n_bytes[0])} | {format_size(n_bytes[1])} | "
         f"{n_bytes[1] / n_bytes[0]:.2f} x | |"
