@@ -90,8 +90,8 @@ def test_workloads_are_llama_benchs() -> None:
         "tg128 @ d1024",
     ]
     assert workloads_of([0], [0]) == ()
-    # Behind the 1,024 a prompt and the token it gives, or the 128 and the one that is not timed.
-    assert context_for(found) > 1024 + 512 + 1
+    # Behind the 1,024 a prompt, and room for a token: a model's own context is not exceeded for nothing.
+    assert context_for(found) == 1024 + 512 + 1
     assert context_for(found, 4096) == 4096
     options = options_for(ModelOptions(Path("x"), n_context=4096, n_parallel=8), found)
     assert (options.n_context, options.n_parallel, options.unified) == (4096, 1, False)
@@ -213,3 +213,14 @@ def test_steps_of_a_real_engine(counted: Counted) -> None:
     # Replies: behind one token, 16 steps. Behind a depth its last token is computed again, once for the depth
     # itself and once for the reply.
     assert counted.count(1) == 3 * 17 + 2 + 3 * 18
+
+
+@pytest.mark.parametrize(
+    "workload", [Workload(40, 0), Workload(0, 40), Workload(40, 0, 8), Workload(0, 40, 8)]
+)
+def test_the_context_is_just_enough(workload: Workload) -> None:
+    """Guards: a reply that the end of the context cuts, or a prompt that it refuses."""
+    options = options_for(ModelOptions(tiny_model(), n_threads=1), [workload])
+    with Engine.load(options) as engine:
+        assert engine.info.n_context == workload.n_context
+        assert len(time_workloads(engine, [workload], 1)[0].seconds) == 1

@@ -23,6 +23,7 @@ Record: TypeAlias = dict[str, Any]
 _FLASH = {"auto": -1, "off": 0, "on": 1}
 _SAMPLES = ("samples_ns", "samples_ts")
 _KIB = 1024
+_MOST_PATH = 4096
 
 
 def records(machine: Machine, models: Iterable[ModelSpeed]) -> list[Record]:
@@ -35,7 +36,7 @@ def _record(machine: Machine, model: ModelSpeed, speed: Speed) -> Record:
     return {
         "cpu_info": machine.cpu,
         "backends": ",".join(model.devices) or "CPU",
-        "model_filename": safe_line(str(info.path), 400),
+        "model_filename": safe_line(str(info.path), _MOST_PATH),
         "model_type": _type(model),
         "model_size": info.n_bytes,
         "model_n_params": info.n_parameters,

@@ -24,6 +24,11 @@ class Workload:
         return self.n_prompt + self.n_gen
 
     @property
+    def n_context(self) -> int:
+        """The context that it needs: a reply begins behind one token at least, and its first is not timed."""
+        return self.n_depth + self.n_prompt + 1 if self.n_prompt else max(self.n_depth, 1) + self.n_gen + 1
+
+    @property
     def label(self) -> str:
         """As llama-bench calls it: pp512, tg128 @ d1024."""
         name = f"pp{self.n_prompt}" if self.n_prompt else f"tg{self.n_gen}"
@@ -46,6 +51,4 @@ def workloads_of(
 
 def context_for(workloads: Iterable[Workload], least: int = 0) -> int:
     """The context that all of them fit into, `least` or more."""
-    # A reply begins behind one token at least, and its first one is not timed.
-    needed = max(workload.n_depth + workload.n_tokens + 2 for workload in workloads)
-    return max(needed, least, _LEAST_CELLS)
+    return max(least, _LEAST_CELLS, *(workload.n_context for workload in workloads))
