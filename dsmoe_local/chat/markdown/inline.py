@@ -48,7 +48,7 @@ def without_open_marks(source: str) -> str:
 
 
 def _parts(source: str) -> Iterator[str]:
-    """Parts that can be read in a moment: brackets that never close take the square of the length."""
+    """Parts that can be read in a moment, whatever they are."""
     while len(source) > _LONGEST:
         end = max(source.rfind(mark, 0, _LONGEST) for mark in "\n ") + 1 or _LONGEST
         yield source[:end]

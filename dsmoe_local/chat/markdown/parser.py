@@ -7,6 +7,7 @@ beside Chinese punctuation, mathematics, whose characters are no Markdown.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from functools import cache
 
@@ -18,8 +19,11 @@ from markdown_it.token import Token
 _TOO_DEEP = 40
 """Levels of nesting; what is nested deeper is read as a paragraph. An item of a list takes two."""
 
+_DEEPEST_BRACKETS = 20
 _INDENTS = "indents"
 _OUT = ("html_block", "reference"), ("html_inline", "entity")
+_LINKS = ("link", "image")
+_BRACKETS = re.compile(r"[\[\]]")
 _MATHEMATICS = {"\\(": "\\)", "\\[": "\\]", "$$": "$$"}
 
 
@@ -35,14 +39,24 @@ def parse_blocks(source: str) -> tuple[list[Token], dict[tuple[int, int], int]]:
 
 def parse_inline(source: str) -> list[Token]:
     """The tokens of the text of a block."""
-    return [child for token in _parser().parseInline(source) for child in token.children or ()]
+    parser = _parser(links=_bracket_depth(source) <= _DEEPEST_BRACKETS)
+    return [child for token in parser.parseInline(source) for child in token.children or ()]
+
+
+def _bracket_depth(source: str) -> int:
+    """How many brackets are open at once: each may begin a link, and is looked behind for its end."""
+    depth = deepest = 0
+    for bracket in _BRACKETS.findall(source):
+        depth = depth + 1 if bracket == "[" else max(0, depth - 1)
+        deepest = max(deepest, depth)
+    return deepest
 
 
 @cache
-def _parser() -> MarkdownIt:
+def _parser(*, links: bool = True) -> MarkdownIt:
     parser = MarkdownIt("commonmark", {"html": False, "maxNesting": 2 * _TOO_DEEP})
     parser.enable(["table", "strikethrough"])
-    for names in _OUT:
+    for names in (*_OUT, *(() if links else (_LINKS,))):
         parser.disable(list(names))
     parser.block.ruler.before("table", "observe", _observe)
     parser.inline.ruler.at("emphasis", _emphasis)
