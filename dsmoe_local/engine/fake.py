@@ -101,6 +101,10 @@ class FakeEngine:
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """One id a byte; a conversation is its contents on lines, each after its role."""
+        self._start_again()
+        return self._encode(prompt)
+
+    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
         if isinstance(prompt, str):
             return tuple(byte + 1 for byte in whole_characters(prompt).encode())
         ids: list[int] = []
@@ -108,9 +112,9 @@ class FakeEngine:
             if isinstance(item, Message):
                 if self.info.template is None:
                     raise PromptError("the model has no chat template: it only completes text")
-                ids += self.encode(f"{item.role}: ")
-                ids += item.token_ids or self.encode(item.content)
-                ids += self.encode("\n")
+                ids += self._encode(f"{item.role}: ")
+                ids += item.token_ids or self._encode(item.content)
+                ids += self._encode("\n")
             else:
                 ids.append(item)
         return tuple(ids)
@@ -143,7 +147,7 @@ class FakeEngine:
 
     def _generate(self, request: Request) -> Iterator[TokenEvent]:
         try:
-            prompt = self.encode(request.prompt)
+            prompt = self._encode(request.prompt)
             if len(prompt) >= self.info.n_context:
                 raise PromptError(
                     f"the prompt has {len(prompt)} tokens, the context holds {self.info.n_context}"
@@ -223,6 +227,7 @@ class FakeEngine:
 
     def decode(self, token_ids: Sequence[int]) -> tuple[str, ...]:
         """See TextEngine."""
+        self._start_again()
         if any(not 0 <= token_id < self.info.n_vocab for token_id in token_ids):
             raise PromptError("a token id is not in the vocabulary")
         return tuple("<end>" if token_id == END else _text(token_id - 1) for token_id in token_ids)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsmoe_local.base.errors import DsmoeError
-from dsmoe_local.base.text import safe_line, safe_text
+from dsmoe_local.base.text import safe_line, safe_text, whole_characters
 
 HOSTILE = [
     "\x1b[2J",
@@ -44,6 +44,12 @@ def test_ordinary_text_is_untouched() -> None:
 def test_pieces_of_a_stream_give_the_same_as_the_whole(text: str) -> None:
     """Guards against state between characters: streamed pieces are made safe one by one."""
     assert "".join(safe_text(char) for char in text) == safe_text(text)
+
+
+def test_half_characters_have_no_encoding() -> None:
+    """Guards: a pasted half of a pair that ends the program, or two that belong together torn apart."""
+    assert whole_characters("a\ud83db\udc00") == "a\ufffdb\ufffd"
+    assert whole_characters("\ud83d\ude00é") == "\N{GRINNING FACE}é"
 
 
 def test_a_line_is_one_short_line() -> None:

@@ -6,18 +6,23 @@ import errno
 import os
 import queue
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.models import smollm2, tiny_model
+from support.tiny_gguf import patch_weight
 
+from dsmoe_local.base import progress
+from dsmoe_local.base.errors import FormatError
 from dsmoe_local.engine import cache_file
 from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.errors import PromptError
 from dsmoe_local.engine.process.client import EngineClient
-from dsmoe_local.engine.types import ModelOptions, Request, SamplingParameters, TextEngine
+from dsmoe_local.engine.types import ModelOptions, ObserverOptions, Request, SamplingParameters, TextEngine
+from dsmoe_local.model.gguf_file import read_gguf
 
 GREEDY = SamplingParameters(temperature=0)
 SHARED = "The quick brown fox jumps over the lazy dog. " * 8
@@ -169,6 +174,7 @@ def damaged(content: bytes) -> Iterator[tuple[str, bytes]]:
     for length in (0, 1, 7, 55, 56, 60, len(content) // 2, len(content) - 1):
         yield f"cut at {length}", content[:length]
     yield "longer", content + b"\0"
+    yield "without its header", bytes(56) + content[56:]
     rare = random.Random(4)
     n_tokens = int.from_bytes(content[40:48], "little")
     layout = 56 + 4 * n_tokens + 64 + 12 * n_tokens
@@ -225,6 +231,72 @@ def test_files_of_another_shape_are_refused(
     with Engine.load(options(**more)) as engine:
         assert engine.load_cache(path, prompt) == 0
         assert reply(engine, prompt, 3)
+
+
+@pytest.mark.parametrize("how", ["in place", "another file"])
+def test_states_end_with_the_file(how: str, tmp_path: Path) -> None:
+    """Guards: keys and values of weights that are no longer there: garbage, on every turn."""
+    model, path = tmp_path / "model.gguf", tmp_path / "state"
+    shutil.copy2(tiny_model(), model)
+    with Engine.load(options(model)) as engine:
+        prompt = engine.encode(SHARED)
+        reply(engine, prompt, 1)
+        before = engine.info.cache_identity
+        assert engine.save_cache(path, prompt) == len(prompt)
+    with Engine.load(options(model)) as engine:
+        assert engine.info.cache_identity == before
+        assert engine.load_cache(path, prompt) == len(prompt)
+    status = model.stat()
+    if how == "in place":
+        tensor = "blk.1.ffn_up_exps.weight"
+        patch_weight(model, tensor, read_gguf(model).tensors[tensor].n_weights // 2, 0.5)
+    else:
+        shutil.copy2(tiny_model(), tmp_path / "new")
+        (tmp_path / "new").replace(model)
+    os.utime(model, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with Engine.load(options(model)) as engine:
+        assert engine.info.cache_identity != before
+        assert engine.load_cache(path, prompt) == 0
+        assert n_cached(engine, prompt) == 0
+
+
+def test_what_a_state_depends_on(tmp_path: Path) -> None:
+    """Guards: a state of other numbers, or of another layout, taken; one refused that is as good as any."""
+
+    def identity(**more: Any) -> str:
+        with Engine.load(options(**more)) as engine:
+            return engine.info.cache_identity
+
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ messages[0].content }}")
+    same: list[dict[str, Any]] = [
+        {},
+        {"n_context": 99, "n_batch": 40, "n_ubatch": 20, "n_threads_batch": 2},
+        {"n_parallel": 3, "chat_template": str(template), "observers": (ObserverOptions("routing"),)},
+        {"n_experts_per_token": 3},  # the file's own
+    ]
+    others: list[dict[str, Any]] = [
+        {"n_experts_per_token": 2},
+        {"cache_type_k": "f32"},
+        {"cache_type_v": "f32"},
+        {"flash_attention": "off"},
+    ]
+    (ours,) = {identity(**more) for more in same}
+    assert len({ours, *(identity(**more) for more in others)}) == 1 + len(others)
+
+
+def test_a_file_that_changes_while_it_is_loaded(tmp_path: Path) -> None:
+    """Guards: weights of two files in one model, and its states kept under the name of either."""
+    model = tmp_path / "model.gguf"
+    shutil.copy2(tiny_model(), model)
+
+    def replace_it(event: progress.Event) -> None:
+        if isinstance(event, progress.Started):
+            shutil.copy2(tiny_model(), tmp_path / "new")
+            (tmp_path / "new").replace(model)
+
+    with pytest.raises(FormatError, match="is being changed"):
+        Engine.load(options(model), replace_it)
 
 
 def test_a_full_disk_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

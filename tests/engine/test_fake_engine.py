@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,8 @@ def test_cache_files_of_the_fake(tmp_path: Path) -> None:
     assert usage is not None
     assert usage.cached_tokens == len("one twoyes")
     assert second.load_cache(tmp_path / "state", first.encode("another")) == 0
+    second.reload(replace(second.options, n_experts_per_token=2))
+    assert second.load_cache(tmp_path / "state", told) == 0
     (tmp_path / "state").write_bytes(b"{")
     assert second.load_cache(tmp_path / "state", told) == 0
     assert second.save_cache(tmp_path / "none", first.encode("zero")) == 0
@@ -75,6 +79,50 @@ def test_a_full_context_of_the_fake_shifts() -> None:
         assert len(books) <= 17
     assert {(event.dropped, event.dropped_from) for event in events} == {(0, 0), (6, 4)}
     assert engine.decode(books) == ("a", "b", "c", "d", *"x" * (len(books) - 4))
+
+
+def test_whether_the_fake_is_there() -> None:
+    """Guards: a chat that waits for a model which is loaded, or does not say that it loads one."""
+    engine = FakeEngine()
+    assert engine.alive
+    engine.kill()
+    assert not engine.alive
+    assert (engine.save_cache(Path("state"), (1,)), engine.alive) == (0, False)
+    asked: list[Callable[[], object]] = [
+        lambda: list(engine.submit(Request("r", "q"))),
+        lambda: engine.encode("q"),
+        lambda: engine.decode((1,)),
+        lambda: engine.load_cache(Path("state"), (1,)),
+        lambda: engine.set_observers(()),
+    ]
+    for ask in asked:
+        ask()
+        assert engine.alive
+        engine.kill()
+    assert engine.crashes == len(asked)
+    engine.reload(engine.options)
+    assert engine.alive
+    engine.close()
+    assert not engine.alive
+
+
+def test_all_requests_of_the_fake_end_at_once() -> None:
+    """Guards: tests of a chat that cancels everything, on an engine that goes on."""
+    engine = FakeEngine(n_parallel=2)
+    streams = [engine.submit(Request(name, "abc")) for name in "ab"]
+    for stream in streams:
+        next(stream)
+    engine.cancel_all()
+    assert [[event.finish_reason for event in stream] for stream in streams] == [[FinishReason.CANCELLED]] * 2
+
+
+def test_half_characters_are_read_as_the_real_one_does() -> None:
+    """Guards: a pasted half of a pair that ends a chat in tests, or one that no test shows to be harmless."""
+    engine = FakeEngine()
+    assert engine.encode("a\ud83db") == engine.encode("a\N{REPLACEMENT CHARACTER}b")
+    assert engine.encode("\ud83d\ude00") == engine.encode("\N{GRINNING FACE}")
+    assert engine.encode((Message("user", "\udc00"),)) == engine.encode((Message("user", "\ufffd"),))
+    assert list(engine.submit(Request("r", "\ud83d")))[-1].finish_reason is FinishReason.STOP
 
 
 def test_what_ends_the_fake() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,8 +16,9 @@ from support import hosted
 from dsmoe_local.base import progress
 from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.engine.errors import EngineCrashError, EngineError, EngineKilledError, OutOfMemoryError
+from dsmoe_local.engine.process.child import Child
 from dsmoe_local.engine.process.client import EngineClient
-from dsmoe_local.engine.types import ModelOptions, ObserverOptions, Request, TokenEvent
+from dsmoe_local.engine.types import FinishReason, ModelOptions, ObserverOptions, Request, TokenEvent
 
 OPTIONS = ModelOptions(Path("fake.gguf"), n_context=77)
 
@@ -163,6 +166,128 @@ def test_a_load_after_a_crash_can_be_killed() -> None:
         assert client.encode("ab") == (98, 99)
 
 
+CALLS: dict[str, Callable[[EngineClient], object]] = {
+    "submit": lambda client: client.submit(Request("r", "abc")),
+    "encode": lambda client: client.encode("ab"),
+    "decode": lambda client: client.decode((98,)),
+    "load_cache": lambda client: client.load_cache(Path("no such file"), (1,)),
+    "set_observers": lambda client: client.set_observers(()),
+    "reload": lambda client: client.reload(replace(OPTIONS, n_context=3), stop=threading.Event()),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("end", [EngineClient.kill, EngineClient.cancel_all])
+def test_every_load_can_be_given_up(name: str, end: Callable[[EngineClient], None]) -> None:
+    """Guards: Ctrl-C that waits minutes for a model, because a call loads it that has no name."""
+    with load() as client:
+        started = dead_and_loading_for_ever(client)
+        wait = in_thread(lambda: CALLS[name](client))
+        assert started.wait(60)
+        end(client)
+        assert isinstance(wait(), InterruptedRunError)
+        client._latest().options = OPTIONS
+        assert answer(client) == "abc"
+
+
+def test_what_needs_no_process_loads_none(tmp_path: Path) -> None:
+    """Guards: minutes of loading for what died with the process anyway."""
+    with load() as client:
+        dead_and_loading_for_ever(client)
+        assert client.save_cache(tmp_path / "state", (1,)) == 0
+        with pytest.raises(EngineKilledError):
+            client.observe("loaded")
+        assert not client.alive
+
+
+def test_who_waits_for_anothers_load_can_leave_alone() -> None:
+    """Guards: a request that cannot be cancelled, since another one loads the model."""
+    with load() as client:
+        started = dead_and_loading_for_ever(client)
+        first = in_thread(lambda: client.submit(Request("first", "abc")))
+        assert started.wait(60)
+        second = in_thread(lambda: client.submit(Request("second", "abc")))
+        while "second" not in client._starts:
+            pass
+        client.cancel("second")
+        assert isinstance(second(), InterruptedRunError)
+        assert "first" in client._starts
+        client.cancel("first")
+        assert isinstance(first(), InterruptedRunError)
+
+
+@pytest.mark.parametrize("end", [EngineClient.kill, EngineClient.cancel_all])
+@pytest.mark.parametrize("how", ["reload", "encode"])
+def test_an_end_that_comes_before_the_load(
+    how: str, end: Callable[[EngineClient], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: a second Ctrl-C that is lost while the old process is being closed."""
+    with load() as client:
+        pid = client.pid
+        if how == "encode":
+            client.kill()
+        for name in ("close", "kill"):
+            ending = getattr(Child, name)
+
+            def interrupted(child: Child, ending: Callable[[Child], None] = ending) -> None:
+                ending(child)
+                end(client)
+
+            monkeypatch.setattr(Child, name, interrupted)
+        with pytest.raises(InterruptedRunError):
+            CALLS[how](client)
+        monkeypatch.undo()
+        assert (client.pid, client.options) == (pid, OPTIONS), "no other process was started"
+        assert answer(client) == "abc"
+        assert client.observe("loaded")["n_context"] == 77
+
+
+def test_an_end_is_of_what_was_asked_before() -> None:
+    """Guards: a kill that also ends what comes after it."""
+    with load() as client:
+        client.kill()
+        client.cancel_all()
+        assert client.encode("ab") == (98, 99)
+        client.reload(replace(OPTIONS, n_context=55))
+        assert client.observe("loaded")["n_context"] == 55
+
+
+def test_everything_that_runs_is_cancelled() -> None:
+    """Guards: a reply that goes on, since nobody knew its name."""
+    with load(factory=hosted.STEPPING) as client:
+        streams = [client.submit(Request(name, "abc")) for name in "xyz"]
+        for stream in streams:
+            assert text([next(stream) for _ in range(3)]) == "abc"
+        # Of these, each ends only once it is cancelled.
+        client.cancel_all()
+        for stream in streams:
+            assert [event.finish_reason for event in stream] == [FinishReason.STOP]
+        assert client.alive
+
+
+def test_whether_the_process_is_there() -> None:
+    """Guards: a chat that does not say that the model is loaded again, or says so where it is not."""
+    with load() as client:
+        assert client.alive
+        with pytest.raises(EngineCrashError):
+            answer(client, "signal SIGKILL")
+        assert not client.alive
+        assert answer(client) == "abc"
+        assert client.alive
+        client.kill()
+        assert not client.alive, "at once, though the process may not be gone yet"
+        assert client.encode("ab") == (98, 99)
+        assert client.alive
+        seen: list[bool] = []
+        client.reload(OPTIONS, lambda _: seen.append(client.alive))
+        assert set(seen) == {False}
+        assert client.alive
+        with pytest.raises(OutOfMemoryError):
+            client.reload(replace(OPTIONS, n_context=1))
+        assert not client.alive
+    assert not client.alive
+
+
 def test_cache_files_through_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: paths that mean something else there; a file that kills the process, and the chat with it."""
     monkeypatch.chdir(tmp_path)
@@ -180,6 +305,70 @@ def test_cache_files_through_the_process(tmp_path: Path, monkeypatch: pytest.Mon
         assert answer(client) == "abc"
         assert client.crashes == 1
         assert client.decode(held) == tuple("abcabc")
+
+
+@pytest.mark.parametrize("how", ["close", "kill", "crash"])
+def test_a_save_whose_process_ends(how: str, tmp_path: Path) -> None:
+    """Guards: half a file that is left behind, or a chat that waits for it for ever."""
+    path = tmp_path / "half"
+    with load() as client:
+        wait = in_thread(lambda: client.save_cache(path, (1, 2)))
+        while not path.exists():
+            pass
+        pid = client.pid
+        ends: dict[str, Callable[[], object]] = {
+            "close": client.close,
+            "kill": client.kill,
+            "crash": lambda: os.kill(pid, signal.SIGKILL),
+        }
+        ends[how]()
+        result = wait()
+        assert not path.exists()
+        if how == "close":
+            assert isinstance(result, EngineError)
+            assert "closed" in str(result)
+        else:
+            assert result == 0
+            assert answer(client) == "abc"
+
+
+def test_a_file_that_was_there_is_nobodys_to_remove(tmp_path: Path) -> None:
+    """Guards: a file of the user's that goes with a process that had not even looked at it."""
+    path = tmp_path / "half"
+    path.write_bytes(b"mine")
+    with load() as client:
+        assert client.save_cache(path, (1, 2)) == 0
+        assert path.read_bytes() == b"mine"
+    with pytest.raises(EngineError, match="closed"):
+        client.save_cache(path, (1, 2))
+
+
+def test_observers_belong_to_the_model_they_were_set_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: options that tell of observers which a model loaded meanwhile has not."""
+    routing = (ObserverOptions("routing"),)
+    wanted = replace(OPTIONS, n_context=55)
+    with load() as client:
+        exchanging = Child.set_observers
+
+        def overtaken(child: Child, options: tuple[ObserverOptions, ...]) -> None:
+            exchanging(child, options)
+            monkeypatch.undo()
+            client.reload(wanted)
+
+        monkeypatch.setattr(Child, "set_observers", overtaken)
+        client.set_observers(routing)
+        assert client.options == wanted
+        assert client.observe("loaded")["observers"] == []
+
+
+def test_refused_observers_do_not_come_back() -> None:
+    """Guards: observers in the options that no process has had."""
+    with load(replace(OPTIONS, n_context=4)) as client:
+        stream = client.submit(Request("r", "abcdef"))
+        next(stream)
+        with pytest.raises(EngineError, match="while requests run"):
+            client.set_observers((ObserverOptions("routing"),))
+        assert client.options.observers == ()
 
 
 def test_observers_are_those_of_the_next_process_too() -> None:

@@ -35,7 +35,7 @@ class Hosted(FakeEngine):
     echoes.
 
     Its observers tell what this process has imported, `modules`, and what was loaded, `loaded`. A cache file
-    that says `die` is not survived.
+    that says `die` is not survived, and one that is called `half` never gets further.
     """
 
     def __init__(self, gate: Callable[[int], None] = lambda index: None) -> None:
@@ -52,6 +52,12 @@ class Hosted(FakeEngine):
             names = [option.name for option in self.options.observers]
             return {"observers": names, "n_context": self.options.n_context}
         return {"modules": sorted(sys.modules)} if name == "modules" else super().observe(name)
+
+    def save_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
+        if path.name == "half":
+            path.write_bytes(b"half a ")
+            _FOR_EVER.wait()
+        return super().save_cache(path, token_ids)
 
     def load_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
         if path.read_text() == "die":
