@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from dsmoe_local.base.durable import locked, write_file
+from dsmoe_local.base.durable import locked, make_folders, write_file
 from dsmoe_local.base.errors import FileError, FormatError
 from dsmoe_local.base.paths import config_folder
 
@@ -48,7 +48,7 @@ class ConfigFile:
         try:
             # Through a link, as people keep such files elsewhere: the link stays.
             path = self.path.resolve()
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_folders(path.parent, 0o700)
             with locked(path):
                 text = self._text()
                 changed = self._changed(text, section, changes)

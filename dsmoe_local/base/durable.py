@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import sys
 from collections.abc import Iterator
@@ -50,10 +51,31 @@ def replace(temporary: Path, final: Path) -> None:
     sync_folder(final.parent)
 
 
+def make_folders(folder: Path, mode: int = 0o777) -> None:
+    """Make `folder`, and those above it that are missing, durably and each with `mode`. OSError if it cannot
+    be made.
+    """
+    try:
+        folder.mkdir(mode)
+    except FileNotFoundError:
+        if folder.parent == folder:
+            raise
+        make_folders(folder.parent, mode)
+        make_folders(folder, mode)
+    except OSError:
+        # Some systems refuse to write before they say that it exists.
+        if not folder.is_dir():
+            raise
+    else:
+        sync_folder(folder.parent)
+
+
 def write_file(path: Path, content: bytes, mode: int = 0o644) -> None:
     """Write a small file as a whole: the old content or the new one, never half."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    # A name that nobody can foresee, made anew: a link laid in its place would be written through, and a file
+    # lying there would keep its own mode.
+    temporary = path.with_name(f".{secrets.token_hex(8)}.part")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)

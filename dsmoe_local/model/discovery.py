@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsmoe_local.base.durable import write_file
+from dsmoe_local.base.durable import make_folders, write_file
 from dsmoe_local.base.errors import DsmoeError, FileError, UsageError
 from dsmoe_local.base.paths import data_folder, demo_folder
 from dsmoe_local.base.text import safe_line
@@ -137,7 +137,7 @@ def note_use(path: Path) -> None:
     target = _recent_path()
     try:
         content = json.dumps([str(each) for each in paths[:MAX_RECENT]], indent=2)
-        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_folders(target.parent, 0o700)
         write_file(target, content.encode(), 0o600)
     except (OSError, UnicodeEncodeError):
         pass

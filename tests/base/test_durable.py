@@ -96,3 +96,52 @@ def test_too_little_space_is_said_before_work(tmp_path: Path) -> None:
     durable.require_space(tmp_path, 1)
     with pytest.raises(NoSpaceError, match="not enough disk space"):
         durable.require_space(tmp_path, 1 << 60)
+
+
+def test_a_link_in_the_way_is_not_written_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: in a folder that others write to, a link under a foreseen name: the content goes elsewhere."""
+    victim, path = tmp_path / "victim", tmp_path / "chat.md"
+    victim.write_bytes(b"precious")
+    victim.chmod(0o644)
+    (tmp_path / f".chat.md.{os.getpid()}").symlink_to(victim)
+    durable.write_file(path, b"private", mode=0o600)
+    assert victim.read_bytes() == b"precious"
+    assert not path.is_symlink()
+    # Even under the right name nothing is followed, nor taken over with its mode.
+    monkeypatch.setattr("secrets.token_hex", lambda n_bytes: "guessed")
+    for lay in (lambda link: link.symlink_to(victim), lambda link: os.link(victim, link)):
+        lay(tmp_path / ".guessed.part")
+        with pytest.raises(FileExistsError):
+            durable.write_file(path, b"more", mode=0o600)
+        (tmp_path / ".guessed.part").unlink()
+    assert victim.read_bytes() == b"precious"
+    assert path.read_bytes() == b"private"
+
+
+def test_a_long_name_can_be_written(tmp_path: Path) -> None:
+    """Guards: a temporary name that is longer than the name may be."""
+    path = tmp_path / ("n" * 255)
+    durable.write_file(path, b"x")
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_folders_are_made_durably_and_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a session acknowledged in a folder that is gone after a power cut; folders between, open to
+    all.
+    """
+    synced: list[Path] = []
+    monkeypatch.setattr(durable, "sync_folder", synced.append)
+    folder = tmp_path / "a" / "b" / "c"
+    before = os.umask(0)
+    try:
+        durable.make_folders(folder, 0o700)
+    finally:
+        os.umask(before)
+    assert synced == [tmp_path, tmp_path / "a", tmp_path / "a" / "b"]
+    assert {path.stat().st_mode & 0o777 for path in (folder, folder.parent, tmp_path / "a")} == {0o700}
+    durable.make_folders(folder, 0o700)
+    assert len(synced) == 3
+    (tmp_path / "file").touch()
+    for inside in ("file", "file/x", "file/x/y"):
+        with pytest.raises(OSError, match=r"exists|directory"):
+            durable.make_folders(tmp_path / inside)
