@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.stored import replied, said, talk, without_ids
@@ -130,8 +131,43 @@ def test_it_is_as_durable_as_sqlite_makes_it(store: SessionStore) -> None:
             for name in ("journal_mode", "synchronous", "fullfsync", "foreign_keys", "secure_delete")
         }
         assert answers == {
-            "journal_mode": "wal", "synchronous": 2, "fullfsync": 1, "foreign_keys": 1, "secure_delete": 1
+            "journal_mode": "wal", "synchronous": 3, "fullfsync": 1, "foreign_keys": 1, "secure_delete": 1
         }  # fmt: skip
+
+
+def test_where_no_log_can_be_written_ahead(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a disk without shared memory, where a turn was acknowledged that a power cut takes back."""
+
+    def connect(path: Path, **options: Any) -> sqlite3.Connection:
+        # Locks that are files of their own: SQLite has no shared memory then.
+        connection: sqlite3.Connection = real(f"file:{path}?vfs=unix-dotfile", uri=True, **options)
+        return connection
+
+    real = sqlite3.connect
+    monkeypatch.setattr("sqlite3.connect", connect)
+    store = SessionStore.open(folder)
+    try:
+        session = store.create("m", "v", "")
+        session.save(talk("a", "b"))
+        writer = session._database._writer
+        assert writer.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+        assert writer.execute("PRAGMA synchronous").fetchone() == (3,)
+        assert store.find("1").load("v") == talk("a", "b")
+        assert [hit.turn for hit in store.search("b")] == [2]
+        store.delete(session)
+    finally:
+        store.close()
+
+
+def test_the_first_session_is_in_folders_that_last(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: acknowledged turns in a folder whose own name a power cut takes away."""
+    synced: list[Path] = []
+    for module in ("dsmoe_local.base.durable", "dsmoe_local.chat.store.database"):
+        monkeypatch.setattr(f"{module}.sync_folder", synced.append)
+    SessionStore.open(folder / "deep").close()
+    above = folder.parent.parent
+    assert synced == [above, above / "data", folder, folder / "deep"]
+    assert {stat.S_IMODE(each.stat().st_mode) for each in (folder.parent, folder)} == {0o700}
 
 
 def test_two_chats_on_one_session_lose_nothing(store: SessionStore, other: SessionStore) -> None:
@@ -276,6 +312,29 @@ def test_summaries_tell_sessions_apart(store: SessionStore) -> None:
     ]
     assert store.latest() is not None
     assert store.summaries()[0].updated >= store.summaries()[1].updated > 1.7e9
+
+
+def test_a_session_without_turns_is_not_the_latest(store: SessionStore) -> None:
+    """Guards: --continue going on with the message that was refused, instead of the conversation before."""
+    store.create("m", "v", "").save(talk("a", "b"))
+    refused, emptied = store.create("m", "v", ""), store.create("m", "v", "")
+    for session in (refused, emptied):
+        session.save(talk("much too long"))
+        session.save(Transcript())
+    latest = store.latest()
+    assert latest is not None
+    assert latest.number == 1
+    assert store.names() == ["chat-1"]
+    assert [each.number for each in store.summaries()] == [1]
+    store.rename(emptied, "To be written")
+    assert store.names() == ["To be written", "chat-1"]
+    assert [(each.number, each.n_turns) for each in store.summaries()] == [(3, 0), (1, 2)]
+    assert store.find("chat-2").number == 2
+    summary = store.summary(refused)
+    assert summary is not None
+    assert (summary.number, summary.n_turns) == (2, 0)
+    store.delete(refused)
+    assert store.summary(refused) is None
 
 
 def test_a_failed_save_changes_nothing_and_the_next_one_has_it(

@@ -251,7 +251,9 @@ def test_tidying_takes_orphans_but_not_what_is_being_written(
     states.keep(session.number, "f", IDS, writer())
     folder = tmp_path / "states"
     (kept,) = files(tmp_path)
-    for name in ("a.state", "b.state.part", ".c.state.lock", "notes.txt"):
+    theirs = ["mine.state", "notes.txt"]
+    a, b, c, d = (f"{letter * 16}.state" for letter in "abcd")
+    for name in (a, f"{b}.part", f".{c}.lock", *theirs):
         (folder / name).write_bytes(b"")
     child = "; ".join(
         (
@@ -266,15 +268,15 @@ def test_tidying_takes_orphans_but_not_what_is_being_written(
         )
     )
     with subprocess.Popen(
-        [sys.executable, "-c", child, str(folder / "d.state")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", child, str(folder / d)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as writing:
         assert writing.stdout is not None
         assert writing.stdout.readline() == b"writing\n"
         states.tidy()
-        assert files(tmp_path) == sorted([".d.state.lock", "d.state.part", kept, "notes.txt"])
+        assert files(tmp_path) == sorted([f".{d}.lock", f"{d}.part", kept, *theirs])
         writing.kill()
     states.tidy()
-    assert files(tmp_path) == sorted([kept, "notes.txt"])
+    assert files(tmp_path) == sorted([kept, *theirs])
     (folder / kept).unlink()
     states.tidy()
     assert states.find(session.number, "f", IDS) is None
@@ -288,5 +290,33 @@ def test_a_state_is_not_an_orphan_before_it_is_recorded(
     monkeypatch.setattr(module, "reach", lambda point: StateStore(tmp_path).tidy())
     assert states.keep(session.number, "f", IDS, writer())
     assert states.find(session.number, "f", IDS) is not None
-    with locked(tmp_path / "states" / "x.state"):
+    with locked(tmp_path / "states" / f"{'e' * 16}.state"):
         states.tidy()
+
+
+def test_a_long_state_does_not_hide_a_better_one(store: SessionStore, states: StateStore) -> None:
+    """Guards: a fork's own state passed over since the original's has more tokens, of which few are
+    wanted.
+    """
+    session = stored(store)
+    fork = store.fork(session)
+    long, short = tuple(range(4000)), (*range(300), 9, 9)
+    states.keep(fork.number, "f", short[:300], writer(b"fork", 300))
+    states.keep(session.number, "f", long, writer(b"original", 4000))
+    path = states.find(fork.number, "f", short)
+    assert path is not None
+    assert path.read_bytes() == b"fork"
+
+
+def test_a_state_that_is_there_already_is_used_anew(
+    store: SessionStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: the state of the chat that is open taken for the oldest."""
+    clock = iter(range(1, 1000))
+    monkeypatch.setattr("time.time", lambda: float(next(clock)))
+    states = StateStore(tmp_path, cap_bytes=25)
+    first, second, third = (stored(store) for _ in range(3))
+    for session in (first, second, first, third):
+        assert states.keep(session.number, "f", IDS, writer(b"x" * 10))
+    kept = [states.find(session.number, "f", IDS) is not None for session in (first, second, third)]
+    assert kept == [True, False, True]

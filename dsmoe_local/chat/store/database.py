@@ -13,20 +13,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
-from dsmoe_local.base.durable import sync_folder
+from dsmoe_local.base.durable import make_folders, sync_folder
 from dsmoe_local.base.errors import DsmoeError, FileError, FormatError, LockedError, NoSpaceError
 from dsmoe_local.chat.store.schema import APPLICATION_ID, MIGRATIONS
+from dsmoe_local.chat.store.values import DamagedRowError
 
 FILE_NAME = "sessions.db"
 BUSY_SECONDS = 10.0
 _WITHOUT = "move it away, or chat with --no-history"
 
-# FULL: a commit in the write-ahead log is synced before it returns. fullfsync: on macOS fsync stops at the
-# drive's cache. secure_delete: what is deleted is overwritten.
+# EXTRA: a commit is on the disk before it returns; also where SQLite cannot have a write-ahead log, and would
+# lose one whose journal comes back after a power cut. fullfsync: on macOS fsync stops at the drive's cache.
+# secure_delete: what is deleted is overwritten.
 _SETTINGS = (
     "PRAGMA trusted_schema = OFF",
     "PRAGMA foreign_keys = ON",
-    "PRAGMA synchronous = FULL",
+    "PRAGMA synchronous = EXTRA",
     "PRAGMA fullfsync = ON",
     "PRAGMA checkpoint_fullfsync = ON",
     "PRAGMA secure_delete = ON",
@@ -61,7 +63,7 @@ class Database:
         """
         path = folder / FILE_NAME
         try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_folders(folder, 0o700)
             folder.chmod(0o700)
             _make_private(path)
         except OSError as error:
@@ -102,10 +104,6 @@ class Database:
         with self._write_lock, _explained(self.path):
             self._writer.execute("PRAGMA wal_checkpoint (TRUNCATE)").fetchall()
 
-    def damaged(self, detail: object) -> FormatError:
-        """The error that says so, to be raised."""
-        return _damaged(self.path, detail)
-
     def _migrate(self) -> None:
         newest = len(MIGRATIONS)
         if self._version() == newest:
@@ -142,7 +140,6 @@ def _make_private(path: Path) -> None:
         path.chmod(0o600)
     else:
         sync_folder(path.parent)
-        sync_folder(path.parent.parent)
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -150,6 +147,8 @@ def _connect(path: Path) -> sqlite3.Connection:
         connection = sqlite3.connect(
             path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
         )
+        # Bytes that are no text must not hide the rest of a row from those who check it.
+        connection.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
         try:
             for setting in _SETTINGS:
                 connection.execute(setting)
@@ -172,18 +171,21 @@ def _transaction(connection: sqlite3.Connection, kind: str) -> Iterator[None]:
         raise
 
 
-_DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+# What we write keeps all rules; a row that does not was there already.
+_DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CONSTRAINT})
 _TOO_FULL = frozenset({sqlite3.SQLITE_FULL})
 _LOCKED = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """SQLite's errors as ours."""
+    """SQLite's errors, and those of rows that make no sense, as ours."""
     try:
         yield
     except sqlite3.Error as error:
         raise _explain(error, path) from error
+    except DamagedRowError as error:
+        raise _damaged(path, error) from error
     except UnicodeDecodeError as error:
         # Of SQLite's own message, where that quotes what is damaged.
         raise _damaged(path, "it holds text that is none") from error

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable
-from pathlib import Path
 
-STATES_FOLDER = "states"
+from dsmoe_local.chat.store.values import integer
 
 # What the tree's other sessions show, what they have written and undone, and all that those are answers to.
 _NEEDED = """
@@ -20,28 +18,22 @@ _NEEDED = """
 
 
 def delete_session(connection: sqlite3.Connection, number: int) -> list[str]:
-    """Delete the rows of a session, in the caller's transaction. Returns the files of its KV states."""
+    """Delete the rows of a session, in the caller's transaction. Returns what its rows say are the files of
+    its KV states.
+    """
     row = connection.execute("SELECT tree FROM session WHERE number = ?", (number,)).fetchone()
     if row is None:
         return []
-    (tree,) = row
+    tree = integer("tree", row[0])
+    # In a damaged database a turn may be older than its parent.
+    connection.execute("PRAGMA defer_foreign_keys = ON")
     files = [file for (file,) in connection.execute("SELECT file FROM state WHERE session = ?", (number,))]
     connection.execute("DELETE FROM session WHERE number = ?", (number,))
     needed = {turn_id for (turn_id,) in connection.execute(_NEEDED, {"tree": tree})}
     turns = [turn_id for (turn_id,) in connection.execute("SELECT id FROM turn WHERE tree = ?", (tree,))]
-    # Children first: a turn is younger than its parent.
-    unneeded = [(turn_id,) for turn_id in sorted(turns, reverse=True) if turn_id not in needed]
+    unneeded = [(turn_id,) for turn_id in turns if turn_id not in needed]
     connection.executemany("DELETE FROM search_index WHERE rowid = ?", unneeded)
     connection.executemany("DELETE FROM turn WHERE id = ?", unneeded)
     # The index keeps deleted words until its parts are merged.
     connection.execute("INSERT INTO search_index (search_index) VALUES ('optimize')")
     return files
-
-
-def remove_files(folder: Path, files: Iterable[str]) -> None:
-    """Remove KV states; what cannot be removed now is an orphan that `StateStore.tidy` finds."""
-    for file in files:
-        try:
-            (folder / STATES_FOLDER / file).unlink(missing_ok=True)
-        except OSError:
-            continue

@@ -12,6 +12,7 @@ from dsmoe_local.base.text import safe_line
 
 MAX_NAME = 80
 _ORDINAL = re.compile(r" \d+$")
+_GIVEN = re.compile(r"chat-\d+( \d+)?")
 
 
 def key_of(name: str) -> str:
@@ -42,6 +43,16 @@ def free_name(connection: sqlite3.Connection, wanted: str) -> str:
     stem = _ORDINAL.sub("", wanted)
     candidates = (f"{stem} {ordinal}" for ordinal in itertools.count(2))
     return next(name for name in candidates if not is_taken(connection, name))
+
+
+def given_name(number: int) -> str:
+    """What a session is called that nobody gave a name."""
+    return f"chat-{number}"
+
+
+def is_given(name: str) -> bool:
+    """Whether it looks as if nobody chose that name."""
+    return _GIVEN.fullmatch(name) is not None
 
 
 def is_taken(connection: sqlite3.Connection, name: str, by_other_than: int = 0) -> bool:

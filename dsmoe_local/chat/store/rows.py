@@ -1,4 +1,7 @@
-"""Turns as rows of the database, and back."""
+"""Rows of the database as data, and back: one reader for each table, which believes nothing.
+
+All readers raise `values.DamagedRowError` for a row that makes no sense.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,143 @@ import json
 import sys
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from dsmoe_local.chat.store.state_files import DIGEST_BYTES, is_name
+from dsmoe_local.chat.store.values import (
+    DamagedRowError,
+    blob,
+    integer,
+    moment,
+    optional_integer,
+    optional_text,
+    real,
+    text,
+)
 from dsmoe_local.chat.turns import Role, Turn
 from dsmoe_local.engine.types import FinishReason, Usage
 
-COLUMNS = ("role", "content", "token_ids", "vocabulary", "ending", "usage")
+SESSION_COLUMNS = (
+    "session.number, session.name, session.key, session.tree, session.head, session.revision, session.system,"
+    " session.n_left_out, session.n_shifted, session.title, session.model, session.updated"
+)
+TURN_COLUMNS = (
+    "turn.id, turn.parent, turn.tree, turn.depth, turn.created, turn.vocabulary, turn.role, turn.content,"
+    " turn.token_ids, turn.ending, turn.usage"
+)
+STATE_COLUMNS = (
+    "state.file, state.session, state.fingerprint, state.token_ids, state.n_bytes, state.digest, state.used"
+)
+WRITTEN = ("role", "content", "token_ids", "vocabulary", "ending", "usage")
+"""What of a turn's row its turn says: the columns of `row_of`."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRow:
+    """A row of the table `session`. `updated` in seconds since 1970."""
+
+    number: int
+    name: str
+    key: str
+    tree: int
+    head: int | None
+    revision: int
+    system: str
+    n_left_out: int
+    n_shifted: int
+    title: str
+    model: str
+    updated: float
+
+
+@dataclass(frozen=True, slots=True)
+class TurnRow:
+    """A row of the table `turn`. `created` in seconds since 1970; its token ids are of `vocabulary`."""
+
+    id: int
+    tree: int
+    depth: int
+    created: float
+    vocabulary: str | None
+    turn: Turn
+
+
+@dataclass(frozen=True, slots=True)
+class StateRow:
+    """A row of the table `state`: what a file in the folder of states is, and when it was last `used`."""
+
+    file: str
+    session: int
+    fingerprint: str
+    token_ids: tuple[int, ...]
+    n_bytes: int
+    digest: bytes
+    used: float
+
+
+def session_of(row: Sequence[Any]) -> SessionRow:
+    """The values of SESSION_COLUMNS, checked."""
+    number, name, key, tree, head, revision, system, n_left_out, n_shifted, title, model, updated = row
+    return SessionRow(
+        integer("number", number, 1),
+        text("name", name),
+        text("key", key),
+        integer("tree", tree),
+        optional_integer("head", head, 1),
+        integer("revision", revision),
+        text("system", system),
+        integer("n_left_out", n_left_out),
+        integer("n_shifted", n_shifted),
+        text("title", title),
+        text("model", model),
+        moment("updated", updated),
+    )
+
+
+def turn_of(row: Sequence[Any]) -> TurnRow:
+    """The values of TURN_COLUMNS, checked."""
+    turn_id, parent, tree, depth, created, vocabulary, role, content, token_ids, ending, usage = row
+    try:
+        turn = Turn(
+            Role(role),
+            text("content", content),
+            () if token_ids is None else unpack(token_ids),
+            None if ending is None else FinishReason(ending),
+            None if usage is None else _usage(text("usage", usage)),
+        )
+    except (ValueError, RecursionError) as error:
+        raise DamagedRowError(str(error)) from error
+    if (parent is None) != (depth == 1):
+        raise DamagedRowError(f"turn {turn_id} has the parent {parent} and the depth {depth}")
+    return TurnRow(
+        integer("id", turn_id, 1),
+        integer("tree", tree),
+        integer("depth", depth, 1),
+        moment("created", created),
+        optional_text("vocabulary", vocabulary),
+        turn,
+    )
+
+
+def state_of(row: Sequence[Any]) -> StateRow:
+    """The values of STATE_COLUMNS, checked."""
+    file, session, fingerprint, token_ids, n_bytes, digest, used = row
+    if not is_name(file):
+        raise DamagedRowError("file is no state's name")
+    return StateRow(
+        file,
+        integer("session", session, 1),
+        text("fingerprint", fingerprint),
+        unpack(token_ids),
+        integer("n_bytes", n_bytes),
+        blob("digest", digest, DIGEST_BYTES),
+        real("used", used),
+    )
 
 
 def row_of(turn: Turn, vocabulary: str) -> tuple[object, ...]:
-    """The values of COLUMNS."""
+    """The values of WRITTEN."""
     return (
         turn.role.value,
         storable(turn.content),
@@ -25,23 +154,6 @@ def row_of(turn: Turn, vocabulary: str) -> tuple[object, ...]:
         None if turn.ending is None else turn.ending.value,
         None if turn.usage is None else json.dumps(asdict(turn.usage)),
     )
-
-
-def turn_of(row: Sequence[Any], vocabulary: str) -> Turn:
-    """The turn, without token ids that are of another vocabulary. ValueError if the row makes no sense."""
-    role, content, token_ids, of_vocabulary, ending, usage = row
-    if not isinstance(content, str):
-        raise ValueError(f"content of the type {type(content).__name__}")
-    try:
-        return Turn(
-            Role(role),
-            content,
-            unpack(token_ids) if token_ids is not None and of_vocabulary == vocabulary else (),
-            None if ending is None else FinishReason(ending),
-            None if usage is None else Usage(**json.loads(usage)),
-        )
-    except TypeError as error:
-        raise ValueError(str(error)) from error
 
 
 def storable(text: str) -> str:
@@ -57,10 +169,29 @@ def pack(token_ids: Iterable[int]) -> bytes:
     return packed.tobytes()
 
 
-def unpack(packed: bytes) -> tuple[int, ...]:
-    """The reverse of `pack`. ValueError for bytes that are not whole numbers."""
+def unpack(packed: object) -> tuple[int, ...]:
+    """The reverse of `pack`. DamagedRowError for what it cannot have made of token ids."""
     token_ids = array("i")
-    token_ids.frombytes(packed)
+    content = blob("token_ids", packed)
+    if len(content) % token_ids.itemsize:
+        raise DamagedRowError(f"token_ids has {len(content)} bytes")
+    token_ids.frombytes(content)
     if sys.byteorder == "big":
         token_ids.byteswap()
+    if token_ids and min(token_ids) < 0:
+        raise DamagedRowError("token_ids has a negative one")
     return tuple(token_ids)
+
+
+def _usage(stored: str) -> Usage:
+    values = json.loads(stored)
+    if not isinstance(values, dict) or {field.name for field in fields(Usage)} != values.keys():
+        raise DamagedRowError("usage has other fields")
+    return Usage(
+        integer("prompt_tokens", values["prompt_tokens"]),
+        integer("cached_tokens", values["cached_tokens"]),
+        integer("completion_tokens", values["completion_tokens"]),
+        real("prompt_seconds", values["prompt_seconds"]),
+        real("completion_seconds", values["completion_seconds"]),
+        optional_integer("seed", values["seed"]),
+    )

@@ -1,61 +1,78 @@
-"""The tables of the session database, as steps that are only ever added to.
+"""The tables of the session database, as steps that are only ever added to, from the first release on.
 
 Turns form trees. A turn names its parent; a session names its head, and is the way from there up to a turn
 without a parent. Undo moves the head, another reply is a sibling, a fork is a second session in the same
 tree: none of them changes a turn or takes one away.
+
+Columns are checked as they are written, since SQLite takes any type in any column. What is read is checked
+once more, by `rows`: a damaged file keeps no rule.
 """
 
 from __future__ import annotations
 
 APPLICATION_ID = 0x64736D65  # "dsme": a database of somebody else is not taken for ours
 
+
+def _column(name: str, kind: str, more: str = "", rule: str = "") -> str:
+    """A column whose values all have the type; or none, if `more` begins with NULL."""
+    optional = more.startswith("NULL")
+    types = (
+        f"typeof({name}) IN ('{kind.lower()}', 'null')" if optional else f"typeof({name}) = '{kind.lower()}'"
+    )
+    return f"{name} {kind} {more or 'NOT NULL'} CHECK ({types}{f' AND {rule}' if rule else ''})"
+
+
+# GLOB looks no further than a NUL.
+_STATE_FILE = f"file GLOB '{'[0-9a-f]' * 16}.state' AND length(CAST(file AS BLOB)) = 22"
+
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
         # Numbers are never given twice: an old state file or a chat that is still open may name one.
-        """CREATE TABLE session (
+        f"""CREATE TABLE session (
             number INTEGER PRIMARY KEY AUTOINCREMENT,
-            name TEXT NOT NULL,
-            key TEXT NOT NULL UNIQUE,       -- the name as it is compared
-            tree INTEGER NOT NULL,          -- the number of the session that it all began with
-            head INTEGER REFERENCES turn (id),
-            revision INTEGER NOT NULL,      -- counts the changes of what follows and of the head
-            system TEXT NOT NULL,
-            n_left_out INTEGER NOT NULL,
-            n_shifted INTEGER NOT NULL,
-            title TEXT NOT NULL,
-            model TEXT NOT NULL,
-            created REAL NOT NULL,          -- seconds since 1970, as all times
-            updated REAL NOT NULL
+            {_column("name", "TEXT")},
+            {_column("key", "TEXT", "NOT NULL UNIQUE")},    -- the name as it is compared
+            {_column("tree", "INTEGER")},       -- the number of the session that it all began with
+            {_column("head", "INTEGER", "NULL REFERENCES turn (id)")},
+            {_column("revision", "INTEGER")},   -- counts the changes of what follows and of the head
+            {_column("system", "TEXT")},
+            {_column("n_left_out", "INTEGER", rule="n_left_out >= 0")},
+            {_column("n_shifted", "INTEGER", rule="n_shifted >= 0")},
+            {_column("title", "TEXT")},
+            {_column("model", "TEXT")},
+            {_column("created", "REAL")},       -- seconds since 1970, as all times
+            {_column("updated", "REAL")}
         )""",
         "CREATE INDEX session_tree ON session (tree)",
         "CREATE INDEX session_head ON session (head)",
-        """CREATE TABLE turn (
+        f"""CREATE TABLE turn (
             id INTEGER PRIMARY KEY AUTOINCREMENT,
-            parent INTEGER REFERENCES turn (id),
-            tree INTEGER NOT NULL,
-            writer INTEGER NOT NULL,        -- the session that added it, which may be gone
-            depth INTEGER NOT NULL,         -- 1 without a parent
-            role TEXT NOT NULL,
-            content TEXT NOT NULL,
-            token_ids BLOB,                 -- 32 bits each, little-endian
-            vocabulary TEXT,                -- of the token ids
-            ending TEXT,
-            usage TEXT,
-            created REAL NOT NULL
+            {_column("parent", "INTEGER", "NULL REFERENCES turn (id)")},
+            {_column("tree", "INTEGER")},
+            {_column("writer", "INTEGER")},     -- the session that added it, which may be gone
+            {_column("depth", "INTEGER", rule="(depth = 1) = (parent IS NULL)")},   -- 1 without a parent
+            {_column("role", "TEXT")},
+            {_column("content", "TEXT")},
+            {_column("token_ids", "BLOB", "NULL")},     -- 32 bits each, little-endian
+            {_column("vocabulary", "TEXT", "NULL")},    -- of the token ids
+            {_column("ending", "TEXT", "NULL")},
+            {_column("usage", "TEXT", "NULL")},
+            {_column("created", "REAL")}
         )""",
         "CREATE INDEX turn_parent ON turn (parent)",
         "CREATE INDEX turn_tree ON turn (tree)",
         # What `words.indexed` makes of a turn's content, by its id.
         """CREATE VIRTUAL TABLE search_index
            USING fts5 (content, tokenize = 'unicode61 remove_diacritics 2')""",
-        """CREATE TABLE state (
-            file TEXT PRIMARY KEY,
-            session INTEGER NOT NULL REFERENCES session (number) ON DELETE CASCADE,
-            fingerprint TEXT NOT NULL,
-            token_ids BLOB NOT NULL,
-            n_bytes INTEGER NOT NULL,
-            digest BLOB NOT NULL,
-            used REAL NOT NULL
+        # A name that is a path would reach files elsewhere.
+        f"""CREATE TABLE state (
+            {_column("file", "TEXT", "PRIMARY KEY", _STATE_FILE)},
+            {_column("session", "INTEGER", "NOT NULL REFERENCES session (number) ON DELETE CASCADE")},
+            {_column("fingerprint", "TEXT")},
+            {_column("token_ids", "BLOB")},
+            {_column("n_bytes", "INTEGER", rule="n_bytes >= 0")},
+            {_column("digest", "BLOB", rule="length(digest) = 32")},
+            {_column("used", "REAL")}
         )""",
         "CREATE INDEX state_session ON state (session)",
     ),

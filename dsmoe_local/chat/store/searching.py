@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 from dataclasses import dataclass
 
-from dsmoe_local.chat.store.rows import storable
+from dsmoe_local.chat.store.rows import SESSION_COLUMNS, TURN_COLUMNS, session_of, storable, turn_of
 from dsmoe_local.chat.store.words import query, snippet
 from dsmoe_local.chat.turns import Role
 
@@ -23,24 +23,25 @@ class Hit:
 
 
 def search(connection: sqlite3.Connection, words: str, limit: int) -> list[Hit]:
-    """The latest turns with all of `words`, or words that begin so. ValueError for a turn that is damaged."""
+    """The latest turns with all of `words`, or words that begin so."""
     expression = query(storable(words))
     if expression is None:
         return []
     found = connection.execute(
-        "SELECT turn.id, turn.tree, depth, role, turn.content, created FROM search_index"
+        f"SELECT {TURN_COLUMNS} FROM search_index"  # noqa: S608 - no foreign text
         " JOIN turn ON turn.id = search_index.rowid WHERE search_index MATCH ?"
         " ORDER BY search_index.rowid DESC",
         (expression,),
     )
     hits: list[Hit] = []
     shown: dict[int, dict[int, tuple[int, str]]] = {}
-    for turn_id, tree, depth, role, content, created in found:
-        if tree not in shown:
-            shown[tree] = _shown(connection, tree)
-        if (session := shown[tree].get(turn_id)) is None:
+    for row in map(turn_of, found):
+        if row.tree not in shown:
+            shown[row.tree] = _shown(connection, row.tree)
+        if (session := shown[row.tree].get(row.id)) is None:
             continue
-        hits.append(Hit(*session, depth, Role(role), snippet(content, words), created))
+        turn = row.turn
+        hits.append(Hit(*session, row.depth, turn.role, snippet(turn.content, words), row.created))
         if len(hits) == limit:
             break
     return hits
@@ -50,11 +51,13 @@ def _shown(connection: sqlite3.Connection, tree: int) -> dict[int, tuple[int, st
     """The turns of a tree that its sessions show, each with the number and name of the oldest of those."""
     parents = dict(connection.execute("SELECT id, parent FROM turn WHERE tree = ?", (tree,)))
     shown: dict[int, tuple[int, str]] = {}
-    for number, name, head in connection.execute(
-        "SELECT number, name, head FROM session WHERE tree = ? ORDER BY number", (tree,)
-    ):
-        turn_id = head
+    sessions = connection.execute(
+        f"SELECT {SESSION_COLUMNS} FROM session WHERE tree = ? ORDER BY number",  # noqa: S608 - no foreign text
+        (tree,),
+    )
+    for session in map(session_of, sessions):
+        turn_id = session.head
         while turn_id is not None and turn_id not in shown:
-            shown[turn_id] = number, name
+            shown[turn_id] = session.number, session.name
             turn_id = parents.get(turn_id)
     return shown

@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
-import itertools
 import sqlite3
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dsmoe_local.base.faults import reach
+from dsmoe_local.base.sequences import n_common
 from dsmoe_local.chat.store.database import Database
-from dsmoe_local.chat.store.names import free_name, key_of
-from dsmoe_local.chat.store.rows import COLUMNS, row_of, storable, turn_of
+from dsmoe_local.chat.store.names import free_name, given_name, key_of
+from dsmoe_local.chat.store.rows import (
+    SESSION_COLUMNS,
+    TURN_COLUMNS,
+    WRITTEN,
+    TurnRow,
+    row_of,
+    session_of,
+    storable,
+    turn_of,
+)
+from dsmoe_local.chat.store.values import DamagedRowError, integer
 from dsmoe_local.chat.store.words import indexed
 from dsmoe_local.chat.turns import Role, Transcript, Turn
 
 _TITLE = 80
 
+# In a damaged database parents may go round in a circle: with every step the depth goes down, or it ends.
 _PATH = f"""
-    WITH RECURSIVE path (id, parent) AS (
-        SELECT id, parent FROM turn WHERE id = ?
-        UNION ALL SELECT turn.id, turn.parent FROM turn JOIN path ON turn.id = path.parent
+    WITH RECURSIVE path (id, parent, depth, tree) AS (
+        SELECT id, parent, depth, tree FROM turn WHERE id = ? AND tree = ?
+        UNION ALL SELECT turn.id, turn.parent, turn.depth, turn.tree FROM turn JOIN path
+        ON turn.id = path.parent AND turn.tree = path.tree
+        AND turn.depth = path.depth - 1 AND turn.depth < path.depth
     )
-    SELECT id, {", ".join(COLUMNS)} FROM path JOIN turn USING (id) ORDER BY depth
+    SELECT {TURN_COLUMNS} FROM path JOIN turn ON turn.id = path.id ORDER BY path.depth
 """  # noqa: S608 - no foreign text
 _ADD_TURN = f"""
-    INSERT INTO turn (parent, tree, writer, depth, created, {", ".join(COLUMNS)})
-    VALUES (?, ?, ?, ?, ?, {", ".join("?" * len(COLUMNS))})
+    INSERT INTO turn (parent, tree, writer, depth, created, {", ".join(WRITTEN)})
+    VALUES (?, ?, ?, ?, ?, {", ".join("?" * len(WRITTEN))})
 """  # noqa: S608 - no foreign text
 
 
@@ -72,22 +85,21 @@ class Session:
             return self.stored.transcript
         with self._database.read() as connection:
             row = connection.execute(
-                "SELECT name, model, head, revision, system, n_left_out, n_shifted FROM session"
-                " WHERE number = ?",
+                f"SELECT {SESSION_COLUMNS} FROM session WHERE number = ?",  # noqa: S608 - no foreign text
                 (self.number,),
             ).fetchone()
             if row is None:
                 self.stored = Stored(Transcript())
                 return self.stored.transcript
-            self.name, old_model, head, revision, system, n_left_out, n_shifted = row
-            turns = connection.execute(_PATH, (head,)).fetchall()
-        self.model = model or old_model
-        try:
-            read = tuple(turn_of(values, vocabulary) for _, *values in turns)
-        except ValueError as error:
-            raise self._database.damaged(error) from error
-        transcript = Transcript(read, system, n_left_out, n_shifted)
-        self.stored = Stored(transcript, [turn_id for turn_id, *_ in turns], revision)
+            stored = session_of(row)
+            path = _path(connection, stored.head, stored.tree)
+        self.name = stored.name
+        self.model = model or stored.model
+        turns = tuple(
+            row.turn if row.vocabulary == vocabulary else replace(row.turn, token_ids=()) for row in path
+        )
+        transcript = Transcript(turns, stored.system, stored.n_left_out, stored.n_shifted)
+        self.stored = Stored(transcript, [row.id for row in path], stored.revision)
         return transcript
 
     def save(self, transcript: Transcript) -> str | None:
@@ -129,20 +141,21 @@ class _Saving:
     def run(self) -> None:
         """Write what is new."""
         before = self._session.stored
-        n_common = n_equal(before.transcript.turns, self._transcript.turns)
-        turn_ids = before.turn_ids[:n_common]
+        turn_ids = before.turn_ids[: n_common(before.transcript.turns, self._transcript.turns)]
         row = self._connection.execute(
-            "SELECT name, tree, revision FROM session WHERE number = ?", (self.number,)
+            f"SELECT {SESSION_COLUMNS} FROM session WHERE number = ?",  # noqa: S608 - no foreign text
+            (self.number,),
         ).fetchone()
+        stored = None if row is None else session_of(row)
         tree = _tree(self._connection, turn_ids[-1]) if turn_ids else None
         if tree is None:
             # Of what was deleted meanwhile, all is new again.
             turn_ids = []
         revision = 1
-        if row is not None and row[2] == before.revision:
-            self.name, self._tree, revision = row[0], row[1], row[2] + 1
+        if stored is not None and stored.revision == before.revision:
+            self.name, self._tree, revision = stored.name, stored.tree, stored.revision + 1
         else:
-            self._become_new(None if row is None else row[0], tree)
+            self._become_new(None if stored is None else stored.name, tree)
         turn_ids += self._add_turns(turn_ids[-1] if turn_ids else None, len(turn_ids))
         self.stored = Stored(self._transcript, turn_ids, revision)
         self._point_at(self.stored)
@@ -205,23 +218,27 @@ def add_session(
     ).lastrowid
     assert number is not None
     tree = tree or number
-    name = name or free_name(connection, f"chat-{number}")
+    name = name or free_name(connection, given_name(number))
     connection.execute(
         "UPDATE session SET name = ?, key = ?, tree = ? WHERE number = ?", (name, key_of(name), tree, number)
     )
     return number, tree, name
 
 
-def n_equal(first: Sequence[Turn], second: Sequence[Turn]) -> int:
-    """How many turns the two have in common at their beginning."""
-    pairs = zip(first, second, strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] is pair[1] or pair[0] == pair[1], pairs))
+def _path(connection: sqlite3.Connection, head: int | None, tree: int) -> list[TurnRow]:
+    """The turns that lead to a head, all of them; none without one."""
+    if head is None:
+        return []
+    path = [turn_of(row) for row in connection.execute(_PATH, (head, tree))]
+    if not path or [row.depth for row in path] != [*range(1, len(path) + 1)]:
+        raise DamagedRowError(f"the turns before turn {head} are not there")
+    return path
 
 
 def _tree(connection: sqlite3.Connection, turn_id: int) -> int | None:
     """The tree of a turn; None if it is not there. If it is, so are those before it: parents go last."""
     row = connection.execute("SELECT tree FROM turn WHERE id = ?", (turn_id,)).fetchone()
-    return None if row is None else row[0]
+    return None if row is None else integer("tree", row[0])
 
 
 def _title(turns: Sequence[Turn]) -> str:

@@ -12,11 +12,13 @@ from typing import Self
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.chat.store.database import Database
-from dsmoe_local.chat.store.deleting import delete_session, remove_files
-from dsmoe_local.chat.store.names import check_name, is_taken, key_of
-from dsmoe_local.chat.store.rows import storable
+from dsmoe_local.chat.store.deleting import delete_session
+from dsmoe_local.chat.store.names import check_name, is_given, is_taken, key_of
+from dsmoe_local.chat.store.rows import SESSION_COLUMNS, SessionRow, session_of, storable
 from dsmoe_local.chat.store.searching import Hit, search
 from dsmoe_local.chat.store.session import Session, Stored
+from dsmoe_local.chat.store.state_files import remove, states_folder
+from dsmoe_local.chat.store.values import integer
 from dsmoe_local.chat.turns import Transcript
 
 __all__ = ["Hit", "Session", "SessionStore", "Summary"]
@@ -65,12 +67,8 @@ class SessionStore:
     def find(self, text: str) -> Session:
         """The session of that name, number, or unique beginning of a name. UsageError, naming the nearest."""
         wanted = key_of(" ".join(text.split()))
-        by_key: dict[str, tuple[int, str]] = {}
         with self._database.read() as connection:
-            for number, name, key in connection.execute(
-                "SELECT number, name, key FROM session ORDER BY updated DESC, number DESC"
-            ):
-                by_key[key] = number, name
+            by_key = {row.key: (row.number, row.name) for row in _rows(connection)}
         if not wanted:
             raise UsageError("which session? give its name or number", remedy="/sessions lists them")
         found = [wanted] if wanted in by_key else []
@@ -91,33 +89,30 @@ class SessionStore:
     def named(self, name: str) -> Session | None:
         """The session of that very name, in whatever case."""
         with self._database.read() as connection:
-            row = connection.execute(
-                "SELECT number, name FROM session WHERE key = ?", (storable(key_of(" ".join(name.split()))),)
-            ).fetchone()
-        return None if row is None else self._session(*row)
+            found = _rows(connection, "key = ?", storable(key_of(" ".join(name.split()))))
+        return self._session(found[0].number, found[0].name) if found else None
 
     def latest(self) -> Session | None:
-        """The session that was saved last."""
+        """The session that was saved last, of those that have turns."""
         with self._database.read() as connection:
-            row = connection.execute(
-                "SELECT number, name FROM session ORDER BY updated DESC, number DESC LIMIT 1"
-            ).fetchone()
-        return None if row is None else self._session(*row)
+            found = _rows(connection, "head IS NOT NULL")
+        return self._session(found[0].number, found[0].name) if found else None
 
     def summaries(self) -> list[Summary]:
-        """All sessions, the one saved last first."""
+        """The sessions, the one saved last first; those without turns only if they were given a name."""
         with self._database.read() as connection:
-            rows = connection.execute(
-                "SELECT number, name, title, ifnull(depth, 0), model, session.updated FROM session"
-                " LEFT JOIN turn ON turn.id = head ORDER BY session.updated DESC, number DESC"
-            ).fetchall()
-        return [Summary(*row) for row in rows]
+            found = [_summary(connection, row) for row in _rows(connection)]
+        return [summary for summary in found if summary.n_turns or not is_given(summary.name)]
+
+    def summary(self, session: Session) -> Summary | None:
+        """Of one session; None if it is not there any more."""
+        with self._database.read() as connection:
+            found = [_summary(connection, row) for row in _rows(connection, "number = ?", session.number)]
+        return found[0] if found else None
 
     def names(self) -> list[str]:
-        """All names, the session saved last first."""
-        with self._database.read() as connection:
-            rows = connection.execute("SELECT name FROM session ORDER BY updated DESC, number DESC")
-            return [name for (name,) in rows]
+        """The names of the sessions in the list, the one saved last first."""
+        return [summary.name for summary in self.summaries()]
 
     def fork(self, session: Session, name: str = "") -> Session:
         """A new session that begins with the turns which `session` has in this chat.
@@ -165,21 +160,34 @@ class SessionStore:
             return
         with self._database.write() as connection:
             files = delete_session(connection, session.number)
-        remove_files(self._database.folder, files)
+        remove(states_folder(self._database.folder), files)
         self._database.empty_log()
 
     def search(self, words: str, limit: int = 20) -> list[Hit]:
         """The latest turns that hold all of `words`, of those that a session still shows."""
         with self._database.read() as connection:
-            try:
-                return search(connection, words, limit)
-            except ValueError as error:
-                raise self._database.damaged(error) from error
+            return search(connection, words, limit)
 
     def _session(self, number: int, name: str, model: str = "", vocabulary: str = "") -> Session:
         session = Session(self._database, number=number, name=name, model=model, vocabulary=vocabulary)
         self._open.add(session)
         return session
+
+
+def _rows(connection: sqlite3.Connection, condition: str = "TRUE", *values: object) -> list[SessionRow]:
+    """The sessions with that condition, the one saved last first."""
+    found = connection.execute(
+        f"SELECT {SESSION_COLUMNS} FROM session"  # noqa: S608 - no foreign text
+        f" WHERE {condition} ORDER BY session.updated DESC, number DESC",
+        values,
+    )
+    return [session_of(row) for row in found]
+
+
+def _summary(connection: sqlite3.Connection, row: SessionRow) -> Summary:
+    head = connection.execute("SELECT depth FROM turn WHERE id = ?", (row.head,)).fetchone()
+    n_turns = 0 if head is None else integer("depth", head[0])
+    return Summary(row.number, row.name, row.title, n_turns, row.model, row.updated)
 
 
 def _refuse_taken(connection: sqlite3.Connection, name: str, by_other_than: int = 0) -> None:

@@ -6,22 +6,22 @@ read again. What is in the files is the engine's concern.
 
 from __future__ import annotations
 
-import hashlib
-import secrets
+import itertools
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-from dsmoe_local.base.durable import locked, replace, sync
+from dsmoe_local.base.durable import locked, make_folders, replace
 from dsmoe_local.base.errors import FileError, LockedError
 from dsmoe_local.base.faults import reach
+from dsmoe_local.base.sequences import n_common
+from dsmoe_local.chat.store import state_files
 from dsmoe_local.chat.store.database import Database
-from dsmoe_local.chat.store.deleting import STATES_FOLDER, remove_files
-from dsmoe_local.chat.store.rows import pack, storable, unpack
+from dsmoe_local.chat.store.rows import STATE_COLUMNS, StateRow, pack, state_of, storable
+from dsmoe_local.chat.store.values import DamagedRowError
 from dsmoe_local.engine.errors import EngineError
 
 CAP_BYTES = 4 << 30
@@ -30,18 +30,6 @@ SPARE_BYTES = 1 << 30
 MIN_TOKENS = 16
 _MIN_SHARE = 8
 """A state helps if an eighth of its tokens are wanted: reading the file costs less than computing those."""
-_ENDING = ".state"
-_WRITING = ".part"
-_CHUNK = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class _State:
-    file: str
-    session: int
-    token_ids: tuple[int, ...]
-    n_bytes: int
-    digest: bytes
 
 
 class StateStore:
@@ -53,7 +41,7 @@ class StateStore:
 
     def __init__(self, folder: Path, cap_bytes: int = CAP_BYTES) -> None:
         self._folder = folder
-        self._states = folder / STATES_FOLDER
+        self._states = state_files.states_folder(folder)
         self._cap_bytes = cap_bytes
 
     def keep(
@@ -69,22 +57,23 @@ class StateStore:
         False if nothing is stored: because of that or its error, the room on the disk, the cap, or a session
         that is not there.
         """
-        fingerprint = storable(fingerprint)
+        fingerprint, ids = storable(fingerprint), tuple(token_ids)
         with self._database() as database:
             with database.read() as connection:
                 if not _is_there(connection, session_number):
                     return False
-                known = _states(connection, session_number, fingerprint)
-                bytes_per_token = _bytes_per_token(connection, fingerprint)
-            if any(state.token_ids == tuple(token_ids) for state in known if self._is_whole(state)):
+                alike = _states(connection, "fingerprint = ?", fingerprint)
+            known = [state for state in alike if state.session == session_number and state.token_ids == ids]
+            if whole := next((state for state in known if self._is_whole(state)), None):
+                _note_use(database, whole)
                 return True
-            expected = round(bytes_per_token * len(token_ids))
+            expected = round(_bytes_per_token(alike) * len(ids))
             if expected > self._cap_bytes or not self._has_room(expected):
                 return False
-            final = self._states / f"{secrets.token_hex(8)}{_ENDING}"
+            final = self._states / state_files.new_name()
             try:
                 with locked(final):
-                    return self._write(database, session_number, fingerprint, token_ids, write, final)
+                    return self._write(database, session_number, fingerprint, ids, write, final)
             except (OSError, FileError, EngineError):
                 return False
 
@@ -92,20 +81,19 @@ class StateStore:
         """The file whose state has most of the beginning of `token_ids`, exactly as it was written; None if
         none helps. Sessions that are forks of each other share their states.
         """
-        fingerprint = storable(fingerprint)
+        fingerprint, ids = storable(fingerprint), tuple(token_ids)
         with self._database() as database:
+            self._forget_damaged(database)
             with database.read() as connection:
-                candidates = _states(connection, session_number, fingerprint, forks=True)
-            candidates.sort(key=lambda state: n_common(state.token_ids, token_ids), reverse=True)
-            for state in candidates:
-                n_wanted = n_common(state.token_ids, token_ids)
+                states = _states(connection, f"fingerprint = ? AND {_OF_FORKS}", fingerprint, session_number)
+            candidates = [(n_common(state.token_ids, ids), state) for state in states]
+            # Of two that hold as much of it, the one that holds less beside it.
+            candidates.sort(key=lambda each: (-each[0], len(each[1].token_ids)))
+            for n_wanted, state in candidates:
                 if n_wanted < max(MIN_TOKENS, len(state.token_ids) // _MIN_SHARE):
-                    return None
+                    continue
                 if self._is_exact(state):
-                    with database.write() as connection:
-                        connection.execute(
-                            "UPDATE state SET used = ? WHERE file = ?", (time.time(), state.file)
-                        )
+                    _note_use(database, state)
                     return self._states / state.file
                 self._remove(database, [state.file])
         return None
@@ -115,15 +103,16 @@ class StateStore:
         chat is writing.
         """
         with self._database() as database:
+            self._forget_damaged(database)
             self._enforce_cap(database)
             # In this order: a state's file is there before its row.
             with database.read() as connection:
-                known = {file for (file,) in connection.execute("SELECT file FROM state")}
-            present = self._files()
-            self._remove(database, known - present)
-            for file in present:
-                if file not in known or not _is_final(file):
-                    self._tidy_after(database, _final_of(file))
+                known = {state.file for state in _states(connection)}
+            present = state_files.present(self._states)
+            self._remove(database, known - present.keys())
+            for file, final in present.items():
+                if file not in known:
+                    self._tidy_after(database, final)
 
     @contextmanager
     def _database(self) -> Iterator[Database]:
@@ -135,7 +124,7 @@ class StateStore:
 
     def _has_room(self, n_bytes: int) -> bool:
         try:
-            self._states.mkdir(mode=0o700, exist_ok=True)
+            make_folders(self._states, 0o700)
             return shutil.disk_usage(self._states).free >= n_bytes + SPARE_BYTES
         except OSError:
             return False
@@ -145,27 +134,29 @@ class StateStore:
         database: Database,
         session_number: int,
         fingerprint: str,
-        token_ids: Sequence[int],
+        token_ids: tuple[int, ...],
         write: Callable[[Path], int],
         final: Path,
     ) -> bool:
         """The new file and its row, then the end of what it replaces. The caller holds the lock."""
-        writing = final.with_name(final.name + _WRITING)
+        writing = state_files.writing_of(final)
         try:
             n_tokens = write(writing)
             reach("state.written")
             if n_tokens <= 0 or writing.stat().st_size > self._cap_bytes:
                 return False
             writing.chmod(0o600)
-            n_bytes, digest = _digest(writing, durably=True)
+            n_bytes, digest = state_files.digest_of(writing, durably=True)
             replace(writing, final)
         finally:
             writing.unlink(missing_ok=True)
         reach("state.renamed")
-        state = _State(final.name, session_number, tuple(token_ids[:n_tokens]), n_bytes, digest)
+        state = StateRow(
+            final.name, session_number, fingerprint, token_ids[:n_tokens], n_bytes, digest, time.time()
+        )
         try:
             with database.write() as connection:
-                replaced = _record(connection, state, fingerprint)
+                replaced = _record(connection, state)
         except BaseException:
             final.unlink(missing_ok=True)
             raise
@@ -173,77 +164,61 @@ class StateStore:
         if replaced is None:
             final.unlink(missing_ok=True)
             return False
-        remove_files(self._folder, replaced)
+        state_files.remove(self._states, replaced)
         self._enforce_cap(database)
         return True
 
     def _enforce_cap(self, database: Database) -> None:
         with database.read() as connection:
-            rows = connection.execute("SELECT file, n_bytes FROM state ORDER BY used DESC, rowid DESC")
-            total, too_much = 0, []
-            for file, n_bytes in rows:
-                total += n_bytes
-                if total > self._cap_bytes:
-                    too_much.append(file)
-        self._remove(database, too_much)
+            states = _states(connection)
+        totals = itertools.accumulate(state.n_bytes for state in states)
+        pairs = zip(states, totals, strict=True)
+        self._remove(database, [state.file for state, total in pairs if total > self._cap_bytes])
 
-    def _is_whole(self, state: _State) -> bool:
+    def _forget_damaged(self, database: Database) -> None:
+        """Take away the rows that make no sense. What they call their file is not looked at."""
+        with database.read() as connection:
+            damaged = [(rowid,) for rowid, *row in connection.execute(_ALL_STATES) if _read(row) is None]
+        if damaged:
+            with database.write() as connection:
+                connection.executemany("DELETE FROM state WHERE rowid = ?", damaged)
+
+    def _is_whole(self, state: StateRow) -> bool:
         try:
             return (self._states / state.file).stat().st_size == state.n_bytes
         except OSError:
             return False
 
-    def _is_exact(self, state: _State) -> bool:
+    def _is_exact(self, state: StateRow) -> bool:
+        if not self._is_whole(state):
+            return False
         try:
-            return self._is_whole(state) and _digest(self._states / state.file) == (
-                state.n_bytes,
-                state.digest,
-            )
+            return state_files.digest_of(self._states / state.file) == (state.n_bytes, state.digest)
         except OSError:
             return False
 
-    def _remove(self, database: Database, files: Sequence[str] | set[str]) -> None:
+    def _remove(self, database: Database, files: Collection[str]) -> None:
         if files:
             with database.write() as connection:
                 connection.executemany("DELETE FROM state WHERE file = ?", [(file,) for file in files])
-            remove_files(self._folder, files)
-
-    def _files(self) -> set[str]:
-        """What is there: states, what becomes one, and locks."""
-        try:
-            return {path.name for path in self._states.iterdir() if _is_final(_final_of(path.name))}
-        except OSError:
-            return set()
+            state_files.remove(self._states, files)
 
     def _tidy_after(self, database: Database, final: str) -> None:
         """Remove what the writer of this state left; not while it writes."""
         try:
-            with locked(self._states / final):
+            path = self._states / final
+            with locked(path):
                 # It may have finished since we looked.
                 with database.read() as connection:
                     known = connection.execute("SELECT 1 FROM state WHERE file = ?", (final,)).fetchone()
-                remove_files(self._folder, [final + _WRITING, *([] if known else [final])])
+                orphans = [state_files.writing_of(path).name, *([] if known else [final])]
+                state_files.remove(self._states, orphans)
         except (LockedError, OSError):
             return
 
 
-def _is_final(file: str) -> bool:
-    return file.endswith(_ENDING) and not file.startswith(".")
-
-
-def _final_of(file: str) -> str:
-    """The state that a file is, becomes, or is the lock of."""
-    if file.startswith(".") and file.endswith(".lock"):
-        return file.removeprefix(".").removesuffix(".lock")
-    return file.removesuffix(_WRITING)
-
-
-def n_common(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many ids the two have in common at their beginning."""
-    for place, (one, other) in enumerate(zip(first, second, strict=False)):
-        if one != other:
-            return place
-    return min(len(first), len(second))
+_OF_FORKS = "session IN (SELECT number FROM session WHERE tree = (SELECT tree FROM session WHERE number = ?))"
+_ALL_STATES = f"SELECT rowid, {STATE_COLUMNS} FROM state"  # noqa: S608 - no foreign text
 
 
 def _is_there(connection: sqlite3.Connection, session_number: int) -> bool:
@@ -252,31 +227,25 @@ def _is_there(connection: sqlite3.Connection, session_number: int) -> bool:
     )
 
 
-_OF_SESSION = "session = ?"
-_OF_FORKS = "session IN (SELECT number FROM session WHERE tree = (SELECT tree FROM session WHERE number = ?))"
+def _states(connection: sqlite3.Connection, condition: str = "TRUE", *values: object) -> list[StateRow]:
+    """The states with that condition, the one used last first, without rows that make no sense."""
+    rows = connection.execute(f"{_ALL_STATES} WHERE {condition} ORDER BY used DESC, rowid DESC", values)
+    return [state for _, *row in rows if (state := _read(row)) is not None]
 
 
-def _states(
-    connection: sqlite3.Connection, session_number: int, fingerprint: str, *, forks: bool = False
-) -> list[_State]:
-    of_whom = _OF_FORKS if forks else _OF_SESSION
-    rows = connection.execute(
-        f"SELECT file, session, token_ids, n_bytes, digest FROM state"  # noqa: S608 - no foreign text
-        f" WHERE {of_whom} AND fingerprint = ? ORDER BY used DESC",
-        (session_number, fingerprint),
-    )
-    return [
-        _State(file, session, unpack(packed), n_bytes, digest)
-        for file, session, packed, n_bytes, digest in rows
-        if len(packed) % 4 == 0
-    ]
+def _read(row: Sequence[object]) -> StateRow | None:
+    try:
+        return state_of(row)
+    except DamagedRowError:
+        return None
 
 
-def _record(connection: sqlite3.Connection, state: _State, fingerprint: str) -> list[str] | None:
+def _record(connection: sqlite3.Connection, state: StateRow) -> list[str] | None:
     """Add the row, and take away those that it replaces: their files. None if the session is gone."""
     if not _is_there(connection, state.session):
         return None
-    replaced = [old.file for old in _states(connection, state.session, fingerprint)]
+    of_same = "session = ? AND fingerprint = ?", state.session, state.fingerprint
+    replaced = [old.file for old in _states(connection, *of_same)]
     connection.executemany("DELETE FROM state WHERE file = ?", [(file,) for file in replaced])
     connection.execute(
         "INSERT INTO state (file, session, fingerprint, token_ids, n_bytes, digest, used)"
@@ -284,34 +253,22 @@ def _record(connection: sqlite3.Connection, state: _State, fingerprint: str) -> 
         (
             state.file,
             state.session,
-            fingerprint,
+            state.fingerprint,
             pack(state.token_ids),
             state.n_bytes,
             state.digest,
-            time.time(),
+            state.used,
         ),
     )
     return replaced
 
 
-def _bytes_per_token(connection: sqlite3.Connection, fingerprint: str) -> float:
-    """What the largest state of this fingerprint takes; 0 without one."""
-    row = connection.execute(
-        "SELECT n_bytes, length(token_ids) / 4 FROM state WHERE fingerprint = ?"
-        " AND length(token_ids) > 0 ORDER BY n_bytes DESC LIMIT 1",
-        (fingerprint,),
-    ).fetchone()
-    return 0.0 if row is None else row[0] / row[1]
+def _note_use(database: Database, state: StateRow) -> None:
+    with database.write() as connection:
+        connection.execute("UPDATE state SET used = ? WHERE file = ?", (time.time(), state.file))
 
 
-def _digest(path: Path, *, durably: bool = False) -> tuple[int, bytes]:
-    """A file's size and digest; on the disk before, if asked for."""
-    digest = hashlib.blake2b(digest_size=32)
-    n_bytes = 0
-    with path.open("rb") as file:
-        if durably:
-            sync(file.fileno())
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            n_bytes += len(chunk)
-    return n_bytes, digest.digest()
+def _bytes_per_token(states: Iterable[StateRow]) -> float:
+    """What the largest of the states takes; 0 without one."""
+    sizes = [(state.n_bytes, len(state.token_ids)) for state in states if state.token_ids]
+    return max(sizes)[0] / max(sizes)[1] if sizes else 0.0
