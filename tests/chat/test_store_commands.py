@@ -15,7 +15,7 @@ from dsmoe_local.chat.chat import Chat
 from dsmoe_local.chat.commands.sessions import COMMANDS
 from dsmoe_local.chat.conversation import Conversation
 from dsmoe_local.chat.settings import ChatSettings
-from dsmoe_local.chat.store.sessions import SessionStore
+from dsmoe_local.chat.store.sessions import Session, SessionStore
 from dsmoe_local.chat.terminal.screen import ReplyView, Screen
 from dsmoe_local.engine.fake import FakeEngine
 from dsmoe_local.engine.types import Message
@@ -155,14 +155,20 @@ def test_renaming_this_session_and_others(talk: Talk, other: Talk, store: Sessio
     talk.take("a")
     other.take("b")
     assert talk.take("/rename My ideas") == ["chat-1 is now My ideas"]
-    assert talk.take("/rename my ideas Better ideas") == ["My ideas is now Better ideas"]
-    assert talk.take("/rename chat-2 Theirs") == ["chat-2 is now Theirs"]
-    assert talk.take("/rename 2 Theirs again") == ["Theirs is now Theirs again"]
+    assert talk.take("/rename my ideas -> Better ideas") == ["My ideas is now Better ideas"]
+    assert talk.take("/rename chat-2 -> Theirs") == ["chat-2 is now Theirs"]
+    assert talk.take("/rename 2->Theirs again") == ["Theirs is now Theirs again"]
     assert other.chat.status().session == "Theirs again"
-    assert talk.take("/rename 99 bottles") == ["Better ideas is now 99 bottles"]
+    # A name that begins as another session's, or with a number, is this session's.
+    assert talk.take("/rename Theirs again and again") == ["Better ideas is now Theirs again and again"]
+    assert talk.take("/rename 2 bottles") == ["Theirs again and again is now 2 bottles"]
     assert talk.take("/rename theirs AGAIN")[0] == "there is a session theirs AGAIN already"
-    assert talk.take("/rename Theirs again Theirs again") == ["Theirs again is now Theirs again"]
+    assert talk.take("/rename Theirs again -> THEIRS again") == ["Theirs again is now THEIRS again"]
+    assert talk.take("/rename nobody -> x")[0] == "there is no session nobody"
+    assert talk.take("/rename -> x")[0].startswith("which session?")
+    assert talk.take("/rename THEIRS again ->")[0] == "a session needs a name"
     assert talk.take("/rename")[0] == "a session needs a name"
+    assert store.names() == ["THEIRS again", "2 bottles"]
 
 
 def test_deleting_asks(talk: Talk, store: SessionStore) -> None:
@@ -185,6 +191,30 @@ def test_deleting_asks(talk: Talk, store: SessionStore) -> None:
     talk.take("third")
     assert store.names() == ["chat-3"]
     assert talk.take("/delete")[0].startswith("which session?")
+
+
+def test_deleting_what_another_chat_deletes(
+    talk: Talk, store: SessionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: StopIteration that ends the chat, between finding a session and looking at it."""
+    talk.take("first message")
+    find = store.find
+
+    def find_and_lose(text: str) -> Session:
+        found = find(text)
+        store.delete(found)
+        return found
+
+    monkeypatch.setattr(store, "find", find_and_lose)
+    assert talk.take("/delete chat-1") == ["chat-1 was deleted elsewhere"]
+
+
+def test_a_session_that_was_never_answered_is_not_listed(talk: Talk, store: SessionStore) -> None:
+    """Guards: a session of nothing for every message that was too long; one that cannot be deleted."""
+    talk.take("hello")
+    talk.take("/undo")
+    assert talk.take("/sessions") == ["no sessions yet"]
+    assert talk.take("/delete chat-1")[-1] == "chat-1 is deleted: a new conversation"
 
 
 def test_searching(talk: Talk) -> None:
@@ -238,6 +268,8 @@ def test_names_are_completed(talk: Talk, store: SessionStore) -> None:
     assert talk.complete("load", "MY") == ["my notes", "My plans for May"]
     assert talk.complete("delete", "my p") == ["plans for May"]
     assert talk.complete("rename", "my plans ") == ["for May"]
+    assert talk.complete("rename", "my notes ") == ["->"]
+    assert talk.complete("rename", "my notes -> o") == []
     assert talk.complete("sessions", "") == ["all"]
     assert talk.complete("load", "none") == []
     store.close()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dsmoe_local.chat.store.sessions import Session, SessionStore
 
 _SHOWN = 30
+_ARROW = "->"
 _WHO = {Role.USER: "you", Role.ASSISTANT: "reply"}
 
 
@@ -24,15 +25,6 @@ def _store(chat: Chat) -> SessionStore:
     return chat.sessions
 
 
-def _current(chat: Chat) -> Session:
-    """The session of this chat, which begins to exist here if need be."""
-    store = _store(chat)
-    if chat.session is None:
-        info = chat.conversation.engine.info
-        chat.session = store.create(info.name, info.vocabulary, chat.conversation.system)
-    return chat.session
-
-
 def _is_current(chat: Chat, session: Session) -> bool:
     return chat.session is not None and chat.session.number == session.number
 
@@ -40,7 +32,7 @@ def _is_current(chat: Chat, session: Session) -> bool:
 def _save(chat: Chat, name: str) -> None:
     store = _store(chat)
     if name:
-        store.rename(_current(chat), name)
+        store.rename(chat.current_session(store), name)
     chat.save()
     session = chat.session
     if session is not None and session.number:
@@ -85,37 +77,20 @@ def _sessions(chat: Chat, argument: str) -> None:
 
 def _rename(chat: Chat, argument: str) -> None:
     store = _store(chat)
-    session, name = _old_and_new(store, argument)
-    session = session or _current(chat)
+    # Without the arrow nobody could tell OLD from a beginning of NEW.
+    old, arrow, new = argument.partition(_ARROW)
+    session, name = (store.find(old.strip()), new) if arrow else (chat.current_session(store), argument)
     before = session.name
     store.rename(session, name)
     chat.screen.notice(f"{before} is now {session.name}" if before else f"this session is now {session.name}")
 
 
-def _old_and_new(store: SessionStore, argument: str) -> tuple[Session | None, str]:
-    """Whose name is changed (None: this session's), and to what.
-
-    The longest beginning that is a session's whole name, or its number, is the old name.
-    """
-    parts = argument.split()
-    for n_parts in range(len(parts) - 1, 0, -1):
-        old = " ".join(parts[:n_parts])
-        if session := store.named(old) or _numbered(store, old):
-            return session, " ".join(parts[n_parts:])
-    return None, argument
-
-
-def _numbered(store: SessionStore, text: str) -> Session | None:
-    try:
-        return store.find(text) if text.isdecimal() else None
-    except UsageError:
-        return None
-
-
 def _delete(chat: Chat, name: str) -> None:
     store = _store(chat)
     session = store.find(name)
-    summary = next(each for each in store.summaries() if each.number == session.number)
+    summary = store.summary(session)
+    if summary is None:
+        raise UsageError(f"{session.name} was deleted elsewhere")
     question = (
         f"Delete {session.name} ({words.count(summary.n_turns, 'message')}: “{summary.title}”) for good?"
     )
@@ -127,6 +102,7 @@ def _delete(chat: Chat, name: str) -> None:
     if was_current:
         # Forgotten first: whoever leaves a session keeps what is new in it.
         chat.session = None
+        chat.conversation.clear()
         chat.adopt(None)
     chat.screen.notice(f"{session.name} is deleted{': a new conversation' if was_current else ''}")
 
@@ -172,6 +148,14 @@ def _names(chat: Chat, typed: str) -> Iterator[str]:
     yield from (name[before:] for name in names if name.casefold().startswith(folded))
 
 
+def _names_and_arrow(chat: Chat, typed: str) -> Iterator[str]:
+    if _ARROW in typed:
+        return
+    yield from _names(chat, typed)
+    if typed.endswith(" ") and typed.rstrip() in _names(chat, ""):
+        yield _ARROW
+
+
 def _all(chat: Chat, typed: str) -> Iterable[str]:
     return ["all"]
 
@@ -187,7 +171,10 @@ COMMANDS: Commands = {
         _load, "go on with another session: its name, number, or how it begins", "NAME", complete=_names
     ),
     "rename": Command(
-        _rename, "give this session, or the one called OLD, another name", "[OLD] NEW", complete=_names
+        _rename,
+        "give this session, or the one called OLD, another name",
+        f"[OLD {_ARROW}] NEW",
+        complete=_names_and_arrow,
     ),
     "delete": Command(_delete, "delete a session for good, after asking", "NAME", complete=_names),
     "fork": Command(_fork, "go on in a copy of this session; the original stays as it is", "[NAME]"),
