@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.model.cost import read_fraction
-from dsmoe_local.model.ggml import GgmlType, tensor_bytes
+from dsmoe_local.model.ggml import FLOATS, GgmlType, tensor_bytes
 from dsmoe_local.model.gguf_file import GgufFile, TensorInfo
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import role_of
@@ -25,8 +25,9 @@ from dsmoe_quantize.imatrix import Imatrix
 from dsmoe_quantize.quantize import Plan, plan_file
 from dsmoe_quantize.recipe_file import closest_mix, default_fallbacks, file_type_of
 from dsmoe_quantize.recipes import OTHERS, LayeredRecipe
+from dsmoe_quantize.relaxation import Option, Problem
 from dsmoe_quantize.sensitivity import Sensitivity
-from dsmoe_quantize.solver import Option, Problem, Solution, solve
+from dsmoe_quantize.solver import Solution, solve
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +185,8 @@ class Market:
         group = group_of(tensor.name, self._tied)
         assert group is not None  # it was measured
         weight, energy = self._weights[group]
-        if not energy:
+        # Floats are measured only where no block fits; they lose next to nothing.
+        if not energy or (kind in FLOATS and kind not in measured.errors):
             return 0.0
         return weight * measured.errors[kind] * measured.n_weights / measured.n_tried / energy
 

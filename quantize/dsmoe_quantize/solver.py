@@ -12,40 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
+
+from dsmoe_quantize.relaxation import Floats, Option, Problem, Relaxation
 
 MAX_NODES = 100_000
 """Nodes of the search: about a second."""
-_N_STEPS = 34  # golden section over nine decades of a price: to 1e-6 of it
-_DECADES = 9.0
-_N_STEPS_NEAR, _DECADES_NEAR = 16, 1.5  # around the prices of a problem that has this one in it
 _NODES_AT_ONCE = 4000
 _CLOSE = 0.002  # of the error: less is not worth branches
+_MAX_PROBLEMS = 40
+_MAX_MOVES = 400  # that are looked at in pairs
 _MAX_BRANCHES = 4  # groups whose options are tried one by one, each with prices of its own
-_GOLDEN = (5**0.5 - 1) / 2
 _EXACT = 1e-12  # of the error: what rounding may add to a bound
-
-Floats: TypeAlias = NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """One way for one group: the error it makes, and what it takes from each budget."""
-
-    error: float
-    costs: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """The options of each group, at least one, and the budgets. Errors are finite and not negative."""
-
-    groups: Sequence[Sequence[Option]]
-    limits: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +76,7 @@ class _Solver:
     def __init__(self, problem: Problem, max_nodes: int) -> None:
         self._problem = problem
         self._nodes_left = max_nodes
+        self._problems_left = _MAX_PROBLEMS
         self.best: list[int] | None = None
         self.best_error = np.inf
         self.prices: tuple[float, ...] = ()
@@ -105,8 +85,9 @@ class _Solver:
         """Look for better solutions with the options in `kept`. No solution that it missed has an error below
         what it returns: infinity if it missed none.
         """
-        table = _Table.of(self._problem, kept)
-        prices = table.best_prices(hint)
+        self._problems_left -= 1
+        table = Relaxation.of(self._problem, kept)
+        prices = table.best_prices(hint, quick=not branches_left)
         if hint is None:
             self.prices = tuple(float(each) for each in prices / table.scale)
         search = _Search(table, prices, self.best_error)
@@ -118,7 +99,7 @@ class _Solver:
         if search.is_complete:
             return np.inf
         is_close = search.bound >= self.best_error * (1 - _CLOSE)
-        if is_close or not branches_left or self._nodes_left <= 0:
+        if is_close or not branches_left or self._nodes_left <= 0 or self._problems_left <= 0:
             return search.bound
         # What the search ruled out stays so: the error to beat only falls.
         kept = [[alive[at] for at in search.alive(group)] or alive[:1] for group, alive in enumerate(kept)]
@@ -142,119 +123,14 @@ def _undominated(options: Sequence[Option]) -> list[int]:
     return kept
 
 
-@dataclass(frozen=True, slots=True)
-class _Table:
-    """The problem as arrays: `errors[group, option]`, `costs[budget, group, option]` in units of `scale`."""
-
-    errors: Floats
-    costs: Floats
-    exact: tuple[tuple[tuple[int, ...], ...], ...]
-    limits: tuple[int, ...]
-    scale: Floats
-
-    @classmethod
-    def of(cls, problem: Problem, kept: list[list[int]]) -> _Table:
-        n_groups, width = len(kept), max(map(len, kept), default=1)
-        errors = np.full((n_groups, width), np.inf)
-        costs = np.zeros((len(problem.limits), n_groups, width))
-        scale = np.array([max(limit, 1) for limit in problem.limits], np.float64)
-        exact = []
-        for group, (options, alive) in enumerate(zip(problem.groups, kept, strict=True)):
-            for column, at in enumerate(alive):
-                errors[group, column] = options[at].error
-                costs[:, group, column] = np.array(options[at].costs) / scale
-            exact.append(tuple(options[at].costs for at in alive))
-        return cls(errors, costs, tuple(exact), problem.limits, scale)
-
-    def priced(self, prices: Floats) -> Floats:
-        """Error plus the price of the costs, of each option."""
-        total = self.errors.copy()
-        for price, costs in zip(prices, self.costs, strict=True):
-            if price:
-                total += price * costs
-        return total
-
-    def bound(self, prices: Floats) -> float:
-        """No solution has a smaller error than this, whatever the prices."""
-        return float(self.priced(prices).min(axis=1).sum() - sum(self._used(prices)))
-
-    def _used(self, prices: Floats) -> Floats:
-        return prices * np.array(self.limits, np.float64) / self.scale
-
-    def best_prices(self, hint: Floats | None) -> Floats:
-        """The prices that make the bound highest, near `hint` where that is not 0. It is concave in them: one
-        search within another.
-        """
-        prices = np.zeros(len(self.limits))
-        top = self._top_price()
-        if top:
-            far = (np.log(top) - _DECADES * np.log(10), np.log(top), _N_STEPS)
-            ranges = [far] * len(prices)
-            for at, price in enumerate(() if hint is None else hint):
-                if price:
-                    width = _DECADES_NEAR / 2 * np.log(10)
-                    ranges[at] = (np.log(price) - width, np.log(price) + width, _N_STEPS_NEAR)
-            self._search(prices, 0, ranges)
-        return prices
-
-    def largest_step(self, kept: list[list[int]], problem: Problem) -> int | None:
-        """The group whose options differ most in what they take; None if no group has a choice."""
-        steps = [
-            max(
-                (max(costs) - min(costs)) / scale
-                for costs, scale in zip(
-                    zip(*(problem.groups[group][at].costs for at in alive), strict=True),
-                    self.scale,
-                    strict=True,
-                )
-            )
-            if len(alive) > 1
-            else -1.0
-            for group, alive in enumerate(kept)
-        ]
-        group = int(np.argmax(steps)) if steps else 0
-        return group if steps and steps[group] >= 0 else None
-
-    def _top_price(self) -> float:
-        """A price at which every group takes its cheapest option."""
-        highest = 0.0
-        for costs in self.costs:
-            for errors, column in zip(self.errors, costs, strict=True):
-                rows = sorted((c, e) for c, e in zip(column, errors, strict=True) if np.isfinite(e))
-                steps = [(b[0] - a[0], a[1] - b[1]) for a, b in pairwise(rows)]
-                highest = max([highest, *(saved / more for more, saved in steps if more > 0)])
-        return highest * 2
-
-    def _search(self, prices: Floats, at: int, ranges: Sequence[tuple[float, float, int]]) -> float:
-        """Set prices[at:] to the best for the prices before them; returns the bound."""
-        if at == len(prices):
-            return self.bound(prices)
-
-        def value(log_price: float | None) -> float:
-            prices[at] = 0.0 if log_price is None else np.exp(log_price)
-            prices[at + 1 :] = 0.0
-            return self._search(prices, at + 1, ranges)
-
-        low, high, n_steps = ranges[at]
-        left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
-        at_left, at_right = value(left), value(right)
-        for _ in range(n_steps):
-            if at_left >= at_right:
-                high, right, at_right = right, left, at_left
-                left = high - _GOLDEN * (high - low)
-                at_left = value(left)
-            else:
-                low, left, at_left = left, right, at_right
-                right = low + _GOLDEN * (high - low)
-                at_right = value(right)
-        free = value(None)
-        return free if free >= max(at_left, at_right) else value(left if at_left >= at_right else right)
+def _minus(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(a - b for a, b in zip(first, second, strict=True))
 
 
 class _Search:
     """A search in depth, groups with the largest steps first, options by what they exceed the bound by."""
 
-    def __init__(self, table: _Table, prices: Floats, error_to_beat: float) -> None:
+    def __init__(self, table: Relaxation, prices: Floats, error_to_beat: float) -> None:
         self._limits = table.limits
         self.n_nodes = 0
         priced = table.priced(prices)
@@ -300,7 +176,7 @@ class _Search:
         return rest[::-1]
 
     def _take(self, ranks: list[int]) -> None:
-        error = sum(options[rank][1] for options, rank in zip(self._options, ranks, strict=True))
+        error = self._error_of(ranks)
         if error < self.best_error:
             self.best_error = error
             self.best = [0] * len(self._order)
@@ -335,30 +211,50 @@ class _Search:
         return ranks
 
     def _improved(self, ranks: list[int]) -> list[int]:
-        """Single exchanges that lower the error and still fit, the best first, until there is none."""
-        used = self._used(ranks)
+        """Exchanges in one or two groups that lower the error and fit, the best first, until none is left."""
         while True:
-            best: tuple[float, int, int, list[int]] | None = None
-            for depth, options in enumerate(self._options):
-                now = options[ranks[depth]]
-                for rank, option in enumerate(options):
-                    gain = now[1] - option[1]
-                    if gain > 0 and (best is None or gain > best[0]):
-                        after = [u - a + b for u, a, b in zip(used, now[2], option[2], strict=True)]
-                        if not self._excess(after):
-                            best = (gain, depth, rank, after)
-            if best is None:
+            room = np.array(self._limits, np.float64) - self._used(ranks)
+            moves = self._moves(ranks)
+            errors = np.array([move[1] for move in moves])
+            groups = np.array([move[2] for move in moves])
+            total = errors[:, None] + errors
+            total[(groups[:, None] == groups) & (groups >= 0)] = np.inf
+            for k, left in enumerate(room):
+                costs = np.array([move[4][k] for move in moves], np.float64)
+                total[costs[:, None] + costs > left] = np.inf
+            best = int(np.argmin(total))
+            if not total.flat[best] < -_EXACT * self._error_of(ranks):
                 return ranks
-            ranks[best[1]], used = best[2], best[3]
+            for at in divmod(best, len(moves)):
+                if groups[at] >= 0:
+                    ranks[groups[at]] = moves[at][3]
+
+    def _moves(self, ranks: list[int]) -> list[tuple[float, float, int, int, tuple[int, ...]]]:
+        """Exchanges in one group, those first that the prices hold least against, and the one that does
+        nothing: the change by the prices and of the error, the group and its option, the change of the costs.
+        """
+        moves = [
+            (abs(option[0] - now[0]), option[1] - now[1], depth, rank, _minus(option[2], now[2]))
+            for depth, options in enumerate(self._options)
+            for now in (options[ranks[depth]],)
+            for rank, option in enumerate(options)
+            if option is not now
+        ]
+        nothing = (0.0, 0.0, -1, -1, (0,) * len(self._limits))
+        return [nothing, *sorted(moves)[:_MAX_MOVES]]
+
+    def _error_of(self, ranks: list[int]) -> float:
+        return sum(options[rank][1] for options, rank in zip(self._options, ranks, strict=True))
 
     def _descend(self, max_nodes: int) -> None:
         n_groups, n_budgets = len(self._options), len(self._limits)
-        ranks, over = [-1] * n_groups, [0.0] * (n_groups + 1)
+        ranks, over, errors = [-1] * n_groups, [0.0] * (n_groups + 1), [0.0] * (n_groups + 1)
         used = [[0] * n_budgets for _ in range(n_groups + 1)]
         depth = 0
         while depth >= 0:
             if depth == n_groups:
-                self._take(ranks)
+                if errors[depth] < self.best_error:
+                    self._take(ranks)
                 depth -= 1
                 continue
             ranks[depth] += 1
@@ -372,10 +268,11 @@ class _Search:
             if self.n_nodes >= max_nodes:
                 return
             self.n_nodes += 1
-            more, _, costs, _ = options[ranks[depth]]
+            more, error, costs, _ = options[ranks[depth]]
             after = [a + b for a, b in zip(used[depth], costs, strict=True)]
             rest = self._rest[depth + 1]
             if all(a + b <= c for a, b, c in zip(after, rest, self._limits, strict=True)):
-                over[depth + 1], used[depth + 1] = over[depth] + more, after
                 depth += 1
+                over[depth], errors[depth] = over[depth - 1] + more, errors[depth - 1] + error
+                used[depth] = after
         self.is_complete = True

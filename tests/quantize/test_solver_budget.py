@@ -1,0 +1,250 @@
+"""From budgets to files: never exceeded, used up, and no named type is better for the same size."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from gguf.constants import GGUFValueType
+from support.imatrices import random_imatrix
+from support.tiny_gguf import DENSE, MOE, NARROW, ODD, write_tiny
+
+from dsmoe_local.base.errors import UsageError
+from dsmoe_local.model.ggml import GgmlType, bits_per_weight, type_name
+from dsmoe_local.model.gguf_file import Field, GgufFile, TensorInfo, read_gguf
+from dsmoe_local.model.gguf_model import metadata_of, read_model
+from dsmoe_local.model.gguf_writer import ARCHITECTURE_KEY
+from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.layout import Role, role_of, tensor_specs
+from dsmoe_local.model.presets import PRESETS
+from dsmoe_quantize.budget import Budget, Market
+from dsmoe_quantize.choose import Wishes, choose_types, may_change, parse_override
+from dsmoe_quantize.explain import offers, reasons
+from dsmoe_quantize.fast_kernels import CPUS, is_fast, this_cpu
+from dsmoe_quantize.groups import Group
+from dsmoe_quantize.mixes import MIXES
+from dsmoe_quantize.quantize import quantize_file
+from dsmoe_quantize.recipe_file import parse_recipe, render_recipe
+from dsmoe_quantize.recipes import RECIPE_KEY
+from dsmoe_quantize.sensitivity import Sensitivity, TensorErrors, candidates, measure
+from dsmoe_quantize.sensitivity_file import start
+
+BIG = PRESETS["deepseekmoe-16b"].hp
+
+
+def market_of(path: Path, wishes: Wishes | None = None, cpu: str = "none") -> Market:
+    file, hp = read_model(path)
+    return Market(file, hp, measure(file, start(file, None, 20000)), wishes=wishes, cpu=cpu)
+
+
+def shaped(hp: Hyperparameters, cpu: str = "x86-avx2") -> Market:
+    """A model of this shape without any weights; errors fall fourfold with each bit."""
+    kept = (Role.NORM, Role.ROUTER)
+    tensors = {
+        spec.name: TensorInfo(
+            spec.name, spec.shape, GgmlType.F32 if spec.role in kept else GgmlType.BF16, 0, 0
+        )
+        for spec in tensor_specs(hp)
+    }
+    metadata = {ARCHITECTURE_KEY: Field(hp.architecture, GGUFValueType.STRING), **metadata_of(hp)}
+    file = GgufFile(Path("shape.gguf"), metadata, tensors, 32, 0, (0, 0, 0))
+    errors = {
+        name: TensorErrors(
+            each.n_weights,
+            each.n_weights,
+            float(each.n_weights),
+            {kind: each.n_weights * 1.5 * 4 ** -bits_per_weight(kind) for kind in candidates(each)},
+        )
+        for name, each in tensors.items()
+        if may_change(each)
+    }
+    return Market(file, hp, Sensitivity("", "", "", 0, errors), cpu=cpu)
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Market:
+    return market_of(write_tiny(tmp_path_factory.mktemp("model") / "tiny-BF16.gguf", MOE), cpu="x86-avx2")
+
+
+@pytest.mark.parametrize("bits", [4.6, 5.0, 5.7, 7.3])
+def test_files_land_below_the_target(moe: Market, tmp_path: Path, bits: float) -> None:
+    """Guards: a header, padding or a norm that is not counted; metadata that exceed the size."""
+    size = int(moe.n_weights * bits / 8) + 15000
+    solved = moe.solve(Budget(size=size), "small")
+    quantize_file(solved.plan, tmp_path / "out.gguf")
+    real = (tmp_path / "out.gguf").stat().st_size
+    assert real == solved.file_size
+    assert 0.99 * size < real <= size
+    file = read_gguf(tmp_path / "out.gguf")
+    assert parse_recipe(file.get(RECIPE_KEY), "metadata") == solved.recipe
+    assert {name: tensor.type for name, tensor in file.tensors.items()} == {
+        each.source.name: each.choice.type for each in solved.plan.changes
+    }
+
+
+def test_every_budget_holds(moe: Market) -> None:
+    """Guards: one budget that is forgotten when another is given, or that is compared in other units."""
+    for bits in (4.7, 6.0):
+        alone = moe.solve(Budget(bits_per_weight=bits), "x")
+        assert alone.plan.bits_per_weight <= bits
+        read = int(alone.plan.n_bytes_per_token * 0.97)
+        both = moe.solve(Budget(bits_per_weight=bits, bytes_per_token=read), "x")
+        assert both.plan.bits_per_weight <= bits
+        assert both.plan.n_bytes_per_token <= read
+        assert both.total.error >= alone.bound
+        slow = both.total.n_slow / moe.n_read * 0.8
+        all_three = moe.solve(Budget(bits_per_weight=bits, bytes_per_token=read, slow_share=slow), "x")
+        assert all_three.total.n_slow <= slow * moe.n_read
+        assert all_three.plan.bits_per_weight <= bits
+        assert all_three.plan.n_bytes_per_token <= read
+
+
+def test_totals_are_those_of_the_plan(moe: Market) -> None:
+    """Guards: a recipe that says something else than what was solved."""
+    solved = moe.solve(Budget(bits_per_weight=5.1), "x")
+    again = moe.figures(each.choice for each in solved.plan.changes)
+    assert again.n_bytes == solved.total.n_bytes
+    assert again.error == pytest.approx(solved.total.error)
+    assert again.n_slow == pytest.approx(solved.total.n_slow)
+    assert solved.plan.n_bytes_per_token == pytest.approx(again.n_bytes_per_token)
+    assert not any(each.choice.misfit for each in solved.plan.changes)
+
+
+@pytest.mark.parametrize("word", ["Q4_K_M", "Q4_K_S", "IQ4_XS", "Q4_0", "Q5_K_M"])
+def test_no_mix_is_better(moe: Market, word: str) -> None:
+    """Guards: a solver that misses what llama.cpp's own mixes have found, at their size and speed."""
+    tensors = list(moe.file.tensors.values())
+    mix = moe.figures(choose_types(tensors, moe.hp, MIXES[word]))
+    budget = Budget(
+        bits_per_weight=8 * mix.n_bytes / moe.n_weights, bytes_per_token=int(mix.n_bytes_per_token) + 1
+    )
+    assert moe.solve(budget, "x").total.error <= mix.error * 1.0001
+
+
+def test_16b() -> None:
+    """The shape that this is for: 279 matrices, widths that 256 does not divide, and 9.5 GB."""
+    market = shaped(BIG)
+    budget = Budget(size=9_500_000_000, bytes_per_token=1_700_000_000)
+    solved = market.solve(budget, "9.5GB")
+    assert 0.99 * 9.5e9 < solved.file_size <= 9.5e9 or solved.plan.n_bytes_per_token > 0.99 * 1.7e9
+    assert solved.file_size <= 9.5e9
+    assert solved.plan.n_bytes_per_token <= 1.7e9
+    assert solved.bound <= solved.total.error <= solved.bound * 1.01
+    assert len(render_recipe(solved.recipe)) < 5000
+    for each in solved.plan.changes:
+        if each.choice.type in (GgmlType.Q4_K, GgmlType.Q5_K, GgmlType.Q6_K, GgmlType.IQ4_XS):
+            assert each.source.shape[-1] % 256 == 0
+    assert solved.recipe == market.solve(budget, "9.5GB").recipe, "the same input, the same recipe"
+    by_name = {each.label: each for each in offers(market, solved, budget)}
+    assert by_name["Q4_K_M"].total.n_bytes / 1e9 == pytest.approx(10.84, abs=0.01)
+    assert by_name["Q4_K_M"].total.n_bytes_per_token / 1e9 == pytest.approx(1.73, abs=0.01)
+    assert (
+        by_name["5% less"].total.error > by_name["this recipe"].total.error > by_name["5% more"].total.error
+    )
+    assert by_name["at most 25% slow"].slow_share <= 0.25
+
+
+@pytest.mark.parametrize(
+    ("hp", "dtype"), [(NARROW, "f32"), (ODD, "bf16"), (DENSE, "f16")], ids=["narrow", "odd", "dense"]
+)
+def test_other_shapes(tmp_path: Path, hp: Hyperparameters, dtype: str) -> None:
+    """Guards: a tied embedding, columns that take no block, a model without experts."""
+    market = market_of(
+        write_tiny(
+            tmp_path / "model.gguf", replace(hp, n_layers=3, n_dense_layers=min(hp.n_dense_layers, 3)), dtype
+        )
+    )
+    solved = market.solve(Budget(bits_per_weight=7.5), "x")
+    quantize_file(solved.plan, tmp_path / "out.gguf")
+    assert solved.plan.bits_per_weight <= 7.5
+    for each in solved.plan.changes:
+        if role_of(each.source.name) in (Role.NORM, Role.ROUTER):
+            assert each.choice.type is GgmlType.F32
+    kinds = {each.source.name: each.choice.type for each in solved.plan.changes}
+    if hp is ODD:
+        assert kinds["blk.1.ffn_down_exps.weight"] is GgmlType.BF16, "no block fits, and BF16 loses nothing"
+
+
+def test_wishes_are_kept_and_counted(tmp_path: Path) -> None:
+    """Guards: a wish that the solver outweighs, or whose bytes it does not count."""
+    path = write_tiny(tmp_path / "model.gguf", MOE)
+    wishes = Wishes(
+        overrides=(parse_override(r"blk\.[12]\.attn_q\.weight=q8_0"),), output=GgmlType.F16, embedding=None
+    )
+    market = market_of(path, wishes)
+    solved = market.solve(Budget(bits_per_weight=5.2), "x")
+    kinds = {each.source.name: each.choice.type for each in solved.plan.changes}
+    assert kinds["output.weight"] is GgmlType.F16
+    assert kinds["blk.1.attn_q.weight"] is kinds["blk.2.attn_q.weight"] is GgmlType.Q8_0
+    assert kinds["blk.1.attn_k.weight"] is solved.picks[Group("attention-query-key", 1)]
+    assert solved.plan.bits_per_weight <= 5.2
+    assert {each.why for each in reasons(market, solved)} >= {"--tensor-type", "--output-type"}
+
+
+@pytest.mark.parametrize(
+    ("budget", "cpu"),
+    [
+        (Budget(size=10), "x86-avx2"),
+        (Budget(bits_per_weight=3.0), "x86-avx2"),
+        (Budget(bits_per_weight=5.0, bytes_per_token=1), "x86-avx2"),
+        (Budget(bits_per_weight=8.0, slow_share=0.5), "none"),
+    ],
+)
+def test_nothing_fits(budget: Budget, cpu: str) -> None:
+    """Guards: a file that is larger than asked for; a refusal that does not say how far off it is."""
+    with pytest.raises(UsageError, match="fits the budget") as caught:
+        shaped(replace(BIG, n_layers=4), cpu).solve(budget, "x")
+    assert "bits each" in caught.value.where
+
+
+def test_measured_weights_count(moe: Market) -> None:
+    """Guards: measured costs of errors that change nothing, or that apply to another group."""
+    file, hp = moe.file, moe.hp
+    known = measure(file, start(file, None, 20000))
+    heavy = Market(file, hp, replace(known, weights={"routed-down.8": 500.0, "shared-down": 0.0}))
+    before, after = (each.solve(Budget(bits_per_weight=5.0), "x").picks for each in (moe, heavy))
+    group = Group("routed-down", 8)
+    assert bits_per_weight(after[group]) > bits_per_weight(before[group])
+    smallest = min(bits_per_weight(kind) for kind in moe.groups[-1].options)
+    assert all(bits_per_weight(kind) < 4.6 for each, kind in after.items() if each.kind == "shared-down")
+    assert smallest < 5
+
+
+def test_importance_changes_choices(tmp_path: Path) -> None:
+    """Guards: an importance matrix that only the encoder hears of."""
+    path = write_tiny(tmp_path / "model.gguf", replace(MOE, n_layers=3))
+    file, hp = read_model(path)
+    imatrix = random_imatrix(replace(MOE, n_layers=3))
+    market = Market(file, hp, measure(file, start(file, imatrix, 0), imatrix), imatrix=imatrix)
+    plain = market_of(path)
+    budget = Budget(bits_per_weight=5.0)
+    solved = market.solve(budget, "x")
+    assert solved.plan.imatrix is imatrix
+    assert solved.total.error != plain.solve(budget, "x").total.error
+
+
+def test_every_group_is_explained(moe: Market) -> None:
+    """Guards: a group without a reason, an alternative that is none, ratios in the wrong direction."""
+    solved = moe.solve(Budget(bits_per_weight=5.0), "x")
+    found = reasons(moe, solved)
+    assert {(each.kind, each.type) for each in found} == {
+        (group.kind, kind) for group, kind in solved.picks.items()
+    }
+    assert sum(each.error_share for each in found) == pytest.approx(1)
+    assert all(each.why for each in found)
+    for each in found:
+        assert f"{type_name(each.type)} saves" not in each.why
+        assert f"{type_name(each.type)} costs" not in each.why
+        if each.kind == "routed-down":
+            assert "256 does not divide 96 columns" in each.why
+
+
+def test_fast_kernels() -> None:
+    """Guards: rows that the kernels cannot interleave; the list of this machine's kind."""
+    assert is_fast("x86-avx2", GgmlType.Q4_K, (64, 1408, 2048))
+    assert not is_fast("x86-avx2", GgmlType.Q4_K, (1407, 2048))
+    assert not is_fast("x86-avx2", GgmlType.Q5_K, (1408, 2048))
+    assert is_fast("arm-dotprod", GgmlType.Q5_K, (1408, 2048))
+    assert not is_fast("none", GgmlType.Q4_0, (1408, 2048))
+    assert this_cpu() in CPUS
