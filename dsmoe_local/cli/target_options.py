@@ -204,8 +204,10 @@ def show_offers(target: Target, budget: Budget, *, to_stderr: bool) -> None:
     costs = "measured" if target.sensitivity.weights else "built-in"
     console.print(
         f"predicted error {solved.total.error:.4g} ({exact}), from {target.sensitivity.share:.0%} of the"
-        f" weights and {costs} costs of errors; left of the budget: {_room(target, budget)}"
+        f" weights and {costs} costs of errors",
+        soft_wrap=True,
     )
+    console.print(f"left of the budget: {_room(target, budget)}", soft_wrap=True)
 
 
 def _room(target: Target, budget: Budget) -> str:

@@ -1,0 +1,199 @@
+"""`dsmoe quantize` with targets and recipe files, as a user runs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from support.imatrices import random_imatrix
+from support.tiny_gguf import MOE, write_tiny
+
+from dsmoe_local.base.config_file import config_path
+from dsmoe_local.base.errors import FileError, FormatError, UsageError
+from dsmoe_local.base.paths import cache_folder
+from dsmoe_local.cli.main import load_command
+from dsmoe_local.model.gguf_file import read_gguf
+from dsmoe_quantize.errors import RequantizeError
+from dsmoe_quantize.imatrix_file import write_imatrix
+from dsmoe_quantize.recipe_file import parse_recipe, read_recipe
+from dsmoe_quantize.recipes import RECIPE_KEY
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return write_tiny(tmp_path / "tiny-BF16.gguf", MOE)
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(load_command("quantize"), [str(each) for each in arguments])
+
+
+def test_a_size(source: Path, tmp_path: Path) -> None:
+    """Guards: a file that is too large or much too small; a trade-off that is not told, or told on stdout."""
+    result = invoke(source, "--target-size", "2.8 MB", "--sample", "4096")
+    assert result.exit_code == 0, result.exception
+    out = tmp_path / "tiny-2.8MB.gguf"
+    assert 0.99 * 2.8e6 < out.stat().st_size <= 2.8e6
+    assert result.stdout == ""
+    for text in ("this recipe", "Q4_K_M", "5% more", "predicted error", "left of the budget: size 0."):
+        assert text in result.stderr
+    assert parse_recipe(read_gguf(out).get(RECIPE_KEY), "metadata").name == "2.8MB"
+
+
+def test_a_recipe_is_used_again(source: Path, tmp_path: Path) -> None:
+    """Guards: a recipe file that makes another file than the run that wrote it."""
+    first = invoke(
+        source,
+        "first.gguf",
+        "--target-bpw",
+        "5.2",
+        "--sample",
+        "4096",
+        "--recipe-out",
+        "r.toml",
+        "--imatrix",
+        made(tmp_path),
+    )
+    assert first.exit_code == 0, first.exception
+    again = invoke(source, "again.gguf", "--recipe", "r.toml", "--imatrix", made(tmp_path))
+    assert again.exit_code == 0, again.exception
+    assert (tmp_path / "first.gguf").read_bytes() == (tmp_path / "again.gguf").read_bytes()
+    assert read_gguf(tmp_path / "first.gguf").get("quantize.imatrix.file") == "m.gguf"
+    assert read_recipe(tmp_path / "r.toml").about["imatrix"] == "m.gguf"
+
+
+def made(folder: Path) -> Path:
+    path = folder / "m.gguf"
+    if not path.exists():
+        write_imatrix(random_imatrix(MOE), path)
+    return path
+
+
+def test_an_edited_recipe(source: Path, tmp_path: Path) -> None:
+    """Guards: an edit that has no effect."""
+    assert (
+        invoke(
+            source, "--target-bpw", "5", "--sample", "512", "--dry-run", "--recipe-out", "r.toml"
+        ).exit_code
+        == 0
+    )
+    text = (tmp_path / "r.toml").read_text()
+    lines = [
+        'routed-down = { Q8_0 = "3-4", IQ4_NL = "others" }' if line.startswith("routed-down") else line
+        for line in text.splitlines()
+    ]
+    (tmp_path / "mine.toml").write_text("\n".join(lines).replace('name = "5bpw"', 'name = "mine"'))
+    assert invoke(source, "--recipe", "mine.toml").exit_code == 0
+    tensors = read_gguf(tmp_path / "tiny-mine.gguf").tensors
+    assert [tensors[f"blk.{layer}.ffn_down_exps.weight"].type.name for layer in (2, 3, 4, 5)] == [
+        "IQ4_NL",
+        "Q8_0",
+        "Q8_0",
+        "IQ4_NL",
+    ]
+
+
+def test_explained_without_writing(source: Path, tmp_path: Path) -> None:
+    """Guards: a dry run that writes a model; an explanation that leaves out a kind of tensor."""
+    result = invoke(
+        source, "--target-bpw", "5", "--sample", "512", "--dry-run", "--explain", "--sensitivity", "s.json"
+    )
+    assert result.exit_code == 0, result.exception
+    for text in (
+        "routed-down",
+        "attention-value",
+        "saves elsewhere",
+        "256 does not divide 96",
+        "this recipe",
+        "Q4_K_S",
+    ):
+        assert text in result.stdout
+    assert all(name in result.stdout for name in read_gguf(source).tensors)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s.json", "tiny-BF16.gguf"]
+
+
+def test_measured_once(source: Path, tmp_path: Path) -> None:
+    """Guards: minutes of measuring for each target anew."""
+    assert invoke(source, "--target-bpw", "5", "--sample", "512", "--dry-run").exit_code == 0
+    kept = list((cache_folder() / "sensitivity").iterdir())
+    assert len(kept) == 1
+    before = kept[0].stat()
+    assert invoke(source, "--target-bpw", "6", "--sample", "512", "--dry-run").exit_code == 0
+    assert list((cache_folder() / "sensitivity").iterdir()) == kept
+    assert kept[0].stat().st_mtime_ns == before.st_mtime_ns
+    assert invoke(source, "--target-bpw", "6", "--sample", "600", "--dry-run").exit_code == 0
+    assert len(list((cache_folder() / "sensitivity").iterdir())) == 2
+
+
+def test_the_sample_of_a_file(source: Path) -> None:
+    """Guards: a file with a sample of its own that can never be used again."""
+    arguments = (source, "--target-bpw", "5", "--dry-run", "--sensitivity", "s.json")
+    assert invoke(*arguments, "--sample", "512").exit_code == 0
+    assert invoke(*arguments).exit_code == 0
+    assert isinstance(invoke(*arguments, "--sample", "100").exception, UsageError)
+
+
+def test_a_quantized_source(source: Path, tmp_path: Path) -> None:
+    """Guards: a second loss that nobody asked for, or that is refused after minutes of measuring."""
+    assert invoke(source, "small.gguf", "--type", "q8").exit_code == 0
+    refused = invoke("small.gguf", "--target-bpw", "5", "--sample", "512")
+    assert isinstance(refused.exception, RequantizeError)
+    assert not (cache_folder() / "sensitivity").exists()
+    assert invoke("small.gguf", "--target-bpw", "5", "--sample", "512", "--allow-requantize").exit_code == 0
+    assert (tmp_path / "small-5bpw.gguf").exists()
+
+
+def test_all_budgets(source: Path) -> None:
+    """Guards: an option that does not reach the solver."""
+    budgets = ("--target-size", "3MB", "--target-bytes-per-token", "2.5MB", "--max-slow-share", "60")
+    result = invoke(source, *budgets, "--cpu", "x86-avx2", "--sample", "512", "--dry-run")
+    assert result.exit_code == 0, result.exception
+    assert all(f"{name} " in result.stdout for name in ("size", "bytes per token", "slow share"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (("--target-bpw", "5", "--type", "q4"), "exclude each other"),
+        (("--recipe", "r.toml", "--type", "q4"), "exclude each other"),
+        (("--recipe", "r.toml", "--target-bpw", "5"), "exclude each other"),
+        (("--type", "q4", "--explain"), "--explain needs a target"),
+        (("--type", "q4", "--sensitivity", "s.json"), "--sensitivity needs a target"),
+        (("--type", "q4", "--recipe-out", "r.toml"), "--recipe-out needs a target"),
+        (("--max-slow-share", "50", "--type", "q4"), "--max-slow-share needs a target"),
+        (("--target-bpw", "5", "--pure"), "--pure goes with --type alone"),
+        (("--target-size", "much"), "is not a size"),
+        (("--target-size", "1KB", "--sample", "32"), "no choice of types fits"),
+        ((), "no type is given"),
+    ],
+)
+def test_what_cannot_be(source: Path, arguments: tuple[str, ...], what: str) -> None:
+    """Guards: an option that is silently ignored."""
+    result = invoke(source, *arguments)
+    assert isinstance(result.exception, UsageError), result.exception
+    assert what in str(result.exception)
+
+
+def test_files_that_are_not_what_they_should_be(source: Path, tmp_path: Path) -> None:
+    """Guards: tracebacks for foreign files."""
+    (tmp_path / "text").write_text("text")
+    assert isinstance(invoke(source, "--recipe", "text").exception, FormatError)
+    assert isinstance(invoke(source, "--recipe", "missing").exception, FileError)
+    assert isinstance(invoke(source, "--target-bpw", "5", "--sensitivity", "text").exception, FormatError)
+    assert isinstance(invoke(source, "--target-bpw", "5", "--imatrix", "text").exception, FormatError)
+
+
+def test_the_config_file_gives_way(source: Path, tmp_path: Path) -> None:
+    """Guards: a type in the config file that makes every target, and every recipe, an error."""
+    path = config_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('[quantize]\ntype = "q8"\n')
+    assert invoke(source).exit_code == 0
+    assert (tmp_path / "tiny-q8.gguf").exists()
+    assert invoke(source, "--target-bpw", "5", "--sample", "512").exit_code == 0
+    assert (tmp_path / "tiny-5bpw.gguf").exists()
+    path.write_text("[quantize]\ntarget-bpw = 5.0\n")
+    assert invoke(source, "--type", "q4_0").exit_code == 0
+    assert (tmp_path / "tiny-Q4_0.gguf").exists()
