@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 from support.imatrices import random_imatrix
@@ -15,6 +16,7 @@ from dsmoe_local.base.paths import cache_folder
 from dsmoe_local.cli.main import load_command
 from dsmoe_local.model.gguf_file import read_gguf
 from dsmoe_quantize.errors import RequantizeError
+from dsmoe_quantize.fast_kernels import CPUS
 from dsmoe_quantize.imatrix_file import write_imatrix
 from dsmoe_quantize.recipe_file import parse_recipe, read_recipe
 from dsmoe_quantize.recipes import RECIPE_KEY
@@ -174,6 +176,13 @@ def test_what_cannot_be(source: Path, arguments: tuple[str, ...], what: str) -> 
     result = invoke(source, *arguments)
     assert isinstance(result.exception, UsageError), result.exception
     assert what in str(result.exception)
+
+
+def test_every_kind_of_processor() -> None:
+    """Guards: a kind that the table knows and the option does not, or the reverse."""
+    option = next(each for each in load_command("quantize").params if each.name == "cpu")
+    assert isinstance(option.type, click.Choice)
+    assert tuple(option.type.choices) == tuple(CPUS)
 
 
 def test_files_that_are_not_what_they_should_be(source: Path, tmp_path: Path) -> None:
