@@ -256,9 +256,10 @@ def test_a_prompt_alone_and_a_model_alone() -> None:
     """Guards: a table without the model where no reply was timed, a model compared with itself."""
     only = model()
     _, costs, _ = FORMATS["md"](MACHINE, [replace(only, speeds=only.speeds[:1])]).split("\n\n")
-    assert cells(costs)[2] == ["some model", "2B", "1.25 s", "3.22 GB", "", "1.5 GB", "", "", ""]
+    assert cells(costs)[2] == ["some model", "2B", "1.25 s", "3.22 GB", "", "1.5 GB", "", ""]
     _, costs, _ = FORMATS["md"](MACHINE, [only]).split("\n\n")
-    assert cells(costs)[2][-1] == ""
+    assert cells(costs)[0][-1] == "of bandwidth"
+    assert cells(costs)[2][-1] == "51%"
 
 
 def test_hostile_names() -> None:

@@ -133,10 +133,9 @@ def _speed_table(models: Sequence[ModelSpeed]) -> str:
 
 def _cost_table(machine: Machine, models: Sequence[ModelSpeed]) -> str:
     """A row for each reply that was timed; of a model without one, a row for the model."""
-    headings = [("model", False)] + [
-        (name, True)
-        for name in ("active", "load", "memory", "test", "read/token", "GB/s", "of bandwidth", "speed")
-    ]
+    names = ["active", "load", "memory", "test", "read/token", "GB/s", "of bandwidth"]
+    if len(models) > 1:
+        names.append("speed")
     rows = []
     for model in models:
         own = [_name(model), format_count(model.reads.n_activated), _seconds(model.load_seconds)]
@@ -145,7 +144,8 @@ def _cost_table(machine: Machine, models: Sequence[ModelSpeed]) -> str:
         rows += [own + _reading(machine, models, model, speed) for speed in replies]
         if not replies:
             rows.append([*own, "", format_size(model.reads.n_bytes), "", "", ""])
-    return _table(headings, rows)
+    headings = [("model", False), *((name, True) for name in names)]
+    return _table(headings, [row[: len(headings)] for row in rows])
 
 
 def _reading(machine: Machine, models: Sequence[ModelSpeed], model: ModelSpeed, speed: Speed) -> list[str]:
@@ -158,7 +158,7 @@ def _reading(machine: Machine, models: Sequence[ModelSpeed], model: ModelSpeed, 
         format_size(speed.n_bytes_per_token),
         f"{speed.bytes_per_second / 1e9:.1f}",
         "" if share is None else f"{share:.0%}",
-        "" if first is None or len(models) == 1 else f"{speed.rate / first.rate:.2f} x",
+        "" if first is None else f"{speed.rate / first.rate:.2f} x",
     ]
 
 
