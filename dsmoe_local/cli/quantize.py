@@ -81,10 +81,10 @@ def _plan(
 ) -> Plan:
     """The types asked for, or the best for a target; then the trade-off is shown, and the recipe written."""
     from dsmoe_local.cli.render import run_with_progress
+    from dsmoe_local.model.gguf_model import read_model
     from dsmoe_quantize.quantize import plan_quantization
     from dsmoe_quantize.recipe_file import read_recipe, write_recipe
-    from dsmoe_quantize.recipes import RECIPES
-    from dsmoe_quantize.target import solve_target
+    from dsmoe_quantize.target import refuse_quantized, solve_target
     from dsmoe_quantize.types import known_words, resolve
 
     if not options.has_target:
@@ -93,13 +93,12 @@ def _plan(
         choice = read_recipe(options.recipe_file) if options.recipe_file else resolve(word or "")
         return plan_quantization(source, choice, wishes, allow_requantize=allow_requantize, imatrix=imatrix)
     request = options.request()
-    # Any recipe tells whether the source may be quantized at all, before minutes of measuring.
-    first = plan_quantization(
-        source, RECIPES["q4"], wishes, allow_requantize=allow_requantize, imatrix=imatrix
-    )
+    file, hp = read_model(source)
+    if not allow_requantize:
+        refuse_quantized(file)
     target = run_with_progress(
         lambda listen, stop: solve_target(
-            first, request, wishes, imatrix, threads=threads, listen=listen, stop=stop
+            file, hp, request, wishes, imatrix, threads=threads, listen=listen, stop=stop
         )
     )
     show_offers(target, request.budget, to_stderr=not dry_run)

@@ -8,11 +8,14 @@ from pathlib import Path
 
 from dsmoe_local.base.errors import FileError
 from dsmoe_local.base.progress import Listener, ignore
+from dsmoe_local.model.ggml import FLOATS, type_name
+from dsmoe_local.model.gguf_file import GgufFile
+from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_quantize import sensitivity_file
 from dsmoe_quantize.budget import Budget, Market, Solved
-from dsmoe_quantize.choose import Wishes
+from dsmoe_quantize.choose import Wishes, may_change
+from dsmoe_quantize.errors import RequantizeError
 from dsmoe_quantize.imatrix import Imatrix
-from dsmoe_quantize.quantize import Plan
 from dsmoe_quantize.sensitivity import Sensitivity, measure
 
 
@@ -41,8 +44,20 @@ class Target:
     kept_in: Path
 
 
+def refuse_quantized(file: GgufFile) -> None:
+    """RequantizeError if weights are quantized already."""
+    found = [tensor for tensor in file.tensors.values() if may_change(tensor) and tensor.type not in FLOATS]
+    if found:
+        raise RequantizeError(
+            f"{len(found)} tensors are quantized already",
+            where=f"{found[0].name}: {type_name(found[0].type)}",
+            remedy="start from the unquantized file, or lose quality twice with --allow-requantize",
+        )
+
+
 def solve_target(
-    source: Plan,
+    file: GgufFile,
+    hp: Hyperparameters,
     request: Request,
     wishes: Wishes,
     imatrix: Imatrix | None = None,
@@ -51,22 +66,20 @@ def solve_target(
     listen: Listener = ignore,
     stop: threading.Event | None = None,
 ) -> Target:
-    """The best recipe for a request. `source` is any plan of the model: it was read and may be quantized.
+    """The best recipe for a request, for a model that was read and may be quantized.
 
     Raises UsageError if nothing fits the budget or the sensitivity file is another's, and what `measure` and
     the files raise. What was measured is kept also if it is interrupted.
     """
-    wanted = sensitivity_file.start(source.file, imatrix, request.sample)
+    wanted = sensitivity_file.start(file, imatrix, request.sample)
     path = request.sensitivity or _cached(wanted)
     known = sensitivity_file.resume(path, wanted, any_sample=request.sample is None)
     keeper = sensitivity_file.Keeper(path)
     try:
-        found = measure(
-            source.file, known, imatrix, threads=threads, keep=keeper.keep, listen=listen, stop=stop
-        )
+        found = measure(file, known, imatrix, threads=threads, keep=keeper.keep, listen=listen, stop=stop)
     finally:
         keeper.close()
-    market = Market(source.file, source.hp, found, wishes=wishes, imatrix=imatrix, cpu=request.cpu)
+    market = Market(file, hp, found, wishes=wishes, imatrix=imatrix, cpu=request.cpu)
     solved = market.solve(request.budget, request.name, _about(request, found, imatrix, wishes))
     return Target(market, solved, found, path)
 

@@ -137,9 +137,10 @@ def test_the_sample_of_a_file(source: Path) -> None:
     assert isinstance(invoke(*arguments, "--sample", "100").exception, UsageError)
 
 
-def test_a_quantized_source(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("word", ["q8", "q4"])
+def test_a_quantized_source(source: Path, tmp_path: Path, word: str) -> None:
     """Guards: a second loss that nobody asked for, or that is refused after minutes of measuring."""
-    assert invoke(source, "small.gguf", "--type", "q8").exit_code == 0
+    assert invoke(source, "small.gguf", "--type", word).exit_code == 0
     refused = invoke("small.gguf", "--target-bpw", "5", "--sample", "512")
     assert isinstance(refused.exception, RequantizeError)
     assert not (cache_folder() / "sensitivity").exists()
