@@ -6,7 +6,7 @@ What its keys mean is told by those who read them: `cli.configuration` and `chat
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,6 +17,7 @@ from dsmoe_local.base.paths import config_folder
 Value: TypeAlias = str | int | float | bool | list[str]
 
 _MAX_BYTES = 1 << 20
+_MOST = 2**63 - 1
 
 
 def config_path() -> Path:
@@ -72,17 +73,26 @@ class ConfigFile:
         if len(content) > _MAX_BYTES:
             raise FormatError("the config file is larger than 1 MiB", where=self.path)
         try:
-            return content.decode("utf-8")
+            # Editors of Windows begin files with a byte order mark.
+            return content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             line = content.count(b"\n", 0, error.start) + 1
             raise FormatError("the config file is not UTF-8", where=f"{self.path}, line {line}") from error
 
     def _parsed(self, text: str) -> dict[str, Any]:
         try:
-            return tomllib.loads(text)
+            values = tomllib.loads(text)
         except (tomllib.TOMLDecodeError, RecursionError) as error:
             # Its message names line and column.
             raise FormatError(f"the config file is not valid TOML: {error}", where=self.path) from error
+        except ValueError as error:
+            # More digits than Python reads.
+            raise FormatError("the config file has a number that is too large", where=self.path) from error
+        for key, value in _numbers(values):
+            if not -_MOST - 1 <= value <= _MOST:
+                # TOML has 64 bits; Python would read more, and then refuse to print it.
+                raise FormatError(f"the number is too large: {key}", where=self.path)
+        return values
 
     def _changed(self, text: str, section: tuple[str, ...], changes: Mapping[str, Value | None]) -> str:
         """The file's text with the changes in it."""
@@ -103,9 +113,9 @@ class ConfigFile:
             self._apply(document, section, changes, new_table)
             result = document.as_string()
             # tomlkit cannot change every layout of a file; half a change is none.
-            if tomllib.loads(result) == wanted:
+            if _same(tomllib.loads(result), wanted):
                 return result
-        except (TOMLKitError, ValueError):
+        except (TOMLKitError, ValueError, RecursionError):
             pass
         raise FileError(
             "the config file cannot be changed as it is laid out",
@@ -131,3 +141,24 @@ class ConfigFile:
                 table[key] = value
             elif key in table:
                 del table[key]
+
+
+def _numbers(value: object, key: str = "") -> Iterator[tuple[str, int]]:
+    """All whole numbers in a value of the file, each with its key."""
+    if isinstance(value, dict):
+        for name, each in value.items():
+            yield from _numbers(each, f"{key}.{name}" if key else name)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _numbers(each, key)
+    elif isinstance(value, int):
+        yield key, value
+
+
+def _same(first: object, second: object) -> bool:
+    """Whether two values of the file are the same; nan, which is not even equal to itself, is."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(_same(each, second[key]) for key, each in first.items())
+    if isinstance(first, list) and isinstance(second, list):
+        return len(first) == len(second) and all(map(_same, first, second))
+    return first == second or (first != first and second != second)

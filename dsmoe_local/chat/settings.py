@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, cast
@@ -43,11 +44,35 @@ class Setting:
     words: tuple[str, ...] = ()
 
 
+PRESETS = "presets"
+"""The section of the config file whose sections are presets."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """Settings kept under a name in the config file: their `values` by key, and `unknown` keys, which mean
+    nothing there.
+    """
+
+    values: Mapping[str, Any]
+    unknown: tuple[str, ...] = ()
+
+
 _NOTHING = ("none", "off", "random", "-1")
 
 
 def _optional_integer(text: str) -> int | None:
     return None if text.lower() in _NOTHING else int(text)
+
+
+# Python's, but for octal numbers that are no byte; a backslash before anything else is one.
+_ESCAPE = re.compile(
+    r"\\(?:[0-3]?[0-7]{1,2}|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|N\{[^}]*\}|[abfnrtv\\'\"]|[xuUN])"
+)
+
+
+def _unescaped(escape: re.Match[str]) -> str:
+    return escape[0].encode("ascii").decode("unicode_escape")
 
 
 def _stop(text: str) -> tuple[str, ...]:
@@ -60,8 +85,7 @@ def _stop(text: str) -> tuple[str, ...]:
     if isinstance(listed, list) and all(isinstance(item, str) for item in listed):
         texts = tuple(listed)
     else:
-        # unicode_escape reads Latin-1; what that lacks is escaped, so that it survives.
-        texts = (text.encode("latin-1", "backslashreplace").decode("unicode_escape"),)
+        texts = (_ESCAPE.sub(_unescaped, text),)
     # An escape may make what is no text: half a surrogate pair.
     "".join(texts).encode()
     return texts
@@ -163,6 +187,22 @@ def apply(settings: ChatSettings, values: Mapping[str, Any]) -> ChatSettings:
     return settings
 
 
+def presets_of(values: Mapping[str, Any]) -> dict[str, Preset]:
+    """The presets in a config file's values, for all who read them."""
+    presets = values.get(PRESETS, {})
+    if not isinstance(presets, dict):
+        return {}
+    keys = {setting.key for setting in SETTINGS.values()}
+    return {
+        name: Preset(
+            {key: value for key, value in section.items() if key in keys},
+            tuple(key for key in section if key not in keys),
+        )
+        for name, section in presets.items()
+        if isinstance(section, dict)
+    }
+
+
 def as_value(settings: ChatSettings, name: str) -> Value:
     """The value of one of SETTINGS as the config file has it."""
     value = get_setting(settings, name)
@@ -179,7 +219,11 @@ def in_words(settings: ChatSettings, name: str) -> str:
     if value is None or value == ():
         return "none"
     if isinstance(value, tuple):
-        return safe_line(json.dumps(value, ensure_ascii=False))
+        # What is not safe to print is told by its number, so that all of it can be read back.
+        return "".join(
+            letter if letter == safe_line(letter) else json.dumps(letter)[1:-1]
+            for letter in json.dumps(value, ensure_ascii=False).replace("\N{DELETE}", "\\u007f")
+        )
     return str(value).removesuffix(".0")
 
 

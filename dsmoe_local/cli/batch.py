@@ -114,7 +114,7 @@ def command(
     from dsmoe_local.cli.render import run_with_progress
     from dsmoe_local.engine.load.parallel import DETERMINISTIC_PARALLEL
 
-    model = find_model(named_model)
+    model = find_model(named_model=named_model)
     _spare(model, values["out"], values["log_file"])
     if deterministic:
         n_parallel = max(n_parallel or DETERMINISTIC_PARALLEL, _LEAST_DETERMINISTIC)

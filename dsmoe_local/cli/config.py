@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import date, time
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from dsmoe_local.base.config_file import config_path
-from dsmoe_local.base.errors import UsageError
+from dsmoe_local.base.errors import FormatError, UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.cli.configuration import (
     MODELS_FOLDER,
@@ -26,7 +30,6 @@ from dsmoe_local.cli.configuration import (
     models_folder,
     models_folder_origin,
     origin_of,
-    presets_of,
     unknown_keys,
     variable,
 )
@@ -91,21 +94,26 @@ def command(name: str, as_json: bool, show_path: bool) -> None:
         [presets.calm]
         temp = 0.1
 
+    A flag that one of them sets is taken back on the command line: --no-stats, or --history for no-history.
+
     $EDITOR "$(dsmoe config --path)" changes it, as does /set save in a chat.
     """
     if show_path:
         click.echo(safe_line(str(config_path()), 4096) if sys.stdout.isatty() else str(config_path()))
         return
+    from dsmoe_local.chat.settings import presets_of
     from dsmoe_local.cli.main import COMMANDS
 
     values = config_file().values()
+    presets = {preset: each.values for preset, each in presets_of(values).items()}
     shown = [_models_folder(), *options_of(name)]
     if as_json:
-        click.echo(json.dumps(_as_json(name, shown, values), indent=2, ensure_ascii=True))
+        found = _as_json(name, shown, presets)
+        click.echo(json.dumps(found, indent=2, ensure_ascii=True, allow_nan=False))
         return
     for note in unknown_keys(values, COMMANDS):
         click.echo(f"note: {note}", err=True)
-    _show(shown, presets_of(values))
+    _show(shown, presets)
 
 
 def options_of(name: str) -> list[Shown]:
@@ -124,7 +132,11 @@ def options_of(name: str) -> list[Shown]:
 
 
 def _resolve(context: click.Context, option: click.Option) -> None:
-    value, source = option.consume_value(context, {})
+    try:
+        value, source = option.consume_value(context, {})
+    except FormatError:
+        # It is told beside the option.
+        value, source = None, ParameterSource.DEFAULT_MAP
     context.set_parameter_source(str(option.name), source)
     if option.name == "preset" and isinstance(value, str) and isinstance(context.default_map, ConfigDefaults):
         context.default_map.choose(value)
@@ -132,7 +144,10 @@ def _resolve(context: click.Context, option: click.Option) -> None:
 
 def _shown(context: click.Context, option: click.Option) -> Shown:
     key, origin = keys_of(option)[0], origin_of(context, str(option.name))
-    raw, _ = option.consume_value(context, {})
+    try:
+        raw, _ = option.consume_value(context, {})
+    except FormatError as error:
+        return Shown(key, None, "", origin, error.what)
     if key in _SECRET and origin.source is not Source.BUILT_IN:
         return Shown(key, _HIDDEN, _HIDDEN, origin)
     if origin.source is Source.BUILT_IN:
@@ -144,6 +159,8 @@ def _shown(context: click.Context, option: click.Option) -> Shown:
         value = option.type_cast_value(context, raw)
     except click.BadParameter as error:
         return Shown(key, None, _in_words(raw), origin, error.message)
+    if isinstance(value, float) and not math.isfinite(value):
+        return Shown(key, None, _in_words(raw), origin, "this is no number to reckon with")
     return Shown(key, _plain(value), _in_words(raw if not option.is_flag else value), origin)
 
 
@@ -153,11 +170,13 @@ def _models_folder() -> Shown:
 
 
 def _plain(value: object) -> Any:  # noqa: ANN401 - a JSON value
-    if isinstance(value, bool | int | float | str):
+    if isinstance(value, bool | int | str):
         return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
     if isinstance(value, tuple | list):
         return [_plain(each) for each in value]
-    return str(value) if isinstance(value, Path) else None
+    return str(value) if isinstance(value, Path | date | time) else None
 
 
 def _in_words(value: object) -> str:
@@ -168,7 +187,7 @@ def _in_words(value: object) -> str:
     return str(value) if isinstance(value, str | int | float | Path) else ""
 
 
-def _as_json(name: str, shown: list[Shown], values: dict[str, Any]) -> dict[str, Any]:
+def _as_json(name: str, shown: list[Shown], presets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "command": name,
         "file": str(config_path()),
@@ -183,11 +202,14 @@ def _as_json(name: str, shown: list[Shown], values: dict[str, Any]) -> dict[str,
             }
             for each in shown
         ],
-        "presets": {preset: dict(section) for preset, section in presets_of(values).items()},
+        "presets": {
+            preset: {key: _plain(value) for key, value in section.items()}
+            for preset, section in presets.items()
+        },
     }
 
 
-def _show(shown: list[Shown], presets: dict[str, Any]) -> None:
+def _show(shown: list[Shown], presets: Iterable[str]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,10 +25,13 @@ from dsmoe_local.base.errors import DsmoeError, FormatError, UsageError
 from dsmoe_local.base.paths import data_folder
 from dsmoe_local.base.text import safe_line
 
-PRESETS = "presets"
 MODELS_FOLDER = "models-folder"
 # They say what this one run does; --debug is looked for before anything is parsed.
 _FLAGS_ALONE = frozenset({"help", "version", "debug", "show_path"})
+
+
+# At the top level, for all commands, this is the context of conversations; to these the window they measure.
+_OWN_SECTION_ALONE = {"eval": ("ctx-size",), "imatrix": ("ctx-size",), "bench": ("ctx-size",)}
 
 
 class Source(StrEnum):
@@ -81,8 +85,30 @@ def attach(command: click.Command, name: str) -> None:
         option.envvar = [variable(key) for key in keys_of(option)]
         if option.multiple:
             option.type = _one_a_line(option.type)
+        if option.is_bool_flag and not option.secondary_opts:
+            _make_deniable(option)
     # `config` tells of all keys that mean nothing, by itself.
     command.context_settings["default_map"] = ConfigDefaults(command, name, quiet=name == "config")
+
+
+def _make_deniable(option: click.Option) -> None:
+    """Let the command line take back a flag that a variable or the file gives: --no-stats, --history. Help
+    does not list it: that of `config` says it for all.
+    """
+    denials = [
+        f"--{key.removeprefix('no-')}" if key.startswith("no-") else f"--no-{key}" for key in keys_of(option)
+    ]
+    get_help_record = option.get_help_record
+
+    def without_denials(ctx: click.Context) -> tuple[str, str] | None:
+        option.secondary_opts = []
+        try:
+            return get_help_record(ctx)
+        finally:
+            option.secondary_opts = denials
+
+    option.secondary_opts = denials
+    vars(option)["get_help_record"] = without_denials
 
 
 def _one_a_line(kind: click.ParamType[Any]) -> click.ParamType[Any]:
@@ -100,8 +126,8 @@ def config_file() -> ConfigFile:
 def models_folder() -> Path:
     """Where models are looked for by name: the variable's folder, the config file's, or the usual one."""
     named = os.environ.get(variable(MODELS_FOLDER)) or config_file().values().get(MODELS_FOLDER)
-    if named is not None and not isinstance(named, str):
-        raise FormatError("this takes a text", where=f"{config_path()}: {MODELS_FOLDER}")
+    if named is not None and (not isinstance(named, str) or "\0" in named):
+        raise FormatError("this takes the path of a folder", where=f"{config_path()}: {MODELS_FOLDER}")
     return Path(os.path.expanduser(named)) if named else data_folder() / "models"
 
 
@@ -126,6 +152,7 @@ class ConfigDefaults(dict[str, Any]):
         self._options = {option.name: option for option in configurable(command)}
         self._context: click.Context | None = None
         self._layers: list[_Layer] = []
+        self._preset: tuple[click.Context, str] | None = None
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self._find(name) is not None
@@ -150,17 +177,14 @@ class ConfigDefaults(dict[str, Any]):
         return None if found is None else Origin(found[0].source, _where(*found))
 
     def choose(self, preset: str) -> None:
-        """Let a preset speak before the rest of the file. UsageError for one that is not there."""
-        presets = presets_of(config_file().values())
-        if preset not in presets:
-            near = difflib.get_close_matches(preset, presets, n=1)
-            there = ", ".join(map(safe_line, presets)) or "none; /set save NAME in a chat makes one"
-            raise UsageError(
-                f"there is no preset {safe_line(preset, 40)!r}",
-                where=str(config_path()),
-                remedy=f"did you mean {near[0]}?" if near else f"there are: {there}",
-            )
-        self._current_layers().insert(0, _Layer(Source.PRESET, f"{PRESETS}.{preset}", presets[preset]))
+        """Let a preset speak before the rest of the file. If it is not there, the first option that is asked
+        for raises UsageError: nothing is read for a --help behind it.
+        """
+        context = click.get_current_context()
+        self._preset = context, preset
+        if self._context is context:
+            # The file named it itself.
+            self._layers.insert(0, _preset_layer(preset))
 
     def _find(self, name: str) -> tuple[_Layer, str] | None:
         context = click.get_current_context(silent=True)
@@ -168,8 +192,13 @@ class ConfigDefaults(dict[str, Any]):
             return None
         for layer in self._current_layers():
             for key in keys_of(self._options[name]):
+                if key not in layer.values:
+                    continue
                 # `chat` is a flag of two commands, and the section of a third.
-                if key in layer.values and (layer.name or not isinstance(layer.values[key], dict)):
+                is_other = isinstance(layer.values[key], dict) or key in _OWN_SECTION_ALONE.get(
+                    self.command_name, ()
+                )
+                if layer.name or not is_other:
                     return layer, key
         return None
 
@@ -177,6 +206,8 @@ class ConfigDefaults(dict[str, Any]):
         context = click.get_current_context()
         if self._context is not context:
             self._context, self._layers = context, self._read()
+            if self._preset is not None and self._preset[0] is context:
+                self._layers.insert(0, _preset_layer(self._preset[1]))
         return self._layers
 
     def _read(self) -> list[_Layer]:
@@ -187,6 +218,23 @@ class ConfigDefaults(dict[str, Any]):
         if not isinstance(section, dict):
             section = {}
         return [_Layer(Source.CONFIG, self.command_name, section), _Layer(Source.CONFIG, "", values)]
+
+
+def _preset_layer(name: str) -> _Layer:
+    """UsageError for a preset that is not there."""
+    from dsmoe_local.chat.settings import PRESETS, presets_of
+
+    presets = presets_of(config_file().values())
+    if name in presets:
+        return _Layer(Source.PRESET, f"{PRESETS}.{name}", presets[name].values)
+    near = difflib.get_close_matches(name, presets, n=1)
+    there = ", ".join(map(safe_line, presets)) or "none; /set save NAME in a chat makes one"
+    with told_origin("preset"):
+        raise UsageError(
+            f"there is no preset {safe_line(name, 40)!r}",
+            where=str(config_path()),
+            remedy=f"did you mean {near[0]}?" if near else f"there are: {there}",
+        )
 
 
 def _where(layer: _Layer, key: str) -> str:
@@ -200,28 +248,29 @@ def _raw(option: click.Option, value: object, where: str) -> object:
             return value
         raise FormatError("this takes true or false", where=where)
     values = value if isinstance(value, list) and option.multiple else [value]
-    if any(isinstance(each, bool) or not isinstance(each, str | int | float) for each in values):
+    if not all(_is_plain(each) for each in values):
         raise FormatError("this takes a text or a number", where=where)
     texts = tuple(str(each) for each in values)
+    if "\0" in "".join(texts) and not option.multiple:
+        # As the command line could not; system calls would raise errors of their own.
+        raise FormatError("this has a NUL in it", where=where)
     if isinstance(option.type, click.Path):
         # No shell has seen it.
         texts = tuple(os.path.expanduser(text) for text in texts)
     return texts if option.multiple else texts[0]
 
 
-def presets_of(values: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The presets in a config file's values."""
-    presets = values.get(PRESETS, {})
-    if not isinstance(presets, dict):
-        return {}
-    return {name: section for name, section in presets.items() if isinstance(section, dict)}
+def _is_plain(value: object) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, str | int) and not isinstance(value, bool)
 
 
 def unknown_keys(values: Mapping[str, Any], commands: Iterable[str]) -> list[str]:
     """What stands in the config file and means nothing, in words. Of the commands' sections only those of
     `commands` are looked at.
     """
-    from dsmoe_local.chat.settings import SETTINGS
+    from dsmoe_local.chat.settings import PRESETS, SETTINGS, presets_of
     from dsmoe_local.cli.main import COMMANDS, load_command
 
     def keys(names: Iterable[str]) -> set[str]:
@@ -251,8 +300,8 @@ def unknown_keys(values: Mapping[str, Any], commands: Iterable[str]) -> list[str
             check(section, keys([name]), name)
         elif name not in keys(COMMANDS):
             notes.append(f"{name!r} is no section: write [{name}]")
-    for name, section in presets_of(values).items():
-        check(section, {setting.key for setting in SETTINGS.values()}, f"{PRESETS}.{name}")
+    for name, preset in presets_of(values).items():
+        check(dict.fromkeys(preset.unknown), {each.key for each in SETTINGS.values()}, f"{PRESETS}.{name}")
     return notes
 
 
@@ -304,12 +353,13 @@ def where_from(error: click.ClickException) -> str:
 def choose_preset(context: click.Context, option: click.Parameter, preset: str | None) -> None:
     """What --preset does when it is parsed, before the other options are."""
     if preset is not None and isinstance(context.default_map, ConfigDefaults):
-        with told_origin("preset"):
-            context.default_map.choose(preset)
+        context.default_map.choose(preset)
 
 
 def complete_preset(context: click.Context, option: click.Parameter, typed: str) -> list[str]:
     """The presets that begin like this."""
+    from dsmoe_local.chat.settings import presets_of
+
     try:
         return [name for name in presets_of(config_file().values()) if name.startswith(typed)]
     except DsmoeError:

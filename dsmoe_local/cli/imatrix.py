@@ -77,7 +77,7 @@ def command(
     elif merge:
         _print(_merged([Path(file) for file in files], values["out"], values["force"]), as_json)
     else:
-        _print(_collected(find_model(*files, named_model), values), as_json)
+        _print(_collected(find_model(files[0] if files else None, named_model), values), as_json)
 
 
 for _option in command.params:

@@ -17,6 +17,7 @@ from dsmoe_local.base.text import safe_line, safe_text
 from dsmoe_local.cli.configuration import attach, where_from
 
 _INTERRUPTED = 130
+_OFF = frozenset({"", "0", "f", "false", "n", "no", "off"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,8 @@ def load_command(name: str) -> click.Command:
 def run(command: click.Command, program: str) -> int:
     """Run a command line and turn what comes out of it into messages on stderr and an exit code."""
     _open_closed_streams()
-    debug = "--debug" in sys.argv or bool(os.environ.get("DSMOE_DEBUG"))
+    # As click reads variables of flags.
+    debug = "--debug" in sys.argv or os.environ.get("DSMOE_DEBUG", "").strip().lower() not in _OFF
     try:
         result = command.main(prog_name=program, standalone_mode=False)
         sys.stdout.flush()

@@ -265,20 +265,19 @@ def _add(function: F, options: Sequence[Callable[[F], F]]) -> F:
     return function
 
 
-def find_model(*named: str | None) -> Path:
-    """The model that a command names, by argument or -m, as a file or by name; else the demo's, saying so.
+def find_model(argument: str | None = None, named_model: str | None = None) -> Path:
+    """The model that a command names, by an argument or -m, as a file or by name; else the demo's, saying so.
 
     UsageError if none, or if the name is nobody's or several models'; FileError for a path that is no file.
     """
-    words = {name for name in named if name}
-    if len(words) > 1 and not from_command_line("named_model"):
-        # An argument outweighs a -m that a variable or the config file gives.
-        words = {next(name for name in named if name)}
-    if len(words) > 1:
+    # An argument outweighs a -m that a variable or the config file gives.
+    if argument and named_model and argument != named_model and from_command_line("named_model"):
         raise UsageError("two models are named", remedy="give the model once: as an argument, or with -m")
-    if words:
+    if argument:
+        return _model_file(argument)
+    if named_model:
         with told_origin("named_model"):
-            return _model_file(words.pop())
+            return _model_file(named_model)
     demo = demo_folder() / DEMO_MODEL
     if not demo.is_file():
         raise UsageError(

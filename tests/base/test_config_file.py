@@ -171,3 +171,44 @@ def test_a_change_is_that_change_or_nothing(
         assert [line for line in path.read_text().splitlines() if line.startswith("#")] == [
             line for line in layout.splitlines() if line.startswith("#")
         ]
+
+
+def test_nan_is_in_nobodys_way(tmp_path: Path) -> None:
+    """Guards: a file with a nan, which is not even equal to itself, that can never be changed."""
+    path = tmp_path / "config.toml"
+    path.write_text("odd = nan\nlist = [1.5, nan, {x = nan}]\n")
+    ConfigFile(path).set(("chat",), {"temp": 0.5})
+    assert path.read_text() == "odd = nan\nlist = [1.5, nan, {x = nan}]\n\n[chat]\ntemp = 0.5\n"
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    """Guards: "not valid TOML, line 1" for what an editor of Windows has written."""
+    path = tmp_path / "config.toml"
+    path.write_bytes(b"\xef\xbb\xbftemp = 1\n")
+    assert ConfigFile(path).values() == {"temp": 1}
+    ConfigFile(path).set((), {"temp": 2})
+    assert ConfigFile(path).values() == {"temp": 2}
+
+
+@pytest.mark.parametrize(
+    "number", ["9" * 5000, "0x" + "f" * 5000, "9223372036854775808", "-9223372036854775809"]
+)
+@pytest.mark.parametrize("place", ["a = {}", "[a]\nb = [1, {{c = {}}}]"])
+def test_numbers_beyond_64_bits(number: str, place: str, tmp_path: Path) -> None:
+    """Guards: numbers that Python reads, but refuses to print, or does not even read."""
+    path = tmp_path / "config.toml"
+    path.write_text(place.format(number))
+    for use in (ConfigFile(path).values, lambda: ConfigFile(path).set((), {"x": 1})):
+        with pytest.raises(FormatError, match="too large"):
+            use()
+    path.write_text("a = 9223372036854775807\nb = -9223372036854775808\n")
+    assert ConfigFile(path).values() == {"a": 2**63 - 1, "b": -(2**63)}
+
+
+def test_depths_that_one_reader_alone_takes(tmp_path: Path) -> None:
+    """Guards: a RecursionError of the writer for what the reader takes."""
+    path = tmp_path / "config.toml"
+    path.write_text(f"a = {'[' * 200}{']' * 200}\n")
+    assert ConfigFile(path).values()
+    with pytest.raises(FileError, match="laid out"):
+        ConfigFile(path).set((), {"x": 1})

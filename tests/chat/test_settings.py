@@ -152,8 +152,30 @@ def test_any_text_is_read_or_refused(text: str, name: str) -> None:
     words = in_words(settings, name)
     assert "\x1b" not in words
     assert "\n" not in words
-    if words == text or name != "stop":
+    if name != "stop" or words != "none":
+        # Also a stop text, all of it: it may be longer than a line, or not fit to be printed.
         assert get_setting(change(ChatSettings(), name, words), name) == get_setting(settings, name)
+
+
+def test_stop_texts_are_shown_as_they_are_read() -> None:
+    """Guards: words that are cut, or show a picture of a control character, and are read as other texts."""
+    texts = ("\x1b[31m\x7f\x9b\u202e\u2028", "x" * 500, '"\\', "日本 🚀")
+    settings = apply(ChatSettings(), {"reverse-prompt": list(texts)})
+    words = in_words(settings, "stop")
+    assert words.startswith('["\\u001b[31m\\u007f\\u009b\\u202e\\u2028", "xxx')
+    assert words.endswith('"日本 🚀"]')
+    assert change(ChatSettings(), "stop", words) == settings
+
+
+def test_backslashes_in_stop_texts() -> None:
+    """Guards: Python's warning about escapes that it does not know, in the middle of a chat."""
+    read = {
+        "\\n": "\n", "\\8": "\\8", "\\d+\\": "\\d+\\", "\\101": "A", "\\777": "?7", "\\N{BULLET}": "•",
+        "é\\x41": "éA",
+        "\\\\n": "\\n",
+    }  # fmt: skip
+    for text, meant in read.items():
+        assert change(ChatSettings(), "stop", text).stop == (meant,)
 
 
 def test_save_keeps_what_differs(chat: Recorder) -> None:
@@ -187,6 +209,13 @@ def test_presets(chat: Recorder) -> None:
     with pytest.raises(UsageError) as caught:
         chat.set("use clam")
     assert "calm" in caught.value.remedy
+
+
+def test_what_is_no_setting_in_a_preset(chat: Recorder) -> None:
+    """Guards: a preset of which /set use and --preset take different parts."""
+    chat.config.set(("presets", "odd"), {"temp": 0.1, "ctx-size": 7, "temperature": 2})
+    assert chat.set("use odd") == "odd: temperature 0.1"
+    assert chat.said[-2] == "[presets.odd] has what is no setting: ctx-size, temperature"
 
 
 def test_a_preset_that_is_wrong_says_where_it_stands(chat: Recorder) -> None:

@@ -2,68 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import click
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.configured import chat, complaint, write_config
 
-from dsmoe_local.base.config_file import ConfigFile, config_path
+from dsmoe_local.base.config_file import config_path
 from dsmoe_local.base.errors import FormatError, UsageError
-from dsmoe_local.chat.commands.declare import Chat
-from dsmoe_local.chat.commands.settings import COMMANDS as CHAT_COMMANDS
-from dsmoe_local.chat.settings import SETTINGS, ChatSettings, change
-from dsmoe_local.chat.turns import OnFull
+from dsmoe_local.chat.settings import SETTINGS
 from dsmoe_local.cli.configuration import configurable, keys_of, variable
 from dsmoe_local.cli.main import COMMANDS, group, load_command, run
-from dsmoe_local.cli.model_options import find_model, load_engine, sampling_parameters
+from dsmoe_local.cli.model_options import find_model, load_engine
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ALL_LAYERS, ModelOptions
 
 SHARED = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def write_config(text: str) -> None:
-    config_path().parent.mkdir(parents=True, exist_ok=True)
-    config_path().write_text(text, encoding="utf-8")
-
-
-@pytest.fixture(autouse=True)
-def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in os.environ:
-        if name.startswith("DSMOE_"):
-            monkeypatch.delenv(name)
-
-
-@pytest.fixture
-def given_to_chat(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What `dsmoe chat` is called with, in place of the call."""
-    values: dict[str, Any] = {}
-
-    def keep(**options: Any) -> None:
-        values.clear()
-        values.update(options)
-
-    monkeypatch.setattr(load_command("chat"), "callback", keep)
-    return values
-
-
-def chat(*arguments: str) -> None:
-    load_command("chat").main(list(arguments), "dsmoe-chat", standalone_mode=False)
-
-
-def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["dsmoe", *arguments])
-        assert run(group, "dsmoe") in (1, 2)
-    return capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -251,84 +212,13 @@ def test_an_argument_outweighs_the_configured_model(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(
         load_command("chat"),
         "callback",
-        lambda words, named_model, **_: found.append(find_model(*words, named_model)),
+        lambda words, named_model, **_: found.append(find_model(words[0] if words else None, named_model)),
     )
     chat(str(tmp_path / "a.gguf"))
     chat()
     assert [path.name for path in found] == ["a.gguf", "b.gguf"]
     with pytest.raises(UsageError, match="two models"):
         chat(str(tmp_path / "a.gguf"), "-m", str(tmp_path / "b.gguf"))
-
-
-def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, dict[str, Any]]:
-    load_command("config").main([*arguments, "--json"], standalone_mode=False)
-    return {each["key"]: each for each in json.loads(capsys.readouterr().out)["options"]}
-
-
-def test_config_shows_what_chat_gets(
-    given_to_chat: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Guards: a table that says something else than what happens."""
-    write_config(
-        "temp = 0.5\nctx-size = 100\n[chat]\ntop-k = 3\nreverse-prompt = 'x'\npreset = 'p'\n"
-        "[presets.p]\ntop-k = 7\nmin-p = 0.5\n"
-    )
-    monkeypatch.setenv("DSMOE_SEED", "11")
-    monkeypatch.setenv("DSMOE_NO_HISTORY", "1")
-    monkeypatch.setenv("DSMOE_BATCH_SIZE", "many")
-    table = shown(capsys)
-    assert {key: each["source"] for key, each in table.items() if each["source"] != "built-in"} == {
-        "temp": "config",
-        "ctx-size": "config",
-        "reverse-prompt": "config",
-        "preset": "config",
-        "top-k": "preset",
-        "min-p": "preset",
-        "seed": "variable",
-        "no-history": "variable",
-        "batch-size": "variable",
-    }
-    assert table["top-k"]["where"] == f"{config_path()}: [presets.p] top-k"
-    assert table["seed"]["where"] == "DSMOE_SEED"
-    assert "not a valid integer" in table["batch-size"]["error"]
-    monkeypatch.delenv("DSMOE_BATCH_SIZE")
-    chat()
-    for option in configurable(load_command("chat")):
-        if option.expose_value:
-            value = given_to_chat[str(option.name)]
-            plain = list(value) if isinstance(value, tuple) else value
-            assert shown(capsys)[keys_of(option)[0]]["value"] == plain
-
-
-def test_config_as_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards what people see: built-in values, places, escape sequences from the file."""
-    write_config('system = "\\u001b[31mred"\n[presets."\\u009b1m"]\ntemp = 1\n')
-    monkeypatch.setenv("DSMOE_TEMP", "0.25")
-    load_command("config").main(["chat"], standalone_mode=False)
-    text = capsys.readouterr().out
-    lines = [line.split() for line in text.splitlines()]
-    assert ["temp", "0.25", "DSMOE_TEMP"] in lines
-    assert ["top-k", "40", "built-in"] in lines
-    assert ["stats", "off", "built-in"] in lines
-    assert "config file: system" in text
-    assert "\x1b" not in text
-    assert "\x9b" not in text
-    load_command("config").main(["--path"], standalone_mode=False)
-    assert capsys.readouterr().out == f"{config_path()}\n"
-    with pytest.raises(UsageError, match="no command"):
-        load_command("config").main(["chatt"], standalone_mode=False)
-
-
-def test_config_does_not_show_secrets(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Guards: an access token on the screen, or in a report of a bug."""
-    monkeypatch.setenv("DSMOE_TOKEN", "hf_secret")
-    load_command("config").main(["convert"], standalone_mode=False)
-    load_command("config").main(["convert", "--json"], standalone_mode=False)
-    text = capsys.readouterr().out
-    assert "DSMOE_TOKEN" in text
-    assert "secret" not in text
 
 
 @pytest.mark.parametrize(
@@ -358,70 +248,124 @@ def test_a_flag_outweighs_a_configured_rival(
         assert loaded[0].n_cpu_moe == expected
 
 
-def as_set() -> st.SearchStrategy[ChatSettings]:
-    """Settings that /set can make."""
-    values = {
-        "temperature": st.floats(0, 100),
-        "top_k": st.integers(0, 1000),
-        "top_p": st.floats(0, 1),
-        "repeat_penalty": st.floats(0.01, 100),
-        "mirostat": st.integers(0, 2),
-        "mirostat_tau": st.floats(0, 100),
-        "seed": st.one_of(st.just("none"), st.integers(0, 2**32 - 2)),
-        "max_tokens": st.one_of(st.just("none"), st.integers(1, 10_000)),
-        "stop": st.lists(st.text("a 日\"'\n\\é-", min_size=1), max_size=2).map(json.dumps),
-        "on_full": st.sampled_from([each.value for each in OnFull]),
-    }
-
-    def made(chosen: dict[str, Any]) -> ChatSettings:
-        settings = ChatSettings()
-        for name, value in chosen.items():
-            settings = change(settings, name, str(value))
-        return settings
-
-    return st.fixed_dictionaries({}, optional=values).map(made)
+def test_a_flag_is_taken_back(given_to_chat: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a boolean of the file or a variable that the command line cannot undo."""
+    write_config("stats = true\nno-kv-offload = true\n[chat]\nplain = true\n")
+    monkeypatch.setenv("DSMOE_NO_HISTORY", "1")
+    chat()
+    flags = ("stats", "keep_cache", "plain", "no_history")
+    assert [given_to_chat[each] for each in flags] == [True] * 4
+    chat("--no-stats", "--kv-offload", "--no-plain", "--history")
+    assert [given_to_chat[each] for each in flags] == [False] * 4
+    chat("--no-stats", "--stats", "--plain", "--no-plain")
+    assert (given_to_chat["stats"], given_to_chat["plain"]) == (True, False)
 
 
-def settings_of(values: dict[str, Any]) -> ChatSettings:
-    longest = values["max_tokens"]
-    return ChatSettings(
-        sampling_parameters(dict(values)),
-        None if longest == -1 else longest,
-        values["stop"],
-        OnFull(values["on_full"]),
-    )
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_flag_can_be_taken_back_and_help_stays_short(name: str) -> None:
+    """Guards: a flag without a way back; one whose way back is another option; help of twice the length."""
+    command = load_command(name)
+    options = [each for each in command.params if isinstance(each, click.Option)]
+    words = [word for option in options for word in (*option.opts, *option.secondary_opts)]
+    assert len(set(words)) == len(words)
+    for option in configurable(command):
+        assert bool(option.secondary_opts) == option.is_bool_flag
+    with click.Context(command, info_name=name) as context:
+        text = command.get_help(context)
+        assert not [each for option in options for each in option.secondary_opts if f"{each} " in text]
+        # Asked twice it is the same.
+        assert command.get_help(context) == text
 
 
-@SHARED
-@given(
-    first=as_set(),
-    second=as_set(),
-    above=st.sampled_from(["", "temp = 0.25\ntop-k = 9\non-full = 'shift'\n", "seed = 3\n"]),
-)
-def test_what_set_saves_is_what_the_next_chat_begins_with(
-    first: ChatSettings, second: ChatSettings, above: str, given_to_chat: dict[str, Any]
+def test_a_preset_gives_settings_alone(
+    given_to_chat: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards /set save and presets: a value that is not read again as it was, or one that stays behind."""
-    write_config(above)
-    here = SimpleNamespace(
-        conversation=SimpleNamespace(settings=first),
-        config=ConfigFile(config_path()),
-        screen=SimpleNamespace(notice=lambda text: None),
-    )
-    run_set = CHAT_COMMANDS["set"].run
-    run_set(cast(Chat, here), "save")
+    """Guards: keys of a preset that are called no option, and obeyed."""
+    write_config("[presets.p]\nmodel = 'nobody'\njson = true\ntemp = 0.1\n[chat]\nctx-size = 7\n")
+    chat("--preset", "p")
+    assert given_to_chat["temperature"] == 0.1
+    assert given_to_chat["named_model"] is None
+    assert given_to_chat["as_json"] is False
+    notes = capsys.readouterr().err
+    assert "'model' in [presets.p] is no option" in notes
+
+
+def test_help_needs_no_preset(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: no help behind --preset while the file is broken, or has no such preset."""
+    for config in ("broken = = 1", ""):
+        write_config(config)
+        monkeypatch.setattr(sys, "argv", ["dsmoe", "chat", "--preset", "x", "--help"])
+        assert run(group, "dsmoe") == 0
+        assert "--temp" in capsys.readouterr().out
+    assert "no preset 'x'" in complaint(capsys, "chat", "--preset", "x", "-p", "y")
+
+
+def test_a_wrong_argument_is_not_blamed_on_the_variable(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: "from DSMOE_MODEL" for a model that was typed."""
+    monkeypatch.setenv("DSMOE_MODEL", "also-nobody")
+    for arguments in (["chat", "nobody", "-p", "x"], ["eval", "nobody"], ["imatrix", "nobody", "-o", "x"]):
+        error = complaint(capsys, *arguments)
+        assert "'nobody'" in error
+        assert "DSMOE_MODEL" not in error
+    assert "from DSMOE_MODEL" in complaint(capsys, "imatrix", "-o", "x")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [("0", False), ("no", False), (" ", False), ("1", True), ("yes", True)]
+)
+def test_the_variable_of_debug(
+    value: str, shown: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: DSMOE_DEBUG=0 that switches tracebacks on."""
+    monkeypatch.setenv("DSMOE_DEBUG", value)
+    error = complaint(capsys, "inspect", "nobody")
+    assert ("Traceback" in error) == shown
+
+
+def test_a_window_is_no_context(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: another perplexity of the same model, since conversations have a context of another size."""
+    seen: list[Any] = []
+    for name in ("eval", "imatrix", "bench"):
+        monkeypatch.setattr(load_command(name), "callback", lambda **values: seen.append(values["n_context"]))
+    for config in (
+        "ctx-size = 4096",
+        "[eval]\nctx-size = 256\n[imatrix]\nctx-size = 256\n[bench]\nctx-size = 256\n",
+    ):
+        write_config(config)
+        for name in ("eval", "imatrix", "bench"):
+            load_command(name).main(["m"], standalone_mode=False)
+    monkeypatch.setenv("DSMOE_CTX_SIZE", "128")
+    load_command("eval").main(["m"], standalone_mode=False)
+    assert seen == [None, None, None, 256, 256, 256, 128]
+
+
+def test_a_folder_with_a_nul(capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: Python's own error for a path that no system takes."""
+    write_config('models-folder = "a\\u0000b"\n')
+    for arguments in (["models"], ["chat", "nobody", "-p", "x"], ["config"]):
+        assert "config.toml: models-folder" in complaint(capsys, *arguments)
+    write_config('log-file = "a\\u0000b"\n')
+    assert "config.toml: log-file" in complaint(capsys, "chat", "-p", "x")
+
+
+@pytest.mark.parametrize("flag", ["--json", "--schema"])
+def test_what_is_for_one_answer_does_not_hinder_a_chat(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: no chat at all, since a variable says what single answers look like."""
+    terminal = SimpleNamespace(isatty=lambda: True)
+    monkeypatch.setattr("dsmoe_local.cli.chat.sys", SimpleNamespace(stdin=terminal, stdout=terminal))
+    monkeypatch.setattr("dsmoe_local.cli.prompt_input.one_prompt", lambda *_: None)
+    monkeypatch.setattr("dsmoe_local.cli.chat.find_model", lambda *_: Path("m.gguf"))
+    monkeypatch.setattr("dsmoe_local.cli.chat.load_engine", lambda *_: nullcontext())
+    chats: list[object] = []
+    monkeypatch.setattr("dsmoe_local.cli.chat._converse", lambda *arguments: chats.append(arguments))
+    value = ["none.json"] if flag == "--schema" else []
+    with pytest.raises(UsageError, match=f"^{flag} is for one answer"):
+        chat(flag, *value)
+    monkeypatch.setenv(variable(flag[2:]), *(value or ["1"]))
     chat()
-    assert settings_of(given_to_chat) == first
-    here.conversation.settings = second
-    run_set(cast(Chat, here), "save")
-    run_set(cast(Chat, here), "save mine")
+    write_config(f"{flag[2:]} = {'true' if flag == '--json' else repr(value[0])}")
+    monkeypatch.delenv(variable(flag[2:]))
     chat()
-    assert settings_of(given_to_chat) == second
-    here.conversation.settings = ChatSettings()
-    run_set(cast(Chat, here), "save")
-    chat()
-    assert settings_of(given_to_chat) == ChatSettings()
-    chat("--preset", "mine")
-    assert settings_of(given_to_chat) == second
-    run_set(cast(Chat, here), "use mine")
-    assert here.conversation.settings == second
+    assert len(chats) == 2

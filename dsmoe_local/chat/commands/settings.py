@@ -5,27 +5,28 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 from dsmoe_local.base.config_file import Value
 from dsmoe_local.base.errors import DsmoeError, UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.chat.commands.declare import Chat, Command, Commands
 from dsmoe_local.chat.settings import (
+    PRESETS,
     SETTINGS,
     ChatSettings,
+    Preset,
     apply,
     as_value,
     change,
     get_setting,
     in_words,
+    presets_of,
     setting_name,
     setting_rows,
 )
 
 _DEFAULTS = ChatSettings()
 _SECTION = "chat"
-_PRESETS = "presets"
 _PRESET_NAME = re.compile(r"[\w.+-]{1,40}")
 _NOT_OF_A_PRESET = ("seed", "max_tokens", "stop", "on_full")
 
@@ -73,7 +74,7 @@ def _save_preset(chat: Chat, name: str, settings: ChatSettings) -> None:
     kept = [each for each in SETTINGS if each not in _NOT_OF_A_PRESET or _differs(settings, each)]
     changes: dict[str, Value | None] = {setting.key: None for setting in SETTINGS.values()}
     changes |= {SETTINGS[each].key: as_value(settings, each) for each in kept}
-    chat.config.set((_PRESETS, name), changes)
+    chat.config.set((PRESETS, name), changes)
     done = "replaced" if name in known else "saved"
     chat.screen.notice(f"the preset {name} is {done}: /set use {name}, or --preset {name}")
 
@@ -84,18 +85,21 @@ def _use(chat: Chat, name: str) -> None:
         listed = ", ".join(safe_line(each, 40) for each in presets)
         chat.screen.notice(f"presets: {listed}" if listed else "there are no presets yet: /set save NAME")
         return
-    values = presets.get(name)
-    if values is None:
+    preset = presets.get(name)
+    if preset is None:
         near = difflib.get_close_matches(name, presets, n=1)
         raise UsageError(
             f"there is no preset {safe_line(name, 40)!r}",
             remedy=f"did you mean {near[0]}?" if near else "/set use lists them, /set save NAME makes one",
         )
     try:
-        settings = apply(chat.conversation.settings, values)
+        settings = apply(chat.conversation.settings, preset.values)
     except UsageError as error:
-        where = f"{chat.config.path}: [{_PRESETS}.{name}]"
+        where = f"{chat.config.path}: [{PRESETS}.{name}]"
         raise UsageError(error.what, where=where, remedy=error.remedy) from error
+    if preset.unknown:
+        listed = ", ".join(safe_line(each, 40) for each in preset.unknown)
+        chat.screen.notice(f"[{PRESETS}.{safe_line(name, 40)}] has what is no setting: {listed}")
     before, chat.conversation.settings = chat.conversation.settings, settings
     changed = [each for each in SETTINGS if get_setting(settings, each) != get_setting(before, each)]
     shown = ", ".join(f"{each} {in_words(settings, each)}" for each in changed) or "nothing changes"
@@ -117,11 +121,8 @@ def _differs(settings: ChatSettings, name: str) -> bool:
     return bool(get_setting(settings, name) != get_setting(_DEFAULTS, name))
 
 
-def _presets(chat: Chat) -> Mapping[str, Mapping[str, Any]]:
-    presets = chat.config.values().get(_PRESETS, {})
-    if not isinstance(presets, dict):
-        return {}
-    return {name: values for name, values in presets.items() if isinstance(values, dict)}
+def _presets(chat: Chat) -> Mapping[str, Preset]:
+    return presets_of(chat.config.values())
 
 
 _ACTIONS: Mapping[str, Callable[[Chat, str], None]] = {"save": _save, "use": _use, "reset": _reset}
