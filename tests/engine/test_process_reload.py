@@ -242,6 +242,18 @@ def test_an_end_that_comes_before_the_load(
         assert client.observe("loaded")["n_context"] == 77
 
 
+def test_a_reload_that_was_given_up_before_its_turn() -> None:
+    """Guards: a healthy process, and what its cache holds, closed for a load that nobody wants any more."""
+    with load() as client:
+        with client._starting:
+            wait = in_thread(lambda: client.reload(OPTIONS))
+            while not client._calls:
+                pass
+            client.cancel_all()
+        assert isinstance(wait(), InterruptedRunError)
+        assert client.alive
+
+
 def test_an_end_is_of_what_was_asked_before() -> None:
     """Guards: a kill that also ends what comes after it."""
     with load() as client:
