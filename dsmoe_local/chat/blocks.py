@@ -26,7 +26,7 @@ def content(text: str) -> str | None:
         return ""
     if first != MARK:
         return None
-    return (rest if is_open(text) else rest.removesuffix(MARK)).strip("\n")
+    return (rest if is_open(text) else rest.rstrip().removesuffix(MARK)).strip("\n")
 
 
 def quoted(text: str) -> str:

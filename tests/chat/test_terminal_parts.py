@@ -14,7 +14,7 @@ from dsmoe_local.base.errors import FileError
 from dsmoe_local.chat.commands.declare import Chat, Command
 from dsmoe_local.chat.terminal import clipboard
 from dsmoe_local.chat.terminal.completion import choices
-from dsmoe_local.chat.terminal.editor import edit_text
+from dsmoe_local.chat.terminal.editor import Editor
 from dsmoe_local.chat.terminal.mailbox import Mailbox
 from dsmoe_local.chat.terminal.status import Status, bar, shorten
 
@@ -119,7 +119,7 @@ def test_no_editor(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(FileError, match="there is no editor"):
-        edit_text("text")
+        Editor().edit("text")
 
 
 def test_the_mailbox_keeps_the_order() -> None:

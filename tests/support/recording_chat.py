@@ -53,7 +53,7 @@ class RecordingChat:
         self.experts = RecordingExperts()
         self.session = None
 
-    def show_reply(self, action: Callable[[Conversation], Iterable[Event]]) -> None:
+    def show_reply(self, action: Callable[[Conversation], Iterable[Event]], after: str = "") -> None:
         list(action(self.conversation))
 
     def say(self, text: str) -> None:

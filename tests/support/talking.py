@@ -26,10 +26,12 @@ class TalkingScreen(ShowingScreen):
     def __init__(self) -> None:
         super().__init__()
         self.replies: list[str] = []
+        self.went_on: list[str] = []  # what each of them was a continuation of
 
     @contextmanager
-    def reply(self) -> Iterator[TalkingScreen]:
+    def reply(self, after: str = "") -> Iterator[TalkingScreen]:
         self.replies.append("")
+        self.went_on.append(after)
         yield self
 
     def progress(self, done: int, total: int) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.text import Text
 
 from dsmoe_local.base.errors import DsmoeError, UsageError
+from dsmoe_local.chat import blocks
 from dsmoe_local.chat.commands.declare import Command
 from dsmoe_local.chat.terminal.completion import choices
 from dsmoe_local.chat.terminal.open import open_terminal
@@ -108,6 +109,8 @@ class ScriptedChat:
         try:
             if text.startswith("/") and name in self.commands:
                 self.commands[name].run(None, rest)  # type: ignore[arg-type]
+            elif (message := blocks.content(text)) is not None:
+                self._say(message)
             elif text.strip():
                 self._say(text)
         except DsmoeError as error:

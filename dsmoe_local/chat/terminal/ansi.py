@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterable, Sequence
 
 from rich.cells import cell_len
@@ -18,11 +17,6 @@ from dsmoe_local.base.text import safe_line, safe_text
 
 _NOTICE_LIMIT = 400
 _NARROWEST_NAME = 14
-
-
-def wants_colour() -> bool:
-    """Whether the environment lets a terminal have colours."""
-    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
 def render_lines(renderable: RenderableType, width: int, *, colour: bool, styles: bool = True) -> list[str]:

@@ -7,34 +7,70 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 from dsmoe_local.base.errors import FileError
 
 _USUAL = ("sensible-editor", "nano", "vim", "vi", "emacs")
+_GRACE = 0.5  # seconds for an editor that is to end
 
 
-def edit_text(text: str) -> str | None:
-    """Have `text` changed; None if the editor failed or nothing was saved. FileError without an editor."""
-    command = _editor()
-    with tempfile.TemporaryDirectory(prefix="dsmoe-") as folder:
-        path = Path(folder, "message.md")
-        path.write_text(f"{text}\n", encoding="utf-8", errors="replace")
-        before = path.stat()
+class Editor:
+    """The user's editor, at work on one text."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ended = False
+
+    def edit(self, text: str) -> str | None:
+        """Have `text` changed; None if the editor failed or nothing was saved.
+
+        FileError without an editor, or where there is no room for the text.
+        """
+        command = _editor()
         try:
-            status = subprocess.run([*command, str(path)], check=False).returncode
+            content = self._changed(command, text)
+        except OSError as error:
+            raise FileError(
+                f"the text cannot be given to the editor: {error.strerror or error}",
+                where=error.filename or tempfile.gettempdir(),
+            ) from error
+        try:
+            return None if content is None else content.decode().replace("\r\n", "\n").rstrip("\n")
+        except UnicodeDecodeError as error:
+            raise FileError("the edited text is not UTF-8", remedy="save it as UTF-8") from error
+
+    def end(self) -> None:
+        """End the editor, whether it likes it or not: `edit` gives None then. From any thread."""
+        self._ended = True
+        if (process := self._process) is not None:
+            process.terminate()
+            killing = threading.Timer(_GRACE, process.kill)
+            killing.daemon = True
+            killing.start()
+
+    def _changed(self, command: list[str], text: str) -> bytes | None:
+        with tempfile.TemporaryDirectory(prefix="dsmoe-", ignore_cleanup_errors=True) as folder:
+            path = Path(folder, "message.md")
+            path.write_text(f"{text}\n", encoding="utf-8", errors="replace")
+            before = path.stat()
+            status = self._run([*command, str(path)])
+            try:
+                after, content = path.stat(), path.read_bytes()
+            except OSError:
+                return None
+        saved = (after.st_mtime_ns, after.st_ino) != (before.st_mtime_ns, before.st_ino)
+        return content if status == 0 and saved else None
+
+    def _run(self, command: list[str]) -> int:
+        try:
+            self._process = subprocess.Popen(command)
         except OSError as error:
             raise FileError(f"the editor does not start: {error.strerror}", where=command[0]) from error
-        try:
-            after, content = path.stat(), path.read_bytes()
-        except OSError:
-            return None
-        if status != 0 or (after.st_mtime_ns, after.st_ino) == (before.st_mtime_ns, before.st_ino):
-            return None
-    try:
-        return content.decode().replace("\r\n", "\n").rstrip("\n")
-    except UnicodeDecodeError as error:
-        raise FileError("the edited text is not UTF-8", remedy="save it as UTF-8") from error
+        if self._ended:  # before there was anything to end
+            self.end()
+        return self._process.wait()
 
 
 def _editor() -> list[str]:

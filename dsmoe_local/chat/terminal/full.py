@@ -20,6 +20,7 @@ from dsmoe_local.base.errors import DsmoeError, FileError, InterruptedRunError
 from dsmoe_local.chat.terminal import ansi
 from dsmoe_local.chat.terminal.clipboard import copy_with_tool, osc_52
 from dsmoe_local.chat.terminal.completion import Complete, nothing
+from dsmoe_local.chat.terminal.environment import wants_colour
 from dsmoe_local.chat.terminal.interface import Interface
 from dsmoe_local.chat.terminal.output import terminal_size
 from dsmoe_local.chat.terminal.reply import MarkdownText, RawText
@@ -52,7 +53,7 @@ class FullTerminal:
         *,
         markdown: bool = True,
     ) -> None:
-        self.colour = ansi.wants_colour()
+        self.colour = wants_colour()
         self._markdown = markdown
         self._inputs: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._signal = 0
@@ -80,8 +81,8 @@ class FullTerminal:
         """Read inputs until the user leaves, or `take` says so.
 
         `take` deals with one input, in the worker, and returns whether the chat goes on; what it raises is
-        raised here. `cancel` stops what it does, `kill` ends an engine that does not stop: any thread calls
-        them. Raises InterruptedRunError for SIGTERM and SIGHUP, with the terminal as it was.
+        raised here. `cancel` stops what it does, at once, `kill` ends an engine that does not stop: any
+        thread calls them. Raises InterruptedRunError for SIGTERM and SIGHUP, with the terminal as it was.
         """
         self._interface.cancel, self._interface.kill = cancel, kill
         worker = threading.Thread(target=self._work, args=(take,), name="chat", daemon=True)
@@ -126,9 +127,9 @@ class FullTerminal:
         self._interface.mailbox.post(lambda: self._interface.stage.show_panel(renderable))
 
     @contextmanager
-    def reply(self) -> Iterator[ReplyView]:
-        """A reply that begins; it is complete on the screen when the context ends."""
-        text = MarkdownText(colour=self.colour) if self._markdown else RawText()
+    def reply(self, after: str = "") -> Iterator[ReplyView]:
+        """A reply that begins, going on with `after`; it is complete on the screen when the context ends."""
+        text = MarkdownText(colour=self.colour, after=after) if self._markdown else RawText()
         stage = self._interface.stage
         self._interface.mailbox.post(lambda: self._interface.begin_reply(text))
         try:
@@ -198,7 +199,7 @@ class FullTerminal:
     def _signals_handled(self) -> Iterator[None]:
         def handle(number: int, frame: FrameType | None) -> None:
             self._signal = number
-            self._interface.mailbox.post(self._interface.leave_now)
+            self._interface.mailbox.urge(self._interface.leave_now)
 
         before = [signal.signal(number, handle) for number in _SIGNALS]
         try:

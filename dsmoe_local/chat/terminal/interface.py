@@ -6,30 +6,30 @@ All of it belongs to that thread; others hand it actions through the mailbox.
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from prompt_toolkit.application import Application, in_terminal
+from prompt_toolkit.application import Application
 from prompt_toolkit.buffer import Buffer
 from prompt_toolkit.document import Document
 from prompt_toolkit.filters import is_searching
+from prompt_toolkit.input.typeahead import store_typeahead
 from prompt_toolkit.output import ColorDepth
 from prompt_toolkit.search import stop_search
 
 from dsmoe_local.base.errors import FileError
 from dsmoe_local.base.text import safe_line
+from dsmoe_local.chat import blocks
 from dsmoe_local.chat.terminal.ansi import error_message, render_lines
 from dsmoe_local.chat.terminal.completion import Complete
-from dsmoe_local.chat.terminal.editor import edit_text
 from dsmoe_local.chat.terminal.history import open_history
+from dsmoe_local.chat.terminal.jobs import Jobs
 from dsmoe_local.chat.terminal.keys import key_bindings
 from dsmoe_local.chat.terminal.layout import STYLE, ChatLayout
+from dsmoe_local.chat.terminal.lending import Lending
 from dsmoe_local.chat.terminal.mailbox import Action, Mailbox
 from dsmoe_local.chat.terminal.output import TerminalOutput, habits
 from dsmoe_local.chat.terminal.renderer import InlineRenderer
@@ -37,15 +37,15 @@ from dsmoe_local.chat.terminal.reply import ReplyText
 from dsmoe_local.chat.terminal.stage import Stage
 from dsmoe_local.chat.terminal.status import Status, bar, shorten
 from dsmoe_local.chat.terminal.threads import await_thread
+from dsmoe_local.chat.terminal.waiting import keys_waiting
 
 _PATIENCE = 1.0  # seconds from the first Ctrl-C to what the second one does
+_CANCEL_AGAIN = 0.25  # seconds
 _GRACE = 3.0  # seconds that a signal leaves to a running reply
 _SILENCE = 0.5  # seconds without a word that are not worth one
-_MOST_QUEUED_SHOWN = 3
 _MANY_LINES = 20  # what is more than an input shows at once
+_BLOCK_OPEN = f"block open: {blocks.MARK} on a line of its own closes it"
 _ESCAPE_SECONDS = 0.1  # what follows an Esc within that time belongs to it
-
-_T = TypeVar("_T")
 
 
 class ChatApplication(Application[None]):
@@ -72,14 +72,10 @@ class Interface:
         self._colour = colour
         self.cancel: Action = _nothing
         self.kill: Action = _nothing
-        self._busy = False
-        self._job = 0
-        self._interrupted_at: float | None = None
-        self._leaving = False
-        self._hidden = False
+        self._jobs = Jobs(self._begin)
+        self._mark_pasted = False  # what the input begins with is no mark of a block
         self._hint = ""
         self._question: tuple[str, Future[bool]] | None = None
-        self._queued: list[str] = []
         self._layout = ChatLayout(
             history=open_history(history_path),
             complete=complete,
@@ -87,7 +83,7 @@ class Interface:
             bar=lambda columns: bar(state(), columns),
             question=lambda: "" if self._question is None else self._question[0],
         )
-        self._layout.input.on_text_changed += lambda _: self._clear_hint()
+        self._layout.input.on_text_changed += lambda _: self._typed()
         output = TerminalOutput(gone=self.leave_now)
         self.app = ChatApplication(
             layout=self._layout.layout,
@@ -106,12 +102,16 @@ class Interface:
         self.stage = Stage(renderer.print_above, output.get_size, colour=colour)
         renderer.top = self.stage.top
         self.mailbox = Mailbox(self.stage.feed, self.app.invalidate)
+        self._lending = Lending(self.app, self.mailbox, back=self._returned, redraw=self._draw_anew)
 
     # What runs in the thread that draws.
 
     def run(self) -> None:
         """Read keys until the user leaves. EOFError: the terminal has gone away."""
-        self.app.run(pre_run=self._start_loop, set_exception_handler=False)
+        # Raw from now on: an Enter must not become another key before the application begins to read.
+        with self.app.input.raw_mode():
+            store_typeahead(self.app.input, keys_waiting(self.app.input.fileno()))
+            self.app.run(pre_run=self._start_loop, set_exception_handler=False)
 
     def print_now(self, text: str) -> None:
         """Print lines while nothing is drawn: before and after `run`."""
@@ -130,12 +130,11 @@ class Interface:
 
     def idle(self, goes_on: bool) -> None:
         """What was sent is dealt with."""
-        self._busy = False
-        self._interrupted_at = None
-        if self._leaving or not goes_on:
+        if not goes_on:
+            self._jobs.leave()
+        self._jobs.done()
+        if self._jobs.leaving:
             self._exit()
-        elif self._queued:
-            self._begin(self._queued.pop(0))
 
     def fail(self, error: BaseException) -> None:
         """End the chat with `error`."""
@@ -153,13 +152,13 @@ class Interface:
     def edit(self, text: str, result: Future[str | None]) -> None:
         """Have a text edited, for another thread."""
 
-        async def work() -> None:
+        async def use() -> None:
             try:
-                result.set_result(await self._edit(text))
+                result.set_result(await self._lending.edit(text))
             except FileError as error:
                 result.set_exception(error)
 
-        self._do(work())
+        self._lending.lend(use)
 
     def write(self, sequence: str) -> None:
         """Write codes for the terminal."""
@@ -168,15 +167,17 @@ class Interface:
 
     def leave_now(self) -> None:
         """Leave for a signal, or because the terminal is gone: a running reply gets a little time to end."""
-        self._queued.clear()
+        first = not self._jobs.leaving
+        self._jobs.leave()
         self.answer(yes=False)
-        if not self._busy:
+        self._lending.demand()
+        if not self._jobs.busy and not self._lending.away:
             self._exit()
-        elif not self._leaving:
-            self._in_thread(self.cancel)
-            self._later(_GRACE, self._in_thread, self.kill)
+        elif first:
+            if self._jobs.busy:
+                self._cancel_job(self._jobs.number)
+                self._later(_GRACE, self._kill_job, self._jobs.number)
             self._later(2 * _GRACE, self._exit)
-        self._leaving = True
 
     # What keys do.
 
@@ -191,21 +192,37 @@ class Interface:
         return self._question is not None
 
     @property
+    def away(self) -> bool:
+        """Whether keys are another program's."""
+        return self._lending.away
+
+    @property
     def n_queued(self) -> int:
         """How many messages wait for the reply to end."""
-        return len(self._queued)
+        return self._jobs.n_waiting
+
+    @property
+    def block_is_open(self) -> bool:
+        """Whether the input is a block that is not closed yet."""
+        return not self._mark_pasted and blocks.is_open(self.input.text)
+
+    def paste(self, text: str) -> None:
+        """Text that was pasted into the input."""
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+        begins = self.input.cursor_position == 0 and text.startswith(blocks.MARK)
+        self.input.insert_text(text)
+        self._mark_pasted |= begins
 
     def enter(self) -> None:
         """Send the input, or have it wait for its turn."""
+        if self._mark_pasted and blocks.content(self.input.text) is not None:
+            self.input.document = Document(blocks.quoted(self.input.text))
         text = self.input.text
         if text.strip():
             self.input.append_to_history()
         self._empty_input()
         self._hint = ""
-        if not self._busy:
-            self._begin(text)
-        elif text.strip() and not self._leaving:
-            self._queued.append(text)
+        self._jobs.add(text)
 
     def answer_typed(self) -> None:
         """Answer with what was typed: y or yes is yes."""
@@ -221,12 +238,12 @@ class Interface:
             answer.set_result(yes)
 
     def interrupt(self) -> None:
-        """Ctrl-C: say no; stop the reply; end an engine that does not stop; clear the input."""
-        if self._hidden:
-            return
+        """Ctrl-C: say no; stop the reply, and what waits is to be edited; end an engine that does not stop;
+        clear the input.
+        """
         if self.asked:
             self.answer(yes=False)
-        elif self._busy:
+        elif self._jobs.busy:
             self._stop()
         else:
             self._empty_input()
@@ -234,12 +251,10 @@ class Interface:
 
     def leave(self) -> None:
         """Ctrl-D: leave, once the running reply is stopped and kept."""
-        if not self._busy:
+        self._jobs.leave()
+        if not self._jobs.busy:
             self._exit()
-            return
-        self._leaving = True
-        self._queued.clear()
-        if self._interrupted_at is None:
+        elif self._jobs.stopping_since is None:
             self._stop()
 
     def complete(self) -> None:
@@ -248,14 +263,14 @@ class Interface:
 
     def take_back(self) -> None:
         """The last message that waits becomes the input again."""
-        self.input.document = Document(self._queued.pop())
+        self.input.document = Document(self._jobs.take_back())
 
     def open_editor(self) -> None:
         """Have the input edited."""
 
-        async def work() -> None:
+        async def use() -> None:
             try:
-                text = await self._edit(self.input.text)
+                text = await self._lending.edit(self.input.text)
             except FileError as error:
                 columns = self.app.output.get_size().columns
                 lines = render_lines(error_message(error), columns, colour=self._colour)
@@ -263,22 +278,12 @@ class Interface:
             else:
                 if text is not None:
                     self.input.document = Document(text)
-            self.app.invalidate()
 
-        self._do(work())
+        self._lending.lend(use)
 
     def suspend(self) -> None:
         """Ctrl-Z: stop, as a job of the shell; drawn again when it goes on."""
-
-        async def work() -> None:
-            loop = asyncio.get_running_loop()
-            async with self._free_terminal():
-                # Drawn again in any case: the signal that lets it go on is not for `_come_back`.
-                loop.remove_signal_handler(signal.SIGCONT)
-                os.kill(0, signal.SIGTSTP)
-                loop.add_signal_handler(signal.SIGCONT, self._come_back)
-
-        self._do(work())
+        self._lending.lend(self._lending.stop_as_job)
 
     def clear_screen(self) -> None:
         """Ctrl-L."""
@@ -287,49 +292,58 @@ class Interface:
     # The rest is nobody else's.
 
     def _begin(self, text: str) -> None:
-        self._busy = True
-        self._job += 1
         if text.strip():
             self.stage.echo(text)
         self._send(text)
 
+    def _typed(self) -> None:
+        self._hint = ""
+        if not self.input.text.startswith(blocks.MARK):
+            self._mark_pasted = False
+
     def _empty_input(self) -> None:
         self.input.reset()
+        self._mark_pasted = False
         # Now, not with the next drawing: the next key may be Up.
         self.input.load_history_if_not_yet_loaded()
 
     def _stop(self) -> None:
-        now = time.monotonic()
-        if self._interrupted_at is None:
-            self._interrupted_at = now
-            self._in_thread(self.cancel)
+        jobs, now = self._jobs, time.monotonic()
+        if jobs.stopping_since is None:
+            jobs.stopping_since = now
+            if jobs.n_waiting:
+                self.input.document = Document(jobs.take_all_back(self.input.text))
+            self._cancel_job(jobs.number)
         else:
             # Pressed twice in a hurry, it means the same as once if once is enough.
-            self._later(max(0.0, self._interrupted_at + _PATIENCE - now), self._kill_job, self._job)
+            wait = max(0.0, jobs.stopping_since + _PATIENCE - now)
+            self._later(wait, self._kill_job, jobs.number)
+
+    def _cancel_job(self, job: int) -> None:
+        """In this thread, where no other job can begin meanwhile, and as long as this one has not ended:
+        it may not have begun what there is to cancel.
+        """
+        if self._jobs.busy and self._jobs.number == job:
+            self.cancel()
+            self._later(_CANCEL_AGAIN, self._cancel_job, job)
 
     def _kill_job(self, job: int) -> None:
-        if self._busy and self._job == job:
+        if self._jobs.busy and self._jobs.number == job:
             self._in_thread(self.kill)
 
     def _exit(self) -> None:
         if self.app.is_running and not self.app.is_done:
             self.app.exit()
 
-    def _clear_hint(self) -> None:
-        self._hint = ""
-
     def _state_lines(self, columns: int) -> list[str]:
-        lines = [self.stage.state] if self.stage.state else []
-        if self._leaving:
-            lines = ["leaving …"]
-        elif self._interrupted_at is not None:
-            lines = ["stopping …  Ctrl-C again ends the engine; it starts anew with the next message"]
-        shown = self._queued[:_MOST_QUEUED_SHOWN]
-        lines += [f"queued: {text.strip()}" for text in shown]
-        if len(self._queued) > len(shown):
-            lines.append(f"queued: {len(self._queued) - len(shown)} more")
+        jobs = self._jobs
+        silent = jobs.leaving or jobs.stopping_since is not None
+        lines = [self.stage.state] if self.stage.state and not silent else []
+        lines += jobs.lines()
         if self._hint:
             lines.append(self._hint)
+        if self.block_is_open:
+            lines.append(_BLOCK_OPEN)
         n_lines = self.input.document.line_count
         if n_lines > _MANY_LINES:
             lines.append(f"{n_lines} lines")
@@ -338,36 +352,20 @@ class Interface:
     def _start_loop(self) -> None:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._on_exception)
-        loop.add_signal_handler(signal.SIGCONT, self._come_back)
+        self._lending.start()
         self.mailbox.start(loop)
 
     def _on_exception(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         self.fail(context.get("exception") or RuntimeError(str(context.get("message"))))
 
-    def _come_back(self) -> None:
-        """Somebody else had the terminal: what is on it now is not known."""
-        if not self._hidden:
-            self._renderer.reset()
-            self.app.invalidate()
+    def _draw_anew(self) -> None:
+        self._renderer.reset()
+        self.app.invalidate()
 
-    async def _edit(self, text: str) -> str | None:
-        async with self._free_terminal():
-            return await await_thread(lambda: edit_text(text))
-
-    @asynccontextmanager
-    async def _free_terminal(self) -> AsyncIterator[None]:
-        """The terminal is for another program's use; what is to be printed waits."""
-        self._hidden = True
-        self.mailbox.pause(True)
-        try:
-            async with in_terminal():
-                yield
-        finally:
-            self._hidden = False
-            self.mailbox.pause(False)
-
-    def _do(self, work: Coroutine[Any, Any, None]) -> None:
-        self.app.create_background_task(work)
+    def _returned(self) -> None:
+        if self._jobs.leaving and not self._jobs.busy:
+            self._exit()
+        self.app.invalidate()
 
     def _later(self, seconds: float, function: Callable[..., object], *arguments: object) -> None:
         asyncio.get_running_loop().call_later(seconds, function, *arguments)
@@ -378,7 +376,7 @@ class Interface:
         async def work() -> None:
             await await_thread(function)
 
-        self._do(work())
+        self.app.create_background_task(work())
 
 
 def _nothing() -> None:

@@ -8,9 +8,8 @@ from typing import Protocol
 from prompt_toolkit.buffer import Buffer
 from prompt_toolkit.filters import Always, Condition, Filter, is_searching
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.keys import Keys
 from prompt_toolkit.search import stop_search
-
-_BLOCK = '"""'
 
 
 class Actions(Protocol):
@@ -21,7 +20,12 @@ class Actions(Protocol):
     @property
     def asked(self) -> bool: ...
     @property
+    def away(self) -> bool: ...
+    @property
     def n_queued(self) -> int: ...
+    @property
+    def block_is_open(self) -> bool: ...
+    def paste(self, text: str) -> None: ...
     def enter(self) -> None: ...
     def answer(self, yes: bool) -> None: ...
     def answer_typed(self) -> None: ...
@@ -52,6 +56,9 @@ def key_bindings(actions: Actions) -> KeyBindings:
         ("enter", asked, actions.answer_typed),
         ("c-d", asked, lambda: actions.answer(yes=False)),
         ("<sigint>", Always(), lambda: _interrupt(actions)),
+        # What prompt_toolkit has on these throws the input away.
+        ("c-o", Always(), _do_nothing),
+        ("escape #", Always(), _do_nothing),
         ("c-z", Always(), actions.suspend),
         ("c-l", Always(), actions.clear_screen),
     )
@@ -64,22 +71,33 @@ def key_bindings(actions: Actions) -> KeyBindings:
     keys = KeyBindings()
     for rows, at_once in ((table, False), (eager, True)):
         for names, condition, act in rows:
-            keys.add(*names.split(), filter=condition, eager=at_once)(_handler(act))
+            keys.add(*names.split(), filter=condition, eager=at_once)(_handler(actions, act))
+
+    @keys.add(Keys.BracketedPaste, filter=typing)
+    def paste(event: KeyPressEvent) -> None:
+        actions.paste(event.data)
+
     return keys
 
 
-def _handler(act: Callable[[], object]) -> Callable[[KeyPressEvent], None]:
+def _handler(actions: Actions, act: Callable[[], object]) -> Callable[[KeyPressEvent], None]:
     def handle(event: KeyPressEvent) -> None:
-        act()
+        # Keys that came together with the one that gave the terminal away.
+        if not actions.away:
+            act()
 
     return handle
+
+
+def _do_nothing() -> None:
+    return None
 
 
 def _enter(actions: Actions) -> None:
     buffer = actions.input
     if buffer.complete_state is not None and buffer.complete_state.current_completion is not None:
         buffer.complete_state = None
-    elif block_is_open(buffer.text):
+    elif actions.block_is_open:
         buffer.newline(copy_margin=False)
     else:
         actions.enter()
@@ -90,8 +108,3 @@ def _interrupt(actions: Actions) -> None:
         stop_search()
     else:
         actions.interrupt()
-
-
-def block_is_open(text: str) -> bool:
-    '''Whether `text` begins with """ and does not end with another one.'''
-    return text.startswith(_BLOCK) and (len(text) < 2 * len(_BLOCK) or not text.endswith(_BLOCK))

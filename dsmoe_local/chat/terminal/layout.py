@@ -75,6 +75,8 @@ class ChatLayout:
             name="input",
             multiline=True,
             history=history,
+            # Whatever key of prompt_toolkit's would accept the input: it stays.
+            accept_handler=lambda _: True,
         )
         self.input.on_text_insert += lambda _: self._offer_commands()
         self.answer = Buffer(name="answer", multiline=False)

@@ -35,6 +35,13 @@ class Mailbox:
             self._awake.set()
             self._call(self._schedule)
 
+    def urge(self, action: Action) -> None:
+        """Have something done also while what is posted has to wait. From any thread."""
+        if self._loop is None:
+            self._posted.append(action)
+        else:
+            self._call(action)
+
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Take what was posted, and all that will be, in this loop."""
         self._loop = loop
@@ -64,7 +71,7 @@ class Mailbox:
             return
         room = _MOST_AT_ONCE
         pieces: list[str] = []
-        while self._posted and room > 0:
+        while self._posted and room > 0 and not self._paused:
             item = self._posted.popleft()
             if isinstance(item, str):
                 if len(item) > room:
@@ -77,7 +84,7 @@ class Mailbox:
         self._deliver(pieces)
         self._taken_at = self._loop.time()
         self._redraw()
-        if self._posted and not self._awake.is_set():
+        if self._posted and not self._paused and not self._awake.is_set():
             self._awake.set()
             # At once, but keys that came meanwhile are first.
             self._loop.call_soon(self._take)

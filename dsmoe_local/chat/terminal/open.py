@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 from dsmoe_local.chat.terminal.completion import Complete, nothing
+from dsmoe_local.chat.terminal.environment import only_prints
 from dsmoe_local.chat.terminal.screen import Screen
 from dsmoe_local.chat.terminal.status import Status
-
-_DUMB = ("", "dumb", "unknown")
 
 
 class Terminal(Screen, Protocol):
@@ -22,8 +20,9 @@ class Terminal(Screen, Protocol):
         """Read inputs until the user leaves, or `take` says so.
 
         `take` deals with one input and returns whether the chat goes on; what it raises is raised here.
-        `cancel` stops what it does, `kill` ends an engine that does not stop: any thread may call them, also
-        a signal handler. Raises InterruptedRunError for SIGTERM and SIGHUP, with the terminal as it was.
+        `cancel` stops what it does and returns at once, `kill` ends an engine that does not stop: any thread
+        may call them, but no signal handler. Raises InterruptedRunError for SIGTERM and SIGHUP, with the
+        terminal as it was.
         """
         ...
 
@@ -41,7 +40,7 @@ def open_terminal(
     `state` gives the bottom line, `complete` what Tab offers: neither is called in the thread that answers.
     Without `markdown` replies are printed as they come. `history_path` None: nothing typed is kept.
     """
-    if plain or os.environ.get("TERM", "") in _DUMB or not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if plain or only_prints() or not (sys.stdin.isatty() and sys.stdout.isatty()):
         from dsmoe_local.chat.terminal.plain import PlainTerminal
 
         return PlainTerminal(complete, history_path)

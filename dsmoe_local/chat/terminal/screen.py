@@ -77,8 +77,11 @@ class Screen(Protocol):
         """
         ...
 
-    def reply(self) -> AbstractContextManager[ReplyView]:
-        """A reply that begins; it is complete on the screen when the context ends, in whatever way."""
+    def reply(self, after: str = "") -> AbstractContextManager[ReplyView]:
+        """A reply that begins; it is complete on the screen when the context ends, in whatever way.
+
+        `after` is the text that it goes on with, which may have ended in the middle of anything.
+        """
         ...
 
     def confirm(self, question: str) -> bool:

@@ -1,11 +1,18 @@
-"""Keys that are typed before there is an input to type into: they wait for it."""
+"""Keys that are typed before there is an input to type into: they wait for it, and mean the same there."""
 
 from __future__ import annotations
 
+import os
+import re
+import select
 import sys
 import termios
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from prompt_toolkit.key_binding import KeyPress
 
 _INPUT, _LOCAL = 0, 3  # places in what termios.tcgetattr returns
 
@@ -28,4 +35,37 @@ def keys_withheld() -> Iterator[None]:
     try:
         yield
     finally:
-        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+        with suppress(termios.error):  # the terminal is gone
+            termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+
+
+def keys_waiting(descriptor: int) -> list[KeyPress]:
+    """The keys that were typed so far; the terminal is in raw mode.
+
+    One Enter is an Enter. Several may just as well be the lines of a paste, and must not become several
+    messages: they are new lines then, and nothing is sent.
+    """
+    from prompt_toolkit.input.vt100_parser import Vt100Parser
+
+    # Before this the terminal may have made line feeds of them, and a mark of Ctrl-D.
+    text = re.sub("\r\n?", "\n", _read_waiting(descriptor).replace("\0", ""))
+    ends = text.count("\n")
+    text = text.replace("\n", "\r") if ends == 1 else text.strip("\n").replace("\t", " ")
+    keys: list[KeyPress] = []
+    parser = Vt100Parser(keys.append)
+    parser.feed(text)
+    parser.flush()
+    return keys
+
+
+def _read_waiting(descriptor: int) -> str:
+    read = b""
+    while select.select([descriptor], [], [], 0)[0]:
+        try:
+            piece = os.read(descriptor, 65536)
+        except OSError:
+            break
+        if not piece:
+            break
+        read += piece
+    return read.decode(errors="replace")
