@@ -60,8 +60,9 @@ def _cells(layers: Sequence[LayerActivity], per_column: int) -> Iterator[float |
 
 @dataclass(frozen=True)
 class Scale:
-    """From shares to shades, 0 to `high`, bent so that an even load (`even`) stands in the middle: whether a
-    token uses six of 64 experts or twelve of 14, half of the shades are for those with less than their part.
+    """From shares to shades, 0 to `high`, bent so that an even load (`even`, less than `high`) stands in the
+    middle: whether a token uses six of 64 experts or twelve of 14, half of the shades are for those with less
+    than their part.
     """
 
     high: float
@@ -83,7 +84,11 @@ class Scale:
 
 
 def scale_of(activities: Sequence[Activity], grids: Sequence[Grid]) -> Scale:
-    """One scale for pictures of these activities, from the greatest share that they show."""
+    """One scale for pictures of these activities, from the greatest share that they show, or from what is
+    well over an even one: where all have their part, none is to look like the busiest.
+    """
     high = max((value for grid in grids for value in grid.values), default=0.0)
-    even = [each.experts_per_token / each.n_routed_experts for each in activities if each.tokens]
-    return Scale(high, sum(even) / max(1, len(even)))
+    shares = [each.experts_per_token / each.n_routed_experts for each in activities if each.tokens]
+    even = sum(shares) / max(1, len(shares))
+    # No share is more than 1; where all experts are used, that is the even one.
+    return Scale(max(high, min(1.0, 2 * even) if even < 1 else 2 * even), even)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsmoe_local.base.durable import write_file
-from dsmoe_local.base.errors import FileError, UsageError
+from dsmoe_local.base.errors import UsageError
+from dsmoe_local.base.output import write_output
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.experts.activity import Activity, LayerActivity
 
@@ -41,7 +41,8 @@ text {{ font-size: {char_height}px; }}
 def write_picture(path: Path, title: str, parts: Mapping[str, Activity]) -> None:
     """Write the activities, by their names, to `path`, whose ending says how; what was there is replaced.
 
-    UsageError for another ending or where no tokens were seen, FileError as the disk says.
+    Its owner alone can read it. UsageError for another ending or where no tokens were seen, FileError as the
+    disk says.
     """
     write = WRITERS.get(path.suffix.lower())
     if write is None:
@@ -51,10 +52,7 @@ def write_picture(path: Path, title: str, parts: Mapping[str, Activity]) -> None
         )
     if not any(activity.tokens for activity in parts.values()):
         raise UsageError("no tokens were seen yet", remedy="switch the experts on, and send a message")
-    try:
-        write_file(path, write(title, parts).encode())
-    except OSError as error:
-        raise FileError(f"the picture cannot be written: {error.strerror}", where=path) from error
+    write_output(path, write(title, parts), "the picture")
 
 
 def as_svg(title: str, parts: Mapping[str, Activity]) -> str:

@@ -1,4 +1,4 @@
-"""Exported conversations: read back exactly, never broken by what they hold, harmless in a browser."""
+"""Exported conversations: nothing of them is lost, never broken by what they hold, harmless in a browser."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.tree import SyntaxTreeNode
 
-from dsmoe_local.base.errors import FormatError, UsageError
+from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_text
 from dsmoe_local.chat.export.about import About, title_of
 from dsmoe_local.chat.export.files import FORMATS, export_as
 from dsmoe_local.chat.export.html_page import export_html
-from dsmoe_local.chat.export.json_file import export_json, import_json
+from dsmoe_local.chat.export.json_file import export_json
 from dsmoe_local.chat.export.markdown_file import contained, export_markdown, in_fence
 from dsmoe_local.chat.turns import Role, Transcript, Turn
 from dsmoe_local.engine.types import FinishReason, Usage
@@ -52,11 +52,26 @@ TRANSCRIPTS = st.builds(
 
 
 @given(TRANSCRIPTS, ANY_TEXT)
-def test_json_is_read_back_exactly(transcript: Transcript, title: str) -> None:
+def test_json_has_everything(transcript: Transcript, title: str) -> None:
     """Guards: lost ids, endings or characters; a file that a terminal would obey when it is shown."""
     about = replace(ABOUT, title=title)
     text = export_json(transcript, about)
-    assert import_json(text) == (transcript, about)
+    document = json.loads(text)
+    messages = document["messages"]
+    system = messages.pop(0)["content"] if transcript.system else ""
+    turns = tuple(
+        Turn(
+            Role(message["role"]),
+            message["content"],
+            tuple(message.get("token_ids", ())),
+            FinishReason(message["finish_reason"]) if message.get("finish_reason") else None,
+            Usage(**message["usage"]) if message.get("usage") else None,
+        )
+        for message in messages
+    )
+    assert Transcript(turns, system, document["n_left_out"], document["n_shifted"]) == transcript
+    exported = datetime.fromisoformat(document["exported"])
+    assert About(document["title"], document["model"], exported, document["vocabulary"]) == about
     assert safe_text(text) == text
     text.encode()
 
@@ -70,43 +85,6 @@ def test_json_has_the_messages_of_the_chat_api() -> None:
         ("assistant", "你好"),
     ]
     assert "你好" in export_json(talk("Hi", "你好"), ABOUT)
-
-
-def _damaged(key: str, value: object) -> str:
-    document = json.loads(export_json(talk("Hi", "there"), ABOUT))
-    place = document if key in document else document["messages"][1]
-    place[key] = value
-    return json.dumps(document)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "[1, 2]",
-        "[" * 100_000,
-        "{}",
-        _damaged("format", "other"),
-        _damaged("version", 2),
-        _damaged("messages", [1]),
-        _damaged("messages", None),
-        _damaged("exported", "yesterday"),
-        _damaged("n_shifted", True),
-        _damaged("title", 3),
-        _damaged("role", "tool"),
-        _damaged("content", None),
-        _damaged("token_ids", ["a"]),
-        _damaged("token_ids", [True]),
-        _damaged("finish_reason", "tired"),
-        _damaged("usage", {"tokens": 3}),
-        _damaged("usage", 3),
-    ],
-)
-def test_damaged_json_is_a_short_error(text: str) -> None:
-    """Guards: a KeyError, or half a conversation, from a file that was edited."""
-    with pytest.raises(FormatError) as caught:
-        import_json(text)
-    assert len(str(caught.value).splitlines()) <= 3
 
 
 # Markdown.

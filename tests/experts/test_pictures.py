@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -17,8 +18,9 @@ from rich.text import Text
 from support.routed import drawn, observation, tokens
 
 from dsmoe_local.base.errors import FileError, UsageError
-from dsmoe_local.experts.activity import Activity, activity_of
+from dsmoe_local.experts.activity import Activity, LayerActivity, activity_of
 from dsmoe_local.experts.compare import differences
+from dsmoe_local.experts.grid import grid_of, scale_of
 from dsmoe_local.experts.heatmap import COLOURS, Heatmap
 from dsmoe_local.experts.panel import live_panel, panels, reply_panel
 from dsmoe_local.experts.picture import activity_json, as_svg, write_picture
@@ -99,6 +101,24 @@ def test_the_scale_is_said() -> None:
     assert "mean of 2 experts to a column" in narrow
 
 
+@pytest.mark.parametrize(("n_experts", "per_token"), [(8, 2), (64, 6), (14, 12), (14, 13), (4, 4)])
+def test_an_even_load_looks_even(n_experts: int, per_token: int) -> None:
+    """Guards: experts that all have their part, drawn as the busiest, beside a scale that calls another
+    shade even.
+    """
+    counts = (per_token * 100,) * n_experts
+    layers = [LayerActivity(number, n_experts * 100, counts, (1.0,) * n_experts) for number in (1, 2)]
+    even = Activity(tuple(layers))
+    shaded = drawn(Heatmap(even, tall=True), 80)
+    assert set(shaded[1]) == set("1 |▒")
+    assert re.search(rf"\|▒\| {per_token / n_experts:.0%} even", "  ".join(shaded))
+    scale = scale_of([even], [grid_of(even, 10, 100)])
+    assert scale.level(per_token / n_experts, 10) in (4, 5)
+    # The busiest are told from it: all that a share can be has a shade.
+    assert scale.level(1.0, 5) == 4 or per_token == n_experts
+    assert scale.level(0.0, 5) == 0
+
+
 def test_no_colour_means_none() -> None:
     """Guards: NO_COLOR and pipes that get a picture in colours, or an empty one."""
     for lines in (drawn(Heatmap(BIG), 80, color_system="truecolor", no_color=True), drawn(Heatmap(BIG), 80)):
@@ -174,6 +194,22 @@ def test_a_picture_needs_a_known_ending_something_seen_and_a_place(tmp_path: Pat
     with pytest.raises(FileError, match="cannot be written"):
         write_picture(tmp_path / "none" / "experts.svg", "m", {"session": SMALL})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_is_written_as_other_exports_are(tmp_path: Path) -> None:
+    """Guards: a picture of a private talk that all can read; a link replaced by a file; a device."""
+    path, target = tmp_path / "experts.json", tmp_path / "target"
+    target.write_text("old")
+    path.symlink_to(target)
+    write_picture(path, "m", {"session": SMALL})
+    assert path.is_symlink()
+    assert json.loads(target.read_text())["model"] == "m"
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
+    folder = tmp_path / "folder.svg"
+    folder.mkdir()
+    for no_file in (folder, tmp_path / "nul\0.svg"):
+        with pytest.raises(FileError):
+            write_picture(no_file, "m", {"session": SMALL})
 
 
 def test_documentation_names_every_number() -> None:

@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 from dsmoe_local.base.errors import UsageError
+from dsmoe_local.base.output import write_output
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.chat import words
 from dsmoe_local.chat.commands.declare import Chat, Command, Commands
@@ -36,14 +37,14 @@ def _export(chat: Chat, argument: str) -> None:
             chat.screen.notice(f"written: {path}")
         return
     # Here, since the formats need large packages.
-    from dsmoe_local.chat.export.files import export_as, write_export
+    from dsmoe_local.chat.export.files import export_as
 
     transcript = chat.conversation.transcript
     if not transcript.turns:
         raise UsageError("there is nothing to export yet")
     content = export_as(path.name, transcript, about(chat))
     if _may_write(chat, path):
-        write_export(path, content)
+        write_output(path, content, "the export")
         chat.screen.notice(f"written: {path}, {words.count(len(transcript.turns), 'message')}")
 
 

@@ -1,12 +1,11 @@
-"""Which format a file's ending asks for, and writing it: as a whole or not at all."""
+"""Which format a file's ending asks for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from dsmoe_local.base.durable import write_file
-from dsmoe_local.base.errors import FileError, UsageError
+from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.chat.export.about import About
 from dsmoe_local.chat.export.html_page import export_html
@@ -33,17 +32,3 @@ def export_as(name: str, transcript: Transcript, about: About) -> str:
             remedy=f"a conversation is exported to a file that ends in {', '.join(others)} or {last}",
         )
     return form(transcript, about)
-
-
-def write_export(path: Path, content: str) -> None:
-    """Write a file that only its owner can read, in place of what is there. FileError if it cannot be."""
-    try:
-        # Through links: the file that a link leads to is replaced, not the link.
-        final = path.resolve()
-        if final.exists() and not final.is_file():
-            raise FileError("this is no ordinary file", where=safe_line(str(path)))
-        write_file(final, content.encode(), 0o600)
-    except (OSError, ValueError, RuntimeError) as error:
-        # Beside what the system says: a NUL in the name, a circle of links.
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise FileError(f"the export cannot be written: {reason}", where=safe_line(str(path))) from error
