@@ -135,7 +135,8 @@ def test_experts_that_were_never_chosen() -> None:
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, windows: Windows) -> None:
     """Guards: windows read twice or never, sums of a window that was not finished, a part left behind."""
-    stop, notes = threading.Event(), []
+    stop = threading.Event()
+    notes: list[Event] = []
     out, expected = tmp_path / "out", tmp_path / "expected"
     n_read = 0
 
@@ -165,7 +166,8 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, windows: Windows) -> None:
 )
 def test_another_run_starts_over(tmp_path: Path, windows: Windows, what: str) -> None:
     """Guards: sums of two texts or models in one file, and a restart that nobody is told of."""
-    out, notes = tmp_path / "out", []
+    out = tmp_path / "out"
+    notes: list[Event] = []
     with Engine.load(options()) as engine, importance_file(out) as place:
         collect(engine, part(windows, 0, 2), place)
         out.rename(place.part)
