@@ -164,6 +164,20 @@ def test_a_stop_cancels_what_runs() -> None:
     assert ticket.cancelled
 
 
+def test_a_stop_between_short_replies() -> None:
+    """Guards: a Ctrl-C that is only looked for while something takes long."""
+    stop = threading.Event()
+    engine = Clocked()
+
+    def listen(event: Event) -> None:
+        if len(engine.asked) == 5:
+            stop.set()
+
+    with pytest.raises(InterruptedRunError):
+        time_workloads(engine, [Workload(32, 0)], 1000, listen, stop)
+    assert len(engine.asked) == 5
+
+
 def test_a_crash_is_the_callers() -> None:
     """Guards: a crash that is waited for, or timed."""
     engine = Clocked()

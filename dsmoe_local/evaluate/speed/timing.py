@@ -160,12 +160,14 @@ class _Run:
             max_tokens=n_new,
             logit_bias=tuple(self._bans.items()),
         )
+        # Short replies are over before the first look below.
+        self._go_on()
         ticket = self._engine.start(request, reply.take)
         told = 0
         while not reply.over.wait(_TICK):
             if self._stop.is_set():
                 ticket.cancel()
-                raise InterruptedRunError("the measurement was interrupted")
+            self._go_on()
             done = min(advance, len(reply.moments) if n_new > 1 else reply.n_read)
             self._listen(Advanced(max(0, done - told), self._label))
             told = max(told, done)
@@ -175,6 +177,10 @@ class _Run:
             raise EngineError("a reply ended without a token")
         self._listen(Advanced(advance - told, self._label))
         return reply
+
+    def _go_on(self) -> None:
+        if self._stop.is_set():
+            raise InterruptedRunError("the measurement was interrupted")
 
     def _behind(self, n_depth: int) -> tuple[int, ...]:
         """A context, the same one for each repetition: only the first has to read it."""
