@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -68,6 +69,24 @@ def make_folders(folder: Path, mode: int = 0o777) -> None:
             raise
     else:
         sync_folder(folder.parent)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Give a synced file a name that nothing else has, durably. FileExistsError if something has it by now:
+    that stays.
+    """
+    try:
+        os.link(temporary, final)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        # Disks without hard links. There it is looked up first, since renaming replaces.
+        if os.path.lexists(final):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final)) from error
+        temporary.rename(final)
+    else:
+        temporary.unlink()
+    sync_folder(final.parent)
 
 
 def write_file(path: Path, content: bytes, mode: int = 0o644) -> None:

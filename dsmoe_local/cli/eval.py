@@ -6,7 +6,7 @@ import json
 import math
 import os
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import click
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.cli.configuration import from_command_line
+from dsmoe_local.cli.configuration import from_command_line, told_origin
 from dsmoe_local.cli.model_options import (
     ModelName,
     find_model,
@@ -92,7 +92,8 @@ def command(
     path = find_model(model, named_model)
     run = _Run(values.pop("kept"), values.pop("n_windows"), read_text(source), values)
     _check(run, against, source)
-    result = run.compared(path, against, source is not None) if against else run.alone(path)
+    with run.reserved():
+        result = run.compared(path, against, source is not None) if against else run.alone(path)
     if as_json:
         click.echo(json.dumps(result.as_json(), ensure_ascii=True))
         return
@@ -110,15 +111,13 @@ for _option in command.params:
 
 def _check(run: _Run, against: str | None, source: str | None) -> None:
     """What can be told before a model is loaded."""
-    from dsmoe_local.evaluate.reference import require_new
     from dsmoe_local.evaluate.windows import LEAST_CONTEXT
 
     if run.n_context < LEAST_CONTEXT:
-        raise UsageError(
-            f"-c {run.n_context} is out of range", remedy=f"windows have {LEAST_CONTEXT} or more"
-        )
-    if run.kept is not None:
-        require_new(run.kept)
+        with told_origin("n_context"):
+            raise UsageError(
+                f"-c {run.n_context} is out of range", remedy=f"windows have {LEAST_CONTEXT} or more"
+            )
     if source == "-" and against == "-":
         raise UsageError("--against takes a model or a file")
 
@@ -133,6 +132,14 @@ class _Run:
         self.n_context: int = values["n_context"] or _N_CONTEXT
         self._values = values
         self._stop = threading.Event()
+
+    @contextmanager
+    def reserved(self) -> Iterator[None]:
+        """Hold the name of the file that --keep names, before hours are spent on it."""
+        from dsmoe_local.evaluate.reference import reserved
+
+        with nullcontext() if self.kept is None else reserved(self.kept):
+            yield
 
     def alone(self, path: Path) -> Evaluation:
         """A model without a reference; it may become one."""
@@ -157,7 +164,9 @@ class _Run:
                 reference = self._unpack(stack, file, text_named)
             else:
                 values = {**self._values, **_MODELS_OWN}
-                reference = self._record(stack, find_model(against), values)[0]
+                with told_origin("against"):
+                    other = find_model(against)
+                reference = self._record(stack, other, values)[0]
             n_context = reference.windows.n_context
             with self._load(path, self._values, n_context, *reference.observers(path)) as engine:
                 return run_with_progress(
@@ -166,9 +175,10 @@ class _Run:
 
     def _record(self, stack: ExitStack, path: Path, values: dict[str, Any]) -> tuple[Reference, Evaluation]:
         from dsmoe_local.cli.render import run_with_progress
-        from dsmoe_local.evaluate.reference import keep, record, recorders, workplace
+        from dsmoe_local.evaluate.reference import keep, record, recorders
+        from dsmoe_local.evaluate.workplace import workplace
 
-        folder = stack.enter_context(workplace(self.kept))
+        folder = stack.enter_context(workplace())
         with self._load(path, values, self.n_context, *recorders(folder, path)) as engine:
             windows = self._cut(engine)
             recorded = run_with_progress(
@@ -179,7 +189,8 @@ class _Run:
         return recorded
 
     def _unpack(self, stack: ExitStack, file: Path, text_named: bool) -> Reference:
-        from dsmoe_local.evaluate.reference import unpack, workplace
+        from dsmoe_local.evaluate.reference import unpack
+        from dsmoe_local.evaluate.workplace import workplace
 
         if self.kept is not None:
             raise UsageError("--keep: the reference is a kept one already", where=safe_line(str(file)))

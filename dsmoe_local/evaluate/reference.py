@@ -13,16 +13,14 @@ import shutil
 import threading
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from dsmoe_local.base.durable import replace as give_name
-from dsmoe_local.base.durable import require_space, sync
+from dsmoe_local.base.durable import locked, publish, require_space, sync
 from dsmoe_local.base.errors import FileError, FormatError, UsageError
 from dsmoe_local.base.progress import Listener, ignore
 from dsmoe_local.base.text import safe_line
@@ -39,6 +37,7 @@ TOP = 2048
 _VERSION = 1
 _ABOUT, _TOKENS, _PREDICTIONS, _CHOICES = "about.json", "tokens", "predictions", "choices"
 _MOST_ABOUT = 1 << 20
+_ENCRYPTED = 1  # a bit of a member's flags; zipfile asks for a password
 # What zipfile, json and numpy raise of a file that is something else.
 _MALFORMED = (
     zipfile.BadZipFile,
@@ -142,41 +141,54 @@ def compare(
 
 
 @contextmanager
-def workplace(kept: Path | None = None) -> Iterator[Path]:
-    """A folder for a reference, removed in the end; beside the file that is to keep it, if one is."""
-    try:
-        made = TemporaryDirectory(
-            prefix=".dsmoe-eval-", dir=kept.absolute().parent if kept else None, ignore_cleanup_errors=True
-        )
-    except OSError as error:
-        raise FileError(f"no folder can be made: {error.strerror}", where=str(error.filename)) from error
-    with made as folder:
-        yield Path(folder)
-
-
-def require_new(kept: Path) -> None:
-    """FileError if there is such a file: hours of work are not written over."""
-    if os.path.lexists(kept):
-        raise FileError("the file exists already", where=kept, remedy="remove it, or name another file")
+def reserved(kept: Path) -> Iterator[None]:
+    """Hold the right to write the new file `kept`. FileError if there is such a file, since hours of work are
+    not written over; LockedError while another run has the right.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(kept))
+        except OSError as error:
+            raise _not_kept(error, kept) from error
+        if os.path.lexists(kept):
+            raise _is_there(kept)
+        yield
 
 
 def keep(reference: Reference, kept: Path) -> None:
-    """Write the reference as one file: complete under its name, or not at all. FileError."""
-    require_new(kept)
-    temporary = reference.folder / "kept"
+    """Write the reference as one file: complete under its name, or not at all. Whoever calls it has the name
+    `reserved`. FileError; also if there is such a file by now.
+    """
     names = [_ABOUT, _TOKENS, _PREDICTIONS, *([_CHOICES] if reference.gates else [])]
-    require_space(reference.folder, sum((reference.folder / name).stat().st_size for name in names))
+    # Nobody else writes under this name: one that is there is of a run that was killed.
+    temporary = kept.with_name(f".{kept.name}.part")
     try:
-        temporary.touch(0o600)  # it holds the text
-        with temporary.open("wb") as file:
+        require_space(kept.absolute().parent, sum((reference.folder / name).stat().st_size for name in names))
+        temporary.unlink(missing_ok=True)
+        # It holds the text.
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
             with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
                 for name in names:
                     archive.write(reference.folder / name, name)
             file.flush()
             sync(file.fileno())
-        give_name(temporary, kept)
+        publish(temporary, kept)
+    except FileExistsError as error:
+        raise _is_there(kept) from error
     except OSError as error:
-        raise FileError(f"the reference cannot be kept: {error.strerror}", where=kept) from error
+        raise _not_kept(error, kept) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _is_there(kept: Path) -> FileError:
+    return FileError("the file exists already", where=kept, remedy="remove it, or name another file")
+
+
+def _not_kept(error: OSError, kept: Path) -> FileError:
+    return FileError(f"the reference cannot be kept: {error.strerror}", where=kept)
 
 
 def is_kept(path: Path) -> bool:
@@ -212,6 +224,8 @@ def unpack(kept: Path, folder: Path, n_windows: int | None = None) -> Reference:
 def _member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
     """What is stored as it is cannot be larger than the archive."""
     found = archive.getinfo(name)
+    if found.flag_bits & _ENCRYPTED:
+        raise ValueError(f"{name} is encrypted")
     if found.compress_type != zipfile.ZIP_STORED or found.file_size != found.compress_size:
         raise ValueError(f"{name} is compressed")
     return found

@@ -145,3 +145,29 @@ def test_folders_are_made_durably_and_private(tmp_path: Path, monkeypatch: pytes
     for inside in ("file", "file/x", "file/x/y"):
         with pytest.raises(OSError, match=r"exists|directory"):
             durable.make_folders(tmp_path / inside)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_publishing_takes_nobodys_name(tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: what another run has written meanwhile replaced; disks that know no hard links."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr("os.link", refuse)
+    temporary, final = tmp_path / "part", tmp_path / "final"
+    temporary.write_bytes(b"mine")
+    durable.publish(temporary, final)
+    assert final.read_bytes() == b"mine"
+    assert not temporary.exists()
+    temporary.write_bytes(b"more")
+    with pytest.raises(FileExistsError):
+        durable.publish(temporary, final)
+    assert final.read_bytes() == b"mine"
+    final.unlink()
+    final.symlink_to("nowhere")
+    with pytest.raises(FileExistsError):
+        durable.publish(temporary, final)
+    assert final.is_symlink()
+    assert temporary.read_bytes() == b"more"

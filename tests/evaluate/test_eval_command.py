@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 from support.models import tiny_model
 from support.tiny_gguf import DENSE, write_tiny
 
+from dsmoe_local.base.paths import cache_folder
 from dsmoe_local.evaluate.text import built_in
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
 from dsmoe_quantize.types import resolve
@@ -129,7 +129,8 @@ def test_short_errors(text: Path, tmp_path: Path) -> None:
         assert words in done.stderr, arguments
         assert len(done.stderr.splitlines()) <= 4
         assert "Traceback" not in done.stderr
-    assert not list(Path(tempfile.gettempdir()).glob(".dsmoe-eval-*"))
+    assert list((cache_folder() / "eval").iterdir()) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged", "dense.gguf", "text.txt"]
 
 
 def test_ctrl_c_ends_it(tmp_path: Path) -> None:
@@ -152,11 +153,16 @@ def test_ctrl_c_ends_it(tmp_path: Path) -> None:
         text=True,
     )
     # The model is loaded, and its reference begun.
-    while process.poll() is None and not list(tmp_path.glob(".dsmoe-eval-*/predictions.part")):
+    while process.poll() is None and not list(cache_folder().glob("eval/*/predictions.part")):
         pass
+    # Meanwhile the name is taken.
+    second = dsmoe(tiny_model(), "--text", text, "--keep", tmp_path / "kept")
+    assert second.returncode == 1
+    assert second.stderr.startswith("error: another run is writing kept\n")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, ""), err
     assert "interrupted" in err
     assert "Traceback" not in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "text.txt"]
+    assert list((cache_folder() / "eval").iterdir()) == []

@@ -29,10 +29,11 @@ from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions
 from dsmoe_local.evaluate import reference as references
 from dsmoe_local.evaluate.measure import measure, options_for
-from dsmoe_local.evaluate.reference import Reference, compare, keep, record, recorders, unpack, workplace
+from dsmoe_local.evaluate.reference import Reference, compare, keep, record, recorders, unpack
 from dsmoe_local.evaluate.results import Comparison, Evaluation
 from dsmoe_local.evaluate.text import Text, built_in
 from dsmoe_local.evaluate.windows import Windows, cut_windows
+from dsmoe_local.evaluate.workplace import workplace
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
 from dsmoe_quantize.types import resolve
 
@@ -193,7 +194,7 @@ def test_a_kept_reference_is_the_same(recorded: Reference, tmp_path: Path) -> No
     """Guards: windows, names or records lost on the way through a file; its first windows alone."""
     model = quantized("Q5_0", tmp_path)
     kept = tmp_path / "kept"
-    with workplace(kept) as place:
+    with workplace() as place:
         here = replace(recorded, folder=place)
         for file in recorded.folder.iterdir():
             (place / file.name).write_bytes(file.read_bytes())

@@ -1,0 +1,48 @@
+"""Folders for what a measurement writes while it runs: in the cache folder, gone when it ends.
+
+Those of runs that were killed go when the next one begins.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from dsmoe_local.base.durable import locked, make_folders
+from dsmoe_local.base.errors import FileError, LockedError
+from dsmoe_local.base.paths import cache_folder
+
+# A folder, or the lock of one.
+_NAME = re.compile(r"(?P<folder>[0-9a-f]{16})|\.(?P<locked>[0-9a-f]{16})\.lock")
+
+
+@contextmanager
+def workplace() -> Iterator[Path]:
+    """A folder of one's own, which is removed in the end. FileError if there can be none."""
+    with ExitStack() as stack:
+        try:
+            parent = cache_folder() / "eval"
+            make_folders(parent, 0o700)
+            _remove_stale(parent)
+            folder = parent / secrets.token_hex(8)
+            stack.enter_context(locked(folder))
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            folder.mkdir(0o700)
+        except OSError as error:
+            raise FileError(f"no folder can be made: {error.strerror}", where=str(error.filename)) from error
+        yield folder
+
+
+def _remove_stale(parent: Path) -> None:
+    for path in parent.iterdir():
+        found = _NAME.fullmatch(path.name)
+        if found is None:
+            continue
+        folder = parent / (found["folder"] or found["locked"])
+        # A run that still lives holds its lock.
+        with suppress(LockedError, OSError), locked(folder):
+            shutil.rmtree(folder, ignore_errors=True)
