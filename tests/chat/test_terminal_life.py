@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.processes import is_gone
 from support.screens import ScreenTerminal
-from support.terminal import CTRL_C, CTRL_D, ENTER
+from support.terminal import CTRL_C, CTRL_D, ENTER, wait_for_file
 from support.tmux import Tmux, needs_tmux
 
 CHAT = ["-m", "support.terminal_chat"]
@@ -209,19 +210,70 @@ def test_suspended_and_continued(tmp_path: Path) -> None:
         tmux.wait_for("half a linex")
 
 
-def test_keys_typed_while_a_model_loads(tmp_path: Path) -> None:
-    """Guards: keys that are echoed into the progress of the load, or lost, or an Enter that does not send."""
-    code = (
-        "import os, time\n"
-        "from dsmoe_local.chat.terminal.waiting import keys_withheld\n"
-        "from support import terminal_chat\n"
-        "with keys_withheld():\n"
-        "    print('loading', flush=True)\n"
-        "    while not os.path.exists('go'): time.sleep(0.01)\n"
-        "terminal_chat.main()\n"
-    )
+@pytest.mark.parametrize("opened", ["draft\x07", "/edit" + ENTER])
+@pytest.mark.parametrize("trap", ["", "trap '' TERM INT"])
+def test_signal_while_an_editor_is_open(chat: Start, tmp_path: Path, opened: str, trap: str) -> None:
+    """Guards: a chat that ends only when its editor does; one that leaves the editor behind."""
+    editor = _script(tmp_path, f"{trap}\nmkfifo wait\necho $$ > pid\nread line < wait")
+    terminal = chat(VISUAL=editor)
+    terminal.send(opened)
+    wait_for_file(pid := tmp_path / "pid")
+    os.kill(terminal.pid, signal.SIGTERM)
+    assert terminal.ending(seconds=20) == 128 + signal.SIGTERM
+    assert is_gone(int(pid.read_text(encoding="utf-8")))
+
+
+_LOADING = (
+    "import contextlib, os, time\n"
+    "from dsmoe_local.chat.terminal.waiting import keys_withheld\n"
+    "from support import terminal_chat\n"
+    "with {withheld}():\n"
+    "    print('loading', flush=True)\n"
+    "    while not os.path.exists('go'): time.sleep(0.01)\n"
+    "terminal_chat.main()\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("keys", "shown"),
+    [
+        ("early" + ENTER + "later", r"help\n\n> early\n\nearly\n\n> later\n"),
+        ("one\rtwo\rthree\r", r"help\n\n> one\n  two\n  three\n"),
+        ("one\ntwo\tx\nthree", r"help\n\n> one\n  two x\n  three\n"),
+        ("wrohg\x7f\x7fng", r"help\n\n> wrong\n"),
+        ("ab\x1b[Dc", r"help\n\n> acb\n"),
+    ],
+)
+def test_keys_typed_while_a_model_loads(tmp_path: Path, keys: str, shown: str) -> None:
+    """Guards: keys echoed into the progress of the load, or lost, an Enter that does not send, a paste whose
+    lines are sent one by one.
+    """
+    code = _LOADING.format(withheld="keys_withheld")
     with ScreenTerminal(["-c", code], folder=tmp_path) as terminal:
         terminal.wait_screen("loading")
-        terminal.send("early" + ENTER + "later")
+        terminal.send(keys)
         (tmp_path / "go").touch()
-        terminal.wait_screen(r"(?s)loading\n.*help\n\n> early\n\nearly\n\n> later\n")
+        terminal.wait_screen(rf"(?s)loading\n.*{shown}")
+
+
+def test_enter_typed_before_keys_were_withheld(tmp_path: Path) -> None:
+    """Guards: an Enter that a terminal which was not raw yet has made a line feed of."""
+    code = _LOADING.format(withheld="contextlib.nullcontext")
+    with ScreenTerminal(["-c", code], folder=tmp_path) as terminal:
+        terminal.wait_screen("loading")
+        terminal.send("early" + ENTER)
+        terminal.wait_screen("early")
+        (tmp_path / "go").touch()
+        terminal.wait_screen(r"> early\n\nearly\n\n>\n")
+
+
+def test_lines_typed_at_an_editor_that_does_not_read(chat: Start, tmp_path: Path) -> None:
+    """Guards: a paste while an editor with a window of its own is open, whose lines are sent one by one."""
+    editor = _script(tmp_path, "mkfifo wait; echo > open; read line < wait; exit 1")
+    terminal = chat(VISUAL=editor)
+    terminal.send("\x07")
+    wait_for_file(tmp_path / "open")
+    terminal.send("one\rtwo\r")
+    terminal.wait_screen("two")
+    (tmp_path / "wait").write_text("\n", encoding="utf-8")
+    terminal.wait_screen(r"> one\n  two\n")

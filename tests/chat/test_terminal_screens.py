@@ -174,7 +174,7 @@ def test_keys_appear_while_a_reply_hangs(chat: Start) -> None:
 
 
 def test_messages_wait_in_line(chat: Start) -> None:
-    """Guards: a message sent during a reply that is lost, comes too early, or cannot be taken back."""
+    """Guards: messages that wait and are not shown, cannot be taken back, or are sent after Ctrl-C."""
     terminal = chat()
     terminal.send("/reply halt" + ENTER)
     terminal.wait_screen("so it wraps")
@@ -183,7 +183,7 @@ def test_messages_wait_in_line(chat: Start) -> None:
     terminal.send("\x1b[A")
     terminal.wait_screen("(?m)^> third$")
     terminal.send(CTRL_C)
-    terminal.check("queue_sent")
+    terminal.check("queue_back")
 
 
 def test_interruption_at_the_prompt(chat: Start) -> None:
@@ -207,13 +207,11 @@ def test_interruption_while_the_prompt_is_read(chat: Start) -> None:
     terminal.wait_screen(r"> /prompt\n\n\[stopped\]\n\n>\n")
 
 
-def test_lines_and_blocks(chat: Start) -> None:
-    """Guards: Alt-Enter or Ctrl-J sending; a block sent at its first line."""
+def test_lines(chat: Start) -> None:
+    """Guards: Alt-Enter or Ctrl-J sending."""
     terminal = chat()
     terminal.send("one" + ALT_ENTER + "two\nthree" + ENTER)
     terminal.wait_screen(r"> one\n  two\n  three\n")
-    terminal.send('"""' + ENTER + "a" + ENTER + 'b"""' + ENTER)
-    terminal.wait_screen(r'> """\n  a\n  b"""\n')
 
 
 def test_completion(chat: Start) -> None:

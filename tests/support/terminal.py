@@ -122,3 +122,12 @@ class Terminal:
         self._child.kill()
         self._child.wait()
         os.close(self.master)
+
+
+def wait_for_file(path: Path, seconds: float = 20) -> None:
+    """Wait until a program has written a file."""
+    deadline = time.monotonic() + seconds
+    while not path.exists() or not path.stat().st_size:
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{path} was not written")
+        time.sleep(0.01)

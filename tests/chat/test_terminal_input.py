@@ -1,0 +1,161 @@
+"""What becomes of text that is typed or pasted into the full terminal: drafts, blocks, messages that wait."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from support.screens import ScreenTerminal
+from support.terminal import CTRL_C, ENTER
+
+CHAT = ["-m", "support.terminal_chat"]
+Start = Callable[..., ScreenTerminal]
+BLOCK_OPEN = "block open"
+
+
+@pytest.fixture
+def chat(tmp_path: Path) -> Iterator[Start]:
+    """Starts chats, in a folder of their own."""
+    started: list[ScreenTerminal] = []
+
+    def start(*arguments: str, code: str = "", **environment: str) -> ScreenTerminal:
+        command = ["-c", code] if code else [*CHAT, *arguments]
+        terminal = ScreenTerminal(command, environment, folder=tmp_path)
+        started.append(terminal)
+        terminal.wait_screen("context 0/2,048")
+        return terminal
+
+    yield start
+    for terminal in started:
+        terminal.__exit__(None, None, None)
+
+
+def test_blocks(chat: Start) -> None:
+    """Guards: a block sent at its first line, one that nothing tells of, its marks sent."""
+    terminal = chat()
+    terminal.send('"""' + ENTER)
+    terminal.wait_screen(rf'{BLOCK_OPEN}.*\n> """\n')
+    terminal.send("/exit" + ENTER + '    """Doc."""' + ENTER + "b" + ENTER)
+    terminal.wait_screen(rf'{BLOCK_OPEN}.*\n> """\n  /exit\n      """Doc."""\n  b\n')
+    terminal.send('"""' + ENTER)
+    terminal.wait_screen(r'(?s)> """\n  /exit.*  """\n\n/exit\n"""Doc."""\nb\n\n>\n')
+    assert BLOCK_OPEN not in terminal.screen_text()
+
+
+def test_quotes_that_open_nothing(chat: Start) -> None:
+    """Guards: a message in quotes that Enter never sends."""
+    terminal = chat()
+    terminal.send('"""Return the sum.' + ENTER)
+    terminal.wait_screen(r'> """Return the sum\.\n\n"""Return the sum\.\n\n>\n')
+    terminal.send('""""""' + ENTER + "next" + ENTER)
+    terminal.wait_screen(r'> """"""\n\n> next\n\nnext\n\n>\n')
+
+
+@pytest.mark.parametrize("text", ['"""\na docstring\n', '"""\na docstring\n"""', '"""\na\n"""\nb = 1'])
+def test_a_paste_opens_no_block(chat: Start, text: str) -> None:
+    """Guards: pasted code that begins with quotes never sent, or sent without them."""
+    terminal = chat()
+    terminal.paste(text)
+    terminal.wait_screen(r"  a")
+    assert BLOCK_OPEN not in terminal.screen_text()
+    terminal.send(ENTER)
+    terminal.wait_screen(rf"\n\n{re.escape(text.strip())}\n\n>\n")
+    # It comes back as what it was.
+    terminal.send("\x1b[A")
+    terminal.wait_screen(r'> """\n  """\n')
+    terminal.send("\x05" + ENTER)
+    terminal.until(lambda shown: shown.count(f"\n\n{text.strip()}\n\n") == 2)
+
+
+def test_a_paste_amid_a_reply_is_one_message(chat: Start) -> None:
+    """Guards: the lines of a paste sent one by one."""
+    terminal = chat()
+    terminal.send("/reply halt" + ENTER)
+    terminal.wait_screen("so it wraps")
+    terminal.paste("one\r\ntwo\rthree\n")
+    terminal.wait_screen(r"> one\n  two\n  three\n")
+    terminal.send(ENTER)
+    terminal.wait_screen(r"queued: one two three\n")
+
+
+def test_keys_that_throw_nothing_away(chat: Start) -> None:
+    """Guards: keys of readline's that accept a line, where there is nobody to take it."""
+    terminal = chat()
+    terminal.send("kept\x0f and")
+    terminal.wait_screen("> kept and")
+    terminal.send("\x1b# more")
+    terminal.wait_screen("> kept and more")
+
+
+@pytest.mark.parametrize("keys", ["\x07\x07", "\x07\x07" + ENTER, "\x07\x1a\x07", "\x07\x03", "\x07\x0c\x07"])
+def test_the_editor_opens_once(chat: Start, tmp_path: Path, keys: str) -> None:
+    """Guards: a second editor behind the first, whose end throws away what was written in that one."""
+    editor = tmp_path / "editor"
+    editor.write_text('#!/bin/sh\necho opened >> log\necho edited >> "$1"\n', encoding="utf-8")
+    editor.chmod(0o700)
+    terminal = chat(VISUAL=str(editor))
+    terminal.send("draft" + keys)
+    terminal.wait_screen(r"\n> draft\n  edited\n")
+    terminal.send(" more")
+    terminal.wait_screen(r"\n> draft\n  edited more\n")
+    assert (tmp_path / "log").read_text(encoding="utf-8") == "opened\n"
+
+
+def test_the_editor_without_room(chat: Start) -> None:
+    """Guards: a full disk that ends the chat, or takes the draft."""
+    code = (
+        "import tempfile\n"
+        "from support import terminal_chat\n"
+        "def full(*_, **__): raise OSError(28, 'No space left on device')\n"
+        "tempfile.TemporaryDirectory = full\n"
+        "terminal_chat.main()\n"
+    )
+    terminal = chat(code=code, VISUAL="true")
+    terminal.send("kept\x07")
+    terminal.wait_screen(r"error: .*No space left on device(?s:.*)\n> kept\n")
+    terminal.send("\x15/edit" + ENTER)
+    terminal.wait_screen(r"> /edit\n+error: .*No space left on device")
+
+
+def test_messages_wait_and_are_sent(chat: Start, tmp_path: Path) -> None:
+    """Guards: messages sent during a reply that are lost, or come in another order."""
+    terminal = chat()
+    terminal.send("reply¬ends" + ENTER)
+    terminal.wait_screen("\n\nreply\n")
+    terminal.send("first" + ENTER + "second" + ENTER)
+    terminal.wait_screen("queued: first\nqueued: second\n")
+    (tmp_path / "go").touch()
+    terminal.wait_screen(r"\n\nreplyends\n\n> first\n\nfirst\n\n> second\n\nsecond\n\n>\n")
+
+
+def test_interruption_gives_what_waits_back(chat: Start) -> None:
+    """Guards: Ctrl-C that stops one reply to begin the next; a draft or a message that is lost."""
+    terminal = chat()
+    terminal.send("/reply halt" + ENTER)
+    terminal.wait_screen("so it wraps")
+    terminal.send('"""' + ENTER + "first" + ENTER + '"""' + ENTER + "second" + ENTER + "draft")
+    terminal.wait_screen(r'(?s)queued: """ first """\nqueued: second\n.*> draft\n')
+    terminal.send(CTRL_C)
+    terminal.wait_screen(r"stopped: /continue goes on\]\n\n> first\n  second\n  draft\nSmolLM2")
+    assert "queued" not in terminal.screen_text()
+
+
+def test_an_interruption_is_for_the_job_that_runs(chat: Start) -> None:
+    """Guards: a cancel from another thread, which may hit the next job; one that comes too early."""
+    code = (
+        "import threading\n"
+        "from support import terminal_chat\n"
+        "class Chat(terminal_chat.ScriptedChat):\n"
+        "    def cancel(self):\n"
+        "        self.screen.notice(f'in {threading.current_thread().name}')\n"
+        "        super().cancel()\n"
+        "terminal_chat.ScriptedChat = Chat\n"
+        "terminal_chat.main()\n"
+    )
+    terminal = chat(code=code)
+    terminal.send("/reply halt" + ENTER + CTRL_C)
+    terminal.wait_screen(r"(?s)in MainThread.*\n\n>\n")
+    terminal.send("next" + ENTER)
+    terminal.wait_screen(r"> next\n\nnext\n\n>\n")

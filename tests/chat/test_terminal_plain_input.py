@@ -1,0 +1,240 @@
+"""What the plain terminal makes of lines, blocks, pastes and signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from support.processes import is_gone
+from support.terminal import CTRL_C, ENTER, Terminal, wait_for_file
+
+from dsmoe_local.chat.terminal.editor import Editor
+from dsmoe_local.chat.terminal.signals import Signals
+
+CHAT = ["-m", "support.terminal_chat"]
+KINDS = ("dumb", "xterm-256color")
+Start = Callable[..., Terminal]
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    """TERM of a terminal that can only print, and of one that can more, used with --plain."""
+    return str(request.param)
+
+
+@pytest.fixture
+def chat(kind: str, tmp_path: Path) -> Iterator[Start]:
+    """Starts chats, in a folder of their own."""
+    started: list[Terminal] = []
+
+    def start(*arguments: str, **environment: str) -> Terminal:
+        values = {"TERM": kind, "VISUAL": "", **environment}
+        terminal = Terminal([*CHAT, "plain", *arguments], values, folder=tmp_path)
+        started.append(terminal)
+        terminal.wait_for(r"/help\n> ")
+        return terminal
+
+    yield start
+    for terminal in started:
+        terminal.__exit__(None, None, None)
+
+
+def _script(folder: Path, text: str) -> str:
+    path = folder / "editor"
+    path.write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
+    path.chmod(0o700)
+    return str(path)
+
+
+def test_blocks(chat: Start) -> None:
+    """Guards: a block sent line by line, or with its marks; a docstring that opens one."""
+    terminal = chat()
+    terminal.send('"""' + ENTER)
+    terminal.wait_for(r'"""\n  ')
+    terminal.send("/exit" + ENTER)
+    terminal.wait_for(r"/exit\n  ")
+    terminal.send('"""' + ENTER)
+    terminal.wait_for(r'"""\n/exit\n> ')
+    terminal.send('"""Return the sum.' + ENTER)
+    terminal.wait_for(r'sum\.\n"""Return the sum\.\n> ')
+    terminal.send('""""""' + ENTER)
+    terminal.wait_for(r'""""""\n> ')
+
+
+@pytest.mark.parametrize("text", ["one\rtwo\rthree", '"""\rone\r"""\rtwo', '"""\rone\rtwo', '"""\rone\r"""'])
+def test_what_comes_at_once_is_one_input(chat: Start, text: str) -> None:
+    """Guards: the lines of a paste sent one by one; quotes in it that open a block or are lost."""
+    terminal = chat()
+    terminal.send(text + ENTER)
+    lines = text.replace("\r", "\n")
+    terminal.wait_for(rf"\n{lines}\n> ")
+
+
+def test_lines_typed_amid_a_reply_are_one_input(chat: Start) -> None:
+    """Guards: a paste amid a reply whose lines are sent one by one, in a row that nobody can stop."""
+    terminal = chat()
+    terminal.send("/reply halt" + ENTER)
+    terminal.wait_for("so it wraps.")
+    terminal.send("one\rtwo\rthree\r")
+    terminal.wait_for("three")
+    os.kill(terminal.pid, signal.SIGINT)
+    terminal.wait_for(r"stopped: /continue goes on\](?s:.*)[\n ]one\ntwo\nthree\n> ")
+
+
+def test_lines_typed_at_an_editor_are_one_input(chat: Start, tmp_path: Path) -> None:
+    """Guards: a paste while an editor with a window of its own is open, whose lines are sent one by one."""
+    terminal = chat(VISUAL=_script(tmp_path, "mkfifo wait; echo > open; read line < wait; exit 1"))
+    terminal.send("/edit" + ENTER)
+    wait_for_file(tmp_path / "open")
+    terminal.send("one\rtwo\r")
+    terminal.wait_for("two")
+    (tmp_path / "wait").write_text("\n", encoding="utf-8")
+    terminal.wait_for(r"edited: None(?s:.*)[\n ]one\ntwo\n> ")
+
+
+def test_marked_pastes(tmp_path: Path) -> None:
+    """Guards: a paste that sends itself, with a terminal that says what a paste is; tabs that complete."""
+    with Terminal([*CHAT, "plain"], {"TERM": "xterm-256color"}, folder=tmp_path) as terminal:
+        terminal.wait_for(r"/help\n> ")
+        terminal.paste("one\ttwo\rthree\r")
+        terminal.wait_for("three")
+        terminal.send("four" + ENTER)
+        terminal.wait_for(r"\none\ttwo\nthree\nfour\n> ")
+        terminal.paste('"""\ra docstring\r')
+        terminal.send(ENTER)
+        terminal.wait_for(r'\n"""\na docstring\n> ')
+
+
+def test_bytes_that_are_no_text(chat: Start) -> None:
+    """Guards: a key of another encoding that ends the chat."""
+    terminal = chat()
+    os.write(terminal.master, b"caf\xe9 au lait\r")
+    terminal.wait_for("\ncaf.{1,2} au lait\n> ")
+
+
+def test_interruption_is_the_editors(chat: Start, tmp_path: Path) -> None:
+    """Guards: Ctrl-C, with which people leave a mode of their editor, that reaches the engine or the chat."""
+    script = "trap 'echo > caught' INT\nmkfifo wait\necho > open\nread line < wait\nread line < wait\nexit 1"
+    terminal = chat("hangs", VISUAL=_script(tmp_path, script))
+    terminal.send("/edit" + ENTER)
+    wait_for_file(tmp_path / "open")
+    terminal.send(CTRL_C)
+    wait_for_file(tmp_path / "caught")
+    (tmp_path / "wait").write_text("\n", encoding="utf-8")
+    terminal.wait_for(r"edited: None\n> ")
+    assert "hung" not in terminal.text
+    assert "leaves" not in terminal.text
+
+
+def test_signal_while_an_editor_is_open(chat: Start, tmp_path: Path) -> None:
+    """Guards: a chat that ends only when its editor does; one that leaves the editor behind."""
+    script = "trap '' TERM\nmkfifo wait\necho $$ > pid\nread line < wait"
+    terminal = chat(VISUAL=_script(tmp_path, script))
+    terminal.send("/edit" + ENTER)
+    wait_for_file(pid := tmp_path / "pid")
+    os.kill(terminal.pid, signal.SIGTERM)
+    assert terminal.ending(seconds=20) == 128 + signal.SIGTERM
+    assert is_gone(int(pid.read_text(encoding="utf-8")))
+
+
+def test_output_that_nobody_reads_any_more(tmp_path: Path) -> None:
+    """Guards: a traceback in mid-reply where the terminal went away; a reply that is not ended in order."""
+    chat = subprocess.Popen(
+        [sys.executable, *CHAT, "plain"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TERM": "dumb"},
+        cwd=tmp_path,
+        text=True,
+    )
+    with chat:
+        assert chat.stdin is not None
+        assert chat.stdout is not None
+        assert chat.stderr is not None
+        chat.stdin.write("/reply long 0.05\n")
+        chat.stdin.flush()
+        while "1. a line" not in chat.stdout.readline():
+            pass
+        chat.stdout.close()
+        assert chat.wait(20) == 128 + signal.SIGHUP
+        assert chat.stderr.read() == ""
+
+
+def _interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_signals_are_raised_only_while_a_line_is_read() -> None:
+    """Guards: a KeyboardInterrupt anywhere between two inputs, which ends the chat."""
+    signals = Signals()
+    with signals.handled():
+        _interrupt()
+        with pytest.raises(KeyboardInterrupt), signals.reading():
+            pytest.fail("what came before is forgotten")
+        with pytest.raises(KeyboardInterrupt), signals.reading():
+            _interrupt()
+        _interrupt()
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.number == signal.SIGTERM
+        with pytest.raises(EOFError), signals.reading():
+            pytest.fail("what came before is forgotten")
+
+
+def test_a_job_is_cancelled_in_another_thread() -> None:
+    """Guards: a signal handler that waits for a lock which the code it interrupts holds."""
+    signals = Signals()
+    held, done = threading.Lock(), threading.Event()
+    seen: list[str] = []
+
+    def cancel() -> None:
+        with held:
+            seen.append("cancel")
+            done.set()
+
+    def kill() -> None:
+        seen.append("kill")
+        done.set()
+
+    with signals.handled():
+        with signals.job(cancel, kill):
+            with held:
+                _interrupt()
+            assert done.wait(20)
+            done.clear()
+            # Asked again: that is not lost which came before there was anything to cancel.
+            assert done.wait(20)
+            assert set(seen) == {"cancel"}
+            _interrupt()
+            while "kill" not in seen:
+                assert done.wait(20)
+        with signals.lent_to(Editor()):
+            _interrupt()
+
+
+def test_a_job_that_is_over_is_not_cancelled() -> None:
+    """Guards: Ctrl-C at the end of a reply that stops the next one."""
+    signals = Signals()
+    begun, go_on = threading.Event(), threading.Event()
+    seen: list[str] = []
+
+    def slow() -> None:
+        begun.set()
+        go_on.wait(20)
+
+    with signals.handled():
+        with signals.job(slow, lambda: seen.append("kill")):
+            _interrupt()
+            begun.wait(20)
+            # The thread that acts is busy, so this one waits until the job is over.
+            _interrupt()
+            go_on.set()
+        with signals.job(lambda: seen.append("next"), lambda: seen.append("next")):
+            threading.Event().wait(0)
+    assert "next" not in seen
