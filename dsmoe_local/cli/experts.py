@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -13,9 +14,11 @@ import click
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.cli.model_options import find_model, load_engine, model_option, model_options
+from dsmoe_local.cli.configuration import from_command_line
+from dsmoe_local.cli.model_options import ModelName, find_model, load_engine, model_option, model_options
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
     from rich.console import RenderableType
 
     from dsmoe_local.base.progress import Listener
@@ -23,10 +26,27 @@ if TYPE_CHECKING:
     from dsmoe_local.experts.reading import Reading
 
 _N_DIFFERENCES = 12
+_MOST_TEXTS = 2
+
+
+class _ModelOrText(ModelName):
+    """A model in the first place, texts behind it."""
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """As a model is completed; then files."""
+        if not ctx.params.get(str(param.name)) and ctx.params.get("named_model") is None:
+            return super().shell_complete(ctx, param, incomplete)
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(incomplete, type="file")]
 
 
 @click.command(name="experts")
-@click.argument("files", nargs=-1, required=True, metavar="[MODEL.gguf] FILE.txt|- [FILE.txt]")
+@click.argument(
+    "files", nargs=-1, required=True, metavar="[MODEL] FILE.txt|- [FILE.txt]", type=_ModelOrText()
+)
 @model_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="Write the picture, too.")
@@ -40,11 +60,11 @@ def command(
 ) -> None:
     """Show which routed experts a text uses, layer by layer.
 
-    The whole text is read, in parts as long as the context; - is stdin. Of two texts it is also shown which
-    experts they use most differently.
+    MODEL is a name that `dsmoe models` lists, or a GGUF file. The whole text is read, in parts as long as the
+    context; - is stdin. Of two texts it is also shown which experts they use most differently.
     """
-    model, names = _sorted_out(files)
-    path = find_model(model, named_model)
+    model, names = _sorted_out(files, named_model is not None and from_command_line("named_model"))
+    path = _find(model, named_model)
     if svg is not None and svg.suffix.lower() != ".svg":
         raise UsageError("--svg takes a file's name that ends in .svg", where=safe_line(str(svg)))
     from dsmoe_local.cli.render import run_with_progress
@@ -70,14 +90,38 @@ def command(
     _print(name, readings)
 
 
-def _sorted_out(files: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:
+def _sorted_out(files: tuple[str, ...], is_model_named: bool) -> tuple[str | None, tuple[str, ...]]:
     """The model, if one is among the arguments, and the texts."""
-    model, texts = (files[0], files[1:]) if files[0].lower().endswith(".gguf") else (None, files)
-    if not 1 <= len(texts) <= 2:
+    first, *others = files
+    # A name is no file; of three, the first can be nothing else.
+    may_be_name = not is_model_named and first != "-" and others
+    is_model = _is_gguf(first) or (may_be_name and (len(others) == _MOST_TEXTS or not os.path.exists(first)))
+    model, texts = (first, tuple(others)) if is_model else (None, files)
+    if not 1 <= len(texts) <= _MOST_TEXTS:
         raise UsageError("one or two texts are wanted", remedy="name text files, or - for stdin")
     if texts.count("-") > 1:
         raise UsageError("stdin is asked for twice", remedy="use one -")
     return model, texts
+
+
+def _is_gguf(word: str) -> bool:
+    if word.lower().endswith(".gguf"):
+        return True
+    try:
+        with open(word, "rb") as file:
+            return file.read(4) == b"GGUF"
+    except (OSError, ValueError):
+        return False
+
+
+def _find(model: str | None, named_model: str | None) -> Path:
+    try:
+        return find_model(model, named_model)
+    except UsageError as error:
+        if model is None or os.sep in model or error.where:
+            raise
+        # It may have been meant as a text.
+        raise UsageError(error.what, where="there is no such text either", remedy=error.remedy) from error
 
 
 def _titles(names: tuple[str, ...]) -> list[str]:
