@@ -1,0 +1,205 @@
+"""The session database as a file: who may read it, what it survives, refused versions, many threads."""
+
+from __future__ import annotations
+
+import sqlite3
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.stored import talk
+
+from dsmoe_local.base.errors import FormatError
+from dsmoe_local.chat.store import database
+from dsmoe_local.chat.store.schema import MIGRATIONS
+from dsmoe_local.chat.store.sessions import SessionStore
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "data" / "sessions"
+
+
+@pytest.fixture
+def store(folder: Path) -> Iterator[SessionStore]:
+    opened = SessionStore.open(folder)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def other(folder: Path, store: SessionStore) -> Iterator[SessionStore]:
+    opened = SessionStore.open(folder)
+    yield opened
+    opened.close()
+
+
+def test_only_its_owner_can_read_it(folder: Path) -> None:
+    """Guards: conversations that others on the machine can read, in the database or its log."""
+    folder.mkdir(parents=True, mode=0o755)
+    store = SessionStore.open(folder)
+    store.create("m", "v", "").save(talk("secret"))
+    files = sorted(folder.iterdir())
+    assert [file.name for file in files] == ["sessions.db", "sessions.db-shm", "sessions.db-wal"]
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    store.close()
+    store.close()
+    (folder / "sessions.db").chmod(0o644)
+    SessionStore.open(folder).close()
+    assert stat.S_IMODE((folder / "sessions.db").stat().st_mode) == 0o600
+
+
+def test_it_is_as_durable_as_sqlite_makes_it(store: SessionStore) -> None:
+    """Guards: a setting that SQLite did not take: acknowledged turns lost with the power."""
+    session = store.create("m", "v", "")
+    for connection in (session._database._writer, session._database._reader):
+        answers = {
+            name: connection.execute(f"PRAGMA {name}").fetchone()[0]
+            for name in ("journal_mode", "synchronous", "fullfsync", "foreign_keys", "secure_delete")
+        }
+        assert answers == {
+            "journal_mode": "wal", "synchronous": 3, "fullfsync": 1, "foreign_keys": 1, "secure_delete": 1
+        }  # fmt: skip
+
+
+def test_where_no_log_can_be_written_ahead(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a disk without shared memory, where a turn was acknowledged that a power cut takes back."""
+
+    def connect(path: Path, **options: Any) -> sqlite3.Connection:
+        # Locks that are files of their own: SQLite has no shared memory then.
+        connection: sqlite3.Connection = real(f"file:{path}?vfs=unix-dotfile", uri=True, **options)
+        return connection
+
+    real = sqlite3.connect
+    monkeypatch.setattr("sqlite3.connect", connect)
+    store = SessionStore.open(folder)
+    try:
+        session = store.create("m", "v", "")
+        session.save(talk("a", "b"))
+        writer = session._database._writer
+        assert writer.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+        assert writer.execute("PRAGMA synchronous").fetchone() == (3,)
+        assert store.find("1").load("v") == talk("a", "b")
+        assert [hit.turn for hit in store.search("b")] == [2]
+        store.delete(session)
+    finally:
+        store.close()
+
+
+def test_the_first_session_is_in_folders_that_last(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: acknowledged turns in a folder whose own name a power cut takes away."""
+    synced: list[Path] = []
+    for module in ("dsmoe_local.base.durable", "dsmoe_local.chat.store.database"):
+        monkeypatch.setattr(f"{module}.sync_folder", synced.append)
+    SessionStore.open(folder / "deep").close()
+    above = folder.parent.parent
+    assert synced == [above, above / "data", folder, folder / "deep"]
+    assert {stat.S_IMODE(each.stat().st_mode) for each in (folder.parent, folder)} == {0o700}
+
+
+def test_a_full_disk_is_said_and_survived(store: SessionStore) -> None:
+    """Guards: a save that is half done when there is no room for the rest."""
+    session = store.create("m", "v", "")
+    session.save(talk("a", "b"))
+    connection = session._database._writer
+    (n_pages,) = connection.execute("PRAGMA page_count").fetchone()
+    connection.execute(f"PRAGMA max_page_count = {n_pages + 2}")
+    with pytest.raises(Exception, match="the disk is full"):
+        session.save(talk("a", "b", *["x" * 10_000] * 20))
+    connection.execute("PRAGMA max_page_count = 1000000")
+    assert session.save(talk("a", "b", "c")) is None
+    assert store.find("chat-1").load("v") == talk("a", "b", "c")
+
+
+def test_names_are_there_while_a_save_is_going_on(store: SessionStore) -> None:
+    """Guards: completion that waits for the disk: keys would be late."""
+    session = store.create("m", "v", "")
+    session.save(talk("a", "b"))
+    inside, seen = threading.Event(), threading.Event()
+    names: list[str] = []
+
+    def complete() -> None:
+        inside.wait(60)
+        names.extend(store.names())
+        seen.set()
+
+    thread = threading.Thread(target=complete)
+    thread.start()
+    with session._database.write() as connection:
+        connection.execute("UPDATE session SET name = 'unseen'")
+        inside.set()
+        assert seen.wait(60)
+        connection.execute("UPDATE session SET name = 'chat-1'")
+    thread.join()
+    assert names == ["chat-1"]
+
+
+def test_many_threads_save_at_once(store: SessionStore, other: SessionStore) -> None:
+    """Guards: transactions of two threads that become one."""
+    errors: list[BaseException] = []
+
+    def chat(opened: SessionStore, word: str) -> None:
+        try:
+            session = opened.create("m", "v", "")
+            for n_turns in range(1, 11):
+                session.save(talk(*[word] * n_turns))
+                opened.names()
+                opened.search(word)
+        except BaseException as error:  # noqa: BLE001 - shown by the test
+            errors.append(error)
+
+    threads = [
+        threading.Thread(target=chat, args=(opened, word))
+        for opened, word in ((store, "one"), (store, "two"), (other, "three"), (other, "four"))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert sorted((each.title, each.n_turns) for each in store.summaries()) == [
+        ("four", 10), ("one", 10), ("three", 10), ("two", 10)
+    ]  # fmt: skip
+    assert all(len(store.search(word, 100)) == 10 for word in ("one", "two", "three", "four"))
+
+
+def test_a_newer_database_is_left_alone(folder: Path) -> None:
+    """Guards: an old program that damages what a newer one wrote."""
+    SessionStore.open(folder).close()
+    path = folder / database.FILE_NAME
+    connection = sqlite3.connect(path)
+    connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    before = path.read_bytes()
+    with pytest.raises(FormatError) as error:
+        SessionStore.open(folder)
+    assert "newer version" in str(error.value)
+    assert str(path) in str(error.value)
+    assert path.read_bytes() == before
+
+
+def test_a_database_of_somebody_else_is_left_alone(folder: Path) -> None:
+    """Guards: our tables put into a file that is none of ours."""
+    folder.mkdir(parents=True)
+    connection = sqlite3.connect(folder / database.FILE_NAME)
+    connection.execute("CREATE TABLE theirs (x)")
+    connection.close()
+    with pytest.raises(FormatError, match="not a database of sessions"):
+        SessionStore.open(folder)
+
+
+def test_migration_is_all_or_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a database between two versions after a step that failed."""
+    SessionStore.open(folder).close()
+    steps = (*MIGRATIONS, ("CREATE TABLE more (x)", "CREATE TABLE broken ("))
+    monkeypatch.setattr(database, "MIGRATIONS", steps)
+    with pytest.raises(Exception, match="cannot be used"):
+        SessionStore.open(folder)
+    monkeypatch.setattr(database, "MIGRATIONS", (*steps[:-1], ("CREATE TABLE more (x)",)))
+    store = SessionStore.open(folder)
+    store.create("m", "v", "").save(talk("a"))
+    store.close()
