@@ -106,9 +106,10 @@ def command(
     text = one_prompt(prompt, prompt_file, dash)
     if text is None and not (sys.stdout.isatty() and sys.stdin.isatty()):
         raise UsageError("a chat needs a terminal", remedy="use -p TEXT for one answer")
-    if text is None and (as_json or schema):
-        raise UsageError(f"{'--json' if as_json else '--schema'} is for one answer", remedy="use it with -p")
-    json_schema = read_schema(schema) if schema is not None else None
+    if text is None:
+        _refuse_in_chat("as_json", as_json)
+        _refuse_in_chat("schema", schema is not None)
+    json_schema = read_schema(schema) if schema is not None and text is not None else None
     with told_origin("max_tokens"):
         limit = _limit(max_tokens)
     settings = ChatSettings(sampling_parameters(values), limit, stop, OnFull(on_full))
@@ -121,6 +122,13 @@ def command(
         kept = _open_sessions(conversing, open_things)
         engine = open_things.enter_context(load_engine(path or find_model(), values))
         _converse(engine, settings, system, conversing, kept)
+
+
+def _refuse_in_chat(name: str, given: bool) -> None:
+    """UsageError for an option of one answer; a variable or the config file may have it for other runs."""
+    if given and from_command_line(name):
+        flag = {"as_json": "--json"}.get(name, f"--{name}")
+        raise UsageError(f"{flag} is for one answer", remedy="use it with -p")
 
 
 def _limit(max_tokens: int | None) -> int | None:
