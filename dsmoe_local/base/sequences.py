@@ -10,4 +10,5 @@ def n_common(first: Sequence[object], second: Sequence[object]) -> int:
     most = min(len(first), len(second))
     if first[:most] == second[:most]:
         return most
-    return next(index for index in range(most) if first[index] != second[index])
+    # Of another kind, a list and a tuple, equal ones differ.
+    return next((index for index in range(most) if first[index] != second[index]), most)

@@ -166,6 +166,8 @@ class Conversation:
         """End the reply that was asked for last; from any thread or a signal handler."""
         self._cancelled = True
         self.engine.cancel(self._running)
+        # Also a load that a crash made necessary, whoever waits for it.
+        self.engine.cancel_all()
 
     def last(self, role: Role) -> Turn | None:
         """The last turn of that role."""
