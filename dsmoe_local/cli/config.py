@@ -58,7 +58,7 @@ class CommandName(click.ParamType[str]):
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """UsageError for a word that is none."""
-        from dsmoe_local.cli.main import COMMANDS
+        from dsmoe_local.cli.commands import COMMANDS
 
         if value not in COMMANDS:
             raise UsageError(
@@ -71,7 +71,7 @@ class CommandName(click.ParamType[str]):
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
         """The commands that begin like this."""
-        from dsmoe_local.cli.main import COMMANDS
+        from dsmoe_local.cli.commands import COMMANDS
 
         return [CompletionItem(name) for name in COMMANDS if name.startswith(incomplete)]
 
@@ -102,7 +102,7 @@ def command(name: str, as_json: bool, show_path: bool) -> None:
         click.echo(safe_line(str(config_path()), 4096) if sys.stdout.isatty() else str(config_path()))
         return
     from dsmoe_local.chat.settings import presets_of
-    from dsmoe_local.cli.main import COMMANDS
+    from dsmoe_local.cli.commands import COMMANDS
 
     values = config_file().values()
     presets = {preset: each.values for preset, each in presets_of(values).items()}

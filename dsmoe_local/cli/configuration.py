@@ -24,6 +24,7 @@ from dsmoe_local.base.config_file import ConfigFile, config_path
 from dsmoe_local.base.errors import DsmoeError, FormatError, UsageError
 from dsmoe_local.base.paths import data_folder
 from dsmoe_local.base.text import safe_line
+from dsmoe_local.cli.commands import COMMANDS, import_command
 
 MODELS_FOLDER = "models-folder"
 # They say what this one run does; --debug is looked for before anything is parsed.
@@ -271,11 +272,10 @@ def unknown_keys(values: Mapping[str, Any], commands: Iterable[str]) -> list[str
     `commands` are looked at.
     """
     from dsmoe_local.chat.settings import PRESETS, SETTINGS, presets_of
-    from dsmoe_local.cli.main import COMMANDS, load_command
 
     def keys(names: Iterable[str]) -> set[str]:
         return {
-            key for name in names for option in configurable(load_command(name)) for key in keys_of(option)
+            key for name in names for option in configurable(import_command(name)) for key in keys_of(option)
         }
 
     notes: list[str] = []

@@ -2,48 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 import traceback
-from collections.abc import Mapping
-from dataclasses import dataclass
 
 import click
 
 from dsmoe_local import __version__
 from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.base.text import safe_line, safe_text
+from dsmoe_local.cli.commands import COMMANDS, import_command
 from dsmoe_local.cli.configuration import attach, where_from
 
 _INTERRUPTED = 130
 _OFF = frozenset({"", "0", "f", "false", "n", "no", "off"})
-
-
-@dataclass(frozen=True, slots=True)
-class CommandEntry:
-    """A subcommand: the module that defines `command`, and its line in the list of commands."""
-
-    module: str
-    summary: str
-
-
-COMMANDS: Mapping[str, CommandEntry] = {
-    "convert": CommandEntry("dsmoe_local.cli.convert", "Hugging Face checkpoint to GGUF, in one pass."),
-    "quantize": CommandEntry("dsmoe_local.cli.quantize", "GGUF to a smaller GGUF."),
-    "chat": CommandEntry("dsmoe_local.cli.chat", "Talk with a model in the terminal."),
-    "batch": CommandEntry("dsmoe_local.cli.batch", "Answer a file of prompts, one JSON record each."),
-    "inspect": CommandEntry("dsmoe_local.cli.inspect", "Show what a model is and what it costs."),
-    "eval": CommandEntry("dsmoe_local.cli.eval", "Measure how well a model predicts a text."),
-    "imatrix": CommandEntry("dsmoe_local.cli.imatrix", "Collect what each weight counts, for quantizing."),
-    "bench": CommandEntry("dsmoe_local.cli.bench", "Measure how fast models are, side by side."),
-    "experts": CommandEntry("dsmoe_local.cli.experts", "Show which experts a text makes a model lean on."),
-    "models": CommandEntry("dsmoe_local.cli.models", "List the models that are found by name."),
-    "devices": CommandEntry("dsmoe_local.cli.devices", "List what models can run on, and how to add GPUs."),
-    "demo": CommandEntry("dsmoe_local.cli.demo", "Make a small real DeepSeekMoE model, offline."),
-    "config": CommandEntry("dsmoe_local.cli.config", "Show every option's value and where it comes from."),
-    "completion": CommandEntry("dsmoe_local.cli.completion", "Print the completion script for your shell."),
-}
 
 
 class LazyGroup(click.Group):
@@ -69,14 +41,8 @@ def group() -> None:
 
 
 def load_command(name: str) -> click.Command:
-    """The command called `name`, with the options that all commands share, and what speaks for options that
-    are not given.
-    """
-    command: click.Command = importlib.import_module(COMMANDS[name].module).command
-    command.context_settings.setdefault("help_option_names", ["-h", "--help"])
-    if not any(parameter.name == "debug" for parameter in command.params):
-        debug = click.Option(["--debug"], is_flag=True, expose_value=False, help="Show tracebacks of errors.")
-        command.params.append(debug)
+    """The command called `name`, and what speaks for options that are not given."""
+    command = import_command(name)
     attach(command, name)
     return command
 

@@ -18,8 +18,9 @@ from support.configured import chat, complaint, write_config
 from dsmoe_local.base.config_file import config_path
 from dsmoe_local.base.errors import FormatError, UsageError
 from dsmoe_local.chat.settings import SETTINGS
+from dsmoe_local.cli.commands import COMMANDS
 from dsmoe_local.cli.configuration import configurable, keys_of, variable
-from dsmoe_local.cli.main import COMMANDS, group, load_command, run
+from dsmoe_local.cli.main import group, load_command, run
 from dsmoe_local.cli.model_options import find_model, load_engine
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ALL_LAYERS, ModelOptions

@@ -11,7 +11,8 @@ import pytest
 from support.raw_gguf import STRING, KeyValue, tiny_model
 
 from dsmoe_local.base.errors import MissingExtraError, missing_extra
-from dsmoe_local.cli.main import COMMANDS, load_command
+from dsmoe_local.cli.commands import COMMANDS
+from dsmoe_local.cli.main import load_command
 from dsmoe_local.model.presets import PRESETS
 
 
