@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -238,3 +239,43 @@ def test_a_job_that_is_over_is_not_cancelled() -> None:
         with signals.job(lambda: seen.append("next"), lambda: seen.append("next")):
             threading.Event().wait(0)
     assert "next" not in seen
+
+
+def _wait_after(ready: threading.Event) -> None:
+    ready.set()
+    # Not in pieces: a signal that interrupts this thread must end it.
+    never = threading.Lock()
+    never.acquire()
+    assert not never.acquire(timeout=20)
+    pytest.fail("the signal was not dealt with")
+
+
+def test_a_signal_that_comes_to_another_thread() -> None:
+    """Guards: a wait that goes on, since the signal interrupted another thread than the one that waits."""
+    signals = Signals()
+    with signals.handled():
+        ready = threading.Event()
+
+        def send() -> None:
+            ready.wait(20)
+            signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        with pytest.raises(EOFError), signals.reading():
+            _wait_after(ready)
+        sender.join()
+    assert signals.number == signal.SIGTERM
+
+
+def _forget_and_wait() -> None:
+    with suppress(EOFError):
+        signal.raise_signal(signal.SIGTERM)
+    _wait_after(threading.Event())
+
+
+def test_an_exception_that_is_swallowed_comes_again() -> None:
+    """Guards: SIGTERM at the moment in which input() forgets all that is raised."""
+    signals = Signals()
+    with signals.handled(), pytest.raises(EOFError), signals.reading():
+        _forget_and_wait()

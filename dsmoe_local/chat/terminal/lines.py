@@ -83,12 +83,7 @@ class LineReader:
                 return error.object.decode(errors="replace")
         self._write(prompt)
         while "\n" not in self._read:
-            # A signal that comes just before a blocking read would not be seen before there is a line.
-            ready = select.select([sys.stdin, self._signals.woken], [], [])[0]
-            if self._signals.woken in ready:
-                os.read(self._signals.woken, 64)
-            if sys.stdin in ready:
-                self._read_more()
+            self._read_more()
         line, _, self._read = self._read.partition("\n")
         return line
 

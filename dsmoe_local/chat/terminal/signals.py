@@ -10,27 +10,31 @@ import os
 import queue
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 
 from dsmoe_local.chat.terminal.editor import Editor
 
-_ENDING = (signal.SIGTERM, signal.SIGHUP)
 _CANCEL_AGAIN = 0.25  # seconds
+_NUDGE = signal.SIGURG  # nobody sends it otherwise, and nothing comes of it
+_NUDGES = (0.02, 0.1, 0.5)  # seconds before each
 _Action = Callable[[], None]
 
 
 class Signals:
     """What came, and what is to be done about it. Used in the main thread.
 
-    `number` is the signal that ends the chat, or 0; `woken` can be read once any has come.
+    `number` is the signal that ends the chat, or 0.
     """
 
     def __init__(self) -> None:
         self.number = 0
-        self.woken = -1
+        self._handling = False
         self._reading = False
+        self._raised: type[BaseException] | None = None  # by a handler, since a line is read
         self._interrupted = False  # Ctrl-C between a job and a line
         self._editor: Editor | None = None
         self._actions: tuple[_Action, _Action] | None = None  # of the job that runs: cancel, kill
@@ -46,28 +50,29 @@ class Signals:
             signal.SIGINT: self._on_interrupt,
             signal.SIGTERM: self._on_end,
             signal.SIGHUP: self._on_end,
+            _NUDGE: self._on_nudge,
         }
-        acting = threading.Thread(target=self._act, name="signals", daemon=True)
-        acting.start()
-        self.woken, wake = os.pipe()
-        os.set_blocking(self.woken, False)
+        woken, wake = os.pipe()
         os.set_blocking(wake, False)
+        for work in (self._act, partial(self._insist, woken)):
+            threading.Thread(target=work, name="signals", daemon=True).start()
         woken_before = signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        self._handling = True
         try:
             yield
         finally:
+            self._handling = False
             for number, handler in before.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(woken_before)
-            os.close(self.woken)
             os.close(wake)
             self._wanted.put(None)
 
     @contextmanager
     def reading(self) -> Iterator[None]:
         """In here Ctrl-C is a KeyboardInterrupt, and what ends the chat an EOFError."""
-        self._reading = True
+        self._raised, self._reading = None, True
         try:
             if self.number:
                 raise EOFError
@@ -105,13 +110,14 @@ class Signals:
     def _begin(self, actions: tuple[_Action, _Action] | None) -> None:
         # With the lock: what was wanted of the job before is done, or will not be.
         with self._switching:
+            self._reading = False
             self._job += 1
             self._n_asked = 0
             self._actions = actions
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
         if self._reading:
-            self._reading = False
+            self._raised = KeyboardInterrupt
             raise KeyboardInterrupt
         if self._editor is not None:
             return
@@ -122,11 +128,16 @@ class Signals:
     def _on_end(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         if self._reading and frame is not None:
-            self._reading = False
+            self._raised = EOFError
             raise EOFError
         if self._editor is not None:
             self._wanted.put((self._job, self._editor.end))
         self._ask_to_end()
+
+    def _on_nudge(self, number: int, frame: FrameType | None) -> None:
+        # input() swallows what is raised while it prepares itself.
+        if self._reading and self._raised is not None:
+            raise self._raised
 
     def _ask_to_end(self) -> None:
         if self._actions is not None:
@@ -149,3 +160,15 @@ class Signals:
                     action()
                     # A job that has only just begun may not have begun what there is to cancel.
                     again = (job, self._actions[0]) if self._actions is not None else None
+
+    def _insist(self, woken: int) -> None:
+        """Have a signal dealt with that does not end what the main thread waits in: one that came to another
+        thread, or just before the wait. A handler that does nothing still interrupts it.
+        """
+        main = threading.main_thread().ident
+        with open(woken, "rb", buffering=0) as came:
+            while numbers := came.read(64):
+                for seconds in _NUDGES if set(numbers) - {_NUDGE} else ():
+                    time.sleep(seconds)
+                    if self._handling and main is not None:
+                        signal.pthread_kill(main, _NUDGE)
