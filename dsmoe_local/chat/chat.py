@@ -16,7 +16,7 @@ from rich.text import Text
 from dsmoe_local.base.config_file import ConfigFile
 from dsmoe_local.base.errors import DsmoeError, InterruptedRunError, UsageError
 from dsmoe_local.base.text import safe_line, safe_text
-from dsmoe_local.chat import attachments, words
+from dsmoe_local.chat import attachments, blocks, words
 from dsmoe_local.chat.cache_keeper import CacheKeeper
 from dsmoe_local.chat.commands import table
 from dsmoe_local.chat.context import MadeRoom
@@ -29,7 +29,6 @@ from dsmoe_local.chat.turns import OnFull, Role, Transcript
 from dsmoe_local.engine.errors import EngineCrashError
 from dsmoe_local.engine.types import FinishReason, TokenEvent
 
-BLOCK = '"""'
 _NEARLY_FULL = 0.85
 _REST_SECONDS = 30.0
 """So long after the last reply the cache is kept: the next message may be near before that."""
@@ -145,8 +144,11 @@ class Chat:
             self.screen.notice(attachments.describe(file))
         self.show_reply(lambda conversation: conversation.send(expanded.text))
 
-    def show_reply(self, action: Callable[[Conversation], Reply]) -> None:
-        """Print the reply whose events `action` returns; afterwards it is durable."""
+    def show_reply(self, action: Callable[[Conversation], Reply], after: str = "") -> None:
+        """Print the reply whose events `action` returns; afterwards it is durable.
+
+        `after` is the text that the reply goes on with, if it does.
+        """
         conversation = self.conversation
         if not conversation.engine.alive:
             self.screen.notice("loading the model again")
@@ -157,7 +159,7 @@ class Chat:
         try:
             self.experts.reply_begins()
             # Closed before anything is saved: what came of a reply that breaks off is its turn by then.
-            with closing(events), self.screen.reply() as view:
+            with closing(events), self.screen.reply(after) as view:
                 self._show(events, view)
         finally:
             try:
@@ -229,9 +231,10 @@ class Chat:
         )
 
     def _take(self, text: str) -> None:
-        if text.startswith(BLOCK):
-            message = text.removeprefix(BLOCK).removesuffix(BLOCK).strip("\n")
-            self.send(message)
+        message = blocks.content(text)
+        if message is not None:
+            if message.strip():
+                self.send(message)
             return
         parsed = table.parse(text)
         if isinstance(parsed, table.Unknown):
@@ -243,13 +246,14 @@ class Chat:
             if argument and not command.arguments:
                 raise UsageError(
                     f"{text.split()[0]} takes nothing behind it",
-                    remedy=f"a message that begins so can be sent between lines of {BLOCK}",
+                    remedy=f"a message that begins so can be sent between lines of {blocks.MARK}",
                 )
             command.run(self, argument)
         elif text.strip():
             self.send(text)
         elif self.conversation.completes and self.conversation.turns:
-            self.show_reply(lambda conversation: conversation.go_on())
+            after = self.conversation.turns[-1].content
+            self.show_reply(lambda conversation: conversation.go_on(), after)
 
     def _show(self, events: Reply, view: ReplyView) -> None:
         # The whitespace that a reply begins with belongs to the template.

@@ -96,6 +96,7 @@ def command(
     a prompt on stdin the answer alone goes to stdout. A model without a chat template completes text.
     """
     from dsmoe_local.chat.settings import ChatSettings
+    from dsmoe_local.chat.terminal.waiting import keys_withheld
     from dsmoe_local.chat.turns import OnFull
     from dsmoe_local.cli.prompt_input import one_prompt, read_schema
 
@@ -120,8 +121,10 @@ def command(
     conversing = _Conversing(session, latest, no_history, plain, experts, stats)
     with ExitStack() as open_things:
         kept = _open_sessions(conversing, open_things)
+        withheld = open_things.enter_context(ExitStack())
+        withheld.enter_context(keys_withheld())
         engine = open_things.enter_context(load_engine(path or find_model(), values))
-        _converse(engine, settings, system, conversing, kept)
+        _converse(engine, settings, system, conversing, kept, withheld)
 
 
 def _refuse_in_chat(name: str, given: bool) -> None:
@@ -205,8 +208,14 @@ def _open_sessions(conversing: _Conversing, open_things: ExitStack) -> _Kept:
 
 
 def _converse(
-    engine: EngineClient, settings: ChatSettings, system: str, conversing: _Conversing, kept: _Kept
+    engine: EngineClient,
+    settings: ChatSettings,
+    system: str,
+    conversing: _Conversing,
+    kept: _Kept,
+    withheld: ExitStack,
 ) -> None:
+    """Talk. `withheld` holds the keys that are typed before there is an input for them."""
     from dsmoe_local.base.config_file import ConfigFile, config_path
     from dsmoe_local.base.paths import data_folder
     from dsmoe_local.chat.cache_keeper import CacheKeeper
@@ -248,6 +257,7 @@ def _converse(
         stats=conversing.stats,
     )
     chat.begin(kept.session, name=kept.new_name, system=system, experts=conversing.experts)
+    withheld.close()
     try:
         terminal.run(chat.take, chat.cancel, chat.kill)
     finally:

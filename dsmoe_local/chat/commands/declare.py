@@ -31,8 +31,11 @@ class Chat(Protocol):
         """Have a message answered; files that it names with @ are put in."""
         ...
 
-    def show_reply(self, action: Callable[[Conversation], Reply]) -> None:
-        """Print the reply whose events `action` returns; afterwards it is durable."""
+    def show_reply(self, action: Callable[[Conversation], Reply], after: str = "") -> None:
+        """Print the reply whose events `action` returns; afterwards it is durable.
+
+        `after` is the text that the reply goes on with, if it does.
+        """
         ...
 
     def advise(self) -> None:

@@ -24,7 +24,10 @@ def _regenerate(chat: Chat, _: str) -> None:
 
 
 def _continue(chat: Chat, _: str) -> None:
-    chat.show_reply(lambda conversation: conversation.go_on())
+    turns = chat.conversation.turns
+    # A message that has no reply yet is nothing to go on with, but for a model that completes it.
+    cut = turns and (turns[-1].role is Role.ASSISTANT or chat.conversation.completes)
+    chat.show_reply(lambda conversation: conversation.go_on(), turns[-1].content if cut else "")
 
 
 def _undo(chat: Chat, argument: str) -> None:
