@@ -269,13 +269,14 @@ def test_a_signal_that_comes_to_another_thread() -> None:
 
 
 def _forget_and_wait() -> None:
+    signal.raise_signal(signal.SIGTERM)
     with suppress(EOFError):
-        signal.raise_signal(signal.SIGTERM)
+        _wait_after(threading.Event())
     _wait_after(threading.Event())
 
 
 def test_an_exception_that_is_swallowed_comes_again() -> None:
-    """Guards: SIGTERM at the moment in which input() forgets all that is raised."""
+    """Guards: SIGTERM at the moment in which input() forgets what is raised."""
     signals = Signals()
     with signals.handled(), pytest.raises(EOFError), signals.reading():
         _forget_and_wait()

@@ -1,7 +1,7 @@
 """Ctrl-C and signals for a chat that reads and answers in one thread.
 
-A signal handler interrupts code that may hold anything, so it only notes what came: a thread acts on it. The
-exception is the wait for a line, which nothing but an exception ends.
+A signal handler interrupts code that may hold anything, so it only notes what came: threads act on it. Only
+the wait for a line, which nothing else ends, is ended by an exception.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dsmoe_local.chat.terminal.editor import Editor
 
 _CANCEL_AGAIN = 0.25  # seconds
 _NUDGE = signal.SIGURG  # nobody sends it otherwise, and nothing comes of it
-_NUDGES = (0.02, 0.1, 0.5)  # seconds before each
+_NUDGES = (0.02, 0.1, 0.5, 2.0)  # seconds before each
 _Action = Callable[[], None]
 
 
@@ -34,7 +34,7 @@ class Signals:
         self.number = 0
         self._handling = False
         self._reading = False
-        self._raised: type[BaseException] | None = None  # by a handler, since a line is read
+        self._due: BaseException | None = None  # what ends the wait for a line
         self._interrupted = False  # Ctrl-C between a job and a line
         self._editor: Editor | None = None
         self._actions: tuple[_Action, _Action] | None = None  # of the job that runs: cancel, kill
@@ -72,13 +72,15 @@ class Signals:
     @contextmanager
     def reading(self) -> Iterator[None]:
         """In here Ctrl-C is a KeyboardInterrupt, and what ends the chat an EOFError."""
-        self._raised, self._reading = None, True
+        self._due, self._reading = None, True
         try:
             if self.number:
                 raise EOFError
             if self._interrupted:
                 raise KeyboardInterrupt
             yield
+            if self._due is not None:
+                raise self._due
         finally:
             self._reading = self._interrupted = False
 
@@ -117,8 +119,8 @@ class Signals:
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
         if self._reading:
-            self._raised = KeyboardInterrupt
-            raise KeyboardInterrupt
+            self._due = KeyboardInterrupt()
+            return
         if self._editor is not None:
             return
         if self._actions is None:
@@ -128,16 +130,15 @@ class Signals:
     def _on_end(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         if self._reading and frame is not None:
-            self._raised = EOFError
-            raise EOFError
+            self._due = EOFError()
+            return
         if self._editor is not None:
             self._wanted.put((self._job, self._editor.end))
         self._ask_to_end()
 
     def _on_nudge(self, number: int, frame: FrameType | None) -> None:
-        # input() swallows what is raised while it prepares itself.
-        if self._reading and self._raised is not None:
-            raise self._raised
+        if self._reading and self._due is not None:
+            raise self._due
 
     def _ask_to_end(self) -> None:
         if self._actions is not None:
@@ -162,8 +163,9 @@ class Signals:
                     again = (job, self._actions[0]) if self._actions is not None else None
 
     def _insist(self, woken: int) -> None:
-        """Have a signal dealt with that does not end what the main thread waits in: one that came to another
-        thread, or just before the wait. A handler that does nothing still interrupts it.
+        """End the wait for a line, from a thread that is awake whichever thread the signal came to.
+
+        Not at once and not only once: input() forgets what is raised before it waits.
         """
         main = threading.main_thread().ident
         with open(woken, "rb", buffering=0) as came:
