@@ -1,8 +1,8 @@
-'''Messages between two marks of three quotes: what opens one, what closes it, what is in it.
+"""Messages between two marks of three quotes: what opens one, what closes it, what is in it.
 
 A block opens with a first line that is the mark alone, and closes with one at the end of a later line. What
 is between is a message, whatever it looks like: a command, or lines that are marks themselves.
-'''
+"""
 
 from __future__ import annotations
 

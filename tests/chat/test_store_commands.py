@@ -50,7 +50,7 @@ class RecordingScreen:
         pass
 
     @contextmanager
-    def reply(self) -> Iterator[ReplyView]:
+    def reply(self, after: str = "") -> Iterator[ReplyView]:
         yield cast(ReplyView, self)
 
     def progress(self, done: int, total: int) -> None:

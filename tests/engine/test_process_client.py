@@ -7,6 +7,7 @@ import os
 import queue
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,10 @@ def test_refusals_arrive_as_what_they_are(client: EngineClient) -> None:
         client.encode(b"bytes")  # type: ignore[arg-type]
     with pytest.raises(EngineError, match="internal error in the engine: TypeError"):
         client.decode(["no id"])  # type: ignore[list-item]
+    # The log comes by another way than the answer.
+    asked_until = time.monotonic() + 20
+    while "Traceback" not in "\n".join(client.log()) and time.monotonic() < asked_until:
+        client.encode("x")
     assert "Traceback" in "\n".join(client.log())
 
 
