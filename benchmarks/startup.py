@@ -1,9 +1,9 @@
-"""Two waits a user feels: `dsmoe --help`, and reading the header of a file with the 16B's vocabulary.
+"""The waits a user feels: `dsmoe --help`, a file's header, the chat's first prompt, a key during a reply.
 
-    python benchmarks/startup.py
+    python -m benchmarks.startup
 
 The vocabulary is synthetic (102,400 tokens, 100,000 merges, no tensors); the `gguf` package's reader is
-measured beside ours.
+measured beside ours. The chat runs on the demo's model, which `dsmoe demo` makes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from pathlib import Path
 import gguf
 from gguf.constants import GGUFValueType
 
+from benchmarks.support.chat_terminal import ChatTerminal
+from dsmoe_local.base.paths import demo_folder
 from dsmoe_local.model.gguf_file import Field, read_gguf
 from dsmoe_local.model.gguf_writer import plan_gguf
 
@@ -53,6 +55,27 @@ def vocabulary_file(folder: Path) -> Path:
     return path
 
 
+def seconds_to_prompt() -> float:
+    """From the command to the chat's first prompt."""
+    with ChatTerminal() as terminal:
+        return terminal.seconds_until("context 0/")
+
+
+def seconds_of_keys(n_keys: int = 40) -> list[float]:
+    """From a key to its letter on the screen, while a reply runs."""
+    with ChatTerminal("--temp", "0", "-n", "2000") as terminal:
+        terminal.seconds_until("context 0/")
+        terminal.send("Tell me a long story about a king.\r")
+        terminal.seconds_until("king.")
+        terminal.seconds_until("\x1b[?2026l")
+        times = []
+        for number in range(n_keys):
+            letter = chr(ord("\N{CYRILLIC SMALL LETTER A}") + number % 30)
+            terminal.send(letter)
+            times.append(terminal.seconds_until(letter))
+        return times
+
+
 def main() -> None:
     """Print a table, then one JSON line."""
     dsmoe = str(Path(sys.executable).with_name("dsmoe"))
@@ -68,6 +91,11 @@ def main() -> None:
             "header of 102,400 tokens, ours": median_seconds(lambda: read_gguf(path)),
             "header of 102,400 tokens, gguf package": median_seconds(lambda: gguf.GGUFReader(path), runs=1),
         }
+    if (demo_folder() / "demo-q4.gguf").is_file():
+        keys = seconds_of_keys()
+        rows["dsmoe-chat to its prompt, demo"] = median_seconds(seconds_to_prompt, runs=5)
+        rows["a key during a reply, median"] = statistics.median(keys)
+        rows["a key during a reply, worst of 40"] = max(keys)
     for name, seconds in rows.items():
         print(f"{name:<40} {seconds:7.3f} s")
     print(json.dumps(rows))
