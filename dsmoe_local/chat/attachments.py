@@ -42,10 +42,11 @@ class Attachment:
 
 @dataclass(frozen=True, slots=True)
 class Expanded:
-    """A message as it is sent, and the files in it."""
+    """A message as it is sent, the files in it, and what was meant as one but is not there."""
 
     text: str
     files: tuple[Attachment, ...] = ()
+    missing: tuple[str, ...] = ()
 
 
 def expand(text: str, folder: Path | None = None) -> Expanded:
@@ -62,13 +63,16 @@ def expand(text: str, folder: Path | None = None) -> Expanded:
                 if name not in files:
                     files[name] = read_attachment(name, folder)
                 return name + rest
+        if _looks_like_a_file(match):
+            missing.append(match[1] or match[2])
         return match[0]
 
+    missing: list[str] = []
     message = _MENTION.sub(name_of, text)
     if not files:
-        return Expanded(text)
+        return Expanded(text, missing=tuple(missing))
     frames = (attachment.framed for attachment in files.values())
-    return Expanded("\n\n".join([*frames, message]), tuple(files.values()))
+    return Expanded("\n\n".join([*frames, message]), tuple(files.values()), tuple(missing))
 
 
 def split_name(argument: str, folder: Path | None = None) -> tuple[str, str]:
@@ -116,6 +120,11 @@ def read_attachment(name: str, folder: Path | None = None) -> Attachment:
 def describe(file: Attachment) -> str:
     """What was read, for people."""
     return f"read {safe_line(file.name, 120)}: {words.count(len(file.text), 'character')}"
+
+
+def _looks_like_a_file(match: re.Match[str]) -> bool:
+    """Whether a mention of what is not there was meant as a file: it is quoted, a path, or has an ending."""
+    return bool(match[1]) or "/" in match[2] or bool(re.search(r"\w\.\w{1,5}\b", match[2]))
 
 
 def _candidates(match: re.Match[str]) -> Iterator[tuple[str, str]]:

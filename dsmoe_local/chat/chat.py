@@ -88,6 +88,7 @@ class Chat:
             self.conversation.set_system(system)
             if name and self.sessions is not None:
                 self.sessions.rename(self.current_session(self.sessions), name)
+                self.screen.notice(f"{safe_line(name, 60)} is a new session")
         self.advise()
         if experts:
             self.experts.switch(True)
@@ -142,6 +143,8 @@ class Chat:
         expanded = attachments.expand(text, Path.cwd())
         for file in expanded.files:
             self.screen.notice(attachments.describe(file))
+        for name in expanded.missing:
+            self.screen.notice(f"note: there is no file {safe_line(name, 80)}: sent as text")
         self.show_reply(lambda conversation: conversation.send(expanded.text))
 
     def show_reply(self, action: Callable[[Conversation], Reply], after: str = "") -> None:
@@ -308,10 +311,13 @@ class Chat:
     def _recall(self, session: Session) -> None:
         """The last message and reply of a session that goes on."""
         turns = self.conversation.turns
-        n_earlier = max(0, len(turns) - 2)
+        questions = [index for index, turn in enumerate(turns) if turn.role is Role.USER]
+        # With a reply, where there is one.
+        first = questions[-2:][0] if self.conversation.unanswered else (questions or [0])[-1]
+        n_earlier = first
         earlier = f", {words.count(n_earlier, 'turn')} before these" if n_earlier else ""
         self.screen.notice(f"{session.name}{earlier}")
-        for turn in turns[-2:]:
+        for turn in turns[first:]:
             mark = "> " if turn.role is Role.USER else ""
             lines = f"{mark}{turn.content.strip()}".split("\n")
             # A line may be a whole book.
@@ -320,6 +326,8 @@ class Chat:
             self.screen.show(Text(safe_text("\n".join(shown)), style="dim"))
         if self.conversation.unanswered:
             self.screen.notice("[not answered: /continue answers it]")
+        elif turns and turns[-1].ending in words.ENDINGS:
+            self.screen.notice(f"[{words.ENDINGS[turns[-1].ending]}]")
 
     def _keep_cache(self) -> None:
         if self._caches is not None and self.session is not None and self.session.number:

@@ -107,9 +107,10 @@ def command(
     text = one_prompt(prompt, prompt_file, dash)
     if text is None and not (sys.stdout.isatty() and sys.stdin.isatty()):
         raise UsageError("a chat needs a terminal", remedy="use -p TEXT for one answer")
-    if text is None:
-        _refuse_in_chat("as_json", as_json)
-        _refuse_in_chat("schema", schema is not None)
+    _check_combinations(
+        for_one_answer={"--json": "as_json", "--schema": "schema"} if text is None else {},
+        for_a_chat={} if text is None else {"--session": "session", "--continue": "latest"},
+    )
     json_schema = read_schema(schema) if schema is not None and text is not None else None
     with told_origin("max_tokens"):
         limit = _limit(max_tokens)
@@ -127,11 +128,18 @@ def command(
         _converse(engine, settings, system, conversing, kept, withheld)
 
 
-def _refuse_in_chat(name: str, given: bool) -> None:
-    """UsageError for an option of one answer; a variable or the config file may have it for other runs."""
-    if given and from_command_line(name):
-        flag = {"as_json": "--json"}.get(name, f"--{name}")
-        raise UsageError(f"{flag} is for one answer", remedy="use it with -p")
+def _check_combinations(for_one_answer: dict[str, str], for_a_chat: dict[str, str]) -> None:
+    """UsageError for flags that do not go together; a variable or the config file may have them for other
+    runs.
+    """
+    for flag, name in for_one_answer.items():
+        if from_command_line(name):
+            raise UsageError(f"{flag} is for one answer", remedy="use it with -p")
+    for flag, name in for_a_chat.items():
+        if from_command_line(name):
+            raise UsageError(f"{flag} is for a chat: one answer has no session", remedy="leave it out, or -p")
+    if from_command_line("session") and from_command_line("latest"):
+        raise UsageError("--session and --continue name two conversations", remedy="use one of them")
 
 
 def _limit(max_tokens: int | None) -> int | None:

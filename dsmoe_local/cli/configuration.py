@@ -283,7 +283,8 @@ def unknown_keys(values: Mapping[str, Any], commands: Iterable[str]) -> list[str
     def check(section: Mapping[str, Any], known: set[str], name: str = "") -> None:
         for key in section:
             if key not in known:
-                near = difflib.get_close_matches(key, sorted(known), n=1)
+                setting = SETTINGS.get(key.replace("-", "_"))
+                near = [setting.key] if setting else difflib.get_close_matches(key, sorted(known), n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 place = f" in [{safe_line(name, 60)}]" if name else ""
                 notes.append(f"{safe_line(key, 40)!r}{place} is no option{hint}")

@@ -50,7 +50,11 @@ def read_schema(file: str) -> str:
 
     text = _read_file(file, what="the schema")
     # Before the model is loaded.
-    parse_json_schema(text)
+    try:
+        parse_json_schema(text)
+    except UsageError as error:
+        where = ", ".join(filter(None, (safe_line(file), error.where)))
+        raise UsageError(error.what, where=where, remedy=error.remedy) from error
     return text
 
 
@@ -82,7 +86,7 @@ def _argument(prompt: str) -> str:
         # What Python makes of an argument's bytes that are no text.
         raise UsageError("the prompt is not UTF-8", where=f"-p, character {error.start}") from error
     if not prompt.strip():
-        raise UsageError("the prompt is empty", where="-p", remedy="use -p TEXT")
+        raise UsageError("the prompt is empty", remedy="use -p TEXT")
     return prompt
 
 

@@ -65,8 +65,8 @@ class Core:
         n_context = self._session.info.n_context
         if len(prompt) >= n_context:
             raise PromptError(
-                f"the prompt has {len(prompt)} tokens, the context holds {n_context}",
-                remedy="leave something out (/undo, /clear in a chat), or load with a larger context: -c",
+                f"the prompt has {len(prompt)} tokens, the context holds {n_context}: no room for a reply",
+                remedy="leave something out (in a chat /undo or /set on_full compact), or load with more: -c",
             )
         if job.request.context_shift and not self._session.context.can_shift:
             raise UsageError("the model's context cannot be shifted")

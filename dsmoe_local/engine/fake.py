@@ -150,7 +150,8 @@ class FakeEngine:
             prompt = self._encode(request.prompt)
             if len(prompt) >= self.info.n_context:
                 raise PromptError(
-                    f"the prompt has {len(prompt)} tokens, the context holds {self.info.n_context}"
+                    f"the prompt has {len(prompt)} tokens, the context holds {self.info.n_context}: "
+                    "no room for a reply"
                 )
             text = bytes(token_id - 1 for token_id in prompt).decode("utf-8", "replace").rstrip("\n")
             answer = (next(self._replies) if self._replies else self._reply(text)).encode()

@@ -7,6 +7,7 @@ one model; how far a file really is from its source, `dsmoe eval --against` says
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -283,9 +284,9 @@ class Market:
                 min(figures.n_bytes_per_token for figures in every),
                 min(figures.n_slow for figures in every),
             )
-        what = [
-            f"{format_size(least.n_bytes)} of weights ({8 * least.n_bytes / self.n_weights:.2f} bits each)"
-        ]
+        # Rounded up: what is said here can be asked for.
+        bits = math.ceil(800 * least.n_bytes / self.n_weights) / 100
+        what = [f"{format_size(least.n_bytes)} of weights ({bits:.2f} bits each)"]
         if budget.bytes_per_token is not None:
             what.append(f"{format_size(least.n_bytes_per_token)} read per token")
         if budget.slow_share is not None:

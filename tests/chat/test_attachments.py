@@ -12,7 +12,7 @@ from markdown_it import MarkdownIt
 from support.recording_chat import RecordingChat
 
 from dsmoe_local.base.errors import DsmoeError, FileError, UsageError
-from dsmoe_local.chat.attachments import MAX_BYTES, describe, expand, read_attachment, split_name
+from dsmoe_local.chat.attachments import MAX_BYTES, Expanded, describe, expand, read_attachment, split_name
 from dsmoe_local.chat.commands.files import COMMANDS
 from dsmoe_local.engine.fake import FakeEngine
 from dsmoe_local.engine.types import Message
@@ -196,3 +196,18 @@ def test_a_base_model_reads_the_text_itself(folder: Path, monkeypatch: pytest.Mo
     assert last_message(chat) == "text of a.py\n"
     COMMANDS["read"].run(chat.as_chat, "a.py And then")
     assert last_message(chat) == "text of a.py\n\nAnd then"
+
+
+@pytest.mark.parametrize(
+    ("text", "missing"),
+    [
+        ("see @nofile.txt", ("nofile.txt",)),
+        ('see @"no such file"', ("no such file",)),
+        ("see @docs/nothing", ("docs/nothing",)),
+        ("mail me@example.com, @ann", ()),
+        ("a decorator: @property", ()),
+    ],
+)
+def test_what_was_meant_as_a_file_is_told(text: str, missing: tuple[str, ...], tmp_path: Path) -> None:
+    """Guards: a typo in a file's name that the model answers as if it had read it; mail called a file."""
+    assert expand(text, tmp_path) == Expanded(text, missing=missing)

@@ -124,7 +124,7 @@ def test_going_from_one_session_to_another(talk: Talk, store: SessionStore) -> N
     talk.take("/save One")
     talk.take("/clear")
     talk.take("second")
-    assert talk.take("/load one")[-1] == "One: 2 messages"
+    assert talk.take("/load one")[-1] == "One: 2 turns"
     assert talk.contents() == ["first", "Echo first"]
     assert talk.take("/load 1") == ["One is what you are in"]
     talk.take("third")
@@ -143,8 +143,8 @@ def test_the_list(talk: Talk) -> None:
         talk.take(f"message {number}")
     lines = talk.take("/sessions")
     assert len(lines) == 31
-    assert lines[0].startswith("*32 | chat-32 | message 32 | 2 messages, fake, 20")
-    assert lines[1].startswith(" 31 | chat-31 | message 31 | 2 messages, fake, 20")
+    assert lines[0].startswith("*32 | chat-32 | message 32 | 2 turns, fake, 20")
+    assert lines[1].startswith(" 31 | chat-31 | message 31 | 2 turns, fake, 20")
     assert lines[-1] == "and 2 older ones: /sessions all"
     assert len(talk.take("/sessions all")) == 32
     assert talk.take("/sessions some")[0] == "/sessions some: what is that?"
@@ -178,7 +178,7 @@ def test_deleting_asks(talk: Talk, store: SessionStore) -> None:
     talk.take("second message")
     talk.screen.yes = False
     assert talk.take("/delete chat-1") == [
-        "Delete chat-1 (2 messages: “first message”) for good?",
+        "Delete chat-1 (2 turns: “first message”) for good?",
         "nothing was deleted",
     ]
     talk.screen.yes = True

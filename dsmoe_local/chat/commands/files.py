@@ -45,7 +45,7 @@ def _export(chat: Chat, argument: str) -> None:
     content = export_as(path.name, transcript, about(chat))
     if _may_write(chat, path):
         write_output(path, content, "the export")
-        chat.screen.notice(f"written: {path}, {words.count(len(transcript.turns), 'message')}")
+        chat.screen.notice(f"written: {path}, {words.count(len(transcript.turns), 'turn')}")
 
 
 def _is_picture(path: Path) -> bool:

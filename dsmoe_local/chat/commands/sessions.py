@@ -49,7 +49,7 @@ def _load(chat: Chat, name: str) -> None:
         return
     chat.save()
     chat.adopt(session)
-    chat.screen.notice(f"{session.name}: {words.count(len(chat.conversation.turns), 'message')}")
+    chat.screen.notice(f"{session.name}: {words.count(len(chat.conversation.turns), 'turn')}")
 
 
 def _sessions(chat: Chat, argument: str) -> None:
@@ -67,7 +67,7 @@ def _sessions(chat: Chat, argument: str) -> None:
             f"{'*' if summary.number == current else ' '}{summary.number}",
             summary.name,
             summary.title,
-            f"{words.count(summary.n_turns, 'message')}, {summary.model}, {_when(summary.updated)}",
+            f"{words.count(summary.n_turns, 'turn')}, {summary.model}, {_when(summary.updated)}",
         )
         for summary in shown
     )
@@ -91,9 +91,7 @@ def _delete(chat: Chat, name: str) -> None:
     summary = store.summary(session)
     if summary is None:
         raise UsageError(f"{session.name} was deleted elsewhere")
-    question = (
-        f"Delete {session.name} ({words.count(summary.n_turns, 'message')}: “{summary.title}”) for good?"
-    )
+    question = f"Delete {session.name} ({words.count(summary.n_turns, 'turn')}: “{summary.title}”) for good?"
     if not chat.screen.confirm(question):
         chat.screen.notice("nothing was deleted")
         return

@@ -61,7 +61,7 @@ def _save(chat: Chat, name: str) -> None:
     chat.config.set((_SECTION,), changes)
     where = safe_line(str(chat.config.path))
     shown = ", ".join(f"{each} {in_words(settings, each)}" for each in kept) or "the defaults"
-    chat.screen.notice(f"chats begin with {shown}: {where}")
+    chat.screen.notice(f"chats and -p begin with {shown}: {where}")
 
 
 def _save_preset(chat: Chat, name: str, settings: ChatSettings) -> None:

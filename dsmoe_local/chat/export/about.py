@@ -30,7 +30,7 @@ class About:
 
     def facts(self, transcript: Transcript) -> str:
         """Model, time and length on one line of safe text."""
-        length = words.count(len(transcript.turns), "message")
+        length = words.count(len(transcript.turns), "turn")
         when = f"{self.exported:%Y-%m-%d %H:%M}"
         return f"{self.model_name} · {when} · {length}"
 
