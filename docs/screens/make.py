@@ -142,7 +142,7 @@ def _colour(name: str) -> str | None:
 
 def chat(folder: Path) -> None:
     """A conversation with Markdown and code; then the experts."""
-    words = ["dsmoe-chat", "--temp", "0", "-n", "76", "-c", "2048"]
+    words = ["dsmoe-chat", "-m", "demo-q4", "--temp", "0", "-n", "73", "-c", "2048"]
     program = Program(words, 34, folder)
     program.wait_for("context 0/")
     program.type("/save files")

@@ -128,7 +128,7 @@ def test_going_from_one_session_to_another(talk: Talk, store: SessionStore) -> N
     assert talk.contents() == ["first", "Echo first"]
     assert talk.take("/load 1") == ["One is what you are in"]
     talk.take("third")
-    assert talk.take("/load 2")[-1] == "chat-2: 2 messages"
+    assert talk.take("/load 2")[-1] == "chat-2: 2 turns"
     assert talk.contents() == ["second", "Echo second"]
     assert talk.take("/load tow")[0] == "there is no session tow"
     assert talk.take("/load")[0].startswith("which session?")
