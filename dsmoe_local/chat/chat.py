@@ -22,6 +22,7 @@ from dsmoe_local.chat.commands import table
 from dsmoe_local.chat.context import MadeRoom
 from dsmoe_local.chat.conversation import Asked, Conversation, Reply
 from dsmoe_local.chat.experts_view import ExpertsView
+from dsmoe_local.chat.markdown.render import render_text
 from dsmoe_local.chat.store.sessions import Session, SessionStore
 from dsmoe_local.chat.terminal.screen import ReplyView, Screen
 from dsmoe_local.chat.terminal.status import Status
@@ -318,12 +319,16 @@ class Chat:
         earlier = f", {words.count(n_earlier, 'turn')} before these" if n_earlier else ""
         self.screen.notice(f"{session.name}{earlier}")
         for turn in turns[first:]:
-            mark = "> " if turn.role is Role.USER else ""
-            lines = f"{mark}{turn.content.strip()}".split("\n")
+            lines = turn.content.strip().split("\n")
             # A line may be a whole book.
             shown = [line if len(line) <= 400 else f"{line[:399]}…" for line in lines[:_RECALLED]]
-            shown += ["…"] if len(lines) > _RECALLED else []
-            self.screen.show(Text(safe_text("\n".join(shown)), style="dim"))
+            text = "\n".join([*shown, *(["…"] if len(lines) > _RECALLED else [])])
+            if turn.role is Role.USER:
+                self.screen.show(Text(safe_text(f"> {text}"), style="dim"))
+            elif self.screen.plain:
+                self.screen.show(Text(safe_text(text)))
+            else:
+                self.screen.show(render_text(text, self.screen.width, colour=self.screen.colour))
         if self.conversation.unanswered:
             self.screen.notice("[not answered: /continue answers it]")
         elif turns and turns[-1].ending in words.ENDINGS:

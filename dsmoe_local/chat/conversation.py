@@ -67,7 +67,6 @@ class Conversation:
         # While a turn is being replaced: what is to be kept until there is another.
         self._replaced: Transcript | None = None
         self._numbers = itertools.count(1)
-        self._running = ""
         self._cancelled = False
 
     @property
@@ -165,8 +164,7 @@ class Conversation:
     def cancel(self) -> None:
         """End the reply that was asked for last; from any thread or a signal handler."""
         self._cancelled = True
-        self.engine.cancel(self._running)
-        # Also a load that a crash made necessary, whoever waits for it.
+        # All: also a load that a crash made necessary, whoever waits for it.
         self.engine.cancel_all()
 
     def last(self, role: Role) -> Turn | None:
@@ -282,7 +280,6 @@ class Conversation:
                     self._change(n_used=self.n_used + 1)
                 yield event
         finally:
-            self._running = ""
             self._keep("".join(pieces), tuple(ids), end)
 
     def _shift(self, n_tokens: int) -> MadeRoom:
@@ -293,11 +290,10 @@ class Conversation:
         return MadeRoom(n_tokens=n_tokens)
 
     def _request(self) -> Request:
-        self._running = f"chat-{next(self._numbers)}"
         shift = self.settings.on_full is OnFull.SHIFT and not self.completes
         kept = self._books.transcript
         return Request(
-            self._running,
+            f"chat-{next(self._numbers)}",
             context.prompt(kept, self.engine),
             self.settings.sampling,
             max_tokens=self.settings.max_tokens,

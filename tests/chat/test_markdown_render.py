@@ -96,8 +96,7 @@ alpha  12  a b
 def test_page() -> None:
     """Guards: anything that changes how a reply looks without somebody having looked at it."""
     assert drawn(PAGE) == DRAWN
-    blocks = MarkdownStream()
-    text = render_text([*blocks.feed(PAGE), *blocks.finish()], 40, colour=True)
+    text = render_text(PAGE, 40, colour=True)
     assert text.plain == DRAWN.rstrip()
 
 
@@ -129,8 +128,7 @@ def test_nothing_foreign_reaches_the_terminal(hostile: str, around: str) -> None
 def test_markup_of_rich_is_text() -> None:
     """Guards: text in square brackets swallowed or obeyed."""
     assert drawn("[red]x[/red] [link=file:///]y[/]") == "[red]x[/red] [link=file:///]y[/]\n"
-    stream = MarkdownStream()
-    assert render_text([*stream.feed("[bold]x[/]"), *stream.finish()], 40, colour=True).plain == "[bold]x[/]"
+    assert render_text("[bold]x[/]", 40, colour=True).plain == "[bold]x[/]"
 
 
 CHARACTERS = [*"ab, .-中文。，（）“”한글", "e\u0301", "👍🏽", "👩‍💻", "❤️", "😀"]

@@ -43,8 +43,8 @@ class HaltingEngine(FakeEngine):
             while self._halted:
                 time.sleep(0.01)
 
-    def cancel(self, request_id: str) -> None:
-        super().cancel(request_id)
+    def cancel_all(self) -> None:
+        super().cancel_all()
         self._halted = False
 
 

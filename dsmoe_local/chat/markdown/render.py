@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 from rich.text import Text
 
@@ -41,10 +41,10 @@ def render_open(part: Open, width: int, height: int, *, colour: bool) -> str:
     return "\n".join(ansi(line, colour=colour) for line in lines[-height:])
 
 
-def render_text(blocks: Iterable[Block], width: int, *, colour: bool) -> Text:
-    """Final blocks for Rich."""
+def render_text(source: str, width: int, *, colour: bool) -> Text:
+    """A whole text at once, for Rich."""
     text = Text()
-    for block in blocks:
+    for block in _blocks(source, colour=colour):
         for line in _lines(block, width, whole=True):
             for names, part in line:
                 text.append(part, style(names, colour=colour))
@@ -55,9 +55,12 @@ def render_text(blocks: Iterable[Block], width: int, *, colour: bool) -> Text:
 
 def render_markdown(source: str, width: int, *, colour: bool) -> str:
     """A whole text at once: the same characters as its stream."""
+    return "".join(render_ansi(block, width, colour=colour) for block in _blocks(source, colour=colour))
+
+
+def _blocks(source: str, *, colour: bool) -> tuple[Block, ...]:
     stream = MarkdownStream(highlight=colour)
-    blocks = (*stream.feed(source), *stream.finish())
-    return "".join(render_ansi(block, width, colour=colour) for block in blocks)
+    return (*stream.feed(source), *stream.finish())
 
 
 def _lines(block: Block, width: int, *, whole: bool) -> list[Line]:
