@@ -5,7 +5,6 @@ from __future__ import annotations
 import sqlite3
 import stat
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +15,6 @@ from dsmoe_local.base.errors import FormatError
 from dsmoe_local.chat.store import database
 from dsmoe_local.chat.store.schema import MIGRATIONS
 from dsmoe_local.chat.store.sessions import SessionStore
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "data" / "sessions"
-
-
-@pytest.fixture
-def store(folder: Path) -> Iterator[SessionStore]:
-    opened = SessionStore.open(folder)
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
-def other(folder: Path, store: SessionStore) -> Iterator[SessionStore]:
-    opened = SessionStore.open(folder)
-    yield opened
-    opened.close()
 
 
 def test_only_its_owner_can_read_it(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,25 +12,6 @@ from dsmoe_local.base.errors import LockedError, UsageError
 from dsmoe_local.chat.store.sessions import SessionStore
 from dsmoe_local.chat.turns import Transcript
 from dsmoe_local.engine.types import FinishReason
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "data" / "sessions"
-
-
-@pytest.fixture
-def store(folder: Path) -> Iterator[SessionStore]:
-    opened = SessionStore.open(folder)
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
-def other(folder: Path, store: SessionStore) -> Iterator[SessionStore]:
-    opened = SessionStore.open(folder)
-    yield opened
-    opened.close()
 
 
 def test_everything_of_a_turn_comes_back(store: SessionStore, other: SessionStore) -> None:

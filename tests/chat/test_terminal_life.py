@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from support.processes import is_gone
 from support.screens import ScreenTerminal
-from support.terminal import CTRL_C, CTRL_D, ENTER, wait_for_file
+from support.terminal import CTRL_C, CTRL_D, ENTER, editor_script, wait_for_file
 from support.tmux import Tmux, needs_tmux
 
 CHAT = ["-m", "support.terminal_chat"]
@@ -34,13 +34,6 @@ def chat(tmp_path: Path) -> Iterator[Start]:
     yield start
     for terminal in started:
         terminal.__exit__(None, None, None)
-
-
-def _script(folder: Path, text: str) -> str:
-    path = folder / "editor"
-    path.write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
-    path.chmod(0o700)
-    return str(path)
 
 
 @pytest.mark.parametrize("keys", [CTRL_D, "/exit" + ENTER, "/reply halt" + ENTER + CTRL_D])
@@ -150,7 +143,7 @@ def test_history_is_private_and_comes_back(chat: Start, tmp_path: Path) -> None:
 
 def test_editor(chat: Start, tmp_path: Path) -> None:
     """Guards: an editor that gets no text, or whose text does not come back; one that saves nothing."""
-    editor = _script(tmp_path, 'cp "$1" seen; printf "edited\\nlines\\n" > "$1"')
+    editor = editor_script(tmp_path, 'cp "$1" seen; printf "edited\\nlines\\n" > "$1"')
     terminal = chat(VISUAL=editor)
     terminal.send("half\x07")
     terminal.wait_screen(r"> edited\n  lines\n")
@@ -159,7 +152,7 @@ def test_editor(chat: Start, tmp_path: Path) -> None:
     terminal.wait_screen(r"\n\nedited\nlines\n\n>\n")
     terminal.send("/edit" + ENTER)
     terminal.wait_screen("edited: edited lines")
-    _script(tmp_path, "exit 0")
+    editor_script(tmp_path, "exit 0")
     terminal.send("/edit" + ENTER)
     terminal.wait_screen("edited: None")
     terminal.send("kept\x18\x05")
@@ -214,7 +207,7 @@ def test_suspended_and_continued(tmp_path: Path) -> None:
 @pytest.mark.parametrize("trap", ["", "trap '' TERM INT"])
 def test_signal_while_an_editor_is_open(chat: Start, tmp_path: Path, opened: str, trap: str) -> None:
     """Guards: a chat that ends only when its editor does; one that leaves the editor behind."""
-    editor = _script(tmp_path, f"{trap}\nmkfifo wait\necho $$ > pid\nread line < wait")
+    editor = editor_script(tmp_path, f"{trap}\nmkfifo wait\necho $$ > pid\nread line < wait")
     terminal = chat(VISUAL=editor)
     terminal.send(opened)
     wait_for_file(pid := tmp_path / "pid")
@@ -269,7 +262,7 @@ def test_enter_typed_before_keys_were_withheld(tmp_path: Path) -> None:
 
 def test_lines_typed_at_an_editor_that_does_not_read(chat: Start, tmp_path: Path) -> None:
     """Guards: a paste while an editor with a window of its own is open, whose lines are sent one by one."""
-    editor = _script(tmp_path, "mkfifo wait; echo > open; read line < wait; exit 1")
+    editor = editor_script(tmp_path, "mkfifo wait; echo > open; read line < wait; exit 1")
     terminal = chat(VISUAL=editor)
     terminal.send("\x07")
     wait_for_file(tmp_path / "open")

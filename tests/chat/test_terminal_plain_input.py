@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from support.processes import is_gone
-from support.terminal import CTRL_C, ENTER, Terminal, wait_for_file
+from support.terminal import CTRL_C, ENTER, Terminal, editor_script, wait_for_file
 
 from dsmoe_local.chat.terminal.editor import Editor
 from dsmoe_local.chat.terminal.signals import Signals
@@ -44,13 +44,6 @@ def chat(kind: str, tmp_path: Path) -> Iterator[Start]:
     yield start
     for terminal in started:
         terminal.__exit__(None, None, None)
-
-
-def _script(folder: Path, text: str) -> str:
-    path = folder / "editor"
-    path.write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
-    path.chmod(0o700)
-    return str(path)
 
 
 def test_blocks(chat: Start) -> None:
@@ -90,7 +83,7 @@ def test_lines_typed_amid_a_reply_are_one_input(chat: Start) -> None:
 
 def test_lines_typed_at_an_editor_are_one_input(chat: Start, tmp_path: Path) -> None:
     """Guards: a paste while an editor with a window of its own is open, whose lines are sent one by one."""
-    terminal = chat(VISUAL=_script(tmp_path, "mkfifo wait; echo > open; read line < wait; exit 1"))
+    terminal = chat(VISUAL=editor_script(tmp_path, "mkfifo wait; echo > open; read line < wait; exit 1"))
     terminal.send("/edit" + ENTER)
     wait_for_file(tmp_path / "open")
     terminal.send("one\rtwo\r")
@@ -122,7 +115,7 @@ def test_bytes_that_are_no_text(chat: Start) -> None:
 def test_interruption_is_the_editors(chat: Start, tmp_path: Path) -> None:
     """Guards: Ctrl-C, with which people leave a mode of their editor, that reaches the engine or the chat."""
     script = "trap 'echo > caught' INT\nmkfifo wait\necho > open\nread line < wait\nread line < wait\nexit 1"
-    terminal = chat("hangs", VISUAL=_script(tmp_path, script))
+    terminal = chat("hangs", VISUAL=editor_script(tmp_path, script))
     terminal.send("/edit" + ENTER)
     wait_for_file(tmp_path / "open")
     terminal.send(CTRL_C)
@@ -136,7 +129,7 @@ def test_interruption_is_the_editors(chat: Start, tmp_path: Path) -> None:
 def test_signal_while_an_editor_is_open(chat: Start, tmp_path: Path) -> None:
     """Guards: a chat that ends only when its editor does; one that leaves the editor behind."""
     script = "trap '' TERM\nmkfifo wait\necho $$ > pid\nread line < wait"
-    terminal = chat(VISUAL=_script(tmp_path, script))
+    terminal = chat(VISUAL=editor_script(tmp_path, script))
     terminal.send("/edit" + ENTER)
     wait_for_file(pid := tmp_path / "pid")
     os.kill(terminal.pid, signal.SIGTERM)

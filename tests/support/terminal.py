@@ -131,3 +131,11 @@ def wait_for_file(path: Path, seconds: float = 20) -> None:
         if time.monotonic() > deadline:
             raise AssertionError(f"{path} was not written")
         time.sleep(0.01)
+
+
+def editor_script(folder: Path, text: str) -> str:
+    """A shell script that serves as $EDITOR."""
+    path = folder / "editor"
+    path.write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
+    path.chmod(0o700)
+    return str(path)
