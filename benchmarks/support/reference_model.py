@@ -1,0 +1,166 @@
+"""A DeepSeekMoE (arXiv 2401.06066) in torch that can be trained: the paper's equations, and no more.
+
+Attention and FFNs as in the released model; the router's softmax over all experts weighs the chosen ones
+without being normalized again (equations 9 to 11). All weights are f32; matrix products follow autocast.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dsmoe_local.model.hyperparameters import Hyperparameters
+
+_DEVIATION = 0.02
+_ROWS = 256
+
+
+class Attention(nn.Module):
+    """Causal attention over (batch, length, width), with rotary positions."""
+
+    def __init__(self, hp: Hyperparameters) -> None:
+        super().__init__()
+        self._heads = hp.n_heads
+        size = hp.attention_size
+        self.q_proj, self.k_proj, self.v_proj = (
+            nn.Linear(hp.hidden_size, size, bias=False) for _ in range(3)
+        )
+        self.o_proj = nn.Linear(size, hp.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        query, key, value = (
+            projection(x).unflatten(-1, (self._heads, -1)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = (_rotate(part, rotation) for part in (query, key))
+        mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        result: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return result
+
+
+def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    cosine, sine = rotation
+    first, second = x.chunk(2, -1)
+    return x * cosine.to(x.dtype) + torch.cat((-second, first), -1) * sine.to(x.dtype)
+
+
+class FeedForward(nn.Module):
+    """A gated FFN: the dense one of the first layers, or the shared experts as one."""
+
+    def __init__(self, width: int, size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, size, bias=False)
+        self.up_proj = nn.Linear(width, size, bias=False)
+        self.down_proj = nn.Linear(size, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return result
+
+
+class Mixture(nn.Module):
+    """Shared experts beside the routed ones that each token chooses. `balance` is the last call's balance
+    loss over experts (equations 12 to 14), without its factor.
+    """
+
+    def __init__(self, hp: Hyperparameters) -> None:
+        super().__init__()
+        self._n_active = hp.n_experts_per_token
+        self._n_experts = hp.n_routed_experts
+        self.gate = nn.Linear(hp.hidden_size, hp.n_routed_experts, bias=False)
+        self.experts = nn.ModuleList(
+            FeedForward(hp.hidden_size, hp.expert_size) for _ in range(hp.n_routed_experts)
+        )
+        self.shared_experts = FeedForward(hp.hidden_size, hp.shared_size)
+        self.balance = torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        with torch.autocast("cpu", enabled=False):
+            probabilities = self.gate(flat.float()).softmax(-1)
+        weights, chosen = probabilities.topk(self._n_active, dim=-1)
+        counts = torch.bincount(chosen.flatten(), minlength=self._n_experts)
+        share = counts * (self._n_experts / (self._n_active * len(flat)))
+        self.balance = (share * probabilities.mean(0)).sum()
+        # One product for each expert, over all tokens that chose it.
+        choices = chosen.flatten().argsort().split(counts.tolist())
+        outputs = [
+            expert(_padded(flat.index_select(0, each // self._n_active)))[: len(each)]
+            for expert, each in zip(self.experts, choices, strict=True)
+        ]
+        order = torch.cat(choices)
+        weighted = torch.cat(outputs) * weights.flatten()[order, None].to(outputs[0].dtype)
+        routed = torch.zeros_like(flat, dtype=weighted.dtype).index_add_(0, order // self._n_active, weighted)
+        result: Tensor = self.shared_experts(x) + routed.view_as(x)
+        return result
+
+
+def _padded(rows: Tensor) -> Tensor:
+    """With rows of zeros up to one of a few numbers: a product of another shape compiles its kernel anew."""
+    return functional.pad(rows, (0, 0, 0, -len(rows) % _ROWS))
+
+
+class Layer(nn.Module):
+    """Attention and an FFN, each on a normalized copy of what they add to."""
+
+    def __init__(self, hp: Hyperparameters, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm, self.post_attention_layernorm = (
+            nn.RMSNorm(hp.hidden_size, hp.rms_norm_eps) for _ in range(2)
+        )
+        self.self_attn = Attention(hp)
+        self.mlp = Mixture(hp) if hp.is_moe_layer(layer) else FeedForward(hp.hidden_size, hp.ffn_size)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotation)
+        result: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return result
+
+
+class Decoder(nn.Module):
+    """The layers between token ids and the last norm."""
+
+    def __init__(self, hp: Hyperparameters) -> None:
+        super().__init__()
+        self._hp = hp
+        self.embed_tokens = nn.Embedding(hp.n_vocab, hp.hidden_size)
+        self.layers = nn.ModuleList(Layer(hp, layer) for layer in range(hp.n_layers))
+        self.norm = nn.RMSNorm(hp.hidden_size, hp.rms_norm_eps)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x: Tensor = self.embed_tokens(ids)
+        rotation = _rotation(self._hp, ids.shape[-1])
+        for layer in self.layers:
+            x = layer(x, rotation)
+        result: Tensor = self.norm(x)
+        return result
+
+
+def _rotation(hp: Hyperparameters, length: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, (length, head_dim)."""
+    frequencies = hp.rope_theta ** -(torch.arange(0, hp.head_dim, 2) / hp.head_dim)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies).repeat(1, 2)
+    return angles.cos(), angles.sin()
+
+
+class ReferenceModel(nn.Module):
+    """The whole. Its state_dict has the names of a Hugging Face checkpoint."""
+
+    def __init__(self, hp: Hyperparameters) -> None:
+        super().__init__()
+        self.model = Decoder(hp)
+        self.lm_head = nn.Linear(hp.hidden_size, hp.n_vocab, bias=False)
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=_DEVIATION)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits, (batch, length, n_vocab)."""
+        result: Tensor = self.lm_head(self.model(ids))
+        return result
+
+    def balance(self) -> Tensor:
+        """The balance loss of the last call, summed over layers."""
+        losses = [module.balance for module in self.modules() if isinstance(module, Mixture)]
+        return torch.stack(losses).sum()

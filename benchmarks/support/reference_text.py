@@ -1,0 +1,81 @@
+"""The text that the trained reference learns from and is measured on: what every Python brings along.
+
+It learns help topics and the standard library's sources, and is measured on other topics and the docstrings
+of other modules. Both are split by a hash of their names, which holds for every version of Python.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsmoe_convert.demo import corpus
+
+_HELD_OUT_MODULES = 16  # one of so many
+_WITHOUT = frozenset({"test", "tests", "idlelib", "site-packages", "dist-packages", "lib2to3", "__pycache__"})
+_LEAST_CHARACTERS = 40  # shorter docstrings say little
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """Documents to learn from, and one text to be measured on."""
+
+    training: tuple[str, ...]
+    held_out: str
+
+    def calibration(self, n_characters: int) -> str:
+        """The beginnings of all documents to learn from, about so many characters in all."""
+        share = n_characters / sum(map(len, self.training))
+        return "\n\n".join(text[: int(share * len(text)) + 1] for text in self.training)
+
+
+def read_corpus() -> Corpus:
+    """Both parts, the same ones for the same Python."""
+    training = [corpus.text("calibration")]
+    held_out = [corpus.text("held out")]
+    for name, source in _modules():
+        if _is_held_out(name):
+            held_out += _docstrings(source)
+        else:
+            training.append(source)
+    return Corpus(tuple(training), "\n\n".join(held_out))
+
+
+def _is_held_out(name: str) -> bool:
+    return hashlib.sha256(name.encode()).digest()[0] % _HELD_OUT_MODULES == 0
+
+
+def _modules() -> Iterator[tuple[str, str]]:
+    """Every module of the standard library, by its path, and its source."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if _WITHOUT.isdisjoint(name.parts):
+            yield name.as_posix(), path.read_text(encoding="utf-8", errors="replace")
+
+
+def _docstrings(source: str) -> Iterator[str]:
+    """Those of a module, its classes and functions, each under the line that it belongs to."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # old escapes
+        try:
+            tree = ast.parse(source)
+        except SyntaxError:  # a template
+            return
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        docstring = ast.get_docstring(node)
+        if docstring and len(docstring) >= _LEAST_CHARACTERS:
+            yield docstring if isinstance(node, ast.Module) else f"{_heading(node)}\n{docstring}"
+
+
+def _heading(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+    if isinstance(node, ast.ClassDef):
+        return f"class {node.name}:"
+    return f"def {node.name}({ast.unparse(node.args)}):"

@@ -1,0 +1,254 @@
+"""Train a small real DeepSeekMoE from scratch, to measure quantization with weights that mean something.
+
+    python -m benchmarks.train_reference                  half an hour, into the cache, if it is not there yet
+    python -m benchmarks.train_reference --minutes 60     longer
+    python -m benchmarks.train_reference -o FOLDER        elsewhere, anew
+
+256 wide, 6 layers, 16 routed experts of 128 and 2 shared ones, 4 chosen by each token: in proportion like
+16B, whose routed down projections also have a width that 256 does not divide. It learns Python's help topics
+and standard library; `held-out.txt` beside the checkpoint has topics and docstrings that it never saw. The
+seed fixes the order of the data, not the bits of the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.progress import Progress
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.trainers import BpeTrainer
+from torch.nn import functional
+
+from benchmarks.make_checkpoint import BOS, EOS, splitting_steps
+from benchmarks.support.reference_model import ReferenceModel
+from benchmarks.support.reference_text import Corpus, read_corpus
+from dsmoe_convert.byte_level import byte_characters
+from dsmoe_local.base.paths import cache_folder
+from dsmoe_local.model.config_json import config_values
+from dsmoe_local.model.hyperparameters import Hyperparameters
+
+MINUTES = 30.0
+HELD_OUT, CALIBRATION, TRAINING = "held-out.txt", "calibration.txt", "training.json"
+
+HP = Hyperparameters(
+    architecture="deepseek",
+    n_layers=6,
+    hidden_size=256,
+    n_heads=4,
+    n_kv_heads=4,
+    head_dim=64,
+    ffn_size=736,
+    n_vocab=4096,
+    n_context=512,
+    n_dense_layers=1,
+    n_routed_experts=16,
+    n_shared_experts=2,
+    n_experts_per_token=4,
+    expert_size=128,
+    name="trained reference",
+)
+
+_BATCH = 4  # windows of n_context tokens
+_RATE, _LEAST_RATE = 3e-3, 1e-4
+_WARM_UP = 0.02  # of the time
+_BALANCE = 0.003
+_CALIBRATION_CHARACTERS = 200_000
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """How it went. Losses in nats per token: of the last steps, and of the held-out text."""
+
+    minutes: float
+    seed: int
+    n_steps: int
+    n_tokens: int
+    n_epochs: float
+    loss: float
+    held_out_loss: float
+    python: str = sys.version.split()[0]
+    torch: str = torch.__version__
+
+
+def reference_folder(minutes: float = MINUTES, seed: int = 0) -> Path:
+    """Where the checkpoint is kept."""
+    return cache_folder() / "benchmarks" / f"reference-{minutes:g}min-{seed}"
+
+
+def train_tokenizer(corpus: Corpus) -> Tokenizer:
+    """A byte-level BPE under the original's splitting rules; begin and end of text come last."""
+    empty: dict[str, Any] = {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": splitting_steps()},
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {"type": "BPE", "vocab": {}, "merges": []},
+    }
+    tokenizer: Tokenizer = Tokenizer.from_str(json.dumps(empty))
+    trainer = BpeTrainer(
+        vocab_size=HP.n_vocab - 2, show_progress=False, initial_alphabet=list(byte_characters().values())
+    )
+    tokenizer.train_from_iterator(corpus.training, trainer)
+    tokenizer.add_special_tokens([BOS, EOS])
+    assert tokenizer.get_vocab_size() == HP.n_vocab
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, documents: tuple[str, ...]) -> Ids:
+    """All documents in a row, each after a begin of text."""
+    begin = tokenizer.token_to_id(BOS)
+    parts = [[begin, *encoding.ids] for encoding in tokenizer.encode_batch(list(documents))]
+    return np.concatenate([np.array(part, np.int64) for part in parts])
+
+
+def batches(ids: Ids, seed: int) -> Iterator[torch.Tensor]:
+    """(batch, n_context + 1), epoch after epoch, each cut elsewhere and in another order."""
+    random = np.random.default_rng(seed)
+    length = HP.n_context
+    while True:
+        starts = np.arange(random.integers(length), len(ids) - length - 1, length)
+        random.shuffle(starts)
+        for at in range(0, len(starts) - _BATCH + 1, _BATCH):
+            yield torch.from_numpy(np.stack([ids[s : s + length + 1] for s in starts[at : at + _BATCH]]))
+
+
+def rate_at(share: float) -> float:
+    """The learning rate after a share of the time: up in a line, down along a cosine."""
+    if share < _WARM_UP:
+        return _RATE * max(share, 1e-4) / _WARM_UP
+    left = 0.5 + 0.5 * math.cos(math.pi * min(1.0, (share - _WARM_UP) / (1 - _WARM_UP)))
+    return _LEAST_RATE + (_RATE - _LEAST_RATE) * left
+
+
+def loss_of(model: ReferenceModel, batch: torch.Tensor) -> torch.Tensor:
+    """Nats per token, of bf16 products."""
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(batch[:, :-1])
+    return functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+
+
+@torch.no_grad()
+def held_out_loss(model: ReferenceModel, ids: Ids) -> float:
+    """Nats per token over whole windows."""
+    step = _BATCH * (HP.n_context + 1)
+    parts = (ids[at : at + step].reshape(_BATCH, -1) for at in range(0, len(ids) - step + 1, step))
+    losses = [loss_of(model, torch.from_numpy(part)).item() for part in parts]
+    return float(np.mean(losses))
+
+
+def train(model: ReferenceModel, ids: Ids, minutes: float, seed: int) -> tuple[int, float]:
+    """Train for so long. Returns the steps made, and the mean loss of the last ones."""
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=_RATE, betas=(0.9, 0.95), fused=True)
+    losses: list[float] = []
+    began = time.monotonic()
+    with Progress(transient=True) as progress:
+        task = progress.add_task("training", total=1.0)
+        for batch in batches(ids, seed):
+            share = (time.monotonic() - began) / (60 * minutes)
+            if share >= 1:
+                break
+            for group in optimizer.param_groups:
+                group["lr"] = rate_at(share)
+            loss = loss_of(model, batch)
+            torch.autograd.backward(loss + _BALANCE * model.balance())
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.item())
+            recent = float(np.mean(losses[-50:]))
+            progress.update(task, completed=share, description=f"step {len(losses)}: loss {recent:.3f}")
+            if len(losses) % 200 == 0 and not progress.console.is_terminal:
+                print(f"{share:.0%} step {len(losses)}: loss {recent:.3f}", file=sys.stderr, flush=True)
+    return len(losses), float(np.mean(losses[-50:]))
+
+
+def write(
+    folder: Path, model: ReferenceModel, tokenizer: Tokenizer, corpus: Corpus, trained: Trained
+) -> None:
+    """The checkpoint as Hugging Face has it, and the texts, under its name only when complete."""
+    temporary = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    weights = {name: value.detach().to(torch.bfloat16) for name, value in model.state_dict().items()}
+    save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+    special = {name: tokenizer.token_to_id(token) for name, token in (("bos", BOS), ("eos", EOS))}
+    values: dict[str, Any] = config_values(
+        HP, bos_token_id=special["bos"], eos_token_id=special["eos"], torch_dtype="bfloat16"
+    )
+    tokenizer.save(str(temporary / "tokenizer.json"))
+    settings = {"add_bos_token": True, "add_eos_token": False, "bos_token": BOS, "eos_token": EOS}
+    files = {
+        "config.json": json.dumps(values, indent=2),
+        "tokenizer_config.json": json.dumps(settings | {"tokenizer_class": "LlamaTokenizerFast"}),
+        HELD_OUT: corpus.held_out,
+        CALIBRATION: corpus.calibration(_CALIBRATION_CHARACTERS),
+        TRAINING: json.dumps({name: getattr(trained, name) for name in Trained.__slots__}),
+    }
+    for name, text in files.items():
+        (temporary / name).write_text(text, encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def make_reference(folder: Path, minutes: float, seed: int) -> Trained:
+    """Train one and write it to `folder`."""
+    torch.manual_seed(seed)
+    torch.set_num_threads(
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    corpus = read_corpus()
+    tokenizer = train_tokenizer(corpus)
+    ids = encode(tokenizer, corpus.training)
+    model = ReferenceModel(HP)
+    n_weights = sum(parameter.numel() for parameter in model.parameters())
+    print(
+        f"{n_weights / 1e6:.1f}M weights, {len(ids) / 1e6:.2f}M tokens of text", file=sys.stderr, flush=True
+    )
+    n_steps, loss = train(model, ids, minutes, seed)
+    n_tokens = n_steps * _BATCH * HP.n_context
+    measured = held_out_loss(model, encode(tokenizer, (corpus.held_out,)))
+    trained = Trained(minutes, seed, n_steps, n_tokens, n_tokens / len(ids), loss, measured)
+    write(folder, model, tokenizer, corpus, trained)
+    return trained
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=MINUTES)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("-o", "--output", type=Path, help="a folder, which is replaced")
+    given = parser.parse_args()
+    folder = given.output or reference_folder(given.minutes, given.seed)
+    if given.output is None and (folder / TRAINING).is_file():
+        print(f"{folder} is there already", file=sys.stderr)
+    else:
+        make_reference(folder, given.minutes, given.seed)
+    print(json.dumps({"folder": str(folder), **json.loads((folder / TRAINING).read_text())}))
+
+
+if __name__ == "__main__":
+    main()
