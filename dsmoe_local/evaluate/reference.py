@@ -32,7 +32,9 @@ from dsmoe_local.evaluate.windows import Windows
 from dsmoe_local.model.gguf_model import read_model
 
 TOP = 2048
-"""Entries that are kept of a token at most."""
+"""Entries that are kept of a token at most, but for a small vocabulary."""
+SMALL = 4096
+"""A vocabulary of so many tokens is kept whole: then the divergence is exact."""
 
 _VERSION = 1
 _ABOUT, _TOKENS, _PREDICTIONS, _CHOICES = "about.json", "tokens", "predictions", "choices"
@@ -75,13 +77,21 @@ def _gates(model: Path) -> Gates | None:
 
 def recorders(folder: Path, model: Path) -> tuple[ObserverOptions, ...]:
     """What records a reference into `folder`; load the model with them before `record`."""
-    predictions = _observer("reference", folder / _PREDICTIONS, ("top", TOP))
-    if _gates(model) is None:
+    hp = read_model(model)[1]
+    kept: tuple[tuple[str, int | float], ...] = (("top", _most_entries(hp.n_vocab)),)
+    if hp.n_vocab <= SMALL:
+        kept += (("mass", 1.0),)
+    predictions = _observer("reference", folder / _PREDICTIONS, *kept)
+    if gates_of(hp) is None:
         return (predictions,)
     return (predictions, _observer("routing_reference", folder / _CHOICES))
 
 
-def _observer(name: str, path: Path, *more: tuple[str, int]) -> ObserverOptions:
+def _most_entries(n_vocab: int) -> int:
+    return n_vocab if n_vocab <= SMALL else TOP
+
+
+def _observer(name: str, path: Path, *more: tuple[str, int | float]) -> ObserverOptions:
     return ObserverOptions(name, (("path", str(path)), *more))
 
 
@@ -94,7 +104,9 @@ def record(
 ) -> tuple[Reference, Evaluation]:
     """Measure a model loaded with `recorders`, and record it. Raises what `measure` does, and FileError."""
     gates = _gates(engine.info.path)
-    per_token = 8 * TOP + (2 * gates.n_layers * (gates.n_experts + 16) if gates else 0)
+    per_token = 8 * _most_entries(engine.info.n_vocab) + (
+        2 * gates.n_layers * (gates.n_experts + 16) if gates else 0
+    )
     require_space(folder, windows.n_scored * per_token)
     result = measure(engine, windows, listen, stop)
     # Asked for, they are complete on the disk.

@@ -34,7 +34,8 @@ class Divergence:
     """How far a model's predictions are from a reference's, in nats.
 
     The mean lies between `kl` and `kl_upper`: the reference keeps the likeliest tokens only. `quantiles` are
-    of single tokens, by their share. `ratio` is the model's perplexity by the reference's; `same_top` the
+    of single tokens, by their share. `windows` are the means of the windows, in the text's order: they have
+    as many scored tokens each, and two models are best compared window by window. `ratio` is the model's perplexity by the reference's; `same_top` the
     share of tokens where both find the same one likeliest.
     """
 
@@ -44,6 +45,7 @@ class Divergence:
     maximum: float
     same_top: Estimate
     ratio: Estimate
+    windows: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +145,9 @@ def reference_of(seen: Observation) -> Perplexity:
 
 
 def divergence_of(seen: Observation) -> Divergence:
-    """From the observer `divergence`."""
+    """From the observer `divergence`, whose requests are numbered as the windows are."""
     n = max(1, int(seen["tokens"]))
+    requests = sorted(seen["requests"], key=lambda each: int(each["request"]))
     same = seen["same_top"] / n
     ratio = math.exp(min(seen["nll_change"], _MOST_NLL))
     return Divergence(
@@ -154,6 +157,7 @@ def divergence_of(seen: Observation) -> Divergence:
         maximum=seen["kl_max"],
         same_top=Estimate(same, math.sqrt(same * (1 - same) / max(1, n - 1))),
         ratio=Estimate(ratio, ratio * seen["nll_change_error"]),
+        windows=tuple(each["kl"] for each in requests),
     )
 
 

@@ -159,6 +159,11 @@ def test_divergence_is_between_its_bounds(top: int, mass: float, changed: Path, 
         assert found["kl_error"] == pytest.approx(exact.std(ddof=1) / math.sqrt(len(exact)), rel=1e-3)
         assert found["kl_max"] == pytest.approx(exact.max(), rel=1e-3)
         assert found["kl_quantiles"]["0.5"] == pytest.approx(np.quantile(exact, 0.5), rel=1e-3)
+    parts = {"first": merged[: len(IDS) - 1, 0], "ünï/2": merged[len(IDS) - 1 :, 0]}
+    assert len(found["requests"]) == len(parts)
+    for each in found["requests"]:
+        part = parts[each["request"]]
+        assert (each["tokens"], each["kl"]) == (len(part), pytest.approx(part.mean(), rel=1e-3))
     assert found["same_top"] == int((p.argmax(1) == q.argmax(1)).sum())
     targets = [*IDS[1:], *OTHER[1:]]
     change = -q[np.arange(len(q)), targets] + p[np.arange(len(p)), targets]

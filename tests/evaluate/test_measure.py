@@ -149,6 +149,7 @@ def test_what_is_left_out_stays_within_its_bounds(
 ) -> None:
     """Guards: a compressed reference whose stated error is not its error, against full logits."""
     monkeypatch.setattr(references, "TOP", top)
+    monkeypatch.setattr(references, "SMALL", 0)
     options = options_for(exact(tiny_model()), N_CONTEXT, *recorders(tmp_path, tiny_model()))
     with Engine.load(options) as engine:
         reference, _ = record(engine, cut_windows(engine, TEXT, N_CONTEXT), tmp_path)

@@ -50,6 +50,8 @@ class Divergence(Observer):
         self._n_same_top = self._n_unmatched = 0
         # Four bytes a token, for the quantiles.
         self._each = array("f")
+        # Of each request, its tokens and the sum of their divergences.
+        self._requests: dict[str, list[float]] = {}
 
     def after_step(self, rows: Sequence[Row], logits: Logits, scored: Sequence[Scored | None]) -> None:
         """See Observer."""
@@ -67,6 +69,9 @@ class Divergence(Observer):
     def _compare(self, block: Block, found: Sequence[tuple[int, Prediction]]) -> None:
         pairs = np.array([_divergence(block, j, prediction) for j, prediction in found])
         self._kl.add(pairs[:, 0])
+        request = self._requests.setdefault(block.request_id, [0, 0.0])
+        request[0] += len(pairs)
+        request[1] += float(pairs[:, 0].sum())
         self._upper.add(pairs[:, 1])
         self._each.extend(pairs[:, 0].tolist())
         nll = -block.logprobs[[j for j, _ in found]]
@@ -89,6 +94,9 @@ class Divergence(Observer):
             "kl_upper": self._upper.mean,
             "kl_quantiles": {str(q): value for q, value in zip(QUANTILES, quantiles, strict=True)},
             "kl_max": max(self._each, default=0.0),
+            "requests": [
+                {"request": name, "tokens": n, "kl": total / n} for name, (n, total) in self._requests.items()
+            ],
             "same_top": self._n_same_top,
             "nll": self._nll.mean,
             "reference_nll": self._reference_nll.mean,

@@ -39,7 +39,7 @@ class Reference(Observer):
             raise UsageError(f"reference: mass = {mass} is out of range", remedy="it takes 0 to 1")
         self._top, self._mass = top, mass
         # The likeliest of all is never less likely than the average one.
-        self._floor = math.log(min(_FLOOR, 0.5 / hp.n_vocab))
+        self._floor = math.log(min(_FLOOR, 0.5 / hp.n_vocab)) if mass < 1 else -math.inf
         self._n_tokens = self._n_entries = 0
         self._tail = 0.0
         self._path = Path(path)
