@@ -35,8 +35,8 @@ class Divergence:
 
     The mean lies between `kl` and `kl_upper`: the reference keeps the likeliest tokens only. `quantiles` are
     of single tokens, by their share. `windows` are the means of the windows, in the text's order: they have
-    as many scored tokens each, and two models are best compared window by window. `ratio` is the model's perplexity by the reference's; `same_top` the
-    share of tokens where both find the same one likeliest.
+    as many scored tokens each, and two models are best compared window by window. `ratio` is the model's
+    perplexity by the reference's; `same_top` the share of tokens where both find the same one likeliest.
     """
 
     kl: Estimate
