@@ -15,6 +15,9 @@ import click
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.cli.configuration import from_command_line, told_origin
+from dsmoe_local.cli.eval_sensitivity import SensitivityOptions, sensitivity_options
+from dsmoe_local.cli.eval_sensitivity import run as measure_sensitivity
+from dsmoe_local.cli.eval_sensitivity import show as show_sensitivity
 from dsmoe_local.cli.model_options import (
     ModelName,
     find_model,
@@ -68,6 +71,7 @@ _MODELS_OWN = {"n_experts_per_token": None, "cache_type_k": "f16", "cache_type_v
 @click.option(
     "--chunks", "n_windows", type=click.IntRange(1), metavar="N", help="Read only the first N windows [all]."
 )
+@sensitivity_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @model_options
 def command(
@@ -86,12 +90,21 @@ def command(
 
     --active-experts, -ctk and -ctv apply to MODEL alone, so their effect can be measured against the same
     file. The built-in text is English and code that Python ships (PSF licence), and Chinese of this project.
+
+    --sensitivity quantizes one group of tensors of MODEL after the other, and measures how far that moves it.
+    What it finds is used by dsmoe-quantize --target-size and the like, with the same --sensitivity FILE.
     """
     from dsmoe_local.evaluate.text import read_text
 
+    costs = SensitivityOptions.taken(values)
+    costs.check({"--against": against, "--keep": values["kept"]})
     path = find_model(model, named_model)
     run = _Run(values.pop("kept"), values.pop("n_windows"), read_text(source), values)
     _check(run, against, source)
+    if costs.sensitivity_file is not None:
+        found = measure_sensitivity(path, costs, run.text, run.n_context, run.n_windows, values)
+        show_sensitivity(found, as_json=as_json, built_in=source is None)
+        return
     with run.reserved():
         result = run.compared(path, against, source is not None) if against else run.alone(path)
     if as_json:

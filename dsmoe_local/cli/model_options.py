@@ -303,7 +303,7 @@ def load_engine(
     from dsmoe_local.model.discovery import note_use
 
     log_file: Path | None = values.pop("log_file")
-    options = complete(_model_options(path, values))
+    options = complete(loading_options(path, values))
     engine = run_with_progress(
         lambda listen, stop: EngineClient.load(options, listen, stop, log_file=log_file), stop
     )
@@ -311,7 +311,8 @@ def load_engine(
     return engine
 
 
-def _model_options(path: Path, values: dict[str, Any]) -> ModelOptions:
+def loading_options(path: Path, values: dict[str, Any]) -> ModelOptions:
+    """What the options say of how to load `path`; takes them out of `values`."""
     from dsmoe_local.engine.types import ALL_LAYERS, ModelOptions
 
     names = [

@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import numpy as np
@@ -50,11 +50,39 @@ class TensorErrors:
 
 
 @dataclass(frozen=True, slots=True)
+class Probe:
+    """A group quantized alone: its relative error, and the mean divergence of the whole model, in nats, with
+    its standard error.
+    """
+
+    error: float
+    kl: float
+    kl_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class Probes:
+    """What `weights` were measured with: the text, its windows, the types tried, and each group's results.
+
+    `floor` is the divergence, in nats, that the model had from itself.
+    """
+
+    text: str
+    text_digest: str
+    n_context: int
+    n_windows: int
+    types: tuple[GgmlType, ...]
+    floor: float
+    groups: Mapping[str, Mapping[GgmlType, Probe]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Sensitivity:
     """What was measured of a model, by tensor. `source`, `imatrix` and `kernels` say of what and with what.
 
     `weights` are what a relative error of 1 in a group ("routed-down.5"), or in all layers of a kind
-    ("routed-down"), would cost in nats of divergence, where somebody has measured that.
+    ("routed-down"), would cost in nats of divergence, where somebody has measured that; `probes` how, if it
+    was `dsmoe eval --sensitivity`.
     """
 
     source: str
@@ -63,6 +91,7 @@ class Sensitivity:
     sample: int
     tensors: Mapping[str, TensorErrors] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
+    probes: Probes | None = None
 
     @property
     def share(self) -> float:
@@ -105,7 +134,7 @@ def measure(
 
     def snapshot() -> Sensitivity:
         ordered = {tensor.name: found[tensor.name] for tensor in wanted if tensor.name in found}
-        return Sensitivity(known.source, known.imatrix, known.kernels, known.sample, ordered, known.weights)
+        return replace(known, tensors=ordered)
 
     with opened(file) as descriptor, ThreadPoolExecutor(threads or n_cores()) as pool:
 

@@ -2,9 +2,12 @@
 
     {"format": "dsmoe-sensitivity", "version": 1, "source": …, "imatrix": …, "kernels": …, "sample": 262144,
      "tensors": {"blk.1.attn_q.weight": {"n_weights": …, "n_tried": …, "energy": …, "errors": {"Q4_K": …}}},
-     "weights": {"routed-down": 0.9, "routed-down.1": 0.05}}
+     "weights": {"routed-down": 0.9, "routed-down.1": 0.05},
+     "probes": {"text": …, "text_digest": …, "n_context": 512, "n_windows": 8, "types": ["Q4_0"], "floor": …,
+                "groups": {"routed-down": {"Q4_0": {"error": …, "kl": …, "kl_error": …}}}}}
 
-`weights` may be added by whoever measures divergence; all else is ours. See `sensitivity` for what they mean.
+`weights` and `probes` are there once `dsmoe eval --sensitivity` has measured them; `weights` may also be
+written by hand. See `sensitivity` for what all of it means.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,10 +30,11 @@ from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.identity import file_identity
 from dsmoe_quantize import kernels
 from dsmoe_quantize.imatrix import Imatrix
-from dsmoe_quantize.sensitivity import SAMPLE, Sensitivity, TensorErrors
+from dsmoe_quantize.sensitivity import SAMPLE, Probe, Probes, Sensitivity, TensorErrors
 
 _FORMAT, _VERSION = "dsmoe-sensitivity", 1
 _MAX_BYTES = 1 << 26
+_PROBE_FIELDS = frozenset(item.name for item in fields(Probe))
 _SECONDS = 5.0  # between two times of writing
 
 
@@ -95,7 +100,7 @@ class Keeper:
 
 def write_sensitivity(sensitivity: Sensitivity, path: Path) -> None:
     """Write the file, durably, over what is there. FileError."""
-    content = {
+    content: dict[str, Any] = {
         "format": _FORMAT,
         "version": _VERSION,
         "source": sensitivity.source,
@@ -113,10 +118,27 @@ def write_sensitivity(sensitivity: Sensitivity, path: Path) -> None:
         },
         "weights": dict(sensitivity.weights),
     }
+    if sensitivity.probes is not None:
+        content["probes"] = _probes_as_json(sensitivity.probes)
     try:
         durable.write_file(path, (json.dumps(content, indent=1) + "\n").encode())
     except OSError as error:
         raise FileError(f"cannot write the sensitivity: {error.strerror}", where=path) from error
+
+
+def _probes_as_json(probes: Probes) -> dict[str, Any]:
+    return {
+        "text": probes.text,
+        "text_digest": probes.text_digest,
+        "n_context": probes.n_context,
+        "n_windows": probes.n_windows,
+        "types": [type_name(kind) for kind in probes.types],
+        "floor": probes.floor,
+        "groups": {
+            group: {type_name(kind): asdict(probe) for kind, probe in sorted(found.items())}
+            for group, found in probes.groups.items()
+        },
+    }
 
 
 def read_sensitivity(path: Path) -> Sensitivity:
@@ -168,6 +190,7 @@ class _Reader:
             sample,
             {name: self._tensor(name, value) for name, value in tensors.items()},
             self._numbers("weights", self._found.get("weights", {})),
+            None if self._found.get("probes") is None else self._probes(self._found["probes"]),
         )
 
     def _tensor(self, name: str, value: object) -> TensorErrors:
@@ -178,11 +201,47 @@ class _Reader:
             self.refuse(f"{name}: the numbers of weights cannot be")
         energy = self._numbers(name, {"energy": value.get("energy")})["energy"]
         errors = self._numbers(name, value.get("errors"))
-        if unknown := errors.keys() - GgmlType.__members__.keys():
-            self.refuse(f"{name}: {min(unknown)} is no type")
         return TensorErrors(
-            n_weights, n_tried, energy, {GgmlType.__members__[key]: error for key, error in errors.items()}
+            n_weights, n_tried, energy, {self._type(name, key): error for key, error in errors.items()}
         )
+
+    def _type(self, where: str, name: object) -> GgmlType:
+        kind = GgmlType.__members__.get(name) if isinstance(name, str) else None
+        if kind is None:
+            self.refuse(f"{where}: {name} is no type")
+        return kind
+
+    def _probes(self, value: object) -> Probes:
+        if not isinstance(value, dict):
+            self.refuse("probes is no object")
+        text, digest, types, groups = (value.get(key) for key in ("text", "text_digest", "types", "groups"))
+        if not isinstance(text, str) or not isinstance(digest, str):
+            self.refuse("probes: it does not say of what text")
+        if not isinstance(types, list) or not isinstance(groups, dict):
+            self.refuse("probes: it does not say what was tried")
+        n_context, n_windows = value.get("n_context"), value.get("n_windows")
+        if type(n_context) is not int or type(n_windows) is not int or min(n_context, n_windows) < 1:
+            self.refuse("probes: it does not say of how much text")
+        return Probes(
+            safe_line(text, 80),
+            safe_line(digest, 80),
+            n_context,
+            n_windows,
+            tuple(self._type("probes", kind) for kind in types),
+            self._numbers("probes", {"floor": value.get("floor")})["floor"],
+            {group: self._group(group, found) for group, found in groups.items()},
+        )
+
+    def _group(self, group: str, value: object) -> dict[GgmlType, Probe]:
+        if not isinstance(value, dict):
+            self.refuse(f"{group} is no object")
+        found = {}
+        for kind, probe in value.items():
+            numbers = self._numbers(group, probe)
+            if numbers.keys() != _PROBE_FIELDS:
+                self.refuse(f"{group}: {kind} is no probe")
+            found[self._type(group, kind)] = Probe(**numbers)
+        return found
 
     def _numbers(self, where: str, value: object) -> dict[str, float]:
         if not isinstance(value, dict):

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from dsmoe_local.base.errors import UsageError
-from dsmoe_local.cli.model_options import _model_options, model_options
+from dsmoe_local.cli.model_options import loading_options, model_options
 from dsmoe_local.engine.types import ALL_LAYERS, ModelOptions
 
 
@@ -19,7 +19,7 @@ def parsed(*arguments: str) -> ModelOptions:
     @click.command()
     @model_options
     def command(**values: object) -> None:
-        found.append(_model_options(Path("m.gguf"), values))
+        found.append(loading_options(Path("m.gguf"), values))
 
     result = CliRunner().invoke(command, arguments, standalone_mode=False)
     if result.exception is not None:
