@@ -155,7 +155,7 @@ def _collected(path: Path, values: dict[str, Any]) -> _Result:
     from dsmoe_local.evaluate.measure import options_for
     from dsmoe_local.evaluate.text import read_text
     from dsmoe_local.evaluate.windows import LEAST_CONTEXT, cut_windows
-    from dsmoe_quantize.imatrix_file import ENDING
+    from dsmoe_local.model.discovery import IMATRIX_ENDING
 
     n_context = values["n_context"] or _N_CONTEXT
     if n_context < LEAST_CONTEXT:
@@ -164,7 +164,7 @@ def _collected(path: Path, values: dict[str, Any]) -> _Result:
         )
     source, n_windows, with_output = (values.pop(name) for name in ("source", "n_windows", "with_output"))
     save_every, force = values.pop("save_every") or SAVE_EVERY, values.pop("force")
-    out = values.pop("out") or Path(f"{path.stem}{ENDING}")
+    out = values.pop("out") or Path(f"{path.stem}{IMATRIX_ENDING}")
     text, stop = read_text(source), threading.Event()
     with (
         importance_file(out, force=force) as place,

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from dsmoe_local.model.gguf_file import GgufFile
 
 MAX_RECENT = 20
+IMATRIX_ENDING = ".imatrix.gguf"
+"""Of importance matrices, which lie beside models and are none."""
+
 _ENDING = ".gguf"
 _SHOWN = 3
 
@@ -52,7 +55,8 @@ class ModelDescription:
 
 def known_models(folder: Path) -> list[KnownModel]:
     """Every model file known: in `folder` and the folders in it, the demo's, then those used lately, newest
-    first. A file that is there twice is listed once. Only looks at names: no file is opened.
+    first. A file that is there twice is listed once, an importance matrix never. Only looks at names: no
+    file is opened.
     """
     groups: list[tuple[str, Iterable[Path]]] = [
         ("models folder", _in_folder(folder)),
@@ -62,7 +66,8 @@ def known_models(folder: Path) -> list[KnownModel]:
     found: dict[str, KnownModel] = {}
     for group, paths in groups:
         for path in paths:
-            found.setdefault(os.path.realpath(path), KnownModel(path.stem, path, group))
+            if not f".{path.name.casefold()}".endswith(IMATRIX_ENDING):
+                found.setdefault(os.path.realpath(path), KnownModel(path.stem, path, group))
     return list(found.values())
 
 

@@ -66,6 +66,12 @@ class _Metadata:
     def __init__(self, file: GgufFile) -> None:
         self.file = file
         found = file.get("general.architecture")
+        if found is None and file.get("general.type") == "imatrix":
+            raise FormatError(
+                "an importance matrix is no model",
+                where=file.path,
+                remedy="dsmoe-quantize takes it, with --imatrix",
+            )
         if found not in ARCHITECTURES:
             raise FormatError(
                 f"the architecture {safe_line(str(found), 40)!r} is not supported",

@@ -29,8 +29,6 @@ from dsmoe_local.model.gguf_file import MAGIC, Field, GgufFile, TensorInfo, read
 from dsmoe_local.model.gguf_writer import PlannedTensor, plan_gguf, write_at
 from dsmoe_quantize.imatrix import Imatrix, Statistics, is_plausible
 
-ENDING = ".imatrix.gguf"
-
 _TYPE = "imatrix"
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _DATASETS, _N_CHUNKS, _CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"

@@ -19,7 +19,16 @@ from dsmoe_local.base.paths import data_folder, demo_folder
 from dsmoe_local.cli.main import group, load_command
 from dsmoe_local.cli.model_options import find_model, load_engine
 from dsmoe_local.engine.process.client import EngineClient
-from dsmoe_local.model.discovery import MAX_RECENT, known_models, note_use, recent_models
+from dsmoe_local.model.discovery import (
+    MAX_RECENT,
+    KnownModel,
+    describe,
+    known_models,
+    note_use,
+    recent_models,
+)
+from dsmoe_quantize.imatrix import Imatrix
+from dsmoe_quantize.imatrix_file import write_imatrix
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +72,20 @@ def test_a_whole_name_is_no_beginning(folder: Path) -> None:
     with pytest.raises(UsageError) as caught:
         find_model("alph")
     assert "alpha-large, alpha" in caught.value.where
+
+
+def test_an_importance_matrix_is_no_model(folder: Path) -> None:
+    """Guards the matrix beside a model: it is no choice, and the model's name stays unique."""
+    for name in ("alpha.imatrix.gguf", "imatrix.gguf"):
+        (folder / name).touch()
+    note_use(folder / "alpha.imatrix.gguf")
+    assert find_model("alp") == folder / "alpha.gguf"
+    with pytest.raises(UsageError, match="no model is called"):
+        find_model("imat")
+    other = folder / "my-imatrix.gguf"
+    write_imatrix(Imatrix({}, (), 1, 512), other)
+    assert find_model("my-i") == other
+    assert describe(KnownModel("my-i", other, "")).reason == "an importance matrix is no model"
 
 
 def test_files_of_one_name_are_told_by_their_paths(folder: Path) -> None:
