@@ -25,7 +25,8 @@ from dsmoe_quantize.choose import Choice, Wishes, choose_types, fallback_notes, 
 from dsmoe_quantize.encode import TensorJob
 from dsmoe_quantize.errors import WeightError
 from dsmoe_quantize.output import Summary, write_output
-from dsmoe_quantize.types import TypeChoice, metadata_with_type, resolve, resolve_float
+from dsmoe_quantize.planned import metadata_of_output
+from dsmoe_quantize.types import SettledType, TypeChoice, resolve, resolve_float, settled
 
 _ALWAYS_F32 = (Role.NORM, Role.ROUTER)
 
@@ -74,7 +75,7 @@ class Conversion:
 
     checkpoint: Checkpoint
     hp: Hyperparameters
-    choice: TypeChoice
+    choice: SettledType
     tensors: Sequence[PlannedTensor]
     choices: Sequence[Choice]
     metadata: Mapping[str, Field]
@@ -128,7 +129,7 @@ def plan(
     check_tensors(checkpoint.tensors, hp, checkpoint.name)
     specs = tensor_specs(hp)
     own = main_type(checkpoint.tensors, specs)
-    choice = resolve(options.type) if options.type else resolve_float(own)
+    choice = settled(resolve(options.type) if options.type else resolve_float(own), hp)
     planned = [PlannedTensor(spec, GgmlType.F32 if spec.role in _ALWAYS_F32 else own) for spec in specs]
     _note_mixed(checkpoint, planned, note)
     choices = choose_types(planned, hp, choice, options.wishes)
@@ -137,7 +138,7 @@ def plan(
         **metadata_of(hp),
         **read_tokenizer(folder, hp.n_vocab, options.pre, note),
     }
-    metadata = metadata_with_type(metadata, choice)
+    metadata = metadata_of_output(metadata, choice)
     return Conversion(checkpoint, hp, choice, planned, choices, metadata, options.wishes)
 
 

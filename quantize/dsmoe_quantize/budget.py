@@ -24,8 +24,8 @@ from dsmoe_quantize.fast_kernels import is_fast
 from dsmoe_quantize.groups import WEIGHTS, Group, group_of
 from dsmoe_quantize.imatrix import Imatrix
 from dsmoe_quantize.quantize import Plan, plan_file
-from dsmoe_quantize.recipe_file import closest_mix, default_fallbacks, file_type_of
-from dsmoe_quantize.recipes import OTHERS, LayeredRecipe
+from dsmoe_quantize.recipe_file import closest_mix, file_type_of
+from dsmoe_quantize.recipes import OTHERS, RECIPE_FALLBACKS, LayeredRecipe
 from dsmoe_quantize.relaxation import Option, Problem
 from dsmoe_quantize.sensitivity import Sensitivity
 from dsmoe_quantize.solver import Solution, solve
@@ -113,7 +113,7 @@ class Market:
         self._tied = "output.weight" not in file.tensors
         self._alignment = file.alignment
         self._weights = self._error_weights()
-        base = LayeredRecipe("base", "F16", 1, {}, default_fallbacks())
+        base = LayeredRecipe("base", "F16", 1, {}, RECIPE_FALLBACKS)
         tensors = list(file.tensors.values())
         self.settled = settled_types(tensors, hp, base, self.wishes)
         self.fixed = self.figures(self.settled.values())
@@ -259,9 +259,7 @@ class Market:
             weights[picks[each.group]] += sum(tensor.n_weights for tensor in each.tensors)
         closest = closest_mix([max(weights, key=lambda kind: (weights[kind], -kind))]) if weights else "F16"
         about = {**about, "predicted_error": float(f"{total.error:.4g}")}
-        recipe = LayeredRecipe(
-            name, closest, file_type_of(closest), _layered(picks), default_fallbacks(), about
-        )
+        recipe = LayeredRecipe(name, closest, file_type_of(closest), _layered(picks), RECIPE_FALLBACKS, about)
         plan = plan_file(self.file, self.hp, recipe, self.wishes, self.imatrix)
         prices = dict(zip(used, solution.prices, strict=True))
         return Solved(

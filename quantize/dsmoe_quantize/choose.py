@@ -15,8 +15,9 @@ from dsmoe_local.model.ggml import GgmlType, block_size, type_name
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import Role, role_of
 from dsmoe_quantize.mixes import FALLBACKS, MixWalk, walk_order
-from dsmoe_quantize.recipes import AnyRecipe, LayeredRecipe, Recipe
-from dsmoe_quantize.types import FloatType, TypeChoice, parse_target
+from dsmoe_quantize.named_recipes import NamedRecipe
+from dsmoe_quantize.recipes import LayeredRecipe
+from dsmoe_quantize.types import FloatType, SettledType, TypeChoice, parse_target, settled
 
 
 class TensorLike(Protocol):
@@ -62,7 +63,7 @@ class Choice:
 
 def label_of(choice: TypeChoice, wishes: Wishes) -> str:
     """What a file of this type is called: a mix that is `pure` is its one ggml type."""
-    if wishes.pure and not isinstance(choice, Recipe | LayeredRecipe):
+    if wishes.pure and not isinstance(choice, NamedRecipe | LayeredRecipe):
         return type_name(choice.base)
     return choice.name
 
@@ -98,11 +99,11 @@ def choose_types(
     --tensor-type that matches no other tensor, and for a recipe with --pure.
     """
     wishes = wishes or Wishes()
-    if wishes.pure and isinstance(choice, Recipe | LayeredRecipe):
+    if wishes.pure and isinstance(choice, NamedRecipe | LayeredRecipe):
         raise UsageError(
             f"{choice.name} is a recipe of several types", remedy="--pure goes with a single one, as in q4_k"
         )
-    chooser = _Chooser(hp, choice, wishes, [tensor.name for tensor in tensors], imatrix)
+    chooser = _Chooser(hp, settled(choice, hp), wishes, [tensor.name for tensor in tensors], imatrix)
     chosen = {
         tensor.name: chooser.choose(tensor)
         for tensor in sorted(tensors, key=lambda each: walk_order(each.name))
@@ -117,7 +118,7 @@ def choose_types(
 
 
 def settled_types(
-    tensors: Sequence[TensorLike], hp: Hyperparameters, recipe: AnyRecipe, wishes: Wishes
+    tensors: Sequence[TensorLike], hp: Hyperparameters, recipe: LayeredRecipe, wishes: Wishes
 ) -> dict[str, Choice]:
     """The tensors, by name, whose types a recipe has no say in: vectors, routers, and what `wishes` name."""
     chooser = _Chooser(hp, recipe, wishes, [tensor.name for tensor in tensors], False)
@@ -145,18 +146,18 @@ class _Chooser:
     """Chooses for one tensor after another, in llama.cpp's order."""
 
     def __init__(
-        self, hp: Hyperparameters, choice: TypeChoice, wishes: Wishes, names: list[str], imatrix: bool
+        self, hp: Hyperparameters, choice: SettledType, wishes: Wishes, names: list[str], imatrix: bool
     ) -> None:
         self._choice = choice
         self._wishes = wishes
         self._tied = "output.weight" not in names
         self._walk = (
             None
-            if isinstance(choice, FloatType | Recipe | LayeredRecipe)
+            if isinstance(choice, FloatType | LayeredRecipe)
             else MixWalk(choice, hp, names, imatrix=imatrix)
         )
         self._fallbacks: Mapping[GgmlType, GgmlType] = (
-            choice.fallbacks if isinstance(choice, Recipe | LayeredRecipe) else FALLBACKS
+            choice.fallbacks if isinstance(choice, LayeredRecipe) else FALLBACKS
         )
         self.matched: set[str] = set()
 
@@ -185,10 +186,8 @@ class _Chooser:
         return (override.type, "--tensor-type") if override else None
 
     def _by_type(self, tensor: TensorLike) -> tuple[GgmlType, str]:
-        if isinstance(self._choice, Recipe | LayeredRecipe):
-            role = role_of(tensor.name)
-            assert role is not None  # may_change has seen to it
-            return self._choice.type_of(tensor.name, role, self._tied)
+        if isinstance(self._choice, LayeredRecipe):
+            return self._choice.type_of(tensor.name, self._tied)
         if self._walk is None or self._wishes.pure:
             return self._choice.base, "--pure" if self._wishes.pure else ""
         return self._walk.type_of(tensor.name, tensor.shape[-1])

@@ -14,8 +14,8 @@ from dsmoe_quantize.choose import choose_types
 from dsmoe_quantize.fast_kernels import is_fast
 from dsmoe_quantize.groups import KINDS
 from dsmoe_quantize.mixes import MIXES
+from dsmoe_quantize.named_recipes import RECIPES
 from dsmoe_quantize.recipe_file import format_layers
-from dsmoe_quantize.recipes import RECIPES
 from dsmoe_quantize.types import TypeChoice
 
 _STEPS = ((0.9, "10% less"), (0.95, "5% less"), (1.05, "5% more"), (1.1, "10% more"))

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from dsmoe_local.model.ggml import GgmlType, block_size
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import layer_of
+from dsmoe_quantize.layer_rules import LAYER_RULES
 
 
 class Category(Enum):
@@ -54,13 +55,11 @@ class Position:
 
 
 def _more_bits(at: Position) -> bool:
-    """The first and last eighth of the layers, and every third between."""
-    eighth = at.count // 8
-    return at.index < eighth or at.index >= 7 * at.count // 8 or (at.index - eighth) % 3 == 2
+    return LAYER_RULES["more-bits"](at.index, at.count)
 
 
 def _first_eighth(at: Position) -> bool:
-    return at.index < at.count // 8
+    return LAYER_RULES["first-eighth"](at.index, at.count)
 
 
 def _first_four(at: Position) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import threading
@@ -10,10 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-from gguf.constants import GGUFValueType
-from numpy.typing import NDArray
 
 from dsmoe_local.base.errors import FileError
 from dsmoe_local.base.progress import Listener, Note, ignore
@@ -24,15 +19,20 @@ from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.gguf_writer import PlannedTensor, plan_gguf
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import role_of
-from dsmoe_quantize.choose import Choice, Wishes, choose_types, fallback_notes, label_of
+from dsmoe_quantize.choose import Choice, Wishes, choose_types, label_of
 from dsmoe_quantize.encode import Bytes, TensorJob
 from dsmoe_quantize.errors import RequantizeError
-from dsmoe_quantize.imatrix import Imatrix, metadata_of_use
+from dsmoe_quantize.imatrix import Imatrix
 from dsmoe_quantize.mixes import ALIASES
 from dsmoe_quantize.output import Summary, write_output
-from dsmoe_quantize.recipe_file import render_recipe
-from dsmoe_quantize.recipes import RECIPE_KEY, LayeredRecipe
-from dsmoe_quantize.types import TypeChoice, known_words, metadata_with_type
+from dsmoe_quantize.planned import (
+    identity_of_output,
+    importance_of,
+    metadata_of_output,
+    notes_on_output,
+    refuse_foreign,
+)
+from dsmoe_quantize.types import SettledType, TypeChoice, known_words, settled
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Plan:
 
     file: GgufFile
     hp: Hyperparameters
-    type: TypeChoice
+    type: SettledType
     changes: Sequence[Change]
     imatrix: Imatrix | None = None
 
@@ -76,10 +76,7 @@ class Plan:
     @property
     def metadata(self) -> dict[str, Field]:
         """What the new file says of itself."""
-        metadata = metadata_with_type(self.file.metadata, self.type)
-        if isinstance(self.type, LayeredRecipe):
-            metadata[RECIPE_KEY] = Field(render_recipe(self.type), GGUFValueType.STRING)
-        return metadata | (metadata_of_use(self.imatrix) if self.imatrix else {})
+        return metadata_of_output(self.file.metadata, self.type, self.imatrix)
 
     @property
     def file_size(self) -> int:
@@ -136,10 +133,9 @@ def plan_file(
     imatrix: Imatrix | None = None,
 ) -> Plan:
     """As `plan_quantization`, of a file that is read already; nobody asks whether it is quantized."""
+    choice = settled(choice, hp)
     tensors = list(file.tensors.values())
-    if imatrix is not None:
-        for tensor in tensors:
-            imatrix.importance(tensor.name, tensor.shape)
+    refuse_foreign(imatrix, tensors)
     chosen = choose_types(tensors, hp, choice, wishes, imatrix=imatrix is not None)
     changes = [Change(tensor, each) for tensor, each in zip(tensors, chosen, strict=True)]
     return Plan(file, hp, choice, changes, imatrix)
@@ -156,8 +152,7 @@ def quantize_file(
 ) -> Summary:
     """Carry out `plan`. Resumable, complete or not at all: see `write_output`, also for what it raises."""
     path = plan.file.path
-    for text in fallback_notes([change.choice for change in plan.changes]):
-        listen(Note(text))
+    chosen = [change.choice for change in plan.changes]
     with opened(plan.file) as descriptor:
         jobs = [
             TensorJob(
@@ -165,17 +160,20 @@ def quantize_file(
                 each.source.shape,
                 each.choice.type,
                 GgufRows(path, descriptor, each.source),
-                _importance(plan, each),
+                importance_of(plan.imatrix, each.source, each.choice),
             )
             for each in plan.changes
         ]
-        for text in _notes_of_importance(plan, jobs):
+        for text in notes_on_output(chosen, jobs, plan.imatrix):
             listen(Note(text))
         return write_output(
             out,
             plan.metadata,
             jobs,
-            _fingerprint(plan),
+            {
+                "the source": list(plan.file.identity),
+                **identity_of_output(plan.type, chosen, plan.imatrix),
+            },
             sources=[path],
             threads=threads,
             force=force,
@@ -220,27 +218,6 @@ class GgufRows:
         return rows
 
 
-def _importance(plan: Plan, change: Change) -> NDArray[np.float32] | None:
-    """What the columns of a tensor count that is encoded anew."""
-    if plan.imatrix is None or change.choice.type in FLOATS or change.choice.type is change.source.type:
-        return None
-    return plan.imatrix.importance(change.source.name, change.source.shape)
-
-
-def _notes_of_importance(plan: Plan, jobs: Sequence[TensorJob]) -> Iterator[str]:
-    """What a matrix does not know of tensors that are encoded: the output and the embedding often."""
-    if plan.imatrix is None:
-        return
-    blind = [
-        job.name
-        for job in jobs
-        if job.importance is None and job.target not in FLOATS and job.target is not job.source.type
-    ]
-    if blind:
-        more = f" and {len(blind) - 3} more" if len(blind) > 3 else ""
-        yield f"the importance matrix says nothing of {', '.join(blind[:3])}{more}"
-
-
 @contextmanager
 def opened(file: GgufFile) -> Iterator[int]:
     """A descriptor of the file, to read rows from. FileError if it cannot be opened, or is another now."""
@@ -254,16 +231,3 @@ def opened(file: GgufFile) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _fingerprint(plan: Plan) -> dict[str, object]:
-    """What decides the bytes of the output."""
-    types = "\n".join(f"{each.source.name} {type_name(each.choice.type)}" for each in plan.changes)
-    recipe = render_recipe(plan.type) if isinstance(plan.type, LayeredRecipe) else ""
-    return {
-        "the source": list(plan.file.identity),
-        "the type": plan.type.name,
-        "the tensors' types": hashlib.sha256(types.encode()).hexdigest(),
-        "the recipe": hashlib.sha256(recipe.encode()).hexdigest() if recipe else None,
-        "the importance matrix": plan.imatrix.digest() if plan.imatrix else None,
-    }

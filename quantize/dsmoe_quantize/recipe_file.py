@@ -12,7 +12,7 @@
     Q4_K = "IQ4_NL"
 
 A kind of group (`groups`) has one type, or several with their layers. `fallbacks` say what takes the place of
-a type whose blocks do not fit a row; left out, they are those of `q4`.
+a type whose blocks do not fit a row; left out, they are those of the named recipes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dsmoe_local.base.text import safe_line
 from dsmoe_local.model.ggml import GgmlType, type_name
 from dsmoe_quantize.groups import KINDS
 from dsmoe_quantize.mixes import MIXES
-from dsmoe_quantize.recipes import OTHERS, RECIPES, LayeredRecipe
+from dsmoe_quantize.recipes import OTHERS, OTHERS_WORD, RECIPE_FALLBACKS, LayeredRecipe
 from dsmoe_quantize.types import FLOAT_TYPES, parse_target
 
 _FORMAT = 1
@@ -40,17 +40,10 @@ _MAX_BYTES = 1 << 20
 _MAX_LAYER = 511  # llama.cpp's limit
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 _KEYS = frozenset({"format", "name", "closest", "types", "fallbacks", "about"})
-_OTHERS = "others"
 _HEAD = """\
 # A recipe: which type each group of tensors gets. Edit it, then: dsmoe-quantize IN.gguf --recipe FILE
 # Layers are written as "0-3,7"; "others" are all that are not named.
 """
-
-
-def default_fallbacks() -> Mapping[GgmlType, GgmlType]:
-    """What takes the place of a type that does not fit, unless a file says otherwise."""
-    recipe = RECIPES["q4"]
-    return recipe.fallbacks
 
 
 def closest_mix(types: Iterable[GgmlType]) -> str:
@@ -120,7 +113,7 @@ def _layers_text(layers: Mapping[int | None, GgmlType]) -> str:
     for kind in sorted(
         set(layers.values()), key=lambda kind: (kind is not layers.get(OTHERS), type_name(kind))
     ):
-        words = [_OTHERS] if layers.get(OTHERS) is kind else []
+        words = [OTHERS_WORD] if layers.get(OTHERS) is kind else []
         words += format_layers(layer for layer, each in layers.items() if each is kind and layer is not None)
         parts.append(f'{type_name(kind)} = "{",".join(words)}"')
     return f"{{ {', '.join(parts)} }}"
@@ -203,7 +196,7 @@ class _Reader:
         for word, layers in value.items():
             for layer in self._numbers(kind, layers):
                 if layer in found:
-                    self.refuse(f"{kind}: {_OTHERS if layer is None else f'layer {layer}'} has two types")
+                    self.refuse(f"{kind}: {OTHERS_WORD if layer is None else f'layer {layer}'} has two types")
                 found[layer] = self._type(word, kind)
         if not found:
             self.refuse(f"{kind} has no types")
@@ -212,7 +205,7 @@ class _Reader:
     def _numbers(self, kind: str, text: object) -> Iterable[int | None]:
         for part in text.split(",") if isinstance(text, str) else [None]:
             match = re.fullmatch(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?", part or "")
-            if part is not None and part.strip() == _OTHERS:
+            if part is not None and part.strip() == OTHERS_WORD:
                 yield OTHERS
             elif match is None or not int(match[1]) <= int(match[2] or match[1]) <= _MAX_LAYER:
                 self.refuse(f"{kind}: {text!r} are no layers", 'write them as "0-3,7", or "others"')
@@ -221,7 +214,7 @@ class _Reader:
 
     def _fallbacks(self) -> Mapping[GgmlType, GgmlType]:
         if "fallbacks" not in self._tables:
-            return default_fallbacks()
+            return RECIPE_FALLBACKS
         return {
             self._type(key, "fallbacks"): self._type(value, f"fallbacks: {key}")
             for key, value in self._table("fallbacks").items()

@@ -1,56 +1,44 @@
-"""Our own recipes as data: a type for each role and projection, or for each layer of each group of tensors,
-and what to take where it does not fit.
+"""Recipes: a type for each layer of each group of tensors, and what to take where it does not fit.
 
-Why these: in the routed experts, 91% of a 16B model, bits pay most in the down projection; attention and
-shared experts are read for every token but are 6% of the file; llama.cpp has fast CPU kernels (repacked
-blocks) for Q4_K and IQ4_NL, none for Q5_0 and Q8_0, which its own mixes put into the down projections.
+They come from `named_recipes`, from a file (`recipe_file`), or from the solver (`budget`), and have one form.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TypeAlias
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.model.ggml import GgmlType
-from dsmoe_local.model.layout import Role
-from dsmoe_quantize.groups import group_of
-
-_DOWN = re.compile(r"\.ffn_down(_exps|_shexp)?\.")
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """`types` by role; `down` overrides them for down projections; `fallbacks` where a block does not fit.
-
-    `file_type` is what general.file_type says: llama.cpp's number of the mix that comes closest.
-    """
-
-    name: str
-    file_type: int
-    types: Mapping[Role, GgmlType]
-    down: Mapping[Role, GgmlType]
-    fallbacks: Mapping[GgmlType, GgmlType]
-
-    def type_of(self, name: str, role: Role, tied: bool) -> tuple[GgmlType, str]:
-        """The type before any fallback, and why it is that. `tied`: the embedding is the output too."""
-        if role is Role.EMBEDDING and tied:
-            return self.types[Role.OUTPUT], "tied embedding"
-        if role in self.down and _DOWN.search(name):
-            return self.down[role], f"{role.value}, down"
-        return self.types[role], role.value
-
+from dsmoe_quantize.groups import KINDS, group_of
+from dsmoe_quantize.layer_rules import LAYER_RULES
+from dsmoe_quantize.mixes import MIXES
+from dsmoe_quantize.named_recipes import NamedRecipe, TypeWords
 
 OTHERS = None
 """In place of a layer: all that are not named."""
 
+OTHERS_WORD = "others"
+"""That in words, in recipe files and in the table of named recipes."""
+
+RECIPE_KEY = "dsmoe.recipe"
+"""Where a file's metadata holds the recipe that it was made by, as a recipe file."""
+
+RECIPE_FALLBACKS: Mapping[GgmlType, GgmlType] = MappingProxyType(
+    {
+        GgmlType.Q4_K: GgmlType.IQ4_NL,
+        GgmlType.IQ4_XS: GgmlType.IQ4_NL,
+        GgmlType.Q5_K: GgmlType.Q5_1,
+        GgmlType.Q6_K: GgmlType.Q8_0,
+    }
+)
+"""What takes the place of a type whose blocks do not fit a row, unless a recipe file says otherwise."""
+
 
 @dataclass(frozen=True, slots=True)
 class LayeredRecipe:
-    """A recipe as a solver makes it and a recipe file holds it: `types` by kind of group (`groups`), then by
+    """A recipe for one model, or for all whose layers it has: `types` by kind of group (`groups`), then by
     layer or `OTHERS`.
 
     `name` goes into file names; `closest` is the one of llama.cpp's mixes that comes closest, `file_type` its
@@ -64,8 +52,10 @@ class LayeredRecipe:
     fallbacks: Mapping[GgmlType, GgmlType]
     about: Mapping[str, str | int | float] = field(default_factory=dict)
 
-    def type_of(self, name: str, role: Role, tied: bool) -> tuple[GgmlType, str]:
-        """As of a Recipe. UsageError for a tensor of which the recipe says nothing."""
+    def type_of(self, name: str, tied: bool) -> tuple[GgmlType, str]:
+        """The type of a matrix before any fallback, and why it is that. `tied`: the embedding is the output,
+        too. UsageError for a tensor of which the recipe says nothing.
+        """
         group = group_of(name, tied)
         assert group is not None  # it has the role of a matrix
         layers = self.types.get(group.kind, {})
@@ -76,51 +66,37 @@ class LayeredRecipe:
                 where=name,
                 remedy=f'add a line for {group.kind}, or "others" to it',
             )
-        return kind, f"recipe, {group}"
+        return kind, f"{self.name}, {group}"
 
 
-AnyRecipe: TypeAlias = Recipe | LayeredRecipe
-"""What chooses by role and group, not by llama.cpp's rules."""
+def recipe_for(named: NamedRecipe, n_layers: int) -> LayeredRecipe:
+    """What a named recipe means in a model of so many layers."""
+    return LayeredRecipe(
+        named.name,
+        named.closest,
+        MIXES[named.closest].file_type,
+        {kind: _by_layer(_words_of(named, kind), n_layers) for kind in KINDS},
+        RECIPE_FALLBACKS,
+        {"why": named.why},
+    )
 
-RECIPE_KEY = "dsmoe.recipe"
-"""Where a file's metadata says by which recipe file it was made."""
 
-_MATRICES = (
-    Role.EMBEDDING,
-    Role.OUTPUT,
-    Role.ATTENTION,
-    Role.DENSE_FFN,
-    Role.SHARED_EXPERT,
-    Role.ROUTED_EXPERT,
-)
+def _words_of(named: NamedRecipe, kind: str) -> TypeWords:
+    fitting = [key for key in named.types if f"{kind}-".startswith(f"{key}-" if key else "")]
+    return named.types[max(fitting, key=len)]
 
-_LIST = (
-    Recipe(
-        "q8",
-        file_type=7,  # Q8_0
-        types=dict.fromkeys(_MATRICES, GgmlType.Q8_0),
-        down={},
-        fallbacks={},
-    ),
-    Recipe(
-        "q4",
-        file_type=15,  # Q4_K_M: "mostly Q4_K"
-        types={
-            Role.EMBEDDING: GgmlType.Q4_K,
-            Role.OUTPUT: GgmlType.Q6_K,
-            Role.ATTENTION: GgmlType.Q6_K,
-            Role.SHARED_EXPERT: GgmlType.Q6_K,
-            Role.DENSE_FFN: GgmlType.Q4_K,
-            Role.ROUTED_EXPERT: GgmlType.Q4_K,
-        },
-        down={Role.DENSE_FFN: GgmlType.IQ4_NL, Role.ROUTED_EXPERT: GgmlType.IQ4_NL},
-        fallbacks={
-            GgmlType.Q4_K: GgmlType.IQ4_NL,
-            GgmlType.IQ4_XS: GgmlType.IQ4_NL,
-            GgmlType.Q5_K: GgmlType.Q5_1,
-            GgmlType.Q6_K: GgmlType.Q8_0,
-        },
-    ),
-)
 
-RECIPES: Mapping[str, Recipe] = MappingProxyType({recipe.name: recipe for recipe in _LIST})
+def _by_layer(words: TypeWords, n_layers: int) -> dict[int | None, GgmlType]:
+    if isinstance(words, str):
+        return {OTHERS: GgmlType.__members__[words]}
+    types: dict[int | None, GgmlType] = {}
+    for word, layers in words.items():
+        for rule in layers.split(","):
+            if rule == OTHERS_WORD:
+                types[OTHERS] = GgmlType.__members__[word]
+                continue
+            applies = LAYER_RULES[rule]
+            for layer in range(n_layers):
+                if applies(layer, n_layers):
+                    types.setdefault(layer, GgmlType.__members__[word])
+    return types

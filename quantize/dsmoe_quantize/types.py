@@ -6,15 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from gguf.constants import GGML_QUANT_VERSION, GGUFValueType
-
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.model.ggml import GgmlType, type_name
-from dsmoe_local.model.gguf_file import Field
+from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_quantize import kernels
 from dsmoe_quantize.mixes import ALIASES, MIXES, Mix
-from dsmoe_quantize.recipes import RECIPE_KEY, RECIPES, AnyRecipe
+from dsmoe_quantize.named_recipes import RECIPES, NamedRecipe
+from dsmoe_quantize.recipes import LayeredRecipe, recipe_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +25,11 @@ class FloatType:
     base: GgmlType
 
 
-TypeChoice: TypeAlias = FloatType | Mix | AnyRecipe
-"""What --type or --recipe resolves to. All have a `name`, for file names, and a `file_type`, as llama.cpp
-numbers them.
-"""
+SettledType: TypeAlias = FloatType | Mix | LayeredRecipe
+"""A choice for one model. All have a `name`, for file names, and a `file_type`, as llama.cpp numbers them."""
+
+TypeChoice: TypeAlias = SettledType | NamedRecipe
+"""What --type or --recipe resolves to. All have a `name`."""
 
 FLOAT_TYPES: Mapping[str, FloatType] = {
     "F32": FloatType("F32", 0, GgmlType.F32),
@@ -55,6 +55,11 @@ def resolve(word: str) -> TypeChoice:
     return choice
 
 
+def settled(choice: TypeChoice, hp: Hyperparameters) -> SettledType:
+    """What a choice means for a model."""
+    return recipe_for(choice, hp.n_layers) if isinstance(choice, NamedRecipe) else choice
+
+
 def resolve_float(kind: GgmlType) -> FloatType:
     """The choice that keeps weights in the float type `kind`."""
     return FLOAT_TYPES[type_name(kind)]
@@ -69,24 +74,3 @@ def parse_target(word: str) -> GgmlType:
             f"{safe_line(word, 40)!r} is no type that a tensor can be encoded in", remedy=f"known: {known}"
         )
     return kind
-
-
-def metadata_with_type(metadata: Mapping[str, Field], choice: TypeChoice) -> dict[str, Field]:
-    """`metadata` as a file of this type has it, as llama_model_quantize writes it.
-
-    The two keys about quantization move to the end, and keys about being one of several shards, or about the
-    recipe of the source, go: the converter and the quantizer both use this, and so write the same bytes.
-    """
-    dropped = (
-        "general.quantization_version",
-        "general.file_type",
-        "split.no",
-        "split.count",
-        "split.tensors.count",
-        RECIPE_KEY,
-    )
-    kept = {key: field for key, field in metadata.items() if key not in dropped}
-    return kept | {
-        "general.quantization_version": Field(GGML_QUANT_VERSION, GGUFValueType.UINT32),
-        "general.file_type": Field(choice.file_type, GGUFValueType.UINT32),
-    }

@@ -21,6 +21,7 @@ from dsmoe_quantize.imatrix import FEW, Imatrix, Statistics, merged, metadata_of
 from dsmoe_quantize.imatrix_file import read_imatrix, write_imatrix
 from dsmoe_quantize.mixes import MIXES
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
+from dsmoe_quantize.recipe_file import file_type_of
 from dsmoe_quantize.types import resolve
 
 MODELS = {
@@ -67,7 +68,7 @@ def test_quantizing_equals_llama_cpp(
     ours = quantized(source, tmp_path / "ours.gguf", word, imatrix)
     said = {key: field.value for key, field in metadata_of_use(imatrix).items()}
     theirs = tmp_path / "theirs.gguf"
-    llama_quantize_with(as_llama_reads(matrix), source, theirs, resolve(word).file_type, said)
+    llama_quantize_with(as_llama_reads(matrix), source, theirs, file_type_of(resolve(word).name), said)
     assert_same(ours, theirs)
 
 

@@ -16,6 +16,7 @@ from dsmoe_quantize import encode
 from dsmoe_quantize.choose import Override, Wishes
 from dsmoe_quantize.mixes import MIXES
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
+from dsmoe_quantize.recipe_file import file_type_of
 from dsmoe_quantize.types import FLOAT_TYPES, resolve
 
 MODELS = {
@@ -49,7 +50,9 @@ def quantized(
 def test_mix_equals_llama_cpp(models: dict[str, Path], tmp_path: Path, model: str, word: str) -> None:
     """A rule, fallback, counter or kernel call that differs from llama.cpp's."""
     ours = quantized(models[model], tmp_path / "ours.gguf", word)
-    assert_same(ours, llama_quantize(models[model], tmp_path / "theirs.gguf", resolve(word).file_type))
+    assert_same(
+        ours, llama_quantize(models[model], tmp_path / "theirs.gguf", file_type_of(resolve(word).name))
+    )
 
 
 @pytest.mark.parametrize("word", ["Q4_K_M", "Q4_K_S"])
@@ -57,7 +60,7 @@ def test_mix_equals_llama_cpp_with_28_layers(tmp_path: Path, word: str) -> None:
     """The layers with more bits, in a model as deep as the 16B one and with grouped queries."""
     source = write_tiny(tmp_path / "deep.gguf", DEEP)
     ours = quantized(source, tmp_path / "ours.gguf", word)
-    assert_same(ours, llama_quantize(source, tmp_path / "theirs.gguf", resolve(word).file_type))
+    assert_same(ours, llama_quantize(source, tmp_path / "theirs.gguf", file_type_of(resolve(word).name)))
 
 
 def test_80_dense_layers_equal_llama_cpp(tmp_path: Path) -> None:
@@ -65,7 +68,7 @@ def test_80_dense_layers_equal_llama_cpp(tmp_path: Path) -> None:
     hp = replace(DENSE, n_layers=80, n_dense_layers=80, n_kv_heads=1, ffn_size=32)
     source = write_tiny(tmp_path / "deep.gguf", hp)
     ours = quantized(source, tmp_path / "ours.gguf", "Q4_K_S")
-    assert_same(ours, llama_quantize(source, tmp_path / "theirs.gguf", resolve("Q4_K_S").file_type))
+    assert_same(ours, llama_quantize(source, tmp_path / "theirs.gguf", file_type_of(resolve("Q4_K_S").name)))
     assert read_gguf(ours).tensors["blk.40.attn_v.weight"].type is GgmlType.Q5_K
 
 
@@ -92,7 +95,7 @@ def test_wishes_equal_llama_cpp(models: dict[str, Path], tmp_path: Path, model: 
     theirs = llama_quantize(
         models[model],
         tmp_path / "theirs.gguf",
-        resolve("q4_k_m").file_type,
+        file_type_of(resolve("q4_k_m").name),
         {f"^{each.pattern.pattern}$": int(each.type) for each in wishes.overrides},
         token_embedding_type=int(GgmlType.Q5_K),
     )
@@ -106,7 +109,7 @@ def test_pure_equals_llama_cpp(models: dict[str, Path], tmp_path: Path, word: st
     theirs = llama_quantize(
         models["moe"],
         tmp_path / "theirs.gguf",
-        resolve(word).file_type,
+        file_type_of(resolve(word).name),
         pure=True,
         output_tensor_type=int(GgmlType.Q6_K),
     )
@@ -119,7 +122,7 @@ def test_requantizing_equals_llama_cpp(models: dict[str, Path], tmp_path: Path, 
     source = quantized(models["eight experts"], tmp_path / "source.gguf", first)
     ours = quantized(source, tmp_path / "ours.gguf", "Q6_K", again=True)
     theirs = llama_quantize(
-        source, tmp_path / "theirs.gguf", resolve("Q6_K").file_type, allow_requantize=True
+        source, tmp_path / "theirs.gguf", file_type_of(resolve("Q6_K").name), allow_requantize=True
     )
     assert_same(ours, theirs)
 
@@ -139,4 +142,6 @@ def test_any_cut_gives_the_same_bytes(
     monkeypatch.setattr(encode, "SLAB_BYTES", 12345)
     monkeypatch.setattr(encode, "PIECE_WEIGHTS", 1000)
     ours = quantized(models["moe"], tmp_path / "ours.gguf", word)
-    assert_same(ours, llama_quantize(models["moe"], tmp_path / "theirs.gguf", resolve(word).file_type))
+    assert_same(
+        ours, llama_quantize(models["moe"], tmp_path / "theirs.gguf", file_type_of(resolve(word).name))
+    )

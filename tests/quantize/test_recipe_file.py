@@ -22,7 +22,6 @@ from dsmoe_quantize.choose import Wishes, parse_override
 from dsmoe_quantize.groups import KINDS, WEIGHTS, group_of
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
 from dsmoe_quantize.recipe_file import (
-    default_fallbacks,
     file_type_of,
     format_layers,
     parse_recipe,
@@ -30,7 +29,7 @@ from dsmoe_quantize.recipe_file import (
     render_recipe,
     write_recipe,
 )
-from dsmoe_quantize.recipes import OTHERS, RECIPE_KEY, LayeredRecipe
+from dsmoe_quantize.recipes import OTHERS, RECIPE_FALLBACKS, RECIPE_KEY, LayeredRecipe
 from dsmoe_quantize.types import resolve
 
 TYPES = st.sampled_from(sorted(kernels.WRITABLE))
@@ -89,14 +88,14 @@ def test_round_trip(recipe: LayeredRecipe) -> None:
 def test_written_by_hand() -> None:
     """Guards: a comment, a space or a small letter that a person writes and the reader refuses."""
     recipe = parse_recipe(HAND_MADE, "test")
-    assert recipe.type_of("token_embd.weight", Role.EMBEDDING, False)[0] is GgmlType.Q4_K
-    assert recipe.type_of("token_embd.weight", Role.EMBEDDING, True)[0] is GgmlType.Q6_K, "the output, too"
+    assert recipe.type_of("token_embd.weight", False)[0] is GgmlType.Q4_K
+    assert recipe.type_of("token_embd.weight", True)[0] is GgmlType.Q6_K, "the output, too"
     for layer, kind in ((0, GgmlType.Q8_0), (1, GgmlType.Q8_0), (2, GgmlType.Q6_K), (99, GgmlType.Q6_K)):
-        assert recipe.type_of(f"blk.{layer}.attn_v.weight", Role.ATTENTION, False)[0] is kind
-    assert recipe.type_of("blk.7.ffn_up_exps.weight", Role.ROUTED_EXPERT, False)[0] is GgmlType.Q4_K
+        assert recipe.type_of(f"blk.{layer}.attn_v.weight", False)[0] is kind
+    assert recipe.type_of("blk.7.ffn_up_exps.weight", False)[0] is GgmlType.Q4_K
     with pytest.raises(UsageError, match=r"no type for routed-gate-up\.9"):
-        recipe.type_of("blk.9.ffn_up_exps.weight", Role.ROUTED_EXPERT, False)
-    assert recipe.fallbacks == default_fallbacks()
+        recipe.type_of("blk.9.ffn_up_exps.weight", False)
+    assert recipe.fallbacks == RECIPE_FALLBACKS
     assert recipe.closest == "Q4_K_M", "its base is the most frequent type"
 
 
@@ -173,7 +172,7 @@ def test_applied_as_llama_cpp_would(tmp_path: Path) -> None:
     patterns = {
         "^" + each.source.name.replace(".", "\\.") + "$": int(each.choice.type)
         for each in plan.changes
-        if each.choice.reason.startswith("recipe")
+        if each.choice.reason.startswith("mine, ")
     }
     theirs = llama_quantize(
         source,

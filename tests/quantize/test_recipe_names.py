@@ -1,0 +1,152 @@
+"""Named recipes: what they mean in models of any depth, and that a recipe file says the same."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from support.tiny_gguf import MOE, NARROW, ODD
+
+from dsmoe_local.model.ggml import GgmlType, tensor_bytes
+from dsmoe_local.model.gguf_writer import PlannedTensor
+from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.layout import Role, tensor_specs
+from dsmoe_local.model.presets import PRESETS
+from dsmoe_quantize.choose import choose_types
+from dsmoe_quantize.groups import KINDS, group_of
+from dsmoe_quantize.layer_rules import LAYER_RULES
+from dsmoe_quantize.named_recipes import RECIPES, NamedRecipe
+from dsmoe_quantize.recipe_file import file_type_of, parse_recipe, render_recipe
+from dsmoe_quantize.recipes import OTHERS, recipe_for
+from dsmoe_quantize.types import known_words, resolve, settled
+
+BIG = PRESETS["deepseekmoe-16b"].hp
+DEPTHS = (1, 2, 6, 8, 28, 62)
+EVERY = [pytest.param(recipe, id=name) for name, recipe in RECIPES.items()]
+
+
+def unquantized(hp: Hyperparameters) -> list[PlannedTensor]:
+    kept = (Role.NORM, Role.ROUTER)
+    return [
+        PlannedTensor(spec.name, spec.shape, GgmlType.F32 if spec.role in kept else GgmlType.BF16)
+        for spec in tensor_specs(hp)
+    ]
+
+
+def layered(types: dict[str, dict[str, str]]) -> NamedRecipe:
+    return NamedRecipe("mine", "a test", "Q4_K_M", {"": "Q4_K", **types})
+
+
+@pytest.mark.parametrize("recipe", EVERY)
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_every_tensor_has_a_type_at_every_depth(recipe: NamedRecipe, depth: int) -> None:
+    """Guards: a word in the table that is no type, group or rule; a layer of which a recipe says nothing."""
+    assert all(
+        any(kind == key or kind.startswith(f"{key}-") or not key for kind in KINDS) for key in recipe.types
+    )
+    for hp in (MOE, NARROW, ODD, replace(MOE, tied_embeddings=True)):
+        deep = replace(hp, n_layers=depth, n_dense_layers=min(hp.n_dense_layers, depth))
+        chosen = choose_types(unquantized(deep), deep, recipe)
+        assert len(chosen) == len(tensor_specs(deep))
+
+
+@pytest.mark.parametrize("recipe", EVERY)
+def test_a_recipe_file_says_the_same(recipe: NamedRecipe) -> None:
+    """Guards: a file from --recipe-out that makes another model than the name."""
+    for depth in DEPTHS:
+        found = recipe_for(recipe, depth)
+        again = parse_recipe(render_recipe(found), "test")
+        assert again == found
+        assert found.name == recipe.name
+        assert found.file_type == file_type_of(recipe.closest)
+
+
+def test_layers_by_depth() -> None:
+    """Guards: a rule that is one layer off, or that a model of another depth takes from this one."""
+    recipe = layered({"attention-value": {"Q6_K": "first-eighth,last-eighth", "Q5_K": "others"}})
+    types = recipe_for(recipe, 28).types
+    assert types["attention-value"] == {
+        OTHERS: GgmlType.Q5_K,
+        **dict.fromkeys((0, 1, 2, 24, 25, 26, 27), GgmlType.Q6_K),
+    }
+    assert types["attention-output"] == {OTHERS: GgmlType.Q4_K}
+    assert recipe_for(recipe, 6).types["attention-value"] == {OTHERS: GgmlType.Q5_K, 5: GgmlType.Q6_K}
+
+
+@pytest.mark.parametrize(
+    ("rule", "layers"),
+    [
+        ("first-eighth", "0 1 2"),
+        ("last-eighth", "24 25 26 27"),
+        ("first-quarter", "0 1 2 3 4 5 6"),
+        ("last-quarter", "21 22 23 24 25 26 27"),
+        ("first-half", "0 1 2 3 4 5 6 7 8 9 10 11 12 13"),
+        ("last-half", "14 15 16 17 18 19 20 21 22 23 24 25 26 27"),
+        ("every-second", "1 3 5 7 9 11 13 15 17 19 21 23 25 27"),
+        ("every-third", "2 5 8 11 14 17 20 23 26"),
+        ("more-bits", "0 1 2 5 8 11 14 17 20 23 24 25 26 27"),
+    ],
+)
+def test_rules_of_28_layers(rule: str, layers: str) -> None:
+    """Guards: another share of the layers than the word says; llama.cpp's rule is the last."""
+    assert " ".join(str(at) for at in range(28) if LAYER_RULES[rule](at, 28)) == layers
+
+
+def test_where_two_rules_meet() -> None:
+    """Guards: a type that depends on the order of a set."""
+    recipe = layered({"routed": {"Q8_0": "first-half", "Q5_0": "every-second", "Q4_K": "others"}})
+    types = recipe_for(recipe, 4).types["routed-down"]
+    assert types == {0: GgmlType.Q8_0, 1: GgmlType.Q8_0, 3: GgmlType.Q5_0, OTHERS: GgmlType.Q4_K}
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("q8", dict.fromkeys(KINDS, "Q8_0")),
+        (
+            "q4",
+            dict.fromkeys(KINDS, "Q6_K")
+            | {"embedding": "Q4_K", "dense-gate-up": "Q4_K", "dense-down": "IQ4_NL"}
+            | {"routed-gate-up": "Q4_K", "routed-down": "IQ4_NL"},
+        ),
+        (
+            "q4-fast",
+            # 256 does not divide the 10944 columns of the dense down projection.
+            dict.fromkeys(KINDS, "Q5_K")
+            | {"embedding": "Q4_K", "output": "Q6_K", "dense-down": "Q5_1"}
+            | {"routed-gate-up": "Q4_K", "routed-down": "IQ4_NL"},
+        ),
+        (
+            "q4-small",
+            dict.fromkeys(KINDS, "Q4_K")
+            | {"output": "Q6_K", "dense-down": "IQ4_NL", "routed-down": "IQ4_NL"},
+        ),
+    ],
+)
+def test_types_of_the_16b_model(word: str, expected: dict[str, str]) -> None:
+    """Guards: a group that gets another type than the table says, in any layer."""
+    found: dict[str, set[str]] = {}
+    for choice in choose_types(unquantized(BIG), BIG, resolve(word)):
+        group = group_of(choice.name, False)
+        if group is not None:
+            found.setdefault(group.kind, set()).add(choice.type.name)
+    assert found == {kind: {name} for kind, name in expected.items()}
+
+
+@pytest.mark.parametrize(
+    ("word", "n_bytes"),
+    [("q8", 17_409_949_696), ("q4", 9_519_525_888), ("q4-fast", 9_404_899_328), ("q4-small", 9_277_980_672)],
+)
+def test_bytes_of_the_16b_model(word: str, n_bytes: int) -> None:
+    """Guards: a type that changes by accident: the sizes that the guide states."""
+    tensors = unquantized(BIG)
+    chosen = choose_types(tensors, BIG, resolve(word))
+    pairs = zip(chosen, tensors, strict=True)
+    assert sum(tensor_bytes(choice.type, tensor.shape) for choice, tensor in pairs) == n_bytes
+
+
+def test_words_follow_from_the_table() -> None:
+    """Guards: a recipe that --type does not know, or that is not said to be known."""
+    assert known_words()[: len(RECIPES)] == list(RECIPES)
+    for name in RECIPES:
+        assert settled(resolve(name.upper()), MOE).name == name
