@@ -11,8 +11,9 @@ import gguf
 import numpy as np
 import pytest
 
-from benchmarks.dense_against_moe import MOE, at_layers, shape_of, with_layers, write_random
+from benchmarks.dense_against_moe import MOE, at_layers
 from benchmarks.make_checkpoint import make_pool
+from benchmarks.support.random_models import shape_of, with_layers, write_random
 from dsmoe_local.model.cost import parameters
 from dsmoe_local.model.gguf_model import read_model
 

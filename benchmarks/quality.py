@@ -1,0 +1,235 @@
+"""How good and how fast is each type, against Q4_K_M? Sizes, speeds, and divergences from unquantized models.
+
+    python -m benchmarks.train_reference                    once, half an hour: the model that is measured
+    python -m benchmarks.quality                            everything, then all tables and bars
+    python -m benchmarks.quality --parts reference,sizes    some parts; the others as they were kept
+    python -m benchmarks.quality --parts none --save        none anew; write the tables and the chart to docs
+    python -m benchmarks.quality --quick                    does it run? the figures mean nothing
+
+Parts: `reference`, the trained model, and what the solver makes of budgets for it; `demo`, the model of
+`dsmoe demo`; `sizes` of the whole 16B shape; `speed` on the 16B shape with a few layers and random weights.
+Each is kept in the cache folder as JSON. A part that is measured anew keeps rows of the same model, text and
+types (`--again` measures them, too); a part with rows of types that have changed since is refused.
+
+The tables, what missed its bar, and one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from benchmarks.support.quality_bars import targets_hold, verdicts
+from benchmarks.support.quality_chart import chart
+from benchmarks.support.quality_fidelity import (
+    FRONTIER,
+    TARGETS,
+    Amount,
+    Subject,
+    measure_frontier,
+    measure_targets,
+    measure_types,
+    prepared,
+)
+from benchmarks.support.quality_rows import (
+    PARTS,
+    ROOT,
+    FidelityRow,
+    Part,
+    SizeRow,
+    folder_of,
+    load_part,
+    part_of,
+    save_part,
+)
+from benchmarks.support.quality_speed import Timing, measure_speeds
+from benchmarks.support.quality_tables import all_tables, with_tables
+from benchmarks.support.quality_types import LARGE, variants
+from benchmarks.support.rows import say
+from benchmarks.support.sizes import size_of
+from benchmarks.train_reference import CALIBRATION, HELD_OUT, reference_folder
+from dsmoe_convert.demo import corpus
+from dsmoe_convert.demo.build import BuildOptions, build_demo
+from dsmoe_convert.demo.calibration import N_ACTIVE
+from dsmoe_local.base.paths import demo_folder
+from dsmoe_local.engine.load.machine import physical_cores
+from dsmoe_local.evaluate.text import Text, read_text
+from dsmoe_quantize.sensitivity_file import read_sensitivity
+
+DOCUMENT, CHART, FIGURES = (ROOT / "docs" / name for name in ("quality.md", "quality.svg", "quality.json"))
+NONE = "none"
+
+_WINDOWS = {"reference": 120, "demo": 24}
+_CALIBRATION_WINDOWS = {"reference": 100, "demo": 40}
+_QUICK_WINDOWS = 2
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", default=",".join(PARTS), metavar="P,P|none", help=f"[{','.join(PARTS)}]")
+    parser.add_argument("--again", action="store_true", help="measure also what has not changed")
+    parser.add_argument("--save", action="store_true", help="write tables, chart and figures to docs")
+    parser.add_argument(
+        "--reference", type=Path, default=reference_folder(), metavar="DIR", help="the trained model [cache]"
+    )
+    parser.add_argument(
+        "--sensitivity", type=Path, metavar="FILE", help="take what errors cost from a sensitivity file"
+    )
+    parser.add_argument("--windows", type=int, metavar="N", help="of text [reference 120, demo 24]")
+    parser.add_argument("--layers", type=int, default=6, metavar="N", help="of the shape for speeds [6]")
+    parser.add_argument("--rounds", type=int, default=4, metavar="N", help="of speeds [4]")
+    parser.add_argument("-p", "--n-prompt", type=int, default=512, metavar="N", help="tokens [512]")
+    parser.add_argument("-n", "--n-gen", type=int, default=64, metavar="N", help="tokens [64]")
+    parser.add_argument("--threads", type=int, default=physical_cores(), metavar="N")
+    parser.add_argument("--quick", action="store_true", help="little of everything; kept apart")
+    given = parser.parse_args()
+    given.parts = [] if given.parts == NONE else given.parts.split(",")
+    if unknown := set(given.parts) - set(PARTS):
+        parser.error(f"--parts: {min(unknown)} is none of {', '.join(PARTS)}")
+    return given
+
+
+def reference_subject(folder: Path) -> Subject:
+    """The trained reference."""
+    if not (folder / HELD_OUT).is_file():
+        raise SystemExit(f"{folder} is not there: run python -m benchmarks.train_reference")
+    texts = [read_text(str(folder / name)) for name in (HELD_OUT, CALIBRATION)]
+    return Subject("reference", folder, *texts)
+
+
+def demo_subject() -> Subject:
+    """The demo, and the halves of the help topics."""
+    folder = build_demo(demo_folder(), BuildOptions(N_ACTIVE)).folder
+    held_out, calibration = (
+        Text(f"help topics, {half}", corpus.text(half)) for half in ("held out", "calibration")
+    )
+    return Subject("demo", folder, held_out, calibration)
+
+
+def measure_fidelity(given: argparse.Namespace, subject: Subject) -> Part:
+    """The part of a model with real weights; what there is so far is kept at each step."""
+    name, folder = subject.name, folder_of(quick=given.quick)
+    windows = given.windows or (_QUICK_WINDOWS if given.quick else _WINDOWS[name])
+    calibration = _QUICK_WINDOWS if given.quick else _CALIBRATION_WINDOWS[name]
+    with prepared(subject, Amount(windows, calibration, given.threads)) as bench:
+        known = None if given.again else load_part(name, folder)
+        settings, facts = bench.settings(), bench.facts()
+
+        def keep(rows: Sequence[FidelityRow]) -> None:
+            save_part(part_of(name, settings, rows, facts=facts), folder)
+
+        part = part_of(name, settings, measure_types(bench, list(variants()), known, keep), facts=facts)
+        if name != "reference":
+            return part
+        weights = read_sensitivity(given.sensitivity).weights if given.sensitivity else {}
+        bits, shares = (FRONTIER[:2], TARGETS[:1]) if given.quick else (FRONTIER, TARGETS)
+        return replace(
+            part,
+            frontier=measure_frontier(bench, bits, weights),
+            targets=measure_targets(bench, shares, weights),
+            facts={**facts, "weights": "measured" if weights else "built in"},
+        )
+
+
+def measure_sizes() -> Part:
+    """The part of the whole 16B shape."""
+    rows = []
+    for variant in variants():
+        size = size_of(LARGE, variant.word, imatrix=variant.imatrix)
+        rows.append(
+            SizeRow(
+                variant.word,
+                variant.imatrix,
+                variant.digest,
+                size.n_bytes,
+                size.bits_per_weight,
+                size.n_bytes_per_token,
+            )
+        )
+    return part_of("sizes", {"shape": LARGE.name}, rows)
+
+
+def measure_speed(given: argparse.Namespace) -> Part:
+    """The part of speeds."""
+    if given.quick:
+        timing = Timing(2, 16, 4, 1, given.threads, quick=True)
+    else:
+        timing = Timing(given.layers, given.n_prompt, given.n_gen, given.rounds, given.threads)
+    settings = timing.settings()
+    return part_of("speed", settings, measure_speeds(timing))
+
+
+def kept_parts(folder: Path) -> dict[str, Part]:
+    """Those that are kept and still true; says what is not."""
+    found = {}
+    for name in PARTS:
+        part = load_part(name, folder)
+        if part is None:
+            say(f"{name}: not measured yet")
+        elif stale := part.stale():
+            say(f"{name}: refused, since these types have changed: {', '.join(stale)}. Run --parts {name}")
+        else:
+            found[name] = part
+    return found
+
+
+def save(parts: Mapping[str, Part], tables: Mapping[str, str]) -> None:
+    """Write the document's tables, the chart, and the figures that both are made of."""
+    if missing := set(PARTS) - set(parts):
+        raise SystemExit(f"nothing is saved: {', '.join(sorted(missing))} must be measured first")
+    figures = {name: parts[name].as_json() for name in PARTS}
+    DOCUMENT.write_text(with_tables(DOCUMENT.read_text(encoding="utf-8"), tables), encoding="utf-8")
+    CHART.write_text(chart(parts["reference"]), encoding="utf-8")
+    FIGURES.write_text(json.dumps(figures, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+def report(parts: Mapping[str, Part]) -> dict[str, str]:
+    """Print the tables, what was missed, and a line of JSON. Returns the tables."""
+    tables = all_tables(parts)
+    for name, table in tables.items():
+        print(f"{name}\n\n{table}\n")
+    found = verdicts(parts)
+    for verdict in found:
+        if not verdict.holds:
+            with_imatrix = "with" if verdict.imatrix else "without"
+            print(
+                f"MISSED: {verdict.recipe} {with_imatrix} imatrix, {verdict.measure} against"
+                f" {verdict.against}: {verdict.ratio:.3f}, bar {verdict.bar}"
+            )
+    for share, holds in targets_hold(parts["reference"]) if "reference" in parts else ():
+        if not holds:
+            print(f"MISSED: a target of a size is used to {share:.2%}")
+    told = [{**asdict(verdict), "bar": str(verdict.bar), "holds": verdict.holds} for verdict in found]
+    print(json.dumps({"bars": told}))
+    return tables
+
+
+def main() -> int:
+    """Measure what is asked for, join, print, save."""
+    given = arguments()
+    folder = folder_of(quick=given.quick)
+    makers: Mapping[str, Callable[[], Part]] = {
+        "reference": lambda: measure_fidelity(given, reference_subject(given.reference)),
+        "demo": lambda: measure_fidelity(given, demo_subject()),
+        "sizes": measure_sizes,
+        "speed": lambda: measure_speed(given),
+    }
+    for name in given.parts:
+        say(f"{name}:")
+        save_part(makers[name](), folder)
+    parts = kept_parts(folder)
+    tables = report(parts)
+    if given.save:
+        save(parts, tables)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""What our recipes are held against, and whether it holds. Takes figures; measures nothing.
+
+A ratio of divergences comes with the interval that holds 95% of what other texts like this one would show:
+windows are drawn again and again, the same ones for both sides (a paired bootstrap). The bar is held against
+the ratio itself.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarks.support.quality_rows import FidelityRow, Part, SpeedRow
+from benchmarks.support.quality_types import BASE, OURS, Variant
+from benchmarks.support.rows import Bar
+
+_DRAWS, _SEED = 10_000, 0
+_INTERVAL = (0.025, 0.975)
+_LEAST_OF_TARGET = 0.99
+
+SIZE, BYTES, PROMPT, DECODE, KL = "size", "bytes per token", "prompt", "decode", "KL"
+
+
+def at_most(value: float) -> Bar:
+    """A ratio that may not be larger."""
+    return Bar(value, at_most=True)
+
+
+BARS: Mapping[str, Mapping[str, Bar]] = {
+    "q4": {SIZE: at_most(0.95), BYTES: at_most(1), PROMPT: Bar(1), DECODE: Bar(0.95), KL: at_most(0.78)},
+    "q4-fast": {
+        SIZE: at_most(0.91), BYTES: at_most(1), PROMPT: Bar(1.25), DECODE: Bar(1.05), KL: at_most(0.95)
+    },
+    "q4-small": {SIZE: at_most(0.86), BYTES: at_most(0.95), PROMPT: Bar(1.1), DECODE: Bar(1.05)},
+}  # fmt: skip
+"""Against the base, both without an importance matrix and both with. Size, bytes and speed are those of the
+16B shape.
+"""
+BETTER: Mapping[str, str] = {"q4-small": "IQ4_XS", "q8": "Q8_0"}
+"""Whose divergence a recipe's must be below."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A ratio and its bar. `interval` is None where nothing is left to chance; `is_alias`: both sides are of
+    the same types.
+    """
+
+    recipe: str
+    imatrix: bool
+    measure: str
+    against: str
+    ratio: float
+    bar: Bar
+    interval: tuple[float, float] | None = None
+    is_alias: bool = False
+
+    @property
+    def holds(self) -> bool:
+        """Whether the bar is met."""
+        return self.bar.holds(self.ratio)
+
+
+def ratio_of(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, tuple[float, float]]:
+    """The ratio of two means over the same windows, and its 95% interval. ValueError if they are not as
+    many.
+    """
+    a, b = np.array(ours), np.array(theirs)
+    if len(a) != len(b) or not len(a):
+        raise ValueError(f"{len(a)} windows and {len(b)} are no pairs")
+    random = np.random.default_rng(_SEED)
+    drawn = random.integers(len(a), size=(_DRAWS, len(a)))
+    ratios = a[drawn].sum(1) / b[drawn].sum(1)
+    low, high = np.quantile(ratios, _INTERVAL).tolist()
+    return float(a.sum() / b.sum()), (low, high)
+
+
+def verdicts(parts: Mapping[str, Part]) -> list[Verdict]:
+    """All that can be told of the parts that are there."""
+    found: list[Verdict] = []
+    for imatrix in (False, True):
+        for word in OURS:
+            ours, base = Variant(word, imatrix), Variant(BASE, imatrix)
+            if "sizes" in parts:
+                found += _of_size(parts["sizes"], ours, base)
+            if "speed" in parts:
+                found += _of_speed(parts["speed"], ours, base)
+            if "reference" in parts:
+                found += _of_divergence(parts["reference"], ours, base)
+    return found
+
+
+def _of_size(part: Part, ours: Variant, base: Variant) -> Iterator[Verdict]:
+    mine, theirs = part.row(ours), part.row(base)
+    bars = BARS.get(ours.word, {})
+    ratios = {
+        SIZE: mine.n_bytes / theirs.n_bytes,
+        BYTES: mine.n_bytes_per_token / theirs.n_bytes_per_token,
+    }
+    for measure, ratio in ratios.items():
+        if measure in bars:
+            yield Verdict(ours.word, ours.imatrix, measure, base.word, ratio, bars[measure])
+    if ours.word in BETTER and ours.word not in BARS:
+        other = Variant(BETTER[ours.word], ours.imatrix)
+        ratio = mine.n_bytes / part.row(other).n_bytes
+        yield Verdict(ours.word, ours.imatrix, SIZE, other.word, ratio, at_most(1))
+
+
+def _of_speed(part: Part, ours: Variant, base: Variant) -> Iterator[Verdict]:
+    bars = BARS.get(ours.word, {})
+    mine, theirs = speed_of(part, ours), speed_of(part, base)
+    if mine is None or theirs is None:
+        return
+    for measure, pairs in (
+        (PROMPT, zip(mine.prompt, theirs.prompt, strict=True)),
+        (DECODE, zip(mine.decode, theirs.decode, strict=True)),
+    ):
+        if measure in bars:
+            ratio = median_ratio(list(pairs))
+            yield Verdict(ours.word, ours.imatrix, measure, base.word, ratio, bars[measure])
+
+
+def median_ratio(pairs: Sequence[tuple[float, float]]) -> float:
+    """The median of the rounds' own ratios: both sides saw the same machine then."""
+    return statistics.median(ours / theirs for ours, theirs in pairs)
+
+
+def speed_of(part: Part, variant: Variant) -> SpeedRow | None:
+    """The speed of files with the same types, by whatever name."""
+    return next((row for row in part.rows if row.digest == variant.digest), None)
+
+
+def _of_divergence(part: Part, ours: Variant, base: Variant) -> Iterator[Verdict]:
+    mine, theirs = part.row(ours), part.row(base)
+    bar = BARS.get(ours.word, {}).get(KL)
+    if bar is not None:
+        yield _divergence(mine, theirs, bar)
+    if ours.word in BETTER:
+        other = part.row(Variant(BETTER[ours.word], ours.imatrix))
+        yield _divergence(mine, other, at_most(1))
+    if ours.word in BARS:
+        # The header, which holds the tokenizer, counts: it is what is on the disk.
+        ratio = mine.file_size / theirs.file_size
+        yield Verdict(ours.word, ours.imatrix, "size of the reference", base.word, ratio, at_most(1))
+
+
+def _divergence(mine: FidelityRow, theirs: FidelityRow, bar: Bar) -> Verdict:
+    ratio, interval = ratio_of(mine.windows, theirs.windows)
+    return Verdict(
+        mine.type, mine.imatrix, KL, theirs.type, ratio, bar, interval, mine.digest == theirs.digest
+    )
+
+
+def targets_hold(part: Part) -> Sequence[tuple[float, bool]]:
+    """Of each size asked for: the share of it that was used, and whether that is within 1% under it."""
+    shares = [row.file_size / row.budget for row in part.targets]
+    return [(share, _LEAST_OF_TARGET <= share <= 1) for share in shares]

@@ -1,0 +1,176 @@
+"""What benchmarks/quality.py finds out, as plain data, and the JSON files that it is kept in, one for each
+part.
+
+Each row has the digest of the types that it was measured with: rows of a recipe that has changed are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from benchmarks.support.quality_types import Variant
+from dsmoe_local.base.durable import write_file
+from dsmoe_local.base.errors import UsageError
+from dsmoe_local.base.paths import cache_folder
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = ("reference", "demo", "sizes", "speed")
+
+
+@dataclass(frozen=True, slots=True)
+class SizeRow:
+    """A type on the 16B shape, in bytes of its weights."""
+
+    type: str
+    imatrix: bool
+    digest: str
+    n_bytes: int
+    bits_per_weight: float
+    n_bytes_per_token: float
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedRow:
+    """A type's tokens per second on the shape with few layers, round by round."""
+
+    type: str
+    imatrix: bool
+    digest: str
+    prompt: Sequence[float]
+    decode: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class FidelityRow:
+    """A file beside its unquantized model. Divergences in nats, of a token; `windows` are their means over
+    each window. `same_experts` and `overlap` are means over the layers.
+    """
+
+    type: str
+    imatrix: bool
+    digest: str
+    file_size: int
+    bits_per_weight: float
+    n_bytes_per_token: float
+    perplexity: float
+    perplexity_error: float
+    kl: float
+    kl_error: float
+    kl_upper: float
+    kl_99: float
+    same_top: float
+    same_experts: float
+    overlap: float
+    windows: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class TargetRow:
+    """A size that was asked for, and that of the file made for it."""
+
+    budget: int
+    file_size: int
+
+
+Row: TypeAlias = SizeRow | SpeedRow | FidelityRow
+
+_ROWS: Mapping[str, type[SizeRow] | type[SpeedRow] | type[FidelityRow]] = {
+    "reference": FidelityRow,
+    "demo": FidelityRow,
+    "sizes": SizeRow,
+    "speed": SpeedRow,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part's rows. `settings` decide them, beside the types; `frontier` and `targets`, of the reference
+    alone, are what the solver made of budgets.
+    """
+
+    name: str
+    measured: str
+    commit: str
+    settings: Mapping[str, Any]
+    rows: Sequence[Any]
+    frontier: Sequence[FidelityRow] = ()
+    targets: Sequence[TargetRow] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def row(self, variant: Variant) -> Any:  # noqa: ANN401 - of the part's kind
+        """The row of a type; KeyError if there is none."""
+        for row in self.rows:
+            if (row.type, row.imatrix) == (variant.word, variant.imatrix):
+                return row
+        raise KeyError(str(variant))
+
+    def stale(self) -> list[str]:
+        """Types that are not what they were when they were measured, or are no more."""
+        return [str(Variant(row.type, row.imatrix)) for row in self.rows if not is_current(row)]
+
+    def as_json(self) -> dict[str, Any]:
+        """For `json.dumps`."""
+        return asdict(self)
+
+
+def is_current(row: Row) -> bool:
+    """Whether the row's type is still the one that was measured."""
+    try:
+        return Variant(row.type, row.imatrix).digest == row.digest
+    except UsageError:  # there is no such type any more
+        return False
+
+
+def part_of(name: str, settings: Mapping[str, Any], rows: Sequence[Row], **more: Any) -> Part:  # noqa: ANN401
+    """A part that was measured just now."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return Part(name, now, _commit(), settings, rows, **more)
+
+
+def _commit() -> str:
+    """The checkout's, where there is one."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],  # noqa: S607
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            check=False,
+        )
+    except OSError:
+        return ""
+    return done.stdout.strip()
+
+
+def parse_part(content: Mapping[str, Any]) -> Part:
+    """What `as_json` has made. KeyError, TypeError if it is something else."""
+    kind = _ROWS[content["name"]]
+    rows = [kind(**row) for row in content["rows"]]
+    frontier = [FidelityRow(**row) for row in content["frontier"]]
+    targets = [TargetRow(**row) for row in content["targets"]]
+    return Part(**{**content, "rows": rows, "frontier": frontier, "targets": targets})
+
+
+def folder_of(*, quick: bool = False) -> Path:
+    """Where parts are kept; those of a quick run apart."""
+    return cache_folder() / "benchmarks" / ("quality-quick" if quick else "quality")
+
+
+def save_part(part: Part, folder: Path) -> None:
+    """Keep it, in place of what was there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / f"{part.name}.json", (json.dumps(part.as_json(), indent=1) + "\n").encode())
+
+
+def load_part(name: str, folder: Path) -> Part | None:
+    """What was kept, whatever its age; None if there is nothing, or nothing that can be read."""
+    try:
+        return parse_part(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,178 @@
+"""Models of a shape with random weights, in any type, and how fast they are.
+
+Speed does not depend on what weights say, but for the router: random ones choose experts nearly uniformly. A
+type's blocks are encoded from a few million random weights and repeated, so a file of gigabytes is made as
+fast as the disk takes it. Files are kept in the cache once made, by the types of their tensors.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from gguf.constants import GGUFValueType
+from numpy.typing import NDArray
+
+from benchmarks.make_checkpoint import Pool, make_pool
+from benchmarks.support.rows import say
+from benchmarks.support.sizes import choices_of, types_digest, unquantized
+from dsmoe_local.base.paths import cache_folder
+from dsmoe_local.engine.process.client import EngineClient
+from dsmoe_local.engine.types import ModelOptions
+from dsmoe_local.evaluate.speed.model import measure_model
+from dsmoe_local.evaluate.speed.results import ModelSpeed
+from dsmoe_local.evaluate.speed.timing import options_for
+from dsmoe_local.evaluate.speed.workload import Workload
+from dsmoe_local.model.ggml import GgmlType, row_bytes, tensor_bytes
+from dsmoe_local.model.gguf_file import Field
+from dsmoe_local.model.gguf_model import metadata_of
+from dsmoe_local.model.gguf_writer import PlannedTensor, plan_gguf, write_at
+from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.layout import Role, tensor_specs
+from dsmoe_local.model.presets import PRESETS
+from dsmoe_quantize import kernels
+from dsmoe_quantize.planned import metadata_of_output
+from dsmoe_quantize.types import resolve, settled
+
+QUICK_PART, QUICK_VOCABULARY, BLOCK = 8, 4096, 32
+_TILE_WEIGHTS = 4 << 20
+_WRITE_BYTES = 16 << 20
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A model of the paper, by the preset's name, or a small one of its kind."""
+
+    name: str
+    hp: Hyperparameters
+
+
+def shape_of(preset: str, *, quick: bool) -> Shape:
+    """The shape; `quick`: with an eighth of its widths."""
+    hp = PRESETS[preset].hp
+    if not quick:
+        return Shape(preset, hp)
+
+    def part(width: int) -> int:
+        return width // QUICK_PART // BLOCK * BLOCK
+
+    hp = replace(
+        hp,
+        hidden_size=part(hp.hidden_size),
+        n_heads=hp.n_heads // QUICK_PART,
+        n_kv_heads=hp.n_kv_heads // QUICK_PART,
+        ffn_size=part(hp.ffn_size),
+        expert_size=part(hp.expert_size),
+        n_vocab=QUICK_VOCABULARY,
+    )
+    return Shape(f"quick-{preset}", hp)
+
+
+def with_layers(hp: Hyperparameters, layers: int) -> Hyperparameters:
+    """The shape with so many layers."""
+    return replace(hp, n_layers=layers, n_dense_layers=hp.n_dense_layers if hp.is_moe else layers)
+
+
+def model_file(shape: Shape, layers: int, word: str) -> Path:
+    """The file in the type called `word`, made if it is not there."""
+    hp = with_layers(shape.hp, layers)
+    folder = cache_folder() / "benchmarks"
+    digest = types_digest(choices_of(hp, word))
+    out = folder / f"{shape.name}-{layers}-layers-{word}-{digest}.gguf"
+    if not out.exists():
+        say(f"making {out} (once)")
+        folder.mkdir(parents=True, exist_ok=True)
+        part = out.with_suffix(".part")
+        try:
+            write_random(part, hp, make_pool(0), word)
+            part.rename(out)
+        finally:
+            part.unlink(missing_ok=True)
+    return out
+
+
+def write_random(path: Path, hp: Hyperparameters, pool: Pool, word: str = "bf16") -> None:
+    """A GGUF of that shape in the type called `word`; norms and routers in F32."""
+    tensors = [
+        PlannedTensor(choice.name, tensor.shape, choice.type)
+        for choice, tensor in zip(choices_of(hp, word), unquantized(hp), strict=True)
+    ]
+    plan = plan_gguf(metadata_of_output(metadata_of_random(hp), settled(resolve(word), hp)), tensors)
+    random = np.random.default_rng(0)
+    tiles: dict[tuple[GgmlType, int], Bytes] = {}
+    with path.open("wb") as file:
+        file.truncate(plan.size)
+        write_at(file.fileno(), plan.header, 0)
+        for spec, tensor in zip(tensor_specs(hp), tensors, strict=True):
+            offset = plan.offsets[spec.name]
+            if spec.role is Role.NORM:
+                write_at(file.fileno(), _near_one(pool, spec.n_weights).tobytes(), offset)
+                continue
+            key = tensor.type, tensor.shape[-1]
+            tile = tiles[key] = tiles[key] if key in tiles else encoded(*key, pool)
+            row = row_bytes(*key)
+            for piece in _repeated(tile, row * int(random.integers(len(tile) // row)), tensor.n_bytes):
+                write_at(file.fileno(), piece, offset)
+                offset += len(piece)
+
+
+def encoded(kind: GgmlType, n_columns: int, pool: Pool) -> Bytes:
+    """Rows of random weights in a type, a few million weights in all."""
+    n_rows = max(1, _TILE_WEIGHTS // n_columns)
+    weights = pool[: n_rows * n_columns]
+    if kind is GgmlType.BF16:
+        return np.ascontiguousarray(weights).view(np.uint8)
+    wide = (weights.astype(np.uint32) << 16).view(np.float32)
+    if kind is GgmlType.F32:
+        return wide.view(np.uint8)
+    out = np.empty(tensor_bytes(kind, (n_rows, n_columns)), np.uint8)
+    kernels.encoder(kind)(wide.ctypes.data, out.ctypes.data, n_rows, n_columns, None)
+    return out
+
+
+def _near_one(pool: Pool, count: int) -> NDArray[np.float32]:
+    """What norms have."""
+    near_one: NDArray[np.float32] = 1 + (pool[:count].astype(np.uint32) << 16).view(np.float32)
+    return near_one
+
+
+def _repeated(tile: Bytes, start: int, n_bytes: int) -> Iterator[memoryview]:
+    """So many bytes of the tile from `start` on, round and round."""
+    while n_bytes:
+        count = min(n_bytes, len(tile) - start, _WRITE_BYTES)
+        yield tile[start : start + count].data
+        n_bytes -= count
+        start = (start + count) % len(tile)
+
+
+def metadata_of_random(hp: Hyperparameters) -> dict[str, Field]:
+    """The model's, and a vocabulary of words that no text has: ids are all that is needed."""
+    text, count, flag = GGUFValueType.STRING, GGUFValueType.UINT32, GGUFValueType.BOOL
+    words, kinds = [f"t{number}" for number in range(hp.n_vocab)], [1] * hp.n_vocab
+    return {
+        "general.architecture": Field(hp.architecture, text),
+        "general.name": Field(f"{hp.name}, random", text),
+        **metadata_of(hp),
+        "tokenizer.ggml.model": Field("gpt2", text),
+        "tokenizer.ggml.pre": Field("deepseek-llm", text),
+        "tokenizer.ggml.tokens": Field(words, GGUFValueType.ARRAY, GGUFValueType.STRING),
+        "tokenizer.ggml.token_type": Field(kinds, GGUFValueType.ARRAY, GGUFValueType.INT32),
+        "tokenizer.ggml.merges": Field(["t 1"], GGUFValueType.ARRAY, GGUFValueType.STRING),
+        "tokenizer.ggml.bos_token_id": Field(0, count),
+        "tokenizer.ggml.eos_token_id": Field(1, count),
+        "tokenizer.ggml.add_bos_token": Field(True, flag),
+    }
+
+
+def measure_speed(path: Path, workloads: Sequence[Workload], repetitions: int, threads: int) -> ModelSpeed:
+    """Load one model, time it, give it back."""
+    options = options_for(ModelOptions(path, n_threads=threads), workloads)
+    began = time.perf_counter()
+    with EngineClient.load(options) as engine:
+        seconds = time.perf_counter() - began
+        return measure_model(engine, seconds, workloads, repetitions)
