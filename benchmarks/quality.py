@@ -182,8 +182,8 @@ def kept_parts(folder: Path) -> dict[str, Part]:
 
 def save(parts: Mapping[str, Part], tables: Mapping[str, str]) -> None:
     """Write the document's tables, the chart, and the figures that both are made of."""
-    if missing := set(PARTS) - set(parts):
-        raise SystemExit(f"nothing is saved: {', '.join(sorted(missing))} must be measured first")
+    if missing := [name for name in PARTS if name not in parts]:
+        raise SystemExit(f"nothing is saved: {', '.join(missing)} must be measured first")
     figures = {name: parts[name].as_json() for name in PARTS}
     DOCUMENT.write_text(with_tables(DOCUMENT.read_text(encoding="utf-8"), tables), encoding="utf-8")
     CHART.write_text(chart(parts["reference"]), encoding="utf-8")

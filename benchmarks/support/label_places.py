@@ -50,7 +50,11 @@ def place(labels: Sequence[Label], obstacles: Sequence[Box], frame: Box) -> list
         before = list(places)
         for at, label in enumerate(labels):
             others = [box for number, box in enumerate(places) if box is not None and number != at]
-            places[at] = min(_candidates(label), key=lambda found: _cost(*found, others, obstacles, frame))[0]
+            costs = [
+                (cost + _cost(box, others, obstacles, frame), number, box)
+                for number, (box, cost) in enumerate(_candidates(label))
+            ]
+            places[at] = min(costs, key=lambda each: each[:2])[2]
         if places == before:
             break
     return [box for box in places if box is not None]
@@ -78,7 +82,7 @@ def _candidates(label: Label) -> Iterator[tuple[Box, float]]:
                 yield box, _DISTANCE * (distance - _AROUND[0]) + _RANK * rank + 2 * number
 
 
-def _cost(box: Box, distance: float, others: Sequence[Box], obstacles: Sequence[Box], frame: Box) -> float:
+def _cost(box: Box, others: Sequence[Box], obstacles: Sequence[Box], frame: Box) -> float:
+    """What speaks against a place, wherever its mark is."""
     covered = sum(box.overlap(other) for other in (*others, *obstacles))
-    outside = box.area - box.overlap(frame)
-    return distance + _OVERLAP * covered + _OUTSIDE * outside
+    return _OVERLAP * covered + _OUTSIDE * (box.area - box.overlap(frame))

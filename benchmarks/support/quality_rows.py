@@ -152,8 +152,8 @@ def parse_part(content: Mapping[str, Any]) -> Part:
     """What `as_json` has made. KeyError, TypeError if it is something else."""
     kind = _ROWS[content["name"]]
     rows = [kind(**row) for row in content["rows"]]
-    frontier = [FidelityRow(**row) for row in content["frontier"]]
-    targets = [TargetRow(**row) for row in content["targets"]]
+    frontier = tuple(FidelityRow(**row) for row in content["frontier"])
+    targets = tuple(TargetRow(**row) for row in content["targets"])
     return Part(**{**content, "rows": rows, "frontier": frontier, "targets": targets})
 
 
