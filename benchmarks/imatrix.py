@@ -40,7 +40,7 @@ from dsmoe_quantize.imatrix_file import read_imatrix
 READING = Bar(0.7)
 SAME = Bar(100, at_most=True)
 ENCODING = Bar(1.1, at_most=True)
-TYPES = ("Q4_0", "Q4_K_M", "IQ4_NL", "Q6_K")
+TYPES = ("Q4_0", "Q4_1", "Q4_K_M", "IQ4_NL")
 
 Command = list[str | Path]
 
@@ -77,7 +77,6 @@ class Bench:
             "--force",
         ]
         command += ["-o", self.files["ours"], "-c", str(self.n_context), "--chunks", str(self.n_chunks)]
-        command += ["--threads", str(self.n_threads)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise Failure(f"dsmoe imatrix failed: {done.stderr[-600:]}")
@@ -157,7 +156,7 @@ def encoding(bench: Bench, rounds: int) -> list[Row]:
 
 def _quantizers(bench: Bench, kind: str, matrix: Path | None) -> dict[str, Command]:
     out, threads = bench.folder / "encoded.gguf", str(bench.n_threads)
-    given = ["--imatrix", matrix] if matrix else []
+    given: Command = ["--imatrix", matrix] if matrix else []
     ours: Command = [_program("dsmoe-quantize"), bench.model, out, "--type", kind, "--threads", threads]
     theirs: Command = [
         find_program(bench.build, "llama-quantize"),
