@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,16 +15,24 @@ from dsmoe_convert.tokenizer import read_tokenizer
 from dsmoe_local.base.progress import Listener, Note, ignore
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.model.config_json import read_config
-from dsmoe_local.model.ggml import GgmlType, tensor_bytes, type_name
+from dsmoe_local.model.ggml import GgmlType, tensor_bytes
 from dsmoe_local.model.gguf_file import Field
 from dsmoe_local.model.gguf_model import metadata_of
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import Role, TensorSpec, tensor_specs
-from dsmoe_quantize.choose import Choice, Wishes, choose_types, fallback_notes, label_of
+from dsmoe_quantize.choose import Choice, Wishes, choose_types, label_of
 from dsmoe_quantize.encode import TensorJob
 from dsmoe_quantize.errors import WeightError
+from dsmoe_quantize.imatrix import Imatrix
 from dsmoe_quantize.output import Summary, write_output
-from dsmoe_quantize.planned import metadata_of_output
+from dsmoe_quantize.planned import (
+    identity_of_output,
+    importance_of,
+    metadata_of_output,
+    notes_on_output,
+    refuse_foreign,
+)
+from dsmoe_quantize.recipes import LayeredRecipe
 from dsmoe_quantize.types import SettledType, TypeChoice, resolve, resolve_float, settled
 
 _ALWAYS_F32 = (Role.NORM, Role.ROUTER)
@@ -33,12 +40,21 @@ _ALWAYS_F32 = (Role.NORM, Role.ROUTER)
 
 @dataclass(frozen=True, slots=True)
 class ConvertOptions:
-    """What decides the content of the file. `type` None keeps the checkpoint's own; `pre` None recognises."""
+    """What decides the content of the file. `type` None keeps the checkpoint's own, but for a `recipe`; `pre`
+    None recognises. With an `imatrix`, weights are encoded by what they count.
+    """
 
     type: str | None = None
     wishes: Wishes = field(default_factory=Wishes)
     pre: str | None = None
     allow_pickle: bool = False
+    recipe: LayeredRecipe | None = None
+    imatrix: Imatrix | None = None
+
+    @property
+    def choice(self) -> TypeChoice | None:
+        """The type asked for. UsageError if `type` is none."""
+        return self.recipe or (resolve(self.type) if self.type else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +96,7 @@ class Conversion:
     choices: Sequence[Choice]
     metadata: Mapping[str, Field]
     wishes: Wishes
+    imatrix: Imatrix | None = None
 
     @property
     def n_bytes(self) -> int:
@@ -129,28 +146,48 @@ def plan(
     check_tensors(checkpoint.tensors, hp, checkpoint.name)
     specs = tensor_specs(hp)
     own = main_type(checkpoint.tensors, specs)
-    choice = settled(resolve(options.type) if options.type else resolve_float(own), hp)
     planned = [PlannedTensor(spec, GgmlType.F32 if spec.role in _ALWAYS_F32 else own) for spec in specs]
     _note_mixed(checkpoint, planned, note)
-    choices = choose_types(planned, hp, choice, options.wishes)
+    choice, choices = _chosen(planned, hp, options, own)
     metadata = {
         **general_fields(hp, safe_line(checkpoint.name), license_of(folder)),
         **metadata_of(hp),
         **read_tokenizer(folder, hp.n_vocab, options.pre, note),
     }
-    metadata = metadata_of_output(metadata, choice)
-    return Conversion(checkpoint, hp, choice, planned, choices, metadata, options.wishes)
+    metadata = metadata_of_output(metadata, choice, options.imatrix)
+    return Conversion(checkpoint, hp, choice, planned, choices, metadata, options.wishes, options.imatrix)
+
+
+def check_options(hp: Hyperparameters, options: ConvertOptions) -> None:
+    """Raise what `plan` would about types and the importance matrix, before any weight is there."""
+    planned = [PlannedTensor(spec, GgmlType.BF16) for spec in tensor_specs(hp)]
+    _chosen(planned, hp, options, GgmlType.BF16)
+
+
+def _chosen(
+    planned: Sequence[PlannedTensor], hp: Hyperparameters, options: ConvertOptions, own: GgmlType
+) -> tuple[SettledType, list[Choice]]:
+    """The types of tensors that are stored in `own`. UsageError."""
+    refuse_foreign(options.imatrix, planned)
+    choice = settled(options.choice or resolve_float(own), hp)
+    return choice, choose_types(planned, hp, choice, options.wishes, imatrix=options.imatrix is not None)
 
 
 def run(conversion: Conversion, out: Path, run_options: RunOptions) -> Summary:
     """Write the file. See write_output for what survives an interruption and what it raises."""
-    for text in fallback_notes(conversion.choices):
-        run_options.listen(Note(text))
     specs = tensor_specs(conversion.hp)
     jobs = [
-        TensorJob(spec.name, spec.shape, chosen.type, rows_of(conversion.checkpoint, spec))
-        for spec, chosen in zip(specs, conversion.choices, strict=True)
+        TensorJob(
+            tensor.name,
+            tensor.shape,
+            chosen.type,
+            rows_of(conversion.checkpoint, tensor.spec),
+            importance_of(conversion.imatrix, tensor, chosen),
+        )
+        for tensor, chosen in zip(conversion.tensors, conversion.choices, strict=True)
     ]
+    for text in notes_on_output(conversion.choices, jobs, conversion.imatrix):
+        run_options.listen(Note(text))
     sources = {spec.name: [conversion.checkpoint.tensors[name] for name in spec.sources] for spec in specs}
 
     def arrange(left: Sequence[TensorJob]) -> Sequence[TensorJob]:
@@ -163,7 +200,10 @@ def run(conversion: Conversion, out: Path, run_options: RunOptions) -> Summary:
             out,
             conversion.metadata,
             jobs,
-            _fingerprint(conversion),
+            {
+                "the checkpoint": conversion.checkpoint.identity,
+                **identity_of_output(conversion.choice, conversion.choices, conversion.imatrix),
+            },
             sources=conversion.checkpoint.files,
             threads=run_options.threads,
             force=run_options.force,
@@ -175,16 +215,6 @@ def run(conversion: Conversion, out: Path, run_options: RunOptions) -> Summary:
         raise _in_checkpoint_terms(error, specs) from error
     finally:
         conversion.checkpoint.shards.close()
-
-
-def _fingerprint(conversion: Conversion) -> dict[str, object]:
-    """What decides the bytes of the output, by names that a user understands; the header is added later."""
-    types = "\n".join(f"{choice.name} {type_name(choice.type)}" for choice in conversion.choices)
-    return {
-        "the checkpoint": conversion.checkpoint.identity,
-        "the type": conversion.choice.name,
-        "the tensors' types": hashlib.sha256(types.encode()).hexdigest(),
-    }
 
 
 def convert_folder(

@@ -9,7 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsmoe_convert.checkpoint import SAFETENSORS, Checkpoint, digest, match_index, read_index
-from dsmoe_convert.convert import Conversion, ConvertOptions, RunOptions, output_name, plan, plan_folder, run
+from dsmoe_convert.convert import (
+    Conversion,
+    ConvertOptions,
+    RunOptions,
+    check_options,
+    output_name,
+    plan,
+    plan_folder,
+    run,
+)
 from dsmoe_convert.errors import CheckpointError
 from dsmoe_convert.hub import HubRepository, HubRequest, locate
 from dsmoe_convert.low_disk import ShardWindow
@@ -21,7 +30,6 @@ from dsmoe_local.base.errors import InterruptedRunError, UsageError, missing_ext
 from dsmoe_local.base.progress import Advanced, Listener, Note
 from dsmoe_local.model.config_json import read_config
 from dsmoe_quantize.output import Summary, refuse_early
-from dsmoe_quantize.types import resolve
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +69,10 @@ def convert(
 
 def _early_name(source: str, options: ConvertOptions) -> Path | None:
     """The default output, before anything is read or downloaded; None where the weights decide its type."""
-    if options.type is None:
+    if options.choice is None:
         return None
     name = (locate(source) or Path(source)).name
-    return Path(output_name(name, resolve(options.type), options.wishes))
+    return Path(output_name(name, options.choice, options.wishes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +127,9 @@ def _plan_cached(repository: HubRepository, options: ConvertOptions, run_options
     folder = repository.fetch_small_files()
     if repository.offline:
         return plan_folder(folder, options, run_options.listen, name=repository.name, stop=run_options.stop)
-    read_tokenizer(folder, read_config(folder).n_vocab, options.pre, lambda text: None)
+    hp = read_config(folder)
+    read_tokenizer(folder, hp.n_vocab, options.pre, lambda text: None)
+    check_options(hp, options)
     _, files = repository.weight_files(folder, allow_pickle=options.allow_pickle)
     repository.fetch_weights(files)
     return plan_folder(

@@ -77,7 +77,8 @@ class Chat:
         `system` takes the place of the session's own text.
         """
         info = self.conversation.engine.info
-        self.screen.notice(f"{info.name} · {info.n_context:,} tokens of context · /help")
+        head = (info.name, info.type, f"{info.n_context:,} tokens of context", "/help")
+        self.screen.notice(" · ".join(filter(None, head)))
         if self.conversation.completes:
             self.screen.notice(
                 "a base model without a chat template: it completes your text; Enter alone goes on"

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dsmoe_local.base.errors import missing_extra
 from dsmoe_local.base.sizes import format_size
-from dsmoe_local.cli.type_options import TypeRow, show_types, summary_line, type_options, wishes_of
+from dsmoe_local.cli.type_options import (
+    TypeOptions,
+    TypeRow,
+    outweighed,
+    refuse_several,
+    show_types,
+    summary_line,
+    type_options,
+)
 
 if TYPE_CHECKING:
     from dsmoe_convert.convert import Conversion
@@ -30,11 +38,6 @@ if TYPE_CHECKING:
 def command(
     source: str,
     out: Path | None,
-    word: str | None,
-    overrides: tuple[str, ...],
-    output_type: str | None,
-    embedding_type: str | None,
-    pure: bool,
     threads: int | None,
     dry_run: bool,
     force: bool,
@@ -43,12 +46,19 @@ def command(
     revision: str | None,
     token: str | None,
     low_disk: bool,
+    **values: Any,  # noqa: ANN401 - the options about types
 ) -> None:
     """Make a GGUF from a Hugging Face checkpoint of a DeepSeekMoE, in one pass.
 
-    SRC is a folder, or a repository such as deepseek-ai/deepseek-moe-16b-chat. TYPE is as for dsmoe quantize;
-    left out, the weights keep their own. OUT is <name>-<TYPE>.gguf in the current folder unless named. A run
-    that was interrupted continues when the same command is given again.
+    SRC is a folder, or a repository such as deepseek-ai/deepseek-moe-16b-chat.
+
+    {types}
+
+    Without one, the weights keep their own. OUT is <name>-<TYPE>.gguf in the current folder unless named. A
+    run that was interrupted continues when the same command is given again.
+
+    To choose types for a target, such as a size, all weights must be there first: convert to bf16, then
+    dsmoe quantize.
     """
     from dsmoe_local.cli.render import run_with_progress, show_result
 
@@ -56,7 +66,11 @@ def command(
         from dsmoe_convert.convert import ConvertOptions, RunOptions
         from dsmoe_convert.sources import SourceOptions, convert, plan_source
 
-    options = ConvertOptions(word, wishes_of(overrides, output_type, embedding_type, pure), pre, allow_pickle)
+    types = TypeOptions.of(outweighed(values))
+    refuse_several(types.ways)
+    options = ConvertOptions(
+        types.word, types.wishes(), pre, allow_pickle, recipe=types.recipe(), imatrix=types.imatrix()
+    )
     source_options = SourceOptions(revision, token, low_disk=low_disk)
     if dry_run:
         with missing_extra("convert"):

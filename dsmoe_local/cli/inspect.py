@@ -71,7 +71,7 @@ def _facts(report: ModelReport) -> Table:
         ("experts", _experts(report)),
         ("parameters", _parameters(report)),
         ("FLOPs per 4K tokens", _flops(report)),
-        ("weights", f"{format_size(report.n_bytes)}, {_bits(report.n_bytes, report.n_parameters)} bits each"),
+        ("weights", _weights(report)),
         ("read per token", f"{format_size(report.n_bytes_per_token)} of weights"),
         ("KV cache (F16)", _kv(report)),
     ]
@@ -86,6 +86,12 @@ def _facts(report: ModelReport) -> Table:
     for name, value in rows:
         grid.add_row(name, value)
     return grid
+
+
+def _weights(report: ModelReport) -> str:
+    size = f"{format_size(report.n_bytes)}, {_bits(report.n_bytes, report.n_parameters)} bits each"
+    parts = [size, report.type, report.imatrix and f"importance matrix {report.imatrix}"]
+    return ", ".join(filter(None, parts))
 
 
 def _experts(report: ModelReport) -> str:

@@ -9,12 +9,18 @@ import click
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.sizes import format_size
-from dsmoe_local.cli.target_options import TargetOptions, show_offers, show_reasons, target_options
-from dsmoe_local.cli.type_options import TypeRow, show_types, summary_line, type_options, wishes_of
+from dsmoe_local.cli.target_options import TARGETS, TargetOptions, show_offers, show_reasons, target_options
+from dsmoe_local.cli.type_options import (
+    TypeOptions,
+    TypeRow,
+    outweighed,
+    show_types,
+    summary_line,
+    type_options,
+)
+from dsmoe_quantize.named_recipes import RECIPES
 
 if TYPE_CHECKING:
-    from dsmoe_quantize.choose import Wishes
-    from dsmoe_quantize.imatrix import Imatrix
     from dsmoe_quantize.quantize import Plan
 
 
@@ -28,35 +34,36 @@ if TYPE_CHECKING:
 def command(
     source: Path,
     out: Path | None,
-    word: str | None,
-    overrides: tuple[str, ...],
-    output_type: str | None,
-    embedding_type: str | None,
-    pure: bool,
     threads: int | None,
     dry_run: bool,
     allow_requantize: bool,
     force: bool,
-    **target: Any,  # noqa: ANN401 - the options of a target
+    **values: Any,  # noqa: ANN401 - the options about types and targets
 ) -> None:
     """Make a smaller GGUF from a GGUF.
 
-    TYPE is a recipe of ours (q4, q8), one of llama.cpp's mixes (Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_K_S, Q4_0,
-    Q4_1, IQ4_NL, IQ4_XS, ...), or f32, f16, bf16. OUT.gguf is <name>-<TYPE>.gguf in the current folder unless
-    named. A run that was interrupted continues when the same command is given again.
+    {types}
+
+    OUT.gguf is <name>-<TYPE>.gguf in the current folder unless named. A run that was interrupted continues
+    when the same command is given again.
 
     Instead of a type, a target may be given: then types are measured on the weights, and those are chosen
     that do the least harm within all targets.
     """
     from dsmoe_local.cli.render import run_with_progress, show_result
-    from dsmoe_quantize.imatrix_file import read_imatrix
     from dsmoe_quantize.quantize import default_output, quantize_file
 
-    word, options = TargetOptions(**target).outweighed(word)
-    options.check(word, pure)
-    wishes = wishes_of(overrides, output_type, embedding_type, pure)
-    imatrix = read_imatrix(options.imatrix_file) if options.imatrix_file else None
-    plan = _plan(source, word, options, wishes, imatrix, threads or 0, allow_requantize or dry_run, dry_run)
+    values = outweighed(values, TARGETS)
+    types, targets = TypeOptions.of(values), TargetOptions.of(values)
+    targets.check(types)
+    wishes = types.wishes()
+    may_lose = allow_requantize or dry_run
+    if targets.has_target:
+        plan = _solved(source, types, targets, threads or 0, may_lose=may_lose, dry_run=dry_run)
+    else:
+        plan = _planned(source, types, may_lose=may_lose)
+    if targets.recipe_out:
+        _write_recipe(plan, targets.recipe_out)
     if dry_run:
         _show(plan)
         return
@@ -69,32 +76,36 @@ def command(
     show_result(summary_line(summary))
 
 
-def _plan(
-    source: Path,
-    word: str | None,
-    options: TargetOptions,
-    wishes: Wishes,
-    imatrix: Imatrix | None,
-    threads: int,
-    allow_requantize: bool,
-    dry_run: bool,
-) -> Plan:
-    """The types asked for, or the best for a target; then the trade-off is shown, and the recipe written."""
-    from dsmoe_local.cli.render import run_with_progress
-    from dsmoe_local.model.gguf_model import read_model
+def _planned(source: Path, types: TypeOptions, *, may_lose: bool) -> Plan:
+    """The types asked for."""
     from dsmoe_quantize.quantize import plan_quantization
-    from dsmoe_quantize.recipe_file import read_recipe, write_recipe
-    from dsmoe_quantize.target import refuse_quantized, solve_target
     from dsmoe_quantize.types import known_words, resolve
 
-    if not options.has_target:
-        if word is None and options.recipe_file is None:
-            raise UsageError("no type is given", remedy=f"--type {', '.join(known_words())}; or a target")
-        choice = read_recipe(options.recipe_file) if options.recipe_file else resolve(word or "")
-        return plan_quantization(source, choice, wishes, allow_requantize=allow_requantize, imatrix=imatrix)
-    request = options.request()
+    choice = types.recipe() or (resolve(types.word) if types.word is not None else None)
+    if choice is None:
+        raise UsageError("no type is given", remedy=f"--type {', '.join(known_words())}; or a target")
+    return plan_quantization(
+        source, choice, types.wishes(), allow_requantize=may_lose, imatrix=types.imatrix()
+    )
+
+
+def _solved(
+    source: Path,
+    types: TypeOptions,
+    targets: TargetOptions,
+    threads: int,
+    *,
+    may_lose: bool,
+    dry_run: bool,
+) -> Plan:
+    """The best types for a target; then the trade-off is shown."""
+    from dsmoe_local.cli.render import run_with_progress
+    from dsmoe_local.model.gguf_model import read_model
+    from dsmoe_quantize.target import refuse_quantized, solve_target
+
+    request, wishes, imatrix = targets.request(), types.wishes(), types.imatrix()
     file, hp = read_model(source)
-    if not allow_requantize:
+    if not may_lose:
         refuse_quantized(file)
     target = run_with_progress(
         lambda listen, stop: solve_target(
@@ -102,11 +113,22 @@ def _plan(
         )
     )
     show_offers(target, request.budget, to_stderr=not dry_run)
-    if options.explain:
+    if targets.explain:
         show_reasons(target)
-    if options.recipe_out:
-        write_recipe(target.solved.recipe, options.recipe_out)
     return target.solved.plan
+
+
+def _write_recipe(plan: Plan, path: Path) -> None:
+    """Write the plan's recipe as a file. UsageError if it follows llama.cpp's rules, which are none."""
+    from dsmoe_quantize.recipe_file import write_recipe
+    from dsmoe_quantize.recipes import LayeredRecipe
+
+    if not isinstance(plan.type, LayeredRecipe):
+        raise UsageError(
+            f"{plan.type.name} is no recipe: there is nothing to write to {path}",
+            remedy=f"--recipe-out goes with a target or --type {', '.join(RECIPES)}",
+        )
+    write_recipe(plan.type, path)
 
 
 def _show(plan: Plan) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
 import click
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.sizes import format_size, parse_size
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.cli.configuration import from_command_line
+from dsmoe_local.cli.type_options import TypeOptions, all_of, refuse_several
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from dsmoe_quantize.explain import Offer, Reason
     from dsmoe_quantize.target import Request, Target
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+TARGETS = ("target_size", "target_bpw", "target_bytes_per_token")
+"""The parameters that are targets."""
 
-_TARGETS = ("target_size", "target_bpw", "target_bytes_per_token")
 _CPUS = ("x86-avx2", "arm-dotprod", "none")
 
-_OPTIONS = (
+target_options = all_of(
     click.option(
         "--target-size",
         metavar="SIZE",
@@ -55,13 +55,6 @@ _OPTIONS = (
         help="The kind of processor whose fast kernels count.  [default: this machine's]",
     ),
     click.option(
-        "--imatrix",
-        "imatrix_file",
-        type=click.Path(path_type=Path),
-        metavar="FILE",
-        help="What each channel counts: an importance matrix, of dsmoe imatrix or llama-imatrix.",
-    ),
-    click.option(
         "--sensitivity",
         "sensitivity_file",
         type=click.Path(path_type=Path),
@@ -76,26 +69,13 @@ _OPTIONS = (
     ),
     click.option("--explain", is_flag=True, help="Say why each group of tensors gets its type."),
     click.option(
-        "--recipe",
-        "recipe_file",
-        type=click.Path(path_type=Path),
-        metavar="FILE",
-        help="The types that a recipe file names, instead of --type.",
-    ),
-    click.option(
         "--recipe-out",
         type=click.Path(path_type=Path),
         metavar="FILE",
         help="Write the types chosen as a recipe file, to use again or to edit.",
     ),
 )
-
-
-def target_options(function: Function) -> Function:
-    """Add the options to a command."""
-    for option in reversed(_OPTIONS):
-        function = option(function)
-    return function
+"""Adds the options that `TargetOptions` has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,32 +87,30 @@ class TargetOptions:
     target_bytes_per_token: str | None
     max_slow_share: float | None
     cpu: str | None
-    imatrix_file: Path | None
     sensitivity_file: Path | None
     sample: int | None
     explain: bool
-    recipe_file: Path | None
     recipe_out: Path | None
 
     @property
     def has_target(self) -> bool:
         """Whether types are to be chosen for a budget."""
-        return any(
-            each is not None for each in (self.target_size, self.target_bpw, self.target_bytes_per_token)
-        )
+        return any(getattr(self, name) is not None for name in TARGETS)
 
-    def check(self, word: str | None, pure: bool) -> None:
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """Those among a command's parameters."""
+        return cls(**{each.name: values[each.name] for each in fields(cls)})
+
+    def check(self, types: TypeOptions) -> None:
         """UsageError if more than one thing says what the types are, or the rest does not go with it."""
-        given = self._ways(word)
-        if len(given) > 1:
-            raise UsageError(f"{' and '.join(given)} exclude each other", remedy="give one of them")
+        refuse_several({**types.ways, "a target": self.has_target})
         alone = {
             "--sensitivity": self.sensitivity_file is not None,
             "--sample": self.sample is not None,
             "--max-slow-share": self.max_slow_share is not None,
             "--cpu": self.cpu is not None,
             "--explain": self.explain,
-            "--recipe-out": self.recipe_out is not None,
         }
         lonely = [name for name, is_given in alone.items() if is_given]
         if lonely and not self.has_target:
@@ -140,30 +118,8 @@ class TargetOptions:
                 f"{lonely[0]} needs a target",
                 remedy="--target-size, --target-bpw or --target-bytes-per-token",
             )
-        if pure and word is None:
+        if types.pure and types.word is None:
             raise UsageError("--pure goes with --type alone")
-
-    def _ways(self, word: str | None) -> list[str]:
-        """What says what the types are."""
-        ways = {
-            "--type": word is not None,
-            "--recipe": self.recipe_file is not None,
-            "a target": self.has_target,
-        }
-        return [name for name, is_given in ways.items() if is_given]
-
-    def outweighed(self, word: str | None) -> tuple[str | None, TargetOptions]:
-        """--type and these, without what is only in the config file or a variable where the command line says
-        in another way what the types are.
-        """
-        ways = {"word": word, **{name: getattr(self, name) for name in ("recipe_file", *_TARGETS)}}
-        spoken = {name for name, value in ways.items() if value is not None and from_command_line(name)}
-        if not spoken:
-            return word, self
-        if spoken.intersection(_TARGETS):
-            spoken.update(_TARGETS)
-        kept: dict[str, Any] = {name: value if name in spoken else None for name, value in ways.items()}
-        return kept.pop("word"), replace(self, **kept)
 
     def request(self) -> Request:
         """The options about a target as data. UsageError for what is no size."""

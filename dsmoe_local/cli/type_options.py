@@ -2,24 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import click
 
+from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.base.text import safe_line
+from dsmoe_local.cli.configuration import from_command_line
+from dsmoe_quantize.named_recipes import RECIPES
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from dsmoe_local.model.ggml import GgmlType
     from dsmoe_quantize.choose import Choice, Wishes
+    from dsmoe_quantize.imatrix import Imatrix
     from dsmoe_quantize.output import Summary
+    from dsmoe_quantize.recipes import LayeredRecipe
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_OPTIONS = (
-    click.option("--type", "word", metavar="TYPE", help="q4, q8, or a type of llama.cpp's, such as Q4_K_M."),
+_FILE = click.Path(path_type=Path)
+
+_ABOUT = (
+    "\b\nTYPE is a recipe of ours,\n"
+    + "\n".join(f"  {recipe.name:<10}{recipe.why}" for recipe in RECIPES.values())
+    + "\none of llama.cpp's mixes (Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_K_S, Q4_0, Q4_1,"
+    + "\nIQ4_NL, IQ4_XS, ...), or f32, f16, bf16."
+)
+"""What takes the place of {types} in a command's help."""
+
+
+class TypeWord(click.ParamType[str]):
+    """A type's name. What it is, `dsmoe_quantize.types.resolve` says."""
+
+    name = "TYPE"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """As it is."""
+        return str(value)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """All names, each as it is best written."""
+        from click.shell_completion import CompletionItem
+
+        from dsmoe_quantize.types import known_words
+
+        wanted = incomplete.casefold()
+        return [CompletionItem(word) for word in known_words() if word.casefold().startswith(wanted)]
+
+
+def all_of(*options: Callable[[Function], Function]) -> Callable[[Function], Function]:
+    """A decorator that adds options to a command, in the order given."""
+
+    def add(function: Function) -> Function:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return add
+
+
+_type_options = all_of(
+    click.option(
+        "--type", "word", type=TypeWord(), help=f"{', '.join(RECIPES)}, or a type of llama.cpp's, as Q4_K_M."
+    ),
+    click.option(
+        "--recipe",
+        "recipe_file",
+        type=_FILE,
+        metavar="FILE",
+        help="The types that a recipe file names, instead of --type.",
+    ),
+    click.option(
+        "--imatrix",
+        "imatrix_file",
+        type=_FILE,
+        metavar="FILE",
+        help="What each channel counts: an importance matrix, of dsmoe imatrix or llama-imatrix.",
+    ),
     click.option(
         "--tensor-type",
         "overrides",
@@ -36,25 +104,76 @@ _OPTIONS = (
 
 
 def type_options(function: Function) -> Function:
-    """Add the options to a command: word, overrides, output_type, embedding_type, pure, threads, dry_run."""
-    for option in reversed(_OPTIONS):
-        function = option(function)
-    return function
+    """Add the options that `TypeOptions` has, and `threads` and `dry_run`; say in the help what types are."""
+    function.__doc__ = inspect.cleandoc(function.__doc__ or "").replace("{types}", _ABOUT)
+    return _type_options(function)
 
 
-def wishes_of(
-    overrides: tuple[str, ...], output_type: str | None, embedding_type: str | None, pure: bool
-) -> Wishes:
-    """The options about single tensors as data. UsageError for a word that is no type."""
-    from dsmoe_quantize.choose import Wishes, parse_override
-    from dsmoe_quantize.types import parse_target
+@dataclass(frozen=True, slots=True)
+class TypeOptions:
+    """The options as they are given."""
 
-    return Wishes(
-        overrides=tuple(map(parse_override, overrides)),
-        output=parse_target(output_type) if output_type else None,
-        embedding=parse_target(embedding_type) if embedding_type else None,
-        pure=pure,
-    )
+    word: str | None
+    recipe_file: Path | None
+    imatrix_file: Path | None
+    overrides: tuple[str, ...]
+    output_type: str | None
+    embedding_type: str | None
+    pure: bool
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """Those among a command's parameters."""
+        return cls(**{each.name: values[each.name] for each in fields(cls)})
+
+    @property
+    def ways(self) -> dict[str, bool]:
+        """What may say what the types are, and whether it does."""
+        return {"--type": self.word is not None, "--recipe": self.recipe_file is not None}
+
+    def recipe(self) -> LayeredRecipe | None:
+        """The recipe of the file. FileError, FormatError."""
+        from dsmoe_quantize.recipe_file import read_recipe
+
+        return read_recipe(self.recipe_file) if self.recipe_file else None
+
+    def imatrix(self) -> Imatrix | None:
+        """The importance matrix of the file. FileError, FormatError."""
+        from dsmoe_quantize.imatrix_file import read_imatrix
+
+        return read_imatrix(self.imatrix_file) if self.imatrix_file else None
+
+    def wishes(self) -> Wishes:
+        """The options about single tensors as data. UsageError for a word that is no type."""
+        from dsmoe_quantize.choose import Wishes, parse_override
+        from dsmoe_quantize.types import parse_target
+
+        return Wishes(
+            overrides=tuple(map(parse_override, self.overrides)),
+            output=parse_target(self.output_type) if self.output_type else None,
+            embedding=parse_target(self.embedding_type) if self.embedding_type else None,
+            pure=self.pure,
+        )
+
+
+def refuse_several(ways: Mapping[str, bool]) -> None:
+    """UsageError if more than one thing says what the types are."""
+    given = [name for name, is_given in ways.items() if is_given]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} exclude each other", remedy="give one of them")
+
+
+def outweighed(values: Mapping[str, Any], *more: tuple[str, ...]) -> dict[str, Any]:
+    """A command's parameters without what is only in the config file or a variable where the command line
+    says in another way what the types are. `more`: ways besides --type and --recipe, each by parameters that
+    go together.
+    """
+    ways = (("word",), ("recipe_file",), *more)
+    spoken = [
+        way for way in ways if any(values[name] is not None and from_command_line(name) for name in way)
+    ]
+    silenced = {name for way in ways if spoken and way not in spoken for name in way}
+    return {name: None if name in silenced else value for name, value in values.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -217,12 +217,13 @@ class ModelOptions:
 class ModelInfo:
     """What a loaded model is.
 
-    `template` names where the chat template comes from, `template_text` is its source; None: completion
-    only. `vocabulary` is a digest of the tokenizer: token ids mean the same in two models if it is equal.
-    `n_context` is the longest prompt and reply of one request. `placement` says where weights and KV cache
-    lie, in words; `kernels` what else the last digits of float results depend on, beside the options.
-    `cache_identity` is a digest of all that the contents of the KV cache depend on beside their tokens, this
-    very file among it (a copy is another one); what `save_cache` writes is of use only where it is equal.
+    `type` is what the file's type is called (`model.type_name`). `template` names where the chat template
+    comes from, `template_text` is its source; None: completion only. `vocabulary` is a digest of the
+    tokenizer: token ids mean the same in two models if it is equal. `n_context` is the longest prompt and
+    reply of one request. `placement` says where weights and KV cache lie, in words; `kernels` what else the
+    last digits of float results depend on, beside the options. `cache_identity` is a digest of all that the
+    contents of the KV cache depend on beside their tokens, this very file among it (a copy is another one);
+    what `save_cache` writes is of use only where it is equal.
     """
 
     path: Path
@@ -245,6 +246,7 @@ class ModelInfo:
     template_text: str | None = None
     vocabulary: str = ""
     cache_identity: str = ""
+    type: str = ""
 
 
 Deliver: TypeAlias = Callable[[TokenEvent | BaseException | None], None]

@@ -8,19 +8,14 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dsmoe_local.base.durable import make_folders, write_file
 from dsmoe_local.base.errors import DsmoeError, FileError, UsageError
 from dsmoe_local.base.paths import data_folder, demo_folder
 from dsmoe_local.base.text import safe_line
-
-if TYPE_CHECKING:
-    from dsmoe_local.model.gguf_file import GgufFile
 
 MAX_RECENT = 20
 IMATRIX_ENDING = ".imatrix.gguf"
@@ -41,8 +36,8 @@ class KnownModel:
 
 @dataclass(frozen=True, slots=True)
 class ModelDescription:
-    """What a header says of a known model: bytes, the name of its type, the context it was trained for. With
-    `reason`, why it cannot be used, the rest is empty.
+    """What a header says of a known model: bytes, what its type is called, the context it was trained for.
+    With `reason`, why it cannot be used, the rest is empty.
     """
 
     model: KnownModel
@@ -151,27 +146,13 @@ def note_use(path: Path) -> None:
 def describe(model: KnownModel) -> ModelDescription:
     """What a model's header says. A file that cannot be used gives the reason, no error."""
     from dsmoe_local.model.gguf_model import read_model
+    from dsmoe_local.model.type_name import file_type_name
 
     try:
         file, hp = read_model(model.path)
     except DsmoeError as error:
         return ModelDescription(model, _size(model.path), reason=error.what)
-    return ModelDescription(model, file.size, _type_of(file), hp.n_context, hp.name)
-
-
-def _type_of(file: GgufFile) -> str:
-    """llama.cpp's name of the file's type; without one, the types that hold most of its weights."""
-    from gguf.constants import LlamaFileType
-
-    from dsmoe_local.model.ggml import type_name
-
-    number = file.get("general.file_type")
-    if isinstance(number, int) and number in LlamaFileType._value2member_map_:
-        return LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_")
-    weights: Counter[str] = Counter()
-    for tensor in file.tensors.values():
-        weights[type_name(tensor.type)] += tensor.n_weights
-    return " + ".join(name for name, _ in weights.most_common(2))
+    return ModelDescription(model, file.size, file_type_name(file), hp.n_context, hp.name)
 
 
 def _recent_path() -> Path:

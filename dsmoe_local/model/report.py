@@ -17,6 +17,7 @@ from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import Role, tensor_specs
 from dsmoe_local.model.presets import PRESETS, matching_preset
+from dsmoe_local.model.type_name import file_type_name, imatrix_name
 
 COMPARED_WITH = ("deepseek-7b", "llama2-7b")
 _CHECKPOINT_TYPES = {"float32": GgmlType.F32, "float16": GgmlType.F16, "bfloat16": GgmlType.BF16}
@@ -38,7 +39,8 @@ class TokenizerReport:
 @dataclass(frozen=True, slots=True)
 class ModelReport:
     """One model. FLOPs are for a sequence of 4,096 tokens; `flops_paper` uses the paper's nominal widths and
-    is None where the dimensions are no preset's. `assumed_type` names the weights' type where there is no
+    is None where the dimensions are no preset's. `type` is what the file's type is called, `imatrix` the
+    importance matrix that it was made with, if any; `assumed_type` names the weights' type where there is no
     file to read it from.
     """
 
@@ -53,6 +55,8 @@ class ModelReport:
     kv_bytes_per_token: int
     tokenizer: TokenizerReport | None
     assumed_type: GgmlType | None
+    type: str = ""
+    imatrix: str = ""
 
     @property
     def n_bytes(self) -> int:
@@ -123,6 +127,8 @@ def _report(source: str, hp: Hyperparameters, assumed: GgmlType, file: GgufFile 
         kv_bytes_per_token=kv_bytes_per_token(hp),
         tokenizer=None if file is None else _tokenizer(file),
         assumed_type=None if file else assumed,
+        type=file_type_name(file) if file else "",
+        imatrix=imatrix_name(file) if file else "",
     )
 
 
@@ -180,6 +186,8 @@ def as_json(report: ModelReport) -> dict[str, Any]:
         "flops_4k": report.flops,
         "flops_4k_paper": report.flops_paper,
         "flops_ratio": dict(report.ratios),
+        "type": report.type or None,
+        "imatrix": report.imatrix or None,
         "bytes": report.n_bytes,
         "bits_per_weight": 8 * report.n_bytes / report.n_parameters,
         "bytes_read_per_token": report.n_bytes_per_token,

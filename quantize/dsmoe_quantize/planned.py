@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from dsmoe_local.model.ggml import FLOATS, type_name
 from dsmoe_local.model.gguf_file import Field
+from dsmoe_local.model.type_name import RECIPE_KEY
 from dsmoe_quantize.choose import Choice, TensorLike, fallback_notes
 from dsmoe_quantize.encode import TensorJob
 from dsmoe_quantize.imatrix import Imatrix, metadata_of_use
 from dsmoe_quantize.recipe_file import render_recipe
-from dsmoe_quantize.recipes import RECIPE_KEY, LayeredRecipe
+from dsmoe_quantize.recipes import LayeredRecipe
 from dsmoe_quantize.types import SettledType
 
 _DROPPED = (

@@ -30,6 +30,7 @@ from dsmoe_local.base import durable
 from dsmoe_local.base.errors import DsmoeError, FileError, FormatError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.model.ggml import GgmlType, type_name
+from dsmoe_local.model.type_name import RECIPE_NAME
 from dsmoe_quantize.groups import KINDS
 from dsmoe_quantize.mixes import MIXES
 from dsmoe_quantize.recipes import OTHERS, OTHERS_WORD, RECIPE_FALLBACKS, LayeredRecipe
@@ -38,7 +39,6 @@ from dsmoe_quantize.types import FLOAT_TYPES, parse_target
 _FORMAT = 1
 _MAX_BYTES = 1 << 20
 _MAX_LAYER = 511  # llama.cpp's limit
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 _KEYS = frozenset({"format", "name", "closest", "types", "fallbacks", "about"})
 _HEAD = """\
 # A recipe: which type each group of tensors gets. Edit it, then: dsmoe-quantize IN.gguf --recipe FILE
@@ -154,7 +154,7 @@ class _Reader:
         if self._tables.get("format") != _FORMAT:
             self.refuse(f"this is no recipe of format {_FORMAT}", f"a recipe begins with: format = {_FORMAT}")
         name = self._tables.get("name")
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
+        if not isinstance(name, str) or not RECIPE_NAME.fullmatch(name):
             self.refuse("the recipe needs a name", "of letters, digits and . _ + -, 64 at most")
         types = {kind: self._layers(kind, value) for kind, value in self._table("types").items()}
         if not types:

@@ -22,9 +22,6 @@ OTHERS = None
 OTHERS_WORD = "others"
 """That in words, in recipe files and in the table of named recipes."""
 
-RECIPE_KEY = "dsmoe.recipe"
-"""Where a file's metadata holds the recipe that it was made by, as a recipe file."""
-
 RECIPE_FALLBACKS: Mapping[GgmlType, GgmlType] = MappingProxyType(
     {
         GgmlType.Q4_K: GgmlType.IQ4_NL,

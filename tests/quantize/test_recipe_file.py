@@ -17,6 +17,7 @@ from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import read_gguf
 from dsmoe_local.model.layout import Role, tensor_specs
 from dsmoe_local.model.presets import PRESETS
+from dsmoe_local.model.type_name import RECIPE_KEY
 from dsmoe_quantize import kernels
 from dsmoe_quantize.choose import Wishes, parse_override
 from dsmoe_quantize.groups import KINDS, WEIGHTS, group_of
@@ -29,7 +30,7 @@ from dsmoe_quantize.recipe_file import (
     render_recipe,
     write_recipe,
 )
-from dsmoe_quantize.recipes import OTHERS, RECIPE_FALLBACKS, RECIPE_KEY, LayeredRecipe
+from dsmoe_quantize.recipes import OTHERS, RECIPE_FALLBACKS, LayeredRecipe
 from dsmoe_quantize.types import resolve
 
 TYPES = st.sampled_from(sorted(kernels.WRITABLE))

@@ -15,11 +15,12 @@ from dsmoe_local.base.errors import FileError, FormatError, UsageError
 from dsmoe_local.base.paths import cache_folder
 from dsmoe_local.cli.main import load_command
 from dsmoe_local.model.gguf_file import read_gguf
+from dsmoe_local.model.type_name import RECIPE_KEY
 from dsmoe_quantize.errors import RequantizeError
 from dsmoe_quantize.fast_kernels import CPUS
 from dsmoe_quantize.imatrix_file import write_imatrix
+from dsmoe_quantize.named_recipes import RECIPES
 from dsmoe_quantize.recipe_file import parse_recipe, read_recipe
-from dsmoe_quantize.recipes import RECIPE_KEY
 
 
 @pytest.fixture
@@ -64,6 +65,34 @@ def test_a_recipe_is_used_again(source: Path, tmp_path: Path) -> None:
     assert (tmp_path / "first.gguf").read_bytes() == (tmp_path / "again.gguf").read_bytes()
     assert read_gguf(tmp_path / "first.gguf").get("quantize.imatrix.file") == "m.gguf"
     assert read_recipe(tmp_path / "r.toml").about["imatrix"] == "m.gguf"
+
+
+@pytest.mark.parametrize("word", ["q8", "q4-fast"])
+def test_a_named_recipe_as_a_file(source: Path, tmp_path: Path, word: str) -> None:
+    """Guards: a start for one's own recipe that is not what the name makes; a dry run that writes a model."""
+    assert invoke(source, "--type", word, "--recipe-out", "r.toml", "--dry-run").exit_code == 0
+    assert not (tmp_path / f"tiny-{word}.gguf").exists()
+    assert invoke(source, "--type", word).exit_code == 0
+    assert invoke(source, "again.gguf", "--recipe", "r.toml").exit_code == 0
+    assert (tmp_path / f"tiny-{word}.gguf").read_bytes() == (tmp_path / "again.gguf").read_bytes()
+
+
+def test_names_of_types_are_completed() -> None:
+    """Guards: a recipe that the shell does not offer, or only in one case."""
+    option = next(each for each in load_command("quantize").params if each.name == "word")
+    with click.Context(load_command("quantize")) as context:
+        offered = [item.value for item in option.type.shell_complete(context, option, "q4")]
+        assert offered[:3] == ["q4", "q4-fast", "q4-small"]
+        assert "Q4_K_M" in offered
+        assert not option.type.shell_complete(context, option, "x")
+
+
+@pytest.mark.parametrize("command", ["convert", "quantize"])
+def test_help_names_every_recipe(command: str) -> None:
+    """Guards: a recipe that nobody hears of."""
+    text = CliRunner().invoke(load_command(command), ["--help"]).stdout
+    for recipe in RECIPES.values():
+        assert f"{recipe.name:<10}{recipe.why}" in text
 
 
 def made(folder: Path) -> Path:
@@ -164,7 +193,7 @@ def test_all_budgets(source: Path) -> None:
         (("--recipe", "r.toml", "--target-bpw", "5"), "exclude each other"),
         (("--type", "q4", "--explain"), "--explain needs a target"),
         (("--type", "q4", "--sensitivity", "s.json"), "--sensitivity needs a target"),
-        (("--type", "q4", "--recipe-out", "r.toml"), "--recipe-out needs a target"),
+        (("--type", "Q4_K_M", "--recipe-out", "r.toml"), "Q4_K_M is no recipe"),
         (("--max-slow-share", "50", "--type", "q4"), "--max-slow-share needs a target"),
         (("--target-bpw", "5", "--pure"), "--pure goes with --type alone"),
         (("--target-size", "much"), "is not a size"),

@@ -18,6 +18,7 @@ from dsmoe_local.model.gguf_writer import ARCHITECTURE_KEY
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import Role, role_of, tensor_specs
 from dsmoe_local.model.presets import PRESETS
+from dsmoe_local.model.type_name import RECIPE_KEY
 from dsmoe_quantize.budget import Budget, Market
 from dsmoe_quantize.choose import Wishes, choose_types, may_change, parse_override
 from dsmoe_quantize.explain import offers, reasons
@@ -26,7 +27,6 @@ from dsmoe_quantize.groups import Group
 from dsmoe_quantize.mixes import MIXES
 from dsmoe_quantize.quantize import quantize_file
 from dsmoe_quantize.recipe_file import parse_recipe, render_recipe
-from dsmoe_quantize.recipes import RECIPE_KEY
 from dsmoe_quantize.sensitivity import Sensitivity, TensorErrors, candidates, measure
 from dsmoe_quantize.sensitivity_file import start
 

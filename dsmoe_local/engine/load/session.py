@@ -27,6 +27,7 @@ from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.identity import exact_identity
+from dsmoe_local.model.type_name import file_type_name
 
 _SMALLEST_REQUEST = 32
 _MOST_TOKENS = (1 << 24) - 1
@@ -119,6 +120,7 @@ def _info(
         kernels=_kernels(options, fit, n_step),
         template_text=template.text if template else None,
         vocabulary=_vocabulary(file),
+        type=file_type_name(file),
     )
 
 

@@ -12,10 +12,10 @@ from dsmoe_local.evaluate.speed.bandwidth import Bandwidth
 from dsmoe_local.evaluate.speed.timing import Timed
 from dsmoe_local.evaluate.speed.workload import Workload
 from dsmoe_local.model.cost import parameters, shares
-from dsmoe_local.model.discovery import KnownModel, describe
 from dsmoe_local.model.ggml import parse_type, row_bytes
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.layout import tensor_specs
+from dsmoe_local.model.type_name import file_type_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ def reads_of(path: Path, options: ModelOptions) -> Reads:
     types = [(spec, file.tensors[spec.name].type) for spec in tensor_specs(hp)]
     cache = [row_bytes(parse_type(word), hp.kv_size) for word in (options.cache_type_k, options.cache_type_v)]
     return Reads(
-        describe(KnownModel(path.stem, path, "")).type,
+        file_type_name(file),
         parameters(hp).activated,
         sum(share.n_bytes_per_token for share in shares(hp, types)),
         hp.n_layers * sum(cache),
