@@ -8,8 +8,8 @@ files kept on the way and the last one included; theirs goes from its line that 
 with the perplexity, its last file left out. Then the two files are compared, expert by expert: the channels'
 mean squares, |ours - theirs| summed over all in parts per million of theirs; and the counts.
 
---encode times `dsmoe-quantize` and `llama-quantize`, whole processes, to a few types with the matrix and
-without one. Table, then one JSON line; exit status 1 if a bar is missed.
+--encode takes the processor's time of `dsmoe-quantize` and `llama-quantize`, whole processes, to a few types
+with the matrix and without one. Table, then one JSON line; exit status 1 if a bar is missed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
@@ -139,18 +140,17 @@ def _worst(measure: str, found: Mapping[str, float], unit: str, bar: Bar | None)
 
 
 def encoding(bench: Bench, rounds: int) -> list[Row]:
-    """Seconds of both quantizers to each type, with our matrix and without one."""
+    """Processor seconds of both quantizers to each type, with our matrix and without one."""
     rows = []
     for kind in TYPES:
         for matrix in (None, bench.files["ours"]):
             commands = _quantizers(bench, kind, matrix)
             name = f"{kind} {'with' if matrix else 'without'} a matrix"
             say(f"encoding as {name}")
-            timers = {who: partial(_seconds, command) for who, command in commands.items()}
+            timers = {who: partial(_processor_seconds, command) for who, command in commands.items()}
             figures = in_turn(timers, rounds)
-            rows.append(
-                compare(f"encoding, {name}", figures, *figures, bar=ENCODING if matrix else None, unit="s")
-            )
+            bar = ENCODING if matrix else None
+            rows.append(compare(f"encoding, {name}", figures, *figures, bar=bar, unit="CPU s"))
     return rows
 
 
@@ -171,12 +171,18 @@ def _quantizers(bench: Bench, kind: str, matrix: Path | None) -> dict[str, Comma
     }
 
 
-def _seconds(command: Command, _: int) -> float:
-    began = time.perf_counter()
+def _processor_seconds(command: Command, _: int) -> float:
+    """Of a whole process, all threads together: what else the machine does hardly changes it."""
+    before = _of_children()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise Failure(f"{command[0]} failed with exit status {done.returncode}: {done.stderr[-600:]}")
-    return time.perf_counter() - began
+    return _of_children() - before
+
+
+def _of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def measure(bench: Bench, arguments: argparse.Namespace) -> list[Row]:
