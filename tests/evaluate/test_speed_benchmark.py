@@ -14,8 +14,11 @@ import pytest
 from benchmarks.dense_against_moe import MOE, at_layers
 from benchmarks.make_checkpoint import make_pool
 from benchmarks.support.random_models import shape_of, with_layers, write_random
+from benchmarks.support.sizes import choices_of
 from dsmoe_local.model.cost import parameters
+from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_model import read_model
+from dsmoe_quantize import kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,6 +57,24 @@ def test_random_files(preset: str, tmp_path: Path) -> None:
     assert weights.std() == pytest.approx(0.02, rel=0.05)
     if preset == MOE:
         assert np.asarray(tensors["blk.1.ffn_gate_inp.weight"].data).std() == pytest.approx(0.02, rel=0.05)
+
+
+def test_random_files_of_a_type(tmp_path: Path) -> None:
+    """Guards: blocks that are cut in two where they are repeated, and tensors of another type."""
+    path = tmp_path / "random.gguf"
+    hp = with_layers(shape_of(MOE, quick=True).hp, 2)
+    write_random(path, hp, make_pool(0), "Q4_K_M")
+    file, _ = read_model(path)
+    for choice in choices_of(hp, "Q4_K_M"):
+        tensor = file.tensors[choice.name]
+        assert tensor.type is choice.type
+        data = np.fromfile(path, np.uint8, tensor.n_bytes, offset=tensor.offset)
+        if tensor.type is GgmlType.F32:
+            continue
+        assert kernels.validator(tensor.type)(data.ctypes.data, len(data))
+        weights = np.empty(tensor.n_weights, np.float32)
+        kernels.decoder(tensor.type)(data.ctypes.data, weights.ctypes.data, len(weights))
+        assert weights.std() == pytest.approx(0.02, rel=0.1)
 
 
 def test_it_runs() -> None:
