@@ -6,10 +6,12 @@
     python -m benchmarks.quality --parts none --save        none anew; write the tables and the chart to docs
     python -m benchmarks.quality --quick                    does it run? the figures mean nothing
 
-Parts: `reference`, the trained model, and what the solver makes of budgets for it; `demo`, the model of
-`dsmoe demo`; `sizes` of the whole 16B shape; `speed` on the 16B shape with a few layers and random weights.
+Parts: `reference`, the trained model, and what the solver makes of budgets for it; `steps`, what another type
+for one kind of group would change in q4; `demo`, the model of `dsmoe demo`; `sizes` of the whole 16B shape;
+`speed` on the 16B shape with a few layers and random weights.
 Each is kept in the cache folder as JSON. A part that is measured anew keeps rows of the same model, text and
-types (`--again` measures them, too); a part with rows of types that have changed since is refused.
+types (`--again` measures them, too); a part that is incomplete, of types that have changed since, of another
+version of llama.cpp, or of another model than the others is refused.
 
 The tables, what missed its bar, and one JSON line.
 """
@@ -20,21 +22,22 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.support.quality_bars import targets_hold, verdicts
-from benchmarks.support.quality_chart import chart
-from benchmarks.support.quality_fidelity import (
+from benchmarks.support.quality_budgets import (
     FRONTIER,
     TARGETS,
-    Amount,
-    Subject,
+    costs_from,
     measure_frontier,
     measure_targets,
-    measure_types,
-    prepared,
 )
+from benchmarks.support.quality_chart import chart
+from benchmarks.support.quality_document import with_tables
+from benchmarks.support.quality_eight import measure_eight
+from benchmarks.support.quality_fidelity import Amount, Subject, measure_alike, measure_types, prepared
+from benchmarks.support.quality_kept import comparable, joined, kept_parts, oldest_of
 from benchmarks.support.quality_rows import (
     PARTS,
     ROOT,
@@ -47,25 +50,26 @@ from benchmarks.support.quality_rows import (
     save_part,
 )
 from benchmarks.support.quality_speed import Timing, measure_speeds
-from benchmarks.support.quality_tables import all_tables, with_tables
+from benchmarks.support.quality_steps import measure_steps
+from benchmarks.support.quality_tables import all_tables
 from benchmarks.support.quality_types import LARGE, variants
+from benchmarks.support.reference_shape import CALIBRATION, HELD_OUT, TRAINING, reference_folder
 from benchmarks.support.rows import say
 from benchmarks.support.sizes import size_of
-from benchmarks.train_reference import CALIBRATION, HELD_OUT, reference_folder
 from dsmoe_convert.demo import corpus
 from dsmoe_convert.demo.build import BuildOptions, build_demo
 from dsmoe_convert.demo.calibration import N_ACTIVE
+from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.base.paths import demo_folder
 from dsmoe_local.engine.load.machine import physical_cores
 from dsmoe_local.evaluate.text import Text, read_text
-from dsmoe_quantize.sensitivity_file import read_sensitivity
 
 DOCUMENT, CHART, FIGURES = (ROOT / "docs" / name for name in ("quality.md", "quality.svg", "quality.json"))
 NONE = "none"
 
 _WINDOWS = {"reference": 120, "demo": 24}
 _CALIBRATION_WINDOWS = {"reference": 100, "demo": 40}
-_QUICK_WINDOWS = 2
+_QUICK_WINDOWS, _QUICK_STEPS = 2, 2
 
 
 def arguments() -> argparse.Namespace:
@@ -93,6 +97,10 @@ def arguments() -> argparse.Namespace:
     given.parts = [] if given.parts == NONE else given.parts.split(",")
     if unknown := set(given.parts) - set(PARTS):
         parser.error(f"--parts: {min(unknown)} is none of {', '.join(PARTS)}")
+    if given.quick and given.save:
+        parser.error("--save: the figures of --quick mean nothing")
+    if given.sensitivity and "reference" not in given.parts:
+        parser.error("--sensitivity: only the part reference goes by it")
     return given
 
 
@@ -100,8 +108,9 @@ def reference_subject(folder: Path) -> Subject:
     """The trained reference."""
     if not (folder / HELD_OUT).is_file():
         raise SystemExit(f"{folder} is not there: run python -m benchmarks.train_reference")
-    texts = [read_text(str(folder / name)) for name in (HELD_OUT, CALIBRATION)]
-    return Subject("reference", folder, *texts)
+    held_out, calibration = (read_text(str(folder / name)) for name in (HELD_OUT, CALIBRATION))
+    training = json.loads((folder / TRAINING).read_text(encoding="utf-8"))
+    return Subject("reference", folder, held_out, calibration, {"training": training})
 
 
 def demo_subject() -> Subject:
@@ -116,26 +125,40 @@ def demo_subject() -> Subject:
 def measure_fidelity(given: argparse.Namespace, subject: Subject) -> Part:
     """The part of a model with real weights; what there is so far is kept at each step."""
     name, folder = subject.name, folder_of(quick=given.quick)
-    windows = given.windows or (_QUICK_WINDOWS if given.quick else _WINDOWS[name])
-    calibration = _QUICK_WINDOWS if given.quick else _CALIBRATION_WINDOWS[name]
-    with prepared(subject, Amount(windows, calibration, given.threads)) as bench:
-        known = None if given.again else load_part(name, folder)
-        settings, facts = bench.settings(), bench.facts()
+    with prepared(subject, _amount(given, name)) as bench:
+        costs = costs_from(given.sensitivity, bench.source) if name == "reference" else None
+        settings, facts = bench.settings(), {**bench.facts(), **subject.facts}
+        known = comparable(load_part(name, folder), settings)
+        taken = None if given.again else known
 
         def keep(rows: Sequence[FidelityRow]) -> None:
-            save_part(part_of(name, settings, rows, facts=facts), folder)
+            save_part(joined(part_of(name, settings, rows, facts=facts), known), folder)
 
-        part = part_of(name, settings, measure_types(bench, list(variants()), known, keep), facts=facts)
-        if name != "reference":
+        rows = measure_types(bench, list(variants()), taken, keep)
+        part = part_of(name, settings, rows, facts=facts, oldest=oldest_of(rows, taken))
+        if costs is None:
             return part
-        weights = read_sensitivity(given.sensitivity).weights if given.sensitivity else {}
         bits, shares = (FRONTIER[:2], TARGETS[:1]) if given.quick else (FRONTIER, TARGETS)
         return replace(
             part,
-            frontier=measure_frontier(bench, bits, weights),
-            targets=measure_targets(bench, shares, weights),
-            facts={**facts, "weights": "measured" if weights else "built in"},
+            frontier=measure_frontier(bench, bits, costs),
+            targets=measure_targets(bench, shares, costs),
+            alike=measure_alike(bench),
+            eight=measure_eight(bench),
+            facts={**facts, "costs": costs.told},
         )
+
+
+def _amount(given: argparse.Namespace, name: str) -> Amount:
+    windows = given.windows or (_QUICK_WINDOWS if given.quick else _WINDOWS[name])
+    return Amount(windows, _QUICK_WINDOWS if given.quick else _CALIBRATION_WINDOWS[name], given.threads)
+
+
+def measure_step_rows(given: argparse.Namespace) -> Part:
+    """The part of single steps away from a recipe."""
+    subject = reference_subject(given.reference)
+    with prepared(subject, _amount(given, subject.name), imatrix=False) as bench:
+        return part_of("steps", bench.settings(), measure_steps(bench, _QUICK_STEPS if given.quick else None))
 
 
 def measure_sizes() -> Part:
@@ -162,22 +185,8 @@ def measure_speed(given: argparse.Namespace) -> Part:
         timing = Timing(2, 16, 4, 1, given.threads, quick=True)
     else:
         timing = Timing(given.layers, given.n_prompt, given.n_gen, given.rounds, given.threads)
-    settings = timing.settings()
-    return part_of("speed", settings, measure_speeds(timing))
-
-
-def kept_parts(folder: Path) -> dict[str, Part]:
-    """Those that are kept and still true; says what is not."""
-    found = {}
-    for name in PARTS:
-        part = load_part(name, folder)
-        if part is None:
-            say(f"{name}: not measured yet")
-        elif stale := part.stale():
-            say(f"{name}: refused, since these types have changed: {', '.join(stale)}. Run --parts {name}")
-        else:
-            found[name] = part
-    return found
+    settings, facts = timing.settings(), timing.facts()
+    return part_of("speed", settings, measure_speeds(timing), facts=facts)
 
 
 def save(parts: Mapping[str, Part], tables: Mapping[str, str]) -> None:
@@ -197,17 +206,21 @@ def report(parts: Mapping[str, Part]) -> dict[str, str]:
         print(f"{name}\n\n{table}\n")
     found = verdicts(parts)
     for verdict in found:
-        if not verdict.holds:
+        if verdict.holds is False:
             with_imatrix = "with" if verdict.imatrix else "without"
             print(
                 f"MISSED: {verdict.recipe} {with_imatrix} imatrix, {verdict.measure} against"
                 f" {verdict.against}: {verdict.ratio:.3f}, bar {verdict.bar}"
             )
-    for share, holds in targets_hold(parts["reference"]) if "reference" in parts else ():
+    targets = targets_hold(parts["reference"]) if "reference" in parts else ()
+    for share, holds in targets:
         if not holds:
             print(f"MISSED: a target of a size is used to {share:.2%}")
-    told = [{**asdict(verdict), "bar": str(verdict.bar), "holds": verdict.holds} for verdict in found]
-    print(json.dumps({"bars": told}))
+    told = {
+        "bars": [verdict.as_json() for verdict in found],
+        "targets": [{"used": round(share, 5), "holds": holds} for share, holds in targets],
+    }
+    print(json.dumps(told))
     return tables
 
 
@@ -217,13 +230,17 @@ def main() -> int:
     folder = folder_of(quick=given.quick)
     makers: Mapping[str, Callable[[], Part]] = {
         "reference": lambda: measure_fidelity(given, reference_subject(given.reference)),
+        "steps": lambda: measure_step_rows(given),
         "demo": lambda: measure_fidelity(given, demo_subject()),
         "sizes": measure_sizes,
         "speed": lambda: measure_speed(given),
     }
     for name in given.parts:
         say(f"{name}:")
-        save_part(makers[name](), folder)
+        try:
+            save_part(makers[name](), folder)
+        except DsmoeError as error:
+            raise SystemExit(f"{name}: {error}") from error
     parts = kept_parts(folder)
     tables = report(parts)
     if given.save:

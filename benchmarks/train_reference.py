@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,32 +36,17 @@ from torch.nn import functional
 
 from benchmarks.make_checkpoint import BOS, EOS, splitting_steps
 from benchmarks.support.reference_model import ReferenceModel
+from benchmarks.support.reference_shape import (
+    CALIBRATION,
+    HELD_OUT,
+    HP,
+    MINUTES,
+    TRAINING,
+    reference_folder,
+)
 from benchmarks.support.reference_text import Corpus, read_corpus
 from dsmoe_convert.byte_level import byte_characters
-from dsmoe_local.base.paths import cache_folder
 from dsmoe_local.model.config_json import config_values
-from dsmoe_local.model.hyperparameters import Hyperparameters
-
-MINUTES = 30.0
-HELD_OUT, CALIBRATION, TRAINING = "held-out.txt", "calibration.txt", "training.json"
-
-HP = Hyperparameters(
-    architecture="deepseek",
-    n_layers=6,
-    hidden_size=256,
-    n_heads=4,
-    n_kv_heads=4,
-    head_dim=64,
-    ffn_size=736,
-    n_vocab=4096,
-    n_context=512,
-    n_dense_layers=1,
-    n_routed_experts=16,
-    n_shared_experts=2,
-    n_experts_per_token=4,
-    expert_size=128,
-    name="trained reference",
-)
 
 _BATCH = 4  # windows of n_context tokens
 _RATE, _LEAST_RATE = 3e-3, 1e-4
@@ -82,13 +68,9 @@ class Trained:
     n_epochs: float
     loss: float
     held_out_loss: float
+    products: str
     python: str = sys.version.split()[0]
     torch: str = torch.__version__
-
-
-def reference_folder(minutes: float = MINUTES, seed: int = 0) -> Path:
-    """Where the checkpoint is kept."""
-    return cache_folder() / "benchmarks" / f"reference-{minutes:g}min-{seed}"
 
 
 def train_tokenizer(corpus: Corpus) -> Tokenizer:
@@ -138,9 +120,15 @@ def rate_at(share: float) -> float:
     return _LEAST_RATE + (_RATE - _LEAST_RATE) * left
 
 
+@cache
+def computes_bf16() -> bool:
+    """Whether the processor multiplies bf16 itself: one that does not is faster with f32, and by far."""
+    return any(present for name, present in torch.cpu.get_capabilities().items() if "bf16" in name)
+
+
 def loss_of(model: ReferenceModel, batch: torch.Tensor) -> torch.Tensor:
-    """Nats per token, of bf16 products."""
-    with torch.autocast("cpu", torch.bfloat16):
+    """Nats per token, of bf16 products where the processor has them."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=computes_bf16()):
         logits = model(batch[:, :-1])
     return functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
 
@@ -228,7 +216,8 @@ def make_reference(folder: Path, minutes: float, seed: int) -> Trained:
     n_steps, loss = train(model, ids, minutes, seed)
     n_tokens = n_steps * _BATCH * HP.n_context
     measured = held_out_loss(model, encode(tokenizer, (corpus.held_out,)))
-    trained = Trained(minutes, seed, n_steps, n_tokens, n_tokens / len(ids), loss, measured)
+    products = "bf16" if computes_bf16() else "f32"
+    trained = Trained(minutes, seed, n_steps, n_tokens, n_tokens / len(ids), loss, measured, products)
     write(folder, model, tokenizer, corpus, trained)
     return trained
 

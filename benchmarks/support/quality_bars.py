@@ -1,15 +1,16 @@
 """What our recipes are held against, and whether it holds. Takes figures; measures nothing.
 
-A ratio of divergences comes with the interval that holds 95% of what other texts like this one would show:
-windows are drawn again and again, the same ones for both sides (a paired bootstrap). The bar is held against
-the ratio itself.
+A ratio of divergences comes with its 95% bootstrap interval over windows, drawn again and again, the same
+ones for both sides. What another training of the model would change is not in it. The bar is held against the
+ratio itself.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -22,11 +23,24 @@ _INTERVAL = (0.025, 0.975)
 _LEAST_OF_TARGET = 0.99
 
 SIZE, BYTES, PROMPT, DECODE, KL = "size", "bytes per token", "prompt", "decode", "KL"
+REFERENCE_SIZE = "size of the reference"
 
 
 def at_most(value: float) -> Bar:
     """A ratio that may not be larger."""
     return Bar(value, at_most=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Below(Bar):
+    """A ratio that must be smaller: as good is not better."""
+
+    def holds(self, ratio: float) -> bool:
+        """Whether `ratio` is good enough."""
+        return ratio < self.value
+
+    def __str__(self) -> str:
+        return f"< {self.value:g}"
 
 
 BARS: Mapping[str, Mapping[str, Bar]] = {
@@ -46,7 +60,7 @@ BETTER: Mapping[str, str] = {"q4-small": "IQ4_XS", "q8": "Q8_0"}
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """A ratio and its bar. `interval` is None where nothing is left to chance; `is_alias`: both sides are of
-    the same types.
+    the same types, and there is nothing to compare.
     """
 
     recipe: str
@@ -59,9 +73,13 @@ class Verdict:
     is_alias: bool = False
 
     @property
-    def holds(self) -> bool:
-        """Whether the bar is met."""
-        return self.bar.holds(self.ratio)
+    def holds(self) -> bool | None:
+        """Whether the bar is met; None for an alias."""
+        return None if self.is_alias else self.bar.holds(self.ratio)
+
+    def as_json(self) -> dict[str, Any]:
+        """For `json.dumps`."""
+        return {**asdict(self), "bar": str(self.bar), "holds": self.holds}
 
 
 def ratio_of(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, tuple[float, float]]:
@@ -104,9 +122,9 @@ def _of_size(part: Part, ours: Variant, base: Variant) -> Iterator[Verdict]:
         if measure in bars:
             yield Verdict(ours.word, ours.imatrix, measure, base.word, ratio, bars[measure])
     if ours.word in BETTER and ours.word not in BARS:
-        other = Variant(BETTER[ours.word], ours.imatrix)
-        ratio = mine.n_bytes / part.row(other).n_bytes
-        yield Verdict(ours.word, ours.imatrix, SIZE, other.word, ratio, at_most(1))
+        other = part.row(Variant(BETTER[ours.word], ours.imatrix))
+        ratio, is_alias = mine.n_bytes / other.n_bytes, mine.digest == other.digest
+        yield Verdict(ours.word, ours.imatrix, SIZE, other.type, ratio, at_most(1), is_alias=is_alias)
 
 
 def _of_speed(part: Part, ours: Variant, base: Variant) -> Iterator[Verdict]:
@@ -140,11 +158,11 @@ def _of_divergence(part: Part, ours: Variant, base: Variant) -> Iterator[Verdict
         yield _divergence(mine, theirs, bar)
     if ours.word in BETTER:
         other = part.row(Variant(BETTER[ours.word], ours.imatrix))
-        yield _divergence(mine, other, at_most(1))
+        yield _divergence(mine, other, Below(1))
     if ours.word in BARS:
         # The header, which holds the tokenizer, counts: it is what is on the disk.
         ratio = mine.file_size / theirs.file_size
-        yield Verdict(ours.word, ours.imatrix, "size of the reference", base.word, ratio, at_most(1))
+        yield Verdict(ours.word, ours.imatrix, REFERENCE_SIZE, base.word, ratio, at_most(1))
 
 
 def _divergence(mine: FidelityRow, theirs: FidelityRow, bar: Bar) -> Verdict:

@@ -1,18 +1,19 @@
 """How far quantized files of a model are from it: the parts `reference` and `demo` of benchmarks/quality.py.
 
 Everything goes through the functions that `dsmoe convert`, `dsmoe imatrix`, `dsmoe-quantize` and `dsmoe eval`
-use. The unquantized model is in F32: kernels of BF16 would round what they multiply with.
+use. The unquantized model is in F32, and so is every KV cache: kernels of BF16 would round what they multiply
+with, and a cache in F16 would add its own error to what is measured.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.support.quality_rows import FidelityRow, Part, TargetRow, is_current
+from benchmarks.support.quality_rows import FidelityRow, Part, is_current
 from benchmarks.support.quality_types import BASE, Variant
 from benchmarks.support.rows import say
 from benchmarks.support.sizes import types_digest
@@ -29,30 +30,28 @@ from dsmoe_local.evaluate.windows import cut_windows
 from dsmoe_local.evaluate.workplace import workplace
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.identity import file_identity
-from dsmoe_quantize import kernels, sensitivity_file
-from dsmoe_quantize.budget import Budget
+from dsmoe_quantize import kernels
 from dsmoe_quantize.choose import Wishes
 from dsmoe_quantize.imatrix import Imatrix
 from dsmoe_quantize.quantize import Plan, plan_quantization, quantize_file
-from dsmoe_quantize.target import Request, solve_target
-from dsmoe_quantize.types import resolve
+from dsmoe_quantize.types import TypeChoice, resolve
 
-FRONTIER = (4.4, 4.6, 4.8, 5.0, 5.25, 5.5, 6.0, 6.5)
-"""Bits per weight that the solver is asked for."""
-TARGETS = (0.9, 1.0, 1.1, 1.4)
-"""Sizes that it is asked for, as shares of the base's file."""
+ALIKE = ("q4", "q4-fast", "q4-small")
+"""Recipes that the base is held against with their own embedding and output types."""
+CACHE = "f32"
 
 _DIGITS = 6
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A checkpoint, a text to be measured on, and another for its importance matrix."""
+    """A checkpoint, a text to be measured on, and another for its importance matrix. `facts` tell more."""
 
     name: str
     folder: Path
     text: Text
     calibration: Text
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,19 +66,27 @@ class Amount:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """A model that is ready to be quantized and compared with itself."""
+    """A model that is ready to be quantized and compared with itself. `imatrix`: None if none is wanted."""
 
     folder: Path
     source: Path
     reference: Reference
     unquantized: Evaluation
-    imatrix: Imatrix
+    imatrix: Imatrix | None
     amount: Amount
 
     def plan(self, variant: Variant) -> Plan:
         """What becomes of the model in that type."""
-        imatrix = self.imatrix if variant.imatrix else None
-        return plan_quantization(self.source, resolve(variant.word), imatrix=imatrix)
+        return self.plan_of(resolve(variant.word), imatrix=variant.imatrix)
+
+    def plan_of(self, choice: TypeChoice, wishes: Wishes | None = None, *, imatrix: bool) -> Plan:
+        """What becomes of it in a type that may have no name."""
+        return plan_quantization(self.source, choice, wishes, imatrix=self.matrix_if(imatrix))
+
+    def matrix_if(self, wanted: bool) -> Imatrix | None:
+        """The importance matrix, if it is wanted."""
+        assert self.imatrix is not None or not wanted
+        return self.imatrix if wanted else None
 
     def measure(self, plan: Plan, variant: Variant, digest: str) -> FidelityRow:
         """Quantize, compare, remove."""
@@ -108,17 +115,20 @@ class Bench:
     def settings(self) -> dict[str, Any]:
         """What decides the figures, beside the types."""
         windows = self.reference.windows
-        return {
+        settings = {
             "model": file_identity(self.source),
             "text": windows.text,
             "text_digest": windows.text_digest,
             "n_context": windows.n_context,
             "n_windows": len(windows.tokens),
             "n_scored": windows.n_scored,
-            "imatrix": self.imatrix.digest()[:12],
-            "n_calibration": self.imatrix.n_chunks,
+            "cache": CACHE,
             "kernels": kernels.version(),
         }
+        if self.imatrix is None:
+            return settings
+        matrix = {"imatrix": self.imatrix.digest()[:12], "n_calibration": self.imatrix.n_chunks}
+        return {**settings, **matrix}
 
     def facts(self) -> dict[str, Any]:
         """What else a reader wants to know."""
@@ -133,14 +143,14 @@ class Bench:
 
 
 def load(path: Path, amount: Amount, *observers: ObserverOptions) -> EngineClient:
-    """As `dsmoe eval` loads it."""
-    options = ModelOptions(path, n_threads=amount.threads)
+    """As `dsmoe eval` loads it, but for the cache."""
+    options = ModelOptions(path, n_threads=amount.threads, cache_type_k=CACHE, cache_type_v=CACHE)
     return EngineClient.load(options_for(options, amount.n_context, *observers))
 
 
 @contextmanager
-def prepared(subject: Subject, amount: Amount) -> Iterator[Bench]:
-    """Convert the model, record what it predicts, and collect its importance matrix."""
+def prepared(subject: Subject, amount: Amount, *, imatrix: bool = True) -> Iterator[Bench]:
+    """Convert the model, record what it predicts, and collect its importance matrix if it is wanted."""
     with workplace() as folder:
         source = folder / f"{subject.name}.gguf"
         convert_folder(subject.folder, source, ConvertOptions("f32"), RunOptions(threads=amount.threads))
@@ -148,12 +158,17 @@ def prepared(subject: Subject, amount: Amount) -> Iterator[Bench]:
             windows = cut_windows(engine, subject.text, amount.n_context, amount.n_windows)
             reference, unquantized = record(engine, windows, folder)
         say(f"  unquantized: perplexity {unquantized.perplexity.perplexity.value:.4f}")
-        with ExitStack() as stack:
-            place = stack.enter_context(importance_file(folder / "importance.gguf"))
-            engine = stack.enter_context(load(source, amount, ACTIVATIONS))
-            windows = cut_windows(engine, subject.calibration, amount.n_context, amount.n_calibration)
-            imatrix = replace(collect(engine, windows, place).imatrix, name=subject.calibration.name)
-        yield Bench(folder, source, reference, unquantized, imatrix, amount)
+        matrix = importance_of(source, subject, amount, folder) if imatrix else None
+        yield Bench(folder, source, reference, unquantized, matrix, amount)
+
+
+def importance_of(source: Path, subject: Subject, amount: Amount, folder: Path) -> Imatrix:
+    """What counts, by the calibration text."""
+    with ExitStack() as stack:
+        place = stack.enter_context(importance_file(folder / "importance.gguf"))
+        engine = stack.enter_context(load(source, amount, ACTIVATIONS))
+        windows = cut_windows(engine, subject.calibration, amount.n_context, amount.n_calibration)
+        return replace(collect(engine, windows, place).imatrix, name=subject.calibration.name)
 
 
 def row_of(found: Evaluation, plan: Plan, variant: Variant, digest: str, file_size: int) -> FidelityRow:
@@ -215,41 +230,18 @@ def told(row: FidelityRow) -> str:
     return f"{row.bits_per_weight:.2f} bits, KL {row.kl:.3g} ± {row.kl_error:.1g}"
 
 
-def measure_frontier(
-    bench: Bench, targets: Sequence[float], weights: Mapping[str, float]
-) -> list[FidelityRow]:
-    """What the solver makes of so many bits per weight, with and without an importance matrix. `weights`:
-    what errors cost, by group, where that was measured.
+def measure_alike(bench: Bench) -> list[FidelityRow]:
+    """The base with the embedding and output types of each recipe: what the recipe gains elsewhere. In a
+    small model both weigh more than in a large one.
     """
     rows = []
     for imatrix in (False, True):
-        for bits in targets:
-            variant = Variant(f"{bits:g} bpw", imatrix)
-            plan = solved(bench, Budget(bits_per_weight=bits), variant, weights)
+        for word in ALIKE:
+            variant = Variant(word, imatrix)
+            types = {change.source.name: change.choice.type for change in bench.plan(variant).changes}
+            wishes = Wishes(output=types["output.weight"], embedding=types["token_embd.weight"])
+            plan = bench.plan_of(resolve(BASE), wishes, imatrix=imatrix)
             digest = types_digest([change.choice for change in plan.changes])
             rows.append(bench.measure(plan, variant, digest))
-            say(f"  {variant}: {told(rows[-1])}")
+            say(f"  {BASE}, embedding and output of {variant}: {told(rows[-1])}")
     return rows
-
-
-def measure_targets(bench: Bench, shares: Sequence[float], weights: Mapping[str, float]) -> list[TargetRow]:
-    """Sizes of files that were to be of a size."""
-    base = bench.plan(Variant(BASE, False)).file_size
-    found = []
-    for share in shares:
-        budget = int(share * base)
-        plan = solved(bench, Budget(size=budget), Variant(f"{share:g}", False), weights)
-        found.append(TargetRow(budget, bench.size_of(plan)))
-    return found
-
-
-def solved(bench: Bench, budget: Budget, variant: Variant, weights: Mapping[str, float]) -> Plan:
-    """The solver's best plan within a budget."""
-    imatrix = bench.imatrix if variant.imatrix else None
-    path = bench.folder / f"sensitivity-{variant.imatrix}.json"
-    file, hp = read_model(bench.source)
-    if not path.exists():
-        start = sensitivity_file.start(file, imatrix, None)
-        sensitivity_file.write_sensitivity(replace(start, weights=weights), path)
-    request = Request(budget, variant.word.replace(" ", "-"), sensitivity=path)
-    return solve_target(file, hp, request, Wishes(), imatrix, threads=bench.amount.threads).solved.plan

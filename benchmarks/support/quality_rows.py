@@ -20,7 +20,7 @@ from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.paths import cache_folder
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("reference", "demo", "sizes", "speed")
+PARTS = ("reference", "steps", "demo", "sizes", "speed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +37,14 @@ class SizeRow:
 
 @dataclass(frozen=True, slots=True)
 class SpeedRow:
-    """A type's tokens per second on the shape with few layers, round by round."""
+    """A type's tokens per second on the shape with few layers, round by round, and the bytes that decoding
+    one token reads there.
+    """
 
     type: str
     imatrix: bool
     digest: str
+    n_bytes_per_token: float
     prompt: Sequence[float]
     decode: Sequence[float]
 
@@ -71,6 +74,22 @@ class FidelityRow:
 
 
 @dataclass(frozen=True, slots=True)
+class StepRow:
+    """A recipe with another type, `word`, for a kind of group; none of both: as it is. Bytes are those of the
+    16B shape, `windows` as of a `FidelityRow`; `digest` is the recipe's own.
+    """
+
+    type: str
+    imatrix: bool
+    digest: str
+    kind: str
+    word: str
+    n_bytes: int
+    n_bytes_per_token: float
+    windows: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
 class TargetRow:
     """A size that was asked for, and that of the file made for it."""
 
@@ -78,10 +97,26 @@ class TargetRow:
     file_size: int
 
 
-Row: TypeAlias = SizeRow | SpeedRow | FidelityRow
+@dataclass(frozen=True, slots=True)
+class CandidateRow:
+    """A recipe that might take the place of q8; `about` says what it is. `large_ratio` is its size to Q8_0's
+    on the 16B shape, `windows` are as of a `FidelityRow`.
+    """
 
-_ROWS: Mapping[str, type[SizeRow] | type[SpeedRow] | type[FidelityRow]] = {
+    type: str
+    imatrix: bool
+    digest: str
+    about: str
+    large_ratio: float
+    file_size: int
+    windows: Sequence[float]
+
+
+Row: TypeAlias = SizeRow | SpeedRow | FidelityRow | StepRow
+
+_ROWS: Mapping[str, type[SizeRow] | type[SpeedRow] | type[FidelityRow] | type[StepRow]] = {
     "reference": FidelityRow,
+    "steps": StepRow,
     "demo": FidelityRow,
     "sizes": SizeRow,
     "speed": SpeedRow,
@@ -90,8 +125,12 @@ _ROWS: Mapping[str, type[SizeRow] | type[SpeedRow] | type[FidelityRow]] = {
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One part's rows. `settings` decide them, beside the types; `frontier` and `targets`, of the reference
-    alone, are what the solver made of budgets.
+    """One part's rows. `settings` decide them, beside the types. Of the reference alone: `frontier` and
+    `targets`, what the solver made of budgets; `alike`, the base with the embedding and the output as in the
+    recipe that each row is named after; `eight`, what else 8 bits could be.
+
+    `measured` and `commit` are those of the last run, `oldest` of the first one that some rows are from, if
+    that is another.
     """
 
     name: str
@@ -101,7 +140,15 @@ class Part:
     rows: Sequence[Any]
     frontier: Sequence[FidelityRow] = ()
     targets: Sequence[TargetRow] = ()
+    alike: Sequence[FidelityRow] = ()
+    eight: Sequence[CandidateRow] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    oldest: str = ""
+
+    @property
+    def stamp(self) -> str:
+        """When its oldest rows were measured, and with which commit."""
+        return self.oldest or f"{self.measured}, commit {self.commit or 'unknown'}"
 
     def row(self, variant: Variant) -> Any:  # noqa: ANN401 - of the part's kind
         """The row of a type; KeyError if there is none."""
@@ -134,10 +181,10 @@ def part_of(name: str, settings: Mapping[str, Any], rows: Sequence[Row], **more:
 
 
 def _commit() -> str:
-    """The checkout's, where there is one."""
+    """The checkout's, where there is one; it tells of changes that are in no commit."""
     try:
         done = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],  # noqa: S607
+            ["git", "describe", "--always", "--dirty"],  # noqa: S607
             capture_output=True,
             text=True,
             cwd=ROOT,
@@ -152,9 +199,11 @@ def parse_part(content: Mapping[str, Any]) -> Part:
     """What `as_json` has made. KeyError, TypeError if it is something else."""
     kind = _ROWS[content["name"]]
     rows = [kind(**row) for row in content["rows"]]
-    frontier = tuple(FidelityRow(**row) for row in content["frontier"])
+    frontier, alike = (tuple(FidelityRow(**row) for row in content[name]) for name in ("frontier", "alike"))
     targets = tuple(TargetRow(**row) for row in content["targets"])
-    return Part(**{**content, "rows": rows, "frontier": frontier, "targets": targets})
+    eight = tuple(CandidateRow(**row) for row in content["eight"])
+    tuples = {"frontier": frontier, "targets": targets, "alike": alike, "eight": eight}
+    return Part(**{**content, "rows": rows, **tuples})
 
 
 def folder_of(*, quick: bool = False) -> Path:

@@ -12,9 +12,12 @@ from typing import Any
 
 from benchmarks.support.quality_rows import SpeedRow
 from benchmarks.support.quality_types import OURS, TIMED, Variant
-from benchmarks.support.random_models import Shape, measure_speed, model_file, shape_of
+from benchmarks.support.random_models import Shape, measure_speed, model_file, shape_of, with_layers
 from benchmarks.support.rows import say
+from benchmarks.support.sizes import size_of
+from dsmoe_local.evaluate.speed.machine import cpu_name
 from dsmoe_local.evaluate.speed.workload import workloads_of
+from dsmoe_quantize import kernels
 
 PRESET = "deepseekmoe-16b"
 
@@ -44,12 +47,19 @@ class Timing:
             "n_gen": self.n_gen,
             "rounds": self.rounds,
             "threads": self.threads,
-            "load_before": round(os.getloadavg()[0], 2),
+            "kernels": kernels.version(),
         }
+
+    def facts(self) -> dict[str, Any]:
+        """The machine, as it is before."""
+        load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+        return {"cpu": cpu_name(), "load_before": load}
 
 
 def timed_variants() -> Iterator[Variant]:
-    """Each kind of file once: a matrix changes no speed, and a recipe may be a stock type by another name."""
+    """Each kind of file once: a recipe may be a stock type by another name. All without an importance matrix:
+    with one, some stock mixes get larger types in a few tensors, and recipes never.
+    """
     seen = set()
     for word in (*TIMED, *OURS):
         variant = Variant(word, False)
@@ -69,11 +79,13 @@ def measure_speeds(timing: Timing) -> list[SpeedRow]:
             rates[variant].append([speed.rate for speed in found.speeds])
             told = ", ".join(f"{speed.workload.label} {speed.rate:.2f}" for speed in found.speeds)
             say(f"  round {number + 1}: {variant} {told}")
+    hp = with_layers(timing.shape.hp, timing.layers)
     return [
         SpeedRow(
             variant.word,
             variant.imatrix,
             variant.digest,
+            size_of(hp, variant.word).n_bytes_per_token,
             [round(prompt, 3) for prompt, _ in each],
             [round(decode, 3) for _, decode in each],
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 from benchmarks.support.quality_bars import (
     DECODE,
@@ -14,10 +14,14 @@ from benchmarks.support.quality_bars import (
     targets_hold,
     verdicts,
 )
+from benchmarks.support.quality_document import markdown
+from benchmarks.support.quality_eight import EIGHT_BASE
 from benchmarks.support.quality_rows import FidelityRow, Part
+from benchmarks.support.quality_settings import settings_table
 from benchmarks.support.quality_types import BASE, OURS, Variant
 
 _WORDS = {False: "without", True: "with"}
+_HOLDS = {True: "met", False: "**MISSED**", None: "the same types"}
 
 
 def all_tables(parts: Mapping[str, Part]) -> dict[str, str]:
@@ -27,11 +31,14 @@ def all_tables(parts: Mapping[str, Part]) -> dict[str, str]:
         "demo": ("demo", fidelity_table),
         "frontier": ("reference", frontier_table),
         "targets": ("reference", targets_table),
+        "alike": ("reference", alike_table),
+        "q8": ("reference", eight_table),
+        "steps": ("steps", steps_table),
         "sizes": ("sizes", sizes_table),
         "speed": ("speed", speed_table),
     }
     tables = {name: make(parts[part]) for name, (part, make) in makers.items() if part in parts}
-    return {"bars": bars_table(parts), **tables}
+    return {"settings": settings_table(parts), "bars": bars_table(parts), **tables}
 
 
 def bars_table(parts: Mapping[str, Part]) -> str:
@@ -39,7 +46,6 @@ def bars_table(parts: Mapping[str, Part]) -> str:
     rows = []
     for verdict in verdicts(parts):
         low_high = "" if verdict.interval is None else "{:.3f} – {:.3f}".format(*verdict.interval)
-        word = "met" if verdict.holds else "**MISSED**"
         rows.append(
             [
                 f"`{verdict.recipe}`",
@@ -49,7 +55,7 @@ def bars_table(parts: Mapping[str, Part]) -> str:
                 f"{verdict.ratio:.3f}",
                 low_high,
                 str(verdict.bar),
-                "the same types" if verdict.is_alias else word,
+                _HOLDS[verdict.holds],
             ]
         )
     return markdown(("recipe", "imatrix", "what", "against", "ratio", "95%", "bar", ""), "llllrlll", rows)
@@ -116,10 +122,78 @@ def frontier_table(part: Part) -> str:
 def targets_table(part: Part) -> str:
     """Sizes asked for, and what came of them."""
     rows = [
-        [f"{row.budget:,}", f"{row.file_size:,}", f"{share:.2%}", "met" if holds else "**MISSED**"]
+        [f"{row.budget:,}", f"{row.file_size:,}", f"{share:.2%}", _HOLDS[holds]]
         for row, (share, holds) in zip(part.targets, targets_hold(part), strict=True)
     ]
     return markdown(("`--target-size`, bytes", "file", "used", "99 to 100%"), "rrrl", rows)
+
+
+def alike_table(part: Part) -> str:
+    """Recipes against the base with their own embedding and output types."""
+    rows = []
+    for base in part.alike:
+        row = _row(part.rows, base.type, base.imatrix)
+        assert row is not None
+        ratio, (low, high) = ratio_of(row.windows, base.windows)
+        rows.append(
+            [
+                named(row.type),
+                _WORDS[row.imatrix],
+                f"{row.file_size / base.file_size:.3f} x",
+                f"{1e3 * row.kl:.3f}",
+                f"{1e3 * base.kl:.3f}",
+                f"{ratio:.3f} x",
+                f"{low:.3f} – {high:.3f}",
+            ]
+        )
+    heads = ("recipe", "imatrix", "size", "KL, 1e-3", "KL of Q4_K_M so, 1e-3", "ratio", "95%")
+    return markdown(heads, "llrrrrl", rows)
+
+
+def eight_table(part: Part) -> str:
+    """What else 8 bits could be, beside Q8_0."""
+    rows = []
+    for candidate in part.eight:
+        base = part.row(Variant(EIGHT_BASE, candidate.imatrix))
+        ratio, (low, high) = ratio_of(candidate.windows, base.windows)
+        rows.append(
+            [
+                candidate.about,
+                _WORDS[candidate.imatrix],
+                f"{candidate.large_ratio:.3f} x",
+                f"{candidate.file_size / base.file_size:.3f} x",
+                f"{1e3 * statistics.mean(candidate.windows):.4f}",
+                f"{1e3 * base.kl:.4f}",
+                f"{ratio:.3f} x",
+                f"{low:.3f} – {high:.3f}",
+            ]
+        )
+    heads = (
+        "Q8_0, but",
+        "imatrix",
+        "size of 16B",
+        "size here",
+        "KL, 1e-3",
+        "KL of Q8_0, 1e-3",
+        "ratio",
+        "95%",
+    )
+    return markdown(heads, "llrrrrrl", rows)
+
+
+def steps_table(part: Part) -> str:
+    """A recipe, and each step away from it, in ratios to the base."""
+    base, *others = part.rows
+    rows = [
+        [
+            f"{row.kind} in `{row.word}`" if row.kind else f"{named(row.type)} as it is",
+            f"{row.n_bytes / base.n_bytes:.3f} x",
+            f"{row.n_bytes_per_token / base.n_bytes_per_token:.3f} x",
+            f"{ratio_of(row.windows, base.windows)[0]:.3f} x",
+        ]
+        for row in others
+    ]
+    return markdown(("", "size", "bytes per token", "KL"), "lrrr", rows)
 
 
 def sizes_table(part: Part) -> str:
@@ -144,7 +218,7 @@ def sizes_table(part: Part) -> str:
 
 
 def speed_table(part: Part) -> str:
-    """Medians of the rounds, and of the rounds' ratios."""
+    """Medians of the rounds, and of the rounds' ratios; what decoding reads, in ratios, too."""
     base = speed_of(part, Variant(BASE, False))
     rows = []
     for row in part.rows:
@@ -158,27 +232,13 @@ def speed_table(part: Part) -> str:
                 pairs = list(zip(rates, getattr(base, measure), strict=True))
                 ratios = [ours / theirs for ours, theirs in pairs]
                 cells.append(f"{median_ratio(pairs):.3f} x ({min(ratios):.3f} – {max(ratios):.3f})")
+        if base is None:
+            cells.append("")
+        else:
+            cells.append(f"{row.n_bytes_per_token / base.n_bytes_per_token:.3f} x")
         rows.append(cells)
-    heads = ("type", "prompt, tokens/s", "against Q4_K_M", "decode, tokens/s", "against Q4_K_M")
-    return markdown(heads, "lrrrr", rows)
-
-
-def markdown(heads: Sequence[str], sides: str, rows: Iterable[Sequence[str]]) -> str:
-    """A table; of `sides`, l is left, r right, m in the middle."""
-    marks = {"l": "---", "r": "---:", "m": ":---:"}
-    lines = [heads, [marks[side] for side in sides], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def with_tables(text: str, tables: Mapping[str, str]) -> str:
-    """A document with the tables between their marks: `<!-- table: NAME -->` and `<!-- end -->`. ValueError
-    if a mark is missing.
-    """
-    for name, table in tables.items():
-        begin, end = f"<!-- table: {name} -->\n", "\n<!-- end -->"
-        start = text.find(begin)
-        stop = text.find(end, start)
-        if start < 0 or stop < 0:
-            raise ValueError(f"the document has no place for the table {name}")
-        text = text[: start + len(begin)] + table + text[stop:]
-    return text
+    heads = (
+        "type", "prompt, tokens/s", "against Q4_K_M", "decode, tokens/s", "against Q4_K_M",
+        "bytes per token of this file",
+    )  # fmt: skip
+    return markdown(heads, "lrrrrr", rows)

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
+from benchmarks.support.reference_shape import HP
 from benchmarks.support.sizes import choices_of, types_digest
-from benchmarks.train_reference import HP
 from dsmoe_local.model.presets import PRESETS
 from dsmoe_quantize.named_recipes import RECIPES
+from dsmoe_quantize.types import TypeChoice
 
 BASE = "Q4_K_M"
 """What our recipes are held against."""
@@ -36,11 +37,6 @@ class Variant:
         return f"{self.word}, imatrix" if self.imatrix else self.word
 
     @property
-    def is_ours(self) -> bool:
-        """Whether it is a recipe of this project."""
-        return self.word in OURS
-
-    @property
     def digest(self) -> str:
         """Of the types that the tensors of 16B and of the trained reference get: figures with another digest
         are of something else.
@@ -56,5 +52,10 @@ def variants() -> Iterator[Variant]:
 
 @cache
 def _digest(word: str, imatrix: bool) -> str:
-    parts = [types_digest(choices_of(hp, word, imatrix=imatrix)) for hp in (LARGE, HP)]
+    return digest_of(word, imatrix=imatrix)
+
+
+def digest_of(wanted: str | TypeChoice, *, imatrix: bool) -> str:
+    """As a variant's, of a type that may have no name."""
+    parts = [types_digest(choices_of(hp, wanted, imatrix=imatrix)) for hp in (LARGE, HP)]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:_DIGITS]

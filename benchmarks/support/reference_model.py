@@ -97,7 +97,9 @@ class Mixture(nn.Module):
 
 
 def _padded(rows: Tensor) -> Tensor:
-    """With rows of zeros up to one of a few numbers: a product of another shape compiles its kernel anew."""
+    """With rows of zeros up to one of a few numbers: each new shape of a bf16 product compiles a kernel."""
+    if not torch.is_autocast_enabled("cpu"):
+        return rows
     return functional.pad(rows, (0, 0, 0, -len(rows) % _ROWS))
 
 

@@ -17,7 +17,10 @@ from pathlib import Path
 from dsmoe_convert.demo import corpus
 
 _HELD_OUT_MODULES = 16  # one of so many
-_WITHOUT = frozenset({"test", "tests", "idlelib", "site-packages", "dist-packages", "lib2to3", "__pycache__"})
+# pydoc_data has the help topics, those that are held out, too.
+_WITHOUT = frozenset(
+    {"test", "tests", "idlelib", "pydoc_data", "site-packages", "dist-packages", "lib2to3", "__pycache__"}
+)
 _LEAST_CHARACTERS = 40  # shorter docstrings say little
 
 

@@ -12,7 +12,7 @@ from dsmoe_local.model.gguf_writer import PlannedTensor
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import Role, tensor_specs
 from dsmoe_quantize.choose import Choice, choose_types
-from dsmoe_quantize.types import resolve
+from dsmoe_quantize.types import TypeChoice, resolve
 
 FLOAT_ROLES = (Role.NORM, Role.ROUTER)
 _DIGITS = 12
@@ -36,20 +36,22 @@ def unquantized(hp: Hyperparameters) -> list[PlannedTensor]:
     ]
 
 
-def choices_of(hp: Hyperparameters, word: str, *, imatrix: bool = False) -> Sequence[Choice]:
-    """The types that the tensors of the shape get in the type called `word`. `imatrix`: when they are encoded
-    with an importance matrix.
+def choices_of(hp: Hyperparameters, wanted: str | TypeChoice, *, imatrix: bool = False) -> Sequence[Choice]:
+    """The types that the tensors of the shape get in a type, or the one of that name. `imatrix`: when they
+    are encoded with an importance matrix.
     """
-    return choose_types(unquantized(hp), hp, resolve(word), imatrix=imatrix)
+    choice = resolve(wanted) if isinstance(wanted, str) else wanted
+    return choose_types(unquantized(hp), hp, choice, imatrix=imatrix)
 
 
-def size_of(hp: Hyperparameters, word: str, *, imatrix: bool = False) -> Size:
-    """What a model costs in the type called `word`."""
+def size_of(hp: Hyperparameters, wanted: str | TypeChoice, *, imatrix: bool = False) -> Size:
+    """What a model costs in a type, or in the one of that name."""
     specs = tensor_specs(hp)
-    choices = choices_of(hp, word, imatrix=imatrix)
+    choices = choices_of(hp, wanted, imatrix=imatrix)
     sizes = [tensor_bytes(choice.type, spec.shape) for choice, spec in zip(choices, specs, strict=True)]
     read = sum(size * read_fraction(hp, spec.role) for size, spec in zip(sizes, specs, strict=True))
-    return Size(word, sum(sizes), 8 * sum(sizes) / sum(spec.n_weights for spec in specs), read)
+    name = wanted if isinstance(wanted, str) else wanted.name
+    return Size(name, sum(sizes), 8 * sum(sizes) / sum(spec.n_weights for spec in specs), read)
 
 
 def types_digest(choices: Sequence[Choice]) -> str:

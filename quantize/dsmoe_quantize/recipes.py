@@ -72,13 +72,14 @@ def recipe_for(named: NamedRecipe, n_layers: int) -> LayeredRecipe:
         named.name,
         named.closest,
         MIXES[named.closest].file_type,
-        {kind: _by_layer(_words_of(named, kind), n_layers) for kind in KINDS},
+        {kind: _by_layer(words_of(named, kind), n_layers) for kind in KINDS},
         RECIPE_FALLBACKS,
         {"why": named.why},
     )
 
 
-def _words_of(named: NamedRecipe, kind: str) -> TypeWords:
+def words_of(named: NamedRecipe, kind: str) -> TypeWords:
+    """What a named recipe says of a kind of group."""
     fitting = [key for key in named.types if f"{kind}-".startswith(f"{key}-" if key else "")]
     return named.types[max(fitting, key=len)]
 

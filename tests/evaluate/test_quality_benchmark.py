@@ -4,69 +4,48 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from support.checkpoints import write_checkpoint
+from support.quality_parts import reference_part, sizes_part, speed_part, steps_part
 
 from benchmarks import quality
-from benchmarks.support import quality_fidelity
+from benchmarks.support import quality_fidelity, quality_speed
 from benchmarks.support.label_places import Box, Label, place
-from benchmarks.support.quality_bars import at_most, ratio_of, speed_of, targets_hold, verdicts
+from benchmarks.support.quality_bars import Below, Verdict, ratio_of, speed_of, targets_hold, verdicts
+from benchmarks.support.quality_budgets import Costs, costs_from, measure_frontier, measure_targets
 from benchmarks.support.quality_chart import chart
-from benchmarks.support.quality_fidelity import Amount, Subject, measure_types, prepared
-from benchmarks.support.quality_rows import (
-    FidelityRow,
-    Part,
-    SizeRow,
-    SpeedRow,
-    TargetRow,
-    load_part,
-    parse_part,
-    part_of,
-    save_part,
-)
-from benchmarks.support.quality_speed import timed_variants
-from benchmarks.support.quality_tables import all_tables, with_tables
-from benchmarks.support.quality_types import BASE, Variant, variants
+from benchmarks.support.quality_document import with_tables
+from benchmarks.support.quality_eight import EIGHT, EIGHT_BASE, measure_eight
+from benchmarks.support.quality_fidelity import Amount, Subject, load, measure_types, prepared
+from benchmarks.support.quality_kept import changes
+from benchmarks.support.quality_rows import SpeedRow, TargetRow, parse_part, part_of
+from benchmarks.support.quality_speed import Timing, measure_speeds, timed_variants
+from benchmarks.support.quality_steps import measure_steps, steps_of
+from benchmarks.support.quality_tables import all_tables
+from benchmarks.support.quality_types import BASE, LARGE, Variant
+from benchmarks.support.random_models import with_layers
+from benchmarks.support.reference_shape import HP
 from benchmarks.support.rows import Bar
+from benchmarks.support.sizes import size_of
+from dsmoe_convert.convert import ConvertOptions, convert_folder
+from dsmoe_local.base.errors import FileError, UsageError
+from dsmoe_local.engine.process.client import EngineClient
+from dsmoe_local.engine.types import ModelOptions
 from dsmoe_local.evaluate.text import Text, built_in
+from dsmoe_local.model.ggml import GgmlType
+from dsmoe_local.model.gguf_model import read_model
+from dsmoe_quantize import sensitivity_file
+from dsmoe_quantize.groups import KINDS
+from dsmoe_quantize.named_recipes import RECIPES
+from dsmoe_quantize.recipes import recipe_for
+from dsmoe_quantize.sensitivity import Probes, Sensitivity
 
 RANDOM = np.random.default_rng(0)
-
-
-def fidelity(variant: Variant, bits: float, kl: float, digest: str = "") -> FidelityRow:
-    windows = (kl * np.array([0.5, 1.0, 1.5])).tolist()
-    return FidelityRow(
-        variant.word, variant.imatrix, digest or variant.digest, int(1e6 * bits), bits, 1e5 * bits, 20.0, 0.1,
-        kl, kl / 10, kl, 9 * kl, 0.9, 0.8, 0.95, windows,
-    )  # fmt: skip
-
-
-def reference_part() -> Part:
-    """Stock types on a line, our recipes below it, and a frontier below them."""
-    rows = []
-    for number, variant in enumerate(variants()):
-        bits = 4.4 + 0.13 * (number % 12)
-        rows.append(fidelity(variant, bits, 0.01 * 2 ** (4 - bits) * (0.7 if variant.imatrix else 1)))
-    line = tuple(
-        fidelity(Variant(f"{bits:g} bpw", imatrix), bits, 0.006 * 2 ** (4 - bits), "of no type")
-        for imatrix in (False, True)
-        for bits in (4.4, 5.0, 6.0)
-    )
-    return part_of("reference", {"model": "m"}, rows, frontier=line, targets=(TargetRow(1000, 995),))
-
-
-def sizes_part(ratios: Mapping[str, float]) -> Part:
-    rows = [
-        SizeRow(each.word, each.imatrix, each.digest, int(1e9 * ratio), 5 * ratio, 1e8 * ratio)
-        for each in variants()
-        if (ratio := ratios.get(each.word, 1.0))
-    ]
-    return part_of("sizes", {}, rows)
 
 
 def test_the_interval_is_of_pairs() -> None:
@@ -88,37 +67,84 @@ def test_the_interval_is_that_of_theory() -> None:
         ratio_of([1.0, 2.0], [1.0])
 
 
+ISSUE = """
+q4       | size                  | Q4_K_M | <= 0.95
+q4       | bytes per token       | Q4_K_M | <= 1
+q4       | prompt                | Q4_K_M | >= 1
+q4       | decode                | Q4_K_M | >= 0.95
+q4       | KL                    | Q4_K_M | <= 0.78
+q4       | size of the reference | Q4_K_M | <= 1
+q4-fast  | size                  | Q4_K_M | <= 0.91
+q4-fast  | bytes per token       | Q4_K_M | <= 1
+q4-fast  | prompt                | Q4_K_M | >= 1.25
+q4-fast  | decode                | Q4_K_M | >= 1.05
+q4-fast  | KL                    | Q4_K_M | <= 0.95
+q4-fast  | size of the reference | Q4_K_M | <= 1
+q4-small | size                  | Q4_K_M | <= 0.86
+q4-small | bytes per token       | Q4_K_M | <= 0.95
+q4-small | prompt                | Q4_K_M | >= 1.1
+q4-small | decode                | Q4_K_M | >= 1.05
+q4-small | KL                    | IQ4_XS | < 1
+q4-small | size of the reference | Q4_K_M | <= 1
+q8       | size                  | Q8_0   | <= 1
+q8       | KL                    | Q8_0   | < 1
+"""
+
+
 def test_bars_are_the_issues() -> None:
-    """Guards: a bar held against the interval, the wrong side, or the other kind of file."""
-    sizes = sizes_part({"q4": 0.96, "q4-fast": 0.9, "q4-small": 0.86})
-    speed = part_of(
-        "speed",
-        {},
-        [
-            SpeedRow(each.word, False, each.digest, [10 * factor, 20 * factor, 30], [1.0, 2.0, 3.0])
-            for each in timed_variants()
-            if (factor := 1.0 if each.word == BASE else 1.2)
-        ],
-    )
+    """Guards: a bar that is another than what was set, or on the other side; one that is held against another
+    type, or is not told of at all.
+    """
+    parts = {"sizes": sizes_part({}), "speed": speed_part(), "reference": reference_part()}
+    wanted = sorted(tuple(cell.strip() for cell in line.split("|")) for line in ISSUE.split("\n") if line)
+    for imatrix in (False, True):
+        found = [each for each in verdicts(parts) if each.imatrix is imatrix]
+        assert sorted((each.recipe, each.measure, each.against, str(each.bar)) for each in found) == wanted
+
+
+def test_ratios_are_of_the_same_kind_of_file() -> None:
+    """Guards: a ratio of other figures, of a file with a matrix to one without; a bar held against the
+    interval.
+    """
+    sizes = sizes_part({"q4": 0.96, "q4-fast": 0.91, "q4-small": 0.86})
+    reference = reference_part()
     found = {
         (each.recipe, each.imatrix, each.measure, each.against): each
-        for each in verdicts({"sizes": sizes, "speed": speed, "reference": reference_part()})
+        for each in verdicts({"sizes": sizes, "speed": speed_part(1.2), "reference": reference})
     }
-    assert not found["q4", False, "size", BASE].holds
-    assert found["q4-fast", True, "size", BASE].holds
-    assert found["q4-small", False, "size", BASE].holds
+    assert found["q4", False, "size", BASE].holds is False
+    assert found["q4-fast", True, "size", BASE].holds is True
+    assert found["q4-small", False, "size", BASE].holds is True
     # The median of the rounds' own ratios.
     assert found["q4", False, "prompt", BASE].ratio == pytest.approx(1.2)
-    assert not found["q4-fast", False, "prompt", BASE].holds
-    assert found["q4", True, "decode", BASE].holds
-    assert not found["q4-fast", True, "decode", BASE].holds
+    assert found["q4-fast", False, "prompt", BASE].holds is False
+    assert found["q4", True, "decode", BASE].holds is True
+    assert found["q4-fast", True, "decode", BASE].holds is False
     divergence = found["q4", True, "KL", BASE]
+    ours, base = (reference.row(Variant(word, True)) for word in ("q4", BASE))
+    assert divergence.ratio == pytest.approx(ours.kl / base.kl)
     assert divergence.interval == pytest.approx((divergence.ratio, divergence.ratio))
-    assert divergence.bar == at_most(0.78)
-    assert str(Bar(0.95)) == ">= 0.95"
-    assert {
-        measure for recipe, _, measure, against in found if (recipe, against) == ("q4-small", "IQ4_XS")
-    } == {"KL"}
+
+
+def test_as_good_is_not_better() -> None:
+    """Guards: "below IQ4_XS's" met by the same divergence; another name of a type called better than it."""
+    part = reference_part()
+    theirs = part.row(Variant("IQ4_XS", False))
+    rows = [
+        replace(row, windows=theirs.windows) if (row.type, row.imatrix) == ("q4-small", False) else row
+        for row in part.rows
+    ]
+    found = {
+        (each.recipe, each.imatrix, each.measure): each
+        for each in verdicts({"reference": replace(part, rows=rows), "sizes": sizes_part({})})
+    }
+    assert found["q4-small", False, "KL"].ratio == 1
+    assert found["q4-small", False, "KL"].holds is False
+    assert found["q4-fast", False, "size of the reference"].bar == Bar(1, at_most=True)
+    for measure in ("KL", "size"):
+        assert found["q8", True, measure].holds is None
+        assert found["q8", True, measure].as_json()["holds"] is None
+    assert Verdict("q4", False, "KL", "Q4_0", 0.999, Below(1)).holds is True
 
 
 @pytest.mark.parametrize(("size", "holds"), [(1000, True), (990, True), (989, False), (1001, False)])
@@ -128,41 +154,47 @@ def test_a_target_is_used_to_a_hundredth(size: int, holds: bool) -> None:
     assert [each for _, each in targets_hold(part)] == [holds]
 
 
-def test_figures_of_changed_types_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards: figures of a recipe beside its name when it is another one by now, or gone."""
-    part = sizes_part({})
-    save_part(part, tmp_path)
-    assert load_part("sizes", tmp_path) == part
-    assert list(quality.kept_parts(tmp_path)) == ["sizes"]
-    changed = [replace(row, digest="another") if row.type == "q4" else row for row in part.rows]
-    save_part(replace(part, rows=[*changed, replace(part.rows[0], type="q9")]), tmp_path)
-    assert quality.kept_parts(tmp_path) == {}
-    assert "refused, since these types have changed: q4, q4, imatrix, q9." in capsys.readouterr().err
-    (tmp_path / "sizes.json").write_text('{"name": "sizes"}')
-    assert load_part("sizes", tmp_path) is None
-
-
-def test_known_rows_are_of_the_same_model() -> None:
-    """Guards: a row of another model, or of another text, taken over."""
-    part = reference_part()
-    assert len(quality_fidelity.known_rows({"model": "m"}, part)) == len(part.rows)
-    assert quality_fidelity.known_rows({"model": "another"}, part) == {}
-    stale = replace(part, rows=[replace(part.rows[0], digest="another"), *part.rows[1:]])
-    assert len(quality_fidelity.known_rows({"model": "m"}, stale)) == len(part.rows) - 1
-
-
 def test_each_kind_of_file_is_timed_once() -> None:
     """Guards: minutes spent on a stock type by another name; a recipe whose speed is not found."""
     timed = list(timed_variants())
     assert len({each.digest for each in timed}) == len(timed)
-    rows = [SpeedRow(each.word, False, each.digest, [1.0], [1.0]) for each in timed]
+    rows = [SpeedRow(each.word, False, each.digest, 1e8, [1.0], [1.0]) for each in timed]
     part = part_of("speed", {}, rows)
     assert all(speed_of(part, Variant(word, False)) is not None for word in ("q8", "q4", "q4-small", BASE))
 
 
+def test_speed_is_beside_the_bytes_of_its_own_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a speed of few layers beside the bytes per token of the whole shape; rounds mixed up."""
+    rates = iter(range(1, 1000))
+    monkeypatch.setattr(quality_speed, "model_file", lambda *_: Path("model.gguf"))
+    monkeypatch.setattr(
+        quality_speed,
+        "measure_speed",
+        lambda *_: SimpleNamespace(
+            speeds=[
+                SimpleNamespace(rate=next(rates), workload=SimpleNamespace(label=label))
+                for label in ("pp", "tg")
+            ]
+        ),
+    )
+    timing = Timing(3, 16, 4, 2, 1)
+    rows = measure_speeds(timing)
+    assert (rows[0].prompt, rows[0].decode) == ([1, 4 * len(rows) - 1], [2, 4 * len(rows)])
+    few = with_layers(LARGE, 3)
+    for row in rows:
+        assert row.n_bytes_per_token == size_of(few, row.type).n_bytes_per_token
+    assert timing.settings()["layers"] == 3
+
+
 def test_tables_are_of_the_figures() -> None:
     """Guards: columns that are mixed up; lines of another length; a document that keeps old figures."""
-    parts = {"reference": reference_part(), "sizes": sizes_part({"q4": 0.9})}
+    parts = {
+        "reference": replace(reference_part(), oldest="yesterday, commit abc"),
+        "sizes": sizes_part({"q4": 0.9}),
+        "steps": steps_part(),
+        "speed": speed_part(),
+        "demo": replace(reference_part(), name="demo"),
+    }
     tables = all_tables(parts)
     for table in tables.values():
         assert len({line.count("|") for line in table.splitlines()}) == 1
@@ -170,6 +202,27 @@ def test_tables_are_of_the_figures() -> None:
     first = parts["reference"].rows[0]
     assert f"| `Q8_0` | without | {first.file_size / 1e6:.2f} | 4.40 |" in tables["reference"]
     assert "| 1,000 | 995 | 99.50% | met |" in tables["targets"]
+    assert "| embedding in `Q8_0` | 0.950 x | 0.990 x | 0.300 x |" in tables["steps"]
+    ours = parts["reference"].row(Variant("q4-fast", False))
+    assert f"| **`q4-fast`** | without | {ours.bits_per_weight / 5:.3f} x |" in tables["alike"]
+    base = parts["reference"].row(Variant("Q8_0", True))
+    assert (
+        f"| {EIGHT[0].why} | with | 0.900 x | {4_312_000 / base.file_size:.3f} x | 100.0000 |" in tables["q8"]
+    )
+    assert "2.0 | 1.000 x (1.000 – 1.000) | 0.500 x |" in tables["speed"]
+    for line in (
+        "| reference | measured | ",
+        "|  | the oldest rows | yesterday, commit abc |",
+        "|  | training | 30 minutes, seed 0: 1,234 steps, 2.5M tokens, 1.2 epochs |",
+        "|  | unquantized perplexity | 25.5000 ± 0.5000 |",
+        "|  | text | held-out.txt: 3 windows of 512 tokens, 765 tokens scored |",
+        "|  | importance matrix | 100 windows of 512 tokens |",
+        "|  | costs of errors, for the solver | built in |",
+        "|  | processor | Some CPU, 2 threads, load before 0.1 |",
+    ):
+        assert line in tables["settings"]
+    # The document has a place for each.
+    assert with_tables(DOCUMENT, tables) != DOCUMENT
     text = "a\n<!-- table: sizes -->\nold\n<!-- end -->\nb\n"
     written = with_tables(text, {"sizes": "| new |"})
     assert written == "a\n<!-- table: sizes -->\n| new |\n<!-- end -->\nb\n"
@@ -180,8 +233,36 @@ def test_tables_are_of_the_figures() -> None:
 
 def test_figures_survive_their_file() -> None:
     """Guards: a figure that JSON changes."""
-    part = reference_part()
-    assert parse_part(json.loads(json.dumps(part.as_json()))) == part
+    for part in (reference_part(), speed_part(), steps_part(), sizes_part({})):
+        assert parse_part(json.loads(json.dumps(part.as_json()))) == part
+
+
+def test_steps_change_one_kind_each() -> None:
+    """Guards: a step that changes more than it says, nothing at all, or misses a kind of group."""
+    recipe = RECIPES["q4"]
+    before = recipe_for(recipe, LARGE.n_layers).types
+    steps = list(steps_of(recipe))
+    for step in steps:
+        after = recipe_for(step.recipe, LARGE.n_layers).types
+        assert [kind for kind in after if after[kind] != before[kind]] == [step.kind]
+        assert set(after[step.kind].values()) == {GgmlType.__members__[step.word]}
+    assert {step.kind for step in steps} == set(KINDS)
+
+
+def test_candidates_are_no_larger_than_what_they_replace() -> None:
+    """Guards: a candidate that is better because it is larger, or that is nothing else."""
+    for recipe in EIGHT:
+        for hp in (LARGE, HP):
+            assert size_of(hp, recipe).n_bytes <= size_of(hp, EIGHT_BASE).n_bytes
+        assert "F16" in recipe.types.values()
+
+
+def test_a_model_is_loaded_with_an_exact_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: an error of the KV cache counted as one of the type, or as none of the unquantized model."""
+    seen: list[ModelOptions] = []
+    monkeypatch.setattr(EngineClient, "load", seen.append)
+    load(Path("model.gguf"), Amount(1, 1, 1))
+    assert [(each.cache_type_k, each.cache_type_v) for each in seen] == [("f32", "f32")]
 
 
 def test_the_chart_shows_every_type() -> None:
@@ -229,19 +310,52 @@ def test_a_model_is_measured(tmp_path: Path) -> None:
         again = measure_types(
             bench, wanted, part_of("reference", bench.settings(), rows[:2]), lambda rows: None
         )
-        frontier = quality_fidelity.measure_frontier(bench, [8.0], {})
-        targets = quality_fidelity.measure_targets(bench, [1.0], {"output": 3.0})
+        frontier = measure_frontier(bench, [8.0], Costs())
+        targets = measure_targets(bench, [1.0], Costs({"output": 3.0}))
+        alike = quality_fidelity.measure_alike(bench)
+        eight = measure_eight(bench)
+        steps = measure_steps(bench, 2)
+        # Measured on what dsmoe convert makes of the same folder.
+        convert_folder(folder, tmp_path / "another.gguf", ConvertOptions("f32"))
+        start = sensitivity_file.start(read_model(tmp_path / "another.gguf")[0], None, None)
+        check_costs(start, tmp_path / "costs.json", bench.source)
     assert kept == [1, 2, 3, 4]
     assert [row.windows for row in again] == [row.windows for row in rows]
     found = {Variant(row.type, row.imatrix): row for row in rows}
     assert found[Variant("Q8_0", False)].kl < found[Variant("Q4_0", False)].kl
     assert found[Variant("Q4_0", True)].kl != found[Variant("Q4_0", False)].kl
-    for row in (*rows, *frontier):
+    for row in (*rows, *frontier, *alike):
         assert len(row.windows) == 3
         assert np.mean(row.windows) == pytest.approx(row.kl, rel=1e-4)
         assert row.kl_upper == pytest.approx(row.kl, rel=1e-6)
     assert all(row.bits_per_weight <= 8 for row in frontier)
     assert all(row.file_size <= row.budget for row in targets)
+    wanted_steps = [(step.kind, step.word) for step in steps_of(RECIPES["q4"])][:2]
+    assert [row.type for row in steps] == [BASE, "q4", "q4", "q4"]
+    assert [(row.kind, row.word) for row in steps] == [("", ""), ("", ""), *wanted_steps]
+    assert len({tuple(row.windows) for row in steps}) == len(steps)
+    assert [(row.type, row.imatrix) for row in eight] == [
+        (recipe.name, imatrix) for imatrix in (False, True) for recipe in EIGHT
+    ]
+    assert changes(part_of("reference", {}, [], eight=eight)) == []
+
+
+def check_costs(start: Sensitivity, path: Path, source: Path) -> None:
+    """Costs are taken from a file of the same model only, whatever importance matrix it was measured with."""
+    with pytest.raises(FileError):
+        costs_from(path, source)
+    assert costs_from(None, source) == Costs({}, "built in")
+    sensitivity_file.write_sensitivity(replace(start, weights={"output": 3.0}, imatrix="any"), path)
+    assert costs_from(path, source) == Costs({"output": 3.0}, "written by hand")
+    probes = Probes("some text", "digest", 512, 8, (GgmlType.Q4_0,), 0.0)
+    sensitivity_file.write_sensitivity(replace(start, weights={"output": 3.0}, probes=probes), path)
+    assert costs_from(path, source).told == "measured with Q4_0 on 8 windows of 512 tokens of some text"
+    sensitivity_file.write_sensitivity(start, path)
+    with pytest.raises(UsageError, match="no costs"):
+        costs_from(path, source)
+    sensitivity_file.write_sensitivity(replace(start, weights={"output": 3.0}, source="another"), path)
+    with pytest.raises(UsageError, match="another model"):
+        costs_from(path, source)
 
 
 DOCUMENT = quality.DOCUMENT.read_text(encoding="utf-8")
@@ -254,4 +368,4 @@ def test_the_document_is_of_its_figures() -> None:
     parts = {name: parse_part(part) for name, part in content.items()}
     assert with_tables(DOCUMENT, all_tables(parts)) == DOCUMENT
     assert quality.CHART.read_text(encoding="utf-8") == chart(parts["reference"])
-    assert {name: part.stale() for name, part in parts.items() if part.stale()} == {}
+    assert {name: found for name, part in parts.items() if (found := changes(part))} == {}
