@@ -34,11 +34,6 @@ LAYER_RULES: Mapping[str, LayerRule] = MappingProxyType(
     {
         "first-eighth": first(8),
         "last-eighth": last(8),
-        "first-quarter": first(4),
-        "last-quarter": last(4),
-        "first-half": first(2),
-        "last-half": last(2),
-        "every-second": every(2),
         "every-third": every(3),
         "more-bits": more_bits,
     }

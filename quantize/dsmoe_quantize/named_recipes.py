@@ -2,9 +2,11 @@
 
 Words alone, so that --help needs no library. What they mean for a model is `recipes`' concern.
 
-Why these types: in the routed experts, 91% of a 16B model, bits pay most in the down projection; attention
-and shared experts are read for every token but are 6% of the file; llama.cpp has fast CPU kernels (repacked
-blocks) for Q4_K and IQ4_NL, none for Q5_0 and Q8_0, which its own mixes put into the down projections.
+Why these types: docs/quality.md has the figures, and what one step away from q4 would change. Of the
+embedding a token reads one row: its bits cost nothing but room. Attention and shared experts are read for
+every token but are 6% of a 16B's weights. Routed experts are the other 91%; llama.cpp has fast CPU kernels
+(repacked blocks) for Q4_K and IQ4_NL, none for Q5_0 and Q8_0, which its own mixes put into all of the down
+projections.
 """
 
 from __future__ import annotations
@@ -47,37 +49,40 @@ _LIST = (
         why="close to the original at 4 bits",
         closest="Q4_K_M",
         types={
-            "embedding": "Q4_K",
-            "output": "Q6_K",
-            "attention": "Q6_K",
-            "shared": "Q6_K",
-            "dense": "Q4_K",
-            "dense-down": "IQ4_NL",
-            "routed-gate-up": "Q4_K",
-            "routed-down": "IQ4_NL",
-        },
-    ),
-    NamedRecipe(
-        "q4-fast",
-        why="4 bits with fast kernels where most is computed",
-        closest="Q4_K_M",
-        types={
-            "embedding": "Q4_K",
+            "embedding": "Q6_K",
             "output": "Q6_K",
             "attention": "Q5_K",
             "shared": "Q5_K",
             "dense": "Q5_K",
+            "dense-down": "Q5_0",
+            "routed-gate-up": "Q4_K",
+            "routed-down": {"Q5_0": "more-bits", "IQ4_NL": "others"},
+        },
+    ),
+    NamedRecipe(
+        "q4-fast",
+        why="4 bits with fast kernels for all routed experts",
+        closest="Q4_K_M",
+        types={
+            "embedding": "Q6_K",
+            "output": "Q5_K",
+            "attention": "Q5_K",
+            "shared": "Q5_K",
+            "dense": "Q5_K",
+            "dense-down": "Q5_0",
             "routed-gate-up": "Q4_K",
             "routed-down": "IQ4_NL",
         },
     ),
     NamedRecipe(
         "q4-small",
-        why="the least memory",
+        why="fewer bytes, on disk and for each token",
         closest="Q4_K_S",
         types={
             "": "Q4_K",
+            "embedding": "Q5_K",
             "output": "Q6_K",
+            "dense-down": "Q5_0",
             "routed-down": "IQ4_NL",
         },
     ),
