@@ -157,10 +157,9 @@ def show_offers(target: Target, budget: Budget, *, to_stderr: bool) -> None:
     solved = target.solved
     console.print(_offer_table(offers(target.market, solved, budget)))
     exact = "no recipe is better" if solved.is_optimal else f"none is below {solved.bound:.4g}"
-    costs = "measured" if target.sensitivity.weights else "built-in"
     console.print(
         f"predicted error {solved.total.error:.4g} ({exact}), from {target.sensitivity.share:.0%} of the"
-        f" weights and {costs} costs of errors",
+        f" weights; costs of errors: {target.market.error_weights}",
         soft_wrap=True,
     )
     console.print(f"left of the budget: {_room(target, budget)}", soft_wrap=True)

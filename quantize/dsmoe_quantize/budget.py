@@ -1,7 +1,7 @@
 """From a budget to a recipe: what each type of each group costs and how much it hurts, and what is best.
 
 Errors are predicted divergences in nats: each tensor's relative squared error (`sensitivity`) times what such
-an error costs in its group (`groups.WEIGHTS`, or what was measured), summed up. Good for comparing recipes of
+an error costs in its group (`error_weights`), summed up. Good for comparing recipes of
 one model; how far a file really is from its source, `dsmoe eval --against` says.
 """
 
@@ -20,8 +20,9 @@ from dsmoe_local.model.gguf_file import GgufFile, TensorInfo
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import role_of
 from dsmoe_quantize.choose import Choice, Wishes, settled_types
+from dsmoe_quantize.error_weights import error_weights
 from dsmoe_quantize.fast_kernels import is_fast
-from dsmoe_quantize.groups import WEIGHTS, Group, group_of
+from dsmoe_quantize.groups import Group, group_of
 from dsmoe_quantize.imatrix import Imatrix
 from dsmoe_quantize.quantize import Plan, plan_file
 from dsmoe_quantize.recipe_file import closest_mix, file_type_of
@@ -109,10 +110,11 @@ class Market:
         self.cpu = cpu
         self.wishes = wishes or Wishes()
         self.imatrix = imatrix
-        self._sensitivity = sensitivity
+        self.sensitivity = sensitivity
         self._tied = "output.weight" not in file.tensors
         self._alignment = file.alignment
-        self._weights = self._error_weights()
+        self._energies = self._energies_of_groups()
+        self.error_weights = error_weights(self._energies.keys(), sensitivity.weights)
         base = LayeredRecipe("base", "F16", 1, {}, RECIPE_FALLBACKS)
         tensors = list(file.tensors.values())
         self.settled = settled_types(tensors, hp, base, self.wishes)
@@ -151,28 +153,19 @@ class Market:
         role = role_of(tensor.name)
         return read_fraction(self.hp, role) if role else 1.0
 
-    def _error_weights(self) -> dict[Group, tuple[float, float]]:
-        """Of each group: what a relative error of 1 costs, and its energy."""
+    def _energies_of_groups(self) -> dict[Group, float]:
         energies: dict[Group, float] = {}
-        for name, measured in self._sensitivity.tensors.items():
+        for name, measured in self.sensitivity.tensors.items():
             group = group_of(name, self._tied)
             if group is not None:
                 energy = measured.energy * measured.n_weights / measured.n_tried
                 energies[group] = energies.get(group, 0.0) + energy
-        n_layers = Counter(group.kind for group in energies)
-        known = self._sensitivity.weights
-        return {
-            group: (
-                known.get(str(group), known.get(group.kind, WEIGHTS[group.kind]) / n_layers[group.kind]),
-                energy,
-            )
-            for group, energy in energies.items()
-        }
+        return energies
 
     def _figures(self, tensor: TensorInfo, kind: GgmlType) -> Figures:
         n_bytes = tensor_bytes(kind, tensor.shape)
         fraction = self._read_fraction(tensor)
-        is_matrix = tensor.name in self._sensitivity.tensors
+        is_matrix = tensor.name in self.sensitivity.tensors
         slow = is_matrix and not is_fast(self.cpu, kind, tensor.shape)
         return Figures(
             -(-n_bytes // self._alignment) * self._alignment,
@@ -182,10 +175,10 @@ class Market:
         )
 
     def _error(self, tensor: TensorInfo, kind: GgmlType) -> float:
-        measured = self._sensitivity.tensors[tensor.name]
+        measured = self.sensitivity.tensors[tensor.name]
         group = group_of(tensor.name, self._tied)
         assert group is not None  # it was measured
-        weight, energy = self._weights[group]
+        weight, energy = self.error_weights.of[group], self._energies[group]
         # Floats are measured only where no block fits; they lose next to nothing.
         if not energy or (kind in FLOATS and kind not in measured.errors):
             return 0.0
@@ -200,7 +193,7 @@ class Market:
         return [self._options(group, each) for group, each in members.items()]
 
     def _options(self, group: Group, tensors: list[TensorInfo]) -> GroupOptions:
-        measured = [self._sensitivity.tensors[tensor.name].errors for tensor in tensors]
+        measured = [self.sensitivity.tensors[tensor.name].errors for tensor in tensors]
         shared = [kind for kind in measured[0] if all(kind in errors for errors in measured)]
         found = {}
         for kind in shared:

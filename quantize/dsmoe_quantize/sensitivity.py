@@ -64,7 +64,8 @@ class Probe:
 class Probes:
     """What `weights` were measured with: the text, its windows, the types tried, and each group's results.
 
-    `floor` is the divergence, in nats, that the model had from itself.
+    `floor` is the divergence, in nats, that the model had from itself. `n_windows_of_text` is how many there
+    were to read; 0: that was not noted.
     """
 
     text: str
@@ -74,6 +75,7 @@ class Probes:
     types: tuple[GgmlType, ...]
     floor: float
     groups: Mapping[str, Mapping[GgmlType, Probe]] = field(default_factory=dict)
+    n_windows_of_text: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ class Sensitivity:
 
     `weights` are what a relative error of 1 in a group ("routed-down.5"), or in all layers of a kind
     ("routed-down"), would cost in nats of divergence, where somebody has measured that; `probes` how, if it
-    was `dsmoe eval --sensitivity`.
+    was `dsmoe eval --sensitivity`. `error_weights` says what becomes of them.
     """
 
     source: str
@@ -110,6 +112,15 @@ def candidates(tensor: TensorInfo) -> list[GgmlType]:
     return fitting if tensor.type in FLOATS or tensor.type in fitting else [*fitting, tensor.type]
 
 
+def unmeasured(file: GgufFile, known: Sensitivity) -> list[TensorInfo]:
+    """The tensors of `file` that may change and are not in `known`."""
+    return [tensor for tensor in _wanted(file) if tensor.name not in known.tensors]
+
+
+def _wanted(file: GgufFile) -> list[TensorInfo]:
+    return [tensor for tensor in file.tensors.values() if may_change(tensor)]
+
+
 def measure(
     file: GgufFile,
     known: Sensitivity,
@@ -126,8 +137,7 @@ def measure(
     NaN or infinite, FileError, InterruptedRunError when `stop` is set.
     """
     stop = stop or threading.Event()
-    wanted = [tensor for tensor in file.tensors.values() if may_change(tensor)]
-    missing = [tensor for tensor in wanted if tensor.name not in known.tensors]
+    wanted, missing = _wanted(file), unmeasured(file, known)
     found = dict(known.tensors)
     lock = threading.Lock()
     listen(Started("measuring", len(wanted), len(wanted) - len(missing), "tensors"))

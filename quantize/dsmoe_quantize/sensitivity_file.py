@@ -3,7 +3,8 @@
     {"format": "dsmoe-sensitivity", "version": 1, "source": …, "imatrix": …, "kernels": …, "sample": 262144,
      "tensors": {"blk.1.attn_q.weight": {"n_weights": …, "n_tried": …, "energy": …, "errors": {"Q4_K": …}}},
      "weights": {"routed-down": 0.9, "routed-down.1": 0.05},
-     "probes": {"text": …, "text_digest": …, "n_context": 512, "n_windows": 8, "types": ["Q4_0"], "floor": …,
+     "probes": {"text": …, "text_digest": …, "n_context": 512, "n_windows": 8, "n_windows_of_text": 37,
+                "types": ["Q4_0"], "floor": …,
                 "groups": {"routed-down": {"Q4_0": {"error": …, "kl": …, "kl_error": …}}}}}
 
 `weights` and `probes` are there once `dsmoe eval --sensitivity` has measured them; `weights` may also be
@@ -29,10 +30,12 @@ from dsmoe_local.model.ggml import GgmlType, type_name
 from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.identity import file_identity
 from dsmoe_quantize import kernels
+from dsmoe_quantize.groups import KINDS
 from dsmoe_quantize.imatrix import Imatrix
 from dsmoe_quantize.sensitivity import SAMPLE, Probe, Probes, Sensitivity, TensorErrors
 
 _FORMAT, _VERSION = "dsmoe-sensitivity", 1
+_ANOTHER = "name another file"
 _MAX_BYTES = 1 << 26
 _PROBE_FIELDS = frozenset(item.name for item in fields(Probe))
 _SECONDS = 5.0  # between two times of writing
@@ -132,6 +135,7 @@ def _probes_as_json(probes: Probes) -> dict[str, Any]:
         "text_digest": probes.text_digest,
         "n_context": probes.n_context,
         "n_windows": probes.n_windows,
+        "n_windows_of_text": probes.n_windows_of_text,
         "types": [type_name(kind) for kind in probes.types],
         "floor": probes.floor,
         "groups": {
@@ -142,7 +146,10 @@ def _probes_as_json(probes: Probes) -> dict[str, Any]:
 
 
 def read_sensitivity(path: Path) -> Sensitivity:
-    """A file's content. FileError if it cannot be read, FormatError if it is none."""
+    """A file's content. FileError if it cannot be read, FormatError if it is none.
+
+    Only a file of ours is advised to be removed: another one may be a model whose name was taken for it.
+    """
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
@@ -151,16 +158,16 @@ def read_sensitivity(path: Path) -> Sensitivity:
     try:
         found = json.loads(content[:_MAX_BYTES])
     except (ValueError, RecursionError) as error:
-        raise _refusal(path, "it is not JSON") from error
-    if not isinstance(found, dict) or found.get("format") != _FORMAT or found.get("version") != _VERSION:
-        raise _refusal(path, f"it is not {_FORMAT} of version {_VERSION}")
+        raise _refusal(path, "it is not JSON", _ANOTHER) from error
+    if not isinstance(found, dict) or found.get("format") != _FORMAT:
+        raise _refusal(path, f"it is not {_FORMAT}", _ANOTHER)
+    if found.get("version") != _VERSION:
+        raise _refusal(path, f"it is not of version {_VERSION}")
     return _Reader(path, found).read()
 
 
-def _refusal(path: Path, what: str) -> FormatError:
-    return FormatError(
-        f"not a usable sensitivity file: {what}", where=path, remedy="remove it to measure again"
-    )
+def _refusal(path: Path, what: str, remedy: str = "remove it to measure again") -> FormatError:
+    return FormatError(f"not a usable sensitivity file: {what}", where=path, remedy=remedy)
 
 
 class _Reader:
@@ -189,9 +196,22 @@ class _Reader:
             version,
             sample,
             {name: self._tensor(name, value) for name, value in tensors.items()},
-            self._numbers("weights", self._found.get("weights", {})),
+            self._weights(),
             None if self._found.get("probes") is None else self._probes(self._found["probes"]),
         )
+
+    def _weights(self) -> dict[str, float]:
+        """They may be written by hand: a word that means no group would be without effect."""
+        found = self._numbers("weights", self._found.get("weights", {}))
+        for name in found:
+            kind, dot, layer = name.partition(".")
+            if kind not in KINDS or (dot and not (layer.isascii() and layer.isdigit())):
+                raise _refusal(
+                    self._path,
+                    safe_line(f"weights: {name} is no group", 120),
+                    f"correct it; there are {', '.join(KINDS)}",
+                )
+        return found
 
     def _tensor(self, name: str, value: object) -> TensorErrors:
         if not isinstance(value, dict):
@@ -222,6 +242,9 @@ class _Reader:
         n_context, n_windows = value.get("n_context"), value.get("n_windows")
         if type(n_context) is not int or type(n_windows) is not int or min(n_context, n_windows) < 1:
             self.refuse("probes: it does not say of how much text")
+        of_text = value.get("n_windows_of_text", 0)
+        if type(of_text) is not int or (of_text != 0 and of_text < n_windows):
+            self.refuse("probes: the text has fewer windows than were read")
         return Probes(
             safe_line(text, 80),
             safe_line(digest, 80),
@@ -230,6 +253,7 @@ class _Reader:
             tuple(self._type("probes", kind) for kind in types),
             self._numbers("probes", {"floor": value.get("floor")})["floor"],
             {group: self._group(group, found) for group, found in groups.items()},
+            of_text,
         )
 
     def _group(self, group: str, value: object) -> dict[GgmlType, Probe]:

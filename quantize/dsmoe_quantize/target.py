@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dsmoe_local.base.errors import FileError
+from dsmoe_local.base.durable import locked
+from dsmoe_local.base.errors import FileError, LockedError
 from dsmoe_local.base.progress import Listener, ignore
 from dsmoe_local.model.ggml import FLOATS, type_name
 from dsmoe_local.model.gguf_file import GgufFile
@@ -16,7 +19,7 @@ from dsmoe_quantize.budget import Budget, Market, Solved
 from dsmoe_quantize.choose import Wishes, may_change
 from dsmoe_quantize.errors import RequantizeError
 from dsmoe_quantize.imatrix import Imatrix
-from dsmoe_quantize.sensitivity import Sensitivity, measure
+from dsmoe_quantize.sensitivity import Sensitivity, measure, unmeasured
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,20 +71,45 @@ def solve_target(
 ) -> Target:
     """The best recipe for a request, for a model that was read and may be quantized.
 
-    Raises UsageError if nothing fits the budget or the sensitivity file is another's, and what `measure` and
-    the files raise. What was measured is kept also if it is interrupted.
+    Raises UsageError if nothing fits the budget or the sensitivity file is another's, LockedError if
+    something is not measured yet and another run writes the file, and what `measure` and the files raise.
+    What was measured is kept also if it is interrupted.
     """
     wanted = sensitivity_file.start(file, imatrix, request.sample)
     path = request.sensitivity or _cached(wanted)
-    known = sensitivity_file.resume(path, wanted, any_sample=request.sample is None)
-    keeper = sensitivity_file.Keeper(path)
-    try:
-        found = measure(file, known, imatrix, threads=threads, keep=keeper.keep, listen=listen, stop=stop)
-    finally:
-        keeper.close()
+    any_sample = request.sample is None
+    found = sensitivity_file.resume(path, wanted, any_sample=any_sample)
+    # What is complete is only read, also while `dsmoe eval --sensitivity` adds to it for hours.
+    if unmeasured(file, found):
+        with _held(path):
+            known = sensitivity_file.resume(path, wanted, any_sample=any_sample)
+            keeper = sensitivity_file.Keeper(path)
+            try:
+                found = measure(
+                    file, known, imatrix, threads=threads, keep=keeper.keep, listen=listen, stop=stop
+                )
+            finally:
+                keeper.close()
     market = Market(file, hp, found, wishes=wishes, imatrix=imatrix, cpu=request.cpu)
-    solved = market.solve(request.budget, request.name, _about(request, found, imatrix, wishes))
+    solved = market.solve(request.budget, request.name, _about(request, market, found, imatrix, wishes))
     return Target(market, solved, found, path)
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """The right to write the file: two runs would write over each other's results."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(path))
+        except LockedError as error:
+            raise LockedError(
+                error.what,
+                where=error.where,
+                remedy="wait for it to end, or name another file: --sensitivity",
+            ) from error
+        except OSError as error:
+            raise FileError(f"the sensitivity cannot be kept: {error.strerror}", where=path) from error
+        yield
 
 
 def _cached(wanted: Sensitivity) -> Path:
@@ -98,7 +126,7 @@ def _cached(wanted: Sensitivity) -> Path:
 
 
 def _about(
-    request: Request, found: Sensitivity, imatrix: Imatrix | None, wishes: Wishes
+    request: Request, market: Market, found: Sensitivity, imatrix: Imatrix | None, wishes: Wishes
 ) -> dict[str, str | int | float]:
     """How the recipe came about, without what differs from run to run."""
     budget = request.budget
@@ -110,7 +138,7 @@ def _about(
         "cpu": request.cpu,
         "imatrix": imatrix.name if imatrix else None,
         "share_of_weights_tried": float(f"{found.share:.3g}"),
-        "error_weights": "measured" if found.weights else "built in",
+        "error_weights": str(market.error_weights),
         "wishes": "in effect"
         if wishes != replace(wishes, overrides=(), output=None, embedding=None)
         else None,

@@ -25,7 +25,7 @@ from dsmoe_quantize.choose import Wishes, may_change
 from dsmoe_quantize.errors import WeightError
 from dsmoe_quantize.imatrix import Imatrix
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
-from dsmoe_quantize.sensitivity import Sensitivity, candidates, measure, sampled_rows
+from dsmoe_quantize.sensitivity import Probe, Probes, Sensitivity, candidates, measure, sampled_rows
 from dsmoe_quantize.sensitivity_file import (
     Keeper,
     default_path,
@@ -42,6 +42,11 @@ SMALL = replace(MOE, n_layers=2)
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("model") / "tiny-BF16.gguf", SMALL)
+
+
+PROBES = Probes(
+    "t", "d", 512, 2, (GgmlType.Q4_0,), 1e-7, {"output": {GgmlType.Q4_0: Probe(0.01, 0.002, 0.0001)}}, 7
+)
 
 
 def sensitivity(path: Path, imatrix: Imatrix | None = None, sample: int = 0, **options: Any) -> Sensitivity:
@@ -194,6 +199,26 @@ def test_interrupted_and_continued(source: Path, tmp_path: Path) -> None:
     assert read_sensitivity(path) == found
 
 
+def test_costs_are_kept_while_errors_are_measured(source: Path, tmp_path: Path) -> None:
+    """Guards: hours of `dsmoe eval --sensitivity` lost to a target; older files refused."""
+    path = tmp_path / "kept.json"
+    file, _ = read_model(source)
+    wanted = replace(start(file, None, 4096), weights={"output": 0.2}, probes=PROBES)
+    write_sensitivity(wanted, path)
+    assert read_sensitivity(path) == wanted
+    found = measure(file, resume(path, start(file, None, 4096)))
+    assert (found.weights, found.probes) == (wanted.weights, PROBES)
+    write_sensitivity(found, path)
+    assert read_sensitivity(path) == found
+    old = json.loads(path.read_text())
+    del old["probes"]["n_windows_of_text"]
+    path.write_text(json.dumps(old))
+    assert read_sensitivity(path) == replace(found, probes=replace(PROBES, n_windows_of_text=0))
+    del old["probes"]
+    path.write_text(json.dumps(old))
+    assert read_sensitivity(path) == replace(found, probes=None)
+
+
 def test_kept_of_something_else(source: Path, tmp_path: Path) -> None:
     """Guards: another model's errors, taken for this one's."""
     file, _ = read_model(source)
@@ -228,7 +253,28 @@ DAMAGE: Mapping[str, Callable[[dict[str, Any]], object]] = {
     "a negative error": lambda found: found["tensors"]["output.weight"]["errors"].update(Q4_0=-1),
     "an error that is no number": lambda found: found["tensors"]["output.weight"]["errors"].update(Q4_0=None),
     "an infinite energy": lambda found: found["tensors"]["output.weight"].update(energy=float("inf")),
+    "a weight of no group": lambda found: found.update(weights={"routed-dwn": 1.0}),
+    "a weight of no layer": lambda found: found.update(weights={"routed-down.x": 1.0}),
     "weights that are words": lambda found: found.update(weights={"routed-down": "much"}),
+    "probes that are a list": lambda found: found.update(probes=[]),
+    "probes of no text": lambda found: found["probes"].pop("text_digest"),
+    "probes of more than the text": lambda found: found["probes"].update(n_windows_of_text=1),
+    "probes of no windows": lambda found: found["probes"].update(n_windows=0),
+    "probes of a half window": lambda found: found["probes"].update(n_windows=0.5),
+    "a probe of an unknown type": lambda found: found["probes"].update(types=["Q99"]),
+    "a type that is a list": lambda found: found["probes"].update(types=[["Q4_0"]]),
+    "noise that is a word": lambda found: found["probes"].update(floor="low"),
+    "a probed group that is a number": lambda found: found["probes"]["groups"].update(output=1),
+    "a probe that is a number": lambda found: found["probes"]["groups"].update(output={"Q4_0": 1}),
+    "a probe without a divergence": lambda found: found["probes"]["groups"]["output"]["Q4_0"].pop("kl"),
+}
+
+
+# A model may have been taken for the file, and words written by hand can be corrected.
+REMEDIES = {
+    "another format": "name another file",
+    "a weight of no group": "correct it",
+    "a weight of no layer": "correct it",
 }
 
 
@@ -236,12 +282,13 @@ DAMAGE: Mapping[str, Callable[[dict[str, Any]], object]] = {
 def test_damaged_files(source: Path, tmp_path: Path, what: str) -> None:
     """Guards: a traceback, or a recipe from nonsense."""
     path = tmp_path / "kept.json"
-    write_sensitivity(sensitivity(source, sample=32), path)
+    write_sensitivity(replace(sensitivity(source, sample=32), probes=PROBES), path)
     found = json.loads(path.read_text())
     DAMAGE[what](found)
     path.write_text(json.dumps(found))
-    with pytest.raises(FormatError, match="not a usable sensitivity file"):
+    with pytest.raises(FormatError, match="not a usable sensitivity file") as caught:
         read_sensitivity(path)
+    assert caught.value.remedy.startswith(REMEDIES.get(what, "remove it"))
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000])
@@ -249,5 +296,6 @@ def test_no_json(tmp_path: Path, content: bytes) -> None:
     """Guards: a traceback of the JSON reader."""
     path = tmp_path / "kept.json"
     path.write_bytes(content)
-    with pytest.raises(FormatError):
+    with pytest.raises(FormatError) as caught:
         read_sensitivity(path)
+    assert caught.value.remedy == "name another file"

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsmoe_quantize.relaxation import Option, Problem
-from dsmoe_quantize.solver import Solution, solve
+from dsmoe_quantize.solver import Solution, _Search, solve
 
 
 def by_brute_force(problem: Problem) -> float | None:
@@ -66,6 +66,21 @@ def test_optimal_on_small_cases(problem: Problem) -> None:
     check(problem, solution)
     assert solution.is_optimal
     assert solution.error == pytest.approx(best, rel=1e-9, abs=1e-12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems())
+def test_the_search_alone_finds_the_best(problem: Problem) -> None:
+    """Guards: a search that cuts the best solution off, unseen where the first guess is the best already."""
+    best = by_brute_force(problem)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Search, "_repaired", lambda _: None)
+        solution = solve(problem)
+    assert (solution is None) == (best is None)
+    if solution is not None:
+        check(problem, solution)
+        assert solution.is_optimal
+        assert solution.error == pytest.approx(best, rel=1e-9, abs=1e-12)
 
 
 def model_like(n_groups: int, n_budgets: int, seed: int) -> Problem:

@@ -1,0 +1,63 @@
+"""Targets and the file that keeps what was measured for them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support.tiny_gguf import MOE, write_tiny
+
+from dsmoe_local.base.durable import locked
+from dsmoe_local.base.errors import FileError, LockedError
+from dsmoe_local.model.gguf_model import read_model
+from dsmoe_quantize.budget import Budget
+from dsmoe_quantize.choose import Wishes
+from dsmoe_quantize.groups import KINDS
+from dsmoe_quantize.sensitivity_file import read_sensitivity, write_sensitivity
+from dsmoe_quantize.target import Request, Target, solve_target
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("model") / "tiny-BF16.gguf", replace(MOE, n_layers=2))
+
+
+def solved(source: Path, kept: Path) -> Target:
+    file, hp = read_model(source)
+    return solve_target(file, hp, Request(Budget(bits_per_weight=6), "x", kept, 4096), Wishes())
+
+
+def test_the_file_is_locked_while_something_is_missing(source: Path, tmp_path: Path) -> None:
+    """Guards: hours of `dsmoe eval --sensitivity` written over with what was read before; a target that has
+    to wait for them though it only reads.
+    """
+    kept = tmp_path / "kept.json"
+    with locked(kept), pytest.raises(LockedError, match="--sensitivity"):
+        solved(source, kept)
+    assert not kept.exists()
+    first = solved(source, kept)
+    with locked(kept):
+        assert solved(source, kept).solved.picks == first.solved.picks
+    whole = read_sensitivity(kept)
+    write_sensitivity(replace(whole, tensors=dict(list(whole.tensors.items())[3:])), kept)
+    with locked(kept), pytest.raises(LockedError):
+        solved(source, kept)
+    assert solved(source, kept).sensitivity == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.json"]
+    with pytest.raises(FileError, match="cannot be kept"):
+        solved(source, tmp_path / "no" / "kept.json")
+
+
+def test_the_recipe_says_which_costs_were_measured(source: Path, tmp_path: Path) -> None:
+    """Guards: "measured" said of costs that are another model's for the most part."""
+    kept = tmp_path / "kept.json"
+    assert solved(source, kept).solved.recipe.about["error_weights"] == "built in"
+    found = json.loads(kept.read_text())
+    for weights, words in (
+        ({"output": 1.0, "embedding": 0.5}, "measured for 2 of 11 kinds"),
+        (dict.fromkeys(KINDS, 1.0), "measured"),
+    ):
+        kept.write_text(json.dumps({**found, "weights": weights}))
+        assert solved(source, kept).solved.recipe.about["error_weights"] == words
