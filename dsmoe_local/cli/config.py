@@ -194,7 +194,7 @@ def _as_json(name: str, shown: list[Shown], presets: Mapping[str, Mapping[str, A
         "options": [
             {
                 "key": each.key,
-                "variable": variable(each.key),
+                "variable": variable(each.key, name),
                 "value": each.value,
                 "source": each.origin.source.value,
                 "where": each.origin.where or None,

@@ -30,9 +30,15 @@ MODELS_FOLDER = "models-folder"
 # They say what this one run does; --debug is looked for before anything is parsed.
 _FLAGS_ALONE = frozenset({"help", "version", "debug", "show_path"})
 
-
-# At the top level, for all commands, this is the context of conversations; to these the window they measure.
-_OWN_SECTION_ALONE = {"eval": ("ctx-size",), "imatrix": ("ctx-size",), "bench": ("ctx-size",)}
+# At the top level, for all commands, this is the context of conversations, to these the window they measure;
+# and a file that quantize reads, while eval would spend hours on writing it.
+_OWN_SECTION_ALONE = {
+    "eval": ("ctx-size", "sensitivity"),
+    "imatrix": ("ctx-size",),
+    "bench": ("ctx-size",),
+}
+# The usual variable is another command's, to which the option means something else.
+_OWN_VARIABLE = {"eval": ("sensitivity",)}
 
 
 class Source(StrEnum):
@@ -62,9 +68,12 @@ class _Layer:
     values: Mapping[str, Any]
 
 
-def variable(key: str) -> str:
-    """The variable of an option: DSMOE_CTX_SIZE for ctx-size."""
-    return f"DSMOE_{key.upper().replace('-', '_')}"
+def variable(key: str, command: str = "") -> str:
+    """The variable of an option: DSMOE_CTX_SIZE for ctx-size; of some options of a command one of its own,
+    DSMOE_EVAL_SENSITIVITY.
+    """
+    name = f"{command}_{key}" if key in _OWN_VARIABLE.get(command, ()) else key
+    return f"DSMOE_{name.upper().replace('-', '_')}"
 
 
 def keys_of(option: click.Parameter) -> list[str]:
@@ -83,7 +92,7 @@ def attach(command: click.Command, name: str) -> None:
     if isinstance(command.context_settings.get("default_map"), ConfigDefaults):
         return
     for option in configurable(command):
-        option.envvar = [variable(key) for key in keys_of(option)]
+        option.envvar = [variable(key, name) for key in keys_of(option)]
         if option.multiple:
             option.type = _one_a_line(option.type)
         if option.is_bool_flag and not option.secondary_opts:

@@ -15,7 +15,7 @@ import click
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.cli.configuration import from_command_line, told_origin
-from dsmoe_local.cli.eval_sensitivity import SensitivityOptions, sensitivity_options
+from dsmoe_local.cli.eval_sensitivity import SensitivityOptions, as_it_is, sensitivity_options
 from dsmoe_local.cli.eval_sensitivity import run as measure_sensitivity
 from dsmoe_local.cli.eval_sensitivity import show as show_sensitivity
 from dsmoe_local.cli.model_options import (
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     from dsmoe_local.evaluate.windows import Windows
 
 _N_CONTEXT = 512
-# What is measured is their effect: the reference is as it would be without them.
-_MODELS_OWN = {"n_experts_per_token": None, "cache_type_k": "f16", "cache_type_v": "f16"}
 
 
 @click.command(name="eval")
@@ -96,8 +94,9 @@ def command(
     """
     from dsmoe_local.evaluate.text import read_text
 
-    costs = SensitivityOptions.taken(values)
-    costs.check({"--against": against, "--keep": values["kept"]})
+    excluded = {"against": ("--against", against), "kept": ("--keep", values["kept"])}
+    costs = SensitivityOptions.taken(values).beside(excluded)
+    costs.check()
     path = find_model(model, named_model)
     run = _Run(values.pop("kept"), values.pop("n_windows"), read_text(source), values)
     _check(run, against, source)
@@ -176,10 +175,10 @@ class _Run:
             if file.is_file() and is_kept(file):
                 reference = self._unpack(stack, file, text_named)
             else:
-                values = {**self._values, **_MODELS_OWN}
                 with told_origin("against"):
                     other = find_model(against)
-                reference = self._record(stack, other, values)[0]
+                # What is measured is the options' effect: the reference is as it would be without them.
+                reference = self._record(stack, other, as_it_is(self._values))[0]
             n_context = reference.windows.n_context
             with self._load(path, self._values, n_context, *reference.observers(path)) as engine:
                 return run_with_progress(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _PROBE = "q4_0"
+_NO_FIT = "none fits"
 _OPTIONS = (
     click.option(
         "--sensitivity",
@@ -63,12 +64,16 @@ _ALONE = {
     "imatrix_file": "--imatrix",
     "allow_requantize": "--allow-requantize",
 }
-# What is measured is the model as it is.
 _MODELS_OWN = {
     "n_experts_per_token": ("--active-experts", None),
     "cache_type_k": ("-ctk", "f16"),
     "cache_type_v": ("-ctv", "f16"),
 }
+
+
+def as_it_is(values: dict[str, Any]) -> dict[str, Any]:
+    """The shared options without those whose effect would be measured: for a model to compare with."""
+    return values | {name: value for name, (_, value) in _MODELS_OWN.items()}
 
 
 def sensitivity_options(function: Function) -> Function:
@@ -94,17 +99,29 @@ class SensitivityOptions:
         names = ("sensitivity_file", *_ALONE)
         return cls(**{name: values.pop(name) for name in names})
 
-    def check(self, others: dict[str, object]) -> None:
-        """UsageError for what does not go together; `others` are options that --sensitivity excludes."""
+    def beside(self, others: Mapping[str, tuple[str, object]]) -> SensitivityOptions:
+        """Without --sensitivity where the command line has another option of `others`, which it excludes, and
+        only the config file has it. UsageError if both are on the command line, or both are not.
+
+        `others` are, by parameter, the option and its value.
+        """
+        given = {name: option for name, (option, value) in others.items() if value is not None}
+        if self.sensitivity_file is None or not given:
+            return self
+        is_typed = from_command_line("sensitivity_file")
+        typed = [option for name, option in given.items() if from_command_line(name)]
+        if is_typed == bool(typed):
+            option = next(iter(typed or given.values()))
+            raise UsageError(f"--sensitivity and {option} exclude each other", remedy="give one of them")
+        return self if is_typed else replace(self, sensitivity_file=None)
+
+    def check(self) -> None:
+        """UsageError for what does not go together on the command line."""
         if self.sensitivity_file is None:
-            given = [option for name, option in _ALONE.items() if getattr(self, name)]
-            given = [option for name, option in _ALONE.items() if option in given and from_command_line(name)]
-            if given:
-                raise UsageError(f"{given[0]} needs --sensitivity")
+            for name, option in _ALONE.items():
+                if getattr(self, name) and from_command_line(name):
+                    raise UsageError(f"{option} needs --sensitivity")
             return
-        for option, value in others.items():
-            if value is not None:
-                raise UsageError(f"--sensitivity and {option} exclude each other", remedy="give one of them")
         for name, (option, _) in _MODELS_OWN.items():
             if from_command_line(name):
                 raise UsageError(f"{option} does not go with --sensitivity")
@@ -138,7 +155,13 @@ def run(
 
     assert options.sensitivity_file is not None
     request = Request(
-        options.sensitivity_file, text, n_context, n_windows, options.types(), by_layer=options.by_layer
+        options.sensitivity_file,
+        text,
+        n_context,
+        n_windows,
+        options.types(),
+        by_layer=options.by_layer,
+        threads=max(0, values["n_threads"] or 0),
     )
     imatrix = read_imatrix(options.imatrix_file) if options.imatrix_file else None
     file, hp = read_model(path)
@@ -157,7 +180,7 @@ def _loader(path: Path, values: dict[str, Any]) -> Load:
     from dsmoe_local.engine.process.client import EngineClient
     from dsmoe_local.evaluate.measure import options_for
 
-    values = values | {name: value for name, (_, value) in _MODELS_OWN.items()}
+    values = as_it_is(values)
     log_file: Path | None = values.pop("log_file")
     options = loading_options(path, values)
 
@@ -183,6 +206,8 @@ def show(costs: ErrorCosts, *, as_json: bool, built_in: bool) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = 160
     for part in _parts(costs, built_in=built_in):
         console.print(part)
 
@@ -206,6 +231,10 @@ def _as_json(costs: ErrorCosts) -> dict[str, Any]:
             {
                 "group": each.group,
                 "probes": {type_name(kind): asdict(probe) for kind, probe in each.probes.items()},
+                "used": {
+                    type_name(kind): [type_name(used) for used in each.used.get(kind, ())]
+                    for kind in each.probes
+                },
                 "cost": each.cost,
                 "is_at_most": each.is_at_most,
                 "built_in": each.built_in,
@@ -224,8 +253,12 @@ def _parts(costs: ErrorCosts, *, built_in: bool) -> Iterator[RenderableType]:
     yield _table(costs)
     if any(each.is_at_most for each in costs.groups):
         yield Line("<: the divergence is within its error; the cost is what it is at most")
-    if any(each.cost is None for each in costs.groups):
+    if any(each.cost is None and each.fits for each in costs.groups):
         yield Line("-: the type holds these weights as they are: try another --probe")
+    if any(not each.fits for each in costs.groups):
+        yield Line(
+            f"{_NO_FIT}: the rows of these tensors are no whole blocks of the type; {_PROBE} has the smallest"
+        )
     yield Line(f"kept in {safe_line(str(costs.kept_in))}: dsmoe-quantize --target-… --sensitivity takes it")
     if built_in:
         from dsmoe_local.evaluate.text import LICENCES
@@ -237,8 +270,6 @@ def _table(costs: ErrorCosts) -> Table:
     from rich import box
     from rich.table import Table
 
-    from dsmoe_local.model.ggml import type_name
-
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for heading in ("group", "type", "relative error", "KL divergence", "cost", "built in"):
         table.add_column(heading, justify="left" if heading in ("group", "type") else "right", no_wrap=True)
@@ -246,10 +277,22 @@ def _table(costs: ErrorCosts) -> Table:
         cost = "-" if each.cost is None else f"{'<' if each.is_at_most else ''}{each.cost:.3g}"
         first = (safe_line(each.group), cost, f"{each.built_in:.3g}")
         rows = [
-            (type_name(kind), f"{probe.error:.3g}", f"{probe.kl:.3g} ± {probe.kl_error:.1g}")
+            (
+                _told(kind, each.used.get(kind, ())),
+                f"{probe.error:.3g}",
+                f"{probe.kl:.3g} ± {probe.kl_error:.1g}",
+            )
             for kind, probe in each.probes.items()
         ]
-        for number, row in enumerate(rows or [("", "", "")]):
+        for number, row in enumerate(rows or [("" if each.fits else _NO_FIT, "", "")]):
             name, *rest = first if not number else ("", "", "")
             table.add_row(name, *row, *rest)
     return table
+
+
+def _told(kind: GgmlType, used: tuple[GgmlType, ...]) -> str:
+    """The type that was tried, and what stood in for it where it does not fit."""
+    from dsmoe_local.model.ggml import type_name
+
+    is_as_asked = used in ((), (kind,))
+    return type_name(kind) if is_as_asked else f"{type_name(kind)}: {', '.join(map(type_name, used))}"

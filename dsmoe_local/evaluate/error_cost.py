@@ -9,20 +9,20 @@ the caller's to say.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from dsmoe_local.base.durable import locked, require_space
 from dsmoe_local.base.errors import FileError, InterruptedRunError, UsageError
-from dsmoe_local.base.progress import Event, Listener, Started, ignore
+from dsmoe_local.base.progress import Event, Listener, Note, Started, ignore
 from dsmoe_local.engine.types import ObserverOptions, TextEngine
 from dsmoe_local.evaluate.error_cost_groups import GroupCost, Trial, cost_of, trials_of
 from dsmoe_local.evaluate.reference import Reference, compare, record, recorders
 from dsmoe_local.evaluate.text import Text
-from dsmoe_local.evaluate.windows import cut_windows
+from dsmoe_local.evaluate.windows import Windows, cut_windows
 from dsmoe_local.evaluate.workplace import workplace
 from dsmoe_local.model.ggml import GgmlType, type_name
 from dsmoe_local.model.gguf_file import GgufFile
@@ -31,9 +31,6 @@ from dsmoe_quantize import sensitivity_file
 from dsmoe_quantize.imatrix import Imatrix
 from dsmoe_quantize.quantize import quantize_file
 from dsmoe_quantize.sensitivity import Probe, Probes, Sensitivity, measure
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 Load: TypeAlias = Callable[
     [Path, int, tuple[ObserverOptions, ...], Listener, threading.Event], AbstractContextManager[TextEngine]
@@ -129,8 +126,16 @@ def _refuse_others(known: Probes, request: Request) -> None:
     ):
         if had != want:
             raise _refusal(request.kept_in, what)
-    if request.n_windows is not None and known.n_windows > request.n_windows:
-        raise _refusal(request.kept_in, f"{known.n_windows} windows, not {request.n_windows}")
+    wanted = _n_windows(request, known.n_windows_of_text)
+    if wanted not in (None, known.n_windows):
+        raise _refusal(request.kept_in, f"{known.n_windows} windows, not {wanted}")
+
+
+def _n_windows(request: Request, of_text: int) -> int | None:
+    """How many windows a request means if the text has so many; 0: nobody knows. None: neither."""
+    if not of_text or request.n_windows is None:
+        return request.n_windows or of_text or None
+    return min(request.n_windows, of_text)
 
 
 def _refusal(path: Path, what: str) -> UsageError:
@@ -157,49 +162,49 @@ class _Run:
         self._load = load
         self._listen = listen
         self._stop = stop
+        self._noted: set[str] = set()
 
     def measure(self, trials: Sequence[Trial]) -> None:
         """Measure each that is not known yet, keeping what is known after each."""
         found = self.known.probes.groups if self.known.probes else {}
-        missing = [
-            (trial, kind)
-            for trial in trials
-            for kind in trial.plans
-            if kind not in found.get(trial.group, {})
-        ]
+        wanted = [(trial, kind) for trial in trials for kind in trial.plans]
+        missing = [(trial, kind) for trial, kind in wanted if kind not in found.get(trial.group, {})]
         if not missing and self.known.probes is not None:
             return
         with workplace() as folder:
-            n_done = 0
+            n_done = len(wanted) - len(missing)
             try:
-                reference = self._record(folder)
-                self._begin(reference)
+                reference, n_windows_of_text = self._record(folder)
+                self._begin(reference, n_windows_of_text)
                 for trial, kind in missing:
-                    label = f"{n_done + 1}/{len(missing)} {trial.group} {type_name(kind)}"
+                    label = f"{n_done + 1}/{len(wanted)} {trial.group} {type_name(kind)}"
                     self._try(trial, kind, reference, folder, label)
                     n_done += 1
             except InterruptedRunError as error:
                 raise InterruptedRunError(
-                    f"interrupted: {n_done} of {len(missing)} measurements done",
+                    f"interrupted: {n_done} of {len(wanted)} measurements done",
                     remedy="run the same command again to continue",
                 ) from error
 
-    def _record(self, folder: Path) -> Reference:
+    def _record(self, folder: Path) -> tuple[Reference, int]:
+        """The reference, and how many windows the whole text has."""
         path = self._file.path
         with self._loaded(path, recorders(folder, path), "reference") as (engine, listen):
-            windows = cut_windows(
-                engine, self._request.text, self._request.n_context, self._request.n_windows
-            )
-            probes = self.known.probes
-            if probes is not None and probes.n_windows != len(windows.tokens):
-                raise _refusal(
-                    self._request.kept_in, f"{probes.n_windows} windows, not {len(windows.tokens)}"
-                )
+            whole = cut_windows(engine, self._request.text, self._request.n_context)
+            windows = self._first(whole)
             reference = record(engine, windows, folder, listen, self._stop)[0]
         # How the routers change is not asked for.
-        return replace(reference, gates=None)
+        return replace(reference, gates=None), len(whole.tokens)
 
-    def _begin(self, reference: Reference) -> None:
+    def _first(self, whole: Windows) -> Windows:
+        """Those asked for. UsageError if others were measured."""
+        windows = replace(whole, tokens=whole.tokens[: self._request.n_windows])
+        probes = self.known.probes
+        if probes is not None and probes.n_windows != len(windows.tokens):
+            raise _refusal(self._request.kept_in, f"{probes.n_windows} windows, not {len(windows.tokens)}")
+        return windows
+
+    def _begin(self, reference: Reference, n_windows_of_text: int) -> None:
         """Find the noise, if this is the first run."""
         if self.known.probes is not None:
             return
@@ -213,6 +218,7 @@ class _Run:
                 len(windows.tokens),
                 self._request.types,
                 floor,
+                n_windows_of_text=n_windows_of_text,
             ),
             {},
         )
@@ -225,7 +231,7 @@ class _Run:
                 plan,
                 path,
                 threads=self._request.threads,
-                listen=_labelled(self._listen, label),
+                listen=self._labelled(label),
                 stop=self._stop,
             )
             kl, kl_error = self._divergence(path, reference, label)
@@ -254,15 +260,18 @@ class _Run:
     def _loaded(
         self, path: Path, observers: tuple[ObserverOptions, ...], label: str
     ) -> Iterator[tuple[TextEngine, Listener]]:
-        listen = _labelled(self._listen, label)
+        listen = self._labelled(label)
         with self._load(path, self._request.n_context, observers, listen, self._stop) as engine:
             yield engine, listen
 
+    def _labelled(self, label: str) -> Listener:
+        """All stages of one step under its name; of notes that many steps have only the first."""
 
-def _labelled(listen: Listener, label: str) -> Listener:
-    """All stages of one step under its name."""
+        def relabelled(event: Event) -> None:
+            if isinstance(event, Note):
+                if event.text in self._noted:
+                    return
+                self._noted.add(event.text)
+            self._listen(replace(event, stage=label) if isinstance(event, Started) else event)
 
-    def relabelled(event: Event) -> None:
-        listen(replace(event, stage=label) if isinstance(event, Started) else event)
-
-    return relabelled
+        return relabelled

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from dsmoe_local.model.ggml import GgmlType
+from dsmoe_local.model.ggml import GgmlType, block_size, type_name
 from dsmoe_local.model.gguf_file import GgufFile, TensorInfo
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_quantize.budget import Market
@@ -15,7 +15,7 @@ from dsmoe_quantize.groups import KINDS, WEIGHTS, Group, group_of
 from dsmoe_quantize.imatrix import Imatrix
 from dsmoe_quantize.mixes import FALLBACKS
 from dsmoe_quantize.quantize import Change, Plan
-from dsmoe_quantize.sensitivity import Probe, Probes, Sensitivity
+from dsmoe_quantize.sensitivity import Probe, Probes, Sensitivity, TensorErrors
 from dsmoe_quantize.types import FLOAT_TYPES
 
 LEAST_ERROR = 1e-6
@@ -26,14 +26,18 @@ N_ERRORS = 2
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A group, or all layers of a kind, in each type that is tried: the file to make, and the relative error.
+    """A group, or all layers of a kind, in each type that is tried: the file to make, the relative error, and
+    the types that its tensors really get there: where one does not fit, another stands in.
 
-    `built_in` is the weight that the group has without any measurement.
+    `fits`: not every type, and what would stand in for it, is refused by the tensors' width. `built_in` is
+    the weight that the group has without any measurement.
     """
 
     group: str
     plans: Mapping[GgmlType, Plan]
     errors: Mapping[GgmlType, float]
+    used: Mapping[GgmlType, tuple[GgmlType, ...]]
+    fits: bool
     built_in: float
 
 
@@ -41,11 +45,14 @@ class Trial:
 class GroupCost:
     """What a relative error of 1 in a group costs, in nats; None if no type that was tried makes any.
 
-    `is_at_most`: the divergence is within the noise, and the cost what it is at most.
+    `used` and `fits` as of a `Trial`. `is_at_most`: the divergence is within the noise, and the cost what it
+    is at most.
     """
 
     group: str
     probes: Mapping[GgmlType, Probe]
+    used: Mapping[GgmlType, tuple[GgmlType, ...]]
+    fits: bool
     cost: float | None
     is_at_most: bool
     built_in: float
@@ -78,15 +85,17 @@ def trials_of(
     market = Market(file, hp, replace(sensitivity, weights=ones))
     trials = []
     for group in ordered:
-        plans, errors = {}, {}
+        plans, errors, used, fits = {}, {}, {}, False
         for kind in types:
             changes = _changes(file, sensitivity, members[group], kind)
             changed = [change.choice for change in changes if change.choice.type is not change.source.type]
+            fits = fits or bool(changed) or not any(change.choice.misfit for change in changes)
             if changed:
                 plans[kind] = Plan(file, hp, FLOAT_TYPES["BF16"], changes, imatrix)
                 errors[kind] = market.figures(changed).error
+                used[kind] = tuple(sorted({choice.type for choice in changed}))
         built_in = WEIGHTS[group.kind] / (len(n_layers[group.kind]) if by_layer else 1)
-        trials.append(Trial(str(group), plans, errors, built_in))
+        trials.append(Trial(str(group), plans, errors, used, fits, built_in))
     return trials
 
 
@@ -95,26 +104,46 @@ def _changes(
 ) -> list[Change]:
     """`members` in a type, all other tensors as they are."""
     names = {tensor.name for tensor in members}
-    changes = []
-    for tensor in file.tensors.values():
-        target = tensor.type
-        if tensor.name in names:
-            fitting = sensitivity.tensors[tensor.name].errors
-            target = next((each for each in (kind, FALLBACKS.get(kind, kind)) if each in fitting), target)
-        changes.append(Change(tensor, Choice(tensor.name, target)))
-    return changes
+    return [
+        Change(
+            tensor,
+            _choice(tensor, sensitivity.tensors[tensor.name], kind)
+            if tensor.name in names
+            else Choice(tensor.name, tensor.type),
+        )
+        for tensor in file.tensors.values()
+    ]
+
+
+def _choice(tensor: TensorInfo, measured: TensorErrors, kind: GgmlType) -> Choice:
+    """`kind`, what llama.cpp takes in its place, or the tensor's own type."""
+    if kind in measured.errors:
+        return Choice(tensor.name, kind)
+    instead = FALLBACKS.get(kind, kind)
+    columns = tensor.shape[-1]
+    fits = columns % block_size(kind) == 0
+    misfit = (
+        f"{type_name(kind)} cannot hold all weights"
+        if fits
+        else f"{block_size(kind)} does not divide {columns} columns: no {type_name(kind)}"
+    )
+    target = instead if instead in measured.errors else tensor.type
+    return Choice(tensor.name, target, misfit=misfit)
 
 
 def cost_of(trial: Trial, probes: Probes) -> GroupCost:
     """What the probes of a group say: the mean of what they say each, by its logarithm."""
     found = probes.groups.get(trial.group, {})
+
+    def result(cost: float | None, *, is_at_most: bool = False) -> GroupCost:
+        return GroupCost(trial.group, found, trial.used, trial.fits, cost, is_at_most, trial.built_in)
+
     usable = [(probe, max(probes.floor, N_ERRORS * probe.kl_error)) for probe in found.values()]
     usable = [(probe, noise) for probe, noise in usable if probe.error > LEAST_ERROR]
     if not usable:
-        return GroupCost(trial.group, found, None, False, trial.built_in)
+        return result(None)
     clear = [probe.kl / probe.error for probe, noise in usable if probe.kl > noise]
     if not clear:
         at_most = min((probe.kl + noise) / probe.error for probe, noise in usable)
-        return GroupCost(trial.group, found, at_most, True, trial.built_in)
-    cost = math.exp(sum(map(math.log, clear)) / len(clear))
-    return GroupCost(trial.group, found, cost, False, trial.built_in)
+        return result(at_most, is_at_most=True)
+    return result(math.exp(sum(map(math.log, clear)) / len(clear)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -30,7 +31,9 @@ SHARED = settings(max_examples=50, deadline=None, suppress_health_check=[HealthC
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_has_a_variable_and_a_key(name: str) -> None:
-    """Guards: an option that only the command line can give; two options that share a key."""
+    """Guards: an option that only the command line can give; two options that share a key; a file that one
+    command reads, and that sends another off to measure for hours.
+    """
     command = load_command(name)
     keys = [key for option in configurable(command) for key in keys_of(option)]
     assert len(set(keys)) == len(keys)
@@ -39,7 +42,8 @@ def test_every_option_has_a_variable_and_a_key(name: str) -> None:
     for option in options:
         flags = [flag for flag in option.opts if flag.startswith("--")]
         assert flags, f"{option.opts} has no long flag"
-        assert f"DSMOE_{flags[0][2:].upper().replace('-', '_')}" in list(option.envvar or ())
+        own = "EVAL_" if (name, flags[0]) == ("eval", "--sensitivity") else ""
+        assert f"DSMOE_{own}{flags[0][2:].upper().replace('-', '_')}" in list(option.envvar or ())
 
 
 def test_the_settings_keys_are_the_chats_flags() -> None:
@@ -340,6 +344,37 @@ def test_a_window_is_no_context(capsys: pytest.CaptureFixture[str], monkeypatch:
     monkeypatch.setenv("DSMOE_CTX_SIZE", "128")
     load_command("eval").main(["m"], standalone_mode=False)
     assert seen == [None, None, None, 256, 256, 256, 128]
+
+
+def test_quantize_and_eval_share_no_sensitivity(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: a perplexity that takes hours, since a file is named that dsmoe-quantize is to read."""
+    seen: list[Any] = []
+    for name in ("eval", "quantize"):
+        monkeypatch.setattr(
+            load_command(name), "callback", lambda **values: seen.append(values["sensitivity_file"])
+        )
+
+    def run() -> list[Any]:
+        seen.clear()
+        for name in ("eval", "quantize"):
+            load_command(name).main(["m"], standalone_mode=False)
+        return [each and each.name for each in seen]
+
+    write_config('sensitivity = "common"\n')
+    assert run() == [None, "common"]
+    monkeypatch.setenv("DSMOE_SENSITIVITY", "variable")
+    assert run() == [None, "variable"]
+    monkeypatch.setenv("DSMOE_EVAL_SENSITIVITY", "own")
+    assert run() == ["own", "variable"]
+    monkeypatch.delenv("DSMOE_EVAL_SENSITIVITY")
+    write_config('[eval]\nsensitivity = "section"\n')
+    assert run() == ["section", "variable"]
+    load_command("config").main(["eval", "--json"], standalone_mode=False)
+    shown = {each["key"]: each for each in json.loads(capsys.readouterr().out)["options"]}
+    assert shown["sensitivity"]["variable"] == "DSMOE_EVAL_SENSITIVITY"
+    assert shown["sensitivity"]["source"] == "config"
 
 
 def test_a_folder_with_a_nul(capsys: pytest.CaptureFixture[str]) -> None:

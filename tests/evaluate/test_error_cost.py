@@ -1,0 +1,366 @@
+"""What errors cost: against llama.cpp and torch with the same weights, kept through interruptions, told from
+noise.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader
+from numpy.typing import NDArray
+from support import llama_oracle, torch_deepseek
+from support.checkpoints import TINY, write_checkpoint
+from support.imatrices import random_imatrix
+
+from dsmoe_convert.convert import ConvertOptions, convert_folder
+from dsmoe_local.base.errors import InterruptedRunError, LockedError, UsageError
+from dsmoe_local.base.paths import cache_folder
+from dsmoe_local.base.progress import Event, Listener, Note, Started, ignore
+from dsmoe_local.engine.engine import Engine
+from dsmoe_local.engine.types import ModelOptions, ObserverOptions
+from dsmoe_local.evaluate.error_cost import ErrorCosts, Request, measure_costs
+from dsmoe_local.evaluate.error_cost_groups import Trial, cost_of
+from dsmoe_local.evaluate.measure import options_for
+from dsmoe_local.evaluate.text import Text, built_in
+from dsmoe_local.evaluate.windows import cut_windows
+from dsmoe_local.model.ggml import GgmlType
+from dsmoe_local.model.gguf_model import read_model
+from dsmoe_local.model.layout import tensor_specs
+from dsmoe_quantize.budget import Market
+from dsmoe_quantize.choose import Choice, Wishes
+from dsmoe_quantize.groups import WEIGHTS, group_of
+from dsmoe_quantize.imatrix import Imatrix
+from dsmoe_quantize.quantize import plan_quantization, quantize_file
+from dsmoe_quantize.sensitivity import Probe, Probes
+from dsmoe_quantize.sensitivity_file import read_sensitivity
+from dsmoe_quantize.types import resolve
+
+N_CONTEXT = 48
+TEXT = Text("test", built_in().content[1000:1600])
+Q4_0, Q5_0 = GgmlType.Q4_0, GgmlType.Q5_0
+
+Weights = Mapping[str, NDArray[np.float32]]
+Window = tuple[int, ...]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    out = folder / "tiny-F32.gguf"
+    convert_folder(write_checkpoint(folder / "checkpoint", form="single"), out, ConvertOptions("f32"))
+    return out
+
+
+def weights_of(path: Path) -> Weights:
+    return {
+        tensor.name: np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+        for tensor in GGUFReader(path).tensors
+    }
+
+
+@dataclass
+class Loading:
+    """Loads models as the oracles compute, and looks at each: its weights, and what llama.cpp makes of
+    `windows` with them. Stops after so many models.
+    """
+
+    stop_after: int = 10**9
+    windows: Sequence[Window] = ()
+    models: list[Weights] = field(default_factory=list)
+    predictions: list[torch.Tensor] = field(default_factory=list)
+
+    def __call__(
+        self, path: Path, n_context: int, observers: tuple[ObserverOptions, ...], listen: Any, stop: Any
+    ) -> Engine:
+        if len(self.models) == self.stop_after:
+            stop.set()
+        self.models.append(weights_of(path))
+        if self.windows:
+            logits = [torch.from_numpy(llama_oracle.logits(path, window)) for window in self.windows]
+            self.predictions.append(scored(logits))
+        exact = ModelOptions(
+            path,
+            n_threads=1,
+            cache_type_k="f32",
+            cache_type_v="f32",
+            flash_attention="off",
+            n_ubatch=n_context,
+        )
+        return Engine.load(options_for(exact, n_context, *observers), listen)
+
+
+def scored(logits: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Log-probabilities of all tokens that count."""
+    return torch.cat([each[N_CONTEXT // 2 : -1].double().log_softmax(-1) for each in logits])
+
+
+def by_torch(tensors: Weights, windows: Sequence[Window]) -> torch.Tensor:
+    weights: dict[str, torch.Tensor] = {}
+    for spec in tensor_specs(TINY):
+        found = torch.from_numpy(tensors[spec.name])
+        parts = [found] if len(spec.sources) == 1 else list(found)
+        weights |= dict(zip(spec.sources, parts, strict=True))
+    return scored([torch_deepseek.logits(weights, TINY, list(window)) for window in windows])
+
+
+def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def costs(
+    model: Path,
+    kept_in: Path,
+    loading: Loading | None = None,
+    imatrix: Imatrix | None = None,
+    listen: Listener = ignore,
+    **more: Any,
+) -> tuple[ErrorCosts, Loading]:
+    file, hp = read_model(model)
+    loading = loading or Loading()
+    request = replace(Request(kept_in, TEXT, N_CONTEXT, None, (Q4_0,), threads=1), **more)
+    found = measure_costs(file, hp, request, loading, imatrix, listen=listen, stop=threading.Event())
+    return found, loading
+
+
+def windows_of(model: Path) -> Sequence[Window]:
+    with Engine.load(options_for(ModelOptions(model), N_CONTEXT)) as engine:
+        return cut_windows(engine, TEXT, N_CONTEXT).tokens
+
+
+@pytest.mark.parametrize("by_layer", [False, True], ids=["by kind", "by layer"])
+def test_costs_are_the_oracles(model: Path, tmp_path: Path, by_layer: bool) -> None:
+    """Guards: another group quantized too, or in part; another divergence; errors of other tensors; a weight
+    that the solver takes for another's, or divides by another number of layers.
+    """
+    kept_in = tmp_path / "costs.json"
+    windows = windows_of(model)
+    found, loading = costs(model, kept_in, Loading(windows=windows), by_layer=by_layer)
+    source, again, *probes = loading.models
+    assert all(np.array_equal(source[name], again[name]) for name in source)
+    assert len(found.groups) == len(probes)
+    tried: set[str] = set()
+    for each, after, predicted in zip(found.groups, probes, loading.predictions[2:], strict=True):
+        changed = {name for name in source if not np.array_equal(source[name], after[name])}
+        groups = {group_of(name, False) for name in changed}
+        assert {str(group) if by_layer else group and group.kind for group in groups} == {each.group}
+        assert not changed & tried
+        tried |= changed
+        probe = each.probes[Q4_0]
+        assert probe.kl == pytest.approx(divergence(loading.predictions[0], predicted), rel=0.02), each.group
+        layers: dict[object, list[str]] = {}
+        for name in changed:
+            layers.setdefault(group_of(name, False), []).append(name)
+        errors = [
+            sum(((source[name] - after[name]) ** 2).sum() for name in names)
+            / sum((source[name] ** 2).sum() for name in names)
+            for names in layers.values()
+        ]
+        assert probe.error == pytest.approx(np.mean(errors), rel=1e-3)
+        assert each.cost == pytest.approx(probe.kl / probe.error)
+        assert not each.is_at_most
+    assert tried == {name for name in source if group_of(name, False) and "gate_inp" not in name}
+    check_predictions(model, kept_in, found)
+    if not by_layer:
+        # llama.cpp rounds what it multiplies quantized weights with, which torch does not: so this is coarse,
+        # and two windows are enough.
+        before = by_torch(source, windows[:2])
+        kl = [divergence(before, by_torch(after, windows[:2])) for after in probes]
+        few = [each[: len(before)] for each in loading.predictions]
+        assert [divergence(few[0], each) for each in few[2:]] == pytest.approx(kl, rel=0.4)
+
+
+def check_predictions(model: Path, kept_in: Path, found: ErrorCosts) -> None:
+    """What was tried is predicted as it was measured."""
+    file, hp = read_model(model)
+    kept = read_sensitivity(kept_in)
+    market = Market(file, hp, kept)
+    assert str(market.error_weights) == "measured"
+    built_in_costs: dict[str, float] = {}
+    for each in found.groups:
+        names = [name for name in kept.tensors if belongs(name, each.group)]
+        predicted = market.figures(Choice(name, Q4_0) for name in names).error
+        assert predicted == pytest.approx(each.probes[Q4_0].kl)
+        kind = each.group.partition(".")[0]
+        built_in_costs[kind] = built_in_costs.get(kind, 0.0) + each.built_in
+    assert built_in_costs == pytest.approx({kind: WEIGHTS[kind] for kind in built_in_costs})
+
+
+def belongs(name: str, group: str) -> bool:
+    found = group_of(name, False)
+    return found is not None and group in (str(found), found.kind)
+
+
+def test_importance_counts(model: Path, tmp_path: Path) -> None:
+    """Guards: groups encoded without the matrix that dsmoe-quantize will use, beside errors that count it."""
+    imatrix = random_imatrix(TINY, output=True)
+    loading = Loading(stop_after=5)
+    with pytest.raises(InterruptedRunError, match="3 of 11"):
+        costs(model, tmp_path / "costs.json", loading, imatrix)
+    expected = {}
+    for name, matrix in (("with", imatrix), ("without", None)):
+        plan = plan_quantization(model, resolve("Q4_0"), Wishes(pure=True), imatrix=matrix)
+        quantize_file(plan, tmp_path / name)
+        expected[name] = weights_of(tmp_path / name)
+    source, _, *probes = loading.models
+    changed = {
+        name: weights
+        for after in probes[:3]
+        for name, weights in after.items()
+        if not np.array_equal(source[name], weights)
+    }
+    assert {"token_embd.weight", "output.weight", "blk.0.attn_q.weight"} <= changed.keys()
+    for name, weights in changed.items():
+        assert np.array_equal(weights, expected["with"][name])
+        # The matrix says nothing of the embedding.
+        assert np.array_equal(weights, expected["without"][name]) == (name == "token_embd.weight")
+
+
+def test_interrupted_and_continued(model: Path, tmp_path: Path) -> None:
+    """Guards: results lost or measured twice, a model left behind, figures that depend on interruptions."""
+    whole, _ = costs(model, tmp_path / "whole.json")
+    kept_in = tmp_path / "costs.json"
+    with pytest.raises(InterruptedRunError, match="3 of 11 measurements done"):
+        costs(model, kept_in, Loading(stop_after=5))
+    probes = read_sensitivity(kept_in).probes
+    assert probes is not None
+    assert len(probes.groups) == len(read_sensitivity(kept_in).weights) == 3
+    assert list((cache_folder() / "eval").iterdir()) == []
+    with pytest.raises(InterruptedRunError, match="5 of 11 measurements done"):
+        costs(model, kept_in, Loading(stop_after=3))
+    rest, loading = costs(model, kept_in)
+    # The reference is recorded again; its noise is known.
+    assert len(loading.models) == 1 + 6
+    assert json.loads(kept_in.read_text()) == json.loads((tmp_path / "whole.json").read_text())
+    assert rest.groups == whole.groups
+    _, loading = costs(model, kept_in)
+    assert not loading.models
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["costs.json", "whole.json"]
+
+
+def test_what_is_told_meanwhile(model: Path, tmp_path: Path) -> None:
+    """Guards: a type that was not tried, without a word, or with the same words at each of 200 steps; steps
+    that cannot be told apart.
+    """
+    events: list[Event] = []
+    with pytest.raises(InterruptedRunError):
+        costs(
+            model,
+            tmp_path / "costs.json",
+            Loading(stop_after=5),
+            types=(GgmlType.Q4_K,),
+            by_layer=True,
+            listen=events.append,
+        )
+    misfit = "256 does not divide 64 columns: no Q4_K"
+    notes = [event.text for event in events if isinstance(event, Note) and misfit in event.text]
+    assert notes == [
+        f"{misfit}; 1 tensor in Q5_0 instead",
+        f"{misfit}; 2 tensors in Q5_0 instead",
+    ]
+    stages = [event.stage for event in events if isinstance(event, Started)]
+    n_steps = len({group_of(spec.name, False) for spec in tensor_specs(TINY)} - {None})
+    assert f"1/{n_steps} embedding Q4_K" in stages
+    assert f"3/{n_steps} attention-query-key.0 Q4_K" in stages
+
+
+def test_kinds_and_layers_in_one_file(model: Path, tmp_path: Path) -> None:
+    """Guards: what was measured in one way lost when measured in the other."""
+    kept_in = tmp_path / "costs.json"
+    kinds, _ = costs(model, kept_in)
+    layers, loading = costs(model, kept_in, by_layer=True)
+    shared = {"embedding", "output"}
+    assert len(loading.models) == 1 + len(layers.groups) - len(shared)
+    weights = read_sensitivity(kept_in).weights
+    assert weights.keys() == {each.group for each in (*kinds.groups, *layers.groups)}
+
+
+def test_other_circumstances_are_refused(model: Path, tmp_path: Path) -> None:
+    """Guards: figures beside each other that were measured on different texts or in different types."""
+    kept_in = tmp_path / "costs.json"
+    with pytest.raises(InterruptedRunError):
+        costs(model, kept_in, Loading(stop_after=3))
+    before = kept_in.read_bytes()
+    for more, words in (
+        ({"text": replace(TEXT, content="other " * 200)}, "another text, test"),
+        ({"n_context": 32}, "windows of 48 tokens"),
+        ({"types": (Q5_0,)}, "other types, Q4_0"),
+        ({"types": (Q4_0, Q5_0)}, "other types, Q4_0"),
+        ({"n_windows": 1}, r"\d+ windows, not 1"),
+    ):
+        with pytest.raises(UsageError, match=f"costs were measured with {words}"):
+            costs(model, kept_in, **more)
+    assert kept_in.read_bytes() == before
+    with pytest.raises(InterruptedRunError):
+        # More windows than there are mean all of them.
+        costs(model, kept_in, Loading(stop_after=0), n_windows=1000)
+    found = json.loads(before)
+    found["probes"] |= {"n_windows": 2, "n_windows_of_text": 0}
+    kept_in.write_text(json.dumps(found))
+    with pytest.raises(UsageError, match="measured with 2 windows, not"):
+        # The file does not say how many windows the text has: known only once the text is read as tokens.
+        costs(model, kept_in)
+
+
+def test_other_windows_of_a_complete_file_are_refused(model: Path, tmp_path: Path) -> None:
+    """Guards: --chunks without effect, since nothing is left to measure."""
+    kept_in = tmp_path / "costs.json"
+    costs(model, kept_in, n_windows=2)
+    found = json.loads(kept_in.read_text())
+    n_windows = len(windows_of(model))
+    assert n_windows > 3
+    assert (found["probes"]["n_windows"], found["probes"]["n_windows_of_text"]) == (2, n_windows)
+    for wanted in (1, 3, None):
+        with pytest.raises(UsageError, match=f"measured with 2 windows, not {wanted or n_windows}"):
+            costs(model, kept_in, n_windows=wanted)
+    assert not costs(model, kept_in, n_windows=2)[1].models
+    del found["probes"]["n_windows_of_text"]
+    kept_in.write_text(json.dumps(found))
+    with pytest.raises(UsageError, match="measured with 2 windows, not 3"):
+        costs(model, kept_in, n_windows=3)
+
+
+def test_two_runs(model: Path, tmp_path: Path) -> None:
+    """Guards: two runs that write over each other's results."""
+    kept_in = tmp_path / "costs.json"
+
+    def load(*arguments: Any) -> Engine:
+        costs(model, kept_in)
+        raise AssertionError
+
+    file, hp = read_model(model)
+    with pytest.raises(LockedError, match="another run"):
+        measure_costs(file, hp, Request(kept_in, TEXT, N_CONTEXT, None, (Q4_0,)), load)
+
+
+PROBES = Probes("t", "d", 16, 1, (Q4_0, Q5_0), floor=1e-5)
+TRIAL = Trial("output", {}, {}, {}, fits=True, built_in=9.0)
+
+
+@pytest.mark.parametrize(
+    ("probes", "cost", "is_at_most"),
+    [
+        ({Q4_0: Probe(0.01, 0.02, 0.001)}, 2.0, False),
+        ({Q4_0: Probe(0.01, 0.02, 0.001), Q5_0: Probe(0.001, 0.0005, 0.0001)}, 1.0, False),
+        ({Q4_0: Probe(0.01, 0.02, 0.001), Q5_0: Probe(0.001, 0.0005, 0.0004)}, 2.0, False),
+        ({Q4_0: Probe(0.01, 0.02, 0.001), Q5_0: Probe(1e-9, 0.0005, 0.0001)}, 2.0, False),
+        ({Q4_0: Probe(0.01, 0.001, 0.001)}, 0.3, True),
+        ({Q4_0: Probe(0.01, 5e-6, 1e-6)}, 1.5e-3, True),
+        ({Q4_0: Probe(0.01, 0.0, 0.0)}, 1e-3, True),
+        ({Q4_0: Probe(0.0, 1e-4, 1e-6)}, None, False),
+        ({}, None, False),
+    ],
+)
+def test_noise_is_no_cost(probes: dict[GgmlType, Probe], cost: float | None, is_at_most: bool) -> None:
+    """Guards: costs of zero, of infinity, or of whatever the noise was."""
+    found = cost_of(TRIAL, replace(PROBES, groups={"output": probes}))
+    assert found.cost == (None if cost is None else pytest.approx(cost))
+    assert found.is_at_most == is_at_most
