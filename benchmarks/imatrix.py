@@ -8,8 +8,9 @@ files kept on the way and the last one included; theirs goes from its line that 
 with the perplexity, its last file left out. Then the two files are compared, expert by expert: the channels'
 mean squares, |ours - theirs| summed over all in parts per million of theirs; and the counts.
 
---encode takes the processor's time of `dsmoe-quantize` and `llama-quantize`, whole processes, to a few types
-with the matrix and without one. Table, then one JSON line; exit status 1 if a bar is missed.
+--encode takes the processor's time of `dsmoe-quantize` and `llama-quantize`, whole processes, to each type
+alone (--pure), without the matrix and with it, and how much longer ours takes with it. Table, then one JSON
+line; exit status 1 if a bar is missed.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from dsmoe_quantize.imatrix_file import read_imatrix
 READING = Bar(0.7)
 SAME = Bar(100, at_most=True)
 ENCODING = Bar(1.1, at_most=True)
-TYPES = ("Q4_0", "Q4_1", "Q4_K_M", "IQ4_NL")
+TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "IQ4_XS")
 
 Command = list[str | Path]
 
@@ -78,6 +79,7 @@ class Bench:
             "--force",
         ]
         command += ["-o", self.files["ours"], "-c", str(self.n_context), "--chunks", str(self.n_chunks)]
+        command += ["-t", str(self.n_threads)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise Failure(f"dsmoe imatrix failed: {done.stderr[-600:]}")
@@ -143,6 +145,7 @@ def encoding(bench: Bench, rounds: int) -> list[Row]:
     """Processor seconds of both quantizers to each type, with our matrix and without one."""
     rows = []
     for kind in TYPES:
+        ours: dict[str, list[float]] = {}
         for matrix in (None, bench.files["ours"]):
             commands = _quantizers(bench, kind, matrix)
             name = f"{kind} {'with' if matrix else 'without'} a matrix"
@@ -151,6 +154,8 @@ def encoding(bench: Bench, rounds: int) -> list[Row]:
             figures = in_turn(timers, rounds)
             bar = ENCODING if matrix else None
             rows.append(compare(f"encoding, {name}", figures, *figures, bar=bar, unit="CPU s"))
+            ours["with" if matrix else "without"] = figures["dsmoe-quantize"]
+        rows.append(compare(f"{kind}, with by without a matrix", ours, "with", "without", unit="CPU s"))
     return rows
 
 
@@ -161,12 +166,13 @@ def _quantizers(bench: Bench, kind: str, matrix: Path | None) -> dict[str, Comma
     theirs: Command = [
         find_program(bench.build, "llama-quantize"),
         "--allow-requantize",
+        "--pure",
         *given,
         bench.model,
         out,
     ]
     return {
-        "dsmoe-quantize": [*ours, *given, "--allow-requantize", "--force"],
+        "dsmoe-quantize": [*ours, *given, "--pure", "--allow-requantize", "--force"],
         "llama-quantize": [*theirs, kind, threads],
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import click
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
+from dsmoe_local.cli.configuration import configurable, from_command_line, keys_of
 from dsmoe_local.cli.model_options import find_model, load_engine, model_option, model_options
 
 if TYPE_CHECKING:
@@ -24,6 +26,8 @@ _N_CONTEXT = 512
 _N_COLDEST = 8
 _N_OF_LAYER = 3
 _MODES = ("--merge", "--show")
+_TAKEN_BY_SHOW = frozenset({"files", "show", "as_json"})
+_TAKEN_BY_MERGE = frozenset({"files", "merge", "as_json", "out", "force"})
 
 
 @click.command(name="imatrix")
@@ -72,6 +76,8 @@ def command(
     interrupted continues when the same command is given again.
     """
     _check(files, merge, show, values)
+    if merge or show:
+        _refuse_others("--merge" if merge else "--show", _TAKEN_BY_MERGE if merge else _TAKEN_BY_SHOW)
     if show:
         _print(_shown(Path(files[0])), as_json)
     elif merge:
@@ -96,6 +102,16 @@ def _check(files: tuple[str, ...], merge: bool, show: bool, values: dict[str, An
         raise UsageError("--show takes one file")
     if not merge and not show and len(files) > 1:
         raise UsageError("several files are named", remedy="name one model, or use --merge")
+
+
+def _refuse_others(mode: str, taken: Collection[str]) -> None:
+    """UsageError for an option that would have no effect. What a variable or the config file gives is meant
+    for other runs.
+    """
+    for option in configurable(click.get_current_context().command):
+        name = str(option.name)
+        if name not in taken and from_command_line(name):
+            raise UsageError(f"--{keys_of(option)[0]} does not go with {mode}", remedy="leave it out")
 
 
 class _Result:

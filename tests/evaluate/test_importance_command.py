@@ -12,13 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.imatrices import random_imatrix
 from support.kills import points_of
 from support.models import tiny_model
-from support.tiny_gguf import DENSE, write_tiny
+from support.tiny_gguf import DENSE, MOE, write_tiny
 
+from dsmoe_local.base.errors import UsageError
+from dsmoe_local.cli.main import load_command
 from dsmoe_local.evaluate.text import built_in
 from dsmoe_local.model.gguf_file import read_gguf
-from dsmoe_quantize.imatrix_file import read_imatrix
+from dsmoe_quantize.imatrix_file import read_imatrix, write_imatrix
 
 OPTIONS = ("-t", "1", "-c", "64", "-ub", "64")
 CODE = "from dsmoe_local.cli.main import dsmoe; dsmoe()"
@@ -206,3 +209,33 @@ def test_what_is_refused(text: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["matrix", "taken", "text.txt"]
     assert dsmoe(tiny_model(), "--text", text, "-o", taken, "--force", *OPTIONS).returncode == 0
     assert read_imatrix(taken).n_chunks > 5
+
+
+def test_options_without_effect_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards: --chunks taken for a part of what is shown or merged; a variable for other runs in the way."""
+    matrix = tmp_path / "matrix"
+    write_imatrix(random_imatrix(MOE), matrix)
+    merging = ("--merge", matrix, matrix, "-o", tmp_path / "out")
+
+    def run(*arguments: str | Path) -> None:
+        load_command("imatrix").main([*map(str, arguments)], standalone_mode=False)
+
+    for arguments, words in (
+        (("--show", matrix, "-o", tmp_path / "out"), "--output does not go with --show"),
+        (("--show", matrix, "--force"), "--force does not go with --show"),
+        (("--show", matrix, "-m", tiny_model()), "--model does not go with --show"),
+        (("--show", matrix, "--text", matrix), "--text does not go with --show"),
+        ((*merging, "--chunks", "2"), "--chunks does not go with --merge"),
+        ((*merging, "-c", "64"), "--ctx-size does not go with --merge"),
+        ((*merging, "--process-output"), "--process-output does not go with --merge"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            run(*arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["matrix"]
+    monkeypatch.setenv("DSMOE_CHUNKS", "2")
+    run("--show", matrix, "--json")
+    run(*merging, "--force", "--json")
+    found = [json.loads(line)["n_windows"] for line in capsys.readouterr().out.splitlines()]
+    assert found == [12, 24]
