@@ -20,9 +20,10 @@ RECIPE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 """What a recipe may be called."""
 
 _HEAD = 4096
-"""Characters of a recipe in which its name is looked for: nothing else of it is read."""
+"""Characters of a recipe in which its name is looked for: little else of it is read."""
 
-_LINE = re.compile(rf'^name = "({RECIPE_NAME.pattern})"$', re.MULTILINE)
+_NAME = re.compile(rf'^name = "({RECIPE_NAME.pattern})"$', re.MULTILINE)
+_CLOSEST = re.compile(r'^closest = "(\w+)"$', re.MULTILINE)
 
 
 def file_type_name(file: GgufFile) -> str:
@@ -30,10 +31,14 @@ def file_type_name(file: GgufFile) -> str:
     most of its weights.
     """
     number = file.get("general.file_type")
-    if (recipe := _recipe_name(file)) is not None:
+    known = isinstance(number, int) and number in LlamaFileType._value2member_map_
+    name = LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_") if known else None
+    recipe, closest = _recipe_names(file)
+    # llama.cpp's quantizer keeps the recipe of its source and sets the type's number alone.
+    if recipe is not None and closest is not None and closest == name:
         return recipe
-    if isinstance(number, int) and number in LlamaFileType._value2member_map_:
-        return LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    if name is not None:
+        return name
     weights: Counter[str] = Counter()
     for tensor in file.tensors.values():
         weights[type_name(tensor.type)] += tensor.n_weights
@@ -46,7 +51,9 @@ def imatrix_name(file: GgufFile) -> str:
     return safe_line(name, 80) if isinstance(name, str) else ""
 
 
-def _recipe_name(file: GgufFile) -> str | None:
+def _recipe_names(file: GgufFile) -> tuple[str | None, str | None]:
+    """What the recipe in the metadata is called, and the type of llama.cpp's that a file made by it has."""
     text = file.get(RECIPE_KEY)
-    match = _LINE.search(text[:_HEAD].partition("[")[0]) if isinstance(text, str) else None
-    return match[1] if match else None
+    head = text[:_HEAD].partition("[")[0] if isinstance(text, str) else ""
+    name, closest = _NAME.search(head), _CLOSEST.search(head)
+    return name[1] if name else None, closest[1] if closest else None

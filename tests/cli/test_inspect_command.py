@@ -8,12 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+from support.imatrices import random_imatrix
 from support.raw_gguf import STRING, KeyValue, tiny_model
+from support.tiny_gguf import MOE, write_tiny
 
 from dsmoe_local.base.errors import MissingExtraError, missing_extra
 from dsmoe_local.cli.commands import COMMANDS
 from dsmoe_local.cli.main import load_command
 from dsmoe_local.model.presets import PRESETS
+from dsmoe_quantize.quantize import plan_quantization, quantize_file
+from dsmoe_quantize.types import resolve
 
 
 def dsmoe(*arguments: str, **options: str) -> subprocess.CompletedProcess[str]:
@@ -34,6 +39,21 @@ def test_inspect_a_file_as_json(tmp_path: Path) -> None:
     assert report["roles"]["routed experts"]["bytes_read_per_token"] == 3 * 2 * 64 * 32 * 4
     assert report["tokenizer"]["n_tokens"] == 8
     assert report["flops_4k_paper"] is None
+
+
+def test_inspect_tells_type_and_matrix(tmp_path: Path) -> None:
+    """Guards the line of a person who wonders what a file was made by."""
+    source = write_tiny(tmp_path / "tiny-BF16.gguf", MOE)
+    plan = plan_quantization(source, resolve("q4"), imatrix=random_imatrix(MOE))
+    quantize_file(plan, tmp_path / "out.gguf")
+
+    def weights(path: Path) -> str:
+        shown = CliRunner().invoke(load_command("inspect"), [str(path)], env={"COLUMNS": "200"}).stdout
+        return next(line for line in shown.splitlines() if line.startswith("weights"))
+
+    made = weights(tmp_path / "out.gguf").rstrip()
+    assert made.endswith(" bits each, q4, importance matrix some.imatrix.gguf")
+    assert weights(source).rstrip().endswith(" bits each, BF16")
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -8,16 +8,18 @@ from pathlib import Path
 import pytest
 from gguf.constants import GGUFValueType
 from support.imatrices import random_imatrix
+from support.quantize_oracle import llama_quantize
 from support.tiny_gguf import MOE, write_tiny
 
 from dsmoe_local.model.discovery import KnownModel, describe
 from dsmoe_local.model.gguf_file import Field, GgufFile, read_gguf
 from dsmoe_local.model.report import as_json, report_on
 from dsmoe_local.model.type_name import RECIPE_KEY, file_type_name, imatrix_name
+from dsmoe_quantize.mixes import MIXES
 from dsmoe_quantize.named_recipes import RECIPES
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
-from dsmoe_quantize.recipe_file import parse_recipe, render_recipe
-from dsmoe_quantize.types import resolve
+from dsmoe_quantize.recipe_file import file_type_of, parse_recipe, render_recipe
+from dsmoe_quantize.types import FLOAT_TYPES, resolve
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +45,17 @@ def test_a_file_of_a_recipe_that_is_quantized_again(source: Path, tmp_path: Path
     quantize_file(plan_quantization(source, resolve("q4-fast")), first)
     quantize_file(plan_quantization(first, resolve("Q8_0"), allow_requantize=True), second)
     assert file_type_name(read_gguf(second)) == "Q8_0"
+
+
+@pytest.mark.parametrize("word", ["q4-fast", "q8"])
+def test_llama_cpp_quantizes_it_again(word: str, source: Path, tmp_path: Path) -> None:
+    """Guards: a recipe's name on a file of llama.cpp's, which keeps what our file said of its recipe."""
+    first, second = tmp_path / "first.gguf", tmp_path / "second.gguf"
+    quantize_file(plan_quantization(source, resolve(word)), first)
+    llama_quantize(first, second, file_type_of("Q5_K_S"), allow_requantize=True)
+    assert read_gguf(second).get(RECIPE_KEY), "llama.cpp keeps it"
+    assert file_type_name(read_gguf(second)) == "Q5_K_S"
+    assert file_type_name(read_gguf(first)) == word
 
 
 def test_its_importance_matrix(source: Path, tmp_path: Path) -> None:
@@ -79,8 +92,26 @@ def test_recipes_of_foreign_files(text: str, source: Path) -> None:
 def test_every_name_that_a_recipe_may_have(source: Path) -> None:
     """Guards: a name that the recipe file allows and the table does not show."""
     for name in ("q", "9.2GiB", "my_recipe-2+x", "x" * 64):
-        recipe = parse_recipe(f'format = 1\nname = "{name}"\n[types]\noutput = "q8_0"', "test")
+        text = f'format = 1\nname = "{name}"\nclosest = "BF16"\n[types]\noutput = "f16"'
+        recipe = parse_recipe(text, "test")
         assert file_type_name(with_recipe(read_gguf(source), render_recipe(recipe))) == name
+
+
+@pytest.mark.parametrize("closest", [*MIXES, *FLOAT_TYPES])
+def test_every_type_that_a_recipe_may_be_closest_to(closest: str, source: Path) -> None:
+    """Guards: a name that gguf has another word for, so that the recipe is never shown."""
+    recipe = parse_recipe(f'format = 1\nname = "x"\nclosest = "{closest}"\n[types]\noutput = "f16"', "test")
+    file = with_recipe(read_gguf(source), render_recipe(recipe))
+    kind = Field(recipe.file_type, GGUFValueType.UINT32)
+    assert file_type_name(replace(file, metadata={**file.metadata, "general.file_type": kind})) == "x"
+
+
+def test_a_recipe_that_is_close_to_nothing(source: Path) -> None:
+    """Guards: a name that is believed because neither it nor the file has a type."""
+    file = with_recipe(read_gguf(source), 'format = 1\nname = "x"\n')
+    assert file_type_name(file) == "BF16"
+    metadata = {key: field for key, field in file.metadata.items() if key != "general.file_type"}
+    assert file_type_name(replace(file, metadata=metadata)) == "BF16 + F32"
 
 
 def test_without_any_name(source: Path) -> None:
