@@ -31,8 +31,10 @@ from dsmoe_quantize.planned import (
     metadata_of_output,
     notes_on_output,
     refuse_foreign,
+    used_imatrix,
 )
 from dsmoe_quantize.recipes import LayeredRecipe
+from dsmoe_quantize.record import Record, record_of
 from dsmoe_quantize.types import SettledType, TypeChoice, resolve, resolve_float, settled
 
 _ALWAYS_F32 = (Role.NORM, Role.ROUTER)
@@ -54,7 +56,7 @@ class ConvertOptions:
     @property
     def choice(self) -> TypeChoice | None:
         """The type asked for. UsageError if `type` is none."""
-        return self.recipe or (resolve(self.type) if self.type else None)
+        return self.recipe or (None if self.type is None else resolve(self.type))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,16 +89,29 @@ class PlannedTensor:
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """A conversion that is checked and ready to run. `choices` has a type for each of `tensors`."""
+    """A conversion that is checked and ready to run. `choices` has a type for each of `tensors`, `record` is
+    what the file says of them.
+    """
 
     checkpoint: Checkpoint
     hp: Hyperparameters
     choice: SettledType
     tensors: Sequence[PlannedTensor]
     choices: Sequence[Choice]
+    record: Record
     metadata: Mapping[str, Field]
     wishes: Wishes
     imatrix: Imatrix | None = None
+
+    @property
+    def used_imatrix(self) -> Imatrix | None:
+        """The importance matrix, if any tensor is encoded with it."""
+        return used_imatrix(self.imatrix, self.tensors, self.choices)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know of it."""
+        return list(notes_on_output(self.tensors, self.choices, self.record, self.imatrix))
 
     @property
     def n_bytes(self) -> int:
@@ -154,8 +169,12 @@ def plan(
         **metadata_of(hp),
         **read_tokenizer(folder, hp.n_vocab, options.pre, note),
     }
-    metadata = metadata_of_output(metadata, choice, options.imatrix)
-    return Conversion(checkpoint, hp, choice, planned, choices, metadata, options.wishes, options.imatrix)
+    record = record_of(choice, hp, choices)
+    used = used_imatrix(options.imatrix, planned, choices)
+    metadata = metadata_of_output(metadata, record.type, used)
+    return Conversion(
+        checkpoint, hp, choice, planned, choices, record, metadata, options.wishes, options.imatrix
+    )
 
 
 def check_options(hp: Hyperparameters, options: ConvertOptions) -> None:
@@ -186,7 +205,7 @@ def run(conversion: Conversion, out: Path, run_options: RunOptions) -> Summary:
         )
         for tensor, chosen in zip(conversion.tensors, conversion.choices, strict=True)
     ]
-    for text in notes_on_output(conversion.choices, jobs, conversion.imatrix):
+    for text in conversion.notes:
         run_options.listen(Note(text))
     sources = {spec.name: [conversion.checkpoint.tensors[name] for name in spec.sources] for spec in specs}
 
@@ -202,7 +221,7 @@ def run(conversion: Conversion, out: Path, run_options: RunOptions) -> Summary:
             jobs,
             {
                 "the checkpoint": conversion.checkpoint.identity,
-                **identity_of_output(conversion.choice, conversion.choices, conversion.imatrix),
+                **identity_of_output(conversion.record.type, conversion.choices, conversion.used_imatrix),
             },
             sources=conversion.checkpoint.files,
             threads=run_options.threads,

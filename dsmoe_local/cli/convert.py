@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsmoe_local.base.errors import missing_extra
+from dsmoe_local.base.errors import UsageError, missing_extra
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.cli.type_options import (
     TypeOptions,
     TypeRow,
     outweighed,
     refuse_several,
+    show_notes,
     show_types,
     summary_line,
     type_options,
@@ -66,6 +67,9 @@ def command(
         from dsmoe_convert.convert import ConvertOptions, RunOptions
         from dsmoe_convert.sources import SourceOptions, convert, plan_source
 
+    for name, value in (("--revision", revision), ("--token", token)):
+        if value == "":
+            raise UsageError(f"{name} is empty", remedy="leave it out, or check the variable it came from")
     types = TypeOptions.of(outweighed(values))
     refuse_several(types.ways)
     options = ConvertOptions(
@@ -80,6 +84,7 @@ def command(
                 )
             )
         _show(planned.conversion)
+        show_notes(planned.conversion.notes)
         return
     summary = run_with_progress(
         lambda listen, stop: convert(

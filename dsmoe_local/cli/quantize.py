@@ -9,11 +9,13 @@ import click
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.sizes import format_size
+from dsmoe_local.cli.configuration import from_command_line, told_origin
 from dsmoe_local.cli.target_options import TARGETS, TargetOptions, show_offers, show_reasons, target_options
 from dsmoe_local.cli.type_options import (
     TypeOptions,
     TypeRow,
     outweighed,
+    show_notes,
     show_types,
     summary_line,
     type_options,
@@ -22,6 +24,7 @@ from dsmoe_quantize.named_recipes import RECIPES
 
 if TYPE_CHECKING:
     from dsmoe_quantize.quantize import Plan
+    from dsmoe_quantize.types import TypeChoice
 
 
 @click.command(name="quantize")
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
 @type_options
 @target_options
 @click.option("--allow-requantize", is_flag=True, help="Accept tensors that are quantized already.")
-@click.option("--force", is_flag=True, help="Replace an existing output.")
+@click.option("--force", is_flag=True, help="Replace an existing output or recipe.")
 def command(
     source: Path,
     out: Path | None,
@@ -51,23 +54,30 @@ def command(
     that do the least harm within all targets.
     """
     from dsmoe_local.cli.render import run_with_progress, show_result
-    from dsmoe_quantize.quantize import default_output, quantize_file
+    from dsmoe_quantize.explain import stated_reasons
+    from dsmoe_quantize.quantize import default_output, output_called, plan_quantization, quantize_file
 
     values = outweighed(values, TARGETS)
     types, targets = TypeOptions.of(values), TargetOptions.of(values)
     targets.check(types)
-    wishes = types.wishes()
     may_lose = allow_requantize or dry_run
     if targets.has_target:
+        output = out or output_called(source, targets.request().name)
+        _check_places(source, output, targets.recipe_out, force=force, dry_run=dry_run)
         plan = _solved(source, types, targets, threads or 0, may_lose=may_lose, dry_run=dry_run)
     else:
-        plan = _planned(source, types, may_lose=may_lose)
-    if targets.recipe_out:
-        _write_recipe(plan, targets.recipe_out)
+        choice, wishes = _choice(types), types.wishes()
+        output = out or default_output(source, choice, wishes)
+        _check_places(source, output, targets.recipe_out, force=force, dry_run=dry_run)
+        plan = plan_quantization(source, choice, wishes, allow_requantize=may_lose, imatrix=types.imatrix())
+        if targets.explain:
+            show_reasons(stated_reasons(plan))
+    if targets.recipe_out is not None:
+        _write_recipe(plan, targets.recipe_out, force=force)
     if dry_run:
         _show(plan)
+        show_notes(plan.notes)
         return
-    output = out or default_output(source, plan.type, wishes)
     summary = run_with_progress(
         lambda listen, stop: quantize_file(
             plan, output, threads=threads or 0, force=force, listen=listen, stop=stop
@@ -76,17 +86,28 @@ def command(
     show_result(summary_line(summary))
 
 
-def _planned(source: Path, types: TypeOptions, *, may_lose: bool) -> Plan:
-    """The types asked for."""
-    from dsmoe_quantize.quantize import plan_quantization
+def _check_places(source: Path, output: Path, recipe_out: Path | None, *, force: bool, dry_run: bool) -> None:
+    """Raise, before any work, what would be raised after it about the files to write."""
+    from dsmoe_quantize.output import refuse_early
+    from dsmoe_quantize.recipe_file import refuse_place
+
+    if recipe_out is not None:
+        refuse_place(recipe_out, (source, output))
+    if not dry_run:
+        refuse_early(output, force, [source])
+
+
+def _choice(types: TypeOptions) -> TypeChoice:
+    """What --type or --recipe names."""
     from dsmoe_quantize.types import known_words, resolve
 
-    choice = types.recipe() or (resolve(types.word) if types.word is not None else None)
-    if choice is None:
+    if types.word is not None:
+        with told_origin("word"):
+            return resolve(types.word)
+    recipe = types.recipe()
+    if recipe is None:
         raise UsageError("no type is given", remedy=f"--type {', '.join(known_words())}; or a target")
-    return plan_quantization(
-        source, choice, types.wishes(), allow_requantize=may_lose, imatrix=types.imatrix()
-    )
+    return recipe
 
 
 def _solved(
@@ -101,12 +122,19 @@ def _solved(
     """The best types for a target; then the trade-off is shown."""
     from dsmoe_local.cli.render import run_with_progress
     from dsmoe_local.model.gguf_model import read_model
+    from dsmoe_quantize.choose import refuse_unmatched
+    from dsmoe_quantize.explain import reasons
+    from dsmoe_quantize.planned import refuse_foreign
     from dsmoe_quantize.target import refuse_quantized, solve_target
 
     request, wishes, imatrix = targets.request(), types.wishes(), types.imatrix()
     file, hp = read_model(source)
     if not may_lose:
         refuse_quantized(file)
+    # Before minutes of measuring.
+    tensors = list(file.tensors.values())
+    refuse_unmatched(tensors, wishes)
+    refuse_foreign(imatrix, tensors)
     target = run_with_progress(
         lambda listen, stop: solve_target(
             file, hp, request, wishes, imatrix, threads=threads, listen=listen, stop=stop
@@ -114,21 +142,23 @@ def _solved(
     )
     show_offers(target, request.budget, to_stderr=not dry_run)
     if targets.explain:
-        show_reasons(target)
+        show_reasons(reasons(target.market, target.solved))
     return target.solved.plan
 
 
-def _write_recipe(plan: Plan, path: Path) -> None:
+def _write_recipe(plan: Plan, path: Path, *, force: bool) -> None:
     """Write the plan's recipe as a file. UsageError if it follows llama.cpp's rules, which are none."""
     from dsmoe_quantize.recipe_file import write_recipe
     from dsmoe_quantize.recipes import LayeredRecipe
 
-    if not isinstance(plan.type, LayeredRecipe):
+    recipe = plan.record.type
+    if isinstance(recipe, LayeredRecipe):
+        write_recipe(recipe, path, force=force)
+    elif from_command_line("recipe_out"):
         raise UsageError(
-            f"{plan.type.name} is no recipe: there is nothing to write to {path}",
+            f"{recipe.name} is no recipe: there is nothing to write to {path}",
             remedy=f"--recipe-out goes with a target or --type {', '.join(RECIPES)}",
         )
-    write_recipe(plan.type, path)
 
 
 def _show(plan: Plan) -> None:

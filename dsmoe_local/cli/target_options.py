@@ -12,6 +12,7 @@ import click
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.sizes import format_size, parse_size
 from dsmoe_local.base.text import safe_line
+from dsmoe_local.cli.configuration import from_command_line, told_origin
 from dsmoe_local.cli.type_options import TypeOptions, all_of, refuse_several
 
 if TYPE_CHECKING:
@@ -23,6 +24,14 @@ if TYPE_CHECKING:
 
 TARGETS = ("target_size", "target_bpw", "target_bytes_per_token")
 """The parameters that are targets."""
+
+_WITH_TARGETS = {
+    "--sensitivity": "sensitivity_file",
+    "--sample": "sample",
+    "--max-slow-share": "max_slow_share",
+    "--cpu": "cpu",
+}
+"""Options, and their parameters, that say nothing without a target."""
 
 _CPUS = ("x86-avx2", "arm-dotprod", "none")
 
@@ -105,14 +114,12 @@ class TargetOptions:
     def check(self, types: TypeOptions) -> None:
         """UsageError if more than one thing says what the types are, or the rest does not go with it."""
         refuse_several({**types.ways, "a target": self.has_target})
-        alone = {
-            "--sensitivity": self.sensitivity_file is not None,
-            "--sample": self.sample is not None,
-            "--max-slow-share": self.max_slow_share is not None,
-            "--cpu": self.cpu is not None,
-            "--explain": self.explain,
-        }
-        lonely = [name for name, is_given in alone.items() if is_given]
+        # What a variable or the config file says is for those runs that have a target.
+        lonely = [
+            flag
+            for flag, name in _WITH_TARGETS.items()
+            if getattr(self, name) is not None and from_command_line(name)
+        ]
         if lonely and not self.has_target:
             raise UsageError(
                 f"{lonely[0]} needs a target",
@@ -129,18 +136,24 @@ class TargetOptions:
 
         share = self.max_slow_share
         budget = Budget(
-            size=parse_size(self.target_size) if self.target_size else None,
+            size=self._bytes("target_size"),
             bits_per_weight=self.target_bpw,
-            bytes_per_token=parse_size(self.target_bytes_per_token) if self.target_bytes_per_token else None,
+            bytes_per_token=self._bytes("target_bytes_per_token"),
             slow_share=None if share is None else share / 100,
         )
         return Request(budget, self._name(), self.sensitivity_file, self.sample, self.cpu or this_cpu())
 
+    def _bytes(self, name: str) -> int | None:
+        """A size that is given as text; an empty text is none."""
+        text = getattr(self, name)
+        with told_origin(name):
+            return None if text is None else parse_size(text)
+
     def _name(self) -> str:
         """What the file is called after: the first budget that is given."""
-        if self.target_size:
+        if self.target_size is not None:
             return "".join(self.target_size.split())
-        if self.target_bpw:
+        if self.target_bpw is not None:
             return f"{self.target_bpw:g}bpw"
         return f"{''.join((self.target_bytes_per_token or '').split())}-per-token"
 
@@ -196,22 +209,21 @@ def _offer_table(offers: Sequence[Offer]) -> Table:
     return table
 
 
-def show_reasons(target: Target) -> None:
+def show_reasons(reasons: Sequence[Reason]) -> None:
     """Print on stdout why each group of tensors gets its type."""
     from rich.console import Console
-
-    from dsmoe_quantize.explain import reasons
 
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = 200
-    console.print(_reason_table(reasons(target.market, target.solved)))
+    console.print(_reason_table(reasons))
 
 
 def _reason_table(reasons: Sequence[Reason]) -> Table:
     from dsmoe_local.model.ggml import type_name
 
-    table = _table("tensors", "layers", "type", "size", "of the error", "why")
+    is_measured = any(each.error_share for each in reasons)
+    table = _table("tensors", "layers", "type", "size", "of the error" if is_measured else "", "why")
     for index in (0, 1, 2, 5):
         table.columns[index].justify = "left"
     for index in (1, 5):
@@ -222,7 +234,7 @@ def _reason_table(reasons: Sequence[Reason]) -> Table:
             each.layers,
             type_name(each.type),
             format_size(each.n_bytes),
-            f"{each.error_share:.1%}",
+            f"{each.error_share:.1%}" if is_measured else "",
             each.why,
         )
     return table

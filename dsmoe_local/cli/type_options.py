@@ -13,7 +13,7 @@ import click
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.cli.configuration import from_command_line
+from dsmoe_local.cli.configuration import from_command_line, told_origin
 from dsmoe_quantize.named_recipes import RECIPES
 
 if TYPE_CHECKING:
@@ -146,14 +146,21 @@ class TypeOptions:
     def wishes(self) -> Wishes:
         """The options about single tensors as data. UsageError for a word that is no type."""
         from dsmoe_quantize.choose import Wishes, parse_override
-        from dsmoe_quantize.types import parse_target
 
         return Wishes(
             overrides=tuple(map(parse_override, self.overrides)),
-            output=parse_target(self.output_type) if self.output_type else None,
-            embedding=parse_target(self.embedding_type) if self.embedding_type else None,
+            output=_target("output_type", self.output_type),
+            embedding=_target("embedding_type", self.embedding_type),
             pure=self.pure,
         )
+
+
+def _target(name: str, word: str | None) -> GgmlType | None:
+    """The type that an option gives. UsageError for a word that is none, an empty one, too."""
+    from dsmoe_quantize.types import parse_target
+
+    with told_origin(name):
+        return None if word is None else parse_target(word)
 
 
 def refuse_several(ways: Mapping[str, bool]) -> None:
@@ -165,15 +172,19 @@ def refuse_several(ways: Mapping[str, bool]) -> None:
 
 def outweighed(values: Mapping[str, Any], *more: tuple[str, ...]) -> dict[str, Any]:
     """A command's parameters without what is only in the config file or a variable where the command line
-    says in another way what the types are. `more`: ways besides --type and --recipe, each by parameters that
-    go together.
+    says in another way what the types are, or where it does not go with that. `more`: ways besides --type and
+    --recipe, each by parameters that go together.
     """
     ways = (("word",), ("recipe_file",), *more)
     spoken = [
         way for way in ways if any(values[name] is not None and from_command_line(name) for name in way)
     ]
     silenced = {name for way in ways if spoken and way not in spoken for name in way}
-    return {name: None if name in silenced else value for name, value in values.items()}
+    kept = {name: None if name in silenced else value for name, value in values.items()}
+    if kept["pure"] and not from_command_line("pure"):
+        # Of one type alone: it is not meant for a recipe or a target.
+        kept["pure"] = kept["word"] is not None and kept["word"].lower() not in RECIPES
+    return kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +225,12 @@ def show_types(rows: Sequence[TypeRow], totals: str) -> None:
         )
     console.print(table)
     console.print(totals)
+
+
+def show_notes(notes: Sequence[str]) -> None:
+    """Say on stderr in a dry run what the run itself would."""
+    for text in notes:
+        click.echo(f"note: {safe_line(text, 400)}", err=True)
 
 
 def summary_line(summary: Summary) -> str:

@@ -19,6 +19,8 @@ from dsmoe_quantize.named_recipes import NamedRecipe
 from dsmoe_quantize.recipes import LayeredRecipe
 from dsmoe_quantize.types import FloatType, SettledType, TypeChoice, parse_target, settled
 
+_WISHES = ("--tensor-type", "--output-type", "--embedding-type")
+
 
 class TensorLike(Protocol):
     """A tensor to choose a type for: `type` is what it is in an unquantized file, or in the source file."""
@@ -59,6 +61,11 @@ class Choice:
     type: GgmlType
     reason: str = ""
     misfit: str = ""
+
+    @property
+    def is_wish(self) -> bool:
+        """Whether the user has spoken of this tensor alone."""
+        return self.reason in _WISHES
 
 
 def label_of(choice: TypeChoice, wishes: Wishes) -> str:
@@ -103,18 +110,30 @@ def choose_types(
         raise UsageError(
             f"{choice.name} is a recipe of several types", remedy="--pure goes with a single one, as in q4_k"
         )
+    refuse_unmatched(tensors, wishes)
     chooser = _Chooser(hp, settled(choice, hp), wishes, [tensor.name for tensor in tensors], imatrix)
     chosen = {
         tensor.name: chooser.choose(tensor)
         for tensor in sorted(tensors, key=lambda each: walk_order(each.name))
     }
+    return [chosen[tensor.name] for tensor in tensors]
+
+
+def refuse_unmatched(tensors: Sequence[TensorLike], wishes: Wishes) -> None:
+    """UsageError for a --tensor-type that speaks of no tensor: a typing error."""
+    found = (_override(wishes, tensor.name) for tensor in tensors if may_change(tensor))
+    matched = {override.pattern.pattern for override in found if override}
     for override in wishes.overrides:
-        if override.pattern.pattern not in chooser.matched:
+        if override.pattern.pattern not in matched:
             raise UsageError(
                 f"--tensor-type {safe_line(override.pattern.pattern, 60)} matches no tensor it may change",
                 remedy="it must match a whole name; norms and routers never change; see dsmoe inspect",
             )
-    return [chosen[tensor.name] for tensor in tensors]
+
+
+def _override(wishes: Wishes, name: str) -> Override | None:
+    """The first that matches."""
+    return next((each for each in wishes.overrides if each.pattern.fullmatch(name)), None)
 
 
 def settled_types(
@@ -159,7 +178,6 @@ class _Chooser:
         self._fallbacks: Mapping[GgmlType, GgmlType] = (
             choice.fallbacks if isinstance(choice, LayeredRecipe) else FALLBACKS
         )
-        self.matched: set[str] = set()
 
     def choose(self, tensor: TensorLike) -> Choice:
         return self.settled(tensor) or self._fitting(tensor, *self._by_type(tensor))
@@ -172,11 +190,7 @@ class _Chooser:
         return self._fitting(tensor, *wish) if wish else None
 
     def _wish(self, tensor: TensorLike) -> tuple[GgmlType, str] | None:
-        override = next(
-            (each for each in self._wishes.overrides if each.pattern.fullmatch(tensor.name)), None
-        )
-        if override:
-            self.matched.add(override.pattern.pattern)
+        override = _override(self._wishes, tensor.name)
         role = role_of(tensor.name)
         if role is Role.EMBEDDING and self._wishes.embedding is not None:
             return self._wishes.embedding, "--embedding-type"

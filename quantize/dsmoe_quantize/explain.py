@@ -12,9 +12,10 @@ from dsmoe_local.model.ggml import GgmlType, block_size, type_name
 from dsmoe_quantize.budget import Budget, Figures, GroupOptions, Market, Solved
 from dsmoe_quantize.choose import choose_types
 from dsmoe_quantize.fast_kernels import is_fast
-from dsmoe_quantize.groups import KINDS
+from dsmoe_quantize.groups import KINDS, Group, group_of
 from dsmoe_quantize.mixes import MIXES
 from dsmoe_quantize.named_recipes import RECIPES
+from dsmoe_quantize.quantize import Plan
 from dsmoe_quantize.recipe_file import format_layers
 from dsmoe_quantize.types import TypeChoice
 
@@ -38,7 +39,9 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """Why the groups of a kind in some layers have their type. `error_share` is of the whole error."""
+    """Why the groups of a kind in some layers have their type. `error_share` is of the whole error, 0 where
+    nothing was measured.
+    """
 
     kind: str
     layers: str
@@ -95,6 +98,24 @@ def reasons(market: Market, solved: Solved) -> list[Reason]:
     ordered = sorted(merged.items(), key=lambda item: KINDS.index(item[0][0]))
     free = [_reason(market, solved, kind, chosen, members) for (kind, chosen), members in ordered]
     return [*free, *_settled(market)]
+
+
+def stated_reasons(plan: Plan) -> list[Reason]:
+    """As `reasons`, of types that were asked for by name: what each choice says of itself."""
+    tied = all(change.source.name != "output.weight" for change in plan.changes)
+    merged: dict[tuple[str, GgmlType, str], list[tuple[Group, int]]] = {}
+    for change in plan.changes:
+        group, choice = group_of(change.source.name, tied), change.choice
+        if group is not None:
+            stated = choice.reason.removesuffix(f", {group}") or plan.type.name
+            why = "; ".join(filter(None, (stated, choice.misfit)))
+            merged.setdefault((group.kind, choice.type, why), []).append((group, change.n_bytes))
+    found = []
+    for (kind, chosen, why), members in sorted(merged.items(), key=lambda item: KINDS.index(item[0][0])):
+        layers = {group.layer for group, _ in members if group.layer is not None}
+        n_bytes = sum(size for _, size in members)
+        found.append(Reason(kind, ",".join(format_layers(layers)), chosen, n_bytes, 0.0, why))
+    return found
 
 
 def _reason(

@@ -103,10 +103,10 @@ def write_output(
     return Summary(out, plan.size, len(jobs), n_weights, n_resumed, seconds, peak_memory())
 
 
-def refuse_early(out: Path, force: bool) -> None:
+def refuse_early(out: Path, force: bool, sources: Sequence[Path] = ()) -> None:
     """Raise what `write_output` would for `out` itself: for callers with long work, a download, before it."""
     with _disk_errors(out):
-        out = _checked(out, ())
+        out = _checked(out, sources)
         # Beside a journal it may be a finished run's, which only has to be tidied.
         if out.exists() and not force and not journal_of(out).exists():
             raise exists_error(out)

@@ -31,7 +31,9 @@ from dsmoe_quantize.planned import (
     metadata_of_output,
     notes_on_output,
     refuse_foreign,
+    used_imatrix,
 )
+from dsmoe_quantize.record import Record, record_of
 from dsmoe_quantize.types import SettledType, TypeChoice, known_words, settled
 
 
@@ -74,9 +76,30 @@ class Plan:
         return 8 * self.n_bytes / sum(change.source.n_weights for change in self.changes)
 
     @property
+    def choices(self) -> list[Choice]:
+        """The type of every tensor."""
+        return [change.choice for change in self.changes]
+
+    @property
+    def record(self) -> Record:
+        """What the new file says of its types: the recipe, as wishes have changed it."""
+        return record_of(self.type, self.hp, self.choices)
+
+    @property
+    def used_imatrix(self) -> Imatrix | None:
+        """The importance matrix, if any tensor is encoded with it."""
+        return used_imatrix(self.imatrix, [change.source for change in self.changes], self.choices)
+
+    @property
     def metadata(self) -> dict[str, Field]:
         """What the new file says of itself."""
-        return metadata_of_output(self.file.metadata, self.type, self.imatrix)
+        return metadata_of_output(self.file.metadata, self.record.type, self.used_imatrix)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know of it."""
+        tensors = [change.source for change in self.changes]
+        return list(notes_on_output(tensors, self.choices, self.record, self.imatrix))
 
     @property
     def file_size(self) -> int:
@@ -152,7 +175,6 @@ def quantize_file(
 ) -> Summary:
     """Carry out `plan`. Resumable, complete or not at all: see `write_output`, also for what it raises."""
     path = plan.file.path
-    chosen = [change.choice for change in plan.changes]
     with opened(plan.file) as descriptor:
         jobs = [
             TensorJob(
@@ -164,7 +186,7 @@ def quantize_file(
             )
             for each in plan.changes
         ]
-        for text in notes_on_output(chosen, jobs, plan.imatrix):
+        for text in plan.notes:
             listen(Note(text))
         return write_output(
             out,
@@ -172,7 +194,7 @@ def quantize_file(
             jobs,
             {
                 "the source": list(plan.file.identity),
-                **identity_of_output(plan.type, chosen, plan.imatrix),
+                **identity_of_output(plan.record.type, plan.choices, plan.used_imatrix),
             },
             sources=[path],
             threads=threads,
@@ -184,9 +206,14 @@ def quantize_file(
 
 def default_output(source: Path, choice: TypeChoice, wishes: Wishes) -> Path:
     """`<name>-<TYPE>.gguf` in the current folder; a type that the source's name ends in is replaced."""
+    return output_called(source, label_of(choice, wishes))
+
+
+def output_called(source: Path, label: str) -> Path:
+    """As `default_output`, where what the types are called is known and they are not yet."""
     words = "|".join(map(re.escape, (*known_words(), *ALIASES)))
     name = re.sub(rf"[-._]({words})$", "", source.stem, flags=re.IGNORECASE)
-    return Path(f"{name}-{label_of(choice, wishes)}.gguf")
+    return Path(f"{name}-{label}.gguf")
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dsmoe_local.base import durable
-from dsmoe_local.base.errors import DsmoeError, FileError, FormatError
+from dsmoe_local.base.errors import DsmoeError, FileError, FormatError, UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.model.ggml import GgmlType, type_name
 from dsmoe_local.model.type_name import RECIPE_NAME
@@ -39,6 +39,7 @@ from dsmoe_quantize.types import FLOAT_TYPES, parse_target
 _FORMAT = 1
 _MAX_BYTES = 1 << 20
 _MAX_LAYER = 511  # llama.cpp's limit
+_OTHER_PLACE = "name another file to write the recipe to"
 _KEYS = frozenset({"format", "name", "closest", "types", "fallbacks", "about"})
 _HEAD = """\
 # A recipe: which type each group of tensors gets. Edit it, then: dsmoe-quantize IN.gguf --recipe FILE
@@ -74,12 +75,48 @@ def read_recipe(path: Path) -> LayeredRecipe:
         raise FormatError("the recipe is not UTF-8", where=path) from error
 
 
-def write_recipe(recipe: LayeredRecipe, path: Path) -> None:
-    """Write the file, durably, over what is there. FileError."""
+def write_recipe(recipe: LayeredRecipe, path: Path, *, force: bool = False) -> None:
+    """Write the file, durably. Another recipe that is there is replaced with `force` alone, anything else
+    never. Raises what `refuse_place` does, and FileError.
+    """
+    refuse_place(path)
+    content = render_recipe(recipe).encode()
     try:
-        durable.write_file(path, render_recipe(recipe).encode())
+        if path.exists():
+            if path.read_bytes() == content:
+                return  # of a run that was interrupted
+            if not force:
+                raise FileError("another recipe is there already", where=path, remedy="--force replaces it")
+        durable.write_file(path, content)
     except OSError as error:
         raise FileError(f"cannot write the recipe: {error.strerror}", where=path) from error
+
+
+def refuse_place(path: Path, taken: Iterable[Path] = ()) -> None:
+    """UsageError for a path that no recipe may be written to: one of `taken`, there or not yet, or something
+    else than a recipe. FileError if its folder does not exist.
+    """
+    if not path.parent.is_dir():
+        raise FileError("the recipe's folder does not exist", where=path.parent, remedy="create it first")
+    try:
+        is_taken = any(each.resolve() == path.resolve() or durable.same_file(each, path) for each in taken)
+        is_there = path.exists()
+    except (OSError, RuntimeError) as error:
+        raise FileError("cannot write the recipe", where=path, remedy=str(error)) from error
+    if is_taken:
+        raise UsageError("the recipe would take the place of the model", where=path, remedy=_OTHER_PLACE)
+    if is_there and not _is_recipe(path):
+        raise UsageError("what is there is no recipe", where=path, remedy=_OTHER_PLACE)
+
+
+def _is_recipe(path: Path) -> bool:
+    if not path.is_file():
+        return False  # a pipe would be waited for
+    try:
+        read_recipe(path)
+    except (FormatError, FileError):
+        return False
+    return True
 
 
 def render_recipe(recipe: LayeredRecipe) -> str:

@@ -11,9 +11,10 @@ from dsmoe_local.base.text import safe_line
 from dsmoe_local.model.ggml import GgmlType, type_name
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_quantize import kernels
+from dsmoe_quantize.groups import KINDS
 from dsmoe_quantize.mixes import ALIASES, MIXES, Mix
 from dsmoe_quantize.named_recipes import RECIPES, NamedRecipe
-from dsmoe_quantize.recipes import LayeredRecipe, recipe_for
+from dsmoe_quantize.recipes import OTHERS, LayeredRecipe, recipe_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +57,39 @@ def resolve(word: str) -> TypeChoice:
 
 
 def settled(choice: TypeChoice, hp: Hyperparameters) -> SettledType:
-    """What a choice means for a model."""
-    return recipe_for(choice, hp.n_layers) if isinstance(choice, NamedRecipe) else choice
+    """What a choice means for a model. UsageError for a recipe, from a file, that goes by a name that --type
+    knows and is another: what it makes would be shown under that name.
+    """
+    if isinstance(choice, NamedRecipe):
+        return recipe_for(choice, hp.n_layers)
+    if isinstance(choice, LayeredRecipe) and is_reserved(choice.name):
+        named = RECIPES.get(choice.name.lower())
+        if named is None or not same_types(choice, recipe_for(named, hp.n_layers), hp.n_layers):
+            raise UsageError(
+                f"the recipe is called {choice.name}, and has other types than {choice.name} has here",
+                remedy='give it a name of its own: name = "mine"',
+            )
+    return choice
+
+
+def is_reserved(name: str) -> bool:
+    """Whether a recipe's name is one that --type knows."""
+    upper = name.upper()
+    return name.lower() in RECIPES or upper in MIXES or upper in ALIASES or upper in FLOAT_TYPES
+
+
+def same_types(first: LayeredRecipe, second: LayeredRecipe, n_layers: int) -> bool:
+    """Whether two recipes mean the same in a model of so many layers."""
+    tables = [
+        {
+            (kind, layer): layers.get(layer, layers.get(OTHERS))
+            for kind in KINDS
+            for layer in (OTHERS, *range(n_layers))
+            for layers in (recipe.types.get(kind, {}),)
+        }
+        for recipe in (first, second)
+    ]
+    return tables[0] == tables[1] and first.fallbacks == second.fallbacks
 
 
 def resolve_float(kind: GgmlType) -> FloatType:

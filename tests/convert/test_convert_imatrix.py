@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 from support.checkpoints import TINY, WIDE, write_checkpoint
 from support.hub_server import Hub, serving
 from support.imatrices import random_imatrix
+from support.quantize_oracle import tensor_data
 
 from dsmoe_convert.convert import ConvertOptions, RunOptions, convert_folder
 from dsmoe_convert.sources import SourceOptions, convert
@@ -58,9 +59,34 @@ def test_one_pass_is_as_two(word: str, model: tuple[Path, Path], matrix: Path, t
     plan = plan_quantization(model[1], resolve(word), imatrix=imatrix)
     stepwise = quantize_file(plan, tmp_path / "stepwise.gguf")
     assert direct.path.read_bytes() == stepwise.path.read_bytes()
-    assert read_gguf(direct.path).get("quantize.imatrix.file") == "m.gguf"
-    without = convert_folder(model[0], tmp_path / "without.gguf", ConvertOptions(word))
-    assert (without.path.read_bytes() != direct.path.read_bytes()) or word == "f16"
+    found = read_gguf(direct.path)
+    without = read_gguf(convert_folder(model[0], tmp_path / "without.gguf", ConvertOptions(word)).path)
+    # Nothing in these types heeds a matrix.
+    is_used = word not in ("q8", "f16")
+    assert (tensor_data(found) != tensor_data(without)) == is_used
+    assert found.get("quantize.imatrix.file") == ("m.gguf" if is_used else None)
+    assert (found.metadata == without.metadata) != is_used
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ((), "no tensor is quantized"),
+        (("--type", "f16"), "no tensor is quantized"),
+        (("--type", "q8"), "Q8_0 is encoded without one"),
+        (("--type", "q4"), ""),
+    ],
+)
+def test_a_matrix_that_changes_nothing(
+    arguments: tuple[str, ...], why: str, model: tuple[Path, Path], matrix: Path, tmp_path: Path
+) -> None:
+    """Guards: a matrix that is ignored without a word, or told of in a dry run otherwise than in the run."""
+    for more in ((), ("--dry-run",)):
+        result = invoke(model[0], "-o", tmp_path / "out.gguf", *arguments, "--imatrix", matrix, *more)
+        assert result.exit_code == 0, result.exception
+        assert ("changes nothing" in result.stderr) == bool(why)
+        assert why in result.stderr
+        assert ("says nothing of" in result.stderr) == (not why)
 
 
 def test_a_recipe_file_in_one_pass(model: tuple[Path, Path], matrix: Path, tmp_path: Path) -> None:

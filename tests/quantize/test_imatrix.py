@@ -13,13 +13,14 @@ from support.quantize_oracle import assert_same
 from support.tiny_gguf import DENSE, EIGHT_EXPERTS, MOE, NARROW, ODD, write_tiny
 
 from dsmoe_local.base.errors import UsageError
-from dsmoe_local.model.ggml import FLOATS, GgmlType, type_name
+from dsmoe_local.model.ggml import FLOATS, GgmlType, tensor_bytes, type_name
 from dsmoe_local.model.gguf_file import read_gguf
 from dsmoe_quantize import encode, kernels
 from dsmoe_quantize.choose import Override, Wishes
 from dsmoe_quantize.imatrix import FEW, Imatrix, Statistics, merged, metadata_of_use
 from dsmoe_quantize.imatrix_file import read_imatrix, write_imatrix
 from dsmoe_quantize.mixes import MIXES
+from dsmoe_quantize.planned import UNWEIGHED
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
 from dsmoe_quantize.recipe_file import file_type_of
 from dsmoe_quantize.types import resolve
@@ -66,10 +67,62 @@ def test_quantizing_equals_llama_cpp(
     source, matrix = models[model]
     imatrix = read_imatrix(matrix)
     ours = quantized(source, tmp_path / "ours.gguf", word, imatrix)
-    said = {key: field.value for key, field in metadata_of_use(imatrix).items()}
+    # Its tool says so of any file; ours only of those with blocks that a matrix has a say in.
+    weighed = {tensor.type for tensor in read_gguf(ours).tensors.values()} - UNWEIGHED
+    said = {key: field.value for key, field in metadata_of_use(imatrix).items()} if weighed else {}
     theirs = tmp_path / "theirs.gguf"
     llama_quantize_with(as_llama_reads(matrix), source, theirs, file_type_of(resolve(word).name), said)
     assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", sorted(kernels.WRITABLE), ids=type_name)
+def test_types_without_use_for_a_matrix(kind: GgmlType) -> None:
+    """Guards: a file that is said to be made with a matrix that changed none of its bytes, or the reverse."""
+    generator = np.random.default_rng(0)
+    source = generator.standard_normal((64, 256), np.float32)
+    importance = np.exp(generator.normal(0, 2, 256)).astype(np.float32)
+    found = []
+    for address in (None, importance.ctypes.data):
+        out = np.zeros(tensor_bytes(kind, source.shape), np.uint8)
+        kernels.encoder(kind)(source.ctypes.data, out.ctypes.data, 64, 256, address)
+        found.append(out.tobytes())
+    assert (found[0] == found[1]) == (kind in UNWEIGHED)
+
+
+def said_of_use(path: Path) -> dict[str, object]:
+    metadata = read_gguf(path).metadata
+    return {key: field.value for key, field in metadata.items() if key.startswith("quantize.")}
+
+
+def test_what_a_file_says_of_its_matrix(tmp_path: Path) -> None:
+    """Guards: a matrix of the source that is claimed of weights encoded without it; keys of two in one file;
+    a matrix that nothing was encoded with.
+    """
+    source = write_tiny(tmp_path / "source.gguf", NARROW, "f16")
+    first = random_imatrix(NARROW)
+    second = Imatrix(first.entries, (), 0, 0, "second.dat")
+    made = quantized(source, tmp_path / "made.gguf", "Q4_0", first)
+    assert said_of_use(made).keys() == metadata_of_use(first).keys()
+
+    def again(word: str, imatrix: Imatrix | None) -> dict[str, object]:
+        out = tmp_path / f"{word}-{imatrix is not None}.gguf"
+        quantize_file(plan_quantization(made, resolve(word), allow_requantize=True, imatrix=imatrix), out)
+        return said_of_use(out)
+
+    assert again("Q4_1", None) == {}
+    assert again("Q4_1", second) == {
+        "quantize.imatrix.file": "second.dat",
+        "quantize.imatrix.entries_count": len(first.entries),
+    }
+    assert again("Q8_0", first) == {}
+    assert again("F16", first) == {}
+
+
+def test_a_matrix_without_any_tensor_of_the_model(models: dict[str, tuple[Path, Path]]) -> None:
+    """Guards: a matrix of a model with other names, which is read and has no effect."""
+    imatrix = of([[1.0]], [1])
+    with pytest.raises(UsageError, match="none of this one's tensors"):
+        plan_quantization(models["moe"][0], resolve("q4"), imatrix=imatrix)
 
 
 def test_importance_changes_what_is_written(models: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:

@@ -14,13 +14,19 @@ from dsmoe_local.base.config_file import config_path
 from dsmoe_local.base.errors import FileError, FormatError, UsageError
 from dsmoe_local.base.paths import cache_folder
 from dsmoe_local.cli.main import load_command
+from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import read_gguf
 from dsmoe_local.model.type_name import RECIPE_KEY
+from dsmoe_quantize.choose import Wishes, may_change
 from dsmoe_quantize.errors import RequantizeError
+from dsmoe_quantize.explain import stated_reasons
 from dsmoe_quantize.fast_kernels import CPUS
+from dsmoe_quantize.groups import KINDS
 from dsmoe_quantize.imatrix_file import write_imatrix
 from dsmoe_quantize.named_recipes import RECIPES
+from dsmoe_quantize.quantize import plan_quantization
 from dsmoe_quantize.recipe_file import parse_recipe, read_recipe
+from dsmoe_quantize.types import resolve
 
 
 @pytest.fixture
@@ -191,12 +197,19 @@ def test_all_budgets(source: Path) -> None:
         (("--target-bpw", "5", "--type", "q4"), "exclude each other"),
         (("--recipe", "r.toml", "--type", "q4"), "exclude each other"),
         (("--recipe", "r.toml", "--target-bpw", "5"), "exclude each other"),
-        (("--type", "q4", "--explain"), "--explain needs a target"),
+        (("--type", "q4", "--cpu", "none"), "--cpu needs a target"),
+        (("--type", "q4", "--sample", "0"), "--sample needs a target"),
         (("--type", "q4", "--sensitivity", "s.json"), "--sensitivity needs a target"),
         (("--type", "Q4_K_M", "--recipe-out", "r.toml"), "Q4_K_M is no recipe"),
         (("--max-slow-share", "50", "--type", "q4"), "--max-slow-share needs a target"),
         (("--target-bpw", "5", "--pure"), "--pure goes with --type alone"),
+        (("--recipe", "r.toml", "--pure"), "--pure goes with --type alone"),
         (("--target-size", "much"), "is not a size"),
+        (("--target-size", ""), "'' is not a size"),
+        (("--target-bpw", "5", "--target-bytes-per-token", ""), "'' is not a size"),
+        (("--type", ""), "'' is not a type"),
+        (("--type", "q8", "--output-type", ""), "'' is no type"),
+        (("--type", "q8", "--embedding-type", ""), "'' is no type"),
         (("--target-size", "1KB", "--sample", "32"), "no choice of types fits"),
         ((), "no type is given"),
     ],
@@ -206,6 +219,26 @@ def test_what_cannot_be(source: Path, arguments: tuple[str, ...], what: str) -> 
     result = invoke(source, *arguments)
     assert isinstance(result.exception, UsageError), result.exception
     assert what in str(result.exception)
+
+
+def test_types_asked_for_are_explained(source: Path) -> None:
+    """Guards: a group without a reason, a layer that is told with others of another type."""
+    result = invoke(source, "--type", "Q4_K_M", "--explain", "--output-type", "f16")
+    assert result.exit_code == 0, result.exception
+    plan = plan_quantization(source, resolve("Q4_K_M"), Wishes(output=GgmlType.F16))
+    reasons = stated_reasons(plan)
+    assert sum(each.n_bytes for each in reasons) == sum(
+        change.n_bytes for change in plan.changes if may_change(change.source)
+    )
+    values = {each.layers: (each.type, each.why) for each in reasons if each.kind == "attention-value"}
+    assert values == {
+        "0,3,6-8": (GgmlType.Q6_K, "more bits in this layer"),
+        "1-2,4-5": (GgmlType.Q4_K, "Q4_K_M"),
+    }
+    assert [each.why for each in reasons if each.kind == "output"] == ["--output-type"]
+    for each in reasons:
+        assert each.why in result.stdout
+    assert {each.kind for each in stated_reasons(plan_quantization(source, resolve("q4")))} == set(KINDS)
 
 
 def test_every_kind_of_processor() -> None:
@@ -236,3 +269,42 @@ def test_the_config_file_gives_way(source: Path, tmp_path: Path) -> None:
     path.write_text("[quantize]\ntarget-bpw = 5.0\n")
     assert invoke(source, "--type", "q4_0").exit_code == 0
     assert (tmp_path / "tiny-Q4_0.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'cpu = "x86-avx2"',
+        "sample = 512",
+        'sensitivity = "s.json"',
+        "max-slow-share = 60",
+        "explain = true",
+        "pure = true",
+        'recipe-out = "kept.toml"',
+    ],
+)
+def test_what_the_config_file_says_for_targets(source: Path, line: str) -> None:
+    """Guards: a key for targets, or for single types, that makes every other run an error."""
+    assert invoke(source, "--type", "q4", "--recipe-out", "r.toml", "--dry-run").exit_code == 0
+    path = config_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"[quantize]\n{line}\n")
+    # The recipe of one run is another's.
+    options = ("--dry-run", "--force") if line.startswith("recipe-out") else ("--dry-run",)
+    shown = []
+    target = ("--target-bpw", "5.5", "--sample", "512")
+    for choice in (("--type", "q4"), ("--type", "Q4_K_M"), ("--recipe", "r.toml"), target):
+        result = invoke(source, *choice, *options)
+        assert result.exit_code == 0, (choice, result.exception)
+        shown.append(result.stdout)
+    assert (" Q6_K " in shown[1]) == (line != "pure = true"), "there it has its meaning"
+
+
+def test_where_an_empty_word_is_from(source: Path) -> None:
+    """Guards: an error about an option that nobody has given."""
+    path = config_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('[quantize]\ntarget-size = ""\n')
+    result = invoke(source)
+    assert isinstance(result.exception, UsageError)
+    assert "[quantize] target-size" in str(result.exception)
