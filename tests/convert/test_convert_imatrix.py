@@ -30,7 +30,7 @@ from dsmoe_quantize.recipes import recipe_for
 from dsmoe_quantize.types import resolve
 
 MINE = NamedRecipe(
-    "mine", "a test", "Q4_K_M", {"": "Q4_K", "routed-down": {"Q5_0": "first-half", "IQ4_NL": "others"}}
+    "mine", "a test", "Q4_K_M", {"": "Q4_K", "routed-down": {"Q5_0": "last-eighth", "IQ4_NL": "others"}}
 )
 
 
