@@ -51,7 +51,7 @@ from benchmarks.support.quality_rows import (
 )
 from benchmarks.support.quality_speed import Timing, measure_speeds
 from benchmarks.support.quality_steps import measure_steps
-from benchmarks.support.quality_tables import all_tables
+from benchmarks.support.quality_tables import all_tables, summary_table
 from benchmarks.support.quality_types import LARGE, variants
 from benchmarks.support.reference_shape import CALIBRATION, HELD_OUT, TRAINING, reference_folder
 from benchmarks.support.rows import say
@@ -65,6 +65,7 @@ from dsmoe_local.engine.load.machine import physical_cores
 from dsmoe_local.evaluate.text import Text, read_text
 
 DOCUMENT, CHART, FIGURES = (ROOT / "docs" / name for name in ("quality.md", "quality.svg", "quality.json"))
+README, SUMMARY = ROOT / "README.md", "recipes"
 NONE = "none"
 
 _WINDOWS = {"reference": 120, "demo": 24}
@@ -190,11 +191,13 @@ def measure_speed(given: argparse.Namespace) -> Part:
 
 
 def save(parts: Mapping[str, Part], tables: Mapping[str, str]) -> None:
-    """Write the document's tables, the chart, and the figures that both are made of."""
+    """Write the document's tables and the README's, the chart, and the figures that all are made of."""
     if missing := [name for name in PARTS if name not in parts]:
         raise SystemExit(f"nothing is saved: {', '.join(missing)} must be measured first")
     figures = {name: parts[name].as_json() for name in PARTS}
     DOCUMENT.write_text(with_tables(DOCUMENT.read_text(encoding="utf-8"), tables), encoding="utf-8")
+    summary = {SUMMARY: summary_table(parts)}
+    README.write_text(with_tables(README.read_text(encoding="utf-8"), summary), encoding="utf-8")
     CHART.write_text(chart(parts["reference"]), encoding="utf-8")
     FIGURES.write_text(json.dumps(figures, separators=(",", ":")) + "\n", encoding="utf-8")
 

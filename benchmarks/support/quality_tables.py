@@ -6,8 +6,11 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping
 
 from benchmarks.support.quality_bars import (
+    BARS,
+    BYTES,
     DECODE,
     PROMPT,
+    SIZE,
     median_ratio,
     ratio_of,
     speed_of,
@@ -39,6 +42,20 @@ def all_tables(parts: Mapping[str, Part]) -> dict[str, str]:
     }
     tables = {name: make(parts[part]) for name, (part, make) in makers.items() if part in parts}
     return {"settings": settings_table(parts), "bars": bars_table(parts), **tables}
+
+
+def summary_table(parts: Mapping[str, Part]) -> str:
+    """Our recipes beside the base, without an importance matrix: a line each, for the README."""
+    told = {(each.recipe, each.measure): each for each in verdicts(parts) if not each.imatrix}
+    base = parts["reference"].row(Variant(BASE, False))
+    rows = []
+    for word in BARS:
+        ratios = [told[word, measure].ratio for measure in (SIZE, BYTES, PROMPT, DECODE)]
+        row = parts["reference"].row(Variant(word, False))
+        ratios.append(ratio_of(row.windows, base.windows)[0])
+        rows.append([named(word), *(f"{ratio:.2f} x" for ratio in ratios)])
+    heads = ("against Q4_K_M", "size", "bytes per token", "prompt speed", "decode speed", "KL divergence")
+    return markdown(heads, "lrrrrr", rows)
 
 
 def bars_table(parts: Mapping[str, Part]) -> str:

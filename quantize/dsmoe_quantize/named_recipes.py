@@ -4,9 +4,10 @@ Words alone, so that --help needs no library. What they mean for a model is `rec
 
 Why these types: docs/quality.md has the figures, and what one step away from q4 would change. Of the
 embedding a token reads one row: its bits cost nothing but room. Attention and shared experts are read for
-every token but are 6% of a 16B's weights. Routed experts are the other 91%; llama.cpp has fast CPU kernels
-(repacked blocks) for Q4_K and IQ4_NL, none for Q5_0 and Q8_0, which its own mixes put into all of the down
-projections.
+every token but are 6% of a 16B's weights. Routed experts are the other 91%; the width of their down
+projections rules out blocks of 256. Kernels: llama.cpp's for repacked blocks (Q4_K, IQ4_NL) decode fastest,
+but multiply routed experts by one token after another; of a prompt, IQ4_XS, which is never repacked, is far
+ahead on x86.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ _LIST = (
     ),
     NamedRecipe(
         "q4-fast",
-        why="4 bits with fast kernels for all routed experts",
+        why="4 bits in types that are fast on x86",
         closest="Q4_K_M",
         types={
             "embedding": "Q6_K",
@@ -70,19 +71,20 @@ _LIST = (
             "shared": "Q5_K",
             "dense": "Q5_K",
             "dense-down": "Q5_0",
-            "routed-gate-up": "Q4_K",
+            "routed-gate-up": "IQ4_XS",
             "routed-down": "IQ4_NL",
         },
     ),
     NamedRecipe(
         "q4-small",
         why="fewer bytes, on disk and for each token",
-        closest="Q4_K_S",
+        closest="IQ4_XS",
         types={
             "": "Q4_K",
             "embedding": "Q5_K",
             "output": "Q6_K",
             "dense-down": "Q5_0",
+            "routed-gate-up": "IQ4_XS",
             "routed-down": "IQ4_NL",
         },
     ),

@@ -26,7 +26,7 @@ from benchmarks.support.quality_kept import changes
 from benchmarks.support.quality_rows import SpeedRow, TargetRow, parse_part, part_of
 from benchmarks.support.quality_speed import Timing, measure_speeds, timed_variants
 from benchmarks.support.quality_steps import measure_steps, steps_of
-from benchmarks.support.quality_tables import all_tables
+from benchmarks.support.quality_tables import all_tables, summary_table
 from benchmarks.support.quality_types import BASE, LARGE, Variant
 from benchmarks.support.random_models import with_layers
 from benchmarks.support.reference_shape import HP
@@ -361,11 +361,12 @@ def check_costs(start: Sensitivity, path: Path, source: Path) -> None:
 DOCUMENT = quality.DOCUMENT.read_text(encoding="utf-8")
 
 
-@pytest.mark.skipif(not quality.FIGURES.exists(), reason="nothing was saved yet")
 def test_the_document_is_of_its_figures() -> None:
     """Guards: tables and a chart of other figures than those beside them; types that have changed since."""
     content = json.loads(quality.FIGURES.read_text(encoding="utf-8"))
     parts = {name: parse_part(part) for name, part in content.items()}
     assert with_tables(DOCUMENT, all_tables(parts)) == DOCUMENT
+    readme = quality.README.read_text(encoding="utf-8")
+    assert with_tables(readme, {quality.SUMMARY: summary_table(parts)}) == readme
     assert quality.CHART.read_text(encoding="utf-8") == chart(parts["reference"])
     assert {name: found for name, part in parts.items() if (found := changes(part))} == {}

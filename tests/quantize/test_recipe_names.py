@@ -97,7 +97,7 @@ def all_of(word: str) -> dict[str, set[str]]:
     return {kind: {word} for kind in KINDS}
 
 
-ROUTED_4_BITS = {"routed-gate-up": {"Q4_K"}, "routed-down": {"IQ4_NL"}}
+ROUTED_4_BITS = {"routed-gate-up": {"IQ4_XS"}, "routed-down": {"IQ4_NL"}}
 
 
 @pytest.mark.parametrize(
@@ -108,8 +108,7 @@ ROUTED_4_BITS = {"routed-gate-up": {"Q4_K"}, "routed-down": {"IQ4_NL"}}
             "q4",
             all_of("Q5_K")
             | {"embedding": {"Q6_K"}, "output": {"Q6_K"}, "dense-down": {"Q5_0"}}
-            | ROUTED_4_BITS
-            | {"routed-down": {"IQ4_NL", "Q5_0"}},
+            | {"routed-gate-up": {"Q4_K"}, "routed-down": {"IQ4_NL", "Q5_0"}},
         ),
         (
             "q4-fast",
