@@ -5,7 +5,7 @@
     python benchmarks/dense_against_moe.py --dense llama2-7b     against another 7B of the paper
     python benchmarks/dense_against_moe.py --quick               small, does it run? the figures mean nothing
 
-Both shapes have random weights, quantized with the same recipe; files are kept in the cache once made. Speed
+Both shapes have random weights, quantized to the same type; files are kept in the cache once made. Speed
 does not depend on what weights say, but for the router: random ones choose experts nearly uniformly. The
 models are loaded in turn, in an order that turns around every round, and timed as `dsmoe bench` does. What a
 token takes grows by the same amount with each layer, so two numbers of layers tell that of all of them.
@@ -48,7 +48,7 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dense", choices=DENSE, default=DENSE[0], help=f"the dense shape [{DENSE[0]}]")
-    parser.add_argument("--type", default="q4", metavar="TYPE", help="recipe or mix of both [q4]")
+    parser.add_argument("--type", default="Q4_0", metavar="TYPE", help="of both [Q4_0: all matrices alike]")
     parser.add_argument("--layers", default="2,8", metavar="N,N|all", help="layers that are measured [2,8]")
     parser.add_argument("-p", "--n-prompt", type=int, default=512, metavar="N", help="tokens [512]")
     parser.add_argument("-n", "--n-gen", type=int, default=128, metavar="N", help="tokens [128]")

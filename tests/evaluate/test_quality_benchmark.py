@@ -333,7 +333,8 @@ def test_a_model_is_measured(tmp_path: Path) -> None:
     wanted_steps = [(step.kind, step.word) for step in steps_of(RECIPES["q4"])][:2]
     assert [row.type for row in steps] == [BASE, "q4", "q4", "q4"]
     assert [(row.kind, row.word) for row in steps] == [("", ""), ("", ""), *wanted_steps]
-    assert len({tuple(row.windows) for row in steps}) == len(steps)
+    # So narrow a model has Q8_0 in place of Q6_K as well.
+    assert len({tuple(row.windows) for row in steps[:3]}) == 3
     assert [(row.type, row.imatrix) for row in eight] == [
         (recipe.name, imatrix) for imatrix in (False, True) for recipe in EIGHT
     ]
