@@ -3,15 +3,17 @@
 A multiple-choice knapsack with several budgets. A price for each budget (Lagrange multipliers) gives a lower
 bound of the error and, for each option, the least by which any solution with it exceeds that bound; whatever
 exceeds a known solution is ruled out. What is left is searched in depth. Where that takes too long, each
-option of the group with the largest step makes a problem of its own, with better prices. All this ends with a
+option of the group with the largest step makes a problem of its own, with better prices; that with the lowest
+bound is the next to be divided. All this ends with a
 proof that nothing is better, or after a number of nodes, and then the bound says how far it can be off.
 The same problem has the same solution everywhere: nothing here depends on time or chance.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -55,7 +57,7 @@ def solve(problem: Problem, *, quick: bool = False) -> Solution | None:
         if sum(least) > limit:
             return None
     solver = _Solver(problem, _NODES_AT_ONCE if quick else MAX_NODES)
-    bound = solver.explore(kept, None, 0 if quick else _MAX_BRANCHES)
+    bound = solver.explore(kept, 0 if quick else _MAX_BRANCHES)
     if solver.best is None:
         return None
     chosen = [options[at] for options, at in zip(problem.groups, solver.best, strict=True)]
@@ -81,36 +83,67 @@ class _Solver:
         self.best_error = np.inf
         self.prices: tuple[float, ...] = ()
 
-    def explore(self, kept: list[list[int]], hint: Floats | None, branches_left: int) -> float:
+    def explore(self, kept: list[list[int]], max_branches: int) -> float:
         """Look for better solutions with the options in `kept`. No solution that it missed has an error below
         what it returns: infinity if it missed none.
         """
+        first = self._look(kept, None, max_branches)
+        self.prices = first.prices_per_unit
+        parts, missed = [first], np.inf
+        while parts:
+            # The part that may hold the best comes first, not the last one that was made.
+            part = heapq.heappop(parts)
+            if part.bound >= self.best_error * (1 - _CLOSE) or self._is_spent:
+                return min(missed, part.bound)
+            group = part.table.largest_step(part.kept, self._problem) if part.branches_left else None
+            if group is None:
+                missed = min(missed, part.bound)
+                continue
+            for at in part.kept[group]:
+                narrower = [*part.kept[:group], [at], *part.kept[group + 1 :]]
+                found = self._look(narrower, part.prices, part.branches_left - 1)
+                if found.bound < np.inf:
+                    heapq.heappush(parts, found)
+        return missed
+
+    @property
+    def _is_spent(self) -> bool:
+        return self._nodes_left <= 0 or self._problems_left <= 0
+
+    def _look(self, kept: list[list[int]], hint: Floats | None, branches_left: int) -> _Part:
+        """Search a part for a while."""
         self._problems_left -= 1
         table = Relaxation.of(self._problem, kept)
         prices = table.best_prices(hint, quick=not branches_left)
-        if hint is None:
-            self.prices = tuple(float(each) for each in prices / table.scale)
         search = _Search(table, prices, self.best_error)
         search.run(min(self._nodes_left, _NODES_AT_ONCE if branches_left else self._nodes_left))
         self._nodes_left -= search.n_nodes
         if search.best is not None:
             self.best_error = search.best_error
             self.best = [alive[at] for alive, at in zip(kept, search.best, strict=True)]
-        if search.is_complete:
-            return np.inf
-        is_close = search.bound >= self.best_error * (1 - _CLOSE)
-        if is_close or not branches_left or self._nodes_left <= 0 or self._problems_left <= 0:
-            return search.bound
         # What the search ruled out stays so: the error to beat only falls.
-        kept = [[alive[at] for at in search.alive(group)] or alive[:1] for group, alive in enumerate(kept)]
-        group = table.largest_step(kept, self._problem)
-        if group is None:
-            return search.bound
-        bound = np.inf
-        for at in kept[group]:
-            part = [*kept[:group], [at], *kept[group + 1 :]]
-            bound = min(bound, self.explore(part, prices, branches_left - 1))
-        return bound
+        left = [[alive[at] for at in search.alive(group)] or alive[:1] for group, alive in enumerate(kept)]
+        bound = np.inf if search.is_complete else search.bound
+        return _Part(bound, self._problems_left, left, table, prices, branches_left)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class _Part:
+    """A part of the problem after a first look: no solution in it that is not known has an error below
+    `bound`. `number` settles the order of equal ones.
+    """
+
+    bound: float
+    number: int
+    kept: list[list[int]] = field(compare=False)
+    table: Relaxation = field(compare=False)
+    prices: Floats = field(compare=False)
+    branches_left: int = field(compare=False)
+
+    @property
+    def prices_per_unit(self) -> tuple[float, ...]:
+        """What the last unit of each budget is worth."""
+        return tuple(float(each) for each in self.prices / self.table.scale)
 
 
 def _undominated(options: Sequence[Option]) -> list[int]:
