@@ -111,7 +111,7 @@ class Conversion:
     @property
     def notes(self) -> list[str]:
         """What a person should know of it."""
-        return list(notes_on_output(self.tensors, self.choices, self.record, self.imatrix))
+        return list(notes_on_output(self.tensors, self.choices, self.record, self.imatrix, self.hp.n_layers))
 
     @property
     def n_bytes(self) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from decimal import Decimal
 
 from dsmoe_local.base.errors import UsageError
 
@@ -21,7 +23,7 @@ def parse_size(text: str) -> int:
         raise UsageError(
             f"{text!r} is not a size", remedy="write a number and B, KB, KiB, MB, MiB, GB or GiB, as in 2GiB"
         )
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    return int(Decimal(match[1]) * _UNITS[match[2].lower()])
 
 
 def format_size(n_bytes: float) -> str:
@@ -31,6 +33,12 @@ def format_size(n_bytes: float) -> str:
             break
         n_bytes /= 1000
     return f"{n_bytes:.0f} {unit}" if unit == "B" or n_bytes >= 99.95 else f"{n_bytes:.3g} {unit}"
+
+
+def round_up(n_bytes: float) -> int:
+    """The least number of bytes, not below `n_bytes`, that `format_size` shows as it is."""
+    step: int = max(1, 10 ** (len(str(int(n_bytes))) - 3))
+    return math.ceil(n_bytes / step) * step
 
 
 def format_count(count: float) -> str:

@@ -257,7 +257,8 @@ def _facts(result: Evaluation) -> Table:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="cyan", no_wrap=True)
     grid.add_column()
-    windows = f"{result.n_windows} windows of {result.n_context:,} tokens"
+    noun = "window" if result.n_windows == 1 else "windows"
+    windows = f"{result.n_windows} {noun} of {result.n_context:,} tokens"
     rows = [
         ("text", f"{result.text}: {windows}, {result.perplexity.n_scored:,} scored"),
         ("speed", f"{result.tokens_per_second:.4g} tokens/s"),

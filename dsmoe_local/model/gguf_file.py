@@ -116,6 +116,12 @@ def read_gguf(path: Path) -> GgufFile:
                 )
             file.seek(0)
             return _Parser(path, identity, file.read(_WINDOW)).parse()
+    except IsADirectoryError as error:
+        raise FileError(
+            "a GGUF file is needed, this is a folder",
+            where=path,
+            remedy="make one from a checkpoint with dsmoe-convert",
+        ) from error
     except OSError as error:
         raise FileError(f"cannot read the model: {error.strerror}", where=path) from error
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dsmoe_local.base.errors import UsageError
-from dsmoe_local.base.sizes import format_size
+from dsmoe_local.base.sizes import format_size, round_up
 from dsmoe_local.model.cost import read_fraction
 from dsmoe_local.model.ggml import FLOATS, GgmlType, tensor_bytes
 from dsmoe_local.model.gguf_file import GgufFile, TensorInfo
@@ -230,7 +230,7 @@ class Market:
         )
         solution = solve(problem, quick=quick) if min(problem.limits, default=0) >= 0 else None
         if solution is None:
-            raise self._infeasible(budget)
+            raise self._infeasible(budget, name, about)
         picks = {
             each.group: table[at] for each, table, at in zip(self.groups, tables, solution.picks, strict=True)
         }
@@ -247,13 +247,9 @@ class Market:
         total = self.fixed
         for each in self.groups:
             total += each.options[picks[each.group]]
-        weights: Counter[GgmlType] = Counter()
-        for each in self.groups:
-            weights[picks[each.group]] += sum(tensor.n_weights for tensor in each.tensors)
-        closest = closest_mix([max(weights, key=lambda kind: (weights[kind], -kind))]) if weights else "F16"
         about = {**about, "predicted_error": float(f"{total.error:.4g}")}
-        recipe = LayeredRecipe(name, closest, file_type_of(closest), _layered(picks), RECIPE_FALLBACKS, about)
-        plan = plan_file(self.file, self.hp, recipe, self.wishes, self.imatrix)
+        recipe = self._recipe(picks, name, about)
+        plan = self._plan(recipe)
         prices = dict(zip(used, solution.prices, strict=True))
         return Solved(
             plan,
@@ -266,7 +262,7 @@ class Market:
             solution.is_optimal,
         )
 
-    def _infeasible(self, budget: Budget) -> UsageError:
+    def _infeasible(self, budget: Budget, name: str, about: Mapping[str, str | int | float]) -> UsageError:
         least = self.fixed
         for each in self.groups:
             every = each.options.values()
@@ -277,14 +273,31 @@ class Market:
             )
         # Rounded up: what is said here can be asked for.
         bits = math.ceil(800 * least.n_bytes / self.n_weights) / 100
-        what = [f"{format_size(least.n_bytes)} of weights ({bits:.2f} bits each)"]
+        what = [f"{format_size(round_up(least.n_bytes))} of weights ({bits:.2f} bits each)"]
+        if budget.size is not None:
+            picks = {each.group: next(iter(each.options)) for each in self.groups}
+            smallest = self._plan(self._recipe(picks, name, about)).file_size
+            what.insert(0, f"{format_size(round_up(smallest))} for a file, not {format_size(budget.size)}")
         if budget.bytes_per_token is not None:
-            what.append(f"{format_size(least.n_bytes_per_token)} read per token")
+            what.append(f"{format_size(round_up(least.n_bytes_per_token))} read per token")
         if budget.slow_share is not None:
-            what.append(f"{least.n_slow / self.n_read:.0%} of them without fast kernels")
+            what.append(f"{math.ceil(100 * least.n_slow / self.n_read)}% of them without fast kernels")
         return UsageError(
             "no choice of types fits the budget", where=f"at least: {', '.join(what)}", remedy="allow more"
         )
+
+    def _recipe(
+        self, picks: Mapping[Group, GgmlType], name: str, about: Mapping[str, str | int | float]
+    ) -> LayeredRecipe:
+        weights: Counter[GgmlType] = Counter()
+        for each in self.groups:
+            weights[picks[each.group]] += sum(tensor.n_weights for tensor in each.tensors)
+        closest = closest_mix([max(weights, key=lambda kind: (weights[kind], -kind))]) if weights else "F16"
+        types = _layered(picks)
+        return LayeredRecipe(name, closest, file_type_of(closest), types, RECIPE_FALLBACKS, about)
+
+    def _plan(self, recipe: LayeredRecipe) -> Plan:
+        return plan_file(self.file, self.hp, recipe, self.wishes, self.imatrix)
 
 
 def _costs(figures: Figures, used: Sequence[int]) -> tuple[int, ...]:

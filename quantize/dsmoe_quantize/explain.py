@@ -59,7 +59,11 @@ def offers(market: Market, solved: Solved, budget: Budget) -> list[Offer]:
         steps += [(replace(budget, slow_share=share), f"at most {share:.0%} slow") for share in _SLOW_SHARES]
     for other, label in steps:
         with suppress(UsageError):
-            found.append(offer(market, label, market.solve(other, "step", quick=True).total))
+            total = market.solve(other, "step", quick=True).total
+            # A quick search may miss what the thorough one found.
+            if _fits(market, solved, other) and solved.total.error <= total.error:
+                total = solved.total
+            found.append(offer(market, label, total))
     tensors = list(market.file.tensors.values())
     for choice in _NAMED:
         # A type that was not measured, or a wish that makes no sense with it.
@@ -79,6 +83,18 @@ def offer(market: Market, label: str, total: Figures) -> Offer:
         8 * total.n_bytes / market.n_weights,
         total.n_slow / market.n_read if market.n_read else 0,
     )
+
+
+def _fits(market: Market, solved: Solved, budget: Budget) -> bool:
+    """Whether a recipe is within another budget than it was made for."""
+    total = solved.total
+    pairs = (
+        (solved.file_size, budget.size),
+        (8 * total.n_bytes / market.n_weights, budget.bits_per_weight),
+        (total.n_bytes_per_token, budget.bytes_per_token),
+        (total.n_slow, None if budget.slow_share is None else budget.slow_share * market.n_read),
+    )
+    return all(limit is None or value <= limit for value, limit in pairs)
 
 
 def _scaled(budget: Budget, factor: float) -> Budget:

@@ -118,6 +118,14 @@ def merged(parts: Sequence[Imatrix]) -> Imatrix:
             where=safe_line(old.name),
             remedy="make it again, in GGUF form",
         )
+    first, *others = parts
+    for other in others:
+        # Each may know tensors that another does not: with and without the output, for one.
+        if not first.entries.keys() & other.entries.keys():
+            raise UsageError(
+                f"the importance matrices are of different models: {safe_line(first.name)} and"
+                f" {safe_line(other.name)} have no tensor in common"
+            )
     entries: dict[str, Statistics] = {}
     for part in parts:
         for name, entry in part.entries.items():

@@ -37,13 +37,15 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a finished run wrote. `n_resumed` tensors were there from an interrupted one.
+    """What a finished run wrote: `n_bytes`, of which `n_weight_bytes` are weights. `n_resumed` tensors were
+    there from an interrupted one.
 
     `peak_memory` is the most that the process held so far, in bytes, with the largest of its children.
     """
 
     path: Path
     n_bytes: int
+    n_weight_bytes: int
     n_tensors: int
     n_weights: int
     n_resumed: int
@@ -52,8 +54,8 @@ class Summary:
 
     @property
     def bits_per_weight(self) -> float:
-        """File size, header included, in bits for each weight."""
-        return 8 * self.n_bytes / self.n_weights
+        """Average over all weights, header left out."""
+        return 8 * self.n_weight_bytes / self.n_weights
 
 
 def write_output(
@@ -99,8 +101,9 @@ def write_output(
             part.publish(tensors)
             n_resumed = len(jobs) if part.published else len(part.done)
     n_weights = sum(job.n_rows * job.n_columns for job in jobs)
+    n_weight_bytes = sum(tensor.n_bytes for tensor in tensors)
     seconds = time.monotonic() - started
-    return Summary(out, plan.size, len(jobs), n_weights, n_resumed, seconds, peak_memory())
+    return Summary(out, plan.size, n_weight_bytes, len(jobs), n_weights, n_resumed, seconds, peak_memory())
 
 
 def refuse_early(out: Path, force: bool, sources: Sequence[Path] = ()) -> None:

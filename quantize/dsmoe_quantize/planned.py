@@ -17,8 +17,8 @@ from dsmoe_local.model.gguf_file import Field
 from dsmoe_local.model.type_name import RECIPE_KEY
 from dsmoe_quantize.choose import Choice, TensorLike, fallback_notes
 from dsmoe_quantize.imatrix import Imatrix, metadata_of_use
-from dsmoe_quantize.recipe_file import render_recipe
-from dsmoe_quantize.recipes import LayeredRecipe
+from dsmoe_quantize.recipe_file import format_layers, render_recipe
+from dsmoe_quantize.recipes import LayeredRecipe, absent_layers
 from dsmoe_quantize.record import Record, named
 from dsmoe_quantize.types import SettledType
 
@@ -106,12 +106,22 @@ def used_imatrix(
 
 
 def notes_on_output(
-    tensors: Sequence[TensorLike], chosen: Sequence[Choice], record: Record, imatrix: Imatrix | None
+    tensors: Sequence[TensorLike],
+    chosen: Sequence[Choice],
+    record: Record,
+    imatrix: Imatrix | None,
+    n_layers: int,
 ) -> Iterator[str]:
-    """What a person should know: types that do not fit, what the recipe in the file leaves out, a matrix that
-    is not used, and tensors of which it says nothing, as the output and the embedding often.
+    """What a person should know: types that do not fit, layers of the recipe that are not there, what the
+    recipe in the file leaves out, a matrix that is not used, and tensors of which it says nothing, as the
+    output and the embedding often.
     """
     yield from fallback_notes(chosen)
+    if isinstance(record.type, LayeredRecipe) and (absent := absent_layers(record.type, n_layers)):
+        yield (
+            f"the recipe {record.type.name} has types for layers that this model has not:"
+            f" {','.join(format_layers(absent))}"
+        )
     if record.left_out:
         yield (
             f"the recipe cannot tell of {named(record.left_out)}: tensors of a group have one type there;"

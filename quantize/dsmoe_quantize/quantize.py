@@ -99,7 +99,7 @@ class Plan:
     def notes(self) -> list[str]:
         """What a person should know of it."""
         tensors = [change.source for change in self.changes]
-        return list(notes_on_output(tensors, self.choices, self.record, self.imatrix))
+        return list(notes_on_output(tensors, self.choices, self.record, self.imatrix, self.hp.n_layers))
 
     @property
     def file_size(self) -> int:

@@ -66,6 +66,12 @@ class LayeredRecipe:
         return kind, f"{self.name}, {group}"
 
 
+def absent_layers(recipe: LayeredRecipe, n_layers: int) -> list[int]:
+    """Layers that the recipe has types for, and a model of so many layers has not."""
+    named = {layer for layers in recipe.types.values() for layer in layers if layer is not OTHERS}
+    return sorted(layer for layer in named if layer >= n_layers)
+
+
 def recipe_for(named: NamedRecipe, n_layers: int) -> LayeredRecipe:
     """What a named recipe means in a model of so many layers."""
     return LayeredRecipe(

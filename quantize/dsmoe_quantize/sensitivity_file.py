@@ -67,7 +67,7 @@ def resume(path: Path, wanted: Sensitivity, *, any_sample: bool = False) -> Sens
     found = read_sensitivity(path)
     for what, had, want in (
         ("another model", found.source, wanted.source),
-        ("another importance matrix", found.imatrix, wanted.imatrix),
+        (_other_matrix(found, wanted), found.imatrix, wanted.imatrix),
         ("another version of llama-cpp-python", found.kernels, wanted.kernels),
         ("another sample", found.sample, found.sample if any_sample else wanted.sample),
     ):
@@ -78,6 +78,13 @@ def resume(path: Path, wanted: Sensitivity, *, any_sample: bool = False) -> Sens
                 remedy="name another file, or remove it",
             )
     return found
+
+
+def _other_matrix(found: Sensitivity, wanted: Sensitivity) -> str:
+    """How two differ, where the importance matrix is not the same."""
+    if not found.imatrix:
+        return "no importance matrix"
+    return "another importance matrix" if wanted.imatrix else "an importance matrix"
 
 
 class Keeper:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dsmoe_local.base.errors import UsageError
-from dsmoe_local.base.sizes import format_count, format_size, parse_size
+from dsmoe_local.base.sizes import format_count, format_size, parse_size, round_up
 
 
 @pytest.mark.parametrize(
@@ -17,6 +19,7 @@ from dsmoe_local.base.sizes import format_count, format_size, parse_size
         ("2kb", 2000),
         ("2 KiB", 2048),
         ("1.5MB", 1_500_000),
+        ("8.19 KB", 8190),
         ("1MiB", 1 << 20),
         ("3GB", 3_000_000_000),
         (" 2gib ", 2 << 30),
@@ -48,6 +51,15 @@ def test_refuse(text: str) -> None:
 def test_format(n_bytes: float, text: str) -> None:
     """Guards the rounding at the unit borders."""
     assert format_size(n_bytes) == text
+
+
+@given(st.integers(0, 10**14))
+def test_rounded_up_is_what_is_shown(n_bytes: int) -> None:
+    """Guards: a least size that is shown too small to be asked for, or far too large."""
+    rounded = round_up(n_bytes)
+    assert n_bytes <= rounded <= n_bytes * 1.01 + 1
+    if rounded < 10**12:  # what is larger is shown in GB, in more than three figures
+        assert parse_size(format_size(rounded)) == rounded
 
 
 def test_counts() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -262,6 +263,12 @@ def test_only_what_adds_up_is_merged() -> None:
     """Guards: sums of two models in one file, windows counted as tokens."""
     with pytest.raises(UsageError, match="of different models"):
         merged([random_imatrix(NARROW), random_imatrix(MOE)])
+    whole = random_imatrix(MOE)
+    renamed = {name.replace("blk", "layer"): entry for name, entry in whole.entries.items()}
+    with pytest.raises(UsageError, match="no tensor in common"):
+        merged([whole, replace(whole, entries=renamed)])
+    first = dict([next(iter(whole.entries.items()))])
+    assert merged([whole, replace(whole, entries=first)]).entries.keys() == whole.entries.keys()
     old = of([[1.0]], [1])
     with pytest.raises(UsageError, match="of the old form"):
         merged([random_imatrix(MOE), Imatrix(old.entries, (), 1, 0, "old.dat")])

@@ -292,6 +292,9 @@ def test_sources_that_are_no_models(tmp_path: Path) -> None:
     """Files that must not reach a kernel."""
     with pytest.raises(FileError):
         plan_quantization(tmp_path / "missing.gguf", resolve("q8_0"))
+    with pytest.raises(FileError, match="this is a folder") as caught:
+        plan_quantization(tmp_path, resolve("q8_0"))
+    assert "dsmoe-convert" in caught.value.remedy
     (tmp_path / "text.gguf").write_text("no model")
     with pytest.raises(FormatError, match="not a GGUF file"):
         plan_quantization(tmp_path / "text.gguf", resolve("q8_0"))

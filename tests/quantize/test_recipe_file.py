@@ -165,6 +165,15 @@ def test_every_matrix_has_a_group(name: str) -> None:
     assert set(KINDS) == set(WEIGHTS)
 
 
+def test_layers_that_are_not_there_are_told(tmp_path: Path) -> None:
+    """Guards: a slip in a number that leaves the layer it was meant for at its old type, without a word."""
+    recipe = parse_recipe(HAND_MADE, "test")
+    for n_layers, told in ((3, ["3-8"]), (9, [])):
+        hp = replace(MOE, n_layers=n_layers)
+        plan = plan_quantization(write_tiny(tmp_path / f"{n_layers}.gguf", hp), recipe)
+        assert [note.split(": ")[1] for note in plan.notes if "this model has not" in note] == told
+
+
 def test_applied_as_llama_cpp_would(tmp_path: Path) -> None:
     """Guards: a type that lands on another tensor; the same types given to llama.cpp make the same bytes."""
     source = write_tiny(tmp_path / "tiny-BF16.gguf", MOE)

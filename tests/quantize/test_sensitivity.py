@@ -227,7 +227,7 @@ def test_kept_of_something_else(source: Path, tmp_path: Path) -> None:
     assert resume(path, wanted) == wanted, "no file yet"
     for other, what in (
         (replace(wanted, source="other"), "another model"),
-        (replace(wanted, imatrix="other"), "another importance matrix"),
+        (replace(wanted, imatrix="other"), "with an importance matrix"),
         (replace(wanted, kernels="0.0.1"), "another version of llama-cpp-python"),
         (replace(wanted, sample=5), "another sample"),
     ):
@@ -235,6 +235,14 @@ def test_kept_of_something_else(source: Path, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=what):
             resume(path, wanted)
         assert default_path(other) != default_path(wanted)
+    ours = replace(wanted, imatrix="ours")
+    write_sensitivity(replace(wanted, imatrix="other"), path)
+    with pytest.raises(UsageError, match="with another importance matrix"):
+        resume(path, ours)
+    write_sensitivity(wanted, path)
+    with pytest.raises(UsageError, match="with no importance matrix"):
+        resume(path, ours)
+    write_sensitivity(replace(wanted, sample=5), path)
     assert resume(path, wanted, any_sample=True).sample == 5
     copy = tmp_path / "copy.gguf"
     copy.write_bytes(source.read_bytes())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from support.imatrices import random_imatrix
 from support.tiny_gguf import DENSE, MOE, NARROW, ODD, write_tiny
 
 from dsmoe_local.base.errors import UsageError
+from dsmoe_local.base.sizes import parse_size
 from dsmoe_local.model.ggml import GgmlType, bits_per_weight, type_name
 from dsmoe_local.model.gguf_file import Field, GgufFile, TensorInfo, read_gguf
 from dsmoe_local.model.gguf_model import metadata_of, read_model
@@ -161,6 +163,12 @@ def test_16b() -> None:
         by_name["5% less"].total.error > by_name["this recipe"].total.error > by_name["5% more"].total.error
     )
     assert by_name["at most 25% slow"].slow_share <= 0.25
+    # A recipe that fits a looser budget, too, is what that budget gives at least.
+    for limit in (0.25, 0.5):
+        if by_name["this recipe"].slow_share <= limit:
+            step = by_name[f"at most {limit:.0%} slow"]
+            assert step.total.error <= by_name["this recipe"].total.error
+    assert by_name["5% more"].total.error <= by_name["this recipe"].total.error
     by_hand = slow_weights(market, solved.plan) / market.n_read
     assert by_name["this recipe"].slow_share == pytest.approx(by_hand)
 
@@ -216,6 +224,19 @@ def test_nothing_fits(budget: Budget, cpu: str) -> None:
     with pytest.raises(UsageError, match="fits the budget") as caught:
         shaped(replace(BIG, n_layers=4), cpu).solve(budget, "x")
     assert "bits each" in caught.value.where
+
+
+def test_the_least_size_can_be_asked_for() -> None:
+    """Guards: "at least" without the header, which no target of that size meets."""
+    market = shaped(replace(BIG, n_layers=4), "x86-avx2")
+    with pytest.raises(UsageError) as caught:
+        market.solve(Budget(size=10**9), "x")
+    said = re.search(r"at least: (\S+ GB) for a file, not 1 GB, ", caught.value.where)
+    assert said is not None
+    least = parse_size(said[1])
+    assert market.solve(Budget(size=least), "x").file_size <= least
+    with pytest.raises(UsageError):
+        market.solve(Budget(size=least - 2 * 10**7), "x")
 
 
 def test_measured_weights_count(moe: Market) -> None:
