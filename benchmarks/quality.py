@@ -90,6 +90,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, metavar="N", help="of text [reference 120, demo 24]")
     parser.add_argument("--layers", type=int, default=6, metavar="N", help="of the shape for speeds [6]")
     parser.add_argument("--rounds", type=int, default=4, metavar="N", help="of speeds [4]")
+    parser.add_argument("--turns", type=int, default=2, metavar="N", help="in each round, for prompts [2]")
     parser.add_argument("-p", "--n-prompt", type=int, default=512, metavar="N", help="tokens [512]")
     parser.add_argument("-n", "--n-gen", type=int, default=64, metavar="N", help="tokens [64]")
     parser.add_argument("--threads", type=int, default=physical_cores(), metavar="N")
@@ -183,9 +184,9 @@ def measure_sizes() -> Part:
 def measure_speed(given: argparse.Namespace) -> Part:
     """The part of speeds."""
     if given.quick:
-        timing = Timing(2, 16, 4, 1, given.threads, quick=True)
+        timing = Timing(2, 16, 4, 1, 2, given.threads, quick=True)
     else:
-        timing = Timing(given.layers, given.n_prompt, given.n_gen, given.rounds, given.threads)
+        timing = Timing(given.layers, given.n_prompt, given.n_gen, given.rounds, given.turns, given.threads)
     settings, facts = timing.settings(), timing.facts()
     return part_of("speed", settings, measure_speeds(timing), facts=facts)
 

@@ -128,22 +128,13 @@ def _of_size(part: Part, ours: Variant, base: Variant) -> Iterator[Verdict]:
 
 
 def _of_speed(part: Part, ours: Variant, base: Variant) -> Iterator[Verdict]:
-    bars = BARS.get(ours.word, {})
-    mine, theirs = speed_of(part, ours), speed_of(part, base)
-    if mine is None or theirs is None:
+    bars, mine = BARS.get(ours.word, {}), speed_of(part, ours)
+    if mine is None:
         return
-    for measure, pairs in (
-        (PROMPT, zip(mine.prompt, theirs.prompt, strict=True)),
-        (DECODE, zip(mine.decode, theirs.decode, strict=True)),
-    ):
+    for measure, ratios in ((PROMPT, mine.prompt_ratio), (DECODE, mine.decode_ratio)):
         if measure in bars:
-            ratio = median_ratio(list(pairs))
+            ratio = statistics.median(ratios)
             yield Verdict(ours.word, ours.imatrix, measure, base.word, ratio, bars[measure])
-
-
-def median_ratio(pairs: Sequence[tuple[float, float]]) -> float:
-    """The median of the rounds' own ratios: both sides saw the same machine then."""
-    return statistics.median(ours / theirs for ours, theirs in pairs)
 
 
 def speed_of(part: Part, variant: Variant) -> SpeedRow | None:

@@ -37,8 +37,8 @@ class SizeRow:
 
 @dataclass(frozen=True, slots=True)
 class SpeedRow:
-    """A type's tokens per second on the shape with few layers, round by round, and the bytes that decoding
-    one token reads there.
+    """A type's tokens per second on the shape with few layers, and their ratio to the base's beside it, round
+    by round, and the bytes that decoding one token reads there.
     """
 
     type: str
@@ -47,6 +47,8 @@ class SpeedRow:
     n_bytes_per_token: float
     prompt: Sequence[float]
     decode: Sequence[float]
+    prompt_ratio: Sequence[float]
+    decode_ratio: Sequence[float]
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,4 +65,4 @@ def _speed(part: Part) -> Iterator[Line]:
     yield "processor", f"{facts['cpu']}, {settings['threads']} threads, load before {facts['load_before']}"
     yield "shape", f"{settings['shape']}, {settings['layers']} layers"
     yield "prompt, reply", f"{settings['n_prompt']} tokens, {settings['n_gen']} tokens"
-    yield "rounds", str(settings["rounds"])
+    yield "rounds", f"{settings['rounds']}, with {' and '.join(map(str, settings['turns']))} turns each"

@@ -1,25 +1,35 @@
 """How fast the types are on the 16B shape with a few layers: the part `speed` of benchmarks/quality.py.
 
-Types are loaded and timed in turn, in an order that turns around every round. Files have random weights.
+Each type is loaded together with the base, and both are timed in turn, a few seconds each: whatever else the
+machine does, both feel. Every round loads them anew, since memory is not as fast in every place. Files have
+random weights.
 """
 
 from __future__ import annotations
 
 import os
+import statistics
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from benchmarks.support.quality_rows import SpeedRow
-from benchmarks.support.quality_types import OURS, TIMED, Variant
-from benchmarks.support.random_models import Shape, measure_speed, model_file, shape_of, with_layers
+from benchmarks.support.quality_types import BASE, OURS, TIMED, Variant
+from benchmarks.support.random_models import Shape, model_file, shape_of, with_layers
 from benchmarks.support.rows import say
 from benchmarks.support.sizes import size_of
+from dsmoe_local.engine.process.client import EngineClient
+from dsmoe_local.engine.types import ModelOptions
 from dsmoe_local.evaluate.speed.machine import cpu_name
-from dsmoe_local.evaluate.speed.workload import workloads_of
+from dsmoe_local.evaluate.speed.timing import Timer, options_for
+from dsmoe_local.evaluate.speed.workload import Workload, workloads_of
 from dsmoe_quantize import kernels
 
 PRESET = "deepseekmoe-16b"
+REPLY_TURNS = 3
+"""Replies are timed so many times as often as prompts: they are shorter, and types differ less in them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +40,7 @@ class Timing:
     n_prompt: int
     n_gen: int
     rounds: int
+    turns: int
     threads: int
     quick: bool = False
 
@@ -46,6 +57,7 @@ class Timing:
             "n_prompt": self.n_prompt,
             "n_gen": self.n_gen,
             "rounds": self.rounds,
+            "turns": [self.turns, self.turns * REPLY_TURNS],
             "threads": self.threads,
             "kernels": kernels.version(),
         }
@@ -71,13 +83,19 @@ def timed_variants() -> Iterator[Variant]:
 def measure_speeds(timing: Timing) -> list[SpeedRow]:
     """A row of each type."""
     files = {variant: model_file(timing.shape, timing.layers, variant.word) for variant in timed_variants()}
+    base = files[Variant(BASE, False)]
     workloads = workloads_of([timing.n_prompt], [timing.n_gen])
-    rates: dict[Variant, list[Sequence[float]]] = {variant: [] for variant in files}
+    pairs: dict[Variant, list[Pair]] = {variant: [] for variant in files}
     for number in range(timing.rounds):
         for variant in list(files)[:: -1 if number % 2 else 1]:
-            found = measure_speed(files[variant], workloads, 1, timing.threads)
-            rates[variant].append([speed.rate for speed in found.speeds])
-            told = ", ".join(f"{speed.workload.label} {speed.rate:.2f}" for speed in found.speeds)
+            pair = time_pair(
+                files[variant], base, workloads, timing.turns, timing.threads, base_first=number % 2 == 1
+            )
+            pairs[variant].append(pair)
+            told = ", ".join(
+                f"{workload.label} {rate:.2f} ({ratio:.3f} x {BASE})"
+                for workload, rate, ratio in zip(workloads, pair.rates, pair.ratios, strict=True)
+            )
             say(f"  round {number + 1}: {variant} {told}")
     hp = with_layers(timing.shape.hp, timing.layers)
     return [
@@ -86,8 +104,69 @@ def measure_speeds(timing: Timing) -> list[SpeedRow]:
             variant.imatrix,
             variant.digest,
             size_of(hp, variant.word).n_bytes_per_token,
-            [round(prompt, 3) for prompt, _ in each],
-            [round(decode, 3) for _, decode in each],
+            *([round(pair.rates[at], 3) for pair in each] for at in range(len(workloads))),
+            *([round(pair.ratios[at], 4) for pair in each] for at in range(len(workloads))),
         )
-        for variant, each in rates.items()
+        for variant, each in pairs.items()
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A model beside the base, by workload: its tokens per second, and their ratio to the base's in the same
+    turn. Medians over the turns.
+    """
+
+    rates: Sequence[float]
+    ratios: Sequence[float]
+
+
+def time_pair(
+    path: Path,
+    base: Path,
+    workloads: Sequence[Workload],
+    turns: int,
+    threads: int,
+    *,
+    base_first: bool = False,
+) -> Pair:
+    """Load both, time them in turn, give them back. Memory that is taken first may be the faster one:
+    `base_first` changes who loads first.
+    """
+    with ExitStack() as stack:
+        timers = [
+            Timer(stack.enter_context(EngineClient.load(_options(each, workloads, threads))))
+            for each in ((base, path) if base_first else (path, base))
+        ]
+        if base_first:
+            timers.reverse()
+        for timer in timers:
+            for workload in workloads:
+                timer.time(workload)  # does not count
+        seconds = [
+            [
+                _one_turn(timers, workload, turn)
+                for turn in range(turns * (REPLY_TURNS if workload.n_gen else 1))
+            ]
+            for workload in workloads
+        ]
+    return Pair(
+        [
+            workload.n_tokens / statistics.median(mine for mine, _ in each)
+            for workload, each in zip(workloads, seconds, strict=True)
+        ],
+        [statistics.median(theirs / mine for mine, theirs in each) for each in seconds],
+    )
+
+
+def _one_turn(timers: Sequence[Timer], workload: Workload, turn: int) -> tuple[float, float]:
+    """Seconds of the model and of the base, who goes first by turns."""
+    mine, theirs = timers
+    if turn % 2:
+        after = theirs.time(workload)
+        return mine.time(workload), after
+    return mine.time(workload), theirs.time(workload)
+
+
+def _options(path: Path, workloads: Sequence[Workload], threads: int) -> ModelOptions:
+    return options_for(ModelOptions(path, n_threads=threads), workloads)

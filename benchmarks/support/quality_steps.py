@@ -21,8 +21,10 @@ from dsmoe_quantize.types import TypeChoice, resolve
 
 STEPPED = "q4"
 """The recipe in question."""
-LADDERS = (("Q4_K", "Q5_K", "Q6_K", "Q8_0"), ("IQ4_NL", "Q5_0", "Q8_0"))
+LADDER, NARROW_LADDER = ("Q4_K", "Q5_K", "Q6_K", "Q8_0"), ("IQ4_NL", "Q5_0", "Q8_0")
 """Types from small to large, of blocks of 256 and of 32."""
+NARROW = ("dense-down", "routed-down")
+"""Kinds whose width, in 16B as in the reference, 256 does not divide."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +40,13 @@ def steps_of(recipe: NamedRecipe) -> Iterator[Step]:
     """All steps. Where a kind has several types, by layer, steps are to each of them alone."""
     for kind in KINDS:
         words = words_of(recipe, kind)
-        for word in _neighbours(words) if isinstance(words, str) else words:
+        for word in _neighbours(kind, words) if isinstance(words, str) else words:
             types = {**recipe.types, kind: word}
             yield Step(kind, word, replace(recipe, name=f"{recipe.name}-{kind}-{word}", types=types))
 
 
-def _neighbours(word: str) -> Iterator[str]:
-    ladder = next(each for each in LADDERS if word in each)
+def _neighbours(kind: str, word: str) -> Iterator[str]:
+    ladder = NARROW_LADDER if kind in NARROW else LADDER
     at = ladder.index(word)
     yield from (ladder[each] for each in (at - 1, at + 1) if 0 <= each < len(ladder))
 

@@ -3,11 +3,11 @@
 Words alone, so that --help needs no library. What they mean for a model is `recipes`' concern.
 
 Why these types: docs/quality.md has the figures, and what one step away from q4 would change. Of the
-embedding a token reads one row: its bits cost nothing but room. Attention and shared experts are read for
-every token but are 6% of a 16B's weights. Routed experts are the other 91%; the width of their down
-projections rules out blocks of 256. Kernels: llama.cpp's for repacked blocks (Q4_K, IQ4_NL) decode fastest,
-but multiply routed experts by one token after another; of a prompt, IQ4_XS, which is never repacked, is far
-ahead on x86.
+embedding a token reads one row: its bits cost nothing but room. Errors of the output and of attention weigh
+most; shared experts are hardly more sensitive than routed ones, but read for every token. Routed experts are
+91% of a 16B's weights; the width of their down projections rules out blocks of 256. Kernels: llama.cpp's for
+repacked blocks (Q4_K, IQ4_NL) decode fastest, but multiply routed experts by one token after another; of a
+prompt, IQ4_XS, which is never repacked, is far ahead on x86.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ _LIST = (
             "embedding": "Q6_K",
             "output": "Q6_K",
             "attention": "Q5_K",
-            "shared": "Q5_K",
+            "shared": "Q4_K",
             "dense": "Q5_K",
-            "dense-down": "Q5_0",
+            "dense-down": "Q8_0",
             "routed-gate-up": "Q4_K",
             "routed-down": {"Q5_0": "more-bits", "IQ4_NL": "others"},
         },
@@ -65,11 +65,10 @@ _LIST = (
         why="4 bits in types that are fast on x86",
         closest="Q4_K_M",
         types={
+            "": "Q4_K",
             "embedding": "Q6_K",
-            "output": "Q5_K",
-            "attention": "Q5_K",
-            "shared": "Q5_K",
-            "dense": "Q5_K",
+            "output": "Q6_K",
+            "attention-query-key": "Q5_K",
             "dense-down": "Q5_0",
             "routed-gate-up": "IQ4_XS",
             "routed-down": "IQ4_NL",

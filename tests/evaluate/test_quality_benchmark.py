@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ElementTree
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,18 +25,19 @@ from benchmarks.support.quality_eight import EIGHT, EIGHT_BASE, measure_eight
 from benchmarks.support.quality_fidelity import Amount, Subject, load, measure_types, prepared
 from benchmarks.support.quality_kept import changes
 from benchmarks.support.quality_rows import SpeedRow, TargetRow, parse_part, part_of
-from benchmarks.support.quality_speed import Timing, measure_speeds, timed_variants
+from benchmarks.support.quality_speed import Pair, Timing, measure_speeds, time_pair, timed_variants
 from benchmarks.support.quality_steps import measure_steps, steps_of
 from benchmarks.support.quality_tables import all_tables, summary_table
 from benchmarks.support.quality_types import BASE, LARGE, Variant
 from benchmarks.support.random_models import with_layers
 from benchmarks.support.reference_shape import HP
 from benchmarks.support.rows import Bar
-from benchmarks.support.sizes import size_of
+from benchmarks.support.sizes import choices_of, size_of, types_digest
 from dsmoe_convert.convert import ConvertOptions, convert_folder
 from dsmoe_local.base.errors import FileError, UsageError
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions
+from dsmoe_local.evaluate.speed.workload import Workload, workloads_of
 from dsmoe_local.evaluate.text import Text, built_in
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_model import read_model
@@ -158,32 +160,70 @@ def test_each_kind_of_file_is_timed_once() -> None:
     """Guards: minutes spent on a stock type by another name; a recipe whose speed is not found."""
     timed = list(timed_variants())
     assert len({each.digest for each in timed}) == len(timed)
-    rows = [SpeedRow(each.word, False, each.digest, 1e8, [1.0], [1.0]) for each in timed]
+    rows = [SpeedRow(each.word, False, each.digest, 1e8, [1.0], [1.0], [1.0], [1.0]) for each in timed]
     part = part_of("speed", {}, rows)
     assert all(speed_of(part, Variant(word, False)) is not None for word in ("q8", "q4", "q4-small", BASE))
 
 
 def test_speed_is_beside_the_bytes_of_its_own_file(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a speed of few layers beside the bytes per token of the whole shape; rounds mixed up."""
-    rates = iter(range(1, 1000))
-    monkeypatch.setattr(quality_speed, "model_file", lambda *_: Path("model.gguf"))
-    monkeypatch.setattr(
-        quality_speed,
-        "measure_speed",
-        lambda *_: SimpleNamespace(
-            speeds=[
-                SimpleNamespace(rate=next(rates), workload=SimpleNamespace(label=label))
-                for label in ("pp", "tg")
-            ]
-        ),
-    )
-    timing = Timing(3, 16, 4, 2, 1)
+    numbers = iter(range(1, 1000))
+    monkeypatch.setattr(quality_speed, "model_file", lambda _, __, word: Path(word))
+    beside = set()
+
+    def time_pair(path: Path, base: Path, *_: object, base_first: bool) -> Pair:
+        beside.add((base, base_first))
+        number = next(numbers)
+        return Pair([number, 2 * number], [3 * number, 4 * number])
+
+    monkeypatch.setattr(quality_speed, "time_pair", time_pair)
+    timing = Timing(3, 16, 4, 2, 1, 1)
     rows = measure_speeds(timing)
-    assert (rows[0].prompt, rows[0].decode) == ([1, 4 * len(rows) - 1], [2, 4 * len(rows)])
+    rounds = [1, 2 * len(rows)]
+    found = rows[0].prompt, rows[0].decode, rows[0].prompt_ratio, rows[0].decode_ratio
+    assert found == tuple([factor * number for number in rounds] for factor in (1, 2, 3, 4))
+    assert beside == {(Path(BASE), False), (Path(BASE), True)}
     few = with_layers(LARGE, 3)
     for row in rows:
         assert row.n_bytes_per_token == size_of(few, row.type).n_bytes_per_token
     assert timing.settings()["layers"] == 3
+
+
+@pytest.mark.parametrize("base_first", [False, True])
+def test_a_pair_is_timed_in_turn(base_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a ratio upside down, or of times that are far apart; the time that does not count, counted;
+    one of the two always first.
+    """
+    timed: list[tuple[str, str]] = []
+    seconds = {
+        "mine": iter([90.0, 90.0, 1.0, 2.0, 8.0, *[4.0] * 9]),
+        "base": iter([90.0, 90.0, *[2.0, 4.0] * 6]),
+    }
+
+    class Fake:
+        def __init__(self, engine: str) -> None:
+            self.name = engine
+
+        def time(self, workload: Workload) -> float:
+            timed.append((self.name, workload.label))
+            return next(seconds[self.name])
+
+    loaded = []
+
+    def load(options: ModelOptions) -> nullcontext[str]:
+        loaded.append(options.path.name)
+        return nullcontext(options.path.name)
+
+    monkeypatch.setattr(quality_speed, "Timer", Fake)
+    monkeypatch.setattr(quality_speed, "EngineClient", SimpleNamespace(load=load))
+    pair = time_pair(Path("mine"), Path("base"), workloads_of([8], [16]), 3, 1, base_first=base_first)
+    assert loaded == (["base", "mine"] if base_first else ["mine", "base"])
+    assert pair.rates == [8 / 2, 16 / 4]
+    assert pair.ratios == [2 / 1, 4 / 4]
+    names = [name for name, _ in timed[4:]]
+    four = ["mine", "base", "base", "mine"]
+    assert (names[:6], names[6:]) == ([*four, "mine", "base"], [*four * 4, "mine", "base"])
+    assert [label for _, label in timed[4:]] == ["pp8"] * 6 + ["tg16"] * 18
 
 
 def test_tables_are_of_the_figures() -> None:
@@ -246,6 +286,8 @@ def test_steps_change_one_kind_each() -> None:
         after = recipe_for(step.recipe, LARGE.n_layers).types
         assert [kind for kind in after if after[kind] != before[kind]] == [step.kind]
         assert set(after[step.kind].values()) == {GgmlType.__members__[step.word]}
+        for hp in (LARGE, HP):  # whose widths may not take the type
+            assert types_digest(choices_of(hp, step.recipe)) != types_digest(choices_of(hp, recipe))
     assert {step.kind for step in steps} == set(KINDS)
 
 

@@ -107,12 +107,16 @@ ROUTED_4_BITS = {"routed-gate-up": {"IQ4_XS"}, "routed-down": {"IQ4_NL"}}
         (
             "q4",
             all_of("Q5_K")
-            | {"embedding": {"Q6_K"}, "output": {"Q6_K"}, "dense-down": {"Q5_0"}}
-            | {"routed-gate-up": {"Q4_K"}, "routed-down": {"IQ4_NL", "Q5_0"}},
+            | {"embedding": {"Q6_K"}, "output": {"Q6_K"}, "dense-down": {"Q8_0"}}
+            | {kind: {"Q4_K"} for kind in ("shared-gate-up", "shared-down", "routed-gate-up")}
+            | {"routed-down": {"IQ4_NL", "Q5_0"}},
         ),
         (
             "q4-fast",
-            all_of("Q5_K") | {"embedding": {"Q6_K"}, "dense-down": {"Q5_0"}} | ROUTED_4_BITS,
+            all_of("Q4_K")
+            | {"embedding": {"Q6_K"}, "output": {"Q6_K"}, "dense-down": {"Q5_0"}}
+            | {"attention-query-key": {"Q5_K"}}
+            | ROUTED_4_BITS,
         ),
         (
             "q4-small",
@@ -163,7 +167,7 @@ def weight_of(word: str) -> tuple[float, float]:
 
 @pytest.mark.parametrize(
     ("word", "n_bytes"),
-    [("q8", 17_409_949_696), ("q4", 9_757_458_432), ("q4-fast", 9_118_285_824), ("q4-small", 8_995_569_664)],
+    [("q8", 17_409_949_696), ("q4", 9_707_470_848), ("q4-fast", 9_052_782_592), ("q4-small", 8_995_569_664)],
 )
 def test_bytes_of_the_16b_model(word: str, n_bytes: int) -> None:
     """Guards: a type that changes by accident: what the README says of q4."""

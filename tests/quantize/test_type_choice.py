@@ -76,12 +76,12 @@ def test_q4_of_the_16b_model() -> None:
         "blk.1.ffn_gate_exps.weight": "Q4_K",
         "blk.1.ffn_up_exps.weight": "Q4_K",
         "blk.1.ffn_down_exps.weight": "Q5_0",
-        "blk.1.ffn_gate_shexp.weight": "Q5_K",
-        "blk.1.ffn_up_shexp.weight": "Q5_K",
-        "blk.1.ffn_down_shexp.weight": "Q5_K",
+        "blk.1.ffn_gate_shexp.weight": "Q4_K",
+        "blk.1.ffn_up_shexp.weight": "Q4_K",
+        "blk.1.ffn_down_shexp.weight": "Q4_K",
     }
     assert chosen["blk.0.ffn_up.weight"].type.name == "Q5_K"
-    assert chosen["blk.0.ffn_down.weight"].type.name == "Q5_0"
+    assert chosen["blk.0.ffn_down.weight"].type.name == "Q8_0"
     assert not fallback_notes(list(chosen.values()))
     six_layers = replace(BIG, n_layers=6)
     assert gigabytes(six_layers, "q4") / gigabytes(six_layers, "Q4_K_M") == pytest.approx(0.94, abs=0.01)

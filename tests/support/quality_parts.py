@@ -120,8 +120,8 @@ def speed_part(factor: float = 1.2) -> Part:
     """All types are that much faster than the base at prompts, and as fast at decoding."""
     rows = [
         SpeedRow(
-            each.word, False, each.digest, 7e8 if each.word == BASE else 3.5e8, [10 * ratio, 20 * ratio, 30],
-            [1.0, 2.0, 3.0],
+            each.word, False, each.digest, 7e8 if each.word == BASE else 3.5e8, [10, 20, 30],
+            [1.0, 2.0, 3.0], [0.9 * ratio, ratio, 5.0], [1.0, 1.0, 1.0],
         )
         for each in timed_variants()
         if (ratio := 1.0 if each.word == BASE else factor)
@@ -132,6 +132,7 @@ def speed_part(factor: float = 1.2) -> Part:
         "n_prompt": 512,
         "n_gen": 64,
         "rounds": 3,
+        "turns": [2, 6],
         "threads": 2,
         "kernels": kernels.version(),
     }

@@ -61,12 +61,18 @@ def time_workloads(
     listen: Listener = ignore,
     stop: threading.Event | None = None,
 ) -> tuple[Timed, ...]:
-    """Time each workload so often, after a time that does not count.
-
-    The engine must be loaded as `options_for` says, and idle. Setting `stop` raises InterruptedRunError.
-    Raises EngineError.
-    """
-    return _Run(engine, listen, stop or threading.Event()).all(workloads, repetitions)
+    """Time each workload so often, after a time that does not count, as `Timer` does."""
+    timer = Timer(engine, listen, stop)
+    stage = f"measuring {name_of(engine)}"
+    total = sum(workload.n_tokens for workload in workloads) * (repetitions + 1)
+    listen(Started(stage, total, unit="tokens"))
+    timed = []
+    for workload in workloads:
+        began = datetime.now(UTC)
+        seconds = [timer.time(workload) for _ in range(repetitions + 1)]
+        timed.append(Timed(workload, tuple(seconds[1:]), began))
+    listen(Finished(stage))
+    return tuple(timed)
 
 
 @dataclass(slots=True)
@@ -96,13 +102,19 @@ class _Reply:
             self.ended_by = event.token_id if event.finish_reason is FinishReason.STOP else None
 
 
-class _Run:
-    """One model's workloads, one after the other."""
+class Timer:
+    """Times one model's workloads, one after the other.
 
-    def __init__(self, engine: TextEngine, listen: Listener, stop: threading.Event) -> None:
+    The engine must be loaded as `options_for` says, and idle. Its methods raise InterruptedRunError once
+    `stop` is set, and EngineError.
+    """
+
+    def __init__(
+        self, engine: TextEngine, listen: Listener = ignore, stop: threading.Event | None = None
+    ) -> None:
         self._engine = engine
         self._listen = listen
-        self._stop = stop
+        self._stop = stop or threading.Event()
         # Of every text that has one, or, for want of one, any.
         self._start = bos_token(engine) or 0
         self._random = random.Random(_SEED)  # noqa: S311 - no secrets
@@ -110,20 +122,9 @@ class _Run:
         self._bans: dict[int, float] = {}
         self._label = ""
 
-    def all(self, workloads: Sequence[Workload], repetitions: int) -> tuple[Timed, ...]:
-        stage = f"measuring {name_of(self._engine)}"
-        total = sum(workload.n_tokens for workload in workloads) * (repetitions + 1)
-        self._listen(Started(stage, total, unit="tokens"))
-        timed = []
-        for workload in workloads:
-            self._label = workload.label
-            began = datetime.now(UTC)
-            seconds = [self._time(workload) for _ in range(repetitions + 1)]
-            timed.append(Timed(workload, tuple(seconds[1:]), began))
-        self._listen(Finished(stage))
-        return tuple(timed)
-
-    def _time(self, workload: Workload) -> float:
+    def time(self, workload: Workload) -> float:
+        """Seconds that it took, once."""
+        self._label = workload.label
         number = next(self._numbers)
         depth = self._behind(workload.n_depth)
         if workload.n_depth:
