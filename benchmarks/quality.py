@@ -97,6 +97,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="little of everything; kept apart")
     given = parser.parse_args()
     given.parts = [] if given.parts == NONE else given.parts.split(",")
+    if min(given.rounds, given.turns) < 1:
+        parser.error("--rounds and --turns are 1 at least")
     if unknown := set(given.parts) - set(PARTS):
         parser.error(f"--parts: {min(unknown)} is none of {', '.join(PARTS)}")
     if given.quick and given.save:

@@ -36,9 +36,10 @@ def format_size(n_bytes: float) -> str:
 
 
 def round_up(n_bytes: float) -> int:
-    """The least number of bytes, not below `n_bytes`, that `format_size` shows as it is."""
-    step: int = max(1, 10 ** (len(str(int(n_bytes))) - 3))
-    return math.ceil(n_bytes / step) * step
+    """The least number of bytes of three figures, not below `n_bytes`: `format_size` shows it as it is."""
+    whole = math.ceil(n_bytes)
+    step: int = max(1, 10 ** (len(str(whole)) - 3))
+    return -(-whole // step) * step
 
 
 def format_count(count: float) -> str:

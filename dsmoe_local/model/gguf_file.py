@@ -120,7 +120,7 @@ def read_gguf(path: Path) -> GgufFile:
         raise FileError(
             "a GGUF file is needed, this is a folder",
             where=path,
-            remedy="make one from a checkpoint with dsmoe-convert",
+            remedy="name a file in it, or make one from a checkpoint with dsmoe-convert",
         ) from error
     except OSError as error:
         raise FileError(f"cannot read the model: {error.strerror}", where=path) from error

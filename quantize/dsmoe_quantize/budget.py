@@ -247,8 +247,7 @@ class Market:
         total = self.fixed
         for each in self.groups:
             total += each.options[picks[each.group]]
-        about = {**about, "predicted_error": float(f"{total.error:.4g}")}
-        recipe = self._recipe(picks, name, about)
+        recipe = self._recipe(picks, name, {**about, **_told_error(total.error)})
         plan = self._plan(recipe)
         prices = dict(zip(used, solution.prices, strict=True))
         return Solved(
@@ -276,12 +275,15 @@ class Market:
         what = [f"{format_size(round_up(least.n_bytes))} of weights ({bits:.2f} bits each)"]
         if budget.size is not None:
             picks = {each.group: next(iter(each.options)) for each in self.groups}
-            smallest = self._plan(self._recipe(picks, name, about)).file_size
-            what.insert(0, f"{format_size(round_up(smallest))} for a file, not {format_size(budget.size)}")
+            # With an error in it, of full length: the header is as long as that of a file which is written.
+            smallest = self._plan(self._recipe(picks, name, {**about, **_told_error(1.2345e-4)})).file_size
+            if smallest > budget.size:
+                what.insert(0, f"{format_size(round_up(smallest))} for a file")
         if budget.bytes_per_token is not None:
             what.append(f"{format_size(round_up(least.n_bytes_per_token))} read per token")
         if budget.slow_share is not None:
-            what.append(f"{math.ceil(100 * least.n_slow / self.n_read)}% of them without fast kernels")
+            percent = math.ceil(round(100 * least.n_slow / self.n_read, 6))
+            what.append(f"{percent}% of the weights read without fast kernels")
         return UsageError(
             "no choice of types fits the budget", where=f"at least: {', '.join(what)}", remedy="allow more"
         )
@@ -298,6 +300,11 @@ class Market:
 
     def _plan(self, recipe: LayeredRecipe) -> Plan:
         return plan_file(self.file, self.hp, recipe, self.wishes, self.imatrix)
+
+
+def _told_error(error: float) -> dict[str, float]:
+    """What a recipe says of its predicted error."""
+    return {"predicted_error": float(f"{error:.4g}")}
 
 
 def _costs(figures: Figures, used: Sequence[int]) -> tuple[int, ...]:

@@ -58,12 +58,12 @@ def offers(market: Market, solved: Solved, budget: Budget) -> list[Offer]:
     if market.cpu != "none" and budget.slow_share is None:
         steps += [(replace(budget, slow_share=share), f"at most {share:.0%} slow") for share in _SLOW_SHARES]
     for other, label in steps:
+        # A quick search may miss what the thorough one found.
+        totals = [solved.total] if _fits(market, solved, other) else []
         with suppress(UsageError):
-            total = market.solve(other, "step", quick=True).total
-            # A quick search may miss what the thorough one found.
-            if _fits(market, solved, other) and solved.total.error <= total.error:
-                total = solved.total
-            found.append(offer(market, label, total))
+            totals.append(market.solve(other, "step", quick=True).total)
+        if totals:
+            found.append(offer(market, label, min(totals, key=lambda total: total.error)))
     tensors = list(market.file.tensors.values())
     for choice in _NAMED:
         # A type that was not measured, or a wish that makes no sense with it.

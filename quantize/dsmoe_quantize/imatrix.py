@@ -118,13 +118,14 @@ def merged(parts: Sequence[Imatrix]) -> Imatrix:
             where=safe_line(old.name),
             remedy="make it again, in GGUF form",
         )
-    first, *others = parts
-    for other in others:
+    for at, part in enumerate(parts):
         # Each may know tensors that another does not: with and without the output, for one.
-        if not first.entries.keys() & other.entries.keys():
+        others = {name for other in (*parts[:at], *parts[at + 1 :]) for name in other.entries}
+        if others and not part.entries.keys() & others:
             raise UsageError(
-                f"the importance matrices are of different models: {safe_line(first.name)} and"
-                f" {safe_line(other.name)} have no tensor in common"
+                "an importance matrix is of another model: no tensor in common with the others",
+                where=safe_line(part.name),
+                remedy="merge those of one model",
             )
     entries: dict[str, Statistics] = {}
     for part in parts:

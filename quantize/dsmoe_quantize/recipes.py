@@ -67,7 +67,9 @@ class LayeredRecipe:
 
 
 def absent_layers(recipe: LayeredRecipe, n_layers: int) -> list[int]:
-    """Layers that the recipe has types for, and a model of so many layers has not."""
+    """Numbers of layers that the recipe has types for, beyond those of a model of so many. Whether a layer
+    has tensors of that kind is not asked: a recipe of ours written out names all layers that its rule means.
+    """
     named = {layer for layers in recipe.types.values() for layer in layers if layer is not OTHERS}
     return sorted(layer for layer in named if layer >= n_layers)
 

@@ -72,10 +72,11 @@ def resume(path: Path, wanted: Sensitivity, *, any_sample: bool = False) -> Sens
         ("another sample", found.sample, found.sample if any_sample else wanted.sample),
     ):
         if had != want:
+            same = ", or use the same matrix" if "matrix" in what else ""
             raise UsageError(
                 f"the sensitivity was measured with {what}",
                 where=path,
-                remedy="name another file, or remove it",
+                remedy=f"name another file, remove it{same}",
             )
     return found
 

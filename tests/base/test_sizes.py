@@ -58,8 +58,7 @@ def test_rounded_up_is_what_is_shown(n_bytes: int) -> None:
     """Guards: a least size that is shown too small to be asked for, or far too large."""
     rounded = round_up(n_bytes)
     assert n_bytes <= rounded <= n_bytes * 1.01 + 1
-    if rounded < 10**12:  # what is larger is shown in GB, in more than three figures
-        assert parse_size(format_size(rounded)) == rounded
+    assert parse_size(format_size(rounded)) == rounded
 
 
 def test_counts() -> None:

@@ -166,7 +166,7 @@ def test_every_matrix_has_a_group(name: str) -> None:
 
 
 def test_layers_that_are_not_there_are_told(tmp_path: Path) -> None:
-    """Guards: a slip in a number that leaves the layer it was meant for at its old type, without a word."""
+    """Guards: a number that no layer has, and the layer that was meant left as it is without a word."""
     recipe = parse_recipe(HAND_MADE, "test")
     for n_layers, told in ((3, ["3-8"]), (9, [])):
         hp = replace(MOE, n_layers=n_layers)
@@ -178,7 +178,8 @@ def test_applied_as_llama_cpp_would(tmp_path: Path) -> None:
     """Guards: a type that lands on another tensor; the same types given to llama.cpp make the same bytes."""
     source = write_tiny(tmp_path / "tiny-BF16.gguf", MOE)
     plan = plan_quantization(source, parse_recipe(HAND_MADE, "test"))
-    quantize_file(plan, tmp_path / "ours.gguf")
+    summary = quantize_file(plan, tmp_path / "ours.gguf")
+    assert summary.bits_per_weight == plan.bits_per_weight < 8 * summary.n_bytes / summary.n_weights
     patterns = {
         "^" + each.source.name.replace(".", "\\.") + "$": int(each.choice.type)
         for each in plan.changes

@@ -61,7 +61,11 @@ def time_workloads(
     listen: Listener = ignore,
     stop: threading.Event | None = None,
 ) -> tuple[Timed, ...]:
-    """Time each workload so often, after a time that does not count, as `Timer` does."""
+    """Time each workload so often, after a time that does not count.
+
+    The engine must be loaded as `options_for` says, and idle. Setting `stop` raises InterruptedRunError.
+    Raises EngineError.
+    """
     timer = Timer(engine, listen, stop)
     stage = f"measuring {name_of(engine)}"
     total = sum(workload.n_tokens for workload in workloads) * (repetitions + 1)
@@ -105,8 +109,8 @@ class _Reply:
 class Timer:
     """Times one model's workloads, one after the other.
 
-    The engine must be loaded as `options_for` says, and idle. Its methods raise InterruptedRunError once
-    `stop` is set, and EngineError.
+    The engine must be loaded as `options_for` says, and idle. `time` raises InterruptedRunError once `stop`
+    is set, and EngineError.
     """
 
     def __init__(
