@@ -162,7 +162,7 @@ def test_absent_file_and_folder(tmp_path: Path) -> None:
     """Guards the message for a path that is wrong."""
     with pytest.raises(FileError, match="No such file"):
         read_gguf(tmp_path / "absent.gguf")
-    with pytest.raises(FileError, match="directory"):
+    with pytest.raises(FileError, match="this is a folder"):
         read_gguf(tmp_path)
 
 
