@@ -3,12 +3,11 @@
 Words alone, so that --help needs no library. What they mean for a model is `recipes`' concern.
 
 Why these types: docs/quality.md has the figures, and what one step away from q4 would change. Of the
-embedding a token reads one row: its bits cost nothing but room. On the trained
-reference, errors of the embedding, of the output, and of queries and keys weigh most. Shared experts are read
-for every token but are hardly more sensitive than routed ones, which are 91% of a 16B's weights; the width of
-their down projections rules out blocks of 256. Kernels: llama.cpp multiplies routed experts in repacked
-blocks (Q4_K, IQ4_NL) by one token after another; of a prompt, IQ4_XS, which is never repacked, is far ahead
-on x86.
+embedding a token reads one row: its bits cost nothing but room. On the trained reference, errors of the
+embedding, of the output, and of queries and keys weigh most. Shared experts are read for every token but are
+hardly more sensitive than routed ones, which are 91% of a 16B's weights; the width of their down projections
+rules out blocks of 256. Kernels: llama.cpp multiplies routed experts in repacked blocks (Q4_K, IQ4_NL) by one
+token after another; of a prompt, IQ4_XS, which is never repacked, is far ahead on x86.
 """
 
 from __future__ import annotations

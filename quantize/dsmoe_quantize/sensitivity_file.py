@@ -65,14 +65,13 @@ def resume(path: Path, wanted: Sensitivity, *, any_sample: bool = False) -> Sens
     if not path.exists():
         return wanted
     found = read_sensitivity(path)
-    for what, had, want in (
-        ("another model", found.source, wanted.source),
-        (_other_matrix(found, wanted), found.imatrix, wanted.imatrix),
-        ("another version of llama-cpp-python", found.kernels, wanted.kernels),
-        ("another sample", found.sample, found.sample if any_sample else wanted.sample),
+    for what, had, want, same in (
+        ("another model", found.source, wanted.source, ""),
+        (_other_matrix(found, wanted), found.imatrix, wanted.imatrix, ", or use the same matrix"),
+        ("another version of llama-cpp-python", found.kernels, wanted.kernels, ""),
+        ("another sample", found.sample, found.sample if any_sample else wanted.sample, ""),
     ):
         if had != want:
-            same = ", or use the same matrix" if "matrix" in what else ""
             raise UsageError(
                 f"the sensitivity was measured with {what}",
                 where=path,

@@ -4,8 +4,8 @@ A multiple-choice knapsack with several budgets. A price for each budget (Lagran
 bound of the error and, for each option, the least by which any solution with it exceeds that bound; whatever
 exceeds a known solution is ruled out. What is left is searched in depth. Where that takes too long, each
 option of the group with the largest step makes a problem of its own, with better prices; that with the lowest
-bound is the next to be divided. All this ends with a
-proof that nothing is better, or after a number of nodes, and then the bound says how far it can be off.
+bound is the next to be divided. All this ends with a proof that nothing is better, or after a number of
+nodes, and then the bound says how far it can be off.
 The same problem has the same solution everywhere: nothing here depends on time or chance.
 """
 
