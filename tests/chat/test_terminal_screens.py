@@ -70,7 +70,7 @@ def test_reply_longer_than_the_screen(chat: Start) -> None:
     """Guards: lines drawn again in the scrollback, or lost on their way there."""
     terminal = chat(lines=16)
     terminal.send("/reply long" + ENTER)
-    terminal.wait_screen(r"60\. a line[^\n]*\n\n>\n")
+    terminal.wait_screen(r"60\. a line of the long reply\n\n>\n[^\n]*context[^\n]*$")
     numbers = re.findall(r"(?m)^(\d+)\. a line of the long reply$", terminal.whole_text())
     assert numbers == [str(number) for number in range(1, 61)]
     assert terminal.whole_text().count("context") == 2  # in the greeting and in the bar
