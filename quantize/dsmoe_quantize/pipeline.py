@@ -6,6 +6,7 @@ all cores encode.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -59,15 +60,17 @@ def encode_all(jobs: Sequence[PlacedJob], effects: Effects, threads: int, stop: 
         threading.Thread(target=run.work, name=f"encoder-{number}")
         for number in range(threads + min(threads, 4))
     ]
-    for worker in workers:
-        worker.start()
     try:
+        for worker in workers:
+            worker.start()
         for worker in workers:
             worker.join()
     except BaseException:
         run.abandon()
         for worker in workers:
-            worker.join()
+            # One that never began cannot be joined; one that begins only now finds nothing to do.
+            if worker.is_alive():
+                worker.join()
         raise
     run.raise_first()
 
@@ -91,19 +94,22 @@ class _Run:
         self._lock = threading.Lock()
         self._encoders = threading.BoundedSemaphore(threads)
         self._slabs_left: dict[str, int] = {}
-        self._errors: list[tuple[int, BaseException]] = []
+        self._errors: list[tuple[float, BaseException]] = []
         self._tasks = self._all_tasks(jobs)
 
     def work(self) -> None:
         """Do tasks until there are none: the body of a thread."""
-        encoder = SlabEncoder()
-        while (task := self._next()) is not None:
-            try:
+        # What fails outside of a slab counts as later than all slabs.
+        order = math.inf
+        try:
+            encoder = SlabEncoder()
+            while (task := self._next()) is not None:
+                order = task.order
                 self._do(task, encoder)
-            except BaseException as error:  # noqa: BLE001 - raise_first raises it in the caller's thread
-                with self._lock:
-                    self._errors.append((task.order, error))
-                return
+                order = math.inf
+        except BaseException as error:  # noqa: BLE001 - raise_first raises it in the caller's thread
+            with self._lock:
+                self._errors.append((order, error))
 
     def abandon(self) -> None:
         """Make every worker end soon."""
@@ -173,7 +179,7 @@ class Syncer:
             self._n_bytes += job.n_bytes
             if self._n_bytes >= SYNC_BYTES:
                 self._wake.notify_all()
-            self._wake.wait_for(lambda: self._error or self._n_bytes < 2 * SYNC_BYTES)
+            self._wake.wait_for(lambda: self._error or self._closing or self._n_bytes < 2 * SYNC_BYTES)
             if self._error:
                 raise self._error
 

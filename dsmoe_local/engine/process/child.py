@@ -253,22 +253,33 @@ class Child:
             return
         finally:
             self._spawned.set()
-        assert self._process.stdout is not None
-        others = [
-            threading.Thread(target=_send, args=(channel, self._outbox), name="dsmoe-send", daemon=True),
-            threading.Thread(
-                target=_keep, args=(self._process.stdout, self._log), name="dsmoe-log", daemon=True
-            ),
-        ]
-        for thread in others:
-            thread.start()
-        with channel, channel.makefile("rb", 1 << 16) as source:
-            garbled = self._read(source)
-            status = self._reap(self._process, at_once=garbled is not None)
+        try:
+            failure = self._attend(self._process, channel)
+        except BaseException as error:  # noqa: BLE001 - told to all who would else wait for ever
+            self._reap(self._process, at_once=True)
             self._outbox.put(None)
-            for thread in others:
+            what = f"internal error beside the engine's process: {type(error).__name__}: {error}"
+            failure = self._verdict or _broken(what, error, self._log.lines())
+        self._end(failure)
+
+    def _attend(self, process: subprocess.Popen[bytes], channel: socket.socket) -> EngineError:
+        """Read and deliver until it has ended; why it did."""
+        assert process.stdout is not None
+        keep = threading.Thread(target=_keep, args=(process.stdout, self._log), name="dsmoe-log", daemon=True)
+        send = threading.Thread(target=_send, args=(channel, self._outbox), name="dsmoe-send", daemon=True)
+        with channel, channel.makefile("rb", 1 << 16) as source:
+            try:
+                keep.start()
+            except BaseException:
+                process.stdout.close()
+                raise
+            send.start()
+            garbled = self._read(source)
+            status = self._reap(process, at_once=garbled is not None)
+            self._outbox.put(None)
+            for thread in (send, keep):
                 thread.join(_GRACE)
-        self._end(self._reason(status, garbled))
+        return self._reason(status, garbled)
 
     def _read(self, source: wire.Source) -> Exception | None:
         """Take messages until the end; or until one cannot be understood, which is returned."""
@@ -299,9 +310,7 @@ class Child:
         log = self._log.lines()
         if garbled is None:
             return crash(status, log, loading=not self._loaded.is_set())
-        error = EngineCrashError("the engine's process sent what cannot be understood", log=log)
-        error.__cause__ = garbled
-        return error
+        return _broken("the engine's process sent what cannot be understood", garbled, log)
 
     def _end(self, failure: EngineError) -> None:
         """Tell everybody who waits."""
@@ -381,6 +390,13 @@ _TAKE: dict[str, Callable[..., None]] = {
     "refusal": Child._take_refusal,
     "events": Child._take_events,
 }
+
+
+def _broken(what: str, cause: BaseException, log: tuple[str, ...]) -> EngineCrashError:
+    """What requests end with when we had to end the process."""
+    error = EngineCrashError(what, log=log)
+    error.__cause__ = cause
+    return error
 
 
 def _send(channel: socket.socket, outbox: queue.SimpleQueue[bytes | None]) -> None:

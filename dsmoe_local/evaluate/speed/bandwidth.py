@@ -100,16 +100,23 @@ def _together(n_threads: int, work: Callable[[int], object]) -> float:
     ready = threading.Barrier(n_threads + 1)
 
     def run(index: int) -> None:
-        ready.wait()
+        try:
+            ready.wait()
+        except threading.BrokenBarrierError:
+            return  # not all of them could be started
         try:
             work(index)
         except BaseException as error:  # noqa: BLE001 - raised again below
             failures.append(error)
 
     threads = [threading.Thread(target=run, args=(index,)) for index in range(n_threads)]
-    for thread in threads:
-        thread.start()
-    ready.wait()
+    try:
+        for thread in threads:
+            thread.start()
+        ready.wait()
+    except BaseException:
+        ready.abort()
+        raise
     began = time.perf_counter()
     for thread in threads:
         thread.join()
