@@ -56,7 +56,8 @@ def _main() -> None:
         tokenizer.no_truncation()
         answer: object = tokenizer.encode(sys.stdin.buffer.read().decode(), add_special_tokens=False).ids
     except BaseException as error:  # noqa: BLE001 - a panic of the library is no Exception
-        answer = " ".join(str(error).split())[:300]
+        # Some have no text: MemoryError, above all.
+        answer = " ".join(str(error).split())[:300] or type(error).__name__
     sys.stdout.write(json.dumps(answer))
 
 

@@ -65,7 +65,11 @@ class Dispatcher:
         loading; this one then goes on.
         """
         successor = Dispatcher(options, self._model, self._hp)
-        successor._take_in(self._own)
+        try:
+            successor._take_in(self._own)
+        except BaseException:
+            successor.retire()
+            raise
         return successor
 
     def retire(self) -> None:
