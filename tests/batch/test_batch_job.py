@@ -165,10 +165,14 @@ def test_other_settings_are_refused(tmp_path: Path, change: dict[str, Any]) -> N
 
 
 def test_settings_that_may_change(tmp_path: Path) -> None:
-    """Guards: a run that cannot be continued because of how it was watched or ordered."""
+    """Guards: a run that cannot be continued, or answers all again, because of how it was watched or
+    ordered.
+    """
     options = batch(tmp_path, {"prompt": "a"})
     answer(FakeEngine(), options)
-    answer(FakeEngine(n_parallel=4), replace(options, ordered=True, max_errors=3))
+    engine = FakeEngine(n_parallel=4)
+    assert len(answer(engine, replace(options, ordered=True, max_errors=3))) == 1
+    assert engine.requests == []
 
 
 def test_output_is_never_overwritten_by_accident(tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ def test_long_prompts_are_announced_once(chat: Start) -> None:
     terminal.wait_for(r"reading 2,000 tokens\n")
     terminal.send(CTRL_C)
     terminal.wait_for(r"\[stopped\]\n> ")
+    assert terminal.text.count("reading") == 1
 
 
 @pytest.mark.parametrize("busy", [False, True])

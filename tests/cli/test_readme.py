@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DEMO_DATA = ROOT / "convert" / "dsmoe_convert" / "demo" / "data"
 BLOCKS = re.findall(r"^```\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+LINKS = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
 
 
 def output_of(*command: str) -> list[str]:
@@ -69,8 +70,14 @@ def commands() -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in found if re.match(r"dsmoe[- ]", line)]
 
 
+def test_commands_and_links_are_found() -> None:
+    """Guards the next two tests against patterns that find nothing, which would only skip them."""
+    assert commands()
+    assert LINKS
+
+
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_commands_parse(words: list[str], tmp_path: Path) -> None:
+def test_commands_parse(words: list[str]) -> None:
     """Guards the commands that people copy against renamed options."""
     if words[0] == "dsmoe":
         words = words[1:]
@@ -78,7 +85,7 @@ def test_commands_parse(words: list[str], tmp_path: Path) -> None:
     command.make_context("x", list(words[1:]))
 
 
-@pytest.mark.parametrize("target", re.findall(r"\]\((?!https?:)([^)#]+)\)", README))
+@pytest.mark.parametrize("target", LINKS)
 def test_links_lead_somewhere(target: str) -> None:
     """Guards links to files of the repository."""
     assert (ROOT / target).exists()

@@ -19,7 +19,7 @@ from support.tiny_gguf import DENSE, write_tiny
 
 from dsmoe_convert.convert import convert_folder
 from dsmoe_local.base.errors import UsageError
-from dsmoe_local.engine.native import ABORTED, Model, Row, tensors
+from dsmoe_local.engine.native import ABORTED, DECODED, Model, Row, tensors
 from dsmoe_local.engine.observe.arrays import unpack
 from dsmoe_local.engine.observe.observer import Observer
 from dsmoe_local.engine.observe.registry import OBSERVERS, Entry
@@ -306,7 +306,8 @@ def test_a_failure_in_an_aborted_step_is_not_the_next_ones(
         aborted = [Row(1, 0, IDS, 1)]
         model.dispatcher.before_step(aborted)
         # Complete, but taken for one that was aborted behind the observer's node.
-        model.context.decode(aborted)
+        assert model.context.decode(aborted) == DECODED
+        assert isinstance(model.dispatcher._failure, ValueError)
         model.context.forget(1, 0)
         model.step(Row(0, len(IDS), [5], 1))
 

@@ -96,6 +96,7 @@ def check_random_kills(make_job: Callable[[], Job], expected: bytes, n_kills: in
     duration = time.monotonic() - began
     assert job.out.read_bytes() == expected
     job = make_job()
+    n_killed = 0
     for _ in range(n_kills):
         child = job.spawn()
         try:
@@ -105,8 +106,10 @@ def check_random_kills(make_job: Callable[[], Job], expected: bytes, n_kills: in
         _, errors = child.communicate()
         assert_whole_or_absent(job, expected)
         assert child.returncode in (0, -signal.SIGKILL), errors
+        n_killed += child.returncode == -signal.SIGKILL
         if job.out.exists() and not job.journal.exists():
             job = make_job()
+    assert n_killed, "every run ended before it could be killed"
     status, errors = job.run()
     assert status == 0, errors
     assert job.out.read_bytes() == expected

@@ -164,6 +164,7 @@ class ScriptedChat:
 
     def _prompt(self, chat: object, text: str) -> None:
         with self.screen.reply() as view:
+            view.progress(100, 2000)
             view.progress(300, 2000)
             self._stopped.wait()
             view.note("[stopped]")
