@@ -7,8 +7,8 @@
     python -m benchmarks.quality --quick                    does it run? the figures mean nothing
 
 Parts: `reference`, the trained model, and what the solver makes of budgets for it; `steps`, what another type
-for one kind of group would change in q4; `demo`, the model of `dsmoe demo`; `sizes` of the whole 16B shape;
-`speed` on the 16B shape with a few layers and random weights.
+for one kind of group would change in a recipe; `demo`, the model of `dsmoe demo`; `sizes` of the whole 16B
+shape; `speed` on the 16B shape with a few layers and random weights; `points`, other choices, by all of them.
 Each is kept in the cache folder as JSON. A part that is measured anew keeps rows of the same model, text and
 types (`--again` measures them, too); a part that is incomplete, of types that have changed since, of another
 version of llama.cpp, or of another model than the others is refused.
@@ -38,6 +38,7 @@ from benchmarks.support.quality_document import with_tables
 from benchmarks.support.quality_eight import measure_eight
 from benchmarks.support.quality_fidelity import Amount, Subject, measure_alike, measure_types, prepared
 from benchmarks.support.quality_kept import comparable, joined, kept_parts, oldest_of
+from benchmarks.support.quality_points import measure_points
 from benchmarks.support.quality_rows import (
     PARTS,
     ROOT,
@@ -65,12 +66,17 @@ from dsmoe_local.engine.load.machine import physical_cores
 from dsmoe_local.evaluate.text import Text, read_text
 
 DOCUMENT, CHART, FIGURES = (ROOT / "docs" / name for name in ("quality.md", "quality.svg", "quality.json"))
-README, SUMMARY = ROOT / "README.md", "recipes"
+SUMMARY = "recipes"
+SUMMARIZED = ROOT / "README.md", ROOT / "docs" / "quantization.md"
 NONE = "none"
 
-_WINDOWS = {"reference": 120, "demo": 24}
+_WINDOWS = {"reference": 60, "demo": 12}
 _CALIBRATION_WINDOWS = {"reference": 100, "demo": 40}
 _QUICK_WINDOWS, _QUICK_STEPS = 2, 2
+
+
+def _of_parts(amounts: Mapping[str, int]) -> str:
+    return ", ".join(f"{part} {amount}" for part, amount in amounts.items())
 
 
 def arguments() -> argparse.Namespace:
@@ -87,12 +93,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--sensitivity", type=Path, metavar="FILE", help="take what errors cost from a sensitivity file"
     )
-    parser.add_argument("--windows", type=int, metavar="N", help="of text [reference 120, demo 24]")
-    parser.add_argument("--layers", type=int, default=6, metavar="N", help="of the shape for speeds [6]")
-    parser.add_argument("--rounds", type=int, default=4, metavar="N", help="of speeds [4]")
+    parser.add_argument("--windows", type=int, metavar="N", help=f"of text [{_of_parts(_WINDOWS)}]")
+    parser.add_argument("--layers", type=int, default=10, metavar="N", help="of the shape for speeds [10]")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of speeds [3]")
     parser.add_argument("--turns", type=int, default=2, metavar="N", help="in each round, for prompts [2]")
     parser.add_argument("-p", "--n-prompt", type=int, default=512, metavar="N", help="tokens [512]")
-    parser.add_argument("-n", "--n-gen", type=int, default=64, metavar="N", help="tokens [64]")
+    parser.add_argument("-n", "--n-gen", type=int, default=48, metavar="N", help="tokens [48]")
     parser.add_argument("--threads", type=int, default=physical_cores(), metavar="N")
     parser.add_argument("--quick", action="store_true", help="little of everything; kept apart")
     given = parser.parse_args()
@@ -159,8 +165,9 @@ def _amount(given: argparse.Namespace, name: str) -> Amount:
 
 
 def measure_step_rows(given: argparse.Namespace) -> Part:
-    """The part of single steps away from a recipe."""
+    """The part of single steps away from recipes, on the text that what errors cost is measured on, too."""
     subject = reference_subject(given.reference)
+    subject = replace(subject, text=subject.calibration)
     with prepared(subject, _amount(given, subject.name), imatrix=False) as bench:
         return part_of("steps", bench.settings(), measure_steps(bench, _QUICK_STEPS if given.quick else None))
 
@@ -185,22 +192,35 @@ def measure_sizes() -> Part:
 
 def measure_speed(given: argparse.Namespace) -> Part:
     """The part of speeds."""
-    if given.quick:
-        timing = Timing(2, 16, 4, 1, 2, given.threads, quick=True)
-    else:
-        timing = Timing(given.layers, given.n_prompt, given.n_gen, given.rounds, given.turns, given.threads)
+    timing = _timing(given)
     settings, facts = timing.settings(), timing.facts()
     return part_of("speed", settings, measure_speeds(timing), facts=facts)
 
 
+def measure_other_points(given: argparse.Namespace) -> Part:
+    """The part of other choices beside the recipes."""
+    subject, timing = reference_subject(given.reference), _timing(given)
+    with prepared(subject, _amount(given, subject.name), imatrix=False) as bench:
+        settings = {**timing.settings(), **bench.settings()}
+        facts = timing.facts()
+        return part_of("points", settings, measure_points(bench, timing), facts=facts)
+
+
+def _timing(given: argparse.Namespace) -> Timing:
+    if given.quick:
+        return Timing(2, 16, 4, 1, 2, given.threads, quick=True)
+    return Timing(given.layers, given.n_prompt, given.n_gen, given.rounds, given.turns, given.threads)
+
+
 def save(parts: Mapping[str, Part], tables: Mapping[str, str]) -> None:
-    """Write the document's tables and the README's, the chart, and the figures that all are made of."""
+    """Write the document's tables, the summary where it is shown, the chart, and the figures of them all."""
     if missing := [name for name in PARTS if name not in parts]:
         raise SystemExit(f"nothing is saved: {', '.join(missing)} must be measured first")
     figures = {name: parts[name].as_json() for name in PARTS}
     DOCUMENT.write_text(with_tables(DOCUMENT.read_text(encoding="utf-8"), tables), encoding="utf-8")
     summary = {SUMMARY: summary_table(parts)}
-    README.write_text(with_tables(README.read_text(encoding="utf-8"), summary), encoding="utf-8")
+    for path in SUMMARIZED:
+        path.write_text(with_tables(path.read_text(encoding="utf-8"), summary), encoding="utf-8")
     CHART.write_text(chart(parts["reference"]), encoding="utf-8")
     FIGURES.write_text(json.dumps(figures, separators=(",", ":")) + "\n", encoding="utf-8")
 
@@ -240,6 +260,7 @@ def main() -> int:
         "demo": lambda: measure_fidelity(given, demo_subject()),
         "sizes": measure_sizes,
         "speed": lambda: measure_speed(given),
+        "points": lambda: measure_other_points(given),
     }
     for name in given.parts:
         say(f"{name}:")

@@ -2,7 +2,7 @@
 
 A ratio of divergences comes with its 95% bootstrap interval over windows, drawn again and again, the same
 ones for both sides. What another training of the model would change is not in it. The bar is held against the
-ratio itself.
+ratio itself. Of speeds, the interval is from the least of the rounds to the greatest.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ BETTER: Mapping[str, str] = {"q4-small": "IQ4_XS", "q8": "Q8_0"}
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A ratio and its bar. `interval` is None where nothing is left to chance; `is_alias`: both sides are of
-    the same types, and there is nothing to compare.
+    """A ratio and its bar. `interval` is where it may be, None where nothing is left to chance; `is_alias`:
+    both sides are of the same types, and there is nothing to compare.
     """
 
     recipe: str
@@ -77,9 +77,14 @@ class Verdict:
         """Whether the bar is met; None for an alias."""
         return None if self.is_alias else self.bar.holds(self.ratio)
 
+    @property
+    def is_uncertain(self) -> bool:
+        """Whether the interval has both what would meet the bar and what would miss it."""
+        return len({self.bar.holds(end) for end in self.interval or ()}) == 2
+
     def as_json(self) -> dict[str, Any]:
         """For `json.dumps`."""
-        return {**asdict(self), "bar": str(self.bar), "holds": self.holds}
+        return {**asdict(self), "bar": str(self.bar), "holds": self.holds, "uncertain": self.is_uncertain}
 
 
 def ratio_of(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, tuple[float, float]]:
@@ -133,8 +138,8 @@ def _of_speed(part: Part, ours: Variant, base: Variant) -> Iterator[Verdict]:
         return
     for measure, ratios in ((PROMPT, mine.prompt_ratio), (DECODE, mine.decode_ratio)):
         if measure in bars:
-            ratio = statistics.median(ratios)
-            yield Verdict(ours.word, ours.imatrix, measure, base.word, ratio, bars[measure])
+            ratio, interval = statistics.median(ratios), (min(ratios), max(ratios))
+            yield Verdict(ours.word, ours.imatrix, measure, base.word, ratio, bars[measure], interval)
 
 
 def speed_of(part: Part, variant: Variant) -> SpeedRow | None:

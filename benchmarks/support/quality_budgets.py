@@ -17,9 +17,10 @@ from dsmoe_local.base.errors import UsageError
 from dsmoe_local.model.ggml import type_name
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_quantize import sensitivity_file
-from dsmoe_quantize.budget import Budget
+from dsmoe_quantize.budget import Budget, Market
 from dsmoe_quantize.choose import Wishes
 from dsmoe_quantize.quantize import Plan
+from dsmoe_quantize.sensitivity import measure
 from dsmoe_quantize.target import Request, solve_target
 
 FRONTIER = (4.4, 4.6, 4.8, 5.0, 5.25, 5.5, 6.0, 6.5)
@@ -79,6 +80,14 @@ def measure_targets(bench: Bench, shares: Sequence[float], costs: Costs) -> list
         plan = solved(bench, Budget(size=budget), Variant(f"{share:g}", False), costs)
         found.append(TargetRow(budget, bench.size_of(plan)))
     return found
+
+
+def market_of(bench: Bench, imatrix: bool, costs: Costs) -> Market:
+    """What types cost the model, without a budget."""
+    file, hp = read_model(bench.source)
+    matrix = bench.matrix_if(imatrix)
+    start = replace(sensitivity_file.start(file, matrix, None), weights=costs.weights)
+    return Market(file, hp, measure(file, start, matrix, threads=bench.amount.threads), imatrix=matrix)
 
 
 def solved(bench: Bench, budget: Budget, variant: Variant, costs: Costs) -> Plan:

@@ -7,14 +7,16 @@ F16, and pays with Q6_K where there are most weights and each counts least.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+from benchmarks.support.quality_budgets import Costs, market_of
 from benchmarks.support.quality_fidelity import Bench
 from benchmarks.support.quality_rows import CandidateRow
 from benchmarks.support.quality_types import LARGE, Variant, digest_of
 from benchmarks.support.rows import say
 from benchmarks.support.sizes import size_of
+from dsmoe_quantize.budget import Market
 from dsmoe_quantize.named_recipes import NamedRecipe
+from dsmoe_quantize.quantize import Plan
+from dsmoe_quantize.types import resolve
 
 EIGHT_BASE = "Q8_0"
 EIGHT = (
@@ -54,27 +56,28 @@ def measure_eight(bench: Bench) -> list[CandidateRow]:
     """Each candidate, with and without an importance matrix."""
     rows = []
     for imatrix in (False, True):
+        market = market_of(bench, imatrix, Costs())
+        base = _predicted(market, bench.plan_of(resolve(EIGHT_BASE), imatrix=imatrix))
         for recipe in EIGHT:
             digest = digest_of(recipe, imatrix=imatrix)
             variant = Variant(recipe.name, imatrix)
-            found = bench.measure(bench.plan_of(recipe, imatrix=imatrix), variant, digest)
-            ratio = size_of(LARGE, recipe).n_bytes / size_of(LARGE, EIGHT_BASE).n_bytes
+            plan = bench.plan_of(recipe, imatrix=imatrix)
+            found = bench.measure(plan, variant, digest)
             say(f"  {variant}: KL {found.kl:.3g}")
             rows.append(
-                CandidateRow(recipe.name, imatrix, digest, recipe.why, ratio, found.file_size, found.windows)
+                CandidateRow(
+                    recipe.name,
+                    imatrix,
+                    digest,
+                    recipe.why,
+                    size_of(LARGE, recipe).n_bytes / size_of(LARGE, EIGHT_BASE).n_bytes,
+                    _predicted(market, plan) / base,
+                    found.file_size,
+                    found.windows,
+                )
             )
     return rows
 
 
-def changed_candidates(rows: Sequence[CandidateRow]) -> list[str]:
-    """Those whose types are not what they were when they were measured, or that are no more."""
-    current = {
-        (recipe.name, imatrix): digest_of(recipe, imatrix=imatrix)
-        for imatrix in (False, True)
-        for recipe in EIGHT
-    }
-    return [
-        str(Variant(row.type, row.imatrix))
-        for row in rows
-        if current.get((row.type, row.imatrix)) != row.digest
-    ]
+def _predicted(market: Market, plan: Plan) -> float:
+    return market.figures(change.choice for change in plan.changes).error

@@ -2,7 +2,8 @@
 
 Everything goes through the functions that `dsmoe convert`, `dsmoe imatrix`, `dsmoe-quantize` and `dsmoe eval`
 use. The unquantized model is in F32, and so is every KV cache: kernels of BF16 would round what they multiply
-with, and a cache in F16 would add its own error to what is measured.
+with, and a cache in F16 would add its own error to what is measured. The unquantized model's predictions are
+kept whole: no divergence leaves out a tail.
 """
 
 from __future__ import annotations
@@ -148,13 +149,20 @@ def load(path: Path, amount: Amount, *observers: ObserverOptions) -> EngineClien
     return EngineClient.load(options_for(options, amount.n_context, *observers))
 
 
+def exact_recorders(folder: Path, source: Path) -> tuple[ObserverOptions, ...]:
+    """As `recorders`, but vocabularies of any size are kept whole: 400 KB for a token of the demo."""
+    predictions, *others = recorders(folder, source)
+    kept = {**dict(predictions.parameters), "top": read_model(source)[1].n_vocab, "mass": 1.0}
+    return replace(predictions, parameters=tuple(kept.items())), *others
+
+
 @contextmanager
 def prepared(subject: Subject, amount: Amount, *, imatrix: bool = True) -> Iterator[Bench]:
     """Convert the model, record what it predicts, and collect its importance matrix if it is wanted."""
     with workplace() as folder:
         source = folder / f"{subject.name}.gguf"
         convert_folder(subject.folder, source, ConvertOptions("f32"), RunOptions(threads=amount.threads))
-        with load(source, amount, *recorders(folder, source)) as engine:
+        with load(source, amount, *exact_recorders(folder, source)) as engine:
             windows = cut_windows(engine, subject.text, amount.n_context, amount.n_windows)
             reference, unquantized = record(engine, windows, folder)
         say(f"  unquantized: perplexity {unquantized.perplexity.perplexity.value:.4f}")

@@ -9,16 +9,31 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.support.quality_bars import speed_of
-from benchmarks.support.quality_eight import changed_candidates
-from benchmarks.support.quality_rows import PARTS, FidelityRow, Part, is_current, load_part
+from benchmarks.support.quality_eight import EIGHT
+from benchmarks.support.quality_points import POINTS
+from benchmarks.support.quality_rows import (
+    PARTS,
+    CandidateRow,
+    FidelityRow,
+    Part,
+    PointRow,
+    is_current,
+    load_part,
+)
 from benchmarks.support.quality_speed import timed_variants
 from benchmarks.support.quality_steps import STEPPED
-from benchmarks.support.quality_types import BASE, variants
+from benchmarks.support.quality_types import BASE, Variant, digest_of, variants
 from benchmarks.support.rows import say
 from dsmoe_quantize import kernels
+from dsmoe_quantize.named_recipes import NamedRecipe
 
 _EXTRAS = ("frontier", "targets", "alike", "eight")
 """What the reference has beside its rows."""
+_SHARED = {
+    "steps": ("model", "n_context", "n_windows", "cache"),
+    "points": ("model", "text", "text_digest", "n_context", "n_windows", "n_scored", "cache"),
+}
+"""Settings that parts of the same model have in common with the reference. Steps have another text."""
 
 
 def kept_parts(folder: Path) -> dict[str, Part]:
@@ -44,8 +59,9 @@ def refusal(part: Part, reference: Part | None) -> str:
     current = kernels.version()
     if part.name != "sizes" and part.settings.get("kernels") != current:
         return f"since it is of llama-cpp-python {part.settings.get('kernels')}, and this is {current}"
-    if part.name == "steps" and reference is not None:
-        others = [key for key, value in part.settings.items() if reference.settings.get(key) != value]
+    if reference is not None:
+        keys = _SHARED.get(part.name, ())
+        others = [key for key in keys if reference.settings.get(key) != part.settings.get(key)]
         if others:
             return f"since it is not of what the reference is of: {', '.join(others)} differ"
     return ""
@@ -53,7 +69,20 @@ def refusal(part: Part, reference: Part | None) -> str:
 
 def changes(part: Part) -> list[str]:
     """Types that are not what they were when they were measured, or are no more."""
-    return [*part.stale(), *changed_candidates(part.eight)]
+    if part.name == "points":
+        return _changed(part.rows, POINTS)
+    stale = [str(Variant(row.type, row.imatrix)) for row in part.rows if not is_current(row)]
+    return [*stale, *_changed(part.eight, EIGHT)]
+
+
+def _changed(rows: Sequence[CandidateRow | PointRow], recipes: Sequence[NamedRecipe]) -> list[str]:
+    """Of rows of recipes without a name of ours."""
+    known = {recipe.name: recipe for recipe in recipes}
+    return [
+        str(Variant(row.type, row.imatrix))
+        for row in rows
+        if row.type not in known or digest_of(known[row.type], imatrix=row.imatrix) != row.digest
+    ]
 
 
 def gaps(part: Part) -> list[str]:
@@ -62,7 +91,10 @@ def gaps(part: Part) -> list[str]:
         return [str(variant) for variant in timed_variants() if speed_of(part, variant) is None]
     if part.name == "steps":
         found = {row.type for row in part.rows if not row.kind}
-        return [word for word in (BASE, STEPPED) if word not in found]
+        return [word for word in (BASE, *STEPPED) if word not in found]
+    if part.name == "points":
+        found = {row.type for row in part.rows}
+        return [recipe.name for recipe in POINTS if recipe.name not in found]
     rows = {(row.type, row.imatrix) for row in part.rows}
     missing = [str(each) for each in variants() if (each.word, each.imatrix) not in rows]
     if part.name == "reference":

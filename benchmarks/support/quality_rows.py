@@ -20,7 +20,7 @@ from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.paths import cache_folder
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("reference", "steps", "demo", "sizes", "speed")
+PARTS = ("reference", "steps", "demo", "sizes", "speed", "points")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,8 @@ class TargetRow:
 @dataclass(frozen=True, slots=True)
 class CandidateRow:
     """A recipe that might take the place of q8; `about` says what it is. `large_ratio` is its size to Q8_0's
-    on the 16B shape, `windows` are as of a `FidelityRow`.
+    on the 16B shape, `predicted_ratio` its predicted error to that one's, by the built-in costs. `windows`
+    are as of a `FidelityRow`.
     """
 
     type: str
@@ -110,18 +111,37 @@ class CandidateRow:
     digest: str
     about: str
     large_ratio: float
+    predicted_ratio: float
     file_size: int
     windows: Sequence[float]
 
 
-Row: TypeAlias = SizeRow | SpeedRow | FidelityRow | StepRow
+@dataclass(frozen=True, slots=True)
+class PointRow:
+    """A recipe without a name of ours, `about` says which. Bytes are those of the 16B shape, `windows` as of
+    a `FidelityRow`, ratios as of a `SpeedRow`.
+    """
 
-_ROWS: Mapping[str, type[SizeRow] | type[SpeedRow] | type[FidelityRow] | type[StepRow]] = {
+    type: str
+    imatrix: bool
+    digest: str
+    about: str
+    n_bytes: int
+    n_bytes_per_token: float
+    windows: Sequence[float]
+    prompt_ratio: Sequence[float]
+    decode_ratio: Sequence[float]
+
+
+Row: TypeAlias = SizeRow | SpeedRow | FidelityRow | StepRow | PointRow
+
+_ROWS: Mapping[str, type[Row]] = {
     "reference": FidelityRow,
     "steps": StepRow,
     "demo": FidelityRow,
     "sizes": SizeRow,
     "speed": SpeedRow,
+    "points": PointRow,
 }
 
 
@@ -159,17 +179,13 @@ class Part:
                 return row
         raise KeyError(str(variant))
 
-    def stale(self) -> list[str]:
-        """Types that are not what they were when they were measured, or are no more."""
-        return [str(Variant(row.type, row.imatrix)) for row in self.rows if not is_current(row)]
-
     def as_json(self) -> dict[str, Any]:
         """For `json.dumps`."""
         return asdict(self)
 
 
 def is_current(row: Row) -> bool:
-    """Whether the row's type is still the one that was measured."""
+    """Whether the row's type, by a name of ours or of llama.cpp's, is still the one that was measured."""
     try:
         return Variant(row.type, row.imatrix).digest == row.digest
     except UsageError:  # there is no such type any more

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from dsmoe_local.evaluate.speed.machine import cpu_name
 from dsmoe_local.evaluate.speed.timing import Timer, options_for
 from dsmoe_local.evaluate.speed.workload import Workload, workloads_of
 from dsmoe_quantize import kernels
+from dsmoe_quantize.types import TypeChoice
 
 PRESET = "deepseekmoe-16b"
 REPLY_TURNS = 3
@@ -82,33 +83,53 @@ def timed_variants() -> Iterator[Variant]:
 
 def measure_speeds(timing: Timing) -> list[SpeedRow]:
     """A row of each type."""
-    files = {variant: model_file(timing.shape, timing.layers, variant.word) for variant in timed_variants()}
-    base = files[Variant(BASE, False)]
-    workloads = workloads_of([timing.n_prompt], [timing.n_gen])
-    pairs: dict[Variant, list[Pair]] = {variant: [] for variant in files}
-    for number in range(timing.rounds):
-        for variant in list(files)[:: -1 if number % 2 else 1]:
-            pair = time_pair(
-                files[variant], base, workloads, timing.turns, timing.threads, base_first=number % 2 == 1
-            )
-            pairs[variant].append(pair)
-            told = ", ".join(
-                f"{workload.label} {rate:.2f} ({ratio:.3f} x {BASE})"
-                for workload, rate, ratio in zip(workloads, pair.rates, pair.ratios, strict=True)
-            )
-            say(f"  round {number + 1}: {variant} {told}")
+    timed = {variant.word: variant for variant in timed_variants()}
+    rounds = time_beside_base(timing, {word: word for word in timed})
     hp = with_layers(timing.shape.hp, timing.layers)
     return [
         SpeedRow(
             variant.word,
             variant.imatrix,
             variant.digest,
-            size_of(hp, variant.word).n_bytes_per_token,
-            *([round(pair.rates[at], 3) for pair in each] for at in range(len(workloads))),
-            *([round(pair.ratios[at], 4) for pair in each] for at in range(len(workloads))),
+            size_of(hp, word).n_bytes_per_token,
+            *_rounds(rounds[word]),
         )
-        for variant, each in pairs.items()
+        for word, variant in timed.items()
     ]
+
+
+def time_beside_base(timing: Timing, choices: Mapping[str, str | TypeChoice]) -> Mapping[str, Sequence[Pair]]:
+    """Each type beside the base, round by round, under the same name."""
+    files = {name: model_file(timing.shape, timing.layers, choice) for name, choice in choices.items()}
+    base = model_file(timing.shape, timing.layers, BASE)
+    workloads = workloads_of([timing.n_prompt], [timing.n_gen])
+    pairs: dict[str, list[Pair]] = {name: [] for name in files}
+    for number in range(timing.rounds):
+        for name in list(files)[:: -1 if number % 2 else 1]:
+            pair = time_pair(
+                files[name], base, workloads, timing.turns, timing.threads, base_first=number % 2 == 1
+            )
+            pairs[name].append(pair)
+            told = ", ".join(
+                f"{workload.label} {rate:.2f} ({ratio:.3f} x {BASE})"
+                for workload, rate, ratio in zip(workloads, pair.rates, pair.ratios, strict=True)
+            )
+            say(f"  round {number + 1}: {name} {told}")
+    return pairs
+
+
+def _rounds(pairs: Sequence[Pair]) -> tuple[list[float], list[float], list[float], list[float]]:
+    """Rates of prompts and of decoding, then their ratios, as rows have them."""
+    return (
+        [round(pair.rates[0], 3) for pair in pairs],
+        [round(pair.rates[1], 3) for pair in pairs],
+        *ratios_of(pairs),
+    )
+
+
+def ratios_of(pairs: Sequence[Pair]) -> tuple[list[float], list[float]]:
+    """To the base, of prompts and of decoding, round by round."""
+    return [round(pair.ratios[0], 4) for pair in pairs], [round(pair.ratios[1], 4) for pair in pairs]
 
 
 @dataclass(frozen=True, slots=True)

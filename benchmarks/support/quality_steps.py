@@ -2,6 +2,7 @@
 
 Each kind of group in turn gets the next type up and the next one down, all else stays: the recipe is
 justified if every step up costs more than it is worth, and every step down loses more than it saves.
+Recipes are chosen by it, so it is measured on another text than what their bars are.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from dsmoe_quantize.named_recipes import RECIPES, NamedRecipe
 from dsmoe_quantize.recipes import words_of
 from dsmoe_quantize.types import TypeChoice, resolve
 
-STEPPED = "q4"
-"""The recipe in question."""
-LADDER, NARROW_LADDER = ("Q4_K", "Q5_K", "Q6_K", "Q8_0"), ("IQ4_NL", "Q5_0", "Q8_0")
+STEPPED = ("q4", "q4-fast", "q4-small")
+"""The recipes in question."""
+LADDER, NARROW_LADDER = ("IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0"), ("IQ4_NL", "Q5_0", "Q8_0")
 """Types from small to large, of blocks of 256 and of 32."""
 NARROW = ("dense-down", "routed-down")
 """Kinds whose width, in 16B as in the reference, 256 does not divide."""
@@ -52,11 +53,14 @@ def _neighbours(kind: str, word: str) -> Iterator[str]:
 
 
 def measure_steps(bench: Bench, most: int | None = None) -> list[StepRow]:
-    """The base, the recipe, and its steps (`most` of them), all without an importance matrix."""
-    recipe = RECIPES[STEPPED]
-    steps = list(steps_of(recipe))[:most]
-    rows = [_row(bench, BASE, "", "", resolve(BASE)), _row(bench, STEPPED, "", "", recipe)]
-    return rows + [_row(bench, STEPPED, step.kind, step.word, step.recipe) for step in steps]
+    """The base, then each recipe and its steps (`most` of them), all without an importance matrix."""
+    rows = [_row(bench, BASE, "", "", resolve(BASE))]
+    for word in STEPPED:
+        recipe = RECIPES[word]
+        rows.append(_row(bench, word, "", "", recipe))
+        steps = list(steps_of(recipe))[:most]
+        rows += [_row(bench, word, step.kind, step.word, step.recipe) for step in steps]
+    return rows
 
 
 def _row(bench: Bench, word: str, kind: str, other: str, choice: TypeChoice) -> StepRow:

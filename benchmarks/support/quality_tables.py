@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from benchmarks.support.quality_bars import (
     BARS,
@@ -40,6 +41,8 @@ def all_tables(parts: Mapping[str, Part]) -> dict[str, str]:
         "speed": ("speed", speed_table),
     }
     tables = {name: make(parts[part]) for name, (part, make) in makers.items() if part in parts}
+    if {"points", "sizes", "reference", "speed"} <= parts.keys():
+        tables["points"] = points_table(parts)
     return {"settings": settings_table(parts), "bars": bars_table(parts), **tables}
 
 
@@ -71,10 +74,11 @@ def bars_table(parts: Mapping[str, Part]) -> str:
                 f"{verdict.ratio:.3f}",
                 low_high,
                 str(verdict.bar),
-                _HOLDS[verdict.holds],
+                _HOLDS[verdict.holds] + (", uncertain" if verdict.is_uncertain else ""),
             ]
         )
-    return markdown(("recipe", "imatrix", "what", "against", "ratio", "95%", "bar", ""), "llllrlll", rows)
+    heads = ("recipe", "imatrix", "what", "against", "ratio", "interval", "bar", "")
+    return markdown(heads, "llllrlll", rows)
 
 
 def fidelity_table(part: Part) -> str:
@@ -182,6 +186,7 @@ def eight_table(part: Part) -> str:
                 f"{1e3 * base.kl:.4f}",
                 f"{ratio:.3f} x",
                 f"{low:.3f} – {high:.3f}",
+                f"{candidate.predicted_ratio:.2f} x",
             ]
         )
     heads = (
@@ -193,12 +198,43 @@ def eight_table(part: Part) -> str:
         "KL of Q8_0, 1e-3",
         "ratio",
         "95%",
+        "predicted from built-in costs",
     )
-    return markdown(heads, "llrrrrrl", rows)
+    return markdown(heads, "llrrrrrlr", rows)
+
+
+def points_table(parts: Mapping[str, Part]) -> str:
+    """Our recipes and other choices, in ratios to the base, without an importance matrix."""
+    base = parts["reference"].row(Variant(BASE, False))
+    large = parts["sizes"].row(Variant(BASE, False))
+    rows = []
+    ours = [(named(word), *(_row_of(parts, part, word) for part in _POINT_PARTS)) for word in BARS]
+    others = [(row.about, row, row, row) for row in parts["points"].rows]
+    for what, sizes, fidelity, speed in (*ours, *others):
+        ratios = (
+            sizes.n_bytes / large.n_bytes,
+            sizes.n_bytes_per_token / large.n_bytes_per_token,
+            ratio_of(fidelity.windows, base.windows)[0],
+        )
+        speeds = (spread(each) for each in (speed.prompt_ratio, speed.decode_ratio))
+        rows.append([what, *(f"{ratio:.3f} x" for ratio in ratios), *speeds])
+    return markdown(("", "size", "bytes per token", "KL", "prompt", "decode"), "lrrrrr", rows)
+
+
+_POINT_PARTS = ("sizes", "reference", "speed")
+
+
+def _row_of(parts: Mapping[str, Part], part: str, word: str) -> Any:  # noqa: ANN401 - of the part's kind
+    return parts[part].row(Variant(word, False))
+
+
+def spread(ratios: Sequence[float]) -> str:
+    """The median of the rounds, the least and the greatest."""
+    return f"{statistics.median(ratios):.3f} x ({min(ratios):.3f} – {max(ratios):.3f})"
 
 
 def steps_table(part: Part) -> str:
-    """A recipe, and each step away from it, in ratios to the base."""
+    """Recipes, and each step away from them, in ratios to the base."""
     base, *others = part.rows
     rows = [
         [
@@ -242,7 +278,7 @@ def speed_table(part: Part) -> str:
         cells = [named(row.type)]
         for rates, ratios in ((row.prompt, row.prompt_ratio), (row.decode, row.decode_ratio)):
             cells.append(f"{statistics.median(rates):.1f}")
-            cells.append(f"{statistics.median(ratios):.3f} x ({min(ratios):.3f} – {max(ratios):.3f})")
+            cells.append(spread(ratios))
         cells.append(f"{row.n_bytes_per_token / base.n_bytes_per_token:.3f} x")
         rows.append(cells)
     heads = (

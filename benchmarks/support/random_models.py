@@ -35,7 +35,7 @@ from dsmoe_local.model.layout import Role, tensor_specs
 from dsmoe_local.model.presets import PRESETS
 from dsmoe_quantize import kernels
 from dsmoe_quantize.planned import metadata_of_output
-from dsmoe_quantize.types import resolve, settled
+from dsmoe_quantize.types import TypeChoice, resolve, settled
 
 QUICK_PART, QUICK_VOCABULARY, BLOCK = 8, 4096, 32
 _TILE_WEIGHTS = 4 << 20
@@ -78,31 +78,33 @@ def with_layers(hp: Hyperparameters, layers: int) -> Hyperparameters:
     return replace(hp, n_layers=layers, n_dense_layers=hp.n_dense_layers if hp.is_moe else layers)
 
 
-def model_file(shape: Shape, layers: int, word: str) -> Path:
-    """The file in the type called `word`, made if it is not there."""
+def model_file(shape: Shape, layers: int, wanted: str | TypeChoice) -> Path:
+    """The file in a type, or in the one of that name, made if it is not there."""
     hp = with_layers(shape.hp, layers)
     folder = cache_folder() / "benchmarks"
-    digest = types_digest(choices_of(hp, word))
-    out = folder / f"{shape.name}-{layers}-layers-{word}-{digest}.gguf"
+    digest = types_digest(choices_of(hp, wanted))
+    name = wanted if isinstance(wanted, str) else wanted.name
+    out = folder / f"{shape.name}-{layers}-layers-{name}-{digest}.gguf"
     if not out.exists():
         say(f"making {out} (once)")
         folder.mkdir(parents=True, exist_ok=True)
         part = out.with_suffix(".part")
         try:
-            write_random(part, hp, make_pool(0), word)
+            write_random(part, hp, make_pool(0), wanted)
             part.rename(out)
         finally:
             part.unlink(missing_ok=True)
     return out
 
 
-def write_random(path: Path, hp: Hyperparameters, pool: Pool, word: str = "bf16") -> None:
-    """A GGUF of that shape in the type called `word`; norms and routers in F32."""
+def write_random(path: Path, hp: Hyperparameters, pool: Pool, wanted: str | TypeChoice = "bf16") -> None:
+    """A GGUF of that shape in a type, or in the one of that name; norms and routers in F32."""
     tensors = [
         PlannedTensor(choice.name, tensor.shape, choice.type)
-        for choice, tensor in zip(choices_of(hp, word), unquantized(hp), strict=True)
+        for choice, tensor in zip(choices_of(hp, wanted), unquantized(hp), strict=True)
     ]
-    plan = plan_gguf(metadata_of_output(metadata_of_random(hp), settled(resolve(word), hp)), tensors)
+    choice = resolve(wanted) if isinstance(wanted, str) else wanted
+    plan = plan_gguf(metadata_of_output(metadata_of_random(hp), settled(choice, hp)), tensors)
     random = np.random.default_rng(0)
     tiles: dict[tuple[GgmlType, int], Bytes] = {}
     with path.open("wb") as file:

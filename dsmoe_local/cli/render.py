@@ -5,12 +5,14 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.base.progress import Advanced, Event, Finished, Listener, Note, Started
+from dsmoe_local.base.sizes import format_size
 from dsmoe_local.base.text import safe_line
 
 if TYPE_CHECKING:
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 T = TypeVar("T")
+
+_LINE_SECONDS = 30.0
+"""How long work is silent in a file or a pipe before it says how far it is, and between two lines."""
 
 
 def error_console() -> Console:
@@ -28,11 +33,12 @@ def error_console() -> Console:
 
 
 class ProgressView:
-    """Renders progress events as a bar on a terminal; elsewhere only the notes are printed."""
+    """Renders progress events: as a bar on a terminal, elsewhere as a line every half minute."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self.console = console
-        self._progress: Progress | None = None
+        self._bar = _Bar(console) if console.is_terminal else None
+        self._lines = _Lines(console, clock)
         self._lock = threading.Lock()
 
     def listen(self, event: Event) -> None:
@@ -40,13 +46,26 @@ class ProgressView:
         with self._lock:
             if isinstance(event, Note):
                 self.console.print(f"note: {safe_line(event.text, 400)}")
-            elif self.console.is_terminal:
-                self._draw(event)
+            else:
+                (self._bar or self._lines).show(event)
 
-    def _draw(self, event: Started | Advanced | Finished) -> None:
+    def close(self) -> None:
+        """Take the bar off the screen."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class _Bar:
+    """A bar that is drawn again and again."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress: Progress | None = None
+
+    def show(self, event: Started | Advanced | Finished) -> None:
         if isinstance(event, Started):
             self.close()
-            self._progress = _progress_bar(self.console, in_bytes=event.unit == "bytes")
+            self._progress = _progress_bar(self._console, in_bytes=event.unit == "bytes")
             self._progress.start()
             self._progress.add_task(
                 safe_line(event.stage, 40), total=event.total, completed=event.done, detail=""
@@ -59,10 +78,39 @@ class ProgressView:
             self.close()
 
     def close(self) -> None:
-        """Take the bar off the screen."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+class _Lines:
+    """A line now and then; none of work that is over soon."""
+
+    def __init__(self, console: Console, clock: Callable[[], float]) -> None:
+        self._console = console
+        self._clock = clock
+        self._told = clock()
+        self._stage: Started | None = None
+        self._n_done = 0
+
+    def show(self, event: Started | Advanced | Finished) -> None:
+        if isinstance(event, Started):
+            self._stage, self._n_done = event, event.done
+        elif self._stage is not None and isinstance(event, Advanced):
+            self._n_done += event.amount
+            now = self._clock()
+            if now - self._told >= _LINE_SECONDS:
+                self._told = now
+                self._console.print(f"{safe_line(self._stage.stage, 100)}: {self._amount(self._stage)}")
+        elif isinstance(event, Finished):
+            self._stage = None
+
+    def _amount(self, stage: Started) -> str:
+        if stage.unit == "bytes":
+            amount = f"{format_size(self._n_done)} of {format_size(stage.total)}"
+        else:
+            amount = f"{self._n_done:,} of {stage.total:,} {stage.unit}"
+        return f"{amount}, {100 * self._n_done // stage.total}%" if stage.total else amount
 
 
 def _progress_bar(console: Console, *, in_bytes: bool) -> Progress:

@@ -56,7 +56,7 @@ target_options = all_of(
         "--max-slow-share",
         type=click.FloatRange(0, 100),
         metavar="PERCENT",
-        help="… so much of what a token reads in types without fast kernels at most.",
+        help="… so much of what a token reads in types without fast kernels for decoding at most.",
     ),
     click.option(
         "--cpu",

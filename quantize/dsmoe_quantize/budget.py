@@ -262,6 +262,7 @@ class Market:
         )
 
     def _infeasible(self, budget: Budget, name: str, about: Mapping[str, str | int | float]) -> UsageError:
+        """Nothing was found: the least that each budget may be, or that they do not go together."""
         least = self.fixed
         for each in self.groups:
             every = each.options.values()
@@ -273,20 +274,37 @@ class Market:
         # Rounded up: what is said here can be asked for.
         bits = math.ceil(800 * least.n_bytes / self.n_weights) / 100
         what = [f"{format_size(round_up(least.n_bytes))} of weights ({bits:.2f} bits each)"]
+        fits = self._fits(least, budget)
         if budget.size is not None:
             picks = {each.group: next(iter(each.options)) for each in self.groups}
             # With an error in it, of full length: the header is as long as that of a file which is written.
             smallest = self._plan(self._recipe(picks, name, {**about, **_told_error(1.2345e-4)})).file_size
             if smallest > budget.size:
                 what.insert(0, f"{format_size(round_up(smallest))} for a file")
+                fits = False
         if budget.bytes_per_token is not None:
             what.append(f"{format_size(round_up(least.n_bytes_per_token))} read per token")
         if budget.slow_share is not None:
             percent = math.ceil(round(100 * least.n_slow / self.n_read, 6))
             what.append(f"{percent}% of the weights read without fast kernels")
+        if fits:
+            return UsageError(
+                "no choice of types was found that fits all budgets at once",
+                where=f"each alone could be met, at least: {', '.join(what)}",
+                remedy="allow more of one of them",
+            )
         return UsageError(
             "no choice of types fits the budget", where=f"at least: {', '.join(what)}", remedy="allow more"
         )
+
+    def _fits(self, least: Figures, budget: Budget) -> bool:
+        """Whether each budget but that of the file's size is met by the least it could be."""
+        pairs = (
+            (8 * least.n_bytes / self.n_weights, budget.bits_per_weight),
+            (least.n_bytes_per_token, budget.bytes_per_token),
+            (least.n_slow, None if budget.slow_share is None else budget.slow_share * self.n_read),
+        )
+        return all(limit is None or value <= limit for value, limit in pairs)
 
     def _recipe(
         self, picks: Mapping[Group, GgmlType], name: str, about: Mapping[str, str | int | float]

@@ -18,7 +18,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -78,6 +78,20 @@ def resume(path: Path, wanted: Sensitivity, *, any_sample: bool = False) -> Sens
                 remedy=f"name another file, remove it{same}",
             )
     return found
+
+
+def costs_of_another_matrix(path: Path, wanted: Sensitivity) -> Sensitivity | None:
+    """A file's, if it has costs and was measured with another importance matrix than `wanted`, or with none;
+    else None. What an error costs is not what it is: costs hold whatever matrix is used.
+
+    UsageError if it is of another model; FileError, FormatError.
+    """
+    if not path.exists():
+        return None
+    found = read_sensitivity(path)
+    if not found.weights or found.imatrix == wanted.imatrix:
+        return None
+    return resume(path, replace(wanted, imatrix=found.imatrix), any_sample=True)
 
 
 def _other_matrix(found: Sensitivity, wanted: Sensitivity) -> str:

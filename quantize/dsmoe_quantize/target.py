@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dsmoe_local.base.durable import locked
 from dsmoe_local.base.errors import FileError, LockedError
-from dsmoe_local.base.progress import Listener, ignore
+from dsmoe_local.base.progress import Listener, Note, ignore
 from dsmoe_local.model.ggml import FLOATS, type_name
 from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.hyperparameters import Hyperparameters
@@ -26,8 +26,10 @@ from dsmoe_quantize.sensitivity import Sensitivity, measure, unmeasured
 class Request:
     """What is asked for: the budget, and the recipe's `name`.
 
-    `sensitivity` is the file that keeps what was measured, the cache if None; `sample` weights of each tensor
-    are tried, all if 0; None: as many as that file says, or as is usual. `cpu` is one of `fast_kernels.CPUS`.
+    `sensitivity` is the file that keeps what was measured, the cache if None. Of one that was measured with
+    another importance matrix, the costs of errors are taken, and errors are kept in the cache. `sample`
+    weights of each tensor are tried, all if 0; None: as many as that file says, or as is usual. `cpu` is one
+    of `fast_kernels.CPUS`.
     """
 
     budget: Budget
@@ -76,7 +78,11 @@ def solve_target(
     What was measured is kept also if it is interrupted.
     """
     wanted = sensitivity_file.start(file, imatrix, request.sample)
-    path = request.sensitivity or _cached(wanted)
+    costs = request.sensitivity and sensitivity_file.costs_of_another_matrix(request.sensitivity, wanted)
+    if costs:
+        why = _why_costs_alone(costs, imatrix)
+        listen(Note(f"only what errors cost is taken from {request.sensitivity}: {why}"))
+    path = _cached(wanted) if costs or request.sensitivity is None else request.sensitivity
     any_sample = request.sample is None
     found = sensitivity_file.resume(path, wanted, any_sample=any_sample)
     # What is complete is only read, also while `dsmoe eval --sensitivity` adds to it for hours.
@@ -90,9 +96,18 @@ def solve_target(
                 )
             finally:
                 keeper.close()
+    if costs:
+        found = replace(found, weights=costs.weights, probes=costs.probes)
     market = Market(file, hp, found, wishes=wishes, imatrix=imatrix, cpu=request.cpu)
     solved = market.solve(request.budget, request.name, _about(request, market, found, imatrix, wishes))
     return Target(market, solved, found, path)
+
+
+def _why_costs_alone(costs: Sensitivity, imatrix: Imatrix | None) -> str:
+    """Why errors are not taken from the same file."""
+    if not costs.imatrix:
+        return "it was measured with no importance matrix"
+    return f"it was measured with {'an' if imatrix is None else 'another'} importance matrix"
 
 
 @contextmanager

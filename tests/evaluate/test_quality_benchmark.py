@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from support.checkpoints import write_checkpoint
-from support.quality_parts import reference_part, sizes_part, speed_part, steps_part
+from support.quality_parts import points_part, reference_part, sizes_part, speed_part, steps_part
 
 from benchmarks import quality
 from benchmarks.support import quality_fidelity, quality_speed
@@ -24,11 +24,12 @@ from benchmarks.support.quality_document import with_tables
 from benchmarks.support.quality_eight import EIGHT, EIGHT_BASE, measure_eight
 from benchmarks.support.quality_fidelity import Amount, Subject, load, measure_types, prepared
 from benchmarks.support.quality_kept import changes
+from benchmarks.support.quality_points import POINTS
 from benchmarks.support.quality_rows import SpeedRow, TargetRow, parse_part, part_of
 from benchmarks.support.quality_speed import Pair, Timing, measure_speeds, time_pair, timed_variants
-from benchmarks.support.quality_steps import measure_steps, steps_of
+from benchmarks.support.quality_steps import STEPPED, measure_steps, steps_of
 from benchmarks.support.quality_tables import all_tables, summary_table
-from benchmarks.support.quality_types import BASE, LARGE, Variant
+from benchmarks.support.quality_types import BASE, LARGE, OURS, Variant, digest_of
 from benchmarks.support.random_models import with_layers
 from benchmarks.support.reference_shape import HP
 from benchmarks.support.rows import Bar
@@ -233,6 +234,7 @@ def test_tables_are_of_the_figures() -> None:
         "sizes": sizes_part({"q4": 0.9}),
         "steps": steps_part(),
         "speed": speed_part(),
+        "points": points_part(),
         "demo": replace(reference_part(), name="demo"),
     }
     tables = all_tables(parts)
@@ -249,6 +251,16 @@ def test_tables_are_of_the_figures() -> None:
     assert (
         f"| {EIGHT[0].why} | with | 0.900 x | {4_312_000 / base.file_size:.3f} x | 100.0000 |" in tables["q8"]
     )
+    assert tables["q8"].splitlines()[2].endswith("| 1.50 x |")
+    kl = 0.2 / parts["reference"].row(Variant(BASE, False)).kl
+    assert (
+        f"| {POINTS[0].why} | 0.950 x | 0.990 x | {kl:.3f} x | 1.250 x (1.000 – 1.500)"
+        " | 1.000 x (0.900 – 1.100) |" in tables["points"]
+    )
+    ours = parts["reference"].row(Variant("q4", False)).kl / parts["reference"].row(Variant(BASE, False)).kl
+    assert f"| **`q4`** | 0.900 x | 0.900 x | {ours:.3f} x | 1.200 x (1.080 – 5.000) | " in tables["points"]
+    assert "| 1.200 | 1.080 – 5.000 | >= 1.25 | **MISSED**, uncertain |" in tables["bars"]
+    assert "| 1.200 | 1.080 – 5.000 | >= 1 | met |" in tables["bars"]
     assert "2.0 | 1.000 x (1.000 – 1.000) | 0.500 x |" in tables["speed"]
     for line in (
         "| reference | measured | ",
@@ -273,13 +285,14 @@ def test_tables_are_of_the_figures() -> None:
 
 def test_figures_survive_their_file() -> None:
     """Guards: a figure that JSON changes."""
-    for part in (reference_part(), speed_part(), steps_part(), sizes_part({})):
+    for part in (reference_part(), speed_part(), steps_part(), sizes_part({}), points_part()):
         assert parse_part(json.loads(json.dumps(part.as_json()))) == part
 
 
-def test_steps_change_one_kind_each() -> None:
+@pytest.mark.parametrize("word", STEPPED)
+def test_steps_change_one_kind_each(word: str) -> None:
     """Guards: a step that changes more than it says, nothing at all, or misses a kind of group."""
-    recipe = RECIPES["q4"]
+    recipe = RECIPES[word]
     before = recipe_for(recipe, LARGE.n_layers).types
     steps = list(steps_of(recipe))
     for step in steps:
@@ -289,6 +302,13 @@ def test_steps_change_one_kind_each() -> None:
         for hp in (LARGE, HP):  # whose widths may not take the type
             assert types_digest(choices_of(hp, step.recipe)) != types_digest(choices_of(hp, recipe))
     assert {step.kind for step in steps} == set(KINDS)
+
+
+def test_points_are_other_choices() -> None:
+    """Guards: a point that is a recipe of ours by another name, or another point."""
+    digests = [Variant(word, False).digest for word in OURS]
+    digests += [digest_of(recipe, imatrix=False) for recipe in POINTS]
+    assert len(set(digests)) == len(digests)
 
 
 def test_candidates_are_no_larger_than_what_they_replace() -> None:
@@ -356,7 +376,7 @@ def test_a_model_is_measured(tmp_path: Path) -> None:
         targets = measure_targets(bench, [1.0], Costs({"output": 3.0}))
         alike = quality_fidelity.measure_alike(bench)
         eight = measure_eight(bench)
-        steps = measure_steps(bench, 2)
+        steps = measure_steps(bench, 1)
         # Measured on what dsmoe convert makes of the same folder.
         convert_folder(folder, tmp_path / "another.gguf", ConvertOptions("f32"))
         start = sensitivity_file.start(read_model(tmp_path / "another.gguf")[0], None, None)
@@ -372,9 +392,11 @@ def test_a_model_is_measured(tmp_path: Path) -> None:
         assert row.kl_upper == pytest.approx(row.kl, rel=1e-6)
     assert all(row.bits_per_weight <= 8 for row in frontier)
     assert all(row.file_size <= row.budget for row in targets)
-    wanted_steps = [(step.kind, step.word) for step in steps_of(RECIPES["q4"])][:2]
-    assert [row.type for row in steps] == [BASE, "q4", "q4", "q4"]
-    assert [(row.kind, row.word) for row in steps] == [("", ""), ("", ""), *wanted_steps]
+    wanted_steps = [(word, "", "") for word in (BASE, *STEPPED)]
+    for at, word in reversed(list(enumerate(STEPPED, start=2))):
+        step = next(steps_of(RECIPES[word]))
+        wanted_steps.insert(at, (word, step.kind, step.word))
+    assert [(row.type, row.kind, row.word) for row in steps] == wanted_steps
     # So narrow a model has Q8_0 in place of Q6_K as well.
     assert len({tuple(row.windows) for row in steps[:3]}) == 3
     assert [(row.type, row.imatrix) for row in eight] == [
@@ -409,7 +431,8 @@ def test_the_document_is_of_its_figures() -> None:
     content = json.loads(quality.FIGURES.read_text(encoding="utf-8"))
     parts = {name: parse_part(part) for name, part in content.items()}
     assert with_tables(DOCUMENT, all_tables(parts)) == DOCUMENT
-    readme = quality.README.read_text(encoding="utf-8")
-    assert with_tables(readme, {quality.SUMMARY: summary_table(parts)}) == readme
+    for path in quality.SUMMARIZED:
+        text = path.read_text(encoding="utf-8")
+        assert with_tables(text, {quality.SUMMARY: summary_table(parts)}) == text
     assert quality.CHART.read_text(encoding="utf-8") == chart(parts["reference"])
     assert {name: found for name, part in parts.items() if (found := changes(part))} == {}

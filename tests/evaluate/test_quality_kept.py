@@ -13,12 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.quality_parts import SETTINGS, fidelity, reference_part, sizes_part, speed_part, steps_part
+from support.quality_parts import (
+    SETTINGS,
+    fidelity,
+    points_part,
+    reference_part,
+    sizes_part,
+    speed_part,
+    steps_part,
+)
 
 from benchmarks import quality
 from benchmarks.support import quality_rows
 from benchmarks.support.quality_fidelity import Subject, known_rows
 from benchmarks.support.quality_kept import kept_parts
+from benchmarks.support.quality_points import POINTS
 from benchmarks.support.quality_rows import FidelityRow, Part, load_part, part_of, save_part
 from benchmarks.support.quality_types import Variant, variants
 from dsmoe_local.evaluate.text import Text
@@ -105,7 +114,8 @@ def test_incomplete_parts_are_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     speed, steps = speed_part(), steps_part()
     for part, missing in (
         (replace(speed, rows=speed.rows[1:]), "Q8_0"),
-        (replace(steps, rows=steps.rows[:1]), "q4"),
+        (replace(steps, rows=steps.rows[:1]), "q4, q4-fast, q4-small"),
+        (replace(points_part(), rows=points_part().rows[1:]), POINTS[0].name),
         (replace(sizes_part({}), rows=sizes_part({}).rows[:-1]), str(list(variants())[-1])),
     ):
         save_part(part, tmp_path)

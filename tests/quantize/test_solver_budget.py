@@ -22,6 +22,7 @@ from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import Role, role_of, tensor_specs
 from dsmoe_local.model.presets import PRESETS
 from dsmoe_local.model.type_name import RECIPE_KEY
+from dsmoe_quantize import budget as budget_module
 from dsmoe_quantize.budget import Budget, Market
 from dsmoe_quantize.choose import Wishes, choose_types, may_change, parse_override
 from dsmoe_quantize.explain import offers, reasons
@@ -240,6 +241,16 @@ def test_a_size_that_is_enough_is_not_blamed(moe: Market) -> None:
         moe.solve(Budget(size=10**12, bytes_per_token=1), "x")
     assert "for a file" not in caught.value.where
     assert "read per token" in caught.value.where
+
+
+def test_budgets_that_do_not_go_together(moe: Market, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: "at least" so much said of budgets that are larger than that."""
+    monkeypatch.setattr(budget_module, "solve", lambda *_, **__: None)
+    with pytest.raises(UsageError, match="all budgets at once") as caught:
+        moe.solve(Budget(size=10**12, bits_per_weight=8, bytes_per_token=10**9), "x")
+    assert "each alone could be met" in caught.value.where
+    with pytest.raises(UsageError, match="fits the budget"):
+        moe.solve(Budget(size=10**12, bits_per_weight=8, bytes_per_token=1), "x")
 
 
 def test_a_step_gives_what_the_recipe_gives_at_least(moe: Market) -> None:

@@ -7,14 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.imatrices import random_imatrix
 from support.tiny_gguf import MOE, write_tiny
 
 from dsmoe_local.base.durable import locked
-from dsmoe_local.base.errors import FileError, LockedError
+from dsmoe_local.base.errors import FileError, LockedError, UsageError
+from dsmoe_local.base.progress import Event, Listener, Note, ignore
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_quantize.budget import Budget
 from dsmoe_quantize.choose import Wishes
 from dsmoe_quantize.groups import KINDS
+from dsmoe_quantize.imatrix import Imatrix
 from dsmoe_quantize.sensitivity_file import read_sensitivity, write_sensitivity
 from dsmoe_quantize.target import Request, Target, solve_target
 
@@ -24,9 +27,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("model") / "tiny-BF16.gguf", replace(MOE, n_layers=2))
 
 
-def solved(source: Path, kept: Path) -> Target:
+def solved(
+    source: Path, kept: Path | None, imatrix: Imatrix | None = None, listen: Listener = ignore
+) -> Target:
     file, hp = read_model(source)
-    return solve_target(file, hp, Request(Budget(bits_per_weight=6), "x", kept, 4096), Wishes())
+    request = Request(Budget(bits_per_weight=6), "x", kept, 4096)
+    return solve_target(file, hp, request, Wishes(), imatrix, listen=listen)
 
 
 def test_the_file_is_locked_while_something_is_missing(source: Path, tmp_path: Path) -> None:
@@ -61,3 +67,32 @@ def test_the_recipe_says_which_costs_were_measured(source: Path, tmp_path: Path)
     ):
         kept.write_text(json.dumps({**found, "weights": weights}))
         assert solved(source, kept).solved.recipe.about["error_weights"] == words
+
+
+def test_costs_hold_for_another_matrix(source: Path, tmp_path: Path) -> None:
+    """Guards: hours of `dsmoe eval --sensitivity` refused since there is a matrix now; errors without a
+    matrix taken for those with one; a file that is written over; costs that stay in the cache for all.
+    """
+    kept = tmp_path / "kept.json"
+    without = solved(source, kept)
+    weights = dict.fromkeys(KINDS, 1.0) | {"routed-down": 100.0}
+    write_sensitivity(replace(without.sensitivity, weights=weights), kept)
+    before = kept.read_bytes()
+    matrix = random_imatrix(read_model(source)[1])
+    notes: list[Event] = []
+    found = solved(source, kept, matrix, notes.append)
+    assert kept.read_bytes() == before
+    assert found.sensitivity.weights == weights
+    assert found.solved.recipe.about["error_weights"] == "measured"
+    plain = solved(source, None, matrix)
+    assert found.sensitivity.tensors == plain.sensitivity.tensors != without.sensitivity.tensors
+    assert (plain.sensitivity.weights, plain.kept_in) == ({}, found.kept_in)
+    told = [event.text for event in notes if isinstance(event, Note)]
+    assert told == [f"only what errors cost is taken from {kept}: it was measured with no importance matrix"]
+    # Without costs there is nothing to take.
+    write_sensitivity(without.sensitivity, kept)
+    with pytest.raises(UsageError, match="no importance matrix"):
+        solved(source, kept, matrix)
+    write_sensitivity(replace(without.sensitivity, weights=weights, source="another"), kept)
+    with pytest.raises(UsageError, match="another model"):
+        solved(source, kept, matrix)

@@ -9,10 +9,12 @@ import numpy as np
 
 from benchmarks.support.quality_eight import EIGHT
 from benchmarks.support.quality_fidelity import ALIKE
+from benchmarks.support.quality_points import POINTS
 from benchmarks.support.quality_rows import (
     CandidateRow,
     FidelityRow,
     Part,
+    PointRow,
     SizeRow,
     SpeedRow,
     StepRow,
@@ -20,6 +22,7 @@ from benchmarks.support.quality_rows import (
     part_of,
 )
 from benchmarks.support.quality_speed import timed_variants
+from benchmarks.support.quality_steps import STEPPED
 from benchmarks.support.quality_types import BASE, Variant, digest_of, variants
 from dsmoe_quantize import kernels
 
@@ -33,6 +36,17 @@ SETTINGS: Mapping[str, Any] = {
     "cache": "f32",
     "kernels": kernels.version(),
 }
+_TIMING: Mapping[str, Any] = {
+    "shape": "16b",
+    "layers": 6,
+    "n_prompt": 512,
+    "n_gen": 64,
+    "rounds": 3,
+    "turns": [2, 6],
+    "threads": 2,
+    "kernels": kernels.version(),
+}
+_MACHINE: Mapping[str, Any] = {"cpu": "Some CPU", "load_before": 0.1}
 _TRAINING: Mapping[str, Any] = {
     "minutes": 30.0,
     "seed": 0,
@@ -73,7 +87,14 @@ def reference_part() -> Part:
     )
     eight = tuple(
         CandidateRow(
-            recipe.name, imatrix, digest_of(recipe, imatrix=imatrix), recipe.why, 0.9, 4_312_000, [0.1] * 3
+            recipe.name,
+            imatrix,
+            digest_of(recipe, imatrix=imatrix),
+            recipe.why,
+            0.9,
+            1.5,
+            4_312_000,
+            [0.1] * 3,
         )
         for imatrix in (False, True)
         for recipe in EIGHT
@@ -98,13 +119,24 @@ def reference_part() -> Part:
 
 
 def steps_part() -> Part:
-    base, ours = Variant(BASE, False), Variant("q4", False)
+    """The recipes and a step of each."""
+    rows = [StepRow(BASE, False, Variant(BASE, False).digest, "", "", 1000, 100.0, [1.0, 3.0])]
+    for word in STEPPED:
+        digest = Variant(word, False).digest
+        rows.append(StepRow(word, False, digest, "", "", 900, 98.0, [0.5, 1.0]))
+        rows.append(StepRow(word, False, digest, "embedding", "Q8_0", 950, 99.0, [0.3, 0.9]))
+    return part_of("steps", {**SETTINGS, "text": "calibration.txt", "text_digest": "c"}, rows)
+
+
+def points_part() -> Part:
     rows = [
-        StepRow(BASE, False, base.digest, "", "", 1000, 100.0, [1.0, 3.0]),
-        StepRow("q4", False, ours.digest, "", "", 900, 98.0, [0.5, 1.0]),
-        StepRow("q4", False, ours.digest, "embedding", "Q8_0", 950, 99.0, [0.3, 0.9]),
-    ]
-    return part_of("steps", SETTINGS, rows)
+        PointRow(
+            recipe.name, False, digest_of(recipe, imatrix=False), recipe.why, 950_000_000, 9.9e7,
+            [0.1, 0.2, 0.3], [1.5, 1.25, 1.0], [1.1, 1.0, 0.9],
+        )
+        for recipe in POINTS
+    ]  # fmt: skip
+    return part_of("points", {**SETTINGS, **_TIMING}, rows, facts=_MACHINE)
 
 
 def sizes_part(ratios: Mapping[str, float]) -> Part:
@@ -126,14 +158,4 @@ def speed_part(factor: float = 1.2) -> Part:
         for each in timed_variants()
         if (ratio := 1.0 if each.word == BASE else factor)
     ]  # fmt: skip
-    settings = {
-        "shape": "16b",
-        "layers": 6,
-        "n_prompt": 512,
-        "n_gen": 64,
-        "rounds": 3,
-        "turns": [2, 6],
-        "threads": 2,
-        "kernels": kernels.version(),
-    }
-    return part_of("speed", settings, rows, facts={"cpu": "Some CPU", "load_before": 0.1})
+    return part_of("speed", _TIMING, rows, facts=_MACHINE)

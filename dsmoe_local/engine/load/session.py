@@ -49,7 +49,8 @@ def load_session(options: ModelOptions, listen: progress.Listener, stop: threadi
     for note in fit.notes:
         listen(progress.Note(note))
     n_context = _context_of_one(options.n_parallel, unified, fit.n_context, hp.n_context)
-    if n_context > hp.n_context:
+    # One more, as for a window of that length, is a place for a token that is never read.
+    if n_context > hp.n_context + 1:
         listen(progress.Note(f"the model was trained for {hp.n_context} tokens of context, not {n_context}"))
     with ExitStack() as made:
         model = _load_model(options, file, hp, fit, listen, stop)
