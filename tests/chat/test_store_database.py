@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import stat
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,45 @@ def test_names_are_there_while_a_save_is_going_on(store: SessionStore) -> None:
         connection.execute("UPDATE session SET name = 'chat-1'")
     thread.join()
     assert names == ["chat-1"]
+
+
+class _Interrupted(sqlite3.Connection):
+    """Ctrl-C comes as soon as a transaction has begun, if one is `awaited`."""
+
+    awaited = False
+
+    def execute(self, *arguments: Any) -> sqlite3.Cursor:
+        done = super().execute(*arguments)
+        if self.awaited and self.in_transaction:
+            self.awaited = False
+            raise KeyboardInterrupt
+        return done
+
+
+def test_interrupted_when_a_transaction_has_begun(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a transaction that stays open: nothing can be saved any more, by this chat or another."""
+    connect = sqlite3.connect
+    monkeypatch.setattr("sqlite3.connect", lambda path, **more: connect(path, factory=_Interrupted, **more))
+    store = SessionStore.open(folder)
+    try:
+        session = store.create("m", "v", "")
+        session.save(talk("a"))
+        used: list[tuple[sqlite3.Connection, Callable[[], object]]] = [
+            (session._database._writer, lambda: session.save(talk("a", "b"))),
+            (session._database._reader, store.names),
+        ]
+        for connection, use in used:
+            assert isinstance(connection, _Interrupted)
+            connection.awaited = True
+            with pytest.raises(KeyboardInterrupt):
+                use()
+            assert not connection.awaited, "nothing has begun"
+            assert not connection.in_transaction
+        assert store.find("1").load("v") == talk("a")
+        session.save(talk("a", "b"))
+        assert store.find("1").load("v") == talk("a", "b")
+    finally:
+        store.close()
 
 
 def test_many_threads_save_at_once(store: SessionStore, other: SessionStore) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -183,6 +185,18 @@ def test_tokenizers_that_are_refused(case: str, files: Path) -> None:
     assert word in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 3
     assert max(map(len, str(caught.value).splitlines())) < 160
+
+
+def test_errors_without_a_text(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a refusal that says nothing, where the library ran out of memory."""
+    library = tmp_path / "library"
+    library.mkdir()
+    (library / "tokenizers.py").write_text(
+        "class Tokenizer:\n    def from_file(path):\n        raise MemoryError\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(library), *sys.path]))
+    with pytest.raises(DsmoeError, match="the tokenizers library refuses it: MemoryError"):
+        check_encoding.encode(files / "tokenizer.json", "text")
 
 
 def test_an_added_token_with_an_endless_id(files: Path) -> None:

@@ -12,7 +12,7 @@ from support.models import smollm2, tiny_model
 from dsmoe_local.base.errors import FileError, UsageError
 from dsmoe_local.engine import at_rest, native
 from dsmoe_local.engine.engine import Engine
-from dsmoe_local.engine.errors import EngineCrashError, EngineError, ModelLoadError
+from dsmoe_local.engine.errors import EngineCrashError, EngineError, ModelLoadError, NativeError
 from dsmoe_local.engine.observe.observer import Observer
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions, ObserverOptions, Request, SamplingParameters, TextEngine
@@ -173,6 +173,33 @@ def test_the_engines_own_observers_stay() -> None:
         with pytest.raises(UsageError):
             engine.set_observers((ObserverOptions("nothing"),))
         assert own.closings == 0
+    assert own.closings == 1
+
+
+def test_a_successor_that_cannot_be_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a reference that is begun and locked for good, although nobody writes it; the engine's own
+    observers closed with it, while the old ones go on.
+    """
+    own = _OwnObserver()
+    reference = ObserverOptions("reference", (("path", str(tmp_path / "reference")),))
+
+    def refuse() -> None:
+        raise NativeError("another layout")
+
+    with Engine.load(options(observers=(SCORES,))) as engine:
+        session(engine).observers._take_in((own,))
+        # The reference reads no graph: it is open by the time that the engine's own observer is taken in.
+        with monkeypatch.context() as patched:
+            patched.setattr("dsmoe_local.engine.native.tensors.check_layout", refuse)
+            with pytest.raises(NativeError, match="another layout") as caught:
+                engine.set_observers((reference,))
+        assert not list(tmp_path.glob("*.part"))
+        assert own.closings == 0
+        reply(engine, count=3, score_from=0)
+        assert own.steps > 0
+        assert engine.observe("logprobs")["tokens"] == len(IDS) - 1
+        engine.set_observers((reference,))
+        del caught  # until here, with all that a traceback holds
     assert own.closings == 1
 
 

@@ -59,6 +59,28 @@ def test_threads_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
         measure_bandwidth(2, n_bytes=1 << 20)
 
 
+def test_threads_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: those that could be, which then wait for the others for ever: no program with them ends."""
+    start = threading.Thread.start
+    started: list[threading.Thread] = []
+
+    def failing(thread: threading.Thread) -> None:
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        thread.daemon = True  # if it waits, the tests end all the same
+        started.append(thread)
+        start(thread)
+
+    worked: list[int] = []
+    monkeypatch.setattr(threading.Thread, "start", failing)
+    with pytest.raises(RuntimeError, match="can't start"):
+        bandwidth._together(3, worked.append)
+    for thread in started:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert (len(started), worked) == (2, [])
+
+
 def test_a_stop_ends_it() -> None:
     """Guards: a Ctrl-C that is noticed seconds later, or never."""
     stop = threading.Event()
