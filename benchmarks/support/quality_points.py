@@ -36,6 +36,12 @@ POINTS = (
         {"routed-gate-up": "IQ4_XS"},
     ),
     _other(
+        "query-key-q5-k",
+        "`q4-fast`, but queries and keys in Q5_K",
+        "q4-fast",
+        {"attention-query-key": "Q5_K"},
+    ),
+    _other(
         "five-bits",
         "`q4-fast`, but attention and shared experts in Q5_K, routed gate and up in Q4_K",
         "q4-fast",

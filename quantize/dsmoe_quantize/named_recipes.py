@@ -7,7 +7,8 @@ embedding a token reads one row: its bits cost nothing but room. On the trained 
 embedding, of the output, and of queries and keys weigh most. Shared experts are read for every token but are
 hardly more sensitive than routed ones, which are 91% of a 16B's weights; the width of their down projections
 rules out blocks of 256. Kernels: llama.cpp multiplies routed experts in repacked blocks (Q4_K, IQ4_NL) by one
-token after another; of a prompt, IQ4_XS, which is never repacked, is far ahead on x86.
+token after another. IQ4_XS, which is never repacked on x86, is far ahead in prompts and somewhat behind in
+decoding: q4-fast and q4-small have Q4_K in some layers and IQ4_XS in the others.
 """
 
 from __future__ import annotations
