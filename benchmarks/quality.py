@@ -38,7 +38,7 @@ from benchmarks.support.quality_document import with_tables
 from benchmarks.support.quality_eight import measure_eight
 from benchmarks.support.quality_fidelity import Amount, Subject, measure_alike, measure_types, prepared
 from benchmarks.support.quality_kept import comparable, joined, kept_parts, oldest_of
-from benchmarks.support.quality_points import measure_points
+from benchmarks.support.quality_points import measure_points, time_points
 from benchmarks.support.quality_rows import (
     PARTS,
     ROOT,
@@ -200,10 +200,11 @@ def measure_speed(given: argparse.Namespace) -> Part:
 def measure_other_points(given: argparse.Namespace) -> Part:
     """The part of other choices beside the recipes."""
     subject, timing = reference_subject(given.reference), _timing(given)
+    facts = timing.facts()
+    rounds = time_points(timing)
     with prepared(subject, _amount(given, subject.name), imatrix=False) as bench:
         settings = {**timing.settings(), **bench.settings()}
-        facts = timing.facts()
-        return part_of("points", settings, measure_points(bench, timing), facts=facts)
+        return part_of("points", settings, measure_points(bench, rounds), facts=facts)
 
 
 def _timing(given: argparse.Namespace) -> Timing:
@@ -234,9 +235,10 @@ def report(parts: Mapping[str, Part]) -> dict[str, str]:
     for verdict in found:
         if verdict.holds is False:
             with_imatrix = "with" if verdict.imatrix else "without"
+            uncertain = ", uncertain" if verdict.is_uncertain else ""
             print(
                 f"MISSED: {verdict.recipe} {with_imatrix} imatrix, {verdict.measure} against"
-                f" {verdict.against}: {verdict.ratio:.3f}, bar {verdict.bar}"
+                f" {verdict.against}: {verdict.ratio:.3f}, bar {verdict.bar}{uncertain}"
             )
     targets = targets_hold(parts["reference"]) if "reference" in parts else ()
     for share, holds in targets:

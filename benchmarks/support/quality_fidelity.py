@@ -124,6 +124,7 @@ class Bench:
             "n_windows": len(windows.tokens),
             "n_scored": windows.n_scored,
             "cache": CACHE,
+            "predictions": "whole",
             "kernels": kernels.version(),
         }
         if self.imatrix is None:
@@ -150,7 +151,7 @@ def load(path: Path, amount: Amount, *observers: ObserverOptions) -> EngineClien
 
 
 def exact_recorders(folder: Path, source: Path) -> tuple[ObserverOptions, ...]:
-    """As `recorders`, but vocabularies of any size are kept whole: 400 KB for a token of the demo."""
+    """As `recorders`, but vocabularies of up to 65,536 tokens are kept whole: 400 KB a token of the demo."""
     predictions, *others = recorders(folder, source)
     kept = {**dict(predictions.parameters), "top": read_model(source)[1].n_vocab, "mass": 1.0}
     return replace(predictions, parameters=tuple(kept.items())), *others

@@ -29,11 +29,14 @@ from dsmoe_quantize.named_recipes import NamedRecipe
 
 _EXTRAS = ("frontier", "targets", "alike", "eight")
 """What the reference has beside its rows."""
-_SHARED = {
-    "steps": ("model", "n_context", "n_windows", "cache"),
-    "points": ("model", "text", "text_digest", "n_context", "n_windows", "n_scored", "cache"),
+_SHARED: Mapping[str, Mapping[str, Sequence[str]]] = {
+    "steps": {"reference": ("model", "n_context", "n_windows", "cache", "predictions")},
+    "points": {
+        "reference": ("model", "text_digest", "n_context", "n_windows", "cache", "predictions"),
+        "speed": ("shape", "layers", "n_prompt", "n_gen", "turns", "threads"),
+    },
 }
-"""Settings that parts of the same model have in common with the reference. Steps have another text."""
+"""By part: the settings that it must have in common with others, whose figures stand beside its own."""
 
 
 def kept_parts(folder: Path) -> dict[str, Part]:
@@ -43,15 +46,15 @@ def kept_parts(folder: Path) -> dict[str, Part]:
         part = load_part(name, folder)
         if part is None:
             say(f"{name}: not measured yet")
-        elif why := refusal(part, found.get("reference")):
+        elif why := refusal(part, found):
             say(f"{name}: refused, {why}. Run --parts {name}")
         else:
             found[name] = part
     return found
 
 
-def refusal(part: Part, reference: Part | None) -> str:
-    """Why a part may not be told of beside the reference; nothing if it may."""
+def refusal(part: Part, others: Mapping[str, Part]) -> str:
+    """Why a part may not be told of beside the others; nothing if it may."""
     if changed := changes(part):
         return f"since these types have changed: {', '.join(changed)}"
     if missing := gaps(part):
@@ -59,12 +62,18 @@ def refusal(part: Part, reference: Part | None) -> str:
     current = kernels.version()
     if part.name != "sizes" and part.settings.get("kernels") != current:
         return f"since it is of llama-cpp-python {part.settings.get('kernels')}, and this is {current}"
-    if reference is not None:
-        keys = _SHARED.get(part.name, ())
-        others = [key for key in keys if reference.settings.get(key) != part.settings.get(key)]
-        if others:
-            return f"since it is not of what the reference is of: {', '.join(others)} differ"
+    for name, keys in _SHARED.get(part.name, {}).items():
+        other = others.get(name)
+        if other is not None and (differ := _differences(part, other, keys)):
+            return f"since it is not of what {name} is of: {', '.join(differ)} differ"
+    reference = others.get("reference")
+    if part.name == "steps" and reference is not None and not _differences(part, reference, ("text_digest",)):
+        return "since recipes would be chosen on the text of their bars"
     return ""
+
+
+def _differences(part: Part, other: Part, keys: Sequence[str]) -> list[str]:
+    return [key for key in keys if part.settings.get(key) != other.settings.get(key)]
 
 
 def changes(part: Part) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from benchmarks.support.quality_fidelity import Bench
 from benchmarks.support.quality_rows import PointRow
-from benchmarks.support.quality_speed import Timing, ratios_of, time_beside_base
+from benchmarks.support.quality_speed import Pair, Timing, ratios_of, time_beside_base
 from benchmarks.support.quality_types import BASE, LARGE, Variant, digest_of
 from benchmarks.support.rows import say
 from benchmarks.support.sizes import size_of
@@ -50,9 +50,13 @@ POINTS = (
 )
 
 
-def measure_points(bench: Bench, timing: Timing) -> list[PointRow]:
-    """A row of each point, without an importance matrix."""
-    rounds = time_beside_base(timing, {recipe.name: recipe for recipe in POINTS})
+def time_points(timing: Timing) -> Mapping[str, Sequence[Pair]]:
+    """Each point beside the base, by name."""
+    return time_beside_base(timing, {recipe.name: recipe for recipe in POINTS})
+
+
+def measure_points(bench: Bench, rounds: Mapping[str, Sequence[Pair]]) -> list[PointRow]:
+    """A row of each point that was timed, without an importance matrix."""
     return [_row(bench, recipe, *ratios_of(rounds[recipe.name])) for recipe in POINTS]
 
 

@@ -20,8 +20,8 @@ from dsmoe_quantize.named_recipes import RECIPES, NamedRecipe
 from dsmoe_quantize.recipes import words_of
 from dsmoe_quantize.types import TypeChoice, resolve
 
-STEPPED = ("q4", "q4-fast", "q4-small")
-"""The recipes in question."""
+STEPPED = ("q4", "q4-fast")
+"""The recipes in question. But for the embedding q4-small is q4-fast."""
 LADDER, NARROW_LADDER = ("IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0"), ("IQ4_NL", "Q5_0", "Q8_0")
 """Types from small to large, of blocks of 256 and of 32."""
 NARROW = ("dense-down", "routed-down")

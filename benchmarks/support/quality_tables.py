@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 from benchmarks.support.quality_bars import (
     BARS,
@@ -24,6 +23,8 @@ from benchmarks.support.quality_settings import settings_table
 from benchmarks.support.quality_types import BASE, OURS, Variant
 
 _WORDS = {False: "without", True: "with"}
+_POINT_PARTS = ("sizes", "reference", "speed")
+"""What the table of points takes our recipes' figures from."""
 _HOLDS = {True: "met", False: "**MISSED**", None: "the same types"}
 
 
@@ -41,13 +42,13 @@ def all_tables(parts: Mapping[str, Part]) -> dict[str, str]:
         "speed": ("speed", speed_table),
     }
     tables = {name: make(parts[part]) for name, (part, make) in makers.items() if part in parts}
-    if {"points", "sizes", "reference", "speed"} <= parts.keys():
+    if {"points", *_POINT_PARTS} <= parts.keys():
         tables["points"] = points_table(parts)
     return {"settings": settings_table(parts), "bars": bars_table(parts), **tables}
 
 
 def summary_table(parts: Mapping[str, Part]) -> str:
-    """Our recipes beside the base, without an importance matrix: a line each, for the README."""
+    """Our recipes beside the base, without an importance matrix: a line each."""
     told = {(each.recipe, each.measure): each for each in verdicts(parts) if not each.imatrix}
     base = parts["reference"].row(Variant(BASE, False))
     rows = []
@@ -208,7 +209,7 @@ def points_table(parts: Mapping[str, Part]) -> str:
     base = parts["reference"].row(Variant(BASE, False))
     large = parts["sizes"].row(Variant(BASE, False))
     rows = []
-    ours = [(named(word), *(_row_of(parts, part, word) for part in _POINT_PARTS)) for word in BARS]
+    ours = [(named(word), *(parts[part].row(Variant(word, False)) for part in _POINT_PARTS)) for word in BARS]
     others = [(row.about, row, row, row) for row in parts["points"].rows]
     for what, sizes, fidelity, speed in (*ours, *others):
         ratios = (
@@ -219,13 +220,6 @@ def points_table(parts: Mapping[str, Part]) -> str:
         speeds = (spread(each) for each in (speed.prompt_ratio, speed.decode_ratio))
         rows.append([what, *(f"{ratio:.3f} x" for ratio in ratios), *speeds])
     return markdown(("", "size", "bytes per token", "KL", "prompt", "decode"), "lrrrrr", rows)
-
-
-_POINT_PARTS = ("sizes", "reference", "speed")
-
-
-def _row_of(parts: Mapping[str, Part], part: str, word: str) -> Any:  # noqa: ANN401 - of the part's kind
-    return parts[part].row(Variant(word, False))
 
 
 def spread(ratios: Sequence[float]) -> str:

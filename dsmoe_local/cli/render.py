@@ -37,8 +37,7 @@ class ProgressView:
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self.console = console
-        self._bar = _Bar(console) if console.is_terminal else None
-        self._lines = _Lines(console, clock)
+        self._view = _Bar(console) if console.is_terminal else _Lines(console, clock)
         self._lock = threading.Lock()
 
     def listen(self, event: Event) -> None:
@@ -47,12 +46,11 @@ class ProgressView:
             if isinstance(event, Note):
                 self.console.print(f"note: {safe_line(event.text, 400)}")
             else:
-                (self._bar or self._lines).show(event)
+                self._view.show(event)
 
     def close(self) -> None:
         """Take the bar off the screen."""
-        if self._bar is not None:
-            self._bar.close()
+        self._view.close()
 
 
 class _Bar:
@@ -104,6 +102,9 @@ class _Lines:
                 self._console.print(f"{safe_line(self._stage.stage, 100)}: {self._amount(self._stage)}")
         elif isinstance(event, Finished):
             self._stage = None
+
+    def close(self) -> None:
+        """There is nothing to take off."""
 
     def _amount(self, stage: Started) -> str:
         if stage.unit == "bytes":

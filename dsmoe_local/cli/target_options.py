@@ -68,7 +68,8 @@ target_options = all_of(
         "sensitivity_file",
         type=click.Path(path_type=Path),
         metavar="FILE",
-        help="Keep what is measured for a target here, and use what is there.  [default: in the cache]",
+        help="Keep what is measured for a target here, and use what is there; of a file of another "
+        "importance matrix, what errors cost alone.  [default: in the cache]",
     ),
     click.option(
         "--sample",

@@ -290,7 +290,7 @@ class Market:
         if fits:
             return UsageError(
                 "no choice of types was found that fits all budgets at once",
-                where=f"each alone could be met, at least: {', '.join(what)}",
+                where=f"the least of each, were it alone: {', '.join(what)}",
                 remedy="allow more of one of them",
             )
         return UsageError(

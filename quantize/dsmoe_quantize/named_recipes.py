@@ -2,7 +2,7 @@
 
 Words alone, so that --help needs no library. What they mean for a model is `recipes`' concern.
 
-Why these types: docs/quality.md has the figures, and what one step away from q4 would change. Of the
+Why these types: docs/quality.md has the figures, and what one step away from them would change. Of the
 embedding a token reads one row: its bits cost nothing but room. On the trained reference, errors of the
 embedding, of the output, and of queries and keys weigh most. Shared experts are read for every token but are
 hardly more sensitive than routed ones, which are 91% of a 16B's weights; the width of their down projections
@@ -76,8 +76,8 @@ _LIST = (
     ),
     NamedRecipe(
         "q4-small",
-        why="fewer bytes, on disk and for each token",
-        closest="IQ4_XS",
+        why="q4-fast with a bit less for the embedding",
+        closest="Q4_K_M",
         types={
             "": "Q4_K",
             "embedding": "Q5_K",

@@ -191,9 +191,11 @@ def test_a_template_that_is_none_is_told_before_the_weights_are_loaded(
         Engine.load(ModelOptions(tiny_model(), chat_template=str(template)))
 
 
-def test_context_beyond_training_is_said() -> None:
-    """Guards: nonsense beyond the trained context without a warning."""
+@pytest.mark.parametrize(("n_context", "is_told"), [(512, True), (258, True), (257, False), (256, False)])
+def test_context_beyond_training_is_said(n_context: int, is_told: bool) -> None:
+    """Guards: nonsense beyond the trained context without a warning; one for a place behind a full window."""
     events: list[Event] = []
-    with Engine.load(ModelOptions(tiny_model(), n_context=512), events.append) as engine:
-        assert engine.info.n_context == 512
-    assert any("trained for 256" in event.text for event in events if isinstance(event, Note))
+    with Engine.load(ModelOptions(tiny_model(), n_context=n_context), events.append) as engine:
+        assert engine.info.n_context == n_context
+    told = [event.text for event in events if isinstance(event, Note)]
+    assert any("trained for 256" in text for text in told) is is_told

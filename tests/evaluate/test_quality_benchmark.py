@@ -15,6 +15,7 @@ from support.checkpoints import write_checkpoint
 from support.quality_parts import points_part, reference_part, sizes_part, speed_part, steps_part
 
 from benchmarks import quality
+from benchmarks.make_checkpoint import make_pool
 from benchmarks.support import quality_fidelity, quality_speed
 from benchmarks.support.label_places import Box, Label, place
 from benchmarks.support.quality_bars import Below, Verdict, ratio_of, speed_of, targets_hold, verdicts
@@ -22,15 +23,22 @@ from benchmarks.support.quality_budgets import Costs, costs_from, measure_fronti
 from benchmarks.support.quality_chart import chart
 from benchmarks.support.quality_document import with_tables
 from benchmarks.support.quality_eight import EIGHT, EIGHT_BASE, measure_eight
-from benchmarks.support.quality_fidelity import Amount, Subject, load, measure_types, prepared
+from benchmarks.support.quality_fidelity import (
+    Amount,
+    Subject,
+    exact_recorders,
+    load,
+    measure_types,
+    prepared,
+)
 from benchmarks.support.quality_kept import changes
-from benchmarks.support.quality_points import POINTS
+from benchmarks.support.quality_points import POINTS, measure_points
 from benchmarks.support.quality_rows import SpeedRow, TargetRow, parse_part, part_of
 from benchmarks.support.quality_speed import Pair, Timing, measure_speeds, time_pair, timed_variants
 from benchmarks.support.quality_steps import STEPPED, measure_steps, steps_of
 from benchmarks.support.quality_tables import all_tables, summary_table
 from benchmarks.support.quality_types import BASE, LARGE, OURS, Variant, digest_of
-from benchmarks.support.random_models import with_layers
+from benchmarks.support.random_models import with_layers, write_random
 from benchmarks.support.reference_shape import HP
 from benchmarks.support.rows import Bar
 from benchmarks.support.sizes import choices_of, size_of, types_digest
@@ -377,6 +385,8 @@ def test_a_model_is_measured(tmp_path: Path) -> None:
         alike = quality_fidelity.measure_alike(bench)
         eight = measure_eight(bench)
         steps = measure_steps(bench, 1)
+        rounds = {recipe.name: [Pair([9.0, 9.0], [1.5, 0.9])] for recipe in POINTS}
+        points = measure_points(bench, rounds)
         # Measured on what dsmoe convert makes of the same folder.
         convert_folder(folder, tmp_path / "another.gguf", ConvertOptions("f32"))
         start = sensitivity_file.start(read_model(tmp_path / "another.gguf")[0], None, None)
@@ -403,6 +413,23 @@ def test_a_model_is_measured(tmp_path: Path) -> None:
         (recipe.name, imatrix) for imatrix in (False, True) for recipe in EIGHT
     ]
     assert changes(part_of("reference", {}, [], eight=eight)) == []
+    assert all(row.predicted_ratio > 0 for row in eight)
+    # Only every third layer pays, and the model has two.
+    assert eight[0].predicted_ratio < 1
+    assert [(row.type, row.prompt_ratio, row.decode_ratio) for row in points] == [
+        (recipe.name, [1.5], [0.9]) for recipe in POINTS
+    ]
+    assert changes(part_of("points", {}, points)) == []
+    assert changes(part_of("points", {}, [replace(points[0], digest="another")])) == [POINTS[0].name]
+
+
+def test_predictions_are_kept_whole(tmp_path: Path) -> None:
+    """Guards: divergences without the tail of a large vocabulary."""
+    hp = replace(HP, n_vocab=5000)
+    path = tmp_path / "model.gguf"
+    write_random(path, hp, make_pool(0), "Q8_0")
+    parameters = dict(exact_recorders(tmp_path, path)[0].parameters)
+    assert (parameters["top"], parameters["mass"]) == (5000, 1.0)
 
 
 def check_costs(start: Sensitivity, path: Path, source: Path) -> None:

@@ -29,6 +29,7 @@ from benchmarks.support.quality_fidelity import Subject, known_rows
 from benchmarks.support.quality_kept import kept_parts
 from benchmarks.support.quality_points import POINTS
 from benchmarks.support.quality_rows import FidelityRow, Part, load_part, part_of, save_part
+from benchmarks.support.quality_steps import STEPPED
 from benchmarks.support.quality_types import Variant, variants
 from dsmoe_local.evaluate.text import Text
 
@@ -114,7 +115,7 @@ def test_incomplete_parts_are_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     speed, steps = speed_part(), steps_part()
     for part, missing in (
         (replace(speed, rows=speed.rows[1:]), "Q8_0"),
-        (replace(steps, rows=steps.rows[:1]), "q4, q4-fast, q4-small"),
+        (replace(steps, rows=steps.rows[:1]), ", ".join(STEPPED)),
         (replace(points_part(), rows=points_part().rows[1:]), POINTS[0].name),
         (replace(sizes_part({}), rows=sizes_part({}).rows[:-1]), str(list(variants())[-1])),
     ):
@@ -127,16 +128,23 @@ def test_incomplete_parts_are_refused(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_parts_of_other_things_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards: figures of one model beside those of another, or of kernels that are no longer there."""
-    parts = [reference_part(), steps_part(), sizes_part({}), speed_part()]
+    parts = [reference_part(), steps_part(), sizes_part({}), speed_part(), points_part()]
     for part in parts:
         save_part(part, tmp_path)
-    assert list(kept_parts(tmp_path)) == ["reference", "steps", "sizes", "speed"]
+    assert list(kept_parts(tmp_path)) == ["reference", "steps", "sizes", "speed", "points"]
+    save_part(replace(steps_part(), settings=SETTINGS), tmp_path)
+    save_part(replace(points_part(), settings={**points_part().settings, "layers": 7}), tmp_path)
+    assert list(kept_parts(tmp_path)) == ["reference", "sizes", "speed"]
+    told = capsys.readouterr().err
+    assert "steps: refused, since recipes would be chosen on the text of their bars." in told
+    assert "points: refused, since it is not of what speed is of: layers differ." in told
+    save_part(points_part(), tmp_path)
     save_part(replace(steps_part(), settings={**SETTINGS, "model": "x", "n_windows": 2}), tmp_path)
     save_part(replace(speed_part(), settings={**speed_part().settings, "kernels": "0.0.1"}), tmp_path)
     capsys.readouterr()
-    assert list(kept_parts(tmp_path)) == ["reference", "sizes"]
+    assert list(kept_parts(tmp_path)) == ["reference", "sizes", "points"]
     told = capsys.readouterr().err
-    assert "steps: refused, since it is not of what the reference is of: model, n_windows differ." in told
+    assert "steps: refused, since it is not of what reference is of: model, n_windows differ." in told
     assert "speed: refused, since it is of llama-cpp-python 0.0.1, and this is " in told
 
 

@@ -34,6 +34,7 @@ SETTINGS: Mapping[str, Any] = {
     "n_windows": 3,
     "n_scored": 765,
     "cache": "f32",
+    "predictions": "whole",
     "kernels": kernels.version(),
 }
 _TIMING: Mapping[str, Any] = {

@@ -259,7 +259,7 @@ class Child:
             self._reap(self._process, at_once=True)
             self._outbox.put(None)
             what = f"internal error beside the engine's process: {type(error).__name__}: {error}"
-            failure = self._verdict or _broken(what, error, self._log.lines())
+            failure = self._verdict or _broken(what, error, self._log.lines(), "try again")
         self._end(failure)
 
     def _attend(self, process: subprocess.Popen[bytes], channel: socket.socket) -> EngineError:
@@ -392,9 +392,9 @@ _TAKE: dict[str, Callable[..., None]] = {
 }
 
 
-def _broken(what: str, cause: BaseException, log: tuple[str, ...]) -> EngineCrashError:
+def _broken(what: str, cause: BaseException, log: tuple[str, ...], remedy: str = "") -> EngineCrashError:
     """What requests end with when we had to end the process."""
-    error = EngineCrashError(what, log=log)
+    error = EngineCrashError(what, log=log, remedy=remedy)
     error.__cause__ = cause
     return error
 
