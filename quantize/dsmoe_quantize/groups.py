@@ -34,17 +34,17 @@ KINDS = tuple(kind for kind, _ in _KINDS)
 
 WEIGHTS: Mapping[str, float] = MappingProxyType(
     {
-        "embedding": 1.1,
-        "output": 1.6,
-        "attention-query-key": 0.72,
-        "attention-value": 0.42,
-        "attention-output": 0.32,
-        "dense-gate-up": 0.28,
-        "dense-down": 0.38,
-        "shared-gate-up": 0.3,
-        "shared-down": 0.2,
+        "embedding": 1.0,
+        "output": 1.5,
+        "attention-query-key": 0.69,
+        "attention-value": 0.41,
+        "attention-output": 0.29,
+        "dense-gate-up": 0.26,
+        "dense-down": 0.34,
+        "shared-gate-up": 0.29,
+        "shared-down": 0.19,
         "routed-gate-up": 0.32,
-        "routed-down": 0.39,
+        "routed-down": 0.37,
     }
 )
 """The divergence, in nats, that a relative squared error of 1 in all layers of a kind would cause if it grew
