@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,14 +23,33 @@ from dsmoe_local.engine.types import ModelOptions, Request
 pytestmark = pytest.mark.timeout(60)
 
 
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The processes that a test has started, and the threads that were there before: other tests' engines."""
+
+    processes: list[subprocess.Popen[bytes]]
+    before: frozenset[threading.Thread]
+
+    def check_all_has_ended(self) -> None:
+        """The processes are reaped, and no thread, pipe or socket is left of them."""
+        # Killed, or gone by itself when the socket was closed.
+        assert None not in [process.returncode for process in self.processes]
+        for thread in frozenset(threading.enumerate()) - self.before:
+            thread.join(30)
+            assert not thread.is_alive(), thread.name
+        for process in self.processes:
+            assert process.stdout is not None
+            assert process.stdout.closed
+
+
 @pytest.fixture
-def processes(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
-    """Those that are started."""
-    found: list[subprocess.Popen[bytes]] = []
+def started(monkeypatch: pytest.MonkeyPatch) -> Started:
+    """What comes of a test."""
+    found = Started([], frozenset(threading.enumerate()))
 
     def recorded() -> tuple[subprocess.Popen[bytes], socket.socket]:
         process, channel = spawn()
-        found.append(process)
+        found.processes.append(process)
         return process, channel
 
     monkeypatch.setattr(child, "spawn", recorded)
@@ -45,26 +65,13 @@ def fail(*_: object) -> NoReturn:
     raise MemoryError("none left")
 
 
-def check_all_has_ended(processes: list[subprocess.Popen[bytes]]) -> None:
-    """The processes are reaped, and no thread, pipe or socket is left of them."""
-    # Killed, or gone by itself when the socket was closed.
-    assert None not in [process.returncode for process in processes]
-    for thread in threading.enumerate():
-        if thread.name.startswith("dsmoe-"):
-            thread.join(30)
-            assert not thread.is_alive(), thread.name
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.closed
-
-
 @pytest.mark.parametrize("name", ["dsmoe-log", "dsmoe-send"])
 def test_a_thread_that_cannot_be_started(
-    name: str, processes: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+    name: str, started: Started, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards: a load that waits for ever for an engine which nobody talks to, and what was started for it."""
     load().close()  # whatever is opened once only is open now
-    processes.clear()
+    started.processes.clear()
     before = len(os.listdir("/dev/fd"))
     start = threading.Thread.start
 
@@ -77,25 +84,21 @@ def test_a_thread_that_cannot_be_started(
     with pytest.raises(EngineCrashError, match=r"internal error .* RuntimeError: can't start") as caught:
         load()
     assert isinstance(caught.value.__cause__, RuntimeError)
-    assert len(processes) == 1
-    check_all_has_ended(processes)
+    assert len(started.processes) == 1
+    started.check_all_has_ended()
     assert len(os.listdir("/dev/fd")) == before
 
 
-def test_a_reader_that_fails_at_load(
-    processes: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reader_that_fails_at_load(started: Started, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a load that waits for ever for a message which came and was lost."""
     monkeypatch.setitem(child._TAKE, "loaded", fail)
     with pytest.raises(EngineCrashError, match=r"internal error .* MemoryError: none left"):
         load()
-    check_all_has_ended(processes)
+    started.check_all_has_ended()
 
 
 @pytest.mark.parametrize("kind", ["answer", "events"])
-def test_a_reader_that_fails(
-    kind: str, processes: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reader_that_fails(kind: str, started: Started, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: calls and replies that wait for ever for a reader which is gone; a client of no use after."""
     with load() as client:
         with monkeypatch.context() as patched:
@@ -106,6 +109,6 @@ def test_a_reader_that_fails(
             }
             with pytest.raises(EngineCrashError, match=r"internal error .* MemoryError: none left"):
                 asked[kind]()
-        check_all_has_ended(processes)
+        started.check_all_has_ended()
         assert "".join(event.text for event in client.submit(Request("r", "fine"))) == "fine"
         assert client.crashes == 1
