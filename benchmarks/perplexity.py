@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.support.rows import Bar, Row, say, show
-from benchmarks.support.tools import Failure, find_program
+from benchmarks.support.tools import Failure, find_program, finished
 from dsmoe_local.engine.load.machine import physical_cores
 from dsmoe_local.evaluate.speed.machine import cpu_name
 from dsmoe_local.evaluate.text import read_text
@@ -63,17 +62,11 @@ class Bench:
         against = ("--against", self.against) if self.against is not None else ()
         program = Path(sys.executable).with_name("dsmoe")
         command = [program, "eval", model, "--text", self.text, "--json", *against, *self.options]
-        return json.loads(_run(command)[0])
+        return json.loads(finished(command).stdout)
 
     def _theirs(self, *arguments: str | Path) -> str:
-        return "".join(_run([find_program(self.build, "llama-perplexity"), *arguments, *self.options]))
-
-
-def _run(command: list[str | Path]) -> tuple[str, str]:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise Failure(f"{Path(command[0]).name} failed: {done.stderr[-600:]}")
-    return done.stdout, done.stderr
+        done = finished([find_program(self.build, "llama-perplexity"), *arguments, *self.options])
+        return done.stdout + done.stderr
 
 
 def _figure(name: str, output: str) -> float:

@@ -32,11 +32,12 @@ def find_program(folder: Path, name: str) -> Path:
     raise Failure(f"there is no {name} in {folder}")
 
 
-def _output(command: Sequence[str | Path]) -> str:
+def finished(command: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
+    """A program that has run, with what it printed. Failure if it failed."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise Failure(f"{command[0]} failed with exit status {done.returncode}: {done.stderr[-600:]}")
-    return done.stdout
+    return done
 
 
 def llama_bench(
@@ -45,7 +46,7 @@ def llama_bench(
     """Tokens a second of a prompt or of decoding one stream, whichever is not 0."""
     command: list[str | Path] = [find_program(folder, "llama-bench"), "-m", model]
     command += ["-p", str(n_prompt), "-n", str(n_new), "-t", str(n_threads), "-r", str(rounds)]
-    (test,) = json.loads(_output([*command, "-o", "json"]))
+    (test,) = json.loads(finished([*command, "-o", "json"]).stdout)
     return float(test["avg_ts"])
 
 
@@ -65,7 +66,7 @@ def llama_batched_bench(
     command += ["-c", str(n_context)]
     command += ["-npp", str(n_prompt), "-ntg", str(n_new), "-npl", str(width), "-t", str(n_threads)]
     command += ["--output-format", "jsonl", *(["-kvu"] if unified else [])]
-    lines = _output(command).splitlines()
+    lines = finished(command).stdout.splitlines()
     return float(json.loads(next(line for line in lines if line.startswith("{")))["speed_tg"])
 
 

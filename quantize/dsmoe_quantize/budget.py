@@ -274,7 +274,7 @@ class Market:
         # Rounded up: what is said here can be asked for.
         bits = math.ceil(800 * least.n_bytes / self.n_weights) / 100
         what = [f"{format_size(round_up(least.n_bytes))} of weights ({bits:.2f} bits each)"]
-        fits = self._fits(least, budget)
+        fits = self.fits(least, budget)
         if budget.size is not None:
             picks = {each.group: next(iter(each.options)) for each in self.groups}
             # With an error in it, of full length: the header is as long as that of a file which is written.
@@ -297,12 +297,12 @@ class Market:
             "no choice of types fits the budget", where=f"at least: {', '.join(what)}", remedy="allow more"
         )
 
-    def _fits(self, least: Figures, budget: Budget) -> bool:
-        """Whether each budget but that of the file's size is met by the least it could be."""
+    def fits(self, total: Figures, budget: Budget) -> bool:
+        """Whether what all tensors cost is within each budget but that of the file's size."""
         pairs = (
-            (8 * least.n_bytes / self.n_weights, budget.bits_per_weight),
-            (least.n_bytes_per_token, budget.bytes_per_token),
-            (least.n_slow, None if budget.slow_share is None else budget.slow_share * self.n_read),
+            (8 * total.n_bytes / self.n_weights, budget.bits_per_weight),
+            (total.n_bytes_per_token, budget.bytes_per_token),
+            (total.n_slow, None if budget.slow_share is None else budget.slow_share * self.n_read),
         )
         return all(limit is None or value <= limit for value, limit in pairs)
 

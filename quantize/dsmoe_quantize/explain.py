@@ -87,14 +87,7 @@ def offer(market: Market, label: str, total: Figures) -> Offer:
 
 def _fits(market: Market, solved: Solved, budget: Budget) -> bool:
     """Whether a recipe is within another budget than it was made for."""
-    total = solved.total
-    pairs = (
-        (solved.file_size, budget.size),
-        (8 * total.n_bytes / market.n_weights, budget.bits_per_weight),
-        (total.n_bytes_per_token, budget.bytes_per_token),
-        (total.n_slow, None if budget.slow_share is None else budget.slow_share * market.n_read),
-    )
-    return all(limit is None or value <= limit for value, limit in pairs)
+    return market.fits(solved.total, budget) and (budget.size is None or solved.file_size <= budget.size)
 
 
 def _scaled(budget: Budget, factor: float) -> Budget:
