@@ -46,12 +46,12 @@ def one_prompt(
 
 def read_schema(file: str) -> str:
     """The text of a JSON schema, which can be kept. UsageError if not, FileError if it cannot be read."""
-    from dsmoe_local.engine.grammar.json_schema import parse_json_schema
+    from dsmoe_local.engine.grammar.language import json_schema_language
 
     text = _read_file(file, what="the schema")
     # Before the model is loaded.
     try:
-        parse_json_schema(text)
+        json_schema_language(text)
     except UsageError as error:
         where = ", ".join(filter(None, (safe_line(file), error.where)))
         raise UsageError(error.what, where=where, remedy=error.remedy) from error

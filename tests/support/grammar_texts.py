@@ -1,49 +1,76 @@
-"""Texts of a grammar: whether one belongs to it, and random ones that do, byte by byte."""
+"""Texts of a grammar without a model: the vocabulary is the 256 bytes, and one token that ends a text."""
 
 from __future__ import annotations
 
+import json
 import random
+from functools import cache
+from typing import Any
 
 import numpy as np
 
-from dsmoe_local.engine.grammar.matcher import Matcher
-from dsmoe_local.engine.grammar.network import CompiledRule
+from dsmoe_local.engine.sampling.constraint import Constraint, Language, Vocabulary, compiled
 
-_CLOSING = b'"}]'
+END = 256
+_NUMBERS = np.arange(END + 1, dtype=np.float32)
 
 
-def belongs(root: CompiledRule, text: str | bytes) -> bool:
-    """Whether the whole text is one of the grammar's."""
-    matcher = Matcher(root)
-    position = matcher.advance(matcher.start(), text.encode() if isinstance(text, str) else text)
-    return position is not None and position.complete
+@cache
+def _byte_vocabulary() -> Vocabulary:
+    return Vocabulary([*(bytes([value]) for value in range(END)), b""], [END])
+
+
+def gbnf(text: str) -> Language:
+    """A GBNF grammar over bytes."""
+    return compiled(_byte_vocabulary(), text, None)
+
+
+def schema(value: Any) -> Language:
+    """A JSON schema over bytes."""
+    return compiled(_byte_vocabulary(), None, value if isinstance(value, str) else json.dumps(value))
+
+
+def belongs(language: Language, text: str | bytes) -> bool:
+    """Whether the text is one of the language's."""
+    constraint = Constraint(language)
+    for byte in text.encode() if isinstance(text, str) else text:
+        if not constraint.permits(byte):
+            return False
+        constraint.accept(byte)
+    return constraint.permits(END)
+
+
+def permitted(language: Language, text: bytes) -> list[int]:
+    """The bytes that may follow a beginning of a text, and END if it may end there."""
+    constraint = Constraint(language)
+    for byte in text:
+        constraint.accept(byte)
+    return sorted(map(int, constraint.likeliest(_NUMBERS, len(_NUMBERS))))
 
 
 def random_text(
-    root: CompiledRule, rng: random.Random, *, patience: int = 60, limit: int = 4000
+    language: Language, rng: random.Random, *, patience: int = 60, limit: int = 4000
 ) -> bytes | None:
     """A text of the grammar; None if it comes to no end within `limit` bytes.
 
     After `patience` bytes it closes what it can.
     """
-    matcher = Matcher(root)
-    position = matcher.start()
+    constraint = Constraint(language)
     text = bytearray()
     while len(text) < limit:
-        bytes_after = np.flatnonzero(position.first_bytes())
-        if position.complete and (not len(bytes_after) or len(text) > patience or rng.random() < 0.2):
+        following = list(map(int, constraint.likeliest(_NUMBERS, len(_NUMBERS))))
+        late = len(text) > patience
+        if following == [END] or (END in following and (late or rng.random() < 0.2)):
             return bytes(text)
-        assert len(bytes_after), f"a dead end after {bytes(text)!r}"
-        closing = [byte for byte in bytes_after if byte in _CLOSING]
-        ascii_only = [byte for byte in bytes_after if byte < 128]
-        if closing and (len(text) > patience or rng.random() < 0.2):
+        following = [byte for byte in following if byte != END]
+        closing = [byte for byte in following if byte in b'"}]']
+        ascii_only = [byte for byte in following if byte < 128]
+        if closing and (late or rng.random() < 0.2):
             byte = rng.choice(closing)
         elif ascii_only and rng.random() < 0.9:
             byte = rng.choice(ascii_only)
         else:
-            byte = rng.choice(list(bytes_after))
+            byte = rng.choice(following)
+        constraint.accept(byte)
         text.append(byte)
-        behind = matcher.advance(position, bytes([byte]))
-        assert behind is not None, f"a promised byte is refused after {bytes(text)!r}"
-        position = behind
     return None

@@ -1,5 +1,5 @@
-"""Languages that a reply may be held to: GBNF and JSON schemas, and the automaton that recognizes them.
+"""Grammars that a reply is held to: GBNF and JSON schemas, read here and matched by llguidance.
 
-Plain data and Python: no model, no vocabulary, no native code. llama.cpp's own grammars end the process on
-some inputs and never end on others; here a hostile grammar is refused, or its request fails.
+Text in, text out: no model, no vocabulary, no native code of llama.cpp. llama.cpp's own grammars abort the
+process on some inputs and never end on others; here a hostile grammar is refused, or its request fails.
 """

@@ -18,7 +18,7 @@ from dsmoe_local.engine.grammar.nodes import (
     characters,
 )
 
-MAX_NESTING = 100
+MAX_NESTING = 50
 MAX_REPETITION = 10_000
 MAX_SIGNS = 2  # of repetition, one after another
 _SURROGATE = re.compile("[\ud800-\udfff]")

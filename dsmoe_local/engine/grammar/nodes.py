@@ -86,26 +86,3 @@ def characters(ranges: Iterable[tuple[int, int]], *, negated: bool = False) -> C
         piece for low, high in merged for piece in ((low, min(high, first - 1)), (max(low, last + 1), high))
     ]
     return Characters(tuple((low, high) for low, high in apart if low <= high))
-
-
-def intersect(some: Characters, others: Characters) -> Characters:
-    """The characters that both hold."""
-    return characters(
-        (max(a, c), min(b, d)) for a, b in some.ranges for c, d in others.ranges if max(a, c) <= min(b, d)
-    )
-
-
-def sequence(*items: Node) -> Node:
-    """The items in their order, without needless nesting."""
-    flat = [part for item in items for part in (item.items if isinstance(item, Sequence) else (item,))]
-    return flat[0] if len(flat) == 1 else Sequence(tuple(flat))
-
-
-def choice(*items: Node) -> Node:
-    """One of the items, without needless nesting."""
-    return items[0] if len(items) == 1 else Choice(items)
-
-
-def optional(item: Node) -> Node:
-    """The item or nothing."""
-    return Repeat(item, 0, 1)

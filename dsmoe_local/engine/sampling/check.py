@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.engine import native
-from dsmoe_local.engine.sampling.constraint import Language, language_of
+from dsmoe_local.engine.sampling.constraint import Language, compiled, vocabulary_of
 from dsmoe_local.engine.types import Request
 
 
@@ -18,4 +18,6 @@ def check_request(model: native.Model, request: Request) -> Language | None:
             raise UsageError(
                 f"logit_bias: there is no token {token_id}", remedy=f"ids go from 0 to {model.n_vocab - 1}"
             )
-    return language_of(model, request)
+    if request.grammar is None and request.json_schema is None:
+        return None
+    return compiled(vocabulary_of(model), request.grammar, request.json_schema)

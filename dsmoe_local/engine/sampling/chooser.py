@@ -20,9 +20,6 @@ from dsmoe_local.engine.sampling.likeliest import Logits, TokenIds, likeliest, l
 from dsmoe_local.engine.sampling.penalties import Adjustments
 from dsmoe_local.engine.types import MAX_SEED, Request, SamplingParameters, TokenLogprob
 
-_CONSTRAINED_WIDTH = 256
-"""How many permitted tokens a draw under a constraint may choose from where top-k is off."""
-
 
 class Choice(NamedTuple):
     """A chosen token; the rest as in TokenEvent."""
@@ -79,7 +76,7 @@ class Chooser:
             token_id = self._pick(self._adjustments.apply(logits))
         if self._constraint is not None:
             if not self._constraint.permits(token_id):
-                width = 1 if self._sampler is None else self._top_k or _CONSTRAINED_WIDTH
+                width = 1 if self._sampler is None else self._top_k or len(logits)
                 adjusted = self._adjustments.apply(logits)
                 token_id = self._pick_from(self._constraint.likeliest(adjusted, width), adjusted)
             self._constraint.accept(token_id)
