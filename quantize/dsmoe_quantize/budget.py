@@ -27,9 +27,8 @@ from dsmoe_quantize.imatrix import Imatrix
 from dsmoe_quantize.quantize import Plan, plan_file
 from dsmoe_quantize.recipe_file import closest_mix, file_type_of
 from dsmoe_quantize.recipes import OTHERS, RECIPE_FALLBACKS, LayeredRecipe
-from dsmoe_quantize.relaxation import Option, Problem
 from dsmoe_quantize.sensitivity import Sensitivity
-from dsmoe_quantize.solver import Solution, solve
+from dsmoe_quantize.solver import Option, Problem, Solution, solve
 
 
 @dataclass(frozen=True, slots=True)
