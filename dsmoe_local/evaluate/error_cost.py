@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
-from dsmoe_local.base.durable import locked, require_space
+from dsmoe_local.base.durable import locked
 from dsmoe_local.base.errors import FileError, InterruptedRunError, UsageError
 from dsmoe_local.base.progress import Event, Listener, Note, Started, ignore
 from dsmoe_local.engine.types import ObserverOptions, TextEngine
 from dsmoe_local.evaluate.error_cost_groups import GroupCost, Trial, cost_of, trials_of
+from dsmoe_local.evaluate.probe_file import ProbeFile, changed_by, size_of
 from dsmoe_local.evaluate.reference import Reference, compare, record, recorders
 from dsmoe_local.evaluate.text import Text
 from dsmoe_local.evaluate.windows import Windows, cut_windows
@@ -29,7 +30,6 @@ from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_quantize import sensitivity_file
 from dsmoe_quantize.imatrix import Imatrix
-from dsmoe_quantize.quantize import quantize_file
 from dsmoe_quantize.sensitivity import Probe, Probes, Sensitivity, measure
 
 Load: TypeAlias = Callable[
@@ -171,15 +171,22 @@ class _Run:
         missing = [(trial, kind) for trial, kind in wanted if kind not in found.get(trial.group, {})]
         if not missing and self.known.probes is not None:
             return
+        groups = {(trial.group, kind): changed_by(trial.plans[kind]) for trial, kind in missing}
+        # In the order in which least is written.
+        missing.sort(key=lambda each: size_of(self._file, groups[each[0].group, each[1]]))
+        in_turn = [groups[trial.group, kind] for trial, kind in missing]
         with workplace() as folder:
             n_done = len(wanted) - len(missing)
             try:
                 reference, n_windows_of_text = self._record(folder)
                 self._begin(reference, n_windows_of_text)
-                for trial, kind in missing:
-                    label = f"{n_done + 1}/{len(wanted)} {trial.group} {type_name(kind)}"
-                    self._try(trial, kind, reference, folder, label)
-                    n_done += 1
+                with ProbeFile(
+                    folder / "probe.gguf", self._file, in_turn, self._request.threads
+                ) as probe_file:
+                    for trial, kind in missing:
+                        label = f"{n_done + 1}/{len(wanted)} {trial.group} {type_name(kind)}"
+                        self._try(trial, kind, reference, probe_file, label)
+                        n_done += 1
             except InterruptedRunError as error:
                 raise InterruptedRunError(
                     f"interrupted: {n_done} of {len(wanted)} measurements done",
@@ -223,20 +230,12 @@ class _Run:
             {},
         )
 
-    def _try(self, trial: Trial, kind: GgmlType, reference: Reference, folder: Path, label: str) -> None:
-        plan, path = trial.plans[kind], folder / "probe.gguf"
-        try:
-            require_space(folder, plan.file_size)
-            quantize_file(
-                plan,
-                path,
-                threads=self._request.threads,
-                listen=self._labelled(label),
-                stop=self._stop,
-            )
-            kl, kl_error = self._divergence(path, reference, label)
-        finally:
-            path.unlink(missing_ok=True)
+    def _try(
+        self, trial: Trial, kind: GgmlType, reference: Reference, probe_file: ProbeFile, label: str
+    ) -> None:
+        # The engine of the probe before has ended: nobody maps the file while it is written.
+        probe_file.write(trial.plans[kind], self._labelled(label), self._stop)
+        kl, kl_error = self._divergence(probe_file.path, reference, label)
         probes = self.known.probes
         assert probes is not None
         probe = Probe(trial.errors[kind], kl, kl_error)

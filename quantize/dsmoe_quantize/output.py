@@ -88,7 +88,7 @@ def write_output(
     for job in jobs:
         check_job(job)
     tensors = [PlannedTensor(job.name, job.shape, job.target) for job in jobs]
-    with _disk_errors(out):
+    with disk_errors(out):
         out = _checked(out, sources)
         plan = plan_gguf(metadata, tensors)
         fingerprint = {**fingerprint, "llama-cpp-python": kernels.version()}
@@ -108,7 +108,7 @@ def write_output(
 
 def refuse_early(out: Path, force: bool, sources: Sequence[Path] = ()) -> None:
     """Raise what `write_output` would for `out` itself: for callers with long work, a download, before it."""
-    with _disk_errors(out):
+    with disk_errors(out):
         out = _checked(out, sources)
         # Beside a journal it may be a finished run's, which only has to be tidied.
         if out.exists() and not force and not journal_of(out).exists():
@@ -204,7 +204,7 @@ def _checked(out: Path, sources: Sequence[Path]) -> Path:
 
 
 @contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
+def disk_errors(out: Path) -> Iterator[None]:
     """Turn the system's errors while writing into ours. Sources report their own."""
     try:
         yield

@@ -174,18 +174,8 @@ def quantize_file(
     stop: threading.Event | None = None,
 ) -> Summary:
     """Carry out `plan`. Resumable, complete or not at all: see `write_output`, also for what it raises."""
-    path = plan.file.path
     with opened(plan.file) as descriptor:
-        jobs = [
-            TensorJob(
-                each.source.name,
-                each.source.shape,
-                each.choice.type,
-                GgufRows(path, descriptor, each.source),
-                importance_of(plan.imatrix, each.source, each.choice),
-            )
-            for each in plan.changes
-        ]
+        jobs = jobs_of(plan, descriptor)
         for text in plan.notes:
             listen(Note(text))
         return write_output(
@@ -196,12 +186,26 @@ def quantize_file(
                 "the source": list(plan.file.identity),
                 **identity_of_output(plan.record.type, plan.choices, plan.used_imatrix),
             },
-            sources=[path],
+            sources=[plan.file.path],
             threads=threads,
             force=force,
             listen=listen,
             stop=stop,
         )
+
+
+def jobs_of(plan: Plan, descriptor: int) -> list[TensorJob]:
+    """How to make each tensor of `plan` from its source, which is open as `descriptor`."""
+    return [
+        TensorJob(
+            each.source.name,
+            each.source.shape,
+            each.choice.type,
+            GgufRows(plan.file.path, descriptor, each.source),
+            importance_of(plan.imatrix, each.source, each.choice),
+        )
+        for each in plan.changes
+    ]
 
 
 def default_output(source: Path, choice: TypeChoice, wishes: Wishes) -> Path:
@@ -253,8 +257,13 @@ def opened(file: GgufFile) -> Iterator[int]:
     except OSError as error:
         raise FileError(f"cannot read the model: {error.strerror}", where=file.path) from error
     try:
-        if identity_of(os.fstat(descriptor)) != file.identity:
-            raise FileError("the model file changed meanwhile", where=file.path, remedy="run again")
+        refuse_another(file, descriptor)
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def refuse_another(file: GgufFile, descriptor: int) -> None:
+    """FileError if the open file is not what it was when its header was read."""
+    if identity_of(os.fstat(descriptor)) != file.identity:
+        raise FileError("the model file changed meanwhile", where=file.path, remedy="run again")
