@@ -1,8 +1,12 @@
 """What our recipes are held against, and whether it holds. Takes figures; measures nothing.
 
 A ratio of divergences comes with its 95% bootstrap interval over windows, drawn again and again, the same
-ones for both sides. What another training of the model would change is not in it. The bar is held against the
-ratio itself. Of speeds, the interval is from the least of the rounds to the greatest.
+ones for both sides. What another training of the model would change is not in it. Both sides have the
+recipe's types for embedding and output: a small model has far more of its weights there than a 16B. The bar
+is held against the ratio itself.
+
+Of speeds, the interval is from the least of the rounds to the greatest, and further on both sides by what the
+control is off: the base timed against itself. A ratio within the control's own spread is no difference.
 """
 
 from __future__ import annotations
@@ -22,7 +26,8 @@ _DRAWS, _SEED = 10_000, 0
 _INTERVAL = (0.025, 0.975)
 _LEAST_OF_TARGET = 0.99
 
-SIZE, BYTES, PROMPT, DECODE, KL = "size", "bytes per token", "prompt", "decode", "KL"
+SIZE, BYTES, PROMPT, DECODE = "size", "bytes per token", "prompt", "decode"
+KL = "KL, same embedding and output"
 REFERENCE_SIZE = "size of the reference"
 
 
@@ -55,12 +60,18 @@ BARS: Mapping[str, Mapping[str, Bar]] = {
 """
 BETTER: Mapping[str, str] = {"q4-small": "IQ4_XS", "q8": "Q8_0"}
 """Whose divergence a recipe's must be below."""
+ALIKE: Sequence[tuple[str, str]] = (
+    *((word, BASE) for word in BARS),
+    *((word, other) for word, other in BETTER.items() if word in BARS),
+)
+"""Recipes, and what each is held against with the recipe's types for embedding and output."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A ratio and its bar. `interval` is where it may be, None where nothing is left to chance; `is_alias`:
-    both sides are of the same types, and there is nothing to compare.
+    """A ratio and its bar. `interval` is where it may be, None where nothing is left to chance; `control` the
+    factor by which the method is off; `is_alias`: both sides are of the same types, and there is nothing to
+    compare.
     """
 
     recipe: str
@@ -71,6 +82,12 @@ class Verdict:
     bar: Bar
     interval: tuple[float, float] | None = None
     is_alias: bool = False
+    control: float = 1.0
+
+    @property
+    def is_difference(self) -> bool:
+        """Whether the ratio is further from 1 than that of two files with the same types."""
+        return is_difference(self.ratio, self.control)
 
     @property
     def holds(self) -> bool | None:
@@ -84,7 +101,27 @@ class Verdict:
 
     def as_json(self) -> dict[str, Any]:
         """For `json.dumps`."""
-        return {**asdict(self), "bar": str(self.bar), "holds": self.holds, "uncertain": self.is_uncertain}
+        return {
+            **asdict(self),
+            "bar": str(self.bar),
+            "holds": self.holds,
+            "uncertain": self.is_uncertain,
+            "difference": self.is_difference,
+        }
+
+
+def is_difference(ratio: float, control: float) -> bool:
+    """Whether a ratio is outside the spread of a method that is off by the factor `control`."""
+    return not 1 / control <= ratio <= control
+
+
+def control_of(part: Part, measure: str) -> float:
+    """The factor by which speeds are off, at least: that of the base's worst round against itself. KeyError
+    if that was not timed.
+    """
+    row: SpeedRow = part.row(Variant(BASE, False))
+    ratios = {PROMPT: row.prompt_ratio, DECODE: row.decode_ratio}[measure]
+    return max(max(ratio, 1 / ratio) for ratio in ratios)
 
 
 def ratio_of(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, tuple[float, float]]:
@@ -138,8 +175,17 @@ def _of_speed(part: Part, ours: Variant, base: Variant) -> Iterator[Verdict]:
         return
     for measure, ratios in ((PROMPT, mine.prompt_ratio), (DECODE, mine.decode_ratio)):
         if measure in bars:
-            ratio, interval = statistics.median(ratios), (min(ratios), max(ratios))
-            yield Verdict(ours.word, ours.imatrix, measure, base.word, ratio, bars[measure], interval)
+            ratio, control = statistics.median(ratios), control_of(part, measure)
+            yield Verdict(
+                ours.word,
+                ours.imatrix,
+                measure,
+                base.word,
+                ratio,
+                bars[measure],
+                (min(ratios) / control, max(ratios) * control),
+                control=control,
+            )
 
 
 def speed_of(part: Part, variant: Variant) -> SpeedRow | None:
@@ -148,24 +194,23 @@ def speed_of(part: Part, variant: Variant) -> SpeedRow | None:
 
 
 def _of_divergence(part: Part, ours: Variant, base: Variant) -> Iterator[Verdict]:
-    mine, theirs = part.row(ours), part.row(base)
-    bar = BARS.get(ours.word, {}).get(KL)
-    if bar is not None:
-        yield _divergence(mine, theirs, bar)
+    mine = part.row(ours)
+    held = {base.word: BARS.get(ours.word, {}).get(KL)}
     if ours.word in BETTER:
-        other = part.row(Variant(BETTER[ours.word], ours.imatrix))
-        yield _divergence(mine, other, Below(1))
+        held[BETTER[ours.word]] = Below(1)
+    for word, bar in held.items():
+        alike = part.alike_row(ours, word) if ours.word in BARS else part.row(Variant(word, ours.imatrix))
+        if bar is not None and alike is not None:
+            yield _divergence(mine, alike, word, bar)
     if ours.word in BARS:
         # The header, which holds the tokenizer, counts: it is what is on the disk.
-        ratio = mine.file_size / theirs.file_size
+        ratio = mine.file_size / part.row(base).file_size
         yield Verdict(ours.word, ours.imatrix, REFERENCE_SIZE, base.word, ratio, at_most(1))
 
 
-def _divergence(mine: FidelityRow, theirs: FidelityRow, bar: Bar) -> Verdict:
+def _divergence(mine: FidelityRow, theirs: FidelityRow, against: str, bar: Bar) -> Verdict:
     ratio, interval = ratio_of(mine.windows, theirs.windows)
-    return Verdict(
-        mine.type, mine.imatrix, KL, theirs.type, ratio, bar, interval, mine.digest == theirs.digest
-    )
+    return Verdict(mine.type, mine.imatrix, KL, against, ratio, bar, interval, mine.digest == theirs.digest)
 
 
 def targets_hold(part: Part) -> Sequence[tuple[float, bool]]:

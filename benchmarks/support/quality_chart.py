@@ -1,4 +1,5 @@
 """The chart of benchmarks/quality.py as SVG: bits per weight against divergence, on the trained reference.
+What recipes are held against, with their embedding and output, is in it.
 
 Drawn by hand: nothing is needed to make it, and the file is small enough to be read. It has a ground of its
 own, and colours for a light and a dark page.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from itertools import pairwise
 
@@ -20,6 +21,8 @@ WIDTH, HEIGHT = 860, 580
 _FRAME = Box(76, 108, WIDTH - 24, HEIGHT - 84)
 _MOST_BITS = 6.2
 """Types with more are told of below the chart: they would push all others into a corner."""
+_LIKE = " like "
+"""Between a type and the recipe whose embedding and output it has."""
 _MARK = 5.5
 _FAR = _MARK + 8  # from a mark to its label: further away a line leads there
 _FONT, _ADVANCE = 12.5, 0.585  # of the labels, and the mean width of a character
@@ -34,12 +37,13 @@ text { font-family: FONTS; fill: #57606a; font-size: 12px; }
 .title { fill: #1f2328; font-size: 18px; font-weight: 600; }
 .stock { fill: #2f6fb7; stroke: #2f6fb7; }
 .ours { fill: #c2410c; stroke: #c2410c; }
+.alike { fill: #7c4dbd; stroke: #7c4dbd; }
 .hollow { fill: #ffffff; stroke-width: 1.6; }
 .pair { stroke-width: 1.4; stroke-opacity: 0.55; }
 .leader { stroke-width: 0.8; stroke-opacity: 0.8; }
 .line { fill: none; stroke: #6b8e3d; stroke-width: 1.8; stroke-linejoin: round; }
 .dashed { stroke-dasharray: 5 4; }
-text.stock, text.ours { stroke: none; font-size: SIZEpx; }
+text.stock, text.ours, text.alike { stroke: none; font-size: SIZEpx; }
 text.ours { font-weight: 700; }
 @media (prefers-color-scheme: dark) {
 .ground { fill: #0d1117; }
@@ -49,6 +53,7 @@ text { fill: #9198a1; }
 .title { fill: #f0f6fc; }
 .stock { fill: #6cb6ff; stroke: #6cb6ff; }
 .ours { fill: #ff9d5c; stroke: #ff9d5c; }
+.alike { fill: #b794f6; stroke: #b794f6; }
 .hollow { fill: #0d1117; }
 .line { stroke: #9bc264; }
 }
@@ -77,7 +82,7 @@ class Scales:
 
 def chart(part: Part) -> str:
     """The whole file."""
-    shown = [row for row in part.rows if row.bits_per_weight <= _MOST_BITS]
+    shown = [row for row in (*part.rows, *_alike(part)) if row.bits_per_weight <= _MOST_BITS]
     frontier = [row for row in part.frontier if row.bits_per_weight <= _MOST_BITS]
     scales = scales_for([*shown, *frontier])
     parts = [
@@ -94,6 +99,15 @@ def chart(part: Part) -> str:
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
+
+
+def _alike(part: Part) -> list[FidelityRow]:
+    """What recipes are held against, named after all that it has the embedding and the output of."""
+    recipes: dict[tuple[str, str, bool], list[str]] = {}
+    rows = {(row.base, row.digest, row.imatrix): row for row in part.alike}
+    for row in part.alike:
+        recipes.setdefault((row.base, row.digest, row.imatrix), []).append(row.type)
+    return [replace(row, type=f"{row.base}{_LIKE}{', '.join(recipes[key])}") for key, row in rows.items()]
 
 
 def scales_for(rows: Sequence[FidelityRow]) -> Scales:
@@ -128,23 +142,25 @@ def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
 
 def _heading(has_frontier: bool) -> Iterator[str]:
     yield _text(24, 34, "What each type keeps for its size", "title")
-    yield _text(24, 56, "Divergence from the unquantized model, a small DeepSeekMoE. Further down is better.")
+    hollow = "Hollow, dashed" if has_frontier else "Hollow"
+    yield _text(
+        24,
+        56,
+        "Divergence from the unquantized model, a small DeepSeekMoE. Further down is better."
+        f" {hollow}: without imatrix.",
+    )
     x, y = 30.0, 86.0
     for mark, kind, words in (
         (_circle, "stock", "llama.cpp’s types"),
         (_diamond, "ours", "recipes of dsmoe-quantize"),
+        (_square, "alike", "like: same embedding, output"),
     ):
         yield mark(x, y - 4, kind)
         yield _text(x + 12, y, words)
         x += 26 + _width(words)
     if has_frontier:
         yield _line(x - 6, y - 4, x + 18, y - 4, "line")
-        words = "--target-bpw, for any size"
-        yield _text(x + 25, y, words)
-        x += 46 + _width(words)
-    yield _circle(x, y - 4, "stock hollow")
-    yield _diamond(x + 15, y - 4, "ours hollow")
-    yield _text(x + 27, y, "hollow, dashed: without imatrix" if has_frontier else "hollow: without imatrix")
+        yield _text(x + 25, y, "--target-bpw, for any size")
 
 
 def _width(words: str) -> float:
@@ -203,7 +219,7 @@ def _points(rows: Sequence[FidelityRow], frontier: Sequence[FidelityRow], scales
         yield _line(x1, y1, x2, y2, f"{_kind(word)} pair")
     # Recipes last: nothing covers them.
     for word in words:
-        draw = _diamond if word in OURS else _circle
+        draw = _DRAWS[_kind(word)]
         for x, y, imatrix in marks[word]:
             yield draw(x, y, _kind(word) + ("" if imatrix else " hollow"))
     obstacles = [_around(x, y) for each in marks.values() for x, y, _ in each]
@@ -238,6 +254,8 @@ def _both(rows: Iterable[FidelityRow], word: str) -> list[FidelityRow]:
 
 
 def _kind(word: str) -> str:
+    if _LIKE in word:
+        return "alike"
     return "ours" if word in OURS else "stock"
 
 
@@ -263,6 +281,14 @@ def _circle(x: float, y: float, kind: str) -> str:
 def _diamond(x: float, y: float, kind: str) -> str:
     r = _MARK + 0.6
     return f'<path class="{kind}" d="M{x:.1f} {y - r:.1f}l{r:.1f} {r:.1f}-{r:.1f} {r:.1f}-{r:.1f}-{r:.1f}z"/>'
+
+
+def _square(x: float, y: float, kind: str) -> str:
+    r = _MARK - 1.2
+    return f'<rect class="{kind}" x="{x - r:.1f}" y="{y - r:.1f}" width="{2 * r:.1f}" height="{2 * r:.1f}"/>'
+
+
+_DRAWS = {"stock": _circle, "ours": _diamond, "alike": _square}
 
 
 def _note(rows: Sequence[FidelityRow]) -> Iterator[str]:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.support.quality_rows import FidelityRow, Part, is_current
-from benchmarks.support.quality_types import BASE, Variant
+from benchmarks.support.quality_bars import ALIKE
+from benchmarks.support.quality_rows import AlikeRow, FidelityRow, Part, is_current
+from benchmarks.support.quality_types import Variant
 from benchmarks.support.rows import say
 from benchmarks.support.sizes import types_digest
 from dsmoe_convert.convert import ConvertOptions, RunOptions, convert_folder
@@ -37,8 +38,6 @@ from dsmoe_quantize.imatrix import Imatrix
 from dsmoe_quantize.quantize import Plan, plan_quantization, quantize_file
 from dsmoe_quantize.types import TypeChoice, resolve
 
-ALIKE = ("q4", "q4-fast", "q4-small")
-"""Recipes that the base is held against with their own embedding and output types."""
 CACHE = "f32"
 
 _DIGITS = 6
@@ -239,18 +238,18 @@ def told(row: FidelityRow) -> str:
     return f"{row.bits_per_weight:.2f} bits, KL {row.kl:.3g} ± {row.kl_error:.1g}"
 
 
-def measure_alike(bench: Bench) -> list[FidelityRow]:
-    """The base with the embedding and output types of each recipe: what the recipe gains elsewhere. In a
-    small model both weigh more than in a large one.
+def measure_alike(bench: Bench) -> list[AlikeRow]:
+    """What each recipe is held against, with the recipe's types for embedding and output: in a small model
+    both weigh more than in a large one.
     """
     rows = []
     for imatrix in (False, True):
-        for word in ALIKE:
+        for word, base in ALIKE:
             variant = Variant(word, imatrix)
             types = {change.source.name: change.choice.type for change in bench.plan(variant).changes}
             wishes = Wishes(output=types["output.weight"], embedding=types["token_embd.weight"])
-            plan = bench.plan_of(resolve(BASE), wishes, imatrix=imatrix)
+            plan = bench.plan_of(resolve(base), wishes, imatrix=imatrix)
             digest = types_digest([change.choice for change in plan.changes])
-            rows.append(bench.measure(plan, variant, digest))
-            say(f"  {BASE}, embedding and output of {variant}: {told(rows[-1])}")
+            rows.append(AlikeRow(**asdict(bench.measure(plan, variant, digest)), base=base))
+            say(f"  {base}, embedding and output of {variant}: {told(rows[-1])}")
     return rows

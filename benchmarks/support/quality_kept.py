@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.support.quality_bars import speed_of
+from benchmarks.support.quality_bars import ALIKE, speed_of
 from benchmarks.support.quality_eight import EIGHT
 from benchmarks.support.quality_points import POINTS
 from benchmarks.support.quality_rows import (
@@ -108,6 +108,12 @@ def gaps(part: Part) -> list[str]:
     missing = [str(each) for each in variants() if (each.word, each.imatrix) not in rows]
     if part.name == "reference":
         missing += [name for name in _EXTRAS if not getattr(part, name)]
+        missing += [
+            f"{base} with the embedding and output of {Variant(word, imatrix)}"
+            for imatrix in (False, True)
+            for word, base in ALIKE
+            if part.alike and part.alike_row(Variant(word, imatrix), base) is None
+        ]
     return missing
 
 

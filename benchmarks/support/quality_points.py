@@ -16,35 +16,34 @@ from benchmarks.support.rows import say
 from benchmarks.support.sizes import size_of
 from dsmoe_quantize.named_recipes import RECIPES, NamedRecipe, TypeWords
 
+START = "q4-fast"
+"""The recipe that all of them are variants of; their embedding and output are its own."""
 
-def _other(name: str, why: str, start: str, types: Mapping[str, TypeWords]) -> NamedRecipe:
-    """A recipe with other types for some kinds."""
-    return NamedRecipe(name, why, BASE, {**RECIPES[start].types, **types})
+
+def _other(name: str, why: str, types: Mapping[str, TypeWords]) -> NamedRecipe:
+    """The recipe with other types for some kinds."""
+    return NamedRecipe(name, why, BASE, {**RECIPES[START].types, **types})
 
 
 POINTS = (
     _other(
         "gate-up-q4-k",
         "`q4-fast`, but routed gate and up in Q4_K in all layers",
-        "q4-fast",
         {"routed-gate-up": "Q4_K"},
     ),
     _other(
         "gate-up-iq4-xs",
         "`q4-fast`, but routed gate and up in IQ4_XS in all layers",
-        "q4-fast",
         {"routed-gate-up": "IQ4_XS"},
     ),
     _other(
         "query-key-q5-k",
         "`q4-fast`, but queries and keys in Q5_K",
-        "q4-fast",
         {"attention-query-key": "Q5_K"},
     ),
     _other(
         "five-bits",
         "`q4-fast`, but attention and shared experts in Q5_K, routed gate and up in Q4_K",
-        "q4-fast",
         {"attention": "Q5_K", "shared": "Q5_K", "routed-gate-up": "Q4_K"},
     ),
 )

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from benchmarks.support.quality_types import Variant
+from benchmarks.support.quality_types import BASE, Variant
 from dsmoe_local.base.durable import write_file
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.paths import cache_folder
@@ -73,6 +73,13 @@ class FidelityRow:
     same_experts: float
     overlap: float
     windows: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class AlikeRow(FidelityRow):
+    """`base` with the embedding and output types of the recipe that the row is named after."""
+
+    base: str = BASE
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +155,8 @@ _ROWS: Mapping[str, type[Row]] = {
 @dataclass(frozen=True, slots=True)
 class Part:
     """One part's rows. `settings` decide them, beside the types. Of the reference alone: `frontier` and
-    `targets`, what the solver made of budgets; `alike`, the base with the embedding and the output as in the
-    recipe that each row is named after; `eight`, what else 8 bits could be.
+    `targets`, what the solver made of budgets; `alike`, what recipes are held against, with the recipe's
+    types for embedding and output; `eight`, what else 8 bits could be.
 
     `measured` and `commit` are those of the last run, `oldest` of the first one that some rows are from, if
     that is another.
@@ -162,7 +169,7 @@ class Part:
     rows: Sequence[Any]
     frontier: Sequence[FidelityRow] = ()
     targets: Sequence[TargetRow] = ()
-    alike: Sequence[FidelityRow] = ()
+    alike: Sequence[AlikeRow] = ()
     eight: Sequence[CandidateRow] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     oldest: str = ""
@@ -178,6 +185,11 @@ class Part:
             if (row.type, row.imatrix) == (variant.word, variant.imatrix):
                 return row
         raise KeyError(str(variant))
+
+    def alike_row(self, variant: Variant, base: str) -> AlikeRow | None:
+        """What a recipe is held against, with its types for embedding and output, if that was measured."""
+        wanted = variant.word, variant.imatrix, base
+        return next((row for row in self.alike if (row.type, row.imatrix, row.base) == wanted), None)
 
     def as_json(self) -> dict[str, Any]:
         """For `json.dumps`."""
@@ -217,7 +229,8 @@ def parse_part(content: Mapping[str, Any]) -> Part:
     """What `as_json` has made. KeyError, TypeError if it is something else."""
     kind = _ROWS[content["name"]]
     rows = [kind(**row) for row in content["rows"]]
-    frontier, alike = (tuple(FidelityRow(**row) for row in content[name]) for name in ("frontier", "alike"))
+    frontier = tuple(FidelityRow(**row) for row in content["frontier"])
+    alike = tuple(AlikeRow(**row) for row in content["alike"])
     targets = tuple(TargetRow(**row) for row in content["targets"])
     eight = tuple(CandidateRow(**row) for row in content["eight"])
     tuples = {"frontier": frontier, "targets": targets, "alike": alike, "eight": eight}

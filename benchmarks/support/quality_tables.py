@@ -9,16 +9,20 @@ from benchmarks.support.quality_bars import (
     BARS,
     BYTES,
     DECODE,
+    KL,
     PROMPT,
     SIZE,
+    Verdict,
+    control_of,
+    is_difference,
     ratio_of,
-    speed_of,
     targets_hold,
     verdicts,
 )
 from benchmarks.support.quality_document import markdown
 from benchmarks.support.quality_eight import EIGHT_BASE
-from benchmarks.support.quality_rows import FidelityRow, Part
+from benchmarks.support.quality_points import START
+from benchmarks.support.quality_rows import AlikeRow, FidelityRow, Part
 from benchmarks.support.quality_settings import settings_table
 from benchmarks.support.quality_types import BASE, OURS, Variant
 
@@ -26,6 +30,7 @@ _WORDS = {False: "without", True: "with"}
 _POINT_PARTS = ("sizes", "reference", "speed")
 """What the table of points takes our recipes' figures from."""
 _HOLDS = {True: "met", False: "**MISSED**", None: "the same types"}
+_NO_DIFFERENCE = "no difference"
 
 
 def all_tables(parts: Mapping[str, Part]) -> dict[str, str]:
@@ -50,15 +55,24 @@ def all_tables(parts: Mapping[str, Part]) -> dict[str, str]:
 def summary_table(parts: Mapping[str, Part]) -> str:
     """Our recipes beside the base, without an importance matrix: a line each."""
     told = {(each.recipe, each.measure): each for each in verdicts(parts) if not each.imatrix}
-    base = parts["reference"].row(Variant(BASE, False))
     rows = []
     for word in BARS:
-        ratios = [told[word, measure].ratio for measure in (SIZE, BYTES, PROMPT, DECODE)]
-        row = parts["reference"].row(Variant(word, False))
-        ratios.append(ratio_of(row.windows, base.windows)[0])
-        rows.append([named(word), *(f"{ratio:.2f} x" for ratio in ratios)])
-    heads = ("against Q4_K_M", "size", "bytes per token", "prompt speed", "decode speed", "KL divergence")
+        found = [told[word, measure] for measure in (SIZE, BYTES, PROMPT, DECODE)]
+        cells = [f"{each.ratio:.2f} x" if each.is_difference else _NO_DIFFERENCE for each in found]
+        cells.append(f"{_alike_ratio(parts['reference'], word):.2f} x")
+        rows.append([named(word), *cells])
+    heads = ("against Q4_K_M", "size", "bytes per token", "prompt speed", "decode speed", KL)
     return markdown(heads, "lrrrrr", rows)
+
+
+def _alike_ratio(part: Part, word: str, windows: Sequence[float] = ()) -> float:
+    """The ratio of a recipe's divergence, or of `windows`, to the base's with the recipe's embedding and
+    output, without an importance matrix.
+    """
+    variant = Variant(word, False)
+    alike = part.alike_row(variant, BASE)
+    assert alike is not None
+    return ratio_of(windows or part.row(variant).windows, alike.windows)[0]
 
 
 def bars_table(parts: Mapping[str, Part]) -> str:
@@ -75,11 +89,20 @@ def bars_table(parts: Mapping[str, Part]) -> str:
                 f"{verdict.ratio:.3f}",
                 low_high,
                 str(verdict.bar),
-                _HOLDS[verdict.holds] + (", uncertain" if verdict.is_uncertain else ""),
+                _judged(verdict),
             ]
         )
     heads = ("recipe", "imatrix", "what", "against", "ratio", "interval", "bar", "")
     return markdown(heads, "llllrlll", rows)
+
+
+def _judged(verdict: Verdict) -> str:
+    words = [_HOLDS[verdict.holds]]
+    if verdict.is_uncertain:
+        words.append("uncertain")
+    if verdict.control > 1 and not verdict.is_difference:
+        words.append(_NO_DIFFERENCE)
+    return ", ".join(words)
 
 
 def fidelity_table(part: Part) -> str:
@@ -150,25 +173,24 @@ def targets_table(part: Part) -> str:
 
 
 def alike_table(part: Part) -> str:
-    """Recipes against the base with their own embedding and output types."""
-    rows = []
-    for base in part.alike:
-        row = _row(part.rows, base.type, base.imatrix)
-        assert row is not None
-        ratio, (low, high) = ratio_of(row.windows, base.windows)
-        rows.append(
-            [
-                named(row.type),
-                _WORDS[row.imatrix],
-                f"{row.file_size / base.file_size:.3f} x",
-                f"{1e3 * row.kl:.3f}",
-                f"{1e3 * base.kl:.3f}",
-                f"{ratio:.3f} x",
-                f"{low:.3f} – {high:.3f}",
-            ]
-        )
-    heads = ("recipe", "imatrix", "size", "KL, 1e-3", "KL of Q4_K_M so, 1e-3", "ratio", "95%")
-    return markdown(heads, "llrrrrl", rows)
+    """Recipes against others with their own embedding and output types."""
+    rows = [_alike(part.row(Variant(base.type, base.imatrix)), base) for base in part.alike]
+    heads = ("recipe", "imatrix", "against", "size", "KL, 1e-3", "its KL, 1e-3", "ratio", "95%")
+    return markdown(heads, "lllrrrrl", rows)
+
+
+def _alike(row: FidelityRow, base: AlikeRow) -> list[str]:
+    ratio, (low, high) = ratio_of(row.windows, base.windows)
+    return [
+        named(row.type),
+        _WORDS[row.imatrix],
+        f"`{base.base}`",
+        f"{row.file_size / base.file_size:.3f} x",
+        f"{1e3 * row.kl:.3f}",
+        f"{1e3 * base.kl:.3f}",
+        f"{ratio:.3f} x",
+        f"{low:.3f} – {high:.3f}",
+    ]
 
 
 def eight_table(part: Part) -> str:
@@ -206,25 +228,32 @@ def eight_table(part: Part) -> str:
 
 def points_table(parts: Mapping[str, Part]) -> str:
     """Our recipes and other choices, in ratios to the base, without an importance matrix."""
-    base = parts["reference"].row(Variant(BASE, False))
-    large = parts["sizes"].row(Variant(BASE, False))
+    large, reference = parts["sizes"].row(Variant(BASE, False)), parts["reference"]
+    controls = [control_of(parts["speed"], measure) for measure in (PROMPT, DECODE)]
     rows = []
-    ours = [(named(word), *(parts[part].row(Variant(word, False)) for part in _POINT_PARTS)) for word in BARS]
-    others = [(row.about, row, row, row) for row in parts["points"].rows]
-    for what, sizes, fidelity, speed in (*ours, *others):
+    ours = [
+        (named(word), *(parts[part].row(Variant(word, False)) for part in _POINT_PARTS), word)
+        for word in BARS
+    ]
+    others = [(row.about, row, row, row, START) for row in parts["points"].rows]
+    for what, sizes, fidelity, speed, start in (*ours, *others):
         ratios = (
             sizes.n_bytes / large.n_bytes,
             sizes.n_bytes_per_token / large.n_bytes_per_token,
-            ratio_of(fidelity.windows, base.windows)[0],
+            _alike_ratio(reference, start, fidelity.windows),
         )
-        speeds = (spread(each) for each in (speed.prompt_ratio, speed.decode_ratio))
+        speeds = map(spread, (speed.prompt_ratio, speed.decode_ratio), controls)
         rows.append([what, *(f"{ratio:.3f} x" for ratio in ratios), *speeds])
-    return markdown(("", "size", "bytes per token", "KL", "prompt", "decode"), "lrrrrr", rows)
+    return markdown(("", "size", "bytes per token", KL, "prompt", "decode"), "lrrrrr", rows)
 
 
-def spread(ratios: Sequence[float]) -> str:
-    """The median of the rounds, the least and the greatest."""
-    return f"{statistics.median(ratios):.3f} x ({min(ratios):.3f} – {max(ratios):.3f})"
+def spread(ratios: Sequence[float], control: float) -> str:
+    """The median of the rounds, the least and the greatest; whether the control is off by as much."""
+    middle = statistics.median(ratios)
+    told = f"{middle:.3f} x"
+    if len(ratios) > 1:
+        told += f" ({min(ratios):.3f} – {max(ratios):.3f})"
+    return told if is_difference(middle, control) else f"{told}, {_NO_DIFFERENCE}"
 
 
 def steps_table(part: Part) -> str:
@@ -265,14 +294,16 @@ def sizes_table(part: Part) -> str:
 
 def speed_table(part: Part) -> str:
     """Medians of the rounds; what decoding reads, in ratios, too."""
-    base = speed_of(part, Variant(BASE, False))
-    assert base is not None
+    base = part.row(Variant(BASE, False))
     rows = []
     for row in part.rows:
-        cells = [named(row.type)]
-        for rates, ratios in ((row.prompt, row.prompt_ratio), (row.decode, row.decode_ratio)):
+        cells = [named(row.type) + (", the control" if row.type == BASE else "")]
+        for measure, rates, ratios in (
+            (PROMPT, row.prompt, row.prompt_ratio),
+            (DECODE, row.decode, row.decode_ratio),
+        ):
             cells.append(f"{statistics.median(rates):.1f}")
-            cells.append(spread(ratios))
+            cells.append(spread(ratios, control_of(part, measure)))
         cells.append(f"{row.n_bytes_per_token / base.n_bytes_per_token:.3f} x")
         rows.append(cells)
     heads = (

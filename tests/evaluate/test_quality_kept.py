@@ -25,6 +25,7 @@ from support.quality_parts import (
 
 from benchmarks import quality
 from benchmarks.support import quality_rows
+from benchmarks.support.quality_bars import KL
 from benchmarks.support.quality_fidelity import Subject, known_rows
 from benchmarks.support.quality_kept import kept_parts
 from benchmarks.support.quality_points import POINTS
@@ -192,7 +193,7 @@ def test_the_last_line_has_every_verdict(capsys: pytest.CaptureFixture[str]) -> 
     found = json.loads(last)
     assert found["targets"] == [{"used": 0.995, "holds": True}]
     holds = {(each["recipe"], each["imatrix"], each["measure"]): each["holds"] for each in found["bars"]}
-    assert holds["q8", False, "KL"] is None
+    assert holds["q8", False, KL] is None
     assert len([line for line in told if line.startswith("MISSED")]) == list(holds.values()).count(False)
 
 
