@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 import threading
 import time
 from pathlib import Path
@@ -162,9 +164,15 @@ class _Bench:
 
     def show(self, output_format: str) -> None:
         """Print the models that are done, if any."""
+        from dsmoe_local.evaluate.speed.narrow import as_text
         from dsmoe_local.evaluate.speed.output import FORMATS
 
-        if self._machine is not None and self._models:
+        if self._machine is None or not self._models:
+            return
+        if output_format == "md" and sys.stdout.isatty():
+            width = shutil.get_terminal_size().columns
+            click.echo(as_text(self._machine, self._models, width))
+        else:
             click.echo(FORMATS[output_format](self._machine, self._models))
 
 

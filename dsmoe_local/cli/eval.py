@@ -273,16 +273,23 @@ def _facts(result: Evaluation) -> Table:
 
 def _comparison(comparison: Comparison) -> list[tuple[str, str]]:
     divergence, reference = comparison.divergence, safe_line(comparison.reference, 80)
-    names = {"0.5": "median", "0.9": "90%", "0.99": "99%", "0.999": "99.9%"}
-    quantiles = [f"{names.get(name, name)} {value:.3g}" for name, value in divergence.quantiles.items()]
+    quantiles = [
+        f"{100 * float(share):g}% below {value:.3g}" for share, value in divergence.quantiles.items()
+    ]
     return [
         ("reference", f"{reference}: {_estimate(comparison.reference_perplexity.perplexity)}"),
-        ("ratio of both", _estimate(divergence.ratio)),
-        ("KL divergence", f"{_estimate(divergence.kl)} at least, {divergence.kl_upper:.3g} at most"),
-        ("of single tokens", f"{', '.join(quantiles)}, largest {divergence.maximum:.3g}"),
-        ("same likeliest", _percentage(divergence.same_top)),
-        *([("same experts", "no routers to compare")] if comparison.routing is None else []),
+        ("perplexity ratio", _estimate(divergence.ratio)),
+        ("KL divergence", f"{_estimate(divergence.kl)} nats at least, {divergence.kl_upper:.3g} at most"),
+        ("KL of a token", f"{', '.join(quantiles)}, largest {divergence.maximum:.3g}"),
+        ("same likeliest", f"{_percentage(divergence.same_top)} of tokens"),
+        ("same experts", _same_experts(comparison.routing)),
     ]
+
+
+def _same_experts(routing: Routing | None) -> str:
+    if routing is None:
+        return "no routers to compare"
+    return f"{routing.same:.1%} of tokens in a layer on average, {routing.same_everywhere:.1%} in all layers"
 
 
 def _routing_table(routing: Routing) -> Table:
@@ -298,7 +305,6 @@ def _routing_table(routing: Routing) -> Table:
     table.add_section()
     gate_kl = _bounded(routing.gate_kl, routing.gate_kl_bound)
     table.add_row("mean", f"{routing.same:.1%}", f"{routing.overlap:.2%}", gate_kl)
-    table.add_row("in all", f"{routing.same_everywhere:.1%}", "", "")
     return table
 
 

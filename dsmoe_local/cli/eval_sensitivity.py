@@ -33,6 +33,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 _PROBE = "q4_0"
 _NO_FIT = "none fits"
+_WIDE = 76
+"""Columns that all of the table takes."""
 _OPTIONS = (
     click.option(
         "--sensitivity",
@@ -208,7 +210,7 @@ def show(costs: ErrorCosts, *, as_json: bool, built_in: bool) -> None:
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = 160
-    for part in _parts(costs, built_in=built_in):
+    for part in _parts(costs, console.width, built_in=built_in):
         console.print(part)
 
 
@@ -244,34 +246,42 @@ def _as_json(costs: ErrorCosts) -> dict[str, Any]:
     }
 
 
-def _parts(costs: ErrorCosts, *, built_in: bool) -> Iterator[RenderableType]:
+def _parts(costs: ErrorCosts, width: int, *, built_in: bool) -> Iterator[RenderableType]:
     from rich.text import Text as Line
 
     probes = costs.probes
     yield Line(safe_line(costs.model, 80), style="bold")
     yield Line(f"text  {probes.text}: {probes.n_windows} windows of {probes.n_context:,} tokens")
-    yield _table(costs)
+    yield _table(costs, is_narrow=width < _WIDE)
     if any(each.is_at_most for each in costs.groups):
-        yield Line("<: the divergence is within its error; the cost is what it is at most")
+        yield Line("<: the divergence is no larger than its error; the cost is an upper bound")
     if any(each.cost is None and each.fits for each in costs.groups):
-        yield Line("-: the type holds these weights as they are: try another --probe")
+        yield Line("-: the type stores these weights without loss; try another --probe")
     if any(not each.fits for each in costs.groups):
         yield Line(
-            f"{_NO_FIT}: the rows of these tensors are no whole blocks of the type; {_PROBE} has the smallest"
+            f"{_NO_FIT}: the type's blocks do not divide the rows of these tensors; {_PROBE} has the smallest"
         )
-    yield Line(f"kept in {safe_line(str(costs.kept_in))}: dsmoe-quantize --target-… --sensitivity takes it")
+    yield Line(
+        f"Kept in {safe_line(str(costs.kept_in))}."
+        " To use it: dsmoe-quantize --target-size SIZE --sensitivity FILE"
+    )
     if built_in:
         from dsmoe_local.evaluate.text import LICENCES
 
         yield Line(f"The built-in text: {LICENCES}.", style="dim")
 
 
-def _table(costs: ErrorCosts) -> Table:
+_HEADINGS = ("group", "type", "relative\nerror", "KL divergence", "cost", "built\nin")
+
+
+def _table(costs: ErrorCosts, *, is_narrow: bool) -> Table:
+    """A narrow one leaves out what the JSON has, too: the errors, and the built-in costs."""
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for heading in ("group", "type", "relative error", "KL divergence", "cost", "built in"):
+    headings = ("group", "type", "KL divergence", "cost") if is_narrow else _HEADINGS
+    for heading in headings:
         table.add_column(heading, justify="left" if heading in ("group", "type") else "right", no_wrap=True)
     for each in costs.groups:
         cost = "-" if each.cost is None else f"{'<' if each.is_at_most else ''}{each.cost:.3g}"
@@ -286,7 +296,9 @@ def _table(costs: ErrorCosts) -> Table:
         ]
         for number, row in enumerate(rows or [("" if each.fits else _NO_FIT, "", "")]):
             name, *rest = first if not number else ("", "", "")
-            table.add_row(name, *row, *rest)
+            told, error, divergence = row
+            figures = (divergence, *rest[:1]) if is_narrow else (error, divergence, *rest)
+            table.add_row(name, told, *figures)
     return table
 
 

@@ -200,7 +200,9 @@ def _parts(model: str, readings: Mapping[str, Reading], width: int) -> Iterator[
     if len(readings) == 2:
         first, second = (reading.activity for reading in readings.values())
         same = mean_overlap(first, second)
-        yield Text(f"{same:.0%} of their loads is the same; they differ most in", style="bold")
+        yield Text(
+            f"{same:.0%} of the experts' load is the same in both texts; they differ most in:", style="bold"
+        )
         titles = tuple(readings)
         yield difference_table(differences(first, second, _N_DIFFERENCES), (titles[0], titles[1]), width)
 

@@ -237,7 +237,9 @@ def _facts(result: _Result) -> Table:
     rows = [("text", f"{safe_line(', '.join(imatrix.datasets), 200) or 'unknown'}: {windows}")]
     if collected is not None:
         rows.append(("speed", f"{collected.tokens_per_second:.4g} tokens/s"))
-        rows.append(("perplexity", f"{collected.perplexity:.4g} (all tokens but the first of a window)"))
+        rows.append(
+            ("perplexity", f"{collected.perplexity:.4g} (of all tokens but the first of each window)")
+        )
     rows.append(("tensors", f"{len(imatrix.entries):,}"))
     if coverage.layers:
         rows += _experts(coverage)
@@ -252,10 +254,10 @@ def _experts(coverage: Coverage) -> list[tuple[str, str]]:
     coldest = [
         f"layer {layer} expert {expert}: {count:,}" for count, layer, expert in coverage.coldest(_N_COLDEST)
     ]
-    cold = f"{coverage.n_cold:,} of {coverage.n_experts:,} saw fewer than {FEW} tokens"
-    advice = "; a longer text helps" if coverage.n_cold else ""
+    cold = f"{coverage.n_cold:,} of {coverage.n_experts:,} experts saw fewer than {FEW} tokens"
+    advice = "; use a longer text" if coverage.n_cold else ""
     return [
-        ("cold experts", f"{cold}, {coverage.n_unseen:,} none{advice}"),
+        ("cold experts", f"{cold}, {coverage.n_unseen:,} saw none{advice}"),
         ("coldest", ", ".join(coldest)),
     ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -16,6 +16,7 @@ from dsmoe_local.cli.configuration import from_command_line, told_origin
 from dsmoe_local.cli.type_options import TypeOptions, all_of, refuse_several
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.table import Table
 
     from dsmoe_quantize.budget import Budget
@@ -34,6 +35,9 @@ _WITH_TARGETS = {
 """Options, and their parameters, that say nothing without a target."""
 
 _CPUS = ("x86-avx2", "arm-dotprod", "none")
+
+_WIDE = 120
+"""Columns from which on reasons are a column of a table."""
 
 target_options = all_of(
     click.option(
@@ -174,9 +178,9 @@ def show_offers(target: Target, budget: Budget, *, to_stderr: bool) -> None:
     console.print(
         f"predicted error {solved.total.error:.4g} ({exact}), from {target.sensitivity.share:.0%} of the"
         f" weights; costs of errors: {target.market.error_weights}",
-        soft_wrap=True,
+        soft_wrap=not console.is_terminal,
     )
-    console.print(f"left of the budget: {_room(target, budget)}", soft_wrap=True)
+    console.print(f"left of the budget: {_room(target, budget)}", soft_wrap=not console.is_terminal)
 
 
 def _room(target: Target, budget: Budget) -> str:
@@ -197,7 +201,7 @@ def _room(target: Target, budget: Budget) -> str:
 
 
 def _offer_table(offers: Sequence[Offer]) -> Table:
-    table = _table("", "predicted error", "weights", "bits each", "read per token", "no fast kernel")
+    table = _table("", "predicted\nerror", "weights", "bits\neach", "read per\ntoken", "no fast\nkernel")
     for each in offers:
         table.add_row(
             each.label,
@@ -217,7 +221,31 @@ def show_reasons(reasons: Sequence[Reason]) -> None:
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = 200
-    console.print(_reason_table(reasons))
+    if console.width >= _WIDE:
+        console.print(_reason_table(reasons))
+        return
+    for each in reasons:
+        console.print(*_reason_paragraph(each), sep="\n")
+
+
+def _reason_paragraph(reason: Reason) -> Iterator[RenderableType]:
+    """Where a column would leave little room for the reason."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    from dsmoe_local.model.ggml import type_name
+
+    where = f"{safe_line(reason.kind)} {_layers(reason)}".strip()
+    facts = [type_name(reason.type), format_size(reason.n_bytes)]
+    if reason.error_share:
+        facts.append(f"{reason.error_share:.1%} of the error")
+    yield Text(f"{where}: {', '.join(facts)}", style="bold")
+    yield Padding(Text(reason.why), (0, 0, 0, 2))
+
+
+def _layers(reason: Reason) -> str:
+    """With spaces, where a line may end."""
+    return reason.layers.replace(",", ", ")
 
 
 def _reason_table(reasons: Sequence[Reason]) -> Table:
@@ -232,7 +260,7 @@ def _reason_table(reasons: Sequence[Reason]) -> Table:
     for each in reasons:
         table.add_row(
             safe_line(each.kind),
-            each.layers,
+            _layers(each),
             type_name(each.type),
             format_size(each.n_bytes),
             f"{each.error_share:.1%}" if is_measured else "",

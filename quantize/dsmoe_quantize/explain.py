@@ -56,7 +56,7 @@ def offers(market: Market, solved: Solved, budget: Budget) -> list[Offer]:
     found = [offer(market, "this recipe", solved.total)]
     steps = [(_scaled(budget, factor), label) for factor, label in _STEPS]
     if market.cpu != "none" and budget.slow_share is None:
-        steps += [(replace(budget, slow_share=share), f"at most {share:.0%} slow") for share in _SLOW_SHARES]
+        steps += [(replace(budget, slow_share=share), f"up to {share:.0%} slow") for share in _SLOW_SHARES]
     for other, label in steps:
         # A quick search may miss what the thorough one found.
         totals = [solved.total] if _fits(market, solved, other) else []

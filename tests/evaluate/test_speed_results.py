@@ -20,6 +20,7 @@ from dsmoe_local.base.errors import FormatError
 from dsmoe_local.engine.types import ModelInfo, ModelOptions
 from dsmoe_local.evaluate.speed.bandwidth import Bandwidth
 from dsmoe_local.evaluate.speed.machine import Machine
+from dsmoe_local.evaluate.speed.narrow import as_text
 from dsmoe_local.evaluate.speed.output import FORMATS
 from dsmoe_local.evaluate.speed.results import ModelSpeed, Reads, reads_of, speed_of
 from dsmoe_local.evaluate.speed.timing import Timed
@@ -247,9 +248,28 @@ def test_markdown_tables() -> None:
         "51%",
         "1.00 x",
     ]
-    assert (table[3][0], table[3][3], table[3][-1]) == ("other", "", "0.50 x")
+    # Both deviations are 0.471 of the rate.
+    assert (table[3][0], table[3][3], table[3][-1]) == ("other", "", "0.50 ± 0.33 x")
     assert "40.0 GB/s read by 4 threads" in about
     assert "33.6 MB" in about
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 132, 250])
+def test_a_terminal_gets_whole_words(width: int) -> None:
+    """Guards: lines longer than the terminal, which breaks them in the middle of words and columns; a figure
+    of the tables that is left out.
+    """
+    models = [model("some-model-with-a-name"), model("other", scale=2)]
+    found = as_text(MACHINE, models, width)
+    assert max(map(len, found.splitlines())) <= width
+    table = FORMATS["md"](MACHINE, models)
+    if max(map(len, table.splitlines()[:-1])) <= width:
+        assert found == table
+    words = " ".join(found.split())
+    for figure in ("384.00 ± 181.02", "9.00 GiB", "3.22 GB", "1.71 GB", "51%", "0.50 ± 0.33 x", "40.0 GB/s"):
+        assert figure in words
+    # One model is beside nothing.
+    assert " x" not in as_text(MACHINE, models[:1], width)
 
 
 def test_a_prompt_alone_and_a_model_alone() -> None:

@@ -163,7 +163,7 @@ def test_16b() -> None:
     assert (
         by_name["5% less"].total.error > by_name["this recipe"].total.error > by_name["5% more"].total.error
     )
-    assert by_name["at most 25% slow"].slow_share <= 0.25
+    assert by_name["up to 25% slow"].slow_share <= 0.25
     by_hand = slow_weights(market, solved.plan) / market.n_read
     assert by_name["this recipe"].slow_share == pytest.approx(by_hand)
 
@@ -257,7 +257,7 @@ def test_a_step_gives_what_the_recipe_gives_at_least(moe: Market) -> None:
     """Guards: a looser budget that is shown to give worse than the recipe, which is within it, too."""
     solved = moe.solve(Budget(bits_per_weight=5.0, slow_share=0.2), "x")
     shown = {each.label: each for each in offers(moe, solved, Budget(bits_per_weight=5.0))}
-    for label in ("at most 25% slow", "at most 50% slow", "5% more", "10% more"):
+    for label in ("up to 25% slow", "up to 50% slow", "5% more", "10% more"):
         assert shown[label].total.error <= solved.total.error
 
 

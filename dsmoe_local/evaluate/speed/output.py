@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -106,15 +107,19 @@ def _cell(value: object) -> object:
 
 def as_markdown(machine: Machine, models: Sequence[ModelSpeed]) -> str:
     """llama-bench's table, then one of what explains it, then the machine."""
-    parts = [_speed_table(models), _cost_table(machine, models), about(machine)]
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join([*tables(machine, models), about(machine)])
+
+
+def tables(machine: Machine, models: Sequence[ModelSpeed]) -> list[str]:
+    """Both tables, without what is empty."""
+    return [table for table in (_speed_table(models), _cost_table(machine, models)) if table]
 
 
 Column: TypeAlias = tuple[str, bool, Callable[[ModelSpeed, Speed], str]]
 """Heading, whether it is of numbers, and a row's text."""
 
 _SPEED: tuple[Column, ...] = (
-    ("model", False, lambda model, _: _name(model)),
+    ("model", False, lambda model, _: name_of(model)),
     ("type", False, lambda model, _: _type(model)),
     ("size", True, lambda model, _: _binary_size(model.info.n_bytes)),
     ("params", True, lambda model, _: _parameters(model.info.n_parameters)),
@@ -138,7 +143,7 @@ def _cost_table(machine: Machine, models: Sequence[ModelSpeed]) -> str:
         names.append("speed")
     rows = []
     for model in models:
-        own = [_name(model), format_count(model.reads.n_activated), _seconds(model.load_seconds)]
+        own = [name_of(model), format_count(model.reads.n_activated), _seconds(model.load_seconds)]
         own.append("" if model.peak_bytes is None else format_size(model.peak_bytes))
         replies = [speed for speed in model.speeds if speed.n_bytes_per_token is not None]
         rows += [own + _reading(machine, models, model, speed) for speed in replies]
@@ -152,14 +157,25 @@ def _reading(machine: Machine, models: Sequence[ModelSpeed], model: ModelSpeed, 
     assert speed.n_bytes_per_token is not None
     assert speed.bytes_per_second is not None
     share = model.share_of(speed, machine.bandwidth)
-    first = next((each for each in models[0].speeds if each.workload == speed.workload), None)
     return [
         speed.workload.label,
         format_size(speed.n_bytes_per_token),
         f"{speed.bytes_per_second / 1e9:.1f}",
         "" if share is None else f"{share:.0%}",
-        "" if first is None else f"{speed.rate / first.rate:.2f} x",
+        "1.00 x" if model is models[0] else beside(models[0], speed),
     ]
+
+
+def beside(first: ModelSpeed, speed: Speed) -> str:
+    """A speed by the first model's in the same test, and how far both deviations make that uncertain; empty
+    without such a test.
+    """
+    other = next((each for each in first.speeds if each.workload == speed.workload), None)
+    if other is None:
+        return ""
+    ratio = speed.rate / other.rate
+    error = ratio * math.hypot(speed.deviation / speed.rate, other.deviation / other.rate)
+    return f"{ratio:.2f} ± {error:.2f} x"
 
 
 def about(machine: Machine) -> str:
@@ -196,8 +212,22 @@ def _table(headings: Sequence[tuple[str, bool]], rows: Sequence[Sequence[str]]) 
     return "\n".join([line(heading for heading, _ in headings), line(rule), *map(line, rows)])
 
 
-def _name(model: ModelSpeed) -> str:
+def name_of(model: ModelSpeed) -> str:
+    """The file's, as a cell may hold it."""
     return safe_line(model.info.path.stem, 60).replace("|", "\\|")
+
+
+def model_facts(model: ModelSpeed) -> list[str]:
+    """The columns of the first table that are the same for all tests of a model, in words."""
+    threads = _threads(model)
+    return [
+        _type(model),
+        _binary_size(model.info.n_bytes),
+        f"{_parameters(model.info.n_parameters)} parameters",
+        f"{_experts(model)} experts" if model.info.n_routed_experts else _experts(model),
+        ",".join(model.devices) or "CPU",
+        f"{threads} thread{'' if threads == '1' else 's'}",
+    ]
 
 
 def _type(model: ModelSpeed) -> str:
