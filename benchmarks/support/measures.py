@@ -97,7 +97,7 @@ def one_stream(bench: Bench) -> list[Row]:
             "bare loop": lambda at: bare.decode_rate(prompts[at], n_new),
             "Llama(stream=True)": lambda at: high.decode_rate(prompts[at][0], n_new),
         }
-        figures = in_turn(contenders, sizes.rounds)
+        figures = in_turn(contenders, sizes.rounds, "bare loop")
     name = f"one stream, decode, {n_new} tokens"
     high_bar = None if bench.is_demo else Bar(1.4)
     rows = [
@@ -128,6 +128,7 @@ def prompt_processing(bench: Bench) -> list[Row]:
                 "bare loop": lambda at: n_prompt / bare.read_seconds(prompts[at][0]),
             },
             bench.sizes.rounds,
+            "bare loop",
         )
     name = f"prompt processing, {n_prompt} tokens"
     rows = [compare(name, figures, bench.kind, "bare loop", bar=Bar(0.97))]
@@ -172,6 +173,7 @@ def _together(bench: Bench, unified: bool) -> list[Row]:
                 "one stream of ours": lambda at: single.decode_rate(prompts[at][0], n_new),
             },
             sizes.rounds,
+            "bare batched loop",
         )
     name = f"{width} sequences, decode, {_UNIFIED[unified]}"
     # Prompts that share nothing get a cache each: that is the mode to be held against one stream.
@@ -341,7 +343,7 @@ def second_turn(bench: Bench) -> list[Row]:
         return 1000 * bare.read_seconds(turn.ids[turn.n_read :], turn.ids[: turn.n_read])
 
     with bench.ours(2048) as ours, Bare(bench.path, n_context=2048, n_threads=bench.n_threads) as bare:
-        figures = in_turn({bench.kind: ours_turn, "bare loop": bare_turn}, bench.sizes.rounds)
+        figures = in_turn({bench.kind: ours_turn, "bare loop": bare_turn}, bench.sizes.rounds, "bare loop")
         last = first_turn(bench.sizes.rounds)
     note = f"{len(last.ids) - last.n_read} new tokens behind {last.n_read}; {cached[-1]} were cached"
     name = "second turn, time to first token"

@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.support.quality_rows import FidelityRow, Part, SpeedRow
 from benchmarks.support.quality_types import BASE, OURS, Variant
-from benchmarks.support.rows import Bar
+from benchmarks.support.rows import Bar, is_difference, off_by
 
 _DRAWS, _SEED = 10_000, 0
 _INTERVAL = (0.025, 0.975)
@@ -110,18 +110,13 @@ class Verdict:
         }
 
 
-def is_difference(ratio: float, control: float) -> bool:
-    """Whether a ratio is outside the spread of a method that is off by the factor `control`."""
-    return not 1 / control <= ratio <= control
-
-
 def control_of(part: Part, measure: str) -> float:
     """The factor by which speeds are off, at least: that of the base's worst round against itself. KeyError
     if that was not timed.
     """
     row: SpeedRow = part.row(Variant(BASE, False))
     ratios = {PROMPT: row.prompt_ratio, DECODE: row.decode_ratio}[measure]
-    return max(max(ratio, 1 / ratio) for ratio in ratios)
+    return off_by(ratios)
 
 
 def ratio_of(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, tuple[float, float]]:

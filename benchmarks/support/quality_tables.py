@@ -14,7 +14,6 @@ from benchmarks.support.quality_bars import (
     SIZE,
     Verdict,
     control_of,
-    is_difference,
     ratio_of,
     targets_hold,
     verdicts,
@@ -25,6 +24,7 @@ from benchmarks.support.quality_points import START
 from benchmarks.support.quality_rows import AlikeRow, FidelityRow, Part
 from benchmarks.support.quality_settings import settings_table
 from benchmarks.support.quality_types import BASE, OURS, Variant
+from benchmarks.support.rows import is_difference
 
 _WORDS = {False: "without", True: "with"}
 _POINT_PARTS = ("sizes", "reference", "speed")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -14,6 +14,18 @@ Measure = Callable[[int], float]
 """Takes the number of the round, which decides what text is used, and returns a figure."""
 
 WARM_UP = 0  # the round that does not count
+CONTROL = ", again"
+"""Behind the name of the contender that is measured twice in each round."""
+
+
+def off_by(ratios: Iterable[float]) -> float:
+    """The factor by which a method is off, at least, by ratios of what is the same."""
+    return max(max(ratio, 1 / ratio) for ratio in ratios)
+
+
+def is_difference(ratio: float, control: float) -> bool:
+    """Whether a ratio is outside the spread of a method that is off by the factor `control`."""
+    return not 1 / control <= ratio <= control
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +45,10 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table. `result` is ours / theirs, or ours - theirs; no `bar`: for information."""
+    """One line of the table. `result` is ours / theirs, or ours - theirs; no `bar`: for information. `spread`
+    is from the least of the rounds to the greatest, further on both sides by `control`, the factor by which
+    the method is off.
+    """
 
     measure: str
     ours: float
@@ -44,6 +59,18 @@ class Row:
     bar: Bar | None = None
     note: str = ""
     is_difference: bool = False
+    spread: tuple[float, float] | None = None
+    control: float = 1.0
+
+    @property
+    def is_uncertain(self) -> bool:
+        """Whether the spread has both what would meet the bar and what would miss it."""
+        return self.bar is not None and len({self.bar.holds(end) for end in self.spread or ()}) == 2
+
+    @property
+    def is_none(self) -> bool:
+        """Whether the control shows as much: then it is no difference."""
+        return self.control > 1 and not is_difference(self.result, self.control)
 
     @property
     def passed(self) -> bool | None:
@@ -61,15 +88,20 @@ class Row:
             "difference" if self.is_difference else "ratio": round(self.result, 4),
             "bar": str(self.bar) if self.bar is not None else None,
             "passed": self.passed,
+            "uncertain": self.is_uncertain,
+            "spread": self.spread and [round(end, 4) for end in self.spread],
+            "control": round(self.control, 4),
             "note": self.note,
         }
 
 
-def in_turn(contenders: Mapping[str, Measure], rounds: int) -> dict[str, list[float]]:
-    """Measure everyone in every round, after a round that does not count.
+def in_turn(contenders: Mapping[str, Measure], rounds: int, control: str = "") -> dict[str, list[float]]:
+    """Measure everyone in every round, after a round that does not count; `control` twice.
 
     The order turns around from round to round, so that a slow drift of the machine favours nobody.
     """
+    if control:
+        contenders = {**contenders, control + CONTROL: contenders[control]}
     figures: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):
         names = list(contenders)[:: 1 if number % 2 else -1]
@@ -92,17 +124,28 @@ def compare(
     note: str = "",
 ) -> Row:
     """A row of medians. The ratio is the median of the rounds' own: both sides saw the same machine then."""
-    ratio = statistics.median(a / b for a, b in zip(figures[ours], figures[theirs], strict=True))
+
+    def by_round(name: str) -> list[float]:
+        return [a / b for a, b in zip(figures[name], figures[theirs], strict=True)]
+
+    ratios = by_round(ours)
+    control = off_by(by_round(theirs + CONTROL)) if theirs + CONTROL in figures else 1.0
     return Row(
         measure,
         statistics.median(figures[ours]),
         theirs,
         statistics.median(figures[theirs]),
-        ratio,
+        statistics.median(ratios),
         unit,
         bar,
         note,
+        spread=(min(ratios) / control, max(ratios) * control),
+        control=control,
     )
+
+
+def _ratio(row: Row) -> str:
+    return f"x {row.result:.3f}" + (" (no difference)" if row.is_none else "")
 
 
 def say(text: str) -> None:
@@ -123,9 +166,9 @@ def show(title: str, rows: Sequence[Row]) -> None:
             row.contender,
             f"{row.theirs:,.1f}",
             row.unit,
-            f"{row.result:+.1f}" if row.is_difference else f"x {row.result:.3f}",
+            f"{row.result:+.1f}" if row.is_difference else _ratio(row),
             str(row.bar) if row.bar is not None else "",
-            words[row.passed],
+            words[row.passed] + (", uncertain" if row.is_uncertain else ""),
             row.note,
         )
     # A file or a pipe has no width to fit into.

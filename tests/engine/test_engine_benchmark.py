@@ -76,6 +76,18 @@ def test_the_ratio_is_that_of_a_round() -> None:
     assert (row.ours, row.theirs, row.result, row.passed) == (20, 30, 1.0, True)
 
 
+def test_the_control_bounds_what_is_claimed() -> None:
+    """Guards: 1.07 x called a gain, or a bar called met, where the same measured twice differs by more."""
+    figures = in_turn({"a": lambda _: 1.0, "b": float}, 2, "b")
+    assert figures == {"a": [1, 1], "b": [1, 2], "b, again": [1, 2]}
+    row = compare("x", {"a": [10.7, 10.7], "b": [10, 10], "b, again": [9, 10]}, "a", "b", bar=Bar(1.0))
+    assert row.control == pytest.approx(10 / 9)
+    assert row.spread == pytest.approx((1.07 * 0.9, 1.07 / 0.9))
+    assert (row.passed, row.is_uncertain, row.is_none) == (True, True, True)
+    row = compare("x", {"a": [12, 12], "b": [10, 10], "b, again": [9, 10]}, "a", "b", bar=Bar(1.0))
+    assert (row.passed, row.is_uncertain, row.is_none) == (True, False, False)
+
+
 @pytest.mark.parametrize(
     ("bar", "result", "passed"),
     [(Bar(0.97), 0.96, False), (Bar(0.97), 0.97, True), (Bar(150, at_most=True), 151, False)],
