@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from dsmoe_local.evaluate.windows import Windows
 
 _N_CONTEXT = 512
+_LARGE = 1e9  # from here on digits are not written out
 
 
 @click.command(name="eval")
@@ -317,6 +318,8 @@ def _estimate(estimate: Estimate) -> str:
     """As many digits as its error makes worth showing."""
     if estimate.error <= 0:
         return f"{estimate.value:.4g}"
+    if estimate.value >= _LARGE:
+        return f"{estimate.value:.4g} ± {estimate.error:.2g}"
     digits = min(9, max(0, 1 - math.floor(math.log10(estimate.error))))
     return f"{estimate.value:,.{digits}f} ± {estimate.error:,.{digits}f}"
 

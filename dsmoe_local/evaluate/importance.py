@@ -18,6 +18,7 @@ from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Note, Started, ignore
 from dsmoe_local.engine.errors import EngineError
 from dsmoe_local.engine.observe.arrays import unpack
+from dsmoe_local.engine.observe.perplexity import perplexity
 from dsmoe_local.engine.types import Observation, ObserverOptions, TextEngine
 from dsmoe_local.evaluate.importance_file import ImportanceFile
 from dsmoe_local.evaluate.measure import LOGPROBS, name_of
@@ -59,7 +60,7 @@ def perplexity_of(run: Mapping[str, object]) -> float:
     nll, n_scored = run.get("nll"), run.get("n_scored")
     if not isinstance(nll, float) or not isinstance(n_scored, int) or n_scored < 1:
         return math.nan
-    return math.exp(min(nll / n_scored, 700.0))
+    return perplexity(nll / n_scored)
 
 
 def collect(

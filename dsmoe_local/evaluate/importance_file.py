@@ -70,6 +70,8 @@ def importance_file(out: Path, *, force: bool = False) -> Iterator[ImportanceFil
     """
     if not out.absolute().parent.is_dir():
         raise FileError("the output's folder does not exist", where=out.parent, remedy="create it first")
+    if out.is_dir():
+        raise FileError("the output is a folder", where=out, remedy="name a file in it with -o")
     if out.exists() and not (force and out.is_file()):
         raise FileError(
             "the output exists already", where=out, remedy="name another with -o, or replace it with --force"

@@ -57,6 +57,10 @@ def measure(
     reader = WindowReader(engine, windows, windows.first, listen, stop or threading.Event(), so_far.tell)
     try:
         reader.read(range(len(windows.tokens)))
+    except EngineError as error:
+        # Of a model and its reference, only one is to blame.
+        error.where = error.where or name_of(engine)
+        raise
     finally:
         so_far.close()
     listen(Finished(stage))

@@ -39,6 +39,7 @@ SMALL = 4096
 _VERSION = 1
 _ABOUT, _TOKENS, _PREDICTIONS, _CHOICES = "about.json", "tokens", "predictions", "choices"
 _MOST_ABOUT = 1 << 20
+_ARCHIVE = b"PK\x03\x04"
 _ENCRYPTED = 1  # a bit of a member's flags; zipfile asks for a password
 # What zipfile, json and numpy raise of a file that is something else.
 _MALFORMED = (
@@ -196,6 +197,8 @@ def keep(reference: Reference, kept: Path) -> None:
 
 
 def _is_there(kept: Path) -> FileError:
+    if kept.is_dir():
+        return FileError("this is a folder", where=kept, remedy="name a file to keep the reference in")
     return FileError("the file exists already", where=kept, remedy="remove it, or name another file")
 
 
@@ -204,8 +207,12 @@ def _not_kept(error: OSError, kept: Path) -> FileError:
 
 
 def is_kept(path: Path) -> bool:
-    """Whether a file is a kept reference rather than a model."""
-    return zipfile.is_zipfile(path)
+    """Whether a file is a kept reference rather than a model: also one that was cut short. FileError."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_ARCHIVE)) == _ARCHIVE
+    except OSError as error:
+        raise _unreadable(error, path) from error
 
 
 def unpack(kept: Path, folder: Path, n_windows: int | None = None) -> Reference:
@@ -228,9 +235,18 @@ def unpack(kept: Path, folder: Path, n_windows: int | None = None) -> Reference:
             raise ValueError("it has no windows")
         return Reference(folder, safe_line(str(about["model"]), 80), windows, gates)
     except OSError as error:
-        raise FileError(f"the reference cannot be read: {error.strerror}", where=kept) from error
+        raise _unreadable(error, kept) from error
     except _MALFORMED as error:
-        raise FormatError(f"this is no kept reference: {error}", where=kept) from error
+        what = "it is cut short or damaged" if isinstance(error, zipfile.BadZipFile) else error
+        raise FormatError(
+            f"not a usable reference: {what}",
+            where=kept,
+            remedy="make it again: dsmoe eval MODEL --keep FILE",
+        ) from error
+
+
+def _unreadable(error: OSError, kept: Path) -> FileError:
+    return FileError(f"the reference cannot be read: {error.strerror}", where=kept)
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:

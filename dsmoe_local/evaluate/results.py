@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dsmoe_local.engine.observe.perplexity import perplexity
 from dsmoe_local.engine.types import Observation
-
-_MOST_NLL = 700.0  # beyond float's range there is no perplexity to speak of
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +138,9 @@ def perplexity_of(seen: Observation) -> Perplexity:
 
 def reference_of(seen: Observation) -> Perplexity:
     """The reference's, from the observer `divergence`."""
-    perplexity = math.exp(min(seen["reference_nll"], _MOST_NLL))
-    error = perplexity * seen["reference_nll_error"]
-    return Perplexity(int(seen["tokens"]), seen["reference_nll"], Estimate(perplexity, error))
+    found = perplexity(seen["reference_nll"])
+    error = found * seen["reference_nll_error"]
+    return Perplexity(int(seen["tokens"]), seen["reference_nll"], Estimate(found, error))
 
 
 def divergence_of(seen: Observation) -> Divergence:
@@ -149,7 +148,7 @@ def divergence_of(seen: Observation) -> Divergence:
     n = max(1, int(seen["tokens"]))
     requests = sorted(seen["requests"], key=lambda each: int(each["request"]))
     same = seen["same_top"] / n
-    ratio = math.exp(min(seen["nll_change"], _MOST_NLL))
+    ratio = perplexity(seen["nll_change"])
     return Divergence(
         kl=Estimate(seen["kl"], seen["kl_error"]),
         kl_upper=seen["kl_upper"],

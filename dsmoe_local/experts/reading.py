@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Started
+from dsmoe_local.engine.observe.perplexity import perplexity
 from dsmoe_local.engine.types import FinishReason, ObserverOptions, Request, SamplingParameters, TextEngine
 from dsmoe_local.experts.activity import Activity, activity_of
 
@@ -50,9 +50,7 @@ def read_tokens(
     after, logprobs = activity_of(engine.observe("routing")), engine.observe("logprobs")
     scored = logprobs["tokens"] - logprobs_before["tokens"]
     nll = logprobs["nll"] - logprobs_before["nll"]
-    # Beyond float's range there is no perplexity to speak of.
-    perplexity = math.exp(min(nll / scored, 700.0)) if scored else None
-    return Reading(after - before, len(ids), len(windows), perplexity)
+    return Reading(after - before, len(ids), len(windows), perplexity(nll / scored) if scored else None)
 
 
 def _read(

@@ -242,7 +242,7 @@ def test_what_is_no_kept_reference_is_refused(recorded: Reference, tmp_path: Pat
                     archive.write(recorded.folder / name, name)
         place = tmp_path / f"place-{index}"
         place.mkdir()
-        with pytest.raises(FormatError, match="no kept reference"):
+        with pytest.raises(FormatError, match="not a usable reference"):
             unpack(path, place)
 
 

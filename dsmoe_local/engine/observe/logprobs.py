@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from dsmoe_local.engine.native import Model, Row
 from dsmoe_local.engine.observe.observer import Logits, Observer, Scored
+from dsmoe_local.engine.observe.perplexity import perplexity
 from dsmoe_local.engine.observe.scoring import blocks
 from dsmoe_local.engine.types import Observation
 from dsmoe_local.model.hyperparameters import Hyperparameters
@@ -60,12 +61,11 @@ class Logprobs(Observer):
 
     def summary(self) -> Observation:
         """See Observer: `perplexity_error` is its standard error."""
-        # Beyond float's range there is no perplexity to speak of.
-        perplexity = math.exp(min(self._nll.mean, 700.0))
+        found = perplexity(self._nll.mean)
         return {
             "tokens": self._nll.count,
             "nll": self._nll.total,
             "nll_squares": self._nll.squares,
-            "perplexity": perplexity,
-            "perplexity_error": perplexity * self._nll.error,
+            "perplexity": found,
+            "perplexity_error": found * self._nll.error,
         }

@@ -57,5 +57,8 @@ def _block(request_id: str, index: int, targets: npt.NDArray[np.int64], logits: 
     log_totals = np.log(totals)
     logprobs = shifted[np.arange(len(targets)), targets] - log_totals
     if not (np.isfinite(totals).all() and np.isfinite(logprobs).all()):
-        raise NativeError("the model's logits are not finite")
+        raise NativeError(
+            "the model's logits are not finite",
+            remedy="its weights may be damaged: download or convert it again",
+        )
     return Block(request_id, index, targets, shifted, exponentials, totals, log_totals, logprobs)
