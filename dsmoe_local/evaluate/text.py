@@ -74,7 +74,7 @@ def read_text(source: str | None) -> Text:
         content = raw.decode()
     except UnicodeDecodeError as error:
         raise FormatError(
-            f"the text is not UTF-8: invalid byte at {error.start}", where=source, remedy="save it as UTF-8"
+            f"the text is not UTF-8: byte {error.start} is invalid", where=source, remedy="save it as UTF-8"
         ) from error
     content = content.removesuffix("\n")
     if not content.strip():

@@ -49,7 +49,7 @@ def options(path: Path) -> ModelOptions:
         (b"PK\x03\x04....", "this is an archive"),
         (b"GGUF\x03\0\0\0", "this is a GGUF file"),
         ("a text".encode("utf-16"), "this is UTF-16"),
-        ("caf\u00e9".encode("latin-1"), "invalid byte at 3"),
+        ("caf\u00e9".encode("latin-1"), "byte 3 is invalid"),
         (b" \n\n", "the text is empty"),
         (b"", "the text is empty"),
         (None, "this is a folder, not a text"),
