@@ -6,7 +6,7 @@ What its keys mean is told by those who read them: `cli.configuration` and `chat
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,6 +23,11 @@ _MOST = 2**63 - 1
 def config_path() -> Path:
     """Where the config file is looked for."""
     return config_folder() / "config.toml"
+
+
+def spellings(keys: Iterable[str]) -> tuple[str, ...]:
+    """Every form in which one of `keys` may stand in the file: with dashes, or with underscores."""
+    return tuple(dict.fromkeys(form for key in keys for form in (key, key.replace("-", "_"))))
 
 
 class ConfigFile:

@@ -1,7 +1,7 @@
 """The settings of a conversation that can change while it runs, as one table. Shows nothing.
 
-The table also says under which key the config file has a setting, in `[chat]` and in presets: the name of its
-long flag.
+The table also says under which keys the config file has a setting, in `[chat]` and in presets: those of its
+long flags.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, cast
 
-from dsmoe_local.base.config_file import Value
+from dsmoe_local.base.config_file import Value, spellings
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.chat.turns import OnFull
@@ -23,25 +23,27 @@ from dsmoe_local.engine.types import SamplingParameters
 @dataclass(frozen=True, slots=True)
 class ChatSettings:
     """How replies are generated. `max_tokens` None: until the model stops or the context is full; `on_full`
-    says what happens then.
+    says what happens then. `chosen` names the settings that were made in the chat: what /set save keeps.
     """
 
     sampling: SamplingParameters = field(default_factory=SamplingParameters)
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     on_full: OnFull = OnFull.STOP
+    chosen: frozenset[str] = field(default=frozenset(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One name of `/set`: its key in the config file, how its value is read, what it does, and the words that
-    its value may be.
+    """One name of `/set`: its key in the config file, how its value is read, what it does, the words that its
+    value may be, and other keys that mean the same. The setting's own name is one of them.
     """
 
     key: str
     read: Callable[[str], Any]
     help: str
     words: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
 
 
 PRESETS = "presets"
@@ -117,7 +119,11 @@ SETTINGS: Mapping[str, Setting] = {
         "seed", _optional_integer, "fixes the random choices; none = a new one for each reply", ("none",)
     ),
     "max_tokens": Setting(
-        "predict", _optional_integer, "longest reply; none = until the context is full", ("none",)
+        "predict",
+        _optional_integer,
+        "longest reply; none = until the context is full",
+        ("none",),
+        ("n-predict",),
     ),
     "stop": Setting(
         "reverse-prompt", _stop, 'a text that ends a reply, or several: ["a", "b"]; none = off', ("none",)
@@ -129,21 +135,26 @@ SETTINGS: Mapping[str, Setting] = {
         tuple(OnFull),
     ),
 }
-_SHORT = {
-    **{setting.key.replace("-", "_"): name for name, setting in SETTINGS.items()},
-    "n": "max_tokens",
-    "n_predict": "max_tokens",
-}
+
+
+def keys_of_setting(name: str) -> tuple[str, ...]:
+    """The keys of one of SETTINGS, all of them long flags of the chat; what is written is the first."""
+    setting = SETTINGS[name]
+    return tuple(dict.fromkeys((setting.key, name.replace("_", "-"), *setting.aliases)))
+
+
+KEYS: Mapping[str, str] = {key: name for name in SETTINGS for key in spellings(keys_of_setting(name))}
+"""The setting that a key of the config file means, with dashes or underscores."""
+_NAMES: Mapping[str, str] = {**KEYS, "n": "max_tokens"}
 _SAMPLING = frozenset(item.name for item in fields(SamplingParameters))
 
 
 def setting_name(word: str) -> str:
     """The setting that `word` names, dashes and short forms allowed. UsageError with the nearest if none."""
-    name = word.strip().lower().replace("-", "_")
-    name = _SHORT.get(name, name)
-    if name in SETTINGS:
-        return name
-    near = difflib.get_close_matches(name, SETTINGS, n=1)
+    key = word.strip().lower().replace("_", "-")
+    if key in _NAMES:
+        return _NAMES[key]
+    near = difflib.get_close_matches(key.replace("-", "_"), SETTINGS, n=1)
     raise UsageError(
         f"there is no setting {safe_line(word, 40)!r}",
         remedy=f"did you mean {near[0]}?" if near else f"there are: {', '.join(SETTINGS)}",
@@ -179,7 +190,7 @@ def apply(settings: ChatSettings, values: Mapping[str, Any]) -> ChatSettings:
             texts = [value] if isinstance(value, str) else value
             if not all(isinstance(text, str) and text for text in texts):
                 raise UsageError(f"{key} holds what is no text", remedy=SETTINGS[name].help)
-            settings = replace(settings, stop=tuple(texts))
+            settings = _with(settings, name, tuple(texts))
         elif isinstance(value, str | int | float) and not isinstance(value, bool):
             settings = change(settings, name, str(value))
         else:
@@ -192,15 +203,17 @@ def presets_of(values: Mapping[str, Any]) -> dict[str, Preset]:
     presets = values.get(PRESETS, {})
     if not isinstance(presets, dict):
         return {}
-    keys = {setting.key for setting in SETTINGS.values()}
-    return {
-        name: Preset(
-            {key: value for key, value in section.items() if key in keys},
-            tuple(key for key in section if key not in keys),
-        )
-        for name, section in presets.items()
-        if isinstance(section, dict)
-    }
+    return {name: _preset(section) for name, section in presets.items() if isinstance(section, dict)}
+
+
+def _preset(section: Mapping[str, Any]) -> Preset:
+    values = {}
+    for name in SETTINGS:
+        # Of a setting that is there twice, the usual key counts.
+        key = next((key for key in spellings(keys_of_setting(name)) if key in section), None)
+        if key is not None:
+            values[key] = section[key]
+    return Preset(values, tuple(key for key in section if key not in values))
 
 
 def as_value(settings: ChatSettings, name: str) -> Value:
@@ -239,5 +252,5 @@ def setting_rows(settings: ChatSettings) -> list[tuple[str, str, str]]:
 def _with(settings: ChatSettings, name: str, value: object) -> ChatSettings:
     changes: dict[str, Any] = {name: value}
     if name in _SAMPLING:
-        return replace(settings, sampling=replace(settings.sampling, **changes))
-    return replace(settings, **changes)
+        changes = {"sampling": replace(settings.sampling, **changes)}
+    return replace(settings, **changes, chosen=settings.chosen | {name})

@@ -15,14 +15,12 @@ import click
 from dsmoe_local.base.durable import same_file
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.cli.model_options import (
-    check_stop,
     find_model,
     load_engine,
     model_option,
     model_options,
-    sampling_options,
-    sampling_parameters,
 )
+from dsmoe_local.cli.reply_options import check_stop, reply_limit, reply_options, sampling_parameters
 
 if TYPE_CHECKING:
     from dsmoe_local.batch.job import BatchOptions, Job
@@ -88,12 +86,10 @@ class Parallel(click.ParamType[int]):
     metavar="N",
     help="Give up after more than N failed lines.",
 )
-@click.option("-n", "--max-tokens", "max_tokens", type=int, metavar="N", help="Longest reply [the context].")
-@click.option("-r", "--stop", "stop", multiple=True, metavar="TEXT", help="End replies before TEXT.")
 @click.option("--restart", is_flag=True, help="Replace an output that exists.")
 @click.option("--json", "as_json", is_flag=True, help="The summary as JSON, the last line on stderr.")
 @model_options
-@sampling_options
+@reply_options
 def command(
     source: Path,
     named_model: str | None,
@@ -161,12 +157,10 @@ def _options(source: Path, model: Path, n_deterministic: int | None, values: dic
     from dsmoe_local.batch.template import parse_template
 
     max_tokens, stop, template = (values.pop(name) for name in ("max_tokens", "stop", "template"))
-    if max_tokens is not None and max_tokens < 1:
-        raise UsageError(f"-n {max_tokens} is out of range", remedy="it takes 1 or more")
     check_stop(stop)
     return BatchOptions(
         source=source,
-        defaults=BatchDefaults(sampling_parameters(values), max_tokens, stop),
+        defaults=BatchDefaults(sampling_parameters(values), reply_limit(max_tokens), stop),
         input=InputForm(
             text=values.pop("text"),
             template=parse_template(template) if template is not None else None,

@@ -11,17 +11,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dsmoe_local.base.errors import UsageError
-from dsmoe_local.cli.configuration import from_command_line, told_origin
+from dsmoe_local.cli.configuration import from_command_line
 from dsmoe_local.cli.model_options import (
     ModelName,
-    check_stop,
     find_model,
     load_engine,
     model_option,
     model_options,
-    sampling_options,
-    sampling_parameters,
 )
+from dsmoe_local.cli.reply_options import check_stop, reply_limit, reply_options, sampling_parameters
 
 if TYPE_CHECKING:
     from dsmoe_local.chat.settings import ChatSettings
@@ -48,13 +46,7 @@ class _Conversing:
 @model_option
 @click.option("-p", "--prompt", metavar="TEXT", help="Answer this and exit; - reads it from stdin.")
 @click.option("-f", "--file", "prompt_file", metavar="FILE", help="Answer the text of a file and exit.")
-@click.option("-sys", "--system", default="", metavar="TEXT", help="System text.")
-@click.option(
-    "-n", "--predict", "max_tokens", type=int, metavar="N", help="Longest reply in tokens [-1: no limit]."
-)
-@click.option(
-    "-r", "--reverse-prompt", "stop", multiple=True, metavar="TEXT", help="End replies before TEXT."
-)
+@click.option("-sys", "--system", "--system-prompt", default="", metavar="TEXT", help="System text.")
 @click.option(
     "--on-full",
     type=click.Choice(["stop", "shift", "compact"]),
@@ -70,14 +62,14 @@ class _Conversing:
 @click.option("--schema", metavar="FILE", help="With -p: the answer is JSON that this JSON schema allows.")
 @click.option("--stats", is_flag=True, help="Tell what each reply took, on stderr with -p.")
 @model_options
-@sampling_options
+@reply_options
 def command(
     words: tuple[str, ...],
     named_model: str | None,
     prompt: str | None,
     prompt_file: str | None,
     system: str,
-    max_tokens: int | None,
+    max_tokens: int,
     stop: tuple[str, ...],
     on_full: str,
     session: str | None,
@@ -112,9 +104,7 @@ def command(
         for_a_chat={} if text is None else {"--session": "session", "--continue": "latest"},
     )
     json_schema = read_schema(schema) if schema is not None and text is not None else None
-    with told_origin("max_tokens"):
-        limit = _limit(max_tokens)
-    settings = ChatSettings(sampling_parameters(values), limit, stop, OnFull(on_full))
+    settings = ChatSettings(sampling_parameters(values), reply_limit(max_tokens), stop, OnFull(on_full))
     if text is not None:
         with load_engine(path or find_model(), values) as engine:
             _answer(engine, settings, system, text, json_schema, as_json=as_json, stats=stats)
@@ -140,14 +130,6 @@ def _check_combinations(for_one_answer: dict[str, str], for_a_chat: dict[str, st
             raise UsageError(f"{flag} is for a chat: one answer has no session", remedy="leave it out, or -p")
     if from_command_line("session") and from_command_line("latest"):
         raise UsageError("--session and --continue name two conversations", remedy="use one of them")
-
-
-def _limit(max_tokens: int | None) -> int | None:
-    if max_tokens is None or max_tokens == -1:
-        return None
-    if max_tokens < 1:
-        raise UsageError(f"-n {max_tokens} is out of range", remedy="it takes 1 or more, or -1 for no limit")
-    return max_tokens
 
 
 def _model_and_dash(words: tuple[str, ...]) -> tuple[str | None, bool]:

@@ -35,10 +35,16 @@ COMMANDS: Mapping[str, CommandEntry] = {
 }
 
 
+def _with_dashes(token: str) -> str:
+    return token.replace("_", "-")
+
+
 def import_command(name: str) -> click.Command:
     """The command called `name`, with the options that all commands share."""
     command: click.Command = importlib.import_module(COMMANDS[name].module).command
     command.context_settings.setdefault("help_option_names", ["-h", "--help"])
+    # As in llama.cpp, --max_tokens is --max-tokens.
+    command.context_settings.setdefault("token_normalize_func", _with_dashes)
     if not any(parameter.name == "debug" for parameter in command.params):
         debug = click.Option(["--debug"], is_flag=True, expose_value=False, help="Show tracebacks of errors.")
         command.params.append(debug)

@@ -84,9 +84,9 @@ def command(name: str, as_json: bool, show_path: bool) -> None:
     """Show the options of a command (chat, if none is named), their values and where these come from.
 
     A flag counts most, then the variable of the option (DSMOE_TEMP for --temp), then a preset, then the
-    config file: the command's section, then the top level. Its keys are long flags without the dashes:
+    config file: the command's section, then the top level. Its keys are long flags, without the two dashes:
 
-    \\b
+    \b
         model = "deepseek-moe-16b-chat-q4"
         models-folder = "~/models"
         [chat]
@@ -151,10 +151,7 @@ def _shown(context: click.Context, option: click.Option) -> Shown:
     if key in _SECRET and origin.source is not Source.BUILT_IN:
         return Shown(key, _HIDDEN, _HIDDEN, origin)
     if origin.source is Source.BUILT_IN:
-        found = _BUILT_IN.search(option.help or "")
-        default = _plain(option.get_default(context))
-        words = found[1] if found else _in_words(default)
-        return Shown(key, [] if option.multiple and default is None else default, words, origin)
+        return _built_in(context, option)
     try:
         value = option.type_cast_value(context, raw)
     except click.BadParameter as error:
@@ -162,6 +159,19 @@ def _shown(context: click.Context, option: click.Option) -> Shown:
     if isinstance(value, float) and not math.isfinite(value):
         return Shown(key, None, _in_words(raw), origin, "this is no number to reckon with")
     return Shown(key, _plain(value), _in_words(raw if not option.is_flag else value), origin)
+
+
+def _built_in(context: click.Context, option: click.Option) -> Shown:
+    found = _BUILT_IN.search(option.help or "")
+    default = option.get_default(context)
+    value: Any = [] if option.multiple else None
+    if _plain(default) is not None:
+        value = _plain(option.type_cast_value(context, default))
+    words = found[1] if found else _in_words(value)
+    if value is None and words.isdecimal():
+        # The module that knows it is imported only where it is needed.
+        value = int(words)
+    return Shown(keys_of(option)[0], value, words, Origin(Source.BUILT_IN))
 
 
 def _models_folder() -> Shown:
@@ -196,6 +206,7 @@ def _as_json(name: str, shown: list[Shown], presets: Mapping[str, Mapping[str, A
                 "key": each.key,
                 "variable": variable(each.key, name),
                 "value": each.value,
+                "in_words": each.words or None,
                 "source": each.origin.source.value,
                 "where": each.origin.where or None,
                 "error": each.error or None,

@@ -20,7 +20,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from dsmoe_local.base.config_file import ConfigFile, config_path
+from dsmoe_local.base.config_file import ConfigFile, config_path, spellings
 from dsmoe_local.base.errors import DsmoeError, FormatError, UsageError
 from dsmoe_local.base.paths import data_folder
 from dsmoe_local.base.text import safe_line
@@ -200,15 +200,13 @@ class ConfigDefaults(dict[str, Any]):
         context = click.get_current_context(silent=True)
         if name not in self._options or context is None or context.resilient_parsing:
             return None
+        keys = keys_of(self._options[name])
+        is_own = keys[0] in _OWN_SECTION_ALONE.get(self.command_name, ())
         for layer in self._current_layers():
-            for key in keys_of(self._options[name]):
-                if key not in layer.values:
-                    continue
+            for key in spellings(keys):
                 # `chat` is a flag of two commands, and the section of a third.
-                is_other = isinstance(layer.values[key], dict) or key in _OWN_SECTION_ALONE.get(
-                    self.command_name, ()
-                )
-                if layer.name or not is_other:
+                is_other = is_own or isinstance(layer.values.get(key), dict)
+                if key in layer.values and (layer.name or not is_other):
                     return layer, key
         return None
 
@@ -280,11 +278,14 @@ def unknown_keys(values: Mapping[str, Any], commands: Iterable[str]) -> list[str
     """What stands in the config file and means nothing, in words. Of the commands' sections only those of
     `commands` are looked at.
     """
-    from dsmoe_local.chat.settings import PRESETS, SETTINGS, presets_of
+    from dsmoe_local.chat.settings import KEYS, PRESETS, presets_of
 
     def keys(names: Iterable[str]) -> set[str]:
         return {
-            key for name in names for option in configurable(import_command(name)) for key in keys_of(option)
+            key
+            for name in names
+            for option in configurable(import_command(name))
+            for key in spellings(keys_of(option))
         }
 
     notes: list[str] = []
@@ -292,14 +293,13 @@ def unknown_keys(values: Mapping[str, Any], commands: Iterable[str]) -> list[str
     def check(section: Mapping[str, Any], known: set[str], name: str = "") -> None:
         for key in section:
             if key not in known:
-                setting = SETTINGS.get(key.replace("-", "_"))
-                near = [setting.key] if setting else difflib.get_close_matches(key, sorted(known), n=1)
+                near = difflib.get_close_matches(key.replace("_", "-"), sorted(known), n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 place = f" in [{safe_line(name, 60)}]" if name else ""
                 notes.append(f"{safe_line(key, 40)!r}{place} is no option{hint}")
 
     commands = list(commands)
-    known = {*COMMANDS, PRESETS, MODELS_FOLDER, *keys(commands)}
+    known = {*COMMANDS, PRESETS, *spellings([MODELS_FOLDER]), *keys(commands)}
     if not known.issuperset(values):
         # Most often an option of another command.
         known |= keys(COMMANDS)
@@ -311,7 +311,7 @@ def unknown_keys(values: Mapping[str, Any], commands: Iterable[str]) -> list[str
         elif name not in keys(COMMANDS):
             notes.append(f"{name!r} is no section: write [{name}]")
     for name, preset in presets_of(values).items():
-        check(dict.fromkeys(preset.unknown), {each.key for each in SETTINGS.values()}, f"{PRESETS}.{name}")
+        check(dict.fromkeys(preset.unknown), set(KEYS), f"{PRESETS}.{name}")
     return notes
 
 

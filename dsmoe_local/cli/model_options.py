@@ -13,8 +13,6 @@ import click
 from dsmoe_local.base.errors import DsmoeError, FileError, UsageError
 from dsmoe_local.base.paths import demo_folder
 from dsmoe_local.cli.configuration import (
-    choose_preset,
-    complete_preset,
     from_command_line,
     models_folder,
     told_origin,
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
     from dsmoe_local.engine.process.client import EngineClient
-    from dsmoe_local.engine.types import ModelOptions, SamplingParameters
+    from dsmoe_local.engine.types import ModelOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -195,41 +193,6 @@ _MODEL = [
         help="Add llama.cpp's log to FILE.",
     ),
 ]
-_SAMPLING = [
-    click.option("--temp", "temperature", type=float, metavar="X", help="Temperature; 0 is greedy [0.8]."),
-    click.option(
-        "--top-k", "top_k", type=int, metavar="N", help="Sample among the N likeliest; 0 = all [40]."
-    ),
-    click.option("--top-p", "top_p", type=float, metavar="X", help="Nucleus sampling; 1 = off [0.95]."),
-    click.option(
-        "--min-p", "min_p", type=float, metavar="X", help="Least share of the likeliest; 0 = off [0.05]."
-    ),
-    click.option("--typical", "typical_p", type=float, metavar="X", help="Locally typical; 1 = off [1]."),
-    click.option("--repeat-penalty", "repeat_penalty", type=float, metavar="X", help="1 = off [1]."),
-    click.option(
-        "--repeat-last-n", "repeat_last_n", type=int, metavar="N", help="Penalties look back N [64]."
-    ),
-    click.option("--presence-penalty", "presence_penalty", type=float, metavar="X", help="0 = off [0]."),
-    click.option("--frequency-penalty", "frequency_penalty", type=float, metavar="X", help="0 = off [0]."),
-    click.option(
-        "--mirostat", "mirostat", type=int, metavar="N", help="1 or 2: hold the surprise steady; 0 = off [0]."
-    ),
-    click.option(
-        "--mirostat-ent", "mirostat_tau", type=float, metavar="X", help="The surprise it holds [5]."
-    ),
-    click.option("--mirostat-lr", "mirostat_eta", type=float, metavar="X", help="How fast it learns [0.1]."),
-    click.option("-s", "--seed", "seed", type=int, metavar="N", help="Seed; -1 = a new one each time [-1]."),
-    click.option(
-        "--preset",
-        "preset",
-        metavar="NAME",
-        is_eager=True,
-        expose_value=False,
-        callback=choose_preset,
-        shell_complete=complete_preset,
-        help="Settings kept under a name: /set save NAME in a chat. Other flags count more.",
-    ),
-]
 
 
 def model_option(function: F) -> F:
@@ -251,15 +214,11 @@ def model_argument(function: F) -> F:
 
 def model_options(function: F) -> F:
     """Add the options that say how a model is loaded."""
-    return _add(function, _MODEL)
+    return add_options(function, _MODEL)
 
 
-def sampling_options(function: F) -> F:
-    """Add the options that say how tokens are chosen."""
-    return _add(function, _SAMPLING)
-
-
-def _add(function: F, options: Sequence[Callable[[F], F]]) -> F:
+def add_options(function: F, options: Sequence[Callable[[F], F]]) -> F:
+    """Add options to a command, in the order given."""
     for option in reversed(options):
         function = option(function)
     return function
@@ -344,22 +303,6 @@ def loading_options(path: Path, values: dict[str, Any]) -> ModelOptions:
     )
 
 
-def sampling_parameters(values: dict[str, Any]) -> SamplingParameters:
-    """The sampling that options ask for; takes its own options out of `values`. UsageError out of range."""
-    from dataclasses import fields
-
-    from dsmoe_local.engine.types import SamplingParameters
-
-    given = {item.name: values.pop(item.name, None) for item in fields(SamplingParameters)}
-    if given["seed"] == -1:
-        given["seed"] = None
-    given = {name: value for name, value in given.items() if value is not None}
-    for name, value in given.items():
-        with told_origin(name):
-            SamplingParameters(**{name: value})
-    return SamplingParameters(**given)
-
-
 def _model_file(word: str) -> Path:
     """The file that `word` names: a path, or a known model's name. FileError or UsageError if neither."""
     from dsmoe_local.model.discovery import find_known, unknown_model
@@ -379,9 +322,3 @@ def _model_file(word: str) -> Path:
             remedy=f"name a file, such as {inside}" if inside else "make a model of it with dsmoe-convert",
         )
     raise unknown_model(word, folder)
-
-
-def check_stop(stop: tuple[str, ...]) -> None:
-    """UsageError for an empty -r: nothing would ever be generated."""
-    if not all(stop):
-        raise UsageError("-r: the stop text is empty", remedy="leave it out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -80,6 +81,9 @@ def test_every_sampling_parameter_can_be_set() -> None:
         ("mirostat-lr", "mirostat_eta"),
         ("reverse-prompt", "stop"),
         ("on-full", "on_full"),
+        ("n-predict", "max_tokens"),
+        ("max-tokens", "max_tokens"),
+        ("temperature", "temperature"),
     ],
 )
 def test_names(word: str, name: str | None) -> None:
@@ -178,17 +182,47 @@ def test_backslashes_in_stop_texts() -> None:
         assert change(ChatSettings(), "stop", text).stop == (meant,)
 
 
-def test_save_keeps_what_differs(chat: Recorder) -> None:
-    """Guards: defaults written down, which then do not follow a new version's; the user's own words lost."""
+def test_save_keeps_what_was_set_in_the_chat(chat: Recorder) -> None:
+    """Guards: flags of one run (`-n 30 -s 1`) kept for all later ones; the user's own words lost."""
+    flags = replace(ChatSettings(), max_tokens=30, sampling=SamplingParameters(seed=1))
+    chat.settings = flags
+    with pytest.raises(UsageError, match="nothing was set"):
+        chat.set("save")
+    with pytest.raises(UsageError, match="nothing was set"):
+        chat.set("save calm")
+    assert not chat.config.path.exists()
     chat.config.path.write_text("# mine\ntop-p = 0.5\n[chat]\nsystem = 'x'\nmin-p = 0.3\n")
     chat.set("temp 0.2")
-    assert "temperature 0.2" in chat.set("save")
-    assert chat.config.values() == {"top-p": 0.5, "chat": {"system": "x", "temp": 0.2, "top-p": 0.95}}
+    assert "temperature 0.2: " in chat.set("save")
+    assert chat.config.values() == {"top-p": 0.5, "chat": {"system": "x", "min-p": 0.3, "temp": 0.2}}
     assert chat.config.path.read_text().startswith("# mine\n")
+    chat.set("save calm")
+    assert chat.config.values()["presets"] == {"calm": {"temp": 0.2}}
+
+
+def test_save_takes_defaults_back(chat: Recorder) -> None:
+    """Guards: a default written down, which then does not follow a new version's; one that the file's top
+    level or another spelling of the key overrides.
+    """
+    chat.config.path.write_text("top-p = 0.5\n[chat]\ntemperature = 0.2\nmax_tokens = 5\npredict = 6\n")
+    for setting in ("temp 0.8", "top_p 0.95", "n none"):
+        chat.set(setting)
+    chat.set("save")
+    assert chat.config.values() == {"top-p": 0.5, "chat": {"top-p": 0.95}}
+    chat.set("top_k 3")
+    chat.set("reset")
+    chat.set("save")
+    assert chat.config.values() == {"top-p": 0.5, "chat": {"top-p": 0.95}}
+    chat.set("reset temp")
+    chat.set("save calm")
+    assert chat.config.values()["presets"] == {"calm": {"top-p": 0.95}}
+    chat.config.path.unlink()
+    with pytest.raises(UsageError, match="all settings are the defaults"):
+        chat.set("save calm")
 
 
 def test_presets(chat: Recorder) -> None:
-    """Guards: a preset that gives something else than what was saved; one by hand that is not partial."""
+    """Guards: a preset that holds what was not set, which then outweighs the rest of the file."""
     chat.set("use")
     assert "no presets" in chat.said[-1]
     chat.set("top_k 3")
@@ -198,7 +232,7 @@ def test_presets(chat: Recorder) -> None:
     chat.set("reset")
     chat.set("temp 1.5")
     chat.set("use calm")
-    assert chat.settings.sampling.temperature == 0.8
+    assert chat.settings.sampling.temperature == 1.5
     assert chat.settings.sampling.top_k == 3
     assert chat.settings.max_tokens == 50
     chat.config.set(("presets", "hand"), {"temp": 1, "reverse-prompt": "\\n"})
@@ -213,9 +247,9 @@ def test_presets(chat: Recorder) -> None:
 
 def test_what_is_no_setting_in_a_preset(chat: Recorder) -> None:
     """Guards: a preset of which /set use and --preset take different parts."""
-    chat.config.set(("presets", "odd"), {"temp": 0.1, "ctx-size": 7, "temperature": 2})
-    assert chat.set("use odd") == "odd: temperature 0.1"
-    assert chat.said[-2] == "[presets.odd] has what is no setting: ctx-size, temperature"
+    chat.config.set(("presets", "odd"), {"temperature": 2, "temp": 0.1, "ctx-size": 7, "max_tokens": 5})
+    assert chat.set("use odd") == "odd: temperature 0.1, max_tokens 5"
+    assert chat.said[-2] == "[presets.odd] has what is no setting: temperature, ctx-size"
 
 
 def test_a_preset_that_is_wrong_says_where_it_stands(chat: Recorder) -> None:

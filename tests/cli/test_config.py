@@ -18,13 +18,13 @@ from support.configured import chat, complaint, write_config
 
 from dsmoe_local.base.config_file import config_path
 from dsmoe_local.base.errors import FormatError, UsageError
-from dsmoe_local.chat.settings import SETTINGS
+from dsmoe_local.chat.settings import SETTINGS, keys_of_setting
 from dsmoe_local.cli.commands import COMMANDS
 from dsmoe_local.cli.configuration import configurable, keys_of, variable
 from dsmoe_local.cli.main import group, load_command, run
 from dsmoe_local.cli.model_options import find_model, load_engine
 from dsmoe_local.engine.process.client import EngineClient
-from dsmoe_local.engine.types import ALL_LAYERS, ModelOptions
+from dsmoe_local.engine.types import ALL_LAYERS, ModelOptions, SamplingParameters
 
 SHARED = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -48,8 +48,9 @@ def test_every_option_has_a_variable_and_a_key(name: str) -> None:
 
 def test_the_settings_keys_are_the_chats_flags() -> None:
     """Guards /set save: keys that chat would not read again, or would read as another setting."""
-    names = {key: option.name for option in configurable(load_command("chat")) for key in keys_of(option)}
-    assert {setting.key: name for name, setting in SETTINGS.items()}.items() <= names.items()
+    options = {option.name: keys_of(option) for option in configurable(load_command("chat"))}
+    for name in SETTINGS:
+        assert sorted(keys_of_setting(name)) == sorted(options[name])
 
 
 LAYERS = ("flag", "variable", "preset", "section", "top")
@@ -92,8 +93,34 @@ def test_who_is_heard(layers: dict[str, set[str]], preset: str, given_to_chat: d
         chat(*arguments)
     for key, (parameter, words, kind) in OPTIONS.items():
         heard = [each for each in LAYERS if each in layers[key] and (each != "preset" or preset != "none")]
-        expected = kind(words.format(LAYERS.index(heard[0]) + 1)) if heard else None
+        built_in = getattr(SamplingParameters(), parameter)
+        expected = kind(words.format(LAYERS.index(heard[0]) + 1)) if heard else built_in
         assert given_to_chat[parameter] == expected
+
+
+@pytest.mark.parametrize("name", ["chat", "batch"])
+@pytest.mark.parametrize("word", ["predict", "n-predict", "max-tokens", "n_predict", "max_tokens"])
+def test_one_thing_has_every_name_that_people_know(
+    name: str, word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: `--max-tokens` that only batch takes, `--predict` that only chat does, `max_tokens` of requests
+    that the config file does not take.
+    """
+    seen: list[Any] = []
+    monkeypatch.setattr(load_command(name), "callback", lambda **values: seen.append(values["max_tokens"]))
+
+    def run_with(*arguments: str) -> None:
+        needed = ["in", "-o", "out"] if name == "batch" else []
+        load_command(name).main([*needed, *arguments], standalone_mode=False)
+
+    run_with(f"--{word}", "7")
+    monkeypatch.setenv(variable(word), "8")
+    run_with()
+    monkeypatch.delenv(variable(word))
+    for config in (f"{word} = 9", f"[{name}]\n{word} = 9", f"preset = 'p'\n[presets.p]\n{word} = 9"):
+        write_config(config)
+        run_with()
+    assert seen == [7, 8, 9, 9, 9]
 
 
 def test_texts_flags_and_lists(given_to_chat: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +197,7 @@ def test_unknown_keys_are_told_with_the_nearest(
 ) -> None:
     """Guards: a typing mistake that is passed over; a key of another command taken for one."""
     write_config(
-        "tempp = 1\nmax-errors = 3\nmodels-folder = 'x'\n[chatt]\na = 1\n[chat]\ntop_k = 3\n"
+        "tempp = 1\nmax-errors = 3\nmodels-folder = 'x'\n[chatt]\na = 1\n[chat]\ntop_q = 3\ntop_k = 3\n"
         "[batch]\nnonsense = 1\n[presets.p]\nctx-size = 1\ntemp = 1\n"
     )
     chat()
@@ -178,7 +205,7 @@ def test_unknown_keys_are_told_with_the_nearest(
     assert [note.partition("config.toml: ")[2] for note in notes] == [
         "'tempp' is no option; did you mean temp?",
         "'chatt' is no option; did you mean chat?",
-        "'top_k' in [chat] is no option; did you mean top-k?",
+        "'top_q' in [chat] is no option; did you mean top-p?",
         "'ctx-size' in [presets.p] is no option",
     ]
     # The file as a whole is config's concern.

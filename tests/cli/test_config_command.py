@@ -8,10 +8,15 @@ from typing import Any
 import pytest
 from support.configured import chat, complaint, shown, write_config
 
+from dsmoe_convert.demo.calibration import N_ACTIVE
 from dsmoe_local.base.config_file import config_path
 from dsmoe_local.base.errors import UsageError
+from dsmoe_local.chat.settings import keys_of_setting
 from dsmoe_local.cli.configuration import configurable, keys_of
 from dsmoe_local.cli.main import load_command
+from dsmoe_local.engine.parameters import SamplingParameters
+from dsmoe_local.evaluate.importance import SAVE_EVERY
+from dsmoe_quantize.sensitivity import SAMPLE
 
 
 def test_config_shows_what_chat_gets(
@@ -47,6 +52,25 @@ def test_config_shows_what_chat_gets(
             value = given_to_chat[str(option.name)]
             plain = list(value) if isinstance(value, tuple) else value
             assert shown(capsys)[keys_of(option)[0]]["value"] == plain
+
+
+def test_json_has_the_values_in_force(capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: null for a default that the table and the help state; a default that help misstates."""
+    sampling = SamplingParameters()
+    for name in ("chat", "batch"):
+        table = shown(capsys, name)
+        for setting in sampling.__dataclass_fields__:
+            if setting != "seed":
+                assert table[keys_of_setting(setting)[0]]["value"] == getattr(sampling, setting)
+        assert (table["seed"]["value"], table["predict"]["value"]) == (-1, -1)
+        assert table["predict"]["in_words"] == "-1: no limit"
+        assert table["reverse-prompt"]["value"] == []
+        assert (table["ctx-size"]["value"], table["ctx-size"]["in_words"]) == (None, "what fits")
+    assert shown(capsys, "quantize")["sample"]["value"] == SAMPLE
+    assert shown(capsys, "imatrix")["save-every"]["value"] == SAVE_EVERY
+    assert shown(capsys, "imatrix")["ctx-size"]["value"] == shown(capsys, "eval")["ctx-size"]["value"] == 512
+    assert shown(capsys, "demo")["active-experts"]["value"] == N_ACTIVE
+    assert shown(capsys, "bench")["n-prompt"]["value"] == [512]
 
 
 def test_config_as_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

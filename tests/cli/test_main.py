@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
+
+from dsmoe_local.cli.commands import COMMANDS
+from dsmoe_local.cli.main import group, load_command
 
 SCRIPT = "from dsmoe_local.cli.main import dsmoe; dsmoe()"
 
@@ -29,6 +34,18 @@ def test_no_command_shows_the_whole_help() -> None:
     assert "Commands:" in done.stderr
     assert "quantize" in done.stderr
     assert "error" not in done.stderr
+
+
+@pytest.mark.parametrize("width", [80, 40])
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_help_has_no_markup_and_fits(name: str, width: int) -> None:
+    """Guards: click's `\\b` shown as it is, a placeholder, a paragraph that runs over the edge."""
+    command = load_command(name) if name else group
+    with click.Context(command, info_name=f"dsmoe {name}", terminal_width=width) as context:
+        text = command.get_help(context)
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\\]|\{types\}|``|\*\*", text)
+    if width == 80:
+        assert max(map(len, text.splitlines())) <= width
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 
-from dsmoe_local.base.config_file import Value
+from dsmoe_local.base.config_file import Value, spellings
 from dsmoe_local.base.errors import DsmoeError, UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.chat.commands.declare import Chat, Command, Commands
@@ -20,15 +20,16 @@ from dsmoe_local.chat.settings import (
     change,
     get_setting,
     in_words,
+    keys_of_setting,
     presets_of,
     setting_name,
     setting_rows,
 )
 
-_DEFAULTS = ChatSettings()
+_DEFAULTS = ChatSettings(chosen=frozenset(SETTINGS))
 _SECTION = "chat"
+_SET_FIRST = "/set NAME VALUE sets something"
 _PRESET_NAME = re.compile(r"[\w.+-]{1,40}")
-_NOT_OF_A_PRESET = ("seed", "max_tokens", "stop", "on_full")
 
 
 def _set(chat: Chat, argument: str) -> None:
@@ -48,17 +49,18 @@ def _set(chat: Chat, argument: str) -> None:
 
 
 def _save(chat: Chat, name: str) -> None:
-    """What the settings are becomes what they begin with, or the preset `name`."""
+    """Keep what was set in this chat as what later ones begin with, or as the preset `name`. What the command
+    line said is for this run alone.
+    """
     settings = chat.conversation.settings
     if name:
         _save_preset(chat, name, settings)
         return
+    if not settings.chosen:
+        raise UsageError("nothing was set in this chat, so there is nothing to save", remedy=_SET_FIRST)
     # A value at the top level, which holds for every command, would come back if [chat] said nothing.
-    above = chat.config.values()
-    kept = [each for each in SETTINGS if _differs(settings, each) or SETTINGS[each].key in above]
-    changes: dict[str, Value | None] = {SETTINGS[each].key: None for each in SETTINGS}
-    changes |= {SETTINGS[each].key: as_value(settings, each) for each in kept}
-    chat.config.set((_SECTION,), changes)
+    kept = _kept(settings, chat.config.values())
+    chat.config.set((_SECTION,), _changes(settings, settings.chosen, kept))
     where = safe_line(str(chat.config.path))
     shown = ", ".join(f"{each} {in_words(settings, each)}" for each in kept) or "the defaults"
     chat.screen.notice(f"chats and -p begin with {shown}: {where}")
@@ -69,12 +71,14 @@ def _save_preset(chat: Chat, name: str, settings: ChatSettings) -> None:
         raise UsageError(
             f"{safe_line(name, 40)!r} is no name for a preset", remedy="use letters, digits, . + - and _"
         )
-    known = _presets(chat)
-    # All of the sampling, also what is the default: a preset is to give the same wherever it is used.
-    kept = [each for each in SETTINGS if each not in _NOT_OF_A_PRESET or _differs(settings, each)]
-    changes: dict[str, Value | None] = {setting.key: None for setting in SETTINGS.values()}
-    changes |= {SETTINGS[each].key: as_value(settings, each) for each in kept}
-    chat.config.set((PRESETS, name), changes)
+    values = chat.config.values()
+    section = values.get(_SECTION)
+    kept = _kept(settings, values, section if isinstance(section, dict) else {})
+    if not kept:
+        what = "all settings are the defaults" if settings.chosen else "nothing was set in this chat"
+        raise UsageError(f"{what}, so the preset would be empty", remedy=_SET_FIRST)
+    known = presets_of(values)
+    chat.config.set((PRESETS, name), _changes(settings, SETTINGS, kept))
     done = "replaced" if name in known else "saved"
     chat.screen.notice(f"the preset {name} is {done}: /set use {name}, or --preset {name}")
 
@@ -117,8 +121,26 @@ def _reset(chat: Chat, argument: str) -> None:
     chat.screen.notice("all settings are the defaults again")
 
 
-def _differs(settings: ChatSettings, name: str) -> bool:
-    return bool(get_setting(settings, name) != get_setting(_DEFAULTS, name))
+def _kept(settings: ChatSettings, *sections: Mapping[str, object]) -> list[str]:
+    """What was set in the chat and is not the default, or is one that a section of the file overrides."""
+    overridden = {each for section in sections for each in SETTINGS if _forms(each) & section.keys()}
+    return [
+        each
+        for each in SETTINGS
+        if each in settings.chosen
+        and (each in overridden or get_setting(settings, each) != get_setting(_DEFAULTS, each))
+    ]
+
+
+def _changes(settings: ChatSettings, names: Iterable[str], kept: Iterable[str]) -> dict[str, Value | None]:
+    """The changes of a section that keep, of the settings `names`, those of `kept` alone."""
+    changes: dict[str, Value | None] = {key: None for each in names for key in _forms(each)}
+    return changes | {SETTINGS[each].key: as_value(settings, each) for each in kept}
+
+
+def _forms(name: str) -> set[str]:
+    """Every key that means a setting."""
+    return set(spellings(keys_of_setting(name)))
 
 
 def _presets(chat: Chat) -> Mapping[str, Preset]:
