@@ -6,11 +6,13 @@ import sys
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from dsmoe_local.base.errors import UsageError
+from dsmoe_local.base.text import safe_line
 from dsmoe_local.cli.configuration import from_command_line
 from dsmoe_local.cli.model_options import (
     ModelName,
@@ -45,7 +47,14 @@ class _Conversing:
 @click.argument("words", nargs=-1, metavar="[MODEL] [-]", type=ModelName())
 @model_option
 @click.option("-p", "--prompt", metavar="TEXT", help="Answer this and exit; - reads it from stdin.")
-@click.option("-f", "--file", "prompt_file", metavar="FILE", help="Answer the text of a file and exit.")
+@click.option(
+    "-f",
+    "--file",
+    "prompt_file",
+    type=click.Path(),
+    metavar="FILE",
+    help="Answer the text of a file and exit.",
+)
 @click.option("-sys", "--system", "--system-prompt", default="", metavar="TEXT", help="System text.")
 @click.option(
     "--on-full",
@@ -59,7 +68,12 @@ class _Conversing:
 @click.option("--plain", is_flag=True, help="Nothing but lines of text: for screen readers and logs.")
 @click.option("--experts", is_flag=True, help="Show what the experts do from the start, as /experts does.")
 @click.option("--json", "as_json", is_flag=True, help="With -p: one JSON object with text, usage and ending.")
-@click.option("--schema", metavar="FILE", help="With -p: the answer is JSON that this JSON schema allows.")
+@click.option(
+    "--schema",
+    type=click.Path(),
+    metavar="FILE",
+    help="With -p: the answer is JSON that this JSON schema allows.",
+)
 @click.option("--stats", is_flag=True, help="Tell what each reply took, on stderr with -p.")
 @model_options
 @reply_options
@@ -92,9 +106,9 @@ def command(
     from dsmoe_local.chat.turns import OnFull
     from dsmoe_local.cli.prompt_input import one_prompt, read_schema
 
-    model, dash = _model_and_dash(words)
+    model, dash = _model_and_dash(words, named_model)
     # A wrong path is said first; that the demo's model is missing only once there is something to answer.
-    path = find_model(model, named_model) if model or named_model else None
+    path = _find(model, named_model) if model or named_model else None
     check_stop(stop)
     text = one_prompt(prompt, prompt_file, dash)
     if text is None and not (sys.stdout.isatty() and sys.stdin.isatty()):
@@ -132,15 +146,27 @@ def _check_combinations(for_one_answer: dict[str, str], for_a_chat: dict[str, st
         raise UsageError("--session and --continue name two conversations", remedy="use one of them")
 
 
-def _model_and_dash(words: tuple[str, ...]) -> tuple[str | None, bool]:
+def _model_and_dash(words: tuple[str, ...], named_model: str | None) -> tuple[str | None, bool]:
     """The model's name, and whether `-` asks for the prompt on stdin."""
     names = [word for word in words if word != "-"]
-    if len(names) > 1:
+    named = [named_model] if named_model and from_command_line("named_model") else []
+    models = list(dict.fromkeys([*named, *names]))
+    if len(models) > 1:
         raise UsageError(
-            "two arguments are given, but one model is enough",
-            remedy=f'to answer a text: dsmoe-chat {names[0]} -p "TEXT"',
+            f"{safe_line(models[1], 60)!r} is taken for a second model",
+            remedy='to ask something, use -p "TEXT"; otherwise name one model',
         )
     return (names[0] if names else None), len(names) < len(words)
+
+
+def _find(model: str | None, named_model: str | None) -> Path:
+    try:
+        return find_model(model, named_model)
+    except UsageError as error:
+        if model is None or " " not in model:
+            raise
+        # It was meant as a question.
+        raise UsageError(error.what, where='to ask something, use -p "TEXT"', remedy=error.remedy) from error
 
 
 def _answer(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @click.command(name="convert")
-@click.argument("source", metavar="SRC")
+@click.argument("source", metavar="SRC", type=click.Path())
 @click.option("-o", "--output", "out", metavar="OUT", type=click.Path(path_type=Path), help="File to write.")
 @type_options
 @click.option("--force", is_flag=True, help="Replace an existing output.")

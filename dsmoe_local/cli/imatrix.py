@@ -13,7 +13,7 @@ import click
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.cli.configuration import configurable, from_command_line, keys_of
-from dsmoe_local.cli.model_options import find_model, load_engine, model_option, model_options
+from dsmoe_local.cli.model_options import ModelName, find_model, load_engine, model_option, model_options
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,7 +31,7 @@ _TAKEN_BY_MERGE = frozenset({"files", "merge", "as_json", "out", "force"})
 
 
 @click.command(name="imatrix")
-@click.argument("files", nargs=-1, metavar="[MODEL.gguf] | FILE…")
+@click.argument("files", nargs=-1, metavar="[MODEL] | FILE...", type=ModelName())
 @model_option
 @click.option(
     "--text",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from dsmoe_local.base.sizes import format_count, format_size
 from dsmoe_local.base.text import safe_line
+from dsmoe_local.cli.model_options import ModelName, find_model, model_option
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -21,18 +23,24 @@ _COMPARED = {"deepseek-7b": "DeepSeek 7B", "llama2-7b": "LLaMA2 7B"}
 
 
 @click.command(name="inspect")
-@click.argument("target", metavar="FILE|FOLDER|PRESET")
+@click.argument("target", required=False, metavar="[MODEL|FOLDER|PRESET]", type=ModelName())
+@model_option
 @click.option("--json", "as_json_", is_flag=True, help="Print one JSON object.")
-def command(target: str, as_json_: bool) -> None:
+def command(target: str | None, named_model: str | None, as_json_: bool) -> None:
     """Show what a model is and what it costs.
 
-    Takes a GGUF file, the folder of a Hugging Face checkpoint (its config.json is enough), or a model of the
-    DeepSeekMoE paper: deepseekmoe-2b, deepseekmoe-16b, deepseekmoe-145b, deepseekmoe-142b-half, gshard-137b,
-    deepseek-7b, deepseek-67b, llama2-7b.
+    MODEL is a GGUF file, or a name that `dsmoe models` lists; FOLDER that of a Hugging Face checkpoint (its
+    config.json is enough); PRESET a model of the DeepSeekMoE paper: deepseekmoe-2b, deepseekmoe-16b,
+    deepseekmoe-145b, deepseekmoe-142b-half, gshard-137b, deepseek-7b, deepseek-67b, llama2-7b.
     """
+    from dsmoe_local.model.config_json import FILE_NAME
+    from dsmoe_local.model.presets import PRESETS
     from dsmoe_local.model.report import as_json, report_on
 
-    report = report_on(target)
+    is_other = target is not None and (
+        target.lower() in PRESETS or Path(target).name == FILE_NAME or (Path(target) / FILE_NAME).is_file()
+    )
+    report = report_on(str(target if is_other else find_model(target, named_model, PRESETS)))
     if as_json_:
         click.echo(json.dumps(as_json(report), indent=2, ensure_ascii=True))
         return

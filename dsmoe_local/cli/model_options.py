@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,6 +12,7 @@ import click
 
 from dsmoe_local.base.errors import DsmoeError, FileError, UsageError
 from dsmoe_local.base.paths import demo_folder
+from dsmoe_local.base.text import safe_line
 from dsmoe_local.cli.configuration import (
     from_command_line,
     models_folder,
@@ -182,6 +183,7 @@ _MODEL = [
     click.option(
         "--chat-template",
         "chat_template",
+        type=click.Path(),
         metavar="FILE|NAME",
         help="A template file, or a built-in: deepseek-moe, chatml [the model's own].",
     ),
@@ -224,19 +226,24 @@ def add_options(function: F, options: Sequence[Callable[[F], F]]) -> F:
     return function
 
 
-def find_model(argument: str | None = None, named_model: str | None = None) -> Path:
+def find_model(
+    argument: str | None = None, named_model: str | None = None, others: Iterable[str] = ()
+) -> Path:
     """The model that a command names, by an argument or -m, as a file or by name; else the demo's, saying so.
 
     UsageError if none, or if the name is nobody's or several models'; FileError for a path that is no file.
+    `others`: what else the command would have taken.
     """
     # An argument outweighs a -m that a variable or the config file gives.
     if argument and named_model and argument != named_model and from_command_line("named_model"):
-        raise UsageError("two models are named", remedy="give the model once: as an argument, or with -m")
+        raise UsageError(
+            f"-m names a model, and so does {safe_line(argument, 60)!r}", remedy="leave one of them out"
+        )
     if argument:
-        return _model_file(argument)
+        return _model_file(argument, others)
     if named_model:
         with told_origin("named_model"):
-            return _model_file(named_model)
+            return _model_file(named_model, others)
     demo = demo_folder() / DEMO_MODEL
     if not demo.is_file():
         raise UsageError(
@@ -303,22 +310,31 @@ def loading_options(path: Path, values: dict[str, Any]) -> ModelOptions:
     )
 
 
-def _model_file(word: str) -> Path:
+def _model_file(word: str, others: Iterable[str]) -> Path:
     """The file that `word` names: a path, or a known model's name. FileError or UsageError if neither."""
     from dsmoe_local.model.discovery import find_known, unknown_model
 
     path = Path(os.path.expanduser(word))
-    if path.exists() and not path.is_dir():
+    if os.path.exists(path) and not path.is_dir():
         return path
     folder = models_folder()
     known = find_known(word, folder)
-    if known is not None:
-        return known
-    if path.is_dir():
-        inside = next(iter(sorted(path.glob("*.gguf"))), None)
-        raise FileError(
-            "the model is a folder",
-            where=path,
-            remedy=f"name a file, such as {inside}" if inside else "make a model of it with dsmoe-convert",
-        )
-    raise unknown_model(word, folder)
+    if known:
+        used, *hidden = (model.path for model in known)
+        if hidden:
+            name = safe_line(known[0].name, 60)
+            where = safe_line(", ".join(map(str, hidden)))
+            click.echo(f"note: {name} is {safe_line(str(used))} here; by its path: {where}", err=True)
+        return used
+    if os.path.isdir(path):
+        raise FileError("a folder is no model", where=path, remedy=_use_of_folder(path))
+    raise unknown_model(word, folder, others)
+
+
+def _use_of_folder(folder: Path) -> str:
+    inside = sorted(folder.glob("*.gguf"))
+    if inside:
+        return f"name a file in it, such as {inside[0]}"
+    if (folder / "config.json").exists():
+        return f"make a model of it: dsmoe-convert {folder}"
+    return "there is no GGUF file in it"

@@ -27,8 +27,9 @@ _WIDE = 80
 def command(as_json: bool) -> None:
     """List the models that are found by name: -m takes a name from this list, or a file.
 
-    They are the GGUF files in the models folder and in the folders in it, the demo's, and those that were
-    loaded lately. The models folder is models-folder in the config file, or DSMOE_MODELS_FOLDER.
+    They are the GGUF files in this folder, those in the models folder and the folders in it, the demo's, and
+    what was loaded lately. Of files of one name the first is meant. The models folder is models-folder in the
+    config file, or DSMOE_MODELS_FOLDER.
     """
     from dsmoe_local.model.discovery import describe, known_models
 
@@ -50,7 +51,7 @@ def _as_json(description: ModelDescription) -> dict[str, Any]:
     usable = not description.reason
     return {
         "name": model.name,
-        "path": str(model.path),
+        "path": str(model.path.absolute()),
         "from": model.group,
         "bytes": description.n_bytes,
         "type": description.type if usable else None,

@@ -10,6 +10,7 @@ import click
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.cli.configuration import from_command_line, told_origin
+from dsmoe_local.cli.model_options import ModelName, find_model
 from dsmoe_local.cli.target_options import TARGETS, TargetOptions, show_offers, show_reasons, target_options
 from dsmoe_local.cli.type_options import (
     TypeOptions,
@@ -28,14 +29,14 @@ if TYPE_CHECKING:
 
 
 @click.command(name="quantize")
-@click.argument("source", metavar="IN.gguf", type=click.Path(path_type=Path))
+@click.argument("model", metavar="MODEL", type=ModelName())
 @click.argument("out", metavar="[OUT.gguf]", required=False, type=click.Path(path_type=Path))
 @type_options
 @target_options
 @click.option("--allow-requantize", is_flag=True, help="Accept tensors that are quantized already.")
 @click.option("--force", is_flag=True, help="Replace an existing output or recipe.")
 def command(
-    source: Path,
+    model: str,
     out: Path | None,
     threads: int | None,
     dry_run: bool,
@@ -44,6 +45,8 @@ def command(
     **values: Any,  # noqa: ANN401 - the options about types and targets
 ) -> None:
     """Make a smaller GGUF from a GGUF.
+
+    MODEL is a file, or a name that `dsmoe models` lists.
 
     {types}
 
@@ -57,6 +60,7 @@ def command(
     from dsmoe_quantize.explain import stated_reasons
     from dsmoe_quantize.quantize import default_output, output_called, plan_quantization, quantize_file
 
+    source = find_model(model)
     values = outweighed(values, TARGETS)
     types, targets = TypeOptions.of(values), TargetOptions.of(values)
     targets.check(types)

@@ -1,4 +1,4 @@
-"""The model files that are known by name: those in the models folder, the demo's, and those used lately.
+"""The model files that are known by name: those here, in the models folder, the demo's, those used lately.
 
 Where the models folder is, the caller says. Listing names reads folders alone; `describe` reads headers.
 """
@@ -22,6 +22,7 @@ IMATRIX_ENDING = ".imatrix.gguf"
 """Of importance matrices, which lie beside models and are none."""
 
 _ENDING = ".gguf"
+_RECENT = "recent"
 _SHOWN = 3
 
 
@@ -49,14 +50,15 @@ class ModelDescription:
 
 
 def known_models(folder: Path) -> list[KnownModel]:
-    """Every model file known: in `folder` and the folders in it, the demo's, then those used lately, newest
-    first. A file that is there twice is listed once, an importance matrix never. Only looks at names: no
-    file is opened.
+    """Every model file known, the nearest first: in the working folder, in `folder` and the folders in it,
+    the demo's, then those used lately, newest first. A file that is there twice is listed once, an importance
+    matrix never. Only looks at names: no file is opened.
     """
     groups: list[tuple[str, Iterable[Path]]] = [
-        ("models folder", _in_folder(folder)),
-        ("demo", _in_folder(demo_folder())),
-        ("recent", recent_models()),
+        ("this folder", _in_folder(Path(), "*")),
+        ("models folder", _in_folder(folder, "*", "*/*")),
+        ("demo", _in_folder(demo_folder(), "*")),
+        (_RECENT, recent_models()),
     ]
     found: dict[str, KnownModel] = {}
     for group, paths in groups:
@@ -66,15 +68,16 @@ def known_models(folder: Path) -> list[KnownModel]:
     return list(found.values())
 
 
-def _in_folder(folder: Path) -> Iterator[Path]:
-    for pattern in (f"*{_ENDING}", f"*/*{_ENDING}"):
-        yield from sorted(path for path in folder.glob(pattern) if _is_file(path))
+def _in_folder(folder: Path, *places: str) -> Iterator[Path]:
+    for place in places:
+        yield from sorted(path for path in folder.glob(f"{place}{_ENDING}") if _is_file(path))
 
 
-def find_known(word: str, folder: Path) -> Path | None:
-    """The known model that `word` names: a name or its unique beginning, in any case, with or without .gguf.
+def find_known(word: str, folder: Path) -> list[KnownModel]:
+    """The known models that `word` names: a name or its unique beginning, in any case, with or without .gguf.
 
-    None if there is none; UsageError if there are several.
+    The first is meant: it is nearer than the others, which have the same name. Empty if there is none;
+    UsageError if the word fits several names, or if two files of one name are equally near.
     """
     wanted = word.casefold()
     wanted = wanted.removesuffix(_ENDING) if wanted != _ENDING else wanted
@@ -82,28 +85,39 @@ def find_known(word: str, folder: Path) -> Path | None:
     matches = [model for model in known if model.name.casefold() == wanted] or [
         model for model in known if model.name.casefold().startswith(wanted)
     ]
-    if len(matches) > 1:
-        names = {model.name for model in matches}
-        shown = [str(model.path) if len(names) == 1 else model.name for model in matches[:_SHOWN]]
-        more = ", …" if len(matches) > _SHOWN else ""
+    names = {model.name.casefold(): model.name for model in reversed(matches)}
+    if len(names) > 1:
         raise UsageError(
-            f"{len(matches)} models are called {safe_line(word, 60)!r}, or begin so",
-            where=", ".join(shown) + more,
-            remedy="give its path" if len(names) == 1 else "type more of the name",
+            f"the names of {len(names)} models begin with {safe_line(word, 60)!r}",
+            where=_listed(sorted(names.values())),
+            remedy="type more of the name",
         )
-    return matches[0].path if matches else None
+    nearest = [model for model in matches if model.group == matches[0].group]
+    if len(nearest) > 1 and nearest[0].group != _RECENT:
+        raise UsageError(
+            f"{len(nearest)} models are called {safe_line(word, 60)!r}",
+            where=_listed([str(model.path) for model in nearest]),
+            remedy="name one of them by its path",
+        )
+    return matches
 
 
-def nearest_names(word: str, folder: Path) -> list[str]:
-    """Names of known models that `word` may have meant, the nearest first."""
-    names = {model.name.casefold(): model.name for model in known_models(folder)}
+def _listed(words: list[str]) -> str:
+    return ", ".join([*words[:_SHOWN], *(["…"] if len(words) > _SHOWN else [])])
+
+
+def nearest_names(word: str, folder: Path, others: Iterable[str] = ()) -> list[str]:
+    """Names of known models, or `others`, that `word` may have meant, the nearest first."""
+    names = {name.casefold(): name for name in (*others, *(model.name for model in known_models(folder)))}
     near = difflib.get_close_matches(word.casefold().removesuffix(_ENDING), names, n=_SHOWN)
     return [names[name] for name in near]
 
 
-def unknown_model(word: str, folder: Path) -> UsageError | FileError:
-    """The error for a word that is neither a file nor a known model's name; it tells the nearest names."""
-    near = nearest_names(word, folder)
+def unknown_model(word: str, folder: Path, others: Iterable[str] = ()) -> UsageError | FileError:
+    """The error for a word that is neither a file nor a known model's name; it tells the nearest names, those
+    of `others`, too.
+    """
+    near = nearest_names(word, folder, others)
     if os.sep in word:
         return FileError(
             "there is no such model",

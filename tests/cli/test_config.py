@@ -236,7 +236,7 @@ def test_help_and_completion_need_no_valid_file(
 
 
 def test_an_argument_outweighs_the_configured_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: "two models are named" for one that was named, once the config file has a default."""
+    """Guards: a model that is refused as a second one, since the config file has a default."""
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).touch()
     write_config(f"model = '{tmp_path / 'b.gguf'}'\n")
@@ -249,7 +249,7 @@ def test_an_argument_outweighs_the_configured_model(tmp_path: Path, monkeypatch:
     chat(str(tmp_path / "a.gguf"))
     chat()
     assert [path.name for path in found] == ["a.gguf", "b.gguf"]
-    with pytest.raises(UsageError, match="two models"):
+    with pytest.raises(UsageError, match="-m names a model, and so does"):
         chat(str(tmp_path / "a.gguf"), "-m", str(tmp_path / "b.gguf"))
 
 

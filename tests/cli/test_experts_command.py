@@ -85,7 +85,7 @@ def test_a_word_that_is_neither(capsys: pytest.CaptureFixture[str]) -> None:
         "  there is no such text either",
         "  did you mean Tiny-v1.5?",
     ]
-    assert "two models" in complaint(capsys, "experts", "unnamed", "a.txt", "-m", "tiny")
+    assert "so does 'unnamed'" in complaint(capsys, "experts", "unnamed", "a.txt", "-m", "tiny")
 
 
 def test_completion(monkeypatch: pytest.MonkeyPatch) -> None:

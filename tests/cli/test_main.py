@@ -53,7 +53,6 @@ def test_help_has_no_markup_and_fits(name: str, width: int) -> None:
     [
         (("inspect", "deepseekmoe-16b"), "/dev/full", "No space left"),
         (("inspect", "deepseekmoe-16b", "--json"), "/dev/full", "No space left"),
-        (("inspect", "a" * 300), "", "File name too long"),
         (("convert", "a" * 300 + "/x"), "", "File name too long"),
     ],
 )
@@ -72,6 +71,7 @@ def test_the_systems_errors_are_not_called_ours(arguments: tuple[str, ...], stdo
 @pytest.mark.parametrize("pattern", ["a{99999999999}", "(" * 5000, "("])
 def test_patterns_that_no_regex_engine_takes(pattern: str, tmp_path: Path) -> None:
     """Errors of the `re` module that are not `re.error`."""
+    (tmp_path / "x.gguf").touch()
     done = run("quantize", str(tmp_path / "x.gguf"), "--type", "q4", "--tensor-type", f"{pattern}=q8_0")
     assert done.returncode == 2
     assert "not a regular expression" in done.stderr

@@ -13,10 +13,12 @@ from dsmoe_local.cli.model_options import find_model
 
 def test_a_folder_names_the_model_in_it(tmp_path: Path) -> None:
     """Guards the hint for a folder given in place of a file."""
-    (tmp_path / "demo-q4.gguf").touch()
-    with pytest.raises(FileError, match="folder") as caught:
-        find_model(str(tmp_path))
-    assert "demo-q4.gguf" in caught.value.remedy
+    for file, hint in ((None, "no GGUF"), ("config.json", "dsmoe-convert"), ("demo-q4.gguf", "demo-q4.gguf")):
+        if file is not None:
+            (tmp_path / file).touch()
+        with pytest.raises(FileError, match="a folder is no model") as caught:
+            find_model(str(tmp_path))
+        assert hint in caught.value.remedy
 
 
 def test_a_missing_model_is_named_before_the_prompt_is_judged(tmp_path: Path) -> None:
@@ -24,6 +26,26 @@ def test_a_missing_model_is_named_before_the_prompt_is_judged(tmp_path: Path) ->
     missing = str(tmp_path / "nope.gguf")
     with pytest.raises(FileError, match="no such model"):
         load_command("chat").main([missing, "-p", ""], standalone_mode=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("-m", "{model}", "hello"), "'hello' is taken for a second model"),
+        (("{model}", "hello"), "'hello' is taken for a second model"),
+        (("What is gravity?",), "no model is called 'What is gravity?'"),
+        (("Why? " * 100,), f"no model is called '{'Why? ' * 11}Why?…'"),
+    ],
+)
+def test_a_question_without_its_flag(arguments: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    """Guards the first mistake of everybody who knows `ollama run`: no word on -p."""
+    (tmp_path / "m.gguf").touch()
+    with pytest.raises(UsageError) as caught:
+        load_command("chat").main(
+            [each.format(model=tmp_path / "m.gguf") for each in arguments], standalone_mode=False
+        )
+    assert caught.value.what == words
+    assert '-p "TEXT"' in caught.value.remedy + caught.value.where
 
 
 def test_an_empty_stop_text_is_refused_before_loading(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 from click.shell_completion import ShellComplete
-from support.tiny_gguf import DENSE, NARROW, write_tiny
+from support.tiny_gguf import DENSE, MOE, NARROW, write_tiny
 
 from dsmoe_local.base.config_file import config_path
 from dsmoe_local.base.errors import FileError, UsageError
@@ -19,6 +20,7 @@ from dsmoe_local.base.paths import data_folder, demo_folder
 from dsmoe_local.cli.main import group, load_command
 from dsmoe_local.cli.model_options import find_model, load_engine
 from dsmoe_local.engine.process.client import EngineClient
+from dsmoe_local.engine.types import ModelOptions
 from dsmoe_local.model.discovery import (
     MAX_RECENT,
     KnownModel,
@@ -71,7 +73,7 @@ def test_a_whole_name_is_no_beginning(folder: Path) -> None:
     assert find_model("alpha") == folder / "alpha.gguf"
     with pytest.raises(UsageError) as caught:
         find_model("alph")
-    assert "alpha-large, alpha" in caught.value.where
+    assert caught.value.where == "alpha, alpha-large"
 
 
 def test_an_importance_matrix_is_no_model(folder: Path) -> None:
@@ -99,6 +101,72 @@ def test_files_of_one_name_are_told_by_their_paths(folder: Path) -> None:
     (folder / "deep" / "alpha.gguf").symlink_to(folder / "alpha.gguf")
     note_use(folder / "deep" / "alpha.gguf")
     assert find_model("alpha") == folder / "alpha.gguf"
+
+
+def test_the_nearest_of_one_name(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards: a name that means nothing any more, since a model of that name was quantized here."""
+    demo_folder().mkdir(parents=True)
+    demo = write_tiny(demo_folder() / "demo-q4.gguf", NARROW)
+    assert find_model("demo-q4") == demo
+    far = tmp_path / "far"
+    far.mkdir()
+    note_use(write_tiny(far / "demo-q4.gguf", NARROW))
+    assert find_model("demo-q4") == demo
+    monkeypatch.chdir(tmp_path)
+    write_tiny(tmp_path / "demo-q4.gguf", NARROW)
+    capsys.readouterr()
+    for word in ("demo-q4", "DEMO-Q4.gguf", "demo"):
+        assert find_model(word) == Path("demo-q4.gguf")
+        note = capsys.readouterr().err
+        assert note == f"note: demo-q4 is demo-q4.gguf here; by its path: {demo}, {far / 'demo-q4.gguf'}\n"
+    # The path itself is exact.
+    assert find_model("demo-q4.gguf") == Path("demo-q4.gguf")
+    assert find_model(str(demo)) == demo
+    assert not capsys.readouterr().err
+    (tmp_path / "alpha.gguf").touch()
+    assert find_model("alpha") == Path("alpha.gguf")
+
+
+@pytest.mark.parametrize("word", ["tiny", "TINY.gguf", "tin"])
+def test_every_command_takes_names(
+    word: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards: a command for which a model must be a path."""
+    (tmp_path / "models").mkdir()
+    model = write_tiny(tmp_path / "models" / "tiny.gguf", MOE)
+    monkeypatch.setenv("DSMOE_MODELS_FOLDER", str(model.parent))
+    text = tmp_path / "a.txt"
+    text.write_text("Some text.")
+    loaded: list[Path] = []
+
+    def load(options: ModelOptions, *_: object, **__: object) -> None:
+        loaded.append(options.path)
+        raise FileError("enough")
+
+    monkeypatch.setattr(EngineClient, "load", load)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
+    lines = tmp_path / "in.jsonl"
+    lines.write_text('{"prompt": "x"}\n')
+    for name, *arguments in (
+        ("chat", word, "-p", "x"),
+        ("chat", "-m", word, "-p", "x"),
+        ("batch", str(lines), "-o", str(tmp_path / "out.jsonl"), "-m", word),
+        ("eval", word),
+        ("eval", "-m", word, "--against", word),
+        ("imatrix", word, "-o", str(tmp_path / "x.imatrix.gguf")),
+        ("experts", word, str(text)),
+        ("bench", word),
+    ):
+        with pytest.raises(FileError, match="enough"):
+            load_command(name).main(arguments, standalone_mode=False)
+    assert loaded == [model] * 8
+    load_command("quantize").main([word, "--type", "q8", "--dry-run"], standalone_mode=False)
+    for arguments in ([word], ["-m", word]):
+        capsys.readouterr()
+        load_command("inspect").main([*arguments, "--json"], standalone_mode=False)
+        assert json.loads(capsys.readouterr().out)["source"] == str(model)
 
 
 def test_a_file_here_comes_first(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

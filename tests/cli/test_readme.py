@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,17 @@ def test_commands_parse(words: list[str]) -> None:
         words = words[1:]
     command = load_command(words[0].removeprefix("dsmoe-"))
     command.make_context("x", list(words[1:]))
+
+
+def test_the_path_gets_our_programs_alone() -> None:
+    """Guards: advice that puts the `llm` of a dependency before the reader's own."""
+    for page in (README, *(path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md"))):
+        assert "bin/activate" not in page
+        assert not re.search(r"PATH=.*\.venv", page)
+    (pattern,) = re.findall(r'^ln -s "\$PWD"/\.venv/bin/(\S+) ', README, re.MULTILINE)
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+    there = [path.name for path in Path(sys.executable).parent.iterdir()]
+    assert sorted(fnmatch.filter(there, pattern)) == sorted(scripts)
 
 
 @pytest.mark.parametrize("target", LINKS)
