@@ -13,7 +13,7 @@ import click
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.cli.configuration import from_command_line
-from dsmoe_local.cli.model_options import ModelName, find_model, load_engine, model_options
+from dsmoe_local.cli.model_options import ModelName, find_model, load_engine, model_options, within_training
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -152,7 +152,7 @@ class _Bench:
 
         began = time.perf_counter()
         with load_engine(
-            path, values, lambda options: options_for(options, self._workloads), self._stop
+            path, values, lambda options: options_for(within_training(options), self._workloads), self._stop
         ) as engine:
             seconds = time.perf_counter() - began
             return run_with_progress(

@@ -34,6 +34,22 @@ COMMANDS: Mapping[str, CommandEntry] = {
     "completion": CommandEntry("dsmoe_local.cli.completion", "Print the completion script for your shell."),
 }
 
+ELSEWHERE: Mapping[str, str] = {
+    "run": "dsmoe chat MODEL talks with a model; with -p TEXT it answers once",
+    "pull": "dsmoe convert REPOSITORY --type q4 fetches a checkpoint and makes a model of it",
+    "list": "dsmoe models lists the models",
+    "ls": "dsmoe models lists the models",
+    "show": "dsmoe inspect MODEL shows what a model is",
+    "create": "dsmoe quantize MODEL makes a smaller model, dsmoe convert one of a checkpoint",
+    "serve": "there is no server yet; dsmoe batch answers files of OpenAI requests",
+    "rm": "delete the file: dsmoe models shows where it is",
+    "generate": "dsmoe chat MODEL -p TEXT answers once",
+    "complete": "dsmoe chat MODEL -p TEXT answers once",
+    "download": "dsmoe convert REPOSITORY fetches a checkpoint and makes a model of it",
+    "help": "dsmoe --help lists the commands, dsmoe COMMAND --help explains one",
+}
+"""What other programs call commands, ollama first, and which of ours does it."""
+
 
 def _with_dashes(token: str) -> str:
     return token.replace("_", "-")

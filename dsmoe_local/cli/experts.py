@@ -15,7 +15,14 @@ import click
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.cli.configuration import from_command_line
-from dsmoe_local.cli.model_options import ModelName, find_model, load_engine, model_option, model_options
+from dsmoe_local.cli.model_options import (
+    ModelName,
+    find_model,
+    load_engine,
+    model_option,
+    model_options,
+    within_training,
+)
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -77,7 +84,9 @@ def command(
     if not own_number(path):
         raise UsageError("the model is dense: it has no routed experts", where=safe_line(str(path)))
     stop = threading.Event()
-    with load_engine(path, values, lambda options: replace(options, observers=OBSERVERS), stop) as engine:
+    with load_engine(
+        path, values, lambda options: replace(within_training(options), observers=OBSERVERS), stop
+    ) as engine:
         readings = run_with_progress(lambda listen, stop: _read(engine, texts, listen, stop), stop)
         name = engine.info.name
     if svg is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -112,7 +113,12 @@ class DeviceList(click.ParamType[tuple[str, ...]]):
 
 _MODEL = [
     click.option(
-        "-c", "--ctx-size", "n_context", type=int, metavar="N", help="Context in tokens [what fits]."
+        "-c",
+        "--ctx-size",
+        "n_context",
+        type=int,
+        metavar="N",
+        help="Context in tokens, as far as the model was trained for [what fits].",
     ),
     click.option("-t", "--threads", "n_threads", type=int, metavar="N", help="Threads [physical cores]."),
     click.option(
@@ -254,10 +260,31 @@ def find_model(
     return demo
 
 
+def within_training(options: ModelOptions) -> ModelOptions:
+    """`options` with a context of at most what the model was trained for; a note tells of the difference.
+
+    Beyond that, replies are nonsense and the cache takes what memory there is. A model whose positions are
+    scaled (RoPE scaling) gets what was asked for: that is what scaling is for.
+    """
+    from dsmoe_local.model.gguf_model import read_model
+
+    if options.n_context is None:
+        return options
+    hp = read_model(options.path)[1]
+    if options.n_context <= hp.n_context or hp.rope_scaling is not None:
+        return options
+    click.echo(
+        f"note: -c {options.n_context}: the model was trained for {hp.n_context} tokens of context, no more"
+        " are used",
+        err=True,
+    )
+    return replace(options, n_context=hp.n_context)
+
+
 def load_engine(
     path: Path,
     values: dict[str, Any],
-    complete: Callable[[ModelOptions], ModelOptions] = lambda options: options,
+    complete: Callable[[ModelOptions], ModelOptions] = within_training,
     stop: threading.Event | None = None,
 ) -> EngineClient:
     """The engine for `path`, in a process of its own, loaded with progress on the screen; takes its own
@@ -282,7 +309,6 @@ def loading_options(path: Path, values: dict[str, Any]) -> ModelOptions:
     from dsmoe_local.engine.types import ALL_LAYERS, ModelOptions
 
     names = [
-        "n_context",
         "n_threads",
         "n_threads_batch",
         "n_batch",
@@ -303,6 +329,8 @@ def loading_options(path: Path, values: dict[str, Any]) -> ModelOptions:
         n_cpu_moe = ALL_LAYERS
     return ModelOptions(
         path=path,
+        # As in llama.cpp, 0 is the model's own.
+        n_context=values.pop("n_context") or None,
         n_cpu_moe=n_cpu_moe,
         tensor_overrides=tuple(pair for pairs in values.pop("tensor_overrides") for pair in pairs),
         offload_cache=not values.pop("keep_cache"),

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import click
 import pytest
+from support.configured import complaint
 
-from dsmoe_local.cli.commands import COMMANDS
+from dsmoe_local.cli.commands import COMMANDS, ELSEWHERE
 from dsmoe_local.cli.main import group, load_command
 
 SCRIPT = "from dsmoe_local.cli.main import dsmoe; dsmoe()"
@@ -25,6 +26,35 @@ def run(*arguments: str, stdout: str = "") -> subprocess.CompletedProcess[str]:
             text=True,
             check=False,
         )
+
+
+@pytest.mark.parametrize(
+    ("word", "answer"),
+    [
+        ("run", "dsmoe chat"),
+        ("pull", "dsmoe convert"),
+        ("list", "dsmoe models"),
+        ("serve", "no server"),
+        ("cht", "did you mean chat?"),
+        ("quantise", "did you mean quantize?"),
+        ("\x1b[31m", "dsmoe --help"),
+        ("", "dsmoe --help"),
+    ],
+)
+def test_another_programs_word(word: str, answer: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: a word of ollama's, or a typing mistake, without a hint at the command that was meant."""
+    lines = complaint(capsys, word, "demo-q4").splitlines()
+    assert lines[0].startswith("error: there is no command")
+    assert answer in lines[1]
+    assert len(lines) == 2
+    assert "\x1b" not in lines[0]
+
+
+def test_what_is_named_elsewhere_is_no_command() -> None:
+    """Guards: a hint that hides a command of that name; one that names a command that is not there."""
+    assert not COMMANDS.keys() & ELSEWHERE.keys()
+    for hint in ELSEWHERE.values():
+        assert set(re.findall(r"dsmoe ([a-z]+)", hint)) <= COMMANDS.keys()
 
 
 def test_no_command_shows_the_whole_help() -> None:
