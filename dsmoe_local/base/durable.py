@@ -56,13 +56,10 @@ def make_folders(folder: Path, mode: int = 0o777) -> None:
     """Make `folder`, and those above it that are missing, durably and each with `mode`. OSError if it cannot
     be made.
     """
+    if not folder.parent.is_dir():
+        make_folders(folder.parent, mode)
     try:
         folder.mkdir(mode)
-    except FileNotFoundError:
-        if folder.parent == folder:
-            raise
-        make_folders(folder.parent, mode)
-        make_folders(folder, mode)
     except OSError:
         # Some systems refuse to write before they say that it exists.
         if not folder.is_dir():

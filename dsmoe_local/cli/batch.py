@@ -50,7 +50,7 @@ class Parallel(click.ParamType[int]):
         return int(word)
 
 
-@click.command(name="batch")
+@click.command(name="batch", options_metavar="-o OUT.jsonl [OPTIONS]")
 @click.argument("source", metavar="IN.jsonl|-", type=click.Path(path_type=Path))
 @click.option(
     "-o",

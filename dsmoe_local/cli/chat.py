@@ -141,7 +141,7 @@ def _check_combinations(for_one_answer: dict[str, str], for_a_chat: dict[str, st
             raise UsageError(f"{flag} is for one answer", remedy="use it with -p")
     for flag, name in for_a_chat.items():
         if from_command_line(name):
-            raise UsageError(f"{flag} is for a chat: one answer has no session", remedy="leave it out, or -p")
+            raise UsageError(f"{flag} is for a chat, and this is one answer", remedy="leave one of them out")
     if from_command_line("session") and from_command_line("latest"):
         raise UsageError("--session and --continue name two conversations", remedy="use one of them")
 

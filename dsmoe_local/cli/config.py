@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -30,9 +31,9 @@ from dsmoe_local.cli.configuration import (
     models_folder,
     models_folder_origin,
     origin_of,
-    unknown_keys,
     variable,
 )
+from dsmoe_local.cli.unknown import unknown_keys, unknown_variables
 
 # The help of an option ends with its built-in value, in words.
 _BUILT_IN = re.compile(r"\[(?:default: )?([^\[\]]+)\]\.?$")
@@ -99,7 +100,9 @@ def command(name: str, as_json: bool, show_path: bool) -> None:
     $EDITOR "$(dsmoe config --path)" changes it, as does /set save in a chat.
     """
     if show_path:
-        click.echo(safe_line(str(config_path()), 4096) if sys.stdout.isatty() else str(config_path()))
+        path = str(config_path())
+        # A script gets the very bytes of the name.
+        click.echo(safe_line(path, 4096) if sys.stdout.isatty() else os.fsencode(path))
         return
     from dsmoe_local.chat.settings import presets_of
     from dsmoe_local.cli.commands import COMMANDS
@@ -111,7 +114,7 @@ def command(name: str, as_json: bool, show_path: bool) -> None:
         found = _as_json(name, shown, presets)
         click.echo(json.dumps(found, indent=2, ensure_ascii=True, allow_nan=False))
         return
-    for note in unknown_keys(values, COMMANDS):
+    for note in (*unknown_keys(values, COMMANDS), *unknown_variables(COMMANDS)):
         click.echo(f"note: {note}", err=True)
     _show(shown, presets)
 

@@ -10,7 +10,7 @@ import copy
 import difflib
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -24,9 +24,9 @@ from dsmoe_local.base.config_file import ConfigFile, config_path, spellings
 from dsmoe_local.base.errors import DsmoeError, FormatError, UsageError
 from dsmoe_local.base.paths import data_folder
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.cli.commands import COMMANDS, import_command
 
 MODELS_FOLDER = "models-folder"
+VARIABLE_PREFIX = "DSMOE_"
 # They say what this one run does; --debug is looked for before anything is parsed.
 _FLAGS_ALONE = frozenset({"help", "version", "debug", "show_path"})
 
@@ -73,7 +73,7 @@ def variable(key: str, command: str = "") -> str:
     DSMOE_EVAL_SENSITIVITY.
     """
     name = f"{command}_{key}" if key in _OWN_VARIABLE.get(command, ()) else key
-    return f"DSMOE_{name.upper().replace('-', '_')}"
+    return f"{VARIABLE_PREFIX}{name.upper().replace('-', '_')}"
 
 
 def keys_of(option: click.Parameter) -> list[str]:
@@ -220,8 +220,13 @@ class ConfigDefaults(dict[str, Any]):
 
     def _read(self) -> list[_Layer]:
         values = config_file().values()
-        for note in [] if self._quiet else unknown_keys(values, [self.command_name]):
-            click.echo(f"note: {safe_line(str(config_path()))}: {note}", err=True)
+        if not self._quiet:
+            from dsmoe_local.cli.unknown import unknown_keys, unknown_variables
+
+            for note in unknown_keys(values, [self.command_name]):
+                click.echo(f"note: {safe_line(str(config_path()))}: {note}", err=True)
+            for note in unknown_variables([self.command_name]):
+                click.echo(f"note: {note}", err=True)
         section = values.get(self.command_name, {})
         if not isinstance(section, dict):
             section = {}
@@ -236,12 +241,16 @@ def _preset_layer(name: str) -> _Layer:
     if name in presets:
         return _Layer(Source.PRESET, f"{PRESETS}.{name}", presets[name].values)
     near = difflib.get_close_matches(name, presets, n=1)
-    there = ", ".join(map(safe_line, presets)) or "none; /set save NAME in a chat makes one"
+    remedy = (
+        f"there are: {', '.join(map(safe_line, presets))}"
+        if presets
+        else "/set save NAME in a chat makes one"
+    )
     with told_origin("preset"):
         raise UsageError(
             f"there is no preset {safe_line(name, 40)!r}",
             where=str(config_path()),
-            remedy=f"did you mean {near[0]}?" if near else f"there are: {there}",
+            remedy=f"did you mean {near[0]}?" if near else remedy,
         )
 
 
@@ -272,47 +281,6 @@ def _is_plain(value: object) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
     return isinstance(value, str | int) and not isinstance(value, bool)
-
-
-def unknown_keys(values: Mapping[str, Any], commands: Iterable[str]) -> list[str]:
-    """What stands in the config file and means nothing, in words. Of the commands' sections only those of
-    `commands` are looked at.
-    """
-    from dsmoe_local.chat.settings import KEYS, PRESETS, presets_of
-
-    def keys(names: Iterable[str]) -> set[str]:
-        return {
-            key
-            for name in names
-            for option in configurable(import_command(name))
-            for key in spellings(keys_of(option))
-        }
-
-    notes: list[str] = []
-
-    def check(section: Mapping[str, Any], known: set[str], name: str = "") -> None:
-        for key in section:
-            if key not in known:
-                near = difflib.get_close_matches(key.replace("_", "-"), sorted(known), n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                place = f" in [{safe_line(name, 60)}]" if name else ""
-                notes.append(f"{safe_line(key, 40)!r}{place} is no option{hint}")
-
-    commands = list(commands)
-    known = {*COMMANDS, PRESETS, *spellings([MODELS_FOLDER]), *keys(commands)}
-    if not known.issuperset(values):
-        # Most often an option of another command.
-        known |= keys(COMMANDS)
-    check(values, known)
-    for name in commands:
-        section = values.get(name, {})
-        if isinstance(section, dict):
-            check(section, keys([name]), name)
-        elif name not in keys(COMMANDS):
-            notes.append(f"{name!r} is no section: write [{name}]")
-    for name, preset in presets_of(values).items():
-        check(dict.fromkeys(preset.unknown), set(KEYS), f"{PRESETS}.{name}")
-    return notes
 
 
 def origin_of(context: click.Context, name: str) -> Origin:

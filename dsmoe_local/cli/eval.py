@@ -129,7 +129,7 @@ def _check(run: _Run, against: str | None, source: str | None) -> None:
     if run.n_context < LEAST_CONTEXT:
         with told_origin("n_context"):
             raise UsageError(
-                f"-c {run.n_context} is out of range", remedy=f"windows have {LEAST_CONTEXT} or more"
+                f"-c {run.n_context} is out of range", remedy=f"windows have {LEAST_CONTEXT} tokens or more"
             )
     if source == "-" and against == "-":
         raise UsageError("--against takes a model or a file")

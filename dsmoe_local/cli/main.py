@@ -1,9 +1,19 @@
 """The commands and their exit codes. A command's module is imported only to run it: help must be instant."""
 
+# ruff: noqa: E402
 from __future__ import annotations
 
+import signal
+
+# Ctrl-C ends the imports as it ends any program, without a traceback.
+_on_interrupt = signal.getsignal(signal.SIGINT)
+if _on_interrupt is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import difflib
+import io
 import os
+import re
 import sys
 import traceback
 
@@ -65,6 +75,7 @@ def load_command(name: str) -> click.Command:
 def run(command: click.Command, program: str) -> int:
     """Run a command line and turn what comes out of it into messages on stderr and an exit code."""
     _open_closed_streams()
+    _take_any_text()
     # As click reads variables of flags.
     debug = "--debug" in sys.argv or os.environ.get("DSMOE_DEBUG", "").strip().lower() not in _OFF
     try:
@@ -75,12 +86,12 @@ def run(command: click.Command, program: str) -> int:
         click.echo(error.format_message(), err=True)
         return error.exit_code
     except click.ClickException as error:
-        complain(f"{error.format_message()}\n{where_from(error) or _help_hint(error)}")
+        complain(_one_dash(command) or "\n".join(_lines(error)))
         return error.exit_code
     except DsmoeError as error:
         if debug:
             traceback.print_exc()
-        complain(str(error))
+        complain(_one_dash(command) or str(error))
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         complain("interrupted")
@@ -126,9 +137,46 @@ def _open_closed_streams() -> None:
             setattr(sys, name, open(os.open(os.devnull, flags), mode, encoding="utf-8"))  # noqa: SIM115 - open until the end
 
 
-def _help_hint(error: click.ClickException) -> str:
+def _take_any_text() -> None:
+    """What the encoding of stdout does not have becomes a question mark, as in a C locale."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def _lines(error: click.ClickException) -> list[str]:
+    """What click says, on one line; where the value came from, or how the command is used."""
+    what = " ".join(error.format_message().split())
+    where = where_from(error)
     context = getattr(error, "ctx", None)
-    return f"see {context.command_path} --help" if context is not None else ""
+    if where or context is None:
+        return [what, where]
+    lines = [what, f"see {context.command_path} --help"]
+    if type(error) is click.UsageError or isinstance(error, click.MissingParameter):
+        # Too many arguments, or too few.
+        lines.insert(1, " ".join(context.get_usage().split()))
+    return lines
+
+
+def _one_dash(command: click.Command) -> str:
+    """What to say if a long option was typed with one dash; click reads that as short ones, or as a value."""
+    words = sys.argv[1:]
+    name = next((word for word in words if word in COMMANDS), None)
+    if isinstance(command, LazyGroup) and name is not None:
+        command = load_command(name)
+    options = {flag: each for each in command.params for flag in (*each.opts, *each.secondary_opts)}
+    before = ""
+    for word in words:
+        flag = word.partition("=")[0]
+        is_value = before in options and not getattr(options[before], "is_flag", True)
+        if (
+            re.fullmatch(r"-\w[\w-]+", flag)
+            and not is_value
+            and flag not in options
+            and f"-{flag}" in options
+        ):
+            return f"there is no option {flag}\ndid you mean -{flag}?"
+        before = word
+    return ""
 
 
 def complain(message: str) -> None:
@@ -160,3 +208,7 @@ def chat() -> None:
 def batch() -> None:
     """The `dsmoe-batch` script."""
     sys.exit(run(load_command("batch"), "dsmoe-batch"))
+
+
+if _on_interrupt is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _on_interrupt)

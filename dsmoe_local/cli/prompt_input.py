@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
+from dsmoe_local.base.content import decode_text
 from dsmoe_local.base.errors import FileError, UsageError
 from dsmoe_local.base.text import safe_line
 
@@ -93,10 +94,5 @@ def _argument(prompt: str) -> str:
 def _decoded(content: bytes, source: str, what: str) -> str:
     if len(content) > MAX_BYTES:
         raise FileError(f"{what} is larger than 16 MiB", where=source)
-    try:
-        # Windows' editors begin a file with a byte order mark.
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FileError(f"{what} is not UTF-8", where=f"{source}, byte {error.start}") from error
     # The shell's own newline at the end is not part of what was asked.
-    return text.removesuffix("\n")
+    return decode_text(content, what, source).removesuffix("\n")

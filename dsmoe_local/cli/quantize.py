@@ -70,7 +70,7 @@ def command(
         _check_places(source, output, targets.recipe_out, force=force, dry_run=dry_run)
         plan = _solved(source, types, targets, threads or 0, may_lose=may_lose, dry_run=dry_run)
     else:
-        choice, wishes = _choice(types), types.wishes()
+        choice, wishes = _choice(types, out), types.wishes()
         output = out or default_output(source, choice, wishes)
         _check_places(source, output, targets.recipe_out, force=force, dry_run=dry_run)
         plan = plan_quantization(source, choice, wishes, allow_requantize=may_lose, imatrix=types.imatrix())
@@ -101,8 +101,10 @@ def _check_places(source: Path, output: Path, recipe_out: Path | None, *, force:
         refuse_early(output, force, [source])
 
 
-def _choice(types: TypeOptions) -> TypeChoice:
-    """What --type or --recipe names."""
+def _choice(types: TypeOptions, out: Path | None) -> TypeChoice:
+    """What --type or --recipe names. UsageError if neither is given; as llama-quantize wants it, the type may
+    be where `out` belongs.
+    """
     from dsmoe_quantize.types import known_words, resolve
 
     if types.word is not None:
@@ -110,7 +112,9 @@ def _choice(types: TypeOptions) -> TypeChoice:
             return resolve(types.word)
     recipe = types.recipe()
     if recipe is None:
-        raise UsageError("no type is given", remedy=f"--type {', '.join(known_words())}; or a target")
+        wanted = next((each for each in known_words() if out and out.name.lower() == each.lower()), None)
+        remedy = f"--type {wanted}" if wanted else f"--type {', '.join(known_words())}; or a target"
+        raise UsageError("no type is given", remedy=remedy)
     return recipe
 
 
