@@ -14,7 +14,7 @@ import click
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.cli.configuration import from_command_line
+from dsmoe_local.cli.configuration import from_command_line, models_folder
 from dsmoe_local.cli.model_options import (
     ModelName,
     find_model,
@@ -106,11 +106,21 @@ def _sorted_out(files: tuple[str, ...], is_model_named: bool) -> tuple[str | Non
     may_be_name = not is_model_named and first != "-" and others
     is_model = _is_gguf(first) or (may_be_name and (len(others) == _MOST_TEXTS or not os.path.exists(first)))
     model, texts = (first, tuple(others)) if is_model else (None, files)
-    if not 1 <= len(texts) <= _MOST_TEXTS:
-        raise UsageError("one or two texts are wanted", remedy="name text files, or - for stdin")
+    if not texts or (len(texts) == 1 and _is_known(texts[0])):
+        raise UsageError("no text is named", remedy=f"dsmoe experts {first} FILE.txt, or - for stdin")
+    if len(texts) > _MOST_TEXTS:
+        raise UsageError("more than two texts are named", remedy="name one or two")
     if texts.count("-") > 1:
         raise UsageError("stdin is asked for twice", remedy="use one -")
     return model, texts
+
+
+def _is_known(word: str) -> bool:
+    """Whether a model has this name, and no file."""
+    from dsmoe_local.model.discovery import known_models
+
+    named = {model.name.casefold() for model in known_models(models_folder())}
+    return not os.path.exists(word) and word.casefold() in named
 
 
 def _is_gguf(word: str) -> bool:

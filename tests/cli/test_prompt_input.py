@@ -75,6 +75,10 @@ def test_a_file_called_dash_is_stdin() -> None:
         (None, False, b"caf\xe9", FileError, "stdin, byte 3"),
         ("Why?", False, b"\xff", FileError, "not UTF-8"),
         (None, False, b"x" * (MAX_BYTES + 1), FileError, "16 MiB"),
+        (None, False, b"%PDF-1.7\n", FileError, "a PDF, not UTF-8 text"),
+        (None, False, b"PK\x03\x04abc", FileError, "office"),
+        (None, False, "x".encode("utf-16"), FileError, "UTF-16"),
+        (None, False, b"a\0b", FileError, "NUL"),
     ],
 )
 def test_what_cannot_be_asked(

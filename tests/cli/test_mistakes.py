@@ -1,0 +1,147 @@
+"""Mistakes of people who see the programs for the first time, and places where they are run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.configured import complaint, write_config
+from support.tiny_gguf import MOE, write_tiny
+
+from dsmoe_local.base.durable import make_folders
+from dsmoe_local.base.paths import config_folder
+from dsmoe_local.cli.main import load_command
+
+START = "from dsmoe_local.cli.main import dsmoe; dsmoe()"
+
+
+def dsmoe(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", START, *arguments],
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lines"),
+    [
+        (("chat", "-p", "x", "-temp", "1"), ["there is no option -temp", "did you mean --temp?"]),
+        (("chat", "-prompt", "x"), ["there is no option -prompt", "did you mean --prompt?"]),
+        (("eval", "-model=x"), ["there is no option -model", "did you mean --model?"]),
+        (("chat", "nobody", "-p", "-stats"), ["no model is called 'nobody'", "dsmoe models lists them"]),
+        (
+            ("convert",),
+            ["Missing argument 'SRC'.", "Usage: dsmoe convert [OPTIONS] SRC", "see dsmoe convert"],
+        ),
+        (("completion",), ["Missing argument '{bash|zsh|fish}'. Choose from: bash, zsh, fish"]),
+        (
+            ("batch", "in.jsonl", "out.jsonl"),
+            ["Missing option '-o' / '--output'.", "Usage: dsmoe batch -o OUT.jsonl [OPTIONS] IN.jsonl|-"],
+        ),
+        (
+            ("chat", "-p", "x", "--preset", "calm"),
+            ["there is no preset 'calm'", "", "/set save NAME in a chat"],
+        ),
+    ],
+)
+def test_what_is_said(
+    arguments: tuple[str, ...], lines: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards: a word that click reads as something else; a message that has to be looked up."""
+    said = complaint(capsys, *arguments).splitlines()
+    assert said[0].startswith(f"error: {lines[0]}")
+    for line, expected in zip(said[1:], lines[1:], strict=False):
+        assert line.strip().startswith(expected)
+    assert len(lines) <= len(said) <= 3
+
+
+def test_the_type_where_llama_quantize_has_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: no word on --type to somebody who gives the type as the last argument."""
+    model = write_tiny(tmp_path / "tiny.gguf", MOE)
+    assert "--type Q4_K_M\n" in complaint(capsys, "quantize", str(model), "q4_k_m")
+
+
+def test_a_model_alone_is_no_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards: "no such file" for the name of a model, when it is the text that is missing."""
+    monkeypatch.chdir(tmp_path)
+    write_tiny(tmp_path / "tiny.gguf", MOE)
+    for word in ("tiny", "tiny.gguf", str(tmp_path / "tiny.gguf")):
+        assert "no text is named" in complaint(capsys, "experts", word)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize("arguments", [("inspect", "deepseekmoe-16b"), ("batch", "--help")])
+def test_an_encoding_without_our_characters(encoding: str, arguments: tuple[str, ...]) -> None:
+    """Guards: a C locale that shows as a bug of this program."""
+    done = dsmoe(*arguments, PYTHONIOENCODING=encoding)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) > 10
+
+
+def test_a_home_that_takes_no_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: an endless recursion where the system has no room for a folder, and says that none is there."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(FileNotFoundError):
+        make_folders(Path("/nowhere/of/this/name"))
+
+
+def test_the_config_path_as_it_is(tmp_path: Path) -> None:
+    """Guards: a folder whose name is no text, of which the editor would get another name."""
+    folder = os.fsencode(tmp_path) + b"/\xff"
+    done = subprocess.run(
+        [sys.executable, "-c", START, "config", "--path"],
+        env={**os.environb, b"XDG_CONFIG_HOME": folder},
+        capture_output=True,
+        check=False,
+    )
+    assert done.stdout == folder + b"/dsmoe-local/config.toml\n"
+
+
+def test_unknown_variables_are_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards: a typing mistake in a variable that is passed over; a known one of another command told."""
+    write_config("")
+    for name in ("DSMOE_TMEP", "DSMOE_TARGET_SIZE", "DSMOE_MAX_TOKENS", "DSMOE_DEBUG", "DSMOE_FAULT"):
+        monkeypatch.setenv(name, "0" if name == "DSMOE_DEBUG" else "7")
+    monkeypatch.setattr(load_command("chat"), "callback", lambda **_: None)
+    load_command("chat").main([], standalone_mode=False)
+    note = "note: the variable DSMOE_TMEP is no option's; did you mean DSMOE_TEMP?\n"
+    assert capsys.readouterr().err == note
+    load_command("config").main([], standalone_mode=False)
+    assert capsys.readouterr().err == note
+    assert config_folder().is_dir()
+
+
+def test_an_interrupt_while_modules_are_imported() -> None:
+    """Guards: a traceback for Ctrl-C in the first tenth of a second."""
+    hook = """if True:
+        import os, signal, sys
+        class Interrupt:
+            def find_spec(self, name, path=None, target=None):
+                if name == "click":
+                    os.kill(os.getpid(), signal.SIGINT)
+        sys.meta_path.insert(0, Interrupt())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", hook + START, "--help"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+    # Afterwards it is the programs' own again.
+    code = "import signal, dsmoe_local.cli.main; assert signal.getsignal(2) is signal.default_int_handler"
+    subprocess.run([sys.executable, "-c", code], check=True)
