@@ -123,9 +123,11 @@ class ConfigFile:
         except (TOMLKitError, ValueError, RecursionError):
             pass
         raise FileError(
-            "the config file cannot be changed as it is laid out",
+            "the layout of the config file does not let it be changed by a program",
             where=self.path,
-            remedy=f"write [{'.'.join(section)}] as a section of its own" if section else "",
+            remedy=f"write [{'.'.join(section)}] as a section of its own"
+            if section
+            else "change it yourself",
         )
 
     def _apply(
@@ -140,7 +142,11 @@ class ConfigFile:
                 table[name] = new_table(table, depth == len(section))
             table = table[name]
             if not isinstance(table, MutableMapping):
-                raise FormatError(f"{name} is no section of the config file", where=self.path)
+                raise FormatError(
+                    f"{name} is a value in the config file, not a section",
+                    where=self.path,
+                    remedy=f"write [{'.'.join(section)}] in its place",
+                )
         for key, value in changes.items():
             if value is not None:
                 table[key] = value

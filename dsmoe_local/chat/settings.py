@@ -189,7 +189,7 @@ def apply(settings: ChatSettings, values: Mapping[str, Any]) -> ChatSettings:
             # As they are: TOML has escapes of its own.
             texts = [value] if isinstance(value, str) else value
             if not all(isinstance(text, str) and text for text in texts):
-                raise UsageError(f"{key} holds what is no text", remedy=SETTINGS[name].help)
+                raise UsageError(f"{key} takes a text, or a list of texts", remedy=SETTINGS[name].help)
             settings = _with(settings, name, tuple(texts))
         elif isinstance(value, str | int | float) and not isinstance(value, bool):
             settings = change(settings, name, str(value))

@@ -205,7 +205,9 @@ def _open_sessions(conversing: _Conversing, open_things: ExitStack) -> _Kept:
     if conversing.no_history:
         wanted = from_command_line("session") or from_command_line("latest")
         if wanted and from_command_line("no_history"):
-            raise UsageError("with --no-history there are no sessions to go on with")
+            raise UsageError(
+                "--no-history keeps no conversation to go on with", remedy="leave out --no-history"
+            )
         if not wanted:
             return _Kept(None)
     sessions = SessionStore.open(data_folder() / "sessions")

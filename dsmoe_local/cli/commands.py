@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import click
+
+from dsmoe_local.base.errors import UsageError
+from dsmoe_local.base.text import safe_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,13 @@ ELSEWHERE: Mapping[str, str] = {
 
 def _with_dashes(token: str) -> str:
     return token.replace("_", "-")
+
+
+def no_such_command(word: str) -> UsageError:
+    """The error for a word that is no command, with the one that may be meant."""
+    near = difflib.get_close_matches(word, COMMANDS, n=1)
+    remedy = f"did you mean {near[0]}?" if near else "dsmoe --help lists the commands"
+    return UsageError(f"there is no command {safe_line(word, 40)!r}", remedy=ELSEWHERE.get(word, remedy))
 
 
 def import_command(name: str) -> click.Command:

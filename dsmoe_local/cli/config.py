@@ -18,7 +18,7 @@ from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from dsmoe_local.base.config_file import config_path
-from dsmoe_local.base.errors import FormatError, UsageError
+from dsmoe_local.base.errors import FormatError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.cli.configuration import (
     MODELS_FOLDER,
@@ -59,13 +59,10 @@ class CommandName(click.ParamType[str]):
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """UsageError for a word that is none."""
-        from dsmoe_local.cli.commands import COMMANDS
+        from dsmoe_local.cli.commands import COMMANDS, no_such_command
 
         if value not in COMMANDS:
-            raise UsageError(
-                f"there is no command {safe_line(str(value), 40)!r}",
-                remedy=f"there are: {', '.join(COMMANDS)}",
-            )
+            raise no_such_command(str(value))
         return str(value)
 
     def shell_complete(
@@ -160,7 +157,7 @@ def _shown(context: click.Context, option: click.Option) -> Shown:
     except click.BadParameter as error:
         return Shown(key, None, _in_words(raw), origin, error.message)
     if isinstance(value, float) and not math.isfinite(value):
-        return Shown(key, None, _in_words(raw), origin, "this is no number to reckon with")
+        return Shown(key, None, _in_words(raw), origin, "this is not a finite number")
     return Shown(key, _plain(value), _in_words(raw if not option.is_flag else value), origin)
 
 

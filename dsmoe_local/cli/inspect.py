@@ -13,11 +13,23 @@ from dsmoe_local.base.text import safe_line
 from dsmoe_local.cli.model_options import ModelName, find_model, model_option
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import JustifyMethod, RenderableType
     from rich.table import Table
 
     from dsmoe_local.model.cost import Share
     from dsmoe_local.model.report import ModelReport
+
+_COLUMNS = {
+    "role": 0,
+    "weights": 54,
+    "size": 0,
+    "bits": 54,
+    "read/token": 0,
+    "of all reads": 76,
+    "types": 76,
+}
+"""The columns of the table of roles, and how wide a window each of them needs."""
+_FIGURES = ("weights", "size", "bits", "read/token")
 
 _COMPARED = {"deepseek-7b": "DeepSeek 7B", "llama2-7b": "LLaMA2 7B"}
 
@@ -47,18 +59,18 @@ def command(target: str | None, named_model: str | None, as_json_: bool) -> None
     from rich.console import Console
 
     console = Console(highlight=False, markup=False)
-    for part in _parts(report):
+    for part in _parts(report, console.width):
         console.print(part)
 
 
-def _parts(report: ModelReport) -> list[RenderableType]:
+def _parts(report: ModelReport, width: int) -> list[RenderableType]:
     from rich.text import Text
 
     hp = report.hp
     title = Text.assemble((safe_line(hp.name or report.source, 80), "bold"))
     if hp.name and hp.name != report.source:
         title.append(f"  {safe_line(report.source, 120)}", style="dim")
-    parts: list[RenderableType] = [title, _facts(report), _role_table(report)]
+    parts: list[RenderableType] = [title, _facts(report), _role_table(report, width)]
     if report.assumed_type is not None:
         parts.append(Text(f"No weights were read: sizes are for {report.assumed_type.name}.", style="dim"))
     return parts
@@ -145,34 +157,39 @@ def _bits(n_bytes: int, n_weights: int) -> str:
     return f"{8 * n_bytes / n_weights:.2f}"
 
 
-def _role_table(report: ModelReport) -> Table:
+def _role_table(report: ModelReport, width: int) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("role", no_wrap=True)
-    for heading in ("weights", "size", "bits", "read/token"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("of all reads", no_wrap=True)
-    table.add_column("types")
     read = report.n_bytes_per_token
-    for share in report.shares:
-        part = share.n_bytes_per_token / read
-        table.add_row(
+    rows = [
+        (
             share.role.value,
             format_count(share.n_weights),
             format_size(share.n_bytes),
             _bits(share.n_bytes, share.n_weights),
             format_size(share.n_bytes_per_token),
-            f"{part:4.0%} {'▇' * round(part * 10)}",
+            f"{share.n_bytes_per_token / read:4.0%} {'▇' * round(share.n_bytes_per_token / read * 10)}",
             _types(share),
         )
-    table.add_section()
-    table.add_row(
+        for share in report.shares
+    ]
+    total = (
         "all",
         format_count(report.n_parameters),
         format_size(report.n_bytes),
         _bits(report.n_bytes, report.n_parameters),
         format_size(read),
+        "",
+        "",
     )
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    shown = [index for index, least in enumerate(_COLUMNS.values()) if width >= least]
+    for heading in (tuple(_COLUMNS)[index] for index in shown):
+        justify: JustifyMethod = "right" if heading in _FIGURES else "left"
+        table.add_column(heading, justify=justify, no_wrap=heading != "types")
+    for row in rows:
+        table.add_row(*(row[index] for index in shown))
+    table.add_section()
+    table.add_row(*(total[index] for index in shown))
     return table

@@ -10,7 +10,6 @@ _on_interrupt = signal.getsignal(signal.SIGINT)
 if _on_interrupt is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import difflib
 import io
 import os
 import re
@@ -20,9 +19,9 @@ import traceback
 import click
 
 from dsmoe_local import __version__
-from dsmoe_local.base.errors import DsmoeError, UsageError
+from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.base.text import safe_line, safe_text
-from dsmoe_local.cli.commands import COMMANDS, ELSEWHERE, import_command
+from dsmoe_local.cli.commands import COMMANDS, import_command, no_such_command
 from dsmoe_local.cli.configuration import attach, where_from
 
 _INTERRUPTED = 130
@@ -43,18 +42,12 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         word = args[0]
         if word not in COMMANDS and not word.startswith("-") and not ctx.resilient_parsing:
-            raise _no_such_command(word)
+            raise no_such_command(word)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, entry.summary) for name, entry in COMMANDS.items()])
-
-
-def _no_such_command(word: str) -> UsageError:
-    near = difflib.get_close_matches(word, COMMANDS, n=1)
-    remedy = f"did you mean {near[0]}?" if near else "dsmoe --help lists the commands"
-    return UsageError(f"there is no command {safe_line(word, 40)!r}", remedy=ELSEWHERE.get(word, remedy))
 
 
 @click.group(

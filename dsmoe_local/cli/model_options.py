@@ -351,8 +351,12 @@ def _model_file(word: str, others: Iterable[str]) -> Path:
         used, *hidden = (model.path for model in known)
         if hidden:
             name = safe_line(known[0].name, 60)
-            where = safe_line(", ".join(map(str, hidden)))
-            click.echo(f"note: {name} is {safe_line(str(used))} here; by its path: {where}", err=True)
+            others = safe_line(", ".join(map(str, hidden)))
+            click.echo(
+                f"note: {len(known)} models are called {name}: using {safe_line(str(used))}; a path names"
+                f" another: {others}",
+                err=True,
+            )
         return used
     if os.path.isdir(path):
         raise FileError("a folder is no model", where=path, remedy=_use_of_folder(path))

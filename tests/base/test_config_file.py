@@ -102,7 +102,7 @@ def test_a_value_in_the_place_of_a_section(tmp_path: Path) -> None:
     """Guards the short error where `chat = 3` stands in the way of `[chat]`."""
     path = tmp_path / "config.toml"
     path.write_text("chat = 3\n")
-    with pytest.raises(FormatError, match="chat is no section"):
+    with pytest.raises(FormatError, match="chat is a value in the config file"):
         ConfigFile(path).set(("chat",), {"temp": 1.0})
     assert path.read_text() == "chat = 3\n"
 

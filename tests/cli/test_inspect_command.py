@@ -56,6 +56,16 @@ def test_inspect_tells_type_and_matrix(tmp_path: Path) -> None:
     assert weights(source).rstrip().endswith(" bits each, BF16")
 
 
+@pytest.mark.parametrize("width", [40, 54, 76, 80])
+def test_no_figure_is_cut(width: int) -> None:
+    """Guards: a narrow window in which all that is left of a figure is `4…`."""
+    shown = (
+        CliRunner().invoke(load_command("inspect"), ["deepseekmoe-16b"], env={"COLUMNS": str(width)}).stdout
+    )
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= width
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_inspect_every_preset(name: str) -> None:
     """Guards the preset names that the help lists, and the paper's figure beside the real one."""

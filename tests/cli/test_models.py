@@ -120,7 +120,10 @@ def test_the_nearest_of_one_name(
     for word in ("demo-q4", "DEMO-Q4.gguf", "demo"):
         assert find_model(word) == Path("demo-q4.gguf")
         note = capsys.readouterr().err
-        assert note == f"note: demo-q4 is demo-q4.gguf here; by its path: {demo}, {far / 'demo-q4.gguf'}\n"
+        assert note == (
+            "note: 3 models are called demo-q4: using demo-q4.gguf; a path names another:"
+            f" {demo}, {far / 'demo-q4.gguf'}\n"
+        )
     # The path itself is exact.
     assert find_model("demo-q4.gguf") == Path("demo-q4.gguf")
     assert find_model(str(demo)) == demo
