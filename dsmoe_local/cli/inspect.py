@@ -49,10 +49,12 @@ def command(target: str | None, named_model: str | None, as_json_: bool) -> None
     from dsmoe_local.model.presets import PRESETS
     from dsmoe_local.model.report import as_json, report_on
 
-    is_other = target is not None and (
+    if target is not None and (
         target.lower() in PRESETS or Path(target).name == FILE_NAME or (Path(target) / FILE_NAME).is_file()
-    )
-    report = report_on(str(target if is_other else find_model(target, named_model, PRESETS)))
+    ):
+        report = report_on(target)
+    else:
+        report = report_on(str(find_model(target, named_model, PRESETS)))
     if as_json_:
         click.echo(json.dumps(as_json(report), indent=2, ensure_ascii=True))
         return

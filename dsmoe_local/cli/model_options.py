@@ -351,10 +351,10 @@ def _model_file(word: str, others: Iterable[str]) -> Path:
         used, *hidden = (model.path for model in known)
         if hidden:
             name = safe_line(known[0].name, 60)
-            others = safe_line(", ".join(map(str, hidden)))
+            paths = safe_line(", ".join(map(str, hidden)))
             click.echo(
                 f"note: {len(known)} models are called {name}: using {safe_line(str(used))}; a path names"
-                f" another: {others}",
+                f" another: {paths}",
                 err=True,
             )
         return used

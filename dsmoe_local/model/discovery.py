@@ -76,8 +76,8 @@ def _in_folder(folder: Path, *places: str) -> Iterator[Path]:
 def find_known(word: str, folder: Path) -> list[KnownModel]:
     """The known models that `word` names: a name or its unique beginning, in any case, with or without .gguf.
 
-    The first is meant: it is nearer than the others, which have the same name. Empty if there is none;
-    UsageError if the word fits several names, or if two files of one name are equally near.
+    The first is meant: it is nearer than the others, which have the same name, or was used later. Empty if
+    there is none; UsageError if the word fits several names, or if two files of one name are equally near.
     """
     wanted = word.casefold()
     wanted = wanted.removesuffix(_ENDING) if wanted != _ENDING else wanted
