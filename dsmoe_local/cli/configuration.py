@@ -135,17 +135,22 @@ def config_file() -> ConfigFile:
 
 def models_folder() -> Path:
     """Where models are looked for by name: the variable's folder, the config file's, or the usual one."""
-    named = os.environ.get(variable(MODELS_FOLDER)) or config_file().values().get(MODELS_FOLDER)
+    named = os.environ.get(variable(MODELS_FOLDER)) or _configured_folder()
     if named is not None and (not isinstance(named, str) or "\0" in named):
         raise FormatError("this takes the path of a folder", where=f"{config_path()}: {MODELS_FOLDER}")
     return Path(os.path.expanduser(named)) if named else data_folder() / "models"
+
+
+def _configured_folder() -> Any:  # noqa: ANN401 - a value of the file
+    values = config_file().values()
+    return next((values[key] for key in spellings([MODELS_FOLDER]) if key in values), None)
 
 
 def models_folder_origin() -> Origin:
     """What says where the models folder is."""
     if os.environ.get(variable(MODELS_FOLDER)):
         return Origin(Source.VARIABLE, variable(MODELS_FOLDER))
-    if config_file().values().get(MODELS_FOLDER):
+    if _configured_folder():
         return Origin(Source.CONFIG, f"{config_path()}: {MODELS_FOLDER}")
     return Origin(Source.BUILT_IN)
 

@@ -208,6 +208,8 @@ def test_the_models_folder_is_configured(
     config_path().parent.mkdir(parents=True)
     config_path().write_text('models-folder = "~/one"\n')
     assert find_model("one") == tmp_path / "one" / "one.gguf"
+    config_path().write_text('models_folder = "~/one"\n')
+    assert find_model("one") == tmp_path / "one" / "one.gguf"
     monkeypatch.setenv("DSMOE_MODELS_FOLDER", str(tmp_path / "two"))
     assert find_model("two") == tmp_path / "two" / "two.gguf"
     with pytest.raises(UsageError, match="no model"):
