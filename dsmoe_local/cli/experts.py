@@ -109,7 +109,7 @@ def _sorted_out(files: tuple[str, ...], is_model_named: bool) -> tuple[str | Non
     if not texts or (len(texts) == 1 and _is_known(texts[0])):
         raise UsageError("no text is named", remedy=f"dsmoe experts {first} FILE.txt, or - for stdin")
     if len(texts) > _MOST_TEXTS:
-        raise UsageError("more than two texts are named", remedy="name one or two")
+        raise UsageError("one or two texts are wanted", remedy=f"{len(texts)} are named")
     if texts.count("-") > 1:
         raise UsageError("stdin is asked for twice", remedy="use one -")
     return model, texts
