@@ -6,11 +6,13 @@ concern.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from dsmoe_local.base.sequences import n_common
 from dsmoe_local.chat.turns import OnFull, Role, Transcript, Turn
-from dsmoe_local.engine.types import Message, Prompt, TextEngine
+from dsmoe_local.engine.types import Message, Prompt, TextEngine, ends_with_reply
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,91 +34,120 @@ def messages(kept: Transcript) -> tuple[Message, ...]:
     return (*system, *(turn.message for turn in kept.turns[kept.n_left_out :]))
 
 
-def prompt(kept: Transcript, engine: TextEngine) -> Prompt:
-    """What the engine is given for the next reply."""
-    if completes(engine):
-        return _text_to_complete(kept, engine)
+class Encoder:
+    """An engine as far as it tokenizes. What was asked once is known."""
+
+    def __init__(self, engine: TextEngine) -> None:
+        self.info = engine.info
+        self._engine = engine
+        self._known: dict[Prompt, tuple[int, ...]] = {}
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """The exact ids of `prompt`; a reply at its end is not closed."""
+        ids = self._known.get(prompt)
+        if ids is None:
+            ids = self._engine.encode(prompt, continue_final_message=ends_with_reply(prompt))
+            self._known[prompt] = ids
+        return ids
+
+
+def prompt(kept: Transcript, encoder: Encoder) -> Prompt:
+    """What the next reply is made from, or what the last one is part of."""
+    if encoder.info.template is None:
+        return _text_to_complete(kept, encoder)
     said = messages(kept)
     if not kept.n_shifted:
         return said
-    ids, n_kept = engine.encode(said), n_never_shifted(kept, engine)
+    ids, n_kept = encoder.encode(said), n_never_shifted(kept, encoder)
     return (*ids[:n_kept], *ids[n_kept + kept.n_shifted :])
 
 
-def token_ids(kept: Transcript, engine: TextEngine) -> tuple[int, ...]:
+def token_ids(kept: Transcript, encoder: Encoder) -> tuple[int, ...]:
     """The exact ids of the context; none of a conversation without turns."""
-    return engine.encode(prompt(kept, engine)) if kept.turns else ()
+    return encoder.encode(prompt(kept, encoder)) if kept.turns else ()
 
 
-def n_never_shifted(kept: Transcript, engine: TextEngine) -> int:
+def n_never_shifted(kept: Transcript, encoder: Encoder) -> int:
     """Tokens at the beginning that are never shifted out: the start token, and the system text."""
     if not kept.system:
         return 1
     said = messages(kept)
-    return max(1, n_common(engine.encode(said[:1]), engine.encode(said)))
+    return max(1, n_common(encoder.encode(said[:1]), encoder.encode(said)))
 
 
 def fitted(
-    kept: Transcript, engine: TextEngine, on_full: OnFull, max_tokens: int | None
+    kept: Transcript,
+    encoder: Encoder,
+    on_full: OnFull,
+    max_tokens: int | None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> tuple[Transcript, MadeRoom | None]:
     """`kept` with room for a reply, where that is asked for, and what left it.
 
-    Where nothing helps, since the last message alone is too long, nothing leaves.
+    Where nothing helps, since the last message alone is too long, nothing leaves; nor if it is `stopped`.
     """
-    if completes(engine):
+    if encoder.info.template is None:
         return kept, None
-    if kept.n_shifted and kept.n_shifted > _most_shifted(kept, engine):
+    if kept.n_shifted and kept.n_shifted > _most_shifted(kept, encoder):
         # Gone back to before what was shifted out, or to a message that lost its beginning.
         kept = replace(kept, n_shifted=0)
-    n_context = engine.info.n_context
+    n_context = encoder.info.n_context
     wanted = n_context - min(max_tokens or n_context, n_context // 4)
-    if on_full is OnFull.STOP or len(token_ids(kept, engine)) <= wanted:
+    if on_full is OnFull.STOP or len(token_ids(kept, encoder)) <= wanted:
         return kept, None
-    found = compacted(kept, engine) if on_full is OnFull.COMPACT else _shifted(kept, engine)
+    found = compacted(kept, encoder, stopped) if on_full is OnFull.COMPACT else _shifted(kept, encoder)
     return found or (kept, None)
 
 
-def compacted(kept: Transcript, engine: TextEngine) -> tuple[Transcript, MadeRoom] | None:
+def compacted(
+    kept: Transcript, encoder: Encoder, stopped: Callable[[], bool] = lambda: False
+) -> tuple[Transcript, MadeRoom] | None:
     """`kept` without its oldest messages and their replies, so that half of the context is free, and what
-    left it. The last message stays; None if there is no other, or it alone is too long.
+    left it. The last message stays; None if there is no other, or it alone is too long, or once `stopped`.
     """
-    n_context = engine.info.n_context
-    less = kept
-    for index in range(kept.n_left_out + 1, len(kept.turns)):
-        if kept.turns[index].role is Role.USER:
-            # Tokens that were shifted out are of what leaves now.
-            less = replace(kept, n_left_out=index, n_shifted=0)
-            if len(token_ids(less, engine)) <= n_context // 2:
-                break
-    if less is kept or len(token_ids(less, engine)) >= n_context:
+    n_context = encoder.info.n_context
+    # Tokens that were shifted out are of what leaves now.
+    cuts = [
+        replace(kept, n_left_out=index, n_shifted=0)
+        for index in range(kept.n_left_out + 1, len(kept.turns))
+        if kept.turns[index].role is Role.USER
+    ]
+    if not cuts:
+        return None
+    # The less stays, the shorter it is: a few of the cuts are measured.
+    first = bisect_left(
+        cuts, True, key=lambda cut: stopped() or len(token_ids(cut, encoder)) <= n_context // 2
+    )
+    less = cuts[min(first, len(cuts) - 1)]
+    if stopped() or len(token_ids(less, encoder)) >= n_context:
         return None
     return less, MadeRoom(turns=kept.turns[kept.n_left_out : less.n_left_out])
 
 
-def _shifted(kept: Transcript, engine: TextEngine) -> tuple[Transcript, MadeRoom] | None:
+def _shifted(kept: Transcript, encoder: Encoder) -> tuple[Transcript, MadeRoom] | None:
     """`kept` without what is oldest behind the system text, so that half of the context is free."""
-    n_context = engine.info.n_context
-    n_ids = len(engine.encode(messages(kept)))
+    n_context = encoder.info.n_context
+    n_ids = len(encoder.encode(messages(kept)))
     target = max(n_ids - n_context // 2, kept.n_shifted)
-    n_shifted = min(target, _most_shifted(kept, engine))
+    n_shifted = min(target, _most_shifted(kept, encoder))
     if n_shifted <= kept.n_shifted or n_ids - n_shifted >= n_context:
         return None
     return replace(kept, n_shifted=n_shifted), MadeRoom(n_tokens=n_shifted - kept.n_shifted)
 
 
-def _most_shifted(kept: Transcript, engine: TextEngine) -> int:
+def _most_shifted(kept: Transcript, encoder: Encoder) -> int:
     """The most tokens that may be shifted out: none of a message that waits for its reply, and not the end of
     a reply that goes on.
     """
     said = messages(kept)
-    n_kept = n_never_shifted(kept, engine)
+    n_kept = n_never_shifted(kept, encoder)
     if said[-1].role == Role.ASSISTANT:
-        return len(engine.encode(said)) - n_kept - engine.info.n_context // 4
-    before = len(engine.encode(said[:-1])) if len(said) > 1 else 0
+        return len(encoder.encode(said)) - n_kept - encoder.info.n_context // 4
+    before = len(encoder.encode(said[:-1])) if len(said) > 1 else 0
     return max(0, before - n_kept)
 
 
-def _text_to_complete(kept: Transcript, engine: TextEngine) -> Prompt:
+def _text_to_complete(kept: Transcript, encoder: Encoder) -> Prompt:
     index = max((index for index, turn in enumerate(kept.turns) if turn.role is Role.USER), default=None)
     if index is None:
         return ""
@@ -125,4 +156,4 @@ def _text_to_complete(kept: Transcript, engine: TextEngine) -> Prompt:
         return text.content
     if not replies[-1].token_ids:
         return text.content + replies[-1].content
-    return (*engine.encode(text.content), *replies[-1].token_ids)
+    return (*encoder.encode(text.content), *replies[-1].token_ids)

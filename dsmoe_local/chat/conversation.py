@@ -20,7 +20,6 @@ from dsmoe_local.engine.errors import EngineCrashError, EngineError
 from dsmoe_local.engine.types import (
     FinishReason,
     Message,
-    Prompt,
     ReloadableEngine,
     Request,
     TokenEvent,
@@ -175,13 +174,9 @@ class Conversation:
         """What of the conversation is in the context, but for tokens that were shifted out."""
         return context.messages(self._books.transcript)
 
-    def prompt(self) -> Prompt:
-        """What the engine is given for the next reply."""
-        return context.prompt(self._books.transcript, self.engine)
-
     def context_ids(self) -> tuple[int, ...]:
         """The exact ids of the conversation so far; none without turns."""
-        return context.token_ids(self._books.transcript, self.engine)
+        return context.token_ids(self._books.transcript, context.Encoder(self.engine))
 
     def _up_to_question(self, complaint: str) -> tuple[Turn, ...]:
         questions = [index for index, turn in enumerate(self.turns) if turn.role is Role.USER]
@@ -218,16 +213,21 @@ class Conversation:
         self._change(turns=asked)
         try:
             yield Asked()
+            encoder = context.Encoder(self.engine)
             kept, room = context.fitted(
-                self._books.transcript, self.engine, self.settings.on_full, self.settings.max_tokens
+                self._books.transcript,
+                encoder,
+                self.settings.on_full,
+                self.settings.max_tokens,
+                lambda: self._cancelled,
             )
             self._change(transcript=kept)
             if room is not None:
                 yield room
-            yield from self._run()
-            while (room := self._room_to_go_on()) is not None:
+            yield from self._run(encoder)
+            while (room := self._room_to_go_on(encoder)) is not None:
                 yield room
-                yield from self._run()
+                yield from self._run(encoder)
         except (EngineCrashError, InterruptedRunError):
             # What was asked may well be answered next time.
             raise
@@ -242,20 +242,20 @@ class Conversation:
             elif self.turns == asked:
                 self._books = before
 
-    def _room_to_go_on(self) -> MadeRoom | None:
+    def _room_to_go_on(self, encoder: context.Encoder) -> MadeRoom | None:
         """Where a reply was cut by the context and older messages may leave it: what does."""
         compacts = self.settings.on_full is OnFull.COMPACT and not self.completes
         if not compacts or self._cancelled or self.finish_reason is not FinishReason.CONTEXT_FULL:
             return None
-        found = context.compacted(self._books.transcript, self.engine)
+        found = context.compacted(self._books.transcript, encoder, lambda: self._cancelled)
         if found is None:
             return None
         self._change(transcript=found[0])
         return found[1]
 
-    def _run(self) -> Reply:
+    def _run(self, encoder: context.Encoder) -> Reply:
         """One request, and what came of it as a turn, also when an error or the reader ends it early."""
-        request = self._request()
+        request = self._request(encoder)
         pieces: list[str] = []
         ids: list[int] = []
         end: TokenEvent | None = None
@@ -264,8 +264,7 @@ class Conversation:
             if self._cancelled:
                 # Before the engine knew of it.
                 self.cancel()
-            # While the prompt is being read, which takes longer.
-            self._change(n_used=len(self.engine.encode(request.prompt)))
+            self._change(n_used=len(request.prompt))
             for event in events:
                 pieces.append(event.text)
                 if event.dropped:
@@ -289,18 +288,19 @@ class Conversation:
         )
         return MadeRoom(n_tokens=n_tokens)
 
-    def _request(self) -> Request:
+    def _request(self, encoder: context.Encoder) -> Request:
         shift = self.settings.on_full is OnFull.SHIFT and not self.completes
         kept = self._books.transcript
         return Request(
             f"chat-{next(self._numbers)}",
-            context.prompt(kept, self.engine),
+            # The very ids that were counted: the engine need not find them again.
+            context.token_ids(kept, encoder),
             self.settings.sampling,
             max_tokens=self.settings.max_tokens,
             stop=self.settings.stop,
             json_schema=self.json_schema,
             context_shift=shift,
-            n_keep=context.n_never_shifted(kept, self.engine) if shift else 0,
+            n_keep=context.n_never_shifted(kept, encoder) if shift else 0,
         )
 
     def _keep(self, text: str, ids: tuple[int, ...], end: TokenEvent | None) -> None:

@@ -145,10 +145,13 @@ class Engine:
         if job is not None:
             self._cancel(job)
 
-    def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        """The exact token ids of `prompt`. Raises PromptError, TemplateError."""
+    def encode(self, prompt: Prompt, *, continue_final_message: bool = False) -> tuple[int, ...]:
+        """The exact token ids of `prompt` (see TextEngine). Raises PromptError, TemplateError."""
         with self._encoding:
-            return self._require_session().encoder.encode(prompt)
+            encoder = self._require_session().encoder
+            return encoder.encode(
+                prompt, continue_final_message=continue_final_message, stopped=lambda: self._closed
+            )
 
     def decode(self, token_ids: Sequence[int]) -> tuple[str, ...]:
         """Each token's own text. PromptError for an id that the vocabulary does not have."""
@@ -246,18 +249,22 @@ class Engine:
         try:
             if not job.cancelled:
                 job.language = check_request(session.model, job.request)
-                prompt = session.encoder.encode(job.request.prompt)
+                prompt = session.encoder.encode(
+                    job.request.prompt,
+                    continue_final_message=job.request.continue_final_message,
+                    stopped=lambda: job.cancelled,
+                )
         except Exception as error:  # noqa: BLE001 - delivered to the request that caused it
             failure = error
         self._inbox.put(lambda: self._admit(core, job, prompt, failure))
 
     def _admit(self, core: Core, job: Job, prompt: tuple[int, ...], failure: Exception | None) -> None:
         try:
-            if failure is not None:
-                raise failure
             if job.cancelled:
                 job.drop()
                 self._finish(job, None)
+            elif failure is not None:
+                raise failure
             else:
                 core.add(job, prompt)
         except Exception as error:  # noqa: BLE001 - delivered to the request that caused it

@@ -29,6 +29,7 @@ from dsmoe_local.engine.types import (
     TokenEvent,
     TokenLogprob,
     Usage,
+    ends_with_reply,
 )
 
 END = 0  # the id of the token that ends a reply; a byte b has the id b + 1
@@ -99,12 +100,12 @@ class FakeEngine:
             cache_identity=_identity(self.options),
         )
 
-    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+    def encode(self, prompt: Prompt, *, continue_final_message: bool = False) -> tuple[int, ...]:
         """One id a byte; a conversation is its contents on lines, each after its role."""
         self._start_again()
-        return self._encode(prompt)
+        return self._encode(prompt, continue_final_message)
 
-    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+    def _encode(self, prompt: Prompt, continued: bool = True) -> tuple[int, ...]:
         if isinstance(prompt, str):
             return tuple(byte + 1 for byte in whole_characters(prompt).encode())
         ids: list[int] = []
@@ -117,6 +118,8 @@ class FakeEngine:
                 ids += self._encode("\n")
             else:
                 ids.append(item)
+        if ends_with_reply(prompt) and not continued:
+            ids += self._encode("assistant: ")
         return tuple(ids)
 
     def submit(self, request: Request) -> Iterator[TokenEvent]:
@@ -147,7 +150,7 @@ class FakeEngine:
 
     def _generate(self, request: Request) -> Iterator[TokenEvent]:
         try:
-            prompt = self._encode(request.prompt)
+            prompt = self._encode(request.prompt, request.continue_final_message)
             if len(prompt) >= self.info.n_context:
                 raise PromptError(
                     f"the prompt has {len(prompt)} tokens, the context holds {self.info.n_context}: "

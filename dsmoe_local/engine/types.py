@@ -45,12 +45,19 @@ Prompt: TypeAlias = str | tuple[Message, ...] | tuple[int, ...]
 """Raw text to complete, a conversation for the chat template, or token ids as they are."""
 
 
+def ends_with_reply(prompt: Prompt | Sequence[Message]) -> bool:
+    """Whether `prompt` is a conversation whose last message is the assistant's."""
+    last = prompt[-1] if prompt else None
+    return isinstance(last, Message) and last.role == "assistant"
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One reply to generate. `id` names it for `cancel`; ids of requests in flight must differ.
 
-    A conversation that ends with an assistant's message is continued from there. `max_tokens` None: until the
-    model stops or the context is full. Generation also ends before the first of the `stop` strings.
+    With `continue_final_message` the last message of a conversation, an assistant's, is continued; else a new
+    reply begins, whoever spoke last. `max_tokens` None: until the model stops or the context is full.
+    Generation also ends before the first of the `stop` strings.
 
     `n` replies are made of one prompt, told apart by `TokenEvent.index`; the i-th is sampled with the seed
     plus i. `logprobs` asks for the log-probability of each token, `top_logprobs` for those of that many of
@@ -76,6 +83,7 @@ class Request:
     context_shift: bool = False
     n_keep: int = 0
     score_from: int | None = None
+    continue_final_message: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.n <= MAX_REPLIES:
@@ -97,6 +105,8 @@ class Request:
             raise UsageError(f"max_tokens = {self.max_tokens} is out of range", remedy="it takes 1 or more")
         if any(not text for text in self.stop):
             raise UsageError("a stop string is empty", remedy="leave it out")
+        if self.continue_final_message and not ends_with_reply(self.prompt):
+            raise UsageError("continue_final_message: the last message is not the assistant's")
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,8 +301,8 @@ class TextEngine(Protocol):
         """
         ...
 
-    def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        """The exact token ids that `prompt` becomes. Raises PromptError, TemplateError."""
+    def encode(self, prompt: Prompt, *, continue_final_message: bool = False) -> tuple[int, ...]:
+        """The exact token ids that `prompt` becomes in a Request. Raises PromptError, TemplateError."""
         ...
 
     def decode(self, token_ids: Sequence[int]) -> tuple[str, ...]:

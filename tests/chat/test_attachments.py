@@ -14,8 +14,8 @@ from support.recording_chat import RecordingChat
 from dsmoe_local.base.errors import DsmoeError, FileError, UsageError
 from dsmoe_local.chat.attachments import MAX_BYTES, Expanded, describe, expand, read_attachment, split_name
 from dsmoe_local.chat.commands.files import COMMANDS
+from dsmoe_local.chat.turns import Role
 from dsmoe_local.engine.fake import FakeEngine
-from dsmoe_local.engine.types import Message
 
 
 @pytest.fixture
@@ -164,12 +164,9 @@ def test_names_before_questions(argument: str, expected: tuple[str, str], folder
 
 
 def last_message(chat: RecordingChat) -> str:
-    prompt = chat.engine.requests[-1].prompt
-    if isinstance(prompt, str):
-        return prompt
-    message = prompt[-1]
-    assert isinstance(message, Message)
-    return message.content
+    turn = chat.conversation.last(Role.USER)
+    assert turn is not None
+    return turn.content
 
 
 def test_read_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,7 +92,7 @@ def test_show_prompt_has_the_exact_tokens() -> None:
     chat, screen = chat_with(engine)
     screen.colour = False
     take(chat, "q", "/show prompt")
-    ids = engine.encode(chat.conversation.messages())
+    ids = engine.encode(chat.conversation.messages(), continue_final_message=True)
     assert (
         screen.shown[-1].replace("\n", " ").split()
         == " ".join(

@@ -143,7 +143,8 @@ def test_regenerate_edit_and_undo() -> None:
     assert contents(conversation) == ["a", "1", "c", "4"]
     # What the cache still holds is not read again.
     assert conversation.usage is not None
-    assert conversation.usage.cached_tokens == len(engine.encode(conversation.messages()[:2])) + len("user: ")
+    held = engine.encode(conversation.messages()[:2], continue_final_message=True)
+    assert conversation.usage.cached_tokens == len(held) + len("user: ")
     assert [turn.content for turn in conversation.undo()] == ["c", "4"]
     assert contents(conversation) == ["a", "1"]
     assert len(conversation.undo(5)) == 2

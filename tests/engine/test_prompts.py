@@ -9,12 +9,13 @@ import pytest
 from support import llama_oracle
 from support.models import tiny_model
 
+from dsmoe_local.base.errors import UsageError
 from dsmoe_local.engine import native
 from dsmoe_local.engine.errors import PromptError
 from dsmoe_local.engine.prompts.choice import BUILT_IN
 from dsmoe_local.engine.prompts.encoder import _ENDLESS, MAX_RUN, PromptEncoder
 from dsmoe_local.engine.prompts.template import ChatTemplate
-from dsmoe_local.engine.types import Message
+from dsmoe_local.engine.types import Message, Request
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 
@@ -94,12 +95,33 @@ def test_two_replies_keep_their_ids(model: native.Model) -> None:
 
 
 def test_last_reply_is_continued(model: native.Model) -> None:
-    """Guards: an end of turn between a reply and its continuation."""
-    ids = tuple(model.tokenize(b" one two", special=False))
+    """Guards: an end of turn between a reply and its continuation; a reply that loses its whitespace."""
+    ids = tuple(model.tokenize(b" one two ", special=False))
     encode = encoder(model).encode
     question = (Message("user", "a"),)
-    assert encode((*question, Message("assistant", " one two", ids))) == encode(question) + ids
-    assert encode((*question, Message("assistant", " one two"))) == encode(question) + ids
+    for reply in (Message("assistant", " one two ", ids), Message("assistant", " one two ")):
+        assert encode((*question, reply), continue_final_message=True) == encode(question) + ids
+
+
+def test_a_new_reply_begins_behind_a_last_one(model: native.Model) -> None:
+    """Guards: a conversation that ends with a reply continued although nobody asked for it."""
+    encode = encoder(model).encode
+    question = (Message("user", "a"),)
+    closed = (model.eos, *model.tokenize(b"Assistant:", special=False))
+    ids = tuple(model.tokenize(b" one", special=False))
+    assert encode((*question, Message("assistant", " one", ids))) == encode(question) + ids + closed
+    text = b"".join(map(model.piece, encode((*question, Message("assistant", "one")))[1:]))
+    assert text.endswith(b"Assistant: one" + model.piece(model.eos) + b"Assistant:")
+
+
+@pytest.mark.parametrize("talk", [(), (Message("assistant", "a"), Message("user", "b"))])
+def test_only_a_reply_can_be_continued(talk: tuple[Message, ...], model: native.Model) -> None:
+    """Guards: a user's message that the model goes on with."""
+    with pytest.raises(UsageError, match="last message"):
+        Request("r", talk, continue_final_message=True)
+    if talk:
+        with pytest.raises(PromptError, match="last message"):
+            encoder(model).encode(talk, continue_final_message=True)
 
 
 def test_template_that_drops_old_replies_falls_back(model: native.Model) -> None:

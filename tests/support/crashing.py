@@ -43,9 +43,9 @@ class CrashingEngine(FakeEngine):
         self.in_flight_at_crashes: list[int] = []
         threading.Thread(target=self._work, daemon=True).start()
 
-    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+    def encode(self, prompt: Prompt, *, continue_final_message: bool = False) -> tuple[int, ...]:
         self._revive()
-        return super().encode(prompt)
+        return super().encode(prompt, continue_final_message=continue_final_message)
 
     def start(self, request: Request, deliver: Deliver) -> _Idle:
         self._revive()

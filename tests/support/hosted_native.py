@@ -19,7 +19,7 @@ def aborting(options: ModelOptions, listen: Listener, stop: threading.Event) -> 
     """Ends as a failed GGML_ASSERT does."""
     engine = native_engine.load(options, listen, stop)
 
-    def encode(prompt: Prompt) -> tuple[int, ...]:
+    def encode(prompt: Prompt, *, continue_final_message: bool = False) -> tuple[int, ...]:
         lib._lib.ggml_abort(b"ggml.c", 7, b"GGML_ASSERT(%s) failed", b"a == b")
         raise AssertionError
 
@@ -31,7 +31,7 @@ def reading_nothing(options: ModelOptions, listen: Listener, stop: threading.Eve
     """Ends as a null pointer does."""
     engine = native_engine.load(options, listen, stop)
 
-    def encode(prompt: Prompt) -> tuple[int, ...]:
+    def encode(prompt: Prompt, *, continue_final_message: bool = False) -> tuple[int, ...]:
         ctypes.string_at(0)
         raise AssertionError
 

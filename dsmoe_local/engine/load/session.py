@@ -57,10 +57,8 @@ def load_session(options: ModelOptions, listen: progress.Listener, stop: threadi
         made.callback(model.close)
         # That of the header that was checked, too: no other file can have taken its place meanwhile.
         identity = exact_identity(file)
-        chosen = None
         if template is not None:
-            text, source = template
-            chosen = ChatTemplate(text, source, bos=model.text_of(model.bos), eos=model.text_of(model.eos))
+            template.bind(bos=model.text_of(model.bos), eos=model.text_of(model.eos))
         own = []
         if fit.paged:
             budget = available_memory() - buffer_bytes(hp, _buffer_options(wanted), fit.n_context)
@@ -71,12 +69,12 @@ def load_session(options: ModelOptions, listen: progress.Listener, stop: threadi
             model, _context_options(options, fit.n_context, unified, observers.eval_callback)
         )
         made.pop_all()  # the session's to close, from here on
-    info = _info(options, file, hp, model, fit, n_context, unified, context.n_ubatch, chosen)
+    info = _info(options, file, hp, model, fit, n_context, unified, context.n_ubatch, template)
     return Session(
         replace(info, cache_identity=_cache_identity(options, hp, fit, identity)),
         model,
         context,
-        PromptEncoder(model, chosen, n_context),
+        PromptEncoder(model, template, n_context),
         observers,
         Limits(
             n_slots=options.n_parallel,
@@ -243,12 +241,12 @@ def _n_experts(options: ModelOptions, hp: Hyperparameters) -> int:
     return wanted
 
 
-def _template(options: ModelOptions, file: GgufFile, hp: Hyperparameters) -> tuple[str, str] | None:
+def _template(options: ModelOptions, file: GgufFile, hp: Hyperparameters) -> ChatTemplate | None:
+    """The chat template, without the texts of BOS and EOS, which the weights' file tells once it is loaded; a
+    malformed one is told before that.
+    """
     found = template_of(options, file, hp)
-    if found is not None:
-        # A malformed one is told before gigabytes are loaded, which know the texts of BOS and EOS.
-        ChatTemplate(*found, bos="", eos="")
-    return found
+    return None if found is None else ChatTemplate(*found)
 
 
 def _load_model(

@@ -161,9 +161,9 @@ class Child:
         if number in self._running:
             self._outbox.put(wire.pack(("cancel", number)))
 
-    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+    def encode(self, prompt: Prompt, continue_final_message: bool) -> tuple[int, ...]:
         """See TextEngine. AlreadyOverError if there is nobody to ask."""
-        return tuple(self._call("encode", wire.to_plain(prompt)))
+        return tuple(self._call("encode", (wire.to_plain(prompt), continue_final_message)))
 
     def decode(self, token_ids: Sequence[int]) -> tuple[str, ...]:
         """See TextEngine. AlreadyOverError if there is nobody to ask."""

@@ -160,10 +160,10 @@ class EngineClient:
         if self._child is not None:
             self._child.cancel_all()
 
-    def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        """The exact token ids of `prompt`. Raises PromptError, TemplateError."""
+    def encode(self, prompt: Prompt, *, continue_final_message: bool = False) -> tuple[int, ...]:
+        """The exact token ids of `prompt` (see TextEngine). Raises PromptError, TemplateError."""
         with self._call() as call:
-            return self._ask(lambda child: child.encode(prompt), call)
+            return self._ask(lambda child: child.encode(prompt, continue_final_message), call)
 
     def decode(self, token_ids: Sequence[int]) -> tuple[str, ...]:
         """Each token's own text. PromptError for an id that the vocabulary does not have."""

@@ -237,7 +237,9 @@ _TAKE: dict[str, Callable[..., None]] = {
 
 
 _CALLS: dict[str, Callable[[TextEngine, wire.Plain], wire.Plain]] = {
-    "encode": lambda engine, prompt: engine.encode(wire.prompt_from_plain(prompt)),
+    "encode": lambda engine, argument: engine.encode(
+        wire.prompt_from_plain(argument[0]), continue_final_message=argument[1]
+    ),
     "decode": lambda engine, ids: list(engine.decode(ids)),
     "save_cache": lambda engine, argument: engine.save_cache(*_file_and_tokens(argument)),
     "load_cache": lambda engine, argument: engine.load_cache(*_file_and_tokens(argument)),

@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from itertools import zip_longest
+from typing import Protocol, TypeAlias
 
+from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.base.text import safe_line, whole_characters
 from dsmoe_local.engine.errors import PromptError
-from dsmoe_local.engine.prompts.template import ChatTemplate, Segment
-from dsmoe_local.engine.types import Message, Prompt
+from dsmoe_local.engine.prompts.segments import Segment
+from dsmoe_local.engine.prompts.template import ChatTemplate
+from dsmoe_local.engine.types import Message, Prompt, ends_with_reply
 
 STACK_BYTES = 256 << 20
 MAX_RUN = 200_000
 MAX_TOKEN_BYTES = 128  # more than the longest token of the vocabularies in use
 # Looks only where a run begins: from each of its letters the search would be quadratic.
 _ENDLESS = re.compile(rf"(?<!\S)\S{{{MAX_RUN + 1}}}|(?<!\s)\s{{{MAX_RUN + 1}}}")
+_Part: TypeAlias = Segment | tuple[int, ...]
+"""A stretch of text, or a reply's own ids."""
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
 
 
@@ -56,16 +61,30 @@ class PromptEncoder:
             threading.stack_size(previous)
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread, and the template's process."""
         self._large_stack.shutdown()
+        if self.template is not None:
+            self.template.close()
 
-    def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        """The ids of `prompt`, BOS included where the model wants it. Raises PromptError, TemplateError."""
+    def encode(
+        self,
+        prompt: Prompt,
+        *,
+        continue_final_message: bool = False,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> tuple[int, ...]:
+        """The ids of `prompt`, BOS included where the model wants it. Raises PromptError, TemplateError, and
+        InterruptedRunError if it is `stopped`.
+
+        With `continue_final_message` a conversation goes on in its last message, which must be an
+        assistant's; else with a new reply, whoever spoke last.
+        """
         if isinstance(prompt, str):
-            ids = self._with_bos(self._tokenize(prompt, special=False))
+            ids = self._with_bos(self._tokenize([Segment(prompt, 0)], stopped))
         elif prompt and isinstance(prompt[0], Message):
             messages = [message for message in prompt if isinstance(message, Message)]
-            ids = self._with_bos(self._encode_messages(messages))
+            parts = self._parts(messages, continue_final_message)
+            ids = self._with_bos(self._tokenize(parts, stopped))
         else:
             ids = [token_id for token_id in prompt if isinstance(token_id, int)]
             self.check_ids(ids)
@@ -80,87 +99,86 @@ class PromptEncoder:
                 "a token id is not in the vocabulary", where=f"0 to {self._vocabulary.n_vocab - 1}"
             )
 
-    def _encode_messages(self, messages: Sequence[Message]) -> list[int]:
-        """A conversation, up to where the reply begins or, after an assistant's message, goes on."""
+    def _parts(self, messages: Sequence[Message], continued: bool) -> list[_Part]:
+        """A conversation, up to where the next reply begins, or the last one goes on."""
         for message in messages:
             if not _ROLE.fullmatch(message.role):
                 raise PromptError(
                     f"{safe_line(message.role, 40)!r} is no role", remedy="use system, user or assistant"
                 )
+        if continued and not ends_with_reply(messages):
+            raise PromptError("there is no reply to continue: the last message is not the assistant's")
         if self.template is None:
             raise PromptError(
                 "the model has no chat template: it only completes text",
                 remedy="send a prompt instead of messages, or name a template with --chat-template",
             )
-        exact = self._encode_exactly(messages)
-        return self._encode_plainly(messages) if exact is None else exact
+        exact = self._exactly(self.template, messages, continued)
+        if exact is None and continued:
+            raise PromptError("the template changes the last reply, which therefore cannot be continued")
+        return self._plainly(self.template, messages) if exact is None else exact
 
-    def _encode_exactly(self, messages: Sequence[Message]) -> list[int] | None:
+    def _exactly(
+        self, template: ChatTemplate, messages: Sequence[Message], continued: bool
+    ) -> list[_Part] | None:
         """With each reply's own ids behind what was read before it; None where the template does not allow
         that.
-
-        The text before a reply is rendered as it was then: a template may end the prompt in `Assistant:` and
-        repeat the same turn later as `Assistant: `.
         """
-        ids: list[int] = []
-        previous: int | None = None
-        for index, message in enumerate(messages):
-            if message.token_ids and message.role == "assistant":
-                before = self._between(messages[:index], previous)
-                if before is None:
-                    return None
-                ids += [*before, *message.token_ids]
-                previous = index
-        if previous == len(messages) - 1:
-            return ids
-        continued = messages[-1] if messages[-1].role == "assistant" else None
-        rest = self._between(messages[:-1] if continued else messages, previous)
-        if rest is None:
-            return None
-        return ids + rest + (self._tokenize(continued.content, special=False) if continued else [])
-
-    def _between(self, messages: Sequence[Message], reply: int | None) -> list[int] | None:
-        """Ids from the end of the reply with that index (None: from the start) to the end of `messages`."""
-        assert self.template is not None
-        segments = self.template.segments(messages)
-        if segments is None:
-            return None
-        if reply is not None:
-            ends = [position for position, segment in enumerate(segments) if segment.message == reply]
-            if not ends:
+        last = len(messages) - 1
+        replies = [
+            index
+            for index, message in enumerate(messages)
+            if message.token_ids and message.role == "assistant"
+        ]
+        # A last reply that is known by its text goes on where a reply would begin.
+        by_text = continued and last not in replies
+        read = messages[:-1] if by_text else messages
+        parts: list[_Part] = []
+        stretches = template.stretches(read, replies, open_end=by_text or not continued)
+        for stretch, reply in zip_longest(stretches, replies):
+            if stretch is None:
                 return None
-            segments = segments[ends[-1] + 1 :]
-        return self._encode_segments(segments)
+            parts += stretch
+            if reply is not None:
+                parts.append(messages[reply].token_ids)
+        return [*parts, Segment(messages[-1].content, last)] if by_text else parts
 
-    def _encode_segments(self, segments: Sequence[Segment]) -> list[int]:
-        ids: list[int] = []
-        for segment in segments:
-            ids += self._tokenize(segment.text, special=segment.message is None)
-        return ids
-
-    def _encode_plainly(self, messages: Sequence[Message]) -> list[int]:
+    def _plainly(self, template: ChatTemplate, messages: Sequence[Message]) -> list[_Part]:
         """The rendered text as it is, once no content can be mistaken for special tokens."""
-        assert self.template is not None
-        if messages[-1].role == "assistant":
-            raise PromptError("the template changes the last reply, which therefore cannot be continued")
-        segments = self.template.segments(messages)
+        segments = template.segments(messages)
         if segments is not None:
-            return self._encode_segments(segments)
+            return [*segments]
         special = self._vocabulary.special_texts()
         if any(text in message.content for message in messages for text in special):
             raise PromptError(
                 "a message holds the text of a special token, and the template changes messages",
                 remedy="leave that text out, or name another template with --chat-template",
             )
-        return self._tokenize(self.template.render(messages), special=True)
+        return [Segment(template.render(messages))]
 
     def _with_bos(self, ids: list[int]) -> list[int]:
         bos = self._vocabulary.bos
         return [bos, *ids] if self._vocabulary.adds_bos and bos >= 0 and ids[:1] != [bos] else ids
 
-    def _tokenize(self, text: str, *, special: bool) -> list[int]:
-        if not text:
-            return []
+    def _tokenize(self, parts: Sequence[_Part], stopped: Callable[[], bool]) -> list[int]:
+        """The ids of texts, contents as text and the template's own with special tokens; ids as they are."""
+        texts = [self._checked(part.text) if isinstance(part, Segment) else b"" for part in parts]
+
+        def run() -> list[int]:
+            ids: list[int] = []
+            for part, text in zip(parts, texts, strict=True):
+                if stopped():
+                    raise InterruptedRunError("reading the prompt was interrupted")
+                if not isinstance(part, Segment):
+                    ids += part
+                elif text:
+                    ids += self._vocabulary.tokenize(text, special=part.message is None)
+            return ids
+
+        return self._large_stack.submit(run).result()
+
+    def _checked(self, text: str) -> bytes:
+        """`text` as UTF-8, if it can be tokenized."""
         encoded = whole_characters(text).encode()
         if len(encoded) > self._n_context * MAX_TOKEN_BYTES:
             raise PromptError(
@@ -174,4 +192,4 @@ class PromptEncoder:
                 where=f"it begins with {safe_line(endless[0][:20])!r}",
                 remedy="break it with spaces",
             )
-        return self._large_stack.submit(self._vocabulary.tokenize, encoded, special=special).result()
+        return encoded

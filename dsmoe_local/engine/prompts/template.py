@@ -1,80 +1,61 @@
 """Chat templates: rendering conversations with one. Knows no tokens.
 
-Which one a model uses is `choice`'s concern; what a template may do, `sandbox`'s.
+Which one a model uses is `choice`'s concern; where it runs, `renderer`'s.
 """
 
 from __future__ import annotations
 
-import re
-import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from dsmoe_local.engine.prompts.sandbox import SandboxedTemplate
+from dsmoe_local.engine.process import wire
+from dsmoe_local.engine.prompts.renderer import Renderer
+from dsmoe_local.engine.prompts.segments import Segment, Segments
 from dsmoe_local.engine.types import Message
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A stretch of a rendered conversation.
-
-    `message`: whose content it is; None for the template's own text.
-    """
-
-    text: str
-    message: int | None = None
-
-
 class ChatTemplate:
-    """One template with the model's special texts bound. `source` says where it comes from."""
+    """One template, and the texts of the model's special tokens. `source` says where it comes from."""
 
-    def __init__(self, text: str, source: str, *, bos: str, eos: str) -> None:
+    def __init__(self, text: str, source: str, *, bos: str = "", eos: str = "") -> None:
         """Raises TemplateError if `text` is no template."""
         self.text = text
         self.source = source
-        self._template = SandboxedTemplate(text, source, {"bos_token": bos, "eos_token": eos})
+        self._texts = {"bos_token": bos, "eos_token": eos}
+        self._renderer = Renderer(text, source)
+
+    def bind(self, *, bos: str, eos: str) -> None:
+        """Set the texts of the special tokens."""
+        self._texts = {"bos_token": bos, "eos_token": eos}
+
+    def close(self) -> None:
+        """End its process."""
+        self._renderer.close()
 
     def render(self, messages: Sequence[Message], *, generate: bool = True) -> str:
         """The conversation as text; with `generate` it ends where the assistant's reply begins."""
-        values = [{"role": message.role, "content": message.content} for message in messages]
-        return self._template.render(messages=values, add_generation_prompt=generate)
+        (text,) = self._ask("render", messages, generate)
+        return str(text)
 
-    def segments(self, messages: Sequence[Message], *, generate: bool = True) -> list[Segment] | None:
-        """`render` with the messages' contents told apart from the template's text.
-
-        Each content is rendered as a unique placeholder that keeps the content's outer whitespace, so that a
-        template may trim it. None if the template looks at the contents or changes them in another way.
+    def segments(self, messages: Sequence[Message], *, generate: bool = True) -> Segments | None:
+        """`render` with the messages' contents told apart from the template's text. None if the template
+        looks at the contents or changes them other than by trimming.
         """
-        key = secrets.token_hex(8)
-        cores = [message.content.strip() for message in messages]
-        masked = [
-            Message(
-                message.role, message.content.replace(core, f"{key}.{index}.", 1) if core else message.content
-            )
-            for index, (message, core) in enumerate(zip(messages, cores, strict=True))
-        ]
-        pieces = re.split(rf"{key}\.(\d+)\.", self.render(masked, generate=generate))
-        segments = [
-            Segment(cores[int(piece)], int(piece)) if position % 2 else Segment(piece)
-            for position, piece in enumerate(pieces)
-        ]
-        if "".join(segment.text for segment in segments) != self.render(messages, generate=generate):
-            return None
-        return _with_whitespace(segments, messages)
+        (segments,) = self._ask("segments", messages, generate)
+        return _segments(segments, messages)
+
+    def stretches(
+        self, messages: Sequence[Message], replies: Sequence[int], *, open_end: bool
+    ) -> list[Segments | None]:
+        """What is read between replies (see `segments.Conversation.stretches`)."""
+        found = self._ask("stretches", messages, replies, open_end)
+        return [_segments(segments, messages) for segments in found]
+
+    def _ask(self, kind: str, messages: Sequence[Message], *arguments: wire.Plain) -> list[wire.Plain]:
+        pairs = [(message.role, message.content) for message in messages]
+        return self._renderer.ask(kind, pairs, self._texts, *arguments)
 
 
-def _with_whitespace(segments: list[Segment], messages: Sequence[Message]) -> list[Segment]:
-    """Move a content's own outer whitespace, where the template kept it, from the template's text to the
-    content.
-    """
-    texts = [segment.text for segment in segments]
-    for position in range(1, len(segments), 2):
-        content = messages[segments[position].message or 0].content
-        lead = content[: len(content) - len(content.lstrip())]
-        trail = content[len(content.rstrip()) :]
-        before, after = texts[position - 1], texts[position + 1]
-        if lead and before.endswith(lead):
-            texts[position - 1], texts[position] = before[: -len(lead)], lead + texts[position]
-        if trail and after.startswith(trail):
-            texts[position + 1], texts[position] = after[len(trail) :], texts[position] + trail
-    return [Segment(text, segment.message) for text, segment in zip(texts, segments, strict=True) if text]
+def _segments(value: wire.Plain, messages: Sequence[Message]) -> Segments | None:
+    if value is None:
+        return None
+    return [Segment(messages[number].content if text is None else text, number) for text, number in value]

@@ -1,0 +1,133 @@
+"""The process that renders a chat template: `python -m dsmoe_local.engine.prompts.render_host SOCKET`.
+
+A template is a program that came with a model. Here it has no more memory than `MEMORY` beside what the
+conversation itself takes; `renderer` ends it when it takes too long.
+"""
+
+from __future__ import annotations
+
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from dsmoe_local.base.errors import DsmoeError
+from dsmoe_local.engine.process import wire
+from dsmoe_local.engine.prompts.sandbox import SandboxedTemplate
+from dsmoe_local.engine.prompts.segments import Conversation, Segments
+from dsmoe_local.engine.types import Message
+
+MEMORY = 192 << 20
+_PER_BYTE = 24
+"""Bytes of memory for each that the client sends: several copies of the text, up to 4 bytes a character."""
+_MOST_SECONDS = 60
+"""For one rendering, in case the client that ends it is gone."""
+
+
+class _Host:
+    """One template and its client."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._channel = channel
+        self._own = _address_space()
+        self._template: SandboxedTemplate | None = None
+
+    def serve(self) -> None:
+        """Until the client is gone. Each message is answered by parts, then an end or an error, which also
+        says whether the process is of no more use.
+        """
+        self._send("ready")
+        with self._channel.makefile("rb") as source:
+            while len(head := self._channel.recv(4, socket.MSG_PEEK | socket.MSG_WAITALL)) == 4:
+                self._limit(int.from_bytes(head, "big"))
+                message = wire.receive(source)
+                if message is None:
+                    return
+                self._answer(*message)
+
+    def _answer(self, kind: str, *arguments: wire.Plain) -> None:
+        signal.alarm(_MOST_SECONDS)
+        try:
+            for part in _ANSWERS[kind](self, *arguments):
+                self._send("part", part)
+                signal.alarm(_MOST_SECONDS)
+            last: tuple[wire.Plain, ...] = ("end",)
+        except DsmoeError as error:
+            # Where memory ran out, something may be missing from now on.
+            last = ("error", wire.error_to_plain(error), isinstance(error.__cause__, MemoryError))
+        signal.alarm(0)
+        self._send(*last)
+
+    def _send(self, *message: wire.Plain) -> None:
+        self._channel.sendall(wire.pack(message))
+
+    def _limit(self, n_bytes: int) -> None:
+        """Allow the memory that a conversation of that size needs."""
+        if self._own:
+            _, hard = resource.getrlimit(resource.RLIMIT_AS)
+            most = self._own + MEMORY + _PER_BYTE * n_bytes
+            resource.setrlimit(resource.RLIMIT_AS, (most if hard < 0 else min(most, hard), hard))
+
+    def _compile(self, text: str, source: str) -> Iterator[wire.Plain]:
+        self._template = SandboxedTemplate(text, source)
+        yield None
+
+    def _stretches(
+        self, messages: wire.Plain, texts: wire.Plain, replies: list[int], open_end: bool
+    ) -> Iterator[wire.Plain]:
+        conversation = self._conversation(messages, texts)
+        for stretch in conversation.stretches(replies, open_end=open_end):
+            yield _plain(stretch, messages)
+
+    def _segments(self, messages: wire.Plain, texts: wire.Plain, generate: bool) -> Iterator[wire.Plain]:
+        yield _plain(self._conversation(messages, texts).segments(generate=generate), messages)
+
+    def _render(self, messages: wire.Plain, texts: wire.Plain, generate: bool) -> Iterator[wire.Plain]:
+        yield self._conversation(messages, texts).render(generate=generate)
+
+    def _conversation(self, messages: wire.Plain, texts: wire.Plain) -> Conversation:
+        assert self._template is not None, "the client has it compiled before it asks for more"
+        self._template.begin_conversation(texts)
+        return Conversation(self._template, [Message(role, content) for role, content in messages])
+
+
+_ANSWERS: dict[str, Callable[..., Iterator[wire.Plain]]] = {
+    "compile": _Host._compile,
+    "stretches": _Host._stretches,
+    "segments": _Host._segments,
+    "render": _Host._render,
+}
+
+
+def _plain(segments: Segments | None, messages: wire.Plain) -> wire.Plain:
+    """Segments as pairs; the text of a whole content, which the client has, is None."""
+    if segments is None:
+        return None
+    return [
+        (None if number is not None and text == messages[number][1] else text, number)
+        for text, number in segments
+    ]
+
+
+def _address_space() -> int:
+    """Bytes of address space that this process has now; 0 if the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return pages * resource.getpagesize()
+
+
+def main() -> None:
+    """Serve the socket whose descriptor is the first argument."""
+    # Ctrl-C is for others to judge.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
+    _Host(socket.socket(fileno=int(sys.argv[1]))).serve()
+
+
+if __name__ == "__main__":
+    main()
