@@ -21,6 +21,7 @@ _MESSAGE_KEYS = frozenset({"role", "content", "name", "refusal"})
 
 def read_fields(body: Mapping[str, Any], *, chat: bool) -> Parts:
     """What the fields of a body ask for. LineError names the first that cannot be had."""
+    _check_beginning(body)
     parts: Parts = {}
     sources: dict[str, str] = {}
     for key, value in body.items():
@@ -36,6 +37,20 @@ def read_fields(body: Mapping[str, Any], *, chat: bool) -> Parts:
         elif value not in (*NEUTRAL[key], *_NEUTRAL_IN[chat].get(key, ())):
             raise LineError(f"{key} is not supported", remedy=_only(NEUTRAL[key]))
     return parts
+
+
+def _check_beginning(body: Mapping[str, Any]) -> None:
+    """vLLM's rule: either a new reply begins, or the last message goes on. Neither is of no use here."""
+    begins, continues = body.get("add_generation_prompt"), body.get("continue_final_message")
+    if begins is True and continues is True:
+        raise LineError(
+            "add_generation_prompt and continue_final_message exclude each other", remedy="set one of them"
+        )
+    if begins is False and continues is not True:
+        raise LineError(
+            "add_generation_prompt is not supported as false alone",
+            remedy="leave it out, or set continue_final_message to true",
+        )
 
 
 def _only(values: tuple[Any, ...]) -> str:
@@ -208,6 +223,9 @@ HONOURED: Mapping[str, Reader] = {
     "grammar": _to("grammar", as_text),
     "guided_grammar": _to("grammar", as_text),
     "context_shift": _to("context_shift", _flag),
+    "continue_final_message": _to("continue_final_message", _flag),
+    # What it may be beside the one above is checked before.
+    "add_generation_prompt": lambda key, value: {"continue_final_message": not _flag(key, value)},
     **{
         item.name: _to(item.name, as_integer if item.name in _WHOLE else as_number)
         for item in fields(SamplingParameters)
@@ -264,8 +282,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "add_special_tokens": (),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
     "prompt_logprobs": (0,),
     "truncate_prompt_tokens": (),
     "chat_template": (),

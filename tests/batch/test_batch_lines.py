@@ -153,6 +153,51 @@ def test_every_field_of_openai_is_known() -> None:
     assert not HONOURED.keys() & NEUTRAL.keys()
 
 
+PREFILLED = {
+    "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": " The answer is "}]
+}
+
+
+@pytest.mark.parametrize(
+    ("body", "continued"),
+    [
+        ({}, False),
+        ({"add_generation_prompt": True}, False),
+        ({"continue_final_message": False}, False),
+        ({"continue_final_message": True}, True),
+        ({"continue_final_message": True, "add_generation_prompt": False}, True),
+    ],
+)
+def test_last_message_goes_on_only_if_asked(tmp_path: Path, body: dict[str, Any], continued: bool) -> None:
+    """Guards: a last reply that is continued although nobody asked for it, or loses its whitespace."""
+    made = request(tmp_path, chat({**PREFILLED, **body}))
+    assert made.continue_final_message is continued
+    assert made.prompt[-1] == Message("assistant", " The answer is ")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"continue_final_message": True, "add_generation_prompt": True}, "exclude each other"),
+        ({"add_generation_prompt": False}, "add_generation_prompt is not supported as false"),
+        ({"add_generation_prompt": False, "continue_final_message": False}, "add_generation_prompt is not"),
+        ({"continue_final_message": "yes"}, "continue_final_message is neither true nor false"),
+        ({"add_generation_prompt": "yes"}, "add_generation_prompt is neither true nor false"),
+    ],
+)
+def test_how_a_reply_begins_is_said_once(tmp_path: Path, body: dict[str, Any], message: str) -> None:
+    """Guards: fields that contradict each other, one of which wins without a word."""
+    with pytest.raises(DsmoeError, match=message):
+        request(tmp_path, chat({**PREFILLED, **body}))
+
+
+def test_only_a_reply_goes_on(tmp_path: Path) -> None:
+    """Guards: a model that writes the user's message."""
+    for line in (chat({"continue_final_message": True}), completion({"continue_final_message": True})):
+        with pytest.raises(DsmoeError, match="last message is not the assistant's"):
+            request(tmp_path, line)
+
+
 @pytest.mark.parametrize("field", sorted(NEUTRAL))
 def test_what_cannot_be_had_is_refused_by_name(tmp_path: Path, field: str) -> None:
     """Guards: a reply that is not what was asked for, without a word."""
