@@ -255,6 +255,11 @@ class Conversation:
 
     def _run(self, encoder: context.Encoder) -> Reply:
         """One request, and what came of it as a turn, also when an error or the reader ends it early."""
+        if self._cancelled:
+            # While room was made for it.
+            self._keep("", (), None)
+            yield TokenEvent("", "", 0.0, finish_reason=FinishReason.CANCELLED)
+            return
         request = self._request(encoder)
         pieces: list[str] = []
         ids: list[int] = []

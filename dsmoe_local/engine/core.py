@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.engine import at_rest, native
-from dsmoe_local.engine.errors import EngineError, NativeError, PromptError
+from dsmoe_local.engine.errors import EngineError, NativeError, too_long
 from dsmoe_local.engine.observe.observer import Logits, Scored
 from dsmoe_local.engine.reply import Job, Reply
 from dsmoe_local.engine.schedule import plan
@@ -61,13 +61,10 @@ class Core:
         return bool(self.scheduler.waiting) or any(s.prefilling for s in self.scheduler.running)
 
     def add(self, job: Job, prompt: tuple[int, ...]) -> None:
-        """Take a request in. Raises what is wrong with it: PromptError, UsageError."""
+        """Take a request in. Raises what is wrong with it: PromptError (too long), UsageError."""
         n_context = self._session.info.n_context
         if len(prompt) >= n_context:
-            raise PromptError(
-                f"the prompt has {len(prompt)} tokens, the context holds {n_context}: no room for a reply",
-                remedy="leave something out (in a chat /undo or /set on_full compact), or load with more: -c",
-            )
+            raise too_long(f"{len(prompt):,} tokens", n_context)
         if job.request.context_shift and not self._session.context.can_shift:
             raise UsageError("the model's context cannot be shifted")
         if job.request.score_from is not None and not self._session.observers.reads_logits:

@@ -25,6 +25,15 @@ class PromptError(EngineError):
     """A prompt that cannot be read: too long for the context, empty, or one endless word."""
 
 
+def too_long(length: str, n_context: int) -> PromptError:
+    """The error for a prompt of that length, where the context has no room for it and a reply."""
+    return PromptError(
+        f"the message was not sent: the prompt has {length}, the context holds {n_context:,} tokens",
+        remedy="shorten it, or load with a longer context (-c); "
+        "in a chat, /clear or /set on_full shift makes room, too",
+    )
+
+
 class NativeError(EngineError):
     """llama.cpp failed in the middle of the work."""
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from dsmoe_local.base import progress
 from dsmoe_local.base.sequences import n_common
 from dsmoe_local.base.text import whole_characters
-from dsmoe_local.engine.errors import EngineError, EngineKilledError, PromptError
+from dsmoe_local.engine.errors import EngineError, EngineKilledError, PromptError, too_long
 from dsmoe_local.engine.stream import TextStream
 from dsmoe_local.engine.types import (
     Deliver,
@@ -152,10 +152,7 @@ class FakeEngine:
         try:
             prompt = self._encode(request.prompt, request.continue_final_message)
             if len(prompt) >= self.info.n_context:
-                raise PromptError(
-                    f"the prompt has {len(prompt)} tokens, the context holds {self.info.n_context}: "
-                    "no room for a reply"
-                )
+                raise too_long(f"{len(prompt):,} tokens", self.info.n_context)
             text = bytes(token_id - 1 for token_id in prompt).decode("utf-8", "replace").rstrip("\n")
             answer = (next(self._replies) if self._replies else self._reply(text)).encode()
             for index in range(request.n):

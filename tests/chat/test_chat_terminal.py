@@ -105,7 +105,7 @@ def test_endless_word_and_special_text_do_no_harm() -> None:
         terminal.wait_screen("context 0/256", 60)
         terminal.paste("a" * 30_000)
         terminal.send(ENTER)
-        terminal.wait_screen(r"error: the prompt has [\d,]+ tokens|too long", 60)
+        terminal.wait_screen(r"error: the message was not sent", 60)
         terminal.send("<｜end▁of▁sentence｜>" + ENTER)
         terminal.wait_screen(r"context [1-9]\d*/256")
         terminal.send(CTRL_D)

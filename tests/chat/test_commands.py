@@ -86,11 +86,14 @@ def test_what_commands_say(inputs: list[str], said: str) -> None:
     assert said in screen.said
 
 
-def test_show_prompt_has_the_exact_tokens() -> None:
-    """Guards: a prompt that is shown as it is not; half characters that break the screen."""
+@pytest.mark.parametrize("colour", [True, False])
+def test_show_prompt_has_the_exact_tokens(colour: bool) -> None:
+    """Guards: a prompt that is shown as it is not; half characters that break the screen; a token and its id
+    that only their colours tell apart.
+    """
     engine = FakeEngine(replies=["é"])
     chat, screen = chat_with(engine)
-    screen.colour = False
+    screen.colour = colour
     take(chat, "q", "/show prompt")
     ids = engine.encode(chat.conversation.messages(), continue_final_message=True)
     assert (

@@ -178,7 +178,7 @@ def test_interruption_keeps_what_came() -> None:
         (["-p", "x", "--top-p", "nan"], 2, "top_p"),
         (["-p", "x", "-ngl", "some"], 2, "not a number, auto or all"),
         (["-p", "x", "--active-experts", "99"], 2, "out of range"),
-        (["-p", "x" * 100_000], 1, "too long"),
+        (["-p", "x" * 100_000], 1, "was not sent"),
         (["-p", ""], 2, "empty"),
     ],
 )

@@ -210,7 +210,7 @@ def test_real_model_stops_by_itself(real_engine: Engine) -> None:
 
 def test_prompt_that_fills_the_context_is_refused(engine: Engine) -> None:
     """Guards: silent truncation."""
-    with pytest.raises(PromptError, match="the context holds 256"):
+    with pytest.raises(PromptError, match="not sent: the prompt has 256 tokens, the context holds 256"):
         generate(engine, tuple([5] * 256))
     assert ids(generate(engine, tuple([5] * 255)))  # one token of room is enough
 

@@ -222,7 +222,7 @@ def test_second_load_is_given_up(how: str, tmp_path: Path) -> None:
 
 def test_refusals_arrive_as_what_they_are(client: EngineClient) -> None:
     """Guards: a caller that can no longer tell a bad prompt from a broken engine."""
-    with pytest.raises(PromptError, match="the context holds 100000") as caught:
+    with pytest.raises(PromptError, match="the context holds 100,000") as caught:
         list(client.submit(Request("r", "x" * 100_000)))
     assert caught.value.exit_code == 1
     with pytest.raises(EngineError, match="cannot be sent"):

@@ -89,7 +89,7 @@ def test_endless_words(client: EngineClient, prompt: str) -> None:
     token_ids = client.encode(prompt)
     with llama_oracle.vocabulary(tiny_model()) as vocabulary:
         assert b"".join(map(vocabulary.piece, token_ids)).decode().endswith(prompt)
-    with pytest.raises(PromptError, match="the context holds 2048"):
+    with pytest.raises(PromptError, match="the context holds 2,048"):
         list(client.submit(Request("r", prompt)))
     assert client.pid == pid
 

@@ -74,10 +74,7 @@ def _show_tokens(chat: Chat, ids: tuple[int, ...]) -> None:
     ):
         # Neighbours differ, so that it is seen where one ends.
         text.append(safe_text(piece), style="" if number % 2 else "underline")
-        if chat.screen.plain or not chat.screen.colour:
-            text.append(f"[{token_id}]")
-        else:
-            text.append(str(token_id), style="dim cyan")
+        text.append(f"[{token_id}]", style="dim cyan")
         text.append(" ")
     chat.screen.show(text)
     left = len(ids) - len(shown)

@@ -14,7 +14,7 @@ from typing import Protocol, TypeAlias
 
 from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.base.text import safe_line, whole_characters
-from dsmoe_local.engine.errors import PromptError
+from dsmoe_local.engine.errors import PromptError, too_long
 from dsmoe_local.engine.prompts.segments import Segment
 from dsmoe_local.engine.prompts.template import ChatTemplate
 from dsmoe_local.engine.types import Message, Prompt, ends_with_reply
@@ -181,10 +181,7 @@ class PromptEncoder:
         """`text` as UTF-8, if it can be tokenized."""
         encoded = whole_characters(text).encode()
         if len(encoded) > self._n_context * MAX_TOKEN_BYTES:
-            raise PromptError(
-                f"the text is too long for a context of {self._n_context} tokens",
-                where=f"{len(encoded)} bytes",
-            )
+            raise too_long(f"{len(encoded):,} bytes", self._n_context)
         endless = _ENDLESS.search(text)
         if endless is not None:
             raise PromptError(
