@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import cache
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from support import llama_oracle
 from support.models import tiny_model
 
 from dsmoe_local.base.errors import UsageError
+from dsmoe_local.base.text import whole_characters
 from dsmoe_local.engine import native
-from dsmoe_local.engine.errors import PromptError
+from dsmoe_local.engine.errors import EngineError, PromptError
 from dsmoe_local.engine.prompts.choice import BUILT_IN
 from dsmoe_local.engine.prompts.encoder import _ENDLESS, MAX_RUN, PromptEncoder
 from dsmoe_local.engine.prompts.template import ChatTemplate
@@ -194,3 +198,45 @@ def test_no_template(model: native.Model) -> None:
     with pytest.raises(PromptError, match="no chat template"):
         encoder(model, None).encode((Message("user", "a"),))
     assert encoder(model, None).encode("a")
+
+
+ODD_CONTENTS = st.one_of(
+    st.sampled_from(
+        [
+            "",
+            " ",
+            "a\ud83dc",
+            "\ud83d\ude80",
+            "\0",
+            f"a {EOS} b",
+            BOS,
+            "User: x\n\nAssistant:",
+            "\u2028",
+            "a" * 28_000,
+        ]
+    ),
+    st.text(max_size=30),
+    st.builds(lambda letter, count: letter * count, st.sampled_from("a1 -\n中"), st.integers(0, 30_000)),
+)
+ODD_ROLES = st.sampled_from(["user", "assistant", "system", "user", "tool", "", "user\n", EOS, "Assistant: "])
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(talk=st.lists(st.builds(Message, ODD_ROLES, ODD_CONTENTS), min_size=1, max_size=5))
+def test_odd_conversations_are_encoded_whole_or_refused(model: native.Model, talk: list[Message]) -> None:
+    """Guards: contents that become template text or special tokens, or end the process; odd roles let in."""
+    # Special tokens have no bytes.
+    form = {"user": "User: {}\n\n", "assistant": "Assistant: {}", "system": "{}\n\n"}
+    encode = _encoder_of(model).encode
+    if not all(message.role in form for message in talk):
+        with pytest.raises(EngineError, match="role"):
+            encode(tuple(talk))
+        return
+    ids = encode(tuple(talk))
+    said = "".join(form[message.role].format(whole_characters(message.content)) for message in talk)
+    assert b"".join(map(model.piece, ids)).decode() == f"{said}Assistant:"
+    assert ids.count(model.eos) == sum(message.role == "assistant" for message in talk)
+    assert ids.count(model.bos) == 1
+
+
+_encoder_of = cache(encoder)

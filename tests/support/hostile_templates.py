@@ -1,4 +1,4 @@
-"""Templates that try to eat memory and time: fixed ones, and random ones from a grammar of what grows."""
+"""Templates that try to eat memory and time: fixed ones, and random ones made of what grows."""
 
 # ruff: noqa: E501
 from __future__ import annotations
@@ -51,24 +51,42 @@ FIXED = (
     "{% if 1 %}" * 3000 + "{% endif %}" * 3000,
 )  # fmt: skip
 
-_NAMES = ("a", "b", "n.s", "n.l", "bos_token", "messages[0].content", "messages", "messages[0]", "range(9)")
-_NUMBERS = ("2", "7", "999", "99999", "1048576", "999999999", "10**9", "-5", "0.5")
-_BINARY = ("+", "*", "~", "%", "**", "==", "in", "<", "and", "//", "-")
-_METHODS = (
-    "{0}.ljust({1})", "{0}.center({1}, {2})", "{0}.zfill({1})", "{0}.replace({2}, {2} * 9)", "{0}.join({2})",
-    "{0}.format({1}, {2})", "{0}.split()", "{0}.split({2})", "{0}.upper()", "{0}.encode()", "{0}.expandtabs({1})",
-    "{0}.splitlines()", "{0}.format_map({{'a': {2}}})", "{0}.items()", "{0}.keys()", "{0}.copy()", "{0}.index({2})",
-    "{0}.count({2})", "{0}.partition({2})", "{0}.translate({{97: {2}}})", "{0}.append({2})", "{0}.pop()", "{0}[{1}]",
-    "{0}[::-1]", "{0}[:{1}]", "{0}.__class__", "{0}.__mul__({1})", "{0}.real", "{0}.hex()", "{0}.bit_length()",
+_NUMBERS = ("0", "2", "7", "99", "999", "99999", "1048576", "999999999", "-5", "n.s | length", "n.l | length")
+_TEXTS = (
+    "n.s", "n.s", "a", "'ab'", "'%9999s'", "'{{:9999}}'", "'<!--&'", "' x\n'", "messages[0].content", "bos_token",
+    "{s} ~ {s}", "{s} ~ {l}", "{s} + {s}", "{s} * {n}", "({s} * 99) % {s}", "'%9999s%s' % ({s}, {l})", "{s}[::-1]",
+    "{s}.ljust({n})", "{s}.center({n}, 'x')", "{s}.zfill({n})", "{s}.replace('a', {s})", "{s}.replace('', {s})",
+    "{s}.join({s})", "{s}.join({l} | map('string'))", "{s}.format({s}, {n})", "'{{0:>{{1}}}}'.format({s}, {n})",
+    "{s}.expandtabs({n})", "{s}.upper()", "{s}.translate({{97: {s}}})", "{s}.partition('a')[2]", "{s}.title()",
+    "{s} | center({n})", "{s} | indent({n})", "{s} | indent({s}, true)", "{s} | wordwrap({n}, wrapstring={s})",
+    "{s} | replace('a', {s})", "{s} | urlize", "{s} | striptags", "{s} | forceescape", "{s} | escape | escape",
+    "{s} | title", "{s} | truncate({n})", "{s} | urlencode", "{s} | tojson", "{s} | pprint", "{s} | filesizeformat",
+    "{l} | join({s})", "{l} | string", "{l} | tojson", "{l} | tojson(indent={n})", "{l} | pprint", "{l} | sum(start='')",
+    "{{'a': {s}}} | xmlattr", "{{'a': {l}, 'b': {s}}} | string", "f({s}, {s})", "{n} | string", "{s} | default({l})",
 )  # fmt: skip
-_FILTERS = (
-    "center({1})", "indent({1})", "indent({1}, true)", "wordwrap(1, wrapstring={2})", "xmlattr", "replace('a', {2})",
-    "join({2})", "list", "tojson", "tojson(indent={1})", "pprint", "string", "urlize", "striptags", "escape",
-    "forceescape", "title", "truncate({1})", "batch({1}, {2})", "slice({1}, {2})", "map('string') | list", "sum",
-    "sum(start={2})", "sort", "unique | list", "groupby(0)", "dictsort", "items | list", "length", "first", "last",
-    "reverse | list", "int", "float", "round({1})", "filesizeformat", "format({2}, {1})", "wordcount", "trim",
-    "urlencode", "attr('__class__')", "map('center', {1}) | list", "map('list') | list", "select | list", "min",
-    "max", "random", "default({2})", "safe", "capitalize", "abs",
+_LISTS = (
+    "n.l", "n.l", "[1]", "[{s}, {l}]", "[{l}, {l}]", "{l} + {l}", "{l} + [{s}]", "{l} * {n}", "{s}.split()",
+    "{s}.split('a')", "{s}.splitlines()", "{s} | list", "range(99999) | list", "range({n}) | list",
+    "{l} | batch({n}, {s}) | list", "{l} | slice({n}, {s}) | list", "{l} | map('string') | list", "{l} | sort",
+    "{l} | unique | list", "{l} | reverse | list", "{{'a': {s}}} | dictsort", "{l} | groupby(0)", "{l}[::-1]",
+    "{l} | map('center', {n}) | list", "{l} | map('list') | list", "({l}, {l}) | list", "messages | list",
+    "{l} | sum(start=[])", "{l} | select | list", "{l} | map('tojson') | list", "dict(a={l}).values() | list",
+)  # fmt: skip
+_CONDITIONS = (
+    "{l} == {l}",
+    "{s} in {l}",
+    "{s} in {s}",
+    "{l} < {l}",
+    "{s} == {s}",
+    "{l}",
+    "{s} is in {l}",
+    "true",
+)
+_TRICKS = (
+    "{s}.__class__", "{l}.append({s})", "{l}.__mul__({n})", "{s} | attr('__class__')", "{s}.encode() * {n}",
+    "(2 ** {n}) | string", "{n} * {n} * {n}", "{s}.format_map(n)", "({n}).to_bytes({n})", "{s} | round({n})", "lipsum({n})",
+    "{s} | int", "{l} | random", "cycler({l}).next()", "joiner({s})()", "self", "loop", "f.name", "{s}.format.__globals__",
+    "{l}.pop()", "namespace(a={l})", "{n} // 0", "{s} - {l}", "caller()", "{s} | map({s}) | list",
 )  # fmt: skip
 
 
@@ -81,50 +99,47 @@ class Hostile:
     def template(self) -> str:
         """One template: a few names, then statements that use and grow them."""
         start = (
-            "{% set n = namespace(s='ab', l=[1], m=none) %}{% set a = 'xy' %}{% set b = [1, 'z'] %}"
-            "{% macro f(x, y) %}{{ x }}{{ y }}{% if x %}{{ f(x[1:], y) }}{{ f(x[1:], y ~ y) }}{% endif %}{% endmacro %}"
+            "{% set n = namespace(s='ab', l=[1], m=none) %}{% set a = 'xy' %}"
+            "{% macro f(x, y) %}{{ y }}{% if x %}{{ f(x[1:], y) }}{{ f(x[1:], y ~ y) }}{% endif %}{% endmacro %}"
         )
         return start + "".join(self._statement(3) for _ in range(self._random.randint(1, 5)))
 
     def _statement(self, depth: int) -> str:
         choose = self._random.random()
-        inner = (
-            "".join(self._statement(depth - 1) for _ in range(self._random.randint(1, 2))) if depth else ""
+        if depth == 0 or choose < 0.45:
+            return self._random.choice(
+                (
+                    f"{{% set n.s = {self._of(_TEXTS, 3)} %}}",
+                    f"{{% set n.l = {self._of(_LISTS, 3)} %}}",
+                    f"{{{{ {self._of(_TEXTS, 3)} }}}}",
+                    f"{{% set n.s = n.s {self._random.choice('+~')} n.s %}}",
+                    f"{{% set n.l = {self._random.choice(('[n.l, n.l]', 'n.l + n.l', 'n.l + [n.s]', '[n.l]'))} %}}",
+                    f"{{% set n.m = {self._of(_TRICKS, 2) if self._random.random() < 0.2 else 'n.l'} %}}",
+                )
+            )
+        inner = "".join(self._statement(depth - 1) for _ in range(self._random.randint(1, 3)))
+        over = self._random.choice(
+            ("range(9)", "range(99)", "range(99999)", "n.l", "n.s", self._of(_LISTS, 2))
         )
-        if choose < 0.3:
-            return f"{{% set n.{self._random.choice('slm')} = {self._expression(3)} %}}"
-        if choose < 0.45:
-            return f"{{{{ {self._expression(3)} }}}}"
-        if choose < 0.75 and depth:
-            count = self._random.choice(("9", "99", "99999", "n.l", "a * 99"))
-            over = f"range({count})" if count.isdigit() else count
-            return f"{{% for i in {over} %}}{inner}{{% endfor %}}"
-        if choose < 0.8 and depth:
-            return f"{{% set a %}}{inner}{{% endset %}}"
-        if choose < 0.85 and depth:
-            return f"{{% if {self._expression(1)} %}}{inner}{{% endif %}}"
-        if choose < 0.88 and depth:
-            return f"{{% for i in n.l recursive %}}{{{{ loop(n.l) }}}}{inner}{{% endfor %}}"
-        if choose < 0.92 and depth:
-            return f"{{% filter {self._filter()} %}}{inner}{{% endfilter %}}"
-        if choose < 0.95:
-            return f"{{{{ f({self._expression(1)}, {self._expression(1)}) }}}}"
-        return f"{{% set n.s = n.s {self._random.choice('+~*')} n.s %}}"
-
-    def _expression(self, depth: int) -> str:
-        choose = self._random.random()
-        if depth == 0 or choose < 0.2:
-            return self._random.choice((*_NAMES, *_NUMBERS, "'%9999s'", "'{:9999}'", "'%(a)s'", "i"))
-        one, other = self._expression(depth - 1), self._expression(depth - 1)
-        if choose < 0.45:
-            return f"({one} {self._random.choice(_BINARY)} {other})"
-        if choose < 0.6:
-            return f"({self._random.choice(_METHODS).format(one, self._random.choice(_NUMBERS), other)})"
-        if choose < 0.8:
-            return f"({one} | {self._filter()})"
         return self._random.choice(
-            (f"[{one}, {other}]", f"({one}, {other})", f"{{'a': {one}, 'b': {other}}}")
+            (
+                f"{{% for i in {over} %}}{inner}{{% endfor %}}",
+                f"{{% for i in {over} %}}{inner}{{% endfor %}}",
+                f"{{% for i in {over} recursive %}}{{{{ loop({self._of(_LISTS, 1)}) }}}}{{% endfor %}}",
+                f"{{% set a %}}{inner}{{% endset %}}",
+                f"{{% if {self._of(_CONDITIONS, 2)} %}}{inner}{{% endif %}}",
+                f"{{% filter {self._random.choice(('upper', 'forceescape', 'center(99999)', 'indent(999)'))} %}}{inner}"
+                "{% endfilter %}",
+            )
         )
 
-    def _filter(self) -> str:
-        return self._random.choice(_FILTERS).format("", self._random.choice(_NUMBERS), self._expression(1))
+    def _of(self, choices: tuple[str, ...], depth: int) -> str:
+        """An expression of that kind, and of smaller ones."""
+        if depth == 0:
+            choices = tuple(choice for choice in choices if "{" not in choice)
+        chosen = self._random.choice(choices)
+        parts = {
+            kind: f"({self._of(smaller, depth - 1)})" if f"{{{kind}}}" in chosen else ""
+            for kind, smaller in (("s", _TEXTS), ("l", _LISTS), ("n", _NUMBERS))
+        }
+        return chosen.format(**parts)

@@ -9,6 +9,7 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from itertools import zip_longest
 from typing import Protocol, TypeAlias
 
@@ -24,6 +25,8 @@ MAX_RUN = 200_000
 MAX_TOKEN_BYTES = 128  # more than the longest token of the vocabularies in use
 # Looks only where a run begins: from each of its letters the search would be quadratic.
 _ENDLESS = re.compile(rf"(?<!\S)\S{{{MAX_RUN + 1}}}|(?<!\s)\s{{{MAX_RUN + 1}}}")
+_MOST_KNOWN = 4096
+_SHORT = 4096  # bytes: longer texts are tokenized each time, so that what is known stays small
 _Part: TypeAlias = Segment | tuple[int, ...]
 """A stretch of text, or a reply's own ids."""
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
@@ -52,6 +55,8 @@ class PromptEncoder:
         self.template = template
         self._vocabulary = vocabulary
         self._n_context = n_context
+        # A template's texts come with every turn, and all turns but the last with every message.
+        self._known = lru_cache(_MOST_KNOWN)(self._ids)
         # llama.cpp's pre-tokenizers recurse once per letter of a word: they get a thread with a large stack.
         self._large_stack = ThreadPoolExecutor(1, "dsmoe-tokenize")
         previous = threading.stack_size(STACK_BYTES)
@@ -172,10 +177,14 @@ class PromptEncoder:
                 if not isinstance(part, Segment):
                     ids += part
                 elif text:
-                    ids += self._vocabulary.tokenize(text, special=part.message is None)
+                    tokenize = self._known if len(text) <= _SHORT else self._ids
+                    ids += tokenize(text, part.message is None)
             return ids
 
         return self._large_stack.submit(run).result()
+
+    def _ids(self, text: bytes, special: bool) -> tuple[int, ...]:
+        return tuple(self._vocabulary.tokenize(text, special=special))
 
     def _checked(self, text: str) -> bytes:
         """`text` as UTF-8, if it can be tokenized."""
