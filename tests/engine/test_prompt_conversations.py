@@ -40,7 +40,12 @@ class LocalTemplate:
         return self._conversation(messages).render()
 
     def stretches(
-        self, messages: Sequence[Message], replies: Sequence[int], *, open_end: bool
+        self,
+        messages: Sequence[Message],
+        replies: Sequence[int],
+        *,
+        open_end: bool,
+        stopped: Callable[[], bool],
     ) -> list[Segments | None]:
         """See ChatTemplate."""
         return list(self._conversation(messages).stretches(replies, open_end=open_end))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from support.hostile_templates import FIXED, Hostile
 
+from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.engine.errors import TemplateError
 from dsmoe_local.engine.prompts import renderer
 from dsmoe_local.engine.prompts.choice import BUILT_IN
@@ -124,6 +125,22 @@ def test_refusals_keep_the_process() -> None:
     assert chat._renderer._process is before
 
 
+def test_stopping_ends_a_rendering() -> None:
+    """Guards: a long conversation with a slow template that nobody can be rid of."""
+    chat = template("{% for m in messages %}{{ m.content }}{% endfor %}{{ messages | length }}")
+    talk = [Message(("user", "assistant")[at % 2], "a") for at in range(20)]
+    asked: list[bool] = []
+
+    def stopped() -> bool:
+        asked.append(True)
+        return len(asked) >= 3
+
+    with pytest.raises(InterruptedRunError):
+        chat.stretches(talk, range(1, 20, 2), open_end=True, stopped=stopped)
+    assert len(asked) == 3
+    assert len(chat.stretches(talk, range(1, 20, 2), open_end=True)) == 11
+
+
 def test_closing_ends_the_process() -> None:
     """Guards: processes that stay when a model is unloaded, or its template is forgotten."""
     chat = template("ok")
@@ -181,7 +198,7 @@ def test_random_hostile_templates(monkeypatch: pytest.MonkeyPatch, peaks: list[i
     """Guards: what nobody thought of."""
     monkeypatch.setattr(renderer, "MAX_SECONDS", 1.0)
     hostile = Hostile(1)
-    outcomes = {ends(hostile.template()) for _ in range(40)}
+    outcomes = {ends(hostile.template()) for _ in range(20)}
     assert outcomes == {True, False}
     assert max(peaks) < PROCESS + MEMORY
 

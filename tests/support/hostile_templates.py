@@ -88,6 +88,7 @@ _TRICKS = (
     "{s} | int", "{l} | random", "cycler({l}).next()", "joiner({s})()", "self", "loop", "f.name", "{s}.format.__globals__",
     "{l}.pop()", "namespace(a={l})", "{n} // 0", "{s} - {l}", "caller()", "{s} | map({s}) | list",
 )  # fmt: skip
+_FILTERS = ("upper", "forceescape", "center(99999)", "indent(999)", "replace('a', 'b' * 999)")
 
 
 class Hostile:
@@ -128,8 +129,7 @@ class Hostile:
                 f"{{% for i in {over} recursive %}}{{{{ loop({self._of(_LISTS, 1)}) }}}}{{% endfor %}}",
                 f"{{% set a %}}{inner}{{% endset %}}",
                 f"{{% if {self._of(_CONDITIONS, 2)} %}}{inner}{{% endif %}}",
-                f"{{% filter {self._random.choice(('upper', 'forceescape', 'center(99999)', 'indent(999)'))} %}}{inner}"
-                "{% endfilter %}",
+                f"{{% filter {self._random.choice(_FILTERS)} %}}{inner}{{% endfilter %}}",
             )
         )
 

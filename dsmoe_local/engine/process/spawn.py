@@ -37,7 +37,7 @@ def spawn() -> tuple[subprocess.Popen[bytes], socket.socket]:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 pass_fds=[theirs.fileno()],
-                env=_environment(),
+                env=environment(),
                 # A terminal's Ctrl-C is for the client alone.
                 start_new_session=True,
             )
@@ -47,7 +47,8 @@ def spawn() -> tuple[subprocess.Popen[bytes], socket.socket]:
     return process, ours
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """That of this process; what it can import, a process of ours can, too."""
     root = str(Path(dsmoe_local.__file__).parents[1])
     return {
         # A debugger that ggml starts on an abort takes seconds, and its output hides the reason.

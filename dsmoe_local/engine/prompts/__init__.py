@@ -1,1 +1,1 @@
-"""Prompts to token ids: chat templates, their sandbox, and the encoder."""
+"""Prompts to token ids: chat templates, the process and the sandbox they run in, and the encoder."""

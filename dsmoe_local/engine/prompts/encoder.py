@@ -88,7 +88,7 @@ class PromptEncoder:
             ids = self._with_bos(self._tokenize([Segment(prompt, 0)], stopped))
         elif prompt and isinstance(prompt[0], Message):
             messages = [message for message in prompt if isinstance(message, Message)]
-            parts = self._parts(messages, continue_final_message)
+            parts = self._parts(messages, continue_final_message, stopped)
             ids = self._with_bos(self._tokenize(parts, stopped))
         else:
             ids = [token_id for token_id in prompt if isinstance(token_id, int)]
@@ -104,7 +104,9 @@ class PromptEncoder:
                 "a token id is not in the vocabulary", where=f"0 to {self._vocabulary.n_vocab - 1}"
             )
 
-    def _parts(self, messages: Sequence[Message], continued: bool) -> list[_Part]:
+    def _parts(
+        self, messages: Sequence[Message], continued: bool, stopped: Callable[[], bool]
+    ) -> list[_Part]:
         """A conversation, up to where the next reply begins, or the last one goes on."""
         for message in messages:
             if not _ROLE.fullmatch(message.role):
@@ -118,13 +120,17 @@ class PromptEncoder:
                 "the model has no chat template: it only completes text",
                 remedy="send a prompt instead of messages, or name a template with --chat-template",
             )
-        exact = self._exactly(self.template, messages, continued)
+        exact = self._exactly(self.template, messages, continued, stopped)
         if exact is None and continued:
             raise PromptError("the template changes the last reply, which therefore cannot be continued")
         return self._plainly(self.template, messages) if exact is None else exact
 
     def _exactly(
-        self, template: ChatTemplate, messages: Sequence[Message], continued: bool
+        self,
+        template: ChatTemplate,
+        messages: Sequence[Message],
+        continued: bool,
+        stopped: Callable[[], bool],
     ) -> list[_Part] | None:
         """With each reply's own ids behind what was read before it; None where the template does not allow
         that.
@@ -139,7 +145,7 @@ class PromptEncoder:
         by_text = continued and last not in replies
         read = messages[:-1] if by_text else messages
         parts: list[_Part] = []
-        stretches = template.stretches(read, replies, open_end=by_text or not continued)
+        stretches = template.stretches(read, replies, open_end=by_text or not continued, stopped=stopped)
         for stretch, reply in zip_longest(stretches, replies):
             if stretch is None:
                 return None

@@ -5,18 +5,18 @@ What happens there is `render_host`'s concern, what is asked of it `template`'s.
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
-import dsmoe_local
+from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.engine.errors import EngineError
 from dsmoe_local.engine.process import wire
+from dsmoe_local.engine.process.spawn import environment
 from dsmoe_local.engine.prompts.failures import template_error
 
 MAX_SECONDS = 5.0
@@ -37,10 +37,14 @@ class Renderer:
         with self._lock:
             self._living()
 
-    def ask(self, kind: str, *arguments: wire.Plain) -> list[wire.Plain]:
-        """The parts of the answer. TemplateError if one does not come in time, or takes too much memory."""
+    def ask(
+        self, kind: str, *arguments: wire.Plain, stopped: Callable[[], bool] = lambda: False
+    ) -> list[wire.Plain]:
+        """The parts of the answer. TemplateError if one does not come in time, or takes too much memory;
+        InterruptedRunError once it is `stopped`.
+        """
         with self._lock:
-            return self._parts(self._living(), kind, *arguments)
+            return self._parts(self._living(), stopped, kind, *arguments)
 
     def close(self) -> None:
         """End the process. Another question would start another one."""
@@ -50,20 +54,24 @@ class Renderer:
     def _living(self) -> _Process:
         if self._process is None:
             self._process = _Process()
-            self._parts(self._process, "compile", self._text, self._source)
+            self._parts(self._process, lambda: False, "compile", self._text, self._source)
         return self._process
 
-    def _parts(self, process: _Process, *message: wire.Plain) -> list[wire.Plain]:
+    def _parts(
+        self, process: _Process, stopped: Callable[[], bool], *message: wire.Plain
+    ) -> list[wire.Plain]:
         parts: list[wire.Plain] = []
         answer: list[wire.Plain] | None = None
         try:
             process.send(message)
             while (answer := process.receive()) is not None and answer[0] == "part":
                 parts.append(answer[1])
+                if stopped():
+                    raise InterruptedRunError("reading the prompt was interrupted")
         except TimeoutError:
             raise template_error(self._source, f"it takes more than {MAX_SECONDS:.0f} seconds") from None
         finally:
-            if answer is None or answer[-1] is True:
+            if answer is None or answer[0] == "part" or answer[-1] is True:
                 self._end()
         if answer is None:
             raise template_error(self._source, "it needs too much memory")
@@ -83,7 +91,6 @@ class _Process:
     def __init__(self) -> None:
         """Returns once it waits for work. EngineError if it cannot be started."""
         self._channel, theirs = socket.socketpair()
-        root = str(Path(dsmoe_local.__file__).parents[1])
         with theirs:
             try:
                 self._popen = subprocess.Popen(
@@ -93,7 +100,7 @@ class _Process:
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()],
-                    env={**os.environ, "PYTHONPATH": os.pathsep.join([*filter(None, sys.path), root])},
+                    env=environment(),
                     start_new_session=True,
                 )
             except OSError as error:

@@ -5,7 +5,7 @@ Which one a model uses is `choice`'s concern; where it runs, `renderer`'s.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from dsmoe_local.engine.process import wire
 from dsmoe_local.engine.prompts.renderer import Renderer
@@ -44,15 +44,28 @@ class ChatTemplate:
         return _segments(segments, messages)
 
     def stretches(
-        self, messages: Sequence[Message], replies: Sequence[int], *, open_end: bool
+        self,
+        messages: Sequence[Message],
+        replies: Sequence[int],
+        *,
+        open_end: bool,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> list[Segments | None]:
-        """What is read between replies (see `segments.Conversation.stretches`)."""
-        found = self._ask("stretches", messages, replies, open_end)
+        """What is read between replies (see `segments.Conversation.stretches`). InterruptedRunError once it
+        is `stopped`.
+        """
+        found = self._ask("stretches", messages, list(replies), open_end, stopped=stopped)
         return [_segments(segments, messages) for segments in found]
 
-    def _ask(self, kind: str, messages: Sequence[Message], *arguments: wire.Plain) -> list[wire.Plain]:
+    def _ask(
+        self,
+        kind: str,
+        messages: Sequence[Message],
+        *arguments: wire.Plain,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> list[wire.Plain]:
         pairs = [(message.role, message.content) for message in messages]
-        return self._renderer.ask(kind, pairs, self._texts, *arguments)
+        return self._renderer.ask(kind, pairs, self._texts, *arguments, stopped=stopped)
 
 
 def _segments(value: wire.Plain, messages: Sequence[Message]) -> Segments | None:
