@@ -29,7 +29,7 @@ Segments: TypeAlias = list[Segment]
 
 
 class Rendered(Protocol):
-    """See `sandbox.Rendered`."""
+    """See `turns.Rendered`."""
 
     @property
     def text(self) -> str: ...
