@@ -1,7 +1,8 @@
 """The process that renders a chat template: `python -m dsmoe_local.engine.prompts.render_host SOCKET`.
 
 A template is a program that came with a model. Here it has no more memory than `MEMORY` beside what the
-conversation itself takes; `renderer` ends it when it takes too long.
+conversation itself takes, where the system has limits on address space and tells how much there is (Linux);
+`renderer` ends it when it takes too long.
 """
 
 from __future__ import annotations
