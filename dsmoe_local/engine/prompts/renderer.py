@@ -117,7 +117,11 @@ class _Process:
             ready = False
         if not ready:
             self.close()
-            raise EngineError("the process for the chat template does not start")
+            raise EngineError(
+                "the process for the chat template does not start",
+                where=f"exit status {self._popen.returncode}",
+                remedy="try again; if it stays so, install dsmoe-local anew",
+            )
         self._channel.settimeout(MAX_SECONDS)
 
     def send(self, message: wire.Plain) -> None:
