@@ -35,3 +35,8 @@ def safe_line(text: str, limit: int = 200) -> str:
     """`safe_text` on one line of at most `limit` characters, for names and messages inside a sentence."""
     line = text.translate(_ONE_LINE)
     return line if len(line) <= limit else f"{line[: limit - 1]}…"
+
+
+def count(n: int, noun: str) -> str:
+    """`n` things: 1 token, 2,048 tokens."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"

@@ -97,6 +97,12 @@ def _seed(key: str, value: object) -> int:
     return as_integer(key, value) % (MAX_SEED + 1)
 
 
+def _n_predict(key: str, value: object) -> int | None:
+    # llama.cpp sets no limit with -1.
+    number = as_integer(key, value)
+    return None if number == -1 else number
+
+
 def _top_k(key: str, value: object) -> int:
     # vLLM turns it off with -1.
     number = as_integer(key, value)
@@ -211,6 +217,7 @@ HONOURED: Mapping[str, Reader] = {
     "messages": _to("prompt", _messages),
     "max_tokens": _to("max_tokens", as_integer),
     "max_completion_tokens": _to("max_tokens", as_integer),
+    "n_predict": _to("max_tokens", _n_predict),
     "stop": _to("stop", _stop),
     "n": _to("n", as_integer),
     "logprobs": _logprobs,
@@ -230,6 +237,7 @@ HONOURED: Mapping[str, Reader] = {
         item.name: _to(item.name, as_integer if item.name in _WHOLE else as_number)
         for item in fields(SamplingParameters)
     },
+    "temp": _to("temperature", as_number),
     "repetition_penalty": _to("repeat_penalty", as_number),
     "seed": _to("seed", _seed),
     "top_k": _to("top_k", _top_k),

@@ -8,7 +8,7 @@ from bisect import bisect_left
 
 from dsmoe_local.base.errors import DsmoeError, FormatError, InterruptedRunError
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Started
-from dsmoe_local.base.text import safe_line
+from dsmoe_local.base.text import count, safe_line
 from dsmoe_local.batch.lines import Key, Line, key_of
 from dsmoe_local.batch.order import cost_of, prefix_signature
 from dsmoe_local.batch.requests import BatchDefaults, model_named, request_of
@@ -82,12 +82,18 @@ class Index:
 
 
 def build_index(source: Source, defaults: BatchDefaults, listen: Listener, stop: threading.Event) -> Index:
-    """Read the input once. FormatError if two lines have one id: their records could not be told apart."""
+    """Read the input once.
+
+    FormatError if two lines have one id, since their records could not be told apart; if no line can be read;
+    or if no line has a field that records should carry along.
+    """
     index = Index()
     listen(Started("reading", source.n_bytes))
     reported = 0
+    readable = _Readable()
     for span, raw in source.spans():
         line = source.line(span.number, raw)
+        readable.add(line)
         signature, cost = _shape(line, defaults, index.workload)
         index.add(span, key_of(line, raw), signature, cost)
         index.model_named = index.model_named or model_named(line)
@@ -96,10 +102,41 @@ def build_index(source: Source, defaults: BatchDefaults, listen: Listener, stop:
             reported = span.offset + span.length
             if stop.is_set():
                 raise InterruptedRunError("interrupted: the input was not read to its end")
+    readable.check(source, len(index))
     index.sort()
     _check_ids(source, index)
     listen(Finished("reading"))
     return index
+
+
+class _Readable:
+    """Notices that an input is of a wrong kind as a whole, which then is one error, not one for each line."""
+
+    def __init__(self) -> None:
+        self._first: Line | None = None
+        self._any = False
+        self._missing: set[str] = set()
+
+    def add(self, line: Line) -> None:
+        if self._first is None:
+            self._first = line
+            self._missing = set(line.kept)
+        self._any = self._any or line.error is None
+        if self._missing:
+            self._missing -= {name for name, value in line.kept.items() if value is not None}
+
+    def check(self, source: Source, n_lines: int) -> None:
+        if self._first is not None and self._first.error is not None and not self._any:
+            error = self._first.error
+            raise FormatError(
+                f"no line of the input can be read: {error.what}",
+                where=f"{source.shown}, line {self._first.number} of {count(n_lines, 'line')}",
+                remedy="--text takes each line as a prompt" if error.kind == "not_json" else error.remedy,
+            )
+        if self._missing:
+            raise FormatError(
+                f"no line has the field {min(self._missing)!r}, which --keep names", where=source.shown
+            )
 
 
 def _shape(line: Line, defaults: BatchDefaults, workload: WorkloadMeter) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from dsmoe_local.base import durable
 from dsmoe_local.base.errors import FileError, FormatError, UsageError
 from dsmoe_local.base.progress import Listener, Note, ignore
+from dsmoe_local.base.text import count
 from dsmoe_local.batch.index import Index, build_index
 from dsmoe_local.batch.journal import Output, journal_path
 from dsmoe_local.batch.lines import Key, Line, key_of
@@ -28,6 +29,7 @@ from dsmoe_local.engine.types import ModelInfo, Request
 STDIN = Path("-")
 REQUESTS = InputForm()
 _SEEDS = 2**31
+_SUFFIXES = frozenset({".jsonl", ".csv", ".tsv", ".txt"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,8 @@ class BatchOptions:
     """What to read, where to write, and how.
 
     `settings` is whatever else a reply depends on (the model, its options): records of other settings are not
-    continued. `deterministic`: the engine is; requests that sample without a seed then get one of their own,
+    continued. `names` are what people call those whose values mean nothing to them: the model's digest.
+    `deterministic`: the engine is; requests that sample without a seed then get one of their own,
     always the same. `max_errors`: give up once more lines than this have failed.
     """
 
@@ -45,6 +48,7 @@ class BatchOptions:
     form: str = "openai"
     input: InputForm = REQUESTS
     settings: Mapping[str, str] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
     ordered: bool = False
     deterministic: bool = False
     restart: bool = False
@@ -69,7 +73,7 @@ class Job:
         line = self.source.line(span.number, raw)
         if key_of(line, raw) != self.index.key(position):
             raise FormatError(
-                "the input changed while it was worked on", where=f"{self.source.shown}, line {span.number}"
+                "the input was changed while the batch ran", where=f"{self.source.shown}, line {span.number}"
             )
         return line
 
@@ -107,22 +111,33 @@ class Job:
 
 
 def check_paths(options: BatchOptions) -> None:
-    """What can be wrong at first sight. Raises UsageError (input is output), FileError."""
+    """Look for what is wrong at first sight. Raises UsageError (input is output), FileError."""
     folder = options.out.absolute().parent
     if not folder.is_dir():
-        raise FileError("the output's folder does not exist", where=folder)
+        raise FileError("the output's folder does not exist", where=folder, remedy="make it, or name another")
+    if options.out.is_dir():
+        raise FileError("the output is a folder", where=options.out, remedy="name a file in it")
     if options.out == STDIN or (options.out.exists() and not options.out.is_file()):
         raise FileError(
             "the output is not a regular file",
             where=options.out,
-            remedy="name a file: a run is continued in it",
+            remedy="name a file: the next run goes on in it",
         )
     if options.source == STDIN:
         return
     for path in (options.out, journal_path(options.out)):
         if durable.same_file(options.source, path):
             raise UsageError("input and output are the same file", where=str(path))
-    if options.source.exists() and not options.source.is_file():
+    if options.source.is_dir():
+        inside = next((path for path in sorted(options.source.iterdir()) if path.suffix in _SUFFIXES), None)
+        raise FileError(
+            "the input is a folder",
+            where=options.source,
+            remedy=f"name a file, such as {inside}" if inside else "name a file of requests, one a line",
+        )
+    if not options.source.exists():
+        raise FileError("the input does not exist", where=options.source)
+    if not options.source.is_file():
         raise FileError(
             "the input is not a regular file, and it is read more than once",
             where=options.source,
@@ -147,13 +162,13 @@ def prepared(
     with ExitStack() as stack:
         stack.enter_context(durable.locked(options.out))
         spool = stack.enter_context(spooled(options.out, stop)) if options.source == STDIN else None
-        path, shown = (spool.path, "standard input") if spool else (options.source, "")
-        source = stack.enter_context(closing(Source(path, options.input, shown)))
+        source = Source(options.source, options.input) if spool is None else spool.source(options.input)
+        stack.enter_context(closing(source))
         index = build_index(source, options.defaults, listen, stop)
         summary = BatchSummary(n_requests=len(index))
         known = _Known(index, summary)
         output = stack.enter_context(
-            Output(options.out, _settings(options), known.mark, restart=options.restart)
+            Output(options.out, _settings(options), known.mark, names=options.names, restart=options.restart)
         )
         known.tell(source, listen, ordered=options.ordered)
         if spool:
@@ -174,11 +189,12 @@ class _Known:
         self._last = -1
         self._in_order = True
 
-    def mark(self, key: Key, failed: bool) -> None:
+    def mark(self, key: Key, failure: str) -> None:
         """One record is finished."""
         self._summary.n_records += 1
         self._summary.n_resumed += 1
-        self._summary.n_failed += failed
+        if failure:
+            self._summary.failures[failure] += 1
         positions = self._index.find(key.id)
         same = [position for position in positions if self._index.key(position) == key]
         if same:
@@ -201,12 +217,14 @@ class _Known:
                 remedy="give the new line an id of its own, or start over: --restart",
             )
         if self._summary.n_resumed:
-            listen(Note(f"{self._summary.n_resumed} records are there already"))
+            listen(Note(f"{count(self._summary.n_resumed, 'record')} from earlier runs"))
         if self._n_foreign:
-            listen(Note(f"{self._n_foreign} of them are of lines that the input has no longer"))
+            listen(Note(f"{count(self._n_foreign, 'record')} of lines that are no longer in the input"))
         first_left = self._index.done.find(0)
         if ordered and not (self._in_order and (first_left < 0 or first_left > self._last)):
-            listen(Note("the records there are not in the input's order: --ordered is for the new ones only"))
+            listen(
+                Note("earlier records are not in the input's order; --ordered puts only new ones in order")
+            )
 
 
 def _settings(options: BatchOptions) -> dict[str, str]:
@@ -221,6 +239,8 @@ def _settings(options: BatchOptions) -> dict[str, str]:
         "text": options.input.text,
         "template": template.text if template else None,
         "chat": options.input.chat,
+        "id_field": options.input.id_field,
+        "keep": list(options.input.keep) or None,
         "deterministic": options.deterministic,
     }
     chosen = {**options.settings, **asdict(options.defaults.sampling), **own}

@@ -1,33 +1,59 @@
-"""One input line: its number, its id, its JSON, and what is wrong with it. What fields mean is `fields`'."""
+"""One input line: its number, id and JSON, and what is wrong with it. `fields` knows what fields mean."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any, NoReturn
 
 from dsmoe_local.base.errors import DsmoeError, UsageError
 from dsmoe_local.base.text import safe_line
 
 MAX_LINE = 64 << 20
+_MAX_DEPTH = 200
+_ID_FIELDS = ("custom_id", "id")
+# What json says, without the place, and what it means.
+_FAULTS = {
+    "Unterminated string starting at": "the string that begins in column {column} is not closed",
+    "Invalid control character at": "a tab or control character in column {column}: in a string, write \\t",
+    "Invalid \\escape": "the backslash in column {column} begins no escape: write \\\\ for a backslash",
+    "Invalid \\uXXXX escape": "\\u in column {column} takes four hexadecimal digits",
+    "Expecting value": "a value is missing in column {column}",
+    "Expecting property name enclosed in double quotes": "a quoted key is missing in column {column}",
+    "Expecting ':' delimiter": "a colon is missing in column {column}",
+    "Expecting ',' delimiter": "a comma or a closing bracket is missing in column {column}",
+    "Illegal trailing comma before end of object": "a comma too many in column {column}",
+    "Illegal trailing comma before end of array": "a comma too many in column {column}",
+    "Extra data": "there is more behind the object, from column {column} on",
+}
 
 
 class LineError(DsmoeError):
-    """A line that is no request; the others go on."""
+    """A line that is no request; the others go on. `kind` is what the summary counts it under."""
+
+    def __init__(
+        self, what: str, *, where: str | Path = "", remedy: str = "", kind: str = "invalid_request"
+    ) -> None:
+        super().__init__(what, where=where, remedy=remedy)
+        self.kind = kind
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
     """One input line: its number from 1, the id that its record gets, and its content; `error` if it has
-    none.
+    none. `kept` are the fields that its record carries along.
     """
 
     number: int
     id: str
     values: Mapping[str, Any]
     error: LineError | None = None
+    kept: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,20 +73,21 @@ def key_of(line: Line, raw: bytes) -> Key:
     """The line's key. Spacing and the order of fields do not count; without JSON every byte does."""
     content = raw
     if line.error is None:
-        content = json.dumps(line.values, sort_keys=True, separators=(",", ":")).encode()
+        values = {"values": line.values, "kept": line.kept} if line.kept else line.values
+        content = json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
     return Key(hash64(line.id.encode()), hash64(content))
 
 
-def named_line(number: int, values: Mapping[str, Any]) -> Line:
-    """A line with its id taken out of `values`; `line-N` without one. LineError if the id is none."""
-    rest = {key: value for key, value in values.items() if key not in ("id", "custom_id")}
-    return Line(number, _id(values) or f"line-{number}", rest)
-
-
-def _id(values: Mapping[str, Any]) -> str:
-    named = [values[key] for key in ("custom_id", "id") if values.get(key) is not None]
+def id_of(number: int, values: Mapping[str, Any], id_field: str | None) -> str:
+    """The id that a line names in `id_field`, or in `id` or `custom_id`; without these `line-N`. LineError if
+    it is none.
+    """
+    found = [field_of(values, id_field)] if id_field else [values.get(name) for name in _ID_FIELDS]
+    named = [value for value in found if value is not None and value != ""]
+    if not named and id_field:
+        raise LineError(f"the id field {safe_line(id_field, 40)!r} is missing", kind="missing_field")
     if not named:
-        return ""
+        return f"line-{number}"
     if len(named) > 1 and named[0] != named[1]:
         raise LineError("id and custom_id differ")
     if isinstance(named[0], bool) or not isinstance(named[0], str | int):
@@ -68,48 +95,98 @@ def _id(values: Mapping[str, Any]) -> str:
     return str(named[0])
 
 
+def field_of(values: Mapping[str, Any], name: str) -> Any:  # noqa: ANN401 - JSON
+    """A field of a line, or of the body in it; None without one."""
+    body = values.get("body")
+    within = values if name in values or not isinstance(body, Mapping) else body
+    return within.get(name)
+
+
 def decoded(raw: bytes) -> str:
-    """The text of a line. LineError if it is not UTF-8."""
+    """The text of a line, without its end. LineError if it is not UTF-8."""
     try:
-        return raw.decode("utf-8")
+        return raw.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise LineError(f"not UTF-8 at byte {error.start}") from error
+        raise LineError(f"not UTF-8 at byte {error.start + 1} of the line", kind="not_utf8") from error
 
 
 def strict_object(raw: bytes) -> dict[str, Any]:
     """A JSON object in UTF-8, without NaN or Infinity, without a key twice. LineError if it is none."""
-
-    def refuse(constant: str) -> NoReturn:
-        raise LineError(f"{constant} is not JSON")
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            raise LineError("a key occurs twice in one object")
-        return result
-
     text = decoded(raw)
+    if not text.lstrip().startswith("{"):
+        raise LineError("not a JSON object: the line does not begin with {", kind="not_json")
     try:
-        value = json.loads(text, parse_constant=refuse, object_pairs_hook=unique)
+        value: dict[str, Any] = json.loads(
+            text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_unique
+        )
     except json.JSONDecodeError as error:
-        raise LineError(f"not JSON: {safe_line(error.msg, 60)}, column {error.colno}") from error
-    except (RecursionError, ValueError) as error:
-        raise LineError("not JSON that can be read: too deep, or too long a number") from error
-    if not isinstance(value, dict):
-        raise LineError("not a JSON object")
+        fault = _FAULTS.get(error.msg, safe_line(f"{error.msg} in column {{column}}", 80))
+        raise _not_json(fault.replace("{column}", str(error.colno))) from error
+    except RecursionError as error:
+        raise _not_json("nested too deeply") from error
+    except ValueError as error:
+        raise _not_json("a number has too many digits") from error
+    if _is_deeper(value, text):
+        raise _not_json("nested too deeply")
     if "\\ud" in text.lower():
         # Escapes can spell half a pair, which no output could hold.
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise LineError("half of a surrogate pair is no text") from error
+            raise LineError("an escape spells half a surrogate pair, which is no character") from error
     return value
+
+
+def _not_json(fault: str) -> LineError:
+    return LineError(f"not JSON: {fault}", kind="not_json")
+
+
+def _refuse_constant(constant: str) -> NoReturn:
+    raise _not_json(f"{constant} is no number in JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise _not_json(f"the number {safe_line(text, 20)} is out of range")
+    return number
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
+        raise LineError(f"the key {safe_line(twice, 40)!r} occurs twice in one object")
+    return result
+
+
+def _is_deeper(value: object, text: str) -> bool:
+    """Whether `value`, which `text` spells, is nested deeper than _MAX_DEPTH.
+
+    Python's own limit depends on who calls: a line could pass at first and fail later.
+    """
+    if text.count("{") + text.count("[") <= _MAX_DEPTH:
+        return False
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        inner = [
+            item.values() if isinstance(item, dict) else item
+            for item in level
+            if isinstance(item, dict | list)
+        ]
+        level = [part for parts in inner for part in parts]
+    return any(isinstance(item, dict | list) for item in level)
 
 
 def describe(error: DsmoeError) -> tuple[str, str]:
     """An error record's code and message."""
     code = "invalid_request" if isinstance(error, LineError | UsageError) else _code(error)
     return code, "; ".join(safe_line(line, 400) for line in str(error).splitlines())
+
+
+def kind_of(error: DsmoeError) -> str:
+    """What the summary counts a failed line under."""
+    return error.kind if isinstance(error, LineError) else describe(error)[0]
 
 
 def _code(error: DsmoeError) -> str:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.batch.fields import read_fields
+from dsmoe_local.batch.fields import HONOURED, IGNORED, NEUTRAL, read_fields
 from dsmoe_local.batch.lines import Line, LineError
 from dsmoe_local.engine.types import Message, Request, SamplingParameters
 
 _ENDPOINTS = {"/v1/chat/completions": True, "/v1/completions": False}
 _ENVELOPE = frozenset({"method", "url", "body"})
+_KNOWN = HONOURED.keys() | IGNORED | NEUTRAL.keys() | _ENVELOPE
+_IDS = frozenset({"id", "custom_id"})
 _SAMPLING = frozenset(item.name for item in fields(SamplingParameters))
 
 
@@ -37,6 +39,15 @@ def request_of(line: Line, defaults: BatchDefaults) -> Request:
     return Request(line.id, sampling=chosen, **given)
 
 
+def without_foreign(values: Mapping[str, Any], fields: Collection[str]) -> Mapping[str, Any]:
+    """`values` without its id, and without those of `fields` that are no request's, also in its body."""
+    foreign = {name for name in fields if name not in _KNOWN}
+    rest = {name: value for name, value in values.items() if name not in foreign | _IDS}
+    if foreign and isinstance(body := rest.get("body"), Mapping):
+        rest["body"] = {name: value for name, value in body.items() if name not in foreign}
+    return rest
+
+
 def is_chat(request: Request) -> bool:
     """Whether it continues a conversation, not a text."""
     return not isinstance(request.prompt, str) and isinstance(request.prompt[0], Message)
@@ -57,7 +68,7 @@ def _envelope(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
         raise LineError("method is not POST")
     if not isinstance(body, dict):
         raise LineError("body is not an object")
-    if url not in _ENDPOINTS:
+    if not isinstance(url, str) or url not in _ENDPOINTS:
         raise LineError(
             f"the url {safe_line(str(url), 60)!r} is not supported",
             remedy=f"known are {' and '.join(_ENDPOINTS)}",

@@ -1,4 +1,4 @@
-"""Output records in their two forms: OpenAI's batch responses, and a simple one. These forms stay."""
+"""Output records in their two forms: OpenAI's batch responses, and a simple one. Neither form may change."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NotRequired, TypeAlias, TypedDict
 
 from dsmoe_local.engine.types import FinishReason, TokenLogprob, Usage
@@ -51,17 +51,18 @@ class Response(TypedDict):
 
 
 class OpenAiRecord(TypedDict):
-    """A line of OpenAI's batch output."""
+    """A line of OpenAI's batch output; `kept` is there with `--keep`."""
 
     id: str
     custom_id: str
     response: Response | None
     error: ErrorRecord | None
+    kept: NotRequired[Mapping[str, Any]]
 
 
 class SimpleRecord(TypedDict):
-    """A line of `--format simple`. With `n` > 1 texts and reasons are lists; log-probabilities are there
-    where they were asked for.
+    """A line of `--format simple`. With `n` > 1 texts and reasons are lists; `logprobs` are there where they
+    were asked for, `kept` with `--keep`.
     """
 
     id: str
@@ -71,6 +72,7 @@ class SimpleRecord(TypedDict):
     timing: TimingRecord | None
     error: ErrorRecord | None
     logprobs: NotRequired[list[Any]]
+    kept: NotRequired[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,9 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a request returned. `chat`: to messages, else to a prompt; `usages`: of each choice."""
+    """What a request returned. `chat`: to messages, else to a prompt; `usages`: of each choice; `kept`: the
+    fields of its line that the record carries along.
+    """
 
     id: str
     model: str
@@ -92,6 +96,7 @@ class Reply:
     choices: tuple[Choice, ...]
     usages: tuple[Usage, ...]
     seconds: float
+    kept: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def n_prompt_tokens(self) -> int:
@@ -111,12 +116,14 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A line without a reply."""
+    """A line without a reply. `kind` is what the summary counts it under."""
 
     id: str
     line: int
     code: str
     message: str
+    kind: str
+    kept: Mapping[str, Any] = field(default_factory=dict)
 
 
 Outcome: TypeAlias = Reply | Failure
@@ -130,12 +137,16 @@ def openai_record(outcome: Outcome) -> OpenAiRecord:
         record["error"] = _error(outcome)
     else:
         record["response"] = Response(status_code=200, request_id=f"req_{name}", body=_body(outcome, name))
+    if outcome.kept:
+        record["kept"] = outcome.kept
     return record
 
 
 def simple_record(outcome: Outcome) -> SimpleRecord:
     """The record of `--format simple`."""
     record = SimpleRecord(id=outcome.id, text=None, finish_reason=None, usage=None, timing=None, error=None)
+    if outcome.kept:
+        record["kept"] = outcome.kept
     if isinstance(outcome, Failure):
         record["error"] = _error(outcome)
         return record

@@ -6,17 +6,19 @@ import json
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 from dsmoe_local.base.errors import DsmoeError, FileError, FormatError, InterruptedRunError
 from dsmoe_local.base.faults import reach
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Note, Started, ignore
-from dsmoe_local.batch.collector import Collector
+from dsmoe_local.base.text import count
+from dsmoe_local.batch.collector import Collector, reply_lead
 from dsmoe_local.batch.job import BatchOptions, Job, prepared
 from dsmoe_local.batch.journal import Record
-from dsmoe_local.batch.lines import describe
+from dsmoe_local.batch.lines import describe, kind_of
 from dsmoe_local.batch.responses import FORMATS, Failure, Outcome
-from dsmoe_local.batch.summary import BatchSummary, Speedometer
+from dsmoe_local.batch.summary import BatchSummary, Speedometer, failures_in_words
 from dsmoe_local.batch.writer import RecordWriter
 from dsmoe_local.engine.errors import (
     EngineCrashError,
@@ -68,7 +70,7 @@ def run(
     job.output.open()
     work = _Run(engine, job, listen, stop or threading.Event())
     if job.index.model_named not in ("", engine.info.name):
-        listen(Note(f"the lines' model is ignored: {engine.info.name} answers them"))
+        listen(Note(f"{engine.info.name} answers all lines, whatever model they name"))
     listen(Started("answering", job.summary.n_requests, job.summary.n_requests - len(job.order), "records"))
     began = time.perf_counter()
     try:
@@ -87,6 +89,7 @@ class _Run:
 
     def __init__(self, engine: TextEngine, job: Job, listen: Listener, stop: threading.Event) -> None:
         self._engine = engine
+        self._lead = reply_lead(engine)
         self._job = job
         self._listen = listen
         self._stop = stop
@@ -98,7 +101,7 @@ class _Run:
         self._next = 0
         self._n_put = 0
         self._n_written = 0
-        self._n_failed = 0
+        self._failures = Counter[str]()
         # With `ordered`: finished, but an earlier line is not. Else unused.
         self._waiting: dict[int, Outcome] = {}
         self._n_emitted = 0
@@ -132,7 +135,7 @@ class _Run:
 
     def _too_many(self) -> bool:
         most = self._job.options.max_errors
-        return most is not None and self._n_failed > most
+        return most is not None and self._failures.total() > most
 
     def check_done(self) -> None:
         """Raise what kept the work from being done."""
@@ -140,13 +143,15 @@ class _Run:
         if self._n_written == len(job.order):
             reach("batch.complete")
         elif self._stop.is_set():
+            n_records, n_requests = job.summary.n_records, job.summary.n_requests
             raise InterruptedRunError(
-                f"interrupted: {job.summary.n_records} of {job.summary.n_requests} records are written",
+                f"interrupted: {n_records:,} of {count(n_requests, 'record')} are written",
                 remedy="the same command goes on from there",
             )
         else:
+            failures = failures_in_words(self._failures)
             raise ErrorLimitError(
-                f"lines failed: {self._n_failed}, more than --max-errors {job.options.max_errors}",
+                f"given up: {failures}, more than --max-errors {job.options.max_errors}",
                 where=job.output.path,
                 remedy="see the error records; the same command goes on with the other lines",
             )
@@ -178,7 +183,7 @@ class _Run:
         line = self._job.line(position)
         try:
             request = self._job.request(line, position)
-            collector = Collector(position, request, self._inbox.put, alone=alone)
+            collector = Collector(position, request, self._inbox.put, kept=line.kept, alone=alone)
             ticket = self._engine.start(request, collector.deliver)
         except EngineCrashError as error:
             self._crashed(position, alone, error)
@@ -208,14 +213,14 @@ class _Run:
             summary = self._job.summary
             self._n_written += len(item)
             summary.n_records += len(item)
-            summary.n_failed += sum(record.failed for record in item)
+            summary.failures.update(record.failure for record in item if record.failure)
             self._listen(Advanced(len(item)))
 
     def _settle(self, collector: Collector, ending: bool) -> None:
         del self._running[collector.position]
         error = collector.error
         if error is None:
-            reply = collector.reply(self._engine.info.name)
+            reply = collector.reply(self._engine.info.name, self._lead)
             if reply is not None:
                 self._emit(collector.position, reply)
         elif ending:
@@ -233,13 +238,14 @@ class _Run:
             self._fail(position, error)
             return
         if not self._suspects:
-            self._listen(Note(f"{error.what}: what it worked on is tried again, one at a time"))
+            self._listen(Note(f"{error.what}: the lines it was working on are tried again, one at a time"))
         self._suspects.append(position)
 
     def _fail(self, position: int, error: DsmoeError) -> None:
         line = self._job.line(position)
         code, message = describe(error)
-        self._emit(position, Failure(line.id, line.number, code, f"line {line.number}: {message}"))
+        message = f"line {line.number}: {message}"
+        self._emit(position, Failure(line.id, line.number, code, message, kind_of(error), line.kept))
 
     def _emit(self, position: int, outcome: Outcome) -> None:
         """Hand an outcome to the writer, when its turn has come."""
@@ -257,10 +263,12 @@ class _Run:
 
     def _put(self, position: int, outcome: Outcome) -> None:
         # Counted here and not when it failed: with `ordered`, a record that waits is lost with the run.
-        self._n_failed += isinstance(outcome, Failure)
+        if isinstance(outcome, Failure):
+            self._failures[outcome.kind] += 1
         record = FORMATS[self._job.options.form](outcome)
         content = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        self._writer.put(Record(self._job.index.key(position), content, isinstance(outcome, Failure)))
+        failure = outcome.kind if isinstance(outcome, Failure) else ""
+        self._writer.put(Record(self._job.index.key(position), content, failure))
         self._n_put += 1
         self._n_emitted += 1
 

@@ -1,4 +1,4 @@
-"""Standard input kept in a file beside the output, so that a run can be resumed. Reads no lines."""
+"""Keep standard input in a file beside the output, so that a run can be resumed. Knows no lines."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import blake2b
 from pathlib import Path
 
 from dsmoe_local.base import durable
 from dsmoe_local.base.errors import FileError, InterruptedRunError, UsageError
 from dsmoe_local.base.faults import reach
+from dsmoe_local.batch.sources import InputForm, Source
 
 _CHUNK = 1 << 20
 _PATIENCE = 0.2
@@ -25,18 +27,23 @@ def spool_path(out: Path) -> Path:
 
 
 class Spool:
-    """Standard input as it was read, or what an earlier run kept of it, in `path`."""
+    """Standard input as it was read, or as an earlier run kept it: `n_bytes` in `path`, then their digest."""
 
-    def __init__(self, path: Path, kept: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, kept: Path, n_bytes: int) -> None:
+        self._path = path
         self._kept = kept
+        self._n_bytes = n_bytes
+
+    def source(self, form: InputForm) -> Source:
+        """The lines in it."""
+        return Source(self._path, form, "standard input", self._n_bytes)
 
     def keep(self) -> None:
         """Let later runs find it; it takes the place of what an earlier one kept."""
-        if self.path != self._kept:
+        if self._path != self._kept:
             with _telling(self._kept):
-                durable.replace(self.path, self._kept)
-        self.path = self._kept
+                durable.replace(self._path, self._kept)
+        self._path = self._kept
         reach("batch.spooled")
 
 
@@ -45,27 +52,63 @@ def spooled(out: Path, stop: threading.Event) -> Iterator[Spool]:
     """Standard input beside `out`; what an earlier run kept, when there is nothing on standard input.
 
     Unless it is kept, nothing of it stays. Setting `stop` ends the wait for more with InterruptedRunError.
-    Raises UsageError without any input.
+    Raises UsageError without any input, FileError if what was kept is not what was read.
     """
     kept = spool_path(out)
     temporary = kept.with_name(f".{kept.name}.part")
     try:
-        is_new = _receive(temporary, stop)
-        if not is_new and not kept.exists():
+        n_bytes = _receive(temporary, stop)
+        if n_bytes:
+            yield Spool(temporary, kept, n_bytes)
+        elif kept.exists():
+            yield Spool(kept, kept, _check(kept))
+        else:
             raise UsageError("standard input is empty", remedy="pipe the lines in, or name a file")
-        yield Spool(temporary if is_new else kept, kept)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _receive(path: Path, stop: threading.Event) -> bool:
-    """Write standard input to `path`; False if there was none."""
+def _receive(path: Path, stop: threading.Event) -> int:
+    """Write standard input to `path`, and its digest behind it; how many bytes there were."""
     descriptor = sys.stdin.fileno()
     with _telling(path), path.open("wb") as file:
-        if not os.isatty(descriptor):
-            _copy(descriptor, file.fileno(), stop)
+        if os.isatty(descriptor):
+            return 0
+        digest = _digest()
+        n_bytes = 0
+        for chunk in _chunks(descriptor, stop):
+            file.write(chunk)
+            digest.update(chunk)
+            n_bytes += len(chunk)
+        file.write(_trailer(digest))
+        file.flush()
         durable.sync(file.fileno())
-        return os.fstat(file.fileno()).st_size > 0
+        return n_bytes
+
+
+def _check(kept: Path) -> int:
+    """The number of bytes that were kept. FileError if they are not what was read."""
+    digest = _digest()
+    with _telling(kept), kept.open("rb") as file:
+        n_bytes = os.fstat(file.fileno()).st_size - len(_trailer(digest))
+        n_left = n_bytes
+        while n_left > 0 and (chunk := file.read(min(n_left, _CHUNK))):
+            digest.update(chunk)
+            n_left -= len(chunk)
+        is_whole = n_left == 0 and file.read() == _trailer(digest)
+    if not is_whole:
+        raise FileError(
+            "what was kept of standard input is damaged", where=kept, remedy="pipe the same lines in again"
+        )
+    return n_bytes
+
+
+def _digest() -> blake2b:
+    return blake2b(digest_size=16)
+
+
+def _trailer(digest: blake2b) -> bytes:
+    return f"\n#blake2b {digest.hexdigest()}\n".encode()
 
 
 @contextmanager
@@ -76,7 +119,7 @@ def _telling(path: Path) -> Iterator[None]:
         raise FileError(f"standard input cannot be kept: {error.strerror}", where=path) from error
 
 
-def _copy(source: int, target: int, stop: threading.Event) -> None:
+def _chunks(source: int, stop: threading.Event) -> Iterator[bytes]:
     # A regular file is always ready, and on macOS select may not be asked about one.
     waits = not stat.S_ISREG(os.fstat(source).st_mode)
     while not stop.is_set():
@@ -85,6 +128,5 @@ def _copy(source: int, target: int, stop: threading.Event) -> None:
         chunk = os.read(source, _CHUNK)
         if not chunk:
             return
-        while chunk:
-            chunk = chunk[os.write(target, chunk) :]
+        yield chunk
     raise InterruptedRunError("interrupted: standard input was not read to its end")

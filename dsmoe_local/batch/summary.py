@@ -1,31 +1,59 @@
-"""What a batch has done so far: counts, speeds, and one line of each for people. Draws nothing."""
+"""Count what a batch has done so far, and say it in one line. Draws nothing."""
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from dataclasses import asdict, dataclass
+from collections import Counter, deque
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from dsmoe_local.base.text import count
 from dsmoe_local.batch.responses import Failure, Outcome
 
 _SPEED_SECONDS = 15.0
+_MOST_KINDS = 4
+# Of kinds of failures: LineError's, and the codes of other errors' records.
+_KINDS = {
+    "not_json": "not JSON",
+    "not_utf8": "not UTF-8",
+    "not_csv": "not a row of the table",
+    "too_long": "too long",
+    "missing_field": "with a field missing",
+    "invalid_request": "with an invalid request",
+    "prompt_error": "with a prompt that the model cannot take",
+    "template_error": "with messages that the chat template refuses",
+    "native_error": "because llama.cpp failed",
+    "engine_crash_error": "because the engine died",
+}
+
+
+def failures_in_words(failures: Counter[str]) -> str:
+    """How many lines failed, and why: 3 lines failed (2 not JSON, 1 with a field missing)."""
+    kinds = [f"{n:,} {_KINDS.get(kind, kind.replace('_', ' '))}" for kind, n in failures.most_common()]
+    if len(kinds) > _MOST_KINDS:
+        kinds[_MOST_KINDS:] = ["and others"]
+    return f"{count(failures.total(), 'line')} failed ({', '.join(kinds)})"
 
 
 @dataclass(slots=True)
 class BatchSummary:
-    """What came of it. Records count once they are on the disk; `n_resumed` of them were there before. Tokens
-    are this run's.
+    """What came of it. Records count once they are on the disk; `n_resumed` of them were there before.
+    `failures` counts those without a reply by kind. Tokens are this run's.
     """
 
     n_requests: int = 0
     n_records: int = 0
-    n_failed: int = 0
     n_resumed: int = 0
     n_prompt_tokens: int = 0
     n_cached_tokens: int = 0
     n_completion_tokens: int = 0
     seconds: float = 0.0
+    failures: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def n_failed(self) -> int:
+        """Records without a reply."""
+        return self.failures.total()
 
     def count_tokens(self, outcome: Outcome) -> None:
         """Add what one reply took."""
@@ -44,6 +72,9 @@ class BatchSummary:
         seconds = self.seconds or 1.0
         return {
             **asdict(self),
+            "n_failed": self.n_failed,
+            # asdict would count its items.
+            "failures": dict(self.failures),
             "seconds": round(self.seconds, 3),
             "prompt_tokens_per_second": round(self.n_prompt_tokens / seconds, 2),
             "completion_tokens_per_second": round(self.n_completion_tokens / seconds, 2),
@@ -53,11 +84,15 @@ class BatchSummary:
     def in_words(self) -> str:
         """For people."""
         seconds = self.seconds or 1.0
-        resumed = f", {self.n_resumed} of them before" if self.n_resumed else ""
+        parts = [count(self.n_records, "record")]
+        if self.n_resumed:
+            parts.append(f"{self.n_resumed:,} of them from earlier runs")
+        if self.failures:
+            parts.append(failures_in_words(self.failures))
         return (
-            f"{self.n_records} records ({self.n_failed} failed){resumed} in {self.seconds:.1f} s: "
-            f"{self.n_prompt_tokens} tokens read ({self.n_prompt_tokens / seconds:.0f}/s, "
-            f"{self.cached_share:.0%} cached), {self.n_completion_tokens} generated "
+            f"{', '.join(parts)}; {self.seconds:.1f} s: "
+            f"{count(self.n_prompt_tokens, 'token')} read ({self.n_prompt_tokens / seconds:.0f}/s, "
+            f"{self.cached_share:.0%} cached), {self.n_completion_tokens:,} generated "
             f"({self.n_completion_tokens / seconds:.0f}/s)"
         )
 

@@ -32,7 +32,9 @@ class LineTemplate:
             parts.append(literal)
             if name is not None:
                 if values.get(name) is None:
-                    raise LineError(f"the template's field {name!r} is missing")
+                    raise LineError(
+                        f"the template's field {safe_line(name, 40)!r} is missing", kind="missing_field"
+                    )
                 value = values[name]
                 parts.append(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
         return "".join(parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from dsmoe_local.base.text import count as count
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.chat.context import MadeRoom
 from dsmoe_local.chat.turns import Role
@@ -53,8 +54,3 @@ def nearly_full(share: float) -> str:
         f"note: the context is {share:.0%} full; when it is full, replies end: "
         "/set on_full compact (or shift) drops what is oldest instead"
     )
-
-
-def count(n: int, noun: str) -> str:
-    """`n` things: 1 token, 2,048 tokens."""
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 import threading
@@ -45,9 +46,29 @@ class Parallel(click.ParamType[int]):
         word = str(value).lower()
         if word == "auto":
             return 0
-        if not word.isdigit() or not int(word):
+        if not (word.isascii() and word.isdigit()) or not int(word):
             self.fail(f"{value!r} is neither a number from 1 nor auto", param, ctx)
         return int(word)
+
+
+class FieldNames(click.ParamType[tuple[str, ...]]):
+    """`--keep`: names separated by commas; one that holds a comma itself stands in double quotes."""
+
+    name = "FIELDS"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        """The names."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            names = tuple(name.strip() for name in next(csv.reader([str(value)], strict=True)))
+        except (csv.Error, StopIteration):
+            names = ()
+        if not names or not all(names):
+            self.fail(f"{value!r} is not a list of fields", param, ctx)
+        return names
 
 
 @click.command(name="batch", options_metavar="-o OUT.jsonl [OPTIONS]")
@@ -72,6 +93,16 @@ class Parallel(click.ParamType[int]):
 @click.option("--text", is_flag=True, help="Each input line is a prompt as it is.")
 @click.option("--template", metavar="TEXT", help='A prompt with {field}s of JSONL or CSV: "Translate: {en}".')
 @click.option("--chat", "as_chat", is_flag=True, help="--text and --template make a user's messages.")
+@click.option(
+    "--id-field", "id_field", metavar="NAME", help="The field that names a line's record [id or custom_id]."
+)
+@click.option(
+    "--keep",
+    "keep",
+    type=FieldNames(),
+    multiple=True,
+    help="Fields of the lines that their records carry along, as `kept`: label,source.",
+)
 @click.option(
     "-np", "--parallel", "n_parallel", type=Parallel(), default="auto", help="Requests at once [auto]."
 )
@@ -165,7 +196,10 @@ def _options(source: Path, model: Path, n_deterministic: int | None, values: dic
             text=values.pop("text"),
             template=parse_template(template) if template is not None else None,
             chat=values.pop("as_chat"),
+            id_field=values.pop("id_field") or None,
+            keep=tuple(dict.fromkeys(name for names in values.pop("keep") for name in names)),
         ),
+        names=_names(model, values),
         settings=_settings(model, n_deterministic, values),
         deterministic=n_deterministic is not None,
         **{name: values.pop(name) for name in ("out", "form", "ordered", "restart", "max_errors")},
@@ -178,12 +212,24 @@ def _settings(model: Path, n_deterministic: int | None, values: dict[str, Any]) 
 
     names = _SETTINGS + (_EXACT_SETTINGS if n_deterministic else _LOOSE_SETTINGS)
     settings = {"model": file_identity(model)} | {name: str(values.get(name)) for name in names}
-    template = values.get("chat_template")
-    if template is not None and Path(template).is_file():
-        settings["chat_template"] = file_identity(Path(template))
+    template = _template_file(values)
+    if template is not None:
+        settings["chat_template"] = file_identity(template)
     if n_deterministic:
         settings["parallel"] = str(n_deterministic)
     return settings
+
+
+def _names(model: Path, values: dict[str, Any]) -> dict[str, str]:
+    """What people call the settings that are digests of files."""
+    template = _template_file(values)
+    return {"model": model.name} | ({"chat_template": template.name} if template is not None else {})
+
+
+def _template_file(values: dict[str, Any]) -> Path | None:
+    """The file that --chat-template names; None if it names a built-in template."""
+    path = Path(values["chat_template"] or "")
+    return path if path.is_file() else None
 
 
 def _show(summary: BatchSummary, as_json: bool) -> None:

@@ -125,7 +125,7 @@ def test_work_goes_on_where_it_ended(tmp_path: Path) -> None:
     notes: list[Event] = []
     assert len(answer(engine, options, notes.append)) == 21
     assert sorted(int(request.id) for request in engine.requests) == list(range(12, 20))
-    assert Note("13 records are there already") in notes
+    assert Note("13 records from earlier runs") in notes
     summary = summary_of(FakeEngine(), options)
     assert (summary.n_records, summary.n_failed, summary.n_resumed) == (21, 1, 21)
     by_id(records(options.out))
@@ -141,7 +141,7 @@ def test_a_changed_line_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "out.jsonl").read_bytes() == before
     notes: list[Event] = []
     answer(FakeEngine(), batch(tmp_path, {"id": "a", "prompt": "x"}), notes.append)
-    assert Note("1 of them are of lines that the input has no longer") in notes
+    assert Note("1 record of lines that are no longer in the input") in notes
 
 
 @pytest.mark.parametrize(
@@ -195,10 +195,12 @@ def test_output_is_never_overwritten_by_accident(tmp_path: Path) -> None:
         run_batch(FakeEngine(), replace(options, out=tmp_path / "no" / "out"))
 
 
-@pytest.mark.parametrize("name", ["-", "/dev/null", "."])
-def test_outputs_that_are_no_files(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "told"), [("-", "not a regular file"), ("/dev/null", "not a regular file"), (".", "is a folder")]
+)
+def test_outputs_that_are_no_files(tmp_path: Path, name: str, told: str) -> None:
     """Guards: records written where no run can find them again."""
-    with pytest.raises(FileError, match="not a regular file"):
+    with pytest.raises(FileError, match=told):
         run_batch(FakeEngine(), batch(tmp_path, {"prompt": "a"}, out=Path(name)))
 
 
@@ -366,7 +368,7 @@ def test_restart_is_for_outputs(tmp_path: Path) -> None:
     """Guards: --restart in the place of a model, or of whatever else was named by mistake."""
     options = batch(tmp_path, {"prompt": "a"}, restart=True)
     options.out.write_bytes(b"GGUF precious")
-    with pytest.raises(FileError, match="no batch's"):
+    with pytest.raises(FileError, match="no batch wrote it"):
         run_batch(FakeEngine(), options)
     assert options.out.read_bytes() == b"GGUF precious"
 
@@ -442,5 +444,5 @@ def test_models_that_lines_name(tmp_path: Path) -> None:
     found = answer(FakeEngine(), options, notes.append)
     assert {record["response"]["body"]["model"] for record in found} == {"fake"}
     assert [event for event in notes if isinstance(event, Note)] == [
-        Note("the lines' model is ignored: fake answers them")
+        Note("fake answers all lines, whatever model they name")
     ]

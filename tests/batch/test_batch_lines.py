@@ -125,6 +125,23 @@ def test_an_openai_line(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("line", "max_tokens", "temperature"),
+    [
+        ({"n_predict": 3, "temp": 0.25}, 3, 0.25),
+        ({"max_completion_tokens": 3, "temperature": 1}, 3, 1),
+        ({"n_predict": -1}, None, 0.5),
+        ({"n_predict": 4, "max_tokens": 4, "temp": 1, "temperature": 1}, 4, 1),
+    ],
+)
+def test_names_of_limits(
+    tmp_path: Path, line: dict[str, Any], max_tokens: int | None, temperature: float
+) -> None:
+    """Guards: llama.cpp's names, which the command line takes, refused in a line; -1 taken for a number."""
+    for made in (request(tmp_path, {"prompt": "a", **line}), request(tmp_path, chat(line))):
+        assert (made.max_tokens, made.sampling.temperature) == (max_tokens, temperature)
+
+
 def test_completions_say_how_many_logprobs(tmp_path: Path) -> None:
     """Guards: completions' number read as chat's flag."""
     made = request(tmp_path, completion({"prompt": ["only"], "logprobs": 3, "best_of": 1, "echo": False}))
@@ -220,6 +237,10 @@ def test_what_cannot_be_had_is_refused_by_name(tmp_path: Path, field: str) -> No
         (completion({}) | {"body": []}, "body is not an object"),
         (completion({}) | {"temperature": 1}, "'temperature' beside body"),
         (chat({"max_tokens": 1, "max_completion_tokens": 2}), "max_tokens and max_completion_tokens differ"),
+        (chat({"n_predict": -1, "max_tokens": 2}), "n_predict and max_tokens differ"),
+        (chat({"n_predict": -2}), "max_tokens = -2"),
+        (chat({"temp": 1, "temperature": 2}), "temp and temperature differ"),
+        (completion({}) | {"url": ["/v1/completions"]}, "the url"),
         (chat({"messages": [{"role": "tool", "content": "a"}]}), "the role 'tool'"),
         (chat({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}), "'image_url'"),
         (
@@ -244,7 +265,7 @@ def test_bad_requests(tmp_path: Path, line: dict[str, Any], message: str) -> Non
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b"not json", "not JSON"),
+        (b"not json", "not a JSON object: the line does not begin with {"),
         (b'{"prompt": "a"', "not JSON"),
         (b'["prompt"]', "not a JSON object"),
         (b'{"prompt": "a", "temperature": NaN}', "NaN"),

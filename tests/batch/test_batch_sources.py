@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import random
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,7 @@ def test_csv(tmp_path: Path) -> None:
     found = requests(path, InputForm(template=parse_template("{text}|{n}")))
     made = [found[0](), found[2]()]
     assert [(each.id, each.prompt) for each in made] == [("x", 'one, "two"\nthree|7'), ("z", "last|8")]
-    for make, message in zip((found[1], found[3], found[4]), ("2 fields", "UTF-8", "not CSV"), strict=True):
+    for make, message in zip((found[1], found[3], found[4]), ("2 cells", "UTF-8", "not CSV"), strict=True):
         with pytest.raises(DsmoeError, match=message):
             make()
 
@@ -108,3 +109,21 @@ def test_templates_cannot_reach_attributes() -> None:
     assert template.fields == ("a.__class__",)
     with pytest.raises(DsmoeError, match="missing"):
         template.fill({"a": "x"})
+
+
+def test_a_quote_that_is_not_closed_takes_little_memory(tmp_path: Path) -> None:
+    """Guards: an object for each line behind the quote, which made gigabytes of a table of 80 MB."""
+    path = tmp_path / "in.csv"
+    path.write_bytes(b'a\n"' + b"x\n" * 200_000)
+    source = Source(path, InputForm(template=parse_template("{a}")))
+    tracemalloc.start()
+    try:
+        ((span, raw),) = source.spans()
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        source.close()
+    assert span.number == 2
+    assert span.length == len(raw) == 400_001
+    # The csv module holds four bytes a character, and doubles its buffer.
+    assert most < 30 * len(raw)

@@ -69,7 +69,7 @@ def test_command(tmp_path: Path) -> None:
     source, out = write_lines(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
     done = run(source, out, "--parallel", "2")
     assert (done.returncode, done.stdout) == (1, "")
-    assert "2 records (1 failed)" in done.stderr
+    assert "2 records, 1 line failed (1 with a prompt that the model cannot take);" in done.stderr
     found = by_id(records(out))
     assert found["line-1"]["response"]["body"]["usage"]["completion_tokens"] in range(5)
     assert "context" in found["line-2"]["error"]["message"]
@@ -80,6 +80,11 @@ def test_command(tmp_path: Path) -> None:
     done = run(source, out, "--temp", "0.5")
     assert done.returncode == 1
     assert "temperature: 0.8 then, 0.5 now" in done.stderr
+    other = tmp_path / "other.gguf"
+    other.write_bytes(tiny_model().read_bytes() + b"\0")
+    done = run(source, out, "-m", str(other))
+    assert done.returncode == 1
+    assert f"another model (model: {tiny_model().name} then, other.gguf now)" in done.stderr
     assert "--restart" in done.stderr
     write_lines(source, lines[:1])
     assert run(source, out, "--temp", "0.5", "--restart", "--format", "simple").returncode == 0
@@ -98,6 +103,12 @@ def test_forms_of_input(tmp_path: Path) -> None:
     done = run(table, out, "--restart", "--template", "{word} jumps", "-n", "2")
     assert done.returncode == 0, done.stderr
     assert set(by_id(records(out))) == {"a", "b"}
+    names = ("--id-field", "word", "--keep", 'id,"the word"', "--keep", "id")
+    table.write_text('id,word,the word\na,"The, quick",1\nb,fox,2\n')
+    done = run(table, out, "--restart", "--template", "{word} jumps", "-n", "2", *names)
+    assert done.returncode == 0, done.stderr
+    found = {name: record["kept"] for name, record in by_id(records(out)).items()}
+    assert found == {"The, quick": {"id": "a", "the word": "1"}, "fox": {"id": "b", "the word": "2"}}
     assert run("-", tmp_path / "none.jsonl", given=b"").returncode == 2
 
 
@@ -105,6 +116,9 @@ def test_forms_of_input(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--parallel", "0"], "neither a number from 1 nor auto"),
+        (["--parallel", "²"], "neither a number from 1 nor auto"),
+        (["--keep", "a,,b"], "not a list of fields"),
+        (["--text", "--keep", "a"], "--keep is for lines with fields"),
         (["-n", "0"], "-n 0"),
         (["-r", ""], "stop text is empty"),
         (["--template", "plain"], "names no field"),

@@ -1,0 +1,241 @@
+"""Outputs, journals and kept inputs that are damaged at random bytes: refused in words, or whole."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from support.batches import answer, batch, by_id
+from support.mutations import Outcome, damaged_bytes, try_mutants
+
+from dsmoe_local.base import durable
+from dsmoe_local.base.errors import FileError
+from dsmoe_local.batch.journal import Output, Record, journal_path
+from dsmoe_local.batch.lines import Key
+from dsmoe_local.batch.sources import InputForm
+from dsmoe_local.batch.spool import spool_path, spooled
+from dsmoe_local.engine.fake import FakeEngine
+
+GROUPS = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10], [11, 12]]
+SETTINGS = {"model": "7 bytes abc", "temperature": "0.8"}
+
+
+@pytest.fixture(autouse=True)
+def without_syncs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of runs: nobody pulls the plug."""
+    monkeypatch.setattr(durable, "sync", lambda descriptor: None)
+
+
+def damaged(content: bytes, rng: random.Random) -> bytes:
+    """`content` with something else in it: also zeros, and blocks that have changed places."""
+    changed = content
+    while changed == content:
+        kind = rng.randrange(4)
+        if kind == 0:
+            begin, end = sorted(rng.choices(range(len(content) + 1), k=2))
+            changed = content[:begin] + bytes(end - begin) + content[end:]
+        elif kind == 1:
+            a, b, c, d = sorted(rng.choices(range(len(content) + 1), k=4))
+            changed = content[:a] + content[c:d] + content[b:c] + content[a:b] + content[d:]
+        else:
+            changed = damaged_bytes(content, rng)
+    return changed
+
+
+def record(number: int) -> Record:
+    content = b'{"id": %d, "text": "%b"}\n' % (number, b"word " * (number % 4))
+    return Record(Key(number, number << 32), content, "not_json" if number == 3 else "")
+
+
+def found_in(out: Path, *more: int) -> list[int]:
+    """The records that are there; `more` are then added."""
+    found: list[int] = []
+
+    def visit(key: Key, failure: str) -> None:
+        assert (key, failure) == (record(key.id).key, record(key.id).failure)
+        found.append(key.id)
+
+    with Output(out, SETTINGS, visit) as output:
+        output.open()
+        if more:
+            output.append([record(number) for number in more])
+    return found
+
+
+def write(out: Path) -> None:
+    with Output(out, SETTINGS, lambda key, failure: None) as output:
+        output.open()
+        for group in GROUPS:
+            output.append([record(number) for number in group])
+
+
+class _Files:
+    """An output and its journal, to be damaged. `torn`: a kill came in the middle of the last group."""
+
+    def __init__(self, folder: Path, *, torn: bool) -> None:
+        self.out = folder / "out.jsonl"
+        write(self.out)
+        self.committed = [number for group in GROUPS for number in group]
+        self.output = self.out.read_bytes()
+        self.journal = journal_path(self.out).read_bytes()
+        self.kept = self.output
+        if torn:
+            marks = self.journal.splitlines(keepends=True)
+            self.journal = b"".join(marks[:-1])
+            self.committed = self.committed[: -len(GROUPS[-1])]
+            self.kept = b"".join(record(number).content for number in self.committed)
+            self.output = self.output[:-5]
+
+    def read(self, rng: random.Random) -> None:
+        """Damage one of the files and look for the records; FileError if that is noticed."""
+        output, journal = self.output, self.journal
+        if rng.random() < 0.5:
+            output = damaged(output, rng)
+        else:
+            journal = damaged(journal, rng)
+        self.out.write_bytes(output)
+        journal_path(self.out).write_bytes(journal)
+        try:
+            found = found_in(self.out, 13)
+        except FileError:
+            assert self.out.read_bytes() == output
+            assert journal_path(self.out).read_bytes() == journal
+            raise
+        assert found[: len(self.committed)] == self.committed
+        assert self.out.read_bytes().startswith(self.kept)
+        assert found_in(self.out) == [*found, 13]
+
+
+def check_files(folder: Path, n: int, seed: int) -> list[Outcome]:
+    outcomes = []
+    for torn in (False, True):
+        (folder / str(torn)).mkdir()
+        outcomes.append(try_mutants(_Files(folder / str(torn), torn=torn).read, n, seed))
+    return outcomes
+
+
+def test_a_damaged_output_or_journal(tmp_path: Path) -> None:
+    """Guards: acknowledged records that vanish, or count for another line, because a byte was changed; a
+    traceback for a journal that is none.
+    """
+    check_files(tmp_path, 700, seed=1)
+
+
+@pytest.mark.soak
+def test_damaged_outputs_and_journals_soak(tmp_path: Path) -> None:
+    """Guards: what some hundred damaged files do not show."""
+    print(check_files(tmp_path, 25_000, seed=2))
+
+
+def both_damaged(folder: Path, n: int, seed: int) -> Outcome:
+    files = _Files(folder, torn=False)
+
+    def read(rng: random.Random) -> None:
+        output, journal = (
+            damaged(content, rng) if rng.random() < 0.8 else content
+            for content in (files.output, files.journal)
+        )
+        if files.journal.startswith(journal.rstrip(b"\0")) and output != files.output:
+            # Both cut: a kill leaves the same.
+            return
+        files.out.write_bytes(output)
+        journal_path(files.out).write_bytes(journal)
+        assert found_in(files.out) == files.committed
+
+    return try_mutants(read, n, seed)
+
+
+def test_both_files_damaged(tmp_path: Path) -> None:
+    """Guards: one file's damage hiding the other's."""
+    both_damaged(tmp_path, 1500, seed=3)
+
+
+@pytest.mark.soak
+def test_both_files_damaged_soak(tmp_path: Path) -> None:
+    """Guards: what some hundred damaged pairs do not show."""
+    print(both_damaged(tmp_path, 25_000, seed=8))
+
+
+def damaged_runs(folder: Path, n: int, seed: int) -> Outcome:
+    """Runs that go on with damaged files, some of them after a kill.
+
+    Every line has its record once, and those that were acknowledged are unchanged.
+    """
+    lines = [{"id": str(number), "prompt": f"p{number}"} for number in range(12)]
+    answer(FakeEngine(), batch(folder, *lines[:8], "bad"))
+    options = batch(folder, *lines[:8], "bad", *lines[8:])
+    paths = options.out, journal_path(options.out)
+    whole = [path.read_bytes() for path in paths]
+
+    def read(rng: random.Random) -> None:
+        output, journal = whole
+        killed = rng.random() < 0.5
+        if killed:
+            # Nothing but the last mark is missing.
+            journal = journal[: journal.rindex(b"[")]
+        if rng.random() < 0.5:
+            output = damaged(output, rng)
+        elif rng.random() < 0.8:
+            journal = damaged(journal, rng)
+        for path, content in zip(paths, (output, journal), strict=True):
+            path.write_bytes(content)
+        found = by_id(answer(FakeEngine(), options))
+        assert set(found) == {*(str(number) for number in range(12)), "line-9"}
+        assert killed or options.out.read_bytes().startswith(whole[0])
+
+    return try_mutants(read, n, seed)
+
+
+def test_runs_on_damaged_files(tmp_path: Path) -> None:
+    """Guards: a damaged file that is noticed by nobody, so that a line is answered twice or never."""
+    damaged_runs(tmp_path, 150, seed=4)
+
+
+@pytest.mark.soak
+def test_runs_on_damaged_files_soak(tmp_path: Path) -> None:
+    """Guards: what a hundred damaged runs do not show."""
+    print(damaged_runs(tmp_path, 5000, seed=5))
+
+
+def damaged_spools(folder: Path, monkeypatch: pytest.MonkeyPatch, n: int, seed: int) -> Outcome:
+    """Runs that go on with a kept standard input."""
+    out = folder / "out.jsonl"
+    given = folder / "given"
+    given.write_bytes(b"".join(b'{"prompt": "p%d"}\n' % number for number in range(20)))
+    with given.open() as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        with spooled(out, threading.Event()) as spool:
+            spool.keep()
+    whole = spool_path(out).read_bytes()
+    empty = Path(os.devnull).open()  # noqa: SIM115 - read again and again
+    monkeypatch.setattr(sys, "stdin", empty)
+
+    def read(rng: random.Random) -> None:
+        spool_path(out).write_bytes(whole if rng.random() < 0.1 else damaged(whole, rng))
+        with spooled(out, threading.Event()) as spool:
+            source = spool.source(InputForm())
+            assert b"".join(raw for _, raw in source.spans()) == given.read_bytes()
+            source.close()
+
+    try:
+        return try_mutants(read, n, seed)
+    finally:
+        empty.close()
+
+
+def test_a_damaged_spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: lines that are left out, or answered in a changed form, because what was kept of standard input
+    was damaged.
+    """
+    damaged_spools(tmp_path, monkeypatch, 500, seed=6)
+    assert not list(tmp_path.glob(".*.part"))
+
+
+@pytest.mark.soak
+def test_damaged_spools_soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: what some hundred damaged inputs do not show."""
+    print(damaged_spools(tmp_path, monkeypatch, 50_000, seed=7))

@@ -1,0 +1,170 @@
+"""What batch says: of lines, of inputs of a wrong kind, and in the end."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.batches import answer, batch, by_id, records, requests, summary_of, write_lines
+
+from dsmoe_local.base.errors import DsmoeError, FileError, FormatError
+from dsmoe_local.base.progress import Event, Note
+from dsmoe_local.batch.run import run_batch
+from dsmoe_local.batch.sources import InputForm
+from dsmoe_local.batch.summary import BatchSummary, failures_in_words
+from dsmoe_local.batch.template import parse_template
+from dsmoe_local.engine.errors import PromptError
+from dsmoe_local.engine.fake import FakeEngine
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (b'{"id": "a", "prompt": "The qui', "the string that begins in column 23 is not closed"),
+        (b'{"prompt": "a\tb"}', "a tab or control character in column 14: in a string, write \\t"),
+        (b'{"prompt": "C:\\dir"}', "the backslash in column 15 begins no escape: write \\\\ for a backslash"),
+        (b'{"prompt": "\\u12"}', "\\u in column 14 takes four hexadecimal digits"),
+        (b'{"prompt": }', "a value is missing in column 12"),
+        (b'{"prompt": undefined}', "a value is missing in column 12"),
+        (b'{"prompt": "a" "b": 1}', "a comma or a closing bracket is missing in column 16"),
+        (b'{"prompt" "a"}', "a colon is missing in column 11"),
+        (b"{'prompt': 'a'}", "a quoted key is missing in column 2"),
+        (b'{"prompt": "a"} {"prompt": "b"}', "there is more behind the object, from column 17 on"),
+        (b'{"a": ' * 500 + b"1" + b"}" * 500, "nested too deeply"),
+        (b'{"a": ' * 90_000, "nested too deeply"),
+        (b'{"a": %b}' % (b"1" * 5000), "a number has too many digits"),
+        (b'{"a": {"b": 1, "b": 2}}', "the key 'b' occurs twice"),
+        (b'["prompt"]', "not a JSON object: the line does not begin with {"),
+        (b'{"prompt": "\xe9"}', "not UTF-8 at byte 13 of the line"),
+    ],
+)
+def test_what_is_wrong_with_a_line(tmp_path: Path, line: bytes, told: str) -> None:
+    """Guards: Python's words, such as "Invalid control character at" for a string that is not closed."""
+    (make,) = requests(write_lines(tmp_path / "in.jsonl", [line]))
+    with pytest.raises(DsmoeError) as refusal:
+        make()
+    assert told in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ('x,"open', "a quote is not closed, so that the rows behind it belong to its cell"),
+        ('x,"a"b', "text behind the closing quote of a cell"),
+        ("x,a\rb", "a carriage return outside of quotes"),
+        ("x", "the row has 1 cell, the header 2"),
+    ],
+)
+def test_what_is_wrong_with_a_row(tmp_path: Path, row: str, told: str) -> None:
+    """Guards: the csv module's words."""
+    path = write_lines(tmp_path / "in.csv", ["id,text", "a,b", row])
+    _, make = requests(path, InputForm(template=parse_template("{text}")))
+    with pytest.raises(DsmoeError) as refusal:
+        make()
+    assert told in str(refusal.value)
+
+
+PDF = b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj\n<< /Type /Catalog >>\nendobj\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "form", "told"),
+    [
+        (PDF * 40, InputForm(), "a PDF"),
+        (PDF, InputForm(text=True), "a PDF"),
+        (b'{"prompt": "a"}\n\0\0\0\n', InputForm(), "a binary file"),
+        ('{"prompt": "a"}\n'.encode("utf-16"), InputForm(), "UTF-16"),
+        (b"one\ntwo\nthree\n", InputForm(), "no line of the input can be read: not a JSON object"),
+        ("naïve\nrésumé\n".encode("latin-1"), InputForm(text=True), "not UTF-8 at byte 3"),
+        (b'{"a": 1}\n{"a": 2}\n', InputForm(template=parse_template("{b}")), "field 'b' is missing"),
+        (b"[" * 100_000, InputForm(), "no line of the input can be read"),
+    ],
+)
+def test_an_input_of_a_wrong_kind(tmp_path: Path, content: bytes, form: InputForm, told: str) -> None:
+    """Guards: an error record for each line of a PDF, and an output that then stands in the way."""
+    options = batch(tmp_path, input=form)
+    options.source.write_bytes(content)
+    with pytest.raises(FormatError) as refusal:
+        run_batch(FakeEngine(), options)
+    assert told in str(refusal.value)
+    assert not options.out.exists()
+
+
+def test_a_bad_line_among_good_ones_is_no_wrong_kind(tmp_path: Path) -> None:
+    """Guards: a whole input refused for one line."""
+    found = by_id(answer(FakeEngine(), batch(tmp_path, *["bad"] * 5, {"prompt": "a"}, b'{"prompt": "\xff"}')))
+    assert len(found) == 7
+    assert [name for name, record in found.items() if not record["error"]] == ["line-6"]
+
+
+def test_a_folder_or_nothing_as_input(tmp_path: Path) -> None:
+    """Guards: advice that does not help: a folder cannot be piped in."""
+    options = batch(tmp_path)
+    with pytest.raises(FileError, match="the input does not exist"):
+        run_batch(FakeEngine(), replace(options, source=tmp_path / "missing"))
+    with pytest.raises(FileError, match="the input is a folder") as refusal:
+        run_batch(FakeEngine(), replace(options, source=tmp_path))
+    assert refusal.value.remedy == f"name a file, such as {tmp_path / 'in.jsonl'}"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileError, match="name a file of requests, one a line"):
+        run_batch(FakeEngine(), replace(options, source=tmp_path / "empty"))
+
+
+def test_why_lines_failed(tmp_path: Path) -> None:
+    """Guards: a number of failures without a reason; the reasons of earlier runs forgotten."""
+    lines: list[str | bytes | dict[str, Any]] = [
+        "bad",
+        {"prompt": "x" * 99},
+        {"prompt": "a", "temprature": 1},
+    ]
+    lines += [b'{"prompt": "\xff"}', {"prompt": "y"}]
+    engine = FakeEngine(n_context=50)
+    expected = {"not_json": 1, "prompt_error": 1, "invalid_request": 1, "not_utf8": 1}
+    summary = summary_of(engine, batch(tmp_path, *lines))
+    assert summary.failures == expected
+    assert summary.in_words().startswith("5 records, 4 lines failed (1 ")
+    for part in ("1 not JSON", "1 with a prompt that the model cannot take", "1 not UTF-8"):
+        assert part in summary.in_words()
+    again = summary_of(engine, batch(tmp_path, *lines, "worse"))
+    assert again.failures == expected | {"not_json": 2}
+    assert again.in_words().startswith("6 records, 5 of them from earlier runs, 5 lines failed (2 not JSON, ")
+    assert again.as_json()["failures"] == again.failures
+    assert again.as_json()["n_failed"] == 5
+
+
+def test_numbers_and_nouns() -> None:
+    """Guards: "1 records"; a list of reasons that fills the screen."""
+    assert BatchSummary(n_records=1).in_words().startswith("1 record; 0.0 s: 0 tokens read")
+    assert BatchSummary(n_records=2000, n_prompt_tokens=1).in_words().startswith("2,000 records; ")
+    assert failures_in_words(Counter(odd_error=1)) == "1 line failed (1 odd error)"
+    many = Counter({f"kind_{number}": 9 - number for number in range(6)})
+    assert failures_in_words(many).endswith("6 kind 3, and others)")
+
+
+def test_a_bad_line_is_told_once(tmp_path: Path) -> None:
+    """Guards: a message whose grammar is of several lines where there is one."""
+    options = batch(tmp_path, {"id": "a", "prompt": "x"}, {"id": "b", "prompt": "y"})
+    answer(FakeEngine(), options)
+    notes: list[Event] = []
+    answer(FakeEngine(), batch(tmp_path, {"id": "a", "prompt": "x"}), notes.append)
+    told = [note.text for note in notes if isinstance(note, Note)]
+    assert told == ["2 records from earlier runs", "1 record of lines that are no longer in the input"]
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(DsmoeError, match="interrupted"):
+        run_batch(FakeEngine(), replace(options, restart=True), stop=stop)
+
+
+def test_an_error_of_the_engine_is_an_error_of_its_line(tmp_path: Path) -> None:
+    """Guards: the engine's words lost on the way to the record."""
+
+    def reply(text: str) -> str:
+        raise PromptError("odd", where="here", remedy="leave it")
+
+    options = batch(tmp_path, {"prompt": "a"})
+    answer(FakeEngine(reply), options)
+    assert records(options.out)[0]["error"]["message"] == "line 1: odd; here; leave it"
