@@ -22,9 +22,9 @@ BEGUN: dict[str, Any] = {"role": "assistant", "content": "def f():"}
 class DeepSeekEngine(FakeEngine):
     """Asks with `Assistant:` and repeats `Assistant: …`, as DeepSeekMoE's template does."""
 
-    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+    def _encode(self, prompt: Prompt, continued: bool = True) -> tuple[int, ...]:
         if isinstance(prompt, str) or isinstance(prompt[0], int):
-            return super()._encode(prompt)
+            return super()._encode(prompt, continued)
         texts = [f"{message.role}: {message.content}" for message in prompt if not isinstance(message, int)]
         return super()._encode("\n".join(texts) + "\nassistant:")
 
