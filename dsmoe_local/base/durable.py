@@ -19,21 +19,32 @@ from dsmoe_local.base.errors import FileError, LockedError, NoSpaceError
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.base.text import safe_line
 
+# How a file system says that it does not know a call. All else, EIO above all, means that data is lost.
+_UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY})
+
 
 def sync(descriptor: int) -> None:
     """Force a file's content to the medium. An error is fatal: the kernel may have dropped dirty pages."""
     if sys.platform == "darwin":
-        # fsync on macOS stops at the drive's cache.
-        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-    else:
-        os.fsync(descriptor)
+        # fsync on macOS stops at the drive's cache. Network and FUSE volumes know nothing better.
+        try:
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+        else:
+            return
+    os.fsync(descriptor)
 
 
 def sync_folder(folder: Path) -> None:
-    """Force a folder's entries (a rename, a new file) to the medium."""
+    """Force a folder's entries (a rename, a new file) to the medium, where the file system can do that."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
     finally:
         os.close(descriptor)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -39,6 +41,62 @@ def test_failed_write_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest
         durable.write_file(path, b"new")
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """macOS, whose file system refuses F_FULLFSYNC with the error that is put in front; what was called."""
+    calls: list[str] = []
+
+    def full_sync(descriptor: int, command: int) -> None:
+        calls.append("full")
+        if calls[0].isdigit():
+            raise OSError(int(calls[0]), "refused")
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", full_sync)
+    monkeypatch.setattr(os, "fsync", lambda _: calls.append("fsync"))
+    return calls
+
+
+@pytest.mark.parametrize("refusal", [errno.ENOTSUP, errno.EINVAL, errno.ENOTTY])
+def test_volumes_without_full_sync(refusal: int, synced: list[str]) -> None:
+    """Guards: on a network volume, every file that is written ending in an error."""
+    synced.append(str(refusal))
+    durable.sync(0)
+    assert synced[1:] == ["full", "fsync"]
+
+
+def test_a_failed_full_sync_is_fatal(synced: list[str]) -> None:
+    """Guards: data that the drive has lost called safe, since a second, weaker call went well."""
+    synced.append(str(errno.EIO))
+    with pytest.raises(OSError, match="refused"):
+        durable.sync(0)
+    assert synced[1:] == ["full"]
+
+
+def test_full_sync_is_enough(synced: list[str]) -> None:
+    """Guards: a sync that stops at the drive's cache."""
+    durable.sync(0)
+    assert synced == ["full"]
+
+
+@pytest.mark.parametrize(("error", "is_fatal"), [(errno.EINVAL, False), (errno.EIO, True)])
+def test_folders_that_cannot_be_synced(
+    error: int, is_fatal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: on file systems that do not know how to sync a folder, every rename ending in an error."""
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(error, "refused")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    if is_fatal:
+        with pytest.raises(OSError, match="refused"):
+            durable.sync_folder(tmp_path)
+    else:
+        durable.sync_folder(tmp_path)
 
 
 def test_write_file_replaces(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -203,6 +204,42 @@ def test_memory_of_the_system_and_of_cgroups(tmp_path: Path) -> None:
         memory__stat="total_inactive_file 0\ntotal_active_file 100000\n",
     )
     assert available_memory(proc, groups) == 600_000
+
+
+@pytest.mark.parametrize(
+    ("own", "groups", "n_cores"),
+    [
+        ("0::/a/b\n", {"": "max 100000", "a": "400000 100000", "a/b": "max 100000"}, 4),
+        ("0::/a/b\n", {"": "700000 100000", "a": "900000 100000", "a/b": "550000 100000"}, 5),
+        ("0::/not/mounted\n", {"": "300000 100000"}, 3),
+        ("0::/a\n", {"a": "10000 100000"}, 1),
+        ("0::/a\n", {"a": "0 0", "": "x"}, 16),
+        ("", {"": "100000 100000"}, 16),
+    ],
+)
+def test_cpu_quota_of_v2(
+    own: str, groups: dict[str, str], n_cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: a quota of the process's own cgroup, or of one between it and the root, overlooked: more
+    threads than processors, which then wait for each other.
+    """
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(5000, 5016)), raising=False)
+    write(tmp_path / "proc" / "self", cgroup=own)
+    for name, limit in groups.items():
+        write(tmp_path / "cgroup" / name, cpu__max=f"{limit}\n")
+    assert physical_cores(tmp_path / "proc", tmp_path / "cgroup") == n_cores
+
+
+@pytest.mark.parametrize("mount", ["cpu", "cpu,cpuacct"])
+def test_cpu_quota_of_v1(mount: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: the older cgroups' quota, which has other names, overlooked; "none" (-1) taken for a number."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(5000, 5016)), raising=False)
+    own = "12:pids:/p\n4:cpu,cpuacct:/a/b\n1:name=systemd:/s\n"
+    write(tmp_path / "proc" / "self", cgroup=own)
+    root = tmp_path / "cgroup" / mount
+    for folder, quota in (("", -1), ("a", 600_000), ("a/b", -1), ("s", 100_000), ("p", 100_000)):
+        write(root / folder, cpu__cfs_quota_us=f"{quota}\n", cpu__cfs_period_us="100000\n")
+    assert physical_cores(tmp_path / "proc", tmp_path / "cgroup") == 6
 
 
 def test_this_machine() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -11,20 +12,25 @@ _CGROUPS = Path("/sys/fs/cgroup")
 _UNLIMITED = 1 << 60
 
 
-def physical_cores() -> int:
-    """Cores this process may run on, hyperthreads counted once."""
+def physical_cores(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int:
+    """Cores this process may run on, hyperthreads counted once; no more than its cgroups' quotas allow."""
     try:
         allowed = os.sched_getaffinity(0)
     except AttributeError:  # macOS
         return os.cpu_count() or 1
     siblings = {_read(_CPUS / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in allowed}
-    return max(1, min(len(siblings), _cpu_quota() or len(siblings)))
+    quotas = [_cpu_quota(folder) for folder in _own_cgroups(proc, cgroups, "cpu")]
+    return max(1, int(min([len(siblings), *quotas])))
 
 
-def _cpu_quota() -> int:
-    """Whole processors of cgroup v2's quota; 0 without one."""
-    quota, _, period = _read(_CGROUPS / "cpu.max").partition(" ")
-    return max(1, int(quota) // int(period)) if quota.isdigit() and period.isdigit() else 0
+def _cpu_quota(folder: Path) -> float:
+    """How many processors a cgroup, v2 or v1, may use; infinity without a limit."""
+    quota, _, period = _read(folder / "cpu.max").partition(" ")
+    if not quota:
+        quota, period = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")
+    # Without a limit the quota is "max" in v2, -1 in v1.
+    known = quota.isdecimal() and period.isdecimal() and int(period) > 0
+    return int(quota) / int(period) if known else math.inf
 
 
 def available_memory(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int:
@@ -33,8 +39,8 @@ def available_memory(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int:
     Page cache counts as available, in a cgroup too: the kernel takes it back.
     """
     system = _system_available(proc)
-    limits = [room for folder in _own_cgroups(proc, cgroups) if (room := _cgroup_room(folder)) is not None]
-    return max(0, min([system, *limits]))
+    rooms = map(_cgroup_room, _own_cgroups(proc, cgroups, "memory"))
+    return max(0, min([system, *(room for room in rooms if room is not None)]))
 
 
 def _system_available(proc: Path) -> int:
@@ -47,18 +53,20 @@ def _system_available(proc: Path) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 3 // 4
 
 
-def _own_cgroups(proc: Path, cgroups: Path) -> list[Path]:
-    """This process's cgroup folders with all their parents, for v2 and v1."""
-    folders: list[Path] = []
+def _own_cgroups(proc: Path, cgroups: Path, controller: str) -> list[Path]:
+    """This process's cgroup folders of a controller with all their parents, for v2 and v1."""
+    folders: dict[Path, None] = {}
     for line in _read(proc / "self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory") and "memory" not in controllers.split(","):
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers and controller not in controllers.split(","):
             continue
-        root = cgroups if controllers == "" else cgroups / "memory"
-        folder = root / path.lstrip("/")
-        # In a container the path may not exist below the mount: the mount's root is then our own group.
-        folders += [f for f in (folder, *folder.parents) if f == root or root in f.parents]
-    return folders
+        # v1 mounts each controller, or several of them together, in a folder of its own.
+        for root in [cgroups / controller, cgroups / controllers] if controllers else [cgroups]:
+            folder = root / path.lstrip("/")
+            # In a container the path may not exist below the mount: the mount's root is then our own group.
+            folders |= dict.fromkeys(f for f in (folder, *folder.parents) if f == root or root in f.parents)
+    return list(folders)
 
 
 def _cgroup_room(folder: Path) -> int | None:
