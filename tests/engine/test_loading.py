@@ -199,3 +199,42 @@ def test_context_beyond_training_is_said(n_context: int, is_told: bool) -> None:
         assert engine.info.n_context == n_context
     told = [event.text for event in events if isinstance(event, Note)]
     assert any("trained for 256" in text for text in told) is is_told
+
+
+@pytest.mark.parametrize(
+    "failing",
+    [
+        "load.session.exact_identity",
+        "load.session.Dispatcher",
+        "load.session.native.Context",
+        "load.session.PromptEncoder",
+        "load.session._info",
+        "load.session._cache_identity",
+        "load.session.Limits",
+        "load.session.Session",
+        "engine.Core",
+    ],
+)
+def test_a_load_that_fails_late_gives_everything_back(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: gigabytes of weights, and a thread, that stay for good when the last steps of loading fail."""
+    made: list[native.Model | native.Context] = []
+    threads = set(threading.enumerate())
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError("no room")
+
+    def kept(make: Any) -> Any:
+        def make_and_keep(*arguments: Any, **more: Any) -> Any:
+            made.append(make(*arguments, **more))
+            return made[-1]
+
+        return make_and_keep
+
+    for name in ("Model", "Context"):
+        monkeypatch.setattr(native, name, kept(getattr(native, name)))
+    monkeypatch.setattr(f"dsmoe_local.engine.{failing}", fail)
+    with pytest.raises(MemoryError, match="no room"):
+        Engine.load(ModelOptions(tiny_model()))
+    assert made
+    assert not any(one.handle for one in made)
+    assert set(threading.enumerate()) <= threads

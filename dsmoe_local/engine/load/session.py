@@ -55,7 +55,7 @@ def load_session(options: ModelOptions, listen: progress.Listener, stop: threadi
     with ExitStack() as made:
         model = _load_model(options, file, hp, fit, listen, stop)
         made.callback(model.close)
-        # That of the header that was checked, too: no other file can have taken its place meanwhile.
+        # Also of the header that was checked: no other file can have taken its place meanwhile.
         identity = exact_identity(file)
         if template is not None:
             template.bind(bos=model.text_of(model.bos), eos=model.text_of(model.eos))
@@ -68,23 +68,31 @@ def load_session(options: ModelOptions, listen: progress.Listener, stop: threadi
         context = native.Context(
             model, _context_options(options, fit.n_context, unified, observers.eval_callback)
         )
+        made.callback(context.close)
+        encoder = PromptEncoder(model, template, n_context)
+        made.callback(encoder.close)
+        info = _info(options, file, hp, model, fit, n_context, unified, context.n_ubatch, template)
+        session = Session(
+            replace(info, cache_identity=_cache_identity(options, hp, fit, identity)),
+            model,
+            context,
+            encoder,
+            observers,
+            _limits(options, fit, n_context, unified, context.n_ubatch),
+        )
         made.pop_all()  # the session's to close, from here on
-    info = _info(options, file, hp, model, fit, n_context, unified, context.n_ubatch, template)
-    return Session(
-        replace(info, cache_identity=_cache_identity(options, hp, fit, identity)),
-        model,
-        context,
-        PromptEncoder(model, template, n_context),
-        observers,
-        Limits(
-            n_slots=options.n_parallel,
-            n_cells=fit.n_context if unified else n_context,
-            n_context=n_context,
-            n_step_tokens=context.n_ubatch,
-            unified=unified,
-            deterministic=options.deterministic,
-            n_ids=native.MAX_SEQUENCES,
-        ),
+    return session
+
+
+def _limits(options: ModelOptions, fit: Fit, n_context: int, unified: bool, n_step: int) -> Limits:
+    return Limits(
+        n_slots=options.n_parallel,
+        n_cells=fit.n_context if unified else n_context,
+        n_context=n_context,
+        n_step_tokens=n_step,
+        unified=unified,
+        deterministic=options.deterministic,
+        n_ids=native.MAX_SEQUENCES,
     )
 
 
