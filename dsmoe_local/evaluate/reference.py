@@ -170,7 +170,7 @@ def reserved(kept: Path) -> Iterator[None]:
 
 def keep(reference: Reference, kept: Path) -> None:
     """Write the reference as one file: complete under its name, or not at all. Whoever calls it has the name
-    `reserved`. FileError; also if there is such a file by now.
+    `reserved`. FileError, also if there is such a file by now; FormatError if it cannot be read again.
     """
     names = [_ABOUT, _TOKENS, _PREDICTIONS, *([_CHOICES] if reference.gates else [])]
     # Nobody else writes under this name: one that is there is of a run that was killed.
@@ -186,6 +186,7 @@ def keep(reference: Reference, kept: Path) -> None:
                     archive.write(reference.folder / name, name)
             file.flush()
             sync(file.fileno())
+        _verify(temporary, kept)
         publish(temporary, kept)
     except FileExistsError as error:
         raise _is_there(kept) from error
@@ -194,6 +195,19 @@ def keep(reference: Reference, kept: Path) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _verify(temporary: Path, kept: Path) -> None:
+    """FormatError unless what is on the disk is what was written."""
+    try:
+        with zipfile.ZipFile(temporary) as archive:
+            damaged = archive.testzip()
+    except _MALFORMED:
+        damaged = "all of it"
+    if damaged is not None:
+        raise FormatError(
+            f"what was written cannot be read again: {damaged}", where=kept, remedy="check the disk"
+        )
 
 
 def _is_there(kept: Path) -> FileError:

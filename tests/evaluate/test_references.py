@@ -79,6 +79,23 @@ def test_a_kept_reference_is_private_and_comes_back(recorded: Reference, tmp_pat
     assert not (tmp_path / ".kept.part").is_symlink()
 
 
+@pytest.mark.parametrize("change", ["flipped", "cut"])
+def test_what_the_disk_spoils_gets_no_name(
+    change: str, recorded: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: a reference under its final name that nobody can read when the model is gone."""
+    kept, part = tmp_path / "kept", tmp_path / ".kept.part"
+
+    def spoil(descriptor: int) -> None:
+        content = part.read_bytes()
+        part.write_bytes(content[:-20] if change == "cut" else content.replace(bytes(64), bytes(63) + b"x"))
+
+    monkeypatch.setattr("dsmoe_local.evaluate.reference.sync", spoil)
+    with reserved(kept), pytest.raises(FormatError, match="cannot be read again"):
+        keep(recorded, kept)
+    assert [path.name for path in tmp_path.iterdir()] == ["work"]
+
+
 def test_an_encrypted_archive_is_refused(recorded: Reference, tmp_path: Path) -> None:
     """Guards: zipfile's RuntimeError about a password."""
     kept = tmp_path / "kept"

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from support.block_files import resealed
 from support.checkpoints import TINY, random_weights, write_checkpoint
 from support.models import tiny_model
 from support.observed import Observed, observed, torch_inputs
@@ -190,7 +191,8 @@ def test_models_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     """Guards: layers of one model compared with others of another; a dense model without experts."""
     write_reference(tmp_path / "ref")
     content = (tmp_path / "ref").read_bytes()
-    (tmp_path / "other").write_bytes(content.replace(b'"first_layer": 1', b'"first_layer": 0'))
+    changed = content.replace(b'"first_layer": 1', b'"first_layer": 0')
+    (tmp_path / "other").write_bytes(resealed(changed))
     option = ObserverOptions("routing_divergence", (("path", str(tmp_path / "other")),))
     with pytest.raises(UsageError, match="layers 0 to 1"), observed(tiny_model(), option):
         pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from dsmoe_local.engine.errors import EngineError
@@ -112,9 +113,10 @@ class Dispatcher:
         return observer.summary()
 
     def close(self) -> None:
-        """Release the observers' files. Closing twice is fine."""
-        for observer in (*self._own, *self._observers.values()):
-            observer.close()
+        """Release the observers' files, all of them whatever one raises. Closing twice is fine."""
+        with ExitStack() as last_to_first:
+            for observer in (*self._own, *self._observers.values()):
+                last_to_first.callback(observer.close)
 
     def _visit(self, tensor: int, ask: bool, _: object) -> bool:
         """The graph callback: for each node before it is computed, and for those that are wanted after it."""

@@ -64,27 +64,33 @@ class ReferenceReader(BlockReader):
         self.n_vocab = self.number("n_vocab")
 
     def find(self, request_id: str, index: int) -> Prediction | None:
-        """What was predicted of a request's token; None if it was not scored."""
+        """What was predicted of a request's token; None if it was not scored.
+
+        FormatError: the file is forged.
+        """
         place = self.place(request_id, index)
         if place is None:
             return None
         if self._known[0] != place.position:
-            self._known = (place.position, self._read_block(place.position, place.n_tokens))
+            self._known = (place.position, self._read_block(self.read(place), place.n_tokens))
         return self._known[1][place.number]
 
-    def _read_block(self, position: int, count: int) -> list[Prediction]:
-        def take(kind: str, n: int) -> npt.NDArray[np.generic]:
-            nonlocal position
-            values = np.frombuffer(self.read(position, 4 * n), kind)
-            position += 4 * n
-            return values
-
-        targets, logprobs, masses = take("<i4", count), take("<f4", count), take("<f4", count)
-        ends = np.cumsum(take("<i4", count))
-        total = int(ends[-1]) if count else 0
-        ids, entries = take("<i4", total), take("<f4", total)
-        starts = [0, *ends[:-1].tolist()]
+    def _read_block(self, told: bytes, count: int) -> list[Prediction]:
+        floats = np.frombuffer(told, "<f4", len(told) // 4)
+        integers = floats.view("<i4")
+        sizes = integers[3 * count : 4 * count].astype(np.int64)
+        total = int(sizes.sum())
+        if len(told) != 16 * count + 8 * total or (sizes < 1).any():
+            raise self.damaged("a block is not as long as it says")
+        targets, ids = integers[:count], integers[4 * count : 4 * count + total]
+        logprobs, masses = floats[count : 2 * count], floats[2 * count : 3 * count]
+        entries = floats[4 * count + total :]
+        if total and not 0 <= int(ids.min()) <= int(ids.max()) < self.n_vocab:
+            raise self.damaged("it has tokens that its vocabulary lacks")
+        if not all(np.isfinite(values).all() for values in (logprobs, masses, entries)):
+            raise self.damaged("it has numbers that are none")
+        ends = np.cumsum(sizes).tolist()
         return [
-            Prediction(int(targets[j]), float(logprobs[j]), float(masses[j]), ids[a:b], entries[a:b])  # type: ignore[arg-type]
-            for j, (a, b) in enumerate(zip(starts, ends.tolist(), strict=True))
+            Prediction(int(targets[j]), float(logprobs[j]), float(masses[j]), ids[a:b], entries[a:b])
+            for j, (a, b) in enumerate(zip([0, *ends], ends, strict=False))
         ]

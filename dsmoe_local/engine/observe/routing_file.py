@@ -90,6 +90,7 @@ class RoutingReader(BlockReader):
 
     def __init__(self, path: Path) -> None:
         self._known: tuple[int, Choices | None] = (-1, None)
+        self._n_used: int | None = None
         super().__init__(path, _MAGIC)
 
     def check(self) -> None:
@@ -97,28 +98,30 @@ class RoutingReader(BlockReader):
         self.gates = Gates(*(self.number(name) for name in Gates._fields))
 
     def find(self, request_id: str, index: int) -> Choices | None:
-        """What was chosen for one token, without the first dimension; None if it is not there."""
+        """What was chosen for one token, without the first dimension; None if it is not there.
+
+        FormatError: the file is forged.
+        """
         place = self.place(request_id, index)
         if place is None:
             return None
         if self._known[0] != place.position:
-            self._known = (place.position, self._read_block(place.position, place.n_tokens))
+            self._known = (place.position, self._read_block(self.read(place), place.n_tokens))
         block = self._known[1]
         assert block is not None
         j = place.number
         return Choices(block.tokens[j], block.experts[j], block.costs[j])
 
-    def _read_block(self, position: int, n: int) -> Choices:
+    def _read_block(self, told: bytes, n: int) -> Choices:
         _, n_layers, n_experts = self.gates
-        n_used = int(np.frombuffer(self.read(position, 4), "<i4")[0])
-        position += 4
-        tokens = np.frombuffer(self.read(position, 4 * n), "<i4")
-        position += 4 * n
-        shape = (n, n_layers, n_used + n_experts)
-        both = np.frombuffer(self.read(position, 2 * n * n_layers * (n_used + n_experts)), "<u2")
+        n_used = int.from_bytes(told[:4], "little")
+        if not 1 <= n_used <= n_experts or len(told) != 4 + 4 * n + 2 * n * n_layers * (n_used + n_experts):
+            raise self.damaged("a block is not as long as it says")
+        tokens = np.frombuffer(told, "<i4", n, 4)
+        both = np.frombuffer(told, "<u2", offset=4 + 4 * n)
         split = n * n_layers * n_used
-        return Choices(
-            tokens,
-            both[:split].reshape(*shape[:2], n_used),
-            both[split:].reshape(*shape[:2], n_experts),
-        )
+        experts = both[:split].reshape(n, n_layers, n_used)
+        if self._n_used not in (None, n_used) or (experts >= n_experts).any():
+            raise self.damaged("it has experts that its model lacks")
+        self._n_used = n_used
+        return Choices(tokens, experts, both[split:].reshape(n, n_layers, n_experts))
