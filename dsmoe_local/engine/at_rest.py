@@ -22,7 +22,9 @@ from dsmoe_local.engine.types import ObserverOptions
 
 
 def save_cache(session: Session, book: CacheBook, path: Path, token_ids: list[int]) -> int:
-    """See TextEngine. Whole sequences are written, also what they hold behind those tokens."""
+    """See TextEngine; the file is not synced. Whole sequences are written, also what they hold behind those
+    tokens.
+    """
     slot, count = book.longest_idle(token_ids)
     if not count or not session.limits.unified:
         return 0

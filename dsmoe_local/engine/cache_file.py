@@ -35,8 +35,8 @@ class Stored(NamedTuple):
 
 
 def write_cache(path: Path, identity: str, token_ids: Sequence[int], context: Context, sequence: int) -> bool:
-    """Write what the cache holds of a sequence, which are these tokens, to a new file, and sync it.
-    `identity` is what it depends on besides (see ModelInfo).
+    """Write what the cache holds of a sequence, which are these tokens, to a new file. `identity` is what it
+    depends on besides (see ModelInfo). Until `sync_cache` it may be lost.
 
     False, and no file, if llama.cpp cannot write it. OSError, and no file, if the disk is full or the like;
     FileExistsError if there is one.
@@ -46,19 +46,30 @@ def write_cache(path: Path, identity: str, token_ids: Sequence[int], context: Co
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     written = False
     try:
-        with os.fdopen(descriptor, "r+b") as file:
-            with room_in(file, start + n_state) as room, room[start:] as state:
-                complete = context.write_state(state, sequence)
-                digest = _digest(tokens, state, len(token_ids))
-                room[:start] = (
-                    _HEAD.pack(_MAGIC, _digest_of(identity), digest, len(token_ids), n_state) + tokens
-                )
-            sync(file.fileno())
+        with (
+            os.fdopen(descriptor, "r+b") as file,
+            room_in(file, start + n_state) as room,
+            room[start:] as state,
+        ):
+            complete = context.write_state(state, sequence)
+            digest = _digest(tokens, state, len(token_ids))
+            room[:start] = _HEAD.pack(_MAGIC, _digest_of(identity), digest, len(token_ids), n_state) + tokens
         written = complete
     finally:
         if not written:
             path.unlink(missing_ok=True)
     return written
+
+
+def sync_cache(path: Path) -> bool:
+    """Force a written file to the medium; False, and no file, if that fails."""
+    try:
+        with path.open("r+b") as file:
+            sync(file.fileno())
+    except OSError:
+        path.unlink(missing_ok=True)
+        return False
+    return True
 
 
 @contextmanager

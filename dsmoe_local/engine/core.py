@@ -85,7 +85,7 @@ class Core:
     def cancel(self, job: Job) -> None:
         """End a request's replies as CANCELLED."""
         for reply in self._of(job):
-            self._end(reply, FinishReason.CANCELLED)
+            self._end(reply.sequence, FinishReason.CANCELLED)
 
     def _fail(self, job: Job, error: Exception) -> None:
         """End a request's replies without another event."""
@@ -108,14 +108,14 @@ class Core:
         for operation in step.operations:
             self._perform(operation)
         for sequence in step.full:
-            self._end(self._replies[sequence], FinishReason.CONTEXT_FULL)
+            self._end(sequence, FinishReason.CONTEXT_FULL)
         if step.rows:
             self._decode(step)
 
     # Between requests.
 
     def save_cache(self, path: Path, token_ids: list[int]) -> int:
-        """See TextEngine."""
+        """See TextEngine; the file is not synced."""
         if not self.idle or self._session.limits.deterministic:
             return 0
         self._settle()
@@ -247,10 +247,10 @@ class Core:
             reply = self._replies.get(sequence)
             if reply is None:  # its request failed in this very step
                 continue
-            if sequence.n_cached < len(sequence.tokens):
-                reply.progress(sequence.n_cached, len(sequence.tokens))
-                continue
             try:
+                if sequence.n_cached < len(sequence.tokens):
+                    reply.progress(sequence.n_cached, len(sequence.tokens))
+                    continue
                 choice = reply.choose(logits[place.output_index])
                 reason = reply.take(choice)
             except Exception as error:  # noqa: BLE001 - delivered to the request that caused it
@@ -270,9 +270,16 @@ class Core:
         for job in {self._replies[row.sequence].job for row in step.rows}:
             self._fail(job, error)
 
-    def _end(self, reply: Reply, reason: FinishReason) -> None:
-        reply.end(reason)
-        self._remove(reply)
+    def _end(self, sequence: plan.Sequence, reason: FinishReason) -> None:
+        reply = self._replies.get(sequence)
+        if reply is None:  # its request has failed
+            return
+        try:
+            reply.end(reason)
+        except Exception as error:  # noqa: BLE001 - delivered to the request that caused it
+            self._fail(reply.job, error)
+        else:
+            self._remove(reply)
 
     def _remove(self, reply: Reply) -> None:
         """Take a reply out whose last event is delivered."""

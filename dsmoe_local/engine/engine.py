@@ -8,20 +8,23 @@ loaded and how that of `load`.
 from __future__ import annotations
 
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from dsmoe_local.base import progress
 from dsmoe_local.base.errors import InterruptedRunError
+from dsmoe_local.engine.cache_file import sync_cache
 from dsmoe_local.engine.core import Core
 from dsmoe_local.engine.errors import EngineError
 from dsmoe_local.engine.load.session import load_session
 from dsmoe_local.engine.reply import Job
-from dsmoe_local.engine.sampling import check_request
+from dsmoe_local.engine.sampling import check_request, is_constrained
 from dsmoe_local.engine.session import Session
 from dsmoe_local.engine.streaming import stream
 from dsmoe_local.engine.types import (
@@ -77,7 +80,10 @@ class Engine:
         self._closed = False
         self._loaded = threading.Event()
         self._told = 0.0
+        self._unclosed: Exception | None = None
         self._intake = ThreadPoolExecutor(1, "dsmoe-intake")
+        # A grammar may take seconds to compile: requests that have none do not wait for it.
+        self._compiling = ThreadPoolExecutor(1, "dsmoe-grammars")
         self._thread = threading.Thread(
             target=self._run,
             args=(lambda: load_session(options, listen, stop),),
@@ -135,7 +141,7 @@ class Engine:
             if request.id in self._jobs:
                 raise EngineError(f"a request with the id {request.id!r} is already running")
             self._jobs[request.id] = job
-            self._intake.submit(self._take_in, job)
+            (self._compiling if is_constrained(request) else self._intake).submit(self._take_in, job)
         return _Ticket(self, job)
 
     def cancel(self, request_id: str) -> None:
@@ -162,7 +168,9 @@ class Engine:
 
     def save_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
         """Write what the KV cache holds of these tokens to a new file (see TextEngine)."""
-        return self._between_steps(lambda core: core.save_cache(path, list(token_ids)))
+        count = self._between_steps(lambda core: core.save_cache(path, list(token_ids)))
+        # The disk may take seconds, in which the next request can begin.
+        return count if count and sync_cache(path) else 0
 
     def load_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
         """Make the KV cache hold what such a file does (see TextEngine)."""
@@ -186,7 +194,10 @@ class Engine:
         self._between_steps(lambda core: core.scheduler.check())
 
     def close(self) -> None:
-        """End all requests and free the model. Closing twice is fine."""
+        """End all requests and free the model. Closing twice is fine.
+
+        Raises what the first of the observers raised whose file could not be ended.
+        """
         with self._lock:
             if self._closed:
                 return
@@ -194,10 +205,12 @@ class Engine:
             jobs = list(self._jobs.values())
         for job in jobs:
             self._cancel(job)
-        self._intake.shutdown()
+        self._shut_intake()
         with self._encoding:
             self._inbox.put(None)
             self._thread.join()
+        if self._unclosed is not None:
+            raise self._unclosed
 
     def __enter__(self) -> Self:
         return self
@@ -237,10 +250,17 @@ class Engine:
         core = self._core
         assert core is not None
         core.interrupt(job)
-        self._inbox.put(lambda: core.cancel(job))
+        self._inbox.put(lambda: self._end_cancelled(core, job))
+
+    def _end_cancelled(self, core: Core, job: Job) -> None:
+        """Close a request's stream, also where its intake is still at work, or has not begun."""
+        if job.n_open:
+            core.cancel(job)
+        elif self._jobs.get(job.request.id) is job:
+            self._finish(job, _error_of(job.drop))
 
     def _take_in(self, job: Job) -> None:
-        """The intake thread: from a request to something that can be scheduled."""
+        """An intake thread: from a request to something that can be scheduled."""
         session, core = self._session, self._core
         assert session is not None
         assert core is not None
@@ -259,32 +279,34 @@ class Engine:
         self._inbox.put(lambda: self._admit(core, job, prompt, failure))
 
     def _admit(self, core: Core, job: Job, prompt: tuple[int, ...], failure: Exception | None) -> None:
-        try:
-            if job.cancelled:
-                job.drop()
-                self._finish(job, None)
-            elif failure is not None:
-                raise failure
-            else:
-                core.add(job, prompt)
-        except Exception as error:  # noqa: BLE001 - delivered to the request that caused it
+        if job.cancelled:
+            return  # whoever cancelled it has its stream closed
+        error = failure or _error_of(lambda: core.add(job, prompt))
+        if error is not None:
             self._finish(job, error)
 
     def _finish(self, job: Job, error: Exception | None) -> None:
         """The last word on a request. Its id is free before the caller can hear of it."""
         with self._lock:
             del self._jobs[job.request.id]
-        job.deliver(error)
+        _tell_end(job, error)
+
+    def _shut_intake(self) -> None:
+        self._intake.shutdown()
+        self._compiling.shutdown()
 
     def _run(self, load: Callable[[], Session]) -> None:
         """The engine's thread."""
         try:
             session = load()
-            self._core = core = Core(session, self._finish)
+            with ExitStack() as made:
+                made.callback(session.close)
+                self._core = core = Core(session, self._finish)
+                made.pop_all()
             self._session = session
         except BaseException as error:  # noqa: BLE001 - raised again by `load` in the caller's thread
             self._failure = error
-            self._intake.shutdown()
+            self._shut_intake()
             return
         finally:
             self._loaded.set()
@@ -301,7 +323,7 @@ class Engine:
             self._break_down(error)
             raise
         finally:
-            session.close()
+            self._unclosed = _error_of(session.close)
 
     def _break_down(self, error: BaseException) -> None:
         """A fault of our own: nobody may wait for this thread any more."""
@@ -312,10 +334,10 @@ class Engine:
             self._closed = True
             jobs, self._jobs = list(self._jobs.values()), {}
             calls, self._calls = self._calls, set()
-        for job in jobs:
-            job.deliver(error)
         for call in calls:
             call.set_exception(error)
+        for job in jobs:
+            _tell_end(job, error)
 
     def _take_tasks(self, core: Core) -> bool:
         """Do what came in; waits only where there is nothing to compute. False at the end."""
@@ -334,3 +356,20 @@ class Engine:
         self._told = time.perf_counter()
         if self.after_step is not None:
             self.after_step()
+
+
+def _error_of(function: Callable[[], object]) -> Exception | None:
+    """What `function` raises."""
+    try:
+        function()
+    except Exception as error:  # noqa: BLE001 - the caller's to deliver, or to raise
+        return error
+    return None
+
+
+def _tell_end(job: Job, error: BaseException | None) -> None:
+    """Close a request's stream. A receiver that fails is nobody else's concern."""
+    try:
+        job.deliver(error)
+    except Exception:  # noqa: BLE001 - reported as any thread's
+        threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))

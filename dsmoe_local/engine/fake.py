@@ -103,7 +103,12 @@ class FakeEngine:
     def encode(self, prompt: Prompt, *, continue_final_message: bool = False) -> tuple[int, ...]:
         """One id a byte; a conversation is its contents on lines, each after its role."""
         self._start_again()
-        return self._encode(prompt, continue_final_message)
+        return self._checked(self._encode(prompt, continue_final_message))
+
+    def _checked(self, token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        if any(not 0 <= token_id < self.info.n_vocab for token_id in token_ids):
+            raise PromptError("a token id is not in the vocabulary")
+        return token_ids
 
     def _encode(self, prompt: Prompt, continued: bool = True) -> tuple[int, ...]:
         if isinstance(prompt, str):
@@ -150,10 +155,10 @@ class FakeEngine:
 
     def _generate(self, request: Request) -> Iterator[TokenEvent]:
         try:
-            prompt = self._encode(request.prompt, request.continue_final_message)
+            prompt = self._checked(self._encode(request.prompt, request.continue_final_message))
             if len(prompt) >= self.info.n_context:
                 raise too_long(f"{len(prompt):,} tokens", self.info.n_context)
-            text = bytes(token_id - 1 for token_id in prompt).decode("utf-8", "replace").rstrip("\n")
+            text = _bytes_of(prompt).decode("utf-8", "replace").rstrip("\n")
             answer = (next(self._replies) if self._replies else self._reply(text)).encode()
             for index in range(request.n):
                 for event in self._tokens(request, prompt, answer):
@@ -163,7 +168,7 @@ class FakeEngine:
 
     def _tokens(self, request: Request, prompt: tuple[int, ...], answer: bytes) -> Iterator[TokenEvent]:
         stream = TextStream(request.stop)
-        stream.begin_after(bytes(token_id - 1 for token_id in prompt[-4:]))
+        stream.begin_after(_bytes_of(prompt[-4:]))
         n_cached = n_common(self._cached, prompt)
         room = None if request.context_shift else self.info.n_context - len(prompt)
         limit = min((each for each in (room, request.max_tokens) if each is not None), default=None)
@@ -229,9 +234,8 @@ class FakeEngine:
     def decode(self, token_ids: Sequence[int]) -> tuple[str, ...]:
         """See TextEngine."""
         self._start_again()
-        if any(not 0 <= token_id < self.info.n_vocab for token_id in token_ids):
-            raise PromptError("a token id is not in the vocabulary")
-        return tuple("<end>" if token_id == END else _text(token_id - 1) for token_id in token_ids)
+        ids = self._checked(tuple(token_ids))
+        return tuple("<end>" if token_id == END else _text(token_id - 1) for token_id in ids)
 
     def save_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
         """See TextEngine: a JSON file with the ids, and what they are of."""
@@ -339,6 +343,10 @@ def _alternatives(request: Request, byte: int) -> tuple[TokenLogprob, ...]:
     return tuple(
         TokenLogprob(each + 1, _text(each), 0.0 if each == byte else -math.inf) for each in (byte, *others)
     )
+
+
+def _bytes_of(token_ids: Sequence[int]) -> bytes:
+    return bytes(token_id - 1 for token_id in token_ids if token_id != END)
 
 
 def _text(byte: int) -> str:

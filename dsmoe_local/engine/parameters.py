@@ -1,14 +1,17 @@
-"""How the next token is chosen: the sampling parameters and what each of them takes. Samples nothing."""
+"""How the next token is chosen, and what requests take in each of their fields. Samples nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from dsmoe_local.base.errors import UsageError
+from dsmoe_local.base.text import safe_line
 
 MAX_SEED = 2**32 - 2  # llama.cpp reads 2^32 - 1 as "choose one"
+MAX_REPLIES = 64
+MAX_TOP_LOGPROBS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,33 +37,80 @@ class SamplingParameters:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
-            check, accepted = RANGES[item.name]
-            if not check(value):
-                raise UsageError(f"{item.name} = {value} is out of range", remedy=f"it takes {accepted}")
+        check_fields(self, RANGES)
 
 
-_Check: TypeAlias = Callable[[float], bool]
+Check: TypeAlias = Callable[[object], bool]
+Ranges: TypeAlias = Mapping[str, tuple[Check, str]]
+"""For each field, whether it takes a value, and in words what it takes."""
 
 
-def _between(low: float, high: float) -> _Check:
+def check_fields(values: object, ranges: Ranges) -> None:
+    """UsageError unless each field of a dataclass that `ranges` names has a value that it takes."""
+    for name, (check, accepted) in ranges.items():
+        value = getattr(values, name)
+        if not check(value):
+            raise UsageError(
+                f"{name} = {safe_line(str(value), 40)} is out of range", remedy=f"it takes {accepted}"
+            )
+
+
+def _between(low: float, high: float) -> Check:
     # False for NaN; unlike math.isfinite it takes whole numbers of any size.
-    return lambda value: low <= value <= high
+    return lambda value: isinstance(value, int | float) and type(value) is not bool and low <= value <= high
 
 
-RANGES: dict[str, tuple[Callable[..., bool], str]] = {
+def _whole(low: int, high: float = float("inf")) -> Check:
+    return lambda value: type(value) is int and low <= value <= high
+
+
+def _or_none(check: Check) -> Check:
+    return lambda value: value is None or check(value)
+
+
+def _is(kind: type) -> Check:
+    return lambda value: type(value) is kind
+
+
+def _all(check: Check) -> Check:
+    return lambda value: isinstance(value, tuple) and all(map(check, value))
+
+
+def _is_bias(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and type(value[0]) is int and _bias_range(value[1])
+
+
+_bias_range = _between(-1000, 1000)
+
+RANGES: Ranges = {
     "temperature": (_between(0, 100), "a number from 0 (always the likeliest token) to 100"),
-    "top_k": (_between(0, 2**31 - 1), "a whole number, 0 = off"),
+    "top_k": (_whole(0, 2**31 - 1), "a whole number, 0 = off"),
     "top_p": (_between(0, 1), "a number from 0 to 1, 1 = off"),
     "min_p": (_between(0, 1), "a number from 0 to 1, 0 = off"),
     "typical_p": (_between(0, 1), "a number from 0 to 1, 1 = off"),
     "repeat_penalty": (_between(0.01, 100), "a number from 0.01 to 100, 1 = off"),
-    "repeat_last_n": (_between(0, 2**20), "a whole number of tokens, 0 = off"),
+    "repeat_last_n": (_whole(0, 2**20), "a whole number of tokens, 0 = off"),
     "presence_penalty": (_between(-100, 100), "a number, 0 = off"),
     "frequency_penalty": (_between(-100, 100), "a number, 0 = off"),
-    "mirostat": (lambda value: value in (0, 1, 2), "0 (off), 1 or 2"),
+    "mirostat": (_whole(0, 2), "0 (off), 1 or 2"),
     "mirostat_tau": (_between(0, 100), "a number from 0 to 100"),
     "mirostat_eta": (_between(0, 1), "a number from 0 to 1"),
-    "seed": (lambda value: value is None or 0 <= value <= MAX_SEED, f"a whole number from 0 to {MAX_SEED}"),
+    "seed": (_or_none(_whole(0, MAX_SEED)), f"a whole number from 0 to {MAX_SEED}"),
+}
+
+REQUEST_RANGES: Ranges = {
+    "id": (_is(str), "text"),
+    "sampling": (_is(SamplingParameters), "sampling parameters"),
+    "max_tokens": (_or_none(_whole(1)), "a whole number from 1"),
+    "stop": (_all(lambda text: type(text) is str and bool(text)), "stop strings that are not empty"),
+    "n": (_whole(1, MAX_REPLIES), f"a whole number from 1 to {MAX_REPLIES}"),
+    "logprobs": (_is(bool), "true or false"),
+    "top_logprobs": (_whole(0, MAX_TOP_LOGPROBS), f"a whole number from 0 to {MAX_TOP_LOGPROBS}"),
+    "logit_bias": (_all(_is_bias), "pairs of a token id and a number from -1000 to 1000"),
+    "grammar": (_or_none(_is(str)), "text"),
+    "json_schema": (_or_none(_is(str)), "text"),
+    "context_shift": (_is(bool), "true or false"),
+    "n_keep": (_whole(0), "a whole number from 0"),
+    "score_from": (_or_none(_whole(0)), "an index from 0"),
+    "continue_final_message": (_is(bool), "true or false"),
 }

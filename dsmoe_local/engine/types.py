@@ -11,12 +11,13 @@ from typing import Any, Protocol, TypeAlias
 
 from dsmoe_local.base import progress
 from dsmoe_local.base.errors import UsageError
+from dsmoe_local.engine.parameters import MAX_REPLIES as MAX_REPLIES
 from dsmoe_local.engine.parameters import MAX_SEED as MAX_SEED
+from dsmoe_local.engine.parameters import MAX_TOP_LOGPROBS as MAX_TOP_LOGPROBS
+from dsmoe_local.engine.parameters import REQUEST_RANGES, check_fields
 from dsmoe_local.engine.parameters import SamplingParameters as SamplingParameters
 
 ALL_LAYERS = -1
-MAX_REPLIES = 64
-MAX_TOP_LOGPROBS = 20
 
 
 class FinishReason(StrEnum):
@@ -86,27 +87,37 @@ class Request:
     continue_final_message: bool = False
 
     def __post_init__(self) -> None:
-        if not 1 <= self.n <= MAX_REPLIES:
-            raise UsageError(f"n = {self.n} is out of range", remedy=f"it takes 1 to {MAX_REPLIES}")
-        if not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
-            raise UsageError(
-                f"top_logprobs = {self.top_logprobs} is out of range",
-                remedy=f"it takes 0 to {MAX_TOP_LOGPROBS}",
-            )
-        if self.n_keep < 0:
-            raise UsageError(f"n_keep = {self.n_keep} is out of range", remedy="it takes 0 or more")
-        if self.score_from is not None and (self.n > 1 or self.score_from < 0 or self.max_tokens is None):
+        check_fields(self, REQUEST_RANGES)
+        check_prompt(self.prompt)
+        if self.score_from is not None and (self.n > 1 or self.max_tokens is None):
             raise UsageError("score_from takes an index from 0, n = 1, and max_tokens")
         if self.grammar is not None and self.json_schema is not None:
             raise UsageError("grammar and json_schema are given", remedy="use one of them")
-        if any(not -1000 <= bias <= 1000 for _, bias in self.logit_bias):
-            raise UsageError("logit_bias is out of range", remedy="it takes numbers from -1000 to 1000")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise UsageError(f"max_tokens = {self.max_tokens} is out of range", remedy="it takes 1 or more")
-        if any(not text for text in self.stop):
-            raise UsageError("a stop string is empty", remedy="leave it out")
         if self.continue_final_message and not ends_with_reply(self.prompt):
             raise UsageError("continue_final_message: the last message is not the assistant's")
+
+
+def check_prompt(prompt: Prompt) -> None:
+    """UsageError unless `prompt` is text, messages or token ids. What they say is not looked at."""
+    if isinstance(prompt, str) or (
+        isinstance(prompt, tuple) and (all(map(_is_id, prompt)) or all(map(_is_message, prompt)))
+    ):
+        return
+    raise UsageError("a prompt is text, messages with their token ids, or token ids")
+
+
+def _is_id(value: object) -> bool:
+    return type(value) is int
+
+
+def _is_message(value: object) -> bool:
+    return (
+        isinstance(value, Message)
+        and isinstance(value.role, str)
+        and isinstance(value.content, str)
+        and isinstance(value.token_ids, tuple)
+        and all(map(_is_id, value.token_ids))
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ NEVER_LOADED = "support.hosted:never_loaded"
 NOT_LOADED = "support.hosted:not_loaded"
 DYING_AT_LOAD = "support.hosted:dying_at_load"
 BROKEN = "support.hosted:broken"
+WAITING = "support.hosted:waiting"
 CHOOSY = "support.hosted:choosy"
 ONCE = "support.hosted:loading_once"
 
@@ -101,6 +102,30 @@ def halting(options: ModelOptions, listen: Listener, stop: threading.Event) -> F
             _FOR_EVER.wait()
 
     return Hosted(halt)
+
+
+class _Waiting(Hosted):
+    """Its observer `cancelled` tells of nothing before a request was cancelled; that one halts until then."""
+
+    def __init__(self) -> None:
+        self._ended = threading.Event()
+        super().__init__(lambda index: self._halt(index))
+
+    def _halt(self, index: int) -> None:
+        if index == 3:
+            self._ended.wait()
+
+    def cancel(self, request_id: str) -> None:
+        super().cancel(request_id)
+        self._ended.set()
+
+    def observe(self, name: str) -> Observation:
+        return {"cancelled": self._ended.wait()} if name == "cancelled" else super().observe(name)
+
+
+def waiting(options: ModelOptions, listen: Listener, stop: threading.Event) -> FakeEngine:
+    """Has an observer that waits for a request to be cancelled."""
+    return _Waiting()
 
 
 class _Steps(Hosted):

@@ -10,7 +10,7 @@ import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self, TypeVar
@@ -253,10 +253,10 @@ class EngineClient:
     def close(self) -> None:
         """End all requests and the child, which is killed if it does not leave. Closing twice is fine."""
         self._closing.set()
-        with self._starting:
+        with self._starting, ExitStack() as last_to_first:
+            last_to_first.callback(self._log.close)
             if self._child is not None:
-                self._child.close()
-            self._log.close()
+                last_to_first.callback(self._child.close)
 
     def __enter__(self) -> Self:
         return self

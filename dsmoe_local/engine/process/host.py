@@ -17,6 +17,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, Protocol, runtime_checkable
@@ -35,6 +36,7 @@ from dsmoe_local.engine.types import (
 )
 
 _PR_SET_PDEATHSIG = 1
+_MOST_CALLS = 64  # at once; one more waits for another to be answered
 
 
 @runtime_checkable
@@ -117,14 +119,16 @@ class _Outbox:
 class _Host:
     """One engine and its client.
 
-    The main thread reads and never works, so that a cancellation is taken at any time; a second thread loads,
-    starts and encodes, in the order asked; events come from the engine's own.
+    The main thread reads and never works, so that a cancellation is taken at any time; a second thread loads
+    and starts, in the order asked. Calls, of which some wait for the end of a step, have threads of their
+    own: nobody else waits for them. Events come from the engine's thread.
     """
 
     def __init__(self, channel: socket.socket) -> None:
         self._incoming = channel.makefile("rb")
         self._outbox = _Outbox(channel)
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._calls = ThreadPoolExecutor(_MOST_CALLS, "dsmoe-call")
         self._engine: TextEngine | None = None
         # Guards the requests between the thread that starts and the one that cancels.
         self._lock = threading.Lock()
@@ -144,6 +148,7 @@ class _Host:
             job()
         if self._engine is not None:
             self._engine.close()
+        self._calls.shutdown()  # what they were told is to be sent
         _leave()
 
     # What the client may ask, in the main thread.
@@ -168,13 +173,14 @@ class _Host:
             ticket.cancel()
 
     def _take_call(self, number: int, what: str, argument: wire.Plain) -> None:
-        self._work.put(lambda: self._answer(number, what, argument))
+        if not self._stop.is_set():
+            self._calls.submit(self._answer, number, what, argument)
 
     def _take_close(self) -> None:
         self._stop.set()
         self._work.put(None)
 
-    # The work itself, in the worker's thread.
+    # The work itself, in the other threads.
 
     def _load(self, factory: str, options: wire.Plain) -> None:
         try:

@@ -47,8 +47,11 @@ class LogKeeper:
                 self._file.write(line)
             except OSError as error:
                 # The engine's output must still be read, or it would wait for ever.
-                self._lines.append(f"the log file cannot be written: {error.strerror}")
-                self._file = None
+                self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        self._lines.append(f"the log file cannot be written: {error.strerror}")
+        self._file = None
 
     def lines(self) -> tuple[str, ...]:
         """The last few hundred."""
@@ -57,6 +60,10 @@ class LogKeeper:
     def close(self) -> None:
         """Close the file."""
         with self._lock:
-            if self._file is not None:
+            if self._file is None:
+                return
+            try:
                 self._file.close()
-                self._file = None
+            except OSError as error:
+                self._give_up(error)
+            self._file = None

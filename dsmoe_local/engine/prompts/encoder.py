@@ -92,9 +92,10 @@ class PromptEncoder:
             ids = self._with_bos(self._tokenize(parts, stopped))
         else:
             ids = [token_id for token_id in prompt if isinstance(token_id, int)]
-            self.check_ids(ids)
         if not ids:
             raise PromptError("the prompt is empty")
+        # Also those that messages bring along: llama.cpp ends the process for an id that it does not have.
+        self.check_ids(ids)
         return tuple(ids)
 
     def check_ids(self, token_ids: Sequence[int]) -> None:

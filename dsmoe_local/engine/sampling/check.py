@@ -8,6 +8,11 @@ from dsmoe_local.engine.sampling.constraint import Language, compiled, vocabular
 from dsmoe_local.engine.types import Request
 
 
+def is_constrained(request: Request) -> bool:
+    """Whether a grammar or schema must be made ready for the request, which may take long."""
+    return request.grammar is not None or request.json_schema is not None
+
+
 def check_request(model: native.Model, request: Request) -> Language | None:
     """What the request's `Chooser`s take: its grammar or schema made ready, from any thread but the engine's.
 
@@ -18,6 +23,6 @@ def check_request(model: native.Model, request: Request) -> Language | None:
             raise UsageError(
                 f"logit_bias: there is no token {token_id}", remedy=f"ids go from 0 to {model.n_vocab - 1}"
             )
-    if request.grammar is None and request.json_schema is None:
+    if not is_constrained(request):
         return None
     return compiled(vocabulary_of(model), request.grammar, request.json_schema)
