@@ -25,7 +25,9 @@ from dsmoe_local.engine.types import (
     Message,
     ModelInfo,
     ModelOptions,
+    Observation,
     ObserverOptions,
+    Prompt,
     PromptProgress,
     Request,
     SamplingParameters,
@@ -246,10 +248,24 @@ def test_a_length_that_is_nonsense() -> None:
         (Request, None),
         (TokenEvent, ["r", "t", 0.0, 1, None, None, "no reason", None, 0, []]),
         (ModelOptions, [5] * 25),
+        (int, True),
+        (int, 1.0),
+        (float, "1"),
+        (tuple[int, ...], "12"),
+        (tuple[int, ...], [1, None]),
+        (tuple[str, ...], "abc"),
+        (TokenEvent, ["r", 5, 0.0]),
+        (Message, ["user", None, []]),
+        (Message, ["user", "x", [True]]),
+        (Prompt, [1, "x"]),
+        (Prompt, {"a": 1}),
+        (Observation, []),
     ],
 )
-def test_values_of_the_wrong_shape(kind: type, value: Any) -> None:
-    """Guards: a half-understood value; any error but the one that is expected."""
+def test_values_of_the_wrong_shape(kind: Any, value: Any) -> None:
+    """Guards: a half-understood value, which somebody far from here trips over; any error but the one that is
+    expected.
+    """
     with pytest.raises(wire.WireError):
         wire.from_plain(kind, value)
 

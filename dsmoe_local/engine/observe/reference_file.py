@@ -20,6 +20,7 @@ import numpy.typing as npt
 from dsmoe_local.engine.observe.block_file import BlockReader, BlockWriter
 
 _MAGIC = b"DSMOEREF"
+_ROUNDING = 1e-3  # how much above 1 a probability may be
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +88,10 @@ class ReferenceReader(BlockReader):
         entries = floats[4 * count + total :]
         if total and not 0 <= int(ids.min()) <= int(ids.max()) < self.n_vocab:
             raise self.damaged("it has tokens that its vocabulary lacks")
-        if not all(np.isfinite(values).all() for values in (logprobs, masses, entries)):
-            raise self.damaged("it has numbers that are none")
+        logarithms = np.concatenate([logprobs, entries])
+        possible = np.isfinite(logarithms) & (logarithms <= _ROUNDING)
+        if not (possible.all() and ((masses >= 0) & (masses <= 1)).all()):
+            raise self.damaged("it has probabilities that are none")
         ends = np.cumsum(sizes).tolist()
         return [
             Prediction(int(targets[j]), float(logprobs[j]), float(masses[j]), ids[a:b], entries[a:b])

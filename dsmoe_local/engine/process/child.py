@@ -14,9 +14,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Self, TypeAlias
+from types import NoneType
+from typing import Any, BinaryIO, Self, TypeVar
 
 from dsmoe_local.base import progress
 from dsmoe_local.base.errors import InterruptedRunError
@@ -39,7 +40,15 @@ _GRACE = 1.0  # seconds that a child has to leave
 _PATIENCE = 5.0  # seconds that a killed one may take; after that it is left to the system
 POLL = 0.05  # seconds: how late it may be noticed that a load is to stop
 
-_Answer: TypeAlias = "queue.SimpleQueue[wire.Plain | EngineError]"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Asked:
+    """A call in flight: the type of its answer, and where that, or an error, is put."""
+
+    kind: Any
+    answer: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)
 
 
 def interrupted_load() -> InterruptedRunError:
@@ -89,7 +98,8 @@ class Child:
         self._numbers = itertools.count(1)
         self._running: dict[int, _Running] = {}
         self._by_id: dict[str, _Running] = {}
-        self._calls: dict[int, _Answer] = {}
+        self._deaf: set[int] = set()  # requests whose receiver failed: events of them may still come
+        self._calls: dict[int, _Asked] = {}
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._run, name="dsmoe-client", daemon=True)
 
@@ -163,43 +173,43 @@ class Child:
 
     def encode(self, prompt: Prompt, continue_final_message: bool) -> tuple[int, ...]:
         """See TextEngine. AlreadyOverError if there is nobody to ask."""
-        return tuple(self._call("encode", (wire.to_plain(prompt), continue_final_message)))
+        argument = (wire.to_plain(prompt), continue_final_message)
+        return self._call("encode", argument, tuple[int, ...])
 
     def decode(self, token_ids: Sequence[int]) -> tuple[str, ...]:
         """See TextEngine. AlreadyOverError if there is nobody to ask."""
-        return tuple(self._call("decode", list(token_ids)))
+        return self._call("decode", list(token_ids), tuple[str, ...])
 
     def save_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
         """See TextEngine. AlreadyOverError if there is nobody to ask."""
-        count: int = self._call("save_cache", (str(path.absolute()), token_ids))
-        return count
+        return self._call("save_cache", (str(path.absolute()), token_ids), int)
 
     def load_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
         """See TextEngine. AlreadyOverError if there is nobody to ask."""
-        count: int = self._call("load_cache", (str(path.absolute()), token_ids))
-        return count
+        return self._call("load_cache", (str(path.absolute()), token_ids), int)
 
     def set_observers(self, options: tuple[ObserverOptions, ...]) -> None:
         """See TextEngine. AlreadyOverError if there is nobody to ask."""
-        self._call("set_observers", wire.to_plain(options))
+        self._call("set_observers", wire.to_plain(options), NoneType)
 
     def observe(self, name: str) -> Observation:
         """See TextEngine. AlreadyOverError if there is nobody to ask."""
-        seen: Observation = self._call("observe", name)
-        return seen
+        return self._call("observe", name, Observation)
 
-    def _call(self, what: str, argument: wire.Plain) -> wire.Plain:
+    def _call(self, what: str, argument: wire.Plain, kind: type[T]) -> T:
+        """The answer, which is of that type."""
         number = next(self._numbers)
         frame = wire.pack(("call", number, what, argument))
-        answer: _Answer = queue.SimpleQueue()
+        asked = _Asked(kind)
         with self._lock:
             self._check_alive()
-            self._calls[number] = answer
+            self._calls[number] = asked
         self._outbox.put(frame)
-        value = answer.get()
+        value = asked.answer.get()
         if isinstance(value, BaseException):
             raise value
-        return value
+        answer: T = value
+        return answer
 
     def _check_alive(self) -> None:
         if self.over is not None:
@@ -325,12 +335,13 @@ class Child:
             self._loaded.set()
         for request in running:
             self._hand(request, copy.copy(failure))
-        for answer in calls:
-            answer.put(copy.copy(failure))
+        for asked in calls:
+            asked.answer.put(copy.copy(failure))
 
-    def _take_progress(self, event: wire.Plain) -> None:
+    def _take_progress(self, told: wire.Plain) -> None:
+        event = wire.progress_from_plain(told)
         try:
-            self._listen(wire.progress_from_plain(event))
+            self._listen(event)
         except Exception as error:  # noqa: BLE001 - the listener's own, raised again by `load`
             self._load_failure = error
             self._loaded.set()
@@ -344,21 +355,24 @@ class Child:
         self._loaded.set()
 
     def _take_answer(self, number: int, value: wire.Plain) -> None:
-        self._answer(number, value)
+        # What cannot be understood stays in flight, and ends with the process.
+        answer: object = wire.from_plain(self._calls[number].kind, value)
+        self._answer(number, answer)
 
     def _take_refusal(self, number: int, error: wire.Plain) -> None:
         self._answer(number, wire.error_from_plain(error))
 
-    def _answer(self, number: int, value: wire.Plain) -> None:
+    def _answer(self, number: int, value: object) -> None:
         with self._lock:
-            answer = self._calls.pop(number)
-        answer.put(value)
+            asked = self._calls.pop(number)
+        asked.answer.put(value)
 
     def _take_events(self, events: list[wire.Plain]) -> None:
         for event in events:
-            running = self._running.get(event[0])
-            if running is None:
-                continue  # its receiver failed
+            number = event[0]
+            if number in self._deaf:
+                continue
+            running = self._running[number]
             if len(event) > wire.END_LENGTH:
                 self._hand(running, wire.event_from_plain(running.request_id, event))
             else:
@@ -378,6 +392,7 @@ class Child:
         except Exception:  # noqa: BLE001 - reported as any thread's
             running.cancel()
             if running.number in self._running:
+                self._deaf.add(running.number)
                 self._forget(running)
             threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
 

@@ -140,7 +140,10 @@ class _Host:
         threading.Thread(target=self._run, name="dsmoe-host", daemon=True).start()
         while (message := wire.receive(self._incoming)) is not None:
             kind, *arguments = message
-            _TAKE[kind](self, *arguments)
+            try:
+                _TAKE[kind](self, *arguments)
+            except (LookupError, TypeError) as error:
+                raise wire.WireError(f"{str(message)[:80]!r} is no message") from error
 
     def _run(self) -> None:
         """The worker's thread."""
@@ -157,6 +160,7 @@ class _Host:
         self._work.put(lambda: self._load(factory, options))
 
     def _take_start(self, number: int, request: wire.Plain) -> None:
+        wire.from_plain(int, number)
         running = _Running(number)
         with self._lock:
             self._requests[number] = running
@@ -300,6 +304,10 @@ def main() -> NoReturn:
     threading.excepthook = lambda failed: _fail(failed.exc_value)
     try:
         _Host(socket.socket(fileno=descriptor)).serve()
+    except wire.WireError as error:
+        sys.stderr.write(f"the engine's process was sent what it cannot understand: {error}\n")
+        sys.stderr.flush()
+        os._exit(1)
     except BaseException as error:  # noqa: BLE001 - told by the log and the exit status
         _fail(error)
     _leave()

@@ -12,7 +12,6 @@ import types
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
-from enum import StrEnum
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeAlias, TypeVar
@@ -125,7 +124,7 @@ def _shaped(read: _Reader) -> _Reader:
         try:
             return read(value)
         except (TypeError, ValueError, KeyError, IndexError) as error:
-            raise WireError(f"{str(value)[:80]!r} is not of the type that was expected") from error
+            raise _unexpected(value) from error
 
     return checked
 
@@ -135,6 +134,9 @@ def _reader(kind: Any) -> _Reader:  # noqa: ANN401 - a type expression
     """What makes a value of that type of a plain one."""
     if kind == Prompt:
         return prompt_from_plain
+    plain = _plain_types(kind)
+    if plain:
+        return _plain_reader(plain)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         return _optional_reader(arguments)
@@ -142,53 +144,86 @@ def _reader(kind: Any) -> _Reader:  # noqa: ANN401 - a type expression
         return _tuple_reader(arguments)
     if isinstance(kind, type) and is_dataclass(kind):
         return _dataclass_reader(kind)
-    if isinstance(kind, type) and issubclass(kind, StrEnum | Path):
-        return _shaped(kind)
-    return _as_it_is
+    return _shaped(kind)
 
 
-def _as_it_is(value: Plain) -> Plain:
-    return value
+_PLAIN: dict[Any, frozenset[type]] = {
+    **{kind: frozenset({kind}) for kind in (str, int, bool, dict, types.NoneType)},
+    float: frozenset({float, int}),
+}
+
+
+def _plain_types(kind: Any) -> frozenset[type]:  # noqa: ANN401 - a type expression
+    """The types of values that are read as they are; none if there are others."""
+    parts = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
+    known = [_PLAIN.get(typing.get_origin(part) or part) for part in parts]
+    return frozenset[type]().union(*known) if None not in known else frozenset()  # type: ignore[arg-type]
+
+
+def _plain_reader(kinds: frozenset[type]) -> _Reader:
+    def read(value: Plain) -> Plain:
+        if type(value) not in kinds:
+            raise _unexpected(value)
+        return value
+
+    return read
+
+
+def _unexpected(value: Plain) -> WireError:
+    return WireError(f"{str(value)[:80]!r} is not of the type that was expected")
 
 
 def _optional_reader(arguments: tuple[Any, ...]) -> _Reader:
-    """Plain values tell themselves apart; of others a union has one at most."""
-    readers = [reader for reader in map(_reader, arguments) if reader is not _as_it_is]
-    if not readers:
-        return _as_it_is
-    (read,) = readers
+    """Of values that do not tell themselves apart a union has one at most."""
+    (read,) = [_reader(kind) for kind in arguments if kind not in _PLAIN]
     return lambda value: None if value is None else read(value)
 
 
 def _tuple_reader(arguments: tuple[Any, ...]) -> _Reader:
     if arguments[-1:] == (...,):
+        kinds = _plain_types(arguments[0])
+        if kinds:
+            return lambda value: _all_plain(value, kinds)
         read = _reader(arguments[0])
-        if read is _as_it_is:
-            return _shaped(tuple)
-        return _shaped(lambda value: tuple(map(read, value)))
+        return _shaped(lambda value: tuple(map(read, _list(value))))
     readers = tuple(map(_reader, arguments))
-    return _shaped(lambda value: tuple(read(item) for read, item in zip(readers, value, strict=True)))
+    return _shaped(lambda value: tuple(read(item) for read, item in zip(readers, _list(value), strict=True)))
+
+
+def _list(value: Plain) -> Sequence[Plain]:
+    if not isinstance(value, list | tuple):
+        raise _unexpected(value)
+    return value
+
+
+def _all_plain(value: Plain, kinds: frozenset[type]) -> tuple[Plain, ...]:
+    if not set(map(type, _list(value))) <= kinds:
+        raise _unexpected(value)
+    return tuple(value)
 
 
 def _dataclass_reader(kind: type) -> _Reader:
     hints = typing.get_type_hints(kind)
     readers = [_reader(hints[name]) for name in _names(kind)]
-    return _shaped(lambda value: kind(*[read(item) for read, item in zip(readers, value, strict=True)]))
+    return _shaped(
+        lambda value: kind(*[read(item) for read, item in zip(readers, _list(value), strict=True)])
+    )
 
 
 def prompt_from_plain(value: Plain) -> Prompt:
     """Text, messages or token ids, told apart by their shape."""
     if isinstance(value, str):
         return value
-    if value and isinstance(value[0], list):
+    if _list(value) and isinstance(value[0], list):
         return tuple(from_plain(Message, item) for item in value)
-    return tuple(value)
+    return _all_plain(value, _PLAIN[int])
 
 
 # --- token events, of which there are many ---
 
 END_LENGTH = 2  # the end of a request: its number and an error, or nothing
 _SHORT = 4
+_TOKEN_ID = frozenset({int, types.NoneType})
 
 
 def event_to_plain(number: int, event: TokenEvent) -> Plain:
@@ -209,7 +244,10 @@ def event_to_plain(number: int, event: TokenEvent) -> Plain:
 def event_from_plain(request_id: str, value: Plain) -> TokenEvent:
     """The event that `event_to_plain` took apart."""
     if len(value) == _SHORT:
-        return TokenEvent(request_id, value[1], value[2], value[3])
+        _, text, seconds, token_id = value
+        if type(text) is not str or type(seconds) is not float or type(token_id) not in _TOKEN_ID:
+            raise _unexpected(value)
+        return TokenEvent(request_id, text, seconds, token_id)
     return from_plain(TokenEvent, [request_id, *value[1:]])
 
 
@@ -227,7 +265,7 @@ def progress_to_plain(event: progress.Event) -> Plain:
 
 def progress_from_plain(value: Plain) -> progress.Event:
     """The progress event."""
-    name, content = value
+    name, content = _list(value)
     if name not in _PROGRESS:
         raise WireError(f"no progress: {name}")
     event: progress.Event = from_plain(_PROGRESS[name], content)
@@ -273,6 +311,8 @@ def error_from_plain(value: Plain) -> DsmoeError:
     name, what, where, remedy, exit_code = value
     if name not in _ERRORS:
         raise WireError(f"no error: {name}")
+    if {type(what), type(where), type(remedy)} != {str} or type(exit_code) is not int:
+        raise _unexpected(value)
     error = _ERRORS[name].__new__(_ERRORS[name])
     DsmoeError.__init__(error, what, where=where, remedy=remedy)
     error.exit_code = exit_code

@@ -1,0 +1,243 @@
+"""Random requests, valid and not: each invalid one is an error of its own, the valid ones reply as ever."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+from support.models import tiny_model
+
+from dsmoe_local.base.errors import DsmoeError, UsageError
+from dsmoe_local.engine.engine import Engine
+from dsmoe_local.engine.errors import PromptError
+from dsmoe_local.engine.types import (
+    FinishReason,
+    Message,
+    ModelOptions,
+    ObserverOptions,
+    Request,
+    SamplingParameters,
+    TokenEvent,
+)
+
+N_CONTEXT = 128
+N_VOCAB = 640
+AT_ONCE = 6
+CONTROLS: tuple[dict[str, Any], ...] = (
+    {"prompt": "The quick brown fox", "sampling": SamplingParameters(temperature=0), "max_tokens": 9},
+    {
+        "prompt": (7, 8, 9, 10),
+        "sampling": SamplingParameters(temperature=1.5, seed=4),
+        "max_tokens": 9,
+        "n": 2,
+    },
+    {"prompt": "x", "sampling": SamplingParameters(seed=1), "json_schema": '{"enum": ["one", "two"]}'},
+)
+"""Requests whose replies are known: whatever else runs, they must stay the same."""
+
+Choice = Callable[[random.Random], Any]
+
+
+def one_of(*values: Any) -> Choice:
+    return lambda rng: rng.choice(values)
+
+
+def ids(rng: random.Random) -> tuple[int, ...]:
+    return tuple(rng.randrange(N_VOCAB) for _ in range(rng.choice((1, 2, 10, 40, N_CONTEXT - 1))))
+
+
+def messages(rng: random.Random) -> tuple[Message, ...]:
+    roles = ("user", "assistant", "user", "assistant", "user")[: rng.choice((1, 2, 3, 5))]
+    return tuple(Message(role, text(rng), ids(rng)[:9] if role == "assistant" else ()) for role in roles)
+
+
+def text(rng: random.Random) -> str:
+    return rng.choice(
+        ("a", "The quick brown fox", "é中\N{GRINNING FACE}", "\ud800\u202e", "<｜end▁of▁sentence｜>")
+    )
+
+
+def foreign_messages(rng: random.Random) -> tuple[Message, ...]:
+    wrong = rng.choice((N_VOCAB, -1, 10_000_000, 2**40, -(2**70)))
+    return (Message("user", "a"), Message("assistant", "b", (*ids(rng)[:3], wrong)), Message("user", "c"))
+
+
+VALID: dict[str, Choice] = {
+    "prompt": lambda rng: rng.choice((text, ids, messages))(rng),
+    "max_tokens": one_of(1, 2, 7, 30, None),
+    "stop": one_of((), ("a",), ("e", "th"), ("\ud800",)),
+    "n": one_of(1, 1, 1, 2, 3),
+    "logprobs": one_of(False, True),
+    "top_logprobs": one_of(0, 0, 1, 20),
+    "logit_bias": one_of((), ((5, 3.0), (5, -1)), tuple((i, -100.0) for i in range(N_VOCAB)), ((0, 1000),)),
+    "context_shift": one_of(False, True),
+    "n_keep": one_of(0, 1, 50, 10**9),
+    "score_from": one_of(None, None, 0, 5, 10**9),
+    "grammar": one_of(None, None, 'root ::= "a"+', 'root ::= "\u4e2d" [a-z]*', "root ::= root?"),
+    "json_schema": one_of(None, None, '{"type": "integer"}', '{"enum": [1, "a"]}', "true"),
+}
+SAMPLING: dict[str, Choice] = {
+    "temperature": one_of(0, 0.0, 1e-9, 1, 100),
+    "top_k": one_of(0, 1, 40, 10**6, 2**31 - 1),
+    "top_p": one_of(0, 0.5, 1),
+    "min_p": one_of(0, 1),
+    "typical_p": one_of(0, 0.3, 1),
+    "repeat_penalty": one_of(0.01, 1, 100),
+    "repeat_last_n": one_of(0, 1, 64, 2**20),
+    "presence_penalty": one_of(-100, 0, 100),
+    "frequency_penalty": one_of(-100, 0, 2),
+    "mirostat": one_of(0, 1, 2),
+    "mirostat_tau": one_of(0, 5, 100),
+    "mirostat_eta": one_of(0, 1),
+    "seed": one_of(None, 0, 2**32 - 2),
+}
+WRONG_NUMBERS: tuple[Any, ...] = (
+    None,
+    -1,
+    2**64,
+    1.5,
+    float("nan"),
+    float("inf"),
+    "1",
+    True,
+    [],
+    -(10**400),
+    1e308,
+)
+INVALID: dict[str, Choice] = {
+    "prompt": lambda rng: rng.choice(
+        (
+            (),
+            ids(rng) * 50,
+            (*ids(rng), N_VOCAB),
+            (-1,),
+            (1, "a"),
+            (1.5,),
+            (True,),
+            5,
+            None,
+            ["a"],
+            "a" * 100_000,
+            foreign_messages(rng),
+            (Message("no role!", "a"),),
+            (Message("user", "a"), 5),
+            (Message("user", 5),),  # type: ignore[arg-type]
+            (Message("assistant", "a", ("b",)),),  # type: ignore[arg-type]
+            (Message("assistant", "a", [5]),),  # type: ignore[arg-type]
+        )
+    ),
+    "max_tokens": one_of(0, *WRONG_NUMBERS[1:6], "1", True),
+    "stop": one_of(("",), "abc", ["a"], (5,), None),
+    "n": one_of(0, 65, *WRONG_NUMBERS),
+    "logprobs": one_of(1, None, "yes"),
+    "top_logprobs": one_of(21, *WRONG_NUMBERS),
+    "logit_bias": one_of(
+        ((N_VOCAB, 1.0),), ((-1, 1.0),), ((5, float("nan")),), ((5, 2e3),), ((5,),), (5,), {5: 1}
+    ),
+    "context_shift": one_of(1, None),
+    "n_keep": one_of(*WRONG_NUMBERS),
+    "score_from": one_of(*WRONG_NUMBERS[1:]),
+    "grammar": one_of("", "root ::= (", "root ::= \x00", 5, b"root", "a" * 10**6, 'root ::= x\nx ::= "a" x'),
+    "json_schema": one_of("", "{", "[]", '{"type": "x"}', "[" * 10**5, {}, "\ud800", '{"$ref": "#"}'),
+    **{name: one_of(*WRONG_NUMBERS, "x") for name in SAMPLING if name != "seed"},
+    "seed": one_of(*WRONG_NUMBERS[1:]),
+}
+
+
+def random_request(request_id: str, rng: random.Random) -> Request:
+    """Most fields as they may be, and perhaps one or two as they may not. Raises what it refuses at once."""
+    values = {name: VALID[name](rng) for name in rng.sample(sorted(VALID), rng.randrange(len(VALID)))}
+    sampling = {name: SAMPLING[name](rng) for name in rng.sample(sorted(SAMPLING), rng.randrange(5))}
+    values.setdefault("prompt", "a")
+    if values.get("context_shift") and values.get("max_tokens") is None:
+        values["max_tokens"] = 2 * N_CONTEXT  # else it may go on for ever, as it was asked to
+    wrong = rng.sample(sorted(INVALID), rng.choice((0, 1, 1, 2)))
+    for name in [*wrong, *(("prompt",) if rng.random() < 0.1 else ())]:
+        (sampling if name in SAMPLING else values)[name] = INVALID[name](rng)
+    return Request(request_id, sampling=SamplingParameters(**sampling), **values)
+
+
+@pytest.fixture(scope="module", params=["streams", "pool"])
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    """In streams, deterministic, replies must not change by a bit; in a pool most people's are decoded."""
+    shape: dict[str, Any] = {"deterministic": True} if request.param == "streams" else {}
+    options = ModelOptions(
+        tiny_model(),
+        n_threads=1,
+        n_parallel=AT_ONCE,
+        n_context=N_CONTEXT * AT_ONCE,
+        n_ubatch=32,
+        chat_template="deepseek-moe",
+        observers=(ObserverOptions("logprobs"),),
+        **shape,
+    )
+    with Engine.load(options) as loaded:
+        assert loaded.info.n_vocab == N_VOCAB
+        yield loaded
+
+
+def reply(events: Sequence[TokenEvent]) -> dict[int, list[int | None]]:
+    return {index: [e.token_id for e in events if e.index == index and not e.progress] for index in range(3)}
+
+
+def throw_requests(engine: Engine, n_rounds: int, seed: int) -> Counter[str]:
+    """Rounds of requests at once, one of them with a known reply; some are cancelled in the middle."""
+    expected = [reply(list(engine.submit(Request("c", **values)))) for values in CONTROLS]
+    counts: Counter[str] = Counter()
+    for number in range(n_rounds):
+        rng = random.Random(f"{seed}:{number}")
+        started: dict[str, Iterator[TokenEvent]] = {}
+        control = rng.randrange(len(CONTROLS))
+        place = rng.randrange(AT_ONCE)
+        for index in range(AT_ONCE):
+            name = f"{seed}:{number}:{index}"
+            try:
+                request = Request(name, **CONTROLS[control]) if index == place else random_request(name, rng)
+                started[name] = engine.submit(request)
+            except UsageError:
+                counts["refused at once"] += 1
+        victims = [name for name in started if rng.random() < 0.1 and name != f"{seed}:{number}:{place}"]
+        for name in victims:
+            engine.cancel(name)
+        for name, stream in started.items():
+            counts[outcome(name, stream, victims, counts)] += 1
+        if engine.info.deterministic or not number % 20:
+            known = reply(list(engine.submit(Request("c", **CONTROLS[control]))))
+            assert known == expected[control], f"{seed}:{number}"
+        if not number % 20:
+            engine.check()
+    engine.check()
+    return counts
+
+
+def outcome(name: str, stream: Iterator[TokenEvent], victims: Sequence[str], counts: Counter[str]) -> str:
+    """How a request ended. Fails unless that is one of the ways a request may end."""
+    try:
+        events = list(stream)
+    except DsmoeError as error:
+        if len(str(error).splitlines()) > 3:
+            pytest.fail(f"{name}: {error}")
+        return f"refused: {type(error).__name__}" if isinstance(error, PromptError | UsageError) else "failed"
+    assert events[-1].finish_reason is not None, name
+    if any(event.finish_reason is FinishReason.CANCELLED for event in events):
+        assert name in victims
+    return "replied"
+
+
+def test_random_requests(engine: Engine) -> None:
+    """Guards: a field that ends the engine, hangs it, or changes what others are told."""
+    counts = throw_requests(engine, 40, 1)
+    assert counts["replied"] > 40
+    assert counts["refused at once"] > 40
+    assert counts["refused: PromptError"]
+    assert counts["refused: UsageError"]
+
+
+@pytest.mark.soak
+def test_soak_random_requests(engine: Engine) -> None:
+    """The same, thousands of times."""
+    sys.stderr.write(f"\nrequests: {dict(throw_requests(engine, 1_000, 2))}\n")
