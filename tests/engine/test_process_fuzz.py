@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import queue
 import random
 import socket
 import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +19,15 @@ from typing import Any
 import pytest
 from support import hosted
 from support.models import tiny_model
-from support.mutations import damaged_bytes, damaged_json, try_mutants
+from support.mutations import Outcome, damaged_bytes, damaged_json, try_mutants
 
 from dsmoe_local.base.progress import Advanced, Started
 from dsmoe_local.engine.engine import Engine
-from dsmoe_local.engine.errors import EngineError
+from dsmoe_local.engine.errors import EngineCrashError, EngineError
 from dsmoe_local.engine.fake import FakeEngine
 from dsmoe_local.engine.process import child, wire
 from dsmoe_local.engine.process.client import NATIVE, EngineClient
+from dsmoe_local.engine.process.log import LogKeeper
 from dsmoe_local.engine.process.spawn import spawn
 from dsmoe_local.engine.types import (
     Message,
@@ -39,7 +39,7 @@ from dsmoe_local.engine.types import (
     TokenEvent,
 )
 
-PATIENCE = 60  # seconds, for what takes less than one unless it hangs
+PATIENCE = 20  # seconds, for what takes less than one unless it hangs
 GREEDY = SamplingParameters(temperature=0)
 CONTROL = Request("control", "The quick brown fox", GREEDY, max_tokens=6)
 FIRST_CONTROL = 10_000_019
@@ -92,6 +92,10 @@ class RawHost:
 
     def __init__(self, factory: str, options: ModelOptions) -> None:
         self.process, self.channel = spawn()
+        # Read all the time: a full pipe would halt the process.
+        self._log = LogKeeper(None)
+        self._keeper = threading.Thread(target=self._log.read, args=(self.process.stdout,), daemon=True)
+        self._keeper.start()
         self.channel.settimeout(PATIENCE)
         self.source = self.channel.makefile("rb")
         self.channel.sendall(wire.pack(("load", factory, wire.to_plain(options))))
@@ -122,10 +126,11 @@ class RawHost:
         """Close the socket; the exit status, and the log."""
         self.source.close()
         self.channel.close()
+        status = self.process.wait(PATIENCE)
+        self._keeper.join(PATIENCE)
         assert self.process.stdout is not None
-        with self.process.stdout as output:
-            log = output.read().decode("utf-8", "replace")
-        return self.process.wait(PATIENCE), log
+        self.process.stdout.close()
+        return status, "\n".join(self._log.lines())
 
 
 @dataclass(slots=True)
@@ -155,6 +160,8 @@ def throw_frames(factory: str, options: ModelOptions, engine: TextEngine, n: int
                 host.channel.sendall(frame(body))
                 assert told(host.reply(next(numbers), CONTROL)) == expected, (name, body)
                 counts.survived += 1
+            except TimeoutError:
+                pytest.fail(f"nothing is answered behind {name}: {body!r}")
             except (EOFError, ConnectionError):
                 status, log = host.end()
                 assert status == 1, (name, body, status, log[-2000:])
@@ -198,23 +205,27 @@ def test_damaged_frames_to_a_real_engine() -> None:
 
 @pytest.mark.soak
 def test_soak_damaged_frames_to_the_process() -> None:
-    """The same, tens of thousands of times."""
-    counts = throw_frames(hosted.FAKE, fake_options(), FakeEngine(), 20_000, 3)
+    """The same, thousands of times."""
+    counts = throw_frames(hosted.FAKE, fake_options(), FakeEngine(), 4_000, 3)
     sys.stderr.write(f"\nframes to a fake engine: {counts}\n")
     options = real_options()
-    counts = throw_frames(NATIVE, options, Engine.load(options), 10_000, 4)
+    counts = throw_frames(NATIVE, options, Engine.load(options), 2_000, 4)
     sys.stderr.write(f"frames to a real engine: {counts}\n")
 
 
 # --- the other way ---
 
 
-class Peer:
-    """In the place of the engine's process: says what a fake engine does, with one frame damaged."""
+Change = Callable[[int, bytes], bytes]
 
-    def __init__(self, rng: random.Random) -> None:
-        self._rng = rng
-        self._victim = rng.randrange(8)
+
+class Peer:
+    """In the place of the engine's process: says what a fake engine does, in frames that `change` makes of
+    their number and their content.
+    """
+
+    def __init__(self, change: Change) -> None:
+        self._change = change
         self._n_sent = 0
         self._engine = FakeEngine(observations={"routing": {"layers": [1, 2.5, None]}})
         # It is there, and ends when it is killed, as the real one.
@@ -229,20 +240,10 @@ class Peer:
             try:
                 while (message := wire.receive(source)) is not None and message[0] != "close":
                     for answer in self._answers(*message):
-                        self._send(answer)
+                        self._theirs.sendall(self._change(self._n_sent, wire.pack(answer)[4:]))
+                        self._n_sent += 1
             except OSError:
                 return  # the client waits for what was damaged: the process ends
-
-    def _send(self, message: Any) -> None:
-        body = wire.pack(message)[4:]
-        if self._n_sent == self._victim:
-            plain = wire.receive(_Bytes(frame(body)))
-            body = damaged_json(plain, self._rng) if self._rng.random() < 0.8 else body
-            sent = frame(body) if self._rng.random() < 0.9 else damaged_bytes(frame(body), self._rng)
-            self._theirs.sendall(sent)
-        else:
-            self._theirs.sendall(frame(body))
-        self._n_sent += 1
 
     def _answers(self, kind: str, number: Any, *arguments: Any) -> Iterator[Any]:
         if kind == "load":
@@ -271,38 +272,63 @@ class Peer:
         self.process.wait(PATIENCE)
 
 
-class _Bytes:
-    def __init__(self, data: bytes) -> None:
-        self._data = data
+def damaged_once(rng: random.Random) -> Change:
+    """Damages one of the frames."""
+    victim = rng.randrange(8)
 
-    def read(self, size: int, /) -> bytes:
-        part, self._data = self._data[:size], self._data[size:]
-        return part
+    def change(number: int, body: bytes) -> bytes:
+        if number != victim:
+            return frame(body)
+        if rng.random() < 0.8:
+            body = damaged_json(json.loads(body), rng)
+        return frame(body) if rng.random() < 0.9 else damaged_bytes(frame(body), rng)
+
+    return change
 
 
-def hear_frames(monkeypatch: pytest.MonkeyPatch, n: int, seed: int) -> Any:
-    """Damaged frames from an engine's process: calls and streams end as they should, or with an error."""
+def listen(change: Change, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that a client asks, and the types of what it is told. Raises what it does."""
+    peer = Peer(change)
     monkeypatch.setattr(child, "_GRACE", 0.01)
-    peers: queue.SimpleQueue[Peer] = queue.SimpleQueue()
+    monkeypatch.setattr(child, "spawn", lambda: (peer.process, peer.ours))
+    try:
+        with EngineClient.load(fake_options()) as client:
+            assert client.info.n_context
+            for event in client.submit(Request("r", "abcdef", GREEDY, max_tokens=4, logprobs=True)):
+                assert isinstance(event.text, str)
+            assert all(type(token_id) is int for token_id in client.encode("x"))
+            assert isinstance(client.observe("routing"), dict)
+            with pytest.raises(EngineError):
+                client.decode((5,))
+    finally:
+        peer.end()
 
-    def read(rng: random.Random) -> None:
-        peer = Peer(rng)
-        monkeypatch.setattr(child, "spawn", lambda: (peer.process, peer.ours))
-        peers.put(peer)
-        try:
-            with EngineClient.load(fake_options()) as client:
-                assert client.info.n_context
-                request = Request("r", "abcdef", GREEDY, max_tokens=4, logprobs=True)
-                for event in client.submit(request):
-                    assert isinstance(event.text, str)
-                assert all(type(token_id) is int for token_id in client.encode("x"))
-                assert isinstance(client.observe("routing"), dict)
-                with pytest.raises(EngineError):
-                    client.decode((5,))
-        finally:
-            peer.end()
 
-    return try_mutants(read, n, seed)
+@pytest.mark.parametrize(
+    ("number", "body"),
+    [
+        (0, b'["progress",[1,2,3]]'),
+        (1, b'["progress",["Note",[5]]]'),
+        (4, b'["events",[[1,true]]]'),
+        (4, b'["events",[[1,["PromptError",1,"","",1]]]]'),
+        (4, b'["events",[[9,"x",0.5,1]]]'),
+        (4, b'["events",[[1,5,0.5,1]]]'),
+        (5, b'["answer",2,["x"]]'),
+        (6, b'["answer",3,null]'),
+    ],
+)
+def test_what_a_client_cannot_understand(number: int, body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a load, a stream or a call that ends in an error that nobody expects, or never, once its frame
+    is damaged in a place of its own.
+    """
+    with pytest.raises(EngineCrashError, match="cannot be understood"):
+        listen(lambda sent, content: frame(body if sent == number else content), monkeypatch)
+    listen(lambda _, content: frame(content), monkeypatch)
+
+
+def hear_frames(monkeypatch: pytest.MonkeyPatch, n: int, seed: int) -> Outcome:
+    """Damaged frames from an engine's process: calls and streams end as they should, or with an error."""
+    return try_mutants(lambda rng: listen(damaged_once(rng), monkeypatch), n, seed)
 
 
 def test_damaged_frames_from_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,4 +341,4 @@ def test_damaged_frames_from_the_process(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.soak
 def test_soak_damaged_frames_from_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same, thousands of times."""
-    sys.stderr.write(f"\nframes to the client: {hear_frames(monkeypatch, 5_000, 6)}\n")
+    sys.stderr.write(f"\nframes to the client: {hear_frames(monkeypatch, 2_000, 6)}\n")

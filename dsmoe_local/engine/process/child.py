@@ -376,9 +376,10 @@ class Child:
             if len(event) > wire.END_LENGTH:
                 self._hand(running, wire.event_from_plain(running.request_id, event))
             else:
+                end = None if event[1] is None else wire.error_from_plain(event[1])
                 # Forgotten first: the receiver may start the same id again.
                 self._forget(running)
-                self._hand(running, None if event[1] is None else wire.error_from_plain(event[1]))
+                self._hand(running, end)
 
     def _forget(self, running: _Running) -> None:
         with self._lock:
