@@ -6,6 +6,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from support.models import tiny_model
 from dsmoe_local.base.errors import DsmoeError, UsageError
 from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.errors import PromptError
+from dsmoe_local.engine.parameters import RANGES, REQUEST_RANGES
 from dsmoe_local.engine.types import (
     FinishReason,
     Message,
@@ -226,6 +228,13 @@ def outcome(name: str, stream: Iterator[TokenEvent], victims: Sequence[str], cou
     if any(event.finish_reason is FinishReason.CANCELLED for event in events):
         assert name in victims
     return "replied"
+
+
+def test_every_field_is_checked() -> None:
+    """Guards: a new field that takes anything, and is handed on to native code."""
+    assert set(RANGES) == {field.name for field in fields(SamplingParameters)} == set(SAMPLING)
+    assert {*REQUEST_RANGES, "prompt"} == {field.name for field in fields(Request)}
+    assert {*VALID, *SAMPLING} == set(INVALID)
 
 
 def test_random_requests(engine: Engine) -> None:
