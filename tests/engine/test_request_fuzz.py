@@ -30,7 +30,7 @@ N_CONTEXT = 128
 N_VOCAB = 640
 AT_ONCE = 6
 CONTROLS: tuple[dict[str, Any], ...] = (
-    {"prompt": "The quick brown fox", "sampling": SamplingParameters(temperature=0), "max_tokens": 9},
+    {"prompt": "a fox", "sampling": SamplingParameters(temperature=0), "max_tokens": 9, "logprobs": True},
     {
         "prompt": (7, 8, 9, 10),
         "sampling": SamplingParameters(temperature=1.5, seed=4),
@@ -182,13 +182,15 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
         yield loaded
 
 
-def reply(events: Sequence[TokenEvent]) -> dict[int, list[int | None]]:
-    return {index: [e.token_id for e in events if e.index == index and not e.progress] for index in range(3)}
+def told(events: Sequence[TokenEvent]) -> list[Any]:
+    """What was told of each reply, in its order."""
+    replies = [[event for event in events if event.index == index and not event.progress] for index in (0, 1)]
+    return [[(e.text, e.token_id, e.logprob, e.finish_reason) for e in one] for one in replies]
 
 
 def throw_requests(engine: Engine, n_rounds: int, seed: int) -> Counter[str]:
     """Rounds of requests at once, one of them with a known reply; some are cancelled in the middle."""
-    expected = [reply(list(engine.submit(Request("c", **values)))) for values in CONTROLS]
+    expected = [list(engine.submit(Request("c", **values))) for values in CONTROLS]
     counts: Counter[str] = Counter()
     for number in range(n_rounds):
         rng = random.Random(f"{seed}:{number}")
@@ -205,18 +207,21 @@ def throw_requests(engine: Engine, n_rounds: int, seed: int) -> Counter[str]:
         victims = [name for name in started if rng.random() < 0.1 and name != f"{seed}:{number}:{place}"]
         for name in victims:
             engine.cancel(name)
+        known = list(started.pop(f"{seed}:{number}:{place}"))
         for name, stream in started.items():
-            counts[outcome(name, stream, victims, counts)] += 1
-        if engine.info.deterministic or not number % 20:
-            known = reply(list(engine.submit(Request("c", **CONTROLS[control]))))
-            assert known == expected[control], f"{seed}:{number}"
+            counts[outcome(name, stream, victims)] += 1
+        if engine.info.deterministic:
+            assert told(known) == told(expected[control]), f"{seed}:{number}"
+        elif control == 0:
+            # In a pool the last digits depend on what else runs, and with them later tokens.
+            assert told(known)[0][0][2] == pytest.approx(told(expected[0])[0][0][2], abs=0.02), name
         if not number % 20:
             engine.check()
     engine.check()
     return counts
 
 
-def outcome(name: str, stream: Iterator[TokenEvent], victims: Sequence[str], counts: Counter[str]) -> str:
+def outcome(name: str, stream: Iterator[TokenEvent], victims: Sequence[str]) -> str:
     """How a request ended. Fails unless that is one of the ways a request may end."""
     try:
         events = list(stream)
