@@ -64,8 +64,8 @@ REQUESTS = (
 )
 MESSAGES: list[Any] = list_of(
     *(("start", 7, wire.to_plain(request)) for request in REQUESTS * 3),
-    ("call", 7, "encode", wire.to_plain(REQUESTS[2].prompt)),
-    ("call", 7, "encode", "dog"),
+    ("call", 7, "encode", [wire.to_plain(REQUESTS[2].prompt), False]),
+    ("call", 7, "encode", ["dog", False]),
     ("call", 7, "decode", [5, 6, 7]),
     ("call", 7, "load_cache", ["no such file", [5, 6, 7]]),
     ("call", 7, "observe", "routing"),

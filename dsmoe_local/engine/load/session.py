@@ -58,6 +58,7 @@ def load_session(options: ModelOptions, listen: progress.Listener, stop: threadi
         # Also of the header that was checked: no other file can have taken its place meanwhile.
         identity = exact_identity(file)
         if template is not None:
+            made.callback(template.close)
             template.bind(bos=model.text_of(model.bos), eos=model.text_of(model.eos))
         own = []
         if fit.paged:
