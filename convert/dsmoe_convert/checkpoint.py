@@ -18,7 +18,7 @@ from dsmoe_convert.errors import CheckpointError
 from dsmoe_convert.shards import LocalShards, ShardSource
 from dsmoe_convert.stored import DTYPES, StoredTensor
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.model.config_json import load_json
+from dsmoe_local.model.config_json import checkpoint_name, load_json
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import IGNORED_SOURCES, TensorSpec, tensor_specs
@@ -83,7 +83,7 @@ def open_checkpoint(
         "shards": {name: _state(folder / name) for name in names},
         "headers": digest(tensors.values()),
     }
-    return Checkpoint(folder.resolve().name or "model", tensors, LocalShards(folder), identity, files)
+    return Checkpoint(checkpoint_name(folder), tensors, LocalShards(folder), identity, files)
 
 
 def find_form(folder: Path, *, allow_pickle: bool) -> Form:

@@ -52,6 +52,11 @@ class HubRequest:
     token: str | None = None
     endpoint: str | None = None
 
+    @property
+    def name(self) -> str:
+        """The repository's name without its owner."""
+        return self.repository.partition("/")[2]
+
 
 def is_repository(text: str) -> bool:
     """Whether `text` has the form OWNER/NAME."""
@@ -108,8 +113,8 @@ class HubRepository:
 
     @property
     def name(self) -> str:
-        """The repository's name without its owner."""
-        return self._request.repository.partition("/")[2]
+        """See HubRequest."""
+        return self._request.name
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from dsmoe_convert.tokenizer import read_tokenizer
 from dsmoe_local.base import durable
 from dsmoe_local.base.errors import InterruptedRunError, UsageError, missing_extra
 from dsmoe_local.base.progress import Advanced, Listener, Note
-from dsmoe_local.model.config_json import read_config
+from dsmoe_local.model.config_json import checkpoint_name, read_config
 from dsmoe_quantize.output import Summary, refuse_early
 
 
@@ -68,10 +68,13 @@ def convert(
 
 
 def _early_name(source: str, options: ConvertOptions) -> Path | None:
-    """The default output, before anything is read or downloaded; None where the weights decide its type."""
+    """`Conversion.default_name`, before anything is read or downloaded; None where the weights decide its
+    type.
+    """
     if options.choice is None:
         return None
-    name = (locate(source) or Path(source)).name
+    folder = locate(source)
+    name = checkpoint_name(folder) if folder is not None else HubRequest(source).name
     return Path(output_name(name, options.choice, options.wishes))
 
 

@@ -9,6 +9,7 @@ import click
 
 from dsmoe_local.base.errors import UsageError, missing_extra
 from dsmoe_local.base.sizes import format_size
+from dsmoe_local.base.text import safe_line
 from dsmoe_local.cli.type_options import (
     TypeOptions,
     TypeRow,
@@ -83,7 +84,7 @@ def command(
                     source, options, source_options, RunOptions(listen=listen, stop=stop), headers_only=True
                 )
             )
-        _show(planned.conversion)
+        _show(planned.conversion, out or planned.conversion.default_name)
         show_notes(planned.conversion.notes)
         return
     summary = run_with_progress(
@@ -94,7 +95,7 @@ def command(
     show_result(summary_line(summary))
 
 
-def _show(conversion: Conversion) -> None:
+def _show(conversion: Conversion, out: Path | str) -> None:
     """The table of a dry run, on stdout."""
     from dsmoe_local.model.ggml import tensor_bytes
 
@@ -106,6 +107,6 @@ def _show(conversion: Conversion) -> None:
     n_weights = sum(tensor.spec.n_weights for tensor in conversion.tensors)
     show_types(
         rows,
-        f"{conversion.default_name}: {len(rows)} tensors, {format_size(n_bytes)},"
+        f"{safe_line(str(out))}: {len(rows)} tensors, {format_size(n_bytes)},"
         f" {8 * n_bytes / n_weights:.2f} bits per weight",
     )

@@ -9,6 +9,7 @@ import click
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.sizes import format_size
+from dsmoe_local.base.text import safe_line
 from dsmoe_local.cli.configuration import from_command_line, told_origin
 from dsmoe_local.cli.model_options import ModelName, find_model
 from dsmoe_local.cli.target_options import TARGETS, TargetOptions, show_offers, show_reasons, target_options
@@ -79,7 +80,7 @@ def command(
     if targets.recipe_out is not None:
         _write_recipe(plan, targets.recipe_out, force=force)
     if dry_run:
-        _show(plan)
+        _show(plan, output)
         show_notes(plan.notes)
         return
     summary = run_with_progress(
@@ -169,7 +170,7 @@ def _write_recipe(plan: Plan, path: Path, *, force: bool) -> None:
         )
 
 
-def _show(plan: Plan) -> None:
+def _show(plan: Plan, out: Path) -> None:
     """The table of a dry run, on stdout."""
     rows = [
         TypeRow(each.source.name, each.source.shape, each.source.type, each.choice, each.n_bytes)
@@ -178,8 +179,8 @@ def _show(plan: Plan) -> None:
     before = sum(change.source.n_bytes for change in plan.changes)
     show_types(
         rows,
-        f"{len(rows)} tensors, {format_size(plan.n_bytes)} (from {format_size(before)}),"
-        f" {plan.bits_per_weight:.2f} bits per weight,"
+        f"{safe_line(str(out))}: {len(rows)} tensors, {format_size(plan.n_bytes)}"
+        f" (from {format_size(before)}), {plan.bits_per_weight:.2f} bits per weight,"
         f" {format_size(plan.n_bytes_per_token)} read per token",
     )
     if plan.n_requantized:

@@ -89,6 +89,13 @@ def read_config(folder: Path) -> Hyperparameters:
     return parse_config(load_json(folder / FILE_NAME), folder / FILE_NAME)
 
 
+def checkpoint_name(folder: Path) -> str:
+    """What a checkpoint is called: its folder, as the user names it. `.`, `..` and `/` are no names: there it
+    is the folder that they lead to.
+    """
+    return folder.name if folder.name not in ("", "..") else folder.resolve().name or "model"
+
+
 def load_json(path: Path, max_bytes: int = _MAX_BYTES) -> dict[str, Any]:
     """A JSON object from a file of at most `max_bytes`, strictly. FileError or FormatError."""
     try:
@@ -164,7 +171,7 @@ def parse_config(values: Mapping[str, Any], path: Path) -> Hyperparameters:
         expert_size=config.integer("moe_intermediate_size", 1, 1 << 20),
         routed_scaling_factor=config.number("routed_scaling_factor", 1e-6, 1e6, 1.0),
         tied_embeddings=config.flag("tie_word_embeddings", default=False),
-        name=path.parent.resolve().name,
+        name=checkpoint_name(path.parent),
     )
 
 

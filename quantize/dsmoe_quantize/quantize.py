@@ -216,7 +216,7 @@ def default_output(source: Path, choice: TypeChoice, wishes: Wishes) -> Path:
 def output_called(source: Path, label: str) -> Path:
     """As `default_output`, where what the types are called is known and they are not yet."""
     words = "|".join(map(re.escape, (*known_words(), *ALIASES)))
-    name = re.sub(rf"[-._]({words})$", "", source.stem, flags=re.IGNORECASE)
+    name = re.sub(rf"(?<=.)[-._]({words})$", "", source.stem, flags=re.IGNORECASE)
     return Path(f"{name}-{label}.gguf")
 
 

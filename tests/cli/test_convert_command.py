@@ -52,6 +52,27 @@ def test_default_output(arguments: tuple[str, ...], name: str, checkpoint: Path)
     assert read_model(checkpoint.parent / name)[1].name == "tiny"
 
 
+@pytest.mark.parametrize("source", [".", "../tiny", "sub/..", "link", "./"])
+def test_a_dry_run_names_what_a_run_writes(
+    source: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`-q8.gguf` for a folder that has no name, as `.`; a dry run that shows another name than is written."""
+    (checkpoint / "sub").mkdir()
+    (checkpoint / "link").symlink_to(checkpoint)
+    monkeypatch.chdir(checkpoint)
+    shown = invoke(source, "--type", "q8", "--dry-run").output
+    before = set(checkpoint.iterdir())
+    invoke(source, "--type", "q8")
+    (written,) = set(checkpoint.iterdir()) - before
+    assert written.name == ("link-q8.gguf" if source == "link" else "tiny-q8.gguf")
+    assert f"\n{written.name}: " in shown
+
+
+def test_a_dry_run_shows_the_output_that_is_named(checkpoint: Path) -> None:
+    """A dry run that shows the default name beside `-o`."""
+    assert "\nsome/where.gguf: 38 tensors" in invoke("tiny", "-o", "some/where.gguf", "--dry-run").output
+
+
 def test_summary_and_force(checkpoint: Path) -> None:
     """A run that says nothing at its end, overwrites unasked, or refuses although asked."""
     first = run("tiny", "-o", "out.gguf")

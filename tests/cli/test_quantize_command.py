@@ -56,6 +56,14 @@ def test_dry_run_shows_every_tensor(source: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [source.name]
 
 
+@pytest.mark.parametrize("arguments", [(), ("some/where.gguf",)])
+def test_a_dry_run_names_the_output(arguments: tuple[str, ...], source: Path) -> None:
+    """A dry run that leaves open where the file would go."""
+    name = arguments[0] if arguments else "tiny-q8.gguf"
+    shown = invoke(source, *arguments, "--type", "q8", "--dry-run").stdout
+    assert f"\n{name}: " in shown
+
+
 def test_fallbacks_are_told(source: Path) -> None:
     """A fallback that only a dry run shows."""
     result = invoke(source, "--type", "q4")

@@ -188,6 +188,7 @@ def test_targets() -> None:
         ("x.q8_0.gguf", "Q4", "x-q4.gguf"),
         ("plain.gguf", "BF16", "plain-BF16.gguf"),
         ("q4.gguf", "q8", "q4-q8.gguf"),
+        ("-q4.gguf", "q8", "-q4-q8.gguf"),
     ],
 )
 def test_default_output(source: str, word: str, out: str) -> None:
