@@ -227,6 +227,7 @@ def run(conversion: Conversion, out: Path, run_options: RunOptions) -> Summary:
             threads=run_options.threads,
             force=run_options.force,
             arrange=arrange,
+            journaled=conversion.checkpoint.shards.release,
             listen=run_options.listen,
             stop=run_options.stop,
         )

@@ -1,8 +1,9 @@
-"""Shards that are not here yet: each is fetched when its turn comes, and deleted once it has been read.
+"""Shards that are not here yet: each is fetched when its turn comes, and deleted once nothing needs it.
 
-At most two shards lie on disk, so that the next one arrives while one is encoded. Which comes when follows
-from the order in which tensors are encoded, so every wait ends: the shards of a tensor come before those of
-the next, and go when no later tensor needs them.
+A shard is needed until everything that is made of it is synced and journaled: whatever kills the run, the
+next one finds either the shard or what was made of it. At most two shards lie on disk, so that the next one
+arrives while one is encoded. Which comes when follows from the order in which tensors are encoded, so every
+wait ends: the shards of a tensor come before those of the next, and go when no later tensor needs them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dsmoe_convert.errors import CheckpointError
 from dsmoe_convert.shards import read_span
 from dsmoe_convert.stored import StoredTensor
 from dsmoe_local.base.errors import InterruptedRunError
+from dsmoe_local.base.faults import reach
 from dsmoe_local.base.text import safe_line
 
 N_SHARDS = 2
@@ -35,7 +37,7 @@ class ShardWindow:
         self._changed = threading.Condition()
         self._sequence: list[str] = []
         self.n_shards = N_SHARDS
-        self._unread: dict[str, dict[str, int]] = {}
+        self._needed_by: dict[str, set[str]] = {}
         self._present: dict[str, _Shard] = {}
         self._error: BaseException | None = None
         self._closing = False
@@ -49,10 +51,10 @@ class ShardWindow:
             return max(shards), min(shards)
 
         order = sorted(wanted, key=key)
-        for name in order:
-            for tensor in wanted[name]:
-                self._unread.setdefault(tensor.shard, {})[tensor.name] = tensor.n_bytes
         needs = [sorted({tensor.shard for tensor in wanted[name]}) for name in order]
+        for name, shards in zip(order, needs, strict=True):
+            for shard in shards:
+                self._needed_by.setdefault(shard, set()).add(name)
         self._sequence = list(dict.fromkeys(shard for shards in needs for shard in shards))
         self.n_shards = max(N_SHARDS, _most_at_once(needs))
         self._thread = threading.Thread(target=self._bring_all, name="shards", daemon=True)
@@ -90,16 +92,16 @@ class ShardWindow:
             )
         read_span(shard.descriptor, shard.path, actual.offset + start, buffer)
 
-    def done_with(self, tensor: StoredTensor, n_bytes: int) -> None:
-        """See ShardSource; the shard is deleted with its last byte."""
+    def release(self, names: Sequence[str]) -> None:
+        """See ShardSource; a shard that only these needed is deleted."""
         with self._changed:
-            unread = self._unread[tensor.shard]
-            unread[tensor.name] -= n_bytes
-            if unread[tensor.name] <= 0:
-                del unread[tensor.name]
-            if not unread:
-                self._present.pop(tensor.shard).delete()
-                self._changed.notify_all()
+            for shard, needed_by in list(self._needed_by.items()):
+                needed_by.difference_update(names)
+                if not needed_by:
+                    del self._needed_by[shard]
+                    reach("shards.spent")
+                    self._present.pop(shard).delete()
+            self._changed.notify_all()
 
     def close(self) -> None:
         """See ShardSource. Shards that are still here stay on disk for the next run."""

@@ -32,20 +32,10 @@ class StackedRows:
 
     def read(self, first_row: int, n_rows: int, scratch: Bytes) -> Bytes:
         """See RowSource."""
-        raw = self.fetch(first_row, n_rows, scratch)
-        self.done_with(first_row, n_rows)
-        return raw
-
-    def fetch(self, first_row: int, n_rows: int, scratch: Bytes) -> Bytes:
-        """As `read`, but the rows may be asked for again."""
         part, row = divmod(first_row, self._rows)
         raw = scratch[: n_rows * self._row_bytes]
         self._shards.read_into(self._parts[part], row * self._row_bytes, raw.data)
         return raw
-
-    def done_with(self, first_row: int, n_rows: int) -> None:
-        """These rows are not needed any more."""
-        self._shards.done_with(self._parts[first_row // self._rows], n_rows * self._row_bytes)
 
 
 class RotaryRows:
@@ -69,10 +59,9 @@ class RotaryRows:
         needed = (end - first) * self._row_bytes
         if scratch.size < needed:
             scratch = np.empty(needed, np.uint8)
-        heads = torch.from_numpy(self._inner.fetch(first, end - first, scratch))
+        heads = torch.from_numpy(self._inner.read(first, end - first, scratch))
         pairs = heads.view(-1, 2, size // 2, self._row_bytes).transpose(1, 2).reshape(-1)
         start = (first_row - first) * self._row_bytes
-        self._inner.done_with(first_row, n_rows)
         result: Bytes = pairs[start : start + n_rows * self._row_bytes].numpy()
         return result
 

@@ -24,8 +24,8 @@ class ShardSource(Protocol):
         """Fill `buffer` with the tensor's bytes from byte `start` on. FileError or CheckpointError."""
         ...
 
-    def done_with(self, tensor: StoredTensor, n_bytes: int) -> None:
-        """Learn that `n_bytes` more of the tensor will not be read again."""
+    def release(self, names: Sequence[str]) -> None:
+        """Learn that what was made under these names survives a crash: it will not be made again."""
         ...
 
     def close(self) -> None:
@@ -49,7 +49,7 @@ class LocalShards:
         """See ShardSource."""
         read_span(self._open(tensor.shard), self._folder / tensor.shard, tensor.offset + start, buffer)
 
-    def done_with(self, tensor: StoredTensor, n_bytes: int) -> None:
+    def release(self, names: Sequence[str]) -> None:
         """See ShardSource. The shards stay."""
 
     def _open(self, shard: str) -> int:

@@ -171,11 +171,10 @@ class Staging:
         self.folder.mkdir(exist_ok=True)
         for partial in self.folder.rglob("*.incomplete"):
             partial.unlink(missing_ok=True)
-        here = [shard for shard in self._shards if (self.folder / shard).exists()]
-        # The first is needed soonest, and one more must fit beside it.
+        # What the window asks for first may be here from an interrupted run; nothing else is of use.
         n_shards = self.window.n_shards
-        for shard in here[n_shards - 1 :]:
-            (self.folder / shard).unlink()
+        for shard in set(self._shards) - set(self.window.sequence[:n_shards]):
+            (self.folder / shard).unlink(missing_ok=True)
         largest = sorted((self._repository.sizes[shard] for shard in self._shards), reverse=True)[:n_shards]
         missing = self.n_output - part.stat().st_blocks * 512 if part.exists() else 0
         durable.require_space(self.out.parent, max(0, missing) + sum(largest))

@@ -19,6 +19,7 @@ POINTS = {
     "output.complete": "all tensors are written and synced, nothing is verified",
     "output.verified": "the temp file is verified, not renamed",
     "output.renamed": "the final name exists, the journal is still there",
+    "shards.spent": "what was made of a downloaded shard is journaled, the shard is still there",
     "batch.spooled": "standard input is kept, nothing is answered",
     "batch.created": "the batch's output exists, empty, without a journal",
     "batch.begun": "the batch's journal exists, without a record",

@@ -28,7 +28,7 @@ from dsmoe_quantize import kernels
 from dsmoe_quantize.encode import TensorJob, check_job
 from dsmoe_quantize.errors import WeightError
 from dsmoe_quantize.part_file import PartFile, exists_error, journal_of
-from dsmoe_quantize.pipeline import Effects, PlacedJob, Syncer, encode_all, n_cores
+from dsmoe_quantize.pipeline import Effects, Journaled, PlacedJob, Syncer, encode_all, n_cores
 
 Arrange: TypeAlias = Callable[[Sequence[TensorJob]], Sequence[TensorJob]]
 
@@ -68,12 +68,14 @@ def write_output(
     threads: int = 0,
     force: bool = False,
     arrange: Arrange = list,
+    journaled: Journaled = lambda names: None,
     listen: Listener = ignore,
     stop: threading.Event | None = None,
 ) -> Summary:
     """Write `jobs` in this order, after `metadata` as it is, to `out`, which appears complete or not at all.
 
-    They are encoded in the order that `arrange` gives to those that an interrupted run has left.
+    They are encoded in the order that `arrange` gives to those that an interrupted run has left. `journaled`
+    hears which of them no later run will encode again, once they are synced and the journal says so.
 
     `fingerprint` holds whatever decides the bytes (the source's identity, the options), as JSON values by a
     name that a user understands: a run that was interrupted is continued if it agrees, else started over.
@@ -95,7 +97,8 @@ def write_output(
         before = _states(sources)
         with durable.locked(out), PartFile(out, plan, fingerprint, listen, force) as part:
             if not part.published:
-                _fill(part, plan, jobs, arrange, threads or n_cores(), listen, stop or threading.Event())
+                stop = stop or threading.Event()
+                _fill(part, plan, jobs, arrange, journaled, threads or n_cores(), listen, stop)
                 _refuse_changes(before, part)
                 reach("output.complete")
             part.publish(tensors)
@@ -128,6 +131,7 @@ def _fill(
     plan: GgufPlan,
     jobs: Sequence[TensorJob],
     arrange: Arrange,
+    journaled: Journaled,
     threads: int,
     listen: Listener,
     stop: threading.Event,
@@ -145,7 +149,7 @@ def _fill(
             n_done += n_bytes
             listen(Advanced(n_bytes, job.name))
 
-    syncer = Syncer(part.descriptor, part.journal)
+    syncer = Syncer(part.descriptor, part.journal, journaled)
     effects = Effects(
         lambda data, offset: write_at(part.descriptor, data.data, offset), advanced, syncer.finished
     )

@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from dsmoe_local.base import durable
 from dsmoe_local.base.faults import reach
@@ -22,6 +23,9 @@ has to write, and what an interruption has to wait for.
 """
 SYNC_SECONDS = 1.0
 """How long a finished tensor may wait for one."""
+
+Journaled: TypeAlias = Callable[[Sequence[str]], object]
+"""Hears the names of tensors that are synced and journaled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,15 +159,17 @@ class _Run:
 
 
 class Syncer:
-    """A thread that syncs the file and then journals what was finished before the sync.
+    """A thread that syncs the file and then journals what was finished before the sync; `journaled` hears the
+    names.
 
     It works while others write, so that little is left to sync at the end. An error ends it: `finished` and
     `close` raise it.
     """
 
-    def __init__(self, descriptor: int, journal: durable.Journal) -> None:
+    def __init__(self, descriptor: int, journal: durable.Journal, journaled: Journaled) -> None:
         self._descriptor = descriptor
         self._journal = journal
+        self._journaled = journaled
         self._waiting: list[str] = []
         self._n_bytes = 0
         self._closing = False
@@ -219,6 +225,7 @@ class Syncer:
             reach("output.synced")
             self._journal.append(*names)
             reach("output.journaled")
+            self._journaled(names)
         except BaseException as error:  # noqa: BLE001 - raised where someone waits for this thread
             with self._wake:
                 self._error = error

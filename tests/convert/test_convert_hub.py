@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,14 @@ import torch
 from support.checkpoints import TINY, random_weights, write_checkpoint, write_weights
 from support.hub_server import COMMIT, Hub, serving
 
+from dsmoe_convert.checkpoint import SAFETENSORS, read_index
 from dsmoe_convert.convert import ConvertOptions, RunOptions
 from dsmoe_convert.errors import HubError
+from dsmoe_convert.low_disk import ShardWindow
 from dsmoe_convert.sources import SourceOptions, convert, plan_source
 from dsmoe_local.base.errors import DsmoeError, InterruptedRunError, UsageError
 from dsmoe_local.base.progress import Advanced, Event, Started
+from dsmoe_local.model.layout import tensor_specs
 
 SECRET = "hf_" + "secret" * 5
 N_SHARDS = 5
@@ -27,10 +31,11 @@ SCRIPT = "from dsmoe_local.cli.main import convert; convert()"
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the hub's cache out of the user's."""
+    """Keep the hub's cache out of the user's; free shards without a second's delay."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("dsmoe_quantize.pipeline.SYNC_SECONDS", 0.01)
 
 
 @pytest.fixture
@@ -143,23 +148,63 @@ def test_low_disk_resumes(hub: Hub, tmp_path: Path, expected: bytes) -> None:
     assert not list(tmp_path.glob(".out.gguf*"))
 
 
-def test_low_disk_killed(hub: Hub, tmp_path: Path, expected: bytes) -> None:
-    """kill -9 while shards come and go."""
+@pytest.mark.parametrize(
+    ("fault", "sync_seconds"),
+    [
+        ("output.slab:60", 0.01),
+        ("output.synced:1", 1),
+        ("output.journaled:1", 1),
+        ("shards.spent:1", 0.01),
+        ("shards.spent:3", 0.01),
+    ],
+)
+def test_low_disk_killed(fault: str, sync_seconds: float, hub: Hub, tmp_path: Path, expected: bytes) -> None:
+    """kill -9 after a shard was read and deleted, before what was made of it was on the disk: it had to be
+    downloaded again.
+    """
     out = tmp_path / "out" / "out.gguf"
     out.parent.mkdir()
-    command = [sys.executable, "-c", SCRIPT, hub.repository, "-o", str(out), "--low-disk"]
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path / "home"),
-        "DSMOE_FAULT": "output.slab:60",
-    }
-    assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
+    code = f"from dsmoe_quantize import pipeline; pipeline.SYNC_SECONDS = {sync_seconds}; {SCRIPT}"
+    command = [sys.executable, "-c", code, hub.repository, "-o", str(out), "--low-disk"]
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+    killed = subprocess.run(command, env=environment | {"DSMOE_FAULT": fault}, check=False)
+    assert killed.returncode == -signal.SIGKILL
     assert not out.exists()
-    done = subprocess.run(command, env=environment | {"DSMOE_FAULT": ""}, capture_output=True, check=False)
+    # One comes after the other: all but the last were here.
+    complete = shards_in(hub.downloads())[:-1]
+    complete += [path.name for path in (out.parent / ".out.gguf.shards").glob("*.safetensors")]
+    assert complete
+    hub.requests.clear()
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert not set(complete) & set(hub.downloads())
     assert out.read_bytes() == expected
     assert [path.name for path in out.parent.iterdir()] == ["out.gguf"]
+
+
+def test_a_shard_is_kept_until_it_is_not_needed(
+    hub: Hub, tmp_path: Path, expected: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard that is deleted when it is read, and not when the journal names all that was made of it."""
+    out = tmp_path / "out.gguf"
+    staging = tmp_path / ".out.gguf.shards"
+    index = read_index(hub.folder / SAFETENSORS.index, SAFETENSORS.suffix)
+    needs = {spec.name: {index[source] for source in spec.sources} for spec in tensor_specs(TINY)}
+    release = ShardWindow.release
+    released: set[str] = set()
+
+    def look(window: ShardWindow, names: Sequence[str]) -> None:
+        journal = (tmp_path / ".out.gguf.part.journal").read_text().splitlines()
+        assert {json.loads(line) for line in journal[1:]} == released | set(names)
+        waiting = set().union(*(needs[name] for name in needs.keys() - released))
+        gone = set(shards_in(hub.downloads())[:-1]) - {path.name for path in staging.iterdir()}
+        assert not gone & waiting
+        released.update(names)
+        release(window, names)
+
+    monkeypatch.setattr(ShardWindow, "release", look)
+    assert fetch(hub, out, low_disk=True) == expected
+    assert released == needs.keys()
 
 
 def test_a_moved_branch_starts_over(hub: Hub, tmp_path: Path) -> None:
