@@ -1,32 +1,33 @@
 """Where the tensors of a PyTorch `.bin` file lie. Unpickling happens in a child process, restricted.
 
 `torch.load(weights_only=True, mmap=True)` builds tensors and nothing else, but it still interprets a pickle:
-if it is tricked or crashes, a child without our files open is what it takes down. The child reports spans
-of bytes; the parent then reads them as it reads safetensors. Run as a module, this file is that child.
+if it is tricked or crashes, a child that can do little (`restricted`) is what it takes down. The child's
+answer, spans of bytes, is checked; then the parent reads them as it reads safetensors. Run as a module, this
+file is that child.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 import threading
-import time
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsmoe_convert import restricted
 from dsmoe_convert.errors import CheckpointError
 from dsmoe_convert.stored import DTYPES, StoredTensor
-from dsmoe_local.base.errors import FileError, InterruptedRunError
+from dsmoe_local.base.errors import FileError
 from dsmoe_local.base.text import safe_line
 
 if TYPE_CHECKING:
     import torch
 
-_TIMEOUT = 600  # seconds; reading the pickle of a 10 GB shard takes about one
-_POLL = 0.2
+_SECONDS = 600  # reading the pickle of a 10 GB shard takes about one
+_CPU_SECONDS = 120
+_MEMORY = 2 << 30  # beside the file, which is mapped
 _LOCAL_HEADER = 30  # bytes of a zip entry's local header before its name
 
 
@@ -38,56 +39,47 @@ def read_tensors(path: Path, stop: threading.Event | None = None) -> dict[str, S
     Raises CheckpointError if the file is not a plain dictionary of dense, contiguous tensors in PyTorch's zip
     format, FileError if it cannot be read.
     """
-    # -P: a file called torch.py in the current folder must not be imported.
-    command = [sys.executable, "-P", "-m", "dsmoe_convert.pickle_bin", str(path.absolute())]
     try:
         size = path.stat().st_size
-        status, output = _run(command, stop or threading.Event())
-    except subprocess.TimeoutExpired as error:
-        raise CheckpointError(f"reading the pickle took more than {_TIMEOUT} s", where=path) from error
+        status, output = restricted.run_module(__name__, str(path.absolute()), seconds=_SECONDS, stop=stop)
+    except restricted.GaveUpError as error:
+        raise _refusal(path, str(error)) from error
     except OSError as error:
         raise FileError(f"cannot read the shard: {error.strerror}", where=path) from error
     answer = _answer(output)
     if status != 0 or "tensors" not in answer:
-        what = answer.get("error") or f"the reader died with status {status}"
-        raise CheckpointError(
-            f"not a usable .bin file: {safe_line(str(what), 80)}",
-            where=path,
-            remedy="save it as safetensors and convert that",
-        )
-    tensors = {
-        name: StoredTensor(name, dtype, tuple(shape), path.name, offset, n_bytes)
-        for name, dtype, shape, offset, n_bytes in answer["tensors"]
-    }
-    for tensor in tensors.values():
-        kind = DTYPES.get(tensor.dtype)
-        expected = math.prod(tensor.shape) * kind.n_bytes if kind else tensor.n_bytes
-        if tensor.offset < 0 or tensor.n_bytes != expected or tensor.offset + tensor.n_bytes > size:
+        raise _refusal(path, str(answer.get("error") or f"the reader died with status {status}"))
+    tensors = {}
+    for entry in answer["tensors"] if isinstance(answer["tensors"], list) else [None]:
+        tensor = _stored(entry, path.name, size)
+        if tensor is None:
             raise CheckpointError(
-                "damaged .bin file: a tensor lies outside of it",
-                where=f"{path}: {safe_line(tensor.name, 80)}",
+                "damaged .bin file: a tensor lies outside of it", where=f"{path}: {safe_line(str(entry), 80)}"
             )
+        tensors[tensor.name] = tensor
     return tensors
 
 
-def _run(command: list[str], stop: threading.Event) -> tuple[int, bytes]:
-    """Exit status and output of the child, which Ctrl-C on the terminal does not reach."""
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
-    ) as child:
-        give_up = time.monotonic() + _TIMEOUT
-        while True:
-            try:
-                output, _ = child.communicate(timeout=_POLL)
-            except subprocess.TimeoutExpired:
-                if stop.is_set() or time.monotonic() > give_up:
-                    child.kill()
-                if stop.is_set():
-                    raise InterruptedRunError("interrupted", remedy="run the same command again") from None
-                if time.monotonic() > give_up:
-                    raise
-            else:
-                return child.returncode, output
+def _refusal(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"not a usable .bin file: {safe_line(what, 80)}",
+        where=path,
+        remedy="save it as safetensors and convert that",
+    )
+
+
+def _stored(entry: object, shard: str, size: int) -> StoredTensor | None:
+    """A line of the child's answer, None unless it is a tensor in a file of `size` bytes."""
+    match entry:
+        case [str(name), str(dtype), list(shape), int(offset), int(n_bytes)]:
+            if not all(type(length) is int and length >= 0 for length in shape):
+                return None
+            kind = DTYPES.get(dtype)
+            expected = math.prod(shape) * kind.n_bytes if kind else n_bytes
+            if min(offset, n_bytes) < 0 or n_bytes != expected or offset + n_bytes > size:
+                return None
+            return StoredTensor(name, dtype, tuple(shape), shard, offset, n_bytes)
+    return None
 
 
 def _answer(output: bytes) -> dict[str, Any]:
@@ -100,8 +92,10 @@ def _answer(output: bytes) -> dict[str, Any]:
 
 def _describe(path: str) -> list[tuple[str, str, list[int], int, int]]:
     """In the child: (name, dtype, shape, offset in the file, bytes) of every tensor."""
+    restricted.leave_network()
     import torch
 
+    restricted.confine(memory=_MEMORY + Path(path).stat().st_size, seconds=_CPU_SECONDS)
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if isinstance(state, dict) and set(state) == {"state_dict"}:
         state = state["state_dict"]
