@@ -158,7 +158,6 @@ KNOWN_NAMES = frozenset(
         "falcon",
         "falcon-h1",
         "falcon3",
-        "gemma4",
         "gigachat",
         "glm4",
         "glm5",
@@ -166,7 +165,6 @@ KNOWN_NAMES = frozenset(
         "gpt-4o",
         "gpt3-finnish",
         "granite-docling",
-        "granite-embed-multi-311m",
         "granite-embed-multi-97m",
         "grok-2",
         "hunyuan",
@@ -209,7 +207,6 @@ KNOWN_NAMES = frozenset(
         "qwen35",
         "refact",
         "roberta-bpe",
-        "sarvam-moe",
         "seed-coder",
         "smaug-bpe",
         "smollm",
@@ -224,11 +221,31 @@ KNOWN_NAMES = frozenset(
         "trillion",
         "ufakzeka",
         "viking",
-        "whitespace",
         "youtu",
     ]
 )
-"""Every name that llama.cpp loads; it refuses a file with another one."""
+"""Every name that llama.cpp loads for a byte-level vocabulary; it refuses a file with an unknown one."""
+
+IGNORE_MERGES = frozenset(
+    [
+        "falcon-h1",
+        "falcon3",
+        "glm4",
+        "glm5",
+        "granite-embed-multi-97m",
+        "jina-v5-nano",
+        "lfm2",
+        "llama-bpe",
+        "llama-v3",
+        "llama3",
+        "midm-2.0",
+        "minicpm5",
+        "pixtral",
+        "tekken",
+        "youtu",
+    ]
+)
+"""The names under which llama.cpp takes a word that is a token as it is, whatever the merges say."""
 
 
 def check_name(name: str) -> str:
@@ -247,8 +264,6 @@ def by_definition(tokenizer: Mapping[str, Any], *, joins_digits: bool) -> str | 
 
     `joins_digits`: whether some token of the vocabulary holds two digits side by side.
     """
-    if _normalizes(tokenizer.get("normalizer")):
-        return None
     steps = definition_of(tokenizer.get("pre_tokenizer"))
     ignore_merges = tokenizer["model"].get("ignore_merges") or False
     for known in DEFINITIONS:
@@ -284,12 +299,3 @@ def definition_of(pre_tokenizer: object) -> tuple[Step, ...]:
         prefix, regex = pre_tokenizer.get("add_prefix_space", True), pre_tokenizer.get("use_regex", True)
         return (("ByteLevel", prefix, regex),)
     return ((kind, json.dumps(pre_tokenizer, sort_keys=True)),)
-
-
-def _normalizes(normalizer: object) -> bool:
-    # llama.cpp runs no normalizer for these names.
-    return bool(normalizer) and not (
-        isinstance(normalizer, dict)
-        and normalizer.get("type") == "Sequence"
-        and not normalizer.get("normalizers")
-    )

@@ -13,6 +13,7 @@ from typing import Any
 from gguf.constants import GGUFValueType
 
 from dsmoe_convert.errors import TokenizerError
+from dsmoe_convert.unsupported import check_tokens_around
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.model.config_json import FILE_NAME, load_json
 from dsmoe_local.model.gguf_file import Field
@@ -46,19 +47,21 @@ class SpecialTokens:
 
 
 def read_special_tokens(
-    folder: Path,
-    tokenizer: Mapping[str, Any],
+    path: Path,
+    around: tuple[list[int], list[int]],
     config: Mapping[str, Any],
     ids: Mapping[str, int],
     n_vocab: int,
     note: Callable[[str], None],
 ) -> SpecialTokens:
-    """The special tokens of the tokenizer in `folder`; `ids` is its vocabulary.
+    """The special tokens of the tokenizer at `path`, by the files beside it; `ids` is its vocabulary,
+    `around` what its post-processor puts before and after a text.
 
     Names in tokenizer_config.json or special_tokens_map.json count first, then ids in generation_config.json
     and config.json. Raises TokenizerError for an EOS that is missing, a name that is no token, an id that is
     out of range or a flag that is not one.
     """
+    folder = path.parent
     sources = [config, *(load_json(folder / _MAP) for _ in range((folder / _MAP).exists()))]
     numbers = [load_json(folder / name) for name in (_GENERATION, FILE_NAME) if (folder / name).exists()]
 
@@ -85,17 +88,16 @@ def read_special_tokens(
             remedy="add eos_token to tokenizer_config.json",
         )
     bos = find("bos")
+    check_tokens_around(path, around, bos, eos)
     add_bos = _flag(folder, config, "add_bos_token")
     add_eos = _flag(folder, config, "add_eos_token")
     if add_bos is None:
-        add_bos = bos is not None and (
-            _template_adds(tokenizer, 0, bos, ids) or config.get("tokenizer_class") in _ADDS_BOS
-        )
+        add_bos = bool(around[0]) or config.get("tokenizer_class") in _ADDS_BOS
     if bos is None:
         note("the tokenizer has no beginning-of-sequence token; the end-of-sequence token stands in, unused")
         bos, add_bos = eos, False
     if add_eos is None:
-        add_eos = _template_adds(tokenizer, -1, eos, ids)
+        add_eos = bool(around[1])
     return SpecialTokens(bos, eos, find("pad"), find("unk"), add_bos, add_eos)
 
 
@@ -133,20 +135,3 @@ def _flag(folder: Path, config: Mapping[str, Any], key: str) -> bool | None:
             remedy="accepted: true, false",
         )
     return value
-
-
-def _template_adds(tokenizer: Mapping[str, Any], at: int, token_id: int, ids: Mapping[str, int]) -> bool:
-    """Whether tokenizer.json's post-processor puts this token first (`at` 0) or last (-1)."""
-    steps = [tokenizer.get("post_processor")]
-    while steps:
-        step = steps.pop()
-        if not isinstance(step, dict):
-            continue
-        inner, single = step.get("processors"), step.get("single")
-        if isinstance(inner, list):
-            steps += inner
-        if step.get("type") == "TemplateProcessing" and isinstance(single, list) and single:
-            piece = single[at].get("SpecialToken") if isinstance(single[at], dict) else None
-            if isinstance(piece, dict) and ids.get(str(piece.get("id"))) == token_id:
-                return True
-    return False

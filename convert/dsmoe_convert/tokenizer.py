@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from gguf.constants import GGUFValueType, TokenType
 
-from dsmoe_convert import chat_templates, check_encoding, pretokenizers
+from dsmoe_convert import chat_templates, check_encoding, pretokenizers, unsupported
 from dsmoe_convert.byte_level import has_joined_digits
 from dsmoe_convert.errors import TokenizerError
 from dsmoe_convert.special_tokens import SpecialTokens, read_special_tokens
@@ -27,15 +27,6 @@ MAX_BYTES = 256 << 20
 
 # Tokens that some models forgot to mark as special; llama.cpp's converter knows the same.
 _LOOKS_SPECIAL = (("<|", "|>"), ("<\uff5c", "\uff5c>"))
-
-# Options of the BPE model that llama.cpp does not have.
-_MODEL_OPTIONS: Mapping[str, tuple[object, ...]] = {
-    "type": ("BPE",),
-    "dropout": (None, 0, 0.0),
-    "continuing_subword_prefix": (None, ""),
-    "end_of_word_suffix": (None, ""),
-    "byte_fallback": (None, False),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +65,12 @@ def read_tokenizer(
     if pre is not None:
         pretokenizers.check_name(pre)
     files = _load(folder)
-    vocabulary = _vocabulary(files, n_vocab, note)
-    special = read_special_tokens(folder, files.tokenizer, files.config, vocabulary.ids, n_vocab, note)
+    unsupported.check_normalizer(files.path, files.tokenizer.get("normalizer"))
+    vocabulary = _vocabulary(files, n_vocab)
+    around = unsupported.tokens_around(files.path, files.tokenizer.get("post_processor"), vocabulary.ids)
+    special = read_special_tokens(files.path, around, files.config, vocabulary.ids, n_vocab, note)
     name = pre or _recognize(files, special)
+    unsupported.check_pre_tokenizer(files.path, files.tokenizer, name)
     templates = chat_templates.read_templates(folder, files.config)
     return {
         "tokenizer.ggml.model": Field("gpt2", GGUFValueType.STRING),
@@ -114,14 +108,11 @@ def _model(files: TokenizerFiles) -> Mapping[str, Any]:
     model = files.tokenizer.get("model")
     if not isinstance(model, dict):
         _refuse(files, "there is no model in it")
-    for key, accepted in _MODEL_OPTIONS.items():
-        if model.get(key) not in accepted:
-            value = safe_line(str(model.get(key)), 30)
-            _refuse(files, f"the tokenizer's {key} is {value}", f"llama.cpp needs {accepted[0] or 'none'}")
+    unsupported.check_model(files.path, model)
     return model
 
 
-def _vocabulary(files: TokenizerFiles, n_vocab: int, note: Callable[[str], None]) -> Vocabulary:
+def _vocabulary(files: TokenizerFiles, n_vocab: int) -> Vocabulary:
     model = _model(files)
     vocab = model.get("vocab")
     if not isinstance(vocab, dict) or not vocab:
@@ -131,7 +122,6 @@ def _vocabulary(files: TokenizerFiles, n_vocab: int, note: Callable[[str], None]
     for text, token_id in vocab.items():
         _place(files, tokens, token_id, text, n_vocab)
         types[token_id] = TokenType.NORMAL
-    stripping = 0
     for token_id, text, entry in _added_tokens(files):
         if text not in vocab or vocab[text] != token_id:
             _place(files, tokens, token_id, text, n_vocab)
@@ -139,9 +129,7 @@ def _vocabulary(files: TokenizerFiles, n_vocab: int, note: Callable[[str], None]
             text.startswith(start) and text.endswith(end) for start, end in _LOOKS_SPECIAL
         )
         types[token_id] = TokenType.CONTROL if special else TokenType.USER_DEFINED
-        stripping += any(entry.get(key) for key in ("lstrip", "rstrip", "single_word"))
-    if stripping:
-        note(f"{stripping} added tokens strip the space around them; llama.cpp does not")
+        unsupported.check_added_token(files.path, text, entry)
     ids = {text: token_id for token_id, text in tokens.items()}
     if len(ids) != len(tokens):
         twice = next(text for token_id, text in tokens.items() if ids[text] != token_id)

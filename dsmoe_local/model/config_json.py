@@ -18,6 +18,7 @@ from dsmoe_local.model.hyperparameters import Hyperparameters, RopeScaling
 
 FILE_NAME = "config.json"
 _MAX_BYTES = 16 << 20
+_MAX_DEPTH = 64
 
 # The graph does exactly this: any other value would be ignored by it.
 _REQUIRED_VALUES: Mapping[str, tuple[object, ...]] = {
@@ -38,6 +39,7 @@ _REQUIRED_VALUES: Mapping[str, tuple[object, ...]] = {
     "partial_rotary_factor": (1, 1.0, None),
 }
 
+_QUANTIZED = ("quantization_config", "compression_config")
 _MODEL_TYPES = ("deepseek",)
 _CLASS = "DeepseekForCausalLM"
 
@@ -128,13 +130,27 @@ def strict_json(raw: bytes, path: Path) -> dict[str, Any]:
         raise FormatError(f"{name} is not valid JSON: {safe_line(str(error), 80)}", where=path) from error
     if not isinstance(value, dict):
         raise FormatError(f"{name} must hold a JSON object", where=path)
+    if not _is_shallow(value):
+        raise FormatError(f"{name} is nested more than {_MAX_DEPTH} deep", where=path)
     return value
+
+
+def _is_shallow(value: object) -> bool:
+    """Whether what takes the value apart may recurse."""
+    level: list[Any] = [value]
+    for _ in range(_MAX_DEPTH):
+        parts = (node.values() if isinstance(node, dict) else node for node in level)
+        level = [child for part in parts for child in part if isinstance(child, (dict, list))]
+        if not level:
+            return True
+    return False
 
 
 def parse_config(values: Mapping[str, Any], path: Path) -> Hyperparameters:
     """The hyper-parameters in a parsed config.json; `path` is for messages only."""
     config = _Config(path, values)
     _check_kind(config)
+    _refuse_quantized(config)
     _require(config, _REQUIRED_VALUES)
     hidden_size = config.integer("hidden_size", 32, 1 << 20)
     n_heads = config.integer("num_attention_heads", 1, 1024)
@@ -193,6 +209,20 @@ def _check_kind(config: _Config) -> None:
         config.refuse("architectures", f'["{_CLASS}"]')
     if kind is None and classes is None:
         config.refuse("model_type", '"deepseek" (DeepSeekMoE, arXiv 2401.06066)')
+
+
+def _refuse_quantized(config: _Config) -> None:
+    """The weights would be taken for what they are not, or refused for their names."""
+    for key in _QUANTIZED:
+        found = config.values.get(key)
+        if found:
+            method = found.get("quant_method") if isinstance(found, dict) else None
+            named = f" ({safe_line(method, 30)})" if isinstance(method, str) else ""
+            raise FormatError(
+                f"the weights are quantized already{named}",
+                where=f"{config.path}: {key}",
+                remedy="convert the original checkpoint, in BF16, F16 or F32",
+            )
 
 
 def _rope_parameters(config: _Config) -> tuple[str, Mapping[str, Any]]:

@@ -269,6 +269,18 @@ def test_configurations_that_the_graph_cannot_honour(key: str, value: Any, tmp_p
     refused(write_checkpoint(tmp_path / "model", **{key: value}), out, key, "config.json")
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8"])
+def test_checkpoints_that_are_quantized_already(method: str, tmp_path: Path, out: Path) -> None:
+    """Packed weights, taken for what they are not or refused for their names: the reason was not said."""
+    folder = write_checkpoint(tmp_path / "model", quantization_config={"quant_method": method, "bits": 4})
+    refused(folder, out, f"quantized already ({method})", "config.json: quantization_config", "original")
+
+
+def test_no_quantization(tmp_path: Path, out: Path) -> None:
+    """A key that says nothing, taken for a refusal."""
+    assert convert_folder(write_checkpoint(tmp_path / "model", quantization_config=None), out).n_tensors == 38
+
+
 def test_mixed_precision_is_told(tmp_path: Path, out: Path) -> None:
     """Matrices that lose bits without a word."""
     weights = random_weights(TINY, dtype=torch.bfloat16)

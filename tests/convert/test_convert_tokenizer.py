@@ -124,9 +124,74 @@ def test_merges_in_both_forms(files: Path) -> None:
     assert read(files) == pairs
 
 
+def sequence(inner: str, *steps: object) -> dict[str, object]:
+    return {"type": "Sequence", inner: list(steps)}
+
+
+def nested(depth: int) -> dict[str, object]:
+    step: dict[str, object] = {"type": "Digits"}
+    for _ in range(depth):
+        step = sequence("pretokenizers", step)
+    return step
+
+
+def template(*pieces: str | None, **more: object) -> dict[str, object]:
+    """A post-processor; None stands for the text."""
+    single = [
+        {"Sequence": {"id": "A", "type_id": 0}}
+        if piece is None
+        else {"SpecialToken": {"id": piece, "type_id": 0}}
+        for piece in pieces
+    ]
+    return {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {}, **more}
+
+
 REFUSALS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "unknown splitting": (lambda t: t["pre_tokenizer"]["pretokenizers"].pop(0), "pre-tokenizer"),
-    "a normalizer": (lambda t: t.update(normalizer={"type": "Lowercase"}), "pre-tokenizer"),
+    "a normalizer": (lambda t: t.update(normalizer={"type": "Lowercase"}), "normalizer"),
+    "a normalizer in a sequence": (
+        lambda t: t.update(normalizer=sequence("normalizers", sequence("normalizers", {"type": "NFKC"}))),
+        "NFKC",
+    ),
+    "a normalizer that is none": (lambda t: t.update(normalizer=[]), "normalizer"),
+    "an unknown token": (
+        lambda t: (t["model"].update(unk_token="a"), t["model"]["vocab"].pop("\u0100")),
+        "a byte has no token",
+    ),
+    "a token that takes the space before it": (lambda t: t["added_tokens"][2].update(lstrip=True), "lstrip"),
+    "a token that takes the space behind it": (lambda t: t["added_tokens"][0].update(rstrip=True), "rstrip"),
+    "a token that is a word": (lambda t: t["added_tokens"][2].update(single_word=True), "single_word"),
+    "a template with another token": (
+        lambda t: t.update(post_processor=template("a", None)),
+        "adds the tokens 66",
+    ),
+    "a template with two tokens": (
+        lambda t: t.update(post_processor=template(BOS, BOS, None)),
+        "tokens 0, 0 before",
+    ),
+    "a template with EOS in front": (lambda t: t.update(post_processor=template(EOS, None)), "1 before"),
+    "a template with BOS behind": (lambda t: t.update(post_processor=template(None, BOS)), "0 after"),
+    "a template whose token is another": (
+        lambda t: t.update(post_processor=template(BOS, None, special_tokens={BOS: {"ids": [7]}})),
+        "7 before",
+    ),
+    "a template without a text": (lambda t: t.update(post_processor=template(BOS)), "cannot be read"),
+    "a template that doubles the text": (
+        lambda t: t.update(post_processor=template(None, None)),
+        "cannot be",
+    ),
+    "a template with a token that is none": (
+        lambda t: t.update(post_processor=template("<nothing>", None)),
+        "cannot be read",
+    ),
+    "a post-processor of another kind": (
+        lambda t: t.update(post_processor={"type": "RobertaProcessing", "sep": [EOS, 1], "cls": [BOS, 0]}),
+        "RobertaProcessing",
+    ),
+    "an endless sequence": (
+        lambda t: t.update(pre_tokenizer=nested(400)),
+        "nested more than 64 deep",
+    ),
     "ignore_merges": (lambda t: t["model"].update(ignore_merges=True), "pre-tokenizer"),
     "not BPE": (lambda t: t["model"].update(type="Unigram"), "type"),
     "byte fallback": (lambda t: t["model"].update(byte_fallback=True), "byte_fallback"),
@@ -152,13 +217,9 @@ REFUSALS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda t: t.update(pre_tokenizer={"type": "FixedLength", "length": 0}),
         "library refuses it",
     ),
-    "a definition on which the library aborts": (
-        lambda t: t.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "/////w=="}),
-        "library refuses it",
-    ),
     "padding that fills the memory": (
         lambda t: t.update(
-            normalizer={"type": "Lowercase"},
+            pre_tokenizer={"type": "Sequence", "pretokenizers": t["pre_tokenizer"]["pretokenizers"][1:]},
             padding={
                 "strategy": {"Fixed": 10**12},
                 "direction": "Right",
@@ -197,6 +258,54 @@ def test_errors_without_a_text(files: Path, tmp_path: Path, monkeypatch: pytest.
         check_encoding.encode(files / "tokenizer.json", "text")
 
 
+def test_the_library_aborts(files: Path) -> None:
+    """A definition that ends the process in which it is read."""
+    edit(files, lambda t: t.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "/////w=="}))
+    with pytest.raises(DsmoeError, match="library refuses it"):
+        check_encoding.encode(files / "tokenizer.json", "text")
+
+
+@pytest.mark.parametrize("normalizer", [None, {"type": "Sequence", "normalizers": []}])
+def test_a_normalizer_that_changes_nothing(normalizer: object, files: Path) -> None:
+    """The tokenizer of the 16B, whose normalizer is a sequence of none, refused for it."""
+    edit(files, lambda t: t.update(normalizer=normalizer))
+    assert read(files)["tokenizer.ggml.pre"].value == "deepseek-llm"
+
+
+HASHED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "a normalizer": REFUSALS["a normalizer"],
+    "a space in front": (
+        lambda t: t["pre_tokenizer"]["pretokenizers"][-1].update(add_prefix_space=True),
+        "add_prefix_space",
+    ),
+    "not byte-level": (lambda t: t["pre_tokenizer"]["pretokenizers"].pop(), "not byte-level"),
+    "ignore_merges": (lambda t: t["model"].update(ignore_merges=True), "ignore_merges is true"),
+}
+
+
+@pytest.mark.parametrize("case", HASHED)
+@pytest.mark.parametrize("by_name", [True, False])
+def test_what_no_name_stands_for(
+    case: str, by_name: bool, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What changes ids beside the splitting, let pass where `--pre` or the check text gives the name."""
+    change, word = HASHED[case]
+    edit(files, REFUSALS["unknown splitting"][0])
+    edit(files, change)
+    if not by_name:
+        monkeypatch.setattr(pretokenizers, "by_check_text", lambda encodings: "deepseek-llm")
+    with pytest.raises(DsmoeError) as caught:
+        read(files, "deepseek-llm" if by_name else None)
+    assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["gemma4", "whitespace", "sarvam-moe", "granite-embed-multi-311m"])
+def test_names_for_other_vocabularies(name: str, files: Path) -> None:
+    """--pre with a name under which llama.cpp takes tokens for UTF-8, not for bytes."""
+    with pytest.raises(UsageError, match="no pre-tokenizer called"):
+        read(files, name)
+
+
 def test_an_added_token_with_an_endless_id(files: Path) -> None:
     """Digits that Python refuses to turn into a number."""
     edit(files, lambda c: c.update(added_tokens_decoder={"1" * 5000: {"content": "x"}}), CONFIG)
@@ -209,8 +318,11 @@ def test_padding_and_truncation_do_not_hide_a_known_tokenizer(
 ) -> None:
     """A tokenizer.json saved with them, whose ids of the check text are then others."""
 
+    split = {"type": "Split", "pattern": {"String": "\x07"}, "behavior": "Isolated", "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
+
     def spoil(t: dict[str, Any], **settings: Any) -> None:
-        t.update(normalizer={"type": "Replace", "pattern": {"String": "\x07"}, "content": ""}, **settings)
+        t.update(pre_tokenizer=sequence("pretokenizers", split, level), **settings)
 
     edit(files, spoil)
     ids = check_encoding.encode(files / "tokenizer.json", pretokenizers.CHECK_TEXT)
@@ -332,6 +444,6 @@ def test_recognition_by_check_text(tmp_path: Path) -> None:
     assert pretokenizers.by_check_text((ids,)) is None
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((REAL / name).read_bytes())
-    edit(tmp_path, lambda t: t.update(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}]}))
+    edit(tmp_path, lambda t: t["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex="[\\n\\r]"))
     fields = read_tokenizer(tmp_path, 102400, None, lambda text: None)
     assert fields["tokenizer.ggml.pre"].value == "deepseek-llm"
