@@ -13,7 +13,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from gguf.constants import GGUFValueType
 
@@ -30,8 +30,9 @@ _MAX_NAME = 64  # GGML_MAX_NAME, with its terminating zero
 _MAX_KEY = 65535
 _MAX_DIMENSIONS = 4
 _MAX_WEIGHTS = 1 << 62
-_MAX_HEADER = 1 << 30
-_WINDOW = 64 << 20  # read at first: more than any sane header
+_MAX_HEADER = 256 << 20  # a vocabulary of a million tokens with its merges takes 50 MB
+_MAX_ITEMS = 1 << 22  # of all arrays together: each is an object
+_WINDOW = 64 << 10  # read at first, doubled as long as that is not enough
 
 _SCALARS: Mapping[GGUFValueType, struct.Struct] = {
     GGUFValueType.UINT8: struct.Struct("<B"),
@@ -114,8 +115,7 @@ def read_gguf(path: Path) -> GgufFile:
                     where=path,
                     remedy="make one from a checkpoint with dsmoe-convert",
                 )
-            file.seek(0)
-            return _Parser(path, identity, file.read(_WINDOW)).parse()
+            return _Parser(path, identity, file).parse()
     except IsADirectoryError as error:
         raise FileError(
             "a GGUF file is needed, this is a folder",
@@ -132,14 +132,16 @@ def identity_of(status: os.stat_result) -> tuple[int, int, int]:
 
 
 class _Parser:
-    """A cursor over the header's bytes; reads on when the first window is too short."""
+    """A cursor over the header's bytes, which are read from `file`, behind the magic, as they are needed."""
 
-    def __init__(self, path: Path, identity: tuple[int, int, int], window: bytes) -> None:
+    def __init__(self, path: Path, identity: tuple[int, int, int], file: BinaryIO) -> None:
         self.path = path
         self.identity = identity
         self.size = identity[0]
-        self.data = window
-        self.at = 0
+        self.file = file
+        self.data = MAGIC
+        self.at = len(MAGIC)
+        self.n_items = 0
 
     def refuse(self, what: str, where: str = "") -> NoReturn:
         raise FormatError(
@@ -156,8 +158,8 @@ class _Parser:
         if end > len(self.data):
             if end > _MAX_HEADER:
                 self.refuse(f"its header exceeds {_MAX_HEADER >> 20} MiB")
-            with self.path.open("rb") as file:
-                self.data = file.read(min(self.size, max(end, 2 * len(self.data))))
+            wanted = max(end, _WINDOW, 2 * len(self.data))
+            self.data += self.file.read(min(self.size, wanted) - len(self.data))
             if end > len(self.data):
                 self.refuse(f"it shrank while reading {what}")
 
@@ -186,8 +188,12 @@ class _Parser:
         except ValueError:
             self.refuse(f"{what} has the unknown type {number}")
 
+    def count_items(self, count: int, key: str) -> None:
+        self.n_items += count
+        if self.n_items > _MAX_ITEMS:
+            self.refuse(f"its arrays have more than {_MAX_ITEMS} items", key)
+
     def parse(self) -> GgufFile:
-        self.at = 4
         version = self.take(_WORD, "the version")
         if version not in _VERSIONS:
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in _VERSIONS
@@ -246,6 +252,7 @@ class _Parser:
         form = _SCALARS[item]
         if count > (self.size - self.at) // form.size:
             self.refuse(f"an array claims {count} items", key)
+        self.count_items(count, key)
         self.need(count * form.size, key)
         values = list(struct.unpack_from(f"<{count}{form.format[-1]}", self.data, self.at))
         self.at += count * form.size
@@ -259,6 +266,7 @@ class _Parser:
         """A string array, in one tight loop: a vocabulary has 100,000 tokens and as many merges."""
         if count > (self.size - self.at) // 8:
             self.refuse(f"an array claims {count} strings", key)
+        self.count_items(count, key)
         result: list[str] = []
         unpack = _LENGTH.unpack_from
         at, data, end = self.at, self.data, len(self.data)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import tracemalloc
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 from hypothesis import given, settings
@@ -164,6 +168,92 @@ def test_absent_file_and_folder(tmp_path: Path) -> None:
         read_gguf(tmp_path / "absent.gguf")
     with pytest.raises(FileError, match="this is a folder"):
         read_gguf(tmp_path)
+
+
+def peak_memory(work: Callable[[], object]) -> int:
+    """Bytes that Python objects took at most meanwhile."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_small_header_takes_little(tmp_path: Path) -> None:
+    """64 MiB of weights that are read for each model in a list."""
+    path = GOOD.write(tmp_path / "model.gguf")
+    os.truncate(path, 1 << 30)
+    with path.open("rb") as file, pytest.MonkeyPatch.context() as patch:
+        read: list[int] = []
+        patch.setattr(Path, "open", lambda self, mode: Counted(file, read))
+        assert peak_memory(lambda: read_model(path)) < 1 << 20
+    assert sum(read) <= 64 << 10
+
+
+class Counted:
+    """A file that notes how much is read of it."""
+
+    def __init__(self, file: BinaryIO, read: list[int]) -> None:
+        self._file, self._read = file, read
+        self.fileno = file.fileno
+
+    def __enter__(self) -> Counted:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def read(self, size: int) -> bytes:
+        content = self._file.read(size)
+        self._read.append(len(content))
+        return content
+
+
+def test_a_large_header_is_read_once(tmp_path: Path) -> None:
+    """A header that is larger than what is read at first: bytes that are lost, or read again each time."""
+    tokens = [f"token {number}" for number in range(40_000)]
+    path = RawGguf([KeyValue("a", ARRAY, tokens, STRING), NAME], [ONE]).write(tmp_path / "model.gguf")
+    with path.open("rb") as file, pytest.MonkeyPatch.context() as patch:
+        read: list[int] = []
+        patch.setattr(Path, "open", lambda self, mode: Counted(file, read))
+        found = read_gguf(path)
+    assert found.get("a") == tokens
+    assert found.get("general.name") == "x"
+    assert sum(read) <= path.stat().st_size
+
+
+def hollow(path: Path, head: RawGguf) -> Path:
+    """A file of a gigabyte that takes up no room, whose header says what `head` does."""
+    head.write(path)
+    os.truncate(path, 1 << 30)
+    return path
+
+
+HOLLOW = {
+    "a string of half a gigabyte": RawGguf([KeyValue("a", STRING, "x")]),
+    "a hundred million numbers": RawGguf([KeyValue("a", ARRAY, [], 0, count=100_000_000)], n_tensors=1),
+    "a hundred million strings": RawGguf([KeyValue("a", ARRAY, [], STRING, count=100_000_000)], n_tensors=1),
+    "many times three million": RawGguf(
+        [KeyValue(name, ARRAY, [0] * 3_000_000, 0) for name in "ab"], n_tensors=1
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HOLLOW)
+def test_a_hollow_file(case: str, tmp_path: Path) -> None:
+    """A file that claims, within its size, more than memory holds: the machine swaps for minutes."""
+    path = hollow(tmp_path / "model.gguf", HOLLOW[case])
+    if case.startswith("a string"):
+        with path.open("r+b") as file:
+            file.seek(24 + 8 + 1 + 4)
+            file.write((1 << 29).to_bytes(8, "little"))
+
+    def read() -> None:
+        with pytest.raises(FormatError, match=r"header exceeds|more than 4194304 items"):
+            read_gguf(path)
+
+    assert peak_memory(read) < 256 << 20
 
 
 BYTES = GOOD.encode()
