@@ -8,7 +8,9 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,7 @@ from dsmoe_local.base.text import safe_line
 
 # How a file system says that it does not know a call. All else, EIO above all, means that data is lost.
 _UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY})
+_CHECKSUM = 9  # characters of a journal's line before its entry
 
 
 def sync(descriptor: int) -> None:
@@ -114,6 +117,15 @@ def write_file(path: Path, content: bytes, mode: int = 0o644) -> None:
         raise
 
 
+def read_at_most(path: Path, limit: int) -> bytes:
+    """A file's content; of one that is larger than `limit`, one byte more than that. OSError."""
+    with path.open("rb") as file:
+        # Python sets aside at once what it is asked to read: of a small file, not more than it has. A pipe
+        # does not tell.
+        status = os.fstat(file.fileno())
+        return file.read(min(status.st_size, limit) + 1 if stat.S_ISREG(status.st_mode) else limit + 1)
+
+
 def require_space(folder: Path, n_bytes: int) -> None:
     """NoSpaceError unless `folder`'s disk has `n_bytes` free."""
     free = shutil.disk_usage(folder).free
@@ -157,7 +169,8 @@ def locked(output: Path) -> Iterator[None]:
 class Journal:
     """An append-only file of JSON lines. A line counts only once `append` has returned: it is synced then.
 
-    A torn last line, left by a crash, is cut off when the journal is opened.
+    Each line begins with a checksum of itself and all before it: what is believed was written here, in this
+    order. A torn last line, left by a crash, is cut off when the journal is opened.
     """
 
     def __init__(self, path: Path) -> None:
@@ -169,22 +182,28 @@ class Journal:
         if whole != len(content):
             self._file.truncate(whole)
         self.entries: list[Any] = []
+        self._checksum = 0
         for number, line in enumerate(content[:whole].split(b"\n")[:-1], 1):
-            try:
-                self.entries.append(json.loads(line))
-            except ValueError as error:
+            entry = line[_CHECKSUM:]
+            if line != self._line(entry):
                 self._file.close()
                 raise FileError(
                     "the journal is damaged", where=f"{path}, line {number}", remedy="remove it to start over"
-                ) from error
+                )
+            self.entries.append(json.loads(entry))
 
     def append(self, *entries: object) -> None:
         """Add entries and sync: they are acknowledged when this returns."""
-        lines = "".join(json.dumps(entry, separators=(",", ":")) + "\n" for entry in entries)
-        self._file.write(lines.encode())
+        for entry in entries:
+            self._file.write(self._line(json.dumps(entry, separators=(",", ":")).encode()) + b"\n")
         self._file.flush()
         sync(self._file.fileno())
         self.entries.extend(entries)
+
+    def _line(self, entry: bytes) -> bytes:
+        """An entry behind its checksum, as the next line."""
+        self._checksum = zlib.crc32(entry, self._checksum)
+        return b"%08x " % self._checksum + entry
 
     def close(self) -> None:
         """Release the file; it stays on disk."""

@@ -134,7 +134,7 @@ class _Metadata:
             n_kv_heads=n_kv_heads,
             head_dim=head_dim,
             ffn_size=self.integer("feed_forward_length", 0, 1 << 22, 0),
-            n_vocab=len(self.file.get("tokenizer.ggml.tokens", ())),
+            n_vocab=self.vocabulary_size(),
             n_context=self.integer("context_length", 1, 1 << 28),
             rms_norm_eps=self.number("attention.layer_norm_rms_epsilon", 0.0, 1.0),
             rope_theta=self.number("rope.freq_base", 1e-3, 1e12, 10000.0),
@@ -143,6 +143,13 @@ class _Metadata:
             name=safe_line(str(self.file.get("general.name", "")), 100),
             **self.experts(n_layers),
         )
+
+    def vocabulary_size(self) -> int:
+        """How many tokens there are; that they are strings is asked later."""
+        tokens = self.file.get("tokenizer.ggml.tokens", [])
+        if not isinstance(tokens, list):
+            self.refuse("tokenizer.ggml.tokens", tokens, "a list")
+        return len(tokens)
 
     def experts(self, n_layers: int) -> dict[str, Any]:
         """The keyword arguments of Hyperparameters that concern experts."""

@@ -22,6 +22,7 @@ from gguf.constants import GGUFValueType
 from numpy.typing import NDArray
 
 from dsmoe_local.base import durable
+from dsmoe_local.base.durable import read_at_most
 from dsmoe_local.base.errors import FileError, FormatError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.model.ggml import GgmlType
@@ -162,8 +163,7 @@ class _OldReader:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with path.open("rb") as file:
-            self._data = file.read(_MAX_OLD + 1)
+        self._data = read_at_most(path, _MAX_OLD)
         if len(self._data) > _MAX_OLD:
             raise _refusal(path, "it is far too large")
         self._at = 0

@@ -63,8 +63,7 @@ def file_type_of(closest: str) -> int:
 def read_recipe(path: Path) -> LayeredRecipe:
     """The recipe in a file. FileError if it cannot be read, FormatError if it is none, naming the line."""
     try:
-        with path.open("rb") as file:
-            content = file.read(_MAX_BYTES + 1)
+        content = durable.read_at_most(path, _MAX_BYTES)
     except OSError as error:
         raise FileError(f"cannot read the recipe: {error.strerror}", where=path) from error
     if len(content) > _MAX_BYTES:
@@ -169,8 +168,9 @@ def parse_recipe(text: str, where: str) -> LayeredRecipe:
     """The recipe in a text that comes from `where`. FormatError."""
     try:
         tables = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise FormatError(f"the recipe is not TOML: {error}", where=where) from error
+    except (ValueError, RecursionError) as error:
+        # Beside what is no TOML: more digits than Python reads.
+        raise FormatError(f"the recipe is not TOML: {safe_line(str(error), 120)}", where=where) from error
     return _Reader(tables, where).recipe()
 
 

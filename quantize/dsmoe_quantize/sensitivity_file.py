@@ -172,8 +172,7 @@ def read_sensitivity(path: Path) -> Sensitivity:
     Only a file of ours is advised to be removed: another one may be a model whose name was taken for it.
     """
     try:
-        with path.open("rb") as file:
-            content = file.read(_MAX_BYTES + 1)
+        content = durable.read_at_most(path, _MAX_BYTES)
     except OSError as error:
         raise FileError(f"cannot read the sensitivity: {error.strerror}", where=path) from error
     try:

@@ -7,6 +7,9 @@ import fcntl
 import os
 import subprocess
 import sys
+import threading
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -138,13 +141,39 @@ def test_journal_cuts_a_torn_line(tmp_path: Path) -> None:
     with durable.Journal(path) as journal:
         assert journal.entries == [{"a": 1}, "b"]
         journal.append("c")
-    assert path.read_bytes() == b'{"a":1}\n"b"\n"c"\n'
+    with durable.Journal(path) as journal:
+        assert journal.entries == [{"a": 1}, "b", "c"]
 
 
-def test_journal_refuses_damage(tmp_path: Path) -> None:
-    """Guards against skipping over garbage in the middle."""
+def journal_of(path: Path, *entries: object) -> bytes:
+    with durable.Journal(path) as journal:
+        journal.append(*entries)
+    return path.read_bytes()
+
+
+def without_line(content: bytes, number: int) -> bytes:
+    lines = content.splitlines(keepends=True)
+    return b"".join(lines[:number] + lines[number + 1 :])
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "garbage": lambda content: content.replace(b'"blk.2"', b"xx"),
+    "another name": lambda content: content.replace(b'"blk.2"', b'"blk.9"'),
+    "a line less": lambda content: without_line(content, 1),
+    "a line twice": lambda content: content + content.splitlines(keepends=True)[-1],
+    "lines swapped": lambda content: b"".join(reversed(content.splitlines(keepends=True))),
+    "an empty line": lambda content: content + b"\n",
+    "no checksums": lambda content: b'"blk.1"\n"blk.2"\n',
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_journal_refuses_damage(case: str, tmp_path: Path) -> None:
+    """Guards against skipping over garbage in the middle, and against believing what was never written: a
+    flipped bit that turns the name of a finished tensor into that of one with holes.
+    """
     path = tmp_path / "journal"
-    path.write_bytes(b'"a"\nxx\n"b"\n')
+    path.write_bytes(DAMAGE[case](journal_of(path, "blk.1", "blk.2", "blk.3")))
     with pytest.raises(FileError, match="damaged"):
         durable.Journal(path)
 
@@ -229,3 +258,23 @@ def test_publishing_takes_nobodys_name(tmp_path: Path, links: bool, monkeypatch:
         durable.publish(temporary, final)
     assert final.is_symlink()
     assert temporary.read_bytes() == b"more"
+
+
+def test_reading_takes_what_is_there(tmp_path: Path) -> None:
+    """Guards against a gigabyte that is set aside for a file of a few bytes, and a pipe that is cut."""
+    path = tmp_path / "small"
+    path.write_bytes(b"12345")
+    tracemalloc.start()
+    try:
+        assert durable.read_at_most(path, 1 << 30) == b"12345"
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    assert durable.read_at_most(path, 5) == b"12345"
+    assert durable.read_at_most(path, 3) == b"1234"
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(b"12345",))
+    writer.start()
+    assert durable.read_at_most(pipe, 100) == b"12345"
+    writer.join()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -20,6 +19,7 @@ from dsmoe_convert.convert import ConvertOptions, RunOptions
 from dsmoe_convert.errors import HubError
 from dsmoe_convert.low_disk import ShardWindow
 from dsmoe_convert.sources import SourceOptions, convert, plan_source
+from dsmoe_local.base.durable import Journal
 from dsmoe_local.base.errors import DsmoeError, InterruptedRunError, UsageError
 from dsmoe_local.base.progress import Advanced, Event, Started
 from dsmoe_local.model.layout import tensor_specs
@@ -194,8 +194,8 @@ def test_a_shard_is_kept_until_it_is_not_needed(
     released: set[str] = set()
 
     def look(window: ShardWindow, names: Sequence[str]) -> None:
-        journal = (tmp_path / ".out.gguf.part.journal").read_text().splitlines()
-        assert {json.loads(line) for line in journal[1:]} == released | set(names)
+        with Journal(tmp_path / ".out.gguf.part.journal") as journal:
+            assert set(journal.entries[1:]) == released | set(names)
         waiting = set().union(*(needs[name] for name in needs.keys() - released))
         gone = set(shards_in(hub.downloads())[:-1]) - {path.name for path in staging.iterdir()}
         assert not gone & waiting

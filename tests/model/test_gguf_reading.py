@@ -139,6 +139,7 @@ MEANING = {
     "eos negative": token_id("eos", -1, INT32),
     "no tokens": GOOD.without("tokenizer.ggml.tokens"),
     "no merges": GOOD.without("tokenizer.ggml.merges"),
+    "tokens are one flag": GOOD.with_value(KeyValue("tokenizer.ggml.tokens", BOOL, 1)),
     "tokens are numbers": GOOD.with_value(KeyValue("tokenizer.ggml.tokens", ARRAY, [1] * 8, INT32)),
     "a token twice": GOOD.with_value(KeyValue("tokenizer.ggml.tokens", ARRAY, ["a"] * 8, STRING)),
     "too few token types": GOOD.with_value(KeyValue("tokenizer.ggml.token_type", ARRAY, [1], INT32)),

@@ -105,6 +105,7 @@ def test_written_by_hand() -> None:
     [
         (("format = 1", "format = 2"), "no recipe of format 1"),
         (("format = 1", "format = ["), "not TOML"),
+        (("format = 1", f"format = {'9' * 5000}"), "not TOML"),
         (('name = "mine"', ""), "needs a name"),
         (('name = "mine"', 'name = "../../mine"'), "needs a name"),
         (('name = "mine"', 'name = "mine"\ntypo = 1'), "unknown key 'typo'"),
