@@ -9,6 +9,7 @@ from gguf.constants import GGUFValueType
 
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.model.gguf_file import Field
+from dsmoe_local.model.gguf_vocabulary import clashes_with_phi3
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import Role, tensor_specs
 
@@ -17,7 +18,11 @@ _MAX_CARD = 4 << 20
 
 
 def general_fields(hp: Hyperparameters, name: str, license_id: str | None) -> dict[str, Field]:
-    """What the file says about itself; the keys about its type are dsmoe_quantize's."""
+    """What the file says about itself; the keys about its type are dsmoe_quantize's. A name with which
+    llama.cpp could not load it is left out.
+    """
+    if clashes_with_phi3(name):
+        name = hp.architecture
     fields = {
         "general.architecture": Field(hp.architecture, GGUFValueType.STRING),
         "general.type": Field("model", GGUFValueType.STRING),

@@ -305,21 +305,17 @@ class _Parser:
     def place(
         self, entries: list[tuple[str, tuple[int, ...], GgmlType, int]], data_offset: int, alignment: int
     ) -> dict[str, TensorInfo]:
+        """Each tensor follows the one before it, padded: llama.cpp accepts no other order, and no holes."""
         tensors: dict[str, TensorInfo] = {}
+        end = data_offset
         for name, shape, kind, offset in entries:
             if name in tensors:
                 self.refuse("a tensor occurs twice", name)
-            n_bytes = tensor_bytes(kind, shape)
-            if offset % alignment:
-                self.refuse("a tensor is not aligned", name)
-            if data_offset + offset + n_bytes > self.size:
-                self.refuse(
-                    f"a tensor ends at byte {data_offset + offset + n_bytes}, the file at {self.size}", name
-                )
-            tensors[name] = TensorInfo(name, shape, kind, data_offset + offset, n_bytes)
-        end = data_offset
-        for info in sorted(tensors.values(), key=lambda info: info.offset):
-            if info.offset < end:
-                self.refuse("two tensors overlap", info.name)
-            end = info.offset + info.n_bytes
+            if data_offset + offset != end:
+                self.refuse(f"a tensor begins at byte {data_offset + offset}, not {end}", name)
+            info = TensorInfo(name, shape, kind, end, tensor_bytes(kind, shape))
+            if end + info.n_bytes > self.size:
+                self.refuse(f"a tensor ends at byte {end + info.n_bytes}, the file at {self.size}", name)
+            tensors[name] = info
+            end += -(-info.n_bytes // alignment) * alignment
         return tensors

@@ -1,7 +1,7 @@
 """What a GGUF file says about its model: hyper-parameters and tensors, checked before native code sees them.
 
 Knows the architectures `deepseek` and `llama` and refuses others by name. llama.cpp aborts on several of the
-values that are refused here, and computes nonsense with others (src/llama-model.cpp, src/llama-vocab.cpp).
+values that are refused here, and computes nonsense with others (src/llama-model.cpp).
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from dsmoe_local.base.errors import FormatError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import Field, GgufFile, read_gguf
+from dsmoe_local.model.gguf_vocabulary import check_vocabulary
 from dsmoe_local.model.hyperparameters import ARCHITECTURES, Architecture, Hyperparameters, RopeScaling
-from dsmoe_local.model.layout import IGNORED_TENSORS, tensor_specs
+from dsmoe_local.model.layout import IGNORED_TENSORS, Role, tensor_specs
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 MAX_EXPERTS = 512  # LLAMA_MAX_EXPERTS
@@ -28,10 +29,17 @@ MAX_EXPERTS = 512  # LLAMA_MAX_EXPERTS
 _NOT_WEIGHTS = frozenset(
     kind for kind in GgmlType if kind.name in {"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"}
 )
+_ONE_GRAPH: Mapping[str, tuple[object, ...]] = {
+    "attention.causal": (True,),
+    "classifier.output_labels": (None,),
+    "embedding_length_out": (None,),
+    "expert_group_count": (0, 1),
+    "expert_group_used_count": (0, 1),
+    "nextn_predict_layers": (0,),
+    "pooling_type": (0,),
+}
 _LLAMA_BIASES = re.compile(r"blk\.\d+\.(attn_(q|k|v|output)|ffn_(gate|up|down))\.bias")
 _UNSIGNED = frozenset({GGUFValueType.UINT32})
-_TOKENIZERS = ("gpt2", "llama")
-_SPECIAL_TOKENS = ("bos", "eos", "unknown", "padding", "separator", "eot", "eom")
 
 
 def read_model(path: Path) -> tuple[GgufFile, Hyperparameters]:
@@ -51,7 +59,7 @@ def read_model(path: Path) -> tuple[GgufFile, Hyperparameters]:
         )
     hp = hyperparameters_of(file)
     _check_tensors(file, hp)
-    _check_vocabulary(file, hp)
+    check_vocabulary(file)
     return file, hp
 
 
@@ -111,7 +119,15 @@ class _Metadata:
         # The shortest decimal that gives the same float: 1e-06, not 9.999999974752427e-07.
         return shortest_float(field.value)
 
+    def refuse_other_graphs(self) -> None:
+        """Values of keys that ours know nothing of: llama.cpp aborts on some, and computes otherwise."""
+        for key, accepted in _ONE_GRAPH.items():
+            value = self.file.get(f"{self.architecture}.{key}", accepted[0])
+            if value not in accepted:
+                self.refuse(f"{self.architecture}.{key}", value, " or ".join(map(str, accepted)))
+
     def hyperparameters(self) -> Hyperparameters:
+        self.refuse_other_graphs()
         n_layers = self.integer("block_count", 1, MAX_LAYERS)
         hidden_size = self.integer("embedding_length", 1, 1 << 20)
         n_heads = self.integer("attention.head_count", 1, 1024)
@@ -136,7 +152,7 @@ class _Metadata:
             ffn_size=self.integer("feed_forward_length", 0, 1 << 22, 0),
             n_vocab=self.vocabulary_size(),
             n_context=self.integer("context_length", 1, 1 << 28),
-            rms_norm_eps=self.number("attention.layer_norm_rms_epsilon", 0.0, 1.0),
+            rms_norm_eps=self.number("attention.layer_norm_rms_epsilon", 1e-12, 1.0),
             rope_theta=self.number("rope.freq_base", 1e-3, 1e12, 10000.0),
             rope_scaling=self.rope_scaling(),
             tied_embeddings="output.weight" not in self.file.tensors,
@@ -173,19 +189,25 @@ class _Metadata:
         }
 
     def rope_scaling(self) -> RopeScaling | None:
-        kind = self.file.get(f"{self.architecture}.rope.scaling.type", "none")
-        if kind == "none":
-            return None
-        if kind == "linear":
-            return RopeScaling("linear", self.number("rope.scaling.factor", 1e-3, 1e6))
-        if kind != "yarn":
-            self.refuse(f"{self.architecture}.rope.scaling.type", kind, "none, linear, yarn")
-        return RopeScaling(
-            "yarn",
-            self.number("rope.scaling.factor", 1e-3, 1e6),
-            self.integer("rope.scaling.original_context_length", 1, 1 << 28),
-            self.number("rope.scaling.attn_factor", 1e-6, 1e6, 1.0),
-        )
+        prefix = f"{self.architecture}.rope"
+        if self.number("rope.scale_linear", 0.0, 1e6, 0.0) not in (0.0, 1.0):
+            self.refuse(f"{prefix}.scale_linear", "above 0", "rope.scaling.factor in its place")
+        # llama.cpp reads all of them whatever the type is, and without a type it scales linearly.
+        factor = self.number("rope.scaling.factor", 1e-3, 1e6, 0.0)
+        magnitude = self.number("rope.scaling.attn_factor", 1e-6, 1e6, 1.0)
+        context = self.integer("rope.scaling.original_context_length", 1, 1 << 28, 0)
+        kind = self.file.get(f"{prefix}.scaling.type", "linear" if factor else "none")
+        if kind not in ("none", "linear", "yarn"):
+            self.refuse(f"{prefix}.scaling.type", kind, "none, linear, yarn")
+        if kind != "none" and not factor:
+            self.refuse(f"{prefix}.scaling.factor", "(missing)", "a number above 0")
+        if kind == "yarn" and not context:
+            self.refuse(f"{prefix}.scaling.original_context_length", "(missing)", "a number above 0")
+        if kind != "yarn" and magnitude != 1:
+            self.refuse(f"{prefix}.scaling.attn_factor", magnitude, "1 but for yarn")
+        if kind == "yarn":
+            return RopeScaling("yarn", factor, context, magnitude)
+        return RopeScaling("linear", factor) if kind == "linear" else None
 
 
 def _check_tensors(file: GgufFile, hp: Hyperparameters) -> None:
@@ -202,59 +224,22 @@ def _check_tensors(file: GgufFile, hp: Hyperparameters) -> None:
                 where=file.path,
                 remedy=remedy,
             )
-        if info.type in _NOT_WEIGHTS:
+        if info.type in _NOT_WEIGHTS or (spec.role is Role.NORM and info.type is not GgmlType.F32):
             raise FormatError(
-                f"the tensor {name} has the type {info.type.name}, which no weights have",
+                f"the tensor {name} has the type {info.type.name}, which it cannot have",
                 where=file.path,
                 remedy=remedy,
             )
-    for name in file.tensors:
+    for name, info in file.tensors.items():
         optional = IGNORED_TENSORS.fullmatch(name) or (
             hp.architecture == "llama" and _LLAMA_BIASES.fullmatch(name)
         )
-        if name not in specs and not optional:
+        if name not in specs and not (optional and info.type is GgmlType.F32):
             raise FormatError(
                 f"the tensor {safe_line(name, 60)} is not part of a {hp.architecture} model",
                 where=file.path,
                 remedy=remedy,
             )
-
-
-def _check_vocabulary(file: GgufFile, hp: Hyperparameters) -> None:
-    """A vocabulary that llama.cpp loads: it aborts on some of these, and misreads others."""
-
-    def refuse(what: str, key: str) -> NoReturn:
-        raise FormatError(
-            f"the vocabulary is damaged: {what}",
-            where=f"{file.path}: {key}",
-            remedy="convert the model again",
-        )
-
-    def strings(key: str) -> list[str]:
-        field = file.metadata.get(key)
-        if field is None or field.item_type is not GGUFValueType.STRING:
-            refuse("a list of strings is missing", key)
-        return cast(list[str], field.value)
-
-    model = file.get("tokenizer.ggml.model")
-    if model not in _TOKENIZERS:
-        refuse(f"the tokenizer model is {safe_line(str(model), 40)!r}", "tokenizer.ggml.model")
-    tokens = strings("tokenizer.ggml.tokens")
-    if len(set(tokens)) != len(tokens):
-        refuse("a token occurs twice", "tokenizer.ggml.tokens")
-    for key in ("tokenizer.ggml.token_type", "tokenizer.ggml.scores"):
-        values = file.get(key)
-        if values is not None and (not isinstance(values, list) or len(values) != len(tokens)):
-            refuse(f"not one entry for each of the {len(tokens)} tokens", key)
-    if model == "gpt2":
-        merges = strings("tokenizer.ggml.merges")
-        if any(" " not in merge[1:] for merge in merges):
-            refuse("a merge is not a pair", "tokenizer.ggml.merges")
-    for name in _SPECIAL_TOKENS:
-        key = f"tokenizer.ggml.{name}_token_id"
-        value = file.get(key)
-        if value is not None and not (type(value) is int and 0 <= value < hp.n_vocab):
-            refuse(f"token id {safe_line(str(value), 40)} is out of range", key)
 
 
 def shortest_float(value: float) -> float:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from support import llama_oracle
 from support.checkpoints import write_checkpoint
 
 from dsmoe_local.cli.convert import command
@@ -71,6 +72,15 @@ def test_a_dry_run_names_what_a_run_writes(
 def test_a_dry_run_shows_the_output_that_is_named(checkpoint: Path) -> None:
     """A dry run that shows the default name beside `-o`."""
     assert "\nsome/where.gguf: 38 tensors" in invoke("tiny", "-o", "some/where.gguf", "--dry-run").output
+
+
+def test_a_name_of_another_family(checkpoint: Path) -> None:
+    """A folder whose name makes llama.cpp look for Phi-3's tokens: what was made could not be loaded."""
+    checkpoint.rename("phi-3-moe")
+    invoke("phi-3-moe", "--type", "q8")
+    assert read_model(Path("phi-3-moe-q8.gguf"))[0].get("general.name") == "deepseek"
+    with llama_oracle.loaded(Path("phi-3-moe-q8.gguf")):
+        pass
 
 
 def test_summary_and_force(checkpoint: Path) -> None:

@@ -30,6 +30,7 @@ from support.raw_gguf import (
 from dsmoe_local.base.errors import FileError, FormatError
 from dsmoe_local.model.gguf_file import read_gguf
 from dsmoe_local.model.gguf_model import read_model
+from dsmoe_local.model.hyperparameters import RopeScaling
 
 GOOD = tiny_model()
 NAME = KeyValue("general.name", STRING, "x")
@@ -64,6 +65,8 @@ STRUCTURE = {
     "duplicate tensor": RawGguf([], [ONE, ONE]),
     "overlapping tensors": RawGguf([], [Tensor("a", (32,)), Tensor("b", (32,), offset=64)]),
     "tensor past the end": RawGguf([], [Tensor("a", (32,), offset=1 << 50)], data=bytes(128)),
+    "a hole between tensors": RawGguf([], [ONE, Tensor("b", (32,), offset=256)]),
+    "tensors in another order": RawGguf([], [Tensor("a", (32,), offset=128), Tensor("b", (32,), offset=0)]),
     "unaligned tensor": RawGguf([], [Tensor("a", (32,), offset=4)], data=bytes(256)),
     "no dimensions": RawGguf([], [Tensor("a", ())]),
     "five dimensions": RawGguf([], [Tensor("a", (1, 1, 1, 1, 1))]),
@@ -110,6 +113,11 @@ def token_id(name: str, value: int, kind: int = UINT32) -> RawGguf:
     return GOOD.with_value(KeyValue(f"tokenizer.ggml.{name}_token_id", kind, value))
 
 
+def with_tokens(*first: str) -> RawGguf:
+    tokens = [*first, *(f"t{n}" for n in range(len(first), 8))]
+    return GOOD.with_value(KeyValue("tokenizer.ggml.tokens", ARRAY, tokens, STRING))
+
+
 MEANING = {
     "no architecture": GOOD.without("general.architecture"),
     "other architecture": GOOD.with_value(KeyValue("general.architecture", STRING, "qwen2")),
@@ -121,6 +129,19 @@ MEANING = {
     "no shared experts": GOOD.without("deepseek.expert_shared_count"),
     "all layers dense": number("leading_dense_block_count", 2),
     "eps NaN": number("attention.layer_norm_rms_epsilon", float("nan"), FLOAT32),
+    "eps 0": number("attention.layer_norm_rms_epsilon", 0.0, FLOAT32),
+    "attention to what comes": number("attention.causal", 0, BOOL),
+    "groups of experts": number("expert_group_count", 4),
+    "groups that are used": number("expert_group_used_count", 2),
+    "layers for the next token": number("nextn_predict_layers", 3),
+    "pooled outputs": number("pooling_type", 1),
+    "outputs of another width": number("embedding_length_out", 8),
+    "rotary scaling of old": number("rope.scale_linear", 4.0, FLOAT32),
+    "a magnitude without YaRN": number("rope.scaling.attn_factor", 2.0, FLOAT32),
+    "a magnitude that is none": number("rope.scaling.attn_factor", float("nan"), FLOAT32),
+    "a factor that is text": GOOD.with_value(KeyValue("deepseek.rope.scaling.factor", STRING, "2")),
+    "a context before scaling that is a float": number("rope.scaling.original_context_length", 8.0, FLOAT32),
+    "linear scaling by nothing": GOOD.with_value(KeyValue("deepseek.rope.scaling.type", STRING, "linear")),
     "eps negative": number("attention.layer_norm_rms_epsilon", -1.0, FLOAT32),
     "eps infinite": number("attention.layer_norm_rms_epsilon", float("inf"), FLOAT32),
     "context 0": number("context_length", 0),
@@ -134,8 +155,31 @@ MEANING = {
     "extra tensor": GOOD.with_tensor(Tensor("blk.1.attn_output.bias", (64,))),
     "wrong shape": GOOD.with_tensor(Tensor("blk.1.ffn_gate_inp.weight", (64, 8))),
     "wrong rank": GOOD.with_tensor(Tensor("blk.1.ffn_gate_exps.weight", (64, 128))),
+    "a norm of 16 bits": GOOD.with_tensor(Tensor("output_norm.weight", (64,), kind=1)),
+    "a norm in blocks": GOOD.with_tensor(Tensor("blk.1.ffn_norm.weight", (64,), kind=Q8_0)),
+    "factors of rotation in blocks": GOOD.with_tensor(Tensor("rope_freqs.weight", (32,), kind=Q8_0)),
     "integer weights": GOOD.with_tensor(Tensor("blk.0.attn_q.weight", (64, 64), kind=26)),
     "bos out of range": token_id("bos", 8),
+    "mask out of range": token_id("mask", 8),
+    "eot as int32": token_id("eot", 1, INT32),
+    "BOS by default, which is no token": GOOD.without("tokenizer.ggml.bos_token_id"),
+    "EOS by default, which is no token": GOOD.without("tokenizer.ggml.eos_token_id"),
+    "a flag that is a number": GOOD.with_value(KeyValue("tokenizer.ggml.add_bos_token", UINT32, 1)),
+    "a pre-tokenizer that is a number": GOOD.with_value(KeyValue("tokenizer.ggml.pre", UINT32, 1)),
+    "a name that is a number": GOOD.with_value(KeyValue("general.name", UINT32, 1)),
+    "a name of another family": GOOD.with_value(KeyValue("general.name", STRING, "my Phi-3 MoE")),
+    "a token with a NUL": with_tokens("t0", "t0\0", "t2"),
+    "a token with the name of an empty one": with_tokens("", "[EMPTY_0]"),
+    "a byte that is none": GOOD.with_value(
+        KeyValue("tokenizer.ggml.token_type", ARRAY, [6, *[1] * 7], INT32)
+    ),
+    "types that are floats": GOOD.with_value(
+        KeyValue("tokenizer.ggml.token_type", ARRAY, [1.0] * 8, FLOAT32)
+    ),
+    "scores that are text": GOOD.with_value(KeyValue("tokenizer.ggml.scores", ARRAY, ["1"] * 8, STRING)),
+    "suppressed tokens that are none": GOOD.with_value(KeyValue("tokenizer.ggml.suppress_tokens", UINT32, 1)),
+    "bytes without tokens": GOOD.with_value(KeyValue("tokenizer.ggml.model", STRING, "llama")),
+    "a tokenizer that is a list": GOOD.with_value(KeyValue("tokenizer.ggml.model", ARRAY, ["x"], STRING)),
     "eos negative": token_id("eos", -1, INT32),
     "no tokens": GOOD.without("tokenizer.ggml.tokens"),
     "no merges": GOOD.without("tokenizer.ggml.merges"),
@@ -152,6 +196,21 @@ MEANING = {
 def test_senseless_values_are_refused(tmp_path: Path, name: str) -> None:
     """Guards llama.cpp against values that it aborts on or computes nonsense with."""
     check_refused(MEANING[name].write(tmp_path / "bad.gguf"))
+
+
+def test_a_vocabulary_of_bytes(tmp_path: Path) -> None:
+    """A vocabulary of llama.cpp's other kind, refused although it has a token for each byte."""
+    tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    model = tiny_model(n_vocab=256).with_value(KeyValue("tokenizer.ggml.model", STRING, "llama"))
+    model = model.with_value(KeyValue("tokenizer.ggml.tokens", ARRAY, tokens, STRING))
+    types = KeyValue("tokenizer.ggml.token_type", ARRAY, [6] * 256, INT32)
+    assert read_model(model.with_value(types).write(tmp_path / "model.gguf"))[1].n_vocab == 256
+
+
+def test_scaling_without_a_type(tmp_path: Path) -> None:
+    """A factor that llama.cpp scales by, taken for none because nothing says how."""
+    file = number("rope.scaling.factor", 4.0, FLOAT32).write(tmp_path / "model.gguf")
+    assert read_model(file)[1].rope_scaling == RopeScaling("linear", 4.0)
 
 
 def test_metadata_cannot_forge_a_message(tmp_path: Path) -> None:

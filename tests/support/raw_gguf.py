@@ -13,7 +13,7 @@ from typing import Any
 
 UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
 _PACK = {0: "<B", 2: "<H", UINT32: "<I", INT32: "<i", FLOAT32: "<f", BOOL: "<B", 10: "<Q", 12: "<d"}
-F32, Q8_0 = 0, 8
+F32, F16, Q8_0 = 0, 1, 8
 
 
 def text(value: str | bytes) -> bytes:
@@ -58,7 +58,7 @@ class Tensor:
         count = 1
         for size in self.ne:
             count *= size
-        return count * 4 if self.kind == F32 else count // 32 * 34
+        return count * {F32: 4, F16: 2}.get(self.kind, 0) or count // 32 * 34
 
 
 @dataclass(frozen=True)
