@@ -125,6 +125,22 @@ def seed_model() -> RawGguf:
 
 
 @cache
+def seed_of_bytes() -> RawGguf:
+    """The same with llama.cpp's other kind of vocabulary, which has a token for each byte."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "\u2581a"]
+    types = [2, 3, 3, *[6] * 256, 1, 1, 1]
+    model = tiny_model(n_vocab=len(tokens)).without("tokenizer.ggml.merges")
+    for value in (
+        KeyValue("tokenizer.ggml.model", STRING, "llama"),
+        KeyValue("tokenizer.ggml.tokens", ARRAY, tokens, STRING),
+        KeyValue("tokenizer.ggml.token_type", ARRAY, types, INT32),
+        KeyValue("tokenizer.ggml.scores", ARRAY, [0.0] * len(tokens), FLOAT32),
+    ):
+        model = model.with_value(value)
+    return model
+
+
+@cache
 def seed_bytes() -> tuple[bytes, int]:
     """Its header, and the bytes of the whole file."""
     content = seed_model().encode()
@@ -143,7 +159,7 @@ def write_damaged(path: Path, rng: random.Random) -> None:
 
 def write_senseless(path: Path, rng: random.Random) -> None:
     """Write a well-formed file with one to three values or tensors that are not what they should be."""
-    model = seed_model()
+    model = seed_model() if rng.random() < 0.7 else seed_of_bytes()
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         model = _senseless_tensor(model, rng) if rng.random() < 0.2 else _senseless_value(model, rng)
     content = replace(model, data=b"").encode()

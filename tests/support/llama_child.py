@@ -1,0 +1,81 @@
+"""llama.cpp in a child process that loads and runs one model file after another, and may crash.
+
+Run as a module, this file is that child: paths on stdin, a line on stdout for each.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+_TEXTS = ("", "t0 t1", "hello\n\n w\xf6rld <s>", "\u4eba \U0001f680")
+
+
+class LlamaChild:
+    """Use as a context. A child that died is replaced by the next `survives`."""
+
+    def __init__(self) -> None:
+        self._child = self._spawn()
+
+    def _spawn(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "support.llama_child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            # A debugger that writes a backtrace takes seconds.
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "GGML_NO_BACKTRACE": "1"},
+        )
+
+    def survives(self, path: Path) -> bool:
+        """Whether llama.cpp is alive after it has loaded `path`, or refused to, and run it."""
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
+        self._child.stdin.write(f"{path}\n")
+        self._child.stdin.flush()
+        if self._child.stdout.readline():
+            return True
+        self._end()
+        self._child = self._spawn()
+        return False
+
+    def _end(self) -> None:
+        self._child.kill()
+        self._child.communicate()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+
+def _exercise(path: Path) -> str:
+    """Tokenize some texts, and decode a few tokens."""
+    from support import llama_oracle
+
+    try:
+        with llama_oracle.vocabulary(path) as vocabulary:
+            for text in _TEXTS:
+                for flags in (0, 1, 2, 3):
+                    vocabulary.encode(text, add_special=bool(flags & 1), parse_special=bool(flags & 2))
+        llama_oracle.logits(path, [0, 1, 2], n_context=64)
+    except AssertionError:
+        return "refused"
+    return "run"
+
+
+def _main() -> None:
+    for line in sys.stdin:
+        print(_exercise(Path(line.rstrip("\n"))), flush=True)
+
+
+if __name__ == "__main__":
+    _main()
