@@ -113,11 +113,13 @@ class _Metadata:
             if default is None:
                 self.refuse(key, "(missing)", f"a number from {low:g} to {high:g}")
             return default
-        valid = field.type is GGUFValueType.FLOAT32 and math.isfinite(field.value)
-        if not valid or not low <= field.value <= high:
-            self.refuse(key, field.value, f"a 32-bit float from {low:g} to {high:g}")
+        if field.type is not GGUFValueType.FLOAT32 or not math.isfinite(field.value):
+            self.refuse(key, field.value, "a finite 32-bit float")
         # The shortest decimal that gives the same float: 1e-06, not 9.999999974752427e-07.
-        return shortest_float(field.value)
+        value = shortest_float(field.value)
+        if not low <= value <= high:
+            self.refuse(key, value, f"a number from {low:g} to {high:g}")
+        return value
 
     def refuse_other_graphs(self) -> None:
         """Values of keys that ours know nothing of: llama.cpp aborts on some, and computes otherwise."""

@@ -207,6 +207,12 @@ def test_a_vocabulary_of_bytes(tmp_path: Path) -> None:
     assert read_model(model.with_value(types).write(tmp_path / "model.gguf"))[1].n_vocab == 256
 
 
+def test_the_least_epsilon(tmp_path: Path) -> None:
+    """A value that a configuration may have, refused in the file because 32 bits make it a little less."""
+    file = number("attention.layer_norm_rms_epsilon", 1e-12, FLOAT32).write(tmp_path / "model.gguf")
+    assert read_model(file)[1].rms_norm_eps == 1e-12
+
+
 def test_scaling_without_a_type(tmp_path: Path) -> None:
     """A factor that llama.cpp scales by, taken for none because nothing says how."""
     file = number("rope.scaling.factor", 4.0, FLOAT32).write(tmp_path / "model.gguf")
