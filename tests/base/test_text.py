@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dsmoe_local.base.errors import DsmoeError
-from dsmoe_local.base.text import safe_line, safe_text, whole_characters
+from dsmoe_local.base.text import safe_file_line, safe_file_text, safe_line, safe_text, whole_characters
 
 HOSTILE = [
     "\x1b[2J",
@@ -44,6 +46,48 @@ def test_ordinary_text_is_untouched() -> None:
 def test_pieces_of_a_stream_give_the_same_as_the_whole(text: str) -> None:
     """Guards against state between characters: streamed pieces are made safe one by one."""
     assert "".join(safe_text(char) for char in text) == safe_text(text)
+
+
+REORDERS = {"LRE", "RLE", "PDF", "LRO", "RLO"}
+OPENS = {"LRI", "RLI", "FSI"}
+
+
+@pytest.mark.parametrize(
+    "text", ["\u05d0\u200f! (C++\u200e)", "\u0627\u061c, \u2067abc\u2069 \u2068\u2066x\u2069\u2069"]
+)
+def test_files_keep_what_hebrew_and_arabic_need(text: str) -> None:
+    """Guards: exports with replacement characters in place of the marks of right-to-left text."""
+    assert safe_file_text(text) == text
+    assert safe_file_line(text) == text
+    assert "\ufffd" in safe_text(text)
+
+
+def test_an_isolate_is_closed_within_its_line() -> None:
+    """Guards: an isolate that reorders what follows it, or is closed by what belongs to another line."""
+    assert safe_file_text("\u2067a\n\u2069b \u2066c\u2069") == "\ufffda\n\ufffdb \u2066c\u2069"
+    assert safe_file_text("\u2067a\u2028b\u2069") == "\ufffda\nb\ufffd"
+    assert safe_file_line("\u2067" + "x" * 300 + "\u2069", 10) == "\ufffd" + "x" * 8 + "…"
+
+
+@given(
+    st.text(
+        st.sampled_from(
+            "a\u05d0\n\u2028\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\x1b\x9b"
+        )
+    )
+)
+def test_nothing_in_a_file_reorders_what_is_around_it(text: str) -> None:
+    """Guards: source code or a link that reads otherwise than it is. The oracle is Unicode's own table."""
+    for line in safe_file_text(text).split("\n"):
+        depth = 0
+        for character in line:
+            kind = unicodedata.bidirectional(character)
+            assert kind not in REORDERS
+            assert unicodedata.category(character) != "Cc"
+            depth += (kind in OPENS) - (kind == "PDI")
+            assert depth >= 0
+        assert depth == 0
+    assert safe_file_text(safe_file_text(text)) == safe_file_text(text)
 
 
 def test_half_characters_have_no_encoding() -> None:

@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 from markdown_it.tree import SyntaxTreeNode
 
 from dsmoe_local.base.errors import UsageError
-from dsmoe_local.base.text import safe_text
+from dsmoe_local.base.text import safe_file_text
 from dsmoe_local.chat.export.about import About, title_of
 from dsmoe_local.chat.export.files import FORMATS, export_as
 from dsmoe_local.chat.export.html_page import export_html
@@ -72,8 +72,21 @@ def test_json_has_everything(transcript: Transcript, title: str) -> None:
     assert Transcript(turns, system, document["n_left_out"], document["n_shifted"]) == transcript
     exported = datetime.fromisoformat(document["exported"])
     assert About(document["title"], document["model"], exported, document["vocabulary"]) == about
-    assert safe_text(text) == text
+    assert safe_file_text(text) == text
     text.encode()
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+def test_marks_of_right_to_left_text_stay(ending: str) -> None:
+    """Guards: Hebrew and Arabic whose directional marks are replacement characters, in a file or its title;
+    an override that is left in.
+    """
+    text = "\u05e9\u05dc\u05d5\u05dd C++\u200e, \u0645\u061c\u200f \u2067\u05d0\u2069"
+    content = export_as(f"talk{ending}", talk(text, text), replace(ABOUT, title=text))
+    shown = json.dumps(json.loads(content), ensure_ascii=False) if ending == ".json" else content
+    assert shown.count(text) == (4 if ending == ".html" else 3)
+    assert "\ufffd" not in content
+    assert "\u202e" not in export_as(f"talk{ending}", talk("a\u202eb", "&#x202e;"), ABOUT)
 
 
 def test_json_has_the_messages_of_the_chat_api() -> None:
@@ -246,9 +259,9 @@ def test_hostile_text_is_harmless_in_a_page(hostile: str) -> None:
     """Guards: a reply, message, system text, title or model's name that runs, loads or hides something."""
     about = replace(ABOUT, title=hostile, model=hostile, vocabulary=hostile)
     page = export_html(talk(hostile, f"{hostile}\n\nafter", hostile), about)
-    assert safe_text(page) == page
+    assert safe_file_text(page) == page
     parsed = Page(page)
-    assert parsed.texts["user"] == [safe_text(hostile)]
+    assert parsed.texts["user"] == [safe_file_text(hostile)]
     assert "default-src 'none'" in page
 
 
@@ -258,7 +271,7 @@ def test_hostile_text_is_harmless_in_a_page(hostile: str) -> None:
 def test_no_mixture_of_hostile_texts_does_harm(reply: str) -> None:
     """Guards: what two pieces of Markdown become together."""
     page = export_html(talk(reply, reply), ABOUT)
-    assert safe_text(page) == page
+    assert safe_file_text(page) == page
     Page(page)
 
 
@@ -292,7 +305,7 @@ def test_a_page_shows_markdown() -> None:
 def test_code_in_a_page_is_exact(code: str, language: str) -> None:
     """Guards: highlighting that loses or adds characters, so that copied code does not run."""
     page = export_html(talk("q", in_fence(code, language)), ABOUT)
-    assert Page(page).texts["pre"] == [safe_text(code).removesuffix("\n") + "\n"]
+    assert Page(page).texts["pre"] == [safe_file_text(code).removesuffix("\n") + "\n"]
 
 
 @pytest.mark.parametrize("ending", FORMATS)

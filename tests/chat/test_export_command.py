@@ -85,7 +85,7 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
         export(chat_with(), str(tmp_path / "a.md"))
 
 
-@pytest.mark.parametrize("name", ["experts.svg", "experts-of-today.json", "picture.SVG"])
+@pytest.mark.parametrize("name", ["experts.svg", "Experts.JSON", "picture.SVG"])
 def test_pictures_are_the_experts(name: str, tmp_path: Path) -> None:
     """Guards: the conversation in a file that is to show the experts; a file replaced unasked."""
     chat = chat_with(answers=(False,))
@@ -95,6 +95,15 @@ def test_pictures_are_the_experts(name: str, tmp_path: Path) -> None:
     path.write_text("mine")
     export(chat, str(path))
     assert chat.experts.exported == [path]
+
+
+@pytest.mark.parametrize("name", ["experts-talk.json", "experts of May.JSON", "my experts.json"])
+def test_conversation_about_experts(name: str, tmp_path: Path) -> None:
+    """Guards: a conversation that can never be exported since its file's name begins with `experts`."""
+    chat = chat_with("fine")
+    export(chat, str(tmp_path / name))
+    assert chat.experts.exported == []
+    assert json.loads((tmp_path / name).read_text())["messages"][-1]["content"] == "fine"
 
 
 def test_copies() -> None:

@@ -15,7 +15,7 @@ from dsmoe_local.chat.commands.declare import Chat, Command, Commands
 from dsmoe_local.chat.export.about import About, title_of
 from dsmoe_local.chat.turns import Role
 
-PICTURE = "experts.svg"
+PICTURE, NUMBERS = "experts.svg", "experts.json"
 
 
 def about(chat: Chat) -> About:
@@ -49,8 +49,8 @@ def _export(chat: Chat, argument: str) -> None:
 
 
 def _is_picture(path: Path) -> bool:
-    ending = path.suffix.lower()
-    return ending == ".svg" or (ending == ".json" and path.name.lower().startswith("experts"))
+    # Any other .json is the conversation's, however its name begins.
+    return path.suffix.lower() == ".svg" or path.name.lower() == NUMBERS
 
 
 def _may_write(chat: Chat, path: Path) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
-from dsmoe_local.base.text import safe_line, safe_text
+from dsmoe_local.base.text import safe_file_line, safe_file_text
 from dsmoe_local.chat import words
 from dsmoe_local.chat.turns import Role, Transcript, Turn
 from dsmoe_local.engine.types import FinishReason
@@ -41,13 +41,13 @@ class About:
     @property
     def model_name(self) -> str:
         """The model's name, safe to print."""
-        return safe_line(self.model).strip() or "Model"
+        return safe_file_line(self.model).strip() or "Model"
 
 
 def title_of(transcript: Transcript) -> str:
     """The beginning of the first message, on one line."""
     first = transcript.turns[0].content.strip() if transcript.turns else ""
-    return safe_line(" ".join(first[: 4 * _TITLE_LENGTH].split()), _TITLE_LENGTH) or "Conversation"
+    return safe_file_line(" ".join(first[: 4 * _TITLE_LENGTH].split()), _TITLE_LENGTH) or "Conversation"
 
 
 def remark(turn: Turn) -> str:
@@ -60,5 +60,5 @@ def body(turn: Turn) -> str:
 
     The whitespace that a reply begins with belongs to the template.
     """
-    text = safe_text(turn.content.replace("\r\n", "\n")).strip("\n")
+    text = safe_file_text(turn.content.replace("\r\n", "\n")).strip("\n")
     return text.strip() if turn.role is Role.ASSISTANT else text

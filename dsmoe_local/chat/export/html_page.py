@@ -20,7 +20,7 @@ from pygments.lexers import get_lexer_by_name
 from pygments.util import ClassNotFound
 
 from dsmoe_local import __version__
-from dsmoe_local.base.text import safe_text
+from dsmoe_local.base.text import safe_file_text
 from dsmoe_local.chat.export.about import About, body, remark
 from dsmoe_local.chat.export.html_style import style_sheet
 from dsmoe_local.chat.turns import Role, Transcript, Turn
@@ -65,7 +65,7 @@ def export_html(transcript: Transcript, about: About) -> str:
         sections="\n".join([*system, *(_turn(turn, about) for turn in transcript.turns)]),
     )
     # Once more: an entity in Markdown may have become a control character.
-    return safe_text(page)
+    return safe_file_text(page)
 
 
 def _turn(turn: Turn, about: About) -> str:

@@ -13,8 +13,8 @@
       ]
     }
 
-`messages` are those of OpenAI's chat API with fields beside. Control, bidi and other characters that a
-terminal would obey are written as \\u escapes.
+`messages` are those of OpenAI's chat API with fields beside. Control characters, and those that could reorder
+the text around them, are written as \\u escapes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
-from dsmoe_local.base.text import safe_text
+from dsmoe_local.base.text import safe_file_text
 from dsmoe_local.chat.export.about import About
 from dsmoe_local.chat.turns import Role, Transcript, Turn
 
@@ -53,7 +53,7 @@ def export_json(transcript: Transcript, about: About) -> str:
 def _dump(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False)
     for character in set(text):
-        if safe_text(character) != character:
+        if safe_file_text(character) != character:
             text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from dsmoe_local.base.text import safe_line
+from dsmoe_local.base.text import safe_file_line
 from dsmoe_local.chat.export.about import About, body, remark
 from dsmoe_local.chat.turns import Role, Transcript, Turn
 
@@ -62,4 +62,4 @@ def _quoted(text: str) -> str:
 
 def _escaped(text: str) -> str:
     """`text` on one line, as nothing but text."""
-    return _PUNCTUATION.sub(r"\\\1", safe_line(text))
+    return _PUNCTUATION.sub(r"\\\1", safe_file_line(text))
