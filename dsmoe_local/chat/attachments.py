@@ -17,12 +17,11 @@ from pathlib import Path
 from dsmoe_local.base.errors import FileError, UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.chat import words
-from dsmoe_local.chat.export.markdown_file import in_fence
+from dsmoe_local.chat.frames import LONGEST_NAME, framed
 
 MAX_BYTES = 1 << 20
-_LONGEST_NAME = 1024
 # Not after what may be the beginning of an e-mail address.
-_MENTION = re.compile(rf'(?<![A-Za-z0-9._%+\-@])@(?:"([^"\n]+)"|([^\s"]{{1,{_LONGEST_NAME}}}))')
+_MENTION = re.compile(rf'(?<![A-Za-z0-9._%+\-@])@(?:"([^"\n]+)"|([^\s"]{{1,{LONGEST_NAME}}}))')
 _LEADING_NAME = re.compile(r'"([^"\n]+)"(?=\s|$)|(\S+)')
 
 
@@ -36,8 +35,7 @@ class Attachment:
     @property
     def framed(self) -> str:
         """The text with its name, as the model reads it."""
-        ending = Path(self.name).suffix.removeprefix(".")
-        return f"{self.name}:\n{in_fence(self.text, ending if ending.isalnum() else '')}"
+        return framed(self.name, self.text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +84,7 @@ def split_name(argument: str, folder: Path | None = None) -> tuple[str, str]:
         raise UsageError("a file's name is missing")
     if match[1]:
         return match[1], argument[match.end() :].strip()
-    longest = argument[:_LONGEST_NAME]
+    longest = argument[:LONGEST_NAME]
     for end in (*(space.start() for space in re.finditer(r"\s", longest)), len(longest)):
         if _is_file(_path(argument[:end], folder)):
             return argument[:end], argument[end:].strip()

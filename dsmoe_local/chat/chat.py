@@ -11,18 +11,16 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from rich.text import Text
-
 from dsmoe_local.base.config_file import ConfigFile
 from dsmoe_local.base.errors import DsmoeError, InterruptedRunError, UsageError
-from dsmoe_local.base.text import safe_line, safe_text
+from dsmoe_local.base.text import safe_line
 from dsmoe_local.chat import attachments, blocks, words
 from dsmoe_local.chat.cache_keeper import CacheKeeper
 from dsmoe_local.chat.commands import table
 from dsmoe_local.chat.context import MadeRoom
 from dsmoe_local.chat.conversation import Asked, Conversation, Reply
 from dsmoe_local.chat.experts_view import ExpertsView
-from dsmoe_local.chat.markdown.render import render_text
+from dsmoe_local.chat.recall import recall
 from dsmoe_local.chat.store.sessions import Session, SessionStore
 from dsmoe_local.chat.terminal.screen import ReplyView, Screen
 from dsmoe_local.chat.terminal.status import Status
@@ -34,8 +32,6 @@ _NEARLY_FULL = 0.85
 _REST_SECONDS = 30.0
 """So long after the last reply the cache is kept: the next message may be near before that."""
 _LAST_WAIT = 60.0  # seconds that leaving waits for a cache that is being written
-_RECALLED = 12
-"""Lines of each of the turns that are shown when a session goes on."""
 
 
 class Chat:
@@ -85,7 +81,7 @@ class Chat:
             )
         if session is not None:
             self.adopt(session, system)
-            self._recall(session)
+            self.recall()
         else:
             self.conversation.set_system(system)
             if name and self.sessions is not None:
@@ -214,6 +210,11 @@ class Chat:
         if self._caches is not None:
             self._caches.restore(self.conversation, session)
 
+    def recall(self) -> None:
+        """Show the last message and reply of the session that goes on."""
+        if self.session is not None:
+            recall(self.screen, self.conversation, self.session.name)
+
     def rest(self) -> None:
         """Nothing has been asked for a while: the cache is kept, unless something is being done."""
         if self._working.acquire(blocking=False):
@@ -309,31 +310,6 @@ class Chat:
         if nearly and not self._warned and conversation.finish_reason is not FinishReason.CONTEXT_FULL:
             self.screen.notice(words.nearly_full(share))
         self._warned = nearly
-
-    def _recall(self, session: Session) -> None:
-        """The last message and reply of a session that goes on."""
-        turns = self.conversation.turns
-        questions = [index for index, turn in enumerate(turns) if turn.role is Role.USER]
-        # With a reply, where there is one.
-        first = questions[-2:][0] if self.conversation.unanswered else (questions or [0])[-1]
-        n_earlier = first
-        earlier = f", {words.count(n_earlier, 'turn')} before these" if n_earlier else ""
-        self.screen.notice(f"{session.name}{earlier}")
-        for turn in turns[first:]:
-            lines = turn.content.strip().split("\n")
-            # A line may be a whole book.
-            shown = [line if len(line) <= 400 else f"{line[:399]}…" for line in lines[:_RECALLED]]
-            text = "\n".join([*shown, *(["…"] if len(lines) > _RECALLED else [])])
-            if turn.role is Role.USER:
-                self.screen.show(Text(safe_text(f"> {text}"), style="dim"))
-            elif self.screen.plain:
-                self.screen.show(Text(safe_text(text)))
-            else:
-                self.screen.show(render_text(text, self.screen.width, colour=self.screen.colour))
-        if self.conversation.unanswered:
-            self.screen.notice("[not answered: /continue answers it]")
-        elif turns and turns[-1].ending in words.ENDINGS:
-            self.screen.notice(f"[{words.ENDINGS[turns[-1].ending]}]")
 
     def _keep_cache(self) -> None:
         if self._caches is not None and self.session is not None and self.session.number:

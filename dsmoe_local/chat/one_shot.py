@@ -16,6 +16,7 @@ from dsmoe_local.base.text import safe_text
 from dsmoe_local.chat import words
 from dsmoe_local.chat.context import MadeRoom
 from dsmoe_local.chat.conversation import Asked, Conversation
+from dsmoe_local.chat.indented import IndentedJson
 from dsmoe_local.engine.types import FinishReason
 
 _CUT: Mapping[FinishReason | None, tuple[str, str]] = {
@@ -38,13 +39,14 @@ def answer(
 
     The object has `text`, `finish_reason`, `usage` and `model`; with a JSON schema also `value`, what the
     text says, null if it was cut. The whitespace that a reply begins with belongs to the template and is left
-    out, except in a completion. Control characters are made visible where `out` is a terminal.
+    out, except in a completion. Where `out` is a terminal, control characters are made visible, and what a
+    JSON schema asked for is indented; anything else gets the exact text.
 
     After Ctrl-C what came is written, then InterruptedRunError raised; a second Ctrl-C waits for nothing.
     DsmoeError if there is a JSON schema and the reply was cut before it was JSON.
     """
     notes = beside if beside is not None else sys.stderr
-    written = _Written(out, silent=as_json)
+    written = _Written(out, silent=as_json, is_json=conversation.json_schema is not None)
     try:
         with _interruptible(conversation):
             for event in conversation.send(text):
@@ -67,11 +69,13 @@ def answer(
 class _Written:
     """A reply on its way out."""
 
-    def __init__(self, out: TextIO, *, silent: bool) -> None:
+    def __init__(self, out: TextIO, *, silent: bool, is_json: bool) -> None:
         self.text = ""
+        self._last = ""
         self._out = out
         self._silent = silent
         self._make_safe = safe_text if out.isatty() else str
+        self._lay_out = IndentedJson().feed if is_json and out.isatty() else str
 
     def add(self, piece: str, *, trim: bool) -> None:
         piece = piece.lstrip() if trim and not self.text else piece
@@ -79,19 +83,23 @@ class _Written:
             return
         self.text += piece
         if not self._silent:
-            self._out.write(self._make_safe(piece))
+            self._write(self._lay_out(piece))
             self._out.flush()
 
     def replace(self, text: str) -> None:
         """Write `text` instead of what was not written so far."""
-        self._out.write(self._make_safe(text))
+        self._write(text)
         self.text = text
 
     def finish(self) -> None:
         """End the last line."""
-        if not self.text.endswith("\n"):
+        if self._last != "\n":
             self._out.write("\n")
         self._out.flush()
+
+    def _write(self, text: str) -> None:
+        self._out.write(self._make_safe(text))
+        self._last = text[-1:] or self._last
 
     def break_off(self) -> None:
         """An error follows: on a terminal it gets a line of its own."""

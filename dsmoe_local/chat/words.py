@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dsmoe_local.base.text import count as count
-from dsmoe_local.base.text import safe_line
 from dsmoe_local.chat.context import MadeRoom
+from dsmoe_local.chat.frames import preview
 from dsmoe_local.chat.turns import Role
 from dsmoe_local.engine.types import FinishReason, ModelInfo, Usage
 
@@ -39,7 +39,7 @@ def made_room(room: MadeRoom) -> str:
     """What left the context."""
     if not room.turns:
         return f"the context was full: the oldest {count(room.n_tokens, 'token')} left it"
-    said = [safe_line(turn.content.strip(), 40) for turn in room.turns if turn.role is Role.USER]
+    said = [preview(turn.content, 40) for turn in room.turns if turn.role is Role.USER]
     if len(said) == 1:
         return f"the context was full: the oldest message and its reply left it: “{said[0]}”"
     return (

@@ -9,9 +9,12 @@ import signal
 from collections.abc import Callable
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dsmoe_local.base.errors import DsmoeError, InterruptedRunError
 from dsmoe_local.chat.conversation import Conversation
+from dsmoe_local.chat.indented import IndentedJson
 from dsmoe_local.chat.one_shot import answer
 from dsmoe_local.chat.settings import ChatSettings
 from dsmoe_local.chat.turns import OnFull
@@ -77,6 +80,31 @@ def test_control_characters_on_a_terminal(as_json: bool) -> None:
     assert "\x1b" not in out
     assert "\u202e" not in out
     assert "b" in out
+
+
+def test_schema_answers_are_indented_on_a_terminal() -> None:
+    """Guards: an object of thirty fields on one line for people; one that programs read changed."""
+    reply = '{"a":[1,{}],"b":"x{, y"}\n'
+    assert Asked(reply, schema=SCHEMA).answer() == reply
+    shown = Asked(reply, schema=SCHEMA, out=Terminal()).answer()
+    assert shown == json.dumps(json.loads(reply), indent=2) + "\n"
+    assert Asked(reply, out=Terminal()).answer() == reply
+    assert Asked(reply, schema=SCHEMA, out=Terminal()).answer(as_json=True).count("\n") == 1
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(VALUES, st.sampled_from([None, 1, "\t"]), st.integers(1, 9))
+def test_layout_is_that_of_json_dumps(value: object, indent: str | int | None, step: int) -> None:
+    """Guards: a value whose strings or brackets are changed by laying it out. The oracle is json.dumps."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    layout = IndentedJson()
+    pieces = [layout.feed(text[at : at + step]) for at in range(0, len(text), step)]
+    assert "".join(pieces) == json.dumps(value, ensure_ascii=False, indent=2)
 
 
 def test_cut_replies_say_so_beside() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from dsmoe_local.base.config_file import ConfigFile
 from dsmoe_local.base.errors import DsmoeError
+from dsmoe_local.chat.attachments import Attachment
 from dsmoe_local.chat.chat import Chat
 from dsmoe_local.chat.commands.sessions import COMMANDS
 from dsmoe_local.chat.conversation import Conversation
@@ -46,7 +47,7 @@ class RecordingScreen:
         pass
 
     def show(self, renderable: object) -> None:
-        pass
+        self.lines.append(str(renderable))
 
     @contextmanager
     def reply(self, after: str = "") -> Iterator[ReplyView]:
@@ -123,15 +124,39 @@ def test_going_from_one_session_to_another(talk: Talk, store: SessionStore) -> N
     talk.take("/save One")
     talk.take("/clear")
     talk.take("second")
-    assert talk.take("/load one")[-1] == "One: 2 turns"
+    assert talk.take("/load one") == ["One", "> first", "Echo first"]
     assert talk.contents() == ["first", "Echo first"]
     assert talk.take("/load 1") == ["One is what you are in"]
     talk.take("third")
-    assert talk.take("/load 2")[-1] == "chat-2: 2 turns"
+    assert talk.take("/load 2") == ["chat-2", "> second", "Echo second"]
     assert talk.contents() == ["second", "Echo second"]
     assert talk.take("/load tow")[0] == "there is no session tow"
     assert talk.take("/load")[0].startswith("which session?")
     assert store.find("One").load("fake").turns[-1].content == "Echo third"
+
+
+def test_loading_shows_where_a_session_is(talk: Talk) -> None:
+    """Guards: /load that shows nothing of the session, or an attached file in place of the last question."""
+    talk.take("one")
+    frame = Attachment("notes.txt", "x\n" * 100).framed
+    talk.take(f"{frame}\n\nwhat is this?")
+    talk.take("/clear")
+    assert talk.take("/load 1") == [
+        "chat-1, 2 turns before these",
+        "> [notes.txt] what is this?",
+        "Echo what is this?",
+    ]
+
+
+def test_previews_show_what_was_typed(talk: Talk) -> None:
+    """Guards: /undo, /delete, lists and /context that tell the attached file in place of the message."""
+    talk.take(Attachment("notes.txt", "secret\n" * 100).framed + "\n\nwhat is this?")
+    assert talk.take("/sessions")[0].split(" | ")[2] == "[notes.txt] what is this?"
+    assert "user | " in talk.take("/context")[0]
+    assert talk.take("/context")[0].endswith(" | [notes.txt] what is this?")
+    talk.screen.yes = False
+    assert talk.take("/delete 1")[0] == "Delete chat-1 (2 turns: “[notes.txt] what is this?”) for good?"
+    assert talk.take("/undo") == ["forgotten: “[notes.txt] what is this?” and what was answered"]
 
 
 def test_the_list(talk: Talk) -> None:

@@ -54,6 +54,10 @@ class Chat(Protocol):
         """Go on with another session (None: a new one), once this one is saved."""
         ...
 
+    def recall(self) -> None:
+        """Show the last message and reply of the session that goes on."""
+        ...
+
 
 Complete: TypeAlias = Callable[[Chat, str], Iterable[str]]
 """Takes what is typed behind a command's name, up to the cursor; gives what its last word could become."""

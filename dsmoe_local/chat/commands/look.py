@@ -11,6 +11,7 @@ from dsmoe_local.base.sizes import format_count, format_size
 from dsmoe_local.base.text import safe_line, safe_text
 from dsmoe_local.chat import words
 from dsmoe_local.chat.commands.declare import Chat, Command, Commands
+from dsmoe_local.chat.frames import preview
 from dsmoe_local.chat.settings import setting_rows
 from dsmoe_local.chat.turns import OnFull
 
@@ -115,7 +116,13 @@ def _context(chat: Chat, _: str) -> None:
         messages, before = conversation.messages(), 0
         for index, message in enumerate(messages):
             n_tokens = len(conversation.engine.encode(messages[: index + 1]))
-            rows.append((message.role, f"{n_tokens - before:,}", safe_line(message.content.strip(), 50)))
+            rows.append(
+                (
+                    message.role,
+                    f"{n_tokens - before:,}",
+                    preview(message.content, 50),
+                )
+            )
             before = n_tokens
     if rows:
         chat.screen.table(rows)

@@ -49,7 +49,7 @@ def _load(chat: Chat, name: str) -> None:
         return
     chat.save()
     chat.adopt(session)
-    chat.screen.notice(f"{session.name}: {words.count(len(chat.conversation.turns), 'turn')}")
+    chat.recall()
 
 
 def _sessions(chat: Chat, argument: str) -> None:

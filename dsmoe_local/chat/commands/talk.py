@@ -5,6 +5,7 @@ from __future__ import annotations
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.chat.commands.declare import Chat, Command, Commands, read_count
+from dsmoe_local.chat.frames import preview
 from dsmoe_local.chat.turns import Role
 
 
@@ -41,7 +42,7 @@ def _undo(chat: Chat, argument: str) -> None:
         return
     chat.save()
     if len(questions) == 1:
-        said = safe_line(questions[0].content.strip(), 60)
+        said = preview(questions[0].content, 60)
         chat.screen.notice(f"forgotten: “{said}” and what was answered")
     else:
         chat.screen.notice(f"the last {len(questions)} messages and their replies are forgotten")

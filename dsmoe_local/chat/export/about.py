@@ -8,6 +8,7 @@ from datetime import datetime
 
 from dsmoe_local.base.text import safe_file_line, safe_file_text
 from dsmoe_local.chat import words
+from dsmoe_local.chat.frames import without_files
 from dsmoe_local.chat.turns import Role, Transcript, Turn
 from dsmoe_local.engine.types import FinishReason
 
@@ -46,7 +47,7 @@ class About:
 
 def title_of(transcript: Transcript) -> str:
     """The beginning of the first message, on one line."""
-    first = transcript.turns[0].content.strip() if transcript.turns else ""
+    first = without_files(transcript.turns[0].content).strip() if transcript.turns else ""
     return safe_file_line(" ".join(first[: 4 * _TITLE_LENGTH].split()), _TITLE_LENGTH) or "Conversation"
 
 

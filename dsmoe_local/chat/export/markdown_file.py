@@ -10,6 +10,7 @@ import re
 
 from dsmoe_local.base.text import safe_file_line
 from dsmoe_local.chat.export.about import About, body, remark
+from dsmoe_local.chat.frames import in_fence
 from dsmoe_local.chat.turns import Role, Transcript, Turn
 
 _PUNCTUATION = re.compile(r"([\\`*_{}\[\]<>#|~!&$])")
@@ -47,13 +48,6 @@ def contained(text: str) -> str:
     if last.type == "fence" and closed(ended):
         return ended
     return in_fence(text)
-
-
-def in_fence(text: str, language: str = "") -> str:
-    """`text` as a code block, in a fence that is longer than any in it."""
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{text.removesuffix(chr(10))}\n{fence}"
 
 
 def _quoted(text: str) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from dsmoe_local.base.faults import reach
 from dsmoe_local.base.sequences import n_common
+from dsmoe_local.chat.frames import without_files
 from dsmoe_local.chat.store.database import Database
 from dsmoe_local.chat.store.names import free_name, given_name, key_of
 from dsmoe_local.chat.store.rows import (
@@ -242,6 +243,6 @@ def _tree(connection: sqlite3.Connection, turn_id: int) -> int | None:
 
 
 def _title(turns: Sequence[Turn]) -> str:
-    text = next((turn.content for turn in turns if turn.role is Role.USER), "")
+    text = without_files(next((turn.content for turn in turns if turn.role is Role.USER), ""))
     line = " ".join(storable(text[: 8 * _TITLE]).split())
     return line if len(line) <= _TITLE else f"{line[: _TITLE - 1]}…"
