@@ -34,6 +34,7 @@ POINTS = {
     "imatrix.complete": "an importance matrix is complete, and still called a part",
     "session.turn": "a turn is in the transaction of a save, which is not committed",
     "session.saved": "a save is committed, nobody knows yet",
+    "session.grown": "a reply that is not finished is stored as far as it came",
     "state.written": "a KV state is written under its temporary name",
     "state.renamed": "a KV state has its name, but no row in the database",
     "state.recorded": "a KV state counts, what it replaces is still there",

@@ -6,7 +6,7 @@ How keys are read and things drawn is `terminal`'s concern, what a reply consist
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +19,11 @@ from dsmoe_local.chat.cache_keeper import CacheKeeper
 from dsmoe_local.chat.commands import table
 from dsmoe_local.chat.context import MadeRoom
 from dsmoe_local.chat.conversation import Asked, Conversation, Reply
+from dsmoe_local.chat.drafts import Drafts
 from dsmoe_local.chat.experts_view import ExpertsView
 from dsmoe_local.chat.recall import recall
+from dsmoe_local.chat.session_settings import SessionSettings, differences
+from dsmoe_local.chat.store.rows import Settings
 from dsmoe_local.chat.store.sessions import Session, SessionStore
 from dsmoe_local.chat.terminal.screen import ReplyView, Screen
 from dsmoe_local.chat.terminal.status import Status
@@ -48,8 +51,11 @@ class Chat:
         *,
         sessions: SessionStore | None = None,
         caches: CacheKeeper | None = None,
+        drafts: Drafts | None = None,
+        fixed: Set[str] = frozenset(),
         stats: bool = False,
     ) -> None:
+        """`fixed` names the settings that the command line gave: they outweigh those of a session."""
         self.conversation = conversation
         self.screen = screen
         self.config = config
@@ -58,6 +64,8 @@ class Chat:
         self.experts = ExpertsView(conversation.engine)
         self.finished = False
         self._caches = caches
+        self._settings = SessionSettings(conversation.settings, fixed)
+        self._drafts = Drafts() if drafts is None else drafts
         self._stats = stats
         self._warned = False
         self._cancelled = threading.Event()
@@ -173,8 +181,9 @@ class Chat:
         """Make durable what changed in the conversation."""
         if self.sessions is None or (self.session is None and not self.conversation.turns):
             return
-        note = self.current_session(self.sessions).save(self.conversation.transcript)
-        if note:
+        session = self.current_session(self.sessions)
+        session.settings = self._settings.to_keep(self.conversation.settings)
+        if note := session.save(self.conversation.transcript):
             self.screen.notice(note)
 
     def current_session(self, sessions: SessionStore) -> Session:
@@ -182,6 +191,7 @@ class Chat:
         if self.session is None:
             info = self.conversation.engine.info
             self.session = sessions.create(info.name, info.vocabulary, self.conversation.system)
+            self.session.model_path = str(info.path.absolute())
         return self.session
 
     def adopt(self, session: Session | None, system: str = "") -> None:
@@ -199,6 +209,7 @@ class Chat:
         if transcript.turns[: len(before)] != before:
             self._keep_cache()
         self.session = session
+        self._settings.leave()
         self._warned = False
         self.experts.forget()
         self.conversation.restore(transcript)
@@ -206,7 +217,9 @@ class Chat:
             return
         if session.model != info.name:
             self.screen.notice(f"its replies were {safe_line(session.model, 60)}'s; {info.name} goes on")
-            session.model = info.name
+        session.model, session.model_path = info.name, str(info.path.absolute())
+        if session.settings is not None:
+            self._restore_settings(session.settings)
         if self._caches is not None:
             self._caches.restore(self.conversation, session)
 
@@ -235,6 +248,12 @@ class Chat:
             n_context=info.n_context,
             tokens_per_second=0.0 if usage is None else usage.tokens_per_second,
         )
+
+    def _restore_settings(self, kept: Settings) -> None:
+        before = self.conversation.settings
+        self.conversation.settings = self._settings.restored(kept)
+        if changed := differences(before, self.conversation.settings):
+            self.screen.notice(f"settings of this session: {', '.join(changed)}")
 
     def _take(self, text: str) -> None:
         message = blocks.content(text)
@@ -269,6 +288,7 @@ class Chat:
             if isinstance(event, Asked):
                 # The question is on the disk before anything can happen to it.
                 self.save()
+                self._drafts.begin()
                 continue
             if isinstance(event, MadeRoom):
                 view.note(f"[{words.made_room(event)}]")
@@ -281,6 +301,7 @@ class Chat:
                 begun = True
                 view.text(text)
             self.experts.reply_goes_on(self.screen, reading=event.progress is not None)
+            self._save_growing(view)
         self._tell_ending(None if end is None else end.finish_reason, view, begun=begun)
 
     def _tell_ending(self, ending: FinishReason | None, view: ReplyView, *, begun: bool) -> None:
@@ -292,6 +313,21 @@ class Chat:
             view.note(f"[{words.ENDINGS[ending]}]")
         elif not begun and ending is FinishReason.STOP:
             view.note("[the model says nothing: /regen tries again]")
+
+    def _save_growing(self, view: ReplyView) -> None:
+        """Save what came of the reply so far, now and then. A disk that is full does not end the reply."""
+        if self.session is None:
+            return
+        session = self.session
+
+        def save(transcript: Transcript) -> None:
+            if note := session.save(transcript, growing=True):
+                view.note(f"[{note}]")
+
+        try:
+            self._drafts.keep(lambda: self.conversation.growing, save)
+        except DsmoeError as error:
+            view.note(f"[not stored yet: {error.what}]")
 
     def _save_whatever_happened(self) -> None:
         """Save after a reply. An error that is under way already matters more than one of the disk."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Generator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from dsmoe_local.base.errors import DsmoeError, InterruptedRunError, UsageError
@@ -40,6 +40,30 @@ Reply: TypeAlias = Generator[Event, None, None]
 """A reply in the making. Close it, where it is not read to its end: what came is a turn then."""
 
 
+@dataclass(slots=True)
+class _Growing:
+    """What came of the running reply. Its first `n_pieces` are exactly the text of its first `n_ids`."""
+
+    pieces: list[str] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    n_pieces: int = 0
+    n_ids: int = 0
+
+    def add(self, event: TokenEvent) -> None:
+        self.pieces.append(event.text)
+        if event.finish_reason is FinishReason.STOP and event.token_id is None:
+            # A stop string ended it: the ids reach beyond the text.
+            self.ids.clear()
+        elif event.finish_reason is None and event.token_id is not None:
+            self.ids.append(event.token_id)
+        if not event.held:
+            self.n_pieces, self.n_ids = len(self.pieces), len(self.ids)
+
+    def exact(self) -> tuple[str, tuple[int, ...]]:
+        """Text and ids from where it can go on, without what is held back at its end."""
+        return "".join(self.pieces[: self.n_pieces]), tuple(self.ids[: self.n_ids])
+
+
 @dataclass(frozen=True, slots=True)
 class _Books:
     """All that changes with a reply, to go back to if nothing comes of it."""
@@ -65,6 +89,7 @@ class Conversation:
         self._books = _Books(Transcript(system=system))
         # While a turn is being replaced: what is to be kept until there is another.
         self._replaced: Transcript | None = None
+        self._growing: _Growing | None = None
         self._numbers = itertools.count(1)
         self._cancelled = False
 
@@ -108,6 +133,15 @@ class Conversation:
         """What is to be kept of it. A reply that is being replaced stays in it until there is another."""
         return self._replaced or self._books.transcript
 
+    @property
+    def growing(self) -> Transcript | None:
+        """What would be kept if the running reply broke off here; None if nothing would."""
+        reply = self._growing
+        if reply is None or not reply.n_ids:
+            return None
+        turns = self._turns_with(*reply.exact(), FinishReason.CANCELLED, None)
+        return replace(self._books.transcript, turns=turns)
+
     def restore(self, transcript: Transcript) -> None:
         """Go on with a kept conversation."""
         usages = [turn.usage for turn in transcript.turns if turn.usage is not None]
@@ -147,14 +181,26 @@ class Conversation:
         return self._reply(self.turns)
 
     def undo(self, n: int = 1) -> tuple[Turn, ...]:
-        """Forget the last `n` messages and their replies; returns what is forgotten, perhaps less."""
+        """Take back the last `n` messages and their replies; returns them, perhaps fewer."""
         questions = [index for index, turn in enumerate(self.turns) if turn.role is Role.USER]
         start = questions[-min(n, len(questions))] if questions else len(self.turns)
         kept, gone = self._books.transcript, self.turns[start:]
         if start <= kept.n_left_out:
             kept = replace(kept, n_left_out=0, n_shifted=0)
-        self.restore(replace(kept, turns=kept.turns[:start]))
+        self.restore(replace(kept, turns=kept.turns[:start], undone=(*gone, *kept.undone)))
         return gone
+
+    def redo(self, n: int = 1) -> tuple[Turn, ...]:
+        """Bring back the next `n` messages that were undone, with their replies; returns them, perhaps fewer.
+        Whatever else is said after an undo ends this.
+        """
+        kept = self._books.transcript
+        ends = [place for place, turn in enumerate(kept.undone) if place and turn.role is Role.USER]
+        end = [*ends, len(kept.undone)][min(n, len(ends) + 1) - 1]
+        back = kept.undone[:end]
+        if back:
+            self.restore(replace(kept, turns=(*kept.turns, *back), undone=kept.undone[end:]))
+        return back
 
     def clear(self) -> None:
         """Forget all turns; the system text stays."""
@@ -189,7 +235,7 @@ class Conversation:
     ) -> None:
         transcript = transcript or self._books.transcript
         if turns is not None:
-            transcript = replace(transcript, turns=turns)
+            transcript = replace(transcript, turns=turns, undone=())
         used = self._books.n_used if n_used < 0 else n_used
         self._books = replace(self._books, transcript=transcript, n_used=used)
 
@@ -255,14 +301,14 @@ class Conversation:
 
     def _run(self, encoder: context.Encoder) -> Reply:
         """One request, and what came of it as a turn, also when an error or the reader ends it early."""
+        reply = _Growing()
         if self._cancelled:
             # While room was made for it.
-            self._keep("", (), None)
+            self._keep(reply, None)
             yield TokenEvent("", "", 0.0, finish_reason=FinishReason.CANCELLED)
             return
         request = self._request(encoder)
-        pieces: list[str] = []
-        ids: list[int] = []
+        self._growing = reply
         end: TokenEvent | None = None
         try:
             events = self.engine.submit(request)
@@ -271,20 +317,17 @@ class Conversation:
                 self.cancel()
             self._change(n_used=len(request.prompt))
             for event in events:
-                pieces.append(event.text)
                 if event.dropped:
                     yield self._shift(event.dropped)
+                reply.add(event)
                 if event.finish_reason is not None:
                     end = event
-                    if event.finish_reason is FinishReason.STOP and event.token_id is None:
-                        # A stop string ended it: the ids reach beyond the text.
-                        ids.clear()
                 elif event.token_id is not None:
-                    ids.append(event.token_id)
                     self._change(n_used=self.n_used + 1)
                 yield event
         finally:
-            self._keep("".join(pieces), tuple(ids), end)
+            self._growing = None
+            self._keep(reply, end)
 
     def _shift(self, n_tokens: int) -> MadeRoom:
         kept = self._books.transcript
@@ -308,18 +351,22 @@ class Conversation:
             n_keep=context.n_never_shifted(kept, encoder) if shift else 0,
         )
 
-    def _keep(self, text: str, ids: tuple[int, ...], end: TokenEvent | None) -> None:
+    def _keep(self, reply: _Growing, end: TokenEvent | None) -> None:
         """Make what came a turn. `end` None: the stream broke off."""
         usage = None if end is None else end.usage
         ending = FinishReason.CANCELLED if end is None else end.finish_reason
+        text, ids = reply.exact() if end is None else ("".join(reply.pieces), tuple(reply.ids))
         self._books = replace(self._books, usage=usage, finish_reason=ending)
-        nothing = not text and not ids
-        if nothing and ending is not FinishReason.STOP:
-            return
-        before, last = self.turns, self.turns[-1]
+        if text or ids or ending is FinishReason.STOP:
+            self._change(turns=self._turns_with(text, ids, ending, usage))
+
+    def _turns_with(
+        self, text: str, ids: tuple[int, ...], ending: FinishReason | None, usage: Usage | None
+    ) -> tuple[Turn, ...]:
+        """The turns with a reply to the last message, or more of the last reply."""
+        *before, last = self.turns
         if last.role is Role.USER:
-            self._change(turns=(*before, Turn(Role.ASSISTANT, text, ids, ending, usage)))
-            return
-        exact = (*last.token_ids, *ids) if last.token_ids and (ids or nothing) else ()
-        turn = replace(last, content=last.content + text, token_ids=exact, ending=ending, usage=usage)
-        self._change(turns=(*before[:-1], turn))
+            return (*self.turns, Turn(Role.ASSISTANT, text, ids, ending, usage))
+        exact = (*last.token_ids, *ids) if last.token_ids and (ids or not text) else ()
+        more = replace(last, content=last.content + text, token_ids=exact, ending=ending, usage=usage)
+        return (*before, more)

@@ -53,10 +53,12 @@ class Transcript:
     """A conversation as it is kept: all its turns, and how many of the oldest have left the context.
 
     `n_left_out` whole turns (compact), and `n_shifted` tokens behind the system text of what is left (shift).
-    A transcript may end with a message that has no reply yet.
+    A transcript may end with a message that has no reply yet. `undone` turns followed it before they were
+    taken back.
     """
 
     turns: tuple[Turn, ...] = ()
     system: str = ""
     n_left_out: int = 0
     n_shifted: int = 0
+    undone: tuple[Turn, ...] = ()

@@ -13,7 +13,7 @@ import click
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.cli.configuration import from_command_line
+from dsmoe_local.cli.configuration import Source, configurable, from_command_line, keys_of, origin_of
 from dsmoe_local.cli.model_options import (
     ModelName,
     find_model,
@@ -128,6 +128,8 @@ def command(
         kept = _open_sessions(conversing, open_things)
         withheld = open_things.enter_context(ExitStack())
         withheld.enter_context(keys_withheld())
+        if not (model or from_command_line("named_model")):
+            path = _session_model(kept) or path
         engine = open_things.enter_context(load_engine(path or find_model(), values))
         _converse(engine, settings, system, conversing, kept, withheld)
 
@@ -225,6 +227,44 @@ def _open_sessions(conversing: _Conversing, open_things: ExitStack) -> _Kept:
     return _Kept(sessions)
 
 
+def _session_model(kept: _Kept) -> Path | None:
+    """The model that the session was held with; None if there is none, or it is not known.
+
+    UsageError if its file is gone.
+    """
+    from dsmoe_local.base.text import safe_line
+
+    summary = kept.sessions.summary(kept.session) if kept.sessions and kept.session else None
+    if summary is None or summary.model_path is None:
+        return None
+    path = Path(summary.model_path)
+    if not path.is_file():
+        raise UsageError(
+            f"the model of the session {safe_line(summary.name, 60)} is not there any more",
+            where=path,
+            remedy="name the one to go on with: -m MODEL; dsmoe models lists them",
+        )
+    click.echo(
+        f"note: the model of the session {safe_line(summary.name, 60)}: {safe_line(str(path))}", err=True
+    )
+    return path
+
+
+def _settings_given() -> frozenset[str]:
+    """The settings that the command line gave, itself or with --preset."""
+    from dsmoe_local.chat.settings import SETTINGS
+
+    context = click.get_current_context()
+    given = {Source.FLAG, *([Source.PRESET] if from_command_line("preset") else [])}
+    keys = {
+        key
+        for option in configurable(context.command)
+        if option.name and origin_of(context, option.name).source in given
+        for key in keys_of(option)
+    }
+    return frozenset(name for name, setting in SETTINGS.items() if setting.key in keys)
+
+
 def _converse(
     engine: EngineClient,
     settings: ChatSettings,
@@ -272,6 +312,7 @@ def _converse(
         ConfigFile(config_path()),
         sessions=kept.sessions,
         caches=caches,
+        fixed=_settings_given(),
         stats=conversing.stats,
     )
     chat.begin(kept.session, name=kept.new_name, system=system, experts=conversing.experts)

@@ -199,6 +199,7 @@ class FakeEngine:
                 alternatives=_alternatives(request, byte),
                 dropped=dropped,
                 dropped_from=dropped_from,
+                held=stream.holds,
             )
             if stream.stopped:
                 ended_by = None

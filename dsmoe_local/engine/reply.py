@@ -115,6 +115,7 @@ class Reply:
                 alternatives=choice.alternatives,
                 dropped=dropped,
                 dropped_from=dropped_from,
+                held=self._stream.holds,
             )
         )
         if self._stream.stopped:

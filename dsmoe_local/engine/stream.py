@@ -19,6 +19,11 @@ class TextStream:
         self._held = ""
         self.stopped = False
 
+    @property
+    def holds(self) -> bool:
+        """Whether text is held back that may be the start of a stop string."""
+        return bool(self._held)
+
     def begin_after(self, before: bytes) -> None:
         """Take up half a character that `before`, what the text continues, may end in."""
         self._decoder.decode(before)

@@ -171,6 +171,8 @@ class TokenEvent:
 
     `dropped` > 0: the context was full (see `Request.context_shift`), and just before this event that many
     tokens of prompt and reply, from the place `dropped_from` on, left it.
+
+    `held`: the tokens so far have more text than was told, since its end may be the start of a stop string.
     """
 
     request_id: str
@@ -185,6 +187,7 @@ class TokenEvent:
     alternatives: tuple[TokenLogprob, ...] = ()
     dropped: int = 0
     dropped_from: int = 0
+    held: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,7 +60,7 @@ def test_again_back_otherwise_and_on(chat: Start) -> None:
     say(terminal, "second", "\nsecond")
     say(terminal, "/regen", "\nsecond")
     say(terminal, "/edit", "changed")
-    say(terminal, "/undo", "forgotten: “changed”")
+    say(terminal, "/undo", "taken back: “changed”")
     say(terminal, "/fork other", "this is now other")
     say(terminal, "/context", "user ")
     terminal.check("chat_again", whole=True)

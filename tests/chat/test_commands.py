@@ -51,7 +51,18 @@ def test_help_of_one_command() -> None:
     ("inputs", "said"),
     [
         (["/undo"], "there is nothing to undo"),
-        (["a", "b", "/undo 2"], "the last 2 messages and their replies are forgotten"),
+        (
+            ["a", "b", "/undo 2"],
+            "the last 2 messages and their replies; /redo 2 brings",
+        ),
+        (
+            ["a", "b", "/undo 9", "/redo"],
+            "“a” and what was answered; 1 more message can be: /redo 1",
+        ),
+        (["a", "b", "/undo 9", "/redo 9"], "back again: 2 messages and their replies"),
+        (["a", "/redo"], "there is nothing to bring back"),
+        (["a", "/undo", "b", "/redo"], "there is nothing to bring back"),
+        (["a", "/redo x"], "/redo takes a number"),
         (["a", "/undo x"], "/undo takes a number"),
         (["a", "/undo ²"], "/undo takes a number"),
         (["a", "/undo " + "9" * 5000], "/undo takes a number"),

@@ -38,9 +38,13 @@ class Recorder:
         self.settings = ChatSettings()
         self.config = ConfigFile(path)
         self.said: list[str] = []
+        self.n_saves = 0
 
     def notice(self, text: str) -> None:
         self.said.append(text)
+
+    def save(self) -> None:
+        self.n_saves += 1
 
     def table(self, rows: Iterable[Sequence[str]]) -> None:
         self.said += ["  ".join(row) for row in rows]

@@ -19,6 +19,7 @@ from dsmoe_local.chat.settings import ChatSettings
 from dsmoe_local.chat.store.sessions import Session, SessionStore
 from dsmoe_local.chat.terminal.screen import ReplyView, Screen
 from dsmoe_local.engine.fake import FakeEngine
+from dsmoe_local.engine.types import SamplingParameters
 
 
 class RecordingScreen:
@@ -66,11 +67,18 @@ class RecordingScreen:
 class Talk:
     """A chat, and what it says to one input."""
 
-    def __init__(self, sessions: SessionStore | None, config: Path) -> None:
+    def __init__(
+        self,
+        sessions: SessionStore | None,
+        config: Path,
+        settings: ChatSettings = ChatSettings(),  # noqa: B008 - frozen
+        fixed: frozenset[str] = frozenset(),
+    ) -> None:
         self.screen = RecordingScreen()
         self.engine = FakeEngine(lambda prompt: "Echo " + prompt.rsplit("\n", 1)[-1].removeprefix("user: "))
-        conversation = Conversation(self.engine, ChatSettings())
-        self.chat = Chat(conversation, cast(Screen, self.screen), ConfigFile(config), sessions=sessions)
+        conversation = Conversation(self.engine, settings)
+        screen = cast(Screen, self.screen)
+        self.chat = Chat(conversation, screen, ConfigFile(config), sessions=sessions, fixed=fixed)
 
     def take(self, text: str) -> list[str]:
         """What is said to the input, without the replies."""
@@ -156,7 +164,80 @@ def test_previews_show_what_was_typed(talk: Talk) -> None:
     assert talk.take("/context")[0].endswith(" | [notes.txt] what is this?")
     talk.screen.yes = False
     assert talk.take("/delete 1")[0] == "Delete chat-1 (2 turns: “[notes.txt] what is this?”) for good?"
-    assert talk.take("/undo") == ["forgotten: “[notes.txt] what is this?” and what was answered"]
+    assert talk.take("/undo")[0].startswith("taken back: “[notes.txt] what is this?” and what was answered")
+
+
+def test_undo_is_not_final(talk: Talk, other: Talk) -> None:
+    """Guards: /undo 9 in place of /undo that loses a conversation, also for the chat that goes on with it."""
+    for text in ("one", "two", "three"):
+        talk.take(text)
+    everything = talk.contents()
+    talk.take("/undo 9")
+    assert talk.contents() == []
+    talk.take("/redo")
+    assert talk.contents() == everything[:2]
+    talk.take("/undo")
+    other.take("/load 1")
+    assert other.contents() == []
+    other.take("/redo 2")
+    assert other.contents() == everything[:4]
+    other.take("/redo")
+    assert other.contents() == everything
+    assert other.take("/redo")[0].startswith("there is nothing to bring back")
+    ids = other.chat.conversation.turns[-1].token_ids
+    assert ids == other.engine.encode("Echo three")
+
+
+def test_settings_stay_with_their_session(talk: Talk, store: SessionStore, tmp_path: Path) -> None:
+    """Guards: a conversation that goes on with other settings than it was held with."""
+    talk.take("/set temperature 0.25")
+    talk.take("hello")
+    talk.take("/set top_k 7")
+    talk.take("/clear")
+    talk.take("other")
+    talk.take("/set temperature 1.5")
+    again = Talk(store, tmp_path / "config.toml")
+    assert again.take("/load 1")[0] == "settings of this session: temperature 0.25, top_k 7"
+    assert again.chat.conversation.settings.sampling.top_k == 7
+    assert again.take("/load 2")[0] == "settings of this session: temperature 1.5"
+    again.take("/set reset")
+    again.take("/fork")
+    assert again.chat.conversation.settings == ChatSettings()
+    assert Talk(store, tmp_path / "config.toml").take("/load 2")[0] == "chat-2"
+
+
+def test_flags_outweigh_what_a_session_was_held_with(store: SessionStore, tmp_path: Path) -> None:
+    """Guards: a flag that is ignored since the session knows better, or that the session keeps."""
+    talk = Talk(store, tmp_path / "config.toml")
+    for setting in ("temperature 0.25", "top_k 7", "stop x"):
+        talk.take(f"/set {setting}")
+    talk.take("hello")
+    base = ChatSettings(SamplingParameters(temperature=0.9))
+    fixed = Talk(store, tmp_path / "config.toml", base, frozenset({"temperature"}))
+    assert fixed.take("/load 1")[0] == 'settings of this session: top_k 7, stop ["x"]'
+    assert fixed.chat.conversation.settings.sampling.temperature == 0.9
+    fixed.take("/set top_k 8")
+    talk = Talk(store, tmp_path / "config.toml")
+    assert talk.take("/load 1")[0] == 'settings of this session: temperature 0.25, top_k 8, stop ["x"]'
+    # What is set by hand counts more than the flag.
+    fixed.take("/set temperature 0.5")
+    fixed.take("/fork")
+    assert fixed.chat.conversation.settings.sampling.temperature == 0.5
+
+
+def test_settings_that_mean_nothing_here_are_kept(talk: Talk, store: SessionStore, tmp_path: Path) -> None:
+    """Guards: a session of a later version that cannot be opened, or loses what this one does not know."""
+    talk.take("hello")
+    session = store.find("1")
+    transcript = session.load("bytes")
+    session.settings = {"warp": 9, "temp": -5.0, "top-k": 3}
+    session.save(transcript)
+    talk = Talk(store, tmp_path / "config.toml")
+    assert talk.take("/load 1")[0] == "settings of this session: top_k 3"
+    talk.take("more")
+    again = store.find("1")
+    again.load("bytes")
+    assert again.settings == {"warp": 9, "temp": -5.0, "top-k": 3}
 
 
 def test_the_list(talk: Talk) -> None:

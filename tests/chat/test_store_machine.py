@@ -18,7 +18,7 @@ from support.stored import OpenSession, StoreModel, replied, said, without_ids
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.chat.store.sessions import Session, SessionStore
-from dsmoe_local.chat.turns import Transcript, Turn
+from dsmoe_local.chat.turns import Role, Transcript, Turn
 
 N_STORES = 2
 WORDS = ["alpha", "alphabet", "Beta", "café", "cafe", "专家", "混合专家模型", "家模", "模", "x86"]
@@ -83,13 +83,34 @@ class Sessions(RuleBasedStateMachine):
     @rule(pick=picks, n=st.integers(1, 3))
     def undo(self, pick: int, n: int) -> None:
         chat = self.pick(pick)
-        self.change(chat, chat.transcript.turns[: -2 * n])
+        turns, gone = chat.transcript.turns[: -2 * n], chat.transcript.turns[-2 * n :]
+        self.change(chat, turns, undone=(*gone, *chat.transcript.undone))
+
+    @rule(pick=picks, n=st.integers(1, 3))
+    def redo(self, pick: int, n: int) -> None:
+        chat = self.pick(pick)
+        undone = chat.transcript.undone
+        self.change(chat, (*chat.transcript.turns, *undone[: 2 * n]), undone=undone[2 * n :])
+
+    @rule(pick=picks, replies=st.lists(texts, min_size=1, max_size=3), what=st.integers(0, 3))
+    def grow(self, pick: int, replies: list[str], what: int) -> None:
+        """A reply that is stored while it grows, to a message or in place of one; it may never end."""
+        chat = self.pick(pick)
+        turns = chat.transcript.turns[: -2 if what == 1 else None]
+        if what > 1 or not turns or turns[-1].role is Role.ASSISTANT:
+            turns = (*turns, said(replies[0]))
+        text = ""
+        for piece in replies:
+            text += piece
+            self.change(chat, (*turns, replied(text)), growing=True)
+        if what % 2:
+            self.change(chat, (*turns, replied(text)))
 
     @rule(pick=picks, system=texts, n_left_out=st.integers(0, 3))
     def change_system(self, pick: int, system: str, n_left_out: int) -> None:
         chat = self.pick(pick)
         chat.transcript = replace(chat.transcript, system=system, n_left_out=n_left_out)
-        self.change(chat, chat.transcript.turns)
+        self.change(chat, chat.transcript.turns, chat.transcript.undone)
 
     @precondition(lambda self: self.model.order)
     @rule(pick=picks, store=stores)
@@ -98,7 +119,7 @@ class Sessions(RuleBasedStateMachine):
         session = self.stores[store].find(stored.name)
         chat = Chat(store, session, session.load("v"))
         self.model.remember(chat.model, stored)
-        assert chat.transcript == stored.transcript
+        assert chat.transcript == stored.whole
         self.chats.append(chat)
 
     @rule(pick=picks, name=names, named=st.booleans())
@@ -181,9 +202,9 @@ class Sessions(RuleBasedStateMachine):
     def lists_agree(self) -> None:
         stored = [self.model.sessions[number] for number in reversed(self.model.order)]
         expected = [
-            (session.number, session.name, len(session.path))
+            (session.number, session.name, len(session.whole.turns))
             for session in stored
-            if session.path or not re.fullmatch(r"chat-\d+( \d+)?", session.name)
+            if session.whole.turns or not re.fullmatch(r"chat-\d+( \d+)?", session.name)
         ]
         with_turns = [session.number for session in stored if session.path]
         for store in self.stores:
@@ -198,8 +219,8 @@ class Sessions(RuleBasedStateMachine):
         for session in self.model.sessions.values():
             found = self.stores[0].find(session.name)
             assert found.number == session.number
-            assert found.load("v") == session.transcript
-            assert found.load("w") == without_ids(session.transcript)
+            assert found.load("v") == session.whole
+            assert found.load("w") == without_ids(session.whole)
 
     @invariant()
     def database_is_sound(self) -> None:
@@ -217,10 +238,12 @@ class Sessions(RuleBasedStateMachine):
         # Rather one that was opened lately.
         return self.chats[-1 - pick % min(len(self.chats), 3 + pick % 3)]
 
-    def change(self, chat: Chat, turns: tuple[Turn, ...]) -> None:
-        chat.transcript = replace(chat.transcript, turns=turns)
-        note = chat.session.save(chat.transcript)
-        conflict = self.model.save(chat.model, chat.transcript)
+    def change(
+        self, chat: Chat, turns: tuple[Turn, ...], undone: tuple[Turn, ...] = (), *, growing: bool = False
+    ) -> None:
+        chat.transcript = replace(chat.transcript, turns=turns, undone=undone)
+        note = chat.session.save(chat.transcript, growing=growing)
+        conflict = self.model.save(chat.model, chat.transcript, growing=growing)
         assert (note is not None) == conflict
         assert (chat.session.number, chat.session.name) == (chat.model.number, chat.model.name)
         if note is not None:

@@ -43,6 +43,14 @@ class StoredSession:
     path: Path
     revision: int
     transcript: Transcript
+    draft: Turn | None = None
+    undone: Path = ()
+
+    @property
+    def whole(self) -> Transcript:
+        """What a chat that loads it gets: with the reply that was not finished."""
+        turns = self.transcript.turns
+        return replace(self.transcript, turns=turns if self.draft is None else (*turns, self.draft))
 
 
 @dataclass
@@ -54,6 +62,8 @@ class OpenSession:
     path: Path = ()
     revision: int = 0
     transcript: Transcript = field(default_factory=Transcript)
+    draft: Turn | None = None
+    undone: Path = ()
 
 
 @dataclass
@@ -69,17 +79,25 @@ class StoreModel:
     n_numbers: int = 0
     n_turns: int = 0
 
-    def save(self, chat: OpenSession, transcript: Transcript) -> bool:
-        """True if the chat became a new session although it was one already."""
-        turns = tuple(turn for _, turn in chat.path)
-        if chat.number == 0 and not transcript.turns:
+    def save(self, chat: OpenSession, transcript: Transcript, *, growing: bool = False) -> bool:
+        """True if the chat became a new session although it was one already. `growing`: the last turn is no
+        turn yet.
+        """
+        draft = None
+        if growing:
+            draft = transcript.turns[-1]
+            transcript = replace(transcript, turns=transcript.turns[:-1], undone=())
+        wanted = (*transcript.turns, *transcript.undone)
+        known = (*chat.path, *chat.undone)
+        turns = tuple(turn for _, turn in known)
+        if chat.number == 0 and not transcript.turns and draft is None:
             return False
         stored = self.sessions.get(chat.number)
-        if chat.number and chat.transcript == transcript:
+        if chat.number and (chat.transcript, chat.draft) == (transcript, draft):
             return False
-        pairs = zip(turns, transcript.turns, strict=False)
+        pairs = zip(turns, wanted, strict=False)
         n_common = len([*itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)])
-        path = chat.path[:n_common]
+        path = known[:n_common]
         if path and path[-1][0] not in self.writers:
             path = ()
         was_stored, conflict = chat.number != 0, False
@@ -90,14 +108,16 @@ class StoreModel:
             chat.number = self.n_numbers
         else:
             chat.name = stored.name
-        for turn in transcript.turns[len(path) :]:
+        for turn in wanted[len(path) :]:
             self.n_turns += 1
             self.parents[self.n_turns] = path[-1][0] if path else None
             self.writers[self.n_turns] = chat.number
             self.turn_trees[self.n_turns] = self.trees[chat.number]
             path = (*path, (self.n_turns, turn))
         session = self.sessions[chat.number]
-        session.path, session.transcript = path, transcript
+        n_turns = len(transcript.turns)
+        session.path, session.undone = path[:n_turns], path[n_turns:]
+        session.transcript, session.draft = transcript, draft
         session.revision += 1
         self._touch(chat.number)
         self.remember(chat, session)
@@ -107,11 +127,13 @@ class StoreModel:
         """The chat has read or written the session."""
         chat.number, chat.name = session.number, session.name
         chat.path, chat.revision, chat.transcript = session.path, session.revision, session.transcript
+        chat.draft, chat.undone = session.draft, session.undone
 
     def fork(self, chat: OpenSession, fork: OpenSession, name: str = "") -> None:
         """A new session of the chat's turns."""
-        fork.name, fork.path = name or chat.name, chat.path
-        self.save(fork, chat.transcript)
+        fork.name, fork.path, fork.undone = name or chat.name, chat.path, chat.undone
+        turns = chat.transcript.turns if chat.draft is None else (*chat.transcript.turns, chat.draft)
+        self.save(fork, replace(chat.transcript, turns=turns))
 
     def delete(self, number: int) -> None:
         """The session goes, and with it all turns that nothing which is left needs."""
@@ -121,7 +143,7 @@ class StoreModel:
         needed: set[int] = set()
         for session in self.sessions.values():
             if self.trees[session.number] == tree:
-                needed |= {turn for turn, _ in session.path}
+                needed |= {turn for turn, _ in (*session.path, *session.undone)}
         for turn, writer in self.writers.items():
             if writer in self.sessions and self.turn_trees[turn] == tree:
                 parent: int | None = turn
@@ -180,4 +202,7 @@ def holds(text: str, word: str) -> bool:
 
 def without_ids(transcript: Transcript) -> Transcript:
     """As another vocabulary sees it."""
-    return replace(transcript, turns=tuple(replace(turn, token_ids=()) for turn in transcript.turns))
+    turns, undone = (
+        tuple(replace(turn, token_ids=()) for turn in part) for part in (transcript.turns, transcript.undone)
+    )
+    return replace(transcript, turns=turns, undone=undone)

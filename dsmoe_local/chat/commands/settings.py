@@ -44,8 +44,14 @@ def _set(chat: Chat, argument: str) -> None:
         chat.screen.notice(f"{name} {in_words(chat.conversation.settings, name)}: {SETTINGS[name].help}")
     else:
         name = setting_name(word)
-        chat.conversation.settings = change(chat.conversation.settings, name, rest)
+        _choose(chat, change(chat.conversation.settings, name, rest))
         chat.screen.notice(f"{name} {in_words(chat.conversation.settings, name)}")
+
+
+def _choose(chat: Chat, settings: ChatSettings) -> None:
+    """Use `settings` from now on; the session keeps them."""
+    chat.conversation.settings = settings
+    chat.save()
 
 
 def _save(chat: Chat, name: str) -> None:
@@ -104,7 +110,8 @@ def _use(chat: Chat, name: str) -> None:
     if preset.unknown:
         listed = ", ".join(safe_line(each, 40) for each in preset.unknown)
         chat.screen.notice(f"[{PRESETS}.{safe_line(name, 40)}] has what is no setting: {listed}")
-    before, chat.conversation.settings = chat.conversation.settings, settings
+    before = chat.conversation.settings
+    _choose(chat, settings)
     changed = [each for each in SETTINGS if get_setting(settings, each) != get_setting(before, each)]
     shown = ", ".join(f"{each} {in_words(settings, each)}" for each in changed) or "nothing changes"
     chat.screen.notice(f"{safe_line(name, 40)}: {shown}")
@@ -114,10 +121,10 @@ def _reset(chat: Chat, argument: str) -> None:
     if argument:
         name = setting_name(argument)
         value = as_value(_DEFAULTS, name)
-        chat.conversation.settings = apply(chat.conversation.settings, {SETTINGS[name].key: value})
+        _choose(chat, apply(chat.conversation.settings, {SETTINGS[name].key: value}))
         chat.screen.notice(f"{name} {in_words(_DEFAULTS, name)}")
         return
-    chat.conversation.settings = _DEFAULTS
+    _choose(chat, _DEFAULTS)
     chat.screen.notice("all settings are the defaults again")
 
 

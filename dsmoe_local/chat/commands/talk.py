@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
+from dsmoe_local.chat import words
 from dsmoe_local.chat.commands.declare import Chat, Command, Commands, read_count
 from dsmoe_local.chat.frames import preview
 from dsmoe_local.chat.turns import Role
@@ -32,20 +33,40 @@ def _continue(chat: Chat, _: str) -> None:
 
 
 def _undo(chat: Chat, argument: str) -> None:
-    n_messages = read_count(argument or "1")
-    if not n_messages:
-        raise UsageError(f"/undo takes a number of messages, not {safe_line(argument, 40)!r}")
-    gone = chat.conversation.undo(n_messages)
+    gone = chat.conversation.undo(_n_messages("undo", argument))
     questions = [turn for turn in gone if turn.role is Role.USER]
     if not questions:
         chat.screen.notice("there is nothing to undo")
         return
     chat.save()
+    n_messages = len(questions)
+    what, back = f"the last {n_messages} messages and their replies", f"/redo {n_messages} brings them back"
+    if n_messages == 1:
+        what, back = f"“{preview(questions[0].content, 60)}” and what was answered", "/redo brings it back"
+    chat.screen.notice(f"taken back: {what}; {back}")
+
+
+def _redo(chat: Chat, argument: str) -> None:
+    back = chat.conversation.redo(_n_messages("redo", argument))
+    questions = [turn for turn in back if turn.role is Role.USER]
+    if not questions:
+        chat.screen.notice("there is nothing to bring back: /redo undoes /undo, until something else is said")
+        return
+    chat.save()
+    n_more = sum(turn.role is Role.USER for turn in chat.conversation.transcript.undone)
+    more = f"; {words.count(n_more, 'more message')} can be: /redo {n_more}" if n_more else ""
     if len(questions) == 1:
-        said = preview(questions[0].content, 60)
-        chat.screen.notice(f"forgotten: “{said}” and what was answered")
+        what = f"“{preview(questions[0].content, 60)}” and what was answered"
     else:
-        chat.screen.notice(f"the last {len(questions)} messages and their replies are forgotten")
+        what = f"{len(questions)} messages and their replies"
+    chat.screen.notice(f"back again: {what}{more}")
+
+
+def _n_messages(command: str, argument: str) -> int:
+    n_messages = read_count(argument or "1")
+    if not n_messages:
+        raise UsageError(f"/{command} takes a number of messages, not {safe_line(argument, 40)!r}")
+    return n_messages
 
 
 def _edit(chat: Chat, argument: str) -> None:
@@ -89,6 +110,7 @@ COMMANDS: Commands = {
     "edit": Command(_edit, "change the last message, in $EDITOR or to TEXT, and answer it", "[TEXT]"),
     "editor": Command(_editor, "write a message in $EDITOR, beginning with TEXT", "[TEXT]"),
     "continue": Command(_continue, "go on with a reply that was cut or stopped"),
-    "undo": Command(_undo, "forget the last N messages and their replies", "[N]"),
+    "undo": Command(_undo, "take back the last N messages and their replies", "[N]"),
+    "redo": Command(_redo, "bring back the next N messages that /undo took", "[N]"),
     "system": Command(_system, "show or change the system text; off removes it", "[TEXT]"),
 }

@@ -10,6 +10,7 @@ from dsmoe_local.chat.store.values import integer
 _NEEDED = """
     WITH RECURSIVE needed (id) AS (
         SELECT head FROM session WHERE tree = :tree AND head IS NOT NULL
+        UNION SELECT undone FROM session WHERE tree = :tree AND undone IS NOT NULL
         UNION SELECT turn.id FROM turn JOIN session ON turn.writer = session.number WHERE turn.tree = :tree
         UNION SELECT turn.parent FROM turn JOIN needed ON turn.id = needed.id WHERE turn.parent IS NOT NULL
     )

@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import sys
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, TypeAlias
 
+from dsmoe_local.base.config_file import Value
 from dsmoe_local.chat.store.state_files import DIGEST_BYTES, is_name
 from dsmoe_local.chat.store.values import (
     DamagedRowError,
@@ -28,17 +29,19 @@ from dsmoe_local.engine.types import FinishReason, Usage
 
 SESSION_COLUMNS = (
     "session.number, session.name, session.key, session.tree, session.head, session.revision, session.system,"
-    " session.n_left_out, session.n_shifted, session.title, session.model, session.updated"
-)
-TURN_COLUMNS = (
-    "turn.id, turn.parent, turn.tree, turn.depth, turn.created, turn.vocabulary, turn.role, turn.content,"
-    " turn.token_ids, turn.ending, turn.usage"
-)
-STATE_COLUMNS = (
-    "state.file, state.session, state.fingerprint, state.token_ids, state.n_bytes, state.digest, state.used"
+    " session.n_left_out, session.n_shifted, session.title, session.model, session.updated, session.undone,"
+    " session.model_path, session.settings"
 )
 WRITTEN = ("role", "content", "token_ids", "vocabulary", "ending", "usage")
 """What of a turn's row its turn says: the columns of `row_of`."""
+TURN_COLUMNS = ", ".join(f"turn.{name}" for name in ("id", "parent", "tree", "depth", "created", *WRITTEN))
+STATE_COLUMNS = (
+    "state.file, state.session, state.fingerprint, state.token_ids, state.n_bytes, state.digest, state.used"
+)
+
+
+Settings: TypeAlias = Mapping[str, Value]
+"""What /set chose in a session, by the keys of the config file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,9 @@ class SessionRow:
     title: str
     model: str
     updated: float
+    undone: int | None
+    model_path: str | None
+    settings: Settings | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +92,8 @@ class StateRow:
 
 def session_of(row: Sequence[Any]) -> SessionRow:
     """The values of SESSION_COLUMNS, checked."""
-    number, name, key, tree, head, revision, system, n_left_out, n_shifted, title, model, updated = row
+    number, name, key, tree, head, revision, system, n_left_out, n_shifted, title, model, updated, *more = row
+    undone, model_path, settings = more
     return SessionRow(
         integer("number", number, 1),
         text("name", name),
@@ -100,14 +107,31 @@ def session_of(row: Sequence[Any]) -> SessionRow:
         text("title", title),
         text("model", model),
         moment("updated", updated),
+        optional_integer("undone", undone, 1),
+        optional_text("model_path", model_path),
+        None if settings is None else _settings(text("settings", settings)),
     )
 
 
 def turn_of(row: Sequence[Any]) -> TurnRow:
     """The values of TURN_COLUMNS, checked."""
-    turn_id, parent, tree, depth, created, vocabulary, role, content, token_ids, ending, usage = row
+    turn_id, parent, tree, depth, created, *said = row
+    if (parent is None) != (depth == 1):
+        raise DamagedRowError(f"turn {turn_id} has the parent {parent} and the depth {depth}")
+    return TurnRow(
+        integer("id", turn_id, 1),
+        integer("tree", tree),
+        integer("depth", depth, 1),
+        moment("created", created),
+        *said_of(said),
+    )
+
+
+def said_of(row: Sequence[Any]) -> tuple[str | None, Turn]:
+    """The values of WRITTEN, checked: the vocabulary of the token ids, and the turn."""
+    role, content, token_ids, vocabulary, ending, usage = row
     try:
-        turn = Turn(
+        return optional_text("vocabulary", vocabulary), Turn(
             Role(role),
             text("content", content),
             () if token_ids is None else unpack(token_ids),
@@ -116,16 +140,6 @@ def turn_of(row: Sequence[Any]) -> TurnRow:
         )
     except (ValueError, RecursionError) as error:
         raise DamagedRowError(str(error)) from error
-    if (parent is None) != (depth == 1):
-        raise DamagedRowError(f"turn {turn_id} has the parent {parent} and the depth {depth}")
-    return TurnRow(
-        integer("id", turn_id, 1),
-        integer("tree", tree),
-        integer("depth", depth, 1),
-        moment("created", created),
-        optional_text("vocabulary", vocabulary),
-        turn,
-    )
 
 
 def state_of(row: Sequence[Any]) -> StateRow:
@@ -156,6 +170,11 @@ def row_of(turn: Turn, vocabulary: str) -> tuple[object, ...]:
     )
 
 
+def settings_text(settings: Settings | None) -> str | None:
+    """Settings as the table has them."""
+    return None if settings is None else json.dumps(dict(settings), sort_keys=True)
+
+
 def storable(text: str) -> str:
     """`text` as UTF-8 can hold it: half characters of a broken paste become U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -181,6 +200,22 @@ def unpack(packed: object) -> tuple[int, ...]:
     if token_ids and min(token_ids) < 0:
         raise DamagedRowError("token_ids has a negative one")
     return tuple(token_ids)
+
+
+def _settings(stored: str) -> Settings:
+    try:
+        values = json.loads(stored)
+    except (ValueError, RecursionError) as error:
+        raise DamagedRowError(f"settings are no JSON: {error}") from error
+    if not isinstance(values, dict) or not all(map(_is_value, values.values())):
+        raise DamagedRowError("settings hold what is no value")
+    return values
+
+
+def _is_value(value: object) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(item, str) for item in value)
+    return isinstance(value, str | int | float | bool)
 
 
 def _usage(stored: str) -> Usage:

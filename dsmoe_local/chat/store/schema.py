@@ -2,7 +2,8 @@
 
 Turns form trees. A turn names its parent; a session names its head, and is the way from there up to a turn
 without a parent. Undo moves the head, another reply is a sibling, a fork is a second session in the same
-tree: none of them changes a turn or takes one away.
+tree: none of them changes a turn or takes one away. A reply that is not finished is no turn yet, but its
+session's draft.
 
 Columns are checked as they are written, since SQLite takes any type in any column. What is read is checked
 once more, by `rows`: a damaged file keeps no rule.
@@ -75,5 +76,23 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             {_column("used", "REAL")}
         )""",
         "CREATE INDEX state_session ON state (session)",
+    ),
+    (
+        # What /redo brings back: the last turn of a branch that begins at the head.
+        f"ALTER TABLE session ADD COLUMN {_column('undone', 'INTEGER', 'NULL REFERENCES turn (id)')}",
+        "CREATE INDEX session_undone ON session (undone)",
+        # What it was held with: the model's file, and what /set chose, as JSON.
+        f"ALTER TABLE session ADD COLUMN {_column('model_path', 'TEXT', 'NULL')}",
+        f"ALTER TABLE session ADD COLUMN {_column('settings', 'TEXT', 'NULL')}",
+        # The reply to the head that was being written when it was last saved.
+        f"""CREATE TABLE draft (
+            session INTEGER PRIMARY KEY REFERENCES session (number) ON DELETE CASCADE,
+            {_column("role", "TEXT")},
+            {_column("content", "TEXT")},
+            {_column("token_ids", "BLOB", "NULL")},
+            {_column("vocabulary", "TEXT", "NULL")},
+            {_column("ending", "TEXT", "NULL")},
+            {_column("usage", "TEXT", "NULL")}
+        )""",
     ),
 )

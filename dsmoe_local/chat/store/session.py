@@ -16,9 +16,13 @@ from dsmoe_local.chat.store.rows import (
     SESSION_COLUMNS,
     TURN_COLUMNS,
     WRITTEN,
+    SessionRow,
+    Settings,
     TurnRow,
     row_of,
+    said_of,
     session_of,
+    settings_text,
     storable,
     turn_of,
 )
@@ -42,26 +46,39 @@ _ADD_TURN = f"""
     INSERT INTO turn (parent, tree, writer, depth, created, {", ".join(WRITTEN)})
     VALUES (?, ?, ?, ?, ?, {", ".join("?" * len(WRITTEN))})
 """  # noqa: S608 - no foreign text
+_SET_DRAFT = f"""
+    INSERT OR REPLACE INTO draft (session, {", ".join(WRITTEN)}) VALUES (?, {", ".join("?" * len(WRITTEN))})
+"""  # noqa: S608 - no foreign text
 
 
 @dataclass(slots=True)
 class Stored:
-    """What this chat knows to be stored: the transcript, its turns' ids, and the revision that this was."""
+    """What this chat knows to be stored: the transcript, the ids of its turns and of those undone, a reply
+    that was not finished, the settings, and the revision that this was.
+    """
 
     transcript: Transcript
     turn_ids: list[int] = field(default_factory=list)
     revision: int | None = None
+    draft: Turn | None = None
+    settings: Settings | None = None
 
     @property
     def head(self) -> int | None:
-        return self.turn_ids[-1] if self.turn_ids else None
+        n_turns = len(self.transcript.turns)
+        return self.turn_ids[n_turns - 1] if n_turns else None
+
+    @property
+    def undone(self) -> int | None:
+        return self.turn_ids[-1] if self.transcript.undone else None
 
 
 class Session:
     """A conversation in the store. Made by SessionStore; one thread at a time may load and save.
 
     `number` is 0 until the first turn is saved, and never given to another session. Both `number` and `name`
-    change when a save has to go on as a new session.
+    change when a save has to go on as a new session. `model`, its file's path and the `settings` are stored
+    with what is saved next; None: not known.
     """
 
     def __init__(
@@ -70,6 +87,8 @@ class Session:
         self.number = number
         self.name = name
         self.model = model
+        self.model_path: str | None = None
+        self.settings: Settings | None = None
         self.vocabulary = vocabulary
         self.stored = Stored(Transcript())
         self._database = database
@@ -93,34 +112,48 @@ class Session:
                 self.stored = Stored(Transcript())
                 return self.stored.transcript
             stored = session_of(row)
-            path = _path(connection, stored.head, stored.tree)
+            path = _branch(connection, stored)
+            draft = _draft(connection, self.number)
         self.name = stored.name
         self.model = model or stored.model
-        turns = tuple(
-            row.turn if row.vocabulary == vocabulary else replace(row.turn, token_ids=()) for row in path
+        self.model_path, self.settings = stored.model_path, stored.settings
+        turns = tuple(_turn_for(vocabulary, row.vocabulary, row.turn) for row in path)
+        n_turns = next((place for place, row in enumerate(path, 1) if row.id == stored.head), 0)
+        transcript = Transcript(
+            turns[:n_turns], stored.system, stored.n_left_out, stored.n_shifted, turns[n_turns:]
         )
-        transcript = Transcript(turns, stored.system, stored.n_left_out, stored.n_shifted)
-        self.stored = Stored(transcript, [row.id for row in path], stored.revision)
-        return transcript
+        self.stored = Stored(transcript, [row.id for row in path], stored.revision, settings=stored.settings)
+        if draft is None:
+            return transcript
+        if transcript.undone:
+            raise DamagedRowError("turns are undone behind a reply that is not finished")
+        self.stored.draft = _turn_for(vocabulary, *draft)
+        return replace(transcript, turns=(*transcript.turns, self.stored.draft))
 
-    def save(self, transcript: Transcript) -> str | None:
+    def save(self, transcript: Transcript, *, growing: bool = False) -> str | None:
         """Make `transcript` durable: it is once this returns. Only what is new is written.
 
-        A session without turns is not stored at all before it has some. If another chat has gone on with this
-        session, or deleted it, this one becomes a new session: then the return value says so.
+        `growing`: its last turn is a reply that is not finished, and takes the place of what was last saved
+        of it. A session without turns is not stored at all before it has some. If another chat has gone on
+        with this session, or deleted it, this one becomes a new session: then the return value says so.
 
         Raises NoSpaceError, FileError, FormatError; then nothing of it is stored, and the next save has it.
         """
-        known = self.stored.transcript
         if self.number == 0 and not transcript.turns:
             self.stored.transcript = transcript
             return None
-        if self.number and transcript == known and self.stored.revision is not None:
+        draft = None
+        if growing:
+            *turns, draft = transcript.turns
+            transcript = replace(transcript, turns=tuple(turns), undone=())
+        known = self.stored
+        same = (transcript, draft, self.settings) == (known.transcript, known.draft, known.settings)
+        if self.number and same and known.revision is not None:
             return None
         with self._database.write() as connection:
-            saving = _Saving(connection, self, transcript)
+            saving = _Saving(connection, self, transcript, draft)
             saving.run()
-        reach("session.saved")
+        reach("session.grown" if growing else "session.saved")
         self.number, self.name, self.stored = saving.number, saving.name, saving.stored
         return saving.note
 
@@ -128,7 +161,9 @@ class Session:
 class _Saving:
     """One save, inside its transaction. The session takes what came of it once that is durable."""
 
-    def __init__(self, connection: sqlite3.Connection, session: Session, transcript: Transcript) -> None:
+    def __init__(
+        self, connection: sqlite3.Connection, session: Session, transcript: Transcript, draft: Turn | None
+    ) -> None:
         self._connection = connection
         self._session = session
         self._transcript = transcript
@@ -136,13 +171,13 @@ class _Saving:
         self._now = time.time()
         self.number = session.number
         self.name = session.name
-        self.stored = Stored(transcript)
+        self.stored = Stored(transcript, draft=draft, settings=session.settings)
         self.note: str | None = None
 
     def run(self) -> None:
         """Write what is new."""
         before = self._session.stored
-        turn_ids = before.turn_ids[: n_common(before.transcript.turns, self._transcript.turns)]
+        turn_ids = before.turn_ids[: n_common(_all(before.transcript), _all(self._transcript))]
         row = self._connection.execute(
             f"SELECT {SESSION_COLUMNS} FROM session WHERE number = ?",  # noqa: S608 - no foreign text
             (self.number,),
@@ -158,8 +193,9 @@ class _Saving:
         else:
             self._become_new(None if stored is None else stored.name, tree)
         turn_ids += self._add_turns(turn_ids[-1] if turn_ids else None, len(turn_ids))
-        self.stored = Stored(self._transcript, turn_ids, revision)
+        self.stored.turn_ids, self.stored.revision = turn_ids, revision
         self._point_at(self.stored)
+        self._set_draft(self.stored.draft)
 
     def _become_new(self, changed: str | None, tree: int | None) -> None:
         """A new row: of a new session, a fork, or a session that another chat has changed or deleted."""
@@ -175,7 +211,7 @@ class _Saving:
 
     def _add_turns(self, parent: int | None, n_before: int) -> list[int]:
         added: list[int] = []
-        for depth, turn in enumerate(self._transcript.turns[n_before:], n_before + 1):
+        for depth, turn in enumerate(_all(self._transcript)[n_before:], n_before + 1):
             values = row_of(turn, self._session.vocabulary)
             parent = self._connection.execute(
                 _ADD_TURN, (parent, self._tree, self.number, depth, self._now, *values)
@@ -192,20 +228,31 @@ class _Saving:
     def _point_at(self, stored: Stored) -> None:
         transcript = stored.transcript
         self._connection.execute(
-            "UPDATE session SET head = ?, revision = ?, system = ?, n_left_out = ?, n_shifted = ?, title = ?,"
-            " model = ?, updated = ? WHERE number = ?",
+            "UPDATE session SET head = ?, undone = ?, revision = ?, system = ?, n_left_out = ?,"
+            " n_shifted = ?, title = ?, model = ?, model_path = ?, settings = ?, updated = ?"
+            " WHERE number = ?",
             (
                 stored.head,
+                stored.undone,
                 stored.revision,
                 storable(transcript.system),
                 transcript.n_left_out,
                 transcript.n_shifted,
                 _title(transcript.turns),
                 storable(self._session.model),
+                None if self._session.model_path is None else storable(self._session.model_path),
+                settings_text(stored.settings),
                 self._now,
                 self.number,
             ),
         )
+
+    def _set_draft(self, draft: Turn | None) -> None:
+        if draft is None:
+            self._connection.execute("DELETE FROM draft WHERE session = ?", (self.number,))
+        else:
+            values = row_of(draft, self._session.vocabulary)
+            self._connection.execute(_SET_DRAFT, (self.number, *values))
 
 
 def add_session(
@@ -226,6 +273,17 @@ def add_session(
     return number, tree, name
 
 
+def _branch(connection: sqlite3.Connection, session: SessionRow) -> list[TurnRow]:
+    """The turns that lead to a session's head, and behind it those that were undone."""
+    path = _path(connection, session.head, session.tree)
+    if session.undone is None:
+        return path
+    whole = _path(connection, session.undone, session.tree)
+    if len(whole) <= len(path) or [row.id for row in whole[: len(path)]] != [row.id for row in path]:
+        raise DamagedRowError(f"turn {session.undone} does not follow turn {session.head}")
+    return whole
+
+
 def _path(connection: sqlite3.Connection, head: int | None, tree: int) -> list[TurnRow]:
     """The turns that lead to a head, all of them; none without one."""
     if head is None:
@@ -234,6 +292,24 @@ def _path(connection: sqlite3.Connection, head: int | None, tree: int) -> list[T
     if not path or [row.depth for row in path] != [*range(1, len(path) + 1)]:
         raise DamagedRowError(f"the turns before turn {head} are not there")
     return path
+
+
+def _draft(connection: sqlite3.Connection, number: int) -> tuple[str | None, Turn] | None:
+    """The reply that a session's head has so far, with the vocabulary of its token ids."""
+    row = connection.execute(
+        f"SELECT {', '.join(WRITTEN)} FROM draft WHERE session = ?",  # noqa: S608 - no foreign text
+        (number,),
+    ).fetchone()
+    return None if row is None else said_of(row)
+
+
+def _turn_for(vocabulary: str, of: str | None, turn: Turn) -> Turn:
+    """A turn as one who has that vocabulary may use it."""
+    return turn if of == vocabulary else replace(turn, token_ids=())
+
+
+def _all(transcript: Transcript) -> tuple[Turn, ...]:
+    return (*transcript.turns, *transcript.undone)
 
 
 def _tree(connection: sqlite3.Connection, turn_id: int) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import sqlite3
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -26,13 +26,16 @@ __all__ = ["Hit", "Session", "SessionStore", "Summary"]
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A session in a list. `title` is the beginning of its first message; `updated` in seconds since 1970."""
+    """A session in a list. `title` is the beginning of its first message; `model_path` its model's file, if
+    that is known; `updated` in seconds since 1970.
+    """
 
     number: int
     name: str
     title: str
     n_turns: int
     model: str
+    model_path: str | None
     updated: float
 
 
@@ -130,8 +133,11 @@ class SessionStore:
         if session.number == 0 or not transcript.turns:
             raise UsageError("there is nothing to fork yet")
         fork = self._session(0, name or session.name, session.model, session.vocabulary)
+        fork.model_path, fork.settings = session.model_path, session.settings
         fork.stored = Stored(transcript, list(session.stored.turn_ids))
-        fork.save(transcript)
+        draft = session.stored.draft
+        turns = transcript.turns if draft is None else (*transcript.turns, draft)
+        fork.save(replace(transcript, turns=turns))
         return fork
 
     def rename(self, session: Session, name: str) -> None:
@@ -186,8 +192,9 @@ def _rows(connection: sqlite3.Connection, condition: str = "TRUE", *values: obje
 
 def _summary(connection: sqlite3.Connection, row: SessionRow) -> Summary:
     head = connection.execute("SELECT depth FROM turn WHERE id = ?", (row.head,)).fetchone()
-    n_turns = 0 if head is None else integer("depth", head[0])
-    return Summary(row.number, row.name, row.title, n_turns, row.model, row.updated)
+    draft = connection.execute("SELECT 1 FROM draft WHERE session = ?", (row.number,)).fetchone()
+    n_turns = (0 if head is None else integer("depth", head[0])) + (draft is not None)
+    return Summary(row.number, row.name, row.title, n_turns, row.model, row.model_path, row.updated)
 
 
 def _refuse_taken(connection: sqlite3.Connection, name: str, by_other_than: int = 0) -> None:
