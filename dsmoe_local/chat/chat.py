@@ -23,7 +23,6 @@ from dsmoe_local.chat.drafts import Drafts
 from dsmoe_local.chat.experts_view import ExpertsView
 from dsmoe_local.chat.recall import recall
 from dsmoe_local.chat.session_settings import SessionSettings, differences
-from dsmoe_local.chat.store.rows import Settings
 from dsmoe_local.chat.store.sessions import Session, SessionStore
 from dsmoe_local.chat.terminal.screen import ReplyView, Screen
 from dsmoe_local.chat.terminal.status import Status
@@ -74,11 +73,17 @@ class Chat:
         self._rest: threading.Timer | None = None
 
     def begin(
-        self, session: Session | None = None, *, name: str = "", system: str = "", experts: bool = False
+        self,
+        session: Session | None = None,
+        *,
+        name: str = "",
+        system: str = "",
+        own_model: bool = False,
+        experts: bool = False,
     ) -> None:
         """Greet, and go on with `session`, or with a new one called `name`. Before anything is taken.
 
-        `system` takes the place of the session's own text.
+        `system` takes the place of the session's own text; `own_model`: the model was loaded for its sake.
         """
         info = self.conversation.engine.info
         head = (info.name, info.type, f"{info.n_context:,} tokens of context", "/help")
@@ -88,7 +93,7 @@ class Chat:
                 "a base model without a chat template: it completes your text; Enter alone goes on"
             )
         if session is not None:
-            self.adopt(session, system)
+            self.adopt(session, system, own_model=own_model)
             self.recall()
         else:
             self.conversation.set_system(system)
@@ -194,10 +199,10 @@ class Chat:
             self.session.model_path = str(info.path.absolute())
         return self.session
 
-    def adopt(self, session: Session | None, system: str = "") -> None:
+    def adopt(self, session: Session | None, system: str = "", *, own_model: bool = False) -> None:
         """Go on with another session (None: a new one), once this one is saved; turns and cache are loaded.
 
-        `system` takes the place of the session's own text.
+        `system` and `own_model` as for `begin`.
         """
         self.save()
         before = self.conversation.turns
@@ -218,8 +223,13 @@ class Chat:
         if session.model != info.name:
             self.screen.notice(f"its replies were {safe_line(session.model, 60)}'s; {info.name} goes on")
         session.model, session.model_path = info.name, str(info.path.absolute())
+        restored = [f"model {safe_line(info.path.name, 60)}"] if own_model else []
         if session.settings is not None:
-            self._restore_settings(session.settings)
+            settings = self._settings.restored(session.settings)
+            restored += differences(self.conversation.settings, settings)
+            self.conversation.settings = settings
+        if restored:
+            self.screen.notice(f"as before in this session: {', '.join(restored)}")
         if self._caches is not None:
             self._caches.restore(self.conversation, session)
 
@@ -248,12 +258,6 @@ class Chat:
             n_context=info.n_context,
             tokens_per_second=0.0 if usage is None else usage.tokens_per_second,
         )
-
-    def _restore_settings(self, kept: Settings) -> None:
-        before = self.conversation.settings
-        self.conversation.settings = self._settings.restored(kept)
-        if changed := differences(before, self.conversation.settings):
-            self.screen.notice(f"settings of this session: {', '.join(changed)}")
 
     def _take(self, text: str) -> None:
         message = blocks.content(text)

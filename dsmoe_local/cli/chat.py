@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,9 +128,9 @@ def command(
         kept = _open_sessions(conversing, open_things)
         withheld = open_things.enter_context(ExitStack())
         withheld.enter_context(keys_withheld())
-        if not (model or from_command_line("named_model")):
-            path = _session_model(kept) or path
-        engine = open_things.enter_context(load_engine(path or find_model(), values))
+        own = None if model or from_command_line("named_model") else _session_model(kept)
+        engine = open_things.enter_context(load_engine(own or path or find_model(), values))
+        kept = replace(kept, own_model=own is not None)
         _converse(engine, settings, system, conversing, kept, withheld)
 
 
@@ -191,11 +191,12 @@ def _answer(
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """What is stored: all sessions, and the one to go on with."""
+    """What is stored: all sessions, and the one to go on with; whether the model is that one's."""
 
     sessions: SessionStore | None
     session: Session | None = None
     new_name: str = ""
+    own_model: bool = False
 
 
 def _open_sessions(conversing: _Conversing, open_things: ExitStack) -> _Kept:
@@ -244,9 +245,6 @@ def _session_model(kept: _Kept) -> Path | None:
             where=path,
             remedy="name the one to go on with: -m MODEL; dsmoe models lists them",
         )
-    click.echo(
-        f"note: the model of the session {safe_line(summary.name, 60)}: {safe_line(str(path))}", err=True
-    )
     return path
 
 
@@ -315,7 +313,13 @@ def _converse(
         fixed=_settings_given(),
         stats=conversing.stats,
     )
-    chat.begin(kept.session, name=kept.new_name, system=system, experts=conversing.experts)
+    chat.begin(
+        kept.session,
+        name=kept.new_name,
+        system=system,
+        own_model=kept.own_model,
+        experts=conversing.experts,
+    )
     withheld.close()
     try:
         terminal.run(chat.take, chat.cancel, chat.kill)

@@ -197,9 +197,9 @@ def test_settings_stay_with_their_session(talk: Talk, store: SessionStore, tmp_p
     talk.take("other")
     talk.take("/set temperature 1.5")
     again = Talk(store, tmp_path / "config.toml")
-    assert again.take("/load 1")[0] == "settings of this session: temperature 0.25, top_k 7"
+    assert again.take("/load 1")[0] == "as before in this session: temperature 0.25, top_k 7"
     assert again.chat.conversation.settings.sampling.top_k == 7
-    assert again.take("/load 2")[0] == "settings of this session: temperature 1.5"
+    assert again.take("/load 2")[0] == "as before in this session: temperature 1.5"
     again.take("/set reset")
     again.take("/fork")
     assert again.chat.conversation.settings == ChatSettings()
@@ -214,11 +214,11 @@ def test_flags_outweigh_what_a_session_was_held_with(store: SessionStore, tmp_pa
     talk.take("hello")
     base = ChatSettings(SamplingParameters(temperature=0.9))
     fixed = Talk(store, tmp_path / "config.toml", base, frozenset({"temperature"}))
-    assert fixed.take("/load 1")[0] == 'settings of this session: top_k 7, stop ["x"]'
+    assert fixed.take("/load 1")[0] == 'as before in this session: top_k 7, stop ["x"]'
     assert fixed.chat.conversation.settings.sampling.temperature == 0.9
     fixed.take("/set top_k 8")
     talk = Talk(store, tmp_path / "config.toml")
-    assert talk.take("/load 1")[0] == 'settings of this session: temperature 0.25, top_k 8, stop ["x"]'
+    assert talk.take("/load 1")[0] == 'as before in this session: temperature 0.25, top_k 8, stop ["x"]'
     # What is set by hand counts more than the flag.
     fixed.take("/set temperature 0.5")
     fixed.take("/fork")
@@ -233,7 +233,7 @@ def test_settings_that_mean_nothing_here_are_kept(talk: Talk, store: SessionStor
     session.settings = {"warp": 9, "temp": -5.0, "top-k": 3}
     session.save(transcript)
     talk = Talk(store, tmp_path / "config.toml")
-    assert talk.take("/load 1")[0] == "settings of this session: top_k 3"
+    assert talk.take("/load 1")[0] == "as before in this session: top_k 3"
     talk.take("more")
     again = store.find("1")
     again.load("bytes")

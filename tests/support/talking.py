@@ -11,6 +11,7 @@ from dsmoe_local.base.config_file import ConfigFile
 from dsmoe_local.chat.cache_keeper import CacheKeeper
 from dsmoe_local.chat.chat import Chat
 from dsmoe_local.chat.conversation import Conversation
+from dsmoe_local.chat.drafts import Drafts
 from dsmoe_local.chat.settings import ChatSettings
 from dsmoe_local.chat.store.sessions import SessionStore
 from dsmoe_local.chat.terminal.screen import Screen
@@ -54,15 +55,21 @@ class TalkingScreen(ShowingScreen):
 
 
 def chat_with(
-    engine: ReloadableEngine, sessions: SessionStore | None = None, caches: CacheKeeper | None = None
+    engine: ReloadableEngine,
+    sessions: SessionStore | None = None,
+    caches: CacheKeeper | None = None,
+    *,
+    drafts: Drafts | None = None,
+    settings: ChatSettings | None = None,
 ) -> tuple[Chat, TalkingScreen]:
     """A chat that nothing was taken by yet, and its screen."""
     screen = TalkingScreen()
     chat = Chat(
-        Conversation(engine, ChatSettings()),
+        Conversation(engine, settings or ChatSettings()),
         cast(Screen, screen),
         ConfigFile(Path("/nowhere/config.toml")),
         sessions=sessions,
         caches=caches,
+        drafts=drafts,
     )
     return chat, screen
