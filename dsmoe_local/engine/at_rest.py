@@ -21,17 +21,22 @@ from dsmoe_local.engine.session import Session
 from dsmoe_local.engine.types import ObserverOptions
 
 
-def save_cache(session: Session, book: CacheBook, path: Path, token_ids: list[int]) -> int:
-    """See TextEngine; the file is not synced. Whole sequences are written, also what they hold behind those
-    tokens.
-    """
-    slot, count = book.longest_idle(token_ids)
-    if not count or not session.limits.unified:
+def save_cache(session: Session, book: CacheBook, path: Path, token_ids: list[int], start: int) -> int:
+    """See TextEngine; the file is not synced."""
+    slot, end = book.longest_idle(token_ids)
+    spare = book.spare_id()
+    if end <= start or spare is None or not session.limits.unified:
         return 0
     try:
-        held = book.cells.tokens(slot)
-        written = write_cache(path, session.info.cache_identity, held, session.context, slot)
-        return count if written else 0
+        with _set_aside(session.context, slot, spare, book.cells.length(slot)):
+            session.context.forget(slot, 0, start)
+            session.context.forget(slot, end)
+            try:
+                identity = session.info.cache_identity
+                written = write_cache(path, identity, token_ids[:end], start, session.context, slot)
+            finally:
+                session.context.forget(slot, 0)
+        return end if written else 0
     except OSError:
         return 0
 
@@ -44,21 +49,39 @@ def load_cache(
         if stored is None:
             return 0
         common = common_length(stored.token_ids, token_ids, 0, len(token_ids))
-        held = book.longest_idle(token_ids)[1]
-        if common <= held:
+        slot, held = book.longest_idle(token_ids)
+        if common <= held or held < stored.start:
             return held if common else 0
-        slot = book.make_place(len(stored.token_ids))
-        if slot is None:
-            return held
-        settle()
-        read = session.context.read_state(stored.state, slot)
-        if not read or session.context.n_cached(slot) != len(stored.token_ids):
-            session.context.forget(slot, 0)
+        place = book.make_place(len(stored.token_ids), slot if stored.start else None, stored.start)
+        spare = book.spare_id()
+        if place is None or spare is None:
             return book.longest_idle(token_ids)[1]
-        book.put_in(slot, stored.token_ids)
-        book.truncate(slot, common)
         settle()
-        return common
+        context = session.context
+        with _set_aside(context, place, spare, stored.start):
+            context.forget(place, 0)
+            read = context.read_state(stored.state, place)
+            if not read or context.n_cached(place) != len(stored.token_ids):
+                context.forget(place, 0)
+                read = False
+        if read:
+            book.put_in(place, stored.token_ids[stored.start :])
+            book.truncate(place, common)
+            settle()
+        return book.longest_idle(token_ids)[1]
+
+
+@contextmanager
+def _set_aside(context: native.Context, slot: int, spare: int, count: int) -> Iterator[None]:
+    """Let the block use a slot: the `count` tokens that it holds come back, before what the block leaves
+    there. Only owners of cells change, no data is moved.
+    """
+    context.copy(slot, spare, count)
+    try:
+        yield
+    finally:
+        context.copy(spare, slot, count)
+        context.forget(spare, 0)
 
 
 def exchange_observers(

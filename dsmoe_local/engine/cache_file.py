@@ -1,4 +1,5 @@
-"""A sequence of the KV cache as a file: our header, its tokens, llama.cpp's state. Knows no scheduler.
+"""A part of a sequence of the KV cache as a file: our header, all tokens up to its end, llama.cpp's state of
+those from its start. Knows no scheduler.
 
 The header's digest covers the tokens and the part of the state that says how the rest is laid out, so that
 native code never reads a layout that was not written here. The values themselves are the caller's to verify.
@@ -20,40 +21,46 @@ import numpy as np
 from dsmoe_local.base.durable import sync
 from dsmoe_local.engine.native import Context
 
-_MAGIC = b"dsmoe-kv"
-_HEAD = struct.Struct("<8s16s16sQQ")  # magic, identity, digest, tokens, bytes of state
+_MAGIC = b"dsmoe-kp"
+_HEAD = struct.Struct("<8s16s16sQQQ")  # magic, identity, digest, tokens, start, bytes of state
 _DIGEST = 16
 _LAYOUT = 64  # bytes of state in which llama.cpp says what follows,
 _LAYOUT_OF_TOKEN = 12  # and of each cell: position, number of sequences, sequence
 
 
 class Stored(NamedTuple):
-    """The contents of a file: the tokens, and the state as llama.cpp wrote it, mapped."""
+    """The contents of a file: the tokens, and of those from `start` on the state as llama.cpp wrote it,
+    mapped.
+    """
 
     token_ids: list[int]
+    start: int
     state: memoryview
 
 
-def write_cache(path: Path, identity: str, token_ids: Sequence[int], context: Context, sequence: int) -> bool:
-    """Write what the cache holds of a sequence, which are these tokens, to a new file. `identity` is what it
-    depends on besides (see ModelInfo). Until `sync_cache` it may be lost.
+def write_cache(
+    path: Path, identity: str, token_ids: Sequence[int], start: int, context: Context, sequence: int
+) -> bool:
+    """Write what the cache holds of a sequence, which are these tokens from `start` on, to a new file.
+    `identity` is what it depends on besides (see ModelInfo). Until `sync_cache` it may be lost.
 
     False, and no file, if llama.cpp cannot write it. OSError, and no file, if the disk is full or the like;
     FileExistsError if there is one.
     """
     tokens = np.asarray(token_ids, "<i4").tobytes()
-    start, n_state = _HEAD.size + len(tokens), context.state_size(sequence)
+    place, n_state = _HEAD.size + len(tokens), context.state_size(sequence)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     written = False
     try:
         with (
             os.fdopen(descriptor, "r+b") as file,
-            room_in(file, start + n_state) as room,
-            room[start:] as state,
+            room_in(file, place + n_state) as room,
+            room[place:] as state,
         ):
             complete = context.write_state(state, sequence)
-            digest = _digest(tokens, state, len(token_ids))
-            room[:start] = _HEAD.pack(_MAGIC, _digest_of(identity), digest, len(token_ids), n_state) + tokens
+            digest = _digest(tokens, state, start)
+            head = _HEAD.pack(_MAGIC, _digest_of(identity), digest, len(token_ids), start, n_state)
+            room[:place] = head + tokens
         written = complete
     finally:
         if not written:
@@ -87,17 +94,17 @@ def open_cache(path: Path, identity: str) -> Iterator[Stored | None]:
         if size < _HEAD.size:
             yield None
             return
-        magic, of, digest, n_tokens, n_state = _HEAD.unpack(view[: _HEAD.size])
-        start = _HEAD.size + 4 * n_tokens
-        if (magic, of, start + n_state) != (_MAGIC, _digest_of(identity), size):
+        magic, of, digest, n_tokens, start, n_state = _HEAD.unpack(view[: _HEAD.size])
+        place = _HEAD.size + 4 * n_tokens
+        if (magic, of, place + n_state) != (_MAGIC, _digest_of(identity), size) or start >= n_tokens:
             yield None
             return
-        tokens = bytes(view[_HEAD.size : start])
-        state = opened.enter_context(view[start:])
-        if _digest(tokens, state, n_tokens) != digest:
+        tokens = bytes(view[_HEAD.size : place])
+        state = opened.enter_context(view[place:])
+        if _digest(tokens, state, start) != digest:
             yield None
             return
-        yield Stored(np.frombuffer(tokens, "<i4").tolist(), state)
+        yield Stored(np.frombuffer(tokens, "<i4").tolist(), start, state)
 
 
 @contextmanager
@@ -123,6 +130,7 @@ def _digest_of(identity: str) -> bytes:
     return blake2b(identity.encode(), digest_size=_DIGEST).digest()
 
 
-def _digest(tokens: bytes, state: memoryview, n_tokens: int) -> bytes:
-    layout = state[: _LAYOUT + _LAYOUT_OF_TOKEN * n_tokens]
-    return blake2b(tokens + bytes(layout), digest_size=_DIGEST).digest()
+def _digest(tokens: bytes, state: memoryview, start: int) -> bytes:
+    n_cells = len(tokens) // 4 - start
+    layout = state[: _LAYOUT + _LAYOUT_OF_TOKEN * n_cells]
+    return blake2b(struct.pack("<Q", start) + tokens + bytes(layout), digest_size=_DIGEST).digest()

@@ -114,12 +114,12 @@ class Core:
 
     # Between requests.
 
-    def save_cache(self, path: Path, token_ids: list[int]) -> int:
+    def save_cache(self, path: Path, token_ids: list[int], start: int) -> int:
         """See TextEngine; the file is not synced."""
         if not self.idle or self._session.limits.deterministic:
             return 0
         self._settle()
-        return at_rest.save_cache(self._session, self.scheduler.book, path, token_ids)
+        return at_rest.save_cache(self._session, self.scheduler.book, path, token_ids, start)
 
     def load_cache(self, path: Path, token_ids: list[int]) -> int:
         """See TextEngine."""

@@ -166,9 +166,9 @@ class Engine:
             session.encoder.check_ids(token_ids)
             return tuple(map(session.model.text_of, token_ids))
 
-    def save_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
+    def save_cache(self, path: Path, token_ids: tuple[int, ...], start: int = 0) -> int:
         """Write what the KV cache holds of these tokens to a new file (see TextEngine)."""
-        count = self._between_steps(lambda core: core.save_cache(path, list(token_ids)))
+        count = self._between_steps(lambda core: core.save_cache(path, list(token_ids), start))
         # The disk may take seconds, in which the next request can begin.
         return count if count and sync_cache(path) else 0
 

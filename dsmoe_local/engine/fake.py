@@ -238,25 +238,27 @@ class FakeEngine:
         ids = self._checked(tuple(token_ids))
         return tuple("<end>" if token_id == END else _text(token_id - 1) for token_id in ids)
 
-    def save_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
+    def save_cache(self, path: Path, token_ids: tuple[int, ...], start: int = 0) -> int:
         """See TextEngine: a JSON file with the ids, and what they are of."""
         count = 0 if self._cancelled or self._killed else n_common(self._cached, token_ids)
-        if count:
-            path.write_text(json.dumps([self.info.cache_identity, token_ids[:count]]))
-            self.saved.append((path, count))
+        if count <= start:
+            return 0
+        path.write_text(json.dumps([self.info.cache_identity, start, token_ids[:count]]))
+        self.saved.append((path, count))
         return count
 
     def load_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
         """See TextEngine."""
         self._start_again()
         try:
-            identity, held = json.loads(path.read_text())
-            count = n_common(tuple(held), token_ids) if identity == self.info.cache_identity else 0
+            identity, start, stored = json.loads(path.read_text())
         except (OSError, ValueError, TypeError):
             return 0
-        if count:
-            self._cached = token_ids[:count]
-            self.loaded.append((path, count))
+        held, count = n_common(self._cached, token_ids), n_common(tuple(stored), token_ids)
+        if identity != self.info.cache_identity or held < start or count <= held:
+            return held
+        self._cached = token_ids[:count]
+        self.loaded.append((path, count))
         return count
 
     def set_observers(self, options: tuple[ObserverOptions, ...]) -> None:

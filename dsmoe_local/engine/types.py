@@ -325,16 +325,19 @@ class TextEngine(Protocol):
         """
         ...
 
-    def save_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
-        """Write what the KV cache holds of the beginning of `token_ids` to the new file `path`, and sync it.
+    def save_cache(self, path: Path, token_ids: tuple[int, ...], start: int = 0) -> int:
+        """Write what the KV cache holds of the beginning of `token_ids`, without the first `start` of them,
+        to the new file `path`, and sync it.
 
-        Returns how many tokens that are. 0, and no file: the cache holds nothing of them, a request runs, the
-        engine cannot (`deterministic`, or a cache in parts), or the disk is full.
+        Returns how many tokens the cache holds of that beginning. 0, and no file: it holds no more than
+        `start`, a request runs, the engine cannot (`deterministic`, or a cache in parts), or the disk is
+        full.
         """
         ...
 
     def load_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
-        """Make the KV cache hold what the file of a `save_cache` holds of the beginning of `token_ids`.
+        """Make the KV cache hold what the file of a `save_cache` holds of the beginning of `token_ids`. What
+        that file leaves out at its start must be in the cache already.
 
         Returns how many tokens the cache holds of it then. 0: the file is of other tokens, another model or
         shape, or cannot be used now. The caller has verified that the file is byte for byte what was written:

@@ -8,6 +8,7 @@ import queue
 import random
 import shutil
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,72 @@ def test_goes_on_as_if_never_closed(more: dict[str, Any], tmp_path: Path) -> Non
     with Engine.load(options(**more)) as engine:
         engine.load_cache(path, turn)
         assert n_cached(engine, turn) == saved
+
+
+@pytest.mark.parametrize("more", SHAPES, ids=str)
+def test_parts_make_a_whole(more: dict[str, Any], tmp_path: Path) -> None:
+    """Guards: a cache of parts that answers otherwise than one that was read; parts that hold more than they
+    should; the cache changed by saving a part of it.
+    """
+    ends = (40, 41, 80)
+    with Engine.load(options(**more)) as engine:
+        prompt = engine.encode(SHARED)
+        reply(engine, prompt, 1)
+        expected = reply(engine, prompt[:81])
+        for start, end in pairwise((0, *ends)):
+            assert engine.save_cache(tmp_path / str(end), prompt[:end], start) == end
+            assert engine.save_cache(tmp_path / "none", prompt[:end], end) == 0
+            engine.check()
+        sizes = [(tmp_path / str(end)).stat().st_size for end in ends]
+        assert sizes[1] < sizes[0] / 10
+        assert n_cached(engine, prompt[:81]) == 80
+        assert reply(engine, prompt[:81]) == expected
+    with Engine.load(options(**more)) as engine:
+        # Not before what they follow.
+        assert engine.load_cache(tmp_path / "41", prompt) == 0
+        for end in ends:
+            assert engine.load_cache(tmp_path / str(end), prompt) == end
+            engine.check()
+        assert n_cached(engine, prompt[:81]) == 80
+        assert reply(engine, prompt[:81]) == expected
+    other = (*prompt[:60], *prompt[70:])
+    with Engine.load(options(**more)) as engine:
+        # A part that is wanted only in part, behind a slot that holds something else there.
+        told = [token_id for token_id, _ in reply(engine, other)]
+        reply(engine, tuple(reversed(prompt)), 1)
+        reply(engine, prompt[:45], 8)
+        for end in ends:
+            engine.load_cache(tmp_path / str(end), other)
+            engine.check()
+        assert n_cached(engine, other) >= 60
+        assert [token_id for token_id, _ in reply(engine, other)] == told
+
+
+def test_parts_of_a_random_order(tmp_path: Path) -> None:
+    """Guards: books that say more than the cache holds, whatever is saved and loaded in whatever order."""
+    generator = random.Random(11)
+    with Engine.load(options(n_parallel=2, n_context=128)) as engine:
+        prompts = [engine.encode(SHARED)[:90], engine.encode("A lazy dog. " + SHARED)[:100]]
+        expected = [[token_id for token_id, _ in reply(engine, prompt, 6)] for prompt in prompts]
+        files: list[tuple[Path, int, int, int]] = []
+        for step in range(120):
+            which = generator.randrange(2)
+            prompt = prompts[which]
+            action = generator.choice(("reply", "save", "load"))
+            if action == "reply":
+                assert [token_id for token_id, _ in reply(engine, prompt, 6)] == expected[which]
+            elif action == "save":
+                start, end = sorted(generator.sample(range(91), 2))
+                path = tmp_path / str(step)
+                count = engine.save_cache(path, prompt[:end], start)
+                assert path.exists() == (count > start)
+                if count:
+                    files.append((path, which, start, count))
+            elif files:
+                path, which, _, count = generator.choice(files)
+                assert engine.load_cache(path, prompts[which]) <= 100
+            engine.check()
+    assert len(files) > 10
 
 
 @pytest.mark.parametrize("kind", ["f16", "q8_0"])
@@ -171,14 +238,14 @@ def test_not_while_a_request_runs(stored: tuple[Path, tuple[int, ...]]) -> None:
 
 def damaged(content: bytes) -> Iterator[tuple[str, bytes]]:
     """Copies of a file that something happened to where its structure is."""
-    for length in (0, 1, 7, 55, 56, 60, len(content) // 2, len(content) - 1):
+    for length in (0, 1, 7, 63, 64, 68, len(content) // 2, len(content) - 1):
         yield f"cut at {length}", content[:length]
     yield "longer", content + b"\0"
-    yield "without its header", bytes(56) + content[56:]
+    yield "without its header", bytes(64) + content[64:]
     rare = random.Random(4)
     n_tokens = int.from_bytes(content[40:48], "little")
-    layout = 56 + 4 * n_tokens + 64 + 12 * n_tokens
-    for place in sorted({*range(56), *rare.sample(range(56, layout), 200)}):
+    layout = 64 + 4 * n_tokens + 64 + 12 * n_tokens
+    for place in sorted({*range(64), *rare.sample(range(64, layout), 200)}):
         flipped = bytearray(content)
         flipped[place] ^= 1 << rare.randrange(8)
         yield f"a bit flipped at {place}", bytes(flipped)
@@ -203,7 +270,7 @@ def test_forged_contents_leave_a_sane_cache(
     """Guards: books that say more than the cache holds, after native code refused a file half-way."""
     path, prompt = stored
     content = bytearray(path.read_bytes())
-    start = 56 + 4 * len(prompt) + 64 + 12 * len(prompt)
+    start = 64 + 4 * len(prompt) + 64 + 12 * len(prompt)
     # The types of rows lie behind the cells: zeros are the type of another cache.
     content[start - 64 : start + 200] = bytes(264)
     path.write_bytes(content)

@@ -54,11 +54,11 @@ class Hosted(FakeEngine):
             return {"observers": names, "n_context": self.options.n_context}
         return {"modules": sorted(sys.modules)} if name == "modules" else super().observe(name)
 
-    def save_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
+    def save_cache(self, path: Path, token_ids: tuple[int, ...], start: int = 0) -> int:
         if path.name == "half":
             path.write_bytes(b"half a ")
             _FOR_EVER.wait()
-        return super().save_cache(path, token_ids)
+        return super().save_cache(path, token_ids, start)
 
     def load_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
         if path.read_text() == "die":

@@ -180,9 +180,9 @@ class Child:
         """See TextEngine. AlreadyOverError if there is nobody to ask."""
         return self._call("decode", list(token_ids), tuple[str, ...])
 
-    def save_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
+    def save_cache(self, path: Path, token_ids: tuple[int, ...], start: int = 0) -> int:
         """See TextEngine. AlreadyOverError if there is nobody to ask."""
-        return self._call("save_cache", (str(path.absolute()), token_ids), int)
+        return self._call("save_cache", (str(path.absolute()), token_ids, start), int)
 
     def load_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
         """See TextEngine. AlreadyOverError if there is nobody to ask."""

@@ -170,7 +170,7 @@ class EngineClient:
         with self._call() as call:
             return self._ask(lambda child: child.decode(token_ids), call)
 
-    def save_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
+    def save_cache(self, path: Path, token_ids: tuple[int, ...], start: int = 0) -> int:
         """Write what the KV cache holds of these tokens (see TextEngine); 0 if it died with the process.
         EngineError if the engine is closed meanwhile.
         """
@@ -178,7 +178,7 @@ class EngineClient:
         if os.path.lexists(path):
             return 0
         try:
-            return child.save_cache(path, token_ids)
+            return child.save_cache(path, token_ids, start)
         except AlreadyOverError:
             return 0
         except EngineError as error:

@@ -251,7 +251,7 @@ _CALLS: dict[str, Callable[[TextEngine, wire.Plain], wire.Plain]] = {
         wire.prompt_from_plain(argument[0]), continue_final_message=argument[1]
     ),
     "decode": lambda engine, ids: list(engine.decode(ids)),
-    "save_cache": lambda engine, argument: engine.save_cache(*_file_and_tokens(argument)),
+    "save_cache": lambda engine, argument: engine.save_cache(*_file_and_tokens(argument[:2]), argument[2]),
     "load_cache": lambda engine, argument: engine.load_cache(*_file_and_tokens(argument)),
     "set_observers": lambda engine, options: engine.set_observers(
         tuple(wire.from_plain(ObserverOptions, option) for option in options)

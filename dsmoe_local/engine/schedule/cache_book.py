@@ -94,23 +94,32 @@ class CacheBook:
         slot = max(common, key=lambda slot: (common[slot], -slot))
         return slot, common[slot]
 
-    def make_place(self, count: int) -> int | None:
-        """An idle slot that holds nothing, with `count` free cells for it; None if there are not as many.
+    def spare_id(self) -> int | None:
+        """An id that holds nothing, beyond those that decode; None if all do."""
+        return max(set(range(self.limits.n_slots, self.limits.n_ids)) - {*self.cells.sequences}, default=None)
+
+    def make_place(self, count: int, slot: int | None = None, kept: int = 0) -> int | None:
+        """An idle slot that has free cells for `count` tokens, and holds nothing; or `slot`, which goes on
+        holding its first `kept` of them. None if there are not as many cells.
 
         What was used least recently gives way. Nothing may be running.
         """
         if not self.limits.unified or count > self.limits.n_cells:
             return None
-        self.make_room(set(), count)
-        slot = min(
-            range(self.limits.n_slots),
-            key=lambda slot: (self.cells.length(slot) > 0, self.last_used(slot)),
-        )
-        self.truncate(slot, 0)
+        busy = set() if slot is None else {slot}
+        if slot is not None:
+            self.truncate(slot, kept)
+        self.make_room(busy, count - kept)
+        if slot is None:
+            slot = min(
+                range(self.limits.n_slots),
+                key=lambda slot: (self.cells.length(slot) > 0, self.last_used(slot)),
+            )
+            self.truncate(slot, 0)
         return slot
 
     def put_in(self, slot: int, token_ids: list[int]) -> None:
-        """The empty slot holds these tokens now, as reading them would have given."""
+        """The slot holds these tokens, too, now, as reading them would have given."""
         self.cells.extend(slot, token_ids)
         self.touch(slot)
 
