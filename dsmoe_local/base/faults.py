@@ -37,7 +37,7 @@ POINTS = {
     "session.grown": "a reply that is not finished is stored as far as it came",
     "state.written": "a KV state is written under its temporary name",
     "state.renamed": "a KV state has its name, but no row in the database",
-    "state.recorded": "a KV state counts, what it replaces is still there",
+    "state.recorded": "a KV state counts, nobody knows yet",
 }
 
 _wanted, _, _ordinal = os.environ.get("DSMOE_FAULT", "").partition(":")

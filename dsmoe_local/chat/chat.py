@@ -33,7 +33,8 @@ from dsmoe_local.engine.types import FinishReason, TokenEvent
 _NEARLY_FULL = 0.85
 _REST_SECONDS = 30.0
 """So long after the last reply the cache is kept: the next message may be near before that."""
-_LAST_WAIT = 60.0  # seconds that leaving waits for a cache that is being written
+_LAST_WAIT = 60.0  # seconds that leaving waits for what is being done
+_MANY_TOKENS = 1024  # a cache that takes seconds to write
 
 
 class Chat:
@@ -71,6 +72,7 @@ class Chat:
         # Held while an input is taken, or the cache is kept.
         self._working = threading.Lock()
         self._rest: threading.Timer | None = None
+        self._keeping = False
 
     def begin(
         self,
@@ -115,7 +117,9 @@ class Chat:
         """One input: a command, or a message to answer. Errors are shown. False: the chat ends."""
         self._cancelled.clear()
         self._call_off_rest()
+        self._stop_keeping()
         with self._working:
+            self._keep_again()
             try:
                 self._take(text)
             except InterruptedRunError:
@@ -132,17 +136,21 @@ class Chat:
         return not self.finished
 
     def close(self) -> None:
-        """Keep the cache, for the next time. No reply runs any more."""
+        """Keep the cache, for the next time; Ctrl-C leaves it out. No reply runs any more."""
         self._call_off_rest()
         if self._working.acquire(timeout=_LAST_WAIT):
             try:
-                self._keep_cache()
+                self._keep_again()
+                self._keep_cache(self._tell_of_keeping)
+            except KeyboardInterrupt:
+                self.screen.notice("the cache is not kept: the conversation is read again when it goes on")
             finally:
                 self._working.release()
 
     def cancel(self) -> None:
         """End the running reply, or what will be one in a moment; from any thread or a signal handler."""
         self._cancelled.set()
+        self._stop_keeping()
         self.conversation.cancel()
 
     def kill(self) -> None:
@@ -212,7 +220,7 @@ class Chat:
             transcript = session.load(info.vocabulary)
             transcript = replace(transcript, system=system or transcript.system)
         if transcript.turns[: len(before)] != before:
-            self._keep_cache()
+            self._keep_cache(self._tell_of_keeping)
         self.session = session
         self._settings.leave()
         self._warned = False
@@ -239,12 +247,17 @@ class Chat:
             recall(self.screen, self.conversation, self.session.name)
 
     def rest(self) -> None:
-        """Nothing has been asked for a while: the cache is kept, unless something is being done."""
-        if self._working.acquire(blocking=False):
-            try:
-                self._keep_cache()
-            finally:
-                self._working.release()
+        """Nothing has been asked for a while: the cache is kept, until something is."""
+        if not self._working.acquire(blocking=False):
+            return
+        try:
+            self._keep_again()
+            if self._rest is not None:  # else something was asked in this moment
+                self._keep_cache(self._show_keeping)
+        finally:
+            if self._keeping:
+                self._show_keeping(0)
+            self._working.release()
 
     def status(self) -> Status:
         """What the bottom bar shows; from any thread."""
@@ -257,6 +270,7 @@ class Chat:
             n_used=conversation.n_used,
             n_context=info.n_context,
             tokens_per_second=0.0 if usage is None else usage.tokens_per_second,
+            note="keeping the cache" if self._keeping else "",
         )
 
     def _take(self, text: str) -> None:
@@ -351,9 +365,28 @@ class Chat:
             self.screen.notice(words.nearly_full(share))
         self._warned = nearly
 
-    def _keep_cache(self) -> None:
+    def _keep_cache(self, tell: Callable[[int], None]) -> None:
         if self._caches is not None and self.session is not None and self.session.number:
-            self._caches.keep(self.conversation, self.session)
+            self._caches.keep(self.conversation, self.session, tell)
+
+    def _tell_of_keeping(self, n_tokens: int) -> None:
+        """What somebody waits for."""
+        if n_tokens >= _MANY_TOKENS:
+            self.screen.notice(f"keeping the cache of {words.count(n_tokens, 'token')}: Ctrl-C leaves it out")
+
+    def _show_keeping(self, n_tokens: int) -> None:
+        """In the bottom line; 0: not any more."""
+        self._keeping = n_tokens > 0
+        # Nothing is drawn beside a reply: this has the line drawn again.
+        self.screen.live(None)
+
+    def _stop_keeping(self) -> None:
+        if self._caches is not None:
+            self._caches.stop()
+
+    def _keep_again(self) -> None:
+        if self._caches is not None:
+            self._caches.go_on()
 
     def _call_off_rest(self) -> None:
         if self._rest is not None:

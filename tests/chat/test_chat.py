@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from dsmoe_local.base.errors import NoSpaceError
 from dsmoe_local.chat.cache_keeper import CacheKeeper
 from dsmoe_local.chat.chat import Chat
 from dsmoe_local.chat.store.sessions import SessionStore
-from dsmoe_local.chat.store.states import StateStore
+from dsmoe_local.chat.store.states import BLOCK, StateStore
 from dsmoe_local.chat.turns import Transcript
 from dsmoe_local.engine.errors import EngineCrashError
 from dsmoe_local.engine.fake import FakeEngine
@@ -180,7 +180,7 @@ def test_cache_is_kept_and_found(store: SessionStore, tmp_path: Path) -> None:
     working.acquire()
     threading.Timer(0.05, working.release).start()
     chat.close()
-    assert len(first.saved) == 1
+    assert [count for _, count in first.saved] == [BLOCK, 2 * BLOCK, 3 * BLOCK]
     second = engine()
     chat, _ = chat_with(second, store, CacheKeeper(StateStore(tmp_path / "sessions")))
     chat.begin(store.latest())
@@ -188,6 +188,77 @@ def test_cache_is_kept_and_found(store: SessionStore, tmp_path: Path) -> None:
     chat.close()
     # It is there already.
     assert second.saved == []
+
+
+class Slow(FakeEngine):
+    """Saves its cache after `meanwhile`, which is called with the number of blocks that were saved."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda prompt: "y" * 500, template=False)
+        self.meanwhile: Callable[[int], None] = lambda n_blocks: None
+
+    def save_cache(self, path: Path, token_ids: tuple[int, ...], start: int = 0) -> int:
+        self.meanwhile(len(self.saved))
+        return super().save_cache(path, token_ids, start)
+
+
+def test_a_message_does_not_wait_for_the_cache(store: SessionStore, tmp_path: Path) -> None:
+    """Guards: hundreds of megabytes written, silently, before a message is answered."""
+    engine = Slow()
+    caches = CacheKeeper(StateStore(tmp_path / "sessions"))
+    chat, screen = chat_with(engine, store, caches)
+    chat.take("q")
+    asking: list[threading.Thread] = []
+    notes: list[str] = []
+
+    def ask(n_blocks: int) -> None:
+        notes.append(chat.status().note)
+        if n_blocks == 1:
+            asking.append(threading.Thread(target=chat.take, args=("more",)))
+            asking[0].start()
+            assert caches._stopped.wait(20)
+
+    engine.meanwhile = ask
+    chat.rest()
+    asking[0].join()
+    # The block that was being written, and none behind it.
+    assert [count for _, count in engine.saved] == [BLOCK, 2 * BLOCK]
+    assert notes == ["keeping the cache"] * 2
+    assert chat.status().note == ""
+    assert len(screen.replies) == 2
+    engine.meanwhile = lambda n_blocks: None
+    chat.close()
+    assert len(engine.saved) > 2
+
+
+def test_leaving_tells_of_a_large_cache_and_can_leave_it_out(store: SessionStore, tmp_path: Path) -> None:
+    """Guards: a chat that seems to hang when it is left, and ends with a traceback when that is cut short."""
+    engine = Slow()
+    chat, screen = chat_with(engine, store, CacheKeeper(StateStore(tmp_path / "sessions")))
+    chat.take("q" * 1000)
+
+    def interrupt(n_blocks: int) -> None:
+        if n_blocks == 3:
+            raise KeyboardInterrupt
+
+    engine.meanwhile = interrupt
+    chat.close()
+    assert "keeping the cache of 1,500 tokens: Ctrl-C leaves it out" in screen.said
+    assert "the cache is not kept" in screen.said
+    assert len(engine.saved) == 3
+
+
+def test_ctrl_c_goes_on_to_the_other_session_at_once(store: SessionStore, tmp_path: Path) -> None:
+    """Guards: /load and /clear that wait for the cache of the session that is left, whatever one does."""
+    engine = Slow()
+    chat, screen = chat_with(engine, store, CacheKeeper(StateStore(tmp_path / "sessions")))
+    chat.take("q" * 1000)
+    engine.meanwhile = lambda n_blocks: chat.cancel()
+    chat.take("/clear")
+    assert "keeping the cache of 1,500 tokens" in screen.said
+    assert len(engine.saved) == 1
+    assert chat.conversation.turns == ()
+    chat.close()
 
 
 def test_dead_engine_is_not_loaded_to_keep_its_cache(store: SessionStore, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ import sys
 from pathlib import Path
 from support.stored import talk
 from dsmoe_local.chat.store.sessions import SessionStore
-from dsmoe_local.chat.store.states import StateStore
+from dsmoe_local.chat.store.states import BLOCK, StateStore
 folder, name = Path(sys.argv[1]), sys.argv[2]
 n_turns, n_saves = int(sys.argv[3]), int(sys.argv[4])
 store, states = SessionStore.open(folder), StateStore(folder)
@@ -37,9 +37,9 @@ else:
     session, texts = store.create("m", "v", ""), []
     store.rename(session, name)
 
-def write(path):
+def write(path, start, end):
     path.write_bytes(b"state of " + " ".join(texts).encode() * 50)
-    return 20
+    return end
 
 for number in range(n_saves):
     for _ in range(n_turns):
@@ -48,7 +48,7 @@ for number in range(n_saves):
         assert session.save(talk(*texts[:-1], texts[-1] + spaces), growing=True) is None
     assert session.save(talk(*texts)) is None
     print(len(texts), flush=True)
-    states.keep(session.number, "fingerprint", range(len(texts), len(texts) + 20), write)
+    states.keep(session.number, "fingerprint", range(len(texts), len(texts) + 2 * BLOCK), write)
     states.tidy()
 """
 

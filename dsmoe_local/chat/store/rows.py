@@ -36,7 +36,8 @@ WRITTEN = ("role", "content", "token_ids", "vocabulary", "ending", "usage")
 """What of a turn's row its turn says: the columns of `row_of`."""
 TURN_COLUMNS = ", ".join(f"turn.{name}" for name in ("id", "parent", "tree", "depth", "created", *WRITTEN))
 STATE_COLUMNS = (
-    "state.file, state.session, state.fingerprint, state.token_ids, state.n_bytes, state.digest, state.used"
+    "state.file, state.session, state.fingerprint, state.prefix, state.n_tokens, state.n_bytes, state.digest,"
+    " state.used"
 )
 
 
@@ -79,12 +80,15 @@ class TurnRow:
 
 @dataclass(frozen=True, slots=True)
 class StateRow:
-    """A row of the table `state`: what a file in the folder of states is, and when it was last `used`."""
+    """A row of the table `state`: what a file in the folder of states is, and when it was last `used`.
+    `prefix` is a digest of the first `n_tokens` tokens of a conversation, the last of which are the file's.
+    """
 
     file: str
     session: int
     fingerprint: str
-    token_ids: tuple[int, ...]
+    prefix: bytes
+    n_tokens: int
     n_bytes: int
     digest: bytes
     used: float
@@ -144,14 +148,15 @@ def said_of(row: Sequence[Any]) -> tuple[str | None, Turn]:
 
 def state_of(row: Sequence[Any]) -> StateRow:
     """The values of STATE_COLUMNS, checked."""
-    file, session, fingerprint, token_ids, n_bytes, digest, used = row
+    file, session, fingerprint, prefix, n_tokens, n_bytes, digest, used = row
     if not is_name(file):
         raise DamagedRowError("file is no state's name")
     return StateRow(
         file,
         integer("session", session, 1),
         text("fingerprint", fingerprint),
-        unpack(token_ids),
+        blob("prefix", prefix, DIGEST_BYTES),
+        integer("n_tokens", n_tokens, 1),
         integer("n_bytes", n_bytes),
         blob("digest", digest, DIGEST_BYTES),
         real("used", used),

@@ -84,6 +84,19 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         # What it was held with: the model's file, and what /set chose, as JSON.
         f"ALTER TABLE session ADD COLUMN {_column('model_path', 'TEXT', 'NULL')}",
         f"ALTER TABLE session ADD COLUMN {_column('settings', 'TEXT', 'NULL')}",
+        # A state is of a block of tokens now, known by a digest of all tokens up to its end.
+        "DROP TABLE state",
+        f"""CREATE TABLE state (
+            {_column("file", "TEXT", "PRIMARY KEY", _STATE_FILE)},
+            {_column("session", "INTEGER", "NOT NULL REFERENCES session (number) ON DELETE CASCADE")},
+            {_column("fingerprint", "TEXT")},
+            {_column("prefix", "BLOB", rule="length(prefix) = 32")},
+            {_column("n_tokens", "INTEGER", rule="n_tokens > 0")},      -- up to the end of the block
+            {_column("n_bytes", "INTEGER", rule="n_bytes >= 0")},
+            {_column("digest", "BLOB", rule="length(digest) = 32")},
+            {_column("used", "REAL")}
+        )""",
+        "CREATE INDEX state_session ON state (session)",
         # The reply to the head that was being written when it was last saved.
         f"""CREATE TABLE draft (
             session INTEGER PRIMARY KEY REFERENCES session (number) ON DELETE CASCADE,

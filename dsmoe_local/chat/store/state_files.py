@@ -8,8 +8,6 @@ import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
-from dsmoe_local.base.durable import sync
-
 DIGEST_BYTES = 32
 _FOLDER = "states"
 _NAME = re.compile(r"[0-9a-f]{16}\.state")
@@ -60,13 +58,11 @@ def remove(folder: Path, names: Iterable[object]) -> None:
                 continue
 
 
-def digest_of(path: Path, *, durably: bool = False) -> tuple[int, bytes]:
-    """A file's size and digest; on the disk before, if asked for."""
+def digest_of(path: Path) -> tuple[int, bytes]:
+    """A file's size and digest."""
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     n_bytes = 0
     with path.open("rb") as file:
-        if durably:
-            sync(file.fileno())
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
             n_bytes += len(chunk)

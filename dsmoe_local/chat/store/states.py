@@ -1,11 +1,16 @@
-"""KV states beside the sessions: files that an engine wrote, each known by its tokens, its size and a digest.
+"""KV states beside the sessions: files that an engine wrote, each with the state of one block of tokens.
+
+A block is known by all tokens up to its end, its size and a digest of its file. So what is there is never
+written again: a conversation that goes on adds blocks, and forks share those that they have in common. What
+is behind the last whole block is not kept.
 
 A state is only a shortcut: whatever is wrong with one, it is removed without a word, and the conversation is
-read again. What is in the files is the engine's concern.
+read again from there. What is in the files is the engine's concern.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import shutil
 import sqlite3
@@ -17,7 +22,6 @@ from pathlib import Path
 from dsmoe_local.base.durable import locked, make_folders, replace
 from dsmoe_local.base.errors import FileError, LockedError
 from dsmoe_local.base.faults import reach
-from dsmoe_local.base.sequences import n_common
 from dsmoe_local.chat.store import state_files
 from dsmoe_local.chat.store.database import Database
 from dsmoe_local.chat.store.rows import STATE_COLUMNS, StateRow, pack, state_of, storable
@@ -27,9 +31,8 @@ from dsmoe_local.engine.errors import EngineError
 CAP_BYTES = 4 << 30
 SPARE_BYTES = 1 << 30
 """A state is not written to a disk that would have less room than this afterwards."""
-MIN_TOKENS = 16
-_MIN_SHARE = 8
-"""A state helps if an eighth of its tokens are wanted: reading the file costs less than computing those."""
+BLOCK = 64
+"""Tokens: 15 MB of a 16B model, which nobody waits long for, and which are read again in a second."""
 
 
 class StateStore:
@@ -49,54 +52,66 @@ class StateStore:
         session_number: int,
         fingerprint: str,
         token_ids: Sequence[int],
-        write: Callable[[Path], int],
-    ) -> bool:
-        """Store the state of `token_ids`, in place of what the session had of this fingerprint.
+        write: Callable[[Path, int, int], int],
+        stop: Callable[[], bool] = lambda: False,
+    ) -> int:
+        """Store the state of the whole blocks of `token_ids` that are not there yet, in their order, and drop
+        those of this fingerprint that the session has of other tokens. Returns how many tokens are stored.
 
-        `write` makes a new file of that path, and returns how many of the ids it holds; 0: there is none.
-        False if nothing is stored: because of that or its error, the room on the disk, the cap, or a session
-        that is not there.
+        `write(path, start, end)` makes a new file of that path with the state of these tokens, synced, and
+        returns how many of the first `end` tokens the engine has: if fewer, there is no such block. That, an
+        error of it, the room on the disk, the cap, a session that is not there and `stop`, which is asked
+        before each block, end it early.
         """
-        fingerprint, ids = storable(fingerprint), tuple(token_ids)
+        fingerprint = storable(fingerprint)
+        blocks = _blocks(token_ids)
         with self._database() as database:
             with database.read() as connection:
                 if not _is_there(connection, session_number):
-                    return False
+                    return 0
                 alike = _states(connection, "fingerprint = ?", fingerprint)
-            known = [state for state in alike if state.session == session_number and state.token_ids == ids]
-            if whole := next((state for state in known if self._is_whole(state)), None):
-                _note_use(database, whole)
-                return True
-            expected = round(_bytes_per_token(alike) * len(ids))
-            if expected > self._cap_bytes or not self._has_room(expected):
-                return False
-            final = self._states / state_files.new_name()
-            try:
-                with locked(final):
-                    return self._write(database, session_number, fingerprint, ids, write, final)
-            except (OSError, FileError, EngineError):
-                return False
+                shared = _states(connection, f"fingerprint = ? AND {_OF_FORKS}", fingerprint, session_number)
+            known = {state.prefix: state for state in shared if self._is_whole(state)}
+            n_expected = max((state.n_bytes for state in alike), default=0)
+            chain: list[StateRow] = []
+            for n_tokens, prefix in blocks:
+                state = known.get(prefix)
+                if state is None:
+                    n_total = sum(each.n_bytes for each in chain) + n_expected
+                    if stop() or n_total > self._cap_bytes or not self._has_room(n_expected):
+                        break
+                    state = self._write(database, session_number, fingerprint, n_tokens, prefix, write)
+                    if state is None:
+                        break
+                    n_expected = max(n_expected, state.n_bytes)
+                chain.append(state)
+            _note_use(database, chain)
+            if len(chain) == len(blocks):
+                wanted = {prefix for _, prefix in blocks}
+                ours = (state for state in shared if state.session == session_number)
+                self._remove(database, [state.file for state in ours if state.prefix not in wanted])
+            self._enforce_cap(database)
+        return chain[-1].n_tokens if chain else 0
 
-    def find(self, session_number: int, fingerprint: str, token_ids: Sequence[int]) -> Path | None:
-        """The file whose state has most of the beginning of `token_ids`, exactly as it was written; None if
-        none helps. Sessions that are forks of each other share their states.
+    def find(self, session_number: int, fingerprint: str, token_ids: Sequence[int]) -> list[Path]:
+        """The files that together have the state of the beginning of `token_ids`, in their order, each
+        exactly as it was written. Sessions that are forks of each other share their states.
         """
-        fingerprint, ids = storable(fingerprint), tuple(token_ids)
+        fingerprint = storable(fingerprint)
+        chain: list[StateRow] = []
         with self._database() as database:
             self._forget_damaged(database)
             with database.read() as connection:
                 states = _states(connection, f"fingerprint = ? AND {_OF_FORKS}", fingerprint, session_number)
-            candidates = [(n_common(state.token_ids, ids), state) for state in states]
-            # Of two that hold as much of it, the one that holds less beside it.
-            candidates.sort(key=lambda each: (-each[0], len(each[1].token_ids)))
-            for n_wanted, state in candidates:
-                if n_wanted < max(MIN_TOKENS, len(state.token_ids) // _MIN_SHARE):
-                    continue
-                if self._is_exact(state):
-                    _note_use(database, state)
-                    return self._states / state.file
-                self._remove(database, [state.file])
-        return None
+            for _, prefix in _blocks(token_ids):
+                alike = [state for state in states if state.prefix == prefix]
+                exact = next((state for state in alike if self._is_exact(state)), None)
+                if exact is None:
+                    self._remove(database, [state.file for state in alike])
+                    break
+                chain.append(exact)
+            _note_use(database, chain)
+        return [self._states / state.file for state in chain]
 
     def tidy(self) -> None:
         """Remove what is too much, the one longest not used first, and what crashes left; never what another
@@ -134,39 +149,41 @@ class StateStore:
         database: Database,
         session_number: int,
         fingerprint: str,
-        token_ids: tuple[int, ...],
-        write: Callable[[Path], int],
-        final: Path,
-    ) -> bool:
-        """The new file and its row, then the end of what it replaces. The caller holds the lock."""
+        n_tokens: int,
+        prefix: bytes,
+        write: Callable[[Path, int, int], int],
+    ) -> StateRow | None:
+        """A new file and its row; None, and neither, if there is no such block or it cannot be stored."""
+        final = self._states / state_files.new_name()
         writing = state_files.writing_of(final)
         try:
-            n_tokens = write(writing)
-            reach("state.written")
-            if n_tokens <= 0 or writing.stat().st_size > self._cap_bytes:
-                return False
-            writing.chmod(0o600)
-            n_bytes, digest = state_files.digest_of(writing, durably=True)
-            replace(writing, final)
-        finally:
-            writing.unlink(missing_ok=True)
-        reach("state.renamed")
-        state = StateRow(
-            final.name, session_number, fingerprint, token_ids[:n_tokens], n_bytes, digest, time.time()
-        )
-        try:
-            with database.write() as connection:
-                replaced = _record(connection, state)
-        except BaseException:
-            final.unlink(missing_ok=True)
-            raise
-        reach("state.recorded")
-        if replaced is None:
-            final.unlink(missing_ok=True)
-            return False
-        state_files.remove(self._states, replaced)
-        self._enforce_cap(database)
-        return True
+            with locked(final):
+                try:
+                    n_held = write(writing, n_tokens - BLOCK, n_tokens)
+                    reach("state.written")
+                    if n_held < n_tokens or writing.stat().st_size > self._cap_bytes:
+                        return None
+                    writing.chmod(0o600)
+                    n_bytes, digest = state_files.digest_of(writing)
+                    replace(writing, final)
+                finally:
+                    writing.unlink(missing_ok=True)
+                reach("state.renamed")
+                state = StateRow(
+                    final.name, session_number, fingerprint, prefix, n_tokens, n_bytes, digest, time.time()
+                )
+                try:
+                    with database.write() as connection:
+                        recorded = _record(connection, state)
+                except BaseException:
+                    final.unlink(missing_ok=True)
+                    raise
+                reach("state.recorded")
+                if not recorded:
+                    final.unlink(missing_ok=True)
+                return state if recorded else None
+        except (OSError, FileError, EngineError):
+            return None
 
     def _enforce_cap(self, database: Database) -> None:
         with database.read() as connection:
@@ -227,9 +244,21 @@ def _is_there(connection: sqlite3.Connection, session_number: int) -> bool:
     )
 
 
+def _blocks(token_ids: Sequence[int]) -> list[tuple[int, bytes]]:
+    """For each whole block of tokens its end, and a digest of all tokens up to there."""
+    digest, blocks = hashlib.blake2b(digest_size=state_files.DIGEST_BYTES), []
+    for end in range(BLOCK, len(token_ids) + 1, BLOCK):
+        digest.update(pack(token_ids[end - BLOCK : end]))
+        blocks.append((end, digest.digest()))
+    return blocks
+
+
 def _states(connection: sqlite3.Connection, condition: str = "TRUE", *values: object) -> list[StateRow]:
-    """The states with that condition, the one used last first, without rows that make no sense."""
-    rows = connection.execute(f"{_ALL_STATES} WHERE {condition} ORDER BY used DESC, rowid DESC", values)
+    """The states with that condition, the one used last first, without rows that make no sense. Of one
+    conversation the beginning comes first, without which the rest is of no use.
+    """
+    order = "used DESC, n_tokens, rowid DESC"
+    rows = connection.execute(f"{_ALL_STATES} WHERE {condition} ORDER BY {order}", values)
     return [state for _, *row in rows if (state := _read(row)) is not None]
 
 
@@ -240,35 +269,31 @@ def _read(row: Sequence[object]) -> StateRow | None:
         return None
 
 
-def _record(connection: sqlite3.Connection, state: StateRow) -> list[str] | None:
-    """Add the row, and take away those that it replaces: their files. None if the session is gone."""
+def _record(connection: sqlite3.Connection, state: StateRow) -> bool:
+    """Add the row; False if the session is gone."""
     if not _is_there(connection, state.session):
-        return None
-    of_same = "session = ? AND fingerprint = ?", state.session, state.fingerprint
-    replaced = [old.file for old in _states(connection, *of_same)]
-    connection.executemany("DELETE FROM state WHERE file = ?", [(file,) for file in replaced])
+        return False
     connection.execute(
-        "INSERT INTO state (file, session, fingerprint, token_ids, n_bytes, digest, used)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO state (file, session, fingerprint, prefix, n_tokens, n_bytes, digest, used)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
         (
             state.file,
             state.session,
             state.fingerprint,
-            pack(state.token_ids),
+            state.prefix,
+            state.n_tokens,
             state.n_bytes,
             state.digest,
             state.used,
         ),
     )
-    return replaced
+    return True
 
 
-def _note_use(database: Database, state: StateRow) -> None:
+def _note_use(database: Database, states: Iterable[StateRow]) -> None:
+    """All of them at one moment."""
+    now = time.time()
     with database.write() as connection:
-        connection.execute("UPDATE state SET used = ? WHERE file = ?", (time.time(), state.file))
-
-
-def _bytes_per_token(states: Iterable[StateRow]) -> float:
-    """What the largest of the states takes; 0 without one."""
-    sizes = [(state.n_bytes, len(state.token_ids)) for state in states if state.token_ids]
-    return max(sizes)[0] / max(sizes)[1] if sizes else 0.0
+        connection.executemany(
+            "UPDATE state SET used = ? WHERE file = ?", [(now, state.file) for state in states]
+        )
