@@ -215,6 +215,8 @@ def _open_sessions(conversing: _Conversing, open_things: ExitStack) -> _Kept:
             return _Kept(None)
     sessions = SessionStore.open(data_folder() / "sessions")
     open_things.callback(sessions.close)
+    for problem in sessions.problems():
+        click.echo(f"note: {problem}", err=True)
     if conversing.session is not None and not from_command_line("latest"):
         found = sessions.named(conversing.session)
         if found is None:

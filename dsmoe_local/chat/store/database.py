@@ -15,8 +15,10 @@ from typing import Self
 
 from dsmoe_local.base.durable import make_folders, sync_folder
 from dsmoe_local.base.errors import DsmoeError, FileError, FormatError, LockedError, NoSpaceError
+from dsmoe_local.base.text import safe_line
 from dsmoe_local.chat.store.schema import APPLICATION_ID, MIGRATIONS
-from dsmoe_local.chat.store.values import DamagedRowError
+from dsmoe_local.chat.store.tally import Tally
+from dsmoe_local.chat.store.values import DamagedRowError, integer
 
 FILE_NAME = "sessions.db"
 BUSY_SECONDS = 10.0
@@ -42,6 +44,7 @@ class Database:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._tally = Tally(_tally_of(path))
         self._write_lock = threading.Lock()
         self._read_lock = threading.Lock()
         self._writer = _connect(path)
@@ -90,8 +93,12 @@ class Database:
         """A transaction that changes something: durable as a whole when the block ends, undone if it
         raises.
         """
-        with self._write_lock, _explained(self.path), _transaction(self._writer, "IMMEDIATE"):
-            yield self._writer
+        with self._write_lock, _explained(self.path):
+            with _transaction(self._writer, "IMMEDIATE"):
+                yield self._writer
+                self._writer.execute("UPDATE tally SET n_writes = n_writes + 1")
+                n_writes = _n_writes(self._writer)
+            self._tally.write(n_writes)
 
     @contextmanager
     def read(self) -> Iterator[sqlite3.Connection]:
@@ -103,6 +110,18 @@ class Database:
         """Move the write-ahead log into the database, if nobody reads: what was deleted is nowhere then."""
         with self._write_lock, _explained(self.path):
             self._writer.execute("PRAGMA wal_checkpoint (TRUNCATE)").fetchall()
+
+    def problems(self) -> list[str]:
+        """What is wrong with the file as a whole, for people: what is missing of it may not be missed."""
+        # First: what is counted later is in the database by now.
+        n_acknowledged = self._tally.read()
+        with self.read() as connection:
+            n_lost = n_acknowledged - _n_writes(connection)
+            (found,) = connection.execute("PRAGMA quick_check (1)").fetchone()
+        where = safe_line(str(self.path))
+        lost = f"what was saved last is lost: {where} is an older copy, or its log is damaged or missing"
+        damaged = f"{where} is damaged ({safe_line(found)}): sessions or turns may be missing"
+        return [*([lost] if n_lost > 0 else []), *([damaged] if found != "ok" else [])]
 
     def _migrate(self) -> None:
         newest = len(MIGRATIONS)
@@ -131,6 +150,15 @@ class Database:
         return int(version) if application in (0, APPLICATION_ID) else 0
 
 
+def _n_writes(connection: sqlite3.Connection) -> int:
+    row = connection.execute("SELECT n_writes FROM tally").fetchone()
+    return 0 if row is None else integer("n_writes", row[0])
+
+
+def _tally_of(path: Path) -> Path:
+    return path.with_suffix(".tally")
+
+
 def _make_private(path: Path) -> None:
     """The file exists, and is its owner's only; SQLite gives its log the same mode."""
     try:
@@ -139,6 +167,8 @@ def _make_private(path: Path) -> None:
     except FileExistsError:
         path.chmod(0o600)
     else:
+        # Of one that was moved away.
+        _tally_of(path).unlink(missing_ok=True)
         sync_folder(path.parent)
 
 

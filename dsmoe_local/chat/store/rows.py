@@ -17,6 +17,7 @@ from dsmoe_local.chat.store.state_files import DIGEST_BYTES, is_name
 from dsmoe_local.chat.store.values import (
     DamagedRowError,
     blob,
+    check_seal,
     integer,
     moment,
     optional_integer,
@@ -27,14 +28,16 @@ from dsmoe_local.chat.store.values import (
 from dsmoe_local.chat.turns import Role, Turn
 from dsmoe_local.engine.types import FinishReason, Usage
 
-SESSION_COLUMNS = (
-    "session.number, session.name, session.key, session.tree, session.head, session.revision, session.system,"
-    " session.n_left_out, session.n_shifted, session.title, session.model, session.updated, session.undone,"
-    " session.model_path, session.settings"
+_SESSION_SEALED = (
+    *("number", "name", "key", "tree", "head", "revision", "system", "n_left_out", "n_shifted", "title"),
+    *("model", "updated", "undone", "model_path", "settings"),
 )
+SESSION_COLUMNS = ", ".join(f"session.{name}" for name in (*_SESSION_SEALED, "seal"))
 WRITTEN = ("role", "content", "token_ids", "vocabulary", "ending", "usage")
 """What of a turn's row its turn says: the columns of `row_of`."""
-TURN_COLUMNS = ", ".join(f"turn.{name}" for name in ("id", "parent", "tree", "depth", "created", *WRITTEN))
+TURN_PLACE = ("parent", "tree", "depth", "created")
+"""What of a turn's row says where it stands."""
+TURN_COLUMNS = ", ".join(f"turn.{name}" for name in ("id", *TURN_PLACE, *WRITTEN, "seal"))
 STATE_COLUMNS = (
     "state.file, state.session, state.fingerprint, state.prefix, state.n_tokens, state.n_bytes, state.digest,"
     " state.used"
@@ -96,8 +99,10 @@ class StateRow:
 
 def session_of(row: Sequence[Any]) -> SessionRow:
     """The values of SESSION_COLUMNS, checked."""
-    number, name, key, tree, head, revision, system, n_left_out, n_shifted, title, model, updated, *more = row
-    undone, model_path, settings = more
+    *values, seal = row
+    number, name, key, tree, head, revision, system, n_left_out, n_shifted, title, model, *more = values
+    updated, undone, model_path, settings = more
+    check_seal(f"session {number}", seal, values)
     return SessionRow(
         integer("number", number, 1),
         text("name", name),
@@ -119,7 +124,9 @@ def session_of(row: Sequence[Any]) -> SessionRow:
 
 def turn_of(row: Sequence[Any]) -> TurnRow:
     """The values of TURN_COLUMNS, checked."""
-    turn_id, parent, tree, depth, created, *said = row
+    turn_id, *values, seal = row
+    parent, tree, depth, created, *said = values
+    check_seal(f"turn {turn_id}", seal, values)
     if (parent is None) != (depth == 1):
         raise DamagedRowError(f"turn {turn_id} has the parent {parent} and the depth {depth}")
     return TurnRow(

@@ -6,7 +6,7 @@ tree: none of them changes a turn or takes one away. A reply that is not finishe
 session's draft.
 
 Columns are checked as they are written, since SQLite takes any type in any column. What is read is checked
-once more, by `rows`: a damaged file keeps no rule.
+once more, by `rows`, against the seal that each row was given: a damaged file keeps no rule.
 """
 
 from __future__ import annotations
@@ -84,6 +84,12 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         # What it was held with: the model's file, and what /set chose, as JSON.
         f"ALTER TABLE session ADD COLUMN {_column('model_path', 'TEXT', 'NULL')}",
         f"ALTER TABLE session ADD COLUMN {_column('settings', 'TEXT', 'NULL')}",
+        # Digests of what rows say, since a damaged page may still make sense; none of a row from before.
+        f"ALTER TABLE turn ADD COLUMN {_column('seal', 'BLOB', 'NULL')}",
+        f"ALTER TABLE session ADD COLUMN {_column('seal', 'BLOB', 'NULL')}",
+        # How many transactions have written to the database: see `database.Tally`.
+        f"CREATE TABLE tally ({_column('n_writes', 'INTEGER')})",
+        "INSERT INTO tally VALUES (0)",
         # A state is of a block of tokens now, known by a digest of all tokens up to its end.
         "DROP TABLE state",
         f"""CREATE TABLE state (

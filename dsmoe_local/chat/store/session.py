@@ -15,6 +15,7 @@ from dsmoe_local.chat.store.names import free_name, given_name, key_of
 from dsmoe_local.chat.store.rows import (
     SESSION_COLUMNS,
     TURN_COLUMNS,
+    TURN_PLACE,
     WRITTEN,
     SessionRow,
     Settings,
@@ -26,7 +27,7 @@ from dsmoe_local.chat.store.rows import (
     storable,
     turn_of,
 )
-from dsmoe_local.chat.store.values import DamagedRowError, integer
+from dsmoe_local.chat.store.values import DamagedRowError, integer, seal_of
 from dsmoe_local.chat.store.words import indexed
 from dsmoe_local.chat.turns import Role, Transcript, Turn
 
@@ -42,9 +43,9 @@ _PATH = f"""
     )
     SELECT {TURN_COLUMNS} FROM path JOIN turn ON turn.id = path.id ORDER BY path.depth
 """  # noqa: S608 - no foreign text
+_TURN_WRITTEN = ("writer", *TURN_PLACE, *WRITTEN, "seal")
 _ADD_TURN = f"""
-    INSERT INTO turn (parent, tree, writer, depth, created, {", ".join(WRITTEN)})
-    VALUES (?, ?, ?, ?, ?, {", ".join("?" * len(WRITTEN))})
+    INSERT INTO turn ({", ".join(_TURN_WRITTEN)}) VALUES ({", ".join("?" * len(_TURN_WRITTEN))})
 """  # noqa: S608 - no foreign text
 _SET_DRAFT = f"""
     INSERT OR REPLACE INTO draft (session, {", ".join(WRITTEN)}) VALUES (?, {", ".join("?" * len(WRITTEN))})
@@ -212,10 +213,8 @@ class _Saving:
     def _add_turns(self, parent: int | None, n_before: int) -> list[int]:
         added: list[int] = []
         for depth, turn in enumerate(_all(self._transcript)[n_before:], n_before + 1):
-            values = row_of(turn, self._session.vocabulary)
-            parent = self._connection.execute(
-                _ADD_TURN, (parent, self._tree, self.number, depth, self._now, *values)
-            ).lastrowid
+            values = (parent, self._tree, depth, self._now, *row_of(turn, self._session.vocabulary))
+            parent = self._connection.execute(_ADD_TURN, (self.number, *values, seal_of(values))).lastrowid
             assert parent is not None
             self._connection.execute(
                 "INSERT INTO search_index (rowid, content) VALUES (?, ?)",
@@ -246,6 +245,7 @@ class _Saving:
                 self.number,
             ),
         )
+        seal_session(self._connection, self.number)
 
     def _set_draft(self, draft: Turn | None) -> None:
         if draft is None:
@@ -270,7 +270,17 @@ def add_session(
     connection.execute(
         "UPDATE session SET name = ?, key = ?, tree = ? WHERE number = ?", (name, key_of(name), tree, number)
     )
+    seal_session(connection, number)
     return number, tree, name
+
+
+def seal_session(connection: sqlite3.Connection, number: int) -> None:
+    """Seal a session's row, which has been changed."""
+    row = connection.execute(
+        f"SELECT {SESSION_COLUMNS} FROM session WHERE number = ?",  # noqa: S608 - no foreign text
+        (number,),
+    ).fetchone()
+    connection.execute("UPDATE session SET seal = ? WHERE number = ?", (seal_of(row[:-1]), number))
 
 
 def _branch(connection: sqlite3.Connection, session: SessionRow) -> list[TurnRow]:

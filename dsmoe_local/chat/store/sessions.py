@@ -16,7 +16,7 @@ from dsmoe_local.chat.store.deleting import delete_session
 from dsmoe_local.chat.store.names import check_name, is_given, is_taken, key_of
 from dsmoe_local.chat.store.rows import SESSION_COLUMNS, SessionRow, session_of, storable
 from dsmoe_local.chat.store.searching import Hit, search
-from dsmoe_local.chat.store.session import Session, Stored
+from dsmoe_local.chat.store.session import Session, Stored, seal_session
 from dsmoe_local.chat.store.state_files import remove, states_folder
 from dsmoe_local.chat.store.values import integer
 from dsmoe_local.chat.turns import Transcript
@@ -54,6 +54,10 @@ class SessionStore:
     def open(cls, folder: Path) -> Self:
         """The store in `folder`, which is made if need be."""
         return cls(Database.open(folder))
+
+    def problems(self) -> list[str]:
+        """What is wrong with the database, for people, where sessions may be missing without a word."""
+        return self._database.problems()
 
     def close(self) -> None:
         """Close the database. Closing twice is fine."""
@@ -155,6 +159,7 @@ class SessionStore:
                 ).rowcount
                 if n_renamed == 0:
                     raise UsageError(f"{session.name} was deleted elsewhere")
+                seal_session(connection, session.number)
         session.name = name
         for other in self._open:
             if other.number and other.number == session.number:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from hashlib import blake2b
 
 _MOST = 2**63 - 1
 _LATEST = 253_402_000_000.0  # seconds since 1970: the year 9999, the last that Python can show
@@ -10,6 +12,23 @@ _LATEST = 253_402_000_000.0  # seconds since 1970: the year 9999, the last that 
 
 class DamagedRowError(ValueError):
     """A row that makes no sense; `Database` makes it the error that says so."""
+
+
+def seal_of(values: Iterable[object]) -> bytes:
+    """A digest of a row's values, which tells what was written from what happens to make sense."""
+    digest = blake2b(digest_size=16)
+    for value in values:
+        if isinstance(value, str):
+            value = value.encode("utf-8", "surrogateescape")
+        content = value if isinstance(value, bytes) else repr(value).encode()
+        digest.update(b"%s %d " % (type(value).__name__.encode(), len(content)) + content)
+    return digest.digest()
+
+
+def check_seal(name: str, seal: object, values: Iterable[object]) -> None:
+    """DamagedRowError unless the values are what was sealed; without a seal anything goes."""
+    if seal is not None and seal != seal_of(values):
+        raise DamagedRowError(f"{name} is not what was written")
 
 
 def integer(name: str, value: object, least: int = 0) -> int:
