@@ -24,7 +24,12 @@ def test_only_its_owner_can_read_it(folder: Path) -> None:
     store = SessionStore.open(folder)
     store.create("m", "v", "").save(talk("secret"))
     files = sorted(folder.iterdir())
-    assert [file.name for file in files] == ["sessions.db", "sessions.db-shm", "sessions.db-wal", "sessions.tally"]
+    assert [file.name for file in files] == [
+        "sessions.db",
+        "sessions.db-shm",
+        "sessions.db-wal",
+        "sessions.tally",
+    ]
     assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     store.close()

@@ -13,7 +13,14 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from support.stored import OpenSession, StoreModel, replied, said, without_ids
 
 from dsmoe_local.base.errors import UsageError
@@ -257,3 +264,9 @@ TestSessions.settings = settings(
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
+
+
+@pytest.mark.soak
+def test_sessions_for_long() -> None:
+    """Guards: what fifty runs do not meet."""
+    run_state_machine_as_test(Sessions, settings=settings(TestSessions.settings, max_examples=1_000))
