@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -241,7 +242,8 @@ def _session_model(kept: _Kept) -> Path | None:
     if summary is None or summary.model_path is None:
         return None
     path = Path(summary.model_path)
-    if not path.is_file():
+    # Not Path.is_file, which raises for names too long.
+    if not os.path.isfile(path):
         raise UsageError(
             f"the model of the session {safe_line(summary.name, 60)} is not there any more",
             where=path,

@@ -347,3 +347,29 @@ def test_seconds_and_usage_are_consistent(engine: Engine) -> None:
     assert usage is not None
     assert usage.completion_tokens == len(ids(events))
     assert math.isclose(usage.prompt_seconds + usage.completion_seconds, events[-1].seconds)
+
+
+def test_events_tell_whether_text_is_held_back(engine: Engine) -> None:
+    """Guards: a reply stored while it grows whose text is not that of its tokens."""
+    plain = generate(engine, "dog", 40)
+    whole = "".join(event.text for event in plain)
+    # Some stop strings begin in the reply, but none is in it.
+    stops = tuple(f"{letter}\0\0" for letter in {*whole})
+    told, ids, held = "", [], 0
+    for event in generate(engine, "dog", 40, stop=stops)[:-1]:
+        told += event.text
+        assert event.token_id is not None
+        ids.append(event.token_id)
+        text = whole_text(engine, ids)
+        assert event.held == (told != text)
+        held += event.held
+    assert held > 5
+    assert not any(event.held for event in plain)
+
+
+def whole_text(engine: Engine, token_ids: Sequence[int]) -> str:
+    """The text of tokens, without half a character at its end."""
+    session = engine._session
+    assert session is not None
+    content = b"".join(map(session.model.piece, token_ids))
+    return codecs.getincrementaldecoder("utf-8")("replace").decode(content)

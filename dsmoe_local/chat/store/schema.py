@@ -111,7 +111,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             {_column("token_ids", "BLOB", "NULL")},
             {_column("vocabulary", "TEXT", "NULL")},
             {_column("ending", "TEXT", "NULL")},
-            {_column("usage", "TEXT", "NULL")}
+            {_column("usage", "TEXT", "NULL")},
+            {_column("seal", "BLOB", "NULL")}
         )""",
     ),
 )

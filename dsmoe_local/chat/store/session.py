@@ -27,7 +27,7 @@ from dsmoe_local.chat.store.rows import (
     storable,
     turn_of,
 )
-from dsmoe_local.chat.store.values import DamagedRowError, integer, seal_of
+from dsmoe_local.chat.store.values import DamagedRowError, check_seal, integer, seal_of
 from dsmoe_local.chat.store.words import indexed
 from dsmoe_local.chat.turns import Role, Transcript, Turn
 
@@ -47,8 +47,9 @@ _TURN_WRITTEN = ("writer", *TURN_PLACE, *WRITTEN, "seal")
 _ADD_TURN = f"""
     INSERT INTO turn ({", ".join(_TURN_WRITTEN)}) VALUES ({", ".join("?" * len(_TURN_WRITTEN))})
 """  # noqa: S608 - no foreign text
+_DRAFT = ("session", *WRITTEN, "seal")
 _SET_DRAFT = f"""
-    INSERT OR REPLACE INTO draft (session, {", ".join(WRITTEN)}) VALUES (?, {", ".join("?" * len(WRITTEN))})
+    INSERT OR REPLACE INTO draft ({", ".join(_DRAFT)}) VALUES ({", ".join("?" * len(_DRAFT))})
 """  # noqa: S608 - no foreign text
 
 
@@ -251,8 +252,8 @@ class _Saving:
         if draft is None:
             self._connection.execute("DELETE FROM draft WHERE session = ?", (self.number,))
         else:
-            values = row_of(draft, self._session.vocabulary)
-            self._connection.execute(_SET_DRAFT, (self.number, *values))
+            values = (self.number, *row_of(draft, self._session.vocabulary))
+            self._connection.execute(_SET_DRAFT, (*values, seal_of(values)))
 
 
 def add_session(
@@ -307,10 +308,14 @@ def _path(connection: sqlite3.Connection, head: int | None, tree: int) -> list[T
 def _draft(connection: sqlite3.Connection, number: int) -> tuple[str | None, Turn] | None:
     """The reply that a session's head has so far, with the vocabulary of its token ids."""
     row = connection.execute(
-        f"SELECT {', '.join(WRITTEN)} FROM draft WHERE session = ?",  # noqa: S608 - no foreign text
+        f"SELECT {', '.join(_DRAFT)} FROM draft WHERE session = ?",  # noqa: S608 - no foreign text
         (number,),
     ).fetchone()
-    return None if row is None else said_of(row)
+    if row is None:
+        return None
+    *values, seal = row
+    check_seal(f"the last reply of session {number}", seal, values)
+    return said_of(values[1:])
 
 
 def _turn_for(vocabulary: str, of: str | None, turn: Turn) -> Turn:
