@@ -252,7 +252,7 @@ def _session_model(kept: _Kept) -> Path | None:
     return path
 
 
-def _settings_given() -> frozenset[str]:
+def settings_given() -> frozenset[str]:
     """The settings that the command line gave, itself or with --preset."""
     from dsmoe_local.chat.settings import SETTINGS
 
@@ -314,7 +314,7 @@ def _converse(
         ConfigFile(config_path()),
         sessions=kept.sessions,
         caches=caches,
-        fixed=_settings_given(),
+        fixed=settings_given(),
         stats=conversing.stats,
     )
     chat.begin(

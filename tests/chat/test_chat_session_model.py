@@ -5,9 +5,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
 from support.models import tiny_model
 from support.screens import ScreenTerminal
 from support.terminal import CTRL_D, ENTER
+
+from dsmoe_local.base.config_file import config_path
+from dsmoe_local.cli.chat import command, settings_given
+from dsmoe_local.cli.configuration import attach
 
 CHAT = ["-c", "from dsmoe_local.cli.main import chat; chat()"]
 TEMPLATE = ("--chat-template", "deepseek-moe")
@@ -45,3 +50,24 @@ def test_a_session_goes_on_with_its_model(tmp_path: Path) -> None:
         shown = terminal.wait_screen("(?s)error: .*MODEL", 60)
         assert "the model of the session chat-1 is not there any more" in shown
         assert terminal.ending() == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given"),
+    [
+        ([], set()),
+        (["--temp", "0.5", "-n", "7", "--on-full", "shift"], {"temperature", "max_tokens", "on_full"}),
+        (["--preset", "calm"], {"temperature", "top_k"}),
+    ],
+)
+def test_what_the_command_line_gave(
+    arguments: list[str], given: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: defaults, variables or the config file that outweigh the settings of a session."""
+    path = config_path()
+    path.parent.mkdir(parents=True)
+    path.write_text("[chat]\nmin-p = 0.3\n[presets.calm]\ntemp = 0.1\ntop-k = 3\n")
+    monkeypatch.setenv("DSMOE_TOP_P", "0.5")
+    attach(command, "chat")
+    with command.make_context("chat", arguments):
+        assert settings_given() == given
