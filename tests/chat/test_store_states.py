@@ -131,6 +131,10 @@ def test_only_what_was_held_is_recorded(store: SessionStore, states: StateStore,
     assert len(files(tmp_path)) == 1
     assert states.keep(session.number, "f", IDS, Writer()) == len(IDS)
     assert len(found(states, session, "f", IDS)) == 3
+    # What has become of no use goes also where the engine has not all of what takes its place.
+    other = (*IDS[:BLOCK], *range(2 * BLOCK))
+    assert states.keep(session.number, "f", other, Writer(n_held=len(IDS) - 1)) == 2 * BLOCK
+    assert len(files(tmp_path)) == 2
 
 
 def test_forks_share_their_states(store: SessionStore, states: StateStore) -> None:

@@ -86,7 +86,7 @@ class StateStore:
                     n_expected = max(n_expected, state.n_bytes)
                 chain.append(state)
             _note_use(database, chain)
-            if len(chain) == len(blocks):
+            if not stop():
                 wanted = {prefix for _, prefix in blocks}
                 ours = (state for state in shared if state.session == session_number)
                 self._remove(database, [state.file for state in ours if state.prefix not in wanted])
