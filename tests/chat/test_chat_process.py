@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 
@@ -13,6 +14,9 @@ from support.models import smollm2
 from support.processes import children_of
 from support.screens import ScreenTerminal
 from support.terminal import CTRL_C, CTRL_D, ENTER
+
+from dsmoe_local.base.paths import data_folder
+from dsmoe_local.chat.store.sessions import SessionStore
 
 CHAT = "from dsmoe_local.cli.main import chat; chat()"
 HANGING = f"from dsmoe_local.engine.process import client; client.NATIVE = '{hosted.HALTING}'; {CHAT}"
@@ -35,6 +39,42 @@ def test_chat_goes_on_after_a_crash() -> None:
         terminal.wait_screen("stopped")
         terminal.send(CTRL_D)
         assert terminal.ending() == 0
+
+
+def test_killed_chat_has_the_reply_so_far() -> None:
+    """Guards: minutes of a reply lost with `kill -9`; a reply that is cut off without a word, or answered
+    anew.
+    """
+    arguments = ["-c", CHAT, str(smollm2()), "--temp", "0", "-c", "2048"]
+    with ScreenTerminal(arguments, lines=60) as terminal:
+        terminal.wait_screen(r"context 0/2,048", 60)
+        terminal.send("Tell me a very long story." + ENTER)
+        terminal.until(lambda shown: bool(drafts()), 60)
+        os.kill(terminal.pid, signal.SIGKILL)
+    (draft,) = drafts()
+    with ScreenTerminal([*arguments, "--continue", "-n", "2"], lines=60) as terminal:
+        terminal.wait_screen(r"stopped: /continue goes on", 60)
+        terminal.send("/continue" + ENTER)
+        terminal.wait_screen("cut at max_tokens", 120)
+        terminal.send(CTRL_D)
+        assert terminal.ending() == 0
+    store = SessionStore.open(data_folder() / "sessions")
+    latest = store.latest()
+    assert latest is not None
+    *_, reply = latest.load("").turns
+    store.close()
+    assert reply.content.startswith(draft)
+    assert len(reply.content) > len(draft)
+    assert drafts() == []
+
+
+def drafts() -> list[str]:
+    """The replies in the database that are not finished."""
+    connection = sqlite3.connect(data_folder() / "sessions" / "sessions.db")
+    try:
+        return [content for (content,) in connection.execute("SELECT content FROM draft")]
+    finally:
+        connection.close()
 
 
 def test_second_interruption_ends_an_engine_that_hangs() -> None:
