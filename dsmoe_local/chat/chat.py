@@ -135,10 +135,14 @@ class Chat:
             self._rest.start()
         return not self.finished
 
-    def close(self) -> None:
-        """Keep the cache, for the next time; Ctrl-C leaves it out. No reply runs any more."""
+    def close(self, *, keep: bool = True) -> None:
+        """Keep the cache for the next time; Ctrl-C leaves it out. No reply runs any more.
+
+        `keep` False: a signal ends the chat, and leaves no time for it.
+        """
         self._call_off_rest()
-        if self._working.acquire(timeout=_LAST_WAIT):
+        self._stop_keeping()
+        if keep and self._working.acquire(timeout=_LAST_WAIT):
             try:
                 self._keep_again()
                 self._keep_cache(self._tell_of_keeping)

@@ -325,7 +325,9 @@ def _converse(
         experts=conversing.experts,
     )
     withheld.close()
+    left = False
     try:
         terminal.run(chat.take, chat.cancel, chat.kill)
+        left = True
     finally:
-        chat.close()
+        chat.close(keep=left)

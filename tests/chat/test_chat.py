@@ -248,6 +248,16 @@ def test_leaving_tells_of_a_large_cache_and_can_leave_it_out(store: SessionStore
     assert len(engine.saved) == 3
 
 
+def test_a_signal_leaves_the_cache_out(store: SessionStore, tmp_path: Path) -> None:
+    """Guards: a chat that writes hundreds of megabytes after SIGTERM, which gives it seconds."""
+    engine = Slow()
+    chat, _ = chat_with(engine, store, CacheKeeper(StateStore(tmp_path / "sessions")))
+    chat.take("q")
+    chat.close(keep=False)
+    assert engine.saved == []
+    assert [turn.content for turn in chat.conversation.turns] == stored(store)
+
+
 def test_ctrl_c_goes_on_to_the_other_session_at_once(store: SessionStore, tmp_path: Path) -> None:
     """Guards: /load and /clear that wait for the cache of the session that is left, whatever one does."""
     engine = Slow()

@@ -6,6 +6,7 @@ import sqlite3
 import stat
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from support.stored import talk
 
 from dsmoe_local.base.errors import FormatError
 from dsmoe_local.chat.store import database
-from dsmoe_local.chat.store.schema import MIGRATIONS
+from dsmoe_local.chat.store.schema import APPLICATION_ID, MIGRATIONS
 from dsmoe_local.chat.store.sessions import SessionStore
+from dsmoe_local.chat.store.states import StateStore
 
 
 def test_only_its_owner_can_read_it(folder: Path) -> None:
@@ -228,3 +230,41 @@ def test_migration_is_all_or_nothing(folder: Path, monkeypatch: pytest.MonkeyPat
     store = SessionStore.open(folder)
     store.create("m", "v", "").save(talk("a"))
     store.close()
+
+
+def test_a_database_of_the_first_version(folder: Path) -> None:
+    """Guards: an upgrade that loses conversations, refuses them for what they could not have, or keeps states
+    that nothing can read.
+    """
+    (folder / "states").mkdir(parents=True)
+    old = folder / "states" / "0123456789abcdef.state"
+    old.write_bytes(b"state")
+    connection = sqlite3.connect(folder / database.FILE_NAME)
+    for statement in MIGRATIONS[0]:
+        connection.execute(statement)
+    rows = [(1, None, 1, "user", "hello", None, None), (2, 1, 2, "assistant", "hi", b"\1\0\0\0", "stop")]
+    connection.executemany(
+        "INSERT INTO turn (id, parent, depth, role, content, token_ids, ending, tree, writer, vocabulary,"
+        " created) VALUES (?, ?, ?, ?, ?, ?, ?, 1, 1, 'v', 1.0)",
+        rows,
+    )
+    connection.execute(
+        "INSERT INTO session VALUES (1, 'old', 'old', 1, 2, 7, 'system', 0, 0, 'hello', 'm', 1.0, 1.0)"
+    )
+    connection.execute("INSERT INTO state VALUES (?, 1, 'f', x'00000000', 5, zeroblob(32), 1.0)", (old.name,))
+    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    connection.execute("PRAGMA user_version = 1")
+    connection.commit()
+    connection.close()
+    store = SessionStore.open(folder)
+    session = store.find("old")
+    transcript = session.load("v")
+    assert [turn.content for turn in transcript.turns] == ["hello", "hi"]
+    assert transcript.turns[1].token_ids == (1,)
+    assert (session.model_path, session.settings) == (None, None)
+    assert session.save(replace(transcript, turns=transcript.turns[:0], undone=transcript.turns)) is None
+    assert store.find("old").load("v").undone == transcript.turns
+    assert store.problems() == []
+    store.close()
+    StateStore(folder).tidy()
+    assert not old.exists()
