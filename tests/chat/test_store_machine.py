@@ -269,4 +269,4 @@ TestSessions.settings = settings(
 @pytest.mark.soak
 def test_sessions_for_long() -> None:
     """Guards: what fifty runs do not meet."""
-    run_state_machine_as_test(Sessions, settings=settings(TestSessions.settings, max_examples=1_000))
+    run_state_machine_as_test(Sessions, settings=settings(TestSessions.settings, max_examples=500))
