@@ -268,3 +268,36 @@ def test_a_database_of_the_first_version(folder: Path) -> None:
     store.close()
     StateStore(folder).tidy()
     assert not old.exists()
+
+
+def test_a_database_that_was_moved_away_is_not_missed(folder: Path) -> None:
+    """Guards: a warning of lost turns for somebody who did what an error told them: move the file away."""
+    store = SessionStore.open(folder)
+    store.create("m", "v", "").save(talk("a", "b"))
+    store.close()
+    (folder / database.FILE_NAME).rename(folder / "damaged.db")
+    store = SessionStore.open(folder)
+    assert store.problems() == []
+    store.close()
+    # An older copy in its place is missed.
+    store = SessionStore.open(folder)
+    for _ in range(3):
+        store.create("m", "v", "").save(talk("a", "b"))
+    store.close()
+    (folder / "damaged.db").replace(folder / database.FILE_NAME)
+    store = SessionStore.open(folder)
+    assert [problem[:26] for problem in store.problems()] == ["what was saved last is los"]
+    store.create("m", "v", "").save(talk("a", "b"))
+    assert store.problems() == []
+    store.close()
+
+
+def test_what_counts_transactions_is_not_needed(folder: Path, store: SessionStore) -> None:
+    """Guards: a turn that is durable told as an error, since a file beside it cannot be written."""
+    tally = folder / "sessions.tally"
+    tally.unlink(missing_ok=True)
+    tally.mkdir()
+    session = store.create("m", "v", "")
+    assert session.save(talk("a", "b")) is None
+    assert store.problems() == []
+    assert len(store.find("1").load("v").turns) == 2

@@ -9,7 +9,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -115,7 +115,9 @@ class Database:
         """What is wrong with the file as a whole, for people: what is missing of it may not be missed."""
         # First: what is counted later is in the database by now.
         n_acknowledged = self._tally.read()
-        with self.read() as connection:
+        # A connection of its own: one that has used the full-text index takes it for damaged once another one
+        # has written to it.
+        with closing(_connect(self.path)) as connection, _explained(self.path):
             n_lost = n_acknowledged - _n_writes(connection)
             (found,) = connection.execute("PRAGMA quick_check (1)").fetchone()
         where = safe_line(str(self.path))
