@@ -236,8 +236,6 @@ def _session_model(kept: _Kept) -> Path | None:
 
     UsageError if its file is gone.
     """
-    from dsmoe_local.base.text import safe_line
-
     summary = kept.sessions.summary(kept.session) if kept.sessions and kept.session else None
     if summary is None or summary.model_path is None:
         return None
