@@ -40,11 +40,11 @@ def test_a_session_goes_on_with_its_model(tmp_path: Path) -> None:
         assert "as before in this session: model mine.gguf, temperature 0.125, max_tokens 3" in shown
     # What the command line says counts more.
     arguments = [*CHAT, "--continue", "-m", str(other), "--temp", "0.5", *TEMPLATE]
-    with ScreenTerminal(arguments) as terminal:
+    with ScreenTerminal(arguments, columns=250) as terminal:
         shown = terminal.wait_screen(READY, 60)
         assert "as before in this session: max_tokens 3" in shown
         terminal.send("/show" + ENTER)
-        terminal.wait_screen(r"file +\S*/o(ther|…)")
+        terminal.wait_screen(r"file +\S*/other\.gguf")
     model.unlink()
     with ScreenTerminal([*CHAT, "--session", "chat-1", *TEMPLATE], configured) as terminal:
         shown = terminal.wait_screen("(?s)error: .*MODEL", 60)
