@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len, set_cell_size
+from support.screens import JoiningNothing
 
 from dsmoe_local.chat.terminal.frame import Frame, paint, rows_printed, rows_taken, wipe
 
@@ -24,7 +25,7 @@ class Paper:
     """A terminal that keeps what scrolls out of it."""
 
     def __init__(self) -> None:
-        self.screen = pyte.HistoryScreen(COLUMNS, ROWS, history=10_000)
+        self.screen = JoiningNothing(COLUMNS, ROWS, history=10_000)
         self.stream = pyte.Stream(self.screen)
 
     def lines(self) -> list[str]:
@@ -73,6 +74,31 @@ def test_what_is_printed_stays_and_what_is_drawn_goes(steps: list[tuple[list[str
     assert paper.lines() == [line for line in printed if printed[-1:] or line]
 
 
+FAMILY = "\N{WOMAN}\u200d\N{WOMAN}\u200d\N{GIRL}\u200d\N{BOY}"
+
+
+def test_emoji_that_are_wider_than_counted() -> None:
+    """Guards: joined emoji counted as two cells, where a terminal draws four of them and wraps the line: what
+    was in the next row stays beside them.
+    """
+    paper = Paper()
+    frame = Frame(("a reply", "", "> what is typed", "the bar at the bottom"[:COLUMNS]), COLUMNS, ROWS, 2, 5)
+    paper.stream.feed(paint(None, frame))
+    paper.stream.feed(paint(frame, frame, f"{FAMILY * 4}\n{FAMILY * 4}\n"))
+    people = FAMILY.replace("\u200d", "")
+    rows = [people * 2 + people[:2], people[2:] + people]
+    assert paper.lines() == [*rows, *rows, *frame.lines]
+
+
+@pytest.mark.parametrize(
+    "emoji", [FAMILY, "\u26a0\ufe0f", "\N{THUMBS UP SIGN}\U0001f3fd", "\U0001f1e9\U0001f1ea", "\u0915\u093f"]
+)
+def test_a_frame_that_may_be_wider_than_counted(emoji: str) -> None:
+    """Guards: rows counted that the terminal did not make, and as many lines of the conversation erased."""
+    frame = Frame((emoji * 8, "> "), COLUMNS, ROWS, 1, 2)
+    assert wipe(frame, 5, reflows=True).startswith("\r\x1b[1A\x1b7")
+
+
 def test_what_did_not_change_is_not_written() -> None:
     """Guards: all lines written for each key, which flickers and is slow over a network."""
     before = Frame(("first", "second", "third"), COLUMNS, ROWS, 1, 6)
@@ -115,6 +141,5 @@ def test_rows_of_a_line_that_is_wrapped_anew(line: str, columns: int, rows: int)
     """Guards: wide characters at the edge counted as if they could be cut in two."""
     frame = Frame((f"\x1b[1m{line}\x1b[0m",), 20, ROWS)
     assert rows_taken(frame, columns) == rows
-    assert rows_taken(frame, columns, reflows=False) == 1
     assert rows_taken(frame, 30) == 1
     assert rows_printed(f"{line}\n{line}\n", columns) == 2 * rows

@@ -13,11 +13,13 @@ import re
 import struct
 import termios
 import time
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyte
+from wcwidth import wcwidth
 
 from support.terminal import Terminal
 
@@ -28,6 +30,14 @@ _ENVIRONMENT = {
     "XTERM_VERSION": "XTerm(390)",
     **dict.fromkeys(("TMUX", "STY", "NO_COLOR", "VISUAL", "EDITOR", "DISPLAY", "WAYLAND_DISPLAY"), ""),
 }
+
+
+class JoiningNothing(pyte.HistoryScreen):
+    """pyte, which drops what follows a character without width, as a terminal that joins no emoji."""
+
+    def draw(self, data: str) -> None:
+        """Draw a run of text."""
+        super().draw("".join(each for each in data if wcwidth(each) or unicodedata.combining(each)))
 
 
 class ScreenTerminal(Terminal):
@@ -42,7 +52,7 @@ class ScreenTerminal(Terminal):
         lines: int = 24,
         folder: Path | None = None,
     ) -> None:
-        self.screen = pyte.HistoryScreen(columns, lines, history=10_000, ratio=0.5)
+        self.screen = JoiningNothing(columns, lines, history=10_000, ratio=0.5)
         self._stream = pyte.Stream(self.screen)
         values = {**_ENVIRONMENT, **(environment or {})}
         super().__init__(arguments, values, columns=columns, lines=lines, folder=folder)

@@ -22,7 +22,7 @@ from prompt_toolkit.search import stop_search
 
 from dsmoe_local.base.errors import FileError
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.chat import blocks
+from dsmoe_local.chat import attachments, blocks
 from dsmoe_local.chat.terminal.ansi import error_message, render_lines
 from dsmoe_local.chat.terminal.completion import Complete
 from dsmoe_local.chat.terminal.history import open_history
@@ -209,7 +209,10 @@ class Interface:
     def paste(self, text: str) -> None:
         """Text that was pasted into the input."""
         text = text.replace("\r\n", "\n").replace("\r", "\n")
-        begins = self.input.cursor_position == 0 and text.startswith(blocks.MARK)
+        before = self.input.document.text_before_cursor
+        begins = not before and text.startswith(blocks.MARK)
+        if not (before + text).startswith("/"):  # what a command takes is not searched for files
+            text = attachments.escaped(text, before=before)
         self.input.insert_text(text)
         self._mark_pasted |= begins
 
@@ -344,7 +347,8 @@ class Interface:
             lines.append(self._hint)
         if self.block_is_open:
             lines.append(_BLOCK_OPEN)
-        n_lines = self.input.document.line_count
+        # A newline at the end of a paste begins no further line.
+        n_lines = self.input.text.removesuffix("\n").count("\n") + 1
         if n_lines > _MANY_LINES:
             lines.append(f"{n_lines} lines")
         return [shorten(line, columns) for line in lines]
