@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len, set_cell_size
-from support.screens import JoiningNothing
+from support.screens import RigidScreen
 
 from dsmoe_local.chat.terminal.frame import Frame, paint, rows_printed, rows_taken, wipe
 
@@ -25,7 +25,7 @@ class Paper:
     """A terminal that keeps what scrolls out of it."""
 
     def __init__(self) -> None:
-        self.screen = JoiningNothing(COLUMNS, ROWS, history=10_000)
+        self.screen = RigidScreen(COLUMNS, ROWS, history=10_000)
         self.stream = pyte.Stream(self.screen)
 
     def lines(self) -> list[str]:

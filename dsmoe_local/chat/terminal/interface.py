@@ -16,7 +16,9 @@ from prompt_toolkit.application import Application
 from prompt_toolkit.buffer import Buffer
 from prompt_toolkit.document import Document
 from prompt_toolkit.filters import is_searching
+from prompt_toolkit.input.posix_utils import PosixStdinReader
 from prompt_toolkit.input.typeahead import store_typeahead
+from prompt_toolkit.input.vt100 import Vt100Input
 from prompt_toolkit.output import ColorDepth
 from prompt_toolkit.search import stop_search
 
@@ -96,6 +98,9 @@ class Interface:
             output=output,
         )
         self.app.ttimeoutlen = _ESCAPE_SECONDS
+        if isinstance(self.app.input, Vt100Input):
+            # Bytes that are no text become U+FFFD: prompt_toolkit's halves of characters cannot be stored.
+            self.app.input.stdin_reader = PosixStdinReader(self.app.input.fileno(), errors="replace")
         renderer = InlineRenderer(self.app.renderer.style, output, habits())
         self.app.renderer = renderer
         self._renderer = renderer
