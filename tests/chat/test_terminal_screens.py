@@ -102,6 +102,16 @@ def test_resize_amid_a_reply(chat: Start) -> None:
     terminal.check("resized_stopped", whole=True)
 
 
+def test_a_window_that_is_back_at_its_size(chat: Start) -> None:
+    """Guards: what a smaller window has cut off not drawn again, since the size is the same again."""
+    terminal = chat()
+    terminal.send("typed")
+    terminal.wait_screen("> typed\n")
+    terminal.resize(12, 2)
+    terminal.resize(80, 24)
+    terminal.wait_screen(r"> typed\nSmolLM2 135M .* context 0/2,048$")
+
+
 @needs_tmux
 @pytest.mark.parametrize("reply", ["halt", "table", "wide"])
 def test_resize_where_lines_are_wrapped_anew(reply: str, tmp_path: Path) -> None:

@@ -1,12 +1,9 @@
-"""`python -m support.watched_chat LOG ...`: fake_chat, which writes to LOG, line by line as JSON, what it prints
-above its frames, the frames that it draws, and the turns that it saves.
-"""
+"""`python -m support.watched_chat LOG ...`: fake_chat, which notes in LOG what it prints, draws and saves."""
 
 from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import IO, Any
 
 from prompt_toolkit.application import get_app
@@ -14,7 +11,7 @@ from prompt_toolkit.filters import is_searching
 
 from dsmoe_local.chat.chat import Chat
 from dsmoe_local.chat.terminal import renderer
-from dsmoe_local.chat.terminal.frame import Frame
+from dsmoe_local.chat.terminal.frame import Frame, paint
 from dsmoe_local.chat.terminal.renderer import InlineRenderer
 from support import fake_chat
 
@@ -24,9 +21,9 @@ class Watch:
 
     def __init__(self, log: IO[str]) -> None:
         self._log = log
-        self._paint, self._erase = renderer.paint, InlineRenderer.erase
+        self._erase = InlineRenderer.erase
         self._clear, self._reset = InlineRenderer.clear, InlineRenderer.reset
-        self._save = Chat.save
+        self._save, self._take = Chat.save, Chat.take
 
     def _write(self, **entry: object) -> None:
         self._log.write(f"{json.dumps(entry)}\n")
@@ -45,7 +42,7 @@ class Watch:
             cursor=(new.row, new.column),
             input=buffer.text if typing and buffer is not None else None,
         )
-        return self._paint(old, new, above, reflows=reflows)
+        return paint(old, new, above, reflows=reflows)
 
     def erase(self, of: Any, leave_alternate_screen: bool = True) -> None:
         """The frame is taken away."""
@@ -71,16 +68,28 @@ class Watch:
         if of.session is not None and of.session.number:
             self._write(event="saved", session=of.session.number, turns=turns)
 
+    def take(self, of: Chat, text: str) -> bool:
+        """An input is dealt with."""
+        self._write(event="take", begins=True)
+        goes_on = self._take(of, text)
+        self._write(event="take", begins=False)
+        return goes_on
+
 
 def main() -> None:
     """The chat, watched."""
-    watch = Watch(Path(sys.argv.pop(1)).open("a", encoding="utf-8"))
-    renderer.paint = watch.paint
-    InlineRenderer.erase = lambda self, leave=True: watch.erase(self, leave)  # type: ignore[method-assign,assignment,misc]
+    with open(sys.argv.pop(1), "a", encoding="utf-8") as log:
+        _install(Watch(log))
+        fake_chat.main()
+
+
+def _install(watch: Watch) -> None:
+    setattr(renderer, "paint", watch.paint)  # noqa: B010 - it is imported there
+    InlineRenderer.erase = lambda self, leave=True: watch.erase(self, leave)  # type: ignore[method-assign,assignment]
     InlineRenderer.clear = lambda self: watch.clear(self)  # type: ignore[method-assign]
-    InlineRenderer.reset = lambda self, *arguments, **named: watch.reset(self, *arguments, **named)  # type: ignore[method-assign,assignment]
+    InlineRenderer.reset = lambda self, *arguments, **named: watch.reset(self, *arguments, **named)  # type: ignore[method-assign]
     Chat.save = lambda self: watch.save(self)  # type: ignore[method-assign]
-    fake_chat.main()
+    Chat.take = lambda self, text: watch.take(self, text)  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

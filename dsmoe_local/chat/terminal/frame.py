@@ -24,7 +24,10 @@ _ERASE_LINE, _ERASE_DOWN = "\x1b[K", "\x1b[J"
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """Lines with their styles, for a window of `columns` and `rows`; where in them the cursor is."""
+    """Lines with their styles, for a window of `columns` and `rows`; where in them the cursor is.
+
+    `rows` 0: the window has changed since, and so may what it shows.
+    """
 
     lines: tuple[str, ...]
     columns: int

@@ -54,7 +54,8 @@ class ChatApplication(Application[None]):
     """One application for the whole chat, drawn below what is printed."""
 
     def _on_resize(self) -> None:
-        # The renderer finds out by itself how the terminal has wrapped what was drawn.
+        assert isinstance(self.renderer, InlineRenderer)
+        self.renderer.resized()
         self.invalidate()
 
 

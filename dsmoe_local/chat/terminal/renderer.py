@@ -10,6 +10,7 @@ import asyncio
 import io
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from prompt_toolkit.application import Application
 from prompt_toolkit.data_structures import Size
@@ -55,6 +56,11 @@ class InlineRenderer(Renderer):
     def print_above(self, text: str) -> None:
         """Lines, each with its newline, that go above the frame the next time it is drawn."""
         self._above.append(text)
+
+    def resized(self) -> None:
+        """The window has changed, though perhaps back to the size that it had: what it cut off is gone."""
+        if self._frame is not None:
+            self._frame = replace(self._frame, rows=0)
 
     def render(self, app: Application[object], layout: Layout, is_done: bool = False) -> None:
         """Draw what changed; what is to be printed goes out in the same write."""
