@@ -296,10 +296,10 @@ def test_pasted_code_names_no_files(chat: Start, tmp_path: Path) -> None:
 
 
 def test_lines(chat: Start) -> None:
-    """Guards: Alt-Enter or Ctrl-J sending."""
+    """Guards: Alt-Enter, Ctrl-J or Shift-Enter sending, or the codes of the last in the message."""
     terminal = chat()
-    terminal.send("one" + ALT_ENTER + "two\nthree" + ENTER)
-    terminal.wait_screen(r"> one\n  two\n  three\n")
+    terminal.send("one" + ALT_ENTER + "two\nthree\x1b[13;2ufour\x1b[27;2;13~five" + ENTER)
+    terminal.wait_screen(r"> one\n  two\n  three\n  four\n  five\n")
 
 
 def test_completion(chat: Start) -> None:
