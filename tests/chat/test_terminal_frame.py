@@ -99,6 +99,12 @@ def test_a_frame_that_may_be_wider_than_counted(emoji: str) -> None:
     assert wipe(frame, 5, reflows=True).startswith("\r\x1b[1A\x1b7")
 
 
+def test_a_cursor_behind_its_line() -> None:
+    """Guards: a row counted for a space before the cursor, which tmux leaves at the end of the text."""
+    frame = Frame(("x" * 20,), COLUMNS + 1, ROWS, 0, 21)
+    assert wipe(frame, 10, reflows=True).startswith("\r\x1b[1A\x1b7")
+
+
 def test_what_did_not_change_is_not_written() -> None:
     """Guards: all lines written for each key, which flickers and is slow over a network."""
     before = Frame(("first", "second", "third"), COLUMNS, ROWS, 1, 6)

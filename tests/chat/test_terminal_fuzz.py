@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support.chat_fuzz import Played, play
 
-_SOAK_CHATS = 180
+_SOAK_CHATS = 130
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

@@ -153,7 +153,8 @@ def _rows_to_cursor(frame: Frame, columns: int, *, reflows: bool) -> int:
         return frame.row
     before = sum(_rows_of(line, columns) for line in frame.lines[: frame.row])
     line = without_styles(frame.lines[frame.row]) if frame.lines else ""
-    return before + _rows_of(line.ljust(frame.column)[: _index(line, frame.column)], columns) - 1
+    # A cursor behind the last character of its line makes no further row everywhere.
+    return before + _rows_of(line[: _index(line, frame.column)], columns) - 1
 
 
 def _rows_of(line: str, columns: int) -> int:
@@ -167,13 +168,13 @@ def _rows_of(line: str, columns: int) -> int:
 
 
 def _index(line: str, column: int) -> int:
-    """The index of the character at a column."""
+    """The index of the character at a column, or the end of the line."""
     used = 0
     for index, (_, size) in enumerate(sized(line)):
         if used >= column:
             return index
         used += size
-    return len(line) + column - used
+    return len(line)
 
 
 def _up(rows: int) -> str:

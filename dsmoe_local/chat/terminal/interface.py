@@ -39,7 +39,7 @@ from dsmoe_local.chat.terminal.reply import ReplyText
 from dsmoe_local.chat.terminal.stage import Stage
 from dsmoe_local.chat.terminal.status import Status, bar, shorten
 from dsmoe_local.chat.terminal.threads import await_thread
-from dsmoe_local.chat.terminal.waiting import keys_waiting
+from dsmoe_local.chat.terminal.waiting import keys_of_open_paste, keys_waiting
 
 _PATIENCE = 1.0  # seconds from the first Ctrl-C to what the second one does
 _CANCEL_AGAIN = 0.25  # seconds
@@ -373,6 +373,9 @@ class Interface:
         self.app.invalidate()
 
     def _returned(self) -> None:
+        if isinstance(self.app.input, Vt100Input):
+            self.app.key_processor.feed_multiple(keys_of_open_paste(self.app.input))
+            self.app.key_processor.process_keys()
         if self._jobs.leaving and not self._jobs.busy:
             self._exit()
         self.app.invalidate()
