@@ -250,6 +250,12 @@ def test_an_at_sign_that_names_no_file(text: str, sent: str | None, folder: Path
     assert expand(text, folder) == Expanded(text if sent is None else sent)
 
 
+def test_a_paste_into_code_that_is_being_typed(folder: Path) -> None:
+    """Guards: a backslash in code, where nothing takes it away; one in a mention of which the @ was typed."""
+    assert escaped("@a.py\n```", folder, before="```py\n") == "@a.py\n```"
+    assert escaped("a.py @a.py", folder, before="see @") == "a.py \\@a.py"
+
+
 def test_mentions_around_code(folder: Path) -> None:
     """Guards: code that takes what follows it along; three backticks amid a line taken for a fence."""
     assert [file.name for file in expand("```\n@LICENSE\n```\nsee @a.py", folder).files] == ["a.py"]

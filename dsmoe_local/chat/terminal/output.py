@@ -49,8 +49,8 @@ def habits() -> Habits:
     """Those of the terminal that the environment tells of."""
     value = os.environ.get
     term = value("TERM", "")
-    # These cut lines off. What runs in them has the variables of the terminal around them as well.
-    rigid = bool(value("XTERM_VERSION") or value("STY"))
+    # xterm and GNU screen cut lines off. In them the variables of the terminal around them are set as well.
+    rigid = bool(value("STY") or (value("XTERM_VERSION") and term.startswith("xterm")))
     if term.startswith("tmux") or (value("TMUX") and not rigid):
         return Habits(reflows=True, keeps_empty_rows=True)
     told = value("TERM_PROGRAM") in _REFLOWING_PROGRAMS or any(map(value, _REFLOWING_VARIABLES))
