@@ -34,7 +34,7 @@ _WORDS = (
     "/", "#", "!",
 )  # fmt: skip
 _KEYS = (
-    "\x01", "\x02", "\x04", "\x05", "\x06", "\x08", "\x0b", "\x0c", "\x0e", "\x0f", "\x10", "\x11",
+    "\x01", "\x02", "\x05", "\x06", "\x08", "\x0b", "\x0c", "\x0e", "\x0f", "\x10", "\x11",
     "\x12", "\x13", "\x14", "\x15", "\x16", "\x17", "\x18", "\x19", "\x1a", "\x1c", "\x1d", "\x1e",
     "\x1f", "\x00", "\x1b", "\x7f", "\x1b[A", "\x1b[B", "\x1b[C", "\x1b[D", "\x1b[H", "\x1b[F", "\x1b[3~",
     "\x1b[5~", "\x1b[6~", "\x1b[1;5C", "\x1b[1;2D", "\x1b[Z", "\x1bOP", "\x1b[24~", "\x1bb", "\x1bf",
@@ -161,15 +161,6 @@ class WatchedTerminal(ScreenTerminal):
         """What is above what comes next is not known any more."""
         self._paper, self._since, self._frame = None, "", None
 
-    def all_rows(self) -> list[str]:
-        """All rows, those that scrolled out of the screen as well, without empty ones at the end."""
-        screen = self.screen
-        rows = [*screen.history.top, *(screen.buffer[row] for row in range(screen.lines))]
-        texts = [row_text(row, screen.columns) for row in rows]
-        while texts and not texts[-1]:
-            texts.pop()
-        return texts
-
     def wrong(self) -> str:
         """What is wrong on the screen, or nothing."""
         self.read_log()
@@ -245,9 +236,10 @@ class WatchedTerminal(ScreenTerminal):
             self.forget()
 
     def resize_anytime(self, columns: int, lines: int) -> None:
-        """Resize, whatever is going on."""
-        super().resize(columns, lines)
-        self.forget()
+        """Resize, whatever is going on. The same size again is nothing that a program is told of."""
+        if (columns, lines) != (self.screen.columns, self.screen.lines):
+            super().resize(columns, lines)
+            self.forget()
 
 
 class Player:
@@ -283,6 +275,7 @@ class Player:
             (30, self._word), (25, self._key), (12, self._enter), (8, self._command), (4, self._paste),
             (4, self._typed_whole), (3, self._resize), (2, self._resize_anytime), (2, self._signal),
             (6, self._check), (1, self._leave), (1, self._kill), (1, self._bytes), (3, self._interrupt),
+            (1, self._delete),
         )  # fmt: skip
         weights, functions = zip(*actions, strict=True)
         try:
@@ -310,6 +303,13 @@ class Player:
 
     def _interrupt(self) -> None:
         self.keys("\x03")
+
+    def _delete(self) -> None:
+        """Ctrl-D, which leaves where there is nothing to delete."""
+        self.keys("x\x02")
+        self.terminal.settle()
+        if self.terminal.input:
+            self.keys("\x04")
 
     def _bytes(self) -> None:
         self.done.append("bytes")
@@ -340,22 +340,28 @@ class Player:
 
     def _typed_whole(self) -> None:
         """What is typed amid resizes and replies arrives whole."""
-        self.keys("\x03\x05")
-        self.terminal.settle()
-        if self.terminal.input != "":
-            return
+        self.keys("\x03")
+        # Ctrl-C while an editor has the terminal is a signal, which may come after keys that follow at once.
         self._n_tokens += 1
+        if not any(self._appears(f"ready{self._n_tokens}.{attempt}", seconds=5) for attempt in range(3)):
+            return  # something else is typed into
         token = f"token{self._n_tokens}of{self.random.random()}"
-        for letter in token:
+        for letter in token[:-1]:
             self.keys(letter)
             if self.random.random() < 0.1:
                 self._resize_anytime()
-        deadline = time.monotonic() + _SECONDS
-        # More may come back before it: messages that waited, where Ctrl-C stopped a reply.
-        while token not in (self.terminal.input or ""):
+        if not self._appears(token[-1], token, _SECONDS):
+            raise AssertionError(f"typed {token!r}, there is {self.terminal.input!r}")
+
+    def _appears(self, typed: str, wanted: str = "", seconds: float = 0) -> bool:
+        """Type something; whether it, or `wanted`, then is in the input."""
+        self.keys(typed)
+        deadline = time.monotonic() + seconds
+        while (wanted or typed) not in (self.terminal.input or ""):
             self.terminal.settle()
             if time.monotonic() > deadline:
-                raise AssertionError(f"typed {token!r}, there is {self.terminal.input!r}")
+                return False
+        return True
 
     def _signal(self) -> None:
         number = self.random.choice((signal.SIGWINCH, signal.SIGINT, signal.SIGCONT, signal.SIGSTOP))

@@ -41,6 +41,9 @@ class RigidScreen(pyte.HistoryScreen):
 
     def draw(self, data: str) -> None:
         """Draw a run of text."""
+        if data.isascii():
+            super().draw(data)
+            return
         for character in data:
             width = wcwidth(character)
             if width == 2 and self.cursor.x == self.columns - 1 and pyte.modes.DECAWM in self.mode:
