@@ -26,7 +26,7 @@ types: $(STAMP)
 layers: $(STAMP)
 	@$(BIN)/lint-imports
 
-soak: $(STAMP)  ## a thousand kills of what writes files, 50,000 damaged files for each reader
+soak: $(STAMP)  ## a thousand kills of what writes files, 50,000 damaged files for each reader, keys for the chat
 	@$(BIN)/pytest -m soak --timeout 0 tests
 
 clean:          ## remove the virtual environment and tool caches (not the demo's models)

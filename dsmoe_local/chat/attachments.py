@@ -2,10 +2,15 @@
 
 A file's content comes before the message, in a fence that it cannot close, with its name above: models read a
 question best behind what it is about. Line ends of Windows become plain ones.
+
+`@name` in a message attaches the file of that name. If there is none, it stays text, and is reported missing
+only if it is clearly meant as a path (see `_meant_as_path`). Fenced code is not searched. A backslash
+before the @ keeps it from naming a file, and is removed where it did so.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import stat
@@ -20,8 +25,21 @@ from dsmoe_local.chat import words
 from dsmoe_local.chat.frames import LONGEST_NAME, framed
 
 MAX_BYTES = 1 << 20
-# Not after what may be the beginning of an e-mail address.
-_MENTION = re.compile(rf'(?<![A-Za-z0-9._%+\-@])@(?:"([^"\n]+)"|([^\s"]{{1,{LONGEST_NAME}}}))')
+# Not after what may be the beginning of an e-mail address. Fenced code comes first: it is skipped as a whole.
+_MENTION = re.compile(
+    r"(?P<fenced>^ {0,3}(?:(?P<mark>`{3,})[^`\n]*|(?P<tildes>~{3,})[^\n]*)\n"
+    r"(?:.*?^ {0,3}(?:(?P=mark)`*|(?P=tildes)~*)[ \t]*$|.*))"
+    r"|\\?(?<![A-Za-z0-9._%+\-@])@"
+    rf'(?:"(?P<quoted>[^"\n]+)"|(?P<word>[^\s"]{{1,{LONGEST_NAME}}}))',
+    re.DOTALL | re.MULTILINE,
+)
+_PATH_START = re.compile(r"(?:\.{0,2}|~[\w.-]*)/\w")
+_TEXT_ENDING = re.compile(
+    r"\w\.(?:c|cc|cfg|conf|cpp|cs|css|csv|go|h|hpp|html|ini|ipynb|java|js|json|jsonl|jsx|kt|log|lua|md|php|py|rb"
+    r"|rs|rst|sh|sql|svg|swift|tex|toml|ts|tsv|tsx|txt|xml|yaml|yml)$",
+    re.IGNORECASE,
+)
+_MOST_CANDIDATES = 16
 _LEADING_NAME = re.compile(r'"([^"\n]+)"(?=\s|$)|(\S+)')
 
 
@@ -54,23 +72,36 @@ def expand(text: str, folder: Path | None = None) -> Expanded:
     mention stays the name. FileError for a file that cannot be read as text, UsageError for one too large.
     """
     files: dict[str, Attachment] = {}
+    missing: list[str] = []
 
     def name_of(match: re.Match[str]) -> str:
-        for name, rest in _candidates(match):
-            if _is_file(_path(name, folder)):
-                if name not in files:
-                    files[name] = read_attachment(name, folder)
-                return name + rest
-        if _looks_like_a_file(match):
-            missing.append(match[1] or match[2])
-        return match[0]
+        name, rest, exists = _mentioned(match, folder)
+        if name and match[0].startswith("\\"):
+            return match[0][1:]
+        if name and not exists:
+            missing.append(name)
+        if not exists:
+            return match[0]
+        if name not in files:
+            files[name] = read_attachment(name, folder)
+        return name + rest
 
-    missing: list[str] = []
     message = _MENTION.sub(name_of, text)
-    if not files:
-        return Expanded(text, missing=tuple(missing))
     frames = (attachment.framed for attachment in files.values())
     return Expanded("\n\n".join([*frames, message]), tuple(files.values()), tuple(missing))
+
+
+def escaped(text: str, folder: Path | None = None, *, before: str = "") -> str:
+    """`text` with a backslash before each @ that would name a file, so that `expand` gives back `text`.
+
+    For text that is pasted: what is typed names files, code does not. `before` is what stands before it.
+    """
+
+    def escape(match: re.Match[str]) -> str:
+        pasted = match.start() >= len(before)
+        return f"\\{match[0]}" if pasted and _mentioned(match, folder)[0] else match[0]
+
+    return _MENTION.sub(escape, before + text)[len(before) :]
 
 
 def split_name(argument: str, folder: Path | None = None) -> tuple[str, str]:
@@ -86,7 +117,7 @@ def split_name(argument: str, folder: Path | None = None) -> tuple[str, str]:
         return match[1], argument[match.end() :].strip()
     longest = argument[:LONGEST_NAME]
     for end in (*(space.start() for space in re.finditer(r"\s", longest)), len(longest)):
-        if _is_file(_path(argument[:end], folder)):
+        if os.path.isfile(_path(argument[:end], folder)):
             return argument[:end], argument[end:].strip()
     return match[0], argument[match.end() :].strip()
 
@@ -120,21 +151,36 @@ def describe(file: Attachment) -> str:
     return f"read {safe_line(file.name, 120)}: {words.count(len(file.text), 'character')}"
 
 
-def _looks_like_a_file(match: re.Match[str]) -> bool:
-    """Whether a mention of what is not there was meant as a file: it is quoted, a path, or has an ending."""
-    return bool(match[1]) or "/" in match[2] or bool(re.search(r"\w\.\w{1,5}\b", match[2]))
+def _mentioned(match: re.Match[str], folder: Path | None) -> tuple[str, str, bool]:
+    """The name in a mention, what follows it, and whether there is such a file. No name: it mentions none."""
+    if match["fenced"]:
+        return "", "", False
+    for name, rest in _candidates(match):
+        if os.path.isfile(_path(name, folder)):
+            return name, rest, True
+    meant = match["quoted"] or _meant_as_path(match["word"], folder)
+    return meant, "", False
+
+
+def _meant_as_path(word: str, folder: Path | None) -> str:
+    """The path that a word without a file is clearly meant as, or "": one that begins like a path, ends like
+    the name of a text file, or lies in a folder that exists.
+    """
+    name = word.rstrip(".,;:!?)]}>'`")
+    parent = os.path.dirname(name)
+    begins_or_ends = _PATH_START.match(name) or _TEXT_ENDING.search(name)
+    return name if begins_or_ends or (parent and os.path.isdir(_path(parent, folder))) else ""
 
 
 def _candidates(match: re.Match[str]) -> Iterator[tuple[str, str]]:
     """What the name could be, and what then follows it: sentences go on behind names."""
-    if match[1]:
-        yield match[1], ""
+    if match["quoted"]:
+        yield match["quoted"], ""
         return
-    word = match[2]
-    yield word, ""
-    for end in range(len(word) - 1, 0, -1):
-        if _ends_a_name(word, end):
-            yield word[:end], word[end:]
+    word = match["word"]
+    ends = (end for end in range(len(word) - 1, 0, -1) if _ends_a_name(word, end))
+    for end in (len(word), *itertools.islice(ends, _MOST_CANDIDATES)):
+        yield word[:end], word[end:]
 
 
 def _ends_a_name(word: str, place: int) -> bool:
@@ -145,14 +191,6 @@ def _ends_a_name(word: str, place: int) -> bool:
     return character in "`<>|" or unicodedata.category(character).startswith("P")
 
 
-def _path(name: str, folder: Path | None) -> Path:
-    # Not Path.expanduser, which raises for `~nobody`.
-    return (folder or Path()) / os.path.expanduser(name)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        # A name too long, or with a NUL.
-        return False
+def _path(name: str, folder: Path | None) -> str:
+    # Of os.path, not of pathlib, which raises: for `~nobody`, for names too long or with a NUL.
+    return os.path.join(folder or "", os.path.expanduser(name))

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Set
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 
 from dsmoe_local.base.config_file import ConfigFile
 from dsmoe_local.base.errors import DsmoeError, InterruptedRunError, UsageError
@@ -163,7 +162,7 @@ class Chat:
 
     def send(self, text: str) -> None:
         """Have a message answered; files that it names with @ are put in."""
-        expanded = attachments.expand(text, Path.cwd())
+        expanded = attachments.expand(text)
         for file in expanded.files:
             self.screen.notice(attachments.describe(file))
         for name in expanded.missing:
@@ -186,7 +185,7 @@ class Chat:
             self.experts.reply_begins()
             # Closed before anything is saved: what came of a reply that breaks off is its turn by then.
             with closing(events), self.screen.reply(after) as view:
-                self._show(events, view)
+                self._show(events, view, goes_on=bool(after))
         finally:
             try:
                 self.experts.reply_ends(self.screen)
@@ -302,8 +301,7 @@ class Chat:
             after = self.conversation.turns[-1].content
             self.show_reply(lambda conversation: conversation.go_on(), after)
 
-    def _show(self, events: Reply, view: ReplyView) -> None:
-        # The whitespace that a reply begins with belongs to the template.
+    def _show(self, events: Reply, view: ReplyView, *, goes_on: bool) -> None:
         begun = self.conversation.completes
         end: TokenEvent | None = None
         for event in events:
@@ -318,7 +316,8 @@ class Chat:
             if event.progress is not None:
                 view.progress(event.progress.done, event.progress.total)
             end = event if event.finish_reason is not None else end
-            text = event.text if begun else event.text.lstrip()
+            # The whitespace that a reply begins with belongs to the template.
+            text = event.text if begun or goes_on else event.text.lstrip()
             if text:
                 begun = True
                 view.text(text)

@@ -12,7 +12,15 @@ from markdown_it import MarkdownIt
 from support.recording_chat import RecordingChat
 
 from dsmoe_local.base.errors import DsmoeError, FileError, UsageError
-from dsmoe_local.chat.attachments import MAX_BYTES, Expanded, describe, expand, read_attachment, split_name
+from dsmoe_local.chat.attachments import (
+    MAX_BYTES,
+    Expanded,
+    describe,
+    escaped,
+    expand,
+    read_attachment,
+    split_name,
+)
 from dsmoe_local.chat.commands.files import COMMANDS
 from dsmoe_local.chat.turns import Role
 from dsmoe_local.engine.fake import FakeEngine
@@ -202,9 +210,63 @@ def test_a_base_model_reads_the_text_itself(folder: Path, monkeypatch: pytest.Mo
         ('see @"no such file"', ("no such file",)),
         ("see @docs/nothing", ("docs/nothing",)),
         ("mail me@example.com, @ann", ()),
+        ("see @nofile.txt, please", ("nofile.txt",)),
+        (
+            "see @./nothing, @../nothing, @~/nothing or @/nothing",
+            ("./nothing", "../nothing", "~/nothing", "/nothing"),
+        ),
+        ("see @~nobody-of-that-name/x", ("~nobody-of-that-name/x",)),
         ("a decorator: @property", ()),
+        ("@app.route('/x')\n@router.get(\"/y\")\n@pytest.mark.parametrize\n@mock.patch", ()),
+        ("npm i -D @types/node @vue/cli-service @angular/core@17", ()),
+        ("@" + "x/" * 500, ()),
+        ("@a\0b/c", ()),
+        ("@a\ud800b/c", ()),
     ],
 )
 def test_what_was_meant_as_a_file_is_told(text: str, missing: tuple[str, ...], tmp_path: Path) -> None:
-    """Guards: a typo in a file's name that the model answers as if it had read it; mail called a file."""
+    """Guards: a typo in a file's name that the model answers as if it had read it; mail, decorators and npm's
+    packages called files.
+    """
+    (tmp_path / "docs").mkdir()
     assert expand(text, tmp_path) == Expanded(text, missing=missing)
+
+
+@pytest.mark.parametrize(
+    ("text", "sent"),
+    [
+        (r"what does \@a.py mean?", "what does @a.py mean?"),
+        (r"\\@a.py", r"\@a.py"),
+        (r"\@nofile.txt", "@nofile.txt"),
+        (r'\@"my notes.txt"', '@"my notes.txt"'),
+        (r"LaTeX: \@ifnextchar", r"LaTeX: \@ifnextchar"),
+        ("```py\n@a.py\n```", None),
+        ("~~~\n@a.py\n```\n@a.py\n~~~~", None),
+        ("not closed:\n````\n```\n@a.py @nofile.txt", None),
+    ],
+)
+def test_an_at_sign_that_names_no_file(text: str, sent: str | None, folder: Path) -> None:
+    """Guards: no way to write @ before a file's name; files attached for what stands in code."""
+    assert expand(text, folder) == Expanded(text if sent is None else sent)
+
+
+def test_a_paste_into_code_that_is_being_typed(folder: Path) -> None:
+    """Guards: a backslash in code, where nothing takes it away; one in a mention of which the @ was typed."""
+    assert escaped("@a.py\n```", folder, before="```py\n") == "@a.py\n```"
+    assert escaped("a.py @a.py", folder, before="see @") == "a.py \\@a.py"
+
+
+def test_mentions_around_code(folder: Path) -> None:
+    """Guards: code that takes what follows it along; three backticks amid a line taken for a fence."""
+    assert [file.name for file in expand("```\n@LICENSE\n```\nsee @a.py", folder).files] == ["a.py"]
+    assert [file.name for file in expand("```x``` or\n@a.py", folder).files] == ["a.py"]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    st.lists(st.sampled_from(["@", "a.py", "\\", "```\n", "~~~", "\n", " ", '"', "my notes.txt", "x/", "."]))
+)
+def test_escaped_text_is_sent_as_it_was(folder: Path, pieces: list[str]) -> None:
+    """Guards: pasted text that attaches files, is reported as one, or comes with marks of ours."""
+    text = "".join(pieces)
+    assert expand(escaped(text, folder), folder) == Expanded(text)

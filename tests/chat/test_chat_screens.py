@@ -66,6 +66,39 @@ def test_again_back_otherwise_and_on(chat: Start) -> None:
     terminal.check("chat_again", whole=True)
 
 
+@pytest.mark.parametrize("arguments", [[], ["plain"]])
+def test_what_an_editor_gave_is_shown(arguments: list[str]) -> None:
+    """Guards: an answer on the screen without its question, which was changed or written in an editor."""
+    editor = "sed -i 's/second/changed/;s/^$/written/'"
+    with ScreenTerminal(["-m", "support.fake_chat", *arguments], {"EDITOR": editor}, lines=40) as terminal:
+        terminal.wait_screen(r"/help\n+>")
+        terminal.send("second" + ENTER)
+        terminal.wait_screen(r"> second\n\n?second\n+>")
+        terminal.send("/edit" + ENTER)
+        terminal.wait_screen(r"> /edit\n\n?> changed\n\n?changed\n+>")
+        terminal.send("/edit second" + ENTER)
+        terminal.wait_screen(r"> /edit second\n\n?second\n+>")
+        terminal.send("/editor" + ENTER)
+        terminal.wait_screen(r"> /editor\n\n?> written\n\n?written\n+>")
+
+
+def test_in_a_folder_that_is_gone(tmp_path: Path) -> None:
+    """Guards: a message, a file's name or an export that ends the chat, since its folder was deleted."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with ScreenTerminal(["-m", "support.fake_chat"], folder=folder, lines=60) as terminal:
+        terminal.wait_screen(r"context \d")
+        folder.rmdir()
+        say(terminal, "hello", "\nhello")
+        say(terminal, "see @a.txt", r"no file a\.txt: sent as text\n\nsee @a\.txt")
+        say(terminal, "/read a.txt", "error: the file cannot be read")
+        say(terminal, "/export a.md", "error: the export cannot be written")
+        terminal.send("see @a\t")
+        terminal.wait_screen("> see @a\n")
+        terminal.send("\x15/exit" + ENTER)
+        assert terminal.ending() == 0
+
+
 def test_stopped_and_continued(chat: Start) -> None:
     """Guards: Ctrl-C losing what came, or the message it came before."""
     terminal = chat()

@@ -69,3 +69,12 @@ def test_a_reply_goes_on_with_the_text_before() -> None:
     chat.close()
     assert screen.went_on == ["", screen.replies[0], ""]
     assert screen.replies[0]
+
+
+def test_a_reply_goes_on_with_its_spaces() -> None:
+    """Guards: the indent of a line of code lost, where a reply was cut before it."""
+    chat, screen = chat_with(FakeEngine(replies=["\n ```\nif a:\ncut", "    b()\n```"]))
+    for text in ("/set max_tokens 12", "question", "/continue"):
+        chat.take(text)
+    chat.close()
+    assert screen.replies == ["```\nif a:\n", "    b()\n```"]

@@ -7,9 +7,10 @@ from typing import Any
 
 import pyte
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len, set_cell_size
+from support.screens import RigidScreen
 
 from dsmoe_local.chat.terminal.frame import Frame, paint, rows_printed, rows_taken, wipe
 
@@ -24,7 +25,7 @@ class Paper:
     """A terminal that keeps what scrolls out of it."""
 
     def __init__(self) -> None:
-        self.screen = pyte.HistoryScreen(COLUMNS, ROWS, history=10_000)
+        self.screen = RigidScreen(COLUMNS, ROWS, history=10_000)
         self.stream = pyte.Stream(self.screen)
 
     def lines(self) -> list[str]:
@@ -53,6 +54,7 @@ STEPS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(STEPS)
 def test_what_is_printed_stays_and_what_is_drawn_goes(steps: list[tuple[list[str], int, list[str]]]) -> None:
     """Guards: a frame that leaves lines behind, eats printed ones, or shows what it showed before."""
@@ -71,6 +73,37 @@ def test_what_is_printed_stays_and_what_is_drawn_goes(steps: list[tuple[list[str
         before = frame
     paper.stream.feed(wipe(before, COLUMNS))
     assert paper.lines() == [line for line in printed if printed[-1:] or line]
+
+
+FAMILY = "\N{WOMAN}\u200d\N{WOMAN}\u200d\N{GIRL}\u200d\N{BOY}"
+
+
+def test_emoji_that_are_wider_than_counted() -> None:
+    """Guards: joined emoji counted as two cells, where a terminal draws four of them and wraps the line: what
+    was in the next row stays beside them.
+    """
+    paper = Paper()
+    frame = Frame(("a reply", "", "> what is typed", "the bar at the bottom"[:COLUMNS]), COLUMNS, ROWS, 2, 5)
+    paper.stream.feed(paint(None, frame))
+    paper.stream.feed(paint(frame, frame, f"{FAMILY * 4}\n{FAMILY * 4}\n"))
+    people = FAMILY.replace("\u200d", "")
+    rows = [people * 2 + people[:2], people[2:] + people]
+    assert paper.lines() == [*rows, *rows, *frame.lines]
+
+
+@pytest.mark.parametrize(
+    "emoji", [FAMILY, "\u26a0\ufe0f", "\N{THUMBS UP SIGN}\U0001f3fd", "\U0001f1e9\U0001f1ea", "\u0915\u093f"]
+)
+def test_a_frame_that_may_be_wider_than_counted(emoji: str) -> None:
+    """Guards: rows counted that the terminal did not make, and as many lines of the conversation erased."""
+    frame = Frame((emoji * 8, "> "), COLUMNS, ROWS, 1, 2)
+    assert wipe(frame, 5, reflows=True).startswith("\r\x1b[1A\x1b7")
+
+
+def test_a_cursor_behind_its_line() -> None:
+    """Guards: a row counted for a space before the cursor, which tmux leaves at the end of the text."""
+    frame = Frame(("x" * 20,), COLUMNS + 1, ROWS, 0, 21)
+    assert wipe(frame, 10, reflows=True).startswith("\r\x1b[1A\x1b7")
 
 
 def test_what_did_not_change_is_not_written() -> None:
@@ -115,6 +148,5 @@ def test_rows_of_a_line_that_is_wrapped_anew(line: str, columns: int, rows: int)
     """Guards: wide characters at the edge counted as if they could be cut in two."""
     frame = Frame((f"\x1b[1m{line}\x1b[0m",), 20, ROWS)
     assert rows_taken(frame, columns) == rows
-    assert rows_taken(frame, columns, reflows=False) == 1
     assert rows_taken(frame, 30) == 1
     assert rows_printed(f"{line}\n{line}\n", columns) == 2 * rows

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.screens import ScreenTerminal
-from support.terminal import CTRL_C, ENTER
+from support.terminal import CTRL_C, ENTER, editor_script
 
 CHAT = ["-m", "support.terminal_chat"]
 Start = Callable[..., ScreenTerminal]
@@ -101,6 +101,15 @@ def test_the_editor_opens_once(chat: Start, tmp_path: Path, keys: str) -> None:
     terminal.send(" more")
     terminal.wait_screen(r"\n> draft\n  edited more\n")
     assert (tmp_path / "log").read_text(encoding="utf-8") == "opened\n"
+
+
+def test_a_paste_without_its_end(chat: Start, tmp_path: Path) -> None:
+    """Guards: keys that do nothing any more, Ctrl-C as well, since an editor was given the end of a paste."""
+    terminal = chat(VISUAL=editor_script(tmp_path, "exit 1"))
+    terminal.send("a \x07\x1b[200~pasted\rtext")
+    terminal.wait_screen(r"> a pasted\n  text\n")
+    terminal.send(" and typed")
+    terminal.wait_screen(r"> a pasted\n  text and typed\n")
 
 
 def test_the_editor_without_room(chat: Start) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import os
 from pathlib import Path
 from typing import cast
 
@@ -16,6 +17,7 @@ from dsmoe_local.chat.terminal import clipboard
 from dsmoe_local.chat.terminal.completion import choices
 from dsmoe_local.chat.terminal.editor import Editor
 from dsmoe_local.chat.terminal.mailbox import Mailbox
+from dsmoe_local.chat.terminal.output import Habits, habits
 from dsmoe_local.chat.terminal.status import Status, bar, shorten
 
 NO_CHAT = cast(Chat, None)
@@ -58,7 +60,9 @@ def test_completion_of_commands(before: str, completed: list[str]) -> None:
 
 
 def test_completion_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: names with spaces cut in two, hidden files offered, an e-mail address taken for a file."""
+    """Guards: names with spaces cut in two, hidden files offered, an e-mail address taken for a file; a user,
+    a name or a character that does not exist ending the chat.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "notes").mkdir()
@@ -69,6 +73,8 @@ def test_completion_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert _completed("/read ~/notes/i") == ["/read ~/notes/inner.md"]
     assert _completed("/read .h") == ["/read .hidden"]
     assert _completed("me@no") == []
+    for typed in ("see @~nobody-of-that-name/", "see @a\0b/c", "see @a\ud800b/c", f"/read {'x' * 5000}/y"):
+        assert _completed(typed) == []
     assert [each.shown for each in choices("@", COMMANDS, NO_CHAT)] == ["notes/", "note one.txt"]
 
 
@@ -80,6 +86,33 @@ def test_the_bottom_line_fits(columns: int) -> None:
     assert "3,900/4,096" in text
     assert cell_len(text) <= max(columns, len("3,900/4,096"))
     assert columns < 115 or "8.2 tokens/s  ·  a note" in text
+
+
+@pytest.mark.parametrize(
+    ("variables", "known", "tmux"),
+    [
+        ({}, False, False),
+        ({"TMUX": "/tmp/s,1,0"}, True, True),
+        ({"TERM": "tmux-256color"}, True, True),
+        ({"TERM": "screen-256color", "STY": "1"}, False, False),
+        ({"VTE_VERSION": "7600"}, True, False),
+        ({"VTE_VERSION": "7600", "XTERM_VERSION": "XTerm(390)"}, False, False),
+        ({"VTE_VERSION": "7600", "TERM": "st-256color"}, False, False),
+        ({"TMUX": "/tmp/s,1,0", "XTERM_VERSION": "XTerm(390)"}, False, False),
+        ({"TMUX": "/tmp/s,1,0", "XTERM_VERSION": "XTerm(390)", "TERM": "screen"}, True, True),
+        ({"TERM": "xterm-kitty"}, True, False),
+        ({"TERM": "alacritty", "XTERM_VERSION": "XTerm(390)"}, True, False),
+        ({"TERM_PROGRAM": "iTerm.app"}, True, False),
+        ({"TERM": "linux"}, False, False),
+    ],
+)
+def test_terminals_that_are_known_to_wrap(
+    variables: dict[str, str], known: bool, tmux: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: an unknown terminal taken for one that wraps lines anew, where that erases the conversation."""
+    environment = {"TERM": "xterm-256color", **variables}
+    monkeypatch.setattr(os, "environ", environment)
+    assert habits() == Habits(reflows=known, keeps_empty_rows=tmux)
 
 
 def test_shortening() -> None:

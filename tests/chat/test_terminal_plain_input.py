@@ -46,6 +46,14 @@ def chat(kind: str, tmp_path: Path) -> Iterator[Start]:
         terminal.__exit__(None, None, None)
 
 
+def test_a_paste_names_no_files(chat: Start, tmp_path: Path) -> None:
+    """Guards: files that pasted code attaches."""
+    (tmp_path / "a.txt").touch()
+    terminal = chat()
+    terminal.send("import x" + ENTER + "@a.txt" + ENTER)
+    terminal.wait_for(r"import x\n\\@a\.txt\n> ")
+
+
 def test_blocks(chat: Start) -> None:
     """Guards: a block sent line by line, or with its marks; a docstring that opens one."""
     terminal = chat()

@@ -30,6 +30,8 @@ def _drawn(after: str, pieces: list[str]) -> str:
         ("- a\n- b\n    - c", "d\n    - e\n- f\n", "• b\n  ◦ cd\n  ◦ e\n• f\n"),
         ("- a\n\n", "    - e\n- f\n", "  ◦ e\n• f\n"),
         ("> q\n> r", "s\n> t\n", "│ q\n│ rs\n│ t\n"),
+        ("So:\n\n```\nfor x in y:\n", "    total = x\n", "    total = x\n"),
+        ("One sentence.\n\nAnother", "      sentence.\n\n    code\n", "sentence.\n\ncode\n"),
         ("One sentence.\n\nAnother sen", "tence.\n\nMore.\n", "tence.\n\nMore.\n"),
         ("```\ncode\n```\n\n", "Text.\n", "Text.\n"),
         ("", "Text.\n", "Text.\n"),

@@ -102,6 +102,16 @@ def test_resize_amid_a_reply(chat: Start) -> None:
     terminal.check("resized_stopped", whole=True)
 
 
+def test_a_window_that_is_back_at_its_size(chat: Start) -> None:
+    """Guards: what a smaller window has cut off not drawn again, since the size is the same again."""
+    terminal = chat()
+    terminal.send("typed")
+    terminal.wait_screen("> typed\n")
+    terminal.resize(12, 2)
+    terminal.resize(80, 24)
+    terminal.wait_screen(r"> typed\nSmolLM2 135M .* context 0/2,048$")
+
+
 @needs_tmux
 @pytest.mark.parametrize("reply", ["halt", "table", "wide"])
 def test_resize_where_lines_are_wrapped_anew(reply: str, tmp_path: Path) -> None:
@@ -123,6 +133,62 @@ def test_resize_where_lines_are_wrapped_anew(reply: str, tmp_path: Path) -> None
     assert len(re.findall(r"(?m)^\d+\. a line of the long reply$", whole)) == 60
     once = {"halt": "A second one", "table": "16.4B", "wide": "一二三四五六七八九十" * 12}
     assert whole.replace("\n", "").count(once[reply]) == 1
+
+
+@pytest.mark.parametrize("columns", [60, 41])
+def test_a_narrower_window_of_an_unknown_terminal(chat: Start, columns: int) -> None:
+    """Guards: lines of the conversation erased in xterm over ssh, where nothing tells that it is xterm."""
+    terminal = chat(columns=90, XTERM_VERSION="")
+    terminal.send("/reply long" + ENTER + "/reply halt" + ENTER)
+    terminal.wait_screen("so it wraps")
+    terminal.send("a draft that is longer than a narrow window is wide, so that it takes two rows of it")
+    terminal.wait_screen("of it")
+    terminal.resize(columns, 24)
+    terminal.until(lambda text: max(map(len, text.split("\n"))) <= columns and "rows" in text)
+    terminal.send(CTRL_C)
+    terminal.wait_screen("stopped")
+    numbers = re.findall(r"(?m)^(\d+)\. a line of the long reply$", terminal.whole_text())
+    assert numbers == [str(number) for number in range(1, 61)]
+    assert terminal.whole_text().count("> /reply halt") == 1
+
+
+@needs_tmux
+def test_a_narrower_window_of_an_unknown_terminal_that_wraps_lines(tmp_path: Path) -> None:
+    """Guards: lines of the conversation erased where an unknown terminal does wrap them anew."""
+    code = "import os; del os.environ['TMUX']; os.environ['TERM'] = 'xterm-256color'\n"
+    start = "from support import terminal_chat; terminal_chat.main()"
+    with Tmux(["-c", code + start], tmp_path, columns=90) as tmux:
+        tmux.wait_for("context 0/2,048")
+        tmux.send("/reply long", "Enter", "/reply halt", "Enter")
+        tmux.wait_for("so it wraps")
+        for columns, lines, bar in SIZES:
+            tmux.resize(columns, lines)
+            tmux.wait_for(rf"(?m)>\nSmolLM2 135M  ·  {bar}")
+        tmux.send("C-c")
+        tmux.wait_for(r"stopped.*\n\n*>\nSmolLM2")
+        whole = tmux.whole()
+    assert len(re.findall(r"(?m)^\d+\. a line of the long reply$", whole)) == 60
+    assert whole.count("> /reply halt") == 1
+
+
+@needs_tmux
+def test_joined_emoji_at_the_right_edge(tmp_path: Path) -> None:
+    """Guards: remains of the input and the bar beside emoji that tmux makes wider than other terminals do."""
+    family = "\N{WOMAN}\u200d\N{WOMAN}\u200d\N{GIRL}\u200d\N{BOY}"
+    code = (
+        "from support import terminal_chat\n"
+        f"line = 'x' * 74 + {family!a} * 2\n"
+        "terminal_chat.REPLIES['emoji'] = f'{line} {line}\\n\\n```\\n{line}\\n{line}\\n{line}\\n```\\n'\n"
+        "terminal_chat.main()\n"
+    )
+    with Tmux(["-c", code], tmp_path) as tmux:
+        tmux.wait_for("context 0/2,048")
+        tmux.send("/reply emoji 0.001", "Enter", f"draft {family} with two of them {family}")
+        tmux.wait_for("x{74}[^x]+x{74}[^x]+x{74}[^x]+x{74}(?s:.*)\n> draft .*them")
+        tmux.send("|")
+        drawn = tmux.wait_for(r"\|\nSmolLM2 135M  ·  notes on go")
+    for line in drawn.split("\n"):
+        assert re.fullmatch(r"x* *[^ -~]*|> (/reply|draft).*|\[?SmolLM2.*", line), line
 
 
 def test_paste_of_300_lines(chat: Start) -> None:
@@ -207,11 +273,33 @@ def test_interruption_while_the_prompt_is_read(chat: Start) -> None:
     terminal.wait_screen(r"> /prompt\n\n\[stopped\]\n\n>\n")
 
 
-def test_lines(chat: Start) -> None:
-    """Guards: Alt-Enter or Ctrl-J sending."""
+def test_tabs_and_last_lines(chat: Start) -> None:
+    """Guards: tabs shown as ^I; a newline at the end of a paste counted as a line."""
     terminal = chat()
-    terminal.send("one" + ALT_ENTER + "two\nthree" + ENTER)
-    terminal.wait_screen(r"> one\n  two\n  three\n")
+    terminal.paste("a\tb\n" + "\tc\n" * 29)
+    terminal.wait_screen(r"\n30 lines\n(?s:.*)\n      c\n")
+    assert "^I" not in terminal.screen_text()
+    terminal.send("d")
+    terminal.wait_screen(r"\n31 lines\n")
+
+
+def test_pasted_code_names_no_files(chat: Start, tmp_path: Path) -> None:
+    """Guards: files that pasted code attaches, and no sign of it in the input."""
+    (tmp_path / "a.txt").touch()
+    terminal = chat()
+    terminal.send("see @a.txt, not ")
+    terminal.paste("@a.txt @nofile.txt @app.route('/x')")
+    terminal.wait_screen(r"(?m)^> see @a\.txt, not \\@a\.txt \\@nofile\.txt @app\.route\('/x'\)$")
+    terminal.send(CTRL_C + "/read ")
+    terminal.paste("a.txt what is @a.txt?")
+    terminal.wait_screen(r"(?m)^> /read a\.txt what is @a\.txt\?$")
+
+
+def test_lines(chat: Start) -> None:
+    """Guards: Alt-Enter, Ctrl-J or Shift-Enter sending, or the codes of the last in the message."""
+    terminal = chat()
+    terminal.send("one" + ALT_ENTER + "two\nthree\x1b[13;2ufour\x1b[27;2;13~five" + ENTER)
+    terminal.wait_screen(r"> one\n  two\n  three\n  four\n  five\n")
 
 
 def test_completion(chat: Start) -> None:

@@ -13,11 +13,13 @@ import re
 import struct
 import termios
 import time
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyte
+from wcwidth import wcwidth
 
 from support.terminal import Terminal
 
@@ -28,6 +30,45 @@ _ENVIRONMENT = {
     "XTERM_VERSION": "XTerm(390)",
     **dict.fromkeys(("TMUX", "STY", "NO_COLOR", "VISUAL", "EDITOR", "DISPLAY", "WAYLAND_DISPLAY"), ""),
 }
+
+
+class RigidScreen(pyte.HistoryScreen):
+    """pyte as a terminal that joins no emoji and, as xterm, cuts lines off where its window gets narrower.
+
+    Of pyte's own: it drops what follows a character without width, cuts wide characters in two at the edge,
+    and, where it gets lower, drops the first lines but leaves the cursor where it was.
+    """
+
+    def draw(self, data: str) -> None:
+        """Draw a run of text."""
+        if data.isascii():
+            super().draw(data)
+            return
+        for character in data:
+            width = wcwidth(character)
+            if width == 2 and self.cursor.x == self.columns - 1 and pyte.modes.DECAWM in self.mode:
+                self.carriage_return()
+                self.linefeed()
+            if width > 0 or unicodedata.combining(character):
+                super().draw(character)
+
+    def resize(self, lines: int | None = None, columns: int | None = None) -> None:
+        """Change the size."""
+        lines, columns = lines or self.lines, columns or self.columns
+        n_above = max(0, self.cursor.y - lines + 1)
+        self.history.top.extend(self.buffer[row] for row in range(n_above))
+        kept = [self.buffer[row + n_above] for row in range(min(lines, self.lines - n_above))]
+        self.buffer.clear()
+        for row, line in enumerate(kept):
+            self.buffer[row] = line
+        for line in (*kept, *self.history.top):
+            for column in [column for column in line if column >= columns]:
+                del line[column]
+        self.lines, self.columns = lines, columns
+        self.cursor.y -= n_above
+        self.cursor.x = min(self.cursor.x, columns - 1)
+        self.tabstops = set(range(8, columns, 8))
+        self.set_margins()
 
 
 class ScreenTerminal(Terminal):
@@ -42,7 +83,7 @@ class ScreenTerminal(Terminal):
         lines: int = 24,
         folder: Path | None = None,
     ) -> None:
-        self.screen = pyte.HistoryScreen(columns, lines, history=10_000, ratio=0.5)
+        self.screen = RigidScreen(columns, lines, history=10_000, ratio=0.5)
         self._stream = pyte.Stream(self.screen)
         values = {**_ENVIRONMENT, **(environment or {})}
         super().__init__(arguments, values, columns=columns, lines=lines, folder=folder)

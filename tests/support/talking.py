@@ -27,7 +27,11 @@ class TalkingScreen(ShowingScreen):
     def __init__(self) -> None:
         super().__init__()
         self.replies: list[str] = []
+        self.echoed: list[str] = []
         self.went_on: list[str] = []  # what each of them was a continuation of
+
+    def echo(self, message: str) -> None:
+        self.echoed.append(message)
 
     @contextmanager
     def reply(self, after: str = "") -> Iterator[TalkingScreen]:

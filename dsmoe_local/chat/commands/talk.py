@@ -77,6 +77,8 @@ def _edit(chat: Chat, argument: str) -> None:
     if text is None or not text.strip() or text == question.content:
         chat.screen.notice("the message is as it was: /regen answers it again")
         return
+    if not argument:
+        chat.screen.echo(text)
     chat.show_reply(lambda conversation: conversation.edit(text))
 
 
@@ -85,6 +87,7 @@ def _editor(chat: Chat, text: str) -> None:
     if message is None or not message.strip():
         chat.screen.notice("nothing was written")
         return
+    chat.screen.echo(message)
     chat.send(message)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
+from rich.cells import cell_len
+
 from dsmoe_local.chat.markdown.blocks import Block, Spans
 from dsmoe_local.chat.markdown.inline import inline_spans
 from dsmoe_local.chat.markdown.wrap import Line, longest_word, width_of, wrap
@@ -82,7 +84,8 @@ def _joined(cells: Sequence[Line], widths: Sequence[int], aligned: Sequence[str]
     for cell, wide, where in zip(cells, widths, aligned, strict=True):
         if joined:
             joined.append(("", " " * _BETWEEN))
-        free = wide - width_of(cell)
+        # As most terminals draw joined emoji: columns stand in line there.
+        free = wide - sum(cell_len(text) for _, text in cell)
         before = {"right": free, "center": free // 2}.get(where, 0)
         joined += [("", " " * before), *cell, ("", " " * (free - before))]
     return joined

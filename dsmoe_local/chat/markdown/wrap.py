@@ -1,4 +1,4 @@
-"""Styled text broken into lines. Widths are those of cells: Chinese characters and emoji take two."""
+"""Styled text broken into lines. Widths are in cells: Chinese characters and emoji take two."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from rich.cells import cell_len
-
+from dsmoe_local.chat.cells import most_cells
 from dsmoe_local.chat.markdown.blocks import Span
 
 Line: TypeAlias = list[Span]
@@ -90,7 +89,7 @@ def _split_lines(spans: Iterable[Span]) -> list[Line]:
 
 
 def _width(spans: Iterable[Span]) -> int:
-    return sum(cell_len(text) for _, text in spans)
+    return sum(most_cells(text) for _, text in spans)
 
 
 def _words(line: Line) -> Iterator[_Word]:
@@ -108,7 +107,7 @@ def _words(line: Line) -> Iterator[_Word]:
                 word.n_space += len(piece)
             else:
                 word.spans.append((style, piece))
-                word.width += cell_len(piece)
+                word.width += most_cells(piece)
             last, last_wide = piece[-1], kind == "wide"
     if word.spans:
         yield word
@@ -118,12 +117,12 @@ def _folded(line: Line, width: int) -> list[Line]:
     lines: list[Line] = [[]]
     used = 0
     for style, text in line:
-        if used + cell_len(text) <= width:
+        if used + most_cells(text) <= width:
             lines[-1].append((style, text))
-            used += cell_len(text)
+            used += most_cells(text)
             continue
         for cluster in _CHARACTERS.findall(text):
-            taken = cell_len(cluster)
+            taken = most_cells(cluster)
             if used and used + taken > width:
                 lines.append([])
                 used = 0

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeAlias
 
 from dsmoe_local.chat.commands.declare import Chat, Command, Commands
@@ -51,7 +50,8 @@ def files(typed: str) -> Iterator[Choice]:
     """Names of files and folders that begin as the word `typed`; a quote before it allows spaces in them."""
     word = typed.removeprefix('"')
     head, _, start = word.rpartition("/")
-    folder = Path(f"{head}/" if "/" in word else ".").expanduser()
+    # Not Path.expanduser, which raises for `~nobody`.
+    folder = os.path.expanduser(f"{head}/" if "/" in word else ".")
     for name, is_folder in _entries(folder, start):
         path = f"{word[: len(word) - len(start)]}{name}{'/' if is_folder else ''}"
         quoted = " " in path or typed.startswith('"')
@@ -88,7 +88,7 @@ def _arguments(command: Command, typed: str, chat: Chat) -> Iterator[Choice]:
         yield from files(typed[quote:] if quote >= 0 else last)
 
 
-def _entries(folder: Path, start: str) -> list[tuple[str, bool]]:
+def _entries(folder: str, start: str) -> list[tuple[str, bool]]:
     """Names that begin with `start`, folders first; hidden ones only if asked for."""
     found = []
     try:
@@ -99,7 +99,8 @@ def _entries(folder: Path, start: str) -> list[tuple[str, bool]]:
                     found.append((name, _is_folder(entry)))
                 if len(found) == _MOST:
                     break
-    except OSError:
+    except (OSError, ValueError):
+        # No such folder, or a name with a NUL or half a character, which a paste may hold.
         return []
     return sorted(found, key=lambda each: (not each[1], each[0]))
 

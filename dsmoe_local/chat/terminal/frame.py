@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from rich.cells import cell_len, get_character_cell_size
+from dsmoe_local.chat.cells import is_certain, most_cells, sized
 
-_SGR = re.compile(r"\x1b\[[0-9;:]*m")
+_CODES = re.compile(r"\x1b\[[0-9;:]*[mG]")
 # A terminal that knows synchronized updates shows all of one at once; others ignore the code.
 _BEGIN, _END = "\x1b[?2026h\x1b[?25l", "\x1b[?2026l"
 _SHOW_CURSOR = "\x1b[?25h"
@@ -24,7 +24,10 @@ _ERASE_LINE, _ERASE_DOWN = "\x1b[K", "\x1b[J"
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """Lines with their styles, for a window of `columns` and `rows`; where in them the cursor is."""
+    """Lines with their styles, for a window of `columns` and `rows`; where in them the cursor is.
+
+    `rows` 0: the window has changed since, and so may what it shows.
+    """
 
     lines: tuple[str, ...]
     columns: int
@@ -35,16 +38,16 @@ class Frame:
 
 
 def without_styles(line: str) -> str:
-    """`line` without the codes that colour it."""
-    return _SGR.sub("", line)
+    """`line` without the codes that colour it, or go to a column."""
+    return _CODES.sub("", line)
 
 
 def width_of(line: str) -> int:
-    """How many cells a line with styles takes."""
-    return cell_len(without_styles(line))
+    """The most cells that a line with styles may take."""
+    return most_cells(without_styles(line))
 
 
-def paint(old: Frame | None, new: Frame, above: str = "", *, reflows: bool = True) -> str:
+def paint(old: Frame | None, new: Frame, above: str = "", *, reflows: bool = False) -> str:
     """What makes a terminal that shows `old` show `new`, with the lines of `above` before it.
 
     `above` ends with a newline; its lines may be longer than the terminal is wide. `reflows`: see `wipe`.
@@ -52,23 +55,25 @@ def paint(old: Frame | None, new: Frame, above: str = "", *, reflows: bool = Tru
     return "".join(_paint(old, new, above, reflows=reflows))
 
 
-def wipe(frame: Frame | None, columns: int, *, reflows: bool = True) -> str:
+def wipe(frame: Frame | None, columns: int, *, reflows: bool = False) -> str:
     """What takes a frame off a terminal that is `columns` wide now, with the cursor where the frame began.
 
-    `reflows`: whether the terminal wraps lines anew when its width changes, as most do.
+    `reflows`: the terminal is known to wrap lines anew when its width changes. Where that is not known, some
+    rows of the frame may stay on the screen: a wrong guess would erase lines of the conversation above it.
     """
     if frame is None:
         return ""
-    rows = rows_taken(frame, columns, reflows=reflows)
+    above = _rows_to_cursor(frame, columns, reflows=reflows)
+    below = rows_taken(frame, columns) - _rows_to_cursor(frame, columns, reflows=True)
     # Row by row: what is erased as a whole, from the first row on, some terminals keep in their scrollback.
     # The way back is remembered, not counted: a window that got lower may have fewer rows below.
-    erase = _down(1).join([_ERASE_LINE] * rows)
-    return f"\r{_up(_rows_to_cursor(frame, columns, reflows=reflows))}{_SAVE_CURSOR}{erase}{_RESTORE_CURSOR}"
+    erase = _down(1).join([_ERASE_LINE] * (above + below))
+    return f"\r{_up(above)}{_SAVE_CURSOR}{erase}{_RESTORE_CURSOR}"
 
 
-def rows_taken(frame: Frame | None, columns: int, *, reflows: bool = True) -> int:
-    """The rows that a frame takes on a terminal that is `columns` wide now."""
-    if frame is None or not reflows or columns >= frame.columns:
+def rows_taken(frame: Frame | None, columns: int) -> int:
+    """The most rows that a frame takes on a terminal that is `columns` wide now."""
+    if frame is None or columns >= frame.columns:
         return 0 if frame is None else len(frame.lines)
     return sum(_rows_of(line, columns) for line in frame.lines)
 
@@ -143,19 +148,19 @@ def _place_cursor(frame: Frame) -> str:
 
 def _rows_to_cursor(frame: Frame, columns: int, *, reflows: bool) -> int:
     """How many rows the cursor is below the frame's first one, on a terminal that is `columns` wide now."""
-    if not reflows or columns >= frame.columns:
-        # Every line ends with a line feed, so a wider terminal joins none.
+    # Every line ends with a line feed, so a wider terminal joins none.
+    if not reflows or columns >= frame.columns or not all(map(is_certain, frame.lines[: frame.row + 1])):
         return frame.row
     before = sum(_rows_of(line, columns) for line in frame.lines[: frame.row])
     line = without_styles(frame.lines[frame.row]) if frame.lines else ""
-    return before + _rows_of(line.ljust(frame.column)[: _index(line, frame.column)], columns) - 1
+    # A cursor behind the last character of its line makes no further row everywhere.
+    return before + _rows_of(line[: _index(line, frame.column)], columns) - 1
 
 
 def _rows_of(line: str, columns: int) -> int:
     """The rows that a terminal makes of a line. A wide character of which half fits goes to the next."""
     rows, used = 1, 0
-    for character in without_styles(line):
-        size = get_character_cell_size(character)
+    for _, size in sized(without_styles(line)):
         if used + size > columns:
             rows, used = rows + 1, 0
         used += size
@@ -163,13 +168,13 @@ def _rows_of(line: str, columns: int) -> int:
 
 
 def _index(line: str, column: int) -> int:
-    """The index of the character at a column."""
+    """The index of the character at a column, or the end of the line."""
     used = 0
-    for index, character in enumerate(line):
+    for index, (_, size) in enumerate(sized(line)):
         if used >= column:
             return index
-        used += get_character_cell_size(character)
-    return len(line) + column - used
+        used += size
+    return len(line)
 
 
 def _up(rows: int) -> str:

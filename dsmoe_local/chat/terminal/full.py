@@ -126,6 +126,10 @@ class FullTerminal:
         """What is drawn below the running reply, in place of what was; None takes it away."""
         self._interface.mailbox.post(lambda: self._interface.stage.show_panel(renderable))
 
+    def echo(self, message: str) -> None:
+        """A message that was not typed into the input, shown as one that was."""
+        self._interface.mailbox.post(lambda: self._interface.stage.echo(message))
+
     @contextmanager
     def reply(self, after: str = "") -> Iterator[ReplyView]:
         """A reply that begins, going on with `after`; it is complete on the screen when the context ends."""

@@ -16,13 +16,15 @@ from prompt_toolkit.application import Application
 from prompt_toolkit.buffer import Buffer
 from prompt_toolkit.document import Document
 from prompt_toolkit.filters import is_searching
+from prompt_toolkit.input.posix_utils import PosixStdinReader
 from prompt_toolkit.input.typeahead import store_typeahead
+from prompt_toolkit.input.vt100 import Vt100Input
 from prompt_toolkit.output import ColorDepth
 from prompt_toolkit.search import stop_search
 
 from dsmoe_local.base.errors import FileError
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.chat import blocks
+from dsmoe_local.chat import attachments, blocks
 from dsmoe_local.chat.terminal.ansi import error_message, render_lines
 from dsmoe_local.chat.terminal.completion import Complete
 from dsmoe_local.chat.terminal.history import open_history
@@ -37,7 +39,7 @@ from dsmoe_local.chat.terminal.reply import ReplyText
 from dsmoe_local.chat.terminal.stage import Stage
 from dsmoe_local.chat.terminal.status import Status, bar, shorten
 from dsmoe_local.chat.terminal.threads import await_thread
-from dsmoe_local.chat.terminal.waiting import keys_waiting
+from dsmoe_local.chat.terminal.waiting import keys_of_open_paste, keys_waiting
 
 _PATIENCE = 1.0  # seconds from the first Ctrl-C to what the second one does
 _CANCEL_AGAIN = 0.25  # seconds
@@ -52,7 +54,8 @@ class ChatApplication(Application[None]):
     """One application for the whole chat, drawn below what is printed."""
 
     def _on_resize(self) -> None:
-        # The renderer finds out by itself how the terminal has wrapped what was drawn.
+        assert isinstance(self.renderer, InlineRenderer)
+        self.renderer.resized()
         self.invalidate()
 
 
@@ -96,6 +99,9 @@ class Interface:
             output=output,
         )
         self.app.ttimeoutlen = _ESCAPE_SECONDS
+        if isinstance(self.app.input, Vt100Input):
+            # Bytes that are no text become U+FFFD: prompt_toolkit's halves of characters cannot be stored.
+            self.app.input.stdin_reader = PosixStdinReader(self.app.input.fileno(), errors="replace")
         renderer = InlineRenderer(self.app.renderer.style, output, habits())
         self.app.renderer = renderer
         self._renderer = renderer
@@ -209,7 +215,10 @@ class Interface:
     def paste(self, text: str) -> None:
         """Text that was pasted into the input."""
         text = text.replace("\r\n", "\n").replace("\r", "\n")
-        begins = self.input.cursor_position == 0 and text.startswith(blocks.MARK)
+        before = self.input.document.text_before_cursor
+        begins = not before and text.startswith(blocks.MARK)
+        if not (before + text).startswith("/"):  # what a command takes is not searched for files
+            text = attachments.escaped(text, before=before)
         self.input.insert_text(text)
         self._mark_pasted |= begins
 
@@ -344,7 +353,8 @@ class Interface:
             lines.append(self._hint)
         if self.block_is_open:
             lines.append(_BLOCK_OPEN)
-        n_lines = self.input.document.line_count
+        # A newline at the end of a paste begins no further line.
+        n_lines = self.input.text.removesuffix("\n").count("\n") + 1
         if n_lines > _MANY_LINES:
             lines.append(f"{n_lines} lines")
         return [shorten(line, columns) for line in lines]
@@ -363,6 +373,9 @@ class Interface:
         self.app.invalidate()
 
     def _returned(self) -> None:
+        if isinstance(self.app.input, Vt100Input):
+            self.app.key_processor.feed_multiple(keys_of_open_paste(self.app.input))
+            self.app.key_processor.process_keys()
         if self._jobs.leaving and not self._jobs.busy:
             self._exit()
         self.app.invalidate()

@@ -7,9 +7,13 @@ from typing import Protocol
 
 from prompt_toolkit.buffer import Buffer
 from prompt_toolkit.filters import Always, Condition, Filter, is_searching
+from prompt_toolkit.input.ansi_escape_sequences import ANSI_SEQUENCES
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.keys import Keys
 from prompt_toolkit.search import stop_search
+
+# Shift-Enter, where a terminal tells it from Enter: the codes of kitty and of xterm.
+_SHIFT_ENTER = ("\x1b[13;2u", "\x1b[27;2;13~")
 
 
 class Actions(Protocol):
@@ -68,6 +72,8 @@ def key_bindings(actions: Actions) -> KeyBindings:
         ("escape", asked, lambda: actions.answer(yes=False)),
         ("c-c", ~is_searching, actions.interrupt),
     )
+    for code in _SHIFT_ENTER:
+        ANSI_SEQUENCES[code] = (Keys.Escape, Keys.ControlM)  # the same as Alt-Enter
     keys = KeyBindings()
     for rows, at_once in ((table, False), (eager, True)):
         for names, condition, act in rows:

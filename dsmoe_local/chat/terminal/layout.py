@@ -22,6 +22,7 @@ from prompt_toolkit.layout import (
 from prompt_toolkit.layout.processors import (
     HighlightIncrementalSearchProcessor,
     HighlightSelectionProcessor,
+    TabsProcessor,
 )
 from prompt_toolkit.styles import Style
 from prompt_toolkit.widgets import SearchToolbar
@@ -50,6 +51,7 @@ STYLE = Style.from_dict(
     }
 )
 
+TAB_CELLS = 4  # as in replies
 _MENU_LINES = 6
 _SMALLEST_INPUT = 3
 
@@ -85,7 +87,11 @@ class ChatLayout:
         )
         self._input_control = BufferControl(
             self.input,
-            input_processors=[HighlightIncrementalSearchProcessor(), HighlightSelectionProcessor()],
+            input_processors=[
+                HighlightIncrementalSearchProcessor(),
+                HighlightSelectionProcessor(),
+                TabsProcessor(tabstop=TAB_CELLS, char1=" ", char2=" "),
+            ],
             include_default_input_processors=False,
             search_buffer_control=self.search.control,
             preview_search=True,

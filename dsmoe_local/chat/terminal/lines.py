@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from dsmoe_local.chat import blocks
+from dsmoe_local.chat import attachments, blocks
 from dsmoe_local.chat.terminal.completion import Complete
 from dsmoe_local.chat.terminal.environment import only_prints
 from dsmoe_local.chat.terminal.history import open_history
@@ -53,6 +53,8 @@ class LineReader:
         text = self.line("> ")
         if "\n" in text or self._waits():
             text = "\n".join([text, *self._waiting()])
+            if not text.startswith("/"):
+                text = attachments.escaped(text)
             return text if blocks.content(text) is None else blocks.quoted(text)
         while blocks.is_open(text):
             # What waits behind the end of a block belongs to the input, too, and so to the block.

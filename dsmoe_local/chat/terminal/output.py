@@ -11,8 +11,17 @@ from prompt_toolkit.data_structures import Size
 from prompt_toolkit.output.vt100 import Vt100_Output
 
 _USUAL_SIZE = os.terminal_size((80, 24))
-# Values of TERM for terminals that cut lines off when the window gets narrower. Others wrap them anew.
-_RIGID = ("linux", "st", "st-256color", "vt100", "vt220", "screen", "screen-256color")
+# What tells of a terminal that wraps lines anew when the window gets narrower: beginnings of TERM, which goes
+# along over ssh; where TERM is xterm's, a name in TERM_PROGRAM or a variable that such a terminal sets.
+_REFLOWING_TERMS = ("xterm-kitty", "xterm-ghostty", "alacritty", "foot", "wezterm", "contour")
+_REFLOWING_PROGRAMS = ("Apple_Terminal", "iTerm.app", "WezTerm", "ghostty", "vscode")
+_REFLOWING_VARIABLES = (
+    "VTE_VERSION",
+    "KONSOLE_VERSION",
+    "KITTY_WINDOW_ID",
+    "WT_SESSION",
+    "ALACRITTY_WINDOW_ID",
+)
 
 
 def terminal_size() -> Size:
@@ -28,20 +37,25 @@ def terminal_size() -> Size:
 class Habits:
     """What a terminal does with its lines when its width changes.
 
-    `reflows`: it wraps them anew. `keeps_empty_rows`: where they take more rows then, the first ones leave
-    the screen, even if the last ones are empty.
+    `reflows`: it is known to wrap them anew. `keeps_empty_rows`: where they take more rows then, the first
+    ones leave the screen, even if the last ones are empty.
     """
 
-    reflows: bool = True
+    reflows: bool = False
     keeps_empty_rows: bool = False
 
 
 def habits() -> Habits:
     """Those of the terminal that the environment tells of."""
-    if os.environ.get("TMUX"):
-        return Habits(keeps_empty_rows=True)
-    rigid = os.environ.get("STY") or os.environ.get("XTERM_VERSION")
-    return Habits(reflows=not rigid and os.environ.get("TERM", "") not in _RIGID)
+    value = os.environ.get
+    term = value("TERM", "")
+    # xterm and GNU screen cut lines off. In them the variables of the terminal around them are set as well.
+    rigid = bool(value("STY") or (value("XTERM_VERSION") and term.startswith("xterm")))
+    if term.startswith("tmux") or (value("TMUX") and not rigid):
+        return Habits(reflows=True, keeps_empty_rows=True)
+    told = value("TERM_PROGRAM") in _REFLOWING_PROGRAMS or any(map(value, _REFLOWING_VARIABLES))
+    known = term.startswith(_REFLOWING_TERMS) or (term.startswith("xterm") and told)
+    return Habits(reflows=known and not rigid)
 
 
 class TerminalOutput(Vt100_Output):

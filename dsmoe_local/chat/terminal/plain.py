@@ -95,6 +95,10 @@ class PlainTerminal:
     def live(self, renderable: RenderableType | None) -> None:
         """Nothing: what changes is no text to be read."""
 
+    def echo(self, message: str) -> None:
+        """A message that was not typed, shown as one that was."""
+        self._write("> " + safe_text(message).replace("\n", "\n  ") + "\n")
+
     @contextmanager
     def reply(self, after: str = "") -> Iterator[ReplyView]:
         """A reply that begins."""

@@ -10,6 +10,7 @@ import asyncio
 import io
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from prompt_toolkit.application import Application
 from prompt_toolkit.data_structures import Size
@@ -21,14 +22,18 @@ from prompt_toolkit.output.vt100 import Vt100_Output
 from prompt_toolkit.renderer import Renderer
 from prompt_toolkit.styles import BaseStyle
 
+from dsmoe_local.chat.cells import is_certain
 from dsmoe_local.chat.terminal.frame import Frame, paint, rows_printed, rows_taken, wipe
 from dsmoe_local.chat.terminal.output import Habits
 
 Top = Callable[[int, int], Sequence[str]]
 """Gives the lines above the layout, for so many columns and at most so many rows."""
 
-# Directions of writing would reorder the line around them; they take no cell.
-_INVISIBLE = dict.fromkeys((0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)), "")
+# None of these takes a cell. Directions of writing would reorder the line around them. What joins characters
+# does so in some terminals only, and the cursor goes through them one by one.
+_DIRECTIONS = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_JOINERS = (0x200D, 0xFE0E, 0xFE0F)
+_INVISIBLE = dict.fromkeys((*_DIRECTIONS, *_JOINERS), "")
 _SECONDS_TO_SETTLE = 0.05
 _RESET = "\x1b[0m"
 _SET_UP, _SET_DOWN = "\x1b[?1l\x1b[?2004h", "\x1b[?2004l"
@@ -51,6 +56,11 @@ class InlineRenderer(Renderer):
     def print_above(self, text: str) -> None:
         """Lines, each with its newline, that go above the frame the next time it is drawn."""
         self._above.append(text)
+
+    def resized(self) -> None:
+        """The window has changed, though perhaps back to the size that it had: what it cut off is gone."""
+        if self._frame is not None:
+            self._frame = replace(self._frame, rows=0)
 
     def render(self, app: Application[object], layout: Layout, is_done: bool = False) -> None:
         """Draw what changed; what is to be printed goes out in the same write."""
@@ -124,8 +134,10 @@ class InlineRenderer(Renderer):
             if code != last:
                 parts.append(code)
                 last = code
-            parts.append(cell.char.translate(_INVISIBLE))
+            char = cell.char.translate(_INVISIBLE)
             column += cell.width or 1
+            # Wherever the terminal's cursor is after this, what follows has its place.
+            parts.append(char if is_certain(char) else f"{char}\x1b[{column + 1}G")
             if cell.char != " " or shows_spaces:
                 end = len(parts)
         line = "".join(parts[:end])

@@ -6,13 +6,12 @@ import re
 from collections.abc import Iterable
 from typing import Protocol
 
-from rich.cells import chop_cells
-
 from dsmoe_local.base.text import safe_text
 from dsmoe_local.chat.markdown.blocks import Block
 from dsmoe_local.chat.markdown.leaves import LeafKind
 from dsmoe_local.chat.markdown.render import render_ansi, render_open
 from dsmoe_local.chat.markdown.stream import MarkdownStream, Open
+from dsmoe_local.chat.markdown.wrap import fold
 
 _DRAWN_AGAIN = (LeafKind.FENCE, LeafKind.INDENTED, LeafKind.TABLE)
 _FENCE = re.compile(" {0,3}(```|~~~)")
@@ -46,11 +45,16 @@ class MarkdownText:
         self._stream = MarkdownStream(highlight=colour)
         self._drawn: tuple[int, int, list[str]] | None = None
         self._stream.feed(after)
-        if _is_prose(self._stream.open):
+        # Spaces that separate it from prose above would indent what begins anew.
+        self._begins_anew = _is_prose(self._stream.open)
+        if self._begins_anew:
             self._stream = MarkdownStream(highlight=colour)
         self._joins = bool(after)  # the blank line above what comes first may be there already
 
     def feed(self, piece: str, width: int) -> str:
+        if self._begins_anew:
+            piece = piece.lstrip()
+            self._begins_anew = not piece
         return self._render(self._stream.feed(piece), width)
 
     def finish(self, width: int) -> str:
@@ -97,4 +101,4 @@ class RawText:
         if not self._rest or height <= 0:
             return []
         shown = self._rest[-width * height :].expandtabs(4)
-        return chop_cells(shown, width)[-height:]
+        return ["".join(text for _, text in line) for line in fold([("", shown)], width)][-height:]

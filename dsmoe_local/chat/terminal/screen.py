@@ -77,6 +77,10 @@ class Screen(Protocol):
         """
         ...
 
+    def echo(self, message: str) -> None:
+        """A message that was not typed into the input, shown as one that was."""
+        ...
+
     def reply(self, after: str = "") -> AbstractContextManager[ReplyView]:
         """A reply that begins; it is complete on the screen when the context ends, in whatever way.
 

@@ -12,8 +12,10 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from prompt_toolkit.input.vt100 import Vt100Input
     from prompt_toolkit.key_binding import KeyPress
 
+_PASTE_END = "\x1b[201~"
 _INPUT, _LOCAL = 0, 3  # places in what termios.tcgetattr returns
 
 
@@ -56,6 +58,20 @@ def keys_waiting(descriptor: int) -> list[KeyPress]:
     parser.feed(text)
     parser.flush()
     return keys
+
+
+def keys_of_open_paste(source: Vt100Input) -> list[KeyPress]:
+    """The keys of a paste whose end was taken by the program that had the terminal; none if no paste is open.
+
+    Without its end all keys that follow, Ctrl-C as well, would be a part of it.
+    """
+    parser = source.vt100_parser
+    if not parser._in_bracketed_paste:
+        return []
+    parser.feed(_read_waiting(source.fileno()))
+    if parser._in_bracketed_paste:
+        parser.feed(_PASTE_END)
+    return source.flush_keys()
 
 
 def _read_waiting(descriptor: int) -> str:
