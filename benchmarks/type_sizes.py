@@ -1,4 +1,4 @@
-"""What the 16B model weighs in each type: the README's table. Counts bytes; reads and writes no weights.
+"""What the 16B model weighs in each type (docs/quantization.md). Counts bytes; reads and writes no weights.
 
 python benchmarks/type_sizes.py [PRESET]
 """

@@ -1,4 +1,4 @@
-"""The README against the program: its tables, its tree and its commands must stay true."""
+"""The README and the pages behind it against the program: tables, tree and commands must stay true."""
 
 from __future__ import annotations
 
@@ -17,9 +17,20 @@ from dsmoe_local.cli.main import load_command
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+PAGES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
 DEMO_DATA = ROOT / "convert" / "dsmoe_convert" / "demo" / "data"
-BLOCKS = re.findall(r"^```\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 LINKS = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+
+
+def blocks(page: str) -> list[str]:
+    """The code blocks of a page."""
+    return re.findall(r"^```\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+
+
+def test_a_stranger_reads_it_to_the_end() -> None:
+    """Guards against a README that grows into a manual: the pages in docs are for that."""
+    assert len(README.splitlines()) <= 200
 
 
 def output_of(*command: str) -> list[str]:
@@ -36,29 +47,30 @@ def output_of(*command: str) -> list[str]:
 
 def test_the_table_of_types() -> None:
     """Guards the sizes against a change of a recipe or a mix."""
-    assert "\n".join(output_of("benchmarks/type_sizes.py")[:-1]) in README
+    assert "\n".join(output_of("benchmarks/type_sizes.py")[:-1]) in PAGES["quantization"]
 
 
 def test_the_table_of_the_demos_quality() -> None:
     """Guards the perplexities against a calibration that was made and measured anew."""
     quality = json.loads((DEMO_DATA / "quality.json").read_text(encoding="utf-8"))
-    assert quality["command"] in README
+    page = PAGES["demo"]
+    assert quality["command"] in page
     for row in quality["rows"]:
         active = f"{row['active']} of {row['experts']}" if row["experts"] else "dense"
         error = row["perplexity"] * row["relative_error"]
         figures = f"{row['perplexity']:.2f} ± {error:.2f}"
-        assert f"| {row['model']} | {row['type']} | {active} | {figures} |" in README
+        assert f"| {row['model']} | {row['type']} | {active} | {figures} |" in page
 
 
 def test_the_inspect_example() -> None:
     """Guards the example against a change of the figures or of the layout."""
     code = "from dsmoe_local.cli.main import dsmoe; dsmoe()"
-    assert "\n".join(output_of("-c", code, "inspect", "deepseekmoe-16b")) in README
+    assert "\n".join(output_of("-c", code, "inspect", "deepseekmoe-16b")) in PAGES["inspect"]
 
 
 def test_the_tree_names_what_is_there() -> None:
     """Guards the tree against files that moved."""
-    (tree,) = [block for block in BLOCKS if block.startswith("dsmoe_local/\n")]
+    (tree,) = [block for block in blocks(CONTRIBUTING) if block.startswith("dsmoe_local/\n")]
     names = re.findall(r"^ *([\w/]+/)(?=\s)|\b(\w+\.py)\b", tree, re.MULTILINE)
     assert len(names) > 30
     for folder, module in names:
@@ -67,7 +79,8 @@ def test_the_tree_names_what_is_there() -> None:
 
 
 def commands() -> list[list[str]]:
-    lines = [line for block in BLOCKS for line in block.splitlines()]
+    pages = (README, PAGES["inspect"], PAGES["quantization"], PAGES["demo"])
+    lines = [line for page in pages for block in blocks(page) for line in block.splitlines()]
     found = [re.sub(r"^(\$ |.*\| )", "", line).split("   ")[0] for line in lines]
     return [shlex.split(line, comments=True) for line in found if re.match(r"dsmoe[- ]", line)]
 
@@ -89,7 +102,7 @@ def test_commands_parse(words: list[str]) -> None:
 
 def test_the_path_gets_our_programs_alone() -> None:
     """Guards: advice that puts the `llm` of a dependency before the reader's own."""
-    for page in (README, *(path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md"))):
+    for page in (README, *PAGES.values()):
         assert "bin/activate" not in page
         assert not re.search(r"PATH=.*\.venv", page)
     (pattern,) = re.findall(r'^ln -s "\$PWD"/\.venv/bin/(\S+) ', README, re.MULTILINE)
