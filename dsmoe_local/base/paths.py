@@ -30,6 +30,14 @@ def demo_folder() -> Path:
     return cache_folder() / "demo"
 
 
+def absolute(path: Path) -> Path:
+    """`path` from the root; as it is if the working folder was deleted."""
+    try:
+        return path.absolute()
+    except FileNotFoundError:
+        return path
+
+
 def _folder(variable: str, default: Path) -> Path:
     configured = os.environ.get(variable, "")
     # The XDG specification: a relative path is invalid and ignored.

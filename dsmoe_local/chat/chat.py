@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from dsmoe_local.base.config_file import ConfigFile
 from dsmoe_local.base.errors import DsmoeError, InterruptedRunError, UsageError
+from dsmoe_local.base.paths import absolute
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.chat import attachments, blocks, words
 from dsmoe_local.chat.cache_keeper import CacheKeeper
@@ -207,7 +208,7 @@ class Chat:
         if self.session is None:
             info = self.conversation.engine.info
             self.session = sessions.create(info.name, info.vocabulary, self.conversation.system)
-            self.session.model_path = str(info.path.absolute())
+            self.session.model_path = str(absolute(info.path))
         return self.session
 
     def adopt(self, session: Session | None, system: str = "", *, own_model: bool = False) -> None:
@@ -233,7 +234,7 @@ class Chat:
             return
         if session.model != info.name:
             self.screen.notice(f"its replies were {safe_line(session.model, 60)}'s; {info.name} goes on")
-        session.model, session.model_path = info.name, str(info.path.absolute())
+        session.model, session.model_path = info.name, str(absolute(info.path))
         restored = [f"model {safe_line(info.path.name, 60)}"] if own_model else []
         if session.settings is not None:
             settings = self._settings.restored(session.settings)

@@ -305,6 +305,7 @@ class Conversation:
         if self._cancelled:
             # While room was made for it.
             self._keep(reply, None)
+            self._recount()
             yield TokenEvent("", "", 0.0, finish_reason=FinishReason.CANCELLED)
             return
         request = self._request(encoder)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dsmoe_local.base.paths import absolute
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.cli.configuration import models_folder
@@ -51,7 +52,7 @@ def _as_json(description: ModelDescription) -> dict[str, Any]:
     usable = not description.reason
     return {
         "name": model.name,
-        "path": str(model.path.absolute()),
+        "path": str(absolute(model.path)),
         "from": model.group,
         "bytes": description.n_bytes,
         "type": description.type if usable else None,

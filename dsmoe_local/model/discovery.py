@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dsmoe_local.base.durable import make_folders, write_file
 from dsmoe_local.base.errors import DsmoeError, FileError, UsageError
-from dsmoe_local.base.paths import data_folder, demo_folder
+from dsmoe_local.base.paths import absolute, data_folder, demo_folder
 from dsmoe_local.base.text import safe_line
 
 MAX_RECENT = 20
@@ -145,7 +145,7 @@ def recent_models() -> list[Path]:
 
 def note_use(path: Path) -> None:
     """Remember a model that was loaded. Nothing is said where that cannot be written: it is a convenience."""
-    latest = path.absolute()
+    latest = absolute(path)
     same = os.path.realpath(latest)
     paths = [latest, *(other for other in recent_models() if os.path.realpath(other) != same)]
     target = _recent_path()

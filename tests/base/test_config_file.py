@@ -210,5 +210,5 @@ def test_depths_that_one_reader_alone_takes(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text(f"a = {'[' * 200}{']' * 200}\n")
     assert ConfigFile(path).values()
-    with pytest.raises(FileError, match="laid out"):
+    with pytest.raises(FileError, match="layout"):
         ConfigFile(path).set((), {"x": 1})

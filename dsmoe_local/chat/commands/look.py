@@ -11,6 +11,7 @@ from dsmoe_local.base.sizes import format_count, format_size
 from dsmoe_local.base.text import safe_line, safe_text
 from dsmoe_local.chat import words
 from dsmoe_local.chat.commands.declare import Chat, Command, Commands
+from dsmoe_local.chat.context import Encoder
 from dsmoe_local.chat.frames import preview
 from dsmoe_local.chat.settings import setting_rows
 from dsmoe_local.chat.turns import OnFull
@@ -113,9 +114,9 @@ def _context(chat: Chat, _: str) -> None:
     info = conversation.engine.info
     rows = []
     if not conversation.completes:
-        messages, before = conversation.messages(), 0
+        messages, before, encoder = conversation.messages(), 0, Encoder(conversation.engine)
         for index, message in enumerate(messages):
-            n_tokens = len(conversation.engine.encode(messages[: index + 1]))
+            n_tokens = len(encoder.encode(messages[: index + 1]))
             rows.append(
                 (
                     message.role,
