@@ -83,5 +83,9 @@ def _envelope(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
 def _short(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
     chat = values.get("messages") is not None
     if chat == (values.get("prompt") is not None):
-        raise LineError("a line takes either prompt or messages")
+        raise LineError(
+            "a line takes a prompt or messages, not both"
+            if chat
+            else "the line has no prompt and no messages"
+        )
     return values, chat

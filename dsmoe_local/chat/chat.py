@@ -21,6 +21,7 @@ from dsmoe_local.chat.context import MadeRoom
 from dsmoe_local.chat.conversation import Asked, Conversation, Reply
 from dsmoe_local.chat.drafts import Drafts
 from dsmoe_local.chat.experts_view import ExpertsView
+from dsmoe_local.chat.frames import preview
 from dsmoe_local.chat.recall import recall
 from dsmoe_local.chat.session_settings import SessionSettings, differences
 from dsmoe_local.chat.store.sessions import Session, SessionStore
@@ -168,6 +169,9 @@ class Chat:
             self.screen.notice(attachments.describe(file))
         for name in expanded.missing:
             self.screen.notice(f"note: there is no file {safe_line(name, 80)}: sent as text")
+        if self.conversation.unanswered:
+            gone = preview(self.conversation.turns[-1].content, 50)
+            self.screen.notice(f"note: your message before this one had no reply and leaves: {gone}")
         self.show_reply(lambda conversation: conversation.send(expanded.text))
 
     def show_reply(self, action: Callable[[Conversation], Reply], after: str = "") -> None:

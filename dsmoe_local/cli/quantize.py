@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 @click.command(name="quantize")
 @click.argument("model", metavar="MODEL", type=ModelName())
 @click.argument("out", metavar="[OUT.gguf]", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", "named", metavar="OUT.gguf", type=click.Path(path_type=Path), help="As OUT.gguf."
+)
 @type_options
 @target_options
 @click.option("--allow-requantize", is_flag=True, help="Accept tensors that are quantized already.")
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
 def command(
     model: str,
     out: Path | None,
+    named: Path | None,
     threads: int | None,
     dry_run: bool,
     allow_requantize: bool,
@@ -61,7 +65,9 @@ def command(
     from dsmoe_quantize.explain import stated_reasons
     from dsmoe_quantize.quantize import default_output, output_called, plan_quantization, quantize_file
 
-    source = find_model(model)
+    if out is not None and named is not None:
+        raise UsageError("two outputs are named", remedy="leave out -o or the second argument")
+    source, out = find_model(model), out or named
     values = outweighed(values, TARGETS)
     types, targets = TypeOptions.of(values), TargetOptions.of(values)
     targets.check(types)

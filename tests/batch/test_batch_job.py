@@ -46,7 +46,7 @@ def test_simple_records(tmp_path: Path) -> None:
         "timing": None,
         "error": {
             "code": "invalid_request",
-            "message": "line 2: a line takes either prompt or messages",
+            "message": "line 2: the line has no prompt and no messages",
             "line": 2,
         },
     }

@@ -10,6 +10,7 @@ from support.talking import chat_with
 from dsmoe_local.chat.chat import Chat
 from dsmoe_local.chat.commands import table as commands
 from dsmoe_local.chat.terminal.completion import choices
+from dsmoe_local.chat.turns import Role, Transcript, Turn
 from dsmoe_local.engine.errors import EngineCrashError
 from dsmoe_local.engine.fake import FakeEngine
 
@@ -167,3 +168,12 @@ def test_only_known_names_are_commands(text: str, expected: str | None) -> None:
         assert parsed[0] is commands.COMMANDS[expected]
     assert commands.parse("/claer") == commands.Unknown("claer", "clear")
     assert commands.parse("/frobnicate") == commands.Unknown("frobnicate", "help")
+
+
+def test_a_message_without_a_reply_does_not_leave_silently() -> None:
+    """Guards: a message that was stopped before the first word of its reply, gone without a word."""
+    chat, screen = chat_with(FakeEngine())
+    chat.conversation.restore(Transcript(turns=(Turn(Role.USER, "a long question"),)))
+    chat.send("another")
+    assert any("had no reply" in notice and "a long question" in notice for notice in screen.notices)
+    chat.close()

@@ -122,3 +122,12 @@ quantize()
     assert invoke(source, "out.gguf", "--type", "iq4_nl").exit_code == 0
     assert invoke(source, "fresh.gguf", "--type", "iq4_nl").exit_code == 0
     assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "fresh.gguf").read_bytes()
+
+
+def test_two_outputs_are_refused(source: Path) -> None:
+    """Guards: -o, which users of other tools type, being unknown, or one of two names being ignored."""
+    result = invoke(source, "a.gguf", "-o", "b.gguf", "--type", "q4_0")
+    assert isinstance(result.exception, UsageError)
+    assert "two outputs" in str(result.exception)
+    assert invoke(source, "-o", "b.gguf", "--type", "q4_0").exit_code == 0
+    assert Path("b.gguf").exists()
