@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dsmoe_local.base.errors import DsmoeError, FileError, UsageError
+from dsmoe_local.base.errors import DsmoeError, FileError, FormatError, UsageError
 from dsmoe_local.cli.prompt_input import MAX_BYTES, one_prompt, read_schema
 
 
@@ -72,13 +72,13 @@ def test_a_file_called_dash_is_stdin() -> None:
         (None, False, b"", UsageError, "empty"),
         ("-", False, b" \n", UsageError, "empty"),
         ("caf\udce9", False, None, UsageError, "-p, character 3"),
-        (None, False, b"caf\xe9", FileError, "stdin, byte 3"),
-        ("Why?", False, b"\xff", FileError, "not UTF-8"),
+        (None, False, b"caf\xe9", FormatError, "stdin, byte 3"),
+        ("Why?", False, b"\xff", FormatError, "not UTF-8"),
         (None, False, b"x" * (MAX_BYTES + 1), FileError, "16 MiB"),
-        (None, False, b"%PDF-1.7\n", FileError, "a PDF, not UTF-8 text"),
-        (None, False, b"PK\x03\x04abc", FileError, "office"),
-        (None, False, "x".encode("utf-16"), FileError, "UTF-16"),
-        (None, False, b"a\0b", FileError, "NUL"),
+        (None, False, b"%PDF-1.7\n", FormatError, "a PDF, not UTF-8 text"),
+        (None, False, b"PK\x03\x04abc", FormatError, "office"),
+        (None, False, "x".encode("utf-16"), FormatError, "UTF-16"),
+        (None, False, b"a\0b", FormatError, "NUL"),
     ],
 )
 def test_what_cannot_be_asked(
@@ -96,7 +96,7 @@ def test_files_that_cannot_be_asked(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     for name, error in (
         ("empty", UsageError),
-        ("latin", FileError),
+        ("latin", FormatError),
         ("missing", FileError),
         (".", FileError),
     ):
