@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -123,3 +125,12 @@ def test_a_schema(tmp_path: Path) -> None:
     path = tmp_path / "schema.json"
     path.write_bytes(b"\xef\xbb\xbf" + schema.encode() + b"\n")
     assert read_schema(str(path)) == schema
+
+
+def test_a_schema_of_thousands_of_references(tmp_path: Path) -> None:
+    """Guards: references that follow each other so far that reading them overflows the stack."""
+    steps: dict[str, object] = {f"a{number}": {"$ref": f"#/$defs/a{number + 1}"} for number in range(10_000)}
+    schema = tmp_path / "schema.json"
+    schema.write_text(json.dumps({"$ref": "#/$defs/a0", "$defs": {**steps, "a10000": {"type": "string"}}}))
+    program = f"from dsmoe_local.cli.prompt_input import read_schema; read_schema({str(schema)!r})"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
