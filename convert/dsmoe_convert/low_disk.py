@@ -127,6 +127,9 @@ class ShardWindow:
                 path, tensors = self._fetch(name)
                 shard = _Shard(path, os.open(path, os.O_RDONLY | os.O_CLOEXEC), tensors)
                 with self._changed:
+                    if self._closing:
+                        os.close(shard.descriptor)
+                        return
                     self._present[name] = shard
                     self._changed.notify_all()
         except BaseException as error:  # noqa: BLE001 - the readers raise it in their threads

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dsmoe_local.base.errors import FileError
+from dsmoe_local.base.errors import FormatError
 from dsmoe_local.base.text import safe_line
 
 _UTF16 = ("UTF-16 text", "iconv -f utf-16 -t utf-8 FILE makes UTF-8 of it")
@@ -22,22 +22,27 @@ _KINDS: tuple[tuple[bytes, str, str], ...] = (
 """How files begin that are no text, what they are, and what to do."""
 
 
+def refuse_other_kinds(beginning: bytes, what: str, where: str) -> None:
+    """FormatError, which calls it `what`, for content that begins as something else than text does."""
+    for magic, kind, remedy in _KINDS:
+        if beginning.startswith(magic):
+            raise FormatError(f"{what} is {kind}, not UTF-8 text", where=safe_line(where), remedy=remedy)
+
+
 def decode_text(content: bytes, what: str, where: str) -> str:
-    """The text that `content` is in UTF-8, without a byte order mark. FileError, which calls it `what`, if it
-    is none.
+    """The text that `content` is in UTF-8, without a byte order mark. FormatError, which calls it `what`, if
+    it is none.
     """
-    for beginning, kind, remedy in _KINDS:
-        if content.startswith(beginning):
-            raise FileError(f"{what} is {kind}, not UTF-8 text", where=safe_line(where), remedy=remedy)
+    refuse_other_kinds(content, what, where)
     try:
         # Editors of Windows begin files with a byte order mark.
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise FileError(
+        raise FormatError(
             f"{what} is not UTF-8 text",
             where=f"{safe_line(where)}, byte {error.start}",
             remedy="if it is text, iconv -f latin1 -t utf-8 FILE may help",
         ) from error
     if "\0" in text:
-        raise FileError(f"{what} is not text: it has NUL bytes", where=safe_line(where))
+        raise FormatError(f"{what} is not text: it has NUL bytes", where=safe_line(where))
     return text

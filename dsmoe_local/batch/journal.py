@@ -134,10 +134,12 @@ class Output:
         flags = os.O_WRONLY | os.O_APPEND
         self._descriptors = os.open(self.path, flags), os.open(journal_path(self.path), flags)
         with _telling(self.path):
-            self._cut()
             output, journal = self._descriptors
-            # What a killed run wrote may be in the page cache alone.
+            _cut(output, self._extent.output)
+            # What a killed run wrote may be in the page cache alone. The journal is cut after this: it must
+            # explain every byte that the output may have after a power failure.
             durable.sync(output)
+            _cut(journal, self._extent.journal)
             if not self._extent.committed:
                 self._commit(self._extent)
             durable.sync(journal)
@@ -151,7 +153,9 @@ class Output:
             except OSError:
                 # Also after a failed sync: the kernel may show pages that never reached the disk.
                 self._owes_sync = False
-                self._cut()
+                extent, (output, journal) = self._opened()
+                _cut(output, extent.output)
+                _cut(journal, extent.journal)
                 raise
 
     def _write_group(self, records: Sequence[Record]) -> None:
@@ -188,13 +192,6 @@ class Output:
             raise ValueError("the output is not open")
         return self._extent, self._descriptors
 
-    def _cut(self) -> None:
-        """Take away what does not count."""
-        extent, (output, journal) = self._opened()
-        for descriptor, size in ((output, extent.output), (journal, extent.journal)):
-            if os.fstat(descriptor).st_size != size:
-                os.ftruncate(descriptor, size)
-
     def close(self) -> None:
         """Make the last mark durable, and release both files; they stay on the disk."""
         descriptors, self._descriptors = self._descriptors, None
@@ -222,6 +219,12 @@ def _telling(out: Path) -> Iterator[None]:
     except OSError as error:
         kind = NoSpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else FileError
         raise kind(f"the output cannot be written: {error.strerror}", where=out) from error
+
+
+def _cut(descriptor: int, size: int) -> None:
+    """Take away what does not count."""
+    if os.fstat(descriptor).st_size != size:
+        os.ftruncate(descriptor, size)
 
 
 def _write(descriptor: int, data: bytes) -> None:

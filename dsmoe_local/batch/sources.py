@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsmoe_local.base.content import refuse_other_kinds
 from dsmoe_local.base.errors import FileError, FormatError, UsageError
 from dsmoe_local.base.text import count
 from dsmoe_local.batch import lines
@@ -20,7 +21,6 @@ from dsmoe_local.batch.requests import without_foreign
 from dsmoe_local.batch.template import LineTemplate
 
 _BOM = b"\xef\xbb\xbf"
-_UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 _SAMPLE = 1 << 16
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _CSV_FAULTS = {
@@ -237,14 +237,7 @@ class Source:
 
 def _check_text(sample: bytes, shown: str) -> None:
     """FormatError if a file that begins so is no text."""
-    if sample.startswith(b"%PDF-"):
-        raise FormatError(
-            "the input is a PDF, not text",
-            where=shown,
-            remedy="take its text out first, with pdftotext for one",
-        )
-    if sample.startswith(_UTF16_BOMS):
-        raise FormatError("the input is UTF-16, not UTF-8", where=shown, remedy="save it as UTF-8")
+    refuse_other_kinds(sample, "the input", shown)
     if b"\0" in sample:
         raise FormatError(
             "the input is a binary file, not text",

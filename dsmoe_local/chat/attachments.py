@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsmoe_local.base.content import decode_text
 from dsmoe_local.base.errors import FileError, UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.chat import words
@@ -69,7 +70,7 @@ def expand(text: str, folder: Path | None = None) -> Expanded:
     """`text` with the files that it mentions: `@notes.txt`, `@~/notes.txt`, `@"my notes.txt"`.
 
     Names are relative to `folder` (None: the current one). An @word that is no file stays text; in place of a
-    mention stays the name. FileError for a file that cannot be read as text, UsageError for one too large.
+    mention stays the name. Raises what `read_attachment` does.
     """
     files: dict[str, Attachment] = {}
     missing: list[str] = []
@@ -123,7 +124,9 @@ def split_name(argument: str, folder: Path | None = None) -> tuple[str, str]:
 
 
 def read_attachment(name: str, folder: Path | None = None) -> Attachment:
-    """The text of a file. FileError if it cannot be read or is no text, UsageError if it is too large."""
+    """The text of a file. FileError if it cannot be read, FormatError if it is no text, UsageError if it is
+    too large.
+    """
     where = safe_line(name)
     try:
         # A pipe without a writer would be waited for.
@@ -137,13 +140,7 @@ def read_attachment(name: str, folder: Path | None = None) -> Attachment:
         raise FileError(f"the file cannot be read: {reason}", where=where) from error
     if len(content) > MAX_BYTES:
         raise UsageError("the file is larger than 1 MiB", where=where, remedy="send the part that matters")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FileError("the file is no text: not UTF-8", where=f"{where}, byte {error.start}") from error
-    if "\0" in text:
-        raise FileError("the file is no text: it has NUL bytes", where=where)
-    return Attachment(name, text.replace("\r\n", "\n"))
+    return Attachment(name, decode_text(content, "the file", name).replace("\r\n", "\n"))
 
 
 def describe(file: Attachment) -> str:

@@ -25,7 +25,7 @@ def one_prompt(
 
     `-` for `prompt` or `file`, or as an argument (`dash`), is what comes from `stdin` (None: the process's),
     in that place. A text's last newline is not part of it. UsageError for an empty prompt, FileError for one
-    that cannot be read, is larger than 16 MiB or not UTF-8.
+    that cannot be read or is larger than 16 MiB, FormatError for one that is no UTF-8 text.
     """
     stream = sys.stdin if stdin is None else stdin
     n_dashes = (prompt == "-") + (file == "-") + dash
@@ -46,13 +46,15 @@ def one_prompt(
 
 
 def read_schema(file: str) -> str:
-    """The text of a JSON schema, which can be kept. UsageError if not, FileError if it cannot be read."""
+    """The text of a JSON schema, which can be kept. Else UsageError, and what `one_prompt` raises."""
     from dsmoe_local.engine.grammar.language import json_schema_language
+    from dsmoe_local.engine.large_stack import large_stack
 
     text = _read_file(file, what="the schema")
     # Before the model is loaded.
     try:
-        json_schema_language(text)
+        with large_stack("dsmoe-schema") as thread:
+            thread.submit(json_schema_language, text).result()
     except UsageError as error:
         where = ", ".join(filter(None, (safe_line(file), error.where)))
         raise UsageError(error.what, where=where, remedy=error.remedy) from error

@@ -22,6 +22,7 @@ from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.engine.cache_file import sync_cache
 from dsmoe_local.engine.core import Core
 from dsmoe_local.engine.errors import EngineError
+from dsmoe_local.engine.large_stack import large_stack
 from dsmoe_local.engine.load.session import load_session
 from dsmoe_local.engine.reply import Job
 from dsmoe_local.engine.sampling import check_request, is_constrained
@@ -82,8 +83,8 @@ class Engine:
         self._told = 0.0
         self._unclosed: Exception | None = None
         self._intake = ThreadPoolExecutor(1, "dsmoe-intake")
-        # A grammar may take seconds to compile: requests that have none do not wait for it.
-        self._compiling = ThreadPoolExecutor(1, "dsmoe-grammars")
+        # Compiling a grammar may take seconds and much stack. Requests without one do not wait for that.
+        self._compiling = large_stack("dsmoe-grammars")
         self._thread = threading.Thread(
             target=self._run,
             args=(lambda: load_session(options, listen, stop),),

@@ -58,8 +58,8 @@ class Layout:
         firsts: dict[tuple[int, ...], Group] = {}
         for group in groups:
             firsts.setdefault(size_of(file, group), group)
-        ending = list(dict.fromkeys(name for group in reversed(firsts.values()) for name in group))
-        return cls([*(name for name in file.tensors if name not in set(ending)), *ending])
+        ending = dict.fromkeys(name for group in reversed(firsts.values()) for name in group)
+        return cls([*(name for name in file.tensors if name not in ending), *ending])
 
     def ending_in(self, file: GgufFile, group: Group) -> Layout:
         """The layout with `group` at the end. What was there takes its place if it fits exactly."""

@@ -10,15 +10,15 @@ import hashlib
 import importlib
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from dsmoe_local.base.content import decode_text
 from dsmoe_local.base.errors import FileError, FormatError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.evaluate.chinese import CHINESE
-from dsmoe_local.model.gguf_file import MAGIC
 
 LICENCES = "English and code are Python's (PSF licence), the Chinese is this project's (MIT)"
 
@@ -27,17 +27,6 @@ _ENGLISH, _CODE = 3000, 2500
 _TOPICS = "pydoc_data.topics"
 _DOCUMENTED = ("argparse", "asyncio", "collections", "datetime", "decimal", "functools", "pathlib", "re")
 _SOURCES = ("bisect", "textwrap", "fnmatch", "heapq", "shlex")
-
-
-_OTHERS: Mapping[bytes, tuple[str, str]] = {
-    b"%PDF-": ("a PDF", "extract its text first: pdftotext FILE.pdf"),
-    b"\xff\xfe": ("UTF-16", "save it as UTF-8"),
-    b"\xfe\xff": ("UTF-16", "save it as UTF-8"),
-    b"\x1f\x8b": ("a compressed file", "unpack it first"),
-    b"PK\x03\x04": ("an archive", "unpack it first"),
-    MAGIC: ("a GGUF file", "name a text file"),
-}
-"""What is taken for a text by mistake, by its first bytes: its name, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +56,7 @@ def read_text(source: str | None) -> Text:
         raise FileError("this is a folder, not a text", where=source, remedy="name a file in it") from error
     except OSError as error:
         raise FileError(f"the text cannot be read: {error.strerror}", where=source) from error
-    for beginning, (kind, remedy) in _OTHERS.items():
-        if raw.startswith(beginning):
-            raise FormatError(f"this is {kind}, not a text", where=source, remedy=remedy)
-    try:
-        content = raw.decode()
-    except UnicodeDecodeError as error:
-        raise FormatError(
-            f"the text is not UTF-8: byte {error.start} is invalid", where=source, remedy="save it as UTF-8"
-        ) from error
-    content = content.removesuffix("\n")
+    content = decode_text(raw, "the text", source).removesuffix("\n")
     if not content.strip():
         raise FormatError("the text is empty", where=source)
     return Text(name, content)

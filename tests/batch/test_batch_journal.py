@@ -162,6 +162,32 @@ def test_what_a_killed_run_left_is_synced_before_it_counts(
     assert journal_path(out).read_bytes().splitlines()[-1].startswith(b'["committed"')
 
 
+def test_the_output_is_cut_durably_before_its_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: a power failure after which the output has an end again that the journal says nothing of."""
+    out = tmp_path / "out.jsonl"
+    write(out)
+    without_last_mark(out)
+    out.write_bytes(out.read_bytes()[:-1])
+    steps: list[tuple[str, int]] = []
+    real_sync, real_cut = durable.sync, os.ftruncate
+
+    def sync(descriptor: int) -> None:
+        steps.append(("sync", os.fstat(descriptor).st_ino))
+        real_sync(descriptor)
+
+    def cut(descriptor: int, size: int) -> None:
+        steps.append(("cut", os.fstat(descriptor).st_ino))
+        real_cut(descriptor, size)
+
+    monkeypatch.setattr(durable, "sync", sync)
+    monkeypatch.setattr(os, "ftruncate", cut)
+    opened(out).close()
+    output, journal = out.stat().st_ino, journal_path(out).stat().st_ino
+    assert steps == [("cut", output), ("sync", output), ("cut", journal), ("sync", journal)]
+
+
 def test_a_journal_of_an_earlier_version_is_refused_in_words(tmp_path: Path) -> None:
     """Guards: one without commit marks, where nobody knows what was acknowledged, read as if it had them."""
     out = tmp_path / "out.jsonl"

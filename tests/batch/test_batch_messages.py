@@ -76,6 +76,7 @@ PDF = b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj\n<< /Type /Catalog >>\nendobj\n"
     [
         (PDF * 40, InputForm(), "a PDF"),
         (PDF, InputForm(text=True), "a PDF"),
+        (b"\x1f\x8b\x08\0\0\0\0\0", InputForm(text=True), "a gzip file"),
         (b'{"prompt": "a"}\n\0\0\0\n', InputForm(), "a binary file"),
         ('{"prompt": "a"}\n'.encode("utf-16"), InputForm(), "UTF-16"),
         (b"one\ntwo\nthree\n", InputForm(), "no line of the input can be read: not a JSON object"),

@@ -110,7 +110,9 @@ def test_home_and_current_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     ("content", "message"),
     [
         (b"caf\xe9", "not UTF-8"),
-        (b"GGUF\0\0", "NUL"),
+        (b"a\0b", "NUL"),
+        (b"GGUF\0\0", "a GGUF model"),
+        (b"%PDF-1.7\n", "a PDF, not UTF-8 text"),
         (b"x" * (MAX_BYTES + 1), "larger than 1 MiB"),
     ],
 )

@@ -8,6 +8,7 @@ import random
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -228,6 +229,20 @@ def test_rules_of_the_tables(sound: Path, tmp_path: Path) -> None:
                 connection.execute(statement)
     finally:
         connection.close()
+
+
+def test_an_unfinished_reply_with_turns_undone_behind_it(store: SessionStore, tmp_path: Path) -> None:
+    """Guards: a traceback for two rows that make sense alone and not together."""
+    session = store.create("m", "v", "")
+    whole = talk("a", "b", "c", "d")
+    session.save(replace(whole, turns=whole.turns[:2], undone=whole.turns[2:]))
+    damage_rows(
+        tmp_path / "sessions",
+        f"INSERT INTO draft (session, role, content) VALUES ({session.number}, 'assistant', 'so far')",
+    )
+    with pytest.raises(FormatError, match="is damaged: turns are undone behind a reply") as error:
+        store.find(session.name).load("v")
+    assert len(str(error.value).splitlines()) == 3
 
 
 IDS = tuple(range(64))

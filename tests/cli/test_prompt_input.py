@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from dsmoe_local.base.errors import DsmoeError, FileError, UsageError
+from dsmoe_local.base.errors import DsmoeError, FileError, FormatError, UsageError
 from dsmoe_local.cli.prompt_input import MAX_BYTES, one_prompt, read_schema
 
 
@@ -72,13 +74,13 @@ def test_a_file_called_dash_is_stdin() -> None:
         (None, False, b"", UsageError, "empty"),
         ("-", False, b" \n", UsageError, "empty"),
         ("caf\udce9", False, None, UsageError, "-p, character 3"),
-        (None, False, b"caf\xe9", FileError, "stdin, byte 3"),
-        ("Why?", False, b"\xff", FileError, "not UTF-8"),
+        (None, False, b"caf\xe9", FormatError, "stdin, byte 3"),
+        ("Why?", False, b"\xff", FormatError, "not UTF-8"),
         (None, False, b"x" * (MAX_BYTES + 1), FileError, "16 MiB"),
-        (None, False, b"%PDF-1.7\n", FileError, "a PDF, not UTF-8 text"),
-        (None, False, b"PK\x03\x04abc", FileError, "office"),
-        (None, False, "x".encode("utf-16"), FileError, "UTF-16"),
-        (None, False, b"a\0b", FileError, "NUL"),
+        (None, False, b"%PDF-1.7\n", FormatError, "a PDF, not UTF-8 text"),
+        (None, False, b"PK\x03\x04abc", FormatError, "office"),
+        (None, False, "x".encode("utf-16"), FormatError, "UTF-16"),
+        (None, False, b"a\0b", FormatError, "NUL"),
     ],
 )
 def test_what_cannot_be_asked(
@@ -96,7 +98,7 @@ def test_files_that_cannot_be_asked(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     for name, error in (
         ("empty", UsageError),
-        ("latin", FileError),
+        ("latin", FormatError),
         ("missing", FileError),
         (".", FileError),
     ):
@@ -123,3 +125,12 @@ def test_a_schema(tmp_path: Path) -> None:
     path = tmp_path / "schema.json"
     path.write_bytes(b"\xef\xbb\xbf" + schema.encode() + b"\n")
     assert read_schema(str(path)) == schema
+
+
+def test_a_schema_of_thousands_of_references(tmp_path: Path) -> None:
+    """Guards: references that follow each other so far that reading them overflows the stack."""
+    steps: dict[str, object] = {f"a{number}": {"$ref": f"#/$defs/a{number + 1}"} for number in range(10_000)}
+    schema = tmp_path / "schema.json"
+    schema.write_text(json.dumps({"$ref": "#/$defs/a0", "$defs": {**steps, "a10000": {"type": "string"}}}))
+    program = f"from dsmoe_local.cli.prompt_input import read_schema; read_schema({str(schema)!r})"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

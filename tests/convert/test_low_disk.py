@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,3 +46,26 @@ def test_an_unreadable_shard_ends_every_wait(tmp_path: Path) -> None:
     assert errors
     assert not waiting.is_alive()
     window.close()
+
+
+def test_a_shard_that_arrives_after_the_end_is_not_kept_open(tmp_path: Path) -> None:
+    """Guards: a file that stays open for good when a run is broken off during a download."""
+    asked, arrives = threading.Event(), threading.Event()
+
+    def fetch(shard: str) -> tuple[Path, Mapping[str, StoredTensor]]:
+        path = tmp_path / shard
+        path.write_bytes(bytes(16))
+        asked.set()
+        assert arrives.wait(20)
+        return path, {"t1": tensor(1)}
+
+    window = ShardWindow(fetch, threading.Event())
+    window.arrange({"out1": [tensor(1)]})
+    assert asked.wait(20)
+    before = set(os.listdir("/dev/fd"))
+    window.close()
+    arrives.set()
+    assert window._thread is not None
+    window._thread.join(20)
+    assert set(os.listdir("/dev/fd")) == before
+    assert not window._present

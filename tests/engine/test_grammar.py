@@ -171,6 +171,10 @@ def test_characters_and_their_bytes(negated: bool) -> None:
         ("root ::= a\na ::= b\nb ::= a", "rule root"),
         ("root ::= [^\\x00-\\U0010FFFF]", "rule root"),
         ('root ::= "a"' + "*" * 100_000, "line 1"),
+        (
+            "root ::= a0\n" + "".join(f"a{n} ::= a{n + 1}\n" for n in range(10_000)) + 'a10000 ::= "a"',
+            "10,000",
+        ),
     ],
     ids=lambda value: value[:30],
 )

@@ -18,6 +18,7 @@ from dsmoe_local.engine.errors import ModelLoadError, TemplateError
 from dsmoe_local.engine.load import fit
 from dsmoe_local.engine.load import session as loading
 from dsmoe_local.engine.load.memory import MemoryPlan, plan_memory
+from dsmoe_local.engine.prompts.template import ChatTemplate
 from dsmoe_local.engine.session import Session
 from dsmoe_local.engine.types import ALL_LAYERS, ModelOptions, Request
 from dsmoe_local.model.hyperparameters import Hyperparameters
@@ -189,6 +190,24 @@ def test_a_template_that_is_none_is_told_before_the_weights_are_loaded(
     template.write_text("{% for message in messages %}{{ message.content }")
     with pytest.raises(TemplateError):
         Engine.load(ModelOptions(tiny_model(), chat_template=str(template)))
+
+
+def test_a_refused_model_leaves_no_process_of_its_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a process that waits for work as long as somebody holds the error."""
+    made: list[ChatTemplate] = []
+
+    def make(text: str, source: str) -> ChatTemplate:
+        made.append(ChatTemplate(text, source))
+        return made[-1]
+
+    def refuse(*_: object) -> None:
+        raise ModelLoadError("not this one")
+
+    monkeypatch.setattr(loading, "ChatTemplate", make)
+    monkeypatch.setattr(loading, "_load_model", refuse)
+    with pytest.raises(ModelLoadError, match="not this one"):
+        Engine.load(ModelOptions(tiny_model(), chat_template="chatml"))
+    assert [template._renderer._process for template in made] == [None]
 
 
 @pytest.mark.parametrize(("n_context", "is_told"), [(512, True), (258, True), (257, False), (256, False)])

@@ -9,7 +9,7 @@ import shutil
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -358,6 +358,25 @@ def test_a_full_disk_keeps_what_is_published(
             finish()
     writer.close()
     assert ReferenceReader(path).n_tokens == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["ref"]
+
+
+def test_a_full_disk_keeps_no_half_of_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a copy of what is published, cut short by a full disk, that stays and keeps the disk full."""
+    writer = reference_writer(tmp_path / "ref")
+    add_one(writer, "first")
+    writer.publish()
+
+    def full(_: object, part: BinaryIO) -> None:
+        part.write(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfileobj", full)
+    with pytest.raises(FileError, match="No space left"):
+        add_one(writer, "second")
+    with pytest.raises(FileError, match="not complete"):
+        writer.close()
+    assert ReferenceReader(tmp_path / "ref").n_tokens == 1
     assert [file.name for file in tmp_path.iterdir()] == ["ref"]
 
 

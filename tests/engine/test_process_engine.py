@@ -196,3 +196,12 @@ def test_log_of_llama_cpp_reaches_the_client(client: EngineClient, tmp_path: Pat
     with EngineClient.load(ModelOptions(tiny_model()), log_file=path) as other:
         assert any("n_ctx" in line for line in other.log())
         assert path.read_text().splitlines()[-1] == other.log()[-1]
+
+
+def test_a_grammar_of_thousands_of_rules_ends_no_process(client: EngineClient) -> None:
+    """Guards: rules that follow each other so far that compiling them overflows the stack."""
+    rules = [f'a{number} ::= "x" a{number + 1} | "y"' for number in range(4_000)]
+    grammar = "\n".join(["root ::= a0", *rules, 'a4000 ::= "(" root ")" | "z"'])
+    events = list(client.submit(Request("many", "a", GREEDY, max_tokens=2, grammar=grammar)))
+    assert set("".join(event.text for event in events)) <= {"x", "y"}
+    assert events[-1].finish_reason is not None

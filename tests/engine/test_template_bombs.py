@@ -156,6 +156,18 @@ def test_closing_ends_the_process() -> None:
     assert popen.returncode is not None
 
 
+@pytest.mark.skipif(not Path("/proc").exists(), reason="shows no environment of other processes")
+def test_the_process_has_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: tokens of the hub where a template that came from there runs."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    chat = template("{{ strftime_now('%Y') }}")
+    process = chat._renderer._process
+    assert process is not None
+    assert b"secret" not in Path(f"/proc/{process._popen.pid}/environ").read_bytes()
+    assert chat.render([Message("user", "a")]).isdigit()
+    chat.close()
+
+
 def test_the_process_ends_with_its_client() -> None:
     """Guards: a process that outlives an engine that was killed."""
     chat = template("ok")

@@ -44,12 +44,12 @@ def options(path: Path) -> ModelOptions:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"%PDF-1.4\n1 0 obj\n", "this is a PDF, not a text"),
-        (gzip.compress(b"a text"), "this is a compressed file"),
-        (b"PK\x03\x04....", "this is an archive"),
-        (b"GGUF\x03\0\0\0", "this is a GGUF file"),
-        ("a text".encode("utf-16"), "this is UTF-16"),
-        ("caf\u00e9".encode("latin-1"), "byte 3 is invalid"),
+        (b"%PDF-1.4\n1 0 obj\n", "the text is a PDF"),
+        (gzip.compress(b"a text"), "the text is a gzip file"),
+        (b"PK\x03\x04....", "the text is a ZIP archive"),
+        (b"GGUF\x03\0\0\0", "the text is a GGUF model"),
+        ("a text".encode("utf-16"), "the text is UTF-16"),
+        ("caf\u00e9".encode("latin-1"), "byte 3"),
         (b" \n\n", "the text is empty"),
         (b"", "the text is empty"),
         (None, "this is a folder, not a text"),

@@ -116,6 +116,8 @@ class Session:
             stored = session_of(row)
             path = _branch(connection, stored)
             draft = _draft(connection, self.number)
+            if draft is not None and stored.undone is not None:
+                raise DamagedRowError("turns are undone behind a reply that is not finished")
         self.name = stored.name
         self.model = model or stored.model
         self.model_path, self.settings = stored.model_path, stored.settings
@@ -127,8 +129,6 @@ class Session:
         self.stored = Stored(transcript, [row.id for row in path], stored.revision, settings=stored.settings)
         if draft is None:
             return transcript
-        if transcript.undone:
-            raise DamagedRowError("turns are undone behind a reply that is not finished")
         self.stored.draft = _turn_for(vocabulary, *draft)
         return replace(transcript, turns=(*transcript.turns, self.stored.draft))
 

@@ -33,7 +33,10 @@ _LONGEST_REASON = 200
 
 
 def language_of(*, grammar: str | None = None, json_schema: str | None = None) -> str:
-    """The one that is given, compiled as far as it can be without a vocabulary. Raises UsageError."""
+    """The one that is given, compiled as far as it can be without a vocabulary. Raises UsageError.
+
+    Recursive over rules and references: call it, and its two parts, where the stack is large.
+    """
     return json_schema_language(json_schema or "") if grammar is None else gbnf_language(grammar)
 
 

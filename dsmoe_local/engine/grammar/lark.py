@@ -13,9 +13,14 @@ from graphlib import CycleError, TopologicalSorter
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.engine.grammar.nodes import Characters, Choice, Grammar, Node, Repeat, Rule, Sequence, Text
 
+MAX_RULES = 10_000
+"""llguidance recurses from rule to rule: this many fit into `large_stack`."""
+
 
 def to_lark(grammar: Grammar) -> str:
-    """The grammar as Lark. UsageError if a rule is missing, or if no text belongs to the grammar."""
+    """The grammar as Lark. UsageError if a rule is missing, if there are too many, or if no text belongs to
+    the grammar.
+    """
     uses = {name: frozenset(_rules_of(node)) for name, node in grammar.rules.items()}
     for name, used in uses.items():
         if lost := used - grammar.rules.keys():
@@ -135,6 +140,10 @@ class _Writer:
         for node in self._todo:
             body = self._rules[node.name] if isinstance(node, Rule) else node
             lines.append(f"{self._names[node]}: {self._body(body)}")
+        if len(lines) > MAX_RULES:
+            raise UsageError(
+                f"the grammar has more than {MAX_RULES:,} rules and groups", remedy="write it with fewer"
+            )
         return "\n".join(lines) + "\n"
 
     def _name(self, node: Node) -> str:

@@ -42,7 +42,6 @@ def load_session(options: ModelOptions, listen: progress.Listener, stop: threadi
     _check(options)
     file, hp = read_model(options.path)
     hp = replace(hp, n_experts_per_token=_n_experts(options, hp))
-    template = _template(options, file, hp)
     unified = _unified(options)
     wanted = _context_options(options, options.n_context or hp.n_context, unified)
     fit = fit_model(options, file, hp, _buffer_options(wanted), wanted)
@@ -53,12 +52,14 @@ def load_session(options: ModelOptions, listen: progress.Listener, stop: threadi
     if n_context > hp.n_context + 1:
         listen(progress.Note(f"the model was trained for {hp.n_context} tokens of context, not {n_context}"))
     with ExitStack() as made:
+        template = _template(options, file, hp)
+        if template is not None:
+            made.callback(template.close)
         model = _load_model(options, file, hp, fit, listen, stop)
         made.callback(model.close)
         # Also of the header that was checked: no other file can have taken its place meanwhile.
         identity = exact_identity(file)
         if template is not None:
-            made.callback(template.close)
             template.bind(bos=model.text_of(model.bos), eos=model.text_of(model.eos))
         own = []
         if fit.paged:

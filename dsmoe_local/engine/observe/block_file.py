@@ -101,14 +101,16 @@ class BlockWriter:
 
     def _unsealed(self) -> BinaryIO:
         """The part, ready for another block; a copy of what was published if there is none."""
+        ends = self._is_sealed or self._file is None
+        # A copy that breaks off is no whole file: nothing of it stays.
+        self._is_sealed = False
         if self._file is None:
             assert self._named is not None
-            self._file, self._is_sealed = self._part.open("w+b"), True
+            self._file = self._part.open("w+b")
             self._named.seek(0)
             shutil.copyfileobj(self._named, self._file)
-        if self._is_sealed:
+        if ends:
             self._file.truncate(self._file.seek(-_BLOCK.size, os.SEEK_END))
-            self._is_sealed = False
         return self._file
 
     def _give_name(self) -> None:
@@ -153,8 +155,8 @@ class BlockWriter:
 
 
 class Place(NamedTuple):
-    """Where a token is told of: as the `number`-th of the `n_tokens` of the block told of in the `size` bytes
-    from `position` on.
+    """Where a token is told of: it is the `number`-th, from 0, of the `n_tokens` of a block. What is told of
+    all of them are the `size` bytes from `position` on.
     """
 
     position: int

@@ -6,9 +6,7 @@ User text never becomes a special token; template text does. Holds the thread wh
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import zip_longest
 from typing import Protocol, TypeAlias
@@ -16,11 +14,11 @@ from typing import Protocol, TypeAlias
 from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.base.text import safe_line, whole_characters
 from dsmoe_local.engine.errors import PromptError, too_long
+from dsmoe_local.engine.large_stack import large_stack
 from dsmoe_local.engine.prompts.segments import Segment
 from dsmoe_local.engine.prompts.template import ChatTemplate
 from dsmoe_local.engine.types import Message, Prompt, ends_with_reply
 
-STACK_BYTES = 256 << 20
 MAX_RUN = 200_000
 MAX_TOKEN_BYTES = 128  # more than the longest token of the vocabularies in use
 # Looks only where a run begins: from each of its letters the search would be quadratic.
@@ -58,12 +56,7 @@ class PromptEncoder:
         # A template's texts come with every turn, and all turns but the last with every message.
         self._known = lru_cache(_MOST_KNOWN)(self._ids)
         # llama.cpp's pre-tokenizers recurse once per letter of a word: they get a thread with a large stack.
-        self._large_stack = ThreadPoolExecutor(1, "dsmoe-tokenize")
-        previous = threading.stack_size(STACK_BYTES)
-        try:
-            self._large_stack.submit(int).result()
-        finally:
-            threading.stack_size(previous)
+        self._large_stack = large_stack("dsmoe-tokenize")
 
     def close(self) -> None:
         """End the thread, and the template's process."""

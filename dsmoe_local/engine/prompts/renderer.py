@@ -23,6 +23,8 @@ MAX_SECONDS = 5.0
 """For one rendering."""
 _HOST = "dsmoe_local.engine.prompts.render_host"
 _START_SECONDS = 60.0
+# What finds Python's packages, and tells the local time. Tokens and keys are none of a template's business.
+_KEPT = frozenset({"PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ"})
 
 
 class Renderer:
@@ -100,7 +102,7 @@ class _Process:
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()],
-                    env=environment(),
+                    env={name: value for name, value in environment().items() if name in _KEPT},
                     start_new_session=True,
                 )
             except OSError as error:
