@@ -17,11 +17,14 @@ from highspy._core import _Highs
 
 _GAP, _GAP_QUICK = 1e-5, 5e-3
 """How far from the proven bound the error may be, relative to it."""
+_NODES = (5_000, 50_000, 500_000)
+"""Limits of the search, one after another: more only where no solution at all was found."""
+_SMALLEST = 1e-6
+"""What rounding may hide, relative to the largest error."""
 _SETTINGS: dict[str, bool | int | float | str] = {
     "output_flag": False,
     "parallel": "off",
     "threads": 1,
-    "mip_max_nodes": 5_000,
     "mip_abs_gap": 0.0,
     # What a budget is exceeded by within these, relative to it, is taken off for another try.
     "mip_feasibility_tolerance": 1e-9,
@@ -68,11 +71,14 @@ def solve(problem: Problem, *, quick: bool = False) -> Solution | None:
     """
     limits = problem.limits
     model = _Model(problem)
+    bound: float | None = None
     while True:
         found = model.solve(limits, _GAP_QUICK if quick else _GAP)
         if found is None:
             return None
-        picks, bound, is_optimal = found
+        picks, bound_of_these = found
+        # A bound under tighter limits would say nothing about the problem that was asked.
+        bound = bound_of_these if bound is None else bound
         chosen = [options[at] for options, at in zip(problem.groups, picks, strict=True)]
         costs = tuple(sum(option.costs[k] for option in chosen) for k in range(len(limits)))
         over = [max(0, cost - limit) for cost, limit in zip(costs, problem.limits, strict=True)]
@@ -80,7 +86,8 @@ def solve(problem: Problem, *, quick: bool = False) -> Solution | None:
             break
         limits = tuple(limit - excess for limit, excess in zip(limits, over, strict=True))
     error = float(sum(option.error for option in chosen))
-    return Solution(picks, error, costs, min(error, bound), model.prices(limits), is_optimal and not quick)
+    is_optimal = error <= bound + _GAP * max(error, _SMALLEST * model.unit)
+    return Solution(picks, error, costs, min(error, bound), model.prices(limits), is_optimal)
 
 
 class _Model:
@@ -90,33 +97,35 @@ class _Model:
         options = [option for group in problem.groups for option in group]
         errors = np.array([option.error for option in options])
         self._sizes = [len(group) for group in problem.groups]
-        self._unit = float(errors.max(initial=0.0)) or 1.0
-        self._errors = errors / self._unit
+        self.unit = float(errors.max(initial=0.0)) or 1.0
+        self._errors = errors / self.unit
         self._scale = np.array([max(limit, 1) for limit in problem.limits], np.float64)
         self._costs = np.array([option.costs for option in options], np.float64).reshape(len(options), -1)
 
-    def solve(self, limits: tuple[int, ...], gap: float) -> tuple[tuple[int, ...], float, bool] | None:
-        """The option of each group, the bound that no solution's error is below, and whether the gap between
-        was closed; None if nothing fits.
-        """
+    def solve(self, limits: tuple[int, ...], gap: float) -> tuple[tuple[int, ...], float] | None:
+        """The option of each group, and the bound that no solution's error is below; None if nothing was found."""
         solver = self._solver(limits, integral=True)
         solver.setOptionValue("mip_rel_gap", gap)
-        solver.run()
-        info = solver.getInfo()
-        if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
+        for n_nodes in _NODES:
+            solver.setOptionValue("mip_max_nodes", n_nodes)
+            solver.run()
+            if solver.getInfo().primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible:
+                break
+            if solver.getModelStatus() == highspy.HighsModelStatus.kInfeasible:
+                return None
+        else:
             return None
         chosen = np.array(solver.getSolution().col_value)
         starts = np.cumsum([0, *self._sizes])
         picks = tuple(int(chosen[a:b].argmax()) for a, b in pairwise(starts))
-        closed = solver.getModelStatus() == highspy.HighsModelStatus.kOptimal
-        return picks, float(info.mip_dual_bound) * self._unit, closed
+        return picks, float(solver.getInfo().mip_dual_bound) * self.unit
 
     def prices(self, limits: tuple[int, ...]) -> tuple[float, ...]:
         """How much error the last unit of each budget saves, by the duals of the linear program."""
         solver = self._solver(limits, integral=False)
         solver.run()
         duals = -np.array(solver.getSolution().row_dual[len(self._sizes) :])
-        return tuple(map(float, np.maximum(duals, 0) * self._unit / self._scale))
+        return tuple(map(float, np.maximum(duals, 0) * self.unit / self._scale))
 
     def _solver(self, limits: tuple[int, ...], *, integral: bool) -> _Highs:
         n_groups, n_options, n_budgets = len(self._sizes), len(self._errors), len(limits)
