@@ -103,7 +103,7 @@ class _Model:
         self._costs = np.array([option.costs for option in options], np.float64).reshape(len(options), -1)
 
     def solve(self, limits: tuple[int, ...], gap: float) -> tuple[tuple[int, ...], float] | None:
-        """The option of each group, and the bound that no solution's error is below; None if nothing was found."""
+        """The option of each group, and a bound below which no error lies; None if nothing was found."""
         solver = self._solver(limits, integral=True)
         solver.setOptionValue("mip_rel_gap", gap)
         for n_nodes in _NODES:

@@ -80,8 +80,8 @@ class Language:
     matcher: LLMatcher
 
 
-# A batch often has one grammar for all of its lines; copies of a matcher share the states of its lexer. Few are
-# kept: each may take `LIMITS`.
+# A batch often has one grammar for all of its lines; copies of a matcher share the states of its lexer. Few
+# are kept: each may take `LIMITS`.
 @lru_cache(maxsize=4)
 def compiled(vocabulary: Vocabulary, grammar: str | None, json_schema: str | None) -> Language:
     """A grammar or a JSON schema, made ready for a vocabulary. Raises UsageError if it cannot be kept."""
