@@ -82,6 +82,7 @@ def test_what_set_saves_is_what_the_next_chat_begins_with(
         conversation=SimpleNamespace(settings=made(begun(*flags), first)),
         config=ConfigFile(config_path()),
         screen=SimpleNamespace(notice=lambda text: None),
+        save=lambda: None,
     )
 
     def run_set(words: str) -> None:
