@@ -15,9 +15,8 @@ from benchmarks.support.quality_rows import StepRow
 from benchmarks.support.quality_types import BASE, LARGE, Variant
 from benchmarks.support.rows import say
 from benchmarks.support.sizes import size_of
-from dsmoe_quantize.groups import KINDS
 from dsmoe_quantize.named_recipes import RECIPES, NamedRecipe
-from dsmoe_quantize.recipes import words_of
+from dsmoe_quantize.recipes import KINDS, words_of
 from dsmoe_quantize.types import TypeChoice, resolve
 
 STEPPED = ("q4", "q4-fast")

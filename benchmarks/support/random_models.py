@@ -34,7 +34,7 @@ from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import Role, tensor_specs
 from dsmoe_local.model.presets import PRESETS
 from dsmoe_quantize import kernels
-from dsmoe_quantize.planned import metadata_of_output
+from dsmoe_quantize.record import metadata_of_output
 from dsmoe_quantize.types import TypeChoice, resolve, settled
 
 QUICK_PART, QUICK_VOCABULARY, BLOCK = 8, 4096, 32

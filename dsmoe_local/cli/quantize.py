@@ -139,7 +139,7 @@ def _solved(
     from dsmoe_local.model.gguf_model import read_model
     from dsmoe_quantize.choose import refuse_unmatched
     from dsmoe_quantize.explain import reasons
-    from dsmoe_quantize.planned import refuse_foreign
+    from dsmoe_quantize.record import refuse_foreign
     from dsmoe_quantize.target import refuse_quantized, solve_target
 
     request, wishes, imatrix = targets.request(), types.wishes(), types.imatrix()

@@ -11,12 +11,12 @@ from dsmoe_local.model.gguf_file import GgufFile, TensorInfo
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_quantize.budget import Market
 from dsmoe_quantize.choose import Choice
-from dsmoe_quantize.groups import KINDS, WEIGHTS, Group, group_of
+from dsmoe_quantize.error_weights import WEIGHTS
 from dsmoe_quantize.imatrix import Imatrix
-from dsmoe_quantize.mixes import FALLBACKS
+from dsmoe_quantize.mixes import FALLBACKS, FLOAT_TYPES
 from dsmoe_quantize.quantize import Change, Plan
+from dsmoe_quantize.recipes import KINDS, Group, group_of
 from dsmoe_quantize.sensitivity import Probe, Probes, Sensitivity, TensorErrors
-from dsmoe_quantize.types import FLOAT_TYPES
 
 LEAST_ERROR = 1e-6
 """A smaller relative error is none: the type holds the weights as they are."""

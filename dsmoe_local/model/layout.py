@@ -28,6 +28,26 @@ class Role(StrEnum):
     NORM = "norms"
 
 
+class GroupKind(StrEnum):
+    """The kinds of groups: tensors of a layer that multiply the same vectors and are quantized to one type.
+
+    The values are the words of recipe files, in their order. Norms and routers are in no group: they are
+    never quantized.
+    """
+
+    EMBEDDING = "embedding"
+    OUTPUT = "output"
+    ATTENTION_QUERY_KEY = "attention-query-key"
+    ATTENTION_VALUE = "attention-value"
+    ATTENTION_OUTPUT = "attention-output"
+    DENSE_GATE_UP = "dense-gate-up"
+    DENSE_DOWN = "dense-down"
+    SHARED_GATE_UP = "shared-gate-up"
+    SHARED_DOWN = "shared-down"
+    ROUTED_GATE_UP = "routed-gate-up"
+    ROUTED_DOWN = "routed-down"
+
+
 class Where(StrEnum):
     """Which layers have a tensor."""
 
@@ -41,6 +61,7 @@ class Where(StrEnum):
 class Rule:
     """One line of the table. `{n}` stands for the layer, `{e}` for the expert.
 
+    `group` is the kind of quantization group that the tensor is in; None for tensors that stay as they are.
     `rotary_heads` gives the head count of tensors whose rows llama.cpp wants permuted: Hugging Face rotates
     the two halves of a head, llama.cpp adjacent pairs.
     """
@@ -48,6 +69,7 @@ class Rule:
     gguf: str
     source: str
     role: Role
+    group: GroupKind | None
     where: Where
     shape: Callable[[Hyperparameters], tuple[int, ...]]
     rotary_heads: Callable[[Hyperparameters], int] = lambda hp: 0
@@ -58,14 +80,18 @@ RULES: tuple[Rule, ...] = (
         "token_embd.weight",
         "model.embed_tokens.weight",
         Role.EMBEDDING,
+        GroupKind.EMBEDDING,
         Where.MODEL,
         lambda hp: (hp.n_vocab, hp.hidden_size),
     ),
-    Rule("output_norm.weight", "model.norm.weight", Role.NORM, Where.MODEL, lambda hp: (hp.hidden_size,)),
+    Rule(
+        "output_norm.weight", "model.norm.weight", Role.NORM, None, Where.MODEL, lambda hp: (hp.hidden_size,)
+    ),
     Rule(
         "output.weight",
         "lm_head.weight",
         Role.OUTPUT,
+        GroupKind.OUTPUT,
         Where.MODEL,
         lambda hp: () if hp.tied_embeddings else (hp.n_vocab, hp.hidden_size),
     ),
@@ -73,6 +99,7 @@ RULES: tuple[Rule, ...] = (
         "blk.{n}.attn_norm.weight",
         "model.layers.{n}.input_layernorm.weight",
         Role.NORM,
+        None,
         Where.ALL,
         lambda hp: (hp.hidden_size,),
     ),
@@ -80,6 +107,7 @@ RULES: tuple[Rule, ...] = (
         "blk.{n}.attn_q.weight",
         "model.layers.{n}.self_attn.q_proj.weight",
         Role.ATTENTION,
+        GroupKind.ATTENTION_QUERY_KEY,
         Where.ALL,
         lambda hp: (hp.attention_size, hp.hidden_size),
         lambda hp: hp.n_heads,
@@ -88,6 +116,7 @@ RULES: tuple[Rule, ...] = (
         "blk.{n}.attn_k.weight",
         "model.layers.{n}.self_attn.k_proj.weight",
         Role.ATTENTION,
+        GroupKind.ATTENTION_QUERY_KEY,
         Where.ALL,
         lambda hp: (hp.kv_size, hp.hidden_size),
         lambda hp: hp.n_kv_heads,
@@ -96,6 +125,7 @@ RULES: tuple[Rule, ...] = (
         "blk.{n}.attn_v.weight",
         "model.layers.{n}.self_attn.v_proj.weight",
         Role.ATTENTION,
+        GroupKind.ATTENTION_VALUE,
         Where.ALL,
         lambda hp: (hp.kv_size, hp.hidden_size),
     ),
@@ -103,6 +133,7 @@ RULES: tuple[Rule, ...] = (
         "blk.{n}.attn_output.weight",
         "model.layers.{n}.self_attn.o_proj.weight",
         Role.ATTENTION,
+        GroupKind.ATTENTION_OUTPUT,
         Where.ALL,
         lambda hp: (hp.hidden_size, hp.attention_size),
     ),
@@ -110,6 +141,7 @@ RULES: tuple[Rule, ...] = (
         "blk.{n}.ffn_norm.weight",
         "model.layers.{n}.post_attention_layernorm.weight",
         Role.NORM,
+        None,
         Where.ALL,
         lambda hp: (hp.hidden_size,),
     ),
@@ -117,6 +149,7 @@ RULES: tuple[Rule, ...] = (
         "blk.{n}.ffn_gate.weight",
         "model.layers.{n}.mlp.gate_proj.weight",
         Role.DENSE_FFN,
+        GroupKind.DENSE_GATE_UP,
         Where.DENSE,
         lambda hp: (hp.ffn_size, hp.hidden_size),
     ),
@@ -124,6 +157,7 @@ RULES: tuple[Rule, ...] = (
         "blk.{n}.ffn_up.weight",
         "model.layers.{n}.mlp.up_proj.weight",
         Role.DENSE_FFN,
+        GroupKind.DENSE_GATE_UP,
         Where.DENSE,
         lambda hp: (hp.ffn_size, hp.hidden_size),
     ),
@@ -131,6 +165,7 @@ RULES: tuple[Rule, ...] = (
         "blk.{n}.ffn_down.weight",
         "model.layers.{n}.mlp.down_proj.weight",
         Role.DENSE_FFN,
+        GroupKind.DENSE_DOWN,
         Where.DENSE,
         lambda hp: (hp.hidden_size, hp.ffn_size),
     ),
@@ -138,6 +173,7 @@ RULES: tuple[Rule, ...] = (
         "blk.{n}.ffn_gate_inp.weight",
         "model.layers.{n}.mlp.gate.weight",
         Role.ROUTER,
+        None,
         Where.MOE,
         lambda hp: (hp.n_routed_experts, hp.hidden_size),
     ),
@@ -145,6 +181,7 @@ RULES: tuple[Rule, ...] = (
         "blk.{n}.ffn_gate_exps.weight",
         "model.layers.{n}.mlp.experts.{e}.gate_proj.weight",
         Role.ROUTED_EXPERT,
+        GroupKind.ROUTED_GATE_UP,
         Where.MOE,
         lambda hp: (hp.n_routed_experts, hp.expert_size, hp.hidden_size),
     ),
@@ -152,6 +189,7 @@ RULES: tuple[Rule, ...] = (
         "blk.{n}.ffn_up_exps.weight",
         "model.layers.{n}.mlp.experts.{e}.up_proj.weight",
         Role.ROUTED_EXPERT,
+        GroupKind.ROUTED_GATE_UP,
         Where.MOE,
         lambda hp: (hp.n_routed_experts, hp.expert_size, hp.hidden_size),
     ),
@@ -159,6 +197,7 @@ RULES: tuple[Rule, ...] = (
         "blk.{n}.ffn_down_exps.weight",
         "model.layers.{n}.mlp.experts.{e}.down_proj.weight",
         Role.ROUTED_EXPERT,
+        GroupKind.ROUTED_DOWN,
         Where.MOE,
         lambda hp: (hp.n_routed_experts, hp.hidden_size, hp.expert_size),
     ),
@@ -166,6 +205,7 @@ RULES: tuple[Rule, ...] = (
         "blk.{n}.ffn_gate_shexp.weight",
         "model.layers.{n}.mlp.shared_experts.gate_proj.weight",
         Role.SHARED_EXPERT,
+        GroupKind.SHARED_GATE_UP,
         Where.MOE,
         lambda hp: (hp.shared_size, hp.hidden_size),
     ),
@@ -173,6 +213,7 @@ RULES: tuple[Rule, ...] = (
         "blk.{n}.ffn_up_shexp.weight",
         "model.layers.{n}.mlp.shared_experts.up_proj.weight",
         Role.SHARED_EXPERT,
+        GroupKind.SHARED_GATE_UP,
         Where.MOE,
         lambda hp: (hp.shared_size, hp.hidden_size),
     ),
@@ -180,6 +221,7 @@ RULES: tuple[Rule, ...] = (
         "blk.{n}.ffn_down_shexp.weight",
         "model.layers.{n}.mlp.shared_experts.down_proj.weight",
         Role.SHARED_EXPERT,
+        GroupKind.SHARED_DOWN,
         Where.MOE,
         lambda hp: (hp.hidden_size, hp.shared_size),
     ),
@@ -238,12 +280,23 @@ def _spec(rule: Rule, hp: Hyperparameters, layer: int | None) -> TensorSpec:
     )
 
 
-_ROLES = {rule.gguf.replace("blk.{n}.", ""): rule.role for rule in RULES}
+_RULES_BY_NAME = {rule.gguf.replace("blk.{n}.", ""): rule for rule in RULES}
+
+
+def _rule_of(name: str) -> Rule | None:
+    return _RULES_BY_NAME.get(re.sub(r"^blk\.\d+\.", "", name))
 
 
 def role_of(name: str) -> Role | None:
     """The role of a GGUF tensor by its name; None for a name that no model of ours has."""
-    return _ROLES.get(re.sub(r"^blk\.\d+\.", "", name))
+    rule = _rule_of(name)
+    return rule.role if rule else None
+
+
+def group_kind_of(name: str) -> GroupKind | None:
+    """The kind of group that quantization puts a GGUF tensor in; None for one that it leaves as it is."""
+    rule = _rule_of(name)
+    return rule.group if rule else None
 
 
 def layer_of(name: str) -> int | None:

@@ -22,11 +22,11 @@ from dsmoe_local.model.layout import role_of
 from dsmoe_quantize.choose import Choice, Wishes, settled_types
 from dsmoe_quantize.error_weights import error_weights
 from dsmoe_quantize.fast_kernels import is_fast
-from dsmoe_quantize.groups import Group, group_of
 from dsmoe_quantize.imatrix import Imatrix
+from dsmoe_quantize.mixes import file_type_of
 from dsmoe_quantize.quantize import Plan, plan_file
-from dsmoe_quantize.recipe_file import closest_mix, file_type_of
-from dsmoe_quantize.recipes import OTHERS, RECIPE_FALLBACKS, LayeredRecipe
+from dsmoe_quantize.recipe_file import closest_mix
+from dsmoe_quantize.recipes import OTHERS, RECIPE_FALLBACKS, Group, LayeredRecipe, group_of
 from dsmoe_quantize.sensitivity import Sensitivity
 from dsmoe_quantize.solver import Option, Problem, Solution, solve
 

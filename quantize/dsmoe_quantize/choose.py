@@ -11,13 +11,13 @@ from typing import Protocol
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.model.ggml import GgmlType, block_size, type_name
+from dsmoe_local.model.ggml import FLOATS, GgmlType, block_size, type_name
 from dsmoe_local.model.hyperparameters import Hyperparameters
-from dsmoe_local.model.layout import Role, role_of
+from dsmoe_local.model.layout import Role, group_kind_of, role_of
 from dsmoe_quantize.mixes import FALLBACKS, MixWalk, walk_order
 from dsmoe_quantize.named_recipes import NamedRecipe
 from dsmoe_quantize.recipes import LayeredRecipe
-from dsmoe_quantize.types import FloatType, SettledType, TypeChoice, parse_target, settled
+from dsmoe_quantize.types import SettledType, TypeChoice, parse_target, settled
 
 _WISHES = ("--tensor-type", "--output-type", "--embedding-type")
 
@@ -157,8 +157,7 @@ def fallback_notes(choices: Sequence[Choice]) -> list[str]:
 def may_change(tensor: TensorLike) -> bool:
     """Whether a tensor is one that --type speaks of: a matrix of weights, and not a router."""
     is_vector = all(size == 1 for size in tensor.shape[:-1])
-    role = role_of(tensor.name)
-    return not is_vector and role not in (None, Role.ROUTER, Role.NORM)
+    return not is_vector and group_kind_of(tensor.name) is not None
 
 
 class _Chooser:
@@ -172,7 +171,7 @@ class _Chooser:
         self._tied = "output.weight" not in names
         self._walk = (
             None
-            if isinstance(choice, FloatType | LayeredRecipe)
+            if isinstance(choice, LayeredRecipe) or choice.base in FLOATS
             else MixWalk(choice, hp, names, imatrix=imatrix)
         )
         self._fallbacks: Mapping[GgmlType, GgmlType] = (

@@ -12,11 +12,11 @@ from dsmoe_local.model.ggml import GgmlType, block_size, type_name
 from dsmoe_quantize.budget import Budget, Figures, GroupOptions, Market, Solved
 from dsmoe_quantize.choose import choose_types
 from dsmoe_quantize.fast_kernels import is_fast
-from dsmoe_quantize.groups import KINDS, Group, group_of
 from dsmoe_quantize.mixes import MIXES
 from dsmoe_quantize.named_recipes import RECIPES
 from dsmoe_quantize.quantize import Plan
 from dsmoe_quantize.recipe_file import format_layers
+from dsmoe_quantize.recipes import KINDS, Group, group_of
 from dsmoe_quantize.types import TypeChoice
 
 _STEPS = ((0.9, "10% less"), (0.95, "5% less"), (1.05, "5% more"), (1.1, "10% more"))

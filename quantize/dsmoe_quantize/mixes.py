@@ -6,48 +6,32 @@ against llama_model_quantize, names, types and bytes. What is ours is in `recipe
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import Enum, auto
 from types import MappingProxyType
 
 from dsmoe_local.model.ggml import GgmlType, block_size
 from dsmoe_local.model.hyperparameters import Hyperparameters
-from dsmoe_local.model.layout import layer_of
-from dsmoe_quantize.layer_rules import LAYER_RULES
+from dsmoe_local.model.layout import GroupKind, group_kind_of, layer_of
+
+_VALUE = frozenset({GroupKind.ATTENTION_VALUE})
+_DOWN = frozenset({GroupKind.DENSE_DOWN, GroupKind.SHARED_DOWN, GroupKind.ROUTED_DOWN})
+"""llama.cpp goes by substrings of names: an expert's projection counts like a dense one."""
 
 
-class Category(Enum):
-    """llama.cpp's grouping of tensors by name: an expert's projection counts like a dense one."""
-
-    OUTPUT = auto()
-    EMBEDDING = auto()
-    ATTENTION_V = auto()
-    ATTENTION_K = auto()
-    ATTENTION_OUTPUT = auto()
-    FFN_DOWN = auto()
-    OTHER = auto()
+def first_eighth(index: int, count: int) -> bool:
+    """True in the first eighth of `count` layers, rounded down: in none of fewer than eight."""
+    return index < count // 8
 
 
-_CATEGORIES = (
-    (re.compile(r"^output\.weight$"), Category.OUTPUT),
-    (re.compile(r"^token_embd\.weight$"), Category.EMBEDDING),
-    (re.compile(r"attn_v\.weight"), Category.ATTENTION_V),
-    (re.compile(r"attn_k\.weight"), Category.ATTENTION_K),
-    (re.compile(r"attn_output\.weight"), Category.ATTENTION_OUTPUT),
-    (re.compile(r"ffn_down"), Category.FFN_DOWN),
-)
-
-
-def category_of(name: str) -> Category:
-    """The category of a GGUF tensor's name."""
-    return next((category for pattern, category in _CATEGORIES if pattern.search(name)), Category.OTHER)
+def more_bits(index: int, count: int) -> bool:
+    """llama.cpp's use_more_bits: the first and the last eighth of the layers, and every third between."""
+    return first_eighth(index, count) or index >= 7 * count // 8 or (index - count // 8) % 3 == 2
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a tensor stands among those of its category: the `index`-th of `count`, in a model `hp`."""
+    """A tensor is the `index`-th (from 0) of the `count` that a rule counts, in a model `hp`."""
 
     index: int
     count: int
@@ -55,11 +39,11 @@ class Position:
 
 
 def _more_bits(at: Position) -> bool:
-    return LAYER_RULES["more-bits"](at.index, at.count)
+    return more_bits(at.index, at.count)
 
 
 def _first_eighth(at: Position) -> bool:
-    return LAYER_RULES["first-eighth"](at.index, at.count)
+    return first_eighth(at.index, at.count)
 
 
 def _first_four(at: Position) -> bool:
@@ -72,11 +56,12 @@ def _shared_by_four_heads(at: Position) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Tensors of `category` get `type` where the condition holds; `why` says so to a person. `imatrix`: only
-    with an importance matrix, or only without; None: in both cases.
+    """Tensors of these `kinds` get `type` where `applies` is true; `why` tells the user the reason.
+
+    `imatrix` True or False: the rule holds only with or only without an importance matrix; None: always.
     """
 
-    category: Category
+    kinds: frozenset[GroupKind]
     applies: Callable[[Position], bool]
     type: GgmlType
     why: str
@@ -85,7 +70,9 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """One of llama.cpp's mixes. The first rule that applies wins over `base`."""
+    """One of llama.cpp's mixes, or a float type, which has no rules. The first rule that applies overrides
+    `base`; `file_type` is llama.cpp's number for the mix.
+    """
 
     name: str
     file_type: int
@@ -95,21 +82,21 @@ class Mix:
 
 
 _MORE_BITS = (
-    Rule(Category.ATTENTION_V, _more_bits, GgmlType.Q6_K, "more bits in this layer"),
-    Rule(Category.FFN_DOWN, _more_bits, GgmlType.Q6_K, "more bits in this layer"),
+    Rule(_VALUE, _more_bits, GgmlType.Q6_K, "more bits in this layer"),
+    Rule(_DOWN, _more_bits, GgmlType.Q6_K, "more bits in this layer"),
 )
 _SMALL = (
-    Rule(Category.ATTENTION_V, _first_four, GgmlType.Q5_K, "more bits in the first four layers"),
-    Rule(Category.FFN_DOWN, _first_eighth, GgmlType.Q5_K, "more bits in the first layers"),
+    Rule(_VALUE, _first_four, GgmlType.Q5_K, "more bits in the first four layers"),
+    Rule(_DOWN, _first_eighth, GgmlType.Q5_K, "more bits in the first layers"),
 )
 _NON_LINEAR = (
-    Rule(Category.ATTENTION_V, _shared_by_four_heads, GgmlType.Q5_K, "shared by four heads or more"),
-    Rule(Category.FFN_DOWN, _first_eighth, GgmlType.Q5_K, "more bits in the first layers", imatrix=False),
+    Rule(_VALUE, _shared_by_four_heads, GgmlType.Q5_K, "shared by four heads or more"),
+    Rule(_DOWN, _first_eighth, GgmlType.Q5_K, "more bits in the first layers", imatrix=False),
 )
 
 
 def _with_minimum(kind: GgmlType) -> tuple[Rule, ...]:
-    return (Rule(Category.FFN_DOWN, _first_eighth, kind, "a minimum in the first layers", imatrix=True),)
+    return (Rule(_DOWN, _first_eighth, kind, "a minimum in the first layers", imatrix=True),)
 
 
 _LIST = (
@@ -130,6 +117,15 @@ _LIST = (
 MIXES: Mapping[str, Mix] = MappingProxyType({mix.name: mix for mix in _LIST})
 """By canonical name, from large to small."""
 
+FLOAT_TYPES: Mapping[str, Mix] = MappingProxyType(
+    {
+        "F32": Mix("F32", 0, GgmlType.F32),
+        "F16": Mix("F16", 1, GgmlType.F16),
+        "BF16": Mix("BF16", 32, GgmlType.BF16),
+    }
+)
+"""Every matrix in one float type; norms and routers stay as they are."""
+
 ALIASES: Mapping[str, str] = MappingProxyType({"Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"})
 """llama.cpp's other names for two of them."""
 
@@ -144,6 +140,11 @@ FALLBACKS: Mapping[GgmlType, GgmlType] = MappingProxyType(
 """What llama.cpp takes where 256 does not divide the columns. Where 32 does not either, it takes F16."""
 
 
+def file_type_of(name: str) -> int:
+    """llama.cpp's number for a mix or float type. KeyError if there is none of that name."""
+    return (MIXES.get(name) or FLOAT_TYPES[name]).file_type
+
+
 class MixWalk:
     """Applies a mix to one tensor after another, which must come in llama.cpp's order (`walk_order`).
 
@@ -156,24 +157,23 @@ class MixWalk:
         self._mix = mix
         self._rules = [rule for rule in mix.rules if rule.imatrix in (None, imatrix)]
         self._hp = hp
-        categories = [category_of(name) for name in names]
-        self._tied = Category.OUTPUT not in categories
+        self._tied = "output.weight" not in names
         self._counts = {
-            Category.ATTENTION_V: categories.count(Category.ATTENTION_V),
-            Category.FFN_DOWN: hp.n_layers,
+            _VALUE: sum(group_kind_of(name) in _VALUE for name in names),
+            _DOWN: hp.n_layers,
         }
         self._met = dict.fromkeys(self._counts, 0)
 
     def type_of(self, name: str, n_columns: int) -> tuple[GgmlType, str]:
-        """The type of the next tensor, before any fallback, and why it is that."""
-        category = category_of(name)
-        if category is Category.OUTPUT or (category is Category.EMBEDDING and self._tied):
-            return self._output(n_columns, "output" if category is Category.OUTPUT else "tied embedding")
-        kind, why = self._by_rules(category, self._position(name, category))
-        if category is Category.ATTENTION_V and self._is_70b() and kind is GgmlType.Q4_K:
+        """The type of the next tensor, before any fallback, and the reason."""
+        group = group_kind_of(name)
+        if group is GroupKind.OUTPUT or (group is GroupKind.EMBEDDING and self._tied):
+            return self._output(n_columns, "output" if group is GroupKind.OUTPUT else "tied embedding")
+        kind, why = self._by_rules(name, group)
+        if group is GroupKind.ATTENTION_VALUE and self._is_70b() and kind is GgmlType.Q4_K:
             kind, why = GgmlType.Q5_K, "shared by eight heads"
         if self._hp.n_routed_experts == 8:
-            return self._with_8_experts(category, kind, why)
+            return self._with_8_experts(name, kind, why)
         return kind, why
 
     def _output(self, n_columns: int, why: str) -> tuple[GgmlType, str]:
@@ -182,26 +182,25 @@ class MixWalk:
             return GgmlType.Q8_0, why
         return GgmlType.Q6_K, why
 
-    def _position(self, name: str, category: Category) -> Position:
-        count = self._counts.get(category, 0)
-        index = self._met.get(category, 0)
-        if category in self._met:
-            self._met[category] += 1
-        if category is Category.FFN_DOWN and self._hp.n_routed_experts > 1:
+    def _by_rules(self, name: str, group: GroupKind | None) -> tuple[GgmlType, str]:
+        counted = next((kinds for kinds in self._counts if group in kinds), None)
+        if counted is None:
+            return self._mix.base, ""
+        index = self._met[counted]
+        self._met[counted] += 1
+        if counted is _DOWN and self._hp.n_routed_experts > 1:
             index = _index_of(name)
-        return Position(index, count, self._hp)
-
-    def _by_rules(self, category: Category, at: Position) -> tuple[GgmlType, str]:
+        at = Position(index, self._counts[counted], self._hp)
         for rule in self._rules:
-            if rule.category is category and rule.applies(at):
+            if rule.kinds is counted and rule.applies(at):
                 return rule.type, rule.why
         return self._mix.base, ""
 
-    def _with_8_experts(self, category: Category, kind: GgmlType, why: str) -> tuple[GgmlType, str]:
+    def _with_8_experts(self, name: str, kind: GgmlType, why: str) -> tuple[GgmlType, str]:
         """Rules that llama.cpp made for one model and applies to every model with eight experts."""
-        if category in (Category.ATTENTION_V, Category.ATTENTION_K):
+        if name.endswith((".attn_v.weight", ".attn_k.weight")):
             return GgmlType.Q8_0, "a model with 8 experts"
-        if category is Category.ATTENTION_OUTPUT and self._mix.with_8_experts:
+        if name.endswith(".attn_output.weight") and self._mix.with_8_experts:
             return GgmlType.Q5_K, "a model with 8 experts"
         return kind, why
 

@@ -19,8 +19,8 @@ from types import MappingProxyType
 from typing import TypeAlias
 
 TypeWords: TypeAlias = str | Mapping[str, str]
-"""One type, or types with their layers as `layer_rules` names them: {"Q6_K": "first-eighth,every-third",
-"Q5_K": "others"}. Where two mean a layer, the first has it.
+"""One type, or types with the layers that get them, by the words of `recipes.LAYER_RULES`:
+{"Q6_K": "first-eighth,every-third", "Q5_K": "others"}. A layer that two types name gets the first.
 """
 
 
@@ -28,7 +28,7 @@ TypeWords: TypeAlias = str | Mapping[str, str]
 class NamedRecipe:
     """A recipe for models of any depth. `why` is what it is for, for people.
 
-    `types` goes by kind of group (`groups.KINDS`), or the beginning of one up to a hyphen; the longest that
+    `types` goes by kind of group (`recipes.KINDS`), or the beginning of one up to a hyphen; the longest that
     fits has it, and "" fits all. `closest` is the one of llama.cpp's mixes that comes closest: what
     general.file_type says.
     """

@@ -25,15 +25,16 @@ from dsmoe_quantize.errors import RequantizeError
 from dsmoe_quantize.imatrix import Imatrix
 from dsmoe_quantize.mixes import ALIASES
 from dsmoe_quantize.output import Summary, write_output
-from dsmoe_quantize.planned import (
+from dsmoe_quantize.record import (
+    Record,
     identity_of_output,
     importance_of,
     metadata_of_output,
     notes_on_output,
+    record_of,
     refuse_foreign,
     used_imatrix,
 )
-from dsmoe_quantize.record import Record, record_of
 from dsmoe_quantize.types import SettledType, TypeChoice, known_words, settled
 
 

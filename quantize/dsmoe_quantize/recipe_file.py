@@ -11,8 +11,8 @@
     [fallbacks]
     Q4_K = "IQ4_NL"
 
-A kind of group (`groups`) has one type, or several with their layers. `fallbacks` say what takes the place of
-a type whose blocks do not fit a row; left out, they are those of the named recipes.
+A kind of group (`recipes.KINDS`) has one type, or several with their layers. `fallbacks` say what takes the
+place of a type whose blocks do not fit a row; left out, they are those of the named recipes.
 """
 
 from __future__ import annotations
@@ -31,10 +31,9 @@ from dsmoe_local.base.errors import DsmoeError, FileError, FormatError, UsageErr
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.model.ggml import GgmlType, type_name
 from dsmoe_local.model.type_name import RECIPE_NAME
-from dsmoe_quantize.groups import KINDS
-from dsmoe_quantize.mixes import MIXES
-from dsmoe_quantize.recipes import OTHERS, OTHERS_WORD, RECIPE_FALLBACKS, LayeredRecipe
-from dsmoe_quantize.types import FLOAT_TYPES, parse_target
+from dsmoe_quantize.mixes import FLOAT_TYPES, MIXES, file_type_of
+from dsmoe_quantize.recipes import KINDS, OTHERS, OTHERS_WORD, RECIPE_FALLBACKS, LayeredRecipe
+from dsmoe_quantize.types import parse_target
 
 _FORMAT = 1
 _MAX_BYTES = 1 << 20
@@ -53,11 +52,6 @@ def closest_mix(types: Iterable[GgmlType]) -> str:
     base = max(counts, key=lambda kind: counts[kind])
     words = [mix.name for mix in MIXES.values() if mix.base is base]
     return words[0] if words else type_name(base)
-
-
-def file_type_of(closest: str) -> int:
-    """llama.cpp's number for a mix or float type. KeyError if there is none of that name."""
-    return MIXES[closest].file_type if closest in MIXES else FLOAT_TYPES[closest].file_type
 
 
 def read_recipe(path: Path) -> LayeredRecipe:

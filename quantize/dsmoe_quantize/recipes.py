@@ -5,16 +5,32 @@ They come from `named_recipes`, from a file (`recipe_file`), or from the solver 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import TypeAlias
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.model.ggml import GgmlType
-from dsmoe_quantize.groups import KINDS, group_of
-from dsmoe_quantize.layer_rules import LAYER_RULES
-from dsmoe_quantize.mixes import MIXES
+from dsmoe_local.model.layout import GroupKind, group_kind_of, layer_of
+from dsmoe_quantize.mixes import file_type_of, first_eighth, more_bits
 from dsmoe_quantize.named_recipes import NamedRecipe, TypeWords
+
+KINDS: tuple[str, ...] = tuple(GroupKind)
+"""The kinds of groups that a recipe has types for, in the order of a recipe file."""
+
+LayerRule: TypeAlias = Callable[[int, int], bool]
+"""True if the layer at an index, of a number of layers, is meant."""
+
+LAYER_RULES: Mapping[str, LayerRule] = MappingProxyType(
+    {
+        "first-eighth": first_eighth,
+        "last-eighth": lambda index, count: index >= 7 * count // 8,
+        "every-third": lambda index, count: index % 3 == 2,
+        "more-bits": more_bits,
+    }
+)
+"""By the word that a named recipe uses for the rule. The last eighth is at least one layer."""
 
 OTHERS = None
 """In place of a layer: all that are not named."""
@@ -33,9 +49,28 @@ RECIPE_FALLBACKS: Mapping[GgmlType, GgmlType] = MappingProxyType(
 """What takes the place of a type whose blocks do not fit a row, unless a recipe file says otherwise."""
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Group:
+    """The tensors of one kind in one layer, which get one type. `layer` is None for embedding and output."""
+
+    kind: str
+    layer: int | None
+
+    def __str__(self) -> str:
+        return self.kind if self.layer is None else f"{self.kind}.{self.layer}"
+
+
+def group_of(name: str, tied: bool) -> Group | None:
+    """The group of a GGUF tensor; None if it is never quantized. `tied`: the embedding is also the output."""
+    kind = group_kind_of(name)
+    if kind is None:
+        return None
+    return Group(GroupKind.OUTPUT if kind is GroupKind.EMBEDDING and tied else kind, layer_of(name))
+
+
 @dataclass(frozen=True, slots=True)
 class LayeredRecipe:
-    """A recipe for one model, or for all whose layers it has: `types` by kind of group (`groups`), then by
+    """A recipe for one model, or for all whose layers it has: `types` by kind of group, then by
     layer or `OTHERS`.
 
     `name` goes into file names; `closest` is the one of llama.cpp's mixes that comes closest, `file_type` its
@@ -79,7 +114,7 @@ def recipe_for(named: NamedRecipe, n_layers: int) -> LayeredRecipe:
     return LayeredRecipe(
         named.name,
         named.closest,
-        MIXES[named.closest].file_type,
+        file_type_of(named.closest),
         {kind: _by_layer(words_of(named, kind), n_layers) for kind in KINDS},
         RECIPE_FALLBACKS,
         {"why": named.why},

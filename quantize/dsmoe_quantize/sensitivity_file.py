@@ -30,8 +30,8 @@ from dsmoe_local.model.ggml import GgmlType, type_name
 from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.identity import file_identity
 from dsmoe_quantize import kernels
-from dsmoe_quantize.groups import KINDS
 from dsmoe_quantize.imatrix import Imatrix
+from dsmoe_quantize.recipes import KINDS
 from dsmoe_quantize.sensitivity import SAMPLE, Probe, Probes, Sensitivity, TensorErrors
 
 _FORMAT, _VERSION = "dsmoe-sensitivity", 1

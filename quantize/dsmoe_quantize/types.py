@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TypeAlias
 
 from dsmoe_local.base.errors import UsageError
@@ -11,32 +9,15 @@ from dsmoe_local.base.text import safe_line
 from dsmoe_local.model.ggml import GgmlType, type_name
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_quantize import kernels
-from dsmoe_quantize.groups import KINDS
-from dsmoe_quantize.mixes import ALIASES, MIXES, Mix
+from dsmoe_quantize.mixes import ALIASES, FLOAT_TYPES, MIXES, Mix
 from dsmoe_quantize.named_recipes import RECIPES, NamedRecipe
-from dsmoe_quantize.recipes import OTHERS, LayeredRecipe, recipe_for
+from dsmoe_quantize.recipes import KINDS, OTHERS, LayeredRecipe, recipe_for
 
-
-@dataclass(frozen=True, slots=True)
-class FloatType:
-    """Every matrix in one float type; norms and routers stay as they are."""
-
-    name: str
-    file_type: int
-    base: GgmlType
-
-
-SettledType: TypeAlias = FloatType | Mix | LayeredRecipe
+SettledType: TypeAlias = Mix | LayeredRecipe
 """A choice for one model. All have a `name`, for file names, and a `file_type`, as llama.cpp numbers them."""
 
 TypeChoice: TypeAlias = SettledType | NamedRecipe
 """What --type or --recipe resolves to. All have a `name`."""
-
-FLOAT_TYPES: Mapping[str, FloatType] = {
-    "F32": FloatType("F32", 0, GgmlType.F32),
-    "F16": FloatType("F16", 1, GgmlType.F16),
-    "BF16": FloatType("BF16", 32, GgmlType.BF16),
-}
 
 
 def known_words() -> list[str]:
@@ -92,7 +73,7 @@ def same_types(first: LayeredRecipe, second: LayeredRecipe, n_layers: int) -> bo
     return tables[0] == tables[1] and first.fallbacks == second.fallbacks
 
 
-def resolve_float(kind: GgmlType) -> FloatType:
+def resolve_float(kind: GgmlType) -> Mix:
     """The choice that keeps weights in the float type `kind`."""
     return FLOAT_TYPES[type_name(kind)]
 

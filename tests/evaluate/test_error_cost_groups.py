@@ -15,8 +15,8 @@ from dsmoe_local.evaluate.error_cost_groups import Trial, cost_of, trials_of
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.hyperparameters import Hyperparameters
-from dsmoe_quantize.groups import KINDS
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
+from dsmoe_quantize.recipes import KINDS
 from dsmoe_quantize.sensitivity import Probe, Probes, measure
 from dsmoe_quantize.sensitivity_file import start
 from dsmoe_quantize.types import resolve

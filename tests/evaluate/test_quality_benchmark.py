@@ -61,9 +61,8 @@ from dsmoe_local.evaluate.text import Text, built_in
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_quantize import sensitivity_file
-from dsmoe_quantize.groups import KINDS
 from dsmoe_quantize.named_recipes import RECIPES
-from dsmoe_quantize.recipes import recipe_for
+from dsmoe_quantize.recipes import KINDS, recipe_for
 from dsmoe_quantize.sensitivity import Probes, Sensitivity
 
 RANDOM = np.random.default_rng(0)

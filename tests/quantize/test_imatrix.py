@@ -20,10 +20,9 @@ from dsmoe_quantize import encode, kernels
 from dsmoe_quantize.choose import Override, Wishes
 from dsmoe_quantize.imatrix import FEW, Imatrix, Statistics, merged, metadata_of_use
 from dsmoe_quantize.imatrix_file import read_imatrix, write_imatrix
-from dsmoe_quantize.mixes import MIXES
-from dsmoe_quantize.planned import UNWEIGHED
+from dsmoe_quantize.mixes import MIXES, file_type_of
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
-from dsmoe_quantize.recipe_file import file_type_of
+from dsmoe_quantize.record import UNWEIGHED
 from dsmoe_quantize.types import resolve
 
 MODELS = {

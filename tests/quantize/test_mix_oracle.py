@@ -14,10 +14,9 @@ from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import read_gguf
 from dsmoe_quantize import encode
 from dsmoe_quantize.choose import Override, Wishes
-from dsmoe_quantize.mixes import MIXES
+from dsmoe_quantize.mixes import FLOAT_TYPES, MIXES, file_type_of
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
-from dsmoe_quantize.recipe_file import file_type_of
-from dsmoe_quantize.types import FLOAT_TYPES, resolve
+from dsmoe_quantize.types import resolve
 
 MODELS = {
     "moe": (MOE, "bf16"),

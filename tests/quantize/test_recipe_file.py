@@ -20,17 +20,11 @@ from dsmoe_local.model.presets import PRESETS
 from dsmoe_local.model.type_name import RECIPE_KEY
 from dsmoe_quantize import kernels
 from dsmoe_quantize.choose import Wishes, parse_override
-from dsmoe_quantize.groups import KINDS, WEIGHTS, group_of
+from dsmoe_quantize.error_weights import WEIGHTS
+from dsmoe_quantize.mixes import file_type_of
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
-from dsmoe_quantize.recipe_file import (
-    file_type_of,
-    format_layers,
-    parse_recipe,
-    read_recipe,
-    render_recipe,
-    write_recipe,
-)
-from dsmoe_quantize.recipes import OTHERS, RECIPE_FALLBACKS, LayeredRecipe
+from dsmoe_quantize.recipe_file import format_layers, parse_recipe, read_recipe, render_recipe, write_recipe
+from dsmoe_quantize.recipes import KINDS, OTHERS, RECIPE_FALLBACKS, LayeredRecipe, group_of
 from dsmoe_quantize.types import resolve
 
 TYPES = st.sampled_from(sorted(kernels.WRITABLE))

@@ -21,11 +21,11 @@ from dsmoe_quantize.choose import Wishes, may_change
 from dsmoe_quantize.errors import RequantizeError
 from dsmoe_quantize.explain import stated_reasons
 from dsmoe_quantize.fast_kernels import CPUS
-from dsmoe_quantize.groups import KINDS
 from dsmoe_quantize.imatrix_file import write_imatrix
 from dsmoe_quantize.named_recipes import RECIPES
 from dsmoe_quantize.quantize import plan_quantization
 from dsmoe_quantize.recipe_file import parse_recipe, read_recipe
+from dsmoe_quantize.recipes import KINDS
 from dsmoe_quantize.types import resolve
 
 

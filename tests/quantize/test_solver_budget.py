@@ -25,12 +25,13 @@ from dsmoe_local.model.type_name import RECIPE_KEY
 from dsmoe_quantize import budget as budget_module
 from dsmoe_quantize.budget import Budget, Market
 from dsmoe_quantize.choose import Wishes, choose_types, may_change, parse_override
+from dsmoe_quantize.error_weights import WEIGHTS
 from dsmoe_quantize.explain import offers, reasons
 from dsmoe_quantize.fast_kernels import CPUS, is_fast, this_cpu
-from dsmoe_quantize.groups import WEIGHTS, Group
 from dsmoe_quantize.mixes import MIXES
 from dsmoe_quantize.quantize import Plan, quantize_file
 from dsmoe_quantize.recipe_file import parse_recipe, render_recipe
+from dsmoe_quantize.recipes import Group
 from dsmoe_quantize.sensitivity import Sensitivity, TensorErrors, candidates, measure
 from dsmoe_quantize.sensitivity_file import start
 

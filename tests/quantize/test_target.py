@@ -16,8 +16,8 @@ from dsmoe_local.base.progress import Event, Listener, Note, ignore
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_quantize.budget import Budget
 from dsmoe_quantize.choose import Wishes
-from dsmoe_quantize.groups import KINDS
 from dsmoe_quantize.imatrix import Imatrix
+from dsmoe_quantize.recipes import KINDS
 from dsmoe_quantize.sensitivity_file import read_sensitivity, write_sensitivity
 from dsmoe_quantize.target import Request, Target, solve_target
 
