@@ -31,13 +31,13 @@ from dsmoe_local.evaluate.text import read_text
 from dsmoe_local.evaluate.windows import cut_windows
 from dsmoe_local.evaluate.workplace import workplace
 from dsmoe_local.model.gguf_model import read_model
-from dsmoe_quantize import sensitivity_file
-from dsmoe_quantize.budget import Budget, Market
+from dsmoe_quantize.budget import sensitivity_file
+from dsmoe_quantize.budget.cost_model import Budget, Market
+from dsmoe_quantize.budget.sensitivity import Sensitivity, measure
 from dsmoe_quantize.imatrix import Imatrix
 from dsmoe_quantize.imatrix_file import read_imatrix
+from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import Plan, plan_file, quantize_file
-from dsmoe_quantize.sensitivity import Sensitivity, measure
-from dsmoe_quantize.types import resolve
 
 TYPES = ("Q4_0", "Q4_K_S", "Q4_K_M", "IQ4_XS", "Q5_K_M", "q4", "4.6", "5.2")
 N_CONTEXT = 512

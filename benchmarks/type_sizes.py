@@ -10,8 +10,8 @@ import sys
 
 from benchmarks.support.sizes import size_of
 from dsmoe_local.model.presets import PRESETS
-from dsmoe_quantize.mixes import MIXES
-from dsmoe_quantize.named_recipes import RECIPES
+from dsmoe_quantize.policy.mixes import MIXES
+from dsmoe_quantize.policy.named_recipes import RECIPES
 
 
 def main() -> None:

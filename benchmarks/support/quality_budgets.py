@@ -16,12 +16,12 @@ from benchmarks.support.sizes import types_digest
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.model.ggml import type_name
 from dsmoe_local.model.gguf_model import read_model
-from dsmoe_quantize import sensitivity_file
-from dsmoe_quantize.budget import Budget, Market
-from dsmoe_quantize.choose import Wishes
+from dsmoe_quantize.budget import sensitivity_file
+from dsmoe_quantize.budget.cost_model import Budget, Market
+from dsmoe_quantize.budget.sensitivity import measure
+from dsmoe_quantize.budget.target import Request, solve_target
+from dsmoe_quantize.policy.choice import Wishes
 from dsmoe_quantize.quantize import Plan
-from dsmoe_quantize.sensitivity import measure
-from dsmoe_quantize.target import Request, solve_target
 
 FRONTIER = (4.4, 4.6, 4.8, 5.0, 5.25, 5.5, 6.0, 6.5)
 """Bits per weight that the solver is asked for."""

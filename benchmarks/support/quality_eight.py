@@ -13,10 +13,10 @@ from benchmarks.support.quality_rows import CandidateRow
 from benchmarks.support.quality_types import LARGE, Variant, digest_of
 from benchmarks.support.rows import say
 from benchmarks.support.sizes import size_of
-from dsmoe_quantize.budget import Market
-from dsmoe_quantize.named_recipes import NamedRecipe
+from dsmoe_quantize.budget.cost_model import Market
+from dsmoe_quantize.policy.named_recipes import NamedRecipe
+from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import Plan
-from dsmoe_quantize.types import resolve
 
 EIGHT_BASE = "Q8_0"
 EIGHT = (

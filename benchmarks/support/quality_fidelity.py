@@ -32,11 +32,11 @@ from dsmoe_local.evaluate.windows import cut_windows
 from dsmoe_local.evaluate.workplace import workplace
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.identity import file_identity
-from dsmoe_quantize import kernels
-from dsmoe_quantize.choose import Wishes
 from dsmoe_quantize.imatrix import Imatrix
+from dsmoe_quantize.policy.choice import Wishes
+from dsmoe_quantize.policy.types import TypeChoice, resolve
 from dsmoe_quantize.quantize import Plan, plan_quantization, quantize_file
-from dsmoe_quantize.types import TypeChoice, resolve
+from dsmoe_quantize.write import kernels
 
 CACHE = "f32"
 

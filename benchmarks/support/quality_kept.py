@@ -24,8 +24,8 @@ from benchmarks.support.quality_speed import timed_variants
 from benchmarks.support.quality_steps import STEPPED
 from benchmarks.support.quality_types import BASE, Variant, digest_of, variants
 from benchmarks.support.rows import say
-from dsmoe_quantize import kernels
-from dsmoe_quantize.named_recipes import NamedRecipe
+from dsmoe_quantize.policy.named_recipes import NamedRecipe
+from dsmoe_quantize.write import kernels
 
 _EXTRAS = ("frontier", "targets", "alike", "eight")
 """What the reference has beside its rows."""

@@ -14,7 +14,7 @@ from benchmarks.support.quality_speed import Pair, Timing, ratios_of, time_besid
 from benchmarks.support.quality_types import BASE, LARGE, Variant, digest_of
 from benchmarks.support.rows import say
 from benchmarks.support.sizes import size_of
-from dsmoe_quantize.named_recipes import RECIPES, NamedRecipe, TypeWords
+from dsmoe_quantize.policy.named_recipes import RECIPES, NamedRecipe, TypeWords
 
 START = "q4-fast"
 """The recipe that all of them are variants of; their embedding and output are its own."""

@@ -25,8 +25,8 @@ from dsmoe_local.engine.types import ModelOptions
 from dsmoe_local.evaluate.speed.machine import cpu_name
 from dsmoe_local.evaluate.speed.timing import Timer, options_for
 from dsmoe_local.evaluate.speed.workload import Workload, workloads_of
-from dsmoe_quantize import kernels
-from dsmoe_quantize.types import TypeChoice
+from dsmoe_quantize.policy.types import TypeChoice
+from dsmoe_quantize.write import kernels
 
 PRESET = "deepseekmoe-16b"
 REPLY_TURNS = 3

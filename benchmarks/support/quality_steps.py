@@ -15,9 +15,9 @@ from benchmarks.support.quality_rows import StepRow
 from benchmarks.support.quality_types import BASE, LARGE, Variant
 from benchmarks.support.rows import say
 from benchmarks.support.sizes import size_of
-from dsmoe_quantize.named_recipes import RECIPES, NamedRecipe
-from dsmoe_quantize.recipes import KINDS, words_of
-from dsmoe_quantize.types import TypeChoice, resolve
+from dsmoe_quantize.policy.named_recipes import RECIPES, NamedRecipe
+from dsmoe_quantize.policy.recipes import KINDS, words_of
+from dsmoe_quantize.policy.types import TypeChoice, resolve
 
 STEPPED = ("q4", "q4-fast")
 """The recipes in question. But for the embedding q4-small is q4-fast."""

@@ -12,8 +12,8 @@ from functools import cache
 from benchmarks.support.reference_shape import HP
 from benchmarks.support.sizes import choices_of, types_digest
 from dsmoe_local.model.presets import PRESETS
-from dsmoe_quantize.named_recipes import RECIPES
-from dsmoe_quantize.types import TypeChoice
+from dsmoe_quantize.policy.named_recipes import RECIPES
+from dsmoe_quantize.policy.types import TypeChoice
 
 BASE = "Q4_K_M"
 """What our recipes are held against."""

@@ -33,9 +33,9 @@ from dsmoe_local.model.gguf_writer import PlannedTensor, plan_gguf, write_at
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import Role, tensor_specs
 from dsmoe_local.model.presets import PRESETS
-from dsmoe_quantize import kernels
-from dsmoe_quantize.record import metadata_of_output
-from dsmoe_quantize.types import TypeChoice, resolve, settled
+from dsmoe_quantize.policy.record import metadata_of_output
+from dsmoe_quantize.policy.types import TypeChoice, resolve, settled
+from dsmoe_quantize.write import kernels
 
 QUICK_PART, QUICK_VOCABULARY, BLOCK = 8, 4096, 32
 _TILE_WEIGHTS = 4 << 20

@@ -11,8 +11,8 @@ from dsmoe_local.model.ggml import GgmlType, tensor_bytes, type_name
 from dsmoe_local.model.gguf_writer import PlannedTensor
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import Role, tensor_specs
-from dsmoe_quantize.choose import Choice, choose_types
-from dsmoe_quantize.types import TypeChoice, resolve
+from dsmoe_quantize.policy.choice import Choice, choose_types
+from dsmoe_quantize.policy.types import TypeChoice, resolve
 
 FLOAT_ROLES = (Role.NORM, Role.ROUTER)
 _DIGITS = 12

@@ -20,13 +20,11 @@ from dsmoe_local.model.gguf_file import Field
 from dsmoe_local.model.gguf_model import metadata_of
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import Role, TensorSpec, tensor_specs
-from dsmoe_quantize.choose import Choice, Wishes, choose_types, label_of
-from dsmoe_quantize.encode import TensorJob
 from dsmoe_quantize.errors import WeightError
 from dsmoe_quantize.imatrix import Imatrix
-from dsmoe_quantize.output import Summary, write_output
-from dsmoe_quantize.recipes import LayeredRecipe
-from dsmoe_quantize.record import (
+from dsmoe_quantize.policy.choice import Choice, Wishes, choose_types, label_of
+from dsmoe_quantize.policy.recipes import LayeredRecipe
+from dsmoe_quantize.policy.record import (
     Record,
     identity_of_output,
     importance_of,
@@ -36,7 +34,9 @@ from dsmoe_quantize.record import (
     refuse_foreign,
     used_imatrix,
 )
-from dsmoe_quantize.types import SettledType, TypeChoice, resolve, resolve_float, settled
+from dsmoe_quantize.policy.types import SettledType, TypeChoice, resolve, resolve_float, settled
+from dsmoe_quantize.write.encoder import TensorJob
+from dsmoe_quantize.write.output import Summary, write_output
 
 _ALWAYS_F32 = (Role.NORM, Role.ROUTER)
 

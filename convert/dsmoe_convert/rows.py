@@ -16,7 +16,7 @@ from dsmoe_convert.shards import ShardSource
 from dsmoe_convert.stored import DTYPES, StoredTensor
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.layout import TensorSpec
-from dsmoe_quantize.encode import Bytes, RowSource
+from dsmoe_quantize.write.encoder import Bytes, RowSource
 
 
 class StackedRows:

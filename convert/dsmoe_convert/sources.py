@@ -29,7 +29,7 @@ from dsmoe_local.base import durable
 from dsmoe_local.base.errors import InterruptedRunError, UsageError, missing_extra
 from dsmoe_local.base.progress import Advanced, Listener, Note
 from dsmoe_local.model.config_json import checkpoint_name, read_config
-from dsmoe_quantize.output import Summary, refuse_early
+from dsmoe_quantize.write.output import Summary, refuse_early
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def convert(
     """Convert `source`, a folder or a repository's id, to `out` (by default a file in the current folder).
 
     Raises UsageError, FileError (HubError), FormatError (CheckpointError, TokenizerError), MissingExtraError
-    and what dsmoe_quantize.output.write_output raises.
+    and what dsmoe_quantize.write.output.write_output raises.
     """
     options, run_options = options or ConvertOptions(), run_options or RunOptions()
     source_options = source_options or SourceOptions()

@@ -131,7 +131,7 @@ class SensitivityOptions:
     def types(self) -> tuple[GgmlType, ...]:
         """The types to try. UsageError for what is none."""
         from dsmoe_local.model.ggml import FLOATS
-        from dsmoe_quantize.types import parse_target
+        from dsmoe_quantize.policy.types import parse_target
 
         types = tuple(dict.fromkeys(parse_target(word) for word in self.probes or (_PROBE,)))
         if FLOATS.intersection(types):
@@ -152,8 +152,8 @@ def run(
     from dsmoe_local.evaluate.error_cost import Request, measure_costs
     from dsmoe_local.model.discovery import note_use
     from dsmoe_local.model.gguf_model import read_model
+    from dsmoe_quantize.budget.target import refuse_quantized
     from dsmoe_quantize.imatrix_file import read_imatrix
-    from dsmoe_quantize.target import refuse_quantized
 
     assert options.sensitivity_file is not None
     request = Request(

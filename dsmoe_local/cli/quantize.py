@@ -22,11 +22,11 @@ from dsmoe_local.cli.type_options import (
     summary_line,
     type_options,
 )
-from dsmoe_quantize.named_recipes import RECIPES
+from dsmoe_quantize.policy.named_recipes import RECIPES
 
 if TYPE_CHECKING:
+    from dsmoe_quantize.policy.types import TypeChoice
     from dsmoe_quantize.quantize import Plan
-    from dsmoe_quantize.types import TypeChoice
 
 
 @click.command(name="quantize")
@@ -62,7 +62,7 @@ def command(
     that do the least harm within all targets.
     """
     from dsmoe_local.cli.render import run_with_progress, show_result
-    from dsmoe_quantize.explain import stated_reasons
+    from dsmoe_quantize.budget.explanation import stated_reasons
     from dsmoe_quantize.quantize import default_output, output_called, plan_quantization, quantize_file
 
     if out is not None and named is not None:
@@ -99,8 +99,8 @@ def command(
 
 def _check_places(source: Path, output: Path, recipe_out: Path | None, *, force: bool, dry_run: bool) -> None:
     """Raise, before any work, what would be raised after it about the files to write."""
-    from dsmoe_quantize.output import refuse_early
-    from dsmoe_quantize.recipe_file import refuse_place
+    from dsmoe_quantize.policy.recipe_file import refuse_place
+    from dsmoe_quantize.write.output import refuse_early
 
     if recipe_out is not None:
         refuse_place(recipe_out, (source, output))
@@ -112,7 +112,7 @@ def _choice(types: TypeOptions, out: Path | None) -> TypeChoice:
     """What --type or --recipe names. UsageError if neither is given; as llama-quantize wants it, the type may
     be where `out` belongs.
     """
-    from dsmoe_quantize.types import known_words, resolve
+    from dsmoe_quantize.policy.types import known_words, resolve
 
     if types.word is not None:
         with told_origin("word"):
@@ -137,10 +137,10 @@ def _solved(
     """The best types for a target; then the trade-off is shown."""
     from dsmoe_local.cli.render import run_with_progress
     from dsmoe_local.model.gguf_model import read_model
-    from dsmoe_quantize.choose import refuse_unmatched
-    from dsmoe_quantize.explain import reasons
-    from dsmoe_quantize.record import refuse_foreign
-    from dsmoe_quantize.target import refuse_quantized, solve_target
+    from dsmoe_quantize.budget.explanation import reasons
+    from dsmoe_quantize.budget.target import refuse_quantized, solve_target
+    from dsmoe_quantize.policy.choice import refuse_unmatched
+    from dsmoe_quantize.policy.record import refuse_foreign
 
     request, wishes, imatrix = targets.request(), types.wishes(), types.imatrix()
     file, hp = read_model(source)
@@ -163,8 +163,8 @@ def _solved(
 
 def _write_recipe(plan: Plan, path: Path, *, force: bool) -> None:
     """Write the plan's recipe as a file. UsageError if it follows llama.cpp's rules, which are none."""
-    from dsmoe_quantize.recipe_file import write_recipe
-    from dsmoe_quantize.recipes import LayeredRecipe
+    from dsmoe_quantize.policy.recipe_file import write_recipe
+    from dsmoe_quantize.policy.recipes import LayeredRecipe
 
     recipe = plan.record.type
     if isinstance(recipe, LayeredRecipe):

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from dsmoe_quantize.budget import Budget
-    from dsmoe_quantize.explain import Offer, Reason
-    from dsmoe_quantize.target import Request, Target
+    from dsmoe_quantize.budget.cost_model import Budget
+    from dsmoe_quantize.budget.explanation import Offer, Reason
+    from dsmoe_quantize.budget.target import Request, Target
 
 TARGETS = ("target_size", "target_bpw", "target_bytes_per_token")
 """The parameters that are targets."""
@@ -135,9 +135,9 @@ class TargetOptions:
 
     def request(self) -> Request:
         """The options about a target as data. UsageError for what is no size."""
-        from dsmoe_quantize.budget import Budget
-        from dsmoe_quantize.fast_kernels import this_cpu
-        from dsmoe_quantize.target import Request
+        from dsmoe_quantize.budget.cost_model import Budget
+        from dsmoe_quantize.budget.fast_kernels import this_cpu
+        from dsmoe_quantize.budget.target import Request
 
         share = self.max_slow_share
         budget = Budget(
@@ -167,7 +167,7 @@ def show_offers(target: Target, budget: Budget, *, to_stderr: bool) -> None:
     """Print the trade-off around a recipe."""
     from rich.console import Console
 
-    from dsmoe_quantize.explain import offers
+    from dsmoe_quantize.budget.explanation import offers
 
     console = Console(stderr=to_stderr, highlight=False, markup=False)
     if not console.is_terminal:

@@ -14,16 +14,16 @@ from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.cli.configuration import from_command_line, told_origin
-from dsmoe_quantize.named_recipes import RECIPES
+from dsmoe_quantize.policy.named_recipes import RECIPES
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
     from dsmoe_local.model.ggml import GgmlType
-    from dsmoe_quantize.choose import Choice, Wishes
     from dsmoe_quantize.imatrix import Imatrix
-    from dsmoe_quantize.output import Summary
-    from dsmoe_quantize.recipes import LayeredRecipe
+    from dsmoe_quantize.policy.choice import Choice, Wishes
+    from dsmoe_quantize.policy.recipes import LayeredRecipe
+    from dsmoe_quantize.write.output import Summary
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -39,7 +39,7 @@ _ABOUT = (
 
 
 class TypeWord(click.ParamType[str]):
-    """A type's name. What it is, `dsmoe_quantize.types.resolve` says."""
+    """A type's name. What it is, `dsmoe_quantize.policy.types.resolve` says."""
 
     name = "TYPE"
 
@@ -53,7 +53,7 @@ class TypeWord(click.ParamType[str]):
         """All names, each as it is best written."""
         from click.shell_completion import CompletionItem
 
-        from dsmoe_quantize.types import known_words
+        from dsmoe_quantize.policy.types import known_words
 
         wanted = incomplete.casefold()
         return [CompletionItem(word) for word in known_words() if word.casefold().startswith(wanted)]
@@ -133,7 +133,7 @@ class TypeOptions:
 
     def recipe(self) -> LayeredRecipe | None:
         """The recipe of the file. FileError, FormatError."""
-        from dsmoe_quantize.recipe_file import read_recipe
+        from dsmoe_quantize.policy.recipe_file import read_recipe
 
         return read_recipe(self.recipe_file) if self.recipe_file else None
 
@@ -145,7 +145,7 @@ class TypeOptions:
 
     def wishes(self) -> Wishes:
         """The options about single tensors as data. UsageError for a word that is no type."""
-        from dsmoe_quantize.choose import Wishes, parse_override
+        from dsmoe_quantize.policy.choice import Wishes, parse_override
 
         return Wishes(
             overrides=tuple(map(parse_override, self.overrides)),
@@ -157,7 +157,7 @@ class TypeOptions:
 
 def _target(name: str, word: str | None) -> GgmlType | None:
     """The type that an option gives. UsageError for a word that is none, an empty one, too."""
-    from dsmoe_quantize.types import parse_target
+    from dsmoe_quantize.policy.types import parse_target
 
     with told_origin(name):
         return None if word is None else parse_target(word)

@@ -28,9 +28,9 @@ from dsmoe_local.evaluate.workplace import workplace
 from dsmoe_local.model.ggml import GgmlType, type_name
 from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.hyperparameters import Hyperparameters
-from dsmoe_quantize import sensitivity_file
+from dsmoe_quantize.budget import sensitivity_file
+from dsmoe_quantize.budget.sensitivity import Probe, Probes, Sensitivity, measure
 from dsmoe_quantize.imatrix import Imatrix
-from dsmoe_quantize.sensitivity import Probe, Probes, Sensitivity, measure
 
 Load: TypeAlias = Callable[
     [Path, int, tuple[ObserverOptions, ...], Listener, threading.Event], AbstractContextManager[TextEngine]

@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 from dsmoe_local.model.ggml import GgmlType, block_size, type_name
 from dsmoe_local.model.gguf_file import GgufFile, TensorInfo
 from dsmoe_local.model.hyperparameters import Hyperparameters
-from dsmoe_quantize.budget import Market
-from dsmoe_quantize.choose import Choice
-from dsmoe_quantize.error_weights import WEIGHTS
+from dsmoe_quantize.budget.cost_model import Market
+from dsmoe_quantize.budget.error_weights import WEIGHTS
+from dsmoe_quantize.budget.sensitivity import Probe, Probes, Sensitivity, TensorErrors
 from dsmoe_quantize.imatrix import Imatrix
-from dsmoe_quantize.mixes import FALLBACKS, FLOAT_TYPES
+from dsmoe_quantize.policy.choice import Choice
+from dsmoe_quantize.policy.mixes import FALLBACKS, FLOAT_TYPES
+from dsmoe_quantize.policy.recipes import KINDS, Group, group_of
 from dsmoe_quantize.quantize import Change, Plan
-from dsmoe_quantize.recipes import KINDS, Group, group_of
-from dsmoe_quantize.sensitivity import Probe, Probes, Sensitivity, TensorErrors
 
 LEAST_ERROR = 1e-6
 """A smaller relative error is none: the type holds the weights as they are."""

@@ -25,10 +25,10 @@ from dsmoe_local.base.progress import Advanced, Finished, Listener, Note, Starte
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.gguf_writer import PlannedTensor, plan_gguf, write_at
-from dsmoe_quantize.encode import TensorJob, check_job
-from dsmoe_quantize.output import disk_errors
-from dsmoe_quantize.pipeline import Effects, PlacedJob, encode_all, n_cores
 from dsmoe_quantize.quantize import Plan, jobs_of, opened, refuse_another
+from dsmoe_quantize.write.encoder import TensorJob, check_job
+from dsmoe_quantize.write.output import disk_errors
+from dsmoe_quantize.write.pipeline import Effects, PlacedJob, encode_all, n_cores
 
 Group = Sequence[str]
 """Names of tensors, in the source's order."""

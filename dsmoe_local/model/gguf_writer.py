@@ -1,7 +1,7 @@
 """GGUF output: the header first, then tensors at offsets that are known beforehand.
 
 Tensors may be written in any order and from several threads. The bytes of the header come from the `gguf`
-package; temp files, syncing and renaming are dsmoe_quantize.output's task.
+package; temp files, syncing and renaming are dsmoe_quantize.write.output's task.
 """
 
 from __future__ import annotations

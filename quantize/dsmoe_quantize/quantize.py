@@ -19,13 +19,11 @@ from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.gguf_writer import PlannedTensor, plan_gguf
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import role_of
-from dsmoe_quantize.choose import Choice, Wishes, choose_types, label_of
-from dsmoe_quantize.encode import Bytes, TensorJob
 from dsmoe_quantize.errors import RequantizeError
 from dsmoe_quantize.imatrix import Imatrix
-from dsmoe_quantize.mixes import ALIASES
-from dsmoe_quantize.output import Summary, write_output
-from dsmoe_quantize.record import (
+from dsmoe_quantize.policy.choice import Choice, Wishes, choose_types, label_of
+from dsmoe_quantize.policy.mixes import ALIASES
+from dsmoe_quantize.policy.record import (
     Record,
     identity_of_output,
     importance_of,
@@ -35,7 +33,9 @@ from dsmoe_quantize.record import (
     refuse_foreign,
     used_imatrix,
 )
-from dsmoe_quantize.types import SettledType, TypeChoice, known_words, settled
+from dsmoe_quantize.policy.types import SettledType, TypeChoice, known_words, settled
+from dsmoe_quantize.write.encoder import Bytes, TensorJob
+from dsmoe_quantize.write.output import Summary, write_output
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from dsmoe_local.cli.configuration import configurable, keys_of
 from dsmoe_local.cli.main import load_command
 from dsmoe_local.engine.parameters import SamplingParameters
 from dsmoe_local.evaluate.importance import SAVE_EVERY
-from dsmoe_quantize.sensitivity import SAMPLE
+from dsmoe_quantize.budget.sensitivity import SAMPLE
 
 
 def test_config_shows_what_chat_gets(

@@ -143,7 +143,7 @@ def test_interruption(number: signal.Signals, checkpoint: Path) -> None:
     """Ctrl-C that is slow, leaves half a file or has the exit status of a failure."""
     code = (
         "import os, sys\n"
-        "from dsmoe_quantize import pipeline\n"
+        "from dsmoe_quantize.write import pipeline\n"
         "write = pipeline._Run._do\n"
         "def slow(self, task, encoder):\n"
         "    os.write(1, b'.')\n"

@@ -17,8 +17,8 @@ from dsmoe_local.base.errors import MissingExtraError, missing_extra
 from dsmoe_local.cli.commands import COMMANDS
 from dsmoe_local.cli.main import load_command
 from dsmoe_local.model.presets import PRESETS
+from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
-from dsmoe_quantize.types import resolve
 
 
 def dsmoe(*arguments: str, **options: str) -> subprocess.CompletedProcess[str]:

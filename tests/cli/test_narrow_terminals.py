@@ -17,10 +17,10 @@ from dsmoe_local.evaluate.error_cost import ErrorCosts
 from dsmoe_local.evaluate.error_cost_groups import GroupCost
 from dsmoe_local.evaluate.text import built_in
 from dsmoe_local.model.ggml import GgmlType
-from dsmoe_quantize.explain import stated_reasons
+from dsmoe_quantize.budget.explanation import stated_reasons
+from dsmoe_quantize.budget.sensitivity import Probe, Probes
+from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization
-from dsmoe_quantize.sensitivity import Probe, Probes
-from dsmoe_quantize.types import resolve
 
 Q4_K = GgmlType.Q4_K
 WIDTHS = (60, 80, 100, 132)

@@ -99,7 +99,7 @@ def test_signals(source: Path, tmp_path: Path, number: int, status: int) -> None
     """A signal that is not obeyed, leaves a half file, or hides how to go on."""
     code = f"""
 import os, sys
-from dsmoe_quantize import pipeline
+from dsmoe_quantize.write import pipeline
 reach, slabs = pipeline.reach, []
 def reached(point):
     reach(point)

@@ -35,7 +35,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr("dsmoe_quantize.pipeline.SYNC_SECONDS", 0.01)
+    monkeypatch.setattr("dsmoe_quantize.write.pipeline.SYNC_SECONDS", 0.01)
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_low_disk_killed(fault: str, sync_seconds: float, hub: Hub, tmp_path: Pa
     """
     out = tmp_path / "out" / "out.gguf"
     out.parent.mkdir()
-    code = f"from dsmoe_quantize import pipeline; pipeline.SYNC_SECONDS = {sync_seconds}; {SCRIPT}"
+    code = f"from dsmoe_quantize.write import pipeline; pipeline.SYNC_SECONDS = {sync_seconds}; {SCRIPT}"
     command = [sys.executable, "-c", code, hub.repository, "-o", str(out), "--low-disk"]
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
     killed = subprocess.run(command, env=environment | {"DSMOE_FAULT": fault}, check=False)

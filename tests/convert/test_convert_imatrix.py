@@ -21,13 +21,13 @@ from dsmoe_local.base.progress import Advanced, Event, Note
 from dsmoe_local.cli.main import load_command
 from dsmoe_local.model.gguf_file import read_gguf
 from dsmoe_local.model.type_name import RECIPE_KEY
-from dsmoe_quantize.choose import Wishes, parse_override
 from dsmoe_quantize.imatrix_file import read_imatrix, write_imatrix
-from dsmoe_quantize.named_recipes import RECIPES, NamedRecipe
+from dsmoe_quantize.policy.choice import Wishes, parse_override
+from dsmoe_quantize.policy.named_recipes import RECIPES, NamedRecipe
+from dsmoe_quantize.policy.recipe_file import parse_recipe, render_recipe, write_recipe
+from dsmoe_quantize.policy.recipes import recipe_for
+from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
-from dsmoe_quantize.recipe_file import parse_recipe, render_recipe, write_recipe
-from dsmoe_quantize.recipes import recipe_for
-from dsmoe_quantize.types import resolve
 
 MINE = NamedRecipe(
     "mine", "a test", "Q4_K_M", {"": "Q4_K", "routed-down": {"Q5_0": "last-eighth", "IQ4_NL": "others"}}

@@ -17,9 +17,9 @@ from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.hyperparameters import Hyperparameters, RopeScaling
 from dsmoe_local.model.layout import Role, tensor_specs
-from dsmoe_quantize.choose import Wishes, parse_override
+from dsmoe_quantize.policy.choice import Wishes, parse_override
+from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
-from dsmoe_quantize.types import resolve
 
 IDS = [0, *range(20, 70), 5, 5, 300]
 TOLERANCE = 1e-3
@@ -182,7 +182,7 @@ def hp_with_odd_heads() -> Hyperparameters:
 
 def test_slabs_cut_through_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rotary rows that are only right when a slab holds whole heads."""
-    monkeypatch.setattr("dsmoe_quantize.encode.SLAB_BYTES", 7 * 96 * 4)
+    monkeypatch.setattr("dsmoe_quantize.write.encoder.SLAB_BYTES", 7 * 96 * 4)
     hp = hp_with_odd_heads()
     out = tmp_path / "out.gguf"
     convert_folder(write_checkpoint(tmp_path / "model", hp), out)

@@ -29,9 +29,9 @@ from dsmoe_local.evaluate.text import Text, built_in, read_text
 from dsmoe_local.evaluate.windows import cut_windows
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import read_gguf
+from dsmoe_quantize.budget.sensitivity import Probe, Probes, Sensitivity, TensorErrors
+from dsmoe_quantize.budget.sensitivity_file import read_sensitivity, write_sensitivity
 from dsmoe_quantize.imatrix_file import read_imatrix, write_imatrix
-from dsmoe_quantize.sensitivity import Probe, Probes, Sensitivity, TensorErrors
-from dsmoe_quantize.sensitivity_file import read_sensitivity, write_sensitivity
 
 TEXT = Text("t", built_in().content[1000:1300])
 N_CONTEXT = 32

@@ -35,15 +35,15 @@ from dsmoe_local.evaluate.windows import cut_windows
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.layout import tensor_specs
-from dsmoe_quantize.budget import Market
-from dsmoe_quantize.choose import Choice, Wishes
-from dsmoe_quantize.error_weights import WEIGHTS
+from dsmoe_quantize.budget.cost_model import Market
+from dsmoe_quantize.budget.error_weights import WEIGHTS
+from dsmoe_quantize.budget.sensitivity import Probe, Probes
+from dsmoe_quantize.budget.sensitivity_file import read_sensitivity
 from dsmoe_quantize.imatrix import Imatrix
+from dsmoe_quantize.policy.choice import Choice, Wishes
+from dsmoe_quantize.policy.recipes import group_of
+from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
-from dsmoe_quantize.recipes import group_of
-from dsmoe_quantize.sensitivity import Probe, Probes
-from dsmoe_quantize.sensitivity_file import read_sensitivity
-from dsmoe_quantize.types import resolve
 
 N_CONTEXT = 48
 TEXT = Text("test", built_in().content[1000:1600])

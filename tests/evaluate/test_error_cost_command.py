@@ -23,12 +23,12 @@ from dsmoe_local.evaluate.error_cost import ErrorCosts, Request
 from dsmoe_local.evaluate.error_cost_groups import GroupCost
 from dsmoe_local.evaluate.text import built_in
 from dsmoe_local.model.ggml import GgmlType
+from dsmoe_quantize.budget.sensitivity import Probe, Probes
+from dsmoe_quantize.budget.sensitivity_file import read_sensitivity
 from dsmoe_quantize.imatrix import Imatrix
 from dsmoe_quantize.imatrix_file import write_imatrix
+from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
-from dsmoe_quantize.sensitivity import Probe, Probes
-from dsmoe_quantize.sensitivity_file import read_sensitivity
-from dsmoe_quantize.types import resolve
 
 # Then the same is computed together in every run.
 ONE_AT_ONCE = ("-t", "1", "-c", "64", "-ub", "64")

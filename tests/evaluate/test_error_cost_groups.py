@@ -15,11 +15,11 @@ from dsmoe_local.evaluate.error_cost_groups import Trial, cost_of, trials_of
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_quantize.budget.sensitivity import Probe, Probes, measure
+from dsmoe_quantize.budget.sensitivity_file import start
+from dsmoe_quantize.policy.recipes import KINDS
+from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
-from dsmoe_quantize.recipes import KINDS
-from dsmoe_quantize.sensitivity import Probe, Probes, measure
-from dsmoe_quantize.sensitivity_file import start
-from dsmoe_quantize.types import resolve
 
 Q4_0, Q4_K, Q5_0, Q8_0 = GgmlType.Q4_0, GgmlType.Q4_K, GgmlType.Q5_0, GgmlType.Q8_0
 

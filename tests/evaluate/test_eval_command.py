@@ -17,8 +17,8 @@ from support.tiny_gguf import DENSE, write_tiny
 
 from dsmoe_local.base.paths import cache_folder
 from dsmoe_local.evaluate.text import built_in
+from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
-from dsmoe_quantize.types import resolve
 
 # Then the same is computed together in every run.
 ONE_AT_ONCE = ("-t", "1", "-c", "64", "-ub", "64")

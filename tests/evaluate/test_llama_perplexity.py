@@ -14,8 +14,8 @@ import pytest
 from support.models import smollm2
 
 from dsmoe_local.evaluate.text import built_in
+from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
-from dsmoe_quantize.types import resolve
 
 TOOL = shutil.which("llama-perplexity") or ""
 pytestmark = pytest.mark.skipif(not TOOL, reason="llama-perplexity is not on the PATH")

@@ -19,9 +19,9 @@ from dsmoe_local.evaluate.text import built_in
 from dsmoe_local.model.gguf_file import read_gguf
 from dsmoe_quantize.imatrix import FEW
 from dsmoe_quantize.imatrix_file import read_imatrix
+from dsmoe_quantize.policy.record import UNWEIGHED
+from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
-from dsmoe_quantize.record import UNWEIGHED
-from dsmoe_quantize.types import resolve
 
 COLLECTOR = shutil.which("llama-imatrix") or ""
 QUANTIZER = shutil.which("llama-quantize") or ""

@@ -34,8 +34,8 @@ from dsmoe_local.evaluate.results import Comparison, Evaluation
 from dsmoe_local.evaluate.text import Text, built_in
 from dsmoe_local.evaluate.windows import Windows, cut_windows
 from dsmoe_local.evaluate.workplace import workplace
+from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
-from dsmoe_quantize.types import resolve
 
 N_CONTEXT = 64
 TEXT = Text("test", built_in().content[1000:2200])

@@ -14,8 +14,8 @@ from benchmarks import predicted_error
 from benchmarks.predicted_error import Row, mean_log_ratio, rank_correlation
 from dsmoe_local.evaluate.text import built_in
 from dsmoe_local.model.gguf_model import read_model
-from dsmoe_quantize.error_weights import WEIGHTS
-from dsmoe_quantize.sensitivity_file import start, write_sensitivity
+from dsmoe_quantize.budget.error_weights import WEIGHTS
+from dsmoe_quantize.budget.sensitivity_file import start, write_sensitivity
 
 ROWS = [
     Row("Q4_0", 4.5, 0.02, 0.01, 0.001),

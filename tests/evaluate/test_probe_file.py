@@ -26,10 +26,10 @@ from dsmoe_local.evaluate.text import Text, built_in
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.gguf_model import read_model
-from dsmoe_quantize.choose import Choice
-from dsmoe_quantize.mixes import FLOAT_TYPES
+from dsmoe_quantize.policy.choice import Choice
+from dsmoe_quantize.policy.mixes import FLOAT_TYPES
+from dsmoe_quantize.policy.recipes import group_of
 from dsmoe_quantize.quantize import Change, Plan, quantize_file
-from dsmoe_quantize.recipes import group_of
 
 Q4_0, Q5_0, Q8_0 = GgmlType.Q4_0, GgmlType.Q5_0, GgmlType.Q8_0
 TEXT = Text("test", built_in().content[1000:1300])

@@ -60,10 +60,10 @@ from dsmoe_local.evaluate.speed.workload import Workload, workloads_of
 from dsmoe_local.evaluate.text import Text, built_in
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_model import read_model
-from dsmoe_quantize import sensitivity_file
-from dsmoe_quantize.named_recipes import RECIPES
-from dsmoe_quantize.recipes import KINDS, recipe_for
-from dsmoe_quantize.sensitivity import Probes, Sensitivity
+from dsmoe_quantize.budget import sensitivity_file
+from dsmoe_quantize.budget.sensitivity import Probes, Sensitivity
+from dsmoe_quantize.policy.named_recipes import RECIPES
+from dsmoe_quantize.policy.recipes import KINDS, recipe_for
 
 RANDOM = np.random.default_rng(0)
 

@@ -18,8 +18,8 @@ from dsmoe_local.evaluate.reference import compare, record, recorders
 from dsmoe_local.evaluate.results import divergence_of
 from dsmoe_local.evaluate.text import Text, built_in
 from dsmoe_local.evaluate.windows import cut_windows
+from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
-from dsmoe_quantize.types import resolve
 
 N_CONTEXT = 32
 TEXT = Text("test", built_in().content[1000:2600])

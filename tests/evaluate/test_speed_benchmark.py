@@ -18,7 +18,7 @@ from benchmarks.support.sizes import choices_of
 from dsmoe_local.model.cost import parameters
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_model import read_model
-from dsmoe_quantize import kernels
+from dsmoe_quantize.write import kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -15,11 +15,11 @@ from dsmoe_local.model.discovery import KnownModel, describe
 from dsmoe_local.model.gguf_file import Field, GgufFile, read_gguf
 from dsmoe_local.model.report import as_json, report_on
 from dsmoe_local.model.type_name import RECIPE_KEY, file_type_name, imatrix_name
-from dsmoe_quantize.mixes import FLOAT_TYPES, MIXES, file_type_of
-from dsmoe_quantize.named_recipes import RECIPES
+from dsmoe_quantize.policy.mixes import FLOAT_TYPES, MIXES, file_type_of
+from dsmoe_quantize.policy.named_recipes import RECIPES
+from dsmoe_quantize.policy.recipe_file import parse_recipe, render_recipe
+from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
-from dsmoe_quantize.recipe_file import parse_recipe, render_recipe
-from dsmoe_quantize.types import resolve
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from dsmoe_quantize.error_weights import WEIGHTS, error_weights
-from dsmoe_quantize.recipes import Group
+from dsmoe_quantize.budget.error_weights import WEIGHTS, error_weights
+from dsmoe_quantize.policy.recipes import Group
 
 OUTPUT, EMBEDDING = Group("output", None), Group("embedding", None)
 DOWN = [Group("routed-down", layer) for layer in (1, 2, 3)]

@@ -16,14 +16,14 @@ from support.tiny_gguf import DENSE, EIGHT_EXPERTS, MOE, NARROW, ODD, write_tiny
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.model.ggml import FLOATS, GgmlType, tensor_bytes, type_name
 from dsmoe_local.model.gguf_file import read_gguf
-from dsmoe_quantize import encode, kernels
-from dsmoe_quantize.choose import Override, Wishes
 from dsmoe_quantize.imatrix import FEW, Imatrix, Statistics, merged, metadata_of_use
 from dsmoe_quantize.imatrix_file import read_imatrix, write_imatrix
-from dsmoe_quantize.mixes import MIXES, file_type_of
+from dsmoe_quantize.policy.choice import Override, Wishes
+from dsmoe_quantize.policy.mixes import MIXES, file_type_of
+from dsmoe_quantize.policy.record import UNWEIGHED
+from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
-from dsmoe_quantize.record import UNWEIGHED
-from dsmoe_quantize.types import resolve
+from dsmoe_quantize.write import encoder, kernels
 
 MODELS = {
     "moe": (MOE, "bf16"),
@@ -159,8 +159,8 @@ def test_any_cut_gives_the_same_bytes(
     source, matrix = models["moe"]
     imatrix = read_imatrix(matrix)
     expected = quantized(source, tmp_path / "whole.gguf", word, imatrix)
-    monkeypatch.setattr(encode, "SLAB_BYTES", 12345)
-    monkeypatch.setattr(encode, "PIECE_WEIGHTS", 1000)
+    monkeypatch.setattr(encoder, "SLAB_BYTES", 12345)
+    monkeypatch.setattr(encoder, "PIECE_WEIGHTS", 1000)
     assert quantized(source, tmp_path / "cut.gguf", word, imatrix).read_bytes() == expected.read_bytes()
 
 

@@ -17,7 +17,7 @@ from support.tiny_gguf import MOE, write_tiny
 from dsmoe_local.base.errors import FileError, FormatError
 from dsmoe_quantize.imatrix import Imatrix, Statistics
 from dsmoe_quantize.imatrix_file import read_imatrix, write_imatrix
-from dsmoe_quantize.kernels import library_path
+from dsmoe_quantize.write.kernels import library_path
 
 
 def same(first: Imatrix, second: Imatrix) -> bool:

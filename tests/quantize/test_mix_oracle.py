@@ -12,11 +12,11 @@ from support.tiny_gguf import DEEP, DENSE, EIGHT_EXPERTS, MOE, NARROW, ODD, writ
 
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import read_gguf
-from dsmoe_quantize import encode
-from dsmoe_quantize.choose import Override, Wishes
-from dsmoe_quantize.mixes import FLOAT_TYPES, MIXES, file_type_of
+from dsmoe_quantize.policy.choice import Override, Wishes
+from dsmoe_quantize.policy.mixes import FLOAT_TYPES, MIXES, file_type_of
+from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
-from dsmoe_quantize.types import resolve
+from dsmoe_quantize.write import encoder
 
 MODELS = {
     "moe": (MOE, "bf16"),
@@ -138,8 +138,8 @@ def test_any_cut_gives_the_same_bytes(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str
 ) -> None:
     """Slabs and pieces that end in the middle of a tensor: tiny models otherwise have one slab per matrix."""
-    monkeypatch.setattr(encode, "SLAB_BYTES", 12345)
-    monkeypatch.setattr(encode, "PIECE_WEIGHTS", 1000)
+    monkeypatch.setattr(encoder, "SLAB_BYTES", 12345)
+    monkeypatch.setattr(encoder, "PIECE_WEIGHTS", 1000)
     ours = quantized(models["moe"], tmp_path / "ours.gguf", word)
     assert_same(
         ours, llama_quantize(models["moe"], tmp_path / "theirs.gguf", file_type_of(resolve(word).name))

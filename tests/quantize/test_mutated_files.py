@@ -18,14 +18,14 @@ from dsmoe_local.base.errors import FileError
 from dsmoe_local.base.progress import ignore
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_writer import PlannedTensor, plan_gguf
+from dsmoe_quantize.budget.sensitivity import Probe, Probes, Sensitivity, TensorErrors
+from dsmoe_quantize.budget.sensitivity_file import read_sensitivity, write_sensitivity
 from dsmoe_quantize.imatrix_file import read_imatrix, write_imatrix
-from dsmoe_quantize.named_recipes import RECIPES
-from dsmoe_quantize.part_file import PartFile, journal_of
-from dsmoe_quantize.recipe_file import read_recipe, render_recipe
-from dsmoe_quantize.recipes import recipe_for
-from dsmoe_quantize.sensitivity import Probe, Probes, Sensitivity, TensorErrors
-from dsmoe_quantize.sensitivity_file import read_sensitivity, write_sensitivity
-from dsmoe_quantize.types import settled
+from dsmoe_quantize.policy.named_recipes import RECIPES
+from dsmoe_quantize.policy.recipe_file import read_recipe, render_recipe
+from dsmoe_quantize.policy.recipes import recipe_for
+from dsmoe_quantize.policy.types import settled
+from dsmoe_quantize.write.part_file import PartFile, journal_of
 
 COUNTS = [300, pytest.param(50_000, marks=pytest.mark.soak)]
 ODD = (

@@ -10,9 +10,9 @@ from support.checkpoints import WIDE, write_checkpoint
 
 from dsmoe_convert.convert import ConvertOptions, convert_folder
 from dsmoe_local.model.gguf_file import read_gguf
-from dsmoe_quantize.choose import Wishes, parse_override
+from dsmoe_quantize.policy.choice import Wishes, parse_override
+from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
-from dsmoe_quantize.types import resolve
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from support.tiny_gguf import MOE, write_tiny
 
-from dsmoe_quantize import output, pipeline
-from dsmoe_quantize.encode import Slab, TensorJob, slabs
-from dsmoe_quantize.output import Summary
+from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
-from dsmoe_quantize.types import resolve
+from dsmoe_quantize.write import output, pipeline
+from dsmoe_quantize.write.encoder import Slab, TensorJob, slabs
+from dsmoe_quantize.write.output import Summary
 
 OUT = "out.gguf"
 

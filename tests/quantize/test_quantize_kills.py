@@ -11,13 +11,13 @@ import pytest
 from support.kills import Job, check_every_point, check_random_kills
 from support.tiny_gguf import MOE, write_tiny
 
+from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
-from dsmoe_quantize.types import resolve
 
 _CODE = """
 from pathlib import Path
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
-from dsmoe_quantize.types import resolve
+from dsmoe_quantize.policy.types import resolve
 source, word, out = sys.argv[1:]
 plan = plan_quantization(Path(source), resolve(word))
 started()

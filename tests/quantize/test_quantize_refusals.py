@@ -24,11 +24,11 @@ from dsmoe_local.base.errors import (
 )
 from dsmoe_local.base.progress import Advanced, Event, Started
 from dsmoe_local.model.gguf_file import read_gguf
-from dsmoe_quantize import kernels, pipeline
 from dsmoe_quantize.errors import KernelError, RequantizeError, WeightError
-from dsmoe_quantize.output import Summary
+from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
-from dsmoe_quantize.types import resolve
+from dsmoe_quantize.write import kernels, pipeline
+from dsmoe_quantize.write.output import Summary
 
 
 @pytest.fixture
@@ -313,7 +313,7 @@ def test_kernels_do_not_import_llama_cpp() -> None:
     import sys
 
     code = (
-        "import sys; from dsmoe_quantize import kernels; from dsmoe_local.model.ggml import GgmlType\n"
+        "import sys; from dsmoe_quantize.write import kernels; from dsmoe_local.model.ggml import GgmlType\n"
         "kernels.encoder(GgmlType.Q4_K); sys.exit('llama_cpp' in sys.modules)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -18,14 +18,20 @@ from dsmoe_local.model.gguf_file import read_gguf
 from dsmoe_local.model.layout import Role, tensor_specs
 from dsmoe_local.model.presets import PRESETS
 from dsmoe_local.model.type_name import RECIPE_KEY
-from dsmoe_quantize import kernels
-from dsmoe_quantize.choose import Wishes, parse_override
-from dsmoe_quantize.error_weights import WEIGHTS
-from dsmoe_quantize.mixes import file_type_of
+from dsmoe_quantize.budget.error_weights import WEIGHTS
+from dsmoe_quantize.policy.choice import Wishes, parse_override
+from dsmoe_quantize.policy.mixes import file_type_of
+from dsmoe_quantize.policy.recipe_file import (
+    format_layers,
+    parse_recipe,
+    read_recipe,
+    render_recipe,
+    write_recipe,
+)
+from dsmoe_quantize.policy.recipes import KINDS, OTHERS, RECIPE_FALLBACKS, LayeredRecipe, group_of
+from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
-from dsmoe_quantize.recipe_file import format_layers, parse_recipe, read_recipe, render_recipe, write_recipe
-from dsmoe_quantize.recipes import KINDS, OTHERS, RECIPE_FALLBACKS, LayeredRecipe, group_of
-from dsmoe_quantize.types import resolve
+from dsmoe_quantize.write import kernels
 
 TYPES = st.sampled_from(sorted(kernels.WRITABLE))
 HAND_MADE = """

@@ -17,16 +17,16 @@ from dsmoe_local.cli.main import load_command
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import read_gguf
 from dsmoe_local.model.type_name import RECIPE_KEY
-from dsmoe_quantize.choose import Wishes, may_change
+from dsmoe_quantize.budget.explanation import stated_reasons
+from dsmoe_quantize.budget.fast_kernels import CPUS
 from dsmoe_quantize.errors import RequantizeError
-from dsmoe_quantize.explain import stated_reasons
-from dsmoe_quantize.fast_kernels import CPUS
 from dsmoe_quantize.imatrix_file import write_imatrix
-from dsmoe_quantize.named_recipes import RECIPES
+from dsmoe_quantize.policy.choice import Wishes, may_change
+from dsmoe_quantize.policy.named_recipes import RECIPES
+from dsmoe_quantize.policy.recipe_file import parse_recipe, read_recipe
+from dsmoe_quantize.policy.recipes import KINDS
+from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization
-from dsmoe_quantize.recipe_file import parse_recipe, read_recipe
-from dsmoe_quantize.recipes import KINDS
-from dsmoe_quantize.types import resolve
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ from dsmoe_local.model.gguf_writer import PlannedTensor
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import Role, tensor_specs
 from dsmoe_local.model.presets import PRESETS
-from dsmoe_quantize.choose import choose_types
-from dsmoe_quantize.mixes import file_type_of
-from dsmoe_quantize.named_recipes import RECIPES, NamedRecipe, TypeWords
-from dsmoe_quantize.recipe_file import parse_recipe, render_recipe
-from dsmoe_quantize.recipes import KINDS, LAYER_RULES, OTHERS, group_of, recipe_for
-from dsmoe_quantize.types import known_words, resolve, settled
+from dsmoe_quantize.policy.choice import choose_types
+from dsmoe_quantize.policy.mixes import file_type_of
+from dsmoe_quantize.policy.named_recipes import RECIPES, NamedRecipe, TypeWords
+from dsmoe_quantize.policy.recipe_file import parse_recipe, render_recipe
+from dsmoe_quantize.policy.recipes import KINDS, LAYER_RULES, OTHERS, group_of, recipe_for
+from dsmoe_quantize.policy.types import known_words, resolve, settled
 
 BIG = PRESETS["deepseekmoe-16b"].hp
 DEPTHS = (1, 2, 6, 8, 28, 62)

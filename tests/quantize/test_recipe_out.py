@@ -17,14 +17,14 @@ from dsmoe_local.cli.main import load_command
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import read_gguf
 from dsmoe_local.model.type_name import RECIPE_KEY, file_type_name
-from dsmoe_quantize.choose import Wishes, parse_override
 from dsmoe_quantize.imatrix import Imatrix
 from dsmoe_quantize.imatrix_file import write_imatrix
-from dsmoe_quantize.named_recipes import RECIPES
+from dsmoe_quantize.policy.choice import Wishes, parse_override
+from dsmoe_quantize.policy.named_recipes import RECIPES
+from dsmoe_quantize.policy.recipe_file import parse_recipe, read_recipe, refuse_place, render_recipe
+from dsmoe_quantize.policy.recipes import OTHERS, recipe_for
+from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization
-from dsmoe_quantize.recipe_file import parse_recipe, read_recipe, refuse_place, render_recipe
-from dsmoe_quantize.recipes import OTHERS, recipe_for
-from dsmoe_quantize.types import resolve
 
 Q4 = recipe_for(RECIPES["q4"], MOE.n_layers)
 TARGET = ("--target-bpw", "7.5", "--sample", "512")

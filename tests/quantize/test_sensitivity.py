@@ -21,12 +21,8 @@ from dsmoe_local.base.errors import FormatError, InterruptedRunError, UsageError
 from dsmoe_local.base.progress import Event, Started
 from dsmoe_local.model.ggml import FLOATS, GgmlType, block_size
 from dsmoe_local.model.gguf_model import read_model
-from dsmoe_quantize.choose import Wishes, may_change
-from dsmoe_quantize.errors import WeightError
-from dsmoe_quantize.imatrix import Imatrix
-from dsmoe_quantize.quantize import plan_quantization, quantize_file
-from dsmoe_quantize.sensitivity import Probe, Probes, Sensitivity, candidates, measure, sampled_rows
-from dsmoe_quantize.sensitivity_file import (
+from dsmoe_quantize.budget.sensitivity import Probe, Probes, Sensitivity, candidates, measure, sampled_rows
+from dsmoe_quantize.budget.sensitivity_file import (
     Keeper,
     default_path,
     read_sensitivity,
@@ -34,7 +30,11 @@ from dsmoe_quantize.sensitivity_file import (
     start,
     write_sensitivity,
 )
-from dsmoe_quantize.types import resolve
+from dsmoe_quantize.errors import WeightError
+from dsmoe_quantize.imatrix import Imatrix
+from dsmoe_quantize.policy.choice import Wishes, may_change
+from dsmoe_quantize.policy.types import resolve
+from dsmoe_quantize.quantize import plan_quantization, quantize_file
 
 SMALL = replace(MOE, n_layers=2)
 

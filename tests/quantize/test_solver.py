@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsmoe_quantize.solver import Option, Problem, Solution, solve
+from dsmoe_quantize.budget.solver import Option, Problem, Solution, solve
 
 
 def by_brute_force(problem: Problem) -> float | None:

@@ -22,18 +22,18 @@ from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import Role, role_of, tensor_specs
 from dsmoe_local.model.presets import PRESETS
 from dsmoe_local.model.type_name import RECIPE_KEY
-from dsmoe_quantize import budget as budget_module
-from dsmoe_quantize.budget import Budget, Market
-from dsmoe_quantize.choose import Wishes, choose_types, may_change, parse_override
-from dsmoe_quantize.error_weights import WEIGHTS
-from dsmoe_quantize.explain import offers, reasons
-from dsmoe_quantize.fast_kernels import CPUS, is_fast, this_cpu
-from dsmoe_quantize.mixes import MIXES
+from dsmoe_quantize.budget import cost_model
+from dsmoe_quantize.budget.cost_model import Budget, Market
+from dsmoe_quantize.budget.error_weights import WEIGHTS
+from dsmoe_quantize.budget.explanation import offers, reasons
+from dsmoe_quantize.budget.fast_kernels import CPUS, is_fast, this_cpu
+from dsmoe_quantize.budget.sensitivity import Sensitivity, TensorErrors, candidates, measure
+from dsmoe_quantize.budget.sensitivity_file import start
+from dsmoe_quantize.policy.choice import Wishes, choose_types, may_change, parse_override
+from dsmoe_quantize.policy.mixes import MIXES
+from dsmoe_quantize.policy.recipe_file import parse_recipe, render_recipe
+from dsmoe_quantize.policy.recipes import Group
 from dsmoe_quantize.quantize import Plan, quantize_file
-from dsmoe_quantize.recipe_file import parse_recipe, render_recipe
-from dsmoe_quantize.recipes import Group
-from dsmoe_quantize.sensitivity import Sensitivity, TensorErrors, candidates, measure
-from dsmoe_quantize.sensitivity_file import start
 
 BIG = PRESETS["deepseekmoe-16b"].hp
 
@@ -246,7 +246,7 @@ def test_a_size_that_is_enough_is_not_blamed(moe: Market) -> None:
 
 def test_budgets_that_do_not_go_together(moe: Market, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: "at least" so much said of budgets that are larger than that."""
-    monkeypatch.setattr(budget_module, "solve", lambda *_, **__: None)
+    monkeypatch.setattr(cost_model, "solve", lambda *_, **__: None)
     with pytest.raises(UsageError, match="all budgets at once") as caught:
         moe.solve(Budget(size=10**12, bits_per_weight=8, bytes_per_token=10**9), "x")
     assert "were it alone" in caught.value.where

@@ -14,12 +14,12 @@ from dsmoe_local.base.durable import locked
 from dsmoe_local.base.errors import FileError, LockedError, UsageError
 from dsmoe_local.base.progress import Event, Listener, Note, ignore
 from dsmoe_local.model.gguf_model import read_model
-from dsmoe_quantize.budget import Budget
-from dsmoe_quantize.choose import Wishes
+from dsmoe_quantize.budget.cost_model import Budget
+from dsmoe_quantize.budget.sensitivity_file import read_sensitivity, write_sensitivity
+from dsmoe_quantize.budget.target import Request, Target, solve_target
 from dsmoe_quantize.imatrix import Imatrix
-from dsmoe_quantize.recipes import KINDS
-from dsmoe_quantize.sensitivity_file import read_sensitivity, write_sensitivity
-from dsmoe_quantize.target import Request, Target, solve_target
+from dsmoe_quantize.policy.choice import Wishes
+from dsmoe_quantize.policy.recipes import KINDS
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from dsmoe_local.model.gguf_writer import PlannedTensor
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import Role, role_of, tensor_specs
 from dsmoe_local.model.presets import PRESETS
-from dsmoe_quantize.choose import Choice, Wishes, choose_types, fallback_notes, parse_override
+from dsmoe_quantize.policy.choice import Choice, Wishes, choose_types, fallback_notes, parse_override
+from dsmoe_quantize.policy.types import known_words, parse_target, resolve
 from dsmoe_quantize.quantize import default_output
-from dsmoe_quantize.types import known_words, parse_target, resolve
 
 BIG = PRESETS["deepseekmoe-16b"].hp
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from dsmoe_local.base import faults
 from dsmoe_local.base.progress import Advanced, Event, Listener
-from dsmoe_quantize import pipeline
+from dsmoe_quantize.write import pipeline
 from support.kills import Job
 
 _CONTEXT = multiprocessing.get_context("forkserver")

@@ -18,7 +18,7 @@ _REPEATED = frozenset({"output.slab", "output.synced", "output.journaled"})
 
 _PRELUDE = """
 import sys
-from dsmoe_quantize import pipeline
+from dsmoe_quantize.write import pipeline
 pipeline.SYNC_BYTES = int(sys.argv.pop(1))
 pipeline.SYNC_SECONDS = 0.01
 """

@@ -26,7 +26,7 @@ from benchmarks.support.quality_rows import (
 from benchmarks.support.quality_speed import timed_variants
 from benchmarks.support.quality_steps import STEPPED
 from benchmarks.support.quality_types import BASE, Variant, digest_of, variants
-from dsmoe_quantize import kernels
+from dsmoe_quantize.write import kernels
 
 SETTINGS: Mapping[str, Any] = {
     "model": "m",

@@ -21,7 +21,7 @@ from dsmoe_local import __version__
 from dsmoe_local.base import durable
 from dsmoe_local.base.errors import FileError, UsageError, missing_extra
 from dsmoe_local.base.progress import Listener, ignore
-from dsmoe_quantize import kernels
+from dsmoe_quantize.write import kernels
 
 MANIFEST = "demo.json"
 TYPES = ("q8", "q4")

@@ -24,13 +24,13 @@ from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Started, ignore
 from dsmoe_local.model.ggml import FLOATS, GgmlType, block_size, row_bytes
 from dsmoe_local.model.gguf_file import GgufFile, TensorInfo
-from dsmoe_quantize import kernels
-from dsmoe_quantize.choose import may_change
-from dsmoe_quantize.encode import PIECE_WEIGHTS, Bytes, TensorJob, not_finite, usable
 from dsmoe_quantize.errors import WeightError
 from dsmoe_quantize.imatrix import Imatrix
-from dsmoe_quantize.pipeline import n_cores
+from dsmoe_quantize.policy.choice import may_change
 from dsmoe_quantize.quantize import GgufRows, opened
+from dsmoe_quantize.write import kernels
+from dsmoe_quantize.write.encoder import PIECE_WEIGHTS, Bytes, TensorJob, not_finite, usable
+from dsmoe_quantize.write.pipeline import n_cores
 
 SAMPLE = 1 << 18
 """Weights of each tensor to try types on."""

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.model.ggml import FLOATS, GgmlType, block_size, row_bytes, tensor_bytes, type_name
-from dsmoe_quantize import kernels
 from dsmoe_quantize.errors import WeightError
+from dsmoe_quantize.write import kernels
 
 Bytes: TypeAlias = NDArray[np.uint8]
 

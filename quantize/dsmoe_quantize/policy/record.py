@@ -19,11 +19,11 @@ from dsmoe_local.model.ggml import FLOATS, GgmlType, type_name
 from dsmoe_local.model.gguf_file import Field
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.type_name import RECIPE_KEY
-from dsmoe_quantize.choose import Choice, TensorLike, fallback_notes
 from dsmoe_quantize.imatrix import Imatrix, metadata_of_use
-from dsmoe_quantize.recipe_file import format_layers, render_recipe
-from dsmoe_quantize.recipes import OTHERS, Group, LayeredRecipe, absent_layers, group_of
-from dsmoe_quantize.types import SettledType, is_reserved, same_types
+from dsmoe_quantize.policy.choice import Choice, TensorLike, fallback_notes
+from dsmoe_quantize.policy.recipe_file import format_layers, render_recipe
+from dsmoe_quantize.policy.recipes import OTHERS, Group, LayeredRecipe, absent_layers, group_of
+from dsmoe_quantize.policy.types import SettledType, is_reserved, same_types
 
 CHANGED = "-changed"
 """Ends the name of a recipe of ours that wishes have changed."""

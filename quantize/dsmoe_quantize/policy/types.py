@@ -8,10 +8,10 @@ from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.model.ggml import GgmlType, type_name
 from dsmoe_local.model.hyperparameters import Hyperparameters
-from dsmoe_quantize import kernels
-from dsmoe_quantize.mixes import ALIASES, FLOAT_TYPES, MIXES, Mix
-from dsmoe_quantize.named_recipes import RECIPES, NamedRecipe
-from dsmoe_quantize.recipes import KINDS, OTHERS, LayeredRecipe, recipe_for
+from dsmoe_quantize.policy.mixes import ALIASES, FLOAT_TYPES, MIXES, Mix
+from dsmoe_quantize.policy.named_recipes import RECIPES, NamedRecipe
+from dsmoe_quantize.policy.recipes import KINDS, OTHERS, LayeredRecipe, recipe_for
+from dsmoe_quantize.write import kernels
 
 SettledType: TypeAlias = Mix | LayeredRecipe
 """A choice for one model. All have a `name`, for file names, and a `file_type`, as llama.cpp numbers them."""

@@ -13,8 +13,8 @@ from typing import TypeAlias
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.layout import GroupKind, group_kind_of, layer_of
-from dsmoe_quantize.mixes import file_type_of, first_eighth, more_bits
-from dsmoe_quantize.named_recipes import NamedRecipe, TypeWords
+from dsmoe_quantize.policy.mixes import file_type_of, first_eighth, more_bits
+from dsmoe_quantize.policy.named_recipes import NamedRecipe, TypeWords
 
 KINDS: tuple[str, ...] = tuple(GroupKind)
 """The kinds of groups that a recipe has types for, in the order of a recipe file."""

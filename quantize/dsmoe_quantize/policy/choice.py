@@ -14,10 +14,10 @@ from dsmoe_local.base.text import safe_line
 from dsmoe_local.model.ggml import FLOATS, GgmlType, block_size, type_name
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import Role, group_kind_of, role_of
-from dsmoe_quantize.mixes import FALLBACKS, MixWalk, walk_order
-from dsmoe_quantize.named_recipes import NamedRecipe
-from dsmoe_quantize.recipes import LayeredRecipe
-from dsmoe_quantize.types import SettledType, TypeChoice, parse_target, settled
+from dsmoe_quantize.policy.mixes import FALLBACKS, MixWalk, walk_order
+from dsmoe_quantize.policy.named_recipes import NamedRecipe
+from dsmoe_quantize.policy.recipes import LayeredRecipe
+from dsmoe_quantize.policy.types import SettledType, TypeChoice, parse_target, settled
 
 _WISHES = ("--tensor-type", "--output-type", "--embedding-type")
 

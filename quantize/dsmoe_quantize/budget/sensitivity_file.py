@@ -29,10 +29,10 @@ from dsmoe_local.base.text import safe_line
 from dsmoe_local.model.ggml import GgmlType, type_name
 from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.identity import file_identity
-from dsmoe_quantize import kernels
+from dsmoe_quantize.budget.sensitivity import SAMPLE, Probe, Probes, Sensitivity, TensorErrors
 from dsmoe_quantize.imatrix import Imatrix
-from dsmoe_quantize.recipes import KINDS
-from dsmoe_quantize.sensitivity import SAMPLE, Probe, Probes, Sensitivity, TensorErrors
+from dsmoe_quantize.policy.recipes import KINDS
+from dsmoe_quantize.write import kernels
 
 _FORMAT, _VERSION = "dsmoe-sensitivity", 1
 _ANOTHER = "name another file"

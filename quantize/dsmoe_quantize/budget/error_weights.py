@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from dsmoe_local.model.layout import GroupKind
-from dsmoe_quantize.recipes import Group
+from dsmoe_quantize.policy.recipes import Group
 
 WEIGHTS: Mapping[str, float] = MappingProxyType(
     {

@@ -19,16 +19,16 @@ from dsmoe_local.model.ggml import FLOATS, GgmlType, tensor_bytes
 from dsmoe_local.model.gguf_file import GgufFile, TensorInfo
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import role_of
-from dsmoe_quantize.choose import Choice, Wishes, settled_types
-from dsmoe_quantize.error_weights import error_weights
-from dsmoe_quantize.fast_kernels import is_fast
+from dsmoe_quantize.budget.error_weights import error_weights
+from dsmoe_quantize.budget.fast_kernels import is_fast
+from dsmoe_quantize.budget.sensitivity import Sensitivity
+from dsmoe_quantize.budget.solver import Option, Problem, Solution, solve
 from dsmoe_quantize.imatrix import Imatrix
-from dsmoe_quantize.mixes import file_type_of
+from dsmoe_quantize.policy.choice import Choice, Wishes, settled_types
+from dsmoe_quantize.policy.mixes import file_type_of
+from dsmoe_quantize.policy.recipe_file import closest_mix
+from dsmoe_quantize.policy.recipes import OTHERS, RECIPE_FALLBACKS, Group, LayeredRecipe, group_of
 from dsmoe_quantize.quantize import Plan, plan_file
-from dsmoe_quantize.recipe_file import closest_mix
-from dsmoe_quantize.recipes import OTHERS, RECIPE_FALLBACKS, Group, LayeredRecipe, group_of
-from dsmoe_quantize.sensitivity import Sensitivity
-from dsmoe_quantize.solver import Option, Problem, Solution, solve
 
 
 @dataclass(frozen=True, slots=True)

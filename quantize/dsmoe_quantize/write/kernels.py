@@ -4,7 +4,7 @@ The kernels live in the ggml library that llama-cpp-python brings. It is found t
 and opened by path: llama_cpp itself is not imported, since that would load the whole engine. The kernels used
 here have no state, so a second copy of the library beside the engine's own does no harm.
 
-Addresses are plain integers and nothing is checked here: that is `encode`'s task. ctypes releases the GIL
+Addresses are plain integers and nothing is checked here: that is `encoder`'s task. ctypes releases the GIL
 during every call, so threads run in parallel.
 """
 

@@ -1,7 +1,7 @@
 """Writing one GGUF file, whatever the tensors come from: crash-safe, resumable, on all cores.
 
 A lock, a sibling temp file with its journal of finished tensors, then sync, verify, rename. The converter and
-the quantizer both end here; neither knows how. What the tensors hold is `encode`'s concern.
+the quantizer both end here; neither knows how. What the tensors hold is `encoder`'s concern.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from dsmoe_local.base.progress import Advanced, Finished, Listener, Started, ign
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.model.gguf_file import Field
 from dsmoe_local.model.gguf_writer import GgufPlan, PlannedTensor, plan_gguf, write_at
-from dsmoe_quantize import kernels
-from dsmoe_quantize.encode import TensorJob, check_job
 from dsmoe_quantize.errors import WeightError
-from dsmoe_quantize.part_file import PartFile, exists_error, journal_of
-from dsmoe_quantize.pipeline import Effects, Journaled, PlacedJob, Syncer, encode_all, n_cores
+from dsmoe_quantize.write import kernels
+from dsmoe_quantize.write.encoder import TensorJob, check_job
+from dsmoe_quantize.write.part_file import PartFile, exists_error, journal_of
+from dsmoe_quantize.write.pipeline import Effects, Journaled, PlacedJob, Syncer, encode_all, n_cores
 
 Arrange: TypeAlias = Callable[[Sequence[TensorJob]], Sequence[TensorJob]]
 

@@ -31,9 +31,9 @@ from dsmoe_local.base.errors import DsmoeError, FileError, FormatError, UsageErr
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.model.ggml import GgmlType, type_name
 from dsmoe_local.model.type_name import RECIPE_NAME
-from dsmoe_quantize.mixes import FLOAT_TYPES, MIXES, file_type_of
-from dsmoe_quantize.recipes import KINDS, OTHERS, OTHERS_WORD, RECIPE_FALLBACKS, LayeredRecipe
-from dsmoe_quantize.types import parse_target
+from dsmoe_quantize.policy.mixes import FLOAT_TYPES, MIXES, file_type_of
+from dsmoe_quantize.policy.recipes import KINDS, OTHERS, OTHERS_WORD, RECIPE_FALLBACKS, LayeredRecipe
+from dsmoe_quantize.policy.types import parse_target
 
 _FORMAT = 1
 _MAX_BYTES = 1 << 20

@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 from dsmoe_local.base import durable
 from dsmoe_local.base.faults import reach
-from dsmoe_quantize.encode import Bytes, Slab, SlabEncoder, TensorJob, slabs
+from dsmoe_quantize.write.encoder import Bytes, Slab, SlabEncoder, TensorJob, slabs
 
 SYNC_BYTES = 128 << 20
 """Finished bytes that start a sync. Twice as many may wait for one: what a crash can cost, what the last sync

@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.model.ggml import GgmlType, block_size, type_name
-from dsmoe_quantize.budget import Budget, Figures, GroupOptions, Market, Solved
-from dsmoe_quantize.choose import choose_types
-from dsmoe_quantize.fast_kernels import is_fast
-from dsmoe_quantize.mixes import MIXES
-from dsmoe_quantize.named_recipes import RECIPES
+from dsmoe_quantize.budget.cost_model import Budget, Figures, GroupOptions, Market, Solved
+from dsmoe_quantize.budget.fast_kernels import is_fast
+from dsmoe_quantize.policy.choice import choose_types
+from dsmoe_quantize.policy.mixes import MIXES
+from dsmoe_quantize.policy.named_recipes import RECIPES
+from dsmoe_quantize.policy.recipe_file import format_layers
+from dsmoe_quantize.policy.recipes import KINDS, Group, group_of
+from dsmoe_quantize.policy.types import TypeChoice
 from dsmoe_quantize.quantize import Plan
-from dsmoe_quantize.recipe_file import format_layers
-from dsmoe_quantize.recipes import KINDS, Group, group_of
-from dsmoe_quantize.types import TypeChoice
 
 _STEPS = ((0.9, "10% less"), (0.95, "5% less"), (1.05, "5% more"), (1.1, "10% more"))
 _SLOW_SHARES = (0.25, 0.5)

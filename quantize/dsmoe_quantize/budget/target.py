@@ -14,12 +14,12 @@ from dsmoe_local.base.progress import Listener, Note, ignore
 from dsmoe_local.model.ggml import FLOATS, type_name
 from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.hyperparameters import Hyperparameters
-from dsmoe_quantize import sensitivity_file
-from dsmoe_quantize.budget import Budget, Market, Solved
-from dsmoe_quantize.choose import Wishes, may_change
+from dsmoe_quantize.budget import sensitivity_file
+from dsmoe_quantize.budget.cost_model import Budget, Market, Solved
+from dsmoe_quantize.budget.sensitivity import Sensitivity, measure, unmeasured
 from dsmoe_quantize.errors import RequantizeError
 from dsmoe_quantize.imatrix import Imatrix
-from dsmoe_quantize.sensitivity import Sensitivity, measure, unmeasured
+from dsmoe_quantize.policy.choice import Wishes, may_change
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""How a GGUF file gets written: ggml's kernels, the encoder, its threads, and crash-safe output."""
