@@ -32,7 +32,7 @@ from dsmoe_local.evaluate.windows import cut_windows
 from dsmoe_local.evaluate.workplace import workplace
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_quantize.budget import sensitivity_file
-from dsmoe_quantize.budget.cost_model import Budget, Market
+from dsmoe_quantize.budget.cost_model import Budget, CostModel
 from dsmoe_quantize.budget.sensitivity import Sensitivity, measure
 from dsmoe_quantize.imatrix import Imatrix
 from dsmoe_quantize.imatrix_file import read_imatrix
@@ -79,7 +79,7 @@ class Bench:
         self._threads: int = options.threads
         self._imatrix: Imatrix | None = read_imatrix(options.imatrix) if options.imatrix else None
         self.file, self.hp = read_model(self._path)
-        self.market = Market(self.file, self.hp, self._sensitivity(options), imatrix=self._imatrix)
+        self.costs = CostModel(self.file, self.hp, self._sensitivity(options), imatrix=self._imatrix)
         self._reference = self._recorded(options)
 
     def settings(self) -> dict[str, object]:
@@ -90,10 +90,10 @@ class Bench:
             "text_digest": windows.text_digest,
             "n_context": windows.n_context,
             "n_windows": len(windows.tokens),
-            "costs": str(self.market.error_weights),
-            "share_of_weights_tried": round(self.market.sensitivity.share, 4),
+            "costs": str(self.costs.error_weights),
+            "share_of_weights_tried": round(self.costs.sensitivity.share, 4),
             "imatrix": imatrix and {"file": imatrix.name, "digest": imatrix.digest()[:16]},
-            "kernels": self.market.sensitivity.kernels,
+            "kernels": self.costs.sensitivity.kernels,
         }
 
     def row(self, word: str) -> Row:
@@ -107,13 +107,13 @@ class Bench:
         path.unlink()
         assert found is not None
         kl = found.divergence.kl
-        predicted = self.market.figures(change.choice for change in plan.changes).error
+        predicted = self.costs.figures(change.choice for change in plan.changes).error
         return Row(plan.type.name, plan.bits_per_weight, predicted, kl.value, kl.error)
 
     def _plan(self, word: str) -> Plan:
         if not word.replace(".", "").isdigit():
             return plan_file(self.file, self.hp, resolve(word), imatrix=self._imatrix)
-        return self.market.solve(Budget(bits_per_weight=float(word)), f"{word}bpw").plan
+        return self.costs.solve(Budget(bits_per_weight=float(word)), f"{word}bpw").plan
 
     def _sensitivity(self, options: argparse.Namespace) -> Sensitivity:
         wanted = sensitivity_file.start(self.file, self._imatrix, None)

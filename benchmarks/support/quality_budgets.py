@@ -17,10 +17,10 @@ from dsmoe_local.base.errors import UsageError
 from dsmoe_local.model.ggml import type_name
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_quantize.budget import sensitivity_file
-from dsmoe_quantize.budget.cost_model import Budget, Market
+from dsmoe_quantize.budget.cost_model import Budget, CostModel
 from dsmoe_quantize.budget.sensitivity import measure
 from dsmoe_quantize.budget.target import Request, solve_target
-from dsmoe_quantize.policy.choice import Wishes
+from dsmoe_quantize.policy.choice import Overrides
 from dsmoe_quantize.quantize import Plan
 
 FRONTIER = (4.4, 4.6, 4.8, 5.0, 5.25, 5.5, 6.0, 6.5)
@@ -82,12 +82,12 @@ def measure_targets(bench: Bench, shares: Sequence[float], costs: Costs) -> list
     return found
 
 
-def market_of(bench: Bench, imatrix: bool, costs: Costs) -> Market:
+def costs_of(bench: Bench, imatrix: bool, costs: Costs) -> CostModel:
     """What types cost the model, without a budget."""
     file, hp = read_model(bench.source)
     matrix = bench.matrix_if(imatrix)
     start = replace(sensitivity_file.start(file, matrix, None), weights=costs.weights)
-    return Market(file, hp, measure(file, start, matrix, threads=bench.amount.threads), imatrix=matrix)
+    return CostModel(file, hp, measure(file, start, matrix, threads=bench.amount.threads), imatrix=matrix)
 
 
 def solved(bench: Bench, budget: Budget, variant: Variant, costs: Costs) -> Plan:
@@ -99,4 +99,4 @@ def solved(bench: Bench, budget: Budget, variant: Variant, costs: Costs) -> Plan
         start = sensitivity_file.start(file, imatrix, None)
         sensitivity_file.write_sensitivity(replace(start, weights=costs.weights), path)
     request = Request(budget, variant.word.replace(" ", "-"), sensitivity=path)
-    return solve_target(file, hp, request, Wishes(), imatrix, threads=bench.amount.threads).solved.plan
+    return solve_target(file, hp, request, Overrides(), imatrix, threads=bench.amount.threads).solved.plan

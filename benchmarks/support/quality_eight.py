@@ -7,13 +7,13 @@ F16, and pays with Q6_K where there are most weights and each counts least.
 
 from __future__ import annotations
 
-from benchmarks.support.quality_budgets import Costs, market_of
+from benchmarks.support.quality_budgets import Costs, costs_of
 from benchmarks.support.quality_fidelity import Bench
 from benchmarks.support.quality_rows import CandidateRow
 from benchmarks.support.quality_types import LARGE, Variant, digest_of
 from benchmarks.support.rows import say
 from benchmarks.support.sizes import size_of
-from dsmoe_quantize.budget.cost_model import Market
+from dsmoe_quantize.budget.cost_model import CostModel
 from dsmoe_quantize.policy.named_recipes import NamedRecipe
 from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import Plan
@@ -56,8 +56,8 @@ def measure_eight(bench: Bench) -> list[CandidateRow]:
     """Each candidate, with and without an importance matrix."""
     rows = []
     for imatrix in (False, True):
-        market = market_of(bench, imatrix, Costs())
-        base = _predicted(market, bench.plan_of(resolve(EIGHT_BASE), imatrix=imatrix))
+        costs = costs_of(bench, imatrix, Costs())
+        base = _predicted(costs, bench.plan_of(resolve(EIGHT_BASE), imatrix=imatrix))
         for recipe in EIGHT:
             digest = digest_of(recipe, imatrix=imatrix)
             variant = Variant(recipe.name, imatrix)
@@ -71,7 +71,7 @@ def measure_eight(bench: Bench) -> list[CandidateRow]:
                     digest,
                     recipe.why,
                     size_of(LARGE, recipe).n_bytes / size_of(LARGE, EIGHT_BASE).n_bytes,
-                    _predicted(market, plan) / base,
+                    _predicted(costs, plan) / base,
                     found.file_size,
                     found.windows,
                 )
@@ -79,5 +79,5 @@ def measure_eight(bench: Bench) -> list[CandidateRow]:
     return rows
 
 
-def _predicted(market: Market, plan: Plan) -> float:
-    return market.figures(change.choice for change in plan.changes).error
+def _predicted(costs: CostModel, plan: Plan) -> float:
+    return costs.figures(change.choice for change in plan.changes).error

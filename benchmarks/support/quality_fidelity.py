@@ -33,7 +33,7 @@ from dsmoe_local.evaluate.workplace import workplace
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.identity import file_identity
 from dsmoe_quantize.imatrix import Imatrix
-from dsmoe_quantize.policy.choice import Wishes
+from dsmoe_quantize.policy.choice import Overrides
 from dsmoe_quantize.policy.types import TypeChoice, resolve
 from dsmoe_quantize.quantize import Plan, plan_quantization, quantize_file
 from dsmoe_quantize.write import kernels
@@ -79,9 +79,9 @@ class Bench:
         """What becomes of the model in that type."""
         return self.plan_of(resolve(variant.word), imatrix=variant.imatrix)
 
-    def plan_of(self, choice: TypeChoice, wishes: Wishes | None = None, *, imatrix: bool) -> Plan:
+    def plan_of(self, choice: TypeChoice, overrides: Overrides | None = None, *, imatrix: bool) -> Plan:
         """What becomes of it in a type that may have no name."""
-        return plan_quantization(self.source, choice, wishes, imatrix=self.matrix_if(imatrix))
+        return plan_quantization(self.source, choice, overrides, imatrix=self.matrix_if(imatrix))
 
     def matrix_if(self, wanted: bool) -> Imatrix | None:
         """The importance matrix, if it is wanted."""
@@ -247,8 +247,8 @@ def measure_alike(bench: Bench) -> list[AlikeRow]:
         for word, base in ALIKE:
             variant = Variant(word, imatrix)
             types = {change.source.name: change.choice.type for change in bench.plan(variant).changes}
-            wishes = Wishes(output=types["output.weight"], embedding=types["token_embd.weight"])
-            plan = bench.plan_of(resolve(base), wishes, imatrix=imatrix)
+            overrides = Overrides(output=types["output.weight"], embedding=types["token_embd.weight"])
+            plan = bench.plan_of(resolve(base), overrides, imatrix=imatrix)
             digest = types_digest([change.choice for change in plan.changes])
             rows.append(AlikeRow(**asdict(bench.measure(plan, variant, digest)), base=base))
             say(f"  {base}, embedding and output of {variant}: {told(rows[-1])}")

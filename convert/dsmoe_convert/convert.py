@@ -22,7 +22,7 @@ from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import Role, TensorSpec, tensor_specs
 from dsmoe_quantize.errors import WeightError
 from dsmoe_quantize.imatrix import Imatrix
-from dsmoe_quantize.policy.choice import Choice, Wishes, choose_types, label_of
+from dsmoe_quantize.policy.choice import Choice, Overrides, choose_types, label_of
 from dsmoe_quantize.policy.recipes import LayeredRecipe
 from dsmoe_quantize.policy.record import (
     Record,
@@ -48,7 +48,7 @@ class ConvertOptions:
     """
 
     type: str | None = None
-    wishes: Wishes = field(default_factory=Wishes)
+    overrides: Overrides = field(default_factory=Overrides)
     pre: str | None = None
     allow_pickle: bool = False
     recipe: LayeredRecipe | None = None
@@ -101,7 +101,7 @@ class Conversion:
     choices: Sequence[Choice]
     record: Record
     metadata: Mapping[str, Field]
-    wishes: Wishes
+    overrides: Overrides
     imatrix: Imatrix | None = None
 
     @property
@@ -123,12 +123,12 @@ class Conversion:
     @property
     def default_name(self) -> str:
         """The output's name when the user gives none."""
-        return output_name(self.checkpoint.name, self.choice, self.wishes)
+        return output_name(self.checkpoint.name, self.choice, self.overrides)
 
 
-def output_name(name: str, choice: TypeChoice, wishes: Wishes) -> str:
+def output_name(name: str, choice: TypeChoice, overrides: Overrides) -> str:
     """The default name of the output of the checkpoint called `name`."""
-    return f"{name}-{label_of(choice, wishes)}.gguf"
+    return f"{name}-{label_of(choice, overrides)}.gguf"
 
 
 def plan_folder(
@@ -174,7 +174,7 @@ def plan(
     used = used_imatrix(options.imatrix, planned, choices)
     metadata = metadata_of_output(metadata, record.type, used)
     return Conversion(
-        checkpoint, hp, choice, planned, choices, record, metadata, options.wishes, options.imatrix
+        checkpoint, hp, choice, planned, choices, record, metadata, options.overrides, options.imatrix
     )
 
 
@@ -190,7 +190,7 @@ def _chosen(
     """The types of tensors that are stored in `own`. UsageError."""
     refuse_foreign(options.imatrix, planned)
     choice = settled(options.choice or resolve_float(own), hp)
-    return choice, choose_types(planned, hp, choice, options.wishes, imatrix=options.imatrix is not None)
+    return choice, choose_types(planned, hp, choice, options.overrides, imatrix=options.imatrix is not None)
 
 
 def run(conversion: Conversion, out: Path, run_options: RunOptions) -> Summary:

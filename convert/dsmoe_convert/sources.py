@@ -75,7 +75,7 @@ def _early_name(source: str, options: ConvertOptions) -> Path | None:
         return None
     folder = locate(source)
     name = checkpoint_name(folder) if folder is not None else HubRequest(source).name
-    return Path(output_name(name, options.choice, options.wishes))
+    return Path(output_name(name, options.choice, options.overrides))
 
 
 @dataclass(frozen=True, slots=True)

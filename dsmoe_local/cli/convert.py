@@ -74,7 +74,12 @@ def command(
     types = TypeOptions.of(outweighed(values))
     refuse_several(types.ways)
     options = ConvertOptions(
-        types.word, types.wishes(), pre, allow_pickle, recipe=types.recipe(), imatrix=types.imatrix()
+        types.word,
+        types.parsed_overrides(),
+        pre,
+        allow_pickle,
+        recipe=types.recipe(),
+        imatrix=types.imatrix(),
     )
     source_options = SourceOptions(revision, token, low_disk=low_disk)
     if dry_run:

@@ -77,10 +77,12 @@ def command(
         _check_places(source, output, targets.recipe_out, force=force, dry_run=dry_run)
         plan = _solved(source, types, targets, threads or 0, may_lose=may_lose, dry_run=dry_run)
     else:
-        choice, wishes = _choice(types, out), types.wishes()
-        output = out or default_output(source, choice, wishes)
+        choice, overrides = _choice(types, out), types.parsed_overrides()
+        output = out or default_output(source, choice, overrides)
         _check_places(source, output, targets.recipe_out, force=force, dry_run=dry_run)
-        plan = plan_quantization(source, choice, wishes, allow_requantize=may_lose, imatrix=types.imatrix())
+        plan = plan_quantization(
+            source, choice, overrides, allow_requantize=may_lose, imatrix=types.imatrix()
+        )
         if targets.explain:
             show_reasons(stated_reasons(plan))
     if targets.recipe_out is not None:
@@ -142,22 +144,22 @@ def _solved(
     from dsmoe_quantize.policy.choice import refuse_unmatched
     from dsmoe_quantize.policy.record import refuse_foreign
 
-    request, wishes, imatrix = targets.request(), types.wishes(), types.imatrix()
+    request, overrides, imatrix = targets.request(), types.parsed_overrides(), types.imatrix()
     file, hp = read_model(source)
     if not may_lose:
         refuse_quantized(file)
     # Before minutes of measuring.
     tensors = list(file.tensors.values())
-    refuse_unmatched(tensors, wishes)
+    refuse_unmatched(tensors, overrides)
     refuse_foreign(imatrix, tensors)
     target = run_with_progress(
         lambda listen, stop: solve_target(
-            file, hp, request, wishes, imatrix, threads=threads, listen=listen, stop=stop
+            file, hp, request, overrides, imatrix, threads=threads, listen=listen, stop=stop
         )
     )
     show_offers(target, request.budget, to_stderr=not dry_run)
     if targets.explain:
-        show_reasons(reasons(target.market, target.solved))
+        show_reasons(reasons(target.costs, target.solved))
     return target.solved.plan
 
 

@@ -173,11 +173,11 @@ def show_offers(target: Target, budget: Budget, *, to_stderr: bool) -> None:
     if not console.is_terminal:
         console.width = 160
     solved = target.solved
-    console.print(_offer_table(offers(target.market, solved, budget)))
+    console.print(_offer_table(offers(target.costs, solved, budget)))
     exact = "no recipe is better" if solved.is_optimal else f"none is below {solved.bound:.4g}"
     console.print(
         f"predicted error {solved.total.error:.4g} ({exact}), from {target.sensitivity.share:.0%} of the"
-        f" weights; costs of errors: {target.market.error_weights}",
+        f" weights; costs of errors: {target.costs.error_weights}",
         soft_wrap=not console.is_terminal,
     )
     console.print(f"left of the budget: {_room(target, budget)}", soft_wrap=not console.is_terminal)
@@ -185,8 +185,8 @@ def show_offers(target: Target, budget: Budget, *, to_stderr: bool) -> None:
 
 def _room(target: Target, budget: Budget) -> str:
     """What is not used of each budget."""
-    plan, market = target.solved.plan, target.market
-    slow_share = target.solved.total.n_slow / market.n_read if market.n_read else 0.0
+    plan, costs = target.solved.plan, target.costs
+    slow_share = target.solved.total.n_slow / costs.n_read if costs.n_read else 0.0
     parts = [
         f"{name} {1 - used / limit:.1%}"
         for name, used, limit in (

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from dsmoe_local.model.ggml import GgmlType
     from dsmoe_quantize.imatrix import Imatrix
-    from dsmoe_quantize.policy.choice import Choice, Wishes
+    from dsmoe_quantize.policy.choice import Choice, Overrides
     from dsmoe_quantize.policy.recipes import LayeredRecipe
     from dsmoe_quantize.write.output import Summary
 
@@ -143,12 +143,12 @@ class TypeOptions:
 
         return read_imatrix(self.imatrix_file) if self.imatrix_file else None
 
-    def wishes(self) -> Wishes:
+    def parsed_overrides(self) -> Overrides:
         """The options about single tensors as data. UsageError for a word that is no type."""
-        from dsmoe_quantize.policy.choice import Wishes, parse_override
+        from dsmoe_quantize.policy.choice import Overrides, parse_override
 
-        return Wishes(
-            overrides=tuple(map(parse_override, self.overrides)),
+        return Overrides(
+            tensors=tuple(map(parse_override, self.overrides)),
             output=_target("output_type", self.output_type),
             embedding=_target("embedding_type", self.embedding_type),
             pure=self.pure,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from dsmoe_local.model.ggml import GgmlType, block_size, type_name
 from dsmoe_local.model.gguf_file import GgufFile, TensorInfo
 from dsmoe_local.model.hyperparameters import Hyperparameters
-from dsmoe_quantize.budget.cost_model import Market
+from dsmoe_quantize.budget.cost_model import CostModel
 from dsmoe_quantize.budget.error_weights import WEIGHTS
 from dsmoe_quantize.budget.sensitivity import Probe, Probes, Sensitivity, TensorErrors
 from dsmoe_quantize.imatrix import Imatrix
@@ -82,7 +82,7 @@ def trials_of(
     ordered = sorted(members, key=lambda group: (KINDS.index(group.kind), group.layer or 0))
     # With weights of one, predictions are relative errors.
     ones = {str(group): 1.0 for group in ordered}
-    market = Market(file, hp, replace(sensitivity, weights=ones))
+    costs = CostModel(file, hp, replace(sensitivity, weights=ones))
     trials = []
     for group in ordered:
         plans, errors, used, fits = {}, {}, {}, False
@@ -92,7 +92,7 @@ def trials_of(
             fits = fits or bool(changed) or not any(change.choice.misfit for change in changes)
             if changed:
                 plans[kind] = Plan(file, hp, FLOAT_TYPES["BF16"], changes, imatrix)
-                errors[kind] = market.figures(changed).error
+                errors[kind] = costs.figures(changed).error
                 used[kind] = tuple(sorted({choice.type for choice in changed}))
         built_in = WEIGHTS[group.kind] / (len(n_layers[group.kind]) if by_layer else 1)
         trials.append(Trial(str(group), plans, errors, used, fits, built_in))

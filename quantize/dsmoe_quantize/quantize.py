@@ -21,7 +21,7 @@ from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import role_of
 from dsmoe_quantize.errors import RequantizeError
 from dsmoe_quantize.imatrix import Imatrix
-from dsmoe_quantize.policy.choice import Choice, Wishes, choose_types, label_of
+from dsmoe_quantize.policy.choice import Choice, Overrides, choose_types, label_of
 from dsmoe_quantize.policy.mixes import ALIASES
 from dsmoe_quantize.policy.record import (
     Record,
@@ -83,7 +83,7 @@ class Plan:
 
     @property
     def record(self) -> Record:
-        """What the new file says of its types: the recipe, as wishes have changed it."""
+        """What the new file says of its types: the recipe, as overrides have changed it."""
         return record_of(self.type, self.hp, self.choices)
 
     @property
@@ -125,7 +125,7 @@ class Plan:
 def plan_quantization(
     source: Path,
     choice: TypeChoice,
-    wishes: Wishes | None = None,
+    overrides: Overrides | None = None,
     *,
     allow_requantize: bool = False,
     imatrix: Imatrix | None = None,
@@ -133,12 +133,12 @@ def plan_quantization(
     """Read `source` and choose a type for each tensor; nothing is written. With `imatrix`, weights will be
     encoded by what they count.
 
-    Raises FileError or FormatError for the file, UsageError for wishes that cannot be met and for an
+    Raises FileError or FormatError for the file, UsageError for overrides that cannot be met and for an
     importance matrix of another model, RequantizeError if tensors that are quantized already would be
     quantized again without `allow_requantize`.
     """
     file, hp = read_model(source)
-    plan = plan_file(file, hp, choice, wishes, imatrix)
+    plan = plan_file(file, hp, choice, overrides, imatrix)
     if plan.n_requantized and not allow_requantize:
         first = next(change for change in plan.changes if change.is_second_loss)
         raise RequantizeError(
@@ -153,14 +153,14 @@ def plan_file(
     file: GgufFile,
     hp: Hyperparameters,
     choice: TypeChoice,
-    wishes: Wishes | None = None,
+    overrides: Overrides | None = None,
     imatrix: Imatrix | None = None,
 ) -> Plan:
     """As `plan_quantization`, of a file that is read already; nobody asks whether it is quantized."""
     choice = settled(choice, hp)
     tensors = list(file.tensors.values())
     refuse_foreign(imatrix, tensors)
-    chosen = choose_types(tensors, hp, choice, wishes, imatrix=imatrix is not None)
+    chosen = choose_types(tensors, hp, choice, overrides, imatrix=imatrix is not None)
     changes = [Change(tensor, each) for tensor, each in zip(tensors, chosen, strict=True)]
     return Plan(file, hp, choice, changes, imatrix)
 
@@ -209,9 +209,9 @@ def jobs_of(plan: Plan, descriptor: int) -> list[TensorJob]:
     ]
 
 
-def default_output(source: Path, choice: TypeChoice, wishes: Wishes) -> Path:
+def default_output(source: Path, choice: TypeChoice, overrides: Overrides) -> Path:
     """`<name>-<TYPE>.gguf` in the current folder; a type that the source's name ends in is replaced."""
-    return output_called(source, label_of(choice, wishes))
+    return output_called(source, label_of(choice, overrides))
 
 
 def output_called(source: Path, label: str) -> Path:

@@ -22,7 +22,7 @@ from dsmoe_local.cli.main import load_command
 from dsmoe_local.model.gguf_file import read_gguf
 from dsmoe_local.model.type_name import RECIPE_KEY
 from dsmoe_quantize.imatrix_file import read_imatrix, write_imatrix
-from dsmoe_quantize.policy.choice import Wishes, parse_override
+from dsmoe_quantize.policy.choice import Overrides, parse_override
 from dsmoe_quantize.policy.named_recipes import RECIPES, NamedRecipe
 from dsmoe_quantize.policy.recipe_file import parse_recipe, render_recipe, write_recipe
 from dsmoe_quantize.policy.recipes import recipe_for
@@ -181,7 +181,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     [
         ConvertOptions("q4", imatrix=random_imatrix(WIDE)),
         ConvertOptions(recipe=parse_recipe('format = 1\nname = "x"\n[types]\noutput = "q8_0"', "test")),
-        ConvertOptions("q4", Wishes(overrides=(parse_override("no tensor=q8_0"),))),
+        ConvertOptions("q4", Overrides(tensors=(parse_override("no tensor=q8_0"),))),
     ],
     ids=["matrix", "recipe", "pattern"],
 )

@@ -17,7 +17,7 @@ from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.hyperparameters import Hyperparameters, RopeScaling
 from dsmoe_local.model.layout import Role, tensor_specs
-from dsmoe_quantize.policy.choice import Wishes, parse_override
+from dsmoe_quantize.policy.choice import Overrides, parse_override
 from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
 
@@ -120,15 +120,15 @@ def test_converter_and_quantizer_agree(word: str, unquantized: tuple[Path, Path]
     assert np.isfinite(llama_oracle.logits(direct.path, IDS[:8])).all()
 
 
-def test_wishes_reach_the_file(unquantized: tuple[Path, Path], tmp_path: Path) -> None:
+def test_overrides_reach_the_file(unquantized: tuple[Path, Path], tmp_path: Path) -> None:
     """--tensor-type, --output-type and --embedding-type that are dropped on the way."""
-    wishes = Wishes(
-        overrides=(parse_override(r"blk\.1\.attn_[qk]\.weight=q8_0"),),
+    overrides = Overrides(
+        tensors=(parse_override(r"blk\.1\.attn_[qk]\.weight=q8_0"),),
         output=GgmlType.Q6_K,
         embedding=GgmlType.Q4_0,
     )
     out = tmp_path / "out.gguf"
-    convert_folder(unquantized[0], out, ConvertOptions("q4_k", wishes))
+    convert_folder(unquantized[0], out, ConvertOptions("q4_k", overrides))
     types = {name: info.type for name, info in read_model(out)[0].tensors.items()}
     assert types["blk.1.attn_q.weight"] is types["blk.1.attn_k.weight"] is GgmlType.Q8_0
     assert types["blk.2.attn_q.weight"] is GgmlType.Q4_K

@@ -35,12 +35,12 @@ from dsmoe_local.evaluate.windows import cut_windows
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.layout import tensor_specs
-from dsmoe_quantize.budget.cost_model import Market
+from dsmoe_quantize.budget.cost_model import CostModel
 from dsmoe_quantize.budget.error_weights import WEIGHTS
 from dsmoe_quantize.budget.sensitivity import Probe, Probes
 from dsmoe_quantize.budget.sensitivity_file import read_sensitivity
 from dsmoe_quantize.imatrix import Imatrix
-from dsmoe_quantize.policy.choice import Choice, Wishes
+from dsmoe_quantize.policy.choice import Choice, Overrides
 from dsmoe_quantize.policy.recipes import group_of
 from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
@@ -187,12 +187,12 @@ def check_predictions(model: Path, kept_in: Path, found: ErrorCosts) -> None:
     """What was tried is predicted as it was measured."""
     file, hp = read_model(model)
     kept = read_sensitivity(kept_in)
-    market = Market(file, hp, kept)
-    assert str(market.error_weights) == "measured"
+    costs = CostModel(file, hp, kept)
+    assert str(costs.error_weights) == "measured"
     built_in_costs: dict[str, float] = {}
     for each in found.groups:
         names = [name for name in kept.tensors if belongs(name, each.group)]
-        predicted = market.figures(Choice(name, Q4_0) for name in names).error
+        predicted = costs.figures(Choice(name, Q4_0) for name in names).error
         assert predicted == pytest.approx(each.probes[Q4_0].kl)
         kind = each.group.partition(".")[0]
         built_in_costs[kind] = built_in_costs.get(kind, 0.0) + each.built_in
@@ -210,7 +210,7 @@ def test_importance_counts(model: Path, tmp_path: Path) -> None:
     _, loading = costs(model, tmp_path / "costs.json", imatrix=imatrix)
     expected = {}
     for name, matrix in (("with", imatrix), ("without", None)):
-        plan = plan_quantization(model, resolve("Q4_0"), Wishes(pure=True), imatrix=matrix)
+        plan = plan_quantization(model, resolve("Q4_0"), Overrides(pure=True), imatrix=matrix)
         quantize_file(plan, tmp_path / name)
         expected[name] = weights_of(tmp_path / name)
     source, _, *probes = loading.models

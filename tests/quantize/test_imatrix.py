@@ -18,7 +18,7 @@ from dsmoe_local.model.ggml import FLOATS, GgmlType, tensor_bytes, type_name
 from dsmoe_local.model.gguf_file import read_gguf
 from dsmoe_quantize.imatrix import FEW, Imatrix, Statistics, merged, metadata_of_use
 from dsmoe_quantize.imatrix_file import read_imatrix, write_imatrix
-from dsmoe_quantize.policy.choice import Override, Wishes
+from dsmoe_quantize.policy.choice import Override, Overrides
 from dsmoe_quantize.policy.mixes import MIXES, file_type_of
 from dsmoe_quantize.policy.record import UNWEIGHED
 from dsmoe_quantize.policy.types import resolve
@@ -39,8 +39,10 @@ def of(sums: list[list[float]], counts: list[int]) -> Imatrix:
     return Imatrix({"w": entry}, ("text",), 1, 64)
 
 
-def quantized(source: Path, out: Path, word: str, imatrix: Imatrix, wishes: Wishes | None = None) -> Path:
-    quantize_file(plan_quantization(source, resolve(word), wishes, imatrix=imatrix), out, threads=2)
+def quantized(
+    source: Path, out: Path, word: str, imatrix: Imatrix, overrides: Overrides | None = None
+) -> Path:
+    quantize_file(plan_quantization(source, resolve(word), overrides, imatrix=imatrix), out, threads=2)
     return out
 
 
@@ -172,9 +174,9 @@ def test_what_the_text_never_used_is_kept(tmp_path: Path, kind: GgmlType) -> Non
         entry.sums[:, :] = 0
         entry.sums[1:, 32:] = 1
     source = write_tiny(tmp_path / "source.gguf", MOE, "f16")
-    wishes = Wishes(overrides=(Override(re.compile("blk.*"), kind),))
+    overrides = Overrides(tensors=(Override(re.compile("blk.*"), kind),))
     out = tmp_path / "out.gguf"
-    quantize_file(plan_quantization(source, resolve("Q8_0"), wishes, imatrix=imatrix), out)
+    quantize_file(plan_quantization(source, resolve("Q8_0"), overrides, imatrix=imatrix), out)
     for name in ("blk.0.attn_q.weight", "blk.1.ffn_gate_exps.weight"):
         before, after = weights(source, name), weights(out, name)
         for columns in (slice(0, 32), slice(32, None)):

@@ -12,7 +12,7 @@ from support.tiny_gguf import DEEP, DENSE, EIGHT_EXPERTS, MOE, NARROW, ODD, writ
 
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import read_gguf
-from dsmoe_quantize.policy.choice import Override, Wishes
+from dsmoe_quantize.policy.choice import Override, Overrides
 from dsmoe_quantize.policy.mixes import FLOAT_TYPES, MIXES, file_type_of
 from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
@@ -37,9 +37,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def quantized(
-    source: Path, out: Path, word: str, wishes: Wishes | None = None, *, again: bool = False
+    source: Path, out: Path, word: str, overrides: Overrides | None = None, *, again: bool = False
 ) -> Path:
-    plan = plan_quantization(source, resolve(word), wishes, allow_requantize=again)
+    plan = plan_quantization(source, resolve(word), overrides, allow_requantize=again)
     quantize_file(plan, out, threads=2)
     return out
 
@@ -80,22 +80,22 @@ def test_more_bits_layers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model", ["moe", "dense"])
-def test_wishes_equal_llama_cpp(models: dict[str, Path], tmp_path: Path, model: str) -> None:
+def test_overrides_equal_llama_cpp(models: dict[str, Path], tmp_path: Path, model: str) -> None:
     """Overrides must keep llama.cpp's counting of the tensors that they take out of its hands."""
-    wishes = Wishes(
-        overrides=(
+    overrides = Overrides(
+        tensors=(
             Override(re.compile(r"blk\.[13]\.attn_v\.weight"), GgmlType.Q8_0),
             Override(re.compile(r"blk\.[02]\.ffn_down.*\.weight"), GgmlType.Q5_1),
             Override(re.compile(r"blk\.0\..*"), GgmlType.IQ4_XS),
         ),
         embedding=GgmlType.Q5_K,
     )
-    ours = quantized(models[model], tmp_path / "ours.gguf", "q4_k_m", wishes)
+    ours = quantized(models[model], tmp_path / "ours.gguf", "q4_k_m", overrides)
     theirs = llama_quantize(
         models[model],
         tmp_path / "theirs.gguf",
         file_type_of(resolve("q4_k_m").name),
-        {f"^{each.pattern.pattern}$": int(each.type) for each in wishes.overrides},
+        {f"^{each.pattern.pattern}$": int(each.type) for each in overrides.tensors},
         token_embedding_type=int(GgmlType.Q5_K),
     )
     assert_same(ours, theirs)
@@ -104,7 +104,7 @@ def test_wishes_equal_llama_cpp(models: dict[str, Path], tmp_path: Path, model: 
 @pytest.mark.parametrize("word", ["q4_k", "iq4_xs", "q8_0", "q5_0"])
 def test_pure_equals_llama_cpp(models: dict[str, Path], tmp_path: Path, word: str) -> None:
     """--pure must switch the mix's rules off, and keep the fallbacks and --output-type."""
-    ours = quantized(models["moe"], tmp_path / "ours.gguf", word, Wishes(pure=True, output=GgmlType.Q6_K))
+    ours = quantized(models["moe"], tmp_path / "ours.gguf", word, Overrides(pure=True, output=GgmlType.Q6_K))
     theirs = llama_quantize(
         models["moe"],
         tmp_path / "theirs.gguf",

@@ -10,7 +10,7 @@ from support.checkpoints import WIDE, write_checkpoint
 
 from dsmoe_convert.convert import ConvertOptions, convert_folder
 from dsmoe_local.model.gguf_file import read_gguf
-from dsmoe_quantize.policy.choice import Wishes, parse_override
+from dsmoe_quantize.policy.choice import Overrides, parse_override
 from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
 
@@ -21,10 +21,10 @@ def test_same_files(tmp_path: Path, word: str, dtype: torch.dtype) -> None:
     """A difference in metadata, order or bytes between the two ways to one type."""
     checkpoint = tmp_path / "checkpoint"
     write_checkpoint(checkpoint, WIDE, dtype=dtype)
-    wishes = Wishes(overrides=(parse_override(r"blk\.1\.attn_q\.weight=q5_0"),))
-    direct = convert_folder(checkpoint, tmp_path / "direct.gguf", ConvertOptions(word, wishes))
+    overrides = Overrides(tensors=(parse_override(r"blk\.1\.attn_q\.weight=q5_0"),))
+    direct = convert_folder(checkpoint, tmp_path / "direct.gguf", ConvertOptions(word, overrides))
     plain = convert_folder(checkpoint, tmp_path / "plain.gguf")
-    plan = plan_quantization(plain.path, resolve(word), wishes)
+    plan = plan_quantization(plain.path, resolve(word), overrides)
     two_steps = quantize_file(plan, tmp_path / "two-steps.gguf")
     assert direct.path.read_bytes() == two_steps.path.read_bytes()
     assert read_gguf(direct.path).tensors["blk.1.attn_q.weight"].type.name == "Q5_0"

@@ -19,7 +19,7 @@ from dsmoe_local.model.layout import Role, tensor_specs
 from dsmoe_local.model.presets import PRESETS
 from dsmoe_local.model.type_name import RECIPE_KEY
 from dsmoe_quantize.budget.error_weights import WEIGHTS
-from dsmoe_quantize.policy.choice import Wishes, parse_override
+from dsmoe_quantize.policy.choice import Overrides, parse_override
 from dsmoe_quantize.policy.mixes import file_type_of
 from dsmoe_quantize.policy.recipe_file import (
     format_layers,
@@ -201,14 +201,14 @@ def test_applied_as_llama_cpp_would(tmp_path: Path) -> None:
     assert metadata == read_gguf(theirs).metadata
 
 
-def test_widths_and_wishes(tmp_path: Path) -> None:
-    """Guards: a recipe of a wide model that aborts on a narrow one; a wish that a recipe outweighs."""
+def test_widths_and_overrides(tmp_path: Path) -> None:
+    """Guards: a recipe of a wide model that aborts on a narrow one; an override that a recipe outweighs."""
     recipe = parse_recipe(
         HAND_MADE.replace('"1-7"', '"others"').replace('Q5_K = "8"', 'Q5_K = "8-9"'), "test"
     )
-    wishes = Wishes(overrides=(parse_override(r"blk\.1\.attn_q\.weight=F16"),))
+    overrides = Overrides(tensors=(parse_override(r"blk\.1\.attn_q\.weight=F16"),))
     for number, hp in enumerate((NARROW, ODD)):
-        plan = plan_quantization(write_tiny(tmp_path / f"{number}.gguf", hp), recipe, wishes)
+        plan = plan_quantization(write_tiny(tmp_path / f"{number}.gguf", hp), recipe, overrides)
         found = {each.source.name: each.choice for each in plan.changes}
         assert found["blk.1.attn_q.weight"].type is GgmlType.F16
         assert found["blk.1.ffn_gate_inp.weight"].type is GgmlType.F32

@@ -21,7 +21,7 @@ from dsmoe_quantize.budget.explanation import stated_reasons
 from dsmoe_quantize.budget.fast_kernels import CPUS
 from dsmoe_quantize.errors import RequantizeError
 from dsmoe_quantize.imatrix_file import write_imatrix
-from dsmoe_quantize.policy.choice import Wishes, may_change
+from dsmoe_quantize.policy.choice import Overrides, may_change
 from dsmoe_quantize.policy.named_recipes import RECIPES
 from dsmoe_quantize.policy.recipe_file import parse_recipe, read_recipe
 from dsmoe_quantize.policy.recipes import KINDS
@@ -225,7 +225,7 @@ def test_types_asked_for_are_explained(source: Path) -> None:
     """Guards: a group without a reason, a layer that is told with others of another type."""
     result = invoke(source, "--type", "Q4_K_M", "--explain", "--output-type", "f16")
     assert result.exit_code == 0, result.exception
-    plan = plan_quantization(source, resolve("Q4_K_M"), Wishes(output=GgmlType.F16))
+    plan = plan_quantization(source, resolve("Q4_K_M"), Overrides(output=GgmlType.F16))
     reasons = stated_reasons(plan)
     assert sum(each.n_bytes for each in reasons) == sum(
         change.n_bytes for change in plan.changes if may_change(change.source)

@@ -19,7 +19,7 @@ from dsmoe_local.model.gguf_file import read_gguf
 from dsmoe_local.model.type_name import RECIPE_KEY, file_type_name
 from dsmoe_quantize.imatrix import Imatrix
 from dsmoe_quantize.imatrix_file import write_imatrix
-from dsmoe_quantize.policy.choice import Wishes, parse_override
+from dsmoe_quantize.policy.choice import Overrides, parse_override
 from dsmoe_quantize.policy.named_recipes import RECIPES
 from dsmoe_quantize.policy.recipe_file import parse_recipe, read_recipe, refuse_place, render_recipe
 from dsmoe_quantize.policy.recipes import OTHERS, recipe_for
@@ -119,7 +119,7 @@ def test_mistakes_are_found_before_measuring(source: Path, tmp_path: Path, optio
     assert not (cache_folder() / "sensitivity").exists()
 
 
-WISHES = {
+OVERRIDES = {
     "output": ("--output-type", "q8_0"),
     "embedding": ("--embedding-type", "q5_0"),
     "some layers": ("--tensor-type", r"blk\.[23]\.ffn_down_exps\.weight=q8_0"),
@@ -133,10 +133,12 @@ WISHES = {
 
 
 @pytest.mark.parametrize("choice", [("--type", "q4"), TARGET], ids=lambda each: each[1])
-@pytest.mark.parametrize("wishes", WISHES)
-def test_wishes_are_in_the_recipe(source: Path, tmp_path: Path, choice: tuple[str, ...], wishes: str) -> None:
+@pytest.mark.parametrize("overrides", OVERRIDES)
+def test_overrides_are_in_the_recipe(
+    source: Path, tmp_path: Path, choice: tuple[str, ...], overrides: str
+) -> None:
     """Guards: a recipe, written or in the file, that makes other types than the file has."""
-    first = invoke(source, "first.gguf", *choice, *WISHES[wishes], "--recipe-out", "r.toml")
+    first = invoke(source, "first.gguf", *choice, *OVERRIDES[overrides], "--recipe-out", "r.toml")
     assert first.exit_code == 0, first.exception
     assert "the recipe cannot tell" not in first.stderr
     again = invoke(source, "again.gguf", "--recipe", "r.toml")
@@ -146,7 +148,7 @@ def test_wishes_are_in_the_recipe(source: Path, tmp_path: Path, choice: tuple[st
 
 
 def test_a_tied_embedding_is_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: a wish for the embedding in a line that such a model does not read."""
+    """Guards: an override for the embedding in a line that such a model does not read."""
     monkeypatch.chdir(tmp_path)
     source = write_tiny(tmp_path / "tied.gguf", NARROW)
     for number, flag in enumerate(("--output-type", "--embedding-type")):
@@ -159,21 +161,21 @@ def test_a_tied_embedding_is_the_output(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("choice", [("--type", "q4"), TARGET], ids=lambda each: each[1])
 @pytest.mark.parametrize("options", [(), ("--dry-run",)])
-def test_wishes_that_no_recipe_can_tell(
+def test_overrides_that_no_recipe_can_tell(
     source: Path, tmp_path: Path, choice: tuple[str, ...], options: tuple[str, ...]
 ) -> None:
     """Guards: query and key of two types, which share a line, and a recipe that hides it or has a hole."""
-    wishes = (
+    overrides = (
         *("--tensor-type", r"blk\.\d\.attn_q\.weight=f16"),
         *("--tensor-type", r"blk\.\d\.attn_k\.weight=q4_1"),
     )
-    result = invoke(source, *choice, *wishes, "--recipe-out", "r.toml", *options)
+    result = invoke(source, *choice, *overrides, "--recipe-out", "r.toml", *options)
     assert result.exit_code == 0, result.exception
     assert "note: the recipe cannot tell of blk.0.attn_" in result.stderr
     recipe = read_recipe(tmp_path / "r.toml")
     assert "more" in str(recipe.about["left_out"])
     assert invoke(source, "again.gguf", "--recipe", "r.toml").exit_code == 0
-    whole = invoke(source, "whole.gguf", "--recipe", "r.toml", *wishes)
+    whole = invoke(source, "whole.gguf", "--recipe", "r.toml", *overrides)
     assert whole.exit_code == 0, whole.exception
     if not options:
         first = read_gguf(next(tmp_path.glob("tiny-[q7]*.gguf")))
@@ -182,18 +184,18 @@ def test_wishes_that_no_recipe_can_tell(
 
 
 @pytest.mark.parametrize(
-    ("wishes", "name"),
+    ("overrides", "name"),
     [
-        (Wishes(), "q4"),
-        (Wishes(output=Q4.types["output"][OTHERS]), "q4"),
-        (Wishes(output=GgmlType.F16), "q4-changed"),
-        (Wishes(overrides=(parse_override(r"blk\.1\.attn_q\.weight=q8_0"),)), "q4-changed"),
+        (Overrides(), "q4"),
+        (Overrides(output=Q4.types["output"][OTHERS]), "q4"),
+        (Overrides(output=GgmlType.F16), "q4-changed"),
+        (Overrides(tensors=(parse_override(r"blk\.1\.attn_q\.weight=q8_0"),)), "q4-changed"),
     ],
     ids=["none", "as it is", "another type", "a part of a group"],
 )
-def test_the_name_of_a_changed_recipe(source: Path, wishes: Wishes, name: str) -> None:
+def test_the_name_of_a_changed_recipe(source: Path, overrides: Overrides, name: str) -> None:
     """Guards: `q4` shown for a file that has other types than q4."""
-    plan = plan_quantization(source, resolve("q4"), wishes)
+    plan = plan_quantization(source, resolve("q4"), overrides)
     assert plan.record.type.name == name
     assert parse_recipe(plan.metadata[RECIPE_KEY].value, "metadata").name == name
 

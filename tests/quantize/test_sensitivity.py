@@ -32,7 +32,7 @@ from dsmoe_quantize.budget.sensitivity_file import (
 )
 from dsmoe_quantize.errors import WeightError
 from dsmoe_quantize.imatrix import Imatrix
-from dsmoe_quantize.policy.choice import Wishes, may_change
+from dsmoe_quantize.policy.choice import Overrides, may_change
 from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
 
@@ -74,7 +74,7 @@ def test_errors_of_files(source: Path, tmp_path: Path, word: str, with_imatrix: 
     imatrix = random_imatrix(SMALL, least=5000) if with_imatrix else None
     kind = GgmlType.__members__[word]
     measured = sensitivity(source, imatrix).tensors
-    plan = plan_quantization(source, resolve(word), Wishes(pure=True), imatrix=imatrix)
+    plan = plan_quantization(source, resolve(word), Overrides(pure=True), imatrix=imatrix)
     quantize_file(plan, tmp_path / "out.gguf")
     before, after = weights_of(source), weights_of(tmp_path / "out.gguf")
     checked = 0

@@ -23,13 +23,13 @@ from dsmoe_local.model.layout import Role, role_of, tensor_specs
 from dsmoe_local.model.presets import PRESETS
 from dsmoe_local.model.type_name import RECIPE_KEY
 from dsmoe_quantize.budget import cost_model
-from dsmoe_quantize.budget.cost_model import Budget, Market
+from dsmoe_quantize.budget.cost_model import Budget, CostModel
 from dsmoe_quantize.budget.error_weights import WEIGHTS
 from dsmoe_quantize.budget.explanation import offers, reasons
 from dsmoe_quantize.budget.fast_kernels import CPUS, is_fast, this_cpu
 from dsmoe_quantize.budget.sensitivity import Sensitivity, TensorErrors, candidates, measure
 from dsmoe_quantize.budget.sensitivity_file import start
-from dsmoe_quantize.policy.choice import Wishes, choose_types, may_change, parse_override
+from dsmoe_quantize.policy.choice import Overrides, choose_types, may_change, parse_override
 from dsmoe_quantize.policy.mixes import MIXES
 from dsmoe_quantize.policy.recipe_file import parse_recipe, render_recipe
 from dsmoe_quantize.policy.recipes import Group
@@ -38,12 +38,12 @@ from dsmoe_quantize.quantize import Plan, quantize_file
 BIG = PRESETS["deepseekmoe-16b"].hp
 
 
-def market_of(path: Path, wishes: Wishes | None = None, cpu: str = "none") -> Market:
+def costs_of(path: Path, overrides: Overrides | None = None, cpu: str = "none") -> CostModel:
     file, hp = read_model(path)
-    return Market(file, hp, measure(file, start(file, None, 20000)), wishes=wishes, cpu=cpu)
+    return CostModel(file, hp, measure(file, start(file, None, 20000)), overrides=overrides, cpu=cpu)
 
 
-def shaped(hp: Hyperparameters, cpu: str = "x86-avx2") -> Market:
+def shaped(hp: Hyperparameters, cpu: str = "x86-avx2") -> CostModel:
     """A model of this shape without any weights; errors fall fourfold with each bit."""
     kept = (Role.NORM, Role.ROUTER)
     tensors = {
@@ -64,32 +64,32 @@ def shaped(hp: Hyperparameters, cpu: str = "x86-avx2") -> Market:
         for name, each in tensors.items()
         if may_change(each)
     }
-    return Market(file, hp, Sensitivity("", "", "", 0, errors), cpu=cpu)
+    return CostModel(file, hp, Sensitivity("", "", "", 0, errors), cpu=cpu)
 
 
-def slow_weights(market: Market, plan: Plan) -> float:
+def slow_weights(costs: CostModel, plan: Plan) -> float:
     """Weights that a token reads in types without fast kernels, of a model whose embedding is not its output;
     counted from the plan.
     """
     parts = {
-        Role.ROUTED_EXPERT: market.hp.n_experts_per_token / market.hp.n_routed_experts,
-        Role.EMBEDDING: 1 / market.hp.n_vocab,
+        Role.ROUTED_EXPERT: costs.hp.n_experts_per_token / costs.hp.n_routed_experts,
+        Role.EMBEDDING: 1 / costs.hp.n_vocab,
     }
     return sum(
         math.prod(each.source.shape) * parts.get(role, 1.0)
         for each in plan.changes
         if (role := role_of(each.source.name)) not in (None, Role.NORM, Role.ROUTER)
-        and not is_fast(market.cpu, each.choice.type, each.source.shape)
+        and not is_fast(costs.cpu, each.choice.type, each.source.shape)
     )
 
 
 @pytest.fixture(scope="module")
-def moe(tmp_path_factory: pytest.TempPathFactory) -> Market:
-    return market_of(write_tiny(tmp_path_factory.mktemp("model") / "tiny-BF16.gguf", MOE), cpu="x86-avx2")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> CostModel:
+    return costs_of(write_tiny(tmp_path_factory.mktemp("model") / "tiny-BF16.gguf", MOE), cpu="x86-avx2")
 
 
 @pytest.mark.parametrize("bits", [4.6, 5.0, 5.7, 7.3])
-def test_files_land_below_the_target(moe: Market, tmp_path: Path, bits: float) -> None:
+def test_files_land_below_the_target(moe: CostModel, tmp_path: Path, bits: float) -> None:
     """Guards: a header, padding or a norm that is not counted; metadata that exceed the size."""
     size = int(moe.n_weights * bits / 8) + 15000
     solved = moe.solve(Budget(size=size), "small")
@@ -104,7 +104,7 @@ def test_files_land_below_the_target(moe: Market, tmp_path: Path, bits: float) -
     }
 
 
-def test_every_budget_holds(moe: Market) -> None:
+def test_every_budget_holds(moe: CostModel) -> None:
     """Guards: one budget that is forgotten when another is given, or that is compared in other units."""
     for bits in (4.7, 6.0):
         alone = moe.solve(Budget(bits_per_weight=bits), "x")
@@ -122,7 +122,7 @@ def test_every_budget_holds(moe: Market) -> None:
         assert all_three.plan.n_bytes_per_token <= read
 
 
-def test_totals_are_those_of_the_plan(moe: Market) -> None:
+def test_totals_are_those_of_the_plan(moe: CostModel) -> None:
     """Guards: a recipe that says something else than what was solved."""
     solved = moe.solve(Budget(bits_per_weight=5.1), "x")
     again = moe.figures(each.choice for each in solved.plan.changes)
@@ -134,7 +134,7 @@ def test_totals_are_those_of_the_plan(moe: Market) -> None:
 
 
 @pytest.mark.parametrize("word", ["Q4_K_M", "Q4_K_S", "IQ4_XS", "Q4_0", "Q5_K_M"])
-def test_no_mix_is_better(moe: Market, word: str) -> None:
+def test_no_mix_is_better(moe: CostModel, word: str) -> None:
     """Guards: a solver that misses what llama.cpp's own mixes have found, at their size and speed."""
     tensors = list(moe.file.tensors.values())
     mix = moe.figures(choose_types(tensors, moe.hp, MIXES[word]))
@@ -146,9 +146,9 @@ def test_no_mix_is_better(moe: Market, word: str) -> None:
 
 def test_16b() -> None:
     """The shape that this is for: 279 matrices, widths that 256 does not divide, and 9.5 GB."""
-    market = shaped(BIG)
+    costs = shaped(BIG)
     budget = Budget(size=9_500_000_000, bytes_per_token=1_700_000_000)
-    solved = market.solve(budget, "9.5GB")
+    solved = costs.solve(budget, "9.5GB")
     assert 0.99 * 9.5e9 < solved.file_size <= 9.5e9 or solved.plan.n_bytes_per_token > 0.99 * 1.7e9
     assert solved.file_size <= 9.5e9
     assert solved.plan.n_bytes_per_token <= 1.7e9
@@ -157,15 +157,15 @@ def test_16b() -> None:
     for each in solved.plan.changes:
         if each.choice.type in (GgmlType.Q4_K, GgmlType.Q5_K, GgmlType.Q6_K, GgmlType.IQ4_XS):
             assert each.source.shape[-1] % 256 == 0
-    assert solved.recipe == market.solve(budget, "9.5GB").recipe, "the same input, the same recipe"
-    by_name = {each.label: each for each in offers(market, solved, budget)}
+    assert solved.recipe == costs.solve(budget, "9.5GB").recipe, "the same input, the same recipe"
+    by_name = {each.label: each for each in offers(costs, solved, budget)}
     assert by_name["Q4_K_M"].total.n_bytes / 1e9 == pytest.approx(10.84, abs=0.01)
     assert by_name["Q4_K_M"].total.n_bytes_per_token / 1e9 == pytest.approx(1.73, abs=0.01)
     assert (
         by_name["5% less"].total.error > by_name["this recipe"].total.error > by_name["5% more"].total.error
     )
     assert by_name["up to 25% slow"].slow_share <= 0.25
-    by_hand = slow_weights(market, solved.plan) / market.n_read
+    by_hand = slow_weights(costs, solved.plan) / costs.n_read
     assert by_name["this recipe"].slow_share == pytest.approx(by_hand)
 
 
@@ -174,12 +174,12 @@ def test_16b() -> None:
 )
 def test_other_shapes(tmp_path: Path, hp: Hyperparameters, dtype: str) -> None:
     """Guards: a tied embedding, columns that take no block, a model without experts."""
-    market = market_of(
+    costs = costs_of(
         write_tiny(
             tmp_path / "model.gguf", replace(hp, n_layers=3, n_dense_layers=min(hp.n_dense_layers, 3)), dtype
         )
     )
-    solved = market.solve(Budget(bits_per_weight=7.5), "x")
+    solved = costs.solve(Budget(bits_per_weight=7.5), "x")
     quantize_file(solved.plan, tmp_path / "out.gguf")
     assert solved.plan.bits_per_weight <= 7.5
     for each in solved.plan.changes:
@@ -190,20 +190,20 @@ def test_other_shapes(tmp_path: Path, hp: Hyperparameters, dtype: str) -> None:
         assert kinds["blk.1.ffn_down_exps.weight"] is GgmlType.BF16, "no block fits, and BF16 loses nothing"
 
 
-def test_wishes_are_kept_and_counted(tmp_path: Path) -> None:
-    """Guards: a wish that the solver outweighs, or whose bytes it does not count."""
+def test_overrides_are_kept_and_counted(tmp_path: Path) -> None:
+    """Guards: an override that the solver outweighs, or whose bytes it does not count."""
     path = write_tiny(tmp_path / "model.gguf", MOE)
-    wishes = Wishes(
-        overrides=(parse_override(r"blk\.[12]\.attn_q\.weight=q8_0"),), output=GgmlType.F16, embedding=None
+    overrides = Overrides(
+        tensors=(parse_override(r"blk\.[12]\.attn_q\.weight=q8_0"),), output=GgmlType.F16, embedding=None
     )
-    market = market_of(path, wishes)
-    solved = market.solve(Budget(bits_per_weight=5.2), "x")
+    costs = costs_of(path, overrides)
+    solved = costs.solve(Budget(bits_per_weight=5.2), "x")
     kinds = {each.source.name: each.choice.type for each in solved.plan.changes}
     assert kinds["output.weight"] is GgmlType.F16
     assert kinds["blk.1.attn_q.weight"] is kinds["blk.2.attn_q.weight"] is GgmlType.Q8_0
     assert kinds["blk.1.attn_k.weight"] is solved.picks[Group("attention-query-key", 1)]
     assert solved.plan.bits_per_weight <= 5.2
-    assert {each.why for each in reasons(market, solved)} >= {"--tensor-type", "--output-type"}
+    assert {each.why for each in reasons(costs, solved)} >= {"--tensor-type", "--output-type"}
 
 
 @pytest.mark.parametrize(
@@ -223,20 +223,20 @@ def test_nothing_fits(budget: Budget, cpu: str) -> None:
 
 
 @pytest.mark.parametrize("large", [False, True])
-def test_the_least_size_can_be_asked_for(large: bool, moe: Market) -> None:
+def test_the_least_size_can_be_asked_for(large: bool, moe: CostModel) -> None:
     """Guards: "at least" without the header, which no target of that size meets; or far too much."""
-    market = shaped(replace(BIG, n_layers=4), "x86-avx2") if large else moe
+    costs = shaped(replace(BIG, n_layers=4), "x86-avx2") if large else moe
     with pytest.raises(UsageError) as caught:
-        market.solve(Budget(size=10), "x")
+        costs.solve(Budget(size=10), "x")
     said = re.search(r"at least: (\S+ [KMG]?B) for a file, ", caught.value.where)
     assert said is not None
     least = parse_size(said[1])
-    assert market.solve(Budget(size=least), "x").file_size <= least
+    assert costs.solve(Budget(size=least), "x").file_size <= least
     with pytest.raises(UsageError):
-        market.solve(Budget(size=int(least * 0.98)), "x")
+        costs.solve(Budget(size=int(least * 0.98)), "x")
 
 
-def test_a_size_that_is_enough_is_not_blamed(moe: Market) -> None:
+def test_a_size_that_is_enough_is_not_blamed(moe: CostModel) -> None:
     """Guards: a remedy for what is not wrong."""
     with pytest.raises(UsageError) as caught:
         moe.solve(Budget(size=10**12, bytes_per_token=1), "x")
@@ -244,7 +244,7 @@ def test_a_size_that_is_enough_is_not_blamed(moe: Market) -> None:
     assert "read per token" in caught.value.where
 
 
-def test_budgets_that_do_not_go_together(moe: Market, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_budgets_that_do_not_go_together(moe: CostModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: "at least" so much said of budgets that are larger than that."""
     monkeypatch.setattr(cost_model, "solve", lambda *_, **__: None)
     with pytest.raises(UsageError, match="all budgets at once") as caught:
@@ -254,7 +254,7 @@ def test_budgets_that_do_not_go_together(moe: Market, monkeypatch: pytest.Monkey
         moe.solve(Budget(size=10**12, bits_per_weight=8, bytes_per_token=1), "x")
 
 
-def test_a_step_gives_what_the_recipe_gives_at_least(moe: Market) -> None:
+def test_a_step_gives_what_the_recipe_gives_at_least(moe: CostModel) -> None:
     """Guards: a looser budget that is shown to give worse than the recipe, which is within it, too."""
     solved = moe.solve(Budget(bits_per_weight=5.0, slow_share=0.2), "x")
     shown = {each.label: each for each in offers(moe, solved, Budget(bits_per_weight=5.0))}
@@ -262,11 +262,11 @@ def test_a_step_gives_what_the_recipe_gives_at_least(moe: Market) -> None:
         assert shown[label].total.error <= solved.total.error
 
 
-def test_measured_weights_count(moe: Market) -> None:
+def test_measured_weights_count(moe: CostModel) -> None:
     """Guards: measured costs of errors that change nothing, or that apply to another group."""
     file, hp = moe.file, moe.hp
     known = measure(file, start(file, None, 20000))
-    heavy = Market(file, hp, replace(known, weights={"routed-down.8": 500.0, "shared-down": 0.0}))
+    heavy = CostModel(file, hp, replace(known, weights={"routed-down.8": 500.0, "shared-down": 0.0}))
     before, after = (each.solve(Budget(bits_per_weight=5.0), "x").picks for each in (moe, heavy))
     group = Group("routed-down", 8)
     assert bits_per_weight(after[group]) > bits_per_weight(before[group])
@@ -275,14 +275,14 @@ def test_measured_weights_count(moe: Market) -> None:
     assert smallest < 5
 
 
-def test_measured_weights_of_some_kinds(moe: Market) -> None:
+def test_measured_weights_of_some_kinds(moe: CostModel) -> None:
     """Guards: kinds that were measured beside others with costs of another model, a thousand times smaller:
     all bytes go to the former.
     """
     known = measure(moe.file, start(moe.file, None, 20000))
     some = ("output", "shared-down", "attention-value")
     larger = {kind: 1000 * WEIGHTS[kind] for kind in some}
-    half = Market(moe.file, moe.hp, replace(known, weights=larger), cpu="x86-avx2")
+    half = CostModel(moe.file, moe.hp, replace(known, weights=larger), cpu="x86-avx2")
     assert str(half.error_weights) == "measured for 3 of 11 kinds"
     budget = Budget(bits_per_weight=5.0)
     before, after = moe.solve(budget, "x"), half.solve(budget, "x")
@@ -295,15 +295,15 @@ def test_importance_changes_choices(tmp_path: Path) -> None:
     path = write_tiny(tmp_path / "model.gguf", replace(MOE, n_layers=3))
     file, hp = read_model(path)
     imatrix = random_imatrix(replace(MOE, n_layers=3))
-    market = Market(file, hp, measure(file, start(file, imatrix, 0), imatrix), imatrix=imatrix)
-    plain = market_of(path)
+    costs = CostModel(file, hp, measure(file, start(file, imatrix, 0), imatrix), imatrix=imatrix)
+    plain = costs_of(path)
     budget = Budget(bits_per_weight=5.0)
-    solved = market.solve(budget, "x")
+    solved = costs.solve(budget, "x")
     assert solved.plan.imatrix is imatrix
     assert solved.total.error != plain.solve(budget, "x").total.error
 
 
-def test_every_group_is_explained(moe: Market) -> None:
+def test_every_group_is_explained(moe: CostModel) -> None:
     """Guards: a group without a reason, an alternative that is none, ratios in the wrong direction."""
     solved = moe.solve(Budget(bits_per_weight=5.0), "x")
     found = reasons(moe, solved)

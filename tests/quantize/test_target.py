@@ -18,7 +18,7 @@ from dsmoe_quantize.budget.cost_model import Budget
 from dsmoe_quantize.budget.sensitivity_file import read_sensitivity, write_sensitivity
 from dsmoe_quantize.budget.target import Request, Target, solve_target
 from dsmoe_quantize.imatrix import Imatrix
-from dsmoe_quantize.policy.choice import Wishes
+from dsmoe_quantize.policy.choice import Overrides
 from dsmoe_quantize.policy.recipes import KINDS
 
 
@@ -32,7 +32,7 @@ def solved(
 ) -> Target:
     file, hp = read_model(source)
     request = Request(Budget(bits_per_weight=6), "x", kept, 4096)
-    return solve_target(file, hp, request, Wishes(), imatrix, listen=listen)
+    return solve_target(file, hp, request, Overrides(), imatrix, listen=listen)
 
 
 def test_the_file_is_locked_while_something_is_missing(source: Path, tmp_path: Path) -> None:

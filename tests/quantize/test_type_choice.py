@@ -1,4 +1,4 @@
-"""Words, wishes and our own recipes: what each tensor gets, and what a person is told about it."""
+"""Words, overrides and our own recipes: what each tensor gets, and what a person is told about it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dsmoe_local.model.gguf_writer import PlannedTensor
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import Role, role_of, tensor_specs
 from dsmoe_local.model.presets import PRESETS
-from dsmoe_quantize.policy.choice import Choice, Wishes, choose_types, fallback_notes, parse_override
+from dsmoe_quantize.policy.choice import Choice, Overrides, choose_types, fallback_notes, parse_override
 from dsmoe_quantize.policy.types import known_words, parse_target, resolve
 from dsmoe_quantize.quantize import default_output
 
@@ -31,8 +31,8 @@ def tensors(hp: Hyperparameters) -> list[PlannedTensor]:
     ]
 
 
-def choose(hp: Hyperparameters, word: str, wishes: Wishes | None = None) -> dict[str, Choice]:
-    return {each.name: each for each in choose_types(tensors(hp), hp, resolve(word), wishes)}
+def choose(hp: Hyperparameters, word: str, overrides: Overrides | None = None) -> dict[str, Choice]:
+    return {each.name: each for each in choose_types(tensors(hp), hp, resolve(word), overrides)}
 
 
 def gigabytes(hp: Hyperparameters, word: str) -> float:
@@ -122,10 +122,10 @@ def test_words() -> None:
     assert all(word in caught.value.remedy for word in known_words())
 
 
-def test_wishes() -> None:
+def test_overrides() -> None:
     """The order of precedence; a pattern that matches a part of a name."""
-    wishes = Wishes(
-        overrides=(
+    overrides = Overrides(
+        tensors=(
             parse_override(r"blk\.1\.attn_v\.weight=q8_0"),
             parse_override(r"blk\..*attn_v\.weight=q5_k"),
             parse_override(r"blk\..*=F16"),
@@ -134,16 +134,16 @@ def test_wishes() -> None:
         output=GgmlType.Q5_1,
         embedding=GgmlType.BF16,
     )
-    chosen = choose(MOE, "q4", wishes)
+    chosen = choose(MOE, "q4", overrides)
     assert chosen["blk.1.attn_v.weight"].type is GgmlType.Q8_0
     assert chosen["blk.2.attn_v.weight"].type is GgmlType.Q5_K
     assert chosen["blk.2.attn_q.weight"].type is GgmlType.F16
     assert chosen["output.weight"].type is GgmlType.Q5_1
     assert chosen["token_embd.weight"].type is GgmlType.BF16
     assert chosen["blk.2.ffn_gate_inp.weight"].type is GgmlType.F32
-    assert choose(MOE, "bf16", wishes)["blk.1.attn_v.weight"].type is GgmlType.Q8_0
+    assert choose(MOE, "bf16", overrides)["blk.1.attn_v.weight"].type is GgmlType.Q8_0
     tied = replace(MOE, tied_embeddings=True)
-    assert choose(tied, "q4", Wishes(output=GgmlType.Q5_1))["token_embd.weight"].type is GgmlType.Q5_1
+    assert choose(tied, "q4", Overrides(output=GgmlType.Q5_1))["token_embd.weight"].type is GgmlType.Q5_1
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_wishes() -> None:
 def test_pattern_without_effect(pattern: str) -> None:
     """A typing error that is ignored."""
     with pytest.raises(UsageError, match="matches no tensor"):
-        choose(MOE, "q4", Wishes(overrides=(parse_override(pattern),)))
+        choose(MOE, "q4", Overrides(tensors=(parse_override(pattern),)))
 
 
 @pytest.mark.parametrize(
@@ -166,10 +166,10 @@ def test_malformed_override(text: str) -> None:
 
 def test_pure() -> None:
     """One type for all, and no recipe."""
-    kinds = Counter(choice.type.name for choice in choose(MOE, "q5_0", Wishes(pure=True)).values())
+    kinds = Counter(choice.type.name for choice in choose(MOE, "q5_0", Overrides(pure=True)).values())
     assert set(kinds) == {"F32", "Q5_0"}
     with pytest.raises(UsageError, match="recipe"):
-        choose(MOE, "q4", Wishes(pure=True))
+        choose(MOE, "q4", Overrides(pure=True))
 
 
 def test_targets() -> None:
@@ -193,12 +193,12 @@ def test_targets() -> None:
 )
 def test_default_output(source: str, word: str, out: str) -> None:
     """A name that piles up types, or lands beside the source instead of here."""
-    assert default_output(Path(source), resolve(word), Wishes()) == Path(out)
+    assert default_output(Path(source), resolve(word), Overrides()) == Path(out)
 
 
 def test_pure_output_is_named_after_its_type() -> None:
     """A file called Q4_K_M that holds nothing but Q4_K."""
-    assert default_output(Path("x-f16.gguf"), resolve("q4_k"), Wishes(pure=True)) == Path("x-Q4_K.gguf")
+    assert default_output(Path("x-f16.gguf"), resolve("q4_k"), Overrides(pure=True)) == Path("x-Q4_K.gguf")
 
 
 def test_a_pattern_python_warns_of() -> None:

@@ -24,7 +24,7 @@ from dsmoe_quantize.budget.fast_kernels import is_fast
 from dsmoe_quantize.budget.sensitivity import Sensitivity
 from dsmoe_quantize.budget.solver import Option, Problem, Solution, solve
 from dsmoe_quantize.imatrix import Imatrix
-from dsmoe_quantize.policy.choice import Choice, Wishes, settled_types
+from dsmoe_quantize.policy.choice import Choice, Overrides, settled_types
 from dsmoe_quantize.policy.mixes import file_type_of
 from dsmoe_quantize.policy.recipe_file import closest_mix
 from dsmoe_quantize.policy.recipes import OTHERS, RECIPE_FALLBACKS, Group, LayeredRecipe, group_of
@@ -91,7 +91,7 @@ class Solved:
     is_optimal: bool
 
 
-class Market:
+class CostModel:
     """A model's groups with all that their types cost on a kind of processor. Solves for budgets."""
 
     def __init__(
@@ -100,14 +100,14 @@ class Market:
         hp: Hyperparameters,
         sensitivity: Sensitivity,
         *,
-        wishes: Wishes | None = None,
+        overrides: Overrides | None = None,
         imatrix: Imatrix | None = None,
         cpu: str = "none",
     ) -> None:
         self.file = file
         self.hp = hp
         self.cpu = cpu
-        self.wishes = wishes or Wishes()
+        self.overrides = overrides or Overrides()
         self.imatrix = imatrix
         self.sensitivity = sensitivity
         self._tied = "output.weight" not in file.tensors
@@ -116,7 +116,7 @@ class Market:
         self.error_weights = error_weights(self._energies.keys(), sensitivity.weights)
         base = LayeredRecipe("base", "F16", 1, {}, RECIPE_FALLBACKS)
         tensors = list(file.tensors.values())
-        self.settled = settled_types(tensors, hp, base, self.wishes)
+        self.settled = settled_types(tensors, hp, base, self.overrides)
         self.fixed = self.figures(self.settled.values())
         self.groups = self._groups(tensors)
         self.n_weights = sum(tensor.n_weights for tensor in tensors)
@@ -316,7 +316,7 @@ class Market:
         return LayeredRecipe(name, closest, file_type_of(closest), types, RECIPE_FALLBACKS, about)
 
     def _plan(self, recipe: LayeredRecipe) -> Plan:
-        return plan_file(self.file, self.hp, recipe, self.wishes, self.imatrix)
+        return plan_file(self.file, self.hp, recipe, self.overrides, self.imatrix)
 
 
 def _told_error(error: float) -> dict[str, float]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.model.ggml import GgmlType, block_size, type_name
-from dsmoe_quantize.budget.cost_model import Budget, Figures, GroupOptions, Market, Solved
+from dsmoe_quantize.budget.cost_model import Budget, CostModel, Figures, GroupOptions, Solved
 from dsmoe_quantize.budget.fast_kernels import is_fast
 from dsmoe_quantize.policy.choice import choose_types
 from dsmoe_quantize.policy.mixes import MIXES
@@ -51,43 +51,43 @@ class Reason:
     why: str
 
 
-def offers(market: Market, solved: Solved, budget: Budget) -> list[Offer]:
+def offers(costs: CostModel, solved: Solved, budget: Budget) -> list[Offer]:
     """The recipe, what somewhat smaller and larger budgets would give, and the named types; by size."""
-    found = [offer(market, "this recipe", solved.total)]
+    found = [offer(costs, "this recipe", solved.total)]
     steps = [(_scaled(budget, factor), label) for factor, label in _STEPS]
-    if market.cpu != "none" and budget.slow_share is None:
+    if costs.cpu != "none" and budget.slow_share is None:
         steps += [(replace(budget, slow_share=share), f"up to {share:.0%} slow") for share in _SLOW_SHARES]
     for other, label in steps:
         # A quick search may miss what the thorough one found.
-        totals = [solved.total] if _fits(market, solved, other) else []
+        totals = [solved.total] if _fits(costs, solved, other) else []
         with suppress(UsageError):
-            totals.append(market.solve(other, "step", quick=True).total)
+            totals.append(costs.solve(other, "step", quick=True).total)
         if totals:
-            found.append(offer(market, label, min(totals, key=lambda total: total.error)))
-    tensors = list(market.file.tensors.values())
+            found.append(offer(costs, label, min(totals, key=lambda total: total.error)))
+    tensors = list(costs.file.tensors.values())
     for choice in _NAMED:
-        # A type that was not measured, or a wish that makes no sense with it.
+        # A type that was not measured, or an override that makes no sense with it.
         with suppress(KeyError, UsageError):
             chosen = choose_types(
-                tensors, market.hp, choice, market.wishes, imatrix=market.imatrix is not None
+                tensors, costs.hp, choice, costs.overrides, imatrix=costs.imatrix is not None
             )
-            found.append(offer(market, choice.name, market.figures(chosen)))
+            found.append(offer(costs, choice.name, costs.figures(chosen)))
     return sorted(found, key=lambda each: each.total.n_bytes)
 
 
-def offer(market: Market, label: str, total: Figures) -> Offer:
+def offer(costs: CostModel, label: str, total: Figures) -> Offer:
     """A line for what all tensors cost."""
     return Offer(
         label,
         total,
-        8 * total.n_bytes / market.n_weights,
-        total.n_slow / market.n_read if market.n_read else 0,
+        8 * total.n_bytes / costs.n_weights,
+        total.n_slow / costs.n_read if costs.n_read else 0,
     )
 
 
-def _fits(market: Market, solved: Solved, budget: Budget) -> bool:
+def _fits(costs: CostModel, solved: Solved, budget: Budget) -> bool:
     """Whether a recipe is within another budget than it was made for."""
-    return market.fits(solved.total, budget) and (budget.size is None or solved.file_size <= budget.size)
+    return costs.fits(solved.total, budget) and (budget.size is None or solved.file_size <= budget.size)
 
 
 def _scaled(budget: Budget, factor: float) -> Budget:
@@ -99,14 +99,14 @@ def _scaled(budget: Budget, factor: float) -> Budget:
     )
 
 
-def reasons(market: Market, solved: Solved) -> list[Reason]:
+def reasons(costs: CostModel, solved: Solved) -> list[Reason]:
     """One for each kind and type, in the order of the model."""
     merged: dict[tuple[str, GgmlType], list[GroupOptions]] = {}
-    for each in market.groups:
+    for each in costs.groups:
         merged.setdefault((each.group.kind, solved.picks[each.group]), []).append(each)
     ordered = sorted(merged.items(), key=lambda item: KINDS.index(item[0][0]))
-    free = [_reason(market, solved, kind, chosen, members) for (kind, chosen), members in ordered]
-    return [*free, *_settled(market)]
+    free = [_reason(costs, solved, kind, chosen, members) for (kind, chosen), members in ordered]
+    return [*free, *_settled(costs)]
 
 
 def stated_reasons(plan: Plan) -> list[Reason]:
@@ -128,7 +128,7 @@ def stated_reasons(plan: Plan) -> list[Reason]:
 
 
 def _reason(
-    market: Market, solved: Solved, kind: str, chosen: GgmlType, members: list[GroupOptions]
+    costs: CostModel, solved: Solved, kind: str, chosen: GgmlType, members: list[GroupOptions]
 ) -> Reason:
     options = _joined(members)
     here = options[chosen]
@@ -139,7 +139,7 @@ def _reason(
     ]
     if not any(figures.error < here.error for figures in options.values()):
         parts[0] = "nothing that fits is better"
-    if market.cpu != "none" and not is_fast(market.cpu, chosen, tensor.shape):
+    if costs.cpu != "none" and not is_fast(costs.cpu, chosen, tensor.shape):
         parts.append("no fast kernel")
     if tensor.shape[-1] % block_size(GgmlType.Q4_K):
         parts.append(f"256 does not divide {tensor.shape[-1]} columns")
@@ -191,17 +191,17 @@ def _worth(solved: Solved, figures: Figures) -> float:
     return size * figures.n_bytes + per_token * figures.n_bytes_per_token + slow * figures.n_slow
 
 
-def _settled(market: Market) -> list[Reason]:
+def _settled(costs: CostModel) -> list[Reason]:
     """The tensors that the user has spoken of."""
     return [
         Reason(
             choice.name,
             "",
             choice.type,
-            market.figures([choice]).n_bytes,
+            costs.figures([choice]).n_bytes,
             0.0,
             "; ".join(filter(None, (choice.reason, choice.misfit))),
         )
-        for choice in market.settled.values()
+        for choice in costs.settled.values()
         if choice.reason.startswith("--")
     ]

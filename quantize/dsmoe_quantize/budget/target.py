@@ -15,11 +15,11 @@ from dsmoe_local.model.ggml import FLOATS, type_name
 from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_quantize.budget import sensitivity_file
-from dsmoe_quantize.budget.cost_model import Budget, Market, Solved
+from dsmoe_quantize.budget.cost_model import Budget, CostModel, Solved
 from dsmoe_quantize.budget.sensitivity import Sensitivity, measure, unmeasured
 from dsmoe_quantize.errors import RequantizeError
 from dsmoe_quantize.imatrix import Imatrix
-from dsmoe_quantize.policy.choice import Wishes, may_change
+from dsmoe_quantize.policy.choice import Overrides, may_change
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Request:
 class Target:
     """The answer, with all that explains it."""
 
-    market: Market
+    costs: CostModel
     solved: Solved
     sensitivity: Sensitivity
     kept_in: Path
@@ -64,7 +64,7 @@ def solve_target(
     file: GgufFile,
     hp: Hyperparameters,
     request: Request,
-    wishes: Wishes,
+    overrides: Overrides,
     imatrix: Imatrix | None = None,
     *,
     threads: int = 0,
@@ -78,11 +78,13 @@ def solve_target(
     What was measured is kept also if it is interrupted.
     """
     wanted = sensitivity_file.start(file, imatrix, request.sample)
-    costs = request.sensitivity and sensitivity_file.costs_of_another_matrix(request.sensitivity, wanted)
-    if costs:
-        why = _why_costs_alone(costs, imatrix)
+    measured_costs = request.sensitivity and sensitivity_file.costs_of_another_matrix(
+        request.sensitivity, wanted
+    )
+    if measured_costs:
+        why = _why_costs_alone(measured_costs, imatrix)
         listen(Note(f"only what errors cost is taken from {request.sensitivity}: {why}"))
-    path = _cached(wanted) if costs or request.sensitivity is None else request.sensitivity
+    path = _cached(wanted) if measured_costs or request.sensitivity is None else request.sensitivity
     any_sample = request.sample is None
     found = sensitivity_file.resume(path, wanted, any_sample=any_sample)
     # What is complete is only read, also while `dsmoe eval --sensitivity` adds to it for hours.
@@ -96,16 +98,16 @@ def solve_target(
                 )
             finally:
                 keeper.close()
-    if costs:
-        found = replace(found, weights=costs.weights, probes=costs.probes)
-    market = Market(file, hp, found, wishes=wishes, imatrix=imatrix, cpu=request.cpu)
-    solved = market.solve(request.budget, request.name, _about(request, market, found, imatrix, wishes))
-    return Target(market, solved, found, path)
+    if measured_costs:
+        found = replace(found, weights=measured_costs.weights, probes=measured_costs.probes)
+    costs = CostModel(file, hp, found, overrides=overrides, imatrix=imatrix, cpu=request.cpu)
+    solved = costs.solve(request.budget, request.name, _about(request, costs, found, imatrix, overrides))
+    return Target(costs, solved, found, path)
 
 
-def _why_costs_alone(costs: Sensitivity, imatrix: Imatrix | None) -> str:
+def _why_costs_alone(measured_costs: Sensitivity, imatrix: Imatrix | None) -> str:
     """Why errors are not taken from the same file."""
-    if not costs.imatrix:
+    if not measured_costs.imatrix:
         return "it was measured with no importance matrix"
     return f"it was measured with {'an' if imatrix is None else 'another'} importance matrix"
 
@@ -141,7 +143,7 @@ def _cached(wanted: Sensitivity) -> Path:
 
 
 def _about(
-    request: Request, market: Market, found: Sensitivity, imatrix: Imatrix | None, wishes: Wishes
+    request: Request, costs: CostModel, found: Sensitivity, imatrix: Imatrix | None, overrides: Overrides
 ) -> dict[str, str | int | float]:
     """How the recipe came about, without what differs from run to run."""
     budget = request.budget
@@ -153,9 +155,9 @@ def _about(
         "cpu": request.cpu,
         "imatrix": imatrix.name if imatrix else None,
         "share_of_weights_tried": float(f"{found.share:.3g}"),
-        "error_weights": str(market.error_weights),
-        "wishes": "in effect"
-        if wishes != replace(wishes, overrides=(), output=None, embedding=None)
+        "error_weights": str(costs.error_weights),
+        "overrides": "in effect"
+        if overrides != replace(overrides, tensors=(), output=None, embedding=None)
         else None,
     }
     return {key: value for key, value in about.items() if value is not None}

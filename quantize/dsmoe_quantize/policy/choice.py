@@ -1,4 +1,4 @@
-"""Which type each tensor gets: --type, the wishes beside it, and fallbacks, each with its reason."""
+"""Which type each tensor gets: --type, the overrides beside it, and fallbacks, each with its reason."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dsmoe_quantize.policy.named_recipes import NamedRecipe
 from dsmoe_quantize.policy.recipes import LayeredRecipe
 from dsmoe_quantize.policy.types import SettledType, TypeChoice, parse_target, settled
 
-_WISHES = ("--tensor-type", "--output-type", "--embedding-type")
+_OPTIONS = ("--tensor-type", "--output-type", "--embedding-type")
 
 
 class TensorLike(Protocol):
@@ -44,10 +44,12 @@ class Override:
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
-    """What the user wants beside --type. The first override wins; `output` and `embedding` beat them all."""
+class Overrides:
+    """What the user sets beside --type. The first of `tensors` that matches counts; `output` and `embedding`
+    take precedence over all of them. `pure`: a mix without its rules.
+    """
 
-    overrides: tuple[Override, ...] = ()
+    tensors: tuple[Override, ...] = ()
     output: GgmlType | None = None
     embedding: GgmlType | None = None
     pure: bool = False
@@ -63,14 +65,14 @@ class Choice:
     misfit: str = ""
 
     @property
-    def is_wish(self) -> bool:
-        """Whether the user has spoken of this tensor alone."""
-        return self.reason in _WISHES
+    def is_override(self) -> bool:
+        """True if an option other than --type set this tensor's type."""
+        return self.reason in _OPTIONS
 
 
-def label_of(choice: TypeChoice, wishes: Wishes) -> str:
+def label_of(choice: TypeChoice, overrides: Overrides) -> str:
     """What a file of this type is called: a mix that is `pure` is its one ggml type."""
-    if wishes.pure and not isinstance(choice, NamedRecipe | LayeredRecipe):
+    if overrides.pure and not isinstance(choice, NamedRecipe | LayeredRecipe):
         return type_name(choice.base)
     return choice.name
 
@@ -96,7 +98,7 @@ def choose_types(
     tensors: Sequence[TensorLike],
     hp: Hyperparameters,
     choice: TypeChoice,
-    wishes: Wishes | None = None,
+    overrides: Overrides | None = None,
     *,
     imatrix: bool = False,
 ) -> list[Choice]:
@@ -105,13 +107,13 @@ def choose_types(
     Norms, routers, biases and other vectors keep the type they have, whatever is asked for. UsageError for a
     --tensor-type that matches no other tensor, and for a recipe with --pure.
     """
-    wishes = wishes or Wishes()
-    if wishes.pure and isinstance(choice, NamedRecipe | LayeredRecipe):
+    overrides = overrides or Overrides()
+    if overrides.pure and isinstance(choice, NamedRecipe | LayeredRecipe):
         raise UsageError(
             f"{choice.name} is a recipe of several types", remedy="--pure goes with a single one, as in q4_k"
         )
-    refuse_unmatched(tensors, wishes)
-    chooser = _Chooser(hp, settled(choice, hp), wishes, [tensor.name for tensor in tensors], imatrix)
+    refuse_unmatched(tensors, overrides)
+    chooser = _Chooser(hp, settled(choice, hp), overrides, [tensor.name for tensor in tensors], imatrix)
     chosen = {
         tensor.name: chooser.choose(tensor)
         for tensor in sorted(tensors, key=lambda each: walk_order(each.name))
@@ -119,11 +121,11 @@ def choose_types(
     return [chosen[tensor.name] for tensor in tensors]
 
 
-def refuse_unmatched(tensors: Sequence[TensorLike], wishes: Wishes) -> None:
+def refuse_unmatched(tensors: Sequence[TensorLike], overrides: Overrides) -> None:
     """UsageError for a --tensor-type that speaks of no tensor: a typing error."""
-    found = (_override(wishes, tensor.name) for tensor in tensors if may_change(tensor))
+    found = (_override(overrides, tensor.name) for tensor in tensors if may_change(tensor))
     matched = {override.pattern.pattern for override in found if override}
-    for override in wishes.overrides:
+    for override in overrides.tensors:
         if override.pattern.pattern not in matched:
             raise UsageError(
                 f"--tensor-type {safe_line(override.pattern.pattern, 60)} matches no tensor it may change",
@@ -131,16 +133,16 @@ def refuse_unmatched(tensors: Sequence[TensorLike], wishes: Wishes) -> None:
             )
 
 
-def _override(wishes: Wishes, name: str) -> Override | None:
+def _override(overrides: Overrides, name: str) -> Override | None:
     """The first that matches."""
-    return next((each for each in wishes.overrides if each.pattern.fullmatch(name)), None)
+    return next((each for each in overrides.tensors if each.pattern.fullmatch(name)), None)
 
 
 def settled_types(
-    tensors: Sequence[TensorLike], hp: Hyperparameters, recipe: LayeredRecipe, wishes: Wishes
+    tensors: Sequence[TensorLike], hp: Hyperparameters, recipe: LayeredRecipe, overrides: Overrides
 ) -> dict[str, Choice]:
-    """The tensors, by name, whose types a recipe has no say in: vectors, routers, and what `wishes` name."""
-    chooser = _Chooser(hp, recipe, wishes, [tensor.name for tensor in tensors], False)
+    """The choices, by name, that no recipe decides: vectors, routers, and tensors that `overrides` name."""
+    chooser = _Chooser(hp, recipe, overrides, [tensor.name for tensor in tensors], False)
     choices = (chooser.settled(tensor) for tensor in tensors)
     return {choice.name: choice for choice in choices if choice}
 
@@ -164,10 +166,10 @@ class _Chooser:
     """Chooses for one tensor after another, in llama.cpp's order."""
 
     def __init__(
-        self, hp: Hyperparameters, choice: SettledType, wishes: Wishes, names: list[str], imatrix: bool
+        self, hp: Hyperparameters, choice: SettledType, overrides: Overrides, names: list[str], imatrix: bool
     ) -> None:
         self._choice = choice
-        self._wishes = wishes
+        self._overrides = overrides
         self._tied = "output.weight" not in names
         self._walk = (
             None
@@ -185,24 +187,24 @@ class _Chooser:
         """The choice for a tensor that --type has no say in; None if it has."""
         if not may_change(tensor):
             return Choice(tensor.name, tensor.type, "never quantized")
-        wish = self._wish(tensor)
-        return self._fitting(tensor, *wish) if wish else None
+        overridden = self._overridden(tensor)
+        return self._fitting(tensor, *overridden) if overridden else None
 
-    def _wish(self, tensor: TensorLike) -> tuple[GgmlType, str] | None:
-        override = _override(self._wishes, tensor.name)
+    def _overridden(self, tensor: TensorLike) -> tuple[GgmlType, str] | None:
+        override = _override(self._overrides, tensor.name)
         role = role_of(tensor.name)
-        if role is Role.EMBEDDING and self._wishes.embedding is not None:
-            return self._wishes.embedding, "--embedding-type"
+        if role is Role.EMBEDDING and self._overrides.embedding is not None:
+            return self._overrides.embedding, "--embedding-type"
         is_output = role is Role.OUTPUT or (role is Role.EMBEDDING and self._tied)
-        if is_output and self._wishes.output is not None:
-            return self._wishes.output, "--output-type"
+        if is_output and self._overrides.output is not None:
+            return self._overrides.output, "--output-type"
         return (override.type, "--tensor-type") if override else None
 
     def _by_type(self, tensor: TensorLike) -> tuple[GgmlType, str]:
         if isinstance(self._choice, LayeredRecipe):
             return self._choice.type_of(tensor.name, self._tied)
-        if self._walk is None or self._wishes.pure:
-            return self._choice.base, "--pure" if self._wishes.pure else ""
+        if self._walk is None or self._overrides.pure:
+            return self._choice.base, "--pure" if self._overrides.pure else ""
         return self._walk.type_of(tensor.name, tensor.shape[-1])
 
     def _fitting(self, tensor: TensorLike, wanted: GgmlType, reason: str) -> Choice:

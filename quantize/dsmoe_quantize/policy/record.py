@@ -26,7 +26,7 @@ from dsmoe_quantize.policy.recipes import OTHERS, Group, LayeredRecipe, absent_l
 from dsmoe_quantize.policy.types import SettledType, is_reserved, same_types
 
 CHANGED = "-changed"
-"""Ends the name of a recipe of ours that wishes have changed."""
+"""Ends the name of a recipe of ours that overrides have changed."""
 
 _DROPPED = (
     "general.quantization_version",
@@ -55,11 +55,11 @@ class Record:
 
 
 def record_of(choice: SettledType, hp: Hyperparameters, chosen: Sequence[Choice]) -> Record:
-    """What the file says in which all tensors of a model have the types `chosen`, after `choice` and wishes.
+    """What a file says about its types: `chosen` is what each tensor got from `choice` and the overrides.
 
-    A mix and a float type are said as they are: they have no table that wishes could change.
+    Of a mix or a float type only the name is recorded: they have no table that overrides could change.
     """
-    if not isinstance(choice, LayeredRecipe) or not any(each.is_wish for each in chosen):
+    if not isinstance(choice, LayeredRecipe) or not any(each.is_override for each in chosen):
         return Record(choice)
     tied = all(each.name != "output.weight" for each in chosen)
     groups: dict[Group, list[Choice]] = {}
@@ -69,7 +69,7 @@ def record_of(choice: SettledType, hp: Hyperparameters, chosen: Sequence[Choice]
             groups.setdefault(group, []).append(each)
     told, left_out = _told(choice, groups)
     types = _with(choice.types, told, groups)
-    about = {**choice.about, "wishes": "in effect"}
+    about = {**choice.about, "overrides": "in effect"}
     if left_out:
         about["left_out"] = named(left_out)
     name = f"{choice.name}{CHANGED}" if is_reserved(choice.name) else choice.name
@@ -88,11 +88,11 @@ def named(names: Sequence[str]) -> str:
 def _told(
     recipe: LayeredRecipe, groups: Mapping[Group, Sequence[Choice]]
 ) -> tuple[dict[Group, GgmlType], list[str]]:
-    """The types of the groups that wishes are about, and the tensors that have another."""
+    """The types of the groups that overrides are about, and the tensors that have another."""
     told: dict[Group, GgmlType] = {}
     left_out: list[str] = []
     for group, members in groups.items():
-        if not any(each.is_wish for each in members):
+        if not any(each.is_override for each in members):
             continue
         kinds = Counter(each.type for each in members)
         most = max(kinds, key=lambda kind: kinds[kind])
@@ -101,7 +101,7 @@ def _told(
         if len(kinds) == 1 or own is None:
             told[group] = most
         kept = told.get(group, own)
-        left_out += [each.name for each in members if each.is_wish and each.type is not kept]
+        left_out += [each.name for each in members if each.is_override and each.type is not kept]
     return told, left_out
 
 
@@ -110,7 +110,7 @@ def _with(
     told: Mapping[Group, GgmlType],
     groups: Mapping[Group, object],
 ) -> dict[str, Mapping[int | None, GgmlType]]:
-    """`types` with those of the groups in `told`. Where wishes settle every layer of a kind, the most
+    """`types` with those of the groups in `told`. Where overrides settle every layer of a kind, the most
     frequent type is that of the others, too.
     """
     found = dict(types)
