@@ -107,7 +107,7 @@ class Bench:
         path.unlink()
         assert found is not None
         kl = found.divergence.kl
-        predicted = self.costs.figures(change.choice for change in plan.changes).error
+        predicted = self.costs.figures(plan.choices).error
         return Row(plan.type.name, plan.bits_per_weight, predicted, kl.value, kl.error)
 
     def _plan(self, word: str) -> Plan:

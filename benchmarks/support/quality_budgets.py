@@ -65,7 +65,7 @@ def measure_frontier(bench: Bench, targets: Sequence[float], costs: Costs) -> li
         for bits in targets:
             variant = Variant(f"{bits:g} bpw", imatrix)
             plan = solved(bench, Budget(bits_per_weight=bits), variant, costs)
-            digest = types_digest([change.choice for change in plan.changes])
+            digest = types_digest(plan.choices)
             rows.append(bench.measure(plan, variant, digest))
             say(f"  {variant}: {told(rows[-1])}")
     return rows

@@ -80,4 +80,4 @@ def measure_eight(bench: Bench) -> list[CandidateRow]:
 
 
 def _predicted(costs: CostModel, plan: Plan) -> float:
-    return costs.figures(change.choice for change in plan.changes).error
+    return costs.figures(plan.choices).error

@@ -246,10 +246,10 @@ def measure_alike(bench: Bench) -> list[AlikeRow]:
     for imatrix in (False, True):
         for word, base in ALIKE:
             variant = Variant(word, imatrix)
-            types = {change.source.name: change.choice.type for change in bench.plan(variant).changes}
+            types = {choice.name: choice.type for choice in bench.plan(variant).choices}
             overrides = Overrides(output=types["output.weight"], embedding=types["token_embd.weight"])
             plan = bench.plan_of(resolve(base), overrides, imatrix=imatrix)
-            digest = types_digest([change.choice for change in plan.changes])
+            digest = types_digest(plan.choices)
             rows.append(AlikeRow(**asdict(bench.measure(plan, variant, digest)), base=base))
             say(f"  {base}, embedding and output of {variant}: {told(rows[-1])}")
     return rows

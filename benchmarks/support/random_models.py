@@ -29,12 +29,12 @@ from dsmoe_local.evaluate.speed.workload import Workload
 from dsmoe_local.model.ggml import GgmlType, row_bytes, tensor_bytes
 from dsmoe_local.model.gguf_file import Field
 from dsmoe_local.model.gguf_model import metadata_of
-from dsmoe_local.model.gguf_writer import PlannedTensor, plan_gguf, write_at
+from dsmoe_local.model.gguf_writer import plan_gguf, write_at
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import Role, tensor_specs
 from dsmoe_local.model.presets import PRESETS
-from dsmoe_quantize.policy.record import metadata_of_output
-from dsmoe_quantize.policy.types import TypeChoice, resolve, settled
+from dsmoe_quantize.policy.plan import plan_types
+from dsmoe_quantize.policy.types import TypeChoice, resolve
 from dsmoe_quantize.write import kernels
 
 QUICK_PART, QUICK_VOCABULARY, BLOCK = 8, 4096, 32
@@ -99,18 +99,14 @@ def model_file(shape: Shape, layers: int, wanted: str | TypeChoice) -> Path:
 
 def write_random(path: Path, hp: Hyperparameters, pool: Pool, wanted: str | TypeChoice = "bf16") -> None:
     """A GGUF of that shape in a type, or in the one of that name; norms and routers in F32."""
-    tensors = [
-        PlannedTensor(choice.name, tensor.shape, choice.type)
-        for choice, tensor in zip(choices_of(hp, wanted), unquantized(hp), strict=True)
-    ]
-    choice = resolve(wanted) if isinstance(wanted, str) else wanted
-    plan = plan_gguf(metadata_of_output(metadata_of_random(hp), settled(choice, hp)), tensors)
+    types = plan_types(unquantized(hp), hp, resolve(wanted) if isinstance(wanted, str) else wanted)
+    plan = plan_gguf(types.metadata_of(metadata_of_random(hp)), types.choices)
     random = np.random.default_rng(0)
     tiles: dict[tuple[GgmlType, int], Bytes] = {}
     with path.open("wb") as file:
         file.truncate(plan.size)
         write_at(file.fileno(), plan.header, 0)
-        for spec, tensor in zip(tensor_specs(hp), tensors, strict=True):
+        for spec, tensor in zip(tensor_specs(hp), types.choices, strict=True):
             offset = plan.offsets[spec.name]
             if spec.role is Role.NORM:
                 write_at(file.fileno(), _near_one(pool, spec.n_weights).tobytes(), offset)

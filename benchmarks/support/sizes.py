@@ -11,7 +11,7 @@ from dsmoe_local.model.ggml import GgmlType, tensor_bytes, type_name
 from dsmoe_local.model.gguf_writer import PlannedTensor
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import Role, tensor_specs
-from dsmoe_quantize.policy.choice import Choice, choose_types
+from dsmoe_quantize.policy.choice import TensorChoice, choose_types
 from dsmoe_quantize.policy.types import TypeChoice, resolve
 
 FLOAT_ROLES = (Role.NORM, Role.ROUTER)
@@ -36,7 +36,9 @@ def unquantized(hp: Hyperparameters) -> list[PlannedTensor]:
     ]
 
 
-def choices_of(hp: Hyperparameters, wanted: str | TypeChoice, *, imatrix: bool = False) -> Sequence[Choice]:
+def choices_of(
+    hp: Hyperparameters, wanted: str | TypeChoice, *, imatrix: bool = False
+) -> Sequence[TensorChoice]:
     """The types that the tensors of the shape get in a type, or the one of that name. `imatrix`: when they
     are encoded with an importance matrix.
     """
@@ -54,7 +56,7 @@ def size_of(hp: Hyperparameters, wanted: str | TypeChoice, *, imatrix: bool = Fa
     return Size(name, sum(sizes), 8 * sum(sizes) / sum(spec.n_weights for spec in specs), read)
 
 
-def types_digest(choices: Sequence[Choice]) -> str:
+def types_digest(choices: Sequence[TensorChoice]) -> str:
     """Tells types apart by what tensors get, whatever they are called."""
     lines = "\n".join(sorted(f"{choice.name} {type_name(choice.type)}" for choice in choices))
     return hashlib.sha256(lines.encode()).hexdigest()[:_DIGITS]

@@ -15,26 +15,18 @@ from dsmoe_convert.tokenizer import read_tokenizer
 from dsmoe_local.base.progress import Listener, Note, ignore
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.model.config_json import read_config
-from dsmoe_local.model.ggml import GgmlType, tensor_bytes
+from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import Field
 from dsmoe_local.model.gguf_model import metadata_of
+from dsmoe_local.model.gguf_writer import PlannedTensor
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import Role, TensorSpec, tensor_specs
 from dsmoe_quantize.errors import WeightError
 from dsmoe_quantize.imatrix import Imatrix
-from dsmoe_quantize.policy.choice import Choice, Overrides, choose_types, label_of
+from dsmoe_quantize.policy.choice import Overrides, label_of
+from dsmoe_quantize.policy.plan import TypePlan, plan_types
 from dsmoe_quantize.policy.recipes import LayeredRecipe
-from dsmoe_quantize.policy.record import (
-    Record,
-    identity_of_output,
-    importance_of,
-    metadata_of_output,
-    notes_on_output,
-    record_of,
-    refuse_foreign,
-    used_imatrix,
-)
-from dsmoe_quantize.policy.types import SettledType, TypeChoice, resolve, resolve_float, settled
+from dsmoe_quantize.policy.types import TypeChoice, resolve, resolve_float
 from dsmoe_quantize.write.encoder import TensorJob
 from dsmoe_quantize.write.output import Summary, write_output
 
@@ -44,7 +36,7 @@ _ALWAYS_F32 = (Role.NORM, Role.ROUTER)
 @dataclass(frozen=True, slots=True)
 class ConvertOptions:
     """What decides the content of the file. `type` None keeps the checkpoint's own, but for a `recipe`; `pre`
-    None recognises. With an `imatrix`, weights are encoded by what they count.
+    None recognises. With an `imatrix`, weights are encoded by their importance.
     """
 
     type: str | None = None
@@ -71,59 +63,17 @@ class RunOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedTensor:
-    """A tensor of the layout and the type it has in an unquantized file. What choose_types looks at."""
+class Conversion(TypePlan):
+    """A conversion that is checked and ready to run. `metadata` is that of the file to write."""
 
-    spec: TensorSpec
-    type: GgmlType
-
-    @property
-    def name(self) -> str:
-        """The GGUF name."""
-        return self.spec.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Slowest dimension first."""
-        return self.spec.shape
-
-
-@dataclass(frozen=True, slots=True)
-class Conversion:
-    """A conversion that is checked and ready to run. `choices` has a type for each of `tensors`, `record` is
-    what the file says of them.
-    """
-
-    checkpoint: Checkpoint
-    hp: Hyperparameters
-    choice: SettledType
-    tensors: Sequence[PlannedTensor]
-    choices: Sequence[Choice]
-    record: Record
-    metadata: Mapping[str, Field]
-    overrides: Overrides
-    imatrix: Imatrix | None = None
-
-    @property
-    def used_imatrix(self) -> Imatrix | None:
-        """The importance matrix, if any tensor is encoded with it."""
-        return used_imatrix(self.imatrix, self.tensors, self.choices)
-
-    @property
-    def notes(self) -> list[str]:
-        """What a person should know of it."""
-        return list(notes_on_output(self.tensors, self.choices, self.record, self.imatrix, self.hp.n_layers))
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of all weights in the file."""
-        pairs = zip(self.tensors, self.choices, strict=True)
-        return sum(tensor_bytes(choice.type, tensor.shape) for tensor, choice in pairs)
+    checkpoint: Checkpoint = field(kw_only=True)
+    metadata: Mapping[str, Field] = field(kw_only=True)
+    overrides: Overrides = field(kw_only=True)
 
     @property
     def default_name(self) -> str:
         """The output's name when the user gives none."""
-        return output_name(self.checkpoint.name, self.choice, self.overrides)
+        return output_name(self.checkpoint.name, self.type, self.overrides)
 
 
 def output_name(name: str, choice: TypeChoice, overrides: Overrides) -> str:
@@ -162,35 +112,36 @@ def plan(
     check_tensors(checkpoint.tensors, hp, checkpoint.name)
     specs = tensor_specs(hp)
     own = main_type(checkpoint.tensors, specs)
-    planned = [PlannedTensor(spec, GgmlType.F32 if spec.role in _ALWAYS_F32 else own) for spec in specs]
-    _note_mixed(checkpoint, planned, note)
-    choice, choices = _chosen(planned, hp, options, own)
+    _note_mixed(checkpoint, specs, own, note)
+    types = _types(hp, options, own)
     metadata = {
         **general_fields(hp, safe_line(checkpoint.name), license_of(folder)),
         **metadata_of(hp),
         **read_tokenizer(folder, hp.n_vocab, options.pre, note),
     }
-    record = record_of(choice, hp, choices)
-    used = used_imatrix(options.imatrix, planned, choices)
-    metadata = metadata_of_output(metadata, record.type, used)
     return Conversion(
-        checkpoint, hp, choice, planned, choices, record, metadata, options.overrides, options.imatrix
+        hp,
+        types.type,
+        types.choices,
+        options.imatrix,
+        checkpoint=checkpoint,
+        metadata=types.metadata_of(metadata),
+        overrides=options.overrides,
     )
 
 
 def check_options(hp: Hyperparameters, options: ConvertOptions) -> None:
     """Raise what `plan` would about types and the importance matrix, before any weight is there."""
-    planned = [PlannedTensor(spec, GgmlType.BF16) for spec in tensor_specs(hp)]
-    _chosen(planned, hp, options, GgmlType.BF16)
+    _types(hp, options, GgmlType.BF16)
 
 
-def _chosen(
-    planned: Sequence[PlannedTensor], hp: Hyperparameters, options: ConvertOptions, own: GgmlType
-) -> tuple[SettledType, list[Choice]]:
+def _types(hp: Hyperparameters, options: ConvertOptions, own: GgmlType) -> TypePlan:
     """The types of tensors that are stored in `own`. UsageError."""
-    refuse_foreign(options.imatrix, planned)
-    choice = settled(options.choice or resolve_float(own), hp)
-    return choice, choose_types(planned, hp, choice, options.overrides, imatrix=options.imatrix is not None)
+    tensors = [
+        PlannedTensor(spec.name, spec.shape, GgmlType.F32 if spec.role in _ALWAYS_F32 else own)
+        for spec in tensor_specs(hp)
+    ]
+    return plan_types(tensors, hp, options.choice or resolve_float(own), options.overrides, options.imatrix)
 
 
 def run(conversion: Conversion, out: Path, run_options: RunOptions) -> Summary:
@@ -198,13 +149,13 @@ def run(conversion: Conversion, out: Path, run_options: RunOptions) -> Summary:
     specs = tensor_specs(conversion.hp)
     jobs = [
         TensorJob(
-            tensor.name,
-            tensor.shape,
-            chosen.type,
-            rows_of(conversion.checkpoint, tensor.spec),
-            importance_of(conversion.imatrix, tensor, chosen),
+            choice.name,
+            choice.shape,
+            choice.type,
+            rows_of(conversion.checkpoint, spec),
+            conversion.importance_of(choice),
         )
-        for tensor, chosen in zip(conversion.tensors, conversion.choices, strict=True)
+        for spec, choice in zip(specs, conversion.choices, strict=True)
     ]
     for text in conversion.notes:
         run_options.listen(Note(text))
@@ -222,7 +173,7 @@ def run(conversion: Conversion, out: Path, run_options: RunOptions) -> Summary:
             jobs,
             {
                 "the checkpoint": conversion.checkpoint.identity,
-                **identity_of_output(conversion.record.type, conversion.choices, conversion.used_imatrix),
+                **conversion.fingerprint,
             },
             sources=conversion.checkpoint.files,
             threads=run_options.threads,
@@ -248,16 +199,14 @@ def convert_folder(
 
 
 def _note_mixed(
-    checkpoint: Checkpoint, planned: Sequence[PlannedTensor], note: Callable[[str], None]
+    checkpoint: Checkpoint, specs: Sequence[TensorSpec], own: GgmlType, note: Callable[[str], None]
 ) -> None:
     """Say so where matrices are stored in another float type than most."""
     others = [
-        tensor.name
-        for tensor in planned
-        if tensor.spec.role not in _ALWAYS_F32
-        and any(
-            DTYPES[checkpoint.tensors[source].dtype].ggml is not tensor.type for source in tensor.spec.sources
-        )
+        spec.name
+        for spec in specs
+        if spec.role not in _ALWAYS_F32
+        and any(DTYPES[checkpoint.tensors[source].dtype].ggml is not own for source in spec.sources)
     ]
     if others:
         note(f"{len(others)} matrices have another float type than most, the first is {others[0]}")

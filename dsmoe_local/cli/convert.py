@@ -12,7 +12,6 @@ from dsmoe_local.base.sizes import format_size
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.cli.type_options import (
     TypeOptions,
-    TypeRow,
     outweighed,
     refuse_several,
     show_notes,
@@ -102,16 +101,8 @@ def command(
 
 def _show(conversion: Conversion, out: Path | str) -> None:
     """The table of a dry run, on stdout."""
-    from dsmoe_local.model.ggml import tensor_bytes
-
-    rows = [
-        TypeRow(tensor.name, tensor.shape, tensor.type, choice, tensor_bytes(choice.type, tensor.shape))
-        for tensor, choice in zip(conversion.tensors, conversion.choices, strict=True)
-    ]
-    n_bytes = sum(row.n_bytes for row in rows)
-    n_weights = sum(tensor.spec.n_weights for tensor in conversion.tensors)
     show_types(
-        rows,
-        f"{safe_line(str(out))}: {len(rows)} tensors, {format_size(n_bytes)},"
-        f" {8 * n_bytes / n_weights:.2f} bits per weight",
+        conversion.choices,
+        f"{safe_line(str(out))}: {len(conversion.choices)} tensors, {format_size(conversion.n_bytes)},"
+        f" {conversion.bits_per_weight:.2f} bits per weight",
     )

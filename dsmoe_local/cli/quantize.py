@@ -15,7 +15,6 @@ from dsmoe_local.cli.model_options import ModelName, find_model
 from dsmoe_local.cli.target_options import TARGETS, TargetOptions, show_offers, show_reasons, target_options
 from dsmoe_local.cli.type_options import (
     TypeOptions,
-    TypeRow,
     outweighed,
     show_notes,
     show_types,
@@ -142,7 +141,7 @@ def _solved(
     from dsmoe_quantize.budget.explanation import reasons
     from dsmoe_quantize.budget.target import refuse_quantized, solve_target
     from dsmoe_quantize.policy.choice import refuse_unmatched
-    from dsmoe_quantize.policy.record import refuse_foreign
+    from dsmoe_quantize.policy.plan import refuse_foreign
 
     request, overrides, imatrix = targets.request(), types.parsed_overrides(), types.imatrix()
     file, hp = read_model(source)
@@ -180,14 +179,10 @@ def _write_recipe(plan: Plan, path: Path, *, force: bool) -> None:
 
 def _show(plan: Plan, out: Path) -> None:
     """The table of a dry run, on stdout."""
-    rows = [
-        TypeRow(each.source.name, each.source.shape, each.source.type, each.choice, each.n_bytes)
-        for each in plan.changes
-    ]
-    before = sum(change.source.n_bytes for change in plan.changes)
+    before = sum(plan.file.tensors[choice.name].n_bytes for choice in plan.choices)
     show_types(
-        rows,
-        f"{safe_line(str(out))}: {len(rows)} tensors, {format_size(plan.n_bytes)}"
+        plan.choices,
+        f"{safe_line(str(out))}: {len(plan.choices)} tensors, {format_size(plan.n_bytes)}"
         f" (from {format_size(before)}), {plan.bits_per_weight:.2f} bits per weight,"
         f" {format_size(plan.n_bytes_per_token)} read per token",
     )

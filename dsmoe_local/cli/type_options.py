@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from dsmoe_local.model.ggml import GgmlType
     from dsmoe_quantize.imatrix import Imatrix
-    from dsmoe_quantize.policy.choice import Choice, Overrides
+    from dsmoe_quantize.policy.choice import Overrides, TensorChoice
     from dsmoe_quantize.policy.recipes import LayeredRecipe
     from dsmoe_quantize.write.output import Summary
 
@@ -187,18 +187,7 @@ def outweighed(values: Mapping[str, Any], *more: tuple[str, ...]) -> dict[str, A
     return kept
 
 
-@dataclass(frozen=True, slots=True)
-class TypeRow:
-    """A tensor of the dry run's table."""
-
-    name: str
-    shape: Sequence[int]
-    before: GgmlType
-    choice: Choice
-    n_bytes: int
-
-
-def show_types(rows: Sequence[TypeRow], totals: str) -> None:
+def show_types(choices: Sequence[TensorChoice], totals: str) -> None:
     """Print the table of a dry run on stdout, and a line below it."""
     from rich import box
     from rich.console import Console
@@ -214,14 +203,14 @@ def show_types(rows: Sequence[TypeRow], totals: str) -> None:
         table.add_column(heading, no_wrap=True)
     table.add_column("size", justify="right", no_wrap=True)
     table.add_column("why")
-    for row in rows:
+    for choice in choices:
         table.add_row(
-            safe_line(row.name),
-            " x ".join(map(str, row.shape)),
-            type_name(row.before),
-            type_name(row.choice.type),
-            format_size(row.n_bytes),
-            "; ".join(filter(None, (row.choice.reason, row.choice.misfit))),
+            safe_line(choice.name),
+            " x ".join(map(str, choice.shape)),
+            type_name(choice.tensor.type),
+            type_name(choice.type),
+            format_size(choice.n_bytes),
+            "; ".join(filter(None, (choice.reason, choice.misfit))),
         )
     console.print(table)
     console.print(totals)

@@ -13,10 +13,10 @@ from dsmoe_quantize.budget.cost_model import CostModel
 from dsmoe_quantize.budget.error_weights import WEIGHTS
 from dsmoe_quantize.budget.sensitivity import Probe, Probes, Sensitivity, TensorErrors
 from dsmoe_quantize.imatrix import Imatrix
-from dsmoe_quantize.policy.choice import Choice
+from dsmoe_quantize.policy.choice import TensorChoice
 from dsmoe_quantize.policy.mixes import FALLBACKS, FLOAT_TYPES
 from dsmoe_quantize.policy.recipes import KINDS, Group, group_of
-from dsmoe_quantize.quantize import Change, Plan
+from dsmoe_quantize.quantize import Plan
 
 LEAST_ERROR = 1e-6
 """A smaller relative error is none: the type holds the weights as they are."""
@@ -87,11 +87,11 @@ def trials_of(
     for group in ordered:
         plans, errors, used, fits = {}, {}, {}, False
         for kind in types:
-            changes = _changes(file, sensitivity, members[group], kind)
-            changed = [change.choice for change in changes if change.choice.type is not change.source.type]
-            fits = fits or bool(changed) or not any(change.choice.misfit for change in changes)
+            choices = _choices(file, sensitivity, members[group], kind)
+            changed = [choice for choice in choices if choice.changes]
+            fits = fits or bool(changed) or not any(choice.misfit for choice in choices)
             if changed:
-                plans[kind] = Plan(file, hp, FLOAT_TYPES["BF16"], changes, imatrix)
+                plans[kind] = Plan(hp, FLOAT_TYPES["BF16"], choices, imatrix, file=file)
                 errors[kind] = costs.figures(changed).error
                 used[kind] = tuple(sorted({choice.type for choice in changed}))
         built_in = WEIGHTS[group.kind] / (len(n_layers[group.kind]) if by_layer else 1)
@@ -99,26 +99,23 @@ def trials_of(
     return trials
 
 
-def _changes(
+def _choices(
     file: GgufFile, sensitivity: Sensitivity, members: Sequence[TensorInfo], kind: GgmlType
-) -> list[Change]:
+) -> list[TensorChoice]:
     """`members` in a type, all other tensors as they are."""
     names = {tensor.name for tensor in members}
     return [
-        Change(
-            tensor,
-            _choice(tensor, sensitivity.tensors[tensor.name], kind)
-            if tensor.name in names
-            else Choice(tensor.name, tensor.type),
-        )
+        _choice(tensor, sensitivity.tensors[tensor.name], kind)
+        if tensor.name in names
+        else TensorChoice(tensor, tensor.type)
         for tensor in file.tensors.values()
     ]
 
 
-def _choice(tensor: TensorInfo, measured: TensorErrors, kind: GgmlType) -> Choice:
+def _choice(tensor: TensorInfo, measured: TensorErrors, kind: GgmlType) -> TensorChoice:
     """`kind`, what llama.cpp takes in its place, or the tensor's own type."""
     if kind in measured.errors:
-        return Choice(tensor.name, kind)
+        return TensorChoice(tensor, kind)
     instead = FALLBACKS.get(kind, kind)
     columns = tensor.shape[-1]
     fits = columns % block_size(kind) == 0
@@ -128,7 +125,7 @@ def _choice(tensor: TensorInfo, measured: TensorErrors, kind: GgmlType) -> Choic
         else f"{block_size(kind)} does not divide {columns} columns: no {type_name(kind)}"
     )
     target = instead if instead in measured.errors else tensor.type
-    return Choice(tensor.name, target, misfit=misfit)
+    return TensorChoice(tensor, target, misfit=misfit)
 
 
 def cost_of(trial: Trial, probes: Probes) -> GroupCost:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,11 +24,11 @@ from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Note, Started
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import GgufFile
-from dsmoe_local.model.gguf_writer import PlannedTensor, plan_gguf, write_at
+from dsmoe_local.model.gguf_writer import plan_gguf, write_at
 from dsmoe_quantize.quantize import Plan, jobs_of, opened, refuse_another
 from dsmoe_quantize.write.encoder import TensorJob, check_job
 from dsmoe_quantize.write.output import disk_errors
-from dsmoe_quantize.write.pipeline import Effects, PlacedJob, encode_all, n_cores
+from dsmoe_quantize.write.pipeline import Effects, encode_all, n_cores
 
 Group = Sequence[str]
 """Names of tensors, in the source's order."""
@@ -36,7 +36,7 @@ Group = Sequence[str]
 
 def changed_by(plan: Plan) -> Group:
     """The tensors that get another type."""
-    return [each.source.name for each in plan.changes if each.choice.type is not each.source.type]
+    return [choice.name for choice in plan.choices if choice.changes]
 
 
 def size_of(file: GgufFile, group: Group) -> tuple[int, ...]:
@@ -107,22 +107,27 @@ class ProbeFile:
         layout = self._layout.ending_in(self._source, changed_by(plan))
         with opened(plan.file) as source, disk_errors(self.path):
             jobs = {job.name: job for job in jobs_of(plan, source)}
-            tensors = [PlannedTensor(name, jobs[name].shape, jobs[name].target) for name in layout.order]
             # The source's own metadata: a header of the same length keeps all tensors where they are.
-            gguf = plan_gguf(plan.file.metadata, tensors)
-            wanted = {name: (gguf.offsets[name], jobs[name].target) for name in layout.order}
+            gguf = plan_gguf(plan.file.metadata, [jobs[name] for name in layout.order])
+            wanted = {name: (gguf.offsets[name], jobs[name].type) for name in layout.order}
             missing = [jobs[name] for name in layout.order if self._held.get(name) != wanted[name]]
             self._held = {}
             require_space(self.path.parent, gguf.size - os.fstat(self._descriptor).st_size)
             write_at(self._descriptor, gguf.header, 0)
-            self._encode([PlacedJob(job, gguf.offsets[job.name]) for job in missing], listen, stop)
+            self._encode(missing, gguf.offsets, listen, stop)
             os.ftruncate(self._descriptor, gguf.size)
             refuse_another(plan.file, source)
         self._layout, self._held = layout, wanted
 
-    def _encode(self, placed: Sequence[PlacedJob], listen: Listener, stop: threading.Event) -> None:
-        for each in placed:
-            check_job(each.job)
+    def _encode(
+        self,
+        jobs: Sequence[TensorJob],
+        offsets: Mapping[str, int],
+        listen: Listener,
+        stop: threading.Event,
+    ) -> None:
+        for job in jobs:
+            check_job(job)
         listening = threading.Lock()
 
         def advanced(job: TensorJob, n_bytes: int) -> None:
@@ -132,8 +137,8 @@ class ProbeFile:
         effects = Effects(
             lambda data, offset: write_at(self._descriptor, data.data, offset), advanced, lambda _: None
         )
-        listen(Started("encoding", sum(each.job.n_bytes for each in placed)))
-        encode_all(placed, effects, self._threads, stop)
+        listen(Started("encoding", sum(job.n_bytes for job in jobs)))
+        encode_all(jobs, offsets, effects, self._threads, stop)
         if stop.is_set():
             raise InterruptedRunError("interrupted while encoding")
         listen(Finished("encoding"))

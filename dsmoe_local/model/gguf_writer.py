@@ -10,6 +10,7 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from gguf import GGUFWriter
 from gguf.constants import GGUFValueType
@@ -19,6 +20,19 @@ from dsmoe_local.model.ggml import GgmlType, tensor_bytes
 from dsmoe_local.model.gguf_file import DEFAULT_ALIGNMENT, Field
 
 ARCHITECTURE_KEY = "general.architecture"
+
+
+class TensorLike(Protocol):
+    """What a header says about a tensor. `shape` in numpy's order."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def type(self) -> GgmlType: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +58,7 @@ class GgufPlan:
     size: int
 
 
-def plan_gguf(metadata: Mapping[str, Field], tensors: Sequence[PlannedTensor]) -> GgufPlan:
+def plan_gguf(metadata: Mapping[str, Field], tensors: Sequence[TensorLike]) -> GgufPlan:
     """Lay out a file. Of a model `metadata` names the architecture; empty arrays are left out: GGUF readers
     take a missing array for an empty one, and the `gguf` package cannot write them.
     """
@@ -57,7 +71,8 @@ def plan_gguf(metadata: Mapping[str, Field], tensors: Sequence[PlannedTensor]) -
     alignment = metadata["general.alignment"].value if "general.alignment" in metadata else DEFAULT_ALIGNMENT
     writer.data_alignment = alignment
     for tensor in tensors:
-        writer.tensors[0][tensor.name] = TensorInfo(tensor.shape, tensor.type, tensor.n_bytes)
+        n_bytes = tensor_bytes(tensor.type, tensor.shape)
+        writer.tensors[0][tensor.name] = TensorInfo(tensor.shape, tensor.type, n_bytes)
     buffer = io.BytesIO()
     # The writer's header methods take an open stream in place of a path.
     writer.fout = [buffer]  # type: ignore[list-item]
@@ -71,7 +86,7 @@ def plan_gguf(metadata: Mapping[str, Field], tensors: Sequence[PlannedTensor]) -
     end = len(header)
     for tensor in tensors:
         offsets[tensor.name] = end
-        end += -(-tensor.n_bytes // alignment) * alignment
+        end += -(-tensor_bytes(tensor.type, tensor.shape) // alignment) * alignment
     return GgufPlan(header, offsets, end)
 
 

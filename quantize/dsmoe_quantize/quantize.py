@@ -5,120 +5,55 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dsmoe_local.base.errors import FileError
 from dsmoe_local.base.progress import Listener, Note, ignore
 from dsmoe_local.model.cost import read_fraction
-from dsmoe_local.model.ggml import FLOATS, GgmlType, row_bytes, tensor_bytes, type_name
+from dsmoe_local.model.ggml import GgmlType, row_bytes, type_name
 from dsmoe_local.model.gguf_file import Field, GgufFile, TensorInfo, identity_of
 from dsmoe_local.model.gguf_model import read_model
-from dsmoe_local.model.gguf_writer import PlannedTensor, plan_gguf
+from dsmoe_local.model.gguf_writer import plan_gguf
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import role_of
 from dsmoe_quantize.errors import RequantizeError
 from dsmoe_quantize.imatrix import Imatrix
-from dsmoe_quantize.policy.choice import Choice, Overrides, choose_types, label_of
+from dsmoe_quantize.policy.choice import Overrides, label_of
 from dsmoe_quantize.policy.mixes import ALIASES
-from dsmoe_quantize.policy.record import (
-    Record,
-    identity_of_output,
-    importance_of,
-    metadata_of_output,
-    notes_on_output,
-    record_of,
-    refuse_foreign,
-    used_imatrix,
-)
-from dsmoe_quantize.policy.types import SettledType, TypeChoice, known_words, settled
+from dsmoe_quantize.policy.plan import TypePlan, plan_types
+from dsmoe_quantize.policy.types import TypeChoice, known_words
 from dsmoe_quantize.write.encoder import Bytes, TensorJob
 from dsmoe_quantize.write.output import Summary, write_output
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
-    """What becomes of one tensor."""
+class Plan(TypePlan):
+    """The quantization of `file` before it is done, and what the result will cost."""
 
-    source: TensorInfo
-    choice: Choice
-
-    @property
-    def n_bytes(self) -> int:
-        """Its size in the new file."""
-        return tensor_bytes(self.choice.type, self.source.shape)
-
-    @property
-    def is_second_loss(self) -> bool:
-        """Whether it is quantized already and would be again."""
-        return self.source.type not in FLOATS and self.choice.type is not self.source.type
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A quantization before it is done, and what it will cost."""
-
-    file: GgufFile
-    hp: Hyperparameters
-    type: SettledType
-    changes: Sequence[Change]
-    imatrix: Imatrix | None = None
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of all weights."""
-        return sum(change.n_bytes for change in self.changes)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Average over all weights."""
-        return 8 * self.n_bytes / sum(change.source.n_weights for change in self.changes)
-
-    @property
-    def choices(self) -> list[Choice]:
-        """The type of every tensor."""
-        return [change.choice for change in self.changes]
-
-    @property
-    def record(self) -> Record:
-        """What the new file says of its types: the recipe, as overrides have changed it."""
-        return record_of(self.type, self.hp, self.choices)
-
-    @property
-    def used_imatrix(self) -> Imatrix | None:
-        """The importance matrix, if any tensor is encoded with it."""
-        return used_imatrix(self.imatrix, [change.source for change in self.changes], self.choices)
+    file: GgufFile = field(kw_only=True)
 
     @property
     def metadata(self) -> dict[str, Field]:
-        """What the new file says of itself."""
-        return metadata_of_output(self.file.metadata, self.record.type, self.used_imatrix)
-
-    @property
-    def notes(self) -> list[str]:
-        """What a person should know of it."""
-        tensors = [change.source for change in self.changes]
-        return list(notes_on_output(tensors, self.choices, self.record, self.imatrix, self.hp.n_layers))
+        """The metadata of the new file."""
+        return self.metadata_of(self.file.metadata)
 
     @property
     def file_size(self) -> int:
         """Bytes of the new file, header included."""
-        tensors = [
-            PlannedTensor(each.source.name, each.source.shape, each.choice.type) for each in self.changes
-        ]
-        return plan_gguf(self.metadata, tensors).size
+        return plan_gguf(self.metadata, self.choices).size
 
     @property
     def n_requantized(self) -> int:
-        """Tensors that are quantized already and change their type."""
-        return sum(change.is_second_loss for change in self.changes)
+        """Number of tensors that are quantized already and change their type."""
+        return sum(choice.is_requantized for choice in self.choices)
 
     @property
     def n_bytes_per_token(self) -> float:
-        """Weight bytes that the decoding of one token reads."""
-        roles = ((change.n_bytes, role_of(change.source.name)) for change in self.changes)
+        """Bytes of weights that are read to decode one token."""
+        roles = ((choice.n_bytes, role_of(choice.name)) for choice in self.choices)
         return sum(n_bytes * (read_fraction(self.hp, role) if role else 1.0) for n_bytes, role in roles)
 
 
@@ -131,19 +66,19 @@ def plan_quantization(
     imatrix: Imatrix | None = None,
 ) -> Plan:
     """Read `source` and choose a type for each tensor; nothing is written. With `imatrix`, weights will be
-    encoded by what they count.
+    encoded by their importance.
 
-    Raises FileError or FormatError for the file, UsageError for overrides that cannot be met and for an
-    importance matrix of another model, RequantizeError if tensors that are quantized already would be
-    quantized again without `allow_requantize`.
+    Raises FileError or FormatError for the file, UsageError for overrides that match nothing and for an
+    importance matrix of another model, RequantizeError if quantized tensors would be quantized again without
+    `allow_requantize`.
     """
     file, hp = read_model(source)
     plan = plan_file(file, hp, choice, overrides, imatrix)
     if plan.n_requantized and not allow_requantize:
-        first = next(change for change in plan.changes if change.is_second_loss)
+        first = next(choice for choice in plan.choices if choice.is_requantized)
         raise RequantizeError(
             f"{plan.n_requantized} tensors are quantized already",
-            where=f"{first.source.name}: {type_name(first.source.type)} to {type_name(first.choice.type)}",
+            where=f"{first.name}: {type_name(first.tensor.type)} to {type_name(first.type)}",
             remedy="start from the unquantized file, or lose quality twice with --allow-requantize",
         )
     return plan
@@ -156,13 +91,9 @@ def plan_file(
     overrides: Overrides | None = None,
     imatrix: Imatrix | None = None,
 ) -> Plan:
-    """As `plan_quantization`, of a file that is read already; nobody asks whether it is quantized."""
-    choice = settled(choice, hp)
-    tensors = list(file.tensors.values())
-    refuse_foreign(imatrix, tensors)
-    chosen = choose_types(tensors, hp, choice, overrides, imatrix=imatrix is not None)
-    changes = [Change(tensor, each) for tensor, each in zip(tensors, chosen, strict=True)]
-    return Plan(file, hp, choice, changes, imatrix)
+    """Like `plan_quantization`, for a file whose header was read; one that is quantized is not refused."""
+    types = plan_types(list(file.tensors.values()), hp, choice, overrides, imatrix)
+    return Plan(hp, types.type, types.choices, imatrix, file=file)
 
 
 def quantize_file(
@@ -185,7 +116,7 @@ def quantize_file(
             jobs,
             {
                 "the source": list(plan.file.identity),
-                **identity_of_output(plan.record.type, plan.choices, plan.used_imatrix),
+                **plan.fingerprint,
             },
             sources=[plan.file.path],
             threads=threads,
@@ -199,13 +130,13 @@ def jobs_of(plan: Plan, descriptor: int) -> list[TensorJob]:
     """How to make each tensor of `plan` from its source, which is open as `descriptor`."""
     return [
         TensorJob(
-            each.source.name,
-            each.source.shape,
-            each.choice.type,
-            GgufRows(plan.file.path, descriptor, each.source),
-            importance_of(plan.imatrix, each.source, each.choice),
+            choice.name,
+            choice.shape,
+            choice.type,
+            GgufRows(plan.file.path, descriptor, plan.file.tensors[choice.name]),
+            plan.importance_of(choice),
         )
-        for each in plan.changes
+        for choice in plan.choices
     ]
 
 

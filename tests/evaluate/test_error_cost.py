@@ -40,7 +40,7 @@ from dsmoe_quantize.budget.error_weights import WEIGHTS
 from dsmoe_quantize.budget.sensitivity import Probe, Probes
 from dsmoe_quantize.budget.sensitivity_file import read_sensitivity
 from dsmoe_quantize.imatrix import Imatrix
-from dsmoe_quantize.policy.choice import Choice, Overrides
+from dsmoe_quantize.policy.choice import Overrides, TensorChoice
 from dsmoe_quantize.policy.recipes import group_of
 from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
@@ -192,7 +192,7 @@ def check_predictions(model: Path, kept_in: Path, found: ErrorCosts) -> None:
     built_in_costs: dict[str, float] = {}
     for each in found.groups:
         names = [name for name in kept.tensors if belongs(name, each.group)]
-        predicted = costs.figures(Choice(name, Q4_0) for name in names).error
+        predicted = costs.figures(TensorChoice(file.tensors[name], Q4_0) for name in names).error
         assert predicted == pytest.approx(each.probes[Q4_0].kl)
         kind = each.group.partition(".")[0]
         built_in_costs[kind] = built_in_costs.get(kind, 0.0) + each.built_in
@@ -223,7 +223,7 @@ def test_importance_counts(model: Path, tmp_path: Path) -> None:
     assert {"token_embd.weight", "output.weight", "blk.0.attn_q.weight"} <= changed.keys()
     for name, weights in changed.items():
         assert np.array_equal(weights, expected["with"][name])
-        # The matrix says nothing of the embedding.
+        # The matrix has nothing about the embedding.
         assert np.array_equal(weights, expected["without"][name]) == (name == "token_embd.weight")
 
 

@@ -31,8 +31,7 @@ def trials(path: Path, types: Sequence[GgmlType], *, by_layer: bool = False) -> 
 
 
 def changed(trial: Trial, kind: GgmlType) -> set[str]:
-    changes = trial.plans[kind].changes
-    return {each.source.name for each in changes if each.choice.type is not each.source.type}
+    return {choice.name for choice in trial.plans[kind].choices if choice.changes}
 
 
 def test_a_tied_embedding_is_the_output(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from dsmoe_local.evaluate.text import built_in
 from dsmoe_local.model.gguf_file import read_gguf
 from dsmoe_quantize.imatrix import FEW
 from dsmoe_quantize.imatrix_file import read_imatrix
-from dsmoe_quantize.policy.record import UNWEIGHED
+from dsmoe_quantize.policy.plan import UNWEIGHTED
 from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
 
@@ -84,6 +84,6 @@ def test_quantized_as_llama_cpps_tool_does(folder: Path, tmp_path: Path, matrix:
     assert read_gguf(theirs).get("quantize.imatrix.entries_count") == len(imatrix.entries)
     run(folder, QUANTIZER, "model.gguf", str(plain), word, "1")
     data, without = tensor_data(read_gguf(ours)), tensor_data(read_gguf(plain))
-    weighed = [name for name in imatrix.entries if data[name][0] not in UNWEIGHED]
+    weighed = [name for name in imatrix.entries if data[name][0] not in UNWEIGHTED]
     assert len(weighed) > len(imatrix.entries) / 2
     assert [name for name in weighed if data[name] == without[name]] == []

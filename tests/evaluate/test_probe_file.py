@@ -26,10 +26,10 @@ from dsmoe_local.evaluate.text import Text, built_in
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.gguf_model import read_model
-from dsmoe_quantize.policy.choice import Choice
+from dsmoe_quantize.policy.choice import TensorChoice
 from dsmoe_quantize.policy.mixes import FLOAT_TYPES
 from dsmoe_quantize.policy.recipes import group_of
-from dsmoe_quantize.quantize import Change, Plan, quantize_file
+from dsmoe_quantize.quantize import Plan, quantize_file
 
 Q4_0, Q5_0, Q8_0 = GgmlType.Q4_0, GgmlType.Q5_0, GgmlType.Q8_0
 TEXT = Text("test", built_in().content[1000:1300])
@@ -45,11 +45,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plan_of(file: GgufFile, names: Sequence[str], kind: GgmlType) -> Plan:
-    changes = [
-        Change(tensor, Choice(tensor.name, kind if tensor.name in names else tensor.type))
+    choices = [
+        TensorChoice(tensor, kind if tensor.name in names else tensor.type)
         for tensor in file.tensors.values()
     ]
-    return Plan(file, TINY, FLOAT_TYPES["BF16"], changes)
+    return Plan(TINY, FLOAT_TYPES["BF16"], choices, file=file)
 
 
 def matrices_of(file: GgufFile) -> list[str]:

@@ -20,7 +20,7 @@ from dsmoe_quantize.imatrix import FEW, Imatrix, Statistics, merged, metadata_of
 from dsmoe_quantize.imatrix_file import read_imatrix, write_imatrix
 from dsmoe_quantize.policy.choice import Override, Overrides
 from dsmoe_quantize.policy.mixes import MIXES, file_type_of
-from dsmoe_quantize.policy.record import UNWEIGHED
+from dsmoe_quantize.policy.plan import UNWEIGHTED
 from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
 from dsmoe_quantize.write import encoder, kernels
@@ -70,7 +70,7 @@ def test_quantizing_equals_llama_cpp(
     imatrix = read_imatrix(matrix)
     ours = quantized(source, tmp_path / "ours.gguf", word, imatrix)
     # Its tool says so of any file; ours only of those with blocks that a matrix has a say in.
-    weighed = {tensor.type for tensor in read_gguf(ours).tensors.values()} - UNWEIGHED
+    weighed = {tensor.type for tensor in read_gguf(ours).tensors.values()} - UNWEIGHTED
     said = {key: field.value for key, field in metadata_of_use(imatrix).items()} if weighed else {}
     theirs = tmp_path / "theirs.gguf"
     llama_quantize_with(as_llama_reads(matrix), source, theirs, file_type_of(resolve(word).name), said)
@@ -88,7 +88,7 @@ def test_types_without_use_for_a_matrix(kind: GgmlType) -> None:
         out = np.zeros(tensor_bytes(kind, source.shape), np.uint8)
         kernels.encoder(kind)(source.ctypes.data, out.ctypes.data, 64, 256, address)
         found.append(out.tobytes())
-    assert (found[0] == found[1]) == (kind in UNWEIGHED)
+    assert (found[0] == found[1]) == (kind in UNWEIGHTED)
 
 
 def said_of_use(path: Path) -> dict[str, object]:

@@ -74,7 +74,7 @@ def test_80_dense_layers_equal_llama_cpp(tmp_path: Path) -> None:
 def test_more_bits_layers(tmp_path: Path) -> None:
     """The published list of layers that Q4_K_M protects: a change in llama.cpp would show here."""
     plan = plan_quantization(write_tiny(tmp_path / "deep.gguf", DEEP), resolve("Q4_K_M"))
-    protected = [each.source.name for each in plan.changes if each.choice.reason == "more bits in this layer"]
+    protected = [each.name for each in plan.choices if each.reason == "more bits in this layer"]
     layers = [int(name.split(".")[1]) for name in protected if name.endswith("attn_v.weight")]
     assert layers == [0, 1, 2, 5, 8, 11, 14, 17, 20, 23, 24, 25, 26, 27]
 

@@ -77,7 +77,7 @@ def test_threads_that_cannot_be_started(tmp_path: Path, monkeypatch: pytest.Monk
 def test_an_encoder_that_ends_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a file with holes, whose header is right, that gets its final name."""
 
-    def lazy(jobs: Sequence[pipeline.PlacedJob], *others: object) -> None:
+    def lazy(jobs: Sequence[TensorJob], *others: object) -> None:
         pipeline.encode_all(jobs[:-1], *others)  # type: ignore[arg-type]
 
     monkeypatch.setattr(output, "encode_all", lazy)

@@ -172,7 +172,7 @@ def test_layers_that_are_not_there_are_told(tmp_path: Path) -> None:
     for n_layers, told in ((3, ["3-8"]), (9, [])):
         hp = replace(MOE, n_layers=n_layers)
         plan = plan_quantization(write_tiny(tmp_path / f"{n_layers}.gguf", hp), recipe)
-        assert [note.split(": ")[1] for note in plan.notes if "this model has not" in note] == told
+        assert [note.split(": ")[1] for note in plan.notes if "this model does not have" in note] == told
 
 
 def test_applied_as_llama_cpp_would(tmp_path: Path) -> None:
@@ -182,9 +182,9 @@ def test_applied_as_llama_cpp_would(tmp_path: Path) -> None:
     summary = quantize_file(plan, tmp_path / "ours.gguf")
     assert summary.bits_per_weight == plan.bits_per_weight < 8 * summary.n_bytes / summary.n_weights
     patterns = {
-        "^" + each.source.name.replace(".", "\\.") + "$": int(each.choice.type)
-        for each in plan.changes
-        if each.choice.reason.startswith("mine, ")
+        "^" + each.name.replace(".", "\\.") + "$": int(each.type)
+        for each in plan.choices
+        if each.reason.startswith("mine, ")
     }
     theirs = llama_quantize(
         source,
@@ -209,12 +209,12 @@ def test_widths_and_overrides(tmp_path: Path) -> None:
     overrides = Overrides(tensors=(parse_override(r"blk\.1\.attn_q\.weight=F16"),))
     for number, hp in enumerate((NARROW, ODD)):
         plan = plan_quantization(write_tiny(tmp_path / f"{number}.gguf", hp), recipe, overrides)
-        found = {each.source.name: each.choice for each in plan.changes}
+        found = {each.name: each for each in plan.choices}
         assert found["blk.1.attn_q.weight"].type is GgmlType.F16
         assert found["blk.1.ffn_gate_inp.weight"].type is GgmlType.F32
     assert found["blk.1.ffn_down_exps.weight"].type is GgmlType.F16, "72 columns take no block"
     narrow = plan_quantization(tmp_path / "0.gguf", recipe)
-    kinds = {each.source.name: each.choice.type for each in narrow.changes}
+    kinds = {each.name: each.type for each in narrow.choices}
     assert kinds["blk.1.ffn_up_exps.weight"] is GgmlType.IQ4_NL
     assert kinds["token_embd.weight"] is GgmlType.Q8_0, "the fallback of Q6_K"
 

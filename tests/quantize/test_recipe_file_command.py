@@ -228,7 +228,7 @@ def test_types_asked_for_are_explained(source: Path) -> None:
     plan = plan_quantization(source, resolve("Q4_K_M"), Overrides(output=GgmlType.F16))
     reasons = stated_reasons(plan)
     assert sum(each.n_bytes for each in reasons) == sum(
-        change.n_bytes for change in plan.changes if may_change(change.source)
+        choice.n_bytes for choice in plan.choices if may_change(choice.tensor)
     )
     values = {each.layers: (each.type, each.why) for each in reasons if each.kind == "attention-value"}
     assert values == {

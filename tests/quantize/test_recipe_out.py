@@ -171,7 +171,7 @@ def test_overrides_that_no_recipe_can_tell(
     )
     result = invoke(source, *choice, *overrides, "--recipe-out", "r.toml", *options)
     assert result.exit_code == 0, result.exception
-    assert "note: the recipe cannot tell of blk.0.attn_" in result.stderr
+    assert "note: the recipe cannot record the type of blk.0.attn_" in result.stderr
     recipe = read_recipe(tmp_path / "r.toml")
     assert "more" in str(recipe.about["left_out"])
     assert invoke(source, "again.gguf", "--recipe", "r.toml").exit_code == 0

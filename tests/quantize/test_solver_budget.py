@@ -76,10 +76,10 @@ def slow_weights(costs: CostModel, plan: Plan) -> float:
         Role.EMBEDDING: 1 / costs.hp.n_vocab,
     }
     return sum(
-        math.prod(each.source.shape) * parts.get(role, 1.0)
-        for each in plan.changes
-        if (role := role_of(each.source.name)) not in (None, Role.NORM, Role.ROUTER)
-        and not is_fast(costs.cpu, each.choice.type, each.source.shape)
+        math.prod(each.shape) * parts.get(role, 1.0)
+        for each in plan.choices
+        if (role := role_of(each.name)) not in (None, Role.NORM, Role.ROUTER)
+        and not is_fast(costs.cpu, each.type, each.shape)
     )
 
 
@@ -100,7 +100,7 @@ def test_files_land_below_the_target(moe: CostModel, tmp_path: Path, bits: float
     file = read_gguf(tmp_path / "out.gguf")
     assert parse_recipe(file.get(RECIPE_KEY), "metadata") == solved.recipe
     assert {name: tensor.type for name, tensor in file.tensors.items()} == {
-        each.source.name: each.choice.type for each in solved.plan.changes
+        each.name: each.type for each in solved.plan.choices
     }
 
 
@@ -125,12 +125,12 @@ def test_every_budget_holds(moe: CostModel) -> None:
 def test_totals_are_those_of_the_plan(moe: CostModel) -> None:
     """Guards: a recipe that says something else than what was solved."""
     solved = moe.solve(Budget(bits_per_weight=5.1), "x")
-    again = moe.figures(each.choice for each in solved.plan.changes)
+    again = moe.figures(solved.plan.choices)
     assert again.n_bytes == solved.total.n_bytes
     assert again.error == pytest.approx(solved.total.error)
     assert solved.total.n_slow == pytest.approx(slow_weights(moe, solved.plan))
     assert solved.plan.n_bytes_per_token == pytest.approx(again.n_bytes_per_token)
-    assert not any(each.choice.misfit for each in solved.plan.changes)
+    assert not any(each.misfit for each in solved.plan.choices)
 
 
 @pytest.mark.parametrize("word", ["Q4_K_M", "Q4_K_S", "IQ4_XS", "Q4_0", "Q5_K_M"])
@@ -154,9 +154,9 @@ def test_16b() -> None:
     assert solved.plan.n_bytes_per_token <= 1.7e9
     assert solved.bound <= solved.total.error <= solved.bound * 1.01
     assert len(render_recipe(solved.recipe)) < 5000
-    for each in solved.plan.changes:
-        if each.choice.type in (GgmlType.Q4_K, GgmlType.Q5_K, GgmlType.Q6_K, GgmlType.IQ4_XS):
-            assert each.source.shape[-1] % 256 == 0
+    for each in solved.plan.choices:
+        if each.type in (GgmlType.Q4_K, GgmlType.Q5_K, GgmlType.Q6_K, GgmlType.IQ4_XS):
+            assert each.shape[-1] % 256 == 0
     assert solved.recipe == costs.solve(budget, "9.5GB").recipe, "the same input, the same recipe"
     by_name = {each.label: each for each in offers(costs, solved, budget)}
     assert by_name["Q4_K_M"].total.n_bytes / 1e9 == pytest.approx(10.84, abs=0.01)
@@ -182,10 +182,10 @@ def test_other_shapes(tmp_path: Path, hp: Hyperparameters, dtype: str) -> None:
     solved = costs.solve(Budget(bits_per_weight=7.5), "x")
     quantize_file(solved.plan, tmp_path / "out.gguf")
     assert solved.plan.bits_per_weight <= 7.5
-    for each in solved.plan.changes:
-        if role_of(each.source.name) in (Role.NORM, Role.ROUTER):
-            assert each.choice.type is GgmlType.F32
-    kinds = {each.source.name: each.choice.type for each in solved.plan.changes}
+    for each in solved.plan.choices:
+        if role_of(each.name) in (Role.NORM, Role.ROUTER):
+            assert each.type is GgmlType.F32
+    kinds = {each.name: each.type for each in solved.plan.choices}
     if hp is ODD:
         assert kinds["blk.1.ffn_down_exps.weight"] is GgmlType.BF16, "no block fits, and BF16 loses nothing"
 
@@ -198,7 +198,7 @@ def test_overrides_are_kept_and_counted(tmp_path: Path) -> None:
     )
     costs = costs_of(path, overrides)
     solved = costs.solve(Budget(bits_per_weight=5.2), "x")
-    kinds = {each.source.name: each.choice.type for each in solved.plan.changes}
+    kinds = {each.name: each.type for each in solved.plan.choices}
     assert kinds["output.weight"] is GgmlType.F16
     assert kinds["blk.1.attn_q.weight"] is kinds["blk.2.attn_q.weight"] is GgmlType.Q8_0
     assert kinds["blk.1.attn_k.weight"] is solved.picks[Group("attention-query-key", 1)]

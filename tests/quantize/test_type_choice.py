@@ -15,7 +15,7 @@ from dsmoe_local.model.gguf_writer import PlannedTensor
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import Role, role_of, tensor_specs
 from dsmoe_local.model.presets import PRESETS
-from dsmoe_quantize.policy.choice import Choice, Overrides, choose_types, fallback_notes, parse_override
+from dsmoe_quantize.policy.choice import Overrides, TensorChoice, choose_types, fallback_notes, parse_override
 from dsmoe_quantize.policy.types import known_words, parse_target, resolve
 from dsmoe_quantize.quantize import default_output
 
@@ -31,7 +31,7 @@ def tensors(hp: Hyperparameters) -> list[PlannedTensor]:
     ]
 
 
-def choose(hp: Hyperparameters, word: str, overrides: Overrides | None = None) -> dict[str, Choice]:
+def choose(hp: Hyperparameters, word: str, overrides: Overrides | None = None) -> dict[str, TensorChoice]:
     return {each.name: each for each in choose_types(tensors(hp), hp, resolve(word), overrides)}
 
 

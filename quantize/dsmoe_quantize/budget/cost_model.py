@@ -24,7 +24,7 @@ from dsmoe_quantize.budget.fast_kernels import is_fast
 from dsmoe_quantize.budget.sensitivity import Sensitivity
 from dsmoe_quantize.budget.solver import Option, Problem, Solution, solve
 from dsmoe_quantize.imatrix import Imatrix
-from dsmoe_quantize.policy.choice import Choice, Overrides, settled_types
+from dsmoe_quantize.policy.choice import Overrides, TensorChoice, settled_types
 from dsmoe_quantize.policy.mixes import file_type_of
 from dsmoe_quantize.policy.recipe_file import closest_mix
 from dsmoe_quantize.policy.recipes import OTHERS, RECIPE_FALLBACKS, Group, LayeredRecipe, group_of
@@ -122,7 +122,7 @@ class CostModel:
         self.n_weights = sum(tensor.n_weights for tensor in tensors)
         self.n_read = sum(tensor.n_weights * self._read_fraction(tensor) for tensor in tensors)
 
-    def figures(self, choices: Iterable[Choice]) -> Figures:
+    def figures(self, choices: Iterable[TensorChoice]) -> Figures:
         """What tensors cost in the types chosen. KeyError if one was not measured."""
         total = Figures()
         for choice in choices:

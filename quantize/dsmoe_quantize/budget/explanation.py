@@ -111,14 +111,14 @@ def reasons(costs: CostModel, solved: Solved) -> list[Reason]:
 
 def stated_reasons(plan: Plan) -> list[Reason]:
     """As `reasons`, of types that were asked for by name: what each choice says of itself."""
-    tied = all(change.source.name != "output.weight" for change in plan.changes)
+    tied = all(choice.name != "output.weight" for choice in plan.choices)
     merged: dict[tuple[str, GgmlType, str], list[tuple[Group, int]]] = {}
-    for change in plan.changes:
-        group, choice = group_of(change.source.name, tied), change.choice
+    for choice in plan.choices:
+        group = group_of(choice.name, tied)
         if group is not None:
             stated = choice.reason.removesuffix(f", {group}") or plan.type.name
             why = "; ".join(filter(None, (stated, choice.misfit)))
-            merged.setdefault((group.kind, choice.type, why), []).append((group, change.n_bytes))
+            merged.setdefault((group.kind, choice.type, why), []).append((group, choice.n_bytes))
     found = []
     for (kind, chosen, why), members in sorted(merged.items(), key=lambda item: KINDS.index(item[0][0])):
         layers = {group.layer for group, _ in members if group.layer is not None}

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.model.ggml import FLOATS, GgmlType, block_size, type_name
+from dsmoe_local.model.ggml import FLOATS, GgmlType, block_size, tensor_bytes, type_name
+from dsmoe_local.model.gguf_writer import TensorLike
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import Role, group_kind_of, role_of
 from dsmoe_quantize.policy.mixes import FALLBACKS, MixWalk, walk_order
@@ -20,19 +21,6 @@ from dsmoe_quantize.policy.recipes import LayeredRecipe
 from dsmoe_quantize.policy.types import SettledType, TypeChoice, parse_target, settled
 
 _OPTIONS = ("--tensor-type", "--output-type", "--embedding-type")
-
-
-class TensorLike(Protocol):
-    """A tensor to choose a type for: `type` is what it is in an unquantized file, or in the source file."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def type(self) -> GgmlType: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +44,46 @@ class Overrides:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """The type of one tensor and why it is that; `misfit` says why the wanted one could not be, if so."""
+class TensorChoice:
+    """The type chosen for a tensor, and the reason. `misfit` says why the wanted type could not be used.
 
-    name: str
+    `tensor` is the source's, or the tensor as an unquantized file would have it.
+    """
+
+    tensor: TensorLike
     type: GgmlType
     reason: str = ""
     misfit: str = ""
+
+    @property
+    def name(self) -> str:
+        """The tensor's name."""
+        return self.tensor.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's shape, slowest dimension first."""
+        return self.tensor.shape
+
+    @property
+    def n_weights(self) -> int:
+        """Number of weights."""
+        return math.prod(self.tensor.shape)
+
+    @property
+    def n_bytes(self) -> int:
+        """Its size in the new file."""
+        return tensor_bytes(self.type, self.tensor.shape)
+
+    @property
+    def changes(self) -> bool:
+        """True if the tensor gets another type than it has."""
+        return self.type is not self.tensor.type
+
+    @property
+    def is_requantized(self) -> bool:
+        """True if the tensor is quantized already and changes its type."""
+        return self.changes and self.tensor.type not in FLOATS
 
     @property
     def is_override(self) -> bool:
@@ -101,7 +122,7 @@ def choose_types(
     overrides: Overrides | None = None,
     *,
     imatrix: bool = False,
-) -> list[Choice]:
+) -> list[TensorChoice]:
     """The type of every tensor, in the order given. `imatrix`: they are encoded with an importance matrix.
 
     Norms, routers, biases and other vectors keep the type they have, whatever is asked for. UsageError for a
@@ -140,14 +161,14 @@ def _override(overrides: Overrides, name: str) -> Override | None:
 
 def settled_types(
     tensors: Sequence[TensorLike], hp: Hyperparameters, recipe: LayeredRecipe, overrides: Overrides
-) -> dict[str, Choice]:
+) -> dict[str, TensorChoice]:
     """The choices, by name, that no recipe decides: vectors, routers, and tensors that `overrides` name."""
     chooser = _Chooser(hp, recipe, overrides, [tensor.name for tensor in tensors], False)
     choices = (chooser.settled(tensor) for tensor in tensors)
     return {choice.name: choice for choice in choices if choice}
 
 
-def fallback_notes(choices: Sequence[Choice]) -> list[str]:
+def fallback_notes(choices: Sequence[TensorChoice]) -> list[str]:
     """One line for each kind of fallback among `choices`."""
     counts = Counter((each.misfit, each.type) for each in choices if each.misfit)
     return [
@@ -180,13 +201,13 @@ class _Chooser:
             choice.fallbacks if isinstance(choice, LayeredRecipe) else FALLBACKS
         )
 
-    def choose(self, tensor: TensorLike) -> Choice:
+    def choose(self, tensor: TensorLike) -> TensorChoice:
         return self.settled(tensor) or self._fitting(tensor, *self._by_type(tensor))
 
-    def settled(self, tensor: TensorLike) -> Choice | None:
+    def settled(self, tensor: TensorLike) -> TensorChoice | None:
         """The choice for a tensor that --type has no say in; None if it has."""
         if not may_change(tensor):
-            return Choice(tensor.name, tensor.type, "never quantized")
+            return TensorChoice(tensor, tensor.type, "never quantized")
         overridden = self._overridden(tensor)
         return self._fitting(tensor, *overridden) if overridden else None
 
@@ -207,12 +228,12 @@ class _Chooser:
             return self._choice.base, "--pure" if self._overrides.pure else ""
         return self._walk.type_of(tensor.name, tensor.shape[-1])
 
-    def _fitting(self, tensor: TensorLike, wanted: GgmlType, reason: str) -> Choice:
+    def _fitting(self, tensor: TensorLike, wanted: GgmlType, reason: str) -> TensorChoice:
         columns = tensor.shape[-1]
         if columns % block_size(wanted) == 0:
-            return Choice(tensor.name, wanted, reason)
+            return TensorChoice(tensor, wanted, reason)
         kind = self._fallbacks.get(wanted, wanted)
         if columns % block_size(kind):
             kind = GgmlType.F16
         misfit = f"{block_size(wanted)} does not divide {columns} columns: no {type_name(wanted)}"
-        return Choice(tensor.name, kind, reason, misfit)
+        return TensorChoice(tensor, kind, reason, misfit)

@@ -56,7 +56,7 @@ class TensorJob:
 
     name: str
     shape: tuple[int, ...]
-    target: GgmlType
+    type: GgmlType
     source: RowSource
     importance: NDArray[np.float32] | None = field(default=None, compare=False)
 
@@ -78,7 +78,7 @@ class TensorJob:
     @property
     def n_bytes(self) -> int:
         """Bytes in the file to write."""
-        return tensor_bytes(self.target, self.shape)
+        return tensor_bytes(self.type, self.shape)
 
     def importance_at(self, row: int) -> int | None:
         """The address of what the columns of the matrix count that this row is in."""
@@ -98,7 +98,7 @@ class Slab:
 
 def check_job(job: TensorJob) -> None:
     """UsageError if no kernel leads to the target, or its blocks do not divide the rows."""
-    source, target = job.source.type, job.target
+    source, target = job.source.type, job.type
     if job.importance is not None:
         wanted = (job.n_rows // job.rows_per_matrix, job.n_columns)
         if job.importance.shape != wanted or job.importance.dtype != np.float32:
@@ -172,7 +172,7 @@ class SlabEncoder:
 
         Raises WeightError for a weight that is NaN, infinite, or too large for the target.
         """
-        source, target, columns = job.source.type, job.target, job.n_columns
+        source, target, columns = job.source.type, job.type, job.n_columns
         source_row, target_row = row_bytes(source, columns), row_bytes(target, columns)
         piece_rows = min(slab.n_rows, max(1, PIECE_WEIGHTS // columns))
         steps = _Steps.between(source, target)
@@ -253,7 +253,7 @@ def _too_large(job: TensorJob, first_row: int, piece: Bytes) -> WeightError:
     floats = _floats_of(piece, job.source.type)
     at = int(np.argmax(np.abs(floats)))
     return WeightError(
-        f"the weight {floats[at]:.6g} is too large for {type_name(job.target)}",
+        f"the weight {floats[at]:.6g} is too large for {type_name(job.type)}",
         tensor=job.name,
         index=_index(job, first_row, at),
         remedy="choose bf16 or f32 for this tensor with --tensor-type",

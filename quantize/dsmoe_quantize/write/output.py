@@ -23,12 +23,12 @@ from dsmoe_local.base.faults import reach
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Started, ignore
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.model.gguf_file import Field
-from dsmoe_local.model.gguf_writer import GgufPlan, PlannedTensor, plan_gguf, write_at
+from dsmoe_local.model.gguf_writer import GgufPlan, plan_gguf, write_at
 from dsmoe_quantize.errors import WeightError
 from dsmoe_quantize.write import kernels
 from dsmoe_quantize.write.encoder import TensorJob, check_job
 from dsmoe_quantize.write.part_file import PartFile, exists_error, journal_of
-from dsmoe_quantize.write.pipeline import Effects, Journaled, PlacedJob, Syncer, encode_all, n_cores
+from dsmoe_quantize.write.pipeline import Effects, Journaled, Syncer, encode_all, n_cores
 
 Arrange: TypeAlias = Callable[[Sequence[TensorJob]], Sequence[TensorJob]]
 
@@ -89,10 +89,9 @@ def write_output(
     started = time.monotonic()
     for job in jobs:
         check_job(job)
-    tensors = [PlannedTensor(job.name, job.shape, job.target) for job in jobs]
     with disk_errors(out):
         out = _checked(out, sources)
-        plan = plan_gguf(metadata, tensors)
+        plan = plan_gguf(metadata, jobs)
         fingerprint = {**fingerprint, "llama-cpp-python": kernels.version()}
         before = _states(sources)
         with durable.locked(out), PartFile(out, plan, fingerprint, listen, force) as part:
@@ -101,10 +100,10 @@ def write_output(
                 _fill(part, plan, jobs, arrange, journaled, threads or n_cores(), listen, stop)
                 _refuse_changes(before, part)
                 reach("output.complete")
-            part.publish(tensors)
+            part.publish(jobs)
             n_resumed = len(jobs) if part.published else len(part.done)
     n_weights = sum(job.n_rows * job.n_columns for job in jobs)
-    n_weight_bytes = sum(tensor.n_bytes for tensor in tensors)
+    n_weight_bytes = sum(job.n_bytes for job in jobs)
     seconds = time.monotonic() - started
     return Summary(out, plan.size, n_weight_bytes, len(jobs), n_weights, n_resumed, seconds, peak_memory())
 
@@ -154,7 +153,7 @@ def _fill(
         lambda data, offset: write_at(part.descriptor, data.data, offset), advanced, syncer.finished
     )
     try:
-        encode_all([PlacedJob(job, plan.offsets[job.name]) for job in missing], effects, threads, stop)
+        encode_all(missing, plan.offsets, effects, threads, stop)
         if n_done != n_total:
             written = f"{format_size(n_done)} of {format_size(n_total)} written"
             if stop.is_set():

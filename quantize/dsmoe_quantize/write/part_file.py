@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +21,7 @@ from dsmoe_local.base.faults import reach
 from dsmoe_local.base.progress import Listener, Note
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.model.gguf_file import read_gguf
-from dsmoe_local.model.gguf_writer import GgufPlan, PlannedTensor, write_at
+from dsmoe_local.model.gguf_writer import GgufPlan, TensorLike, write_at
 
 JOURNAL_VERSION = 1
 
@@ -84,7 +84,7 @@ class PartFile:
     ) -> None:
         self._open.close()
 
-    def publish(self, tensors: list[PlannedTensor]) -> None:
+    def publish(self, tensors: Sequence[TensorLike]) -> None:
         """Verify the synced file, give it its final name, and remove the journal."""
         if not self.published:
             self._verify(tensors)
@@ -179,7 +179,7 @@ class PartFile:
         if self.out.exists() and not self._force:
             raise exists_error(self.out)
 
-    def _verify(self, tensors: list[PlannedTensor]) -> None:
+    def _verify(self, tensors: Sequence[TensorLike]) -> None:
         """Hold what the strict reader finds in the file against the plan."""
         found = read_gguf(self.path)
         expected = [(t.name, t.shape, t.type, self._plan.offsets[t.name]) for t in tensors]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -26,14 +26,6 @@ SYNC_SECONDS = 1.0
 
 Journaled: TypeAlias = Callable[[Sequence[str]], object]
 """Hears the names of tensors that are synced and journaled."""
-
-
-@dataclass(frozen=True, slots=True)
-class PlacedJob:
-    """A tensor and where its bytes go."""
-
-    job: TensorJob
-    offset: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +46,19 @@ def n_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def encode_all(jobs: Sequence[PlacedJob], effects: Effects, threads: int, stop: threading.Event) -> None:
-    """Encode all jobs with `threads` encoders; return early if `stop` is set.
+def encode_all(
+    jobs: Sequence[TensorJob],
+    offsets: Mapping[str, int],
+    effects: Effects,
+    threads: int,
+    stop: threading.Event,
+) -> None:
+    """Encode all jobs with `threads` encoders and write each tensor to its offset; return early if `stop` is
+    set.
 
     The error of the first bad slab, in the order of the jobs, is raised once all threads have ended.
     """
-    run = _Run(jobs, effects, threads, stop)
+    run = _Run(jobs, offsets, effects, threads, stop)
     workers = [
         threading.Thread(target=run.work, name=f"encoder-{number}")
         for number in range(threads + min(threads, 4))
@@ -82,7 +81,7 @@ def encode_all(jobs: Sequence[PlacedJob], effects: Effects, threads: int, stop: 
 @dataclass(frozen=True, slots=True)
 class _Task:
     order: int
-    placed: PlacedJob
+    job: TensorJob
     slab: Slab
 
 
@@ -90,8 +89,14 @@ class _Run:
     """The state that the workers of one `encode_all` share."""
 
     def __init__(
-        self, jobs: Sequence[PlacedJob], effects: Effects, threads: int, stop: threading.Event
+        self,
+        jobs: Sequence[TensorJob],
+        offsets: Mapping[str, int],
+        effects: Effects,
+        threads: int,
+        stop: threading.Event,
     ) -> None:
+        self._offsets = offsets
         self._effects = effects
         self._stop = stop
         self._abandoned = False
@@ -127,13 +132,13 @@ class _Run:
     def _stopped(self) -> bool:
         return self._abandoned or self._stop.is_set()
 
-    def _all_tasks(self, jobs: Sequence[PlacedJob]) -> Iterator[_Task]:
+    def _all_tasks(self, jobs: Sequence[TensorJob]) -> Iterator[_Task]:
         order = 0
-        for placed in jobs:
-            parts = list(slabs(placed.job))
-            self._slabs_left[placed.job.name] = len(parts)
+        for job in jobs:
+            parts = list(slabs(job))
+            self._slabs_left[job.name] = len(parts)
             for slab in parts:
-                yield _Task(order, placed, slab)
+                yield _Task(order, job, slab)
                 order += 1
 
     def _next(self) -> _Task | None:
@@ -141,14 +146,14 @@ class _Run:
             return None if self._errors or self._stopped() else next(self._tasks, None)
 
     def _do(self, task: _Task, encoder: SlabEncoder) -> None:
-        job, slab = task.placed.job, task.slab
+        job, slab = task.job, task.slab
         raw = encoder.read(job, slab)
         with self._encoders:
             encoded = encoder.encode(job, slab, raw, self._stopped)
         if encoded is None:
             return
         row = job.n_bytes // job.n_rows
-        self._effects.write(encoded, task.placed.offset + slab.first_row * row)
+        self._effects.write(encoded, self._offsets[job.name] + slab.first_row * row)
         reach("output.slab")
         self._effects.advanced(job, encoded.nbytes)
         with self._lock:
