@@ -232,7 +232,7 @@ def _facts(result: _Result) -> Table:
     grid.add_column(style="cyan", no_wrap=True)
     grid.add_column()
     windows = f"{imatrix.n_chunks:,} windows"
-    if not imatrix.is_old:
+    if not imatrix.is_legacy:
         windows += f" of {imatrix.chunk_size:,} tokens"
     rows = [("text", f"{safe_line(', '.join(imatrix.datasets), 200) or 'unknown'}: {windows}")]
     if collected is not None:

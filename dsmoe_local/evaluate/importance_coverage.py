@@ -95,14 +95,14 @@ class Coverage:
 
 
 def coverage_of(imatrix: Imatrix) -> Coverage:
-    """From the counts; without layers if the model is dense or the file has the old form."""
+    """From the counts; without layers if the model is dense or the file has the legacy format."""
     layers: dict[int, tuple[int, ...]] = {}
     for name, entry in imatrix.entries.items():
         match = _EXPERTS.match(name)
         if match and len(entry.counts) > 1:
             layers[int(match[1])] = tuple(entry.counts.tolist())
     return Coverage(
-        _n_tokens(imatrix.entries) if not imatrix.is_old else 0,
+        _n_tokens(imatrix.entries) if not imatrix.is_legacy else 0,
         tuple(LayerCoverage(layer, layers[layer]) for layer in sorted(layers)),
     )
 

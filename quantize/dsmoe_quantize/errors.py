@@ -1,8 +1,8 @@
-"""What can go wrong between weights and blocks. All of them are below the base tree's branches.
+"""Errors of the quantizer, as branches of the base error tree.
 
 DsmoeError
  ├─ UsageError
- │   └─ RequantizeError     the source is quantized already and nobody asked for a second loss
+ │   └─ RequantizeError     the source is quantized already, and --allow-requantize was not given
  ├─ FormatError
  │   └─ WeightError         a weight that no file may hold: NaN, infinite, or too large for the type
  └─ KernelError             ggml's library is missing or unusable
@@ -18,13 +18,13 @@ class KernelError(DsmoeError):
 
 
 class RequantizeError(UsageError):
-    """The source is quantized already and nobody asked for a second loss."""
+    """The source is quantized already, and --allow-requantize was not given."""
 
 
 class WeightError(FormatError):
     """A weight that no file may hold: NaN, infinite, or too large for the type.
 
-    `tensor` and `index` say where, so that a caller can translate them into its own names.
+    `tensor` and `index` say where it is, so that a caller can translate them into its own names.
     """
 
     def __init__(self, what: str, *, tensor: str, index: tuple[int, ...], remedy: str = "") -> None:

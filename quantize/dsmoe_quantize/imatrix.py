@@ -1,7 +1,7 @@
-"""Importance matrices: how much each input channel of each matrix matters, from activations that were seen.
+"""Importance matrices: the importance of each column of each matrix, from activations of the model.
 
-Sums of squares and counts are kept raw; what a kernel is given is made here, where a file is read for
-quantizing. Files are `imatrix_file`'s concern, collecting `dsmoe_local.evaluate.importance`'s.
+Sums of squares and counts are kept as collected; `Imatrix.importance` turns them into what kernels take.
+`imatrix_file` reads and writes files, `dsmoe_local.evaluate.importance` collects.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from dsmoe_local.base.text import safe_line
 from dsmoe_local.model.gguf_file import Field
 
 FEW = 64
-"""Tokens below which an expert's own statistics are filled up with its layer's mean."""
+"""With fewer tokens than this, an expert's statistics are blended with the mean of its layer."""
 FLOOR = np.float32(1e-6)
-"""No channel counts less than this share of its matrix's mean: the kernels keep nothing of what is 0."""
+"""The least importance of a column, relative to its matrix's mean: kernels lose columns of importance 0."""
 
-_MAX_TEXT = 127  # what llama.cpp keeps of a name in the metadata
+_MAX_TEXT = 127  # the length to which llama.cpp cuts names in the metadata
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Statistics:
-    """Of one tensor: sums of the squares of what its matrices were multiplied with, shape (n_matrices,
-    n_columns), and how many vectors, shape (n_matrices). The old form of the file has one line for all.
+    """The statistics of one tensor: sums of squared activations, shape (n_matrices, n_columns), and the
+    number of vectors, shape (n_matrices). In the legacy format there is one row for all matrices.
     """
 
     sums: NDArray[np.float32]
@@ -39,10 +39,11 @@ class Statistics:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Imatrix:
-    """What was seen of a model, by tensor. `n_chunks` windows of `chunk_size` tokens of texts called
-    `datasets`; a size of 0: the file has the old form, whose counts are windows, and of no single expert.
+    """The statistics of a model's tensors, from `n_chunks` chunks of `chunk_size` tokens of the texts
+    `datasets`.
 
-    `run` is what this project's collector says of itself.
+    A `chunk_size` of 0 means the legacy format, which counts chunks instead of tokens, and not per expert.
+    `run` is what this project's collector notes about its own run.
     """
 
     entries: Mapping[str, Statistics]
@@ -53,12 +54,12 @@ class Imatrix:
     run: Mapping[str, object] = field(default_factory=dict)
 
     @property
-    def is_old(self) -> bool:
-        """Whether the counts are not those of tokens."""
+    def is_legacy(self) -> bool:
+        """True for the legacy format, whose counts are not those of tokens."""
         return self.chunk_size == 0
 
     def digest(self) -> str:
-        """Tells matrices apart by what they make of weights."""
+        """Return a digest of everything that affects encoded weights."""
         digest = hashlib.sha256()
         for name in sorted(self.entries):
             entry = self.entries[name]
@@ -66,12 +67,12 @@ class Imatrix:
         return digest.hexdigest()
 
     def importance(self, name: str, shape: Sequence[int]) -> NDArray[np.float32] | None:
-        """What each channel of each matrix of a tensor counts, shape (n_matrices, n_columns), or None if
-        nothing is known. UsageError if the tensor is another than the one that was seen.
+        """Return the importance of each column, shape (n_matrices, n_columns), or None if it is unknown.
 
-        The mean square s/n. An expert with n < FEW is filled up with m, the mean over all tokens of the
-        layer's experts: (s + (FEW - n) m) / FEW. So an expert that was never chosen has m, and from FEW on
-        its own statistics count alone.
+        It is the mean square s/n. For an expert with n < FEW it is (s + (FEW - n) m) / FEW, where m is the
+        mean over all tokens of the layer's experts: an expert that was never chosen has m, and from FEW
+        tokens on only its own statistics count. UsageError if the shape is not that of the tensor in the
+        statistics.
         """
         entry = self.entries.get(name)
         if entry is None or not entry.counts.any():
@@ -101,31 +102,30 @@ def _fill_up(means: NDArray[np.float32], sums: NDArray[np.float32], counts: NDAr
 
 
 def _level(means: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The mean of each matrix; where all is 0, that of all matrices."""
+    """Return the mean of each matrix; where it is 0, that of all matrices."""
     level: NDArray[np.float32] = means.mean(1, keepdims=True)
     level[level == 0] = means.mean() or 1
     return level
 
 
 def merged(parts: Sequence[Imatrix]) -> Imatrix:
-    """One matrix as of all texts together: sums and counts add up. UsageError if they are of different
-    models, or one has the old form.
+    """Merge matrices that were collected from several texts, by adding sums and counts. UsageError if they
+    are of different models, or one has the legacy format.
     """
-    if old := next((part for part in parts if part.is_old), None):
+    if old := next((part for part in parts if part.is_legacy), None):
         raise UsageError(
-            "an importance matrix of the old form cannot be merged: it does not say how often an expert was"
-            " chosen",
+            "an importance matrix in the legacy format cannot be merged: it has no counts per expert",
             where=safe_line(old.name),
-            remedy="make it again, in GGUF form",
+            remedy="collect it again, as GGUF",
         )
     for at, part in enumerate(parts):
-        # Each may know tensors that another does not: with and without the output, for one.
+        # Each may have tensors that another lacks, the output for example.
         others = {name for other in (*parts[:at], *parts[at + 1 :]) for name in other.entries}
         if others and not part.entries.keys() & others:
             raise UsageError(
-                "an importance matrix is of another model: no tensor in common with the others",
+                "an importance matrix is of another model: it has no tensor in common with the others",
                 where=safe_line(part.name),
-                remedy="merge those of one model",
+                remedy="merge matrices of one model",
             )
     entries: dict[str, Statistics] = {}
     for part in parts:
@@ -152,7 +152,7 @@ def _sum(name: str, first: Statistics, second: Statistics) -> Statistics:
 
 
 def metadata_of_use(imatrix: Imatrix) -> dict[str, Field]:
-    """What a quantized file says of the matrix it was made with, as llama.cpp's tool writes it."""
+    """Return the metadata of a file that was quantized with the matrix, as llama.cpp's tool writes it."""
     found = {"quantize.imatrix.file": Field(safe_line(imatrix.name, _MAX_TEXT), GGUFValueType.STRING)}
     if imatrix.datasets:
         dataset = safe_line(imatrix.datasets[0], _MAX_TEXT)
@@ -164,5 +164,5 @@ def metadata_of_use(imatrix: Imatrix) -> dict[str, Field]:
 
 
 def is_plausible(values: NDArray[np.float32]) -> bool:
-    """Whether sums of squares, or counts, can be what they say they are."""
+    """True if all values are finite and not negative, as sums of squares and counts must be."""
     return bool(np.isfinite(values).all()) and float(values.min(initial=math.inf)) >= 0

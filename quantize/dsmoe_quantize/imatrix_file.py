@@ -1,12 +1,13 @@
-"""Importance matrices as files: llama.cpp's GGUF form, read and written; its old form, read.
+"""Importance matrix files: read and write llama.cpp's GGUF format, read its legacy format.
 
-A GGUF holds of each tensor `<tensor>.in_sum2`, (n_matrices, n_columns), and `<tensor>.counts`, (n_matrices,
-1), both F32. The old form (`.dat`) has means times the number of windows, without counts of single experts:
+The GGUF has two F32 tensors for each tensor of the model: `<tensor>.in_sum2`, (n_matrices, n_columns), and
+`<tensor>.counts`, (n_matrices, 1). The legacy format (`.dat`) has means times the number of chunks, without
+counts per expert:
 
-    number of entries, then of each: length and text of the name, windows, number of values, the values;
-    windows in all, length and text of the text's name
+    number of entries, then for each: length and text of the name, chunks, number of values, the values;
+    number of chunks in all, length and text of the dataset's name
 
-with numbers of four bytes, little-endian.
+Its numbers have four bytes, little-endian.
 """
 
 from __future__ import annotations
@@ -40,18 +41,21 @@ _MAX_NAME = 1 << 12
 
 
 def read_imatrix(path: Path) -> Imatrix:
-    """An importance matrix of either form. FileError if it cannot be read, FormatError if it is none."""
+    """Read an importance matrix in either format. FileError if it cannot be read, FormatError for its
+    content.
+    """
     try:
         with path.open("rb") as file:
             is_gguf = file.read(len(MAGIC)) == MAGIC
-        return _read_gguf(path) if is_gguf else _OldReader(path).read()
+        return _read_gguf(path) if is_gguf else _LegacyReader(path).read()
     except OSError as error:
         raise FileError(f"cannot read the importance matrix: {error.strerror}", where=path) from error
 
 
 def write_imatrix(imatrix: Imatrix, path: Path, reached: Callable[[], None] = lambda: None) -> None:
-    """Write the GGUF form, complete or not at all, over what is there; `reached` is called before the file
-    gets its name. OSError as the system says. One run at a time: hold `durable.locked(path)`.
+    """Write a GGUF, complete or not at all, replacing an existing file. OSError as the system raises it.
+
+    The caller holds `durable.locked(path)`. `reached` is called before the file gets its final name.
     """
     arrays: dict[str, NDArray[np.float32]] = {}
     for name in sorted(imatrix.entries):
@@ -60,7 +64,7 @@ def write_imatrix(imatrix: Imatrix, path: Path, reached: Callable[[], None] = la
         arrays[name + _COUNTS] = entry.counts.astype("<f4")[:, None]
     tensors = [PlannedTensor(name, array.shape, GgmlType.F32) for name, array in arrays.items()]
     plan = plan_gguf(_metadata(imatrix), tensors)
-    # Whoever holds the lock is alone: what a killed run has left is written over.
+    # Under the lock, a temp file can only be what a killed run left behind: it is overwritten.
     temporary = path.with_name(f".{path.name}.new")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
@@ -81,7 +85,7 @@ def write_imatrix(imatrix: Imatrix, path: Path, reached: Callable[[], None] = la
 def _metadata(imatrix: Imatrix) -> dict[str, Field]:
     found = {
         "general.type": Field(_TYPE, GGUFValueType.STRING),
-        # llama.cpp's quantizer refuses a file without the list, and an empty one cannot be written.
+        # llama.cpp's quantizer requires the list, and GGUF writers cannot write an empty one.
         _DATASETS: Field(list(imatrix.datasets) or ["unknown"], GGUFValueType.ARRAY, GGUFValueType.STRING),
         _N_CHUNKS: Field(imatrix.n_chunks, GGUFValueType.UINT32),
         _CHUNK_SIZE: Field(imatrix.chunk_size, GGUFValueType.UINT32),
@@ -102,7 +106,7 @@ def _refusal(path: Path, what: str, where: str = "") -> FormatError:
 def _read_gguf(path: Path) -> Imatrix:
     file = read_gguf(path)
     if file.get("general.type") != _TYPE and not any(name.endswith(_SUMS) for name in file.tensors):
-        raise _refusal(path, "it is a GGUF of another kind")
+        raise _refusal(path, "it is another kind of GGUF")
     names = sorted({name.removesuffix(end) for name in file.tensors for end in (_SUMS, _COUNTS)})
     names = [name for name in names if not name.endswith((_SUMS, _COUNTS))]
     with path.open("rb") as stream:
@@ -111,7 +115,7 @@ def _read_gguf(path: Path) -> Imatrix:
             stream.seek(info.offset)
             found = np.frombuffer(stream.read(info.n_bytes), "<f4")
             if found.nbytes != info.n_bytes:
-                raise _refusal(path, "it became shorter while it was read")
+                raise _refusal(path, "it was truncated while it was read")
             return found.astype(np.float32, copy=False)
 
         entries = {name: _entry(path, file, name, values) for name in names}
@@ -128,25 +132,25 @@ def _entry(
         raise _refusal(path, "the values are not F32", name)
     numbers, squares = values(counts), values(sums)
     if not is_plausible(numbers) or not is_plausible(squares) or squares.size % numbers.size:
-        raise _refusal(path, "sums and counts that cannot be", name)
+        raise _refusal(path, "impossible sums or counts", name)
     if numbers.max() >= 2.0**62:
-        raise _refusal(path, "a count is beyond all bounds", name)
+        raise _refusal(path, "a count is far too large", name)
     return Statistics(squares.reshape(numbers.size, -1), np.rint(numbers).astype(np.int64))
 
 
 def _about(path: Path, file: GgufFile) -> tuple[tuple[str, ...], int, int, str, Mapping[str, object]]:
-    """Datasets, windows, their size, the file's name, and what our collector says."""
+    """Return datasets, number and size of chunks, the file's name, and our collector's notes."""
     datasets = file.get(_DATASETS, [])
     n_chunks, chunk_size = file.get(_N_CHUNKS), file.get(_CHUNK_SIZE)
     if not isinstance(datasets, list) or not all(isinstance(name, str) for name in datasets):
-        raise _refusal(path, "it names no texts", _DATASETS)
+        raise _refusal(path, "its list of datasets is invalid", _DATASETS)
     for key, number in ((_N_CHUNKS, n_chunks), (_CHUNK_SIZE, chunk_size)):
         if type(number) is not int or not 0 <= number < 1 << 32:
-            raise _refusal(path, "the number of windows is missing", key)
+            raise _refusal(path, "an invalid number of chunks", key)
     assert isinstance(n_chunks, int)
     assert isinstance(chunk_size, int)
     if not chunk_size:
-        raise _refusal(path, "windows of no tokens", _CHUNK_SIZE)
+        raise _refusal(path, "chunks of 0 tokens", _CHUNK_SIZE)
     return tuple(safe_line(name, 200) for name in datasets), n_chunks, chunk_size, path.name, _run(file)
 
 
@@ -158,20 +162,20 @@ def _run(file: GgufFile) -> Mapping[str, object]:
     return found if isinstance(found, dict) else {}
 
 
-class _OldReader:
-    """A cursor over a file of the old form."""
+class _LegacyReader:
+    """A cursor over a file in the legacy format."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._data = read_at_most(path, _MAX_OLD)
         if len(self._data) > _MAX_OLD:
-            raise _refusal(path, "it is far too large")
+            raise _refusal(path, "it is too large")
         self._at = 0
 
     def read(self) -> Imatrix:
         n_entries = self._int()
         if not 0 < n_entries <= len(self._data) // 12:
-            raise _refusal(self._path, "it is neither a GGUF nor of the old form")
+            raise _refusal(self._path, "it is neither a GGUF nor in the legacy format")
         entries = dict(self._one() for _ in range(n_entries))
         n_chunks = 0
         datasets: tuple[str, ...] = ()
@@ -181,19 +185,19 @@ class _OldReader:
         return Imatrix(entries, datasets, n_chunks, 0, self._path.name)
 
     def _one(self) -> tuple[str, Statistics]:
-        name, n_windows, size = self._text(), self._int(), self._int()
+        name, n_chunks, size = self._text(), self._int(), self._int()
         if size < 1:
             raise _refusal(self._path, "an entry has no values", name)
         values = np.frombuffer(self._take(4 * size), "<f4").astype(np.float32, copy=False)
         if not is_plausible(values):
-            raise _refusal(self._path, "sums that cannot be", name)
-        # Without a number of windows, the values are the means.
-        return name, Statistics(values[None], np.array([max(1, n_windows)], np.int64))
+            raise _refusal(self._path, "impossible sums", name)
+        # If the number of chunks is 0, the values are the means.
+        return name, Statistics(values[None], np.array([max(1, n_chunks)], np.int64))
 
     def _take(self, size: int) -> bytes:
         part = self._data[self._at : self._at + size]
         if size < 0 or len(part) != size:
-            raise _refusal(self._path, "it is neither a GGUF nor whole in the old form")
+            raise _refusal(self._path, "it is neither a GGUF nor complete in the legacy format")
         self._at += size
         return part
 
@@ -204,5 +208,5 @@ class _OldReader:
     def _text(self) -> str:
         size = self._int()
         if not 0 <= size <= _MAX_NAME:
-            raise _refusal(self._path, "it is neither a GGUF nor of the old form")
+            raise _refusal(self._path, "it is neither a GGUF nor in the legacy format")
         return safe_line(self._take(size).decode(errors="replace"), 200)

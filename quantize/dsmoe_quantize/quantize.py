@@ -1,4 +1,4 @@
-"""GGUF to GGUF: read a model, choose types, write it again. The steps are other modules'."""
+"""GGUF to GGUF: read a model, choose types, write it again."""
 
 from __future__ import annotations
 
@@ -105,7 +105,9 @@ def quantize_file(
     listen: Listener = ignore,
     stop: threading.Event | None = None,
 ) -> Summary:
-    """Carry out `plan`. Resumable, complete or not at all: see `write_output`, also for what it raises."""
+    """Carry out `plan`. Resumable; the output appears complete or not at all. Raises what `write_output`
+    does.
+    """
     with opened(plan.file) as descriptor:
         jobs = jobs_of(plan, descriptor)
         for text in plan.notes:
@@ -127,7 +129,7 @@ def quantize_file(
 
 
 def jobs_of(plan: Plan, descriptor: int) -> list[TensorJob]:
-    """How to make each tensor of `plan` from its source, which is open as `descriptor`."""
+    """Return the job for each tensor of `plan`, whose source file is open as `descriptor`."""
     return [
         TensorJob(
             choice.name,
@@ -141,12 +143,12 @@ def jobs_of(plan: Plan, descriptor: int) -> list[TensorJob]:
 
 
 def default_output(source: Path, choice: TypeChoice, overrides: Overrides) -> Path:
-    """`<name>-<TYPE>.gguf` in the current folder; a type that the source's name ends in is replaced."""
+    """Return `<name>-<TYPE>.gguf` in the current folder. A type at the end of the source's name is replaced."""
     return output_called(source, label_of(choice, overrides))
 
 
 def output_called(source: Path, label: str) -> Path:
-    """As `default_output`, where what the types are called is known and they are not yet."""
+    """Like `default_output`, for a type of which only the name is known yet."""
     words = "|".join(map(re.escape, (*known_words(), *ALIASES)))
     name = re.sub(rf"(?<=.)[-._]({words})$", "", source.stem, flags=re.IGNORECASE)
     return Path(f"{name}-{label}.gguf")
@@ -154,7 +156,7 @@ def output_called(source: Path, label: str) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class GgufRows:
-    """The rows of one tensor of an open GGUF file. Reads, never maps: a mapped file counts as our memory."""
+    """The rows of one tensor of an open GGUF file. Read, not mapped: mapped pages count as memory."""
 
     path: Path
     descriptor: int
@@ -162,11 +164,11 @@ class GgufRows:
 
     @property
     def type(self) -> GgmlType:
-        """How the rows are stored."""
+        """The type that the rows are stored in."""
         return self.info.type
 
     def read(self, first_row: int, n_rows: int, scratch: Bytes) -> Bytes:
-        """The rows, in `scratch`. FileError if the file cannot be read or has become shorter."""
+        """Read rows into `scratch`. FileError if the file cannot be read or was truncated."""
         row = row_bytes(self.info.type, self.info.shape[-1])
         rows = scratch[: n_rows * row]
         view, offset = rows.data, self.info.offset + first_row * row
@@ -176,14 +178,14 @@ class GgufRows:
             except OSError as error:
                 raise FileError(f"cannot read the model: {error.strerror}", where=self.path) from error
             if not n_read:
-                raise FileError("the model file became shorter while it was read", where=self.path)
+                raise FileError("the model file was truncated while it was read", where=self.path)
             view, offset = view[n_read:], offset + n_read
         return rows
 
 
 @contextmanager
 def opened(file: GgufFile) -> Iterator[int]:
-    """A descriptor of the file, to read rows from. FileError if it cannot be opened, or is another now."""
+    """Open the file to read rows from it. FileError if it cannot be opened, or has changed."""
     try:
         descriptor = os.open(file.path, os.O_RDONLY)
     except OSError as error:
@@ -196,6 +198,6 @@ def opened(file: GgufFile) -> Iterator[int]:
 
 
 def refuse_another(file: GgufFile, descriptor: int) -> None:
-    """FileError if the open file is not what it was when its header was read."""
+    """FileError if the open file has changed since its header was read."""
     if identity_of(os.fstat(descriptor)) != file.identity:
-        raise FileError("the model file changed meanwhile", where=file.path, remedy="run again")
+        raise FileError("the model file changed while it was in use", where=file.path, remedy="run again")

@@ -114,7 +114,7 @@ def test_dry_run_writes_nothing(checkpoint: Path) -> None:
         (("tiny", "-o", "no/such/folder.gguf"), 1, "folder"),
         (("tiny", "--threads", "0"), 2, "threads"),
         (("tiny", "--type", ""), 2, "'' is not a type"),
-        (("tiny", "--output-type", ""), 2, "'' is no type"),
+        (("tiny", "--output-type", ""), 2, "'' is not a type"),
         (("tiny", "--pre", ""), 2, "pre-tokenizer"),
         (("tiny", "--revision", ""), 2, "--revision is empty"),
         ((), 2, "SRC"),

@@ -117,7 +117,7 @@ def test_refusals(tmp_path: Path) -> None:
         ((model, "--sensitivity", kept, "--keep", tmp_path / "kept"), "exclude each other"),
         ((model, "--sensitivity", kept, "--active-experts", "2"), "does not go with --sensitivity"),
         ((model, "--sensitivity", kept, "--probe", "bf16"), "takes a type of blocks"),
-        ((model, "--sensitivity", kept, "--probe", "q99"), "is no type"),
+        ((model, "--sensitivity", kept, "--probe", "q99"), "is not a type"),
         ((quantized, "--sensitivity", kept), "quantized already"),
         ((model, "--sensitivity", tmp_path / "no" / "costs.json"), "No such file"),
         # The name of a file is forgotten: nobody is told to remove the model.

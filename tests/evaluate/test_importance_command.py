@@ -195,7 +195,7 @@ def test_what_is_refused(text: Path, tmp_path: Path) -> None:
         (("--merge", "--show", matrix), 2, "use one of them"),
         (("--show",), 2, "--show takes one file"),
         (("--show", taken), 1, "not a usable importance matrix"),
-        (("--show", tiny_model()), 1, "a GGUF of another kind"),
+        (("--show", tiny_model()), 1, "another kind of GGUF"),
         (("--merge", matrix, tmp_path / "none", "-o", tmp_path / "x"), 1, "cannot read"),
     ):
         done = dsmoe(*arguments, folder=tmp_path)

@@ -75,7 +75,7 @@ def test_quantized_as_llama_cpps_tool_does(folder: Path, tmp_path: Path, matrix:
     """
     imatrix = read_imatrix(folder / matrix)
     # Of experts with fewer tokens we make more than the tool does, on purpose.
-    assert imatrix.is_old or min(entry.counts.min() for entry in imatrix.entries.values()) >= FEW
+    assert imatrix.is_legacy or min(entry.counts.min() for entry in imatrix.entries.values()) >= FEW
     ours, theirs, plain = (tmp_path / f"{name}.gguf" for name in ("ours", "theirs", "plain"))
     source = folder / "model.gguf"
     quantize_file(plan_quantization(source, resolve(word), imatrix=imatrix), ours, threads=1)

@@ -196,5 +196,5 @@ def test_another_source_is_refused(model: Path, tmp_path: Path) -> None:
     with ProbeFile(tmp_path / "probe.gguf", file, [changed_by(plan)], 1) as probe:
         probe.write(plan, ignore, threading.Event())
         os.utime(copy, ns=(1, 1))
-        with pytest.raises(FileError, match="changed meanwhile"):
+        with pytest.raises(FileError, match="changed while it was in use"):
             probe.write(plan, ignore, threading.Event())

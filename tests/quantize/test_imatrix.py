@@ -272,5 +272,5 @@ def test_only_what_adds_up_is_merged() -> None:
     parts = [replace(whole, entries=entries) for entries in (first, whole.entries, last)]
     assert merged(parts).entries.keys() == whole.entries.keys(), "in whatever order"
     old = of([[1.0]], [1])
-    with pytest.raises(UsageError, match="of the old form"):
+    with pytest.raises(UsageError, match="in the legacy format"):
         merged([random_imatrix(MOE), Imatrix(old.entries, (), 1, 0, "old.dat")])

@@ -49,7 +49,7 @@ def write_as_llama(imatrix: Imatrix, path: Path, **left_out: bool) -> None:
 
 
 def write_old(imatrix: Imatrix, path: Path) -> None:
-    """The old form (save_imatrix_legacy)."""
+    """The legacy format (save_imatrix_legacy)."""
     parts = [struct.pack("<i", len(imatrix.entries))]
     for name, entry in imatrix.entries.items():
         n_windows = -(-int(entry.counts.max()) // imatrix.chunk_size)
@@ -118,7 +118,7 @@ def test_the_old_form(tmp_path: Path) -> None:
     path = tmp_path / "old.dat"
     write_old(imatrix, path)
     found = read_imatrix(path)
-    assert found.is_old
+    assert found.is_legacy
     assert (found.datasets, found.n_chunks) == (imatrix.datasets, imatrix.n_chunks)
     for name, entry in imatrix.entries.items():
         shape = (len(entry.counts), 7, entry.sums.shape[1]) if len(entry.counts) > 1 else (7, entry.sums.size)

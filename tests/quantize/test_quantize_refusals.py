@@ -274,7 +274,7 @@ def test_source_shrinks_meanwhile(source: Path, tmp_path: Path) -> None:
         if isinstance(event, Started):
             os.truncate(source, source.stat().st_size - 4096)
 
-    with pytest.raises(FileError, match="shorter"):
+    with pytest.raises(FileError, match="truncated"):
         quantize_file(plan, tmp_path / "out.gguf", listen=shrink)
 
 
@@ -284,7 +284,7 @@ def test_source_is_replaced_after_planning(source: Path, tmp_path: Path) -> None
     content = source.read_bytes()
     source.unlink()
     source.write_bytes(content)
-    with pytest.raises(FileError, match="changed meanwhile"):
+    with pytest.raises(FileError, match="changed while it was in use"):
         quantize_file(plan, tmp_path / "out.gguf")
 
 

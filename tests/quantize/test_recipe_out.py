@@ -65,7 +65,7 @@ def test_the_default_output_is_not_for_a_recipe(source: Path) -> None:
     for choice, name in ((("--type", "q8"), "tiny-q8.gguf"), (TARGET, "tiny-7.5bpw.gguf")):
         result = invoke(source, *choice, "--recipe-out", f"./{name}")
         assert isinstance(result.exception, UsageError)
-        assert "the place of the model" in str(result.exception)
+        assert "would replace the model" in str(result.exception)
 
 
 def test_another_recipe_is_replaced_on_request_alone(source: Path, tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_another_recipe_is_replaced_on_request_alone(source: Path, tmp_path: Pat
 def test_a_place_that_cannot_be_looked_at(tmp_path: Path) -> None:
     """Guards: a pipe that is waited for."""
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UsageError, match="no recipe"):
+    with pytest.raises(UsageError, match="not a recipe"):
         refuse_place(tmp_path / "pipe")
 
 

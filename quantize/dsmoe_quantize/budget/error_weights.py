@@ -1,4 +1,4 @@
-"""What errors cost in each group: what was measured of a model, and built-in figures brought to its scale."""
+"""What a relative error costs in each group: measured values, and built-in ones scaled to match them."""
 
 from __future__ import annotations
 
@@ -25,16 +25,20 @@ WEIGHTS: Mapping[str, float] = MappingProxyType(
         GroupKind.ROUTED_DOWN: 0.37,
     }
 )
-"""The divergence, in nats, that a relative squared error of 1 in all layers of a kind would cause if it grew
-in proportion, as it does while errors are small. The geometric mean of what was measured on two models that
-have little in common (docs/quantization.md): what counts is how they compare with each other.
+"""The KL divergence, in nats, that a relative squared error of 1 in all layers of a kind would cause if the
+divergence stayed proportional to the error, as it is while errors are small.
+
+Each is the geometric mean of measurements on two dissimilar models (docs/quantization.md). Only their ratios
+matter.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class ErrorWeights:
-    """`of` is what a relative error of 1 costs in each group, in nats. Of `n_kinds` kinds of groups,
-    `n_measured` were measured in all layers; `is_built_in`: nothing was measured at all.
+    """`of` is what a relative error of 1 costs in each group, in nats of KL divergence.
+
+    Of the `n_kinds` kinds of groups, `n_measured` were measured in all layers. `is_built_in`: none was
+    measured in any layer.
     """
 
     of: Mapping[Group, float]
@@ -53,11 +57,12 @@ class ErrorWeights:
 
 
 def error_weights(groups: Collection[Group], known: Mapping[str, float]) -> ErrorWeights:
-    """The costs for all groups of a model, of which `known` has some by the name of a group or a kind.
+    """Return the costs for all groups of a model. `known` has measured costs by the name of a group or a
+    kind.
 
-    Where nothing is known, built-in costs stand in. They are another model's, in which all costs may be
-    larger or smaller, so beside measured ones they are multiplied by the geometric mean of measured by
-    built-in over the kinds that were measured in all layers. A cost of 0 says nothing about the scale.
+    Other groups get built-in costs. Those come from other models, in which all costs may be larger or
+    smaller. So beside measured costs they are scaled by the geometric mean of the ratios measured / built-in,
+    over the kinds that were measured in all layers. Costs of 0 do not affect the scale.
     """
     layers: dict[str, list[Group]] = {}
     for group in groups:

@@ -1,9 +1,9 @@
-"""Which types llama.cpp has fast kernels for, by kind of processor: it interleaves ("repacks") the rows of a
-tensor of such a type when it is loaded, and multiplies several rows at once.
+"""The types for which llama.cpp has fast kernels, by kind of processor.
 
-Read from ggml/src/ggml-cpu/repack.cpp of llama.cpp (ggml_repack_get_optimal_repack_type) as llama-cpp-python
-0.3.36 brings it. It matters most for decoding: of a prompt, forward_mul_mat_id there multiplies routed
-experts by one token after another, which other types do in tiles.
+llama.cpp repacks (interleaves) the rows of tensors of such types when it loads them, and then multiplies
+several rows at once. Taken from ggml/src/ggml-cpu/repack.cpp (ggml_repack_get_optimal_repack_type) in
+llama-cpp-python 0.3.36. It helps decoding most: in prefill, forward_mul_mat_id multiplies repacked routed
+experts by one token at a time, and other types in tiles.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ CPUS: Mapping[str, Mapping[GgmlType, int]] = MappingProxyType(
         "none": {},
     }
 )
-"""By kind of processor: the types, and of which number the rows must be a multiple."""
+"""For each kind of processor: the types, and the number of which the rows must be a multiple."""
 
 
 def this_cpu() -> str:
-    """The kind of the processor that this runs on; `none` if it has no fast kernels, or is not known."""
+    """Return the kind of this machine's processor; `none` if it has no fast kernels or is unknown."""
     machine = platform.machine().lower()
     if sys.platform == "darwin" and machine == "arm64":
         return "arm-dotprod"
@@ -50,6 +50,6 @@ def this_cpu() -> str:
 
 
 def is_fast(cpu: str, kind: GgmlType, shape: Sequence[int]) -> bool:
-    """Whether a matrix of this type and shape, rows and columns last, has a fast kernel on `cpu`."""
+    """True if `cpu` has a fast kernel for a matrix of this type and shape (rows and columns last)."""
     multiple = CPUS[cpu].get(kind)
     return multiple is not None and shape[-2] % multiple == 0

@@ -1,12 +1,12 @@
-"""How much each type would hurt each tensor: the error of weights that are encoded and read again.
+"""Measure the error that each type causes in each tensor, by encoding and decoding its weights.
 
-The error of a tensor is the sum of squared differences, each weighted by the mean square of what its column
-is multiplied with (with an importance matrix; all alike without), and for an expert by how often it is
-chosen: what the tensor's output is wrong by, squared, if differences are independent. Divided by the same sum
-over the weights themselves (`energy`) it is a relative error, which tensors have in common.
+The error of a tensor is the sum of the squared differences of its weights. With an importance matrix each
+difference is weighted by its column's importance, and for an expert by how often it is chosen. If differences
+are independent, that is the expected squared error of the tensor's output. Divided by the same sum over the
+weights themselves (`energy`), it is a relative error, which can be compared between tensors.
 
-Large tensors are tried on a sample of rows, the same ones each time, spread over all experts. A few threads
-hold a few hundred KB each, whatever the model's size.
+Of large tensors only a sample of rows is measured, always the same rows, spread over all experts. Each thread
+needs a few hundred KB, whatever the model's size.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dsmoe_quantize.write.encoder import PIECE_WEIGHTS, Bytes, TensorJob, not_fi
 from dsmoe_quantize.write.pipeline import n_cores
 
 SAMPLE = 1 << 18
-"""Weights of each tensor to try types on."""
+"""Default number of weights to measure in each tensor."""
 _GOLDEN = (5**0.5 - 1) / 2  # its multiples are spread evenly, however many there are
 
 _QUANTIZED = tuple(kind for kind in GgmlType if kind in kernels.WRITABLE - FLOATS)
@@ -41,7 +41,7 @@ _QUANTIZED = tuple(kind for kind in GgmlType if kind in kernels.WRITABLE - FLOAT
 
 @dataclass(frozen=True, slots=True)
 class TensorErrors:
-    """Of one tensor: the weighted error of each type, and of the weights themselves, over the rows tried."""
+    """One tensor's weighted error under each type, and its `energy`, over the `n_tried` weights measured."""
 
     n_weights: int
     n_tried: int
@@ -51,8 +51,8 @@ class TensorErrors:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A group quantized alone: its relative error, and the mean divergence of the whole model, in nats, with
-    its standard error.
+    """One group quantized alone: its relative error, and the KL divergence of the whole model that results,
+    as mean in nats with its standard error.
     """
 
     error: float
@@ -62,10 +62,11 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Probes:
-    """What `weights` were measured with: the text, its windows, the types tried, and each group's results.
+    """How `Sensitivity.weights` were measured: the text, the windows of it that were read, the types tried,
+    and the results of each group.
 
-    `floor` is the divergence, in nats, that the model had from itself. `n_windows_of_text` is how many there
-    were to read; 0: that was not noted.
+    `floor` is the KL divergence, in nats, of the unchanged model from itself. `n_windows_of_text` is the
+    number of windows in the whole text, 0 if it is unknown.
     """
 
     text: str
@@ -80,11 +81,12 @@ class Probes:
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """What was measured of a model, by tensor. `source`, `imatrix` and `kernels` say of what and with what.
+    """The measurements of a model. `source`, `imatrix` and `kernels` identify the model, the importance
+    matrix and the version of the kernels.
 
-    `weights` are what a relative error of 1 in a group ("routed-down.5"), or in all layers of a kind
-    ("routed-down"), would cost in nats of divergence, where somebody has measured that; `probes` how, if it
-    was `dsmoe eval --sensitivity`. `error_weights` says what becomes of them.
+    `weights`, where they were measured, are the KL divergence in nats that a relative error of 1 would cause
+    in a group ("routed-down.5") or in all layers of a kind ("routed-down"); `error_weights` applies them.
+    `probes` is how `dsmoe eval --sensitivity` measured them, if it did.
     """
 
     source: str
@@ -97,14 +99,15 @@ class Sensitivity:
 
     @property
     def share(self) -> float:
-        """The part of the measured tensors' weights that was tried."""
+        """The share of the tensors' weights that was measured."""
         n_weights = sum(each.n_weights for each in self.tensors.values())
         return sum(each.n_tried for each in self.tensors.values()) / max(n_weights, 1)
 
 
 def candidates(tensor: TensorInfo) -> list[GgmlType]:
-    """The types that a tensor may get: what its width allows, and what it is if that is a type of blocks. A
-    float type only where no block fits.
+    """Return the types that a tensor may get: block types that divide its columns, and its own block type.
+
+    A float type is a candidate only if no block type fits.
     """
     fitting = [kind for kind in _QUANTIZED if tensor.shape[-1] % block_size(kind) == 0]
     if not fitting:
@@ -113,7 +116,7 @@ def candidates(tensor: TensorInfo) -> list[GgmlType]:
 
 
 def unmeasured(file: GgufFile, known: Sensitivity) -> list[TensorInfo]:
-    """The tensors of `file` that may change and are not in `known`."""
+    """Return the tensors of `file` that may change and are not in `known`."""
     return [tensor for tensor in _wanted(file) if tensor.name not in known.tensors]
 
 
@@ -131,10 +134,11 @@ def measure(
     listen: Listener = ignore,
     stop: threading.Event | None = None,
 ) -> Sensitivity:
-    """`known` with every tensor of `file` that may change. `keep` gets what there is after each tensor.
+    """Measure every tensor of `file` that may change and is not in `known`; return it with all results.
 
-    `threads` 0 means all cores; they change nothing in the figures. Raises WeightError for weights that are
-    NaN or infinite, FileError, InterruptedRunError when `stop` is set.
+    `keep` is called with the results so far after each tensor. `threads` 0 means all cores; their number does
+    not affect the results. Raises WeightError for weights that are NaN or infinite, FileError, and
+    InterruptedRunError when `stop` is set.
     """
     stop = stop or threading.Event()
     wanted, missing = _wanted(file), unmeasured(file, known)
@@ -176,8 +180,8 @@ def measure(
 
 
 def sampled_rows(n_matrices: int, rows_per_matrix: int, n_columns: int, sample: int) -> list[list[int]]:
-    """Rows of each matrix to try, in order: about `sample` weights in all, at least one row of each matrix,
-    spread evenly. All rows if `sample` is 0.
+    """Return the rows of each matrix to measure, in order: about `sample` weights in all, spread evenly, with
+    at least one row of each matrix. All rows if `sample` is 0.
     """
     n_rows = max(1, round(sample / (n_matrices * n_columns)))
     if not sample or n_rows >= rows_per_matrix:
@@ -190,7 +194,7 @@ def sampled_rows(n_matrices: int, rows_per_matrix: int, n_columns: int, sample: 
 
 
 class _Trial:
-    """One tensor under every type that it may get. Used by one thread."""
+    """Measures one tensor under every candidate type. Used by one thread."""
 
     def __init__(self, tensor: TensorInfo, rows: GgufRows, imatrix: Imatrix | None, sample: int) -> None:
         self._tensor = tensor
@@ -204,7 +208,7 @@ class _Trial:
         self._frequency = _frequencies(tensor.name, self._n_matrices, imatrix)
 
     def run(self, stopped: Callable[[], bool]) -> TensorErrors | None:
-        """The errors; None if `stopped` said so. A type that cannot hold a weight is left out."""
+        """Return the errors; None if `stopped` returned True. Types that cannot hold a weight are omitted."""
         energy, n_tried = 0.0, 0
         errors = dict.fromkeys(self._types, 0.0)
         picked = sampled_rows(self._n_matrices, self._per_matrix, self._columns, self._sample)
@@ -227,7 +231,7 @@ class _Trial:
         return TensorErrors(self._tensor.n_weights, n_tried, energy, errors)
 
     def _pieces(self, matrix: int, rows: Sequence[int]) -> Iterator[NDArray[np.float32]]:
-        """The rows as f32, (rows, columns), some at a time; memory that the next piece reuses."""
+        """Yield the rows as f32, (rows, columns), a few at a time, in memory that the next piece reuses."""
         kind, columns = self._tensor.type, self._columns
         per_piece = min(len(rows), max(1, PIECE_WEIGHTS // columns))
         n_bytes = row_bytes(kind, columns)
@@ -262,7 +266,7 @@ class _Trial:
     def _difference(
         self, floats: NDArray[np.float32], kind: GgmlType, weights: NDArray[np.float32] | None
     ) -> NDArray[np.float32] | None:
-        """The squares of what encoding changes; None if the type cannot hold the weights."""
+        """Return the squared differences that encoding causes; None if the type cannot hold the weights."""
         n_rows, columns = floats.shape
         encoded = np.empty(n_rows * row_bytes(kind, columns), np.uint8)
         address = None if weights is None or kind in FLOATS else weights.ctypes.data
@@ -276,7 +280,7 @@ class _Trial:
 
 
 def _frequencies(name: str, n_matrices: int, imatrix: Imatrix | None) -> NDArray[np.float64]:
-    """How often each matrix is used, against the others. One that was never seen was once, nearly."""
+    """Return how often each matrix is used, relative to the mean. Counts get 1 added, so that none is 0."""
     entry = imatrix.entries.get(name) if imatrix else None
     if entry is None or len(entry.counts) != n_matrices:
         return np.ones(n_matrices)
@@ -286,6 +290,6 @@ def _frequencies(name: str, n_matrices: int, imatrix: Imatrix | None) -> NDArray
 
 
 def _weighted(squares: NDArray[np.float32], weights: NDArray[np.float32] | None) -> float:
-    """The sum, each column by its weight; in double precision and always in the same order."""
+    """Return the sum weighted by column, in double precision and always in the same order."""
     columns = squares.sum(axis=0, dtype=np.float64)
     return float(columns.sum() if weights is None else (columns * weights).sum())

@@ -1,4 +1,4 @@
-"""Sensitivity as a JSON file, which is written while it is measured and goes on where a run was interrupted.
+"""Sensitivity files in JSON. They are written during the measurement, so that an interrupted run can resume.
 
     {"format": "dsmoe-sensitivity", "version": 1, "source": …, "imatrix": …, "kernels": …, "sample": 262144,
      "tensors": {"blk.1.attn_q.weight": {"n_weights": …, "n_tried": …, "energy": …, "errors": {"Q4_K": …}}},
@@ -7,8 +7,8 @@
                 "types": ["Q4_0"], "floor": …,
                 "groups": {"routed-down": {"Q4_0": {"error": …, "kl": …, "kl_error": …}}}}}
 
-`weights` and `probes` are there once `dsmoe eval --sensitivity` has measured them; `weights` may also be
-written by hand. See `sensitivity` for what all of it means.
+`dsmoe eval --sensitivity` adds `weights` and `probes`; `weights` may also be written by hand. `sensitivity`
+explains the values.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _FORMAT, _VERSION = "dsmoe-sensitivity", 1
 _ANOTHER = "name another file"
 _MAX_BYTES = 1 << 26
 _PROBE_FIELDS = frozenset(item.name for item in fields(Probe))
-_SECONDS = 5.0  # between two times of writing
+_SECONDS = 5.0  # between two writes
 
 
 def start(file: GgufFile, imatrix: Imatrix | None, sample: int | None) -> Sensitivity:
-    """Nothing measured yet of this model with this matrix."""
+    """Return an empty Sensitivity of this model with this importance matrix."""
     return Sensitivity(
         file_identity(file.path),
         imatrix.digest() if imatrix else "",
@@ -52,15 +52,19 @@ def start(file: GgufFile, imatrix: Imatrix | None, sample: int | None) -> Sensit
 
 
 def default_path(wanted: Sensitivity) -> Path:
-    """Where it is kept if the user names no file: in the cache, by all that it depends on."""
+    """Return the path in the cache to use if the user names no file. It depends on all that decides the
+    values.
+    """
     parts = (wanted.source, wanted.imatrix, wanted.kernels, wanted.sample)
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     return cache_folder() / "sensitivity" / f"{digest}.json"
 
 
 def resume(path: Path, wanted: Sensitivity, *, any_sample: bool = False) -> Sensitivity:
-    """What the file holds of `wanted`, or `wanted` if there is no file. UsageError if it is of another model,
-    or another importance matrix; `any_sample` takes the file's sample as it is.
+    """Return the content of the file, or `wanted` if it does not exist.
+
+    UsageError if it was measured on another model or with another importance matrix, version or sample.
+    `any_sample`: accept the file's sample.
     """
     if not path.exists():
         return wanted
@@ -81,10 +85,11 @@ def resume(path: Path, wanted: Sensitivity, *, any_sample: bool = False) -> Sens
 
 
 def costs_of_another_matrix(path: Path, wanted: Sensitivity) -> Sensitivity | None:
-    """A file's, if it has costs and was measured with another importance matrix than `wanted`, or with none;
-    else None. What an error costs is not what it is: costs hold whatever matrix is used.
+    """Return the content of a file whose `weights` can be used but whose errors cannot, otherwise None.
 
-    UsageError if it is of another model; FileError, FormatError.
+    That is a file with weights that was measured with another importance matrix than `wanted`, or without
+    one: errors depend on the matrix, but what an error costs does not. UsageError if it is of another model;
+    FileError, FormatError.
     """
     if not path.exists():
         return None
@@ -95,14 +100,14 @@ def costs_of_another_matrix(path: Path, wanted: Sensitivity) -> Sensitivity | No
 
 
 def _other_matrix(found: Sensitivity, wanted: Sensitivity) -> str:
-    """How two differ, where the importance matrix is not the same."""
+    """Say how the importance matrices differ."""
     if not found.imatrix:
         return "no importance matrix"
     return "another importance matrix" if wanted.imatrix else "an importance matrix"
 
 
 class Keeper:
-    """Writes what was measured, now and then, and at the end."""
+    """Writes the latest state of a measurement every few seconds, and at the end."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -110,20 +115,20 @@ class Keeper:
         self._latest: Sensitivity | None = None
 
     def keep(self, sensitivity: Sensitivity) -> None:
-        """Take the latest state; write it if the last one is some seconds old. FileError."""
+        """Remember the latest state; write it if the last write was some seconds ago. FileError."""
         self._latest = sensitivity
         if time.monotonic() - self._written > _SECONDS:
             self.close()
 
     def close(self) -> None:
-        """Write what was not yet written. FileError."""
+        """Write the latest state if it is not written yet. FileError."""
         if self._latest is not None:
             write_sensitivity(self._latest, self._path)
             self._latest, self._written = None, time.monotonic()
 
 
 def write_sensitivity(sensitivity: Sensitivity, path: Path) -> None:
-    """Write the file, durably, over what is there. FileError."""
+    """Write the file, durably, replacing an existing one. FileError."""
     content: dict[str, Any] = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -167,9 +172,10 @@ def _probes_as_json(probes: Probes) -> dict[str, Any]:
 
 
 def read_sensitivity(path: Path) -> Sensitivity:
-    """A file's content. FileError if it cannot be read, FormatError if it is none.
+    """Read a sensitivity file. FileError if it cannot be read, FormatError for its content.
 
-    Only a file of ours is advised to be removed: another one may be a model whose name was taken for it.
+    The error suggests to remove the file only if it is a sensitivity file: any other may be precious, such as
+    a model that was named by mistake.
     """
     try:
         content = durable.read_at_most(path, _MAX_BYTES)
@@ -191,7 +197,7 @@ def _refusal(path: Path, what: str, remedy: str = "remove it to measure again") 
 
 
 class _Reader:
-    """Takes a JSON object apart."""
+    """Validates a JSON object and turns it into a Sensitivity."""
 
     def __init__(self, path: Path, found: Mapping[str, Any]) -> None:
         self._path = path
@@ -201,13 +207,13 @@ class _Reader:
         raise _refusal(self._path, safe_line(what, 120))
 
     def read(self) -> Sensitivity:
-        """The whole."""
+        """Return the whole content."""
         source, imatrix, version = (self._found.get(key) for key in ("source", "imatrix", "kernels"))
         sample, tensors = self._found.get("sample"), self._found.get("tensors")
         if not isinstance(source, str) or not isinstance(imatrix, str) or not isinstance(version, str):
-            self.refuse("it does not say what it is of")
+            self.refuse("it does not name its model and importance matrix")
         if type(sample) is not int or sample < 0:
-            self.refuse("it does not say how much was tried")
+            self.refuse("its sample size is missing")
         if not isinstance(tensors, dict):
             self.refuse("it has no tensors")
         return Sensitivity(
@@ -221,24 +227,24 @@ class _Reader:
         )
 
     def _weights(self) -> dict[str, float]:
-        """They may be written by hand: a word that means no group would be without effect."""
+        """Weights may be written by hand, and a misspelt group would have no effect: it is refused."""
         found = self._numbers("weights", self._found.get("weights", {}))
         for name in found:
             kind, dot, layer = name.partition(".")
             if kind not in KINDS or (dot and not (layer.isascii() and layer.isdigit())):
                 raise _refusal(
                     self._path,
-                    safe_line(f"weights: {name} is no group", 120),
-                    f"correct it; there are {', '.join(KINDS)}",
+                    safe_line(f"weights: {name} is not a group", 120),
+                    f"correct it; known: {', '.join(KINDS)}",
                 )
         return found
 
     def _tensor(self, name: str, value: object) -> TensorErrors:
         if not isinstance(value, dict):
-            self.refuse(f"{name} is no object")
+            self.refuse(f"{name} is not an object")
         n_weights, n_tried = value.get("n_weights"), value.get("n_tried")
         if type(n_weights) is not int or type(n_tried) is not int or not 0 < n_tried <= n_weights:
-            self.refuse(f"{name}: the numbers of weights cannot be")
+            self.refuse(f"{name}: impossible numbers of weights")
         energy = self._numbers(name, {"energy": value.get("energy")})["energy"]
         errors = self._numbers(name, value.get("errors"))
         return TensorErrors(
@@ -248,20 +254,20 @@ class _Reader:
     def _type(self, where: str, name: object) -> GgmlType:
         kind = GgmlType.__members__.get(name) if isinstance(name, str) else None
         if kind is None:
-            self.refuse(f"{where}: {name} is no type")
+            self.refuse(f"{where}: {name} is not a type")
         return kind
 
     def _probes(self, value: object) -> Probes:
         if not isinstance(value, dict):
-            self.refuse("probes is no object")
+            self.refuse("probes is not an object")
         text, digest, types, groups = (value.get(key) for key in ("text", "text_digest", "types", "groups"))
         if not isinstance(text, str) or not isinstance(digest, str):
-            self.refuse("probes: it does not say of what text")
+            self.refuse("probes: the text is missing")
         if not isinstance(types, list) or not isinstance(groups, dict):
-            self.refuse("probes: it does not say what was tried")
+            self.refuse("probes: types or groups are missing")
         n_context, n_windows = value.get("n_context"), value.get("n_windows")
         if type(n_context) is not int or type(n_windows) is not int or min(n_context, n_windows) < 1:
-            self.refuse("probes: it does not say of how much text")
+            self.refuse("probes: the numbers of tokens and windows are missing")
         of_text = value.get("n_windows_of_text", 0)
         if type(of_text) is not int or (of_text != 0 and of_text < n_windows):
             self.refuse("probes: the text has fewer windows than were read")
@@ -278,12 +284,12 @@ class _Reader:
 
     def _group(self, group: str, value: object) -> dict[GgmlType, Probe]:
         if not isinstance(value, dict):
-            self.refuse(f"{group} is no object")
+            self.refuse(f"{group} is not an object")
         found = {}
         for kind, probe in value.items():
             numbers = self._numbers(group, probe)
             if numbers.keys() != _PROBE_FIELDS:
-                self.refuse(f"{group}: {kind} is no probe")
+                self.refuse(f"{group}: {kind} is not a probe")
             found[self._type(group, kind)] = Probe(**numbers)
         return found
 
@@ -292,5 +298,5 @@ class _Reader:
             self.refuse(f"{where}: numbers are missing")
         for key, number in value.items():
             if type(number) not in (int, float) or not math.isfinite(number) or number < 0:
-                self.refuse(f"{where}: {key} is no number that can be")
+                self.refuse(f"{where}: {key} is not a number of at least 0")
         return {key: float(number) for key, number in value.items()}

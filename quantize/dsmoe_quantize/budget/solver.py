@@ -1,8 +1,8 @@
-"""One option for each group, so that the sum of errors is least and no budget is exceeded. Plain numbers.
+"""Choose one option for each group so that the sum of errors is minimal within all budgets. Plain numbers.
 
 This is a multiple-choice knapsack problem with several budgets. HiGHS solves it as a mixed-integer program:
 one binary variable per option, one row per group (exactly one option) and one per budget. The same problem
-has the same solution everywhere: limits are in nodes, not in seconds.
+has the same solution on every machine: the search is limited in nodes, not in seconds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from highspy._core import _Highs
 
 _GAP, _GAP_QUICK = 1e-5, 5e-3
-"""How far from the proven bound the error may be, relative to it."""
+"""How far the error may be above the proven bound, relative to it."""
 _NODES = (5_000, 50_000, 500_000)
 """Limits of the search, one after another: more only where no solution at all was found."""
 _SMALLEST = 1e-6
@@ -26,7 +26,7 @@ _SETTINGS: dict[str, bool | int | float | str] = {
     "parallel": "off",
     "threads": 1,
     "mip_abs_gap": 0.0,
-    # What a budget is exceeded by within these, relative to it, is taken off for another try.
+    # Within these tolerances a budget may be exceeded; then `solve` lowers the limit and tries again.
     "mip_feasibility_tolerance": 1e-9,
     "primal_feasibility_tolerance": 1e-9,
 }
@@ -34,7 +34,7 @@ _SETTINGS: dict[str, bool | int | float | str] = {
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One way for one group: the error it makes, and what it takes from each budget."""
+    """One option of a group: the error it causes, and its cost in each budget."""
 
     error: float
     costs: tuple[int, ...]
@@ -42,7 +42,7 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """The options of each group, at least one, and the budgets. Errors are finite and not negative."""
+    """The options of each group, at least one each, and the budgets. Errors are finite and not negative."""
 
     groups: Sequence[Sequence[Option]]
     limits: tuple[int, ...]
@@ -50,10 +50,10 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """`picks` is the option of each group. No solution has an error below `bound`.
+    """`picks` is the index of each group's option. No solution has an error below `bound`.
 
-    `prices` are how much error one more unit of each budget would save, about. `is_optimal`: no solution is
-    better by more than a hundred-thousandth.
+    `prices` say about how much error one more unit of each budget would save. `is_optimal`: the error is
+    within 1e-5 of the bound, relative to it.
     """
 
     picks: tuple[int, ...]
@@ -65,10 +65,7 @@ class Solution:
 
 
 def solve(problem: Problem, *, quick: bool = False) -> Solution | None:
-    """The best solution found, which is the best there is where `is_optimal`; None if nothing fits.
-
-    `quick` stops within half a percent of the best.
-    """
+    """Return the best solution found, or None if nothing fits. `quick` stops within 0.5% of the bound."""
     limits = problem.limits
     model = _Model(problem)
     bound: float | None = None
@@ -91,7 +88,7 @@ def solve(problem: Problem, *, quick: bool = False) -> Solution | None:
 
 
 class _Model:
-    """The problem as HiGHS takes it: costs in units of their budgets, errors in units of the largest."""
+    """The problem in the form of HiGHS: costs relative to their budgets, errors relative to the largest."""
 
     def __init__(self, problem: Problem) -> None:
         options = [option for group in problem.groups for option in group]
@@ -103,7 +100,7 @@ class _Model:
         self._costs = np.array([option.costs for option in options], np.float64).reshape(len(options), -1)
 
     def solve(self, limits: tuple[int, ...], gap: float) -> tuple[tuple[int, ...], float] | None:
-        """The option of each group, and a bound below which no error lies; None if nothing was found."""
+        """Return the option of each group and a lower bound of the error; None if nothing was found."""
         solver = self._solver(limits, integral=True)
         solver.setOptionValue("mip_rel_gap", gap)
         for n_nodes in _NODES:
@@ -121,7 +118,7 @@ class _Model:
         return picks, float(solver.getInfo().mip_dual_bound) * self.unit
 
     def prices(self, limits: tuple[int, ...]) -> tuple[float, ...]:
-        """How much error the last unit of each budget saves, by the duals of the linear program."""
+        """Return how much error the last unit of each budget saves: the duals of the linear relaxation."""
         solver = self._solver(limits, integral=False)
         solver.run()
         duals = -np.array(solver.getSolution().row_dual[len(self._sizes) :])
@@ -143,7 +140,7 @@ class _Model:
         matrix.value_ = np.concatenate([np.ones(n_options), (self._costs / self._scale).T.ravel()])
         if integral:
             program.integrality_ = [highspy.HighsVarType.kInteger] * n_options
-        # `Highs`, which adds callbacks, prints a banner on stdout when it is made.
+        # `Highs`, the wrapper with callbacks, prints a banner on stdout.
         solver = _Highs()
         for name, value in _SETTINGS.items():
             solver.setOptionValue(name, value)

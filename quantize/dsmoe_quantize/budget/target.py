@@ -1,4 +1,4 @@
-"""From a model and a budget to a recipe: measure what is not measured yet, keep it, solve."""
+"""From a model and a budget to a recipe: measure what is missing, save it, solve."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from dsmoe_quantize.policy.choice import Overrides, may_change
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is asked for: the budget, and the recipe's `name`.
+    """What the user asks for: the budget, and the `name` of the recipe.
 
-    `sensitivity` is the file that keeps what was measured, the cache if None. Of one that was measured with
-    another importance matrix, the costs of errors are taken, and errors are kept in the cache. `sample`
-    weights of each tensor are tried, all if 0; None: as many as that file says, or as is usual. `cpu` is one
-    of `fast_kernels.CPUS`.
+    `sensitivity` is the file in which measurements are kept; None: a file in the cache. If that file was
+    measured with another importance matrix, only its `weights` are used, and errors are kept in the cache.
+    `sample` is the number of weights to measure in each tensor, 0 for all; None: the file's, or the default.
+    `cpu` is one of `fast_kernels.CPUS`.
     """
 
     budget: Budget
@@ -41,7 +41,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The answer, with all that explains it."""
+    """The answer, and the data that explains it."""
 
     costs: CostModel
     solved: Solved
@@ -50,7 +50,7 @@ class Target:
 
 
 def refuse_quantized(file: GgufFile) -> None:
-    """RequantizeError if weights are quantized already."""
+    """RequantizeError if the weights are quantized already."""
     found = [tensor for tensor in file.tensors.values() if may_change(tensor) and tensor.type not in FLOATS]
     if found:
         raise RequantizeError(
@@ -71,11 +71,11 @@ def solve_target(
     listen: Listener = ignore,
     stop: threading.Event | None = None,
 ) -> Target:
-    """The best recipe for a request, for a model that was read and may be quantized.
+    """Find the best recipe for a request, for a model whose header was read.
 
-    Raises UsageError if nothing fits the budget or the sensitivity file is another's, LockedError if
-    something is not measured yet and another run writes the file, and what `measure` and the files raise.
-    What was measured is kept also if it is interrupted.
+    Raises UsageError if nothing fits the budget or the sensitivity file is another model's, LockedError if
+    measurements are missing and another run writes the file, and what `measure` and the files raise. An
+    interrupted run keeps its measurements.
     """
     wanted = sensitivity_file.start(file, imatrix, request.sample)
     measured_costs = request.sensitivity and sensitivity_file.costs_of_another_matrix(
@@ -83,11 +83,11 @@ def solve_target(
     )
     if measured_costs:
         why = _why_costs_alone(measured_costs, imatrix)
-        listen(Note(f"only what errors cost is taken from {request.sensitivity}: {why}"))
+        listen(Note(f"only the costs of errors are taken from {request.sensitivity}: {why}"))
     path = _cached(wanted) if measured_costs or request.sensitivity is None else request.sensitivity
     any_sample = request.sample is None
     found = sensitivity_file.resume(path, wanted, any_sample=any_sample)
-    # What is complete is only read, also while `dsmoe eval --sensitivity` adds to it for hours.
+    # A complete file is only read, without its lock: `dsmoe eval --sensitivity` may hold that for hours.
     if unmeasured(file, found):
         with _held(path):
             known = sensitivity_file.resume(path, wanted, any_sample=any_sample)
@@ -106,15 +106,15 @@ def solve_target(
 
 
 def _why_costs_alone(measured_costs: Sensitivity, imatrix: Imatrix | None) -> str:
-    """Why errors are not taken from the same file."""
+    """Say why the errors in that file are not used."""
     if not measured_costs.imatrix:
-        return "it was measured with no importance matrix"
+        return "it was measured without an importance matrix"
     return f"it was measured with {'an' if imatrix is None else 'another'} importance matrix"
 
 
 @contextmanager
 def _held(path: Path) -> Iterator[None]:
-    """The right to write the file: two runs would write over each other's results."""
+    """Hold the lock of the file: two runs would overwrite each other's results."""
     with ExitStack() as stack:
         try:
             stack.enter_context(locked(path))
@@ -125,7 +125,7 @@ def _held(path: Path) -> Iterator[None]:
                 remedy="wait for it to end, or name another file: --sensitivity",
             ) from error
         except OSError as error:
-            raise FileError(f"the sensitivity cannot be kept: {error.strerror}", where=path) from error
+            raise FileError(f"cannot lock the sensitivity file: {error.strerror}", where=path) from error
         yield
 
 
@@ -145,7 +145,7 @@ def _cached(wanted: Sensitivity) -> Path:
 def _about(
     request: Request, costs: CostModel, found: Sensitivity, imatrix: Imatrix | None, overrides: Overrides
 ) -> dict[str, str | int | float]:
-    """How the recipe came about, without what differs from run to run."""
+    """Return how the recipe was made, without anything that differs from run to run."""
     budget = request.budget
     about: dict[str, str | int | float | None] = {
         "target_size": budget.size,

@@ -1,4 +1,4 @@
-"""Which type each tensor gets: --type, the overrides beside it, and fallbacks, each with its reason."""
+"""Choose a type for each tensor, with the reason: by --type, overrides and fallbacks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _OPTIONS = ("--tensor-type", "--output-type", "--embedding-type")
 
 @dataclass(frozen=True, slots=True)
 class Override:
-    """One --tensor-type: tensors whose whole name matches get this type."""
+    """One --tensor-type: tensors whose whole name matches the pattern get this type."""
 
     pattern: re.Pattern[str]
     type: GgmlType
@@ -92,14 +92,14 @@ class TensorChoice:
 
 
 def label_of(choice: TypeChoice, overrides: Overrides) -> str:
-    """What a file of this type is called: a mix that is `pure` is its one ggml type."""
+    """Return the type's name for file names; of a `pure` mix it is that of its base type."""
     if overrides.pure and not isinstance(choice, NamedRecipe | LayeredRecipe):
         return type_name(choice.base)
     return choice.name
 
 
 def parse_override(text: str) -> Override:
-    """`REGEX=TYPE`. UsageError if it is not that."""
+    """Parse `REGEX=TYPE`. UsageError if it is malformed."""
     pattern, equals, word = text.rpartition("=")
     if not equals or not pattern:
         raise UsageError(
@@ -108,7 +108,7 @@ def parse_override(text: str) -> Override:
         )
     try:
         with warnings.catch_warnings():
-            # Python warns of patterns that may change their meaning, as in `[[a]`.
+            # Python warns about patterns whose meaning may change, such as `[[a]`.
             warnings.simplefilter("error", FutureWarning)
             return Override(re.compile(pattern), parse_target(word))
     except (re.error, OverflowError, RecursionError, FutureWarning) as error:
@@ -123,15 +123,15 @@ def choose_types(
     *,
     imatrix: bool = False,
 ) -> list[TensorChoice]:
-    """The type of every tensor, in the order given. `imatrix`: they are encoded with an importance matrix.
+    """Choose the type of every tensor, in the order given. `imatrix`: an importance matrix will be used.
 
-    Norms, routers, biases and other vectors keep the type they have, whatever is asked for. UsageError for a
-    --tensor-type that matches no other tensor, and for a recipe with --pure.
+    Norms, routers, biases and other vectors always keep their type. UsageError for a --tensor-type that
+    matches none of the other tensors, and for --pure with a recipe.
     """
     overrides = overrides or Overrides()
     if overrides.pure and isinstance(choice, NamedRecipe | LayeredRecipe):
         raise UsageError(
-            f"{choice.name} is a recipe of several types", remedy="--pure goes with a single one, as in q4_k"
+            f"{choice.name} is a recipe of several types", remedy="use --pure with one type, such as q4_k"
         )
     refuse_unmatched(tensors, overrides)
     chooser = _Chooser(hp, settled(choice, hp), overrides, [tensor.name for tensor in tensors], imatrix)
@@ -143,19 +143,19 @@ def choose_types(
 
 
 def refuse_unmatched(tensors: Sequence[TensorLike], overrides: Overrides) -> None:
-    """UsageError for a --tensor-type that speaks of no tensor: a typing error."""
+    """UsageError for a --tensor-type that matches no tensor, which is most likely a typing error."""
     found = (_override(overrides, tensor.name) for tensor in tensors if may_change(tensor))
     matched = {override.pattern.pattern for override in found if override}
     for override in overrides.tensors:
         if override.pattern.pattern not in matched:
             raise UsageError(
-                f"--tensor-type {safe_line(override.pattern.pattern, 60)} matches no tensor it may change",
+                f"--tensor-type {safe_line(override.pattern.pattern, 60)} matches no tensor that may change",
                 remedy="it must match a whole name; norms and routers never change; see dsmoe inspect",
             )
 
 
 def _override(overrides: Overrides, name: str) -> Override | None:
-    """The first that matches."""
+    """Return the first override that matches."""
     return next((each for each in overrides.tensors if each.pattern.fullmatch(name)), None)
 
 
@@ -169,7 +169,7 @@ def settled_types(
 
 
 def fallback_notes(choices: Sequence[TensorChoice]) -> list[str]:
-    """One line for each kind of fallback among `choices`."""
+    """Return one line for each kind of fallback among `choices`."""
     counts = Counter((each.misfit, each.type) for each in choices if each.misfit)
     return [
         f"{misfit}; {count} tensor{'s' if count > 1 else ''} in {type_name(kind)} instead"
@@ -178,13 +178,13 @@ def fallback_notes(choices: Sequence[TensorChoice]) -> list[str]:
 
 
 def may_change(tensor: TensorLike) -> bool:
-    """Whether a tensor is one that --type speaks of: a matrix of weights, and not a router."""
+    """True if --type applies to a tensor: it is a matrix of weights other than a router."""
     is_vector = all(size == 1 for size in tensor.shape[:-1])
     return not is_vector and group_kind_of(tensor.name) is not None
 
 
 class _Chooser:
-    """Chooses for one tensor after another, in llama.cpp's order."""
+    """Chooses types, for tensors that are given in llama.cpp's order."""
 
     def __init__(
         self, hp: Hyperparameters, choice: SettledType, overrides: Overrides, names: list[str], imatrix: bool
@@ -205,7 +205,7 @@ class _Chooser:
         return self.settled(tensor) or self._fitting(tensor, *self._by_type(tensor))
 
     def settled(self, tensor: TensorLike) -> TensorChoice | None:
-        """The choice for a tensor that --type has no say in; None if it has."""
+        """Return the choice for a tensor that --type does not decide; None if it does."""
         if not may_change(tensor):
             return TensorChoice(tensor, tensor.type, "never quantized")
         overridden = self._overridden(tensor)

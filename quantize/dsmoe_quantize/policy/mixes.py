@@ -1,7 +1,7 @@
 """llama.cpp's mixes as data: which tensor gets which type, for the architectures deepseek and llama.
 
-Read from src/llama-quant.cpp of llama.cpp (llama_tensor_get_type and what it calls); the tests hold every mix
-against llama_model_quantize, names, types and bytes. What is ours is in `recipes`.
+Taken from src/llama-quant.cpp of llama.cpp (llama_tensor_get_type and what it calls). The tests compare every
+mix with llama_model_quantize: names, types and bytes. Our own recipes are in `recipes`.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ _LIST = (
 )
 
 MIXES: Mapping[str, Mix] = MappingProxyType({mix.name: mix for mix in _LIST})
-"""By canonical name, from large to small."""
+"""The mixes by canonical name, from large to small."""
 
 FLOAT_TYPES: Mapping[str, Mix] = MappingProxyType(
     {
@@ -127,7 +127,7 @@ FLOAT_TYPES: Mapping[str, Mix] = MappingProxyType(
 """Every matrix in one float type; norms and routers stay as they are."""
 
 ALIASES: Mapping[str, str] = MappingProxyType({"Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"})
-"""llama.cpp's other names for two of them."""
+"""llama.cpp's other names for two of the mixes."""
 
 FALLBACKS: Mapping[GgmlType, GgmlType] = MappingProxyType(
     {
@@ -137,7 +137,7 @@ FALLBACKS: Mapping[GgmlType, GgmlType] = MappingProxyType(
         GgmlType.IQ4_XS: GgmlType.IQ4_NL,
     }
 )
-"""What llama.cpp takes where 256 does not divide the columns. Where 32 does not either, it takes F16."""
+"""The type that llama.cpp uses where 256 does not divide the columns. If 32 does not either, it uses F16."""
 
 
 def file_type_of(name: str) -> int:
@@ -146,14 +146,14 @@ def file_type_of(name: str) -> int:
 
 
 class MixWalk:
-    """Applies a mix to one tensor after another, which must come in llama.cpp's order (`walk_order`).
+    """Applies a mix to tensors, which must be given in llama.cpp's order (`walk_order`).
 
-    llama.cpp counts values and, in models without experts, down projections as it meets them, and leaves out
-    those whose type the user sets: so the walk has a memory.
+    It has state because llama.cpp has: it counts value projections, and in models without experts down
+    projections, as it meets them. Tensors whose type the user overrides are not counted.
     """
 
     def __init__(self, mix: Mix, hp: Hyperparameters, names: list[str], *, imatrix: bool = False) -> None:
-        """`imatrix`: there is an importance matrix, with which some rules differ."""
+        """`imatrix`: an importance matrix is used, with which some rules differ."""
         self._mix = mix
         self._rules = [rule for rule in mix.rules if rule.imatrix in (None, imatrix)]
         self._hp = hp
@@ -210,11 +210,11 @@ class MixWalk:
 
 
 def _index_of(name: str) -> int:
-    """The layer in a tensor's name; -1, as in llama.cpp, if it belongs to none."""
+    """Return the layer in a tensor's name; -1, as in llama.cpp, if it has none."""
     layer = layer_of(name)
     return -1 if layer is None else layer
 
 
 def walk_order(name: str) -> tuple[int, str]:
-    """The sort key of llama.cpp's loader."""
+    """Return the key by which llama.cpp's loader sorts tensors."""
     return _index_of(name), name

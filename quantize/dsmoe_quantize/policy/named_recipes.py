@@ -1,14 +1,15 @@
-"""The recipes that --type knows by name: the one table that the options, their help, and file names follow.
+"""The recipes that --type knows by name, in one table from which options, help and file names follow.
 
-Words alone, so that --help needs no library. What they mean for a model is `recipes`' concern.
+The table holds only words, so that --help imports neither numpy nor gguf. `recipes` applies it to a model.
 
-Why these types: docs/quality.md has the figures, and what one step away from them would change. Of the
-embedding a token reads one row: its bits cost nothing but room. On the trained reference, errors of the
-embedding, of the output, and of queries and keys weigh most. Shared experts are read for every token but are
-hardly more sensitive than routed ones, which are 91% of a 16B's weights; the width of their down projections
-rules out blocks of 256. Kernels: llama.cpp multiplies routed experts in repacked blocks (Q4_K, IQ4_NL) by one
-token after another. IQ4_XS, which is never repacked on x86, is far ahead in prompts and somewhat behind in
-decoding: q4-fast and q4-small have Q4_K in some layers and IQ4_XS in the others.
+Why these types (docs/quality.md has the figures, and what one step away from each would change):
+- Embedding: a token reads one row of it, so its bits cost size but no speed.
+- In the trained reference model, errors in the embedding, the output, and queries and keys cost most.
+- Shared experts are read for every token but are hardly more sensitive than routed ones.
+- Routed experts are 91% of a 16B's weights. The width of their down projections rules out blocks of 256.
+- Speed: llama.cpp multiplies routed experts in repacked blocks (Q4_K, IQ4_NL) by one token at a time. IQ4_XS,
+  which is never repacked on x86, is much faster in prefill and somewhat slower in decoding. So q4-fast and
+  q4-small have Q4_K in some layers and IQ4_XS in the others.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ TypeWords: TypeAlias = str | Mapping[str, str]
 
 @dataclass(frozen=True, slots=True)
 class NamedRecipe:
-    """A recipe for models of any depth. `why` is what it is for, for people.
+    """A recipe for models of any depth. `why` tells the user what it is for.
 
-    `types` goes by kind of group (`recipes.KINDS`), or the beginning of one up to a hyphen; the longest that
-    fits has it, and "" fits all. `closest` is the one of llama.cpp's mixes that comes closest: what
-    general.file_type says.
+    The keys of `types` are kinds of groups (`recipes.KINDS`) or prefixes of them that end before a hyphen.
+    The longest key that matches applies; "" matches every kind. `closest` is the most similar of llama.cpp's
+    mixes, which general.file_type names.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Recipe files: TOML that the solver writes, people edit, and `--recipe` applies. Text, and its meaning.
+"""Recipe files in TOML: the solver writes them, users edit them, and --recipe applies them.
 
     format = 1
     name = "9.2GiB"
@@ -11,8 +11,8 @@
     [fallbacks]
     Q4_K = "IQ4_NL"
 
-A kind of group (`recipes.KINDS`) has one type, or several with their layers. `fallbacks` say what takes the
-place of a type whose blocks do not fit a row; left out, they are those of the named recipes.
+Each kind of group (`recipes.KINDS`) has one type, or several with their layers. `fallbacks` replace types
+whose blocks do not divide the columns; without the table, those of the named recipes apply.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ _MAX_LAYER = 511  # llama.cpp's limit
 _OTHER_PLACE = "name another file to write the recipe to"
 _KEYS = frozenset({"format", "name", "closest", "types", "fallbacks", "about"})
 _HEAD = """\
-# A recipe: which type each group of tensors gets. Edit it, then: dsmoe-quantize IN.gguf --recipe FILE
-# Layers are written as "0-3,7"; "others" are all that are not named.
+# A recipe: the type of each group of tensors. Edit it, then: dsmoe-quantize IN.gguf --recipe FILE
+# Layers are written as "0-3,7"; "others" are all layers that are not named.
 """
 
 
 def closest_mix(types: Iterable[GgmlType]) -> str:
-    """The word for the mix whose base is the most frequent of `types`, of equal ones the first."""
+    """Return the name of the mix whose base type is the most frequent of `types`; if tied, the first."""
     counts = Counter(types)
     base = max(counts, key=lambda kind: counts[kind])
     words = [mix.name for mix in MIXES.values() if mix.base is base]
@@ -55,13 +55,13 @@ def closest_mix(types: Iterable[GgmlType]) -> str:
 
 
 def read_recipe(path: Path) -> LayeredRecipe:
-    """The recipe in a file. FileError if it cannot be read, FormatError if it is none, naming the line."""
+    """Read a recipe file. FileError if it cannot be read, FormatError if its content is not a recipe."""
     try:
         content = durable.read_at_most(path, _MAX_BYTES)
     except OSError as error:
         raise FileError(f"cannot read the recipe: {error.strerror}", where=path) from error
     if len(content) > _MAX_BYTES:
-        raise FormatError("the recipe is far too large", where=path)
+        raise FormatError("the recipe is too large", where=path)
     try:
         return parse_recipe(content.decode(), str(path))
     except UnicodeDecodeError as error:
@@ -69,25 +69,26 @@ def read_recipe(path: Path) -> LayeredRecipe:
 
 
 def write_recipe(recipe: LayeredRecipe, path: Path, *, force: bool = False) -> None:
-    """Write the file, durably. Another recipe that is there is replaced with `force` alone, anything else
-    never. Raises what `refuse_place` does, and FileError.
+    """Write a recipe file, durably. A different recipe is replaced only with `force`, other files never.
+
+    Raises FileError, and what `refuse_place` raises.
     """
     refuse_place(path)
     content = render_recipe(recipe).encode()
     try:
         if path.exists():
             if path.read_bytes() == content:
-                return  # of a run that was interrupted
+                return  # from a run that was interrupted
             if not force:
-                raise FileError("another recipe is there already", where=path, remedy="--force replaces it")
+                raise FileError("another recipe exists there", where=path, remedy="--force replaces it")
         durable.write_file(path, content)
     except OSError as error:
         raise FileError(f"cannot write the recipe: {error.strerror}", where=path) from error
 
 
 def refuse_place(path: Path, taken: Iterable[Path] = ()) -> None:
-    """UsageError for a path that no recipe may be written to: one of `taken`, there or not yet, or something
-    else than a recipe. FileError if its folder does not exist.
+    """Refuse to write a recipe to `path`. UsageError if it is one of `taken` (files that need not exist yet),
+    or exists and is not a recipe; FileError if its folder does not exist.
     """
     if not path.parent.is_dir():
         raise FileError("the recipe's folder does not exist", where=path.parent, remedy="create it first")
@@ -97,14 +98,14 @@ def refuse_place(path: Path, taken: Iterable[Path] = ()) -> None:
     except (OSError, RuntimeError) as error:
         raise FileError("cannot write the recipe", where=path, remedy=str(error)) from error
     if is_taken:
-        raise UsageError("the recipe would take the place of the model", where=path, remedy=_OTHER_PLACE)
+        raise UsageError("the recipe would replace the model", where=path, remedy=_OTHER_PLACE)
     if is_there and not _is_recipe(path):
-        raise UsageError("what is there is no recipe", where=path, remedy=_OTHER_PLACE)
+        raise UsageError("the file there is not a recipe", where=path, remedy=_OTHER_PLACE)
 
 
 def _is_recipe(path: Path) -> bool:
     if not path.is_file():
-        return False  # a pipe would be waited for
+        return False  # reading a pipe would block
     try:
         read_recipe(path)
     except (FormatError, FileError):
@@ -113,7 +114,7 @@ def _is_recipe(path: Path) -> bool:
 
 
 def render_recipe(recipe: LayeredRecipe) -> str:
-    """The file's text. `parse_recipe` makes the same recipe of it."""
+    """Return the text of a recipe file. `parse_recipe` turns it back into the same recipe."""
     lines = [
         _HEAD,
         f"format = {_FORMAT}",
@@ -125,18 +126,18 @@ def render_recipe(recipe: LayeredRecipe) -> str:
     lines += ["", "[fallbacks]"]
     lines += [f'{type_name(a)} = "{type_name(b)}"' for a, b in sorted(recipe.fallbacks.items())]
     if recipe.about:
-        lines += ["", "# How it came about; changes nothing.", "[about]"]
+        lines += ["", "# How the recipe was made; has no effect.", "[about]"]
         lines += [f"{key} = {_value_text(value)}" for key, value in recipe.about.items()]
     return "\n".join(lines) + "\n"
 
 
 def _value_text(value: str | int | float) -> str:
-    """JSON's strings are TOML's but for DEL, which safe_line takes away."""
+    """JSON's strings are valid TOML except for DEL, which safe_line removes."""
     return json.dumps(safe_line(value, 200), ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
 def _layers_text(layers: Mapping[int | None, GgmlType]) -> str:
-    """The right side of a line: a type, or a table from type to layers."""
+    """Return the right side of a line: a type, or a table from type to layers."""
     if set(layers) == {OTHERS}:
         return f'"{type_name(layers[OTHERS])}"'
     parts = []
@@ -150,7 +151,7 @@ def _layers_text(layers: Mapping[int | None, GgmlType]) -> str:
 
 
 def format_layers(layers: Iterable[int]) -> list[str]:
-    """Runs of layers: 1, 2, 3, 7 are 1-3 and 7."""
+    """Return runs of layers: 1, 2, 3, 7 as 1-3 and 7."""
     words = []
     for _, run in groupby(enumerate(sorted(layers)), key=lambda pair: pair[1] - pair[0]):
         numbers = [number for _, number in run]
@@ -159,17 +160,17 @@ def format_layers(layers: Iterable[int]) -> list[str]:
 
 
 def parse_recipe(text: str, where: str) -> LayeredRecipe:
-    """The recipe in a text that comes from `where`. FormatError."""
+    """Parse the text of a recipe; `where` names its origin in errors. FormatError."""
     try:
         tables = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        # Beside what is no TOML: more digits than Python reads.
+        # ValueError is also raised for numbers with more digits than Python converts.
         raise FormatError(f"the recipe is not TOML: {safe_line(str(error), 120)}", where=where) from error
     return _Reader(tables, where).recipe()
 
 
 class _Reader:
-    """Turns tables into a recipe, or says what is wrong with them."""
+    """Turns the tables of a TOML file into a recipe. FormatError if they are not one."""
 
     def __init__(self, tables: Mapping[str, Any], where: str) -> None:
         self._tables = tables
@@ -179,14 +180,14 @@ class _Reader:
         raise FormatError(what, where=self._where, remedy=remedy)
 
     def recipe(self) -> LayeredRecipe:
-        """The whole."""
+        """Return the whole recipe."""
         if unknown := sorted(set(self._tables) - _KEYS):
             self.refuse(f"the recipe has an unknown key {unknown[0]!r}", f"known: {', '.join(sorted(_KEYS))}")
         if self._tables.get("format") != _FORMAT:
-            self.refuse(f"this is no recipe of format {_FORMAT}", f"a recipe begins with: format = {_FORMAT}")
+            self.refuse(f"not a recipe of format {_FORMAT}", f"a recipe begins with: format = {_FORMAT}")
         name = self._tables.get("name")
         if not isinstance(name, str) or not RECIPE_NAME.fullmatch(name):
-            self.refuse("the recipe needs a name", "of letters, digits and . _ + -, 64 at most")
+            self.refuse("the recipe needs a name", "at most 64 letters, digits and . _ + -")
         types = {kind: self._layers(kind, value) for kind, value in self._table("types").items()}
         if not types:
             self.refuse("the recipe has no types", "it needs a table [types]")
@@ -194,25 +195,25 @@ class _Reader:
             "closest", closest_mix(kind for each in types.values() for kind in each.values())
         )
         if closest not in MIXES and closest not in FLOAT_TYPES:
-            self.refuse(f"closest = {closest!r} is no mix", f"known: {', '.join((*MIXES, *FLOAT_TYPES))}")
+            self.refuse(f"closest = {closest!r} is not a mix", f"known: {', '.join((*MIXES, *FLOAT_TYPES))}")
         return LayeredRecipe(name, closest, file_type_of(closest), types, self._fallbacks(), self._about())
 
     def _about(self) -> Mapping[str, str | int | float]:
         about = self._table("about")
         for key, value in about.items():
             if not re.fullmatch(r"[A-Za-z0-9_-]+", key) or type(value) not in (str, int, float):
-                self.refuse(f"[about] {key!r} is no simple value", "it holds texts and numbers")
+                self.refuse(f"[about] {key!r} is not a simple value", "use strings and numbers")
         return about
 
     def _table(self, key: str) -> dict[str, Any]:
         table = self._tables.get(key, {})
         if not isinstance(table, dict):
-            self.refuse(f"{key} is no table")
+            self.refuse(f"{key} is not a table")
         return table
 
     def _type(self, word: object, line: str) -> GgmlType:
         if not isinstance(word, str):
-            self.refuse(f"{line}: a type is a word in quotes")
+            self.refuse(f"{line}: a type must be a string in quotes")
         try:
             return parse_target(word)
         except DsmoeError as error:
@@ -239,7 +240,7 @@ class _Reader:
             if part is not None and part.strip() == OTHERS_WORD:
                 yield OTHERS
             elif match is None or not int(match[1]) <= int(match[2] or match[1]) <= _MAX_LAYER:
-                self.refuse(f"{kind}: {text!r} are no layers", 'write them as "0-3,7", or "others"')
+                self.refuse(f"{kind}: {text!r} is not a list of layers", 'write "0-3,7", or "others"')
             else:
                 yield from range(int(match[1]), int(match[2] or match[1]) + 1)
 

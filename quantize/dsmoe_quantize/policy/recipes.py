@@ -1,6 +1,6 @@
-"""Recipes: a type for each layer of each group of tensors, and what to take where it does not fit.
+"""Recipes: a type for each layer of each kind of tensors, and fallbacks for types that do not fit.
 
-They come from `named_recipes`, from a file (`recipe_file`), or from the solver (`budget`), and have one form.
+They come from `named_recipes`, from a file (`recipe_file`) or from the solver (`budget`), all in one form.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ KINDS: tuple[str, ...] = tuple(GroupKind)
 """The kinds of groups that a recipe has types for, in the order of a recipe file."""
 
 LayerRule: TypeAlias = Callable[[int, int], bool]
-"""True if the layer at an index, of a number of layers, is meant."""
+"""Takes a layer's index and the number of layers; True if the rule includes the layer."""
 
 LAYER_RULES: Mapping[str, LayerRule] = MappingProxyType(
     {
@@ -30,13 +30,13 @@ LAYER_RULES: Mapping[str, LayerRule] = MappingProxyType(
         "more-bits": more_bits,
     }
 )
-"""By the word that a named recipe uses for the rule. The last eighth is at least one layer."""
+"""The rules by the words of named recipes. The last eighth is at least one layer."""
 
 OTHERS = None
-"""In place of a layer: all that are not named."""
+"""In place of a layer: all layers that are not named."""
 
 OTHERS_WORD = "others"
-"""That in words, in recipe files and in the table of named recipes."""
+"""The word for it in recipe files and in the table of named recipes."""
 
 RECIPE_FALLBACKS: Mapping[GgmlType, GgmlType] = MappingProxyType(
     {
@@ -46,7 +46,7 @@ RECIPE_FALLBACKS: Mapping[GgmlType, GgmlType] = MappingProxyType(
         GgmlType.Q6_K: GgmlType.Q8_0,
     }
 )
-"""What takes the place of a type whose blocks do not fit a row, unless a recipe file says otherwise."""
+"""The type to use where the blocks of another do not divide the columns, unless a recipe file has its own."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -70,11 +70,10 @@ def group_of(name: str, tied: bool) -> Group | None:
 
 @dataclass(frozen=True, slots=True)
 class LayeredRecipe:
-    """A recipe for one model, or for all whose layers it has: `types` by kind of group, then by
-    layer or `OTHERS`.
+    """A recipe with a type for each layer: `types` by kind of group, then by layer or `OTHERS`.
 
-    `name` goes into file names; `closest` is the one of llama.cpp's mixes that comes closest, `file_type` its
-    number. `about` says how the recipe came about, for people; it changes nothing.
+    `name` becomes part of file names. `closest` is the most similar of llama.cpp's mixes, `file_type` its
+    number. `about` tells the user how the recipe was made; it has no effect.
     """
 
     name: str
@@ -85,32 +84,34 @@ class LayeredRecipe:
     about: Mapping[str, str | int | float] = field(default_factory=dict)
 
     def type_of(self, name: str, tied: bool) -> tuple[GgmlType, str]:
-        """The type of a matrix before any fallback, and why it is that. `tied`: the embedding is the output,
-        too. UsageError for a tensor of which the recipe says nothing.
+        """Return the type of a matrix before any fallback, and the reason. `tied`: the embedding is also the
+        output. UsageError if the recipe has no type for it.
         """
         group = group_of(name, tied)
-        assert group is not None  # it has the role of a matrix
+        assert group is not None  # only matrices that may be quantized are asked for
         layers = self.types.get(group.kind, {})
         kind = layers.get(group.layer, layers.get(OTHERS))
         if kind is None:
             raise UsageError(
                 f"the recipe {self.name} has no type for {group}",
                 where=name,
-                remedy=f'add a line for {group.kind}, or "others" to it',
+                remedy=f'add a line for {group.kind}, or "others" to that line',
             )
         return kind, f"{self.name}, {group}"
 
 
 def absent_layers(recipe: LayeredRecipe, n_layers: int) -> list[int]:
-    """Numbers of layers that the recipe has types for, beyond those of a model of so many. Whether a layer
-    has tensors of that kind is not asked: a recipe of ours written out names all layers that its rule means.
+    """Return the layers that the recipe names and a model of `n_layers` does not have.
+
+    Layers that exist but lack tensors of that kind are not returned: a named recipe, written to a file, names
+    all layers of its rule.
     """
     named = {layer for layers in recipe.types.values() for layer in layers if layer is not OTHERS}
     return sorted(layer for layer in named if layer >= n_layers)
 
 
 def recipe_for(named: NamedRecipe, n_layers: int) -> LayeredRecipe:
-    """What a named recipe means in a model of so many layers."""
+    """Return what a named recipe means for a model of `n_layers`."""
     return LayeredRecipe(
         named.name,
         named.closest,
@@ -122,7 +123,7 @@ def recipe_for(named: NamedRecipe, n_layers: int) -> LayeredRecipe:
 
 
 def words_of(named: NamedRecipe, kind: str) -> TypeWords:
-    """What a named recipe says of a kind of group."""
+    """Return what a named recipe says about a kind of group."""
     fitting = [key for key in named.types if f"{kind}-".startswith(f"{key}-" if key else "")]
     return named.types[max(fitting, key=len)]
 

@@ -1,4 +1,4 @@
-"""What the word after --type means: a float type, one of llama.cpp's mixes, or a recipe of ours."""
+"""What the argument of --type means: a float type, one of llama.cpp's mixes, or a named recipe."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from dsmoe_quantize.policy.recipes import KINDS, OTHERS, LayeredRecipe, recipe_f
 from dsmoe_quantize.write import kernels
 
 SettledType: TypeAlias = Mix | LayeredRecipe
-"""A choice for one model. All have a `name`, for file names, and a `file_type`, as llama.cpp numbers them."""
+"""What a TypeChoice is for one model. All have a `name`, for file names, and llama.cpp's `file_type`."""
 
 TypeChoice: TypeAlias = SettledType | NamedRecipe
-"""What --type or --recipe resolves to. All have a `name`."""
+"""What --type or --recipe stands for. All have a `name`."""
 
 
 def known_words() -> list[str]:
-    """The words that `resolve` takes, as they are best written, without aliases."""
+    """Return the names that `resolve` knows, in their usual spelling, without aliases."""
     return [*RECIPES, *MIXES, *(name.lower() for name in FLOAT_TYPES)]
 
 
 def resolve(word: str) -> TypeChoice:
-    """The choice called `word`, in any case. UsageError, listing all, if there is none."""
+    """Return the type called `word`, in any case. UsageError, with the known names, if there is none."""
     upper = word.upper()
     mix = MIXES.get(ALIASES.get(upper, upper))
     choice = RECIPES.get(word.lower()) or mix or FLOAT_TYPES.get(upper)
@@ -38,8 +38,10 @@ def resolve(word: str) -> TypeChoice:
 
 
 def settled(choice: TypeChoice, hp: Hyperparameters) -> SettledType:
-    """What a choice means for a model. UsageError for a recipe, from a file, that goes by a name that --type
-    knows and is another: what it makes would be shown under that name.
+    """Return what a choice means for a model.
+
+    UsageError for a recipe from a file that has the name of a built-in type but other types: the output would
+    carry a misleading name.
     """
     if isinstance(choice, NamedRecipe):
         return recipe_for(choice, hp.n_layers)
@@ -47,20 +49,20 @@ def settled(choice: TypeChoice, hp: Hyperparameters) -> SettledType:
         named = RECIPES.get(choice.name.lower())
         if named is None or not same_types(choice, recipe_for(named, hp.n_layers), hp.n_layers):
             raise UsageError(
-                f"the recipe is called {choice.name}, and has other types than {choice.name} has here",
+                f"the recipe is called {choice.name} but has other types than the built-in {choice.name}",
                 remedy='give it a name of its own: name = "mine"',
             )
     return choice
 
 
 def is_reserved(name: str) -> bool:
-    """Whether a recipe's name is one that --type knows."""
+    """True if --type knows a type of that name."""
     upper = name.upper()
     return name.lower() in RECIPES or upper in MIXES or upper in ALIASES or upper in FLOAT_TYPES
 
 
 def same_types(first: LayeredRecipe, second: LayeredRecipe, n_layers: int) -> bool:
-    """Whether two recipes mean the same in a model of so many layers."""
+    """True if two recipes give the same types in a model of `n_layers`."""
     tables = [
         {
             (kind, layer): layers.get(layer, layers.get(OTHERS))
@@ -74,16 +76,16 @@ def same_types(first: LayeredRecipe, second: LayeredRecipe, n_layers: int) -> bo
 
 
 def resolve_float(kind: GgmlType) -> Mix:
-    """The choice that keeps weights in the float type `kind`."""
+    """Return the choice for weights in the float type `kind`."""
     return FLOAT_TYPES[type_name(kind)]
 
 
 def parse_target(word: str) -> GgmlType:
-    """The ggml type called `word`, if weights can be encoded in it. UsageError if not."""
+    """Return the ggml type called `word`, in any case. UsageError if weights cannot be encoded in it."""
     kind = GgmlType.__members__.get(word.upper())
     if kind is None or kind not in kernels.WRITABLE:
         known = ", ".join(type_name(each).lower() for each in GgmlType if each in kernels.WRITABLE)
         raise UsageError(
-            f"{safe_line(word, 40)!r} is no type that a tensor can be encoded in", remedy=f"known: {known}"
+            f"{safe_line(word, 40)!r} is not a type that tensors can be encoded in", remedy=f"known: {known}"
         )
     return kind

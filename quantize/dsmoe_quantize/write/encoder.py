@@ -1,7 +1,7 @@
-"""The encoder: rows of one type in, rows of another out, checked, a slab at a time. No files, no threads.
+"""Encode rows of one type as rows of another, slab by slab, with all weights checked. No files, no threads.
 
-A slab is some MiB of rows of one matrix. It is worked in pieces that stay in a core's cache between the
-three steps check, convert to f32, encode, so that memory sees each weight once.
+A slab is a few MiB of rows of one matrix. It is processed in pieces that stay in a core's cache between the
+three steps (check, convert to f32, encode), so that each weight is read from memory once.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ Bytes: TypeAlias = NDArray[np.uint8]
 SLAB_BYTES = 2 << 20
 """Source bytes read, encoded and written at a time."""
 PIECE_WEIGHTS = 128 << 10
-"""Weights converted at a time: 512 KiB as f32, half of a core's second-level cache."""
+"""Weights in a piece: 512 KiB as f32, half of a core's second-level cache."""
 
 
 class RowSource(Protocol):
-    """Where a tensor's weights come from. Used by several threads at once.
+    """The weights of one tensor, read by rows. Used by several threads at once.
 
     Rows are those of the whole tensor: the rows of expert 0, then those of expert 1, and so on.
     """
@@ -40,18 +40,19 @@ class RowSource(Protocol):
         ...
 
     def read(self, first_row: int, n_rows: int, scratch: Bytes) -> Bytes:
-        """`n_rows` rows from `first_row` on as contiguous bytes, of one expert only.
+        """Return `n_rows` rows from `first_row` on, all of one expert, as contiguous bytes.
 
-        `scratch` is memory of at least that size that the source may fill and return a part of; it may as
-        well return memory of its own. Raises FileError or FormatError.
+        `scratch` is memory of at least that size. The source may fill it and return a part of it, or return
+        memory of its own. Raises FileError or FormatError.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class TensorJob:
-    """One tensor to write: its name and shape (slowest dimension first), the type wanted, the weights, and
-    what each column of each matrix counts, shape (n_matrices, n_columns), if that is known.
+    """One tensor to write: name, shape (slowest dimension first), the type to encode it in, and its weights.
+
+    `importance` is that of each column of each matrix, shape (n_matrices, n_columns), or None.
     """
 
     name: str
@@ -81,7 +82,7 @@ class TensorJob:
         return tensor_bytes(self.type, self.shape)
 
     def importance_at(self, row: int) -> int | None:
-        """The address of what the columns of the matrix count that this row is in."""
+        """Return the address of the importance of the columns of the matrix that contains `row`."""
         if self.importance is None:
             return None
         address: int = self.importance[row // self.rows_per_matrix].ctypes.data
@@ -97,12 +98,12 @@ class Slab:
 
 
 def check_job(job: TensorJob) -> None:
-    """UsageError if no kernel leads to the target, or its blocks do not divide the rows."""
+    """UsageError if no kernel encodes the type, or its blocks do not divide the columns."""
     source, target = job.source.type, job.type
     if job.importance is not None:
         wanted = (job.n_rows // job.rows_per_matrix, job.n_columns)
         if job.importance.shape != wanted or job.importance.dtype != np.float32:
-            raise ValueError(f"{job.name}: importance of the shape {job.importance.shape}, not {wanted}")
+            raise ValueError(f"{job.name}: importance has shape {job.importance.shape}, not {wanted}")
         if not job.importance.flags.c_contiguous:
             raise ValueError(f"{job.name}: importance must be contiguous")
     if source is target:
@@ -122,7 +123,7 @@ def check_job(job: TensorJob) -> None:
 
 
 def slabs(job: TensorJob) -> Iterator[Slab]:
-    """The tensor cut into slabs of about SLAB_BYTES, of equal size within a matrix, none across two."""
+    """Cut a tensor into slabs of about SLAB_BYTES. They have equal sizes within a matrix; none spans two."""
     rows = job.rows_per_matrix
     source_bytes = rows * row_bytes(job.source.type, job.n_columns)
     per_matrix = min(rows, max(1, round(source_bytes / SLAB_BYTES)))
@@ -134,7 +135,7 @@ def slabs(job: TensorJob) -> Iterator[Slab]:
 
 @dataclass(frozen=True, slots=True)
 class _Steps:
-    """How one type becomes another: neither step for a copy, both by way of f32."""
+    """The steps from one type to another: none for a copy, both if neither type is f32."""
 
     decode: Callable[[int, int, int], object] | None
     encode: Callable[[int, int, int, int, int | None], int] | None
@@ -150,7 +151,7 @@ class _Steps:
 
 
 class SlabEncoder:
-    """Encodes slabs, one at a time, in buffers that it keeps. Each thread has its own."""
+    """Encodes one slab at a time, in buffers that it reuses. Each thread needs its own."""
 
     def __init__(self) -> None:
         self._scratch = np.empty(0, np.uint8)
@@ -158,7 +159,7 @@ class SlabEncoder:
         self._output = np.empty(0, np.uint8)
 
     def read(self, job: TensorJob, slab: Slab) -> Bytes:
-        """The slab's bytes as the source has them, in memory that the next call reuses."""
+        """Return the slab in the source's type, in memory that the next call reuses."""
         n_bytes = slab.n_rows * row_bytes(job.source.type, job.n_columns)
         if self._scratch.size < n_bytes:
             self._scratch = np.empty(n_bytes, np.uint8)
@@ -168,9 +169,10 @@ class SlabEncoder:
         return raw
 
     def encode(self, job: TensorJob, slab: Slab, raw: Bytes, stopped: Callable[[], bool]) -> Bytes | None:
-        """The slab in the target type, in memory that the next call reuses; None if `stopped` said so.
+        """Return the slab in the job's type, in memory that the next call reuses; None if `stopped` returned
+        True.
 
-        Raises WeightError for a weight that is NaN, infinite, or too large for the target.
+        Raises WeightError for a weight that is NaN, infinite, or too large for the type.
         """
         source, target, columns = job.source.type, job.type, job.n_columns
         source_row, target_row = row_bytes(source, columns), row_bytes(target, columns)
@@ -197,7 +199,7 @@ class SlabEncoder:
         return output
 
     def _room(self, n_bytes: int, n_floats: int) -> Bytes:
-        """An output buffer of exactly `n_bytes`; `_floats` grows to `n_floats`."""
+        """Return an output buffer of exactly `n_bytes`, and grow `_floats` to `n_floats`."""
         if self._output.size < n_bytes:
             self._output = np.empty(n_bytes, np.uint8)
         if self._floats.size < n_floats:
@@ -205,7 +207,7 @@ class SlabEncoder:
         return self._output[:n_bytes]
 
 
-# Signed view, unsigned view, and the exponent's bits: all of them set means NaN or infinite.
+# Signed view, unsigned view, exponent mask (all of its bits are set in NaN and infinity), sign bit.
 _EXPONENTS: dict[GgmlType, tuple[type[np.signedinteger], type[np.unsignedinteger], int, int]] = {
     GgmlType.F32: (np.int32, np.uint32, 0x7F800000, 0x80000000),
     GgmlType.F16: (np.int16, np.uint16, 0x7C00, 0x8000),
@@ -214,11 +216,11 @@ _EXPONENTS: dict[GgmlType, tuple[type[np.signedinteger], type[np.unsignedinteger
 
 
 def usable(raw: Bytes, kind: GgmlType) -> bool:
-    """Whether all weights (of a block type: all scales) are finite. Two passes over the bits, no copy."""
+    """True if all weights are finite; of block types, all scales. Two passes over the bits, no copy."""
     if kind not in FLOATS:
         return kernels.validator(kind)(raw.ctypes.data, raw.nbytes)
     signed, unsigned, exponent, sign = _EXPONENTS[kind]
-    # As a signed number the largest is the largest positive weight, as an unsigned one the largest negative.
+    # The signed maximum belongs to the largest positive weight, the unsigned one to the largest negative.
     return int(raw.view(signed).max()) < exponent and int(raw.view(unsigned).max()) < exponent | sign
 
 
@@ -237,7 +239,7 @@ def _index(job: TensorJob, first_row: int, at: int) -> tuple[int, ...]:
 
 
 def not_finite(job: TensorJob, first_row: int, piece: Bytes) -> WeightError:
-    """What to raise for rows of the source, from `first_row` on, that are not `usable`."""
+    """Return the error for rows of the source, from `first_row` on, that are not `usable`."""
     floats = _floats_of(piece, job.source.type)
     at = int(np.argmin(np.isfinite(floats)))
     what = "a weight is NaN" if np.isnan(floats[at]) else "a weight is infinite"

@@ -1,11 +1,11 @@
-"""The only door to ggml's quantization kernels; the only ctypes in this package.
+"""The only access to ggml's quantization kernels, and the only ctypes in this package.
 
-The kernels live in the ggml library that llama-cpp-python brings. It is found through the package's location
-and opened by path: llama_cpp itself is not imported, since that would load the whole engine. The kernels used
-here have no state, so a second copy of the library beside the engine's own does no harm.
+The kernels are in the ggml library that llama-cpp-python ships. It is found through the package's location
+and opened by path: importing llama_cpp would load the whole engine. The kernels used here have no state, so a
+second copy of the library beside the engine's does no harm.
 
-Addresses are plain integers and nothing is checked here: that is `encoder`'s task. ctypes releases the GIL
-during every call, so threads run in parallel.
+Addresses are plain integers and are not checked here; `encoder` checks them. ctypes releases the GIL during
+every call, so threads run in parallel.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _TO_FLOAT = {
 }
 
 READABLE = frozenset({GgmlType.F32, *_TO_FLOAT})
-"""Types that can be a source."""
+"""Types that can be decoded."""
 
 WRITABLE = FLOATS | {
     GgmlType.Q4_0,
@@ -55,11 +55,13 @@ WRITABLE = FLOATS | {
     GgmlType.IQ4_NL,
     GgmlType.IQ4_XS,
 }
-"""Types that can be a target: those that need no importance matrix."""
+"""Types that can be encoded: those that do not require an importance matrix."""
 
 
 def library_path() -> Path:
-    """Where llama-cpp-python keeps ggml's kernels. KernelError if it is not installed or built otherwise."""
+    """Return the path of the ggml library with the kernels. KernelError if llama-cpp-python is not installed
+    or is built in another way.
+    """
     spec = importlib.util.find_spec("llama_cpp")
     for location in (spec.submodule_search_locations or ()) if spec else ():
         path = Path(location) / "lib" / _LIBRARY
@@ -67,13 +69,13 @@ def library_path() -> Path:
             return path
     raise KernelError(
         f"{_LIBRARY} of llama-cpp-python is missing",
-        where="looked into the package's lib folder" if spec else "the package is not installed",
+        where="searched the package's lib folder" if spec else "the package is not installed",
         remedy="reinstall it: pip install --force-reinstall llama-cpp-python",
     )
 
 
 def version() -> str:
-    """The version of the package the kernels come from: another one may encode the same weights otherwise."""
+    """Return the version of llama-cpp-python: another one may encode the same weights differently."""
     try:
         return importlib.metadata.version("llama-cpp-python")
     except importlib.metadata.PackageNotFoundError:
@@ -103,15 +105,17 @@ def _function(name: str, result: type | None, *arguments: type) -> Callable[...,
 
 
 def decoder(source: GgmlType) -> Callable[[int, int, int], object]:
-    """The function (source address, address of f32, number of weights) that reads `source` (not F32)."""
+    """Return the function (source address, address of f32, number of weights) that decodes `source`, a type
+    other than F32.
+    """
     return _function(_TO_FLOAT[source], None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
 
 def encoder(target: GgmlType) -> Callable[[int, int, int, int, int | None], int]:
-    """The function (address of f32, target address, rows, columns, address of what each column counts, as
-    f32, or None) that writes `target`.
+    """Return the function (address of f32, target address, rows, columns, importance) that encodes `target`.
 
-    Columns must be a multiple of the block: ggml aborts the process otherwise.
+    Importance is the address of one f32 per column, or None. Columns must be a multiple of the block size:
+    ggml aborts the process otherwise.
     """
     chunk = _function(
         "ggml_quantize_chunk",
@@ -135,7 +139,7 @@ def encoder(target: GgmlType) -> Callable[[int, int, int, int, int | None], int]
 
 
 def validator(kind: GgmlType) -> Callable[[int, int], bool]:
-    """The function (address, bytes) that says whether blocks of `kind` hold only finite scales."""
+    """Return the function (address, bytes) that tells whether all scales in blocks of `kind` are finite."""
     validate = _function(
         "ggml_validate_row_data", ctypes.c_bool, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t
     )

@@ -1,7 +1,7 @@
-"""Writing one GGUF file, whatever the tensors come from: crash-safe, resumable, on all cores.
+"""Write one GGUF file, wherever the tensors come from: crash-safe, resumable, on all cores.
 
-A lock, a sibling temp file with its journal of finished tensors, then sync, verify, rename. The converter and
-the quantizer both end here; neither knows how. What the tensors hold is `encoder`'s concern.
+Under a lock, a temp file beside the output is filled, with a journal of finished tensors; then it is synced,
+verified and renamed. Converter and quantizer both write through `write_output`.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a finished run wrote: `n_bytes`, of which `n_weight_bytes` are weights. `n_resumed` tensors were
-    there from an interrupted one.
+    """What a finished run wrote: `n_bytes`, of which `n_weight_bytes` are weights.
 
-    `peak_memory` is the most that the process held so far, in bytes, with the largest of its children.
+    `n_resumed` tensors were taken over from an interrupted run. `peak_memory` in bytes is that of the process
+    so far plus that of its largest child.
     """
 
     path: Path
@@ -54,7 +54,7 @@ class Summary:
 
     @property
     def bits_per_weight(self) -> float:
-        """Average over all weights, header left out."""
+        """Average over all weights, without the header."""
         return 8 * self.n_weight_bytes / self.n_weights
 
 
@@ -72,19 +72,19 @@ def write_output(
     listen: Listener = ignore,
     stop: threading.Event | None = None,
 ) -> Summary:
-    """Write `jobs` in this order, after `metadata` as it is, to `out`, which appears complete or not at all.
+    """Write `metadata` and then `jobs`, in this order, to `out`, which appears complete or not at all.
 
-    They are encoded in the order that `arrange` gives to those that an interrupted run has left. `journaled`
-    hears which of them no later run will encode again, once they are synced and the journal says so.
+    `arrange` decides the order in which the tensors that an interrupted run has left are encoded. `journaled`
+    is called with the names of tensors that are synced and in the journal: no later run encodes them again.
 
-    `fingerprint` holds whatever decides the bytes (the source's identity, the options), as JSON values by a
-    name that a user understands: a run that was interrupted is continued if it agrees, else started over.
-    `sources` are the files read: the output must be none of them. `threads` 0 means all cores. `listen` is
-    called from one thread at a time. `stop` ends the run within two seconds.
+    `fingerprint` holds everything that decides the bytes (the source's identity, the options) as JSON values,
+    by names that a user understands. An interrupted run is continued if its fingerprint is the same,
+    otherwise it is started over. `sources` are the files read; the output must not be one of them. `threads`
+    0 means all cores. `listen` is called from one thread at a time. `stop` ends the run within two seconds.
 
     Raises UsageError (the output is a source or not a file), LockedError, NoSpaceError, FileError,
-    WeightError, InterruptedRunError, and what the row sources raise. An existing output is untouched in every
-    such case, and what is finished is kept for the next run.
+    WeightError, InterruptedRunError, and what the row sources raise. Then an existing output is untouched,
+    and finished tensors are kept for the next run.
     """
     started = time.monotonic()
     for job in jobs:
@@ -109,16 +109,16 @@ def write_output(
 
 
 def refuse_early(out: Path, force: bool, sources: Sequence[Path] = ()) -> None:
-    """Raise what `write_output` would for `out` itself: for callers with long work, a download, before it."""
+    """Raise the errors of `write_output` that concern `out` itself; for callers with long work before it."""
     with disk_errors(out):
         out = _checked(out, sources)
-        # Beside a journal it may be a finished run's, which only has to be tidied.
+        # With a journal beside it, it may be a finished run's, of which only the journal is to be removed.
         if out.exists() and not force and not journal_of(out).exists():
             raise exists_error(out)
 
 
 def peak_memory() -> int:
-    """The most memory that this process and the largest of its finished children have held, in bytes."""
+    """Return the peak memory of this process plus that of its largest finished child, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * sum(
         resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
@@ -135,7 +135,7 @@ def _fill(
     listen: Listener,
     stop: threading.Event,
 ) -> None:
-    """Encode into the temp file what it lacks, and sync it."""
+    """Encode the tensors that the temp file lacks, and sync it."""
     missing = arrange([job for job in jobs if job.name not in part.done])
     n_total = sum(job.n_bytes for job in jobs)
     n_done = sum(job.n_bytes for job in jobs if job.name in part.done)
@@ -160,7 +160,7 @@ def _fill(
                 raise InterruptedRunError(
                     f"interrupted: {written}", remedy="run the same command again to continue"
                 )
-            # A bug of ours: the file has holes, which no check of its header finds.
+            # A bug in the pipeline: the file has holes, which no check of its header finds.
             raise RuntimeError(f"the encoder ended early: {written}")
     except BaseException as error:
         syncer.abandon()
@@ -173,7 +173,7 @@ def _fill(
 
 
 def _states(sources: Iterable[Path]) -> dict[Path, tuple[int, int, int]]:
-    """What tells one content of a file from another; files that are gone are left out."""
+    """Return what identifies a version of each file (inode, size, mtime); missing files are left out."""
     found: dict[Path, tuple[int, int, int]] = {}
     for source in sources:
         with suppress(FileNotFoundError):
@@ -183,7 +183,7 @@ def _states(sources: Iterable[Path]) -> dict[Path, tuple[int, int, int]]:
 
 
 def _refuse_changes(before: Mapping[Path, tuple[int, int, int]], part: PartFile) -> None:
-    """FileError if a source is another file now than it was: the output would be a mixture."""
+    """FileError if a source has changed since `before`: the output would be a mixture."""
     for source, state in _states(before).items():
         if state != before[source]:
             part.discard()
@@ -191,7 +191,7 @@ def _refuse_changes(before: Mapping[Path, tuple[int, int, int]], part: PartFile)
 
 
 def _checked(out: Path, sources: Sequence[Path]) -> Path:
-    """The file that `out` leads to, which must be a regular one, or none yet, and no source."""
+    """Resolve `out`, which must be a regular file or not exist, and must not be a source."""
     try:
         out = out.resolve()
     except RuntimeError as error:
@@ -208,7 +208,7 @@ def _checked(out: Path, sources: Sequence[Path]) -> Path:
 
 @contextmanager
 def disk_errors(out: Path) -> Iterator[None]:
-    """Turn the system's errors while writing into ours. Sources report their own."""
+    """Turn OSErrors while writing into NoSpaceError or FileError. Sources raise their own."""
     try:
         yield
     except OSError as error:

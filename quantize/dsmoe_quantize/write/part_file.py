@@ -1,7 +1,7 @@
-"""An unfinished output: `.NAME.part` beside the final name, and the journal that makes it resumable.
+"""An unfinished output, `.NAME.part` beside the final name, and the journal that makes it resumable.
 
-Line 1 of the journal is the fingerprint of the run, each further line a tensor that is complete and synced;
-the last one, before the rename, holds the file's inode. What fills the file is `output`'s concern.
+Line 1 of the journal is the fingerprint of the run. Each further line names a tensor that is complete and
+synced. The last line, written before the rename, holds the file's inode. `output` fills the file.
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ JOURNAL_VERSION = 1
 
 
 def journal_of(out: Path) -> Path:
-    """Where the journal of an unfinished `out` is."""
+    """Return the path of the journal of an unfinished `out`."""
     return out.with_name(f".{out.name}.part.journal")
 
 
 def exists_error(out: Path) -> FileError:
-    """The refusal to replace a file."""
+    """Return the error for an output that exists already."""
     return FileError("the output exists already", where=out, remedy="--force replaces it")
 
 
 class PartFile:
-    """The temp file and journal of one output, under its lock. Use as a context; `publish` ends it well.
+    """The temp file and journal of one output. Use as a context manager while holding the output's lock.
 
-    `done` names the tensors that an earlier run finished; `published` says that it even renamed the file.
+    `publish` completes the output. `done` names the tensors that an earlier run finished; `published` is True
+    if that run had already renamed the file.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class PartFile:
             "metadata": hashlib.sha256(plan.header).hexdigest(),
             **fingerprint,
         }
-        # As it comes back from the journal: a tuple would never equal the list that is read.
+        # As the journal returns it: a tuple would never equal the list that is read.
         self._fingerprint: dict[str, Any] = json.loads(json.dumps(values))
         self.descriptor = -1
         self.journal: durable.Journal
@@ -97,7 +98,7 @@ class PartFile:
         durable.sync_folder(self.out.parent)
 
     def discard(self) -> None:
-        """Remove temp file and journal: nothing in them is of use to a later run."""
+        """Remove temp file and journal, of which no later run could use anything."""
         self.journal_path.unlink(missing_ok=True)
         self.path.unlink(missing_ok=True)
 
@@ -119,7 +120,7 @@ class PartFile:
         self._open.callback(os.close, self.descriptor)
 
     def _was_published(self, journal: durable.Journal) -> bool:
-        """Whether an earlier run of the same fingerprint was killed between its rename and its end."""
+        """True if an earlier run with the same fingerprint was killed between its rename and its end."""
         entries = journal.entries
         if len(entries) < 2 or entries[0] != self._fingerprint or not isinstance(entries[-1], dict):
             return False
@@ -147,7 +148,7 @@ class PartFile:
         if not isinstance(earlier, dict):
             return ["the journal's form"]
         names = [name for name in self._fingerprint if earlier.get(name) != self._fingerprint[name]]
-        # Header and size follow from the rest: name them only when nothing else explains the change.
+        # Header and size follow from the rest: they are named only if nothing else explains the change.
         return [name for name in names if name not in ("size", "metadata")] or names
 
     def _resume(self) -> None:
@@ -161,7 +162,7 @@ class PartFile:
         )
 
     def _start_over(self) -> None:
-        # The old journal must be gone for good before the file that it speaks of is.
+        # The old journal must be durably gone before the file that it describes is removed.
         self.journal_path.unlink(missing_ok=True)
         durable.sync_folder(self.out.parent)
         self.path.unlink(missing_ok=True)
@@ -180,12 +181,12 @@ class PartFile:
             raise exists_error(self.out)
 
     def _verify(self, tensors: Sequence[TensorLike]) -> None:
-        """Hold what the strict reader finds in the file against the plan."""
+        """Compare what the strict reader finds in the file with the plan."""
         found = read_gguf(self.path)
         expected = [(t.name, t.shape, t.type, self._plan.offsets[t.name]) for t in tensors]
         if [(t.name, t.shape, t.type, t.offset) for t in found.tensors.values()] != expected:
             raise FileError(
-                "the written file is not what was planned",
+                "the written file differs from the plan",
                 where=self.path,
                 remedy="the disk may be failing; remove the file and try again",
             )

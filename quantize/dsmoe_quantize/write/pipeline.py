@@ -1,6 +1,6 @@
-"""Many tensors at once: threads that read, encode and write slabs, and one that syncs what is finished.
+"""Threads that read, encode and write slabs of many tensors, and one that syncs finished tensors.
 
-Knows neither paths nor formats. There are more workers than encoders, so that reading and writing go on while
+It knows neither paths nor formats. There are more workers than encoders, so that some read and write while
 all cores encode.
 """
 
@@ -18,22 +18,22 @@ from dsmoe_local.base.faults import reach
 from dsmoe_quantize.write.encoder import Bytes, Slab, SlabEncoder, TensorJob, slabs
 
 SYNC_BYTES = 128 << 20
-"""Finished bytes that start a sync. Twice as many may wait for one: what a crash can cost, what the last sync
-has to write, and what an interruption has to wait for.
+"""Finished bytes that trigger a sync. At most twice as many wait for one: that bounds what a crash can lose,
+how much the last sync writes, and how long an interruption takes.
 """
 SYNC_SECONDS = 1.0
-"""How long a finished tensor may wait for one."""
+"""How long a finished tensor waits for a sync at most."""
 
 Journaled: TypeAlias = Callable[[Sequence[str]], object]
-"""Hears the names of tensors that are synced and journaled."""
+"""Called with the names of tensors that are synced and in the journal."""
 
 
 @dataclass(frozen=True, slots=True)
 class Effects:
-    """What workers do beside encoding. Each is called from several threads at once.
+    """What workers call beside the encoder, from several threads at once.
 
-    `write` puts bytes at an offset; `advanced` hears of a written slab (tensor, bytes); `finished` of a
-    tensor whose slabs are all written.
+    `write` writes bytes at an offset. `advanced` is called for each slab written (tensor, bytes), `finished`
+    for each tensor whose slabs are all written.
     """
 
     write: Callable[[Bytes, int], None]
@@ -42,7 +42,7 @@ class Effects:
 
 
 def n_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -53,10 +53,10 @@ def encode_all(
     threads: int,
     stop: threading.Event,
 ) -> None:
-    """Encode all jobs with `threads` encoders and write each tensor to its offset; return early if `stop` is
-    set.
+    """Encode all jobs with `threads` encoders and write each tensor at its offset.
 
-    The error of the first bad slab, in the order of the jobs, is raised once all threads have ended.
+    Returns early if `stop` is set. If slabs fail, raises the error of the first one in the order of the jobs,
+    once all threads have ended.
     """
     run = _Run(jobs, offsets, effects, threads, stop)
     workers = [
@@ -71,7 +71,7 @@ def encode_all(
     except BaseException:
         run.abandon()
         for worker in workers:
-            # One that never began cannot be joined; one that begins only now finds nothing to do.
+            # A thread that was never started cannot be joined; one that starts only now finds nothing to do.
             if worker.is_alive():
                 worker.join()
         raise
@@ -86,7 +86,7 @@ class _Task:
 
 
 class _Run:
-    """The state that the workers of one `encode_all` share."""
+    """The state that the workers of one `encode_all` call share."""
 
     def __init__(
         self,
@@ -107,8 +107,8 @@ class _Run:
         self._tasks = self._all_tasks(jobs)
 
     def work(self) -> None:
-        """Do tasks until there are none: the body of a thread."""
-        # What fails outside of a slab counts as later than all slabs.
+        """The body of a thread: do tasks until none is left."""
+        # A failure outside of a slab sorts after those of all slabs.
         order = math.inf
         try:
             encoder = SlabEncoder()
@@ -121,11 +121,11 @@ class _Run:
                 self._errors.append((order, error))
 
     def abandon(self) -> None:
-        """Make every worker end soon."""
+        """Tell all workers to end soon."""
         self._abandoned = True
 
     def raise_first(self) -> None:
-        """Raise the error of the earliest slab: slabs are handed out in order, so all before it were done."""
+        """Raise the error of the earliest slab. Slabs are handed out in order, so all before it were done."""
         if self._errors:
             raise min(self._errors, key=lambda entry: entry[0])[1]
 
@@ -164,11 +164,10 @@ class _Run:
 
 
 class Syncer:
-    """A thread that syncs the file and then journals what was finished before the sync; `journaled` hears the
-    names.
+    """A thread that syncs the file and then journals the tensors that were finished before the sync.
 
-    It works while others write, so that little is left to sync at the end. An error ends it: `finished` and
-    `close` raise it.
+    It works while others write, so that little is left to sync at the end. `journaled` is called with the
+    names. An error ends the thread; `finished` and `close` raise it.
     """
 
     def __init__(self, descriptor: int, journal: durable.Journal, journaled: Journaled) -> None:
@@ -184,7 +183,7 @@ class Syncer:
         self._thread.start()
 
     def finished(self, job: TensorJob) -> None:
-        """Take note of a tensor that is written; wait while the disk is too far behind."""
+        """Register a tensor that is written; wait while the disk is too far behind."""
         with self._wake:
             self._waiting.append(job.name)
             self._n_bytes += job.n_bytes
@@ -195,14 +194,14 @@ class Syncer:
                 raise self._error
 
     def close(self) -> None:
-        """Return when all that is finished is durable."""
+        """Return once all finished tensors are durable."""
         self._end()
         self._sync()
         if self._error:
             raise self._error
 
     def abandon(self) -> None:
-        """End without a last sync: what waits for one will be written again."""
+        """End without a last sync. Tensors that still wait for one will be written again."""
         self._end()
 
     def _end(self) -> None:
@@ -231,7 +230,7 @@ class Syncer:
             self._journal.append(*names)
             reach("output.journaled")
             self._journaled(names)
-        except BaseException as error:  # noqa: BLE001 - raised where someone waits for this thread
+        except BaseException as error:  # noqa: BLE001 - `finished` and `close` raise it
             with self._wake:
                 self._error = error
                 self._wake.notify_all()
