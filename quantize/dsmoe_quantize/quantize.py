@@ -143,7 +143,7 @@ def jobs_of(plan: Plan, descriptor: int) -> list[TensorJob]:
 
 
 def default_output(source: Path, choice: TypeChoice, overrides: Overrides) -> Path:
-    """Return `<name>-<TYPE>.gguf` in the current folder. A type at the end of the source's name is replaced."""
+    """Return `<name>-<TYPE>.gguf`, where a type at the end of the source's name is replaced."""
     return output_called(source, label_of(choice, overrides))
 
 

@@ -249,7 +249,7 @@ def test_budgets_that_do_not_go_together(moe: CostModel, monkeypatch: pytest.Mon
     monkeypatch.setattr(cost_model, "solve", lambda *_, **__: None)
     with pytest.raises(UsageError, match="all budgets at once") as caught:
         moe.solve(Budget(size=10**12, bits_per_weight=8, bytes_per_token=10**9), "x")
-    assert "were it alone" in caught.value.where
+    assert "the least of each alone" in caught.value.where
     with pytest.raises(UsageError, match="fits the budget"):
         moe.solve(Budget(size=10**12, bits_per_weight=8, bytes_per_token=1), "x")
 

@@ -52,7 +52,7 @@ def test_the_file_is_locked_while_something_is_missing(source: Path, tmp_path: P
         solved(source, kept)
     assert solved(source, kept).sensitivity == whole
     assert [path.name for path in tmp_path.iterdir()] == ["kept.json"]
-    with pytest.raises(FileError, match="cannot be kept"):
+    with pytest.raises(FileError, match="cannot lock the sensitivity file"):
         solved(source, tmp_path / "no" / "kept.json")
 
 
@@ -88,7 +88,9 @@ def test_costs_hold_for_another_matrix(source: Path, tmp_path: Path) -> None:
     assert found.sensitivity.tensors == plain.sensitivity.tensors != without.sensitivity.tensors
     assert (plain.sensitivity.weights, plain.kept_in) == ({}, found.kept_in)
     told = [event.text for event in notes if isinstance(event, Note)]
-    assert told == [f"only what errors cost is taken from {kept}: it was measured with no importance matrix"]
+    assert told == [
+        f"only the costs of errors are taken from {kept}: it was measured without an importance matrix"
+    ]
     # Without costs there is nothing to take.
     write_sensitivity(without.sensitivity, kept)
     with pytest.raises(UsageError, match="no importance matrix"):

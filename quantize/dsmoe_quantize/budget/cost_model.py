@@ -1,8 +1,8 @@
-"""From a budget to a recipe: what each type of each group costs and how much it hurts, and what is best.
+"""What each type costs in each group of tensors, in bytes, speed and error, and the best recipe for a budget.
 
-Errors are predicted divergences in nats: each tensor's relative squared error (`sensitivity`) times what such
-an error costs in its group (`error_weights`), summed up. Good for comparing recipes of
-one model; how far a file really is from its source, `dsmoe eval --against` says.
+Errors are predicted KL divergences in nats: the sum over tensors of the relative squared error
+(`sensitivity`) times its cost in the group (`error_weights`). They serve to compare recipes of one model;
+`dsmoe eval --against` measures how far a file really is from its source.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from dsmoe_quantize.imatrix import Imatrix
 from dsmoe_quantize.policy.choice import Overrides, TensorChoice, settled_types
 from dsmoe_quantize.policy.mixes import file_type_of
 from dsmoe_quantize.policy.recipe_file import closest_mix
-from dsmoe_quantize.policy.recipes import OTHERS, RECIPE_FALLBACKS, Group, LayeredRecipe, group_of
+from dsmoe_quantize.policy.recipes import RECIPE_FALLBACKS, Group, LayeredRecipe, condensed, group_of
 from dsmoe_quantize.quantize import Plan, plan_file
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a file may cost at most; None: anything. At least one is set.
+    """The limits of a file; None is unlimited, and at least one is set.
 
-    `size` in bytes, header included; `bits_per_weight` over all weights, header left out; `bytes_per_token`
-    of weights read to decode one; `slow_share` of the weights read that have no fast kernel, 0 to 1.
+    `size` is in bytes with the header, `bits_per_weight` is without it. `bytes_per_token` are the weights
+    read to decode one token. `slow_share` is the share (0 to 1) of the weights read that have no fast kernel.
     """
 
     size: int | None = None
@@ -47,8 +47,8 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What tensors cost: bytes in the file, padding included; bytes read per token; weights read per token
-    without fast kernels; the predicted error.
+    """What tensors cost: bytes in the file with padding, bytes read per token, weights read per token without
+    a fast kernel, and the predicted error.
     """
 
     n_bytes: int = 0
@@ -67,7 +67,7 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class GroupOptions:
-    """A group whose type is free, its tensors, and what each type that fits them costs, smallest first."""
+    """A group whose type is free, its tensors, and the costs of each type that fits, smallest first."""
 
     group: Group
     tensors: tuple[TensorInfo, ...]
@@ -76,9 +76,10 @@ class GroupOptions:
 
 @dataclass(frozen=True, slots=True)
 class Solved:
-    """A recipe for a budget. `picks` has the type of each free group; `total` is of all tensors.
+    """A recipe for a budget. `picks` has the type of each free group; `total` are the costs of all tensors.
 
-    `prices` are what the last byte of the size, the last byte per token and the last slow weight cost.
+    `prices` are the error that one more byte of size, byte per token, or slow weight would save. No recipe
+    has an error below `bound`.
     """
 
     plan: Plan
@@ -92,7 +93,7 @@ class Solved:
 
 
 class CostModel:
-    """A model's groups with all that their types cost on a kind of processor. Solves for budgets."""
+    """The costs of all types in a model's groups, on one kind of processor. `solve` finds the best recipe."""
 
     def __init__(
         self,
@@ -123,7 +124,7 @@ class CostModel:
         self.n_read = sum(tensor.n_weights * self._read_fraction(tensor) for tensor in tensors)
 
     def figures(self, choices: Iterable[TensorChoice]) -> Figures:
-        """What tensors cost in the types chosen. KeyError if one was not measured."""
+        """Return the costs of tensors in the types chosen. KeyError if one was not measured."""
         total = Figures()
         for choice in choices:
             total += self._figures(self.file.tensors[choice.name], choice.type)
@@ -137,15 +138,16 @@ class CostModel:
         *,
         quick: bool = False,
     ) -> Solved:
-        """The recipe of least predicted error within `budget`, nearly so if `quick`. UsageError if nothing
-        fits.
+        """Return the recipe with the least predicted error within `budget`; `quick` stops within 0.5% of it.
+
+        UsageError if nothing fits.
         """
         header = 0
         while True:
             solved = self._solve(budget, header, name, about or {}, quick)
             if budget.size is None or solved.file_size <= budget.size:
                 return solved
-            # The header holds the recipe, and so is known only afterwards.
+            # The header contains the recipe, so its size is known only now.
             header += solved.file_size - budget.size
 
     def _read_fraction(self, tensor: TensorInfo) -> float:
@@ -176,9 +178,9 @@ class CostModel:
     def _error(self, tensor: TensorInfo, kind: GgmlType) -> float:
         measured = self.sensitivity.tensors[tensor.name]
         group = group_of(tensor.name, self._tied)
-        assert group is not None  # it was measured
+        assert group is not None  # only tensors in groups are measured
         weight, energy = self.error_weights.of[group], self._energies[group]
-        # Floats are measured only where no block fits; they lose next to nothing.
+        # Float types lose next to nothing, and are measured only where no block type fits.
         if not energy or (kind in FLOATS and kind not in measured.errors):
             return 0.0
         return weight * measured.errors[kind] * measured.n_weights / measured.n_tried / energy
@@ -204,7 +206,7 @@ class CostModel:
         return GroupOptions(group, tuple(tensors), dict(ordered))
 
     def _limits(self, budget: Budget, header: int) -> list[float | None]:
-        """What is left for the free groups, in the order of `_costs`."""
+        """Return what the budgets leave for the free groups, in the order of `_costs`."""
         sizes = [budget.size - header] if budget.size is not None else []
         if budget.bits_per_weight is not None:
             sizes.append(int(budget.bits_per_weight * self.n_weights / 8))
@@ -246,7 +248,7 @@ class CostModel:
         total = self.fixed
         for each in self.groups:
             total += each.options[picks[each.group]]
-        recipe = self._recipe(picks, name, {**about, **_told_error(total.error)})
+        recipe = self._recipe(picks, name, {**about, **_about_error(total.error)})
         plan = self._plan(recipe)
         prices = dict(zip(used, solution.prices, strict=True))
         return Solved(
@@ -261,7 +263,9 @@ class CostModel:
         )
 
     def _infeasible(self, budget: Budget, name: str, about: Mapping[str, str | int | float]) -> UsageError:
-        """Nothing was found: the least that each budget may be, or that they do not go together."""
+        """Return the error for a budget that nothing fits: the least value of each budget, or that all fit
+        alone.
+        """
         least = self.fixed
         for each in self.groups:
             every = each.options.values()
@@ -270,14 +274,14 @@ class CostModel:
                 min(figures.n_bytes_per_token for figures in every),
                 min(figures.n_slow for figures in every),
             )
-        # Rounded up: what is said here can be asked for.
+        # Rounded up, so that the figures shown are feasible.
         bits = math.ceil(800 * least.n_bytes / self.n_weights) / 100
         what = [f"{format_size(round_up(least.n_bytes))} of weights ({bits:.2f} bits each)"]
         fits = self.fits(least, budget)
         if budget.size is not None:
             picks = {each.group: next(iter(each.options)) for each in self.groups}
-            # With an error in it, of full length: the header is as long as that of a file which is written.
-            smallest = self._plan(self._recipe(picks, name, {**about, **_told_error(1.2345e-4)})).file_size
+            # The header contains the error: one with all its digits makes it as long as in a written file.
+            smallest = self._plan(self._recipe(picks, name, {**about, **_about_error(1.2345e-4)})).file_size
             if smallest > budget.size:
                 what.insert(0, f"{format_size(round_up(smallest))} for a file")
                 fits = False
@@ -289,7 +293,7 @@ class CostModel:
         if fits:
             return UsageError(
                 "no choice of types was found that fits all budgets at once",
-                where=f"the least of each, were it alone: {', '.join(what)}",
+                where=f"the least of each alone: {', '.join(what)}",
                 remedy="allow more of one of them",
             )
         return UsageError(
@@ -297,7 +301,7 @@ class CostModel:
         )
 
     def fits(self, total: Figures, budget: Budget) -> bool:
-        """Whether what all tensors cost is within each budget but that of the file's size."""
+        """True if the costs of all tensors are within each budget other than the file's size."""
         pairs = (
             (8 * total.n_bytes / self.n_weights, budget.bits_per_weight),
             (total.n_bytes_per_token, budget.bytes_per_token),
@@ -319,26 +323,20 @@ class CostModel:
         return plan_file(self.file, self.hp, recipe, self.overrides, self.imatrix)
 
 
-def _told_error(error: float) -> dict[str, float]:
-    """What a recipe says of its predicted error."""
+def _about_error(error: float) -> dict[str, float]:
+    """Return what a recipe notes about its predicted error."""
     return {"predicted_error": float(f"{error:.4g}")}
 
 
 def _costs(figures: Figures, used: Sequence[int]) -> tuple[int, ...]:
-    """In whole bytes and weights, rounded up: sums of them never promise too little."""
+    """Return whole bytes and weights, rounded up, so that sums are never too small."""
     every = (figures.n_bytes, -int(-figures.n_bytes_per_token // 1), -int(-figures.n_slow // 1))
     return tuple(every[at] for at in used)
 
 
 def _layered(picks: Mapping[Group, GgmlType]) -> dict[str, dict[int | None, GgmlType]]:
-    """Picks as a recipe has them: the most frequent type of a kind for all other layers."""
+    """Return picks in the form of a recipe's types."""
     kinds: dict[str, dict[int | None, GgmlType]] = {}
     for group, kind in sorted(picks.items(), key=lambda item: (item[0].kind, item[0].layer or 0)):
         kinds.setdefault(group.kind, {})[group.layer] = kind
-    result: dict[str, dict[int | None, GgmlType]] = {}
-    for name, layers in kinds.items():
-        counts = Counter(layers.values())
-        most = max(counts, key=lambda kind: (counts[kind], -kind))
-        named = {layer: kind for layer, kind in layers.items() if kind is not most}
-        result[name] = {OTHERS: most, **named}
-    return result
+    return {name: condensed(layers) for name, layers in kinds.items()}

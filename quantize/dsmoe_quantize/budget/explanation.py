@@ -1,4 +1,4 @@
-"""Why a recipe is as it is: the trade-off around it, named types beside it, and each group's alternatives."""
+"""Explain a recipe: the trade-off around it, named types beside it, and each group's alternatives."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NAMED: tuple[TypeChoice, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """One line of the trade-off: a recipe, ours or a named one, and what it costs."""
+    """One line of the trade-off table: a recipe, solved or named, and its costs."""
 
     label: str
     total: Figures
@@ -39,8 +39,8 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """Why the groups of a kind in some layers have their type. `error_share` is of the whole error, 0 where
-    nothing was measured.
+    """Why the groups of a kind have their type in some layers. `error_share` is their share of the whole
+    error, 0 if nothing was measured.
     """
 
     kind: str
@@ -52,13 +52,13 @@ class Reason:
 
 
 def offers(costs: CostModel, solved: Solved, budget: Budget) -> list[Offer]:
-    """The recipe, what somewhat smaller and larger budgets would give, and the named types; by size."""
+    """Return the recipe, those for slightly smaller and larger budgets, and the named types, by size."""
     found = [offer(costs, "this recipe", solved.total)]
     steps = [(_scaled(budget, factor), label) for factor, label in _STEPS]
     if costs.cpu != "none" and budget.slow_share is None:
         steps += [(replace(budget, slow_share=share), f"up to {share:.0%} slow") for share in _SLOW_SHARES]
     for other, label in steps:
-        # A quick search may miss what the thorough one found.
+        # A quick search may miss the recipe that the thorough one found.
         totals = [solved.total] if _fits(costs, solved, other) else []
         with suppress(UsageError):
             totals.append(costs.solve(other, "step", quick=True).total)
@@ -66,7 +66,7 @@ def offers(costs: CostModel, solved: Solved, budget: Budget) -> list[Offer]:
             found.append(offer(costs, label, min(totals, key=lambda total: total.error)))
     tensors = list(costs.file.tensors.values())
     for choice in _NAMED:
-        # A type that was not measured, or an override that makes no sense with it.
+        # A type may not have been measured, or may not go with the overrides.
         with suppress(KeyError, UsageError):
             chosen = choose_types(
                 tensors, costs.hp, choice, costs.overrides, imatrix=costs.imatrix is not None
@@ -76,7 +76,7 @@ def offers(costs: CostModel, solved: Solved, budget: Budget) -> list[Offer]:
 
 
 def offer(costs: CostModel, label: str, total: Figures) -> Offer:
-    """A line for what all tensors cost."""
+    """Return a line of the table for the costs of all tensors."""
     return Offer(
         label,
         total,
@@ -86,7 +86,7 @@ def offer(costs: CostModel, label: str, total: Figures) -> Offer:
 
 
 def _fits(costs: CostModel, solved: Solved, budget: Budget) -> bool:
-    """Whether a recipe is within another budget than it was made for."""
+    """True if a recipe is within another budget than the one it was made for."""
     return costs.fits(solved.total, budget) and (budget.size is None or solved.file_size <= budget.size)
 
 
@@ -100,7 +100,7 @@ def _scaled(budget: Budget, factor: float) -> Budget:
 
 
 def reasons(costs: CostModel, solved: Solved) -> list[Reason]:
-    """One for each kind and type, in the order of the model."""
+    """Return one reason for each kind and type, in the order of a recipe file."""
     merged: dict[tuple[str, GgmlType], list[GroupOptions]] = {}
     for each in costs.groups:
         merged.setdefault((each.group.kind, solved.picks[each.group]), []).append(each)
@@ -110,7 +110,7 @@ def reasons(costs: CostModel, solved: Solved) -> list[Reason]:
 
 
 def stated_reasons(plan: Plan) -> list[Reason]:
-    """As `reasons`, of types that were asked for by name: what each choice says of itself."""
+    """Like `reasons`, for a type that was asked for by name: the reasons are those of the choices."""
     tied = all(choice.name != "output.weight" for choice in plan.choices)
     merged: dict[tuple[str, GgmlType, str], list[tuple[Group, int]]] = {}
     for choice in plan.choices:
@@ -151,7 +151,7 @@ def _reason(
 
 
 def _joined(members: list[GroupOptions]) -> dict[GgmlType, Figures]:
-    """What each type that fits all of them costs, in all of them together."""
+    """Return the joint costs of each type that fits all of the groups."""
     joined: dict[GgmlType, Figures] = {}
     for kind in members[0].options:
         if all(kind in each.options for each in members):
@@ -163,13 +163,13 @@ def _joined(members: list[GroupOptions]) -> dict[GgmlType, Figures]:
 
 
 def _step(solved: Solved, here: Figures, others: Mapping[GgmlType, Figures], way: str) -> str:
-    """The best of the other types, and how its price compares with the recipe's."""
+    """Describe the best of the other types, and compare its price with the recipe's."""
     best: tuple[float, GgmlType, Figures] | None = None
     for kind, figures in others.items():
         price = _worth(solved, figures) - _worth(solved, here)
         gain = here.error - figures.error
         if way == "less" and gain >= 0:
-            continue  # an option that is not allowed to be slow, or the recipe is not the best
+            continue  # the type is excluded as slow, or the recipe is not optimal
         ratio = gain / price if price else 0.0
         if best is None or (ratio > best[0] if way == "more" else ratio < best[0]):
             best = (ratio, kind, figures)
@@ -186,13 +186,13 @@ def _step(solved: Solved, here: Figures, others: Mapping[GgmlType, Figures], way
 
 
 def _worth(solved: Solved, figures: Figures) -> float:
-    """What the costs would save elsewhere, at the budget's margin."""
+    """Return the error that these costs would save elsewhere, at the margin of the budgets."""
     size, per_token, slow = solved.prices
     return size * figures.n_bytes + per_token * figures.n_bytes_per_token + slow * figures.n_slow
 
 
 def _settled(costs: CostModel) -> list[Reason]:
-    """The tensors that the user has spoken of."""
+    """Return the reasons for the tensors that overrides name."""
     return [
         Reason(
             choice.name,

@@ -23,7 +23,7 @@ from dsmoe_local.model.type_name import RECIPE_KEY
 from dsmoe_quantize.imatrix import Imatrix, metadata_of_use
 from dsmoe_quantize.policy.choice import Overrides, TensorChoice, choose_types, fallback_notes
 from dsmoe_quantize.policy.recipe_file import format_layers, render_recipe
-from dsmoe_quantize.policy.recipes import OTHERS, Group, LayeredRecipe, absent_layers, group_of
+from dsmoe_quantize.policy.recipes import OTHERS, Group, LayeredRecipe, absent_layers, condensed, group_of
 from dsmoe_quantize.policy.types import SettledType, TypeChoice, is_reserved, same_types, settled
 
 CHANGED = "-changed"
@@ -255,10 +255,6 @@ def _changed_types(
     found = dict(types)
     for name in {group.kind: None for group in overridden}:
         layers = {group.layer: kind for group, kind in overridden.items() if group.kind == name}
-        if len(layers) < sum(group.kind == name for group in groups):
-            found[name] = {**types.get(name, {}), **layers}
-            continue
-        counts = Counter(layers.values())
-        most = max(counts, key=lambda kind: (counts[kind], -kind))
-        found[name] = {OTHERS: most, **{layer: kind for layer, kind in layers.items() if kind is not most}}
+        all_layers = len(layers) == sum(group.kind == name for group in groups)
+        found[name] = condensed(layers) if all_layers else {**types.get(name, {}), **layers}
     return found

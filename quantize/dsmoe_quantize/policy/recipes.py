@@ -5,6 +5,7 @@ They come from `named_recipes`, from a file (`recipe_file`) or from the solver (
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -108,6 +109,13 @@ def absent_layers(recipe: LayeredRecipe, n_layers: int) -> list[int]:
     """
     named = {layer for layers in recipe.types.values() for layer in layers if layer is not OTHERS}
     return sorted(layer for layer in named if layer >= n_layers)
+
+
+def condensed(layers: Mapping[int | None, GgmlType]) -> dict[int | None, GgmlType]:
+    """Return the types of all layers of a kind, with the most frequent one as that of `OTHERS`."""
+    counts = Counter(layers.values())
+    most = max(counts, key=lambda kind: (counts[kind], -kind))
+    return {OTHERS: most, **{layer: kind for layer, kind in layers.items() if kind is not most}}
 
 
 def recipe_for(named: NamedRecipe, n_layers: int) -> LayeredRecipe:
