@@ -29,8 +29,10 @@ _MAX_TEXT = 127  # the length to which llama.cpp cuts names in the metadata
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Statistics:
-    """The statistics of one tensor: sums of squared activations, shape (n_matrices, n_columns), and the
-    number of vectors, shape (n_matrices). In the legacy format there is one row for all matrices.
+    """The statistics of one tensor.
+
+    Sums of squared activations, shape (n_matrices, n_columns), and the number of vectors, shape (n_matrices).
+    In the legacy format there is one row for all matrices.
     """
 
     sums: NDArray[np.float32]
@@ -39,8 +41,9 @@ class Statistics:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Imatrix:
-    """The statistics of a model's tensors, from `n_chunks` chunks of `chunk_size` tokens of the texts
-    `datasets`.
+    """The statistics of a model's tensors.
+
+    They come from `n_chunks` chunks of `chunk_size` tokens of the texts `datasets`.
 
     A `chunk_size` of 0 means the legacy format, which counts chunks instead of tokens, and not per expert.
     `run` is what this project's collector notes about its own run.
@@ -109,8 +112,9 @@ def _level(means: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def merged(parts: Sequence[Imatrix]) -> Imatrix:
-    """Merge matrices that were collected from several texts, by adding sums and counts. UsageError if they
-    are of different models, or one has the legacy format.
+    """Merge matrices that were collected from several texts, by adding sums and counts.
+
+    UsageError if they are of different models, or one has the legacy format.
     """
     if old := next((part for part in parts if part.is_legacy), None):
         raise UsageError(

@@ -41,9 +41,7 @@ _MAX_NAME = 1 << 12
 
 
 def read_imatrix(path: Path) -> Imatrix:
-    """Read an importance matrix in either format. FileError if it cannot be read, FormatError for its
-    content.
-    """
+    """Read an importance matrix in either format. Raises FileError and FormatError."""
     try:
         with path.open("rb") as file:
             is_gguf = file.read(len(MAGIC)) == MAGIC

@@ -65,8 +65,9 @@ def plan_quantization(
     allow_requantize: bool = False,
     imatrix: Imatrix | None = None,
 ) -> Plan:
-    """Read `source` and choose a type for each tensor; nothing is written. With `imatrix`, weights will be
-    encoded by their importance.
+    """Read `source` and choose a type for each tensor; nothing is written.
+
+    With `imatrix`, weights will be encoded by their importance.
 
     Raises FileError or FormatError for the file, UsageError for overrides that match nothing and for an
     importance matrix of another model, RequantizeError if quantized tensors would be quantized again without
@@ -105,9 +106,7 @@ def quantize_file(
     listen: Listener = ignore,
     stop: threading.Event | None = None,
 ) -> Summary:
-    """Carry out `plan`. Resumable; the output appears complete or not at all. Raises what `write_output`
-    does.
-    """
+    """Carry out `plan`. Resumable, complete or not at all; raises what `write_output` does."""
     with opened(plan.file) as descriptor:
         jobs = jobs_of(plan, descriptor)
         for text in plan.notes:

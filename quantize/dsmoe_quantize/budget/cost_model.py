@@ -24,7 +24,7 @@ from dsmoe_quantize.budget.fast_kernels import is_fast
 from dsmoe_quantize.budget.sensitivity import Sensitivity
 from dsmoe_quantize.budget.solver import Option, Problem, Solution, solve
 from dsmoe_quantize.imatrix import Imatrix
-from dsmoe_quantize.policy.choice import Overrides, TensorChoice, settled_types
+from dsmoe_quantize.policy.choice import Overrides, TensorChoice, fixed_types
 from dsmoe_quantize.policy.mixes import file_type_of
 from dsmoe_quantize.policy.recipe_file import closest_mix
 from dsmoe_quantize.policy.recipes import RECIPE_FALLBACKS, Group, LayeredRecipe, condensed, group_of
@@ -47,8 +47,10 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What tensors cost: bytes in the file with padding, bytes read per token, weights read per token without
-    a fast kernel, and the predicted error.
+    """The costs of some tensors.
+
+    Bytes in the file with padding, bytes read per token, weights read per token without a fast kernel, and
+    the predicted error.
     """
 
     n_bytes: int = 0
@@ -117,8 +119,8 @@ class CostModel:
         self.error_weights = error_weights(self._energies.keys(), sensitivity.weights)
         base = LayeredRecipe("base", "F16", 1, {}, RECIPE_FALLBACKS)
         tensors = list(file.tensors.values())
-        self.settled = settled_types(tensors, hp, base, self.overrides)
-        self.fixed = self.figures(self.settled.values())
+        self.fixed_types = fixed_types(tensors, hp, base, self.overrides)
+        self.fixed = self.figures(self.fixed_types.values())
         self.groups = self._groups(tensors)
         self.n_weights = sum(tensor.n_weights for tensor in tensors)
         self.n_read = sum(tensor.n_weights * self._read_fraction(tensor) for tensor in tensors)
@@ -189,7 +191,7 @@ class CostModel:
         members: dict[Group, list[TensorInfo]] = {}
         for tensor in tensors:
             group = group_of(tensor.name, self._tied)
-            if group is not None and tensor.name not in self.settled:
+            if group is not None and tensor.name not in self.fixed_types:
                 members.setdefault(group, []).append(tensor)
         return [self._options(group, each) for group, each in members.items()]
 
@@ -263,8 +265,9 @@ class CostModel:
         )
 
     def _infeasible(self, budget: Budget, name: str, about: Mapping[str, str | int | float]) -> UsageError:
-        """Return the error for a budget that nothing fits: the least value of each budget, or that all fit
-        alone.
+        """Return the error for a budget that nothing fits.
+
+        It gives the least value of each budget, or says that each fits alone but not all together.
         """
         least = self.fixed
         for each in self.groups:

@@ -57,8 +57,9 @@ class ErrorWeights:
 
 
 def error_weights(groups: Collection[Group], known: Mapping[str, float]) -> ErrorWeights:
-    """Return the costs for all groups of a model. `known` has measured costs by the name of a group or a
-    kind.
+    """Return the costs for all groups of a model.
+
+    `known` has measured costs by the name of a group or a kind.
 
     Other groups get built-in costs. Those come from other models, in which all costs may be larger or
     smaller. So beside measured costs they are scaled by the geometric mean of the ratios measured / built-in,

@@ -39,8 +39,9 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """Why the groups of a kind have their type in some layers. `error_share` is their share of the whole
-    error, 0 if nothing was measured.
+    """Why the groups of a kind have their type in some layers.
+
+    `error_share` is their share of the whole error, 0 if nothing was measured.
     """
 
     kind: str
@@ -106,7 +107,7 @@ def reasons(costs: CostModel, solved: Solved) -> list[Reason]:
         merged.setdefault((each.group.kind, solved.picks[each.group]), []).append(each)
     ordered = sorted(merged.items(), key=lambda item: KINDS.index(item[0][0]))
     free = [_reason(costs, solved, kind, chosen, members) for (kind, chosen), members in ordered]
-    return [*free, *_settled(costs)]
+    return [*free, *_overridden(costs)]
 
 
 def stated_reasons(plan: Plan) -> list[Reason]:
@@ -191,7 +192,7 @@ def _worth(solved: Solved, figures: Figures) -> float:
     return size * figures.n_bytes + per_token * figures.n_bytes_per_token + slow * figures.n_slow
 
 
-def _settled(costs: CostModel) -> list[Reason]:
+def _overridden(costs: CostModel) -> list[Reason]:
     """Return the reasons for the tensors that overrides name."""
     return [
         Reason(
@@ -202,6 +203,6 @@ def _settled(costs: CostModel) -> list[Reason]:
             0.0,
             "; ".join(filter(None, (choice.reason, choice.misfit))),
         )
-        for choice in costs.settled.values()
+        for choice in costs.fixed_types.values()
         if choice.reason.startswith("--")
     ]

@@ -51,8 +51,10 @@ class TensorErrors:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One group quantized alone: its relative error, and the KL divergence of the whole model that results,
-    as mean in nats with its standard error.
+    """One group quantized alone.
+
+    Its relative error, and the KL divergence of the whole model that results: the mean in nats, with its
+    standard error.
     """
 
     error: float
@@ -62,8 +64,9 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Probes:
-    """How `Sensitivity.weights` were measured: the text, the windows of it that were read, the types tried,
-    and the results of each group.
+    """How `Sensitivity.weights` were measured.
+
+    The text, the windows of it that were read, the types tried, and the results of each group.
 
     `floor` is the KL divergence, in nats, of the unchanged model from itself. `n_windows_of_text` is the
     number of windows in the whole text, 0 if it is unknown.
@@ -81,8 +84,10 @@ class Probes:
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """The measurements of a model. `source`, `imatrix` and `kernels` identify the model, the importance
-    matrix and the version of the kernels.
+    """The measurements of a model.
+
+    `source`, `imatrix` and `kernels` identify the model, the importance matrix and the version of the
+    kernels.
 
     `weights`, where they were measured, are the KL divergence in nats that a relative error of 1 would cause
     in a group ("routed-down.5") or in all layers of a kind ("routed-down"); `error_weights` applies them.
@@ -180,8 +185,10 @@ def measure(
 
 
 def sampled_rows(n_matrices: int, rows_per_matrix: int, n_columns: int, sample: int) -> list[list[int]]:
-    """Return the rows of each matrix to measure, in order: about `sample` weights in all, spread evenly, with
-    at least one row of each matrix. All rows if `sample` is 0.
+    """Return the rows of each matrix to measure, in order.
+
+    They have about `sample` weights in all, are spread evenly, and include at least one row of each matrix.
+    All rows if `sample` is 0.
     """
     n_rows = max(1, round(sample / (n_matrices * n_columns)))
     if not sample or n_rows >= rows_per_matrix:

@@ -52,9 +52,7 @@ def start(file: GgufFile, imatrix: Imatrix | None, sample: int | None) -> Sensit
 
 
 def default_path(wanted: Sensitivity) -> Path:
-    """Return the path in the cache to use if the user names no file. It depends on all that decides the
-    values.
-    """
+    """Return the path in the cache, named by a digest of all that decides the values."""
     parts = (wanted.source, wanted.imatrix, wanted.kernels, wanted.sample)
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     return cache_folder() / "sensitivity" / f"{digest}.json"

@@ -33,8 +33,10 @@ class Override:
 
 @dataclass(frozen=True, slots=True)
 class Overrides:
-    """What the user sets beside --type. The first of `tensors` that matches counts; `output` and `embedding`
-    take precedence over all of them. `pure`: a mix without its rules.
+    """What the user sets beside --type.
+
+    The first of `tensors` that matches counts; `output` and `embedding` take precedence over all of them.
+    `pure`: a mix without its rules.
     """
 
     tensors: tuple[Override, ...] = ()
@@ -159,12 +161,12 @@ def _override(overrides: Overrides, name: str) -> Override | None:
     return next((each for each in overrides.tensors if each.pattern.fullmatch(name)), None)
 
 
-def settled_types(
+def fixed_types(
     tensors: Sequence[TensorLike], hp: Hyperparameters, recipe: LayeredRecipe, overrides: Overrides
 ) -> dict[str, TensorChoice]:
     """The choices, by name, that no recipe decides: vectors, routers, and tensors that `overrides` name."""
     chooser = _Chooser(hp, recipe, overrides, [tensor.name for tensor in tensors], False)
-    choices = (chooser.settled(tensor) for tensor in tensors)
+    choices = (chooser.fixed(tensor) for tensor in tensors)
     return {choice.name: choice for choice in choices if choice}
 
 
@@ -202,9 +204,9 @@ class _Chooser:
         )
 
     def choose(self, tensor: TensorLike) -> TensorChoice:
-        return self.settled(tensor) or self._fitting(tensor, *self._by_type(tensor))
+        return self.fixed(tensor) or self._fitting(tensor, *self._by_type(tensor))
 
-    def settled(self, tensor: TensorLike) -> TensorChoice | None:
+    def fixed(self, tensor: TensorLike) -> TensorChoice | None:
         """Return the choice for a tensor that --type does not decide; None if it does."""
         if not may_change(tensor):
             return TensorChoice(tensor, tensor.type, "never quantized")

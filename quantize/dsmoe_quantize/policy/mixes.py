@@ -70,8 +70,9 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """One of llama.cpp's mixes, or a float type, which has no rules. The first rule that applies overrides
-    `base`; `file_type` is llama.cpp's number for the mix.
+    """One of llama.cpp's mixes, or a float type, which has no rules.
+
+    The first rule that applies takes precedence over `base`. `file_type` is llama.cpp's number for the mix.
     """
 
     name: str

@@ -79,8 +79,9 @@ class TypePlan:
         return self.imatrix if used else None
 
     def importance_of(self, choice: TensorChoice) -> NDArray[np.float32] | None:
-        """The importance of a tensor's columns. None if it is unknown, or has no effect because the tensor is
-        copied or its new type does not use it.
+        """Return the importance of a tensor's columns.
+
+        None if it is unknown, or has no effect because the tensor is copied or its new type does not use it.
         """
         if self.imatrix is None or choice.type in UNWEIGHTED or not choice.changes:
             return None
@@ -106,9 +107,7 @@ class TypePlan:
 
     @property
     def fingerprint(self) -> dict[str, object]:
-        """What decides the file's bytes besides the source, in words that a user understands; for
-        `write_output`.
-        """
+        """What decides the file's bytes besides the source, by names for the user; see `write_output`."""
         types = "\n".join(f"{each.name} {type_name(each.type)}" for each in self.choices)
         choice, imatrix = self.record.type, self.used_imatrix
         recipe = render_recipe(choice) if isinstance(choice, LayeredRecipe) else None
@@ -121,8 +120,10 @@ class TypePlan:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know: types that do not fit, layers of the recipe that the model lacks, what
-        the recipe in the file cannot record, and tensors that the importance matrix does not cover.
+        """What the user should know before the file is written.
+
+        Types that do not fit, layers of the recipe that the model lacks, what the recipe in the file cannot
+        record, and tensors that the importance matrix does not cover.
         """
         return [*fallback_notes(self.choices), *_recipe_notes(self), *_imatrix_notes(self)]
 
@@ -190,8 +191,9 @@ def _few(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What a file says about its types. `left_out` are tensors whose types the recipe cannot record, because
-    a recipe has one type for each group.
+    """What a file says about its types.
+
+    `left_out` are tensors whose types the recipe cannot record, because a recipe has one type for each group.
     """
 
     type: SettledType
@@ -249,8 +251,9 @@ def _changed_types(
     overridden: Mapping[Group, GgmlType],
     groups: Mapping[Group, object],
 ) -> dict[str, Mapping[int | None, GgmlType]]:
-    """`types` with those of `overridden` groups replaced. If that covers every layer of a kind, the most
-    frequent type becomes that of `OTHERS`.
+    """Return `types` with those of `overridden` groups replaced.
+
+    If that covers every layer of a kind, the most frequent type becomes that of `OTHERS`.
     """
     found = dict(types)
     for name in {group.kind: None for group in overridden}:

@@ -87,8 +87,10 @@ def write_recipe(recipe: LayeredRecipe, path: Path, *, force: bool = False) -> N
 
 
 def refuse_place(path: Path, taken: Iterable[Path] = ()) -> None:
-    """Refuse to write a recipe to `path`. UsageError if it is one of `taken` (files that need not exist yet),
-    or exists and is not a recipe; FileError if its folder does not exist.
+    """Refuse a path that no recipe may be written to.
+
+    UsageError if it is one of `taken` (files that need not exist yet), or exists and is not a recipe.
+    FileError if its folder does not exist.
     """
     if not path.parent.is_dir():
         raise FileError("the recipe's folder does not exist", where=path.parent, remedy="create it first")

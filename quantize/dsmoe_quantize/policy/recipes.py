@@ -85,8 +85,9 @@ class LayeredRecipe:
     about: Mapping[str, str | int | float] = field(default_factory=dict)
 
     def type_of(self, name: str, tied: bool) -> tuple[GgmlType, str]:
-        """Return the type of a matrix before any fallback, and the reason. `tied`: the embedding is also the
-        output. UsageError if the recipe has no type for it.
+        """Return the type of a matrix before any fallback, and the reason.
+
+        `tied`: the embedding is also the output. UsageError if the recipe has no type for it.
         """
         group = group_of(name, tied)
         assert group is not None  # only matrices that may be quantized are asked for

@@ -169,8 +169,7 @@ class SlabEncoder:
         return raw
 
     def encode(self, job: TensorJob, slab: Slab, raw: Bytes, stopped: Callable[[], bool]) -> Bytes | None:
-        """Return the slab in the job's type, in memory that the next call reuses; None if `stopped` returned
-        True.
+        """Return the slab in the job's type, in memory that the next call reuses; None if it was stopped.
 
         Raises WeightError for a weight that is NaN, infinite, or too large for the type.
         """

@@ -59,8 +59,9 @@ WRITABLE = FLOATS | {
 
 
 def library_path() -> Path:
-    """Return the path of the ggml library with the kernels. KernelError if llama-cpp-python is not installed
-    or is built in another way.
+    """Return the path of the ggml library with the kernels.
+
+    KernelError if llama-cpp-python is not installed, or is built in another way.
     """
     spec = importlib.util.find_spec("llama_cpp")
     for location in (spec.submodule_search_locations or ()) if spec else ():
@@ -105,8 +106,9 @@ def _function(name: str, result: type | None, *arguments: type) -> Callable[...,
 
 
 def decoder(source: GgmlType) -> Callable[[int, int, int], object]:
-    """Return the function (source address, address of f32, number of weights) that decodes `source`, a type
-    other than F32.
+    """Return the function (source address, address of f32, number of weights) that decodes `source`.
+
+    `source` is another type than F32.
     """
     return _function(_TO_FLOAT[source], None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
