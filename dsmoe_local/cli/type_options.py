@@ -144,7 +144,7 @@ class TypeOptions:
         return read_imatrix(self.imatrix_file) if self.imatrix_file else None
 
     def parsed_overrides(self) -> Overrides:
-        """The options about single tensors as data. UsageError for a word that is no type."""
+        """Parse the options that override types of single tensors. UsageError for an unknown type."""
         from dsmoe_quantize.policy.choice import Overrides, parse_override
 
         return Overrides(

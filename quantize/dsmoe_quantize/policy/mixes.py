@@ -16,7 +16,7 @@ from dsmoe_local.model.layout import GroupKind, group_kind_of, layer_of
 
 _VALUE = frozenset({GroupKind.ATTENTION_VALUE})
 _DOWN = frozenset({GroupKind.DENSE_DOWN, GroupKind.SHARED_DOWN, GroupKind.ROUTED_DOWN})
-"""llama.cpp goes by substrings of names: an expert's projection counts like a dense one."""
+"""llama.cpp matches substrings of names, so it treats an expert's down projection like a dense one."""
 
 
 def first_eighth(index: int, count: int) -> bool:

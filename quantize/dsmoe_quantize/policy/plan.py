@@ -27,7 +27,7 @@ from dsmoe_quantize.policy.recipes import OTHERS, Group, LayeredRecipe, absent_l
 from dsmoe_quantize.policy.types import SettledType, TypeChoice, is_reserved, same_types, settled
 
 CHANGED = "-changed"
-"""Ends the name of a recipe of ours that overrides have changed."""
+"""The suffix of a built-in recipe's name if overrides changed it."""
 
 UNWEIGHTED = FLOATS | {GgmlType.Q8_0}
 """Types whose encoders do not use an importance matrix."""
