@@ -133,13 +133,8 @@ def test_errors(arguments: tuple[str, ...], status: int, word: str, checkpoint: 
 def test_bin_files_without_torch(checkpoint: Path) -> None:
     """A traceback, or a file that is said to be damaged, where torch is not installed."""
     write_checkpoint(checkpoint.parent / "old", form="bin")
-    command = [
-        sys.executable,
-        "-c",
-        f"import sys; sys.modules['torch'] = None; {SCRIPT}",
-        "old",
-        "--allow-pickle",
-    ]
+    code = f"import sys; sys.modules['torch'] = None; {SCRIPT}"
+    command = [sys.executable, "-c", code, "old", "--allow-pickle"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == "error: torch is needed for .bin files: pip install 'dsmoe-local[pickle]'\n"

@@ -53,7 +53,7 @@ def test_any_rows_of_a_rotary_projection(
 ) -> None:
     """Rows of a slab that starts or ends within a head, shifted or taken from the wrong half."""
     n_rows = 2 * half * n_heads
-    content = np.random.default_rng(n_rows).integers(0, 256, n_rows * row_bytes, np.uint8)
+    content: Bytes = np.random.default_rng(n_rows).integers(0, 256, n_rows * row_bytes, np.uint8)
     start = min(n_rows - 1, int(span[0] * n_rows))
     end = start + max(1, round(span[1] * (n_rows - start)))
     part = StoredTensor("q", "BF16", (n_rows, row_bytes // 2), "x", 0, content.size)
@@ -91,11 +91,7 @@ def awkward() -> torch.Tensor:
         exact = exact[exact.isfinite()].sort().values
         middle = (exact[:-1].double() + exact[1:].double()).div(2).float()
         for values in (exact, middle):
-            parts += [
-                values,
-                values.nextafter(torch.tensor(torch.inf)),
-                values.nextafter(torch.tensor(-torch.inf)),
-            ]
+            parts += [values, *(values.nextafter(torch.tensor(end)) for end in (-torch.inf, torch.inf))]
     values = torch.cat(parts)
     return values[values.isfinite()]
 

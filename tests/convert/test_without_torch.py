@@ -18,9 +18,9 @@ from dsmoe_local.cli.main import convert
 try:
     convert()
 finally:
-    print(sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "safetensors"}))
+    print("loaded" if sys.modules.get("torch") else "not loaded")
 """
-ABSENT = "import sys\nsys.modules['torch'] = None\n" + CONVERT
+WITHOUT_TORCH = "import sys\nsys.modules['torch'] = None\n" + CONVERT
 
 
 @pytest.mark.parametrize("form", ["single", "sharded"])
@@ -29,11 +29,11 @@ def test_safetensors_are_converted_without_torch(form: Form, tmp_path: Path) -> 
     source = write_checkpoint(tmp_path / "tiny", form=form, dtype=torch.bfloat16)
     convert_folder(source, tmp_path / "expected.gguf", ConvertOptions("q4"))
     expected = (tmp_path / "expected.gguf").read_bytes()
-    for code, loaded in ((CONVERT, ["safetensors"]), (ABSENT, ["safetensors", "torch"])):
+    for code in (CONVERT, WITHOUT_TORCH):
         command = [sys.executable, "-c", code, str(source), "--type", "q4", "-o", "out.gguf", "--force"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.splitlines()[-1] == str(loaded), "in ABSENT, `torch` is the None that blocks it"
+        assert done.stdout.splitlines()[-1] == "not loaded"
         assert (tmp_path / "out.gguf").read_bytes() == expected
 
 
