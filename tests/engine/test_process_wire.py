@@ -174,7 +174,7 @@ def tree(kind: type[DsmoeError]) -> Iterator[type[DsmoeError]]:
 def test_every_error_crosses_as_itself(kind: type[DsmoeError]) -> None:
     """Guards: a new kind of error that callers can no longer catch by its class."""
     if kind is MissingExtraError:
-        error: DsmoeError = MissingExtraError("convert", "torch")
+        error: DsmoeError = MissingExtraError("pickle", "torch", ".bin files")
     elif kind is InterruptedRunError:
         error = InterruptedRunError("stopped", signal_number=15, remedy="again")
     else:
