@@ -37,6 +37,7 @@ from dsmoe_local.engine.types import (
     Prompt,
     Request,
     TokenEvent,
+    check_prompt,
 )
 
 T = TypeVar("T")
@@ -154,6 +155,7 @@ class Engine:
 
     def encode(self, prompt: Prompt, *, continue_final_message: bool = False) -> tuple[int, ...]:
         """The exact token ids of `prompt` (see TextEngine). Raises PromptError, TemplateError."""
+        check_prompt(prompt)
         with self._encoding:
             encoder = self._require_session().encoder
             return encoder.encode(

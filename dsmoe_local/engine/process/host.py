@@ -29,6 +29,7 @@ from dsmoe_local.engine.process import wire
 from dsmoe_local.engine.types import (
     ModelOptions,
     ObserverOptions,
+    Prompt,
     Request,
     TextEngine,
     Ticket,
@@ -248,7 +249,7 @@ _TAKE: dict[str, Callable[..., None]] = {
 
 _CALLS: dict[str, Callable[[TextEngine, wire.Plain], wire.Plain]] = {
     "encode": lambda engine, argument: engine.encode(
-        wire.prompt_from_plain(argument[0]), continue_final_message=argument[1]
+        wire.from_plain(Prompt, argument[0]), continue_final_message=argument[1]
     ),
     "decode": lambda engine, ids: list(engine.decode(ids)),
     "save_cache": lambda engine, argument: engine.save_cache(*_file_and_tokens(argument[:2]), argument[2]),
