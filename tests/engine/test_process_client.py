@@ -227,7 +227,7 @@ def test_refusals_arrive_as_what_they_are(client: EngineClient) -> None:
     assert caught.value.exit_code == 1
     with pytest.raises(EngineError, match="cannot be sent"):
         client.encode(b"bytes")  # type: ignore[arg-type]
-    with pytest.raises(EngineError, match="internal error in the engine: TypeError"):
+    with pytest.raises(EngineError, match="internal error in the engine: WireError"):
         client.decode(["no id"])  # type: ignore[list-item]
     # The log comes by another way than the answer.
     asked_until = time.monotonic() + 20

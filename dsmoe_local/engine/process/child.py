@@ -13,11 +13,9 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import NoneType
-from typing import Any, BinaryIO, Self, TypeVar
+from typing import Any, BinaryIO, Concatenate, ParamSpec, Self, TypeVar
 
 from dsmoe_local.base import progress
 from dsmoe_local.base.errors import InterruptedRunError
@@ -29,10 +27,8 @@ from dsmoe_local.engine.types import (
     Deliver,
     ModelInfo,
     ModelOptions,
-    Observation,
-    ObserverOptions,
-    Prompt,
     Request,
+    TextEngine,
     TokenEvent,
 )
 
@@ -40,6 +36,8 @@ _GRACE = 1.0  # seconds that a child has to leave
 _PATIENCE = 5.0  # seconds that a killed one may take; after that it is left to the system
 POLL = 0.05  # seconds: how late it may be noticed that a load is to stop
 
+
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -171,36 +169,15 @@ class Child:
         if number in self._running:
             self._outbox.put(wire.pack(("cancel", number)))
 
-    def encode(self, prompt: Prompt, continue_final_message: bool) -> tuple[int, ...]:
-        """See TextEngine. AlreadyOverError if there is nobody to ask."""
-        argument = (wire.to_plain(prompt), continue_final_message)
-        return self._call("encode", argument, tuple[int, ...])
-
-    def decode(self, token_ids: Sequence[int]) -> tuple[str, ...]:
-        """See TextEngine. AlreadyOverError if there is nobody to ask."""
-        return self._call("decode", list(token_ids), tuple[str, ...])
-
-    def save_cache(self, path: Path, token_ids: tuple[int, ...], start: int = 0) -> int:
-        """See TextEngine. AlreadyOverError if there is nobody to ask."""
-        return self._call("save_cache", (str(path.absolute()), token_ids, start), int)
-
-    def load_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
-        """See TextEngine. AlreadyOverError if there is nobody to ask."""
-        return self._call("load_cache", (str(path.absolute()), token_ids), int)
-
-    def set_observers(self, options: tuple[ObserverOptions, ...]) -> None:
-        """See TextEngine. AlreadyOverError if there is nobody to ask."""
-        self._call("set_observers", wire.to_plain(options), NoneType)
-
-    def observe(self, name: str) -> Observation:
-        """See TextEngine. AlreadyOverError if there is nobody to ask."""
-        return self._call("observe", name, Observation)
-
-    def _call(self, what: str, argument: wire.Plain, kind: type[T]) -> T:
-        """The answer, which is of that type."""
+    def call(
+        self, method: Callable[Concatenate[TextEngine, P], T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Call a method of TextEngine that `wire.CALLS` has. AlreadyOverError if there is nobody to ask."""
+        name = method.__name__
+        arguments = dict(zip(wire.CALLS[name], args, strict=False)) | kwargs
         number = next(self._numbers)
-        frame = wire.pack(("call", number, what, argument))
-        asked = _Asked(kind)
+        frame = wire.pack(("call", number, name, wire.to_plain(arguments)))
+        asked = _Asked(wire.CALLS[name]["return"])
         with self._lock:
             self._check_alive()
             self._calls[number] = asked

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import struct
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeAlias
@@ -21,7 +22,7 @@ from dsmoe_local.base import errors as base
 from dsmoe_local.base import progress
 from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.engine import errors
-from dsmoe_local.engine.types import TokenEvent
+from dsmoe_local.engine.types import TextEngine, TokenEvent
 
 MAX_FRAME = 256 << 20
 
@@ -140,6 +141,21 @@ def event_from_plain(request_id: str, value: Plain) -> TokenEvent:
     """The event that `event_to_plain` took apart. Values that are left out at the end are the defaults."""
     event: TokenEvent = from_plain(TokenEvent, [request_id, *value[1:]])
     return event
+
+
+# --- calls: what else the client asks of the engine ---
+
+CALLS: dict[str, dict[str, Any]] = {
+    name: typing.get_type_hints(getattr(TextEngine, name))
+    for name in ("encode", "decode", "save_cache", "load_cache", "set_observers", "observe")
+}
+"""Methods of TextEngine, with the type of each parameter by its name, and of the answer as "return"."""
+
+
+def arguments_from_plain(name: str, value: Plain) -> dict[str, Any]:
+    """The arguments of the call with that name. LookupError if there is no such call, or one is missing."""
+    kinds = {key: kind for key, kind in CALLS[name].items() if key != "return"}
+    return {key: from_plain(kind, value[key]) for key, kind in kinds.items()}
 
 
 # --- progress ---
