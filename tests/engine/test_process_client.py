@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 from support import hosted
+from support.fake_engine import FakeEngine
 from support.processes import is_gone
 
 from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.engine.errors import EngineCrashError, EngineError, OutOfMemoryError, PromptError
-from dsmoe_local.engine.fake import FakeEngine
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import (
     FinishReason,

@@ -18,13 +18,13 @@ from typing import Any
 
 import pytest
 from support import hosted
+from support.fake_engine import FakeEngine
 from support.models import tiny_model
 from support.mutations import Outcome, damaged_bytes, damaged_json, try_mutants
 
 from dsmoe_local.base.progress import Advanced, Started
 from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.errors import EngineCrashError, EngineError
-from dsmoe_local.engine.fake import FakeEngine
 from dsmoe_local.engine.process import child, wire
 from dsmoe_local.engine.process.client import NATIVE, EngineClient
 from dsmoe_local.engine.process.log import LogKeeper
