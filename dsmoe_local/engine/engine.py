@@ -271,7 +271,7 @@ class Engine:
         failure: Exception | None = None
         try:
             if not job.cancelled:
-                job.language = check_request(session.model, job.request)
+                job.grammar = check_request(session.model, job.request)
                 prompt = session.encoder.encode(
                     job.request.prompt,
                     continue_final_message=job.request.continue_final_message,
