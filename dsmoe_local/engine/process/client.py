@@ -1,7 +1,6 @@
 """The engine in a process of its own, held like one in this process: a crash of it becomes an exception.
 
-Imports neither llama.cpp nor numpy. What runs on the other side is `host`'s concern, how both talk `wire`'s,
-and the process itself `child`'s.
+Imports neither llama.cpp nor numpy. `child` is one process, `host` runs in it, `wire` is their protocol.
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ NATIVE = "dsmoe_local.engine.process.native_engine:load"
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    """Somebody's call. `given_up`: it is to load nothing, or no longer. No Event: whoever sets it may be a
-    signal handler in the middle of setting it.
+    """A call that may load the model. `given_up`: it must not load, or must stop. No Event: a signal handler
+    that sets it may have interrupted `Event.set`, which holds a lock.
     """
 
     given_up: bool = False

@@ -37,14 +37,14 @@ _MOST_CALLS = 64  # at once; one more waits for another to be answered
 
 @runtime_checkable
 class _StepEngine(Protocol):
-    """An engine that tells when the events of a step are delivered."""
+    """An engine that calls back when the events of a step are delivered."""
 
     after_step: Callable[[], None] | None
     on_fault: Callable[[BaseException], None] | None
 
 
 class _Outbox:
-    """What is on its way to the client. Events wait for the end of the engine's step, if it tells of one."""
+    """Messages to the client. Events wait for the end of the engine's step, if the engine reports it."""
 
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
@@ -81,7 +81,7 @@ class _Outbox:
             self._write(frame)
 
     def _sendable(self, events: list[wire.Plain]) -> list[wire.Plain]:
-        """Without the events that cannot be sent (a number is NaN): their requests end with that error."""
+        """Drop the events that cannot be sent (a number is NaN); their requests end with that error."""
         sendable: list[wire.Plain] = []
         for event in events:
             number = event[0]
@@ -99,7 +99,7 @@ class _Outbox:
         try:
             self._channel.sendall(frame)
         except OSError:
-            # The client is gone: nobody is left to work for.
+            # The client is gone.
             os._exit(1)
 
 
@@ -131,7 +131,7 @@ class _Host:
             except (LookupError, TypeError) as error:
                 raise wire.WireError(f"{str(message)[:80]!r} is no message") from error
 
-    # What the client may ask, in the main thread.
+    # Messages of the client, handled in the main thread.
 
     def _take_load(self, factory: str, options: wire.Plain) -> None:
         self._loading = _start_thread(self._load, factory, options)
@@ -163,7 +163,7 @@ class _Host:
         self._stop.set()
         _start_thread(self._close)
 
-    # In other threads.
+    # The rest runs in other threads.
 
     def _load(self, factory: str, options: wire.Plain) -> None:
         try:
@@ -172,7 +172,7 @@ class _Host:
             if isinstance(engine, _StepEngine):
                 self._outbox.by_step = True
                 engine.after_step = self._outbox.flush
-                # No request is to blame: all of them learn that the process died.
+                # No request is to blame: all of them end with the process.
                 engine.on_fault = _fail
             self._engine = engine
             self._outbox.send("loaded", wire.to_plain(engine.info))
@@ -226,7 +226,7 @@ def _start_thread(work: Callable[..., None], *arguments: object) -> threading.Th
 
 
 def _crossing(error: BaseException) -> wire.Plain:
-    """An error as it crosses; of one that nobody meant to raise the traceback goes to the log."""
+    """An error for the wire. The traceback of one that is not a DsmoeError goes to the log."""
     if not isinstance(error, DsmoeError):
         traceback.print_exception(error)
     return wire.error_to_plain(error)

@@ -31,7 +31,7 @@ Plain: TypeAlias = Any
 
 
 class Source(Protocol):
-    """What is read from: a buffered file."""
+    """A buffered file to read from."""
 
     def read(self, size: int, /) -> bytes:
         """Exactly `size` bytes, fewer only at the end."""
@@ -42,7 +42,7 @@ _LENGTH = struct.Struct("!I")
 
 
 class WireError(Exception):
-    """What arrived is no message of ours: the other side is broken, or was when it wrote."""
+    """A frame that is not a message of this protocol: the other side is broken."""
 
 
 def _refuse(constant: str) -> NoReturn:
@@ -55,7 +55,7 @@ _decode = json.JSONDecoder(parse_constant=_refuse).decode
 
 
 def pack(message: Sequence[Plain]) -> bytes:
-    """A frame. EngineError if the message holds what JSON has not, or is too large."""
+    """Return a message as a frame. EngineError if JSON cannot carry a value of it, or if it is too large."""
     try:
         body = _encode(message).encode("ascii")
     except (TypeError, ValueError, RecursionError) as error:
@@ -68,7 +68,7 @@ def pack(message: Sequence[Plain]) -> bytes:
 
 
 def receive(source: Source) -> list[Plain] | None:
-    """The next message; None at the end, also in the middle of a frame. WireError if it is none."""
+    """Read the next message. None at the end, even in the middle of a frame; WireError if it is damaged."""
     head = source.read(_LENGTH.size)
     if len(head) < _LENGTH.size:
         return None
@@ -105,9 +105,9 @@ def _other_from_plain(kind: type, value: Plain) -> object:
 
 
 def from_plain(kind: Any, value: Plain) -> Any:  # noqa: ANN401 - a type expression, and its value
-    """The value of type `kind` that `to_plain` took apart, checked strictly.
+    """The inverse of `to_plain` for a value of type `kind`, which is checked strictly.
 
-    WireError, which names the field, if it is of another type; the type's own errors (UsageError) pass.
+    WireError, which names the field, if a type is wrong. What the constructor raises (UsageError) passes.
     """
     try:
         return msgspec.convert(value, kind, dec_hook=_other_from_plain)
@@ -138,7 +138,7 @@ def event_to_plain(number: int, event: TokenEvent) -> Plain:
 
 
 def event_from_plain(request_id: str, value: Plain) -> TokenEvent:
-    """The event that `event_to_plain` took apart. Values that are left out at the end are the defaults."""
+    """The inverse of `event_to_plain`. Values that are missing at the end are the fields' defaults."""
     event: TokenEvent = from_plain(TokenEvent, [request_id, *value[1:]])
     return event
 
@@ -166,12 +166,12 @@ _PROGRESS: dict[str, Any] = {
 
 
 def progress_to_plain(event: progress.Event) -> Plain:
-    """A progress event, by its type's name."""
+    """A progress event, as the name of its type and its fields."""
     return [type(event).__name__, to_plain(event)]
 
 
 def progress_from_plain(value: Plain) -> progress.Event:
-    """The progress event."""
+    """The inverse of `progress_to_plain`."""
     name, content = from_plain(tuple[str, Any], value)
     if name not in _PROGRESS:
         raise WireError(f"no progress: {name}")
@@ -203,7 +203,7 @@ _ERRORS: dict[str, type[DsmoeError]] = {
 
 
 def error_to_plain(error: BaseException) -> Plain:
-    """An error by the name of its class, or of the nearest one above that the table has."""
+    """An error, with the name of its class or of the nearest base class in the table."""
     if not isinstance(error, DsmoeError):
         error = errors.EngineError(
             f"internal error in the engine: {type(error).__name__}: {error}",
@@ -214,7 +214,7 @@ def error_to_plain(error: BaseException) -> Plain:
 
 
 def error_from_plain(value: Plain) -> DsmoeError:
-    """The error, with its three lines and its exit code; its own constructor is not called."""
+    """The inverse of `error_to_plain`. The class's own constructor is not called."""
     name, what, where, remedy, exit_code = from_plain(tuple[str, str, str, str, int], value)
     if name not in _ERRORS:
         raise WireError(f"no error: {name}")
