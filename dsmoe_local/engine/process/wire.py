@@ -111,7 +111,7 @@ def from_plain(kind: Any, value: Plain) -> Any:  # noqa: ANN401 - a type express
     """
     try:
         return msgspec.convert(value, kind, dec_hook=_other_from_plain)
-    except (msgspec.ValidationError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # msgspec's own, or a lone surrogate in place of a number
         raise WireError(f"a value of the wrong type: {error}") from error
 
 
