@@ -28,9 +28,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
+from benchmarks.support.tables import show
 from dsmoe_local.base.sizes import format_size
 
 CONVERT = "from dsmoe_local.cli.main import convert; convert()"
@@ -173,21 +171,24 @@ def ratios(runs: Sequence[Run]) -> dict[str, float]:
     return {name: round(value, 3) for name, value in found.items()}
 
 
-def show(runs: Sequence[Run], compared: dict[str, float], condition: str) -> None:
+def report(runs: Sequence[Run], compared: dict[str, float], condition: str) -> None:
     """The table, then the JSON line."""
-    table = Table(title=f"Conversion and quantization ({condition})")
-    table.add_column("tool", no_wrap=True)
-    table.add_column("task", no_wrap=True)
-    for heading in ("seconds", "CPU s", "input/s", "output", "peak memory"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for run in runs:
-        rate = f"{format_size(run.rate)}/s"
-        sizes = (format_size(run.output_bytes), format_size(run.peak_bytes))
-        table.add_row(run.tool, run.task, f"{run.seconds:.1f}", f"{run.cpu_seconds:.1f}", rate, *sizes)
-    console = Console(width=110)
-    console.print(table)
+    rows = [
+        (
+            run.tool,
+            run.task,
+            f"{run.seconds:.1f}",
+            f"{run.cpu_seconds:.1f}",
+            f"{format_size(run.rate)}/s",
+            format_size(run.output_bytes),
+            format_size(run.peak_bytes),
+        )
+        for run in runs
+    ]
+    heads = ("tool", "task", "seconds", "CPU s", "input/s", "output", "peak memory")
+    show(f"Conversion and quantization ({condition})", heads, "llrrrrr", rows)
     for name, value in compared.items():
-        console.print(f"{name.replace('_', ' ')}: {value:.2f}")
+        print(f"{name.replace('_', ' ')}: {value:.2f}")
     record = {
         "benchmark": "convert",
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
@@ -240,7 +241,7 @@ def main() -> None:
         bench = Bench(checkpoint, work, arguments.threads, arguments.llama_cpp, arguments.llama_cpp_python)
         runs = measure_all(bench, arguments.also)
     dropped = hasattr(os, "posix_fadvise")
-    show(runs, ratios(runs), "inputs not in the page cache" if dropped else "page cache as it comes")
+    report(runs, ratios(runs), "inputs not in the page cache" if dropped else "page cache as it comes")
 
 
 if __name__ == "__main__":

@@ -25,9 +25,8 @@ from pathlib import Path
 import llama_cpp  # noqa: TID251 - a measurement through the bindings alone, not through our engine
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.support import tables
 from dsmoe_convert.convert import ConvertOptions, RunOptions, convert_folder
 from dsmoe_convert.demo import calibration
 from dsmoe_convert.demo.calibration import N_ROUTED_EXPERTS, Calibration
@@ -160,12 +159,9 @@ def measure(folder: Path, windows: Windows, n_threads: int) -> Iterator[Row]:
 def show(rows: list[Row], windows: Windows) -> None:
     """The table on stdout."""
     counted = f"{windows.size} tokens in windows of {windows.shape[1]}"
-    table = Table(title=f"Held-out perplexity in llama.cpp, {counted}")
-    for heading in ("model", "type", "active experts", "perplexity", "± s.e.", "against dense"):
-        table.add_column(heading, justify="left" if heading in ("model", "type") else "right")
     dense = rows[0].perplexity
-    for row in rows:
-        table.add_row(
+    lines = [
+        (
             row.model,
             row.type,
             f"{row.active} of {row.experts}" if row.experts else "dense",
@@ -173,7 +169,10 @@ def show(rows: list[Row], windows: Windows) -> None:
             f"{row.perplexity * row.relative_error:.2f}",
             f"x {row.perplexity / dense:.3f}",
         )
-    Console().print(table)
+        for row in rows
+    ]
+    heads = ("model", "type", "active experts", "perplexity", "± s.e.", "against dense")
+    tables.show(f"Held-out perplexity in llama.cpp, {counted}", heads, "llrrrr", lines)
 
 
 def main() -> int:

@@ -32,7 +32,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.support.rows import Bar, Row, compare, in_turn, say, show
+from benchmarks.support.runner import Bar, Row, compare, in_turn, say
+from benchmarks.support.tables import report
 from benchmarks.support.tools import Failure, find_program
 from dsmoe_local.engine.load.machine import physical_cores
 from dsmoe_local.evaluate.text import read_text
@@ -220,11 +221,10 @@ def main() -> int:
         model, build = arguments.model.resolve(), arguments.llama_cpp
         bench = Bench(model, text, build, folder, arguments.chunks, arguments.context, arguments.threads)
         rows = measure(bench, arguments)
-    show(f"{bench.model.name}, {bench.n_threads} threads, median of {arguments.rounds} rounds", rows)
     machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
     settings = {name: getattr(arguments, name) for name in ("chunks", "context", "threads", "rounds")}
     record = {"benchmark": "imatrix", "model": bench.model.name, "machine": machine, **settings}
-    print(json.dumps(record | {"rows": [row.as_json() for row in rows]}))
+    report(f"{model.name}, {bench.n_threads} threads, median of {arguments.rounds} rounds", rows, record)
     return 1 if any(row.passed is False for row in rows) else 0
 
 

@@ -34,7 +34,6 @@ from benchmarks.support.quality_budgets import (
     measure_targets,
 )
 from benchmarks.support.quality_chart import chart
-from benchmarks.support.quality_document import with_tables
 from benchmarks.support.quality_eight import measure_eight
 from benchmarks.support.quality_fidelity import Amount, Subject, measure_alike, measure_types, prepared
 from benchmarks.support.quality_kept import comparable, joined, kept_parts, oldest_of
@@ -55,8 +54,9 @@ from benchmarks.support.quality_steps import measure_steps
 from benchmarks.support.quality_tables import all_tables, summary_table
 from benchmarks.support.quality_types import LARGE, variants
 from benchmarks.support.reference_shape import CALIBRATION, HELD_OUT, TRAINING, reference_folder
-from benchmarks.support.rows import say
+from benchmarks.support.runner import say
 from benchmarks.support.sizes import size_of
+from benchmarks.support.tables import with_tables
 from dsmoe_convert.demo import corpus
 from dsmoe_convert.demo.build import BuildOptions, build_demo
 from dsmoe_convert.demo.calibration import N_ACTIVE

@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.support.bare import Bare, HighLevel, Vocabulary
 from benchmarks.support.memory import peak_of
 from benchmarks.support.ours import Ours
-from benchmarks.support.rows import WARM_UP, Bar, Row, compare, in_turn, say
+from benchmarks.support.runner import WARM_UP, Bar, Row, compare, in_turn, say
 from benchmarks.support.tools import Server, llama_batched_bench, llama_bench, serving
 from benchmarks.support.workloads import Corpus, Ids, Workload, as_batch, sentences
 from dsmoe_local.engine.load import parallel

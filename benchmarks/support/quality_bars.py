@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.support.quality_rows import FidelityRow, Part, SpeedRow
 from benchmarks.support.quality_types import BASE, OURS, Variant
-from benchmarks.support.rows import Bar, is_difference, off_by
+from benchmarks.support.runner import Bar, is_difference, off_by
 
 _DRAWS, _SEED = 10_000, 0
 _INTERVAL = (0.025, 0.975)

@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.support.quality_fidelity import Bench, told
 from benchmarks.support.quality_rows import FidelityRow, TargetRow
 from benchmarks.support.quality_types import BASE, Variant
-from benchmarks.support.rows import say
+from benchmarks.support.runner import say
 from benchmarks.support.sizes import types_digest
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.model.ggml import type_name

@@ -11,7 +11,7 @@ from benchmarks.support.quality_budgets import Costs, market_of
 from benchmarks.support.quality_fidelity import Bench
 from benchmarks.support.quality_rows import CandidateRow
 from benchmarks.support.quality_types import LARGE, Variant, digest_of
-from benchmarks.support.rows import say
+from benchmarks.support.runner import say
 from benchmarks.support.sizes import size_of
 from dsmoe_quantize.budget import Market
 from dsmoe_quantize.named_recipes import NamedRecipe

@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.support.quality_bars import ALIKE
 from benchmarks.support.quality_rows import AlikeRow, FidelityRow, Part, is_current
 from benchmarks.support.quality_types import Variant
-from benchmarks.support.rows import say
+from benchmarks.support.runner import say
 from benchmarks.support.sizes import types_digest
 from dsmoe_convert.convert import ConvertOptions, RunOptions, convert_folder
 from dsmoe_local.engine.process.client import EngineClient

@@ -23,7 +23,7 @@ from benchmarks.support.quality_rows import (
 from benchmarks.support.quality_speed import timed_variants
 from benchmarks.support.quality_steps import STEPPED
 from benchmarks.support.quality_types import BASE, Variant, digest_of, variants
-from benchmarks.support.rows import say
+from benchmarks.support.runner import say
 from dsmoe_quantize import kernels
 from dsmoe_quantize.named_recipes import NamedRecipe
 

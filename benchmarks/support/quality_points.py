@@ -12,7 +12,7 @@ from benchmarks.support.quality_fidelity import Bench
 from benchmarks.support.quality_rows import PointRow
 from benchmarks.support.quality_speed import Pair, Timing, ratios_of, time_beside_base
 from benchmarks.support.quality_types import BASE, LARGE, Variant, digest_of
-from benchmarks.support.rows import say
+from benchmarks.support.runner import say
 from benchmarks.support.sizes import size_of
 from dsmoe_quantize.named_recipes import RECIPES, NamedRecipe, TypeWords
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from benchmarks.support.quality_document import markdown
 from benchmarks.support.quality_rows import Part
+from benchmarks.support.tables import markdown
 
 Line = tuple[str, str]
 

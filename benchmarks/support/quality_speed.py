@@ -8,17 +8,17 @@ random weights.
 from __future__ import annotations
 
 import os
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.support.quality_rows import SpeedRow
 from benchmarks.support.quality_types import BASE, OURS, TIMED, Variant
 from benchmarks.support.random_models import Shape, model_file, shape_of, with_layers
-from benchmarks.support.rows import say
+from benchmarks.support.runner import Row, compare, in_turn, say
 from benchmarks.support.sizes import size_of
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions
@@ -155,38 +155,25 @@ def time_pair(
     `base_first` changes who loads first.
     """
     with ExitStack() as stack:
-        timers = [
-            Timer(stack.enter_context(EngineClient.load(_options(each, workloads, threads))))
-            for each in ((base, path) if base_first else (path, base))
-        ]
-        if base_first:
-            timers.reverse()
-        for timer in timers:
-            for workload in workloads:
-                timer.time(workload)  # does not count
-        seconds = [
-            [
-                _one_turn(timers, workload, turn)
-                for turn in range(turns * (REPLY_TURNS if workload.n_gen else 1))
-            ]
+        timers = {
+            name: Timer(stack.enter_context(EngineClient.load(_options(each, workloads, threads))))
+            for name, each in ((("base", base), ("model", path))[:: 1 if base_first else -1])
+        }
+        rows = [
+            _compared(timers, workload, turns * (REPLY_TURNS if workload.n_gen else 1))
             for workload in workloads
         ]
-    return Pair(
-        [
-            workload.n_tokens / statistics.median(mine for mine, _ in each)
-            for workload, each in zip(workloads, seconds, strict=True)
-        ],
-        [statistics.median(theirs / mine for mine, theirs in each) for each in seconds],
-    )
+    return Pair([row.ours for row in rows], [row.result for row in rows])
 
 
-def _one_turn(timers: Sequence[Timer], workload: Workload, turn: int) -> tuple[float, float]:
-    """Seconds of the model and of the base, who goes first by turns."""
-    mine, theirs = timers
-    if turn % 2:
-        after = theirs.time(workload)
-        return mine.time(workload), after
-    return mine.time(workload), theirs.time(workload)
+def _compared(timers: Mapping[str, Timer], workload: Workload, turns: int) -> Row:
+    """Tokens per second of the model and of the base."""
+
+    def rate(name: str, _: int) -> float:
+        return workload.n_tokens / timers[name].time(workload)
+
+    rates = in_turn({name: partial(rate, name) for name in ("base", "model")}, turns, told=None)
+    return compare(workload.label, rates, "model", "base")
 
 
 def _options(path: Path, workloads: Sequence[Workload], threads: int) -> ModelOptions:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from benchmarks.support.quality_fidelity import Bench
 from benchmarks.support.quality_rows import StepRow
 from benchmarks.support.quality_types import BASE, LARGE, Variant
-from benchmarks.support.rows import say
+from benchmarks.support.runner import say
 from benchmarks.support.sizes import size_of
 from dsmoe_quantize.groups import KINDS
 from dsmoe_quantize.named_recipes import RECIPES, NamedRecipe

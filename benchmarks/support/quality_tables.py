@@ -18,13 +18,13 @@ from benchmarks.support.quality_bars import (
     targets_hold,
     verdicts,
 )
-from benchmarks.support.quality_document import markdown
 from benchmarks.support.quality_eight import EIGHT_BASE
 from benchmarks.support.quality_points import START
 from benchmarks.support.quality_rows import AlikeRow, FidelityRow, Part
 from benchmarks.support.quality_settings import settings_table
 from benchmarks.support.quality_types import BASE, OURS, Variant
-from benchmarks.support.rows import is_difference
+from benchmarks.support.runner import is_difference
+from benchmarks.support.tables import markdown
 
 _WORDS = {False: "without", True: "with"}
 _POINT_PARTS = ("sizes", "reference", "speed")

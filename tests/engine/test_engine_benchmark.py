@@ -12,7 +12,7 @@ import pytest
 from support.models import smollm2, tiny_model
 
 from benchmarks.support.ours import Reply, steady_rate
-from benchmarks.support.rows import Bar, compare, in_turn
+from benchmarks.support.runner import Bar, compare, in_turn
 from benchmarks.support.tools import Failure, Server, serving
 from benchmarks.support.workloads import Corpus, Workload, as_batch
 
@@ -58,14 +58,14 @@ def test_contenders_take_turns() -> None:
     """Guards: a warm-up that counts, or one contender that always runs first, on the cooler machine."""
     calls: list[str] = []
 
-    def contender(name: str) -> object:
+    def contender(name: str) -> Callable[[int], float]:
         def measure(number: int) -> float:
             calls.append(f"{name}{number}")
             return float(number)
 
         return measure
 
-    figures = in_turn({"a": contender("a"), "b": contender("b")}, 3)  # type: ignore[dict-item]
+    figures = in_turn({"a": contender("a"), "b": contender("b")}, 3)
     assert figures == {"a": [1, 2, 3], "b": [1, 2, 3]}
     assert calls == ["b0", "a0", "a1", "b1", "b2", "a2", "a3", "b3"]
 
