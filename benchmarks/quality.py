@@ -33,7 +33,7 @@ from benchmarks.support.quality_budgets import (
     measure_frontier,
     measure_targets,
 )
-from benchmarks.support.quality_chart import chart
+from benchmarks.support.quality_chart import save_chart
 from benchmarks.support.quality_eight import measure_eight
 from benchmarks.support.quality_fidelity import Amount, Subject, measure_alike, measure_types, prepared
 from benchmarks.support.quality_kept import comparable, joined, kept_parts, oldest_of
@@ -222,7 +222,7 @@ def save(parts: Mapping[str, Part], tables: Mapping[str, str]) -> None:
     summary = {SUMMARY: summary_table(parts)}
     for path in SUMMARIZED:
         path.write_text(with_tables(path.read_text(encoding="utf-8"), summary), encoding="utf-8")
-    CHART.write_text(chart(parts["reference"]), encoding="utf-8")
+    save_chart(parts["reference"], CHART)
     FIGURES.write_text(json.dumps(figures, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
