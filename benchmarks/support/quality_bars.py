@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.support.quality_rows import FidelityRow, Part, SpeedRow
-from benchmarks.support.quality_types import BASE, OURS, Variant
+from benchmarks.support.quality_figures import FidelityRow, Part, SpeedRow
+from benchmarks.support.quality_recipes import BASE, OURS, Variant
 from benchmarks.support.runner import Bar, is_difference, off_by
 
 _DRAWS, _SEED = 10_000, 0
@@ -60,11 +60,6 @@ BARS: Mapping[str, Mapping[str, Bar]] = {
 """
 BETTER: Mapping[str, str] = {"q4-small": "IQ4_XS", "q8": "Q8_0"}
 """Whose divergence a recipe's must be below."""
-ALIKE: Sequence[tuple[str, str]] = (
-    *((word, BASE) for word in BARS),
-    *((word, other) for word, other in BETTER.items() if word in BARS),
-)
-"""Recipes, and what each is held against with the recipe's types for embedding and output."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from benchmarks.support.quality_rows import FidelityRow, Part
-from benchmarks.support.quality_types import OURS
+from benchmarks.support.quality_figures import FidelityRow, Part
+from benchmarks.support.quality_recipes import OURS
 
 _MOST_BITS = 6.2
 """Types with more are listed below the chart: they would push all others into a corner."""
