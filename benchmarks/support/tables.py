@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 from rich.console import Console
 from rich.table import Table
@@ -37,6 +38,16 @@ def markdown(heads: Sequence[str], sides: str, rows: Iterable[Sequence[str]]) ->
     marks = {"l": "---", "r": "---:"}
     lines = [heads, [marks[side] for side in sides], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+Column: TypeAlias = tuple[str, str, Callable[[Any], str]]
+"""Its head, its side, and the cell of a row."""
+
+
+def markdown_of(columns: Sequence[Column], rows: Iterable[object]) -> str:
+    """A table in markdown, a line for each row."""
+    heads, sides, cells = zip(*columns, strict=True)
+    return markdown(heads, "".join(sides), [[cell(row) for cell in cells] for row in rows])
 
 
 def with_tables(text: str, tables: Mapping[str, str]) -> str:
