@@ -17,19 +17,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks.make_checkpoint import make_checkpoint
 from benchmarks.support.tables import show
 from dsmoe_local.base.sizes import format_size
+from dsmoe_local.evaluate.speed.machine import cpu_name
 
 CONVERT = "from dsmoe_local.cli.main import convert; convert()"
 QUANTIZE = "from dsmoe_local.cli.main import quantize; quantize()"
@@ -191,31 +190,12 @@ def report(runs: Sequence[Run], compared: dict[str, float], condition: str) -> N
         print(f"{name.replace('_', ' ')}: {value:.2f}")
     record = {
         "benchmark": "convert",
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "machine": {"processor": cpu_name(), "cores": os.cpu_count()},
         "page_cache": condition,
         "runs": [asdict(run) for run in runs],
         **compared,
     }
     print(json.dumps(record))
-
-
-def make_checkpoint(folder: Path, layers: int, tokenizer: Path | None) -> None:
-    """Run the script beside this one."""
-    script = Path(__file__).with_name("make_checkpoint.py")
-    command = [sys.executable, str(script), str(folder), "--layers", str(layers), "--shards", "2"]
-    if tokenizer is not None:
-        command += ["--tokenizer", str(tokenizer)]
-    subprocess.run(command, check=True, stdout=sys.stderr)
-
-
-@contextmanager
-def work_folder(parent: Path | None) -> Iterator[Path]:
-    """A folder for outputs that is gone afterwards, whatever happens."""
-    folder = Path(tempfile.mkdtemp(prefix="dsmoe-bench-", dir=parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def main() -> None:
@@ -233,11 +213,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if (arguments.checkpoint is None) == (arguments.layers is None):
         parser.error("give a checkpoint, or --layers to make one")
-    with work_folder(arguments.work) as work:
-        checkpoint = arguments.checkpoint
+    with tempfile.TemporaryDirectory(prefix="dsmoe-bench-", dir=arguments.work) as name:
+        work, checkpoint = Path(name), arguments.checkpoint
         if checkpoint is None:
             checkpoint = work / "checkpoint"
-            make_checkpoint(checkpoint, arguments.layers, arguments.tokenizer)
+            make_checkpoint(checkpoint, layers=arguments.layers, shards=2, tokenizer=arguments.tokenizer)
         bench = Bench(checkpoint, work, arguments.threads, arguments.llama_cpp, arguments.llama_cpp_python)
         runs = measure_all(bench, arguments.also)
     dropped = hasattr(os, "posix_fadvise")

@@ -26,7 +26,8 @@ import llama_cpp  # noqa: TID251 - a measurement through the bindings alone, not
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.support import tables
+from benchmarks.support.bare import silence
+from benchmarks.support.tables import show
 from dsmoe_convert.convert import ConvertOptions, RunOptions, convert_folder
 from dsmoe_convert.demo import calibration
 from dsmoe_convert.demo.calibration import N_ROUTED_EXPERTS, Calibration
@@ -54,15 +55,10 @@ class Row:
     """Standard error of the perplexity, as a share of it."""
 
 
-@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
-def _silent(level: int, text: bytes, data: ctypes.c_void_p) -> None:
-    """llama.cpp's log has no place in a table."""
-
-
 @contextmanager
 def _context(path: Path, n_active: int, n_tokens: int, n_threads: int) -> Iterator[ctypes.c_void_p]:
     """A llama.cpp context; `n_active` above 0 replaces the experts per token that the file asks for."""
-    llama_cpp.llama_log_set(_silent, ctypes.c_void_p(0))
+    silence()
     parameters = llama_cpp.llama_model_default_params()
     overrides = (llama_cpp.llama_model_kv_override * 2)()
     if n_active:
@@ -156,7 +152,7 @@ def measure(folder: Path, windows: Windows, n_threads: int) -> Iterator[Row]:
         yield row("demo, random router", "f32", path, active)
 
 
-def show(rows: list[Row], windows: Windows) -> None:
+def show_rows(rows: list[Row], windows: Windows) -> None:
     """The table on stdout."""
     counted = f"{windows.size} tokens in windows of {windows.shape[1]}"
     dense = rows[0].perplexity
@@ -172,7 +168,7 @@ def show(rows: list[Row], windows: Windows) -> None:
         for row in rows
     ]
     heads = ("model", "type", "active experts", "perplexity", "± s.e.", "against dense")
-    tables.show(f"Held-out perplexity in llama.cpp, {counted}", heads, "llrrrr", lines)
+    show(f"Held-out perplexity in llama.cpp, {counted}", heads, "llrrrr", lines)
 
 
 def main() -> int:
@@ -190,7 +186,7 @@ def main() -> int:
         for row in measure(Path(folder), windows, options.threads):
             rows.append(row)
             print(f"{row.model} {row.type} {row.active}: {row.perplexity:.3f}", file=sys.stderr)
-    show(rows, windows)
+    show_rows(rows, windows)
     result = {
         "command": f"{COMMAND} --windows {len(windows)}",
         "tokens": int(windows.size),
