@@ -71,17 +71,8 @@ class Bench:
     def ours(self, _: int = 0) -> float:
         """Tokens a second of `dsmoe imatrix`."""
         command: Command = [_program("dsmoe"), "imatrix", self.model, "--text", self.text]
-        command += [
-            "--json",
-            "--force",
-            "-o",
-            self.files["ours"],
-            "-c",
-            str(self.n_context),
-            "--chunks",
-            str(self.n_chunks),
-        ]
-        command += ["-t", str(self.n_threads)]
+        command += ["--json", "--force", "-o", self.files["ours"], "-c", str(self.n_context)]
+        command += ["--chunks", str(self.n_chunks), "-t", str(self.n_threads)]
         said = json.loads(finished(command).stdout)
         if said["n_windows"] != self.n_chunks:
             raise Failure(f"the text fills {said['n_windows']} windows: use --chunks, or a longer --text")
