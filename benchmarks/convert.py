@@ -17,21 +17,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
+from benchmarks.make_checkpoint import make_checkpoint
+from benchmarks.support.tables import show
 from dsmoe_local.base.sizes import format_size
+from dsmoe_local.evaluate.speed.machine import cpu_name
 
 CONVERT = "from dsmoe_local.cli.main import convert; convert()"
 QUANTIZE = "from dsmoe_local.cli.main import quantize; quantize()"
@@ -173,48 +170,32 @@ def ratios(runs: Sequence[Run]) -> dict[str, float]:
     return {name: round(value, 3) for name, value in found.items()}
 
 
-def show(runs: Sequence[Run], compared: dict[str, float], condition: str) -> None:
+def report(runs: Sequence[Run], compared: dict[str, float], condition: str) -> None:
     """The table, then the JSON line."""
-    table = Table(title=f"Conversion and quantization ({condition})")
-    table.add_column("tool", no_wrap=True)
-    table.add_column("task", no_wrap=True)
-    for heading in ("seconds", "CPU s", "input/s", "output", "peak memory"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for run in runs:
-        rate = f"{format_size(run.rate)}/s"
-        sizes = (format_size(run.output_bytes), format_size(run.peak_bytes))
-        table.add_row(run.tool, run.task, f"{run.seconds:.1f}", f"{run.cpu_seconds:.1f}", rate, *sizes)
-    console = Console(width=110)
-    console.print(table)
+    rows = [
+        (
+            run.tool,
+            run.task,
+            f"{run.seconds:.1f}",
+            f"{run.cpu_seconds:.1f}",
+            f"{format_size(run.rate)}/s",
+            format_size(run.output_bytes),
+            format_size(run.peak_bytes),
+        )
+        for run in runs
+    ]
+    heads = ("tool", "task", "seconds", "CPU s", "input/s", "output", "peak memory")
+    show(f"Conversion and quantization ({condition})", heads, "llrrrrr", rows)
     for name, value in compared.items():
-        console.print(f"{name.replace('_', ' ')}: {value:.2f}")
+        print(f"{name.replace('_', ' ')}: {value:.2f}")
     record = {
         "benchmark": "convert",
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "machine": {"processor": cpu_name(), "cores": os.cpu_count()},
         "page_cache": condition,
         "runs": [asdict(run) for run in runs],
         **compared,
     }
     print(json.dumps(record))
-
-
-def make_checkpoint(folder: Path, layers: int, tokenizer: Path | None) -> None:
-    """Run the script beside this one."""
-    script = Path(__file__).with_name("make_checkpoint.py")
-    command = [sys.executable, str(script), str(folder), "--layers", str(layers), "--shards", "2"]
-    if tokenizer is not None:
-        command += ["--tokenizer", str(tokenizer)]
-    subprocess.run(command, check=True, stdout=sys.stderr)
-
-
-@contextmanager
-def work_folder(parent: Path | None) -> Iterator[Path]:
-    """A folder for outputs that is gone afterwards, whatever happens."""
-    folder = Path(tempfile.mkdtemp(prefix="dsmoe-bench-", dir=parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def main() -> None:
@@ -232,15 +213,15 @@ def main() -> None:
     arguments = parser.parse_args()
     if (arguments.checkpoint is None) == (arguments.layers is None):
         parser.error("give a checkpoint, or --layers to make one")
-    with work_folder(arguments.work) as work:
-        checkpoint = arguments.checkpoint
+    with tempfile.TemporaryDirectory(prefix="dsmoe-bench-", dir=arguments.work) as name:
+        work, checkpoint = Path(name), arguments.checkpoint
         if checkpoint is None:
             checkpoint = work / "checkpoint"
-            make_checkpoint(checkpoint, arguments.layers, arguments.tokenizer)
+            make_checkpoint(checkpoint, layers=arguments.layers, shards=2, tokenizer=arguments.tokenizer)
         bench = Bench(checkpoint, work, arguments.threads, arguments.llama_cpp, arguments.llama_cpp_python)
         runs = measure_all(bench, arguments.also)
     dropped = hasattr(os, "posix_fadvise")
-    show(runs, ratios(runs), "inputs not in the page cache" if dropped else "page cache as it comes")
+    report(runs, ratios(runs), "inputs not in the page cache" if dropped else "page cache as it comes")
 
 
 if __name__ == "__main__":

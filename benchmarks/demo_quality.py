@@ -25,9 +25,9 @@ from pathlib import Path
 import llama_cpp  # noqa: TID251 - a measurement through the bindings alone, not through our engine
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.support.bare import silence
+from benchmarks.support.tables import show
 from dsmoe_convert.convert import ConvertOptions, RunOptions, convert_folder
 from dsmoe_convert.demo import calibration
 from dsmoe_convert.demo.calibration import N_ROUTED_EXPERTS, Calibration
@@ -55,15 +55,10 @@ class Row:
     """Standard error of the perplexity, as a share of it."""
 
 
-@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
-def _silent(level: int, text: bytes, data: ctypes.c_void_p) -> None:
-    """llama.cpp's log has no place in a table."""
-
-
 @contextmanager
 def _context(path: Path, n_active: int, n_tokens: int, n_threads: int) -> Iterator[ctypes.c_void_p]:
     """A llama.cpp context; `n_active` above 0 replaces the experts per token that the file asks for."""
-    llama_cpp.llama_log_set(_silent, ctypes.c_void_p(0))
+    silence()
     parameters = llama_cpp.llama_model_default_params()
     overrides = (llama_cpp.llama_model_kv_override * 2)()
     if n_active:
@@ -157,15 +152,12 @@ def measure(folder: Path, windows: Windows, n_threads: int) -> Iterator[Row]:
         yield row("demo, random router", "f32", path, active)
 
 
-def show(rows: list[Row], windows: Windows) -> None:
+def show_rows(rows: list[Row], windows: Windows) -> None:
     """The table on stdout."""
     counted = f"{windows.size} tokens in windows of {windows.shape[1]}"
-    table = Table(title=f"Held-out perplexity in llama.cpp, {counted}")
-    for heading in ("model", "type", "active experts", "perplexity", "± s.e.", "against dense"):
-        table.add_column(heading, justify="left" if heading in ("model", "type") else "right")
     dense = rows[0].perplexity
-    for row in rows:
-        table.add_row(
+    lines = [
+        (
             row.model,
             row.type,
             f"{row.active} of {row.experts}" if row.experts else "dense",
@@ -173,7 +165,10 @@ def show(rows: list[Row], windows: Windows) -> None:
             f"{row.perplexity * row.relative_error:.2f}",
             f"x {row.perplexity / dense:.3f}",
         )
-    Console().print(table)
+        for row in rows
+    ]
+    heads = ("model", "type", "active experts", "perplexity", "± s.e.", "against dense")
+    show(f"Held-out perplexity in llama.cpp, {counted}", heads, "llrrrr", lines)
 
 
 def main() -> int:
@@ -191,7 +186,7 @@ def main() -> int:
         for row in measure(Path(folder), windows, options.threads):
             rows.append(row)
             print(f"{row.model} {row.type} {row.active}: {row.perplexity:.3f}", file=sys.stderr)
-    show(rows, windows)
+    show_rows(rows, windows)
     result = {
         "command": f"{COMMAND} --windows {len(windows)}",
         "tokens": int(windows.size),

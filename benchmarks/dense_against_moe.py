@@ -26,13 +26,14 @@ from typing import TypeAlias
 import numpy as np
 
 from benchmarks.support.random_models import Shape, measure_speed, model_file, shape_of
-from benchmarks.support.rows import say
+from benchmarks.support.runner import in_turn, say
+from benchmarks.support.tables import markdown
 from dsmoe_local.base.progress import Note
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.engine.load.machine import physical_cores
 from dsmoe_local.evaluate.speed.machine import look_at_machine
 from dsmoe_local.evaluate.speed.output import as_markdown
-from dsmoe_local.evaluate.speed.results import ModelSpeed, Speed
+from dsmoe_local.evaluate.speed.results import ModelSpeed
 from dsmoe_local.evaluate.speed.workload import Workload, workloads_of
 
 MOE = "deepseekmoe-16b"
@@ -110,21 +111,22 @@ def main() -> None:
     machine = look_at_machine(
         given.threads, lambda event: say(event.text) if isinstance(event, Note) else None
     )
-    rounds: list[Measured] = []
-    for number in range(given.rounds):
-        measured: dict[tuple[str, int], ModelSpeed] = {}
-        for shape, layers, path in files[:: 1 if number % 2 else -1]:
-            speed = measure_speed(path, workloads, given.repetitions, given.threads)
-            say(f"round {number + 1}: {path.stem} {', '.join(map(_told, speed.speeds))}")
-            measured[shape.name, layers] = speed
-        rounds.append(measured)
-    models = [joined([each[shape.name, layers] for each in rounds]) for shape, layers, _ in files]
+    contenders = {
+        path.stem: lambda _, path=path: measure_speed(path, workloads, given.repetitions, given.threads)
+        for _, _, path in files
+    }
+    speeds = in_turn(contenders, given.rounds, n_warm_up=0, told=_told)
+    rounds: list[Measured] = [
+        {(shape.name, layers): speeds[path.stem][number] for shape, layers, path in files}
+        for number in range(given.rounds)
+    ]
+    models = [joined(speeds[path.stem]) for _, _, path in files]
     print(as_markdown(machine, models))
     report(given, shapes, workloads, rounds, load)
 
 
-def _told(speed: Speed) -> str:
-    return f"{speed.workload.label} {speed.rate:.1f}"
+def _told(model: ModelSpeed) -> str:
+    return ", ".join(f"{speed.workload.label} {speed.rate:.1f}" for speed in model.speeds)
 
 
 def of(shape: Shape, measured: Measured) -> dict[int, ModelSpeed]:
@@ -149,33 +151,29 @@ def report(
     how = "measured" if given.layers == "all" else f"extrapolated from {given.layers} layers"
     names = [f"{shape.name} ({shape.hp.n_layers} layers)" for shape in shapes]
     print(f"\nWhole models, {how}, {given.type}, {given.threads} threads:\n")
-    print(f"| | {names[0]} | {names[1]} | ratio | paper |\n| - | -: | -: | -: | -: |")
+    rows: list[tuple[str, ...]] = []
     result: dict[str, object] = {}
     for at, workload in enumerate(workloads):
         pairs = [each for measured in rounds if (each := pair_of(shapes, measured, at)) is not None]
+        label, paper = f"{workload.label}, t/s", f"nearly {PAPER} x"
         if not pairs:
-            print(f"| {workload.label}, t/s | too scattered to tell | | | nearly {PAPER} x |")
+            rows.append((label, "too scattered to tell", "", "", paper))
             result[workload.label] = None
             continue
         # The median of the rounds' own ratios: both sides saw the same machine then.
         ratio = statistics.median(dense / moe for moe, dense in pairs)
-        rates = [1 / statistics.median(pair[side] for pair in pairs) for side in range(len(shapes))]
-        print(
-            f"| {workload.label}, t/s | {rates[0]:.1f} | {rates[1]:.1f} | {ratio:.2f} x | nearly {PAPER} x |"
-        )
-        figures = {"moe": round(rates[0], 3), "dense": round(rates[1], 3), "ratio": round(ratio, 4)}
-        result[workload.label] = figures
-    n_bytes = [
+        moe, dense = (1 / statistics.median(pair[side] for pair in pairs) for side in range(len(shapes)))
+        rows.append((label, f"{moe:.1f}", f"{dense:.1f}", f"{ratio:.2f} x", paper))
+        result[workload.label] = {"moe": round(moe, 3), "dense": round(dense, 3), "ratio": round(ratio, 4)}
+    moe, dense = (
         at_layers(
             {layers: each.reads.n_bytes for layers, each in of(shape, rounds[0]).items()}, shape.hp.n_layers
         )
         for shape in shapes
-    ]
-    print(
-        f"| read per token | {format_size(n_bytes[0])} | {format_size(n_bytes[1])} | "
-        f"{n_bytes[1] / n_bytes[0]:.2f} x | |"
     )
-    result |= {"moe_bytes_per_token": round(n_bytes[0]), "dense_bytes_per_token": round(n_bytes[1])}
+    rows.append(("read per token", format_size(moe), format_size(dense), f"{dense / moe:.2f} x", ""))
+    print(markdown(("", *names, "ratio", "paper"), "lrrrr", rows))
+    result |= {"moe_bytes_per_token": round(moe), "dense_bytes_per_token": round(dense)}
     settings = {"dense": given.dense, "type": given.type, "layers": given.layers, "threads": given.threads}
     print(json.dumps({**settings, "rounds": given.rounds, "load_before": round(load, 2), "result": result}))
 

@@ -14,7 +14,6 @@ measured from the caller's side, through the client unless --engine says otherwi
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import time
@@ -25,7 +24,8 @@ from benchmarks.make_checkpoint import make_checkpoint
 from benchmarks.support.bare import read_vocabulary
 from benchmarks.support.measures import MEASURES, QUICK, Bench, Sizes
 from benchmarks.support.ours import LOADERS
-from benchmarks.support.rows import Row, say, show
+from benchmarks.support.runner import Row, say
+from benchmarks.support.tables import report
 from benchmarks.support.workloads import Corpus, help_texts
 from dsmoe_convert.convert import ConvertOptions, RunOptions, convert_folder
 from dsmoe_local.base.paths import cache_folder, demo_folder
@@ -130,21 +130,14 @@ def main() -> None:
             rows += MEASURES[name](bench)
     finally:
         # A run takes long: what was measured is shown even if something ends it early.
-        report(given, bench, load, rows)
-
-
-def report(given: argparse.Namespace, bench: Bench, load: float, rows: list[Row]) -> None:
-    """The table and the line."""
-    show(f"{bench.path.name}, {given.threads} threads, ours: {given.engine}", rows)
-    result = {
-        "model": bench.path.name,
-        "threads": given.threads,
-        "engine": given.engine,
-        "load_before": round(load, 2),
-        "rounds": bench.sizes.rounds,
-        "rows": [row.as_json() for row in rows],
-    }
-    print(json.dumps(result))
+        record = {
+            "model": path.name,
+            "threads": given.threads,
+            "engine": given.engine,
+            "load_before": round(load, 2),
+            "rounds": bench.sizes.rounds,
+        }
+        report(f"{path.name}, {given.threads} threads, ours: {given.engine}", rows, record)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -32,9 +31,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.support.rows import Bar, Row, compare, in_turn, say, show
-from benchmarks.support.tools import Failure, find_program
+from benchmarks.support.runner import Bar, Row, compare, in_turn, say
+from benchmarks.support.tables import report
+from benchmarks.support.tools import Failure, find_program, finished
 from dsmoe_local.engine.load.machine import physical_cores
+from dsmoe_local.evaluate.speed.machine import cpu_name
 from dsmoe_local.evaluate.text import read_text
 from dsmoe_quantize.imatrix import Imatrix, Statistics
 from dsmoe_quantize.imatrix_file import read_imatrix
@@ -69,21 +70,10 @@ class Bench:
 
     def ours(self, _: int = 0) -> float:
         """Tokens a second of `dsmoe imatrix`."""
-        command: Command = [
-            _program("dsmoe"),
-            "imatrix",
-            self.model,
-            "--text",
-            self.text,
-            "--json",
-            "--force",
-        ]
-        command += ["-o", self.files["ours"], "-c", str(self.n_context), "--chunks", str(self.n_chunks)]
-        command += ["-t", str(self.n_threads)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise Failure(f"dsmoe imatrix failed: {done.stderr[-600:]}")
-        said = json.loads(done.stdout)
+        command: Command = [_program("dsmoe"), "imatrix", self.model, "--text", self.text]
+        command += ["--json", "--force", "-o", self.files["ours"], "-c", str(self.n_context)]
+        command += ["--chunks", str(self.n_chunks), "-t", str(self.n_threads)]
+        said = json.loads(finished(command).stdout)
         if said["n_windows"] != self.n_chunks:
             raise Failure(f"the text fills {said['n_windows']} windows: use --chunks, or a longer --text")
         return float(said["tokens_per_second"])
@@ -180,9 +170,7 @@ def _quantizers(bench: Bench, kind: str, matrix: Path | None) -> dict[str, Comma
 def _processor_seconds(command: Command, _: int) -> float:
     """Of a whole process, all threads together: what else the machine does hardly changes it."""
     before = _of_children()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise Failure(f"{command[0]} failed with exit status {done.returncode}: {done.stderr[-600:]}")
+    finished(command)
     return _of_children() - before
 
 
@@ -220,11 +208,10 @@ def main() -> int:
         model, build = arguments.model.resolve(), arguments.llama_cpp
         bench = Bench(model, text, build, folder, arguments.chunks, arguments.context, arguments.threads)
         rows = measure(bench, arguments)
-    show(f"{bench.model.name}, {bench.n_threads} threads, median of {arguments.rounds} rounds", rows)
-    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    machine = {"processor": cpu_name(), "cores": os.cpu_count()}
     settings = {name: getattr(arguments, name) for name in ("chunks", "context", "threads", "rounds")}
     record = {"benchmark": "imatrix", "model": bench.model.name, "machine": machine, **settings}
-    print(json.dumps(record | {"rows": [row.as_json() for row in rows]}))
+    report(f"{model.name}, {bench.n_threads} threads, median of {arguments.rounds} rounds", rows, record)
     return 1 if any(row.passed is False for row in rows) else 0
 
 

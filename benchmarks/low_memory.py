@@ -23,9 +23,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+from benchmarks.support.runner import in_turn
+from benchmarks.support.tables import show
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.engine import native
 from dsmoe_local.engine.load.machine import physical_cores
@@ -172,35 +175,28 @@ def read_ahead(path: Path) -> str:
 
 def run(args: argparse.Namespace) -> None:
     """Measure in turn, print medians."""
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
-    killed = dict.fromkeys(SIDES, 0)
-    for seed in range(args.repeat):
-        for name in SIDES:
-            if killed[name]:
-                continue
-            result = measure(name, args, seed)
-            if result is None:
-                killed[name] += 1
-            else:
-                runs[name].append(result)
-    summary: dict[str, Any] = {
-        name: {key: statistics.median(one[key] for one in found) for key in found[0]}
-        for name, found in runs.items()
-        if found
+    killed: set[str] = set()
+
+    def attempt(name: str, number: int) -> dict[str, float] | None:
+        """None once the side was killed: it would be killed again."""
+        result = None if name in killed else measure(name, args, number)
+        if result is None:
+            killed.add(name)
+        return result
+
+    runs = in_turn({name: partial(attempt, name) for name in SIDES}, args.repeat, n_warm_up=0)
+    summary = {
+        name: {key: statistics.median(run[key] for run in found) for key in found[0]}
+        for name, each in runs.items()
+        if (found := [run for run in each if run is not None])
     }
-    limit = args.share * args.model.stat().st_size
-    print(f"{format_size(int(limit))} of memory, {args.threads} threads, read-ahead {read_ahead(args.model)}")
-    print(f"{'':34}{'tokens/s':>9}{'prompt':>9}{'read/token':>12}{'faults':>8}{'load':>8}")
-    for name, title in SIDES.items():
-        if killed[name]:
-            print(f"{title:34}   killed for memory")
-            continue
-        found = summary[name]
-        print(
-            f"{title:34}{found['decode']:9.2f}{found['prompt']:9.1f}"
-            f"{format_size(int(found['read_per_token'])):>12}{found['faults_per_token']:8.1f}"
-            f"{found['load_seconds']:7.1f}s"
-        )
+    limit = format_size(int(args.share * args.model.stat().st_size))
+    show(
+        f"{limit} of memory, {args.threads} threads, read-ahead {read_ahead(args.model)}",
+        ("", "tokens/s", "prompt", "read/token", "faults", "load"),
+        "lrrrrr",
+        [cells(title, None if name in killed else summary[name]) for name, title in SIDES.items()],
+    )
     ratios = {
         name: summary["ours"]["decode"] / summary[name]["decode"]
         for name in ("default", "mapped")
@@ -208,7 +204,21 @@ def run(args: argparse.Namespace) -> None:
     }
     for name, ratio in ratios.items():
         print(f"ours / {SIDES[name]}: {ratio:.2f} (bar {BAR})")
-    print(json.dumps({"killed": killed, "ratios": ratios, "bar": BAR, **summary}))
+    print(json.dumps({"killed": sorted(killed), "ratios": ratios, "bar": BAR, **summary}))
+
+
+def cells(title: str, found: dict[str, float] | None) -> tuple[str, ...]:
+    """A side's row of the table; None for one that was killed."""
+    if found is None:
+        return title, "killed for memory", "", "", "", ""
+    return (
+        title,
+        f"{found['decode']:.2f}",
+        f"{found['prompt']:.1f}",
+        format_size(int(found["read_per_token"])),
+        f"{found['faults_per_token']:.1f}",
+        f"{found['load_seconds']:.1f} s",
+    )
 
 
 def main() -> None:

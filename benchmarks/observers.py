@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.support.runner import in_turn
+from benchmarks.support.tables import show
 from dsmoe_local.engine import native
 from dsmoe_local.engine.load.machine import physical_cores
 from dsmoe_local.engine.observe.dispatcher import Dispatcher
@@ -27,6 +29,7 @@ from dsmoe_local.model.hyperparameters import Hyperparameters
 
 PROMPT = 16
 LOOKS = 9
+N_WARM_UP = 4
 
 
 class Side:
@@ -54,17 +57,15 @@ class Side:
         )
         self.context = native.Context(model, options)
         self.clock = time.thread_time if threads == 1 else time.perf_counter
-        self.seconds: list[float] = []
 
-    def step(self, rows: list[native.Row], *, counted: bool) -> None:
-        """Decode as the engine does, timed."""
+    def step(self, rows: list[native.Row]) -> float:
+        """Decode as the engine does; the seconds that it takes."""
         begin = self.clock()
         self.dispatcher.before_step(rows)
         assert self.context.decode(rows) == native.DECODED
         logits = self.context.logits()
         self.dispatcher.after_step(rows, logits)
-        if counted:
-            self.seconds.append(self.clock() - begin)
+        return self.clock() - begin
 
     def look(self, name: str) -> float:
         """Seconds that a summary takes."""
@@ -88,15 +89,22 @@ def compare(
         for sequence in range(n_sequences):
             prompt = generator.integers(10, hp.n_vocab, PROMPT).tolist()
             for side in sides:
-                side.step([native.Row(sequence, 0, prompt, 1)], counted=False)
-        for step in range(n_steps):
-            tokens = generator.integers(10, hp.n_vocab, n_sequences).tolist()
-            rows = [native.Row(sequence, PROMPT + step, [token], 1) for sequence, token in enumerate(tokens)]
-            for side in sides if step % 2 else sides[::-1]:
-                side.step(rows, counted=step >= 4)
-        plain = statistics.median(sides[0].seconds)
+                side.step([native.Row(sequence, 0, prompt, 1)])
+        tokens = generator.integers(10, hp.n_vocab, (n_steps, n_sequences)).tolist()
+
+        def rows_of(number: int) -> list[native.Row]:
+            at = number + N_WARM_UP - 1
+            position = PROMPT + at
+            return [native.Row(sequence, position, [token], 1) for sequence, token in enumerate(tokens[at])]
+
+        contenders = {
+            "plain": lambda number: sides[0].step(rows_of(number)),
+            "observed": lambda number: sides[1].step(rows_of(number)),
+        }
+        seconds = in_turn(contenders, n_steps - N_WARM_UP, n_warm_up=N_WARM_UP, told=None)
+        plain = statistics.median(seconds["plain"])
         # Their mean: one step in eight is observed in detail, which a median would miss.
-        differences = np.subtract(sides[1].seconds, sides[0].seconds)
+        differences = np.subtract(seconds["observed"], seconds["plain"])
         low, high = np.quantile(differences, (0.05, 0.95))
         observed = plain + float(differences[(differences >= low) & (differences <= high)].mean())
         return plain, observed, statistics.median(sides[1].look(name) for _ in range(LOOKS))
@@ -119,20 +127,20 @@ def main() -> None:
     _, hp = read_model(arguments.model)
     model = native.Model(arguments.model)
     results = []
-    print(
-        f"{'observer':14}{'sequences':>10}{'plain ms':>10}{'observed ms':>13}{'cost':>8}{'look ms':>9}   bar"
-    )
+    lines = []
     for name in arguments.only.split(","):
         for count in map(int, arguments.sequences.split(",")):
             plain, observed, look = compare(model, hp, name, count, arguments.steps, arguments.threads)
             cost = observed / plain - 1
             bar = "5 %" if name == "routing" else ""
-            times = f"{plain * 1e3:>10.2f}{observed * 1e3:>13.2f}{cost:>8.1%}{look * 1e3:>9.2f}"
-            print(f"{name:14}{count:>10}{times}   {bar}")
+            times = (f"{1e3 * plain:.2f}", f"{1e3 * observed:.2f}", f"{cost:.1%}", f"{1e3 * look:.2f}")
+            lines.append((name, str(count), *times, bar))
             results.append(
                 {"observer": name, "sequences": count, "plain": plain, "observed": observed, "look": look}
             )
     model.close()
+    heads = ("observer", "sequences", "plain ms", "observed ms", "cost", "look ms", "bar")
+    show(f"{arguments.model.name}, {arguments.threads} threads", heads, "lrrrrrl", lines)
     print(json.dumps({"model": arguments.model.name, "n_layers": hp.n_layers, "results": results}))
 
 

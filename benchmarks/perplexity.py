@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.support.rows import Bar, Row, say, show
+from benchmarks.support.runner import Bar, Row, say
+from benchmarks.support.tables import report
 from benchmarks.support.tools import Failure, find_program, finished
 from dsmoe_local.engine.load.machine import physical_cores
 from dsmoe_local.evaluate.speed.machine import cpu_name
@@ -104,9 +105,8 @@ def main() -> int:
         path.write_text(f"{text.content}\n", encoding="utf-8")
         bench = Bench(path, given.llama_cpp, folder, numbers, given.against)
         rows = [row for model in given.models for row in bench.rows(model)]
-    show(f"{text.name}, {given.chunks} windows of {given.context} tokens", rows)
-    told = [row.as_json() for row in rows]
-    print(json.dumps({"benchmark": "perplexity", "cpu": cpu_name(), "rows": told}))
+    title = f"{text.name}, {given.chunks} windows of {given.context} tokens"
+    report(title, rows, {"benchmark": "perplexity", "cpu": cpu_name()})
     return 1 if any(row.passed is False for row in rows) else 0
 
 

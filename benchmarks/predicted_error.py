@@ -19,9 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.support.tables import show
 from dsmoe_local.base.errors import DsmoeError, UsageError
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions
@@ -57,6 +56,17 @@ class Row:
     def ratio(self) -> float | None:
         """Predicted by measured; None where one of them is nothing."""
         return self.predicted / self.measured if min(self.predicted, self.measured) > 0 else None
+
+    def cells(self) -> tuple[str, ...]:
+        """For the table."""
+        return (
+            self.type,
+            f"{self.bits_per_weight:.2f}",
+            f"{self.predicted:.3g}",
+            f"{self.measured:.3g}",
+            f"{self.measured_error:.1g}",
+            "-" if self.ratio is None else f"{self.ratio:.2f}",
+        )
 
     def as_json(self) -> dict[str, object]:
         """For the line at the end."""
@@ -149,23 +159,6 @@ def mean_log_ratio(rows: Sequence[Row]) -> float | None:
     return round(sum(logs) / len(logs), 4) if logs else None
 
 
-def show(rows: Sequence[Row]) -> None:
-    """The table on stdout."""
-    table = Table(title="Mean KL divergence, nats", title_justify="left", title_style="", box=None)
-    for heading in ("type", "bits per weight", "predicted", "measured", "± s.e.", "ratio"):
-        table.add_column(heading, justify="left" if heading == "type" else "right")
-    for row in rows:
-        table.add_row(
-            row.type,
-            f"{row.bits_per_weight:.2f}",
-            f"{row.predicted:.3g}",
-            f"{row.measured:.3g}",
-            f"{row.measured_error:.1g}",
-            "-" if row.ratio is None else f"{row.ratio:.2f}",
-        )
-    Console().print(table)
-
-
 def main() -> int:
     """Measure and print."""
     form = argparse.RawDescriptionHelpFormatter
@@ -190,7 +183,8 @@ def main() -> int:
                 print(f"{rows[-1].type}: {rows[-1].measured:.4g}", file=sys.stderr)
     except DsmoeError as error:
         parser.exit(error.exit_code, f"{error}\n")
-    show(rows)
+    heads = ("type", "bits per weight", "predicted", "measured", "± s.e.", "ratio")
+    show("Mean KL divergence, nats", heads, "lrrrrr", [row.cells() for row in rows])
     result = {
         "benchmark": "predicted_error",
         "model": options.model.stem,

@@ -4,14 +4,15 @@
     python -m benchmarks.quality                            everything, then all tables and bars
     python -m benchmarks.quality --parts reference,sizes    some parts; the others as they were kept
     python -m benchmarks.quality --parts none --save        none anew; write the tables and the chart to docs
+    python -m benchmarks.quality --published --save         tables and chart from docs/quality.json
     python -m benchmarks.quality --quick                    does it run? the figures mean nothing
 
 Parts: `reference`, the trained model, and what the solver makes of budgets for it; `steps`, what another type
 for one kind of group would change in a recipe; `demo`, the model of `dsmoe demo`; `sizes` of the whole 16B
 shape; `speed` on the 16B shape with a few layers and random weights; `points`, other choices, by all of them.
-Each is kept in the cache folder as JSON. A part that is measured anew keeps rows of the same model, text and
-types (`--again` measures them, too); a part that is incomplete, of types that have changed since, of another
-version of llama.cpp, or of another model than the others is refused.
+Parts are kept in the cache folder as JSON, and so is the row of each file that was compared: it is not
+measured again for the same model, text and types (`--again` does). A part that is incomplete, of types that
+have changed since, of another version of llama.cpp, or of another model than the others is refused.
 
 The tables, what missed its bar, and one JSON line.
 """
@@ -21,42 +22,42 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from benchmarks.support.quality_bars import targets_hold, verdicts
-from benchmarks.support.quality_budgets import (
-    FRONTIER,
-    TARGETS,
-    costs_from,
-    measure_frontier,
-    measure_targets,
-)
-from benchmarks.support.quality_chart import chart
-from benchmarks.support.quality_document import with_tables
-from benchmarks.support.quality_eight import measure_eight
-from benchmarks.support.quality_fidelity import Amount, Subject, measure_alike, measure_types, prepared
-from benchmarks.support.quality_kept import comparable, joined, kept_parts, oldest_of
-from benchmarks.support.quality_points import measure_points, time_points
-from benchmarks.support.quality_rows import (
+from benchmarks.support.quality_chart import save_chart
+from benchmarks.support.quality_fidelity import Amount, Kept, Subject, prepared
+from benchmarks.support.quality_figures import (
     PARTS,
     ROOT,
-    FidelityRow,
     Part,
-    SizeRow,
     folder_of,
-    load_part,
+    kept_parts,
+    parse_part,
     part_of,
     save_part,
 )
-from benchmarks.support.quality_speed import Timing, measure_speeds
-from benchmarks.support.quality_steps import measure_steps
+from benchmarks.support.quality_measure import (
+    FRONTIER,
+    TARGETS,
+    costs_from,
+    measure_alike,
+    measure_eight,
+    measure_frontier,
+    measure_points,
+    measure_sizes,
+    measure_steps,
+    measure_targets,
+    measure_types,
+)
+from benchmarks.support.quality_recipes import LARGE, POINTS, variants
+from benchmarks.support.quality_speed import Timing, measure_speeds, time_beside_base
 from benchmarks.support.quality_tables import all_tables, summary_table
-from benchmarks.support.quality_types import LARGE, variants
 from benchmarks.support.reference_shape import CALIBRATION, HELD_OUT, TRAINING, reference_folder
-from benchmarks.support.rows import say
-from benchmarks.support.sizes import size_of
+from benchmarks.support.runner import say
+from benchmarks.support.tables import with_tables
 from dsmoe_convert.demo import corpus
 from dsmoe_convert.demo.build import BuildOptions, build_demo
 from dsmoe_convert.demo.calibration import N_ACTIVE
@@ -86,6 +87,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--parts", default=",".join(PARTS), metavar="P,P|none", help=f"[{','.join(PARTS)}]")
     parser.add_argument("--again", action="store_true", help="measure also what has not changed")
+    parser.add_argument("--published", action="store_true", help="nothing anew; the figures in docs")
     parser.add_argument("--save", action="store_true", help="write tables, chart and figures to docs")
     parser.add_argument(
         "--reference", type=Path, default=reference_folder(), metavar="DIR", help="the trained model [cache]"
@@ -102,7 +104,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=physical_cores(), metavar="N")
     parser.add_argument("--quick", action="store_true", help="little of everything; kept apart")
     given = parser.parse_args()
-    given.parts = [] if given.parts == NONE else given.parts.split(",")
+    given.parts = [] if given.published or given.parts == NONE else given.parts.split(",")
     if min(given.rounds, given.turns) < 1:
         parser.error("--rounds and --turns are 1 at least")
     if unknown := set(given.parts) - set(PARTS):
@@ -133,19 +135,14 @@ def demo_subject() -> Subject:
 
 
 def measure_fidelity(given: argparse.Namespace, subject: Subject) -> Part:
-    """The part of a model with real weights; what there is so far is kept at each step."""
-    name, folder = subject.name, folder_of(quick=given.quick)
-    with prepared(subject, _amount(given, name)) as bench:
+    """The part of a model with real weights."""
+    name = subject.name
+    with prepared(subject, _amount(given, name), _kept(given)) as bench:
         costs = costs_from(given.sensitivity, bench.source) if name == "reference" else None
-        settings, facts = bench.settings(), {**bench.facts(), **subject.facts}
-        known = comparable(load_part(name, folder), settings)
-        taken = None if given.again else known
-
-        def keep(rows: Sequence[FidelityRow]) -> None:
-            save_part(joined(part_of(name, settings, rows, facts=facts), known), folder)
-
-        rows = measure_types(bench, list(variants()), taken, keep)
-        part = part_of(name, settings, rows, facts=facts, oldest=oldest_of(rows, taken))
+        rows = measure_types(bench, variants())
+        facts = {**bench.facts(), **subject.facts}
+        oldest = min(bench.kept.stamps, default="")
+        part = part_of(name, bench.settings(), rows, facts=facts, oldest=oldest)
         if costs is None:
             return part
         bits, shares = (FRONTIER[:2], TARGETS[:1]) if given.quick else (FRONTIER, TARGETS)
@@ -164,45 +161,31 @@ def _amount(given: argparse.Namespace, name: str) -> Amount:
     return Amount(windows, _QUICK_WINDOWS if given.quick else _CALIBRATION_WINDOWS[name], given.threads)
 
 
+def _kept(given: argparse.Namespace) -> Kept:
+    return Kept(folder_of(quick=given.quick), given.again)
+
+
 def measure_step_rows(given: argparse.Namespace) -> Part:
-    """The part of single steps away from recipes, on the text that what errors cost is measured on, too."""
+    """The part of single steps away from recipes, on the text that the costs of errors are measured on."""
     subject = reference_subject(given.reference)
     subject = replace(subject, text=subject.calibration)
-    with prepared(subject, _amount(given, subject.name), imatrix=False) as bench:
+    with prepared(subject, _amount(given, subject.name), _kept(given), imatrix=False) as bench:
         return part_of("steps", bench.settings(), measure_steps(bench, _QUICK_STEPS if given.quick else None))
-
-
-def measure_sizes() -> Part:
-    """The part of the whole 16B shape."""
-    rows = []
-    for variant in variants():
-        size = size_of(LARGE, variant.word, imatrix=variant.imatrix)
-        rows.append(
-            SizeRow(
-                variant.word,
-                variant.imatrix,
-                variant.digest,
-                size.n_bytes,
-                size.bits_per_weight,
-                size.n_bytes_per_token,
-            )
-        )
-    return part_of("sizes", {"shape": LARGE.name}, rows)
 
 
 def measure_speed(given: argparse.Namespace) -> Part:
     """The part of speeds."""
     timing = _timing(given)
-    settings, facts = timing.settings(), timing.facts()
-    return part_of("speed", settings, measure_speeds(timing), facts=facts)
+    facts = timing.facts()
+    return part_of("speed", timing.settings(), measure_speeds(timing), facts=facts)
 
 
 def measure_other_points(given: argparse.Namespace) -> Part:
     """The part of other choices beside the recipes."""
     subject, timing = reference_subject(given.reference), _timing(given)
     facts = timing.facts()
-    rounds = time_points(timing)
-    with prepared(subject, _amount(given, subject.name), imatrix=False) as bench:
+    rounds = time_beside_base(timing, {recipe.name: recipe for recipe in POINTS})
+    with prepared(subject, _amount(given, subject.name), _kept(given), imatrix=False) as bench:
         settings = {**timing.settings(), **bench.settings()}
         return part_of("points", settings, measure_points(bench, rounds), facts=facts)
 
@@ -213,16 +196,22 @@ def _timing(given: argparse.Namespace) -> Timing:
     return Timing(given.layers, given.n_prompt, given.n_gen, given.rounds, given.turns, given.threads)
 
 
+def published_parts() -> dict[str, Part]:
+    """Those of the figures beside the document."""
+    content = json.loads(FIGURES.read_text(encoding="utf-8"))
+    return {name: parse_part(part) for name, part in content.items()}
+
+
 def save(parts: Mapping[str, Part], tables: Mapping[str, str]) -> None:
     """Write the document's tables, the summary where it is shown, the chart, and the figures of them all."""
     if missing := [name for name in PARTS if name not in parts]:
         raise SystemExit(f"nothing is saved: {', '.join(missing)} must be measured first")
-    figures = {name: parts[name].as_json() for name in PARTS}
+    figures = {name: asdict(parts[name]) for name in PARTS}
     DOCUMENT.write_text(with_tables(DOCUMENT.read_text(encoding="utf-8"), tables), encoding="utf-8")
     summary = {SUMMARY: summary_table(parts)}
     for path in SUMMARIZED:
         path.write_text(with_tables(path.read_text(encoding="utf-8"), summary), encoding="utf-8")
-    CHART.write_text(chart(parts["reference"]), encoding="utf-8")
+    save_chart(parts["reference"], CHART)
     FIGURES.write_text(json.dumps(figures, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
@@ -260,7 +249,7 @@ def main() -> int:
         "reference": lambda: measure_fidelity(given, reference_subject(given.reference)),
         "steps": lambda: measure_step_rows(given),
         "demo": lambda: measure_fidelity(given, demo_subject()),
-        "sizes": measure_sizes,
+        "sizes": lambda: part_of("sizes", {"shape": LARGE.name}, measure_sizes()),
         "speed": lambda: measure_speed(given),
         "points": lambda: measure_other_points(given),
     }
@@ -270,7 +259,7 @@ def main() -> int:
             save_part(makers[name](), folder)
         except DsmoeError as error:
             raise SystemExit(f"{name}: {error}") from error
-    parts = kept_parts(folder)
+    parts = published_parts() if given.published else kept_parts(folder)
     tables = report(parts)
     if given.save:
         save(parts, tables)

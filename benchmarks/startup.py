@@ -13,29 +13,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import gguf
 from gguf.constants import GGUFValueType
 
 from benchmarks.support.chat_terminal import ChatTerminal
+from benchmarks.support.runner import in_turn, timed
+from benchmarks.support.tables import show
 from dsmoe_local.base.paths import demo_folder
 from dsmoe_local.model.gguf_file import Field, read_gguf
 from dsmoe_local.model.gguf_writer import plan_gguf
 
 RUNS = 11
-
-
-def median_seconds(work: Callable[[], object], runs: int = RUNS) -> float:
-    """The median wall time of `work`, after one run that does not count."""
-    times = []
-    for _ in range(runs + 1):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
 
 
 def vocabulary_file(folder: Path) -> Path:
@@ -81,23 +71,21 @@ def main() -> None:
     dsmoe = str(Path(sys.executable).with_name("dsmoe"))
     with tempfile.TemporaryDirectory() as folder:
         path = vocabulary_file(Path(folder))
-        rows = {
-            "dsmoe --help": median_seconds(
-                lambda: subprocess.run([dsmoe, "--help"], check=True, capture_output=True)
-            ),
-            "python -c pass": median_seconds(
+        fast = {
+            "dsmoe --help": timed(lambda: subprocess.run([dsmoe, "--help"], check=True, capture_output=True)),
+            "python -c pass": timed(
                 lambda: subprocess.run([sys.executable, "-c", "pass"], check=True, capture_output=True)
             ),
-            "header of 102,400 tokens, ours": median_seconds(lambda: read_gguf(path)),
-            "header of 102,400 tokens, gguf package": median_seconds(lambda: gguf.GGUFReader(path), runs=1),
+            "header of 102,400 tokens, ours": timed(lambda: read_gguf(path)),
         }
+        slow = {"header of 102,400 tokens, gguf package": timed(lambda: gguf.GGUFReader(path))}
+        found = in_turn(fast, RUNS) | in_turn(slow, 1)
     if (demo_folder() / "demo-q4.gguf").is_file():
         keys = seconds_of_keys()
-        rows["dsmoe-chat to its prompt, demo"] = median_seconds(seconds_to_prompt, runs=5)
-        rows["a key during a reply, median"] = statistics.median(keys)
-        rows["a key during a reply, worst of 40"] = max(keys)
-    for name, seconds in rows.items():
-        print(f"{name:<40} {seconds:7.3f} s")
+        found |= in_turn({"dsmoe-chat to its prompt, demo": lambda _: seconds_to_prompt()}, 5)
+        found |= {"a key during a reply, median": keys, "a key during a reply, worst of 40": [max(keys)]}
+    rows = {name: statistics.median(seconds) for name, seconds in found.items()}
+    show("Waits", ("", "seconds"), "lr", [(name, f"{seconds:.3f}") for name, seconds in rows.items()])
     print(json.dumps(rows))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.support.bare import Bare, HighLevel, Vocabulary
 from benchmarks.support.memory import peak_of
 from benchmarks.support.ours import Ours
-from benchmarks.support.rows import WARM_UP, Bar, Row, compare, in_turn, say
+from benchmarks.support.runner import WARM_UP, Bar, Row, compare, in_turn, say
 from benchmarks.support.tools import Server, llama_batched_bench, llama_bench, serving
 from benchmarks.support.workloads import Corpus, Ids, Workload, as_batch, sentences
 from dsmoe_local.engine.load import parallel
@@ -83,6 +83,11 @@ def padded(n_tokens: int) -> int:
     return -(-n_tokens // _PAD) * _PAD
 
 
+def _beside(row: Row, program: str, theirs: float, note: str) -> Row:
+    """Our figure of a row beside that of a program that measures itself."""
+    return Row(row.measure, row.ours, program, theirs, row.ours / theirs, note=note)
+
+
 def one_stream(bench: Bench) -> list[Row]:
     """One reply, its prompt aside."""
     sizes = bench.sizes
@@ -108,8 +113,7 @@ def one_stream(bench: Bench) -> list[Row]:
         theirs = llama_bench(
             bench.llama_cpp, bench.path, n_threads=bench.n_threads, rounds=sizes.rounds, n_new=n_new
         )
-        note = "random tokens, from an empty context"
-        rows.append(Row(name, rows[0].ours, "llama-bench", theirs, rows[0].ours / theirs, note=note))
+        rows.append(_beside(rows[0], "llama-bench", theirs, "random tokens, from an empty context"))
     return rows
 
 
@@ -140,8 +144,7 @@ def prompt_processing(bench: Bench) -> list[Row]:
             rounds=bench.sizes.rounds,
             n_prompt=n_prompt,
         )
-        note = "random tokens, no logits"
-        rows.append(Row(name, rows[0].ours, "llama-bench", theirs, rows[0].ours / theirs, note=note))
+        rows.append(_beside(rows[0], "llama-bench", theirs, "random tokens, no logits"))
     return rows
 
 
@@ -193,9 +196,7 @@ def _together(bench: Bench, unified: bool) -> list[Row]:
             n_threads=bench.n_threads,
             unified=unified,
         )
-        ours_rate = rows[0].ours
-        note = "random tokens"
-        rows.append(Row(name, ours_rate, "llama-batched-bench", theirs, ours_rate / theirs, note=note))
+        rows.append(_beside(rows[0], "llama-batched-bench", theirs, "random tokens"))
     return rows
 
 

@@ -12,15 +12,15 @@ control is off: the base timed against itself. A ratio within the control's own 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from benchmarks.support.quality_rows import FidelityRow, Part, SpeedRow
-from benchmarks.support.quality_types import BASE, OURS, Variant
-from benchmarks.support.rows import Bar, is_difference, off_by
+from benchmarks.support.quality_figures import Part, SpeedRow
+from benchmarks.support.quality_recipes import BASE, Variant
+from benchmarks.support.runner import Bar, is_difference, off_by
 
 _DRAWS, _SEED = 10_000, 0
 _INTERVAL = (0.025, 0.975)
@@ -48,23 +48,40 @@ class Below(Bar):
         return f"< {self.value:g}"
 
 
-BARS: Mapping[str, Mapping[str, Bar]] = {
-    "q4": {SIZE: at_most(0.95), BYTES: at_most(1), PROMPT: Bar(1), DECODE: Bar(0.95), KL: at_most(0.78)},
-    "q4-fast": {
-        SIZE: at_most(0.91), BYTES: at_most(1), PROMPT: Bar(1.25), DECODE: Bar(1.05), KL: at_most(0.95)
-    },
-    "q4-small": {SIZE: at_most(0.86), BYTES: at_most(0.95), PROMPT: Bar(1.1), DECODE: Bar(1.05)},
-}  # fmt: skip
-"""Against the base, both without an importance matrix and both with. Size, bytes and speed are those of the
-16B shape.
-"""
-BETTER: Mapping[str, str] = {"q4-small": "IQ4_XS", "q8": "Q8_0"}
-"""Whose divergence a recipe's must be below."""
-ALIKE: Sequence[tuple[str, str]] = (
-    *((word, BASE) for word in BARS),
-    *((word, other) for word, other in BETTER.items() if word in BARS),
+COMPARED = ("q4", "q4-fast", "q4-small")
+"""The recipes that are compared with the base."""
+BARS: Sequence[tuple[str, str, str, Bar]] = (
+    ("q8", SIZE, "Q8_0", at_most(1)),
+    ("q8", KL, "Q8_0", Below(1)),
+    ("q4", SIZE, BASE, at_most(0.95)),
+    ("q4", BYTES, BASE, at_most(1)),
+    ("q4", PROMPT, BASE, Bar(1)),
+    ("q4", DECODE, BASE, Bar(0.95)),
+    ("q4", KL, BASE, at_most(0.78)),
+    ("q4", REFERENCE_SIZE, BASE, at_most(1)),
+    ("q4-fast", SIZE, BASE, at_most(0.91)),
+    ("q4-fast", BYTES, BASE, at_most(1)),
+    ("q4-fast", PROMPT, BASE, Bar(1.25)),
+    ("q4-fast", DECODE, BASE, Bar(1.05)),
+    ("q4-fast", KL, BASE, at_most(0.95)),
+    ("q4-fast", REFERENCE_SIZE, BASE, at_most(1)),
+    ("q4-small", SIZE, BASE, at_most(0.86)),
+    ("q4-small", BYTES, BASE, at_most(0.95)),
+    ("q4-small", PROMPT, BASE, Bar(1.1)),
+    ("q4-small", DECODE, BASE, Bar(1.05)),
+    ("q4-small", KL, "IQ4_XS", Below(1)),
+    ("q4-small", REFERENCE_SIZE, BASE, at_most(1)),
 )
-"""Recipes, and what each is held against with the recipe's types for embedding and output."""
+"""Recipe, measure, what it is compared with, and the bar: both without an importance matrix, and both with.
+Size, bytes and speed are those of the 16B shape.
+"""
+_SIZES: Mapping[str, tuple[str, str]] = {
+    SIZE: ("sizes", "n_bytes"),
+    BYTES: ("sizes", "n_bytes_per_token"),
+    # The header, which holds the tokenizer, counts: it is what is on the disk.
+    REFERENCE_SIZE: ("reference", "file_size"),
+}
+"""The part that a size is in, and its field."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +131,7 @@ def control_of(part: Part, measure: str) -> float:
     """The factor by which speeds are off, at least: that of the base's worst round against itself. KeyError
     if that was not timed.
     """
-    row: SpeedRow = part.row(Variant(BASE, False))
-    ratios = {PROMPT: row.prompt_ratio, DECODE: row.decode_ratio}[measure]
-    return off_by(ratios)
+    return off_by(speed_ratios(part.row(Variant(BASE, False)), measure))
 
 
 def ratio_of(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, tuple[float, float]]:
@@ -134,53 +149,42 @@ def ratio_of(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, tup
 
 
 def verdicts(parts: Mapping[str, Part]) -> list[Verdict]:
-    """All that can be told of the parts that are there."""
-    found: list[Verdict] = []
-    for imatrix in (False, True):
-        for word in OURS:
-            ours, base = Variant(word, imatrix), Variant(BASE, imatrix)
-            if "sizes" in parts:
-                found += _of_size(parts["sizes"], ours, base)
-            if "speed" in parts:
-                found += _of_speed(parts["speed"], ours, base)
-            if "reference" in parts:
-                found += _of_divergence(parts["reference"], ours, base)
-    return found
+    """All that the parts at hand allow."""
+    return [
+        verdict
+        for imatrix in (False, True)
+        for bar in BARS
+        if (verdict := _verdict(parts, *bar, imatrix=imatrix)) is not None
+    ]
 
 
-def _of_size(part: Part, ours: Variant, base: Variant) -> Iterator[Verdict]:
-    mine, theirs = part.row(ours), part.row(base)
-    bars = BARS.get(ours.word, {})
-    ratios = {
-        SIZE: mine.n_bytes / theirs.n_bytes,
-        BYTES: mine.n_bytes_per_token / theirs.n_bytes_per_token,
-    }
-    for measure, ratio in ratios.items():
-        if measure in bars:
-            yield Verdict(ours.word, ours.imatrix, measure, base.word, ratio, bars[measure])
-    if ours.word in BETTER and ours.word not in BARS:
-        other = part.row(Variant(BETTER[ours.word], ours.imatrix))
-        ratio, is_alias = mine.n_bytes / other.n_bytes, mine.digest == other.digest
-        yield Verdict(ours.word, ours.imatrix, SIZE, other.type, ratio, at_most(1), is_alias=is_alias)
-
-
-def _of_speed(part: Part, ours: Variant, base: Variant) -> Iterator[Verdict]:
-    bars, mine = BARS.get(ours.word, {}), speed_of(part, ours)
-    if mine is None:
-        return
-    for measure, ratios in ((PROMPT, mine.prompt_ratio), (DECODE, mine.decode_ratio)):
-        if measure in bars:
-            ratio, control = statistics.median(ratios), control_of(part, measure)
-            yield Verdict(
-                ours.word,
-                ours.imatrix,
-                measure,
-                base.word,
-                ratio,
-                bars[measure],
-                (min(ratios) / control, max(ratios) * control),
-                control=control,
-            )
+def _verdict(
+    parts: Mapping[str, Part], recipe: str, measure: str, against: str, bar: Bar, *, imatrix: bool
+) -> Verdict | None:
+    """None if the figures are missing."""
+    ours, theirs = Variant(recipe, imatrix), Variant(against, imatrix)
+    compared = recipe, imatrix, measure, against
+    if measure in (PROMPT, DECODE):
+        mine = speed_of(parts["speed"], ours) if "speed" in parts else None
+        if mine is None:
+            return None
+        ratios, control = speed_ratios(mine, measure), control_of(parts["speed"], measure)
+        interval = min(ratios) / control, max(ratios) * control
+        return Verdict(*compared, statistics.median(ratios), bar, interval, control=control)
+    name, attribute = _SIZES.get(measure, ("reference", ""))
+    if name not in parts:
+        return None
+    part = parts[name]
+    mine, other = part.row(ours), part.row(theirs)
+    if attribute:
+        ratio = getattr(mine, attribute) / getattr(other, attribute)
+        return Verdict(*compared, ratio, bar, is_alias=mine.digest == other.digest)
+    if recipe in COMPARED:
+        other = part.alike_row(ours, against)
+    if other is None:
+        return None
+    ratio, interval = ratio_of(mine.windows, other.windows)
+    return Verdict(*compared, ratio, bar, interval, mine.digest == other.digest)
 
 
 def speed_of(part: Part, variant: Variant) -> SpeedRow | None:
@@ -188,24 +192,9 @@ def speed_of(part: Part, variant: Variant) -> SpeedRow | None:
     return next((row for row in part.rows if row.digest == variant.digest), None)
 
 
-def _of_divergence(part: Part, ours: Variant, base: Variant) -> Iterator[Verdict]:
-    mine = part.row(ours)
-    held = {base.word: BARS.get(ours.word, {}).get(KL)}
-    if ours.word in BETTER:
-        held[BETTER[ours.word]] = Below(1)
-    for word, bar in held.items():
-        alike = part.alike_row(ours, word) if ours.word in BARS else part.row(Variant(word, ours.imatrix))
-        if bar is not None and alike is not None:
-            yield _divergence(mine, alike, word, bar)
-    if ours.word in BARS:
-        # The header, which holds the tokenizer, counts: it is what is on the disk.
-        ratio = mine.file_size / part.row(base).file_size
-        yield Verdict(ours.word, ours.imatrix, REFERENCE_SIZE, base.word, ratio, at_most(1))
-
-
-def _divergence(mine: FidelityRow, theirs: FidelityRow, against: str, bar: Bar) -> Verdict:
-    ratio, interval = ratio_of(mine.windows, theirs.windows)
-    return Verdict(mine.type, mine.imatrix, KL, against, ratio, bar, interval, mine.digest == theirs.digest)
+def speed_ratios(row: SpeedRow, measure: str) -> Sequence[float]:
+    """To the base's, round by round."""
+    return row.prompt_ratio if measure == PROMPT else row.decode_ratio
 
 
 def targets_hold(part: Part) -> Sequence[tuple[float, bool]]:

@@ -1,4 +1,4 @@
-"""How far quantized files of a model are from it: the parts `reference` and `demo` of benchmarks/quality.py.
+"""How far quantized files of a model are from it: all divergences of benchmarks/quality.py.
 
 Everything goes through the functions that `dsmoe convert`, `dsmoe imatrix`, `dsmoe-quantize` and `dsmoe eval`
 use. The unquantized model is in F32, and so is every KV cache: kernels of BF16 would round what they multiply
@@ -8,18 +8,20 @@ kept whole: no divergence leaves out a tail.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.support.quality_bars import ALIKE
-from benchmarks.support.quality_rows import AlikeRow, FidelityRow, Part, is_current
-from benchmarks.support.quality_types import Variant
-from benchmarks.support.rows import say
+from benchmarks.support.quality_figures import FidelityRow, commit, now
+from benchmarks.support.quality_recipes import Variant
+from benchmarks.support.runner import say
 from benchmarks.support.sizes import types_digest
 from dsmoe_convert.convert import ConvertOptions, RunOptions, convert_folder
+from dsmoe_local.base.durable import write_file
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions, ObserverOptions
 from dsmoe_local.evaluate.importance import ACTIVATIONS, collect
@@ -65,6 +67,31 @@ class Amount:
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """Rows of earlier runs in a folder, one file for each: a run that is interrupted loses nothing. `again`:
+    they are not used. `stamps`: when those that were used had been measured.
+    """
+
+    folder: Path
+    again: bool = False
+    stamps: list[str] = field(default_factory=list)
+
+    def row(self, key: Sequence[object], measured: Callable[[], FidelityRow]) -> FidelityRow:
+        """The row of that key, measured if need be."""
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        path = self.folder / "rows" / f"{name}.json"
+        if path.exists() and not self.again:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            self.stamps.append(content["stamp"])
+            return FidelityRow(**content["row"])
+        row = measured()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"stamp": f"{now()}, commit {commit() or 'unknown'}", "row": asdict(row)}
+        write_file(path, json.dumps(content).encode())
+        return row
+
+
+@dataclass(frozen=True, slots=True)
 class Bench:
     """A model that is ready to be quantized and compared with itself. `imatrix`: None if none is wanted."""
 
@@ -74,6 +101,7 @@ class Bench:
     unquantized: Evaluation
     imatrix: Imatrix | None
     amount: Amount
+    kept: Kept
 
     def plan(self, variant: Variant) -> Plan:
         """What becomes of the model in that type."""
@@ -89,7 +117,14 @@ class Bench:
         return self.imatrix if wanted else None
 
     def measure(self, plan: Plan, variant: Variant, digest: str) -> FidelityRow:
-        """Quantize, compare, remove."""
+        """Quantize, compare, remove; or the row of an earlier run, of the same file and settings."""
+        choices = types_digest(plan.choices)
+        key = [self.settings(), plan.type.name, variant.imatrix, choices]
+        row = self.kept.row(key, lambda: self._compared(plan, variant, digest))
+        say(f"  {variant}: {row.bits_per_weight:.2f} bits, KL {row.kl:.3g} ± {row.kl_error:.1g}")
+        return replace(row, type=variant.word, digest=digest)
+
+    def _compared(self, plan: Plan, variant: Variant, digest: str) -> FidelityRow:
         path = self._write(plan)
         try:
             observers = self.reference.observers(path)
@@ -157,7 +192,7 @@ def exact_recorders(folder: Path, source: Path) -> tuple[ObserverOptions, ...]:
 
 
 @contextmanager
-def prepared(subject: Subject, amount: Amount, *, imatrix: bool = True) -> Iterator[Bench]:
+def prepared(subject: Subject, amount: Amount, kept: Kept, *, imatrix: bool = True) -> Iterator[Bench]:
     """Convert the model, record what it predicts, and collect its importance matrix if it is wanted."""
     with workplace() as folder:
         source = folder / f"{subject.name}.gguf"
@@ -167,7 +202,7 @@ def prepared(subject: Subject, amount: Amount, *, imatrix: bool = True) -> Itera
             reference, unquantized = record(engine, windows, folder)
         say(f"  unquantized: perplexity {unquantized.perplexity.perplexity.value:.4f}")
         matrix = importance_of(source, subject, amount, folder) if imatrix else None
-        yield Bench(folder, source, reference, unquantized, matrix, amount)
+        yield Bench(folder, source, reference, unquantized, matrix, amount, kept)
 
 
 def importance_of(source: Path, subject: Subject, amount: Amount, folder: Path) -> Imatrix:
@@ -203,53 +238,3 @@ def row_of(found: Evaluation, plan: Plan, variant: Variant, digest: str, file_si
         overlap=routing.overlap,
         windows=[float(f"{value:.{_DIGITS}g}") for value in divergence.windows],
     )
-
-
-def measure_types(
-    bench: Bench,
-    wanted: Sequence[Variant],
-    known: Part | None,
-    keep: Callable[[Sequence[FidelityRow]], None],
-) -> list[FidelityRow]:
-    """A row of each type; those of `known` that are of the same model, text and types are taken from there.
-    `keep` is given what there is so far.
-    """
-    old = known_rows(bench.settings(), known)
-    rows: list[FidelityRow] = []
-    for variant in wanted:
-        row = old.get(variant)
-        if row is None:
-            row = bench.measure(bench.plan(variant), variant, variant.digest)
-            say(f"  {variant}: {told(row)}")
-        rows.append(row)
-        keep(rows)
-    return rows
-
-
-def known_rows(settings: Mapping[str, Any], known: Part | None) -> dict[Variant, FidelityRow]:
-    """What was measured before under the same settings, and is still of the same types."""
-    if known is None or dict(known.settings) != dict(settings):
-        return {}
-    return {Variant(row.type, row.imatrix): row for row in known.rows if is_current(row)}
-
-
-def told(row: FidelityRow) -> str:
-    """A row in a few words."""
-    return f"{row.bits_per_weight:.2f} bits, KL {row.kl:.3g} ± {row.kl_error:.1g}"
-
-
-def measure_alike(bench: Bench) -> list[AlikeRow]:
-    """What each recipe is held against, with the recipe's types for embedding and output: in a small model
-    both weigh more than in a large one.
-    """
-    rows = []
-    for imatrix in (False, True):
-        for word, base in ALIKE:
-            variant = Variant(word, imatrix)
-            types = {choice.name: choice.type for choice in bench.plan(variant).choices}
-            overrides = Overrides(output=types["output.weight"], embedding=types["token_embd.weight"])
-            plan = bench.plan_of(resolve(base), overrides, imatrix=imatrix)
-            digest = types_digest(plan.choices)
-            rows.append(AlikeRow(**asdict(bench.measure(plan, variant, digest)), base=base))
-            say(f"  {base}, embedding and output of {variant}: {told(rows[-1])}")
-    return rows

@@ -8,17 +8,17 @@ random weights.
 from __future__ import annotations
 
 import os
-import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from benchmarks.support.quality_rows import SpeedRow
-from benchmarks.support.quality_types import BASE, OURS, TIMED, Variant
+from benchmarks.support.quality_figures import SpeedRow
+from benchmarks.support.quality_recipes import BASE, timed_variants
 from benchmarks.support.random_models import Shape, model_file, shape_of, with_layers
-from benchmarks.support.rows import say
+from benchmarks.support.runner import Row, compare, in_turn
 from benchmarks.support.sizes import size_of
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions
@@ -31,6 +31,9 @@ from dsmoe_quantize.write import kernels
 PRESET = "deepseekmoe-16b"
 REPLY_TURNS = 3
 """Replies are timed so many times as often as prompts: they are shorter, and types differ less in them."""
+
+Pair: TypeAlias = tuple[Row, Row]
+"""A model beside the base: a prompt and a reply, medians over the turns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,18 +72,6 @@ class Timing:
         return {"cpu": cpu_name(), "load_before": load}
 
 
-def timed_variants() -> Iterator[Variant]:
-    """Each kind of file once: a recipe may be a stock type by another name. All without an importance matrix:
-    with one, some stock mixes get larger types in a few tensors, and recipes never.
-    """
-    seen = set()
-    for word in (*TIMED, *OURS):
-        variant = Variant(word, False)
-        if variant.digest not in seen:
-            seen.add(variant.digest)
-            yield variant
-
-
 def measure_speeds(timing: Timing) -> list[SpeedRow]:
     """A row of each type."""
     timed = {variant.word: variant for variant in timed_variants()}
@@ -102,91 +93,54 @@ def time_beside_base(timing: Timing, choices: Mapping[str, str | TypeChoice]) ->
     """Each type beside the base, round by round, under the same name."""
     files = {name: model_file(timing.shape, timing.layers, choice) for name, choice in choices.items()}
     base = model_file(timing.shape, timing.layers, BASE)
-    workloads = workloads_of([timing.n_prompt], [timing.n_gen])
-    pairs: dict[str, list[Pair]] = {name: [] for name in files}
-    for number in range(timing.rounds):
-        for name in list(files)[:: -1 if number % 2 else 1]:
-            pair = time_pair(
-                files[name], base, workloads, timing.turns, timing.threads, base_first=number % 2 == 1
-            )
-            pairs[name].append(pair)
-            told = ", ".join(
-                f"{workload.label} {rate:.2f} ({ratio:.3f} x {BASE})"
-                for workload, rate, ratio in zip(workloads, pair.rates, pair.ratios, strict=True)
-            )
-            say(f"  round {number + 1}: {name} {told}")
-    return pairs
+
+    def pair(name: str, number: int) -> Pair:
+        return time_pair(files[name], base, timing, base_first=number % 2 == 0)
+
+    return in_turn({name: partial(pair, name) for name in files}, timing.rounds, n_warm_up=0, told=_told)
+
+
+def _told(pair: Pair) -> str:
+    return ", ".join(f"{row.measure} {row.ours:.2f} ({row.result:.3f} x {BASE})" for row in pair)
 
 
 def _rounds(pairs: Sequence[Pair]) -> tuple[list[float], list[float], list[float], list[float]]:
     """Rates of prompts and of decoding, then their ratios, as rows have them."""
-    return (
-        [round(pair.rates[0], 3) for pair in pairs],
-        [round(pair.rates[1], 3) for pair in pairs],
-        *ratios_of(pairs),
-    )
+    prompt, decode = ([round(pair[at].ours, 3) for pair in pairs] for at in range(2))
+    return prompt, decode, *ratios_of(pairs)
 
 
 def ratios_of(pairs: Sequence[Pair]) -> tuple[list[float], list[float]]:
     """To the base, of prompts and of decoding, round by round."""
-    return [round(pair.ratios[0], 4) for pair in pairs], [round(pair.ratios[1], 4) for pair in pairs]
+    prompt, decode = ([round(pair[at].result, 4) for pair in pairs] for at in range(2))
+    return prompt, decode
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """A model beside the base, by workload: its tokens per second, and their ratio to the base's in the same
-    turn. Medians over the turns.
-    """
-
-    rates: Sequence[float]
-    ratios: Sequence[float]
-
-
-def time_pair(
-    path: Path,
-    base: Path,
-    workloads: Sequence[Workload],
-    turns: int,
-    threads: int,
-    *,
-    base_first: bool = False,
-) -> Pair:
+def time_pair(path: Path, base: Path, timing: Timing, *, base_first: bool = False) -> Pair:
     """Load both, time them in turn, give them back. Memory that is taken first may be the faster one:
     `base_first` changes who loads first.
     """
+    prompt, reply = workloads_of([timing.n_prompt], [timing.n_gen])
+    options = partial(_options, workloads=(prompt, reply), threads=timing.threads)
     with ExitStack() as stack:
-        timers = [
-            Timer(stack.enter_context(EngineClient.load(_options(each, workloads, threads))))
-            for each in ((base, path) if base_first else (path, base))
-        ]
-        if base_first:
-            timers.reverse()
-        for timer in timers:
-            for workload in workloads:
-                timer.time(workload)  # does not count
-        seconds = [
-            [
-                _one_turn(timers, workload, turn)
-                for turn in range(turns * (REPLY_TURNS if workload.n_gen else 1))
-            ]
-            for workload in workloads
-        ]
-    return Pair(
-        [
-            workload.n_tokens / statistics.median(mine for mine, _ in each)
-            for workload, each in zip(workloads, seconds, strict=True)
-        ],
-        [statistics.median(theirs / mine for mine, theirs in each) for each in seconds],
-    )
+        timers = {
+            name: Timer(stack.enter_context(EngineClient.load(options(each))))
+            for name, each in ((("base", base), ("model", path))[:: 1 if base_first else -1])
+        }
+        return (
+            _compared(timers, prompt, timing.turns),
+            _compared(timers, reply, timing.turns * REPLY_TURNS),
+        )
 
 
-def _one_turn(timers: Sequence[Timer], workload: Workload, turn: int) -> tuple[float, float]:
-    """Seconds of the model and of the base, who goes first by turns."""
-    mine, theirs = timers
-    if turn % 2:
-        after = theirs.time(workload)
-        return mine.time(workload), after
-    return mine.time(workload), theirs.time(workload)
+def _compared(timers: Mapping[str, Timer], workload: Workload, turns: int) -> Row:
+    """Tokens per second of the model and of the base."""
+
+    def rate(name: str, _: int) -> float:
+        return workload.n_tokens / timers[name].time(workload)
+
+    rates = in_turn({name: partial(rate, name) for name in ("base", "model")}, turns, told=None)
+    return compare(workload.label, rates, "model", "base")
 
 
 def _options(path: Path, workloads: Sequence[Workload], threads: int) -> ModelOptions:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from benchmarks.support.quality_bars import (
-    BARS,
     BYTES,
+    COMPARED,
     DECODE,
     KL,
     PROMPT,
@@ -18,13 +18,10 @@ from benchmarks.support.quality_bars import (
     targets_hold,
     verdicts,
 )
-from benchmarks.support.quality_document import markdown
-from benchmarks.support.quality_eight import EIGHT_BASE
-from benchmarks.support.quality_points import START
-from benchmarks.support.quality_rows import AlikeRow, FidelityRow, Part
-from benchmarks.support.quality_settings import settings_table
-from benchmarks.support.quality_types import BASE, OURS, Variant
-from benchmarks.support.rows import is_difference
+from benchmarks.support.quality_figures import AlikeRow, FidelityRow, Part, StepRow
+from benchmarks.support.quality_recipes import BASE, EIGHT_BASE, OURS, POINTS_BASE, Variant
+from benchmarks.support.runner import is_difference
+from benchmarks.support.tables import Column, markdown, markdown_of
 
 _WORDS = {False: "without", True: "with"}
 _POINT_PARTS = ("sizes", "reference", "speed")
@@ -56,7 +53,7 @@ def summary_table(parts: Mapping[str, Part]) -> str:
     """Our recipes beside the base, without an importance matrix: a line each."""
     told = {(each.recipe, each.measure): each for each in verdicts(parts) if not each.imatrix}
     rows = []
-    for word in BARS:
+    for word in COMPARED:
         found = [told[word, measure] for measure in (SIZE, BYTES, PROMPT, DECODE)]
         cells = [f"{each.ratio:.2f} x" if each.is_difference else _NO_DIFFERENCE for each in found]
         cells.append(f"{_alike_ratio(parts['reference'], word):.2f} x")
@@ -75,25 +72,49 @@ def _alike_ratio(part: Part, word: str, windows: Sequence[float] = ()) -> float:
     return ratio_of(windows or part.row(variant).windows, alike.windows)[0]
 
 
+def named(word: str) -> str:
+    """A recipe stands out."""
+    return f"**`{word}`**" if word in OURS else f"`{word}`"
+
+
+def _ratio(ours: float, theirs: float) -> str:
+    return f"{ours / theirs:.3f} x"
+
+
+def _divergences(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    return f"{ratio_of(ours, theirs)[0]:.3f} x"
+
+
+def _interval(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    low, high = ratio_of(ours, theirs)[1]
+    return f"{low:.3f} – {high:.3f}"
+
+
+_TYPE: Column = ("type", "l", lambda row: named(row.type))
+_IMATRIX: Column = ("imatrix", "l", lambda row: _WORDS[row.imatrix])
+_MB_PER_TOKEN: Column = ("MB per token", "r", lambda row: f"{row.n_bytes_per_token / 1e6:.2f}")
+_KL: Column = ("KL, 1e-3", "r", lambda row: f"{1e3 * row.kl:.3f} ± {1e3 * row.kl_error:.3f}")
+
+
+def _against_base(part: Part) -> Column:
+    """The ratio to the base's divergence, both with an importance matrix or both without."""
+    bases = {imatrix: part.row(Variant(BASE, imatrix)) for imatrix in (False, True)}
+    return f"against {BASE}", "r", lambda row: _divergences(row.windows, bases[row.imatrix].windows)
+
+
 def bars_table(parts: Mapping[str, Part]) -> str:
     """Each bar, the ratio, and whether it holds."""
-    rows = []
-    for verdict in verdicts(parts):
-        low_high = "" if verdict.interval is None else "{:.3f} – {:.3f}".format(*verdict.interval)
-        rows.append(
-            [
-                f"`{verdict.recipe}`",
-                _WORDS[verdict.imatrix],
-                verdict.measure,
-                verdict.against,
-                f"{verdict.ratio:.3f}",
-                low_high,
-                str(verdict.bar),
-                _judged(verdict),
-            ]
-        )
-    heads = ("recipe", "imatrix", "what", "against", "ratio", "interval", "bar", "")
-    return markdown(heads, "llllrlll", rows)
+    columns: Sequence[Column] = (
+        ("recipe", "l", lambda each: f"`{each.recipe}`"),
+        _IMATRIX,
+        ("what", "l", lambda each: each.measure),
+        ("against", "l", lambda each: each.against),
+        ("ratio", "r", lambda each: f"{each.ratio:.3f}"),
+        ("interval", "l", lambda each: "{:.3f} – {:.3f}".format(*each.interval) if each.interval else ""),
+        ("bar", "l", lambda each: str(each.bar)),
+        ("", "l", _judged),
+    )
+    return markdown_of(columns, verdicts(parts))
 
 
 def _judged(verdict: Verdict) -> str:
@@ -107,60 +128,34 @@ def _judged(verdict: Verdict) -> str:
 
 def fidelity_table(part: Part) -> str:
     """Each type beside the unquantized model."""
-    bases = {imatrix: _row(part.rows, BASE, imatrix) for imatrix in (False, True)}
-    return markdown(_FIDELITY, "llrrrrrrrrrr", [_fidelity(row, bases[row.imatrix]) for row in part.rows])
-
-
-_FIDELITY = (
-    "type", "imatrix", "size, MB", "bits", "MB per token", "perplexity", "KL, 1e-3", "99%, 1e-3",
-    "against Q4_K_M", "same top", "same experts", "overlap",
-)  # fmt: skip
-
-
-def _row(rows: Iterable[FidelityRow], word: str, imatrix: bool) -> FidelityRow | None:
-    return next((row for row in rows if (row.type, row.imatrix) == (word, imatrix)), None)
-
-
-def _fidelity(row: FidelityRow, base: FidelityRow | None) -> list[str]:
-    return [
-        named(row.type),
-        _WORDS[row.imatrix],
-        f"{row.file_size / 1e6:.2f}",
-        f"{row.bits_per_weight:.2f}",
-        f"{row.n_bytes_per_token / 1e6:.2f}",
-        f"{row.perplexity:.3f}",
-        f"{1e3 * row.kl:.3f} ± {1e3 * row.kl_error:.3f}",
-        f"{1e3 * row.kl_99:.1f}",
-        "" if base is None else f"{ratio_of(row.windows, base.windows)[0]:.3f} x",
-        f"{row.same_top:.2%}",
-        f"{row.same_experts:.2%}",
-        f"{row.overlap:.2%}",
-    ]
-
-
-def named(word: str) -> str:
-    """A recipe stands out."""
-    return f"**`{word}`**" if word in OURS else f"`{word}`"
+    columns: Sequence[Column] = (
+        _TYPE,
+        _IMATRIX,
+        ("size, MB", "r", lambda row: f"{row.file_size / 1e6:.2f}"),
+        ("bits", "r", lambda row: f"{row.bits_per_weight:.2f}"),
+        _MB_PER_TOKEN,
+        ("perplexity", "r", lambda row: f"{row.perplexity:.3f}"),
+        _KL,
+        ("99%, 1e-3", "r", lambda row: f"{1e3 * row.kl_99:.1f}"),
+        _against_base(part),
+        ("same top", "r", lambda row: f"{row.same_top:.2%}"),
+        ("same experts", "r", lambda row: f"{row.same_experts:.2%}"),
+        ("overlap", "r", lambda row: f"{row.overlap:.2%}"),
+    )
+    return markdown_of(columns, part.rows)
 
 
 def frontier_table(part: Part) -> str:
     """What the solver makes of budgets."""
-    bases = {imatrix: _row(part.rows, BASE, imatrix) for imatrix in (False, True)}
-    rows = []
-    for row in part.frontier:
-        base = bases[row.imatrix]
-        rows.append(
-            [
-                row.type.removesuffix(" bpw"),
-                _WORDS[row.imatrix],
-                f"{row.bits_per_weight:.3f}",
-                f"{row.n_bytes_per_token / 1e6:.2f}",
-                f"{1e3 * row.kl:.3f} ± {1e3 * row.kl_error:.3f}",
-                "" if base is None else f"{ratio_of(row.windows, base.windows)[0]:.3f} x",
-            ]
-        )
-    heads = ("`--target-bpw`", "imatrix", "bits", "MB per token", "KL, 1e-3", "against Q4_K_M")
-    return markdown(heads, "rlrrrr", rows)
+    columns: Sequence[Column] = (
+        ("`--target-bpw`", "r", lambda row: row.type.removesuffix(" bpw")),
+        _IMATRIX,
+        ("bits", "r", lambda row: f"{row.bits_per_weight:.3f}"),
+        _MB_PER_TOKEN,
+        _KL,
+        _against_base(part),
+    )
+    return markdown_of(columns, part.frontier)
 
 
 def targets_table(part: Part) -> str:
@@ -174,56 +169,39 @@ def targets_table(part: Part) -> str:
 
 def alike_table(part: Part) -> str:
     """Recipes against others with their own embedding and output types."""
-    rows = [_alike(part.row(Variant(base.type, base.imatrix)), base) for base in part.alike]
-    heads = ("recipe", "imatrix", "against", "size", "KL, 1e-3", "its KL, 1e-3", "ratio", "95%")
-    return markdown(heads, "lllrrrrl", rows)
 
+    def ours(base: AlikeRow) -> FidelityRow:
+        row: FidelityRow = part.row(base.variant)
+        return row
 
-def _alike(row: FidelityRow, base: AlikeRow) -> list[str]:
-    ratio, (low, high) = ratio_of(row.windows, base.windows)
-    return [
-        named(row.type),
-        _WORDS[row.imatrix],
-        f"`{base.base}`",
-        f"{row.file_size / base.file_size:.3f} x",
-        f"{1e3 * row.kl:.3f}",
-        f"{1e3 * base.kl:.3f}",
-        f"{ratio:.3f} x",
-        f"{low:.3f} – {high:.3f}",
-    ]
+    columns: Sequence[Column] = (
+        ("recipe", "l", lambda base: named(base.type)),
+        _IMATRIX,
+        ("against", "l", lambda base: f"`{base.base}`"),
+        ("size", "r", lambda base: _ratio(ours(base).file_size, base.file_size)),
+        ("KL, 1e-3", "r", lambda base: f"{1e3 * ours(base).kl:.3f}"),
+        ("its KL, 1e-3", "r", lambda base: f"{1e3 * base.kl:.3f}"),
+        ("ratio", "r", lambda base: _divergences(ours(base).windows, base.windows)),
+        ("95%", "l", lambda base: _interval(ours(base).windows, base.windows)),
+    )
+    return markdown_of(columns, part.alike)
 
 
 def eight_table(part: Part) -> str:
     """What else 8 bits could be, beside Q8_0."""
-    rows = []
-    for candidate in part.eight:
-        base = part.row(Variant(EIGHT_BASE, candidate.imatrix))
-        ratio, (low, high) = ratio_of(candidate.windows, base.windows)
-        rows.append(
-            [
-                candidate.about,
-                _WORDS[candidate.imatrix],
-                f"{candidate.large_ratio:.3f} x",
-                f"{candidate.file_size / base.file_size:.3f} x",
-                f"{1e3 * statistics.mean(candidate.windows):.4f}",
-                f"{1e3 * base.kl:.4f}",
-                f"{ratio:.3f} x",
-                f"{low:.3f} – {high:.3f}",
-                f"{candidate.predicted_ratio:.2f} x",
-            ]
-        )
-    heads = (
-        "Q8_0, but",
-        "imatrix",
-        "size of 16B",
-        "size here",
-        "KL, 1e-3",
-        "KL of Q8_0, 1e-3",
-        "ratio",
-        "95%",
-        "predicted from built-in costs",
+    bases = {imatrix: part.row(Variant(EIGHT_BASE, imatrix)) for imatrix in (False, True)}
+    columns: Sequence[Column] = (
+        ("Q8_0, but", "l", lambda row: row.about),
+        _IMATRIX,
+        ("size of 16B", "r", lambda row: f"{row.large_ratio:.3f} x"),
+        ("size here", "r", lambda row: _ratio(row.file_size, bases[row.imatrix].file_size)),
+        ("KL, 1e-3", "r", lambda row: f"{1e3 * statistics.mean(row.windows):.4f}"),
+        ("KL of Q8_0, 1e-3", "r", lambda row: f"{1e3 * bases[row.imatrix].kl:.4f}"),
+        ("ratio", "r", lambda row: _divergences(row.windows, bases[row.imatrix].windows)),
+        ("95%", "l", lambda row: _interval(row.windows, bases[row.imatrix].windows)),
+        ("predicted from built-in costs", "r", lambda row: f"{row.predicted_ratio:.2f} x"),
     )
-    return markdown(heads, "llrrrrrlr", rows)
+    return markdown_of(columns, part.eight)
 
 
 def points_table(parts: Mapping[str, Part]) -> str:
@@ -233,9 +211,9 @@ def points_table(parts: Mapping[str, Part]) -> str:
     rows = []
     ours = [
         (named(word), *(parts[part].row(Variant(word, False)) for part in _POINT_PARTS), word)
-        for word in BARS
+        for word in COMPARED
     ]
-    others = [(row.about, row, row, row, START) for row in parts["points"].rows]
+    others = [(row.about, row, row, row, POINTS_BASE) for row in parts["points"].rows]
     for what, sizes, fidelity, speed, start in (*ours, *others):
         ratios = (
             sizes.n_bytes / large.n_bytes,
@@ -259,55 +237,108 @@ def spread(ratios: Sequence[float], control: float) -> str:
 def steps_table(part: Part) -> str:
     """Recipes, and each step away from them, in ratios to the base."""
     base, *others = part.rows
-    rows = [
-        [
-            f"{row.kind} in `{row.word}`" if row.kind else f"{named(row.type)} as it is",
-            f"{row.n_bytes / base.n_bytes:.3f} x",
-            f"{row.n_bytes_per_token / base.n_bytes_per_token:.3f} x",
-            f"{ratio_of(row.windows, base.windows)[0]:.3f} x",
-        ]
-        for row in others
-    ]
-    return markdown(("", "size", "bytes per token", "KL"), "lrrr", rows)
+
+    def what(row: StepRow) -> str:
+        return f"{row.kind} in `{row.word}`" if row.kind else f"{named(row.type)} as it is"
+
+    columns: Sequence[Column] = (
+        ("", "l", what),
+        ("size", "r", lambda row: _ratio(row.n_bytes, base.n_bytes)),
+        ("bytes per token", "r", lambda row: _ratio(row.n_bytes_per_token, base.n_bytes_per_token)),
+        ("KL", "r", lambda row: _divergences(row.windows, base.windows)),
+    )
+    return markdown_of(columns, others)
 
 
 def sizes_table(part: Part) -> str:
     """The 16B shape. Mixes that choose other types with an importance matrix have a line for that."""
     base = part.row(Variant(BASE, False))
-    rows = []
-    for row in part.rows:
-        if row.imatrix and row.digest == part.row(Variant(row.type, False)).digest:
-            continue
-        rows.append(
-            [
-                named(row.type) + (", imatrix" if row.imatrix else ""),
-                f"{row.n_bytes / 1e9:.3f}",
-                f"{row.bits_per_weight:.2f}",
-                f"{row.n_bytes / base.n_bytes:.3f} x",
-                f"{row.n_bytes_per_token / 1e9:.3f}",
-                f"{row.n_bytes_per_token / base.n_bytes_per_token:.3f} x",
-            ]
-        )
-    heads = ("type", "size, GB", "bits", "against Q4_K_M", "GB per token", "against Q4_K_M")
-    return markdown(heads, "lrrrrr", rows)
+    columns: Sequence[Column] = (
+        ("type", "l", lambda row: named(row.type) + (", imatrix" if row.imatrix else "")),
+        ("size, GB", "r", lambda row: f"{row.n_bytes / 1e9:.3f}"),
+        ("bits", "r", lambda row: f"{row.bits_per_weight:.2f}"),
+        (f"against {BASE}", "r", lambda row: _ratio(row.n_bytes, base.n_bytes)),
+        ("GB per token", "r", lambda row: f"{row.n_bytes_per_token / 1e9:.3f}"),
+        (f"against {BASE}", "r", lambda row: _ratio(row.n_bytes_per_token, base.n_bytes_per_token)),
+    )
+    plain = {row.type: row.digest for row in part.rows if not row.imatrix}
+    return markdown_of(
+        columns, [row for row in part.rows if not row.imatrix or row.digest != plain[row.type]]
+    )
 
 
 def speed_table(part: Part) -> str:
     """Medians of the rounds; what decoding reads, in ratios, too."""
     base = part.row(Variant(BASE, False))
-    rows = []
-    for row in part.rows:
-        cells = [named(row.type) + (", the control" if row.type == BASE else "")]
-        for measure, rates, ratios in (
-            (PROMPT, row.prompt, row.prompt_ratio),
-            (DECODE, row.decode, row.decode_ratio),
-        ):
-            cells.append(f"{statistics.median(rates):.1f}")
-            cells.append(spread(ratios, control_of(part, measure)))
-        cells.append(f"{row.n_bytes_per_token / base.n_bytes_per_token:.3f} x")
-        rows.append(cells)
-    heads = (
-        "type", "prompt, tokens/s", "against Q4_K_M", "decode, tokens/s", "against Q4_K_M",
-        "bytes per token of this file",
-    )  # fmt: skip
-    return markdown(heads, "lrrrrr", rows)
+    prompt, decode = (control_of(part, measure) for measure in (PROMPT, DECODE))
+    columns: Sequence[Column] = (
+        ("type", "l", lambda row: named(row.type) + (", the control" if row.type == BASE else "")),
+        ("prompt, tokens/s", "r", lambda row: f"{statistics.median(row.prompt):.1f}"),
+        (f"against {BASE}", "r", lambda row: spread(row.prompt_ratio, prompt)),
+        ("decode, tokens/s", "r", lambda row: f"{statistics.median(row.decode):.1f}"),
+        (f"against {BASE}", "r", lambda row: spread(row.decode_ratio, decode)),
+        (
+            "bytes per token of this file",
+            "r",
+            lambda row: _ratio(row.n_bytes_per_token, base.n_bytes_per_token),
+        ),
+    )
+    return markdown_of(columns, part.rows)
+
+
+def settings_table(parts: Mapping[str, Part]) -> str:
+    """Of each part that is there: when, with what, on what, and how much of it."""
+    rows = [
+        [name if number == 0 else "", *line]
+        for name, part in parts.items()
+        for number, line in enumerate(_lines(part))
+    ]
+    return markdown(("part", "", ""), "lll", rows)
+
+
+def _lines(part: Part) -> Iterator[tuple[str, str]]:
+    yield "measured", f"{part.measured}, commit {part.commit or 'unknown'}"
+    if part.oldest:
+        yield "the oldest rows", part.oldest
+    if "training" in part.facts:
+        yield from _training_lines(part)
+    if "n_windows" in part.settings:
+        yield from _fidelity_lines(part)
+    if "costs" in part.facts:
+        yield "costs of errors, for the solver", part.facts["costs"]
+    if "layers" in part.settings:
+        yield from _speed_lines(part)
+    if "kernels" in part.settings:
+        yield "llama-cpp-python", part.settings["kernels"]
+
+
+def _training_lines(part: Part) -> Iterator[tuple[str, str]]:
+    """As benchmarks/train_reference.py has written it."""
+    found = part.facts["training"]
+    amount = (
+        f"{found['n_steps']:,} steps, {found['n_tokens'] / 1e6:.1f}M tokens, {found['n_epochs']:.1f} epochs"
+    )
+    yield "training", f"{found['minutes']:g} minutes, seed {found['seed']}: {amount}"
+    yield "trained with", f"{found['products']} products, torch {found['torch']}, Python {found['python']}"
+    yield "held-out loss", f"{found['held_out_loss']:.3f} nats per token"
+
+
+def _fidelity_lines(part: Part) -> Iterator[tuple[str, str]]:
+    settings, facts = part.settings, part.facts
+    if "n_weights" in facts:
+        yield "weights", f"{facts['n_weights'] / 1e6:.2f}M in {facts['n_layers']} layers"
+    if "perplexity" in facts:
+        yield "unquantized perplexity", f"{facts['perplexity']:.4f} ± {facts['perplexity_error']:.4f}"
+    windows = f"{settings['n_windows']} windows of {settings['n_context']} tokens"
+    yield "text", f"{settings['text']}: {windows}, {settings['n_scored']:,} tokens scored"
+    if "n_calibration" in settings:
+        yield "importance matrix", f"{settings['n_calibration']} windows of {settings['n_context']} tokens"
+    yield "weights it is compared with, KV cache", f"F32, {settings['cache'].upper()}"
+
+
+def _speed_lines(part: Part) -> Iterator[tuple[str, str]]:
+    settings, facts = part.settings, part.facts
+    yield "processor", f"{facts['cpu']}, {settings['threads']} threads, load before {facts['load_before']}"
+    yield "shape", f"{settings['shape']}, {settings['layers']} layers"
+    yield "prompt, reply", f"{settings['n_prompt']} tokens, {settings['n_gen']} tokens"
+    yield "rounds", f"{settings['rounds']}, with {' and '.join(map(str, settings['turns']))} turns each"

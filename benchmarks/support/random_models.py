@@ -17,7 +17,7 @@ from gguf.constants import GGUFValueType
 from numpy.typing import NDArray
 
 from benchmarks.make_checkpoint import Pool, make_pool
-from benchmarks.support.rows import say
+from benchmarks.support.runner import say
 from benchmarks.support.sizes import choices_of, types_digest, unquantized
 from dsmoe_local.base.paths import cache_folder
 from dsmoe_local.engine.process.client import EngineClient

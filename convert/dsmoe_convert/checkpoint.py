@@ -7,6 +7,7 @@ of its own folder, and every tensor must be where it says.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +18,7 @@ from dsmoe_convert import pickle_bin, safetensors_file
 from dsmoe_convert.errors import CheckpointError
 from dsmoe_convert.shards import LocalShards, ShardSource
 from dsmoe_convert.stored import DTYPES, StoredTensor
+from dsmoe_local.base.errors import MissingExtraError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.model.config_json import checkpoint_name, load_json
 from dsmoe_local.model.ggml import GgmlType
@@ -66,7 +68,7 @@ def open_checkpoint(
     """The checkpoint in `folder`, headers read and checked.
 
     Raises FileError if a file cannot be read, CheckpointError if a file is malformed, absent or of a kind
-    that is not supported, InterruptedRunError after `stop`.
+    that is not supported, MissingExtraError for `.bin` files without torch, InterruptedRunError after `stop`.
     """
     form = find_form(folder, allow_pickle=allow_pickle)
     if (folder / form.single).exists():
@@ -90,8 +92,8 @@ def find_form(folder: Path, *, allow_pickle: bool) -> Form:
     """How the weights in `folder` are stored. safetensors win over pickles, single files over an index."""
     for form in (SAFETENSORS, PICKLE):
         if (folder / form.single).exists() or (folder / form.index).exists():
-            if form is PICKLE and not allow_pickle:
-                raise pickle_error(folder)
+            if form is PICKLE:
+                check_pickle(folder, allowed=allow_pickle)
             return form
     raise CheckpointError(
         "no weights here",
@@ -100,13 +102,18 @@ def find_form(folder: Path, *, allow_pickle: bool) -> Form:
     )
 
 
-def pickle_error(where: str | Path) -> CheckpointError:
-    """The refusal of `.bin` files that nobody asked for."""
-    return CheckpointError(
-        "the weights are pickles (.bin), which can carry code",
-        where=where,
-        remedy="use a safetensors version, or --allow-pickle if you trust the source",
-    )
+def check_pickle(where: str | Path, *, allowed: bool) -> None:
+    """Refuse `.bin` weights unless they are `allowed` (CheckpointError) and torch, which reads them, is
+    installed (MissingExtraError).
+    """
+    if not allowed:
+        raise CheckpointError(
+            "the weights are pickles (.bin), which can carry code",
+            where=where,
+            remedy="use a safetensors version, or --allow-pickle if you trust the source",
+        )
+    if importlib.util.find_spec("torch") is None:
+        raise MissingExtraError("pickle", "torch", ".bin files")
 
 
 def read_index(path: Path, suffix: str) -> dict[str, str]:

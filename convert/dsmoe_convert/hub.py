@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dsmoe_convert.checkpoint import PICKLE, SAFETENSORS, Form, pickle_error, read_index
+from dsmoe_convert.checkpoint import PICKLE, SAFETENSORS, Form, check_pickle, read_index
 from dsmoe_convert.errors import HubError
 from dsmoe_convert.stored import StoredTensor
 from dsmoe_local.base.errors import DsmoeError, InterruptedRunError, UsageError
@@ -148,8 +148,8 @@ class HubRepository:
         """How the weights are stored, and the files that hold them; `folder` holds the index."""
         for form in (SAFETENSORS, PICKLE):
             if form.single in self.sizes or form.index in self.sizes:
-                if form is PICKLE and not allow_pickle:
-                    raise pickle_error(self._request.repository)
+                if form is PICKLE:
+                    check_pickle(self._request.repository, allowed=allow_pickle)
                 if form.single in self.sizes:
                     return form, [form.single]
                 shards = sorted(set(read_index(folder / form.index, form.suffix).values()))

@@ -1,7 +1,6 @@
 """A checkpoint's tensors as the encoder wants them: experts stacked, query and key rows permuted.
 
-Nothing is gathered beforehand: rows are read where they lie when the encoder asks for them. torch does the
-permutation.
+Nothing is gathered beforehand: rows are read where they lie when the encoder asks for them.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
 
 from dsmoe_convert.checkpoint import Checkpoint
 from dsmoe_convert.shards import ShardSource
@@ -59,11 +57,10 @@ class RotaryRows:
         needed = (end - first) * self._row_bytes
         if scratch.size < needed:
             scratch = np.empty(needed, np.uint8)
-        heads = torch.from_numpy(self._inner.read(first, end - first, scratch))
-        pairs = heads.view(-1, 2, size // 2, self._row_bytes).transpose(1, 2).reshape(-1)
+        heads = self._inner.read(first, end - first, scratch)
+        pairs = heads.reshape(-1, 2, size // 2, self._row_bytes).swapaxes(1, 2).reshape(-1)
         start = (first_row - first) * self._row_bytes
-        result: Bytes = pairs[start : start + n_rows * self._row_bytes].numpy()
-        return result
+        return pairs[start : start + n_rows * self._row_bytes]
 
 
 def rows_of(checkpoint: Checkpoint, spec: TensorSpec) -> RowSource:

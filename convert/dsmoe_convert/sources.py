@@ -26,7 +26,7 @@ from dsmoe_convert.safetensors_file import read_tensors
 from dsmoe_convert.stored import StoredTensor
 from dsmoe_convert.tokenizer import read_tokenizer
 from dsmoe_local.base import durable
-from dsmoe_local.base.errors import InterruptedRunError, UsageError, missing_extra
+from dsmoe_local.base.errors import InterruptedRunError, UsageError
 from dsmoe_local.base.progress import Advanced, Listener, Note
 from dsmoe_local.model.config_json import checkpoint_name, read_config
 from dsmoe_quantize.write.output import Summary, refuse_early
@@ -56,15 +56,14 @@ def convert(
     """
     options, run_options = options or ConvertOptions(), run_options or RunOptions()
     source_options = source_options or SourceOptions()
-    with missing_extra("convert"):
-        target = out or _early_name(source, options)
-        if target is not None:
-            refuse_early(target, run_options.force)
-        planned = plan_source(source, options, source_options, run_options)
-        target = target or Path(planned.conversion.default_name)
-        if planned.staging is None:
-            return run(planned.conversion, target, run_options)
-        return _run_staged(planned.conversion, planned.staging, target, run_options)
+    target = out or _early_name(source, options)
+    if target is not None:
+        refuse_early(target, run_options.force)
+    planned = plan_source(source, options, source_options, run_options)
+    target = target or Path(planned.conversion.default_name)
+    if planned.staging is None:
+        return run(planned.conversion, target, run_options)
+    return _run_staged(planned.conversion, planned.staging, target, run_options)
 
 
 def _early_name(source: str, options: ConvertOptions) -> Path | None:

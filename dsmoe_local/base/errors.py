@@ -14,8 +14,6 @@ Packages add their own branches (`dsmoe_convert.errors`, `dsmoe_quantize.errors`
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from dsmoe_local.base.text import safe_line
@@ -51,10 +49,8 @@ class UsageError(DsmoeError):
 class MissingExtraError(DsmoeError):
     """A package of an optional extra is not installed."""
 
-    def __init__(self, extra: str, package: str) -> None:
-        super().__init__(
-            f"this needs the package {package}: pip install 'dsmoe-local[{extra}]'",
-        )
+    def __init__(self, extra: str, package: str, purpose: str) -> None:
+        super().__init__(f"{package} is needed for {purpose}: pip install 'dsmoe-local[{extra}]'")
 
 
 class FileError(DsmoeError):
@@ -79,12 +75,3 @@ class InterruptedRunError(DsmoeError):
     def __init__(self, what: str, *, signal_number: int = 2, remedy: str = "") -> None:
         super().__init__(what, remedy=remedy)
         self.exit_code = 128 + signal_number
-
-
-@contextmanager
-def missing_extra(extra: str) -> Iterator[None]:
-    """Turn an ImportError inside the block into the one-line error that names the extra to install."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(extra, error.name or "?") from error

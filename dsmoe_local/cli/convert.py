@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsmoe_local.base.errors import UsageError, missing_extra
+from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.cli.type_options import (
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 @click.option(
     "--pre", metavar="NAME", help="llama.cpp's name for the pre-tokenizer, if it is not recognised."
 )
-@click.option("--allow-pickle", is_flag=True, help="Read .bin weights, in a restricted child process.")
+@click.option(
+    "--allow-pickle", is_flag=True, help="Read .bin weights, in a restricted child process. Needs torch."
+)
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of the repository.")
 @click.option("--token", metavar="TOKEN", help="Access token of the hub.  [default: HF_TOKEN]")
 @click.option("--low-disk", is_flag=True, help="Download, encode and delete one shard after another.")
@@ -61,11 +63,9 @@ def command(
     To choose types for a target, such as a size, all weights must be there first: convert to bf16, then
     dsmoe quantize.
     """
+    from dsmoe_convert.convert import ConvertOptions, RunOptions
+    from dsmoe_convert.sources import SourceOptions, convert, plan_source
     from dsmoe_local.cli.render import run_with_progress, show_result
-
-    with missing_extra("convert"):
-        from dsmoe_convert.convert import ConvertOptions, RunOptions
-        from dsmoe_convert.sources import SourceOptions, convert, plan_source
 
     for name, value in (("--revision", revision), ("--token", token)):
         if value == "":
@@ -82,12 +82,11 @@ def command(
     )
     source_options = SourceOptions(revision, token, low_disk=low_disk)
     if dry_run:
-        with missing_extra("convert"):
-            planned = run_with_progress(
-                lambda listen, stop: plan_source(
-                    source, options, source_options, RunOptions(listen=listen, stop=stop), headers_only=True
-                )
+        planned = run_with_progress(
+            lambda listen, stop: plan_source(
+                source, options, source_options, RunOptions(listen=listen, stop=stop), headers_only=True
             )
+        )
         _show(planned.conversion, out or planned.conversion.default_name)
         show_notes(planned.conversion.notes)
         return

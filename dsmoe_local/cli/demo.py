@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dsmoe_local.base.errors import missing_extra
 from dsmoe_local.base.paths import demo_folder
 from dsmoe_local.base.sizes import format_size
 
@@ -42,11 +41,9 @@ def command(out: Path | None, n_active: int | None, chat: bool, force: bool) -> 
     """
     from rich.console import Console
 
+    from dsmoe_convert.demo.build import BuildOptions, build_demo
+    from dsmoe_convert.demo.calibration import N_ACTIVE
     from dsmoe_local.cli.render import run_with_progress
-
-    with missing_extra("demo"):
-        from dsmoe_convert.demo.build import BuildOptions, build_demo
-        from dsmoe_convert.demo.calibration import N_ACTIVE
 
     n_active = N_ACTIVE if n_active is None else n_active
     built = run_with_progress(

@@ -47,14 +47,14 @@ def one_prompt(
 
 def read_schema(file: str) -> str:
     """The text of a JSON schema, which can be kept. Else UsageError, and what `one_prompt` raises."""
-    from dsmoe_local.engine.grammar.language import json_schema_language
+    from dsmoe_local.engine.grammar.compile import compile_json_schema
     from dsmoe_local.engine.large_stack import large_stack
 
     text = _read_file(file, what="the schema")
     # Before the model is loaded.
     try:
         with large_stack("dsmoe-schema") as thread:
-            thread.submit(json_schema_language, text).result()
+            thread.submit(compile_json_schema, text).result()
     except UsageError as error:
         where = ", ".join(filter(None, (safe_line(file), error.where)))
         raise UsageError(error.what, where=where, remedy=error.remedy) from error

@@ -16,7 +16,7 @@ from dsmoe_local.engine import native
 from dsmoe_local.engine.cache_file import open_cache, room_in, write_cache
 from dsmoe_local.engine.observe.registry import n_outputs
 from dsmoe_local.engine.schedule.cache_book import CacheBook
-from dsmoe_local.engine.schedule.cell_tree import common_length
+from dsmoe_local.engine.schedule.radix_tree import common_length
 from dsmoe_local.engine.session import Session
 from dsmoe_local.engine.types import ObserverOptions
 

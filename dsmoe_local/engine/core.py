@@ -21,7 +21,7 @@ from dsmoe_local.engine.schedule.scheduler import Scheduler
 from dsmoe_local.engine.session import Session
 from dsmoe_local.engine.types import FinishReason, ObserverOptions
 
-_FILLER = 0  # any token will do: its logits are never looked at
+_PADDING_TOKEN = 0  # any token will do: its logits are never read
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,9 +177,9 @@ class Core:
                 self._computing = {}
                 self._session.context.clear_abort()
         self._shifting = False
-        for filler in step.fillers:
-            if self._session.context.n_cached(filler.slot) > filler.position:
-                self._session.context.forget(filler.slot, filler.position)
+        for padding in step.padding:
+            if self._session.context.n_cached(padding.slot) > padding.position:
+                self._session.context.forget(padding.slot, padding.position)
         if status == native.ABORTED:
             for row in step.rows:
                 self.scheduler.resync(row.sequence, self._session.context.n_cached(row.sequence.slot))
@@ -195,16 +195,16 @@ class Core:
         self._advance(placed, logits)
 
     def _place(self, step: plan.Step) -> tuple[list[_Placed], list[native.Row]]:
-        """The rows and fillers as a batch. Streams are computed together only in the order of their slots."""
+        """The rows and padding as a batch. Per-sequence caches need them in order of slots."""
         placed: list[_Placed] = []
         rows: list[native.Row] = []
         n_outputs = 0
-        parts: list[plan.StepRow | plan.Filler] = [*step.rows, *step.fillers]
+        parts: list[plan.StepRow | plan.Padding] = [*step.rows, *step.padding]
         if not self.scheduler.limits.unified:
-            parts.sort(key=lambda part: part.slot if isinstance(part, plan.Filler) else part.sequence.slot)
+            parts.sort(key=lambda part: part.slot if isinstance(part, plan.Padding) else part.sequence.slot)
         for part in parts:
-            if isinstance(part, plan.Filler):
-                row = native.Row(part.slot, part.position, (_FILLER,), 1)
+            if isinstance(part, plan.Padding):
+                row = native.Row(part.slot, part.position, (_PADDING_TOKEN,), 1)
             else:
                 tokens = part.sequence.tokens[part.start : part.start + part.n_tokens]
                 row = native.Row(part.sequence.slot, part.start, tokens, part.n_outputs)
@@ -263,8 +263,8 @@ class Core:
 
     def _lose(self, step: plan.Step, error: Exception) -> None:
         """Fail the requests of a step that could not be computed; no cell that it touched is trusted."""
-        for filler in step.fillers:
-            self._session.context.forget(filler.slot, filler.position)
+        for padding in step.padding:
+            self._session.context.forget(padding.slot, padding.position)
         for row in step.rows:
             self.scheduler.lose(row.sequence)
         for job in {self._replies[row.sequence].job for row in step.rows}:

@@ -37,6 +37,7 @@ from dsmoe_local.engine.types import (
     Prompt,
     Request,
     TokenEvent,
+    check_prompt,
 )
 
 T = TypeVar("T")
@@ -154,6 +155,7 @@ class Engine:
 
     def encode(self, prompt: Prompt, *, continue_final_message: bool = False) -> tuple[int, ...]:
         """The exact token ids of `prompt` (see TextEngine). Raises PromptError, TemplateError."""
+        check_prompt(prompt)
         with self._encoding:
             encoder = self._require_session().encoder
             return encoder.encode(
@@ -269,7 +271,7 @@ class Engine:
         failure: Exception | None = None
         try:
             if not job.cancelled:
-                job.language = check_request(session.model, job.request)
+                job.grammar = check_request(session.model, job.request)
                 prompt = session.encoder.encode(
                     job.request.prompt,
                     continue_final_message=job.request.continue_final_message,

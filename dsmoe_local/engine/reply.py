@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from dsmoe_local.engine import native
 from dsmoe_local.engine.observe.observer import Logits
-from dsmoe_local.engine.sampling import Choice, Chooser, Language, choose_seed
+from dsmoe_local.engine.sampling import Choice, CompiledGrammar, TokenSampler, choose_seed
 from dsmoe_local.engine.schedule.plan import Sequence
 from dsmoe_local.engine.stream import TextStream
 from dsmoe_local.engine.types import (
@@ -25,12 +25,12 @@ from dsmoe_local.engine.types import (
 class Job:
     """A submitted request: what it asks for, where its events go, and how many replies are not ended.
 
-    `language` is there once the request was checked, if its replies are held to one.
+    `grammar` is set once the request was checked, if it has a grammar or a JSON schema.
     """
 
     request: Request
     deliver: Deliver
-    language: Language | None = None
+    grammar: CompiledGrammar | None = None
     submitted: float = field(default_factory=time.perf_counter)
     cancelled: bool = False
     n_open: int = 0
@@ -69,7 +69,7 @@ class Reply:
         self._seed = choose_seed(request.sampling)
         if self._seed is not None:
             self._seed = (self._seed + index) % (MAX_SEED + 1)
-        self._chooser = Chooser(self._model, context, request, self._seed, prompt, job.language)
+        self._sampler = TokenSampler(self._model, context, request, self._seed, prompt, job.grammar)
         self._stream = TextStream(request.stop)
         # A reply that goes on may have been cut inside a character, which takes four bytes at most.
         self._stream.begin_after(b"".join(map(self._model.piece, prompt[-4:])))
@@ -94,7 +94,7 @@ class Reply:
         """The next token, from the newest one's row of logits."""
         if self._prompt_read is None:
             self._prompt_read = self.job.seconds
-        return self._chooser.choose(logits)
+        return self._sampler.choose(logits)
 
     def take(self, choice: Choice) -> FinishReason | None:
         """Tell the reader of a chosen token; returns why the reply ends with it, if it does."""
@@ -175,4 +175,4 @@ class Reply:
 
     def close(self) -> None:
         """Free the sampler."""
-        self._chooser.close()
+        self._sampler.close()

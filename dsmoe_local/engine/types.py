@@ -9,6 +9,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
+import msgspec
+
 from dsmoe_local.base import progress
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.engine.parameters import MAX_REPLIES as MAX_REPLIES
@@ -42,8 +44,11 @@ class Message:
     token_ids: tuple[int, ...] = ()
 
 
-Prompt: TypeAlias = str | tuple[Message, ...] | tuple[int, ...]
-"""Raw text to complete, a conversation for the chat template, or token ids as they are."""
+Prompt: TypeAlias = str | tuple[Message | int, ...]
+"""Raw text to complete, a conversation for the chat template, or token ids as they are.
+
+One type of tuple, since msgspec tells no two apart: `check_prompt` refuses messages mixed with ids.
+"""
 
 
 def ends_with_reply(prompt: Prompt | Sequence[Message]) -> bool:
@@ -155,8 +160,7 @@ class TokenLogprob:
     logprob: float
 
 
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
+class TokenEvent(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One step of a reply.
 
     A generated token: `token_id` is set; `text` is what became printable with it, possibly nothing (half a
@@ -173,6 +177,8 @@ class TokenEvent:
     tokens of prompt and reply, from the place `dropped_from` on, left it.
 
     `held`: the tokens so far have more text than was told, since its end may be the start of a stop string.
+
+    A Struct, not a dataclass: there is one for each token, and it is made in a tenth of the time.
     """
 
     request_id: str

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.batches import answer, batch, by_id
+from support.fake_engine import FakeEngine
 from support.mutations import Outcome, damaged_bytes, try_mutants
 
 from dsmoe_local.base import durable
@@ -18,7 +19,6 @@ from dsmoe_local.batch.journal import Output, Record, journal_path
 from dsmoe_local.batch.lines import Key
 from dsmoe_local.batch.sources import InputForm
 from dsmoe_local.batch.spool import spool_path, spooled
-from dsmoe_local.engine.fake import FakeEngine
 
 GROUPS = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10], [11, 12]]
 SETTINGS = {"model": "7 bytes abc", "temperature": "0.8"}

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from support.batches import GREEDY, answer, batch, by_id, records, summary_of, write_lines
 from support.crashing import CrashingEngine
+from support.fake_engine import FakeEngine
 
 from dsmoe_local.base import durable
 from dsmoe_local.base.errors import FileError, InterruptedRunError, LockedError, UsageError
@@ -21,7 +22,6 @@ from dsmoe_local.batch.journal import journal_path
 from dsmoe_local.batch.requests import BatchDefaults
 from dsmoe_local.batch.run import ErrorLimitError, run_batch
 from dsmoe_local.engine.errors import EngineCrashError, EngineError, ModelLoadError, NativeError
-from dsmoe_local.engine.fake import FakeEngine
 from dsmoe_local.engine.types import Request, SamplingParameters
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from openai.types import BatchError
 from support.batches import answer, batch, by_id, write_lines
+from support.fake_engine import FakeEngine
 
 from dsmoe_local.base.errors import DsmoeError, FileError, FormatError, UsageError
 from dsmoe_local.batch.run import run_batch
 from dsmoe_local.batch.sources import InputForm
 from dsmoe_local.batch.template import parse_template
-from dsmoe_local.engine.fake import FakeEngine
 
 
 def chat(**line: Any) -> dict[str, Any]:

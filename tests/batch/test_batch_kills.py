@@ -26,7 +26,7 @@ from dsmoe_local.batch import writer
 from dsmoe_local.batch.job import BatchOptions
 from dsmoe_local.batch.requests import BatchDefaults
 from dsmoe_local.batch.run import run_batch
-from dsmoe_local.engine.fake import FakeEngine
+from support.fake_engine import FakeEngine
 from dsmoe_local.engine.types import SamplingParameters
 writer._MOST_IN_GROUP = 8  # on a slow disk, too, there is a third group
 source, out, n_parallel = sys.argv[1:]

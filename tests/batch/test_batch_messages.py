@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from support.batches import answer, batch, by_id, records, requests, summary_of, write_lines
+from support.fake_engine import FakeEngine
 
 from dsmoe_local.base.errors import DsmoeError, FileError, FormatError
 from dsmoe_local.base.progress import Event, Note
@@ -18,7 +19,6 @@ from dsmoe_local.batch.sources import InputForm
 from dsmoe_local.batch.summary import BatchSummary, failures_in_words
 from dsmoe_local.batch.template import parse_template
 from dsmoe_local.engine.errors import PromptError
-from dsmoe_local.engine.fake import FakeEngine
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from support.batches import GREEDY, answer, batch, by_id
+from support.fake_engine import FakeEngine
 from support.models import tiny_model
 from support.mutations import Outcome, damaged_json, damaged_text, try_mutants
 
@@ -22,7 +23,6 @@ from dsmoe_local.batch.lines import describe, key_of, kind_of
 from dsmoe_local.batch.requests import request_of
 from dsmoe_local.batch.sources import InputForm, Source
 from dsmoe_local.batch.template import parse_template
-from dsmoe_local.engine.fake import FakeEngine
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions, TextEngine
 

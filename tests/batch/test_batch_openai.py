@@ -9,8 +9,7 @@ import pytest
 from openai.types import BatchError, Completion
 from openai.types.chat import ChatCompletion
 from support.batches import answer, batch, by_id
-
-from dsmoe_local.engine.fake import FakeEngine
+from support.fake_engine import FakeEngine
 
 
 def line(custom_id: str, url: str, **body: Any) -> dict[str, Any]:

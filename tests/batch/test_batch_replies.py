@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 from support.batches import answer, batch
+from support.fake_engine import FakeEngine
 from support.models import tiny_model
 
 from dsmoe_local.batch.collector import reply_lead
 from dsmoe_local.engine.errors import TemplateError
-from dsmoe_local.engine.fake import FakeEngine
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions, Prompt
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
+from support.fake_engine import FakeEngine
 from support.recording_chat import RecordingChat
 
 from dsmoe_local.base.errors import DsmoeError, FileError, UsageError
@@ -23,7 +24,6 @@ from dsmoe_local.chat.attachments import (
 )
 from dsmoe_local.chat.commands.files import COMMANDS
 from dsmoe_local.chat.turns import Role
-from dsmoe_local.engine.fake import FakeEngine
 
 
 @pytest.fixture

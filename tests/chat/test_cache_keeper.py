@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from support.fake_engine import FakeEngine
 
 from dsmoe_local.chat.cache_keeper import fingerprint
-from dsmoe_local.engine.fake import FakeEngine
 
 
 @pytest.mark.parametrize("more", [{"n_experts_per_token": 2}, {"cache_type_v": "q8_0"}], ids=str)

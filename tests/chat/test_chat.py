@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.fake_engine import FakeEngine
 from support.talking import TalkingScreen, chat_with
 
 from dsmoe_local.base.errors import NoSpaceError
@@ -16,7 +17,6 @@ from dsmoe_local.chat.store.sessions import SessionStore
 from dsmoe_local.chat.store.states import BLOCK, StateStore
 from dsmoe_local.chat.turns import Transcript
 from dsmoe_local.engine.errors import EngineCrashError
-from dsmoe_local.engine.fake import FakeEngine
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support.fake_engine import FakeEngine
 from support.talking import chat_with
 
 from dsmoe_local.chat.chat import Chat
@@ -12,7 +13,6 @@ from dsmoe_local.chat.commands import table as commands
 from dsmoe_local.chat.terminal.completion import choices
 from dsmoe_local.chat.turns import Role, Transcript, Turn
 from dsmoe_local.engine.errors import EngineCrashError
-from dsmoe_local.engine.fake import FakeEngine
 
 ROOT = Path(__file__).resolve().parents[2]
 

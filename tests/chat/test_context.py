@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from support.fake_engine import FakeEngine
 
 from dsmoe_local.chat.context import Encoder, compacted, token_ids
 from dsmoe_local.chat.conversation import Conversation
 from dsmoe_local.chat.settings import ChatSettings
 from dsmoe_local.chat.turns import OnFull, Role, Transcript, Turn
-from dsmoe_local.engine.fake import FakeEngine
 from dsmoe_local.engine.types import FinishReason, Prompt, TokenEvent
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import pytest
+from support.fake_engine import FakeEngine
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.chat.context import MadeRoom
@@ -12,7 +13,6 @@ from dsmoe_local.chat.conversation import Conversation, Event
 from dsmoe_local.chat.settings import ChatSettings
 from dsmoe_local.chat.turns import OnFull, Role, Turn
 from dsmoe_local.engine.errors import EngineCrashError, PromptError
-from dsmoe_local.engine.fake import FakeEngine
 from dsmoe_local.engine.types import FinishReason, Message, Request, TokenEvent
 
 

@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.fake_engine import FakeEngine
 from support.talking import chat_with
 
 from dsmoe_local.base.errors import NoSpaceError
@@ -17,7 +18,6 @@ from dsmoe_local.chat.drafts import Drafts
 from dsmoe_local.chat.settings import ChatSettings
 from dsmoe_local.chat.store.sessions import SessionStore
 from dsmoe_local.chat.turns import Transcript, Turn
-from dsmoe_local.engine.fake import FakeEngine
 from dsmoe_local.engine.types import FinishReason
 
 REPLY = "Die Größe 🚀 zählt."

@@ -10,6 +10,7 @@ from typing import cast
 
 import pytest
 from support.checkpoints import TINY
+from support.fake_engine import FakeEngine
 from support.models import tiny_model
 from support.routed import ShowingScreen, Token, observation, tokens
 
@@ -22,7 +23,6 @@ from dsmoe_local.chat.experts_view import OBSERVERS, REPLY, SESSION, ExpertsView
 from dsmoe_local.chat.settings import ChatSettings
 from dsmoe_local.chat.terminal.screen import Screen
 from dsmoe_local.engine.errors import EngineCrashError, EngineError
-from dsmoe_local.engine.fake import FakeEngine
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions, Observation, Request, SamplingParameters
 from dsmoe_local.experts.cost import active_cost

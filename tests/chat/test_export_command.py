@@ -7,11 +7,11 @@ import stat
 from pathlib import Path
 
 import pytest
+from support.fake_engine import FakeEngine
 from support.recording_chat import RecordingChat
 
 from dsmoe_local.base.errors import DsmoeError, FileError, UsageError
 from dsmoe_local.chat.commands.files import COMMANDS
-from dsmoe_local.engine.fake import FakeEngine
 
 
 def chat_with(*replies: str, answers: tuple[bool, ...] = ()) -> RecordingChat:

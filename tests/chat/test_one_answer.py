@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.fake_engine import FakeEngine
 
 from dsmoe_local.base.errors import DsmoeError, InterruptedRunError
 from dsmoe_local.chat.conversation import Conversation
@@ -18,7 +19,6 @@ from dsmoe_local.chat.indented import IndentedJson
 from dsmoe_local.chat.one_shot import answer
 from dsmoe_local.chat.settings import ChatSettings
 from dsmoe_local.chat.turns import OnFull
-from dsmoe_local.engine.fake import FakeEngine
 
 SCHEMA = '{"type": "object"}'
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import cast
 
 import pytest
+from support.fake_engine import FakeEngine
 
 from dsmoe_local.base.config_file import ConfigFile
 from dsmoe_local.base.errors import DsmoeError
@@ -18,7 +19,6 @@ from dsmoe_local.chat.conversation import Conversation
 from dsmoe_local.chat.settings import ChatSettings
 from dsmoe_local.chat.store.sessions import Session, SessionStore
 from dsmoe_local.chat.terminal.screen import ReplyView, Screen
-from dsmoe_local.engine.fake import FakeEngine
 from dsmoe_local.engine.types import SamplingParameters
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.fake_engine import FakeEngine
 from support.talking import chat_with
 
 from dsmoe_local.chat import blocks
 from dsmoe_local.chat.turns import Role
-from dsmoe_local.engine.fake import FakeEngine
 
 Q = blocks.MARK
 

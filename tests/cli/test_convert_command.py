@@ -130,12 +130,14 @@ def test_errors(arguments: tuple[str, ...], status: int, word: str, checkpoint: 
     assert [path.name for path in checkpoint.parent.iterdir()] == ["tiny"]
 
 
-def test_missing_extra(checkpoint: Path) -> None:
-    """A traceback where torch is not installed."""
+def test_bin_files_without_torch(checkpoint: Path) -> None:
+    """A traceback, or a file that is said to be damaged, where torch is not installed."""
+    write_checkpoint(checkpoint.parent / "old", form="bin")
     code = f"import sys; sys.modules['torch'] = None; {SCRIPT}"
-    done = subprocess.run([sys.executable, "-c", code, "tiny"], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", code, "old", "--allow-pickle"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr == "error: this needs the package torch: pip install 'dsmoe-local[convert]'\n"
+    assert done.stderr == "error: torch is needed for .bin files: pip install 'dsmoe-local[pickle]'\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -13,7 +13,6 @@ from support.imatrices import random_imatrix
 from support.raw_gguf import STRING, KeyValue, tiny_model
 from support.tiny_gguf import MOE, write_tiny
 
-from dsmoe_local.base.errors import MissingExtraError, missing_extra
 from dsmoe_local.cli.commands import COMMANDS
 from dsmoe_local.cli.main import load_command
 from dsmoe_local.model.presets import PRESETS
@@ -167,12 +166,3 @@ def test_completion_scripts(shell: str) -> None:
     assert done.returncode == 0
     for program in ("dsmoe", "dsmoe-convert", "dsmoe-quantize", "dsmoe-chat", "dsmoe-batch"):
         assert f"_{program.replace('-', '_').upper()}_COMPLETE" in done.stdout
-
-
-def test_a_missing_extra_is_one_line() -> None:
-    """Guards the message of a laptop without torch: it names the extra to install."""
-    with pytest.raises(MissingExtraError) as caught, missing_extra("convert"):
-        import a_package_that_is_not_there  # type: ignore[import-not-found]  # noqa: F401
-    assert str(caught.value) == (
-        "this needs the package a_package_that_is_not_there: pip install 'dsmoe-local[convert]'"
-    )

@@ -20,7 +20,7 @@ from dsmoe_convert.errors import HubError
 from dsmoe_convert.low_disk import ShardWindow
 from dsmoe_convert.sources import SourceOptions, convert, plan_source
 from dsmoe_local.base.durable import Journal
-from dsmoe_local.base.errors import DsmoeError, InterruptedRunError, UsageError
+from dsmoe_local.base.errors import DsmoeError, InterruptedRunError, MissingExtraError, UsageError
 from dsmoe_local.base.progress import Advanced, Event, Started
 from dsmoe_local.model.layout import tensor_specs
 
@@ -338,6 +338,17 @@ def test_pickles_from_the_hub(tmp_path: Path) -> None:
     with serving(Hub(folder)) as hub:
         source = SourceOptions(endpoint=hub.url)
         assert convert(hub.repository, tmp_path / "out.gguf", options, source).path.read_bytes() == expected
+
+
+def test_pickles_that_cannot_be_read_stay_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """33 GB of .bin files that are downloaded before someone notices that torch is not installed."""
+    folder = write_checkpoint(tmp_path / "tiny-moe", form="bin")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with serving(Hub(folder)) as hub:
+        options, source = ConvertOptions(allow_pickle=True), SourceOptions(endpoint=hub.url)
+        with pytest.raises(MissingExtraError, match=r"\[pickle\]"):
+            convert(hub.repository, tmp_path / "out.gguf", options, source)
+        assert "pytorch_model.bin" not in hub.downloads()
 
 
 def test_dry_run_fetches_no_weights(hub: Hub) -> None:

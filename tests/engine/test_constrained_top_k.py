@@ -12,7 +12,7 @@ from support.models import smollm2
 
 from dsmoe_local.engine import native
 from dsmoe_local.engine.native.samplers import Candidates
-from dsmoe_local.engine.sampling import Chooser, check_request
+from dsmoe_local.engine.sampling import TokenSampler, check_request
 from dsmoe_local.engine.types import Request, SamplingParameters
 
 GROUPS = 'root ::= ([a-z]{0,9} [0-9]{0,9}){0,30} "."'
@@ -54,9 +54,9 @@ def test_a_draw_chooses_from_all_that_is_permitted(
     monkeypatch.setattr(Candidates, "fill", fill)
     request = Request("r", "", SamplingParameters(top_k=top_k), grammar=grammar)
     context = native.Context(model, native.ContextOptions(256, 256, 256, 1, 1))
-    chooser = Chooser(model, context, request, 7, [], check_request(model, request))
-    chosen = chooser.choose(row).token_id
-    chooser.close()
+    sampler = TokenSampler(model, context, request, 7, [], check_request(model, request))
+    chosen = sampler.choose(row).token_id
+    sampler.close()
     context.close()
     ids = np.flatnonzero(allowed)
     expected = ids[np.argsort(-row[ids], kind="stable")][:top_k].tolist()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from support import hosted
+from support.fake_engine import FakeEngine
 from support.models import tiny_model
 
 from dsmoe_local.base.errors import FileError, UsageError
@@ -17,7 +18,6 @@ from dsmoe_local.engine import cache_file
 from dsmoe_local.engine import engine as engine_module
 from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.errors import PromptError
-from dsmoe_local.engine.fake import FakeEngine
 from dsmoe_local.engine.native import Model
 from dsmoe_local.engine.observe.reference_file import ReferenceReader
 from dsmoe_local.engine.observe.routing_file import RoutingReader

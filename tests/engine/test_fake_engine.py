@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.fake_engine import FakeEngine
 
 from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.errors import EngineError, EngineKilledError, PromptError
-from dsmoe_local.engine.fake import FakeEngine
 from dsmoe_local.engine.types import (
     FinishReason,
     Message,

@@ -72,6 +72,12 @@ def test_greedy_tokens_equal_the_bare_loop(engine: Engine, prompt: str) -> None:
     assert ids(events) == llama_oracle.greedy(tiny_model(), expected_prompt, 24)
 
 
+def test_a_prompt_of_messages_and_ids_is_refused(engine: Engine) -> None:
+    """Guards: one half of such a prompt dropped without a word."""
+    with pytest.raises(UsageError, match="a prompt is text"):
+        engine.encode((Message("user", "a"), 5))
+
+
 def test_real_weights_greedy_equals_the_bare_loop(real_engine: Engine) -> None:
     """Guards: anything that only a trained model shows, such as a wrong template or a missing BOS."""
     events = generate(real_engine, "The capital of France is", 16)

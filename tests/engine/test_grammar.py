@@ -20,7 +20,7 @@ from support.models import smollm2
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.engine.errors import EngineError
-from dsmoe_local.engine.sampling.constraint import Constraint, Language
+from dsmoe_local.engine.sampling.constraint import CompiledGrammar, Constraint
 
 
 class Oracle:
@@ -137,11 +137,11 @@ def test_characters_and_their_bytes(negated: bool) -> None:
     borders = [0, 0x7F, 0x80, 0x7FF, 0x800, 0xD7FF, 0xE000, 0xFFFF, 0x10000, 0x10FFFF]
     ranges = [(0x41, 0x7F), (0x60, 0x7FF), (0xD000, 0xFFFF), (0x10FFFF, 0x10FFFF)]
     written = "".join(f"\\U{low:08x}-\\U{high:08x}" for low, high in ranges)
-    language = gbnf(f"root ::= [{'^' if negated else ''}{written}]")
+    grammar = gbnf(f"root ::= [{'^' if negated else ''}{written}]")
     for point in {*borders, *(point + step for pair in ranges for point in pair for step in (-1, 0, 1))}:
         if 0 <= point <= 0x10FFFF and not 0xD800 <= point <= 0xDFFF:
             wanted = any(low <= point <= high for low, high in ranges) != negated
-            assert belongs(language, chr(point)) == wanted, hex(point)
+            assert belongs(grammar, chr(point)) == wanted, hex(point)
 
 
 @pytest.mark.parametrize(
@@ -228,9 +228,9 @@ def test_a_grammar_that_becomes_too_complex_fails_its_text_only() -> None:
         read(gbnf(_doubling(40)), "aaa")
 
 
-def read(language: Language, text: str) -> None:
+def read(grammar: CompiledGrammar, text: str) -> None:
     """Accept a text, asking for the mask at each place as a reply does whose first choice is refused."""
-    constraint = Constraint(language)
+    constraint = Constraint(grammar)
     for byte in text.encode():
         constraint.likeliest(np.zeros(257, np.float32), 1)
         constraint.accept(byte)
@@ -241,22 +241,22 @@ def test_endless_ambiguity_fails_the_text_only() -> None:
     """Guards: a grammar that is legal and takes cubic time, in the thread that decodes for everyone."""
     many = " | ".join(f"s s{i}" for i in range(80))
     rules = "".join(f's{i} ::= s "a"? s | "a"\n' for i in range(80))
-    language = gbnf(f'root ::= s\ns ::= {many} | "a"\n{rules}')
+    grammar = gbnf(f'root ::= s\ns ::= {many} | "a"\n{rules}')
     with pytest.raises(EngineError, match="held to its grammar"):
-        read(language, "a" * 1000)
+        read(grammar, "a" * 1000)
 
 
 def test_branches_without_an_end_are_not_entered() -> None:
     """Guards: a reply led into a rule that can never be completed."""
-    language = gbnf('root ::= "a" (dead | "b") | dead\ndead ::= "c" dead')
-    assert permitted(language, b"") == [ord("a")]
-    assert permitted(language, b"a") == [ord("b")]
+    grammar = gbnf('root ::= "a" (dead | "b") | dead\ndead ::= "c" dead')
+    assert permitted(grammar, b"") == [ord("a")]
+    assert permitted(grammar, b"a") == [ord("b")]
 
 
 def test_what_was_only_tested_leaves_no_trace() -> None:
     """Guards: a token that was only tested, or a reply beside it, moving a reply on."""
-    language = gbnf('root ::= ("a" | "b" root "c")+')
-    ours, beside = Constraint(language), Constraint(language)
+    grammar = gbnf('root ::= ("a" | "b" root "c")+')
+    ours, beside = Constraint(grammar), Constraint(grammar)
     beside.accept(ord("a"))
     ours.accept(ord("b"))
     for _ in range(2):

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 from support import llama_oracle
+from support.fake_engine import FakeEngine
 from support.models import tiny_model
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.errors import EngineCrashError, EngineError
-from dsmoe_local.engine.fake import FakeEngine
 from dsmoe_local.engine.observe.arrays import unpack
 from dsmoe_local.engine.observe.reference_file import ReferenceReader
 from dsmoe_local.engine.observe.registry import OBSERVERS

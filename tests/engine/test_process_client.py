@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 from support import hosted
+from support.fake_engine import FakeEngine
 from support.processes import is_gone
 
 from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.engine.errors import EngineCrashError, EngineError, OutOfMemoryError, PromptError
-from dsmoe_local.engine.fake import FakeEngine
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import (
     FinishReason,
@@ -227,7 +227,7 @@ def test_refusals_arrive_as_what_they_are(client: EngineClient) -> None:
     assert caught.value.exit_code == 1
     with pytest.raises(EngineError, match="cannot be sent"):
         client.encode(b"bytes")  # type: ignore[arg-type]
-    with pytest.raises(EngineError, match="internal error in the engine: TypeError"):
+    with pytest.raises(EngineError, match="internal error in the engine: WireError"):
         client.decode(["no id"])  # type: ignore[list-item]
     # The log comes by another way than the answer.
     asked_until = time.monotonic() + 20

@@ -18,13 +18,13 @@ from typing import Any
 
 import pytest
 from support import hosted
+from support.fake_engine import FakeEngine
 from support.models import tiny_model
 from support.mutations import Outcome, damaged_bytes, damaged_json, try_mutants
 
 from dsmoe_local.base.progress import Advanced, Started
 from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.errors import EngineCrashError, EngineError
-from dsmoe_local.engine.fake import FakeEngine
 from dsmoe_local.engine.process import child, wire
 from dsmoe_local.engine.process.client import NATIVE, EngineClient
 from dsmoe_local.engine.process.log import LogKeeper
@@ -52,6 +52,10 @@ def list_of(*messages: Any) -> list[Any]:
     return plain
 
 
+def call(method: str, /, **arguments: object) -> tuple[Any, ...]:
+    return "call", 7, method, wire.to_plain(arguments)
+
+
 REQUESTS = (
     Request("a", "dog", max_tokens=4, stop=("x", "yz"), n=2),
     Request("b", (5, 6, 7), SamplingParameters(seed=3), 3, logit_bias=((5, 1.5), (6, -100.0))),
@@ -64,12 +68,13 @@ REQUESTS = (
 )
 MESSAGES: list[Any] = list_of(
     *(("start", 7, wire.to_plain(request)) for request in REQUESTS * 3),
-    ("call", 7, "encode", [wire.to_plain(REQUESTS[2].prompt), False]),
-    ("call", 7, "encode", ["dog", False]),
-    ("call", 7, "decode", [5, 6, 7]),
-    ("call", 7, "load_cache", ["no such file", [5, 6, 7]]),
-    ("call", 7, "observe", "routing"),
-    ("call", 7, "set_observers", wire.to_plain((ObserverOptions("routing", (("trace", 3),)),))),
+    call("encode", prompt=REQUESTS[2].prompt, continue_final_message=False),
+    call("encode", prompt="dog", continue_final_message=False),
+    call("decode", token_ids=(5, 6, 7)),
+    call("load_cache", path="no such file", token_ids=(5, 6, 7)),
+    call("observe", name="routing"),
+    call("cancel", request_id="control"),  # not in the table
+    call("set_observers", options=(ObserverOptions("routing", (("trace", 3),)),)),
 )
 
 

@@ -360,14 +360,14 @@ def test_observers_belong_to_the_model_they_were_set_on(monkeypatch: pytest.Monk
     routing = (ObserverOptions("routing"),)
     wanted = replace(OPTIONS, n_context=55)
     with load() as client:
-        exchanging = Child.set_observers
+        exchanging: Callable[..., Any] = Child.call
 
-        def overtaken(child: Child, options: tuple[ObserverOptions, ...]) -> None:
-            exchanging(child, options)
+        def overtaken(child: Child, *call: Any) -> None:
+            exchanging(child, *call)
             monkeypatch.undo()
             client.reload(wanted)
 
-        monkeypatch.setattr(Child, "set_observers", overtaken)
+        monkeypatch.setattr(Child, "call", overtaken)
         client.set_observers(routing)
         assert client.options == wanted
         assert client.observe("loaded")["observers"] == []

@@ -52,7 +52,7 @@ MESSAGES = st.builds(Message, ANY_TEXT, ANY_TEXT, IDS)
 PROMPTS = ANY_TEXT | st.lists(MESSAGES, min_size=1, max_size=3).map(tuple) | IDS
 SAMPLING = st.builds(
     SamplingParameters,
-    temperature=st.floats(0, 100) | st.integers(0, 100),
+    temperature=st.floats(0, 100),
     top_k=st.integers(0, 2**31 - 1),
     mirostat=st.sampled_from([0, 1, 2]),
     seed=st.none() | st.integers(0, 2**32 - 2),
@@ -79,21 +79,25 @@ REQUESTS = st.builds(
     context_shift=st.booleans(),
     n_keep=COUNTS,
 )
-EVENTS = st.builds(
-    TokenEvent,
-    request_id=st.just("r"),
-    text=ANY_TEXT,
-    seconds=FLOATS,
-    token_id=st.none() | COUNTS,
-    logprob=st.none() | FLOATS,
-    progress=st.none() | st.builds(PromptProgress, COUNTS, COUNTS),
-    finish_reason=st.none() | st.sampled_from(FinishReason),
-    usage=st.none() | st.builds(Usage, COUNTS, COUNTS, COUNTS, FLOATS, FLOATS, st.none() | COUNTS),
-    index=st.integers(0, 63),
-    alternatives=st.lists(st.builds(TokenLogprob, COUNTS, ANY_TEXT, FLOATS), max_size=3).map(tuple),
-    dropped=st.just(0),
-) | st.builds(
-    TokenEvent, st.just("r"), ANY_TEXT, FLOATS, COUNTS, dropped=st.integers(1, 9), dropped_from=COUNTS
+EVENTS = (
+    st.builds(
+        TokenEvent,
+        request_id=st.just("r"),
+        text=ANY_TEXT,
+        seconds=FLOATS,
+        token_id=st.none() | COUNTS,
+        logprob=st.none() | FLOATS,
+        progress=st.none() | st.builds(PromptProgress, COUNTS, COUNTS),
+        finish_reason=st.none() | st.sampled_from(FinishReason),
+        usage=st.none() | st.builds(Usage, COUNTS, COUNTS, COUNTS, FLOATS, FLOATS, st.none() | COUNTS),
+        index=st.integers(0, 63),
+        alternatives=st.lists(st.builds(TokenLogprob, COUNTS, ANY_TEXT, FLOATS), max_size=3).map(tuple),
+        held=st.booleans(),
+    )
+    | st.builds(
+        TokenEvent, st.just("r"), ANY_TEXT, FLOATS, COUNTS, dropped=st.integers(1, 9), dropped_from=COUNTS
+    )
+    | st.builds(TokenEvent, st.just("r"), ANY_TEXT, FLOATS, COUNTS, held=st.just(True))
 )
 PATHS = st.sampled_from(["m.gguf", "/a b/ü.gguf", "half \udcff name.gguf"]).map(Path)
 OBSERVERS = st.builds(
@@ -143,7 +147,7 @@ def test_options_and_model_cross_exactly(value: ModelOptions | ModelInfo) -> Non
 @given(PROMPTS)
 def test_prompts_cross_exactly(prompt: Any) -> None:
     """Guards: the three kinds of prompt told apart wrongly."""
-    assert wire.prompt_from_plain(crossed(wire.to_plain(prompt))) == prompt
+    assert wire.from_plain(Prompt, crossed(wire.to_plain(prompt))) == prompt
 
 
 @pytest.mark.parametrize(
@@ -174,7 +178,7 @@ def tree(kind: type[DsmoeError]) -> Iterator[type[DsmoeError]]:
 def test_every_error_crosses_as_itself(kind: type[DsmoeError]) -> None:
     """Guards: a new kind of error that callers can no longer catch by its class."""
     if kind is MissingExtraError:
-        error: DsmoeError = MissingExtraError("convert", "torch")
+        error: DsmoeError = MissingExtraError("pickle", "torch", ".bin files")
     elif kind is InterruptedRunError:
         error = InterruptedRunError("stopped", signal_number=15, remedy="again")
     else:
@@ -244,19 +248,25 @@ def test_a_length_that_is_nonsense() -> None:
 @pytest.mark.parametrize(
     ("kind", "value"),
     [
-        (Request, ["id"]),
+        (Request, {"id": "r"}),
+        (Request, ["r", "x"]),
         (Request, None),
-        (TokenEvent, ["r", "t", 0.0, 1, None, None, "no reason", None, 0, []]),
-        (ModelOptions, [5] * 25),
+        (Request, {"id": "r", "prompt": "x", "n": True}),
+        (TokenEvent, ["r", "t", 0.0, 1, None, None, "no reason"]),
+        (TokenEvent, ["r", 5, 0.0]),
+        (TokenEvent, ["r", "t", 0.0, 1, None, None, None, None, 0, [], 0, 0, False, "more"]),
+        (TokenEvent, ["r", "t", 0.0, None, None, None, "\ud800"]),
+        (ModelOptions, {"path": 5}),
+        (ModelOptions, {"path": "m", "devices": "cpu"}),
         (int, True),
         (int, 1.0),
+        (int, "\ud800"),
         (float, "1"),
         (tuple[int, ...], "12"),
         (tuple[int, ...], [1, None]),
         (tuple[str, ...], "abc"),
-        (TokenEvent, ["r", 5, 0.0]),
-        (Message, ["user", None, []]),
-        (Message, ["user", "x", [True]]),
+        (Message, {"role": "user", "content": None}),
+        (Message, {"role": "user", "content": "x", "token_ids": [True]}),
         (Prompt, [1, "x"]),
         (Prompt, {"a": 1}),
         (Observation, []),
@@ -273,7 +283,7 @@ def test_values_of_the_wrong_shape(kind: Any, value: Any) -> None:
 def test_what_a_type_refuses_is_its_own_error() -> None:
     """Guards: a request out of range reported as a broken connection."""
     plain = json.loads(json.dumps(wire.to_plain(Request("r", "x"))))
-    plain[2][0] = -1
+    plain["sampling"]["temperature"] = -1
     with pytest.raises(UsageError, match="temperature"):
         wire.from_plain(Request, plain)
 

@@ -17,7 +17,7 @@ from support.models import smollm2, tiny_model
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.engine import native
 from dsmoe_local.engine.errors import NativeError
-from dsmoe_local.engine.sampling import Choice, Chooser, check_request, choose_seed
+from dsmoe_local.engine.sampling import Choice, TokenSampler, check_request, choose_seed
 from dsmoe_local.engine.sampling.likeliest import likeliest, near_top
 from dsmoe_local.engine.types import Request, SamplingParameters
 
@@ -123,12 +123,12 @@ def test_tokens_equal_those_of_the_chain(
         chain = chain_of(model, usual_stages(sampling, seed, model.n_vocab))
         for token_id in prompt:
             llama_cpp.llama_sampler_accept(chain, token_id)
-        chooser = Chooser(model, context, Request("r", "", sampling), seed, prompt, None)
+        sampler = TokenSampler(model, context, Request("r", "", sampling), seed, prompt, None)
         before = rows.copy()
-        chosen = [chooser.choose(row).token_id for row in rows]
+        chosen = [sampler.choose(row).token_id for row in rows]
         np.testing.assert_array_equal(rows, before)
         assert chosen == [sample(chain, row) for row in rows]
-        chooser.close()
+        sampler.close()
         llama_cpp.llama_sampler_free(chain)
 
 
@@ -146,11 +146,11 @@ def test_logit_bias_equals_that_of_the_chain(
         llama_cpp.llama_sampler_accept(chain, token_id)
     # One bias in two parts must be the same.
     request = Request("r", "", sampling, logit_bias=((500, 16.0), *bias[:1], (500, 0.5), *bias[2:]))
-    chooser = Chooser(model, context, request, 5, prompt, None)
-    chosen = [chooser.choose(row).token_id for row in rows]
+    sampler = TokenSampler(model, context, request, 5, prompt, None)
+    chosen = [sampler.choose(row).token_id for row in rows]
     assert chosen == [sample(chain, row) for row in rows]
     assert 500 in chosen
-    chooser.close()
+    sampler.close()
     llama_cpp.llama_sampler_free(chain)
 
 
@@ -166,15 +166,15 @@ def test_choosers_of_one_context_do_not_disturb_each_other(
         SamplingParameters(temperature=0, presence_penalty=5),
     ]
 
-    def choose_all(chooser: Chooser) -> list[Choice]:
-        return [chooser.choose(row) for row in rows]
+    def choose_all(sampler: TokenSampler) -> list[Choice]:
+        return [sampler.choose(row) for row in rows]
 
-    def make(kind: SamplingParameters) -> Chooser:
-        return Chooser(model, context, Request("r", "", kind), 3, [1, 2], None)
+    def make(kind: SamplingParameters) -> TokenSampler:
+        return TokenSampler(model, context, Request("r", "", kind), 3, [1, 2], None)
 
     alone = [choose_all(make(kind)) for kind in kinds]
     mixed = [make(kind) for kind in kinds]
-    together = [[chooser.choose(row) for chooser in mixed] for row in rows]
+    together = [[sampler.choose(row) for sampler in mixed] for row in rows]
     assert [list(column) for column in zip(*together, strict=True)] == alone
 
 
@@ -182,7 +182,7 @@ def test_logprobs_and_alternatives(model: native.Model, context: native.Context,
     """Guards: log-probabilities after biases or temperature, alternatives out of order, one too few."""
     sampling = SamplingParameters(temperature=1.7, top_k=0, min_p=0, top_p=1)
     request = Request("r", "", sampling, logprobs=True, top_logprobs=4, logit_bias=((77, 80.0),))
-    choice = Chooser(model, context, request, 1, [], None).choose(rows[-1])
+    choice = TokenSampler(model, context, request, 1, [], None).choose(rows[-1])
     row = rows[-1].astype(np.float64)
     logprobs = row - np.logaddexp.reduce(row)
     assert choice.token_id == 77
@@ -193,7 +193,7 @@ def test_logprobs_and_alternatives(model: native.Model, context: native.Context,
     for item in choice.alternatives:
         assert item.logprob == pytest.approx(logprobs[item.token_id], abs=1e-5)
         assert item.text == model.text_of(item.token_id)
-    plain = Chooser(model, context, Request("r", "", sampling), 1, [], None).choose(rows[-1])
+    plain = TokenSampler(model, context, Request("r", "", sampling), 1, [], None).choose(rows[-1])
     assert plain.logprob is None
     assert plain.alternatives == ()
 
@@ -232,11 +232,11 @@ def test_logits_that_are_no_numbers(
     """Guards: NaN sorted somewhere and sampled, as if the model had said something."""
     logits = np.zeros(model.n_vocab, np.float32)
     logits[model.n_vocab - 2] = value
-    chooser = Chooser(
+    sampler = TokenSampler(
         model, context, Request("r", "", SamplingParameters(temperature=temperature)), 1, [1], None
     )
     with pytest.raises(NativeError, match="NaN"):
-        chooser.choose(logits)
+        sampler.choose(logits)
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-38, 1e-6])
@@ -246,8 +246,8 @@ def test_tiny_temperatures_are_greedy(
     """Guards: logits that overflow in the division, whose differences are then NaN: the last token wins."""
     logits = np.linspace(1, 30, model.n_vocab, dtype=np.float32)[::-1].copy()
     sampling = SamplingParameters(temperature=temperature, top_k=0, min_p=0, top_p=1)
-    chooser = Chooser(model, context, Request("r", "", sampling), 1, [1], None)
-    assert chooser.choose(logits).token_id == 0
+    sampler = TokenSampler(model, context, Request("r", "", sampling), 1, [1], None)
+    assert sampler.choose(logits).token_id == 0
 
 
 @pytest.mark.parametrize("token_id", [-1, 10**6, 2**40])

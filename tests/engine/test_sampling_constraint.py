@@ -20,8 +20,8 @@ from dsmoe_local.base.errors import UsageError
 from dsmoe_local.engine import native
 from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.errors import EngineError
-from dsmoe_local.engine.grammar.language import language_of
-from dsmoe_local.engine.sampling import Chooser, check_request, constraint
+from dsmoe_local.engine.grammar.compile import compile_grammar
+from dsmoe_local.engine.sampling import TokenSampler, check_request, constraint
 from dsmoe_local.engine.types import FinishReason, Message, ModelOptions, Request, SamplingParameters
 
 GREEDY = SamplingParameters(temperature=0)
@@ -51,9 +51,9 @@ def rows() -> Any:
     return llama_oracle.logits(smollm2(), prompt)
 
 
-def chooser_of(model: native.Model, context: native.Context, **values: Any) -> Chooser:
+def sampler_of(model: native.Model, context: native.Context, **values: Any) -> TokenSampler:
     request = Request("r", "", **values)
-    return Chooser(model, context, request, 7, [], check_request(model, request))
+    return TokenSampler(model, context, request, 7, [], check_request(model, request))
 
 
 class Theirs:
@@ -121,7 +121,7 @@ def test_choices_equal_those_of_llama_cpp(
     model: native.Model, context: native.Context, rows: Any, grammar: str, sampling: SamplingParameters
 ) -> None:
     """Guards: a permitted token overlooked, a forbidden one taken, fewer than top-k to draw from."""
-    ours = chooser_of(model, context, sampling=sampling, grammar=grammar)
+    ours = sampler_of(model, context, sampling=sampling, grammar=grammar)
     theirs = Theirs(model, grammar, sampling)
     text = b""
     for row in rows:
@@ -146,39 +146,39 @@ def test_replies_of_noise_keep_the_grammar(
     controls = [i for i in range(model.n_vocab) if not model.piece(i)]
     for top_k in (0, 10):
         sampling = SamplingParameters(temperature=temperature, top_k=top_k, top_p=1, min_p=0)
-        chooser = chooser_of(model, context, sampling=sampling, grammar=grammar)
+        sampler = sampler_of(model, context, sampling=sampling, grammar=grammar)
         text = b""
         for _ in range(100):
             row = rng.normal(0, 3, model.n_vocab).astype(np.float32)
             row[controls] += 15
-            chosen = chooser.choose(row).token_id
+            chosen = sampler.choose(row).token_id
             if model.ends(chosen):
                 break
             assert chosen not in controls
             text += model.piece(chosen)
         assert model.ends(chosen)
         assert belongs(root, text), text
-        chooser.close()
+        sampler.close()
 
 
 def test_what_no_token_can_write(model: native.Model, context: native.Context) -> None:
     """Guards: one of the forbidden tokens taken where none is permitted."""
-    chooser = chooser_of(model, context, sampling=GREEDY, grammar='root ::= "a\\x16"')
+    sampler = sampler_of(model, context, sampling=GREEDY, grammar='root ::= "a\\x16"')
     row = np.zeros(model.n_vocab, np.float32)
-    chooser.choose(row)
+    sampler.choose(row)
     with pytest.raises(EngineError, match="none of the model's tokens"):
-        chooser.choose(row)
+        sampler.choose(row)
 
 
 def test_a_ban_yields_to_the_grammar(model: native.Model, context: native.Context) -> None:
     """Guards: a reply without any way on because the only token left was banned."""
     (yes,) = model.tokenize(b"yes", special=False)
     pieces = [(i, -1000.0) for i in range(model.n_vocab) if model.piece(i)[:1] == b"y"]
-    chooser = chooser_of(model, context, grammar='root ::= "yes"', logit_bias=tuple(pieces), sampling=GREEDY)
+    sampler = sampler_of(model, context, grammar='root ::= "yes"', logit_bias=tuple(pieces), sampling=GREEDY)
     row = np.zeros(model.n_vocab, np.float32)
     row[yes] = 1
-    assert chooser.choose(row).token_id == yes
-    assert model.ends(chooser.choose(row).token_id)
+    assert sampler.choose(row).token_id == yes
+    assert model.ends(sampler.choose(row).token_id)
 
 
 @pytest.mark.timeout(120)
@@ -186,13 +186,13 @@ def test_hostile_grammars_take_no_hold_of_the_engine(model: native.Model, contex
     """Guards: minutes spent on one token of one request while all others wait."""
     many = " | ".join(f"s s{i}" for i in range(30))
     rules = "".join(f's{i} ::= s "a"? s | "a"\n' for i in range(30))
-    chooser = chooser_of(model, context, sampling=GREEDY, grammar=f'root ::= s\ns ::= {many} | "a"\n{rules}')
+    sampler = sampler_of(model, context, sampling=GREEDY, grammar=f'root ::= s\ns ::= {many} | "a"\n{rules}')
     row = np.zeros(model.n_vocab, np.float32)
     row[[i for i in range(model.n_vocab) if model.ends(i)]] = -5
 
     def choose_on() -> None:
         for _ in range(1000):
-            chooser.choose(row)
+            sampler.choose(row)
 
     with pytest.raises(EngineError, match="held to its grammar"):
         choose_on()
@@ -268,13 +268,13 @@ def test_grammars_are_prepared_while_others_decode(monkeypatch: pytest.MonkeyPat
     def prepare(*, grammar: str | None, json_schema: str | None) -> str:
         prepared.append(threading.current_thread().name)
         one_more.release()
-        return language_of(grammar=grammar, json_schema=json_schema)
+        return compile_grammar(grammar=grammar, json_schema=json_schema)
 
     def block() -> None:
         blocked.set()
         assert go_on.wait(60)
 
-    monkeypatch.setattr(constraint, "language_of", prepare)
+    monkeypatch.setattr(constraint, "compile_grammar", prepare)
     with Engine.load(ModelOptions(smollm2(), n_context=512, n_threads=1, n_parallel=4)) as engine:
         engine.after_step = block
         first = engine.submit(Request("first", "x", GREEDY, max_tokens=2))

@@ -46,8 +46,8 @@ class PlayedCache:
             mine = self.held.setdefault(sequence.slot, [])
             assert len(mine) == start, "a gap or a double position"
             mine += [(next(self._cells), token) for token in sequence.tokens[start : start + count]]
-        for slot, position in step.fillers:
-            assert len(self.held.get(slot, [])) == position, "a filler out of place"
+        for slot, position in step.padding:
+            assert len(self.held.get(slot, [])) == position, "padding out of place"
         self._measure()
 
     def hold(self, slot: int, tokens: list[int]) -> None:
@@ -317,7 +317,7 @@ def test_deterministic_steps_have_one_width() -> None:
             assert len(step.rows) == 1
             assert step.rows[0].start % 32 == 0
         elif step.rows:
-            assert len(step.rows) + len(step.fillers) == 4
+            assert len(step.rows) + len(step.padding) == 4
 
 
 def test_decoding_goes_on_while_prompts_keep_coming() -> None:

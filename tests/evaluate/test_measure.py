@@ -17,6 +17,7 @@ import pytest
 from numpy.typing import NDArray
 from support import llama_oracle, torch_deepseek
 from support.checkpoints import TINY, random_weights
+from support.fake_engine import FakeEngine
 from support.models import tiny_model
 from support.tiny_gguf import DENSE, write_tiny
 
@@ -24,7 +25,6 @@ from dsmoe_local.base import progress
 from dsmoe_local.base.errors import FormatError, InterruptedRunError, UsageError
 from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.errors import EngineError
-from dsmoe_local.engine.fake import FakeEngine
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions
 from dsmoe_local.evaluate import reference as references

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from support.fake_engine import FakeEngine
 from support.models import tiny_model
 
 from dsmoe_local.base.errors import InterruptedRunError
@@ -17,7 +18,6 @@ from dsmoe_local.base.progress import Advanced, Event, Finished, Started
 from dsmoe_local.engine import native, reply
 from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.errors import EngineCrashError, EngineError
-from dsmoe_local.engine.fake import FakeEngine
 from dsmoe_local.engine.types import (
     Deliver,
     FinishReason,

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import llama_oracle
+from support.fake_engine import FakeEngine
 from support.models import smollm2, tiny_model
 
 from dsmoe_local.base.errors import FileError, FormatError, UsageError
 from dsmoe_local.engine.engine import Engine
-from dsmoe_local.engine.fake import FakeEngine
 from dsmoe_local.engine.types import ModelOptions
 from dsmoe_local.evaluate.text import Text, built_in, read_text
 from dsmoe_local.evaluate.windows import cut_windows, encode_text, pieces

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from dsmoe_local.engine.errors import EngineCrashError, EngineError
-from dsmoe_local.engine.fake import FakeEngine
 from dsmoe_local.engine.types import Deliver, Prompt, Request, TokenEvent
+from support.fake_engine import FakeEngine
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dsmoe_local.chat.store.sessions import SessionStore
 from dsmoe_local.chat.terminal.completion import choices
 from dsmoe_local.chat.terminal.open import open_terminal
 from dsmoe_local.engine.errors import EngineCrashError
-from dsmoe_local.engine.fake import FakeEngine
+from support.fake_engine import FakeEngine
 
 
 class HaltingEngine(FakeEngine):

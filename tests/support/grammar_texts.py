@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dsmoe_local.engine.sampling.constraint import Constraint, Language, Vocabulary, compiled
+from dsmoe_local.engine.sampling.constraint import CompiledGrammar, Constraint, Vocabulary, compiled
 
 END = 256
 _NUMBERS = np.arange(END + 1, dtype=np.float32)
@@ -20,19 +20,19 @@ def _byte_vocabulary() -> Vocabulary:
     return Vocabulary([*(bytes([value]) for value in range(END)), b""], [END])
 
 
-def gbnf(text: str) -> Language:
+def gbnf(text: str) -> CompiledGrammar:
     """A GBNF grammar over bytes."""
     return compiled(_byte_vocabulary(), text, None)
 
 
-def schema(value: Any) -> Language:
+def schema(value: Any) -> CompiledGrammar:
     """A JSON schema over bytes."""
     return compiled(_byte_vocabulary(), None, value if isinstance(value, str) else json.dumps(value))
 
 
-def belongs(language: Language, text: str | bytes) -> bool:
-    """Whether the text is one of the language's."""
-    constraint = Constraint(language)
+def belongs(grammar: CompiledGrammar, text: str | bytes) -> bool:
+    """Whether the text is one of the grammar's."""
+    constraint = Constraint(grammar)
     for byte in text.encode() if isinstance(text, str) else text:
         if not constraint.permits(byte):
             return False
@@ -40,22 +40,22 @@ def belongs(language: Language, text: str | bytes) -> bool:
     return constraint.permits(END)
 
 
-def permitted(language: Language, text: bytes) -> list[int]:
+def permitted(grammar: CompiledGrammar, text: bytes) -> list[int]:
     """The bytes that may follow a beginning of a text, and END if it may end there."""
-    constraint = Constraint(language)
+    constraint = Constraint(grammar)
     for byte in text:
         constraint.accept(byte)
     return sorted(map(int, constraint.likeliest(_NUMBERS, len(_NUMBERS))))
 
 
 def random_text(
-    language: Language, rng: random.Random, *, patience: int = 60, limit: int = 4000
+    grammar: CompiledGrammar, rng: random.Random, *, patience: int = 60, limit: int = 4000
 ) -> bytes | None:
     """A text of the grammar; None if it comes to no end within `limit` bytes.
 
     After `patience` bytes it closes what it can.
     """
-    constraint = Constraint(language)
+    constraint = Constraint(grammar)
     text = bytearray()
     while len(text) < limit:
         following = list(map(int, constraint.likeliest(_NUMBERS, len(_NUMBERS))))

@@ -8,13 +8,14 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
+
+import msgspec
 
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Note, Started
 from dsmoe_local.engine.errors import OutOfMemoryError
-from dsmoe_local.engine.fake import FakeEngine
 from dsmoe_local.engine.types import Deliver, ModelOptions, Observation, Request, Ticket, TokenEvent
+from support.fake_engine import FakeEngine
 
 _FOR_EVER = threading.Event()
 
@@ -45,7 +46,7 @@ class Hosted(FakeEngine):
     def submit(self, request: Request) -> Iterator[TokenEvent]:
         events = super().submit(request)
         if request.prompt == "nan":
-            return (replace(event, logprob=math.nan) for event in events)
+            return (msgspec.structs.replace(event, logprob=math.nan) for event in events)
         return events
 
     def observe(self, name: str) -> Observation:

@@ -22,10 +22,10 @@ from dsmoe_local.cli import main
 from dsmoe_local.cli.commands import COMMANDS
 from dsmoe_local.cli.configuration import configurable, keys_of, variable
 from dsmoe_local.engine.errors import EngineError
-from dsmoe_local.engine.fake import FakeEngine
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions
 from support.configured import write_config
+from support.fake_engine import FakeEngine
 from support.tiny_gguf import MOE, write_tiny
 
 FILES = {

@@ -9,7 +9,7 @@ from typing import cast
 from dsmoe_local.chat.commands.declare import Chat
 from dsmoe_local.chat.conversation import Conversation, Event
 from dsmoe_local.chat.settings import ChatSettings
-from dsmoe_local.engine.fake import FakeEngine
+from support.fake_engine import FakeEngine
 
 
 class RecordingScreen:

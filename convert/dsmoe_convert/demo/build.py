@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dsmoe_convert.convert import ConvertOptions, RunOptions, plan_folder, run
 from dsmoe_convert.demo import calibration
 from dsmoe_convert.demo.checkpoint import MODEL_NAME, write_checkpoint
 from dsmoe_convert.demo.source import SHA256, open_source
 from dsmoe_local import __version__
 from dsmoe_local.base import durable
-from dsmoe_local.base.errors import FileError, UsageError, missing_extra
+from dsmoe_local.base.errors import FileError, UsageError
 from dsmoe_local.base.progress import Listener, ignore
 from dsmoe_quantize.write import kernels
 
@@ -87,9 +88,6 @@ def build_demo(folder: Path, options: BuildOptions | None = None) -> Built:
 
 
 def _convert(folder: Path, kind: str, path: Path, options: BuildOptions) -> int:
-    # Here, because it loads torch: finding everything in place must not wait for that.
-    with missing_extra("demo"):
-        from dsmoe_convert.convert import ConvertOptions, RunOptions, plan_folder, run
     conversion = plan_folder(folder, ConvertOptions(kind), options.listen, name=MODEL_NAME)
     return run(conversion, path, RunOptions(force=True, listen=options.listen, stop=options.stop)).n_bytes
 

@@ -1,6 +1,6 @@
 """Makes the packaged calibration: python -m dsmoe_convert.demo.calibrate [--out FILE]
 
-Half an hour on one core; deterministic for a given torch and processor. Per MoE layer:
+Needs torch. Half an hour on one core; deterministic for a given torch and processor. Per MoE layer:
 
 1. What would an error in the FFN's output cost? The Fisher information of the dense model, estimated on the
    calibration text, is the metric in which outputs are measured from here on.

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from dsmoe_convert.demo.source import SHA256
-from dsmoe_local.base.errors import FormatError, missing_extra
+from dsmoe_local.base.errors import FormatError
 
 N_DENSE_LAYERS = 1
 N_SHARED_EXPERTS = 2
@@ -40,8 +42,6 @@ class Calibration:
 
 def load(path: Path = DATA) -> Calibration:
     """The packaged calibration. FormatError if it belongs to another source model."""
-    with missing_extra("demo"):
-        from safetensors import safe_open
     with safe_open(path, framework="numpy") as file:
         made_for = (file.metadata() or {}).get("source_sha256")
         if made_for != SHA256:
@@ -55,8 +55,6 @@ def load(path: Path = DATA) -> Calibration:
 
 def save(calibration: Calibration, path: Path = DATA) -> None:
     """Write the packaged file. The same calibration always gives the same bytes."""
-    with missing_extra("demo"):
-        from safetensors.numpy import save_file
     save_file(
         {"order": calibration.order, "router": calibration.router}, path, metadata={"source_sha256": SHA256}
     )

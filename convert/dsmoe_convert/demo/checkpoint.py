@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
 from dsmoe_convert.demo.calibration import (
     EXPERT_SIZE,
@@ -26,7 +27,7 @@ from dsmoe_convert.demo.calibration import (
 )
 from dsmoe_convert.demo.source import Source
 from dsmoe_convert.demo.tokenizer_files import generation_config, tokenizer_config, tokenizer_json
-from dsmoe_local.base.errors import InterruptedRunError, missing_extra
+from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Started, ignore
 from dsmoe_local.model.config_json import config_values
 from dsmoe_local.model.hyperparameters import Hyperparameters
@@ -132,8 +133,6 @@ def _interruptible(
 def _write_shards(
     named: Iterator[tuple[str, Array]], folder: Path, hp: Hyperparameters, listen: Listener
 ) -> None:
-    with missing_extra("demo"):
-        from safetensors.numpy import save_file
     total = sum(spec.n_weights for spec in tensor_specs(hp)) * _FLOAT32
     n_shards = -(-total // SHARD_BYTES)
     weight_map: dict[str, str] = {}

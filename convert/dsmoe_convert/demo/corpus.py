@@ -15,10 +15,10 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from dsmoe_convert.demo.source import Source
 from dsmoe_convert.demo.tokenizer_files import tokenizer_json
-from dsmoe_local.base.errors import missing_extra
 
 Half: TypeAlias = Literal["calibration", "held out"]
 
@@ -37,8 +37,6 @@ def text(half: Half) -> str:
 
 def token_windows(source: Source, half: Half) -> NDArray[np.int32]:
     """One half as full windows of tokens, (windows, N_WINDOW); the rest of the last one is left out."""
-    with missing_extra("demo"):
-        from tokenizers import Tokenizer
     tokenizer = Tokenizer.from_str(json.dumps(tokenizer_json(source)))
     tokens = np.array(tokenizer.encode(text(half)).ids, np.int32)
     return tokens[: len(tokens) // N_WINDOW * N_WINDOW].reshape(-1, N_WINDOW)

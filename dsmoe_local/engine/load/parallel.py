@@ -1,8 +1,8 @@
 """Chooses how many requests to decode at once, and whether they share one pool of cells. Loads nothing.
 
-More at once is faster until the cache no longer fits. A cache of its own for each sequence (a stream) decodes
-faster than a shared pool, in which every sequence looks at all cells; but each stream must have room for the
-longest request. `benchmarks/engine.py` measures both.
+More at once is faster until the cache no longer fits. Per-sequence KV caches decode faster than a
+shared pool, in which every sequence attends over all cells; but each of them must hold the longest request.
+`benchmarks/engine.py` measures both.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dsmoe_local.model.hyperparameters import Hyperparameters
 
 MOST_PARALLEL = 32  # twice as many gain nothing on processors, see docs/performance.md
 DETERMINISTIC_PARALLEL = 8
-_STEP = 256  # cells; llama.cpp pads a stream to this
+_STEP = 256  # cells; llama.cpp pads a sequence's cache to a multiple of this
 _OVERHEAD = 64  # tokens that nobody counts: BOS, the date in a template
 
 
@@ -58,7 +58,7 @@ def choose_parallel(options: ModelOptions, workload: Workload, n_parallel: int |
         # The width is part of what a reply depends on: it must not follow what is left to do, or the memory.
         width = n_parallel or DETERMINISTIC_PARALLEL
         share = max(_STEP, room // width // _STEP * _STEP)
-        cells = min(_stream(None if stated else longest, hp.n_context), share)
+        cells = min(_cells_each(None if stated else longest, hp.n_context), share)
         return replace(options, n_parallel=width, unified=False, n_context=width * cells)
     workload = replace(workload, n_longest=longest)
     least, most = n_parallel or 1, n_parallel or min(MOST_PARALLEL, max(1, workload.n_sequences))
@@ -69,20 +69,20 @@ def choose_parallel(options: ModelOptions, workload: Workload, n_parallel: int |
 def arrange(
     workload: Workload, *, least: int, most: int, room: int, n_trained: int, stated: bool = False
 ) -> Parallel:
-    """Choose between streams and a pool for `room` tokens of cache and `least` to `most` sequences. Pure.
+    """Choose between per-sequence caches and a pool, for `least` to `most` sequences.
 
-    `stated`: a person asked for that room, so it is used as far as the model can use it.
+    `room`: tokens of cache. `stated`: the user asked for that room, so as much as the model can use is used.
     """
-    stream = _stream(workload.n_longest, n_trained)
-    n_streams = min(most, room // stream)
+    each = _cells_each(workload.n_longest, n_trained)
+    n_separate = min(most, room // each)
     mean = max(1, -(-workload.n_total // max(1, workload.n_sequences)))
     n_pooled = max(least, min(most, room // mean))
-    if n_streams >= least and n_streams * 4 >= n_pooled * 3:
+    if n_separate >= least and n_separate * 4 >= n_pooled * 3:
         if stated:
-            stream = max(stream, min(_stream(None, n_trained), room // n_streams // _STEP * _STEP))
-        return Parallel(n_streams, n_streams == 1, n_streams * stream)
+            each = max(each, min(_cells_each(None, n_trained), room // n_separate // _STEP * _STEP))
+        return Parallel(n_separate, n_separate == 1, n_separate * each)
     # What all need together, twice over for those that are longer than most; never less than one needs.
-    cells = room if stated else max(stream, min(room, 2 * n_pooled * mean))
+    cells = room if stated else max(each, min(room, 2 * n_pooled * mean))
     return Parallel(n_pooled, True, min(room, -(-cells // _STEP) * _STEP))
 
 
@@ -94,7 +94,7 @@ def _longest(workload: Workload, template: tuple[str, str] | None) -> int | None
     return workload.n_longest + _OVERHEAD + once + each * workload.n_messages
 
 
-def _stream(n_longest: int | None, n_trained: int) -> int:
+def _cells_each(n_longest: int | None, n_trained: int) -> int:
     """The cells that the longest request needs; None: all that the model can use."""
     longest = n_trained if n_longest is None else min(n_trained, n_longest)
     return -(-longest // _STEP) * _STEP

@@ -185,7 +185,7 @@ class Context:
         if self.options.unified:
             lib.llama_memory_seq_cp(self._memory, source, target, 0, count)
         else:
-            # Only whole streams can be copied.
+            # llama.cpp copies a sequence's own cache only as a whole.
             lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
             lib.llama_memory_seq_rm(self._memory, target, count, -1)
 

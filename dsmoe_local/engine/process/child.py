@@ -1,7 +1,7 @@
-"""One child process with one engine, as its client sees it: asked, listened to, reaped. Starts no second one.
+"""The client's side of one child process with one engine: its start, its messages, its end.
 
-Three threads: one starts it, reads and delivers; one sends, so that nobody can be interrupted in the middle
-of a frame; one reads the log.
+Three threads: one starts the process, reads and delivers; one sends, so that no caller can be interrupted in
+the middle of a frame; one reads the log.
 """
 
 from __future__ import annotations
@@ -13,11 +13,9 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import NoneType
-from typing import Any, BinaryIO, Self, TypeVar
+from typing import Any, BinaryIO, Concatenate, ParamSpec, Self, TypeVar
 
 from dsmoe_local.base import progress
 from dsmoe_local.base.errors import InterruptedRunError
@@ -29,17 +27,17 @@ from dsmoe_local.engine.types import (
     Deliver,
     ModelInfo,
     ModelOptions,
-    Observation,
-    ObserverOptions,
-    Prompt,
     Request,
+    TextEngine,
     TokenEvent,
 )
 
 _GRACE = 1.0  # seconds that a child has to leave
 _PATIENCE = 5.0  # seconds that a killed one may take; after that it is left to the system
-POLL = 0.05  # seconds: how late it may be noticed that a load is to stop
+POLL = 0.05  # seconds between two looks at whether a load is to stop
 
+
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -52,7 +50,7 @@ class _Asked:
 
 
 def interrupted_load() -> InterruptedRunError:
-    """What a load ends with that nobody wants any more."""
+    """Return the error for a load that was given up."""
     return InterruptedRunError("loading was interrupted")
 
 
@@ -78,8 +76,8 @@ class _Running:
 
 
 class Child:
-    """A process with a loaded model. `failure` is set once it is over: why nothing can be asked any more.
-    `options` are what the next one is to be loaded with.
+    """A process with a loaded model. `failure` is set once the process has ended, and says why.
+    The next process is loaded with `options`.
     """
 
     def __init__(self, options: ModelOptions, log: LogKeeper, listen: progress.Listener) -> None:
@@ -171,36 +169,15 @@ class Child:
         if number in self._running:
             self._outbox.put(wire.pack(("cancel", number)))
 
-    def encode(self, prompt: Prompt, continue_final_message: bool) -> tuple[int, ...]:
-        """See TextEngine. AlreadyOverError if there is nobody to ask."""
-        argument = (wire.to_plain(prompt), continue_final_message)
-        return self._call("encode", argument, tuple[int, ...])
-
-    def decode(self, token_ids: Sequence[int]) -> tuple[str, ...]:
-        """See TextEngine. AlreadyOverError if there is nobody to ask."""
-        return self._call("decode", list(token_ids), tuple[str, ...])
-
-    def save_cache(self, path: Path, token_ids: tuple[int, ...], start: int = 0) -> int:
-        """See TextEngine. AlreadyOverError if there is nobody to ask."""
-        return self._call("save_cache", (str(path.absolute()), token_ids, start), int)
-
-    def load_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
-        """See TextEngine. AlreadyOverError if there is nobody to ask."""
-        return self._call("load_cache", (str(path.absolute()), token_ids), int)
-
-    def set_observers(self, options: tuple[ObserverOptions, ...]) -> None:
-        """See TextEngine. AlreadyOverError if there is nobody to ask."""
-        self._call("set_observers", wire.to_plain(options), NoneType)
-
-    def observe(self, name: str) -> Observation:
-        """See TextEngine. AlreadyOverError if there is nobody to ask."""
-        return self._call("observe", name, Observation)
-
-    def _call(self, what: str, argument: wire.Plain, kind: type[T]) -> T:
-        """The answer, which is of that type."""
+    def call(
+        self, method: Callable[Concatenate[TextEngine, P], T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Call a method of TextEngine that `wire.CALLS` has. AlreadyOverError if there is nobody to ask."""
+        name = method.__name__
+        arguments = dict(zip(wire.CALLS[name], args, strict=False)) | kwargs
         number = next(self._numbers)
-        frame = wire.pack(("call", number, what, argument))
-        asked = _Asked(kind)
+        frame = wire.pack(("call", number, name, wire.to_plain(arguments)))
+        asked = _Asked(wire.CALLS[name]["return"])
         with self._lock:
             self._check_alive()
             self._calls[number] = asked
@@ -219,11 +196,11 @@ class Child:
 
     @property
     def over(self) -> EngineError | None:
-        """Why nothing can be asked any more; None while it can."""
+        """Why the process takes no more calls; None while it does."""
         return self.failure or self._verdict
 
     def condemn(self, verdict: EngineError) -> None:
-        """End it at once and do not wait: what is in flight ends with `verdict`. Takes no lock: signal
+        """Kill the process without waiting; what is in flight ends with `verdict`. Takes no lock: signal
         handlers may call it.
         """
         self._verdict = self._verdict or verdict
@@ -231,14 +208,14 @@ class Child:
             self._process.kill()
 
     def close(self) -> None:
-        """Let it end what runs and leave; kill it if it does not."""
+        """Ask the process to end its requests and exit; kill it if it does not."""
         self._verdict = self._verdict or EngineError("the engine is closed")
         self._outbox.put(wire.pack(("close",)))
         self._join(_GRACE)
         self.kill()
 
     def kill(self) -> None:
-        """End it at once, if it has not ended, and reap it."""
+        """Kill the process, if it has not ended, and reap it."""
         self._verdict = self._verdict or EngineError("the engine is closed")
         if self._reader.ident is None:
             return  # interrupted before it began
@@ -254,7 +231,7 @@ class Child:
     # The reader's thread.
 
     def _run(self) -> None:
-        """The whole life of the process. Started here, since it is to die with its starter's thread."""
+        """Start the process, which Linux kills when its starting thread ends; read until it has ended."""
         try:
             self._process, channel = spawn()
         except BaseException as error:  # noqa: BLE001 - raised again by `load`
@@ -273,7 +250,7 @@ class Child:
         self._end(failure)
 
     def _attend(self, process: subprocess.Popen[bytes], channel: socket.socket) -> EngineError:
-        """Read and deliver until it has ended; why it did."""
+        """Read and deliver until the process has ended. Returns why it did."""
         assert process.stdout is not None
         keep = threading.Thread(target=_keep, args=(process.stdout, self._log), name="dsmoe-log", daemon=True)
         send = threading.Thread(target=_send, args=(channel, self._outbox), name="dsmoe-send", daemon=True)
@@ -292,7 +269,7 @@ class Child:
         return self._reason(status, garbled)
 
     def _read(self, source: wire.Source) -> Exception | None:
-        """Take messages until the end; or until one cannot be understood, which is returned."""
+        """Handle messages until the end. Returns the error of a message that cannot be understood."""
         try:
             while (message := wire.receive(source)) is not None:
                 kind, *arguments = message
@@ -323,7 +300,7 @@ class Child:
         return _broken("the engine's process sent what cannot be understood", garbled, log)
 
     def _end(self, failure: EngineError) -> None:
-        """Tell everybody who waits."""
+        """Deliver `failure` to all requests and calls in flight."""
         with self._lock:
             self.failure = failure
             running, calls = list(self._running.values()), list(self._calls.values())
@@ -409,7 +386,7 @@ _TAKE: dict[str, Callable[..., None]] = {
 
 
 def _broken(what: str, cause: BaseException, log: tuple[str, ...], remedy: str = "") -> EngineCrashError:
-    """What requests end with when we had to end the process."""
+    """The error for requests whose process had to be killed."""
     error = EngineCrashError(what, log=log, remedy=remedy)
     error.__cause__ = cause
     return error

@@ -1,7 +1,6 @@
 """The engine in a process of its own, held like one in this process: a crash of it becomes an exception.
 
-Imports neither llama.cpp nor numpy. What runs on the other side is `host`'s concern, how both talk `wire`'s,
-and the process itself `child`'s.
+Imports neither llama.cpp nor numpy. `child` is one process, `host` runs in it, `wire` is their protocol.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Concatenate, ParamSpec, Self, TypeVar
 
 from dsmoe_local.base import progress
 from dsmoe_local.base.errors import InterruptedRunError
@@ -29,10 +28,12 @@ from dsmoe_local.engine.types import (
     ObserverOptions,
     Prompt,
     Request,
+    TextEngine,
     Ticket,
     TokenEvent,
 )
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 NATIVE = "dsmoe_local.engine.process.native_engine:load"
@@ -40,8 +41,8 @@ NATIVE = "dsmoe_local.engine.process.native_engine:load"
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    """Somebody's call. `given_up`: it is to load nothing, or no longer. No Event: whoever sets it may be a
-    signal handler in the middle of setting it.
+    """A call that may load the model. `given_up`: it must not load, or must stop. No Event: a signal handler
+    that sets it may have interrupted `Event.set`, which holds a lock.
     """
 
     given_up: bool = False
@@ -162,13 +163,11 @@ class EngineClient:
 
     def encode(self, prompt: Prompt, *, continue_final_message: bool = False) -> tuple[int, ...]:
         """The exact token ids of `prompt` (see TextEngine). Raises PromptError, TemplateError."""
-        with self._call() as call:
-            return self._ask(lambda child: child.encode(prompt, continue_final_message), call)
+        return self._ask_engine(TextEngine.encode, prompt, continue_final_message=continue_final_message)
 
     def decode(self, token_ids: Sequence[int]) -> tuple[str, ...]:
         """Each token's own text. PromptError for an id that the vocabulary does not have."""
-        with self._call() as call:
-            return self._ask(lambda child: child.decode(token_ids), call)
+        return self._ask_engine(TextEngine.decode, tuple(token_ids))
 
     def save_cache(self, path: Path, token_ids: tuple[int, ...], start: int = 0) -> int:
         """Write what the KV cache holds of these tokens (see TextEngine); 0 if it died with the process.
@@ -178,7 +177,7 @@ class EngineClient:
         if os.path.lexists(path):
             return 0
         try:
-            return child.save_cache(path, token_ids, start)
+            return child.call(TextEngine.save_cache, path.absolute(), token_ids, start)
         except AlreadyOverError:
             return 0
         except EngineError as error:
@@ -191,8 +190,7 @@ class EngineClient:
     def load_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
         """Make the KV cache hold what such a file does (see TextEngine); 0 if the process dies of it."""
         try:
-            with self._call() as call:
-                return self._ask(lambda child: child.load_cache(path, token_ids), call)
+            return self._ask_engine(TextEngine.load_cache, path.absolute(), token_ids)
         except EngineKilledError:
             raise
         except EngineCrashError:
@@ -206,7 +204,7 @@ class EngineClient:
             # At once, so that who finds the process dead right after the exchange loads these.
             child.options = replace(before, observers=options)
             try:
-                child.set_observers(options)
+                child.call(TextEngine.set_observers, options)
             except BaseException:
                 child.options = before
                 raise
@@ -219,7 +217,7 @@ class EngineClient:
         died with the process.
         """
         try:
-            return self._latest().observe(name)
+            return self._latest().call(TextEngine.observe, name)
         except AlreadyOverError as over:
             raise over.failure from None
 
@@ -294,6 +292,13 @@ class EngineClient:
             yield
         finally:
             self._starting.release()
+
+    def _ask_engine(
+        self, method: Callable[Concatenate[TextEngine, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Call a method of TextEngine. The model is loaded again first if its process has died."""
+        with self._call() as call:
+            return self._ask(lambda child: child.call(method, *args, **kwargs), call)
 
     def _ask(self, ask: Callable[[Child], T], call: _Call) -> T:
         """Ask a living child; once more if it died before it could be asked."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import os
 import pkgutil
-import queue
 import resource
 import signal
 import socket
@@ -18,8 +17,6 @@ import threading
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 from typing import NoReturn, Protocol, runtime_checkable
 
 from dsmoe_local.base.errors import DsmoeError
@@ -28,7 +25,6 @@ from dsmoe_local.engine.errors import EngineError
 from dsmoe_local.engine.process import wire
 from dsmoe_local.engine.types import (
     ModelOptions,
-    ObserverOptions,
     Request,
     TextEngine,
     Ticket,
@@ -41,23 +37,14 @@ _MOST_CALLS = 64  # at once; one more waits for another to be answered
 
 @runtime_checkable
 class _StepEngine(Protocol):
-    """An engine that tells when the events of a step are delivered."""
+    """An engine that calls back when the events of a step are delivered."""
 
     after_step: Callable[[], None] | None
     on_fault: Callable[[BaseException], None] | None
 
 
-@dataclass(slots=True, eq=False)
-class _Running:
-    """A request that was asked for; `ticket` once the engine has it."""
-
-    number: int
-    ticket: Ticket | None = None
-    cancelled: bool = False
-
-
 class _Outbox:
-    """What is on its way to the client. Events wait for the end of the engine's step, if it tells of one."""
+    """Messages to the client. Events wait for the end of the engine's step, if the engine reports it."""
 
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
@@ -94,7 +81,7 @@ class _Outbox:
             self._write(frame)
 
     def _sendable(self, events: list[wire.Plain]) -> list[wire.Plain]:
-        """Without the events that cannot be sent (a number is NaN): their requests end with that error."""
+        """Drop the events that cannot be sent (a number is NaN); their requests end with that error."""
         sendable: list[wire.Plain] = []
         for event in events:
             number = event[0]
@@ -112,32 +99,31 @@ class _Outbox:
         try:
             self._channel.sendall(frame)
         except OSError:
-            # The client is gone: nobody is left to work for.
+            # The client is gone.
             os._exit(1)
 
 
 class _Host:
     """One engine and its client.
 
-    The main thread reads and never works, so that a cancellation is taken at any time; a second thread loads
-    and starts, in the order asked. Calls, of which some wait for the end of a step, have threads of their
-    own: nobody else waits for them. Events come from the engine's thread.
+    The main thread reads the messages; it starts and cancels requests, which never waits. Loading, closing
+    and calls, some of which wait for the end of a step, have threads of their own, so that a cancellation is
+    taken at any time. Events come from the engine's thread.
     """
 
     def __init__(self, channel: socket.socket) -> None:
         self._incoming = channel.makefile("rb")
         self._outbox = _Outbox(channel)
-        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._calls = ThreadPoolExecutor(_MOST_CALLS, "dsmoe-call")
         self._engine: TextEngine | None = None
-        # Guards the requests between the thread that starts and the one that cancels.
+        # Guards the requests, which the main thread starts and the engine's thread ends.
         self._lock = threading.Lock()
-        self._requests: dict[int, _Running] = {}
+        self._requests: dict[int, Ticket | None] = {}
         self._stop = threading.Event()
+        self._loading: threading.Thread | None = None
 
     def serve(self) -> None:
         """Until the client closes, or is gone."""
-        threading.Thread(target=self._run, name="dsmoe-host", daemon=True).start()
         while (message := wire.receive(self._incoming)) is not None:
             kind, *arguments = message
             try:
@@ -145,34 +131,27 @@ class _Host:
             except (LookupError, TypeError) as error:
                 raise wire.WireError(f"{str(message)[:80]!r} is no message") from error
 
-    def _run(self) -> None:
-        """The worker's thread."""
-        while (job := self._work.get()) is not None:
-            job()
-        if self._engine is not None:
-            self._engine.close()
-        self._calls.shutdown()  # what they were told is to be sent
-        _leave()
-
-    # What the client may ask, in the main thread.
+    # Messages of the client, handled in the main thread.
 
     def _take_load(self, factory: str, options: wire.Plain) -> None:
-        self._work.put(lambda: self._load(factory, options))
+        self._loading = _start_thread(self._load, factory, options)
 
     def _take_start(self, number: int, request: wire.Plain) -> None:
         wire.from_plain(int, number)
-        running = _Running(number)
+        self._requests[number] = None
+        try:
+            ticket = self._loaded().start(
+                wire.from_plain(Request, request), lambda item: self._deliver(number, item)
+            )
+        except BaseException as error:  # noqa: BLE001 - raised again in the client
+            self._deliver(number, error)
+            return
         with self._lock:
-            self._requests[number] = running
-        self._work.put(lambda: self._start(running, request))
+            if number in self._requests:  # else it is over
+                self._requests[number] = ticket
 
     def _take_cancel(self, number: int) -> None:
-        with self._lock:
-            running = self._requests.get(number)
-            if running is None:
-                return
-            running.cancelled = True
-            ticket = running.ticket
+        ticket = self._requests.get(number)
         if ticket is not None:
             ticket.cancel()
 
@@ -182,9 +161,9 @@ class _Host:
 
     def _take_close(self) -> None:
         self._stop.set()
-        self._work.put(None)
+        _start_thread(self._close)
 
-    # The work itself, in the other threads.
+    # The rest runs in other threads.
 
     def _load(self, factory: str, options: wire.Plain) -> None:
         try:
@@ -193,7 +172,7 @@ class _Host:
             if isinstance(engine, _StepEngine):
                 self._outbox.by_step = True
                 engine.after_step = self._outbox.flush
-                # No request is to blame: all of them learn that the process died.
+                # No request is to blame: all of them end with the process.
                 engine.on_fault = _fail
             self._engine = engine
             self._outbox.send("loaded", wire.to_plain(engine.info))
@@ -203,34 +182,28 @@ class _Host:
     def _tell_progress(self, event: Event) -> None:
         self._outbox.send("progress", wire.progress_to_plain(event))
 
-    def _start(self, running: _Running, request: wire.Plain) -> None:
-        try:
-            ticket = self._loaded().start(
-                wire.from_plain(Request, request), lambda item: self._deliver(running, item)
-            )
-        except BaseException as error:  # noqa: BLE001 - raised again in the client
-            self._deliver(running, error)
-            return
-        with self._lock:
-            running.ticket = ticket
-            cancelled = running.cancelled
-        if cancelled:
-            ticket.cancel()
-
-    def _deliver(self, running: _Running, item: TokenEvent | BaseException | None) -> None:
-        """In the engine's thread."""
+    def _deliver(self, number: int, item: TokenEvent | BaseException | None) -> None:
         if isinstance(item, TokenEvent):
-            self._outbox.put(wire.event_to_plain(running.number, item), last=False)
+            self._outbox.put(wire.event_to_plain(number, item), last=False)
             return
         with self._lock:
-            self._requests.pop(running.number, None)
-        self._outbox.put((running.number, None if item is None else _crossing(item)), last=True)
+            self._requests.pop(number, None)
+        self._outbox.put((number, None if item is None else _crossing(item)), last=True)
 
-    def _answer(self, number: int, what: str, argument: wire.Plain) -> None:
+    def _answer(self, number: int, name: str, arguments: wire.Plain) -> None:
         try:
-            self._outbox.send("answer", number, _CALLS[what](self._loaded(), argument))
+            known = wire.arguments_from_plain(name, arguments)  # raises for a name that is not in the table
+            self._outbox.send("answer", number, wire.to_plain(getattr(self._loaded(), name)(**known)))
         except BaseException as error:  # noqa: BLE001 - raised again in the client
             self._outbox.send("refusal", number, _crossing(error))
+
+    def _close(self) -> None:
+        if self._loading is not None:
+            self._loading.join()
+        if self._engine is not None:
+            self._engine.close()
+        self._calls.shutdown()  # what they were told is to be sent
+        _leave()
 
     def _loaded(self) -> TextEngine:
         assert self._engine is not None, "the client waits for the model before it asks for more"
@@ -246,27 +219,14 @@ _TAKE: dict[str, Callable[..., None]] = {
 }
 
 
-_CALLS: dict[str, Callable[[TextEngine, wire.Plain], wire.Plain]] = {
-    "encode": lambda engine, argument: engine.encode(
-        wire.prompt_from_plain(argument[0]), continue_final_message=argument[1]
-    ),
-    "decode": lambda engine, ids: list(engine.decode(ids)),
-    "save_cache": lambda engine, argument: engine.save_cache(*_file_and_tokens(argument[:2]), argument[2]),
-    "load_cache": lambda engine, argument: engine.load_cache(*_file_and_tokens(argument)),
-    "set_observers": lambda engine, options: engine.set_observers(
-        tuple(wire.from_plain(ObserverOptions, option) for option in options)
-    ),
-    "observe": lambda engine, name: engine.observe(name),
-}
-
-
-def _file_and_tokens(argument: wire.Plain) -> tuple[Path, tuple[int, ...]]:
-    path, token_ids = argument
-    return Path(path), tuple(token_ids)
+def _start_thread(work: Callable[..., None], *arguments: object) -> threading.Thread:
+    thread = threading.Thread(target=work, args=arguments, daemon=True)
+    thread.start()
+    return thread
 
 
 def _crossing(error: BaseException) -> wire.Plain:
-    """An error as it crosses; of one that nobody meant to raise the traceback goes to the log."""
+    """An error for the wire. The traceback of one that is not a DsmoeError goes to the log."""
     if not isinstance(error, DsmoeError):
         traceback.print_exception(error)
     return wire.error_to_plain(error)

@@ -1,36 +1,37 @@
-"""How the engine's process and its client talk: length-prefixed frames of JSON, and typed values as such.
+"""The wire between the engine's process and its client: length-prefixed frames of JSON, and typed values.
 
-Never pickle: what is read can only become the dataclasses, enums and errors named here. What the messages
-mean is `host`'s and `client`'s concern.
+Never pickle: what is read becomes nothing but dataclasses, enums, and the errors named here. `host` and
+`client` say what the messages mean.
+
+The standard library writes the JSON and msgspec converts the values: msgspec's own JSON refuses lone
+surrogates, which file names and replies may contain, and writes NaN as null.
 """
 
 from __future__ import annotations
 
 import json
 import struct
-import types
 import typing
-from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TypeAlias, TypeVar
+from typing import Any, NoReturn, Protocol, TypeAlias
+
+import msgspec
 
 from dsmoe_local.base import errors as base
 from dsmoe_local.base import progress
 from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.engine import errors
-from dsmoe_local.engine.types import Message, Prompt, TokenEvent
+from dsmoe_local.engine.types import TextEngine, TokenEvent
 
 MAX_FRAME = 256 << 20
 
-T = TypeVar("T")
 Plain: TypeAlias = Any
 """What JSON can carry."""
 
 
 class Source(Protocol):
-    """What is read from: a buffered file."""
+    """A buffered file to read from."""
 
     def read(self, size: int, /) -> bytes:
         """Exactly `size` bytes, fewer only at the end."""
@@ -41,20 +42,20 @@ _LENGTH = struct.Struct("!I")
 
 
 class WireError(Exception):
-    """What arrived is no message of ours: the other side is broken, or was when it wrote."""
+    """A frame that is not a message of this protocol: the other side is broken."""
 
 
 def _refuse(constant: str) -> NoReturn:
     raise WireError(f"{constant} is no number")
 
 
-# Lone surrogates travel as escapes, which keeps them exact. NaN is neither written nor read.
+# Lone surrogates are written as escapes, so they arrive unchanged. NaN is neither written nor read.
 _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False).encode
 _decode = json.JSONDecoder(parse_constant=_refuse).decode
 
 
 def pack(message: Sequence[Plain]) -> bytes:
-    """A frame. EngineError if the message holds what JSON has not, or is too large."""
+    """Return a message as a frame. EngineError if JSON cannot carry a value of it, or if it is too large."""
     try:
         body = _encode(message).encode("ascii")
     except (TypeError, ValueError, RecursionError) as error:
@@ -67,7 +68,7 @@ def pack(message: Sequence[Plain]) -> bytes:
 
 
 def receive(source: Source) -> list[Plain] | None:
-    """The next message; None at the end, also in the middle of a frame. WireError if it is none."""
+    """Read the next message. None at the end, even in the middle of a frame; WireError if it is damaged."""
     head = source.read(_LENGTH.size)
     if len(head) < _LENGTH.size:
         return None
@@ -90,140 +91,33 @@ def receive(source: Source) -> list[Plain] | None:
 
 
 def to_plain(value: object) -> Plain:
-    """A dataclass becomes the list of its fields, a tuple a list, a path its text; plain values stay."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return [to_plain(getattr(value, name)) for name in _names(type(value))]
-    if isinstance(value, tuple):
-        if all(type(item) is int for item in value):
-            return value  # token ids: as they are, and JSON's lists
-        return [to_plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    return value
+    """A value as JSON carries it: dataclasses as objects, tuples and events as arrays, paths as text."""
+    plain: Plain = msgspec.to_builtins(value, enc_hook=_other_to_plain, builtin_types=(bytes,))
+    return plain
 
 
-def from_plain(kind: type[T], value: Plain) -> T:
-    """The dataclass that `to_plain` took apart. WireError if it cannot be one; its own errors pass."""
-    expression: Any = kind
-    result: T = _reader(expression)(value)
-    return result
+def _other_to_plain(value: object) -> Plain:
+    return str(value) if isinstance(value, Path) else value  # `pack` refuses what JSON does not have
 
 
-@cache
-def _names(kind: type) -> tuple[str, ...]:
-    return tuple(item.name for item in fields(kind))
+def _other_from_plain(kind: type, value: Plain) -> object:
+    return kind(value)
 
 
-_Reader: TypeAlias = Callable[[Plain], Any]
+def from_plain(kind: Any, value: Plain) -> Any:  # noqa: ANN401 - a type expression, and its value
+    """The inverse of `to_plain` for a value of type `kind`, which is checked strictly.
 
-
-def _shaped(read: _Reader) -> _Reader:
-    """Report a value of the wrong shape as such."""
-
-    def checked(value: Plain) -> Any:  # noqa: ANN401 - any type's reader
-        try:
-            return read(value)
-        except (TypeError, ValueError, KeyError, IndexError) as error:
-            raise _unexpected(value) from error
-
-    return checked
-
-
-@cache
-def _reader(kind: Any) -> _Reader:  # noqa: ANN401 - a type expression
-    """What makes a value of that type of a plain one."""
-    if kind == Prompt:
-        return prompt_from_plain
-    plain = _plain_types(kind)
-    if plain:
-        return _plain_reader(plain)
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        return _optional_reader(arguments)
-    if origin is tuple:
-        return _tuple_reader(arguments)
-    if isinstance(kind, type) and is_dataclass(kind):
-        return _dataclass_reader(kind)
-    return _shaped(kind)
-
-
-_PLAIN: dict[Any, frozenset[type]] = {
-    **{kind: frozenset({kind}) for kind in (str, int, bool, dict, types.NoneType)},
-    float: frozenset({float, int}),
-}
-
-
-def _plain_types(kind: Any) -> frozenset[type]:  # noqa: ANN401 - a type expression
-    """The types of values that are read as they are; none if there are others."""
-    parts = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
-    known = [_PLAIN.get(typing.get_origin(part) or part) for part in parts]
-    return frozenset[type]().union(*known) if None not in known else frozenset()  # type: ignore[arg-type]
-
-
-def _plain_reader(kinds: frozenset[type]) -> _Reader:
-    def read(value: Plain) -> Plain:
-        if type(value) not in kinds:
-            raise _unexpected(value)
-        return value
-
-    return read
-
-
-def _unexpected(value: Plain) -> WireError:
-    return WireError(f"{str(value)[:80]!r} is not of the type that was expected")
-
-
-def _optional_reader(arguments: tuple[Any, ...]) -> _Reader:
-    """Of values that do not tell themselves apart a union has one at most."""
-    (read,) = [_reader(kind) for kind in arguments if kind not in _PLAIN]
-    return lambda value: None if value is None else read(value)
-
-
-def _tuple_reader(arguments: tuple[Any, ...]) -> _Reader:
-    if arguments[-1:] == (...,):
-        kinds = _plain_types(arguments[0])
-        if kinds:
-            return lambda value: _all_plain(value, kinds)
-        read = _reader(arguments[0])
-        return _shaped(lambda value: tuple(map(read, _list(value))))
-    readers = tuple(map(_reader, arguments))
-    return _shaped(lambda value: tuple(read(item) for read, item in zip(readers, _list(value), strict=True)))
-
-
-def _list(value: Plain) -> Sequence[Plain]:
-    if not isinstance(value, list | tuple):
-        raise _unexpected(value)
-    return value
-
-
-def _all_plain(value: Plain, kinds: frozenset[type]) -> tuple[Plain, ...]:
-    if not set(map(type, _list(value))) <= kinds:
-        raise _unexpected(value)
-    return tuple(value)
-
-
-def _dataclass_reader(kind: type) -> _Reader:
-    hints = typing.get_type_hints(kind)
-    readers = [_reader(hints[name]) for name in _names(kind)]
-    return _shaped(
-        lambda value: kind(*[read(item) for read, item in zip(readers, _list(value), strict=True)])
-    )
-
-
-def prompt_from_plain(value: Plain) -> Prompt:
-    """Text, messages or token ids, told apart by their shape."""
-    if isinstance(value, str):
-        return value
-    if _list(value) and isinstance(value[0], list):
-        return tuple(from_plain(Message, item) for item in value)
-    return _all_plain(value, _PLAIN[int])
+    WireError, which names the field, if a type is wrong. What the constructor raises (UsageError) passes.
+    """
+    try:
+        return msgspec.convert(value, kind, dec_hook=_other_from_plain)
+    except (ValueError, RecursionError) as error:  # msgspec's own, or a lone surrogate in place of a number
+        raise WireError(f"a value of the wrong type: {error}") from error
 
 
 # --- token events, of which there are many ---
 
 END_LENGTH = 2  # the end of a request: its number and an error, or nothing
-_SHORT = 4
-_TOKEN_ID = frozenset({int, types.NoneType})
 
 
 def event_to_plain(number: int, event: TokenEvent) -> Plain:
@@ -236,19 +130,32 @@ def event_to_plain(number: int, event: TokenEvent) -> Plain:
         and not event.index
         and not event.alternatives
         and not event.dropped
+        and not event.held
     ):
         return (number, event.text, event.seconds, event.token_id)
-    return (number, *to_plain(event)[1:])
+    _, *values = to_plain(event)
+    return (number, *values)
 
 
 def event_from_plain(request_id: str, value: Plain) -> TokenEvent:
-    """The event that `event_to_plain` took apart."""
-    if len(value) == _SHORT:
-        _, text, seconds, token_id = value
-        if type(text) is not str or type(seconds) is not float or type(token_id) not in _TOKEN_ID:
-            raise _unexpected(value)
-        return TokenEvent(request_id, text, seconds, token_id)
-    return from_plain(TokenEvent, [request_id, *value[1:]])
+    """The inverse of `event_to_plain`. Values that are missing at the end are the fields' defaults."""
+    event: TokenEvent = from_plain(TokenEvent, [request_id, *value[1:]])
+    return event
+
+
+# --- calls: what else the client asks of the engine ---
+
+CALLS: dict[str, dict[str, Any]] = {
+    name: typing.get_type_hints(getattr(TextEngine, name))
+    for name in ("encode", "decode", "save_cache", "load_cache", "set_observers", "observe")
+}
+"""Methods of TextEngine, with the type of each parameter by its name, and of the answer as "return"."""
+
+
+def arguments_from_plain(name: str, value: Plain) -> dict[str, Any]:
+    """The arguments of the call with that name. LookupError if there is no such call, or one is missing."""
+    kinds = {key: kind for key, kind in CALLS[name].items() if key != "return"}
+    return {key: from_plain(kind, value[key]) for key, kind in kinds.items()}
 
 
 # --- progress ---
@@ -259,13 +166,13 @@ _PROGRESS: dict[str, Any] = {
 
 
 def progress_to_plain(event: progress.Event) -> Plain:
-    """A progress event, by its type's name."""
+    """A progress event, as the name of its type and its fields."""
     return [type(event).__name__, to_plain(event)]
 
 
 def progress_from_plain(value: Plain) -> progress.Event:
-    """The progress event."""
-    name, content = _list(value)
+    """The inverse of `progress_to_plain`."""
+    name, content = from_plain(tuple[str, Any], value)
     if name not in _PROGRESS:
         raise WireError(f"no progress: {name}")
     event: progress.Event = from_plain(_PROGRESS[name], content)
@@ -296,7 +203,7 @@ _ERRORS: dict[str, type[DsmoeError]] = {
 
 
 def error_to_plain(error: BaseException) -> Plain:
-    """An error by the name of its class, or of the nearest one above that the table has."""
+    """An error, with the name of its class or of the nearest base class in the table."""
     if not isinstance(error, DsmoeError):
         error = errors.EngineError(
             f"internal error in the engine: {type(error).__name__}: {error}",
@@ -307,12 +214,10 @@ def error_to_plain(error: BaseException) -> Plain:
 
 
 def error_from_plain(value: Plain) -> DsmoeError:
-    """The error, with its three lines and its exit code; its own constructor is not called."""
-    name, what, where, remedy, exit_code = value
+    """The inverse of `error_to_plain`. The class's own constructor is not called."""
+    name, what, where, remedy, exit_code = from_plain(tuple[str, str, str, str, int], value)
     if name not in _ERRORS:
         raise WireError(f"no error: {name}")
-    if {type(what), type(where), type(remedy)} != {str} or type(exit_code) is not int:
-        raise _unexpected(value)
     error = _ERRORS[name].__new__(_ERRORS[name])
     DsmoeError.__init__(error, what, where=where, remedy=remedy)
     error.exit_code = exit_code

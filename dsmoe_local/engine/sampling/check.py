@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.engine import native
-from dsmoe_local.engine.sampling.constraint import Language, compiled, vocabulary_of
+from dsmoe_local.engine.sampling.constraint import CompiledGrammar, compiled, vocabulary_of
 from dsmoe_local.engine.types import Request
 
 
 def is_constrained(request: Request) -> bool:
-    """Whether a grammar or schema must be made ready for the request, which may take long."""
+    """Whether the request has a grammar or schema to compile, which may take seconds."""
     return request.grammar is not None or request.json_schema is not None
 
 
-def check_request(model: native.Model, request: Request) -> Language | None:
-    """What the request's `Chooser`s take: its grammar or schema made ready, from any thread but the engine's.
+def check_request(model: native.Model, request: Request) -> CompiledGrammar | None:
+    """Compile the request's grammar or schema, for its token samplers. Too slow for the engine's thread.
 
-    Raises UsageError: a biased token id beyond the vocabulary, a grammar or schema that cannot be kept to.
+    Raises UsageError: a biased token id beyond the vocabulary, a grammar or schema that cannot be enforced.
     """
     for token_id, _ in request.logit_bias:
         if not 0 <= token_id < model.n_vocab:

@@ -18,7 +18,7 @@ from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.engine import native
 from dsmoe_local.engine.errors import EngineError
-from dsmoe_local.engine.grammar.language import LIMITS, language_of
+from dsmoe_local.engine.grammar.compile import LIMITS, compile_grammar
 from dsmoe_local.engine.sampling.likeliest import Logits, TokenIds, likeliest
 
 _NOTHING_FITS = "NoExtension"  # how llguidance begins the error for a mask without a token
@@ -73,8 +73,8 @@ def vocabulary_of(model: native.Model) -> Vocabulary:
 
 
 @dataclass(frozen=True, slots=True)
-class Language:
-    """What a request's replies are held to, in a model's own tokens. `matcher` is copied for each reply."""
+class CompiledGrammar:
+    """A grammar compiled for a vocabulary. `matcher` is copied for each reply."""
 
     vocabulary: Vocabulary
     matcher: LLMatcher
@@ -83,23 +83,23 @@ class Language:
 # A batch often has one grammar for all of its lines; copies of a matcher share the states of its lexer. Few
 # are kept: each may take `LIMITS`.
 @lru_cache(maxsize=4)
-def compiled(vocabulary: Vocabulary, grammar: str | None, json_schema: str | None) -> Language:
-    """A grammar or a JSON schema, made ready for a vocabulary. Raises UsageError if it cannot be kept."""
-    text = language_of(grammar=grammar, json_schema=json_schema)
+def compiled(vocabulary: Vocabulary, grammar: str | None, json_schema: str | None) -> CompiledGrammar:
+    """Compile a grammar or a JSON schema for a vocabulary. UsageError if it cannot be enforced."""
+    text = compile_grammar(grammar=grammar, json_schema=json_schema)
     matcher = LLMatcher(vocabulary.tokenizer, text, log_level=0, limits=LIMITS)
     if matcher.is_error():
         raise UsageError(f"the grammar is too complex: {safe_line(matcher.get_error(), 200)}")
     if json_schema is not None and matcher.is_accepting():
         raise UsageError("the JSON schema permits an empty text", remedy="check its $ref: one names itself")
-    return Language(vocabulary, matcher)
+    return CompiledGrammar(vocabulary, matcher)
 
 
 class Constraint:
     """One reply under a grammar: what may follow what was accepted so far."""
 
-    def __init__(self, language: Language) -> None:
-        self._vocabulary = language.vocabulary
-        self._matcher = language.matcher.deep_copy()
+    def __init__(self, grammar: CompiledGrammar) -> None:
+        self._vocabulary = grammar.vocabulary
+        self._matcher = grammar.matcher.deep_copy()
 
     def permits(self, token_id: int) -> bool:
         """Whether the token may come next; a token that ends the reply may where the grammar is complete."""

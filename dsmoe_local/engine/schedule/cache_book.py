@@ -5,8 +5,8 @@ Mirrors llama.cpp's cache and touches nothing native. Who runs is `scheduler`'s 
 
 from __future__ import annotations
 
-from dsmoe_local.engine.schedule.cell_tree import CellTree, common_length
 from dsmoe_local.engine.schedule.plan import Copy, Forget, Limits, Operation
+from dsmoe_local.engine.schedule.radix_tree import RadixTree, common_length
 
 
 class CacheBook:
@@ -14,7 +14,7 @@ class CacheBook:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.cells = CellTree()
+        self.cells = RadixTree()
         self.operations: list[Operation] = []
         self._last_used: dict[int, int] = {}
         self._clock = 0
@@ -131,6 +131,6 @@ class CacheBook:
 
     def forget_all(self) -> None:
         """The cache is another one, and empty."""
-        self.cells = CellTree()
+        self.cells = RadixTree()
         self.operations.clear()
         self._last_used.clear()

@@ -102,8 +102,8 @@ class StepRow(NamedTuple):
     n_outputs: int
 
 
-class Filler(NamedTuple):
-    """A token of no sequence that keeps the step's width; forgotten at once."""
+class Padding(NamedTuple):
+    """A token of no sequence, which keeps the batch's width the same. Its cell is freed after the step."""
 
     slot: int
     position: int
@@ -111,11 +111,11 @@ class Filler(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What to do, in order: `operations` on the cache, then decode `rows` and `fillers` together in order of
+    """What to do, in order: `operations` on the cache, then decode `rows` and `padding` together in order of
     their slots. `full`: sequences that have no room to go on, and are in none of the rows.
     """
 
     operations: tuple[Operation, ...] = ()
     rows: tuple[StepRow, ...] = ()
-    fillers: tuple[Filler, ...] = ()
+    padding: tuple[Padding, ...] = ()
     full: tuple[Sequence, ...] = ()

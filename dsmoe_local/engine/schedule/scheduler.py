@@ -12,21 +12,21 @@ from __future__ import annotations
 from collections import deque
 
 from dsmoe_local.engine.schedule.cache_book import CacheBook
-from dsmoe_local.engine.schedule.cell_tree import CellTree, common_length
 from dsmoe_local.engine.schedule.plan import (
     GROWTH,
-    Filler,
     Forget,
     Limits,
+    Padding,
     Sequence,
     Shift,
     Step,
     StepRow,
 )
+from dsmoe_local.engine.schedule.radix_tree import RadixTree, common_length
 from dsmoe_local.engine.schedule.rows import decode_rows, prefill_rows
 
 _WORTH_WAITING = 16  # a shorter common beginning is read again rather than waited for
-_WORTH_COPYING = 32  # in streams a copy moves data: the whole stream
+_WORTH_COPYING = 32  # with a cache for each sequence, a copy moves a sequence's whole cache
 
 
 class Scheduler:
@@ -39,10 +39,10 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.book = CacheBook(limits)
-        self._reads = False  # in streams: whether the last step read prompts
+        self._reads = False  # with a cache for each sequence: whether the last step read prompts
 
     @property
-    def cells(self) -> CellTree:
+    def cells(self) -> RadixTree:
         """What the cache holds."""
         return self.book.cells
 
@@ -84,8 +84,8 @@ class Scheduler:
         if self.waiting and len(self.running) < self.limits.n_slots:
             self._admit()
         rows = self._rows([sequence for sequence in self.running if sequence not in full])
-        fillers = self._fillers(rows) if self.limits.deterministic else ()
-        return Step(self.book.take_operations(), rows, fillers, tuple(full))
+        padding = self._padding(rows) if self.limits.deterministic else ()
+        return Step(self.book.take_operations(), rows, padding, tuple(full))
 
     def commit(self, step: Step) -> None:
         """Every row of `step` is in the cache."""
@@ -314,16 +314,16 @@ class Scheduler:
             return decode_rows(sorted(decoding, key=lambda sequence: sequence.slot))
         return prefill_rows(reading[:1] if self.limits.deterministic else reading, self.limits.n_step_tokens)
 
-    def _fillers(self, rows: tuple[StepRow, ...]) -> tuple[Filler, ...]:
-        """Tokens for the slots that do not decode in a step that decodes."""
+    def _padding(self, rows: tuple[StepRow, ...]) -> tuple[Padding, ...]:
+        """Padding for the idle slots of a step that decodes."""
         if not rows or any(row.sequence.prefilling for row in rows):
             return ()
         taken = {row.sequence.slot for row in rows}
-        fillers = []
+        padding = []
         for slot in range(self.limits.n_slots):
             if slot in taken:
                 continue
             if self.cells.length(slot) >= self.limits.n_cells:
                 self.book.truncate(slot, 0)
-            fillers.append(Filler(slot, self.cells.length(slot)))
-        return tuple(fillers)
+            padding.append(Padding(slot, self.cells.length(slot)))
+        return tuple(padding)

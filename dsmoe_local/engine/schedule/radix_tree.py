@@ -1,6 +1,6 @@
-"""What the KV cache holds, as a tree of cell runs: which sequence owns which cells, and what begins alike.
+"""A radix tree of the KV cache: which sequence owns which cells, and which sequences share a prefix.
 
-Plain data: mirrors what the operations of `scheduler` do to llama.cpp's cache, and touches nothing native.
+Plain data: it mirrors what the operations of `scheduler` do to llama.cpp's cache.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 
 
 class Run:
-    """Successive cells with their tokens, owned by the same sequences. `exact`: computed behind what the tree
-    shows before it (a shifted cell is not).
+    """Successive cells with their tokens, owned by the same sequences. `exact`: computed after exactly
+    the tokens before it in the tree; a shifted cell was not.
     """
 
     __slots__ = ("children", "exact", "n_hits", "owners", "parent", "tokens")
@@ -26,11 +26,11 @@ class Run:
         self.children: list[Run] = []
 
 
-class CellTree:
+class RadixTree:
     """The sequences of a cache. A sequence is a path from the root; sharing adds an owner to the runs on it.
 
-    Unlike in a trie of texts two runs may begin with the same token: the same text computed twice lies in
-    cells of its own. Counts are in cells, which are tokens.
+    Unlike in other radix trees, two children may begin with the same token: a text that was computed twice
+    has cells of its own each time. Counts are in cells; a cell holds one token.
     """
 
     def __init__(self) -> None:
@@ -49,11 +49,11 @@ class CellTree:
         return self._lengths.get(sequence, 0)
 
     def tokens(self, sequence: int) -> list[int]:
-        """What a sequence holds."""
+        """The tokens that a sequence holds."""
         return [token_id for run in self._path(sequence) for token_id in run.tokens]
 
     def extend(self, sequence: int, token_ids: Sequence[int], *, exact: bool = True) -> None:
-        """Put tokens in new cells behind what a sequence holds."""
+        """Append tokens to a sequence, in new cells."""
         if not token_ids:
             return
         tail = self._tails.get(sequence, self._root)
@@ -122,7 +122,7 @@ class CellTree:
         return best, owners
 
     def hit(self, sequence: int, count: int) -> None:
-        """Remember that another request begins with the first `count` tokens of a sequence."""
+        """Count another request that begins with the first `count` tokens of a sequence."""
         for run in self._path(sequence):
             if count <= 0:
                 break

@@ -1,19 +1,18 @@
-"""Figures and how they are taken: contenders in turn, medians, a bar, a table. Knows no model."""
+"""Measures contenders side by side: rounds in alternating order, medians, ratios with a control, and bars."""
 
 from __future__ import annotations
 
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-from rich.console import Console
-from rich.table import Table
+T = TypeVar("T")
 
-Measure = Callable[[int], float]
-"""Takes the number of the round, which decides what text is used, and returns a figure."""
-
-WARM_UP = 0  # the round that does not count
+WARM_UP = 0
+"""Rounds that count are numbered from 1. This one, and any before it, do not count."""
 CONTROL = ", again"
 """Behind the name of the contender that is measured twice in each round."""
 
@@ -41,6 +40,11 @@ class Bar:
 
     def __str__(self) -> str:
         return f"{'<=' if self.at_most else '>='} {self.value:g}"
+
+
+HEADS, SIDES = ("measure", "ours", "against", "theirs", "unit", "result", "bar", "", "note"), "lrlrlrlll"
+"""The columns of a table of rows, and their sides."""
+_HOLDS = {True: "met", False: "MISSED", None: ""}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,21 @@ class Row:
         """None without a bar."""
         return self.bar.holds(self.result) if self.bar is not None else None
 
+    def cells(self) -> tuple[str, ...]:
+        """For the table, under `HEADS`."""
+        ratio = f"x {self.result:.3f}" + (" (no difference)" if self.is_none else "")
+        return (
+            self.measure,
+            f"{self.ours:,.1f}",
+            self.contender,
+            f"{self.theirs:,.1f}",
+            self.unit,
+            f"{self.result:+.1f}" if self.is_difference else ratio,
+            str(self.bar) if self.bar is not None else "",
+            _HOLDS[self.passed] + (", uncertain" if self.is_uncertain else ""),
+            self.note,
+        )
+
     def as_json(self) -> dict[str, object]:
         """For the line at the end."""
         return {
@@ -95,22 +114,46 @@ class Row:
         }
 
 
-def in_turn(contenders: Mapping[str, Measure], rounds: int, control: str = "") -> dict[str, list[float]]:
-    """Measure everyone in every round, after a round that does not count; `control` twice.
+def figure(value: object) -> str:
+    """A figure as the progress on stderr shows it."""
+    return f"{value:,.2f}" if isinstance(value, float) else str(value)
 
-    The order turns around from round to round, so that a slow drift of the machine favours nobody.
+
+def in_turn(
+    contenders: Mapping[str, Callable[[int], T]],
+    rounds: int,
+    control: str = "",
+    *,
+    n_warm_up: int = 1,
+    told: Callable[[T], str] | None = figure,
+) -> dict[str, list[T]]:
+    """Measure every contender in every round, after warm-up rounds that do not count; `control` twice.
+
+    A contender takes the number of the round. The order alternates from round to round, so that a slow drift
+    of the machine favours nobody. `told` words a result for the progress on stderr; None for no progress.
     """
     if control:
         contenders = {**contenders, control + CONTROL: contenders[control]}
-    figures: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(rounds + 1):
-        names = list(contenders)[:: 1 if number % 2 else -1]
-        for name in names:
-            figure = contenders[name](number)
-            say(f"  {'warm-up' if number == WARM_UP else f'round {number}'}: {name} {figure:,.2f}")
-            if number != WARM_UP:
-                figures[name].append(figure)
-    return figures
+    results: dict[str, list[T]] = {name: [] for name in contenders}
+    for number in range(1 - n_warm_up, rounds + 1):
+        for name in list(contenders)[:: 1 if number % 2 else -1]:
+            result = contenders[name](number)
+            if told is not None:
+                say(f"  {f'round {number}' if number > WARM_UP else 'warm-up'}: {name} {told(result)}")
+            if number > WARM_UP:
+                results[name].append(result)
+    return results
+
+
+def timed(work: Callable[[], object]) -> Callable[[int], float]:
+    """A contender that takes the wall time of `work`, in seconds."""
+
+    def seconds(_: int) -> float:
+        began = time.perf_counter()
+        work()
+        return time.perf_counter() - began
+
+    return seconds
 
 
 def compare(
@@ -144,33 +187,6 @@ def compare(
     )
 
 
-def _ratio(row: Row) -> str:
-    return f"x {row.result:.3f}" + (" (no difference)" if row.is_none else "")
-
-
 def say(text: str) -> None:
     """A line of progress on stderr."""
     print(text, file=sys.stderr, flush=True)
-
-
-def show(title: str, rows: Sequence[Row]) -> None:
-    """The table on stdout."""
-    table = Table(title=title, title_justify="left", title_style="", box=None)
-    for heading in ("measure", "ours", "against", "theirs", "unit", "result", "bar", "", "note"):
-        table.add_column(heading, justify="right" if heading in ("ours", "theirs", "result") else "left")
-    words = {True: "met", False: "MISSED", None: ""}
-    for row in rows:
-        table.add_row(
-            row.measure,
-            f"{row.ours:,.1f}",
-            row.contender,
-            f"{row.theirs:,.1f}",
-            row.unit,
-            f"{row.result:+.1f}" if row.is_difference else _ratio(row),
-            str(row.bar) if row.bar is not None else "",
-            words[row.passed] + (", uncertain" if row.is_uncertain else ""),
-            row.note,
-        )
-    # A file or a pipe has no width to fit into.
-    console = Console() if sys.stdout.isatty() else Console(width=200)
-    console.print(table)

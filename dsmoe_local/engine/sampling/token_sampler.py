@@ -1,7 +1,4 @@
-"""Choosing a reply's next token from its logits: argmax where that is all, else a sampler chain; constraints.
-
-Knows nothing of steps and sequences: a row of logits in, a token out.
-"""
+"""Samples a reply's next token from a row of logits: argmax or llama.cpp's sampler chain, under a grammar."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ import numpy as np
 from dsmoe_local.engine import native
 from dsmoe_local.engine.errors import NativeError
 from dsmoe_local.engine.native.samplers import Candidates
-from dsmoe_local.engine.sampling.constraint import Constraint, Language
+from dsmoe_local.engine.sampling.constraint import CompiledGrammar, Constraint
 from dsmoe_local.engine.sampling.likeliest import Logits, TokenIds, likeliest, log_total, near_top
 from dsmoe_local.engine.sampling.penalties import Adjustments
 from dsmoe_local.engine.types import MAX_SEED, Request, SamplingParameters, TokenLogprob
@@ -34,8 +31,8 @@ class Choice(NamedTuple):
 _rooms: WeakKeyDictionary[native.Context, Candidates] = WeakKeyDictionary()
 
 
-class Chooser:
-    """Chooses one reply's tokens, one after another. Close it."""
+class TokenSampler:
+    """Samples the tokens of one reply. Close it."""
 
     def __init__(
         self,
@@ -44,9 +41,9 @@ class Chooser:
         request: Request,
         seed: int | None,
         prompt_ids: Sequence[int],
-        language: Language | None,
+        grammar: CompiledGrammar | None,
     ) -> None:
-        """`seed` None: as 0. `language` is what `check_request` returned for the request."""
+        """`seed` None: as 0. `grammar` is what `check_request` returned for the request."""
         sampling = request.sampling
         self._model = model
         self._logprobs = request.logprobs or request.top_logprobs > 0
@@ -54,7 +51,7 @@ class Chooser:
         self._adjustments = Adjustments(sampling, request.logit_bias)
         if sampling.repeat_last_n:
             self._adjustments.remember(prompt_ids[-sampling.repeat_last_n :])
-        self._constraint = None if language is None else Constraint(language)
+        self._constraint = None if grammar is None else Constraint(grammar)
         self._sampler: native.Sampler | None = None
         self._top_k = 0 if sampling.mirostat else sampling.top_k
         if sampling.temperature > 0:
@@ -64,7 +61,7 @@ class Chooser:
     def choose(self, logits: Logits) -> Choice:
         """The next token, by its row of logits, which is only read. The choice is final: it is remembered.
 
-        Raises NativeError for logits that are no numbers, EngineError where no token is permitted.
+        Raises NativeError for NaN or infinite logits, EngineError where the grammar permits no token.
         """
         best = int(logits.argmax())
         # argmax finds a NaN first, wherever it is.

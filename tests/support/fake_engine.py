@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
+
 from dsmoe_local.base import progress
 from dsmoe_local.base.sequences import n_common
 from dsmoe_local.base.text import whole_characters
@@ -162,7 +164,7 @@ class FakeEngine:
             answer = (next(self._replies) if self._replies else self._reply(text)).encode()
             for index in range(request.n):
                 for event in self._tokens(request, prompt, answer):
-                    yield replace(event, index=index)
+                    yield msgspec.structs.replace(event, index=index)
         finally:
             self._cancelled.pop(request.id, None)
 

@@ -1,4 +1,4 @@
-"""A request's grammar or JSON schema as text that llguidance compiles; refused here if it cannot be."""
+"""Compile GBNF and JSON schemas to the grammars of llguidance, without a vocabulary."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ _VALUES = frozenset({"const", "default", "enum", "examples"})  # keywords whose 
 _LONGEST_REASON = 200
 
 
-def language_of(*, grammar: str | None = None, json_schema: str | None = None) -> str:
+def compile_grammar(*, grammar: str | None = None, json_schema: str | None = None) -> str:
     """The one that is given, compiled as far as it can be without a vocabulary. Raises UsageError.
 
     Recursive over rules and references: call it, and its two parts, where the stack is large.
     """
-    return json_schema_language(json_schema or "") if grammar is None else gbnf_language(grammar)
+    return compile_json_schema(json_schema or "") if grammar is None else compile_gbnf(grammar)
 
 
-def gbnf_language(text: str) -> str:
-    """The grammar that GBNF `text` writes. UsageError with line and column if it cannot be read."""
-    language = _language(to_lark(parse_gbnf(text)))
-    if reason := _refusal(language):
+def compile_gbnf(text: str) -> str:
+    """Compile GBNF. UsageError with line and column if it cannot be parsed."""
+    compiled = _to_llguidance(to_lark(parse_gbnf(text)))
+    if reason := _refusal(compiled):
         raise UsageError(
             f"the grammar is too complex: {reason}", remedy="use smaller repetitions and fewer rules"
         )
-    return language
+    return compiled
 
 
-def json_schema_language(text: str) -> str:
-    """The grammar of a JSON schema's texts. UsageError if it is no schema, or has what cannot be kept."""
+def compile_json_schema(text: str) -> str:
+    """Compile a JSON schema. UsageError if it is none, or has keywords that cannot be enforced."""
     try:
         schema = json.loads(text)
         if schema is True:
@@ -63,13 +63,13 @@ def json_schema_language(text: str) -> str:
     except (ValueError, RecursionError) as error:
         raise UsageError(f"the JSON schema cannot be read: {_reason(str(error))}") from error
     schema = {**_discriminated(schema), "x-guidance": _JSON}
-    language = _language(f"start: %json {json.dumps(schema)}\n")
-    if reason := _refusal(language):
+    compiled = _to_llguidance(f"start: %json {json.dumps(schema)}\n")
+    if reason := _refusal(compiled):
         # Without the Lark around it, llguidance speaks of the schema alone.
         raise UsageError(
             f"the JSON schema cannot be kept: {_refusal(plain) or reason}", remedy="see docs/sampling.md"
         )
-    return language
+    return compiled
 
 
 def _discriminated(schema: Any) -> Any:  # noqa: ANN401 - any part of a JSON text
@@ -89,17 +89,17 @@ def _discriminated(schema: Any) -> Any:  # noqa: ANN401 - any part of a JSON tex
     return schema
 
 
-def _language(lark: str) -> str:
-    """llguidance's form of a grammar, of which every way to cut a text into tokens is permitted."""
+def _to_llguidance(lark: str) -> str:
+    """Wrap a Lark grammar for llguidance; `no_forcing` permits every tokenization of a text."""
     return LLMatcher.grammar_from_lark(f'%llguidance {{"no_forcing": true}}\n{lark}')
 
 
-def _refusal(language: str) -> str:
+def _refusal(grammar: str) -> str:
     """Why llguidance cannot compile the grammar; "" if it can."""
-    is_error, messages = LLMatcher.validate_grammar_with_warnings(language, limits=LIMITS)
+    is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=LIMITS)
     return _reason(messages[0]) if is_error else ""
 
 
 def _reason(message: str) -> str:
-    """llguidance's words on one line, without its drawing of the place."""
+    """Return an error message of llguidance on one line."""
     return safe_line(re.sub(r"\s+", " ", message), _LONGEST_REASON)

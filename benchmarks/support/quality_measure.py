@@ -1,0 +1,219 @@
+"""What benchmarks/quality.py measures of a model: its types, the solver's choices under budgets, and other
+choices beside our recipes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from benchmarks.support.quality_fidelity import Bench
+from benchmarks.support.quality_figures import (
+    AlikeRow,
+    CandidateRow,
+    FidelityRow,
+    PointRow,
+    SizeRow,
+    StepRow,
+    TargetRow,
+)
+from benchmarks.support.quality_recipes import (
+    ALIKE,
+    BASE,
+    EIGHT,
+    EIGHT_BASE,
+    LARGE,
+    POINTS,
+    STEPPED,
+    Step,
+    Variant,
+    digest_of,
+    steps_of,
+    variants,
+)
+from benchmarks.support.quality_speed import Pair, ratios_of
+from benchmarks.support.sizes import size_of, types_digest
+from dsmoe_local.base.errors import UsageError
+from dsmoe_local.model.ggml import type_name
+from dsmoe_local.model.gguf_model import read_model
+from dsmoe_quantize.budget import sensitivity_file
+from dsmoe_quantize.budget.cost_model import Budget, CostModel
+from dsmoe_quantize.budget.sensitivity import measure
+from dsmoe_quantize.budget.target import Request, solve_target
+from dsmoe_quantize.policy.choice import Overrides
+from dsmoe_quantize.policy.named_recipes import RECIPES, NamedRecipe
+from dsmoe_quantize.policy.types import TypeChoice, resolve
+from dsmoe_quantize.quantize import Plan
+
+FRONTIER = (4.4, 4.6, 4.8, 5.0, 5.25, 5.5, 6.0, 6.5)
+"""Bits per weight that the solver is asked for."""
+TARGETS = (0.9, 1.0, 1.1, 1.4)
+"""Sizes that it is asked for, as shares of the base's file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What errors cost, by group, where that was measured, and in words where it is from."""
+
+    weights: Mapping[str, float] = field(default_factory=dict)
+    told: str = "built in"
+
+
+def costs_from(path: Path | None, source: Path) -> Costs:
+    """Those that a sensitivity file has of the model, or the built-in ones without a file. The importance
+    matrix that they were measured with does not matter.
+
+    UsageError if the file is of another model, or has no costs; FileError, FormatError.
+    """
+    if path is None:
+        return Costs()
+    found = sensitivity_file.read_sensitivity(path)
+    start = sensitivity_file.start(read_model(source)[0], None, None)
+    sensitivity_file.resume(path, replace(start, imatrix=found.imatrix), any_sample=True)
+    if not found.weights:
+        raise UsageError("it has no costs", where=path, remedy="dsmoe eval --sensitivity measures them")
+    probes = found.probes
+    if probes is None:
+        return Costs(found.weights, "written by hand")
+    types = ", ".join(map(type_name, probes.types))
+    text = f"{probes.n_windows} windows of {probes.n_context} tokens of {probes.text}"
+    return Costs(found.weights, f"measured with {types} on {text}")
+
+
+def measure_sizes() -> list[SizeRow]:
+    """The whole 16B shape in each type."""
+    rows = []
+    for variant in variants():
+        size = size_of(LARGE, variant.word, imatrix=variant.imatrix)
+        figures = (size.n_bytes, size.bits_per_weight, size.n_bytes_per_token)
+        rows.append(SizeRow(variant.word, variant.imatrix, variant.digest, *figures))
+    return rows
+
+
+def measure_types(bench: Bench, wanted: Iterable[Variant]) -> list[FidelityRow]:
+    """A row of each type."""
+    return [bench.measure(bench.plan(variant), variant, variant.digest) for variant in wanted]
+
+
+def measure_recipe(bench: Bench, recipe: NamedRecipe, imatrix: bool) -> FidelityRow:
+    """A recipe that has no name of ours."""
+    plan = bench.plan_of(recipe, imatrix=imatrix)
+    return bench.measure(plan, Variant(recipe.name, imatrix), digest_of(recipe, imatrix=imatrix))
+
+
+def measure_alike(bench: Bench) -> list[AlikeRow]:
+    """What each recipe is compared with, given the recipe's types for embedding and output: in a small model
+    both weigh more than in a large one.
+    """
+    rows = []
+    for imatrix in (False, True):
+        for word, base in ALIKE:
+            variant = Variant(word, imatrix)
+            types = {choice.name: choice.type for choice in bench.plan(variant).choices}
+            overrides = Overrides(output=types["output.weight"], embedding=types["token_embd.weight"])
+            plan = bench.plan_of(resolve(base), overrides, imatrix=imatrix)
+            digest = types_digest(plan.choices)
+            rows.append(AlikeRow(**asdict(bench.measure(plan, variant, digest)), base=base))
+    return rows
+
+
+def measure_eight(bench: Bench) -> list[CandidateRow]:
+    """Each candidate for q8, with and without an importance matrix."""
+    rows = []
+    for imatrix in (False, True):
+        costs = cost_model_of(bench, imatrix, Costs())
+        base = _predicted(costs, bench.plan_of(resolve(EIGHT_BASE), imatrix=imatrix))
+        for recipe in EIGHT:
+            found = measure_recipe(bench, recipe, imatrix)
+            rows.append(
+                CandidateRow(
+                    recipe.name,
+                    imatrix,
+                    found.digest,
+                    recipe.why,
+                    size_of(LARGE, recipe).n_bytes / size_of(LARGE, EIGHT_BASE).n_bytes,
+                    _predicted(costs, bench.plan_of(recipe, imatrix=imatrix)) / base,
+                    found.file_size,
+                    found.windows,
+                )
+            )
+    return rows
+
+
+def _predicted(costs: CostModel, plan: Plan) -> float:
+    return costs.figures(plan.choices).error
+
+
+def measure_steps(bench: Bench, most: int | None = None) -> list[StepRow]:
+    """The base, then each recipe and its steps (`most` of them), all without an importance matrix. Recipes
+    are chosen by these figures, so they are measured on another text than the bars.
+    """
+    rows = [_step_row(bench, BASE, resolve(BASE))]
+    for word in STEPPED:
+        recipe = RECIPES[word]
+        rows.append(_step_row(bench, word, recipe))
+        rows += [_step_row(bench, word, step.recipe, step) for step in list(steps_of(recipe))[:most]]
+    return rows
+
+
+def _step_row(bench: Bench, word: str, choice: TypeChoice, step: Step | None = None) -> StepRow:
+    variant, large = Variant(word, False), size_of(LARGE, choice)
+    found = bench.measure(bench.plan_of(choice, imatrix=False), variant, variant.digest)
+    sizes = (large.n_bytes, large.n_bytes_per_token)
+    changed = (step.kind, step.word) if step else ("", "")
+    return StepRow(word, False, variant.digest, *changed, *sizes, found.windows)
+
+
+def measure_points(bench: Bench, rounds: Mapping[str, Sequence[Pair]]) -> list[PointRow]:
+    """A row of each point, given its speeds, without an importance matrix."""
+    rows = []
+    for recipe in POINTS:
+        found, large = measure_recipe(bench, recipe, imatrix=False), size_of(LARGE, recipe)
+        sizes = (large.n_bytes, large.n_bytes_per_token)
+        ratios = ratios_of(rounds[recipe.name])
+        rows.append(PointRow(recipe.name, False, found.digest, recipe.why, *sizes, found.windows, *ratios))
+    return rows
+
+
+def measure_frontier(bench: Bench, targets: Sequence[float], costs: Costs) -> list[FidelityRow]:
+    """What the solver makes of so many bits per weight, with and without an importance matrix."""
+    rows = []
+    for imatrix in (False, True):
+        for bits in targets:
+            variant = Variant(f"{bits:g} bpw", imatrix)
+            plan = solved(bench, Budget(bits_per_weight=bits), variant, costs)
+            digest = types_digest(plan.choices)
+            rows.append(bench.measure(plan, variant, digest))
+    return rows
+
+
+def measure_targets(bench: Bench, shares: Sequence[float], costs: Costs) -> list[TargetRow]:
+    """Sizes of files that were to be of a size."""
+    base = bench.plan(Variant(BASE, False)).file_size
+    found = []
+    for share in shares:
+        budget = int(share * base)
+        plan = solved(bench, Budget(size=budget), Variant(f"{share:g}", False), costs)
+        found.append(TargetRow(budget, bench.size_of(plan)))
+    return found
+
+
+def cost_model_of(bench: Bench, imatrix: bool, costs: Costs) -> CostModel:
+    """What types cost the model, without a budget."""
+    file, hp = read_model(bench.source)
+    matrix = bench.matrix_if(imatrix)
+    start = replace(sensitivity_file.start(file, matrix, None), weights=costs.weights)
+    return CostModel(file, hp, measure(file, start, matrix, threads=bench.amount.threads), imatrix=matrix)
+
+
+def solved(bench: Bench, budget: Budget, variant: Variant, costs: Costs) -> Plan:
+    """The solver's best plan within a budget."""
+    imatrix = bench.matrix_if(variant.imatrix)
+    path = bench.folder / f"sensitivity-{variant.imatrix}.json"
+    file, hp = read_model(bench.source)
+    if not path.exists():
+        start = sensitivity_file.start(file, imatrix, None)
+        sensitivity_file.write_sensitivity(replace(start, weights=costs.weights), path)
+    request = Request(budget, variant.word.replace(" ", "-"), sensitivity=path)
+    return solve_target(file, hp, request, Overrides(), imatrix, threads=bench.amount.threads).solved.plan
