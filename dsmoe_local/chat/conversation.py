@@ -305,7 +305,9 @@ class Conversation:
         if self._cancelled:
             # While room was made for it.
             self._keep(reply, None)
-            self._recount()
+            with suppress(EngineError):
+                # The encoder knows it already where room was looked for.
+                self._change(n_used=len(context.token_ids(self._books.transcript, encoder)))
             yield TokenEvent("", "", 0.0, finish_reason=FinishReason.CANCELLED)
             return
         request = self._request(encoder)

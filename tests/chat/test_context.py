@@ -85,8 +85,7 @@ def test_cancel_ends_compacting() -> None:
     *_, last = conversation.send("and now?")
     assert isinstance(last, TokenEvent)
     assert last.finish_reason is FinishReason.CANCELLED
-    # Two cuts that were measured, and what the context holds now.
-    assert engine.n_encoded == 3
+    assert engine.n_encoded == 2
     assert conversation.finish_reason is FinishReason.CANCELLED
     assert conversation.transcript.n_left_out == 0
     assert conversation.unanswered
