@@ -31,8 +31,8 @@ from benchmarks.support.runner import in_turn
 from benchmarks.support.tables import show
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.engine import native
+from dsmoe_local.engine.load.loaded_model import load_model
 from dsmoe_local.engine.load.machine import physical_cores
-from dsmoe_local.engine.load.session import load_session
 from dsmoe_local.engine.types import ModelOptions
 
 BAR = 1.3
@@ -60,17 +60,17 @@ class Ours:
 
     def __init__(self, path: Path, threads: int) -> None:
         options = ModelOptions(path, n_context=CONTEXT, n_threads=threads)
-        self._session = load_session(options, lambda event: None, threading.Event())
+        self._loaded = load_model(options, lambda event: None, threading.Event())
 
     def decode(self, row: native.Row) -> None:
         """See Side."""
-        self._session.observers.before_step([row])
-        assert self._session.context.decode([row]) == native.DECODED
-        self._session.observers.after_step([row], self._session.context.logits())
+        self._loaded.observers.before_step([row])
+        assert self._loaded.context.decode([row]) == native.DECODED
+        self._loaded.observers.after_step([row], self._loaded.context.logits())
 
     def close(self) -> None:
         """See Side."""
-        self._session.close()
+        self._loaded.close()
 
 
 class Bare:

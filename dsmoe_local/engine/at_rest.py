@@ -1,4 +1,4 @@
-"""What is done to a session between requests: its KV cache to files and back, its observers exchanged.
+"""What is done to a loaded between requests: its KV cache to files and back, its observers exchanged.
 
 Owned by the engine's thread. Whether anything runs is `core`'s to know.
 """
@@ -14,38 +14,38 @@ from pathlib import Path
 from dsmoe_local.base.paths import cache_folder
 from dsmoe_local.engine import native
 from dsmoe_local.engine.cache_file import open_cache, room_in, write_cache
+from dsmoe_local.engine.load.loaded_model import LoadedModel
 from dsmoe_local.engine.observe.registry import n_outputs
 from dsmoe_local.engine.schedule.cache_book import CacheBook
 from dsmoe_local.engine.schedule.radix_tree import common_length
-from dsmoe_local.engine.session import Session
 from dsmoe_local.engine.types import ObserverOptions
 
 
-def save_cache(session: Session, book: CacheBook, path: Path, token_ids: list[int], start: int) -> int:
+def save_cache(loaded: LoadedModel, book: CacheBook, path: Path, token_ids: list[int], start: int) -> int:
     """See TextEngine; the file is not synced."""
     slot, end = book.longest_idle(token_ids)
     spare = book.spare_id()
-    if end <= start or spare is None or not session.limits.unified:
+    if end <= start or spare is None or not loaded.limits.unified:
         return 0
     try:
-        with _set_aside(session.context, slot, spare, book.cells.length(slot)):
-            session.context.forget(slot, 0, start)
-            session.context.forget(slot, end)
+        with _set_aside(loaded.context, slot, spare, book.cells.length(slot)):
+            loaded.context.forget(slot, 0, start)
+            loaded.context.forget(slot, end)
             try:
-                identity = session.info.cache_identity
-                written = write_cache(path, identity, token_ids[:end], start, session.context, slot)
+                identity = loaded.info.cache_identity
+                written = write_cache(path, identity, token_ids[:end], start, loaded.context, slot)
             finally:
-                session.context.forget(slot, 0)
+                loaded.context.forget(slot, 0)
         return end if written else 0
     except OSError:
         return 0
 
 
 def load_cache(
-    session: Session, book: CacheBook, settle: Callable[[], None], path: Path, token_ids: list[int]
+    loaded: LoadedModel, book: CacheBook, settle: Callable[[], None], path: Path, token_ids: list[int]
 ) -> int:
     """See TextEngine. `settle` does to the cache what the book has noted."""
-    with open_cache(path, session.info.cache_identity) as stored:
+    with open_cache(path, loaded.info.cache_identity) as stored:
         if stored is None:
             return 0
         common = common_length(stored.token_ids, token_ids, 0, len(token_ids))
@@ -57,7 +57,7 @@ def load_cache(
         if place is None or spare is None:
             return book.longest_idle(token_ids)[1]
         settle()
-        context = session.context
+        context = loaded.context
         with _set_aside(context, place, spare, stored.start):
             context.forget(place, 0)
             read = context.read_state(stored.state, place)
@@ -85,12 +85,12 @@ def _set_aside(context: native.Context, slot: int, spare: int, count: int) -> It
 
 
 def exchange_observers(
-    session: Session, book: CacheBook, settle: Callable[[], None], options: Sequence[ObserverOptions]
+    loaded: LoadedModel, book: CacheBook, settle: Callable[[], None], options: Sequence[ObserverOptions]
 ) -> None:
     """See TextEngine. If not even the old context can be made again, a closed one is left."""
-    old = session.observers
+    old = loaded.observers
     successor = old.successor(options)
-    before = session.context.options
+    before = loaded.context.options
     after = replace(
         before,
         n_outputs=n_outputs(options, before.n_ubatch, before.n_sequences),
@@ -99,17 +99,17 @@ def exchange_observers(
     book.forget_parked()
     settle()
     # A new context beside the old one would be a second KV cache.
-    with _carried(session.context) as state:
-        session.context.close()
+    with _carried(loaded.context) as state:
+        loaded.context.close()
         try:
-            session.context = native.Context(session.model, after)
-            session.observers = successor
+            loaded.context = native.Context(loaded.model, after)
+            loaded.observers = successor
         except BaseException:
             successor.retire()
-            session.context = native.Context(session.model, before)
+            loaded.context = native.Context(loaded.model, before)
             raise
         finally:
-            if session.context.handle and not (state and session.context.read_state(state)):
+            if loaded.context.handle and not (state and loaded.context.read_state(state)):
                 book.forget_all()
     old.retire()
 

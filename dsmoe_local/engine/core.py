@@ -14,11 +14,11 @@ from pathlib import Path
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.engine import at_rest, native
 from dsmoe_local.engine.errors import EngineError, NativeError, too_long
+from dsmoe_local.engine.load.loaded_model import LoadedModel
 from dsmoe_local.engine.observe.observer import Logits, Scored
 from dsmoe_local.engine.reply import Job, Reply
 from dsmoe_local.engine.schedule import plan
 from dsmoe_local.engine.schedule.scheduler import Scheduler
-from dsmoe_local.engine.session import Session
 from dsmoe_local.engine.types import FinishReason, ObserverOptions
 
 _PADDING_TOKEN = 0  # any token will do: its logits are never read
@@ -34,15 +34,15 @@ class _Placed:
 
 
 class Core:
-    """A session at work: the requests in it and the steps that serve them.
+    """Runs requests on a loaded model, one step after another.
 
     `finished` is called with each request that is over, after its last event, and the error that ended it.
     """
 
-    def __init__(self, session: Session, finished: Callable[[Job, Exception | None], None]) -> None:
-        self._session = session
+    def __init__(self, loaded: LoadedModel, finished: Callable[[Job, Exception | None], None]) -> None:
+        self._loaded = loaded
         self._finished = finished
-        self.scheduler = Scheduler(session.limits)
+        self.scheduler = Scheduler(loaded.limits)
         self.lost: Exception | None = None
         self._replies: dict[plan.Sequence, Reply] = {}
         self._lock = threading.RLock()
@@ -62,17 +62,17 @@ class Core:
 
     def add(self, job: Job, prompt: tuple[int, ...]) -> None:
         """Take a request in. Raises what is wrong with it: PromptError (too long), UsageError."""
-        n_context = self._session.info.n_context
+        n_context = self._loaded.info.n_context
         if len(prompt) >= n_context:
             raise too_long(f"{len(prompt):,} tokens", n_context)
-        if job.request.context_shift and not self._session.context.can_shift:
+        if job.request.context_shift and not self._loaded.context.can_shift:
             raise UsageError("the model's context cannot be shifted")
-        if job.request.score_from is not None and not self._session.observers.reads_logits:
+        if job.request.score_from is not None and not self._loaded.observers.reads_logits:
             raise UsageError("score_from: no observer of the model reads logits")
         replies: list[Reply] = []
         try:
             for index in range(job.request.n):
-                replies.append(Reply(job, index, prompt, self._session.context, n_context))  # noqa: PERF401 - closed below
+                replies.append(Reply(job, index, prompt, self._loaded.context, n_context))  # noqa: PERF401 - closed below
         except BaseException:
             for reply in replies:
                 reply.close()
@@ -100,7 +100,7 @@ class Core:
         """
         with self._lock:
             if self._computing.get(job) or (self._alone and job in self._computing):
-                self._session.context.abort()
+                self._loaded.context.abort()
 
     def step(self) -> None:
         """Compute one step and deliver its events."""
@@ -116,26 +116,26 @@ class Core:
 
     def save_cache(self, path: Path, token_ids: list[int], start: int) -> int:
         """See TextEngine; the file is not synced."""
-        if not self.idle or self._session.limits.deterministic:
+        if not self.idle or self._loaded.limits.deterministic:
             return 0
         self._settle()
-        return at_rest.save_cache(self._session, self.scheduler.book, path, token_ids, start)
+        return at_rest.save_cache(self._loaded, self.scheduler.book, path, token_ids, start)
 
     def load_cache(self, path: Path, token_ids: list[int]) -> int:
         """See TextEngine."""
-        if not self.idle or self._session.limits.deterministic:
+        if not self.idle or self._loaded.limits.deterministic:
             return 0
         self._settle()
-        return at_rest.load_cache(self._session, self.scheduler.book, self._settle, path, token_ids)
+        return at_rest.load_cache(self._loaded, self.scheduler.book, self._settle, path, token_ids)
 
     def set_observers(self, options: tuple[ObserverOptions, ...]) -> None:
         """See TextEngine. `lost` is set where no context is left to go on with."""
         if not self.idle:
             raise EngineError("observers cannot be changed while requests run")
         try:
-            at_rest.exchange_observers(self._session, self.scheduler.book, self._settle, options)
+            at_rest.exchange_observers(self._loaded, self.scheduler.book, self._settle, options)
         except Exception as error:
-            if not self._session.context.handle:
+            if not self._loaded.context.handle:
                 self.lost = error
             raise
 
@@ -148,23 +148,23 @@ class Core:
 
     def _perform(self, operation: plan.Operation) -> None:
         if isinstance(operation, plan.Copy):
-            self._session.context.copy(operation.source, operation.target, operation.n_tokens)
+            self._loaded.context.copy(operation.source, operation.target, operation.n_tokens)
         elif isinstance(operation, plan.Forget):
-            self._session.context.forget(operation.sequence, operation.start)
+            self._loaded.context.forget(operation.sequence, operation.start)
         else:
             end = operation.start + operation.n_tokens
-            self._session.context.forget(operation.sequence, operation.start, end)
-            self._session.context.shift(operation.sequence, end, operation.n_tokens)
+            self._loaded.context.forget(operation.sequence, operation.start, end)
+            self._loaded.context.shift(operation.sequence, end, operation.n_tokens)
             self._shifting = True
 
     def _decode(self, step: plan.Step) -> None:
         placed, rows = self._place(step)
-        observers = self._session.observers
+        observers = self._loaded.observers
         if not self._begin(placed):
             return
         try:
             observers.before_step(rows)
-            status = self._session.context.decode(rows)
+            status = self._loaded.context.decode(rows)
             if status == native.NO_SLOT:
                 raise NativeError(
                     "the KV cache has no room left", remedy="load the model with a larger context: -c"
@@ -175,17 +175,17 @@ class Core:
         finally:
             with self._lock:
                 self._computing = {}
-                self._session.context.clear_abort()
+                self._loaded.context.clear_abort()
         self._shifting = False
         for padding in step.padding:
-            if self._session.context.n_cached(padding.slot) > padding.position:
-                self._session.context.forget(padding.slot, padding.position)
+            if self._loaded.context.n_cached(padding.slot) > padding.position:
+                self._loaded.context.forget(padding.slot, padding.position)
         if status == native.ABORTED:
             for row in step.rows:
-                self.scheduler.resync(row.sequence, self._session.context.n_cached(row.sequence.slot))
+                self.scheduler.resync(row.sequence, self._loaded.context.n_cached(row.sequence.slot))
             return
         self.scheduler.commit(step)
-        logits = self._session.context.logits()
+        logits = self._loaded.context.logits()
         try:
             scored = self._scored(placed, len(rows)) if observers.reads_logits else ()
             observers.after_step(rows, logits, scored)
@@ -264,7 +264,7 @@ class Core:
     def _lose(self, step: plan.Step, error: Exception) -> None:
         """Fail the requests of a step that could not be computed; no cell that it touched is trusted."""
         for padding in step.padding:
-            self._session.context.forget(padding.slot, padding.position)
+            self._loaded.context.forget(padding.slot, padding.position)
         for row in step.rows:
             self.scheduler.lose(row.sequence)
         for job in {self._replies[row.sequence].job for row in step.rows}:

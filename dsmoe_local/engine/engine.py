@@ -23,10 +23,9 @@ from dsmoe_local.engine.cache_file import sync_cache
 from dsmoe_local.engine.core import Core
 from dsmoe_local.engine.errors import EngineError
 from dsmoe_local.engine.large_stack import large_stack
-from dsmoe_local.engine.load.session import load_session
+from dsmoe_local.engine.load.loaded_model import LoadedModel, load_model
 from dsmoe_local.engine.reply import Job
 from dsmoe_local.engine.sampling import check_request, is_constrained
-from dsmoe_local.engine.session import Session
 from dsmoe_local.engine.streaming import stream
 from dsmoe_local.engine.types import (
     Deliver,
@@ -76,11 +75,11 @@ class Engine:
         self._jobs: dict[str, Job] = {}
         self._calls: set[Future[Any]] = set()
         self._encoding = threading.Lock()  # held while the model's vocabulary is in use outside its thread
-        self._session: Session | None = None
+        self._loaded: LoadedModel | None = None
         self._core: Core | None = None
         self._failure: BaseException | None = None
         self._closed = False
-        self._loaded = threading.Event()
+        self._ready = threading.Event()
         self._told = 0.0
         self._unclosed: Exception | None = None
         self._intake = ThreadPoolExecutor(1, "dsmoe-intake")
@@ -88,7 +87,7 @@ class Engine:
         self._compiling = large_stack("dsmoe-grammars")
         self._thread = threading.Thread(
             target=self._run,
-            args=(lambda: load_session(options, listen, stop),),
+            args=(lambda: load_model(options, listen, stop),),
             name="dsmoe-engine",
             daemon=True,
         )
@@ -110,7 +109,7 @@ class Engine:
         stop = stop or threading.Event()
         engine = cls(options, listen, stop)
         try:
-            engine._loaded.wait()
+            engine._ready.wait()
         except BaseException:
             stop.set()
             # Loading may be over by now: the thread then waits for work.
@@ -129,7 +128,7 @@ class Engine:
     @property
     def info(self) -> ModelInfo:
         """The loaded model."""
-        return self._require_session().info
+        return self._require_loaded().info
 
     def submit(self, request: Request) -> Iterator[TokenEvent]:
         """Generate a reply (see TextEngine)."""
@@ -139,7 +138,7 @@ class Engine:
         """Generate without waiting (see TextEngine)."""
         job = Job(request, deliver)
         with self._lock:
-            self._require_session()
+            self._require_loaded()
             if request.id in self._jobs:
                 raise EngineError(f"a request with the id {request.id!r} is already running")
             self._jobs[request.id] = job
@@ -157,7 +156,7 @@ class Engine:
         """The exact token ids of `prompt` (see TextEngine). Raises PromptError, TemplateError."""
         check_prompt(prompt)
         with self._encoding:
-            encoder = self._require_session().encoder
+            encoder = self._require_loaded().encoder
             return encoder.encode(
                 prompt, continue_final_message=continue_final_message, stopped=lambda: self._closed
             )
@@ -165,9 +164,9 @@ class Engine:
     def decode(self, token_ids: Sequence[int]) -> tuple[str, ...]:
         """Each token's own text. PromptError for an id that the vocabulary does not have."""
         with self._encoding:
-            session = self._require_session()
-            session.encoder.check_ids(token_ids)
-            return tuple(map(session.model.text_of, token_ids))
+            loaded = self._require_loaded()
+            loaded.encoder.check_ids(token_ids)
+            return tuple(map(loaded.model.text_of, token_ids))
 
     def save_cache(self, path: Path, token_ids: tuple[int, ...], start: int = 0) -> int:
         """Write what the KV cache holds of these tokens to a new file (see TextEngine)."""
@@ -185,12 +184,12 @@ class Engine:
 
     def log(self) -> tuple[str, ...]:
         """llama.cpp's latest log lines, safe to print."""
-        return self._require_session().log()
+        return self._require_loaded().log()
 
     def observe(self, name: str) -> Observation:
         """What the observer of that name has seen, between two steps. EngineError if none was loaded."""
-        session = self._require_session()
-        return self._between_steps(lambda _: session.observers.summary(name))
+        loaded = self._require_loaded()
+        return self._between_steps(lambda _: loaded.observers.summary(name))
 
     def check(self) -> None:
         """AssertionError unless the scheduler's books agree."""
@@ -221,10 +220,10 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _require_session(self) -> Session:
-        if self._session is None or self._closed:
+    def _require_loaded(self) -> LoadedModel:
+        if self._loaded is None or self._closed:
             raise EngineError("the engine is closed")
-        return self._session
+        return self._loaded
 
     def _between_steps(self, function: Callable[[Core], T]) -> T:
         """What `function` returns in the engine's thread."""
@@ -240,7 +239,7 @@ class Engine:
             self._calls.discard(future)
 
         with self._lock:
-            self._require_session()
+            self._require_loaded()
             self._calls.add(future)
             self._inbox.put(call)
         return future.result()
@@ -264,15 +263,15 @@ class Engine:
 
     def _take_in(self, job: Job) -> None:
         """An intake thread: from a request to something that can be scheduled."""
-        session, core = self._session, self._core
-        assert session is not None
+        loaded, core = self._loaded, self._core
+        assert loaded is not None
         assert core is not None
         prompt: tuple[int, ...] = ()
         failure: Exception | None = None
         try:
             if not job.cancelled:
-                job.grammar = check_request(session.model, job.request)
-                prompt = session.encoder.encode(
+                job.grammar = check_request(loaded.model, job.request)
+                prompt = loaded.encoder.encode(
                     job.request.prompt,
                     continue_final_message=job.request.continue_final_message,
                     stopped=lambda: job.cancelled,
@@ -298,21 +297,21 @@ class Engine:
         self._intake.shutdown()
         self._compiling.shutdown()
 
-    def _run(self, load: Callable[[], Session]) -> None:
+    def _run(self, load: Callable[[], LoadedModel]) -> None:
         """The engine's thread."""
         try:
-            session = load()
+            loaded = load()
             with ExitStack() as made:
-                made.callback(session.close)
-                self._core = core = Core(session, self._finish)
+                made.callback(loaded.close)
+                self._core = core = Core(loaded, self._finish)
                 made.pop_all()
-            self._session = session
+            self._loaded = loaded
         except BaseException as error:  # noqa: BLE001 - raised again by `load` in the caller's thread
             self._failure = error
             self._shut_intake()
             return
         finally:
-            self._loaded.set()
+            self._ready.set()
         try:
             while self._take_tasks(core):
                 reads_prompts = core.reads_prompts
@@ -326,7 +325,7 @@ class Engine:
             self._break_down(error)
             raise
         finally:
-            self._unclosed = _error_of(session.close)
+            self._unclosed = _error_of(loaded.close)
 
     def _break_down(self, error: BaseException) -> None:
         """A fault of our own: nobody may wait for this thread any more."""

@@ -195,7 +195,7 @@ def test_a_bad_request_fails_alone(unified: Engine) -> None:
 
 def test_a_native_failure_ends_only_its_step(unified: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: cells that nobody trusts being reused; an engine that is lost with one bad step."""
-    session = unified._require_session()
+    session = unified._require_loaded()
     decode = session.context.decode
     failures = iter([True])
 
@@ -258,7 +258,7 @@ def test_context_shift_goes_on_where_the_context_ends() -> None:
 
 def n_ends(engine: Engine) -> int:
     """Ids below this one may end a reply: the control tokens come first in the tiny vocabulary."""
-    model = engine._require_session().model
+    model = engine._require_loaded().model
     return 1 + max(token_id for token_id in range(model.n_vocab) if model.ends(token_id))
 
 
@@ -272,7 +272,7 @@ def test_deterministic_needs_two_and_no_shared_cells() -> None:
     """Guards: a promise that width 1, or a shared pool, cannot keep."""
     with pytest.raises(UsageError, match="--parallel"):
         Engine.load(ModelOptions(tiny_model(), n_parallel=1, deterministic=True))
-    with pytest.raises(UsageError, match="of its own"):
+    with pytest.raises(UsageError, match="a separate cache"):
         Engine.load(ModelOptions(tiny_model(), n_parallel=2, deterministic=True, unified=True))
 
 

@@ -214,8 +214,8 @@ def test_each_observer_ends_its_file(failing: str, tmp_path: Path) -> None:
     with pytest.raises(FileError, match="exists already"):
         engine.close()
     engine.close()
-    assert engine._session is not None
-    assert not engine._session.model.handle
+    assert engine._loaded is not None
+    assert not engine._loaded.model.handle
     assert ReferenceReader(predictions.with_name("predictions.part")).n_tokens == len(prompt) - 1
     written = choices.with_name("choices.part") if failing == "all" else choices
     assert RoutingReader(written).n_tokens == len(prompt) - 1

@@ -245,7 +245,7 @@ def test_abort_in_prefill_leaves_an_exact_cache() -> None:
         assert events[-1].finish_reason is FinishReason.CANCELLED
         read = [event.progress.done for event in events if event.progress]
         assert read[-1] < len(prompt)
-        session, core = engine._require_session(), engine._core
+        session, core = engine._require_loaded(), engine._core
         assert core is not None
         held = core.scheduler.cells.tokens(0)
         assert len(held) == session.context.n_cached(0)
@@ -261,7 +261,7 @@ def test_native_abort_flag_stops_a_running_step() -> None:
     """Guards: the strlen callback no longer being called by a newer llama.cpp."""
     prompt = tuple(3 + index % 200 for index in range(1900))
     with Engine.load(ModelOptions(smollm2(), n_context=2048, n_ubatch=2048, n_threads=1)) as engine:
-        context = engine._require_session().context
+        context = engine._require_loaded().context
         timer = threading.Timer(0.1, context.abort)
         timer.start()
         # One single step, which takes seconds when nothing stops it.
@@ -375,7 +375,7 @@ def test_events_tell_whether_text_is_held_back(engine: Engine) -> None:
 
 def whole_text(engine: Engine, token_ids: Sequence[int]) -> str:
     """The text of tokens, without half a character at its end."""
-    session = engine._session
+    session = engine._loaded
     assert session is not None
     content = b"".join(map(session.model.piece, token_ids))
     return codecs.getincrementaldecoder("utf-8")("replace").decode(content)

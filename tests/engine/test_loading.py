@@ -15,13 +15,9 @@ from dsmoe_local.base.progress import Advanced, Event, Finished, Listener, Note,
 from dsmoe_local.engine import native
 from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.errors import ModelLoadError, TemplateError
-from dsmoe_local.engine.load import fit
-from dsmoe_local.engine.load import session as loading
-from dsmoe_local.engine.load.memory import MemoryPlan, plan_memory
+from dsmoe_local.engine.load import fit, loaded_model
 from dsmoe_local.engine.prompts.template import ChatTemplate
-from dsmoe_local.engine.session import Session
 from dsmoe_local.engine.types import ALL_LAYERS, ModelOptions, Request
-from dsmoe_local.model.hyperparameters import Hyperparameters
 
 
 def test_progress_adds_up_and_the_log_stays_off_the_screen(capfd: pytest.CaptureFixture[str]) -> None:
@@ -55,36 +51,20 @@ def test_interruption_when_loading_is_over(
 ) -> None:
     """Guards: a Ctrl-C that nobody notices, and one that waits for ever for a thread without work."""
 
-    def interrupted(options: ModelOptions, listen: Listener, stop: threading.Event) -> Session:
-        session = loading.load_session(options, listen, threading.Event())
+    def interrupted(
+        options: ModelOptions, listen: Listener, stop: threading.Event
+    ) -> loaded_model.LoadedModel:
+        loaded = loaded_model.load_model(options, listen, threading.Event())
         stop.set() if error is InterruptedRunError else press_ctrl_c(stop)
-        return session
+        return loaded
 
     def press_ctrl_c(stop: threading.Event) -> None:
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         assert stop.wait(20)
 
-    monkeypatch.setattr("dsmoe_local.engine.engine.load_session", interrupted)
+    monkeypatch.setattr("dsmoe_local.engine.engine.load_model", interrupted)
     with pytest.raises(error):
         Engine.load(ModelOptions(tiny_model()))
-
-
-def test_memory_plan_counts_the_experts_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: buffers planned for fewer experts than run."""
-    planned: list[int] = []
-
-    def plan(hp: Hyperparameters, *arguments: Any, **options: Any) -> MemoryPlan:
-        planned.append(hp.n_experts_per_token)
-        return plan_memory(hp, *arguments, **options)
-
-    monkeypatch.setattr(fit, "plan_memory", plan)
-    for wanted in (None, 1, 3):
-        with Engine.load(ModelOptions(tiny_model(), n_experts_per_token=wanted)) as engine:
-            assert (
-                planned.pop()
-                == engine.info.n_experts_per_token
-                == (wanted or engine.info.n_experts_per_token)
-            )
 
 
 @pytest.mark.parametrize(
@@ -139,7 +119,7 @@ def test_what_llama_cpp_refuses_names_its_reason(monkeypatch: pytest.MonkeyPatch
 def test_memory_notes_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a smaller context taken in silence; a paged model that is refused."""
     events: list[Event] = []
-    monkeypatch.setattr(fit, "available_memory", lambda: 96 * 2**20 + 1_800_000)
+    monkeypatch.setattr(fit, "available_memory", lambda: 96 * 2**20 + 1_200_000)
     with Engine.load(ModelOptions(tiny_model(), n_context=256, n_ubatch=8), events.append) as engine:
         notes = [event.text for event in events if isinstance(event, Note)]
         assert any("paged from disk" in note for note in notes)
@@ -203,8 +183,8 @@ def test_a_refused_model_leaves_no_process_of_its_template(monkeypatch: pytest.M
     def refuse(*_: object) -> None:
         raise ModelLoadError("not this one")
 
-    monkeypatch.setattr(loading, "ChatTemplate", make)
-    monkeypatch.setattr(loading, "_load_model", refuse)
+    monkeypatch.setattr(loaded_model, "ChatTemplate", make)
+    monkeypatch.setattr(loaded_model, "_load_weights", refuse)
     with pytest.raises(ModelLoadError, match="not this one"):
         Engine.load(ModelOptions(tiny_model(), chat_template="chatml"))
     assert [template._renderer._process for template in made] == [None]
@@ -223,14 +203,14 @@ def test_context_beyond_training_is_said(n_context: int, is_told: bool) -> None:
 @pytest.mark.parametrize(
     "failing",
     [
-        "load.session.exact_identity",
-        "load.session.Dispatcher",
-        "load.session.native.Context",
-        "load.session.PromptEncoder",
-        "load.session._info",
-        "load.session._cache_identity",
-        "load.session.Limits",
-        "load.session.Session",
+        "load.loaded_model.exact_identity",
+        "load.loaded_model.Dispatcher",
+        "load.loaded_model.native.Context",
+        "load.loaded_model.PromptEncoder",
+        "load.loaded_model._info",
+        "load.loaded_model._cache_identity",
+        "load.loaded_model.Limits",
+        "load.loaded_model.LoadedModel",
         "engine.Core",
     ],
 )

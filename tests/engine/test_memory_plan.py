@@ -1,102 +1,154 @@
-"""Context and weights against memory: the arithmetic, held to llama.cpp's own figures."""
+"""How much context fits: the choice on plain numbers, and llama.cpp's own probe of what a context takes."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from support.checkpoints import TINY
 from support.models import smollm2, tiny_model
 
 from dsmoe_local.engine import native
-from dsmoe_local.engine.errors import OutOfMemoryError
+from dsmoe_local.engine.errors import ModelLoadError, OutOfMemoryError
+from dsmoe_local.engine.load import probe as probing
 from dsmoe_local.engine.load.machine import available_memory, physical_cores
-from dsmoe_local.engine.load.memory import (
-    BufferOptions,
-    MemoryPlan,
-    buffer_bytes,
-    layer_cache_bytes,
-    plan_memory,
-)
+from dsmoe_local.engine.load.memory import ContextRequest, MemoryPlan, plan_memory
+from dsmoe_local.engine.load.placement import HOST
+from dsmoe_local.engine.load.probe import MAX_MEASURED, Probe, measure_context, read_sizes, sizes_by_context
 from dsmoe_local.model.gguf_model import read_model
-from dsmoe_local.model.hyperparameters import Hyperparameters
-from dsmoe_local.model.presets import PRESETS
 
 GB = 10**9
-BUFFERS = BufferOptions(512, True, "f16", "f16")
+MIB = 2**20
 
 
-def sixteen_b() -> Hyperparameters:
-    return PRESETS["deepseekmoe-16b"].hp
+def sixteen_b(n_context: int) -> int:
+    """Cache and buffers of the 16B model, roughly."""
+    return 229_376 * n_context + 100 * MIB
 
 
-def plan(*, weights: float, available: float, requested: int | None = None) -> MemoryPlan:
-    return plan_memory(
-        sixteen_b(), BUFFERS, weights=int(weights * GB), available=int(available * GB), requested=requested
-    )
+def plan(
+    *,
+    weights: float,
+    available: float,
+    n_context: int | None = None,
+    n_trained: int = 4096,
+    n_sequences: int = 1,
+    unified: bool = True,
+) -> MemoryPlan:
+    request = ContextRequest(n_context, n_trained, n_sequences, unified)
+    return plan_memory(request, sixteen_b, weights=int(weights * GB), available=int(available * GB))
 
 
-@pytest.mark.parametrize("flash_attention", [True, False])
-@pytest.mark.parametrize("n_ubatch", [64, 512])
-@pytest.mark.parametrize("n_context", [256, 2048, 8192])
-@pytest.mark.parametrize("which", ["tiny", "smollm2"])
-def test_bound_holds_llama_cpp_s_own_sizes(
-    which: str, n_context: int, n_ubatch: int, flash_attention: bool
+def options(n_context: int, flash_attention: str = "auto", **more: Any) -> native.ContextOptions:
+    return replace(native.ContextOptions(n_context, 512, 512, 1, 1, flash_attention), **more)
+
+
+@pytest.mark.parametrize(
+    ("model", "asked"),
+    [
+        (tiny_model, options(256)),
+        (tiny_model, options(8192, "off")),
+        (smollm2, options(8192, n_ubatch=64)),
+        (smollm2, options(8192, cache_type_k="q8_0", cache_type_v="q8_0")),
+        (tiny_model, options(1000, n_sequences=3, n_outputs=3)),
+        (tiny_model, options(8192, n_sequences=16, n_outputs=16, unified=False)),
+    ],
+)
+def test_a_probe_reports_what_llama_cpp_allocates(
+    model: Callable[[], Path], asked: native.ContextOptions
 ) -> None:
-    """Guards: buffers larger than planned, and plans so generous that they refuse what would fit."""
-    path = tiny_model() if which == "tiny" else smollm2()
-    check_bound(path, BufferOptions(n_ubatch, flash_attention, "f16", "f16"), n_context)
-
-
-@pytest.mark.parametrize("flash_attention", [True, False])
-@pytest.mark.parametrize("unified", [True, False])
-@pytest.mark.parametrize("n_sequences", [3, 16])
-@pytest.mark.parametrize("n_context", [1000, 8192])
-def test_bound_holds_for_many_sequences(
-    n_context: int, n_sequences: int, unified: bool, flash_attention: bool
-) -> None:
-    """Guards: the padding of each share forgotten, or rows of logits."""
-    options = BufferOptions(512, flash_attention, "f16", "f16", n_sequences, unified, n_sequences)
-    check_bound(smollm2(), options, n_context)
-
-
-def check_bound(path: Path, options: BufferOptions, n_context: int) -> None:
-    _, hp = read_model(path)
-    model = native.Model(path, measure_only=True)
-    context = native.Context(
-        model,
-        native.ContextOptions(
-            n_context,
-            options.n_ubatch,
-            options.n_ubatch,
-            1,
-            1,
-            "auto" if options.flash_attention else "off",
-            n_sequences=options.n_sequences,
-            unified=options.unified,
-            n_outputs=options.n_outputs,
-        ),
-    )
+    """Guards: sizes that depend on the vocabulary or the weights, which a probe does not have."""
+    path = model()
+    with Probe(*read_model(path)) as probe:
+        probed = probe.open()
+        sizes = measure_context(probed, asked)
+        probed.close()
+    loaded = native.Model(path)
+    native.Context(loaded, asked).close()
+    loaded.close()
     log = "\n".join(native.log_lines())
-    context.close()
-    model.close()
-    kv = float(re.findall(r"llama_kv_cache: size = +([\d.]+) MiB", log)[0]) * 2**20
-    compute = sum(map(float, re.findall(r"(?:compute|output) buffer size = +([\d.]+) MiB", log))) * 2**20
-    planned = buffer_bytes(hp, options, n_context)
-    assert kv + compute <= planned + 2**16
-    assert planned <= kv + 3 * compute + 6 * 2**20
-    assert hp.n_layers * layer_cache_bytes(hp, options, n_context) == pytest.approx(kv, abs=2**13)
+    cache = re.findall(r"KV buffer size = +([\d.]+) MiB", log)
+    compute = re.findall(r"(?:compute|output) buffer size = +([\d.]+) MiB", log)
+    assert sizes.cache == pytest.approx(sum(map(float, cache)) * MIB, abs=2**15)
+    assert sizes.compute == {HOST: pytest.approx(sum(map(float, compute)) * MIB, abs=2**16)}
 
 
-def test_kv_cache_of_the_16b_model() -> None:
-    """Guards: the figure everything else rests on: 940 MB at 4,096 tokens."""
-    no_buffers = BufferOptions(1, True, "f16", "f16")
-    assert buffer_bytes(sixteen_b(), no_buffers, 4096) == pytest.approx(940e6, rel=0.01)
-    halved = BufferOptions(1, True, "q8_0", "q8_0")
-    assert buffer_bytes(sixteen_b(), halved, 4096) == pytest.approx(500e6, rel=0.02)
+def test_long_contexts_are_extrapolated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: gigabytes allocated to measure a context that a header claims; a length measured twice."""
+    measured: list[int] = []
+
+    def measure(_: native.Model, asked: native.ContextOptions) -> probing.BufferSizes:
+        measured.append(asked.n_context)
+        return really_measure(model, asked)
+
+    really_measure = probing.measure_context
+    with Probe(*read_model(tiny_model())) as probe:
+        model = probe.open()
+        exact = really_measure(model, options(4 * MAX_MEASURED)).total
+        monkeypatch.setattr(probing, "measure_context", measure)
+        sizes = sizes_by_context(model, options)
+        assert sizes(4 * MAX_MEASURED).total == pytest.approx(exact, rel=0.01)
+        assert sizes(2**40).cache > 2**40
+        assert sizes(512) is sizes(512)
+        model.close()
+    assert sorted(measured) == [512, MAX_MEASURED // 2, MAX_MEASURED]
+
+
+def test_a_probe_counts_the_experts_asked_for() -> None:
+    """Guards: buffers planned for fewer experts than are used."""
+    file, hp = read_model(tiny_model())
+    sizes = []
+    for n_experts in (1, hp.n_routed_experts):
+        with Probe(file, replace(hp, n_experts_per_token=n_experts)) as probe:
+            model = probe.open()
+            sizes.append(measure_context(model, options(512)).total)
+            model.close()
+    assert sizes[0] < sizes[1]
+
+
+def test_a_probe_needs_no_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a model that cannot be loaded because the temporary folder is full."""
+    path = tiny_model()
+
+    def full(self: Probe, _: object) -> None:
+        raise OSError("no space left on device")
+
+    with Probe(*read_model(path)) as probe:
+        model = probe.open()
+        sizes = measure_context(model, options(512))
+        model.close()
+    monkeypatch.setattr(Probe, "_write", full)
+    with Probe(*read_model(path)) as probe:
+        model = probe.open()
+        assert measure_context(model, options(512)) == sizes
+        model.close()
+    assert path.exists()
+
+
+def test_sizes_in_the_log_of_several_backends() -> None:
+    """Guards: buffers of the host, or of device 10, counted for device 1; silence taken for sizes of 0."""
+    log = [
+        "llama_context: CUDA_Host  output buffer size =     2.00 MiB",
+        "llama_kv_cache:      CUDA1 KV buffer size =   0.00 MiB",
+        "llama_kv_cache: size =   48.00 MiB (   512 cells,   3 layers,  1/1 seqs), K (f16):   24.00 MiB",
+        "sched_reserve: RPC0[127.0.0.1:50052] compute buffer size =    96.00 MiB",
+        "sched_reserve:      CUDA1 compute buffer size =   1.00 MiB",
+        "sched_reserve:     CUDA10 compute buffer size =   4.00 MiB",
+        "sched_reserve:  CUDA_Host compute buffer size =   9.00 MiB",
+        "sched_reserve: MTL0_Private compute buffer size =   3.00 MiB",
+        "sched_reserve:        CPU compute buffer size =   7.00 MiB",
+    ]
+    sizes = read_sizes(log, ["RPC0", "CUDA1", "CUDA10", "MTL0"])
+    wanted = {"RPC0": 96, "CUDA1": 1, "CUDA10": 4, "MTL0": 3, HOST: 18}
+    assert {name: round(size / MIB) for name, size in sizes.compute.items()} == wanted
+    assert sizes.total == pytest.approx((48 + 122) * MIB, abs=2**18)
+    for silent in (log[:3], log[3:], []):
+        with pytest.raises(ModelLoadError, match="does not report"):
+            read_sizes(silent, ["CUDA1"])
 
 
 def test_all_fits() -> None:
@@ -122,61 +174,51 @@ def test_weights_that_exceed_memory_are_paged() -> None:
 
 def test_request_is_granted_over_the_weights() -> None:
     """Guards: -c ignored although the buffers fit."""
-    chosen = plan(weights=10, available=10.9, requested=4096)
+    chosen = plan(weights=10, available=10.9, n_context=4096)
     assert (chosen.n_context, chosen.paged) == (4096, True)
 
 
 def test_request_that_cannot_be_met_does_not_page_the_weights() -> None:
     """Guards: a slow model and all memory taken, for a context that is not what was asked for anyway."""
-    chosen = plan(weights=1, available=10, requested=1_000_000)
+    chosen = plan(weights=1, available=10, n_context=1_000_000)
     assert not chosen.paged
     assert 30_000 < chosen.n_context < 40_000
-    assert buffer_bytes(sixteen_b(), BUFFERS, chosen.n_context) < 8.7 * GB
+    assert sixteen_b(chosen.n_context) < 8.7 * GB
     assert len(chosen.notes) == 1
 
 
-def test_request_too_large_is_reduced_and_said() -> None:
+def test_request_too_large_is_reduced_with_a_note() -> None:
     """Guards: a context that cannot be allocated killing the process."""
-    chosen = plan(weights=10, available=2, requested=100_000)
+    chosen = plan(weights=10, available=2, n_context=100_000)
     assert chosen.n_context < 100_000
-    assert buffer_bytes(sixteen_b(), BUFFERS, chosen.n_context) < 2 * GB
+    assert sixteen_b(chosen.n_context) < 2 * GB
     assert "context reduced from 100000" in chosen.notes[0]
 
 
 @pytest.mark.parametrize("unified", [True, False])
 def test_many_sequences_want_a_context_each(unified: bool) -> None:
     """Guards: sixteen requests squeezed into one request's context; a note about what nobody asked for."""
-    buffers = replace(BUFFERS, n_sequences=4, unified=unified, n_outputs=4)
-    chosen = plan_memory(sixteen_b(), buffers, weights=10 * GB, available=24 * GB, requested=None)
+    chosen = plan(weights=10, available=24, n_sequences=4, unified=unified)
     assert chosen == MemoryPlan(4 * 4096, False, ())
-    chosen = plan_memory(sixteen_b(), buffers, weights=10 * GB, available=13 * GB, requested=None)
+    chosen = plan(weights=10, available=13, n_sequences=4, unified=unified)
     assert chosen.n_context < 4 * 4096
-    # In one pool any of them may still be as long as the model allows.
+    # In one shared cache any of them may still be as long as the model allows.
     assert bool(chosen.notes) is not unified
     if not unified:
         assert chosen.n_context % (4 * 256) == 0
         assert f"from {4 * 4096} to {chosen.n_context}" in chosen.notes[0]
 
 
-def test_each_share_is_padded() -> None:
-    """Guards: a plan that is too small for what llama.cpp then makes of it."""
-    streams = BufferOptions(1, True, "f16", "f16", n_sequences=16, unified=False)
-    pool = BufferOptions(1, True, "f16", "f16", n_sequences=16)
-    assert layer_cache_bytes(sixteen_b(), streams, 1600) == layer_cache_bytes(sixteen_b(), pool, 16 * 256)
-    with pytest.raises(OutOfMemoryError, match="4096 tokens"):
-        plan_memory(sixteen_b(), streams, weights=0, available=GB // 2, requested=None)
-
-
-def test_nothing_fits() -> None:
-    """Guards: going on with a context of zero."""
-    with pytest.raises(OutOfMemoryError, match="512 tokens"):
-        plan(weights=10, available=0.2)
+@pytest.mark.parametrize(("n_sequences", "unified", "least"), [(1, True, 512), (16, False, 4096)])
+def test_nothing_fits(n_sequences: int, unified: bool, least: int) -> None:
+    """Guards: going on with a context of zero; padding of separate caches forgotten."""
+    with pytest.raises(OutOfMemoryError, match=f"{least} tokens"):
+        plan(weights=0, available=0.2, n_sequences=n_sequences, unified=unified)
 
 
 def test_model_with_a_context_below_the_smallest() -> None:
     """Guards: tiny models refused for having less context than our smallest."""
-    hp = replace(TINY, n_context=64)
-    assert plan_memory(hp, BUFFERS, weights=0, available=GB, requested=None).n_context == 64
+    assert plan(weights=0, available=1, n_trained=64).n_context == 64
 
 
 def write(folder: Path, **files: str) -> None:

@@ -36,7 +36,7 @@ def reply(engine: TextEngine, prompt: tuple[int, ...] = IDS, count: int = 10, **
 
 
 def session(engine: Engine) -> Any:
-    return engine._require_session()
+    return engine._require_loaded()
 
 
 def tokens_seen(engine: TextEngine) -> list[int]:

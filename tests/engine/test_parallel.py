@@ -1,4 +1,4 @@
-"""How many at once: pure arithmetic on workloads and rooms."""
+"""How many requests to decode at once, for a workload and an amount of KV cache."""
 
 from __future__ import annotations
 
@@ -32,7 +32,11 @@ def test_every_request_that_the_model_can_hold_fits(
 ) -> None:
     """Guards: a prompt refused as too long because streams, or the pool, were made too small."""
     chosen = arrange(
-        Workload(n_requests, longest, n_requests * mean), least=1, most=wanted, room=room, n_trained=trained
+        Workload(n_requests, longest, n_requests * mean),
+        least=1,
+        most=wanted,
+        available=room,
+        n_trained=trained,
     )
     assert 1 <= chosen.n_parallel <= wanted
     assert chosen.n_context <= room
@@ -42,7 +46,7 @@ def test_every_request_that_the_model_can_hold_fits(
         Workload(n_requests, longest, n_requests * mean),
         least=1,
         most=wanted,
-        room=room,
+        available=room,
         n_trained=trained,
         stated=True,
     )
@@ -53,24 +57,24 @@ def test_every_request_that_the_model_can_hold_fits(
 
 def test_short_requests_get_streams_and_rare_long_ones_a_pool() -> None:
     """Guards: the slower cache where the faster one fits; a few sequences where many would fit a pool."""
-    short = arrange(Workload(100, 300, 100 * 200), least=1, most=16, room=32_768, n_trained=4096)
+    short = arrange(Workload(100, 300, 100 * 200), least=1, most=16, available=32_768, n_trained=4096)
     assert (short.n_parallel, short.unified) == (16, False)
-    mixed = arrange(Workload(100, 4000, 100 * 300), least=1, most=16, room=16_384, n_trained=4096)
+    mixed = arrange(Workload(100, 4000, 100 * 300), least=1, most=16, available=16_384, n_trained=4096)
     assert (mixed.n_parallel, mixed.unified) == (16, True)
     assert mixed.n_context >= 4096
 
 
 def test_little_room_means_few_at_once() -> None:
     """Guards: sixteen sequences that preempt each other all the time."""
-    tight = arrange(Workload(100, 4000, 100 * 3000), least=1, most=16, room=8192, n_trained=4096)
+    tight = arrange(Workload(100, 4000, 100 * 3000), least=1, most=16, available=8192, n_trained=4096)
     assert tight.n_parallel == 2
 
 
 def test_a_person_s_number_is_kept() -> None:
     """Guards: --parallel 16 that becomes fewer; a pool where sixteen streams fit."""
-    asked = arrange(Workload(3, 300, 600), least=16, most=16, room=32_768, n_trained=4096)
+    asked = arrange(Workload(3, 300, 600), least=16, most=16, available=32_768, n_trained=4096)
     assert (asked.n_parallel, asked.unified) == (16, False)
-    tight = arrange(Workload(3, 4000, 9000), least=16, most=16, room=8192, n_trained=4096)
+    tight = arrange(Workload(3, 4000, 9000), least=16, most=16, available=8192, n_trained=4096)
     assert (tight.n_parallel, tight.unified) == (16, True)
 
 

@@ -10,15 +10,14 @@ from hypothesis import strategies as st
 
 from dsmoe_local.engine.load.placement import (
     HOST,
+    DeviceMemory,
     Placement,
-    Room,
-    Weights,
-    Wishes,
+    PlacementOptions,
+    WeightSizes,
     place,
-    room_of,
-    weigh,
+    usable_memory,
+    weight_sizes,
 )
-from dsmoe_local.engine.load.probe import compute_sizes
 from dsmoe_local.engine.types import ALL_LAYERS
 from dsmoe_local.model.ggml import GgmlType, tensor_bytes
 from dsmoe_local.model.gguf_file import TensorInfo
@@ -27,18 +26,20 @@ from dsmoe_local.model.layout import tensor_specs
 from dsmoe_local.model.presets import PRESETS
 
 # Layer 0 is dense; the experts of the others weigh ten times what every token reads of a layer.
-MOE = Weights((30, 10, 10, 10), (0, 100, 100, 100), output=20, embedding=7, fixed={})
+MOE = WeightSizes((30, 10, 10, 10), (0, 100, 100, 100), output=20, embedding=7, fixed={})
 EVERYTHING = 30 + 3 * 110 + 20 + 4  # with a cache of 1 a layer
 
 
 def placed(
     room: int,
-    wishes: Wishes | None = None,
+    options: PlacementOptions | None = None,
     *,
-    weights: Weights = MOE,
+    weights: WeightSizes = MOE,
     compute: Mapping[str, int] | None = None,
 ) -> Placement:
-    return place(weights, [Room("GPU0", room)], wishes or Wishes(), cache=1, compute=compute or {})
+    return place(
+        weights, [DeviceMemory("GPU0", room)], options or PlacementOptions(), cache=1, compute=compute or {}
+    )
 
 
 def infos(hp: Hyperparameters) -> list[TensorInfo]:
@@ -75,8 +76,8 @@ def test_experts_on_the_host_are_those_of_the_first_layers() -> None:
     ((pattern, device),) = chosen.overrides
     assert device == HOST
     hp = PRESETS["deepseekmoe-16b"].hp
-    moved = weigh(infos(hp), hp, [(pattern, HOST)])
-    whole = weigh(infos(hp), hp)
+    moved = weight_sizes(infos(hp), hp, [(pattern, HOST)])
+    whole = weight_sizes(infos(hp), hp)
     assert [index for index, size in enumerate(moved.experts) if size != whole.experts[index]] == [1, 2]
     assert moved.layers == whole.layers
 
@@ -85,23 +86,23 @@ def test_weights_of_a_file_are_counted_once() -> None:
     """Guards: tensors that no device is charged for, or two are."""
     hp = PRESETS["deepseekmoe-16b"].hp
     total = sum(info.n_bytes for info in infos(hp))
-    weights = weigh(infos(hp), hp)
-    for wishes in (
-        Wishes(),
-        Wishes(n_gpu_layers=0),
-        Wishes(n_gpu_layers=5),
-        Wishes(ALL_LAYERS, 9),
-        Wishes(None, None, (("attn", HOST), ("shexp", "GPU0"))),
+    weights = weight_sizes(infos(hp), hp)
+    for options in (
+        PlacementOptions(),
+        PlacementOptions(n_gpu_layers=0),
+        PlacementOptions(n_gpu_layers=5),
+        PlacementOptions(ALL_LAYERS, 9),
+        PlacementOptions(None, None, (("attn", HOST), ("shexp", "GPU0"))),
     ):
-        weights = weigh(infos(hp), hp, wishes.overrides)
-        chosen = placed(10**10, wishes, weights=weights)
+        weights = weight_sizes(infos(hp), hp, options.overrides)
+        chosen = placed(10**10, options, weights=weights)
         assert chosen.host.weights + sum(share.weights for share in chosen.shares) == total
         assert chosen.host.cache + sum(share.cache for share in chosen.shares) == hp.n_layers
 
 
 def test_tied_embedding_is_held_twice_when_offloaded() -> None:
     """Guards: an output that is forgotten on the device, or counted twice on the host."""
-    tied = Weights((10,), (0,), output=7, embedding=7, fixed={}, tied=True)
+    tied = WeightSizes((10,), (0,), output=7, embedding=7, fixed={}, tied=True)
     assert placed(0, weights=tied).host.weights == 17
     chosen = placed(100, weights=tied)
     assert (chosen.host.weights, chosen.shares[0].weights) == (7, 17)
@@ -109,38 +110,38 @@ def test_tied_embedding_is_held_twice_when_offloaded() -> None:
 
 def test_what_is_asked_for_is_done() -> None:
     """Guards: -ngl and --n-cpu-moe corrected in silence, and numbers beyond the model."""
-    chosen = placed(EVERYTHING, Wishes(2, 0))
+    chosen = placed(EVERYTHING, PlacementOptions(2, 0))
     assert (chosen.n_gpu_layers, chosen.n_cpu_moe, chosen.fits) == (2, 0, True)
-    chosen = placed(EVERYTHING, Wishes(99, 99))
+    chosen = placed(EVERYTHING, PlacementOptions(99, 99))
     assert (chosen.n_gpu_layers, chosen.n_cpu_moe, chosen.fits) == (5, 3, True)
-    chosen = placed(50, Wishes(ALL_LAYERS, 0))
+    chosen = placed(50, PlacementOptions(ALL_LAYERS, 0))
     assert (chosen.n_gpu_layers, chosen.n_cpu_moe, chosen.fits) == (5, 0, False)
-    chosen = placed(EVERYTHING, Wishes(None, ALL_LAYERS))
+    chosen = placed(EVERYTHING, PlacementOptions(None, ALL_LAYERS))
     assert (chosen.n_gpu_layers, chosen.n_cpu_moe) == (5, 3)
-    chosen = placed(EVERYTHING, Wishes(ALL_LAYERS, None))
+    chosen = placed(EVERYTHING, PlacementOptions(ALL_LAYERS, None))
     assert (chosen.n_gpu_layers, chosen.n_cpu_moe) == (5, 0)
 
 
 def test_compute_buffers_and_overrides_take_room() -> None:
     """Guards: weights that fill a device to the last byte."""
     assert placed(EVERYTHING + 5, compute={"GPU0": 6}).n_cpu_moe == 1
-    fixed = Weights(MOE.layers, MOE.experts, 20, 7, {"GPU0": 6})
+    fixed = WeightSizes(MOE.layers, MOE.experts, 20, 7, {"GPU0": 6})
     assert placed(EVERYTHING + 5, weights=fixed).n_cpu_moe == 1
 
 
 def test_cache_can_stay_on_the_host() -> None:
     """Guards: --no-kv-offload that changes words only."""
-    chosen = placed(EVERYTHING - 4, Wishes(offload_cache=False))
+    chosen = placed(EVERYTHING - 4, PlacementOptions(offload_cache=False))
     assert (chosen.n_cpu_moe, chosen.host.cache, chosen.shares[0].cache) == (0, 4, 0)
 
 
 def test_several_devices_are_filled_in_turn() -> None:
     """Guards: a layer that is larger than what is left on the device it is given to."""
-    rooms = [Room("GPU0", 150), Room("GPU1", 120), Room("GPU2", 1000)]
-    chosen = place(MOE, rooms, Wishes(), cache=1, compute={"GPU1": 9})
+    rooms = [DeviceMemory("GPU0", 150), DeviceMemory("GPU1", 120), DeviceMemory("GPU2", 1000)]
+    chosen = place(MOE, rooms, PlacementOptions(), cache=1, compute={"GPU1": 9})
     assert chosen.split == (2, 1, 2)
     assert [share.weights for share in chosen.shares] == [140, 110, 130]
-    chosen = place(MOE, [Room("GPU0", 1000), *rooms], Wishes(), cache=1, compute={})
+    chosen = place(MOE, [DeviceMemory("GPU0", 1000), *rooms], PlacementOptions(), cache=1, compute={})
     assert (chosen.devices, chosen.split) == (("GPU0",), (5,))
 
 
@@ -156,10 +157,10 @@ def test_nothing_is_overfull(
     layers: list[tuple[int, int]], output: int, rooms: list[int], cache: int, compute: int
 ) -> None:
     """Guards: a device that is given more than it has room for; layers that no device has."""
-    weights = Weights(tuple(a for a, _ in layers), tuple(b for _, b in layers), output, 3, {})
-    names = {f"GPU{number}": Room(f"GPU{number}", size) for number, size in enumerate(rooms)}
+    weights = WeightSizes(tuple(a for a, _ in layers), tuple(b for _, b in layers), output, 3, {})
+    names = {f"GPU{number}": DeviceMemory(f"GPU{number}", size) for number, size in enumerate(rooms)}
     chosen = place(
-        weights, list(names.values()), Wishes(), cache=cache, compute=dict.fromkeys(names, compute)
+        weights, list(names.values()), PlacementOptions(), cache=cache, compute=dict.fromkeys(names, compute)
     )
     assert chosen.fits
     assert sum(chosen.split) == (chosen.n_gpu_layers if rooms else 0)
@@ -172,16 +173,16 @@ def test_nothing_is_overfull(
 def test_reserve() -> None:
     """Guards: a driver without memory of its own; a small card on which nothing may lie."""
     gb = 1 << 30
-    assert room_of("a", 24 * gb, shared=False, available=0).n_bytes == 23 * gb
-    assert room_of("a", 2 * gb, shared=False, available=0).n_bytes == 2 * gb - gb // 4
-    assert room_of("a", 24 * gb, shared=True, available=8 * gb).n_bytes == 7 * gb
-    assert room_of("a", 0, shared=False, available=8 * gb).n_bytes == 0
+    assert usable_memory("a", 24 * gb, shared=False, available=0).n_bytes == 23 * gb
+    assert usable_memory("a", 2 * gb, shared=False, available=0).n_bytes == 2 * gb - gb // 4
+    assert usable_memory("a", 24 * gb, shared=True, available=8 * gb).n_bytes == 7 * gb
+    assert usable_memory("a", 0, shared=False, available=8 * gb).n_bytes == 0
 
 
 def test_words() -> None:
     """Guards: words that say another thing than what is done."""
     assert placed(19).describe() == "CPU: 387 B of weights, 4 B of KV cache"
-    roomy, tight = placed(EVERYTHING).computing(), placed(EVERYTHING - 101).computing()
+    roomy, tight = placed(EVERYTHING).compute_text(), placed(EVERYTHING - 101).compute_text()
     assert roomy == "GPU0: 5 layers"
     assert tight.startswith("GPU0: 5 layers, CPU: ")
     assert "exps" in tight
@@ -193,22 +194,3 @@ def test_words() -> None:
         "GPU0: 1 layer, the output, 30 B of weights, 1 B of KV cache; "
         "CPU: 3 layers, the routed experts of 1 layer, 357 B of weights, 3 B of KV cache"
     )
-
-
-def test_sizes_in_the_log_of_several_backends() -> None:
-    """Guards: buffers of the host, or of device 10, taken for those of device 1."""
-    log = [
-        "sched_reserve: RPC0[127.0.0.1:50052] compute buffer size =    96.13 MiB",
-        "sched_reserve:      CUDA1 compute buffer size =   1.00 MiB",
-        "sched_reserve:     CUDA10 compute buffer size =   2.00 MiB",
-        "sched_reserve:  CUDA_Host compute buffer size =   9.00 MiB",
-        "sched_reserve: MTL0_Private compute buffer size =   3.00 MiB",
-        "llama_kv_cache:      CUDA1 KV buffer size =   5.00 MiB",
-    ]
-    sizes = compute_sizes(log, ["RPC0", "CUDA1", "CUDA10", "MTL0"])
-    assert {name: round(size / 2**20) for name, size in sizes.items()} == {
-        "RPC0": 96,
-        "CUDA1": 1,
-        "CUDA10": 2,
-        "MTL0": 3,
-    }

@@ -11,7 +11,7 @@ import pytest
 from support.rpc_device import rpc_worker, run_cases
 from support.tiny_gguf import DENSE, MOE, write_tiny
 
-from dsmoe_local.engine.load.placement import weigh
+from dsmoe_local.engine.load.placement import weight_sizes
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.hyperparameters import Hyperparameters
 
@@ -76,7 +76,7 @@ def offloaded(buffers: dict[str, dict[str, float]], kind: str) -> float:
 def expected(model: Path, n_gpu_layers: int, n_cpu_moe: int) -> float:
     """MiB of weights that these settings put on devices."""
     file, hp = read_model(model)
-    weights = weigh(file.tensors.values(), hp)
+    weights = weight_sizes(file.tensors.values(), hp)
     first = N_PARTS - n_gpu_layers
     on_device = sum(weights.layers[first:]) + sum(weights.experts[max(first, n_cpu_moe) :])
     return (on_device + (weights.output if n_gpu_layers else 0)) / MIB
@@ -161,7 +161,7 @@ def test_auto_fits_what_llama_cpp_allocates(hp: Hyperparameters, endpoint: str, 
         assert found["token_ids"] == results[0]["token_ids"]
     assert used[:6] == sorted(used[:6])
     assert used[0] < used[2] < used[5]
-    largest = max(weigh(read_model(path)[0].tensors.values(), hp).layers) / MIB
+    largest = max(weight_sizes(read_model(path)[0].tensors.values(), hp).layers) / MIB
     assert used[5] == pytest.approx(sum(results[0]["buffers"]["model"].values()), abs=largest + 1)
 
 
@@ -174,7 +174,7 @@ def test_auto_fits_what_llama_cpp_allocates(hp: Hyperparameters, endpoint: str, 
         ({"n_gpu_layers": -2}, "-ngl -2"),
     ],
 )
-def test_impossible_wishes(options: dict[str, Any], message: str, endpoint: str, model: Path) -> None:
+def test_impossible_options(options: dict[str, Any], message: str, endpoint: str, model: Path) -> None:
     """Guards: a typing error that is taken for 'the default'."""
     (found,) = run_cases(endpoint, [{"model": str(model), "options": options}])
     assert found["error"] == "UsageError"
@@ -185,4 +185,4 @@ def test_more_than_fits_is_said(endpoint: str, model: Path) -> None:
     """Guards: a crash that nothing announced."""
     case = {"model": str(model), "free": [MIB, 0], "options": {"n_gpu_layers": -1, "n_cpu_moe": 0}}
     (found,) = run_cases(endpoint, [case])
-    assert any("this may fail" in note for note in found["notes"])
+    assert any("loading may fail" in note for note in found["notes"])

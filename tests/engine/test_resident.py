@@ -24,11 +24,9 @@ from support.tiny_gguf import MOE, NARROW, write_tiny
 from dsmoe_local.base import progress
 from dsmoe_local.base.errors import FileError, InterruptedRunError, UsageError
 from dsmoe_local.engine.engine import Engine
-from dsmoe_local.engine.load import fit, mapped_file, prefetch, resident
-from dsmoe_local.engine.load import session as session_module
+from dsmoe_local.engine.load import fit, loaded_model, mapped_file, prefetch, resident
 from dsmoe_local.engine.load.mapped_file import MappedFile, Range, whole_pages
-from dsmoe_local.engine.load.memory import BufferOptions, buffer_bytes
-from dsmoe_local.engine.load.placement import Placement, Share
+from dsmoe_local.engine.load.placement import DeviceShare, Placement
 from dsmoe_local.engine.load.resident import Resident, host_tensors, paging_note, plan_resident
 from dsmoe_local.engine.native import tensors
 from dsmoe_local.engine.types import ModelOptions, ObserverOptions, Request, SamplingParameters
@@ -43,7 +41,7 @@ NAMES_KEPT = ("norm", "attn_", "ffn_gate_inp", "shexp", "ffn_gate.", "ffn_up.", 
 
 
 def placement(n_gpu_layers: int = 0, n_cpu_moe: int = 0) -> Placement:
-    return Placement(n_gpu_layers, n_cpu_moe, (), (), (), (), Share("CPU", 0, 0, 0))
+    return Placement(n_gpu_layers, n_cpu_moe, (), (), (), (), DeviceShare("CPU", 0, 0, 0))
 
 
 def ignore(event: progress.Event) -> None:
@@ -293,15 +291,14 @@ def test_speed_of_a_disk(cold: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def short_of_memory(monkeypatch: pytest.MonkeyPatch) -> list[Range]:
     """The tiny model is taken to exceed the memory; the list of what is read ahead."""
-    file, hp = read_model(tiny_model())
+    file, _ = read_model(tiny_model())
     weights = sum(tensor.n_bytes for tensor in file.tensors.values())
-    buffers = buffer_bytes(hp, BufferOptions(512, True, "f16", "f16"), hp.n_context)
-    monkeypatch.setattr(session_module, "available_memory", lambda: buffers + weights)
+    monkeypatch.setattr(loaded_model, "available_memory", lambda: weights)
 
     def fit_model(*arguments: Any) -> fit.Fit:
-        return replace(fit.fit_model(*arguments), paged=True)
+        return replace(fit.fit_model(*arguments), paged=True, n_buffer_bytes=0)
 
-    monkeypatch.setattr(session_module, "fit_model", fit_model)
+    monkeypatch.setattr(loaded_model, "fit_model", fit_model)
     fetched: list[Range] = []
     fetch = MappedFile.fetch
 

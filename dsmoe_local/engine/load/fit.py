@@ -1,12 +1,12 @@
-"""Fits a model to this machine: asks what there is, lets `memory` and `placement` decide, and measures what
-they could only bound. Loads nothing.
+"""Fits a model to this machine: asks what memory there is, measures what a context takes, and lets `memory`
+and `placement` decide. Loads no weights.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.sizes import format_size
@@ -14,44 +14,50 @@ from dsmoe_local.base.text import safe_line
 from dsmoe_local.engine import native
 from dsmoe_local.engine.load.machine import available_memory
 from dsmoe_local.engine.load.memory import (
-    PROCESS,
-    BufferOptions,
+    PROCESS_BYTES,
+    ContextRequest,
     MemoryPlan,
-    compute_bytes,
-    layer_cache_bytes,
     paging_note,
     plan_memory,
 )
-from dsmoe_local.engine.load.placement import HOST, Placement, Room, Weights, Wishes, place, room_of, weigh
-from dsmoe_local.engine.load.probe import measure_compute
+from dsmoe_local.engine.load.placement import (
+    HOST,
+    DeviceMemory,
+    Placement,
+    PlacementOptions,
+    WeightSizes,
+    place,
+    usable_memory,
+    weight_sizes,
+)
+from dsmoe_local.engine.load.probe import Probe, measure_context, sizes_by_context
 from dsmoe_local.engine.types import ModelOptions
 from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.hyperparameters import Hyperparameters
 
-_MOST_DEVICES = 16  # llama.cpp's own limit
-_MOST_MEASUREMENTS = 4
+_MAX_DEVICES = 16  # llama.cpp's own limit
+_MAX_MEASUREMENTS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """How to load: `n_context` tokens of cache, the weights paged from the file or in memory, and where.
-    `notes` say what a person should know of it.
+    """How to load a model: `n_context` tokens of KV cache, weights paged from the file or held in memory,
+    and the device of each.
+
+    `n_buffer_bytes` is the size of cache and buffers. `notes` are for the user.
     """
 
     n_context: int
     paged: bool
     placement: Placement
+    n_buffer_bytes: int
     notes: tuple[str, ...]
 
     @property
-    def devices(self) -> tuple[str, ...]:
-        """The names of the devices that llama.cpp may use."""
-        return self.placement.devices
-
-    @property
     def mapped(self) -> bool:
-        """Whether weights on the host are pages of the file. What is computed on there beside a GPU is
-        faster in memory of its own.
+        """Whether weights on the host are pages of the file.
+
+        llama.cpp computes faster on experts that stay on the host beside a GPU if they are not mapped.
         """
         return self.paged or all(device != HOST for _, device in self.placement.overrides)
 
@@ -60,107 +66,98 @@ def fit_model(
     options: ModelOptions,
     file: GgufFile,
     hp: Hyperparameters,
-    buffers: BufferOptions,
-    context: native.ContextOptions,
+    request: ContextRequest,
+    context_of: Callable[[int], native.ContextOptions],
 ) -> Fit:
-    """Decide. `context` is what the context will be made with, but for its length. Raises UsageError,
-    OutOfMemoryError, and ModelLoadError if llama.cpp cannot measure.
+    """Choose the context length and the placement. `context_of` gives the options for a context length.
+
+    Raises UsageError, OutOfMemoryError, and ModelLoadError if llama.cpp refuses the model.
     """
     known = native.list_devices()
     can_offload = native.offload_devices(known)
     overrides = _overrides(options, known, can_offload)
-    devices, notes = _devices(options, known, can_offload)
+    found, notes = _devices(options, known, can_offload)
     available = available_memory()
-    rooms = [
-        room_of(device.name, device.n_free, shared=device.shares_memory, available=available)
-        for device in devices
+    devices = [
+        usable_memory(device.name, device.n_free, shared=device.shares_memory, available=available)
+        for device in found
     ]
-    wishes = Wishes(
-        options.n_gpu_layers, options.n_cpu_moe, overrides if rooms else (), options.offload_cache
-    )
-    pool = available
+    total = available
     if options.n_gpu_layers != 0:
-        pool += sum(room.n_bytes for room in rooms if not room.shared)
-    plan = plan_memory(
-        hp,
-        buffers,
-        weights=sum(tensor.n_bytes for tensor in file.tensors.values()),
-        available=pool,
-        requested=options.n_context,
-    )
-    weights = weigh(file.tensors.values(), hp, wishes.overrides)
-    planner = _Planner(options, hp, buffers, weights, tuple(rooms), wishes, plan.n_context)
-    placement = planner.place(replace(context, n_context=plan.n_context))
-    paged, more = _paged(plan, placement, rooms, available)
+        total += sum(device.n_bytes for device in devices if not device.shared)
+    n_weights = sum(tensor.n_bytes for tensor in file.tensors.values())
+    with Probe(file, hp) as probe:
+        model = probe.open()
+        try:
+            sizes = sizes_by_context(model, context_of)
+            plan = plan_memory(request, lambda n: sizes(n).total, weights=n_weights, available=total)
+            buffers = sizes(plan.n_context)
+        finally:
+            model.close()
+        weights = weight_sizes(file.tensors.values(), hp, overrides if devices else ())
+        asked = PlacementOptions(
+            options.n_gpu_layers,
+            options.n_cpu_moe,
+            overrides if devices else (),
+            options.offload_cache,
+        )
+        context = context_of(plan.n_context)
+        placement = _place(probe, context, weights, devices, asked, buffers.cache // hp.n_layers)
+    paged, more = _paged(plan, placement, devices, available)
     if placement.n_gpu_layers:
         notes.append(placement.describe())
-    notes += [*plan.notes, *more, *_overfull(placement, rooms)]
-    return Fit(plan.n_context, paged, placement, tuple(notes))
+    notes += [*plan.notes, *more, *_overfull(placement, devices)]
+    return Fit(plan.n_context, paged, placement, buffers.total, tuple(notes))
 
 
-@dataclass(frozen=True, slots=True)
-class _Planner:
-    """Places one model, with compute buffers as they are measured."""
+def _place(
+    probe: Probe,
+    context: native.ContextOptions,
+    weights: WeightSizes,
+    devices: Sequence[DeviceMemory],
+    options: PlacementOptions,
+    cache: int,
+) -> Placement:
+    """Place the model, measure the compute buffers there, and place it again until both agree.
 
-    options: ModelOptions
-    hp: Hyperparameters
-    buffers: BufferOptions
-    weights: Weights
-    rooms: tuple[Room, ...]
-    wishes: Wishes
-    n_context: int
-
-    def place(self, context: native.ContextOptions) -> Placement:
-        """Place, measure the buffers, and place again until both agree."""
-        bound = compute_bytes(self.hp, self.buffers, self.n_context)
-        bounds = {room.name: bound for room in self.rooms}
-        if self.wishes.n_gpu_layers is not None and self.wishes.n_cpu_moe is not None:
-            return self._place(bounds)
-        most: dict[str, int] = {}
-        placement = self._place(most)
-        for _ in range(_MOST_MEASUREMENTS):
-            if not placement.n_gpu_layers:
-                return placement
-            measured = self._measure(placement, context)
-            most |= {name: max(size, most.get(name, 0)) for name, size in measured.items()}
-            again = self._place(most)
-            if again == placement:
-                return placement
-            placement = again
-        # They go round in a circle: what bounds all of them is safe.
-        return self._place({name: max(bound, most.get(name, 0)) for name in bounds})
-
-    def _place(self, compute: Mapping[str, int]) -> Placement:
-        cache = layer_cache_bytes(self.hp, self.buffers, self.n_context)
-        return place(self.weights, self.rooms, self.wishes, cache=cache, compute=compute)
-
-    def _measure(self, placement: Placement, context: native.ContextOptions) -> dict[str, int]:
-        return measure_compute(
-            self.options.path,
-            placement,
-            context,
-            n_experts_per_token=self.options.n_experts_per_token,
-            architecture=self.hp.architecture,
-        )
+    Buffers depend on the placement: a device that computes with weights of the host needs room for copies.
+    """
+    largest: dict[str, int] = {}
+    placement = place(weights, devices, options, cache=cache, compute=largest)
+    for _ in range(_MAX_MEASUREMENTS):
+        if not placement.n_gpu_layers:
+            break
+        model = probe.open(placement)
+        try:
+            measured = measure_context(model, context, placement.devices).compute
+        finally:
+            model.close()
+        # The largest size so far, so that two placements cannot alternate.
+        largest |= {name: max(size, largest.get(name, 0)) for name, size in measured.items()}
+        previous = placement
+        placement = place(weights, devices, options, cache=cache, compute=largest)
+        if placement == previous:
+            break
+    return placement
 
 
 def _devices(
     options: ModelOptions, known: Sequence[native.Device], can_offload: Sequence[native.Device]
 ) -> tuple[Sequence[native.Device], list[str]]:
-    """The devices to offload to. Where the build has none, what asks for them is said to have no effect."""
+    """Return the devices to offload to, and a note about options without effect if the build has no GPU."""
     if not can_offload:
-        wishes = (
+        flags = (
             ("-ngl", options.n_gpu_layers),
             ("--n-cpu-moe", options.n_cpu_moe),
             ("--tensor-override", options.tensor_overrides),
             ("--device", options.devices),
         )
-        asked = [flag for flag, value in wishes if value]
+        asked = [flag for flag, value in flags if value]
         verb = "has" if len(asked) == 1 else "have"
         note = f"no GPU in this build of llama.cpp: {', '.join(asked)} {verb} no effect"
         return (), [note] if asked else []
     if options.devices is None:
-        return can_offload[:_MOST_DEVICES], []
+        return can_offload[:_MAX_DEVICES], []
     by_name = {device.name: device for device in known if device.is_gpu}
     for name in options.devices:
         if name not in by_name:
@@ -168,13 +165,13 @@ def _devices(
                 f"--device {safe_line(name, 60)}: there is no such GPU",
                 remedy=f"it takes none, or some of {', '.join(by_name)}",
             )
-    return [by_name[name] for name in dict.fromkeys(options.devices)][:_MOST_DEVICES], []
+    return [by_name[name] for name in dict.fromkeys(options.devices)][:_MAX_DEVICES], []
 
 
 def _overrides(
     options: ModelOptions, known: Sequence[native.Device], can_offload: Sequence[native.Device]
 ) -> tuple[tuple[str, str], ...]:
-    """The tensor overrides, with devices' names for buffer types' names. UsageError if one cannot be."""
+    """Return the tensor overrides with the names of devices in place of buffer types. Raises UsageError."""
     for pattern, _ in options.tensor_overrides:
         try:
             re.compile(pattern)
@@ -196,20 +193,20 @@ def _overrides(
 
 
 def _paged(
-    plan: MemoryPlan, placement: Placement, rooms: Sequence[Room], available: int
+    plan: MemoryPlan, placement: Placement, devices: Sequence[DeviceMemory], available: int
 ) -> tuple[bool, list[str]]:
-    """Whether the weights that are left to the machine's own memory exceed it."""
-    shared = {room.name for room in rooms if room.shared}
-    here = [placement.host, *(share for share in placement.shares if share.name in shared)]
-    n_weights, n_cache = (sum(share.weights for share in here), sum(share.cache for share in here))
-    if plan.paged or n_weights + n_cache + PROCESS <= available:
+    """Return whether the weights that are placed in main memory exceed it, and a note if only they do."""
+    shared = {device.name for device in devices if device.shared}
+    in_main = [placement.host, *(share for share in placement.shares if share.name in shared)]
+    n_weights, n_cache = sum(share.weights for share in in_main), sum(share.cache for share in in_main)
+    if plan.paged or n_weights + n_cache + PROCESS_BYTES <= available:
         return plan.paged, []
     return True, [paging_note(n_weights, n_cache, available)]
 
 
-def _overfull(placement: Placement, rooms: Sequence[Room]) -> list[str]:
+def _overfull(placement: Placement, devices: Sequence[DeviceMemory]) -> list[str]:
     if placement.fits:
         return []
-    wanted = sum(share.weights + share.cache for share in placement.shares)
-    room = sum(room.n_bytes for room in rooms)
-    return [f"{format_size(wanted)} are to lie on devices with room for {format_size(room)}: this may fail"]
+    needed = sum(share.weights + share.cache for share in placement.shares)
+    free = sum(device.n_bytes for device in devices)
+    return [f"the devices need {format_size(needed)} but have {format_size(free)}: loading may fail"]

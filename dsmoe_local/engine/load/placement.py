@@ -1,15 +1,14 @@
-"""Decides which device each weight and each layer's KV cache lies on. Pure arithmetic on sizes: devices are
-listed, and buffers measured, elsewhere.
+"""Decides which device each weight and each layer's KV cache is placed on: arithmetic on sizes only.
 
 What every token reads goes to the devices first: attention, shared experts, dense FFNs and the output.
-Routed experts come last, since a token reads a few of them only.
+Routed experts come last, since a token reads only a few of them.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.engine.types import ALL_LAYERS
@@ -18,15 +17,15 @@ from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import Role, layer_of, role_of
 
 HOST = "CPU"
-_MOST_RESERVED = 1 << 30  # a driver's own buffers, and what other programs may want meanwhile
-_RESERVED_SHARE = 8
+_MAX_RESERVED = 1 << 30  # left free on a device for its driver and for other programs
+_RESERVED_SHARE = 8  # or one part in 8, if that is less
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
-    """A device with the bytes that weights, cache and buffers may take there.
+class DeviceMemory:
+    """The bytes that weights, cache and buffers may take on a device.
 
-    `shared`: they are taken from the machine's memory.
+    `shared`: the device uses the machine's main memory.
     """
 
     name: str
@@ -35,9 +34,10 @@ class Room:
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
-    """What a person asked for: None is what fits, ALL_LAYERS all. Overrides are pairs of a regular expression
-    of tensor names and a device, the first that matches counts.
+class PlacementOptions:
+    """What the user asked for. None: as much as fits; ALL_LAYERS: all layers.
+
+    `overrides` are pairs of a regular expression of tensor names and a device; the first match counts.
     """
 
     n_gpu_layers: int | None = None
@@ -47,10 +47,11 @@ class Wishes:
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
-    """Bytes of one model: of each layer what every token reads and the routed experts, the output, and the
-    embedding, which always lies on the host (`tied`: and is the output too, once more if that is offloaded).
-    `fixed`: what overrides put on each device.
+class WeightSizes:
+    """Bytes of a model's weights: for each layer its routed experts (`experts`) and the rest (`layers`).
+
+    The embedding always stays on the host. If it is `tied` it is the output, too, and is held twice when the
+    output is offloaded. `fixed` are the bytes that overrides put on each device; they are in no other field.
     """
 
     layers: tuple[int, ...]
@@ -62,13 +63,13 @@ class Weights:
 
     @property
     def n_parts(self) -> int:
-        """Layers as -ngl counts them: the output is the last."""
+        """Layers as -ngl counts them: the output is one more."""
         return len(self.layers) + 1
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """What lies on one device."""
+class DeviceShare:
+    """What is placed on one device: layers, and bytes of weights and KV cache."""
 
     name: str
     n_layers: int
@@ -79,11 +80,12 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A decision, as llama.cpp takes it: the last `n_gpu_layers` layers on the devices, `split` of them on
-    each, except the tensors of `overrides`. `fits` is False where a person insists on too much.
+    """Where everything goes, in llama.cpp's terms: the last `n_gpu_layers` layers on the devices, `split` of
+    them on each, except for the tensors that match `overrides`. `fits` is False if the user asked for more
+    than fits.
 
-    A device that would hold nothing is left out, since each takes buffers; but where nothing at all is
-    offloaded they stay, for the long prompts that a GPU computes on weights of the host.
+    A device that would hold nothing is left out, since llama.cpp allocates buffers on each. If nothing at
+    all is offloaded the devices stay: llama.cpp computes long prompts on a GPU with weights from the host.
     """
 
     n_gpu_layers: int
@@ -91,17 +93,12 @@ class Placement:
     devices: tuple[str, ...]
     split: tuple[int, ...]
     overrides: tuple[tuple[str, str], ...]
-    shares: tuple[Share, ...]
-    host: Share
+    shares: tuple[DeviceShare, ...]
+    host: DeviceShare
     fits: bool = True
 
-    @property
-    def host_bytes(self) -> int:
-        """Weights and cache on the host."""
-        return self.host.weights + self.host.cache
-
-    def computing(self) -> str:
-        """In words: which device computes what. Sizes are not in it: they follow the context."""
+    def compute_text(self) -> str:
+        """Return which device computes what, without sizes, which depend on the context."""
         if not self.devices:
             return "all on the CPU"
         counts = dict(zip(self.devices, self.split, strict=False))
@@ -109,23 +106,23 @@ class Placement:
         return ", ".join([*parts, *(f"{device}: {pattern}" for pattern, device in self.overrides)])
 
     def describe(self) -> str:
-        """In words: what lies where."""
+        """Return what is placed on each device, with sizes, for the user."""
         offloaded = [share for share in self.shares if share.weights or share.cache]
         experts = f"the routed experts of {_layers(self.n_cpu_moe)}" if self.n_cpu_moe else ""
         host = f"{self.host.name}: {_parts(self.host) if offloaded else ''}{experts}{_amounts(self.host)}"
         return "; ".join([*(f"{share.name}: {_parts(share)}{_amounts(share)}" for share in offloaded), host])
 
 
-def room_of(name: str, n_free: int, *, shared: bool, available: int) -> Room:
-    """The room on a device of which `n_free` bytes are free; the machine has `available` bytes of memory."""
+def usable_memory(name: str, n_free: int, *, shared: bool, available: int) -> DeviceMemory:
+    """Return what may be used of a device with `n_free` bytes free. `available`: bytes of main memory."""
     free = min(n_free, available) if shared else n_free
-    return Room(name, max(0, free - min(_MOST_RESERVED, free // _RESERVED_SHARE)), shared)
+    return DeviceMemory(name, max(0, free - min(_MAX_RESERVED, free // _RESERVED_SHARE)), shared)
 
 
-def weigh(
+def weight_sizes(
     tensors: Iterable[TensorInfo], hp: Hyperparameters, overrides: Sequence[tuple[str, str]] = ()
-) -> Weights:
-    """Sum the tensors of a file by where they can go."""
+) -> WeightSizes:
+    """Sum the tensors of a file by layer and role."""
     patterns = [(re.compile(pattern), device) for pattern, device in overrides]
     layers, experts = [0] * hp.n_layers, [0] * hp.n_layers
     fixed: dict[str, int] = {}
@@ -143,53 +140,61 @@ def weigh(
             output += tensor.n_bytes if hp.tied_embeddings else 0
         else:
             output += tensor.n_bytes
-    return Weights(tuple(layers), tuple(experts), output, embedding, fixed, hp.tied_embeddings)
+    return WeightSizes(tuple(layers), tuple(experts), output, embedding, fixed, hp.tied_embeddings)
 
 
 def place(
-    weights: Weights, rooms: Sequence[Room], wishes: Wishes, *, cache: int, compute: Mapping[str, int]
+    weights: WeightSizes,
+    devices: Sequence[DeviceMemory],
+    options: PlacementOptions,
+    *,
+    cache: int,
+    compute: Mapping[str, int],
 ) -> Placement:
-    """The best placement that fits, or what a person insists on. `cache` are the bytes of a layer's KV cache,
-    `compute` those of each device's compute buffers.
+    """Return the best placement that fits, or the one that the user asked for even if it does not.
+
+    `cache`: bytes of one layer's KV cache. `compute`: bytes of compute buffers by device.
     """
-    # Overrides come out of the rooms first.
-    rooms = [Room(room.name, room.n_bytes - weights.fixed.get(room.name, 0), room.shared) for room in rooms]
-    candidates = list(_candidates(weights, wishes)) if rooms else [(0, 0)]
+    devices = [
+        replace(device, n_bytes=device.n_bytes - weights.fixed.get(device.name, 0)) for device in devices
+    ]
+    candidates = list(_candidates(weights, options)) if devices else [(0, 0)]
     for n_gpu, n_cpu_moe in candidates:
-        items = _items(weights, n_gpu, n_cpu_moe, cache if wishes.offload_cache else 0)
-        split = _fill(items, rooms, compute)
+        items = _items(weights, n_gpu, n_cpu_moe, cache if options.offload_cache else 0)
+        split = _fill(items, devices, compute)
         if split is not None:
-            return _placement(weights, rooms, wishes, n_gpu, n_cpu_moe, split, cache)
-    # Only what a person insists on gets here: the least of what was asked for, spread as llama.cpp would.
+            return _placement(weights, devices, options, n_gpu, n_cpu_moe, split, cache)
+    # The user asked for more than fits. The candidate with the least is split as llama.cpp would split it.
     n_gpu, n_cpu_moe = candidates[-1]
-    split = _spread(n_gpu, rooms)
-    return _placement(weights, rooms, wishes, n_gpu, n_cpu_moe, split, cache, fits=False)
+    split = _proportional_split(n_gpu, devices)
+    placement = _placement(weights, devices, options, n_gpu, n_cpu_moe, split, cache)
+    return replace(placement, fits=False)
 
 
-def _candidates(weights: Weights, wishes: Wishes) -> Iterable[tuple[int, int]]:
-    """Pairs of -ngl and --n-cpu-moe, the best first."""
+def _candidates(weights: WeightSizes, options: PlacementOptions) -> Iterable[tuple[int, int]]:
+    """Yield pairs of n_gpu_layers and n_cpu_moe, the best first."""
     n_layers, n_parts = len(weights.layers), weights.n_parts
 
-    def count(wish: int, most: int) -> int:
-        return most if wish == ALL_LAYERS else min(wish, most)
+    def count(requested: int, most: int) -> int:
+        return most if requested == ALL_LAYERS else min(requested, most)
 
-    if wishes.n_gpu_layers is None:
+    if options.n_gpu_layers is None:
         gpu_layers: Sequence[int] = range(n_parts, -1, -1)
     else:
-        gpu_layers = [count(wishes.n_gpu_layers, n_parts)]
+        gpu_layers = [count(options.n_gpu_layers, n_parts)]
     for n_gpu in gpu_layers:
-        if wishes.n_cpu_moe is not None:
-            yield n_gpu, count(wishes.n_cpu_moe, n_layers)
+        if options.n_cpu_moe is not None:
+            yield n_gpu, count(options.n_cpu_moe, n_layers)
         elif n_gpu == gpu_layers[0] and any(weights.experts):
-            # Fewer experts on the devices before fewer layers.
+            # Experts leave the devices before layers do.
             first = n_parts - n_gpu
             yield from ((n_gpu, n_cpu_moe) for n_cpu_moe in (0, *range(first + 1, n_layers + 1)))
         else:
             yield n_gpu, n_layers if any(weights.experts) else 0
 
 
-def _items(weights: Weights, n_gpu: int, n_cpu_moe: int, cache: int) -> list[int]:
-    """Bytes on the devices of each of the last `n_gpu` layers, the output at the end."""
+def _items(weights: WeightSizes, n_gpu: int, n_cpu_moe: int, cache: int) -> list[int]:
+    """Return the bytes on the devices of each of the last `n_gpu` layers, the output at the end."""
     layers = range(weights.n_parts - n_gpu, len(weights.layers))
     items = [
         weights.layers[layer] + cache + (weights.experts[layer] if layer >= n_cpu_moe else 0)
@@ -198,12 +203,14 @@ def _items(weights: Weights, n_gpu: int, n_cpu_moe: int, cache: int) -> list[int
     return [*items, weights.output] if n_gpu else []
 
 
-def _fill(items: Sequence[int], rooms: Sequence[Room], compute: Mapping[str, int]) -> tuple[int, ...] | None:
-    """How many items go on each device, filled one after the other; None if they do not fit."""
+def _fill(
+    items: Sequence[int], devices: Sequence[DeviceMemory], compute: Mapping[str, int]
+) -> tuple[int, ...] | None:
+    """Return how many items go on each device, filled one after the other; None if they do not fit."""
     counts = []
     position = 0
-    for room in rooms:
-        left = room.n_bytes - compute.get(room.name, 0)
+    for device in devices:
+        left = device.n_bytes - compute.get(device.name, 0)
         start = position
         while position < len(items) and items[position] <= left:
             left -= items[position]
@@ -212,60 +219,57 @@ def _fill(items: Sequence[int], rooms: Sequence[Room], compute: Mapping[str, int
     return tuple(counts) if position == len(items) else None
 
 
-def _spread(n_items: int, rooms: Sequence[Room]) -> tuple[int, ...]:
-    """How many items go on each device in proportion to their room."""
-    total = sum(max(room.n_bytes, 1) for room in rooms)
+def _proportional_split(n_items: int, devices: Sequence[DeviceMemory]) -> tuple[int, ...]:
+    """Return how many items go on each device in proportion to its memory."""
+    total = sum(max(device.n_bytes, 1) for device in devices)
     counts, done, reached = [], 0, 0
-    for room in rooms:
-        reached += max(room.n_bytes, 1)
+    for device in devices:
+        reached += max(device.n_bytes, 1)
         counts.append(n_items * reached // total - done)
         done += counts[-1]
     return tuple(counts)
 
 
 def _placement(
-    weights: Weights,
-    rooms: Sequence[Room],
-    wishes: Wishes,
+    weights: WeightSizes,
+    devices: Sequence[DeviceMemory],
+    options: PlacementOptions,
     n_gpu: int,
     n_cpu_moe: int,
     split: tuple[int, ...],
     cache: int,
-    *,
-    fits: bool = True,
 ) -> Placement:
     first, n_layers = weights.n_parts - n_gpu, len(weights.layers)
     moved = [layer for layer in range(first, min(n_cpu_moe, n_layers)) if weights.experts[layer]]
     shares = []
     position = first
-    for room, count in zip(rooms, split, strict=True):
+    for device, count in zip(devices, split, strict=True):
         layers = range(position, min(position + count, n_layers))
-        held = weights.fixed.get(room.name, 0) + sum(weights.layers[layer] for layer in layers)
+        held = weights.fixed.get(device.name, 0) + sum(weights.layers[layer] for layer in layers)
         held += sum(weights.experts[layer] for layer in layers if layer not in moved)
         has_output = position <= n_layers < position + count
         held += weights.output if has_output else 0
-        cached = cache * len(layers) if wishes.offload_cache else 0
-        shares.append(Share(room.name, len(layers), held, cached, has_output))
+        cached = cache * len(layers) if options.offload_cache else 0
+        shares.append(DeviceShare(device.name, len(layers), held, cached, has_output))
         position += count
-    below = min(first, n_layers)
+    n_host = min(first, n_layers)
     held = weights.embedding + weights.fixed.get(HOST, 0)
-    held += sum(weights.layers[:below]) + sum(weights.experts[:below])
+    held += sum(weights.layers[:n_host]) + sum(weights.experts[:n_host])
     held += sum(weights.experts[layer] for layer in moved)
     if not n_gpu and not weights.tied:
         held += weights.output
-    host = Share(HOST, below, held, cache * n_layers - sum(share.cache for share in shares), not n_gpu)
-    overrides = (*wishes.overrides, *([(_experts_pattern(moved), HOST)] if moved else []))
+    host = DeviceShare(HOST, n_host, held, cache * n_layers - sum(s.cache for s in shares), not n_gpu)
+    overrides = (*options.overrides, *([(_experts_pattern(moved), HOST)] if moved else []))
     used = [share.n_layers > 0 or share.weights > 0 for share in shares]
-    kept = [index for index, room in enumerate(rooms) if used[index] or not any(used)]
+    kept = [index for index in range(len(devices)) if used[index] or not any(used)]
     return Placement(
         n_gpu,
         len(moved),
-        tuple(rooms[index].name for index in kept),
+        tuple(devices[index].name for index in kept),
         tuple(split[index] for index in kept),
         overrides,
         tuple(shares[index] for index in kept),
         host,
-        fits,
     )
 
 
@@ -277,10 +281,10 @@ def _layers(count: int) -> str:
     return f"{count} layer{'' if count == 1 else 's'}, "
 
 
-def _parts(share: Share) -> str:
+def _parts(share: DeviceShare) -> str:
     return (_layers(share.n_layers) if share.n_layers else "") + ("the output, " if share.has_output else "")
 
 
-def _amounts(share: Share) -> str:
+def _amounts(share: DeviceShare) -> str:
     cache = f", {format_size(share.cache)} of KV cache" if share.cache else ""
     return f"{format_size(share.weights)} of weights{cache}"

@@ -1,56 +1,153 @@
-"""Measures the compute buffers of a placement: llama.cpp lays them out without allocating or reading weights.
+"""Measures what a context of a model takes in memory, without reading weights or allocating buffers.
 
-Only for models that are offloaded: the arithmetic of `memory` bounds a processor's buffers, but not what a
-backend adds, such as copies of weights that it computes on from main memory.
+llama.cpp lays out a model and a context as it would for real (`no_alloc`) and logs their sizes; it has no C
+function that returns them. The probed file has the model's hyperparameters and tensor shapes but not its
+vocabulary, which is most of the time that a load of a header takes.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Self
+
+from gguf.constants import GGUFValueType
 
 from dsmoe_local.engine import native
-from dsmoe_local.engine.load.placement import Placement
+from dsmoe_local.engine.errors import ModelLoadError
+from dsmoe_local.engine.load.placement import HOST, Placement
+from dsmoe_local.model.gguf_file import Field, GgufFile
+from dsmoe_local.model.gguf_writer import plan_gguf
+from dsmoe_local.model.hyperparameters import Hyperparameters
 
-# The name of a buffer type begins with its device's: "CUDA0", "RPC0[127.0.0.1:50052]", "MTL0_Private".
-_SIZE = re.compile(r"\b(\w+?)(?:[\[_]\S*)? +compute buffer size = +([\d.]+) MiB")
+MAX_MEASURED = 1 << 17
+"""Tokens. llama.cpp allocates its list of cells even in a probe; longer contexts are extrapolated."""
+
+# "  CUDA0 compute buffer size = 96.13 MiB"; a buffer type's name begins with its device's: "MTL0_Private".
+_BUFFER = re.compile(r"(\S+) +(?:compute|output) buffer size = +([\d.]+) MiB")
+_CACHE = re.compile(r"\bsize = +([\d.]+) MiB \( *\d+ cells")
 _ROUNDING = 1 << 14  # the log has two decimals of a MiB
 
 
-def measure_compute(
-    path: Path,
-    placement: Placement,
-    context: native.ContextOptions,
-    *,
-    n_experts_per_token: int | None,
-    architecture: str,
-) -> dict[str, int]:
-    """Bytes of compute buffers on each device that the placement uses.
+@dataclass(frozen=True, slots=True)
+class BufferSizes:
+    """Bytes that a context takes: its KV cache, and its compute and output buffers by device name."""
 
-    Raises ModelLoadError with llama.cpp's own reason.
+    cache: int
+    compute: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes on all devices."""
+        return self.cache + sum(self.compute.values())
+
+
+class Probe:
+    """A model file without vocabulary and weights, to measure contexts with. Removed by `close`."""
+
+    def __init__(self, file: GgufFile, hp: Hyperparameters) -> None:
+        """Write the file. `hp.n_experts_per_token` may differ from what `file` says."""
+        self._hp = hp
+        self._folder = TemporaryDirectory(prefix="dsmoe-probe-")
+        # The model's own name, since llama.cpp's errors contain it.
+        self._path = Path(self._folder.name) / file.path.name
+        try:
+            self._write(file)
+        except OSError:
+            # The temporary folder is full, say. The model's own file does as well, but takes longer to read.
+            self._path = file.path
+
+    def _write(self, file: GgufFile) -> None:
+        metadata = {key: field for key, field in file.metadata.items() if not key.startswith("tokenizer.")}
+        metadata["tokenizer.ggml.model"] = Field("none", GGUFValueType.STRING)
+        metadata[f"{self._hp.architecture}.vocab_size"] = Field(self._hp.n_vocab, GGUFValueType.UINT32)
+        plan = plan_gguf(metadata, list(file.tensors.values()))
+        with self._path.open("wb") as header:
+            header.write(plan.header)
+            header.truncate(plan.size)  # llama.cpp checks that every tensor is inside the file
+
+    def open(self, placement: Placement | None = None) -> native.Model:
+        """Return a model to measure contexts of, placed on the CPU by default. Raises ModelLoadError."""
+        return native.Model(
+            self._path,
+            n_gpu_layers=placement.n_gpu_layers if placement else 0,
+            devices=placement.devices if placement else (),
+            split=placement.split if placement else (),
+            overrides=placement.overrides if placement else (),
+            n_experts_per_token=self._hp.n_experts_per_token if self._hp.is_moe else None,
+            architecture=self._hp.architecture,
+            measure_only=True,
+        )
+
+    def close(self) -> None:
+        """Remove the file."""
+        self._folder.cleanup()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def measure_context(
+    model: native.Model, options: native.ContextOptions, devices: Sequence[str] = ()
+) -> BufferSizes:
+    """Return what a context of a probed model would take. Buffers not on one of `devices` count as HOST.
+
+    Raises ModelLoadError if llama.cpp refuses the options or does not report the sizes.
     """
-    model = native.Model(
-        path,
-        n_gpu_layers=placement.n_gpu_layers,
-        devices=placement.devices,
-        split=placement.split,
-        overrides=placement.overrides,
-        n_experts_per_token=n_experts_per_token,
-        architecture=architecture,
-        measure_only=True,
-    )
-    try:
-        native.Context(model, context).close()
-        return compute_sizes(native.log_lines(), placement.devices)
-    finally:
-        model.close()
+    native.Context(model, options).close()
+    return read_sizes(native.log_lines(), devices)
 
 
-def compute_sizes(log: Sequence[str], devices: Sequence[str]) -> dict[str, int]:
-    """The sizes that llama.cpp's log tells, of the devices asked for."""
-    sizes = dict.fromkeys(devices, 0)
-    for name, size in _SIZE.findall("\n".join(log)):
-        if name in sizes:
-            sizes[name] += int(float(size) * 2**20) + _ROUNDING
+def read_sizes(log: Sequence[str], devices: Sequence[str]) -> BufferSizes:
+    """Read the sizes from llama.cpp's log. Raises ModelLoadError if it does not report them."""
+    text = "\n".join(log)
+    caches = _CACHE.findall(text)
+    compute = dict.fromkeys((*devices, HOST), 0)
+    for name, size in _BUFFER.findall(text):
+        device = re.split(r"[\[_]", name)[0]
+        compute[device if device in compute else HOST] += _bytes(size)
+    if not caches or "compute buffer size" not in text:
+        raise ModelLoadError(
+            "llama.cpp does not report the sizes of its buffers",
+            remedy="install the version of llama-cpp-python that this package asks for",
+        )
+    return BufferSizes(sum(map(_bytes, caches)), compute)
+
+
+def _bytes(mebibytes: str) -> int:
+    return int(float(mebibytes) * 2**20) + _ROUNDING
+
+
+def sizes_by_context(
+    model: native.Model, options_of: Callable[[int], native.ContextOptions]
+) -> Callable[[int], BufferSizes]:
+    """Return a function from a context length to its sizes on the CPU. Each length is measured once.
+
+    `options_of` gives the options for a context length. Lengths above MAX_MEASURED are extrapolated: by then
+    everything that depends on the length grows linearly.
+    """
+
+    @cache
+    def measured(n_context: int) -> BufferSizes:
+        return measure_context(model, options_of(n_context))
+
+    def sizes(n_context: int) -> BufferSizes:
+        if n_context <= MAX_MEASURED:
+            return measured(n_context)
+        half = MAX_MEASURED // 2
+        low, high = measured(half), measured(MAX_MEASURED)
+
+        def extrapolate(at_half: int, at_most: int) -> int:
+            return at_most + (at_most - at_half) * (n_context - MAX_MEASURED) // half
+
+        compute = extrapolate(low.compute[HOST], high.compute[HOST])
+        return BufferSizes(extrapolate(low.cache, high.cache), {HOST: compute})
+
     return sizes

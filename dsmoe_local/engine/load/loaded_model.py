@@ -1,10 +1,11 @@
-"""From options to a session: the strict reader, the memory plan, llama.cpp's own load, told as progress."""
+"""Loads a model: reads its header, fits it to the machine, and makes all parts of a running engine."""
 
 from __future__ import annotations
 
 import threading
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import blake2b
 
 from dsmoe_local.base import progress
@@ -13,7 +14,7 @@ from dsmoe_local.base.text import safe_line
 from dsmoe_local.engine import native
 from dsmoe_local.engine.load.fit import Fit, fit_model
 from dsmoe_local.engine.load.machine import available_memory, physical_cores
-from dsmoe_local.engine.load.memory import BufferOptions, buffer_bytes
+from dsmoe_local.engine.load.memory import ContextRequest
 from dsmoe_local.engine.load.prefetch import page_experts
 from dsmoe_local.engine.observe.dispatcher import Dispatcher
 from dsmoe_local.engine.observe.registry import check_observers, n_outputs
@@ -21,7 +22,6 @@ from dsmoe_local.engine.prompts.choice import template_of
 from dsmoe_local.engine.prompts.encoder import PromptEncoder
 from dsmoe_local.engine.prompts.template import ChatTemplate
 from dsmoe_local.engine.schedule.plan import Limits
-from dsmoe_local.engine.session import Session
 from dsmoe_local.engine.types import ALL_LAYERS, ModelInfo, ModelOptions
 from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.gguf_model import read_model
@@ -29,52 +29,79 @@ from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.identity import exact_identity
 from dsmoe_local.model.type_name import file_type_name
 
-_SMALLEST_REQUEST = 32
-_MOST_TOKENS = (1 << 24) - 1
-_MOST_PARALLEL = native.MAX_SEQUENCES // 2  # as many ids again are for parked prefixes
+_MIN_CONTEXT = 32
+_MAX_TOKENS = (1 << 24) - 1
+_MAX_PARALLEL = native.MAX_SEQUENCES // 2  # the other sequence ids are for parked prefixes
+_MAX_THREADS = 512  # ggml's own limit; OpenMP ends the process if the system has no more threads
 _TOKENIZER = "tokenizer."
 _TEMPLATES = "tokenizer.chat_template"
-_MOST_THREADS = 512  # ggml's own limit; where threads run out, OpenMP ends the process
 
 
-def load_session(options: ModelOptions, listen: progress.Listener, stop: threading.Event) -> Session:
+@dataclass(slots=True)
+class LoadedModel:
+    """A model in memory with its context, and the objects that work on them.
+
+    Owned by the engine's thread, except for `info`, `encoder`, `log` and the model's vocabulary, which any
+    thread may use. Only `context` and `observers` are ever replaced.
+    """
+
+    info: ModelInfo
+    model: native.Model
+    context: native.Context
+    encoder: PromptEncoder
+    observers: Dispatcher
+    limits: Limits
+
+    def log(self) -> tuple[str, ...]:
+        """Return llama.cpp's latest log lines."""
+        return native.log_lines()
+
+    def close(self) -> None:
+        """Free all native memory and let observers finish their files, even if one of them raises."""
+        with ExitStack() as last_to_first:
+            for part in (self.model, self.observers, self.context, self.encoder):
+                last_to_first.callback(part.close)
+
+
+def load_model(options: ModelOptions, listen: progress.Listener, stop: threading.Event) -> LoadedModel:
     """See `Engine.load`."""
     _check(options)
     file, hp = read_model(options.path)
     hp = replace(hp, n_experts_per_token=_n_experts(options, hp))
-    unified = _unified(options)
-    wanted = _context_options(options, options.n_context or hp.n_context, unified)
-    fit = fit_model(options, file, hp, _buffer_options(wanted), wanted)
-    for note in fit.notes:
-        listen(progress.Note(note))
-    n_context = _context_of_one(options.n_parallel, unified, fit.n_context, hp.n_context)
-    # One more, as for a window of that length, is a place for a token that is never read.
-    if n_context > hp.n_context + 1:
-        listen(progress.Note(f"the model was trained for {hp.n_context} tokens of context, not {n_context}"))
     with ExitStack() as made:
         template = _template(options, file, hp)
         if template is not None:
             made.callback(template.close)
-        model = _load_model(options, file, hp, fit, listen, stop)
+        unified = _unified(options)
+        context_of = partial(_context_options, options, unified=unified)
+        request = ContextRequest(options.n_context, hp.n_context, options.n_parallel, unified)
+        fit = fit_model(options, file, hp, request, context_of)
+        for note in fit.notes:
+            listen(progress.Note(note))
+        n_context = _context_per_request(options.n_parallel, unified, fit.n_context, hp.n_context)
+        # One token more needs no warning: the last token of a full window is generated but never read.
+        if n_context > hp.n_context + 1:
+            listen(
+                progress.Note(f"the model was trained for {hp.n_context} tokens of context, not {n_context}")
+            )
+        model = _load_weights(options, file, hp, fit, listen, stop)
         made.callback(model.close)
-        # Also of the header that was checked: no other file can have taken its place meanwhile.
+        # Compared with the header that was checked: the file may have been replaced in the meantime.
         identity = exact_identity(file)
         if template is not None:
             template.bind(bos=model.text_of(model.bos), eos=model.text_of(model.eos))
         own = []
         if fit.paged:
-            budget = available_memory() - buffer_bytes(hp, _buffer_options(wanted), fit.n_context)
+            budget = available_memory() - fit.n_buffer_bytes
             own = [page_experts(file, hp, fit.placement, budget, listen, stop)]
         observers = Dispatcher(options.observers, model, hp, own=own)
         made.callback(observers.close)
-        context = native.Context(
-            model, _context_options(options, fit.n_context, unified, observers.eval_callback)
-        )
+        context = native.Context(model, context_of(fit.n_context, eval_callback=observers.eval_callback))
         made.callback(context.close)
         encoder = PromptEncoder(model, template, n_context)
         made.callback(encoder.close)
         info = _info(options, file, hp, model, fit, n_context, unified, context.n_ubatch, template)
-        session = Session(
+        loaded = LoadedModel(
             replace(info, cache_identity=_cache_identity(options, hp, fit, identity)),
             model,
             context,
@@ -82,8 +109,8 @@ def load_session(options: ModelOptions, listen: progress.Listener, stop: threadi
             observers,
             _limits(options, fit, n_context, unified, context.n_ubatch),
         )
-        made.pop_all()  # the session's to close, from here on
-    return session
+        made.pop_all()  # closed by LoadedModel.close from here on
+    return loaded
 
 
 def _limits(options: ModelOptions, fit: Fit, n_context: int, unified: bool, n_step: int) -> Limits:
@@ -134,7 +161,7 @@ def _info(
 
 
 def _vocabulary(file: GgufFile) -> str:
-    """A digest of all that makes token ids of text, and text of them."""
+    """Return a digest of the tokenizer's metadata."""
     digest = blake2b(digest_size=16)
     for key, field in sorted(file.metadata.items()):
         if key.startswith(_TOKENIZER) and not key.startswith(_TEMPLATES):
@@ -143,19 +170,19 @@ def _vocabulary(file: GgufFile) -> str:
 
 
 def _kernels(options: ModelOptions, fit: Fit, n_step: int) -> str:
-    """What this machine, and its free memory, decided of the arithmetic, and of how the work is cut."""
+    """Return what the last digits of results depend on: where and how tensors are computed, the ubatch."""
     return f"{_arithmetic(options, fit)}, steps of {n_step} tokens"
 
 
 def _arithmetic(options: ModelOptions, fit: Fit) -> str:
     cache = "" if options.offload_cache or not fit.placement.devices else ", KV cache on the CPU"
     weights = "as in the file" if fit.paged else "repacked"
-    return f"{fit.placement.computing()}{cache}, weights {weights}"
+    return f"{fit.placement.compute_text()}{cache}, weights {weights}"
 
 
 def _cache_identity(options: ModelOptions, hp: Hyperparameters, fit: Fit, file: str) -> str:
-    """See ModelInfo. How the work is cut (steps, threads, the context) is not in it: in one session, too, it
-    depends on what else runs and on what the cache held before.
+    """See ModelInfo. The sizes of batches, the threads and the context length are not part of it: they vary
+    between the steps of one loaded model, too.
     """
     parts = (
         file,
@@ -170,22 +197,22 @@ def _cache_identity(options: ModelOptions, hp: Hyperparameters, fit: Fit, file: 
 
 
 def _unified(options: ModelOptions) -> bool:
-    """Whether all sequences share one pool of cells."""
+    """Return whether all sequences share one KV cache. Raises UsageError."""
     if options.deterministic and options.unified:
-        raise UsageError("deterministic decoding needs a cache of its own for each sequence")
+        raise UsageError("deterministic decoding needs a separate cache for each sequence")
     return not options.deterministic and (options.unified is None or options.unified)
 
 
-def _context_of_one(n_parallel: int, unified: bool, n_context: int, n_trained: int) -> int:
-    """The most tokens that one request may use of `n_context` in all."""
+def _context_per_request(n_parallel: int, unified: bool, n_context: int, n_trained: int) -> int:
+    """Return how many of the `n_context` tokens one request may use at most."""
     share = n_context // n_parallel
     return min(n_context, max(n_trained, share)) if unified else share
 
 
 def _context_options(
-    options: ModelOptions, n_context: int, unified: bool, eval_callback: object = None
+    options: ModelOptions, n_context: int, *, unified: bool, eval_callback: object = None
 ) -> native.ContextOptions:
-    # A step holds a token of every sequence, and one more of a prompt.
+    # A batch has room for one token of every sequence and one more of a prompt.
     n_batch = max(min(options.n_batch, n_context), options.n_parallel + 1)
     n_ubatch = min(options.n_ubatch, n_batch)
     threads = options.n_threads or physical_cores()
@@ -206,31 +233,19 @@ def _context_options(
     )
 
 
-def _buffer_options(context: native.ContextOptions) -> BufferOptions:
-    return BufferOptions(
-        n_ubatch=context.n_ubatch,
-        flash_attention=context.flash_attention != "off",
-        cache_type_k=context.cache_type_k,
-        cache_type_v=context.cache_type_v,
-        n_sequences=context.n_sequences,
-        unified=context.unified,
-        n_outputs=context.n_outputs,
-    )
-
-
 def _check(options: ModelOptions) -> None:
-    """The options that need no model to be wrong."""
+    """Check the options that do not depend on the model. Raises UsageError."""
     check_observers(options.observers)
     native.check_modes(options.cache_type_k, options.cache_type_v, options.flash_attention)
     for flag, value, least, most in (
-        ("-c", options.n_context, _SMALLEST_REQUEST, _MOST_TOKENS),
-        ("-b", options.n_batch, 1, _MOST_TOKENS),
-        ("-ub", options.n_ubatch, 1, _MOST_TOKENS),
-        ("-t", options.n_threads, 1, _MOST_THREADS),
-        ("-tb", options.n_threads_batch, 1, _MOST_THREADS),
-        ("-ngl", options.n_gpu_layers, ALL_LAYERS, _MOST_TOKENS),
-        ("--n-cpu-moe", options.n_cpu_moe, ALL_LAYERS, _MOST_TOKENS),
-        ("--parallel", options.n_parallel, 2 if options.deterministic else 1, _MOST_PARALLEL),
+        ("-c", options.n_context, _MIN_CONTEXT, _MAX_TOKENS),
+        ("-b", options.n_batch, 1, _MAX_TOKENS),
+        ("-ub", options.n_ubatch, 1, _MAX_TOKENS),
+        ("-t", options.n_threads, 1, _MAX_THREADS),
+        ("-tb", options.n_threads_batch, 1, _MAX_THREADS),
+        ("-ngl", options.n_gpu_layers, ALL_LAYERS, _MAX_TOKENS),
+        ("--n-cpu-moe", options.n_cpu_moe, ALL_LAYERS, _MAX_TOKENS),
+        ("--parallel", options.n_parallel, 2 if options.deterministic else 1, _MAX_PARALLEL),
     ):
         if value is not None and not least <= value <= most:
             raise UsageError(f"{flag} {value} is out of range", remedy=f"it takes {least} to {most}")
@@ -241,7 +256,7 @@ def _n_experts(options: ModelOptions, hp: Hyperparameters) -> int:
     if wanted is None:
         return hp.n_experts_per_token
     if not hp.is_moe:
-        raise UsageError("--active-experts: the model is dense, it has no experts", where=str(options.path))
+        raise UsageError("--active-experts: the model has no experts", where=str(options.path))
     if not 1 <= wanted <= hp.n_routed_experts:
         raise UsageError(
             f"--active-experts {wanted} is out of range",
@@ -252,14 +267,14 @@ def _n_experts(options: ModelOptions, hp: Hyperparameters) -> int:
 
 
 def _template(options: ModelOptions, file: GgufFile, hp: Hyperparameters) -> ChatTemplate | None:
-    """The chat template, without the texts of BOS and EOS, which the weights' file tells once it is loaded; a
-    malformed one is told before that.
+    """Return the chat template, compiled before the weights are loaded so that errors are reported early.
+    The texts of BOS and EOS are set later, by `bind`.
     """
     found = template_of(options, file, hp)
     return None if found is None else ChatTemplate(*found)
 
 
-def _load_model(
+def _load_weights(
     options: ModelOptions,
     file: GgufFile,
     hp: Hyperparameters,
@@ -281,11 +296,11 @@ def _load_model(
         return native.Model(
             options.path,
             n_gpu_layers=fit.placement.n_gpu_layers,
-            devices=fit.devices,
+            devices=fit.placement.devices,
             split=fit.placement.split,
             overrides=fit.placement.overrides,
             mapped=fit.mapped,
-            # Repacked weights are anonymous memory, which cannot be paged back to the file.
+            # Repacked weights are a copy, which the system cannot drop and read from the file again.
             repack=not fit.paged,
             n_experts_per_token=options.n_experts_per_token,
             architecture=hp.architecture,
