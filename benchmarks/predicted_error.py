@@ -26,9 +26,9 @@ from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions
 from dsmoe_local.evaluate.measure import options_for
 from dsmoe_local.evaluate.reference import Reference, compare, record, recorders
+from dsmoe_local.evaluate.scratch import scratch_folder
 from dsmoe_local.evaluate.text import read_text
 from dsmoe_local.evaluate.windows import cut_windows
-from dsmoe_local.evaluate.workplace import workplace
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_quantize.budget import sensitivity_file
 from dsmoe_quantize.budget.cost_model import Budget, CostModel
@@ -142,7 +142,7 @@ class Bench:
         with EngineClient.load(options_for(self._model(self._path), N_CONTEXT, *observers)) as engine:
             windows = cut_windows(engine, read_text(options.text), N_CONTEXT, options.chunks)
             reference = record(engine, windows, self._folder)[0]
-        return replace(reference, gates=None)
+        return replace(reference, routers=None)
 
 
 def rank_correlation(rows: Sequence[Row]) -> float | None:
@@ -176,7 +176,7 @@ def main() -> int:
     options = parser.parse_args()
     rows = []
     try:
-        with workplace() as folder:
+        with scratch_folder() as folder:
             bench = Bench(options, folder)
             for word in options.types.split(","):
                 rows.append(bench.row(word))

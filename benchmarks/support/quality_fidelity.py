@@ -29,9 +29,9 @@ from dsmoe_local.evaluate.importance_file import importance_file
 from dsmoe_local.evaluate.measure import options_for
 from dsmoe_local.evaluate.reference import Reference, compare, record, recorders
 from dsmoe_local.evaluate.results import Evaluation
+from dsmoe_local.evaluate.scratch import scratch_folder
 from dsmoe_local.evaluate.text import Text
 from dsmoe_local.evaluate.windows import cut_windows
-from dsmoe_local.evaluate.workplace import workplace
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.identity import file_identity
 from dsmoe_quantize.imatrix import Imatrix
@@ -194,7 +194,7 @@ def exact_recorders(folder: Path, source: Path) -> tuple[ObserverOptions, ...]:
 @contextmanager
 def prepared(subject: Subject, amount: Amount, kept: Kept, *, imatrix: bool = True) -> Iterator[Bench]:
     """Convert the model, record what it predicts, and collect its importance matrix if it is wanted."""
-    with workplace() as folder:
+    with scratch_folder() as folder:
         source = folder / f"{subject.name}.gguf"
         convert_folder(subject.folder, source, ConvertOptions("f32"), RunOptions(threads=amount.threads))
         with load(source, amount, *exact_recorders(folder, source)) as engine:

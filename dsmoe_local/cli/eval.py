@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from dsmoe_local.engine.process.client import EngineClient
     from dsmoe_local.engine.types import ObserverOptions
     from dsmoe_local.evaluate.reference import Reference
-    from dsmoe_local.evaluate.results import Comparison, Estimate, Evaluation, Routing
+    from dsmoe_local.evaluate.results import Comparison, Estimate, Evaluation, RoutingFidelity
     from dsmoe_local.evaluate.text import Text
     from dsmoe_local.evaluate.windows import Windows
 
@@ -124,12 +124,12 @@ for _option in command.params:
 
 def _check(run: _Run, against: str | None, source: str | None) -> None:
     """What can be told before a model is loaded."""
-    from dsmoe_local.evaluate.windows import LEAST_CONTEXT
+    from dsmoe_local.evaluate.windows import MIN_CONTEXT
 
-    if run.n_context < LEAST_CONTEXT:
+    if run.n_context < MIN_CONTEXT:
         with told_origin("n_context"):
             raise UsageError(
-                f"-c {run.n_context} is out of range", remedy=f"windows have {LEAST_CONTEXT} tokens or more"
+                f"-c {run.n_context} is out of range", remedy=f"windows have {MIN_CONTEXT} tokens or more"
             )
     if source == "-" and against == "-":
         raise UsageError("--against takes a model or a file")
@@ -189,9 +189,9 @@ class _Run:
     def _record(self, stack: ExitStack, path: Path, values: dict[str, Any]) -> tuple[Reference, Evaluation]:
         from dsmoe_local.cli.render import run_with_progress
         from dsmoe_local.evaluate.reference import keep, record, recorders
-        from dsmoe_local.evaluate.workplace import workplace
+        from dsmoe_local.evaluate.scratch import scratch_folder
 
-        folder = stack.enter_context(workplace())
+        folder = stack.enter_context(scratch_folder())
         with self._load(path, values, self.n_context, *recorders(folder, path)) as engine:
             windows = self._cut(engine)
             recorded = run_with_progress(
@@ -203,11 +203,11 @@ class _Run:
 
     def _unpack(self, stack: ExitStack, file: Path, text_named: bool) -> Reference:
         from dsmoe_local.evaluate.reference import unpack
-        from dsmoe_local.evaluate.workplace import workplace
+        from dsmoe_local.evaluate.scratch import scratch_folder
 
         if self.kept is not None:
             raise UsageError("--keep: the reference is a kept one already", where=safe_line(str(file)))
-        reference = unpack(file, stack.enter_context(workplace()), self.n_windows)
+        reference = unpack(file, stack.enter_context(scratch_folder()), self.n_windows)
         windows = reference.windows
         if text_named and windows.text_digest != self.text.digest:
             raise UsageError(
@@ -287,13 +287,13 @@ def _comparison(comparison: Comparison) -> list[tuple[str, str]]:
     ]
 
 
-def _same_experts(routing: Routing | None) -> str:
+def _same_experts(routing: RoutingFidelity | None) -> str:
     if routing is None:
         return "no routers to compare"
     return f"{routing.same:.1%} of tokens in a layer on average, {routing.same_everywhere:.1%} in all layers"
 
 
-def _routing_table(routing: Routing) -> Table:
+def _routing_table(routing: RoutingFidelity) -> Table:
     from rich import box
     from rich.table import Table
 

@@ -170,13 +170,13 @@ def _collected(path: Path, values: dict[str, Any]) -> _Result:
     from dsmoe_local.evaluate.importance_file import importance_file
     from dsmoe_local.evaluate.measure import options_for
     from dsmoe_local.evaluate.text import read_text
-    from dsmoe_local.evaluate.windows import LEAST_CONTEXT, cut_windows
+    from dsmoe_local.evaluate.windows import MIN_CONTEXT, cut_windows
     from dsmoe_local.model.discovery import IMATRIX_ENDING
 
     n_context = values["n_context"] or _N_CONTEXT
-    if n_context < LEAST_CONTEXT:
+    if n_context < MIN_CONTEXT:
         raise UsageError(
-            f"-c {n_context} is out of range", remedy=f"windows have {LEAST_CONTEXT} tokens or more"
+            f"-c {n_context} is out of range", remedy=f"windows have {MIN_CONTEXT} tokens or more"
         )
     source, n_windows, with_output = (values.pop(name) for name in ("source", "n_windows", "with_output"))
     save_every, force = values.pop("save_every") or SAVE_EVERY, values.pop("force")

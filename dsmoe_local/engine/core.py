@@ -15,7 +15,7 @@ from dsmoe_local.base.errors import UsageError
 from dsmoe_local.engine import at_rest, native
 from dsmoe_local.engine.errors import EngineError, NativeError, too_long
 from dsmoe_local.engine.load.loaded_model import LoadedModel
-from dsmoe_local.engine.observe.observer import Logits, Scored
+from dsmoe_local.engine.observe.observer import Scored, StepLogits
 from dsmoe_local.engine.reply import Job, Reply
 from dsmoe_local.engine.schedule import plan
 from dsmoe_local.engine.schedule.scheduler import Scheduler
@@ -240,7 +240,7 @@ class Core:
             scored[place.row_index] = Scored(self._replies[sequence].job.request.id, first, targets)
         return scored
 
-    def _advance(self, placed: Sequence[_Placed], logits: Logits) -> None:
+    def _advance(self, placed: Sequence[_Placed], logits: StepLogits) -> None:
         """Choose the next token of every complete row."""
         for place in placed:
             sequence = place.row.sequence

@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass, field
 
 from dsmoe_local.engine import native
-from dsmoe_local.engine.observe.observer import Logits
 from dsmoe_local.engine.sampling import Choice, CompiledGrammar, TokenSampler, choose_seed
+from dsmoe_local.engine.sampling.likeliest import Logits
 from dsmoe_local.engine.schedule.plan import Sequence
 from dsmoe_local.engine.stream import TextStream
 from dsmoe_local.engine.types import (

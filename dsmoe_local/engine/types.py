@@ -198,10 +198,15 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 
 @dataclass(frozen=True, slots=True)
 class ObserverOptions:
-    """An observer to load with the model: its name in `observe.registry`, and its parameters."""
+    """An observer to load with the model.
+
+    `name` is its name in the table `OBSERVERS` of `module`, which the engine's process imports; None is the
+    engine's own table, in `observe.registry`.
+    """
 
     name: str
     parameters: tuple[tuple[str, str | int | float | bool], ...] = ()
+    module: str | None = None
 
 
 Observation: TypeAlias = dict[str, Any]

@@ -22,9 +22,9 @@ from dsmoe_local.engine.types import ObserverOptions, TextEngine
 from dsmoe_local.evaluate.error_cost_groups import GroupCost, Trial, cost_of, trials_of
 from dsmoe_local.evaluate.probe_file import ProbeFile, changed_by, size_of
 from dsmoe_local.evaluate.reference import Reference, compare, record, recorders
+from dsmoe_local.evaluate.scratch import scratch_folder
 from dsmoe_local.evaluate.text import Text
 from dsmoe_local.evaluate.windows import Windows, cut_windows
-from dsmoe_local.evaluate.workplace import workplace
 from dsmoe_local.model.ggml import GgmlType, type_name
 from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.hyperparameters import Hyperparameters
@@ -175,7 +175,7 @@ class _Run:
         # In the order in which least is written.
         missing.sort(key=lambda each: size_of(self._file, groups[each[0].group, each[1]]))
         in_turn = [groups[trial.group, kind] for trial, kind in missing]
-        with workplace() as folder:
+        with scratch_folder() as folder:
             n_done = len(wanted) - len(missing)
             try:
                 reference, n_windows_of_text = self._record(folder)
@@ -200,8 +200,8 @@ class _Run:
             whole = cut_windows(engine, self._request.text, self._request.n_context)
             windows = self._first(whole)
             reference = record(engine, windows, folder, listen, self._stop)[0]
-        # How the routers change is not asked for.
-        return replace(reference, gates=None), len(whole.tokens)
+        # Only predictions are compared.
+        return replace(reference, routers=None), len(whole.tokens)
 
     def _first(self, whole: Windows) -> Windows:
         """Those asked for. UsageError if others were measured."""

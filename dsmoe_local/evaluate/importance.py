@@ -18,12 +18,11 @@ from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Note, Started, ignore
 from dsmoe_local.engine.errors import EngineError
 from dsmoe_local.engine.observe.arrays import unpack
-from dsmoe_local.engine.observe.perplexity import perplexity
+from dsmoe_local.engine.observe.logprobs import perplexity
 from dsmoe_local.engine.types import Observation, ObserverOptions, TextEngine
 from dsmoe_local.evaluate.importance_file import ImportanceFile
 from dsmoe_local.evaluate.measure import LOGPROBS, name_of
-from dsmoe_local.evaluate.reading import WindowReader
-from dsmoe_local.evaluate.windows import Windows
+from dsmoe_local.evaluate.windows import WindowReader, Windows
 from dsmoe_local.model.identity import file_identity
 from dsmoe_quantize.imatrix import Imatrix, Statistics, merged
 

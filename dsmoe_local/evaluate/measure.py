@@ -1,4 +1,4 @@
-"""Scores windows with a model, and gives its perplexity. What else is made of it is `results`' concern."""
+"""Measures the perplexity of a model on windows of a text."""
 
 from __future__ import annotations
 
@@ -11,26 +11,25 @@ from dsmoe_local.base.progress import Finished, Listener, Started, ignore
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.engine.errors import EngineError
 from dsmoe_local.engine.types import ModelOptions, ObserverOptions, TextEngine
-from dsmoe_local.evaluate.reading import WindowReader
 from dsmoe_local.evaluate.results import Evaluation, Perplexity, perplexity_of
-from dsmoe_local.evaluate.windows import Windows
+from dsmoe_local.evaluate.windows import WindowReader, Windows
 
 LOGPROBS = ObserverOptions("logprobs")
 
-_REPORT = 1.0  # seconds between two looks at the perplexity so far
-_LEAST_CELLS = 32  # the smallest cache that an engine takes
+_REPORT_SECONDS = 1.0  # between two looks at the perplexity so far
+_MIN_CONTEXT = 32  # the smallest context of an engine
 
 
 def options_for(options: ModelOptions, n_context: int, *observers: ObserverOptions) -> ModelOptions:
-    """How to load a model that reads windows of `n_context` tokens.
+    """Return the options to load a model that reads windows of `n_context` tokens.
 
-    As many windows at once as fill a step: a step is then always full, and with windows of a step or more the
-    same in every run. The cache is unified: routing is told apart in one only.
+    As many windows are read at once as fill a ubatch. Then ubatches are always full, and for windows of a
+    ubatch or more they are the same in every run. The cache is unified, as observers of routing require.
     """
     n_parallel = max(1, options.n_ubatch // n_context)
     return replace(
         options,
-        n_context=max(_LEAST_CELLS, n_parallel * (n_context + 1)),
+        n_context=max(_MIN_CONTEXT, n_parallel * (n_context + 1)),
         n_parallel=n_parallel,
         unified=True,
         observers=(LOGPROBS, *observers),
@@ -38,31 +37,31 @@ def options_for(options: ModelOptions, n_context: int, *observers: ObserverOptio
 
 
 def name_of(engine: TextEngine) -> str:
-    """The model's file: all quantizations of a model call themselves the same."""
+    """Return the name of the model's file: the name in its metadata is the same for all quantizations."""
     return safe_line(engine.info.path.stem, 80)
 
 
 def measure(
     engine: TextEngine, windows: Windows, listen: Listener = ignore, stop: threading.Event | None = None
 ) -> Evaluation:
-    """Score all windows with an engine loaded as `options_for` says, and give its perplexity.
+    """Score all windows with an engine loaded with `options_for`, and return the perplexity.
 
-    Setting `stop` raises InterruptedRunError. Raises EngineError; after an EngineCrashError nothing is left:
-    what was seen died with the process.
+    Raises InterruptedRunError once `stop` is set, EngineError. After an EngineCrashError all is lost, since
+    the observers were in the engine's process.
     """
     began = time.perf_counter()
     stage = f"measuring {name_of(engine)}"
     listen(Started(stage, windows.n_tokens, unit="tokens"))
-    so_far = _SoFar(engine)
-    reader = WindowReader(engine, windows, windows.first, listen, stop or threading.Event(), so_far.tell)
+    running = _RunningPerplexity(engine)
+    reader = WindowReader(engine, windows, windows.first, listen, stop or threading.Event(), running.text)
     try:
         reader.read(range(len(windows.tokens)))
     except EngineError as error:
-        # Of a model and its reference, only one is to blame.
+        # Say which model failed: there may be two, this one and its reference.
         error.where = error.where or name_of(engine)
         raise
     finally:
-        so_far.close()
+        running.close()
     listen(Finished(stage))
     return Evaluation(
         model=name_of(engine),
@@ -71,11 +70,11 @@ def measure(
         n_context=windows.n_context,
         n_windows=len(windows.tokens),
         seconds=time.perf_counter() - began,
-        perplexity=_complete(engine, windows),
+        perplexity=_final_perplexity(engine, windows),
     )
 
 
-def _complete(engine: TextEngine, windows: Windows) -> Perplexity:
+def _final_perplexity(engine: TextEngine, windows: Windows) -> Perplexity:
     perplexity = perplexity_of(engine.observe(LOGPROBS.name))
     if perplexity.n_scored != windows.n_scored:
         raise EngineError(
@@ -85,31 +84,33 @@ def _complete(engine: TextEngine, windows: Windows) -> Perplexity:
     return perplexity
 
 
-class _SoFar:
-    """The perplexity so far, when it has been told again."""
+class _RunningPerplexity:
+    """Asks the engine for the perplexity about once a second, in a thread of its own.
+
+    The answer comes only after the engine's current step, and `stop` must be noticed meanwhile.
+    """
 
     def __init__(self, engine: TextEngine) -> None:
         self._engine = engine
-        # An answer waits for the end of a step: meanwhile a stop must be noticed.
-        self._asker = ThreadPoolExecutor(1, "dsmoe-perplexity")
-        self._asked: Future[str] | None = None
-        self._reported = time.perf_counter()
+        self._executor = ThreadPoolExecutor(1, "dsmoe-perplexity")
+        self._answer: Future[str] | None = None
+        self._last = time.perf_counter()
 
-    def tell(self) -> str:
-        """What to say beside the progress."""
-        if self._asked is not None:
-            if not self._asked.done():
+    def text(self) -> str:
+        """Return the latest perplexity as text if it is new, else nothing."""
+        if self._answer is not None:
+            if not self._answer.done():
                 return ""
-            told, self._asked = self._asked.result(), None
-            return told
-        if time.perf_counter() - self._reported >= _REPORT:
-            self._reported = time.perf_counter()
-            self._asked = self._asker.submit(self._ask)
+            answer, self._answer = self._answer.result(), None
+            return answer
+        if time.perf_counter() - self._last >= _REPORT_SECONDS:
+            self._last = time.perf_counter()
+            self._answer = self._executor.submit(self._ask)
         return ""
 
     def close(self) -> None:
-        """Ask no more."""
-        self._asker.shutdown(wait=False, cancel_futures=True)
+        """Stop asking."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _ask(self) -> str:
         return f"perplexity {perplexity_of(self._engine.observe(LOGPROBS.name)).perplexity.value:.4g}"

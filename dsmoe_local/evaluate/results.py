@@ -1,19 +1,23 @@
-"""What a measurement gives, as plain data made of what observers have seen. Measures and prints nothing."""
+"""The results of measurements, as plain data.
+
+`Divergence`, `Perplexity` and `RoutingFidelity` also travel as JSON from the observers in the engine's
+process, so their fields are checked by msgspec when they arrive.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dsmoe_local.engine.observe.perplexity import perplexity
+import msgspec
+
 from dsmoe_local.engine.types import Observation
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean and its standard error, as of independent tokens."""
+    """A mean and its standard error, for independent tokens."""
 
     value: float
     error: float
@@ -30,12 +34,12 @@ class Perplexity:
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """How far a model's predictions are from a reference's, in nats.
+    """KL divergence of a model's predictions from a reference's, in nats.
 
-    The mean lies between `kl` and `kl_upper`: the reference keeps the likeliest tokens only. `quantiles` are
-    of single tokens, by their share. `windows` are the means of the windows, in the text's order: they have
-    as many scored tokens each, and two models are best compared window by window. `ratio` is the model's
-    perplexity by the reference's; `same_top` the share of tokens where both find the same one likeliest.
+    The mean is between `kl` and `kl_upper`, since a reference keeps only the likeliest tokens. `quantiles`
+    and `maximum` are of single tokens. `same_top` is the share of tokens for which both models predict the
+    same token, `ratio` the model's perplexity divided by the reference's. `windows` has the mean of each
+    window, in the order of the text; all windows have the same number of scored tokens.
     """
 
     kl: Estimate
@@ -49,9 +53,11 @@ class Divergence:
 
 @dataclass(frozen=True, slots=True)
 class LayerRouting:
-    """How far one layer's router is from the reference's: share of tokens with the same set of experts, share
-    of the reference's experts that were chosen too, divergence of the probabilities in nats, and how far that
-    may be off.
+    """How far the router of a layer is from the reference's.
+
+    `same` is the share of tokens with the same set of experts, `overlap` the share of the reference's experts
+    that were chosen too. `gate_kl` is the KL divergence of the probabilities in nats, and `gate_kl_bound` its
+    largest possible error from rounding.
     """
 
     layer: int
@@ -62,47 +68,51 @@ class LayerRouting:
 
 
 @dataclass(frozen=True, slots=True)
-class Routing:
-    """All layers with routers. `same_everywhere`: share of tokens with the same experts in all of them."""
+class RoutingFidelity:
+    """All layers with routers. `same_everywhere` is the share of tokens with the same experts in all of them.
+
+    The properties are means over the layers.
+    """
 
     same_everywhere: float
     layers: tuple[LayerRouting, ...]
 
     @property
     def same(self) -> float:
-        """Mean over the layers."""
+        """Share of tokens with the same set of experts."""
         return _mean([layer.same for layer in self.layers])
 
     @property
     def overlap(self) -> float:
-        """Mean over the layers."""
+        """Share of the reference's experts that were chosen too."""
         return _mean([layer.overlap.value for layer in self.layers])
 
     @property
     def gate_kl(self) -> float:
-        """Mean over the layers."""
+        """KL divergence of the router's probabilities in nats."""
         return _mean([layer.gate_kl.value for layer in self.layers])
 
     @property
     def gate_kl_bound(self) -> float:
-        """How far `gate_kl` may be off."""
+        """Largest possible error of `gate_kl`."""
         return _mean([layer.gate_kl_bound for layer in self.layers])
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A model beside its reference. `routing` is None where the two have no routers to compare."""
+    """A model compared with a reference. `routing` is None unless both have the same routers."""
 
     reference: str
     reference_perplexity: Perplexity
     divergence: Divergence
-    routing: Routing | None
+    routing: RoutingFidelity | None
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Everything about one model on one text, cut to `n_windows` of `n_context` tokens. `seconds` are the
-    model's own, of wall time.
+    """The measurement of a model on a text in `n_windows` windows of `n_context` tokens.
+
+    `seconds` is the wall time without loading.
     """
 
     model: str
@@ -116,11 +126,11 @@ class Evaluation:
 
     @property
     def tokens_per_second(self) -> float:
-        """How fast the model read."""
+        """How fast the model read the windows."""
         return self.n_context * self.n_windows / self.seconds if self.seconds > 0 else 0.0
 
     def as_json(self) -> dict[str, Any]:
-        """For `json.dumps`; docs/evaluation.md says what the fields are."""
+        """Return the fields that docs/evaluation.md describes."""
         fields = asdict(self)
         fields["tokens_per_second"] = self.tokens_per_second
         routing = self.comparison.routing if self.comparison else None
@@ -130,52 +140,15 @@ class Evaluation:
         return fields
 
 
+def to_json(result: object) -> Any:  # noqa: ANN401 - JSON values
+    """Return a result as JSON values, which `msgspec.convert` turns back into it."""
+    return msgspec.json.decode(msgspec.json.encode(result))
+
+
 def perplexity_of(seen: Observation) -> Perplexity:
-    """From the observer `logprobs`."""
+    """Return the perplexity from the summary of the observer `logprobs`."""
     n = int(seen["tokens"])
     return Perplexity(n, seen["nll"] / max(1, n), Estimate(seen["perplexity"], seen["perplexity_error"]))
-
-
-def reference_of(seen: Observation) -> Perplexity:
-    """The reference's, from the observer `divergence`."""
-    found = perplexity(seen["reference_nll"])
-    error = found * seen["reference_nll_error"]
-    return Perplexity(int(seen["tokens"]), seen["reference_nll"], Estimate(found, error))
-
-
-def divergence_of(seen: Observation) -> Divergence:
-    """From the observer `divergence`, whose requests are numbered as the windows are."""
-    n = max(1, int(seen["tokens"]))
-    requests = sorted(seen["requests"], key=lambda each: int(each["request"]))
-    same = seen["same_top"] / n
-    ratio = perplexity(seen["nll_change"])
-    return Divergence(
-        kl=Estimate(seen["kl"], seen["kl_error"]),
-        kl_upper=seen["kl_upper"],
-        quantiles=dict(seen["kl_quantiles"]),
-        maximum=seen["kl_max"],
-        same_top=Estimate(same, math.sqrt(same * (1 - same) / max(1, n - 1))),
-        ratio=Estimate(ratio, ratio * seen["nll_change_error"]),
-        windows=tuple(each["kl"] for each in requests),
-    )
-
-
-def routing_of(seen: Observation) -> Routing:
-    """From the observer `routing_divergence`."""
-    n = max(1, int(seen["tokens"]))
-    return Routing(
-        seen["same_everywhere"] / n,
-        tuple(
-            LayerRouting(
-                layer["layer"],
-                layer["same_experts"] / n,
-                Estimate(layer["overlap"], layer["overlap_error"]),
-                Estimate(layer["gate_kl"], layer["gate_kl_error"]),
-                layer["gate_kl_bound"],
-            )
-            for layer in seen["layers"]
-        ),
-    )
 
 
 def _mean(values: Sequence[float]) -> float:

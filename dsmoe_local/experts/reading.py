@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Started
-from dsmoe_local.engine.observe.perplexity import perplexity
+from dsmoe_local.engine.observe.logprobs import perplexity
 from dsmoe_local.engine.types import FinishReason, ObserverOptions, Request, SamplingParameters, TextEngine
 from dsmoe_local.experts.activity import Activity, activity_of
 

@@ -16,18 +16,17 @@ from support.mutations import Outcome, damaged_bytes, try_mutants
 
 from dsmoe_local.base.errors import DsmoeError, FormatError
 from dsmoe_local.engine.engine import Engine
-from dsmoe_local.engine.observe.reference_file import ReferenceReader
-from dsmoe_local.engine.observe.routing_file import RoutingReader
-from dsmoe_local.engine.types import ModelOptions, ObserverOptions, Request, SamplingParameters
+from dsmoe_local.engine.types import ModelOptions, Request, SamplingParameters
 from dsmoe_local.evaluate.measure import options_for
-from dsmoe_local.evaluate.reference import keep, recorders, unpack
+from dsmoe_local.evaluate.reference import keep, observer_options, recorders, unpack
 from dsmoe_local.evaluate.reference import record as record_reference
+from dsmoe_local.evaluate.reference_files import PredictionReader, RoutingReader
 from dsmoe_local.evaluate.windows import Windows
 
 GREEDY = SamplingParameters(temperature=0)
 IDS = tuple(range(20, 70))
-READERS: dict[str, Callable[[Path], ReferenceReader | RoutingReader]] = {
-    "predictions": ReferenceReader,
+READERS: dict[str, Callable[[Path], PredictionReader | RoutingReader]] = {
+    "predictions": PredictionReader,
     "choices": RoutingReader,
 }
 
@@ -52,7 +51,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def contents(reader: ReferenceReader | RoutingReader) -> list[Any]:
+def contents(reader: PredictionReader | RoutingReader) -> list[Any]:
     """All that a reader finds, in numbers that can be compared."""
     found: list[Any] = []
     for request in ("0", "1"):
@@ -123,8 +122,8 @@ def compare_mutants(written: Path, n: int, seed: int) -> Outcome:
                 raise FormatError("cut") from error
         engine.set_observers(
             (
-                ObserverOptions("divergence", (("path", str(paths["predictions"])),)),
-                ObserverOptions("routing_divergence", (("path", str(paths["choices"])),)),
+                observer_options("divergence", paths["predictions"]),
+                observer_options("routing_divergence", paths["choices"]),
             )
         )
         list(engine.submit(Request("0", IDS[:32], GREEDY, max_tokens=1, score_from=0)))

@@ -19,8 +19,6 @@ from dsmoe_local.engine import engine as engine_module
 from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.errors import PromptError
 from dsmoe_local.engine.native import Model
-from dsmoe_local.engine.observe.reference_file import ReferenceReader
-from dsmoe_local.engine.observe.routing_file import RoutingReader
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.sampling import check_request
 from dsmoe_local.engine.types import (
@@ -34,6 +32,8 @@ from dsmoe_local.engine.types import (
     TextEngine,
     TokenEvent,
 )
+from dsmoe_local.evaluate.reference import observer_options
+from dsmoe_local.evaluate.reference_files import PredictionReader, RoutingReader
 
 GREEDY = SamplingParameters(temperature=0)
 PATIENCE = 60  # seconds, for what happens at once unless something is wrong
@@ -202,8 +202,8 @@ def test_each_observer_ends_its_file(failing: str, tmp_path: Path) -> None:
     """
     predictions, choices = tmp_path / "predictions", tmp_path / "choices"
     observers = (
-        ObserverOptions("reference", (("path", str(predictions)),)),
-        ObserverOptions("routing_reference", (("path", str(choices)),)),
+        observer_options("reference", predictions),
+        observer_options("routing_reference", choices),
         ObserverOptions("logprobs"),
     )
     engine = Engine.load(options(observers=observers))
@@ -216,7 +216,7 @@ def test_each_observer_ends_its_file(failing: str, tmp_path: Path) -> None:
     engine.close()
     assert engine._loaded is not None
     assert not engine._loaded.model.handle
-    assert ReferenceReader(predictions.with_name("predictions.part")).n_tokens == len(prompt) - 1
+    assert PredictionReader(predictions.with_name("predictions.part")).n_tokens == len(prompt) - 1
     written = choices.with_name("choices.part") if failing == "all" else choices
     assert RoutingReader(written).n_tokens == len(prompt) - 1
 

@@ -19,10 +19,12 @@ from dsmoe_local.base.errors import UsageError
 from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.errors import EngineCrashError, EngineError
 from dsmoe_local.engine.observe.arrays import unpack
-from dsmoe_local.engine.observe.reference_file import ReferenceReader
 from dsmoe_local.engine.observe.registry import OBSERVERS
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions, ObserverOptions, Request, SamplingParameters, TextEngine
+from dsmoe_local.evaluate import prediction_observers, routing_observers
+from dsmoe_local.evaluate.reference import observer_options
+from dsmoe_local.evaluate.reference_files import PredictionReader
 
 IDS = (0, *range(20, 58), 5, 5, 300)
 GREEDY = SamplingParameters(temperature=0)
@@ -92,7 +94,7 @@ def test_unknown_observers_are_refused_at_load(load: Load) -> None:
 def test_a_reference_is_begun_anew_after_a_crash(tmp_path: Path) -> None:
     """Guards: what the dead process had written keeping the model from ever being loaded again."""
     path = tmp_path / "reference"
-    with EngineClient.load(options(ObserverOptions("reference", (("path", str(path)),)))) as engine:
+    with EngineClient.load(options(observer_options("reference", path))) as engine:
         score(engine, 0)
         os.kill(engine.pid, signal.SIGKILL)
         # It may be told of the death, or find it when it asks.
@@ -101,7 +103,7 @@ def test_a_reference_is_begun_anew_after_a_crash(tmp_path: Path) -> None:
         score(engine, 10)
         n_tokens = engine.observe("reference")["tokens"]
         assert n_tokens in (len(IDS) - 11, 2 * len(IDS) - 12)
-    reader = ReferenceReader(path)
+    reader = PredictionReader(path)
     assert reader.n_tokens == n_tokens
     reader.close()
     assert list(tmp_path.iterdir()) == [path]
@@ -133,25 +135,23 @@ def keys_of(value: Any) -> set[str]:
 def test_documentation_names_every_observer_and_field(tmp_path: Path) -> None:
     """Guards: an observer, a parameter or a field of a summary that nobody can know of."""
     text = (Path(__file__).parents[2] / "docs" / "observers.md").read_text()
-    path = ("path", str(tmp_path / "reference"))
-    with Engine.load(options(ObserverOptions("reference", (path,)))) as engine:
-        score(engine, 0)
-        fields = keys_of(engine.observe("reference"))
-    gates = ("path", str(tmp_path / "gates"))
-    with Engine.load(options(ObserverOptions("routing_reference", (gates,)))) as engine:
-        score(engine, 0)
-        fields |= keys_of(engine.observe("routing_reference"))
-    parameters: dict[str, tuple[Any, ...]] = {
-        "divergence": (path,),
-        "routing": (("trace", 8),),
-        "routing_divergence": (gates,),
-    }
-    written = ("reference", "routing_reference")
-    others = [ObserverOptions(name, parameters.get(name, ())) for name in OBSERVERS if name not in written]
-    with Engine.load(options(*others)) as engine:
-        score(engine, 0)
-        for other in others:
-            fields |= keys_of(engine.observe(other.name))
+    tables = [OBSERVERS, prediction_observers.OBSERVERS, routing_observers.OBSERVERS]
+    predictions, choices = tmp_path / "predictions", tmp_path / "choices"
+    steps = [
+        [observer_options("reference", predictions), observer_options("routing_reference", choices)],
+        [
+            *(ObserverOptions(name, (("trace", 8),) if name == "routing" else ()) for name in OBSERVERS),
+            observer_options("divergence", predictions),
+            observer_options("routing_divergence", choices),
+        ],
+    ]
+    fields = set()
+    with Engine.load(options()) as engine:
+        for observers in steps:
+            engine.set_observers(tuple(observers))
+            score(engine, 0)
+            fields |= {key for each in observers for key in keys_of(engine.observe(each.name))}
     assert {"kl_upper", "captured_mass", "positions", "counts", "perplexity", "tail_mass"} <= fields
-    names = fields | set(OBSERVERS) | {name for entry in OBSERVERS.values() for name in entry.parameters}
-    assert {name for name in names if f"`{name}`" not in text} == set()
+    for table in tables:
+        fields |= set(table) | {name for entry in table.values() for name in entry.parameters}
+    assert {name for name in fields if f"`{name}`" not in text} == set()

@@ -16,6 +16,7 @@ from dsmoe_local.engine.errors import EngineCrashError, EngineError, ModelLoadEr
 from dsmoe_local.engine.observe.observer import Observer
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions, ObserverOptions, Request, SamplingParameters, TextEngine
+from dsmoe_local.evaluate.reference import observer_options
 
 GREEDY = SamplingParameters(temperature=0)
 ROUTING = ObserverOptions("routing")
@@ -115,7 +116,7 @@ def test_what_cannot_be_leaves_all_as_it_was(tmp_path: Path) -> None:
         expected = reply(engine)
         seen = tokens_seen(engine)
         (tmp_path / "there").write_text("mine")
-        taken = ObserverOptions("reference", (("path", str(tmp_path / "there")),))
+        taken = observer_options("reference", tmp_path / "there")
         for wrong, kind in (((ObserverOptions("nothing"),), UsageError), ((SCORES, taken), FileError)):
             with pytest.raises(kind):
                 engine.set_observers(wrong)
@@ -137,7 +138,7 @@ def test_what_cannot_be_leaves_all_as_it_was(tmp_path: Path) -> None:
 def test_files_of_the_old_observers_are_ended(tmp_path: Path) -> None:
     """Guards: a reference that lacks its last records, since nobody closed it."""
     path = tmp_path / "reference"
-    reference = ObserverOptions("reference", (("path", str(path)),))
+    reference = observer_options("reference", path)
     with Engine.load(options(observers=(reference,))) as engine:
         reply(engine, count=1, score_from=0)
         engine.set_observers(())
@@ -164,7 +165,7 @@ def test_the_engines_own_observers_stay() -> None:
     """Guards: paged experts that nobody fetches any more once a person has looked at the routing."""
     own = _OwnObserver()
     with Engine.load(options()) as engine:
-        session(engine).observers._take_in((own,))
+        session(engine).observers._add_own((own,))
         engine.set_observers((ROUTING,))
         engine.set_observers(())
         assert session(engine).context.options.eval_callback is not None
@@ -181,13 +182,13 @@ def test_a_successor_that_cannot_be_completed(tmp_path: Path, monkeypatch: pytes
     observers closed with it, while the old ones go on.
     """
     own = _OwnObserver()
-    reference = ObserverOptions("reference", (("path", str(tmp_path / "reference")),))
+    reference = observer_options("reference", tmp_path / "reference")
 
     def refuse() -> None:
         raise NativeError("another layout")
 
     with Engine.load(options(observers=(SCORES,))) as engine:
-        session(engine).observers._take_in((own,))
+        session(engine).observers._add_own((own,))
         # The reference reads no graph: it is open by the time that the engine's own observer is taken in.
         with monkeypatch.context() as patched:
             patched.setattr("dsmoe_local.engine.native.tensors.check_layout", refuse)

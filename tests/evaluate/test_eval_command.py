@@ -123,7 +123,7 @@ def test_short_errors(text: Path, tmp_path: Path) -> None:
     for arguments, words in (
         ((tiny_model(), "--text", tmp_path / "none"), "cannot be read"),
         ((tiny_model(), "-c", "4"), "out of range"),
-        ((tiny_model(), "-c", "256", "--text", "-"), "fill no window of 256"),
+        ((tiny_model(), "-c", "256", "--text", "-"), "too few for a window of 256"),
         ((tiny_model(), "--against", damaged), "GGUF"),
         ((dense, "--against", tiny_model(), "--text", text), "tokens, this one has"),
         ((tiny_model(), "--keep", tmp_path / "no" / "kept"), "No such file"),

@@ -188,7 +188,7 @@ def test_what_is_refused(text: Path, tmp_path: Path) -> None:
         ((tiny_model(), "-o", taken), 1, "exists already"),
         ((tiny_model(), "-o", tmp_path / "no" / "out"), 1, "folder does not exist"),
         ((tiny_model(), "-c", "8"), 2, "out of range"),
-        ((tiny_model(), "--text", text, "-c", "200000", "-o", tmp_path / "x"), 2, "fill no window"),
+        ((tiny_model(), "--text", text, "-c", "200000", "-o", tmp_path / "x"), 2, "too few for a window"),
         ((tiny_model(), tiny_model()), 2, "several files"),
         (("--merge", matrix, "-o", tmp_path / "x"), 2, "--merge takes"),
         (("--merge", matrix, matrix), 2, "-o"),

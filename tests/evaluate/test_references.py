@@ -14,8 +14,8 @@ import pytest
 from dsmoe_local.base.errors import FileError, FormatError, LockedError
 from dsmoe_local.base.paths import cache_folder
 from dsmoe_local.evaluate.reference import Reference, keep, reserved, unpack
+from dsmoe_local.evaluate.scratch import scratch_folder
 from dsmoe_local.evaluate.windows import Windows
-from dsmoe_local.evaluate.workplace import workplace
 
 ABOUT = {
     "version": 1, "model": "m", "text": "t", "text_digest": "d", "vocabulary": "v", "n_context": 16,
@@ -115,8 +115,8 @@ def test_an_encrypted_archive_is_refused(recorded: Reference, tmp_path: Path) ->
 
 
 KILLED = """
-from dsmoe_local.evaluate.workplace import workplace
-with workplace() as folder:
+from dsmoe_local.evaluate.scratch import scratch_folder
+with scratch_folder() as folder:
     (folder / "predictions.part").write_bytes(b"half")
     print(folder, flush=True)
     input()
@@ -133,7 +133,7 @@ def test_workplaces_of_killed_runs_go(tmp_path: Path) -> None:
         assert process.stdout is not None
         theirs = Path(process.stdout.readline().strip())
         assert theirs.parent == cache_folder() / "eval"
-        with workplace() as mine:
+        with scratch_folder() as mine:
             assert stat.S_IMODE(mine.stat().st_mode) == 0o700
             assert mine.parent == theirs.parent
         assert not mine.exists()
@@ -141,7 +141,7 @@ def test_workplaces_of_killed_runs_go(tmp_path: Path) -> None:
         process.kill()
     (theirs.parent / f".{'0' * 16}.lock").touch()
     (theirs.parent / "notes").touch()
-    with workplace() as mine:
+    with scratch_folder() as mine:
         assert sorted(path.name for path in mine.parent.iterdir()) == sorted(
             [mine.name, f".{mine.name}.lock", "notes"]
         )

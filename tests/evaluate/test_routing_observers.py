@@ -23,8 +23,8 @@ from dsmoe_local.base.errors import FileError, FormatError, UsageError
 from dsmoe_local.engine.errors import NativeError
 from dsmoe_local.engine.native import Row
 from dsmoe_local.engine.observe.observer import Scored
-from dsmoe_local.engine.observe.routing_file import STEP, RoutingReader, costs_of, logarithms_of
-from dsmoe_local.engine.types import ObserverOptions
+from dsmoe_local.evaluate.reference import observer_options
+from dsmoe_local.evaluate.reference_files import COST_STEP, RoutingReader, costs_of, logarithms_of
 
 IDS = [0, *range(20, 58), 5, 5, 300]
 OTHER = [0, 5, *range(100, 130)]
@@ -49,16 +49,14 @@ def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_reference(path: Path, model: Path | None = None, **more: Any) -> None:
-    with observed(
-        model or tiny_model(), ObserverOptions("routing_reference", (("path", str(path)),)), **more
-    ) as m:
+    with observed(model or tiny_model(), observer_options("routing_reference", path), **more) as m:
         m.score(IDS, "first", chunk=9)
         m.score(OTHER, "ünï/2", chunk=64)
         assert m.summary("routing_reference")["tokens"] == len(IDS) + len(OTHER) - 2
 
 
 def compare(path: Path, model: Path | None = None, **more: Any) -> dict[str, Any]:
-    options = ObserverOptions("routing_divergence", (("path", str(path)),))
+    options = observer_options("routing_divergence", path)
     with observed(model or tiny_model(), options, **more) as m:
         # In another order, in other chunks and ubatches.
         m.score(OTHER, "ünï/2", chunk=7)
@@ -90,17 +88,18 @@ def test_divergence_equals_torch(changed: Path, tmp_path: Path) -> None:
     assert 0 < same.sum() < same.numel()
     assert found["tokens"] == p.shape[1]
     assert found["unmatched"] == 0
-    assert found["same_everywhere"] == int(same.all(0).sum())
+    routing = found["routing"]
+    assert routing["same_everywhere"] == pytest.approx(same.all(0).double().mean().item())
     exact = (p * (p / q).log()).sum(-1)
-    for index, layer in enumerate(found["layers"]):
+    for index, layer in enumerate(routing["layers"]):
         assert layer["layer"] == TINY.n_dense_layers + index
-        assert layer["same_experts"] == int(same[index].sum())
+        assert layer["same"] == pytest.approx(same[index].double().mean().item())
         overlap = both[index].double() / TINY.n_experts_per_token
-        assert layer["overlap"] == pytest.approx(overlap.mean().item())
-        assert layer["overlap_error"] == pytest.approx(overlap.std().item() / len(overlap) ** 0.5)
-        assert layer["gate_kl"] == pytest.approx(exact[index].mean().item(), rel=5e-3)
+        assert layer["overlap"]["value"] == pytest.approx(overlap.mean().item())
+        assert layer["overlap"]["error"] == pytest.approx(overlap.std().item() / len(overlap) ** 0.5)
+        assert layer["gate_kl"]["value"] == pytest.approx(exact[index].mean().item(), rel=5e-3)
         error = exact[index].std().item() / len(overlap) ** 0.5
-        assert layer["gate_kl_error"] == pytest.approx(error, rel=2e-2)
+        assert layer["gate_kl"]["error"] == pytest.approx(error, rel=2e-2)
 
 
 @given(
@@ -112,24 +111,23 @@ def test_rounding_stays_within_its_bound(first: Any, second: Any) -> None:
     p, q = p / p.sum(-1, keepdims=True), q / q.sum(-1, keepdims=True)
     exact = (p * np.log(p / q)).sum(-1)
     log_p, log_q = (logarithms_of(costs_of(x.astype(np.float32))) for x in (p, q))
-    np.testing.assert_allclose(log_p, np.log(p), atol=1.01 * STEP)
+    np.testing.assert_allclose(log_p, np.log(p), atol=1.01 * COST_STEP)
     kl = (np.exp(log_p) * (log_p - log_q)).sum(-1)
     weight = (np.exp(log_p) * np.abs(log_p - log_q)).sum(-1) + np.abs(np.exp(log_p) - np.exp(log_q)).sum(-1)
     # Logarithms of float32 are not exact either.
-    assert (np.abs(kl - exact) <= np.expm1(STEP) * weight + 4 * STEP**2 + 1e-6).all()
+    assert (np.abs(kl - exact) <= np.expm1(COST_STEP) * weight + 4 * COST_STEP**2 + 1e-6).all()
 
 
 def test_the_model_itself_does_not_diverge(tmp_path: Path) -> None:
     """Guards: rounding that makes a model differ from itself."""
     write_reference(tmp_path / "ref")
-    with observed(
-        tiny_model(), ObserverOptions("routing_divergence", (("path", str(tmp_path / "ref")),))
-    ) as m:
+    with observed(tiny_model(), observer_options("routing_divergence", tmp_path / "ref")) as m:
         m.score(IDS, "first", chunk=9)
         found = m.summary("routing_divergence")
-    assert found["tokens"] == found["same_everywhere"] == len(IDS) - 1
-    for layer in found["layers"]:
-        assert (layer["overlap"], layer["overlap_error"], layer["gate_kl"]) == (1, 0, 0)
+    assert (found["tokens"], found["routing"]["same_everywhere"]) == (len(IDS) - 1, 1)
+    for layer in found["routing"]["layers"]:
+        assert layer["overlap"] == {"value": 1, "error": 0}
+        assert layer["gate_kl"]["value"] == 0
         assert layer["gate_kl_bound"] < 2e-6
 
 
@@ -137,22 +135,20 @@ def test_fewer_experts_are_a_subset(tmp_path: Path) -> None:
     """Guards: sets of different sizes taken for the same, or their overlap measured by the smaller one."""
     write_reference(tmp_path / "ref")
     found = compare(tmp_path / "ref", n_experts_per_token=1)
-    first = found["layers"][0]
-    assert first["same_experts"] == 0
-    assert first["overlap"] == pytest.approx(1 / TINY.n_experts_per_token)
+    first = found["routing"]["layers"][0]
+    assert first["same"] == 0
+    assert first["overlap"]["value"] == pytest.approx(1 / TINY.n_experts_per_token)
 
 
 def test_other_text_is_unmatched(tmp_path: Path) -> None:
     """Guards: choices of one text compared with those of another."""
     write_reference(tmp_path / "ref")
-    with observed(
-        tiny_model(), ObserverOptions("routing_divergence", (("path", str(tmp_path / "ref")),))
-    ) as m:
+    with observed(tiny_model(), observer_options("routing_divergence", tmp_path / "ref")) as m:
         m.score(OTHER[1:], "first")
         m.score(IDS, "unknown")
         found = m.summary("routing_divergence")
     assert (found["tokens"], found["unmatched"]) == (0, len(IDS) + len(OTHER) - 3)
-    assert found["layers"][0]["gate_kl"] == 0
+    assert found["routing"]["layers"][0]["gate_kl"]["value"] == 0
 
 
 def rows_together(m: Observed) -> None:
@@ -164,22 +160,20 @@ def rows_together(m: Observed) -> None:
 def test_rows_of_a_step_are_told_apart(tmp_path: Path) -> None:
     """Guards: the last layer, which sees outputs only, read as if it saw every token; other rows' choices."""
     path = tmp_path / "ref"
-    with observed(
-        tiny_model(), ObserverOptions("routing_reference", (("path", str(path)),)), n_ubatch=16
-    ) as m:
+    with observed(tiny_model(), observer_options("routing_reference", path), n_ubatch=16) as m:
         rows_together(m)
         assert m.summary("routing_reference")["tokens"] == len(IDS) + 1
-    with observed(tiny_model(), ObserverOptions("routing_divergence", (("path", str(path)),))) as m:
+    with observed(tiny_model(), observer_options("routing_divergence", path)) as m:
         m.score(IDS, "first")
         m.score(OTHER, "second", chunk=5)
         found = m.summary("routing_divergence")
-    assert found["tokens"] == found["same_everywhere"] == len(IDS) - 1 + 2
+    assert (found["tokens"], found["routing"]["same_everywhere"]) == (len(IDS) - 1 + 2, 1)
     assert found["unmatched"] == len(OTHER) - 3
 
 
 def test_streams_are_refused(tmp_path: Path) -> None:
     """Guards: streams, whose tokens llama.cpp computes in another order, mixed up without a word."""
-    options = ObserverOptions("routing_reference", (("path", str(tmp_path / "ref")),))
+    options = observer_options("routing_reference", tmp_path / "ref")
     with (
         observed(tiny_model(), options, unified=False, n_ubatch=16) as m,
         pytest.raises(NativeError, match="another order"),
@@ -193,12 +187,12 @@ def test_models_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     content = (tmp_path / "ref").read_bytes()
     changed = content.replace(b'"first_layer": 1', b'"first_layer": 0')
     (tmp_path / "other").write_bytes(resealed(changed))
-    option = ObserverOptions("routing_divergence", (("path", str(tmp_path / "other")),))
+    option = observer_options("routing_divergence", tmp_path / "other")
     with pytest.raises(UsageError, match="layers 0 to 1"), observed(tiny_model(), option):
         pass
     dense = write_tiny(tmp_path / "dense.gguf", DENSE)
     for name in ("routing_divergence", "routing_reference"):
-        option = ObserverOptions(name, (("path", str(tmp_path / "new")),))
+        option = observer_options(name, tmp_path / "new")
         with pytest.raises(UsageError, match="dense"), observed(dense, option):
             pass
     assert not (tmp_path / "new.part").exists()

@@ -84,7 +84,7 @@ def test_models_without_bos_keep_every_token() -> None:
 
 def test_a_short_text_is_refused() -> None:
     """Guards: a perplexity of nothing."""
-    with pytest.raises(UsageError, match="has 5 tokens, which fill no window of 16"):
+    with pytest.raises(UsageError, match="has 5 tokens, too few for a window of 16"):
         cut_windows(FakeEngine(), Text("t", "abcde"), 16)
 
 

@@ -63,6 +63,19 @@ def logits(path: Path, ids: Sequence[int], *, n_context: int = 256) -> NDArray[n
             llama_cpp.llama_free(context)
 
 
+def log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
+    """Return the log-probabilities of rows of logits."""
+    wide = np.asarray(logits, np.float64)
+    wide = wide - wide.max(1, keepdims=True)
+    result: NDArray[np.float64] = wide - np.log(np.exp(wide).sum(1, keepdims=True))
+    return result
+
+
+def logprobs(path: Path, ids: Sequence[int]) -> NDArray[np.float64]:
+    """Return the log-probabilities that each token but the last predicts, shape (len(ids) - 1, n_vocab)."""
+    return log_softmax(logits(path, ids))[:-1]
+
+
 class Vocabulary:
     """Tokenization of a file by llama.cpp."""
 

@@ -1,1 +1,1 @@
-"""Observers: what looks inside a model while it runs, next to the logits, and returns summaries."""
+"""Observers: they read graph nodes and logits while a model runs, and return summaries."""

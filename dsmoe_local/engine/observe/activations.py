@@ -1,6 +1,6 @@
-"""Observes what every weight matrix is multiplied with: sums of squares per input channel, and per expert.
+"""Observes the inputs of every weight matrix: their sums of squares by column, for each expert.
 
-These are what an importance matrix is made of; making it is another module's task.
+`evaluate.importance` makes importance matrices of them.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _SHARED_INPUT: Mapping[str, str] = {
     "ffn_gate_shexp": "ffn_gate_inp",
     "ffn_up_shexp": "ffn_gate_inp",
 }
-"""Matrices that are multiplied with the same vectors as another, which alone is watched."""
+"""Matrices that have the same input as another. Only that other one is watched."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Input:
-    """What some weights are multiplied with: one line of sums and one count for each of the experts, or for
-    all.
+    """The input that some weights share: the number of vectors, shape (n_matrices,), and the sums of their
+    squares, shape (n_matrices, n_columns). Routed experts have a matrix each, all others one.
     """
 
     weights: list[str]
@@ -42,8 +42,10 @@ class _Input:
     sums: npt.NDArray[np.float64]
 
 
-class Activations(Observer):
-    """Sums are kept with their counts: an aborted step makes tokens count twice, but no mean wrong."""
+class ActivationObserver(Observer):
+    """Sums squares and counts vectors. After an aborted step its tokens count twice, in sums and counts
+    alike, so means stay right.
+    """
 
     reads_graph = True
 
@@ -78,7 +80,7 @@ class Activations(Observer):
 
     def _take(self, known: _Input, tensor: int) -> None:
         source = tensors.source_of(tensor, 1)
-        # A tied embedding is also read by token ids.
+        # A tied embedding is also a lookup table: that node's input are token ids.
         if not tensors.is_float(source):
             return
         x = self._reader.view(source)[0, 0]
@@ -90,7 +92,7 @@ class Activations(Observer):
         ids = self._reader.view(tensors.source_of(tensor, 2))[0, 0]
         if not ids.size:
             return
-        # Either one vector for all experts of a token, or one for each.
+        # A token has either one input for all of its experts, or one for each.
         n_used = 1 if x.shape[1] > 1 else ids.shape[1]
         flat = ids.ravel()
         vectors, order = x.reshape(-1, x.shape[-1]), np.argsort(flat, kind="stable") // n_used
@@ -101,7 +103,7 @@ class Activations(Observer):
                 known.sums[expert] += _squares(vectors[order[end - counts[expert] : end]])
 
     def summary(self) -> Observation:
-        """See Observer: for each input its weights, counts (n_matrices) and sums (n_matrices, n_columns)."""
+        """Return for each input its weights, counts (n_matrices) and sums (n_matrices, n_columns)."""
         inputs: list[dict[str, Any]] = [
             {
                 "weights": known.weights,
@@ -114,6 +116,6 @@ class Activations(Observer):
 
 
 def _squares(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """The sums of the columns' squares. Matrix products would be as fast, but their threads wait busily."""
+    """Return the sum of squares of each column. Not a matrix product: BLAS threads spin while they wait."""
     result: npt.NDArray[np.float32] = np.einsum("tc,tc->c", x, x)
     return result

@@ -1,4 +1,4 @@
-"""Arrays as plain JSON values, for observations too large for lists of numbers. Knows no observer."""
+"""Packs numpy arrays into plain JSON values, for observations too large for lists of numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _DTYPES = {name: np.dtype(name).newbyteorder("<") for name in ("int16", "int64",
 
 
 def pack(array: npt.NDArray[Any], dtype: str) -> dict[str, Any]:
-    """An array as a JSON value of one of the types int16, int64, float32."""
+    """Return an array as a JSON value. `dtype` is int16, int64 or float32."""
     values = np.ascontiguousarray(array, _DTYPES[dtype])
     return {
         "dtype": dtype,
@@ -24,7 +24,7 @@ def pack(array: npt.NDArray[Any], dtype: str) -> dict[str, Any]:
 
 
 def unpack(value: dict[str, Any]) -> npt.NDArray[Any]:
-    """The array of a packed value. FormatError if it is none."""
+    """Return the array of a packed value. Raises FormatError."""
     try:
         raw = base64.b64decode(value["base64"], validate=True)
         return np.frombuffer(raw, _DTYPES[value["dtype"]]).reshape(value["shape"])

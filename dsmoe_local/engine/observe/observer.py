@@ -1,28 +1,31 @@
-"""What an observer is: the graph nodes and logits that it wants to see, and its summary. Sees nothing itself.
+"""The base class of observers: the graph nodes and logits that one reads, and its summary.
 
-Everything runs in the engine's thread, between and inside decode steps.
+All methods run in the engine's thread, between and inside decode steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from dsmoe_local.engine.native import Row
 from dsmoe_local.engine.types import Observation
 
-Logits: TypeAlias = npt.NDArray[np.float32]
-Watch: TypeAlias = Callable[[int], None]
-"""Takes the address of a tensor (see native.tensors) whose values have just been computed."""
+if TYPE_CHECKING:
+    from dsmoe_local.engine.native import Row
+
+StepLogits: TypeAlias = npt.NDArray[np.float32]
+"""The logits of a step, shape (n_outputs, n_vocab), in the order of the step's rows."""
+NodeCallback: TypeAlias = Callable[[int], None]
+"""Called with the address of a tensor (see native.tensors) that has just been computed."""
 
 
 class Scored(NamedTuple):
-    """What the first outputs of a row should have predicted: the prompt's own next tokens.
+    """The prompt tokens that the first outputs of a row predict.
 
-    The row's j-th output belongs to `targets[j]`, which stands at `start` + j in the prompt of the request.
+    The row's output j predicts `targets[j]`, the token at index `start` + j of the request's prompt.
     """
 
     request_id: str
@@ -31,15 +34,16 @@ class Scored(NamedTuple):
 
 
 class Observer:
-    """Does nothing; each observer replaces what it needs.
+    """Does nothing; subclasses override what they need.
 
-    `nodes` are graph nodes by their exact names, `weights` nodes by the name of the weight they read first.
-    Both are taken at every step, so an observer may replace them in `before_step`. `reads_graph` says that it
-    has any; `reads_logits` that it wants those of scored prompt tokens.
+    `nodes` maps exact names of graph nodes to callbacks; `weights` maps the name of the weight that a node
+    reads first. Both are looked up at every step, so an observer may replace them in `before_step`. An
+    observer with `nodes` or `weights` sets `reads_graph`. One with `reads_logits` gets the logits of all
+    scored prompt tokens.
     """
 
-    nodes: Mapping[bytes, Watch]
-    weights: Mapping[bytes, Watch]
+    nodes: Mapping[bytes, NodeCallback]
+    weights: Mapping[bytes, NodeCallback]
     reads_graph = False
     reads_logits = False
 
@@ -48,15 +52,13 @@ class Observer:
         self.weights = {}
 
     def before_step(self, rows: Sequence[Row]) -> None:
-        """A step begins; one that was aborted before it is to be forgotten, where that can be."""
+        """Called before a step. If the previous step was aborted, discard what was collected in it."""
 
-    def after_step(self, rows: Sequence[Row], logits: Logits, scored: Sequence[Scored | None]) -> None:
-        """The step is complete. `logits` has one row per output; `scored` one entry per row, or none at
-        all.
-        """
+    def after_step(self, rows: Sequence[Row], logits: StepLogits, scored: Sequence[Scored | None]) -> None:
+        """Called after a complete step. `scored` has one entry per row, or none at all."""
 
     def summary(self) -> Observation:
-        """What was seen since loading."""
+        """Return everything observed since loading."""
         raise NotImplementedError
 
     def close(self) -> None:

@@ -1,28 +1,31 @@
-"""The observers by name, with their parameters checked. What each of them does is its own module's."""
+"""Finds observers by name, checks their parameters and creates them."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.engine.native import Model
-from dsmoe_local.engine.observe.activations import Activations
-from dsmoe_local.engine.observe.divergence import Divergence
-from dsmoe_local.engine.observe.logprobs import Logprobs
+from dsmoe_local.engine.observe.activations import ActivationObserver
+from dsmoe_local.engine.observe.logprobs import LogprobObserver
 from dsmoe_local.engine.observe.observer import Observer
-from dsmoe_local.engine.observe.reference import Reference
-from dsmoe_local.engine.observe.routing import Routing
-from dsmoe_local.engine.observe.routing_divergence import RoutingDivergence
-from dsmoe_local.engine.observe.routing_reference import RoutingReference
+from dsmoe_local.engine.observe.routing import RoutingObserver
 from dsmoe_local.engine.types import ObserverOptions
 from dsmoe_local.model.hyperparameters import Hyperparameters
+
+if TYPE_CHECKING:
+    from dsmoe_local.engine.native import Model
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One observer, made of a model, its hyper-parameters, and parameters of these types by keyword."""
+    """An observer's class, the types of its parameters by name, and the names of the required ones.
+
+    The class is called with the model, its hyper-parameters, and the parameters by keyword.
+    """
 
     kind: type[Observer]
     parameters: Mapping[str, type] = field(default_factory=dict)
@@ -30,32 +33,39 @@ class Entry:
 
 
 OBSERVERS: Mapping[str, Entry] = {
-    "activations": Entry(Activations),
-    "divergence": Entry(Divergence, {"path": str}, ("path",)),
-    "logprobs": Entry(Logprobs),
-    "reference": Entry(Reference, {"path": str, "top": int, "mass": float}, ("path",)),
-    "routing": Entry(Routing, {"trace": int}),
-    "routing_divergence": Entry(RoutingDivergence, {"path": str}, ("path",)),
-    "routing_reference": Entry(RoutingReference, {"path": str}, ("path",)),
+    "activations": Entry(ActivationObserver),
+    "logprobs": Entry(LogprobObserver),
+    "routing": Entry(RoutingObserver, {"trace": int}),
 }
+"""The engine's own observers. A module that `ObserverOptions.module` names has a table like this one."""
+
+
+def _entry(option: ObserverOptions) -> Entry:
+    """Return the table entry of an observer. Raises UsageError if there is none."""
+    known = OBSERVERS
+    if option.module is not None:
+        try:
+            known = importlib.import_module(option.module).OBSERVERS
+        except (ImportError, AttributeError) as error:
+            raise UsageError(f"{safe_line(option.module, 80)} is not a module with observers") from error
+    if option.name not in known:
+        raise UsageError(
+            f"there is no observer {safe_line(option.name, 40)!r}", remedy=f"known: {', '.join(known)}"
+        )
+    return known[option.name]
 
 
 def check_observers(options: Sequence[ObserverOptions]) -> None:
-    """UsageError for an observer or parameter that does not exist or is given twice. Needs no model."""
+    """Raise UsageError for an unknown or repeated observer, or a wrong parameter. Needs no model."""
     names = [option.name for option in options]
     for option in options:
-        if option.name not in OBSERVERS:
-            raise UsageError(
-                f"there is no observer {safe_line(option.name, 40)!r}",
-                remedy=f"known: {', '.join(OBSERVERS)}",
-            )
+        entry = _entry(option)
         if names.count(option.name) > 1:
             raise UsageError(f"the observer {option.name} is given twice")
-        _check_parameters(option)
+        _check_parameters(option, entry)
 
 
-def _check_parameters(option: ObserverOptions) -> None:
-    entry = OBSERVERS[option.name]
+def _check_parameters(option: ObserverOptions, entry: Entry) -> None:
     given = [name for name, _ in option.parameters]
     for name, value in option.parameters:
         wanted = entry.parameters.get(name)
@@ -75,14 +85,14 @@ def _check_parameters(option: ObserverOptions) -> None:
 
 
 def make_observer(option: ObserverOptions, model: Model, hp: Hyperparameters) -> Observer:
-    """The observer of options that were checked, for a loaded model. Raises UsageError, FileError,
-    FormatError.
-    """
-    make: Callable[..., Observer] = OBSERVERS[option.name].kind
+    """Create an observer from checked options. Raises UsageError, FileError, FormatError."""
+    make: Callable[..., Observer] = _entry(option).kind
     return make(model, hp, **dict(option.parameters))
 
 
 def n_outputs(options: Sequence[ObserverOptions], n_ubatch: int, n_sequences: int) -> int:
-    """Rows of logits that a step may have: of all tokens if an observer scores prompts, else one each."""
-    scores = any(OBSERVERS[option.name].kind.reads_logits for option in options)
+    """Return how many rows of logits a step may have: one for each sequence, or for each token if an observer
+    scores prompts.
+    """
+    scores = any(_entry(option).kind.reads_logits for option in options)
     return max(n_ubatch, n_sequences) if scores else n_sequences

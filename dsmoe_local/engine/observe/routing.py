@@ -1,7 +1,7 @@
-"""Observes the routers: which experts are chosen, with how much of the probability, and what they add.
+"""Observes the routers: which experts are chosen, their probabilities, and the norms of their outputs.
 
-Choices and their probabilities are taken of every token; entropy and norms of about one in eight, since each
-of those needs a further stop of the graph in each layer.
+Choices and probabilities are read for every token. Entropy and norms are sampled, for about one token in
+eight: each of them stops the graph once more in every layer.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import numpy.typing as npt
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.engine.native import Model, Row, tensors
 from dsmoe_local.engine.observe.arrays import pack
-from dsmoe_local.engine.observe.observer import Logits, Observer, Scored, Watch
+from dsmoe_local.engine.observe.observer import NodeCallback, Observer, Scored, StepLogits
 from dsmoe_local.engine.types import Observation
 from dsmoe_local.model.hyperparameters import Hyperparameters
 
 SAMPLED = 8
-"""One token in so many is looked at in detail."""
+"""Entropy and norms are computed for one token in so many."""
 MAX_TRACE = 4096
 
 _LONG_STEP = 64
-"""A step with so many tokens always gives some of them; of shorter ones, one in SAMPLED gives all."""
+"""In a step of so many tokens every SAMPLED-th token is sampled; of shorter steps, every SAMPLED-th step."""
 _COUNTED_AT_ONCE = 512
 _TINY = np.float32(1e-30)
 
@@ -35,8 +35,8 @@ Array = npt.NDArray[Any]
 
 
 class _Chosen(NamedTuple):
-    """What one layer did with the tokens of a ubatch, as bytes: all experts in order of probability (int32),
-    and the probabilities of those chosen (float32).
+    """The choices of one layer for the tokens of a ubatch, as bytes: all experts sorted by probability
+    (int32), and the probabilities of the chosen ones (float32).
     """
 
     layer: int
@@ -48,7 +48,7 @@ class _Chosen(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Traced:
-    """One decoded token's choices, shape (n_moe_layers, n_used)."""
+    """The choices for one decoded token. The arrays have the shape (n_moe_layers, n_used)."""
 
     sequence: int
     position: int
@@ -57,8 +57,8 @@ class _Traced:
     probabilities: Array
 
 
-class Routing(Observer):
-    """`trace` keeps the choices of up to so many tokens: the last ones of a reply that was decoded alone."""
+class RoutingObserver(Observer):
+    """`trace` is how many tokens of the last reply to keep, if no other was decoded beside it."""
 
     reads_graph = True
 
@@ -73,28 +73,28 @@ class Routing(Observer):
         self._expert_mass = np.zeros((self._n_layers, self._n_experts))
         self._n_tokens = np.zeros(self._n_layers, np.int64)
         self._mass, self._mass_squares = np.zeros(self._n_layers), np.zeros(self._n_layers)
-        # Counts and sums over the tokens that were looked at in detail.
+        # Counts and sums over the sampled tokens.
         self._entropy = np.zeros((2, self._n_layers))
         self._contributions = {name: np.zeros(self._n_layers) for name in ("routed", "shared")}
         self._trace: deque[_Traced] = deque(maxlen=trace)
         self._n_steps = 0
         self._stride = 1
         self._reader = tensors.Reader()
-        # Of the running step, and of complete ones that are not counted yet.
+        # `_complete` are choices of earlier steps that are not counted yet, the others belong to this step.
         self._chosen: list[_Chosen] = []
         self._complete: list[_Chosen] = []
         self._probabilities: list[tuple[int, Array]] = []
         self._norms: list[tuple[str, int, Array]] = []
-        self._plain = self._watch_choices()
-        self._full = {**self._plain, **self._watch_details()}
+        self._plain = self._choice_nodes()
+        self._full = {**self._plain, **self._sampled_nodes()}
 
-    def _watch_choices(self) -> dict[bytes, Watch]:
+    def _choice_nodes(self) -> dict[bytes, NodeCallback]:
         return {
             f"ffn_moe_weights-{self._first + layer}".encode(): partial(self._take_choices, layer)
             for layer in range(self._n_layers)
         }
 
-    def _watch_details(self) -> dict[bytes, Watch]:
+    def _sampled_nodes(self) -> dict[bytes, NodeCallback]:
         takers: dict[str, Callable[[int, int], None]] = {
             "ffn_moe_probs": self._take_probabilities,
             "ffn_moe_out": partial(self._take_norm, "routed"),
@@ -117,11 +117,10 @@ class Routing(Observer):
         self.nodes = self._full if long or self._n_steps % SAMPLED == 0 else self._plain
         self._n_steps += 1
 
-    # Between nodes the processor's caches are full of weights, and every line of Python is slow: so as little
-    # as possible is done there.
+    # The callbacks below only copy: between nodes the caches are full of weights, and Python is slow.
 
     def _take_choices(self, layer: int, tensor: int) -> None:
-        # The ids are read by this very node, so they are still in memory: the first columns of a whole order.
+        # This node reads the ids, so their memory is not reused yet. They are the first columns of the order.
         n_tokens, order = self._reader.copy_rows(tensors.source_of(tensor, 1))
         n_used = tensors.size_of(tensor, 1)
         mass = self._reader.copy_bytes(tensor, 4 * n_used * n_tokens)
@@ -134,13 +133,13 @@ class Routing(Observer):
         x = self._reader.view(tensor)[0, 0, :: self._stride]
         self._norms.append((name, layer, np.einsum("tc,tc->t", x, x)))
 
-    def after_step(self, rows: Sequence[Row], logits: Logits, scored: Sequence[Scored | None]) -> None:
-        """See Observer: many layers, and steps, are counted at once."""
+    def after_step(self, rows: Sequence[Row], logits: StepLogits, scored: Sequence[Scored | None]) -> None:
+        """See Observer. Choices of several steps are counted together, which is faster."""
         self._complete += self._chosen
         if self._probabilities:
             self._add_details()
         if self._trace.maxlen and self._chosen:
-            self._remember(rows)
+            self._extend_trace(rows)
         if len(self._complete) >= _COUNTED_AT_ONCE:
             self._count()
 
@@ -160,7 +159,7 @@ class Routing(Observer):
         self._mass_squares += np.bincount(layers, captured * captured, self._n_layers)
 
     def _arrays(self, chosen: Sequence[_Chosen]) -> tuple[Array, Array]:
-        """Experts and their probabilities, one line for each token and layer."""
+        """Return experts and their probabilities, one row for each token and layer."""
         n_used = chosen[0].n_used
         order = np.frombuffer(b"".join([c.order for c in chosen]), np.int32).reshape(-1, self._n_experts)
         mass = np.frombuffer(b"".join([c.mass for c in chosen]), np.float32)
@@ -179,8 +178,8 @@ class Routing(Observer):
         for name, layer, squares in self._norms:
             self._contributions[name][layer] += np.sqrt(squares).sum()
 
-    def _remember(self, rows: Sequence[Row]) -> None:
-        # With several rows in a step it is not known whose choices are whose.
+    def _extend_trace(self, rows: Sequence[Row]) -> None:
+        # With several rows in a step the choices cannot be assigned to their sequences.
         if len(rows) != 1 or len(rows[0].token_ids) != 1 or len(self._chosen) != self._n_layers:
             self._trace.clear()
             return
@@ -194,7 +193,7 @@ class Routing(Observer):
         )
 
     def summary(self) -> Observation:
-        """See Observer; docs/observers.md says what the fields are."""
+        """Return the fields that docs/observers.md describes."""
         self._count()
         return {
             "n_routed_experts": self._n_experts,

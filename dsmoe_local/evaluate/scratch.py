@@ -1,6 +1,6 @@
-"""Folders for what a measurement writes while it runs: in the cache folder, gone when it ends.
+"""Scratch folders in the cache folder, for files that a measurement needs only while it runs.
 
-Those of runs that were killed go when the next one begins.
+Those of killed runs are removed when the next run begins.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from dsmoe_local.base.durable import locked, make_folders
 from dsmoe_local.base.errors import FileError, LockedError
 from dsmoe_local.base.paths import cache_folder
 
-# A folder, or the lock of one.
+# A folder, or the lock file of one.
 _NAME = re.compile(r"(?P<folder>[0-9a-f]{16})|\.(?P<locked>[0-9a-f]{16})\.lock")
 
 
 @contextmanager
-def workplace() -> Iterator[Path]:
-    """A folder of one's own, which is removed in the end. FileError if there can be none."""
+def scratch_folder() -> Iterator[Path]:
+    """Make an empty folder that is removed at the end. FileError if it cannot be made."""
     with ExitStack() as stack:
         try:
             parent = cache_folder() / "eval"
@@ -33,7 +33,9 @@ def workplace() -> Iterator[Path]:
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
             folder.mkdir(0o700)
         except OSError as error:
-            raise FileError(f"no folder can be made: {error.strerror}", where=str(error.filename)) from error
+            raise FileError(
+                f"cannot make a scratch folder: {error.strerror}", where=str(error.filename)
+            ) from error
         yield folder
 
 
@@ -43,6 +45,6 @@ def _remove_stale(parent: Path) -> None:
         if found is None:
             continue
         folder = parent / (found["folder"] or found["locked"])
-        # A run that still lives holds its lock.
+        # A running process holds the lock of its folder.
         with suppress(LockedError, OSError), locked(folder):
             shutil.rmtree(folder, ignore_errors=True)
