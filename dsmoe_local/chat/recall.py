@@ -8,7 +8,7 @@ from dsmoe_local.base.text import safe_text
 from dsmoe_local.chat import words
 from dsmoe_local.chat.conversation import Conversation
 from dsmoe_local.chat.frames import without_files
-from dsmoe_local.chat.markdown.render import render_text
+from dsmoe_local.chat.markdown.stream import render_markdown
 from dsmoe_local.chat.terminal.screen import Screen
 from dsmoe_local.chat.turns import Role
 
@@ -31,7 +31,7 @@ def recall(screen: Screen, conversation: Conversation, name: str) -> None:
         elif screen.plain:
             screen.show(Text(safe_text(_shortened(turn.content))))
         else:
-            screen.show(render_text(_shortened(turn.content), screen.width, colour=screen.colour))
+            screen.show(render_markdown(_shortened(turn.content), screen.width, colour=screen.colour))
     if conversation.unanswered:
         screen.notice("[not answered: /continue answers it]")
     elif turns and turns[-1].ending in words.ENDINGS:

@@ -1,7 +1,9 @@
-"""Markdown as it looks: widths, wrapping, tables, colours, hostile text."""
+"""Markdown as it looks: widths, wrapping, tables, colours, hostile text, syntax highlighting."""
 
 from __future__ import annotations
 
+import cProfile
+import pstats
 import re
 from pathlib import Path
 
@@ -10,24 +12,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pygments import lex
 from pygments.lexers import get_lexer_by_name
+from rich.text import Text
 from wcwidth import wcswidth
 
-from dsmoe_local.chat.markdown.highlight import Highlighter, _style
-from dsmoe_local.chat.markdown.render import render_markdown, render_open, render_text
-from dsmoe_local.chat.markdown.stream import MarkdownStream
-from dsmoe_local.chat.markdown.wrap import wrap
+from dsmoe_local.chat.markdown.code import _syntax_style, highlight
+from dsmoe_local.chat.markdown.parser import parse_inline
+from dsmoe_local.chat.markdown.stream import MarkdownStream, render_markdown
+from dsmoe_local.chat.markdown.text import inline_text, to_ansi, wrap
 
 STYLES = re.compile(r"\x1b\[([0-9;]*)m")
 
 
 def drawn(source: str, width: int = 40) -> str:
-    return STYLES.sub("", render_markdown(source, width, colour=True))
+    text = render_markdown(source, width, colour=True).plain
+    return f"{text}\n" if text else ""
 
 
 def live(source: str, width: int = 40, height: int = 10) -> str:
-    stream = MarkdownStream()
-    stream.feed(source)
-    return STYLES.sub("", render_open(stream.open, width, height, colour=True))
+    stream = MarkdownStream(colour=True)
+    stream.feed(source, width)
+    return STYLES.sub("", "\n".join(stream.lines(width, height)))
 
 
 def codes_of(ansi: str) -> set[str]:
@@ -96,16 +100,18 @@ alpha  12  a b
 def test_page() -> None:
     """Guards: anything that changes how a reply looks without somebody having looked at it."""
     assert drawn(PAGE) == DRAWN
-    text = render_text(PAGE, 40, colour=True)
-    assert text.plain == DRAWN.rstrip()
+    stream = MarkdownStream(colour=True)
+    assert STYLES.sub("", stream.feed(PAGE, 40) + stream.finish(40)) == DRAWN
 
 
 def test_colours_are_left_out() -> None:
     """Guards: colours under NO_COLOR; colours that vanish on a dark or a light terminal; backgrounds."""
     page = PAGE + "```diff\n- a\n+ b\n```\n```c\n/* x */ int f(void) { return 'a'; } // 1\n```\n"
     attributes = {"0", "1", "2", "3", "4", "9", ""}
-    assert codes_of(render_markdown(page, 40, colour=False)) <= attributes
-    coloured = codes_of(render_markdown(page, 40, colour=True))
+    plain, coloured = (
+        codes_of(to_ansi(render_markdown(page, 40, colour=colour), colour=colour)) for colour in (False, True)
+    )
+    assert plain <= attributes
     assert {"32", "35", "36"} <= coloured <= attributes | {"31", "32", "35", "36"}
 
 
@@ -128,7 +134,6 @@ def test_nothing_foreign_reaches_the_terminal(hostile: str, around: str) -> None
 def test_markup_of_rich_is_text() -> None:
     """Guards: text in square brackets swallowed or obeyed."""
     assert drawn("[red]x[/red] [link=file:///]y[/]") == "[red]x[/red] [link=file:///]y[/]\n"
-    assert render_text("[bold]x[/]", 40, colour=True).plain == "[bold]x[/]"
 
 
 CHARACTERS = [*"ab, .-中文。，（）“”한글", "e\u0301", "👍🏽", "👩‍💻", "❤️", "😀"]
@@ -141,8 +146,7 @@ some_text = st.lists(st.sampled_from(CHARACTERS), max_size=30).map("".join)
 @given(some_text, some_text, st.integers(4, 30))
 def test_wrapping_keeps_text_and_width(text: str, strong: str, width: int) -> None:
     """Guards: characters lost at the ends of lines, lines too wide, characters torn apart."""
-    wrapped = wrap([("", text), ("strong", strong)], width, fold=True)
-    lines = ["".join(part for _, part in line) for line in wrapped]
+    lines = [line.plain for line in wrap(Text.assemble(text, (strong, "bold")), width, fold=True)]
     text += strong
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
     assert all(wcswidth(line) <= width for line in lines)
@@ -165,8 +169,7 @@ def test_where_lines_end(text: str, width: int, lines: list[str]) -> None:
     """Guards: Chinese punctuation at the wrong end of a line, Korean words torn, addresses that cannot be
     copied.
     """
-    wrapped = wrap([("", text)], width, fold=False)
-    assert ["".join(part for _, part in line) for line in wrapped] == lines
+    assert [line.plain for line in wrap(Text(text), width, fold=False)] == lines
 
 
 def test_lines_of_the_source_stay_unless_broken_to_fit() -> None:
@@ -223,7 +226,7 @@ def test_tables_without_room_become_lists() -> None:
         ("```py\ndef", "def"),
         ("```\nx\n``", ""),
         ("text\n=", "text"),
-        ("1. a\n\n   b", "\n   b"),
+        ("1. a\n\n   b", "1. a\n\n   b"),
         ("", ""),
     ],
 )
@@ -261,23 +264,16 @@ LANGUAGES = {
 def test_highlighting_by_line_is_that_of_the_whole(language: str) -> None:
     """Guards: strings and comments of several lines that end with their first. Pygments is the oracle."""
     code = LANGUAGES[language]
-    expected: list[list[tuple[str, str]]] = [[]]
-    for kind, text in lex(code, get_lexer_by_name(language, stripnl=False)):
-        for number, part in enumerate(text.split("\n")):
-            if number:
-                expected.append([])
-            expected[-1] += [(_style(kind), character) for character in part if character != " "]
-    highlighter = Highlighter(language)
-    got = [
-        [
-            (style, character)
-            for style, text in highlighter.line(line)
-            for character in text
-            if character != " "
-        ]
-        for line in code.split("\n")
+    expected = Text()
+    expected.append_tokens(
+        (text, _syntax_style(kind)) for kind, text in lex(code, get_lexer_by_name(language, stripnl=False))
+    )
+    stream, got = MarkdownStream(colour=True), []
+    for line in f"~~~~~~{language}\n{code}~~~~~~\n".splitlines(keepends=True):
+        got += stream.read(line, 80)
+    assert [to_ansi(line, colour=True) for line in got] == [
+        to_ansi(line, colour=True) for line in expected.split("\n")
     ]
-    assert got == expected[: len(got)]
 
 
 OTHERS = ["php", "ruby", "bash", "console", "erb", "html+jinja", "markdown", "lua", "perl", "sql", "haskell"]
@@ -289,7 +285,31 @@ OTHERS += ["tex", "unknown", "../x", "[red]"]
 @given(st.lists(st.text(st.sampled_from("ab '\"`/*<!->{}()[]%$#\\=|:;?1_\t"), max_size=30), max_size=6))
 def test_highlighting_changes_no_character(language: str, lines: list[str]) -> None:
     """Guards: characters that a lexer drops, or an error of one that ends the chat."""
-    highlighter = Highlighter(language)
-    for line in lines:
-        assert "".join(text for _, text in highlighter.copy().line(line)) == line
-        assert "".join(text for _, text in highlighter.line(line)) == line
+    assert [line.plain for line in highlight(lines, language)] == lines
+
+
+def test_long_lines_of_code_are_not_parsed() -> None:
+    """Guards: minutes spent on a line of data, and colours lost below it."""
+    data, code = highlight(["'" * 2000, "return 1"], "python")
+    assert not data.spans
+    assert code.spans
+
+
+def _work(source: str) -> int:
+    profile = cProfile.Profile()
+    profile.runcall(parse_inline, source)
+    return pstats.Stats(profile).total_calls  # type: ignore[attr-defined, no-any-return]
+
+
+@pytest.mark.parametrize("brackets", ["[", "![", "[a", "[ "])
+def test_work_grows_with_the_number_of_brackets(brackets: str) -> None:
+    """Guards: seconds without a key, since the end of each bracket is looked for: the square of them."""
+    parse_inline("warm [up](there)"), parse_inline("[" * 50)
+    assert _work(brackets * 2000) < 5 * _work(brackets * 500)
+    assert _work(brackets * 2000 + "]" * 2000) < 5 * _work(brackets * 500 + "]" * 500)
+    assert inline_text(brackets * 2000).plain == brackets * 2000
+
+
+def test_links_stay() -> None:
+    """Guards: links lost among many brackets that are closed."""
+    assert "text (address)" in inline_text("[1] " * 100 + "[text](address)" + "[" * 15).plain

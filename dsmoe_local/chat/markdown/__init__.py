@@ -1,1 +1,1 @@
-"""Markdown that is still being written, block by block. Knows no terminal and no conversation."""
+"""Draws Markdown for a terminal, also while it is still being written. Knows no terminal and no chat."""

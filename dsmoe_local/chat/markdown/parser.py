@@ -1,8 +1,8 @@
-"""markdown-it-py set up for replies that are still being written, for a terminal.
+"""markdown-it-py, configured for the replies of language models on a terminal.
 
-Left out is what a stream cannot know in time (definitions of links further down) or a terminal cannot show
-(HTML, entities): these stay as they were written. Added is what models write: tables, ~~deleted~~, emphasis
-beside Chinese punctuation, mathematics, whose characters are no Markdown.
+Disabled: link definitions, which may come after the text that uses them is printed, and HTML and entities,
+which a terminal cannot show. Their source is shown as it is. Added: tables, ~~strikethrough~~, emphasis next
+to Chinese punctuation, and mathematics, in which `*` and `_` are not Markdown.
 """
 
 from __future__ import annotations
@@ -16,35 +16,28 @@ from markdown_it.rules_block import StateBlock, paragraph
 from markdown_it.rules_inline import StateInline, emphasis
 from markdown_it.token import Token
 
-_TOO_DEEP = 40
-"""Levels of nesting; what is nested deeper is read as a paragraph. An item of a list takes two."""
-
-_DEEPEST_BRACKETS = 20
-_INDENTS = "indents"
-_OUT = ("html_block", "reference"), ("html_inline", "entity")
-_LINKS = ("link", "image")
+_MOST_LEVELS = 40  # of nesting; a list item takes two
+_MOST_BRACKETS = 20  # open at once; the parser takes quadratic time to look for the ends of links
 _BRACKETS = re.compile(r"[\[\]]")
 _MATHEMATICS = {"\\(": "\\)", "\\[": "\\]", "$$": "$$"}
 
 
-def parse_blocks(source: str) -> tuple[list[Token], dict[tuple[int, int], int]]:
-    """The tokens of `source`, and by level and line how far the content of lists is indented there."""
+def parse_blocks(source: str) -> list[Token]:
+    """Return the block tokens of `source`. The content of inline tokens is not parsed."""
     tokens: list[Token] = []
-    indents: dict[tuple[int, int], int] = {}
-    parser = _parser()
     if source:
-        parser.block.parse(source, parser, {_INDENTS: indents}, tokens)
-    return tokens, indents
+        parser = _parser()
+        parser.block.parse(source, parser, {}, tokens)
+    return tokens
 
 
 def parse_inline(source: str) -> list[Token]:
-    """The tokens of the text of a block."""
-    parser = _parser(links=_bracket_depth(source) <= _DEEPEST_BRACKETS)
+    """Return the tokens of the text of one block."""
+    parser = _parser(links=_bracket_depth(source) <= _MOST_BRACKETS)
     return [child for token in parser.parseInline(source) for child in token.children or ()]
 
 
 def _bracket_depth(source: str) -> int:
-    """How many brackets are open at once: each may begin a link, and is looked behind for its end."""
     depth = deepest = 0
     for bracket in _BRACKETS.findall(source):
         depth = depth + 1 if bracket == "[" else max(0, depth - 1)
@@ -54,28 +47,30 @@ def _bracket_depth(source: str) -> int:
 
 @cache
 def _parser(*, links: bool = True) -> MarkdownIt:
-    parser = MarkdownIt("commonmark", {"html": False, "maxNesting": 2 * _TOO_DEEP})
+    parser = MarkdownIt("commonmark", {"html": False, "maxNesting": 2 * _MOST_LEVELS})
     parser.enable(["table", "strikethrough"])
-    for names in (*_OUT, *(() if links else (_LINKS,))):
-        parser.disable(list(names))
-    parser.block.ruler.before("table", "observe", _observe)
+    parser.disable(["html_block", "reference", "html_inline", "entity"])
+    if not links:
+        parser.disable(["link", "image"])
+    parser.block.ruler.before("table", "deep_paragraph", _deep_paragraph)
     parser.inline.ruler.at("emphasis", _emphasis)
     parser.inline.ruler.before("escape", "mathematics", _mathematics)
-    # Addresses are shown, never followed: as they were written, and with no opinion on them.
+    # URLs are shown and never opened, so they need neither encoding nor validation.
     parser.normalizeLink = str  # type: ignore[method-assign, assignment]
     parser.validateLink = bool  # type: ignore[method-assign, assignment]
     return parser
 
 
-def _observe(state: StateBlock, start: int, end: int, silent: bool) -> bool:
-    """Note the indent, which tokens do not tell, and end the nesting before it eats the stack."""
-    state.env[_INDENTS][state.level, start] = state.blkIndent
-    return state.level >= _TOO_DEEP and paragraph(state, start, end, silent)
+def _deep_paragraph(state: StateBlock, start: int, end: int, silent: bool) -> bool:
+    """Read what is nested too deeply as a paragraph. The parser itself would drop it."""
+    return state.level >= _MOST_LEVELS and paragraph(state, start, end, silent)
 
 
 def _emphasis(state: StateInline, silent: bool) -> bool:
-    """`**“引”**文` is meant as emphasis, but CommonMark wants a space between a mark that stands beside
-    punctuation and the word on its other side, which Chinese and Japanese do not write.
+    """Accept emphasis next to Chinese and Japanese letters.
+
+    CommonMark does not close `**“引”**文`: it wants a space between a mark after punctuation and the next
+    word, and these languages have no spaces.
     """
     known, start = len(state.delimiters), state.pos
     if not emphasis.tokenize(state, silent):

@@ -1,181 +1,229 @@
-"""A stream of Markdown cut into blocks that are final. Draws nothing.
+"""Markdown that is rendered while it is written: finished blocks once, the open one as often as it changes.
 
-Lines are read when they are complete, so that it does not matter in which pieces the text comes. A stream
-belongs to one thread; the blocks and the open parts that it gives away are for any.
+Only whole lines are parsed, so the result does not depend on how the text is cut into pieces. Blocks, list
+items and lines of code are finished one by one, unless they are nested in another block.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from copy import copy
+
+from markdown_it.token import Token
+from rich.text import Text
 
 from dsmoe_local.base.text import safe_text
-from dsmoe_local.chat.markdown.blocks import Block, Kind
-from dsmoe_local.chat.markdown.compose import Composer
-from dsmoe_local.chat.markdown.inline import without_open_marks
-from dsmoe_local.chat.markdown.leaves import Container, Context, Leaf, LeafKind, read_leaves
+from dsmoe_local.chat.markdown.code import OpenCodeBlock, code_header, knows_language, language_of
+from dsmoe_local.chat.markdown.parser import parse_blocks
+from dsmoe_local.chat.markdown.render import Renderer
+from dsmoe_local.chat.markdown.text import close_open_marks, fold_lines, to_ansi
 
 _RETURN = safe_text("\r")
-_AT_ONCE = (LeafKind.HEADING, LeafKind.RULE)
-_UNTIL_EMPTY_LINE = (LeafKind.PARAGRAPH, LeafKind.TABLE)
-_PATIENCE = 8
-"""An open block is read again when it has grown by this fraction: long ones cost no more than short ones."""
-
-_MARK = re.compile(r"[\s>]*([-=*_+#~`|:\s]+|\d{1,9}[.)]?)?\s*")
-"""A beginning of a line that may still become anything."""
-
-_MARKS = 80
-"""Characters that may be the marks of lists and quotes."""
-
-_FENCE_MARK = re.compile(r"[\s>]*(`+|~+)?")
+_PATIENCE = 8  # an open block is parsed again when it has grown by this fraction, so the cost is linear
+_MARKS = 80  # characters at the beginning of a line that may be the marks of lists and quotes
+_FENCE = re.compile(" {0,3}(```|~~~)")
+# The beginning of a line that may still become the mark of a block, or the end of a fence.
+_PART_OF_MARK = re.compile(r"[\s>]*([-=*_+#~`|:\s]+|\d{1,9}[.)]?)?\s*")
+_PART_OF_FENCE = re.compile(r"\s*(`+|~+)?")
+_PROSE = ("paragraph_open", "heading_open")
 
 
-@dataclass(frozen=True, slots=True)
-class Open:
-    """What is not final yet; false where there is nothing."""
-
-    lines: tuple[str, ...] = ()
-    rest: str = ""
-    context: Context = field(default_factory=Context)
-    composer: Composer = field(default_factory=Composer)
-    kind: LeafKind | None = None
-    gap: bool | None = None
-
-    def __bool__(self) -> bool:
-        return bool(self.rest.strip() or any(map(str.strip, self.lines)))
-
-    def blocks(self, n_characters: int) -> list[Block]:
-        """The blocks as they would be if nothing more came, at least of the last `n_characters`."""
-        if not self:
-            return []
-        mark = _FENCE_MARK if self.kind is LeafKind.FENCE else _MARK
-        lines = [*self.lines, *(() if mark.fullmatch(self.rest) else (self.rest,))]
-        head = 2 if self.kind is LeafKind.TABLE else 1
-        kept, n_kept = len(lines), 0
-        while kept > head and n_kept < n_characters:
-            kept -= 1
-            n_kept += len(lines[kept]) + 1
-        lines[head:kept] = []
-        if lines and len(lines[-1]) > n_characters + _MARKS:
-            lines[-1] = f"{lines[-1][:_MARKS]}…{lines[-1][-n_characters:]}"
-        leaves = read_leaves(lines, self.context)
-        composer = self.composer.copy()
-        blocks = [
-            block
-            for leaf, gap in zip(leaves, _gaps(leaves, lines, self.gap), strict=True)
-            for block in composer.blocks(leaf, gap=gap)
-        ]
-        if blocks and blocks[-1].kind in (Kind.TEXT, Kind.HEADING):
-            blocks[-1] = replace(blocks[-1], source=without_open_marks(blocks[-1].source))
-        return blocks
+def render_markdown(source: str, width: int, *, colour: bool) -> Text:
+    """Return a whole text, rendered, without a newline at its end."""
+    stream = MarkdownStream(colour=colour)
+    return Text("\n").join([*stream.read(source, width), *stream.read_rest(width)])
 
 
 class MarkdownStream:
-    """Takes a reply as it comes, gives the blocks that became final, in order and each once."""
+    """Renders a reply while it is generated, as lines with ANSI styles.
 
-    def __init__(self, *, highlight: bool = True) -> None:
-        self._highlight = highlight
+    `after` is the source of a reply that this one continues. An open code block, table or list item is
+    rendered again from its last line or its beginning, prose is not.
+    """
+
+    def __init__(self, *, colour: bool, after: str = "") -> None:
+        self._colour = colour
         self._begin()
+        self._strip = False  # spaces at the beginning of the next piece
+        if after:
+            self.read(after, 80)
+            self._strip = self._is_prose()
+            if self._strip:
+                self._begin()
+            self._renderer.above = None
 
     def _begin(self) -> None:
         self._rest: list[str] = []  # pieces of the line that is not complete
-        self._lines: list[str] = []  # complete ones that are not final
+        self._lines: list[str] = []  # complete lines of blocks that are not finished
         self._n_unread = 0  # of these
-        self._composer = Composer(self._highlight)
-        self._context = Context()
-        self._kind: LeafKind | None = None  # of the leaf that `_lines` begin with; None: they hold none
-        self._gap: bool | None = None  # whether there is an empty line above that leaf
+        self._number: int | None = None  # of the first of them, if it is an item of a numbered list
+        self._code: OpenCodeBlock | None = None  # the open code block; `_lines` is empty
+        self._renderer = Renderer(self._colour)
+        self._live: tuple[int, int, list[str]] | None = None
 
-    def feed(self, text: str) -> list[Block]:
-        """More of the source; returns what became final."""
-        first, *others = safe_text(text).split("\n")
+    def feed(self, piece: str, width: int) -> str:
+        """Add more of the source. Return the lines that are finished, each with a newline."""
+        if self._strip:
+            # Spaces between the two replies would be an indentation here.
+            piece = piece.lstrip()
+            self._strip = not piece
+        return self._printed(self.read(piece, width))
+
+    def finish(self, width: int) -> str:
+        """End the source. Return the remaining lines."""
+        return self._printed(self.read_rest(width))
+
+    def lines(self, width: int, height: int) -> list[str]:
+        """Return the last lines of what is not finished, at most `height`.
+
+        The cost depends on the size of the window, not on the length of the reply.
+        """
+        if self._live is None or self._live[:2] != (width, height):
+            rendered = self._render_open(max(1, width), height) if height > 0 else []
+            rows = [row for line in rendered for row in fold_lines(line, max(1, width))]
+            self._live = width, height, [to_ansi(row, colour=self._colour) for row in rows[-height:]]
+        return self._live[2]
+
+    def read(self, piece: str, width: int) -> list[Text]:
+        """Add more of the source. Return the lines that are finished."""
+        first, *others = safe_text(piece).split("\n")
         self._rest.append(first)
-        blocks: list[Block] = []
-        for piece in others:
-            blocks += self._take("".join(self._rest).removesuffix(_RETURN))
-            self._rest = [piece]
-        return blocks
+        finished: list[Text] = []
+        for other in others:
+            finished += self._take("".join(self._rest).removesuffix(_RETURN), width)
+            self._rest = [other]
+        return finished
 
-    def finish(self) -> list[Block]:
-        """The source is over; returns the rest of it. The stream is then as new."""
-        if rest := "".join(self._rest).removesuffix(_RETURN):
-            self._lines.append(rest)
-        blocks = self._read(final=True)
+    def read_rest(self, width: int) -> list[Text]:
+        """End the source. Return the remaining lines. The stream is then as new."""
+        rest = "".join(self._rest).removesuffix(_RETURN)
+        finished = self._take(rest, width) if rest else []
+        finished += self._code.take(final=True) if self._code else self._read(width, final=True)
         self._begin()
-        return blocks
+        return finished
 
-    @property
-    def open(self) -> Open:
-        """What is not final yet."""
-        return Open(
-            tuple(self._lines),
-            "".join(self._rest),
-            self._context,
-            self._composer.copy(),
-            self._kind,
-            self._gap,
-        )
+    def _printed(self, lines: Iterable[Text]) -> str:
+        self._live = None
+        return "".join(f"{to_ansi(line, colour=self._colour)}\n" for line in lines)
 
-    def _take(self, line: str) -> list[Block]:
-        empty = _is_empty(line)
-        if empty and self._kind in (None, LeafKind.EMPTY) and self._lines[-1:] == [line]:
+    def _take(self, line: str, width: int) -> list[Text]:
+        if self._code is not None:
+            if not self._code.closed_by(line):
+                self._code.add(line)
+                return self._code.take()
+            finished = self._code.take(final=True)
+            self._code, self._renderer.above, self._renderer.blank = None, "fence", False
+            return finished
+        blank = not line.strip()
+        if blank and not self._lines:
+            self._renderer.blank = True
             return []
         self._lines.append(line)
         self._n_unread += 1
-        if self._n_unread * _PATIENCE < len(self._lines) and not (empty and self._kind in _UNTIL_EMPTY_LINE):
+        if self._n_unread * _PATIENCE < len(self._lines) and not (blank and self._ends_at_blank_line()):
             return []
-        return self._read()
+        return self._read(width)
 
-    def _read(self, *, final: bool = False) -> list[Block]:
-        """Read the open lines; keep of them what can still change."""
+    def _ends_at_blank_line(self) -> bool:
+        """Return whether a blank line ends the open block: it is no list and no indented code."""
+        return not self._lines[0].startswith((" ", "\t", "-", "*", "+", *"0123456789"))
+
+    def _read(self, width: int, *, final: bool = False) -> list[Text]:
+        """Parse the open lines. Return what is finished and keep the rest."""
         self._n_unread = 0
-        blocks: list[Block] = []
-        leaves = read_leaves(self._lines, self._context)
-        for leaf, gap in zip(leaves, _gaps(leaves, self._lines, self._gap), strict=True):
-            if leaf is leaves[-1] and not final and not self._is_final(leaf):
-                return blocks + self._keep(leaf, gap)
-            blocks += self._composer.blocks(leaf, gap=gap)
-        if leaves:
-            path = _begun(leaves[-1].path)
-            self._lines = self._lines[leaves[-1].end :]
-            self._context, self._kind, self._gap = Context(path), None, None
-        return blocks
+        tokens = parse_blocks("".join(f"{line}\n" for line in self._lines))
+        n_tokens, n_lines = (len(tokens), len(self._lines)) if final else _finished(tokens, len(self._lines))
+        done, lines = tokens[:n_tokens], self._lines[:n_lines]
+        finished = list(self._renderer.render(done, lines, width, number=self._number, fold=False))
+        if n_tokens:
+            self._number = _next_number(done, self._number) if tokens[n_tokens:] else None
+        self._lines = self._lines[n_lines:]
+        if not final and self._lines and tokens[n_tokens].type == "fence":
+            finished += self._open_code_block(tokens[n_tokens])
+        return finished
 
-    def _is_final(self, leaf: Leaf) -> bool:
-        """Whether nothing can change the last leaf any more."""
-        if leaf.kind in _UNTIL_EMPTY_LINE:
-            return leaf.end < len(self._lines)
-        return leaf.kind in _AT_ONCE or leaf.closed
+    def _open_code_block(self, token: Token) -> list[Text]:
+        opening, *lines = self._lines
+        self._lines = []
+        language = language_of(token.info) if self._colour else ""
+        indent = len(opening) - len(opening.lstrip(" "))
+        self._code = OpenCodeBlock(token.markup, indent, language if knows_language(language) else "")
+        for line in lines:
+            self._code.add(line)
+        gap = [Text()] if self._renderer.needs_gap(token.type) else []
+        return [*gap, *code_header(token.info), *self._code.take()]
 
-    def _keep(self, leaf: Leaf, gap: bool) -> list[Block]:
-        """Go on with a leaf that is open. The lines of code are final one by one."""
-        blocks: list[Block] = []
-        end = len(self._lines)
-        if leaf.kind is LeafKind.FENCE and leaf.content:
-            blocks = self._composer.blocks(leaf, gap=gap, more=True)
-            leaf, end = replace(leaf, path=_begun(leaf.path)), leaf.start + 1
-        self._lines = self._lines[leaf.start : end]
-        self._context, self._kind, self._gap = Context.of(leaf), leaf.kind, gap
-        return blocks
+    def _render_open(self, width: int, height: int) -> list[Text]:
+        rest = "".join(self._rest)
+        if self._code is not None:
+            return self._code.open_lines([] if _PART_OF_FENCE.fullmatch(rest) else [rest])
+        lines = [*self._lines, *([] if _PART_OF_MARK.fullmatch(rest) else [rest])]
+        lines = _last_lines(lines, width, height)
+        tokens = parse_blocks("\n".join(lines))
+        for token in reversed(tokens):
+            if token.type == "inline":
+                token.content = close_open_marks(token.content)
+            if token.nesting >= 0:
+                break
+        return list(copy(self._renderer).render(tokens, lines, width, number=self._number, fold=True))
 
-
-def _gaps(leaves: list[Leaf], lines: Sequence[str], first: bool | None) -> Iterator[bool]:
-    """For each leaf, whether there is an empty line above it; of the first it may be known."""
-    end = 0
-    for leaf in leaves:
-        if first is None:
-            top = next((container.line for container in leaf.path if not container.begun), leaf.start)
-            yield any(map(_is_empty, lines[end:top]))
-        else:
-            yield first
-            first = None
-        end = leaf.end
-
-
-def _is_empty(line: str) -> bool:
-    return not line.strip(" \t>")
+    def _is_prose(self) -> bool:
+        """Return whether what is open can be continued without rendering it again."""
+        if self._code is not None:
+            return False
+        rest = "".join(self._rest)
+        tokens = parse_blocks("\n".join([*self._lines, rest]))
+        return bool(tokens) and tokens[0].type in _PROSE and not _FENCE.match(rest)
 
 
-def _begun(path: tuple[Container, ...]) -> tuple[Container, ...]:
-    return tuple(replace(container, begun=True) for container in path)
+def _finished(tokens: Sequence[Token], n_lines: int) -> tuple[int, int]:
+    """Return how many tokens, and lines of source, belong to blocks that no further line can change."""
+    everything = len(tokens), n_lines
+    last = max(
+        (index for index, token in enumerate(tokens) if not token.level and token.nesting >= 0), default=None
+    )
+    if last is None:
+        return everything
+    token = tokens[last]
+    start, end = token.map or (0, 0)
+    match token.type:
+        case "heading_open" | "hr":
+            return everything
+        case "fence":
+            closed = end - start - 1 > token.content.count("\n")
+            return everything if closed else (last, start)
+        case "bullet_list_open" | "ordered_list_open":
+            *_, item = (i for i, t in enumerate(tokens) if t.type == "list_item_open" and t.level == 1)
+            line = (tokens[item].map or [0])[0]
+            return (last, start) if line == start else (item, line)
+        case "code_block":
+            return last, start
+    return everything if end < n_lines else (last, start)
+
+
+def _next_number(tokens: Sequence[Token], number: int | None) -> int | None:
+    """Return the number of the item that follows, if the last block is a numbered list that goes on.
+
+    `number` is that of the first item, if it is not what the source says.
+    """
+    last = max(index for index, token in enumerate(tokens) if not token.level)
+    if tokens[last].type != "ordered_list_open":
+        return None
+    n_items = sum(token.type == "list_item_open" and token.level == 1 for token in tokens[last:])
+    first = int(tokens[last].attrs.get("start", 1)) if last or number is None else number
+    return first + n_items
+
+
+def _last_lines(lines: list[str], width: int, height: int) -> list[str]:
+    """Return lines that fill the window, and before them the first ones, which say what block it is."""
+    if lines and lines[0].lstrip().startswith("|"):
+        return [*lines[:2], *lines[2:][-height:]]
+    kept, n_kept = len(lines), 0
+    while kept > 1 and n_kept < width * height:
+        kept -= 1
+        n_kept += len(lines[kept]) + 1
+    lines = [*lines[:1], *lines[max(1, kept) :]]
+    if lines and len(lines[-1]) > width * height + _MARKS:
+        lines[-1] = f"{lines[-1][:_MARKS]}…{lines[-1][-width * height :]}"
+    return lines

@@ -17,13 +17,14 @@ from types import FrameType
 from typing import TYPE_CHECKING, TypeVar
 
 from dsmoe_local.base.errors import DsmoeError, FileError, InterruptedRunError
+from dsmoe_local.chat.markdown.stream import MarkdownStream
 from dsmoe_local.chat.terminal import ansi
 from dsmoe_local.chat.terminal.clipboard import copy_with_tool, osc_52
 from dsmoe_local.chat.terminal.completion import Complete, nothing
 from dsmoe_local.chat.terminal.environment import wants_colour
 from dsmoe_local.chat.terminal.interface import Interface
 from dsmoe_local.chat.terminal.output import terminal_size
-from dsmoe_local.chat.terminal.reply import MarkdownText, RawText
+from dsmoe_local.chat.terminal.reply import RawText
 from dsmoe_local.chat.terminal.screen import ReplyView
 from dsmoe_local.chat.terminal.status import Status
 
@@ -133,7 +134,7 @@ class FullTerminal:
     @contextmanager
     def reply(self, after: str = "") -> Iterator[ReplyView]:
         """A reply that begins, going on with `after`; it is complete on the screen when the context ends."""
-        text = MarkdownText(colour=self.colour, after=after) if self._markdown else RawText()
+        text = MarkdownStream(colour=self.colour, after=after) if self._markdown else RawText()
         stage = self._interface.stage
         self._interface.mailbox.post(lambda: self._interface.begin_reply(text))
         try:
