@@ -13,7 +13,7 @@ demo: $(STAMP)  ## build the demo model with our own converter and quantizer, th
 	@$(BIN)/dsmoe demo --chat
 
 test: $(STAMP)  ## run the tests
-	@$(BIN)/pytest
+	@$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: lint types layers test  ## what CI runs: ruff, mypy, import-linter, tests
 

@@ -1,4 +1,4 @@
-"""Every test gets its own cache, data and config folders and no settings: nothing of the user's is used."""
+"""Give every test its own cache, data and config folders, and no settings of the user."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+
+# OpenMP threads that wait by spinning take the processor from the other test processes. Both libraries and
+# child processes read this when they start, so it is set before any test module is imported.
+os.environ.update(OMP_WAIT_POLICY="passive", OMP_NUM_THREADS="1")
 
 
 @pytest.fixture(autouse=True)

@@ -71,19 +71,19 @@ def test_real_model_remembers_a_session_without_reading_it(tmp_path: Path) -> No
             assert terminal.ending() == 0
         return int(found[0].replace(",", "")), int(found[1])
 
-    n_prompt, n_read = ask(text="one two three four five six seven eight " * 60)
-    assert n_read == n_prompt > 400
+    n_prompt, n_read = ask(text="one two three four five six seven eight " * 30)
+    assert n_read == n_prompt > 240
     # All but the last block of its tokens.
     assert ask("--continue", text="And nine?")[1] < 40 + BLOCK
     # Another type of cache: what is beside the session is of no use, and nobody is told.
-    assert ask("--continue", "-ctk", "q8_0", text="And ten?")[1] > 400
+    assert ask("--continue", "-ctk", "q8_0", text="And ten?")[1] > 240
 
 
 def test_real_model_interrupted_in_a_long_prompt() -> None:
     """Guards: a long prompt that cannot be stopped, or is lost when it is."""
-    with ScreenTerminal(chat("-m", str(smollm2()), "-c", "8192", "-ub", "128", "-n", "2")) as terminal:
+    with ScreenTerminal(chat("-m", str(smollm2()), "-c", "8192", "-ub", "32", "-n", "2")) as terminal:
         terminal.wait_screen(r"context 0/8,192", 60)
-        terminal.paste("the quick brown fox " * 800)
+        terminal.paste("the quick brown fox " * 120)
         terminal.send(ENTER)
         terminal.wait_screen(r"reading [\d,]+ of [\d,]+ tokens", 60)
         terminal.send(CTRL_C)

@@ -259,7 +259,7 @@ class Sessions(RuleBasedStateMachine):
 
 TestSessions = Sessions.TestCase
 TestSessions.settings = settings(
-    max_examples=int(os.environ.get("STORE_EXAMPLES", "50")),
+    max_examples=int(os.environ.get("STORE_EXAMPLES", "20")),
     stateful_step_count=30,
     deadline=None,
     suppress_health_check=list(HealthCheck),
@@ -268,5 +268,5 @@ TestSessions.settings = settings(
 
 @pytest.mark.soak
 def test_sessions_for_long() -> None:
-    """Guards: what fifty runs do not meet."""
+    """Guards: what twenty runs do not meet."""
     run_state_machine_as_test(Sessions, settings=settings(TestSessions.settings, max_examples=500))

@@ -197,14 +197,14 @@ def real_options() -> ModelOptions:
 
 def test_damaged_frames_to_the_process() -> None:
     """Guards: a frame that ends the process without a word, or that it waits for ever behind."""
-    counts = throw_frames(hosted.FAKE, fake_options(), FakeEngine(), 200, 1)
+    counts = throw_frames(hosted.FAKE, fake_options(), FakeEngine(), 100, 1)
     assert counts.survived > counts.ended > 0
 
 
 def test_damaged_frames_to_a_real_engine() -> None:
     """Guards: a field of a wrong type, or out of range, that ends native code and every request in it."""
     options = real_options()
-    counts = throw_frames(NATIVE, options, Engine.load(options), 100, 2)
+    counts = throw_frames(NATIVE, options, Engine.load(options), 50, 2)
     assert counts.survived > counts.ended > 0
 
 
