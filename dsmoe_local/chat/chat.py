@@ -25,8 +25,7 @@ from dsmoe_local.chat.frames import preview
 from dsmoe_local.chat.recall import recall
 from dsmoe_local.chat.session_settings import SessionSettings, differences
 from dsmoe_local.chat.store.sessions import Session, SessionStore
-from dsmoe_local.chat.terminal.screen import ReplyView, Screen
-from dsmoe_local.chat.terminal.status import Status
+from dsmoe_local.chat.terminal.screen import ReplyView, Screen, Status
 from dsmoe_local.chat.turns import OnFull, Role, Transcript
 from dsmoe_local.engine.errors import EngineCrashError
 from dsmoe_local.engine.types import FinishReason, TokenEvent
@@ -69,6 +68,7 @@ class Chat:
         self._drafts = Drafts() if drafts is None else drafts
         self._stats = stats
         self._warned = False
+        self._tokens_per_second = 0.0  # of the last reply of this engine process
         self._cancelled = threading.Event()
         # Held while an input is taken, or the cache is kept.
         self._working = threading.Lock()
@@ -182,6 +182,7 @@ class Chat:
         conversation = self.conversation
         if not conversation.engine.alive:
             self.screen.notice("loading the model again")
+            self._tokens_per_second = 0.0
         events = action(conversation)
         if self._cancelled.is_set():
             # Before there was a reply to cancel.
@@ -196,6 +197,7 @@ class Chat:
                 self.experts.reply_ends(self.screen)
             finally:
                 self._save_whatever_happened()
+        self._tokens_per_second = 0.0 if conversation.usage is None else conversation.usage.tokens_per_second
         self._remark()
 
     def save(self) -> None:
@@ -270,14 +272,13 @@ class Chat:
     def status(self) -> Status:
         """What the bottom bar shows; from any thread."""
         conversation, session = self.conversation, self.session
-        usage = conversation.usage
         info = conversation.engine.info
         return Status(
             model=info.name,
             session=session.name if session is not None else "",
             n_used=conversation.n_used,
             n_context=info.n_context,
-            tokens_per_second=0.0 if usage is None else usage.tokens_per_second,
+            tokens_per_second=self._tokens_per_second,
             note="keeping the cache" if self._keeping else "",
         )
 

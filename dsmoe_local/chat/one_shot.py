@@ -6,9 +6,7 @@ import dataclasses
 import json
 import signal
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Mapping
 from typing import TextIO
 
 from dsmoe_local.base.errors import DsmoeError, InterruptedRunError
@@ -17,6 +15,7 @@ from dsmoe_local.chat import words
 from dsmoe_local.chat.context import MadeRoom
 from dsmoe_local.chat.conversation import Asked, Conversation
 from dsmoe_local.chat.indented import IndentedJson
+from dsmoe_local.chat.terminal.signals import handling
 from dsmoe_local.engine.types import FinishReason
 
 _CUT: Mapping[FinishReason | None, tuple[str, str]] = {
@@ -48,7 +47,7 @@ def answer(
     notes = beside if beside is not None else sys.stderr
     written = _Written(out, silent=as_json, is_json=conversation.json_schema is not None)
     try:
-        with _interruptible(conversation):
+        with handling({signal.SIGINT: _CancelOnce(conversation)}):
             for event in conversation.send(text):
                 if isinstance(event, MadeRoom):
                     _note(notes, words.made_room(event))
@@ -107,22 +106,18 @@ class _Written:
             self.finish()
 
 
-@contextmanager
-def _interruptible(conversation: Conversation) -> Iterator[None]:
-    """Ctrl-C ends the reply; the second one ends everything."""
+class _CancelOnce:
+    """A handler of SIGINT: the first Ctrl-C cancels the reply, the second one waits for nothing."""
 
-    def cancel(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        conversation.cancel()
+    def __init__(self, conversation: Conversation) -> None:
+        self._conversation = conversation
+        self._cancelled = False
 
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.SIG_IGN:
-        # Ignored, it is by a shell that runs this in the background.
-        signal.signal(signal.SIGINT, cancel)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+    def __call__(self, number: signal.Signals) -> None:
+        if self._cancelled:
+            raise KeyboardInterrupt
+        self._cancelled = True
+        self._conversation.cancel()
 
 
 def _json_value(text: str) -> str | None:

@@ -27,8 +27,7 @@ from dsmoe_local.cli.reply_options import check_stop, reply_limit, reply_options
 if TYPE_CHECKING:
     from dsmoe_local.chat.settings import ChatSettings
     from dsmoe_local.chat.store.sessions import Session, SessionStore
-    from dsmoe_local.chat.terminal.completion import Choice
-    from dsmoe_local.chat.terminal.status import Status
+    from dsmoe_local.chat.terminal.screen import Choice, Status
     from dsmoe_local.engine.process.client import EngineClient
 
 
@@ -103,7 +102,7 @@ def command(
     a prompt on stdin the answer alone goes to stdout. A model without a chat template completes text.
     """
     from dsmoe_local.chat.settings import ChatSettings
-    from dsmoe_local.chat.terminal.waiting import keys_withheld
+    from dsmoe_local.chat.terminal import keys_withheld
     from dsmoe_local.chat.turns import OnFull
     from dsmoe_local.cli.prompt_input import one_prompt, read_schema
 
@@ -278,11 +277,11 @@ def _converse(
     from dsmoe_local.base.paths import data_folder
     from dsmoe_local.chat.cache_keeper import CacheKeeper
     from dsmoe_local.chat.chat import Chat
+    from dsmoe_local.chat.commands.completion import choices
     from dsmoe_local.chat.commands.table import COMMANDS
     from dsmoe_local.chat.conversation import Conversation
     from dsmoe_local.chat.store.states import StateStore
-    from dsmoe_local.chat.terminal.completion import choices
-    from dsmoe_local.chat.terminal.open import open_terminal
+    from dsmoe_local.chat.terminal import open_terminal
 
     conversation = Conversation(engine, settings, system)
     if conversation.completes and system:
@@ -294,7 +293,7 @@ def _converse(
         system = ""
     caches = None if kept.sessions is None else CacheKeeper(StateStore(data_folder() / "sessions"))
 
-    def state() -> Status:
+    def status() -> Status:
         return chat.status()
 
     def complete(before: str) -> Iterable[Choice]:
@@ -302,7 +301,7 @@ def _converse(
 
     terminal = open_terminal(
         plain=conversing.plain,
-        state=state,
+        status=status,
         complete=complete,
         history_path=None if kept.sessions is None else data_folder() / "history",
     )

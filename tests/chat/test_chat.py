@@ -311,3 +311,18 @@ def test_long_lines_are_not_recalled_whole(store: SessionStore) -> None:
 def test_screen_of_tests_is_a_screen() -> None:
     """Guards: a screen for tests that answers otherwise than real ones."""
     assert TalkingScreen().plain is False
+
+
+def test_the_speed_is_that_of_the_running_engine() -> None:
+    """Guards: the status bar showing the speed of a process that is gone."""
+    speeds: list[float] = []
+    engine = FakeEngine(
+        replies=["abc", "d"], gate=lambda index: speeds.append(chat.status().tokens_per_second)
+    )
+    chat, _ = chat_with(engine)
+    chat.take("q")
+    assert chat.status().tokens_per_second > 0
+    engine.kill()
+    chat.take("q")
+    chat.close()
+    assert set(speeds) == {0.0}

@@ -10,7 +10,7 @@ from support.talking import chat_with
 
 from dsmoe_local.chat.chat import Chat
 from dsmoe_local.chat.commands import table as commands
-from dsmoe_local.chat.terminal.completion import choices
+from dsmoe_local.chat.commands.completion import choices
 from dsmoe_local.chat.turns import Role, Transcript, Turn
 from dsmoe_local.engine.errors import EngineCrashError
 

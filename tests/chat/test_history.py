@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from prompt_toolkit.history import FileHistory
 
-from dsmoe_local.chat.terminal import history
-from dsmoe_local.chat.terminal.history import open_history
+from dsmoe_local.chat.terminal import inputs
+from dsmoe_local.chat.terminal.inputs import open_history
 
 
 def typed(path: Path) -> list[str]:
@@ -19,17 +19,17 @@ def typed(path: Path) -> list[str]:
 
 def test_the_file_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a history that grows for ever, and is read at every start; half an input left of it."""
-    monkeypatch.setattr(history, "MAX_BYTES", 2_000)
+    monkeypatch.setattr(inputs, "MAX_BYTES", 2_000)
     path = tmp_path / "history"
     opened = open_history(path)
-    inputs = [f"question {number}\n# not an entry\n\nlast line" for number in range(300)]
+    texts = [f"question {number}\n# not an entry\n\nlast line" for number in range(300)]
     largest = 0
-    for text in inputs:
+    for text in texts:
         opened.append_string(text)
         largest = max(largest, path.stat().st_size)
     assert largest <= 2 * 2_000
     left = typed(path)
-    assert left == inputs[-len(left) :]
+    assert left == texts[-len(left) :]
     assert len(left) > 10
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert [each.name for each in tmp_path.iterdir()] == ["history"]
@@ -40,7 +40,7 @@ def test_an_old_file_is_cut_when_it_is_opened(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "real").write_bytes(b"".join(b"\n# day\n+input %d\n" % number for number in range(1_000)))
     path = tmp_path / "history"
     path.symlink_to(tmp_path / "real")
-    monkeypatch.setattr(history, "MAX_BYTES", 1_000)
+    monkeypatch.setattr(inputs, "MAX_BYTES", 1_000)
     open_history(path)
     assert path.is_symlink()
     assert path.stat().st_size <= 1_000
@@ -49,7 +49,7 @@ def test_an_old_file_is_cut_when_it_is_opened(tmp_path: Path, monkeypatch: pytes
 
 def test_an_input_larger_than_all_that_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a paste of megabytes that is kept for ever, or half of it."""
-    monkeypatch.setattr(history, "MAX_BYTES", 100)
+    monkeypatch.setattr(inputs, "MAX_BYTES", 100)
     path = tmp_path / "history"
     opened = open_history(path)
     opened.append_string("x" * 1_000)

@@ -218,7 +218,7 @@ def test_signal_while_an_editor_is_open(chat: Start, tmp_path: Path, opened: str
 
 _LOADING = (
     "import contextlib, os, time\n"
-    "from dsmoe_local.chat.terminal.waiting import keys_withheld\n"
+    "from dsmoe_local.chat.terminal import keys_withheld\n"
     "from support import terminal_chat\n"
     "with {withheld}():\n"
     "    print('loading', flush=True)\n"

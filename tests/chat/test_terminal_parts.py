@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import os
 from pathlib import Path
@@ -12,13 +11,13 @@ import pytest
 from rich.cells import cell_len
 
 from dsmoe_local.base.errors import FileError
+from dsmoe_local.chat.commands.completion import choices
 from dsmoe_local.chat.commands.declare import Chat, Command
-from dsmoe_local.chat.terminal import clipboard
-from dsmoe_local.chat.terminal.completion import choices
-from dsmoe_local.chat.terminal.editor import Editor
-from dsmoe_local.chat.terminal.mailbox import Mailbox
-from dsmoe_local.chat.terminal.output import Habits, habits
-from dsmoe_local.chat.terminal.status import Status, bar, shorten
+from dsmoe_local.chat.terminal import external
+from dsmoe_local.chat.terminal.external import Editor
+from dsmoe_local.chat.terminal.layout import shorten, status_bar
+from dsmoe_local.chat.terminal.renderer import ResizeBehaviour, resize_behaviour
+from dsmoe_local.chat.terminal.screen import Status
 
 NO_CHAT = cast(Chat, None)
 
@@ -82,7 +81,7 @@ def test_completion_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_the_bottom_line_fits(columns: int) -> None:
     """Guards: a line that is cut off in a narrow window before what matters most in it."""
     status = Status("DeepSeekMoE 16B", "专家 notes", 3900, 4096, 8.25, "a note")
-    text = "".join(part[1] for part in bar(status, columns))
+    text = "".join(part[1] for part in status_bar(status, columns))
     assert "3,900/4,096" in text
     assert cell_len(text) <= max(columns, len("3,900/4,096"))
     assert columns < 115 or "8.2 tokens/s  ·  a note" in text
@@ -112,7 +111,7 @@ def test_terminals_that_are_known_to_wrap(
     """Guards: an unknown terminal taken for one that wraps lines anew, where that erases the conversation."""
     environment = {"TERM": "xterm-256color", **variables}
     monkeypatch.setattr(os, "environ", environment)
-    assert habits() == Habits(reflows=known, keeps_empty_rows=tmux)
+    assert resize_behaviour() == ResizeBehaviour(reflows=known, keeps_empty_rows=tmux)
 
 
 def test_shortening() -> None:
@@ -125,9 +124,9 @@ def test_text_too_long_for_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None
     """Guards: a sequence that the terminal drops, and a copy that is said to have worked."""
     for variable in ("TMUX", "STY"):
         monkeypatch.delenv(variable, raising=False)
-    assert clipboard.osc_52("x" * (clipboard.OSC_52_LIMIT + 1)) is None
+    assert external.osc_52("x" * (external.OSC_52_LIMIT + 1)) is None
     monkeypatch.setenv("STY", "1")
-    pieces = (clipboard.osc_52("专" * 1000) or "").removesuffix("\x1b\\").split("\x1b\\")
+    pieces = (external.osc_52("专" * 1000) or "").removesuffix("\x1b\\").split("\x1b\\")
     assert all(piece.startswith("\x1bP") and len(piece) < 250 for piece in pieces)
     joined = "".join(piece.removeprefix("\x1bP") for piece in pieces)
     assert base64.b64decode(joined.removeprefix("\x1b]52;c;").removesuffix("\x07")).decode() == "专" * 1000
@@ -142,7 +141,7 @@ def test_clipboard_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delenv("TMUX", raising=False)
     monkeypatch.setenv("WAYLAND_DISPLAY", "wayland-0")
     monkeypatch.setenv("DISPLAY", ":0")
-    assert clipboard.copy_with_tool("专家") == "xclip"
+    assert external.copy_with_tool("专家") == "xclip"
     assert (tmp_path / "copied").read_text(encoding="utf-8") == "专家"
 
 
@@ -153,25 +152,3 @@ def test_no_editor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(FileError, match="there is no editor"):
         Editor().edit("text")
-
-
-def test_the_mailbox_keeps_the_order() -> None:
-    """Guards: a note before the text that it follows; a long text that is taken at once, while keys wait."""
-    taken: list[str] = []
-
-    async def run() -> None:
-        box = Mailbox(taken.append, lambda: None)
-        loop = asyncio.get_running_loop()
-        done = loop.create_future()
-        box.post("a" * 10_000)
-        box.post(lambda: taken.append("note"))
-        box.post("b")
-        box.post(lambda: done.set_result(None))
-        box.start(loop)
-        await done
-
-    asyncio.run(run())
-    long = taken[: taken.index("note")]
-    assert "".join(long) == "a" * 10_000
-    assert max(map(len, long)) < 5_000
-    assert taken[len(long) :] == ["note", "b"]

@@ -15,8 +15,8 @@ import pytest
 from support.processes import is_gone
 from support.terminal import CTRL_C, ENTER, Terminal, editor_script, wait_for_file
 
-from dsmoe_local.chat.terminal.editor import Editor
-from dsmoe_local.chat.terminal.signals import Signals
+from dsmoe_local.chat.terminal.external import Editor
+from dsmoe_local.chat.terminal.signals import Interrupts
 
 CHAT = ["-m", "support.terminal_chat"]
 KINDS = ("dumb", "xterm-256color")
@@ -173,25 +173,36 @@ def _interrupt() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
-def test_signals_are_raised_only_while_a_line_is_read() -> None:
+def test_signals_raise_only_while_a_line_is_read() -> None:
     """Guards: a KeyboardInterrupt anywhere between two inputs, which ends the chat."""
-    signals = Signals()
-    with signals.handled():
+    interrupts = Interrupts()
+    with interrupts.handled():
         _interrupt()
-        with pytest.raises(KeyboardInterrupt), signals.reading():
-            pytest.fail("what came before is forgotten")
-        with pytest.raises(KeyboardInterrupt), signals.reading():
+        with pytest.raises(KeyboardInterrupt), interrupts.reading():
+            pytest.fail("a Ctrl-C before the line was forgotten")
+        with pytest.raises(KeyboardInterrupt), interrupts.reading():
             _interrupt()
         _interrupt()
         signal.raise_signal(signal.SIGTERM)
-        assert signals.number == signal.SIGTERM
-        with pytest.raises(EOFError), signals.reading():
-            pytest.fail("what came before is forgotten")
+        assert interrupts.ended_by == signal.SIGTERM
+        with pytest.raises(EOFError), interrupts.reading():
+            pytest.fail("a SIGTERM before the line was forgotten")
+
+
+def test_ignored_signals_stay_ignored() -> None:
+    """Guards: `nohup` without effect, a background job that Ctrl-C for another program ends."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupts().handled():
+            signal.raise_signal(signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_job_is_cancelled_in_another_thread() -> None:
     """Guards: a signal handler that waits for a lock which the code it interrupts holds."""
-    signals = Signals()
+    interrupts = Interrupts()
     held, done = threading.Lock(), threading.Event()
     seen: list[str] = []
 
@@ -204,25 +215,27 @@ def test_a_job_is_cancelled_in_another_thread() -> None:
         seen.append("kill")
         done.set()
 
-    with signals.handled():
-        with signals.job(cancel, kill):
+    with interrupts.handled():
+        with interrupts.job(cancel, kill):
             with held:
                 _interrupt()
             assert done.wait(20)
             done.clear()
-            # Asked again: that is not lost which came before there was anything to cancel.
+            # Cancelled again: the first time there may have been nothing to cancel yet.
             assert done.wait(20)
             assert set(seen) == {"cancel"}
             _interrupt()
             while "kill" not in seen:
                 assert done.wait(20)
-        with signals.lent_to(Editor()):
+        with interrupts.job(cancel, kill), interrupts.editing(Editor()):
+            seen.clear()
             _interrupt()
+    assert not seen
 
 
 def test_a_job_that_is_over_is_not_cancelled() -> None:
     """Guards: Ctrl-C at the end of a reply that stops the next one."""
-    signals = Signals()
+    interrupts = Interrupts()
     begun, go_on = threading.Event(), threading.Event()
     seen: list[str] = []
 
@@ -230,31 +243,31 @@ def test_a_job_that_is_over_is_not_cancelled() -> None:
         begun.set()
         go_on.wait(20)
 
-    with signals.handled():
-        with signals.job(slow, lambda: seen.append("kill")):
+    with interrupts.handled():
+        with interrupts.job(slow, lambda: seen.append("kill")):
             _interrupt()
             begun.wait(20)
-            # The thread that acts is busy, so this one waits until the job is over.
+            # The watcher is in `slow`, so the second Ctrl-C is noticed after the job.
             _interrupt()
             go_on.set()
-        with signals.job(lambda: seen.append("next"), lambda: seen.append("next")):
+        with interrupts.job(lambda: seen.append("next"), lambda: seen.append("next")):
             threading.Event().wait(0)
     assert "next" not in seen
 
 
 def _wait_after(ready: threading.Event) -> None:
     ready.set()
-    # Not in pieces: a signal that interrupts this thread must end it.
+    # Not in pieces: a signal that interrupts this thread must end the wait.
     never = threading.Lock()
     never.acquire()
     assert not never.acquire(timeout=20)
-    pytest.fail("the signal was not dealt with")
+    pytest.fail("the signal was not handled")
 
 
 def test_a_signal_that_comes_to_another_thread() -> None:
     """Guards: a wait that goes on, since the signal interrupted another thread than the one that waits."""
-    signals = Signals()
-    with signals.handled():
+    interrupts = Interrupts()
+    with interrupts.handled():
         ready = threading.Event()
 
         def send() -> None:
@@ -263,21 +276,20 @@ def test_a_signal_that_comes_to_another_thread() -> None:
 
         sender = threading.Thread(target=send)
         sender.start()
-        with pytest.raises(EOFError), signals.reading():
+        with pytest.raises(EOFError), interrupts.reading():
             _wait_after(ready)
         sender.join()
-    assert signals.number == signal.SIGTERM
+    assert interrupts.ended_by == signal.SIGTERM
 
 
 def _forget_and_wait() -> None:
-    signal.raise_signal(signal.SIGTERM)
     with suppress(EOFError):
-        _wait_after(threading.Event())
+        signal.raise_signal(signal.SIGTERM)
     _wait_after(threading.Event())
 
 
 def test_an_exception_that_is_swallowed_comes_again() -> None:
-    """Guards: SIGTERM at the moment in which input() forgets what is raised."""
-    signals = Signals()
-    with signals.handled(), pytest.raises(EOFError), signals.reading():
+    """Guards: SIGTERM at the moment in which input() drops exceptions."""
+    interrupts = Interrupts()
+    with interrupts.handled(), pytest.raises(EOFError), interrupts.reading():
         _forget_and_wait()

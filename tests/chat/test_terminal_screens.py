@@ -290,6 +290,7 @@ def test_pasted_code_names_no_files(chat: Start, tmp_path: Path) -> None:
     terminal.send("see @a.txt, not ")
     terminal.paste("@a.txt @nofile.txt @app.route('/x')")
     terminal.wait_screen(r"(?m)^> see @a\.txt, not \\@a\.txt \\@nofile\.txt @app\.route\('/x'\)$")
+    assert "delete the \\ before @" in terminal.screen_text()
     terminal.send(CTRL_C + "/read ")
     terminal.paste("a.txt what is @a.txt?")
     terminal.wait_screen(r"(?m)^> /read a\.txt what is @a\.txt\?$")

@@ -9,12 +9,12 @@ from pathlib import Path
 from dsmoe_local.base.config_file import ConfigFile
 from dsmoe_local.base.paths import data_folder
 from dsmoe_local.chat.chat import Chat
+from dsmoe_local.chat.commands.completion import choices
 from dsmoe_local.chat.commands.table import COMMANDS
 from dsmoe_local.chat.conversation import Conversation
 from dsmoe_local.chat.settings import ChatSettings
 from dsmoe_local.chat.store.sessions import SessionStore
-from dsmoe_local.chat.terminal.completion import choices
-from dsmoe_local.chat.terminal.open import open_terminal
+from dsmoe_local.chat.terminal import open_terminal
 from dsmoe_local.engine.errors import EngineCrashError
 from support.fake_engine import FakeEngine
 
@@ -58,7 +58,7 @@ def main() -> None:
     sessions = SessionStore.open(folder)
     screen = open_terminal(
         plain="plain" in sys.argv,
-        state=lambda: chat.status(),
+        status=lambda: chat.status(),
         complete=lambda before: choices(before, COMMANDS, chat),
         history_path=data_folder() / "history",
     )

@@ -16,10 +16,10 @@ from rich.text import Text
 
 from dsmoe_local.base.errors import DsmoeError, UsageError
 from dsmoe_local.chat import blocks
+from dsmoe_local.chat.commands.completion import choices
 from dsmoe_local.chat.commands.declare import Command
-from dsmoe_local.chat.terminal.completion import choices
-from dsmoe_local.chat.terminal.open import open_terminal
-from dsmoe_local.chat.terminal.status import Status
+from dsmoe_local.chat.terminal import open_terminal
+from dsmoe_local.chat.terminal.screen import Status
 
 MARKDOWN = """\
 # Experts
@@ -79,7 +79,7 @@ class ScriptedChat:
         self.n_used = 0
         self.screen = open_terminal(
             plain=plain,
-            state=lambda: Status(
+            status=lambda: Status(
                 "SmolLM2 135M", "notes on go", self.n_used, 2048, 23.4 if self.n_used else 0
             ),
             complete=lambda before: choices(before, self.commands, None),  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Rich renderables as lines with ANSI styles, and the looks of our own messages. Prints nothing."""
+"""Rich renderables as lines with ANSI styles, and the styles of notices, errors and tables."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from rich.text import Text
 from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.base.text import safe_line, safe_text
 
-_NOTICE_LIMIT = 400
-_NARROWEST_NAME = 14
+NOTICE_LIMIT = 400  # characters
+_MIN_NAME_WIDTH = 14
 
 
 def render_lines(renderable: RenderableType, width: int, *, colour: bool, styles: bool = True) -> list[str]:
-    """The lines of a renderable, without spaces at their ends. Without `styles` they are bare text."""
+    """Return the lines of a renderable, without trailing spaces; without `styles` as bare text."""
     console = Console(
         file=io.StringIO(),
         width=width,
@@ -34,24 +34,24 @@ def render_lines(renderable: RenderableType, width: int, *, colour: bool, styles
     lines = []
     for segments in Segment.split_lines(console.render(renderable)):
         parts = []
-        for text, style in _without_ending_spaces([part for part in segments if not part.control]):
+        for text, style in _without_trailing_spaces([part for part in segments if not part.control]):
             if style is None or not styles:
                 parts.append(text)
             else:
-                look = style if colour else style.without_color
-                # Never a link of the terminal's own: what is behind it could not be seen.
-                parts.append(look.update_link(None).render(text, color_system=system))
+                visible = style if colour else style.without_color
+                # No hyperlinks: the user could not see where they lead.
+                parts.append(visible.update_link(None).render(text, color_system=system))
         lines.append("".join(parts))
     return lines
 
 
 def notice(text: str) -> RenderableType:
-    """A quiet line of our own."""
-    return Text(safe_line(text, _NOTICE_LIMIT), style="dim")
+    """Return a dim line."""
+    return Text(safe_line(text, NOTICE_LIMIT), style="dim")
 
 
 def error_message(error: DsmoeError) -> RenderableType:
-    """An error: what, then where and what to do, indented."""
+    """Return what went wrong, and below it, indented, where and what to do."""
     first, *rest = safe_text(str(error)).splitlines() or [""]
     text = Text(f"error: {first}", style="red")
     for line in rest:
@@ -60,23 +60,22 @@ def error_message(error: DsmoeError) -> RenderableType:
 
 
 def table(rows: Iterable[Sequence[str]], width: int) -> RenderableType:
-    """Rows of a name, a value or explanation, and so on; names leave the rest more than half of the width."""
+    """Return rows of a name and further cells; names take at most two fifths of the width."""
     rows = [list(map(safe_line, row)) for row in rows]
     longest = max((cell_len(row[0]) for row in rows if len(row) > 1), default=width)
+    name_width = min(longest, max(_MIN_NAME_WIDTH, width * 2 // 5))
     grid = Table.grid(padding=(0, 2))
-    for number, row in enumerate(rows):
-        if number == 0:
-            for column in range(len(row)):
-                grid.add_column(
-                    style="bold" if column == 0 else None,
-                    width=min(longest, max(_NARROWEST_NAME, width * 2 // 5)) if column == 0 else None,
-                )
+    if rows:
+        grid.add_column(style="bold", width=name_width)
+        for _ in rows[0][1:]:
+            grid.add_column()
+    for row in rows:
         grid.add_row(*map(Text, row))
     return grid
 
 
-def _without_ending_spaces(segments: list[Segment]) -> list[tuple[str, Style | None]]:
-    """Spaces that show nothing are left out; those with a background stay."""
+def _without_trailing_spaces(segments: list[Segment]) -> list[tuple[str, Style | None]]:
+    """Return text and style of each segment, without trailing spaces that have no background."""
     parts = [(segment.text, segment.style) for segment in segments]
     while parts:
         text, style = parts[-1]

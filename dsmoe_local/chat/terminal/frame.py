@@ -1,8 +1,8 @@
-"""The lines below the conversation and how they get onto a terminal: pure functions that give escape codes.
+"""Painting of the lines below the conversation: pure functions that return escape codes.
 
-A frame is painted in place: only what changed is written, what is printed above it goes where it was, and no
-line of it ever reaches the scrollback. Nobody asks where the terminal's cursor is: it is where the last
-frame left it.
+A frame is painted in place. Only changed lines are written, text printed above the frame takes its place, and
+no line of the frame reaches the scrollback. The terminal is never asked for the position of its cursor: the
+last frame has set it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from dsmoe_local.chat.cells import is_certain, most_cells, sized
 
 _CODES = re.compile(r"\x1b\[[0-9;:]*[mG]")
-# A terminal that knows synchronized updates shows all of one at once; others ignore the code.
+# Synchronized updates: the terminal shows the whole update at once. Others ignore the code.
 _BEGIN, _END = "\x1b[?2026h\x1b[?25l", "\x1b[?2026l"
 _SHOW_CURSOR = "\x1b[?25h"
 _SAVE_CURSOR, _RESTORE_CURSOR = "\x1b7", "\x1b8"
@@ -24,62 +24,70 @@ _ERASE_LINE, _ERASE_DOWN = "\x1b[K", "\x1b[J"
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """Lines with their styles, for a window of `columns` and `rows`; where in them the cursor is.
+    """Lines with their styles, drawn for a window of `columns` and `rows`, and the position of the cursor.
 
-    `rows` 0: the window has changed since, and so may what it shows.
+    `rows` is 0 if the window has been resized since, so that its contents are not known.
     """
 
     lines: tuple[str, ...]
     columns: int
     rows: int
-    row: int = 0  # of the cursor, among the lines
+    row: int = 0  # of the cursor, counted from the first line
     column: int = 0
     shows_cursor: bool = True
 
 
 def without_styles(line: str) -> str:
-    """`line` without the codes that colour it, or go to a column."""
+    """Return `line` without the codes for styles and columns."""
     return _CODES.sub("", line)
 
 
 def width_of(line: str) -> int:
-    """The most cells that a line with styles may take."""
+    """Return the most cells that a line with styles may take."""
     return most_cells(without_styles(line))
 
 
 def paint(old: Frame | None, new: Frame, above: str = "", *, reflows: bool = False) -> str:
-    """What makes a terminal that shows `old` show `new`, with the lines of `above` before it.
+    """Return the codes that replace `old` by `new` on the screen, and print the lines of `above` above it.
 
-    `above` ends with a newline; its lines may be longer than the terminal is wide. `reflows`: see `wipe`.
+    `above` is empty or ends with a newline. Its lines may be wider than the terminal. `reflows`: see `wipe`.
     """
     return "".join(_paint(old, new, above, reflows=reflows))
 
 
 def wipe(frame: Frame | None, columns: int, *, reflows: bool = False) -> str:
-    """What takes a frame off a terminal that is `columns` wide now, with the cursor where the frame began.
+    """Return the codes that erase a frame from a terminal that is now `columns` wide.
 
-    `reflows`: the terminal is known to wrap lines anew when its width changes. Where that is not known, some
-    rows of the frame may stay on the screen: a wrong guess would erase lines of the conversation above it.
+    The cursor ends where the frame began. `reflows`: the terminal is known to wrap lines anew when its width
+    changes. Otherwise some rows of the frame may stay, since a wrong guess would erase lines of the
+    conversation.
     """
     if frame is None:
         return ""
     above = _rows_to_cursor(frame, columns, reflows=reflows)
     below = rows_taken(frame, columns) - _rows_to_cursor(frame, columns, reflows=True)
-    # Row by row: what is erased as a whole, from the first row on, some terminals keep in their scrollback.
-    # The way back is remembered, not counted: a window that got lower may have fewer rows below.
+    # Row by row, because tmux moves a screen that is erased as a whole into its scrollback. The cursor is
+    # saved and restored, because a window that has become lower may have fewer rows below.
     erase = _down(1).join([_ERASE_LINE] * (above + below))
     return f"\r{_up(above)}{_SAVE_CURSOR}{erase}{_RESTORE_CURSOR}"
 
 
-def rows_taken(frame: Frame | None, columns: int) -> int:
-    """The most rows that a frame takes on a terminal that is `columns` wide now."""
-    if frame is None or columns >= frame.columns:
-        return 0 if frame is None else len(frame.lines)
+def print_lines(text: str) -> str:
+    """Return the codes that print lines, each over what is in its row."""
+    lines = text.removesuffix("\n").split("\n") if text else []
+    # Erase before writing: after a full line the code would erase its last cell.
+    return "".join(f"{_ERASE_LINE}{line}\r\n" for line in lines)
+
+
+def rows_taken(frame: Frame, columns: int) -> int:
+    """Return the most rows that a frame takes on a terminal that is now `columns` wide."""
+    if columns >= frame.columns:
+        return len(frame.lines)
     return sum(_rows_of(line, columns) for line in frame.lines)
 
 
 def rows_printed(text: str, columns: int) -> int:
-    """The rows that whole lines take."""
+    """Return the rows that printed lines take."""
     return sum(_rows_of(line, columns) for line in text.removesuffix("\n").split("\n")) if text else 0
 
 
@@ -88,7 +96,7 @@ def _paint(old: Frame | None, new: Frame, above: str, *, reflows: bool) -> Itera
         return
     yield _BEGIN
     if old is not None and (old.columns, old.rows) != (new.columns, new.rows):
-        # In a lower window some terminals drop what is below the cursor.
+        # The window has been resized: which lines are still on the screen is not known.
         yield wipe(old, new.columns, reflows=reflows)
         old = None
     if old is None or above:
@@ -102,28 +110,26 @@ def _paint(old: Frame | None, new: Frame, above: str, *, reflows: bool) -> Itera
 
 
 def _print(old: Frame | None, above: str, columns: int) -> Iterator[str]:
-    """Lines written over the frame. The terminal wraps the long ones, so that a copy has them whole."""
-    lines = above.removesuffix("\n").split("\n") if above else []
-    if any("\t" in line or width_of(line) > columns for line in lines):
-        # Which rows these take is the terminal's business.
+    """Write lines over the frame. The terminal wraps long ones, so that they can be copied as one line."""
+    if any("\t" in line or width_of(line) > columns for line in above.split("\n")):
+        # How many rows these take depends on the terminal, so the frame is erased first.
         yield wipe(old, columns)
         yield "\r"
     else:
         yield f"\r{_up(old.row if old else 0)}"
-    # Erased first: at the end of a full line its last cell would go.
-    yield "".join(f"{_ERASE_LINE}{line}\r\n" for line in lines)
+    yield print_lines(above)
 
 
 def _write_all(lines: Sequence[str]) -> Iterator[str]:
     yield _NO_WRAP
     for line in lines[:-1]:
         yield f"{_ERASE_LINE}{line}\r\n"
-    # Below it there may be more of what was there.
+    # The last frame may have had more lines.
     yield f"{_ERASE_DOWN}{lines[-1]}\r{_up(len(lines) - 1)}{_WRAP}"
 
 
 def _write_changes(old: Sequence[str], new: Sequence[str]) -> Iterator[str]:
-    """From the first line and back to it."""
+    """Write the lines that changed. The cursor is in the first line, before and after."""
     row = 0
     yield _NO_WRAP
     for number, (before, line) in enumerate(zip(old, new, strict=False)):
@@ -132,7 +138,7 @@ def _write_changes(old: Sequence[str], new: Sequence[str]) -> Iterator[str]:
             row = number
     if len(new) > len(old):
         yield _down(len(old) - 1 - row)
-        # Only a line feed scrolls the screen where it is full.
+        # On the last row of the screen only a line feed scrolls.
         yield "".join(f"\r\n{_ERASE_LINE}{line}" for line in new[len(old) :])
         row = len(new) - 1
     elif len(new) < len(old):
@@ -147,18 +153,18 @@ def _place_cursor(frame: Frame) -> str:
 
 
 def _rows_to_cursor(frame: Frame, columns: int, *, reflows: bool) -> int:
-    """How many rows the cursor is below the frame's first one, on a terminal that is `columns` wide now."""
-    # Every line ends with a line feed, so a wider terminal joins none.
+    """Return the rows from the frame's first one to the cursor, on a terminal that is now `columns` wide."""
+    # A wider terminal joins no lines, because each was ended by a line feed.
     if not reflows or columns >= frame.columns or not all(map(is_certain, frame.lines[: frame.row + 1])):
         return frame.row
     before = sum(_rows_of(line, columns) for line in frame.lines[: frame.row])
     line = without_styles(frame.lines[frame.row]) if frame.lines else ""
-    # A cursor behind the last character of its line makes no further row everywhere.
+    # A cursor behind the end of a full line does not begin a new row in every terminal.
     return before + _rows_of(line[: _index(line, frame.column)], columns) - 1
 
 
 def _rows_of(line: str, columns: int) -> int:
-    """The rows that a terminal makes of a line. A wide character of which half fits goes to the next."""
+    """Return the rows that a line is wrapped to. A wide character of which half fits goes to the next row."""
     rows, used = 1, 0
     for _, size in sized(without_styles(line)):
         if used + size > columns:
@@ -168,7 +174,7 @@ def _rows_of(line: str, columns: int) -> int:
 
 
 def _index(line: str, column: int) -> int:
-    """The index of the character at a column, or the end of the line."""
+    """Return the index of the character at a column, or the length of the line."""
     used = 0
     for index, (_, size) in enumerate(sized(line)):
         if used >= column:

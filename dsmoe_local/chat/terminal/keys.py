@@ -1,116 +1,128 @@
-"""Which key does what, where prompt_toolkit's emacs keys do not suffice. What is done is the interface's."""
+"""Key bindings beyond prompt_toolkit's Emacs keys, and keys typed while the application does not read."""
 
 from __future__ import annotations
 
+import os
+import re
+import select
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-from prompt_toolkit.buffer import Buffer
 from prompt_toolkit.filters import Always, Condition, Filter, is_searching
 from prompt_toolkit.input.ansi_escape_sequences import ANSI_SEQUENCES
-from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.input.vt100 import Vt100Input
+from prompt_toolkit.input.vt100_parser import Vt100Parser
+from prompt_toolkit.key_binding import KeyBindings, KeyPress, KeyPressEvent
 from prompt_toolkit.keys import Keys
 from prompt_toolkit.search import stop_search
 
-# Shift-Enter, where a terminal tells it from Enter: the codes of kitty and of xterm.
+if TYPE_CHECKING:
+    from dsmoe_local.chat.terminal.ui import ChatUI
+
+# Shift-Enter in terminals that tell it from Enter: kitty's sequence and xterm's.
 _SHIFT_ENTER = ("\x1b[13;2u", "\x1b[27;2;13~")
+_PASTE_END = "\x1b[201~"
 
 
-class Actions(Protocol):
-    """What keys do. `input` is the buffer of the next message."""
-
-    @property
-    def input(self) -> Buffer: ...
-    @property
-    def asked(self) -> bool: ...
-    @property
-    def away(self) -> bool: ...
-    @property
-    def n_queued(self) -> int: ...
-    @property
-    def block_is_open(self) -> bool: ...
-    def paste(self, text: str) -> None: ...
-    def enter(self) -> None: ...
-    def answer(self, yes: bool) -> None: ...
-    def answer_typed(self) -> None: ...
-    def interrupt(self) -> None: ...
-    def leave(self) -> None: ...
-    def complete(self) -> None: ...
-    def take_back(self) -> None: ...
-    def open_editor(self) -> None: ...
-    def suspend(self) -> None: ...
-    def clear_screen(self) -> None: ...
-
-
-def key_bindings(actions: Actions) -> KeyBindings:
-    """The keys of the whole chat."""
-    asked = Condition(lambda: actions.asked)
+def key_bindings(ui: ChatUI) -> KeyBindings:
+    """Return the key bindings of the chat."""
+    asked = Condition(lambda: ui.is_asking)
     typing = ~asked & ~is_searching
-    blank = typing & Condition(lambda: not actions.input.text)
-    queued = blank & Condition(lambda: actions.n_queued > 0)
-    table: tuple[tuple[str, Filter, Callable[[], object]], ...] = (
-        ("enter", typing, lambda: _enter(actions)),
-        ("escape enter", typing, lambda: actions.input.newline(copy_margin=False)),
-        ("c-j", typing, lambda: actions.input.newline(copy_margin=False)),
-        ("tab", typing, actions.complete),
-        ("c-d", blank, actions.leave),
-        ("up", queued, actions.take_back),
-        ("c-x c-e", typing, actions.open_editor),
-        ("c-g", typing, actions.open_editor),
-        ("enter", asked, actions.answer_typed),
-        ("c-d", asked, lambda: actions.answer(yes=False)),
-        ("<sigint>", Always(), lambda: _interrupt(actions)),
-        # What prompt_toolkit has on these throws the input away.
-        ("c-o", Always(), _do_nothing),
-        ("escape #", Always(), _do_nothing),
-        ("c-z", Always(), actions.suspend),
-        ("c-l", Always(), actions.clear_screen),
+    empty = typing & Condition(lambda: not ui.input.text)
+    always = Always()
+    queued = empty & Condition(lambda: ui.n_queued > 0)
+    # Keys, when they apply, what they do, and whether they are eager: they do not wait for a longer sequence.
+    table: tuple[tuple[str, Filter, Callable[[], object], bool], ...] = (
+        ("enter", typing, lambda: _enter(ui), False),
+        ("escape enter", typing, lambda: ui.input.newline(copy_margin=False), False),
+        ("c-j", typing, lambda: ui.input.newline(copy_margin=False), False),
+        ("tab", typing, ui.complete, False),
+        ("c-d", empty, ui.leave, False),
+        ("up", queued, ui.take_back, False),
+        ("escape", queued, ui.take_back, True),
+        ("c-x c-e", typing, ui.open_editor, False),
+        ("c-g", typing, ui.open_editor, False),
+        ("enter", asked, ui.answer_typed, False),
+        ("c-d", asked, lambda: ui.answer(yes=False), False),
+        ("escape", asked, lambda: ui.answer(yes=False), True),
+        ("c-c", ~is_searching, ui.interrupt, True),
+        ("<sigint>", always, lambda: stop_search() if is_searching() else ui.interrupt(), False),
+        # prompt_toolkit accepts the input with these, which would discard it.
+        ("c-o", always, lambda: None, False),
+        ("escape #", always, lambda: None, False),
+        ("c-z", always, ui.suspend, False),
+        ("c-l", always, ui.clear_screen, False),
     )
-    # Keys that wait for none that may follow: Esc begins many, Ctrl-C some.
-    eager: tuple[tuple[str, Filter, Callable[[], object]], ...] = (
-        ("escape", queued, actions.take_back),
-        ("escape", asked, lambda: actions.answer(yes=False)),
-        ("c-c", ~is_searching, actions.interrupt),
-    )
-    for code in _SHIFT_ENTER:
-        ANSI_SEQUENCES[code] = (Keys.Escape, Keys.ControlM)  # the same as Alt-Enter
-    keys = KeyBindings()
-    for rows, at_once in ((table, False), (eager, True)):
-        for names, condition, act in rows:
-            keys.add(*names.split(), filter=condition, eager=at_once)(_handler(actions, act))
+    for sequence in _SHIFT_ENTER:
+        ANSI_SEQUENCES[sequence] = (Keys.Escape, Keys.ControlM)  # like Alt-Enter
+    bindings = KeyBindings()
+    for keys, condition, act, eager in table:
+        bindings.add(*keys.split(), filter=condition, eager=eager)(_handler(ui, act))
 
-    @keys.add(Keys.BracketedPaste, filter=typing)
+    @bindings.add(Keys.BracketedPaste, filter=typing)
     def paste(event: KeyPressEvent) -> None:
-        actions.paste(event.data)
+        ui.paste(event.data)
 
-    return keys
+    return bindings
 
 
-def _handler(actions: Actions, act: Callable[[], object]) -> Callable[[KeyPressEvent], None]:
+def _handler(ui: ChatUI, act: Callable[[], object]) -> Callable[[KeyPressEvent], None]:
     def handle(event: KeyPressEvent) -> None:
-        # Keys that came together with the one that gave the terminal away.
-        if not actions.away:
+        # Keys may have been read together with the one that opened the editor.
+        if not ui.is_suspended:
             act()
 
     return handle
 
 
-def _do_nothing() -> None:
-    return None
-
-
-def _enter(actions: Actions) -> None:
-    buffer = actions.input
-    if buffer.complete_state is not None and buffer.complete_state.current_completion is not None:
-        buffer.complete_state = None
-    elif actions.block_is_open:
-        buffer.newline(copy_margin=False)
+def _enter(ui: ChatUI) -> None:
+    state = ui.input.complete_state
+    if state is not None and state.current_completion is not None:
+        ui.input.complete_state = None
+    elif ui.block_is_open:
+        ui.input.newline(copy_margin=False)
     else:
-        actions.enter()
+        ui.enter()
 
 
-def _interrupt(actions: Actions) -> None:
-    if is_searching():
-        stop_search()
-    else:
-        actions.interrupt()
+def read_typeahead(descriptor: int) -> list[KeyPress]:
+    """Return the keys that were typed before the application started. The terminal is in raw mode.
+
+    A single Enter is kept. Several may be the line ends of a paste: they become new lines, so that nothing is
+    sent.
+    """
+    # Before raw mode the terminal may have turned Enter into a line feed, and Ctrl-D into a NUL.
+    text = re.sub("\r\n?", "\n", _read_available(descriptor).replace("\0", ""))
+    text = text.replace("\n", "\r") if text.count("\n") == 1 else text.strip("\n").replace("\t", " ")
+    keys: list[KeyPress] = []
+    parser = Vt100Parser(keys.append)
+    parser.feed(text)
+    parser.flush()
+    return keys
+
+
+def close_open_paste(source: Vt100Input) -> list[KeyPress]:
+    """Return the keys of a paste whose end another program has read; none if no paste is open.
+
+    prompt_toolkit's parser would take all further keys, Ctrl-C too, as part of the paste.
+    """
+    parser = source.vt100_parser
+    if not parser._in_bracketed_paste:
+        return []
+    parser.feed(_read_available(source.fileno()))
+    if parser._in_bracketed_paste:
+        parser.feed(_PASTE_END)
+    return source.flush_keys()
+
+
+def _read_available(descriptor: int) -> str:
+    read = b""
+    while select.select([descriptor], [], [], 0)[0]:
+        try:
+            piece = os.read(descriptor, 65536)
+        except OSError:
+            break
+        if not piece:
+            break
+        read += piece
+    return read.decode(errors="replace")

@@ -1,8 +1,8 @@
-"""The windows below the conversation: lines of state, input, completion menu, bar. Decides nothing."""
+"""The windows below the conversation: state lines, input, completion menu, status bar."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from prompt_toolkit.application import get_app
 from prompt_toolkit.buffer import Buffer, CompletionState
@@ -30,8 +30,7 @@ from rich.cells import cell_len, set_cell_size
 
 from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.chat.terminal.completion import Complete
-from dsmoe_local.chat.terminal.status import shorten
+from dsmoe_local.chat.terminal.screen import Completer, Status
 
 STYLE = Style.from_dict(
     {
@@ -42,8 +41,8 @@ STYLE = Style.from_dict(
         "bar.model": "ansibrightblack bold",
         "bar.filling": "ansiyellow",
         "bar.full": "ansired",
-        "offer.help": "ansibrightblack",
-        "offer.selected": "reverse",
+        "menu.help": "ansibrightblack",
+        "menu.selected": "reverse",
         "search-toolbar": "ansibrightblack",
         "incsearch": "underline",
         "incsearch.current": "underline",
@@ -51,24 +50,30 @@ STYLE = Style.from_dict(
     }
 )
 
-TAB_CELLS = 4  # as in replies
+_TAB_CELLS = 4  # as in replies
 _MENU_LINES = 6
-_SMALLEST_INPUT = 3
+_MIN_INPUT_LINES = 3
+_METER_CELLS = 8
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+_SEPARATOR = "  ·  "
+# What a narrow window leaves out of the status bar, in this order. "word" is the word "context".
+_OPTIONAL_PARTS = ("note", "speed", "session", "meter", "word", "model")
 
 
 class ChatLayout:
-    """The buffers that are typed into and the windows that show them.
+    """The buffers for typing and the windows that show them.
 
-    `state_lines` and `bar` give text for so many columns, `question` what is asked (empty: nothing).
+    `state_lines` and `status_bar` return text for a number of columns, `question` the question that is asked,
+    or "".
     """
 
     def __init__(
         self,
         *,
         history: History,
-        complete: Complete,
+        complete: Completer,
         state_lines: Callable[[int], list[str]],
-        bar: Callable[[int], StyleAndTextTuples],
+        status: Callable[[], Status],
         question: Callable[[], str],
     ) -> None:
         self._question = question
@@ -77,10 +82,10 @@ class ChatLayout:
             name="input",
             multiline=True,
             history=history,
-            # Whatever key of prompt_toolkit's would accept the input: it stays.
+            # Some keys of prompt_toolkit accept the input. It then stays in the buffer.
             accept_handler=lambda _: True,
         )
-        self.input.on_text_insert += lambda _: self._offer_commands()
+        self.input.on_text_insert += lambda _: self._complete_while_typing()
         self.answer = Buffer(name="answer", multiline=False)
         self.search = SearchToolbar(
             backward_search_prompt="history: ", forward_search_prompt="history, newer: ", ignore_case=True
@@ -90,51 +95,36 @@ class ChatLayout:
             input_processors=[
                 HighlightIncrementalSearchProcessor(),
                 HighlightSelectionProcessor(),
-                TabsProcessor(tabstop=TAB_CELLS, char1=" ", char2=" "),
+                TabsProcessor(tabstop=_TAB_CELLS, char1=" ", char2=" "),
             ],
             include_default_input_processors=False,
             search_buffer_control=self.search.control,
             preview_search=True,
         )
         self._answer_control = BufferControl(self.answer, include_default_input_processors=False)
-        self.layout = Layout(self._container(state_lines, bar), focused_element=self._input_control)
-
-    def focus(self) -> None:
-        """Type where the question is, or else where the next input is."""
-        self.layout.focus(self._answer_control if self._question() else self._input_control)
-
-    def _container(
-        self, state_lines: Callable[[int], list[str]], bar: Callable[[int], StyleAndTextTuples]
-    ) -> HSplit:
-        asked = Condition(lambda: bool(self._question()))
-        return HSplit(
+        asked = Condition(lambda: bool(question()))
+        windows = HSplit(
             [
                 _lines(lambda: [("class:state", "\n".join(state_lines(_columns())))]),
                 ConditionalContainer(self._input_window(), ~asked),
                 ConditionalContainer(self._answer_window(), asked),
-                ConditionalContainer(_lines(lambda: menu(self.input, _columns())), has_completions & ~asked),
+                ConditionalContainer(_lines(lambda: _menu(self.input, _columns())), has_completions & ~asked),
                 self.search,
-                _lines(lambda: bar(_columns())),
+                _lines(lambda: status_bar(status(), _columns())),
             ]
         )
+        self.layout = Layout(windows, focused_element=self._input_control)
 
-    def _input_window(self) -> Window:
-        return Window(
-            self._input_control,
-            height=lambda: Dimension(min=1, max=max(_SMALLEST_INPUT, _rows() // 3)),
-            dont_extend_height=True,
-            wrap_lines=True,
-            get_line_prefix=lambda line, wraps: [("class:prompt", "> " if line == wraps == 0 else "  ")],
-        )
-
-    def _answer_window(self) -> Window:
-        def prefix(line: int, wraps: int) -> AnyFormattedText:
-            return [("class:question", safe_line(self._question(), max(1, _columns() - 12)) + " [y/N] ")]
-
-        return Window(self._answer_control, height=1, dont_extend_height=True, get_line_prefix=prefix)
+    def focus(self) -> None:
+        """Focus the answer if a question is asked, otherwise the input."""
+        self.layout.focus(self._answer_control if self._question() else self._input_control)
 
     def complete(self) -> None:
-        """Tab: complete as far as it is clear, then offer what there is, then go through that."""
+        """Complete as far as the choices agree, then offer them in a menu, then step through the menu.
+
+        Not by Buffer.start_completion, which runs in a task: an Enter typed right after Tab would come before
+        the completion.
+        """
         offered = self.input.complete_state
         if offered is not None and len(offered.completions) > 1:
             self.input.complete_next()
@@ -146,8 +136,23 @@ class ChatLayout:
             self.input.insert_text(get_common_complete_suffix(self.input.document, found))
             self._offer(self._completions())
 
-    def _offer_commands(self) -> None:
-        """While a command's name is typed, what it could be is shown."""
+    def _input_window(self) -> Window:
+        return Window(
+            self._input_control,
+            height=lambda: Dimension(min=1, max=max(_MIN_INPUT_LINES, _rows() // 3)),
+            dont_extend_height=True,
+            wrap_lines=True,
+            get_line_prefix=lambda line, wraps: [("class:prompt", "> " if line == wraps == 0 else "  ")],
+        )
+
+    def _answer_window(self) -> Window:
+        def prefix(line: int, wraps: int) -> AnyFormattedText:
+            return [("class:question", safe_line(self._question(), max(1, _columns() - 12)) + " [y/N] ")]
+
+        return Window(self._answer_control, height=1, dont_extend_height=True, get_line_prefix=prefix)
+
+    def _complete_while_typing(self) -> None:
+        """Offer the commands that begin like what is typed."""
         text = self.input.text
         if text.startswith("/") and not any(character.isspace() for character in text):
             self._offer(self._completions())
@@ -171,8 +176,8 @@ class ChatLayout:
         ]
 
 
-def menu(buffer: Buffer, columns: int) -> StyleAndTextTuples:
-    """The completions around the selected one, each on a line with its help."""
+def _menu(buffer: Buffer, columns: int) -> StyleAndTextTuples:
+    """Return the completions around the selected one, each on a line with its help."""
     state = buffer.complete_state
     if state is None:
         return []
@@ -184,16 +189,66 @@ def menu(buffer: Buffer, columns: int) -> StyleAndTextTuples:
     for number, each in enumerate(shown, first):
         name = set_cell_size(shorten(each.display_text, width), width)
         rest = columns - width - 5
-        note = shorten(each.display_meta_text, rest) if each.display_meta_text and rest > 5 else ""
-        style = "class:offer.selected" if number == selected else "class:offer"
+        help_text = shorten(each.display_meta_text, rest) if each.display_meta_text and rest > 5 else ""
+        style = "class:menu.selected" if number == selected else "class:menu"
         lines += [("", "\n" if lines else ""), ("", "  "), (style, name)]
-        lines += [("", "  "), ("class:offer.help", note)] if note else []
-    below = len(state.completions) - first - len(shown)
-    return [*lines, ("class:offer.help", f"\n  … {below} more")] if below else lines
+        lines += [("", "  "), ("class:menu.help", help_text)] if help_text else []
+    n_below = len(state.completions) - first - len(shown)
+    return [*lines, ("class:menu.help", f"\n  … {n_below} more")] if n_below else lines
+
+
+def status_bar(status: Status, columns: int) -> StyleAndTextTuples:
+    """Return the status bar, without the parts that do not fit into `columns` cells."""
+    parts = dict(_status_parts(status))
+    for name in ("", *_OPTIONAL_PARTS):
+        if name == "word":
+            parts["context"] = parts.get("context", [])[-1:]
+        parts.pop(name, None)
+        if _width(parts) <= columns:
+            break
+    line: StyleAndTextTuples = []
+    for text in parts.values():
+        line += [("class:bar", _SEPARATOR)] if line else []
+        line += text
+    return line
+
+
+def _status_parts(status: Status) -> Iterator[tuple[str, StyleAndTextTuples]]:
+    if status.model:
+        yield "model", [("class:bar.model", safe_line(status.model, 40))]
+    if status.session:
+        yield "session", [("class:bar", safe_line(status.session, 40))]
+    if status.n_context:
+        share = min(1.0, status.n_used / status.n_context)
+        style = "class:bar.full" if share > 0.9 else "class:bar.filling" if share > 0.75 else "class:bar"
+        yield "meter", [(style, _meter(share))]
+        yield "context", [(style, "context "), (style, f"{status.n_used:,}/{status.n_context:,}")]
+    if status.tokens_per_second >= 0.05:
+        digits = 0 if status.tokens_per_second >= 10 else 1
+        yield "speed", [("class:bar", f"{status.tokens_per_second:.{digits}f} tokens/s")]
+    if status.note:
+        yield "note", [("class:bar.note", safe_line(status.note, 60))]
+
+
+def _meter(share: float) -> str:
+    eighths = round(share * _METER_CELLS * 8)
+    full, rest = divmod(eighths, 8)
+    return f"▕{('█' * full + (_EIGHTHS[rest] if rest else '')).ljust(_METER_CELLS)}▏"
+
+
+def _width(parts: dict[str, StyleAndTextTuples]) -> int:
+    texts = [sum(cell_len(part[1]) for part in text) for text in parts.values()]
+    return sum(texts) + len(_SEPARATOR) * max(0, len(texts) - 1)
+
+
+def shorten(text: str, columns: int) -> str:
+    """Return `text` as one line of at most `columns` cells."""
+    line = safe_line(text, max(1, columns))
+    return line if cell_len(line) <= columns else f"{set_cell_size(line, columns - 1).rstrip()}…"
 
 
 def _lines(content: Callable[[], StyleAndTextTuples]) -> ConditionalContainer:
-    """As many rows as the text has lines; none without text."""
+    """Return a window as high as its text has lines; none without text."""
     window = Window(FormattedTextControl(content), dont_extend_height=True, wrap_lines=False)
     return ConditionalContainer(window, Condition(lambda: any(part[1] for part in content())))
 

@@ -1,12 +1,14 @@
-"""The chat's terminal for screen readers, --plain and terminals that can only print: lines in, lines out.
+"""The plain terminal: lines in, lines out, for screen readers, `--plain` and dumb terminals.
 
-Nothing is drawn and nothing is written twice: no colours, no escape codes but those that readline needs to
-tell pastes from keys, replies raw as they come. Everything happens in the thread that calls `run`.
+No colours, no drawing, nothing written twice, and no escape codes but those with which readline recognizes
+pastes. Replies are printed raw. Everything happens in the thread that calls `run`.
 """
 
 from __future__ import annotations
 
+import codecs
 import os
+import select
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,47 +17,56 @@ from typing import TYPE_CHECKING
 
 from dsmoe_local.base.errors import DsmoeError, FileError, InterruptedRunError
 from dsmoe_local.base.text import safe_line, safe_text
+from dsmoe_local.chat import attachments, blocks
 from dsmoe_local.chat.terminal import ansi
-from dsmoe_local.chat.terminal.clipboard import copy_with_tool
-from dsmoe_local.chat.terminal.completion import Complete, nothing
-from dsmoe_local.chat.terminal.editor import Editor
-from dsmoe_local.chat.terminal.lines import LineReader
-from dsmoe_local.chat.terminal.output import terminal_size
-from dsmoe_local.chat.terminal.screen import ReplyView
-from dsmoe_local.chat.terminal.signals import Signals
+from dsmoe_local.chat.terminal.external import Editor, copy_with_tool
+from dsmoe_local.chat.terminal.inputs import open_history
+from dsmoe_local.chat.terminal.screen import (
+    Completer,
+    ReplyView,
+    is_dumb,
+    no_completions,
+    terminal_size,
+)
+from dsmoe_local.chat.terminal.signals import Interrupts
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-_LONG_PROMPT = 256  # tokens that take long enough to be worth a line
+_LONG_PROMPT = 256  # tokens; reading fewer takes no time worth a line
+_PASTE_SECONDS = 0.03  # lines that follow each other faster were pasted
+_READLINE_SETTINGS = (
+    "tab: complete",
+    # With it, tabs and line ends in a paste are text.
+    "set enable-bracketed-paste on",
+    "set enable-meta-key off",
+    "set bell-style none",
+)
 
 
 class PlainTerminal:
-    """A Screen that reads lines, see the module. `history_path` None: nothing typed is kept."""
+    """A Terminal of lines. Without `history_path` no input is kept."""
 
     plain = True
     colour = False
 
-    def __init__(self, complete: Complete = nothing, history_path: Path | None = None) -> None:
-        self._signals = Signals()
-        self._lines = LineReader(self._signals, self._write, complete, history_path)
+    def __init__(self, complete: Completer = no_completions, history_path: Path | None = None) -> None:
+        self._interrupts = Interrupts()
+        self._lines = LineReader(self._interrupts, self._write, complete, history_path)
         self._is_gone = False
 
     @property
     def width(self) -> int:
-        """Columns."""
         return terminal_size().columns
 
     @property
     def height(self) -> int:
-        """Lines."""
-        return terminal_size().rows
+        return terminal_size().lines
 
     def run(self, take: Callable[[str], bool], cancel: Callable[[], None], kill: Callable[[], None]) -> None:
-        """See open.Terminal."""
-        signals = self._signals
-        with signals.handled():
-            while not signals.number:
+        interrupts = self._interrupts
+        with interrupts.handled():
+            while not interrupts.ended_by:
                 try:
                     text = self._lines.input()
                 except KeyboardInterrupt:
@@ -65,51 +76,42 @@ class PlainTerminal:
                 except EOFError:
                     self._write("\n")
                     break
-                if text.strip():
-                    self._lines.keep(text)
-                with signals.job(cancel, kill):
-                    goes_on = not signals.number and take(text)
+                with interrupts.job(cancel, kill):
+                    goes_on = not interrupts.ended_by and take(text)
                 if not goes_on:
                     break
-        if signals.number:
-            raise InterruptedRunError("the chat was ended by a signal", signal_number=signals.number)
+        if interrupts.ended_by:
+            raise InterruptedRunError("the chat was ended by a signal", signal_number=interrupts.ended_by)
 
     def notice(self, text: str) -> None:
-        """A quiet line of our own."""
-        self._write(f"{safe_line(text, 400)}\n")
+        self._write(f"{safe_line(text, ansi.NOTICE_LIMIT)}\n")
 
     def error(self, error: DsmoeError) -> None:
-        """What went wrong, without ending the chat."""
         self.show(ansi.error_message(error))
 
     def table(self, rows: Iterable[Sequence[str]]) -> None:
-        """Rows, each on a line."""
         for row in rows:
             self._write(f"{'  '.join(safe_line(cell) for cell in row).rstrip()}\n")
 
     def show(self, renderable: RenderableType) -> None:
-        """Anything that Rich can draw, as bare text."""
         lines = ansi.render_lines(renderable, self.width, colour=False, styles=False)
         self._write("".join(f"{line}\n" for line in lines))
 
     def live(self, renderable: RenderableType | None) -> None:
-        """Nothing: what changes is no text to be read."""
+        """Do nothing: a panel that changes cannot be read as lines."""
 
     def echo(self, message: str) -> None:
-        """A message that was not typed, shown as one that was."""
         self._write("> " + safe_text(message).replace("\n", "\n  ") + "\n")
 
     @contextmanager
     def reply(self, after: str = "") -> Iterator[ReplyView]:
-        """A reply that begins."""
-        view = _View(self._write)
+        view = _PlainReply(self._write)
         try:
             yield view
         finally:
             view.end_line()
 
     def confirm(self, question: str) -> bool:
-        """Ask for yes or no."""
         try:
             return self._lines.line(f"{safe_line(question)} [y/N] ").strip().lower() in ("y", "yes")
         except (KeyboardInterrupt, EOFError):
@@ -117,13 +119,11 @@ class PlainTerminal:
             return False
 
     def edit(self, text: str) -> str | None:
-        """Have `text` changed in the user's editor; None if nothing was saved. FileError: no editor."""
         editor = Editor()
-        with self._signals.lent_to(editor):
+        with self._interrupts.editing(editor):
             return editor.edit(text)
 
     def copy(self, text: str) -> str:
-        """Put `text` on the clipboard with a tool; returns its name. FileError if there is none."""
         tool = copy_with_tool(text)
         if tool is None:
             raise FileError("there is no program for the clipboard", remedy="install wl-copy, xclip or xsel")
@@ -137,40 +137,158 @@ class PlainTerminal:
             sys.stdout.flush()
         except OSError:
             self._is_gone = True
-            # What could not be written would be tried again at the end.
+            # At exit Python would try again to write what is left in the buffer.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, sys.stdout.fileno())
             os.close(nowhere)
-            self._signals.hang_up()
+            self._interrupts.hang_up()
 
 
-class _View:
-    """A running reply."""
+class _PlainReply:
+    """A ReplyView."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self._write = write
         self._at_line_start = True
-        self._told = False
+        self._announced = False
 
     def progress(self, done: int, total: int) -> None:
-        """Said once, where it will take a while."""
-        if not self._told and total - done >= _LONG_PROMPT:
-            self._told = True
+        """Announce a long prompt, once."""
+        if not self._announced and total - done >= _LONG_PROMPT:
+            self._announced = True
             self._write(f"reading {total:,} tokens\n")
 
     def text(self, piece: str) -> None:
-        """More of the reply."""
         if piece:
             self._write(safe_text(piece))
             self._at_line_start = piece.endswith("\n")
 
     def note(self, text: str) -> None:
-        """A line of our own."""
         self.end_line()
-        self._write(f"{safe_line(text, 400)}\n")
+        self._write(f"{safe_line(text, ansi.NOTICE_LIMIT)}\n")
 
     def end_line(self) -> None:
-        """Begin a new line, unless one has begun."""
+        """Begin a new line, unless the last one has ended."""
         if not self._at_line_start:
             self._write("\n")
             self._at_line_start = True
+
+
+class LineReader:
+    """Reads inputs from stdin, edited by readline where the terminal can.
+
+    What was pasted, or typed ahead, is one input, not one for each line.
+    """
+
+    def __init__(
+        self,
+        interrupts: Interrupts,
+        write: Callable[[str], None],
+        complete: Completer,
+        history_path: Path | None,
+    ) -> None:
+        self._interrupts = interrupts
+        self._write = write
+        self._is_terminal = sys.stdin.isatty()
+        self._history = open_history(history_path)
+        self._has_readline = self._is_terminal and not is_dumb() and _start_readline(complete)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._unread = ""  # of what was read without readline
+        if self._has_readline:
+            import readline
+
+            for text in reversed(list(self._history.load_history_strings())):
+                if "\n" not in text:
+                    readline.add_history(text)
+
+    def input(self) -> str:
+        """Read one input, a line, a block or a paste, and add it to the history. Raises as `line` does."""
+        text = self._input()
+        if text.strip():
+            self._history.append_string(text)
+        return text
+
+    def line(self, prompt: str = "") -> str:
+        """Read one line; with readline, also a whole paste.
+
+        KeyboardInterrupt: Ctrl-C. EOFError: Ctrl-D, a signal that ends the chat, or the terminal is gone.
+        """
+        try:
+            with self._interrupts.reading():
+                return self._line(prompt)
+        except OSError:
+            self._interrupts.hang_up()
+            raise EOFError from None
+
+    def _input(self) -> str:
+        text = self.line("> ")
+        if "\n" in text or self._has_waiting():
+            text = "\n".join([text, *self._waiting_lines()])
+            if not text.startswith("/"):
+                pasted, text = text, attachments.escaped(text)
+                if text != pasted:
+                    self._write("note: pasted text attaches no files: type @FILE to attach one\n")
+            return text if blocks.content(text) is None else blocks.quoted(text)
+        while blocks.is_open(text):
+            # Lines that wait behind the closing mark belong to this input, so to the block.
+            text = "\n".join([text, self.line("  "), *self._waiting_lines()])
+        return text
+
+    def _line(self, prompt: str) -> str:
+        if self._has_readline or not self._is_terminal:
+            try:
+                return input(prompt).rstrip("\n")
+            except UnicodeDecodeError as error:
+                return error.object.decode(errors="replace")
+        self._write(prompt)
+        while "\n" not in self._unread:
+            self._read_more()
+        line, _, self._unread = self._unread.partition("\n")
+        return line
+
+    def _read_more(self) -> None:
+        data = os.read(sys.stdin.fileno(), 65536)
+        if not data and not self._unread:
+            raise EOFError
+        text = self._decoder.decode(data).replace("\r\n", "\n").replace("\r", "\n")
+        self._unread += text if data else "\n"
+
+    def _waiting_lines(self) -> list[str]:
+        lines = []
+        while self._has_waiting():
+            lines.append(self.line())
+        return lines
+
+    def _has_waiting(self) -> bool:
+        """True if another line is there already."""
+        if not self._is_terminal:
+            return False
+        return "\n" in self._unread or bool(select.select([sys.stdin], [], [], _PASTE_SECONDS)[0])
+
+
+def _start_readline(complete: Completer) -> bool:
+    """Set up readline; False if Python has none. Its only escape codes are those for marking pastes."""
+    try:
+        import readline
+    except ImportError:
+        return False
+    choices: list[str] = []
+
+    def choice(word: str, number: int) -> str | None:
+        """Return the completion of that number; `readline` counts up until None."""
+        if number == 0:
+            before = readline.get_line_buffer()[: readline.get_endidx()]
+            begin = readline.get_begidx()
+            choices[:] = [
+                before[begin : len(before) - each.replaces] + each.text
+                for each in complete(before)
+                if len(before) - each.replaces >= begin
+            ]
+        return choices[number] if number < len(choices) else None
+
+    readline.set_completer_delims(" ")
+    readline.set_completer(choice)
+    readline.set_auto_history(True)
+    for setting in _READLINE_SETTINGS:
+        readline.parse_and_bind(setting)
+    return True

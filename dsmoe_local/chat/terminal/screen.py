@@ -1,101 +1,172 @@
-"""What the chat asks of a terminal. `full` and `plain` are the two; tests have a recording one.
+"""What the chat needs from a terminal: the interfaces and the data that both terminals share.
 
-Every method may be called from the thread that works on replies, never from the one that reads keys. All text
-is made safe here: callers pass it as it came.
+`full` and `plain` implement `Terminal`; tests have a `Screen` that records. Screen's methods may be called
+from the thread that answers messages, never from the one that reads keys. They make all text safe to print,
+so callers pass it as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from dsmoe_local.base.errors import DsmoeError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+_DUMB_TERMINALS = ("", "dumb", "unknown")
+_DEFAULT_SIZE = os.terminal_size((80, 24))
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The contents of the status bar. Empty strings and zeros are left out."""
+
+    model: str = ""
+    session: str = ""
+    n_used: int = 0
+    n_context: int = 0
+    tokens_per_second: float = 0.0
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A completion. `text` replaces the last `replaces` characters; the menu shows `shown` or `text`."""
+
+    text: str
+    replaces: int = 0
+    help: str = ""
+    shown: str = ""
+
+
+Completer: TypeAlias = Callable[[str], Iterable[Choice]]
+"""Returns the completions of the text before the cursor. The thread that reads keys calls it."""
+
+
+def no_completions(before: str) -> Iterable[Choice]:
+    """Return nothing: the completer of a terminal without completion."""
+    return ()
+
 
 class ReplyView(Protocol):
-    """A reply on its way to the screen."""
+    """A reply that is being shown."""
 
     def progress(self, done: int, total: int) -> None:
-        """`done` of `total` prompt tokens are read."""
+        """Show that `done` of `total` prompt tokens are read."""
         ...
 
     def text(self, piece: str) -> None:
-        """More of the reply."""
+        """Append to the reply."""
         ...
 
     def note(self, text: str) -> None:
-        """A quiet line of our own, after what was said so far."""
+        """Show a dim line after the text so far."""
         ...
 
 
 class Screen(Protocol):
-    """A terminal that a conversation is held on."""
+    """The output side of a terminal, with the few things that it asks the user."""
 
     @property
     def width(self) -> int:
-        """Columns."""
+        """The number of columns."""
         ...
 
     @property
     def height(self) -> int:
-        """Lines."""
+        """The number of rows."""
         ...
 
     @property
     def plain(self) -> bool:
-        """Whether nothing but lines of text is wanted: --plain, a dumb terminal."""
+        """True if only lines of text are wanted: `--plain`, a dumb terminal."""
         ...
 
     @property
     def colour(self) -> bool:
-        """Whether colours are wanted."""
+        """True if colours are wanted."""
         ...
 
     def notice(self, text: str) -> None:
-        """A quiet line of our own."""
+        """Show a dim line."""
         ...
 
     def error(self, error: DsmoeError) -> None:
-        """What went wrong, without ending the chat."""
+        """Show an error that does not end the chat."""
         ...
 
     def table(self, rows: Iterable[Sequence[str]]) -> None:
-        """Rows of a name, a value or explanation, and so on."""
+        """Show rows of cells; the first cell is a name."""
         ...
 
     def show(self, renderable: RenderableType) -> None:
-        """Anything that Rich can draw, made of safe text; its width is `width`."""
+        """Show a Rich renderable of safe text, `width` columns wide."""
         ...
 
     def live(self, renderable: RenderableType | None) -> None:
-        """What is drawn beside the running reply, in place of what was; None takes it away. Plain terminals
-        ignore it.
+        """Show a panel below the running reply in place of the last one; None removes it.
+
+        The plain terminal ignores it.
         """
         ...
 
     def echo(self, message: str) -> None:
-        """A message that was not typed into the input, shown as one that was."""
+        """Show a message that was not typed as if it had been."""
         ...
 
     def reply(self, after: str = "") -> AbstractContextManager[ReplyView]:
-        """A reply that begins; it is complete on the screen when the context ends, in whatever way.
+        """Begin a reply. When the context ends, also by an exception, the reply is completely on the screen.
 
-        `after` is the text that it goes on with, which may have ended in the middle of anything.
+        `after` is the text that this reply continues; it may end anywhere, also inside a code block.
         """
         ...
 
     def confirm(self, question: str) -> bool:
-        """Ask for yes or no; Enter alone, Ctrl-C and the end of the input are no."""
+        """Ask for yes or no. Enter alone, Ctrl-C and end of input mean no."""
         ...
 
     def edit(self, text: str) -> str | None:
-        """Have `text` changed in the user's editor; None if nothing was saved. FileError: no editor."""
+        """Open `text` in the user's editor; None if it was not saved. FileError if there is no editor."""
         ...
 
     def copy(self, text: str) -> str:
-        """Put `text` on the clipboard; returns the way it took, for people. FileError if there is none."""
+        """Copy `text` to the clipboard and return how, for a message. FileError if that is not possible."""
         ...
+
+
+class Terminal(Screen, Protocol):
+    """A Screen that also reads input."""
+
+    def run(self, take: Callable[[str], bool], cancel: Callable[[], None], kill: Callable[[], None]) -> None:
+        """Read input until the user leaves or `take` returns False.
+
+        `take` handles one input; what it raises is raised here. `cancel` stops it and must return at once;
+        `kill` ends an engine that does not stop. Both are called from any thread, but not from a signal
+        handler. Raises InterruptedRunError for SIGTERM and SIGHUP, after the terminal has been restored.
+        """
+        ...
+
+
+def is_dumb() -> bool:
+    """True if the terminal can only print: no colours, no cursor movement."""
+    return os.environ.get("TERM", "") in _DUMB_TERMINALS
+
+
+def wants_colour() -> bool:
+    """True if the terminal may be sent colours."""
+    return not os.environ.get("NO_COLOR") and not is_dumb()
+
+
+def terminal_size() -> os.terminal_size:
+    """Return the size of the terminal on stdout; 80 x 24 if it does not tell."""
+    try:
+        size = os.get_terminal_size(sys.stdout.fileno())
+    except (OSError, ValueError):
+        size = _DEFAULT_SIZE
+    return os.terminal_size((size.columns or _DEFAULT_SIZE.columns, size.lines or _DEFAULT_SIZE.lines))

@@ -1,80 +1,95 @@
-"""Ctrl-C and signals for a chat that reads and answers in one thread.
-
-A signal handler interrupts code that may hold anything, so it only notes what came: threads act on it. Only
-the wait for a line, which nothing else ends, is ended by an exception.
-"""
+"""Signals in the chat: `handling` for all of it, `Interrupts` where one thread reads and answers."""
 
 from __future__ import annotations
 
 import os
-import queue
+import select
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
-from types import FrameType
+from dataclasses import dataclass
 
-from dsmoe_local.chat.terminal.editor import Editor
+from dsmoe_local.chat.terminal.external import Editor
 
-_CANCEL_AGAIN = 0.25  # seconds
-_NUDGE = signal.SIGURG  # nobody sends it otherwise, and nothing comes of it
-_NUDGES = (0.02, 0.1, 0.5, 2.0)  # seconds before each
-_Action = Callable[[], None]
+_SECONDS_BETWEEN_CHECKS = 0.25
+_CHECKS = 8  # after each signal
+_WAKE_UP = signal.SIGURG  # ignored by default, and nothing else here uses it
 
 
-class Signals:
-    """What came, and what is to be done about it. Used in the main thread.
+@contextmanager
+def handling(handlers: Mapping[signal.Signals, Callable[[signal.Signals], None]]) -> Iterator[None]:
+    """Install signal handlers, and put the ones from before back afterwards. Main thread only.
 
-    `number` is the signal that ends the chat, or 0.
+    A signal that is ignored stays ignored: shells do that for background jobs, nohup for SIGHUP.
+    """
+    before = {number: signal.getsignal(number) for number in handlers}
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    try:
+        for number in before:
+            signal.signal(
+                number, lambda number, frame: handlers[signal.Signals(number)](signal.Signals(number))
+            )
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass(slots=True)
+class _Job:
+    cancel: Callable[[], None]
+    kill: Callable[[], None]
+    n_requests: int = 0  # to stop
+    killed: bool = False
+
+
+class Interrupts:
+    """Ctrl-C, SIGTERM and SIGHUP for a main thread that both reads lines and answers them.
+
+    A signal handler interrupts the main thread at any place, also where it holds a lock that `cancel` takes.
+    So handlers only record what happened, and a watcher thread calls `cancel` and `kill`. While a line is
+    read, handlers raise an exception: nothing else ends that wait.
     """
 
     def __init__(self) -> None:
-        self.number = 0
-        self._handling = False
+        self.ended_by: signal.Signals | None = None  # the signal that ends the chat
         self._reading = False
-        self._due: BaseException | None = None  # what ends the wait for a line
-        self._interrupted = False  # Ctrl-C between a job and a line
+        self._due: BaseException | None = None  # raised while a line is read
+        self._interrupted = False  # Ctrl-C came between a job and the next line
+        self._job: _Job | None = None
         self._editor: Editor | None = None
-        self._actions: tuple[_Action, _Action] | None = None  # of the job that runs: cancel, kill
-        self._n_asked = 0  # times that the job was to end
-        self._job = 0
-        self._switching = threading.Lock()
-        self._wanted: queue.SimpleQueue[tuple[int, _Action] | None] = queue.SimpleQueue()
+        self._stopping = threading.Lock()  # held while the watcher stops a job
+        self._wake_fd = -1
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """SIGINT, SIGTERM and SIGHUP are dealt with."""
+        """Handle signals."""
+        arrivals, self._wake_fd = os.pipe()
+        os.set_blocking(self._wake_fd, False)
+        main = threading.get_ident()
+        threading.Thread(target=self._watch, args=(arrivals, main), name="signals", daemon=True).start()
+        before = signal.set_wakeup_fd(self._wake_fd, warn_on_full_buffer=False)
         handlers = {
             signal.SIGINT: self._on_interrupt,
             signal.SIGTERM: self._on_end,
             signal.SIGHUP: self._on_end,
-            _NUDGE: self._on_nudge,
+            _WAKE_UP: self._on_wake_up,
         }
-        woken, wake = os.pipe()
-        os.set_blocking(wake, False)
-        for work in (self._act, partial(self._insist, woken)):
-            threading.Thread(target=work, name="signals", daemon=True).start()
-        woken_before = signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        self._handling = True
         try:
-            yield
+            with handling(handlers):
+                yield
         finally:
-            self._handling = False
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            signal.set_wakeup_fd(woken_before)
-            os.close(wake)
-            self._wanted.put(None)
+            signal.set_wakeup_fd(before)
+            os.close(self._wake_fd)
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """In here Ctrl-C is a KeyboardInterrupt, and what ends the chat an EOFError."""
-        self._due, self._reading = None, True
+        """While a line is read: Ctrl-C raises KeyboardInterrupt, a signal that ends the chat EOFError."""
+        self._due = None
         try:
-            if self.number:
+            self._reading = True
+            if self.ended_by:
                 raise EOFError
             if self._interrupted:
                 raise KeyboardInterrupt
@@ -85,92 +100,92 @@ class Signals:
             self._reading = self._interrupted = False
 
     @contextmanager
-    def job(self, cancel: _Action, kill: _Action) -> Iterator[None]:
-        """In here Ctrl-C calls `cancel`, a second one `kill`."""
-        self._begin((cancel, kill))
+    def job(self, cancel: Callable[[], None], kill: Callable[[], None]) -> Iterator[None]:
+        """While a line is answered: Ctrl-C calls `cancel`, again and again until the job ends; a second one
+        calls `kill`.
+        """
+        self._job = _Job(cancel, kill)
         try:
             yield
         finally:
-            self._begin(None)
+            # With the lock, so that a late `cancel` cannot reach the next job.
+            with self._stopping:
+                self._job = None
 
     @contextmanager
-    def lent_to(self, editor: Editor) -> Iterator[None]:
-        """In here Ctrl-C is the editor's, and what ends the chat ends it, too."""
+    def editing(self, editor: Editor) -> Iterator[None]:
+        """While an editor runs: Ctrl-C is for the editor; a signal that ends the chat ends the editor too."""
         self._editor = editor
         try:
-            if self.number:
-                editor.end()
             yield
         finally:
             self._editor = None
 
     def hang_up(self) -> None:
-        """The terminal is gone: as if SIGHUP had come. Not for a signal handler."""
-        if not self.number:
-            self._on_end(signal.SIGHUP, None)
+        """Behave as after SIGHUP: the terminal is gone."""
+        if self.ended_by is None:
+            self._on_end(signal.SIGHUP)
 
-    def _begin(self, actions: tuple[_Action, _Action] | None) -> None:
-        # With the lock: what was wanted of the job before is done, or will not be.
-        with self._switching:
-            self._reading = False
-            self._job += 1
-            self._n_asked = 0
-            self._actions = actions
-
-    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+    def _on_interrupt(self, number: signal.Signals) -> None:
         if self._reading:
-            self._due = KeyboardInterrupt()
-            return
-        if self._editor is not None:
-            return
-        if self._actions is None:
+            self._raise(KeyboardInterrupt())
+        elif self._job is None:
             self._interrupted = True
-        self._ask_to_end()
+        elif self._editor is None:
+            self._ask_to_stop(self._job)
 
-    def _on_end(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        if self._reading and frame is not None:
-            self._due = EOFError()
-            return
-        if self._editor is not None:
-            self._wanted.put((self._job, self._editor.end))
-        self._ask_to_end()
+    def _on_end(self, number: signal.Signals) -> None:
+        self.ended_by = number
+        if self._reading:
+            self._raise(EOFError())
+        elif self._job is not None:
+            self._ask_to_stop(self._job)
 
-    def _on_nudge(self, number: int, frame: FrameType | None) -> None:
+    def _on_wake_up(self, number: signal.Signals) -> None:
         if self._reading and self._due is not None:
             raise self._due
 
-    def _ask_to_end(self) -> None:
-        if self._actions is not None:
-            self._wanted.put((self._job, self._actions[min(self._n_asked, 1)]))
-            self._n_asked += 1
+    def _raise(self, error: BaseException) -> None:
+        self._due = error
+        raise error
 
-    def _act(self) -> None:
-        again: tuple[int, _Action] | None = None
-        while True:
-            try:
-                wanted = self._wanted.get(timeout=None if again is None else _CANCEL_AGAIN)
-            except queue.Empty:
-                wanted = again
-            if wanted is None:
-                return
-            job, action = wanted
-            again = None
-            with self._switching:
-                if job == self._job:
-                    action()
-                    # A job that has only just begun may not have begun what there is to cancel.
-                    again = (job, self._actions[0]) if self._actions is not None else None
+    def _ask_to_stop(self, job: _Job) -> None:
+        job.n_requests += 1
+        os.write(self._wake_fd, b"\0")
 
-    def _insist(self, woken: int) -> None:
-        """End the wait for a line, from a thread that is awake whichever thread the signal came to.
-
-        Not at once and not only once: input() forgets what is raised before it waits.
+    def _watch(self, arrivals: int, main: int) -> None:
+        """Act on signals, several times for each: at first the main thread may not have run the handler yet,
+        or may not have begun what is to be cancelled.
         """
-        main = threading.main_thread().ident
-        with open(woken, "rb", buffering=0) as came:
-            while numbers := came.read(64):
-                for seconds in _NUDGES if set(numbers) - {_NUDGE} else ():
-                    time.sleep(seconds)
-                    if self._handling and main is not None:
-                        signal.pthread_kill(main, _NUDGE)
+        n_checks = 0
+        with open(arrivals, "rb", buffering=0) as pipe:
+            while True:
+                if select.select([pipe], [], [], _SECONDS_BETWEEN_CHECKS if n_checks else None)[0]:
+                    numbers = pipe.read(64)
+                    if not numbers:  # closed
+                        return
+                    if set(numbers) == {_WAKE_UP}:
+                        continue
+                    n_checks = _CHECKS
+                else:
+                    # Another thread may have got the signal, or input() has dropped the exception, as it does
+                    # before it waits. Not at once, because the exception may still be on its way up.
+                    signal.pthread_kill(main, _WAKE_UP)
+                    n_checks -= 1
+                if self._stop():
+                    n_checks = max(n_checks, 1)
+
+    def _stop(self) -> bool:
+        """Stop the job if that is wanted. True if it was."""
+        with self._stopping:
+            job = self._job
+            if job is None or not job.n_requests:
+                return False
+            if self._editor is not None and self.ended_by:
+                self._editor.end()
+            if job.n_requests > 1 and not job.killed:
+                job.killed = True
+                job.kill()
+            else:
+                job.cancel()
+        return True

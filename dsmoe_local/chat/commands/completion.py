@@ -1,40 +1,20 @@
-"""What Tab offers: slash commands, what a command takes, names of files. Knows no terminal."""
+"""Completion of the chat's input: slash commands, their arguments, and names of files."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Iterator
 
 from dsmoe_local.chat.commands.declare import Chat, Command, Commands
+from dsmoe_local.chat.terminal.screen import Choice
 
-_MOST = 200
+_MAX_ENTRIES = 200
 _MENTION = re.compile(r'(?:^|(?<=\s))@("[^"\n]*|[^\s"]*)$')
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A completion: `text` takes the place of the last `replaces` characters; `shown` stands in the menu."""
-
-    text: str
-    replaces: int = 0
-    help: str = ""
-    shown: str = ""
-
-
-Complete: TypeAlias = Callable[[str], Iterable[Choice]]
-"""Takes what is typed up to the cursor; quick, and called in the thread that reads keys."""
-
-
-def nothing(before: str) -> Iterable[Choice]:
-    """The completion of a terminal without one."""
-    return ()
-
-
 def choices(before: str, commands: Commands, chat: Chat) -> Iterator[Choice]:
-    """What `before`, the input up to the cursor, could become."""
+    """Yield the completions of `before`, the input up to the cursor."""
     mention = _MENTION.search(before)
     if before.startswith("/") and "\n" not in before:
         name, space, typed = before[1:].partition(" ")
@@ -47,10 +27,10 @@ def choices(before: str, commands: Commands, chat: Chat) -> Iterator[Choice]:
 
 
 def files(typed: str) -> Iterator[Choice]:
-    """Names of files and folders that begin as the word `typed`; a quote before it allows spaces in them."""
+    """Yield files and folders whose path begins with `typed`; after an opening quote it may have spaces."""
     word = typed.removeprefix('"')
     head, _, start = word.rpartition("/")
-    # Not Path.expanduser, which raises for `~nobody`.
+    # Not Path.expanduser, which raises an error for `~nobody`.
     folder = os.path.expanduser(f"{head}/" if "/" in word else ".")
     for name, is_folder in _entries(folder, start):
         path = f"{word[: len(word) - len(start)]}{name}{'/' if is_folder else ''}"
@@ -62,9 +42,8 @@ def files(typed: str) -> Iterator[Choice]:
 
 def _names(start: str, commands: Commands) -> Iterator[Choice]:
     for name, command in commands.items():
-        words = (name, *command.aliases)
-        # A command is offered once, by its own name where that will do.
-        word = next((word for word in words if word.startswith(start)), None)
+        # Each command once: by its own name if that fits, otherwise by an alias.
+        word = next((word for word in (name, *command.aliases) if word.startswith(start)), None)
         if word is not None:
             text = f"{word} " if command.arguments else word
             yield Choice(text, len(start), command.help, f"/{word} {command.arguments}".rstrip())
@@ -79,7 +58,7 @@ def _command(word: str, commands: Commands) -> Command | None:
 def _arguments(command: Command, typed: str, chat: Chat) -> Iterator[Choice]:
     last = re.split(r"\s", typed)[-1]
     for word in command.complete(chat, typed):
-        # A name may have spaces: then what is typed of it is more than its last word.
+        # The word may have spaces; then more than the last word of `typed` belongs to it.
         begun = next((text for text in (typed, last) if word.startswith(text)), None)
         if begun is not None:
             yield Choice(word, len(begun))
@@ -89,7 +68,10 @@ def _arguments(command: Command, typed: str, chat: Chat) -> Iterator[Choice]:
 
 
 def _entries(folder: str, start: str) -> list[tuple[str, bool]]:
-    """Names that begin with `start`, folders first; hidden ones only if asked for."""
+    """Return the names that begin with `start`, and whether they are folders; folders first.
+
+    Hidden names only if `start` begins with a dot.
+    """
     found = []
     try:
         with os.scandir(folder) as entries:
@@ -97,10 +79,10 @@ def _entries(folder: str, start: str) -> list[tuple[str, bool]]:
                 name = entry.name
                 if name.startswith(start) and (start or not name.startswith(".")) and name.isprintable():
                     found.append((name, _is_folder(entry)))
-                if len(found) == _MOST:
+                if len(found) == _MAX_ENTRIES:
                     break
     except (OSError, ValueError):
-        # No such folder, or a name with a NUL or half a character, which a paste may hold.
+        # There is no such folder, or a pasted name holds a NUL or a surrogate.
         return []
     return sorted(found, key=lambda each: (not each[1], each[0]))
 
