@@ -1,12 +1,11 @@
-"""Gather a request's events into its outcome. Runs in the engine's thread, so it does no more than that."""
+"""Collect the events of a request into its reply. `deliver` runs in the engine's thread: it only collects."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
-from dsmoe_local.batch.requests import is_chat
+from dsmoe_local.batch.lines import Line
 from dsmoe_local.batch.responses import Choice, Reply
 from dsmoe_local.engine.errors import PromptError, TemplateError
 from dsmoe_local.engine.types import (
@@ -22,7 +21,7 @@ from dsmoe_local.engine.types import (
 
 @dataclass(slots=True)
 class _Draft:
-    """A reply as far as it came."""
+    """A reply that is not finished."""
 
     pieces: list[str] = field(default_factory=list)
     tokens: list[tuple[TokenLogprob, tuple[TokenLogprob, ...]]] = field(default_factory=list)
@@ -33,21 +32,21 @@ class _Draft:
 class Collector:
     """Takes the events of one request; `finished` is called once, after the last.
 
-    `kept` are the fields of its line that the record carries along. `alone`: nothing else ran beside it.
+    `line` is the input line at `position`. `alone`: no other request runs with it.
     """
 
     def __init__(
         self,
         position: int,
+        line: Line,
         request: Request,
         finished: Callable[[Collector], None],
         *,
-        kept: Mapping[str, Any] | None = None,
         alone: bool = False,
     ) -> None:
         self.position = position
+        self.line = line
         self.request = request
-        self.kept = kept or {}
         self.alone = alone
         self.error: BaseException | None = None
         self.n_tokens = 0
@@ -56,7 +55,7 @@ class Collector:
         self._seconds = 0.0
 
     def deliver(self, event: TokenEvent | BaseException | None) -> None:
-        """Take what the engine delivers."""
+        """Take an event; None or an exception ends the request."""
         if not isinstance(event, TokenEvent):
             self.error = event
             self._finished(self)
@@ -73,8 +72,9 @@ class Collector:
             self._seconds = max(self._seconds, event.seconds)
 
     def reply(self, model: str, lead: str) -> Reply | None:
-        """What was generated; None if it was cut short. `lead` is what `reply_lead` returns."""
-        chat = is_chat(self.request)
+        """Return the reply; None if it was cancelled. `lead` is what `reply_lead` returned."""
+        prompt = self.request.prompt
+        chat = not isinstance(prompt, str) and isinstance(prompt[0], Message)
         lead = "" if self.request.continue_final_message else lead
         choices: list[Choice] = []
         usages: list[Usage] = []
@@ -86,32 +86,34 @@ class Collector:
             text = text.removeprefix(lead) if chat else text
             choices.append(Choice(text, reason, tuple(draft.tokens) if self.request.logprobs else None))
             usages.append(usage)
-        return Reply(self.request.id, model, chat, tuple(choices), tuple(usages), self._seconds, self.kept)
+        return Reply(
+            self.request.id, model, chat, tuple(choices), tuple(usages), self._seconds, self.line.kept
+        )
 
 
 def reply_lead(engine: TextEngine) -> str:
-    """The whitespace that the chat template puts before a reply it repeats, and not where it asks for one.
+    """Return the white space that the model generates at the start of a reply because of the chat template.
 
-    DeepSeekMoE's asks with `Assistant:` and repeats `Assistant: …`, so the replies of its models begin with a
-    space that is none of theirs.
+    DeepSeekMoE's template ends a prompt with `Assistant:` but renders a reply as `Assistant: …`. Its models
+    therefore start every reply with a space that does not belong to the text.
     """
     if engine.info.template is None:
         return ""
     question, reply = Message("user", "question"), "reply"
     try:
-        asked, repeated = (
-            "".join(engine.decode(engine.encode(prompt)))
-            for prompt in ((question,), (question, Message("assistant", reply), question))
+        prompt, conversation = (
+            "".join(engine.decode(engine.encode(messages)))
+            for messages in ((question,), (question, Message("assistant", reply), question))
         )
     except (PromptError, TemplateError):
-        # A template that refuses these messages: nothing is known of it.
+        # The template does not take these messages.
         return ""
-    lead = repeated.removeprefix(asked).partition(reply)[0]
-    return lead if repeated.startswith(asked) and lead.isspace() else ""
+    lead = conversation.removeprefix(prompt).partition(reply)[0]
+    return lead if conversation.startswith(prompt) and lead.isspace() else ""
 
 
 def _scored(event: TokenEvent) -> tuple[TokenLogprob, tuple[TokenLogprob, ...]]:
-    """The token, and the likeliest beside it."""
+    """Return the token and its alternatives. The first alternative is the token itself."""
     if event.alternatives:
         return event.alternatives[0], event.alternatives[1:]
     return TokenLogprob(event.token_id or 0, event.text, event.logprob or 0.0), ()

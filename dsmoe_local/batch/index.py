@@ -1,132 +1,252 @@
-"""Where every line of an input lies and what it is known by, in about 70 bytes each. Keeps no text."""
+"""The index of a batch: where each input line lies, which lines have a record, and the order of the work.
+
+It is a private SQLite database that is discarded after the run. It holds offsets, hashes and costs, no text.
+SQLite keeps it in memory while it is small and moves it to a temporary file when it grows, so memory does not
+depend on the number of lines.
+"""
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from array import array
-from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
-from dsmoe_local.base.errors import DsmoeError, FormatError, InterruptedRunError
-from dsmoe_local.base.progress import Advanced, Finished, Listener, Started
+from dsmoe_local.base.errors import DsmoeError, FileError, FormatError, InterruptedRunError
+from dsmoe_local.base.progress import Advanced, Finished, Listener, Note, Started
 from dsmoe_local.base.text import count, safe_line
-from dsmoe_local.batch.lines import Key, Line, key_of
-from dsmoe_local.batch.order import cost_of, prefix_signature
+from dsmoe_local.batch.lines import Key, Line
 from dsmoe_local.batch.requests import BatchDefaults, model_named, request_of
 from dsmoe_local.batch.sources import Source, Span
-from dsmoe_local.batch.workload import WorkloadMeter
+from dsmoe_local.batch.workload import (
+    HASH_BYTES,
+    PREFIX_LENGTHS,
+    WorkloadMeter,
+    cost,
+    prefix_hashes,
+    shared_bytes,
+)
 
-_REPORT = 1 << 20
+_REPORT_BYTES = 1 << 20
+# Positions count lines from 0, record numbers count records from 1. The transaction is never committed: the
+# database does not outlive its connection.
+_SCHEMA = """
+PRAGMA journal_mode = OFF;
+CREATE TABLE line (
+    position INTEGER PRIMARY KEY,
+    number INTEGER, offset INTEGER, length INTEGER,
+    id BLOB, content BLOB,
+    prefixes BLOB, cost INTEGER,
+    record INTEGER
+);
+CREATE TABLE record (number INTEGER PRIMARY KEY, id BLOB, content BLOB);
+BEGIN;
+"""
+_CHANGED = """
+SELECT min(line.number) FROM record JOIN line ON line.id = record.id WHERE NOT EXISTS (
+    SELECT 1 FROM line AS same WHERE same.id = record.id AND same.content = record.content
+)
+"""
+_FOREIGN = "SELECT count(*) FROM record WHERE NOT EXISTS (SELECT 1 FROM line WHERE line.id = record.id)"
+# The lines that have a record come first, and their records are in the same order.
+_IN_ORDER = """
+SELECT NOT EXISTS (
+    SELECT 1 FROM (SELECT record, lag(record, 1, 0) OVER (ORDER BY position) AS before FROM line)
+    WHERE record IS NOT NULL AND (record > before) IS NOT TRUE
+)
+"""
+# Lines with a common prefix form a group, and so on within the group for longer prefixes. Groups, and lines
+# within the innermost groups, start with the most expensive: what still runs at the end is then short.
+_GROUPS = ", ".join(
+    f"max(cost) OVER (PARTITION BY substr(prefixes, 1, {n})) DESC, substr(prefixes, 1, {n})"
+    for n in range(HASH_BYTES, len(PREFIX_LENGTHS) * HASH_BYTES + 1, HASH_BYTES)
+)
+_LEFT = "SELECT position, prefixes, length FROM line WHERE record IS NULL ORDER BY"
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """How the records of earlier runs relate to the input.
+
+    `changed_line` is the number of a line that has changed since its record was written, if there is one.
+    `n_foreign` records have no line in the input. `in_order`: the records are those of the input's first
+    lines, in the order of the input.
+    """
+
+    changed_line: int | None
+    n_foreign: int
+    in_order: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WorkOrder:
+    """Positions of lines in the order in which to start them. `shared_bytes` estimates how many bytes of the
+    prompts are a prefix that the prompt before has as well.
+    """
+
+    positions: array[int]
+    shared_bytes: int
 
 
 class Index:
-    """The lines of an input, by position from 0. `model_named` is one that a line asks for;
-    `workload` sums up all of them.
+    """The lines of an input, and the records of earlier runs.
+
+    `model_named` is a model that a line asks for; `workload` covers all lines. Methods raise FileError if
+    there is no room for temporary files.
     """
 
     def __init__(self) -> None:
-        self._numbers = array("Q")
-        self._offsets = array("Q")
-        self.lengths = array("I")
-        self._ids = array("Q")
-        self._contents = array("Q")
-        self._sorted_ids = array("Q")
-        self._by_id = array("I")
-        self.signatures = array("Q")
-        self.costs = array("I")
-        self.done = bytearray()
         self.model_named = ""
         self.workload = WorkloadMeter()
+        self._n_lines = 0
+        # Several threads may use it, one after the other.
+        self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        self._database.executescript(_SCHEMA)
 
     def __len__(self) -> int:
-        return len(self._offsets)
+        return self._n_lines
 
-    def add(self, span: Span, key: Key, signature: int, cost: int) -> None:
+    def close(self) -> None:
+        """Discard the index."""
+        self._database.close()
+
+    def add(self, span: Span, key: Key, prefixes: bytes, cost: int) -> None:
         """Append a line."""
-        self._numbers.append(span.number)
-        self._offsets.append(span.offset)
-        self.lengths.append(span.length)
-        self._ids.append(key.id)
-        self._contents.append(key.content)
-        self.signatures.append(signature)
-        self.costs.append(cost)
-        self.done.append(0)
+        values = (self._n_lines, span.number, span.offset, span.length, *_blobs(key), prefixes, cost)
+        self._execute("INSERT INTO line VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL)", *values)
+        self._n_lines += 1
 
-    def sort(self) -> None:
-        """Make `find` possible, after the last `add`."""
-        self._by_id = array("I", sorted(range(len(self)), key=self._ids.__getitem__))
-        self._sorted_ids = array("Q", (self._ids[position] for position in self._by_id))
+    def add_record(self, key: Key) -> None:
+        """Append a record of an earlier run; `resume` then finds its line."""
+        self._execute("INSERT INTO record (id, content) VALUES (?, ?)", *_blobs(key))
 
-    def span(self, position: int) -> Span:
-        """Where a line lies."""
-        return Span(self._numbers[position], self._offsets[position], self.lengths[position])
+    def entry(self, position: int) -> tuple[Span, Key]:
+        """Return where a line lies, and its key."""
+        ((*span, id_hash, content),) = self._execute(
+            "SELECT number, offset, length, id, content FROM line WHERE position = ?", position
+        )
+        return Span(*span), Key(int.from_bytes(id_hash), int.from_bytes(content))
 
-    def key(self, position: int) -> Key:
-        """What a line is known by."""
-        return Key(self._ids[position], self._contents[position])
+    def equal_ids(self) -> list[tuple[int, int]]:
+        """Return pairs of positions whose ids have the same hash. Call it after the last `add`."""
+        self._execute("CREATE INDEX line_by_id ON line (id)")
+        return list(
+            self._execute(
+                "SELECT first.position, second.position FROM line AS first"
+                " JOIN line AS second ON second.id = first.id AND second.position > first.position"
+            )
+        )
 
-    def find(self, id_hash: int) -> list[int]:
-        """The lines whose ids have this hash: none, one, or by a rare chance two."""
-        found = []
-        at = bisect_left(self._sorted_ids, id_hash)
-        while at < len(self._sorted_ids) and self._sorted_ids[at] == id_hash:
-            found.append(self._by_id[at])
-            at += 1
-        return found
+    def resume(self) -> Resumed:
+        """Mark the lines that have a record as done."""
+        self._execute(
+            "UPDATE line SET record = record.number FROM record"
+            " WHERE record.id = line.id AND record.content = line.content"
+        )
+        changed, n_foreign, in_order = (
+            value for query in (_CHANGED, _FOREIGN, _IN_ORDER) for (value,) in self._execute(query)
+        )
+        return Resumed(changed, n_foreign, bool(in_order))
 
-    def equal_hashes(self) -> list[list[int]]:
-        """Lines whose ids have one hash, in input order."""
-        ids, positions = self._sorted_ids, self._by_id
-        return [
-            sorted((positions[at - 1], positions[at])) for at in range(1, len(ids)) if ids[at] == ids[at - 1]
-        ]
+    def work_order(self, *, ordered: bool) -> WorkOrder:
+        """Return the lines without a record, `ordered` as in the input, else so that prefixes are shared."""
+        positions, total = array("I"), 0
+        last_prefixes, last_length = b"", 0
+        for position, prefixes, length in self._execute(
+            f"{_LEFT} position" if ordered else f"{_LEFT} {_GROUPS}, cost DESC, position"
+        ):
+            positions.append(position)
+            total += min(shared_bytes(last_prefixes, prefixes), last_length, length)
+            last_prefixes, last_length = prefixes, length
+        return WorkOrder(positions, total)
+
+    def _execute(self, statement: str, *values: object) -> Iterator[Any]:
+        try:
+            return self._database.execute(statement, values)
+        except sqlite3.Error as error:
+            raise FileError(
+                f"the index of the input cannot be stored: {error}",
+                where="the folder for temporary files",
+                remedy="free some space, or set TMPDIR to a folder on another disk",
+            ) from error
+
+
+def _blobs(key: Key) -> tuple[bytes, bytes]:
+    # SQLite's integers have a sign: 64 bits of a hash do not fit.
+    return key.id.to_bytes(8), key.content.to_bytes(8)
 
 
 def build_index(source: Source, defaults: BatchDefaults, listen: Listener, stop: threading.Event) -> Index:
-    """Read the input once.
+    """Read the input once. The caller closes the index.
 
-    FormatError if two lines have one id, since their records could not be told apart; if no line can be read;
-    or if no line has a field that records should carry along.
+    FormatError if two lines have the same id (their records could not be told apart), if no line can be read,
+    or if no line has a field that --keep names. InterruptedRunError if `stop` is set.
     """
     index = Index()
+    try:
+        _fill(index, source, defaults, listen, stop)
+    except BaseException:
+        index.close()
+        raise
+    return index
+
+
+def _fill(
+    index: Index, source: Source, defaults: BatchDefaults, listen: Listener, stop: threading.Event
+) -> None:
     listen(Started("reading", source.n_bytes))
-    reported = 0
-    readable = _Readable()
+    reported = n_unlimited = 0
+    check = _InputCheck()
     for span, raw in source.spans():
         line = source.line(span.number, raw)
-        readable.add(line)
-        signature, cost = _shape(line, defaults, index.workload)
-        index.add(span, key_of(line, raw), signature, cost)
+        check.add(line)
+        try:
+            request = request_of(line, defaults)
+        except DsmoeError:
+            # It becomes an error record, which takes no work.
+            index.add(span, line.key, b"", 0)
+        else:
+            index.workload.add(request)
+            index.add(span, line.key, prefix_hashes(request.prompt), cost(request))
+            n_unlimited += request.max_tokens is None and bool(request.json_schema or request.grammar)
         index.model_named = index.model_named or model_named(line)
-        if span.offset + span.length - reported >= _REPORT:
+        if span.offset + span.length - reported >= _REPORT_BYTES:
             listen(Advanced(span.offset + span.length - reported))
             reported = span.offset + span.length
             if stop.is_set():
                 raise InterruptedRunError("interrupted: the input was not read to its end")
-    readable.check(source, len(index))
-    index.sort()
+    check.finish(source, len(index))
     _check_ids(source, index)
     listen(Finished("reading"))
-    return index
+    if n_unlimited:
+        listen(
+            Note(
+                f"{count(n_unlimited, 'request')} with a schema or grammar but no max_tokens:"
+                " a reply may go on until the context is full; -n N limits it"
+            )
+        )
 
 
-class _Readable:
-    """Notices that an input is of a wrong kind as a whole, which then is one error, not one for each line."""
+class _InputCheck:
+    """Detects an input that is wrong as a whole. That is one error, not an error record for each line."""
 
     def __init__(self) -> None:
         self._first: Line | None = None
-        self._any = False
+        self._any_valid = False
         self._missing: set[str] = set()
 
     def add(self, line: Line) -> None:
         if self._first is None:
             self._first = line
             self._missing = set(line.kept)
-        self._any = self._any or line.error is None
+        self._any_valid = self._any_valid or line.error is None
         if self._missing:
             self._missing -= {name for name, value in line.kept.items() if value is not None}
 
-    def check(self, source: Source, n_lines: int) -> None:
-        if self._first is not None and self._first.error is not None and not self._any:
+    def finish(self, source: Source, n_lines: int) -> None:
+        if self._first is not None and self._first.error is not None and not self._any_valid:
             error = self._first.error
             raise FormatError(
                 f"no line of the input can be read: {error.what}",
@@ -139,23 +259,13 @@ class _Readable:
             )
 
 
-def _shape(line: Line, defaults: BatchDefaults, workload: WorkloadMeter) -> tuple[int, int]:
-    """What the order of work depends on; a bad line takes no work."""
-    try:
-        request = request_of(line, defaults)
-    except DsmoeError:
-        return 0, 0
-    workload.add(request)
-    return prefix_signature(request.prompt), cost_of(request)
-
-
 def _check_ids(source: Source, index: Index) -> None:
-    for first, second in index.equal_hashes():
-        spans = index.span(first), index.span(second)
-        one, other = (source.line(span.number, source.read(span)) for span in spans)
-        if one.id == other.id:
+    for pair in index.equal_ids():
+        spans = [index.entry(position)[0] for position in pair]
+        first, second = (source.line(span.number, source.read(span)) for span in spans)
+        if first.id == second.id:
             raise FormatError(
-                f"the id {safe_line(one.id, 60)!r} occurs twice",
-                where=f"{source.shown}, lines {one.number} and {other.number}",
-                remedy="give every line an id of its own, or none",
+                f"the id {safe_line(first.id, 60)!r} occurs twice",
+                where=f"{source.shown}, lines {first.number} and {second.number}",
+                remedy="give every line its own id, or none",
             )

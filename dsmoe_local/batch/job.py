@@ -1,4 +1,4 @@
-"""One batch, prepared: its input read once, its output open, what is finished known. `run` does the work."""
+"""Prepare a batch: read its input, lock and read its output, and find out which lines are left."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from dsmoe_local.base.errors import FileError, FormatError, UsageError
 from dsmoe_local.base.progress import Listener, Note, ignore
 from dsmoe_local.base.text import count
 from dsmoe_local.batch.index import Index, build_index
-from dsmoe_local.batch.journal import Output, journal_path
-from dsmoe_local.batch.lines import Key, Line, key_of
-from dsmoe_local.batch.order import shared_bytes, work_order
+from dsmoe_local.batch.journal import journal_path
+from dsmoe_local.batch.lines import Key, Line
+from dsmoe_local.batch.output import Output
 from dsmoe_local.batch.requests import BatchDefaults, request_of
 from dsmoe_local.batch.responses import FORMATS
 from dsmoe_local.batch.sources import InputForm, Source
 from dsmoe_local.batch.spool import spool_path, spooled
 from dsmoe_local.batch.summary import BatchSummary
-from dsmoe_local.batch.workload import BYTES_A_TOKEN
+from dsmoe_local.batch.workload import BYTES_PER_TOKEN
 from dsmoe_local.engine.load.parallel import Workload
 from dsmoe_local.engine.types import ModelInfo, Request
 
@@ -36,10 +36,10 @@ _SUFFIXES = frozenset({".jsonl", ".csv", ".tsv", ".txt"})
 class BatchOptions:
     """What to read, where to write, and how.
 
-    `settings` is whatever else a reply depends on (the model, its options): records of other settings are not
-    continued. `names` are what people call those whose values mean nothing to them: the model's digest.
-    `deterministic`: the engine is; requests that sample without a seed then get one of their own,
-    always the same. `max_errors`: give up once more lines than this have failed.
+    `settings` are the other things that a reply depends on, such as the model: a run with other settings does
+    not continue an output. `names` are shown in place of settings that mean nothing to a user, such as
+    digests. `deterministic`: the engine is, and requests that sample without a seed get one that depends on
+    the line only. `max_errors`: give up when more lines than this have failed.
     """
 
     source: Path
@@ -57,7 +57,9 @@ class BatchOptions:
 
 @dataclass(slots=True)
 class Job:
-    """A batch that can be run. `order`: the positions of the lines that are left, in the order of work."""
+    """A batch that can be run. `order` holds the positions of the lines without a record, in the order of the
+    work; `shared_bytes` estimates how many bytes of their prompts are a prefix that the one before has.
+    """
 
     options: BatchOptions
     source: Source
@@ -65,63 +67,65 @@ class Job:
     output: Output
     summary: BatchSummary
     order: array[int]
+    shared_bytes: int
 
     def line(self, position: int) -> Line:
-        """Read a line again. FormatError if it is not what it was."""
-        span = self.index.span(position)
-        raw = self.source.read(span)
-        line = self.source.line(span.number, raw)
-        if key_of(line, raw) != self.index.key(position):
+        """Read a line again. FormatError if it has changed."""
+        span, key = self.index.entry(position)
+        line = self.source.line(span.number, self.source.read(span))
+        if line.key != key:
             raise FormatError(
-                "the input was changed while the batch ran", where=f"{self.source.shown}, line {span.number}"
+                "the input has changed since the batch started",
+                where=f"{self.source.shown}, line {span.number}",
             )
         return line
 
-    def request(self, line: Line, position: int) -> Request:
-        """The request that a line makes. Raises LineError, UsageError."""
+    def request(self, line: Line) -> Request:
+        """Return the request that a line asks for. Raises LineError, UsageError."""
         request = request_of(line, self.options.defaults)
         sampling = request.sampling
         if self.options.deterministic and sampling.seed is None and sampling.temperature > 0:
-            key = self.index.key(position)
-            request = replace(request, sampling=replace(sampling, seed=(key.id ^ key.content) % _SEEDS))
+            seed = (line.key.id ^ line.key.content) % _SEEDS
+            request = replace(request, sampling=replace(sampling, seed=seed))
         return request
 
     @property
     def workload(self) -> Workload:
-        """What is left, about; prompt tokens that the line before in the order of work begins with, once."""
-        index = self.index
-        n_shared = shared_bytes(self.order, index.signatures, index.lengths) // BYTES_A_TOKEN
-        return index.workload.left(len(self.order), len(index), n_shared)
+        """An estimate of the work that is left. Shared prefixes count once."""
+        n_shared = self.shared_bytes // BYTES_PER_TOKEN
+        return self.index.workload.remaining(len(self.order), len(self.index), n_shared)
 
-    def hold_to(self, info: ModelInfo) -> None:
-        """Texts that must not differ need a model that was loaded alike. FileError if it was not."""
+    def require(self, info: ModelInfo) -> None:
+        """With `deterministic`: FileError unless the model is loaded as it was for the existing records."""
         if not self.options.deterministic:
             return
         longest = self.index.workload.n_longest
         enough = info.n_context >= (info.n_context_trained if longest is None else longest)
-        context = "what the lines need" if enough else f"{info.n_context} tokens"
+        context = "enough for every line" if enough else f"{info.n_context} tokens"
         self.output.require(
             {"context of a request": context, "threads": str(info.n_threads), "kernels": info.kernels}
         )
 
     def finish(self) -> None:
-        """Every record is there: remove what is needed no longer."""
+        """Remove the copy of standard input: every line has a record."""
         if self.options.source == STDIN:
             spool_path(self.options.out).unlink(missing_ok=True)
 
 
 def check_paths(options: BatchOptions) -> None:
-    """Look for what is wrong at first sight. Raises UsageError (input is output), FileError."""
+    """Check the paths of input and output. Raises UsageError if they are the same file, FileError."""
     folder = options.out.absolute().parent
     if not folder.is_dir():
-        raise FileError("the output's folder does not exist", where=folder, remedy="make it, or name another")
+        raise FileError(
+            "the output's folder does not exist", where=folder, remedy="create it, or name another"
+        )
     if options.out.is_dir():
         raise FileError("the output is a folder", where=options.out, remedy="name a file in it")
     if options.out == STDIN or (options.out.exists() and not options.out.is_file()):
         raise FileError(
             "the output is not a regular file",
             where=options.out,
-            remedy="name a file: the next run goes on in it",
+            remedy="name a file, so that the next run can continue it",
         )
     if options.source == STDIN:
         return
@@ -133,15 +137,15 @@ def check_paths(options: BatchOptions) -> None:
         raise FileError(
             "the input is a folder",
             where=options.source,
-            remedy=f"name a file, such as {inside}" if inside else "name a file of requests, one a line",
+            remedy=f"name a file, such as {inside}" if inside else "name a file with one request per line",
         )
     if not options.source.exists():
         raise FileError("the input does not exist", where=options.source)
     if not options.source.is_file():
         raise FileError(
-            "the input is not a regular file, and it is read more than once",
+            "the input is not a regular file, which can be read more than once",
             where=options.source,
-            remedy="name -, and pipe the lines in",
+            remedy="use - as the input, and pipe the lines in",
         )
 
 
@@ -149,88 +153,65 @@ def check_paths(options: BatchOptions) -> None:
 def prepared(
     options: BatchOptions, listen: Listener = ignore, stop: threading.Event | None = None
 ) -> Iterator[Job]:
-    """The job that `options` describe, held until the block ends: nobody else can write its output.
+    """Prepare a batch and lock its output until the block ends. Checks everything that needs no model.
 
-    Everything that needs no model is checked here. Raises UsageError, FileError (the input, the output, other
-    settings than those of the records that are there), LockedError, FormatError (ids), InterruptedRunError.
+    Raises UsageError, FileError (input, output, or settings that differ from those of existing records),
+    LockedError, FormatError (the input), InterruptedRunError.
     """
     stop = stop or threading.Event()
     check_paths(options)
     if options.out.is_symlink():
-        # The journal and the lock belong to the file, not to one of its names.
+        # Journal and lock belong to the file, whatever link leads to it.
         options = replace(options, out=options.out.resolve())
     with ExitStack() as stack:
         stack.enter_context(durable.locked(options.out))
         spool = stack.enter_context(spooled(options.out, stop)) if options.source == STDIN else None
         source = Source(options.source, options.input) if spool is None else spool.source(options.input)
         stack.enter_context(closing(source))
-        index = build_index(source, options.defaults, listen, stop)
+        index = stack.enter_context(closing(build_index(source, options.defaults, listen, stop)))
         summary = BatchSummary(n_requests=len(index))
-        known = _Known(index, summary)
+
+        def visit(key: Key, failure: str) -> None:
+            index.add_record(key)
+            summary.n_records += 1
+            summary.n_resumed += 1
+            if failure:
+                summary.failures[failure] += 1
+
         output = stack.enter_context(
-            Output(options.out, _settings(options), known.mark, names=options.names, restart=options.restart)
+            Output(options.out, _settings(options), visit, names=options.names, restart=options.restart)
         )
-        known.tell(source, listen, ordered=options.ordered)
+        _resume(index, summary, source, listen, ordered=options.ordered)
         if spool:
             spool.keep()
-        left = (position for position in range(len(index)) if not index.done[position])
-        order = work_order(left, index.signatures, index.costs, ordered=options.ordered)
-        yield Job(options, source, index, output, summary, order)
+        order = index.work_order(ordered=options.ordered)
+        yield Job(options, source, index, output, summary, order.positions, order.shared_bytes)
 
 
-class _Known:
-    """Takes the finished records' keys from the journal."""
-
-    def __init__(self, index: Index, summary: BatchSummary) -> None:
-        self._index = index
-        self._summary = summary
-        self._n_foreign = 0
-        self._changed: int | None = None
-        self._last = -1
-        self._in_order = True
-
-    def mark(self, key: Key, failure: str) -> None:
-        """One record is finished."""
-        self._summary.n_records += 1
-        self._summary.n_resumed += 1
-        if failure:
-            self._summary.failures[failure] += 1
-        positions = self._index.find(key.id)
-        same = [position for position in positions if self._index.key(position) == key]
-        if same:
-            self._index.done[same[0]] = 1
-            self._in_order = self._in_order and same[0] > self._last
-            self._last = max(self._last, same[0])
-        elif positions:
-            self._changed = positions[0]
-        else:
-            self._n_foreign += 1
-
-    def tell(self, source: Source, listen: Listener, *, ordered: bool) -> None:
-        """Say what was found, and whether `ordered` cannot be had any more. FileError if a finished line asks
-        for something else now.
-        """
-        if self._changed is not None:
-            raise FileError(
-                "a line has changed since its record was written",
-                where=f"{source.shown}, line {self._index.span(self._changed).number}",
-                remedy="give the new line an id of its own, or start over: --restart",
-            )
-        if self._summary.n_resumed:
-            listen(Note(f"{count(self._summary.n_resumed, 'record')} from earlier runs"))
-        if self._n_foreign:
-            listen(Note(f"{count(self._n_foreign, 'record')} of lines that are no longer in the input"))
-        first_left = self._index.done.find(0)
-        if ordered and not (self._in_order and (first_left < 0 or first_left > self._last)):
-            listen(
-                Note("earlier records are not in the input's order; --ordered puts only new ones in order")
-            )
+def _resume(index: Index, summary: BatchSummary, source: Source, listen: Listener, *, ordered: bool) -> None:
+    """Mark the lines that have a record. FileError if one of them has changed since."""
+    if not summary.n_resumed:
+        return
+    resumed = index.resume()
+    if resumed.changed_line is not None:
+        raise FileError(
+            "a line has changed since its record was written",
+            where=f"{source.shown}, line {resumed.changed_line}",
+            remedy="give the new line its own id, or start over: --restart",
+        )
+    listen(Note(f"{count(summary.n_resumed, 'record')} from earlier runs"))
+    if resumed.n_foreign:
+        listen(Note(f"{count(resumed.n_foreign, 'record')} for lines that are no longer in the input"))
+    if ordered and not resumed.in_order:
+        listen(Note("earlier records are not in the order of the input; --ordered applies to new ones only"))
 
 
 def _settings(options: BatchOptions) -> dict[str, str]:
-    """All that a record depends on beside its line, as words."""
+    """Return what a record depends on besides its line, as text."""
     if options.form not in FORMATS:
-        raise UsageError(f"{options.form!r} is no output format", remedy=f"known are {', '.join(FORMATS)}")
+        raise UsageError(
+            f"{options.form!r} is not an output format", remedy=f"known are {', '.join(FORMATS)}"
+        )
     template = options.input.template
     own = {
         "format": options.form,

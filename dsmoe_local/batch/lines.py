@@ -1,4 +1,4 @@
-"""One input line: its number, id and JSON, and what is wrong with it. `fields` knows what fields mean."""
+"""One line of a batch's input: strict JSON, its id, its key, and the errors in it."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from dsmoe_local.base.text import safe_line
 MAX_LINE = 64 << 20
 _MAX_DEPTH = 200
 _ID_FIELDS = ("custom_id", "id")
-# What json says, without the place, and what it means.
+# The json module's messages, and ours.
 _FAULTS = {
-    "Unterminated string starting at": "the string that begins in column {column} is not closed",
+    "Unterminated string starting at": "the string that starts in column {column} is not closed",
     "Invalid control character at": "a tab or control character in column {column}: in a string, write \\t",
-    "Invalid \\escape": "the backslash in column {column} begins no escape: write \\\\ for a backslash",
+    "Invalid \\escape": "the backslash in column {column} is not an escape: write \\\\ for a backslash",
     "Invalid \\uXXXX escape": "\\u in column {column} takes four hexadecimal digits",
     "Expecting value": "a value is missing in column {column}",
     "Expecting property name enclosed in double quotes": "a quoted key is missing in column {column}",
     "Expecting ':' delimiter": "a colon is missing in column {column}",
     "Expecting ',' delimiter": "a comma or a closing bracket is missing in column {column}",
-    "Illegal trailing comma before end of object": "a comma too many in column {column}",
-    "Illegal trailing comma before end of array": "a comma too many in column {column}",
-    "Extra data": "there is more behind the object, from column {column} on",
+    "Illegal trailing comma before end of object": "one comma too many in column {column}",
+    "Illegal trailing comma before end of array": "one comma too many in column {column}",
+    "Extra data": "the object is followed by something else in column {column}",
 }
 
 
 class LineError(DsmoeError):
-    """A line that is no request; the others go on. `kind` is what the summary counts it under."""
+    """A line that is not a valid request. It becomes an error record; the summary counts it under `kind`."""
 
     def __init__(
         self, what: str, *, where: str | Path = "", remedy: str = "", kind: str = "invalid_request"
@@ -44,43 +44,48 @@ class LineError(DsmoeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
-    """One input line: its number from 1, the id that its record gets, and its content; `error` if it has
-    none. `kept` are the fields that its record carries along.
-    """
-
-    number: int
-    id: str
-    values: Mapping[str, Any]
-    error: LineError | None = None
-    kept: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
 class Key:
-    """What a finished record is known by: 64 bits of its id, and 64 of everything else the line says."""
+    """Hashes that identify a line and its record: 64 bits of the id, and 64 bits of the rest of the line."""
 
     id: int
     content: int
 
 
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One input line. `number` counts from 1, `id` is that of its record, `values` are the fields of the
+    request (none if there is an `error`), `kept` the fields that are copied to the record.
+    """
+
+    number: int
+    id: str
+    key: Key
+    values: Mapping[str, Any]
+    error: LineError | None = None
+    kept: Mapping[str, Any] = field(default_factory=dict)
+
+
 def hash64(data: bytes) -> int:
-    """64 bits that stand for `data`."""
+    """Return a 64-bit hash."""
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
 
 
-def key_of(line: Line, raw: bytes) -> Key:
-    """The line's key. Spacing and the order of fields do not count; without JSON every byte does."""
+def key_of(name: str, raw: bytes, values: Mapping[str, Any], kept: Mapping[str, Any]) -> Key:
+    """Return the key of a line with the id `name`. White space and the order of fields do not change it.
+
+    Without `values` the line is not valid, and every byte of it counts.
+    """
     content = raw
-    if line.error is None:
-        values = {"values": line.values, "kept": line.kept} if line.kept else line.values
-        content = json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
-    return Key(hash64(line.id.encode()), hash64(content))
+    if values:
+        parts = {"values": values, "kept": kept} if kept else values
+        content = json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()
+    return Key(hash64(name.encode()), hash64(content))
 
 
 def id_of(number: int, values: Mapping[str, Any], id_field: str | None) -> str:
-    """The id that a line names in `id_field`, or in `id` or `custom_id`; without these `line-N`. LineError if
-    it is none.
+    """Return a line's id: from the field `id_field`, or else from `id` or `custom_id`, or else `line-N`.
+
+    LineError if `id_field` is missing or the value is not an id.
     """
     found = [field_of(values, id_field)] if id_field else [values.get(name) for name in _ID_FIELDS]
     named = [value for value in found if value is not None and value != ""]
@@ -96,14 +101,14 @@ def id_of(number: int, values: Mapping[str, Any], id_field: str | None) -> str:
 
 
 def field_of(values: Mapping[str, Any], name: str) -> Any:  # noqa: ANN401 - JSON
-    """A field of a line, or of the body in it; None without one."""
+    """Return a field of a line or of its body; None if neither has it."""
     body = values.get("body")
     within = values if name in values or not isinstance(body, Mapping) else body
     return within.get(name)
 
 
 def decoded(raw: bytes) -> str:
-    """The text of a line, without its end. LineError if it is not UTF-8."""
+    """Decode a line and remove its line ending. LineError if it is not UTF-8."""
     try:
         return raw.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
@@ -111,10 +116,10 @@ def decoded(raw: bytes) -> str:
 
 
 def strict_object(raw: bytes) -> dict[str, Any]:
-    """A JSON object in UTF-8, without NaN or Infinity, without a key twice. LineError if it is none."""
+    """Parse a JSON object in UTF-8. LineError also for NaN, Infinity and duplicate keys."""
     text = decoded(raw)
     if not text.lstrip().startswith("{"):
-        raise LineError("not a JSON object: the line does not begin with {", kind="not_json")
+        raise LineError("not a JSON object: the line does not start with {", kind="not_json")
     try:
         value: dict[str, Any] = json.loads(
             text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_unique
@@ -129,11 +134,11 @@ def strict_object(raw: bytes) -> dict[str, Any]:
     if _is_deeper(value, text):
         raise _not_json("nested too deeply")
     if "\\ud" in text.lower():
-        # Escapes can spell half a pair, which no output could hold.
+        # An escape can be a lone surrogate, which the output could not encode.
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise LineError("an escape spells half a surrogate pair, which is no character") from error
+            raise LineError("an escape is half a surrogate pair, which is not a character") from error
     return value
 
 
@@ -142,7 +147,7 @@ def _not_json(fault: str) -> LineError:
 
 
 def _refuse_constant(constant: str) -> NoReturn:
-    raise _not_json(f"{constant} is no number in JSON")
+    raise _not_json(f"JSON has no {constant}")
 
 
 def _finite(text: str) -> float:
@@ -161,9 +166,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_deeper(value: object, text: str) -> bool:
-    """Whether `value`, which `text` spells, is nested deeper than _MAX_DEPTH.
+    """True if `value`, parsed from `text`, is nested deeper than _MAX_DEPTH.
 
-    Python's own limit depends on who calls: a line could pass at first and fail later.
+    Python's own limit depends on the depth of the call stack: a line could pass once and fail later.
     """
     if text.count("{") + text.count("[") <= _MAX_DEPTH:
         return False
@@ -179,13 +184,13 @@ def _is_deeper(value: object, text: str) -> bool:
 
 
 def describe(error: DsmoeError) -> tuple[str, str]:
-    """An error record's code and message."""
+    """Return the code and the message of an error record."""
     code = "invalid_request" if isinstance(error, LineError | UsageError) else _code(error)
     return code, "; ".join(safe_line(line, 400) for line in str(error).splitlines())
 
 
 def kind_of(error: DsmoeError) -> str:
-    """What the summary counts a failed line under."""
+    """Return the kind of failure under which the summary counts a line."""
     return error.kind if isinstance(error, LineError) else describe(error)[0]
 
 

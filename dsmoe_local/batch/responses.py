@@ -1,4 +1,4 @@
-"""Output records in their two forms: OpenAI's batch responses, and a simple one. Neither form may change."""
+"""The two formats of output records: OpenAI's batch responses and a simple one. Neither may change."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any, Literal, NotRequired, TypeAlias, TypedDict
 from dsmoe_local.engine.types import FinishReason, TokenLogprob, Usage
 
 ScoredToken: TypeAlias = tuple[TokenLogprob, tuple[TokenLogprob, ...]]
-"""A generated token, and the likeliest ones in its place."""
+"""A generated token, and its most likely alternatives."""
 
-_LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI says it so
+_LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI writes this number
 
 
 class UsageRecord(TypedDict):
-    """Token counts, as OpenAI names them."""
+    """Token counts, with OpenAI's names."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -26,7 +26,7 @@ class UsageRecord(TypedDict):
 
 
 class TimingRecord(TypedDict):
-    """Seconds of wall time: from submission to the end, reading the prompt, generating; and the speed."""
+    """Wall time in seconds: in total from submission, for prefill, and for decoding."""
 
     seconds: float
     prompt_seconds: float
@@ -43,7 +43,7 @@ class ErrorRecord(TypedDict):
 
 
 class Response(TypedDict):
-    """What a successful request returned: `body` is a chat.completion or a text_completion."""
+    """The response to a successful request. `body` is a chat.completion or a text_completion."""
 
     status_code: int
     request_id: str
@@ -51,7 +51,7 @@ class Response(TypedDict):
 
 
 class OpenAiRecord(TypedDict):
-    """A line of OpenAI's batch output; `kept` is there with `--keep`."""
+    """A line of OpenAI's batch output. `kept` exists with `--keep`."""
 
     id: str
     custom_id: str
@@ -61,8 +61,8 @@ class OpenAiRecord(TypedDict):
 
 
 class SimpleRecord(TypedDict):
-    """A line of `--format simple`. With `n` > 1 texts and reasons are lists; `logprobs` are there where they
-    were asked for, `kept` with `--keep`.
+    """A line of `--format simple`. With `n` > 1 texts and reasons are lists. `logprobs` exist if the request
+    asked for them, `kept` exists with `--keep`.
     """
 
     id: str
@@ -77,7 +77,7 @@ class SimpleRecord(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One reply to a prompt. `tokens` None: no log-probabilities were asked for."""
+    """One reply to a prompt. `tokens` is None without log-probabilities."""
 
     text: str
     finish_reason: FinishReason
@@ -86,8 +86,8 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a request returned. `chat`: to messages, else to a prompt; `usages`: of each choice; `kept`: the
-    fields of its line that the record carries along.
+    """The replies to a request. `chat`: it had messages, not a prompt. `usages` has one item for each choice,
+    `kept` the fields of its line that are copied to the record.
     """
 
     id: str
@@ -100,23 +100,23 @@ class Reply:
 
     @property
     def n_prompt_tokens(self) -> int:
-        """Of the one prompt that all choices share."""
+        """Tokens of the prompt, which all choices share."""
         return self.usages[0].prompt_tokens
 
     @property
     def n_cached_tokens(self) -> int:
-        """How many of them had been read before."""
+        """Prompt tokens that were in the KV cache."""
         return self.usages[0].cached_tokens
 
     @property
     def n_completion_tokens(self) -> int:
-        """Of all choices."""
+        """Generated tokens of all choices."""
         return sum(usage.completion_tokens for usage in self.usages)
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A line without a reply. `kind` is what the summary counts it under."""
+    """A line without a reply. The summary counts it under `kind`."""
 
     id: str
     line: int
@@ -130,7 +130,7 @@ Outcome: TypeAlias = Reply | Failure
 
 
 def openai_record(outcome: Outcome) -> OpenAiRecord:
-    """The record of `--format openai`."""
+    """Return the record of `--format openai`."""
     name = uuid.uuid4().hex
     record = OpenAiRecord(id=f"batch_req_{name}", custom_id=outcome.id, response=None, error=None)
     if isinstance(outcome, Failure):
@@ -143,7 +143,7 @@ def openai_record(outcome: Outcome) -> OpenAiRecord:
 
 
 def simple_record(outcome: Outcome) -> SimpleRecord:
-    """The record of `--format simple`."""
+    """Return the record of `--format simple`."""
     record = SimpleRecord(id=outcome.id, text=None, finish_reason=None, usage=None, timing=None, error=None)
     if outcome.kept:
         record["kept"] = outcome.kept
@@ -208,7 +208,7 @@ def _chat_scores(tokens: tuple[ScoredToken, ...]) -> list[dict[str, Any]]:
 
 
 def _score(token: TokenLogprob) -> dict[str, Any]:
-    # Half a character has no text, and its bytes are not known here.
+    # A token that is part of a character has no text, and its bytes are not known here.
     whole = "\N{REPLACEMENT CHARACTER}" not in token.text
     return {
         "token": token.text,
@@ -235,7 +235,7 @@ def _finite(logprob: float) -> float:
 
 
 def _ending(reason: FinishReason) -> Literal["stop", "length"]:
-    # OpenAI's word for a full context is "length" too.
+    # OpenAI says "length" for a full context, too.
     return "stop" if reason is FinishReason.STOP else "length"
 
 

@@ -1,4 +1,4 @@
-"""The work of a prepared batch: requests to the engine, outcomes to the writer, crashes survived."""
+"""Run a prepared batch: start requests, write their records, and survive crashes of the engine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from dsmoe_local.base.errors import DsmoeError, FileError, FormatError, InterruptedRunError
 from dsmoe_local.base.faults import reach
@@ -15,11 +15,10 @@ from dsmoe_local.base.progress import Advanced, Finished, Listener, Note, Starte
 from dsmoe_local.base.text import count
 from dsmoe_local.batch.collector import Collector, reply_lead
 from dsmoe_local.batch.job import BatchOptions, Job, prepared
-from dsmoe_local.batch.journal import Record
-from dsmoe_local.batch.lines import describe, kind_of
+from dsmoe_local.batch.lines import Key, Line, describe, kind_of
+from dsmoe_local.batch.output import Output, Record
 from dsmoe_local.batch.responses import FORMATS, Failure, Outcome
 from dsmoe_local.batch.summary import BatchSummary, Speedometer, failures_in_words
-from dsmoe_local.batch.writer import RecordWriter
 from dsmoe_local.engine.errors import (
     EngineCrashError,
     EngineError,
@@ -29,19 +28,20 @@ from dsmoe_local.engine.errors import (
 )
 from dsmoe_local.engine.types import TextEngine, Ticket
 
-_TICK = 0.1  # how long a stop may go unnoticed
-_REPORT = 0.5
-_PATIENCE = 1.5  # for replies that are being cancelled
-_MOST_UNWRITTEN = 4096
-_MOST_AHEAD = 1024  # replies that wait for an earlier line's, with `ordered`
-# They end all that was worked on, whoever is to blame.
+_POLL_SECONDS = 0.1  # the longest time until `stop` is noticed
+_REPORT_SECONDS = 0.5
+_CANCEL_SECONDS = 1.5  # the longest wait for replies that are being cancelled
+_MAX_UNWRITTEN = 4096
+_MAX_AHEAD = 1024  # with `ordered`: replies that wait for that of an earlier line
+_MAX_GROUP = 256  # records that are synced together
+# They end all running requests, whichever of them caused it.
 _SHARED = (EngineCrashError, NativeError)
-# The model cannot be had any more: no line can be answered, and none is to blame.
+# They end the batch, and no line is to blame.
 _FATAL = (ModelLoadError, OutOfMemoryError, FileError, FormatError, InterruptedRunError)
 
 
 class ErrorLimitError(DsmoeError):
-    """More lines failed than were allowed; the records that are finished stay."""
+    """More lines failed than --max-errors allows. Finished records stay."""
 
 
 def run_batch(
@@ -50,7 +50,7 @@ def run_batch(
     listen: Listener = ignore,
     stop: threading.Event | None = None,
 ) -> BatchSummary:
-    """Answer every line of the input that has no record yet. See `prepared` and `run` for what is raised."""
+    """Answer every line that has no record yet. Raises what `prepared` and `run` raise."""
     with prepared(options, listen, stop) as job:
         return run(engine, job, listen, stop)
 
@@ -58,19 +58,18 @@ def run_batch(
 def run(
     engine: TextEngine, job: Job, listen: Listener = ignore, stop: threading.Event | None = None
 ) -> BatchSummary:
-    """Answer what is left of a job.
+    """Answer the lines of a job that have no record yet.
 
-    A record counts once it is synced. A line that fails becomes an error record, and the others go on. When
-    the engine's process dies or llama.cpp fails, what it was working on is tried again, one request at a
-    time; one that fails alone becomes an error record. Setting `stop` cancels the replies on their way and
-    raises InterruptedRunError. Raises FileError (the disk), ErrorLimitError, and what keeps the model from
-    being loaded again.
+    A record counts once it is synced. A line that fails becomes an error record. If the engine's process dies
+    or llama.cpp fails, the requests it had are tried again one at a time; one that fails alone becomes an
+    error record. Setting `stop` cancels the running replies and raises InterruptedRunError. Raises FileError
+    if the disk fails, ErrorLimitError, and the error that prevents loading the model again.
     """
-    job.hold_to(engine.info)
+    job.require(engine.info)
     job.output.open()
     work = _Run(engine, job, listen, stop or threading.Event())
     if job.index.model_named not in ("", engine.info.name):
-        listen(Note(f"{engine.info.name} answers all lines, whatever model they name"))
+        listen(Note(f"{engine.info.name} answers all lines, including those that name another model"))
     listen(Started("answering", job.summary.n_requests, job.summary.n_requests - len(job.order), "records"))
     began = time.perf_counter()
     try:
@@ -84,8 +83,55 @@ def run(
     return job.summary
 
 
+class _RecordWriter:
+    """A thread that writes records in groups: while one group is synced, the next one gathers.
+
+    `acknowledge` is called in that thread with the records that now count, or with the error that ended it.
+    """
+
+    def __init__(
+        self, output: Output, acknowledge: Callable[[Sequence[Record] | BaseException], None]
+    ) -> None:
+        self._output = output
+        self._acknowledge = acknowledge
+        self._queue: queue.SimpleQueue[Record | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="dsmoe-batch-writer", daemon=True)
+        self._thread.start()
+
+    def put(self, record: Record) -> None:
+        """Queue a record."""
+        self._queue.put(record)
+
+    def close(self) -> None:
+        """Write what is queued, and end the thread."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while group := self._next_group():
+                self._output.append(group)
+                self._acknowledge(group)
+        except BaseException as error:  # noqa: BLE001 - raised again in the main loop
+            self._acknowledge(error)
+
+    def _next_group(self) -> list[Record]:
+        group: list[Record] = []
+        while len(group) < _MAX_GROUP:
+            try:
+                record = self._queue.get(block=not group)
+            except queue.Empty:
+                break
+            if record is None:
+                # Write this group first. The next call gets the None.
+                self._queue.put(None)
+                break
+            group.append(record)
+        return group
+
+
 class _Run:
-    """The loop. Everything reaches it through one queue: ended requests, and records that are on the disk."""
+    """The main loop. Its one queue receives ended requests, written records, and the writer's error."""
 
     def __init__(self, engine: TextEngine, job: Job, listen: Listener, stop: threading.Event) -> None:
         self._engine = engine
@@ -94,7 +140,7 @@ class _Run:
         self._listen = listen
         self._stop = stop
         self._inbox: queue.SimpleQueue[Collector | Sequence[Record] | BaseException] = queue.SimpleQueue()
-        self._writer = RecordWriter(job.output, self._inbox.put)
+        self._writer = _RecordWriter(job.output, self._inbox.put)
         self._in_flight = max(2 * engine.info.n_parallel, engine.info.n_parallel + 2)
         self._running: dict[int, tuple[Collector, Ticket]] = {}
         self._suspects: list[int] = []
@@ -102,33 +148,32 @@ class _Run:
         self._n_put = 0
         self._n_written = 0
         self._failures = Counter[str]()
-        # With `ordered`: finished, but an earlier line is not. Else unused.
-        self._waiting: dict[int, Outcome] = {}
-        self._n_emitted = 0
+        # Only with `ordered`: records that wait for that of an earlier line.
+        self._waiting: dict[int, Record] = {}
         self._speed = Speedometer()
         self._reported = time.perf_counter()
 
     def until_done(self) -> None:
-        """Work until every record counts."""
+        """Work until every record counts, `stop` is set, or too many lines have failed."""
         while self._n_written < len(self._job.order) and not self._stop.is_set() and not self._too_many():
             try:
                 self._fill()
             except InterruptedRunError:
-                # The model was about to be loaded again.
+                # `stop` ended the reload of a model after a crash.
                 if not self._stop.is_set():
                     raise
                 return
-            self._take(_TICK)
+            self._take(_POLL_SECONDS)
             self._report()
 
     def end(self) -> None:
-        """Cancel what runs, write what is finished."""
+        """Cancel the running requests and write the finished records."""
         try:
             for _, ticket in list(self._running.values()):
                 ticket.cancel()
-            deadline = time.perf_counter() + _PATIENCE
+            deadline = time.perf_counter() + _CANCEL_SECONDS
             while self._running and time.perf_counter() < deadline:
-                self._take(_TICK, ending=True)
+                self._take(_POLL_SECONDS, ending=True)
         finally:
             self._writer.close()
         self._take(0, ending=True)
@@ -138,7 +183,7 @@ class _Run:
         return most is not None and self._failures.total() > most
 
     def check_done(self) -> None:
-        """Raise what kept the work from being done."""
+        """Raise the reason why the work is not complete, if it is not."""
         job = self._job
         if self._n_written == len(job.order):
             reach("batch.complete")
@@ -146,7 +191,7 @@ class _Run:
             n_records, n_requests = job.summary.n_records, job.summary.n_requests
             raise InterruptedRunError(
                 f"interrupted: {n_records:,} of {count(n_requests, 'record')} are written",
-                remedy="the same command goes on from there",
+                remedy="run the same command again to continue",
             )
         else:
             failures = failures_in_words(self._failures)
@@ -157,10 +202,10 @@ class _Run:
             )
 
     def _fill(self) -> None:
-        """Start as many requests as the engine should have at hand."""
+        """Start requests until the engine has enough of them. After a crash, start one suspect at a time."""
         if self._suspects:
             if not self._running:
-                # Loads the model again, if it can be had: what follows is then the suspect's doing.
+                # This loads the model again. If that fails, the suspect is not to blame.
                 self._engine.encode("a")
                 self._begin(self._suspects.pop(0), alone=True)
             return
@@ -170,8 +215,8 @@ class _Run:
         while (
             self._next < len(order)
             and len(self._running) < self._in_flight
-            and self._n_put - self._n_written < _MOST_UNWRITTEN
-            and self._next - self._n_emitted < _MOST_AHEAD
+            and self._n_put - self._n_written < _MAX_UNWRITTEN
+            and self._next - self._n_put < _MAX_AHEAD
             and not self._suspects
             and not self._too_many()
         ):
@@ -182,22 +227,22 @@ class _Run:
     def _begin(self, position: int, *, alone: bool = False) -> None:
         line = self._job.line(position)
         try:
-            request = self._job.request(line, position)
-            collector = Collector(position, request, self._inbox.put, kept=line.kept, alone=alone)
+            request = self._job.request(line)
+            collector = Collector(position, line, request, self._inbox.put, alone=alone)
             ticket = self._engine.start(request, collector.deliver)
         except EngineCrashError as error:
-            self._crashed(position, alone, error)
+            self._crashed(position, line, error, alone=alone)
         except _FATAL:
             raise
         except DsmoeError as error:
-            self._fail(position, error)
+            self._fail(position, line, error)
         else:
             self._running[position] = collector, ticket
 
-    def _take(self, patience: float, *, ending: bool = False) -> None:
-        """Handle what has arrived; wait a moment for the first."""
+    def _take(self, seconds: float, *, ending: bool = False) -> None:
+        """Handle what is in the inbox; wait up to `seconds` for the first item."""
         try:
-            item = self._inbox.get(timeout=patience) if patience else self._inbox.get_nowait()
+            item = self._inbox.get(timeout=seconds) if seconds else self._inbox.get_nowait()
             while True:
                 self._handle(item, ending)
                 item = self._inbox.get_nowait()
@@ -222,59 +267,58 @@ class _Run:
         if error is None:
             reply = collector.reply(self._engine.info.name, self._lead)
             if reply is not None:
-                self._emit(collector.position, reply)
+                self._emit(collector.position, collector.line.key, reply)
         elif ending:
             return
         elif isinstance(error, _SHARED):
-            self._crashed(collector.position, collector.alone, error)
+            self._crashed(collector.position, collector.line, error, alone=collector.alone)
         elif isinstance(error, DsmoeError) and not isinstance(error, _FATAL):
-            self._fail(collector.position, error)
+            self._fail(collector.position, collector.line, error)
         else:
             raise error
 
-    def _crashed(self, position: int, alone: bool, error: EngineError) -> None:
-        """Try it again alone; it is to blame if it was."""
+    def _crashed(self, position: int, line: Line, error: EngineError, *, alone: bool) -> None:
+        """Try the request again alone; if it was alone, it is to blame."""
         if alone:
-            self._fail(position, error)
+            self._fail(position, line, error)
             return
         if not self._suspects:
             self._listen(Note(f"{error.what}: the lines it was working on are tried again, one at a time"))
         self._suspects.append(position)
 
-    def _fail(self, position: int, error: DsmoeError) -> None:
-        line = self._job.line(position)
+    def _fail(self, position: int, line: Line, error: DsmoeError) -> None:
         code, message = describe(error)
         message = f"line {line.number}: {message}"
-        self._emit(position, Failure(line.id, line.number, code, message, kind_of(error), line.kept))
+        failure = Failure(line.id, line.number, code, message, kind_of(error), line.kept)
+        self._emit(position, line.key, failure)
 
-    def _emit(self, position: int, outcome: Outcome) -> None:
-        """Hand an outcome to the writer, when its turn has come."""
+    def _emit(self, position: int, key: Key, outcome: Outcome) -> None:
+        """Write the record of an outcome; with `ordered`, once those of all earlier lines are written."""
         self._job.summary.count_tokens(outcome)
+        values = FORMATS[self._job.options.form](outcome)
+        content = json.dumps(values, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        record = Record(key, content, outcome.kind if isinstance(outcome, Failure) else "")
         if not self._job.options.ordered:
-            self._put(position, outcome)
+            self._put(record)
             return
-        self._waiting[position] = outcome
+        self._waiting[position] = record
         order = self._job.order
-        while (
-            not self._too_many() and self._n_emitted < len(order) and order[self._n_emitted] in self._waiting
-        ):
-            position = order[self._n_emitted]
-            self._put(position, self._waiting.pop(position))
+        while self._n_put < len(order) and not self._too_many():
+            next_record = self._waiting.pop(order[self._n_put], None)
+            if next_record is None:
+                break
+            self._put(next_record)
 
-    def _put(self, position: int, outcome: Outcome) -> None:
-        # Counted here and not when it failed: with `ordered`, a record that waits is lost with the run.
-        if isinstance(outcome, Failure):
-            self._failures[outcome.kind] += 1
-        record = FORMATS[self._job.options.form](outcome)
-        content = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        failure = outcome.kind if isinstance(outcome, Failure) else ""
-        self._writer.put(Record(self._job.index.key(position), content, failure))
+    def _put(self, record: Record) -> None:
+        # Not counted before: with `ordered`, a record that waits may never be written.
+        if record.failure:
+            self._failures[record.failure] += 1
+        self._writer.put(record)
         self._n_put += 1
-        self._n_emitted += 1
 
     def _report(self) -> None:
         now = time.perf_counter()
-        if now - self._reported >= _REPORT:
+        if now - self._reported >= _REPORT_SECONDS:
             self._reported = now
             n_running = sum(collector.n_tokens for collector, _ in self._running.values())
             self._listen(Advanced(0, self._speed.detail(self._job.summary, n_running)))

@@ -1,10 +1,12 @@
-"""Input files as spans that can be read again: JSON lines, plain lines, CSV. Lines mean nothing here yet."""
+"""Read a batch's input: JSON lines, plain lines or CSV, one at a time, and again by offset."""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 import os
+import string
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,30 +16,76 @@ from typing import Any
 
 from dsmoe_local.base.content import refuse_other_kinds
 from dsmoe_local.base.errors import FileError, FormatError, UsageError
-from dsmoe_local.base.text import count
+from dsmoe_local.base.text import count, safe_line
 from dsmoe_local.batch import lines
-from dsmoe_local.batch.lines import Line, LineError, decoded, field_of, id_of, strict_object
-from dsmoe_local.batch.requests import without_foreign
-from dsmoe_local.batch.template import LineTemplate
+from dsmoe_local.batch.lines import Line, LineError, decoded, field_of, id_of, key_of, strict_object
+from dsmoe_local.batch.requests import request_values
 
 _BOM = b"\xef\xbb\xbf"
 _SAMPLE = 1 << 16
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
+# Parts of the csv module's messages, and ours.
 _CSV_FAULTS = {
-    "unexpected end of data": "a quote is not closed, so that the rows behind it belong to its cell",
+    "unexpected end of data": "a quote is not closed, so that the rows after it belong to its cell",
     "field larger than field limit": "a cell is too long; is a quote not closed?",
     "new-line character seen": "a carriage return outside of quotes",
-    "expected after": "text behind the closing quote of a cell; is a quote not doubled?",
+    "expected after": "text after the closing quote of a cell; is a quote not doubled?",
 }
 
 
 @dataclass(frozen=True, slots=True)
-class InputForm:
-    """How lines become prompts: `text` takes each as it is, `template` fills one from its fields; `chat`
-    makes them a user's message. Neither: lines are requests.
+class LineTemplate:
+    """A prompt with fields. `pieces` are literal texts, each followed by a field's name or by None."""
 
-    `id_field` is the field that holds a line's id (None: `id` or `custom_id`), `keep` the fields that its
-    record carries along.
+    text: str
+    pieces: tuple[tuple[str, str | None], ...]
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The names of its fields."""
+        return tuple(name for _, name in self.pieces if name is not None)
+
+    def fill(self, values: Mapping[str, Any]) -> str:
+        """Return the prompt; values that are not text become JSON. LineError if a field is missing."""
+        parts = []
+        for literal, name in self.pieces:
+            parts.append(literal)
+            if name is not None:
+                if values.get(name) is None:
+                    raise LineError(
+                        f"the template's field {safe_line(name, 40)!r} is missing", kind="missing_field"
+                    )
+                value = values[name]
+                parts.append(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+        return "".join(parts)
+
+
+def parse_template(text: str) -> LineTemplate:
+    """Parse a template; `{{` and `}}` stand for braces. UsageError if it is malformed or has no field."""
+    try:
+        parsed = list(string.Formatter().parse(text))
+    except ValueError as error:
+        raise UsageError(
+            f"the template is malformed: {error}", remedy="write {{ and }} for braces that are text"
+        ) from error
+    for _, name, form, conversion in parsed:
+        if name is not None and (not name or form or conversion):
+            raise UsageError(
+                f"the template's field {safe_line(name or '{}', 40)!r} is not a plain name",
+                remedy="write {name}, without : or !",
+            )
+    pieces = tuple((literal, name) for literal, name, _, _ in parsed)
+    if all(name is None for _, name in pieces):
+        raise UsageError("the template names no field", remedy="write {name} where a field's value belongs")
+    return LineTemplate(text, pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class InputForm:
+    """What a line is: a prompt (`text`), the fields of a `template`, or, with neither, a request.
+
+    `chat` makes the prompts user messages. `id_field` names the field with a line's id (None: `id` or
+    `custom_id`), `keep` the fields that are copied to its record.
     """
 
     text: bool = False
@@ -57,14 +105,14 @@ class InputForm:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The fields that the options name, those of the template first."""
+        """The fields that the options name: those of the template, then `keep` and `id_field`."""
         own = (*self.keep, *([self.id_field] if self.id_field is not None else []))
         return (*(self.template.fields if self.template else ()), *own)
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Where one line (of CSV: one row) lies. `number` counts lines from 1."""
+    """The place of a line, or of a row of CSV: offset and length in bytes. `number` counts lines from 1."""
 
     number: int
     offset: int
@@ -72,11 +120,13 @@ class Span:
 
 
 class Source:
-    """An input file, called `shown` in messages, or only its first `n_bytes`. Lines are decoded one at a
-    time: it may be of any size. Raises UsageError, FileError, FormatError if it is no text.
-    """
+    """An input file of any size; lines are decoded one at a time."""
 
     def __init__(self, path: Path, form: InputForm, shown: str = "", n_bytes: int | None = None) -> None:
+        """Open the file and check its kind. Raises UsageError, FileError, or FormatError if it is not text.
+
+        `shown` is its name in messages. `n_bytes` limits what is read of it.
+        """
         self.shown = shown or str(path)
         self._form = form
         self._delimiter = None if form.text else _DELIMITERS.get(path.suffix.lower())
@@ -95,11 +145,11 @@ class Source:
                 raise
 
     def close(self) -> None:
-        """Release the file."""
+        """Close the file."""
         self._file.close()
 
     def spans(self) -> Iterator[tuple[Span, bytes]]:
-        """Every line that is not empty, in order, with its bytes."""
+        """Yield the place and the bytes of every line that is not empty."""
         with self._reading():
             found = self._rows() if self._delimiter else self._raw_lines()
             header = bool(self._delimiter)
@@ -110,25 +160,27 @@ class Source:
                     yield span, raw
 
     def read(self, span: Span) -> bytes:
-        """The bytes of one line."""
+        """Return the bytes of a line."""
         with self._reading():
             self._file.seek(span.offset)
             return self._file.read(span.length)
 
     def line(self, number: int, raw: bytes) -> Line:
-        """What a line says; a mistake in it is its `error`."""
+        """Parse a line. If it is not valid, the result has an `error`."""
         kept: Mapping[str, Any] = dict.fromkeys(self._form.keep)
         name = f"line-{number}"
+        request: Mapping[str, Any] = {}
+        error = None
         try:
             values = self._values(raw)
             kept = {field: field_of(values, field) for field in self._form.keep}
             name = id_of(number, values, self._form.id_field)
-            return Line(number, name, self._request_values(values), kept=kept)
-        except LineError as error:
-            return Line(number, name, {}, error, kept)
+            request = self._request_values(values)
+        except LineError as caught:
+            error = caught
+        return Line(number, name, key_of(name, raw, request, kept), request, error, kept)
 
     def _values(self, raw: bytes) -> Mapping[str, Any]:
-        """The fields of a line."""
         if len(raw) > lines.MAX_LINE:
             raise LineError(f"the line is longer than {lines.MAX_LINE >> 20} MiB", kind="too_long")
         if self._form.text:
@@ -136,15 +188,15 @@ class Source:
         return self._row_values(raw) if self._delimiter else strict_object(raw)
 
     def _request_values(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The fields of the request that a line makes."""
+        """Return the fields of the request that a line makes."""
         form = self._form
         if form.template is None and not form.text:
-            return without_foreign(values, form.fields)
+            return request_values(values, form.fields)
         prompt = values["text"] if form.template is None else form.template.fill(values)
         return {"messages": [{"role": "user", "content": prompt}]} if form.chat else {"prompt": prompt}
 
     def _read_header(self) -> list[str]:
-        # A field may be as long as a line; the limit of the csv module is the process's.
+        # A cell may be as long as a line. The csv module has one limit for the whole process.
         csv.field_size_limit(lines.MAX_LINE)
         first = next(self._rows(), None)
         try:
@@ -171,7 +223,7 @@ class Source:
         return dict(zip(self._columns, cells, strict=True))
 
     def _row(self, raw: bytes) -> list[str]:
-        # newline="\n": a row ends where the scan saw it end, whatever else its cells hold.
+        # newline="\n": other line breaks belong to the cells, as in `_rows`.
         text = io.StringIO(decoded(raw), newline="\n")
         try:
             return next(csv.reader(text, delimiter=self._delimiter or ",", strict=True), [])
@@ -180,8 +232,8 @@ class Source:
             raise LineError(f"not CSV: {fault}", kind="not_csv") from error
 
     def _rows(self) -> Iterator[tuple[Span, bytes]]:
-        """Rows of CSV, header included; cells in quotes may hold line breaks."""
-        # Of a row's lines, the first one's place and all bytes: where a quote is not closed they are many.
+        """Yield the rows of CSV, the header first. A quoted cell may contain line breaks."""
+        # Only the place of a row's first line: if a quote is not closed, a row has very many lines.
         begun: list[Span] = []
         raw = bytearray()
 
@@ -201,7 +253,7 @@ class Source:
             except StopIteration:
                 return
             except csv.Error:
-                # The row's own reading tells what is wrong with it.
+                # `_row` reports what is wrong with it.
                 if not begun:
                     return
             yield Span(begun[0].number, begun[0].offset, len(raw)), bytes(raw)
@@ -214,7 +266,7 @@ class Source:
             raise FileError(f"the input cannot be read: {error.strerror}", where=self.shown) from error
 
     def _raw_lines(self) -> Iterator[tuple[Span, bytes]]:
-        """Lines split at b"\\n" alone."""
+        """Yield lines, split only at b"\\n"."""
         self._file.seek(0)
         offset, number = 0, 0
 
@@ -225,7 +277,7 @@ class Source:
             number += 1
             end = offset + len(raw)
             if len(raw) > lines.MAX_LINE:
-                # What is kept is too long to be valid; the rest of the line is passed over.
+                # The line is refused later, for its length. Skip the rest of it.
                 rest = raw
                 while rest and not rest.endswith(b"\n"):
                     rest = readline(lines.MAX_LINE, end)
@@ -236,11 +288,11 @@ class Source:
 
 
 def _check_text(sample: bytes, shown: str) -> None:
-    """FormatError if a file that begins so is no text."""
+    """FormatError if a file that starts with `sample` is not text."""
     refuse_other_kinds(sample, "the input", shown)
     if b"\0" in sample:
         raise FormatError(
             "the input is a binary file, not text",
             where=f"{shown}, a zero byte at {sample.index(0) + 1:,}",
-            remedy="it takes JSONL, CSV, or lines of text with --text",
+            remedy="give JSONL or CSV, or plain text with --text",
         )

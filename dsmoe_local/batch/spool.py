@@ -1,4 +1,4 @@
-"""Keep standard input in a file beside the output, so that a run can be resumed. Knows no lines."""
+"""Keep standard input in a file beside the output, so that a run can be resumed without it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from dsmoe_local.base.faults import reach
 from dsmoe_local.batch.sources import InputForm, Source
 
 _CHUNK = 1 << 20
-_PATIENCE = 0.2
+_POLL_SECONDS = 0.2
 
 
 def spool_path(out: Path) -> Path:
-    """Where the input of `out` is kept."""
+    """Return the path of the copy of standard input that belongs to the output `out`."""
     return out.with_name(f"{out.name}.input")
 
 
 class Spool:
-    """Standard input as it was read, or as an earlier run kept it: `n_bytes` in `path`, then their digest."""
+    """Standard input as a file: `n_bytes` of it, then their digest. An earlier run may have made it."""
 
     def __init__(self, path: Path, kept: Path, n_bytes: int) -> None:
         self._path = path
@@ -35,13 +35,13 @@ class Spool:
         self._n_bytes = n_bytes
 
     def source(self, form: InputForm) -> Source:
-        """The lines in it."""
+        """Return its lines."""
         return Source(self._path, form, "standard input", self._n_bytes)
 
     def keep(self) -> None:
-        """Let later runs find it; it takes the place of what an earlier one kept."""
+        """Keep it for later runs. It replaces what an earlier run kept."""
         if self._path != self._kept:
-            with _telling(self._kept):
+            with _naming_errors(self._kept):
                 durable.replace(self._path, self._kept)
         self._path = self._kept
         reach("batch.spooled")
@@ -49,10 +49,10 @@ class Spool:
 
 @contextmanager
 def spooled(out: Path, stop: threading.Event) -> Iterator[Spool]:
-    """Standard input beside `out`; what an earlier run kept, when there is nothing on standard input.
+    """Copy standard input to a file, or, if it is empty, use what an earlier run kept.
 
-    Unless it is kept, nothing of it stays. Setting `stop` ends the wait for more with InterruptedRunError.
-    Raises UsageError without any input, FileError if what was kept is not what was read.
+    The copy is removed at the end of the block unless `keep` was called. Raises UsageError if there is no
+    input, FileError if what was kept is damaged, InterruptedRunError if `stop` is set.
     """
     kept = spool_path(out)
     temporary = kept.with_name(f".{kept.name}.part")
@@ -69,9 +69,9 @@ def spooled(out: Path, stop: threading.Event) -> Iterator[Spool]:
 
 
 def _receive(path: Path, stop: threading.Event) -> int:
-    """Write standard input to `path`, and its digest behind it; how many bytes there were."""
+    """Write standard input and its digest to `path`. Return the number of bytes of the input."""
     descriptor = sys.stdin.fileno()
-    with _telling(path), path.open("wb") as file:
+    with _naming_errors(path), path.open("wb") as file:
         if os.isatty(descriptor):
             return 0
         digest = _digest()
@@ -87,9 +87,9 @@ def _receive(path: Path, stop: threading.Event) -> int:
 
 
 def _check(kept: Path) -> int:
-    """The number of bytes that were kept. FileError if they are not what was read."""
+    """Return the number of bytes of the input that was kept. FileError if the digest does not match."""
     digest = _digest()
-    with _telling(kept), kept.open("rb") as file:
+    with _naming_errors(kept), kept.open("rb") as file:
         n_bytes = os.fstat(file.fileno()).st_size - len(_trailer(digest))
         n_left = n_bytes
         while n_left > 0 and (chunk := file.read(min(n_left, _CHUNK))):
@@ -98,7 +98,7 @@ def _check(kept: Path) -> int:
         is_whole = n_left == 0 and file.read() == _trailer(digest)
     if not is_whole:
         raise FileError(
-            "what was kept of standard input is damaged", where=kept, remedy="pipe the same lines in again"
+            "the copy of standard input is damaged", where=kept, remedy="pipe the same lines in again"
         )
     return n_bytes
 
@@ -112,18 +112,18 @@ def _trailer(digest: blake2b) -> bytes:
 
 
 @contextmanager
-def _telling(path: Path) -> Iterator[None]:
+def _naming_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise FileError(f"standard input cannot be kept: {error.strerror}", where=path) from error
+        raise FileError(f"standard input cannot be copied: {error.strerror}", where=path) from error
 
 
 def _chunks(source: int, stop: threading.Event) -> Iterator[bytes]:
-    # A regular file is always ready, and on macOS select may not be asked about one.
+    # A regular file is always ready, and select on macOS does not take one.
     waits = not stat.S_ISREG(os.fstat(source).st_mode)
     while not stop.is_set():
-        if waits and not select.select([source], [], [], _PATIENCE)[0]:
+        if waits and not select.select([source], [], [], _POLL_SECONDS)[0]:
             continue
         chunk = os.read(source, _CHUNK)
         if not chunk:

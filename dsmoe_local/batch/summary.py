@@ -1,4 +1,4 @@
-"""Count what a batch has done so far, and say it in one line. Draws nothing."""
+"""Count what a batch has done, and describe it in one line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dsmoe_local.batch.responses import Failure, Outcome
 
 _SPEED_SECONDS = 15.0
 _MOST_KINDS = 4
-# Of kinds of failures: LineError's, and the codes of other errors' records.
+# Kinds of failures: those of LineError, and the error codes of records.
 _KINDS = {
     "not_json": "not JSON",
     "not_utf8": "not UTF-8",
@@ -28,7 +28,7 @@ _KINDS = {
 
 
 def failures_in_words(failures: Counter[str]) -> str:
-    """How many lines failed, and why: 3 lines failed (2 not JSON, 1 with a field missing)."""
+    """Return for example "3 lines failed (2 not JSON, 1 with a field missing)"."""
     kinds = [f"{n:,} {_KINDS.get(kind, kind.replace('_', ' '))}" for kind, n in failures.most_common()]
     if len(kinds) > _MOST_KINDS:
         kinds[_MOST_KINDS:] = ["and others"]
@@ -37,8 +37,8 @@ def failures_in_words(failures: Counter[str]) -> str:
 
 @dataclass(slots=True)
 class BatchSummary:
-    """What came of it. Records count once they are on the disk; `n_resumed` of them were there before.
-    `failures` counts those without a reply by kind. Tokens are this run's.
+    """What a batch has done. `n_records` counts what is synced, `n_resumed` of them by earlier runs.
+    `failures` counts records without a reply by kind. Token counts and seconds are those of this run.
     """
 
     n_requests: int = 0
@@ -56,7 +56,7 @@ class BatchSummary:
         return self.failures.total()
 
     def count_tokens(self, outcome: Outcome) -> None:
-        """Add what one reply took."""
+        """Add the tokens of one outcome."""
         if not isinstance(outcome, Failure):
             self.n_prompt_tokens += outcome.n_prompt_tokens
             self.n_cached_tokens += outcome.n_cached_tokens
@@ -64,16 +64,16 @@ class BatchSummary:
 
     @property
     def cached_share(self) -> float:
-        """Prompt tokens that had been read before, of all."""
+        """The share of prompt tokens that were in the KV cache, from 0 to 1."""
         return self.n_cached_tokens / self.n_prompt_tokens if self.n_prompt_tokens else 0.0
 
     def as_json(self) -> dict[str, Any]:
-        """For scripts."""
+        """Return what `--json` prints."""
         seconds = self.seconds or 1.0
         return {
             **asdict(self),
             "n_failed": self.n_failed,
-            # asdict would count its items.
+            # asdict does not copy a Counter correctly.
             "failures": dict(self.failures),
             "seconds": round(self.seconds, 3),
             "prompt_tokens_per_second": round(self.n_prompt_tokens / seconds, 2),
@@ -82,7 +82,7 @@ class BatchSummary:
         }
 
     def in_words(self) -> str:
-        """For people."""
+        """Return the summary as one line of text."""
         seconds = self.seconds or 1.0
         parts = [count(self.n_records, "record")]
         if self.n_resumed:
@@ -98,13 +98,13 @@ class BatchSummary:
 
 
 class Speedometer:
-    """Tokens per second over the last moments."""
+    """Tokens per second over the last _SPEED_SECONDS."""
 
     def __init__(self) -> None:
         self._samples: deque[tuple[float, int, int]] = deque([(time.perf_counter(), 0, 0)])
 
     def detail(self, summary: BatchSummary, n_running: int) -> str:
-        """Speeds now, given totals and the tokens of replies that are not finished."""
+        """Return the current speeds. `n_running` counts the tokens of unfinished replies."""
         n_out = summary.n_completion_tokens + n_running
         self._samples.append((time.perf_counter(), summary.n_prompt_tokens, n_out))
         while len(self._samples) > 2 and self._samples[-1][0] - self._samples[0][0] > _SPEED_SECONDS:

@@ -1,79 +1,116 @@
-"""How much there is to do, in tokens, before anything is tokenized: bounds and guesses from bytes."""
+"""Estimate the work of a batch from the bytes of its prompts, before anything is tokenized."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from hashlib import blake2b
 
 from dsmoe_local.engine.load.parallel import Workload
 from dsmoe_local.engine.types import Message, Prompt, Request
 
-UNSET_TOKENS = 512
-"""A guess at replies whose length nobody limits."""
-BYTES_A_TOKEN = 4
-"""A guess at text of any language."""
+BYTES_PER_TOKEN = 4
+"""An estimate for text in any language."""
+HASH_BYTES = 2
+"""Bytes of the hash of one prefix, see `prefix_hashes`."""
+PREFIX_LENGTHS = (64, 256, 1024, 4096)
+_UNLIMITED_REPLY = 512  # tokens; an estimate for requests without max_tokens
+_MAX_COST = 2**32 - 1
 
 
 class WorkloadMeter:
-    """Sums up requests. `n_sequences` counts replies: a request may want several. `n_messages` is of the
-    longest conversation.
+    """Totals over requests.
+
+    `n_sequences` counts replies: a request may ask for several. `n_tokens` is an estimate for prompts and
+    replies together. `n_messages` is the length of the longest conversation. `n_longest` is an upper bound
+    for the tokens of one prompt with its reply, without what a chat template adds; None if a request sets no
+    limit.
     """
 
     def __init__(self) -> None:
         self.n_sequences = 0
+        self.n_tokens = 0
         self.n_messages = 0
-        self._longest: int | None = 0
-        self._total = 0
+        self.n_longest: int | None = 0
 
     def add(self, request: Request) -> None:
         """Count one request."""
+        prompt = request.prompt
         self.n_sequences += request.n
-        self.n_messages = max(self.n_messages, n_messages(request.prompt))
-        self._total += request.n * expected_tokens(request)
-        if request.max_tokens is None or self._longest is None:
-            self._longest = None
+        if prompt and isinstance(prompt[0], Message):
+            self.n_messages = max(self.n_messages, len(prompt))
+        n_reply = request.max_tokens or _UNLIMITED_REPLY
+        self.n_tokens += request.n * (prompt_bytes(prompt) // BYTES_PER_TOKEN + n_reply)
+        if request.max_tokens is None or self.n_longest is None:
+            self.n_longest = None
         else:
-            self._longest = max(self._longest, most_tokens(request.prompt) + request.max_tokens)
+            self.n_longest = max(self.n_longest, max_prompt_tokens(prompt) + request.max_tokens)
 
-    @property
-    def n_longest(self) -> int | None:
-        """No request takes more tokens than this with its reply, what a template adds aside; None if one may
-        take any number.
-        """
-        return self._longest
+    def remaining(self, n_left: int, n_lines: int, n_shared: int) -> Workload:
+        """Return the workload of `n_left` of the `n_lines` lines, assuming that all lines are alike.
 
-    def n_total(self, n_sequences: int) -> int:
-        """What so many of the replies take, about."""
-        return self._total * n_sequences // max(1, self.n_sequences)
-
-    def left(self, n_left: int, n_lines: int, n_shared: int) -> Workload:
-        """What `n_left` of `n_lines` lines ask for, if they are like the others; `n_shared` of their prompt
-        tokens are read once for several.
+        `n_shared` prompt tokens are prefixes that the KV cache already holds.
         """
         n_sequences = max(1, self.n_sequences * n_left // max(1, n_lines))
-        n_total = max(n_sequences, self.n_total(n_sequences) - n_shared)
-        return Workload(n_sequences, self.n_longest, n_total, self.n_messages)
+        n_tokens = self.n_tokens * n_sequences // max(1, self.n_sequences) - n_shared
+        return Workload(n_sequences, self.n_longest, max(n_sequences, n_tokens), self.n_messages)
 
 
-def expected_tokens(request: Request) -> int:
-    """About what a reply takes, with its prompt."""
-    return prompt_bytes(request.prompt) // BYTES_A_TOKEN + (request.max_tokens or UNSET_TOKENS)
-
-
-def n_messages(prompt: Prompt) -> int:
-    """Messages of a conversation; 0 if it is none."""
-    return sum(isinstance(item, Message) for item in prompt)
-
-
-def most_tokens(prompt: Prompt) -> int:
-    """A prompt has no more tokens: a tokenizer makes at most one of a byte, and ids are what they are."""
+def max_prompt_tokens(prompt: Prompt) -> int:
+    """Return an upper bound for the tokens of a prompt: a tokenizer makes at most one token per byte."""
     if prompt and isinstance(prompt[0], int):
         return len(prompt)
     return prompt_bytes(prompt)
 
 
 def prompt_bytes(prompt: Prompt) -> int:
-    """Bytes of text; of token ids, their number times as many bytes as a token has."""
+    """Return the bytes of a prompt's text. A token id counts as BYTES_PER_TOKEN bytes."""
     if isinstance(prompt, str):
         return len(prompt.encode())
     return sum(
-        len(f"{item.role}\n{item.content}\n".encode()) if isinstance(item, Message) else BYTES_A_TOKEN
+        len(f"{item.role}\n{item.content}\n".encode()) if isinstance(item, Message) else BYTES_PER_TOKEN
         for item in prompt
     )
+
+
+def cost(request: Request) -> int:
+    """Return an estimate of the work: a generated token costs as much as ten prompt tokens."""
+    n_generated = request.n * (request.max_tokens or _UNLIMITED_REPLY)
+    return min(10 * n_generated + prompt_bytes(request.prompt) // BYTES_PER_TOKEN, _MAX_COST)
+
+
+def prefix_hashes(prompt: Prompt) -> bytes:
+    """Return the hashes of the prompt's first 64, 256, 1024 and 4096 bytes, HASH_BYTES each.
+
+    Prompts with a common prefix have hashes that begin alike. A collision only costs speed.
+    """
+    text = b"".join(_pieces(prompt, PREFIX_LENGTHS[-1]))
+    digest = blake2b(digest_size=HASH_BYTES)
+    hashes, begin = b"", 0
+    for end in PREFIX_LENGTHS:
+        digest.update(text[begin:end])
+        hashes += digest.digest()
+        begin = end
+    return hashes
+
+
+def shared_bytes(first: bytes, second: bytes) -> int:
+    """Return about how many bytes two prompts share, given their prefix hashes: 0 to 4096."""
+    shared = 0
+    for level, n_bytes in enumerate(PREFIX_LENGTHS, 1):
+        if first[: level * HASH_BYTES] != second[: level * HASH_BYTES]:
+            break
+        shared = n_bytes
+    return shared
+
+
+def _pieces(prompt: Prompt, limit: int) -> Iterator[bytes]:
+    if isinstance(prompt, str):
+        yield prompt[:limit].encode()
+        return
+    for item in prompt[:limit]:
+        if isinstance(item, Message):
+            yield f"{item.role}\n{item.content[:limit]}\n".encode()
+        else:
+            # An id that no vocabulary has is refused later, by the engine.
+            in_range = -(2**31) <= item < 2**31
+            yield item.to_bytes(BYTES_PER_TOKEN, "little", signed=True) if in_range else b"????"

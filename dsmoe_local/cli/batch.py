@@ -184,8 +184,7 @@ def _options(source: Path, model: Path, n_deterministic: int | None, values: dic
     """Takes what is the batch's own out of `values`. UsageError for what cannot be."""
     from dsmoe_local.batch.job import BatchOptions
     from dsmoe_local.batch.requests import BatchDefaults
-    from dsmoe_local.batch.sources import InputForm
-    from dsmoe_local.batch.template import parse_template
+    from dsmoe_local.batch.sources import InputForm, parse_template
 
     max_tokens, stop, template = (values.pop(name) for name in ("max_tokens", "stop", "template"))
     check_stop(stop)

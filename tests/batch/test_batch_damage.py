@@ -15,8 +15,9 @@ from support.mutations import Outcome, damaged_bytes, try_mutants
 
 from dsmoe_local.base import durable
 from dsmoe_local.base.errors import FileError
-from dsmoe_local.batch.journal import Output, Record, journal_path
+from dsmoe_local.batch.journal import journal_path
 from dsmoe_local.batch.lines import Key
+from dsmoe_local.batch.output import Output, Record
 from dsmoe_local.batch.sources import InputForm
 from dsmoe_local.batch.spool import spool_path, spooled
 
@@ -176,7 +177,7 @@ def damaged_runs(folder: Path, n: int, seed: int) -> Outcome:
         killed = rng.random() < 0.5
         if killed:
             # Nothing but the last mark is missing.
-            journal = journal[: journal.rindex(b"[")]
+            journal = journal[: journal.rindex(b"\n", 0, -1) + 1]
         if rng.random() < 0.5:
             output = damaged(output, rng)
         elif rng.random() < 0.8:

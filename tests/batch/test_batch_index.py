@@ -1,31 +1,39 @@
-"""The index of an input: ids that tell records apart, lines found again, little memory."""
+"""The index of an input: ids, resuming, the order of the work, and little memory."""
 
 from __future__ import annotations
 
 import json
+import random
+import sqlite3
 import subprocess
 import sys
 import threading
+from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from support.batches import GREEDY, write_lines
 
-from dsmoe_local.base.errors import FormatError, InterruptedRunError
-from dsmoe_local.base.progress import ignore
+from dsmoe_local.base.errors import FileError, FormatError, InterruptedRunError
+from dsmoe_local.base.progress import Event, Note, ignore
 from dsmoe_local.batch import index as module
-from dsmoe_local.batch.index import Index, build_index
-from dsmoe_local.batch.lines import Key, hash64, key_of
-from dsmoe_local.batch.sources import InputForm, Source
+from dsmoe_local.batch import sources
+from dsmoe_local.batch.index import Index, Resumed, WorkOrder, build_index
+from dsmoe_local.batch.lines import Key, hash64
+from dsmoe_local.batch.sources import InputForm, Source, Span
+from dsmoe_local.batch.workload import cost, prefix_hashes
+from dsmoe_local.engine.types import Message, Prompt, Request
 
 
-def build(folder: Path, *lines: str | dict[str, Any], stop: threading.Event | None = None) -> Index:
-    source = Source(write_lines(folder / "in.jsonl", lines), InputForm())
-    try:
-        return build_index(source, GREEDY, ignore, stop or threading.Event())
-    finally:
-        source.close()
+def build(
+    folder: Path, *lines: str | dict[str, Any], stop: threading.Event | None = None, listen: Any = ignore
+) -> Index:
+    with closing(Source(write_lines(folder / "in.jsonl", lines), InputForm())) as source:
+        return build_index(source, GREEDY, listen, stop or threading.Event())
 
 
 def test_ids_are_unique(tmp_path: Path) -> None:
@@ -35,15 +43,16 @@ def test_ids_are_unique(tmp_path: Path) -> None:
     assert "lines 2 and 3" in str(refusal.value)
 
 
-def test_equal_hashes_are_no_equal_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: an input refused because two different ids have one hash; the wrong line found by it."""
-    monkeypatch.setattr(module, "key_of", lambda line, raw: Key(7, hash64(raw)))
-    index = build(tmp_path, {"id": "a", "prompt": "x"}, {"id": "b", "prompt": "y"})
-    assert index.find(7) == [0, 1]
-    assert index.find(8) == index.find(6) == []
+def test_equal_hashes_of_different_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: an input refused because two different ids have one hash; the wrong line taken for done."""
+    monkeypatch.setattr(sources, "key_of", lambda name, raw, values, kept: Key(7, hash64(name.encode())))
+    with closing(build(tmp_path, {"id": "a", "prompt": "x"}, {"id": "b", "prompt": "y"})) as index:
+        index.add_record(Key(7, hash64(b"b")))
+        assert index.resume() == Resumed(None, 0, in_order=False)
+        assert list(index.work_order(ordered=True).positions) == [0]
 
 
-def test_keys_are_of_what_a_line_says(tmp_path: Path) -> None:
+def test_keys_depend_on_the_content_of_a_line(tmp_path: Path) -> None:
     """Guards: a line done again because it was written with other spaces; a changed one taken for done."""
     path = write_lines(
         tmp_path / "in.jsonl",
@@ -54,9 +63,8 @@ def test_keys_are_of_what_a_line_says(tmp_path: Path) -> None:
             '{"id": "b", "prompt": "x", "seed": 1}',
         ],
     )
-    source = Source(path, InputForm())
-    first, same, changed, other = (key_of(source.line(1, raw), raw) for _, raw in source.spans())
-    source.close()
+    with closing(Source(path, InputForm())) as source:
+        first, same, changed, other = (source.line(1, raw).key for _, raw in source.spans())
     assert first == same
     assert (first.id, first.content) != (changed.id, changed.content)
     assert first.id == changed.id != other.id
@@ -64,21 +72,141 @@ def test_keys_are_of_what_a_line_says(tmp_path: Path) -> None:
 
 def test_reading_can_be_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: Ctrl-C that waits until gigabytes are read."""
-    monkeypatch.setattr(module, "_REPORT", 1)
+    monkeypatch.setattr(module, "_REPORT_BYTES", 1)
     stop = threading.Event()
     stop.set()
     with pytest.raises(InterruptedRunError):
         build(tmp_path, {"prompt": "a"}, stop=stop)
 
 
+def test_constraints_without_a_limit_are_told(tmp_path: Path) -> None:
+    """Guards: a schema that allows endless white space, which fills the context of every reply unseen."""
+    notes: list[Event] = []
+    schema: dict[str, Any] = {"prompt": "a", "json_schema": {"type": "object"}}
+    lines = (schema, schema, {**schema, "max_tokens": 9}, {"prompt": "a"}, {"prompt": "a", "n": 0})
+    build(tmp_path, *lines, listen=notes.append).close()
+    (note,) = (event.text for event in notes if isinstance(event, Note))
+    assert note.startswith("2 requests with a schema or grammar but no max_tokens")
+
+
+def filled(n: int) -> Index:
+    index = Index()
+    for number in range(n):
+        index.add(Span(number + 1, 0, 1), Key(number, 2**64 - 1 - number), b"", 0)
+    assert index.equal_ids() == []
+    return index
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected", "left"),
+    [
+        ([], Resumed(None, 0, in_order=True), [0, 1, 2, 3]),
+        ([0, 1], Resumed(None, 0, in_order=True), [2, 3]),
+        ([0, 1, 2, 3], Resumed(None, 0, in_order=True), []),
+        ([1], Resumed(None, 0, in_order=False), [0, 2, 3]),
+        ([1, 0], Resumed(None, 0, in_order=False), [2, 3]),
+        ([0, 9, 8, 1], Resumed(None, 2, in_order=True), [2, 3]),
+    ],
+)
+def test_resuming(keys: list[int], expected: Resumed, left: list[int]) -> None:
+    """Guards: a line answered twice, or taken for done; records of other inputs counted among its own."""
+    with closing(filled(4)) as index:
+        for number in keys:
+            index.add_record(Key(number, 2**64 - 1 - number))
+        assert index.resume() == expected
+        assert list(index.work_order(ordered=True).positions) == left
+
+
+def test_changed_lines_are_found() -> None:
+    """Guards: an old answer to a new question."""
+    with closing(filled(4)) as index:
+        for number in (0, 3, 2):
+            index.add_record(Key(number, number))
+        assert index.resume().changed_line == 1
+        assert index.entry(2) == (Span(3, 0, 1), Key(2, 2**64 - 3))
+
+
+def test_a_full_disk_is_an_error_in_words() -> None:
+    """Guards: a traceback when there is no room for the index's temporary file."""
+    with closing(filled(1)) as index:
+        index._database.execute("PRAGMA max_page_count = 1")
+        with pytest.raises(FileError, match="full") as refusal:
+            list(map(index.add_record, [Key(1, 1)] * 100_000))
+    assert isinstance(refusal.value.__cause__, sqlite3.Error)
+    assert "TMPDIR" in str(refusal.value)
+
+
+def work_order(prompts: list[Prompt], limits: list[int] | None = None, *, ordered: bool = False) -> WorkOrder:
+    limits = limits or [10] * len(prompts)
+    with closing(Index()) as index:
+        for at, prompt in enumerate(prompts):
+            request = Request(str(at), prompt, max_tokens=limits[at % len(limits)])
+            span = Span(at + 1, 0, len(prompt) if isinstance(prompt, str) else 2000)
+            index.add(span, Key(at, at), prefix_hashes(prompt), cost(request))
+        return index.work_order(ordered=ordered)
+
+
+def order(prompts: list[Prompt], limits: list[int] | None = None, *, ordered: bool = False) -> list[int]:
+    return list(work_order(prompts, limits, ordered=ordered).positions)
+
+
+def test_common_prefixes_come_together() -> None:
+    """Guards: a prefix that is evicted before the next line that shares it; inner groups torn apart."""
+    outer = ["A" * 100, "B" * 100]
+    inner = ["x" * 1000, "y" * 1000]
+    prompts: list[Prompt] = [one + two + str(number) for one in outer for two in inner for number in range(5)]
+    random.Random(1).shuffle(prompts)
+    sequence = [str(prompts[at])[:101] for at in order(prompts)]
+    assert sum(before != after for before, after in pairwise(sequence)) == 3
+    assert sum(before[0] != after[0] for before, after in pairwise(sequence)) == 1
+
+
+def test_messages_share_a_system_text() -> None:
+    """Guards: conversations whose common prefix is not seen."""
+    prompts: list[Prompt] = [
+        (Message("system", f"{who} " * 50), Message("user", str(number)))
+        for number in range(4)
+        for who in ("you", "they")
+    ]
+    assert {at % 2 for at in order(prompts)[:4]} in ({0}, {1})
+
+
+def test_long_jobs_come_early() -> None:
+    """Guards: the longest job started last, running alone while everything else is done."""
+    unrelated: list[Prompt] = [f"{number} differs" for number in range(4)]
+    assert order(unrelated, [10, 400, 20, 30]) == [1, 3, 2, 0]
+    together: list[Prompt] = ["s" * 70 + "a", "other", "s" * 70 + "b", "third"]
+    assert order(together, [5, 100, 400, 50]) == [2, 0, 1, 3]
+    assert order(together, [5, 100, 400, 50], ordered=True) == [0, 1, 2, 3]
+
+
+def test_shared_bytes_of_the_order() -> None:
+    """Guards: a cache without room for sharing where all begin alike; more shared than a prompt has."""
+    assert work_order(["s" * 2000 + str(number) for number in range(5)]).shared_bytes == 4 * 1024
+    assert work_order(["s" * 30, "s" * 30]).shared_bytes == 30
+    assert work_order([]).shared_bytes == 0
+
+
+_PROMPTS = st.one_of(
+    st.text("ab", max_size=80),
+    st.lists(st.integers(-5, 2**70), min_size=1, max_size=3).map(tuple),
+    st.lists(st.builds(Message, st.just("user"), st.text("a", max_size=70)), min_size=1, max_size=2).map(
+        tuple
+    ),
+)
+
+
+@given(st.lists(_PROMPTS, max_size=30), st.lists(st.integers(1, 2**31), min_size=1, max_size=5))
+def test_every_line_has_its_turn(prompts: list[Prompt], limits: list[int]) -> None:
+    """Guards: a line left out, or taken twice, by the grouping."""
+    assert sorted(order(prompts, limits)) == list(range(len(prompts)))
+
+
 _MEASURE = """
-import resource, sys, threading
+import resource, sys
 from pathlib import Path
-from dsmoe_local.base.progress import ignore
-from dsmoe_local.batch.index import build_index
 from dsmoe_local.batch.job import BatchOptions, prepared
 from dsmoe_local.batch.requests import BatchDefaults
-from dsmoe_local.batch.sources import InputForm, Source
 from dsmoe_local.engine.types import SamplingParameters
 unit = 1 if sys.platform == "darwin" else 1024
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -106,4 +234,4 @@ def test_memory_of_a_line(tmp_path: Path) -> None:
     )
     n_found, per_line = done.stdout.split()
     assert int(n_found) == n_lines
-    assert float(per_line) <= 300
+    assert float(per_line) <= 250

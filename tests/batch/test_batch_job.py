@@ -141,7 +141,7 @@ def test_a_changed_line_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "out.jsonl").read_bytes() == before
     notes: list[Event] = []
     answer(FakeEngine(), batch(tmp_path, {"id": "a", "prompt": "x"}), notes.append)
-    assert Note("1 record of lines that are no longer in the input") in notes
+    assert Note("1 record for lines that are no longer in the input") in notes
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_other_settings_are_refused(tmp_path: Path, change: dict[str, Any]) -> N
     """Guards: a setting that shapes replies and is not in the fingerprint."""
     options = batch(tmp_path, {"prompt": "a"})
     answer(FakeEngine(), options)
-    with pytest.raises(FileError, match="begun with another"):
+    with pytest.raises(FileError, match="started with another"):
         run_batch(FakeEngine(), replace(options, **change))
     assert len(answer(FakeEngine(), replace(options, **change, restart=True))) == 1
 
@@ -324,7 +324,7 @@ def test_a_model_loaded_otherwise(tmp_path: Path, change: dict[str, Any], determ
     if not deterministic:
         assert len(answer(engine, options)) == 2
         return
-    with pytest.raises(FileError, match="begun with another setting"):
+    with pytest.raises(FileError, match="started with another setting"):
         answer(engine, options)
     engine.info = replace(FakeEngine().info, n_context=12)
     assert len(answer(engine, options)) == 2
@@ -368,7 +368,7 @@ def test_restart_is_for_outputs(tmp_path: Path) -> None:
     """Guards: --restart in the place of a model, or of whatever else was named by mistake."""
     options = batch(tmp_path, {"prompt": "a"}, restart=True)
     options.out.write_bytes(b"GGUF precious")
-    with pytest.raises(FileError, match="no batch wrote it"):
+    with pytest.raises(FileError, match="not the output of a batch"):
         run_batch(FakeEngine(), options)
     assert options.out.read_bytes() == b"GGUF precious"
 
@@ -433,7 +433,7 @@ def test_an_input_that_changes_meanwhile(tmp_path: Path) -> None:
     options: BatchOptions = batch(tmp_path, {"prompt": "a"})
     with prepared(options) as job:
         write_lines(options.source, [{"prompt": "b"}])
-        with pytest.raises(Exception, match="changed while"):
+        with pytest.raises(Exception, match="changed since"):
             job.line(0)
 
 
@@ -444,5 +444,5 @@ def test_models_that_lines_name(tmp_path: Path) -> None:
     found = answer(FakeEngine(), options, notes.append)
     assert {record["response"]["body"]["model"] for record in found} == {"fake"}
     assert [event for event in notes if isinstance(event, Note)] == [
-        Note("fake answers all lines, whatever model they name")
+        Note("fake answers all lines, including those that name another model")
     ]

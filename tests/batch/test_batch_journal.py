@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from hypothesis import strategies as st
 
 from dsmoe_local.base import durable
 from dsmoe_local.base.errors import FileError, NoSpaceError
-from dsmoe_local.batch.journal import Output, Record, journal_path
+from dsmoe_local.batch.journal import journal_path
 from dsmoe_local.batch.lines import Key
+from dsmoe_local.batch.output import Output, Record
 
 SETTINGS = {"model": "7 bytes abc", "temperature": "0.8"}
 GROUPS = [[1, 2], [3], [4, 5, 6]]
@@ -71,7 +73,7 @@ def test_records_are_found_again(tmp_path: Path) -> None:
 def without_last_mark(out: Path) -> None:
     """What a kill leaves that comes before the last group's mark."""
     lines = journal_path(out).read_bytes().splitlines(keepends=True)
-    assert lines.pop().startswith(b'["committed"')
+    assert lines.pop().endswith(b'"committed"\n')
     journal_path(out).write_bytes(b"".join(lines))
 
 
@@ -116,7 +118,7 @@ def test_a_damaged_record_that_was_acknowledged_is_refused(tmp_path: Path, numbe
         output.append([record(4), record(5)])
     out.write_bytes(out.read_bytes().replace(b'"id": %d' % number, b'"id": 7'))
     before = out.read_bytes()
-    with pytest.raises(FileError, match="not what its journal says"):
+    with pytest.raises(FileError, match="does not match its journal"):
         found_in(out)
     assert out.read_bytes() == before
 
@@ -135,7 +137,7 @@ def test_a_commit_mark_follows_its_records(tmp_path: Path, monkeypatch: pytest.M
         real_sync(descriptor)
 
     def write(descriptor: int, data: bytes) -> int:
-        steps.append("mark" if data.startswith(b'["committed"') else f"write {name(descriptor)}")
+        steps.append("mark" if data.endswith(b'"committed"\n') else f"write {name(descriptor)}")
         return real_write(descriptor, data)
 
     with opened(out) as output:
@@ -159,7 +161,7 @@ def test_what_a_killed_run_left_is_synced_before_it_counts(
     monkeypatch.setattr(durable, "sync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
     opened(out).close()
     assert synced == [out.stat().st_ino, journal_path(out).stat().st_ino]
-    assert journal_path(out).read_bytes().splitlines()[-1].startswith(b'["committed"')
+    assert journal_path(out).read_bytes().splitlines()[-1].endswith(b'"committed"')
 
 
 def test_the_output_is_cut_durably_before_its_journal(
@@ -188,14 +190,19 @@ def test_the_output_is_cut_durably_before_its_journal(
     assert steps == [("cut", output), ("sync", output), ("cut", journal), ("sync", journal)]
 
 
-def test_a_journal_of_an_earlier_version_is_refused_in_words(tmp_path: Path) -> None:
-    """Guards: one without commit marks, where nobody knows what was acknowledged, read as if it had them."""
+@pytest.mark.parametrize(
+    "start",
+    [
+        b'{"dsmoe_batch":1,"settings":{},"loaded":{}}\n[1,"0000000000000001ffffffffffffffff",10,3632233996,0]\n',
+        b'{"dsmoe_batch":2,"settings":{},"loaded":{},"names":{}}\n["committed",1]\n',
+        b'%08x {"dsmoe_batch":4}\n' % zlib.crc32(b'{"dsmoe_batch":4}'),
+    ],
+)
+def test_a_journal_of_another_version_is_refused_in_words(tmp_path: Path, start: bytes) -> None:
+    """Guards: one whose lines mean something else, read as if they were ours, or called damaged."""
     out = tmp_path / "out.jsonl"
     out.write_bytes(content(1))
-    journal_path(out).write_bytes(
-        b'{"dsmoe_batch":1,"settings":{},"loaded":{}}\n'
-        b'[1,"0000000000000001ffffffffffffffff",10,3632233996,0]\n'
-    )
+    journal_path(out).write_bytes(start)
     with pytest.raises(FileError, match="another version") as refusal:
         found_in(out)
     assert "--restart" in str(refusal.value)
@@ -248,14 +255,14 @@ def test_a_foreign_output_is_kept(tmp_path: Path) -> None:
     opened(out).close()
     assert found_in(out) == []
     out.write_bytes(b"precious\n")
-    with pytest.raises(FileError, match="knows no record") as refusal:
+    with pytest.raises(FileError, match="has no record") as refusal:
         found_in(out)
     assert "--restart" in str(refusal.value)
     assert out.read_bytes() == b"precious\n"
     out.unlink()
     output = Output(out, SETTINGS, lambda key, failure: None)
     out.write_bytes(b"precious\n")
-    with pytest.raises(FileError, match="knows no record"):
+    with pytest.raises(FileError, match="has no record"):
         output.open()
     assert out.read_bytes() == b"precious\n"
     assert found_in(out, restart=True) == []
@@ -279,7 +286,7 @@ def test_other_settings_are_shown(tmp_path: Path) -> None:
     assert found_in(out, other, restart=True) == []
     # Nothing was answered with these: they may change.
     assert found_in(out) == []
-    assert json.loads(journal_path(out).read_bytes().splitlines()[0])["settings"] == SETTINGS
+    assert json.loads(journal_path(out).read_bytes().splitlines()[0][9:])["settings"] == SETTINGS
 
 
 def test_what_only_loading_tells_is_held(tmp_path: Path) -> None:
@@ -325,13 +332,13 @@ def test_full_disk_leaves_whole_records(tmp_path: Path, monkeypatch: pytest.Monk
         output.append([record(1)])
 
         def full(descriptor: int, data: bytes) -> int:
-            if data.startswith(b"{") and len(data) > 5:
-                return real(descriptor, data[:5])
-            if data.startswith(b"{") or not data.startswith(b"["):
+            if not os.path.samestat(os.fstat(descriptor), out.stat()):
+                return real(descriptor, data)
+            if len(data) <= 5:
                 raise OSError(errno.ENOSPC, "no space")
-            return real(descriptor, data)
+            return real(descriptor, data[:5])
 
-        monkeypatch.setattr("dsmoe_local.batch.journal.os.write", full)
+        monkeypatch.setattr("dsmoe_local.batch.output.os.write", full)
         with pytest.raises(NoSpaceError, match="no space"):
             output.append([record(2)])
         monkeypatch.undo()

@@ -13,8 +13,7 @@ from support.fake_engine import FakeEngine
 
 from dsmoe_local.base.errors import DsmoeError, FileError, FormatError, UsageError
 from dsmoe_local.batch.run import run_batch
-from dsmoe_local.batch.sources import InputForm
-from dsmoe_local.batch.template import parse_template
+from dsmoe_local.batch.sources import InputForm, parse_template
 
 
 def chat(**line: Any) -> dict[str, Any]:

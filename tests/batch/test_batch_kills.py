@@ -22,13 +22,13 @@ REPEATED = ("batch.announced", "batch.record", "batch.written", "batch.synced", 
 WORK = """
 import sys
 from pathlib import Path
-from dsmoe_local.batch import writer
+from dsmoe_local.batch import run
 from dsmoe_local.batch.job import BatchOptions
 from dsmoe_local.batch.requests import BatchDefaults
 from dsmoe_local.batch.run import run_batch
 from support.fake_engine import FakeEngine
 from dsmoe_local.engine.types import SamplingParameters
-writer._MOST_IN_GROUP = 8  # on a slow disk, too, there is a third group
+run._MAX_GROUP = 8  # on a slow disk, too, there is a third group
 source, out, n_parallel = sys.argv[1:]
 options = BatchOptions(
     Path(source), Path(out), BatchDefaults(SamplingParameters(temperature=1)), "simple", deterministic=True
@@ -189,11 +189,11 @@ def test_journal_names_what_the_output_holds(runs: Iterator[Run]) -> None:
     """Guards: a journal that others cannot check: keys are of fixed width, one line a record."""
     run = next(runs)
     assert run.run() == 0
-    header, *rest = run.out.with_name("out.jsonl.journal").read_bytes().split(b"\n")[:-1]
-    assert set(json.loads(header)) == {"dsmoe_batch", "settings", "loaded", "names"}
-    lines = [json.loads(line) for line in rest]
-    assert lines[0][0] == lines[-1][0] == "committed"
-    entries = [line for line in lines if line[0] != "committed"]
+    lines = run.out.with_name("out.jsonl.journal").read_bytes().split(b"\n")[:-1]
+    header, *rest = [json.loads(line[9:]) for line in lines]
+    assert set(header) == {"dsmoe_batch", "settings", "loaded", "names"}
+    assert rest[-1] == "committed"
+    entries = [line for line in rest if line != "committed"]
     assert len(entries) == N_LINES
     assert {len(entry[0]) for entry in entries} == {32}
     assert sum(entry[1] for entry in entries) == run.out.stat().st_size

@@ -11,8 +11,7 @@ from support.batches import requests, write_lines
 
 from dsmoe_local.base.errors import DsmoeError, FileError
 from dsmoe_local.batch import lines
-from dsmoe_local.batch.fields import HONOURED, IGNORED, NEUTRAL
-from dsmoe_local.batch.requests import BatchDefaults
+from dsmoe_local.batch.requests import HONOURED, IGNORED, NEUTRAL, BatchDefaults
 from dsmoe_local.batch.sources import InputForm, Source
 from dsmoe_local.engine.types import Message, Request, SamplingParameters
 
@@ -265,7 +264,7 @@ def test_bad_requests(tmp_path: Path, line: dict[str, Any], message: str) -> Non
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b"not json", "not a JSON object: the line does not begin with {"),
+        (b"not json", "not a JSON object: the line does not start with {"),
         (b'{"prompt": "a"', "not JSON"),
         (b'["prompt"]', "not a JSON object"),
         (b'{"prompt": "a", "temperature": NaN}', "NaN"),

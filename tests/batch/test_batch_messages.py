@@ -15,30 +15,29 @@ from support.fake_engine import FakeEngine
 from dsmoe_local.base.errors import DsmoeError, FileError, FormatError
 from dsmoe_local.base.progress import Event, Note
 from dsmoe_local.batch.run import run_batch
-from dsmoe_local.batch.sources import InputForm
+from dsmoe_local.batch.sources import InputForm, parse_template
 from dsmoe_local.batch.summary import BatchSummary, failures_in_words
-from dsmoe_local.batch.template import parse_template
 from dsmoe_local.engine.errors import PromptError
 
 
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        (b'{"id": "a", "prompt": "The qui', "the string that begins in column 23 is not closed"),
+        (b'{"id": "a", "prompt": "The qui', "the string that starts in column 23 is not closed"),
         (b'{"prompt": "a\tb"}', "a tab or control character in column 14: in a string, write \\t"),
-        (b'{"prompt": "C:\\dir"}', "the backslash in column 15 begins no escape: write \\\\ for a backslash"),
+        (b'{"prompt": "C:\\dir"}', "the backslash in column 15 is not an escape: write \\\\ for a backslash"),
         (b'{"prompt": "\\u12"}', "\\u in column 14 takes four hexadecimal digits"),
         (b'{"prompt": }', "a value is missing in column 12"),
         (b'{"prompt": undefined}', "a value is missing in column 12"),
         (b'{"prompt": "a" "b": 1}', "a comma or a closing bracket is missing in column 16"),
         (b'{"prompt" "a"}', "a colon is missing in column 11"),
         (b"{'prompt': 'a'}", "a quoted key is missing in column 2"),
-        (b'{"prompt": "a"} {"prompt": "b"}', "there is more behind the object, from column 17 on"),
+        (b'{"prompt": "a"} {"prompt": "b"}', "the object is followed by something else in column 17"),
         (b'{"a": ' * 500 + b"1" + b"}" * 500, "nested too deeply"),
         (b'{"a": ' * 90_000, "nested too deeply"),
         (b'{"a": %b}' % (b"1" * 5000), "a number has too many digits"),
         (b'{"a": {"b": 1, "b": 2}}', "the key 'b' occurs twice"),
-        (b'["prompt"]', "not a JSON object: the line does not begin with {"),
+        (b'["prompt"]', "not a JSON object: the line does not start with {"),
         (b'{"prompt": "\xe9"}', "not UTF-8 at byte 13 of the line"),
     ],
 )
@@ -53,8 +52,8 @@ def test_what_is_wrong_with_a_line(tmp_path: Path, line: bytes, told: str) -> No
 @pytest.mark.parametrize(
     ("row", "told"),
     [
-        ('x,"open', "a quote is not closed, so that the rows behind it belong to its cell"),
-        ('x,"a"b', "text behind the closing quote of a cell"),
+        ('x,"open', "a quote is not closed, so that the rows after it belong to its cell"),
+        ('x,"a"b', "text after the closing quote of a cell"),
         ("x,a\rb", "a carriage return outside of quotes"),
         ("x", "the row has 1 cell, the header 2"),
     ],
@@ -111,7 +110,7 @@ def test_a_folder_or_nothing_as_input(tmp_path: Path) -> None:
         run_batch(FakeEngine(), replace(options, source=tmp_path))
     assert refusal.value.remedy == f"name a file, such as {tmp_path / 'in.jsonl'}"
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileError, match="name a file of requests, one a line"):
+    with pytest.raises(FileError, match="name a file with one request per line"):
         run_batch(FakeEngine(), replace(options, source=tmp_path / "empty"))
 
 
@@ -153,7 +152,7 @@ def test_a_bad_line_is_told_once(tmp_path: Path) -> None:
     notes: list[Event] = []
     answer(FakeEngine(), batch(tmp_path, {"id": "a", "prompt": "x"}), notes.append)
     told = [note.text for note in notes if isinstance(note, Note)]
-    assert told == ["2 records from earlier runs", "1 record of lines that are no longer in the input"]
+    assert told == ["2 records from earlier runs", "1 record for lines that are no longer in the input"]
     stop = threading.Event()
     stop.set()
     with pytest.raises(DsmoeError, match="interrupted"):

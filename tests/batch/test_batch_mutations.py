@@ -17,12 +17,10 @@ from support.mutations import Outcome, damaged_json, damaged_text, try_mutants
 
 from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.base.progress import ignore
-from dsmoe_local.batch.fields import HONOURED, IGNORED, NEUTRAL
 from dsmoe_local.batch.index import build_index
-from dsmoe_local.batch.lines import describe, key_of, kind_of
-from dsmoe_local.batch.requests import request_of
-from dsmoe_local.batch.sources import InputForm, Source
-from dsmoe_local.batch.template import parse_template
+from dsmoe_local.batch.lines import describe, kind_of
+from dsmoe_local.batch.requests import HONOURED, IGNORED, NEUTRAL, request_of
+from dsmoe_local.batch.sources import InputForm, Source, parse_template
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions, TextEngine
 
@@ -78,10 +76,9 @@ def read_all(path: Path, form: InputForm) -> None:
     try:
         index = build_index(source, GREEDY, ignore, threading.Event())
         for position in range(len(index)):
-            span = index.span(position)
-            raw = source.read(span)
-            line = source.line(span.number, raw)
-            assert key_of(line, raw) == index.key(position)
+            span, key = index.entry(position)
+            line = source.line(span.number, source.read(span))
+            assert line.key == key
             assert set(line.kept) == set(form.keep)
             json.dumps(line.kept, ensure_ascii=False, allow_nan=False).encode()
             try:

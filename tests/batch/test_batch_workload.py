@@ -1,4 +1,4 @@
-"""How much there is to do: bounds that hold for any tokenizer, sums that follow what is left."""
+"""Estimates of the work: bounds that hold for any tokenizer, totals that follow what is left."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from support.batches import batch
 from support.models import smollm2
 
 from dsmoe_local.batch.job import prepared
-from dsmoe_local.batch.workload import WorkloadMeter
+from dsmoe_local.batch.workload import WorkloadMeter, prefix_hashes, shared_bytes
 from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.load.parallel import Workload
-from dsmoe_local.engine.types import Message, ModelOptions, Request
+from dsmoe_local.engine.types import Message, ModelOptions, Prompt, Request
 
 
 def meter(*requests: Request) -> WorkloadMeter:
@@ -31,10 +31,10 @@ def test_longest_and_total() -> None:
     short, long = Request("a", "xyz", max_tokens=5), Request("b", "é" * 10, max_tokens=7, n=2)
     made = meter(short, long)
     assert (made.n_sequences, made.n_longest) == (3, 27)
-    assert made.n_total(3) == (0 + 5) + 2 * (5 + 7)
-    assert made.n_total(1) == made.n_total(3) // 3
+    assert made.n_tokens == (0 + 5) + 2 * (5 + 7)
+    assert made.remaining(1, 3, 0).n_total == made.n_tokens // 3
     assert meter(short, Request("c", (1, 2))).n_longest is None
-    assert meter().n_longest == meter().n_total(0) == 0
+    assert meter().n_longest == meter().n_tokens == 0
     assert meter(Request("c", (1, 2, 3), max_tokens=5)).n_longest == 8
     talk = (Message("user", "x"), Message("assistant", "y"), Message("user", "z"))
     assert meter(short, Request("c", talk), Request("d", talk[:1])).n_messages == 3
@@ -47,10 +47,26 @@ def test_what_is_left(tmp_path: Path) -> None:
     with prepared(batch(tmp_path, *lines)) as job:
         assert job.workload == Workload(16, 3, 32)
     made = meter(Request("a", "a", n=16, max_tokens=2), *(Request("b", "b", max_tokens=2) for _ in range(3)))
-    assert made.left(4, 4, 0) == Workload(19, 3, 38)
-    assert made.left(2, 4, 5) == Workload(9, 3, 13)
-    assert made.left(0, 4, 5) == Workload(1, 3, 1)
-    assert meter().left(0, 0, 0) == Workload(1, 0, 1)
+    assert made.remaining(4, 4, 0) == Workload(19, 3, 38)
+    assert made.remaining(2, 4, 5) == Workload(9, 3, 13)
+    assert made.remaining(0, 4, 5) == Workload(1, 3, 1)
+    assert meter().remaining(0, 0, 0) == Workload(1, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "shared"),
+    [
+        ("s" * 5000, "s" * 5000, 4096),
+        ("s" * 2000 + "a", "s" * 2000 + "b", 1024),
+        ("s" * 2000, "s" * 100 + "other", 64),
+        ("s" * 100, "unrelated " * 300, 0),
+        # Four bytes a token: 64 of the 150 in common are seen. With eight it would be 256.
+        ((*range(150), 1000), (*range(150), 1001), 256),
+    ],
+)
+def test_shared_bytes(first: Prompt, second: Prompt, shared: int) -> None:
+    """Guards: levels counted from the wrong end; tokens that count as other than four bytes."""
+    assert shared_bytes(prefix_hashes(first), prefix_hashes(second)) == shared
 
 
 @pytest.fixture(scope="module")
