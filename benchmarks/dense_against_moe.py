@@ -34,7 +34,7 @@ from dsmoe_local.engine.load.machine import physical_cores
 from dsmoe_local.evaluate.speed.machine import look_at_machine
 from dsmoe_local.evaluate.speed.output import as_markdown
 from dsmoe_local.evaluate.speed.results import ModelSpeed
-from dsmoe_local.evaluate.speed.workload import Workload, workloads_of
+from dsmoe_local.evaluate.speed.timing import Workload, workloads_of
 
 MOE = "deepseekmoe-16b"
 DENSE = ("deepseek-7b", "llama2-7b")

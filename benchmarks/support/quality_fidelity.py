@@ -24,8 +24,7 @@ from dsmoe_convert.convert import ConvertOptions, RunOptions, convert_folder
 from dsmoe_local.base.durable import write_file
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions, ObserverOptions
-from dsmoe_local.evaluate.importance import ACTIVATIONS, collect
-from dsmoe_local.evaluate.importance_file import importance_file
+from dsmoe_local.evaluate.importance import ACTIVATIONS, collect, importance_file
 from dsmoe_local.evaluate.measure import options_for
 from dsmoe_local.evaluate.reference import Reference, compare, record, recorders
 from dsmoe_local.evaluate.results import Evaluation

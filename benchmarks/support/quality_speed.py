@@ -23,8 +23,7 @@ from benchmarks.support.sizes import size_of
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions
 from dsmoe_local.evaluate.speed.machine import cpu_name
-from dsmoe_local.evaluate.speed.timing import Timer, options_for
-from dsmoe_local.evaluate.speed.workload import Workload, workloads_of
+from dsmoe_local.evaluate.speed.timing import Timer, Workload, options_for, workloads_of
 from dsmoe_quantize.policy.types import TypeChoice
 from dsmoe_quantize.write import kernels
 

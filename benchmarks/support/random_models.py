@@ -22,10 +22,8 @@ from benchmarks.support.sizes import choices_of, types_digest, unquantized
 from dsmoe_local.base.paths import cache_folder
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions
-from dsmoe_local.evaluate.speed.model import measure_model
-from dsmoe_local.evaluate.speed.results import ModelSpeed
-from dsmoe_local.evaluate.speed.timing import options_for
-from dsmoe_local.evaluate.speed.workload import Workload
+from dsmoe_local.evaluate.speed.results import ModelSpeed, measure_model
+from dsmoe_local.evaluate.speed.timing import Workload, options_for
 from dsmoe_local.model.ggml import GgmlType, row_bytes, tensor_bytes
 from dsmoe_local.model.gguf_file import Field
 from dsmoe_local.model.gguf_model import metadata_of

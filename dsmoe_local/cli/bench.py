@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from dsmoe_local.evaluate.speed.machine import Machine
     from dsmoe_local.evaluate.speed.results import ModelSpeed
-    from dsmoe_local.evaluate.speed.workload import Workload
+    from dsmoe_local.evaluate.speed.timing import Workload
 
 _MOST_TOKENS = 1 << 20
 _MOST_THREADS = 512
@@ -97,7 +97,7 @@ def command(
     token, the bytes per second that makes and their share of what the memory gives, the time to load, and the
     memory that the engine took.
     """
-    from dsmoe_local.evaluate.speed.workload import workloads_of
+    from dsmoe_local.evaluate.speed.timing import workloads_of
 
     workloads = workloads_of(n_prompts, n_gens, n_depths)
     if not workloads:
@@ -147,7 +147,7 @@ class _Bench:
 
     def _measure(self, path: Path, values: dict[str, Any]) -> ModelSpeed:
         from dsmoe_local.cli.render import run_with_progress
-        from dsmoe_local.evaluate.speed.model import measure_model
+        from dsmoe_local.evaluate.speed.results import measure_model
         from dsmoe_local.evaluate.speed.timing import options_for
 
         began = time.perf_counter()
@@ -164,8 +164,7 @@ class _Bench:
 
     def show(self, output_format: str) -> None:
         """Print the models that are done, if any."""
-        from dsmoe_local.evaluate.speed.narrow import as_text
-        from dsmoe_local.evaluate.speed.output import FORMATS
+        from dsmoe_local.evaluate.speed.output import FORMATS, as_text
 
         if self._machine is None or not self._models:
             return

@@ -149,14 +149,14 @@ def run(
 ) -> ErrorCosts:
     """Measure the model at `path`; takes the shared options as `values`."""
     from dsmoe_local.cli.render import run_with_progress
-    from dsmoe_local.evaluate.error_cost import Request, measure_costs
+    from dsmoe_local.evaluate.error_cost import CostOptions, measure_costs
     from dsmoe_local.model.discovery import note_use
     from dsmoe_local.model.gguf_model import read_model
     from dsmoe_quantize.budget.target import refuse_quantized
     from dsmoe_quantize.imatrix_file import read_imatrix
 
     assert options.sensitivity_file is not None
-    request = Request(
+    wanted = CostOptions(
         options.sensitivity_file,
         text,
         n_context,
@@ -171,7 +171,7 @@ def run(
         refuse_quantized(file)
     load = _loader(path, values)
     costs = run_with_progress(
-        lambda listen, stop: measure_costs(file, hp, request, load, imatrix, listen=listen, stop=stop)
+        lambda listen, stop: measure_costs(file, hp, wanted, load, imatrix, listen=listen, stop=stop)
     )
     note_use(path)
     return costs
@@ -223,7 +223,7 @@ def _as_json(costs: ErrorCosts) -> dict[str, Any]:
     probes = costs.probes
     return {
         "model": costs.model,
-        "file": str(costs.kept_in),
+        "file": str(costs.path),
         "text": probes.text,
         "text_digest": probes.text_digest,
         "n_context": probes.n_context,
@@ -262,7 +262,7 @@ def _parts(costs: ErrorCosts, width: int, *, built_in: bool) -> Iterator[Rendera
             f"{_NO_FIT}: the type's blocks do not divide the rows of these tensors; {_PROBE} has the smallest"
         )
     yield Line(
-        f"Kept in {safe_line(str(costs.kept_in))}."
+        f"Kept in {safe_line(str(costs.path))}."
         " To use it: dsmoe-quantize --target-size SIZE --sensitivity FILE"
     )
     if built_in:

@@ -153,7 +153,7 @@ def _shown(path: Path) -> _Result:
 
 
 def _merged(paths: list[Path], out: Path, force: bool) -> _Result:
-    from dsmoe_local.evaluate.importance_file import importance_file
+    from dsmoe_local.evaluate.importance import importance_file
     from dsmoe_quantize.imatrix import merged
     from dsmoe_quantize.imatrix_file import read_imatrix
 
@@ -166,8 +166,7 @@ def _merged(paths: list[Path], out: Path, force: bool) -> _Result:
 
 def _collected(path: Path, values: dict[str, Any]) -> _Result:
     from dsmoe_local.cli.render import run_with_progress
-    from dsmoe_local.evaluate.importance import ACTIVATIONS, SAVE_EVERY, collect
-    from dsmoe_local.evaluate.importance_file import importance_file
+    from dsmoe_local.evaluate.importance import ACTIVATIONS, SAVE_EVERY, collect, importance_file
     from dsmoe_local.evaluate.measure import options_for
     from dsmoe_local.evaluate.text import read_text
     from dsmoe_local.evaluate.windows import MIN_CONTEXT, cut_windows

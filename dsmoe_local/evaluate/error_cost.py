@@ -1,9 +1,8 @@
-"""What errors cost: how far the whole model moves when one group of tensors is quantized and nothing else.
+"""Measures what errors cost: the KL divergence of the model when one group of tensors is quantized.
 
 The divergence divided by the group's relative error is the group's weight in a sensitivity file, from which
-`dsmoe-quantize --target-*` predicts errors (`dsmoe_quantize.budget`). Everything is kept in that file as soon
-as it is known, and a run that was killed goes on there. Runs models through `measure`; how one is loaded is
-the caller's to say.
+`dsmoe-quantize --target-*` predicts errors (`dsmoe_quantize.budget`). Every result is saved in that file at
+once, and an interrupted run continues from it.
 """
 
 from __future__ import annotations
@@ -35,16 +34,18 @@ from dsmoe_quantize.imatrix import Imatrix
 Load: TypeAlias = Callable[
     [Path, int, tuple[ObserverOptions, ...], Listener, threading.Event], AbstractContextManager[TextEngine]
 ]
-"""Loads a model to read windows of so many tokens, with these observers."""
+"""Loads the model in a file, to read windows of so many tokens with these observers."""
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """What to measure: with which text, in windows of `n_context` tokens (the first `n_windows`; None: all),
-    in which types, each kind of group as a whole or each layer by itself. `kept_in` is the sensitivity file.
+class CostOptions:
+    """What to measure, and the sensitivity file to save it in.
+
+    The text is read in windows of `n_context` tokens, the first `n_windows` or all. Each group is tried in
+    all `types`. A group is all layers of a kind of tensor, or with `by_layer` one of them.
     """
 
-    kept_in: Path
+    path: Path
     text: Text
     n_context: int
     n_windows: int | None
@@ -55,57 +56,56 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class ErrorCosts:
-    """The result: what was tried, on what, and what each group costs."""
+    """The results of all groups, and the sensitivity file that has them."""
 
     model: str
     probes: Probes
     groups: Sequence[GroupCost]
-    kept_in: Path
+    path: Path
 
 
 def measure_costs(
     file: GgufFile,
     hp: Hyperparameters,
-    request: Request,
+    wanted: CostOptions,
     load: Load,
     imatrix: Imatrix | None = None,
     *,
     listen: Listener = ignore,
     stop: threading.Event | None = None,
 ) -> ErrorCosts:
-    """Measure what is not in the file yet, and return all of it.
+    """Measure what is not in the sensitivity file yet, and return all of it.
 
-    Raises UsageError if the file was measured with something else, LockedError while another run writes it,
-    InterruptedRunError, and what measuring, quantizing and the engine raise. What was measured is kept in any
-    case.
+    Raises UsageError if the file has measurements with other options, LockedError if another run is writing
+    it, InterruptedRunError, and what measuring, quantizing and the engine raise.
     """
     stop = stop or threading.Event()
     with ExitStack() as stack:
         try:
-            stack.enter_context(locked(request.kept_in))
+            stack.enter_context(locked(wanted.path))
         except OSError as error:
-            raise FileError(f"the costs cannot be kept: {error.strerror}", where=request.kept_in) from error
-        known = _measured_errors(file, request, imatrix, listen, stop)
-        trials = trials_of(file, hp, known, request.types, imatrix, by_layer=request.by_layer)
-        run = _Run(file, request, load, known, listen, stop)
+            raise FileError(f"the costs cannot be kept: {error.strerror}", where=wanted.path) from error
+        known = _measured_errors(file, wanted, imatrix, listen, stop)
+        trials = trials_of(file, hp, known, wanted.types, imatrix, by_layer=wanted.by_layer)
+        run = _Run(file, wanted, load, known, listen, stop)
         run.measure(trials)
     probes = run.known.probes
     assert probes is not None
-    return ErrorCosts(file.path.stem, probes, [cost_of(trial, probes) for trial in trials], request.kept_in)
+    return ErrorCosts(file.path.stem, probes, [cost_of(trial, probes) for trial in trials], wanted.path)
 
 
 def _measured_errors(
-    file: GgufFile, request: Request, imatrix: Imatrix | None, listen: Listener, stop: threading.Event
+    file: GgufFile, wanted: CostOptions, imatrix: Imatrix | None, listen: Listener, stop: threading.Event
 ) -> Sensitivity:
-    """What the file holds, with the errors of all tensors."""
-    wanted = sensitivity_file.start(file, imatrix, None)
-    known = sensitivity_file.resume(request.kept_in, wanted, any_sample=True)
+    """Return the content of the sensitivity file, with the errors of all tensors in all types."""
+    new = sensitivity_file.start(file, imatrix, None)
+    known = sensitivity_file.resume(wanted.path, new, any_sample=True)
     if known.probes is not None:
-        _refuse_others(known.probes, request)
-    keeper = sensitivity_file.Keeper(request.kept_in)
+        _refuse_others(known.probes, wanted)
+    keeper = sensitivity_file.Keeper(wanted.path)
     try:
         known = measure(
-            file, known, imatrix, threads=request.threads, keep=keeper.keep, listen=listen, stop=stop
+            file, known, imatrix, threads=wanted.threads, keep=keeper.keep, listen=listen, stop=stop
         )
         keeper.keep(known)
     finally:
@@ -113,29 +113,29 @@ def _measured_errors(
     return known
 
 
-def _refuse_others(known: Probes, request: Request) -> None:
-    """UsageError if a file's figures and those asked for cannot stand beside each other."""
+def _refuse_others(known: Probes, wanted: CostOptions) -> None:
+    """Raise UsageError if the file's measurements cannot be compared with the wanted ones."""
 
     def names(types: Sequence[GgmlType]) -> str:
         return ", ".join(sorted(map(type_name, types)))
 
     for what, had, want in (
-        (f"another text, {known.text}", known.text_digest, request.text.digest),
-        (f"windows of {known.n_context} tokens", known.n_context, request.n_context),
-        (f"other types, {names(known.types)}", names(known.types), names(request.types)),
+        (f"another text, {known.text}", known.text_digest, wanted.text.digest),
+        (f"windows of {known.n_context} tokens", known.n_context, wanted.n_context),
+        (f"other types, {names(known.types)}", names(known.types), names(wanted.types)),
     ):
         if had != want:
-            raise _refusal(request.kept_in, what)
-    wanted = _n_windows(request, known.n_windows_of_text)
-    if wanted not in (None, known.n_windows):
-        raise _refusal(request.kept_in, f"{known.n_windows} windows, not {wanted}")
+            raise _refusal(wanted.path, what)
+    n_windows = _n_windows(wanted, known.n_windows_of_text)
+    if n_windows not in (None, known.n_windows):
+        raise _refusal(wanted.path, f"{known.n_windows} windows, not {n_windows}")
 
 
-def _n_windows(request: Request, of_text: int) -> int | None:
-    """How many windows a request means if the text has so many; 0: nobody knows. None: neither."""
-    if not of_text or request.n_windows is None:
-        return request.n_windows or of_text or None
-    return min(request.n_windows, of_text)
+def _n_windows(wanted: CostOptions, of_text: int) -> int | None:
+    """Return the wanted number of windows of a text that has `of_text` (0: unknown); None if unknown."""
+    if not of_text or wanted.n_windows is None:
+        return wanted.n_windows or of_text or None
+    return min(wanted.n_windows, of_text)
 
 
 def _refusal(path: Path, what: str) -> UsageError:
@@ -145,12 +145,12 @@ def _refusal(path: Path, what: str) -> UsageError:
 
 
 class _Run:
-    """The models of one run, one after the other: the source, the source again, and what is made of it."""
+    """Loads one model after another: the source twice, for the reference and the noise, then the probes."""
 
     def __init__(
         self,
         file: GgufFile,
-        request: Request,
+        wanted: CostOptions,
         load: Load,
         known: Sensitivity,
         listen: Listener,
@@ -158,61 +158,61 @@ class _Run:
     ) -> None:
         self.known = known
         self._file = file
-        self._request = request
+        self._wanted = wanted
         self._load = load
         self._listen = listen
         self._stop = stop
         self._noted: set[str] = set()
 
     def measure(self, trials: Sequence[Trial]) -> None:
-        """Measure each that is not known yet, keeping what is known after each."""
+        """Measure each trial that is not known yet, and save its result."""
         found = self.known.probes.groups if self.known.probes else {}
-        wanted = [(trial, kind) for trial in trials for kind in trial.plans]
-        missing = [(trial, kind) for trial, kind in wanted if kind not in found.get(trial.group, {})]
+        every = [(trial, kind) for trial in trials for kind in trial.plans]
+        missing = [(trial, kind) for trial, kind in every if kind not in found.get(trial.group, {})]
         if not missing and self.known.probes is not None:
             return
         groups = {(trial.group, kind): changed_by(trial.plans[kind]) for trial, kind in missing}
-        # In the order in which least is written.
+        # By size, so that the probe file is rewritten as little as possible.
         missing.sort(key=lambda each: size_of(self._file, groups[each[0].group, each[1]]))
         in_turn = [groups[trial.group, kind] for trial, kind in missing]
         with scratch_folder() as folder:
-            n_done = len(wanted) - len(missing)
+            n_done = len(every) - len(missing)
             try:
                 reference, n_windows_of_text = self._record(folder)
                 self._begin(reference, n_windows_of_text)
                 with ProbeFile(
-                    folder / "probe.gguf", self._file, in_turn, self._request.threads
+                    folder / "probe.gguf", self._file, in_turn, self._wanted.threads
                 ) as probe_file:
                     for trial, kind in missing:
-                        label = f"{n_done + 1}/{len(wanted)} {trial.group} {type_name(kind)}"
+                        label = f"{n_done + 1}/{len(every)} {trial.group} {type_name(kind)}"
                         self._try(trial, kind, reference, probe_file, label)
                         n_done += 1
             except InterruptedRunError as error:
                 raise InterruptedRunError(
-                    f"interrupted: {n_done} of {len(wanted)} measurements done",
+                    f"interrupted: {n_done} of {len(every)} measurements done",
                     remedy="run the same command again to continue",
                 ) from error
 
     def _record(self, folder: Path) -> tuple[Reference, int]:
-        """The reference, and how many windows the whole text has."""
+        """Record the reference. Return it, and the number of windows of the whole text."""
         path = self._file.path
         with self._loaded(path, recorders(folder, path), "reference") as (engine, listen):
-            whole = cut_windows(engine, self._request.text, self._request.n_context)
+            whole = cut_windows(engine, self._wanted.text, self._wanted.n_context)
             windows = self._first(whole)
             reference = record(engine, windows, folder, listen, self._stop)[0]
         # Only predictions are compared.
         return replace(reference, routers=None), len(whole.tokens)
 
     def _first(self, whole: Windows) -> Windows:
-        """Those asked for. UsageError if others were measured."""
-        windows = replace(whole, tokens=whole.tokens[: self._request.n_windows])
+        """Return the wanted windows. UsageError if the file's measurements used another number."""
+        windows = replace(whole, tokens=whole.tokens[: self._wanted.n_windows])
         probes = self.known.probes
         if probes is not None and probes.n_windows != len(windows.tokens):
-            raise _refusal(self._request.kept_in, f"{probes.n_windows} windows, not {len(windows.tokens)}")
+            raise _refusal(self._wanted.path, f"{probes.n_windows} windows, not {len(windows.tokens)}")
         return windows
 
     def _begin(self, reference: Reference, n_windows_of_text: int) -> None:
-        """Find the noise, if this is the first run."""
+        """In the first run, measure the noise: the divergence of the source from itself."""
         if self.known.probes is not None:
             return
         windows = reference.windows
@@ -223,7 +223,7 @@ class _Run:
                 windows.text_digest,
                 windows.n_context,
                 len(windows.tokens),
-                self._request.types,
+                self._wanted.types,
                 floor,
                 n_windows_of_text=n_windows_of_text,
             ),
@@ -233,7 +233,7 @@ class _Run:
     def _try(
         self, trial: Trial, kind: GgmlType, reference: Reference, probe_file: ProbeFile, label: str
     ) -> None:
-        # The engine of the probe before has ended: nobody maps the file while it is written.
+        # The previous engine has ended, so the file is not mapped while it is written.
         probe_file.write(trial.plans[kind], self._labelled(label), self._stop)
         kl, kl_error = self._divergence(probe_file.path, reference, label)
         probes = self.known.probes
@@ -245,7 +245,7 @@ class _Run:
         self._keep(probes, {} if cost is None else {trial.group: cost})
 
     def _divergence(self, path: Path, reference: Reference, label: str) -> tuple[float, float]:
-        """Mean and standard error."""
+        """Return the mean divergence and its standard error."""
         with self._loaded(path, reference.observers(path), label) as (engine, listen):
             found = compare(engine, reference, listen, self._stop).comparison
         assert found is not None
@@ -253,18 +253,18 @@ class _Run:
 
     def _keep(self, probes: Probes, weights: Mapping[str, float]) -> None:
         self.known = replace(self.known, probes=probes, weights={**self.known.weights, **weights})
-        sensitivity_file.write_sensitivity(self.known, self._request.kept_in)
+        sensitivity_file.write_sensitivity(self.known, self._wanted.path)
 
     @contextmanager
     def _loaded(
         self, path: Path, observers: tuple[ObserverOptions, ...], label: str
     ) -> Iterator[tuple[TextEngine, Listener]]:
         listen = self._labelled(label)
-        with self._load(path, self._request.n_context, observers, listen, self._stop) as engine:
+        with self._load(path, self._wanted.n_context, observers, listen, self._stop) as engine:
             yield engine, listen
 
     def _labelled(self, label: str) -> Listener:
-        """All stages of one step under its name; of notes that many steps have only the first."""
+        """Return a listener that names all stages `label`, and drops repeated notes."""
 
         def relabelled(event: Event) -> None:
             if isinstance(event, Note):

@@ -1,4 +1,4 @@
-"""The groups whose errors are tried one by one, how, and what the result says of a group. Runs nothing."""
+"""The groups of tensors whose errors are measured one by one, and their costs from the measurements."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from dsmoe_quantize.policy.recipes import KINDS, Group, group_of
 from dsmoe_quantize.quantize import Plan
 
 LEAST_ERROR = 1e-6
-"""A smaller relative error is none: the type holds the weights as they are."""
+"""A smaller relative error counts as none: the type represents the weights exactly."""
 N_ERRORS = 2
-"""A divergence is told from none if it is so many of its standard errors."""
+"""A divergence is significant if it is larger than so many standard errors."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A group, or all layers of a kind, in each type that is tried: the file to make, the relative error, and
-    the types that its tensors really get there: where one does not fit, another stands in.
+    """A group to try in several types. By type: the file to write, the relative error, and the types that the
+    tensors really get, since a type that does not fit is replaced.
 
-    `fits`: not every type, and what would stand in for it, is refused by the tensors' width. `built_in` is
-    the weight that the group has without any measurement.
+    `fits` is false if the rows of the tensors fit none of the types, nor the replacements. `built_in` is the
+    weight of the group without measurement.
     """
 
     group: str
@@ -43,10 +43,10 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class GroupCost:
-    """What a relative error of 1 in a group costs, in nats; None if no type that was tried makes any.
+    """The cost in nats of a relative error of 1 in a group; None if no type that was tried makes an error.
 
-    `used` and `fits` as of a `Trial`. `is_at_most`: the divergence is within the noise, and the cost what it
-    is at most.
+    `used` and `fits` are those of the `Trial`. If `is_at_most`, the divergence is within the noise, and the
+    cost is an upper bound.
     """
 
     group: str
@@ -67,8 +67,9 @@ def trials_of(
     *,
     by_layer: bool = False,
 ) -> list[Trial]:
-    """What to try, in the order of a recipe file. `sensitivity` has all tensors; a type that does not fit a
-    width is replaced as in llama.cpp's mixes.
+    """Return the trials in the order of a recipe file. `sensitivity` has the errors of all tensors.
+
+    A type whose blocks do not divide a row is replaced as in llama.cpp's mixes.
     """
     members: dict[Group, list[TensorInfo]] = {}
     n_layers: dict[str, set[int | None]] = {}
@@ -80,7 +81,7 @@ def trials_of(
             key = group if by_layer else Group(group.kind, None)
             members.setdefault(key, []).append(file.tensors[name])
     ordered = sorted(members, key=lambda group: (KINDS.index(group.kind), group.layer or 0))
-    # With weights of one, predictions are relative errors.
+    # With all weights 1, the predicted divergence is the relative error.
     ones = {str(group): 1.0 for group in ordered}
     costs = CostModel(file, hp, replace(sensitivity, weights=ones))
     trials = []
@@ -102,7 +103,7 @@ def trials_of(
 def _choices(
     file: GgufFile, sensitivity: Sensitivity, members: Sequence[TensorInfo], kind: GgmlType
 ) -> list[TensorChoice]:
-    """`members` in a type, all other tensors as they are."""
+    """Return choices that convert `members` to a type, and leave all other tensors unchanged."""
     names = {tensor.name for tensor in members}
     return [
         _choice(tensor, sensitivity.tensors[tensor.name], kind)
@@ -113,7 +114,7 @@ def _choices(
 
 
 def _choice(tensor: TensorInfo, measured: TensorErrors, kind: GgmlType) -> TensorChoice:
-    """`kind`, what llama.cpp takes in its place, or the tensor's own type."""
+    """Choose `kind`, or llama.cpp's replacement for it, or the tensor's own type."""
     if kind in measured.errors:
         return TensorChoice(tensor, kind)
     instead = FALLBACKS.get(kind, kind)
@@ -129,7 +130,7 @@ def _choice(tensor: TensorInfo, measured: TensorErrors, kind: GgmlType) -> Tenso
 
 
 def cost_of(trial: Trial, probes: Probes) -> GroupCost:
-    """What the probes of a group say: the mean of what they say each, by its logarithm."""
+    """Return the cost of a group: the geometric mean over its probes."""
     found = probes.groups.get(trial.group, {})
 
     def result(cost: float | None, *, is_at_most: bool = False) -> GroupCost:

@@ -1,7 +1,8 @@
-"""Collects an importance matrix: windows of a text through a model whose activations are observed.
+"""Collects an importance matrix: a model reads windows of a text, and an observer sums its activations.
 
-Every so many windows all that are on their way are waited for, so that sums and windows agree, and the sums
-are kept: a run that is killed goes on from there. What is made of the sums is dsmoe_quantize.imatrix's.
+After every `save_every` windows the reader waits until all of them are complete, and the sums are saved in
+`.NAME.part` beside the output: an importance matrix of the windows so far. An interrupted run continues from
+it. The last part is renamed to the output.
 """
 
 from __future__ import annotations
@@ -9,35 +10,105 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from dsmoe_local.base.errors import InterruptedRunError
+from dsmoe_local.base import durable
+from dsmoe_local.base.errors import DsmoeError, FileError, InterruptedRunError
+from dsmoe_local.base.faults import reach
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Note, Started, ignore
 from dsmoe_local.engine.errors import EngineError
 from dsmoe_local.engine.observe.arrays import unpack
 from dsmoe_local.engine.observe.logprobs import perplexity
 from dsmoe_local.engine.types import Observation, ObserverOptions, TextEngine
-from dsmoe_local.evaluate.importance_file import ImportanceFile
 from dsmoe_local.evaluate.measure import LOGPROBS, name_of
 from dsmoe_local.evaluate.windows import WindowReader, Windows
 from dsmoe_local.model.identity import file_identity
 from dsmoe_quantize.imatrix import Imatrix, Statistics, merged
+from dsmoe_quantize.imatrix_file import read_imatrix, write_imatrix
 
 ACTIVATIONS = ObserverOptions("activations")
-"""Load the model with this one, by way of `measure.options_for`."""
+"""Load the model with this observer, by way of `measure.options_for`."""
 
 SAVE_EVERY = 10
-"""Windows from one part that is kept to the next."""
+"""Windows between two saves."""
 
 _LAYERS = "blk."
 
 
 @dataclass(frozen=True, slots=True)
+class ImportanceFile:
+    """The reserved output of a collection. See `importance_file`."""
+
+    out: Path
+
+    @property
+    def part(self) -> Path:
+        """The file that an interrupted run leaves."""
+        return self.out.with_name(f".{self.out.name}.part")
+
+    def resume(self, run: Mapping[str, object]) -> tuple[Imatrix | None, list[str]]:
+        """Return the part of an earlier run if its `run` has these values, else the names of the others."""
+        if not self.part.exists():
+            return None, []
+        try:
+            found = read_imatrix(self.part)
+        except DsmoeError:
+            return None, ["the part is damaged"]
+        changed = [name for name, value in run.items() if found.run.get(name) != value]
+        return (None, changed) if changed else (found, [])
+
+    def save(self, imatrix: Imatrix) -> None:
+        """Write the part, durably. Raises FileError."""
+        try:
+            write_imatrix(imatrix, self.part, lambda: reach("imatrix.written"))
+            reach("imatrix.saved")
+        except OSError as error:
+            raise FileError(
+                f"the importance matrix cannot be written: {error.strerror}", where=self.out
+            ) from error
+
+    def publish(self) -> None:
+        """Rename the part to the output. Raises FileError."""
+        try:
+            reach("imatrix.complete")
+            durable.replace(self.part, self.out)
+        except OSError as error:
+            raise FileError(
+                f"the importance matrix cannot get its name: {error.strerror}", where=self.out
+            ) from error
+
+
+@contextmanager
+def importance_file(out: Path, *, force: bool = False) -> Iterator[ImportanceFile]:
+    """Reserve an output for one run at a time.
+
+    Raises FileError if it exists and `force` is not set, or if its folder does not exist; LockedError if
+    another run has reserved it.
+    """
+    if not out.absolute().parent.is_dir():
+        raise FileError("the output's folder does not exist", where=out.parent, remedy="create it first")
+    if out.is_dir():
+        raise FileError("the output is a folder", where=out, remedy="name a file in it with -o")
+    if out.exists() and not (force and out.is_file()):
+        raise FileError(
+            "the output exists already", where=out, remedy="name another with -o, or replace it with --force"
+        )
+    with ExitStack() as held:
+        try:
+            held.enter_context(durable.locked(out.absolute()))
+        except OSError as error:
+            raise FileError(f"the output cannot be written: {error.strerror}", where=out) from error
+        yield ImportanceFile(out.absolute())
+
+
+@dataclass(frozen=True, slots=True)
 class Collected:
-    """A finished matrix. `seconds` of wall time were spent on `n_windows` of them, the others were there."""
+    """A complete matrix. This run read `n_windows` of its windows, in `seconds` of wall time."""
 
     imatrix: Imatrix
     n_windows: int
@@ -50,12 +121,12 @@ class Collected:
 
     @property
     def perplexity(self) -> float:
-        """Of all tokens but the first of each window: `dsmoe eval` scores the second half alone."""
+        """Perplexity of all tokens but the first of each window, unlike that of `dsmoe eval`."""
         return perplexity_of(self.imatrix.run)
 
 
 def perplexity_of(run: Mapping[str, object]) -> float:
-    """From what a collector says of itself; NaN if nothing was scored."""
+    """Return the perplexity from the notes of a collection; NaN if nothing was scored."""
     nll, n_scored = run.get("nll"), run.get("n_scored")
     if not isinstance(nll, float) or not isinstance(n_scored, int) or n_scored < 1:
         return math.nan
@@ -65,43 +136,50 @@ def perplexity_of(run: Mapping[str, object]) -> float:
 def collect(
     engine: TextEngine,
     windows: Windows,
-    place: ImportanceFile,
+    file: ImportanceFile,
     *,
     with_output: bool = False,
     save_every: int = SAVE_EVERY,
     listen: Listener = ignore,
     stop: threading.Event | None = None,
 ) -> Collected:
-    """Read all windows, but for those that an interrupted run of the same kind has read, and write the file.
+    """Read all windows that an interrupted run of the same kind has not read, and write the file.
 
-    `with_output` also keeps what the output matrix is multiplied with. Raises InterruptedRunError once `stop`
-    is set, EngineError, FileError; what was saved is kept, and the same call goes on from there.
+    `with_output` includes the output matrix. Raises InterruptedRunError once `stop` is set, EngineError,
+    FileError. The same call then continues with the windows that were saved.
     """
-    run = _Run(engine, windows, place, with_output, listen, stop or threading.Event())
+    collection = _Collection(engine, windows, file, with_output, listen, stop or threading.Event())
     began = time.perf_counter()
-    n_before = run.n_done
-    run.until_done(save_every)
-    return Collected(run.imatrix(), run.n_done - n_before, time.perf_counter() - began)
+    n_before = collection.n_done
+    collection.finish(save_every)
+    return Collected(collection.imatrix(), collection.n_done - n_before, time.perf_counter() - began)
 
 
-class _Run:
-    """The state of one collection: what was there before, and what the observers have seen since."""
+class _Collection:
+    """The windows of earlier runs, and those of this one."""
 
     def __init__(
         self,
         engine: TextEngine,
         windows: Windows,
-        place: ImportanceFile,
+        file: ImportanceFile,
         with_output: bool,
         listen: Listener,
         stop: threading.Event,
     ) -> None:
         self._engine = engine
         self._windows = windows
-        self._place = place
+        self._file = file
         self._with_output = with_output
         self._listen = listen
-        self._about = _about(engine, windows, with_output)
+        # Everything that the sums depend on, by names for messages.
+        self._run: dict[str, object] = {
+            "the model": file_identity(engine.info.path),
+            "the active experts": engine.info.n_experts_per_token,
+            "the text": windows.text_digest,
+            "the windows": windows.n_context,
+            "the output matrix": with_output,
+        }
         self._before = self._resumed()
         self._n_before = self.n_done = self._before.n_chunks if self._before else 0
         self._seen: Imatrix | None = None
@@ -109,7 +187,7 @@ class _Run:
         self._reader = WindowReader(engine, windows, 0, listen, stop, lambda: self._detail)
 
     def _resumed(self) -> Imatrix | None:
-        found, changed = self._place.resume(self._about)
+        found, changed = self._file.resume(self._run)
         if found is not None and found.n_chunks > len(self._windows.tokens):
             found, changed = None, ["the number of windows"]
         if changed:
@@ -119,18 +197,18 @@ class _Run:
             self._listen(Note(f"continuing an interrupted run: {done}"))
         return found
 
-    def until_done(self, save_every: int) -> None:
-        """Read, save, and give the file its name."""
+    def finish(self, save_every: int) -> None:
+        """Read and save the remaining windows, and give the file its name."""
         n_windows, n_context = len(self._windows.tokens), self._windows.n_context
         stage = f"reading with {name_of(self._engine)}"
         self._listen(Started(stage, n_windows * n_context, self.n_done * n_context, unit="tokens"))
         try:
             while self.n_done < n_windows:
-                until = min(n_windows, self.n_done + save_every)
-                self._reader.read(range(self.n_done, until))
-                self._seen = self._look(until)
-                self.n_done = until
-                self._place.save(self.imatrix())
+                end = min(n_windows, self.n_done + save_every)
+                self._reader.read(range(self.n_done, end))
+                self._seen = self._observed(end - self._n_before)
+                self.n_done = end
+                self._file.save(self.imatrix())
                 self._detail = f"perplexity {perplexity_of(self.imatrix().run):.4g}"
         except InterruptedRunError as error:
             raise InterruptedRunError(
@@ -139,25 +217,24 @@ class _Run:
             ) from error
         self._listen(Advanced(0, self._detail))
         self._listen(Finished(stage))
-        self._place.publish()
+        self._file.publish()
 
     def imatrix(self) -> Imatrix:
-        """All so far."""
+        """Return the matrix of all windows so far."""
         parts = [part for part in (self._before, self._seen) if part is not None]
         total = merged(parts)
-        run = self._about | {name: sum(_number(part, name) for part in parts) for name in ("n_scored", "nll")}
+        run = self._run | {name: sum(_number(part, name) for part in parts) for name in ("n_scored", "nll")}
         return Imatrix(total.entries, (self._windows.text,), self.n_done, self._windows.n_context, "", run)
 
-    def _look(self, until: int) -> Imatrix:
-        """What the observers have seen: the windows that this run has read, and nothing else."""
-        n_windows = until - self._n_before
+    def _observed(self, n_windows: int) -> Imatrix:
+        """Return what the observers saw in `n_windows` windows. EngineError if tokens are missing."""
         logprobs = self._engine.observe(LOGPROBS.name)
         entries = statistics_of(self._engine.observe(ACTIVATIONS.name), with_output=self._with_output)
-        wanted = n_windows * self._windows.n_context
+        n_tokens = n_windows * self._windows.n_context
         for name, entry in entries.items():
-            if len(entry.counts) == 1 and entry.counts[0] != wanted:
+            if len(entry.counts) == 1 and entry.counts[0] != n_tokens:
                 raise EngineError(
-                    f"the engine saw {entry.counts[0]} of {wanted} tokens",
+                    f"the engine saw {entry.counts[0]} of {n_tokens} tokens",
                     where=name,
                     remedy="run the same command again; its process may have been replaced",
                 )
@@ -168,7 +245,9 @@ class _Run:
 
 
 def statistics_of(seen: Observation, *, with_output: bool = False) -> dict[str, Statistics]:
-    """What the observer `activations` has seen, by tensor: of the layers, as llama.cpp's tool keeps it."""
+    """Return what the observer `activations` has seen, by tensor: of the layers only, as llama.cpp's tool
+    does, or with the output matrix.
+    """
     found = {}
     for entry in seen["inputs"]:
         statistics = Statistics(unpack(entry["sums"]), unpack(entry["counts"]))
@@ -176,17 +255,6 @@ def statistics_of(seen: Observation, *, with_output: bool = False) -> dict[str, 
             if with_output or name.startswith(_LAYERS):
                 found[name] = statistics
     return found
-
-
-def _about(engine: TextEngine, windows: Windows, with_output: bool) -> dict[str, object]:
-    """What decides the sums, by names that a person understands."""
-    return {
-        "the model": file_identity(engine.info.path),
-        "the active experts": engine.info.n_experts_per_token,
-        "the text": windows.text_digest,
-        "the windows": windows.n_context,
-        "the output matrix": with_output,
-    }
 
 
 def _number(part: Imatrix, name: str) -> float:

@@ -1,4 +1,4 @@
-"""How well a text covers the experts: tokens per expert and layer, by their counts. Prints nothing."""
+"""Computes how well a text covers the experts: how many tokens each expert saw, from an importance matrix."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _TOKENS = re.compile(r"^blk\.\d+\.attn_q\.weight$")
 
 @dataclass(frozen=True, slots=True)
 class LayerCoverage:
-    """Tokens that each routed expert of a layer was multiplied with."""
+    """How many tokens chose each routed expert of a layer."""
 
     layer: int
     counts: tuple[int, ...]
 
     @property
     def n_cold(self) -> int:
-        """Experts whose own statistics are not enough: see `dsmoe_quantize.imatrix`."""
+        """Experts with fewer than FEW tokens, whose own statistics are not used alone."""
         return sum(count < FEW for count in self.counts)
 
     @property
@@ -34,46 +34,46 @@ class LayerCoverage:
 
     @property
     def median(self) -> float:
-        """Of the counts."""
+        """Median of the counts."""
         return float(np.median(self.counts))
 
     @property
     def coldest(self) -> tuple[int, ...]:
-        """The experts by count, the fewest first."""
+        """All experts, sorted by count."""
         return tuple(sorted(range(len(self.counts)), key=lambda expert: (self.counts[expert], expert)))
 
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """All layers with routed experts; `n_tokens` were read, 0 if that is not known."""
+    """All layers with routed experts. `n_tokens` is the length of the text, 0 if unknown."""
 
     n_tokens: int
     layers: tuple[LayerCoverage, ...]
 
     @property
     def n_experts(self) -> int:
-        """Of all layers together."""
+        """Experts of all layers."""
         return sum(len(layer.counts) for layer in self.layers)
 
     @property
     def n_cold(self) -> int:
-        """Of all layers together."""
+        """Cold experts of all layers."""
         return sum(layer.n_cold for layer in self.layers)
 
     @property
     def n_unseen(self) -> int:
-        """Of all layers together."""
+        """Unseen experts of all layers."""
         return sum(layer.n_unseen for layer in self.layers)
 
     def coldest(self, n: int) -> list[tuple[int, int, int]]:
-        """The `n` coldest experts: count, layer, expert."""
+        """Return the `n` coldest experts as (count, layer, expert)."""
         every = (
             (count, layer.layer, expert) for layer in self.layers for expert, count in enumerate(layer.counts)
         )
         return sorted(every)[:n]
 
     def as_json(self) -> dict[str, Any]:
-        """For `json.dumps`; docs/imatrix.md says what the fields are."""
+        """Return the fields that docs/imatrix.md describes."""
         return {
             "tokens": self.n_tokens,
             "experts": self.n_experts,
@@ -95,7 +95,7 @@ class Coverage:
 
 
 def coverage_of(imatrix: Imatrix) -> Coverage:
-    """From the counts; without layers if the model is dense or the file has the legacy format."""
+    """Return the coverage. It has no layers for a dense model, or a file in the legacy format."""
     layers: dict[int, tuple[int, ...]] = {}
     for name, entry in imatrix.entries.items():
         match = _EXPERTS.match(name)

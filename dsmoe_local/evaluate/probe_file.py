@@ -1,12 +1,11 @@
-"""The one model file that probes are tried in. From probe to probe, only the groups that change are written.
+"""The model file of the probes. From one probe to the next, only tensors that change or move are written.
 
-llama.cpp refuses a gap between two tensors, so a group that becomes smaller cannot stay in its place. It goes
-to the end of the file, and the group that was there before takes its place: groups of equal size just swap.
-Of each size, one group lies at the end from the start, the largest first. A probe thus writes its own group,
-the group before it, and at most one group of each smaller size.
+llama.cpp refuses gaps between tensors, so a group that becomes smaller cannot stay where it is. It moves to
+the end of the file, and the group that was there takes its place: groups of equal size just swap. At the
+start, one group of each size is at the end, the largest first. So a probe writes its own group, the previous
+one, and at most one group of each smaller size.
 
-Weights always come from the source, never from the file itself. The file is of no use to a later run: it is
-neither synced nor resumed.
+Weights always come from the source. The file is temporary: it is neither synced nor resumed.
 """
 
 from __future__ import annotations
@@ -30,60 +29,61 @@ from dsmoe_quantize.write.encoder import TensorJob, check_job
 from dsmoe_quantize.write.output import disk_errors
 from dsmoe_quantize.write.pipeline import Effects, encode_all, n_cores
 
-Group = Sequence[str]
-"""Names of tensors, in the source's order."""
+TensorNames = Sequence[str]
+"""The tensors of a group, in the order of the source."""
 
 
-def changed_by(plan: Plan) -> Group:
-    """The tensors that get another type."""
+def changed_by(plan: Plan) -> TensorNames:
+    """Return the tensors whose type a plan changes."""
     return [choice.name for choice in plan.choices if choice.changes]
 
 
-def size_of(file: GgufFile, group: Group) -> tuple[int, ...]:
-    """Sorts groups: bytes of the group, then of each tensor. Groups of the same size can swap places."""
+def size_of(file: GgufFile, group: TensorNames) -> tuple[int, ...]:
+    """Return the bytes of a group, then of each tensor. Groups with equal results can swap places."""
     sizes = [-(-file.tensors[name].n_bytes // file.alignment) * file.alignment for name in group]
     return (sum(sizes), *sizes)
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """The tensors in file order; those of `last` are at the end."""
+class TensorOrder:
+    """The order of the tensors in the file. `last` are those at the end."""
 
-    order: Sequence[str]
-    last: Group = ()
+    names: TensorNames
+    last: TensorNames = ()
 
     @classmethod
-    def of(cls, file: GgufFile, groups: Iterable[Group]) -> Layout:
-        """For groups that are probed in this order, ascending by size: the first of each size at the end."""
-        firsts: dict[tuple[int, ...], Group] = {}
+    def of(cls, file: GgufFile, groups: Iterable[TensorNames]) -> TensorOrder:
+        """Return the order for groups that are probed one after another, sorted by size."""
+        firsts: dict[tuple[int, ...], TensorNames] = {}
         for group in groups:
             firsts.setdefault(size_of(file, group), group)
         ending = dict.fromkeys(name for group in reversed(firsts.values()) for name in group)
         return cls([*(name for name in file.tensors if name not in ending), *ending])
 
-    def ending_in(self, file: GgufFile, group: Group) -> Layout:
-        """The layout with `group` at the end. What was there takes its place if it fits exactly."""
+    def ending_in(self, file: GgufFile, group: TensorNames) -> TensorOrder:
+        """Return the order with `group` at the end. If sizes are equal, the tensors there take its place."""
         back = [name for name in self.last if name not in group]
         out = [name for name in group if name not in self.last]
-        order = [name for name in self.order if name not in self.last]
+        names = [name for name in self.names if name not in self.last]
         if size_of(file, back) == size_of(file, out):
             places = dict(zip(out, back, strict=True))
-            order = [places.get(name, name) for name in order]
+            names = [places.get(name, name) for name in names]
         else:
-            order = [*(name for name in order if name not in out), *back]
-        return Layout([*order, *group], group)
+            names = [*(name for name in names if name not in out), *back]
+        return TensorOrder([*names, *group], group)
 
 
 class ProbeFile:
-    """The file at `path`, made by the first `write`. Use as a context. Nobody may have the file open as a
-    model while it is written: an engine maps it.
+    """The file at `path`. Use it as a context manager: it removes the file.
+
+    No engine may have the file loaded while it is written, since an engine maps it.
     """
 
-    def __init__(self, path: Path, source: GgufFile, groups: Iterable[Group], threads: int = 0) -> None:
+    def __init__(self, path: Path, source: GgufFile, groups: Iterable[TensorNames], threads: int = 0) -> None:
         self.path = path
         self._source = source
         self._threads = threads or n_cores()
-        self._layout = Layout.of(source, groups)
+        self._order = TensorOrder.of(source, groups)
         self._held: dict[str, tuple[int, GgmlType]] = {}
         self._descriptor = -1
 
@@ -99,25 +99,26 @@ class ProbeFile:
         self.path.unlink(missing_ok=True)
 
     def write(self, plan: Plan, listen: Listener, stop: threading.Event) -> None:
-        """Make the file what `plan` says. Raises NoSpaceError, FileError, WeightError, InterruptedRunError;
-        after an error the next call writes everything.
+        """Write the model of a plan. After an error the next call writes everything.
+
+        Raises NoSpaceError, FileError, WeightError, InterruptedRunError.
         """
         for text in plan.notes:
             listen(Note(text))
-        layout = self._layout.ending_in(self._source, changed_by(plan))
+        order = self._order.ending_in(self._source, changed_by(plan))
         with opened(plan.file) as source, disk_errors(self.path):
             jobs = {job.name: job for job in jobs_of(plan, source)}
-            # The source's own metadata: a header of the same length keeps all tensors where they are.
-            gguf = plan_gguf(plan.file.metadata, [jobs[name] for name in layout.order])
-            wanted = {name: (gguf.offsets[name], jobs[name].type) for name in layout.order}
-            missing = [jobs[name] for name in layout.order if self._held.get(name) != wanted[name]]
+            # With the source's own metadata the header keeps its length, so all tensors keep their offsets.
+            gguf = plan_gguf(plan.file.metadata, [jobs[name] for name in order.names])
+            wanted = {name: (gguf.offsets[name], jobs[name].type) for name in order.names}
+            missing = [jobs[name] for name in order.names if self._held.get(name) != wanted[name]]
             self._held = {}
             require_space(self.path.parent, gguf.size - os.fstat(self._descriptor).st_size)
             write_at(self._descriptor, gguf.header, 0)
             self._encode(missing, gguf.offsets, listen, stop)
             os.ftruncate(self._descriptor, gguf.size)
             refuse_another(plan.file, source)
-        self._layout, self._held = layout, wanted
+        self._order, self._held = order, wanted
 
     def _encode(
         self,

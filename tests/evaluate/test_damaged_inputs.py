@@ -21,8 +21,8 @@ from dsmoe_local.cli.main import load_command
 from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.errors import EngineError
 from dsmoe_local.engine.types import ModelOptions
+from dsmoe_local.evaluate.importance import importance_file
 from dsmoe_local.evaluate.importance_coverage import coverage_of
-from dsmoe_local.evaluate.importance_file import importance_file
 from dsmoe_local.evaluate.measure import measure, options_for
 from dsmoe_local.evaluate.reference import compare, is_kept, keep, record, recorders, reserved, unpack
 from dsmoe_local.evaluate.text import Text, built_in, read_text

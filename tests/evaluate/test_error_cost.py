@@ -27,7 +27,7 @@ from dsmoe_local.base.paths import cache_folder
 from dsmoe_local.base.progress import Event, Listener, Note, Started, ignore
 from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.types import ModelOptions, ObserverOptions
-from dsmoe_local.evaluate.error_cost import ErrorCosts, Request, measure_costs
+from dsmoe_local.evaluate.error_cost import CostOptions, ErrorCosts, measure_costs
 from dsmoe_local.evaluate.error_cost_groups import Trial, cost_of
 from dsmoe_local.evaluate.measure import options_for
 from dsmoe_local.evaluate.text import Text, built_in
@@ -127,7 +127,7 @@ def costs(
 ) -> tuple[ErrorCosts, Loading]:
     file, hp = read_model(model)
     loading = loading or Loading()
-    request = replace(Request(kept_in, TEXT, N_CONTEXT, None, (Q4_0,), threads=1), **more)
+    request = replace(CostOptions(kept_in, TEXT, N_CONTEXT, None, (Q4_0,), threads=1), **more)
     found = measure_costs(file, hp, request, loading, imatrix, listen=listen, stop=threading.Event())
     return found, loading
 
@@ -334,7 +334,7 @@ def test_two_runs(model: Path, tmp_path: Path) -> None:
 
     file, hp = read_model(model)
     with pytest.raises(LockedError, match="another run"):
-        measure_costs(file, hp, Request(kept_in, TEXT, N_CONTEXT, None, (Q4_0,)), load)
+        measure_costs(file, hp, CostOptions(kept_in, TEXT, N_CONTEXT, None, (Q4_0,)), load)
 
 
 PROBES = Probes("t", "d", 16, 1, (Q4_0, Q5_0), floor=1e-5)

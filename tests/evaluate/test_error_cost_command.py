@@ -19,7 +19,7 @@ from support.models import tiny_model
 from dsmoe_local.base.errors import DsmoeError, UsageError
 from dsmoe_local.base.paths import cache_folder
 from dsmoe_local.cli.main import load_command
-from dsmoe_local.evaluate.error_cost import ErrorCosts, Request
+from dsmoe_local.evaluate.error_cost import CostOptions, ErrorCosts
 from dsmoe_local.evaluate.error_cost_groups import GroupCost
 from dsmoe_local.evaluate.text import built_in
 from dsmoe_local.model.ggml import GgmlType
@@ -142,14 +142,20 @@ class Measuring:
     """Stands in for the measurement; keeps what it is asked."""
 
     def __init__(self) -> None:
-        self.request: Request | None = None
+        self.request: CostOptions | None = None
         self.imatrix: Imatrix | None = None
 
     def __call__(
-        self, file: object, hp: object, request: Request, load: object, imatrix: Imatrix | None, **_: object
+        self,
+        file: object,
+        hp: object,
+        request: CostOptions,
+        load: object,
+        imatrix: Imatrix | None,
+        **_: object,
     ) -> ErrorCosts:
         self.request, self.imatrix = request, imatrix
-        return ErrorCosts("tiny", PROBES, GROUPS, request.kept_in)
+        return ErrorCosts("tiny", PROBES, GROUPS, request.path)
 
 
 @pytest.fixture
@@ -172,7 +178,7 @@ def test_what_is_asked_for(measuring: Measuring, tmp_path: Path) -> None:
     assert measuring.request is not None
     request = measuring.request
     assert (request.threads, request.by_layer, request.n_windows) == (0, False, None)
-    assert (request.kept_in, request.n_context, request.types) == (kept, 512, (Q4_0,))
+    assert (request.path, request.n_context, request.types) == (kept, 512, (Q4_0,))
     assert measuring.imatrix is None
     options = ("-t", "3", "--by-layer", "--chunks", "5", "-c", "64", "--probe", "q4_k", "--probe", "Q5_0")
     run(tiny_model(), "--sensitivity", kept, *options, "--imatrix", matrix)

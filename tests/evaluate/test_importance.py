@@ -21,9 +21,8 @@ from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.errors import EngineCrashError, EngineError
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions, Observation, TextEngine
-from dsmoe_local.evaluate.importance import ACTIVATIONS, Collected, collect
+from dsmoe_local.evaluate.importance import ACTIVATIONS, Collected, collect, importance_file
 from dsmoe_local.evaluate.importance_coverage import coverage_of
-from dsmoe_local.evaluate.importance_file import importance_file
 from dsmoe_local.evaluate.measure import options_for
 from dsmoe_local.evaluate.text import Text, built_in
 from dsmoe_local.evaluate.windows import Windows, cut_windows

@@ -19,7 +19,7 @@ from dsmoe_local.base.progress import ignore
 from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.types import ModelOptions, ObserverOptions
 from dsmoe_local.evaluate import probe_file
-from dsmoe_local.evaluate.error_cost import Request, measure_costs
+from dsmoe_local.evaluate.error_cost import CostOptions, measure_costs
 from dsmoe_local.evaluate.measure import options_for
 from dsmoe_local.evaluate.probe_file import ProbeFile, changed_by, size_of
 from dsmoe_local.evaluate.text import Text, built_in
@@ -136,7 +136,7 @@ def test_a_probe_writes_its_group(model: Path, tmp_path: Path, counting: Countin
     under an engine that maps it.
     """
     file, hp = read_model(model)
-    request = Request(tmp_path / "costs.json", TEXT, N_CONTEXT, 1, (Q4_0,), by_layer=by_layer, threads=1)
+    request = CostOptions(tmp_path / "costs.json", TEXT, N_CONTEXT, 1, (Q4_0,), by_layer=by_layer, threads=1)
     found = measure_costs(file, hp, request, counting.load)
     first, *others = counting.for_probes
     assert len(counting.for_probes) == len(found.groups)

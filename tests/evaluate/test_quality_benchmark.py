@@ -80,7 +80,7 @@ from dsmoe_convert.convert import ConvertOptions, convert_folder
 from dsmoe_local.base.errors import FileError, UsageError
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions
-from dsmoe_local.evaluate.speed.workload import Workload
+from dsmoe_local.evaluate.speed.timing import Workload
 from dsmoe_local.evaluate.text import Text, built_in
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_model import read_model

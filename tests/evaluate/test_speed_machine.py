@@ -5,43 +5,46 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.base.progress import Advanced, Event, Finished, Note, Started
-from dsmoe_local.evaluate.speed import bandwidth, machine
-from dsmoe_local.evaluate.speed.bandwidth import last_level_cache, measure_bandwidth
-from dsmoe_local.evaluate.speed.machine import cpu_name, look_at_machine
-from dsmoe_local.evaluate.speed.process_memory import peak_memory
+from dsmoe_local.evaluate.speed import machine
+from dsmoe_local.evaluate.speed.machine import (
+    cpu_name,
+    last_level_cache,
+    look_at_machine,
+    measure_bandwidth,
+    peak_memory,
+)
 
 LINUX = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system keeps no peak")
 
 
 def test_all_of_the_buffer_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: threads that read the same part, a part that nobody reads, a rate of more than was read."""
-    clock = [0.0]
-    summed: list[int] = []
-    together = bandwidth._together
+    """Guards: threads that read the same part, a part that nobody reads, a rate of more than was read, a slow
+    pass that counts.
+    """
+    seconds = iter(range(2, 100))
+    parts: list[NDArray[np.int64]] = []
 
-    def timed(n_threads: int, work: Callable[[int], object]) -> float:
-        results: list[Any] = []
-        together(n_threads, lambda index: results.append(work(index)))
-        summed.extend(each for each in results if each is not None)
-        clock[0] += 0.5
-        return clock[0]
+    def timed(given: list[NDArray[np.int64]]) -> float:
+        parts[:] = given
+        assert real_pass(given) > 0
+        return next(seconds) / 2
 
-    monkeypatch.setattr(bandwidth, "_together", timed)
+    real_pass = machine._pass_seconds
+    monkeypatch.setattr(machine, "_pass_seconds", timed)
     heard: list[Event] = []
     found = measure_bandwidth(3, heard.append, n_bytes=3 << 20)
     assert (found.n_threads, found.n_bytes) == (3, 3 << 20)
-    # Ones, in 64 bits.
-    assert summed[:3] == [1 << 17] * 3
-    # The first pass, after the second half second: those behind it took longer.
+    assert [int(part.sum()) for part in parts] == [1 << 17] * 3
+    assert len({part.ctypes.data for part in parts}) == 3
     assert found.bytes_per_second == found.n_bytes / 1.0
     assert isinstance(heard[0], Started)
     assert isinstance(heard[-1], Finished)
@@ -57,28 +60,6 @@ def test_threads_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(np, "ones", none)
     with pytest.raises(MemoryError):
         measure_bandwidth(2, n_bytes=1 << 20)
-
-
-def test_threads_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: those that could be, which then wait for the others for ever: no program with them ends."""
-    start = threading.Thread.start
-    started: list[threading.Thread] = []
-
-    def failing(thread: threading.Thread) -> None:
-        if len(started) == 2:
-            raise RuntimeError("can't start new thread")
-        thread.daemon = True  # if it waits, the tests end all the same
-        started.append(thread)
-        start(thread)
-
-    worked: list[int] = []
-    monkeypatch.setattr(threading.Thread, "start", failing)
-    with pytest.raises(RuntimeError, match="can't start"):
-        bandwidth._together(3, worked.append)
-    for thread in started:
-        thread.join(30)
-        assert not thread.is_alive()
-    assert (len(started), worked) == (2, [])
 
 
 def test_a_stop_ends_it() -> None:

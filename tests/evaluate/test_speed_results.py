@@ -18,13 +18,10 @@ from support.tiny_gguf import DENSE, write_tiny
 
 from dsmoe_local.base.errors import FormatError
 from dsmoe_local.engine.types import ModelInfo, ModelOptions
-from dsmoe_local.evaluate.speed.bandwidth import Bandwidth
-from dsmoe_local.evaluate.speed.machine import Machine
-from dsmoe_local.evaluate.speed.narrow import as_text
-from dsmoe_local.evaluate.speed.output import FORMATS
+from dsmoe_local.evaluate.speed.machine import Bandwidth, Machine
+from dsmoe_local.evaluate.speed.output import FORMATS, as_text
 from dsmoe_local.evaluate.speed.results import ModelSpeed, Reads, reads_of, speed_of
-from dsmoe_local.evaluate.speed.timing import Timed
-from dsmoe_local.evaluate.speed.workload import Workload
+from dsmoe_local.evaluate.speed.timing import Timed, Workload
 
 LLAMA_BENCH = [
     "build_commit",

@@ -27,8 +27,7 @@ from dsmoe_local.engine.types import (
     TokenEvent,
     Usage,
 )
-from dsmoe_local.evaluate.speed.timing import options_for, time_workloads
-from dsmoe_local.evaluate.speed.workload import Workload, context_for, workloads_of
+from dsmoe_local.evaluate.speed.timing import Workload, options_for, time_workloads, workloads_of
 
 READ, STEP = 0.5, 0.25
 END = 7
@@ -91,8 +90,7 @@ def test_workloads_are_llama_benchs() -> None:
     ]
     assert workloads_of([0], [0]) == ()
     # Behind the 1,024 a prompt, and room for a token: a model's own context is not exceeded for nothing.
-    assert context_for(found) == 1024 + 512 + 1
-    assert context_for(found, 4096) == 4096
+    assert options_for(ModelOptions(Path("x")), found).n_context == 1024 + 512 + 1
     options = options_for(ModelOptions(Path("x"), n_context=4096, n_parallel=8), found)
     assert (options.n_context, options.n_parallel, options.unified) == (4096, 1, False)
 

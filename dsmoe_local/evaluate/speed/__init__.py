@@ -1,1 +1,1 @@
-"""How fast models are, what they read for it, and what the machine could read: what `dsmoe bench` shows."""
+"""`dsmoe bench`: the speed of models, the bytes they read per token, and the memory's bandwidth."""

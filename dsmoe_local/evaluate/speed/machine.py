@@ -1,24 +1,57 @@
-"""The machine that speeds are measured on: its processor, its memory, and how busy it is."""
+"""The machine that speeds are measured on: its processor, load, memory bandwidth, and a process's memory.
+
+Bandwidth is the upper limit of decoding, which reads every weight it uses once per token.
+"""
 
 from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsmoe_local.base.progress import Listener, Note, ignore
+import numpy as np
+from numpy.typing import NDArray
+
+from dsmoe_local.base.errors import InterruptedRunError
+from dsmoe_local.base.progress import Advanced, Finished, Listener, Note, Started, ignore
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.evaluate.speed.bandwidth import Bandwidth, measure_bandwidth
+from dsmoe_local.engine.load.machine import available_memory
 
 _CPU_INFO = Path("/proc/cpuinfo")
-_BUSY, _BUSY_PER_CORE = 0.3, 0.1  # load averages above which other programs are felt
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_PROC = Path("/proc")
+_KILOBYTE = 1024
+_BUSY, _BUSY_PER_CORE = 0.3, 0.1  # load averages above which other programs distort the figures
+_MIN_BUFFER, _MAX_BUFFER = 128 << 20, 2 << 30
+_CACHE_MULTIPLE = 8  # the buffer is so many times as large as the last-level cache
+_MEMORY_DIVISOR = 4  # and takes at most this part of the available memory
+_PASSES = 16
+_SECONDS = 2.0  # after which no further pass begins
+
+
+@dataclass(frozen=True, slots=True)
+class Bandwidth:
+    """Bytes per second that `n_threads` threads read from memory, in passes over `n_bytes`.
+
+    `cache_bytes` is the size of the last-level cache, 0 if unknown. A model that reads less per token can be
+    faster than memory.
+    """
+
+    bytes_per_second: float
+    n_threads: int
+    n_bytes: int
+    cache_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Where it was measured. `load` is the load average before; 0 where the system does not tell."""
+    """The machine before the measurement. `load` is the load average, 0 if unknown."""
 
     cpu: str
     bandwidth: Bandwidth
@@ -28,7 +61,7 @@ class Machine:
 def look_at_machine(
     n_threads: int, listen: Listener = ignore, stop: threading.Event | None = None
 ) -> Machine:
-    """Measure the machine; a note says if it is busy. Setting `stop` raises InterruptedRunError."""
+    """Measure the machine, and send a note if it is busy. Raises InterruptedRunError once `stop` is set."""
     load = _load_average()
     if load > max(_BUSY, _BUSY_PER_CORE * (os.cpu_count() or 1)):
         listen(Note(f"the machine is busy (load {load:.1f}): figures will be too low, and scattered"))
@@ -36,7 +69,7 @@ def look_at_machine(
 
 
 def cpu_name(cpu_info: Path = _CPU_INFO) -> str:
-    """What the processor calls itself."""
+    """Return the name of the processor."""
     try:
         for line in cpu_info.read_text(encoding="utf-8", errors="replace").splitlines():
             name, _, value = line.partition(":")
@@ -52,3 +85,86 @@ def _load_average() -> float:
         return os.getloadavg()[0]
     except OSError:
         return 0.0
+
+
+def measure_bandwidth(
+    n_threads: int,
+    listen: Listener = ignore,
+    stop: threading.Event | None = None,
+    *,
+    n_bytes: int | None = None,
+) -> Bandwidth:
+    """Measure how fast threads sum up a buffer of `n_bytes` [a few times the cache]; the fastest pass counts.
+
+    Raises InterruptedRunError once `stop` is set.
+    """
+    cache = last_level_cache()
+    size = n_bytes or min(
+        _MAX_BUFFER, max(_MIN_BUFFER, _CACHE_MULTIPLE * cache), available_memory() // _MEMORY_DIVISOR
+    )
+    n_words = max(1, size // n_threads // np.dtype(np.int64).itemsize)
+    stage = "measuring the memory"
+    listen(Started(stage, _PASSES, unit="passes"))
+    # Filled in threads, so that a machine with several memory nodes uses all of them.
+    with ThreadPoolExecutor(n_threads) as executor:
+        parts = list(executor.map(lambda _: np.ones(n_words, np.int64), range(n_threads)))
+    total = sum(part.nbytes for part in parts)
+    best = float("inf")
+    began = time.perf_counter()
+    for _ in range(_PASSES):
+        if stop is not None and stop.is_set():
+            raise InterruptedRunError("the measurement was interrupted")
+        best = min(best, _pass_seconds(parts))
+        listen(Advanced(1, f"{total / best / 1e9:.1f} GB/s"))
+        if time.perf_counter() - began > _SECONDS:
+            break
+    listen(Finished(stage))
+    return Bandwidth(total / best, n_threads, total, cache)
+
+
+def _pass_seconds(parts: Sequence[NDArray[np.int64]]) -> float:
+    # New threads for each pass: the system wakes up old ones where they were, maybe all on one core.
+    threads = [threading.Thread(target=np.sum, args=(part,)) for part in parts]
+    began = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return time.perf_counter() - began
+
+
+def last_level_cache(caches: Path = _CACHES) -> int:
+    """Return the size in bytes of the first processor's largest cache, 0 if unknown."""
+    sizes = [0]
+    for path in caches.glob("index*/size"):
+        try:
+            # The kernel writes 32768K.
+            sizes.append(int(path.read_text(encoding="ascii").strip().removesuffix("K")) * _KILOBYTE)
+        except (OSError, ValueError):
+            continue
+    return max(sizes)
+
+
+def peak_memory(pid: int, proc: Path = _PROC) -> int | None:
+    """Return the peak memory of a running process in bytes, including mapped files; None if it has ended.
+
+    macOS does not keep a peak: there it is the current memory, which an engine does not give back.
+    """
+    try:
+        status = (proc / str(pid) / "status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None if proc.joinpath("self").exists() else _current_memory(pid)
+    for line in status.splitlines():
+        name, _, value = line.partition(":")
+        if name == "VmHWM":
+            return int(value.split()[0]) * _KILOBYTE
+    return None
+
+
+def _current_memory(pid: int) -> int | None:
+    command = ["ps", "-o", "rss=", "-p", str(pid)]
+    try:
+        output = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return None
+    return int(output) * _KILOBYTE if output.isdigit() else None

@@ -1,6 +1,6 @@
-"""What was measured as Markdown, JSON or CSV. The fields are llama-bench's where they mean the same.
+"""Writes measured speeds as Markdown, JSON, CSV, or text for a narrow terminal.
 
-Its fields that say nothing of our engine are left out; ours come behind its own.
+JSON and CSV have llama-bench's fields, as far as they apply to this engine, followed by our own.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import io
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 from dsmoe_local import __version__
 from dsmoe_local.base.sizes import format_count, format_size
@@ -24,11 +25,11 @@ Record: TypeAlias = dict[str, Any]
 _FLASH = {"auto": -1, "off": 0, "on": 1}
 _SAMPLES = ("samples_ns", "samples_ts")
 _KIB = 1024
-_MOST_PATH = 4096
+_MAX_PATH = 4096
 
 
 def records(machine: Machine, models: Iterable[ModelSpeed]) -> list[Record]:
-    """One object for each model and workload."""
+    """Return an object for each model and workload."""
     return [_record(machine, model, speed) for model in models for speed in model.speeds]
 
 
@@ -37,7 +38,7 @@ def _record(machine: Machine, model: ModelSpeed, speed: Speed) -> Record:
     return {
         "cpu_info": machine.cpu,
         "backends": ",".join(model.devices) or "CPU",
-        "model_filename": safe_line(str(info.path), _MOST_PATH),
+        "model_filename": safe_line(str(info.path), _MAX_PATH),
         "model_type": _type(model),
         "model_size": info.n_bytes,
         "model_n_params": info.n_parameters,
@@ -56,7 +57,7 @@ def _record(machine: Machine, model: ModelSpeed, speed: Speed) -> Record:
         "stddev_ns": round(deviation(list(map(float, speed.samples_ns)))),
         "avg_ts": speed.rate,
         "stddev_ts": speed.deviation,
-        # From here on the fields are ours.
+        # Our own fields.
         "n_threads_batch": options.n_threads_batch or info.n_threads,
         "n_context": info.n_context,
         "placement": info.placement,
@@ -77,23 +78,26 @@ def _record(machine: Machine, model: ModelSpeed, speed: Speed) -> Record:
     }
 
 
+def _rounded(value: float | None) -> int | None:
+    return None if value is None else round(value)
+
+
 def as_json(machine: Machine, models: Sequence[ModelSpeed]) -> str:
-    """An array of the records."""
+    """Return the records as a JSON array."""
     return json.dumps(records(machine, models), indent=2, ensure_ascii=True)
 
 
 def as_csv(machine: Machine, models: Sequence[ModelSpeed]) -> str:
-    """The records without their samples, all fields in quotes; what is not known is empty."""
-    rows = [
-        {name: value for name, value in record.items() if name not in _SAMPLES}
-        for record in records(machine, models)
-    ]
+    """Return the records without their samples as CSV. All values are quoted; unknown ones are empty."""
+    rows = records(machine, models)
+    if not rows:
+        return ""
+    names = [name for name in rows[0] if name not in _SAMPLES]
     out = io.StringIO()
-    if rows:
-        # The names as llama-bench writes them, without quotes.
-        out.write(",".join(rows[0]) + "\n")
-        writer = csv.writer(out, quoting=csv.QUOTE_ALL, lineterminator="\n")
-        writer.writerows([_cell(value) for value in row.values()] for row in rows)
+    # llama-bench quotes all fields but the names.
+    out.write(",".join(names) + "\n")
+    writer = csv.writer(out, quoting=csv.QUOTE_ALL, lineterminator="\n")
+    writer.writerows([_cell(row[name]) for name in names] for row in rows)
     return out.getvalue().rstrip("\n")
 
 
@@ -105,72 +109,52 @@ def _cell(value: object) -> object:
     return "" if value is None else value
 
 
-def as_markdown(machine: Machine, models: Sequence[ModelSpeed]) -> str:
-    """llama-bench's table, then one of what explains it, then the machine."""
-    return "\n\n".join([*tables(machine, models), about(machine)])
+class _Row(NamedTuple):
+    """A row of a table: a model, one of its speeds or None, and the model that it is compared with."""
+
+    machine: Machine
+    first: ModelSpeed
+    model: ModelSpeed
+    speed: Speed | None
 
 
-def tables(machine: Machine, models: Sequence[ModelSpeed]) -> list[str]:
-    """Both tables, without what is empty."""
-    return [table for table in (_speed_table(models), _cost_table(machine, models)) if table]
+class _Column(NamedTuple):
+    """A column of a table. A cell is empty if its text is."""
+
+    heading: str
+    is_number: bool
+    text: Callable[[_Row], str]
 
 
-Column: TypeAlias = tuple[str, bool, Callable[[ModelSpeed, Speed], str]]
-"""Heading, whether it is of numbers, and a row's text."""
-
-_SPEED: tuple[Column, ...] = (
-    ("model", False, lambda model, _: name_of(model)),
-    ("type", False, lambda model, _: _type(model)),
-    ("size", True, lambda model, _: _binary_size(model.info.n_bytes)),
-    ("params", True, lambda model, _: _parameters(model.info.n_parameters)),
-    ("experts", True, lambda model, _: _experts(model)),
-    ("backend", False, lambda model, _: ",".join(model.devices) or "CPU"),
-    ("threads", True, lambda model, _: _threads(model)),
-    ("test", True, lambda _, speed: speed.workload.label),
-    ("t/s", True, lambda _, speed: f"{speed.rate:.2f} ± {speed.deviation:.2f}"),
-)
+def _rate(row: _Row) -> str:
+    return f"{row.speed.rate:.2f} ± {row.speed.deviation:.2f}" if row.speed else ""
 
 
-def _speed_table(models: Sequence[ModelSpeed]) -> str:
-    rows = [[text(model, speed) for *_, text in _SPEED] for model in models for speed in model.speeds]
-    return _table([(heading, numbers) for heading, numbers, _ in _SPEED], rows)
+def _share(row: _Row) -> str:
+    share = None if row.speed is None else row.model.share_of(row.speed, row.machine.bandwidth)
+    return "" if share is None else f"{share:.0%}"
 
 
-def _cost_table(machine: Machine, models: Sequence[ModelSpeed]) -> str:
-    """A row for each reply that was timed; of a model without one, a row for the model."""
-    names = ["active", "load", "memory", "test", "read/token", "GB/s", "of bandwidth"]
-    if len(models) > 1:
-        names.append("speed")
-    rows = []
-    for model in models:
-        own = [name_of(model), format_count(model.reads.n_activated), _seconds(model.load_seconds)]
-        own.append("" if model.peak_bytes is None else format_size(model.peak_bytes))
-        replies = [speed for speed in model.speeds if speed.n_bytes_per_token is not None]
-        rows += [own + _reading(machine, models, model, speed) for speed in replies]
-        if not replies:
-            rows.append([*own, "", format_size(model.reads.n_bytes), "", "", ""])
-    headings = [("model", False), *((name, True) for name in names)]
-    return _table(headings, [row[: len(headings)] for row in rows])
+def _bytes_per_token(row: _Row) -> str:
+    """What this reply reads; of a model without a reply, only the weights."""
+    if row.speed is None:
+        return format_size(row.model.reads.n_bytes)
+    return "" if row.speed.n_bytes_per_token is None else format_size(row.speed.n_bytes_per_token)
 
 
-def _reading(machine: Machine, models: Sequence[ModelSpeed], model: ModelSpeed, speed: Speed) -> list[str]:
-    assert speed.n_bytes_per_token is not None
-    assert speed.bytes_per_second is not None
-    share = model.share_of(speed, machine.bandwidth)
-    return [
-        speed.workload.label,
-        format_size(speed.n_bytes_per_token),
-        f"{speed.bytes_per_second / 1e9:.1f}",
-        "" if share is None else f"{share:.0%}",
-        "1.00 x" if model is models[0] else beside(models[0], speed),
-    ]
+def _bytes_per_second(row: _Row) -> str:
+    rate = None if row.speed is None else row.speed.bytes_per_second
+    return "" if rate is None else f"{rate / 1e9:.1f}"
 
 
-def beside(first: ModelSpeed, speed: Speed) -> str:
-    """A speed by the first model's in the same test, and how far both deviations make that uncertain; empty
-    without such a test.
-    """
-    other = next((each for each in first.speeds if each.workload == speed.workload), None)
+def _relative_speed(row: _Row) -> str:
+    """The speed divided by that of the first model in the same test, with the error from both deviations."""
+    speed = row.speed
+    if speed is None:
+        return ""
+    if row.model is row.first:
+        return "1.00 x"
+    other = next((each for each in row.first.speeds if each.workload == speed.workload), None)
     if other is None:
         return ""
     ratio = speed.rate / other.rate
@@ -178,8 +162,107 @@ def beside(first: ModelSpeed, speed: Speed) -> str:
     return f"{ratio:.2f} ± {error:.2f} x"
 
 
-def about(machine: Machine) -> str:
-    """The machine, in two lines at most."""
+def _peak(row: _Row) -> str:
+    return "" if row.model.peak_bytes is None else format_size(row.model.peak_bytes)
+
+
+_NAME = _Column("model", False, lambda row: _name(row.model))
+_TEST = _Column("test", True, lambda row: row.speed.workload.label if row.speed else "")
+_RATE = _Column("t/s", True, _rate)
+_MODEL = (
+    _Column("type", False, lambda row: _type(row.model)),
+    _Column("size", True, lambda row: _binary_size(row.model.info.n_bytes)),
+    _Column("params", True, lambda row: _parameters(row.model.info.n_parameters)),
+    _Column("experts", True, lambda row: _experts(row.model)),
+    _Column("backend", False, lambda row: ",".join(row.model.devices) or "CPU"),
+    _Column("threads", True, lambda row: _threads(row.model)),
+)
+_LOADED = (
+    _Column("active", True, lambda row: format_count(row.model.reads.n_activated)),
+    _Column("load", True, lambda row: f"{row.model.load_seconds:.2f} s"),
+    _Column("memory", True, _peak),
+)
+_READ = (
+    _Column("read/token", True, _bytes_per_token),
+    _Column("GB/s", True, _bytes_per_second),
+    _Column("of bandwidth", True, _share),
+)
+_RELATIVE = _Column("speed", True, _relative_speed)
+
+
+def as_markdown(machine: Machine, models: Sequence[ModelSpeed]) -> str:
+    """Return llama-bench's table, a table of what explains it, and a line about the machine."""
+    return "\n\n".join([*_tables(machine, models), _about(machine)])
+
+
+def as_text(machine: Machine, models: Sequence[ModelSpeed], width: int) -> str:
+    """Return the Markdown if it fits into `width` columns, else a paragraph for each model.
+
+    Words are not broken, so a line may be longer if it is one word.
+    """
+    parts = _tables(machine, models)
+    if any(len(line) > width for part in parts for line in part.splitlines()):
+        parts = ["\n".join(_paragraph(machine, models, model, width)) for model in models]
+    about = [line for each in _about(machine).splitlines() for line in _wrapped(each, width, "")]
+    return "\n\n".join([*parts, "\n".join(about)])
+
+
+def _tables(machine: Machine, models: Sequence[ModelSpeed]) -> list[str]:
+    speeds = [_Row(machine, models[0], model, speed) for model in models for speed in model.speeds]
+    replies: list[_Row] = []
+    for model in models:
+        timed: list[Speed | None] = [s for s in model.speeds if s.n_bytes_per_token is not None]
+        replies += [_Row(machine, models[0], model, speed) for speed in timed or [None]]
+    relative = (_RELATIVE,) if len(models) > 1 else ()
+    return [
+        _table((_NAME, *_MODEL, _TEST, _RATE), speeds),
+        _table((_NAME, *_LOADED, _TEST, *_READ, *relative), replies),
+    ]
+
+
+def _table(columns: Sequence[_Column], rows: Sequence[_Row]) -> str:
+    """Return a Markdown table with padded columns."""
+    cells = [[column.text(row) for column in columns] for row in rows]
+    widths = [
+        max(len(column.heading), 3, *(len(row[number]) for row in cells))
+        for number, column in enumerate(columns)
+    ]
+
+    def line(texts: Iterable[str]) -> str:
+        padded = (
+            text.rjust(width) if column.is_number else text.ljust(width)
+            for text, width, column in zip(texts, widths, columns, strict=True)
+        )
+        return f"| {' | '.join(padded)} |"
+
+    rule = [
+        "-" * (width - 1) + (":" if column.is_number else "-")
+        for width, column in zip(widths, columns, strict=True)
+    ]
+    return "\n".join([line(column.heading for column in columns), line(rule), *map(line, cells)])
+
+
+def _paragraph(
+    machine: Machine, models: Sequence[ModelSpeed], model: ModelSpeed, width: int
+) -> Iterator[str]:
+    """Yield the lines of a model's paragraph: the cells of both tables, each with its heading."""
+    yield _name(model)
+    row = _Row(machine, models[0], model, None)
+    yield from _wrapped(_with_headings((*_MODEL, *_LOADED), row), width, "  ")
+    relative = (_RELATIVE,) if len(models) > 1 else ()
+    longest = max(len(speed.workload.label) for speed in model.speeds)
+    for speed in model.speeds:
+        cells = _with_headings((*_READ, *relative), row._replace(speed=speed))
+        text = f"{_RATE.text(row._replace(speed=speed))} t/s{', ' if cells else ''}{cells}"
+        yield from _wrapped(f"{speed.workload.label.ljust(longest)}  {text}", width, "  ")
+
+
+def _with_headings(columns: Iterable[_Column], row: _Row) -> str:
+    cells = ((column.heading, column.text(row)) for column in columns)
+    return ", ".join(f"{heading} {text}" for heading, text in cells if text)
+
+
+def _about(machine: Machine) -> str:
     bandwidth = machine.bandwidth
     threads = f"{bandwidth.n_threads} thread{'s' if bandwidth.n_threads > 1 else ''}"
     speed = f"{bandwidth.bytes_per_second / 1e9:.1f} GB/s read by {threads}"
@@ -192,42 +275,20 @@ def about(machine: Machine) -> str:
     return "\n".join(lines)
 
 
-def _table(headings: Sequence[tuple[str, bool]], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, its columns aligned as they are."""
-    if not rows:
-        return ""
-    widths = [
-        max(len(heading), 3, *(len(row[at]) for row in rows)) for at, (heading, _) in enumerate(headings)
-    ]
-    numbers = [is_number for _, is_number in headings]
-
-    def line(cells: Iterable[str]) -> str:
-        padded = (
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(cells, widths, numbers, strict=True)
-        )
-        return f"| {' | '.join(padded)} |"
-
-    rule = ("-" * (width - 1) + (":" if right else "-") for width, right in zip(widths, numbers, strict=True))
-    return "\n".join([line(heading for heading, _ in headings), line(rule), *map(line, rows)])
+def _wrapped(text: str, width: int, indent: str) -> list[str]:
+    return textwrap.wrap(
+        text,
+        width,
+        initial_indent=indent,
+        subsequent_indent=indent + "  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
-def name_of(model: ModelSpeed) -> str:
-    """The file's, as a cell may hold it."""
+def _name(model: ModelSpeed) -> str:
+    """The name of the model's file, escaped for a table."""
     return safe_line(model.info.path.stem, 60).replace("|", "\\|")
-
-
-def model_facts(model: ModelSpeed) -> list[str]:
-    """The columns of the first table that are the same for all tests of a model, in words."""
-    threads = _threads(model)
-    return [
-        _type(model),
-        _binary_size(model.info.n_bytes),
-        f"{_parameters(model.info.n_parameters)} parameters",
-        f"{_experts(model)} experts" if model.info.n_routed_experts else _experts(model),
-        ",".join(model.devices) or "CPU",
-        f"{threads} thread{'' if threads == '1' else 's'}",
-    ]
 
 
 def _type(model: ModelSpeed) -> str:
@@ -246,20 +307,12 @@ def _threads(model: ModelSpeed) -> str:
 
 
 def _binary_size(n_bytes: int) -> str:
-    """As llama-bench writes it."""
+    """A size as llama-bench writes it."""
     return f"{n_bytes / _KIB**3:.2f} GiB" if n_bytes >= _KIB**3 else f"{n_bytes / _KIB**2:.2f} MiB"
 
 
 def _parameters(count: int) -> str:
     return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.2f} s"
-
-
-def _rounded(value: float | None) -> int | None:
-    return None if value is None else round(value)
 
 
 FORMATS: Mapping[str, Callable[[Machine, Sequence[ModelSpeed]], str]] = {

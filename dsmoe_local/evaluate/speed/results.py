@@ -1,16 +1,19 @@
-"""What was measured of models, and what follows from it: rates, bytes per second, shares of the bandwidth."""
+"""Measures a loaded model, and computes rates, bytes per second and shares of bandwidth from the times."""
 
 from __future__ import annotations
 
 import statistics
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
+from dsmoe_local.base.progress import Listener, ignore
+from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelInfo, ModelOptions
-from dsmoe_local.evaluate.speed.bandwidth import Bandwidth
-from dsmoe_local.evaluate.speed.timing import Timed
-from dsmoe_local.evaluate.speed.workload import Workload
+from dsmoe_local.evaluate.speed.machine import Bandwidth, peak_memory
+from dsmoe_local.evaluate.speed.timing import Timed, Workload, time_workloads
 from dsmoe_local.model.cost import parameters, shares
 from dsmoe_local.model.ggml import parse_type, row_bytes
 from dsmoe_local.model.gguf_model import read_model
@@ -20,10 +23,10 @@ from dsmoe_local.model.type_name import file_type_name
 
 @dataclass(frozen=True, slots=True)
 class Reads:
-    """What a token takes of a model, from its file's header.
+    """What decoding a token reads, from the header of the model's file.
 
-    `n_bytes` of weights are read to decode one, and `n_cache_bytes` of the KV cache for each token before
-    it. `type` is llama.cpp's name of the file's type, or of most of its weights'.
+    `n_bytes` of weights, and `n_cache_bytes` of the KV cache for each earlier token. `n_activated` is the
+    number of parameters used. `type` is llama.cpp's name of the file's type, or the type of most weights.
     """
 
     type: str
@@ -32,14 +35,15 @@ class Reads:
     n_cache_bytes: int
 
     def at(self, workload: Workload) -> float:
-        """Bytes that a token of a reply reads, as the mean over the reply."""
+        """Return the bytes read per token, as the mean over a reply."""
         return self.n_bytes + self.n_cache_bytes * (workload.n_depth + workload.n_gen / 2)
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """A workload's tokens per second: the mean over the repetitions and their standard deviation, as
-    llama-bench counts them. Nanoseconds likewise. `n_bytes_per_token` is None for a prompt.
+    """The speed of a workload. `n_bytes_per_token` is None for a prompt, whose tokens share their reads.
+
+    As in llama-bench, `rate` and `deviation` are computed from the rates of the repetitions.
     """
 
     workload: Workload
@@ -54,24 +58,26 @@ class Speed:
 
     @property
     def rate(self) -> float:
-        """Their mean."""
+        """Mean of the samples."""
         return statistics.fmean(self.samples)
 
     @property
     def deviation(self) -> float:
-        """Their standard deviation; 0 of one alone."""
+        """Standard deviation of the samples; 0 for one."""
         return deviation(self.samples)
 
     @property
     def bytes_per_second(self) -> float | None:
-        """What decoding reads; None for a prompt, whose tokens share what is read."""
+        """Bytes read per second; None for a prompt."""
         return None if self.n_bytes_per_token is None else self.rate * self.n_bytes_per_token
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpeed:
-    """One model. `load_seconds`: from the start of its process until it answers. `peak_bytes`: the most
-    memory of that process, mapped files included; None where the system does not tell.
+    """The speeds of a model.
+
+    `load_seconds` is the time from the start of its process to the first answer. `peak_bytes` is the peak
+    memory of that process, including mapped files, or None if unknown.
     """
 
     info: ModelInfo
@@ -83,22 +89,49 @@ class ModelSpeed:
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """The devices other than the CPU that hold a part of the model. What it reads there is not read from
-        the machine's memory.
-        """
+        """The devices other than the CPU that hold a part of the model."""
         *offloaded, _ = self.info.placement.split("; ")
         return tuple(part.partition(":")[0] for part in offloaded)
 
     def share_of(self, speed: Speed, bandwidth: Bandwidth) -> float | None:
-        """The part of the memory's bandwidth that decoding uses; None for a prompt, or beside devices."""
+        """Return the share of the memory's bandwidth that decoding uses.
+
+        None for a prompt, and if a part of the model is in the memory of other devices.
+        """
         if speed.bytes_per_second is None or self.devices:
             return None
         return speed.bytes_per_second / bandwidth.bytes_per_second
 
 
+def measure_model(
+    engine: EngineClient,
+    load_seconds: float,
+    workloads: Sequence[Workload],
+    repetitions: int,
+    listen: Listener = ignore,
+    stop: threading.Event | None = None,
+) -> ModelSpeed:
+    """Time the workloads with an engine loaded with `timing.options_for`, which took `load_seconds`.
+
+    Raises InterruptedRunError once `stop` is set, EngineError; FileError and FormatError if the file has
+    changed.
+    """
+    reads = reads_of(engine.options.path, engine.options)
+    timed = time_workloads(engine, workloads, repetitions, listen, stop)
+    return ModelSpeed(
+        info=engine.info,
+        options=engine.options,
+        reads=reads,
+        load_seconds=load_seconds,
+        peak_bytes=peak_memory(engine.pid),
+        speeds=tuple(speed_of(each, reads) for each in timed),
+    )
+
+
 def reads_of(path: Path, options: ModelOptions) -> Reads:
-    """What a token takes of the model in `path`, loaded with `options`. FormatError, FileError as its reader
-    raises them; UsageError for an unknown cache type.
+    """Return what a token reads of the model in `path`, loaded with `options`.
+
+    Raises FormatError, FileError; UsageError for an unknown cache type.
     """
     file, hp = read_model(path)
     if options.n_experts_per_token is not None:
@@ -114,12 +147,12 @@ def reads_of(path: Path, options: ModelOptions) -> Reads:
 
 
 def speed_of(timed: Timed, reads: Reads) -> Speed:
-    """What `timed` says of a model that reads so much."""
+    """Return the speed of a workload from its times."""
     workload = timed.workload
     samples = tuple(max(1, round(seconds * 1e9)) for seconds in timed.seconds)
     return Speed(workload, samples, timed.began, reads.at(workload) if workload.n_gen else None)
 
 
 def deviation(values: list[float]) -> float:
-    """The standard deviation that a sample tells of; 0 of one value."""
+    """Return the sample standard deviation; 0 for one value."""
     return statistics.stdev(values) if len(values) > 1 else 0.0

@@ -1,8 +1,8 @@
-"""Times workloads through an engine. What is made of the times is `results`' concern.
+"""Times workloads with an engine: prompts of so many tokens, or so many tokens decoded, after a context.
 
-The clock is the engine's own, which tells its caller of several tokens at once. Prompts are random tokens, as
-in llama-bench. Replies are sampled from the model: of the likeliest tokens alone it would soon repeat itself,
-and with them the experts that it reads.
+Times come from the engine's own clock, since its caller is told of several tokens at once. Prompts are random
+tokens, as in llama-bench. Replies are sampled: greedy ones would soon repeat themselves, and with that the
+experts that they use.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
@@ -27,31 +27,72 @@ from dsmoe_local.engine.types import (
     Usage,
 )
 from dsmoe_local.evaluate.measure import name_of
-from dsmoe_local.evaluate.speed.workload import Workload, context_for
 from dsmoe_local.evaluate.windows import bos_token
 
-_TICK = 0.2  # seconds between two looks at what is done: to be woken for each token would slow it down
+_POLL_SECONDS = 0.2  # between two looks at a reply: waking up for each token would slow it down
+_MIN_CONTEXT = 32  # the smallest context of an engine
 _SAMPLING = SamplingParameters(temperature=1.0, top_k=40, top_p=1.0, min_p=0.0)
 _BAN = -1000.0
 _SEED = 1
 
 
 @dataclass(frozen=True, slots=True)
+class Workload:
+    """`n_prompt` tokens of a prompt, or `n_gen` of a reply (the other is 0), after `n_depth` tokens that are
+    not timed.
+    """
+
+    n_prompt: int
+    n_gen: int
+    n_depth: int = 0
+
+    @property
+    def n_tokens(self) -> int:
+        """Timed tokens."""
+        return self.n_prompt + self.n_gen
+
+    @property
+    def n_context(self) -> int:
+        """The context it needs. A reply follows at least one token, and its first token is not timed."""
+        return self.n_depth + self.n_prompt + 1 if self.n_prompt else max(self.n_depth, 1) + self.n_gen + 1
+
+    @property
+    def label(self) -> str:
+        """llama-bench's name: pp512, tg128 @ d1024."""
+        name = f"pp{self.n_prompt}" if self.n_prompt else f"tg{self.n_gen}"
+        return f"{name} @ d{self.n_depth}" if self.n_depth else name
+
+
+def workloads_of(
+    n_prompts: Sequence[int], n_gens: Sequence[int], n_depths: Iterable[int] = (0,)
+) -> tuple[Workload, ...]:
+    """Return all prompts and replies at all depths, in llama-bench's order. Lengths of 0 are left out."""
+    return tuple(
+        workload
+        for depth in n_depths
+        for workload in (
+            *(Workload(count, 0, depth) for count in n_prompts if count),
+            *(Workload(0, count, depth) for count in n_gens if count),
+        )
+    )
+
+
+def options_for(options: ModelOptions, workloads: Sequence[Workload]) -> ModelOptions:
+    """Return the options to load a model for these workloads: one sequence, and the smallest context for the
+    workloads that is not smaller than that of `options`.
+    """
+    n_context = max(options.n_context or 0, _MIN_CONTEXT, *(workload.n_context for workload in workloads))
+    # In a cache that is not unified, attention does not read what is left of earlier prompts.
+    return replace(options, n_context=n_context, n_parallel=1, unified=False, observers=())
+
+
+@dataclass(frozen=True, slots=True)
 class Timed:
-    """A workload, and the seconds that each repetition took. `began` is UTC."""
+    """A workload and the seconds of each repetition. `began` is in UTC."""
 
     workload: Workload
     seconds: tuple[float, ...]
     began: datetime
-
-
-def options_for(options: ModelOptions, workloads: Sequence[Workload]) -> ModelOptions:
-    """How to load a model for these workloads: one sequence, and no more context than they need or
-    `options` ask for.
-    """
-    # A stream of its own keeps nothing of earlier prompts that attention would look at.
-    n_context = context_for(workloads, options.n_context or 0)
-    return replace(options, n_context=n_context, n_parallel=1, unified=False, observers=())
 
 
 def time_workloads(
@@ -61,11 +102,7 @@ def time_workloads(
     listen: Listener = ignore,
     stop: threading.Event | None = None,
 ) -> tuple[Timed, ...]:
-    """Time each workload so often, after a time that does not count.
-
-    The engine must be loaded as `options_for` says, and idle. Setting `stop` raises InterruptedRunError.
-    Raises EngineError.
-    """
+    """Time each workload `repetitions` times, after a run that does not count. For the rest, see Timer."""
     timer = Timer(engine, listen, stop)
     stage = f"measuring {name_of(engine)}"
     total = sum(workload.n_tokens for workload in workloads) * (repetitions + 1)
@@ -81,8 +118,9 @@ def time_workloads(
 
 @dataclass(slots=True)
 class _Reply:
-    """When a reply's tokens were there, in seconds since it was asked for. Filled in the client's thread,
-    which must not wait for ours.
+    """Receives the events of a reply. `moments` are the times of its tokens, in seconds since the request.
+
+    `take` runs in the client's thread, and must not block it.
     """
 
     moments: list[float] = field(default_factory=list)
@@ -107,10 +145,10 @@ class _Reply:
 
 
 class Timer:
-    """Times one model's workloads, one after the other.
+    """Times the workloads of one model, one after another.
 
-    The engine must be loaded as `options_for` says, and idle. `time` raises InterruptedRunError once `stop`
-    is set, and EngineError.
+    The engine must be loaded with `options_for`, and idle. `time` raises InterruptedRunError once `stop` is
+    set, and EngineError.
     """
 
     def __init__(
@@ -119,36 +157,36 @@ class Timer:
         self._engine = engine
         self._listen = listen
         self._stop = stop or threading.Event()
-        # Of every text that has one, or, for want of one, any.
+        # BOS, or any token of a model without BOS.
         self._start = bos_token(engine) or 0
-        self._random = random.Random(_SEED)  # noqa: S311 - no secrets
+        self._random = random.Random(_SEED)  # noqa: S311 - not for secrets
         self._numbers = itertools.count()
         self._bans: dict[int, float] = {}
         self._label = ""
 
     def time(self, workload: Workload) -> float:
-        """Seconds that it took, once."""
+        """Run the workload once, and return the seconds it took."""
         self._label = workload.label
         number = next(self._numbers)
-        depth = self._behind(workload.n_depth)
+        context = self._context(workload.n_depth)
         if workload.n_depth:
-            self._reply(depth, 1, number)
+            self._reply(context, 1, number)
         if workload.n_gen:
-            return self._time_reply(depth or (self._start,), workload, number)
-        prompt = (*depth, *self._fresh(workload.n_prompt, number))
+            return self._time_reply(context or (self._start,), workload, number)
+        prompt = (*context, *self._new_tokens(workload.n_prompt, number))
         reply = self._reply(prompt, 1, number, advance=workload.n_prompt)
-        _check_read(reply, workload.n_prompt)
+        _check_computed(reply, workload.n_prompt)
         return reply.moments[0]
 
     def _time_reply(self, prompt: tuple[int, ...], workload: Workload, number: int) -> float:
-        # Its first token is the prompt's doing.
+        # The time of the first token is that of the prompt.
         wanted = workload.n_gen + 1
         while True:
             reply = self._reply(prompt, wanted, number, advance=workload.n_gen)
-            _check_read(reply, 1)
+            _check_computed(reply, 1)
             if reply.ended_by is None:
                 break
-            # What ends a reply is only known once it does. No model has many such tokens.
+            # The tokens that end a reply are not known in advance. A model has only a few.
             self._bans[reply.ended_by] = _BAN
             self._listen(Advanced(-workload.n_gen))
         if len(reply.moments) != wanted:
@@ -156,7 +194,7 @@ class Timer:
         return reply.moments[-1] - reply.moments[0]
 
     def _reply(self, prompt: tuple[int, ...], n_new: int, number: int, advance: int = 0) -> _Reply:
-        """A reply, once it is over, told as progress of at most `advance` tokens."""
+        """Return a complete reply of `n_new` tokens. Its progress is `advance` tokens."""
         reply = _Reply()
         request = Request(
             f"speed-{number}",
@@ -165,49 +203,47 @@ class Timer:
             max_tokens=n_new,
             logit_bias=tuple(self._bans.items()),
         )
-        # Short replies are over before the first look below.
-        self._go_on()
+        # A short reply ends before the first look below.
+        self._check_stop()
         ticket = self._engine.start(request, reply.take)
-        told = 0
-        while not reply.over.wait(_TICK):
+        reported = 0
+        while not reply.over.wait(_POLL_SECONDS):
             if self._stop.is_set():
                 ticket.cancel()
-            self._go_on()
+            self._check_stop()
             done = min(advance, len(reply.moments) if n_new > 1 else reply.n_read)
-            self._listen(Advanced(max(0, done - told), self._label))
-            told = max(told, done)
+            self._listen(Advanced(max(0, done - reported), self._label))
+            reported = max(reported, done)
         if reply.error is not None:
             raise reply.error
         if reply.usage is None or not reply.moments:
             raise EngineError("a reply ended without a token")
-        self._listen(Advanced(advance - told, self._label))
+        self._listen(Advanced(advance - reported, self._label))
         return reply
 
-    def _go_on(self) -> None:
+    def _check_stop(self) -> None:
         if self._stop.is_set():
             raise InterruptedRunError("the measurement was interrupted")
 
-    def _behind(self, n_depth: int) -> tuple[int, ...]:
-        """A context, the same one for each repetition: only the first has to read it."""
-        generator = random.Random(_SEED)  # noqa: S311 - no secrets
+    def _context(self, n_depth: int) -> tuple[int, ...]:
+        """Return the tokens before the timed ones. They are the same each time, so the cache has them."""
+        generator = random.Random(_SEED)  # noqa: S311 - not for secrets
         ids = [generator.randrange(self._engine.info.n_vocab) for _ in range(n_depth)]
         return (self._start, *ids[1:]) if ids else ()
 
-    def _fresh(self, count: int, number: int) -> tuple[int, ...]:
-        """Random tokens. The first is never the one that the cache has in its place: nothing is read for
-        nothing.
-        """
+    def _new_tokens(self, count: int, number: int) -> tuple[int, ...]:
+        """Return random tokens. The first differs from the one in the cache, so all of them are computed."""
         n_vocab = self._engine.info.n_vocab
         first = (self._start + 1 + number % (n_vocab - 1)) % n_vocab
         return (first, *(self._random.randrange(n_vocab) for _ in range(count - 1)))
 
 
-def _check_read(reply: _Reply, n_tokens: int) -> None:
-    """EngineError unless so many tokens of the prompt were computed: else another thing was timed."""
+def _check_computed(reply: _Reply, n_tokens: int) -> None:
+    """Raise EngineError unless exactly `n_tokens` tokens of the prompt were computed."""
     assert reply.usage is not None
-    n_read = reply.usage.prompt_tokens - reply.usage.cached_tokens
-    if n_read != n_tokens:
+    n_computed = reply.usage.prompt_tokens - reply.usage.cached_tokens
+    if n_computed != n_tokens:
         raise EngineError(
-            f"the engine computed {n_read} tokens of a prompt, {n_tokens} were to be timed",
+            f"the engine computed {n_computed} tokens of a prompt, {n_tokens} were to be timed",
             remedy="try again; its process may have been replaced",
         )
