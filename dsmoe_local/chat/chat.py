@@ -24,9 +24,10 @@ from dsmoe_local.chat.experts_view import ExpertsView
 from dsmoe_local.chat.frames import preview
 from dsmoe_local.chat.recall import recall
 from dsmoe_local.chat.session_settings import SessionSettings, differences
+from dsmoe_local.chat.settings import OnFull
 from dsmoe_local.chat.store.sessions import Session, SessionStore
 from dsmoe_local.chat.terminal.screen import ReplyView, Screen, Status
-from dsmoe_local.chat.turns import OnFull, Role, Transcript
+from dsmoe_local.chat.turns import Role, Transcript
 from dsmoe_local.engine.errors import EngineCrashError
 from dsmoe_local.engine.types import FinishReason, TokenEvent
 

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from dsmoe_local.base.sequences import n_common
-from dsmoe_local.chat.turns import OnFull, Role, Transcript, Turn
+from dsmoe_local.chat.settings import OnFull
+from dsmoe_local.chat.turns import Role, Transcript, Turn
 from dsmoe_local.engine.types import Message, Prompt, TextEngine, ends_with_reply
 
 

@@ -14,8 +14,8 @@ from typing import TypeAlias
 from dsmoe_local.base.errors import DsmoeError, InterruptedRunError, UsageError
 from dsmoe_local.chat import context
 from dsmoe_local.chat.context import MadeRoom
-from dsmoe_local.chat.settings import ChatSettings
-from dsmoe_local.chat.turns import OnFull, Role, Transcript, Turn
+from dsmoe_local.chat.settings import ChatSettings, OnFull
+from dsmoe_local.chat.turns import Role, Transcript, Turn
 from dsmoe_local.engine.errors import EngineCrashError, EngineError
 from dsmoe_local.engine.types import (
     FinishReason,

@@ -1,7 +1,7 @@
-"""The settings of a conversation that can change while it runs, as one table. Shows nothing.
+"""Settings of replies as one table: what `dsmoe chat`, `dsmoe batch`, `/set` and the config file take.
 
-The table also says under which keys the config file has a setting, in `[chat]` and in presets: those of its
-long flags.
+The command line makes its options from this table (`cli.reply_options`). The long flags of a setting are also
+its keys in the config file, in the sections of commands and in presets.
 """
 
 from __future__ import annotations
@@ -11,19 +11,32 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from enum import StrEnum
 from typing import Any, cast
 
 from dsmoe_local.base.config_file import Value, spellings
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.chat.turns import OnFull
-from dsmoe_local.engine.types import SamplingParameters
+from dsmoe_local.engine.parameters import REQUEST_RANGES, Ranges, SamplingParameters, check_fields
+
+
+class OnFull(StrEnum):
+    """What happens when the context is full."""
+
+    STOP = "stop"
+    SHIFT = "shift"
+    COMPACT = "compact"
+
+
+_RANGES: Ranges = {"max_tokens": (REQUEST_RANGES["max_tokens"][0], "1 or more, or -1 for no limit")}
 
 
 @dataclass(frozen=True, slots=True)
 class ChatSettings:
-    """How replies are generated. `max_tokens` None: until the model stops or the context is full; `on_full`
-    says what happens then. `chosen` names the settings that were made in the chat: what /set save keeps.
+    """How replies are generated. Raises UsageError for a value out of range.
+
+    `max_tokens` None means no limit. `chosen` names the settings that /set changed in this chat: /set save
+    keeps those.
     """
 
     sampling: SamplingParameters = field(default_factory=SamplingParameters)
@@ -32,42 +45,30 @@ class ChatSettings:
     on_full: OnFull = OnFull.STOP
     chosen: frozenset[str] = field(default=frozenset(), compare=False)
 
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """One name of `/set`: its key in the config file, how its value is read, what it does, the words that its
-    value may be, and other keys that mean the same. The setting's own name is one of them.
-    """
-
-    key: str
-    read: Callable[[str], Any]
-    help: str
-    words: tuple[str, ...] = ()
-    aliases: tuple[str, ...] = ()
+    def __post_init__(self) -> None:
+        check_fields(self, _RANGES)
+        if not all(self.stop):
+            raise UsageError("a stop text is empty", remedy="leave it out")
 
 
 PRESETS = "presets"
-"""The section of the config file whose sections are presets."""
+"""The section of the config file that holds the presets, one subsection each."""
 
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """Settings kept under a name in the config file: their `values` by key, and `unknown` keys, which mean
-    nothing there.
-    """
+    """A named set of settings in the config file: `values` by key. `unknown` keys are no settings."""
 
     values: Mapping[str, Any]
     unknown: tuple[str, ...] = ()
 
 
-_NOTHING = ("none", "off", "random", "-1")
+def _integer_or_none(text: str) -> int | None:
+    return None if text.lower() in ("none", "off", "random", "-1") else int(text)
 
 
-def _optional_integer(text: str) -> int | None:
-    return None if text.lower() in _NOTHING else int(text)
-
-
-# Python's, but for octal numbers that are no byte; a backslash before anything else is one.
+# The escapes of Python strings. An octal number above 255 and a backslash before any other character stay as
+# they are.
 _ESCAPE = re.compile(
     r"\\(?:[0-3]?[0-7]{1,2}|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|N\{[^}]*\}|[abfnrtv\\'\"]|[xuUN])"
 )
@@ -77,7 +78,8 @@ def _unescaped(escape: re.Match[str]) -> str:
     return escape[0].encode("ascii").decode("unicode_escape")
 
 
-def _stop(text: str) -> tuple[str, ...]:
+def _stop_texts(text: str) -> tuple[str, ...]:
+    """Read stop texts: a JSON list of them, or one text with escapes."""
     if text.lower() in ("none", "off"):
         return ()
     try:
@@ -88,118 +90,178 @@ def _stop(text: str) -> tuple[str, ...]:
         texts = tuple(listed)
     else:
         texts = (_ESCAPE.sub(_unescaped, text),)
-    # An escape may make what is no text: half a surrogate pair.
+    # Raises ValueError for half a surrogate pair, which an escape can make.
     "".join(texts).encode()
     return texts
 
 
-SETTINGS: Mapping[str, Setting] = {
-    "temperature": Setting("temp", float, "how freely words are chosen; 0 takes the likeliest"),
-    "top_k": Setting("top-k", int, "choose among the K likeliest tokens; 0 = all"),
-    "top_p": Setting("top-p", float, "choose among the likeliest tokens that hold this probability; 1 = all"),
-    "min_p": Setting("min-p", float, "drop tokens less likely than this part of the likeliest; 0 = none"),
-    "typical_p": Setting("typical", float, "locally typical sampling; 1 = off"),
-    "repeat_penalty": Setting("repeat-penalty", float, "make recent tokens less likely; 1 = off"),
-    "repeat_last_n": Setting("repeat-last-n", int, "how many tokens the penalties look back; 0 = off"),
-    "presence_penalty": Setting(
-        "presence-penalty", float, "subtracted once from every recent token; 0 = off"
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting: `name` is the field of ChatSettings or SamplingParameters, and the name that /set shows.
+
+    `read` turns text into a value and raises ValueError. `help` describes the setting, for `--help` and /set
+    alike; `set_hint` adds what only /set takes. `words` are the values to complete, all of them if the
+    command line offers a choice.
+    """
+
+    name: str
+    flags: tuple[str, ...]
+    read: Callable[[str], Any]
+    help: str
+    metavar: str = "X"
+    words: tuple[str, ...] = ()
+    set_hint: str = ""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys in the config file; programs write the first one."""
+        return tuple(flag.removeprefix("--") for flag in self.flags if flag.startswith("--"))
+
+    @property
+    def key(self) -> str:
+        """The key that programs write into the config file."""
+        return self.keys[0]
+
+    @property
+    def set_help(self) -> str:
+        """The description for /set."""
+        return "; ".join(filter(None, (self.help, self.set_hint)))
+
+
+_TABLE = (
+    Setting(
+        "temperature",
+        ("--temp", "--temperature"),
+        float,
+        "randomness of sampling; 0 = always the likeliest token",
     ),
-    "frequency_penalty": Setting(
-        "frequency-penalty", float, "subtracted for every recent occurrence; 0 = off"
+    Setting("top_k", ("--top-k",), int, "sample among the N likeliest tokens; 0 = off", "N"),
+    Setting(
+        "top_p", ("--top-p",), float, "sample among the likeliest tokens that add up to this share; 1 = off"
     ),
-    "mirostat": Setting(
+    Setting(
+        "min_p",
+        ("--min-p",),
+        float,
+        "drop tokens less likely than this fraction of the likeliest one; 0 = off",
+    ),
+    Setting("typical_p", ("--typical", "--typical-p"), float, "locally typical sampling; 1 = off"),
+    Setting("repeat_penalty", ("--repeat-penalty",), float, "penalty for tokens that occurred; 1 = off"),
+    Setting(
+        "repeat_last_n", ("--repeat-last-n",), int, "how many tokens the penalties look back; 0 = off", "N"
+    ),
+    Setting(
+        "presence_penalty",
+        ("--presence-penalty",),
+        float,
+        "subtract this once from the logit of a token that occurred; 0 = off",
+    ),
+    Setting(
+        "frequency_penalty",
+        ("--frequency-penalty",),
+        float,
+        "subtract this from the logit for each time a token occurred; 0 = off",
+    ),
+    Setting(
         "mirostat",
+        ("--mirostat",),
         int,
-        "1 or 2 hold the surprise steady, in place of top_k to typical_p; 0 = off",
+        "mirostat 1 or 2 in place of top-k, top-p, min-p and typical; 0 = off",
+        "N",
         ("0", "1", "2"),
     ),
-    "mirostat_tau": Setting("mirostat-ent", float, "the surprise that mirostat holds"),
-    "mirostat_eta": Setting("mirostat-lr", float, "how fast mirostat learns"),
-    "seed": Setting(
-        "seed", _optional_integer, "fixes the random choices; none = a new one for each reply", ("none",)
-    ),
-    "max_tokens": Setting(
-        "predict",
-        _optional_integer,
-        "longest reply; none = until the context is full",
+    Setting("mirostat_tau", ("--mirostat-ent", "--mirostat-tau"), float, "target entropy of mirostat"),
+    Setting("mirostat_eta", ("--mirostat-lr", "--mirostat-eta"), float, "learning rate of mirostat"),
+    Setting(
+        "seed",
+        ("-s", "--seed"),
+        _integer_or_none,
+        "random seed; -1 = a new one for each reply",
+        "N",
         ("none",),
-        ("n-predict",),
     ),
-    "stop": Setting(
-        "reverse-prompt", _stop, 'a text that ends a reply, or several: ["a", "b"]; none = off', ("none",)
+    Setting(
+        "max_tokens",
+        ("-n", "--predict", "--n-predict", "--max-tokens"),
+        _integer_or_none,
+        "longest reply in tokens; -1 = no limit",
+        "N",
+        ("none",),
     ),
-    "on_full": Setting(
-        "on-full",
+    Setting(
+        "stop",
+        ("-r", "--reverse-prompt", "--stop"),
+        _stop_texts,
+        "end a reply before this text",
+        "TEXT",
+        ("none",),
+        'several: ["a", "b"]; none = off',
+    ),
+    Setting(
+        "on_full",
+        ("--on-full",),
         lambda text: OnFull(text.lower()),
-        "when the context is full: stop, shift (drop the oldest text) or compact (drop whole turns)",
-        tuple(OnFull),
+        "when the context is full: stop, shift (drop the oldest tokens) or compact (drop the oldest turns)",
+        words=tuple(OnFull),
     ),
+)
+SETTINGS: Mapping[str, Setting] = {each.name: each for each in _TABLE}
+
+KEYS: Mapping[str, str] = {key: each.name for each in _TABLE for key in spellings(each.keys)}
+"""The setting of each key of the config file, with dashes and with underscores."""
+_NAMES: Mapping[str, str] = {
+    flag.lstrip("-"): each.name for each in _TABLE for flag in (*each.flags, each.name.replace("_", "-"))
 }
-
-
-def keys_of_setting(name: str) -> tuple[str, ...]:
-    """The keys of one of SETTINGS, all of them long flags of the chat; what is written is the first."""
-    setting = SETTINGS[name]
-    return tuple(dict.fromkeys((setting.key, name.replace("_", "-"), *setting.aliases)))
-
-
-KEYS: Mapping[str, str] = {key: name for name in SETTINGS for key in spellings(keys_of_setting(name))}
-"""The setting that a key of the config file means, with dashes or underscores."""
-_NAMES: Mapping[str, str] = {**KEYS, "n": "max_tokens"}
 _SAMPLING = frozenset(item.name for item in fields(SamplingParameters))
 
 
 def setting_name(word: str) -> str:
-    """The setting that `word` names, dashes and short forms allowed. UsageError with the nearest if none."""
+    """Return the setting that a flag without its dashes, or a name, stands for.
+
+    UsageError, with the nearest name, if there is none.
+    """
     key = word.strip().lower().replace("_", "-")
     if key in _NAMES:
         return _NAMES[key]
     near = difflib.get_close_matches(key.replace("-", "_"), SETTINGS, n=1)
     raise UsageError(
         f"there is no setting {safe_line(word, 40)!r}",
-        remedy=f"did you mean {near[0]}?" if near else f"there are: {', '.join(SETTINGS)}",
+        remedy=f"did you mean {near[0]}?" if near else f"settings: {', '.join(SETTINGS)}",
     )
 
 
 def get_setting(settings: ChatSettings, name: str) -> Any:  # noqa: ANN401 - any setting's value
-    """The value of one of SETTINGS."""
+    """Return the value of a setting."""
     return getattr(settings.sampling if name in _SAMPLING else settings, name)
 
 
 def change(settings: ChatSettings, name: str, text: str) -> ChatSettings:
-    """`settings` with one value read from `text`. UsageError if it cannot be read or is out of range."""
+    """Return `settings` with one value read from `text`. UsageError if it is unreadable or out of range."""
+    setting = SETTINGS[name]
     try:
-        value = SETTINGS[name].read(text.strip())
+        value = setting.read(text.strip())
     except (ValueError, OverflowError) as error:
-        raise UsageError(f"{name} cannot be {safe_line(text, 40)!r}", remedy=SETTINGS[name].help) from error
-    if name == "max_tokens" and value is not None and value < 1:
-        raise UsageError("max_tokens must be 1 or more", remedy=SETTINGS[name].help)
-    if name == "stop" and not all(value):
-        raise UsageError("a stop text is empty", remedy=SETTINGS[name].help)
+        raise UsageError(f"{name} cannot be {safe_line(text, 40)!r}", remedy=setting.set_help) from error
     return _with(settings, name, value)
 
 
 def apply(settings: ChatSettings, values: Mapping[str, Any]) -> ChatSettings:
-    """`settings` with those that a section of the config file has. UsageError for a key or value that is
-    wrong.
-    """
+    """Return `settings` with those of a section of the config file. UsageError for a wrong key or value."""
     for key, value in values.items():
         name = setting_name(key)
         if name == "stop" and isinstance(value, str | list):
-            # As they are: TOML has escapes of its own.
+            # TOML has read the escapes already.
             texts = [value] if isinstance(value, str) else value
-            if not all(isinstance(text, str) and text for text in texts):
-                raise UsageError(f"{key} takes a text, or a list of texts", remedy=SETTINGS[name].help)
             settings = _with(settings, name, tuple(texts))
         elif isinstance(value, str | int | float) and not isinstance(value, bool):
             settings = change(settings, name, str(value))
         else:
-            raise UsageError(f"{key} cannot be {safe_line(str(value), 40)}", remedy=SETTINGS[name].help)
+            raise UsageError(f"{key} cannot be {safe_line(str(value), 40)}", remedy=SETTINGS[name].set_help)
     return settings
 
 
 def presets_of(values: Mapping[str, Any]) -> dict[str, Preset]:
-    """The presets in a config file's values, for all who read them."""
+    """Return the presets in the values of a config file."""
     presets = values.get(PRESETS, {})
     if not isinstance(presets, dict):
         return {}
@@ -208,16 +270,16 @@ def presets_of(values: Mapping[str, Any]) -> dict[str, Preset]:
 
 def _preset(section: Mapping[str, Any]) -> Preset:
     values = {}
-    for name in SETTINGS:
-        # Of a setting that is there twice, the usual key counts.
-        key = next((key for key in spellings(keys_of_setting(name)) if key in section), None)
+    for setting in _TABLE:
+        # If a setting is there under two keys, the first of its keys counts.
+        key = next((key for key in spellings(setting.keys) if key in section), None)
         if key is not None:
             values[key] = section[key]
     return Preset(values, tuple(key for key in section if key not in values))
 
 
 def as_value(settings: ChatSettings, name: str) -> Value:
-    """The value of one of SETTINGS as the config file has it."""
+    """Return the value of a setting as the config file stores it."""
     value = get_setting(settings, name)
     if value is None:
         return -1
@@ -227,12 +289,12 @@ def as_value(settings: ChatSettings, name: str) -> Value:
 
 
 def in_words(settings: ChatSettings, name: str) -> str:
-    """The value of one of SETTINGS for people, in a form that `change` reads; safe to print."""
+    """Return the value of a setting as text that `change` reads; safe to print."""
     value = get_setting(settings, name)
     if value is None or value == ():
         return "none"
     if isinstance(value, tuple):
-        # What is not safe to print is told by its number, so that all of it can be read back.
+        # JSON with an escape for each character that is not safe to print.
         return "".join(
             letter if letter == safe_line(letter) else json.dumps(letter)[1:-1]
             for letter in json.dumps(value, ensure_ascii=False).replace("\N{DELETE}", "\\u007f")
@@ -241,11 +303,11 @@ def in_words(settings: ChatSettings, name: str) -> str:
 
 
 def setting_rows(settings: ChatSettings) -> list[tuple[str, str, str]]:
-    """Name, value and help of every setting, for people; the default beside a value that differs from it."""
+    """Return name, value and help of every setting; a value that is not the default names the default."""
     rows = []
     for name, setting in SETTINGS.items():
         value, default = in_words(settings, name), in_words(ChatSettings(), name)
-        rows.append((name, value if value == default else f"{value} (default {default})", setting.help))
+        rows.append((name, value if value == default else f"{value} (default {default})", setting.set_help))
     return rows
 
 

@@ -15,14 +15,6 @@ class Role(StrEnum):
     ASSISTANT = "assistant"
 
 
-class OnFull(StrEnum):
-    """What happens when the context is full."""
-
-    STOP = "stop"
-    SHIFT = "shift"
-    COMPACT = "compact"
-
-
 @dataclass(frozen=True, slots=True)
 class Turn:
     """A message, or the reply to one.

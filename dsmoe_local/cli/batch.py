@@ -1,4 +1,4 @@
-"""`dsmoe batch`: arguments, the summary and the exit code. The work and its errors are `batch`'s."""
+"""`dsmoe batch`: arguments, summary and exit code. dsmoe_local.batch does the work."""
 
 from __future__ import annotations
 
@@ -15,34 +15,33 @@ import click
 
 from dsmoe_local.base.durable import same_file
 from dsmoe_local.base.errors import UsageError
-from dsmoe_local.cli.model_options import (
-    find_model,
-    load_engine,
-    model_option,
-    model_options,
-)
-from dsmoe_local.cli.reply_options import check_stop, reply_limit, reply_options, sampling_parameters
+from dsmoe_local.cli.command import define_command
+from dsmoe_local.cli.model_argument import find_model, model_option
+from dsmoe_local.cli.model_options import load_engine, model_options
+from dsmoe_local.cli.options import Group, json_option, option
+from dsmoe_local.cli.output import show_result
+from dsmoe_local.cli.reply_options import reply_options, reply_settings
 
 if TYPE_CHECKING:
     from dsmoe_local.batch.job import BatchOptions, Job
     from dsmoe_local.batch.summary import BatchSummary
     from dsmoe_local.engine.types import ModelOptions
 
-_LEAST_DETERMINISTIC = 2  # one sequence alone takes other kernels than several
-# What a reply depends on beside the model's file. With --deterministic the context, threads and devices do,
-# too, but as they are once the model is loaded.
+_LEAST_DETERMINISTIC = 2  # llama.cpp uses other kernels for one sequence than for several
+# The options that replies depend on. With --deterministic they also depend on the context, the threads and
+# the devices; those are recorded as they are once the model is loaded.
 _SETTINGS = ("cache_type_k", "cache_type_v", "n_experts_per_token", "chat_template")
 _LOOSE_SETTINGS = ("n_context",)
 _EXACT_SETTINGS = ("n_batch", "n_ubatch", "n_threads_batch", "flash_attention")
 
 
 class Parallel(click.ParamType[int]):
-    """`--parallel`: a number, or `auto` (0)."""
+    """A number, or `auto` (0)."""
 
     name = "N|auto"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """0 for auto."""
+        """Return the number."""
         word = str(value).lower()
         if word == "auto":
             return 0
@@ -52,14 +51,14 @@ class Parallel(click.ParamType[int]):
 
 
 class FieldNames(click.ParamType[tuple[str, ...]]):
-    """`--keep`: names separated by commas; one that holds a comma itself stands in double quotes."""
+    """Names separated by commas; a name with a comma is written in double quotes."""
 
     name = "FIELDS"
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, ...]:
-        """The names."""
+        """Return the names."""
         if isinstance(value, tuple):
             return value
         try:
@@ -71,54 +70,93 @@ class FieldNames(click.ParamType[tuple[str, ...]]):
         return names
 
 
-@click.command(name="batch", options_metavar="-o OUT.jsonl [OPTIONS]")
+@define_command(
+    "batch",
+    ("dsmoe batch in.jsonl -o out.jsonl -m m.gguf", "Answer requests."),
+    ("dsmoe batch q.txt --text --chat -o out.jsonl", "One question a line."),
+    ('dsmoe batch w.csv --template "Define {word}." -o out.jsonl', "Fill in a column of a table."),
+    options_metavar="-o OUT.jsonl [OPTIONS]",
+)
 @click.argument("source", metavar="IN.jsonl|-", type=click.Path(path_type=Path))
-@click.option(
+@option(
     "-o",
     "--output",
     "out",
     metavar="OUT.jsonl",
     type=click.Path(path_type=Path),
     required=True,
-    help="The records. What is there already is continued.",
+    help="File for the records. An existing one is continued.",
 )
 @model_option
-@click.option(
+@option("--restart", is_flag=True, help="Replace an existing output.")
+@option(
+    "-np",
+    "--parallel",
+    "n_parallel",
+    type=Parallel(),
+    default="auto",
+    metavar="N|auto",
+    help="Number of requests to decode at once.",
+)
+@option("--text", group=Group.INPUT, is_flag=True, help="Each input line is a prompt.")
+@option(
+    "--template",
+    group=Group.INPUT,
+    metavar="TEXT",
+    help='Prompt with {fields} of JSONL or CSV input: "Translate: {en}".',
+)
+@option(
+    "--chat",
+    "as_chat",
+    group=Group.INPUT,
+    is_flag=True,
+    help="Send the prompts of --text and --template as chat messages.",
+)
+@option(
+    "--id-field",
+    "id_field",
+    group=Group.INPUT,
+    metavar="NAME",
+    show_default="id or custom_id",
+    help="Field with the id of a line.",
+)
+@option(
     "--format",
     "form",
+    group=Group.OUTPUT,
     type=click.Choice(["openai", "simple"]),
     default="openai",
-    help="OpenAI's batch responses, or {id, text, finish_reason, usage, timing, error} [openai].",
+    help="Form of the records: OpenAI's, or {id, text, finish_reason, usage, timing, error}.",
 )
-@click.option("--text", is_flag=True, help="Each input line is a prompt as it is.")
-@click.option("--template", metavar="TEXT", help='A prompt with {field}s of JSONL or CSV: "Translate: {en}".')
-@click.option("--chat", "as_chat", is_flag=True, help="--text and --template make a user's messages.")
-@click.option(
-    "--id-field", "id_field", metavar="NAME", help="The field that names a line's record [id or custom_id]."
-)
-@click.option(
+@option(
     "--keep",
     "keep",
+    group=Group.OUTPUT,
     type=FieldNames(),
     multiple=True,
-    help="Fields of the lines that their records carry along, as `kept`: label,source.",
+    help="Copy fields of the input into the records, as `kept`: label,source.",
 )
-@click.option(
-    "-np", "--parallel", "n_parallel", type=Parallel(), default="auto", help="Requests at once [auto]."
+@option(
+    "--ordered",
+    group=Group.OUTPUT,
+    is_flag=True,
+    help="Write records in the order of the input, not as they finish.",
 )
-@click.option(
-    "--deterministic", is_flag=True, help="The same text whatever else runs, also after a resume; slower."
+@option(
+    "--deterministic",
+    group=Group.OUTPUT,
+    is_flag=True,
+    help="Make each reply independent of other requests and of resuming; slower.",
 )
-@click.option("--ordered", is_flag=True, help="Records in the order of the input [as they are finished].")
-@click.option(
+@option(
     "--max-errors",
     "max_errors",
+    group=Group.OUTPUT,
     type=click.IntRange(0),
     metavar="N",
-    help="Give up after more than N failed lines.",
+    help="Stop after more than N failed lines.",
 )
-@click.option("--restart", is_flag=True, help="Replace an output that exists.")
-@click.option("--json", "as_json", is_flag=True, help="The summary as JSON, the last line on stderr.")
+@json_option("Print the summary as JSON, as the last line on stderr.", group=Group.OUTPUT)
 @model_options
 @reply_options
 def command(
@@ -129,20 +167,20 @@ def command(
     as_json: bool,
     **values: Any,  # noqa: ANN401 - the shared options
 ) -> int:
-    """Answer a file of prompts, one JSON object a line; `-` is standard input.
+    """Answer a file of prompts, one JSON object a line; - is stdin.
 
-    A line is OpenAI's batch request, or holds {"prompt": …} or {"messages": […]}, and may hold "id",
-    "max_tokens", "stop" and sampling parameters ("temperature", "top_p", "seed", …). No record is lost or
-    written twice, whatever kills the run: the same command goes on where it ended. A bad line becomes an
-    error record; the exit status is then 1.
+    A line is a request of OpenAI's batch API, or has {"prompt": ...} or {"messages": [...]}. It may also have
+    "id", "max_tokens", "stop" and sampling parameters ("temperature", "top_p", "seed", ...). After a crash or
+    a kill, the same command continues the run; no record is lost or duplicated. An invalid line becomes an
+    error record, and the exit status is then 1.
     """
     from dsmoe_local.batch.job import prepared
     from dsmoe_local.batch.run import run
-    from dsmoe_local.cli.render import run_with_progress
+    from dsmoe_local.cli.progress import run_with_progress
     from dsmoe_local.engine.load.parallel import DETERMINISTIC_PARALLEL
 
     model = find_model(named_model=named_model)
-    _spare(model, values["out"], values["log_file"])
+    _check_outputs(model, values["out"], values["log_file"])
     if deterministic:
         n_parallel = max(n_parallel or DETERMINISTIC_PARALLEL, _LEAST_DETERMINISTIC)
     options = _options(source, model, n_parallel if deterministic else None, values)
@@ -163,17 +201,17 @@ def command(
     return 1 if job.summary.n_failed else 0
 
 
-def _spare(model: Path, out: Path, log_file: Path | None) -> None:
-    """UsageError if what would be written is the model, or one file for two things."""
+def _check_outputs(model: Path, out: Path, log_file: Path | None) -> None:
+    """Raise UsageError if an output is the model, or if both outputs are the same file."""
     for flag, path in (("-o", out), ("--log-file", log_file)):
         if path is not None and same_file(path, model):
             raise UsageError(f"{flag} names the model", where=str(path), remedy="name another file")
     if log_file is not None and log_file.absolute() == out.absolute():
-        raise UsageError("-o and --log-file name one file", where=str(out))
+        raise UsageError("-o and --log-file name the same file", where=str(out))
 
 
 def _complete(options: ModelOptions, n_parallel: int, job: Job) -> ModelOptions:
-    """`n_parallel` 0: as many as suit the work that is left."""
+    """Set the number of requests at once; 0: what suits the remaining work."""
     from dsmoe_local.engine.load.parallel import choose_parallel
 
     options = replace(options, deterministic=job.options.deterministic)
@@ -181,16 +219,15 @@ def _complete(options: ModelOptions, n_parallel: int, job: Job) -> ModelOptions:
 
 
 def _options(source: Path, model: Path, n_deterministic: int | None, values: dict[str, Any]) -> BatchOptions:
-    """Takes what is the batch's own out of `values`. UsageError for what cannot be."""
+    """Remove the options of the batch itself from `values`. UsageError for wrong values."""
     from dsmoe_local.batch.job import BatchOptions
     from dsmoe_local.batch.requests import BatchDefaults
     from dsmoe_local.batch.sources import InputForm, parse_template
 
-    max_tokens, stop, template = (values.pop(name) for name in ("max_tokens", "stop", "template"))
-    check_stop(stop)
+    replies, template = reply_settings(values), values.pop("template")
     return BatchOptions(
         source=source,
-        defaults=BatchDefaults(sampling_parameters(values), reply_limit(max_tokens), stop),
+        defaults=BatchDefaults(replies.sampling, replies.max_tokens, replies.stop),
         input=InputForm(
             text=values.pop("text"),
             template=parse_template(template) if template is not None else None,
@@ -206,7 +243,7 @@ def _options(source: Path, model: Path, n_deterministic: int | None, values: dic
 
 
 def _settings(model: Path, n_deterministic: int | None, values: dict[str, Any]) -> dict[str, str]:
-    """What the records of one output have in common, beside the batch's own options."""
+    """Return the settings that all records of an output share; a resumed run must have the same."""
     from dsmoe_local.model.identity import file_identity
 
     names = _SETTINGS + (_EXACT_SETTINGS if n_deterministic else _LOOSE_SETTINGS)
@@ -220,20 +257,18 @@ def _settings(model: Path, n_deterministic: int | None, values: dict[str, Any]) 
 
 
 def _names(model: Path, values: dict[str, Any]) -> dict[str, str]:
-    """What people call the settings that are digests of files."""
+    """Return readable names of the settings that are digests of files."""
     template = _template_file(values)
     return {"model": model.name} | ({"chat_template": template.name} if template is not None else {})
 
 
 def _template_file(values: dict[str, Any]) -> Path | None:
-    """The file that --chat-template names; None if it names a built-in template."""
+    """Return the file that --chat-template names; None for a built-in template."""
     path = Path(values["chat_template"] or "")
     return path if path.is_file() else None
 
 
 def _show(summary: BatchSummary, as_json: bool) -> None:
-    from dsmoe_local.cli.render import show_result
-
     if as_json:
         sys.stderr.write(json.dumps(summary.as_json()) + "\n")
     else:

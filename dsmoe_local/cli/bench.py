@@ -1,4 +1,4 @@
-"""`dsmoe bench`: how fast models are, side by side. evaluate.speed measures and writes."""
+"""`dsmoe bench`: the speed of models, side by side. evaluate.speed measures and formats."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dsmoe_local.base.errors import UsageError
-from dsmoe_local.cli.configuration import from_command_line
-from dsmoe_local.cli.model_options import ModelName, find_model, load_engine, model_options, within_training
+from dsmoe_local.cli.command import define_command
+from dsmoe_local.cli.model_argument import ModelName, find_model
+from dsmoe_local.cli.model_options import load_engine, model_options_without_context, within_training
+from dsmoe_local.cli.option_sources import from_command_line
+from dsmoe_local.cli.options import option
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,60 +30,92 @@ _MOST_THREADS = 512
 
 
 class TokenCounts(click.ParamType[tuple[int, ...]]):
-    """Numbers of tokens, separated by commas; each is measured."""
+    """Numbers of tokens, separated by commas."""
 
     name = "N,..."
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[int, ...]:
-        """The numbers, each once."""
+        """Return the numbers without duplicates."""
         if isinstance(value, tuple):
             return value
         words = [word.strip() for word in str(value).split(",")]
         if not all(word.isascii() and word.isdigit() for word in words):
-            self.fail(f"{value!r} is not a number of tokens, or several with commas", param, ctx)
+            self.fail(f"{value!r} is not a number of tokens, or a list of them with commas", param, ctx)
         counts = tuple(dict.fromkeys(map(int, words)))
         if max(counts) > _MOST_TOKENS:
             self.fail(f"{max(counts)} is out of range: at most {_MOST_TOKENS} tokens", param, ctx)
         return counts
 
 
-@click.command(name="bench")
+@define_command(
+    "bench",
+    ("dsmoe bench a.gguf b.gguf", "Compare two models."),
+    ("dsmoe bench m.gguf -p 0 -n 128 -d 0,4096", "Decode at two depths."),
+    ("dsmoe bench m.gguf -o json", "Print the result as JSON."),
+)
 @click.argument("models", nargs=-1, metavar="[MODEL]...", type=ModelName())
-@click.option(
+@option(
     "-m",
     "--model",
     "named_models",
     type=ModelName(),
     multiple=True,
-    help="A model, a file or a name that dsmoe models lists; several times for several [the demo's].",
+    show_default="the demo's",
+    help="A model: a file, or a name that `dsmoe models` lists. Repeatable.",
 )
-@click.option(
+@option(
     "-p",
     "--n-prompt",
     "n_prompts",
     type=TokenCounts(),
     default="512",
-    help="Tokens of a prompt; 0: none [512].",
+    help="Lengths of the prompt in tokens; 0 = no prompt.",
 )
-@click.option(
-    "-n", "--n-gen", "n_gens", type=TokenCounts(), default="128", help="Tokens to decode; 0: none [128]."
+@option(
+    "-n",
+    "--n-gen",
+    "n_gens",
+    type=TokenCounts(),
+    default="128",
+    help="Numbers of tokens to decode; 0 = none.",
 )
-@click.option(
-    "-d", "--n-depth", "n_depths", type=TokenCounts(), default="0", help="Tokens of context before them [0]."
+@option(
+    "-d",
+    "--n-depth",
+    "n_depths",
+    type=TokenCounts(),
+    default="0",
+    help="Tokens in the context before the measurement.",
 )
-@click.option(
-    "-r", "--repetitions", type=click.IntRange(1), default=5, metavar="N", help="How often each is timed [5]."
+@option(
+    "-r",
+    "--repetitions",
+    type=click.IntRange(1),
+    default=5,
+    metavar="N",
+    help="Number of runs of each measurement.",
 )
-@click.option(
+@option(
     "-o",
     "--output-format",
     type=click.Choice(["md", "json", "csv"]),
     default="md",
-    help="How the result is written [md].",
+    help="Format of the result.",
 )
-@model_options
+@option(
+    "-c",
+    "--ctx-size",
+    "n_context",
+    type=int,
+    metavar="N",
+    # At the top level of the config file, this is the context of chats.
+    section_only=True,
+    show_default="what the longest measurement needs",
+    help="Context in tokens.",
+)
+@model_options_without_context
 def command(
     models: tuple[str, ...],
     named_models: tuple[str, ...],
@@ -91,30 +126,30 @@ def command(
     output_format: str,
     **values: Any,  # noqa: ANN401 - the shared options
 ) -> None:
-    """Measure how fast models read prompts and decode, side by side.
+    """Measure how fast models process prompts and decode, side by side.
 
-    Prints llama-bench's table, or its JSON or CSV, and what explains it: the active experts, what is read per
-    token, the bytes per second that makes and their share of what the memory gives, the time to load, and the
-    memory that the engine took.
+    The result has the form of llama-bench's table, JSON or CSV. It also has what explains the speed: active
+    experts, bytes read per token, the memory bandwidth used and its share of what the machine offers, load
+    time, and memory of the engine.
     """
     from dsmoe_local.evaluate.speed.timing import workloads_of
 
     workloads = workloads_of(n_prompts, n_gens, n_depths)
     if not workloads:
-        raise UsageError("there is nothing to measure", remedy="-p or -n takes a number from 1")
-    # Names in the config file are for commands that are given none.
+        raise UsageError("there is nothing to measure", remedy="give -p or -n a number from 1")
+    # Models from a variable or the config file are used only if the command line names none.
     named = [*models, *(named_models if from_command_line("named_models") or not models else ())]
     paths = [find_model(name) for name in named] or [find_model()]
     bench = _Bench(workloads, repetitions, values)
     try:
         bench.run(paths)
     finally:
-        # What was measured is shown even if something ended the run.
+        # After an error or an interruption, show what was measured.
         bench.show(output_format)
 
 
 class _Bench:
-    """One run: the machine, then each model in a process of its own. Takes the shared options as `values`."""
+    """One run: measures the machine, then each model in its own process. `values` are the shared options."""
 
     def __init__(self, workloads: Sequence[Workload], repetitions: int, values: dict[str, Any]) -> None:
         self._workloads = workloads
@@ -125,15 +160,15 @@ class _Bench:
         self._models: list[ModelSpeed] = []
 
     def run(self, paths: Sequence[Path]) -> None:
-        """Measure. Raises what loading and measuring do."""
-        from dsmoe_local.cli.render import run_with_progress
+        """Measure all models. Raises the errors of loading and measuring."""
+        from dsmoe_local.cli.progress import run_with_progress
         from dsmoe_local.engine.load.machine import physical_cores
         from dsmoe_local.evaluate.speed.machine import look_at_machine
         from dsmoe_local.model.gguf_model import read_model
 
-        # A file that cannot be used is told before minutes are spent on others.
+        # Report a bad file before measuring the others, which takes minutes.
         are_moe = [read_model(path)[1].is_moe for path in paths]
-        # Numbers that the engine refuses are for it to tell.
+        # The engine reports numbers out of range.
         n_threads = min(max(1, self._values["n_threads"] or physical_cores()), _MOST_THREADS)
         self._machine = run_with_progress(
             lambda listen, stop: look_at_machine(n_threads, listen, stop), self._stop
@@ -141,12 +176,12 @@ class _Bench:
         for path, is_moe in zip(paths, are_moe, strict=True):
             values = dict(self._values)
             if not is_moe and any(are_moe):
-                # Beside a dense model, it is for the others.
+                # --active-experts applies to the MoE models of the comparison only.
                 values["n_experts_per_token"] = None
             self._models.append(self._measure(path, values))
 
     def _measure(self, path: Path, values: dict[str, Any]) -> ModelSpeed:
-        from dsmoe_local.cli.render import run_with_progress
+        from dsmoe_local.cli.progress import run_with_progress
         from dsmoe_local.evaluate.speed.results import measure_model
         from dsmoe_local.evaluate.speed.timing import options_for
 
@@ -163,7 +198,7 @@ class _Bench:
             )
 
     def show(self, output_format: str) -> None:
-        """Print the models that are done, if any."""
+        """Print the results of the models that were measured."""
         from dsmoe_local.evaluate.speed.output import FORMATS, as_text
 
         if self._machine is None or not self._models:
@@ -173,8 +208,3 @@ class _Bench:
             click.echo(as_text(self._machine, self._models, width))
         else:
             click.echo(FORMATS[output_format](self._machine, self._models))
-
-
-for _option in command.params:
-    if isinstance(_option, click.Option) and _option.name == "n_context":
-        _option.help = "Context in tokens [what the longest measurement needs]."

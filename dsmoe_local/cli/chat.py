@@ -1,4 +1,4 @@
-"""`dsmoe chat`: arguments of the conversation and the one-shot answer; dsmoe_local.chat does the work."""
+"""`dsmoe chat`: arguments of chats and single answers. dsmoe_local.chat does the work."""
 
 from __future__ import annotations
 
@@ -14,15 +14,13 @@ import click
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.cli.configuration import Source, configurable, from_command_line, keys_of, origin_of
-from dsmoe_local.cli.model_options import (
-    ModelName,
-    find_model,
-    load_engine,
-    model_option,
-    model_options,
-)
-from dsmoe_local.cli.reply_options import check_stop, reply_limit, reply_options, sampling_parameters
+from dsmoe_local.chat.settings import SETTINGS
+from dsmoe_local.cli.command import define_command
+from dsmoe_local.cli.model_argument import ModelName, find_model, model_option
+from dsmoe_local.cli.model_options import load_engine, model_options
+from dsmoe_local.cli.option_sources import Source, flag_of, from_command_line, origin_of
+from dsmoe_local.cli.options import Group, json_option, option
+from dsmoe_local.cli.reply_options import reply_options, reply_settings, setting_option
 
 if TYPE_CHECKING:
     from dsmoe_local.chat.settings import ChatSettings
@@ -33,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class _Conversing:
-    """The options of a conversation, as opposed to one answer."""
+    """The options of a chat, as opposed to one answer."""
 
     session: str | None
     latest: bool
@@ -43,11 +41,16 @@ class _Conversing:
     stats: bool
 
 
-@click.command(name="chat")
+@define_command(
+    "chat",
+    ("dsmoe chat model.gguf", "Chat; /help lists the commands."),
+    ('dsmoe chat model.gguf -p "Why is the sky blue?"', "Answer once."),
+    ("git diff | dsmoe chat -p 'Review this.'", "Add stdin to the prompt."),
+)
 @click.argument("words", nargs=-1, metavar="[MODEL] [-]", type=ModelName())
 @model_option
-@click.option("-p", "--prompt", metavar="TEXT", help="Answer this and exit; - reads it from stdin.")
-@click.option(
+@option("-p", "--prompt", metavar="TEXT", help="Answer TEXT and exit; - reads it from stdin.")
+@option(
     "-f",
     "--file",
     "prompt_file",
@@ -55,26 +58,51 @@ class _Conversing:
     metavar="FILE",
     help="Answer the text of a file and exit.",
 )
-@click.option("-sys", "--system", "--system-prompt", default="", metavar="TEXT", help="System text.")
-@click.option(
-    "--on-full",
-    type=click.Choice(["stop", "shift", "compact"]),
-    default="stop",
-    help="When the context is full: stop, shift out what is oldest, or leave out whole messages [stop].",
+@option(
+    "-sys",
+    "--system",
+    "--system-prompt",
+    default="",
+    show_default=False,
+    metavar="TEXT",
+    help="System prompt.",
 )
-@click.option("--session", metavar="NAME", help="Go on with a kept conversation, or begin one of that name.")
-@click.option("--continue", "latest", is_flag=True, help="Go on with the latest conversation.")
-@click.option("--no-history", is_flag=True, help="Keep nothing: no conversation, and not what you type.")
-@click.option("--plain", is_flag=True, help="Nothing but lines of text: for screen readers and logs.")
-@click.option("--experts", is_flag=True, help="Show what the experts do from the start, as /experts does.")
-@click.option("--json", "as_json", is_flag=True, help="With -p: one JSON object with text, usage and ending.")
-@click.option(
+@option("--continue", "latest", is_flag=True, help="Continue the latest conversation.")
+@option("--session", metavar="NAME", help="Continue the conversation NAME, or start it.")
+@option(
+    "--no-history",
+    group=Group.CONVERSATION,
+    is_flag=True,
+    help="Store neither the conversation nor what you type.",
+)
+@setting_option("on_full", group=Group.CONVERSATION)
+@option(
+    "--experts",
+    group=Group.CONVERSATION,
+    is_flag=True,
+    help="Show the experts beside replies from the start, as /experts does.",
+)
+@option(
+    "--plain",
+    group=Group.CONVERSATION,
+    is_flag=True,
+    help="Print lines of text only, for screen readers and logs.",
+)
+@option(
+    "--stats",
+    group=Group.CONVERSATION,
+    is_flag=True,
+    help="Show the tokens and the time of each reply; with -p on stderr.",
+)
+@json_option("Print a JSON object with text, usage and finish reason.", group=Group.ANSWER)
+@option(
     "--schema",
+    group=Group.ANSWER,
     type=click.Path(),
     metavar="FILE",
-    help="With -p: the answer is JSON that this JSON schema allows.",
+    help="Make the answer JSON that fits a JSON schema. Limit its length with -n: a schema may allow answers"
+    " without end.",
 )
-@click.option("--stats", is_flag=True, help="Tell what each reply took, on stderr with -p.")
 @model_options
 @reply_options
 def command(
@@ -83,9 +111,6 @@ def command(
     prompt: str | None,
     prompt_file: str | None,
     system: str,
-    max_tokens: int,
-    stop: tuple[str, ...],
-    on_full: str,
     session: str | None,
     latest: bool,
     no_history: bool,
@@ -96,29 +121,23 @@ def command(
     stats: bool,
     **values: Any,  # noqa: ANN401 - the shared options
 ) -> None:
-    """Talk with a model in the terminal, or answer one prompt.
+    """Chat with a model in the terminal, or answer one prompt.
 
-    MODEL is a name that `dsmoe models` lists, or a GGUF file of a DeepSeekMoE or LLaMA model. With -p, -f or
-    a prompt on stdin the answer alone goes to stdout. A model without a chat template completes text.
+    MODEL is a GGUF file of a DeepSeekMoE or LLaMA model, or a name that `dsmoe models` lists. With -p, -f or
+    input from a pipe, the answer is printed on stdout. A model without a chat template completes the text.
     """
-    from dsmoe_local.chat.settings import ChatSettings
     from dsmoe_local.chat.terminal import keys_withheld
-    from dsmoe_local.chat.turns import OnFull
     from dsmoe_local.cli.prompt_input import one_prompt, read_schema
 
     model, dash = _model_and_dash(words, named_model)
-    # A wrong path is said first; that the demo's model is missing only once there is something to answer.
+    # Report a wrong path first, but a missing demo model only if there is something to answer.
     path = _find(model, named_model) if model or named_model else None
-    check_stop(stop)
+    settings = reply_settings(values)
     text = one_prompt(prompt, prompt_file, dash)
     if text is None and not (sys.stdout.isatty() and sys.stdin.isatty()):
         raise UsageError("a chat needs a terminal", remedy="use -p TEXT for one answer")
-    _check_combinations(
-        for_one_answer={"--json": "as_json", "--schema": "schema"} if text is None else {},
-        for_a_chat={} if text is None else {"--session": "session", "--continue": "latest"},
-    )
+    _check_combinations(is_chat=text is None)
     json_schema = read_schema(schema) if schema is not None and text is not None else None
-    settings = ChatSettings(sampling_parameters(values), reply_limit(max_tokens), stop, OnFull(on_full))
     if text is not None:
         with load_engine(path or find_model(), values) as engine:
             _answer(engine, settings, system, text, json_schema, as_json=as_json, stats=stats)
@@ -134,29 +153,30 @@ def command(
         _converse(engine, settings, system, conversing, kept, withheld)
 
 
-def _check_combinations(for_one_answer: dict[str, str], for_a_chat: dict[str, str]) -> None:
-    """UsageError for flags that do not go together; a variable or the config file may have them for other
-    runs.
+def _check_combinations(*, is_chat: bool) -> None:
+    """Raise UsageError for flags on the command line that do not go together.
+
+    Variables and the config file may set them for other runs.
     """
-    for flag, name in for_one_answer.items():
+    for name in ("as_json", "schema") if is_chat else ("session", "latest"):
         if from_command_line(name):
-            raise UsageError(f"{flag} is for one answer", remedy="use it with -p")
-    for flag, name in for_a_chat.items():
-        if from_command_line(name):
-            raise UsageError(f"{flag} is for a chat, and this is one answer", remedy="leave one of them out")
+            what, remedy = (
+                ("one answer", "use it with -p") if is_chat else ("chats", "leave it or the prompt out")
+            )
+            raise UsageError(f"{flag_of(name)} is for {what}", remedy=remedy)
     if from_command_line("session") and from_command_line("latest"):
-        raise UsageError("--session and --continue name two conversations", remedy="use one of them")
+        raise UsageError("--session and --continue exclude each other", remedy="give one of them")
 
 
 def _model_and_dash(words: tuple[str, ...], named_model: str | None) -> tuple[str | None, bool]:
-    """The model's name, and whether `-` asks for the prompt on stdin."""
+    """Return the name of the model, and whether `-` asks for a prompt on stdin."""
     names = [word for word in words if word != "-"]
     named = [named_model] if named_model and from_command_line("named_model") else []
     models = list(dict.fromkeys([*named, *names]))
     if len(models) > 1:
         raise UsageError(
-            f"{safe_line(models[1], 60)!r} is taken for a second model",
-            remedy='to ask something, use -p "TEXT"; otherwise name one model',
+            f"two models are named, the second is {safe_line(models[1], 60)!r}",
+            remedy='for a question, use -p "TEXT"',
         )
     return (names[0] if names else None), len(names) < len(words)
 
@@ -167,8 +187,8 @@ def _find(model: str | None, named_model: str | None) -> Path:
     except UsageError as error:
         if model is None or " " not in model:
             raise
-        # It was meant as a question.
-        raise UsageError(error.what, where='to ask something, use -p "TEXT"', remedy=error.remedy) from error
+        # A text with spaces is probably a question.
+        raise UsageError(error.what, where='for a question, use -p "TEXT"', remedy=error.remedy) from error
 
 
 def _answer(
@@ -191,7 +211,7 @@ def _answer(
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """What is stored: all sessions, and the one to go on with; whether the model is that one's."""
+    """The store of sessions, the session to continue, and whether the model is that of the session."""
 
     sessions: SessionStore | None
     session: Session | None = None
@@ -200,7 +220,7 @@ class _Kept:
 
 
 def _open_sessions(conversing: _Conversing, open_things: ExitStack) -> _Kept:
-    """Before the model is loaded: a session that is not there should be told at once."""
+    """Open the store and find the session, before the model is loaded."""
     from dsmoe_local.base.paths import data_folder
     from dsmoe_local.chat.store.names import check_name
     from dsmoe_local.chat.store.sessions import SessionStore
@@ -208,9 +228,7 @@ def _open_sessions(conversing: _Conversing, open_things: ExitStack) -> _Kept:
     if conversing.no_history:
         wanted = from_command_line("session") or from_command_line("latest")
         if wanted and from_command_line("no_history"):
-            raise UsageError(
-                "--no-history keeps no conversation to go on with", remedy="leave out --no-history"
-            )
+            raise UsageError("--no-history excludes --session and --continue", remedy="leave one of them out")
         if not wanted:
             return _Kept(None)
     sessions = SessionStore.open(data_folder() / "sessions")
@@ -225,43 +243,35 @@ def _open_sessions(conversing: _Conversing, open_things: ExitStack) -> _Kept:
     if conversing.latest:
         latest = sessions.latest()
         if latest is None:
-            raise UsageError("there is no conversation to go on with yet", remedy="leave out --continue")
+            raise UsageError("there is no conversation to continue yet", remedy="leave out --continue")
         return _Kept(sessions, latest)
     return _Kept(sessions)
 
 
 def _session_model(kept: _Kept) -> Path | None:
-    """The model that the session was held with; None if there is none, or it is not known.
+    """Return the model of the session to continue; None if there is no session or its model is unknown.
 
-    UsageError if its file is gone.
+    UsageError if the file of the model is gone.
     """
     summary = kept.sessions.summary(kept.session) if kept.sessions and kept.session else None
     if summary is None or summary.model_path is None:
         return None
     path = Path(summary.model_path)
-    # Not Path.is_file, which raises for names too long.
+    # Path.is_file raises OSError for names that are too long.
     if not os.path.isfile(path):
         raise UsageError(
-            f"the model of the session {safe_line(summary.name, 60)} is not there any more",
+            f"the model of the session {safe_line(summary.name, 60)} is gone",
             where=path,
-            remedy="name the one to go on with: -m MODEL; dsmoe models lists them",
+            remedy="name another one with -m MODEL; dsmoe models lists them",
         )
     return path
 
 
 def settings_given() -> frozenset[str]:
-    """The settings that the command line gave, itself or with --preset."""
-    from dsmoe_local.chat.settings import SETTINGS
-
+    """Return the settings that the command line gave, by a flag or by --preset."""
     context = click.get_current_context()
     given = {Source.FLAG, *([Source.PRESET] if from_command_line("preset") else [])}
-    keys = {
-        key
-        for option in configurable(context.command)
-        if option.name and origin_of(context, option.name).source in given
-        for key in keys_of(option)
-    }
-    return frozenset(name for name, setting in SETTINGS.items() if setting.key in keys)
+    return frozenset(name for name in SETTINGS if origin_of(context, name).source in given)
 
 
 def _converse(
@@ -272,7 +282,7 @@ def _converse(
     kept: _Kept,
     withheld: ExitStack,
 ) -> None:
-    """Talk. `withheld` holds the keys that are typed before there is an input for them."""
+    """Run the chat. `withheld` holds back keys that are typed before the input line is ready."""
     from dsmoe_local.base.config_file import ConfigFile, config_path
     from dsmoe_local.base.paths import data_folder
     from dsmoe_local.chat.cache_keeper import CacheKeeper
@@ -285,11 +295,9 @@ def _converse(
 
     conversation = Conversation(engine, settings, system)
     if conversation.completes and system:
-        raise UsageError(
-            "-sys: the model has no chat template, it takes no system text", remedy="write it into the text"
-        )
+        raise UsageError("-sys needs a model with a chat template", remedy="put the text into the prompt")
     if kept.session is not None and not from_command_line("system"):
-        # The session has a system text of its own.
+        # The session has its own system text.
         system = ""
     caches = None if kept.sessions is None else CacheKeeper(StateStore(data_folder() / "sessions"))
 

@@ -1,22 +1,24 @@
-"""`dsmoe completion SHELL`: the script that makes a shell complete our commands and options."""
+"""`dsmoe completion SHELL`: the script that completes our commands and options in a shell."""
 
 from __future__ import annotations
 
 import click
 from click.shell_completion import get_completion_class
 
+from dsmoe_local.cli.command import define_command
+
 PROGRAMS = ("dsmoe", "dsmoe-convert", "dsmoe-quantize", "dsmoe-chat", "dsmoe-batch")
 
-# Without a framework, zsh has no completion at all before this. -i: no question about foreign folders.
+# zsh has no completion until compinit runs. -i: ignore folders of other users without asking.
 _BEGINNINGS = {"zsh": "(( $+functions[compdef] )) || { autoload -Uz compinit && compinit -i }"}
 
 
-@click.command(name="completion")
+@define_command("completion")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def command(shell: str) -> None:
-    """Print the completion script for SHELL, for all five programs.
+    """Print the completion script of all five programs for a shell.
 
-    Put it where your shell reads it when it starts:
+    Put it where your shell reads it at its start:
 
     \b
         dsmoe completion bash >> ~/.bashrc

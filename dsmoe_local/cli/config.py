@@ -1,11 +1,9 @@
-"""`dsmoe config`: every option, its value and where that comes from. `configuration` knows; this shows."""
+"""`dsmoe config`: shows every option of a command, its value and the source of the value."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,32 +18,32 @@ from click.shell_completion import CompletionItem
 from dsmoe_local.base.config_file import config_path
 from dsmoe_local.base.errors import FormatError
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.cli.configuration import (
+from dsmoe_local.chat.settings import presets_of
+from dsmoe_local.cli.command import define_command
+from dsmoe_local.cli.commands import COMMANDS, load_command, no_such_command
+from dsmoe_local.cli.model_argument import models_folder
+from dsmoe_local.cli.option_sources import (
     MODELS_FOLDER,
     ConfigDefaults,
     Origin,
     Source,
     config_file,
-    configurable,
-    keys_of,
-    models_folder,
-    models_folder_origin,
     origin_of,
-    variable,
+    unknown_keys,
+    unknown_variables,
 )
-from dsmoe_local.cli.unknown import unknown_keys, unknown_variables
+from dsmoe_local.cli.options import Option, configurable, json_option, option, variable
+from dsmoe_local.cli.output import console, plain_table, print_json, show_notes
 
-# The help of an option ends with its built-in value, in words.
-_BUILT_IN = re.compile(r"\[(?:default: )?([^\[\]]+)\]\.?$")
-_SECRET = frozenset({"token"})
 _HIDDEN = "(hidden)"
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """An option: its key in the config file, its value as data and in words, and where it comes from."""
+    """A line of the table: key and variable, the value as data and in words, its origin, what is wrong."""
 
     key: str
+    variable: str
     value: Any
     words: str
     origin: Origin
@@ -53,14 +51,12 @@ class Shown:
 
 
 class CommandName(click.ParamType[str]):
-    """A subcommand that has options."""
+    """The name of a subcommand."""
 
     name = "COMMAND"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """UsageError for a word that is none."""
-        from dsmoe_local.cli.commands import COMMANDS, no_such_command
-
+        """Return the name. UsageError for an unknown one."""
         if value not in COMMANDS:
             raise no_such_command(str(value))
         return str(value)
@@ -68,21 +64,25 @@ class CommandName(click.ParamType[str]):
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        """The commands that begin like this."""
-        from dsmoe_local.cli.commands import COMMANDS
-
+        """Return the commands that begin with what is typed."""
         return [CompletionItem(name) for name in COMMANDS if name.startswith(incomplete)]
 
 
-@click.command(name="config")
+@define_command(
+    "config",
+    ("dsmoe config", "Show the options of dsmoe chat."),
+    ("dsmoe config batch", "Show those of dsmoe batch."),
+    ('$EDITOR "$(dsmoe config --path)"', "Edit the config file."),
+)
 @click.argument("name", metavar="[COMMAND]", default="chat", type=CommandName())
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--path", "show_path", is_flag=True, help="Print where the config file is.")
+@json_option()
+@option("--path", "show_path", is_flag=True, configurable=False, help="Print the path of the config file.")
 def command(name: str, as_json: bool, show_path: bool) -> None:
-    """Show the options of a command (chat, if none is named), their values and where these come from.
+    """Show the options of a command, their values, and the source of each value.
 
-    A flag counts most, then the variable of the option (DSMOE_TEMP for --temp), then a preset, then the
-    config file: the command's section, then the top level. Its keys are long flags, without the two dashes:
+    The sources, strongest first: a flag; the variable of the option (DSMOE_TEMP for --temp); a preset; the
+    section of the command in the config file; the top level of that file; the built-in value. Keys of the
+    config file are long flags without dashes in front:
 
     \b
         model = "deepseek-moe-16b-chat-q4"
@@ -92,94 +92,83 @@ def command(name: str, as_json: bool, show_path: bool) -> None:
         [presets.calm]
         temp = 0.1
 
-    A flag that one of them sets is taken back on the command line: --no-stats, or --history for no-history.
-
-    $EDITOR "$(dsmoe config --path)" changes it, as does /set save in a chat.
+    On the command line, --no-stats undoes a `stats` that is set elsewhere, and --history undoes `no-history`.
+    In a chat, /set save also writes to the config file.
     """
     if show_path:
         path = str(config_path())
-        # A script gets the very bytes of the name.
+        # Scripts get the exact bytes of the path.
         click.echo(safe_line(path, 4096) if sys.stdout.isatty() else os.fsencode(path))
         return
-    from dsmoe_local.chat.settings import presets_of
-    from dsmoe_local.cli.commands import COMMANDS
-
     values = config_file().values()
     presets = {preset: each.values for preset, each in presets_of(values).items()}
     shown = [_models_folder(), *options_of(name)]
     if as_json:
-        found = _as_json(name, shown, presets)
-        click.echo(json.dumps(found, indent=2, ensure_ascii=True, allow_nan=False))
+        print_json(_as_json(name, shown, presets), indent=2)
         return
-    for note in (*unknown_keys(values, COMMANDS), *unknown_variables(COMMANDS)):
-        click.echo(f"note: {note}", err=True)
+    show_notes([*unknown_keys(values, COMMANDS), *unknown_variables(COMMANDS)])
     _show(shown, presets)
 
 
 def options_of(name: str) -> list[Shown]:
-    """Every option of a command, as it would be if the command ran now without flags."""
-    from dsmoe_local.cli.main import load_command
-
+    """Return every option of a command, with the value that it has if the command is run without flags."""
     command = load_command(name)
-    defaults = ConfigDefaults(command, name, quiet=True)
-    context = click.Context(command, info_name=name, default_map=defaults)
+    context = click.Context(command, info_name=name, default_map=ConfigDefaults(command, quiet=True))
     with context:
         options = configurable(command)
-        # The preset first: it speaks for others.
-        for option in sorted(options, key=lambda option: not option.is_eager):
-            _resolve(context, option)
-        return [_shown(context, option) for option in options]
+        # --preset first: it gives values to others.
+        for each in sorted(options, key=lambda each: not each.is_eager):
+            _resolve(context, each)
+        return [_shown(context, each) for each in options]
 
 
-def _resolve(context: click.Context, option: click.Option) -> None:
+def _resolve(context: click.Context, each: Option) -> None:
     try:
-        value, source = option.consume_value(context, {})
+        value, source = each.consume_value(context, {})
     except FormatError:
-        # It is told beside the option.
+        # `_shown` reports it beside the option.
         value, source = None, ParameterSource.DEFAULT_MAP
-    context.set_parameter_source(str(option.name), source)
-    if option.name == "preset" and isinstance(value, str) and isinstance(context.default_map, ConfigDefaults):
+    context.set_parameter_source(str(each.name), source)
+    if each.name == "preset" and isinstance(value, str) and isinstance(context.default_map, ConfigDefaults):
         context.default_map.choose(value)
 
 
-def _shown(context: click.Context, option: click.Option) -> Shown:
-    key, origin = keys_of(option)[0], origin_of(context, str(option.name))
+def _shown(context: click.Context, each: Option) -> Shown:
+    key, name, origin = each.keys[0], each.variables[0], origin_of(context, str(each.name))
     try:
-        raw, _ = option.consume_value(context, {})
+        raw, _ = each.consume_value(context, {})
     except FormatError as error:
-        return Shown(key, None, "", origin, error.what)
-    if key in _SECRET and origin.source is not Source.BUILT_IN:
-        return Shown(key, _HIDDEN, _HIDDEN, origin)
+        return Shown(key, name, None, "", origin, error.what)
     if origin.source is Source.BUILT_IN:
-        return _built_in(context, option)
+        value = _built_in(context, each)
+        return Shown(key, name, value, each.default_words or _in_words(value), origin)
+    if each.secret:
+        return Shown(key, name, _HIDDEN, _HIDDEN, origin)
     try:
-        value = option.type_cast_value(context, raw)
+        value = each.type_cast_value(context, raw)
     except click.BadParameter as error:
-        return Shown(key, None, _in_words(raw), origin, error.message)
+        return Shown(key, name, None, _in_words(raw), origin, error.message)
     if isinstance(value, float) and not math.isfinite(value):
-        return Shown(key, None, _in_words(raw), origin, "this is not a finite number")
-    return Shown(key, _plain(value), _in_words(raw if not option.is_flag else value), origin)
+        return Shown(key, name, None, _in_words(raw), origin, "this is not a finite number")
+    return Shown(key, name, _plain(value), _in_words(raw if not each.is_flag else value), origin)
 
 
-def _built_in(context: click.Context, option: click.Option) -> Shown:
-    found = _BUILT_IN.search(option.help or "")
-    default = option.get_default(context)
-    value: Any = [] if option.multiple else None
-    if _plain(default) is not None:
-        value = _plain(option.type_cast_value(context, default))
-    words = found[1] if found else _in_words(value)
-    if value is None and words.isdecimal():
-        # The module that knows it is imported only where it is needed.
-        value = int(words)
-    return Shown(keys_of(option)[0], value, words, Origin(Source.BUILT_IN))
+def _built_in(context: click.Context, each: Option) -> Any:  # noqa: ANN401 - a JSON value
+    default = each.get_default(context)
+    if _plain(default) is None:
+        if each.default_words.isdecimal():
+            return int(each.default_words)
+        return [] if each.multiple else None
+    return _plain(each.type_cast_value(context, default))
 
 
 def _models_folder() -> Shown:
-    folder = str(models_folder())
-    return Shown(MODELS_FOLDER, folder, folder, models_folder_origin())
+    folder, origin = models_folder()
+    return Shown(MODELS_FOLDER, variable(MODELS_FOLDER), str(folder), str(folder), origin)
 
 
 def _plain(value: object) -> Any:  # noqa: ANN401 - a JSON value
+    """Return a value as JSON can hold it; None for what it cannot hold."""
     if isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -204,7 +193,7 @@ def _as_json(name: str, shown: list[Shown], presets: Mapping[str, Mapping[str, A
         "options": [
             {
                 "key": each.key,
-                "variable": variable(each.key, name),
+                "variable": each.variable,
                 "value": each.value,
                 "in_words": each.words or None,
                 "source": each.origin.source.value,
@@ -221,15 +210,9 @@ def _as_json(name: str, shown: list[Shown], presets: Mapping[str, Mapping[str, A
 
 
 def _show(shown: list[Shown], presets: Iterable[str]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = 160
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    out, table = console(file_columns=160), plain_table()
     for heading, fixed in (("option", True), ("value", False), ("from", False)):
         table.add_column(heading, no_wrap=fixed, overflow="fold")
     for each in shown:
@@ -237,10 +220,10 @@ def _show(shown: list[Shown], presets: Iterable[str]) -> None:
         value = Text(safe_line(each.words), style="dim" if built_in else "bold")
         if each.error:
             value.append(f"  {safe_line(each.error)}", style="red")
-        # The file is named once, below.
+        # The path of the file is printed once, below the table.
         where = "built-in" if built_in else each.origin.where.replace(f"{config_path()}:", "config file:")
         table.add_row(each.key, value, Text(safe_line(where), style="dim" if built_in else ""))
-    console.print(table)
+    out.print(table)
     if presets:
-        console.print(Text(f"presets: {', '.join(safe_line(name, 40) for name in presets)}"))
-    console.print(Text(f"config file: {safe_line(str(config_path()))}"), soft_wrap=True)
+        out.print(Text(f"presets: {', '.join(safe_line(name, 40) for name in presets)}"))
+    out.print(Text(f"config file: {safe_line(str(config_path()))}"), soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`dsmoe convert`: arguments and tables. What is done is dsmoe_convert's task."""
+"""`dsmoe convert`: arguments and tables. dsmoe_convert does the work."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import click
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.base.text import safe_line
+from dsmoe_local.cli.command import define_command
+from dsmoe_local.cli.options import Group, option
+from dsmoe_local.cli.output import show_notes, show_result
 from dsmoe_local.cli.type_options import (
     TypeOptions,
     outweighed,
     refuse_several,
-    show_notes,
     show_types,
     summary_line,
     type_options,
@@ -24,20 +26,45 @@ if TYPE_CHECKING:
     from dsmoe_convert.convert import Conversion
 
 
-@click.command(name="convert")
+@define_command(
+    "convert",
+    ("dsmoe convert ./deepseek-moe-16b --type q4", "Convert a folder."),
+    ("dsmoe convert deepseek-ai/deepseek-moe-16b-chat --type q4 --low-disk", "Download and convert."),
+)
 @click.argument("source", metavar="SRC", type=click.Path())
-@click.option("-o", "--output", "out", metavar="OUT", type=click.Path(path_type=Path), help="File to write.")
+@option(
+    "-o",
+    "--output",
+    "out",
+    metavar="OUT",
+    type=click.Path(path_type=Path),
+    show_default="<name>-<TYPE>.gguf",
+    help="File to write.",
+)
 @type_options
-@click.option("--force", is_flag=True, help="Replace an existing output.")
-@click.option(
-    "--pre", metavar="NAME", help="llama.cpp's name for the pre-tokenizer, if it is not recognised."
+@option("--low-disk", is_flag=True, help="Download, convert and delete one shard at a time.")
+@option("--force", is_flag=True, help="Replace an existing output.")
+@option("--revision", group=Group.INPUT, metavar="REV", help="Branch, tag or commit of the repository.")
+@option(
+    "--token",
+    group=Group.INPUT,
+    secret=True,
+    metavar="TOKEN",
+    show_default="HF_TOKEN",
+    help="Access token of the hub.",
 )
-@click.option(
-    "--allow-pickle", is_flag=True, help="Read .bin weights, in a restricted child process. Needs torch."
+@option(
+    "--pre",
+    group=Group.INPUT,
+    metavar="NAME",
+    help="llama.cpp's name of the pre-tokenizer, if it is not recognised.",
 )
-@click.option("--revision", metavar="REV", help="Branch, tag or commit of the repository.")
-@click.option("--token", metavar="TOKEN", help="Access token of the hub.  [default: HF_TOKEN]")
-@click.option("--low-disk", is_flag=True, help="Download, encode and delete one shard after another.")
+@option(
+    "--allow-pickle",
+    group=Group.INPUT,
+    is_flag=True,
+    help="Read .bin weights, in a restricted child process. Needs torch.",
+)
 def command(
     source: str,
     out: Path | None,
@@ -51,21 +78,20 @@ def command(
     low_disk: bool,
     **values: Any,  # noqa: ANN401 - the options about types
 ) -> None:
-    """Make a GGUF from a Hugging Face checkpoint of a DeepSeekMoE, in one pass.
+    """Convert a Hugging Face checkpoint of a DeepSeekMoE to GGUF, and quantize it in the same pass.
 
     SRC is a folder, or a repository such as deepseek-ai/deepseek-moe-16b-chat.
 
     {types}
 
-    Without one, the weights keep their own. OUT is <name>-<TYPE>.gguf in the current folder unless named. A
-    run that was interrupted continues when the same command is given again.
+    Without a type, weights keep their own. OUT is written to the current folder unless it is given. Run the
+    same command again to continue an interrupted run.
 
-    To choose types for a target, such as a size, all weights must be there first: convert to bf16, then
-    dsmoe quantize.
+    For a target, such as a size, convert to bf16 first and then use dsmoe quantize.
     """
     from dsmoe_convert.convert import ConvertOptions, RunOptions
     from dsmoe_convert.sources import SourceOptions, convert, plan_source
-    from dsmoe_local.cli.render import run_with_progress, show_result
+    from dsmoe_local.cli.progress import run_with_progress
 
     for name, value in (("--revision", revision), ("--token", token)):
         if value == "":
@@ -99,7 +125,7 @@ def command(
 
 
 def _show(conversion: Conversion, out: Path | str) -> None:
-    """The table of a dry run, on stdout."""
+    """Print the table of a dry run on stdout."""
     show_types(
         conversion.choices,
         f"{safe_line(str(out))}: {len(conversion.choices)} tensors, {format_size(conversion.n_bytes)},"

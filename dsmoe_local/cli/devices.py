@@ -1,14 +1,14 @@
-"""`dsmoe devices`: what this build of llama.cpp computes on, and how to get a build for a GPU."""
+"""`dsmoe devices`: the devices of this build of llama.cpp, and how to get a build for a GPU."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from dsmoe_local.base.sizes import format_size
+from dsmoe_local.cli.command import define_command
+from dsmoe_local.cli.options import json_option
+from dsmoe_local.cli.output import console, plain_table, print_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -16,27 +16,32 @@ if TYPE_CHECKING:
     from dsmoe_local.engine.native import Device
 
 BACKENDS: Mapping[str, tuple[str, str, str]] = {
-    "MTL": ("Metal", "GGML_METAL", "Apple silicon; Xcode's command line tools"),
-    "CUDA": ("CUDA", "GGML_CUDA", "NVIDIA; the CUDA toolkit (nvcc)"),
-    "Vulkan": ("Vulkan", "GGML_VULKAN", "AMD, Intel, NVIDIA; the Vulkan SDK (glslc)"),
+    "MTL": ("Metal", "GGML_METAL", "Apple silicon; needs Xcode's command line tools"),
+    "CUDA": ("CUDA", "GGML_CUDA", "NVIDIA; needs the CUDA toolkit (nvcc)"),
+    "Vulkan": ("Vulkan", "GGML_VULKAN", "AMD, Intel, NVIDIA; needs the Vulkan SDK (glslc)"),
 }
-"""ggml's name of a backend: what people call it, what switches it on, what it runs on and needs."""
+"""For each backend of ggml: its usual name, the CMake option, hardware and tools."""
 
 
 def build_command(switch: str) -> str:
-    """What to type for a build of llama.cpp with a backend."""
+    """Return the command that installs llama.cpp with a backend, given its CMake option."""
     return (
         f'CMAKE_ARGS="-D{switch}=ON" pip install --force-reinstall --no-cache-dir --no-deps '
         "--no-binary llama-cpp-python 'llama-cpp-python>=0.3.36,<0.4'"
     )
 
 
-@click.command(name="devices")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@define_command(
+    "devices",
+    ("dsmoe devices", "List devices and their memory."),
+    ("dsmoe chat -dev CUDA0 model.gguf", "Chat on one of them."),
+)
+@json_option()
 def command(as_json: bool) -> None:
-    """List what models can run on, with its memory, and how to add GPUs.
+    """List the devices that models can run on, with their memory.
 
-    The names are those that --device and --tensor-override take.
+    --device and --tensor-override take these names. For each GPU backend that this build of llama.cpp does
+    not have, the command that installs it is printed.
     """
     from dsmoe_local.engine import native
     from dsmoe_local.engine.load.machine import available_memory
@@ -46,22 +51,20 @@ def command(as_json: bool) -> None:
     used = {device.name for device in native.offload_devices(devices)}
     missing = {key: value for key, value in BACKENDS.items() if key not in {d.backend for d in devices}}
     if as_json:
-        click.echo(json.dumps(_as_json(devices, available, used, missing), indent=2, ensure_ascii=True))
+        print_json(_as_json(devices, available, used, missing), indent=2)
         return
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    console.print(_table(devices, available, used))
+    out = console(soft_wrap=True)
+    out.print(_table(devices, available, used))
     if not used:
-        console.print("No GPU: models run on the processor.\n")
+        out.print("No GPU: models run on the CPU.\n")
     if missing:
-        console.print("This build of llama.cpp can be replaced by one for:\n")
-    for name, switch, runs_on in missing.values():
-        console.print(f"  {name} ({runs_on})\n    {build_command(switch)}")
+        out.print("To build llama.cpp with support for another device, run one of:\n")
+    for name, switch, needs in missing.values():
+        out.print(f"  {name} ({needs})\n    {build_command(switch)}")
 
 
 def _free(device: Device, available: int) -> int:
-    # ggml counts all of the machine's memory as free.
+    # For devices in main memory, ggml reports all of it as free.
     return min(device.n_free, available) if device.shares_memory else device.n_free
 
 
@@ -86,11 +89,9 @@ def _as_json(
 
 
 def _table(devices: Sequence[Device], available: int, used: set[str]) -> Table:
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = plain_table()
     for heading in ("device", "backend", "kind"):
         table.add_column(heading, no_wrap=True)
     for heading in ("free", "memory"):

@@ -1,8 +1,7 @@
-"""`dsmoe eval`: how well a model predicts a text, alone or beside a reference. `evaluate` measures."""
+"""`dsmoe eval`: measures a model on a text, alone or against a reference. `evaluate` does the work."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import threading
@@ -14,18 +13,20 @@ import click
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.cli.configuration import from_command_line, told_origin
-from dsmoe_local.cli.eval_sensitivity import SensitivityOptions, as_it_is, sensitivity_options
+from dsmoe_local.cli.command import define_command
+from dsmoe_local.cli.eval_sensitivity import SensitivityOptions, sensitivity_options, without_model_changes
 from dsmoe_local.cli.eval_sensitivity import run as measure_sensitivity
 from dsmoe_local.cli.eval_sensitivity import show as show_sensitivity
+from dsmoe_local.cli.model_argument import ModelName, find_model, model_argument, model_option
 from dsmoe_local.cli.model_options import (
-    ModelName,
-    find_model,
+    check_window,
     load_engine,
-    model_argument,
-    model_option,
-    model_options,
+    model_options_without_context,
+    window_option,
 )
+from dsmoe_local.cli.option_sources import from_command_line, source_in_errors
+from dsmoe_local.cli.options import json_option, option
+from dsmoe_local.cli.output import built_in_text, console, facts, plain_table, print_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,39 +41,52 @@ if TYPE_CHECKING:
     from dsmoe_local.evaluate.text import Text
     from dsmoe_local.evaluate.windows import Windows
 
-_N_CONTEXT = 512
-_LARGE = 1e9  # from here on digits are not written out
+_LARGE = 1e9
+"""Larger values are shown with an exponent."""
 
 
-@click.command(name="eval")
+@define_command(
+    "eval",
+    ("dsmoe eval model.gguf --text wiki.txt", "Measure the perplexity."),
+    ("dsmoe eval q4.gguf --against q8.gguf", "Also compare with a reference."),
+    ("dsmoe eval m.gguf --sensitivity costs.json", "Measure costs for dsmoe quantize."),
+)
 @model_argument
 @model_option
-@click.option(
+@option(
     "--text",
     "source",
     type=click.Path(allow_dash=True),
     metavar="FILE|-",
-    help="The text to predict [a built-in one].",
+    show_default="a built-in one",
+    help="Text to predict.",
 )
-@click.option(
+@option(
     "--against",
     type=ModelName(),
     metavar="MODEL|FILE",
-    help="Compare with this model, or with what --keep has kept of one.",
+    help="Reference to compare with: a model, or a file from --keep.",
 )
-@click.option(
+@option(
     "--keep",
     "kept",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Keep what the reference predicted, for later; without --against, what MODEL did.",
+    help="Store the predictions of the reference, for a later --against. Without --against, MODEL is the"
+    " reference.",
 )
-@click.option(
-    "--chunks", "n_windows", type=click.IntRange(1), metavar="N", help="Read only the first N windows [all]."
+@option(
+    "--chunks",
+    "n_windows",
+    type=click.IntRange(1),
+    metavar="N",
+    show_default="all",
+    help="Read only the first N windows.",
 )
 @sensitivity_options
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@model_options
+@json_option()
+@window_option
+@model_options_without_context
 def command(
     model: str | None,
     named_model: str | None,
@@ -83,24 +97,25 @@ def command(
 ) -> None:
     """Measure how well a model predicts a text.
 
-    Prints the perplexity, as llama.cpp's tool counts it: windows of -c tokens, of which the second half is
-    scored. With --against also how far the model is from a reference: the Kullback-Leibler divergence, how
-    often both find the same token likeliest, and in which layers they choose other experts.
+    The perplexity is that of llama.cpp's tool: the text is read in windows of -c tokens, and the second half
+    of each is scored. With --against, the model is compared with a reference: KL divergence, how often both
+    have the same likeliest token, and in which layers their routers choose different experts.
 
-    --active-experts, -ctk and -ctv apply to MODEL alone, so their effect can be measured against the same
-    file. The built-in text is English and code that Python ships (PSF licence), and Chinese of this project.
+    --active-experts, -ctk and -ctv apply to MODEL only: compare a model with itself to measure their effect.
+    The built-in text is English and code from Python's sources (PSF licence), and Chinese by this project.
 
-    --sensitivity quantizes one group of tensors of MODEL after the other, and measures how far that moves it.
-    What it finds is used by dsmoe-quantize --target-size and the like, with the same --sensitivity FILE.
+    --sensitivity quantizes one group of tensors after the other and measures the divergence that this causes.
+    dsmoe quantize uses the result, with a target and the same --sensitivity FILE.
     """
     from dsmoe_local.evaluate.text import read_text
 
-    excluded = {"against": ("--against", against), "kept": ("--keep", values["kept"])}
-    costs = SensitivityOptions.taken(values).beside(excluded)
+    costs = SensitivityOptions.taken(values).beside({"against": against, "kept": values["kept"]})
     costs.check()
     path = find_model(model, named_model)
     run = _Run(values.pop("kept"), values.pop("n_windows"), read_text(source), values)
-    _check(run, against, source)
+    check_window(run.n_context)
+    if source == "-" and against == "-":
+        raise UsageError("--against takes a model or a file, not stdin")
     if costs.sensitivity_file is not None:
         found = measure_sensitivity(path, costs, run.text, run.n_context, run.n_windows, values)
         show_sensitivity(found, as_json=as_json, built_in=source is None)
@@ -108,58 +123,38 @@ def command(
     with run.reserved():
         result = run.compared(path, against, source is not None) if against else run.alone(path)
     if as_json:
-        click.echo(json.dumps(result.as_json(), ensure_ascii=True))
+        print_json(result.as_json())
         return
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False)
+    out = console()
     for part in _parts(result, built_in=source is None):
-        console.print(part)
-
-
-for _option in command.params:
-    if isinstance(_option, click.Option) and _option.name == "n_context":
-        _option.help = f"Tokens of a window [{_N_CONTEXT}]."
-
-
-def _check(run: _Run, against: str | None, source: str | None) -> None:
-    """What can be told before a model is loaded."""
-    from dsmoe_local.evaluate.windows import MIN_CONTEXT
-
-    if run.n_context < MIN_CONTEXT:
-        with told_origin("n_context"):
-            raise UsageError(
-                f"-c {run.n_context} is out of range", remedy=f"windows have {MIN_CONTEXT} tokens or more"
-            )
-    if source == "-" and against == "-":
-        raise UsageError("--against takes a model or a file")
+        out.print(part)
 
 
 class _Run:
-    """The models of one command, one after the other. Takes the shared options as `values`."""
+    """One run: measures its models, one after the other. `values` are the shared options."""
 
     def __init__(self, kept: Path | None, n_windows: int | None, text: Text, values: dict[str, Any]) -> None:
         self.kept = kept
         self.n_windows = n_windows
         self.text = text
-        self.n_context: int = values["n_context"] or _N_CONTEXT
+        self.n_context: int = values["n_context"]
         self._values = values
         self._stop = threading.Event()
 
     @contextmanager
     def reserved(self) -> Iterator[None]:
-        """Hold the name of the file that --keep names, before hours are spent on it."""
+        """Reserve the file of --keep, before hours are spent on its content."""
         from dsmoe_local.evaluate.reference import reserved
 
         with nullcontext() if self.kept is None else reserved(self.kept):
             yield
 
     def alone(self, path: Path) -> Evaluation:
-        """A model without a reference; it may become one."""
+        """Measure a model without a reference; --keep makes it one."""
         if self.kept is not None:
             with ExitStack() as stack:
                 return self._record(stack, path, self._values)[1]
-        from dsmoe_local.cli.render import run_with_progress
+        from dsmoe_local.cli.progress import run_with_progress
         from dsmoe_local.evaluate.measure import measure
 
         with self._load(path, self._values, self.n_context) as engine:
@@ -167,8 +162,8 @@ class _Run:
             return run_with_progress(lambda listen, stop: measure(engine, windows, listen, stop), self._stop)
 
     def compared(self, path: Path, against: str, text_named: bool) -> Evaluation:
-        """A model beside its reference, which is recorded first unless it was kept."""
-        from dsmoe_local.cli.render import run_with_progress
+        """Measure a model against its reference, which is recorded first unless it is a file."""
+        from dsmoe_local.cli.progress import run_with_progress
         from dsmoe_local.evaluate.reference import compare, is_kept
 
         with ExitStack() as stack:
@@ -176,10 +171,9 @@ class _Run:
             if file.is_file() and is_kept(file):
                 reference = self._unpack(stack, file, text_named)
             else:
-                with told_origin("against"):
+                with source_in_errors("against"):
                     other = find_model(against)
-                # What is measured is the options' effect: the reference is as it would be without them.
-                reference = self._record(stack, other, as_it_is(self._values))[0]
+                reference = self._record(stack, other, without_model_changes(self._values))[0]
             n_context = reference.windows.n_context
             with self._load(path, self._values, n_context, *reference.observers(path)) as engine:
                 return run_with_progress(
@@ -187,7 +181,7 @@ class _Run:
                 )
 
     def _record(self, stack: ExitStack, path: Path, values: dict[str, Any]) -> tuple[Reference, Evaluation]:
-        from dsmoe_local.cli.render import run_with_progress
+        from dsmoe_local.cli.progress import run_with_progress
         from dsmoe_local.evaluate.reference import keep, record, recorders
         from dsmoe_local.evaluate.scratch import scratch_folder
 
@@ -206,18 +200,20 @@ class _Run:
         from dsmoe_local.evaluate.scratch import scratch_folder
 
         if self.kept is not None:
-            raise UsageError("--keep: the reference is a kept one already", where=safe_line(str(file)))
+            raise UsageError(
+                "--keep has no effect: the reference is a file already", where=safe_line(str(file))
+            )
         reference = unpack(file, stack.enter_context(scratch_folder()), self.n_windows)
         windows = reference.windows
         if text_named and windows.text_digest != self.text.digest:
             raise UsageError(
-                f"the reference was kept of another text: {windows.text}",
+                f"the reference was recorded on another text: {windows.text}",
                 where=safe_line(str(file)),
-                remedy="leave --text out: the kept reference has its own",
+                remedy="leave --text out: the reference contains its text",
             )
         if from_command_line("n_context") and windows.n_context != self.n_context:
             raise UsageError(
-                f"the reference was kept in windows of {windows.n_context} tokens",
+                f"the reference was recorded in windows of {windows.n_context} tokens",
                 where=safe_line(str(file)),
                 remedy="leave -c out",
             )
@@ -247,17 +243,10 @@ def _parts(result: Evaluation, *, built_in: bool) -> Iterator[RenderableType]:
     if routing is not None:
         yield _routing_table(routing)
     if built_in:
-        from dsmoe_local.evaluate.text import LICENCES
-
-        yield rich_text.Text(f"The built-in text: {LICENCES}.", style="dim")
+        yield built_in_text()
 
 
 def _facts(result: Evaluation) -> Table:
-    from rich.table import Table
-
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="cyan", no_wrap=True)
-    grid.add_column()
     noun = "window" if result.n_windows == 1 else "windows"
     windows = f"{result.n_windows} {noun} of {result.n_context:,} tokens"
     rows = [
@@ -267,9 +256,7 @@ def _facts(result: Evaluation) -> Table:
     ]
     if result.comparison is not None:
         rows += _comparison(result.comparison)
-    for row in rows:
-        grid.add_row(*row)
-    return grid
+    return facts(rows)
 
 
 def _comparison(comparison: Comparison) -> list[tuple[str, str]]:
@@ -294,10 +281,7 @@ def _same_experts(routing: RoutingFidelity | None) -> str:
 
 
 def _routing_table(routing: RoutingFidelity) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = plain_table()
     for heading in ("layer", "same experts", "overlap", "gate KL"):
         table.add_column(heading, justify="right", no_wrap=True)
     for layer in routing.layers:
@@ -310,12 +294,12 @@ def _routing_table(routing: RoutingFidelity) -> Table:
 
 
 def _bounded(value: float, bound: float) -> str:
-    """What is smaller than its error is not known to be anything."""
+    """Return a value, or its bound if it is smaller than its error."""
     return f"< {bound:.2g}" if value < bound else f"{value:.2g}"
 
 
 def _estimate(estimate: Estimate) -> str:
-    """As many digits as its error makes worth showing."""
+    """Return a value with the digits that its error leaves meaningful."""
     if estimate.error <= 0:
         return f"{estimate.value:.4g}"
     if estimate.value >= _LARGE:

@@ -1,20 +1,21 @@
-"""`dsmoe eval --sensitivity`: its options, the run and the table. `evaluate.error_cost` measures."""
+"""`dsmoe eval --sensitivity`: options, run and table. `evaluate.error_cost` measures."""
 
 from __future__ import annotations
 
-import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.cli.configuration import from_command_line
+from dsmoe_local.cli.option_sources import flag_of, from_command_line
+from dsmoe_local.cli.options import Group, all_of, option
+from dsmoe_local.cli.output import built_in_text, console, plain_table, print_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,65 +30,68 @@ if TYPE_CHECKING:
     from dsmoe_local.evaluate.text import Text
     from dsmoe_local.model.ggml import GgmlType
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-
 _PROBE = "q4_0"
 _NO_FIT = "none fits"
 _WIDE = 76
-"""Columns that all of the table takes."""
-_OPTIONS = (
-    click.option(
+"""The least columns for the whole table."""
+
+_SENSITIVITY = Group.SENSITIVITY
+
+sensitivity_options = all_of(
+    option(
         "--sensitivity",
         "sensitivity_file",
+        group=_SENSITIVITY,
         type=click.Path(path_type=Path),
         metavar="FILE",
-        help="Measure what errors in each group of tensors cost, and keep it here for dsmoe-quantize.",
+        # At the top level of the config file, and as DSMOE_SENSITIVITY, it is what dsmoe quantize reads. Here
+        # it starts hours of measuring.
+        section_only=True,
+        envvar="DSMOE_EVAL_SENSITIVITY",
+        help="Measure what errors in each group of tensors cost, and store it for dsmoe quantize.",
     ),
-    click.option(
+    option(
         "--probe",
         "probes",
+        group=_SENSITIVITY,
         multiple=True,
         metavar="TYPE",
-        help=f"With --sensitivity: the type to try; several are averaged [{_PROBE}].",
+        show_default=_PROBE,
+        help="Type to quantize a group to. Repeatable; the results are averaged.",
     ),
-    click.option("--by-layer", is_flag=True, help="… each group of each layer by itself."),
-    click.option(
+    option(
+        "--by-layer", group=_SENSITIVITY, is_flag=True, help="Measure each group in each layer separately."
+    ),
+    option(
         "--imatrix",
         "imatrix_file",
+        group=_SENSITIVITY,
         type=click.Path(path_type=Path),
         metavar="FILE",
-        help="… with this importance matrix, as dsmoe-quantize will.",
+        help="Quantize with this importance matrix, as dsmoe quantize will.",
     ),
-    click.option("--allow-requantize", is_flag=True, help="… of a model that is quantized already."),
+    option(
+        "--allow-requantize",
+        group=_SENSITIVITY,
+        is_flag=True,
+        help="Accept a model that is already quantized.",
+    ),
 )
-_ALONE = {
-    "probes": "--probe",
-    "by_layer": "--by-layer",
-    "imatrix_file": "--imatrix",
-    "allow_requantize": "--allow-requantize",
-}
-_MODELS_OWN = {
-    "n_experts_per_token": ("--active-experts", None),
-    "cache_type_k": ("-ctk", "f16"),
-    "cache_type_v": ("-ctv", "f16"),
-}
+"""Adds the options of `SensitivityOptions`."""
+
+_NEEDS_SENSITIVITY = ("probes", "by_layer", "imatrix_file", "allow_requantize")
+_MODEL_CHANGES = {"n_experts_per_token": None, "cache_type_k": "f16", "cache_type_v": "f16"}
+"""Options whose effect on MODEL can be measured, with the values that change nothing."""
 
 
-def as_it_is(values: dict[str, Any]) -> dict[str, Any]:
-    """The shared options without those whose effect would be measured: for a model to compare with."""
-    return values | {name: value for name, (_, value) in _MODELS_OWN.items()}
-
-
-def sensitivity_options(function: Function) -> Function:
-    """Add the options to a command."""
-    for option in reversed(_OPTIONS):
-        function = option(function)
-    return function
+def without_model_changes(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the shared options for the reference: without those whose effect is measured."""
+    return values | _MODEL_CHANGES
 
 
 @dataclass(frozen=True, slots=True)
 class SensitivityOptions:
-    """The options as they are given."""
+    """The values of the options about sensitivity."""
 
     sensitivity_file: Path | None
     probes: tuple[str, ...]
@@ -97,45 +101,44 @@ class SensitivityOptions:
 
     @classmethod
     def taken(cls, values: dict[str, Any]) -> SensitivityOptions:
-        """Out of all options of the command."""
-        names = ("sensitivity_file", *_ALONE)
-        return cls(**{name: values.pop(name) for name in names})
+        """Remove them from the parameters of the command."""
+        return cls(**{each.name: values.pop(each.name) for each in fields(cls)})
 
-    def beside(self, others: Mapping[str, tuple[str, object]]) -> SensitivityOptions:
-        """Without --sensitivity where the command line has another option of `others`, which it excludes, and
-        only the config file has it. UsageError if both are on the command line, or both are not.
+    def beside(self, others: Mapping[str, object]) -> SensitivityOptions:
+        """Return the options, without --sensitivity if another option on the command line overrides it.
 
-        `others` are, by parameter, the option and its value.
+        `others` are the parameters that --sensitivity excludes, with their values. UsageError if both are on
+        the command line, or both are not.
         """
-        given = {name: option for name, (option, value) in others.items() if value is not None}
+        given = [name for name, value in others.items() if value is not None]
         if self.sensitivity_file is None or not given:
             return self
         is_typed = from_command_line("sensitivity_file")
-        typed = [option for name, option in given.items() if from_command_line(name)]
+        typed = [name for name in given if from_command_line(name)]
         if is_typed == bool(typed):
-            option = next(iter(typed or given.values()))
-            raise UsageError(f"--sensitivity and {option} exclude each other", remedy="give one of them")
+            flag = flag_of((typed or given)[0])
+            raise UsageError(f"--sensitivity and {flag} exclude each other", remedy="give one of them")
         return self if is_typed else replace(self, sensitivity_file=None)
 
     def check(self) -> None:
-        """UsageError for what does not go together on the command line."""
+        """Raise UsageError for options on the command line that have no effect."""
         if self.sensitivity_file is None:
-            for name, option in _ALONE.items():
+            for name in _NEEDS_SENSITIVITY:
                 if getattr(self, name) and from_command_line(name):
-                    raise UsageError(f"{option} needs --sensitivity")
+                    raise UsageError(f"{flag_of(name)} needs --sensitivity")
             return
-        for name, (option, _) in _MODELS_OWN.items():
+        for name in _MODEL_CHANGES:
             if from_command_line(name):
-                raise UsageError(f"{option} does not go with --sensitivity")
+                raise UsageError(f"{flag_of(name)} has no effect with --sensitivity", remedy="leave it out")
 
     def types(self) -> tuple[GgmlType, ...]:
-        """The types to try. UsageError for what is none."""
+        """Return the types to try. UsageError for an unknown or unsuitable one."""
         from dsmoe_local.model.ggml import FLOATS
         from dsmoe_quantize.policy.types import parse_target
 
         types = tuple(dict.fromkeys(parse_target(word) for word in self.probes or (_PROBE,)))
         if FLOATS.intersection(types):
-            raise UsageError("--probe takes a type of blocks, as q4_0")
+            raise UsageError("--probe takes a quantized type", remedy=f"such as {_PROBE}")
         return types
 
 
@@ -147,8 +150,8 @@ def run(
     n_windows: int | None,
     values: dict[str, Any],
 ) -> ErrorCosts:
-    """Measure the model at `path`; takes the shared options as `values`."""
-    from dsmoe_local.cli.render import run_with_progress
+    """Measure the model at `path`; `values` are the shared options."""
+    from dsmoe_local.cli.progress import run_with_progress
     from dsmoe_local.evaluate.error_cost import CostOptions, measure_costs
     from dsmoe_local.model.discovery import note_use
     from dsmoe_local.model.gguf_model import read_model
@@ -182,7 +185,7 @@ def _loader(path: Path, values: dict[str, Any]) -> Load:
     from dsmoe_local.engine.process.client import EngineClient
     from dsmoe_local.evaluate.measure import options_for
 
-    values = as_it_is(values)
+    values = without_model_changes(values)
     log_file: Path | None = values.pop("log_file")
     options = loading_options(path, values)
 
@@ -203,19 +206,15 @@ def _loader(path: Path, values: dict[str, Any]) -> Load:
 def show(costs: ErrorCosts, *, as_json: bool, built_in: bool) -> None:
     """Print the result on stdout."""
     if as_json:
-        click.echo(json.dumps(_as_json(costs), ensure_ascii=True))
+        print_json(_as_json(costs))
         return
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = 160
-    for part in _parts(costs, console.width, built_in=built_in):
-        console.print(part)
+    out = console(file_columns=160)
+    for part in _parts(costs, out.width, built_in=built_in):
+        out.print(part)
 
 
 def _as_json(costs: ErrorCosts) -> dict[str, Any]:
-    """docs/evaluation.md says what the fields are."""
+    """Return the result as JSON; docs/evaluation.md describes the fields."""
     from dataclasses import asdict
 
     from dsmoe_local.model.ggml import type_name
@@ -256,30 +255,25 @@ def _parts(costs: ErrorCosts, width: int, *, built_in: bool) -> Iterator[Rendera
     if any(each.is_at_most for each in costs.groups):
         yield Line("<: the divergence is no larger than its error; the cost is an upper bound")
     if any(each.cost is None and each.fits for each in costs.groups):
-        yield Line("-: the type stores these weights without loss; try another --probe")
+        yield Line("-: the type stores these weights exactly; try another --probe")
     if any(not each.fits for each in costs.groups):
         yield Line(
             f"{_NO_FIT}: the type's blocks do not divide the rows of these tensors; {_PROBE} has the smallest"
         )
     yield Line(
-        f"Kept in {safe_line(str(costs.path))}."
-        " To use it: dsmoe-quantize --target-size SIZE --sensitivity FILE"
+        f"Stored in {safe_line(str(costs.path))}."
+        " To use it: dsmoe quantize --target-size SIZE --sensitivity FILE"
     )
     if built_in:
-        from dsmoe_local.evaluate.text import LICENCES
-
-        yield Line(f"The built-in text: {LICENCES}.", style="dim")
+        yield built_in_text()
 
 
 _HEADINGS = ("group", "type", "relative\nerror", "KL divergence", "cost", "built\nin")
 
 
 def _table(costs: ErrorCosts, *, is_narrow: bool) -> Table:
-    """A narrow one leaves out what the JSON has, too: the errors, and the built-in costs."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    """Return the table; a narrow one has neither errors nor built-in costs."""
+    table = plain_table()
     headings = ("group", "type", "KL divergence", "cost") if is_narrow else _HEADINGS
     for heading in headings:
         table.add_column(heading, justify="left" if heading in ("group", "type") else "right", no_wrap=True)
@@ -288,7 +282,7 @@ def _table(costs: ErrorCosts, *, is_narrow: bool) -> Table:
         first = (safe_line(each.group), cost, f"{each.built_in:.3g}")
         rows = [
             (
-                _told(kind, each.used.get(kind, ())),
+                _type_cell(kind, each.used.get(kind, ())),
                 f"{probe.error:.3g}",
                 f"{probe.kl:.3g} ± {probe.kl_error:.1g}",
             )
@@ -296,14 +290,14 @@ def _table(costs: ErrorCosts, *, is_narrow: bool) -> Table:
         ]
         for number, row in enumerate(rows or [("" if each.fits else _NO_FIT, "", "")]):
             name, *rest = first if not number else ("", "", "")
-            told, error, divergence = row
+            kind, error, divergence = row
             figures = (divergence, *rest[:1]) if is_narrow else (error, divergence, *rest)
-            table.add_row(name, told, *figures)
+            table.add_row(name, kind, *figures)
     return table
 
 
-def _told(kind: GgmlType, used: tuple[GgmlType, ...]) -> str:
-    """The type that was tried, and what stood in for it where it does not fit."""
+def _type_cell(kind: GgmlType, used: tuple[GgmlType, ...]) -> str:
+    """Return the type that was tried, and the types used instead where its blocks do not fit."""
     from dsmoe_local.model.ggml import type_name
 
     is_as_asked = used in ((), (kind,))

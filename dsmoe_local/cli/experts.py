@@ -1,8 +1,7 @@
-"""`dsmoe experts`: which experts a text uses, layer by layer; dsmoe_local.experts reads, counts and draws."""
+"""`dsmoe experts`: the experts that a text uses. dsmoe_local.experts reads, counts and draws."""
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -14,15 +13,12 @@ import click
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.cli.configuration import from_command_line, models_folder
-from dsmoe_local.cli.model_options import (
-    ModelName,
-    find_model,
-    load_engine,
-    model_option,
-    model_options,
-    within_training,
-)
+from dsmoe_local.cli.command import define_command
+from dsmoe_local.cli.model_argument import ModelName, find_model, model_option, models_folder
+from dsmoe_local.cli.model_options import load_engine, model_options, within_training
+from dsmoe_local.cli.option_sources import from_command_line
+from dsmoe_local.cli.options import json_option, option
+from dsmoe_local.cli.output import console, print_json
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -37,12 +33,12 @@ _MOST_TEXTS = 2
 
 
 class _ModelOrText(ModelName):
-    """A model in the first place, texts behind it."""
+    """A model first, then texts."""
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        """As a model is completed; then files."""
+        """Return models for the first argument, files for the others."""
         if not ctx.params.get(str(param.name)) and ctx.params.get("named_model") is None:
             return super().shell_complete(ctx, param, incomplete)
         from click.shell_completion import CompletionItem
@@ -50,13 +46,18 @@ class _ModelOrText(ModelName):
         return [CompletionItem(incomplete, type="file")]
 
 
-@click.command(name="experts")
+@define_command(
+    "experts",
+    ("dsmoe experts model.gguf a.txt", "Show the experts of a text."),
+    ("dsmoe experts model.gguf a.txt b.txt", "Compare two texts."),
+    ("git log | dsmoe experts -m model.gguf -", "Read stdin."),
+)
 @click.argument(
     "files", nargs=-1, required=True, metavar="[MODEL] FILE.txt|- [FILE.txt]", type=_ModelOrText()
 )
 @model_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="Write the picture, too.")
+@json_option()
+@option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="Also write the picture to a file.")
 @model_options
 def command(
     files: tuple[str, ...],
@@ -67,14 +68,14 @@ def command(
 ) -> None:
     """Show which routed experts a text uses, layer by layer.
 
-    MODEL is a name that `dsmoe models` lists, or a GGUF file. The whole text is read, in parts as long as the
-    context; - is stdin. Of two texts it is also shown which experts they use most differently.
+    MODEL is a GGUF file, or a name that `dsmoe models` lists; - stands for stdin. A text longer than the
+    context is read in parts. For two texts, the experts that differ most are listed as well.
     """
-    model, names = _sorted_out(files, named_model is not None and from_command_line("named_model"))
+    model, names = _model_and_texts(files, named_model is not None and from_command_line("named_model"))
     path = _find(model, named_model)
     if svg is not None and svg.suffix.lower() != ".svg":
-        raise UsageError("--svg takes a file's name that ends in .svg", where=safe_line(str(svg)))
-    from dsmoe_local.cli.render import run_with_progress
+        raise UsageError("--svg takes a name that ends in .svg", where=safe_line(str(svg)))
+    from dsmoe_local.cli.progress import run_with_progress
     from dsmoe_local.evaluate.text import read_text
     from dsmoe_local.experts.cost import own_number
     from dsmoe_local.experts.reading import OBSERVERS
@@ -94,32 +95,32 @@ def command(
 
         write_picture(svg, name, {title: reading.activity for title, reading in readings.items()})
     if as_json:
-        click.echo(json.dumps(_as_json(name, readings), ensure_ascii=True))
+        print_json(_as_json(name, readings))
         return
     _print(name, readings)
 
 
-def _sorted_out(files: tuple[str, ...], is_model_named: bool) -> tuple[str | None, tuple[str, ...]]:
-    """The model, if one is among the arguments, and the texts."""
+def _model_and_texts(files: tuple[str, ...], is_model_named: bool) -> tuple[str | None, tuple[str, ...]]:
+    """Return the model, if the arguments name one, and the texts."""
     first, *others = files
-    # A name is no file; of three, the first can be nothing else.
+    # The first argument is a model if no such file exists, or if there are three arguments.
     may_be_name = not is_model_named and first != "-" and others
     is_model = _is_gguf(first) or (may_be_name and (len(others) == _MOST_TEXTS or not os.path.exists(first)))
     model, texts = (first, tuple(others)) if is_model else (None, files)
     if not texts or (len(texts) == 1 and _is_known(texts[0])):
         raise UsageError("no text is named", remedy=f"dsmoe experts {first} FILE.txt, or - for stdin")
     if len(texts) > _MOST_TEXTS:
-        raise UsageError("one or two texts are wanted", remedy=f"{len(texts)} are named")
+        raise UsageError(f"{len(texts)} texts are given", remedy="give one or two")
     if texts.count("-") > 1:
-        raise UsageError("stdin is asked for twice", remedy="use one -")
+        raise UsageError("stdin is given twice", remedy="give - once")
     return model, texts
 
 
 def _is_known(word: str) -> bool:
-    """Whether a model has this name, and no file."""
+    """Return True for the name of a model that is not also a file."""
     from dsmoe_local.model.discovery import known_models
 
-    named = {model.name.casefold() for model in known_models(models_folder())}
+    named = {model.name.casefold() for model in known_models(models_folder()[0])}
     return not os.path.exists(word) and word.casefold() in named
 
 
@@ -139,12 +140,12 @@ def _find(model: str | None, named_model: str | None) -> Path:
     except UsageError as error:
         if model is None or os.sep in model or error.where:
             raise
-        # It may have been meant as a text.
+        # The word may be meant as a text.
         raise UsageError(error.what, where="there is no such text either", remedy=error.remedy) from error
 
 
 def _titles(names: tuple[str, ...]) -> list[str]:
-    """What the texts are called; told apart even where they are the same."""
+    """Return the names of the texts; equal names get numbers."""
     shown = ["stdin" if name == "-" else safe_line(Path(name).name, 60) for name in names]
     return [
         f"{title} ({number})" if shown.count(title) > 1 else title for number, title in enumerate(shown, 1)
@@ -193,11 +194,9 @@ def _as_json(model: str, readings: Mapping[str, Reading]) -> dict[str, Any]:
 
 
 def _print(model: str, readings: Mapping[str, Reading]) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False)
-    for part in _parts(model, readings, console.width):
-        console.print(part)
+    out = console()
+    for part in _parts(model, readings, out.width):
+        out.print(part)
 
 
 def _parts(model: str, readings: Mapping[str, Reading], width: int) -> Iterator[RenderableType]:

@@ -1,8 +1,7 @@
-"""`dsmoe imatrix`: what each weight counts, collected from a text, merged, shown. `evaluate` collects."""
+"""`dsmoe imatrix`: collects, merges and shows importance matrices. `evaluate.importance` collects."""
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Collection
 from pathlib import Path
@@ -12,8 +11,17 @@ import click
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.cli.configuration import configurable, from_command_line, keys_of
-from dsmoe_local.cli.model_options import ModelName, find_model, load_engine, model_option, model_options
+from dsmoe_local.cli.command import define_command
+from dsmoe_local.cli.model_argument import ModelName, find_model, model_option
+from dsmoe_local.cli.model_options import (
+    check_window,
+    load_engine,
+    model_options_without_context,
+    window_option,
+)
+from dsmoe_local.cli.option_sources import from_command_line
+from dsmoe_local.cli.options import Group, configurable, json_option, option
+from dsmoe_local.cli.output import built_in_text, console, facts, plain_table, print_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,44 +30,67 @@ if TYPE_CHECKING:
     from dsmoe_local.evaluate.importance_coverage import Coverage
     from dsmoe_quantize.imatrix import Imatrix
 
-_N_CONTEXT = 512
 _N_COLDEST = 8
 _N_OF_LAYER = 3
-_MODES = ("--merge", "--show")
 _TAKEN_BY_SHOW = frozenset({"files", "show", "as_json"})
 _TAKEN_BY_MERGE = frozenset({"files", "merge", "as_json", "out", "force"})
 
 
-@click.command(name="imatrix")
+@define_command(
+    "imatrix",
+    ("dsmoe imatrix model-bf16.gguf --text t.txt", "Write model-bf16.imatrix.gguf."),
+    ("dsmoe imatrix --merge A B -o C.imatrix.gguf", "Add up two matrices."),
+    ("dsmoe imatrix --show A", "Show how often each expert was used."),
+)
 @click.argument("files", nargs=-1, metavar="[MODEL] | FILE...", type=ModelName())
 @model_option
-@click.option(
+@option(
     "--text",
     "source",
     type=click.Path(allow_dash=True),
     metavar="FILE|-",
-    help="The text to read [a built-in one: for a first try].",
+    show_default="a built-in one, for a first try",
+    help="Text to read.",
 )
-@click.option(
+@option(
     "-o",
     "--output",
     "out",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="What to write [<model>.imatrix.gguf in the current folder].",
+    show_default="<model>.imatrix.gguf",
+    help="File to write.",
 )
-@click.option("--merge", is_flag=True, help="Add up FILEs that were collected before.")
-@click.option("--show", is_flag=True, help="Show what FILE covers; nothing is written.")
-@click.option(
-    "--chunks", "n_windows", type=click.IntRange(1), metavar="N", help="Read only the first N windows [all]."
+@option("--merge", is_flag=True, help="Add up FILEs from earlier runs.")
+@option("--show", is_flag=True, help="Show what FILE covers, and write nothing.")
+@option(
+    "--chunks",
+    "n_windows",
+    type=click.IntRange(1),
+    metavar="N",
+    show_default="all",
+    help="Read only the first N windows.",
 )
-@click.option(
-    "--save-every", type=click.IntRange(1), metavar="N", help="Keep what is done every N windows [10]."
+@option("--force", is_flag=True, help="Replace an existing output.")
+@json_option("Print one JSON object, with the counts of all experts.")
+@option(
+    "--save-every",
+    group=Group.ADVANCED,
+    type=click.IntRange(1),
+    # evaluate.importance.SAVE_EVERY
+    default=10,
+    metavar="N",
+    help="Save the intermediate result every N windows.",
 )
-@click.option("--process-output", "with_output", is_flag=True, help="Also collect for the output matrix.")
-@click.option("--force", is_flag=True, help="Replace an existing output.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with all experts' counts.")
-@model_options
+@option(
+    "--process-output",
+    "with_output",
+    group=Group.ADVANCED,
+    is_flag=True,
+    help="Also collect for the output matrix.",
+)
+@window_option
+@model_options_without_context
 def command(
     files: tuple[str, ...],
     named_model: str | None,
@@ -68,12 +99,12 @@ def command(
     as_json: bool,
     **values: Any,  # noqa: ANN401 - the shared options
 ) -> None:
-    """Collect an importance matrix: which input channels of each weight matrix count, per expert.
+    """Collect an importance matrix for quantizing: how much each input channel of each matrix matters.
 
-    A model reads a text, and the squares of what its matrices are multiplied with are summed up. With the
-    file, dsmoe-quantize --imatrix and llama-quantize --imatrix keep those weights more exactly that count
-    more. Take the unquantized model or Q8_0, and a text like what the model is to do. A run that was
-    interrupted continues when the same command is given again.
+    The model reads a text, and the squares of the inputs of its matrices are added up, for each expert
+    separately. dsmoe quantize --imatrix and llama-quantize --imatrix then store important weights more
+    precisely. Use the unquantized model or Q8_0, and a text like those the model will work on. Run the same
+    command again to continue an interrupted run.
     """
     _check(files, merge, show, values)
     if merge or show:
@@ -86,36 +117,29 @@ def command(
         _print(_collected(find_model(files[0] if files else None, named_model), values), as_json)
 
 
-for _option in command.params:
-    if isinstance(_option, click.Option) and _option.name == "n_context":
-        _option.help = f"Tokens of a window [{_N_CONTEXT}]."
-
-
 def _check(files: tuple[str, ...], merge: bool, show: bool, values: dict[str, Any]) -> None:
     if merge and show:
-        raise UsageError(f"{' and '.join(_MODES)} are given", remedy="use one of them")
+        raise UsageError("--merge and --show exclude each other", remedy="give one of them")
     if merge and (len(files) < 2 or values["out"] is None):
         raise UsageError(
-            "--merge takes two files or more, and -o", remedy="dsmoe imatrix --merge A B -o C.imatrix.gguf"
+            "--merge needs two files or more, and -o", remedy="dsmoe imatrix --merge A B -o C.imatrix.gguf"
         )
     if show and len(files) != 1:
-        raise UsageError("--show takes one file")
+        raise UsageError("--show takes one file", remedy="dsmoe imatrix --show FILE")
     if not merge and not show and len(files) > 1:
-        raise UsageError("several files are named", remedy="name one model, or use --merge")
+        raise UsageError(f"{len(files)} models are named", remedy="name one, or add up matrices with --merge")
 
 
 def _refuse_others(mode: str, taken: Collection[str]) -> None:
-    """UsageError for an option that would have no effect. What a variable or the config file gives is meant
-    for other runs.
-    """
-    for option in configurable(click.get_current_context().command):
-        name = str(option.name)
+    """Raise UsageError for an option on the command line that has no effect in this mode."""
+    for each in configurable(click.get_current_context().command):
+        name = str(each.name)
         if name not in taken and from_command_line(name):
-            raise UsageError(f"--{keys_of(option)[0]} does not go with {mode}", remedy="leave it out")
+            raise UsageError(f"--{each.keys[0]} has no effect with {mode}", remedy="leave it out")
 
 
 class _Result:
-    """What to tell: of a matrix, where it is, and of the run that has collected it, if one has."""
+    """What to print: a matrix, its path, and the run that collected it, if any."""
 
     def __init__(self, imatrix: Imatrix, path: Path, collected: Collected | None = None) -> None:
         from dsmoe_local.evaluate.importance_coverage import coverage_of
@@ -127,7 +151,7 @@ class _Result:
         self.built_in = False
 
     def as_json(self) -> dict[str, Any]:
-        """docs/imatrix.md says what the fields are."""
+        """Return the result as JSON; docs/imatrix.md describes the fields."""
         imatrix, collected = self.imatrix, self.collected
         found = {
             "file": str(self.path),
@@ -165,20 +189,17 @@ def _merged(paths: list[Path], out: Path, force: bool) -> _Result:
 
 
 def _collected(path: Path, values: dict[str, Any]) -> _Result:
-    from dsmoe_local.cli.render import run_with_progress
-    from dsmoe_local.evaluate.importance import ACTIVATIONS, SAVE_EVERY, collect, importance_file
+    from dsmoe_local.cli.progress import run_with_progress
+    from dsmoe_local.evaluate.importance import ACTIVATIONS, collect, importance_file
     from dsmoe_local.evaluate.measure import options_for
     from dsmoe_local.evaluate.text import read_text
-    from dsmoe_local.evaluate.windows import MIN_CONTEXT, cut_windows
+    from dsmoe_local.evaluate.windows import cut_windows
     from dsmoe_local.model.discovery import IMATRIX_ENDING
 
-    n_context = values["n_context"] or _N_CONTEXT
-    if n_context < MIN_CONTEXT:
-        raise UsageError(
-            f"-c {n_context} is out of range", remedy=f"windows have {MIN_CONTEXT} tokens or more"
-        )
+    n_context = values["n_context"]
+    check_window(n_context)
     source, n_windows, with_output = (values.pop(name) for name in ("source", "n_windows", "with_output"))
-    save_every, force = values.pop("save_every") or SAVE_EVERY, values.pop("force")
+    save_every, force = values.pop("save_every"), values.pop("force")
     out = values.pop("out") or Path(f"{path.stem}{IMATRIX_ENDING}")
     text, stop = read_text(source), threading.Event()
     with (
@@ -207,29 +228,21 @@ def _collected(path: Path, values: dict[str, Any]) -> _Result:
 
 def _print(result: _Result, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps(result.as_json(), ensure_ascii=True))
+        print_json(result.as_json())
         return
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console(highlight=False, markup=False)
-    console.print(Text(safe_line(str(result.path)), style="bold"))
-    console.print(_facts(result))
+    out = console()
+    out.print(Text(safe_line(str(result.path)), style="bold"))
+    out.print(_facts(result))
     if result.coverage.layers:
-        console.print(_layers(result.coverage))
+        out.print(_layers(result.coverage))
     if result.built_in:
-        from dsmoe_local.evaluate.text import LICENCES
-
-        console.print(Text(f"The built-in text: {LICENCES}.", style="dim"))
+        out.print(built_in_text())
 
 
 def _facts(result: _Result) -> Table:
-    from rich.table import Table
-
     imatrix, coverage, collected = result.imatrix, result.coverage, result.collected
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="cyan", no_wrap=True)
-    grid.add_column()
     windows = f"{imatrix.n_chunks:,} windows"
     if not imatrix.is_legacy:
         windows += f" of {imatrix.chunk_size:,} tokens"
@@ -242,9 +255,7 @@ def _facts(result: _Result) -> Table:
     rows.append(("tensors", f"{len(imatrix.entries):,}"))
     if coverage.layers:
         rows += _experts(coverage)
-    for row in rows:
-        grid.add_row(*row)
-    return grid
+    return facts(rows)
 
 
 def _experts(coverage: Coverage) -> list[tuple[str, str]]:
@@ -262,10 +273,7 @@ def _experts(coverage: Coverage) -> list[tuple[str, str]]:
 
 
 def _layers(coverage: Coverage) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
+    table = plain_table()
     for heading in ("layer", "fewest", "median", "most", "cold"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("coldest experts, with their tokens")

@@ -1,8 +1,7 @@
-"""`dsmoe inspect`: a model's shape and costs as tables or JSON. The figures come from model.report."""
+"""`dsmoe inspect`: the shape and the costs of a model, as tables or JSON. `model.report` computes them."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,10 @@ import click
 
 from dsmoe_local.base.sizes import format_count, format_size
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.cli.model_options import ModelName, find_model, model_option
+from dsmoe_local.cli.command import define_command
+from dsmoe_local.cli.model_argument import ModelName, find_model, model_option
+from dsmoe_local.cli.options import json_option
+from dsmoe_local.cli.output import console, facts, plain_table, print_json
 
 if TYPE_CHECKING:
     from rich.console import JustifyMethod, RenderableType
@@ -28,41 +30,43 @@ _COLUMNS = {
     "of all reads": 76,
     "types": 76,
 }
-"""The columns of the table of roles, and how wide a window each of them needs."""
+"""The columns of the table of roles, and the least width of the terminal for each."""
 _FIGURES = ("weights", "size", "bits", "read/token")
 
 _COMPARED = {"deepseek-7b": "DeepSeek 7B", "llama2-7b": "LLaMA2 7B"}
 
 
-@click.command(name="inspect")
+@define_command(
+    "inspect",
+    ("dsmoe inspect model.gguf", "Describe a file."),
+    ("dsmoe inspect deepseekmoe-16b", "Describe a model of the paper."),
+)
 @click.argument("target", required=False, metavar="[MODEL|FOLDER|PRESET]", type=ModelName())
 @model_option
-@click.option("--json", "as_json_", is_flag=True, help="Print one JSON object.")
-def command(target: str | None, named_model: str | None, as_json_: bool) -> None:
-    """Show what a model is and what it costs.
+@json_option()
+def command(target: str | None, named_model: str | None, as_json: bool) -> None:
+    """Show the shape of a model, the size of its parts, and what a token costs.
 
-    MODEL is a GGUF file, or a name that `dsmoe models` lists; FOLDER that of a Hugging Face checkpoint (its
-    config.json is enough); PRESET a model of the DeepSeekMoE paper: deepseekmoe-2b, deepseekmoe-16b,
-    deepseekmoe-145b, deepseekmoe-142b-half, gshard-137b, deepseek-7b, deepseek-67b, llama2-7b.
+    MODEL is a GGUF file, or a name that `dsmoe models` lists. FOLDER holds a Hugging Face checkpoint, or its
+    config.json only. PRESET is a model of the DeepSeekMoE paper: deepseekmoe-2b, deepseekmoe-16b,
+    deepseekmoe-145b, deepseekmoe-142b-half, gshard-137b, deepseek-7b, deepseek-67b or llama2-7b.
     """
+    from dsmoe_local.model import report as reports
     from dsmoe_local.model.config_json import FILE_NAME
     from dsmoe_local.model.presets import PRESETS
-    from dsmoe_local.model.report import as_json, report_on
 
     if target is not None and (
         target.lower() in PRESETS or Path(target).name == FILE_NAME or (Path(target) / FILE_NAME).is_file()
     ):
-        report = report_on(target)
+        report = reports.report_on(target)
     else:
-        report = report_on(str(find_model(target, named_model, PRESETS)))
-    if as_json_:
-        click.echo(json.dumps(as_json(report), indent=2, ensure_ascii=True))
+        report = reports.report_on(str(find_model(target, named_model, PRESETS)))
+    if as_json:
+        print_json(reports.as_json(report), indent=2)
         return
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False)
-    for part in _parts(report, console.width):
-        console.print(part)
+    out = console()
+    for part in _parts(report, out.width):
+        out.print(part)
 
 
 def _parts(report: ModelReport, width: int) -> list[RenderableType]:
@@ -79,12 +83,7 @@ def _parts(report: ModelReport, width: int) -> list[RenderableType]:
 
 
 def _facts(report: ModelReport) -> Table:
-    from rich.table import Table
-
     hp = report.hp
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="cyan", no_wrap=True)
-    grid.add_column()
     heads = f"{hp.n_heads} heads of {hp.head_dim}"
     if hp.n_kv_heads != hp.n_heads:
         heads += f", {hp.n_kv_heads} for keys and values"
@@ -105,9 +104,7 @@ def _facts(report: ModelReport) -> Table:
         template = tokenizer.template
         shown = "none: a base model" if template is None else f"{len(template)} characters"
         rows.append(("chat template", shown))
-    for name, value in rows:
-        grid.add_row(name, value)
-    return grid
+    return facts(rows)
 
 
 def _weights(report: ModelReport) -> str:
@@ -160,9 +157,6 @@ def _bits(n_bytes: int, n_weights: int) -> str:
 
 
 def _role_table(report: ModelReport, width: int) -> Table:
-    from rich import box
-    from rich.table import Table
-
     read = report.n_bytes_per_token
     rows = [
         (
@@ -185,7 +179,7 @@ def _role_table(report: ModelReport, width: int) -> Table:
         "",
         "",
     )
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = plain_table()
     shown = [index for index, least in enumerate(_COLUMNS.values()) if width >= least]
     for heading in (tuple(_COLUMNS)[index] for index in shown):
         justify: JustifyMethod = "right" if heading in _FIGURES else "left"

@@ -1,11 +1,11 @@
-"""The commands and their exit codes. A command's module is imported only to run it: help must be instant."""
+"""The programs: run a command, and turn errors into messages and exit codes."""
 
 # ruff: noqa: E402
 from __future__ import annotations
 
 import signal
 
-# Ctrl-C ends the imports as it ends any program, without a traceback.
+# While modules are imported, Ctrl-C ends the program without a traceback.
 _on_interrupt = signal.getsignal(signal.SIGINT)
 if _on_interrupt is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -21,15 +21,16 @@ import click
 from dsmoe_local import __version__
 from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.base.text import safe_line, safe_text
-from dsmoe_local.cli.commands import COMMANDS, import_command, no_such_command
-from dsmoe_local.cli.configuration import attach, where_from
+from dsmoe_local.cli.commands import COMMANDS, load_command, no_such_command
+from dsmoe_local.cli.option_sources import source_of_error
 
 _INTERRUPTED = 130
 _OFF = frozenset({"", "0", "f", "false", "n", "no", "off"})
+"""Values of DSMOE_DEBUG that click, too, reads as off."""
 
 
 class LazyGroup(click.Group):
-    """A group that lists commands from the table above and imports one only to run it."""
+    """A group that lists the commands from their table and imports one only to run it."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -58,24 +59,16 @@ def group() -> None:
     """Convert, quantize and run DeepSeekMoE models on a laptop."""
 
 
-def load_command(name: str) -> click.Command:
-    """The command called `name`, and what speaks for options that are not given."""
-    command = import_command(name)
-    attach(command, name)
-    return command
-
-
 def run(command: click.Command, program: str) -> int:
-    """Run a command line and turn what comes out of it into messages on stderr and an exit code."""
+    """Run the command line of this process. Print errors on stderr and return the exit code."""
     _open_closed_streams()
-    _take_any_text()
-    # As click reads variables of flags.
+    _replace_unencodable()
     debug = "--debug" in sys.argv or os.environ.get("DSMOE_DEBUG", "").strip().lower() not in _OFF
     try:
         result = command.main(prog_name=program, standalone_mode=False)
         sys.stdout.flush()
     except click.exceptions.NoArgsIsHelpError as error:
-        # Its message is the whole help.
+        # The message is the help page.
         click.echo(error.format_message(), err=True)
         return error.exit_code
     except click.ClickException as error:
@@ -90,11 +83,11 @@ def run(command: click.Command, program: str) -> int:
         complain("interrupted")
         return _INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output is gone.
+        # The program that reads our output has ended.
         _discard_output()
         return 1
     except OSError as error:
-        # A full disk behind stdout, or none; a folder that may not be looked into; a name too long.
+        # For example, stdout on a full disk, a folder without permission, or a name that is too long.
         if debug:
             traceback.print_exc()
         complain(f"{error.strerror or error}\n{safe_line(str(error.filename or ''))}")
@@ -103,7 +96,7 @@ def run(command: click.Command, program: str) -> int:
         except OSError:
             _discard_output()
         return 1
-    except Exception as error:  # noqa: BLE001 - the last resort: a bug must not show as a traceback
+    except Exception as error:  # noqa: BLE001 - a bug must not show as a traceback
         if debug:
             traceback.print_exc()
         complain(f"internal error: {type(error).__name__}: {error}\nrun again with --debug and report it")
@@ -112,14 +105,15 @@ def run(command: click.Command, program: str) -> int:
 
 
 def _discard_output() -> None:
-    """Let nothing try to flush into a stdout that takes nothing, at exit."""
+    """Redirect stdout, so that flushing it at exit does not fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _open_closed_streams() -> None:
-    """Python has None for a stream that the shell closed (`<&-`); opened in order they get their numbers.
+    """Open streams that the shell closed (`<&-`), which Python has as None.
 
-    A closed stdout refuses what is written to it, as it does other programs: a result is never lost silently.
+    Opened in this order, they get their usual descriptors. stdout is opened for reading, so that writing
+    to it fails, as in other programs: a result is never lost silently.
     """
     for name, flags, mode in (
         ("stdin", os.O_RDONLY, "r"),
@@ -130,28 +124,28 @@ def _open_closed_streams() -> None:
             setattr(sys, name, open(os.open(os.devnull, flags), mode, encoding="utf-8"))  # noqa: SIM115 - open until the end
 
 
-def _take_any_text() -> None:
-    """What the encoding of stdout does not have becomes a question mark, as in a C locale."""
+def _replace_unencodable() -> None:
+    """Let stdout print a question mark for characters that its encoding does not have."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
 
 
 def _lines(error: click.ClickException) -> list[str]:
-    """What click says, on one line; where the value came from, or how the command is used."""
+    """Return click's message on one line, then the source of the value, or the usage."""
     what = " ".join(error.format_message().split())
-    where = where_from(error)
+    where = source_of_error(error)
     context = getattr(error, "ctx", None)
     if where or context is None:
         return [what, where]
     lines = [what, f"see {context.command_path} --help"]
     if type(error) is click.UsageError or isinstance(error, click.MissingParameter):
-        # Too many arguments, or too few.
+        # Too many or too few arguments.
         lines.insert(1, " ".join(context.get_usage().split()))
     return lines
 
 
 def _one_dash(command: click.Command) -> str:
-    """What to say if a long option was typed with one dash; click reads that as short ones, or as a value."""
+    """Return the message for a long option with one dash, which click misreads; empty if there is none."""
     words = sys.argv[1:]
     name = next((word for word in words if word in COMMANDS), None)
     if isinstance(command, LazyGroup) and name is not None:
@@ -173,7 +167,7 @@ def _one_dash(command: click.Command) -> str:
 
 
 def complain(message: str) -> None:
-    """An error of at most three lines, on stderr, each line safe to print."""
+    """Print an error on stderr, at most three lines, safe to print."""
     lines = safe_text(message).splitlines()[:3] or ["unknown error"]
     click.echo("\n".join([f"error: {lines[0]}", *(f"  {line}" for line in lines[1:])]), err=True)
 

@@ -1,72 +1,38 @@
-"""The options of every command that runs a model, in llama.cpp's spelling, and the objects they become."""
+"""Options of the commands that run a model, in llama.cpp's spelling, and the `ModelOptions` made of them."""
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from dsmoe_local.base.errors import DsmoeError, FileError, UsageError
-from dsmoe_local.base.paths import demo_folder
-from dsmoe_local.base.text import safe_line
-from dsmoe_local.cli.configuration import (
-    from_command_line,
-    models_folder,
-    told_origin,
-)
+from dsmoe_local.base.errors import UsageError
+from dsmoe_local.cli.option_sources import from_command_line, source_in_errors
+from dsmoe_local.cli.options import Group, all_of, option
 
 if TYPE_CHECKING:
     import threading
-
-    from click.shell_completion import CompletionItem
 
     from dsmoe_local.engine.process.client import EngineClient
     from dsmoe_local.engine.types import ModelOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-DEMO_MODEL = "demo-q4.gguf"
-
-
-class ModelName(click.ParamType[str]):
-    """A model: a file, or the name of a known one. What it is, `find_model` says."""
-
-    name = "NAME|FILE"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """As it is."""
-        return str(value)
-
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
-        """Names of known models; files where a path begins, or no name fits."""
-        from click.shell_completion import CompletionItem
-
-        from dsmoe_local.model.discovery import known_models
-
-        wanted = incomplete.casefold()
-        try:
-            known = [] if os.sep in incomplete else known_models(models_folder())
-        except DsmoeError:
-            # The config file cannot be read: the command itself will say so.
-            known = []
-        names = [model.name for model in known if model.name.casefold().startswith(wanted)]
-        return [CompletionItem(name) for name in names] or [CompletionItem(incomplete, type="file")]
+WINDOW_TOKENS = 512
+"""The usual window of `dsmoe eval` and `dsmoe imatrix`, as in llama.cpp's tools."""
 
 
 class LayerCount(click.ParamType[int | None]):
-    """A number of layers, `all`, or `auto`: what fits."""
+    """A number of layers, `all` (-1) or `auto` (None)."""
 
     name = "N|auto|all"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        """-1 for all, None for auto."""
+        """Return the number."""
         word = str(value).lower()
         if word in ("auto", "all"):
             return None if word == "auto" else -1
@@ -76,14 +42,14 @@ class LayerCount(click.ParamType[int | None]):
 
 
 class TensorOverrides(click.ParamType[tuple[tuple[str, str], ...]]):
-    """`-ot`: REGEX=BUFFER, several of them separated by commas. Commas within a REGEX are its own."""
+    """REGEX=BUFFER, or several of them separated by commas. A REGEX may contain commas."""
 
     name = "REGEX=BUFFER"
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[tuple[str, str], ...]:
-        """Pairs of a pattern and a buffer's name."""
+        """Return pairs of a pattern and the name of a buffer."""
         if isinstance(value, tuple):
             return value
         pairs = re.findall(r"(.+?)=([^=,]+)(?:,|$)", str(value))
@@ -93,14 +59,14 @@ class TensorOverrides(click.ParamType[tuple[tuple[str, str], ...]]):
 
 
 class DeviceList(click.ParamType[tuple[str, ...]]):
-    """`-dev`: names separated by commas, or `none`."""
+    """Names of devices separated by commas, or `none`."""
 
     name = "LIST"
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, ...]:
-        """The names; empty for none."""
+        """Return the names; an empty tuple for `none`."""
         if isinstance(value, tuple):
             return value
         names = tuple(name.strip() for name in str(value).split(","))
@@ -111,160 +77,206 @@ class DeviceList(click.ParamType[tuple[str, ...]]):
         return names
 
 
-_MODEL = [
-    click.option(
-        "-c",
-        "--ctx-size",
-        "n_context",
-        type=int,
-        metavar="N",
-        help="Context in tokens, as far as the model was trained for [what fits].",
-    ),
-    click.option("-t", "--threads", "n_threads", type=int, metavar="N", help="Threads [physical cores]."),
-    click.option(
-        "-tb", "--threads-batch", "n_threads_batch", type=int, metavar="N", help="Threads for prompts [-t]."
-    ),
-    click.option("-b", "--batch-size", "n_batch", type=int, default=2048, metavar="N", help="Batch [2048]."),
-    click.option(
-        "-ub", "--ubatch-size", "n_ubatch", type=int, default=512, metavar="N", help="Tokens per step [512]."
-    ),
-    click.option(
+_context_option = option(
+    "-c",
+    "--ctx-size",
+    "n_context",
+    type=int,
+    metavar="N",
+    show_default="what fits",
+    help="Context in tokens, at most what the model was trained for.",
+)
+
+window_option = option(
+    "-c",
+    "--ctx-size",
+    "n_context",
+    type=int,
+    default=WINDOW_TOKENS,
+    metavar="N",
+    # At the top level of the config file, this is the context of chats.
+    section_only=True,
+    help="Window in tokens.",
+)
+"""Adds -c to commands that read a text in windows."""
+
+_DEVICES = Group.DEVICES
+
+# `engine.types.ModelOptions` has the same defaults; it takes too long to import for --help.
+model_options_without_context = all_of(
+    option(
         "-ngl",
         "--gpu-layers",
         "--n-gpu-layers",
         "n_gpu_layers",
+        group=_DEVICES,
         type=LayerCount(),
         metavar="N|auto|all",
-        help="Layers on the GPU [auto: what fits].",
+        show_default="auto: what fits",
+        help="Layers to offload to the GPU.",
     ),
-    click.option(
+    option(
         "-ncmoe",
         "--n-cpu-moe",
         "n_cpu_moe",
+        group=_DEVICES,
         type=LayerCount(),
         metavar="N|auto|all",
-        help="Keep the routed experts of the first N layers on the CPU [auto: what must].",
+        show_default="auto: those that do not fit",
+        help="Keep the routed experts of the first N layers in main memory.",
     ),
-    click.option("-cmoe", "--cpu-moe", "cpu_moe", is_flag=True, help="Keep all routed experts on the CPU."),
-    click.option(
+    option(
+        "-cmoe",
+        "--cpu-moe",
+        "cpu_moe",
+        group=_DEVICES,
+        is_flag=True,
+        help="Keep all routed experts in main memory.",
+    ),
+    option(
+        "-dev",
+        "--device",
+        "devices",
+        group=_DEVICES,
+        type=DeviceList(),
+        show_default="all",
+        help="Devices to use, from `dsmoe devices`, with commas; none = the CPU only.",
+    ),
+    option(
         "-ot",
         "--tensor-override",
         "--override-tensor",
         "tensor_overrides",
+        group=_DEVICES,
         type=TensorOverrides(),
         multiple=True,
-        help="Put tensors whose names match into a buffer: CPU, or a device. The first match counts.",
+        help="Put the tensors whose names match into a buffer: CPU, or a device. Repeatable; the first match"
+        " wins.",
     ),
-    click.option(
-        "-dev",
-        "--device",
-        "devices",
-        type=DeviceList(),
-        help="Devices to use, as `dsmoe devices` calls them; none = the CPU alone [all].",
+    option(
+        "-nkvo",
+        "--no-kv-offload",
+        "keep_cache",
+        group=_DEVICES,
+        is_flag=True,
+        help="Keep the KV cache in main memory.",
     ),
-    click.option(
-        "-nkvo", "--no-kv-offload", "keep_cache", is_flag=True, help="Keep the KV cache on the CPU."
+    option(
+        "-ctk",
+        "--cache-type-k",
+        "cache_type_k",
+        group=_DEVICES,
+        default="f16",
+        metavar="TYPE",
+        help="Type of the K cache.",
     ),
-    click.option(
+    option(
+        "-ctv",
+        "--cache-type-v",
+        "cache_type_v",
+        group=_DEVICES,
+        default="f16",
+        metavar="TYPE",
+        help="Type of the V cache.",
+    ),
+    option(
+        "-t",
+        "--threads",
+        "n_threads",
+        group=_DEVICES,
+        type=int,
+        metavar="N",
+        show_default="physical cores",
+        help="Threads for decoding.",
+    ),
+    option(
+        "-tb",
+        "--threads-batch",
+        "n_threads_batch",
+        group=_DEVICES,
+        type=int,
+        metavar="N",
+        show_default="as -t",
+        help="Threads for prompts.",
+    ),
+    option(
+        "--active-experts",
+        "n_experts_per_token",
+        group=Group.ADVANCED,
+        type=int,
+        metavar="N",
+        show_default="the model's own number",
+        help="Routed experts per token.",
+    ),
+    option(
+        "--chat-template",
+        "chat_template",
+        group=Group.ADVANCED,
+        type=click.Path(),
+        metavar="FILE|NAME",
+        show_default="the model's own",
+        help="A file with a chat template, or a built-in one: deepseek-moe, chatml.",
+    ),
+    option(
         "-fa",
         "--flash-attn",
         "flash_attention",
+        group=Group.ADVANCED,
         type=click.Choice(["auto", "on", "off"]),
         default="auto",
-        help="Flash attention [auto].",
+        help="Flash attention.",
     ),
-    click.option(
-        "-ctk", "--cache-type-k", "cache_type_k", default="f16", metavar="TYPE", help="Type of K [f16]."
-    ),
-    click.option(
-        "-ctv", "--cache-type-v", "cache_type_v", default="f16", metavar="TYPE", help="Type of V [f16]."
-    ),
-    click.option(
-        "--active-experts",
-        "n_experts_per_token",
+    option(
+        "-b",
+        "--batch-size",
+        "n_batch",
+        group=Group.ADVANCED,
         type=int,
+        default=2048,
         metavar="N",
-        help="Routed experts per token [the model's own number].",
+        help="Logical batch size in tokens.",
     ),
-    click.option(
-        "--chat-template",
-        "chat_template",
-        type=click.Path(),
-        metavar="FILE|NAME",
-        help="A template file, or a built-in: deepseek-moe, chatml [the model's own].",
+    option(
+        "-ub",
+        "--ubatch-size",
+        "n_ubatch",
+        group=Group.ADVANCED,
+        type=int,
+        default=512,
+        metavar="N",
+        help="Physical batch size (ubatch) in tokens.",
     ),
-    click.option(
+    option(
         "--log-file",
         "log_file",
+        group=Group.ADVANCED,
         type=click.Path(path_type=Path),
         metavar="FILE",
-        help="Add llama.cpp's log to FILE.",
+        help="Append llama.cpp's log to a file.",
     ),
-]
+)
+"""Adds the options about loading a model, for commands with their own -c."""
+
+model_options = all_of(_context_option, model_options_without_context)
+"""Adds -c and the options about loading a model."""
 
 
-def model_option(function: F) -> F:
-    """Add -m: `named_model`, for `find_model`."""
-    option = click.option(
-        "-m",
-        "--model",
-        "named_model",
-        type=ModelName(),
-        help="The model, a file or a name that dsmoe models lists; without one, the demo's.",
-    )
-    return option(function)
+def check_window(n_context: int) -> None:
+    """Raise UsageError if a window is too short to be scored."""
+    from dsmoe_local.evaluate.windows import MIN_CONTEXT
 
-
-def model_argument(function: F) -> F:
-    """Add the argument that may name a model: `model`, for `find_model`."""
-    return click.argument("model", required=False, metavar="[MODEL]", type=ModelName())(function)
-
-
-def model_options(function: F) -> F:
-    """Add the options that say how a model is loaded."""
-    return add_options(function, _MODEL)
-
-
-def add_options(function: F, options: Sequence[Callable[[F], F]]) -> F:
-    """Add options to a command, in the order given."""
-    for option in reversed(options):
-        function = option(function)
-    return function
-
-
-def find_model(
-    argument: str | None = None, named_model: str | None = None, others: Iterable[str] = ()
-) -> Path:
-    """The model that a command names, by an argument or -m, as a file or by name; else the demo's, saying so.
-
-    UsageError if none, or if the name is nobody's or several models'; FileError for a path that is no file.
-    `others`: what else the command would have taken.
-    """
-    # An argument outweighs a -m that a variable or the config file gives.
-    if argument and named_model and argument != named_model and from_command_line("named_model"):
-        raise UsageError(
-            f"-m names a model, and so does {safe_line(argument, 60)!r}", remedy="leave one of them out"
-        )
-    if argument:
-        return _model_file(argument, others)
-    if named_model:
-        with told_origin("named_model"):
-            return _model_file(named_model, others)
-    demo = demo_folder() / DEMO_MODEL
-    if not demo.is_file():
-        raise UsageError(
-            "no model is named, and the demo's is not made yet",
-            remedy="name one with -m FILE.gguf, or make the demo's: dsmoe demo",
-        )
-    click.echo(f"note: no model named: using the demo's, {demo}", err=True)
-    return demo
+    with source_in_errors("n_context"):
+        if n_context < MIN_CONTEXT:
+            raise UsageError(
+                f"-c {n_context} is out of range", remedy=f"a window has {MIN_CONTEXT} tokens or more"
+            )
 
 
 def within_training(options: ModelOptions) -> ModelOptions:
-    """`options` with a context of at most what the model was trained for; a note tells of the difference.
+    """Return `options` with the context limited to what the model was trained for; a note reports the limit.
 
-    Beyond that, replies are nonsense and the cache takes what memory there is. A model whose positions are
-    scaled (RoPE scaling) gets what was asked for: that is what scaling is for.
+    Beyond it replies are nonsense, and the KV cache fills the memory. A model with RoPE scaling is made for
+    longer contexts and gets what was asked for.
     """
     from dsmoe_local.model.gguf_model import read_model
 
@@ -274,8 +286,7 @@ def within_training(options: ModelOptions) -> ModelOptions:
     if options.n_context <= hp.n_context or hp.rope_scaling is not None:
         return options
     click.echo(
-        f"note: -c {options.n_context}: the model was trained for {hp.n_context} tokens of context, no more"
-        " are used",
+        f"note: -c {options.n_context} is reduced to {hp.n_context}: the model was trained for no more",
         err=True,
     )
     return replace(options, n_context=hp.n_context)
@@ -287,11 +298,12 @@ def load_engine(
     complete: Callable[[ModelOptions], ModelOptions] = within_training,
     stop: threading.Event | None = None,
 ) -> EngineClient:
-    """The engine for `path`, in a process of its own, loaded with progress on the screen; takes its own
-    options out of `values`, and lets `complete` add what is not the user's to say. `stop` also ends the loads
-    that a crash makes necessary.
+    """Load the model at `path` in a process of its own, with progress on the screen.
+
+    Removes the options about loading from `values`. `complete` sets what the user does not choose. `stop`
+    also interrupts the loads that follow a crash.
     """
-    from dsmoe_local.cli.render import run_with_progress
+    from dsmoe_local.cli.progress import run_with_progress
     from dsmoe_local.engine.process.client import EngineClient
     from dsmoe_local.model.discovery import note_use
 
@@ -304,69 +316,38 @@ def load_engine(
     return engine
 
 
+_SAME_NAMES = (
+    "n_threads",
+    "n_threads_batch",
+    "n_batch",
+    "n_ubatch",
+    "n_gpu_layers",
+    "devices",
+    "flash_attention",
+    "cache_type_k",
+    "cache_type_v",
+    "n_experts_per_token",
+    "chat_template",
+)
+"""Parameters that are fields of ModelOptions as they are."""
+
+
 def loading_options(path: Path, values: dict[str, Any]) -> ModelOptions:
-    """What the options say of how to load `path`; takes them out of `values`."""
+    """Return the options for loading `path`, and remove them from `values`. UsageError for a conflict."""
     from dsmoe_local.engine.types import ALL_LAYERS, ModelOptions
 
-    names = [
-        "n_threads",
-        "n_threads_batch",
-        "n_batch",
-        "n_ubatch",
-        "n_gpu_layers",
-        "devices",
-        "flash_attention",
-        "cache_type_k",
-        "cache_type_v",
-        "n_experts_per_token",
-        "chat_template",
-    ]
     n_cpu_moe = values.pop("n_cpu_moe")
-    # Of the two, what the command line says outweighs a variable or the config file.
+    # Of the two, the one on the command line overrides one from a variable or the config file.
     if values.pop("cpu_moe") and (n_cpu_moe is None or from_command_line("cpu_moe")):
         if n_cpu_moe is not None and from_command_line("n_cpu_moe"):
-            raise UsageError("--cpu-moe and --n-cpu-moe are given", remedy="use one of them")
+            raise UsageError("--cpu-moe and --n-cpu-moe exclude each other", remedy="give one of them")
         n_cpu_moe = ALL_LAYERS
     return ModelOptions(
         path=path,
-        # As in llama.cpp, 0 is the model's own.
+        # As in llama.cpp, 0 means what the model was trained for.
         n_context=values.pop("n_context") or None,
         n_cpu_moe=n_cpu_moe,
         tensor_overrides=tuple(pair for pairs in values.pop("tensor_overrides") for pair in pairs),
         offload_cache=not values.pop("keep_cache"),
-        **{name: values.pop(name) for name in names},
+        **{name: values.pop(name) for name in _SAME_NAMES},
     )
-
-
-def _model_file(word: str, others: Iterable[str]) -> Path:
-    """The file that `word` names: a path, or a known model's name. FileError or UsageError if neither."""
-    from dsmoe_local.model.discovery import find_known, unknown_model
-
-    path = Path(os.path.expanduser(word))
-    if os.path.exists(path) and not path.is_dir():
-        return path
-    folder = models_folder()
-    known = find_known(word, folder)
-    if known:
-        used, *hidden = (model.path for model in known)
-        if hidden:
-            name = safe_line(known[0].name, 60)
-            paths = safe_line(", ".join(map(str, hidden)))
-            click.echo(
-                f"note: {len(known)} models are called {name}: using {safe_line(str(used))}; a path names"
-                f" another: {paths}",
-                err=True,
-            )
-        return used
-    if os.path.isdir(path):
-        raise FileError("a folder is no model", where=path, remedy=_use_of_folder(path))
-    raise unknown_model(word, folder, others)
-
-
-def _use_of_folder(folder: Path) -> str:
-    inside = sorted(folder.glob("*.gguf"))
-    if inside:
-        return f"name a file in it, such as {inside[0]}"
-    if (folder / "config.json").exists():
-        return f"make a model of it: dsmoe-convert {folder}"
-    return "there is no GGUF file in it"

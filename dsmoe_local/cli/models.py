@@ -1,8 +1,7 @@
-"""`dsmoe models`: the model files that a name is enough for. `model.discovery` finds them."""
+"""`dsmoe models`: the model files that can be named without a path. `model.discovery` finds them."""
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,10 @@ import click
 from dsmoe_local.base.paths import absolute
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.cli.configuration import models_folder
+from dsmoe_local.cli.command import define_command
+from dsmoe_local.cli.model_argument import models_folder
+from dsmoe_local.cli.options import json_option
+from dsmoe_local.cli.output import console, plain_table, print_json
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -20,30 +22,33 @@ if TYPE_CHECKING:
     from dsmoe_local.model.discovery import ModelDescription
 
 _WIDE = 80
-"""Columns from which on it is shown where a model lies."""
+"""The least columns for a table with paths."""
 
 
-@click.command(name="models")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@define_command(
+    "models",
+    ("dsmoe models", "List names, sizes and types."),
+    ("DSMOE_MODELS_FOLDER=/data dsmoe models", "Look in another folder."),
+)
+@json_option()
 def command(as_json: bool) -> None:
-    """List the models that are found by name: -m takes a name from this list, or a file.
+    """List the models that can be named without a path, as in -m NAME.
 
-    They are the GGUF files in this folder, those in the models folder and the folders in it, the demo's, and
-    what was loaded lately. Of files of one name the first is meant. The models folder is models-folder in the
-    config file, or DSMOE_MODELS_FOLDER.
+    These are the GGUF files in the current folder, in the models folder and its subfolders, the demo model,
+    and recently loaded files. If two files have the same name, the first one is used. DSMOE_MODELS_FOLDER, or
+    models-folder in the config file, sets the models folder.
     """
     from dsmoe_local.model.discovery import describe, known_models
 
-    folder = models_folder()
+    folder, _ = models_folder()
     models = [describe(model) for model in known_models(folder)]
     if as_json:
-        result = {"models_folder": str(folder), "models": [_as_json(each) for each in models]}
-        click.echo(json.dumps(result, indent=2, ensure_ascii=True))
+        print_json({"models_folder": str(folder), "models": [_as_json(each) for each in models]}, indent=2)
         return
     if models:
         _show(models)
     else:
-        click.echo("no models are known yet: convert one with dsmoe-convert, or make the demo's: dsmoe demo")
+        click.echo("no models found: convert one with dsmoe convert, or make the demo model: dsmoe demo")
     click.echo(f"models folder: {safe_line(str(folder))}")
 
 
@@ -63,15 +68,9 @@ def _as_json(description: ModelDescription) -> dict[str, Any]:
 
 
 def _show(models: list[ModelDescription]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = 160
-    wide = console.width >= _WIDE
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    out = console(file_columns=160)
+    wide = out.width >= _WIDE
+    table = plain_table()
     table.add_column("name", overflow="fold", min_width=12)
     for heading in ("size", "type", "context"):
         table.add_column(heading, justify="right" if heading != "type" else "left", no_wrap=True)
@@ -80,11 +79,11 @@ def _show(models: list[ModelDescription]) -> None:
         table.add_column("file", overflow="fold")
     for each in models:
         table.add_row(*_row(each, wide=wide))
-    console.print(table)
+    out.print(table)
 
 
 def _row(description: ModelDescription, *, wide: bool) -> list[Text]:
-    """The cells of a model; in a narrow terminal only what it is, not where."""
+    """Return the cells of a model; without its path in a narrow terminal."""
     from rich.text import Text
 
     reason = Text(safe_line(description.reason), style="red")
@@ -103,6 +102,6 @@ def _row(description: ModelDescription, *, wide: bool) -> list[Text]:
 
 
 def _in_home(path: Path) -> str:
-    """The path as people write it: ~ for their home."""
+    """Return a path with ~ for the home folder."""
     home = os.path.expanduser("~")
     return f"~/{path.relative_to(home)}" if home != "/" and path.is_relative_to(home) else str(path)

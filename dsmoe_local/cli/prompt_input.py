@@ -1,6 +1,6 @@
-"""The prompt of a one-shot answer: from the command line, files and stdin. Loads and answers nothing.
+"""The prompt of a single answer, from the command line, files and stdin.
 
-`@file` means nothing here: a script's prompt may hold anybody's text.
+`@file` is not expanded here: the prompt of a script may contain text from anywhere.
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ _STDIN = "stdin"
 def one_prompt(
     prompt: str | None, file: str | None, dash: bool = False, stdin: TextIO | None = None
 ) -> str | None:
-    """The text to answer once: what is piped in, then the file's text, then `prompt` (-p), with an empty line
-    between them. None for a conversation: nothing of them is there.
+    """Return the text to answer: piped input, the file, and `prompt` (-p), with empty lines between them.
 
-    `-` for `prompt` or `file`, or as an argument (`dash`), is what comes from `stdin` (None: the process's),
-    in that place. A text's last newline is not part of it. UsageError for an empty prompt, FileError for one
-    that cannot be read or is larger than 16 MiB, FormatError for one that is no UTF-8 text.
+    None, for a chat, if none of them is given. `-` for `prompt` or `file` puts the piped input in that place;
+    `dash` is True for `-` as an argument. `stdin` None is the standard input of the process. The last newline
+    of each text is removed.
+
+    UsageError for an empty prompt; FileError for one that cannot be read or has more than 16 MiB; FormatError
+    for one that is not UTF-8.
     """
     stream = sys.stdin if stdin is None else stdin
     n_dashes = (prompt == "-") + (file == "-") + dash
     if n_dashes > 1:
-        raise UsageError("stdin is asked for twice", remedy="use one -")
+        raise UsageError("stdin is given twice", remedy="give - once")
     if prompt is None and file is None and not n_dashes and stream.isatty():
         return None
     piped = _read_stdin(stream) if n_dashes or not stream.isatty() else ""
@@ -46,12 +48,12 @@ def one_prompt(
 
 
 def read_schema(file: str) -> str:
-    """The text of a JSON schema, which can be kept. Else UsageError, and what `one_prompt` raises."""
+    """Return the text of a JSON schema. UsageError if it cannot be used; otherwise as `one_prompt`."""
     from dsmoe_local.engine.grammar.compile import compile_json_schema
     from dsmoe_local.engine.large_stack import large_stack
 
     text = _read_file(file, what="the schema")
-    # Before the model is loaded.
+    # Report errors before the model is loaded.
     try:
         with large_stack("dsmoe-schema") as thread:
             thread.submit(compile_json_schema, text).result()
@@ -86,7 +88,7 @@ def _argument(prompt: str) -> str:
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
-        # What Python makes of an argument's bytes that are no text.
+        # Python decodes bytes that are not UTF-8 to lone surrogates.
         raise UsageError("the prompt is not UTF-8", where=f"-p, character {error.start}") from error
     if not prompt.strip():
         raise UsageError("the prompt is empty", remedy="use -p TEXT")
@@ -96,5 +98,4 @@ def _argument(prompt: str) -> str:
 def _decoded(content: bytes, source: str, what: str) -> str:
     if len(content) > MAX_BYTES:
         raise FileError(f"{what} is larger than 16 MiB", where=source)
-    # The shell's own newline at the end is not part of what was asked.
     return decode_text(content, what, source).removesuffix("\n")

@@ -1,4 +1,4 @@
-"""`dsmoe quantize`: arguments and tables. What is done is dsmoe_quantize's task."""
+"""`dsmoe quantize`: arguments and tables. dsmoe_quantize does the work."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import click
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.cli.configuration import from_command_line, told_origin
-from dsmoe_local.cli.model_options import ModelName, find_model
+from dsmoe_local.cli.command import define_command
+from dsmoe_local.cli.model_argument import ModelName, find_model
+from dsmoe_local.cli.option_sources import from_command_line, source_in_errors
+from dsmoe_local.cli.options import option
+from dsmoe_local.cli.output import show_notes, show_result
 from dsmoe_local.cli.target_options import TARGETS, TargetOptions, show_offers, show_reasons, target_options
 from dsmoe_local.cli.type_options import (
     TypeOptions,
     outweighed,
-    show_notes,
     show_types,
     summary_line,
     type_options,
@@ -28,16 +30,27 @@ if TYPE_CHECKING:
     from dsmoe_quantize.quantize import Plan
 
 
-@click.command(name="quantize")
+@define_command(
+    "quantize",
+    ("dsmoe quantize model-bf16.gguf --type q4", "Write model-bf16-q4.gguf."),
+    ("dsmoe quantize m.gguf --target-size 9.2GiB", "Choose types for a size."),
+    ("dsmoe quantize m.gguf --type q8 --dry-run", "Only show the types."),
+)
 @click.argument("model", metavar="MODEL", type=ModelName())
 @click.argument("out", metavar="[OUT.gguf]", required=False, type=click.Path(path_type=Path))
-@click.option(
-    "-o", "--output", "named", metavar="OUT.gguf", type=click.Path(path_type=Path), help="As OUT.gguf."
+@option(
+    "-o",
+    "--output",
+    "named",
+    metavar="OUT.gguf",
+    type=click.Path(path_type=Path),
+    show_default="<name>-<TYPE>.gguf",
+    help="File to write; the same as the argument OUT.gguf.",
 )
 @type_options
 @target_options
-@click.option("--allow-requantize", is_flag=True, help="Accept tensors that are quantized already.")
-@click.option("--force", is_flag=True, help="Replace an existing output or recipe.")
+@option("--allow-requantize", is_flag=True, help="Accept tensors that are already quantized.")
+@option("--force", is_flag=True, help="Replace an existing output or recipe.")
 def command(
     model: str,
     out: Path | None,
@@ -48,19 +61,19 @@ def command(
     force: bool,
     **values: Any,  # noqa: ANN401 - the options about types and targets
 ) -> None:
-    """Make a smaller GGUF from a GGUF.
+    """Quantize a GGUF file.
 
     MODEL is a file, or a name that `dsmoe models` lists.
 
     {types}
 
-    OUT.gguf is <name>-<TYPE>.gguf in the current folder unless named. A run that was interrupted continues
-    when the same command is given again.
+    Instead of a type, you can give a target, such as a size. The error of each type is then measured on the
+    weights, and the types with the least total error within all targets are used.
 
-    Instead of a type, a target may be given: then types are measured on the weights, and those are chosen
-    that do the least harm within all targets.
+    OUT.gguf is written to the current folder unless it is given. Run the same command again to continue an
+    interrupted run.
     """
-    from dsmoe_local.cli.render import run_with_progress, show_result
+    from dsmoe_local.cli.progress import run_with_progress
     from dsmoe_quantize.budget.explanation import stated_reasons
     from dsmoe_quantize.quantize import default_output, output_called, plan_quantization, quantize_file
 
@@ -99,7 +112,7 @@ def command(
 
 
 def _check_places(source: Path, output: Path, recipe_out: Path | None, *, force: bool, dry_run: bool) -> None:
-    """Raise, before any work, what would be raised after it about the files to write."""
+    """Raise, before any work, the errors about output files."""
     from dsmoe_quantize.policy.recipe_file import refuse_place
     from dsmoe_quantize.write.output import refuse_early
 
@@ -110,13 +123,14 @@ def _check_places(source: Path, output: Path, recipe_out: Path | None, *, force:
 
 
 def _choice(types: TypeOptions, out: Path | None) -> TypeChoice:
-    """What --type or --recipe names. UsageError if neither is given; as llama-quantize wants it, the type may
-    be where `out` belongs.
+    """Return what --type or --recipe names. UsageError if neither is given.
+
+    In llama-quantize the type is the last argument: a type in place of `out` gets a hint.
     """
     from dsmoe_quantize.policy.types import known_words, resolve
 
     if types.word is not None:
-        with told_origin("word"):
+        with source_in_errors("word"):
             return resolve(types.word)
     recipe = types.recipe()
     if recipe is None:
@@ -135,8 +149,8 @@ def _solved(
     may_lose: bool,
     dry_run: bool,
 ) -> Plan:
-    """The best types for a target; then the trade-off is shown."""
-    from dsmoe_local.cli.render import run_with_progress
+    """Return the plan with the best types for a target, and show the trade-off."""
+    from dsmoe_local.cli.progress import run_with_progress
     from dsmoe_local.model.gguf_model import read_model
     from dsmoe_quantize.budget.explanation import reasons
     from dsmoe_quantize.budget.target import refuse_quantized, solve_target
@@ -147,7 +161,7 @@ def _solved(
     file, hp = read_model(source)
     if not may_lose:
         refuse_quantized(file)
-    # Before minutes of measuring.
+    # Before measuring, which takes minutes.
     tensors = list(file.tensors.values())
     refuse_unmatched(tensors, overrides)
     refuse_foreign(imatrix, tensors)
@@ -163,7 +177,7 @@ def _solved(
 
 
 def _write_recipe(plan: Plan, path: Path, *, force: bool) -> None:
-    """Write the plan's recipe as a file. UsageError if it follows llama.cpp's rules, which are none."""
+    """Write the recipe of a plan to a file. UsageError if the plan follows llama.cpp's rules instead."""
     from dsmoe_quantize.policy.recipe_file import write_recipe
     from dsmoe_quantize.policy.recipes import LayeredRecipe
 
@@ -172,13 +186,13 @@ def _write_recipe(plan: Plan, path: Path, *, force: bool) -> None:
         write_recipe(recipe, path, force=force)
     elif from_command_line("recipe_out"):
         raise UsageError(
-            f"{recipe.name} is no recipe: there is nothing to write to {path}",
-            remedy=f"--recipe-out goes with a target or --type {', '.join(RECIPES)}",
+            f"{recipe.name} is not a recipe: there is nothing to write to {path}",
+            remedy=f"--recipe-out needs a target or --type {', '.join(RECIPES)}",
         )
 
 
 def _show(plan: Plan, out: Path) -> None:
-    """The table of a dry run, on stdout."""
+    """Print the table of a dry run on stdout."""
     before = sum(plan.file.tensors[choice.name].n_bytes for choice in plan.choices)
     show_types(
         plan.choices,
@@ -187,4 +201,4 @@ def _show(plan: Plan, out: Path) -> None:
         f" {format_size(plan.n_bytes_per_token)} read per token",
     )
     if plan.n_requantized:
-        click.echo(f"{plan.n_requantized} tensors are quantized already: this needs --allow-requantize")
+        click.echo(f"{plan.n_requantized} tensors are already quantized: --allow-requantize is needed")

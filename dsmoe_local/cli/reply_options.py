@@ -1,117 +1,67 @@
-"""The options that say what replies are like, for every command that generates, and what they become."""
+"""Options about replies, made from the table of settings, for every command that generates text."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import click
 
-from dsmoe_local.base.errors import UsageError
-from dsmoe_local.cli.configuration import choose_preset, complete_preset, told_origin
-from dsmoe_local.cli.model_options import add_options
-from dsmoe_local.engine.parameters import SamplingParameters
+from dsmoe_local.chat.settings import SETTINGS, ChatSettings, apply, as_value
+from dsmoe_local.cli.option_sources import choose_preset, complete_preset, source_in_errors
+from dsmoe_local.cli.options import Group, all_of, option
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_NO_LIMIT = -1
-_NEW_SEED = -1
-_DEFAULTS = SamplingParameters()
+_BUILT_IN = ChatSettings()
+_MAIN = frozenset({"max_tokens", "temperature"})
+_CHAT_ONLY = frozenset({"on_full"})
 
 
-def _sampling(*flags: str, about: str) -> Callable[[F], F]:
-    """The option for the sampling parameter that the last of `flags` names."""
-    default: float = getattr(_DEFAULTS, flags[-1])
-    kind = type(default)
-    metavar = "X" if kind is float else "N"
-    return click.option(*flags, type=kind, default=default, metavar=metavar, help=f"{about} [{default:g}].")
+def setting_option(name: str, group: Group) -> Callable[[F], F]:
+    """Return a decorator that adds the option of a setting, under the setting's name."""
+    setting = SETTINGS[name]
+    text = f"{setting.help[0].upper()}{setting.help[1:]}."
+    default = as_value(_BUILT_IN, name)
+    attributes: dict[str, Any] = {"default": default, "type": type(default), "metavar": setting.metavar}
+    if isinstance(default, list):
+        attributes = {"multiple": True, "metavar": setting.metavar}
+        text += " Repeatable."
+    elif isinstance(default, str):
+        attributes = {"default": default, "type": click.Choice([str(word) for word in setting.words])}
+    elif isinstance(default, float):
+        attributes["show_default"] = f"{default:g}"
+    return option(*setting.flags, name, group=group, help=text, **attributes)
 
 
-_OPTIONS = [
-    click.option(
-        "-n",
-        "--predict",
-        "--n-predict",
-        "--max-tokens",
-        "max_tokens",
-        type=int,
-        default=_NO_LIMIT,
-        metavar="N",
-        help="Longest reply in tokens [-1: no limit].",
+reply_options: Callable[[F], F] = all_of(
+    *(
+        setting_option(name, Group.MAIN if name in _MAIN else Group.SAMPLING)
+        for name in SETTINGS
+        if name not in _CHAT_ONLY
     ),
-    click.option(
-        "-r",
-        "--reverse-prompt",
-        "--stop",
-        "stop",
-        multiple=True,
-        metavar="TEXT",
-        help="End replies before TEXT. Repeatable.",
-    ),
-    _sampling("--temp", "--temperature", "temperature", about="Temperature; 0 is greedy"),
-    _sampling("--top-k", "top_k", about="Sample among the N likeliest; 0 = all"),
-    _sampling("--top-p", "top_p", about="Nucleus sampling; 1 = off"),
-    _sampling("--min-p", "min_p", about="Least share of the likeliest; 0 = off"),
-    _sampling("--typical", "--typical-p", "typical_p", about="Locally typical; 1 = off"),
-    _sampling("--repeat-penalty", "repeat_penalty", about="1 = off"),
-    _sampling("--repeat-last-n", "repeat_last_n", about="Penalties look back N"),
-    _sampling("--presence-penalty", "presence_penalty", about="0 = off"),
-    _sampling("--frequency-penalty", "frequency_penalty", about="0 = off"),
-    _sampling("--mirostat", "mirostat", about="1 or 2: hold the surprise steady; 0 = off"),
-    _sampling("--mirostat-ent", "--mirostat-tau", "mirostat_tau", about="The surprise it holds"),
-    _sampling("--mirostat-lr", "--mirostat-eta", "mirostat_eta", about="How fast it learns"),
-    click.option(
-        "-s",
-        "--seed",
-        "seed",
-        type=int,
-        default=_NEW_SEED,
-        metavar="N",
-        help="Seed; -1 = a new one each time [-1].",
-    ),
-    click.option(
+    option(
         "--preset",
         "preset",
+        group=Group.SAMPLING,
         metavar="NAME",
         is_eager=True,
         expose_value=False,
         callback=choose_preset,
         shell_complete=complete_preset,
-        help="Settings kept under a name: /set save NAME in a chat. Other flags count more.",
+        help="Use the settings that /set save NAME stored in a chat; flags override them.",
     ),
-]
+)
+"""Adds the options about replies to a command."""
 
 
-def reply_options(function: F) -> F:
-    """Add the options that say how long replies are and how their tokens are chosen."""
-    return add_options(function, _OPTIONS)
-
-
-def reply_limit(max_tokens: int) -> int | None:
-    """The longest reply; None for no limit. UsageError out of range."""
-    if max_tokens == _NO_LIMIT:
-        return None
-    if max_tokens < 1:
-        with told_origin("max_tokens"):
-            raise UsageError(
-                f"-n {max_tokens} is out of range", remedy="it takes 1 or more, or -1 for no limit"
-            )
-    return max_tokens
-
-
-def check_stop(stop: tuple[str, ...]) -> None:
-    """UsageError for an empty -r: nothing would ever be generated."""
-    if not all(stop):
-        raise UsageError("-r: the stop text is empty", remedy="leave it out")
-
-
-def sampling_parameters(values: dict[str, Any]) -> SamplingParameters:
-    """The sampling that options ask for; takes its own options out of `values`. UsageError out of range."""
-    given = {item.name: values.pop(item.name) for item in fields(SamplingParameters)}
-    if given["seed"] == _NEW_SEED:
-        given["seed"] = None
-    for name, value in given.items():
-        with told_origin(name):
-            SamplingParameters(**{name: value})
-    return SamplingParameters(**given)
+def reply_settings(values: dict[str, Any]) -> ChatSettings:
+    """Return the settings that the options give, and remove them from `values`. UsageError out of range."""
+    settings = _BUILT_IN
+    for name in SETTINGS:
+        if name in values:
+            value = values.pop(name)
+            with source_in_errors(name):
+                settings = apply(settings, {name: list(value) if isinstance(value, tuple) else value})
+    return replace(settings, chosen=frozenset())

@@ -1,4 +1,4 @@
-"""The options of `dsmoe quantize` that choose the bits, and the tables that explain the choice."""
+"""Options of `dsmoe quantize` for a target, such as a size, and the tables that explain the result."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import click
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.sizes import format_size, parse_size
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.cli.configuration import from_command_line, told_origin
-from dsmoe_local.cli.type_options import TypeOptions, all_of, refuse_several
+from dsmoe_local.cli.option_sources import flag_of, from_command_line, source_in_errors
+from dsmoe_local.cli.options import Group, all_of, option
+from dsmoe_local.cli.output import console, plain_table
+from dsmoe_local.cli.type_options import TypeOptions, refuse_several
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -26,75 +28,87 @@ if TYPE_CHECKING:
 TARGETS = ("target_size", "target_bpw", "target_bytes_per_token")
 """The parameters that are targets."""
 
-_WITH_TARGETS = {
-    "--sensitivity": "sensitivity_file",
-    "--sample": "sample",
-    "--max-slow-share": "max_slow_share",
-    "--cpu": "cpu",
-}
-"""Options, and their parameters, that say nothing without a target."""
+_WITH_TARGETS = ("sensitivity_file", "sample", "max_slow_share", "cpu")
+"""Parameters that have no effect without a target."""
 
 _CPUS = ("x86-avx2", "arm-dotprod", "none")
 
+_LEAST_BYTES = 10_000
+"""No target is smaller: such a number lacks its unit."""
+
 _WIDE = 120
-"""Columns from which on reasons are a column of a table."""
+"""The least columns for a table with reasons."""
+
+_TARGET = Group.TARGET
 
 target_options = all_of(
-    click.option(
+    option(
         "--target-size",
+        group=_TARGET,
         metavar="SIZE",
-        help="Choose types so that the file has this size at most, as in 9.2GiB.",
+        help="Choose the types for a file of at most this size, as in 9.2GiB.",
     ),
-    click.option(
+    option(
         "--target-bpw",
+        group=_TARGET,
         type=click.FloatRange(1, 32),
         metavar="BITS",
-        help="… so many bits per weight at most, as in 4.7.",
+        help="... for at most so many bits per weight, 1 to 32, as in 4.7.",
     ),
-    click.option(
+    option(
         "--target-bytes-per-token",
+        group=_TARGET,
         metavar="SIZE",
-        help="… so many bytes read to decode a token at most, as in 1.6GB.",
+        help="... for at most so many bytes read per decoded token, as in 1.6GB.",
     ),
-    click.option(
+    option(
         "--max-slow-share",
+        group=_TARGET,
         type=click.FloatRange(0, 100),
         metavar="PERCENT",
-        help="… so much of what a token reads in types without fast kernels for decoding at most.",
+        help="Limit the share of bytes per token in types without a fast kernel.",
     ),
-    click.option(
+    option(
         "--cpu",
+        group=_TARGET,
         type=click.Choice(_CPUS),
-        help="The kind of processor whose fast kernels count.  [default: this machine's]",
+        show_default="this machine's",
+        help="The kind of CPU for --max-slow-share.",
     ),
-    click.option(
+    option(
         "--sensitivity",
         "sensitivity_file",
+        group=_TARGET,
         type=click.Path(path_type=Path),
         metavar="FILE",
-        help="Keep what is measured for a target here, and use what is there; of a file of another "
-        "importance matrix, what errors cost alone.  [default: in the cache]",
+        show_default="in the cache",
+        help="File for the measured errors of each type, read and extended. Also takes the result of"
+        " dsmoe eval --sensitivity.",
     ),
-    click.option(
+    option(
         "--sample",
+        group=_TARGET,
         type=click.IntRange(0),
         metavar="N",
-        help="Try types on so many weights of each tensor; 0: on all.  [default: 262144]",
+        # dsmoe_quantize.budget.sensitivity.SAMPLE. None, so that a file with another sample can be used.
+        show_default="262144",
+        help="Measure on so many weights of each tensor; 0 = all.",
     ),
-    click.option("--explain", is_flag=True, help="Say why each group of tensors gets its type."),
-    click.option(
+    option("--explain", group=_TARGET, is_flag=True, help="Explain the type of each group of tensors."),
+    option(
         "--recipe-out",
+        group=_TARGET,
         type=click.Path(path_type=Path),
         metavar="FILE",
-        help="Write the types chosen as a recipe file, to use again or to edit.",
+        help="Write the chosen types as a recipe file.",
     ),
 )
-"""Adds the options that `TargetOptions` has."""
+"""Adds the options of `TargetOptions`."""
 
 
 @dataclass(frozen=True, slots=True)
 class TargetOptions:
-    """The options as they are given."""
+    """The values of the options about a target."""
 
     target_size: str | None
     target_bpw: float | None
@@ -108,33 +122,28 @@ class TargetOptions:
 
     @property
     def has_target(self) -> bool:
-        """Whether types are to be chosen for a budget."""
+        """True if a target is given."""
         return any(getattr(self, name) is not None for name in TARGETS)
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """Those among a command's parameters."""
+        """Select them from the parameters of a command."""
         return cls(**{each.name: values[each.name] for each in fields(cls)})
 
     def check(self, types: TypeOptions) -> None:
-        """UsageError if more than one thing says what the types are, or the rest does not go with it."""
+        """Raise UsageError for options that conflict with each other."""
         refuse_several({**types.ways, "a target": self.has_target})
-        # What a variable or the config file says is for those runs that have a target.
-        lonely = [
-            flag
-            for flag, name in _WITH_TARGETS.items()
-            if getattr(self, name) is not None and from_command_line(name)
-        ]
-        if lonely and not self.has_target:
+        # From a variable or the config file, they are meant for runs with a target.
+        alone = [name for name in _WITH_TARGETS if from_command_line(name)]
+        if alone and not self.has_target:
             raise UsageError(
-                f"{lonely[0]} needs a target",
-                remedy="--target-size, --target-bpw or --target-bytes-per-token",
+                f"{flag_of(alone[0])} needs a target", remedy=f"give {' or '.join(map(flag_of, TARGETS))}"
             )
         if types.pure and types.word is None:
-            raise UsageError("--pure goes with --type alone")
+            raise UsageError("--pure needs --type", remedy="leave --pure out")
 
     def request(self) -> Request:
-        """The options about a target as data. UsageError for what is no size."""
+        """Return the options as data. UsageError for a size that cannot be read."""
         from dsmoe_quantize.budget.cost_model import Budget
         from dsmoe_quantize.budget.fast_kernels import this_cpu
         from dsmoe_quantize.budget.target import Request
@@ -149,13 +158,21 @@ class TargetOptions:
         return Request(budget, self._name(), self.sensitivity_file, self.sample, self.cpu or this_cpu())
 
     def _bytes(self, name: str) -> int | None:
-        """A size that is given as text; an empty text is none."""
-        text = getattr(self, name)
-        with told_origin(name):
-            return None if text is None else parse_size(text)
+        """Read the size that an option gives."""
+        text: str | None = getattr(self, name)
+        if text is None:
+            return None
+        with source_in_errors(name):
+            size = parse_size(text)
+            if size < _LEAST_BYTES and text.strip().isdecimal():
+                raise UsageError(
+                    f"{flag_of(name)} {text}: this is {size} bytes",
+                    remedy=f"write a unit, as in {size}MB or {size}GiB",
+                )
+            return size
 
     def _name(self) -> str:
-        """What the file is called after: the first budget that is given."""
+        """Return the part of the output's name that states the target."""
         if self.target_size is not None:
             return "".join(self.target_size.split())
         if self.target_bpw is not None:
@@ -164,27 +181,23 @@ class TargetOptions:
 
 
 def show_offers(target: Target, budget: Budget, *, to_stderr: bool) -> None:
-    """Print the trade-off around a recipe."""
-    from rich.console import Console
-
+    """Print the recipe that was found, and cheaper and better ones beside it."""
     from dsmoe_quantize.budget.explanation import offers
 
-    console = Console(stderr=to_stderr, highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = 160
+    out = console(file_columns=160, stderr=to_stderr)
     solved = target.solved
-    console.print(_offer_table(offers(target.costs, solved, budget)))
+    out.print(_offer_table(offers(target.costs, solved, budget)))
     exact = "no recipe is better" if solved.is_optimal else f"none is below {solved.bound:.4g}"
-    console.print(
+    out.print(
         f"predicted error {solved.total.error:.4g} ({exact}), from {target.sensitivity.share:.0%} of the"
         f" weights; costs of errors: {target.costs.error_weights}",
-        soft_wrap=not console.is_terminal,
+        soft_wrap=not out.is_terminal,
     )
-    console.print(f"left of the budget: {_room(target, budget)}", soft_wrap=not console.is_terminal)
+    out.print(f"left of the budget: {_room(target, budget)}", soft_wrap=not out.is_terminal)
 
 
 def _room(target: Target, budget: Budget) -> str:
-    """What is not used of each budget."""
+    """Return the unused share of each limit, in words."""
     plan, costs = target.solved.plan, target.costs
     slow_share = target.solved.total.n_slow / costs.n_read if costs.n_read else 0.0
     parts = [
@@ -216,20 +229,16 @@ def _offer_table(offers: Sequence[Offer]) -> Table:
 
 def show_reasons(reasons: Sequence[Reason]) -> None:
     """Print on stdout why each group of tensors gets its type."""
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = 200
-    if console.width >= _WIDE:
-        console.print(_reason_table(reasons))
+    out = console(file_columns=200)
+    if out.width >= _WIDE:
+        out.print(_reason_table(reasons))
         return
     for each in reasons:
-        console.print(*_reason_paragraph(each), sep="\n")
+        out.print(*_reason_paragraph(each), sep="\n")
 
 
 def _reason_paragraph(reason: Reason) -> Iterator[RenderableType]:
-    """Where a column would leave little room for the reason."""
+    """Return a reason as a paragraph, for terminals too narrow for the table."""
     from rich.padding import Padding
     from rich.text import Text
 
@@ -244,7 +253,7 @@ def _reason_paragraph(reason: Reason) -> Iterator[RenderableType]:
 
 
 def _layers(reason: Reason) -> str:
-    """With spaces, where a line may end."""
+    """Return the layers, with spaces so that lines can wrap."""
     return reason.layers.replace(",", ", ")
 
 
@@ -270,10 +279,7 @@ def _reason_table(reasons: Sequence[Reason]) -> Table:
 
 
 def _table(*headings: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = plain_table()
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="right" if index else "left", no_wrap=True)
     return table

@@ -12,7 +12,6 @@ from support.terminal import CTRL_D, ENTER
 
 from dsmoe_local.base.config_file import config_path
 from dsmoe_local.cli.chat import command, settings_given
-from dsmoe_local.cli.configuration import attach
 
 CHAT = ["-c", "from dsmoe_local.cli.main import chat; chat()"]
 TEMPLATE = ("--chat-template", "deepseek-moe")
@@ -48,7 +47,7 @@ def test_a_session_goes_on_with_its_model(tmp_path: Path) -> None:
     model.unlink()
     with ScreenTerminal([*CHAT, "--session", "chat-1", *TEMPLATE], configured) as terminal:
         shown = terminal.wait_screen("(?s)error: .*MODEL", 60)
-        assert "the model of the session chat-1 is not there any more" in shown
+        assert "the model of the session chat-1 is gone" in shown
         assert terminal.ending() == 2
 
 
@@ -68,6 +67,5 @@ def test_what_the_command_line_gave(
     path.parent.mkdir(parents=True)
     path.write_text("[chat]\nmin-p = 0.3\n[presets.calm]\ntemp = 0.1\ntop-k = 3\n")
     monkeypatch.setenv("DSMOE_TOP_P", "0.5")
-    attach(command, "chat")
     with command.make_context("chat", arguments):
         assert settings_given() == given

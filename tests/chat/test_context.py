@@ -9,8 +9,8 @@ from support.fake_engine import FakeEngine
 
 from dsmoe_local.chat.context import Encoder, compacted, token_ids
 from dsmoe_local.chat.conversation import Conversation
-from dsmoe_local.chat.settings import ChatSettings
-from dsmoe_local.chat.turns import OnFull, Role, Transcript, Turn
+from dsmoe_local.chat.settings import ChatSettings, OnFull
+from dsmoe_local.chat.turns import Role, Transcript, Turn
 from dsmoe_local.engine.types import FinishReason, Prompt, TokenEvent
 
 

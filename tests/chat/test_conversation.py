@@ -10,8 +10,8 @@ from support.fake_engine import FakeEngine
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.chat.context import MadeRoom
 from dsmoe_local.chat.conversation import Conversation, Event
-from dsmoe_local.chat.settings import ChatSettings
-from dsmoe_local.chat.turns import OnFull, Role, Turn
+from dsmoe_local.chat.settings import ChatSettings, OnFull
+from dsmoe_local.chat.turns import Role, Turn
 from dsmoe_local.engine.errors import EngineCrashError, PromptError
 from dsmoe_local.engine.types import FinishReason, Message, Request, TokenEvent
 

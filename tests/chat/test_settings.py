@@ -18,6 +18,7 @@ from dsmoe_local.chat.commands.settings import COMMANDS
 from dsmoe_local.chat.settings import (
     SETTINGS,
     ChatSettings,
+    OnFull,
     apply,
     as_value,
     change,
@@ -25,7 +26,6 @@ from dsmoe_local.chat.settings import (
     in_words,
     setting_name,
 )
-from dsmoe_local.chat.turns import OnFull
 from dsmoe_local.engine.types import SamplingParameters
 
 
@@ -109,7 +109,7 @@ def test_names(word: str, name: str | None) -> None:
         ("top_k 2.5", "cannot be"),
         ("top_k " + "9" * 5000, "cannot be"),
         ("seed -2", "out of range"),
-        ("n 0", "1 or more"),
+        ("n 0", "out of range"),
         ("stop \\x", "cannot be"),
         ("stop \\ud800", "cannot be"),
         ('stop ["\\ud800"]', "cannot be"),
@@ -118,8 +118,8 @@ def test_names(word: str, name: str | None) -> None:
         ("mirostat 3", "out of range"),
         ("tempature 1", "no setting"),
         ("use nothing", "no preset"),
-        ("save ../x", "no name"),
-        ("save two words", "no name"),
+        ("save ../x", "cannot be the name"),
+        ("save two words", "cannot be the name"),
     ],
 )
 def test_mistakes_change_nothing(argument: str, words: str, chat: Recorder) -> None:
@@ -241,7 +241,7 @@ def test_presets(chat: Recorder) -> None:
     assert chat.settings.max_tokens == 50
     chat.config.set(("presets", "hand"), {"temp": 1, "reverse-prompt": "\\n"})
     assert chat.set("use hand") == 'hand: temperature 1, stop ["\\\\n"]'
-    assert chat.set("use hand") == "hand: nothing changes"
+    assert chat.set("use hand") == "hand: nothing changed"
     assert chat.settings.sampling.top_k == 3
     assert chat.settings.stop == ("\\n",)
     with pytest.raises(UsageError) as caught:
@@ -253,7 +253,7 @@ def test_what_is_no_setting_in_a_preset(chat: Recorder) -> None:
     """Guards: a preset of which /set use and --preset take different parts."""
     chat.config.set(("presets", "odd"), {"temperature": 2, "temp": 0.1, "ctx-size": 7, "max_tokens": 5})
     assert chat.set("use odd") == "odd: temperature 0.1, max_tokens 5"
-    assert chat.said[-2] == "[presets.odd] has what is no setting: temperature, ctx-size"
+    assert chat.said[-2] == "[presets.odd] has unknown settings: temperature, ctx-size"
 
 
 def test_a_preset_that_is_wrong_says_where_it_stands(chat: Recorder) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dsmoe_local.cli.main import load_command
+from dsmoe_local.cli.commands import load_command
 
 
 @pytest.fixture

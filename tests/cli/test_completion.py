@@ -14,9 +14,9 @@ import click
 import pytest
 from click.shell_completion import ShellComplete
 
-from dsmoe_local.cli.commands import COMMANDS
+from dsmoe_local.cli.commands import COMMANDS, load_command
 from dsmoe_local.cli.completion import PROGRAMS
-from dsmoe_local.cli.main import group, load_command
+from dsmoe_local.cli.main import group
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 ASK = {

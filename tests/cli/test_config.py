@@ -18,11 +18,11 @@ from support.configured import chat, complaint, write_config
 
 from dsmoe_local.base.config_file import config_path
 from dsmoe_local.base.errors import FormatError, UsageError
-from dsmoe_local.chat.settings import SETTINGS, keys_of_setting
-from dsmoe_local.cli.commands import COMMANDS
-from dsmoe_local.cli.configuration import configurable, keys_of, variable
-from dsmoe_local.cli.main import group, load_command, run
-from dsmoe_local.cli.model_options import find_model, load_engine
+from dsmoe_local.cli.commands import COMMANDS, load_command
+from dsmoe_local.cli.main import group, run
+from dsmoe_local.cli.model_argument import find_model
+from dsmoe_local.cli.model_options import load_engine
+from dsmoe_local.cli.options import Option, configurable, variable
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ALL_LAYERS, ModelOptions, SamplingParameters
 
@@ -35,22 +35,15 @@ def test_every_option_has_a_variable_and_a_key(name: str) -> None:
     command reads, and that sends another off to measure for hours.
     """
     command = load_command(name)
-    keys = [key for option in configurable(command) for key in keys_of(option)]
+    keys = [key for option in configurable(command) for key in option.keys]
     assert len(set(keys)) == len(keys)
     alone = {"help", "version", "debug", "show_path"}
-    options = [each for each in command.params if isinstance(each, click.Option) and each.name not in alone]
+    options = [each for each in command.params if isinstance(each, Option) and each.name not in alone]
     for option in options:
         flags = [flag for flag in option.opts if flag.startswith("--")]
         assert flags, f"{option.opts} has no long flag"
         own = "EVAL_" if (name, flags[0]) == ("eval", "--sensitivity") else ""
-        assert f"DSMOE_{own}{flags[0][2:].upper().replace('-', '_')}" in list(option.envvar or ())
-
-
-def test_the_settings_keys_are_the_chats_flags() -> None:
-    """Guards /set save: keys that chat would not read again, or would read as another setting."""
-    options = {option.name: keys_of(option) for option in configurable(load_command("chat"))}
-    for name in SETTINGS:
-        assert sorted(keys_of_setting(name)) == sorted(options[name])
+        assert f"DSMOE_{own}{flags[0][2:].upper().replace('-', '_')}" in option.variables
 
 
 LAYERS = ("flag", "variable", "preset", "section", "top")
@@ -203,10 +196,10 @@ def test_unknown_keys_are_told_with_the_nearest(
     chat()
     notes = capsys.readouterr().err.splitlines()
     assert [note.partition("config.toml: ")[2] for note in notes] == [
-        "'tempp' is no option; did you mean temp?",
-        "'chatt' is no option; did you mean chat?",
-        "'top_q' in [chat] is no option; did you mean top-p?",
-        "'ctx-size' in [presets.p] is no option",
+        "'tempp' is not an option; did you mean temp?",
+        "'chatt' is not an option; did you mean chat?",
+        "'top_q' in [chat] is not an option; did you mean top-p?",
+        "'ctx-size' in [presets.p] is not an option",
     ]
     # The file as a whole is config's concern.
     load_command("config").main([], standalone_mode=False)
@@ -249,7 +242,7 @@ def test_an_argument_outweighs_the_configured_model(tmp_path: Path, monkeypatch:
     chat(str(tmp_path / "a.gguf"))
     chat()
     assert [path.name for path in found] == ["a.gguf", "b.gguf"]
-    with pytest.raises(UsageError, match="-m names a model, and so does"):
+    with pytest.raises(UsageError, match="two models are named"):
         chat(str(tmp_path / "a.gguf"), "-m", str(tmp_path / "b.gguf"))
 
 
@@ -273,7 +266,7 @@ def test_a_flag_outweighs_a_configured_rival(
         load_command("chat"), "callback", lambda **values: load_engine(tmp_path / "m.gguf", values)
     )
     if expected is None:
-        with pytest.raises(UsageError, match="are given"):
+        with pytest.raises(UsageError, match="exclude each other"):
             chat(*arguments)
     else:
         chat(*arguments)
@@ -319,7 +312,7 @@ def test_a_preset_gives_settings_alone(
     assert given_to_chat["named_model"] is None
     assert given_to_chat["as_json"] is False
     notes = capsys.readouterr().err
-    assert "'model' in [presets.p] is no option" in notes
+    assert "'model' in [presets.p] is not an option" in notes
 
 
 def test_help_needs_no_preset(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,7 +363,7 @@ def test_a_window_is_no_context(capsys: pytest.CaptureFixture[str], monkeypatch:
             load_command(name).main(["m"], standalone_mode=False)
     monkeypatch.setenv("DSMOE_CTX_SIZE", "128")
     load_command("eval").main(["m"], standalone_mode=False)
-    assert seen == [None, None, None, 256, 256, 256, 128]
+    assert seen == [512, 512, None, 256, 256, 256, 128]
 
 
 def test_quantize_and_eval_share_no_sensitivity(

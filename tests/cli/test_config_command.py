@@ -11,9 +11,9 @@ from support.configured import chat, complaint, shown, write_config
 from dsmoe_convert.demo.calibration import N_ACTIVE
 from dsmoe_local.base.config_file import config_path
 from dsmoe_local.base.errors import UsageError
-from dsmoe_local.chat.settings import keys_of_setting
-from dsmoe_local.cli.configuration import configurable, keys_of
-from dsmoe_local.cli.main import load_command
+from dsmoe_local.chat.settings import SETTINGS
+from dsmoe_local.cli.commands import load_command
+from dsmoe_local.cli.options import configurable
 from dsmoe_local.engine.parameters import SamplingParameters
 from dsmoe_local.evaluate.importance import SAVE_EVERY
 from dsmoe_quantize.budget.sensitivity import SAMPLE
@@ -51,7 +51,7 @@ def test_config_shows_what_chat_gets(
         if option.expose_value:
             value = given_to_chat[str(option.name)]
             plain = list(value) if isinstance(value, tuple) else value
-            assert shown(capsys)[keys_of(option)[0]]["value"] == plain
+            assert shown(capsys)[option.keys[0]]["value"] == plain
 
 
 def test_json_has_the_values_in_force(capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,9 +61,9 @@ def test_json_has_the_values_in_force(capsys: pytest.CaptureFixture[str]) -> Non
         table = shown(capsys, name)
         for setting in sampling.__dataclass_fields__:
             if setting != "seed":
-                assert table[keys_of_setting(setting)[0]]["value"] == getattr(sampling, setting)
+                assert table[SETTINGS[setting].key]["value"] == getattr(sampling, setting)
         assert (table["seed"]["value"], table["predict"]["value"]) == (-1, -1)
-        assert table["predict"]["in_words"] == "-1: no limit"
+        assert table["predict"]["in_words"] == "-1"
         assert table["reverse-prompt"]["value"] == []
         assert (table["ctx-size"]["value"], table["ctx-size"]["in_words"]) == (None, "what fits")
     assert shown(capsys, "quantize")["sample"]["value"] == SAMPLE

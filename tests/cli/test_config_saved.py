@@ -16,9 +16,8 @@ from dsmoe_local.base.config_file import ConfigFile, config_path
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.chat.commands.declare import Chat
 from dsmoe_local.chat.commands.settings import COMMANDS as CHAT_COMMANDS
-from dsmoe_local.chat.settings import ChatSettings, change, presets_of
-from dsmoe_local.chat.turns import OnFull
-from dsmoe_local.cli.reply_options import reply_limit, sampling_parameters
+from dsmoe_local.chat.settings import ChatSettings, OnFull, change, presets_of
+from dsmoe_local.cli.reply_options import reply_settings
 
 SHARED = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -46,15 +45,6 @@ def made(begun: ChatSettings, chosen: dict[str, str]) -> ChatSettings:
     return begun
 
 
-def settings_of(values: dict[str, Any]) -> ChatSettings:
-    return ChatSettings(
-        sampling_parameters(dict(values)),
-        reply_limit(values["max_tokens"]),
-        values["stop"],
-        OnFull(values["on_full"]),
-    )
-
-
 @SHARED
 @given(
     first=as_set(),
@@ -76,7 +66,7 @@ def test_what_set_saves_is_what_the_next_chat_begins_with(
 
     def begun(*arguments: str) -> ChatSettings:
         chat(*arguments)
-        return settings_of(given_to_chat)
+        return reply_settings(dict(given_to_chat))
 
     here = SimpleNamespace(
         conversation=SimpleNamespace(settings=made(begun(*flags), first)),

@@ -12,7 +12,7 @@ from support.configured import write_config
 from support.tiny_gguf import MOE, write_tiny
 
 from dsmoe_local.base.errors import FileError
-from dsmoe_local.cli.main import load_command
+from dsmoe_local.cli.commands import load_command
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions
 from dsmoe_local.model.hyperparameters import RopeScaling
@@ -65,7 +65,7 @@ def test_no_more_than_a_model_was_trained_for(
     """Guards: -c 999999 of a model of 8,192 that fills the memory, and is nonsense behind that."""
     for asked in ("999999", "99999999999", str(TRAINED + 1)):
         assert loading(*words, "-c", asked) == TRAINED
-        assert f"-c {asked}: the model was trained for {TRAINED} tokens" in capsys.readouterr().err
+        assert f"-c {asked} is reduced to {TRAINED}" in capsys.readouterr().err
     assert loading(*words, "-c", str(TRAINED)) == TRAINED
     assert loading(*words, "-c", "64") == 64
     assert "trained" not in capsys.readouterr().err

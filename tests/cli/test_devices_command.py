@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 from support.rpc_device import rpc_worker, run_with_devices
 
-from dsmoe_local.cli.main import load_command
+from dsmoe_local.cli.commands import load_command
 from dsmoe_local.engine import native
 from dsmoe_local.engine.native import Device, DeviceKind
 

@@ -11,8 +11,8 @@ from click.shell_completion import ShellComplete
 from support.configured import complaint
 from support.models import tiny_model
 
-from dsmoe_local.cli.configuration import models_folder
-from dsmoe_local.cli.main import load_command
+from dsmoe_local.cli.commands import load_command
+from dsmoe_local.cli.model_argument import models_folder
 
 
 @pytest.fixture(autouse=True)
@@ -23,8 +23,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(folder)
     for name in ("a.txt", "b.txt"):
         (folder / name).write_text("text")
-    models_folder().mkdir(parents=True)
-    (models_folder() / "Tiny-v1.5.gguf").symlink_to(tiny_model())
+    models, _ = models_folder()
+    models.mkdir(parents=True)
+    (models / "Tiny-v1.5.gguf").symlink_to(tiny_model())
     (folder / "unnamed").symlink_to(tiny_model())
     return folder
 
@@ -85,7 +86,7 @@ def test_a_word_that_is_neither(capsys: pytest.CaptureFixture[str]) -> None:
         "  there is no such text either",
         "  did you mean Tiny-v1.5?",
     ]
-    assert "so does 'unnamed'" in complaint(capsys, "experts", "unnamed", "a.txt", "-m", "tiny")
+    assert "-m and 'unnamed'" in complaint(capsys, "experts", "unnamed", "a.txt", "-m", "tiny")
 
 
 def test_completion(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,7 @@ from support.imatrices import random_imatrix
 from support.raw_gguf import STRING, KeyValue, tiny_model
 from support.tiny_gguf import MOE, write_tiny
 
-from dsmoe_local.cli.commands import COMMANDS
-from dsmoe_local.cli.main import load_command
+from dsmoe_local.cli.commands import COMMANDS, load_command
 from dsmoe_local.model.presets import PRESETS
 from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization, quantize_file

@@ -11,8 +11,8 @@ import click
 import pytest
 from support.configured import complaint
 
-from dsmoe_local.cli.commands import COMMANDS, ELSEWHERE
-from dsmoe_local.cli.main import group, load_command
+from dsmoe_local.cli.commands import COMMANDS, ELSEWHERE, load_command
+from dsmoe_local.cli.main import group
 
 SCRIPT = "from dsmoe_local.cli.main import dsmoe; dsmoe()"
 

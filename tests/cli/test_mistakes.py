@@ -14,7 +14,7 @@ from support.tiny_gguf import MOE, write_tiny
 
 from dsmoe_local.base.durable import make_folders
 from dsmoe_local.base.paths import config_folder
-from dsmoe_local.cli.main import load_command
+from dsmoe_local.cli.commands import load_command
 
 START = "from dsmoe_local.cli.main import dsmoe; dsmoe()"
 
@@ -121,7 +121,7 @@ def test_unknown_variables_are_told(
         monkeypatch.setenv(name, "0" if name == "DSMOE_DEBUG" else "7")
     monkeypatch.setattr(load_command("chat"), "callback", lambda **_: None)
     load_command("chat").main([], standalone_mode=False)
-    note = "note: the variable DSMOE_TMEP is no option's; did you mean DSMOE_TEMP?\n"
+    note = "note: the variable DSMOE_TMEP is not an option; did you mean DSMOE_TEMP?\n"
     assert capsys.readouterr().err == note
     load_command("config").main([], standalone_mode=False)
     assert capsys.readouterr().err == note

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 
 from dsmoe_local.base.errors import FileError, UsageError
-from dsmoe_local.cli.main import load_command
-from dsmoe_local.cli.model_options import find_model
+from dsmoe_local.cli.commands import load_command
+from dsmoe_local.cli.model_argument import find_model
 
 
 def test_a_folder_names_the_model_in_it(tmp_path: Path) -> None:
     """Guards the hint for a folder given in place of a file."""
-    for file, hint in ((None, "no GGUF"), ("config.json", "dsmoe-convert"), ("demo-q4.gguf", "demo-q4.gguf")):
+    for file, hint in ((None, "no GGUF"), ("config.json", "dsmoe convert"), ("demo-q4.gguf", "demo-q4.gguf")):
         if file is not None:
             (tmp_path / file).touch()
-        with pytest.raises(FileError, match="a folder is no model") as caught:
+        with pytest.raises(FileError, match="a folder is not a model") as caught:
             find_model(str(tmp_path))
         assert hint in caught.value.remedy
 
@@ -31,8 +31,8 @@ def test_a_missing_model_is_named_before_the_prompt_is_judged(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("-m", "{model}", "hello"), "'hello' is taken for a second model"),
-        (("{model}", "hello"), "'hello' is taken for a second model"),
+        (("-m", "{model}", "hello"), "two models are named, the second is 'hello'"),
+        (("{model}", "hello"), "two models are named, the second is 'hello'"),
         (("What is gravity?",), "no model is called 'What is gravity?'"),
         (("Why? " * 100,), f"no model is called '{'Why? ' * 11}Why?…'"),
     ],

@@ -17,8 +17,10 @@ from support.tiny_gguf import DENSE, MOE, NARROW, write_tiny
 from dsmoe_local.base.config_file import config_path
 from dsmoe_local.base.errors import FileError, UsageError
 from dsmoe_local.base.paths import data_folder, demo_folder
-from dsmoe_local.cli.main import group, load_command
-from dsmoe_local.cli.model_options import find_model, load_engine
+from dsmoe_local.cli.commands import load_command
+from dsmoe_local.cli.main import group
+from dsmoe_local.cli.model_argument import find_model
+from dsmoe_local.cli.model_options import load_engine
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions
 from dsmoe_local.model.discovery import (
@@ -121,7 +123,7 @@ def test_the_nearest_of_one_name(
         assert find_model(word) == Path("demo-q4.gguf")
         note = capsys.readouterr().err
         assert note == (
-            "note: 3 models are called demo-q4: using demo-q4.gguf; a path names another:"
+            "note: 3 models are called demo-q4: using demo-q4.gguf; to use another, give its path:"
             f" {demo}, {far / 'demo-q4.gguf'}\n"
         )
     # The path itself is exact.

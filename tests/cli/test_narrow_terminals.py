@@ -10,8 +10,8 @@ from rich.cells import cell_len
 from support.models import tiny_model
 from support.tiny_gguf import MOE, write_tiny
 
+from dsmoe_local.cli.commands import load_command
 from dsmoe_local.cli.eval_sensitivity import show
-from dsmoe_local.cli.main import load_command
 from dsmoe_local.cli.target_options import show_reasons
 from dsmoe_local.evaluate.error_cost import ErrorCosts
 from dsmoe_local.evaluate.error_cost_groups import GroupCost
@@ -103,7 +103,7 @@ def test_costs_of_errors(width: int, capsys: pytest.CaptureFixture[str]) -> None
     figures = r"0\.0234 ± 0\.001 +<4\.56"
     wanted = figures if width < 76 else rf"0\.00512 +{figures} +9\.1"
     assert re.search(rf"attention-query-key\.27 +Q4_K: Q5_0 +{wanted}", out)
-    assert "dsmoe-quantize --target-size SIZE --sensitivity FILE" in " ".join(out.split())
+    assert "dsmoe quantize --target-size SIZE --sensitivity FILE" in " ".join(out.split())
 
 
 @pytest.mark.parametrize("width", [80], indirect=True)

@@ -27,12 +27,9 @@ def parsed(*arguments: str) -> ModelOptions:
     return found[0]
 
 
-def test_the_default_is_what_fits() -> None:
-    """Guards: a default that keeps experts on the GPU at any price, or off it."""
-    options = parsed()
-    assert (options.n_gpu_layers, options.n_cpu_moe, options.devices) == (None, None, None)
-    assert options.tensor_overrides == ()
-    assert options.offload_cache
+def test_the_defaults_are_those_of_the_engine() -> None:
+    """Guards: a default of the command line that is not the engine's, as experts on the CPU."""
+    assert parsed() == ModelOptions(Path("m.gguf"))
 
 
 @pytest.mark.parametrize(

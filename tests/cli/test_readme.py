@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dsmoe_local.cli.main import load_command
+from dsmoe_local.cli.commands import load_command
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

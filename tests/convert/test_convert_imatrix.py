@@ -18,7 +18,7 @@ from dsmoe_convert.convert import ConvertOptions, RunOptions, convert_folder
 from dsmoe_convert.sources import SourceOptions, convert
 from dsmoe_local.base.errors import FileError, FormatError, InterruptedRunError, UsageError
 from dsmoe_local.base.progress import Advanced, Event, Note
-from dsmoe_local.cli.main import load_command
+from dsmoe_local.cli.commands import load_command
 from dsmoe_local.model.gguf_file import read_gguf
 from dsmoe_local.model.type_name import RECIPE_KEY
 from dsmoe_quantize.imatrix_file import read_imatrix, write_imatrix

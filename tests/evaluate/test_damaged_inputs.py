@@ -17,7 +17,7 @@ from support.imatrices import random_imatrix
 from support.models import tiny_model
 
 from dsmoe_local.base.errors import DsmoeError, FileError, FormatError
-from dsmoe_local.cli.main import load_command
+from dsmoe_local.cli.commands import load_command
 from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.errors import EngineError
 from dsmoe_local.engine.types import ModelOptions

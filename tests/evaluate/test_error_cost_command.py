@@ -18,7 +18,7 @@ from support.models import tiny_model
 
 from dsmoe_local.base.errors import DsmoeError, UsageError
 from dsmoe_local.base.paths import cache_folder
-from dsmoe_local.cli.main import load_command
+from dsmoe_local.cli.commands import load_command
 from dsmoe_local.evaluate.error_cost import CostOptions, ErrorCosts
 from dsmoe_local.evaluate.error_cost_groups import GroupCost
 from dsmoe_local.evaluate.text import built_in
@@ -115,8 +115,8 @@ def test_refusals(tmp_path: Path) -> None:
         ((model, "--by-layer"), "--by-layer needs --sensitivity"),
         ((model, "--sensitivity", kept, "--against", model), "exclude each other"),
         ((model, "--sensitivity", kept, "--keep", tmp_path / "kept"), "exclude each other"),
-        ((model, "--sensitivity", kept, "--active-experts", "2"), "does not go with --sensitivity"),
-        ((model, "--sensitivity", kept, "--probe", "bf16"), "takes a type of blocks"),
+        ((model, "--sensitivity", kept, "--active-experts", "2"), "has no effect with --sensitivity"),
+        ((model, "--sensitivity", kept, "--probe", "bf16"), "takes a quantized type"),
         ((model, "--sensitivity", kept, "--probe", "q99"), "is not a type"),
         ((quantized, "--sensitivity", kept), "quantized already"),
         ((model, "--sensitivity", tmp_path / "no" / "costs.json"), "No such file"),
@@ -201,7 +201,7 @@ def test_the_table_tells_what_is_not_known(
         r"shared-down +Q4_K +1e-09 +1e-09 ± 1e-09 +- +5\.9",
         r"routed-down +none fits +- +12",
         "<: the divergence is no larger than its error",
-        "-: the type stores these weights without loss; try another --probe",
+        "-: the type stores these weights exactly; try another --probe",
         "none fits: the type's blocks do not divide the rows of these tensors",
     ):
         assert re.search(row, told), told

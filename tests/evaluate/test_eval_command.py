@@ -99,7 +99,7 @@ def test_a_reference_is_recorded_kept_and_used_again(text: Path, smaller: Path, 
         (("--keep", kept), "exists already"),
         (("--against", kept, "--text", "-"), "kept of another text"),
         (("--against", kept, "-c", "32"), "in windows of 64"),
-        (("--against", kept, "--keep", tmp_path / "new"), "a kept one already"),
+        (("--against", kept, "--keep", tmp_path / "new"), "--keep has no effect"),
     ):
         done = dsmoe(smaller, *arguments, text="other " * 200)
         assert (done.returncode, done.stdout) in ((1, ""), (2, "")), arguments

@@ -18,7 +18,7 @@ from support.models import tiny_model
 from support.tiny_gguf import DENSE, MOE, write_tiny
 
 from dsmoe_local.base.errors import UsageError
-from dsmoe_local.cli.main import load_command
+from dsmoe_local.cli.commands import load_command
 from dsmoe_local.evaluate.text import built_in
 from dsmoe_local.model.gguf_file import read_gguf
 from dsmoe_quantize.imatrix_file import read_imatrix, write_imatrix
@@ -189,10 +189,10 @@ def test_what_is_refused(text: Path, tmp_path: Path) -> None:
         ((tiny_model(), "-o", tmp_path / "no" / "out"), 1, "folder does not exist"),
         ((tiny_model(), "-c", "8"), 2, "out of range"),
         ((tiny_model(), "--text", text, "-c", "200000", "-o", tmp_path / "x"), 2, "too few for a window"),
-        ((tiny_model(), tiny_model()), 2, "several files"),
-        (("--merge", matrix, "-o", tmp_path / "x"), 2, "--merge takes"),
+        ((tiny_model(), tiny_model()), 2, "2 models are named"),
+        (("--merge", matrix, "-o", tmp_path / "x"), 2, "--merge needs"),
         (("--merge", matrix, matrix), 2, "-o"),
-        (("--merge", "--show", matrix), 2, "use one of them"),
+        (("--merge", "--show", matrix), 2, "exclude each other"),
         (("--show",), 2, "--show takes one file"),
         (("--show", taken), 1, "not a usable importance matrix"),
         (("--show", tiny_model()), 1, "another kind of GGUF"),
@@ -223,13 +223,13 @@ def test_options_without_effect_are_refused(
         load_command("imatrix").main([*map(str, arguments)], standalone_mode=False)
 
     for arguments, words in (
-        (("--show", matrix, "-o", tmp_path / "out"), "--output does not go with --show"),
-        (("--show", matrix, "--force"), "--force does not go with --show"),
-        (("--show", matrix, "-m", tiny_model()), "--model does not go with --show"),
-        (("--show", matrix, "--text", matrix), "--text does not go with --show"),
-        ((*merging, "--chunks", "2"), "--chunks does not go with --merge"),
-        ((*merging, "-c", "64"), "--ctx-size does not go with --merge"),
-        ((*merging, "--process-output"), "--process-output does not go with --merge"),
+        (("--show", matrix, "-o", tmp_path / "out"), "--output has no effect with --show"),
+        (("--show", matrix, "--force"), "--force has no effect with --show"),
+        (("--show", matrix, "-m", tiny_model()), "--model has no effect with --show"),
+        (("--show", matrix, "--text", matrix), "--text has no effect with --show"),
+        ((*merging, "--chunks", "2"), "--chunks has no effect with --merge"),
+        ((*merging, "-c", "64"), "--ctx-size has no effect with --merge"),
+        ((*merging, "--process-output"), "--process-output has no effect with --merge"),
     ):
         with pytest.raises(UsageError, match=words):
             run(*arguments)

@@ -171,8 +171,8 @@ def test_the_command_prints_tables_json_and_a_picture(tmp_path: Path) -> None:
         (("nowhere.txt",), "cannot be read", 1),
         ((".",), "this is a folder", 1),
         (("-",), "the text is empty", 1),
-        (("-", "-"), "stdin is asked for twice", 2),
-        (("a", "b", "c"), "one or two texts", 2),
+        (("-", "-"), "stdin is given twice", 2),
+        (("a", "b", "c"), "3 texts are given", 2),
         (("-", "--svg", "a.png"), "ends in .svg", 2),
     ],
 )

@@ -13,7 +13,7 @@ from support.tiny_gguf import MOE, write_tiny
 from dsmoe_local.base.config_file import config_path
 from dsmoe_local.base.errors import FileError, FormatError, UsageError
 from dsmoe_local.base.paths import cache_folder
-from dsmoe_local.cli.main import load_command
+from dsmoe_local.cli.commands import load_command
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import read_gguf
 from dsmoe_local.model.type_name import RECIPE_KEY
@@ -200,10 +200,10 @@ def test_all_budgets(source: Path) -> None:
         (("--type", "q4", "--cpu", "none"), "--cpu needs a target"),
         (("--type", "q4", "--sample", "0"), "--sample needs a target"),
         (("--type", "q4", "--sensitivity", "s.json"), "--sensitivity needs a target"),
-        (("--type", "Q4_K_M", "--recipe-out", "r.toml"), "Q4_K_M is no recipe"),
+        (("--type", "Q4_K_M", "--recipe-out", "r.toml"), "Q4_K_M is not a recipe"),
         (("--max-slow-share", "50", "--type", "q4"), "--max-slow-share needs a target"),
-        (("--target-bpw", "5", "--pure"), "--pure goes with --type alone"),
-        (("--recipe", "r.toml", "--pure"), "--pure goes with --type alone"),
+        (("--target-bpw", "5", "--pure"), "--pure needs --type"),
+        (("--recipe", "r.toml", "--pure"), "--pure needs --type"),
         (("--target-size", "much"), "is not a size"),
         (("--target-size", ""), "'' is not a size"),
         (("--target-bpw", "5", "--target-bytes-per-token", ""), "'' is not a size"),

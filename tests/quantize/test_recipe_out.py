@@ -13,7 +13,7 @@ from support.tiny_gguf import MOE, NARROW, write_tiny
 
 from dsmoe_local.base.errors import FileError, UsageError
 from dsmoe_local.base.paths import cache_folder
-from dsmoe_local.cli.main import load_command
+from dsmoe_local.cli.commands import load_command
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import read_gguf
 from dsmoe_local.model.type_name import RECIPE_KEY, file_type_name

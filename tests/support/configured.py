@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from dsmoe_local.base.config_file import config_path
-from dsmoe_local.cli.main import group, load_command, run
+from dsmoe_local.cli.commands import load_command
+from dsmoe_local.cli.main import group, run
 
 
 def write_config(text: str) -> None:

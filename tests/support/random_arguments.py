@@ -19,8 +19,8 @@ import pytest
 
 from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.cli import main
-from dsmoe_local.cli.commands import COMMANDS
-from dsmoe_local.cli.configuration import configurable, keys_of, variable
+from dsmoe_local.cli.commands import COMMANDS, load_command
+from dsmoe_local.cli.options import configurable
 from dsmoe_local.engine.errors import EngineError
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions
@@ -148,7 +148,7 @@ def arguments(chance: random.Random) -> list[str]:
         # --debug asks for tracebacks.
         options = [
             each
-            for each in main.load_command(other).params
+            for each in load_command(other).params
             if isinstance(each, click.Option) and each.name != "debug"
         ]
         words += _spelled(chance, chance.choice(options)) if options else []
@@ -190,8 +190,8 @@ def surroundings(chance: random.Random, patch: pytest.MonkeyPatch) -> Iterator[N
     with patch.context() as inner:
         if chance.random() < 0.3:
             command = chance.choice([*COMMANDS])
-            keys = [key for each in configurable(main.load_command(command)) for key in keys_of(each)]
-            name = variable(chance.choice(keys), command) if keys else "DSMOE_NONSENSE"
+            names = [name for each in configurable(load_command(command)) for name in each.variables]
+            name = chance.choice(names) if names else "DSMOE_NONSENSE"
             inner.setenv(name, chance.choice((*PLACES, *VALUES)))
         inner.setenv(*chance.choice(ODDITIES))
         yield

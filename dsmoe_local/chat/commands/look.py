@@ -13,8 +13,7 @@ from dsmoe_local.chat import words
 from dsmoe_local.chat.commands.declare import Chat, Command, Commands
 from dsmoe_local.chat.context import Encoder
 from dsmoe_local.chat.frames import preview
-from dsmoe_local.chat.settings import setting_rows
-from dsmoe_local.chat.turns import OnFull
+from dsmoe_local.chat.settings import OnFull, setting_rows
 
 _MOST_TOKENS = 2000
 """Tokens that are shown at once: the last ones."""

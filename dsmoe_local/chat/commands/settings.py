@@ -1,4 +1,4 @@
-"""The command about settings: shown, changed, kept in the config file as defaults or presets."""
+"""/set: shows and changes settings, and stores them in the config file as defaults or presets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from dsmoe_local.chat.settings import (
     change,
     get_setting,
     in_words,
-    keys_of_setting,
     presets_of,
     setting_name,
     setting_rows,
@@ -28,7 +27,7 @@ from dsmoe_local.chat.settings import (
 
 _DEFAULTS = ChatSettings(chosen=frozenset(SETTINGS))
 _SECTION = "chat"
-_SET_FIRST = "/set NAME VALUE sets something"
+_SET_FIRST = "change a setting first: /set NAME VALUE"
 _PRESET_NAME = re.compile(r"[\w.+-]{1,40}")
 
 
@@ -41,7 +40,7 @@ def _set(chat: Chat, argument: str) -> None:
         _ACTIONS[word](chat, rest)
     elif not rest:
         name = setting_name(word)
-        chat.screen.notice(f"{name} {in_words(chat.conversation.settings, name)}: {SETTINGS[name].help}")
+        chat.screen.notice(f"{name} {in_words(chat.conversation.settings, name)}: {SETTINGS[name].set_help}")
     else:
         name = setting_name(word)
         _choose(chat, change(chat.conversation.settings, name, rest))
@@ -49,14 +48,15 @@ def _set(chat: Chat, argument: str) -> None:
 
 
 def _choose(chat: Chat, settings: ChatSettings) -> None:
-    """Use `settings` from now on; the session keeps them."""
+    """Use `settings` from now on, and store them with the session."""
     chat.conversation.settings = settings
     chat.save()
 
 
 def _save(chat: Chat, name: str) -> None:
-    """Keep what was set in this chat as what later ones begin with, or as the preset `name`. What the command
-    line said is for this run alone.
+    """Store the settings that /set changed, for later chats or as the preset `name`.
+
+    Settings from the command line are for this run only and are not stored.
     """
     settings = chat.conversation.settings
     if name:
@@ -64,18 +64,19 @@ def _save(chat: Chat, name: str) -> None:
         return
     if not settings.chosen:
         raise UsageError("nothing was set in this chat, so there is nothing to save", remedy=_SET_FIRST)
-    # A value at the top level, which holds for every command, would come back if [chat] said nothing.
+    # A default is stored too if the top level of the file would override it.
     kept = _kept(settings, chat.config.values())
     chat.config.set((_SECTION,), _changes(settings, settings.chosen, kept))
     where = safe_line(str(chat.config.path))
     shown = ", ".join(f"{each} {in_words(settings, each)}" for each in kept) or "the defaults"
-    chat.screen.notice(f"chats and -p begin with {shown}: {where}")
+    chat.screen.notice(f"new chats and -p start with {shown}: {where}")
 
 
 def _save_preset(chat: Chat, name: str, settings: ChatSettings) -> None:
     if not _PRESET_NAME.fullmatch(name):
         raise UsageError(
-            f"{safe_line(name, 40)!r} is no name for a preset", remedy="use letters, digits, . + - and _"
+            f"{safe_line(name, 40)!r} cannot be the name of a preset",
+            remedy="use letters, digits, . + - and _",
         )
     values = chat.config.values()
     section = values.get(_SECTION)
@@ -86,14 +87,14 @@ def _save_preset(chat: Chat, name: str, settings: ChatSettings) -> None:
     known = presets_of(values)
     chat.config.set((PRESETS, name), _changes(settings, SETTINGS, kept))
     done = "replaced" if name in known else "saved"
-    chat.screen.notice(f"the preset {name} is {done}: /set use {name}, or --preset {name}")
+    chat.screen.notice(f"preset {name} {done}; to use it: /set use {name}, or --preset {name}")
 
 
 def _use(chat: Chat, name: str) -> None:
     presets = _presets(chat)
     if not name:
         listed = ", ".join(safe_line(each, 40) for each in presets)
-        chat.screen.notice(f"presets: {listed}" if listed else "there are no presets yet: /set save NAME")
+        chat.screen.notice(f"presets: {listed}" if listed else "no presets yet; /set save NAME makes one")
         return
     preset = presets.get(name)
     if preset is None:
@@ -109,11 +110,11 @@ def _use(chat: Chat, name: str) -> None:
         raise UsageError(error.what, where=where, remedy=error.remedy) from error
     if preset.unknown:
         listed = ", ".join(safe_line(each, 40) for each in preset.unknown)
-        chat.screen.notice(f"[{PRESETS}.{safe_line(name, 40)}] has what is no setting: {listed}")
+        chat.screen.notice(f"[{PRESETS}.{safe_line(name, 40)}] has unknown settings: {listed}")
     before = chat.conversation.settings
     _choose(chat, settings)
     changed = [each for each in SETTINGS if get_setting(settings, each) != get_setting(before, each)]
-    shown = ", ".join(f"{each} {in_words(settings, each)}" for each in changed) or "nothing changes"
+    shown = ", ".join(f"{each} {in_words(settings, each)}" for each in changed) or "nothing changed"
     chat.screen.notice(f"{safe_line(name, 40)}: {shown}")
 
 
@@ -129,8 +130,8 @@ def _reset(chat: Chat, argument: str) -> None:
 
 
 def _kept(settings: ChatSettings, *sections: Mapping[str, object]) -> list[str]:
-    """What was set in the chat and is not the default, or is one that a section of the file overrides."""
-    overridden = {each for section in sections for each in SETTINGS if _forms(each) & section.keys()}
+    """Return the settings to store: those changed in the chat, defaults only if a section overrides them."""
+    overridden = {each for section in sections for each in SETTINGS if _spellings(each) & section.keys()}
     return [
         each
         for each in SETTINGS
@@ -140,14 +141,14 @@ def _kept(settings: ChatSettings, *sections: Mapping[str, object]) -> list[str]:
 
 
 def _changes(settings: ChatSettings, names: Iterable[str], kept: Iterable[str]) -> dict[str, Value | None]:
-    """The changes of a section that keep, of the settings `names`, those of `kept` alone."""
-    changes: dict[str, Value | None] = {key: None for each in names for key in _forms(each)}
+    """Return the changes to a section that store the settings `kept` and remove the others of `names`."""
+    changes: dict[str, Value | None] = {key: None for each in names for key in _spellings(each)}
     return changes | {SETTINGS[each].key: as_value(settings, each) for each in kept}
 
 
-def _forms(name: str) -> set[str]:
-    """Every key that means a setting."""
-    return set(spellings(keys_of_setting(name)))
+def _spellings(name: str) -> set[str]:
+    """Return every key of a setting."""
+    return set(spellings(SETTINGS[name].keys))
 
 
 def _presets(chat: Chat) -> Mapping[str, Preset]:
@@ -163,7 +164,7 @@ def _complete(chat: Chat, typed: str) -> Iterable[str]:
 
 
 def _words(chat: Chat, before: list[str]) -> Iterable[str]:
-    """What may follow the words `before`."""
+    """Return the words that can follow `before`."""
     if not before:
         return (*SETTINGS, *_ACTIONS)
     if len(before) > 1:
@@ -171,7 +172,7 @@ def _words(chat: Chat, before: list[str]) -> Iterable[str]:
     if before[0] == "reset":
         return SETTINGS
     try:
-        # A config file that cannot be read is the command's to complain of.
+        # If the config file is broken, the command itself reports it.
         return _presets(chat) if before[0] in _ACTIONS else SETTINGS[setting_name(before[0])].words
     except DsmoeError:
         return ()
@@ -180,7 +181,7 @@ def _words(chat: Chat, before: list[str]) -> Iterable[str]:
 COMMANDS: Commands = {
     "set": Command(
         _set,
-        "show or change settings; save keeps them, as defaults or as a preset NAME for use",
+        "show or change settings; save stores them as defaults, or as a preset that use applies",
         "[NAME [VALUE] | save [NAME] | use NAME | reset [NAME]]",
         complete=_complete,
     ),

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from dsmoe_local.base.progress import Advanced, Event, Finished, Note, Started
-from dsmoe_local.cli.render import ProgressView
+from dsmoe_local.cli.progress import ProgressView
 
 READING = (Started("reading", 2048, unit="tokens"), *(Advanced(512),) * 4, Finished("reading"))
 WRITING = (Started("writing", 10_000_000, done=2_000_000), *(Advanced(2_000_000, "blk.1"),) * 4)

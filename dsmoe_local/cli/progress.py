@@ -1,9 +1,8 @@
-"""Progress of long work on the screen, and its interruption. Commands print their results themselves."""
+"""Progress of long work on the screen, and its interruption by signals."""
 
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.base.progress import Advanced, Event, Finished, Listener, Note, Started
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.base.text import safe_line
+from dsmoe_local.cli.output import console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,18 +22,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _LINE_SECONDS = 30.0
-"""How long work is silent in a file or a pipe before it says how far it is, and between two lines."""
-
-
-def error_console() -> Console:
-    """A console on stderr: stdout belongs to results."""
-    from rich.console import Console
-
-    return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+"""The time between two lines of progress in a file or a pipe."""
 
 
 class ProgressView:
-    """Renders progress events: as a bar on a terminal, elsewhere as a line every half minute."""
+    """Shows progress events: a bar on a terminal, a line every half minute elsewhere."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self.console = console
@@ -41,7 +34,7 @@ class ProgressView:
         self._lock = threading.Lock()
 
     def listen(self, event: Event) -> None:
-        """Take one event; may be called from any thread."""
+        """Show one event. Thread-safe."""
         with self._lock:
             if isinstance(event, Note):
                 self.console.print(f"note: {safe_line(event.text, 400)}")
@@ -49,12 +42,12 @@ class ProgressView:
                 self._view.show(event)
 
     def close(self) -> None:
-        """Take the bar off the screen."""
+        """Remove the bar."""
         self._view.close()
 
 
 class _Bar:
-    """A bar that is drawn again and again."""
+    """A bar that is redrawn in place."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -82,7 +75,7 @@ class _Bar:
 
 
 class _Lines:
-    """A line now and then; none of work that is over soon."""
+    """A line every half minute; work that ends sooner prints nothing."""
 
     def __init__(self, console: Console, clock: Callable[[], float]) -> None:
         self._console = console
@@ -104,7 +97,7 @@ class _Lines:
             self._stage = None
 
     def close(self) -> None:
-        """There is nothing to take off."""
+        """Do nothing: lines stay."""
 
     def _amount(self, stage: Started) -> str:
         if stage.unit == "bytes":
@@ -131,7 +124,7 @@ def _progress_bar(console: Console, *, in_bytes: bool) -> Progress:
     )
     return Progress(
         TextColumn("{task.description}", markup=False),
-        # Counts come with a longer detail: speeds.
+        # Counts leave less room for the bar: their detail is a speed.
         BarColumn(bar_width=28 if in_bytes else 10),
         *amounts,
         TimeRemainingColumn(compact=True),
@@ -146,12 +139,12 @@ def _progress_bar(console: Console, *, in_bytes: bool) -> Progress:
 def run_with_progress(
     work: Callable[[Listener, threading.Event], T], stop: threading.Event | None = None
 ) -> T:
-    """Do `work` with its progress on the screen.
+    """Call `work` with a listener that shows its progress, and with `stop` or a new event.
 
-    SIGINT and SIGTERM set the event that `work` is given, `stop` or a new one; it then raises
-    InterruptedRunError, which gets the exit status of the signal. A second signal is not waited for.
+    SIGINT and SIGTERM set the event. `work` then raises InterruptedRunError, which gets the exit status of
+    the signal. A second signal ends the process at once.
     """
-    view = ProgressView(error_console())
+    view = ProgressView(console(stderr=True, soft_wrap=True))
     stop = stop or threading.Event()
     received: list[int] = []
     try:
@@ -184,8 +177,3 @@ def _stopping_on_signals(stop: threading.Event, received: list[int]) -> Iterator
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def show_result(text: str) -> None:
-    """One line about what was done, on stderr."""
-    sys.stderr.write(f"{safe_line(text, 400)}\n")

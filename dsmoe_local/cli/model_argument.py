@@ -1,0 +1,157 @@
+"""How commands are told which model to use: an argument or -m, as a path or as the name of a known model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from dsmoe_local.base.config_file import config_path, spellings
+from dsmoe_local.base.errors import DsmoeError, FileError, FormatError, UsageError
+from dsmoe_local.base.paths import data_folder, demo_folder
+from dsmoe_local.base.text import safe_line
+from dsmoe_local.cli.option_sources import (
+    MODELS_FOLDER,
+    Origin,
+    Source,
+    config_file,
+    from_command_line,
+    source_in_errors,
+)
+from dsmoe_local.cli.options import option, variable
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DEMO_MODEL = "demo-q4.gguf"
+
+
+class ModelName(click.ParamType[str]):
+    """The path of a model file, or the name of a known model. `find_model` resolves it."""
+
+    name = "NAME|FILE"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the text unchanged."""
+        return str(value)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Return the names of known models; files if a path is typed or no name fits."""
+        from click.shell_completion import CompletionItem
+
+        from dsmoe_local.model.discovery import known_models
+
+        wanted = incomplete.casefold()
+        try:
+            known = [] if os.sep in incomplete else known_models(models_folder()[0])
+        except DsmoeError:
+            # The config file is broken. The command itself will report it.
+            known = []
+        names = [model.name for model in known if model.name.casefold().startswith(wanted)]
+        return [CompletionItem(name) for name in names] or [CompletionItem(incomplete, type="file")]
+
+
+def model_option(function: F) -> F:
+    """Add -m, as `named_model`."""
+    add = option(
+        "-m",
+        "--model",
+        "named_model",
+        type=ModelName(),
+        show_default="the demo's",
+        help="The model: a file, or a name that `dsmoe models` lists.",
+    )
+    return add(function)
+
+
+def model_argument(function: F) -> F:
+    """Add an optional argument that names a model, as `model`."""
+    return click.argument("model", required=False, metavar="[MODEL]", type=ModelName())(function)
+
+
+def models_folder() -> tuple[Path, Origin]:
+    """Return the folder where models are looked for by name, and what set it.
+
+    It is the variable's, the config file's, or `models` in the data folder. FormatError for a value that is
+    not a path.
+    """
+    name = variable(MODELS_FOLDER)
+    if path := os.environ.get(name):
+        return Path(os.path.expanduser(path)), Origin(Source.VARIABLE, name)
+    values = config_file().values()
+    path = next((values[key] for key in spellings([MODELS_FOLDER]) if key in values), None)
+    where = f"{config_path()}: {MODELS_FOLDER}"
+    if path is not None and (not isinstance(path, str) or "\0" in path):
+        raise FormatError("this takes the path of a folder", where=where)
+    if path:
+        return Path(os.path.expanduser(path)), Origin(Source.CONFIG, where)
+    return data_folder() / "models", Origin(Source.BUILT_IN)
+
+
+def find_model(
+    argument: str | None = None, named_model: str | None = None, others: Iterable[str] = ()
+) -> Path:
+    """Return the file of the model that a command names, by an argument or by -m; else the demo model.
+
+    `others` are words that the command accepts besides models, for the error message. UsageError if no model
+    is named and the demo model is not made yet, or if the name is unknown or ambiguous; FileError for a path
+    that is not a file.
+    """
+    # An argument overrides a -m from a variable or the config file.
+    if argument and named_model and argument != named_model and from_command_line("named_model"):
+        raise UsageError(
+            f"two models are named: -m and {safe_line(argument, 60)!r}", remedy="leave one of them out"
+        )
+    if argument:
+        return _model_file(argument, others)
+    if named_model:
+        with source_in_errors("named_model"):
+            return _model_file(named_model, others)
+    demo = demo_folder() / DEMO_MODEL
+    if not demo.is_file():
+        raise UsageError(
+            "no model is named, and the demo model is not made yet",
+            remedy="name one with -m FILE.gguf, or make the demo model: dsmoe demo",
+        )
+    click.echo(f"note: no model named: using the demo's, {demo}", err=True)
+    return demo
+
+
+def _model_file(word: str, others: Iterable[str]) -> Path:
+    from dsmoe_local.model.discovery import find_known, unknown_model
+
+    path = Path(os.path.expanduser(word))
+    if os.path.exists(path) and not path.is_dir():
+        return path
+    folder = models_folder()[0]
+    known = find_known(word, folder)
+    if known:
+        used, *hidden = (model.path for model in known)
+        if hidden:
+            name = safe_line(known[0].name, 60)
+            paths = safe_line(", ".join(map(str, hidden)))
+            click.echo(
+                f"note: {len(known)} models are called {name}: using {safe_line(str(used))}; to use another,"
+                f" give its path: {paths}",
+                err=True,
+            )
+        return used
+    if os.path.isdir(path):
+        raise FileError("a folder is not a model", where=path, remedy=_use_of_folder(path))
+    raise unknown_model(word, folder, others)
+
+
+def _use_of_folder(folder: Path) -> str:
+    inside = sorted(folder.glob("*.gguf"))
+    if inside:
+        return f"name a file in it, such as {inside[0]}"
+    if (folder / "config.json").exists():
+        return f"convert it first: dsmoe convert {folder}"
+    return "there is no GGUF file in it"

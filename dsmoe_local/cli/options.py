@@ -1,0 +1,140 @@
+"""Option: a click option that is also a variable, a key of the config file and a line in a group of the help.
+
+Everything that is true of an option is said where it is declared. `option_sources` reads variables and the
+config file, `command` writes the help page and `config` shows the values in force, all from the declaration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+VARIABLE_PREFIX = "DSMOE_"
+
+
+class Group(StrEnum):
+    """Headings of options in the help of a command, in the order in which they are shown."""
+
+    MAIN = "Options"
+    CONVERSATION = "Conversation"
+    ANSWER = "One answer"
+    INPUT = "Input"
+    OUTPUT = "Output"
+    TYPES = "Types of single tensors"
+    TARGET = "Types for a target"
+    SENSITIVITY = "Sensitivity"
+    SAMPLING = "Sampling"
+    DEVICES = "Memory and devices"
+    ADVANCED = "Advanced"
+
+
+class Option(click.Option):
+    """An option with a long flag.
+
+    `configurable`: variables and the config file can give it. `section_only`: the config file can give it in
+    the section of the command only, not at the top level. `secret`: `dsmoe config` hides the value.
+    `show_default` is the default in words, for options whose default is computed later.
+    """
+
+    def __init__(
+        self,
+        flags: Sequence[str],
+        *,
+        group: Group = Group.MAIN,
+        configurable: bool = True,
+        section_only: bool = False,
+        secret: bool = False,
+        **attributes: Any,  # noqa: ANN401 - click's own
+    ) -> None:
+        super().__init__(flags, **attributes)
+        self.group = group
+        self.configurable = configurable
+        self.section_only = section_only
+        self.secret = secret
+        if not configurable:
+            return
+        if self.envvar is None:
+            self.envvar = [variable(key) for key in self.keys]
+        if self.is_bool_flag:
+            # The command line can undo a flag that a variable or the config file sets.
+            self.secondary_opts = [
+                f"--{key.removeprefix('no-')}" if key.startswith("no-") else f"--no-{key}"
+                for key in self.keys
+            ]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys in the config file: the long flags without dashes. The first one is the usual one."""
+        return tuple(flag.removeprefix("--") for flag in self.opts if flag.startswith("--"))
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """The names of the environment variables; the first one is the usual one."""
+        if self.envvar is None or isinstance(self.envvar, str):
+            return (self.envvar,) if self.envvar else ()
+        return tuple(self.envvar)
+
+    @property
+    def default_words(self) -> str:
+        """The built-in value in words; empty if the declaration has none."""
+        return self.show_default if isinstance(self.show_default, str) else ""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Return the line of the help, without the flags that undo this one."""
+        undoing, self.secondary_opts = self.secondary_opts, []
+        try:
+            return super().get_help_record(ctx)
+        finally:
+            self.secondary_opts = undoing
+
+    def get_help_extra(self, ctx: click.Context) -> click.types.OptionHelpExtra:
+        """Return what stands in brackets: the default as it is declared. Ranges are left to the text."""
+        extra = super().get_help_extra(ctx)
+        extra.pop("range", None)
+        if self.default_words:
+            extra["default"] = self.default_words
+        return extra
+
+    def value_from_envvar(self, ctx: click.Context) -> Any:  # noqa: ANN401 - a raw value
+        """Return the variable's value; of an option that may be repeated, each line is a value."""
+        text = self.resolve_envvar_value(ctx)
+        if text is not None and self.multiple:
+            # click splits at every space, but texts and paths contain spaces.
+            return text.split("\n")
+        return super().value_from_envvar(ctx)
+
+
+def variable(key: str) -> str:
+    """Return the environment variable of a key: DSMOE_CTX_SIZE for ctx-size."""
+    return f"{VARIABLE_PREFIX}{key.upper().replace('-', '_')}"
+
+
+def option(*flags: str, group: Group = Group.MAIN, **attributes: Any) -> Callable[[F], F]:  # noqa: ANN401 - click's
+    """Return a decorator that adds an `Option` to a command."""
+    return click.option(*flags, cls=Option, group=group, **attributes)
+
+
+def all_of(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Return a decorator that adds several options to a command, in the order given."""
+
+    def add(function: F) -> F:
+        for each in reversed(options):
+            function = each(function)
+        return function
+
+    return add
+
+
+def json_option(text: str = "Print one JSON object.", group: Group = Group.MAIN) -> Callable[[F], F]:
+    """Return a decorator that adds --json, as `as_json`."""
+    return option("--json", "as_json", is_flag=True, group=group, help=text)
+
+
+def configurable(command: click.Command) -> list[Option]:
+    """Return the options of a command that variables and the config file can give."""
+    return [each for each in command.params if isinstance(each, Option) and each.configurable]
