@@ -1,6 +1,6 @@
-"""The user's config file: TOML that is read as plain values and changed in place, comments kept.
+"""The user's config file: TOML, read as plain values and changed in place with its comments kept.
 
-What its keys mean is told by those who read them: `cli.configuration` and `chat.commands.settings`.
+The meaning of the keys is up to the readers: `cli.option_sources` and `chat.settings`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from dsmoe_local.base.durable import locked, make_folders, write_file
 from dsmoe_local.base.errors import FileError, FormatError
 from dsmoe_local.base.paths import config_folder
 
@@ -21,38 +20,40 @@ _MOST = 2**63 - 1
 
 
 def config_path() -> Path:
-    """Where the config file is looked for."""
+    """Return the path of the config file, which need not exist."""
     return config_folder() / "config.toml"
 
 
 def spellings(keys: Iterable[str]) -> tuple[str, ...]:
-    """Every form in which one of `keys` may stand in the file: with dashes, or with underscores."""
+    """Return every spelling of the keys: with dashes and with underscores."""
     return tuple(dict.fromkeys(form for key in keys for form in (key, key.replace("-", "_"))))
 
 
 class ConfigFile:
-    """A TOML file that need not exist. It is read anew by every call: the user may edit it meanwhile."""
+    """A TOML file that need not exist. Every call reads it again, since the user may edit it meanwhile."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def values(self) -> dict[str, Any]:
-        """What the file says, as tomllib reads it; empty without a file.
+        """Return the content as tomllib reads it; empty without a file.
 
-        FormatError, naming the line, for what is no TOML; FileError if it cannot be read.
+        FormatError, with the line, if it is not valid TOML; FileError if it cannot be read.
         """
         return self._parsed(self._text())
 
     def set(self, section: tuple[str, ...], changes: Mapping[str, Value | None]) -> None:
-        """Set keys of a section (`()`: the top level), or take them out (None); the rest stays as it is.
+        """Set keys of a section (`()`: the top level), or remove them (None). The rest is kept as it is.
 
-        Durable on return, and the owner's alone. FormatError or FileError as for `values`, or if a value has
-        the section's name; LockedError while another process is writing.
+        The file is durable on return, and readable by its owner only. FormatError or FileError as `values`,
+        or if the name of the section is a value; LockedError while another process is writing.
         """
+        from dsmoe_local.base.durable import locked, make_folders, write_file
+
         if all(value is None for value in changes.values()) and not self.path.exists():
             return
         try:
-            # Through a link, as people keep such files elsewhere: the link stays.
+            # If the file is a link, as dotfiles often are, its target is replaced and the link stays.
             path = self.path.resolve()
             make_folders(path.parent, 0o700)
             with locked(path):
@@ -78,7 +79,7 @@ class ConfigFile:
         if len(content) > _MAX_BYTES:
             raise FormatError("the config file is larger than 1 MiB", where=self.path)
         try:
-            # Editors of Windows begin files with a byte order mark.
+            # Editors on Windows write a byte order mark.
             return content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             line = content.count(b"\n", 0, error.start) + 1
@@ -88,19 +89,19 @@ class ConfigFile:
         try:
             values = tomllib.loads(text)
         except (tomllib.TOMLDecodeError, RecursionError) as error:
-            # Its message names line and column.
+            # The message contains line and column.
             raise FormatError(f"the config file is not valid TOML: {error}", where=self.path) from error
         except ValueError as error:
-            # More digits than Python reads.
+            # Python refuses numbers of thousands of digits.
             raise FormatError("the config file has a number that is too large", where=self.path) from error
         for key, value in _numbers(values):
             if not -_MOST - 1 <= value <= _MOST:
-                # TOML has 64 bits; Python would read more, and then refuse to print it.
+                # TOML has 64-bit integers. tomllib reads larger ones, which Python may then refuse to print.
                 raise FormatError(f"the number is too large: {key}", where=self.path)
         return values
 
     def _changed(self, text: str, section: tuple[str, ...], changes: Mapping[str, Value | None]) -> str:
-        """The file's text with the changes in it."""
+        """Return the text of the file with the changes."""
         import tomlkit
         from tomlkit.exceptions import TOMLKitError
         from tomlkit.items import InlineTable
@@ -108,7 +109,7 @@ class ConfigFile:
         def new_table(parent: object, is_last: bool) -> MutableMapping[str, Any]:
             if isinstance(parent, InlineTable):
                 return tomlkit.inline_table()
-            # Of `[presets.calm]`, `presets` needs no heading of its own.
+            # `[presets.calm]` needs no heading `[presets]`.
             return tomlkit.table(is_super_table=not is_last)
 
         wanted = self._parsed(text)
@@ -117,17 +118,15 @@ class ConfigFile:
             document = tomlkit.parse(text)
             self._apply(document, section, changes, new_table)
             result = document.as_string()
-            # tomlkit cannot change every layout of a file; half a change is none.
+            # tomlkit cannot change every layout of a file. Its result is used only if it says what it should.
             if _same(tomllib.loads(result), wanted):
                 return result
         except (TOMLKitError, ValueError, RecursionError):
             pass
         raise FileError(
-            "the layout of the config file does not let it be changed by a program",
+            "the layout of the config file is too complex to be changed by a program",
             where=self.path,
-            remedy=f"write [{'.'.join(section)}] as a section of its own"
-            if section
-            else "change it yourself",
+            remedy=f"write [{'.'.join(section)}] as a separate section" if section else "edit it yourself",
         )
 
     def _apply(
@@ -145,7 +144,7 @@ class ConfigFile:
                 raise FormatError(
                     f"{name} is a value in the config file, not a section",
                     where=self.path,
-                    remedy=f"write [{'.'.join(section)}] in its place",
+                    remedy=f"replace it with a section [{'.'.join(section)}]",
                 )
         for key, value in changes.items():
             if value is not None:
@@ -155,7 +154,7 @@ class ConfigFile:
 
 
 def _numbers(value: object, key: str = "") -> Iterator[tuple[str, int]]:
-    """All whole numbers in a value of the file, each with its key."""
+    """Yield all integers in a value of the file, each with its key."""
     if isinstance(value, dict):
         for name, each in value.items():
             yield from _numbers(each, f"{key}.{name}" if key else name)
@@ -167,7 +166,7 @@ def _numbers(value: object, key: str = "") -> Iterator[tuple[str, int]]:
 
 
 def _same(first: object, second: object) -> bool:
-    """Whether two values of the file are the same; nan, which is not even equal to itself, is."""
+    """Return True if two values of the file are equal; nan counts as equal to nan."""
     if isinstance(first, dict) and isinstance(second, dict):
         return first.keys() == second.keys() and all(_same(each, second[key]) for key, each in first.items())
     if isinstance(first, list) and isinstance(second, list):

@@ -69,7 +69,7 @@ def _integer_or_none(text: str) -> int | None:
 
 # The escapes of Python strings. An octal number above 255 and a backslash before any other character stay as
 # they are.
-_ESCAPE = re.compile(
+_ESCAPE = (
     r"\\(?:[0-3]?[0-7]{1,2}|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|N\{[^}]*\}|[abfnrtv\\'\"]|[xuUN])"
 )
 
@@ -89,7 +89,7 @@ def _stop_texts(text: str) -> tuple[str, ...]:
     if isinstance(listed, list) and all(isinstance(item, str) for item in listed):
         texts = tuple(listed)
     else:
-        texts = (_ESCAPE.sub(_unescaped, text),)
+        texts = (re.sub(_ESCAPE, _unescaped, text),)
     # Raises ValueError for half a surrogate pair, which an escape can make.
     "".join(texts).encode()
     return texts

@@ -22,7 +22,6 @@ from dsmoe_local import __version__
 from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.base.text import safe_line, safe_text
 from dsmoe_local.cli.commands import COMMANDS, load_command, no_such_command
-from dsmoe_local.cli.option_sources import source_of_error
 
 _INTERRUPTED = 130
 _OFF = frozenset({"", "0", "f", "false", "n", "no", "off"})
@@ -45,6 +44,16 @@ class LazyGroup(click.Group):
         if word not in COMMANDS and not word.startswith("-") and not ctx.resilient_parsing:
             raise no_such_command(word)
         return super().resolve_command(ctx, args)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write examples."""
+        with formatter.section("Examples"):
+            formatter.write_dl(
+                [
+                    ("dsmoe demo --chat", "Make the demo model and chat with it."),
+                    ("dsmoe chat --help", "Explain a command."),
+                ]
+            )
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -132,6 +141,8 @@ def _replace_unencodable() -> None:
 
 def _lines(error: click.ClickException) -> list[str]:
     """Return click's message on one line, then the source of the value, or the usage."""
+    from dsmoe_local.cli.option_sources import source_of_error
+
     what = " ".join(error.format_message().split())
     where = source_of_error(error)
     context = getattr(error, "ctx", None)

@@ -21,7 +21,6 @@ from click.core import ParameterSource
 from dsmoe_local.base.config_file import ConfigFile, config_path, spellings
 from dsmoe_local.base.errors import DsmoeError, FormatError, UsageError
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.chat.settings import KEYS, PRESETS, presets_of
 from dsmoe_local.cli.commands import COMMANDS, load_command
 from dsmoe_local.cli.options import VARIABLE_PREFIX, Option, configurable, variable
 
@@ -141,6 +140,8 @@ class ConfigDefaults(dict[str, Any]):
 
 
 def _preset_section(name: str) -> _Section:
+    from dsmoe_local.chat.settings import PRESETS, presets_of
+
     presets = presets_of(config_file().values())
     if name in presets:
         return _Section(Source.PRESET, f"{PRESETS}.{name}", presets[name].values)
@@ -247,6 +248,8 @@ def choose_preset(context: click.Context, option: click.Parameter, preset: str |
 
 def complete_preset(context: click.Context, option: click.Parameter, typed: str) -> list[str]:
     """Return the presets that begin with `typed`."""
+    from dsmoe_local.chat.settings import presets_of
+
     try:
         return [name for name in presets_of(config_file().values()) if name.startswith(typed)]
     except DsmoeError:
@@ -265,6 +268,7 @@ def unknown_keys(values: Mapping[str, Any], commands: Iterable[str]) -> list[str
 
     Of the sections of commands, only those of `commands` are checked.
     """
+    from dsmoe_local.chat.settings import KEYS, PRESETS, presets_of
 
     def keys(names: Iterable[str]) -> set[str]:
         return {

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from support.rpc_device import rpc_worker, run_with_devices
 
 from dsmoe_local.cli.commands import load_command
+from dsmoe_local.cli.devices import build_command
 from dsmoe_local.engine import native
 from dsmoe_local.engine.native import Device, DeviceKind
 
@@ -25,6 +27,8 @@ def test_the_processor_is_listed_and_builds_are_told() -> None:
     cpu = next(device for device in listed["devices"] if device["name"] == "CPU")
     assert 0 < cpu["free_bytes"] <= cpu["total_bytes"]
     assert set(listed["builds"]) == {"Metal", "CUDA", "Vulkan"}
+    page = Path(__file__).parents[2] / "docs" / "placement.md"
+    assert build_command("GGML_CUDA") in page.read_text(encoding="utf-8")
     text = devices()
     assert "No GPU" in text
     for switch in ("-DGGML_METAL=ON", "-DGGML_CUDA=ON", "-DGGML_VULKAN=ON"):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dsmoe_local.cli.commands import load_command
+from dsmoe_local.cli.commands import COMMANDS, load_command
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -82,6 +82,8 @@ def commands() -> list[list[str]]:
     pages = (README, PAGES["inspect"], PAGES["quantization"], PAGES["demo"])
     lines = [line for page in pages for block in blocks(page) for line in block.splitlines()]
     found = [re.sub(r"^(\$ |.*\| )", "", line).split("   ")[0] for line in lines]
+    examples = [line for name in COMMANDS for line, _ in getattr(load_command(name), "examples", ())]
+    found += [line.rpartition(" | ")[2] for line in examples]
     return [shlex.split(line, comments=True) for line in found if re.match(r"dsmoe[- ]", line)]
 
 
@@ -93,7 +95,7 @@ def test_commands_and_links_are_found() -> None:
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_commands_parse(words: list[str]) -> None:
-    """Guards the commands that people copy against renamed options."""
+    """Guards the commands that people copy, from pages and from help, against renamed options."""
     if words[0] == "dsmoe":
         words = words[1:]
     command = load_command(words[0].removeprefix("dsmoe-"))
