@@ -6,33 +6,31 @@ import os
 import random
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.batches import answer, batch, by_id
+from support.batches import answer, batch, by_id, content_of, found_in, write_groups
 from support.fake_engine import FakeEngine
 from support.mutations import Outcome, damaged_bytes, try_mutants
 
 from dsmoe_local.base import durable
 from dsmoe_local.base.errors import FileError
 from dsmoe_local.batch.journal import journal_path
-from dsmoe_local.batch.lines import Key
-from dsmoe_local.batch.output import Output, Record
 from dsmoe_local.batch.sources import InputForm
 from dsmoe_local.batch.spool import spool_path, spooled
 
 GROUPS = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10], [11, 12]]
-SETTINGS = {"model": "7 bytes abc", "temperature": "0.8"}
 
 
 @pytest.fixture(autouse=True)
 def without_syncs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Thousands of runs: nobody pulls the plug."""
+    """Thousands of runs, and no power failure."""
     monkeypatch.setattr(durable, "sync", lambda descriptor: None)
 
 
 def damaged(content: bytes, rng: random.Random) -> bytes:
-    """`content` with something else in it: also zeros, and blocks that have changed places."""
+    """Return `content` with changes: also zeros, and blocks that are swapped."""
     changed = content
     while changed == content:
         kind = rng.randrange(4)
@@ -47,39 +45,12 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
     return changed
 
 
-def record(number: int) -> Record:
-    content = b'{"id": %d, "text": "%b"}\n' % (number, b"word " * (number % 4))
-    return Record(Key(number, number << 32), content, "not_json" if number == 3 else "")
-
-
-def found_in(out: Path, *more: int) -> list[int]:
-    """The records that are there; `more` are then added."""
-    found: list[int] = []
-
-    def visit(key: Key, failure: str) -> None:
-        assert (key, failure) == (record(key.id).key, record(key.id).failure)
-        found.append(key.id)
-
-    with Output(out, SETTINGS, visit) as output:
-        output.open()
-        if more:
-            output.append([record(number) for number in more])
-    return found
-
-
-def write(out: Path) -> None:
-    with Output(out, SETTINGS, lambda key, failure: None) as output:
-        output.open()
-        for group in GROUPS:
-            output.append([record(number) for number in group])
-
-
 class _Files:
-    """An output and its journal, to be damaged. `torn`: a kill came in the middle of the last group."""
+    """An output and its journal, to be damaged. `torn`: the run was killed within the last group."""
 
     def __init__(self, folder: Path, *, torn: bool) -> None:
         self.out = folder / "out.jsonl"
-        write(self.out)
+        write_groups(self.out, GROUPS)
         self.committed = [number for group in GROUPS for number in group]
         self.output = self.out.read_bytes()
         self.journal = journal_path(self.out).read_bytes()
@@ -88,11 +59,11 @@ class _Files:
             marks = self.journal.splitlines(keepends=True)
             self.journal = b"".join(marks[:-1])
             self.committed = self.committed[: -len(GROUPS[-1])]
-            self.kept = b"".join(record(number).content for number in self.committed)
+            self.kept = content_of(self.committed)
             self.output = self.output[:-5]
 
     def read(self, rng: random.Random) -> None:
-        """Damage one of the files and look for the records; FileError if that is noticed."""
+        """Damage one of the files and read the records. FileError if the damage is detected."""
         output, journal = self.output, self.journal
         if rng.random() < 0.5:
             output = damaged(output, rng)
@@ -111,25 +82,12 @@ class _Files:
         assert found_in(self.out) == [*found, 13]
 
 
-def check_files(folder: Path, n: int, seed: int) -> list[Outcome]:
-    outcomes = []
-    for torn in (False, True):
-        (folder / str(torn)).mkdir()
-        outcomes.append(try_mutants(_Files(folder / str(torn), torn=torn).read, n, seed))
-    return outcomes
+def one_damaged(folder: Path, n: int, seed: int) -> Outcome:
+    return try_mutants(_Files(folder, torn=False).read, n, seed)
 
 
-def test_a_damaged_output_or_journal(tmp_path: Path) -> None:
-    """Guards: acknowledged records that vanish, or count for another line, because a byte was changed; a
-    traceback for a journal that is none.
-    """
-    check_files(tmp_path, 700, seed=1)
-
-
-@pytest.mark.soak
-def test_damaged_outputs_and_journals_soak(tmp_path: Path) -> None:
-    """Guards: what some hundred damaged files do not show."""
-    print(check_files(tmp_path, 25_000, seed=2))
+def one_damaged_after_a_kill(folder: Path, n: int, seed: int) -> Outcome:
+    return try_mutants(_Files(folder, torn=True).read, n, seed)
 
 
 def both_damaged(folder: Path, n: int, seed: int) -> Outcome:
@@ -148,17 +106,6 @@ def both_damaged(folder: Path, n: int, seed: int) -> Outcome:
         assert found_in(files.out) == files.committed
 
     return try_mutants(read, n, seed)
-
-
-def test_both_files_damaged(tmp_path: Path) -> None:
-    """Guards: one file's damage hiding the other's."""
-    both_damaged(tmp_path, 1500, seed=3)
-
-
-@pytest.mark.soak
-def test_both_files_damaged_soak(tmp_path: Path) -> None:
-    """Guards: what some hundred damaged pairs do not show."""
-    print(both_damaged(tmp_path, 25_000, seed=8))
 
 
 def damaged_runs(folder: Path, n: int, seed: int) -> Outcome:
@@ -191,15 +138,25 @@ def damaged_runs(folder: Path, n: int, seed: int) -> Outcome:
     return try_mutants(read, n, seed)
 
 
-def test_runs_on_damaged_files(tmp_path: Path) -> None:
-    """Guards: a damaged file that is noticed by nobody, so that a line is answered twice or never."""
-    damaged_runs(tmp_path, 150, seed=4)
+@pytest.mark.parametrize(
+    ("check", "n"),
+    [(one_damaged, 700), (one_damaged_after_a_kill, 700), (both_damaged, 1500), (damaged_runs, 150)],
+)
+def test_damaged_files(tmp_path: Path, check: Callable[[Path, int, int], Outcome], n: int) -> None:
+    """Guards: acknowledged records that vanish, or count for another line, because a byte was changed; damage
+    to one file that hides damage to the other; a line answered twice or never; a traceback.
+    """
+    check(tmp_path, n, 1)
 
 
 @pytest.mark.soak
-def test_runs_on_damaged_files_soak(tmp_path: Path) -> None:
-    """Guards: what a hundred damaged runs do not show."""
-    print(damaged_runs(tmp_path, 5000, seed=5))
+@pytest.mark.parametrize(
+    ("check", "n"),
+    [(one_damaged, 25_000), (one_damaged_after_a_kill, 25_000), (both_damaged, 25_000), (damaged_runs, 5000)],
+)
+def test_damaged_files_soak(tmp_path: Path, check: Callable[[Path, int, int], Outcome], n: int) -> None:
+    """Guards: what some hundred damaged files do not show."""
+    print(check(tmp_path, n, 2))
 
 
 def damaged_spools(folder: Path, monkeypatch: pytest.MonkeyPatch, n: int, seed: int) -> Outcome:

@@ -12,49 +12,23 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.batches import OUTPUT_SETTINGS as SETTINGS
+from support.batches import content_of, found_in, open_output, record, write_groups
 
 from dsmoe_local.base import durable
 from dsmoe_local.base.errors import FileError, NoSpaceError
 from dsmoe_local.batch.journal import journal_path
-from dsmoe_local.batch.lines import Key
-from dsmoe_local.batch.output import Output, Record
+from dsmoe_local.batch.output import Output
 
-SETTINGS = {"model": "7 bytes abc", "temperature": "0.8"}
 GROUPS = [[1, 2], [3], [4, 5, 6]]
 
 
-def record(number: int) -> Record:
-    failure = "not_json" if number == 3 else ""
-    return Record(Key(number, 2**64 - number), b'{"id": %d}\n' % number, failure)
-
-
-def found_in(out: Path, settings: dict[str, str] = SETTINGS, *, restart: bool = False) -> list[int]:
-    found: list[int] = []
-
-    def visit(key: Key, failure: str) -> None:
-        assert key == record(key.id).key
-        assert failure == record(key.id).failure
-        found.append(key.id)
-
-    with Output(out, settings, visit, restart=restart) as output:
-        output.open()
-    return found
-
-
-def opened(out: Path) -> Output:
-    output = Output(out, SETTINGS, lambda key, failure: None)
-    output.open()
-    return output
-
-
 def write(out: Path) -> None:
-    with opened(out) as output:
-        for group in GROUPS:
-            output.append([record(number) for number in group])
+    write_groups(out, GROUPS)
 
 
 def content(*numbers: int) -> bytes:
-    return b"".join(record(number).content for number in numbers)
+    return content_of(numbers)
 
 
 def test_records_are_found_again(tmp_path: Path) -> None:
@@ -63,7 +37,7 @@ def test_records_are_found_again(tmp_path: Path) -> None:
     write(out)
     assert out.read_bytes() == content(1, 2, 3, 4, 5, 6)
     assert found_in(out) == [1, 2, 3, 4, 5, 6]
-    with opened(out) as output:
+    with open_output(out) as output:
         output.append([record(7)])
     assert found_in(out) == [1, 2, 3, 4, 5, 6, 7]
     assert found_in(out, restart=True) == []
@@ -94,7 +68,7 @@ def test_any_end_of_a_group_without_a_mark_may_be_missing(
         # Zeros are what a file system leaves of a page that was never written.
         with out.open("ab") as file:
             file.write(bytes(data.draw(st.integers(0, lost))))
-    n_whole = 3 + (len(content(4, 5, 6)) - lost) // len(content(4))
+    n_whole = sum(len(content(*range(1, n + 1))) <= len(whole) - lost for n in range(1, 7))
     if lost == len(content(4, 5, 6)) and out.stat().st_size == len(content(1, 2, 3)):
         n_torn = data.draw(st.integers(0, 20))
         os.truncate(journal, journal.stat().st_size - n_torn)
@@ -102,7 +76,7 @@ def test_any_end_of_a_group_without_a_mark_may_be_missing(
             file.write(bytes(data.draw(st.integers(0, n_torn))))
     assert len(found_in(out)) == n_whole
     assert out.read_bytes() == whole[: len(content(*range(1, n_whole + 1)))]
-    with opened(out) as output:
+    with open_output(out) as output:
         output.append([record(9)])
     assert found_in(out)[-1] == 9
 
@@ -113,7 +87,7 @@ def test_a_damaged_record_that_was_acknowledged_is_refused(tmp_path: Path, numbe
     torn end of a run, so that it and all behind it are cut away without a word.
     """
     out = tmp_path / "out.jsonl"
-    with opened(out) as output:
+    with open_output(out) as output:
         output.append([record(1), record(2), record(3)])
         output.append([record(4), record(5)])
     out.write_bytes(out.read_bytes().replace(b'"id": %d' % number, b'"id": 7'))
@@ -140,7 +114,7 @@ def test_a_commit_mark_follows_its_records(tmp_path: Path, monkeypatch: pytest.M
         steps.append("mark" if data.endswith(b'"committed"\n') else f"write {name(descriptor)}")
         return real_write(descriptor, data)
 
-    with opened(out) as output:
+    with open_output(out) as output:
         monkeypatch.setattr(durable, "sync", sync)
         monkeypatch.setattr(os, "write", write)
         output.append([record(1)])
@@ -159,7 +133,7 @@ def test_what_a_killed_run_left_is_synced_before_it_counts(
     without_last_mark(out)
     synced: list[int] = []
     monkeypatch.setattr(durable, "sync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
-    opened(out).close()
+    open_output(out).close()
     assert synced == [out.stat().st_ino, journal_path(out).stat().st_ino]
     assert journal_path(out).read_bytes().splitlines()[-1].endswith(b'"committed"')
 
@@ -185,7 +159,7 @@ def test_the_output_is_cut_durably_before_its_journal(
 
     monkeypatch.setattr(durable, "sync", sync)
     monkeypatch.setattr(os, "ftruncate", cut)
-    opened(out).close()
+    open_output(out).close()
     output, journal = out.stat().st_ino, journal_path(out).stat().st_ino
     assert steps == [("cut", output), ("sync", output), ("cut", journal), ("sync", journal)]
 
@@ -252,7 +226,7 @@ def test_a_foreign_output_is_kept(tmp_path: Path) -> None:
     journal of that name; one deleted that was written while the model was loaded.
     """
     out = tmp_path / "out.jsonl"
-    opened(out).close()
+    open_output(out).close()
     assert found_in(out) == []
     out.write_bytes(b"precious\n")
     with pytest.raises(FileError, match="has no record") as refusal:
@@ -282,8 +256,8 @@ def test_other_settings_are_shown(tmp_path: Path) -> None:
             Output(out, other, lambda key, failure: None, names={"model": name})
         assert f"another model ({told}; top_k: not set then, 1 now)" in str(refusal.value)
     # A setting that an earlier version did not know, and that is not used.
-    assert found_in(out, SETTINGS | {"keep": "None"}) == [1, 2, 3, 4, 5, 6]
-    assert found_in(out, other, restart=True) == []
+    assert found_in(out, settings=SETTINGS | {"keep": "None"}) == [1, 2, 3, 4, 5, 6]
+    assert found_in(out, settings=other, restart=True) == []
     # Nothing was answered with these: they may change.
     assert found_in(out) == []
     assert json.loads(journal_path(out).read_bytes().splitlines()[0][9:])["settings"] == SETTINGS
@@ -328,7 +302,7 @@ def test_full_disk_leaves_whole_records(tmp_path: Path, monkeypatch: pytest.Monk
     """Guards: half a record at the end of the file; an error of the disk that is tried again."""
     out = tmp_path / "out.jsonl"
     real = os.write
-    with opened(out) as output:
+    with open_output(out) as output:
         output.append([record(1)])
 
         def full(descriptor: int, data: bytes) -> int:
@@ -367,7 +341,7 @@ def test_a_failed_sync_takes_its_records_with_it(tmp_path: Path, monkeypatch: py
             raise OSError(errno.EIO, "bad disk")
         real(descriptor)
 
-    with opened(out) as output:
+    with open_output(out) as output:
         output.append([record(1)])
         monkeypatch.setattr(durable, "sync", failing)
         with pytest.raises(FileError, match="bad disk"):

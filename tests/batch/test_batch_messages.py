@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.batches import answer, batch, by_id, records, requests, summary_of, write_lines
+from support.batches import answer, batch, by_id, records, summary_of
 from support.fake_engine import FakeEngine
 
 from dsmoe_local.base.errors import DsmoeError, FileError, FormatError
@@ -18,54 +18,6 @@ from dsmoe_local.batch.run import run_batch
 from dsmoe_local.batch.sources import InputForm, parse_template
 from dsmoe_local.batch.summary import BatchSummary, failures_in_words
 from dsmoe_local.engine.errors import PromptError
-
-
-@pytest.mark.parametrize(
-    ("line", "told"),
-    [
-        (b'{"id": "a", "prompt": "The qui', "the string that starts in column 23 is not closed"),
-        (b'{"prompt": "a\tb"}', "a tab or control character in column 14: in a string, write \\t"),
-        (b'{"prompt": "C:\\dir"}', "the backslash in column 15 is not an escape: write \\\\ for a backslash"),
-        (b'{"prompt": "\\u12"}', "\\u in column 14 takes four hexadecimal digits"),
-        (b'{"prompt": }', "a value is missing in column 12"),
-        (b'{"prompt": undefined}', "a value is missing in column 12"),
-        (b'{"prompt": "a" "b": 1}', "a comma or a closing bracket is missing in column 16"),
-        (b'{"prompt" "a"}', "a colon is missing in column 11"),
-        (b"{'prompt': 'a'}", "a quoted key is missing in column 2"),
-        (b'{"prompt": "a"} {"prompt": "b"}', "the object is followed by something else in column 17"),
-        (b'{"a": ' * 500 + b"1" + b"}" * 500, "nested too deeply"),
-        (b'{"a": ' * 90_000, "nested too deeply"),
-        (b'{"a": %b}' % (b"1" * 5000), "a number has too many digits"),
-        (b'{"a": {"b": 1, "b": 2}}', "the key 'b' occurs twice"),
-        (b'["prompt"]', "not a JSON object: the line does not start with {"),
-        (b'{"prompt": "\xe9"}', "not UTF-8 at byte 13 of the line"),
-    ],
-)
-def test_what_is_wrong_with_a_line(tmp_path: Path, line: bytes, told: str) -> None:
-    """Guards: Python's words, such as "Invalid control character at" for a string that is not closed."""
-    (make,) = requests(write_lines(tmp_path / "in.jsonl", [line]))
-    with pytest.raises(DsmoeError) as refusal:
-        make()
-    assert told in str(refusal.value)
-
-
-@pytest.mark.parametrize(
-    ("row", "told"),
-    [
-        ('x,"open', "a quote is not closed, so that the rows after it belong to its cell"),
-        ('x,"a"b', "text after the closing quote of a cell"),
-        ("x,a\rb", "a carriage return outside of quotes"),
-        ("x", "the row has 1 cell, the header 2"),
-    ],
-)
-def test_what_is_wrong_with_a_row(tmp_path: Path, row: str, told: str) -> None:
-    """Guards: the csv module's words."""
-    path = write_lines(tmp_path / "in.csv", ["id,text", "a,b", row])
-    _, make = requests(path, InputForm(template=parse_template("{text}")))
-    with pytest.raises(DsmoeError) as refusal:
-        make()
-    assert told in str(refusal.value)
-
 
 PDF = b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj\n<< /Type /Catalog >>\nendobj\n"
 

@@ -70,6 +70,24 @@ def test_csv(tmp_path: Path) -> None:
             make()
 
 
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ('x,"open', "a quote is not closed, so that the rows after it belong to its cell"),
+        ('x,"a"b', "text after the closing quote of a cell"),
+        ("x,a\rb", "a carriage return outside of quotes"),
+        ("x", "the row has 1 cell, the header 2"),
+    ],
+)
+def test_what_is_wrong_with_a_row(tmp_path: Path, row: str, told: str) -> None:
+    """Guards: the csv module's words."""
+    path = write_lines(tmp_path / "in.csv", ["id,text", "a,b", row])
+    _, make = requests(path, InputForm(template=parse_template("{text}")))
+    with pytest.raises(DsmoeError) as refusal:
+        make()
+    assert told in str(refusal.value)
+
+
 def test_csv_columns(tmp_path: Path) -> None:
     """Guards: a misspelt column found on every line instead of once."""
     path = write_lines(tmp_path / "in.tsv", ["a\tb", "1\t2"])

@@ -1,15 +1,17 @@
-"""Batches for tests: files of lines, runs of them, and what came out."""
+"""Batches for tests: files of lines, runs, and their records; and outputs that are written without a run."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dsmoe_local.base.progress import Listener, ignore
 from dsmoe_local.batch.job import BatchOptions
+from dsmoe_local.batch.lines import Key
+from dsmoe_local.batch.output import Output, Record
 from dsmoe_local.batch.requests import BatchDefaults, request_of
 from dsmoe_local.batch.run import run_batch
 from dsmoe_local.batch.sources import InputForm, Source
@@ -17,41 +19,42 @@ from dsmoe_local.batch.summary import BatchSummary
 from dsmoe_local.engine.types import Request, SamplingParameters, TextEngine
 
 GREEDY = BatchDefaults(SamplingParameters(temperature=0))
+OUTPUT_SETTINGS = {"model": "7 bytes abc", "temperature": "0.8"}
 
 
 def write_lines(path: Path, lines: Iterable[str | bytes | dict[str, Any]]) -> Path:
-    """A file of lines, each ended."""
+    """Write a file of lines, each with a line end."""
     raw = [json.dumps(line) if isinstance(line, dict) else line for line in lines]
     path.write_bytes(b"".join((line.encode() if isinstance(line, str) else line) + b"\n" for line in raw))
     return path
 
 
 def batch(folder: Path, *lines: str | bytes | dict[str, Any], **options: Any) -> BatchOptions:
-    """A batch of these lines, in the simple form unless said otherwise."""
+    """Return a batch of these lines, in the simple format unless `options` say otherwise."""
     source = write_lines(folder / "in.jsonl", lines)
     return replace(BatchOptions(source, folder / "out.jsonl", GREEDY, form="simple"), **options)
 
 
 def answer(engine: TextEngine, options: BatchOptions, listen: Listener = ignore) -> list[dict[str, Any]]:
-    """Run it and read its records."""
+    """Run a batch and return its records."""
     run_batch(engine, options, listen)
     return records(options.out)
 
 
 def summary_of(engine: TextEngine, options: BatchOptions) -> BatchSummary:
-    """Run it and return its summary."""
+    """Run a batch and return its summary."""
     return run_batch(engine, options)
 
 
 def records(path: Path) -> list[dict[str, Any]]:
-    """Every record of an output; its last line must be whole."""
+    """Return the records of an output, whose last line must be whole."""
     content = path.read_bytes()
     assert content.endswith(b"\n") or not content
     return [json.loads(line) for line in content.split(b"\n")[:-1]]
 
 
 def by_id(found: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Records by their ids, which must differ."""
+    """Return records by their ids, which must differ."""
     listed = list(found)
     named = {record.get("custom_id", record["id"]): record for record in listed}
     assert len(named) == len(listed)
@@ -61,10 +64,52 @@ def by_id(found: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def requests(
     path: Path, form: InputForm | None = None, defaults: BatchDefaults = GREEDY
 ) -> list[Callable[[], Request]]:
-    """What each line of a file makes; calling raises what is wrong with it."""
+    """Return a function for each line of a file. It makes the request, or raises the line's error."""
     source = Source(path, form or InputForm())
     try:
         found = [source.line(span.number, raw) for span, raw in source.spans()]
     finally:
         source.close()
     return [lambda line=line: request_of(line, defaults) for line in found]  # type: ignore[misc]
+
+
+def record(number: int) -> Record:
+    """Return a record whose key, length and failure depend on its number."""
+    content = b'{"id": %d, "text": "%b"}\n' % (number, b"word " * (number % 4))
+    return Record(Key(number, 2**64 - number), content, "not_json" if number == 3 else "")
+
+
+def content_of(numbers: Iterable[int]) -> bytes:
+    """Return an output with these records."""
+    return b"".join(record(number).content for number in numbers)
+
+
+def open_output(out: Path) -> Output:
+    """Open an output for more records."""
+    output = Output(out, OUTPUT_SETTINGS, lambda key, failure: None)
+    output.open()
+    return output
+
+
+def write_groups(out: Path, groups: Iterable[Sequence[int]]) -> None:
+    """Write an output with these groups of records."""
+    with open_output(out) as output:
+        for group in groups:
+            output.append([record(number) for number in group])
+
+
+def found_in(
+    out: Path, *more: int, settings: dict[str, str] = OUTPUT_SETTINGS, restart: bool = False
+) -> list[int]:
+    """Return the numbers of the records in an output, after which `more` are appended to it."""
+    found: list[int] = []
+
+    def visit(key: Key, failure: str) -> None:
+        assert (key, failure) == (record(key.id).key, record(key.id).failure)
+        found.append(key.id)
+
+    with Output(out, settings, visit, restart=restart) as output:
+        output.open()
+        if more:
+            output.append([record(number) for number in more])
+    return found
