@@ -175,30 +175,47 @@ def test_settings_that_may_change(tmp_path: Path) -> None:
     assert engine.requests == []
 
 
-def test_output_is_never_overwritten_by_accident(tmp_path: Path) -> None:
-    """Guards: results lost by a mistyped name, or through a link to the input."""
-    options = batch(tmp_path, {"prompt": "a"})
-    for content, told in (("precious\n", "name another$"), ('{"precious": 1}\n', "--restart")):
-        options.out.write_text(content)
-        with pytest.raises(FileError, match=told):
-            run_batch(FakeEngine(), options)
-        assert options.out.read_text() == content
+@pytest.mark.parametrize(
+    ("content", "restart", "told"),
+    [
+        (b"precious\n", False, "name another$"),
+        (b'{"precious": 1}\n', False, "--restart"),
+        (b"GGUF precious", True, "not the output of a batch"),
+    ],
+)
+def test_output_is_never_overwritten_by_accident(
+    tmp_path: Path, content: bytes, restart: bool, told: str
+) -> None:
+    """Guards: results, or a model, lost by a mistyped name."""
+    options = batch(tmp_path, {"prompt": "a"}, restart=restart)
+    options.out.write_bytes(content)
+    with pytest.raises(FileError, match=told):
+        run_batch(FakeEngine(), options)
+    assert options.out.read_bytes() == content
+
+
+def test_input_and_output_are_different_files(tmp_path: Path) -> None:
+    """Guards: an input lost, through a link or because it is called like a journal."""
+    options = batch(tmp_path, {"prompt": "a"}, restart=True)
     for make in (Path.hardlink_to, Path.symlink_to):
-        options.out.unlink()
         make(options.out, options.source)
         with pytest.raises(UsageError, match="same file"):
-            run_batch(FakeEngine(), replace(options, restart=True))
-    options.out.unlink()
+            run_batch(FakeEngine(), options)
+        options.out.unlink()
     with pytest.raises(UsageError, match="same file"):
         run_batch(FakeEngine(), replace(options, source=write_lines(journal_path(options.out), ["{}"])))
-    with pytest.raises(FileError, match="folder"):
-        run_batch(FakeEngine(), replace(options, out=tmp_path / "no" / "out"))
 
 
 @pytest.mark.parametrize(
-    ("name", "told"), [("-", "not a regular file"), ("/dev/null", "not a regular file"), (".", "is a folder")]
+    ("name", "told"),
+    [
+        ("-", "not a regular file"),
+        ("/dev/null", "not a regular file"),
+        (".", "is a folder"),
+        ("no/out", "folder does not exist"),
+    ],
 )
-def test_outputs_that_are_no_files(tmp_path: Path, name: str, told: str) -> None:
+def test_outputs_that_are_not_files(tmp_path: Path, name: str, told: str) -> None:
     """Guards: records written where no run can find them again."""
     with pytest.raises(FileError, match=told):
         run_batch(FakeEngine(), batch(tmp_path, {"prompt": "a"}, out=Path(name)))
@@ -362,15 +379,6 @@ def test_too_many_errors_in_order_get_somewhere(tmp_path: Path) -> None:
     assert [record["error"] is not None for record in records(options.out)] == [False] * 3 + [True] * 2
     found = answer(FakeEngine(), options)
     assert [record["id"] for record in found] == [f"line-{number}" for number in range(1, 10)]
-
-
-def test_restart_is_for_outputs(tmp_path: Path) -> None:
-    """Guards: --restart in the place of a model, or of whatever else was named by mistake."""
-    options = batch(tmp_path, {"prompt": "a"}, restart=True)
-    options.out.write_bytes(b"GGUF precious")
-    with pytest.raises(FileError, match="not the output of a batch"):
-        run_batch(FakeEngine(), options)
-    assert options.out.read_bytes() == b"GGUF precious"
 
 
 def test_too_many_errors(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -31,9 +32,8 @@ def content(*numbers: int) -> bytes:
     return content_of(numbers)
 
 
-def test_records_are_found_again(tmp_path: Path) -> None:
+def test_records_are_found_again(out: Path) -> None:
     """Guards: keys that do not survive; records of two runs that cannot be told apart."""
-    out = tmp_path / "out.jsonl"
     write(out)
     assert out.read_bytes() == content(1, 2, 3, 4, 5, 6)
     assert found_in(out) == [1, 2, 3, 4, 5, 6]
@@ -45,9 +45,9 @@ def test_records_are_found_again(tmp_path: Path) -> None:
 
 
 def without_last_mark(out: Path) -> None:
-    """What a kill leaves that comes before the last group's mark."""
+    """Leave what a kill leaves before the last group's commit mark."""
     lines = journal_path(out).read_bytes().splitlines(keepends=True)
-    assert lines.pop().endswith(b'"committed"\n')
+    assert is_commit(lines.pop())
     journal_path(out).write_bytes(b"".join(lines))
 
 
@@ -82,11 +82,10 @@ def test_any_end_of_a_group_without_a_mark_may_be_missing(
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
-def test_a_damaged_record_that_was_acknowledged_is_refused(tmp_path: Path, number: int) -> None:
+def test_a_damaged_record_that_was_acknowledged_is_refused(out: Path, number: int) -> None:
     """Guards: a damaged record that is not the first of its group, or is in the last group, taken for the
-    torn end of a run, so that it and all behind it are cut away without a word.
+    torn end of a run, so that it and all after it are cut off silently.
     """
-    out = tmp_path / "out.jsonl"
     with open_output(out) as output:
         output.append([record(1), record(2), record(3)])
         output.append([record(4), record(5)])
@@ -97,71 +96,99 @@ def test_a_damaged_record_that_was_acknowledged_is_refused(tmp_path: Path, numbe
     assert out.read_bytes() == before
 
 
-def test_a_commit_mark_follows_its_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Disk:
+    """Records what is written, synced and cut, as words. A step that is called `failing` raises `error`."""
+
+    def __init__(self, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.steps: list[str] = []
+        self.failing = ""
+        self.error = errno.EIO
+        self._out = out
+        for owner, name, word in (
+            (durable, "sync", "sync"),
+            (os, "write", "write"),
+            (os, "ftruncate", "cut"),
+        ):
+            monkeypatch.setattr(owner, name, self._watched(getattr(owner, name), word))
+
+    def _watched(self, real: Callable[..., Any], word: str) -> Callable[..., Any]:
+        def call(descriptor: int, *arguments: Any) -> Any:
+            file = "output" if os.path.samestat(os.fstat(descriptor), self._out.stat()) else "journal"
+            step = "mark" if word == "write" and is_commit(*arguments) else f"{word} {file}"
+            self.steps.append(step)
+            if step == self.failing:
+                raise OSError(self.error, os.strerror(self.error))
+            return real(descriptor, *arguments)
+
+        return call
+
+
+def is_commit(line: bytes) -> bool:
+    return line.endswith(b'"committed"\n')
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out.jsonl"
+
+
+def test_a_commit_mark_follows_its_records(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a mark that is on the disk before its records are; more syncs than two for a group."""
-    out = tmp_path / "out.jsonl"
-    steps: list[str] = []
-    real_sync, real_write = durable.sync, os.write
-
-    def name(descriptor: int) -> str:
-        return "output" if os.path.samestat(os.fstat(descriptor), out.stat()) else "journal"
-
-    def sync(descriptor: int) -> None:
-        steps.append(f"sync {name(descriptor)}")
-        real_sync(descriptor)
-
-    def write(descriptor: int, data: bytes) -> int:
-        steps.append("mark" if data.endswith(b'"committed"\n') else f"write {name(descriptor)}")
-        return real_write(descriptor, data)
-
     with open_output(out) as output:
-        monkeypatch.setattr(durable, "sync", sync)
-        monkeypatch.setattr(os, "write", write)
+        disk = Disk(out, monkeypatch)
         output.append([record(1)])
         output.append([record(2)])
     group = ["write journal", "sync journal", "write output", "sync output", "mark"]
     # The last mark is synced when the files are closed.
-    assert steps == [*group, *group, "sync journal"]
+    assert disk.steps == [*group, *group, "sync journal"]
 
 
 def test_what_a_killed_run_left_is_synced_before_it_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards: records that only the page cache has, reported as finished by the next run."""
-    out = tmp_path / "out.jsonl"
+    """Guards: records that only the page cache has, reported as finished by the next run; a power failure
+    after which the output has an end again that the journal does not explain.
+    """
     write(out)
     without_last_mark(out)
-    synced: list[int] = []
-    monkeypatch.setattr(durable, "sync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    disk = Disk(out, monkeypatch)
     open_output(out).close()
-    assert synced == [out.stat().st_ino, journal_path(out).stat().st_ino]
-    assert journal_path(out).read_bytes().splitlines()[-1].endswith(b'"committed"')
-
-
-def test_the_output_is_cut_durably_before_its_journal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Guards: a power failure after which the output has an end again that the journal says nothing of."""
-    out = tmp_path / "out.jsonl"
-    write(out)
+    assert disk.steps == ["sync output", "mark", "sync journal"]
+    disk.steps.clear()
     without_last_mark(out)
-    out.write_bytes(out.read_bytes()[:-1])
-    steps: list[tuple[str, int]] = []
-    real_sync, real_cut = durable.sync, os.ftruncate
-
-    def sync(descriptor: int) -> None:
-        steps.append(("sync", os.fstat(descriptor).st_ino))
-        real_sync(descriptor)
-
-    def cut(descriptor: int, size: int) -> None:
-        steps.append(("cut", os.fstat(descriptor).st_ino))
-        real_cut(descriptor, size)
-
-    monkeypatch.setattr(durable, "sync", sync)
-    monkeypatch.setattr(os, "ftruncate", cut)
+    os.truncate(out, out.stat().st_size - 1)
     open_output(out).close()
-    output, journal = out.stat().st_ino, journal_path(out).stat().st_ino
-    assert steps == [("cut", output), ("sync", output), ("cut", journal), ("sync", journal)]
+    assert disk.steps == ["cut output", "sync output", "cut journal", "mark", "sync journal"]
+
+
+@pytest.mark.parametrize("failing", ["write journal", "sync journal", "write output", "sync output", "mark"])
+@pytest.mark.parametrize(("error", "kind"), [(errno.EIO, FileError), (errno.ENOSPC, NoSpaceError)])
+def test_a_failing_disk_leaves_whole_records(
+    out: Path, monkeypatch: pytest.MonkeyPatch, failing: str, error: int, kind: type[FileError]
+) -> None:
+    """Guards: half a record at the end of the file; records that only the page cache has, because their sync
+    failed, counted by the next run; a sync that is tried again, which then succeeds without the data.
+    """
+    with open_output(out) as output:
+        output.append([record(1)])
+        disk = Disk(out, monkeypatch)
+        disk.failing, disk.error = failing, error
+        with pytest.raises(FileError, match=os.strerror(error)) as refusal:
+            output.append([record(2), record(3)])
+        assert type(refusal.value) is kind
+        assert disk.steps.count(failing) == 1
+        assert out.read_bytes() == content(1)
+    assert failing not in disk.steps[disk.steps.index(failing) + 1 :]
+    disk.failing = ""
+    assert found_in(out) == [1]
+
+
+def test_a_short_write_is_continued(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: half a record, because the system wrote less than it was given."""
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: real(descriptor, data[:5]))
+    write(out)
+    assert found_in(out) == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(
@@ -172,9 +199,8 @@ def test_the_output_is_cut_durably_before_its_journal(
         b'%08x {"dsmoe_batch":4}\n' % zlib.crc32(b'{"dsmoe_batch":4}'),
     ],
 )
-def test_a_journal_of_another_version_is_refused_in_words(tmp_path: Path, start: bytes) -> None:
+def test_a_journal_of_another_version_is_refused_in_words(out: Path, start: bytes) -> None:
     """Guards: one whose lines mean something else, read as if they were ours, or called damaged."""
-    out = tmp_path / "out.jsonl"
     out.write_bytes(content(1))
     journal_path(out).write_bytes(start)
     with pytest.raises(FileError, match="another version") as refusal:
@@ -209,23 +235,21 @@ def edit_journal(out: Path, change: Callable[[list[bytes]], list[bytes]]) -> Non
         lambda out: journal_path(out).unlink(),
     ],
 )
-def test_foreign_changes_are_refused(tmp_path: Path, change: Callable[[Path], object]) -> None:
+def test_foreign_changes_are_refused(out: Path, change: Callable[[Path], object]) -> None:
     """Guards: records cut away, or answered again, because somebody edited the files."""
-    out = tmp_path / "out.jsonl"
     write(out)
     change(out)
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    before = {path: path.read_bytes() for path in out.parent.iterdir()}
     with pytest.raises(FileError, match="--restart"):
         found_in(out)
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert {path: path.read_bytes() for path in out.parent.iterdir()} == before
     assert found_in(out, restart=True) == []
 
 
-def test_a_foreign_output_is_kept(tmp_path: Path) -> None:
+def test_a_foreign_output_is_kept(out: Path) -> None:
     """Guards: another tool's file deleted, because a run that ended before its first record left a
     journal of that name; one deleted that was written while the model was loaded.
     """
-    out = tmp_path / "out.jsonl"
     open_output(out).close()
     assert found_in(out) == []
     out.write_bytes(b"precious\n")
@@ -242,11 +266,10 @@ def test_a_foreign_output_is_kept(tmp_path: Path) -> None:
     assert found_in(out, restart=True) == []
 
 
-def test_other_settings_are_shown(tmp_path: Path) -> None:
+def test_other_settings_are_shown(out: Path) -> None:
     """Guards: records of two models in one file; a refusal that does not say what differs, or shows
     digests.
     """
-    out = tmp_path / "out.jsonl"
     with Output(out, SETTINGS, lambda key, failure: None, names={"model": "a.gguf"}) as begun:
         begun.open()
         begun.append([record(number) for number in (1, 2, 3, 4, 5, 6)])
@@ -263,9 +286,8 @@ def test_other_settings_are_shown(tmp_path: Path) -> None:
     assert json.loads(journal_path(out).read_bytes().splitlines()[0][9:])["settings"] == SETTINGS
 
 
-def test_what_only_loading_tells_is_held(tmp_path: Path) -> None:
+def test_what_only_loading_tells_is_held(out: Path) -> None:
     """Guards: records of two kernels in a file that promises equal texts; a run refused for no reason."""
-    out = tmp_path / "out.jsonl"
     here, there = {"kernels": "repacked"}, {"kernels": "as in the file"}
 
     def resumed(loaded: dict[str, str], *, restart: bool = False) -> None:
@@ -284,11 +306,10 @@ def test_what_only_loading_tells_is_held(tmp_path: Path) -> None:
         resumed(here)
 
 
-def test_nothing_is_touched_before_it_is_opened(tmp_path: Path) -> None:
+def test_nothing_is_touched_before_it_is_opened(out: Path) -> None:
     """Guards: an output lost, or half begun, because the model could not be loaded."""
-    out = tmp_path / "out.jsonl"
     with Output(out, SETTINGS, lambda key, failure: None):
-        assert list(tmp_path.iterdir()) == []
+        assert list(out.parent.iterdir()) == []
     write(out)
     without_last_mark(out)
     os.truncate(out, out.stat().st_size - 3)
@@ -296,56 +317,3 @@ def test_nothing_is_touched_before_it_is_opened(tmp_path: Path) -> None:
     for restart in (False, True):
         Output(out, SETTINGS, lambda key, failure: None, restart=restart).close()
         assert out.read_bytes() == before
-
-
-def test_full_disk_leaves_whole_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: half a record at the end of the file; an error of the disk that is tried again."""
-    out = tmp_path / "out.jsonl"
-    real = os.write
-    with open_output(out) as output:
-        output.append([record(1)])
-
-        def full(descriptor: int, data: bytes) -> int:
-            if not os.path.samestat(os.fstat(descriptor), out.stat()):
-                return real(descriptor, data)
-            if len(data) <= 5:
-                raise OSError(errno.ENOSPC, "no space")
-            return real(descriptor, data[:5])
-
-        monkeypatch.setattr("dsmoe_local.batch.output.os.write", full)
-        with pytest.raises(NoSpaceError, match="no space"):
-            output.append([record(2)])
-        monkeypatch.undo()
-        assert out.read_bytes() == content(1)
-        n_syncs = []
-
-        def failing(descriptor: int) -> None:
-            n_syncs.append(descriptor)
-            raise OSError(errno.EIO, "bad disk")
-
-        monkeypatch.setattr(durable, "sync", failing)
-        with pytest.raises(FileError, match="bad disk"):
-            output.append([record(2)])
-        assert len(set(n_syncs)) == len(n_syncs)
-    monkeypatch.undo()
-    assert found_in(out) == [1]
-
-
-def test_a_failed_sync_takes_its_records_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: records that only the page cache has, because their sync failed, counted by the next run."""
-    out = tmp_path / "out.jsonl"
-    real = durable.sync
-
-    def failing(descriptor: int) -> None:
-        if os.path.samestat(os.fstat(descriptor), out.stat()):
-            raise OSError(errno.EIO, "bad disk")
-        real(descriptor)
-
-    with open_output(out) as output:
-        output.append([record(1)])
-        monkeypatch.setattr(durable, "sync", failing)
-        with pytest.raises(FileError, match="bad disk"):
-            output.append([record(2)])
-    monkeypatch.undo()
-    assert out.read_bytes() == content(1)
-    assert found_in(out) == [1]
