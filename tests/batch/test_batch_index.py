@@ -178,6 +178,7 @@ def test_long_jobs_come_early() -> None:
     together: list[Prompt] = ["s" * 70 + "a", "other", "s" * 70 + "b", "third"]
     assert order(together, [5, 100, 400, 50]) == [2, 0, 1, 3]
     assert order(together, [5, 100, 400, 50], ordered=True) == [0, 1, 2, 3]
+    assert order(["equal"] * 3, [10, 400, 20]) == [1, 2, 0]
 
 
 def test_shared_bytes_of_the_order() -> None:
