@@ -14,15 +14,8 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from dsmoe_local.base import progress
-from dsmoe_local.engine.types import (
-    ModelOptions,
-    Prompt,
-    Request,
-    SamplingParameters,
-    TextEngine,
-    TokenEvent,
-    Usage,
-)
+from dsmoe_local.engine.interface import TextEngine
+from dsmoe_local.engine.types import ModelOptions, Prompt, Request, SamplingParameters, TokenEvent, Usage
 
 GREEDY = SamplingParameters(temperature=0)
 _BAN = -1000.0

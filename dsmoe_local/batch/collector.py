@@ -8,15 +8,8 @@ from dataclasses import dataclass, field
 from dsmoe_local.batch.lines import Line
 from dsmoe_local.batch.responses import Choice, Reply
 from dsmoe_local.engine.errors import PromptError, TemplateError
-from dsmoe_local.engine.types import (
-    FinishReason,
-    Message,
-    Request,
-    TextEngine,
-    TokenEvent,
-    TokenLogprob,
-    Usage,
-)
+from dsmoe_local.engine.interface import TextEngine
+from dsmoe_local.engine.types import FinishReason, Message, Request, TokenEvent, TokenLogprob, Usage
 
 
 @dataclass(slots=True)

@@ -26,7 +26,7 @@ from dsmoe_local.engine.errors import (
     NativeError,
     OutOfMemoryError,
 )
-from dsmoe_local.engine.types import TextEngine, Ticket
+from dsmoe_local.engine.interface import TextEngine, Ticket
 
 _POLL_SECONDS = 0.1  # the longest time until `stop` is noticed
 _REPORT_SECONDS = 0.5

@@ -15,7 +15,7 @@ from dsmoe_local.base.sequences import n_common
 from dsmoe_local.chat.conversation import Conversation
 from dsmoe_local.chat.store.sessions import Session
 from dsmoe_local.chat.store.states import BLOCK, StateStore
-from dsmoe_local.engine.types import ReloadableEngine
+from dsmoe_local.engine.interface import ReloadableEngine
 
 
 class CacheKeeper:

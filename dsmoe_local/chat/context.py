@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from dsmoe_local.base.sequences import n_common
 from dsmoe_local.chat.settings import OnFull
 from dsmoe_local.chat.turns import Role, Transcript, Turn
-from dsmoe_local.engine.types import Message, Prompt, TextEngine, ends_with_reply
+from dsmoe_local.engine.interface import TextEngine
+from dsmoe_local.engine.types import Message, Prompt, ends_with_reply
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,14 +17,8 @@ from dsmoe_local.chat.context import MadeRoom
 from dsmoe_local.chat.settings import ChatSettings, OnFull
 from dsmoe_local.chat.turns import Role, Transcript, Turn
 from dsmoe_local.engine.errors import EngineCrashError, EngineError
-from dsmoe_local.engine.types import (
-    FinishReason,
-    Message,
-    ReloadableEngine,
-    Request,
-    TokenEvent,
-    Usage,
-)
+from dsmoe_local.engine.interface import ReloadableEngine
+from dsmoe_local.engine.types import FinishReason, Message, Request, TokenEvent, Usage
 
 
 @dataclass(frozen=True, slots=True)

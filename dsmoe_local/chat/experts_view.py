@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.engine.errors import EngineError
-from dsmoe_local.engine.types import ObserverOptions, TextEngine
+from dsmoe_local.engine.interface import TextEngine
+from dsmoe_local.engine.types import ObserverOptions
 from dsmoe_local.experts.activity import Activity, activity_of
 
 if TYPE_CHECKING:

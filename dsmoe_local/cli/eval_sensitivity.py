@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from dsmoe_local.base.progress import Listener
+    from dsmoe_local.engine.interface import TextEngine
     from dsmoe_local.engine.process.client import EngineClient
-    from dsmoe_local.engine.types import ObserverOptions, TextEngine
+    from dsmoe_local.engine.types import ObserverOptions
     from dsmoe_local.evaluate.error_cost import ErrorCosts, Load
     from dsmoe_local.evaluate.text import Text
     from dsmoe_local.model.ggml import GgmlType

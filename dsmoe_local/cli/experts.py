@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from dsmoe_local.base.progress import Listener
-    from dsmoe_local.engine.types import TextEngine
+    from dsmoe_local.engine.interface import TextEngine
     from dsmoe_local.experts.reading import Reading
 
 _N_DIFFERENCES = 12

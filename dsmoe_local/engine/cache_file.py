@@ -1,8 +1,8 @@
-"""A part of a sequence of the KV cache as a file: our header, all tokens up to its end, llama.cpp's state of
-those from its start. Knows no scheduler.
+"""Reads and writes a range of a sequence of the KV cache as a file.
 
-The header's digest covers the tokens and the part of the state that says how the rest is laid out, so that
-native code never reads a layout that was not written here. The values themselves are the caller's to verify.
+The file has a header, all tokens up to the end of the range, and llama.cpp's state of the tokens in the
+range. The header's digest covers the tokens and the part of the state that describes its layout, so that
+native code never reads an unknown layout. The caller must verify the rest.
 """
 
 from __future__ import annotations
@@ -24,14 +24,12 @@ from dsmoe_local.engine.native import Context
 _MAGIC = b"dsmoe-kp"
 _HEAD = struct.Struct("<8s16s16sQQQ")  # magic, identity, digest, tokens, start, bytes of state
 _DIGEST = 16
-_LAYOUT = 64  # bytes of state in which llama.cpp says what follows,
-_LAYOUT_OF_TOKEN = 12  # and of each cell: position, number of sequences, sequence
+_LAYOUT = 64  # bytes at the start of the state that describe its layout
+_LAYOUT_OF_TOKEN = 12  # more such bytes for each cell: position, number of sequences, sequence
 
 
 class Stored(NamedTuple):
-    """The contents of a file: the tokens, and of those from `start` on the state as llama.cpp wrote it,
-    mapped.
-    """
+    """The contents of a file: the tokens, and llama.cpp's state of those from `start` on, memory-mapped."""
 
     token_ids: list[int]
     start: int
@@ -41,11 +39,11 @@ class Stored(NamedTuple):
 def write_cache(
     path: Path, identity: str, token_ids: Sequence[int], start: int, context: Context, sequence: int
 ) -> bool:
-    """Write what the cache holds of a sequence, which are these tokens from `start` on, to a new file.
-    `identity` is what it depends on besides (see ModelInfo). Until `sync_cache` it may be lost.
+    """Write the cells of a sequence, which hold `token_ids` from `start` on, to a new file without syncing
+    it.
 
-    False, and no file, if llama.cpp cannot write it. OSError, and no file, if the disk is full or the like;
-    FileExistsError if there is one.
+    `identity` is `ModelInfo.cache_identity`. Returns False if llama.cpp cannot write the state. Raises
+    OSError, for example if the disk is full or the file exists. In both cases no new file is left.
     """
     tokens = np.asarray(token_ids, "<i4").tobytes()
     place, n_state = _HEAD.size + len(tokens), context.state_size(sequence)
@@ -54,13 +52,13 @@ def write_cache(
     try:
         with (
             os.fdopen(descriptor, "r+b") as file,
-            room_in(file, place + n_state) as room,
-            room[place:] as state,
+            mapped_file(file, place + n_state) as mapped,
+            mapped[place:] as state,
         ):
             complete = context.write_state(state, sequence)
             digest = _digest(tokens, state, start)
             head = _HEAD.pack(_MAGIC, _digest_of(identity), digest, len(token_ids), start, n_state)
-            room[:place] = head + tokens
+            mapped[:place] = head + tokens
         written = complete
     finally:
         if not written:
@@ -69,7 +67,7 @@ def write_cache(
 
 
 def sync_cache(path: Path) -> bool:
-    """Force a written file to the medium; False, and no file, if that fails."""
+    """Sync a written file. If that fails, delete it and return False."""
     try:
         with path.open("r+b") as file:
             sync(file.fileno())
@@ -81,13 +79,13 @@ def sync_cache(path: Path) -> bool:
 
 @contextmanager
 def open_cache(path: Path, identity: str) -> Iterator[Stored | None]:
-    """What a file holds; None if it cannot be read, is of another identity, or was not written here."""
+    """Yield the contents of a file; None if it is unreadable, malformed, or has another identity."""
     with ExitStack() as opened:
         try:
             file = opened.enter_context(path.open("rb"))
             size = os.fstat(file.fileno()).st_size
             mapped = opened.enter_context(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
-        except (OSError, ValueError):  # mmap calls an empty file a wrong value
+        except (OSError, ValueError):  # mmap raises ValueError for an empty file
             yield None
             return
         view = opened.enter_context(memoryview(mapped))
@@ -108,9 +106,9 @@ def open_cache(path: Path, identity: str) -> Iterator[Stored | None]:
 
 
 @contextmanager
-def room_in(file: BinaryIO, n_bytes: int) -> Iterator[memoryview]:
-    """The first bytes of a file as memory. OSError if the disk has no room for them."""
-    # A mapping with holes would end the process when the disk is full.
+def mapped_file(file: BinaryIO, n_bytes: int) -> Iterator[memoryview]:
+    """Allocate the first bytes of a file and yield them as memory. Raises OSError if the disk is full."""
+    # Writing to a mapping of a sparse file kills the process if the disk is full.
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file.fileno(), 0, n_bytes)
     else:

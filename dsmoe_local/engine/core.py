@@ -1,7 +1,6 @@
-"""One step of the engine after another: what the scheduler decided, decoded, and the tokens that come of it.
+"""Computes one step at a time: decodes the batch that the scheduler planned, and samples the next tokens.
 
-Owned by the engine's thread; only `interrupt` may be called from others. Threads, queues and who waits for
-what are `engine`'s concern.
+Used by the engine's thread only, except for `interrupt`.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsmoe_local.base.errors import UsageError
-from dsmoe_local.engine import at_rest, native
+from dsmoe_local.engine import idle_operations, native
 from dsmoe_local.engine.errors import EngineError, NativeError, too_long
 from dsmoe_local.engine.load.loaded_model import LoadedModel
 from dsmoe_local.engine.observe.observer import Scored, StepLogits
@@ -26,7 +25,7 @@ _PADDING_TOKEN = 0  # any token will do: its logits are never read
 
 @dataclass(frozen=True, slots=True)
 class _Placed:
-    """A row of a step, its place in the batch, and that of its last output among the outputs."""
+    """A row of a step with its index in the batch and the index of its last output."""
 
     row: plan.StepRow
     row_index: int
@@ -36,7 +35,7 @@ class _Placed:
 class Core:
     """Runs requests on a loaded model, one step after another.
 
-    `finished` is called with each request that is over, after its last event, and the error that ended it.
+    `finished` is called for each request that is over, after its last event, with the error that ended it.
     """
 
     def __init__(self, loaded: LoadedModel, finished: Callable[[Job, Exception | None], None]) -> None:
@@ -52,16 +51,16 @@ class Core:
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing to compute."""
+        """Whether no request is waiting or running."""
         return self.scheduler.idle
 
     @property
     def reads_prompts(self) -> bool:
-        """Whether the next step may take long."""
+        """Whether the next step may process a prompt, which may take long."""
         return bool(self.scheduler.waiting) or any(s.prefilling for s in self.scheduler.running)
 
     def add(self, job: Job, prompt: tuple[int, ...]) -> None:
-        """Take a request in. Raises what is wrong with it: PromptError (too long), UsageError."""
+        """Schedule a request. Raises PromptError if it is too long, UsageError."""
         n_context = self._loaded.info.n_context
         if len(prompt) >= n_context:
             raise too_long(f"{len(prompt):,} tokens", n_context)
@@ -83,20 +82,20 @@ class Core:
             self.scheduler.add(reply.sequence)
 
     def cancel(self, job: Job) -> None:
-        """End a request's replies as CANCELLED."""
+        """End the replies of a request with the reason CANCELLED."""
         for reply in self._of(job):
             self._end(reply.sequence, FinishReason.CANCELLED)
 
     def _fail(self, job: Job, error: Exception) -> None:
-        """End a request's replies without another event."""
+        """End the replies of a request without another event."""
         for reply in self._of(job):
             self._take_out(reply)
         self._finished(job, error)
 
     def interrupt(self, job: Job) -> None:
-        """Break off the running step if it reads the cancelled `job`'s prompt, or computes nothing else.
+        """Abort the running step if it processes the prompt of the cancelled `job`, or contains only it.
 
-        From any thread. A step that only decodes is short, and is left to the others that are in it.
+        Any thread may call it. A step that only decodes is short, so it is not aborted for other requests.
         """
         with self._lock:
             if self._computing.get(job) or (self._alone and job in self._computing):
@@ -115,31 +114,35 @@ class Core:
     # Between requests.
 
     def save_cache(self, path: Path, token_ids: list[int], start: int) -> int:
-        """See TextEngine; the file is not synced."""
+        """See TextEngine. The file is not synced."""
         if not self.idle or self._loaded.limits.deterministic:
             return 0
-        self._settle()
-        return at_rest.save_cache(self._loaded, self.scheduler.book, path, token_ids, start)
+        self._apply_operations()
+        return idle_operations.save_cache(self._loaded, self.scheduler.book, path, token_ids, start)
 
     def load_cache(self, path: Path, token_ids: list[int]) -> int:
         """See TextEngine."""
         if not self.idle or self._loaded.limits.deterministic:
             return 0
-        self._settle()
-        return at_rest.load_cache(self._loaded, self.scheduler.book, self._settle, path, token_ids)
+        self._apply_operations()
+        return idle_operations.load_cache(
+            self._loaded, self.scheduler.book, self._apply_operations, path, token_ids
+        )
 
     def set_observers(self, options: tuple[ObserverOptions, ...]) -> None:
-        """See TextEngine. `lost` is set where no context is left to go on with."""
+        """See TextEngine. Sets `lost` if no context could be created again."""
         if not self.idle:
             raise EngineError("observers cannot be changed while requests run")
         try:
-            at_rest.exchange_observers(self._loaded, self.scheduler.book, self._settle, options)
+            idle_operations.exchange_observers(
+                self._loaded, self.scheduler.book, self._apply_operations, options
+            )
         except Exception as error:
             if not self._loaded.context.handle:
                 self.lost = error
             raise
 
-    def _settle(self) -> None:
+    def _apply_operations(self) -> None:
         for operation in self.scheduler.book.take_operations():
             self._perform(operation)
 
@@ -169,7 +172,7 @@ class Core:
                 raise NativeError(
                     "the KV cache has no room left", remedy="load the model with a larger context: -c"
                 )
-        except Exception as error:  # noqa: BLE001 - delivered to those whose step this was
+        except Exception as error:  # noqa: BLE001 - delivered to the requests of the step
             self._lose(step, error)
             return
         finally:
@@ -189,13 +192,13 @@ class Core:
         try:
             scored = self._scored(placed, len(rows)) if observers.reads_logits else ()
             observers.after_step(rows, logits, scored)
-        except Exception as error:  # noqa: BLE001 - delivered to those whose step this was
+        except Exception as error:  # noqa: BLE001 - delivered to the requests of the step
             self._lose(step, error)
             return
         self._advance(placed, logits)
 
     def _place(self, step: plan.Step) -> tuple[list[_Placed], list[native.Row]]:
-        """The rows and padding as a batch. Per-sequence caches need them in order of slots."""
+        """Return the rows and padding of a step as a batch, in order of slots for per-sequence caches."""
         placed: list[_Placed] = []
         rows: list[native.Row] = []
         n_outputs = 0
@@ -215,7 +218,7 @@ class Core:
         return placed, rows
 
     def _begin(self, placed: Sequence[_Placed]) -> bool:
-        """Allow `interrupt`; False if a request of the step was cancelled before that."""
+        """Enable `interrupt` for a step. Returns False if one of its requests is already cancelled."""
         with self._lock:
             computing: dict[Job, bool] = {}
             for place in placed:
@@ -223,13 +226,14 @@ class Core:
                 computing[job] = computing.get(job, False) or place.row.n_tokens > 1
             if any(job.cancelled for job in computing):
                 return False
-            # llama.cpp moves cells at the start of the next step; broken off there, it would move some twice.
+            # llama.cpp shifts cells at the start of the next step. If that is aborted, some are shifted
+            # twice.
             self._computing = {} if self._shifting else computing
             self._alone = len(computing) == 1
         return True
 
     def _scored(self, placed: Sequence[_Placed], n_rows: int) -> list[Scored | None]:
-        """For each row of the batch, what its outputs should have predicted."""
+        """Return, for each row of the batch, the tokens that its outputs should predict."""
         scored: list[Scored | None] = [None] * n_rows
         for place in placed:
             sequence, start, n_tokens, n_outputs = place.row
@@ -241,11 +245,11 @@ class Core:
         return scored
 
     def _advance(self, placed: Sequence[_Placed], logits: StepLogits) -> None:
-        """Choose the next token of every complete row."""
+        """Sample the next token of every sequence whose prompt is complete."""
         for place in placed:
             sequence = place.row.sequence
             reply = self._replies.get(sequence)
-            if reply is None:  # its request failed in this very step
+            if reply is None:  # its request failed in this step
                 continue
             try:
                 if sequence.n_cached < len(sequence.tokens):
@@ -262,7 +266,7 @@ class Core:
                 self._remove(reply)
 
     def _lose(self, step: plan.Step, error: Exception) -> None:
-        """Fail the requests of a step that could not be computed; no cell that it touched is trusted."""
+        """End the requests of a failed step with the error, and drop their cells."""
         for padding in step.padding:
             self._loaded.context.forget(padding.slot, padding.position)
         for row in step.rows:
@@ -282,7 +286,7 @@ class Core:
             self._remove(reply)
 
     def _remove(self, reply: Reply) -> None:
-        """Take a reply out whose last event is delivered."""
+        """Remove a reply after its last event."""
         self._take_out(reply)
         if reply.job.n_open == 0:
             self._finished(reply.job, None)

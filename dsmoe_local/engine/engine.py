@@ -1,12 +1,12 @@
-"""The engine in this process: one thread owns the model and decodes for all requests that are in.
+"""The engine in this process. One thread owns the model and decodes all running requests in batches.
 
-Callers see `TextEngine`: typed requests in, typed events out. A second thread turns prompts into token ids
-and checks requests, so that a step never waits for either. What a step does is `core`'s concern, what is
-loaded and how that of `load`.
+Other threads tokenize prompts and compile grammars, so that decoding does not wait for them. `core` computes
+one step; `load` loads the model.
 """
 
 from __future__ import annotations
 
+import os
 import queue
 import sys
 import threading
@@ -22,13 +22,14 @@ from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.engine.cache_file import sync_cache
 from dsmoe_local.engine.core import Core
 from dsmoe_local.engine.errors import EngineError
+from dsmoe_local.engine.event_stream import EventStream
+from dsmoe_local.engine.interface import Deliver
 from dsmoe_local.engine.large_stack import large_stack
 from dsmoe_local.engine.load.loaded_model import LoadedModel, load_model
+from dsmoe_local.engine.native.library import echo_log
 from dsmoe_local.engine.reply import Job
 from dsmoe_local.engine.sampling import check_request, is_constrained
-from dsmoe_local.engine.streaming import stream
 from dsmoe_local.engine.types import (
-    Deliver,
     ModelInfo,
     ModelOptions,
     Observation,
@@ -42,48 +43,47 @@ from dsmoe_local.engine.types import (
 T = TypeVar("T")
 
 _FRAME = 1 / 60
-"""Seconds. To wake another process for every token of a small model takes 5% of its speed."""
+"""Seconds between calls of `after_step`. Waking another process for each token costs a small model 5%."""
 
 
 class _Ticket:
-    """A caller's hold on a request."""
+    """See `interface.Ticket`."""
 
     def __init__(self, engine: Engine, job: Job) -> None:
         self._engine = engine
         self._job = job
 
     def cancel(self) -> None:
-        """End it; nothing happens once it is over."""
+        """Cancel the request. Does nothing once it is over."""
         self._engine._cancel(self._job)
 
 
 class Engine:
-    """A loaded model. Make it with `Engine.load`; close it, or use it as a context manager.
+    """A loaded model. Create it with `Engine.load` and close it, or use it as a context manager.
 
-    `after_step`, when set, is called in the engine's thread when the events delivered since the last call are
-    to be passed on: after a step, but no more often than an eye can follow, and before anything that may take
-    long. `on_fault`, when set, is called there instead of telling the requests if the thread itself fails.
+    `after_step` is called in the engine's thread when delivered events should be passed on: after a step, at
+    most every _FRAME seconds, and before work that may take long. `on_fault` is called there if the thread
+    itself fails, instead of ending all requests with the error.
     """
 
     def __init__(self, options: ModelOptions, listen: progress.Listener, stop: threading.Event) -> None:
         self.after_step: Callable[[], None] | None = None
         self.on_fault: Callable[[BaseException], None] | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        # Reentrant, and no Event for the flag: `cancel` may be called by a signal handler in the middle of
-        # `start`.
+        # Reentrant, since a signal handler may call `cancel` while the same thread is in `start`.
         self._lock = threading.RLock()
         self._jobs: dict[str, Job] = {}
         self._calls: set[Future[Any]] = set()
-        self._encoding = threading.Lock()  # held while the model's vocabulary is in use outside its thread
+        self._encoding = threading.Lock()  # held while another thread uses the model's vocabulary
         self._loaded: LoadedModel | None = None
         self._core: Core | None = None
         self._failure: BaseException | None = None
         self._closed = False
         self._ready = threading.Event()
-        self._told = 0.0
-        self._unclosed: Exception | None = None
+        self._last_call = 0.0
+        self._close_error: Exception | None = None
         self._intake = ThreadPoolExecutor(1, "dsmoe-intake")
-        # Compiling a grammar may take seconds and much stack. Requests without one do not wait for that.
+        # Compiling a grammar may take seconds and a deep stack. Requests without one do not wait for it.
         self._compiling = large_stack("dsmoe-grammars")
         self._thread = threading.Thread(
             target=self._run,
@@ -100,10 +100,10 @@ class Engine:
         listen: progress.Listener = progress.ignore,
         stop: threading.Event | None = None,
     ) -> Self:
-        """Check the file, plan the memory and load. Setting `stop`, or Ctrl-C, gives up.
+        """Check the file, plan the memory and load the model. `stop` or Ctrl-C interrupts it.
 
-        `listen` hears the progress and notes, from the engine's thread. Raises FormatError or FileError (the
-        file), OutOfMemoryError, UsageError (an option the model cannot have), ModelLoadError,
+        `listen` is called with progress and notes in the engine's thread. Raises FormatError or FileError for
+        the file, UsageError for an option that the model cannot have, OutOfMemoryError, ModelLoadError and
         InterruptedRunError.
         """
         stop = stop or threading.Event()
@@ -112,7 +112,7 @@ class Engine:
             engine._ready.wait()
         except BaseException:
             stop.set()
-            # Loading may be over by now: the thread then waits for work.
+            # If loading has just finished, the thread waits for tasks.
             engine._inbox.put(None)
             engine._thread.join()
             raise
@@ -120,7 +120,7 @@ class Engine:
             engine._thread.join()
             raise engine._failure
         if stop.is_set():
-            # It came when there was nothing left to give up.
+            # `stop` was set after the last check.
             engine.close()
             raise InterruptedRunError("loading was interrupted")
         return engine
@@ -132,7 +132,7 @@ class Engine:
 
     def submit(self, request: Request) -> Iterator[TokenEvent]:
         """Generate a reply (see TextEngine)."""
-        return stream(self.start, request)
+        return EventStream(self.start, request)
 
     def start(self, request: Request, deliver: Deliver) -> _Ticket:
         """Generate without waiting (see TextEngine)."""
@@ -146,14 +146,14 @@ class Engine:
         return _Ticket(self, job)
 
     def cancel(self, request_id: str) -> None:
-        """End a request, also while its prompt is read. Unknown ids are fine."""
+        """End a request (see TextEngine)."""
         with self._lock:
             job = self._jobs.get(request_id)
         if job is not None:
             self._cancel(job)
 
     def encode(self, prompt: Prompt, *, continue_final_message: bool = False) -> tuple[int, ...]:
-        """The exact token ids of `prompt` (see TextEngine). Raises PromptError, TemplateError."""
+        """Return the token ids of `prompt` (see TextEngine)."""
         check_prompt(prompt)
         with self._encoding:
             encoder = self._require_loaded().encoder
@@ -162,20 +162,20 @@ class Engine:
             )
 
     def decode(self, token_ids: Sequence[int]) -> tuple[str, ...]:
-        """Each token's own text. PromptError for an id that the vocabulary does not have."""
+        """Return each token's text (see TextEngine)."""
         with self._encoding:
             loaded = self._require_loaded()
             loaded.encoder.check_ids(token_ids)
             return tuple(map(loaded.model.text_of, token_ids))
 
     def save_cache(self, path: Path, token_ids: tuple[int, ...], start: int = 0) -> int:
-        """Write what the KV cache holds of these tokens to a new file (see TextEngine)."""
+        """Write a prefix of these tokens from the KV cache to a file (see TextEngine)."""
         count = self._between_steps(lambda core: core.save_cache(path, list(token_ids), start))
-        # The disk may take seconds, in which the next request can begin.
+        # Syncing may take seconds. The next request can begin in the meantime.
         return count if count and sync_cache(path) else 0
 
     def load_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
-        """Make the KV cache hold what such a file does (see TextEngine)."""
+        """Load a file of `save_cache` (see TextEngine)."""
         return self._between_steps(lambda core: core.load_cache(path, list(token_ids)))
 
     def set_observers(self, options: tuple[ObserverOptions, ...]) -> None:
@@ -183,22 +183,22 @@ class Engine:
         self._between_steps(lambda core: core.set_observers(options))
 
     def log(self) -> tuple[str, ...]:
-        """llama.cpp's latest log lines, safe to print."""
+        """Return llama.cpp's latest log lines, safe to print."""
         return self._require_loaded().log()
 
     def observe(self, name: str) -> Observation:
-        """What the observer of that name has seen, between two steps. EngineError if none was loaded."""
+        """Return what the observer with that name has collected (see TextEngine)."""
         loaded = self._require_loaded()
         return self._between_steps(lambda _: loaded.observers.summary(name))
 
     def check(self) -> None:
-        """AssertionError unless the scheduler's books agree."""
+        """Raise AssertionError if the scheduler's state is inconsistent. For tests."""
         self._between_steps(lambda core: core.scheduler.check())
 
     def close(self) -> None:
-        """End all requests and free the model. Closing twice is fine.
+        """End all requests and free the model. May be called twice.
 
-        Raises what the first of the observers raised whose file could not be ended.
+        Raises the first error of an observer that could not finish its file.
         """
         with self._lock:
             if self._closed:
@@ -211,8 +211,8 @@ class Engine:
         with self._encoding:
             self._inbox.put(None)
             self._thread.join()
-        if self._unclosed is not None:
-            raise self._unclosed
+        if self._close_error is not None:
+            raise self._close_error
 
     def __enter__(self) -> Self:
         return self
@@ -226,7 +226,7 @@ class Engine:
         return self._loaded
 
     def _between_steps(self, function: Callable[[Core], T]) -> T:
-        """What `function` returns in the engine's thread."""
+        """Run `function` in the engine's thread, between two steps, and return its result."""
         core = self._core
         assert core is not None
         future: Future[T] = Future()
@@ -255,14 +255,14 @@ class Engine:
         self._inbox.put(lambda: self._end_cancelled(core, job))
 
     def _end_cancelled(self, core: Core, job: Job) -> None:
-        """Close a request's stream, also where its intake is still at work, or has not begun."""
+        """Deliver the last events of a cancelled request, which may not be scheduled yet."""
         if job.n_open:
             core.cancel(job)
         elif self._jobs.get(job.request.id) is job:
             self._finish(job, _error_of(job.drop))
 
     def _take_in(self, job: Job) -> None:
-        """An intake thread: from a request to something that can be scheduled."""
+        """Check and encode a request, then pass it to the engine's thread. Runs in an intake thread."""
         loaded, core = self._loaded, self._core
         assert loaded is not None
         assert core is not None
@@ -282,23 +282,23 @@ class Engine:
 
     def _admit(self, core: Core, job: Job, prompt: tuple[int, ...], failure: Exception | None) -> None:
         if job.cancelled:
-            return  # whoever cancelled it has its stream closed
+            return  # `_end_cancelled` has delivered its last events
         error = failure or _error_of(lambda: core.add(job, prompt))
         if error is not None:
             self._finish(job, error)
 
     def _finish(self, job: Job, error: Exception | None) -> None:
-        """The last word on a request. Its id is free before the caller can hear of it."""
+        """End a request. Its id is released before the caller is told."""
         with self._lock:
             del self._jobs[job.request.id]
-        _tell_end(job, error)
+        _deliver_end(job, error)
 
     def _shut_intake(self) -> None:
         self._intake.shutdown()
         self._compiling.shutdown()
 
     def _run(self, load: Callable[[], LoadedModel]) -> None:
-        """The engine's thread."""
+        """Load, then work until `close`: the engine's thread."""
         try:
             loaded = load()
             with ExitStack() as made:
@@ -316,19 +316,19 @@ class Engine:
             while self._take_tasks(core):
                 reads_prompts = core.reads_prompts
                 if reads_prompts:
-                    self._tell()
+                    self._call_after_step()
                 core.step()
-                # A first token is not kept waiting.
-                if reads_prompts or core.idle or time.perf_counter() - self._told >= _FRAME:
-                    self._tell()
+                # The first token of a reply is passed on at once.
+                if reads_prompts or core.idle or time.perf_counter() - self._last_call >= _FRAME:
+                    self._call_after_step()
         except BaseException as error:
             self._break_down(error)
             raise
         finally:
-            self._unclosed = _error_of(loaded.close)
+            self._close_error = _error_of(loaded.close)
 
     def _break_down(self, error: BaseException) -> None:
-        """A fault of our own: nobody may wait for this thread any more."""
+        """End all requests and calls with an internal error of this thread."""
         if self.on_fault is not None:
             self.on_fault(error)
             return
@@ -339,10 +339,10 @@ class Engine:
         for call in calls:
             call.set_exception(error)
         for job in jobs:
-            _tell_end(job, error)
+            _deliver_end(job, error)
 
     def _take_tasks(self, core: Core) -> bool:
-        """Do what came in; waits only where there is nothing to compute. False at the end."""
+        """Run the tasks in the inbox; wait for one only if no request runs. Returns False after `close`."""
         while not self._inbox.empty() or core.idle:
             task = self._inbox.get()
             if task is None:
@@ -351,27 +351,35 @@ class Engine:
             if core.lost is not None:
                 raise core.lost
             if core.idle:
-                self._tell()
+                self._call_after_step()
         return True
 
-    def _tell(self) -> None:
-        self._told = time.perf_counter()
+    def _call_after_step(self) -> None:
+        self._last_call = time.perf_counter()
         if self.after_step is not None:
             self.after_step()
 
 
 def _error_of(function: Callable[[], object]) -> Exception | None:
-    """What `function` raises."""
+    """Return the exception that `function` raises, if any."""
     try:
         function()
-    except Exception as error:  # noqa: BLE001 - the caller's to deliver, or to raise
+    except Exception as error:  # noqa: BLE001 - the caller delivers or raises it
         return error
     return None
 
 
-def _tell_end(job: Job, error: BaseException | None) -> None:
-    """Close a request's stream. A receiver that fails is nobody else's concern."""
+def _deliver_end(job: Job, error: BaseException | None) -> None:
+    """Deliver the end of a request. An error of its receiver must not affect other requests."""
     try:
         job.deliver(error)
-    except Exception:  # noqa: BLE001 - reported as any thread's
+    except Exception:  # noqa: BLE001 - reported like an uncaught exception of a thread
         threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
+
+
+def load_with_log(options: ModelOptions, listen: progress.Listener, stop: threading.Event) -> Engine:
+    """Load as `Engine.load` does, with llama.cpp's log written to stderr: for a process of its own."""
+    descriptor = sys.stderr.fileno()
+    # Unbuffered, so that no line is lost if the process is killed.
+    echo_log(lambda text: os.write(descriptor, text))
+    return Engine.load(options, listen, stop)

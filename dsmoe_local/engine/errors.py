@@ -1,8 +1,9 @@
-"""What can go wrong between a request and its reply, as branches of the error tree. Raises nothing itself."""
+"""Errors between a request and its reply."""
 
 from __future__ import annotations
 
 from dsmoe_local.base.errors import DsmoeError
+from dsmoe_local.base.text import safe_line
 
 
 class EngineError(DsmoeError):
@@ -10,23 +11,31 @@ class EngineError(DsmoeError):
 
 
 class ModelLoadError(EngineError):
-    """llama.cpp refused a model that the strict reader accepted; `where` carries its own last word."""
+    """llama.cpp refused a model that the strict reader accepted; `where` is llama.cpp's own reason."""
 
 
 class OutOfMemoryError(EngineError):
-    """Not even the smallest context fits into the memory that is available."""
+    """Not even the smallest context fits into the available memory."""
 
 
 class TemplateError(EngineError):
-    """A chat template is malformed, refuses the messages, or needs too much time or room."""
+    """A chat template is malformed, refuses the messages, or needs too much time or memory."""
+
+
+def template_error(source: str, reason: str) -> TemplateError:
+    """Return the error for the template from `source`, which cannot be used for that reason."""
+    return TemplateError(
+        f"the chat template ({source}) fails: {safe_line(reason, 60)}",
+        remedy="check the messages, or name another template with --chat-template",
+    )
 
 
 class PromptError(EngineError):
-    """A prompt that cannot be read: too long for the context, empty, or one endless word."""
+    """A prompt that cannot be encoded, or is empty, or does not fit into the context."""
 
 
 def too_long(length: str, n_context: int) -> PromptError:
-    """The error for a prompt of that length, where the context has no room for it and a reply."""
+    """Return the error for a prompt that leaves no room for a reply. `length` includes its unit."""
     return PromptError(
         f"the message was not sent: the prompt has {length}, the context holds {n_context:,} tokens",
         remedy="shorten it, or load with a longer context (-c); "
@@ -35,11 +44,11 @@ def too_long(length: str, n_context: int) -> PromptError:
 
 
 class NativeError(EngineError):
-    """llama.cpp failed in the middle of the work."""
+    """llama.cpp failed while it computed."""
 
 
 class EngineCrashError(EngineError):
-    """The engine's process died; `where` carries the last line of its log, `log` its last lines."""
+    """The engine's process died. `where` has the last line of its log, `log` its last lines."""
 
     def __init__(self, what: str, *, where: str = "", remedy: str = "", log: tuple[str, ...] = ()) -> None:
         super().__init__(what, where=where, remedy=remedy)
@@ -47,4 +56,4 @@ class EngineCrashError(EngineError):
 
 
 class EngineKilledError(EngineCrashError):
-    """The engine's process was ended on request, since it did not answer."""
+    """The engine's process was killed on request."""

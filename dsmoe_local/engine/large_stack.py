@@ -1,4 +1,4 @@
-"""Threads for native code that recurses as deep as its input is nested or long."""
+"""A thread with a large stack, for native code that recurses with the length or nesting of its input."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ STACK_BYTES = 256 << 20
 
 
 def large_stack(name: str) -> ThreadPoolExecutor:
-    """One thread with a stack of STACK_BYTES, of which only what is used takes memory."""
+    """Return an executor with one thread and STACK_BYTES of stack. Only used pages take memory."""
     executor = ThreadPoolExecutor(1, name)
     previous = threading.stack_size(STACK_BYTES)
     try:

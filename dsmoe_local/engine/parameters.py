@@ -1,4 +1,4 @@
-"""How the next token is chosen, and what requests take in each of their fields. Samples nothing."""
+"""Sampling parameters, and the valid values of all fields of requests."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ MAX_TOP_LOGPROBS = 20
 
 @dataclass(frozen=True, slots=True)
 class SamplingParameters:
-    """How the next token is chosen.
+    """How the next token is sampled. Raises UsageError for a value out of range.
 
-    `temperature` 0 takes the likeliest one. `mirostat` 1 or 2 replaces top_k, top_p, min_p and typical_p by
-    a feedback that holds the surprise at `mirostat_tau`. Raises UsageError out of range.
+    `temperature` 0 takes the likeliest token. `mirostat` 1 or 2 replaces top_k, top_p, min_p and typical_p
+    with a feedback control that keeps the surprise of tokens at `mirostat_tau`.
     """
 
     temperature: float = 0.8
@@ -42,11 +42,11 @@ class SamplingParameters:
 
 Check: TypeAlias = Callable[[object], bool]
 Ranges: TypeAlias = Mapping[str, tuple[Check, str]]
-"""For each field, whether it takes a value, and in words what it takes."""
+"""For each field a check of a value, and a description of the valid values for the user."""
 
 
 def check_fields(values: object, ranges: Ranges) -> None:
-    """UsageError unless each field of a dataclass that `ranges` names has a value that it takes."""
+    """Raise UsageError unless each field of `values` that `ranges` names has a valid value."""
     for name, (check, accepted) in ranges.items():
         value = getattr(values, name)
         if not check(value):
@@ -56,7 +56,7 @@ def check_fields(values: object, ranges: Ranges) -> None:
 
 
 def _between(low: float, high: float) -> Check:
-    # False for NaN; unlike math.isfinite it takes whole numbers of any size.
+    # False for NaN. Unlike math.isfinite, it accepts integers of any size.
     return lambda value: isinstance(value, int | float) and type(value) is not bool and low <= value <= high
 
 

@@ -1,4 +1,4 @@
-"""A request on its way and its replies: tokens become text, limits and stop strings end it. Decodes none."""
+"""A running request and its replies: turns tokens into text, and ends replies at limits and stop strings."""
 
 from __future__ import annotations
 
@@ -6,26 +6,19 @@ import time
 from dataclasses import dataclass, field
 
 from dsmoe_local.engine import native
+from dsmoe_local.engine.interface import Deliver
 from dsmoe_local.engine.sampling import Choice, CompiledGrammar, TokenSampler, choose_seed
 from dsmoe_local.engine.sampling.likeliest import Logits
 from dsmoe_local.engine.schedule.plan import Sequence
-from dsmoe_local.engine.stream import TextStream
-from dsmoe_local.engine.types import (
-    MAX_SEED,
-    Deliver,
-    FinishReason,
-    PromptProgress,
-    Request,
-    TokenEvent,
-    Usage,
-)
+from dsmoe_local.engine.text_stream import TextStream
+from dsmoe_local.engine.types import MAX_SEED, FinishReason, PromptProgress, Request, TokenEvent, Usage
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A submitted request: what it asks for, where its events go, and how many replies are not ended.
+    """A submitted request. `n_open` of its replies have not ended.
 
-    `grammar` is set once the request was checked, if it has a grammar or a JSON schema.
+    `grammar` is set when the request has been checked, if it has a grammar or a JSON schema.
     """
 
     request: Request
@@ -37,11 +30,11 @@ class Job:
 
     @property
     def seconds(self) -> float:
-        """Since it was submitted."""
+        """Seconds since it was submitted."""
         return time.perf_counter() - self.submitted
 
     def drop(self) -> None:
-        """The closing events of a request that was cancelled before it began."""
+        """Deliver the last events of a request that was cancelled before it was scheduled."""
         for index in range(self.request.n):
             usage = Usage(0, 0, 0, self.seconds, 0.0, choose_seed(self.request.sampling))
             event = TokenEvent(
@@ -56,12 +49,12 @@ class Job:
 
 
 class Reply:
-    """One reply of a request. Its events are those that `TextEngine.submit` describes."""
+    """One reply of a request. Delivers the events that TokenEvent describes."""
 
     def __init__(
         self, job: Job, index: int, prompt: tuple[int, ...], context: native.Context, n_context: int
     ) -> None:
-        """Raises what the request's sampling cannot have."""
+        """Raises an error if the sampling parameters are not possible."""
         request = job.request
         self.job = job
         self.index = index
@@ -71,10 +64,10 @@ class Reply:
             self._seed = (self._seed + index) % (MAX_SEED + 1)
         self._sampler = TokenSampler(self._model, context, request, self._seed, prompt, job.grammar)
         self._stream = TextStream(request.stop)
-        # A reply that goes on may have been cut inside a character, which takes four bytes at most.
+        # A continued reply may end in an incomplete character, which is at most four bytes long.
         self._stream.begin_after(b"".join(map(self._model.piece, prompt[-4:])))
-        room = None if request.context_shift else n_context - len(prompt)
-        limits = [limit for limit in (room, request.max_tokens) if limit is not None]
+        left = None if request.context_shift else n_context - len(prompt)
+        limits = [limit for limit in (left, request.max_tokens) if limit is not None]
         self._limit = min(limits, default=None)
         self._limit_reason = (
             FinishReason.LENGTH if self._limit == request.max_tokens else FinishReason.CONTEXT_FULL
@@ -91,13 +84,13 @@ class Reply:
         )
 
     def choose(self, logits: Logits) -> Choice:
-        """The next token, from the newest one's row of logits."""
+        """Sample the next token from the logits of the latest one."""
         if self._prompt_read is None:
             self._prompt_read = self.job.seconds
         return self._sampler.choose(logits)
 
     def take(self, choice: Choice) -> FinishReason | None:
-        """Tell the reader of a chosen token; returns why the reply ends with it, if it does."""
+        """Deliver a sampled token. Returns the finish reason if the reply ends with it."""
         if self._model.ends(choice.token_id):
             self.end(FinishReason.STOP, choice)
             return FinishReason.STOP
@@ -125,7 +118,7 @@ class Reply:
         return None
 
     def progress(self, done: int, total: int) -> None:
-        """Tell the reader that the prompt is partly read; nothing if it is read again after a preemption."""
+        """Deliver the progress of the prompt, except when it is processed again after a preemption."""
         if self._prompt_read is not None:
             return
         self.job.deliver(
@@ -139,7 +132,7 @@ class Reply:
         )
 
     def end(self, reason: FinishReason, choice: Choice | None = None) -> FinishReason:
-        """Free the sampler and tell the reader that the reply is over. `choice`: the token that ended it."""
+        """Free the sampler and deliver the last event. `choice`: the token that ended the reply."""
         self.close()
         now = self.job.seconds
         dropped, dropped_from = self._take_dropped()

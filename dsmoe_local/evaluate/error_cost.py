@@ -17,7 +17,8 @@ from typing import TypeAlias
 from dsmoe_local.base.durable import locked
 from dsmoe_local.base.errors import FileError, InterruptedRunError, UsageError
 from dsmoe_local.base.progress import Event, Listener, Note, Started, ignore
-from dsmoe_local.engine.types import ObserverOptions, TextEngine
+from dsmoe_local.engine.interface import TextEngine
+from dsmoe_local.engine.types import ObserverOptions
 from dsmoe_local.evaluate.error_cost_groups import GroupCost, Trial, cost_of, trials_of
 from dsmoe_local.evaluate.probe_file import ProbeFile, changed_by, size_of
 from dsmoe_local.evaluate.reference import Reference, compare, record, recorders

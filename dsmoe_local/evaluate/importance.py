@@ -22,9 +22,10 @@ from dsmoe_local.base.errors import DsmoeError, FileError, InterruptedRunError
 from dsmoe_local.base.faults import reach
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Note, Started, ignore
 from dsmoe_local.engine.errors import EngineError
+from dsmoe_local.engine.interface import TextEngine
 from dsmoe_local.engine.observe.arrays import unpack
 from dsmoe_local.engine.observe.logprobs import perplexity
-from dsmoe_local.engine.types import Observation, ObserverOptions, TextEngine
+from dsmoe_local.engine.types import Observation, ObserverOptions
 from dsmoe_local.evaluate.measure import LOGPROBS, name_of
 from dsmoe_local.evaluate.windows import WindowReader, Windows
 from dsmoe_local.model.identity import file_identity

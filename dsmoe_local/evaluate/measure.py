@@ -10,7 +10,8 @@ from dataclasses import replace
 from dsmoe_local.base.progress import Finished, Listener, Started, ignore
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.engine.errors import EngineError
-from dsmoe_local.engine.types import ModelOptions, ObserverOptions, TextEngine
+from dsmoe_local.engine.interface import TextEngine
+from dsmoe_local.engine.types import ModelOptions, ObserverOptions
 from dsmoe_local.evaluate.results import Evaluation, Perplexity, perplexity_of
 from dsmoe_local.evaluate.windows import WindowReader, Windows
 

@@ -24,7 +24,8 @@ from dsmoe_local.base.durable import locked, publish, require_space, sync
 from dsmoe_local.base.errors import FileError, FormatError, UsageError
 from dsmoe_local.base.progress import Listener, ignore
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.engine.types import ObserverOptions, TextEngine
+from dsmoe_local.engine.interface import TextEngine
+from dsmoe_local.engine.types import ObserverOptions
 from dsmoe_local.evaluate.measure import measure, name_of
 from dsmoe_local.evaluate.reference_files import Routers, routers_of
 from dsmoe_local.evaluate.results import Comparison, Divergence, Evaluation, Perplexity, RoutingFidelity

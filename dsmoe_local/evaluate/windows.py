@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from dsmoe_local.base.errors import InterruptedRunError, UsageError
 from dsmoe_local.base.progress import Advanced, Listener
+from dsmoe_local.engine.interface import TextEngine, Ticket
 from dsmoe_local.engine.prompts.encoder import MAX_TOKEN_BYTES
-from dsmoe_local.engine.types import Request, SamplingParameters, TextEngine, Ticket, TokenEvent
+from dsmoe_local.engine.types import Request, SamplingParameters, TokenEvent
 from dsmoe_local.evaluate.text import Text
 
 MIN_CONTEXT = 16

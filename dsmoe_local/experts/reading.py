@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Started
+from dsmoe_local.engine.interface import TextEngine
 from dsmoe_local.engine.observe.logprobs import perplexity
-from dsmoe_local.engine.types import FinishReason, ObserverOptions, Request, SamplingParameters, TextEngine
+from dsmoe_local.engine.types import FinishReason, ObserverOptions, Request, SamplingParameters
 from dsmoe_local.experts.activity import Activity, activity_of
 
 OBSERVERS = (ObserverOptions("routing"), ObserverOptions("logprobs"))

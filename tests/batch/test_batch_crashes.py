@@ -15,8 +15,9 @@ from support.models import tiny_model
 
 from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.batch.run import run_batch
+from dsmoe_local.engine.interface import Deliver, Ticket
 from dsmoe_local.engine.process.client import EngineClient
-from dsmoe_local.engine.types import Deliver, ModelOptions, Prompt, Request, Ticket
+from dsmoe_local.engine.types import ModelOptions, Prompt, Request
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,9 @@ from dsmoe_local.batch.index import build_index
 from dsmoe_local.batch.lines import describe, kind_of
 from dsmoe_local.batch.requests import HONOURED, IGNORED, NEUTRAL, request_of
 from dsmoe_local.batch.sources import InputForm, Source, parse_template
+from dsmoe_local.engine.interface import TextEngine
 from dsmoe_local.engine.process.client import EngineClient
-from dsmoe_local.engine.types import ModelOptions, TextEngine
+from dsmoe_local.engine.types import ModelOptions
 
 MESSAGES = [
     {"role": "user", "content": [{"type": "text", "text": "hé"}]},

@@ -15,16 +15,10 @@ from support.models import smollm2, tiny_model
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.errors import EngineError, NativeError, PromptError
+from dsmoe_local.engine.interface import Deliver
 from dsmoe_local.engine.schedule import scheduler
 from dsmoe_local.engine.schedule.plan import Sequence
-from dsmoe_local.engine.types import (
-    Deliver,
-    FinishReason,
-    ModelOptions,
-    Request,
-    SamplingParameters,
-    TokenEvent,
-)
+from dsmoe_local.engine.types import FinishReason, ModelOptions, Request, SamplingParameters, TokenEvent
 
 GREEDY = SamplingParameters(temperature=0)
 SHARED = "The quick brown fox jumps over the lazy dog. " * 3

@@ -21,8 +21,9 @@ from dsmoe_local.base.errors import FormatError
 from dsmoe_local.engine import cache_file
 from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.errors import PromptError
+from dsmoe_local.engine.interface import TextEngine
 from dsmoe_local.engine.process.client import EngineClient
-from dsmoe_local.engine.types import ModelOptions, ObserverOptions, Request, SamplingParameters, TextEngine
+from dsmoe_local.engine.types import ModelOptions, ObserverOptions, Request, SamplingParameters
 from dsmoe_local.model.gguf_file import read_gguf
 
 GREEDY = SamplingParameters(temperature=0)

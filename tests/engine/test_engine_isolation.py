@@ -18,6 +18,7 @@ from dsmoe_local.engine import cache_file
 from dsmoe_local.engine import engine as engine_module
 from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.errors import PromptError
+from dsmoe_local.engine.interface import TextEngine
 from dsmoe_local.engine.native import Model
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.sampling import check_request
@@ -29,7 +30,6 @@ from dsmoe_local.engine.types import (
     Prompt,
     Request,
     SamplingParameters,
-    TextEngine,
     TokenEvent,
 )
 from dsmoe_local.evaluate.reference import observer_options

@@ -12,15 +12,8 @@ from support.fake_engine import FakeEngine
 
 from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.errors import EngineError, EngineKilledError, PromptError
-from dsmoe_local.engine.types import (
-    FinishReason,
-    Message,
-    ModelOptions,
-    ObserverOptions,
-    ReloadableEngine,
-    Request,
-    TextEngine,
-)
+from dsmoe_local.engine.interface import ReloadableEngine, TextEngine
+from dsmoe_local.engine.types import FinishReason, Message, ModelOptions, ObserverOptions, Request
 
 
 def test_both_engines_have_the_interface() -> None:

@@ -221,10 +221,10 @@ def test_a_grammar_that_becomes_too_complex_fails_its_text_only() -> None:
     grammar = "root ::= [a-z]{0,9999} [a-z]{0,9999} [a-z]{0,9999}"
     assert belongs(gbnf(grammar), "a" * 100)
     for _ in range(2):
-        with pytest.raises(EngineError, match="held to its grammar"):
+        with pytest.raises(EngineError, match="became too complex"):
             read(gbnf(grammar), "a" * 9000)
     assert belongs(gbnf(grammar), "a" * 100)
-    with pytest.raises(EngineError, match="held to its grammar"):
+    with pytest.raises(EngineError, match="became too complex"):
         read(gbnf(_doubling(40)), "aaa")
 
 
@@ -242,7 +242,7 @@ def test_endless_ambiguity_fails_the_text_only() -> None:
     many = " | ".join(f"s s{i}" for i in range(80))
     rules = "".join(f's{i} ::= s "a"? s | "a"\n' for i in range(80))
     grammar = gbnf(f'root ::= s\ns ::= {many} | "a"\n{rules}')
-    with pytest.raises(EngineError, match="held to its grammar"):
+    with pytest.raises(EngineError, match="became too complex"):
         read(grammar, "a" * 1000)
 
 

@@ -18,10 +18,11 @@ from support.models import tiny_model
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.errors import EngineCrashError, EngineError
+from dsmoe_local.engine.interface import TextEngine
 from dsmoe_local.engine.observe.arrays import unpack
 from dsmoe_local.engine.observe.registry import OBSERVERS
 from dsmoe_local.engine.process.client import EngineClient
-from dsmoe_local.engine.types import ModelOptions, ObserverOptions, Request, SamplingParameters, TextEngine
+from dsmoe_local.engine.types import ModelOptions, ObserverOptions, Request, SamplingParameters
 from dsmoe_local.evaluate import prediction_observers, routing_observers
 from dsmoe_local.evaluate.reference import observer_options
 from dsmoe_local.evaluate.reference_files import PredictionReader

@@ -10,12 +10,13 @@ import pytest
 from support.models import smollm2, tiny_model
 
 from dsmoe_local.base.errors import FileError, UsageError
-from dsmoe_local.engine import at_rest, native
+from dsmoe_local.engine import idle_operations, native
 from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.errors import EngineCrashError, EngineError, ModelLoadError, NativeError
+from dsmoe_local.engine.interface import TextEngine
 from dsmoe_local.engine.observe.observer import Observer
 from dsmoe_local.engine.process.client import EngineClient
-from dsmoe_local.engine.types import ModelOptions, ObserverOptions, Request, SamplingParameters, TextEngine
+from dsmoe_local.engine.types import ModelOptions, ObserverOptions, Request, SamplingParameters
 from dsmoe_local.evaluate.reference import observer_options
 
 GREEDY = SamplingParameters(temperature=0)
@@ -207,7 +208,7 @@ def test_a_successor_that_cannot_be_completed(tmp_path: Path, monkeypatch: pytes
 def test_no_room_to_carry_the_cache_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: an error, or a cache that is only said to be there, where a folder cannot be written."""
     (tmp_path / "file").touch()
-    monkeypatch.setattr(at_rest, "cache_folder", lambda: tmp_path / "file" / "below")
+    monkeypatch.setattr(idle_operations, "cache_folder", lambda: tmp_path / "file" / "below")
     with Engine.load(options()) as engine:
         expected = reply(engine)
         engine.set_observers((ROUTING,))

@@ -19,16 +19,9 @@ from support.processes import is_gone
 
 from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.engine.errors import EngineCrashError, EngineError, OutOfMemoryError, PromptError
+from dsmoe_local.engine.interface import ReloadableEngine, TextEngine
 from dsmoe_local.engine.process.client import EngineClient
-from dsmoe_local.engine.types import (
-    FinishReason,
-    Message,
-    ModelOptions,
-    ReloadableEngine,
-    Request,
-    TextEngine,
-    TokenEvent,
-)
+from dsmoe_local.engine.types import FinishReason, Message, ModelOptions, Request, TokenEvent
 
 OPTIONS = ModelOptions(Path("fake.gguf"), n_context=77)
 SIGNALS = [signal.SIGSEGV, signal.SIGABRT, signal.SIGKILL]

@@ -14,6 +14,7 @@ from support.models import smollm2, tiny_model
 from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.errors import EngineCrashError, PromptError
+from dsmoe_local.engine.interface import TextEngine
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import (
     FinishReason,
@@ -21,7 +22,6 @@ from dsmoe_local.engine.types import (
     ModelOptions,
     Request,
     SamplingParameters,
-    TextEngine,
     TokenEvent,
 )
 

@@ -25,17 +25,17 @@ from support.mutations import Outcome, damaged_bytes, damaged_json, try_mutants
 from dsmoe_local.base.progress import Advanced, Started
 from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.errors import EngineCrashError, EngineError
+from dsmoe_local.engine.interface import TextEngine
 from dsmoe_local.engine.process import child, wire
+from dsmoe_local.engine.process.child import spawn_engine
 from dsmoe_local.engine.process.client import NATIVE, EngineClient
 from dsmoe_local.engine.process.log import LogKeeper
-from dsmoe_local.engine.process.spawn import spawn
 from dsmoe_local.engine.types import (
     Message,
     ModelOptions,
     ObserverOptions,
     Request,
     SamplingParameters,
-    TextEngine,
     TokenEvent,
 )
 
@@ -43,7 +43,7 @@ PATIENCE = 20  # seconds, for what takes less than one unless it hangs
 GREEDY = SamplingParameters(temperature=0)
 CONTROL = Request("control", "The quick brown fox", GREEDY, max_tokens=6)
 FIRST_CONTROL = 10_000_019
-NOT_UNDERSTOOD = "what it cannot understand"
+NOT_UNDERSTOOD = "a malformed message"
 
 
 def list_of(*messages: Any) -> list[Any]:
@@ -96,7 +96,7 @@ class RawHost:
     """The engine's process, and our end of its socket."""
 
     def __init__(self, factory: str, options: ModelOptions) -> None:
-        self.process, self.channel = spawn()
+        self.process, self.channel = spawn_engine()
         # Read all the time: a full pipe would halt the process.
         self._log = LogKeeper(None)
         self._keeper = threading.Thread(target=self._log.read, args=(self.process.stdout,), daemon=True)
@@ -294,8 +294,8 @@ def damaged_once(rng: random.Random) -> Change:
 def listen(change: Change, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that a client asks, and the types of what it is told. Raises what it does."""
     peer = Peer(change)
-    monkeypatch.setattr(child, "_GRACE", 0.01)
-    monkeypatch.setattr(child, "spawn", lambda: (peer.process, peer.ours))
+    monkeypatch.setattr(child, "_EXIT_SECONDS", 0.01)
+    monkeypatch.setattr(child, "spawn_engine", lambda: (peer.process, peer.ours))
     try:
         with EngineClient.load(fake_options()) as client:
             assert client.info.n_context
@@ -326,7 +326,7 @@ def test_what_a_client_cannot_understand(number: int, body: bytes, monkeypatch: 
     """Guards: a load, a stream or a call that ends in an error that nobody expects, or never, once its frame
     is damaged in a place of its own.
     """
-    with pytest.raises(EngineCrashError, match="cannot be understood"):
+    with pytest.raises(EngineCrashError, match="malformed message"):
         listen(lambda sent, content: frame(body if sent == number else content), monkeypatch)
     listen(lambda _, content: frame(content), monkeypatch)
 

@@ -22,8 +22,8 @@ from dsmoe_local.base import progress
 from dsmoe_local.base.errors import FileError, InterruptedRunError
 from dsmoe_local.engine.errors import EngineCrashError, EngineError, OutOfMemoryError
 from dsmoe_local.engine.process import child, wire
+from dsmoe_local.engine.process.child import spawn_engine
 from dsmoe_local.engine.process.client import EngineClient
-from dsmoe_local.engine.process.spawn import spawn
 from dsmoe_local.engine.types import (
     FinishReason,
     ModelOptions,
@@ -80,7 +80,7 @@ def test_load_is_given_up(how: str) -> None:
 def test_stop_that_was_set_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: an interruption just before the load that is forgotten, or starts a process all the same."""
     started: list[object] = []
-    monkeypatch.setattr(child, "spawn", lambda: started.append(spawn()))
+    monkeypatch.setattr(child, "spawn_engine", lambda: started.append(spawn_engine()))
     stop = threading.Event()
     stop.set()
     with pytest.raises(InterruptedRunError):
@@ -148,7 +148,7 @@ def test_log_file_takes_every_line(tmp_path: Path) -> None:
 
 def test_events_of_a_step_come_in_one_frame() -> None:
     """Guards: a system call for every token, where sixteen sequences decode at once."""
-    process, channel = spawn()
+    process, channel = spawn_engine()
     assert process.stdout is not None
     with channel, channel.makefile("rb") as source, process.stdout:
         channel.sendall(wire.pack(("load", hosted.STEPPING, wire.to_plain(OPTIONS))))
@@ -204,7 +204,7 @@ def test_child_dies_where_its_socket_stays_open() -> None:
     started: list[tuple[subprocess.Popen[bytes], socket.socket]] = []
 
     def start() -> None:
-        process, channel = spawn()
+        process, channel = spawn_engine()
         channel.sendall(wire.pack(("load", hosted.FAKE, wire.to_plain(OPTIONS))))
         channel.recv(1)  # it is up
         started.append((process, channel))

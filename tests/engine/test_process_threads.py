@@ -15,8 +15,8 @@ from support import hosted
 
 from dsmoe_local.engine.errors import EngineCrashError
 from dsmoe_local.engine.process import child
+from dsmoe_local.engine.process.child import spawn_engine
 from dsmoe_local.engine.process.client import EngineClient
-from dsmoe_local.engine.process.spawn import spawn
 from dsmoe_local.engine.types import ModelOptions, Request
 
 # What is guarded against is waiting for ever.
@@ -48,11 +48,11 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Started:
     found = Started([], frozenset(threading.enumerate()))
 
     def recorded() -> tuple[subprocess.Popen[bytes], socket.socket]:
-        process, channel = spawn()
+        process, channel = spawn_engine()
         found.processes.append(process)
         return process, channel
 
-    monkeypatch.setattr(child, "spawn", recorded)
+    monkeypatch.setattr(child, "spawn_engine", recorded)
     return found
 
 

@@ -51,7 +51,7 @@ def test_order_of_templates(tmp_path: Path) -> None:
     assert choose_template(None, None, **kinds) == (BUILT_IN["deepseek-moe"], "built-in deepseek-moe")
     assert choose_template(None, None, architecture="deepseek", name="deepseek-moe-16b-base") is None
     assert choose_template(None, None, architecture="llama", name="llama-chat") is None
-    with pytest.raises(UsageError, match="no built-in"):
+    with pytest.raises(UsageError, match="nor a built-in"):
         choose_template("deepseek-mo", None, **kinds)
     file.write_bytes(b"\xff")
     with pytest.raises(FileError, match="UTF-8"):

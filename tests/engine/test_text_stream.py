@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsmoe_local.engine.stream import TextStream
+from dsmoe_local.engine.text_stream import TextStream
 
 
 def cut(raw: bytes, places: list[int]) -> list[bytes]:

@@ -19,8 +19,9 @@ from dsmoe_local.base.errors import FileError, InterruptedRunError, LockedError
 from dsmoe_local.base.progress import Advanced, Event, Note
 from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.errors import EngineCrashError, EngineError
+from dsmoe_local.engine.interface import TextEngine
 from dsmoe_local.engine.process.client import EngineClient
-from dsmoe_local.engine.types import ModelOptions, Observation, TextEngine
+from dsmoe_local.engine.types import ModelOptions, Observation
 from dsmoe_local.evaluate.importance import ACTIVATIONS, Collected, collect, importance_file
 from dsmoe_local.evaluate.importance_coverage import coverage_of
 from dsmoe_local.evaluate.measure import options_for

@@ -18,15 +18,8 @@ from dsmoe_local.base.progress import Advanced, Event, Finished, Started
 from dsmoe_local.engine import native, reply
 from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.errors import EngineCrashError, EngineError
-from dsmoe_local.engine.types import (
-    Deliver,
-    FinishReason,
-    ModelOptions,
-    Request,
-    Ticket,
-    TokenEvent,
-    Usage,
-)
+from dsmoe_local.engine.interface import Deliver, Ticket
+from dsmoe_local.engine.types import FinishReason, ModelOptions, Request, TokenEvent, Usage
 from dsmoe_local.evaluate.speed.timing import Workload, options_for, time_workloads, workloads_of
 
 READ, STEP = 0.5, 0.25

@@ -16,7 +16,8 @@ from dsmoe_local.batch.requests import BatchDefaults, request_of
 from dsmoe_local.batch.run import run_batch
 from dsmoe_local.batch.sources import InputForm, Source
 from dsmoe_local.batch.summary import BatchSummary
-from dsmoe_local.engine.types import Request, SamplingParameters, TextEngine
+from dsmoe_local.engine.interface import TextEngine
+from dsmoe_local.engine.types import Request, SamplingParameters
 
 GREEDY = BatchDefaults(SamplingParameters(temperature=0))
 OUTPUT_SETTINGS = {"model": "7 bytes abc", "temperature": "0.8"}

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from dsmoe_local.engine.errors import EngineCrashError, EngineError
-from dsmoe_local.engine.types import Deliver, Prompt, Request, TokenEvent
+from dsmoe_local.engine.interface import Deliver
+from dsmoe_local.engine.types import Prompt, Request, TokenEvent
 from support.fake_engine import FakeEngine
 
 

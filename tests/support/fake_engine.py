@@ -16,9 +16,9 @@ from dsmoe_local.base import progress
 from dsmoe_local.base.sequences import n_common
 from dsmoe_local.base.text import whole_characters
 from dsmoe_local.engine.errors import EngineError, EngineKilledError, PromptError, too_long
-from dsmoe_local.engine.stream import TextStream
+from dsmoe_local.engine.interface import Deliver, Ticket
+from dsmoe_local.engine.text_stream import TextStream
 from dsmoe_local.engine.types import (
-    Deliver,
     FinishReason,
     Message,
     ModelInfo,
@@ -27,7 +27,6 @@ from dsmoe_local.engine.types import (
     ObserverOptions,
     Prompt,
     Request,
-    Ticket,
     TokenEvent,
     TokenLogprob,
     Usage,

@@ -14,7 +14,8 @@ import msgspec
 
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Note, Started
 from dsmoe_local.engine.errors import OutOfMemoryError
-from dsmoe_local.engine.types import Deliver, ModelOptions, Observation, Request, Ticket, TokenEvent
+from dsmoe_local.engine.interface import Deliver, Ticket
+from dsmoe_local.engine.types import ModelOptions, Observation, Request, TokenEvent
 from support.fake_engine import FakeEngine
 
 _FOR_EVER = threading.Event()

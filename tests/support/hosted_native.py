@@ -6,9 +6,8 @@ import ctypes
 import threading
 
 from dsmoe_local.base.progress import Listener
-from dsmoe_local.engine.engine import Engine
+from dsmoe_local.engine.engine import Engine, load_with_log
 from dsmoe_local.engine.native.library import lib
-from dsmoe_local.engine.process import native_engine
 from dsmoe_local.engine.types import ModelOptions, Prompt
 
 ABORTING = "support.hosted_native:aborting"
@@ -17,7 +16,7 @@ READING_NOTHING = "support.hosted_native:reading_nothing"
 
 def aborting(options: ModelOptions, listen: Listener, stop: threading.Event) -> Engine:
     """Ends as a failed GGML_ASSERT does."""
-    engine = native_engine.load(options, listen, stop)
+    engine = load_with_log(options, listen, stop)
 
     def encode(prompt: Prompt, *, continue_final_message: bool = False) -> tuple[int, ...]:
         lib._lib.ggml_abort(b"ggml.c", 7, b"GGML_ASSERT(%s) failed", b"a == b")
@@ -29,7 +28,7 @@ def aborting(options: ModelOptions, listen: Listener, stop: threading.Event) -> 
 
 def reading_nothing(options: ModelOptions, listen: Listener, stop: threading.Event) -> Engine:
     """Ends as a null pointer does."""
-    engine = native_engine.load(options, listen, stop)
+    engine = load_with_log(options, listen, stop)
 
     def encode(prompt: Prompt, *, continue_final_message: bool = False) -> tuple[int, ...]:
         ctypes.string_at(0)

@@ -108,7 +108,7 @@ class _Oracle:
         if exact is not None:
             return exact
         if continued:
-            raise RefusalError("the template changes the last reply, which therefore cannot be continued")
+            raise RefusalError("the last reply cannot be continued, since the template changes it")
         segments = self._segments(messages)
         if segments is not None:
             return self._join(segments)

@@ -15,7 +15,7 @@ from dsmoe_local.chat.drafts import Drafts
 from dsmoe_local.chat.settings import ChatSettings
 from dsmoe_local.chat.store.sessions import SessionStore
 from dsmoe_local.chat.terminal.screen import Screen
-from dsmoe_local.engine.types import ReloadableEngine
+from dsmoe_local.engine.interface import ReloadableEngine
 from support.routed import ShowingScreen
 
 

@@ -1,5 +1,5 @@
-"""Grammars that a reply is held to: GBNF and JSON schemas, read here and matched by llguidance.
+"""Compiles GBNF grammars and JSON schemas for llguidance. Needs no model and no vocabulary.
 
-Text in, text out: no model, no vocabulary, no native code of llama.cpp. llama.cpp's own grammars abort the
-process on some inputs and never end on others; here a hostile grammar is refused, or its request fails.
+llama.cpp's own grammars are not used: some inputs abort the process or never end. Here a hostile grammar is
+refused, or only its own request fails.
 """

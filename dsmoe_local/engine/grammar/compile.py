@@ -1,4 +1,4 @@
-"""Compile GBNF and JSON schemas to the grammars of llguidance, without a vocabulary."""
+"""Compiles GBNF and JSON schemas to the grammars of llguidance, without a vocabulary."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
 LIMITS = LLParserLimits(max_lexer_states=100_000, verbose_errors=False)
-"""What a hostile grammar may cost: at most some 200 MB for the states of a lexer (1 to 2 KB each). The other
-bounds are llguidance's own: some 20 ms to compile the lexemes, and as much for the mask of a token.
+"""Bounds the cost of a hostile grammar: about 200 MB for the lexer's states of 1 to 2 KB. llguidance's other
+limits are the defaults: about 20 ms to compile the lexemes, and as much for the mask of a token.
 """
 
-# One blank, or a new line and its indentation: a small model that may write blanks for ever does so.
+# One space, or a line break with indentation. A small model that may write spaces without end does so.
 _JSON: JsonCompileOptions = {
     "lenient": False,
     "coerce_one_of": True,
     "whitespace_flexible": True,
     "whitespace_pattern": r"( |\n {0,40})",
 }
-_VALUES = frozenset({"const", "default", "enum", "examples"})  # keywords whose values are no schemas
-_LONGEST_REASON = 200
+_VALUES = frozenset({"const", "default", "enum", "examples"})  # keywords whose values are not schemas
+_MAX_REASON = 200
 
 
 def compile_grammar(*, grammar: str | None = None, json_schema: str | None = None) -> str:
-    """The one that is given, compiled as far as it can be without a vocabulary. Raises UsageError.
+    """Compile the grammar or the schema, whichever is given. Raises UsageError.
 
-    Recursive over rules and references: call it, and its two parts, where the stack is large.
+    Recurses over rules and references: it and its two parts need a large stack.
     """
     return compile_json_schema(json_schema or "") if grammar is None else compile_gbnf(grammar)
 
 
 def compile_gbnf(text: str) -> str:
-    """Compile GBNF. UsageError with line and column if it cannot be parsed."""
+    """Compile GBNF. Raises UsageError, with line and column if the grammar cannot be parsed."""
     compiled = _to_llguidance(to_lark(parse_gbnf(text)))
     if reason := _refusal(compiled):
         raise UsageError(
@@ -51,32 +51,32 @@ def compile_gbnf(text: str) -> str:
 
 
 def compile_json_schema(text: str) -> str:
-    """Compile a JSON schema. UsageError if it is none, or has keywords that cannot be enforced."""
+    """Compile a JSON schema. Raises UsageError if it is malformed or has keywords that cannot be enforced."""
     try:
         schema = json.loads(text)
         if schema is True:
             text, schema = "{}", {}
         if not isinstance(schema, dict):
             raise UsageError("a JSON schema is an object", remedy="{} permits every JSON text")
-        # llguidance's reader is stricter: no NaN, no half of a surrogate pair, at most 128 levels.
+        # llguidance's parser is stricter: no NaN, no lone surrogates, at most 128 levels.
         plain = LLMatcher.grammar_from_json_schema(text, overrides=_JSON)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"the JSON schema cannot be read: {_reason(str(error))}") from error
     schema = {**_discriminated(schema), "x-guidance": _JSON}
     compiled = _to_llguidance(f"start: %json {json.dumps(schema)}\n")
     if reason := _refusal(compiled):
-        # Without the Lark around it, llguidance speaks of the schema alone.
+        # llguidance's message for the schema alone does not mention the Lark around it.
         raise UsageError(
-            f"the JSON schema cannot be kept: {_refusal(plain) or reason}", remedy="see docs/sampling.md"
+            f"the JSON schema cannot be enforced: {_refusal(plain) or reason}", remedy="see docs/sampling.md"
         )
     return compiled
 
 
 def _discriminated(schema: Any) -> Any:  # noqa: ANN401 - any part of a JSON text
-    """The schema with OpenAPI's discriminators required, which keep the alternatives of a `oneOf` apart.
+    """Return the schema with OpenAPI's discriminators as required properties.
 
-    llguidance reads `oneOf` as `anyOf`. pydantic, which writes discriminators, does not require them if they
-    have a default: then `{}` would be permitted, and be valid under several alternatives.
+    llguidance reads `oneOf` as `anyOf`. pydantic writes discriminators but does not require those that have a
+    default, so `{}` would be permitted although it is valid under several alternatives.
     """
     if isinstance(schema, list):
         return [_discriminated(item) for item in schema]
@@ -90,16 +90,16 @@ def _discriminated(schema: Any) -> Any:  # noqa: ANN401 - any part of a JSON tex
 
 
 def _to_llguidance(lark: str) -> str:
-    """Wrap a Lark grammar for llguidance; `no_forcing` permits every tokenization of a text."""
+    """Wrap a Lark grammar for llguidance. `no_forcing` permits every tokenization of a text."""
     return LLMatcher.grammar_from_lark(f'%llguidance {{"no_forcing": true}}\n{lark}')
 
 
 def _refusal(grammar: str) -> str:
-    """Why llguidance cannot compile the grammar; "" if it can."""
+    """Return the reason why llguidance cannot compile the grammar; "" if it can."""
     is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=LIMITS)
     return _reason(messages[0]) if is_error else ""
 
 
 def _reason(message: str) -> str:
     """Return an error message of llguidance on one line."""
-    return safe_line(re.sub(r"\s+", " ", message), _LONGEST_REASON)
+    return safe_line(re.sub(r"\s+", " ", message), _MAX_REASON)

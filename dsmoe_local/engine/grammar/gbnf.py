@@ -1,4 +1,4 @@
-"""Reading llama.cpp's grammar notation, GBNF. What a grammar permits is found out by others."""
+"""Parses GBNF, llama.cpp's notation for grammars."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dsmoe_local.engine.grammar.nodes import (
 
 MAX_NESTING = 50
 MAX_REPETITION = 10_000
-MAX_SIGNS = 2  # of repetition, one after another
+MAX_SIGNS = 2  # consecutive signs of repetition
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _NUMBER = re.compile(r"[0-9]{1,9}")
@@ -34,9 +34,9 @@ _REPETITIONS: dict[str, tuple[int, int | None]] = {"*": (0, None), "+": (1, None
 
 
 def parse_gbnf(text: str) -> Grammar:
-    """The grammar that `text` writes. Raises UsageError with the line where it cannot be read."""
+    """Parse a grammar. Raises UsageError with line and column."""
     if _SURROGATE.search(text):
-        raise UsageError("the grammar holds half a character (a lone surrogate)")
+        raise UsageError("the grammar contains a lone surrogate, which is not a character")
     parser = _Parser(text)
     rules = parser.rules()
     if "root" not in rules:
@@ -45,20 +45,20 @@ def parse_gbnf(text: str) -> Grammar:
 
 
 class _Parser:
-    """Recursive descent; `_at` is the next character's index."""
+    """A recursive-descent parser. `_at` is the index of the next character."""
 
     def __init__(self, text: str) -> None:
         self._text = text
         self._at = 0
 
     def rules(self) -> dict[str, Node]:
-        """All rules, to the end of the text."""
+        """Parse all rules."""
         rules: dict[str, Node] = {}
         self._skip(_BLANK_LINES)
         while self._at < len(self._text):
             name = self._match(_NAME, "the name of a rule")
             if name in rules:
-                raise self._error(f"rule {name} is there twice")
+                raise self._error(f"rule {name} is defined twice")
             self._skip(_BLANK)
             self._expect("::=")
             self._skip(_BLANK_LINES)
@@ -80,7 +80,7 @@ class _Parser:
 
     def _sequence(self, depth: int) -> Node:
         items: list[Node] = []
-        # Within a group a line may end anywhere.
+        # Line breaks are permitted anywhere in a group.
         blank = _BLANK_LINES if depth else _BLANK
         while (item := self._item(depth)) is not None:
             self._skip(blank)
@@ -110,7 +110,7 @@ class _Parser:
             self._at += 1
             return characters([(0, MAX_CHARACTER)])
         if start and start in "<!":
-            raise self._error("tokens as such cannot be used here", remedy='write their text: "…"')
+            raise self._error("tokens are not supported", remedy='write their text: "…"')
         if start and start in "*+?{":
             raise self._error(f"nothing precedes {start}")
         if _NAME.match(self._text, self._at):
@@ -123,7 +123,7 @@ class _Parser:
         while self._next() != '"':
             text += self._character()
             if _SURROGATE.match(text[-1]):
-                raise self._error("a surrogate is no character")
+                raise self._error("a surrogate is not a character")
         self._at += 1
         return Text(text)
 
@@ -138,7 +138,7 @@ class _Parser:
                 self._at += 1
                 high = self._character()
                 if high < low:
-                    raise self._error("a range of characters that ends before it begins")
+                    raise self._error("the range of characters is reversed")
             ranges.append((ord(low), ord(high)))
         self._at += 1
         return characters(ranges, negated=negated)
@@ -155,7 +155,7 @@ class _Parser:
         if escape in _ESCAPES:
             return _ESCAPES[escape]
         if escape not in _HEX_DIGITS:
-            raise self._error(f"\\{escape} is not known")
+            raise self._error(f"\\{escape} is not a known escape")
         digits = self._text[self._at : self._at + _HEX_DIGITS[escape]]
         written = re.fullmatch(f"[0-9A-Fa-f]{{{_HEX_DIGITS[escape]}}}", digits)
         if not written or int(digits, 16) > MAX_CHARACTER:
@@ -184,7 +184,7 @@ class _Parser:
         if max(low, high or 0) > MAX_REPETITION:
             raise self._error(f"repetitions go up to {MAX_REPETITION}")
         if high is not None and high < low:
-            raise self._error(f"{{{low},{high}}} is no range")
+            raise self._error(f"{{{low},{high}}} is not a range")
         return low, high
 
     def _next(self) -> str:

@@ -1,8 +1,8 @@
-"""Writing a grammar in the notation of llguidance, a dialect of Lark.
+"""Writes a grammar in llguidance's dialect of Lark.
 
-llguidance splits a text into lexemes, always the longest, before its Earley parser sees it; GBNF has none.
-So a grammar without recursion is written as one regular expression, and one with recursion over lexemes of a
-single character: in both nothing is left to split, and each accepts exactly what GBNF says.
+llguidance's lexer splits a text into the longest possible lexemes for its Earley parser. GBNF has no lexemes,
+so the lexer must not make a choice: a grammar without recursion becomes one regular expression, and in one
+with recursion every lexeme is a single character. Both accept exactly the texts of the GBNF grammar.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from dsmoe_local.base.errors import UsageError
 from dsmoe_local.engine.grammar.nodes import Characters, Choice, Grammar, Node, Repeat, Rule, Sequence, Text
 
 MAX_RULES = 10_000
-"""llguidance recurses from rule to rule: this many fit into `large_stack`."""
+"""llguidance recurses over rules. `large_stack` is large enough for this many."""
 
 
 def to_lark(grammar: Grammar) -> str:
-    """The grammar as Lark. UsageError if a rule is missing, if there are too many, or if no text belongs to
-    the grammar.
+    """Return the grammar as Lark.
+
+    Raises UsageError if a rule is missing, if there are too many rules, or if no text matches.
     """
     uses = {name: frozenset(_rules_of(node)) for name, node in grammar.rules.items()}
     for name, used in uses.items():
@@ -27,7 +28,7 @@ def to_lark(grammar: Grammar) -> str:
             raise UsageError(f"the grammar has no rule {min(lost)}", where=f"rule {name}")
     productive = _productive(grammar, uses)
     if grammar.root not in productive:
-        raise UsageError("no text can satisfy the grammar", where=f"rule {grammar.root}")
+        raise UsageError("no text matches the grammar", where=f"rule {grammar.root}")
     rules: dict[str, Node] = {}
     for name in productive:
         node = _prune(grammar.rules[name], productive)
@@ -49,7 +50,7 @@ def _rules_of(node: Node) -> Iterator[str]:
 
 
 def _productive(grammar: Grammar, uses: dict[str, frozenset[str]]) -> set[str]:
-    """The rules that some text satisfies. llguidance would follow the others into a dead end."""
+    """Return the rules that match some text. Others would lead llguidance into a dead end."""
     users: dict[str, list[str]] = {name: [] for name in uses}
     for name, used in uses.items():
         for other in used:
@@ -65,7 +66,7 @@ def _productive(grammar: Grammar, uses: dict[str, frozenset[str]]) -> set[str]:
 
 
 def _prune(node: Node, productive: set[str]) -> Node | None:
-    """The node without alternatives that no text satisfies; None if nothing is left."""
+    """Return the node without alternatives that match no text; None if nothing is left."""
     if isinstance(node, Rule):
         return node if node.name in productive else None
     if isinstance(node, Characters):
@@ -85,9 +86,9 @@ def _prune(node: Node, productive: set[str]) -> Node | None:
 
 
 def _without_tail_call(node: Node, name: str) -> Node:
-    """The rule as a loop if it only calls itself at the end of alternatives: `a ::= x a | y` is `x* y`.
+    """Return a rule that calls itself only at the end of alternatives as a loop: `a ::= x a | y` is `x* y`.
 
-    An Earley parser without Leo's optimization keeps an item for each level of such a list.
+    Without Leo's optimization, an Earley parser keeps an item for each level of the recursion.
     """
     ways = node.items if isinstance(node, Choice) else (node,)
     again: list[Node] = []
@@ -122,10 +123,10 @@ def _is_recursive(uses: dict[str, Iterator[str]]) -> bool:
 
 
 class _Writer:
-    """Rules as lines of Lark. Groups become rules, too: llguidance refuses deep parentheses."""
+    """Writes rules as lines of Lark. Groups become rules, too, since llguidance refuses deep parentheses."""
 
     def __init__(self, rules: dict[str, Node], needed: Iterable[str], prefix: str) -> None:
-        """`prefix`: names in capitals are lexemes to llguidance, others are rules."""
+        """`prefix` of all names: upper case for lexemes, lower case for rules."""
         self._prefix = prefix
         self._names: dict[Node, str] = {}
         self._rules = rules
@@ -134,9 +135,9 @@ class _Writer:
             self._name(Rule(name))
 
     def text(self, root: str) -> str:
-        """The whole grammar."""
+        """Return the whole grammar."""
         lines = [f"start: {self._name(Rule(root))}"]
-        # Writing a node may add others behind it.
+        # Writing a node may append others to the list.
         for node in self._todo:
             body = self._rules[node.name] if isinstance(node, Rule) else node
             lines.append(f"{self._names[node]}: {self._body(body)}")
@@ -163,7 +164,7 @@ class _Writer:
         return " ".join(filter(None, map(self._item, items))) or '""'
 
     def _item(self, node: Node) -> str:
-        """One item of a sequence; "" for an empty text."""
+        """Return an item of a sequence; "" for an empty text."""
         if isinstance(node, Characters):
             return f"/[{''.join(f'{_code(low)}-{_code(high)}' for low, high in node.ranges)}]/"
         if isinstance(node, Text):

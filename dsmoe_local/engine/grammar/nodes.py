@@ -1,4 +1,4 @@
-"""What a grammar is made of: rules of nested nodes. Data only: read, written and matched elsewhere."""
+"""The syntax tree of a grammar: rules of nested nodes."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ _SURROGATES = (0xD800, 0xDFFF)
 
 @dataclass(frozen=True, slots=True)
 class Characters:
-    """One character of the ranges, which are ascending, apart, and free of surrogates: see `characters`."""
+    """One character of the ranges, ascending, disjoint and without surrogates (see `characters`)."""
 
     ranges: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """These characters, one after another."""
+    """These characters in sequence."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Sequence:
-    """All of the items in their order; none of them: nothing."""
+    """All items in their order. Without items: the empty text."""
 
     items: tuple[Node, ...]
 
@@ -40,7 +40,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Repeat:
-    """The item, `low` to `high` times; None: without end."""
+    """The item `low` to `high` times. None: without limit."""
 
     item: Node
     low: int
@@ -49,7 +49,7 @@ class Repeat:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What the rule of that name stands for."""
+    """A reference to the rule with that name."""
 
     name: str
 
@@ -61,14 +61,14 @@ NOTHING = Sequence(())
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """Rules by name; a text belongs to it if it is a `root`."""
+    """Rules by name. A text matches the grammar if it matches `root`."""
 
     rules: dict[str, Node]
     root: str = "root"
 
 
 def characters(ranges: Iterable[tuple[int, int]], *, negated: bool = False) -> Characters:
-    """Ranges in any order, or all characters but theirs. Surrogates are no characters and left out."""
+    """Return the characters in the ranges, or all others if `negated`. Surrogates are removed."""
     merged: list[tuple[int, int]] = []
     for low, high in sorted(ranges):
         if low > high:

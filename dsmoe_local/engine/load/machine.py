@@ -1,4 +1,4 @@
-"""What this machine offers: processor cores and memory. Reads the system, decides nothing."""
+"""The CPU cores and the memory that this process may use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _UNLIMITED = 1 << 60
 
 
 def physical_cores(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int:
-    """Cores this process may run on, hyperthreads counted once; no more than its cgroups' quotas allow."""
+    """Return the cores that this process may run on, without hyperthreads, limited by its cgroups' quotas."""
     try:
         allowed = os.sched_getaffinity(0)
     except AttributeError:  # macOS
@@ -24,7 +24,7 @@ def physical_cores(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int:
 
 
 def _cpu_quota(folder: Path) -> float:
-    """How many processors a cgroup, v2 or v1, may use; infinity without a limit."""
+    """Return how many CPUs a cgroup (v2 or v1) may use; infinity without a limit."""
     quota, _, period = _read(folder / "cpu.max").partition(" ")
     if not quota:
         quota, period = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")
@@ -34,13 +34,13 @@ def _cpu_quota(folder: Path) -> float:
 
 
 def available_memory(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int:
-    """Bytes that may be allocated without swapping: what the system says is available, or the cgroup's limit.
+    """Return the bytes that can be allocated without swapping, limited by the cgroups of this process.
 
-    Page cache counts as available, in a cgroup too: the kernel takes it back.
+    Page cache counts as available, also in a cgroup, since the kernel can drop it.
     """
     system = _system_available(proc)
-    rooms = map(_cgroup_room, _own_cgroups(proc, cgroups, "memory"))
-    return max(0, min([system, *(room for room in rooms if room is not None)]))
+    limits = map(_cgroup_available, _own_cgroups(proc, cgroups, "memory"))
+    return max(0, min([system, *(limit for limit in limits if limit is not None)]))
 
 
 def _system_available(proc: Path) -> int:
@@ -48,29 +48,28 @@ def _system_available(proc: Path) -> int:
         name, _, value = line.partition(":")
         if name == "MemAvailable":
             return int(value.split()[0]) * 1024
-    # macOS tells no figure without its own API; three quarters of the memory is what it lets one process
-    # wire.
+    # macOS has no such figure in a file. It lets one process wire three quarters of the memory.
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 3 // 4
 
 
 def _own_cgroups(proc: Path, cgroups: Path, controller: str) -> list[Path]:
-    """This process's cgroup folders of a controller with all their parents, for v2 and v1."""
+    """Return this process's cgroup folders of a controller and all their parents, for v2 and v1."""
     folders: dict[Path, None] = {}
     for line in _read(proc / "self/cgroup").splitlines():
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if controllers and controller not in controllers.split(","):
             continue
-        # v1 mounts each controller, or several of them together, in a folder of its own.
+        # v1 has a folder for each controller, or for several together.
         for root in [cgroups / controller, cgroups / controllers] if controllers else [cgroups]:
             folder = root / path.lstrip("/")
-            # In a container the path may not exist below the mount: the mount's root is then our own group.
+            # In a container the path may not exist below the mount. Its root is then our own group.
             folders |= dict.fromkeys(f for f in (folder, *folder.parents) if f == root or root in f.parents)
     return list(folders)
 
 
-def _cgroup_room(folder: Path) -> int | None:
-    """Bytes left below this group's limit; None without a limit."""
+def _cgroup_available(folder: Path) -> int | None:
+    """Return the bytes left below a cgroup's limit; None without a limit."""
     for limit_name, usage_name, cache_names in (
         ("memory.max", "memory.current", ("inactive_file", "active_file")),
         ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),

@@ -1,7 +1,6 @@
-"""A second, read-only mapping of a model's file, and what the system can be asked about its pages.
+"""A second, read-only mapping of a model's file, to lock, prefetch and touch its pages.
 
-llama.cpp's own mapping shares these pages: what is locked or fetched here is there too. Which pages, and
-when, is decided elsewhere. None of this changes what is computed, so what fails only costs speed.
+llama.cpp's own mapping shares these pages. Nothing here changes results, so failures only cost speed.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ from dsmoe_local.base.errors import FileError
 from dsmoe_local.base.text import safe_line
 
 PAGE = mmap.PAGESIZE
-_SMALLEST_READ = 128 << 10  # what the system reads ahead at least, on any device
+_MIN_READ_AHEAD = 128 << 10  # Linux's default for any device
 _KILOBYTE = 1024
 _BLOCKS = Path("/sys/dev/block")
 _MEASURED_READ = 1 << 20
 _MEASURED_SECONDS = 0.2
-_MEASURED_DEPTH = 4  # a token's experts are asked for at once, so the disk always has several reads to do
+_MEASURED_DEPTH = 4  # concurrent reads: the experts of a token are requested together
 
 
 class Range(NamedTuple):
-    """Bytes of the file, from `start` to before `end`."""
+    """The bytes of the file from `start` up to, but not including, `end`."""
 
     start: int
     end: int
@@ -43,12 +42,12 @@ class Range(NamedTuple):
 
 
 def whole_pages(start: int, end: int) -> Range:
-    """The pages that these bytes lie in."""
+    """Return the range of whole pages that contains these bytes."""
     return Range(start // PAGE * PAGE, -(-end // PAGE) * PAGE)
 
 
 class MappedFile:
-    """Owns the mapping; any thread may use it until `close`."""
+    """A read-only mapping of a file. Any thread may use it until `close`."""
 
     def __init__(self, path: Path) -> None:
         """Raises FileError."""
@@ -66,49 +65,50 @@ class MappedFile:
         self._madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
     def lock(self, pages: Range) -> bool:
-        """Read these pages and keep them in memory until `close`; False where the system forbids it."""
+        """Read pages and keep them in memory until `close`. Returns False if the system forbids it."""
         return bool(self._mlock(self._address + pages.start, pages.size) == 0)
 
     def fetch(self, pages: Range) -> None:
-        """Begin to read these pages, those that are not in memory; does not wait for them."""
-        # The system cuts longer requests off without a word.
+        """Start reading the pages that are not in memory, without waiting for them."""
+        # The kernel silently truncates longer requests.
         for start in range(pages.start, pages.end, self._fetch_bytes):
             size = min(self._fetch_bytes, pages.end - start)
             self._madvise(self._address + start, size, mmap.MADV_WILLNEED)
 
     def touch(self, pages: Range) -> None:
-        """Read a byte of each page, so that the system takes them for pages in use."""
+        """Read a byte of each page, so that the system considers it in use."""
         self._bytes[pages.start : pages.end : PAGE].max(initial=0)
 
     def close(self) -> None:
-        """Unlock and unmap. Closing twice is fine."""
+        """Unlock and unmap the pages. May be called twice."""
         self._bytes = np.empty(0, np.uint8)
         self._map.close()
 
 
 def _fetch_bytes(device: int, blocks: Path = _BLOCKS) -> int:
-    """The most bytes that one request to read ahead may have: the larger of two of the device's limits."""
+    """Return the largest read-ahead request of a device: the larger of two of its limits."""
     folder = blocks / f"{os.major(device)}:{os.minor(device)}"
-    most = _SMALLEST_READ
-    # A partition has the limits of its disk, one folder up.
+    most = _MIN_READ_AHEAD
+    # The limits of a partition are those of its disk, one folder up.
     for queue in (folder / "queue", folder / ".." / "queue"):
         for name in ("read_ahead_kb", "max_sectors_kb"):
             try:
                 most = max(most, int((queue / name).read_text()) * _KILOBYTE)
             except (OSError, ValueError):
-                continue  # not a disk of its own: a network file system, macOS
+                continue  # not a local disk, or not Linux
     return most // PAGE * PAGE
 
 
 def raise_lock_limit() -> None:
-    """Let this process lock as much as it may allow itself."""
+    """Raise the soft limit for locked memory to the hard limit."""
     _, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (hard, hard))
 
 
 def read_speed(path: Path) -> float | None:
-    """Bytes per second that the disk reads in pieces as large as an expert's, past the system's cache; None
-    where that cannot be measured. Takes a fifth of a second.
+    """Return the bytes per second of random reads of 1 MiB, about an expert's size, without the page cache.
+
+    Returns None if that cannot be measured. Takes 0.2 seconds.
     """
     size = path.stat().st_size - _MEASURED_READ
     if size <= 0:
@@ -119,12 +119,12 @@ def read_speed(path: Path) -> float | None:
     def work(index: int) -> None:
         generator = np.random.default_rng(index)
         file = _open_uncached(path)
-        buffer = mmap.mmap(-1, _MEASURED_READ)  # direct reads need whole pages
+        buffer = mmap.mmap(-1, _MEASURED_READ)  # direct reads need an aligned buffer
         try:
             while time.perf_counter() - start < _MEASURED_SECONDS:
                 counts[index] += os.preadv(file, [buffer], int(generator.integers(size // PAGE)) * PAGE)
         except OSError:
-            counts[index] = 0  # a file system without direct reads, such as tmpfs
+            counts[index] = 0  # the file system has no direct reads, such as tmpfs
         finally:
             os.close(file)
 

@@ -1,7 +1,7 @@
-"""Reads a token's routed experts ahead: once a layer's router has chosen, all of them are asked for at once.
+"""Prefetches the routed experts of a token from disk: all of a layer's at once, when its router has chosen.
 
-Left to page faults, they would be read a few pages after another, each time with as much again of experts
-that nobody chose. An observer of the graph that computes nothing.
+Page faults would read them a few pages at a time, each time with read-ahead into experts that were not
+chosen. Implemented as an observer of the graph.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from dsmoe_local.model.gguf_file import GgufFile, TensorInfo
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import layer_of
 
-_ORDER = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
-"""As they are multiplied."""
+_ORDER = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")  # the order of computation
 
 
 def page_experts(
@@ -36,40 +35,40 @@ def page_experts(
     listen: progress.Listener,
     stop: threading.Event,
 ) -> Prefetch:
-    """Keep in memory what every token reads, as far as `budget` bytes allow, page the experts, and tell how.
+    """Keep the weights that every token reads in memory, up to `budget` bytes, and prefetch experts.
 
-    Raises FileError, InterruptedRunError.
+    Passes notes about it to `listen`. Raises FileError, InterruptedRunError.
     """
-    mine = host_tensors(file.tensors.values(), hp, placement)
-    resident = Resident(file.path, plan_resident(mine.always, budget), listen, stop)
-    room = max(0, budget - resident.n_bytes)
+    on_host = host_tensors(file.tensors.values(), hp, placement)
+    resident = Resident(file.path, plan_resident(on_host.always, budget), listen, stop)
+    left = max(0, budget - resident.n_bytes)
     listen(
         progress.Note(
             f"{format_size(resident.n_bytes)} that every token reads stay in memory: {resident.mode}"
         )
     )
-    experts = mine.experts
+    experts = on_host.experts
     try:
         tensors.check_layout()
     except DsmoeError as error:
         listen(progress.Note(f"experts are not read ahead: {error.what}"))
         experts = ()
-    note = paging_note(file.path, mine, hp, resident.n_bytes, room)
+    note = paging_note(file.path, on_host, hp, resident.n_bytes, left)
     if note:
         listen(progress.Note(note))
-    return Prefetch(experts, hp.n_routed_experts, resident, room)
+    return Prefetch(experts, hp.n_routed_experts, resident, left)
 
 
 class Prefetch(Observer):
-    """Owned by the engine's thread, and owns `resident`."""
+    """Prefetches the experts that the routers choose. Used by the engine's thread. Closes `resident`."""
 
-    def __init__(self, experts: Sequence[TensorInfo], n_experts: int, resident: Resident, room: int) -> None:
-        """`experts` are the tensors of `n_experts` each that are paged, with `room` bytes to share: a prompt
-        that needs more at once fetches no more than that.
+    def __init__(self, experts: Sequence[TensorInfo], n_experts: int, resident: Resident, left: int) -> None:
+        """`experts` are the paged tensors of `n_experts` experts each. At most `left` bytes of a layer are
+        prefetched, since a long prompt may choose more experts than fit into memory.
         """
         super().__init__()
         self._resident = resident
-        self._room = room
+        self._left = left
         self._n_experts = n_experts
         self._reader = tensors.Reader()
         layers: dict[int | None, list[TensorInfo]] = {}
@@ -93,19 +92,19 @@ class Prefetch(Observer):
         self._resident.close()
 
     def _fetch_chosen(self, experts: Sequence[TensorInfo], weights: int) -> None:
-        # The first node that reads which experts were chosen: to be looked at, its sources are kept.
+        # This node is the first to read the chosen experts, so its source still has their ids.
         chosen = self._reader.view(tensors.source_of(weights, 1))
         self.fetch(experts, np.unique(chosen).tolist())
 
     def fetch(self, tensors_of_layer: Sequence[TensorInfo], chosen: Sequence[int]) -> None:
-        """Begin to read the `chosen` experts, ascending, in one layer's tensors."""
-        room = self._room
+        """Start reading the `chosen` experts, in ascending order, of one layer's tensors."""
+        left = self._left
         for tensor in tensors_of_layer:
             size = tensor.n_bytes // self._n_experts
             for first, last in _runs(chosen):
                 start, end = whole_pages(tensor.offset + first * size, tensor.offset + last * size)
-                pages = Range(start, min(end, start + room // PAGE * PAGE))
-                room -= pages.size
+                pages = Range(start, min(end, start + left // PAGE * PAGE))
+                left -= pages.size
                 self._resident.file.fetch(pages)
 
 
@@ -114,7 +113,7 @@ def _place_in_order(tensor: TensorInfo) -> int:
 
 
 def _runs(ids: Sequence[int]) -> list[Range]:
-    """Sorted numbers as ranges."""
+    """Return sorted numbers as ranges of consecutive ones."""
     runs: list[Range] = []
     for one in ids:
         if runs and runs[-1].end == one:

@@ -1,7 +1,7 @@
-"""Keeps in memory what every token reads, of a model that exceeds it, so that only routed experts are paged.
+"""Keeps the weights that every token reads in memory, if the model exceeds it, so that only experts are
+paged.
 
-Decides which tensors, locks their pages (or touches them now and then, where locking is forbidden), and says
-what speed to expect. Fetching the experts that a token needs is `prefetch`'s concern.
+The pages are locked, or touched every second if the system forbids locking. `prefetch` handles the experts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dsmoe_local.model.gguf_file import TensorInfo
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import Role, layer_of, role_of
 
-_LOCK_BYTES = 32 << 20  # between two looks at whether to go on
+_LOCK_BYTES = 32 << 20  # between checks whether to stop
 _TOUCH_SECONDS = 1.0
 _PRIORITY = (
     Role.NORM,
@@ -31,14 +31,13 @@ _PRIORITY = (
     Role.DENSE_FFN,
     Role.OUTPUT,
 )
-"""What every token reads in full, the least bytes first. Of an embedding it reads one row."""
+"""Roles of tensors that every token reads in full, the smallest first. It reads only one row of an embedding.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class HostTensors:
-    """The tensors that lie in the machine's memory: those that every token reads, by priority; and the routed
-    experts.
-    """
+    """The tensors in main memory: those that every token reads, by priority, and the routed experts."""
 
     always: tuple[TensorInfo, ...]
     experts: tuple[TensorInfo, ...]
@@ -50,13 +49,14 @@ class HostTensors:
 
 
 def host_tensors(tensors: Iterable[TensorInfo], hp: Hyperparameters, placement: Placement) -> HostTensors:
-    """The tensors that `placement` leaves on the host. Overrides of a person's own are not looked at: what
-    they move is then kept for nothing.
+    """Return the tensors that `placement` puts in main memory.
+
+    The user's own overrides are ignored: tensors that they move are kept in memory needlessly.
     """
     order = {role: index for index, role in enumerate(_PRIORITY)}
     if hp.tied_embeddings:
         order[Role.EMBEDDING] = len(order)
-    n_host = hp.n_layers + 1 - placement.n_gpu_layers  # the output is a layer more
+    n_host = hp.n_layers + 1 - placement.n_gpu_layers  # the output counts as a layer
     always: list[tuple[int, int, TensorInfo]] = []
     experts: list[TensorInfo] = []
     for tensor in tensors:
@@ -72,16 +72,17 @@ def host_tensors(tensors: Iterable[TensorInfo], hp: Hyperparameters, placement: 
 
 
 def plan_resident(tensors: Sequence[TensorInfo], budget: int) -> tuple[Range, ...]:
-    """The pages of these tensors to keep, at most three quarters of `budget` bytes, in the order of the
-    file.
+    """Return the pages of these tensors to keep in memory, at most three quarters of `budget` bytes.
+
+    They are in the order of the file.
     """
-    # Were experts left too little, each would be evicted before it is multiplied.
-    room = budget * 3 // 4
+    # With less memory for experts, they would be evicted before they are used.
+    left = budget * 3 // 4
     kept: list[Range] = []
     for tensor in tensors:
         pages = whole_pages(tensor.offset, tensor.offset + tensor.n_bytes)
-        if pages.size <= room:
-            room -= pages.size
+        if pages.size <= left:
+            left -= pages.size
             kept.append(pages)
     return _merge(kept)
 
@@ -97,12 +98,12 @@ def _merge(pages: Iterable[Range]) -> tuple[Range, ...]:
 
 
 class Resident:
-    """Pages that are kept. `refresh` belongs to the engine's thread."""
+    """Pages that are kept in memory. The engine's thread calls `refresh`."""
 
     def __init__(
         self, path: Path, ranges: tuple[Range, ...], listen: progress.Listener, stop: threading.Event
     ) -> None:
-        """Reads the pages, told as progress. Raises FileError, and InterruptedRunError if `stop` is set."""
+        """Read the pages, with progress. Raises FileError, and InterruptedRunError if `stop` is set."""
         self.file = MappedFile(path)
         self.n_bytes = sum(pages.size for pages in ranges)
         self.n_locked = 0
@@ -124,7 +125,7 @@ class Resident:
             if stop.is_set():
                 raise InterruptedRunError("loading was interrupted")
             piece = Range(start, min(start + _LOCK_BYTES, pages.end))
-            # Once it is forbidden it is so for all that follows.
+            # If locking fails once, the limit is reached.
             if not self._touched and self.file.lock(piece):
                 self.n_locked += piece.size
             else:
@@ -134,7 +135,7 @@ class Resident:
 
     @property
     def mode(self) -> str:
-        """In words: how the pages are kept."""
+        """How the pages are kept, for the user."""
         if not self._touched:
             return "locked"
         touched = sum(pages.size for pages in self._touched)
@@ -143,9 +144,7 @@ class Resident:
         return f"{format_size(touched)} of them touched every second, since the system forbids locking more"
 
     def refresh(self) -> None:
-        """Touch what could not be locked, if it is due. Call it before each step: an idle engine keeps
-        nothing that it could not lock.
-        """
+        """Touch the pages that could not be locked, once a second. Called before each step."""
         if not self._touched or time.monotonic() < self._next_touch:
             return
         for pages in self._touched:
@@ -153,17 +152,18 @@ class Resident:
         self._next_touch = time.monotonic() + _TOUCH_SECONDS
 
     def close(self) -> None:
-        """Let go of the pages. Closing twice is fine."""
+        """Release the pages. May be called twice."""
         self.file.close()
 
 
-def paging_note(path: Path, tensors: HostTensors, hp: Hyperparameters, resident: int, room: int) -> str:
-    """What to tell of a model of which `resident` bytes stay in memory, with `room` bytes left to its
-    experts: what a token reads from disk, and the speed to expect. "" if that is nothing.
+def paging_note(path: Path, tensors: HostTensors, hp: Hyperparameters, resident: int, left: int) -> str:
+    """Return the note about what a token reads from disk and the speed to expect; "" if it reads nothing.
+
+    `resident`: bytes kept in memory. `left`: bytes of memory for experts.
     """
     n_bytes = tensors.expert_bytes
     per_token = n_bytes * hp.n_experts_per_token // max(1, hp.n_routed_experts)
-    paged = per_token * max(0, n_bytes - room) // max(1, n_bytes)  # if all experts are as likely
+    paged = per_token * max(0, n_bytes - left) // max(1, n_bytes)  # if all experts are equally likely
     paged += max(0, sum(tensor.n_bytes for tensor in tensors.always) - resident)
     if not paged:
         return ""

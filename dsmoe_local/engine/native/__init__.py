@@ -1,6 +1,6 @@
-"""Everything that touches llama.cpp: only this package imports llama_cpp and holds native handles.
+"""Typed bindings of the parts of llama.cpp that the engine uses. Only this package imports llama_cpp.
 
-Thin and typed, no policy: what to load, where, and what to decode or sample is decided above.
+It has no policy: callers decide what to load, where to place it, and what to decode or sample.
 """
 
 from dsmoe_local.engine.native.context import (

@@ -1,4 +1,4 @@
-"""The KV cache and compute buffers of a model, for one or many sequences; fills llama.cpp's batches."""
+"""A context of llama.cpp: the KV cache and compute buffers of a model, and decoding of batches."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ Buffer: TypeAlias = bytes | bytearray | memoryview | mmap.mmap
 
 @dataclass(frozen=True, slots=True)
 class ContextOptions:
-    """Sizes and modes of a context; the strings are keys of CACHE_TYPES and FLASH_ATTENTION.
+    """Sizes and modes of a context. The strings are keys of CACHE_TYPES and FLASH_ATTENTION.
 
-    `n_context` cells in all: any sequence may use any of them if `unified`, else `n_context / n_sequences`
-    each. A step may have `n_outputs` rows of logits. `eval_callback`: ggml's scheduler callback as a ctypes
-    object, which the caller keeps alive.
+    `n_context` is the number of cells. If `unified`, all sequences share them; otherwise each has `n_context
+    / n_sequences`. A batch may have `n_outputs` rows of logits. `eval_callback` is ggml's scheduler callback
+    as a ctypes object, which the caller must keep alive.
     """
 
     n_context: int
@@ -65,7 +65,7 @@ class ContextOptions:
 
 
 class Row(NamedTuple):
-    """A run of tokens of one sequence in a step; `n_outputs` of its last tokens get logits."""
+    """Consecutive tokens of one sequence in a batch. The last `n_outputs` of them get logits."""
 
     sequence: int
     position: int
@@ -74,10 +74,10 @@ class Row(NamedTuple):
 
 
 class Context:
-    """The KV cache and compute buffers. One thread at a time, but `abort` from any.
+    """A context. Only one thread may use it at a time, except for `abort`.
 
-    Sequences that decode are numbered below `n_sequences`; with a unified cache, ids up to MAX_SEQUENCES - 1
-    may hold copies of their cells.
+    Sequences with ids below `n_sequences` can be decoded. With a unified cache, ids up to MAX_SEQUENCES - 1
+    may share their cells.
     """
 
     def __init__(self, model: Model, options: ContextOptions) -> None:
@@ -89,7 +89,7 @@ class Context:
         parameters.n_seq_max = options.n_sequences
         parameters.kv_unified = options.unified
         parameters.offload_kqv = options.offload_cache
-        # Usually one row of logits per sequence: those of a whole ubatch would be 200 MB at 16B.
+        # Usually one row of logits per sequence. Rows for a whole ubatch would take 200 MB for the 16B model.
         parameters.n_outputs_max = options.n_outputs
         parameters.n_threads = options.n_threads
         parameters.n_threads_batch = options.n_threads_batch
@@ -98,8 +98,7 @@ class Context:
         parameters.type_v = CACHE_TYPES[options.cache_type_v]
         if options.eval_callback is not None:
             parameters.cb_eval = options.eval_callback
-        # strlen as the callback: true while the buffer holds a byte. It costs no GIL, unlike a Python
-        # function.
+        # The callback is strlen: true if the buffer holds a byte. Unlike a Python function, it needs no GIL.
         self._abort = ctypes.create_string_buffer(2)
         self._strlen = ctypes.cast(ctypes.CDLL(None).strlen, lib.ggml_abort_callback)
         parameters.abort_callback = self._strlen
@@ -116,17 +115,17 @@ class Context:
         self._n_outputs = 0
         self._make_batch(self.n_batch)
 
-    def _make_batch(self, room: int) -> None:
-        """A llama_batch over numpy memory, filled by slices; never pass it to llama_batch_free."""
-        self._tokens = np.zeros(room, np.int32)
-        self._positions = np.zeros(room, np.int32)
-        self._outputs = np.zeros(room, np.int8)
-        self._n_ids = np.ones(room, np.int32)
+    def _make_batch(self, capacity: int) -> None:
+        """Create a llama_batch in numpy arrays. It must not be passed to llama_batch_free."""
+        self._tokens = np.zeros(capacity, np.int32)
+        self._positions = np.zeros(capacity, np.int32)
+        self._outputs = np.zeros(capacity, np.int8)
+        self._n_ids = np.ones(capacity, np.int32)
         ids = np.arange(MAX_SEQUENCES, dtype=np.int32)
         self._ids = ids
         self._id_address = [ids.ctypes.data + index * ids.itemsize for index in range(MAX_SEQUENCES)]
-        self._sequences = np.full(room, self._id_address[0], np.uint64)
-        self._count = np.arange(room, dtype=np.int32)
+        self._sequences = np.full(capacity, self._id_address[0], np.uint64)
+        self._count = np.arange(capacity, dtype=np.int32)
         self._batch = lib.llama_batch(
             n_tokens=0,
             token=self._tokens.ctypes.data_as(ctypes.POINTER(lib.llama_token)),
@@ -137,10 +136,10 @@ class Context:
         )
 
     def decode(self, rows: Sequence[Row]) -> int:
-        """Run one step of at most n_batch tokens and n_outputs outputs.
+        """Decode a batch of at most n_batch tokens and n_outputs outputs.
 
-        Returns DECODED, NO_SLOT (nothing changed) or ABORTED (`n_cached` says what stayed). Raises
-        NativeError.
+        Returns DECODED, NO_SLOT (nothing changed) or ABORTED (`n_cached` tells which tokens are in the
+        cache). Raises NativeError.
         """
         count = n_outputs = 0
         for sequence, position, token_ids, wanted in rows:
@@ -162,30 +161,28 @@ class Context:
         return status
 
     def logits(self) -> npt.NDArray[np.float32]:
-        """The last step's logits in the order of its outputs, shape (n_outputs, n_vocab): a view that the
-        next `decode` overwrites.
-        """
+        """Return the last batch's logits, shape (n_outputs, n_vocab). The next `decode` overwrites them."""
         pointer = lib.llama_get_logits(self.handle)
         return np.ctypeslib.as_array(pointer, shape=(self._n_outputs, self.model.n_vocab))
 
     def n_cached(self, sequence: int) -> int:
-        """How many positions the KV cache holds of a sequence."""
+        """Return the number of positions of a sequence in the KV cache."""
         last: int = lib.llama_memory_seq_pos_max(self._memory, sequence)
         return last + 1
 
     def forget(self, sequence: int, start: int, end: int = -1) -> None:
-        """Drop a sequence's positions from `start` to `end` (-1: to its end)."""
+        """Remove the positions from `start` to `end` of a sequence (-1: to its end)."""
         lib.llama_memory_seq_rm(self._memory, sequence, start, end)
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Make the empty sequence `target` hold the first `count` positions of `source`.
 
-        Unified: the same cells, at no cost. Else the data are copied, with the next step.
+        In a unified cache they share the cells, at no cost. Otherwise the data are copied in the next step.
         """
         if self.options.unified:
             lib.llama_memory_seq_cp(self._memory, source, target, 0, count)
         else:
-            # llama.cpp copies a sequence's own cache only as a whole.
+            # llama.cpp can only copy the whole cache of a sequence.
             lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
             lib.llama_memory_seq_rm(self._memory, target, count, -1)
 
@@ -195,11 +192,11 @@ class Context:
         return bool(lib.llama_memory_can_shift(self._memory))
 
     def shift(self, sequence: int, start: int, distance: int) -> None:
-        """Move the positions from `start` on back by `distance`; the sequence must own its cells alone."""
+        """Move positions from `start` on back by `distance`. The sequence must share no cells."""
         lib.llama_memory_seq_add(self._memory, sequence, start, -1, -distance)
 
     def state_size(self, sequence: int = ALL_SEQUENCES) -> int:
-        """Bytes that `write_state` needs now."""
+        """Return the number of bytes that `write_state` needs."""
         if sequence == ALL_SEQUENCES:
             size: int = lib.llama_state_get_size(self.handle)
         else:
@@ -207,9 +204,9 @@ class Context:
         return size
 
     def write_state(self, target: Buffer, sequence: int = ALL_SEQUENCES) -> bool:
-        """Copy what the cache holds into `target`, which has `state_size` bytes. False if it cannot be.
+        """Copy the contents of the cache to `target`, of `state_size` bytes. Returns False if it fails.
 
-        Only of sequences below `n_sequences`: of others the cells would be written without an owner.
+        The sequence must be below `n_sequences`; cells of others would be written without an owner.
         """
         data = np.frombuffer(target, np.uint8)
         pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
@@ -220,9 +217,10 @@ class Context:
         return n_bytes == data.size
 
     def read_state(self, source: Buffer, sequence: int = ALL_SEQUENCES) -> bool:
-        """Make the cache, or one sequence of it, hold what was written; False, and nothing, if it cannot.
+        """Load a state into the cache or one of its sequences. Returns False if it fails, with nothing
+        loaded.
 
-        Needs as many free cells, and a cache of the same types and layers. Checks little else.
+        Needs enough free cells and a cache of the same types and layers. Little else is checked.
         """
         data = np.frombuffer(source, np.uint8)
         pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
@@ -239,11 +237,11 @@ class Context:
         return False
 
     def abort(self) -> None:
-        """Make the running and every later `decode` return ABORTED, within a graph node on a CPU."""
+        """Make the current and all later calls of `decode` return ABORTED, on a CPU within one graph node."""
         self._abort[0] = b"\x01"
 
     def clear_abort(self) -> None:
-        """Let `decode` run again."""
+        """Allow `decode` again."""
         self._abort[0] = b"\x00"
 
     def close(self) -> None:
@@ -254,7 +252,7 @@ class Context:
 
 
 def check_modes(cache_type_k: str, cache_type_v: str, flash_attention: str) -> None:
-    """UsageError for modes that llama.cpp does not know, or would refuse late."""
+    """Raise UsageError for modes that llama.cpp does not know or would refuse after loading."""
     for flag, value in (("-ctk", cache_type_k), ("-ctv", cache_type_v)):
         if value not in CACHE_TYPES:
             raise UsageError(

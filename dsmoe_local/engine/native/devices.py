@@ -1,6 +1,4 @@
-"""The devices that this build of llama.cpp computes on, and their buffer types. Lists them, with handles for
-loading; what goes where is decided elsewhere.
-"""
+"""Lists the devices that this build of llama.cpp can compute on, and their buffer types."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ CPU_BUFFER = "CPU"
 
 
 class DeviceKind(StrEnum):
-    """ggml's kinds, in the order of their numbers."""
+    """The kinds of devices, in the order of ggml's enum."""
 
     CPU = "CPU"
     GPU = "GPU"
@@ -32,10 +30,9 @@ _KINDS = tuple(DeviceKind)
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A device as its backend reports it.
+    """A device as its backend describes it.
 
-    `n_free` and `n_bytes` are 0 where it reports no memory. `shares_memory`: its memory is the machine's own.
-    `hardware` tells one card from another across backends, where that is known.
+    `n_free` and `n_bytes` of memory are 0 if unknown. `hardware` identifies a card across backends, if known.
     """
 
     name: str
@@ -53,12 +50,12 @@ class Device:
 
     @property
     def shares_memory(self) -> bool:
-        """Whether what lies on it is taken from the machine's memory."""
+        """Whether it uses the machine's main memory."""
         return self.kind is not DeviceKind.GPU or self.backend == "MTL"
 
 
 class _Properties(ctypes.Structure):
-    # ggml_backend_dev_props; the capabilities at its end are four bools, with room for more to come.
+    # ggml_backend_dev_props. It ends with four bools; the reserve is for more in later versions.
     _fields_ = [
         ("name", ctypes.c_char_p),
         ("description", ctypes.c_char_p),
@@ -71,13 +68,14 @@ class _Properties(ctypes.Structure):
 
 
 def list_devices() -> tuple[Device, ...]:
-    """Every device, the processor included, in ggml's order."""
+    """Return all devices, including the CPU, in ggml's order."""
     return tuple(_describe(handle) for handle in _handles())
 
 
 def offload_devices(devices: Sequence[Device]) -> tuple[Device, ...]:
-    """Those that llama.cpp would offload to by itself, in its order: remote ones, then GPUs, each card once;
-    an integrated GPU only where there is no other.
+    """Return the devices that llama.cpp offloads to by default, in its order: remote ones, then GPUs.
+
+    A card that several backends report is used once. Integrated GPUs are used only if there is no other.
     """
     remote = [device for device in devices if device.kind is DeviceKind.GPU and device.backend == "RPC"]
     gpus: list[Device] = []
@@ -92,7 +90,7 @@ def offload_devices(devices: Sequence[Device]) -> tuple[Device, ...]:
 
 
 def buffer_types() -> dict[str, int]:
-    """Handles of the devices' buffer types by name; a device's own name does as well."""
+    """Return the handles of buffer types, by their own names and by the names of their devices."""
     types: dict[str, int] = {}
     buffer_type = backend_function("ggml_backend_dev_buffer_type", ctypes.c_void_p, ctypes.c_void_p)
     name = backend_function("ggml_backend_buft_name", ctypes.c_char_p, ctypes.c_void_p)
@@ -105,8 +103,9 @@ def buffer_types() -> dict[str, int]:
 
 
 def device_list(names: Sequence[str]) -> Any:  # noqa: ANN401 - a ctypes array
-    """The NULL-terminated array of handles that llama.cpp takes; keep it alive while it does. UsageError for
-    an unknown name.
+    """Return the NULL-terminated array of device handles for llama.cpp. The caller must keep it alive.
+
+    Raises UsageError for an unknown name.
     """
     handles = {_describe(handle).name: handle for handle in _handles()}
     for name in names:

@@ -1,4 +1,4 @@
-"""llama.cpp's library as the bindings opened it: start-up, its log, its backend symbols. Owns no model."""
+"""llama.cpp's shared library: initialization, log and functions of ggml's backends."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ def _keep_log(level: int, text: bytes, _: object) -> None:
 
 
 def keep_log() -> None:
-    """Take llama.cpp's log into the ring; again before each load, since others may have set it since."""
+    """Collect llama.cpp's log. Repeated before each load, since other code may have set another callback."""
     lib.llama_log_set(_keep_log, None)
 
 
 def echo_log(write: Callable[[bytes], object]) -> None:
-    """Hand every piece of the log to `write` at once too, so that it outlives this process."""
+    """Also pass every piece of the log to `write`, so that it is not lost if this process dies."""
     _echo.append(write)
 
 
 def clear_log() -> None:
-    """Forget the lines so far: an error that follows is then the cause of what fails next."""
+    """Drop the lines so far, so that `last_error` belongs to the next call."""
     _log.clear()
 
 
@@ -62,14 +62,12 @@ lib.llama_backend_init()
 
 
 def log_lines() -> tuple[str, ...]:
-    """llama.cpp's last few hundred log lines, made safe to print."""
+    """Return llama.cpp's last few hundred log lines, made safe to print."""
     return tuple(safe_line(line.rstrip()) for _, line in list(_log))
 
 
 def last_error() -> str:
-    """The first error of the log's latest run of errors: the cause; what follows it only repeats that it
-    failed.
-    """
+    """Return the first of the latest consecutive errors in the log. The later ones are consequences."""
     errors: list[str] = []
     for level, line in reversed(list(_log)):
         if level == _LOG_ERROR and line.strip():
@@ -80,8 +78,8 @@ def last_error() -> str:
 
 
 def backend_function(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:  # noqa: ANN401 - ctypes types
-    """A function of ggml's backend registry, typed."""
-    # Through llama_cpp's own handle: the wheel's other copies of libggml have registries of their own.
+    """Return a function of ggml with its types set."""
+    # Through llama_cpp's own handle, since other copies of libggml in the process have their own registries.
     function = lib._lib[name]
     function.restype, function.argtypes = result, list(arguments)
     return function  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""A model in native memory: weights and vocabulary, and the call that loads them."""
+"""Loads a model with llama.cpp, and gives access to its vocabulary."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _BufferOverride(ctypes.Structure):
 
 
 class Model:
-    """Weights and vocabulary. Every method may be called from any thread until `close`."""
+    """A loaded model. Any thread may call its methods until `close`."""
 
     def __init__(
         self,
@@ -38,15 +38,16 @@ class Model:
         progress: Callable[[float], bool] | None = None,
         measure_only: bool = False,
     ) -> None:
-        """Load `path`. `progress` hears fractions from 0 to 1; returning False gives up
-        (InterruptedRunError).
+        """Load `path`.
 
-        The last `n_gpu_layers` layers (the output counts as one) lie on `devices` (None: llama.cpp's choice),
-        `split` of them on each (none: by free memory), but a tensor that one of the `overrides` matches lies
-        in the buffer type that the first such names. `mapped` weights on the CPU are pages of the file.
+        The last `n_gpu_layers` layers (the output counts as one) are placed on `devices` (None: llama.cpp's
+        default), `split` of them on each (empty: in proportion to free memory). `overrides` are pairs of a
+        regular expression of tensor names and a buffer type; the first match counts. With `mapped`, weights
+        on the CPU are pages of the file.
 
-        `measure_only` reads no weights and allocates nothing: contexts made from it only log their sizes.
-        Raises ModelLoadError with llama.cpp's own reason.
+        `progress` is called with fractions from 0 to 1. If it returns False the load ends with
+        InterruptedRunError. `measure_only` reads no weights and allocates nothing: contexts of the model only
+        log their sizes. Raises ModelLoadError with llama.cpp's own reason.
         """
         parameters = lib.llama_model_default_params()
         parameters.n_gpu_layers = n_gpu_layers
@@ -91,7 +92,7 @@ class Model:
         split: Sequence[int],
         overrides: Sequence[tuple[str, str]],
     ) -> None:
-        # llama.cpp keeps the pointers: the arrays live as long as the model.
+        # llama.cpp keeps pointers to these arrays, so they must live as long as the model.
         if devices is not None:
             self._devices = device_list(devices)
             parameters.devices = ctypes.addressof(self._devices)
@@ -121,44 +122,44 @@ class Model:
         parameters.kv_overrides = self._overrides
 
     def tokenize(self, text: bytes, *, special: bool) -> list[int]:
-        """Token ids of UTF-8 `text`, without BOS or EOS. `special`: text of special tokens becomes those
-        tokens.
+        """Return the token ids of UTF-8 `text`, without BOS and EOS.
 
-        Recursive over unbroken runs: call it where the stack is large.
+        With `special`, the texts of special tokens become those tokens. Recurses for each letter of a word,
+        so it needs a large stack.
         """
-        room = len(text) + 16
-        ids = (lib.llama_token * room)()
-        count = lib.llama_tokenize(self.vocabulary, text, len(text), ids, room, False, special)
+        capacity = len(text) + 16
+        ids = (lib.llama_token * capacity)()
+        count = lib.llama_tokenize(self.vocabulary, text, len(text), ids, capacity, False, special)
         if count < 0:
             raise NativeError("llama.cpp cannot tokenize the text", where=last_error())
         return ids[:count]
 
     def piece(self, token_id: int) -> bytes:
-        """The bytes that a token adds to the text; none for a control token. May be half a character."""
+        """Return the bytes that a token adds to the text: b"" for a control token, maybe half a character."""
         known = self._pieces.get(token_id)
         if known is None:
             known = self._pieces[token_id] = self._read_piece(token_id, special=False)
         return known
 
     def text_of(self, token_id: int) -> str:
-        """A token's own text, also of control tokens; "" for ids that are none (llama.cpp's -1)."""
+        """Return the text of a token, including control tokens; "" for llama.cpp's "no token", -1."""
         return "" if token_id < 0 else self._read_piece(token_id, special=True).decode("utf-8", "replace")
 
     def _read_piece(self, token_id: int, *, special: bool) -> bytes:
-        room = 64
+        capacity = 64
         while True:
-            buffer = ctypes.create_string_buffer(room)
-            count = lib.llama_token_to_piece(self.vocabulary, token_id, buffer, room, 0, special)
+            buffer = ctypes.create_string_buffer(capacity)
+            count = lib.llama_token_to_piece(self.vocabulary, token_id, buffer, capacity, 0, special)
             if count >= 0:
                 return buffer.raw[:count]
-            room = -count
+            capacity = -count
 
     def ends(self, token_id: int) -> bool:
-        """Whether the token ends a reply (EOS, EOT and their like)."""
+        """Return whether the token ends a reply (EOS, EOT and the like)."""
         return bool(lib.llama_vocab_is_eog(self.vocabulary, token_id))
 
     def special_texts(self) -> frozenset[str]:
-        """The texts that become special tokens when `tokenize(special=True)` meets them."""
+        """Return the texts that `tokenize` turns into special tokens with `special`."""
         wanted = (
             lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_USER_DEFINED | lib.LLAMA_TOKEN_ATTR_UNKNOWN
         )
@@ -166,7 +167,7 @@ class Model:
         return frozenset(text for text in map(self.text_of, ids) if text)
 
     def close(self) -> None:
-        """Free the weights. Contexts must be closed before."""
+        """Free the weights. All contexts must be closed first."""
         if self.handle:
             lib.llama_model_free(self.handle)
             self.handle = None

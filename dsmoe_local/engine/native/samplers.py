@@ -1,4 +1,4 @@
-"""Sampler chains in llama.cpp's own order, over candidates given; which tokens those are is decided above."""
+"""llama.cpp's sampler chain, applied to given candidates."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from dsmoe_local.engine.native.library import lib
 from dsmoe_local.engine.types import SamplingParameters
 
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("probability", np.float32)])
-# Below it float32 logits divided by the temperature overflow, and infinity minus infinity is NaN.
+# Dividing float32 logits by less overflows, and infinity minus infinity is NaN.
 _LOWEST_TEMPERATURE = 1e-6
-_MIROSTAT_TOKENS = 100  # how many of the likeliest the first mirostat fits its curve to
+_MIROSTAT_TOKENS = 100  # number of likeliest tokens that mirostat 1 fits its curve to
 
 
 class Candidates:
-    """Room for a step's candidates in llama.cpp's form. Samplers sort and cut it in place."""
+    """A buffer for candidates in llama.cpp's form, which samplers sort and truncate in place."""
 
     def __init__(self) -> None:
         self._rows = np.zeros(0, _CANDIDATE)
@@ -27,7 +27,7 @@ class Candidates:
         self._array: Any = lib.llama_token_data_array()
 
     def fill(self, logits: npt.NDArray[np.float32], ids: npt.NDArray[np.int32] | None = None) -> None:
-        """Take over the tokens that may be chosen, by their logits; no `ids`: the whole vocabulary."""
+        """Set the candidates and their logits. Without `ids` they are the whole vocabulary."""
         count = len(logits)
         if count > len(self._rows):
             self._rows = np.zeros(count, _CANDIDATE)
@@ -43,14 +43,14 @@ class Candidates:
         array.size, array.selected, array.sorted = count, -1, False
 
     def run(self, chain: Any) -> int:  # noqa: ANN401 - a ctypes pointer
-        """Apply a chain; returns the token that it selects."""
+        """Apply a sampler chain and return the token that it selects."""
         lib.llama_sampler_apply(chain, ctypes.byref(self._array))
         token_id: int = self._array.data[self._array.selected].id
         return token_id
 
 
 class Sampler:
-    """One request's sampler chain from top-k on: penalties and biases belong into the logits it is given."""
+    """The sampler chain of one reply, from top-k on. Penalties and biases must be in the logits already."""
 
     def __init__(self, n_vocab: int, parameters: SamplingParameters, seed: int) -> None:
         self._chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
@@ -58,7 +58,7 @@ class Sampler:
             lib.llama_sampler_chain_add(self._chain, stage)
 
     def choose(self, candidates: Candidates) -> int:
-        """Draw one of the candidates; they are used up."""
+        """Sample one of the candidates. The buffer must be filled again afterwards."""
         return candidates.run(self._chain)
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
-"""Tensors of a running graph, as the scheduler's callback meets them: names, sources, values. No policy.
+"""Reads tensors of a running graph in ggml's scheduler callback: names, sources, values.
 
-The bindings do not declare `ggml_tensor`, so its fields are read by their offsets on 64-bit machines.
-`check_layout` compares them with what the loaded library does; call it before anything else here.
+The bindings do not declare `ggml_tensor`, so its fields are read at their offsets on 64-bit machines.
+`check_layout` compares the offsets with the loaded library. It must be called first.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _DTYPES: dict[int, np.dtype[Any]] = {
     _I32: np.dtype(np.int32),
 }
 
-# All of memory in words of eight bytes: indexing it is several times faster than making a pointer, and the
-# callback runs a thousand times a step.
+# The whole address space as 8-byte words. Indexing it is several times faster than creating a pointer, and
+# the callback runs a thousand times in each step.
 _words: Any = (ctypes.c_uint64 * (1 << 59)).from_address(0)
 _string_at = ctypes.string_at
 _is_host = backend_function("ggml_backend_buffer_is_host", ctypes.c_bool, ctypes.c_void_p)
@@ -38,67 +38,67 @@ _get = backend_function(
 
 
 def eval_callback(function: Callable[[int, bool, object], bool]) -> Any:  # noqa: ANN401 - a ctypes function
-    """ggml's scheduler callback made of `function(tensor, ask, _)`. Keep it as long as the context lives.
+    """Return ggml's scheduler callback for `function(tensor, ask, _)`. Keep it as long as the context exists.
 
-    Asked about a node of the graph (`ask`), True makes the scheduler stop after it and call again with its
-    values. An exception cannot leave the callback: `function` must not raise.
+    It is first called with `ask` for a node of the graph. If it returns True, it is called again once the
+    values of the node are computed. `function` must not raise.
     """
     return lib.ggml_backend_sched_eval_callback(function)
 
 
 def name_of(tensor: int) -> bytes:
-    """A tensor's name; at most 63 bytes."""
+    """Return a tensor's name, at most 63 bytes."""
     return _string_at(tensor + _NAME)
 
 
 def key_of(tensor: int) -> int:
-    """The name's bytes 8 to 15 as a number: tells most names apart at a fraction of the cost."""
+    """Return bytes 8 to 15 of the name as a number: a cheap key that most names do not share."""
     key: int = _words[(tensor + _NAME + 8) >> 3]
     return key
 
 
 def key_of_name(name: bytes) -> int | None:
-    """What `key_of` gives for tensors of that name; None for a short one, which does not determine it."""
+    """Return the result of `key_of` for tensors with that name; None if the name is too short."""
     return int.from_bytes(name[8:16], "little") if len(name) >= 16 else None
 
 
 def weight_name_of(tensor: int) -> bytes:
-    """A weight's name, also of the copy that the scheduler made on another device: DEVICE#name#number."""
+    """Return a weight's name, also for a copy on another device, which is called DEVICE#name#number."""
     name = _string_at(tensor + _NAME)
     return name.split(b"#")[1] if b"#" in name else name
 
 
 def source_of(tensor: int, index: int) -> int:
-    """The tensor that a node reads as its `index`-th source; 0 if there is none."""
+    """Return the node's source tensor with that index; 0 if there is none."""
     source: int = _words[(tensor + _SOURCES + 8 * index) >> 3]
     return source
 
 
 def size_of(tensor: int, dimension: int) -> int:
-    """Elements of a dimension; 0 is the fastest, of 4."""
+    """Return the number of elements in a dimension, 0 (fastest) to 3."""
     size: int = _words[(tensor + _SIZES + 8 * dimension) >> 3]
     return size
 
 
 def stride_of(tensor: int, dimension: int) -> int:
-    """Bytes from one element of a dimension to the next."""
+    """Return the bytes between elements of a dimension."""
     stride: int = _words[(tensor + _STRIDES + 8 * dimension) >> 3]
     return stride
 
 
 def is_float(tensor: int) -> bool:
-    """Whether the values are F32."""
+    """Return whether the values are F32."""
     return ctypes.c_int32.from_address(tensor + _TYPE).value == _F32
 
 
 class Reader:
-    """Reads the values of tensors, wherever they lie. What it learns of buffers is kept until `forget`."""
+    """Reads the values of tensors on any device. Caches which buffers are in main memory until `forget`."""
 
     def __init__(self) -> None:
         self._host: dict[int, bool] = {}
 
     def forget(self) -> None:
-        """Call when buffers may have been freed since: between graphs."""
+        """Clear the cache. Must be called between graphs, when buffers may be freed."""
         self._host.clear()
 
     def _on_host(self, tensor: int) -> bool:
@@ -106,12 +106,12 @@ class Reader:
         buffer = _words[(owner + _BUFFER) >> 3]
         known = self._host.get(buffer)
         if known is None:
-            # Without a buffer they lie in ggml's own arena.
+            # A tensor without a buffer is in ggml's own arena.
             known = self._host[buffer] = not buffer or bool(_is_host(buffer))
         return known
 
     def copy_bytes(self, tensor: int, size: int) -> bytes:
-        """The first bytes of a tensor's data."""
+        """Return the first `size` bytes of a tensor's data."""
         if self._on_host(tensor):
             return _string_at(_words[(tensor + _DATA) >> 3], size)
         buffer = ctypes.create_string_buffer(size)
@@ -119,12 +119,12 @@ class Reader:
         return buffer.raw
 
     def copy_rows(self, tensor: int) -> tuple[int, bytes]:
-        """The number of rows and all bytes of a matrix; of the whole one where a view takes first columns."""
+        """Return the number of rows and the bytes of a matrix. For a view, those of the viewed matrix."""
         n_rows, stride = size_of(tensor, 1), stride_of(tensor, 1)
         return n_rows, self.copy_bytes(_words[(tensor + _VIEW_SOURCE) >> 3] or tensor, n_rows * stride)
 
     def view(self, tensor: int) -> Array:
-        """The values in four dimensions, slowest first; valid until the callback returns."""
+        """Return the values as a 4-D array, slowest dimension first. Valid until the callback returns."""
         shape = tuple(size_of(tensor, dimension) for dimension in (3, 2, 1, 0))
         strides = tuple(stride_of(tensor, dimension) for dimension in (3, 2, 1, 0))
         dtype = _DTYPES[ctypes.c_int32.from_address(tensor + _TYPE).value]
@@ -140,8 +140,10 @@ class Reader:
 
 
 def check_layout() -> None:
-    """UsageError on machines that are not 64-bit, little-endian; NativeError if the library lays its tensors
-    out differently.
+    """Check that tensors can be read here.
+
+    Raises UsageError on a machine that is not 64-bit and little-endian, NativeError if the library's tensors
+    have another layout.
     """
     if ctypes.sizeof(ctypes.c_void_p) != 8 or np.dtype("=i4") != np.dtype("<i4"):
         raise UsageError("observers need a 64-bit, little-endian machine")
@@ -152,7 +154,7 @@ def check_layout() -> None:
     try:
         if not _as_expected(arena):
             raise NativeError(
-                "this build of llama.cpp lays out its tensors differently: observers cannot read them",
+                "observers cannot read the tensors of this build of llama.cpp",
                 remedy="install the version of llama-cpp-python that this package asks for",
             )
     finally:
@@ -168,7 +170,7 @@ class _InitParameters(ctypes.Structure):
 
 
 def _as_expected(arena: int) -> bool:
-    """Make a matrix, rows taken from it and a view of those, and find their fields again."""
+    """Create a matrix, rows taken from it and a view of those, and check that their fields are read right."""
     pointer = ctypes.c_void_p
     new = backend_function(
         "ggml_new_tensor_2d", pointer, pointer, ctypes.c_int, ctypes.c_int64, ctypes.c_int64

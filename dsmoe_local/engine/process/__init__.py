@@ -1,1 +1,1 @@
-"""The engine in a child process: the host that runs there, the client that callers hold, and the wire."""
+"""The engine in a child process: the host in the child, the client in the caller, and their protocol."""

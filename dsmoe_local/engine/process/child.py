@@ -1,13 +1,14 @@
-"""The client's side of one child process with one engine: its start, its messages, its end.
+"""One child process with one engine, as the client sees it: start, messages, end.
 
-Three threads: one starts the process, reads and delivers; one sends, so that no caller can be interrupted in
-the middle of a frame; one reads the log.
+It has three threads. The reader starts the process, reads messages and delivers events. The sender writes
+frames, so that Ctrl-C in a caller cannot cut one in half. The third reads the log.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
+import os
 import queue
 import socket
 import subprocess
@@ -20,42 +21,50 @@ from typing import Any, BinaryIO, Concatenate, ParamSpec, Self, TypeVar
 from dsmoe_local.base import progress
 from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.engine.errors import EngineCrashError, EngineError
+from dsmoe_local.engine.interface import Deliver, TextEngine
 from dsmoe_local.engine.process import wire
 from dsmoe_local.engine.process.log import LogKeeper
-from dsmoe_local.engine.process.spawn import crash, spawn
-from dsmoe_local.engine.types import (
-    Deliver,
-    ModelInfo,
-    ModelOptions,
-    Request,
-    TextEngine,
-    TokenEvent,
-)
+from dsmoe_local.engine.process.spawn import child_environment, crash_error, start_process
+from dsmoe_local.engine.types import ModelInfo, ModelOptions, Request, TokenEvent
 
-_GRACE = 1.0  # seconds that a child has to leave
-_PATIENCE = 5.0  # seconds that a killed one may take; after that it is left to the system
-POLL = 0.05  # seconds between two looks at whether a load is to stop
-
+POLL = 0.05  # seconds between checks whether a load must stop
+_EXIT_SECONDS = 1.0  # for a child that was asked to exit
+_KILL_SECONDS = 5.0  # for a child that was killed; after that the system must reap it
+_HOST = "dsmoe_local.engine.process.host"
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Asked:
-    """A call in flight: the type of its answer, and where that, or an error, is put."""
+class _PendingCall:
+    """A call that has not been answered: the type of its result, and the queue for the result or error."""
 
     kind: Any
     answer: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)
 
 
+def spawn_engine() -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """Start a host, whose log is its stdout, and return it with our end of its socket.
+
+    On Linux the kernel kills it when the calling *thread* ends. Raises EngineError.
+    """
+    return start_process(
+        _HOST,
+        str(os.getpid()),
+        purpose="the engine's process",
+        environment=child_environment(),
+        output=subprocess.PIPE,
+    )
+
+
 def interrupted_load() -> InterruptedRunError:
-    """Return the error for a load that was given up."""
+    """Return the error for a load that was interrupted."""
     return InterruptedRunError("loading was interrupted")
 
 
-class AlreadyOverError(Exception):
-    """The child had ended before it was asked; `failure` says why."""
+class ChildEndedError(Exception):
+    """The child ended before the call was sent. `failure` is the reason."""
 
     def __init__(self, failure: EngineError) -> None:
         super().__init__(str(failure))
@@ -64,7 +73,7 @@ class AlreadyOverError(Exception):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Running:
-    """A request in flight; the caller's Ticket."""
+    """A running request. It is the caller's Ticket."""
 
     child: Child
     number: int
@@ -76,8 +85,9 @@ class _Running:
 
 
 class Child:
-    """A process with a loaded model. `failure` is set once the process has ended, and says why.
-    The next process is loaded with `options`.
+    """A process with a loaded model.
+
+    `failure` is the reason why the process ended, once it has. A process that replaces it gets `options`.
     """
 
     def __init__(self, options: ModelOptions, log: LogKeeper, listen: progress.Listener) -> None:
@@ -91,13 +101,13 @@ class Child:
         self._spawned = threading.Event()
         self._loaded = threading.Event()
         self._load_failure: BaseException | None = None
-        # Guards what is in flight between those who ask and the reader.
+        # Protects the running requests and calls, which callers add and the reader removes.
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._running: dict[int, _Running] = {}
         self._by_id: dict[str, _Running] = {}
-        self._deaf: set[int] = set()  # requests whose receiver failed: events of them may still come
-        self._calls: dict[int, _Asked] = {}
+        self._ignored: set[int] = set()  # requests whose receiver failed; more events may arrive
+        self._calls: dict[int, _PendingCall] = {}
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._run, name="dsmoe-client", daemon=True)
 
@@ -110,8 +120,8 @@ class Child:
         listen: progress.Listener,
         stopped: Callable[[], bool],
     ) -> Self:
-        """Start a process and load the model there. It is killed once `stopped`, or if the wait is
-        interrupted.
+        """Start a process and load the model there. The process is killed if `stopped` returns True or if
+        this call is interrupted.
         """
         frame = wire.pack(("load", factory, wire.to_plain(options)))
         if stopped():
@@ -134,14 +144,14 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """Its process id."""
+        """The process id."""
         assert self._process is not None
         return self._process.pid
 
-    # What a caller may ask, from any thread.
+    # Requests and calls, from any thread.
 
     def start(self, request: Request, deliver: Deliver) -> _Running:
-        """See TextEngine. AlreadyOverError if there is nobody to ask."""
+        """See TextEngine. Raises ChildEndedError."""
         number = next(self._numbers)
         frame = wire.pack(("start", number, wire.to_plain(request)))
         running = _Running(self, number, request.id, deliver)
@@ -154,35 +164,35 @@ class Child:
         return running
 
     def cancel(self, request_id: str) -> None:
-        """See TextEngine. Takes no lock: the signal handler that calls it may have interrupted `start`."""
+        """See TextEngine. Takes no lock, since a signal handler may call it while `start` holds the lock."""
         running = self._by_id.get(request_id)
         if running is not None:
             running.cancel()
 
     def cancel_all(self) -> None:
-        """Cancel all requests. Takes no lock, as `cancel`."""
+        """Cancel all requests. Takes no lock, like `cancel`."""
         for running in list(self._running.values()):
             running.cancel()
 
     def cancel_number(self, number: int) -> None:
-        """Cancel a request, if it is not over."""
+        """Cancel the request with that number, if it is running."""
         if number in self._running:
             self._outbox.put(wire.pack(("cancel", number)))
 
     def call(
         self, method: Callable[Concatenate[TextEngine, P], T], /, *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """Call a method of TextEngine that `wire.CALLS` has. AlreadyOverError if there is nobody to ask."""
+        """Call a method of TextEngine that is in `wire.CALLS`. Raises ChildEndedError and what it raises."""
         name = method.__name__
         arguments = dict(zip(wire.CALLS[name], args, strict=False)) | kwargs
         number = next(self._numbers)
         frame = wire.pack(("call", number, name, wire.to_plain(arguments)))
-        asked = _Asked(wire.CALLS[name]["return"])
+        pending = _PendingCall(wire.CALLS[name]["return"])
         with self._lock:
             self._check_alive()
-            self._calls[number] = asked
+            self._calls[number] = pending
         self._outbox.put(frame)
-        value = asked.answer.get()
+        value = pending.answer.get()
         if isinstance(value, BaseException):
             raise value
         answer: T = value
@@ -190,39 +200,40 @@ class Child:
 
     def _check_alive(self) -> None:
         if self.over is not None:
-            raise AlreadyOverError(copy.copy(self.over))
+            raise ChildEndedError(copy.copy(self.over))
 
-    # Its end.
+    # The end of the process.
 
     @property
     def over(self) -> EngineError | None:
-        """Why the process takes no more calls; None while it does."""
+        """The reason why the process accepts no more calls; None while it does."""
         return self.failure or self._verdict
 
     def condemn(self, verdict: EngineError) -> None:
-        """Kill the process without waiting; what is in flight ends with `verdict`. Takes no lock: signal
-        handlers may call it.
+        """Kill the process without waiting. Running requests and calls end with `verdict`.
+
+        Takes no lock: signal handlers may call it.
         """
         self._verdict = self._verdict or verdict
         if self._process is not None:
             self._process.kill()
 
     def close(self) -> None:
-        """Ask the process to end its requests and exit; kill it if it does not."""
+        """Ask the process to end its requests and exit. Kill it if it does not."""
         self._verdict = self._verdict or EngineError("the engine is closed")
         self._outbox.put(wire.pack(("close",)))
-        self._join(_GRACE)
+        self._join(_EXIT_SECONDS)
         self.kill()
 
     def kill(self) -> None:
-        """Kill the process, if it has not ended, and reap it."""
+        """Kill the process if it is running, and reap it."""
         self._verdict = self._verdict or EngineError("the engine is closed")
         if self._reader.ident is None:
-            return  # interrupted before it began
+            return  # `load` was interrupted before it started the thread
         self._spawned.wait()
         if self._process is not None:
             self._process.kill()
-        self._join(_PATIENCE)
+        self._join(_KILL_SECONDS)
 
     def _join(self, seconds: float) -> None:
         if threading.current_thread() is not self._reader:
@@ -231,9 +242,9 @@ class Child:
     # The reader's thread.
 
     def _run(self) -> None:
-        """Start the process, which Linux kills when its starting thread ends; read until it has ended."""
+        """Start the process and read until it ends. Linux kills it when the thread that started it ends."""
         try:
-            self._process, channel = spawn()
+            self._process, channel = spawn_engine()
         except BaseException as error:  # noqa: BLE001 - raised again by `load`
             self._load_failure = error
             self._loaded.set()
@@ -242,15 +253,15 @@ class Child:
             self._spawned.set()
         try:
             failure = self._attend(self._process, channel)
-        except BaseException as error:  # noqa: BLE001 - told to all who would else wait for ever
+        except BaseException as error:  # noqa: BLE001 - delivered to all callers that wait
             self._reap(self._process, at_once=True)
             self._outbox.put(None)
-            what = f"internal error beside the engine's process: {type(error).__name__}: {error}"
+            what = f"internal error in the engine's client: {type(error).__name__}: {error}"
             failure = self._verdict or _broken(what, error, self._log.lines(), "try again")
         self._end(failure)
 
     def _attend(self, process: subprocess.Popen[bytes], channel: socket.socket) -> EngineError:
-        """Read and deliver until the process has ended. Returns why it did."""
+        """Read and deliver until the process has ended. Returns the reason."""
         assert process.stdout is not None
         keep = threading.Thread(target=_keep, args=(process.stdout, self._log), name="dsmoe-log", daemon=True)
         send = threading.Thread(target=_send, args=(channel, self._outbox), name="dsmoe-send", daemon=True)
@@ -265,11 +276,11 @@ class Child:
             status = self._reap(process, at_once=garbled is not None)
             self._outbox.put(None)
             for thread in (send, keep):
-                thread.join(_GRACE)
+                thread.join(_EXIT_SECONDS)
         return self._reason(status, garbled)
 
     def _read(self, source: wire.Source) -> Exception | None:
-        """Handle messages until the end. Returns the error of a message that cannot be understood."""
+        """Handle messages until the end. Returns the error if a message is malformed."""
         try:
             while (message := wire.receive(source)) is not None:
                 kind, *arguments = message
@@ -277,16 +288,16 @@ class Child:
         except (wire.WireError, LookupError, TypeError, ValueError) as error:
             return error
         except OSError:
-            # The connection was reset: what was sent to it was never read.
+            # The connection was reset: the process ended without reading everything.
             return None
         return None
 
     def _reap(self, process: subprocess.Popen[bytes], *, at_once: bool) -> int:
         try:
             if not at_once:
-                return process.wait(_GRACE)
+                return process.wait(_EXIT_SECONDS)
         except subprocess.TimeoutExpired:
-            # It closed the socket and goes on.
+            # It closed the socket but keeps running.
             pass
         process.kill()
         return process.wait()
@@ -296,11 +307,11 @@ class Child:
             return self._verdict
         log = self._log.lines()
         if garbled is None:
-            return crash(status, log, loading=not self._loaded.is_set())
-        return _broken("the engine's process sent what cannot be understood", garbled, log)
+            return crash_error(status, log, loading=not self._loaded.is_set())
+        return _broken("the engine's process sent a malformed message", garbled, log)
 
     def _end(self, failure: EngineError) -> None:
-        """Deliver `failure` to all requests and calls in flight."""
+        """Deliver `failure` to all running requests and calls."""
         with self._lock:
             self.failure = failure
             running, calls = list(self._running.values()), list(self._calls.values())
@@ -311,12 +322,12 @@ class Child:
             self._load_failure = failure
             self._loaded.set()
         for request in running:
-            self._hand(request, copy.copy(failure))
-        for asked in calls:
-            asked.answer.put(copy.copy(failure))
+            self._deliver(request, copy.copy(failure))
+        for call in calls:
+            call.answer.put(copy.copy(failure))
 
-    def _take_progress(self, told: wire.Plain) -> None:
-        event = wire.progress_from_plain(told)
+    def _take_progress(self, value: wire.Plain) -> None:
+        event = wire.progress_from_plain(value)
         try:
             self._listen(event)
         except Exception as error:  # noqa: BLE001 - the listener's own, raised again by `load`
@@ -332,7 +343,7 @@ class Child:
         self._loaded.set()
 
     def _take_answer(self, number: int, value: wire.Plain) -> None:
-        # What cannot be understood stays in flight, and ends with the process.
+        # A malformed answer raises here: the call stays pending and ends with the process.
         answer: object = wire.from_plain(self._calls[number].kind, value)
         self._answer(number, answer)
 
@@ -341,37 +352,37 @@ class Child:
 
     def _answer(self, number: int, value: object) -> None:
         with self._lock:
-            asked = self._calls.pop(number)
-        asked.answer.put(value)
+            call = self._calls.pop(number)
+        call.answer.put(value)
 
     def _take_events(self, events: list[wire.Plain]) -> None:
         for event in events:
             number = event[0]
-            if number in self._deaf:
+            if number in self._ignored:
                 continue
             running = self._running[number]
             if len(event) > wire.END_LENGTH:
-                self._hand(running, wire.event_from_plain(running.request_id, event))
+                self._deliver(running, wire.event_from_plain(running.request_id, event))
             else:
                 end = None if event[1] is None else wire.error_from_plain(event[1])
-                # Forgotten first: the receiver may start the same id again.
-                self._forget(running)
-                self._hand(running, end)
+                # Removed first, since the receiver may start a request with the same id.
+                self._remove(running)
+                self._deliver(running, end)
 
-    def _forget(self, running: _Running) -> None:
+    def _remove(self, running: _Running) -> None:
         with self._lock:
             del self._running[running.number]
             del self._by_id[running.request_id]
 
-    def _hand(self, running: _Running, item: TokenEvent | BaseException | None) -> None:
-        """Deliver. A receiver that fails loses its own request, nobody else's."""
+    def _deliver(self, running: _Running, item: TokenEvent | BaseException | None) -> None:
+        """Pass an event to the caller. If the caller's function fails, only its own request is cancelled."""
         try:
             running.deliver(item)
-        except Exception:  # noqa: BLE001 - reported as any thread's
+        except Exception:  # noqa: BLE001 - reported like an uncaught exception of a thread
             running.cancel()
             if running.number in self._running:
-                self._deaf.add(running.number)
-                self._forget(running)
+                self._ignored.add(running.number)
+                self._remove(running)
             threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
 
 
@@ -386,22 +397,22 @@ _TAKE: dict[str, Callable[..., None]] = {
 
 
 def _broken(what: str, cause: BaseException, log: tuple[str, ...], remedy: str = "") -> EngineCrashError:
-    """The error for requests whose process had to be killed."""
+    """Return the error for requests whose process had to be killed."""
     error = EngineCrashError(what, log=log, remedy=remedy)
     error.__cause__ = cause
     return error
 
 
 def _send(channel: socket.socket, outbox: queue.SimpleQueue[bytes | None]) -> None:
-    """The sender's thread."""
+    """Write frames to the process until None comes: the sender's thread."""
     try:
         while (frame := outbox.get()) is not None:
             channel.sendall(frame)
     except OSError:
-        return  # nobody reads there any more: the reader says why
+        return  # the process ended, which the reader reports
 
 
 def _keep(source: BinaryIO, log: LogKeeper) -> None:
-    """The log's thread."""
+    """Read the process's log: the third thread."""
     with source:
         log.read(source)

@@ -1,4 +1,4 @@
-"""The engine in a process of its own, held like one in this process: a crash of it becomes an exception.
+"""An engine in a child process, with the interface of one in this process. A crash becomes an exception.
 
 Imports neither llama.cpp nor numpy. `child` is one process, `host` runs in it, `wire` is their protocol.
 """
@@ -17,48 +17,48 @@ from typing import Concatenate, ParamSpec, Self, TypeVar
 from dsmoe_local.base import progress
 from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.engine.errors import EngineCrashError, EngineError, EngineKilledError
-from dsmoe_local.engine.process.child import POLL, AlreadyOverError, Child, interrupted_load
+from dsmoe_local.engine.event_stream import EventStream
+from dsmoe_local.engine.interface import Deliver, TextEngine, Ticket
+from dsmoe_local.engine.process.child import POLL, Child, ChildEndedError, interrupted_load
 from dsmoe_local.engine.process.log import LogKeeper
-from dsmoe_local.engine.streaming import stream
 from dsmoe_local.engine.types import (
-    Deliver,
     ModelInfo,
     ModelOptions,
     Observation,
     ObserverOptions,
     Prompt,
     Request,
-    TextEngine,
-    Ticket,
     TokenEvent,
 )
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-NATIVE = "dsmoe_local.engine.process.native_engine:load"
+NATIVE = "dsmoe_local.engine.engine:load_with_log"
 
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    """A call that may load the model. `given_up`: it must not load, or must stop. No Event: a signal handler
-    that sets it may have interrupted `Event.set`, which holds a lock.
+    """A call that may have to load the model first. `given_up`: stop that load, or do not begin it.
+
+    A plain attribute instead of an Event: a signal handler sets it, and `Event.set` takes a lock that the
+    interrupted code may hold.
     """
 
     given_up: bool = False
 
     def check(self) -> None:
-        """InterruptedRunError if it is given up."""
+        """Raise InterruptedRunError if the call was given up."""
         if self.given_up:
             raise interrupted_load()
 
 
 class EngineClient:
-    """A loaded model in a child process. Make it with `EngineClient.load`; close it, or use it as a context
-    manager.
+    """A loaded model in a child process. Create it with `EngineClient.load` and close it, or use it as a
+    context manager.
 
-    When the child dies, every request in flight ends with EngineCrashError; the next call that needs one (see
-    ReloadableEngine) loads the model again in a new child. What observers had seen is lost with the old one.
+    When the child dies, all running requests end with EngineCrashError. The next call that needs a child (see
+    ReloadableEngine) loads the model in a new one. What observers had collected is lost.
     """
 
     def __init__(
@@ -68,11 +68,11 @@ class EngineClient:
         self._factory = factory
         self._log = LogKeeper(log_file)
         self._closing = threading.Event()
-        # Held while a child is started, so that of several callers one does it.
+        # Held while a child is started, so that only one caller does it.
         self._starting = threading.Lock()
         self._child: Child | None = None
         self._crashes = 0
-        # All that are in progress, and by the request's id those that start one.
+        # All calls in progress, and by request id those that start a request.
         self._numbers = itertools.count()
         self._calls: dict[int, _Call] = {}
         self._starts: dict[str, _Call] = {}
@@ -87,11 +87,11 @@ class EngineClient:
         log_file: Path | None = None,
         factory: str | None = None,
     ) -> Self:
-        """See `Engine.load`; EngineCrashError if the process dies of the file.
+        """See `Engine.load`. Also raises EngineCrashError if the process dies while it loads.
 
-        `stop` ends later loads, after a crash, too. `listen` hears the progress from a thread of the
-        client's. `log_file` takes all lines of the child's log. `factory` names the function that loads the
-        engine there, as `module:function` [NATIVE].
+        `stop` also stops later loads, after a crash. `listen` is called in a thread of the client. All lines
+        of the child's log are appended to `log_file`. `factory` names the function that loads the engine in
+        the child, as `module:function`; the default is NATIVE.
         """
         client = cls(options, stop or threading.Event(), log_file, factory or NATIVE)
         try:
@@ -108,19 +108,19 @@ class EngineClient:
 
     @property
     def options(self) -> ModelOptions:
-        """What is loaded, and how (see ReloadableEngine)."""
+        """The options of the loaded model (see ReloadableEngine)."""
         assert self._child is not None
         return self._child.options
 
     @property
     def alive(self) -> bool:
-        """Whether the process is there (see ReloadableEngine)."""
+        """Whether the process is running (see ReloadableEngine)."""
         child = self._child
         return child is not None and child.over is None and not self._closing.is_set()
 
     @property
     def crashes(self) -> int:
-        """How often a process has died and another took its place."""
+        """How often a process has died and was replaced."""
         return self._crashes
 
     @property
@@ -130,12 +130,13 @@ class EngineClient:
 
     def submit(self, request: Request) -> Iterator[TokenEvent]:
         """Generate a reply (see TextEngine)."""
-        return stream(self.start, request)
+        return EventStream(self.start, request)
 
     def start(self, request: Request, deliver: Deliver) -> Ticket:
-        """Generate without waiting (see TextEngine), except for the model after a crash; InterruptedRunError
-        if the request is cancelled, or `load`'s `stop` set, meanwhile. What the engine refuses is delivered,
-        not raised.
+        """Generate without waiting (see TextEngine), except for a load after a crash.
+
+        Raises InterruptedRunError if the request is cancelled, or `stop` of `load` is set, during that load.
+        Errors of the engine are delivered.
         """
         with self._call() as call:
             self._starts[request.id] = call
@@ -148,7 +149,7 @@ class EngineClient:
                 self._starts.pop(request.id, None)
 
     def cancel(self, request_id: str) -> None:
-        """End a request, also while its prompt is read. Unknown ids are fine. Signal handlers may call it."""
+        """End a request (see TextEngine). Signal handlers may call it."""
         call = self._starts.get(request_id)
         if call is not None:
             call.given_up = True
@@ -156,39 +157,40 @@ class EngineClient:
             self._child.cancel(request_id)
 
     def cancel_all(self) -> None:
-        """End all requests, and give up every load that a call waits for (see ReloadableEngine)."""
+        """Cancel all requests and loads (see ReloadableEngine)."""
         self._give_up_all()
         if self._child is not None:
             self._child.cancel_all()
 
     def encode(self, prompt: Prompt, *, continue_final_message: bool = False) -> tuple[int, ...]:
-        """The exact token ids of `prompt` (see TextEngine). Raises PromptError, TemplateError."""
+        """Return the token ids of `prompt` (see TextEngine)."""
         return self._ask_engine(TextEngine.encode, prompt, continue_final_message=continue_final_message)
 
     def decode(self, token_ids: Sequence[int]) -> tuple[str, ...]:
-        """Each token's own text. PromptError for an id that the vocabulary does not have."""
+        """Return each token's text (see TextEngine)."""
         return self._ask_engine(TextEngine.decode, tuple(token_ids))
 
     def save_cache(self, path: Path, token_ids: tuple[int, ...], start: int = 0) -> int:
-        """Write what the KV cache holds of these tokens (see TextEngine); 0 if it died with the process.
-        EngineError if the engine is closed meanwhile.
+        """Write a prefix of these tokens from the KV cache to a file (see TextEngine).
+
+        Returns 0 if the process has died. Raises EngineError if the engine is closed in the meantime.
         """
         child = self._latest()
         if os.path.lexists(path):
             return 0
         try:
             return child.call(TextEngine.save_cache, path.absolute(), token_ids, start)
-        except AlreadyOverError:
+        except ChildEndedError:
             return 0
         except EngineError as error:
-            # Whoever wrote it is gone, perhaps in the middle.
+            # The process may have died while it wrote the file.
             path.unlink(missing_ok=True)
             if isinstance(error, EngineCrashError):
                 return 0
             raise
 
     def load_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
-        """Make the KV cache hold what such a file does (see TextEngine); 0 if the process dies of it."""
+        """Load a file of `save_cache` (see TextEngine). Returns 0 if the process dies of it."""
         try:
             return self._ask_engine(TextEngine.load_cache, path.absolute(), token_ids)
         except EngineKilledError:
@@ -197,11 +199,11 @@ class EngineClient:
             return 0
 
     def set_observers(self, options: tuple[ObserverOptions, ...]) -> None:
-        """Replace all observers (see TextEngine), also of the processes to come."""
+        """Replace all observers (see TextEngine), also for later processes."""
 
         def exchange(child: Child) -> None:
             before = child.options
-            # At once, so that who finds the process dead right after the exchange loads these.
+            # Set before the call: if the process dies right after it, the next one must load these.
             child.options = replace(before, observers=options)
             try:
                 child.call(TextEngine.set_observers, options)
@@ -213,16 +215,17 @@ class EngineClient:
             self._ask(exchange, call)
 
     def observe(self, name: str) -> Observation:
-        """What the observer of that name has seen. EngineError if none was loaded, EngineCrashError if it
-        died with the process.
+        """Return what the observer with that name has collected (see TextEngine).
+
+        Raises EngineCrashError if the process has died.
         """
         try:
             return self._latest().call(TextEngine.observe, name)
-        except AlreadyOverError as over:
+        except ChildEndedError as over:
             raise over.failure from None
 
     def log(self) -> tuple[str, ...]:
-        """The child's latest log lines, safe to print; those of a dead one stay until it is replaced."""
+        """Return the child's latest log lines, safe to print. They are kept until the child is replaced."""
         return self._log.lines()
 
     def reload(
@@ -231,14 +234,14 @@ class EngineClient:
         listen: progress.Listener = progress.ignore,
         stop: threading.Event | None = None,
     ) -> None:
-        """Load another model, or the same one otherwise (see ReloadableEngine)."""
+        """Load another model, or the same one with other options (see ReloadableEngine)."""
         with self._call() as call, self._turn_to_start(call):
             self._latest().close()
-            # Its place stays taken: without another one, the next request finds it over.
+            # If the new load fails, the closed child stays, and the next request loads its model again.
             self._child = self._start_child(options, listen, call, stop)
 
     def kill(self) -> None:
-        """End the process at once, also one that hangs, and every load (see ReloadableEngine)."""
+        """Kill the process and stop all loads (see ReloadableEngine)."""
         self._give_up_all()
         if self._child is not None:
             self._child.condemn(
@@ -249,7 +252,7 @@ class EngineClient:
             )
 
     def close(self) -> None:
-        """End all requests and the child, which is killed if it does not leave. Closing twice is fine."""
+        """End all requests and the child. A child that does not exit is killed. May be called twice."""
         self._closing.set()
         with self._starting, ExitStack() as last_to_first:
             last_to_first.callback(self._log.close)
@@ -269,7 +272,7 @@ class EngineClient:
 
     @contextmanager
     def _call(self) -> Iterator[_Call]:
-        """A call that may load the model first."""
+        """Register a call that may have to load the model first."""
         number, call = next(self._numbers), _Call()
         self._calls[number] = call
         try:
@@ -278,13 +281,13 @@ class EngineClient:
             del self._calls[number]
 
     def _give_up_all(self) -> None:
-        """Takes no lock: the signal handler that wants it may have interrupted the one who holds it."""
+        """Stop the loads of all calls. Takes no lock, since signal handlers call it."""
         for call in list(self._calls.values()):
             call.given_up = True
 
     @contextmanager
     def _turn_to_start(self, call: _Call) -> Iterator[None]:
-        """Hold the right to start a child; InterruptedRunError if the call is given up while others do."""
+        """Wait for the right to start a child and hold it. Raises InterruptedRunError if given up."""
         while not self._starting.acquire(timeout=POLL):
             call.check()
         try:
@@ -296,23 +299,23 @@ class EngineClient:
     def _ask_engine(
         self, method: Callable[Concatenate[TextEngine, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """Call a method of TextEngine. The model is loaded again first if its process has died."""
+        """Call a method of TextEngine, after a new load if the process has died."""
         with self._call() as call:
             return self._ask(lambda child: child.call(method, *args, **kwargs), call)
 
     def _ask(self, ask: Callable[[Child], T], call: _Call) -> T:
-        """Ask a living child; once more if it died before it could be asked."""
+        """Pass a running child to `ask`. If it dies before the call is sent, try once more with a new one."""
         try:
             return ask(self._living(call))
-        except AlreadyOverError:
+        except ChildEndedError:
             pass
         try:
             return ask(self._living(call))
-        except AlreadyOverError as over:
+        except ChildEndedError as over:
             raise over.failure from None
 
     def _living(self, call: _Call) -> Child:
-        """The child; a new one with the model loaded if it died."""
+        """Return the child, or a new one with the same options if it has died."""
         child = self._latest()
         if child.over is None:
             return child
@@ -320,7 +323,7 @@ class EngineClient:
             child = self._latest()
             if child.over is None:
                 return child
-            # Two models at once may be more than the memory holds.
+            # Two models at once may exceed the memory.
             child.kill()
             try:
                 self._child = self._start_child(child.options, progress.ignore, call)

@@ -1,7 +1,7 @@
-"""The engine's own process: `python -m dsmoe_local.engine.process.host SOCKET PARENT`, started by `client`.
+"""The engine's process: `python -m dsmoe_local.engine.process.host SOCKET PARENT`, started by `child`.
 
-Serves one engine to one client over an inherited socket: load, start, cancel, calls, close. What the messages
-look like is `wire`'s concern. Ends when the client closes the socket or dies.
+Serves one engine to one client over an inherited socket: load, start, cancel, calls, close. Exits when the
+client closes the socket or dies.
 """
 
 from __future__ import annotations
@@ -9,42 +9,35 @@ from __future__ import annotations
 import ctypes
 import os
 import pkgutil
-import resource
 import signal
 import socket
 import sys
 import threading
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import NoReturn, Protocol, runtime_checkable
 
 from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.base.progress import Event
 from dsmoe_local.engine.errors import EngineError
+from dsmoe_local.engine.interface import TextEngine, Ticket
 from dsmoe_local.engine.process import wire
-from dsmoe_local.engine.types import (
-    ModelOptions,
-    Request,
-    TextEngine,
-    Ticket,
-    TokenEvent,
-)
+from dsmoe_local.engine.process.spawn import set_up_child
+from dsmoe_local.engine.types import ModelOptions, Request, TokenEvent
 
 _PR_SET_PDEATHSIG = 1
-_MOST_CALLS = 64  # at once; one more waits for another to be answered
 
 
 @runtime_checkable
 class _StepEngine(Protocol):
-    """An engine that calls back when the events of a step are delivered."""
+    """An engine that calls back after the events of a step are delivered, and if its thread fails."""
 
     after_step: Callable[[], None] | None
     on_fault: Callable[[BaseException], None] | None
 
 
 class _Outbox:
-    """Messages to the client. Events wait for the end of the engine's step, if the engine reports it."""
+    """Sends messages to the client. With `by_step`, `flush` sends the events of a step together."""
 
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
@@ -60,14 +53,14 @@ class _Outbox:
             self._write(frame)
 
     def put(self, event: wire.Plain, *, last: bool) -> None:
-        """Send an event of a request, together with those of the same step."""
+        """Send an event of a request, or collect it. `last`: it is the last one, so send it at once."""
         with self._lock:
             self._events.append(event)
         if last or not self.by_step:
             self.flush()
 
     def flush(self) -> None:
-        """Send the events so far as one frame."""
+        """Send the collected events as one frame."""
         with self._lock:
             events, self._events = self._events, []
             if not events:
@@ -81,7 +74,7 @@ class _Outbox:
             self._write(frame)
 
     def _sendable(self, events: list[wire.Plain]) -> list[wire.Plain]:
-        """Drop the events that cannot be sent (a number is NaN); their requests end with that error."""
+        """Drop events that cannot be encoded, such as one with NaN. Their requests end with that error."""
         sendable: list[wire.Plain] = []
         for event in events:
             number = event[0]
@@ -99,42 +92,43 @@ class _Outbox:
         try:
             self._channel.sendall(frame)
         except OSError:
-            # The client is gone.
+            # The client has died.
             os._exit(1)
 
 
 class _Host:
     """One engine and its client.
 
-    The main thread reads the messages; it starts and cancels requests, which never waits. Loading, closing
-    and calls, some of which wait for the end of a step, have threads of their own, so that a cancellation is
-    taken at any time. Events come from the engine's thread.
+    The main thread reads messages, and starts and cancels requests, which never blocks. Loading, closing and
+    each call run in a thread of their own, so that a request can be cancelled at any time. Events are sent
+    from the engine's thread.
     """
 
     def __init__(self, channel: socket.socket) -> None:
         self._incoming = channel.makefile("rb")
         self._outbox = _Outbox(channel)
-        self._calls = ThreadPoolExecutor(_MOST_CALLS, "dsmoe-call")
+        self._calls: dict[int, threading.Thread] = {}  # those that are not answered yet
         self._engine: TextEngine | None = None
-        # Guards the requests, which the main thread starts and the engine's thread ends.
+        # Protects the requests, which the main thread adds and the engine's thread removes.
         self._lock = threading.Lock()
         self._requests: dict[int, Ticket | None] = {}
         self._stop = threading.Event()
         self._loading: threading.Thread | None = None
 
     def serve(self) -> None:
-        """Until the client closes, or is gone."""
+        """Handle messages until the client closes the socket or dies. Raises WireError."""
         while (message := wire.receive(self._incoming)) is not None:
             kind, *arguments = message
             try:
                 _TAKE[kind](self, *arguments)
             except (LookupError, TypeError) as error:
-                raise wire.WireError(f"{str(message)[:80]!r} is no message") from error
+                raise wire.WireError(f"{str(message)[:80]!r} is not a message") from error
 
-    # Messages of the client, handled in the main thread.
+    # Handlers of messages, in the main thread.
 
     def _take_load(self, factory: str, options: wire.Plain) -> None:
-        self._loading = _start_thread(self._load, factory, options)
+        self._loading = _thread(self._load, factory, options)
+        self._loading.start()
 
     def _take_start(self, number: int, request: wire.Plain) -> None:
         wire.from_plain(int, number)
@@ -147,7 +141,7 @@ class _Host:
             self._deliver(number, error)
             return
         with self._lock:
-            if number in self._requests:  # else it is over
+            if number in self._requests:  # otherwise it is over already
                 self._requests[number] = ticket
 
     def _take_cancel(self, number: int) -> None:
@@ -157,29 +151,31 @@ class _Host:
 
     def _take_call(self, number: int, what: str, argument: wire.Plain) -> None:
         if not self._stop.is_set():
-            self._calls.submit(self._answer, number, what, argument)
+            # Registered first: the thread removes itself.
+            self._calls[number] = thread = _thread(self._answer, number, what, argument)
+            thread.start()
 
     def _take_close(self) -> None:
         self._stop.set()
-        _start_thread(self._close)
+        _thread(self._close).start()
 
     # The rest runs in other threads.
 
     def _load(self, factory: str, options: wire.Plain) -> None:
         try:
             load = pkgutil.resolve_name(factory)
-            engine: TextEngine = load(wire.from_plain(ModelOptions, options), self._tell_progress, self._stop)
+            engine: TextEngine = load(wire.from_plain(ModelOptions, options), self._send_progress, self._stop)
             if isinstance(engine, _StepEngine):
                 self._outbox.by_step = True
                 engine.after_step = self._outbox.flush
-                # No request is to blame: all of them end with the process.
+                # A failure of the engine's thread concerns all requests: they end with the process.
                 engine.on_fault = _fail
             self._engine = engine
             self._outbox.send("loaded", wire.to_plain(engine.info))
         except BaseException as error:  # noqa: BLE001 - raised again in the client
-            self._outbox.send("failed", _crossing(error))
+            self._outbox.send("failed", _error_to_plain(error))
 
-    def _tell_progress(self, event: Event) -> None:
+    def _send_progress(self, event: Event) -> None:
         self._outbox.send("progress", wire.progress_to_plain(event))
 
     def _deliver(self, number: int, item: TokenEvent | BaseException | None) -> None:
@@ -188,25 +184,28 @@ class _Host:
             return
         with self._lock:
             self._requests.pop(number, None)
-        self._outbox.put((number, None if item is None else _crossing(item)), last=True)
+        self._outbox.put((number, None if item is None else _error_to_plain(item)), last=True)
 
     def _answer(self, number: int, name: str, arguments: wire.Plain) -> None:
         try:
-            known = wire.arguments_from_plain(name, arguments)  # raises for a name that is not in the table
-            self._outbox.send("answer", number, wire.to_plain(getattr(self._loaded(), name)(**known)))
+            checked = wire.arguments_from_plain(name, arguments)  # raises for a name that is not in CALLS
+            self._outbox.send("answer", number, wire.to_plain(getattr(self._loaded(), name)(**checked)))
         except BaseException as error:  # noqa: BLE001 - raised again in the client
-            self._outbox.send("refusal", number, _crossing(error))
+            self._outbox.send("refusal", number, _error_to_plain(error))
+        finally:
+            self._calls.pop(number, None)  # a broken client may use a number twice
 
     def _close(self) -> None:
         if self._loading is not None:
             self._loading.join()
         if self._engine is not None:
             self._engine.close()
-        self._calls.shutdown()  # what they were told is to be sent
-        _leave()
+        for thread in list(self._calls.values()):  # their answers must be sent
+            thread.join()
+        _exit()
 
     def _loaded(self) -> TextEngine:
-        assert self._engine is not None, "the client waits for the model before it asks for more"
+        assert self._engine is not None, "the client waits until the model is loaded"
         return self._engine
 
 
@@ -219,35 +218,33 @@ _TAKE: dict[str, Callable[..., None]] = {
 }
 
 
-def _start_thread(work: Callable[..., None], *arguments: object) -> threading.Thread:
-    thread = threading.Thread(target=work, args=arguments, daemon=True)
-    thread.start()
-    return thread
+def _thread(work: Callable[..., None], *arguments: object) -> threading.Thread:
+    return threading.Thread(target=work, args=arguments, daemon=True)
 
 
-def _crossing(error: BaseException) -> wire.Plain:
-    """An error for the wire. The traceback of one that is not a DsmoeError goes to the log."""
+def _error_to_plain(error: BaseException) -> wire.Plain:
+    """Return an error to send. The traceback of an error that is not a DsmoeError is logged."""
     if not isinstance(error, DsmoeError):
         traceback.print_exception(error)
     return wire.error_to_plain(error)
 
 
 def _die_with(parent: int) -> None:
-    """Be killed when the parent dies, even where another process keeps our socket open."""
+    """Ask Linux to kill this process when the parent dies, even if another process keeps our socket open."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 
 
-def _leave() -> NoReturn:
-    """Exit. Not the interpreter's own way out: destructors of native libraries may crash on it."""
+def _exit() -> NoReturn:
+    """Exit without the interpreter's clean-up, in which destructors of native libraries may crash."""
     sys.stderr.flush()
     os._exit(0)
 
 
 def _fail(error: BaseException | None) -> NoReturn:
-    """End the process of a thread's failure: without that thread, requests would wait for ever."""
+    """End the process after a thread failed, since requests would wait for that thread for ever."""
     traceback.print_exception(error)
     sys.stderr.flush()
     os._exit(1)
@@ -256,21 +253,18 @@ def _fail(error: BaseException | None) -> NoReturn:
 def main() -> NoReturn:
     """Serve the socket whose descriptor is the first argument; the second is the parent's process id."""
     descriptor, parent = map(int, sys.argv[1:])
-    # Ctrl-C is the client's to judge.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    set_up_child()
     _die_with(parent)
-    # A dump of gigabytes of weights would hold up the news of a crash.
-    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     threading.excepthook = lambda failed: _fail(failed.exc_value)
     try:
         _Host(socket.socket(fileno=descriptor)).serve()
     except wire.WireError as error:
-        sys.stderr.write(f"the engine's process was sent what it cannot understand: {error}\n")
+        sys.stderr.write(f"the engine's process was sent a malformed message: {error}\n")
         sys.stderr.flush()
         os._exit(1)
-    except BaseException as error:  # noqa: BLE001 - told by the log and the exit status
+    except BaseException as error:  # noqa: BLE001 - reported by the log and the exit status
         _fail(error)
-    _leave()
+    _exit()
 
 
 if __name__ == "__main__":

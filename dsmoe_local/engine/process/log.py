@@ -1,4 +1,4 @@
-"""The log of the engine's process as its client keeps it: the last lines, and all of them in a file."""
+"""Keeps the log of the engine's process: the last lines in memory, all lines in a file on request."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from dsmoe_local.base.errors import FileError
 from dsmoe_local.base.text import safe_line
 
 _KEPT = 400
-_LONGEST = 2000  # bytes of a line: what has no end does not fill the memory
+_MAX_LINE = 2000  # bytes; longer lines are split, so that a line without end cannot fill the memory
 
 
 class LogKeeper:
-    """Lines made safe to print, of one child after another. FileError if the file cannot be written."""
+    """The log of one child after another, with lines made safe to print.
+
+    Raises FileError if the file cannot be opened.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self._lines: deque[str] = deque(maxlen=_KEPT)
@@ -28,13 +31,13 @@ class LogKeeper:
                 raise FileError(f"the log cannot be written: {error.strerror}", where=path) from error
 
     def begin(self) -> None:
-        """Forget the lines of the child before."""
+        """Drop the lines of the previous child."""
         self._lines.clear()
 
     def read(self, source: BinaryIO) -> None:
-        """Keep every line until the end."""
-        while line := source.readline(_LONGEST):
-            text = safe_line(line.decode("utf-8", "replace").rstrip(), _LONGEST)
+        """Read lines until the end of `source`."""
+        while line := source.readline(_MAX_LINE):
+            text = safe_line(line.decode("utf-8", "replace").rstrip(), _MAX_LINE)
             if text:
                 self._lines.append(text)
             self._write(f"{text}\n")
@@ -46,15 +49,15 @@ class LogKeeper:
             try:
                 self._file.write(line)
             except OSError as error:
-                # The engine's output must still be read, or it would wait for ever.
-                self._give_up(error)
+                # Reading goes on, or the engine would block on a full pipe.
+                self._stop_writing(error)
 
-    def _give_up(self, error: OSError) -> None:
+    def _stop_writing(self, error: OSError) -> None:
         self._lines.append(f"the log file cannot be written: {error.strerror}")
         self._file = None
 
     def lines(self) -> tuple[str, ...]:
-        """The last few hundred."""
+        """Return the last few hundred lines."""
         return tuple(self._lines.copy())
 
     def close(self) -> None:
@@ -65,5 +68,5 @@ class LogKeeper:
             try:
                 self._file.close()
             except OSError as error:
-                self._give_up(error)
+                self._stop_writing(error)
             self._file = None

@@ -1,77 +1,89 @@
-"""Starting the engine's process with a socket to it, and saying how it ended. What is said is `wire`'s."""
+"""Starts child processes with a socket to them, and explains how the engine's process ended."""
 
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import dsmoe_local
 from dsmoe_local.engine.errors import EngineCrashError, EngineError
 
-_HOST = "dsmoe_local.engine.process.host"
 _CRASH_LINES = 20
+_INTERRUPTED = "failed to decode, ret = 2"  # llama.cpp's message for a cancelled step, never a cause
 
 _REMEDIES = {
-    "SIGKILL": "perhaps memory ran out: try a smaller context (-c), a smaller model, or less beside it",
+    "SIGKILL": "perhaps memory ran out: try a smaller context (-c), a smaller model, or close other programs",
     "SIGBUS": "the model's file was cut short, or its disk cannot be read",
     "SIGILL": "llama.cpp was built for another CPU: build it on this machine",
 }
 
 
-def spawn() -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """A host, whose stdout and stderr are one pipe, and our end of its socket.
+def start_process(
+    module: str,
+    *arguments: str,
+    purpose: str,
+    environment: Mapping[str, str],
+    output: int = subprocess.DEVNULL,
+) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """Run a module of ours in a new process. Its first argument is the descriptor of a socket to us.
 
-    On Linux it is killed when the calling *thread* ends. EngineError if it cannot be started.
+    `output` is where stdout and stderr go. Returns the process and our end of the socket. Raises EngineError,
+    which names the `purpose`, if the process cannot be started.
     """
     ours, theirs = socket.socketpair()
     with theirs:
         try:
             process = subprocess.Popen(
-                # -P: a folder that a user happens to work in must not provide modules.
-                [sys.executable, "-P", "-m", _HOST, str(theirs.fileno()), str(os.getpid())],
+                # -P: modules in the current folder must not be imported.
+                [sys.executable, "-P", "-m", module, str(theirs.fileno()), *arguments],
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
+                stdout=output,
                 stderr=subprocess.STDOUT,
                 pass_fds=[theirs.fileno()],
-                env=environment(),
-                # A terminal's Ctrl-C is for the client alone.
+                env=environment,
+                # Ctrl-C in a terminal must reach only the parent.
                 start_new_session=True,
             )
         except OSError as error:
             ours.close()
-            raise EngineError(f"the engine's process cannot be started: {error.strerror}") from error
+            raise EngineError(f"{purpose} cannot be started: {error.strerror}") from error
     return process, ours
 
 
-def environment() -> dict[str, str]:
-    """That of this process; what it can import, a process of ours can, too."""
+def child_environment() -> dict[str, str]:
+    """Return this process's environment, with the same import path for a Python child."""
     root = str(Path(dsmoe_local.__file__).parents[1])
     return {
-        # A debugger that ggml starts on an abort takes seconds, and its output hides the reason.
+        # The debugger that ggml starts on an abort takes seconds, and its output hides the reason.
         "GGML_NO_BACKTRACE": "1",
         **os.environ,
         "PYTHONPATH": os.pathsep.join([*filter(None, sys.path), root]),
     }
 
 
-_INTERRUPTED = "failed to decode, ret = 2"  # what llama.cpp says of a step that was broken off: no cause
+def set_up_child() -> None:
+    """Ignore Ctrl-C, which the parent handles, and write no core dumps, which are as large as the model."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
 
 
-def crash(status: int, log: tuple[str, ...], *, loading: bool) -> EngineCrashError:
-    """The error for a process that ended by itself with that Popen status."""
+def crash_error(status: int, log: tuple[str, ...], *, loading: bool) -> EngineCrashError:
+    """Return the error for an engine process that ended with that Popen status and log."""
     name = _signal_name(-status) if status < 0 else ""
     when = " while it loaded the model" if loading else ""
     how = f"was killed by {name}" if name else f"ended with exit status {status}"
-    usual = "--log-file FILE keeps its whole log"
     telling = [line for line in log if _INTERRUPTED not in line]
     return EngineCrashError(
         f"the engine {how}{when}",
         where=f"its log ends: {telling[-1]}" if telling else "",
-        remedy=_REMEDIES.get(name, usual),
+        remedy=_REMEDIES.get(name, "--log-file FILE keeps its whole log"),
         log=log[-_CRASH_LINES:],
     )
 

@@ -1,10 +1,10 @@
-"""The wire between the engine's process and its client: length-prefixed frames of JSON, and typed values.
+"""The protocol between the engine's process and its client: length-prefixed frames of JSON with typed values.
 
-Never pickle: what is read becomes nothing but dataclasses, enums, and the errors named here. `host` and
-`client` say what the messages mean.
+Decoded values are only dataclasses, enums and the errors listed here; pickle is not used. `host` and `child`
+define the messages.
 
-The standard library writes the JSON and msgspec converts the values: msgspec's own JSON refuses lone
-surrogates, which file names and replies may contain, and writes NaN as null.
+The standard library encodes JSON and msgspec converts values to types. msgspec's own JSON encoder refuses
+lone surrogates, which file names and replies may contain, and writes NaN as null.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from dsmoe_local.base import errors as base
 from dsmoe_local.base import progress
 from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.engine import errors
-from dsmoe_local.engine.types import TextEngine, TokenEvent
+from dsmoe_local.engine.interface import TextEngine
+from dsmoe_local.engine.types import TokenEvent
 
 MAX_FRAME = 256 << 20
 
 Plain: TypeAlias = Any
-"""What JSON can carry."""
+"""A JSON value."""
 
 
 class Source(Protocol):
-    """A buffered file to read from."""
+    """A buffered binary file."""
 
     def read(self, size: int, /) -> bytes:
-        """Exactly `size` bytes, fewer only at the end."""
+        """Return exactly `size` bytes, fewer only at the end."""
         ...
 
 
@@ -42,20 +43,20 @@ _LENGTH = struct.Struct("!I")
 
 
 class WireError(Exception):
-    """A frame that is not a message of this protocol: the other side is broken."""
+    """A frame is not a message of this protocol."""
 
 
 def _refuse(constant: str) -> NoReturn:
-    raise WireError(f"{constant} is no number")
+    raise WireError(f"{constant} is not a number")
 
 
-# Lone surrogates are written as escapes, so they arrive unchanged. NaN is neither written nor read.
+# Lone surrogates are written as escapes. NaN and infinity are refused in both directions.
 _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False).encode
 _decode = json.JSONDecoder(parse_constant=_refuse).decode
 
 
 def pack(message: Sequence[Plain]) -> bytes:
-    """Return a message as a frame. EngineError if JSON cannot carry a value of it, or if it is too large."""
+    """Return a message as a frame. Raises EngineError if it is too large or a value cannot be JSON."""
     try:
         body = _encode(message).encode("ascii")
     except (TypeError, ValueError, RecursionError) as error:
@@ -68,7 +69,7 @@ def pack(message: Sequence[Plain]) -> bytes:
 
 
 def receive(source: Source) -> list[Plain] | None:
-    """Read the next message. None at the end, even in the middle of a frame; WireError if it is damaged."""
+    """Read the next message. Returns None at the end, even within a frame. Raises WireError."""
     head = source.read(_LENGTH.size)
     if len(head) < _LENGTH.size:
         return None
@@ -81,9 +82,9 @@ def receive(source: Source) -> list[Plain] | None:
     try:
         message = _decode(body.decode("ascii"))
     except (ValueError, RecursionError) as error:
-        raise WireError(f"a frame that is no JSON: {error}") from error
+        raise WireError(f"a frame is not JSON: {error}") from error
     if not isinstance(message, list) or not message:
-        raise WireError("a frame that is no message")
+        raise WireError("a frame is not a message")
     return message
 
 
@@ -91,13 +92,13 @@ def receive(source: Source) -> list[Plain] | None:
 
 
 def to_plain(value: object) -> Plain:
-    """A value as JSON carries it: dataclasses as objects, tuples and events as arrays, paths as text."""
+    """Return a value as JSON: dataclasses as objects, tuples and events as arrays, paths as text."""
     plain: Plain = msgspec.to_builtins(value, enc_hook=_other_to_plain, builtin_types=(bytes,))
     return plain
 
 
 def _other_to_plain(value: object) -> Plain:
-    return str(value) if isinstance(value, Path) else value  # `pack` refuses what JSON does not have
+    return str(value) if isinstance(value, Path) else value  # `pack` refuses other types
 
 
 def _other_from_plain(kind: type, value: Plain) -> object:
@@ -105,23 +106,24 @@ def _other_from_plain(kind: type, value: Plain) -> object:
 
 
 def from_plain(kind: Any, value: Plain) -> Any:  # noqa: ANN401 - a type expression, and its value
-    """The inverse of `to_plain` for a value of type `kind`, which is checked strictly.
+    """Return the value of type `kind` that `to_plain` converted.
 
-    WireError, which names the field, if a type is wrong. What the constructor raises (UsageError) passes.
+    Raises WireError, with the field's name, if a type is wrong, and what the constructor raises (UsageError).
     """
     try:
         return msgspec.convert(value, kind, dec_hook=_other_from_plain)
-    except (ValueError, RecursionError) as error:  # msgspec's own, or a lone surrogate in place of a number
+    # ValueError is msgspec's error, and what a lone surrogate raises where a number is expected.
+    except (ValueError, RecursionError) as error:
         raise WireError(f"a value of the wrong type: {error}") from error
 
 
-# --- token events, of which there are many ---
+# --- token events ---
 
-END_LENGTH = 2  # the end of a request: its number and an error, or nothing
+END_LENGTH = 2  # items in the message for the end of a request: its number, and an error or None
 
 
 def event_to_plain(number: int, event: TokenEvent) -> Plain:
-    """An event of the request with that number; the usual ones are four values."""
+    """Return an event of the request with that number. Most events are just four values."""
     if (
         event.logprob is None
         and event.progress is None
@@ -138,22 +140,24 @@ def event_to_plain(number: int, event: TokenEvent) -> Plain:
 
 
 def event_from_plain(request_id: str, value: Plain) -> TokenEvent:
-    """The inverse of `event_to_plain`. Values that are missing at the end are the fields' defaults."""
+    """Return the event that `event_to_plain` converted. Missing values at the end are the defaults."""
     event: TokenEvent = from_plain(TokenEvent, [request_id, *value[1:]])
     return event
 
 
-# --- calls: what else the client asks of the engine ---
+# --- calls ---
 
 CALLS: dict[str, dict[str, Any]] = {
     name: typing.get_type_hints(getattr(TextEngine, name))
     for name in ("encode", "decode", "save_cache", "load_cache", "set_observers", "observe")
 }
-"""Methods of TextEngine, with the type of each parameter by its name, and of the answer as "return"."""
+"""The methods of TextEngine that the client calls in the engine's process, with the types of their parameters
+by name and of the result as "return".
+"""
 
 
 def arguments_from_plain(name: str, value: Plain) -> dict[str, Any]:
-    """The arguments of the call with that name. LookupError if there is no such call, or one is missing."""
+    """Return the arguments of a call. Raises LookupError for an unknown call or a missing argument."""
     kinds = {key: kind for key, kind in CALLS[name].items() if key != "return"}
     return {key: from_plain(kind, value[key]) for key, kind in kinds.items()}
 
@@ -166,15 +170,15 @@ _PROGRESS: dict[str, Any] = {
 
 
 def progress_to_plain(event: progress.Event) -> Plain:
-    """A progress event, as the name of its type and its fields."""
+    """Return a progress event as the name of its type and its fields."""
     return [type(event).__name__, to_plain(event)]
 
 
 def progress_from_plain(value: Plain) -> progress.Event:
-    """The inverse of `progress_to_plain`."""
+    """Return the event that `progress_to_plain` converted."""
     name, content = from_plain(tuple[str, Any], value)
     if name not in _PROGRESS:
-        raise WireError(f"no progress: {name}")
+        raise WireError(f"unknown progress event: {name}")
     event: progress.Event = from_plain(_PROGRESS[name], content)
     return event
 
@@ -203,7 +207,7 @@ _ERRORS: dict[str, type[DsmoeError]] = {
 
 
 def error_to_plain(error: BaseException) -> Plain:
-    """An error, with the name of its class or of the nearest base class in the table."""
+    """Return an error as its fields behind the name of its class, or of a base class in _ERRORS."""
     if not isinstance(error, DsmoeError):
         error = errors.EngineError(
             f"internal error in the engine: {type(error).__name__}: {error}",
@@ -214,10 +218,10 @@ def error_to_plain(error: BaseException) -> Plain:
 
 
 def error_from_plain(value: Plain) -> DsmoeError:
-    """The inverse of `error_to_plain`. The class's own constructor is not called."""
+    """Return the error that `error_to_plain` converted. The constructor of the class is not called."""
     name, what, where, remedy, exit_code = from_plain(tuple[str, str, str, str, int], value)
     if name not in _ERRORS:
-        raise WireError(f"no error: {name}")
+        raise WireError(f"unknown error: {name}")
     error = _ERRORS[name].__new__(_ERRORS[name])
     DsmoeError.__init__(error, what, where=where, remedy=remedy)
     error.exit_code = exit_code

@@ -1,7 +1,7 @@
-"""Which chat template a model uses, and how much text one adds at most. Renders nothing, knows no Jinja.
+"""Chooses the chat template of a model, and bounds the text that a template adds. Renders nothing.
 
-The order: what the user names (a file, or a built-in), the file's own, the built-in of a chat model that
-lacks one, else none: completion only.
+The order: the template that the user names (a file or a built-in), the one in the model's file, the built-in
+one for a DeepSeekMoE chat model without its own, otherwise none (completion only).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _BLOCKS = {"for": 1, "endfor": -1, "macro": 1, "endmacro": -1, "endset": -1}
 
 
 def template_of(options: ModelOptions, file: GgufFile, hp: Hyperparameters) -> tuple[str, str] | None:
-    """`choose_template` for the model in `file`."""
+    """Return `choose_template` for the model in `file`."""
     own = file.get("tokenizer.chat_template")
     return choose_template(
         options.chat_template,
@@ -55,7 +55,7 @@ def template_of(options: ModelOptions, file: GgufFile, hp: Hyperparameters) -> t
 def choose_template(
     requested: str | None, own: str | None, *, architecture: str, name: str
 ) -> tuple[str, str] | None:
-    """The template's text and where it comes from; None for completion only. Raises UsageError, FileError."""
+    """Return a template's text and its source, or None. Raises UsageError, FileError."""
     if requested is not None:
         if requested in BUILT_IN:
             return BUILT_IN[requested], f"built-in {requested}"
@@ -68,10 +68,10 @@ def choose_template(
 
 
 def added_bytes(text: str) -> tuple[int, int]:
-    """The most bytes of its own that a template puts into a conversation: once, and again for each message.
+    """Return an upper bound of the bytes that a template adds to a conversation: once, and for each message.
 
-    Every branch is counted. What is in a loop, in a macro or kept in a variable may come with every message.
-    Special tokens that are variables count as one byte, which is one token.
+    All branches are counted. Text in a loop, a macro or a variable may be added for each message. A variable
+    for a special token counts as one byte, since it is one token.
     """
     once = repeated = depth = 0
     for part in _TAG.split(text):
@@ -100,7 +100,7 @@ def _read_template(path: Path) -> str:
         return content.decode("utf-8")
     except FileNotFoundError as error:
         raise UsageError(
-            f"--chat-template {safe_line(str(path), 60)!r} is no file and no built-in template",
+            f"--chat-template {safe_line(str(path), 60)!r} is neither a file nor a built-in template",
             remedy=f"name a file, or one of: {', '.join(BUILT_IN)}",
         ) from error
     except UnicodeDecodeError as error:

@@ -1,6 +1,6 @@
-"""Prompts to exact token ids: raw text, conversations through a template, replies by the ids they had.
+"""Encodes prompts to token ids: raw text, conversations through a template, replies by their original ids.
 
-User text never becomes a special token; template text does. Holds the thread whose stack long words need.
+Text of users never becomes a special token; text of the template does.
 """
 
 from __future__ import annotations
@@ -20,46 +20,46 @@ from dsmoe_local.engine.prompts.template import ChatTemplate
 from dsmoe_local.engine.types import Message, Prompt, ends_with_reply
 
 MAX_RUN = 200_000
-MAX_TOKEN_BYTES = 128  # more than the longest token of the vocabularies in use
-# Looks only where a run begins: from each of its letters the search would be quadratic.
+MAX_TOKEN_BYTES = 128  # more than the longest token of common vocabularies
+# Matches only at the start of a run: trying each of its letters would take quadratic time.
 _ENDLESS = re.compile(rf"(?<!\S)\S{{{MAX_RUN + 1}}}|(?<!\s)\s{{{MAX_RUN + 1}}}")
-_MOST_KNOWN = 4096
-_SHORT = 4096  # bytes: longer texts are tokenized each time, so that what is known stays small
+_CACHE_ENTRIES = 4096
+_CACHED_BYTES = 4096  # longer texts are not cached, to bound its memory
 _Part: TypeAlias = Segment | tuple[int, ...]
-"""A stretch of text, or a reply's own ids."""
+"""Text, or the token ids of a reply."""
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
 
 
 class Vocabulary(Protocol):
-    """What encoding needs of a model; `native.Model` has it."""
+    """The part of `native.Model` that encoding needs."""
 
     bos: int
     adds_bos: bool
     n_vocab: int
 
     def tokenize(self, text: bytes, *, special: bool) -> list[int]:
-        """Token ids of UTF-8 text, without BOS."""
+        """Return the token ids of UTF-8 text, without BOS."""
         ...
 
     def special_texts(self) -> frozenset[str]:
-        """The texts that become special tokens."""
+        """Return the texts of special tokens."""
         ...
 
 
 class PromptEncoder:
-    """Encodes prompts for one model and template. Callable from any thread."""
+    """Encodes prompts for one model and template. Any thread may call it."""
 
     def __init__(self, vocabulary: Vocabulary, template: ChatTemplate | None, n_context: int) -> None:
         self.template = template
         self._vocabulary = vocabulary
         self._n_context = n_context
-        # A template's texts come with every turn, and all turns but the last with every message.
-        self._known = lru_cache(_MOST_KNOWN)(self._ids)
-        # llama.cpp's pre-tokenizers recurse once per letter of a word: they get a thread with a large stack.
+        # The template's texts and all earlier messages are tokenized again with each message.
+        self._cached_ids = lru_cache(_CACHE_ENTRIES)(self._ids)
+        # llama.cpp's pre-tokenizers recurse for each letter of a word, so they run on a large stack.
         self._large_stack = large_stack("dsmoe-tokenize")
 
     def close(self) -> None:
-        """End the thread, and the template's process."""
+        """End the thread and the template's process."""
         self._large_stack.shutdown()
         if self.template is not None:
             self.template.close()
@@ -71,11 +71,11 @@ class PromptEncoder:
         continue_final_message: bool = False,
         stopped: Callable[[], bool] = lambda: False,
     ) -> tuple[int, ...]:
-        """The ids of `prompt`, BOS included where the model wants it. Raises PromptError, TemplateError, and
-        InterruptedRunError if it is `stopped`.
+        """Return the ids of `prompt`, including BOS if the model uses it.
 
-        With `continue_final_message` a conversation goes on in its last message, which must be an
-        assistant's; else with a new reply, whoever spoke last.
+        With `continue_final_message` the last message, which must be the assistant's, is continued; otherwise
+        a new reply begins. Raises PromptError, TemplateError, and InterruptedRunError if `stopped` returns
+        True.
         """
         if isinstance(prompt, str):
             ids = self._with_bos(self._tokenize([Segment(prompt, 0)], stopped))
@@ -87,12 +87,12 @@ class PromptEncoder:
             ids = [token_id for token_id in prompt if isinstance(token_id, int)]
         if not ids:
             raise PromptError("the prompt is empty")
-        # Also those that messages bring along: llama.cpp ends the process for an id that it does not have.
+        # llama.cpp aborts on ids that are not in the vocabulary, which messages may contain.
         self.check_ids(ids)
         return tuple(ids)
 
     def check_ids(self, token_ids: Sequence[int]) -> None:
-        """PromptError if one of them is none."""
+        """Raise PromptError if an id is not in the vocabulary."""
         if any(not 0 <= token_id < self._vocabulary.n_vocab for token_id in token_ids):
             raise PromptError(
                 "a token id is not in the vocabulary", where=f"0 to {self._vocabulary.n_vocab - 1}"
@@ -101,11 +101,11 @@ class PromptEncoder:
     def _parts(
         self, messages: Sequence[Message], continued: bool, stopped: Callable[[], bool]
     ) -> list[_Part]:
-        """A conversation, up to where the next reply begins, or the last one goes on."""
+        """Return the parts of a conversation, up to where the next reply begins or the last one continues."""
         for message in messages:
             if not _ROLE.fullmatch(message.role):
                 raise PromptError(
-                    f"{safe_line(message.role, 40)!r} is no role", remedy="use system, user or assistant"
+                    f"{safe_line(message.role, 40)!r} is not a role", remedy="use system, user or assistant"
                 )
         if continued and not ends_with_reply(messages):
             raise PromptError("there is no reply to continue: the last message is not the assistant's")
@@ -116,7 +116,7 @@ class PromptEncoder:
             )
         exact = self._exactly(self.template, messages, continued, stopped)
         if exact is None and continued:
-            raise PromptError("the template changes the last reply, which therefore cannot be continued")
+            raise PromptError("the last reply cannot be continued, since the template changes it")
         return self._plainly(self.template, messages) if exact is None else exact
 
     def _exactly(
@@ -126,16 +126,14 @@ class PromptEncoder:
         continued: bool,
         stopped: Callable[[], bool],
     ) -> list[_Part] | None:
-        """With each reply's own ids behind what was read before it; None where the template does not allow
-        that.
-        """
+        """Return parts with the original ids of each reply. None if the template does not permit it."""
         last = len(messages) - 1
         replies = [
             index
             for index, message in enumerate(messages)
             if message.token_ids and message.role == "assistant"
         ]
-        # A last reply that is known by its text goes on where a reply would begin.
+        # A last reply without ids is continued as text, behind the prompt for a new reply.
         by_text = continued and last not in replies
         read = messages[:-1] if by_text else messages
         parts: list[_Part] = []
@@ -149,7 +147,7 @@ class PromptEncoder:
         return [*parts, Segment(messages[-1].content, last)] if by_text else parts
 
     def _plainly(self, template: ChatTemplate, messages: Sequence[Message]) -> list[_Part]:
-        """The rendered text as it is, once no content can be mistaken for special tokens."""
+        """Return the rendered text. Raises PromptError if a content could become a special token."""
         segments = template.segments(messages)
         if segments is not None:
             return [*segments]
@@ -166,7 +164,7 @@ class PromptEncoder:
         return [bos, *ids] if self._vocabulary.adds_bos and bos >= 0 and ids[:1] != [bos] else ids
 
     def _tokenize(self, parts: Sequence[_Part], stopped: Callable[[], bool]) -> list[int]:
-        """The ids of texts, contents as text and the template's own with special tokens; ids as they are."""
+        """Return the ids of all parts. Special tokens are recognized only in the template's own text."""
         texts = [self._checked(part.text) if isinstance(part, Segment) else b"" for part in parts]
 
         def run() -> list[int]:
@@ -177,7 +175,7 @@ class PromptEncoder:
                 if not isinstance(part, Segment):
                     ids += part
                 elif text:
-                    tokenize = self._known if len(text) <= _SHORT else self._ids
+                    tokenize = self._cached_ids if len(text) <= _CACHED_BYTES else self._ids
                     ids += tokenize(text, part.message is None)
             return ids
 
@@ -187,7 +185,7 @@ class PromptEncoder:
         return tuple(self._vocabulary.tokenize(text, special=special))
 
     def _checked(self, text: str) -> bytes:
-        """`text` as UTF-8, if it can be tokenized."""
+        """Return `text` as UTF-8. Raises PromptError if it is too long or has a word that is too long."""
         encoded = whole_characters(text).encode()
         if len(encoded) > self._n_context * MAX_TOKEN_BYTES:
             raise too_long(f"{len(encoded):,} bytes", self._n_context)

@@ -1,8 +1,7 @@
 """The process that renders a chat template: `python -m dsmoe_local.engine.prompts.render_host SOCKET`.
 
-A template is a program that came with a model. Here it has no more memory than `MEMORY` beside what the
-conversation itself takes, where the system has limits on address space and tells how much there is (Linux);
-`renderer` ends it when it takes too long.
+A template is a program that came with a model. On Linux its memory is limited to `MEMORY` plus what the
+conversation itself takes. `renderer` kills the process if it takes too long.
 """
 
 from __future__ import annotations
@@ -16,15 +15,14 @@ from pathlib import Path
 
 from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.engine.process import wire
+from dsmoe_local.engine.process.spawn import set_up_child
 from dsmoe_local.engine.prompts.sandbox import SandboxedTemplate
 from dsmoe_local.engine.prompts.segments import Conversation, Segments
 from dsmoe_local.engine.types import Message
 
 MEMORY = 192 << 20
-_PER_BYTE = 24
-"""Bytes of memory for each that the client sends: several copies of the text, up to 4 bytes a character."""
-_MOST_SECONDS = 60
-"""For one rendering, in case the client that ends it is gone."""
+_PER_BYTE = 24  # bytes of memory for each byte of a message: several copies, up to 4 bytes a character
+_MAX_SECONDS = 60  # for one rendering, in case the client has died and cannot kill this process
 
 
 class _Host:
@@ -36,8 +34,10 @@ class _Host:
         self._template: SandboxedTemplate | None = None
 
     def serve(self) -> None:
-        """Until the client is gone. Each message is answered by parts, then an end or an error, which also
-        says whether the process is of no more use.
+        """Answer messages until the client closes the socket.
+
+        An answer is any number of parts, then an end or an error. The error tells whether the process is
+        unusable afterwards.
         """
         self._send("ready")
         with self._channel.makefile("rb") as source:
@@ -49,14 +49,14 @@ class _Host:
                 self._answer(*message)
 
     def _answer(self, kind: str, *arguments: wire.Plain) -> None:
-        signal.alarm(_MOST_SECONDS)
+        signal.alarm(_MAX_SECONDS)
         try:
             for part in _ANSWERS[kind](self, *arguments):
                 self._send("part", part)
-                signal.alarm(_MOST_SECONDS)
+                signal.alarm(_MAX_SECONDS)
             last: tuple[wire.Plain, ...] = ("end",)
         except DsmoeError as error:
-            # Where memory ran out, something may be missing from now on.
+            # After a MemoryError the state of the interpreter cannot be trusted.
             last = ("error", wire.error_to_plain(error), isinstance(error.__cause__, MemoryError))
         signal.alarm(0)
         self._send(*last)
@@ -65,7 +65,7 @@ class _Host:
         self._channel.sendall(wire.pack(message))
 
     def _limit(self, n_bytes: int) -> None:
-        """Allow the memory that a conversation of that size needs."""
+        """Set the memory limit for a message of `n_bytes`."""
         if self._own:
             _, hard = resource.getrlimit(resource.RLIMIT_AS)
             most = self._own + MEMORY + _PER_BYTE * n_bytes
@@ -89,7 +89,7 @@ class _Host:
         yield self._conversation(messages, texts).render(generate=generate)
 
     def _conversation(self, messages: wire.Plain, texts: wire.Plain) -> Conversation:
-        assert self._template is not None, "the client has it compiled before it asks for more"
+        assert self._template is not None, "the client compiles the template first"
         self._template.begin_conversation(texts)
         return Conversation(self._template, [Message(role, content) for role, content in messages])
 
@@ -103,7 +103,7 @@ _ANSWERS: dict[str, Callable[..., Iterator[wire.Plain]]] = {
 
 
 def _plain(segments: Segments | None, messages: wire.Plain) -> wire.Plain:
-    """Segments as pairs; the text of a whole content, which the client has, is None."""
+    """Return segments as pairs of text and message. The text is None if it is a message's whole content."""
     if segments is None:
         return None
     return [
@@ -113,7 +113,7 @@ def _plain(segments: Segments | None, messages: wire.Plain) -> wire.Plain:
 
 
 def _address_space() -> int:
-    """Bytes of address space that this process has now; 0 if the system does not tell."""
+    """Return the bytes of address space of this process; 0 if the system does not report it."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
     except (OSError, ValueError, IndexError):
@@ -123,10 +123,7 @@ def _address_space() -> int:
 
 def main() -> None:
     """Serve the socket whose descriptor is the first argument."""
-    # Ctrl-C is for others to judge.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
+    set_up_child()
     _Host(socket.socket(fileno=int(sys.argv[1]))).serve()
 
 

@@ -1,37 +1,35 @@
-"""A chat template in a process of its own, which is ended when it takes too long or too much memory.
+"""Runs a chat template in a child process, which is killed if it takes too long or too much memory.
 
-What happens there is `render_host`'s concern, what is asked of it `template`'s.
+`render_host` is the child, `template` the caller.
 """
 
 from __future__ import annotations
 
 import socket
 import subprocess
-import sys
 import threading
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
 
 from dsmoe_local.base.errors import InterruptedRunError
-from dsmoe_local.engine.errors import EngineError
+from dsmoe_local.engine.errors import EngineError, template_error
 from dsmoe_local.engine.process import wire
-from dsmoe_local.engine.process.spawn import environment
-from dsmoe_local.engine.prompts.failures import template_error
+from dsmoe_local.engine.process.spawn import child_environment, start_process
 
 MAX_SECONDS = 5.0
 """For one rendering."""
 _HOST = "dsmoe_local.engine.prompts.render_host"
 _START_SECONDS = 60.0
-# What finds Python's packages, and tells the local time. Tokens and keys are none of a template's business.
-_KEPT = frozenset({"PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ"})
+# Variables that Python needs to find its packages and the time zone. A template must not see tokens and keys.
+_ENVIRONMENT = frozenset({"PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ"})
 
 
 class Renderer:
     """A compiled template. Callable from any thread; one rendering at a time."""
 
     def __init__(self, text: str, source: str) -> None:
-        """Raises TemplateError if `text` is no template."""
+        """Raises TemplateError if `text` is not a valid template."""
         self._text = text
         self._source = source
         self._lock = threading.Lock()
@@ -42,14 +40,16 @@ class Renderer:
     def ask(
         self, kind: str, *arguments: wire.Plain, stopped: Callable[[], bool] = lambda: False
     ) -> list[wire.Plain]:
-        """The parts of the answer. TemplateError if one does not come in time, or takes too much memory;
-        InterruptedRunError once it is `stopped`.
+        """Send a question and return the parts of the answer.
+
+        Raises TemplateError if a part takes too much time or memory, InterruptedRunError if `stopped` returns
+        True.
         """
         with self._lock:
             return self._parts(self._living(), stopped, kind, *arguments)
 
     def close(self) -> None:
-        """End the process. Another question would start another one."""
+        """Kill the process. The next question starts a new one."""
         with self._lock:
             self._end()
 
@@ -91,25 +91,11 @@ class _Process:
     """One process and the socket to it."""
 
     def __init__(self) -> None:
-        """Returns once it waits for work. EngineError if it cannot be started."""
-        self._channel, theirs = socket.socketpair()
-        with theirs:
-            try:
-                self._popen = subprocess.Popen(
-                    # -P: a folder that a user happens to work in must not provide modules.
-                    [sys.executable, "-P", "-m", _HOST, str(theirs.fileno())],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    pass_fds=[theirs.fileno()],
-                    env={name: value for name, value in environment().items() if name in _KEPT},
-                    start_new_session=True,
-                )
-            except OSError as error:
-                self._channel.close()
-                raise EngineError(
-                    f"the process for the chat template cannot be started: {error.strerror}"
-                ) from error
+        """Start the process and wait until it is ready. Raises EngineError."""
+        environment = {name: value for name, value in child_environment().items() if name in _ENVIRONMENT}
+        self._popen, self._channel = start_process(
+            _HOST, purpose="the process for the chat template", environment=environment
+        )
         self._source = self._channel.makefile("rb")
         self._finalizer = weakref.finalize(self, _end, self._popen, self._channel)
         self._channel.settimeout(_START_SECONDS)
@@ -122,24 +108,24 @@ class _Process:
             raise EngineError(
                 "the process for the chat template does not start",
                 where=f"exit status {self._popen.returncode}",
-                remedy="try again; if it stays so, install dsmoe-local anew",
+                remedy="try again; if that does not help, reinstall dsmoe-local",
             )
         self._channel.settimeout(MAX_SECONDS)
 
     def send(self, message: wire.Plain) -> None:
-        """Send one message. TimeoutError."""
-        with suppress(ConnectionError):  # that it is gone is found by `receive`
+        """Send one message. Raises TimeoutError."""
+        with suppress(ConnectionError):  # `receive` finds out that the process has died
             self._channel.sendall(wire.pack(message))
 
     def receive(self) -> list[wire.Plain] | None:
-        """The next message; None at the end. TimeoutError."""
+        """Return the next message, or None at the end. Raises TimeoutError."""
         try:
             return wire.receive(self._source)
         except ConnectionError:
             return None
 
     def close(self) -> None:
-        """End it."""
+        """Kill the process."""
         self._source.close()
         self._finalizer()
 

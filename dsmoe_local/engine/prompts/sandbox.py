@@ -1,7 +1,7 @@
-"""Runs a template that came with a model where it cannot reach Python. Limits no memory and no time.
+"""Runs a chat template in jinja2's sandbox, with the helpers that templates on the Hugging Face hub expect.
 
-That is its process's concern (`render_host`). Provides the helpers that templates on the Hugging Face hub
-expect, and renders beginnings of one conversation without rendering each of them anew (`Checkpoint`).
+Prefixes of one conversation are rendered incrementally: a rendering can continue where that of a shorter
+prefix ended (`Checkpoint`). Memory and time are limited by `render_host` and `renderer`, not here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from dsmoe_local.engine.prompts.failures import template_error
+from dsmoe_local.engine.errors import template_error
 from dsmoe_local.engine.prompts.turns import Checkpoint, RefusedError, Rendered, Run, Turns, Values
 
 MAX_OUTPUT = 64 << 20
@@ -33,39 +33,40 @@ class SandboxedTemplate:
     """A compiled template."""
 
     def __init__(self, text: str, source: str) -> None:
-        """Raises TemplateError if `text` is no template."""
+        """Raises TemplateError if `text` is not a valid template."""
         self._source = source
         self._texts: Mapping[str, str] = {}
         self._environment = _Environment()
         self._template = self._checked(lambda: self._environment.from_string(text))
 
     def begin_conversation(self, texts: Mapping[str, str]) -> None:
-        """Bind the texts of the special tokens. All that follows is rendered at this time, as if at once."""
+        """Set the texts of special tokens and the time for all following renderings."""
         self._texts = texts
         self._environment.now = datetime.now()
 
     def render(self, messages: Values, *, generate: bool = True) -> str:
-        """The output. Raises TemplateError if the template refuses or fails."""
+        """Return the output. Raises TemplateError if the template refuses the messages or fails."""
         return self._checked(lambda: self._output(list(messages), Run(()), generate))
 
     def begin(self, messages: Values, after: Checkpoint | None = None) -> Rendered:
-        """The output for `messages`, from the checkpoint `after` of a rendering of fewer of them on.
+        """Return the output for `messages`; with a checkpoint of a shorter prefix, the output behind it.
 
-        Raises TemplateError, also where `render` would not: templates get something that is almost a list.
+        The template gets a list-like object instead of a list, so it may fail where `render` does not. Raises
+        TemplateError.
         """
         run = Run(messages, after)
         text = self._checked(lambda: self._output(Turns(run, 0), run, True))
         if after is not None and not run.resumed:
-            raise template_error(self._source, "it does not come to the same loop again")
+            raise template_error(self._source, "it does not reach the same loop again")
         return Rendered(text, run.before, run.checkpoint)
 
     def _output(self, messages: object, run: Run, generate: bool) -> str:
         self._environment.run = run
-        room = MAX_OUTPUT
+        left = MAX_OUTPUT
         variables = {**self._texts, "messages": messages, "add_generation_prompt": generate}
         for piece in self._template.generate(variables):
-            room -= len(piece)
-            if room < 0:
+            left -= len(piece)
+            if left < 0:
                 raise RefusedError("its output is too long")
             run.pieces.append(piece)
         return "".join(run.pieces)
@@ -78,13 +79,13 @@ class SandboxedTemplate:
             reason = f"line {error.lineno}: {error.message}"
         except (RecursionError, MemoryError) as error:
             cause, reason = error, f"it is too deep or too large ({type(error).__name__})"
-        except Exception as error:  # noqa: BLE001 - filters and Python's compiler raise whatever they like
+        except Exception as error:  # noqa: BLE001 - filters and Python's compiler may raise anything
             reason = str(error) or type(error).__name__
         raise template_error(self._source, reason) from cause
 
 
 class _Generator(CodeGenerator):
-    """jinja2's compiler; what the environment itself wants to know of needs no permission."""
+    """jinja2's compiler, with direct calls of the environment's own methods, which need no sandbox."""
 
     def visit_Call(self, node: nodes.Call, frame: Frame, forward_caller: bool = False) -> None:  # noqa: N802
         if not isinstance(node.node, nodes.EnvironmentAttribute):
@@ -99,7 +100,7 @@ class _Generator(CodeGenerator):
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`: marks replies for training; here its body counts as it is."""
+    """`{% generation %}`, which marks replies for training. Here its body is rendered unchanged."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2's own declaration
 
@@ -109,7 +110,9 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """The environment of the hub's chat templates, with marked loops: those over messages that may go on."""
+    """The environment for chat templates. Loops in which a rendering may continue are marked: they report
+    their start and each of their iterations to the current `Run`.
+    """
 
     code_generator_class = _Generator
 
@@ -134,23 +137,23 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super()._generate(source, *args, **kwargs)
 
     def enter_loop(self, number: int, value: object, context: Context) -> object:
-        """What the marked loop of that number goes through."""
+        """Return what the marked loop with that number iterates over."""
         if isinstance(value, Turns):
             return self.run.enter_loop(number, value, context)
         self.run.enter_loop(number, None, context)
         return value
 
     def begin_turn(self, loop: LoopContext | None) -> None:
-        """Called at the beginning of each iteration of a marked loop."""
+        """Report an iteration of a marked loop."""
         self.run.begin_turn(loop)
 
     def getitem(self, obj: Any, argument: Any) -> Any:  # noqa: ANN401 - jinja2's own
-        """Methods of the list of messages may look at all of them."""
+        """Return an item. A method of the list of messages gets a real list, since it may read all of it."""
         seen = obj.whole() if isinstance(obj, Turns) and isinstance(argument, str) else obj
         return super().getitem(seen, argument)
 
     def getattr(self, obj: Any, attribute: str) -> Any:  # noqa: ANN401 - jinja2's own
-        """As `getitem`."""
+        """See `getitem`."""
         return super().getattr(obj.whole() if isinstance(obj, Turns) else obj, attribute)
 
     def _strftime_now(self, pattern: str) -> str:
@@ -163,7 +166,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 def _outer_loops(body: Sequence[nodes.Node]) -> Iterator[nodes.For]:
-    """The loops that nothing but conditions surrounds: whatever they write is output at once."""
+    """Yield the loops that are only inside conditions, so that their text goes directly to the output."""
     for node in body:
         if isinstance(node, nodes.For) and not (node.test or node.recursive or node.else_):
             yield node
@@ -172,7 +175,7 @@ def _outer_loops(body: Sequence[nodes.Node]) -> Iterator[nodes.For]:
 
 
 def _mark(loop: nodes.For, number: int) -> None:
-    """Let the environment know when the loop, and each of its iterations, begins."""
+    """Insert calls of `enter_loop` and `begin_turn` into the loop."""
     used = "loop" in find_undeclared(loop.body, ("loop",))
     variable: nodes.Expr = nodes.Name("loop", "load") if used else nodes.Const(None)
     loop.body.insert(0, nodes.ExprStmt(_call("begin_turn", variable), lineno=loop.lineno))
@@ -195,7 +198,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Unlike jinja2's own, without HTML escapes: what the hub's templates expect.
+    # Without the HTML escapes of jinja2's own filter, as the hub's templates expect.
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

@@ -1,7 +1,4 @@
-"""Conversations as segments: the template's own text, and which stretch is which message's content.
-
-Renders through a template that is given; knows neither jinja2 nor tokens.
-"""
+"""Splits a rendered conversation into the template's own text and the contents of messages."""
 
 from __future__ import annotations
 
@@ -16,9 +13,8 @@ from dsmoe_local.engine.types import Message
 
 
 class Segment(NamedTuple):
-    """A stretch of a rendered conversation.
-
-    `message`: whose content it is; None for the template's own text.
+    """A part of a rendered conversation: the content of the message with index `message`, or the template's
+    own text (None).
     """
 
     text: str
@@ -38,7 +34,7 @@ class Rendered(Protocol):
     def before(self) -> str: ...
 
     @property
-    def checkpoint(self) -> Any: ...  # noqa: ANN401 - only handed back
+    def checkpoint(self) -> Any: ...  # noqa: ANN401 - opaque, only passed back to `begin`
 
 
 class Template(Protocol):
@@ -50,8 +46,9 @@ class Template(Protocol):
 
 
 class Conversation:
-    """Messages, each with a unique placeholder for its content that keeps the content's outer whitespace, so
-    that a template may trim it.
+    """Messages to render. They are rendered twice, the second time with placeholders for their contents.
+
+    A placeholder keeps the leading and trailing whitespace of its content, so that templates may trim it.
     """
 
     def __init__(self, template: Template, messages: Sequence[Message]) -> None:
@@ -70,28 +67,29 @@ class Conversation:
         ]
 
     def render(self, *, generate: bool = True) -> str:
-        """As text."""
+        """Return the conversation as text."""
         return self._template.render(self._real, generate=generate)
 
     def segments(self, end: int | None = None, *, generate: bool = True) -> Segments | None:
-        """The messages before `end`, told apart from the template's text. None if the template looks at the
+        """Return the segments of the messages before `end`. Returns None if the template depends on the
         contents or changes them other than by trimming.
         """
         masked = self._template.render(self._masked[:end], generate=generate)
         return self._split(masked, self._template.render(self._real[:end], generate=generate))
 
     def stretches(self, replies: Sequence[int], *, open_end: bool) -> Iterator[Segments | None]:
-        """What is read between replies: from the end of one to where the next begins, as it was rendered
-        then. A template may end the prompt in `Assistant:` and repeat the same turn later as `Assistant: `.
+        """Yield the segments between replies: from the end of one reply to the start of the next, as they
+        were rendered when the next one was generated. (A template may end a prompt in `Assistant:` and later
+        render the same turn as `Assistant: `.)
 
-        `replies` are the indices of those that are known by their ids. With `open_end` the last stretch leads
-        to a reply that is yet to come. None, and no more, where the template does not allow it.
+        `replies` are the indices of the messages whose token ids are known. With `open_end`, the last stretch
+        ends where a new reply begins. Yields None and stops if the template does not permit the split.
         """
         ends = [*replies, *([len(self._messages)] if open_end else [])]
         previous: int | None = None
-        grown = _Grown()
+        progress = _Progress()
         for end in ends:
-            stretch = _behind(self._grow(grown, end), previous)
+            stretch = _behind(self._extend(progress, end), previous)
             if stretch is None:
                 stretch = _behind(self.segments(end), previous)
             yield stretch
@@ -99,25 +97,25 @@ class Conversation:
                 return
             previous = end
 
-    def _grow(self, grown: _Grown, end: int) -> Segments | None:
-        """The segments before `end`, from where those of a smaller `end` can be told to be the same; None
-        if the template does not let that be told.
+    def _extend(self, progress: _Progress, end: int) -> Segments | None:
+        """Return the segments before `end`, rendered from the end of the previous prefix where possible.
+        Returns None if the template does not permit that.
         """
-        if grown.over:
+        if progress.over:
             return None
-        grown.over = True
+        progress.over = True
         try:
-            masked = self._template.begin(self._masked[:end], grown.masked)
-            real = self._template.begin(self._real[:end], grown.real)
+            masked = self._template.begin(self._masked[:end], progress.masked)
+            real = self._template.begin(self._real[:end], progress.real)
         except TemplateError:
-            # Perhaps it needs a real list.
+            # The template may need a real list, which `segments` passes.
             return None
-        grown.masked, grown.real = masked.checkpoint, real.checkpoint
+        progress.masked, progress.real = masked.checkpoint, real.checkpoint
         if self._split(masked.before, real.before) is None:
             return None
-        if grown.masked is not None and grown.real is not None:
-            so_far = self._split(masked.text[: grown.masked.position], real.text[: grown.real.position])
-            grown.over = so_far is None
+        if progress.masked is not None and progress.real is not None:
+            so_far = self._split(masked.text[: progress.masked.position], real.text[: progress.real.position])
+            progress.over = so_far is None
         return self._split(masked.text, real.text)
 
     def _split(self, masked: str, real: str) -> Segments | None:
@@ -131,9 +129,7 @@ class Conversation:
         return self._with_whitespace(segments)
 
     def _with_whitespace(self, segments: Segments) -> Segments:
-        """Move a content's own outer whitespace, where the template kept it, from the template's text to the
-        content.
-        """
+        """Move whitespace around contents from the template's text to the contents that it belongs to."""
         texts = [segment.text for segment in segments]
         for position in range(1, len(segments), 2):
             content = self._messages[segments[position].message or 0].content
@@ -148,10 +144,8 @@ class Conversation:
 
 
 @dataclass(slots=True)
-class _Grown:
-    """How far the beginning of a conversation is rendered, with and without placeholders; `over`: the next
-    one cannot go on there.
-    """
+class _Progress:
+    """Checkpoints of the last prefix, with and without placeholders. `over`: they cannot be continued."""
 
     masked: Any = None
     real: Any = None
@@ -159,7 +153,7 @@ class _Grown:
 
 
 def _behind(segments: Segments | None, reply: int | None) -> Segments | None:
-    """Those behind the content of the message with that index; None without it."""
+    """Return the segments behind the content of message `reply`. None if its content is not in them."""
     if segments is None or reply is None:
         return segments
     ends = [position for position, segment in enumerate(segments) if segment.message == reply]

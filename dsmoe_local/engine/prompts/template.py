@@ -1,7 +1,4 @@
-"""Chat templates: rendering conversations with one. Knows no tokens.
-
-Which one a model uses is `choice`'s concern; where it runs, `renderer`'s.
-"""
+"""A chat template: renders conversations in a child process (`renderer`). Knows no tokens."""
 
 from __future__ import annotations
 
@@ -14,10 +11,10 @@ from dsmoe_local.engine.types import Message
 
 
 class ChatTemplate:
-    """One template, and the texts of the model's special tokens. `source` says where it comes from."""
+    """A template with the texts of the model's special tokens. `source` says where it comes from."""
 
     def __init__(self, text: str, source: str, *, bos: str = "", eos: str = "") -> None:
-        """Raises TemplateError if `text` is no template."""
+        """Raises TemplateError if `text` is not a valid template."""
         self.text = text
         self.source = source
         self._texts = {"bos_token": bos, "eos_token": eos}
@@ -28,18 +25,16 @@ class ChatTemplate:
         self._texts = {"bos_token": bos, "eos_token": eos}
 
     def close(self) -> None:
-        """End its process."""
+        """End the child process."""
         self._renderer.close()
 
     def render(self, messages: Sequence[Message], *, generate: bool = True) -> str:
-        """The conversation as text; with `generate` it ends where the assistant's reply begins."""
+        """Return the conversation as text. With `generate` it ends where the assistant's reply begins."""
         (text,) = self._ask("render", messages, generate)
         return str(text)
 
     def segments(self, messages: Sequence[Message], *, generate: bool = True) -> Segments | None:
-        """`render` with the messages' contents told apart from the template's text. None if the template
-        looks at the contents or changes them other than by trimming.
-        """
+        """Return the conversation as segments (see `segments.Conversation.segments`)."""
         (segments,) = self._ask("segments", messages, generate)
         return _segments(segments, messages)
 
@@ -51,8 +46,9 @@ class ChatTemplate:
         open_end: bool,
         stopped: Callable[[], bool] = lambda: False,
     ) -> list[Segments | None]:
-        """What is read between replies (see `segments.Conversation.stretches`). InterruptedRunError once it
-        is `stopped`.
+        """Return the segments between replies (see `segments.Conversation.stretches`).
+
+        Raises InterruptedRunError if `stopped` returns True.
         """
         found = self._ask("stretches", messages, list(replies), open_end, stopped=stopped)
         return [_segments(segments, messages) for segments in found]

@@ -1,8 +1,9 @@
-"""What a template sees of a conversation, and how a rendering goes on where one of fewer messages ended.
+"""Continues the rendering of a template for a longer conversation where that of a shorter one ended.
 
-A template is run as it is; which of its loops are marked is `sandbox`'s concern. A rendering may go on at a
-message if no more was known of the conversation there than that this message exists, and if all that the rest
-of the template can know is the same again.
+A template loops over the messages. If, at the start of an iteration, the template has not yet found out how
+many messages follow, then the output so far is the same for every longer conversation. A rendering of a
+longer one can continue there, provided that the variables that the template can read are the same too.
+`sandbox` marks the loops and calls `Run` from them.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from jinja2.utils import Namespace, missing
 
 _WHOLE = 1 << 62
 Values: TypeAlias = Sequence[Mapping[str, str]]
-"""Messages as templates see them: role and content."""
+"""Messages as dictionaries with the keys role and content."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """All that a loop, and what comes after it, can know of what came before: namespaces and variables."""
+    """The state before a loop that the rest of the template can read: namespaces and variables."""
 
     spaces: tuple[str, ...]
     variables: tuple[tuple[str, object], ...]
@@ -30,10 +31,11 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Where a rendering can go on with more messages: at the beginning of the body of a loop over them.
+    """A point where a rendering can continue with more messages: the start of an iteration of a loop.
 
-    `index` is the message that the loop has come to, `position` the length of the output before it, and
-    `loop` says which one it is. `spaces` and `changed` are what its earlier iterations leave behind.
+    `loop` is the number of the loop, `index` the message of the iteration, `position` the length of the
+    output before it. `spaces` and `changed` are the state that earlier iterations leave: namespaces, and the
+    last value of `loop.changed()`.
     """
 
     index: int
@@ -46,8 +48,10 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """An output, from the checkpoint on where there was one; and a checkpoint at the last message, None if
-    the loop may have acted on there being no more messages. `before` is the output before the loop.
+    """The output, or the output behind a checkpoint if the rendering continued there.
+
+    `before` is the output before the loop. `checkpoint` is at the last message; None if the template may
+    already have found out that no message follows.
     """
 
     text: str
@@ -56,11 +60,11 @@ class Rendered:
 
 
 class RefusedError(jinja2.TemplateRuntimeError):
-    """The template's own raise_exception, an output that is too long, or a rendering that cannot go on."""
+    """The template called raise_exception, its output is too long, or a rendering cannot continue."""
 
 
 class Run:
-    """One rendering: what it has written, and how many messages its marked loop knows to be there."""
+    """One rendering: its output, and how many messages the template has found out about."""
 
     def __init__(self, messages: Values, after: Checkpoint | None = None) -> None:
         self.items = list(messages)
@@ -71,32 +75,32 @@ class Run:
         self.checkpoint: Checkpoint | None = None
         self.resumed = False
         self._after = after
-        # Of the marked loop that runs, if it is one over messages.
+        # State of the current marked loop. Its number is -1 if it does not loop over messages.
         self._loop = -1
         self._walk = _Walk(self, 0)
         self._first = 0
         self._entry: Entry | None = None
 
     def know(self, count: int) -> None:
-        """The template has learned whether there are that many messages."""
+        """Note that the template has found out whether there are `count` messages."""
         self.n_known = max(self.n_known, count)
 
     def enter_loop(self, number: int, turns: Turns | None, context: Context) -> _Walk:
-        """Begin, or resume, the marked loop of that number. `turns` None: it is not over messages."""
+        """Begin or continue the marked loop with that number. `turns` None: it is not over messages."""
         self._loop = number if turns is not None else -1
         self._first = turns.start if turns is not None else 0
         self._walk = _Walk(self, self._after.index if self._resumes and self._after else self._first)
-        # Of another loop than it went on in, what came before is not known.
+        # In a loop behind the one that was continued, the state before the loop is not known.
         self._entry = None if self.resumed else self._state(context)
         if not self.resumed:
             self.before = "".join(self.pieces)
         if self._after is not None and self._resumes and self._entry != self._after.entry:
-            raise RefusedError("more messages make a difference before the loop")
+            raise RefusedError("more messages change what is before the loop")
         self.n_known = 0
         return self._walk
 
     def _state(self, context: Context) -> Entry | None:
-        """None if it may change, or cannot be compared."""
+        """Return the state that the template can read; None if it is mutable or cannot be compared."""
         spaces = [_attributes(space) for space in self.namespaces]
         if not all(map(_is_plain, spaces)):
             return None
@@ -116,11 +120,11 @@ class Run:
 
     @property
     def _resumes(self) -> bool:
-        """Whether the loop that runs is the one to go on with."""
+        """Whether the rendering continues in the current loop."""
         return self._after is not None and self._after.loop == self._loop and not self.resumed
 
     def begin_turn(self, loop: LoopContext | None) -> None:
-        """An iteration of a marked loop begins."""
+        """Begin an iteration of a marked loop. Sets `checkpoint` if it is the last message."""
         if self._loop < 0:
             return
         if self._after is not None and self._resumes:
@@ -148,7 +152,7 @@ class Run:
 
 
 class _Walk(Iterator[Any]):
-    """Goes through the messages; `position` is the next one's index."""
+    """An iterator over the messages. `position` is the index of the next one."""
 
     def __init__(self, run: Run, position: int) -> None:
         self._run = run
@@ -163,7 +167,7 @@ class _Walk(Iterator[Any]):
 
 
 class Turns(Sequence[Any]):
-    """The messages from `start` on. Tells its run what the template learns of them."""
+    """The messages from `start` on, as a sequence that reports to its run what the template finds out."""
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -172,7 +176,7 @@ class Turns(Sequence[Any]):
         self.start = start
 
     def whole(self) -> list[Any]:
-        """As a list, whose end the template then may see."""
+        """Return the messages as a list. The template then knows how many there are."""
         self._run.know(_WHOLE)
         return self._run.items[self.start :]
 
@@ -203,14 +207,14 @@ class Turns(Sequence[Any]):
 
 
 _SCALARS = (str, int, float, type(None), jinja2.Undefined)
-_DEEPEST = 4
+_MAX_DEPTH = 4
 
 
 def _is_plain(value: object, depth: int = 0) -> bool:
-    """Whether nothing that a template does can change `value`, and it knows of no run."""
-    if isinstance(value, dict) and depth < _DEEPEST:
+    """Return whether `value` consists of immutable scalars and containers of them."""
+    if isinstance(value, dict) and depth < _MAX_DEPTH:
         return all(_is_plain(item, depth + 1) for item in value.values())
-    if isinstance(value, list | tuple) and depth < _DEEPEST:
+    if isinstance(value, list | tuple) and depth < _MAX_DEPTH:
         return all(_is_plain(item, depth + 1) for item in value)
     return isinstance(value, _SCALARS)
 

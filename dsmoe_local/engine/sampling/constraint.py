@@ -1,7 +1,7 @@
-"""A request's grammar or JSON schema held against a model's vocabulary: which tokens may come next.
+"""Applies a grammar or JSON schema to a model's vocabulary: which tokens may come next.
 
-The sampled token is tested first, which costs microseconds. Only if it is refused, the mask of all permitted
-tokens is computed, as in llama.cpp's common/sampling.cpp.
+The sampled token is tested first, which takes microseconds. The mask of all permitted tokens is computed only
+if it is refused, as in llama.cpp's common/sampling.cpp.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ from dsmoe_local.engine.errors import EngineError
 from dsmoe_local.engine.grammar.compile import LIMITS, compile_grammar
 from dsmoe_local.engine.sampling.likeliest import Logits, TokenIds, likeliest
 
-_NOTHING_FITS = "NoExtension"  # how llguidance begins the error for a mask without a token
+_EMPTY_MASK = "NoExtension"  # the start of llguidance's error for a mask without a token
 
 
 class _Pieces:
-    """A vocabulary as llguidance reads it: the bytes of each token, and one more token that ends a text.
+    """A vocabulary in llguidance's form: the bytes of each token, and an extra token for the end of a text.
 
-    The model's own tokens that end a reply have no bytes here; `Constraint` permits them where the grammar is
-    complete.
+    The model's own end tokens have no bytes here. `Constraint` permits them when the grammar is complete.
     """
 
     def __init__(self, pieces: Sequence[bytes]) -> None:
@@ -38,15 +37,12 @@ class _Pieces:
         self.special_token_ids = [self.eos_token_id]
 
     def __call__(self, text: bytes) -> list[int]:
-        """The tokens of a text that a grammar forces. Our grammars force none (`no_forcing`)."""
-        raise EngineError("the tokens of a forced text were asked for")
+        """Tokenize a text that a grammar forces. Never called, since our grammars set `no_forcing`."""
+        raise EngineError("llguidance asked for the tokens of a forced text")
 
 
 class Vocabulary:
-    """A model's tokens, from the bytes that each adds to a text and the ids of those that end a reply.
-
-    `silent` are the tokens without bytes, the ends included.
-    """
+    """A model's tokens: their bytes, and the ids of end tokens. `silent` are all tokens without bytes."""
 
     def __init__(self, pieces: Sequence[bytes], ends: Sequence[int]) -> None:
         self.n_tokens = len(pieces)
@@ -62,7 +58,7 @@ _vocabularies: WeakKeyDictionary[native.Model, Vocabulary] = WeakKeyDictionary()
 
 
 def vocabulary_of(model: native.Model) -> Vocabulary:
-    """The model's vocabulary, made once: 0.2 s for 50,000 tokens."""
+    """Return the model's vocabulary. Created once, in 0.2 s for 50,000 tokens."""
     vocabulary = _vocabularies.get(model)
     if vocabulary is None:
         ids = range(model.n_vocab)
@@ -80,55 +76,57 @@ class CompiledGrammar:
     matcher: LLMatcher
 
 
-# A batch often has one grammar for all of its lines; copies of a matcher share the states of its lexer. Few
-# are kept: each may take `LIMITS`.
+# All lines of a batch often have the same grammar, and copies of a matcher share its lexer's states. Only a
+# few are cached, since each may take as much memory as `LIMITS` allows.
 @lru_cache(maxsize=4)
 def compiled(vocabulary: Vocabulary, grammar: str | None, json_schema: str | None) -> CompiledGrammar:
-    """Compile a grammar or a JSON schema for a vocabulary. UsageError if it cannot be enforced."""
+    """Compile a grammar or a JSON schema for a vocabulary. Raises UsageError if it cannot be enforced."""
     text = compile_grammar(grammar=grammar, json_schema=json_schema)
     matcher = LLMatcher(vocabulary.tokenizer, text, log_level=0, limits=LIMITS)
     if matcher.is_error():
         raise UsageError(f"the grammar is too complex: {safe_line(matcher.get_error(), 200)}")
     if json_schema is not None and matcher.is_accepting():
-        raise UsageError("the JSON schema permits an empty text", remedy="check its $ref: one names itself")
+        raise UsageError(
+            "the JSON schema permits an empty text", remedy="check its $ref: one refers to itself"
+        )
     return CompiledGrammar(vocabulary, matcher)
 
 
 class Constraint:
-    """One reply under a grammar: what may follow what was accepted so far."""
+    """The state of a grammar in one reply."""
 
     def __init__(self, grammar: CompiledGrammar) -> None:
         self._vocabulary = grammar.vocabulary
         self._matcher = grammar.matcher.deep_copy()
 
     def permits(self, token_id: int) -> bool:
-        """Whether the token may come next; a token that ends the reply may where the grammar is complete."""
+        """Return whether the token may come next. End tokens may when the grammar is complete."""
         if token_id in self._vocabulary.silent:
             return token_id in self._vocabulary.ends and self._matcher.is_accepting()
         return self._matcher.validate_tokens([token_id]) == 1
 
     def accept(self, token_id: int) -> None:
-        """Go on behind a permitted token. EngineError if it is not, or if the grammar became too complex."""
+        """Advance by a token. Raises EngineError if it is not permitted or the grammar is too complex."""
         if token_id in self._vocabulary.ends:
             return
         if not self._matcher.consume_token(token_id):
             raise self._failure()
 
     def likeliest(self, logits: Logits, count: int) -> TokenIds:
-        """Up to `count` permitted tokens, those of the highest logits first. EngineError if there is none."""
+        """Return up to `count` permitted tokens, by descending logits. Raises EngineError if none is."""
         permitted = self._permitted()
         if not len(permitted):
             raise EngineError(
                 "the grammar permits none of the model's tokens here",
-                remedy="check which characters it asks for",
+                remedy="check which characters it requires",
             )
         return permitted[likeliest(logits[permitted], count)]
 
     def _permitted(self) -> TokenIds:
-        """All permitted tokens, in ascending order."""
+        """Return all permitted tokens in ascending order."""
         mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
-            if self._matcher.get_error().startswith(_NOTHING_FITS):
+            if self._matcher.get_error().startswith(_EMPTY_MASK):
                 return np.empty(0, np.int32)
             raise self._failure()
         allowed = np.unpackbits(mask, count=self._vocabulary.n_tokens, bitorder="little")
@@ -137,10 +135,10 @@ class Constraint:
         return np.flatnonzero(allowed).astype(np.int32)
 
     def _failure(self) -> EngineError:
-        # Copies share the states of the lexer, and so its limit: the next request begins with none.
+        # Copies of a matcher share the lexer's states and their limit. Start afresh with the next request.
         compiled.cache_clear()
         reason = safe_line(self._matcher.get_error(), 200)
         return EngineError(
-            f"the reply cannot be held to its grammar any longer: {reason}",
-            remedy="write the grammar without ambiguity, above all in repetitions of repetitions",
+            f"the grammar became too complex for this reply: {reason}",
+            remedy="write the grammar without ambiguity, especially without nested repetitions",
         )

@@ -1,4 +1,4 @@
-"""Questions to a row of logits, in numpy: the likeliest tokens, log-probabilities. Chooses nothing."""
+"""The likeliest tokens of a row of logits and the normalization of log-probabilities, in numpy."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _GROUPS_PER_TOKEN = 8
 
 
 def near_top(logits: Logits, count: int) -> TokenIds:
-    """Ids of at least the `count` highest logits, in ascending order of id: a short list to look at closer.
+    """Return the ids of at least the `count` highest logits, in ascending order.
 
-    Selecting exactly over a whole vocabulary costs several times as much: the `count`-th highest maximum of
-    groups of logits is a bound that at least `count` logits reach.
+    Several times as fast as an exact selection. The logits are divided into groups; at least `count` logits
+    reach the `count`-th highest maximum of the groups.
     """
     size = len(logits)
     width = size // (_GROUPS_PER_TOKEN * count) if count else 0
@@ -28,11 +28,11 @@ def near_top(logits: Logits, count: int) -> TokenIds:
 
 
 def likeliest(logits: Logits, count: int) -> TokenIds:
-    """Ids of the `count` highest logits, highest first; equal ones in ascending order of id."""
+    """Return the ids of the `count` highest logits, highest first, equal ones in ascending order."""
     ids = near_top(logits, count)
     return ids[np.argsort(-logits[ids], kind="stable")[:count]]
 
 
 def log_total(logits: Logits, peak: float) -> float:
-    """The logarithm of the sum of exponentials; `peak` is the highest logit."""
+    """Return the logarithm of the sum of exponentials. `peak` is the highest logit."""
     return peak + float(np.log(np.exp(logits - np.float32(peak)).sum(dtype=np.float64)))

@@ -1,4 +1,4 @@
-"""Biases and penalties: what is added to a request's logits before a token is chosen. Chooses nothing."""
+"""Logit biases and penalties, which change the logits before a token is sampled."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dsmoe_local.engine.types import SamplingParameters
 
 
 class Adjustments:
-    """Logit biases, then penalties of the last `repeat_last_n` tokens, as llama.cpp's samplers apply them."""
+    """Logit biases, then penalties for the last `repeat_last_n` tokens, as in llama.cpp."""
 
     def __init__(self, sampling: SamplingParameters, bias: Sequence[tuple[int, float]]) -> None:
         self._sampling = sampling
@@ -26,15 +26,15 @@ class Adjustments:
 
     @property
     def any(self) -> bool:
-        """Whether logits are ever changed."""
+        """Whether any logits are changed."""
         return self._penalizes or len(self._bias) > 0
 
     def keeps_first(self, token_id: int) -> bool:
-        """Whether `token_id`, the likeliest, stays so for certain: nothing is raised, it is not lowered."""
+        """Return whether the likeliest token stays the likeliest: no logit is raised, its own not lowered."""
         return not self._penalizes and self._lowered is not None and token_id not in self._lowered
 
     def remember(self, token_ids: Iterable[int]) -> None:
-        """Count tokens of the prompt or the reply."""
+        """Add tokens of the prompt or the reply to those that are penalized."""
         if not self._penalizes:
             return
         for token_id in token_ids:
@@ -47,11 +47,11 @@ class Adjustments:
             self._counts[token_id] = self._counts.get(token_id, 0) + 1
 
     def apply(self, logits: Logits) -> Logits:
-        """A changed copy of `logits`; themselves if nothing changes."""
+        """Return a changed copy of `logits`, or `logits` if nothing changes."""
         if not self.any:
             return logits
         changed = logits.copy()
-        # `add.at`, because an id may be given twice.
+        # `add.at` adds both values if an id is given twice.
         np.add.at(changed, self._biased, self._bias)
         if self._counts:
             p = self._sampling
@@ -59,7 +59,7 @@ class Adjustments:
             counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))
             seen = changed[ids]
             repeat = np.float32(p.repeat_penalty)
-            # Dividing a negative logit would make the token likelier.
+            # Dividing a negative logit by the penalty would make the token likelier.
             seen = np.where(seen <= 0, seen * repeat, seen / repeat)
             changed[ids] = seen - (counts * np.float32(p.frequency_penalty) + np.float32(p.presence_penalty))
         return changed

@@ -1,4 +1,4 @@
-"""Samples a reply's next token from a row of logits: argmax or llama.cpp's sampler chain, under a grammar."""
+"""Samples the next token of a reply from logits: argmax or llama.cpp's sampler chain, under a grammar."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from dsmoe_local.base.errors import UsageError
 from dsmoe_local.engine import native
 from dsmoe_local.engine.errors import NativeError
 from dsmoe_local.engine.native.samplers import Candidates
-from dsmoe_local.engine.sampling.constraint import CompiledGrammar, Constraint
+from dsmoe_local.engine.sampling.constraint import CompiledGrammar, Constraint, compiled, vocabulary_of
 from dsmoe_local.engine.sampling.likeliest import Logits, TokenIds, likeliest, log_total, near_top
 from dsmoe_local.engine.sampling.penalties import Adjustments
 from dsmoe_local.engine.types import MAX_SEED, Request, SamplingParameters, TokenLogprob
 
 
 class Choice(NamedTuple):
-    """A chosen token; the rest as in TokenEvent."""
+    """A sampled token, with `logprob` and `alternatives` as in TokenEvent."""
 
     token_id: int
     logprob: float | None
     alternatives: tuple[TokenLogprob, ...]
 
 
-# One thread decodes with a context, so its requests can share the room for candidates: 1.2 MB at 102,400
-# tokens.
-_rooms: WeakKeyDictionary[native.Context, Candidates] = WeakKeyDictionary()
+# All requests of a context are sampled in one thread and share a buffer: 1.2 MB for 102,400 tokens.
+_buffers: WeakKeyDictionary[native.Context, Candidates] = WeakKeyDictionary()
 
 
 class TokenSampler:
-    """Samples the tokens of one reply. Close it."""
+    """Samples the tokens of one reply. Must be closed."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class TokenSampler:
         prompt_ids: Sequence[int],
         grammar: CompiledGrammar | None,
     ) -> None:
-        """`seed` None: as 0. `grammar` is what `check_request` returned for the request."""
+        """`seed` None is 0. `grammar` is the result of `check_request`."""
         sampling = request.sampling
         self._model = model
         self._logprobs = request.logprobs or request.top_logprobs > 0
@@ -55,16 +55,17 @@ class TokenSampler:
         self._sampler: native.Sampler | None = None
         self._top_k = 0 if sampling.mirostat else sampling.top_k
         if sampling.temperature > 0:
-            self._candidates = _rooms.setdefault(context, Candidates())
+            self._candidates = _buffers.setdefault(context, Candidates())
             self._sampler = native.Sampler(model.n_vocab, sampling, seed or 0)
 
     def choose(self, logits: Logits) -> Choice:
-        """The next token, by its row of logits, which is only read. The choice is final: it is remembered.
+        """Sample the next token, and add it to the tokens that penalties and the grammar consider.
 
-        Raises NativeError for NaN or infinite logits, EngineError where the grammar permits no token.
+        `logits` are not changed. Raises NativeError for NaN or infinity, EngineError if the grammar permits
+        no token.
         """
         best = int(logits.argmax())
-        # argmax finds a NaN first, wherever it is.
+        # argmax returns the index of a NaN if there is one.
         if not np.isfinite(logits[best]):
             raise NativeError("the model computes NaN or infinity", remedy="check the file: dsmoe inspect")
         if self._sampler is None and self._adjustments.keeps_first(best):
@@ -106,13 +107,33 @@ class TokenSampler:
         return Choice(token_id, logprob, tuple(alternatives))
 
     def close(self) -> None:
-        """Free the chain."""
+        """Free the sampler chain."""
         if self._sampler is not None:
             self._sampler.close()
 
 
 def choose_seed(sampling: SamplingParameters) -> int | None:
-    """The seed to use, and to report: None where nothing is random."""
+    """Return the seed to use; None if nothing is random."""
     if sampling.temperature <= 0:
         return None
     return secrets.randbelow(MAX_SEED + 1) if sampling.seed is None else sampling.seed
+
+
+def is_constrained(request: Request) -> bool:
+    """Return whether the request has a grammar or schema to compile, which may take seconds."""
+    return request.grammar is not None or request.json_schema is not None
+
+
+def check_request(model: native.Model, request: Request) -> CompiledGrammar | None:
+    """Compile the request's grammar or schema, if any. Too slow for the engine's thread.
+
+    Raises UsageError if a biased token id is not in the vocabulary, or the grammar cannot be enforced.
+    """
+    for token_id, _ in request.logit_bias:
+        if not 0 <= token_id < model.n_vocab:
+            raise UsageError(
+                f"logit_bias: there is no token {token_id}", remedy=f"ids go from 0 to {model.n_vocab - 1}"
+            )
+    if not is_constrained(request):
+        return None
+    return compiled(vocabulary_of(model), request.grammar, request.json_schema)

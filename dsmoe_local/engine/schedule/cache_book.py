@@ -1,7 +1,4 @@
-"""The books of the KV cache: what it holds, what is still to be done to it, and what goes first for room.
-
-Mirrors llama.cpp's cache and touches nothing native. Who runs is `scheduler`'s concern.
-"""
+"""A mirror of the KV cache with pending operations, parked prefixes and eviction. Calls no native code."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from dsmoe_local.engine.schedule.radix_tree import RadixTree, common_length
 
 
 class CacheBook:
-    """`cells` are as they will be once `operations` are done, in their order."""
+    """The cells of all sequences as they will be after the pending `operations`."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -20,16 +17,16 @@ class CacheBook:
         self._clock = 0
 
     def last_used(self, sequence: int) -> int:
-        """When, by a clock that counts uses; 0: never."""
+        """Return the time of the last use, by a clock that counts uses; 0: never."""
         return self._last_used.get(sequence, 0)
 
     def take_operations(self) -> tuple[Operation, ...]:
-        """What is still to be done to the cache, without a step."""
+        """Return the pending operations and clear them."""
         operations, self.operations = tuple(self.operations), []
         return operations
 
     def take_slot(self, slot: int, source: int | None, count: int) -> None:
-        """Make a free slot hold the first `count` tokens of `source`, and nothing else."""
+        """Make a free slot hold exactly the first `count` tokens of `source`."""
         kept = count if slot == source else 0
         if self.cells.length(slot) > kept:
             self._park(slot, kept, source)
@@ -38,11 +35,12 @@ class CacheBook:
             self._copy(source, slot, count)
 
     def _park(self, slot: int, count: int, needed: int | None) -> None:
-        """Keep on a spare id what several requests began with and a slot is about to lose: what lies beyond
-        its first `count` tokens. Not more than that, since attention looks at parked cells too.
+        """Keep a prefix that several requests share on a spare id, if the slot is about to be cut to `count`.
+
+        Only the shared part is kept, since attention reads parked cells, too.
         """
-        worth = self.cells.n_wanted(slot)
-        if not self.limits.unified or worth <= count:
+        n_wanted = self.cells.n_wanted(slot)
+        if not self.limits.unified or n_wanted <= count:
             return
         parked = [held for held in self.cells.sequences if held >= self.limits.n_slots]
         spare = set(range(self.limits.n_slots, self.limits.n_ids)) - set(parked)
@@ -53,7 +51,7 @@ class CacheBook:
             spare.add(oldest)
         if spare:
             target = min(spare)
-            self._copy(slot, target, worth)
+            self._copy(slot, target, n_wanted)
             self._last_used[target] = self.last_used(slot)
 
     def _copy(self, source: int, target: int, count: int) -> None:
@@ -64,29 +62,29 @@ class CacheBook:
         else:
             self.cells.extend(target, self.cells.tokens(source)[:count])
 
-    def make_room(self, busy: set[int], promised: int) -> None:
-        """Evict what nobody runs from, least recently used first, until `promised` more cells can be had."""
+    def make_room(self, busy: set[int], n_reserved: int) -> None:
+        """Evict idle sequences, least recently used first, until `n_reserved` cells are free."""
         idle = sorted((held for held in self.cells.sequences if held not in busy), key=self.last_used)
         for held in idle:
-            if self.cells.n_cells + promised <= self.limits.n_cells:
+            if self.cells.n_cells + n_reserved <= self.limits.n_cells:
                 return
             self.truncate(held, 0)
 
     def truncate(self, sequence: int, count: int, *, native_length: int | None = None) -> None:
-        """Let a sequence hold only its first `count` tokens; of `native_length` that the cache has of it."""
+        """Cut a sequence to its first `count` tokens. `native_length`: its length in llama.cpp's cache."""
         if (self.cells.length(sequence) if native_length is None else native_length) > count:
             self.operations.append(Forget(sequence, count))
         self.cells.truncate(sequence, count)
 
     def touch(self, sequence: int) -> None:
-        """It is used now."""
+        """Note that a sequence is used now."""
         self._clock += 1
         self._last_used[sequence] = self._clock
 
     # Between requests.
 
     def longest_idle(self, token_ids: list[int]) -> tuple[int, int]:
-        """The idle slot that holds the most of the beginning of `token_ids`, and how many tokens of it."""
+        """Return the slot with the longest prefix of `token_ids`, and the length of that prefix."""
         common = {
             slot: common_length(self.cells.tokens(slot), token_ids, 0, len(token_ids))
             for slot in range(self.limits.n_slots)
@@ -95,14 +93,14 @@ class CacheBook:
         return slot, common[slot]
 
     def spare_id(self) -> int | None:
-        """An id that holds nothing, beyond those that decode; None if all do."""
+        """Return the id of an empty sequence that is not a slot, or None."""
         return max(set(range(self.limits.n_slots, self.limits.n_ids)) - {*self.cells.sequences}, default=None)
 
     def make_place(self, count: int, slot: int | None = None, kept: int = 0) -> int | None:
-        """An idle slot that has free cells for `count` tokens, and holds nothing; or `slot`, which goes on
-        holding its first `kept` of them. None if there are not as many cells.
+        """Return an empty slot with free cells for `count` tokens, or `slot`, cut to its first `kept` tokens.
 
-        What was used least recently gives way. Nothing may be running.
+        Evicts the least recently used sequences. Returns None if there are not enough cells. No sequence may
+        be running.
         """
         if not self.limits.unified or count > self.limits.n_cells:
             return None
@@ -119,18 +117,18 @@ class CacheBook:
         return slot
 
     def put_in(self, slot: int, token_ids: list[int]) -> None:
-        """The slot holds these tokens, too, now, as reading them would have given."""
+        """Note that tokens were added to a slot, with the same cells as a prefill would give."""
         self.cells.extend(slot, token_ids)
         self.touch(slot)
 
     def forget_parked(self) -> None:
-        """Drop what is on ids that only hold."""
+        """Drop parked sequences."""
         for held in self.cells.sequences:
             if held >= self.limits.n_slots:
                 self.truncate(held, 0)
 
     def forget_all(self) -> None:
-        """The cache is another one, and empty."""
+        """Note that the cache is a new, empty one."""
         self.cells = RadixTree()
         self.operations.clear()
         self._last_used.clear()

@@ -1,19 +1,20 @@
-"""The nouns of scheduling: limits, sequences, and what a step consists of. Plain data, no decisions."""
+"""Data of the scheduler: limits, sequences, cache operations and steps."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
-GROWTH = 512  # cells that a sequence without max_tokens reserves at a time
+GROWTH = 512  # cells that a sequence without max_tokens reserves at once
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the cache and a step can hold.
+    """The capacity of the cache and of a step.
 
-    `n_cells` in all if `unified`, else of each slot; `n_context` tokens of one sequence; `n_step_tokens` of
-    one step. Sequence ids below `n_slots` decode; ids from there to `n_ids` only hold cells (unified only).
+    The cache has `n_cells` in all if `unified`, otherwise for each slot. A sequence has at most `n_context`
+    tokens, a step `n_step_tokens`. Sequence ids below `n_slots` can be decoded; ids from there up to `n_ids`
+    only hold parked cells (unified only).
     """
 
     n_slots: int
@@ -27,16 +28,16 @@ class Limits:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One reply in the making. `tokens` are the prompt's and those generated; the cache holds the first
-    `n_cached` of them while it runs.
+    """A reply that is being generated. `tokens` are those of the prompt and the generated ones. While it
+    runs, the first `n_cached` of them are in the cache.
 
-    `n_most` tokens are reserved; None: the reply may take all of the context, which is reserved as it grows.
-    `n_reusable`: no more than so many of the prompt's tokens may come from the cache. `score_from`: tokens
-    from there on get logits. `can_shift`: when the context is full, tokens behind the first `n_keep` make
-    room instead of ending it.
-
-    `n_unmoved` tokens lie where they were computed; None: all. `dropped`: how many tokens the latest shift
-    took out, and from where, until somebody has told of it.
+    - `n_most`: the largest length, which is reserved at the start. None: up to the whole context, reserved as
+      the sequence grows.
+    - `n_reusable`: at most that many tokens of the prompt may be taken from the cache.
+    - `score_from`: tokens of the prompt from this index on get logits.
+    - `can_shift`: when the context is full, drop tokens behind the first `n_keep` instead of ending.
+    - `n_unmoved`: number of first tokens that no shift has moved. None: all.
+    - `dropped`: number and index of the tokens that the latest shift dropped, until it is reported.
     """
 
     tokens: list[int]
@@ -58,17 +59,17 @@ class Sequence:
 
     @property
     def shifted(self) -> bool:
-        """Whether tokens have made room for others."""
+        """Whether tokens have been dropped by a shift."""
         return self.n_unmoved is not None
 
     @property
     def prefilling(self) -> bool:
-        """Whether more than the newest token is not in the cache yet."""
+        """Whether more than the latest token is missing in the cache."""
         return self.n_cached < len(self.tokens) - 1
 
 
 class Copy(NamedTuple):
-    """Make the empty sequence `target` hold the first `n_tokens` tokens of `source`."""
+    """Copy the first `n_tokens` tokens of `source` to the empty sequence `target`."""
 
     source: int
     target: int
@@ -76,14 +77,14 @@ class Copy(NamedTuple):
 
 
 class Forget(NamedTuple):
-    """Drop what a sequence holds from position `start` on."""
+    """Remove the tokens of a sequence from position `start` on."""
 
     sequence: int
     start: int
 
 
 class Shift(NamedTuple):
-    """Drop `n_tokens` tokens from position `start` on, and move what follows back by as many."""
+    """Remove `n_tokens` tokens at position `start` and move the following ones back."""
 
     sequence: int
     start: int
@@ -94,7 +95,7 @@ Operation: TypeAlias = Copy | Forget | Shift
 
 
 class StepRow(NamedTuple):
-    """Tokens `start` to `start + n_tokens` of a sequence; the last `n_outputs` of them get logits."""
+    """`n_tokens` tokens of a sequence from index `start` on. The last `n_outputs` of them get logits."""
 
     sequence: Sequence
     start: int
@@ -103,7 +104,7 @@ class StepRow(NamedTuple):
 
 
 class Padding(NamedTuple):
-    """A token of no sequence, which keeps the batch's width the same. Its cell is freed after the step."""
+    """A token that only keeps the width of the batch constant. Its cell is freed after the step."""
 
     slot: int
     position: int
@@ -111,8 +112,9 @@ class Padding(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What to do, in order: `operations` on the cache, then decode `rows` and `padding` together in order of
-    their slots. `full`: sequences that have no room to go on, and are in none of the rows.
+    """One step: first apply `operations` to the cache, then decode `rows` and `padding` as one batch.
+
+    `full` are sequences that cannot continue; they are not in `rows`.
     """
 
     operations: tuple[Operation, ...] = ()

@@ -1,6 +1,6 @@
 """A radix tree of the KV cache: which sequence owns which cells, and which sequences share a prefix.
 
-Plain data: it mirrors what the operations of `scheduler` do to llama.cpp's cache.
+It mirrors llama.cpp's cache and calls no native code.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 
 
 class Run:
-    """Successive cells with their tokens, owned by the same sequences. `exact`: computed after exactly
-    the tokens before it in the tree; a shifted cell was not.
+    """A node: consecutive cells with the same owners. `exact`: they were computed after exactly the tokens
+    before them in the tree, which is not true for shifted cells.
     """
 
     __slots__ = ("children", "exact", "n_hits", "owners", "parent", "tokens")
@@ -22,15 +22,16 @@ class Run:
         self.tokens = tokens
         self.owners = owners
         self.exact = exact
-        self.n_hits = 0  # how often another request began here
+        self.n_hits = 0  # how many other requests share this prefix
         self.children: list[Run] = []
 
 
 class RadixTree:
-    """The sequences of a cache. A sequence is a path from the root; sharing adds an owner to the runs on it.
+    """The sequences of a cache. A sequence is a path from the root. Sharing a prefix adds an owner to its
+    runs.
 
-    Unlike in other radix trees, two children may begin with the same token: a text that was computed twice
-    has cells of its own each time. Counts are in cells; a cell holds one token.
+    Unlike in other radix trees, two children may begin with the same token, since the same text may have been
+    computed twice in different cells. A cell holds one token.
     """
 
     def __init__(self) -> None:
@@ -41,15 +42,15 @@ class RadixTree:
 
     @property
     def sequences(self) -> tuple[int, ...]:
-        """The ids of all sequences that hold something."""
+        """The ids of all sequences that are not empty."""
         return tuple(self._tails)
 
     def length(self, sequence: int) -> int:
-        """How many tokens a sequence holds."""
+        """Return the number of tokens of a sequence."""
         return self._lengths.get(sequence, 0)
 
     def tokens(self, sequence: int) -> list[int]:
-        """The tokens that a sequence holds."""
+        """Return the tokens of a sequence."""
         return [token_id for run in self._path(sequence) for token_id in run.tokens]
 
     def extend(self, sequence: int, token_ids: Sequence[int], *, exact: bool = True) -> None:
@@ -67,7 +68,7 @@ class RadixTree:
         self.n_cells += len(token_ids)
 
     def share(self, source: int, target: int, count: int) -> None:
-        """Make `target`, which holds nothing, an owner of the first `count` cells of `source`."""
+        """Make the empty sequence `target` an owner of the first `count` cells of `source`."""
         assert target not in self._tails
         if not count:
             return
@@ -83,7 +84,7 @@ class RadixTree:
         self._lengths[target] = count
 
     def truncate(self, sequence: int, count: int) -> None:
-        """Let a sequence hold only its first `count` tokens; cells that nobody owns any more are free."""
+        """Cut a sequence to its first `count` tokens. Cells without an owner are free."""
         excess = self.length(sequence) - count
         while excess > 0:
             run = self._tails[sequence]
@@ -104,7 +105,7 @@ class RadixTree:
             self._lengths.pop(sequence, None)
 
     def longest(self, token_ids: list[int], most: int) -> tuple[int, frozenset[int]]:
-        """How many of the first `most` tokens some sequence begins with, and which sequences do."""
+        """Return the length of the longest cached prefix of the first `most` tokens, and its owners."""
         best, owners = 0, frozenset[int]()
         pending = [(self._root, 0)]
         while pending:
@@ -122,7 +123,7 @@ class RadixTree:
         return best, owners
 
     def hit(self, sequence: int, count: int) -> None:
-        """Count another request that begins with the first `count` tokens of a sequence."""
+        """Count a request that shares the first `count` tokens of a sequence."""
         for run in self._path(sequence):
             if count <= 0:
                 break
@@ -130,7 +131,7 @@ class RadixTree:
             count -= len(run.tokens)
 
     def n_wanted(self, sequence: int) -> int:
-        """How many of a sequence's first tokens other requests have begun with."""
+        """Return how many first tokens of a sequence other requests have shared."""
         depth = wanted = 0
         for run in self._path(sequence):
             depth += len(run.tokens)
@@ -139,7 +140,7 @@ class RadixTree:
         return wanted
 
     def n_shared(self, sequence: int) -> int:
-        """How many of a sequence's first cells have other owners too."""
+        """Return how many first cells of a sequence have other owners, too."""
         depth = shared = 0
         for run in self._path(sequence):
             depth += len(run.tokens)
@@ -148,7 +149,7 @@ class RadixTree:
         return shared
 
     def n_kept(self, owners: set[int], source: int | None, count: int) -> int:
-        """Cells in use if only `owners` and the first `count` cells of `source` stayed."""
+        """Return the cells in use if only `owners` and the first `count` cells of `source` were kept."""
         path: dict[int, int] = {}
         for run in self._path(source) if source is not None else ():
             path[id(run)] = max(0, min(count, len(run.tokens)))
@@ -159,7 +160,7 @@ class RadixTree:
         )
 
     def check(self) -> None:
-        """AssertionError unless everything agrees: owners, lengths and the count of cells."""
+        """Raise AssertionError unless owners, lengths and the number of cells are consistent."""
         found: dict[int, int] = {}
         for run in self._runs():
             assert run.tokens, "an empty run"
@@ -196,7 +197,7 @@ class RadixTree:
         return run
 
     def _split(self, run: Run, count: int) -> Run:
-        """Cut a run behind its first `count` cells; returns the new second half."""
+        """Split a run behind its first `count` cells and return the second half."""
         rest = Run(run, run.tokens[count:], set(run.owners), exact=run.exact)
         rest.n_hits = run.n_hits
         rest.children = run.children
@@ -211,10 +212,10 @@ class RadixTree:
 
 
 def common_length(run: list[int], token_ids: list[int], start: int, most: int) -> int:
-    """How many first tokens of `run` equal those of `token_ids[start:most]`."""
+    """Return the length of the common prefix of `run` and `token_ids[start:most]`."""
     end = min(len(run), most - start)
     low, step = 0, 32
-    # Slices compare at C's speed: gallop over equal ones, then halve.
+    # Comparing slices is fast: double the step while they are equal, then bisect.
     while low < end and run[low : low + step] == token_ids[start + low : start + low + step]:
         low, step = low + step, step * 2
     high = min(end, low + step)

@@ -1,10 +1,10 @@
-"""Decides what each step computes: who runs, what is read and shared. Knows only numbers.
+"""Plans each step: which sequences run, which tokens are decoded, which cells are shared. No native code.
 
-Rules. First come, first served: what does not fit makes those behind it wait. A sequence is admitted when its
-prompt and its max_tokens fit beside the promises already made, so it never runs out of cells later; only
-sequences without max_tokens grow, and only they can be preempted, the newest first. A prompt whose beginning
-another one is just reading waits for it, and then shares those cells. What a finished sequence leaves stays
-until the room is needed, least recently used first out.
+- Sequences start in the order of their arrival. One that does not fit makes those behind it wait.
+- A sequence starts when its prompt and its max_tokens fit beside the cells reserved for others, so it never
+  runs out of cells. Only sequences without max_tokens grow, and only they can be preempted, newest first.
+- A prompt waits while another one with the same prefix is in prefill, and then shares its cells.
+- The cells of a finished sequence are kept until they are needed. The least recently used are evicted first.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ from dsmoe_local.engine.schedule.plan import (
     StepRow,
 )
 from dsmoe_local.engine.schedule.radix_tree import RadixTree, common_length
-from dsmoe_local.engine.schedule.rows import decode_rows, prefill_rows
 
-_WORTH_WAITING = 16  # a shorter common beginning is read again rather than waited for
-_WORTH_COPYING = 32  # with a cache for each sequence, a copy moves a sequence's whole cache
+_WORTH_WAITING = 16  # tokens; a shorter common prefix is computed again
+_WORTH_COPYING = 32  # tokens; with per-sequence caches, a copy copies the whole cache of a sequence
 
 
 class Scheduler:
-    """The sequences that wait and run, and a mirror of the cache. Call `plan`, do it, then `commit`."""
+    """Waiting and running sequences, and a mirror of the cache. For each step call `plan`, then `commit`."""
 
     def __init__(self, limits: Limits) -> None:
         assert limits.n_slots >= 1
@@ -39,29 +38,29 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.book = CacheBook(limits)
-        self._reads = False  # with a cache for each sequence: whether the last step read prompts
+        self._reads = False  # with per-sequence caches: whether the last step was a prefill
 
     @property
     def cells(self) -> RadixTree:
-        """What the cache holds."""
+        """The contents of the cache."""
         return self.book.cells
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing to compute."""
+        """Whether no sequence is waiting or running."""
         return not self.waiting and not self.running
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence, whose prompt must be shorter than the context."""
+        """Queue a sequence. Its prompt must be shorter than the context."""
         assert 0 < sequence.n_prompt < self.limits.n_context
         self.waiting.append(sequence)
 
     def append(self, sequence: Sequence, token_id: int) -> None:
-        """The next token of a running sequence, to be decoded."""
+        """Append a token to a running sequence, to be decoded in the next step."""
         sequence.tokens.append(token_id)
 
     def finish(self, sequence: Sequence) -> None:
-        """Take a sequence out, in whatever state; what the cache holds of it may be reused."""
+        """Remove a waiting or running sequence. Its cells may be reused by others."""
         if sequence.slot < 0:
             if sequence in self.waiting:
                 self.waiting.remove(sequence)
@@ -71,7 +70,7 @@ class Scheduler:
         if sequence.n_unmoved is not None:
             keep = min(keep, sequence.n_unmoved)
         if self.limits.deterministic:
-            # Only whole prefill chunks are what another prompt would compute, bit by bit.
+            # Only whole prefill chunks are bit for bit what another prompt would compute.
             chunk = self.limits.n_step_tokens
             keep = min(keep, sequence.n_prompt) // chunk * chunk
         self.book.truncate(sequence.slot, keep)
@@ -79,7 +78,7 @@ class Scheduler:
         sequence.slot = -1
 
     def plan(self) -> Step:
-        """The next step. Every row's sequence is running; the caller must finish the sequences in `full`."""
+        """Return the next step. The caller must `finish` the sequences in `Step.full`."""
         full = self._grow()
         if self.waiting and len(self.running) < self.limits.n_slots:
             self._admit()
@@ -88,42 +87,43 @@ class Scheduler:
         return Step(self.book.take_operations(), rows, padding, tuple(full))
 
     def commit(self, step: Step) -> None:
-        """Every row of `step` is in the cache."""
+        """Note that all rows of `step` are in the cache."""
         for sequence, start, count, _ in step.rows:
             self._hold(sequence, start, start + count)
             sequence.n_cached = start + count
 
     def resync(self, sequence: Sequence, n_held: int) -> None:
-        """The step was broken off: the cache holds `n_held` tokens of a running sequence."""
+        """Note that a step was aborted and the cache holds `n_held` tokens of a running sequence."""
         before = sequence.n_cached
         self._hold(sequence, before, n_held)
-        # Logits are lost with the step: the last token is computed again, of a scored prompt all of them.
+        # The step's logits are lost, so the last token is computed again; all of them if they are scored.
         sequence.n_cached = min(n_held, len(sequence.tokens) - 1 if sequence.score_from is None else before)
         self.book.truncate(sequence.slot, sequence.n_cached, native_length=n_held)
 
     def _hold(self, sequence: Sequence, start: int, end: int) -> None:
-        """Note that the cache holds a sequence's tokens from `start` to `end` now."""
-        # Another prompt may only begin with cells that reading it would give: bit by bit, if deterministic.
+        """Note that the cache holds the tokens from `start` to `end` of a sequence."""
+        # Decoded cells differ in the last bits from those of a prefill, so they must not be shared if
+        # deterministic.
         decoded = self.limits.deterministic and start >= sequence.n_prompt
         self.cells.extend(
             sequence.slot, sequence.tokens[start:end], exact=not sequence.shifted and not decoded
         )
 
     def lose(self, sequence: Sequence) -> None:
-        """The cache may hold anything of a running sequence: none of it is trusted."""
+        """Drop all cells of a running sequence after a failed step."""
         self.cells.truncate(sequence.slot, 0)
         self.book.operations.append(Forget(sequence.slot, 0))
         sequence.n_cached = 0
 
     def forget_idle(self) -> None:
-        """Drop what idle and parked sequences hold."""
+        """Drop the cells of idle and parked sequences."""
         busy = {sequence.slot for sequence in self.running}
         for held in self.cells.sequences:
             if held not in busy:
                 self.book.truncate(held, 0)
 
     def check(self) -> None:
-        """AssertionError unless the books agree with themselves; for tests and idle time."""
+        """Raise AssertionError if the state is inconsistent. For tests."""
         self.cells.check()
         slots = [sequence.slot for sequence in self.running]
         assert len(set(slots)) == len(slots), "two sequences in one slot"
@@ -138,7 +138,7 @@ class Scheduler:
             assert len(held) <= sequence.n_reserved <= self.limits.n_context, "more held than reserved"
         if self.limits.unified:
             assert self.cells.n_cells <= self.limits.n_cells, "more cells than there are"
-            assert self._n_promised() + self._n_needed() <= self.limits.n_cells, "more promised than there is"
+            assert self._n_reserved() + self._n_needed() <= self.limits.n_cells, "more promised than there is"
         else:
             assert all(self.cells.length(held) <= self.limits.n_cells for held in self.cells.sequences)
 
@@ -149,16 +149,16 @@ class Scheduler:
     def _busy(self) -> set[int]:
         return {sequence.slot for sequence in self.running}
 
-    def _n_promised(self) -> int:
-        """Cells that running sequences may still take."""
+    def _n_reserved(self) -> int:
+        """Reserved cells that running sequences have not used yet."""
         return sum(sequence.n_reserved - self.cells.length(sequence.slot) for sequence in self.running)
 
     def _n_needed(self) -> int:
-        """Cells that running sequences hold, shared ones once."""
+        """Cells of running sequences; shared ones count once."""
         return self.cells.n_kept(self._busy(), None, 0)
 
     def _grow(self) -> list[Sequence]:
-        """Reserve room for the next token of those that outgrow theirs; returns those that cannot go on."""
+        """Reserve cells for sequences that exceed theirs. Returns the sequences that cannot continue."""
         full: list[Sequence] = []
         for sequence in list(self.running):
             if sequence.slot < 0 or len(sequence.tokens) <= sequence.n_reserved:
@@ -169,7 +169,7 @@ class Scheduler:
                 continue
             wanted = min(sequence.n_reserved + GROWTH, self.limits.n_context)
             while not self._reserve(sequence, wanted):
-                # Those that promised their length keep it; of the others the newest gives way.
+                # Only sequences without max_tokens are preempted, the newest first.
                 victim = next((other for other in reversed(self.running) if other.n_most is None), sequence)
                 if len(self.running) == 1 or (victim is sequence and sequence.n_most is not None):
                     full.append(sequence)
@@ -180,29 +180,31 @@ class Scheduler:
         return full
 
     def _reserve(self, sequence: Sequence, wanted: int) -> bool:
-        """Promise a running sequence `wanted` cells in all, if they can be had."""
+        """Reserve `wanted` cells in all for a running sequence. Returns False if there are not enough."""
         if not self.limits.unified:
             sequence.n_reserved = wanted
             return True
         more = wanted - sequence.n_reserved
-        if self._n_needed() + self._n_promised() + more > self.limits.n_cells:
+        if self._n_needed() + self._n_reserved() + more > self.limits.n_cells:
             return False
         sequence.n_reserved = wanted
-        self.book.make_room(self._busy(), self._n_promised())
+        self.book.make_room(self._busy(), self._n_reserved())
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Send a growing sequence back to the head of the queue; it reads its own text again later."""
+        """Move a running sequence back to the head of the queue. Its tokens are computed again later."""
         self.running.remove(sequence)
         self.book.truncate(sequence.slot, 0)
         sequence.slot, sequence.n_cached, sequence.n_reserved = -1, 0, 0
         self.waiting.appendleft(sequence)
 
     def _shift(self, sequence: Sequence) -> bool:
-        """Make room in a full sequence by dropping half of what lies behind what it keeps and shares."""
+        """Drop half of the tokens behind those that a full sequence keeps or shares. Returns False if it
+        cannot be shifted.
+        """
         if not sequence.can_shift:
             return False
-        # Copies that nobody runs from are no reason to give up.
+        # Shared cells cannot be shifted, so idle sequences must not share any.
         self.forget_idle()
         start = max(1, sequence.n_keep, self.cells.n_shared(sequence.slot))
         count = (sequence.n_cached - start) // 2
@@ -219,7 +221,7 @@ class Scheduler:
         return True
 
     def _admit(self) -> None:
-        """Start waiting sequences, in their order, while slots and cells last."""
+        """Start waiting sequences in their order, as long as there are slots and cells."""
         deferred: list[Sequence] = []
         while self.waiting and len(self.running) < self.limits.n_slots:
             sequence = self.waiting[0]
@@ -229,7 +231,7 @@ class Scheduler:
             count, owners = self.cells.longest(sequence.tokens, most)
             if self.limits.deterministic:
                 count -= count % self.limits.n_step_tokens
-            if self._is_being_read(sequence, count, most):
+            if self._waits_for_prefix(sequence, count, most):
                 deferred.append(self.waiting.popleft())
                 continue
             if not self._start(sequence, count, owners):
@@ -237,8 +239,8 @@ class Scheduler:
             self.waiting.popleft()
         self.waiting.extendleft(reversed(deferred))
 
-    def _is_being_read(self, sequence: Sequence, count: int, most: int) -> bool:
-        """Whether a running prompt is about to cache more of this one's beginning."""
+    def _waits_for_prefix(self, sequence: Sequence, count: int, most: int) -> bool:
+        """Return whether a running prefill will cache a longer prefix of this prompt."""
         if not self.limits.unified and most < _WORTH_COPYING:
             return False
         for other in self.running:
@@ -248,21 +250,22 @@ class Scheduler:
             common = common_length(other.tokens, sequence.tokens, 0, end)
             if self.limits.deterministic:
                 common -= common % self.limits.n_step_tokens
-            # Waiting costs nothing: prompts are read in their order, so this one would not be read sooner.
+            # Waiting costs nothing, since prompts are processed in their order anyway.
             if common >= _WORTH_WAITING and common > max(count, other.n_cached):
                 return True
         return False
 
     def _start(self, sequence: Sequence, count: int, owners: frozenset[int]) -> bool:
-        """Give a sequence a slot and its cells; False if there are not enough."""
+        """Assign a slot and cells to a sequence and run it. Returns False if there are not enough cells."""
         reserved = self._wanted(sequence)
         busy = self._busy()
         slot, source, count = self._choose_slot(busy, count, owners)
         if self.limits.unified:
             kept = self.cells.n_kept(busy, source, count)
-            if kept + self._n_promised() + reserved - count > self.limits.n_cells:
+            if kept + self._n_reserved() + reserved - count > self.limits.n_cells:
                 return False
-        # One that goes on where another ended is its next turn, and no second use of its beginning.
+        # If the request continues the whole cached sequence it is the next turn of a conversation. Only a
+        # request that diverges shows that the prefix is shared.
         diverges = any(self.cells.length(owner) > count for owner in owners)
         self.book.take_slot(slot, source, count)
         sequence.slot = slot
@@ -275,11 +278,11 @@ class Scheduler:
             self.cells.hit(slot, count)
         self.book.touch(slot)
         if self.limits.unified:
-            self.book.make_room(self._busy(), self._n_promised())
+            self.book.make_room(self._busy(), self._n_reserved())
         return True
 
     def _wanted(self, sequence: Sequence) -> int:
-        """The cells that a sequence is promised at its start."""
+        """Return the number of cells to reserve when a sequence starts."""
         if not self.limits.unified:
             return self.limits.n_context
         if sequence.n_most is None:
@@ -287,7 +290,7 @@ class Scheduler:
         return min(sequence.n_most, self.limits.n_context)
 
     def _choose_slot(self, busy: set[int], count: int, owners: frozenset[int]) -> tuple[int, int | None, int]:
-        """A free slot, which of `owners` it gets its first tokens from (perhaps itself), and how many."""
+        """Return a free slot, the owner to copy its first tokens from (perhaps itself), and their number."""
         free = [slot for slot in range(self.limits.n_slots) if slot not in busy]
         idle_owners = owners.intersection(free)
         if not self.limits.unified and count < _WORTH_COPYING and not idle_owners:
@@ -299,7 +302,7 @@ class Scheduler:
         source = min(owners) if count else None
         if empty and (self.limits.unified or not count or not idle_owners):
             return empty[0], source, count
-        # Going on where one left off needs no copy; otherwise the least recently used gives way.
+        # An owner needs no copy. Otherwise the least recently used slot is taken.
         slot = min(free, key=lambda slot: (slot not in owners, self.book.last_used(slot)))
         return slot, slot if count and slot in owners else source, count
 
@@ -307,15 +310,16 @@ class Scheduler:
         decoding = [sequence for sequence in able if not sequence.prefilling]
         reading = [sequence for sequence in able if sequence.prefilling]
         if self.limits.unified:
-            return decode_rows(decoding) + prefill_rows(reading, self.limits.n_step_tokens - len(decoding))
-        # Rows of different lengths would be computed as several batches: prompts and replies take turns.
+            return _decode_rows(decoding) + _prefill_rows(reading, self.limits.n_step_tokens - len(decoding))
+        # llama.cpp would split rows of different lengths into several batches, so prefill and decoding
+        # alternate.
         self._reads = bool(reading) and not (decoding and self._reads)
         if not self._reads:
-            return decode_rows(sorted(decoding, key=lambda sequence: sequence.slot))
-        return prefill_rows(reading[:1] if self.limits.deterministic else reading, self.limits.n_step_tokens)
+            return _decode_rows(sorted(decoding, key=lambda sequence: sequence.slot))
+        return _prefill_rows(reading[:1] if self.limits.deterministic else reading, self.limits.n_step_tokens)
 
     def _padding(self, rows: tuple[StepRow, ...]) -> tuple[Padding, ...]:
-        """Padding for the idle slots of a step that decodes."""
+        """Return padding for the idle slots in a step that decodes."""
         if not rows or any(row.sequence.prefilling for row in rows):
             return ()
         taken = {row.sequence.slot for row in rows}
@@ -327,3 +331,25 @@ class Scheduler:
                 self.book.truncate(slot, 0)
             padding.append(Padding(slot, self.cells.length(slot)))
         return tuple(padding)
+
+
+def _decode_rows(decoding: list[Sequence]) -> tuple[StepRow, ...]:
+    """Return a row with the latest token of each sequence."""
+    return tuple(StepRow(sequence, sequence.n_cached, 1, 1) for sequence in decoding)
+
+
+def _prefill_rows(reading: list[Sequence], n_tokens: int) -> tuple[StepRow, ...]:
+    """Return rows with up to `n_tokens` tokens of prompts, one prompt after another; at least one token."""
+    rows = []
+    left = max(1, n_tokens)
+    for sequence in reading:
+        if left <= 0:
+            break
+        start, end = sequence.n_cached, len(sequence.tokens)
+        count = min(left, end - start)
+        n_outputs = int(start + count == end)
+        if sequence.score_from is not None:
+            n_outputs = max(n_outputs, start + count - max(start, sequence.score_from))
+        rows.append(StepRow(sequence, start, count, n_outputs))
+        left -= count
+    return tuple(rows)

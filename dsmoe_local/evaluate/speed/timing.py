@@ -17,12 +17,12 @@ from datetime import UTC, datetime
 from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Started, ignore
 from dsmoe_local.engine.errors import EngineError
+from dsmoe_local.engine.interface import TextEngine
 from dsmoe_local.engine.types import (
     FinishReason,
     ModelOptions,
     Request,
     SamplingParameters,
-    TextEngine,
     TokenEvent,
     Usage,
 )

@@ -1,15 +1,16 @@
-"""From delivered events to an iterator: what every engine's `submit` is made of. Generates nothing itself."""
+"""An iterator over the events of a request: the `submit` of every engine."""
 
 from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Iterator
 
-from dsmoe_local.engine.types import Deliver, Request, Ticket, TokenEvent
+from dsmoe_local.engine.interface import Deliver, Ticket
+from dsmoe_local.engine.types import Request, TokenEvent
 
 
 class EventStream(Iterator[TokenEvent]):
-    """The events of one started request, in order. Closing or forgetting it early cancels the request."""
+    """Starts a request and iterates over its events. Closing or deleting it early cancels the request."""
 
     def __init__(self, start: Callable[[Request, Deliver], Ticket], request: Request) -> None:
         self._events: queue.SimpleQueue[TokenEvent | BaseException | None] = queue.SimpleQueue()
@@ -33,15 +34,10 @@ class EventStream(Iterator[TokenEvent]):
         raise event
 
     def close(self) -> None:
-        """Cancel what is not over, and end the iteration."""
+        """Cancel the request if it is running, and end the iteration."""
         self._over = True
         if self._ticket is not None:
             self._ticket.cancel()
 
     def __del__(self) -> None:
         self.close()
-
-
-def stream(start: Callable[[Request, Deliver], Ticket], request: Request) -> EventStream:
-    """Start `request` and iterate over what is delivered."""
-    return EventStream(start, request)

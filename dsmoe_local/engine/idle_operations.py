@@ -1,6 +1,6 @@
-"""What is done to a loaded between requests: its KV cache to files and back, its observers exchanged.
+"""Operations on a loaded model while no request runs: saving and loading its KV cache, replacing observers.
 
-Owned by the engine's thread. Whether anything runs is `core`'s to know.
+Called by `core` in the engine's thread.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dsmoe_local.base.paths import cache_folder
 from dsmoe_local.engine import native
-from dsmoe_local.engine.cache_file import open_cache, room_in, write_cache
+from dsmoe_local.engine.cache_file import mapped_file, open_cache, write_cache
 from dsmoe_local.engine.load.loaded_model import LoadedModel
 from dsmoe_local.engine.observe.registry import n_outputs
 from dsmoe_local.engine.schedule.cache_book import CacheBook
@@ -22,7 +22,7 @@ from dsmoe_local.engine.types import ObserverOptions
 
 
 def save_cache(loaded: LoadedModel, book: CacheBook, path: Path, token_ids: list[int], start: int) -> int:
-    """See TextEngine; the file is not synced."""
+    """See TextEngine. The file is not synced."""
     slot, end = book.longest_idle(token_ids)
     spare = book.spare_id()
     if end <= start or spare is None or not loaded.limits.unified:
@@ -44,7 +44,7 @@ def save_cache(loaded: LoadedModel, book: CacheBook, path: Path, token_ids: list
 def load_cache(
     loaded: LoadedModel, book: CacheBook, settle: Callable[[], None], path: Path, token_ids: list[int]
 ) -> int:
-    """See TextEngine. `settle` does to the cache what the book has noted."""
+    """See TextEngine. `settle` applies the book's pending operations to the cache."""
     with open_cache(path, loaded.info.cache_identity) as stored:
         if stored is None:
             return 0
@@ -73,8 +73,9 @@ def load_cache(
 
 @contextmanager
 def _set_aside(context: native.Context, slot: int, spare: int, count: int) -> Iterator[None]:
-    """Let the block use a slot: the `count` tokens that it holds come back, before what the block leaves
-    there. Only owners of cells change, no data is moved.
+    """Let the block use a slot. Its `count` tokens are set aside on a spare id and added back afterwards.
+
+    Only the owners of cells change; no data is copied.
     """
     context.copy(slot, spare, count)
     try:
@@ -87,7 +88,7 @@ def _set_aside(context: native.Context, slot: int, spare: int, count: int) -> It
 def exchange_observers(
     loaded: LoadedModel, book: CacheBook, settle: Callable[[], None], options: Sequence[ObserverOptions]
 ) -> None:
-    """See TextEngine. If not even the old context can be made again, a closed one is left."""
+    """See TextEngine. If no context can be created again, `loaded.context` is a closed one afterwards."""
     old = loaded.observers
     successor = old.successor(options)
     before = loaded.context.options
@@ -98,8 +99,8 @@ def exchange_observers(
     )
     book.forget_parked()
     settle()
-    # A new context beside the old one would be a second KV cache.
-    with _carried(loaded.context) as state:
+    # The old context is closed first, since two would need the memory of two KV caches.
+    with _saved(loaded.context) as state:
         loaded.context.close()
         try:
             loaded.context = native.Context(loaded.model, after)
@@ -115,16 +116,17 @@ def exchange_observers(
 
 
 @contextmanager
-def _carried(context: native.Context) -> Iterator[memoryview | None]:
-    """What the cache holds, in a file without a name: the system may page it out. None if there is no room,
-    or where it is in parts that cannot be taken one by one.
+def _saved(context: native.Context) -> Iterator[memoryview | None]:
+    """Save the cache's contents to an unnamed file, which the system can page out, and yield it as memory.
+
+    Yields None if the disk is full or the cache is not unified.
     """
     with ExitStack() as opened:
-        room = None
+        mapped = None
         if context.options.unified:
             with suppress(OSError):
                 folder = cache_folder()
                 folder.mkdir(parents=True, exist_ok=True)
                 file = opened.enter_context(tempfile.TemporaryFile(dir=folder))
-                room = opened.enter_context(room_in(file, context.state_size()))
-        yield room if room is not None and context.write_state(room) else None
+                mapped = opened.enter_context(mapped_file(file, context.state_size()))
+        yield mapped if mapped is not None and context.write_state(mapped) else None

@@ -1,4 +1,4 @@
-"""From token bytes to printable text: whole characters, nothing of a stop string. Knows no tokens."""
+"""Turns the bytes of tokens into text: whole characters, and nothing of a stop string."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Sequence
 class TextStream:
     """Turns the bytes of successive tokens into text pieces.
 
-    Invariant: the pieces joined are the decoded bytes (malformed ones as U+FFFD) up to the first stop string;
-    no piece ends in half a character, nor in the beginning of what may still become a stop string.
+    Invariant: the concatenated pieces are the decoded bytes (malformed ones as U+FFFD) up to the first stop
+    string. No piece ends in an incomplete character or in the possible start of a stop string.
     """
 
     def __init__(self, stop: Sequence[str] = ()) -> None:
@@ -25,15 +25,15 @@ class TextStream:
         return bool(self._held)
 
     def begin_after(self, before: bytes) -> None:
-        """Take up half a character that `before`, what the text continues, may end in."""
+        """Continue a text that ends in the bytes `before`, perhaps in an incomplete character."""
         self._decoder.decode(before)
 
     def feed(self, piece: bytes) -> str:
-        """The text that becomes certain with `piece`; none once `stopped`."""
+        """Return the text that is complete with `piece`; "" once `stopped`."""
         return self._release(self._decoder.decode(piece), final=False)
 
     def finish(self, *, cut: bool) -> str:
-        """What was held back. Half a character at the end is malformed, or left out if the text was `cut`."""
+        """Return the text held back. An incomplete character becomes U+FFFD, or is dropped if `cut`."""
         return self._release("" if cut else self._decoder.decode(b"", True), final=True)
 
     def _release(self, new: str, *, final: bool) -> str:
@@ -50,7 +50,7 @@ class TextStream:
         return text[: len(text) - hold]
 
     def _possible_start(self, text: str) -> int:
-        """Length of the longest end of `text` that some stop string begins with."""
+        """Return the length of the longest suffix of `text` that is a prefix of a stop string."""
         longest = max((len(stop) for stop in self._stop), default=1) - 1
         for length in range(min(longest, len(text)), 0, -1):
             end = text[-length:]
