@@ -220,7 +220,7 @@ print(n, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before) / 
 
 def test_memory_of_a_line(tmp_path: Path) -> None:
     """Guards: an index that keeps texts, or objects, so that a million lines do not fit."""
-    n_lines = 60_000
+    n_lines = 20_000
     path = tmp_path / "in.jsonl"
     with path.open("w") as file:
         for number in range(n_lines):

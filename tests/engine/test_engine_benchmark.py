@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.models import smollm2, tiny_model
+from support.models import tiny_model
 
 from benchmarks.support.ours import Reply, steady_rate
 from benchmarks.support.runner import Bar, compare, in_turn
@@ -143,18 +143,13 @@ def test_a_server_that_answers_less_is_not_measured(build: Path) -> None:
         server.throughput([[13]], 5, 1)
 
 
-@pytest.mark.parametrize(
-    ("model", "measures", "n_rows"),
-    # Together, requests must overlap: a tiny model would be done with the first before the last is there.
-    [(tiny_model, "stream,prompt,turn,memory", 6), (smollm2, "together", 4)],
-)
-def test_every_row_without_llama_cpp_runs(model: Callable[[], Path], measures: str, n_rows: int) -> None:
+def test_rows_without_llama_cpp_run() -> None:
     """Guards: a change of the engine that breaks the benchmark, found out only when figures are wanted."""
-    command = [sys.executable, "benchmarks/engine.py", "--quick", "--threads", "1", "--only", measures]
+    command = [sys.executable, "benchmarks/engine.py", "--quick", "--threads", "1", "--only", "stream,turn"]
     done = subprocess.run(
-        [*command, "--model", str(model())], cwd=ROOT, capture_output=True, text=True, check=False
+        [*command, "--model", str(tiny_model())], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
-    assert len(rows) == n_rows
+    assert len(rows) == 3
     assert all(row["ours"] > 0 and row["theirs"] > 0 for row in rows)

@@ -108,7 +108,7 @@ TALKS = st.one_of(
 
 
 @pytest.mark.parametrize("name", ALL)
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(talk=TALKS, continued=st.booleans())
 def test_ids_are_those_of_the_slow_way(name: str, talk: list[Message], continued: bool) -> None:
     """Guards: a rendering that goes on where another one ended, and differs from one that began anew."""

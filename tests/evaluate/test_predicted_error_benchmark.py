@@ -54,16 +54,6 @@ def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert found["rank_correlation"] is None
 
 
-def test_a_file_that_is_not_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Guards: built-in costs in place of those that a mistyped name was to give."""
-    with pytest.raises(SystemExit) as caught:
-        run(monkeypatch, tiny_model(), "--sensitivity", tmp_path / "none.json")
-    assert caught.value.code == 2
-    assert "no such sensitivity file" in capsys.readouterr().err
-
-
 def test_nothing_divides_by_nothing() -> None:
     """Guards: no result of an hour's run, since a type loses nothing."""
     nothing = [Row("BF16", 16, 0.0, 0.0, 0.0), Row("Q8_0", 8.5, 0.001, 0.0, 0.0)]

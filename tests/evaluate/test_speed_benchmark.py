@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 
@@ -19,8 +15,6 @@ from dsmoe_local.model.cost import parameters
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_quantize.write import kernels
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_layers_are_extrapolated() -> None:
@@ -40,31 +34,13 @@ def test_shapes_are_the_papers() -> None:
     assert (dense.n_layers, dense.n_dense_layers) == (3, 3)
 
 
-@pytest.mark.parametrize("preset", [MOE, "deepseek-7b"])
-def test_random_files(preset: str, tmp_path: Path) -> None:
-    """Guards: files that our reader or the gguf package refuses, and weights that are no numbers."""
-    path = tmp_path / "random.gguf"
-    hp = with_layers(shape_of(preset, quick=True).hp, 2)
-    write_random(path, hp, make_pool(0))
-    _, found = read_model(path)
-    assert (found.architecture, found.n_layers, found.n_vocab) == (hp.architecture, 2, hp.n_vocab)
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    norm = np.asarray(tensors["blk.1.ffn_norm.weight"].data)
-    assert norm.dtype == np.float32
-    assert norm.mean() == pytest.approx(1, abs=0.05)
-    values = np.asarray(tensors["blk.1.attn_q.weight"].data).view(np.uint16).astype(np.uint32) << 16
-    weights = values.view(np.float32)
-    assert weights.std() == pytest.approx(0.02, rel=0.05)
-    if preset == MOE:
-        assert np.asarray(tensors["blk.1.ffn_gate_inp.weight"].data).std() == pytest.approx(0.02, rel=0.05)
-
-
 def test_random_files_of_a_type(tmp_path: Path) -> None:
-    """Guards: blocks that are cut in two where they are repeated, and tensors of another type."""
+    """Guards: blocks that are cut in two where they are repeated, and tensors of another type or shape."""
     path = tmp_path / "random.gguf"
     hp = with_layers(shape_of(MOE, quick=True).hp, 2)
     write_random(path, hp, make_pool(0), "Q4_K_M")
-    file, _ = read_model(path)
+    file, found = read_model(path)
+    assert (found.architecture, found.n_layers, found.n_vocab) == (hp.architecture, 2, hp.n_vocab)
     for choice in choices_of(hp, "Q4_K_M"):
         tensor = file.tensors[choice.name]
         assert tensor.type is choice.type
@@ -75,18 +51,3 @@ def test_random_files_of_a_type(tmp_path: Path) -> None:
         weights = np.empty(tensor.n_weights, np.float32)
         kernels.decoder(tensor.type)(data.ctypes.data, weights.ctypes.data, len(weights))
         assert weights.std() == pytest.approx(0.02, rel=0.1)
-
-
-def test_it_runs() -> None:
-    """Guards: a benchmark that only works where it was written."""
-    command = [sys.executable, "-m", "benchmarks.dense_against_moe", "--quick", "--layers", "2,3"]
-    command += ["-p", "8", "-n", "4", "-r", "1", "--rounds", "1", "--threads", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
-    # Of 6.5B weights against 2.6B; small shapes keep the proportions, nearly.
-    whole = result["result"]
-    assert whole["dense_bytes_per_token"] / whole["moe_bytes_per_token"] == pytest.approx(2.3, abs=0.3)
-    # Of so few layers on a busy machine there may be nothing to tell.
-    assert whole["tg4"] is None or whole["tg4"]["moe"] > 0
-    assert done.stdout.count("deepseekmoe-16b-3-layers") == 3

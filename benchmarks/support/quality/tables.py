@@ -1,11 +1,12 @@
-"""The tables of benchmarks/quality.py, in markdown, from its figures alone: docs hold what is printed."""
+"""The tables of benchmarks/quality.py in Markdown, made of its figures alone. docs has what is printed."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from benchmarks.support.quality_bars import (
+from benchmarks.support.quality.bars import (
     BYTES,
     COMPARED,
     DECODE,
@@ -18,53 +19,59 @@ from benchmarks.support.quality_bars import (
     targets_hold,
     verdicts,
 )
-from benchmarks.support.quality_figures import AlikeRow, FidelityRow, Part, StepRow
-from benchmarks.support.quality_recipes import BASE, EIGHT_BASE, OURS, POINTS_BASE, Variant
+from benchmarks.support.quality.figures import (
+    PARTS,
+    AlikeRow,
+    FidelityRow,
+    Figures,
+    Part,
+    PointRow,
+    Reference,
+    SizeRow,
+    SpeedRow,
+)
+from benchmarks.support.quality.variants import BASE, EIGHT_BASE, OURS, POINTS_BASE, Variant
 from benchmarks.support.runner import is_difference
 from benchmarks.support.tables import Column, markdown, markdown_of
 
 _WORDS = {False: "without", True: "with"}
-_POINT_PARTS = ("sizes", "reference", "speed")
-"""What the table of points takes our recipes' figures from."""
 _HOLDS = {True: "met", False: "**MISSED**", None: "the same types"}
 _NO_DIFFERENCE = "no difference"
 
 
-def all_tables(parts: Mapping[str, Part]) -> dict[str, str]:
-    """Every table that there are figures for, by the name that docs mark its place with."""
-    makers: Mapping[str, tuple[str, Callable[[Part], str]]] = {
-        "reference": ("reference", fidelity_table),
-        "demo": ("demo", fidelity_table),
-        "frontier": ("reference", frontier_table),
-        "targets": ("reference", targets_table),
-        "alike": ("reference", alike_table),
-        "q8": ("reference", eight_table),
-        "steps": ("steps", steps_table),
-        "sizes": ("sizes", sizes_table),
-        "speed": ("speed", speed_table),
+def all_tables(figures: Figures) -> dict[str, str]:
+    """Return every table of the document, by the name that marks its place."""
+    return {
+        "settings": settings_table(figures),
+        "bars": bars_table(figures),
+        "points": points_table(figures),
+        "reference": fidelity_table(figures.reference),
+        "alike": alike_table(figures.reference),
+        "q8": eight_table(figures.reference),
+        "frontier": frontier_table(figures.reference),
+        "targets": targets_table(figures.reference),
+        "sizes": sizes_table(figures.sizes),
+        "speed": speed_table(figures.speed),
+        "demo": fidelity_table(figures.demo),
     }
-    tables = {name: make(parts[part]) for name, (part, make) in makers.items() if part in parts}
-    if {"points", *_POINT_PARTS} <= parts.keys():
-        tables["points"] = points_table(parts)
-    return {"settings": settings_table(parts), "bars": bars_table(parts), **tables}
 
 
-def summary_table(parts: Mapping[str, Part]) -> str:
-    """Our recipes beside the base, without an importance matrix: a line each."""
-    told = {(each.recipe, each.measure): each for each in verdicts(parts) if not each.imatrix}
+def summary_table(figures: Figures) -> str:
+    """Compare our recipes with the base, without an importance matrix."""
+    told = {(each.recipe, each.measure): each for each in verdicts(figures) if not each.imatrix}
     rows = []
     for word in COMPARED:
         found = [told[word, measure] for measure in (SIZE, BYTES, PROMPT, DECODE)]
         cells = [f"{each.ratio:.2f} x" if each.is_difference else _NO_DIFFERENCE for each in found]
-        cells.append(f"{_alike_ratio(parts['reference'], word):.2f} x")
+        cells.append(f"{_alike_ratio(figures.reference, word):.2f} x")
         rows.append([named(word), *cells])
     heads = ("against Q4_K_M", "size", "bytes per token", "prompt speed", "decode speed", KL)
     return markdown(heads, "lrrrrr", rows)
 
 
-def _alike_ratio(part: Part, word: str, windows: Sequence[float] = ()) -> float:
-    """The ratio of a recipe's divergence, or of `windows`, to the base's with the recipe's embedding and
-    output, without an importance matrix.
+def _alike_ratio(part: Reference, word: str, windows: Sequence[float] = ()) -> float:
+    """Return the ratio of a recipe's divergence, or of `windows`, to the divergence of the base with the
+    recipe's embedding and output, without an importance matrix.
     """
     variant = Variant(word, False)
     alike = part.alike_row(variant, BASE)
@@ -73,7 +80,7 @@ def _alike_ratio(part: Part, word: str, windows: Sequence[float] = ()) -> float:
 
 
 def named(word: str) -> str:
-    """A recipe stands out."""
+    """Return a type in Markdown, our recipes in bold."""
     return f"**`{word}`**" if word in OURS else f"`{word}`"
 
 
@@ -96,14 +103,14 @@ _MB_PER_TOKEN: Column = ("MB per token", "r", lambda row: f"{row.n_bytes_per_tok
 _KL: Column = ("KL, 1e-3", "r", lambda row: f"{1e3 * row.kl:.3f} ± {1e3 * row.kl_error:.3f}")
 
 
-def _against_base(part: Part) -> Column:
-    """The ratio to the base's divergence, both with an importance matrix or both without."""
+def _against_base(part: Part[FidelityRow]) -> Column:
+    """Return the column of ratios to the base's divergence with the same use of an importance matrix."""
     bases = {imatrix: part.row(Variant(BASE, imatrix)) for imatrix in (False, True)}
     return f"against {BASE}", "r", lambda row: _divergences(row.windows, bases[row.imatrix].windows)
 
 
-def bars_table(parts: Mapping[str, Part]) -> str:
-    """Each bar, the ratio, and whether it holds."""
+def bars_table(figures: Figures) -> str:
+    """Show each bar, the ratio, and whether the bar is met."""
     columns: Sequence[Column] = (
         ("recipe", "l", lambda each: f"`{each.recipe}`"),
         _IMATRIX,
@@ -114,7 +121,7 @@ def bars_table(parts: Mapping[str, Part]) -> str:
         ("bar", "l", lambda each: str(each.bar)),
         ("", "l", _judged),
     )
-    return markdown_of(columns, verdicts(parts))
+    return markdown_of(columns, verdicts(figures))
 
 
 def _judged(verdict: Verdict) -> str:
@@ -126,8 +133,8 @@ def _judged(verdict: Verdict) -> str:
     return ", ".join(words)
 
 
-def fidelity_table(part: Part) -> str:
-    """Each type beside the unquantized model."""
+def fidelity_table(part: Part[FidelityRow]) -> str:
+    """Compare each type with the unquantized model."""
     columns: Sequence[Column] = (
         _TYPE,
         _IMATRIX,
@@ -145,8 +152,8 @@ def fidelity_table(part: Part) -> str:
     return markdown_of(columns, part.rows)
 
 
-def frontier_table(part: Part) -> str:
-    """What the solver makes of budgets."""
+def frontier_table(part: Reference) -> str:
+    """Show what the solver makes of budgets."""
     columns: Sequence[Column] = (
         ("`--target-bpw`", "r", lambda row: row.type.removesuffix(" bpw")),
         _IMATRIX,
@@ -158,8 +165,8 @@ def frontier_table(part: Part) -> str:
     return markdown_of(columns, part.frontier)
 
 
-def targets_table(part: Part) -> str:
-    """Sizes asked for, and what came of them."""
+def targets_table(part: Reference) -> str:
+    """Show the sizes asked for, and those of the files."""
     rows = [
         [f"{row.budget:,}", f"{row.file_size:,}", f"{share:.2%}", _HOLDS[holds]]
         for row, (share, holds) in zip(part.targets, targets_hold(part), strict=True)
@@ -167,12 +174,11 @@ def targets_table(part: Part) -> str:
     return markdown(("`--target-size`, bytes", "file", "used", "99 to 100%"), "rrrl", rows)
 
 
-def alike_table(part: Part) -> str:
-    """Recipes against others with their own embedding and output types."""
+def alike_table(part: Reference) -> str:
+    """Compare recipes with other types that have the same embedding and output."""
 
     def ours(base: AlikeRow) -> FidelityRow:
-        row: FidelityRow = part.row(base.variant)
-        return row
+        return part.row(base.variant)
 
     columns: Sequence[Column] = (
         ("recipe", "l", lambda base: named(base.type)),
@@ -187,8 +193,8 @@ def alike_table(part: Part) -> str:
     return markdown_of(columns, part.alike)
 
 
-def eight_table(part: Part) -> str:
-    """What else 8 bits could be, beside Q8_0."""
+def eight_table(part: Reference) -> str:
+    """Compare the candidates for q8 with Q8_0."""
     bases = {imatrix: part.row(Variant(EIGHT_BASE, imatrix)) for imatrix in (False, True)}
     columns: Sequence[Column] = (
         ("Q8_0, but", "l", lambda row: row.about),
@@ -204,29 +210,33 @@ def eight_table(part: Part) -> str:
     return markdown_of(columns, part.eight)
 
 
-def points_table(parts: Mapping[str, Part]) -> str:
-    """Our recipes and other choices, in ratios to the base, without an importance matrix."""
-    large, reference = parts["sizes"].row(Variant(BASE, False)), parts["reference"]
-    controls = [control_of(parts["speed"], measure) for measure in (PROMPT, DECODE)]
+def points_table(figures: Figures) -> str:
+    """Compare our recipes and other choices with the base, without an importance matrix."""
+    large = figures.sizes.row(Variant(BASE, False))
+    controls = [control_of(figures.speed, measure) for measure in (PROMPT, DECODE)]
+
+    def line(
+        name: str, sizes: SizeRow | PointRow, windows: Sequence[float], like: str, speed: SpeedRow | PointRow
+    ) -> list[str]:
+        return [
+            name,
+            _ratio(sizes.n_bytes, large.n_bytes),
+            _ratio(sizes.n_bytes_per_token, large.n_bytes_per_token),
+            f"{_alike_ratio(figures.reference, like, windows):.3f} x",
+            *map(spread, (speed.prompt_ratio, speed.decode_ratio), controls),
+        ]
+
     rows = []
-    ours = [
-        (named(word), *(parts[part].row(Variant(word, False)) for part in _POINT_PARTS), word)
-        for word in COMPARED
-    ]
-    others = [(row.about, row, row, row, POINTS_BASE) for row in parts["points"].rows]
-    for what, sizes, fidelity, speed, start in (*ours, *others):
-        ratios = (
-            sizes.n_bytes / large.n_bytes,
-            sizes.n_bytes_per_token / large.n_bytes_per_token,
-            _alike_ratio(reference, start, fidelity.windows),
-        )
-        speeds = map(spread, (speed.prompt_ratio, speed.decode_ratio), controls)
-        rows.append([what, *(f"{ratio:.3f} x" for ratio in ratios), *speeds])
+    for word in COMPARED:
+        variant = Variant(word, False)
+        sizes, speed = figures.sizes.row(variant), figures.speed.row(variant)
+        rows.append(line(named(word), sizes, figures.reference.row(variant).windows, word, speed))
+    rows += [line(row.about, row, row.windows, POINTS_BASE, row) for row in figures.points.rows]
     return markdown(("", "size", "bytes per token", KL, "prompt", "decode"), "lrrrrr", rows)
 
 
 def spread(ratios: Sequence[float], control: float) -> str:
-    """The median of the rounds, the least and the greatest; whether the control is off by as much."""
+    """Show the median of the rounds, the lowest and the highest, and whether it is a difference."""
     middle = statistics.median(ratios)
     told = f"{middle:.3f} x"
     if len(ratios) > 1:
@@ -234,24 +244,8 @@ def spread(ratios: Sequence[float], control: float) -> str:
     return told if is_difference(middle, control) else f"{told}, {_NO_DIFFERENCE}"
 
 
-def steps_table(part: Part) -> str:
-    """Recipes, and each step away from them, in ratios to the base."""
-    base, *others = part.rows
-
-    def what(row: StepRow) -> str:
-        return f"{row.kind} in `{row.word}`" if row.kind else f"{named(row.type)} as it is"
-
-    columns: Sequence[Column] = (
-        ("", "l", what),
-        ("size", "r", lambda row: _ratio(row.n_bytes, base.n_bytes)),
-        ("bytes per token", "r", lambda row: _ratio(row.n_bytes_per_token, base.n_bytes_per_token)),
-        ("KL", "r", lambda row: _divergences(row.windows, base.windows)),
-    )
-    return markdown_of(columns, others)
-
-
-def sizes_table(part: Part) -> str:
-    """The 16B shape. Mixes that choose other types with an importance matrix have a line for that."""
+def sizes_table(part: Part[SizeRow]) -> str:
+    """Show the 16B shape. Mixes that choose other types with an importance matrix have two lines."""
     base = part.row(Variant(BASE, False))
     columns: Sequence[Column] = (
         ("type", "l", lambda row: named(row.type) + (", imatrix" if row.imatrix else "")),
@@ -267,8 +261,8 @@ def sizes_table(part: Part) -> str:
     )
 
 
-def speed_table(part: Part) -> str:
-    """Medians of the rounds; what decoding reads, in ratios, too."""
+def speed_table(part: Part[SpeedRow]) -> str:
+    """Show medians of the rounds, and the bytes that decoding reads."""
     base = part.row(Variant(BASE, False))
     prompt, decode = (control_of(part, measure) for measure in (PROMPT, DECODE))
     columns: Sequence[Column] = (
@@ -286,20 +280,18 @@ def speed_table(part: Part) -> str:
     return markdown_of(columns, part.rows)
 
 
-def settings_table(parts: Mapping[str, Part]) -> str:
-    """Of each part that is there: when, with what, on what, and how much of it."""
+def settings_table(figures: Figures) -> str:
+    """Say of each part when, with what and on what it was measured."""
     rows = [
         [name if number == 0 else "", *line]
-        for name, part in parts.items()
-        for number, line in enumerate(_lines(part))
+        for name in PARTS
+        for number, line in enumerate(_lines(getattr(figures, name)))
     ]
     return markdown(("part", "", ""), "lll", rows)
 
 
-def _lines(part: Part) -> Iterator[tuple[str, str]]:
+def _lines(part: Part[Any]) -> Iterator[tuple[str, str]]:
     yield "measured", f"{part.measured}, commit {part.commit or 'unknown'}"
-    if part.oldest:
-        yield "the oldest rows", part.oldest
     if "training" in part.facts:
         yield from _training_lines(part)
     if "n_windows" in part.settings:
@@ -312,8 +304,7 @@ def _lines(part: Part) -> Iterator[tuple[str, str]]:
         yield "llama-cpp-python", part.settings["kernels"]
 
 
-def _training_lines(part: Part) -> Iterator[tuple[str, str]]:
-    """As benchmarks/train_reference.py has written it."""
+def _training_lines(part: Part[Any]) -> Iterator[tuple[str, str]]:
     found = part.facts["training"]
     amount = (
         f"{found['n_steps']:,} steps, {found['n_tokens'] / 1e6:.1f}M tokens, {found['n_epochs']:.1f} epochs"
@@ -323,7 +314,7 @@ def _training_lines(part: Part) -> Iterator[tuple[str, str]]:
     yield "held-out loss", f"{found['held_out_loss']:.3f} nats per token"
 
 
-def _fidelity_lines(part: Part) -> Iterator[tuple[str, str]]:
+def _fidelity_lines(part: Part[Any]) -> Iterator[tuple[str, str]]:
     settings, facts = part.settings, part.facts
     if "n_weights" in facts:
         yield "weights", f"{facts['n_weights'] / 1e6:.2f}M in {facts['n_layers']} layers"
@@ -336,7 +327,7 @@ def _fidelity_lines(part: Part) -> Iterator[tuple[str, str]]:
     yield "weights it is compared with, KV cache", f"F32, {settings['cache'].upper()}"
 
 
-def _speed_lines(part: Part) -> Iterator[tuple[str, str]]:
+def _speed_lines(part: Part[Any]) -> Iterator[tuple[str, str]]:
     settings, facts = part.settings, part.facts
     yield "processor", f"{facts['cpu']}, {settings['threads']} threads, load before {facts['load_before']}"
     yield "shape", f"{settings['shape']}, {settings['layers']} layers"

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import matplotlib as mpl
+import msgspec
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from benchmarks.support.quality_figures import FidelityRow, Part
-from benchmarks.support.quality_recipes import OURS
+from benchmarks.support.quality.figures import FidelityRow, Reference
+from benchmarks.support.quality.variants import OURS
 
 _MOST_BITS = 6.2
-"""Types with more are listed below the chart: they would push all others into a corner."""
+"""Types with more bits are listed below the chart. They would make it too wide."""
 _LIKE = " like "
-"""Between a type and the recipe whose embedding and output it has."""
+"""Separates a type from the recipe whose embedding and output types it has."""
 _KINDS: Mapping[str, tuple[str, str, str]] = {
     "stock": ("o", "#2f6fb7", "llama.cpp's types"),
     "ours": ("D", "#c2410c", "recipes of dsmoe-quantize"),
@@ -32,11 +32,11 @@ _OFFSETS: Mapping[str, tuple[float, float, str]] = {
     "IQ4_XS": (-9, -4, "right"),
     "Q5_K_M": (0, -16, "center"),
 }
-"""Where labels stand that have no room at the right of their mark: in points from it, and their alignment."""
+"""Offset in points, and alignment, of the labels that have no room at the right of their mark."""
 
 
-def chart(part: Part) -> Figure:
-    """The figure."""
+def chart(part: Reference) -> Figure:
+    """Draw the chart."""
     shown = [row for row in (*part.rows, *_alike(part)) if row.bits_per_weight <= _MOST_BITS]
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.add_subplot()
@@ -58,14 +58,14 @@ def chart(part: Part) -> Figure:
     return figure
 
 
-def save_chart(part: Part, path: Path) -> None:
-    """Write it as SVG, the same bytes for the same figures."""
+def save_chart(part: Reference, path: Path) -> None:
+    """Write the chart as SVG. The same figures give the same bytes."""
     with mpl.rc_context({"svg.hashsalt": "quality", "svg.fonttype": "none", "font.family": "sans-serif"}):
         chart(part).savefig(path, metadata={"Date": None, "Description": description(part)})
 
 
-def description(part: Part) -> str:
-    """The figures of the chart in words, for readers who do not see it."""
+def description(part: Reference) -> str:
+    """Return the figures of the chart in words, for readers who cannot see it."""
     words = {False: "without", True: "with"}
     told = (
         f"{row.type} {words[row.imatrix]} imatrix: {row.bits_per_weight:.2f} bits, {row.kl:.2g}"
@@ -74,13 +74,16 @@ def description(part: Part) -> str:
     return f"Bits per weight, and mean KL divergence in nats. {'; '.join(told)}."
 
 
-def _alike(part: Part) -> list[FidelityRow]:
-    """What recipes are held against, named after all recipes that have the same embedding and output."""
+def _alike(part: Reference) -> list[FidelityRow]:
+    """Return what recipes are compared with, named after the recipes with the same embedding and output."""
     recipes: dict[tuple[str, str, bool], list[str]] = {}
     rows = {(row.base, row.digest, row.imatrix): row for row in part.alike}
     for row in part.alike:
         recipes.setdefault((row.base, row.digest, row.imatrix), []).append(row.type)
-    return [replace(row, type=f"{row.base}{_LIKE}{', '.join(recipes[key])}") for key, row in rows.items()]
+    return [
+        msgspec.structs.replace(row, type=f"{row.base}{_LIKE}{', '.join(recipes[key])}")
+        for key, row in rows.items()
+    ]
 
 
 def _kind(word: str) -> str:
@@ -90,7 +93,7 @@ def _kind(word: str) -> str:
 
 
 def _draw_type(axes: Axes, word: str, rows: Sequence[FidelityRow]) -> None:
-    """A type without (hollow) and with an importance matrix, and its label beside the latter."""
+    """Draw a type without (hollow) and with an importance matrix, and label the latter."""
     kind = _kind(word)
     marker, colour, _ = _KINDS[kind]
     axes.plot([row.bits_per_weight for row in rows], [row.kl for row in rows], color=colour, alpha=0.5)
@@ -128,7 +131,7 @@ def _legend() -> list[Line2D]:
 
 
 def _further(rows: Iterable[FidelityRow]) -> str:
-    """The types that the chart has no room for, without an importance matrix."""
+    """List the types that are not in the chart, without an importance matrix."""
     types: dict[str, list[str]] = {}
     for row in rows:
         if not row.imatrix:

@@ -1,38 +1,36 @@
-"""What benchmarks/quality.py measures of a model: its types, the solver's choices under budgets, and other
-choices beside our recipes.
+"""The types that benchmarks/quality.py measures on a model: named ones, the solver's choices for budgets, and
+choices other than our recipes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from benchmarks.support.quality_fidelity import Bench
-from benchmarks.support.quality_figures import (
+import msgspec
+
+from benchmarks.support.quality.fidelity import Bench
+from benchmarks.support.quality.figures import (
     AlikeRow,
     CandidateRow,
     FidelityRow,
     PointRow,
     SizeRow,
-    StepRow,
     TargetRow,
 )
-from benchmarks.support.quality_recipes import (
+from benchmarks.support.quality.speed import Pair, ratios_of
+from benchmarks.support.quality.variants import (
     ALIKE,
     BASE,
     EIGHT,
     EIGHT_BASE,
     LARGE,
     POINTS,
-    STEPPED,
-    Step,
     Variant,
     digest_of,
-    steps_of,
     variants,
 )
-from benchmarks.support.quality_speed import Pair, ratios_of
 from benchmarks.support.sizes import size_of, types_digest
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.model.ggml import type_name
@@ -42,27 +40,27 @@ from dsmoe_quantize.budget.cost_model import Budget, CostModel
 from dsmoe_quantize.budget.sensitivity import measure
 from dsmoe_quantize.budget.target import Request, solve_target
 from dsmoe_quantize.policy.choice import Overrides
-from dsmoe_quantize.policy.named_recipes import RECIPES, NamedRecipe
-from dsmoe_quantize.policy.types import TypeChoice, resolve
+from dsmoe_quantize.policy.named_recipes import NamedRecipe
+from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import Plan
 
 FRONTIER = (4.4, 4.6, 4.8, 5.0, 5.25, 5.5, 6.0, 6.5)
-"""Bits per weight that the solver is asked for."""
+"""Bits per weight that the solver is given."""
 TARGETS = (0.9, 1.0, 1.1, 1.4)
-"""Sizes that it is asked for, as shares of the base's file."""
+"""File sizes that the solver is given, as shares of the base's file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What errors cost, by group, where that was measured, and in words where it is from."""
+    """What errors cost, by group; empty for the built-in costs. `told` says where the costs are from."""
 
     weights: Mapping[str, float] = field(default_factory=dict)
     told: str = "built in"
 
 
 def costs_from(path: Path | None, source: Path) -> Costs:
-    """Those that a sensitivity file has of the model, or the built-in ones without a file. The importance
-    matrix that they were measured with does not matter.
+    """Read the costs of the model from a sensitivity file; the built-in costs without a file. They may have
+    been measured with any importance matrix.
 
     UsageError if the file is of another model, or has no costs; FileError, FormatError.
     """
@@ -82,7 +80,7 @@ def costs_from(path: Path | None, source: Path) -> Costs:
 
 
 def measure_sizes() -> list[SizeRow]:
-    """The whole 16B shape in each type."""
+    """Count the bytes of the whole 16B shape in each type."""
     rows = []
     for variant in variants():
         size = size_of(LARGE, variant.word, imatrix=variant.imatrix)
@@ -92,19 +90,19 @@ def measure_sizes() -> list[SizeRow]:
 
 
 def measure_types(bench: Bench, wanted: Iterable[Variant]) -> list[FidelityRow]:
-    """A row of each type."""
+    """Measure each type."""
     return [bench.measure(bench.plan(variant), variant, variant.digest) for variant in wanted]
 
 
 def measure_recipe(bench: Bench, recipe: NamedRecipe, imatrix: bool) -> FidelityRow:
-    """A recipe that has no name of ours."""
+    """Measure a recipe that dsmoe-quantize has no name for."""
     plan = bench.plan_of(recipe, imatrix=imatrix)
     return bench.measure(plan, Variant(recipe.name, imatrix), digest_of(recipe, imatrix=imatrix))
 
 
 def measure_alike(bench: Bench) -> list[AlikeRow]:
-    """What each recipe is compared with, given the recipe's types for embedding and output: in a small model
-    both weigh more than in a large one.
+    """Measure what each recipe is compared with, with the recipe's types for embedding and output: in a small
+    model both are a larger share than in a large one.
     """
     rows = []
     for imatrix in (False, True):
@@ -114,12 +112,12 @@ def measure_alike(bench: Bench) -> list[AlikeRow]:
             overrides = Overrides(output=types["output.weight"], embedding=types["token_embd.weight"])
             plan = bench.plan_of(resolve(base), overrides, imatrix=imatrix)
             digest = types_digest(plan.choices)
-            rows.append(AlikeRow(**asdict(bench.measure(plan, variant, digest)), base=base))
+            rows.append(AlikeRow(**msgspec.structs.asdict(bench.measure(plan, variant, digest)), base=base))
     return rows
 
 
 def measure_eight(bench: Bench) -> list[CandidateRow]:
-    """Each candidate for q8, with and without an importance matrix."""
+    """Measure each candidate for q8, with and without an importance matrix."""
     rows = []
     for imatrix in (False, True):
         costs = cost_model_of(bench, imatrix, Costs())
@@ -145,28 +143,8 @@ def _predicted(costs: CostModel, plan: Plan) -> float:
     return costs.figures(plan.choices).error
 
 
-def measure_steps(bench: Bench, most: int | None = None) -> list[StepRow]:
-    """The base, then each recipe and its steps (`most` of them), all without an importance matrix. Recipes
-    are chosen by these figures, so they are measured on another text than the bars.
-    """
-    rows = [_step_row(bench, BASE, resolve(BASE))]
-    for word in STEPPED:
-        recipe = RECIPES[word]
-        rows.append(_step_row(bench, word, recipe))
-        rows += [_step_row(bench, word, step.recipe, step) for step in list(steps_of(recipe))[:most]]
-    return rows
-
-
-def _step_row(bench: Bench, word: str, choice: TypeChoice, step: Step | None = None) -> StepRow:
-    variant, large = Variant(word, False), size_of(LARGE, choice)
-    found = bench.measure(bench.plan_of(choice, imatrix=False), variant, variant.digest)
-    sizes = (large.n_bytes, large.n_bytes_per_token)
-    changed = (step.kind, step.word) if step else ("", "")
-    return StepRow(word, False, variant.digest, *changed, *sizes, found.windows)
-
-
 def measure_points(bench: Bench, rounds: Mapping[str, Sequence[Pair]]) -> list[PointRow]:
-    """A row of each point, given its speeds, without an importance matrix."""
+    """Measure each point without an importance matrix, and join that with its speeds."""
     rows = []
     for recipe in POINTS:
         found, large = measure_recipe(bench, recipe, imatrix=False), size_of(LARGE, recipe)
@@ -177,7 +155,7 @@ def measure_points(bench: Bench, rounds: Mapping[str, Sequence[Pair]]) -> list[P
 
 
 def measure_frontier(bench: Bench, targets: Sequence[float], costs: Costs) -> list[FidelityRow]:
-    """What the solver makes of so many bits per weight, with and without an importance matrix."""
+    """Measure what the solver chooses for so many bits per weight, with and without an importance matrix."""
     rows = []
     for imatrix in (False, True):
         for bits in targets:
@@ -189,7 +167,7 @@ def measure_frontier(bench: Bench, targets: Sequence[float], costs: Costs) -> li
 
 
 def measure_targets(bench: Bench, shares: Sequence[float], costs: Costs) -> list[TargetRow]:
-    """Sizes of files that were to be of a size."""
+    """Measure the sizes of files that the solver made for a size."""
     base = bench.plan(Variant(BASE, False)).file_size
     found = []
     for share in shares:
@@ -200,7 +178,7 @@ def measure_targets(bench: Bench, shares: Sequence[float], costs: Costs) -> list
 
 
 def cost_model_of(bench: Bench, imatrix: bool, costs: Costs) -> CostModel:
-    """What types cost the model, without a budget."""
+    """Return what each type costs the model."""
     file, hp = read_model(bench.source)
     matrix = bench.matrix_if(imatrix)
     start = replace(sensitivity_file.start(file, matrix, None), weights=costs.weights)
@@ -208,7 +186,7 @@ def cost_model_of(bench: Bench, imatrix: bool, costs: Costs) -> CostModel:
 
 
 def solved(bench: Bench, budget: Budget, variant: Variant, costs: Costs) -> Plan:
-    """The solver's best plan within a budget."""
+    """Return the solver's plan for a budget."""
     imatrix = bench.matrix_if(variant.imatrix)
     path = bench.folder / f"sensitivity-{variant.imatrix}.json"
     file, hp = read_model(bench.source)

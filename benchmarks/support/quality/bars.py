@@ -1,12 +1,11 @@
-"""What our recipes are held against, and whether it holds. Takes figures; measures nothing.
+"""The bars of our recipes, and whether they are met. Takes figures; measures nothing.
 
-A ratio of divergences comes with its 95% bootstrap interval over windows, drawn again and again, the same
-ones for both sides. What another training of the model would change is not in it. Both sides have the
-recipe's types for embedding and output: a small model has far more of its weights there than a 16B. The bar
-is held against the ratio itself.
-
-Of speeds, the interval is from the least of the rounds to the greatest, and further on both sides by what the
-control is off: the base timed against itself. A ratio within the control's own spread is no difference.
+A bar is compared with the ratio itself. The interval beside it shows how certain that is. For divergences it
+is the 95% bootstrap interval over windows, with the same windows drawn for both sides; what another training
+of the model would change is not in it. Both sides have the recipe's types for embedding and output, because a
+small model has a far larger share of its weights there than a 16B. For speeds the interval is from the lowest
+round to the highest, widened by the control: the base timed against itself. A ratio within the spread of the
+control is no difference.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.support.quality_figures import Part, SpeedRow
-from benchmarks.support.quality_recipes import BASE, Variant
+from benchmarks.support.quality.figures import Figures, Part, PointRow, Reference, SpeedRow
+from benchmarks.support.quality.variants import BASE, Variant
 from benchmarks.support.runner import Bar, is_difference, off_by
 
 _DRAWS, _SEED = 10_000, 0
@@ -32,16 +31,16 @@ REFERENCE_SIZE = "size of the reference"
 
 
 def at_most(value: float) -> Bar:
-    """A ratio that may not be larger."""
+    """Return the bar of a ratio that must not be larger."""
     return Bar(value, at_most=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Below(Bar):
-    """A ratio that must be smaller: as good is not better."""
+    """The bar of a ratio that must be smaller. An equal ratio misses it."""
 
     def holds(self, ratio: float) -> bool:
-        """Whether `ratio` is good enough."""
+        """Return True if `ratio` meets the bar."""
         return ratio < self.value
 
     def __str__(self) -> str:
@@ -72,7 +71,7 @@ BARS: Sequence[tuple[str, str, str, Bar]] = (
     ("q4-small", KL, "IQ4_XS", Below(1)),
     ("q4-small", REFERENCE_SIZE, BASE, at_most(1)),
 )
-"""Recipe, measure, what it is compared with, and the bar: both without an importance matrix, and both with.
+"""Recipe, measure, what it is compared with, and the bar, without an importance matrix and with one.
 Size, bytes and speed are those of the 16B shape.
 """
 _SIZES: Mapping[str, tuple[str, str]] = {
@@ -81,14 +80,13 @@ _SIZES: Mapping[str, tuple[str, str]] = {
     # The header, which holds the tokenizer, counts: it is what is on the disk.
     REFERENCE_SIZE: ("reference", "file_size"),
 }
-"""The part that a size is in, and its field."""
+"""The part that has the size, and its field."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A ratio and its bar. `interval` is where it may be, None where nothing is left to chance; `control` the
-    factor by which the method is off; `is_alias`: both sides are of the same types, and there is nothing to
-    compare.
+    """A ratio and its bar. `interval` is None for exact figures such as sizes. `control` is the factor by
+    which the method is off. `is_alias` is True if both sides have the same types: nothing to compare.
     """
 
     recipe: str
@@ -103,21 +101,21 @@ class Verdict:
 
     @property
     def is_difference(self) -> bool:
-        """Whether the ratio is further from 1 than that of two files with the same types."""
+        """True if the ratio is further from 1 than that of two files with the same types."""
         return is_difference(self.ratio, self.control)
 
     @property
     def holds(self) -> bool | None:
-        """Whether the bar is met; None for an alias."""
+        """True if the bar is met; None for an alias."""
         return None if self.is_alias else self.bar.holds(self.ratio)
 
     @property
     def is_uncertain(self) -> bool:
-        """Whether the interval has both what would meet the bar and what would miss it."""
+        """True if part of the interval meets the bar and part of it misses it."""
         return len({self.bar.holds(end) for end in self.interval or ()}) == 2
 
     def as_json(self) -> dict[str, Any]:
-        """For `json.dumps`."""
+        """Return it for `json.dumps`."""
         return {
             **asdict(self),
             "bar": str(self.bar),
@@ -127,16 +125,14 @@ class Verdict:
         }
 
 
-def control_of(part: Part, measure: str) -> float:
-    """The factor by which speeds are off, at least: that of the base's worst round against itself. KeyError
-    if that was not timed.
-    """
+def control_of(part: Part[SpeedRow], measure: str) -> float:
+    """Return the factor by which speeds are off: the base's worst round against itself."""
     return off_by(speed_ratios(part.row(Variant(BASE, False)), measure))
 
 
 def ratio_of(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, tuple[float, float]]:
-    """The ratio of two means over the same windows, and its 95% interval. ValueError if they are not as
-    many.
+    """Return the ratio of two means over the same windows, and its 95% interval. ValueError if the numbers of
+    windows differ.
     """
     a, b = np.array(ours), np.array(theirs)
     if len(a) != len(b) or not len(a):
@@ -148,56 +144,44 @@ def ratio_of(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, tup
     return float(a.sum() / b.sum()), (low, high)
 
 
-def verdicts(parts: Mapping[str, Part]) -> list[Verdict]:
-    """All that the parts at hand allow."""
-    return [
-        verdict
-        for imatrix in (False, True)
-        for bar in BARS
-        if (verdict := _verdict(parts, *bar, imatrix=imatrix)) is not None
-    ]
+def verdicts(figures: Figures) -> list[Verdict]:
+    """Return the verdict on each bar, without an importance matrix and with one."""
+    found = (_verdict(figures, *bar, imatrix=imatrix) for imatrix in (False, True) for bar in BARS)
+    return [verdict for verdict in found if verdict is not None]
 
 
 def _verdict(
-    parts: Mapping[str, Part], recipe: str, measure: str, against: str, bar: Bar, *, imatrix: bool
+    figures: Figures, recipe: str, measure: str, against: str, bar: Bar, *, imatrix: bool
 ) -> Verdict | None:
-    """None if the figures are missing."""
+    """Return None if what the recipe is compared with was not measured."""
     ours, theirs = Variant(recipe, imatrix), Variant(against, imatrix)
     compared = recipe, imatrix, measure, against
     if measure in (PROMPT, DECODE):
-        mine = speed_of(parts["speed"], ours) if "speed" in parts else None
-        if mine is None:
-            return None
-        ratios, control = speed_ratios(mine, measure), control_of(parts["speed"], measure)
+        # A file with the same types has the same speed, whatever its name.
+        timed = {row.digest: row for row in figures.speed.rows}
+        ratios, control = speed_ratios(timed[ours.digest], measure), control_of(figures.speed, measure)
         interval = min(ratios) / control, max(ratios) * control
         return Verdict(*compared, statistics.median(ratios), bar, interval, control=control)
-    name, attribute = _SIZES.get(measure, ("reference", ""))
-    if name not in parts:
-        return None
-    part = parts[name]
-    mine, other = part.row(ours), part.row(theirs)
-    if attribute:
+    if measure in _SIZES:
+        name, attribute = _SIZES[measure]
+        part = getattr(figures, name)
+        mine, other = part.row(ours), part.row(theirs)
         ratio = getattr(mine, attribute) / getattr(other, attribute)
         return Verdict(*compared, ratio, bar, is_alias=mine.digest == other.digest)
-    if recipe in COMPARED:
-        other = part.alike_row(ours, against)
-    if other is None:
+    mine, reference = figures.reference.row(ours), figures.reference
+    base = reference.alike_row(ours, against) if recipe in COMPARED else reference.row(theirs)
+    if base is None:
         return None
-    ratio, interval = ratio_of(mine.windows, other.windows)
-    return Verdict(*compared, ratio, bar, interval, mine.digest == other.digest)
+    ratio, interval = ratio_of(mine.windows, base.windows)
+    return Verdict(*compared, ratio, bar, interval, mine.digest == base.digest)
 
 
-def speed_of(part: Part, variant: Variant) -> SpeedRow | None:
-    """The speed of files with the same types, by whatever name."""
-    return next((row for row in part.rows if row.digest == variant.digest), None)
-
-
-def speed_ratios(row: SpeedRow, measure: str) -> Sequence[float]:
-    """To the base's, round by round."""
+def speed_ratios(row: SpeedRow | PointRow, measure: str) -> Sequence[float]:
+    """Return the ratios to the base's speed, one for each round."""
     return row.prompt_ratio if measure == PROMPT else row.decode_ratio
 
 
-def targets_hold(part: Part) -> Sequence[tuple[float, bool]]:
-    """Of each size asked for: the share of it that was used, and whether that is within 1% under it."""
+def targets_hold(part: Reference) -> Sequence[tuple[float, bool]]:
+    """Return, for each size asked for, the share of it that was used, and whether that is 99% to 100%."""
     shares = [row.file_size / row.budget for row in part.targets]
     return [(share, _LEAST_OF_TARGET <= share <= 1) for share in shares]

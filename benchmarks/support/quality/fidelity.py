@@ -1,27 +1,22 @@
-"""How far quantized files of a model are from it: all divergences of benchmarks/quality.py.
+"""Compares quantized files of a model with the unquantized one: all divergences of benchmarks/quality.py.
 
 Everything goes through the functions that `dsmoe convert`, `dsmoe imatrix`, `dsmoe-quantize` and `dsmoe eval`
-use. The unquantized model is in F32, and so is every KV cache: kernels of BF16 would round what they multiply
-with, and a cache in F16 would add its own error to what is measured. The unquantized model's predictions are
-kept whole: no divergence leaves out a tail.
+use. The unquantized model and every KV cache are in F32: kernels for BF16 round the activations, and a cache
+in F16 would add its own error. The unquantized model's predictions are complete: divergences are exact.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.support.quality_figures import FidelityRow, commit, now
-from benchmarks.support.quality_recipes import Variant
+from benchmarks.support.quality.figures import FidelityRow
+from benchmarks.support.quality.variants import Variant
 from benchmarks.support.runner import say
-from benchmarks.support.sizes import types_digest
 from dsmoe_convert.convert import ConvertOptions, RunOptions, convert_folder
-from dsmoe_local.base.durable import write_file
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions, ObserverOptions
 from dsmoe_local.evaluate.importance import ACTIVATIONS, collect, importance_file
@@ -46,7 +41,7 @@ _DIGITS = 6
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A checkpoint, a text to be measured on, and another for its importance matrix. `facts` tell more."""
+    """A checkpoint, a text to measure it on, and another for its importance matrix. `facts` are shown."""
 
     name: str
     folder: Path
@@ -57,7 +52,7 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Amount:
-    """How much is read, in windows of `n_context` tokens; None: all there is."""
+    """How much text is read, in windows of `n_context` tokens; None for all of it."""
 
     n_windows: int | None
     n_calibration: int | None
@@ -66,33 +61,8 @@ class Amount:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """Rows of earlier runs in a folder, one file for each: a run that is interrupted loses nothing. `again`:
-    they are not used. `stamps`: when those that were used had been measured.
-    """
-
-    folder: Path
-    again: bool = False
-    stamps: list[str] = field(default_factory=list)
-
-    def row(self, key: Sequence[object], measured: Callable[[], FidelityRow]) -> FidelityRow:
-        """The row of that key, measured if need be."""
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        path = self.folder / "rows" / f"{name}.json"
-        if path.exists() and not self.again:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            self.stamps.append(content["stamp"])
-            return FidelityRow(**content["row"])
-        row = measured()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"stamp": f"{now()}, commit {commit() or 'unknown'}", "row": asdict(row)}
-        write_file(path, json.dumps(content).encode())
-        return row
-
-
-@dataclass(frozen=True, slots=True)
 class Bench:
-    """A model that is ready to be quantized and compared with itself. `imatrix`: None if none is wanted."""
+    """A model that is ready to be quantized and compared. `imatrix` is None if none is wanted."""
 
     folder: Path
     source: Path
@@ -100,41 +70,34 @@ class Bench:
     unquantized: Evaluation
     imatrix: Imatrix | None
     amount: Amount
-    kept: Kept
 
     def plan(self, variant: Variant) -> Plan:
-        """What becomes of the model in that type."""
+        """Return the plan for the model in a type."""
         return self.plan_of(resolve(variant.word), imatrix=variant.imatrix)
 
     def plan_of(self, choice: TypeChoice, overrides: Overrides | None = None, *, imatrix: bool) -> Plan:
-        """What becomes of it in a type that may have no name."""
+        """Return the plan for the model in a type that may have no name."""
         return plan_quantization(self.source, choice, overrides, imatrix=self.matrix_if(imatrix))
 
     def matrix_if(self, wanted: bool) -> Imatrix | None:
-        """The importance matrix, if it is wanted."""
+        """Return the importance matrix if `wanted`, else None."""
         assert self.imatrix is not None or not wanted
         return self.imatrix if wanted else None
 
     def measure(self, plan: Plan, variant: Variant, digest: str) -> FidelityRow:
-        """Quantize, compare, remove; or the row of an earlier run, of the same file and settings."""
-        choices = types_digest(plan.choices)
-        key = [self.settings(), plan.type.name, variant.imatrix, choices]
-        row = self.kept.row(key, lambda: self._compared(plan, variant, digest))
-        say(f"  {variant}: {row.bits_per_weight:.2f} bits, KL {row.kl:.3g} ± {row.kl_error:.1g}")
-        return replace(row, type=variant.word, digest=digest)
-
-    def _compared(self, plan: Plan, variant: Variant, digest: str) -> FidelityRow:
+        """Quantize the model, compare the file with it, and remove the file."""
         path = self._write(plan)
         try:
-            observers = self.reference.observers(path)
-            with load(path, self.amount, *observers) as engine:
+            with load(path, self.amount, *self.reference.observers(path)) as engine:
                 found = compare(engine, self.reference)
-            return row_of(found, plan, variant, digest, path.stat().st_size)
+            row = row_of(found, plan, variant, digest, path.stat().st_size)
         finally:
             path.unlink()
+        say(f"  {variant}: {row.bits_per_weight:.2f} bits, KL {row.kl:.3g} ± {row.kl_error:.1g}")
+        return row
 
     def size_of(self, plan: Plan) -> int:
-        """Of the file, once written."""
+        """Write the file, and return its size."""
         path = self._write(plan)
         try:
             return path.stat().st_size
@@ -147,7 +110,7 @@ class Bench:
         return path
 
     def settings(self) -> dict[str, Any]:
-        """What decides the figures, beside the types."""
+        """Return what determines the figures, apart from the types."""
         windows = self.reference.windows
         settings = {
             "model": file_identity(self.source),
@@ -166,7 +129,7 @@ class Bench:
         return {**settings, **matrix}
 
     def facts(self) -> dict[str, Any]:
-        """What else a reader wants to know."""
+        """Return what a reader wants to know about the model."""
         found = self.unquantized.perplexity
         file, hp = read_model(self.source)
         return {
@@ -178,21 +141,21 @@ class Bench:
 
 
 def load(path: Path, amount: Amount, *observers: ObserverOptions) -> EngineClient:
-    """As `dsmoe eval` loads it, but for the cache."""
+    """Load a model as `dsmoe eval` does, but with a KV cache in F32."""
     options = ModelOptions(path, n_threads=amount.threads, cache_type_k=CACHE, cache_type_v=CACHE)
     return EngineClient.load(options_for(options, amount.n_context, *observers))
 
 
 def exact_recorders(folder: Path, source: Path) -> tuple[ObserverOptions, ...]:
-    """As `recorders`, but vocabularies of up to 65,536 tokens are kept whole: 400 KB a token of the demo."""
+    """Return the recorders of a reference with complete predictions: 400 KB for each token of the demo."""
     predictions, *others = recorders(folder, source)
     kept = {**dict(predictions.parameters), "top": read_model(source)[1].n_vocab, "mass": 1.0}
     return replace(predictions, parameters=tuple(kept.items())), *others
 
 
 @contextmanager
-def prepared(subject: Subject, amount: Amount, kept: Kept, *, imatrix: bool = True) -> Iterator[Bench]:
-    """Convert the model, record what it predicts, and collect its importance matrix if it is wanted."""
+def prepared(subject: Subject, amount: Amount, *, imatrix: bool = True) -> Iterator[Bench]:
+    """Convert the model, record its predictions, and collect its importance matrix if it is wanted."""
     with scratch_folder() as folder:
         source = folder / f"{subject.name}.gguf"
         convert_folder(subject.folder, source, ConvertOptions("f32"), RunOptions(threads=amount.threads))
@@ -201,11 +164,11 @@ def prepared(subject: Subject, amount: Amount, kept: Kept, *, imatrix: bool = Tr
             reference, unquantized = record(engine, windows, folder)
         say(f"  unquantized: perplexity {unquantized.perplexity.perplexity.value:.4f}")
         matrix = importance_of(source, subject, amount, folder) if imatrix else None
-        yield Bench(folder, source, reference, unquantized, matrix, amount, kept)
+        yield Bench(folder, source, reference, unquantized, matrix, amount)
 
 
 def importance_of(source: Path, subject: Subject, amount: Amount, folder: Path) -> Imatrix:
-    """What counts, by the calibration text."""
+    """Collect the importance matrix on the calibration text."""
     with ExitStack() as stack:
         place = stack.enter_context(importance_file(folder / "importance.gguf"))
         engine = stack.enter_context(load(source, amount, ACTIVATIONS))
@@ -214,7 +177,7 @@ def importance_of(source: Path, subject: Subject, amount: Amount, folder: Path) 
 
 
 def row_of(found: Evaluation, plan: Plan, variant: Variant, digest: str, file_size: int) -> FidelityRow:
-    """A comparison as a row."""
+    """Return a comparison as a row."""
     assert found.comparison is not None
     divergence, routing = found.comparison.divergence, found.comparison.routing
     assert routing is not None

@@ -1,27 +1,26 @@
-"""The types that benchmarks/quality.py measures, and a digest that tells when one of them has changed."""
+"""The types that benchmarks/quality.py measures, and a digest that changes when one of them does."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 from benchmarks.support.reference_shape import HP
 from benchmarks.support.sizes import choices_of, types_digest
 from dsmoe_local.model.presets import PRESETS
 from dsmoe_quantize.policy.named_recipes import RECIPES, NamedRecipe, TypeWords
-from dsmoe_quantize.policy.recipes import KINDS, words_of
 from dsmoe_quantize.policy.types import TypeChoice
 
 BASE = "Q4_K_M"
 """What our recipes are compared with."""
 STOCK = ("Q8_0", "Q6_K", "Q5_K_M", BASE, "Q4_K_S", "IQ4_XS", "IQ4_NL", "Q4_0")
 TIMED = ("Q8_0", BASE, "Q4_K_S", "IQ4_XS", "Q4_0")
-"""Of those, the ones whose speed is measured, beside that of all recipes."""
+"""The stock types whose speed is measured; the speed of every recipe is measured too."""
 OURS = tuple(RECIPES)
 ALIKE = (("q4", BASE), ("q4-fast", BASE), ("q4-small", BASE), ("q4-small", "IQ4_XS"))
-"""Recipes, and what each is compared with, given the recipe's types for embedding and output."""
+"""Recipes, and the type each is compared with. That one gets the recipe's types for embedding and output."""
 LARGE = PRESETS["deepseekmoe-16b"].hp
 
 _DIGITS = 12
@@ -44,14 +43,14 @@ class Variant:
 
 
 def variants() -> Iterator[Variant]:
-    """All, in the order of the tables."""
+    """Yield all types with and without an importance matrix, in the order of the tables."""
     for imatrix in (False, True):
         yield from (Variant(word, imatrix) for word in (*STOCK, *OURS))
 
 
 def timed_variants() -> Iterator[Variant]:
-    """Each kind of file once: a recipe may be a stock type by another name. All without an importance matrix:
-    with one, some stock mixes get larger types in a few tensors, and recipes never.
+    """Yield each kind of file once: a recipe may be a stock type under another name. All are without an
+    importance matrix: with one, some stock mixes get larger types in a few tensors, recipes do not.
     """
     seen = set()
     for word in (*TIMED, *OURS):
@@ -67,9 +66,7 @@ def _digest(word: str, imatrix: bool) -> str:
 
 
 def digest_of(wanted: str | TypeChoice, *, imatrix: bool) -> str:
-    """Of the types that the tensors of the 16B and of the trained reference get: figures with another digest
-    are of other types.
-    """
+    """Return a digest of the types that the tensors of the 16B and of the trained reference get."""
     parts = [types_digest(choices_of(hp, wanted, imatrix=imatrix)) for hp in (LARGE, HP)]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:_DIGITS]
 
@@ -98,9 +95,9 @@ EIGHT = (
         {"attention": "F16", "dense-gate-up": "Q6_K", "shared-gate-up": "Q6_K", "routed-gate-up": "Q6_K"},
     ),
 )
-"""Candidates for q8, which is Q8_0 by another name as long as none is better at the same size. Each keeps
-some tensors in F16 and pays with Q6_K where there are most weights. None is larger than Q8_0, on the 16B
-shape and on the reference.
+"""Candidates for q8, which stays another name of Q8_0 unless one is better at the same size. Each keeps some
+tensors in F16 and has Q6_K where most of the weights are. None is larger than Q8_0, neither on the 16B shape
+nor on the reference.
 """
 
 POINTS_BASE = "q4-fast"
@@ -120,37 +117,4 @@ POINTS = (
         {"attention": "Q5_K", "shared": "Q5_K", "routed-gate-up": "Q4_K"},
     ),
 )
-"""Other choices where the bars conflict: types that read prompts fast are not those that decode fast."""
-
-STEPPED = ("q4", "q4-fast")
-"""The recipes whose steps are measured. But for the embedding q4-small is q4-fast."""
-_LADDER, _NARROW_LADDER = ("IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0"), ("IQ4_NL", "Q5_0", "Q8_0")
-"""Types from small to large, of blocks of 256 and of 32."""
-_NARROW = ("dense-down", "routed-down")
-"""Kinds whose width, in the 16B as in the reference, is not a multiple of 256."""
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A recipe with the type `word` for one kind of group."""
-
-    kind: str
-    word: str
-    recipe: NamedRecipe
-
-
-def steps_of(recipe: NamedRecipe) -> Iterator[Step]:
-    """The recipe with the next smaller and the next larger type for each kind of group. Where a kind has
-    several types, by layer, each of them alone.
-    """
-    for kind in KINDS:
-        words = words_of(recipe, kind)
-        for word in _neighbours(kind, words) if isinstance(words, str) else words:
-            types = {**recipe.types, kind: word}
-            yield Step(kind, word, replace(recipe, name=f"{recipe.name}-{kind}-{word}", types=types))
-
-
-def _neighbours(kind: str, word: str) -> Iterator[str]:
-    ladder = _NARROW_LADDER if kind in _NARROW else _LADDER
-    at = ladder.index(word)
-    yield from (ladder[each] for each in (at - 1, at + 1) if 0 <= each < len(ladder))
+"""Other choices where the bars conflict: the types that read prompts fastest do not decode fastest."""

@@ -1,0 +1,203 @@
+"""The figures of benchmarks/quality.py: plain data, and the JSON file in docs that holds them."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from benchmarks.support.quality.variants import BASE, EIGHT, POINTS, Variant, digest_of
+
+ROOT = Path(__file__).resolve().parents[3]
+FIGURES = ROOT / "docs" / "quality.json"
+
+
+class Row(msgspec.Struct, frozen=True):
+    """Figures of a type. `digest` identifies the tensor types it stood for when it was measured."""
+
+    type: str
+    imatrix: bool
+    digest: str
+
+    @property
+    def variant(self) -> Variant:
+        """The type, with or without an importance matrix."""
+        return Variant(self.type, self.imatrix)
+
+
+class SizeRow(Row, frozen=True):
+    """Bytes of the weights of the 16B shape."""
+
+    n_bytes: int
+    bits_per_weight: float
+    n_bytes_per_token: float
+
+
+class SpeedRow(Row, frozen=True):
+    """Tokens per second on the shape with few layers, one figure for each round; their ratios to the base
+    timed beside it; the bytes that decoding one token reads there.
+    """
+
+    n_bytes_per_token: float
+    prompt: Sequence[float]
+    decode: Sequence[float]
+    prompt_ratio: Sequence[float]
+    decode_ratio: Sequence[float]
+
+
+class FidelityRow(Row, frozen=True):
+    """A quantized file compared with its unquantized model. KL divergences are in nats per token; `windows`
+    has the mean of each window. `same_experts` and `overlap` are means over the layers.
+    """
+
+    file_size: int
+    bits_per_weight: float
+    n_bytes_per_token: float
+    perplexity: float
+    perplexity_error: float
+    kl: float
+    kl_error: float
+    kl_upper: float
+    kl_99: float
+    same_top: float
+    same_experts: float
+    overlap: float
+    windows: Sequence[float]
+
+
+class AlikeRow(FidelityRow, frozen=True):
+    """The type `base` with the embedding and output types of the recipe `type`."""
+
+    base: str = BASE
+
+
+class CandidateRow(Row, frozen=True):
+    """A candidate for q8. `large_ratio` is its size over Q8_0's on the 16B shape, `predicted_ratio` its
+    predicted error over Q8_0's with the built-in costs; `windows` as in `FidelityRow`.
+    """
+
+    about: str
+    large_ratio: float
+    predicted_ratio: float
+    file_size: int
+    windows: Sequence[float]
+
+
+class PointRow(Row, frozen=True):
+    """A choice of types other than our recipes. Bytes are those of the 16B shape, `windows` as in
+    `FidelityRow`, ratios as in `SpeedRow`.
+    """
+
+    about: str
+    n_bytes: int
+    n_bytes_per_token: float
+    windows: Sequence[float]
+    prompt_ratio: Sequence[float]
+    decode_ratio: Sequence[float]
+
+
+class TargetRow(msgspec.Struct, frozen=True):
+    """A size that was asked for, and the size of the file made for it, in bytes."""
+
+    budget: int
+    file_size: int
+
+
+R = TypeVar("R", bound=Row)
+
+
+class Part(msgspec.Struct, Generic[R], frozen=True, kw_only=True):
+    """The rows of one run. `settings` determine them, together with the types; `facts` are for the reader."""
+
+    measured: str
+    commit: str
+    settings: Mapping[str, Any]
+    rows: Sequence[R]
+    facts: Mapping[str, Any] = {}
+
+    def row(self, variant: Variant) -> R:
+        """Return the row of a type; KeyError if there is none."""
+        for row in self.rows:
+            if row.variant == variant:
+                return row
+        raise KeyError(str(variant))
+
+
+class Reference(Part[FidelityRow], frozen=True, kw_only=True):
+    """The trained reference. `frontier` and `targets` are what the solver makes of budgets, `alike` is what
+    the recipes are compared with, `eight` are the candidates for q8.
+    """
+
+    frontier: Sequence[FidelityRow]
+    targets: Sequence[TargetRow]
+    alike: Sequence[AlikeRow]
+    eight: Sequence[CandidateRow]
+
+    def alike_row(self, variant: Variant, base: str) -> AlikeRow | None:
+        """Return what a recipe is compared with; None if it was not measured."""
+        return next((row for row in self.alike if (row.variant, row.base) == (variant, base)), None)
+
+
+class Figures(msgspec.Struct, frozen=True):
+    """All parts."""
+
+    reference: Reference
+    demo: Part[FidelityRow]
+    sizes: Part[SizeRow]
+    speed: Part[SpeedRow]
+    points: Part[PointRow]
+
+
+PARTS = Figures.__struct_fields__
+
+
+def now_and_commit() -> dict[str, str]:
+    """Return what `Part` records about a run: the time, and the commit, "-dirty" if there are changes."""
+    command = ["git", "describe", "--always", "--dirty"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    return {"measured": datetime.now(UTC).isoformat(timespec="seconds"), "commit": done.stdout.strip()}
+
+
+def read_figures(path: Path = FIGURES) -> Figures:
+    """Read the figures beside the document."""
+    return msgspec.json.decode(path.read_bytes(), type=Figures)
+
+
+def write_figures(figures: Figures, path: Path = FIGURES) -> None:
+    """Write the figures beside the document."""
+    path.write_bytes(msgspec.json.encode(figures) + b"\n")
+
+
+def outdated(figures: Figures) -> Iterator[str]:
+    """Yield why parts must not be shown beside each other: the types of a row have changed since, or the
+    parts were measured with different kernels, models or settings.
+    """
+    current = {recipe.name: digest_of(recipe, imatrix=False) for recipe in POINTS}
+    current |= {
+        str(Variant(recipe.name, imatrix)): digest_of(recipe, imatrix=imatrix)
+        for recipe in EIGHT
+        for imatrix in (False, True)
+    }
+    for name in PARTS:
+        part = getattr(figures, name)
+        rows = [*part.rows, *figures.reference.eight] if name == "reference" else part.rows
+        for row in rows:
+            if row.digest != (current.get(str(row.variant)) or row.variant.digest):
+                yield f"{name}: {row.variant} has other types now"
+    shared = {
+        "points and reference": (figures.points, figures.reference, _SAME_MODEL),
+        "points and speed": (figures.points, figures.speed, _SAME_TIMING),
+        "demo and reference": (figures.demo, figures.reference, ("kernels",)),
+        "speed and reference": (figures.speed, figures.reference, ("kernels",)),
+    }
+    for names, (one, other, keys) in shared.items():
+        if differ := [key for key in keys if one.settings[key] != other.settings[key]]:
+            yield f"{names} differ in {', '.join(differ)}"
+
+
+_SAME_MODEL = ("model", "text_digest", "n_context", "n_windows", "cache", "predictions", "kernels")
+_SAME_TIMING = ("shape", "layers", "n_prompt", "n_gen", "turns", "threads")
