@@ -201,7 +201,8 @@ def test_a_model_is_measured(tmp_path: Path) -> None:
     assert with_matrix.kl != four_bits.kl
     for row in (*rows, *frontier, *alike):
         assert np.mean(row.windows) == pytest.approx(row.kl, rel=1e-4)
-        assert (len(row.windows), row.kl_upper) == (3, pytest.approx(row.kl, rel=1e-6))
+        assert len(row.windows) == 3
+        assert row.kl_upper == pytest.approx(row.kl, rel=1e-6)
     assert all(row.bits_per_weight <= 8 for row in frontier)
     assert all(row.file_size <= row.budget for row in targets)
     assert 0 < eight[0].predicted_ratio < 1  # only every third layer has Q6_K, and the model has two

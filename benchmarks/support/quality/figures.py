@@ -155,7 +155,7 @@ class Figures(msgspec.Struct, frozen=True):
 PARTS = Figures.__struct_fields__
 
 
-def now_and_commit() -> dict[str, str]:
+def now_and_commit() -> dict[str, Any]:
     """Return what `Part` records about a run: the time, and the commit, "-dirty" if there are changes."""
     command = ["git", "describe", "--always", "--dirty"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
@@ -188,7 +188,7 @@ def outdated(figures: Figures) -> Iterator[str]:
         for row in rows:
             if row.digest != (current.get(str(row.variant)) or row.variant.digest):
                 yield f"{name}: {row.variant} has other types now"
-    shared = {
+    shared: Mapping[str, tuple[Part[Any], Part[Any], Sequence[str]]] = {
         "points and reference": (figures.points, figures.reference, _SAME_MODEL),
         "points and speed": (figures.points, figures.speed, _SAME_TIMING),
         "demo and reference": (figures.demo, figures.reference, ("kernels",)),

@@ -73,10 +73,10 @@ def measure_speeds(timing: Timing) -> list[SpeedRow]:
     hp = with_layers(shape_of(PRESET, quick=timing.quick).hp, timing.layers)
     rows = []
     for word, variant in timed.items():
-        rates = ([round(pair[at].ours, 3) for pair in rounds[word]] for at in range(2))
+        prompt, decode = ([round(pair[at].ours, 3) for pair in rounds[word]] for at in range(2))
         n_read = size_of(hp, word).n_bytes_per_token
         ratios = ratios_of(rounds[word])
-        rows.append(SpeedRow(word, variant.imatrix, variant.digest, n_read, *rates, *ratios))
+        rows.append(SpeedRow(word, variant.imatrix, variant.digest, n_read, prompt, decode, *ratios))
     return rows
 
 
