@@ -39,8 +39,7 @@ class Stored(NamedTuple):
 def write_cache(
     path: Path, identity: str, token_ids: Sequence[int], start: int, context: Context, sequence: int
 ) -> bool:
-    """Write the cells of a sequence, which hold `token_ids` from `start` on, to a new file without syncing
-    it.
+    """Write the cells of a sequence, which hold `token_ids` from `start` on, to a new file. It is not synced.
 
     `identity` is `ModelInfo.cache_identity`. Returns False if llama.cpp cannot write the state. Raises
     OSError, for example if the disk is full or the file exists. In both cases no new file is left.

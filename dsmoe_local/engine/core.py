@@ -118,7 +118,7 @@ class Core:
         if not self.idle or self._loaded.limits.deterministic:
             return 0
         self._apply_operations()
-        return idle_operations.save_cache(self._loaded, self.scheduler.book, path, token_ids, start)
+        return idle_operations.save_cache(self._loaded, self.scheduler.cache, path, token_ids, start)
 
     def load_cache(self, path: Path, token_ids: list[int]) -> int:
         """See TextEngine."""
@@ -126,7 +126,7 @@ class Core:
             return 0
         self._apply_operations()
         return idle_operations.load_cache(
-            self._loaded, self.scheduler.book, self._apply_operations, path, token_ids
+            self._loaded, self.scheduler.cache, self._apply_operations, path, token_ids
         )
 
     def set_observers(self, options: tuple[ObserverOptions, ...]) -> None:
@@ -135,7 +135,7 @@ class Core:
             raise EngineError("observers cannot be changed while requests run")
         try:
             idle_operations.exchange_observers(
-                self._loaded, self.scheduler.book, self._apply_operations, options
+                self._loaded, self.scheduler.cache, self._apply_operations, options
             )
         except Exception as error:
             if not self._loaded.context.handle:
@@ -143,7 +143,7 @@ class Core:
             raise
 
     def _apply_operations(self) -> None:
-        for operation in self.scheduler.book.take_operations():
+        for operation in self.scheduler.cache.take_operations():
             self._perform(operation)
 
     def _of(self, job: Job) -> list[Reply]:

@@ -16,19 +16,19 @@ from dsmoe_local.engine import native
 from dsmoe_local.engine.cache_file import mapped_file, open_cache, write_cache
 from dsmoe_local.engine.load.loaded_model import LoadedModel
 from dsmoe_local.engine.observe.registry import n_outputs
-from dsmoe_local.engine.schedule.cache_book import CacheBook
+from dsmoe_local.engine.schedule.cache_state import CacheState
 from dsmoe_local.engine.schedule.radix_tree import common_length
 from dsmoe_local.engine.types import ObserverOptions
 
 
-def save_cache(loaded: LoadedModel, book: CacheBook, path: Path, token_ids: list[int], start: int) -> int:
+def save_cache(loaded: LoadedModel, cache: CacheState, path: Path, token_ids: list[int], start: int) -> int:
     """See TextEngine. The file is not synced."""
-    slot, end = book.longest_idle(token_ids)
-    spare = book.spare_id()
+    slot, end = cache.longest_idle(token_ids)
+    spare = cache.spare_id()
     if end <= start or spare is None or not loaded.limits.unified:
         return 0
     try:
-        with _set_aside(loaded.context, slot, spare, book.cells.length(slot)):
+        with _set_aside(loaded.context, slot, spare, cache.cells.length(slot)):
             loaded.context.forget(slot, 0, start)
             loaded.context.forget(slot, end)
             try:
@@ -42,21 +42,25 @@ def save_cache(loaded: LoadedModel, book: CacheBook, path: Path, token_ids: list
 
 
 def load_cache(
-    loaded: LoadedModel, book: CacheBook, settle: Callable[[], None], path: Path, token_ids: list[int]
+    loaded: LoadedModel,
+    cache: CacheState,
+    apply_operations: Callable[[], None],
+    path: Path,
+    token_ids: list[int],
 ) -> int:
-    """See TextEngine. `settle` applies the book's pending operations to the cache."""
+    """See TextEngine. `apply_operations` applies the pending operations of `cache` to llama.cpp's."""
     with open_cache(path, loaded.info.cache_identity) as stored:
         if stored is None:
             return 0
         common = common_length(stored.token_ids, token_ids, 0, len(token_ids))
-        slot, held = book.longest_idle(token_ids)
+        slot, held = cache.longest_idle(token_ids)
         if common <= held or held < stored.start:
             return held if common else 0
-        place = book.make_place(len(stored.token_ids), slot if stored.start else None, stored.start)
-        spare = book.spare_id()
+        place = cache.prepare_slot(len(stored.token_ids), slot if stored.start else None, stored.start)
+        spare = cache.spare_id()
         if place is None or spare is None:
-            return book.longest_idle(token_ids)[1]
-        settle()
+            return cache.longest_idle(token_ids)[1]
+        apply_operations()
         context = loaded.context
         with _set_aside(context, place, spare, stored.start):
             context.forget(place, 0)
@@ -65,10 +69,10 @@ def load_cache(
                 context.forget(place, 0)
                 read = False
         if read:
-            book.put_in(place, stored.token_ids[stored.start :])
-            book.truncate(place, common)
-            settle()
-        return book.longest_idle(token_ids)[1]
+            cache.add_loaded(place, stored.token_ids[stored.start :])
+            cache.truncate(place, common)
+            apply_operations()
+        return cache.longest_idle(token_ids)[1]
 
 
 @contextmanager
@@ -86,7 +90,10 @@ def _set_aside(context: native.Context, slot: int, spare: int, count: int) -> It
 
 
 def exchange_observers(
-    loaded: LoadedModel, book: CacheBook, settle: Callable[[], None], options: Sequence[ObserverOptions]
+    loaded: LoadedModel,
+    cache: CacheState,
+    apply_operations: Callable[[], None],
+    options: Sequence[ObserverOptions],
 ) -> None:
     """See TextEngine. If no context can be created again, `loaded.context` is a closed one afterwards."""
     old = loaded.observers
@@ -97,8 +104,8 @@ def exchange_observers(
         n_outputs=n_outputs(options, before.n_ubatch, before.n_sequences),
         eval_callback=successor.eval_callback,
     )
-    book.forget_parked()
-    settle()
+    cache.forget_parked()
+    apply_operations()
     # The old context is closed first, since two would need the memory of two KV caches.
     with _saved(loaded.context) as state:
         loaded.context.close()
@@ -111,7 +118,7 @@ def exchange_observers(
             raise
         finally:
             if loaded.context.handle and not (state and loaded.context.read_state(state)):
-                book.forget_all()
+                cache.forget_all()
     old.retire()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 from typing import Any
 
 import llama_cpp  # noqa: TID251 - the oracle
@@ -22,20 +21,6 @@ from dsmoe_local.engine.sampling.likeliest import likeliest, near_top
 from dsmoe_local.engine.types import Request, SamplingParameters
 
 PROMPT = "Once upon a time, once upon a time, in a land far, far away, there"
-
-
-@pytest.fixture(scope="module")
-def model() -> Iterator[native.Model]:
-    loaded = native.Model(smollm2())
-    yield loaded
-    loaded.close()
-
-
-@pytest.fixture(scope="module")
-def context(model: native.Model) -> Iterator[native.Context]:
-    made = native.Context(model, native.ContextOptions(256, 256, 256, 1, 1))
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")

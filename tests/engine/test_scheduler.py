@@ -125,19 +125,19 @@ class Play:
         run.ended = how
         self.scheduler.finish(run.sequence)
 
-    def put_in(self, tokens: list[int]) -> None:
+    def add_loaded(self, tokens: list[int]) -> None:
         """A file's tokens, between requests."""
-        book = self.scheduler.book
-        slot = book.make_place(len(tokens))
+        state = self.scheduler.cache
+        slot = state.prepare_slot(len(tokens))
         if slot is None:
             assert not self.scheduler.limits.unified or len(tokens) > self.scheduler.limits.n_cells
             return
-        self.cache.do(Step(book.take_operations()))
+        self.cache.do(Step(state.take_operations()))
         self.cache.hold(slot, tokens)
-        book.put_in(slot, tokens)
+        state.add_loaded(slot, tokens)
         self.cache.compare(self.scheduler)
         self.scheduler.check()
-        assert book.longest_idle(tokens)[1] == len(tokens)
+        assert state.longest_idle(tokens)[1] == len(tokens)
 
     def finish_all(self, most: int = 3000) -> None:
         for _ in range(most):
@@ -209,7 +209,7 @@ def test_random_work_ends_and_the_books_agree(
         elif kind == "step" and not stage.scheduler.idle:
             stage.step()
         elif kind == "step":
-            stage.put_in([*_PREFIXES[prefix], *range(20_000, 20_000 + tail)])
+            stage.add_loaded([*_PREFIXES[prefix], *range(20_000, 20_000 + tail)])
     stage.finish_all()
     assert all(run.ended for run in stage.runs)
     for run in stage.runs:

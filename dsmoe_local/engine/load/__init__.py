@@ -1,1 +1,1 @@
-"""From options to a loaded model: what fits, where it goes, and how it is told."""
+"""Loads models: memory, placement on devices, and models larger than the memory."""

@@ -1,1 +1,1 @@
-"""Which tokens of which request are decoded next. Pure data: no model, no tokenizer, no native code."""
+"""Plans which tokens of which request are decoded next. Needs no model, no tokenizer and no native code."""

@@ -27,8 +27,7 @@ class Run:
 
 
 class RadixTree:
-    """The sequences of a cache. A sequence is a path from the root. Sharing a prefix adds an owner to its
-    runs.
+    """The sequences of a cache. A sequence is a path from the root; each of its runs has it as an owner.
 
     Unlike in other radix trees, two children may begin with the same token, since the same text may have been
     computed twice in different cells. A cell holds one token.

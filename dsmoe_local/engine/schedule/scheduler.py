@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from dsmoe_local.engine.schedule.cache_book import CacheBook
+from dsmoe_local.engine.schedule.cache_state import CacheState
 from dsmoe_local.engine.schedule.plan import (
     GROWTH,
     Forget,
@@ -37,13 +37,13 @@ class Scheduler:
         self.limits = limits
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self.book = CacheBook(limits)
+        self.cache = CacheState(limits)
         self._reads = False  # with per-sequence caches: whether the last step was a prefill
 
     @property
     def cells(self) -> RadixTree:
         """The contents of the cache."""
-        return self.book.cells
+        return self.cache.cells
 
     @property
     def idle(self) -> bool:
@@ -73,8 +73,8 @@ class Scheduler:
             # Only whole prefill chunks are bit for bit what another prompt would compute.
             chunk = self.limits.n_step_tokens
             keep = min(keep, sequence.n_prompt) // chunk * chunk
-        self.book.truncate(sequence.slot, keep)
-        self.book.touch(sequence.slot)
+        self.cache.truncate(sequence.slot, keep)
+        self.cache.touch(sequence.slot)
         sequence.slot = -1
 
     def plan(self) -> Step:
@@ -84,7 +84,7 @@ class Scheduler:
             self._admit()
         rows = self._rows([sequence for sequence in self.running if sequence not in full])
         padding = self._padding(rows) if self.limits.deterministic else ()
-        return Step(self.book.take_operations(), rows, padding, tuple(full))
+        return Step(self.cache.take_operations(), rows, padding, tuple(full))
 
     def commit(self, step: Step) -> None:
         """Note that all rows of `step` are in the cache."""
@@ -98,7 +98,7 @@ class Scheduler:
         self._hold(sequence, before, n_held)
         # The step's logits are lost, so the last token is computed again; all of them if they are scored.
         sequence.n_cached = min(n_held, len(sequence.tokens) - 1 if sequence.score_from is None else before)
-        self.book.truncate(sequence.slot, sequence.n_cached, native_length=n_held)
+        self.cache.truncate(sequence.slot, sequence.n_cached, native_length=n_held)
 
     def _hold(self, sequence: Sequence, start: int, end: int) -> None:
         """Note that the cache holds the tokens from `start` to `end` of a sequence."""
@@ -112,7 +112,7 @@ class Scheduler:
     def lose(self, sequence: Sequence) -> None:
         """Drop all cells of a running sequence after a failed step."""
         self.cells.truncate(sequence.slot, 0)
-        self.book.operations.append(Forget(sequence.slot, 0))
+        self.cache.operations.append(Forget(sequence.slot, 0))
         sequence.n_cached = 0
 
     def forget_idle(self) -> None:
@@ -120,7 +120,7 @@ class Scheduler:
         busy = {sequence.slot for sequence in self.running}
         for held in self.cells.sequences:
             if held not in busy:
-                self.book.truncate(held, 0)
+                self.cache.truncate(held, 0)
 
     def check(self) -> None:
         """Raise AssertionError if the state is inconsistent. For tests."""
@@ -188,20 +188,18 @@ class Scheduler:
         if self._n_needed() + self._n_reserved() + more > self.limits.n_cells:
             return False
         sequence.n_reserved = wanted
-        self.book.make_room(self._busy(), self._n_reserved())
+        self.cache.make_room(self._busy(), self._n_reserved())
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
         """Move a running sequence back to the head of the queue. Its tokens are computed again later."""
         self.running.remove(sequence)
-        self.book.truncate(sequence.slot, 0)
+        self.cache.truncate(sequence.slot, 0)
         sequence.slot, sequence.n_cached, sequence.n_reserved = -1, 0, 0
         self.waiting.appendleft(sequence)
 
     def _shift(self, sequence: Sequence) -> bool:
-        """Drop half of the tokens behind those that a full sequence keeps or shares. Returns False if it
-        cannot be shifted.
-        """
+        """Drop half of the tokens behind those that a sequence keeps or shares. False if it cannot be."""
         if not sequence.can_shift:
             return False
         # Shared cells cannot be shifted, so idle sequences must not share any.
@@ -213,7 +211,7 @@ class Scheduler:
         rest = sequence.tokens[start + count : sequence.n_cached]
         self.cells.truncate(sequence.slot, start)
         self.cells.extend(sequence.slot, rest, exact=False)
-        self.book.operations.append(Shift(sequence.slot, start, count))
+        self.cache.operations.append(Shift(sequence.slot, start, count))
         del sequence.tokens[start : start + count]
         sequence.n_cached -= count
         sequence.n_unmoved = start if sequence.n_unmoved is None else min(start, sequence.n_unmoved)
@@ -267,7 +265,7 @@ class Scheduler:
         # If the request continues the whole cached sequence it is the next turn of a conversation. Only a
         # request that diverges shows that the prefix is shared.
         diverges = any(self.cells.length(owner) > count for owner in owners)
-        self.book.take_slot(slot, source, count)
+        self.cache.take_slot(slot, source, count)
         sequence.slot = slot
         sequence.n_cached = count
         sequence.n_reserved = reserved
@@ -276,9 +274,9 @@ class Scheduler:
         self.running.append(sequence)
         if count >= _WORTH_WAITING and diverges:
             self.cells.hit(slot, count)
-        self.book.touch(slot)
+        self.cache.touch(slot)
         if self.limits.unified:
-            self.book.make_room(self._busy(), self._n_reserved())
+            self.cache.make_room(self._busy(), self._n_reserved())
         return True
 
     def _wanted(self, sequence: Sequence) -> int:
@@ -303,7 +301,7 @@ class Scheduler:
         if empty and (self.limits.unified or not count or not idle_owners):
             return empty[0], source, count
         # An owner needs no copy. Otherwise the least recently used slot is taken.
-        slot = min(free, key=lambda slot: (slot not in owners, self.book.last_used(slot)))
+        slot = min(free, key=lambda slot: (slot not in owners, self.cache.last_used(slot)))
         return slot, slot if count and slot in owners else source, count
 
     def _rows(self, able: list[Sequence]) -> tuple[StepRow, ...]:
@@ -328,7 +326,7 @@ class Scheduler:
             if slot in taken:
                 continue
             if self.cells.length(slot) >= self.limits.n_cells:
-                self.book.truncate(slot, 0)
+                self.cache.truncate(slot, 0)
             padding.append(Padding(slot, self.cells.length(slot)))
         return tuple(padding)
 

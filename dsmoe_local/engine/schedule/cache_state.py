@@ -6,7 +6,7 @@ from dsmoe_local.engine.schedule.plan import Copy, Forget, Limits, Operation
 from dsmoe_local.engine.schedule.radix_tree import RadixTree, common_length
 
 
-class CacheBook:
+class CacheState:
     """The cells of all sequences as they will be after the pending `operations`."""
 
     def __init__(self, limits: Limits) -> None:
@@ -96,7 +96,7 @@ class CacheBook:
         """Return the id of an empty sequence that is not a slot, or None."""
         return max(set(range(self.limits.n_slots, self.limits.n_ids)) - {*self.cells.sequences}, default=None)
 
-    def make_place(self, count: int, slot: int | None = None, kept: int = 0) -> int | None:
+    def prepare_slot(self, count: int, slot: int | None = None, kept: int = 0) -> int | None:
         """Return an empty slot with free cells for `count` tokens, or `slot`, cut to its first `kept` tokens.
 
         Evicts the least recently used sequences. Returns None if there are not enough cells. No sequence may
@@ -116,7 +116,7 @@ class CacheBook:
             self.truncate(slot, 0)
         return slot
 
-    def put_in(self, slot: int, token_ids: list[int]) -> None:
+    def add_loaded(self, slot: int, token_ids: list[int]) -> None:
         """Note that tokens were added to a slot, with the same cells as a prefill would give."""
         self.cells.extend(slot, token_ids)
         self.touch(slot)
