@@ -48,6 +48,8 @@ from dsmoe_quantize.quantize import plan_quantization, quantize_file
 N_CONTEXT = 48
 TEXT = Text("test", built_in().content[1000:1600])
 Q4_0, Q5_0 = GgmlType.Q4_0, GgmlType.Q5_0
+SHARED = ("embedding", "output")
+"""Groups that are no layer's."""
 
 Weights = Mapping[str, NDArray[np.float32]]
 Window = tuple[int, ...]
@@ -137,20 +139,52 @@ def windows_of(model: Path) -> Sequence[Window]:
         return cut_windows(engine, TEXT, N_CONTEXT).tokens
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """All kinds measured, then all layers in the same file: its content before that, and what was loaded."""
+
+    path: Path
+    kinds_file: str
+    kinds: ErrorCosts
+    of_kinds: Loading
+    layers: ErrorCosts
+    of_layers: Loading
+
+
+@pytest.fixture(scope="module")
+def measured(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    folder = tmp_path_factory.mktemp("measured")
+    path, windows = folder / "costs.json", windows_of(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        kinds, of_kinds = costs(model, path, Loading(windows=windows))
+        content = path.read_text()
+        layers, of_layers = costs(model, path, Loading(windows=windows), by_layer=True)
+    return Measured(path, content, kinds, of_kinds, layers, of_layers)
+
+
 @pytest.mark.parametrize("by_layer", [False, True], ids=["by kind", "by layer"])
-def test_costs_are_the_oracles(model: Path, tmp_path: Path, by_layer: bool) -> None:
+def test_costs_are_the_oracles(model: Path, measured: Measured, by_layer: bool) -> None:
     """Guards: another group quantized too, or in part; another divergence; errors of other tensors; a weight
     that the solver takes for another's, or divides by another number of layers.
     """
-    kept_in = tmp_path / "costs.json"
-    windows = windows_of(model)
-    found, loading = costs(model, kept_in, Loading(windows=windows), by_layer=by_layer)
-    source, again, *probes = loading.models
-    assert all(np.array_equal(source[name], again[name]) for name in source)
-    assert len(found.groups) == len(probes)
+    found = measured.layers if by_layer else measured.kinds
+    loading = measured.of_layers if by_layer else measured.of_kinds
+    reference = loading.predictions[0]
+    source, *probes = loading.models
+    predictions = loading.predictions[1:]
     by_name = {each.group: each for each in found.groups}
+    if by_layer:
+        # Known from the kinds.
+        for group in SHARED:
+            assert by_name.pop(group) in measured.kinds.groups
+    else:
+        again, *probes = probes
+        predictions = predictions[1:]
+        assert all(np.array_equal(source[name], again[name]) for name in source)
+    assert len(by_name) == len(probes)
     tried: set[str] = set()
-    for after, predicted in zip(probes, loading.predictions[2:], strict=True):
+    for after, predicted in zip(probes, predictions, strict=True):
         changed = {name for name in source if not np.array_equal(source[name], after[name])}
         groups = {group_of(name, False) for name in changed}
         (group,) = {str(group) if by_layer else group and group.kind for group in groups}
@@ -159,7 +193,7 @@ def test_costs_are_the_oracles(model: Path, tmp_path: Path, by_layer: bool) -> N
         assert not changed & tried
         tried |= changed
         probe = each.probes[Q4_0]
-        assert probe.kl == pytest.approx(divergence(loading.predictions[0], predicted), rel=0.02), each.group
+        assert probe.kl == pytest.approx(divergence(reference, predicted), rel=0.02), each.group
         layers: dict[object, list[str]] = {}
         for name in changed:
             layers.setdefault(group_of(name, False), []).append(name)
@@ -172,15 +206,20 @@ def test_costs_are_the_oracles(model: Path, tmp_path: Path, by_layer: bool) -> N
         assert each.cost == pytest.approx(probe.kl / probe.error)
         assert not each.is_at_most
     assert not by_name
-    assert tried == {name for name in source if group_of(name, False) and "gate_inp" not in name}
-    check_predictions(model, kept_in, found)
-    if not by_layer:
+    of_shared = {name for name in source if str(group_of(name, False)) in SHARED} if by_layer else set()
+    assert tried | of_shared == {name for name in source if group_of(name, False) and "gate_inp" not in name}
+    if by_layer:
+        check_predictions(model, measured.path, found)
+        weights = read_sensitivity(measured.path).weights
+        assert weights.keys() == {each.group for each in (*measured.kinds.groups, *found.groups)}
+    else:
         # llama.cpp rounds what it multiplies quantized weights with, which torch does not: so this is coarse,
         # and two windows are enough.
-        before = by_torch(source, windows[:2])
-        kl = [divergence(before, by_torch(after, windows[:2])) for after in probes]
-        few = [each[: len(before)] for each in loading.predictions]
-        assert [divergence(few[0], each) for each in few[2:]] == pytest.approx(kl, rel=0.4)
+        windows = loading.windows[:2]
+        before = by_torch(source, windows)
+        kl = [divergence(before, by_torch(after, windows)) for after in probes]
+        few = [each[: len(before)] for each in predictions]
+        assert [divergence(reference[: len(before)], each) for each in few] == pytest.approx(kl, rel=0.4)
 
 
 def check_predictions(model: Path, kept_in: Path, found: ErrorCosts) -> None:
@@ -227,9 +266,8 @@ def test_importance_counts(model: Path, tmp_path: Path) -> None:
         assert np.array_equal(weights, expected["without"][name]) == (name == "token_embd.weight")
 
 
-def test_interrupted_and_continued(model: Path, tmp_path: Path) -> None:
+def test_interrupted_and_continued(model: Path, measured: Measured, tmp_path: Path) -> None:
     """Guards: results lost or measured twice, a model left behind, figures that depend on interruptions."""
-    whole, _ = costs(model, tmp_path / "whole.json")
     kept_in = tmp_path / "costs.json"
     with pytest.raises(InterruptedRunError, match="3 of 11 measurements done"):
         costs(model, kept_in, Loading(stop_after=5))
@@ -242,11 +280,11 @@ def test_interrupted_and_continued(model: Path, tmp_path: Path) -> None:
     rest, loading = costs(model, kept_in)
     # The reference is recorded again; its noise is known.
     assert len(loading.models) == 1 + 6
-    assert json.loads(kept_in.read_text()) == json.loads((tmp_path / "whole.json").read_text())
-    assert rest.groups == whole.groups
+    assert json.loads(kept_in.read_text()) == json.loads(measured.kinds_file)
+    assert rest.groups == measured.kinds.groups
     _, loading = costs(model, kept_in)
     assert not loading.models
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["costs.json", "whole.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["costs.json"]
 
 
 def test_what_is_told_meanwhile(model: Path, tmp_path: Path) -> None:
@@ -254,7 +292,14 @@ def test_what_is_told_meanwhile(model: Path, tmp_path: Path) -> None:
     that cannot be told apart.
     """
     events: list[Event] = []
-    costs(model, tmp_path / "costs.json", types=(GgmlType.Q4_K,), by_layer=True, listen=events.append)
+    costs(
+        model,
+        tmp_path / "costs.json",
+        types=(GgmlType.Q4_K,),
+        by_layer=True,
+        n_windows=1,
+        listen=events.append,
+    )
     misfit = "256 does not divide 64 columns: no Q4_K"
     notes = [event.text for event in events if isinstance(event, Note) and misfit in event.text]
     assert notes == [
@@ -266,17 +311,6 @@ def test_what_is_told_meanwhile(model: Path, tmp_path: Path) -> None:
     names = {str(group_of(spec.name, False)) for spec in tensor_specs(TINY)} - {"None"}
     assert {group for _, group, _ in labels} == names
     assert {number for number, *_ in labels} == {f"{at + 1}/{len(names)}" for at in range(len(names))}
-
-
-def test_kinds_and_layers_in_one_file(model: Path, tmp_path: Path) -> None:
-    """Guards: what was measured in one way lost when measured in the other."""
-    kept_in = tmp_path / "costs.json"
-    kinds, _ = costs(model, kept_in)
-    layers, loading = costs(model, kept_in, by_layer=True)
-    shared = {"embedding", "output"}
-    assert len(loading.models) == 1 + len(layers.groups) - len(shared)
-    weights = read_sensitivity(kept_in).weights
-    assert weights.keys() == {each.group for each in (*kinds.groups, *layers.groups)}
 
 
 def test_other_circumstances_are_refused(model: Path, tmp_path: Path) -> None:
@@ -307,21 +341,27 @@ def test_other_circumstances_are_refused(model: Path, tmp_path: Path) -> None:
 
 
 def test_other_windows_of_a_complete_file_are_refused(model: Path, tmp_path: Path) -> None:
-    """Guards: --chunks without effect, since nothing is left to measure."""
+    """Guards: --chunks without effect, since nothing is left to measure; a second type that is left out."""
     kept_in = tmp_path / "costs.json"
-    costs(model, kept_in, n_windows=2)
+    types = (Q4_0, GgmlType.Q8_0)
+    for each in costs(model, kept_in, n_windows=2, types=types)[0].groups:
+        coarse, fine = (each.probes[kind] for kind in types)
+        assert fine.kl < coarse.kl
+        clear = [probe.kl / probe.error for probe in (coarse, fine) if probe.kl > 2 * probe.kl_error]
+        assert each.cost is not None
+        assert each.is_at_most or min(clear) <= each.cost <= max(clear)
     found = json.loads(kept_in.read_text())
     n_windows = len(windows_of(model))
     assert n_windows > 3
     assert (found["probes"]["n_windows"], found["probes"]["n_windows_of_text"]) == (2, n_windows)
     for wanted in (1, 3, None):
         with pytest.raises(UsageError, match=f"measured with 2 windows, not {wanted or n_windows}"):
-            costs(model, kept_in, n_windows=wanted)
-    assert not costs(model, kept_in, n_windows=2)[1].models
+            costs(model, kept_in, n_windows=wanted, types=types)
+    assert not costs(model, kept_in, n_windows=2, types=types)[1].models
     del found["probes"]["n_windows_of_text"]
     kept_in.write_text(json.dumps(found))
     with pytest.raises(UsageError, match="measured with 2 windows, not 3"):
-        costs(model, kept_in, n_windows=3)
+        costs(model, kept_in, n_windows=3, types=types)
 
 
 def test_two_runs(model: Path, tmp_path: Path) -> None:
