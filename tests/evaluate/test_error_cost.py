@@ -176,8 +176,8 @@ def test_costs_are_the_oracles(model: Path, measured: Measured, by_layer: bool) 
     by_name = {each.group: each for each in found.groups}
     if by_layer:
         # Known from the kinds.
-        for group in SHARED:
-            assert by_name.pop(group) in measured.kinds.groups
+        for shared in SHARED:
+            assert by_name.pop(shared) in measured.kinds.groups
     else:
         again, *probes = probes
         predictions = predictions[1:]
