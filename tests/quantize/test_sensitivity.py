@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,15 @@ from dsmoe_local.base.errors import FormatError, InterruptedRunError, UsageError
 from dsmoe_local.base.progress import Event, Started
 from dsmoe_local.model.ggml import FLOATS, GgmlType, block_size
 from dsmoe_local.model.gguf_model import read_model
-from dsmoe_quantize.budget.sensitivity import Probe, Probes, Sensitivity, candidates, measure, sampled_rows
+from dsmoe_quantize.budget.sensitivity import (
+    Probe,
+    Probes,
+    Sensitivity,
+    TensorErrors,
+    candidates,
+    measure,
+    sampled_rows,
+)
 from dsmoe_quantize.budget.sensitivity_file import (
     Keeper,
     default_path,
@@ -65,15 +74,20 @@ def weights_of(path: Path) -> Mapping[str, NDArray[np.float64]]:
     return found
 
 
+@cache
+def measured_once(source: Path, with_imatrix: bool) -> tuple[Imatrix | None, Mapping[str, TensorErrors]]:
+    imatrix = random_imatrix(SMALL, least=5000) if with_imatrix else None
+    return imatrix, sensitivity(source, imatrix).tensors
+
+
 @pytest.mark.parametrize("word", ["Q4_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K", "IQ4_NL", "IQ4_XS"])
 @pytest.mark.parametrize("with_imatrix", [False, True])
 def test_errors_of_files(source: Path, tmp_path: Path, word: str, with_imatrix: bool) -> None:
     """Guards: rows of another expert, a kernel called otherwise than the quantizer calls it, importance of
     another expert, or experts that count as if all were chosen alike.
     """
-    imatrix = random_imatrix(SMALL, least=5000) if with_imatrix else None
+    imatrix, measured = measured_once(source, with_imatrix)
     kind = GgmlType.__members__[word]
-    measured = sensitivity(source, imatrix).tensors
     plan = plan_quantization(source, resolve(word), Overrides(pure=True), imatrix=imatrix)
     quantize_file(plan, tmp_path / "out.gguf")
     before, after = weights_of(source), weights_of(tmp_path / "out.gguf")
