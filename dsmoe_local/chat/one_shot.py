@@ -1,4 +1,4 @@
-"""One prompt, one answer, the answer alone on the output stream; what else is to be said goes beside it."""
+"""One answer to one prompt. Only the answer goes to the output stream; notes go to stderr."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from dsmoe_local.chat.terminal.signals import handling
 from dsmoe_local.engine.types import FinishReason
 
 _CUT: Mapping[FinishReason | None, tuple[str, str]] = {
-    FinishReason.LENGTH: ("the reply is cut at the longest that was allowed", "-n N allows more tokens"),
-    FinishReason.CONTEXT_FULL: ("the context is full, the reply ends there", "-c N makes it larger"),
+    FinishReason.LENGTH: ("the reply was cut at the token limit", "-n N allows more tokens"),
+    FinishReason.CONTEXT_FULL: ("the context is full: the reply ends there", "-c N makes it larger"),
 }
 
 
@@ -33,16 +33,15 @@ def answer(
     as_json: bool = False,
     stats: bool = False,
 ) -> None:
-    """Write the reply to `text` as it comes, or as one JSON object at the end; notes and `stats` go `beside`
-    (None: stderr).
+    """Write the reply to `text` as it is generated, or with `as_json` as one JSON object at the end.
 
-    The object has `text`, `finish_reason`, `usage` and `model`; with a JSON schema also `value`, what the
-    text says, null if it was cut. The whitespace that a reply begins with belongs to the template and is left
-    out, except in a completion. Where `out` is a terminal, control characters are made visible, and what a
-    JSON schema asked for is indented; anything else gets the exact text.
+    The object has the fields `text`, `finish_reason`, `usage` and `model`, and with a JSON schema `value`:
+    the parsed text, or null if it was cut. Leading whitespace belongs to the chat template and is left out,
+    except in a completion. A terminal gets control characters made visible and JSON indented; any other
+    output gets the exact text. Notes and `stats` go to `beside` (None: stderr).
 
-    After Ctrl-C what came is written, then InterruptedRunError raised; a second Ctrl-C waits for nothing.
-    DsmoeError if there is a JSON schema and the reply was cut before it was JSON.
+    Ctrl-C stops the reply: its text so far is written, and InterruptedRunError is raised. A second Ctrl-C
+    raises KeyboardInterrupt at once. DsmoeError if a reply for a JSON schema was cut before it was valid.
     """
     notes = beside if beside is not None else sys.stderr
     written = _Written(out, silent=as_json, is_json=conversation.json_schema is not None)
@@ -58,7 +57,7 @@ def answer(
         raise
     value = _json_value(written.text) if conversation.json_schema is not None else None
     if as_json:
-        written.replace(_envelope(conversation, written.text, value))
+        written.write(_envelope(conversation, written.text, value))
     written.finish()
     if stats and conversation.usage is not None:
         notes.write(words.usage(conversation.usage) + "\n")
@@ -66,7 +65,7 @@ def answer(
 
 
 class _Written:
-    """A reply on its way out."""
+    """Writes a reply to a stream and collects its text."""
 
     def __init__(self, out: TextIO, *, silent: bool, is_json: bool) -> None:
         self.text = ""
@@ -82,13 +81,8 @@ class _Written:
             return
         self.text += piece
         if not self._silent:
-            self._write(self._lay_out(piece))
+            self.write(self._lay_out(piece))
             self._out.flush()
-
-    def replace(self, text: str) -> None:
-        """Write `text` instead of what was not written so far."""
-        self._write(text)
-        self.text = text
 
     def finish(self) -> None:
         """End the last line."""
@@ -96,18 +90,19 @@ class _Written:
             self._out.write("\n")
         self._out.flush()
 
-    def _write(self, text: str) -> None:
+    def write(self, text: str) -> None:
+        """Write `text`, made safe for a terminal."""
         self._out.write(self._make_safe(text))
         self._last = text[-1:] or self._last
 
     def break_off(self) -> None:
-        """An error follows: on a terminal it gets a line of its own."""
+        """End the line on a terminal, so that an error message begins a new one."""
         if self.text and not self._silent and self._out.isatty():
             self.finish()
 
 
 class _CancelOnce:
-    """A handler of SIGINT: the first Ctrl-C cancels the reply, the second one waits for nothing."""
+    """Handles SIGINT: the first Ctrl-C cancels the reply, the second one raises KeyboardInterrupt."""
 
     def __init__(self, conversation: Conversation) -> None:
         self._conversation = conversation
@@ -121,12 +116,12 @@ class _CancelOnce:
 
 
 def _json_value(text: str) -> str | None:
-    """`text` as JSON on one line, numbers as they are written; None if it is not JSON."""
+    """Return `text` as JSON on one line, with its numbers unchanged; None if it is not valid JSON."""
     try:
         json.loads(text, parse_int=str, parse_float=str)
     except (ValueError, RecursionError):
         return None
-    # A string of JSON has no newline.
+    # JSON strings contain no newlines, so these are all between tokens.
     return text.replace("\n", " ").strip()
 
 
@@ -145,13 +140,13 @@ def _envelope(conversation: Conversation, text: str, value: str | None) -> str:
 
 
 def _conclude(conversation: Conversation, notes: TextIO, *, damaged: bool) -> None:
-    """Say how the reply ended, if not by itself."""
+    """Report how the reply ended, unless the model ended it. See `answer` for the errors."""
     ending = conversation.finish_reason
     if ending is FinishReason.CANCELLED:
         raise InterruptedRunError("interrupted", signal_number=signal.SIGINT)
     what, remedy = _CUT.get(ending, ("a stop string ended the reply", ""))
     if damaged:
-        raise DsmoeError("the reply ended before it was JSON", where=what, remedy=remedy)
+        raise DsmoeError("the reply ended before it was valid JSON", where=what, remedy=remedy)
     if ending in _CUT:
         _note(notes, f"{what}: {remedy}")
 

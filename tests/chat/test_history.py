@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from prompt_toolkit.history import FileHistory
 
-from dsmoe_local.chat.terminal import inputs
-from dsmoe_local.chat.terminal.inputs import open_history
+from dsmoe_local.chat.terminal.input import open_history
 
 
 def typed(path: Path) -> list[str]:
@@ -19,7 +18,7 @@ def typed(path: Path) -> list[str]:
 
 def test_the_file_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a history that grows for ever, and is read at every start; half an input left of it."""
-    monkeypatch.setattr(inputs, "MAX_BYTES", 2_000)
+    monkeypatch.setattr("dsmoe_local.chat.terminal.input.MAX_HISTORY_BYTES", 2_000)
     path = tmp_path / "history"
     opened = open_history(path)
     texts = [f"question {number}\n# not an entry\n\nlast line" for number in range(300)]
@@ -40,7 +39,7 @@ def test_an_old_file_is_cut_when_it_is_opened(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "real").write_bytes(b"".join(b"\n# day\n+input %d\n" % number for number in range(1_000)))
     path = tmp_path / "history"
     path.symlink_to(tmp_path / "real")
-    monkeypatch.setattr(inputs, "MAX_BYTES", 1_000)
+    monkeypatch.setattr("dsmoe_local.chat.terminal.input.MAX_HISTORY_BYTES", 1_000)
     open_history(path)
     assert path.is_symlink()
     assert path.stat().st_size <= 1_000
@@ -49,7 +48,7 @@ def test_an_old_file_is_cut_when_it_is_opened(tmp_path: Path, monkeypatch: pytes
 
 def test_an_input_larger_than_all_that_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a paste of megabytes that is kept for ever, or half of it."""
-    monkeypatch.setattr(inputs, "MAX_BYTES", 100)
+    monkeypatch.setattr("dsmoe_local.chat.terminal.input.MAX_HISTORY_BYTES", 100)
     path = tmp_path / "history"
     opened = open_history(path)
     opened.append_string("x" * 1_000)

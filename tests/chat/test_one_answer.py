@@ -160,7 +160,7 @@ def test_a_schema_gives_the_value_too(reply: str) -> None:
 def test_cut_json_is_an_error(settings: ChatSettings, remedy: str, as_json: bool) -> None:
     """Guards: a script that goes on with half an object."""
     asked = Asked('{"a": [1, 2]}', schema=SCHEMA, settings=settings)
-    with pytest.raises(DsmoeError, match="before it was JSON") as caught:
+    with pytest.raises(DsmoeError, match="before it was valid JSON") as caught:
         asked.answer(as_json=as_json)
     assert caught.value.exit_code == 1
     assert remedy in str(caught.value)

@@ -84,7 +84,7 @@ def test_a_schema_is_kept(tmp_path: Path) -> None:
     assert json.loads(run(*asked, model=smollm2()).stdout) == envelope["value"]
     cut = run(*asked, "-n", "2", model=smollm2())
     assert cut.returncode == 1
-    assert "before it was JSON" in cut.stderr
+    assert "before it was valid JSON" in cut.stderr
     schema.write_text('{"type": "colour"}')
     wrong = run(*asked, model=smollm2())
     assert (wrong.returncode, wrong.stdout) == (2, "")

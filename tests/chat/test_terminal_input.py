@@ -3,36 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.screens import ScreenTerminal
+from support.screens import StartChat
 from support.terminal import CTRL_C, ENTER, editor_script
 
-CHAT = ["-m", "support.terminal_chat"]
-Start = Callable[..., ScreenTerminal]
 BLOCK_OPEN = "block open"
 
 
-@pytest.fixture
-def chat(tmp_path: Path) -> Iterator[Start]:
-    """Starts chats, in a folder of their own."""
-    started: list[ScreenTerminal] = []
-
-    def start(*arguments: str, code: str = "", **environment: str) -> ScreenTerminal:
-        command = ["-c", code] if code else [*CHAT, *arguments]
-        terminal = ScreenTerminal(command, environment, folder=tmp_path)
-        started.append(terminal)
-        terminal.wait_screen("context 0/2,048")
-        return terminal
-
-    yield start
-    for terminal in started:
-        terminal.__exit__(None, None, None)
-
-
-def test_blocks(chat: Start) -> None:
+def test_blocks(chat: StartChat) -> None:
     """Guards: a block sent at its first line, one that nothing tells of, its marks sent."""
     terminal = chat()
     terminal.send('"""' + ENTER)
@@ -44,7 +24,7 @@ def test_blocks(chat: Start) -> None:
     assert BLOCK_OPEN not in terminal.screen_text()
 
 
-def test_quotes_that_open_nothing(chat: Start) -> None:
+def test_quotes_that_open_nothing(chat: StartChat) -> None:
     """Guards: a message in quotes that Enter never sends."""
     terminal = chat()
     terminal.send('"""Return the sum.' + ENTER)
@@ -54,7 +34,7 @@ def test_quotes_that_open_nothing(chat: Start) -> None:
 
 
 @pytest.mark.parametrize("text", ['"""\na docstring\n', '"""\na docstring\n"""', '"""\na\n"""\nb = 1'])
-def test_a_paste_opens_no_block(chat: Start, text: str) -> None:
+def test_a_paste_opens_no_block(chat: StartChat, text: str) -> None:
     """Guards: pasted code that begins with quotes never sent, or sent without them."""
     terminal = chat()
     terminal.paste(text)
@@ -69,7 +49,7 @@ def test_a_paste_opens_no_block(chat: Start, text: str) -> None:
     terminal.until(lambda shown: shown.count(f"\n\n{text.strip()}\n\n") == 2)
 
 
-def test_a_paste_amid_a_reply_is_one_message(chat: Start) -> None:
+def test_a_paste_amid_a_reply_is_one_message(chat: StartChat) -> None:
     """Guards: the lines of a paste sent one by one."""
     terminal = chat()
     terminal.send("/reply halt" + ENTER)
@@ -80,7 +60,7 @@ def test_a_paste_amid_a_reply_is_one_message(chat: Start) -> None:
     terminal.wait_screen(r"queued: one two three\n")
 
 
-def test_keys_that_throw_nothing_away(chat: Start) -> None:
+def test_keys_that_throw_nothing_away(chat: StartChat) -> None:
     """Guards: keys of readline's that accept a line, where there is nobody to take it."""
     terminal = chat()
     terminal.send("kept\x0f and")
@@ -90,7 +70,7 @@ def test_keys_that_throw_nothing_away(chat: Start) -> None:
 
 
 @pytest.mark.parametrize("keys", ["\x07\x07", "\x07\x07" + ENTER, "\x07\x1a\x07", "\x07\x03", "\x07\x0c\x07"])
-def test_the_editor_opens_once(chat: Start, tmp_path: Path, keys: str) -> None:
+def test_the_editor_opens_once(chat: StartChat, tmp_path: Path, keys: str) -> None:
     """Guards: a second editor behind the first, whose end throws away what was written in that one."""
     editor = tmp_path / "editor"
     editor.write_text('#!/bin/sh\necho opened >> log\necho edited >> "$1"\n', encoding="utf-8")
@@ -103,7 +83,7 @@ def test_the_editor_opens_once(chat: Start, tmp_path: Path, keys: str) -> None:
     assert (tmp_path / "log").read_text(encoding="utf-8") == "opened\n"
 
 
-def test_a_paste_without_its_end(chat: Start, tmp_path: Path) -> None:
+def test_a_paste_without_its_end(chat: StartChat, tmp_path: Path) -> None:
     """Guards: keys that do nothing any more, Ctrl-C as well, since an editor was given the end of a paste."""
     terminal = chat(VISUAL=editor_script(tmp_path, "exit 1"))
     terminal.send("a \x07\x1b[200~pasted\rtext")
@@ -112,7 +92,7 @@ def test_a_paste_without_its_end(chat: Start, tmp_path: Path) -> None:
     terminal.wait_screen(r"> a pasted\n  text and typed\n")
 
 
-def test_the_editor_without_room(chat: Start) -> None:
+def test_the_editor_without_room(chat: StartChat) -> None:
     """Guards: a full disk that ends the chat, or takes the draft."""
     code = (
         "import tempfile\n"
@@ -128,7 +108,7 @@ def test_the_editor_without_room(chat: Start) -> None:
     terminal.wait_screen(r"> /edit\n+error: .*No space left on device")
 
 
-def test_messages_wait_and_are_sent(chat: Start, tmp_path: Path) -> None:
+def test_messages_wait_and_are_sent(chat: StartChat, tmp_path: Path) -> None:
     """Guards: messages sent during a reply that are lost, or come in another order."""
     terminal = chat()
     terminal.send("reply¬ends" + ENTER)
@@ -139,7 +119,7 @@ def test_messages_wait_and_are_sent(chat: Start, tmp_path: Path) -> None:
     terminal.wait_screen(r"\n\nreplyends\n\n> first\n\nfirst\n\n> second\n\nsecond\n\n>\n")
 
 
-def test_interruption_gives_what_waits_back(chat: Start) -> None:
+def test_interruption_gives_what_waits_back(chat: StartChat) -> None:
     """Guards: Ctrl-C that stops one reply to begin the next; a draft or a message that is lost."""
     terminal = chat()
     terminal.send("/reply halt" + ENTER)
@@ -151,7 +131,7 @@ def test_interruption_gives_what_waits_back(chat: Start) -> None:
     assert "queued" not in terminal.screen_text()
 
 
-def test_an_interruption_is_for_the_job_that_runs(chat: Start) -> None:
+def test_an_interruption_is_for_the_job_that_runs(chat: StartChat) -> None:
     """Guards: a cancel from another thread, which may hit the next job; one that comes too early."""
     code = (
         "import threading\n"

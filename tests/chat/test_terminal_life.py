@@ -7,37 +7,19 @@ import os
 import re
 import signal
 import stat
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from support.processes import is_gone
-from support.screens import ScreenTerminal
+from support.screens import ScreenTerminal, StartChat
 from support.terminal import CTRL_C, CTRL_D, ENTER, editor_script, wait_for_file
 from support.tmux import Tmux, needs_tmux
 
 CHAT = ["-m", "support.terminal_chat"]
-Start = Callable[..., ScreenTerminal]
-
-
-@pytest.fixture
-def chat(tmp_path: Path) -> Iterator[Start]:
-    """Starts chats, in a folder of their own."""
-    started: list[ScreenTerminal] = []
-
-    def start(*arguments: str, **environment: str) -> ScreenTerminal:
-        terminal = ScreenTerminal([*CHAT, *arguments], environment, folder=tmp_path)
-        started.append(terminal)
-        terminal.wait_screen("context 0/2,048")
-        return terminal
-
-    yield start
-    for terminal in started:
-        terminal.__exit__(None, None, None)
 
 
 @pytest.mark.parametrize("keys", [CTRL_D, "/exit" + ENTER, "/reply halt" + ENTER + CTRL_D])
-def test_leaving(chat: Start, keys: str) -> None:
+def test_leaving(chat: StartChat, keys: str) -> None:
     """Guards: a chat that cannot be left, or leaves the input and the bar on the screen."""
     terminal = chat()
     terminal.send(keys)
@@ -48,7 +30,7 @@ def test_leaving(chat: Start, keys: str) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("reply", ["", "/reply halt"])
-def test_signals_end_it_cleanly(chat: Start, number: int, reply: str) -> None:
+def test_signals_end_it_cleanly(chat: StartChat, number: int, reply: str) -> None:
     """Guards: a terminal left without echo, a reply cut off without being kept, exit status 0."""
     terminal = chat()
     if reply:
@@ -60,7 +42,7 @@ def test_signals_end_it_cleanly(chat: Start, number: int, reply: str) -> None:
     assert terminal.raw.rstrip().endswith("ended: the chat was ended by a signal")
 
 
-def test_interrupt_from_outside(chat: Start) -> None:
+def test_interrupt_from_outside(chat: StartChat) -> None:
     """Guards: SIGINT, as `kill -INT` sends it, ending the chat in mid-reply."""
     terminal = chat()
     terminal.send("/reply halt" + ENTER)
@@ -69,7 +51,7 @@ def test_interrupt_from_outside(chat: Start) -> None:
     terminal.wait_screen(r"stopped.*\n\n>\n")
 
 
-def test_second_interrupt_ends_an_engine_that_hangs(chat: Start) -> None:
+def test_second_interrupt_ends_an_engine_that_hangs(chat: StartChat) -> None:
     """Guards: a chat that waits for ever for an engine that hangs; the first Ctrl-C killing it."""
     terminal = chat("hangs")
     terminal.send("/reply halt" + ENTER)
@@ -81,7 +63,7 @@ def test_second_interrupt_ends_an_engine_that_hangs(chat: Start) -> None:
     terminal.wait_screen(r"(?s)killed.*stopped.*\n\n>\n")
 
 
-def test_unexpected_errors_are_raised(chat: Start) -> None:
+def test_unexpected_errors_are_raised(chat: StartChat) -> None:
     """Guards: an error in the worker that leaves a terminal which never answers again."""
     terminal = chat()
     terminal.send("/crash" + ENTER)
@@ -107,7 +89,7 @@ def test_terminal_is_as_it_was(tmp_path: Path) -> None:
         assert "SAME" in terminal.text
 
 
-def test_codes_that_are_never_sent(chat: Start) -> None:
+def test_codes_that_are_never_sent(chat: StartChat) -> None:
     """Guards: bracketed paste off for a moment, in which a paste is keys; questions to the terminal."""
     terminal = chat()
     terminal.send("/reply markdown" + ENTER + "/error" + ENTER)
@@ -119,7 +101,7 @@ def test_codes_that_are_never_sent(chat: Start) -> None:
     assert not re.search(r"\x1b\[(?:6n|c|\?u|[0-9;]*t|\?1049h)", terminal.raw)
 
 
-def test_history_is_private_and_comes_back(chat: Start, tmp_path: Path) -> None:
+def test_history_is_private_and_comes_back(chat: StartChat, tmp_path: Path) -> None:
     """Guards: a history that others can read, or that is not kept; a search that does not find."""
     terminal = chat()
     terminal.send("remember me" + ENTER)
@@ -141,7 +123,7 @@ def test_history_is_private_and_comes_back(chat: Start, tmp_path: Path) -> None:
     terminal.wait_screen("(?m)^> something else$")
 
 
-def test_editor(chat: Start, tmp_path: Path) -> None:
+def test_editor(chat: StartChat, tmp_path: Path) -> None:
     """Guards: an editor that gets no text, or whose text does not come back; one that saves nothing."""
     editor = editor_script(tmp_path, 'cp "$1" seen; printf "edited\\nlines\\n" > "$1"')
     terminal = chat(VISUAL=editor)
@@ -159,7 +141,7 @@ def test_editor(chat: Start, tmp_path: Path) -> None:
     terminal.wait_screen("(?m)^> kept$")
 
 
-def test_editor_that_does_not_start(chat: Start) -> None:
+def test_editor_that_does_not_start(chat: StartChat) -> None:
     """Guards: a missing editor ending the chat."""
     terminal = chat(VISUAL="/nowhere/editor")
     terminal.send("kept\x07")
@@ -168,7 +150,7 @@ def test_editor_that_does_not_start(chat: Start) -> None:
 
 
 @pytest.mark.parametrize("tmux", [False, True])
-def test_clipboard(chat: Start, tmux: bool) -> None:
+def test_clipboard(chat: StartChat, tmux: bool) -> None:
     """Guards: text that does not reach the terminal's clipboard; a sequence that tmux swallows."""
     terminal = chat(**({"TMUX": "/nowhere,1,0"} if tmux else {}))
     terminal.send("/copy 专家 code" + ENTER)
@@ -205,7 +187,7 @@ def test_suspended_and_continued(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("opened", ["draft\x07", "/edit" + ENTER])
 @pytest.mark.parametrize("trap", ["", "trap '' TERM INT"])
-def test_signal_while_an_editor_is_open(chat: Start, tmp_path: Path, opened: str, trap: str) -> None:
+def test_signal_while_an_editor_is_open(chat: StartChat, tmp_path: Path, opened: str, trap: str) -> None:
     """Guards: a chat that ends only when its editor does; one that leaves the editor behind."""
     editor = editor_script(tmp_path, f"{trap}\nmkfifo wait\necho $$ > pid\nread line < wait")
     terminal = chat(VISUAL=editor)
@@ -260,7 +242,7 @@ def test_enter_typed_before_keys_were_withheld(tmp_path: Path) -> None:
         terminal.wait_screen(r"> early\n\nearly\n\n>\n")
 
 
-def test_lines_typed_at_an_editor_that_does_not_read(chat: Start, tmp_path: Path) -> None:
+def test_lines_typed_at_an_editor_that_does_not_read(chat: StartChat, tmp_path: Path) -> None:
     """Guards: a paste while an editor with a window of its own is open, whose lines are sent one by one."""
     editor = editor_script(tmp_path, "mkfifo wait; echo > open; read line < wait; exit 1")
     terminal = chat(VISUAL=editor)

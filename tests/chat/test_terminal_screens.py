@@ -3,34 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.screens import ScreenTerminal
+from support.screens import StartChat
 from support.terminal import ALT_ENTER, CTRL_C, CTRL_D, ENTER
 from support.tmux import Tmux, needs_tmux
 
 CHAT = ["-m", "support.terminal_chat"]
-Start = Callable[..., ScreenTerminal]
-
-
-@pytest.fixture
-def chat(tmp_path: Path) -> Iterator[Start]:
-    """Starts chats, in a folder of their own."""
-    started: list[ScreenTerminal] = []
-
-    def start(*arguments: str, columns: int = 80, lines: int = 24, **environment: str) -> ScreenTerminal:
-        terminal = ScreenTerminal(
-            [*CHAT, *arguments], environment, columns=columns, lines=lines, folder=tmp_path
-        )
-        started.append(terminal)
-        terminal.wait_screen("context 0/2,048")
-        return terminal
-
-    yield start
-    for terminal in started:
-        terminal.__exit__(None, None, None)
 
 
 # Each size is drawn for before the next one: the bar, by which that is known, differs from the one before.
@@ -45,19 +25,19 @@ SIZES = (
 )
 
 
-def test_first_prompt(chat: Start) -> None:
+def test_first_prompt(chat: StartChat) -> None:
     """Guards: a prompt that is not where it should be, or a bar without what it is for."""
     chat().check("first_prompt")
 
 
-def test_markdown_with_code_and_chinese(chat: Start) -> None:
+def test_markdown_with_code_and_chinese(chat: StartChat) -> None:
     """Guards: Markdown shown as its source, a table out of line behind wide characters, lost blank lines."""
     terminal = chat(lines=36)
     terminal.send("/reply markdown" + ENTER)
     terminal.check("markdown")
 
 
-def test_markdown_amid_a_reply(chat: Start) -> None:
+def test_markdown_amid_a_reply(chat: StartChat) -> None:
     """Guards: an open block that is not shown before it is final, or twice once it is."""
     terminal = chat(lines=36)
     terminal.send("/reply table" + ENTER)
@@ -66,7 +46,7 @@ def test_markdown_amid_a_reply(chat: Start) -> None:
     terminal.check("markdown_stopped")
 
 
-def test_reply_longer_than_the_screen(chat: Start) -> None:
+def test_reply_longer_than_the_screen(chat: StartChat) -> None:
     """Guards: lines drawn again in the scrollback, or lost on their way there."""
     terminal = chat(lines=16)
     terminal.send("/reply long" + ENTER)
@@ -76,7 +56,7 @@ def test_reply_longer_than_the_screen(chat: Start) -> None:
     assert terminal.whole_text().count("context") == 2  # in the greeting and in the bar
 
 
-def test_block_longer_than_the_screen(chat: Start) -> None:
+def test_block_longer_than_the_screen(chat: StartChat) -> None:
     """Guards: an open block that pushes its own beginning into the scrollback, where it stays for good."""
     terminal = chat(columns=40, lines=10)
     terminal.send("/reply wide" + ENTER)
@@ -87,7 +67,7 @@ def test_block_longer_than_the_screen(chat: Start) -> None:
     assert terminal.whole_text().count("十") == 12
 
 
-def test_resize_amid_a_reply(chat: Start) -> None:
+def test_resize_amid_a_reply(chat: StartChat) -> None:
     """Guards: remains of what was drawn before, on a terminal that cuts lines off."""
     terminal = chat(columns=90)
     terminal.send("/reply halt" + ENTER)
@@ -102,7 +82,7 @@ def test_resize_amid_a_reply(chat: Start) -> None:
     terminal.check("resized_stopped", whole=True)
 
 
-def test_a_window_that_is_back_at_its_size(chat: Start) -> None:
+def test_a_window_that_is_back_at_its_size(chat: StartChat) -> None:
     """Guards: what a smaller window has cut off not drawn again, since the size is the same again."""
     terminal = chat()
     terminal.send("typed")
@@ -136,7 +116,7 @@ def test_resize_where_lines_are_wrapped_anew(reply: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("columns", [60, 41])
-def test_a_narrower_window_of_an_unknown_terminal(chat: Start, columns: int) -> None:
+def test_a_narrower_window_of_an_unknown_terminal(chat: StartChat, columns: int) -> None:
     """Guards: lines of the conversation erased in xterm over ssh, where nothing tells that it is xterm."""
     terminal = chat(columns=90, XTERM_VERSION="")
     terminal.send("/reply long" + ENTER + "/reply halt" + ENTER)
@@ -191,7 +171,7 @@ def test_joined_emoji_at_the_right_edge(tmp_path: Path) -> None:
         assert re.fullmatch(r"x* *[^ -~]*|> (/reply|draft).*|\[?SmolLM2.*", line), line
 
 
-def test_paste_of_300_lines(chat: Start) -> None:
+def test_paste_of_300_lines(chat: StartChat) -> None:
     """Guards: a paste that sends itself, an input that fills the screen, a cursor that cannot be seen."""
     terminal = chat()
     terminal.paste("\n".join(f"line {number}" for number in range(1, 301)))
@@ -201,7 +181,7 @@ def test_paste_of_300_lines(chat: Start) -> None:
     assert re.findall(r"(?m)^[> ] line (\d+)$", terminal.whole_text()) == [str(n) for n in range(1, 301)]
 
 
-def test_forty_columns(chat: Start) -> None:
+def test_forty_columns(chat: StartChat) -> None:
     """Guards: lines that are cut off in a narrow window, a bar without the context."""
     terminal = chat(columns=40, lines=36)
     terminal.send("/reply markdown" + ENTER)
@@ -210,7 +190,7 @@ def test_forty_columns(chat: Start) -> None:
     terminal.check("forty_columns")
 
 
-def test_no_colour(chat: Start) -> None:
+def test_no_colour(chat: StartChat) -> None:
     """Guards: colours against NO_COLOR."""
     terminal = chat(lines=36, NO_COLOR="1")
     terminal.send("/reply markdown" + ENTER)
@@ -220,7 +200,7 @@ def test_no_colour(chat: Start) -> None:
     assert not re.search(r"\x1b\[[0-9;]*(?:[34][0-8]|9[0-7]|10[0-7])[;m]", terminal.raw)
 
 
-def test_colour(chat: Start) -> None:
+def test_colour(chat: StartChat) -> None:
     """Guards: the test above passing because there are no colours at all."""
     terminal = chat(lines=36)
     terminal.send("/reply markdown" + ENTER)
@@ -228,7 +208,7 @@ def test_colour(chat: Start) -> None:
     assert re.search(r"\x1b\[[0-9;]*3[0-7][;m]", terminal.raw)
 
 
-def test_keys_appear_while_a_reply_hangs(chat: Start) -> None:
+def test_keys_appear_while_a_reply_hangs(chat: StartChat) -> None:
     """Guards: keys that wait for the reply: this one ends only after they were seen."""
     terminal = chat()
     terminal.send("/reply halt" + ENTER)
@@ -239,7 +219,7 @@ def test_keys_appear_while_a_reply_hangs(chat: Start) -> None:
     assert "stopped" not in terminal.screen_text()
 
 
-def test_messages_wait_in_line(chat: Start) -> None:
+def test_messages_wait_in_line(chat: StartChat) -> None:
     """Guards: messages that wait and are not shown, cannot be taken back, or are sent after Ctrl-C."""
     terminal = chat()
     terminal.send("/reply halt" + ENTER)
@@ -252,7 +232,7 @@ def test_messages_wait_in_line(chat: Start) -> None:
     terminal.check("queue_back")
 
 
-def test_interruption_at_the_prompt(chat: Start) -> None:
+def test_interruption_at_the_prompt(chat: StartChat) -> None:
     """Guards: Ctrl-C at the prompt ending the chat, or keeping the line."""
     terminal = chat()
     terminal.send("half a li")
@@ -264,7 +244,7 @@ def test_interruption_at_the_prompt(chat: Start) -> None:
     assert "leaves" not in terminal.screen_text()
 
 
-def test_interruption_while_the_prompt_is_read(chat: Start) -> None:
+def test_interruption_while_the_prompt_is_read(chat: StartChat) -> None:
     """Guards: reading that shows nothing, or cannot be stopped."""
     terminal = chat()
     terminal.send("/prompt" + ENTER)
@@ -273,7 +253,7 @@ def test_interruption_while_the_prompt_is_read(chat: Start) -> None:
     terminal.wait_screen(r"> /prompt\n\n\[stopped\]\n\n>\n")
 
 
-def test_tabs_and_last_lines(chat: Start) -> None:
+def test_tabs_and_last_lines(chat: StartChat) -> None:
     """Guards: tabs shown as ^I; a newline at the end of a paste counted as a line."""
     terminal = chat()
     terminal.paste("a\tb\n" + "\tc\n" * 29)
@@ -283,7 +263,7 @@ def test_tabs_and_last_lines(chat: Start) -> None:
     terminal.wait_screen(r"\n31 lines\n")
 
 
-def test_pasted_code_names_no_files(chat: Start, tmp_path: Path) -> None:
+def test_pasted_code_names_no_files(chat: StartChat, tmp_path: Path) -> None:
     """Guards: files that pasted code attaches, and no sign of it in the input."""
     (tmp_path / "a.txt").touch()
     terminal = chat()
@@ -296,14 +276,14 @@ def test_pasted_code_names_no_files(chat: Start, tmp_path: Path) -> None:
     terminal.wait_screen(r"(?m)^> /read a\.txt what is @a\.txt\?$")
 
 
-def test_lines(chat: Start) -> None:
+def test_lines(chat: StartChat) -> None:
     """Guards: Alt-Enter, Ctrl-J or Shift-Enter sending, or the codes of the last in the message."""
     terminal = chat()
     terminal.send("one" + ALT_ENTER + "two\nthree\x1b[13;2ufour\x1b[27;2;13~five" + ENTER)
     terminal.wait_screen(r"> one\n  two\n  three\n  four\n  five\n")
 
 
-def test_completion(chat: Start) -> None:
+def test_completion(chat: StartChat) -> None:
     """Guards: commands, their words or files that are not offered, or an offer that hides what is typed."""
     terminal = chat()
     (Path(f"/proc/{terminal.pid}/cwd").resolve() / "a file.txt").touch()
@@ -319,7 +299,7 @@ def test_completion(chat: Start) -> None:
     terminal.wait_screen('> see @"a file.txt"')
 
 
-def test_questions(chat: Start) -> None:
+def test_questions(chat: StartChat) -> None:
     """Guards: a question answered by what was typed for something else, or an answer taken for a message."""
     terminal = chat()
     for keys, answer in ((f"y{ENTER}", "gone"), (ENTER, "kept"), (CTRL_C, "kept"), (CTRL_D, "kept")):
@@ -331,7 +311,7 @@ def test_questions(chat: Start) -> None:
         terminal.wait_gone(answer)
 
 
-def test_panel_and_notes(chat: Start) -> None:
+def test_panel_and_notes(chat: StartChat) -> None:
     """Guards: a panel that stays, a note in the middle of a paragraph."""
     terminal = chat()
     terminal.send("/panel" + ENTER)
@@ -344,7 +324,7 @@ def test_panel_and_notes(chat: Start) -> None:
     )
 
 
-def test_control_sequences_are_inert(chat: Start) -> None:
+def test_control_sequences_are_inert(chat: StartChat) -> None:
     """Guards: a model or a paste that clears the screen, sets the title or turns the line around."""
     terminal = chat()
     terminal.paste("\x9b2J\u202e[red]x[/red]\x1b]0;title\x07")

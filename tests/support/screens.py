@@ -16,7 +16,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyte
 from wcwidth import wcwidth
@@ -143,6 +143,10 @@ class ScreenTerminal(Terminal):
     def _settle(self) -> None:
         while self._read(1.0):
             pass
+
+
+StartChat: TypeAlias = Callable[..., ScreenTerminal]
+"""Starts a chat; see the fixture `chat`."""
 
 
 def _text(rows: Iterable[Mapping[int, Any]]) -> str:

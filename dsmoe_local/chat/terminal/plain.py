@@ -20,7 +20,7 @@ from dsmoe_local.base.text import safe_line, safe_text
 from dsmoe_local.chat import attachments, blocks
 from dsmoe_local.chat.terminal import ansi
 from dsmoe_local.chat.terminal.external import Editor, copy_with_tool
-from dsmoe_local.chat.terminal.inputs import open_history
+from dsmoe_local.chat.terminal.input import open_history
 from dsmoe_local.chat.terminal.screen import (
     Completer,
     ReplyView,

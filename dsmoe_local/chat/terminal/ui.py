@@ -33,13 +33,18 @@ from dsmoe_local.chat.markdown.stream import MarkdownStream
 from dsmoe_local.chat.terminal import ansi
 from dsmoe_local.chat.terminal.display import Display
 from dsmoe_local.chat.terminal.external import Editor
-from dsmoe_local.chat.terminal.inputs import MessageQueue, open_history
-from dsmoe_local.chat.terminal.keys import close_open_paste, key_bindings, read_typeahead
+from dsmoe_local.chat.terminal.input import (
+    MessageQueue,
+    close_open_paste,
+    key_bindings,
+    open_history,
+    read_typeahead,
+)
 from dsmoe_local.chat.terminal.layout import STYLE, ChatLayout, shorten
 from dsmoe_local.chat.terminal.renderer import InlineRenderer, TerminalOutput, resize_behaviour
 from dsmoe_local.chat.terminal.screen import Completer, Status
 
-_SECONDS_BETWEEN_REDRAWS = 1 / 30
+_SECONDS_BETWEEN_REDRAWS = 0.05  # for what other threads post; keys are drawn at once
 _SECONDS_BETWEEN_INTERRUPTS = 1.0  # the second Ctrl-C takes effect only this long after the first
 _CANCEL_AGAIN_SECONDS = 0.25
 _SIGNAL_GRACE_SECONDS = 3.0  # for a running reply, after a signal that ends the chat
@@ -83,6 +88,8 @@ class ChatUI:
         self._hint = ""
         self._question: tuple[str, Future[bool]] | None = None
         self._n_suspensions = 0
+        self._redraw_is_due = False
+        self._drawn_at = 0.0
         self._editor: Editor | None = None
         self._layout = ChatLayout(
             history=open_history(history_path),
@@ -100,7 +107,6 @@ class ChatUI:
             key_bindings=key_bindings(self),
             color_depth=None if colour else ColorDepth.DEPTH_1_BIT,
             erase_when_done=True,
-            min_redraw_interval=_SECONDS_BETWEEN_REDRAWS,
             terminal_size_polling_interval=None,
             output=output,
         )
@@ -121,7 +127,7 @@ class ChatUI:
 
         def run() -> None:
             action()
-            self.app.invalidate()
+            self._redraw_soon()
 
         loop = self.app.loop
         if loop is not None:
@@ -328,6 +334,16 @@ class ChatUI:
 
     def _on_exception(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         self.fail(context.get("exception") or RuntimeError(str(context.get("message"))))
+
+    def _redraw_soon(self) -> None:
+        # min_redraw_interval of prompt_toolkit would delay keys, too.
+        if not self._redraw_is_due:
+            self._redraw_is_due = True
+            self._later(self._drawn_at + _SECONDS_BETWEEN_REDRAWS - time.monotonic(), self._redraw)
+
+    def _redraw(self) -> None:
+        self._redraw_is_due, self._drawn_at = False, time.monotonic()
+        self.app.invalidate()
 
     def _begin(self, text: str) -> None:
         if text.strip():

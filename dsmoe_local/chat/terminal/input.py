@@ -1,4 +1,4 @@
-"""Key bindings beyond prompt_toolkit's Emacs keys, and keys typed while the application does not read."""
+"""Input of the full terminal: key bindings, keys typed ahead, the history, and messages that wait."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import os
 import re
 import select
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prompt_toolkit.filters import Always, Condition, Filter, is_searching
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.input.ansi_escape_sequences import ANSI_SEQUENCES
 from prompt_toolkit.input.vt100 import Vt100Input
 from prompt_toolkit.input.vt100_parser import Vt100Parser
@@ -16,8 +18,17 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPress, KeyPressEvent
 from prompt_toolkit.keys import Keys
 from prompt_toolkit.search import stop_search
 
+from dsmoe_local.base.durable import locked, write_file
+from dsmoe_local.base.errors import LockedError
+from dsmoe_local.chat import blocks
+
 if TYPE_CHECKING:
     from dsmoe_local.chat.terminal.ui import ChatUI
+
+MAX_HISTORY_BYTES = 1 << 20
+"""A file of twice this size is cut down to its newest inputs, at most this many bytes of them."""
+_HISTORY_ENTRY = b"\n# "  # begins an input; the lines of the input itself begin with a plus sign
+_MAX_WAITING_SHOWN = 3
 
 # Shift-Enter in terminals that tell it from Enter: kitty's sequence and xterm's.
 _SHIFT_ENTER = ("\x1b[13;2u", "\x1b[27;2;13~")
@@ -29,9 +40,9 @@ def key_bindings(ui: ChatUI) -> KeyBindings:
     asked = Condition(lambda: ui.is_asking)
     typing = ~asked & ~is_searching
     empty = typing & Condition(lambda: not ui.input.text)
-    always = Always()
     queued = empty & Condition(lambda: ui.n_queued > 0)
-    # Keys, when they apply, what they do, and whether they are eager: they do not wait for a longer sequence.
+    always = Always()
+    # Keys, when they apply, what they do, and whether they are eager: not waiting for a longer sequence.
     table: tuple[tuple[str, Filter, Callable[[], object], bool], ...] = (
         ("enter", typing, lambda: _enter(ui), False),
         ("escape enter", typing, lambda: ui.input.newline(copy_margin=False), False),
@@ -126,3 +137,99 @@ def _read_available(descriptor: int) -> str:
             break
         read += piece
     return read.decode(errors="replace")
+
+
+class _BoundedHistory(FileHistory):
+    """A FileHistory of limited size. If the disk is full the input is lost, but the chat goes on."""
+
+    def store_string(self, string: str) -> None:
+        try:
+            super().store_string(string)
+            _cut(Path(os.fsdecode(self.filename)))
+        except OSError:
+            return
+
+
+def open_history(path: Path | None) -> History:
+    """Return the history at `path`, which gets mode 0600; one in memory without a path, or if it cannot be
+    written.
+    """
+    if path is None:
+        return InMemoryHistory()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.close(os.open(path, os.O_CREAT | os.O_APPEND | os.O_RDWR, 0o600))
+        path.chmod(0o600)
+        _cut(path)
+    except OSError:
+        return InMemoryHistory()
+    return _BoundedHistory(str(path))
+
+
+def _cut(path: Path) -> None:
+    """Remove the oldest inputs from a file that has become too large."""
+    if path.stat().st_size <= 2 * MAX_HISTORY_BYTES:
+        return
+    # The file may be a symbolic link, which has to stay one.
+    path = path.resolve()
+    try:
+        with locked(path):
+            content = path.read_bytes()
+            start = content.find(_HISTORY_ENTRY, max(0, len(content) - MAX_HISTORY_BYTES))
+            # If even the last input is too large, nothing is kept.
+            write_file(path, content[start:] if start >= 0 else b"", 0o600)
+    except LockedError:
+        return  # another chat is cutting it
+
+
+class MessageQueue:
+    """Messages that are answered one after the other. `begin` is called with each in its turn."""
+
+    def __init__(self, begin: Callable[[str], None]) -> None:
+        self._begin = begin
+        self.busy = False  # a message is being answered
+        self.number = 0  # of that message, or the last one
+        self.leaving = False
+        self.stopping_since: float | None = None
+        self.waiting: list[str] = []
+
+    def add(self, text: str) -> None:
+        """Begin a message, or let it wait. While the chat ends it is dropped."""
+        if not self.busy:
+            self.busy = True
+            self.number += 1
+            self._begin(text)
+        elif text.strip() and not self.leaving:
+            self.waiting.append(text)
+
+    def done(self) -> None:
+        """The message has been answered: begin the next one."""
+        self.busy, self.stopping_since = False, None
+        if self.waiting and not self.leaving:
+            self.add(self.waiting.pop(0))
+
+    def take_all(self, draft: str) -> str:
+        """Remove all that wait, and return them together with `draft` as one text."""
+        texts = [*self.waiting, *([draft] if draft else [])]
+        self.waiting.clear()
+        if len(texts) > 1:
+            # In the middle of a text the marks of a block mean nothing.
+            texts = [text if (inner := blocks.content(text)) is None else inner for text in texts]
+        return "\n".join(texts)
+
+    def leave(self) -> None:
+        """Begin no further message."""
+        self.leaving = True
+        self.waiting.clear()
+
+    def state_lines(self) -> list[str]:
+        """Return the lines that describe the state of the queue."""
+        lines = []
+        if self.leaving:
+            lines = ["leaving …"]
+        elif self.stopping_since is not None:
+            lines = ["stopping …  Ctrl-C again ends the engine; it starts anew with the next message"]
+        lines += [f"queued: {text.strip()}" for text in self.waiting[:_MAX_WAITING_SHOWN]]
+        if len(self.waiting) > _MAX_WAITING_SHOWN:
+            lines.append(f"queued: {len(self.waiting) - _MAX_WAITING_SHOWN} more")
+        return lines
