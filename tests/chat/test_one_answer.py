@@ -1,4 +1,4 @@
-"""One answer from the fake engine: what goes where, how it ends, JSON that a schema allows."""
+"""One answer from the fake engine: outputs, endings, JSON for a schema."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_control_characters_on_a_terminal(as_json: bool) -> None:
 
 
 def test_schema_answers_are_indented_on_a_terminal() -> None:
-    """Guards: an object of thirty fields on one line for people; one that programs read changed."""
+    """Guards: long JSON on one line on a terminal; JSON changed where a program reads it."""
     reply = '{"a":[1,{}],"b":"x{, y"}\n'
     assert Asked(reply, schema=SCHEMA).answer() == reply
     shown = Asked(reply, schema=SCHEMA, out=Terminal()).answer()
@@ -118,7 +118,7 @@ def test_cut_replies_say_so_beside() -> None:
 
 
 def test_json() -> None:
-    """Guards: an envelope of several lines, or without the way the reply ended."""
+    """Guards: an envelope of several lines, or without the finish reason."""
     asked = Asked("a\nb 你", settings=ChatSettings(max_tokens=4))
     out = asked.answer(as_json=True)
     assert out.count("\n") == 1
@@ -138,7 +138,7 @@ def test_json() -> None:
     ],
 )
 def test_a_schema_gives_the_value_too(reply: str) -> None:
-    """Guards: numbers changed on their way, null taken for no JSON, an envelope that is not on one line."""
+    """Guards: changed numbers, null taken for invalid JSON, an envelope of several lines."""
     asked = Asked(reply, schema=SCHEMA)
     out = asked.answer(as_json=True)
     assert asked.engine.requests[0].json_schema == SCHEMA
@@ -226,7 +226,7 @@ def test_an_error_in_the_middle() -> None:
 
 
 def test_room_made_in_the_context_is_told() -> None:
-    """Guards: a beginning that is forgotten silently."""
+    """Guards: a context that is shortened without a note."""
     asked = Asked("x" * 60, n_context=48, settings=ChatSettings(on_full=OnFull.SHIFT, max_tokens=60))
     asked.answer()
     assert "note: the context was full" in asked.beside.getvalue()

@@ -1,4 +1,4 @@
-"""The painting of frames, on pyte: whatever is printed and drawn, nothing is lost, left or doubled."""
+"""Painting of frames, checked on pyte: no printed line is lost or repeated, no drawn line stays."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dsmoe_local.chat.terminal.frame import Frame, paint, rows_printed, rows_tak
 
 COLUMNS, ROWS = 20, 8
 LINE = st.text("ab 专\N{THUMBS UP SIGN}", max_size=26).map(lambda text: f"x{text}y")
-# pyte does not wrap a wide character of which half fits, so lines that are wrapped have none.
+# pyte does not wrap wide characters at the edge as terminals do, so long lines have none.
 PRINTED = st.one_of(LINE.map(lambda line: _fit(line)), st.text("ab", min_size=1, max_size=60))
 LINES = st.lists(LINE, min_size=1, max_size=ROWS - 1)
 
@@ -57,7 +57,7 @@ STEPS = st.lists(
 @settings(deadline=None)
 @given(STEPS)
 def test_what_is_printed_stays_and_what_is_drawn_goes(steps: list[tuple[list[str], int, list[str]]]) -> None:
-    """Guards: a frame that leaves lines behind, eats printed ones, or shows what it showed before."""
+    """Guards: a frame that leaves lines behind, overwrites printed ones, or shows old contents."""
     paper = Paper()
     before: Frame | None = None
     printed: list[str] = []
@@ -95,7 +95,7 @@ def test_emoji_that_are_wider_than_counted() -> None:
     "emoji", [FAMILY, "\u26a0\ufe0f", "\N{THUMBS UP SIGN}\U0001f3fd", "\U0001f1e9\U0001f1ea", "\u0915\u093f"]
 )
 def test_a_frame_that_may_be_wider_than_counted(emoji: str) -> None:
-    """Guards: rows counted that the terminal did not make, and as many lines of the conversation erased."""
+    """Guards: counting rows that the terminal did not make, so that lines of the conversation are erased."""
     frame = Frame((emoji * 8, "> "), COLUMNS, ROWS, 1, 2)
     assert wipe(frame, 5, reflows=True).startswith("\r\x1b[1A\x1b7")
 
@@ -126,7 +126,7 @@ def test_an_update_is_one() -> None:
 
 
 def test_a_frame_is_never_erased_as_a_whole() -> None:
-    """Guards: tmux, which keeps what is erased from the first row on in its scrollback."""
+    """Guards: copies of the frame in the scrollback of tmux, which keeps screens erased as a whole."""
     frame = Frame(("one", "two"), COLUMNS, ROWS, 1, 2)
     written = paint(frame, Frame(("three", "four"), COLUMNS, ROWS), "x" * 50 + "\ta\tb\n")
     assert written.index("three") < written.index("\x1b[J") < written.index("four")

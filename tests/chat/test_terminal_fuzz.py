@@ -19,7 +19,7 @@ def test_random_keys(seed: int, tmp_path: Path) -> None:
 
 @pytest.mark.soak
 def test_soak_of_random_keys(tmp_path: Path) -> None:
-    """Guards: the same, in what a short run does not come to."""
+    """Guards: the same, in situations that a short run does not reach."""
     total = Played()
     for seed in range(_SOAK_CHATS):
         (folder := tmp_path / str(seed)).mkdir()

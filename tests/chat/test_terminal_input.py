@@ -1,4 +1,4 @@
-"""What becomes of text that is typed or pasted into the full terminal: drafts, blocks, messages that wait."""
+"""Typed and pasted text in the full terminal: drafts, blocks, queued messages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BLOCK_OPEN = "block open"
 
 
 def test_blocks(chat: StartChat) -> None:
-    """Guards: a block sent at its first line, one that nothing tells of, its marks sent."""
+    """Guards: a block sent at its first line, an open block without a hint, marks that are sent."""
     terminal = chat()
     terminal.send('"""' + ENTER)
     terminal.wait_screen(rf'{BLOCK_OPEN}.*\n> """\n')
@@ -35,14 +35,14 @@ def test_quotes_that_open_nothing(chat: StartChat) -> None:
 
 @pytest.mark.parametrize("text", ['"""\na docstring\n', '"""\na docstring\n"""', '"""\na\n"""\nb = 1'])
 def test_a_paste_opens_no_block(chat: StartChat, text: str) -> None:
-    """Guards: pasted code that begins with quotes never sent, or sent without them."""
+    """Guards: pasted code that begins with quotes and cannot be sent, or is sent without the quotes."""
     terminal = chat()
     terminal.paste(text)
     terminal.wait_screen(r"  a")
     assert BLOCK_OPEN not in terminal.screen_text()
     terminal.send(ENTER)
     terminal.wait_screen(rf"\n\n{re.escape(text.strip())}\n\n>\n")
-    # It comes back as what it was.
+    # The history has it as a block, so that it is sent unchanged again.
     terminal.send("\x1b[A")
     terminal.wait_screen(r'> """\n  """\n')
     terminal.send("\x05" + ENTER)
@@ -61,7 +61,7 @@ def test_a_paste_amid_a_reply_is_one_message(chat: StartChat) -> None:
 
 
 def test_keys_that_throw_nothing_away(chat: StartChat) -> None:
-    """Guards: keys of readline's that accept a line, where there is nobody to take it."""
+    """Guards: keys of readline that accept the line, so that it is lost."""
     terminal = chat()
     terminal.send("kept\x0f and")
     terminal.wait_screen("> kept and")
@@ -71,7 +71,7 @@ def test_keys_that_throw_nothing_away(chat: StartChat) -> None:
 
 @pytest.mark.parametrize("keys", ["\x07\x07", "\x07\x07" + ENTER, "\x07\x1a\x07", "\x07\x03", "\x07\x0c\x07"])
 def test_the_editor_opens_once(chat: StartChat, tmp_path: Path, keys: str) -> None:
-    """Guards: a second editor behind the first, whose end throws away what was written in that one."""
+    """Guards: a second editor after the first, which discards the text written in the first."""
     editor = tmp_path / "editor"
     editor.write_text('#!/bin/sh\necho opened >> log\necho edited >> "$1"\n', encoding="utf-8")
     editor.chmod(0o700)
@@ -84,7 +84,7 @@ def test_the_editor_opens_once(chat: StartChat, tmp_path: Path, keys: str) -> No
 
 
 def test_a_paste_without_its_end(chat: StartChat, tmp_path: Path) -> None:
-    """Guards: keys that do nothing any more, Ctrl-C as well, since an editor was given the end of a paste."""
+    """Guards: all keys, Ctrl-C too, taken as a paste whose end the editor has read."""
     terminal = chat(VISUAL=editor_script(tmp_path, "exit 1"))
     terminal.send("a \x07\x1b[200~pasted\rtext")
     terminal.wait_screen(r"> a pasted\n  text\n")
@@ -93,7 +93,7 @@ def test_a_paste_without_its_end(chat: StartChat, tmp_path: Path) -> None:
 
 
 def test_the_editor_without_room(chat: StartChat) -> None:
-    """Guards: a full disk that ends the chat, or takes the draft."""
+    """Guards: a full disk that ends the chat or loses the draft."""
     code = (
         "import tempfile\n"
         "from support import terminal_chat\n"
@@ -132,7 +132,7 @@ def test_interruption_gives_what_waits_back(chat: StartChat) -> None:
 
 
 def test_an_interruption_is_for_the_job_that_runs(chat: StartChat) -> None:
-    """Guards: a cancel from another thread, which may hit the next job; one that comes too early."""
+    """Guards: a cancel from another thread, which may stop the next message; one that comes too early."""
     code = (
         "import threading\n"
         "from support import terminal_chat\n"

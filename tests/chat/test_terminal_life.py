@@ -1,4 +1,4 @@
-"""The full terminal from start to end: signals, an engine that hangs, history, editor, clipboard, codes."""
+"""The full terminal and its environment: signals, a hanging engine, history, editor, clipboard, codes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_leaving(chat: StartChat, keys: str) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("reply", ["", "/reply halt"])
 def test_signals_end_it_cleanly(chat: StartChat, number: int, reply: str) -> None:
-    """Guards: a terminal left without echo, a reply cut off without being kept, exit status 0."""
+    """Guards: a terminal left without echo, a reply that is lost, exit status 0."""
     terminal = chat()
     if reply:
         terminal.send(reply + ENTER)
@@ -64,7 +64,7 @@ def test_second_interrupt_ends_an_engine_that_hangs(chat: StartChat) -> None:
 
 
 def test_unexpected_errors_are_raised(chat: StartChat) -> None:
-    """Guards: an error in the worker that leaves a terminal which never answers again."""
+    """Guards: an error in the worker after which nothing is answered any more."""
     terminal = chat()
     terminal.send("/crash" + ENTER)
     assert terminal.ending() == 1
@@ -90,7 +90,7 @@ def test_terminal_is_as_it_was(tmp_path: Path) -> None:
 
 
 def test_codes_that_are_never_sent(chat: StartChat) -> None:
-    """Guards: bracketed paste off for a moment, in which a paste is keys; questions to the terminal."""
+    """Guards: bracketed paste switched off while something is printed; requests to the terminal."""
     terminal = chat()
     terminal.send("/reply markdown" + ENTER + "/error" + ENTER)
     terminal.wait_screen("do that")
@@ -220,8 +220,8 @@ _LOADING = (
     ],
 )
 def test_keys_typed_while_a_model_loads(tmp_path: Path, keys: str, shown: str) -> None:
-    """Guards: keys echoed into the progress of the load, or lost, an Enter that does not send, a paste whose
-    lines are sent one by one.
+    """Guards: keys that are lost or echoed into the progress of the load, an Enter that does not send, a
+    paste whose lines are sent one by one.
     """
     code = _LOADING.format(withheld="keys_withheld")
     with ScreenTerminal(["-c", code], folder=tmp_path) as terminal:
@@ -232,7 +232,7 @@ def test_keys_typed_while_a_model_loads(tmp_path: Path, keys: str, shown: str) -
 
 
 def test_enter_typed_before_keys_were_withheld(tmp_path: Path) -> None:
-    """Guards: an Enter that a terminal which was not raw yet has made a line feed of."""
+    """Guards: an Enter that the terminal has turned into a line feed, because it was not in raw mode yet."""
     code = _LOADING.format(withheld="contextlib.nullcontext")
     with ScreenTerminal(["-c", code], folder=tmp_path) as terminal:
         terminal.wait_screen("loading")

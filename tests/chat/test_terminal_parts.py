@@ -1,4 +1,4 @@
-"""The parts of the terminals that need none: completion, bottom line, clipboard, mailbox, editor."""
+"""Parts of the terminals, tested without one: completion, status bar, clipboard, editor."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def test_completion_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("columns", range(1, 120, 7))
-def test_the_bottom_line_fits(columns: int) -> None:
-    """Guards: a line that is cut off in a narrow window before what matters most in it."""
+def test_the_status_bar_fits(columns: int) -> None:
+    """Guards: a status bar that is cut off in a narrow window before its most important part."""
     status = Status("DeepSeekMoE 16B", "专家 notes", 3900, 4096, 8.25, "a note")
     text = "".join(part[1] for part in status_bar(status, columns))
     assert "3,900/4,096" in text
@@ -108,7 +108,7 @@ def test_the_bottom_line_fits(columns: int) -> None:
 def test_terminals_that_are_known_to_wrap(
     variables: dict[str, str], known: bool, tmux: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards: an unknown terminal taken for one that wraps lines anew, where that erases the conversation."""
+    """Guards: an unknown terminal taken for a reflowing one, so that the conversation is erased."""
     environment = {"TERM": "xterm-256color", **variables}
     monkeypatch.setattr(os, "environ", environment)
     assert resize_behaviour() == ResizeBehaviour(reflows=known, keeps_empty_rows=tmux)
@@ -121,7 +121,7 @@ def test_shortening() -> None:
 
 
 def test_text_too_long_for_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: a sequence that the terminal drops, and a copy that is said to have worked."""
+    """Guards: a sequence that the terminal drops, reported as copied."""
     for variable in ("TMUX", "STY"):
         monkeypatch.delenv(variable, raising=False)
     assert external.osc_52("x" * (external.OSC_52_LIMIT + 1)) is None
@@ -133,7 +133,7 @@ def test_text_too_long_for_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_clipboard_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: a tool that fails taken for one that worked, one for another desktop tried."""
+    """Guards: a failed tool reported as success, a tool of another desktop."""
     for name, body in (("wl-copy", "exit 1"), ("xclip", f"cat > {tmp_path}/copied"), ("pbcopy", "exit 0")):
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n", encoding="utf-8")
         (tmp_path / name).chmod(0o700)

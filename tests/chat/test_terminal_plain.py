@@ -36,7 +36,7 @@ def chat(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Start]:
 
 
 def test_a_chat(chat: Start) -> None:
-    """Guards: escape codes for those who cannot see them, replies that are wrapped or drawn."""
+    """Guards: escape codes for screen readers, replies that are wrapped or drawn."""
     terminal = chat()
     terminal.send("/reply markdown" + ENTER)
     terminal.wait_for(r"\n# Experts\n\nA \*\*mixture of experts\*\* has many small networks, and")
@@ -49,7 +49,7 @@ def test_a_chat(chat: Start) -> None:
     terminal.wait_for(r"gone\n> ")
     terminal.send("/exit" + ENTER)
     assert terminal.ending() == 0
-    # They tell the terminal to mark pastes; one that can only print gets none.
+    # Only bracketed paste, and not even that on a dumb terminal.
     assert set(re.findall("\x1b.?[^a-z]*.?", terminal.raw)) <= {"\x1b[?2004h", "\x1b[?2004l"}
 
 
@@ -102,7 +102,7 @@ def test_signals(chat: Start, busy: bool) -> None:
 
 
 def test_history(tmp_path: Path) -> None:
-    """Guards: what was typed before not coming back where lines can be edited."""
+    """Guards: a history that readline does not get."""
     for keys in ("remember me", "\x1b[A"):
         environment = {"TERM": "xterm-256color"}
         with Terminal([*CHAT, "plain"], environment, folder=tmp_path) as terminal:
@@ -146,7 +146,7 @@ def test_what_comes_at_once_is_one_input(chat: Start, text: str) -> None:
 
 
 def test_lines_typed_amid_a_reply_are_one_input(chat: Start) -> None:
-    """Guards: a paste amid a reply whose lines are sent one by one, in a row that nobody can stop."""
+    """Guards: a paste during a reply whose lines are sent one by one."""
     terminal = chat()
     terminal.send("/reply halt" + ENTER)
     terminal.wait_for("so it wraps.")
@@ -168,7 +168,7 @@ def test_lines_typed_at_an_editor_are_one_input(chat: Start, tmp_path: Path) -> 
 
 
 def test_marked_pastes(tmp_path: Path) -> None:
-    """Guards: a paste that sends itself, with a terminal that says what a paste is; tabs that complete."""
+    """Guards: a bracketed paste that sends itself, tabs in it that complete."""
     with Terminal([*CHAT, "plain"], {"TERM": "xterm-256color"}, folder=tmp_path) as terminal:
         terminal.wait_for(r"/help\n> ")
         terminal.paste("one\ttwo\rthree\r")
@@ -181,14 +181,14 @@ def test_marked_pastes(tmp_path: Path) -> None:
 
 
 def test_bytes_that_are_no_text(chat: Start) -> None:
-    """Guards: a key of another encoding that ends the chat."""
+    """Guards: a byte that is not UTF-8 ending the chat."""
     terminal = chat()
     os.write(terminal.master, b"caf\xe9 au lait\r")
     terminal.wait_for("\ncaf.{1,2} au lait\n> ")
 
 
 def test_interruption_is_the_editors(chat: Start, tmp_path: Path) -> None:
-    """Guards: Ctrl-C, with which people leave a mode of their editor, that reaches the engine or the chat."""
+    """Guards: Ctrl-C for the editor that also reaches the engine or the chat."""
     script = "trap 'echo > caught' INT\nmkfifo wait\necho > open\nread line < wait\nread line < wait\nexit 1"
     terminal = chat("hangs", VISUAL=editor_script(tmp_path, script))
     terminal.send("/edit" + ENTER)
@@ -213,7 +213,7 @@ def test_signal_while_an_editor_is_open(chat: Start, tmp_path: Path) -> None:
 
 
 def test_output_that_nobody_reads_any_more(tmp_path: Path) -> None:
-    """Guards: a traceback in mid-reply where the terminal went away; a reply that is not ended in order."""
+    """Guards: a traceback when the terminal goes away during a reply; a reply that is lost."""
     chat = subprocess.Popen(
         [sys.executable, *CHAT, "plain"],
         stdin=subprocess.PIPE,

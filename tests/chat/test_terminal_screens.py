@@ -1,4 +1,4 @@
-"""What the full terminal shows, screen by screen; support/screens.py says how to renew the golden ones."""
+"""The screens of the full terminal; support/screens.py explains how to write the golden ones again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from support.tmux import Tmux, needs_tmux
 CHAT = ["-m", "support.terminal_chat"]
 
 
-# Each size is drawn for before the next one: the bar, by which that is known, differs from the one before.
+# Width, height, and a pattern of the status bar that the size before does not have: it shows that the chat
+# has been drawn for this size.
 SIZES = (
     (60, 24, "▕"),
     (41, 24, "context"),
@@ -26,7 +27,7 @@ SIZES = (
 
 
 def test_first_prompt(chat: StartChat) -> None:
-    """Guards: a prompt that is not where it should be, or a bar without what it is for."""
+    """Guards: a prompt in the wrong place, a status bar without its parts."""
     chat().check("first_prompt")
 
 
@@ -57,7 +58,7 @@ def test_reply_longer_than_the_screen(chat: StartChat) -> None:
 
 
 def test_block_longer_than_the_screen(chat: StartChat) -> None:
-    """Guards: an open block that pushes its own beginning into the scrollback, where it stays for good."""
+    """Guards: an open block whose beginning scrolls out and cannot be erased any more."""
     terminal = chat(columns=40, lines=10)
     terminal.send("/reply wide" + ENTER)
     terminal.wait_screen("context 40/2,048")
@@ -68,7 +69,7 @@ def test_block_longer_than_the_screen(chat: StartChat) -> None:
 
 
 def test_resize_amid_a_reply(chat: StartChat) -> None:
-    """Guards: remains of what was drawn before, on a terminal that cuts lines off."""
+    """Guards: remains of the last frame on a terminal that cuts lines off."""
     terminal = chat(columns=90)
     terminal.send("/reply halt" + ENTER)
     terminal.wait_screen("so it wraps")
@@ -83,7 +84,7 @@ def test_resize_amid_a_reply(chat: StartChat) -> None:
 
 
 def test_a_window_that_is_back_at_its_size(chat: StartChat) -> None:
-    """Guards: what a smaller window has cut off not drawn again, since the size is the same again."""
+    """Guards: lines that a smaller window has cut off, not drawn again because the old size is back."""
     terminal = chat()
     terminal.send("typed")
     terminal.wait_screen("> typed\n")
@@ -117,7 +118,7 @@ def test_resize_where_lines_are_wrapped_anew(reply: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("columns", [60, 41])
 def test_a_narrower_window_of_an_unknown_terminal(chat: StartChat, columns: int) -> None:
-    """Guards: lines of the conversation erased in xterm over ssh, where nothing tells that it is xterm."""
+    """Guards: lines of the conversation erased over ssh, where nothing shows that the terminal is xterm."""
     terminal = chat(columns=90, XTERM_VERSION="")
     terminal.send("/reply long" + ENTER + "/reply halt" + ENTER)
     terminal.wait_screen("so it wraps")
@@ -209,7 +210,7 @@ def test_colour(chat: StartChat) -> None:
 
 
 def test_keys_appear_while_a_reply_hangs(chat: StartChat) -> None:
-    """Guards: keys that wait for the reply: this one ends only after they were seen."""
+    """Guards: keys that are not shown before the reply ends."""
     terminal = chat()
     terminal.send("/reply halt" + ENTER)
     terminal.wait_screen("so it wraps")
@@ -220,7 +221,7 @@ def test_keys_appear_while_a_reply_hangs(chat: StartChat) -> None:
 
 
 def test_messages_wait_in_line(chat: StartChat) -> None:
-    """Guards: messages that wait and are not shown, cannot be taken back, or are sent after Ctrl-C."""
+    """Guards: queued messages that are not shown, cannot be taken back, or are sent after Ctrl-C."""
     terminal = chat()
     terminal.send("/reply halt" + ENTER)
     terminal.wait_screen("so it wraps")
@@ -245,7 +246,7 @@ def test_interruption_at_the_prompt(chat: StartChat) -> None:
 
 
 def test_interruption_while_the_prompt_is_read(chat: StartChat) -> None:
-    """Guards: reading that shows nothing, or cannot be stopped."""
+    """Guards: reading of a prompt without progress, or that cannot be stopped."""
     terminal = chat()
     terminal.send("/prompt" + ENTER)
     terminal.check("reading")
@@ -264,7 +265,7 @@ def test_tabs_and_last_lines(chat: StartChat) -> None:
 
 
 def test_pasted_code_names_no_files(chat: StartChat, tmp_path: Path) -> None:
-    """Guards: files that pasted code attaches, and no sign of it in the input."""
+    """Guards: files that pasted code attaches, a backslash in the input that is not explained."""
     (tmp_path / "a.txt").touch()
     terminal = chat()
     terminal.send("see @a.txt, not ")
@@ -277,14 +278,14 @@ def test_pasted_code_names_no_files(chat: StartChat, tmp_path: Path) -> None:
 
 
 def test_lines(chat: StartChat) -> None:
-    """Guards: Alt-Enter, Ctrl-J or Shift-Enter sending, or the codes of the last in the message."""
+    """Guards: Alt-Enter, Ctrl-J or Shift-Enter sending; the code of Shift-Enter in the message."""
     terminal = chat()
     terminal.send("one" + ALT_ENTER + "two\nthree\x1b[13;2ufour\x1b[27;2;13~five" + ENTER)
     terminal.wait_screen(r"> one\n  two\n  three\n  four\n  five\n")
 
 
 def test_completion(chat: StartChat) -> None:
-    """Guards: commands, their words or files that are not offered, or an offer that hides what is typed."""
+    """Guards: commands, arguments or files that are not offered; a menu that hides the input."""
     terminal = chat()
     (Path(f"/proc/{terminal.pid}/cwd").resolve() / "a file.txt").touch()
     terminal.send("/")

@@ -108,7 +108,7 @@ def _wait_after(ready: threading.Event) -> None:
 
 
 def test_a_signal_that_comes_to_another_thread() -> None:
-    """Guards: a wait that goes on, since the signal interrupted another thread than the one that waits."""
+    """Guards: a wait that goes on because another thread got the signal."""
     interrupts = Interrupts()
     with interrupts.handled():
         ready = threading.Event()

@@ -1,7 +1,8 @@
-"""Random keys for the chat, and what has to hold whatever they are.
+"""Random keys, resizes and signals for the chat, and checks of its screen and its database.
 
-`play` runs one chat on a pseudo-terminal. What has to be on its screen is drawn anew from what the chat says
-that it printed and drew (support.watched_chat); what has to be in its database is what it says that it saved.
+`play` runs one chat on a pseudo-terminal. The chat logs what it prints, draws and saves, see
+support.watched_chat. The screen must equal the logged text and frames drawn on a new screen, the database the
+logged turns.
 """
 
 from __future__ import annotations
@@ -55,19 +56,19 @@ _SIZES = ((80, 24), (40, 12), (20, 6), (120, 40), (61, 24), (80, 10), (33, 30), 
 
 @dataclass
 class Played:
-    """What was done: keys, and by name how often; what was saved, by session."""
+    """How many keys were sent, and how often each action was done."""
 
     keys: int = 0
     counts: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: Played) -> None:
-        """Count another one along."""
+        """Add the counts of another chat."""
         self.keys += other.keys
         self.counts += other.counts
 
 
 class Paper:
-    """What the chat printed since `base`, rows that were there before."""
+    """The rows that the chat has printed, below the rows of `base`."""
 
     def __init__(self, columns: int, base: Sequence[str] = ()) -> None:
         self.columns = columns
@@ -76,11 +77,11 @@ class Paper:
         self._stream = pyte.Stream(self._screen)
 
     def print(self, text: str) -> None:
-        """Lines, each with its newline."""
+        """Print lines, each with its newline."""
         self._stream.feed(text.replace("\n", "\r\n"))
 
     def rows(self) -> list[str]:
-        """What was printed."""
+        """Return the printed rows, without `base`."""
         rows = [
             *self._screen.history.top,
             *(self._screen.buffer[row] for row in range(self._screen.cursor.y)),
@@ -89,29 +90,29 @@ class Paper:
 
 
 def row_text(row: Mapping[int, Any], columns: int) -> str:
-    """A row of a screen without the spaces at its end."""
+    """Return a row of a screen without trailing spaces."""
     return "".join(row[column].data for column in range(columns)).rstrip()
 
 
 def frame_rows(lines: Sequence[str], columns: int) -> list[str]:
-    """The lines of a frame, drawn anew."""
+    """Return the rows of a frame drawn on a new screen."""
     screen = RigidScreen(columns, len(lines))
     pyte.Stream(screen).feed("\x1b[?7l" + "\r\n".join(lines))
     return [row_text(screen.buffer[row], columns) for row in range(len(lines))]
 
 
 class WatchedTerminal(ScreenTerminal):
-    """A chat that says what it does, and whether its screen shows that."""
+    """A chat that logs what it does, and compares its screen with the log."""
 
     def __init__(self, folder: Path, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
         self._path = folder / "log"
         self._path.unlink(missing_ok=True)
         self._log_place = 0
-        self._paper: Paper | None = Paper(80)  # None: what is above the frame is not known
-        self._since = ""  # printed since it is not known
+        self._paper: Paper | None = Paper(80)  # None: the rows above the frame are not known
+        self._since = ""  # printed since then
         self._frame: dict[str, Any] | None = None
         self.n_entries = 0
-        self.busy = False  # something is being answered
+        self.busy = False  # a message is being answered
         self.saving: list[Any] | None = None
         self.saved: dict[int, list[Any]] = {}
         self.n_saved = 0
@@ -121,11 +122,11 @@ class WatchedTerminal(ScreenTerminal):
 
     @property
     def input(self) -> str | None:
-        """What is in the input, as it was drawn last; None if something else is typed into."""
+        """The input when it was last drawn; None if the keyboard focus is elsewhere."""
         return None if self._frame is None else self._frame["input"]
 
     def read_log(self) -> None:
-        """Take what the chat has said meanwhile."""
+        """Read the new entries of the log."""
         if not self._path.exists():
             return
         with self._path.open("rb") as file:
@@ -154,15 +155,15 @@ class WatchedTerminal(ScreenTerminal):
                 self._paper.print(entry["above"])
             self._frame = entry if event == "draw" else None
             if self._frame is not None and entry["size"] != [self.screen.columns, self.screen.lines]:
-                # What was printed in the meantime may be wrapped otherwise.
+                # Text printed in the meantime may be wrapped differently.
                 self._paper, self._since = None, ""
 
     def forget(self) -> None:
-        """What is above what comes next is not known any more."""
+        """Forget the rows above the frame."""
         self._paper, self._since, self._frame = None, "", None
 
     def wrong(self) -> str:
-        """What is wrong on the screen, or nothing."""
+        """Return what is wrong on the screen, or an empty string."""
         self.read_log()
         frame, screen = self._frame, self.screen
         if frame is None:
@@ -207,7 +208,7 @@ class WatchedTerminal(ScreenTerminal):
         return ""
 
     def settle(self) -> None:
-        """Wait until the screen shows what it has to; AssertionError if it never does."""
+        """Wait until nothing is wrong on the screen; AssertionError after a minute."""
         deadline = time.monotonic() + _SECONDS
         while True:
             while self._read(0.03):
@@ -221,7 +222,7 @@ class WatchedTerminal(ScreenTerminal):
                 raise AssertionError(wrong)
 
     def resize_checked(self, columns: int, lines: int) -> None:
-        """Resize what shows what it has to: afterwards, too, nothing of the conversation may be missing."""
+        """Resize once nothing is wrong. The resize must lose nothing of the conversation."""
         self.settle()
         n_before, frame, screen = self.n_entries, self._frame, self.screen
         assert frame is not None
@@ -236,7 +237,7 @@ class WatchedTerminal(ScreenTerminal):
             self.forget()
 
     def resize_anytime(self, columns: int, lines: int) -> None:
-        """Resize, whatever is going on. The same size again is nothing that a program is told of."""
+        """Resize at once. A program is not told about the same size."""
         if (columns, lines) != (self.screen.columns, self.screen.lines):
             super().resize(columns, lines)
             self.forget()
@@ -270,7 +271,7 @@ class Player:
         self.terminal.send(text)
 
     def run(self, n_keys: int) -> Played:
-        """Do something random until so many keys were sent."""
+        """Do random actions until `n_keys` keys have been sent."""
         actions: Sequence[tuple[int, Callable[[], None]]] = (
             (30, self._word), (25, self._key), (12, self._enter), (8, self._command), (4, self._paste),
             (4, self._typed_whole), (3, self._resize), (2, self._resize_anytime), (2, self._signal),
@@ -305,7 +306,7 @@ class Player:
         self.keys("\x03")
 
     def _delete(self) -> None:
-        """Ctrl-D, which leaves where there is nothing to delete."""
+        """Ctrl-D, unless the input is empty, where it would leave."""
         self.keys("x\x02")
         self.terminal.settle()
         if self.terminal.input:
@@ -339,12 +340,12 @@ class Player:
         self.terminal.resize_anytime(*size)
 
     def _typed_whole(self) -> None:
-        """What is typed amid resizes and replies arrives whole."""
+        """Check that text typed during resizes and replies is complete."""
         self.keys("\x03")
-        # Ctrl-C while an editor has the terminal is a signal, which may come after keys that follow at once.
+        # While an editor is open Ctrl-C is a signal, which may arrive after the keys that follow it.
         self._n_tokens += 1
         if not any(self._appears(f"ready{self._n_tokens}.{attempt}", seconds=5) for attempt in range(3)):
-            return  # something else is typed into
+            return  # the keyboard focus is elsewhere
         token = f"token{self._n_tokens}of{self.random.random()}"
         for letter in token[:-1]:
             self.keys(letter)
@@ -354,7 +355,7 @@ class Player:
             raise AssertionError(f"typed {token!r}, there is {self.terminal.input!r}")
 
     def _appears(self, typed: str, wanted: str = "", seconds: float = 0) -> bool:
-        """Type something; whether it, or `wanted`, then is in the input."""
+        """Type `typed`; return whether it, or `wanted`, then appears in the input."""
         self.keys(typed)
         deadline = time.monotonic() + seconds
         while (wanted or typed) not in (self.terminal.input or ""):
@@ -398,7 +399,7 @@ class Player:
         self._restart()
 
     def _ended(self) -> None:
-        """It ended: by itself is fine only if it was told to."""
+        """Check that the chat ended without an error."""
         status = self.terminal.ending()
         if status != 0 or "Traceback" in self.terminal.text:
             raise AssertionError(f"the chat ended with {status}:\n{self.terminal.text[-3000:]}")
@@ -413,7 +414,7 @@ class Player:
         self.terminal.settle()
 
     def _check_turns(self) -> None:
-        """What was said to be saved is in the database."""
+        """Check that the turns logged as saved are in the database."""
         terminal = self.terminal
         self.played.counts["saves"] += terminal.n_saved
         store = SessionStore.open(self.data / "dsmoe-local" / "sessions")
@@ -422,7 +423,7 @@ class Player:
                 stored = store.find(str(number)).load("bytes")
                 found = [[turn.role.value, turn.content] for turn in stored.turns]
                 self.played.counts["turns"] += len(found)
-                # A reply that was running may be there in part.
+                # A part of a running reply may have been saved.
                 goes_on = terminal.busy and found[: len(turns) - 1] == turns[:-1]
                 if found not in (turns, terminal.saving) and not goes_on:
                     raise AssertionError(f"session {number}: saved {turns}, found {found}")
@@ -431,7 +432,7 @@ class Player:
 
 
 def play(seed: int, n_keys: int, folder: Path) -> Played:
-    """Play one chat; AssertionError, with what was done, where something is wrong."""
+    """Play one chat. AssertionError, with the last keys, if something is wrong."""
     player = Player(seed, folder)
     try:
         return player.run(n_keys)

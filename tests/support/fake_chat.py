@@ -1,4 +1,4 @@
-"""`python -m support.fake_chat`: the chat on a fake engine whose replies halt, until cancelled, at a `#`."""
+"""`python -m support.fake_chat`: the chat with a fake engine, whose replies halt at a `#` until cancelled."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from support.fake_engine import FakeEngine
 
 
 class HaltingEngine(FakeEngine):
-    """Echoes; a `#` in the question halts the reply at that place until Ctrl-C, a `!` lets it crash there."""
+    """Echoes the question. A `#` in it halts the reply there until Ctrl-C, a `!` crashes the engine there."""
 
     def __init__(self, *, template: bool, n_context: int) -> None:
         super().__init__(self._answer, template=template, gate=self._halt, n_context=n_context)
@@ -38,7 +38,7 @@ class HaltingEngine(FakeEngine):
             self.kill()
             raise EngineCrashError("the engine's process was killed by SIGSEGV")
         if mark == "#":
-            # No Event: a signal handler that sets what its own thread waits for may wait for ever.
+            # Not an Event: a signal handler in this thread could not set it without a deadlock.
             self._halted = True
             while self._halted:
                 time.sleep(0.01)
@@ -49,8 +49,8 @@ class HaltingEngine(FakeEngine):
 
 
 def main() -> None:
-    """The chat; `base` among the arguments: a model without a template; `plain`; a number: its context;
-    `latest`: it goes on with the latest session.
+    """Run the chat. Arguments: `base` for a model without a template, `plain`, `latest` to continue the
+    latest session, a number for the size of the context.
     """
     numbers = [int(word) for word in sys.argv[1:] if word.isdigit()]
     engine = HaltingEngine(template="base" not in sys.argv, n_context=numbers[0] if numbers else 4096)

@@ -1,7 +1,7 @@
-"""What a program on a pseudo-terminal shows: the screen and what scrolled out of it, by pyte; golden screens.
+"""The screen and the scrollback of a program on a pseudo-terminal, by pyte; golden screens.
 
 The golden screens are the files in tests/chat/golden. `GOLDEN_SCREENS=write pytest FILE` writes those of a
-test file anew; look at what changed before you commit it.
+test file again; check the changes before you commit them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from support.terminal import Terminal
 
 GOLDEN = Path(__file__).parent.parent / "chat" / "golden"
 
-# pyte cuts lines off when it gets narrower, as xterm does; a name that tells the program so.
+# pyte cuts lines off when it becomes narrower, as xterm does, so the program is told that this is xterm.
 _ENVIRONMENT = {
     "XTERM_VERSION": "XTerm(390)",
     **dict.fromkeys(("TMUX", "STY", "NO_COLOR", "VISUAL", "EDITOR", "DISPLAY", "WAYLAND_DISPLAY"), ""),
@@ -33,10 +33,10 @@ _ENVIRONMENT = {
 
 
 class RigidScreen(pyte.HistoryScreen):
-    """pyte as a terminal that joins no emoji and, as xterm, cuts lines off where its window gets narrower.
+    """pyte as a terminal that joins no emoji and, like xterm, cuts lines off in a narrower window.
 
-    Of pyte's own: it drops what follows a character without width, cuts wide characters in two at the edge,
-    and, where it gets lower, drops the first lines but leaves the cursor where it was.
+    Corrects pyte, which drops what follows a character without width, cuts wide characters in two at the
+    edge, and in a lower window drops the first lines but does not move the cursor.
     """
 
     def draw(self, data: str) -> None:
@@ -72,7 +72,7 @@ class RigidScreen(pyte.HistoryScreen):
 
 
 class ScreenTerminal(Terminal):
-    """A Terminal that knows what is on its screen."""
+    """A Terminal with a screen."""
 
     def __init__(
         self,
@@ -98,33 +98,33 @@ class ScreenTerminal(Terminal):
         fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
 
     def screen_text(self) -> str:
-        """The screen, without spaces at the ends of lines and empty lines at its end."""
+        """The screen, without trailing spaces and trailing empty lines."""
         return _text(self.screen.buffer[row] for row in range(self.screen.lines))
 
     def whole_text(self) -> str:
-        """What scrolled out of the screen, and the screen."""
+        """The scrollback and the screen."""
         rows = [*self.screen.history.top, *(self.screen.buffer[row] for row in range(self.screen.lines))]
         return _text(rows)
 
     def until(self, shown: Callable[[str], bool], seconds: float = 20) -> str:
-        """Wait until the screen is as `shown` wants it; returns its text."""
+        """Wait until `shown` accepts the text of the screen; return that text."""
         deadline = time.monotonic() + seconds
         while not shown(text := self.screen_text()):
             left = deadline - time.monotonic()
             if left <= 0 or not self._read(left):
-                raise AssertionError(f"the screen did not come to what was waited for:\n{text}")
+                raise AssertionError(f"the screen did not become what was expected:\n{text}")
         return text
 
     def wait_screen(self, pattern: str, seconds: float = 20) -> str:
-        """Wait until `pattern` is found on the screen; returns its text."""
+        """Wait until `pattern` is on the screen; return the text of the screen."""
         return self.until(lambda text: bool(re.search(pattern, text)), seconds)
 
     def wait_gone(self, pattern: str, seconds: float = 20) -> str:
-        """Wait until `pattern` is on the screen no more; returns its text."""
+        """Wait until `pattern` is no longer on the screen; return the text of the screen."""
         return self.until(lambda text: not re.search(pattern, text), seconds)
 
     def check(self, name: str, *, whole: bool = False) -> None:
-        """Wait until the screen (`whole`: with all above it) is the golden one of that name."""
+        """Wait until the screen, with `whole` the scrollback too, equals the golden one of that name."""
         path = GOLDEN / f"{name}.txt"
         content = self.whole_text if whole else self.screen_text
         if os.environ.get("GOLDEN_SCREENS") == "write":

@@ -1,4 +1,4 @@
-"""A whole chat whose screen writes down what it is told."""
+"""A chat whose screen records what it is told to show."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from support.routed import ShowingScreen
 
 
 class TalkingScreen(ShowingScreen):
-    """A screen that also writes down replies, and whose editor gives `edited`."""
+    """A screen that also records replies, and whose editor returns `edited`."""
 
     edited: str | None = None
 
@@ -28,7 +28,7 @@ class TalkingScreen(ShowingScreen):
         super().__init__()
         self.replies: list[str] = []
         self.echoed: list[str] = []
-        self.went_on: list[str] = []  # what each of them was a continuation of
+        self.went_on: list[str] = []  # the text that each reply continued
 
     def echo(self, message: str) -> None:
         self.echoed.append(message)
@@ -53,7 +53,7 @@ class TalkingScreen(ShowingScreen):
 
     @property
     def said(self) -> str:
-        """All that was told beside replies."""
+        """Everything but the replies."""
         lines = [*self.notices, *(str(error) for error in self.errors)]
         return "\n".join([*lines, *("  ".join(row) for rows in self.tables for row in rows), *self.shown])
 
@@ -66,7 +66,7 @@ def chat_with(
     drafts: Drafts | None = None,
     settings: ChatSettings | None = None,
 ) -> tuple[Chat, TalkingScreen]:
-    """A chat that nothing was taken by yet, and its screen."""
+    """Return a new chat and its screen."""
     screen = TalkingScreen()
     chat = Chat(
         Conversation(engine, settings or ChatSettings()),

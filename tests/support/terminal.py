@@ -1,4 +1,4 @@
-"""A program on a pseudo-terminal, driven as a person would: type, wait for what appears, see the ending."""
+"""A program on a pseudo-terminal: send keys, wait for output, get the exit status."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]|\x1b[=>]|\x1b\]
 
 
 class Terminal:
-    """`python -m MODULE ARGUMENTS` or `python -c CODE` with a terminal of its own."""
+    """`python ARGUMENTS` on a pseudo-terminal of its own."""
 
     def __init__(
         self,
@@ -67,11 +67,11 @@ class Terminal:
         os.write(self.master, text.encode())
 
     def paste(self, text: str) -> None:
-        """Send text as a terminal sends a paste to a program that asked for bracketed ones."""
+        """Send text as a bracketed paste."""
         self.send(f"\x1b[200~{text}\x1b[201~")
 
     def wait_for(self, pattern: str, seconds: float = 60) -> str:
-        """Wait until `pattern` appears after what was last waited for; returns the text up to its end."""
+        """Wait until `pattern` appears after the last match; return the text up to its end."""
         deadline = time.monotonic() + seconds
         while True:
             text = self.text[self._seen :]
@@ -85,7 +85,7 @@ class Terminal:
 
     @property
     def text(self) -> str:
-        """All output so far without control sequences."""
+        """The output so far without control sequences."""
         return _CONTROLS.sub("", self.raw).replace("\r", "")
 
     def _read(self, seconds: float) -> bool:
@@ -93,21 +93,21 @@ class Terminal:
             return False
         try:
             chunk = os.read(self.master, 65536)
-        except OSError:  # Linux's way of saying that the child's side is closed
+        except OSError:  # on Linux: the child has closed its side
             return False
         text = self._decoder.decode(chunk)
         self.raw += text
         self.took(text)
         if b"\x1b[6n" in chunk:
-            # Where is the cursor? At the top, as far as this terminal knows.
+            # Answer the request for the cursor's position.
             self.send("\x1b[1;1R")
         return bool(chunk)
 
     def took(self, text: str) -> None:
-        """Called with all output; for those who draw it."""
+        """Handle output. Subclasses draw it."""
 
     def ending(self, seconds: float = 120) -> int:
-        """Wait for the end; the exit status."""
+        """Wait for the end; return the exit status."""
         deadline = time.monotonic() + seconds
         while self._read(max(0.0, deadline - time.monotonic())):
             pass
@@ -134,7 +134,7 @@ def wait_for_file(path: Path, seconds: float = 20) -> None:
 
 
 def editor_script(folder: Path, text: str) -> str:
-    """A shell script that serves as $EDITOR."""
+    """Write a shell script to be used as $EDITOR; return its path."""
     path = folder / "editor"
     path.write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
     path.chmod(0o700)

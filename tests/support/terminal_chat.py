@@ -1,7 +1,7 @@
-"""`python -m support.terminal_chat`: the terminals with a chat that is a script, for tests of what they show.
+"""`python -m support.terminal_chat`: a terminal with a scripted chat, without an engine.
 
-`/reply NAME` shows a reply of `REPLIES`, a text that is no command is repeated. A `¤` in a reply halts it
-until Ctrl-C, a `¬` until a file `go` appears in the folder, so that a test can look at the middle of it.
+`/reply NAME` shows a reply of `REPLIES`; a text that is not a command is shown as its own reply. A `¤` in a
+reply halts it until Ctrl-C, a `¬` until the file `go` exists in the working folder.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ REPLIES = {
 
 
 class ScriptedChat:
-    """Answers as the module says."""
+    """Answers as described above."""
 
     def __init__(self, *, plain: bool) -> None:
         self.commands = {
@@ -79,14 +79,12 @@ class ScriptedChat:
         self.n_used = 0
         self.screen = open_terminal(
             plain=plain,
-            status=lambda: Status(
-                "SmolLM2 135M", "notes on go", self.n_used, 2048, 23.4 if self.n_used else 0
-            ),
+            status=self._status,
             complete=lambda before: choices(before, self.commands, None),  # type: ignore[arg-type]
             history_path=Path("history"),
         )
 
-    def _state(self) -> Status:
+    def _status(self) -> Status:
         return Status("SmolLM2 135M", "notes on go", self.n_used, 2048, 23.4 if self.n_used else 0)
 
     def run(self) -> None:
@@ -180,7 +178,7 @@ class ScriptedChat:
 
 
 def main() -> None:
-    """`plain` as an argument: the plain terminal; `hangs`: only killing ends a reply that halts."""
+    """Run the chat. Arguments: `plain` for the plain terminal; `hangs`: only `kill` ends a halted reply."""
     chat = ScriptedChat(plain="plain" in sys.argv)
     chat.hangs = "hangs" in sys.argv
     try:

@@ -1,4 +1,4 @@
-"""tmux as a terminal that wraps its lines anew when its width changes; it is asked what it shows."""
+"""A program in tmux, a terminal that wraps its lines anew when its width changes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ needs_tmux = pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is no
 
 
 class Tmux:
-    """`python ARGUMENTS` in the only window of a tmux of its own."""
+    """`python ARGUMENTS` in the only window of a tmux server of its own."""
 
     def __init__(self, arguments: Sequence[str], folder: Path, *, columns: int = 80, lines: int = 24) -> None:
         self._sockets = tempfile.TemporaryDirectory(prefix="tmux")
@@ -31,7 +31,7 @@ class Tmux:
         self._call("new-session", "-d", "-x", str(columns), "-y", str(lines), "-c", str(folder), command)
 
     def send(self, *keys: str) -> None:
-        """Send keys, by tmux's names, or text."""
+        """Send keys, by their names in tmux, or text."""
         self._call("send-keys", *keys)
 
     def resize(self, columns: int, lines: int) -> None:
@@ -43,11 +43,11 @@ class Tmux:
         return self._call("capture-pane", "-p").rstrip("\n")
 
     def whole(self) -> str:
-        """All that was ever shown and still can be scrolled to, long lines joined."""
+        """The scrollback and the screen, with wrapped lines joined."""
         return self._call("capture-pane", "-p", "-J", "-S", "-").rstrip("\n")
 
     def wait_for(self, pattern: str, seconds: float = 30) -> str:
-        """Wait until `pattern` is on the screen; returns the screen."""
+        """Wait until `pattern` is on the screen; return the screen."""
         deadline = time.monotonic() + seconds
         while not re.search(pattern, text := self.screen()):
             if time.monotonic() > deadline:

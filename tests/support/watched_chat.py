@@ -1,4 +1,4 @@
-"""`python -m support.watched_chat LOG ...`: fake_chat, which notes in LOG what it prints, draws and saves."""
+"""`python -m support.watched_chat LOG ...`: fake_chat, which logs what it prints, draws and saves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support import fake_chat
 
 
 class Watch:
-    """Writes the log; its methods take the place of those that they call."""
+    """Writes the log. Its methods replace those that they wrap."""
 
     def __init__(self, log: IO[str]) -> None:
         self._log = log
@@ -30,7 +30,7 @@ class Watch:
         self._log.flush()
 
     def paint(self, old: Frame | None, new: Frame, above: str = "", *, reflows: bool = False) -> str:
-        """A frame is drawn."""
+        """Log a drawn frame."""
         layout = get_app().layout
         buffer = layout.get_buffer_by_name("input")
         typing = buffer is not None and layout.current_buffer is buffer and not is_searching()
@@ -45,23 +45,23 @@ class Watch:
         return paint(old, new, above, reflows=reflows)
 
     def erase(self, of: Any, leave_alternate_screen: bool = True) -> None:
-        """The frame is taken away."""
+        """Log that the frame is erased."""
         self._write(event="erase", above="".join(of._above))
         self._erase(of, leave_alternate_screen)
 
     def clear(self, of: Any) -> None:
-        """The screen is cleared."""
+        """Log that the screen is cleared."""
         self._write(event="clear")
         self._clear(of)
 
     def reset(self, of: Any, _scroll: bool = False, leave_alternate_screen: bool = True) -> None:
-        """The frame is forgotten."""
+        """Log that the position of the frame is forgotten."""
         if getattr(of, "_frame", None) is not None:
             self._write(event="reset")
         self._reset(of, _scroll, leave_alternate_screen)
 
     def save(self, of: Chat) -> None:
-        """Turns are saved; once in the log before that, once afterwards."""
+        """Log the turns before they are saved and after."""
         turns = [(turn.role, turn.content) for turn in of.conversation.transcript.turns]
         self._write(event="saving", turns=turns)
         self._save(of)
@@ -69,7 +69,7 @@ class Watch:
             self._write(event="saved", session=of.session.number, turns=turns)
 
     def take(self, of: Chat, text: str) -> bool:
-        """An input is dealt with."""
+        """Log the beginning and the end of an answer."""
         self._write(event="take", begins=True)
         goes_on = self._take(of, text)
         self._write(event="take", begins=False)
@@ -77,7 +77,7 @@ class Watch:
 
 
 def main() -> None:
-    """The chat, watched."""
+    """Run the chat with the log."""
     with open(sys.argv.pop(1), "a", encoding="utf-8") as log:
         _install(Watch(log))
         fake_chat.main()

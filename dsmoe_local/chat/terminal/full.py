@@ -70,7 +70,6 @@ class FullTerminal:
         return terminal_size().lines
 
     def run(self, take: Callable[[str], bool], cancel: Callable[[], None], kill: Callable[[], None]) -> None:
-        self._ui.cancel, self._ui.kill = cancel, kill
         worker = threading.Thread(target=self._work, args=(take,), name="chat", daemon=True)
         handlers = {
             signal.SIGTERM: self._on_end,
@@ -80,7 +79,7 @@ class FullTerminal:
         with handling(handlers):
             worker.start()
             try:
-                self._ui.run()
+                self._ui.run(cancel, kill)
             except EOFError:
                 pass  # the terminal has been closed
             finally:

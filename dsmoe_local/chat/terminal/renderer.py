@@ -105,6 +105,17 @@ def _size() -> Size:
     return Size(rows=rows, columns=columns)
 
 
+class InlineApplication(Application[None]):
+    """An application with an InlineRenderer. Application._on_resize would erase the frame as if it had kept its
+    place.
+    """
+
+    def _on_resize(self) -> None:
+        assert isinstance(self.renderer, InlineRenderer)
+        self.renderer.resized()
+        self.invalidate()
+
+
 class InlineRenderer(Renderer):
     """Draws the layout, with `live_lines` above it, below everything that is printed."""
 

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from prompt_toolkit.application import Application, in_terminal
+from prompt_toolkit.application import in_terminal
 from prompt_toolkit.buffer import Buffer
 from prompt_toolkit.document import Document
 from prompt_toolkit.filters import is_searching
@@ -41,7 +41,12 @@ from dsmoe_local.chat.terminal.input import (
     read_typeahead,
 )
 from dsmoe_local.chat.terminal.layout import STYLE, ChatLayout, shorten
-from dsmoe_local.chat.terminal.renderer import InlineRenderer, TerminalOutput, resize_behaviour
+from dsmoe_local.chat.terminal.renderer import (
+    InlineApplication,
+    InlineRenderer,
+    TerminalOutput,
+    resize_behaviour,
+)
 from dsmoe_local.chat.terminal.screen import Completer, Status
 
 _SECONDS_BETWEEN_REDRAWS = 0.05  # for what other threads post; keys are drawn at once
@@ -58,15 +63,6 @@ _PASTED_AT = "pasted text attaches no files: delete the \\ before @ to attach on
 Action = Callable[[], None]
 
 
-class ChatApplication(Application[None]):
-    """A prompt_toolkit application that leaves it to the renderer what a resize means."""
-
-    def _on_resize(self) -> None:
-        assert isinstance(self.renderer, InlineRenderer)
-        self.renderer.resized()
-        self.invalidate()
-
-
 class ChatUI:
     """The application, its layout and its state. `submit` hands a message to the thread that answers."""
 
@@ -79,8 +75,6 @@ class ChatUI:
         colour: bool,
         submit: Callable[[str], None],
     ) -> None:
-        self.cancel: Action = _do_nothing
-        self.kill: Action = _do_nothing
         self._submit = submit
         self._thread = threading.get_ident()
         self._messages = MessageQueue(self._begin)
@@ -100,7 +94,7 @@ class ChatUI:
         )
         self._layout.input.on_text_changed += lambda _: self._input_changed()
         output = TerminalOutput(hung_up=self.leave_now)
-        self.app = ChatApplication(
+        self.app = InlineApplication(
             layout=self._layout.layout,
             style=STYLE,
             include_default_pygments_style=False,
@@ -137,8 +131,12 @@ class ChatUI:
             action()
             self._renderer.erase()  # writes what was printed
 
-    def run(self) -> None:
-        """Read keys until the user leaves. EOFError: the terminal has been closed."""
+    def run(self, cancel: Action, kill: Action) -> None:
+        """Read keys until the user leaves. EOFError: the terminal has been closed.
+
+        `cancel` and `kill` as for Terminal.run.
+        """
+        self._cancel_reply, self._kill_engine = cancel, kill
         # In raw mode from now on, so that an Enter typed before the application starts stays an Enter.
         with self.app.input.raw_mode():
             store_typeahead(self.app.input, read_typeahead(self.app.input.fileno()))
@@ -379,13 +377,13 @@ class ChatUI:
     def _cancel(self, number: int) -> None:
         """Cancel this message until it ends: the other thread may not have begun what is to be cancelled."""
         if self._is_running(number):
-            self.cancel()
+            self._cancel_reply()
             self._later(_CANCEL_AGAIN_SECONDS, self._cancel, number)
 
     def _kill(self, number: int) -> None:
         if self._is_running(number):
             # In a thread, because `kill` may wait for the engine.
-            threading.Thread(target=self.kill, daemon=True).start()
+            threading.Thread(target=self._kill_engine, daemon=True).start()
 
     def _suspend_during(self, use: Callable[[], Awaitable[None]]) -> None:
         """Leave the terminal to another program while `use` runs."""
@@ -441,7 +439,3 @@ class ChatUI:
         if n_lines > _MANY_LINES:
             lines.append(f"{n_lines} lines")
         return [shorten(line, columns) for line in lines]
-
-
-def _do_nothing() -> None:
-    return None
