@@ -40,14 +40,14 @@ def key_bindings(ui: ChatUI) -> KeyBindings:
     asked = Condition(lambda: ui.is_asking)
     typing = ~asked & ~is_searching
     empty = typing & Condition(lambda: not ui.input.text)
-    queued = empty & Condition(lambda: ui.n_queued > 0)
+    queued = empty & Condition(lambda: bool(ui.messages.waiting))
     always = Always()
     # Keys, when they apply, what they do, and whether they are eager: not waiting for a longer sequence.
     table: tuple[tuple[str, Filter, Callable[[], object], bool], ...] = (
         ("enter", typing, lambda: _enter(ui), False),
         ("escape enter", typing, lambda: ui.input.newline(copy_margin=False), False),
         ("c-j", typing, lambda: ui.input.newline(copy_margin=False), False),
-        ("tab", typing, ui.complete, False),
+        ("tab", typing, ui.layout.complete, False),
         ("c-d", empty, ui.leave, False),
         ("up", queued, ui.take_back, False),
         ("escape", queued, ui.take_back, True),
@@ -62,7 +62,7 @@ def key_bindings(ui: ChatUI) -> KeyBindings:
         ("c-o", always, lambda: None, False),
         ("escape #", always, lambda: None, False),
         ("c-z", always, ui.suspend, False),
-        ("c-l", always, ui.clear_screen, False),
+        ("c-l", always, lambda: ui.renderer.clear(), False),
     )
     for sequence in _SHIFT_ENTER:
         ANSI_SEQUENCES[sequence] = (Keys.Escape, Keys.ControlM)  # like Alt-Enter

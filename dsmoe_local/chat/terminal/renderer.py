@@ -106,9 +106,7 @@ def _size() -> Size:
 
 
 class InlineApplication(Application[None]):
-    """An application with an InlineRenderer. Application._on_resize would erase the frame as if it had kept its
-    place.
-    """
+    """An application with an InlineRenderer, which knows what a resize does to the frame."""
 
     def _on_resize(self) -> None:
         assert isinstance(self.renderer, InlineRenderer)

@@ -77,7 +77,7 @@ class ChatUI:
     ) -> None:
         self._submit = submit
         self._thread = threading.get_ident()
-        self._messages = MessageQueue(self._begin)
+        self.messages = MessageQueue(self._begin)
         self._mark_is_pasted = False  # the input begins with a pasted mark, which opens no block
         self._hint = ""
         self._question: tuple[str, Future[bool]] | None = None
@@ -85,17 +85,17 @@ class ChatUI:
         self._redraw_is_due = False
         self._drawn_at = 0.0
         self._editor: Editor | None = None
-        self._layout = ChatLayout(
+        self.layout = ChatLayout(
             history=open_history(history_path),
             complete=complete,
             state_lines=self._state_lines,
             status=status,
             question=lambda: "" if self._question is None else self._question[0],
         )
-        self._layout.input.on_text_changed += lambda _: self._input_changed()
+        self.layout.input.on_text_changed += lambda _: self._input_changed()
         output = TerminalOutput(hung_up=self.leave_now)
         self.app = InlineApplication(
-            layout=self._layout.layout,
+            layout=self.layout.layout,
             style=STYLE,
             include_default_pygments_style=False,
             key_bindings=key_bindings(self),
@@ -108,10 +108,10 @@ class ChatUI:
         if isinstance(self.app.input, Vt100Input):
             # prompt_toolkit keeps bytes that are not UTF-8 as surrogates, which cannot be stored.
             self.app.input.stdin_reader = PosixStdinReader(self.app.input.fileno(), errors="replace")
-        self._renderer = InlineRenderer(self.app.renderer.style, output, resize_behaviour())
-        self.app.renderer = self._renderer
-        self.display = Display(self._renderer.print_above, output.get_size, colour=colour)
-        self._renderer.live_lines = self.display.live_lines
+        self.renderer = InlineRenderer(self.app.renderer.style, output, resize_behaviour())
+        self.app.renderer = self.renderer
+        self.display = Display(self.renderer.print_above, output.get_size, colour=colour)
+        self.renderer.live_lines = self.display.live_lines
 
     def post(self, action: Action) -> None:
         """Run `action` in the UI thread and redraw. From any thread.
@@ -129,7 +129,7 @@ class ChatUI:
                 loop.call_soon_threadsafe(run)
         elif threading.get_ident() == self._thread:
             action()
-            self._renderer.erase()  # writes what was printed
+            self.renderer.erase()  # writes what was printed
 
     def run(self, cancel: Action, kill: Action) -> None:
         """Read keys until the user leaves. EOFError: the terminal has been closed.
@@ -157,8 +157,8 @@ class ChatUI:
     def message_done(self, *, goes_on: bool) -> None:
         """The message has been answered: begin the next, or leave."""
         if not goes_on:
-            self._messages.leave()
-        self._messages.done()
+            self.messages.leave()
+        self.messages.done()
         self._exit_if_idle()
 
     def fail(self, error: BaseException) -> None:
@@ -170,9 +170,9 @@ class ChatUI:
         """Ask for yes or no in place of the input."""
         if is_searching():
             stop_search()
-        self._layout.answer.reset()
+        self.layout.answer.reset()
         self._question = (question, answer)
-        self._layout.focus()
+        self.layout.focus()
 
     def edit(self, text: str, result: Future[str | None]) -> None:
         """Open a text in the editor."""
@@ -192,8 +192,8 @@ class ChatUI:
 
     def leave_now(self) -> None:
         """Leave because of a signal, or because the terminal is gone. A running reply gets time to end."""
-        first = not self._messages.leaving
-        self._messages.leave()
+        first = not self.messages.leaving
+        self.messages.leave()
         self.answer(yes=False)
         if self._editor is not None:
             self._editor.end()
@@ -201,8 +201,8 @@ class ChatUI:
         if first and self.app.is_running:
             if self._editor is not None:
                 self._later(_EDITOR_GRACE_SECONDS, self._editor.end)
-            self._cancel(self._messages.number)
-            self._later(_SIGNAL_GRACE_SECONDS, self._kill, self._messages.number)
+            self._cancel(self.messages.number)
+            self._later(_SIGNAL_GRACE_SECONDS, self._kill, self.messages.number)
             self._later(2 * _SIGNAL_GRACE_SECONDS, self._exit)
 
     # What key bindings read and call.
@@ -210,7 +210,7 @@ class ChatUI:
     @property
     def input(self) -> Buffer:
         """The buffer of the next message."""
-        return self._layout.input
+        return self.layout.input
 
     @property
     def is_asking(self) -> bool:
@@ -221,11 +221,6 @@ class ChatUI:
     def is_suspended(self) -> bool:
         """True while the terminal belongs to the editor or the shell."""
         return self._n_suspensions > 0
-
-    @property
-    def n_queued(self) -> int:
-        """The number of messages that wait for the running reply to end."""
-        return len(self._messages.waiting)
 
     @property
     def block_is_open(self) -> bool:
@@ -253,18 +248,18 @@ class ChatUI:
             self.input.append_to_history()
         self._clear_input()
         self._hint = ""
-        self._messages.add(text)
+        self.messages.add(text)
 
     def answer_typed(self) -> None:
         """Answer the question with what was typed: y and yes mean yes."""
-        self.answer(yes=self._layout.answer.text.strip().lower() in ("y", "yes"))
+        self.answer(yes=self.layout.answer.text.strip().lower() in ("y", "yes"))
 
     def answer(self, *, yes: bool) -> None:
         """Answer the question, if there is one."""
         if self._question is not None:
             question, answer = self._question
             self._question = None
-            self._layout.focus()
+            self.layout.focus()
             self.display.print(f"{safe_line(question)} {'yes' if yes else 'no'}\n")
             answer.set_result(yes)
 
@@ -272,7 +267,7 @@ class ChatUI:
         """Ctrl-C: answer no, or stop the reply (twice: end the engine), or clear the input."""
         if self.is_asking:
             self.answer(yes=False)
-        elif self._messages.busy:
+        elif self.messages.busy:
             self._stop()
         else:
             self._clear_input()
@@ -280,18 +275,14 @@ class ChatUI:
 
     def leave(self) -> None:
         """Ctrl-D: stop the running reply, then leave."""
-        self._messages.leave()
-        if self._messages.busy and self._messages.stopping_since is None:
+        self.messages.leave()
+        if self.messages.busy and self.messages.stopping_since is None:
             self._stop()
         self._exit_if_idle()
 
-    def complete(self) -> None:
-        """Tab: complete the input."""
-        self._layout.complete()
-
     def take_back(self) -> None:
         """Make the last queued message the input again."""
-        self.input.document = Document(self._messages.waiting.pop())
+        self.input.document = Document(self.messages.waiting.pop())
 
     def open_editor(self) -> None:
         """Open the input in the editor."""
@@ -318,15 +309,12 @@ class ChatUI:
     def continued(self) -> None:
         """Handle SIGCONT: whatever stopped the process, the shell may have printed something since."""
         if not self.is_suspended:
-            self.post(self._renderer.reset)
-
-    def clear_screen(self) -> None:
-        """Ctrl-L."""
-        self._renderer.clear()
+            self.post(self.renderer.reset)
 
     # Internals.
 
     def _start(self) -> None:
+        # prompt_toolkit's own handler would print the exception and go on.
         asyncio.get_running_loop().set_exception_handler(self._on_exception)
         self._exit_if_idle()  # a signal may have come before
 
@@ -360,7 +348,7 @@ class ChatUI:
         self.input.load_history_if_not_yet_loaded()
 
     def _stop(self) -> None:
-        messages, now = self._messages, time.monotonic()
+        messages, now = self.messages, time.monotonic()
         if messages.stopping_since is None:
             messages.stopping_since = now
             if messages.waiting:
@@ -372,7 +360,7 @@ class ChatUI:
             self._later(delay, self._kill, messages.number)
 
     def _is_running(self, number: int) -> bool:
-        return self._messages.busy and self._messages.number == number
+        return self.messages.busy and self.messages.number == number
 
     def _cancel(self, number: int) -> None:
         """Cancel this message until it ends: the other thread may not have begun what is to be cancelled."""
@@ -415,7 +403,7 @@ class ChatUI:
             self._editor = None
 
     def _exit_if_idle(self) -> None:
-        if self._messages.leaving and not self._messages.busy and not self.is_suspended:
+        if self.messages.leaving and not self.messages.busy and not self.is_suspended:
             self._exit()
 
     def _exit(self) -> None:
@@ -426,7 +414,7 @@ class ChatUI:
         asyncio.get_running_loop().call_later(seconds, function, *arguments)
 
     def _state_lines(self, columns: int) -> list[str]:
-        messages = self._messages
+        messages = self.messages
         stopping = messages.leaving or messages.stopping_since is not None
         lines = [] if stopping or not self.display.activity else [self.display.activity]
         lines += messages.state_lines()
