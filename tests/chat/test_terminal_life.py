@@ -141,6 +141,19 @@ def test_editor(chat: StartChat, tmp_path: Path) -> None:
     terminal.wait_screen("(?m)^> kept$")
 
 
+def test_an_editor_that_is_killed(tmp_path: Path) -> None:
+    """Guards: a terminal left in the raw mode of an editor that could not restore it."""
+    code = (
+        "import termios\n"
+        "from dsmoe_local.chat.terminal.external import Editor\n"
+        "before = termios.tcgetattr(0)\n"
+        "print(Editor().edit('text'), 'SAME' if termios.tcgetattr(0) == before else 'CHANGED')\n"
+    )
+    editor = editor_script(tmp_path, "stty raw -echo\nkill -KILL $$")
+    with ScreenTerminal(["-c", code], {"VISUAL": editor}, folder=tmp_path) as terminal:
+        terminal.wait_screen("None SAME")
+
+
 def test_editor_that_does_not_start(chat: StartChat) -> None:
     """Guards: a missing editor ending the chat."""
     terminal = chat(VISUAL="/nowhere/editor")

@@ -8,11 +8,15 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import termios
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from dsmoe_local.base.errors import FileError
 
+_GRACE_SECONDS = 2.0  # for an editor that is to end
 _DEFAULT_EDITORS = ("sensible-editor", "nano", "vim", "vi", "emacs")
 
 # Terminals drop a longer sequence, or show it as text.
@@ -37,7 +41,7 @@ class Editor:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self._n_ends = 0
+        self._ended = False
 
     def edit(self, text: str) -> str | None:
         """Edit `text`, on a terminal that nothing else uses; None if the editor failed or nothing was saved.
@@ -58,10 +62,17 @@ class Editor:
             raise FileError("the edited text is not UTF-8", remedy="save it as UTF-8") from error
 
     def end(self) -> None:
-        """End the editor with SIGTERM, and on a second call with SIGKILL. From any thread."""
-        self._n_ends += 1
-        if self._process is not None:
-            self._process.terminate() if self._n_ends == 1 else self._process.kill()
+        """End the editor: with SIGTERM, and with SIGKILL if that does not help. From any thread."""
+        if not self._ended:
+            self._ended = True
+            if self._process is not None:
+                self._terminate(self._process)
+
+    def _terminate(self, process: subprocess.Popen[bytes]) -> None:
+        process.terminate()
+        kill = threading.Timer(_GRACE_SECONDS, process.kill)
+        kill.daemon = True
+        kill.start()
 
     def _edit_file(self, command: list[str], text: str) -> bytes | None:
         with tempfile.TemporaryDirectory(prefix="dsmoe-", ignore_cleanup_errors=True) as folder:
@@ -77,13 +88,19 @@ class Editor:
         return content if status == 0 and saved else None
 
     def _run(self, command: list[str]) -> int:
+        before = termios.tcgetattr(0) if os.isatty(0) else None
         try:
-            self._process = subprocess.Popen(command)
+            process = self._process = subprocess.Popen(command)
         except OSError as error:
             raise FileError(f"the editor does not start: {error.strerror}", where=command[0]) from error
-        if self._n_ends:  # `end` was called before the process existed
-            self._process.terminate()
-        return self._process.wait()
+        if self._ended:  # `end` was called before the process existed
+            self._terminate(process)
+        status = process.wait()
+        if status < 0 and before is not None:
+            # Killed by a signal, it may have left the terminal in raw mode.
+            with suppress(termios.error):  # the terminal has been closed
+                termios.tcsetattr(0, termios.TCSADRAIN, before)
+        return status
 
 
 def _editor_command() -> list[str]:

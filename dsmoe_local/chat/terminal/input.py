@@ -62,7 +62,7 @@ def key_bindings(ui: ChatUI) -> KeyBindings:
         ("c-o", always, lambda: None, False),
         ("escape #", always, lambda: None, False),
         ("c-z", always, ui.suspend, False),
-        ("c-l", always, lambda: ui.renderer.clear(), False),
+        ("c-l", always, ui.clear_screen, False),
     )
     for sequence in _SHIFT_ENTER:
         ANSI_SEQUENCES[sequence] = (Keys.Escape, Keys.ControlM)  # like Alt-Enter

@@ -53,7 +53,6 @@ _SECONDS_BETWEEN_REDRAWS = 0.05  # for what other threads post; keys are drawn a
 _SECONDS_BETWEEN_INTERRUPTS = 1.0  # the second Ctrl-C takes effect only this long after the first
 _CANCEL_AGAIN_SECONDS = 0.25
 _SIGNAL_GRACE_SECONDS = 3.0  # for a running reply, after a signal that ends the chat
-_EDITOR_GRACE_SECONDS = 0.5
 _SILENT_SECONDS = 0.5  # until a reply that shows nothing is announced
 _ESCAPE_SECONDS = 0.1  # within which an Esc and what follows are one key
 _MANY_LINES = 20  # more than the input window shows
@@ -199,8 +198,6 @@ class ChatUI:
             self._editor.end()
         self._exit_if_idle()
         if first and self.app.is_running:
-            if self._editor is not None:
-                self._later(_EDITOR_GRACE_SECONDS, self._editor.end)
             self._cancel(self.messages.number)
             self._later(_SIGNAL_GRACE_SECONDS, self._kill, self.messages.number)
             self._later(2 * _SIGNAL_GRACE_SECONDS, self._exit)
@@ -305,6 +302,10 @@ class ChatUI:
             os.kill(0, signal.SIGTSTP)
 
         self._suspend_during(use)
+
+    def clear_screen(self) -> None:
+        """Ctrl-L: clear the screen."""
+        self.renderer.clear()
 
     def continued(self) -> None:
         """Handle SIGCONT: whatever stopped the process, the shell may have printed something since."""
