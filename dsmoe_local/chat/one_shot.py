@@ -108,7 +108,7 @@ class _CancelOnce:
         self._conversation = conversation
         self._cancelled = False
 
-    def __call__(self, number: signal.Signals) -> None:
+    def __call__(self, number: int) -> None:
         if self._cancelled:
             raise KeyboardInterrupt
         self._cancelled = True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import threading
-from contextlib import suppress
 
 import pytest
 
@@ -123,16 +122,3 @@ def test_a_signal_that_comes_to_another_thread() -> None:
             _wait_after(ready)
         sender.join()
     assert interrupts.ended_by == signal.SIGTERM
-
-
-def _forget_and_wait() -> None:
-    with suppress(EOFError):
-        signal.raise_signal(signal.SIGTERM)
-    _wait_after(threading.Event())
-
-
-def test_an_exception_that_is_swallowed_comes_again() -> None:
-    """Guards: SIGTERM at the moment in which input() drops exceptions."""
-    interrupts = Interrupts()
-    with interrupts.handled(), pytest.raises(EOFError), interrupts.reading():
-        _forget_and_wait()

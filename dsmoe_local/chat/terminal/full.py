@@ -51,7 +51,7 @@ class FullTerminal:
     ) -> None:
         self.colour = wants_colour()
         self._inputs: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._ended_by: signal.Signals | None = None
+        self._ended_by = 0
         self._over = threading.Event()
         self._ui = ChatUI(
             status=status,
@@ -71,7 +71,7 @@ class FullTerminal:
 
     def run(self, take: Callable[[str], bool], cancel: Callable[[], None], kill: Callable[[], None]) -> None:
         worker = threading.Thread(target=self._work, args=(take,), name="chat", daemon=True)
-        handlers = {
+        handlers: dict[int, Callable[[int], None]] = {
             signal.SIGTERM: self._on_end,
             signal.SIGHUP: self._on_end,
             signal.SIGCONT: lambda _: self._ui.continued(),
@@ -147,7 +147,7 @@ class FullTerminal:
             )
         return " and ".join(ways)
 
-    def _on_end(self, number: signal.Signals) -> None:
+    def _on_end(self, number: int) -> None:
         self._ended_by = number
         self._ui.post(self._ui.leave_now)
 

@@ -9,27 +9,30 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 
 from dsmoe_local.chat.terminal.external import Editor
 
 _SECONDS_BETWEEN_CHECKS = 0.25
-_CHECKS = 8  # after each signal
 _WAKE_UP = signal.SIGURG  # ignored by default, and nothing else here uses it
+_HANDLED = 0  # written by a handler, where Python itself writes the number of the signal
 
 
 @contextmanager
-def handling(handlers: Mapping[signal.Signals, Callable[[signal.Signals], None]]) -> Iterator[None]:
+def handling(handlers: Mapping[int, Callable[[int], None]]) -> Iterator[None]:
     """Install signal handlers, and put the ones from before back afterwards. Main thread only.
 
     A signal that is ignored stays ignored: shells do that for background jobs, nohup for SIGHUP.
     """
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        handlers[number](number)
+
     before = {number: signal.getsignal(number) for number in handlers}
     before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
     try:
         for number in before:
-            signal.signal(
-                number, lambda number, frame: handlers[signal.Signals(number)](signal.Signals(number))
-            )
+            signal.signal(number, handle)
         yield
     finally:
         for number, handler in before.items():
@@ -53,9 +56,8 @@ class Interrupts:
     """
 
     def __init__(self) -> None:
-        self.ended_by: signal.Signals | None = None  # the signal that ends the chat
+        self.ended_by = 0  # the signal that ends the chat
         self._reading = False
-        self._due: BaseException | None = None  # raised while a line is read
         self._interrupted = False  # Ctrl-C came between a job and the next line
         self._job: _Job | None = None
         self._editor: Editor | None = None
@@ -70,11 +72,11 @@ class Interrupts:
         main = threading.get_ident()
         threading.Thread(target=self._watch, args=(arrivals, main), name="signals", daemon=True).start()
         before = signal.set_wakeup_fd(self._wake_fd, warn_on_full_buffer=False)
-        handlers = {
+        handlers: dict[int, Callable[[int], None]] = {
             signal.SIGINT: self._on_interrupt,
             signal.SIGTERM: self._on_end,
             signal.SIGHUP: self._on_end,
-            _WAKE_UP: self._on_wake_up,
+            _WAKE_UP: lambda number: None,
         }
         try:
             with handling(handlers):
@@ -82,11 +84,11 @@ class Interrupts:
         finally:
             signal.set_wakeup_fd(before)
             os.close(self._wake_fd)
+            self._wake_fd = -1
 
     @contextmanager
     def reading(self) -> Iterator[None]:
         """While a line is read: Ctrl-C raises KeyboardInterrupt, a signal that ends the chat EOFError."""
-        self._due = None
         try:
             self._reading = True
             if self.ended_by:
@@ -94,8 +96,6 @@ class Interrupts:
             if self._interrupted:
                 raise KeyboardInterrupt
             yield
-            if self._due is not None:
-                raise self._due
         finally:
             self._reading = self._interrupted = False
 
@@ -123,60 +123,55 @@ class Interrupts:
 
     def hang_up(self) -> None:
         """Behave as after SIGHUP: the terminal is gone."""
-        if self.ended_by is None:
+        if not self.ended_by:
             self._on_end(signal.SIGHUP)
 
-    def _on_interrupt(self, number: signal.Signals) -> None:
+    def _on_interrupt(self, number: int) -> None:
         if self._reading:
-            self._raise(KeyboardInterrupt())
-        elif self._job is None:
+            self._wake_watcher()
+            raise KeyboardInterrupt
+        if self._job is None:
             self._interrupted = True
         elif self._editor is None:
-            self._ask_to_stop(self._job)
+            self._job.n_requests += 1
+        self._wake_watcher()
 
-    def _on_end(self, number: signal.Signals) -> None:
+    def _on_end(self, number: int) -> None:
         self.ended_by = number
         if self._reading:
-            self._raise(EOFError())
-        elif self._job is not None:
-            self._ask_to_stop(self._job)
+            self._wake_watcher()
+            raise EOFError
+        if self._job is not None:
+            self._job.n_requests += 1
+        self._wake_watcher()
 
-    def _on_wake_up(self, number: signal.Signals) -> None:
-        if self._reading and self._due is not None:
-            raise self._due
-
-    def _raise(self, error: BaseException) -> None:
-        self._due = error
-        raise error
-
-    def _ask_to_stop(self, job: _Job) -> None:
-        job.n_requests += 1
-        os.write(self._wake_fd, b"\0")
+    def _wake_watcher(self) -> None:
+        if self._wake_fd >= 0:
+            os.write(self._wake_fd, bytes([_HANDLED]))
 
     def _watch(self, arrivals: int, main: int) -> None:
-        """Act on signals, several times for each: at first the main thread may not have run the handler yet,
-        or may not have begun what is to be cancelled.
+        """Stop the job when that is wanted, and make sure that the main thread runs the handler of a signal.
+
+        It does not if another thread got the signal, or if the signal came just before a system call.
         """
-        n_checks = 0
+        unhandled = False
         with open(arrivals, "rb", buffering=0) as pipe:
             while True:
-                if select.select([pipe], [], [], _SECONDS_BETWEEN_CHECKS if n_checks else None)[0]:
-                    numbers = pipe.read(64)
-                    if not numbers:  # closed
-                        return
-                    if set(numbers) == {_WAKE_UP}:
-                        continue
-                    n_checks = _CHECKS
-                else:
-                    # Another thread may have got the signal, or input() has dropped the exception, as it does
-                    # before it waits. Not at once, because the exception may still be on its way up.
-                    signal.pthread_kill(main, _WAKE_UP)
-                    n_checks -= 1
-                if self._stop():
-                    n_checks = max(n_checks, 1)
+                check_again = self._stop() or unhandled
+                if not select.select([pipe], [], [], _SECONDS_BETWEEN_CHECKS if check_again else None)[0]:
+                    if unhandled:
+                        # Never after the handler has run: input() cannot handle a signal while it raises.
+                        signal.pthread_kill(main, _WAKE_UP)
+                    continue
+                numbers = pipe.read(64)
+                if not numbers:  # closed
+                    return
+                for number in numbers:
+                    if number != _WAKE_UP:
+                        unhandled = number != _HANDLED
 
     def _stop(self) -> bool:
-        """Stop the job if that is wanted. True if it was."""
+        """Stop the job if that is wanted. True if it was: `cancel` may have come too early."""
         with self._stopping:
             job = self._job
             if job is None or not job.n_requests:
