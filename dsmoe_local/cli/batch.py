@@ -18,7 +18,18 @@ from dsmoe_local.base.errors import UsageError
 from dsmoe_local.cli.command import define_command
 from dsmoe_local.cli.model_argument import find_model, model_option
 from dsmoe_local.cli.model_options import load_engine, model_options
-from dsmoe_local.cli.options import Group, json_option, option
+from dsmoe_local.cli.options import (
+    FLAG,
+    TEXT,
+    Group,
+    choice,
+    json_option,
+    option,
+    parsed,
+    path_value,
+    text_value,
+    typed,
+)
 from dsmoe_local.cli.output import show_result
 from dsmoe_local.cli.reply_options import reply_options, reply_settings
 
@@ -35,39 +46,25 @@ _LOOSE_SETTINGS = ("n_context",)
 _EXACT_SETTINGS = ("n_batch", "n_ubatch", "n_threads_batch", "flash_attention")
 
 
-class Parallel(click.ParamType[int]):
-    """A number, or `auto` (0)."""
-
-    name = "N|auto"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return the number."""
-        word = str(value).lower()
-        if word == "auto":
-            return 0
-        if not (word.isascii() and word.isdigit()) or not int(word):
-            self.fail(f"{value!r} is neither a number from 1 nor auto", param, ctx)
-        return int(word)
+def _parallel(text: str) -> int:
+    """Read a number, or `auto` (0)."""
+    word = text.lower()
+    if word == "auto":
+        return 0
+    if not (word.isascii() and word.isdigit()) or not int(word):
+        raise ValueError(f"{text!r} is neither a number from 1 nor auto")
+    return int(word)
 
 
-class FieldNames(click.ParamType[tuple[str, ...]]):
-    """Names separated by commas; a name with a comma is written in double quotes."""
-
-    name = "FIELDS"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, ...]:
-        """Return the names."""
-        if isinstance(value, tuple):
-            return value
-        try:
-            names = tuple(name.strip() for name in next(csv.reader([str(value)], strict=True)))
-        except (csv.Error, StopIteration):
-            names = ()
-        if not names or not all(names):
-            self.fail(f"{value!r} is not a list of fields", param, ctx)
-        return names
+def _field_names(text: str) -> tuple[str, ...]:
+    """Read names separated by commas; a name with a comma is written in double quotes."""
+    try:
+        names = tuple(name.strip() for name in next(csv.reader([text], strict=True)))
+    except (csv.Error, StopIteration):
+        names = ()
+    if not names or not all(names):
+        raise ValueError(f"{text!r} is not a list of fields")
+    return names
 
 
 @define_command(
@@ -79,82 +76,70 @@ class FieldNames(click.ParamType[tuple[str, ...]]):
 )
 @click.argument("source", metavar="IN.jsonl|-", type=click.Path(path_type=Path))
 @option(
-    "-o",
-    "--output",
+    "-o, --output",
     "out",
-    metavar="OUT.jsonl",
-    type=click.Path(path_type=Path),
+    "File for the records. An existing one is continued.",
+    path_value("OUT.jsonl"),
     required=True,
-    help="File for the records. An existing one is continued.",
 )
 @model_option
-@option("--restart", is_flag=True, help="Replace an existing output.")
+@option("--restart", "restart", "Replace an existing output.", FLAG)
 @option(
-    "-np",
-    "--parallel",
+    "-np, --parallel",
     "n_parallel",
-    type=Parallel(),
+    "Number of requests to decode at once.",
+    parsed(_parallel, "N|auto"),
     default="auto",
-    metavar="N|auto",
-    help="Number of requests to decode at once.",
 )
-@option("--text", group=Group.INPUT, is_flag=True, help="Each input line is a prompt.")
+@option("--text", "text", "Each input line is a prompt.", FLAG, Group.INPUT)
 @option(
     "--template",
-    group=Group.INPUT,
-    metavar="TEXT",
-    help='Prompt with {fields} of JSONL or CSV input: "Translate: {en}".',
+    "template",
+    'Prompt with {fields} of JSONL or CSV input: "Translate: {en}".',
+    TEXT,
+    Group.INPUT,
 )
-@option(
-    "--chat",
-    "as_chat",
-    group=Group.INPUT,
-    is_flag=True,
-    help="Send the prompts of --text and --template as chat messages.",
-)
+@option("--chat", "as_chat", "Send the prompts of --text and --template as chat messages.", FLAG, Group.INPUT)
 @option(
     "--id-field",
     "id_field",
-    group=Group.INPUT,
-    metavar="NAME",
-    show_default="id or custom_id",
-    help="Field with the id of a line.",
+    "Field with the id of a line.",
+    text_value("NAME"),
+    Group.INPUT,
+    shown="id or custom_id",
 )
 @option(
     "--format",
     "form",
-    group=Group.OUTPUT,
-    type=click.Choice(["openai", "simple"]),
+    "Form of the records: OpenAI's, or {id, text, finish_reason, usage, timing, error}.",
+    choice("openai", "simple"),
+    Group.OUTPUT,
     default="openai",
-    help="Form of the records: OpenAI's, or {id, text, finish_reason, usage, timing, error}.",
 )
 @option(
     "--keep",
     "keep",
-    group=Group.OUTPUT,
-    type=FieldNames(),
+    "Copy fields of the input into the records, as `kept`: label,source.",
+    parsed(_field_names, "FIELDS"),
+    Group.OUTPUT,
     multiple=True,
-    help="Copy fields of the input into the records, as `kept`: label,source.",
 )
 @option(
-    "--ordered",
-    group=Group.OUTPUT,
-    is_flag=True,
-    help="Write records in the order of the input, not as they finish.",
+    "--ordered", "ordered", "Write records in the order of the input, not as they finish.", FLAG, Group.OUTPUT
 )
 @option(
     "--deterministic",
-    group=Group.OUTPUT,
-    is_flag=True,
-    help="Make each reply independent of other requests and of resuming; slower.",
+    "deterministic",
+    "Make each reply independent of other requests and of resuming; slower.",
+    FLAG,
+    Group.OUTPUT,
 )
 @option(
     "--max-errors",
     "max_errors",
-    group=Group.OUTPUT,
-    type=click.IntRange(0),
-    metavar="N",
-    help="Stop after more than N failed lines.",
+    "Stop after more than N failed lines.",
+    typed(click.IntRange(0), "N"),
+    Group.OUTPUT,
 )
 @json_option("Print the summary as JSON, as the last line on stderr.", group=Group.OUTPUT)
 @model_options

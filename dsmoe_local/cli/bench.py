@@ -13,10 +13,10 @@ import click
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.cli.command import define_command
-from dsmoe_local.cli.model_argument import ModelName, find_model
+from dsmoe_local.cli.model_argument import MODEL, find_model, model_argument
 from dsmoe_local.cli.model_options import load_engine, model_options_without_context, within_training
 from dsmoe_local.cli.option_sources import from_command_line
-from dsmoe_local.cli.options import option
+from dsmoe_local.cli.options import COUNT, NUMBER, choice, option, parsed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,24 +29,18 @@ _MOST_TOKENS = 1 << 20
 _MOST_THREADS = 512
 
 
-class TokenCounts(click.ParamType[tuple[int, ...]]):
-    """Numbers of tokens, separated by commas."""
+def _token_counts(text: str) -> tuple[int, ...]:
+    """Read numbers of tokens separated by commas, without duplicates."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdigit() for word in words):
+        raise ValueError(f"{text!r} is not a number of tokens, or a list of them with commas")
+    counts = tuple(dict.fromkeys(map(int, words)))
+    if max(counts) > _MOST_TOKENS:
+        raise ValueError(f"{max(counts)} is out of range: at most {_MOST_TOKENS} tokens")
+    return counts
 
-    name = "N,..."
 
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        """Return the numbers without duplicates."""
-        if isinstance(value, tuple):
-            return value
-        words = [word.strip() for word in str(value).split(",")]
-        if not all(word.isascii() and word.isdigit() for word in words):
-            self.fail(f"{value!r} is not a number of tokens, or a list of them with commas", param, ctx)
-        counts = tuple(dict.fromkeys(map(int, words)))
-        if max(counts) > _MOST_TOKENS:
-            self.fail(f"{max(counts)} is out of range: at most {_MOST_TOKENS} tokens", param, ctx)
-        return counts
+_COUNTS = parsed(_token_counts, "N,...")
 
 
 @define_command(
@@ -55,65 +49,42 @@ class TokenCounts(click.ParamType[tuple[int, ...]]):
     ("dsmoe bench m.gguf -p 0 -n 128 -d 0,4096", "Decode at two depths."),
     ("dsmoe bench m.gguf -o json", "Print the result as JSON."),
 )
-@click.argument("models", nargs=-1, metavar="[MODEL]...", type=ModelName())
+@model_argument("models", "[MODEL]...", nargs=-1)
 @option(
-    "-m",
-    "--model",
+    "-m, --model",
     "named_models",
-    type=ModelName(),
+    "A model: a file, or a name that `dsmoe models` lists. Repeatable.",
+    MODEL,
     multiple=True,
-    show_default="the demo's",
-    help="A model: a file, or a name that `dsmoe models` lists. Repeatable.",
+    shown="the demo's",
 )
 @option(
-    "-p",
-    "--n-prompt",
+    "-p, --n-prompt",
     "n_prompts",
-    type=TokenCounts(),
+    "Lengths of the prompt in tokens; 0 = no prompt.",
+    _COUNTS,
     default="512",
-    help="Lengths of the prompt in tokens; 0 = no prompt.",
 )
+@option("-n, --n-gen", "n_gens", "Numbers of tokens to decode; 0 = none.", _COUNTS, default="128")
 @option(
-    "-n",
-    "--n-gen",
-    "n_gens",
-    type=TokenCounts(),
-    default="128",
-    help="Numbers of tokens to decode; 0 = none.",
-)
-@option(
-    "-d",
-    "--n-depth",
+    "-d, --n-depth",
     "n_depths",
-    type=TokenCounts(),
+    "Tokens in the context before the measurement.",
+    _COUNTS,
     default="0",
-    help="Tokens in the context before the measurement.",
+)
+@option("-r, --repetitions", "repetitions", "Number of runs of each measurement.", COUNT, default=5)
+@option(
+    "-o, --output-format", "output_format", "Format of the result.", choice("md", "json", "csv"), default="md"
 )
 @option(
-    "-r",
-    "--repetitions",
-    type=click.IntRange(1),
-    default=5,
-    metavar="N",
-    help="Number of runs of each measurement.",
-)
-@option(
-    "-o",
-    "--output-format",
-    type=click.Choice(["md", "json", "csv"]),
-    default="md",
-    help="Format of the result.",
-)
-@option(
-    "-c",
-    "--ctx-size",
+    "-c, --ctx-size",
     "n_context",
-    type=int,
-    metavar="N",
-    # At the top level of the config file, this is the context of chats.
+    "Context in tokens.",
+    NUMBER,
     section_only=True,
-    show_default="what the longest measurement needs",
-    help="Context in tokens.",
+    # At the top level of the config file, this is the context of chats.
+    shown="what the longest measurement needs",
 )
 @model_options_without_context
 def command(

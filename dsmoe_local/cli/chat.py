@@ -16,10 +16,10 @@ from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.chat.settings import SETTINGS
 from dsmoe_local.cli.command import define_command
-from dsmoe_local.cli.model_argument import ModelName, find_model, model_option
+from dsmoe_local.cli.model_argument import find_model, model_argument, model_option
 from dsmoe_local.cli.model_options import load_engine, model_options
 from dsmoe_local.cli.option_sources import Source, flag_of, from_command_line, origin_of
-from dsmoe_local.cli.options import Group, json_option, option
+from dsmoe_local.cli.options import FLAG, Group, json_option, option, text_value, typed
 from dsmoe_local.cli.reply_options import reply_options, reply_settings, setting_option
 
 if TYPE_CHECKING:
@@ -47,61 +47,46 @@ class _Conversing:
     ('dsmoe chat model.gguf -p "Why is the sky blue?"', "Answer once."),
     ("git diff | dsmoe chat -p 'Review this.'", "Add stdin to the prompt."),
 )
-@click.argument("words", nargs=-1, metavar="[MODEL] [-]", type=ModelName())
+@model_argument("words", "[MODEL] [-]", nargs=-1)
 @model_option
-@option("-p", "--prompt", metavar="TEXT", help="Answer TEXT and exit; - reads it from stdin.")
-@option(
-    "-f",
-    "--file",
-    "prompt_file",
-    type=click.Path(),
-    metavar="FILE",
-    help="Answer the text of a file and exit.",
-)
-@option(
-    "-sys",
-    "--system",
-    "--system-prompt",
-    default="",
-    show_default=False,
-    metavar="TEXT",
-    help="System prompt.",
-)
-@option("--continue", "latest", is_flag=True, help="Continue the latest conversation.")
-@option("--session", metavar="NAME", help="Continue the conversation NAME, or start it.")
+@option("-p, --prompt", "prompt", "Answer TEXT and exit; - reads it from stdin.")
+@option("-f, --file", "prompt_file", "Answer the text of a file and exit.", typed(click.Path(), "FILE"))
+@option("-sys, --system, --system-prompt", "system", "System prompt.", default="", show_default=False)
+@option("--continue", "latest", "Continue the latest conversation.", FLAG)
+@option("--session", "session", "Continue the conversation NAME, or start it.", text_value("NAME"))
 @option(
     "--no-history",
-    group=Group.CONVERSATION,
-    is_flag=True,
-    help="Store neither the conversation nor what you type.",
+    "no_history",
+    "Store neither the conversation nor what you type.",
+    FLAG,
+    Group.CONVERSATION,
 )
 @setting_option("on_full", group=Group.CONVERSATION)
 @option(
     "--experts",
-    group=Group.CONVERSATION,
-    is_flag=True,
-    help="Show the experts beside replies from the start, as /experts does.",
+    "experts",
+    "Show the experts beside replies from the start, as /experts does.",
+    FLAG,
+    Group.CONVERSATION,
 )
 @option(
-    "--plain",
-    group=Group.CONVERSATION,
-    is_flag=True,
-    help="Print lines of text only, for screen readers and logs.",
+    "--plain", "plain", "Print lines of text only, for screen readers and logs.", FLAG, Group.CONVERSATION
 )
 @option(
     "--stats",
-    group=Group.CONVERSATION,
-    is_flag=True,
-    help="Show the tokens and the time of each reply; with -p on stderr.",
+    "stats",
+    "Show the tokens and the time of each reply; with -p on stderr.",
+    FLAG,
+    Group.CONVERSATION,
 )
 @json_option("Print a JSON object with text, usage and finish reason.", group=Group.ANSWER)
 @option(
     "--schema",
-    group=Group.ANSWER,
-    type=click.Path(),
-    metavar="FILE",
-    help="Make the answer JSON that fits a JSON schema. Limit its length with -n: a schema may allow answers"
+    "schema",
+    "Make the answer JSON that fits a JSON schema. Limit its length with -n: a schema may allow answers"
     " without end.",
+    typed(click.Path(), "FILE"),
+    Group.ANSWER,
 )
 @model_options
 @reply_options

@@ -13,7 +13,6 @@ from typing import Any
 
 import click
 from click.core import ParameterSource
-from click.shell_completion import CompletionItem
 
 from dsmoe_local.base.config_file import config_path
 from dsmoe_local.base.errors import FormatError
@@ -32,7 +31,7 @@ from dsmoe_local.cli.option_sources import (
     unknown_keys,
     unknown_variables,
 )
-from dsmoe_local.cli.options import Option, configurable, json_option, option, variable
+from dsmoe_local.cli.options import FLAG, Option, configurable, json_option, option, variable
 from dsmoe_local.cli.output import console, plain_table, print_json, show_notes
 
 _HIDDEN = "(hidden)"
@@ -50,22 +49,9 @@ class Shown:
     error: str = ""
 
 
-class CommandName(click.ParamType[str]):
-    """The name of a subcommand."""
-
-    name = "COMMAND"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the name. UsageError for an unknown one."""
-        if value not in COMMANDS:
-            raise no_such_command(str(value))
-        return str(value)
-
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
-        """Return the commands that begin with what is typed."""
-        return [CompletionItem(name) for name in COMMANDS if name.startswith(incomplete)]
+def _complete(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Return the commands that begin with what is typed."""
+    return [name for name in COMMANDS if name.startswith(incomplete)]
 
 
 @define_command(
@@ -74,9 +60,9 @@ class CommandName(click.ParamType[str]):
     ("dsmoe config batch", "Show those of dsmoe batch."),
     ('$EDITOR "$(dsmoe config --path)"', "Edit the config file."),
 )
-@click.argument("name", metavar="[COMMAND]", default="chat", type=CommandName())
+@click.argument("name", metavar="[COMMAND]", default="chat", shell_complete=_complete)
 @json_option()
-@option("--path", "show_path", is_flag=True, configurable=False, help="Print the path of the config file.")
+@option("--path", "show_path", "Print the path of the config file.", FLAG, configurable=False)
 def command(name: str, as_json: bool, show_path: bool) -> None:
     """Show the options of a command, their values, and the source of each value.
 
@@ -95,6 +81,8 @@ def command(name: str, as_json: bool, show_path: bool) -> None:
     On the command line, --no-stats undoes a `stats` that is set elsewhere, and --history undoes `no-history`.
     In a chat, /set save also writes to the config file.
     """
+    if name not in COMMANDS:
+        raise no_such_command(name)
     if show_path:
         path = str(config_path())
         # Scripts get the exact bytes of the path.

@@ -11,7 +11,7 @@ from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.cli.command import define_command
-from dsmoe_local.cli.options import Group, option
+from dsmoe_local.cli.options import FLAG, Group, option, path_value, text_value
 from dsmoe_local.cli.output import show_notes, show_result
 from dsmoe_local.cli.type_options import (
     TypeOptions,
@@ -33,37 +33,44 @@ if TYPE_CHECKING:
 )
 @click.argument("source", metavar="SRC", type=click.Path())
 @option(
-    "-o",
-    "--output",
+    "-o, --output",
     "out",
-    metavar="OUT",
-    type=click.Path(path_type=Path),
-    show_default="<name>-<TYPE>.gguf",
-    help="File to write.",
+    "File to write.",
+    path_value("OUT"),
+    shown="<name>-<TYPE>.gguf",
 )
 @type_options
-@option("--low-disk", is_flag=True, help="Download, convert and delete one shard at a time.")
-@option("--force", is_flag=True, help="Replace an existing output.")
-@option("--revision", group=Group.INPUT, metavar="REV", help="Branch, tag or commit of the repository.")
+@option("--low-disk", "low_disk", "Download, convert and delete one shard at a time.", FLAG)
+@option("--force", "force", "Replace an existing output.", FLAG)
+@option(
+    "--revision",
+    "revision",
+    "Branch, tag or commit of the repository.",
+    text_value("REV"),
+    Group.INPUT,
+)
 @option(
     "--token",
-    group=Group.INPUT,
+    "token",
+    "Access token of the hub.",
+    text_value("TOKEN"),
+    Group.INPUT,
     secret=True,
-    metavar="TOKEN",
-    show_default="HF_TOKEN",
-    help="Access token of the hub.",
+    shown="HF_TOKEN",
 )
 @option(
     "--pre",
-    group=Group.INPUT,
-    metavar="NAME",
-    help="llama.cpp's name of the pre-tokenizer, if it is not recognised.",
+    "pre",
+    "llama.cpp's name of the pre-tokenizer, if it is not recognised.",
+    text_value("NAME"),
+    Group.INPUT,
 )
 @option(
     "--allow-pickle",
-    group=Group.INPUT,
-    is_flag=True,
-    help="Read .bin weights, in a restricted child process. Needs torch.",
+    "allow_pickle",
+    "Read .bin weights, in a restricted child process. Needs torch.",
+    FLAG,
+    Group.INPUT,
 )
 def command(
     source: str,

@@ -8,13 +8,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
 from dsmoe_local.base.paths import demo_folder
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.cli.command import define_command
 from dsmoe_local.cli.commands import load_command
-from dsmoe_local.cli.options import option
+from dsmoe_local.cli.options import FLAG, NUMBER, option, path_value
 from dsmoe_local.cli.output import console, facts
 
 if TYPE_CHECKING:
@@ -34,18 +32,10 @@ CHAT_TYPE = "q4"
     ("dsmoe demo --chat", "Make the model and chat with it."),
     ("dsmoe demo --out demo", "Put the files into ./demo."),
 )
-@option(
-    "--out",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    show_default="the cache",
-    help="Folder for the files.",
-)
-@option(
-    "--active-experts", "n_active", type=int, default=12, metavar="K", help="Routed experts per token, of 14."
-)
-@option("--chat", is_flag=True, help="Chat with the model; without a terminal, ask it one question.")
-@option("--force", is_flag=True, help="Make the files again even if they are up to date.")
+@option("--out", "out", "Folder for the files.", path_value("DIR"), shown="the cache")
+@option("--active-experts", "n_active", "Routed experts per token, of 14.", NUMBER, default=12)
+@option("--chat", "chat", "Chat with the model; without a terminal, ask it one question.", FLAG)
+@option("--force", "force", "Make the files again even if they are up to date.", FLAG)
 def command(out: Path | None, n_active: int, chat: bool, force: bool) -> None:
     """Make a small DeepSeekMoE with real weights, offline.
 

@@ -17,7 +17,7 @@ from dsmoe_local.cli.command import define_command
 from dsmoe_local.cli.eval_sensitivity import SensitivityOptions, sensitivity_options, without_model_changes
 from dsmoe_local.cli.eval_sensitivity import run as measure_sensitivity
 from dsmoe_local.cli.eval_sensitivity import show as show_sensitivity
-from dsmoe_local.cli.model_argument import ModelName, find_model, model_argument, model_option
+from dsmoe_local.cli.model_argument import MODEL, find_model, model_argument, model_option
 from dsmoe_local.cli.model_options import (
     check_window,
     load_engine,
@@ -25,7 +25,7 @@ from dsmoe_local.cli.model_options import (
     window_option,
 )
 from dsmoe_local.cli.option_sources import from_command_line, source_in_errors
-from dsmoe_local.cli.options import json_option, option
+from dsmoe_local.cli.options import COUNT, FILE, json_option, option, typed
 from dsmoe_local.cli.output import built_in_text, console, facts, plain_table, print_json
 
 if TYPE_CHECKING:
@@ -51,38 +51,29 @@ _LARGE = 1e9
     ("dsmoe eval q4.gguf --against q8.gguf", "Also compare with a reference."),
     ("dsmoe eval m.gguf --sensitivity costs.json", "Measure costs for dsmoe quantize."),
 )
-@model_argument
+@model_argument("model", "[MODEL]", required=False)
 @model_option
 @option(
     "--text",
     "source",
-    type=click.Path(allow_dash=True),
-    metavar="FILE|-",
-    show_default="a built-in one",
-    help="Text to predict.",
+    "Text to predict.",
+    typed(click.Path(allow_dash=True), "FILE|-"),
+    shown="a built-in one",
 )
 @option(
     "--against",
-    type=ModelName(),
-    metavar="MODEL|FILE",
-    help="Reference to compare with: a model, or a file from --keep.",
+    "against",
+    "Reference to compare with: a model, or a file from --keep.",
+    MODEL,
 )
 @option(
     "--keep",
     "kept",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Store the predictions of the reference, for a later --against. Without --against, MODEL is the"
+    "Store the predictions of the reference, for a later --against. Without --against, MODEL is the"
     " reference.",
+    FILE,
 )
-@option(
-    "--chunks",
-    "n_windows",
-    type=click.IntRange(1),
-    metavar="N",
-    show_default="all",
-    help="Read only the first N windows.",
-)
+@option("--chunks", "n_windows", "Read only the first N windows.", COUNT, shown="all")
 @sensitivity_options
 @json_option()
 @window_option

@@ -9,12 +9,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.cli.option_sources import flag_of, from_command_line
-from dsmoe_local.cli.options import Group, all_of, option
+from dsmoe_local.cli.options import FILE, FLAG, Group, all_of, option, text_value
 from dsmoe_local.cli.output import built_in_text, console, plain_table, print_json
 
 if TYPE_CHECKING:
@@ -42,40 +40,37 @@ sensitivity_options = all_of(
     option(
         "--sensitivity",
         "sensitivity_file",
-        group=_SENSITIVITY,
-        type=click.Path(path_type=Path),
-        metavar="FILE",
+        "Measure what errors in each group of tensors cost, and store it for dsmoe quantize.",
+        FILE,
+        _SENSITIVITY,
+        section_only=True,
         # At the top level of the config file, and as DSMOE_SENSITIVITY, it is what dsmoe quantize reads. Here
         # it starts hours of measuring.
-        section_only=True,
         envvar="DSMOE_EVAL_SENSITIVITY",
-        help="Measure what errors in each group of tensors cost, and store it for dsmoe quantize.",
     ),
     option(
         "--probe",
         "probes",
-        group=_SENSITIVITY,
+        "Type to quantize a group to. Repeatable; the results are averaged.",
+        text_value("TYPE"),
+        _SENSITIVITY,
         multiple=True,
-        metavar="TYPE",
-        show_default=_PROBE,
-        help="Type to quantize a group to. Repeatable; the results are averaged.",
+        shown=_PROBE,
     ),
-    option(
-        "--by-layer", group=_SENSITIVITY, is_flag=True, help="Measure each group in each layer separately."
-    ),
+    option("--by-layer", "by_layer", "Measure each group in each layer separately.", FLAG, _SENSITIVITY),
     option(
         "--imatrix",
         "imatrix_file",
-        group=_SENSITIVITY,
-        type=click.Path(path_type=Path),
-        metavar="FILE",
-        help="Quantize with this importance matrix, as dsmoe quantize will.",
+        "Quantize with this importance matrix, as dsmoe quantize will.",
+        FILE,
+        _SENSITIVITY,
     ),
     option(
         "--allow-requantize",
-        group=_SENSITIVITY,
-        is_flag=True,
-        help="Accept a model that is already quantized.",
+        "allow_requantize",
+        "Accept a model that is already quantized.",
+        FLAG,
+        _SENSITIVITY,
     ),
 )
 """Adds the options of `SensitivityOptions`."""

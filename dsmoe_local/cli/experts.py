@@ -14,10 +14,10 @@ import click
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.cli.command import define_command
-from dsmoe_local.cli.model_argument import ModelName, find_model, model_option, models_folder
+from dsmoe_local.cli.model_argument import complete_model, find_model, model_option, models_folder
 from dsmoe_local.cli.model_options import load_engine, model_options, within_training
 from dsmoe_local.cli.option_sources import from_command_line
-from dsmoe_local.cli.options import json_option, option
+from dsmoe_local.cli.options import FILE, json_option, option
 from dsmoe_local.cli.output import console, print_json
 
 if TYPE_CHECKING:
@@ -32,18 +32,13 @@ _N_DIFFERENCES = 12
 _MOST_TEXTS = 2
 
 
-class _ModelOrText(ModelName):
-    """A model first, then texts."""
+def _complete(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Return models for the first argument, files for the others."""
+    if not context.params.get(str(parameter.name)) and context.params.get("named_model") is None:
+        return complete_model(context, parameter, incomplete)
+    from click.shell_completion import CompletionItem
 
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
-        """Return models for the first argument, files for the others."""
-        if not ctx.params.get(str(param.name)) and ctx.params.get("named_model") is None:
-            return super().shell_complete(ctx, param, incomplete)
-        from click.shell_completion import CompletionItem
-
-        return [CompletionItem(incomplete, type="file")]
+    return [CompletionItem(incomplete, type="file")]
 
 
 @define_command(
@@ -53,11 +48,11 @@ class _ModelOrText(ModelName):
     ("git log | dsmoe experts -m model.gguf -", "Read stdin."),
 )
 @click.argument(
-    "files", nargs=-1, required=True, metavar="[MODEL] FILE.txt|- [FILE.txt]", type=_ModelOrText()
+    "files", nargs=-1, required=True, metavar="[MODEL] FILE.txt|- [FILE.txt]", shell_complete=_complete
 )
 @model_option
 @json_option()
-@option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="Also write the picture to a file.")
+@option("--svg", "svg", "Also write the picture to a file.", FILE)
 @model_options
 def command(
     files: tuple[str, ...],

@@ -12,7 +12,7 @@ import click
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.cli.command import define_command
-from dsmoe_local.cli.model_argument import ModelName, find_model, model_option
+from dsmoe_local.cli.model_argument import find_model, model_argument, model_option
 from dsmoe_local.cli.model_options import (
     check_window,
     load_engine,
@@ -20,7 +20,7 @@ from dsmoe_local.cli.model_options import (
     window_option,
 )
 from dsmoe_local.cli.option_sources import from_command_line
-from dsmoe_local.cli.options import Group, configurable, json_option, option
+from dsmoe_local.cli.options import COUNT, FILE, FLAG, Group, configurable, json_option, option, typed
 from dsmoe_local.cli.output import built_in_text, console, facts, plain_table, print_json
 
 if TYPE_CHECKING:
@@ -42,53 +42,31 @@ _TAKEN_BY_MERGE = frozenset({"files", "merge", "as_json", "out", "force"})
     ("dsmoe imatrix --merge A B -o C.imatrix.gguf", "Add up two matrices."),
     ("dsmoe imatrix --show A", "Show how often each expert was used."),
 )
-@click.argument("files", nargs=-1, metavar="[MODEL] | FILE...", type=ModelName())
+@model_argument("files", "[MODEL] | FILE...", nargs=-1)
 @model_option
 @option(
     "--text",
     "source",
-    type=click.Path(allow_dash=True),
-    metavar="FILE|-",
-    show_default="a built-in one, for a first try",
-    help="Text to read.",
+    "Text to read.",
+    typed(click.Path(allow_dash=True), "FILE|-"),
+    shown="a built-in one, for a first try",
 )
-@option(
-    "-o",
-    "--output",
-    "out",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    show_default="<model>.imatrix.gguf",
-    help="File to write.",
-)
-@option("--merge", is_flag=True, help="Add up FILEs from earlier runs.")
-@option("--show", is_flag=True, help="Show what FILE covers, and write nothing.")
-@option(
-    "--chunks",
-    "n_windows",
-    type=click.IntRange(1),
-    metavar="N",
-    show_default="all",
-    help="Read only the first N windows.",
-)
-@option("--force", is_flag=True, help="Replace an existing output.")
+@option("-o, --output", "out", "File to write.", FILE, shown="<model>.imatrix.gguf")
+@option("--merge", "merge", "Add up FILEs from earlier runs.", FLAG)
+@option("--show", "show", "Show what FILE covers, and write nothing.", FLAG)
+@option("--chunks", "n_windows", "Read only the first N windows.", COUNT, shown="all")
+@option("--force", "force", "Replace an existing output.", FLAG)
 @json_option("Print one JSON object, with the counts of all experts.")
 @option(
     "--save-every",
-    group=Group.ADVANCED,
-    type=click.IntRange(1),
+    "save_every",
+    "Save the intermediate result every N windows.",
+    COUNT,
+    Group.ADVANCED,
     # evaluate.importance.SAVE_EVERY
     default=10,
-    metavar="N",
-    help="Save the intermediate result every N windows.",
 )
-@option(
-    "--process-output",
-    "with_output",
-    group=Group.ADVANCED,
-    is_flag=True,
-    help="Also collect for the output matrix.",
-)
+@option("--process-output", "with_output", "Also collect for the output matrix.", FLAG, Group.ADVANCED)
 @window_option
 @model_options_without_context
 def command(

@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
 from dsmoe_local.base.sizes import format_count, format_size
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.cli.command import define_command
-from dsmoe_local.cli.model_argument import ModelName, find_model, model_option
+from dsmoe_local.cli.model_argument import find_model, model_argument, model_option
 from dsmoe_local.cli.options import json_option
 from dsmoe_local.cli.output import console, facts, plain_table, print_json
 
@@ -41,7 +39,7 @@ _COMPARED = {"deepseek-7b": "DeepSeek 7B", "llama2-7b": "LLaMA2 7B"}
     ("dsmoe inspect model.gguf", "Describe a file."),
     ("dsmoe inspect deepseekmoe-16b", "Describe a model of the paper."),
 )
-@click.argument("target", required=False, metavar="[MODEL|FOLDER|PRESET]", type=ModelName())
+@model_argument("target", "[MODEL|FOLDER|PRESET]", required=False)
 @model_option
 @json_option()
 def command(target: str | None, named_model: str | None, as_json: bool) -> None:

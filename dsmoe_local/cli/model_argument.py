@@ -21,7 +21,7 @@ from dsmoe_local.cli.option_sources import (
     from_command_line,
     source_in_errors,
 )
-from dsmoe_local.cli.options import option, variable
+from dsmoe_local.cli.options import Kind, option, variable
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -31,49 +31,40 @@ F = TypeVar("F", bound=Callable[..., Any])
 DEMO_MODEL = "demo-q4.gguf"
 
 
-class ModelName(click.ParamType[str]):
-    """The path of a model file, or the name of a known model. `find_model` resolves it."""
+def complete_model(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Return the names of known models; files if a path is typed or no name fits."""
+    from click.shell_completion import CompletionItem
 
-    name = "NAME|FILE"
+    from dsmoe_local.model.discovery import known_models
 
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the text unchanged."""
-        return str(value)
-
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
-        """Return the names of known models; files if a path is typed or no name fits."""
-        from click.shell_completion import CompletionItem
-
-        from dsmoe_local.model.discovery import known_models
-
-        wanted = incomplete.casefold()
-        try:
-            known = [] if os.sep in incomplete else known_models(models_folder()[0])
-        except DsmoeError:
-            # The config file is broken. The command itself will report it.
-            known = []
-        names = [model.name for model in known if model.name.casefold().startswith(wanted)]
-        return [CompletionItem(name) for name in names] or [CompletionItem(incomplete, type="file")]
+    wanted = incomplete.casefold()
+    try:
+        known = [] if os.sep in incomplete else known_models(models_folder()[0])
+    except DsmoeError:
+        # The config file is broken. The command itself will report it.
+        known = []
+    names = [model.name for model in known if model.name.casefold().startswith(wanted)]
+    return [CompletionItem(name) for name in names] or [CompletionItem(incomplete, type="file")]
 
 
-def model_option(function: F) -> F:
-    """Add -m, as `named_model`."""
-    add = option(
-        "-m",
-        "--model",
-        "named_model",
-        type=ModelName(),
-        show_default="the demo's",
-        help="The model: a file, or a name that `dsmoe models` lists.",
-    )
-    return add(function)
+MODEL: Kind = {"metavar": "NAME|FILE", "shell_complete": complete_model}
+"""The path of a model file, or the name of a known model; `find_model` resolves it."""
+
+model_option: Callable[[F], F] = option(
+    "-m, --model",
+    "named_model",
+    "The model: a file, or a name that `dsmoe models` lists.",
+    MODEL,
+    shown="the demo's",
+)
+"""Adds -m to a command, as `named_model`."""
 
 
-def model_argument(function: F) -> F:
-    """Add an optional argument that names a model, as `model`."""
-    return click.argument("model", required=False, metavar="[MODEL]", type=ModelName())(function)
+def model_argument(name: str, metavar: str, **attributes: Any) -> Callable[[F], F]:  # noqa: ANN401 - click's
+    """Return a decorator that adds an argument that names models."""
+    return click.argument(name, metavar=metavar, shell_complete=complete_model, **attributes)
 
 
 def models_folder() -> tuple[Path, Origin]:

@@ -12,7 +12,18 @@ import click
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.cli.option_sources import from_command_line, source_in_errors
-from dsmoe_local.cli.options import Group, all_of, option
+from dsmoe_local.cli.options import (
+    FILE,
+    FLAG,
+    NUMBER,
+    Group,
+    all_of,
+    choice,
+    option,
+    parsed,
+    text_value,
+    typed,
+)
 
 if TYPE_CHECKING:
     import threading
@@ -26,234 +37,134 @@ WINDOW_TOKENS = 512
 """The usual window of `dsmoe eval` and `dsmoe imatrix`, as in llama.cpp's tools."""
 
 
-class LayerCount(click.ParamType[int | None]):
-    """A number of layers, `all` (-1) or `auto` (None)."""
-
-    name = "N|auto|all"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        """Return the number."""
-        word = str(value).lower()
-        if word in ("auto", "all"):
-            return None if word == "auto" else -1
-        if not (word.isascii() and word.isdigit()):
-            self.fail(f"{value!r} is not a number, auto or all", param, ctx)
-        return int(word)
+def _layer_count(text: str) -> int | None:
+    """Read a number of layers, `all` (-1) or `auto` (None)."""
+    word = text.lower()
+    if word in ("auto", "all"):
+        return None if word == "auto" else -1
+    if not (word.isascii() and word.isdigit()):
+        raise ValueError(f"{text!r} is not a number, auto or all")
+    return int(word)
 
 
-class TensorOverrides(click.ParamType[tuple[tuple[str, str], ...]]):
-    """REGEX=BUFFER, or several of them separated by commas. A REGEX may contain commas."""
-
-    name = "REGEX=BUFFER"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[tuple[str, str], ...]:
-        """Return pairs of a pattern and the name of a buffer."""
-        if isinstance(value, tuple):
-            return value
-        pairs = re.findall(r"(.+?)=([^=,]+)(?:,|$)", str(value))
-        if ",".join(map("=".join, pairs)) != value:
-            self.fail(f"{value!r} is not REGEX=BUFFER", param, ctx)
-        return tuple(pairs)
+def _tensor_overrides(text: str) -> tuple[tuple[str, str], ...]:
+    """Read REGEX=BUFFER, or several of them separated by commas, as pairs. A REGEX may contain commas."""
+    pairs = re.findall(r"(.+?)=([^=,]+)(?:,|$)", text)
+    if ",".join(map("=".join, pairs)) != text:
+        raise ValueError(f"{text!r} is not REGEX=BUFFER")
+    return tuple(pairs)
 
 
-class DeviceList(click.ParamType[tuple[str, ...]]):
-    """Names of devices separated by commas, or `none`."""
-
-    name = "LIST"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, ...]:
-        """Return the names; an empty tuple for `none`."""
-        if isinstance(value, tuple):
-            return value
-        names = tuple(name.strip() for name in str(value).split(","))
-        if names == ("none",):
-            return ()
-        if not all(names):
-            self.fail(f"{value!r} is not a list of devices", param, ctx)
-        return names
+def _device_list(text: str) -> tuple[str, ...]:
+    """Read names of devices separated by commas; an empty tuple for `none`."""
+    names = tuple(name.strip() for name in text.split(","))
+    if names == ("none",):
+        return ()
+    if not all(names):
+        raise ValueError(f"{text!r} is not a list of devices")
+    return names
 
 
 _context_option = option(
-    "-c",
-    "--ctx-size",
+    "-c, --ctx-size",
     "n_context",
-    type=int,
-    metavar="N",
-    show_default="what fits",
-    help="Context in tokens, at most what the model was trained for.",
+    "Context in tokens, at most what the model was trained for.",
+    NUMBER,
+    shown="what fits",
 )
 
 window_option = option(
-    "-c",
-    "--ctx-size",
+    "-c, --ctx-size",
     "n_context",
-    type=int,
+    "Window in tokens.",
+    NUMBER,
     default=WINDOW_TOKENS,
-    metavar="N",
     # At the top level of the config file, this is the context of chats.
     section_only=True,
-    help="Window in tokens.",
 )
 """Adds -c to commands that read a text in windows."""
 
-_DEVICES = Group.DEVICES
+_DEVICES, _ADVANCED = Group.DEVICES, Group.ADVANCED
+_TYPE = text_value("TYPE")
+_LAYERS = parsed(_layer_count, "N|auto|all")
 
 # `engine.types.ModelOptions` has the same defaults; it takes too long to import for --help.
 model_options_without_context = all_of(
     option(
-        "-ngl",
-        "--gpu-layers",
-        "--n-gpu-layers",
+        "-ngl, --gpu-layers, --n-gpu-layers",
         "n_gpu_layers",
-        group=_DEVICES,
-        type=LayerCount(),
-        metavar="N|auto|all",
-        show_default="auto: what fits",
-        help="Layers to offload to the GPU.",
+        "Layers to offload to the GPU.",
+        _LAYERS,
+        _DEVICES,
+        shown="auto: what fits",
     ),
     option(
-        "-ncmoe",
-        "--n-cpu-moe",
+        "-ncmoe, --n-cpu-moe",
         "n_cpu_moe",
-        group=_DEVICES,
-        type=LayerCount(),
-        metavar="N|auto|all",
-        show_default="auto: those that do not fit",
-        help="Keep the routed experts of the first N layers in main memory.",
+        "Keep the routed experts of the first N layers in main memory.",
+        _LAYERS,
+        _DEVICES,
+        shown="auto: those that do not fit",
     ),
+    option("-cmoe, --cpu-moe", "cpu_moe", "Keep all routed experts in main memory.", FLAG, _DEVICES),
     option(
-        "-cmoe",
-        "--cpu-moe",
-        "cpu_moe",
-        group=_DEVICES,
-        is_flag=True,
-        help="Keep all routed experts in main memory.",
-    ),
-    option(
-        "-dev",
-        "--device",
+        "-dev, --device",
         "devices",
-        group=_DEVICES,
-        type=DeviceList(),
-        show_default="all",
-        help="Devices to use, from `dsmoe devices`, with commas; none = the CPU only.",
+        "Devices to use, from `dsmoe devices`, with commas; none = the CPU only.",
+        parsed(_device_list, "LIST"),
+        _DEVICES,
+        shown="all",
     ),
     option(
-        "-ot",
-        "--tensor-override",
-        "--override-tensor",
+        "-ot, --tensor-override, --override-tensor",
         "tensor_overrides",
-        group=_DEVICES,
-        type=TensorOverrides(),
-        multiple=True,
-        help="Put the tensors whose names match into a buffer: CPU, or a device. Repeatable; the first match"
+        "Put the tensors whose names match into a buffer: CPU, or a device. Repeatable; the first match"
         " wins.",
+        parsed(_tensor_overrides, "REGEX=BUFFER"),
+        _DEVICES,
+        multiple=True,
     ),
+    option("-nkvo, --no-kv-offload", "keep_cache", "Keep the KV cache in main memory.", FLAG, _DEVICES),
+    option("-ctk, --cache-type-k", "cache_type_k", "Type of the K cache.", _TYPE, _DEVICES, default="f16"),
+    option("-ctv, --cache-type-v", "cache_type_v", "Type of the V cache.", _TYPE, _DEVICES, default="f16"),
+    option("-t, --threads", "n_threads", "Threads for decoding.", NUMBER, _DEVICES, shown="physical cores"),
     option(
-        "-nkvo",
-        "--no-kv-offload",
-        "keep_cache",
-        group=_DEVICES,
-        is_flag=True,
-        help="Keep the KV cache in main memory.",
-    ),
-    option(
-        "-ctk",
-        "--cache-type-k",
-        "cache_type_k",
-        group=_DEVICES,
-        default="f16",
-        metavar="TYPE",
-        help="Type of the K cache.",
-    ),
-    option(
-        "-ctv",
-        "--cache-type-v",
-        "cache_type_v",
-        group=_DEVICES,
-        default="f16",
-        metavar="TYPE",
-        help="Type of the V cache.",
-    ),
-    option(
-        "-t",
-        "--threads",
-        "n_threads",
-        group=_DEVICES,
-        type=int,
-        metavar="N",
-        show_default="physical cores",
-        help="Threads for decoding.",
-    ),
-    option(
-        "-tb",
-        "--threads-batch",
-        "n_threads_batch",
-        group=_DEVICES,
-        type=int,
-        metavar="N",
-        show_default="as -t",
-        help="Threads for prompts.",
+        "-tb, --threads-batch", "n_threads_batch", "Threads for prompts.", NUMBER, _DEVICES, shown="as -t"
     ),
     option(
         "--active-experts",
         "n_experts_per_token",
-        group=Group.ADVANCED,
-        type=int,
-        metavar="N",
-        show_default="the model's own number",
-        help="Routed experts per token.",
+        "Routed experts per token.",
+        NUMBER,
+        _ADVANCED,
+        shown="the model's own number",
     ),
     option(
         "--chat-template",
         "chat_template",
-        group=Group.ADVANCED,
-        type=click.Path(),
-        metavar="FILE|NAME",
-        show_default="the model's own",
-        help="A file with a chat template, or a built-in one: deepseek-moe, chatml.",
+        "A file with a chat template, or a built-in one: deepseek-moe, chatml.",
+        typed(click.Path(), "FILE|NAME"),
+        _ADVANCED,
+        shown="the model's own",
     ),
     option(
-        "-fa",
-        "--flash-attn",
+        "-fa, --flash-attn",
         "flash_attention",
-        group=Group.ADVANCED,
-        type=click.Choice(["auto", "on", "off"]),
+        "Flash attention.",
+        choice("auto", "on", "off"),
+        _ADVANCED,
         default="auto",
-        help="Flash attention.",
     ),
+    option("-b, --batch-size", "n_batch", "Logical batch size in tokens.", NUMBER, _ADVANCED, default=2048),
     option(
-        "-b",
-        "--batch-size",
-        "n_batch",
-        group=Group.ADVANCED,
-        type=int,
-        default=2048,
-        metavar="N",
-        help="Logical batch size in tokens.",
-    ),
-    option(
-        "-ub",
-        "--ubatch-size",
+        "-ub, --ubatch-size",
         "n_ubatch",
-        group=Group.ADVANCED,
-        type=int,
+        "Physical batch size (ubatch) in tokens.",
+        NUMBER,
+        _ADVANCED,
         default=512,
-        metavar="N",
-        help="Physical batch size (ubatch) in tokens.",
     ),
-    option(
-        "--log-file",
-        "log_file",
-        group=Group.ADVANCED,
-        type=click.Path(path_type=Path),
-        metavar="FILE",
-        help="Append llama.cpp's log to a file.",
-    ),
+    option("--log-file", "log_file", "Append llama.cpp's log to a file.", FILE, _ADVANCED),
 )
 """Adds the options about loading a model, for commands with their own -c."""
 

@@ -6,8 +6,9 @@ config file, `command` writes the help page and `config` shows the values in for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -38,7 +39,6 @@ class Option(click.Option):
 
     `configurable`: variables and the config file can give it. `section_only`: the config file can give it in
     the section of the command only, not at the top level. `secret`: `dsmoe config` hides the value.
-    `show_default` is the default in words, for options whose default is computed later.
     """
 
     def __init__(
@@ -114,9 +114,79 @@ def variable(key: str) -> str:
     return f"{VARIABLE_PREFIX}{key.upper().replace('-', '_')}"
 
 
-def option(*flags: str, group: Group = Group.MAIN, **attributes: Any) -> Callable[[F], F]:  # noqa: ANN401 - click's
-    """Return a decorator that adds an `Option` to a command."""
-    return click.option(*flags, cls=Option, group=group, **attributes)
+Kind = Mapping[str, Any]
+"""What the value of an option is, as attributes of click's Option."""
+
+FLAG: Kind = {"is_flag": True}
+NUMBER: Kind = {"type": int, "metavar": "N"}
+COUNT: Kind = {"type": click.IntRange(1), "metavar": "N"}
+TEXT: Kind = {"metavar": "TEXT"}
+
+
+def text_value(metavar: str) -> Kind:
+    """Return the kind of an option whose value is a text."""
+    return {"metavar": metavar}
+
+
+def path_value(metavar: str) -> Kind:
+    """Return the kind of an option whose value is the path of a file or folder."""
+    return {"type": click.Path(path_type=Path), "metavar": metavar}
+
+
+FILE = path_value("FILE")
+
+
+def choice(*words: str) -> Kind:
+    """Return the kind of an option whose value is one of some words."""
+    return {"type": click.Choice(words)}
+
+
+def typed(kind: click.ParamType[Any], metavar: str) -> Kind:
+    """Return the kind of an option with values of a type of click's."""
+    return {"type": kind, "metavar": metavar}
+
+
+def parsed(parse: Callable[[str], Any], metavar: str) -> Kind:
+    """Return the kind of an option whose values a function parses; its ValueErrors are shown to users."""
+    return {"type": _Parsed(parse), "metavar": metavar}
+
+
+class _Parsed(click.ParamType[Any]):
+    name = "text"
+
+    def __init__(self, parse: Callable[[str], Any]) -> None:
+        self._parse = parse
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
+        """Parse a text; other values are parsed already."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return self._parse(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def option(
+    flags: str,
+    name: str,
+    text: str,
+    kind: Kind = TEXT,
+    group: Group = Group.MAIN,
+    *,
+    shown: str | None = None,
+    **attributes: Any,  # noqa: ANN401 - click's own
+) -> Callable[[F], F]:
+    """Return a decorator that adds an `Option` to a command, as the parameter `name`.
+
+    `flags` are separated by commas, the usual long one first. `text` is the line in the help. `shown` is the
+    default in words, for options whose default is computed later.
+    """
+    if shown is not None:
+        attributes["show_default"] = shown
+    return click.option(
+        *flags.split(", "), name, cls=Option, group=group, help=text, **{**kind, **attributes}
+    )
 
 
 def all_of(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -132,7 +202,7 @@ def all_of(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 def json_option(text: str = "Print one JSON object.", group: Group = Group.MAIN) -> Callable[[F], F]:
     """Return a decorator that adds --json, as `as_json`."""
-    return option("--json", "as_json", is_flag=True, group=group, help=text)
+    return option("--json", "as_json", text, FLAG, group=group)
 
 
 def configurable(command: click.Command) -> list[Option]:

@@ -11,9 +11,9 @@ from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.cli.command import define_command
-from dsmoe_local.cli.model_argument import ModelName, find_model
+from dsmoe_local.cli.model_argument import find_model, model_argument
 from dsmoe_local.cli.option_sources import from_command_line, source_in_errors
-from dsmoe_local.cli.options import option
+from dsmoe_local.cli.options import FLAG, option, path_value
 from dsmoe_local.cli.output import show_notes, show_result
 from dsmoe_local.cli.target_options import TARGETS, TargetOptions, show_offers, show_reasons, target_options
 from dsmoe_local.cli.type_options import (
@@ -36,21 +36,19 @@ if TYPE_CHECKING:
     ("dsmoe quantize m.gguf --target-size 9.2GiB", "Choose types for a size."),
     ("dsmoe quantize m.gguf --type q8 --dry-run", "Only show the types."),
 )
-@click.argument("model", metavar="MODEL", type=ModelName())
+@model_argument("model", "MODEL")
 @click.argument("out", metavar="[OUT.gguf]", required=False, type=click.Path(path_type=Path))
 @option(
-    "-o",
-    "--output",
+    "-o, --output",
     "named",
-    metavar="OUT.gguf",
-    type=click.Path(path_type=Path),
-    show_default="<name>-<TYPE>.gguf",
-    help="File to write; the same as the argument OUT.gguf.",
+    "File to write; the same as the argument OUT.gguf.",
+    path_value("OUT.gguf"),
+    shown="<name>-<TYPE>.gguf",
 )
 @type_options
 @target_options
-@option("--allow-requantize", is_flag=True, help="Accept tensors that are already quantized.")
-@option("--force", is_flag=True, help="Replace an existing output or recipe.")
+@option("--allow-requantize", "allow_requantize", "Accept tensors that are already quantized.", FLAG)
+@option("--force", "force", "Replace an existing output or recipe.", FLAG)
 def command(
     model: str,
     out: Path | None,

@@ -10,7 +10,7 @@ import click
 
 from dsmoe_local.chat.settings import SETTINGS, ChatSettings, apply, as_value
 from dsmoe_local.cli.option_sources import choose_preset, complete_preset, source_in_errors
-from dsmoe_local.cli.options import Group, all_of, option
+from dsmoe_local.cli.options import Group, all_of, option, text_value
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -32,7 +32,7 @@ def setting_option(name: str, group: Group) -> Callable[[F], F]:
         attributes = {"default": default, "type": click.Choice([str(word) for word in setting.words])}
     elif isinstance(default, float):
         attributes["show_default"] = f"{default:g}"
-    return option(*setting.flags, name, group=group, help=text, **attributes)
+    return option(", ".join(setting.flags), name, text, attributes, group)
 
 
 reply_options: Callable[[F], F] = all_of(
@@ -44,13 +44,13 @@ reply_options: Callable[[F], F] = all_of(
     option(
         "--preset",
         "preset",
-        group=Group.SAMPLING,
-        metavar="NAME",
+        "Use the settings that /set save NAME stored in a chat; flags override them.",
+        text_value("NAME"),
+        Group.SAMPLING,
         is_eager=True,
         expose_value=False,
         callback=choose_preset,
         shell_complete=complete_preset,
-        help="Use the settings that /set save NAME stored in a chat; flags override them.",
     ),
 )
 """Adds the options about replies to a command."""

@@ -13,7 +13,7 @@ from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.sizes import format_size, parse_size
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.cli.option_sources import flag_of, from_command_line, source_in_errors
-from dsmoe_local.cli.options import Group, all_of, option
+from dsmoe_local.cli.options import FILE, FLAG, Group, all_of, choice, option, text_value, typed
 from dsmoe_local.cli.output import console, plain_table
 from dsmoe_local.cli.type_options import TypeOptions, refuse_several
 
@@ -44,64 +44,60 @@ _TARGET = Group.TARGET
 target_options = all_of(
     option(
         "--target-size",
-        group=_TARGET,
-        metavar="SIZE",
-        help="Choose the types for a file of at most this size, as in 9.2GiB.",
+        "target_size",
+        "Choose the types for a file of at most this size, as in 9.2GiB.",
+        text_value("SIZE"),
+        _TARGET,
     ),
     option(
         "--target-bpw",
-        group=_TARGET,
-        type=click.FloatRange(1, 32),
-        metavar="BITS",
-        help="... for at most so many bits per weight, 1 to 32, as in 4.7.",
+        "target_bpw",
+        "... for at most so many bits per weight, 1 to 32, as in 4.7.",
+        typed(click.FloatRange(1, 32), "BITS"),
+        _TARGET,
     ),
     option(
         "--target-bytes-per-token",
-        group=_TARGET,
-        metavar="SIZE",
-        help="... for at most so many bytes read per decoded token, as in 1.6GB.",
+        "target_bytes_per_token",
+        "... for at most so many bytes read per decoded token, as in 1.6GB.",
+        text_value("SIZE"),
+        _TARGET,
     ),
     option(
         "--max-slow-share",
-        group=_TARGET,
-        type=click.FloatRange(0, 100),
-        metavar="PERCENT",
-        help="Limit the share of bytes per token in types without a fast kernel.",
+        "max_slow_share",
+        "Limit the share of bytes per token in types without a fast kernel.",
+        typed(click.FloatRange(0, 100), "PERCENT"),
+        _TARGET,
     ),
     option(
         "--cpu",
-        group=_TARGET,
-        type=click.Choice(_CPUS),
-        show_default="this machine's",
-        help="The kind of CPU for --max-slow-share.",
+        "cpu",
+        "The kind of CPU for --max-slow-share.",
+        choice(*_CPUS),
+        _TARGET,
+        shown="this machine's",
     ),
     option(
         "--sensitivity",
         "sensitivity_file",
-        group=_TARGET,
-        type=click.Path(path_type=Path),
-        metavar="FILE",
-        show_default="in the cache",
-        help="File for the measured errors of each type, read and extended. Also takes the result of"
+        "File for the measured errors of each type, read and extended. Also takes the result of"
         " dsmoe eval --sensitivity.",
+        FILE,
+        _TARGET,
+        shown="in the cache",
     ),
     option(
         "--sample",
-        group=_TARGET,
-        type=click.IntRange(0),
-        metavar="N",
+        "sample",
+        "Measure on so many weights of each tensor; 0 = all.",
+        typed(click.IntRange(0), "N"),
+        _TARGET,
         # dsmoe_quantize.budget.sensitivity.SAMPLE. None, so that a file with another sample can be used.
-        show_default="262144",
-        help="Measure on so many weights of each tensor; 0 = all.",
+        shown="262144",
     ),
-    option("--explain", group=_TARGET, is_flag=True, help="Explain the type of each group of tensors."),
-    option(
-        "--recipe-out",
-        group=_TARGET,
-        type=click.Path(path_type=Path),
-        metavar="FILE",
-        help="Write the chosen types as a recipe file.",
-    ),
+    option("--explain", "explain", "Explain the type of each group of tensors.", FLAG, _TARGET),
+    option("--recipe-out", "recipe_out", "Write the chosen types as a recipe file.", FILE, _TARGET),
 )
 """Adds the options of `TargetOptions`."""
 

@@ -14,7 +14,7 @@ from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.cli.option_sources import from_command_line, source_in_errors
-from dsmoe_local.cli.options import Group, all_of, option
+from dsmoe_local.cli.options import FILE, FLAG, Group, all_of, option, text_value, typed
 from dsmoe_local.cli.output import console, plain_table
 from dsmoe_quantize.policy.named_recipes import RECIPES
 
@@ -40,64 +40,52 @@ _ABOUT = (
 """The text for {types} in the help of a command."""
 
 
-class TypeWord(click.ParamType[str]):
-    """The name of a type. `dsmoe_quantize.policy.types.resolve` looks it up."""
+def _complete_type(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Return the names of types that begin with what is typed."""
+    from click.shell_completion import CompletionItem
 
-    name = "TYPE"
+    from dsmoe_quantize.policy.types import known_words
 
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the text unchanged."""
-        return str(value)
-
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
-        """Return the names that begin with what is typed."""
-        from click.shell_completion import CompletionItem
-
-        from dsmoe_quantize.policy.types import known_words
-
-        wanted = incomplete.casefold()
-        return [CompletionItem(word) for word in known_words() if word.casefold().startswith(wanted)]
+    wanted = incomplete.casefold()
+    return [CompletionItem(word) for word in known_words() if word.casefold().startswith(wanted)]
 
 
 _type_options = all_of(
     option(
-        "--type", "word", type=TypeWord(), help=f"{', '.join(RECIPES)}, or a type of llama.cpp's, as Q4_K_M."
+        "--type",
+        "word",
+        f"{', '.join(RECIPES)}, or a type of llama.cpp's, as Q4_K_M.",
+        {"metavar": "TYPE", "shell_complete": _complete_type},
     ),
-    option(
-        "--recipe",
-        "recipe_file",
-        type=_FILE,
-        metavar="FILE",
-        help="Use the types of a recipe file, instead of --type.",
-    ),
-    option(
-        "--imatrix",
-        "imatrix_file",
-        type=_FILE,
-        metavar="FILE",
-        help="Importance matrix, from dsmoe imatrix or llama-imatrix.",
-    ),
-    option("--dry-run", is_flag=True, help="Show the type of each tensor, and write nothing."),
+    option("--recipe", "recipe_file", "Use the types of a recipe file, instead of --type.", FILE),
+    option("--imatrix", "imatrix_file", "Importance matrix, from dsmoe imatrix or llama-imatrix.", FILE),
+    option("--dry-run", "dry_run", "Show the type of each tensor, and write nothing.", FLAG),
     option(
         "--threads",
-        type=click.IntRange(1, 1024),
-        metavar="N",
-        show_default="all cores",
-        help="Threads for quantizing.",
+        "threads",
+        "Threads for quantizing.",
+        typed(click.IntRange(1, 1024), "N"),
+        shown="all cores",
     ),
     option(
         "--tensor-type",
         "overrides",
-        group=Group.TYPES,
+        "Type of the tensors whose whole name matches. Repeatable; the first match wins.",
+        text_value("REGEX=TYPE"),
+        Group.TYPES,
         multiple=True,
-        metavar="REGEX=TYPE",
-        help="Type of the tensors whose whole name matches. Repeatable; the first match wins.",
     ),
-    option("--output-type", group=Group.TYPES, metavar="TYPE", help="Type of the output matrix."),
-    option("--embedding-type", group=Group.TYPES, metavar="TYPE", help="Type of the token embedding."),
-    option("--pure", group=Group.TYPES, is_flag=True, help="Use the type of --type for every matrix."),
+    option("--output-type", "output_type", "Type of the output matrix.", text_value("TYPE"), Group.TYPES),
+    option(
+        "--embedding-type",
+        "embedding_type",
+        "Type of the token embedding.",
+        text_value("TYPE"),
+        Group.TYPES,
+    ),
+    option("--pure", "pure", "Use the type of --type for every matrix.", FLAG, Group.TYPES),
 )
 
 
