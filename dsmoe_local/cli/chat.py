@@ -18,7 +18,7 @@ from dsmoe_local.chat.settings import SETTINGS
 from dsmoe_local.cli.command import define_command
 from dsmoe_local.cli.model_argument import find_model, model_argument, model_option
 from dsmoe_local.cli.model_options import load_engine, model_options
-from dsmoe_local.cli.option_sources import Source, flag_of, from_command_line, origin_of
+from dsmoe_local.cli.option_sources import Source, flag_of, from_command_line, origin_of, settle
 from dsmoe_local.cli.options import FLAG, Group, json_option, option, text_value, typed
 from dsmoe_local.cli.reply_options import reply_options, reply_settings, setting_option
 
@@ -34,8 +34,8 @@ class _Conversing:
     """The options of a chat, as opposed to one answer."""
 
     session: str | None
-    latest: bool
-    no_history: bool
+    latest: bool | None
+    no_history: bool | None
     plain: bool
     experts: bool
     stats: bool
@@ -127,7 +127,9 @@ def command(
         with load_engine(path or find_model(), values) as engine:
             _answer(engine, settings, system, text, json_schema, as_json=as_json, stats=stats)
         return
-    conversing = _Conversing(session, latest, no_history, plain, experts, stats)
+    history = {"session": session, "latest": latest, "no_history": no_history}
+    settled = settle(history, ("session",), ("latest",), ("no_history",))
+    conversing = _Conversing(**settled, plain=plain, experts=experts, stats=stats)
     with ExitStack() as open_things:
         kept = _open_sessions(conversing, open_things)
         withheld = open_things.enter_context(ExitStack())
@@ -149,8 +151,6 @@ def _check_combinations(*, is_chat: bool) -> None:
                 ("one answer", "use it with -p") if is_chat else ("chats", "leave it or the prompt out")
             )
             raise UsageError(f"{flag_of(name)} is for {what}", remedy=remedy)
-    if from_command_line("session") and from_command_line("latest"):
-        raise UsageError("--session and --continue exclude each other", remedy="give one of them")
 
 
 def _model_and_dash(words: tuple[str, ...], named_model: str | None) -> tuple[str | None, bool]:
@@ -211,16 +211,12 @@ def _open_sessions(conversing: _Conversing, open_things: ExitStack) -> _Kept:
     from dsmoe_local.chat.store.sessions import SessionStore
 
     if conversing.no_history:
-        wanted = from_command_line("session") or from_command_line("latest")
-        if wanted and from_command_line("no_history"):
-            raise UsageError("--no-history excludes --session and --continue", remedy="leave one of them out")
-        if not wanted:
-            return _Kept(None)
+        return _Kept(None)
     sessions = SessionStore.open(data_folder() / "sessions")
     open_things.callback(sessions.close)
     for problem in sessions.problems():
         click.echo(f"note: {problem}", err=True)
-    if conversing.session is not None and not from_command_line("latest"):
+    if conversing.session is not None:
         found = sessions.named(conversing.session)
         if found is None:
             check_name(conversing.session)

@@ -15,8 +15,7 @@ from dsmoe_local.cli.options import FLAG, Group, option, path_value, text_value
 from dsmoe_local.cli.output import show_notes, show_result
 from dsmoe_local.cli.type_options import (
     TypeOptions,
-    outweighed,
-    refuse_several,
+    settle_types,
     show_types,
     summary_line,
     type_options,
@@ -103,8 +102,7 @@ def command(
     for name, value in (("--revision", revision), ("--token", token)):
         if value == "":
             raise UsageError(f"{name} is empty", remedy="leave it out, or check the variable it came from")
-    types = TypeOptions.of(outweighed(values))
-    refuse_several(types.ways)
+    types = TypeOptions.of(settle_types(values))
     options = ConvertOptions(
         types.word,
         types.parsed_overrides(),

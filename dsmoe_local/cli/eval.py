@@ -24,7 +24,7 @@ from dsmoe_local.cli.model_options import (
     model_options_without_context,
     window_option,
 )
-from dsmoe_local.cli.option_sources import from_command_line, source_in_errors
+from dsmoe_local.cli.option_sources import from_command_line, settle, source_in_errors
 from dsmoe_local.cli.options import COUNT, FILE, json_option, option, typed
 from dsmoe_local.cli.output import built_in_text, console, facts, plain_table, print_json
 
@@ -100,7 +100,9 @@ def command(
     """
     from dsmoe_local.evaluate.text import read_text
 
-    costs = SensitivityOptions.taken(values).beside({"against": against, "kept": values["kept"]})
+    values = settle(values | {"against": against}, ("sensitivity_file",), ("against", "kept"))
+    against = values.pop("against")
+    costs = SensitivityOptions.taken(values)
     costs.check()
     path = find_model(model, named_model)
     run = _Run(values.pop("kept"), values.pop("n_windows"), read_text(source), values)

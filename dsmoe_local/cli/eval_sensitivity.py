@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -99,22 +98,6 @@ class SensitivityOptions:
     def taken(cls, values: dict[str, Any]) -> SensitivityOptions:
         """Remove them from the parameters of the command."""
         return cls(**{each.name: values.pop(each.name) for each in fields(cls)})
-
-    def beside(self, others: Mapping[str, object]) -> SensitivityOptions:
-        """Return the options, without --sensitivity if another option on the command line overrides it.
-
-        `others` are the parameters that --sensitivity excludes, with their values. UsageError if both are on
-        the command line, or both are not.
-        """
-        given = [name for name, value in others.items() if value is not None]
-        if self.sensitivity_file is None or not given:
-            return self
-        is_typed = from_command_line("sensitivity_file")
-        typed = [name for name in given if from_command_line(name)]
-        if is_typed == bool(typed):
-            flag = flag_of((typed or given)[0])
-            raise UsageError(f"--sensitivity and {flag} exclude each other", remedy="give one of them")
-        return self if is_typed else replace(self, sensitivity_file=None)
 
     def check(self) -> None:
         """Raise UsageError for options on the command line that have no effect."""

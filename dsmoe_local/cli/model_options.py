@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from dsmoe_local.base.errors import UsageError
-from dsmoe_local.cli.option_sources import from_command_line, source_in_errors
+from dsmoe_local.cli.option_sources import settle, source_in_errors
 from dsmoe_local.cli.options import (
     FILE,
     FLAG,
@@ -247,17 +247,13 @@ def loading_options(path: Path, values: dict[str, Any]) -> ModelOptions:
     """Return the options for loading `path`, and remove them from `values`. UsageError for a conflict."""
     from dsmoe_local.engine.types import ALL_LAYERS, ModelOptions
 
-    n_cpu_moe = values.pop("n_cpu_moe")
-    # Of the two, the one on the command line overrides one from a variable or the config file.
-    if values.pop("cpu_moe") and (n_cpu_moe is None or from_command_line("cpu_moe")):
-        if n_cpu_moe is not None and from_command_line("n_cpu_moe"):
-            raise UsageError("--cpu-moe and --n-cpu-moe exclude each other", remedy="give one of them")
-        n_cpu_moe = ALL_LAYERS
+    ways = {name: values.pop(name) for name in ("cpu_moe", "n_cpu_moe")}
+    settled = settle(ways, ("cpu_moe",), ("n_cpu_moe",))
     return ModelOptions(
         path=path,
         # As in llama.cpp, 0 means what the model was trained for.
         n_context=values.pop("n_context") or None,
-        n_cpu_moe=n_cpu_moe,
+        n_cpu_moe=ALL_LAYERS if settled["cpu_moe"] else settled["n_cpu_moe"],
         tensor_overrides=tuple(pair for pairs in values.pop("tensor_overrides") for pair in pairs),
         offload_cache=not values.pop("keep_cache"),
         **{name: values.pop(name) for name in _SAME_NAMES},

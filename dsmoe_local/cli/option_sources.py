@@ -213,6 +213,32 @@ def from_command_line(name: str) -> bool:
     return context is None or origin_of(context, name).source is Source.FLAG
 
 
+def settle(values: Mapping[str, Any], *ways: tuple[str, ...]) -> dict[str, Any]:
+    """Return `values` with one of several ways to say something; those from weaker sources become None.
+
+    A way is a tuple of parameters that go together. UsageError if two ways come from equally strong sources.
+    """
+    context = click.get_current_context()
+    given = {}
+    for way in ways:
+        origins = [(origin_of(context, name), name) for name in way if _is_given(values[name])]
+        if origins:
+            given[way] = min(origins, key=lambda each: list(Source).index(each[0].source))
+    strongest = min((list(Source).index(origin.source) for origin, _ in given.values()), default=0)
+    chosen = {way: each for way, each in given.items() if list(Source).index(each[0].source) == strongest}
+    if len(chosen) > 1:
+        flags = " and ".join(flag_of(name) for _, name in chosen.values())
+        where = " and ".join(filter(None, (origin.where for origin, _ in chosen.values())))
+        raise UsageError(f"{flags} exclude each other", where=where, remedy="give one of them")
+    dropped = {name for way in given.keys() - chosen.keys() for name in way}
+    return {name: None if name in dropped else value for name, value in values.items()}
+
+
+def _is_given(value: object) -> bool:
+    # 0 is a value.
+    return value is not None and value is not False
+
+
 def flag_of(name: str) -> str:
     """Return the flag of a parameter of the running command: --json for as_json."""
     option = _parameter(click.get_current_context(), name)

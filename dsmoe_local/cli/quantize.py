@@ -18,7 +18,7 @@ from dsmoe_local.cli.output import show_notes, show_result
 from dsmoe_local.cli.target_options import TARGETS, TargetOptions, show_offers, show_reasons, target_options
 from dsmoe_local.cli.type_options import (
     TypeOptions,
-    outweighed,
+    settle_types,
     show_types,
     summary_line,
     type_options,
@@ -78,7 +78,7 @@ def command(
     if out is not None and named is not None:
         raise UsageError("two outputs are named", remedy="leave out -o or the second argument")
     source, out = find_model(model), out or named
-    values = outweighed(values, TARGETS)
+    values = settle_types(values, *TARGETS)
     types, targets = TypeOptions.of(values), TargetOptions.of(values)
     targets.check(types)
     may_lose = allow_requantize or dry_run

@@ -15,7 +15,7 @@ from dsmoe_local.base.text import safe_line
 from dsmoe_local.cli.option_sources import flag_of, from_command_line, source_in_errors
 from dsmoe_local.cli.options import FILE, FLAG, Group, all_of, choice, option, text_value, typed
 from dsmoe_local.cli.output import console, plain_table
-from dsmoe_local.cli.type_options import TypeOptions, refuse_several
+from dsmoe_local.cli.type_options import TypeOptions
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -127,8 +127,7 @@ class TargetOptions:
         return cls(**{each.name: values[each.name] for each in fields(cls)})
 
     def check(self, types: TypeOptions) -> None:
-        """Raise UsageError for options that conflict with each other."""
-        refuse_several({**types.ways, "a target": self.has_target})
+        """Raise UsageError for options that need others."""
         # From a variable or the config file, they are meant for runs with a target.
         alone = [name for name in _WITH_TARGETS if from_command_line(name)]
         if alone and not self.has_target:

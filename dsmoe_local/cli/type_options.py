@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import click
 
-from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.cli.option_sources import from_command_line, source_in_errors
+from dsmoe_local.cli.option_sources import from_command_line, settle, source_in_errors
 from dsmoe_local.cli.options import FILE, FLAG, Group, all_of, option, text_value, typed
 from dsmoe_local.cli.output import console, plain_table
 from dsmoe_quantize.policy.named_recipes import RECIPES
@@ -112,11 +111,6 @@ class TypeOptions:
         """Select them from the parameters of a command."""
         return cls(**{each.name: values[each.name] for each in fields(cls)})
 
-    @property
-    def ways(self) -> dict[str, bool]:
-        """For each flag that chooses the types, whether it is given."""
-        return {"--type": self.word is not None, "--recipe": self.recipe_file is not None}
-
     def recipe(self) -> LayeredRecipe | None:
         """Read the recipe file. FileError, FormatError."""
         from dsmoe_quantize.policy.recipe_file import read_recipe
@@ -149,30 +143,16 @@ def _target(name: str, word: str | None) -> GgmlType | None:
         return None if word is None else parse_target(word)
 
 
-def refuse_several(ways: Mapping[str, bool]) -> None:
-    """Raise UsageError if the types are chosen in more than one way."""
-    given = [name for name, is_given in ways.items() if is_given]
-    if len(given) > 1:
-        raise UsageError(f"{' and '.join(given)} exclude each other", remedy="give one of them")
+def settle_types(values: Mapping[str, Any], *targets: str) -> dict[str, Any]:
+    """Return the parameters of a command with one way to choose types: --type, --recipe or `targets`.
 
-
-def outweighed(values: Mapping[str, Any], *more: tuple[str, ...]) -> dict[str, Any]:
-    """Return the parameters of a command; the command line overrides other ways to choose types.
-
-    If the command line chooses the types in one way, the parameters of the other ways become None: they come
-    from a variable or the config file. The ways are --type, --recipe and those of `more`, each a tuple of
-    parameters that go together.
+    UsageError if two ways come from equally strong sources.
     """
-    ways = (("word",), ("recipe_file",), *more)
-    spoken = [
-        way for way in ways if any(values[name] is not None and from_command_line(name) for name in way)
-    ]
-    silenced = {name for way in ways if spoken and way not in spoken for name in way}
-    kept = {name: None if name in silenced else value for name, value in values.items()}
-    if kept["pure"] and not from_command_line("pure"):
+    settled = settle(values, ("word",), ("recipe_file",), targets)
+    if settled["pure"] and not from_command_line("pure"):
         # From a variable or the config file, --pure does not affect recipes and targets.
-        kept["pure"] = kept["word"] is not None and kept["word"].lower() not in RECIPES
-    return kept
+        settled["pure"] = settled["word"] is not None and settled["word"].lower() not in RECIPES
+    return settled
 
 
 def show_types(choices: Sequence[TensorChoice], totals: str) -> None:

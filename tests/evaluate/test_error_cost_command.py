@@ -226,6 +226,11 @@ def test_what_is_typed_outweighs_the_config_file(
     with pytest.raises(UsageError, match="'nobody'"):
         run(tiny_model(), "--against", "nobody")
     assert measuring.request is None
+    # A variable overrides the file, too; of two keys of the file neither does.
     monkeypatch.setenv("DSMOE_AGAINST", "nobody")
+    with pytest.raises(UsageError, match="'nobody'"):
+        run(tiny_model())
+    write_config(f"[eval]\nsensitivity = '{tmp_path / 'costs.json'}'\nkeep = 'kept'\n")
+    monkeypatch.delenv("DSMOE_AGAINST")
     with pytest.raises(UsageError, match="exclude each other"):
         run(tiny_model())

@@ -87,10 +87,10 @@ def test_names_of_types_are_completed() -> None:
     """Guards: a recipe that the shell does not offer, or only in one case."""
     option = next(each for each in load_command("quantize").params if each.name == "word")
     with click.Context(load_command("quantize")) as context:
-        offered = [item.value for item in option.type.shell_complete(context, option, "q4")]
+        offered = [item.value for item in option.shell_complete(context, "q4")]
         assert offered[:3] == ["q4", "q4-fast", "q4-small"]
         assert "Q4_K_M" in offered
-        assert not option.type.shell_complete(context, option, "x")
+        assert not option.shell_complete(context, "x")
 
 
 @pytest.mark.parametrize("command", ["convert", "quantize"])
