@@ -406,16 +406,24 @@ def test_a_folder_with_a_nul(capsys: pytest.CaptureFixture[str]) -> None:
     assert "config.toml: log-file" in complaint(capsys, "chat", "-p", "x")
 
 
-@pytest.mark.parametrize("flag", ["--json", "--schema"])
-def test_what_is_for_one_answer_does_not_hinder_a_chat(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: no chat at all, since a variable says what single answers look like."""
+@pytest.fixture
+def chats(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """The arguments of each chat that `dsmoe chat` would hold on a terminal."""
     terminal = SimpleNamespace(isatty=lambda: True)
     monkeypatch.setattr("dsmoe_local.cli.chat.sys", SimpleNamespace(stdin=terminal, stdout=terminal))
     monkeypatch.setattr("dsmoe_local.cli.prompt_input.one_prompt", lambda *_: None)
     monkeypatch.setattr("dsmoe_local.cli.chat.find_model", lambda *_: Path("m.gguf"))
     monkeypatch.setattr("dsmoe_local.cli.chat.load_engine", lambda *_: nullcontext())
-    chats: list[object] = []
-    monkeypatch.setattr("dsmoe_local.cli.chat._converse", lambda *arguments: chats.append(arguments))
+    held: list[tuple[Any, ...]] = []
+    monkeypatch.setattr("dsmoe_local.cli.chat._converse", lambda *arguments: held.append(arguments))
+    return held
+
+
+@pytest.mark.parametrize("flag", ["--json", "--schema"])
+def test_what_is_for_one_answer_does_not_hinder_a_chat(
+    flag: str, chats: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: no chat at all, since a variable says what single answers look like."""
     value = ["none.json"] if flag == "--schema" else []
     with pytest.raises(UsageError, match=f"^{flag} is for one answer"):
         chat(flag, *value)
@@ -425,3 +433,29 @@ def test_what_is_for_one_answer_does_not_hinder_a_chat(flag: str, monkeypatch: p
     monkeypatch.delenv(variable(flag[2:]))
     chat()
     assert len(chats) == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "kept"),
+    [
+        ("", [], (None, False, False)),
+        ("no-history = true", ["--session", "s"], ("s", False, None)),
+        ("session = 's'", ["--no-history"], (None, False, True)),
+        ("session = 's'\nno-history = true", ["--no-history"], (None, False, True)),
+        ("", ["--session", "s", "--continue"], None),
+        ("", ["--session", "s", "--no-history"], None),
+        ("session = 's'\nno-history = true", [], None),
+    ],
+)
+def test_which_conversation_is_continued(
+    config: str, arguments: list[str], kept: tuple[Any, ...] | None, chats: list[Any]
+) -> None:
+    """Guards: a flag that the config file overrides; one of two conflicting options ignored in silence."""
+    write_config(config)
+    if kept is None:
+        with pytest.raises(UsageError, match="exclude each other"):
+            chat(*arguments)
+    else:
+        chat(*arguments)
+        conversing = chats[0][3]
+        assert (conversing.session, conversing.latest, conversing.no_history) == kept
