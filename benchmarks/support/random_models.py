@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from benchmarks.make_checkpoint import Pool, make_pool
 from benchmarks.support.runner import say
-from benchmarks.support.sizes import choices_of, types_digest, unquantized
+from benchmarks.support.sizes import choices_of, types_digest
 from dsmoe_local.base.paths import cache_folder
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions
@@ -29,7 +29,7 @@ from dsmoe_local.model.gguf_file import Field
 from dsmoe_local.model.gguf_model import metadata_of
 from dsmoe_local.model.gguf_writer import plan_gguf, write_at
 from dsmoe_local.model.hyperparameters import Hyperparameters
-from dsmoe_local.model.layout import Role, tensor_specs
+from dsmoe_local.model.layout import Role, tensor_specs, unquantized
 from dsmoe_local.model.presets import PRESETS
 from dsmoe_quantize.policy.plan import plan_types
 from dsmoe_quantize.policy.types import TypeChoice, resolve
@@ -97,7 +97,9 @@ def model_file(shape: Shape, layers: int, wanted: str | TypeChoice) -> Path:
 
 def write_random(path: Path, hp: Hyperparameters, pool: Pool, wanted: str | TypeChoice = "bf16") -> None:
     """A GGUF of that shape in a type, or in the one of that name; norms and routers in F32."""
-    types = plan_types(unquantized(hp), hp, resolve(wanted) if isinstance(wanted, str) else wanted)
+    types = plan_types(
+        unquantized(hp, GgmlType.BF16), hp, resolve(wanted) if isinstance(wanted, str) else wanted
+    )
     plan = plan_gguf(types.metadata_of(metadata_of_random(hp)), types.choices)
     random = np.random.default_rng(0)
     tiles: dict[tuple[GgmlType, int], Bytes] = {}

@@ -18,9 +18,8 @@ from dsmoe_local.model.config_json import read_config
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import Field
 from dsmoe_local.model.gguf_model import metadata_of
-from dsmoe_local.model.gguf_writer import PlannedTensor
 from dsmoe_local.model.hyperparameters import Hyperparameters
-from dsmoe_local.model.layout import Role, TensorSpec, tensor_specs
+from dsmoe_local.model.layout import UNQUANTIZED_ROLES, TensorSpec, tensor_specs, unquantized
 from dsmoe_quantize.errors import WeightError
 from dsmoe_quantize.imatrix import Imatrix
 from dsmoe_quantize.policy.choice import Overrides, label_of
@@ -29,8 +28,6 @@ from dsmoe_quantize.policy.recipes import LayeredRecipe
 from dsmoe_quantize.policy.types import TypeChoice, resolve, resolve_float
 from dsmoe_quantize.write.encoder import TensorJob
 from dsmoe_quantize.write.output import Summary, write_output
-
-_ALWAYS_F32 = (Role.NORM, Role.ROUTER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,11 +134,8 @@ def check_options(hp: Hyperparameters, options: ConvertOptions) -> None:
 
 def _types(hp: Hyperparameters, options: ConvertOptions, own: GgmlType) -> TypePlan:
     """The types of tensors that are stored in `own`. UsageError."""
-    tensors = [
-        PlannedTensor(spec.name, spec.shape, GgmlType.F32 if spec.role in _ALWAYS_F32 else own)
-        for spec in tensor_specs(hp)
-    ]
-    return plan_types(tensors, hp, options.choice or resolve_float(own), options.overrides, options.imatrix)
+    choice = options.choice or resolve_float(own)
+    return plan_types(unquantized(hp, own), hp, choice, options.overrides, options.imatrix)
 
 
 def run(conversion: Conversion, out: Path, run_options: RunOptions) -> Summary:
@@ -205,7 +199,7 @@ def _note_mixed(
     others = [
         spec.name
         for spec in specs
-        if spec.role not in _ALWAYS_F32
+        if spec.role not in UNQUANTIZED_ROLES
         and any(DTYPES[checkpoint.tensors[source].dtype].ggml is not own for source in spec.sources)
     ]
     if others:

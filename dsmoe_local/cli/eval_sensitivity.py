@@ -196,8 +196,6 @@ def _as_json(costs: ErrorCosts) -> dict[str, Any]:
     """Return the result as JSON; docs/evaluation.md describes the fields."""
     from dataclasses import asdict
 
-    from dsmoe_local.model.ggml import type_name
-
     probes = costs.probes
     return {
         "model": costs.model,
@@ -210,11 +208,8 @@ def _as_json(costs: ErrorCosts) -> dict[str, Any]:
         "groups": [
             {
                 "group": each.group,
-                "probes": {type_name(kind): asdict(probe) for kind, probe in each.probes.items()},
-                "used": {
-                    type_name(kind): [type_name(used) for used in each.used.get(kind, ())]
-                    for kind in each.probes
-                },
+                "probes": {kind.name: asdict(probe) for kind, probe in each.probes.items()},
+                "used": {kind.name: [used.name for used in each.used.get(kind, ())] for kind in each.probes},
                 "cost": each.cost,
                 "is_at_most": each.is_at_most,
                 "built_in": each.built_in,
@@ -280,4 +275,4 @@ def _type_cell(kind: GgmlType, used: tuple[GgmlType, ...]) -> str:
     from dsmoe_local.model.ggml import type_name
 
     is_as_asked = used in ((), (kind,))
-    return type_name(kind) if is_as_asked else f"{type_name(kind)}: {', '.join(map(type_name, used))}"
+    return kind.name if is_as_asked else f"{kind.name}: {', '.join(kind.name for kind in used)}"

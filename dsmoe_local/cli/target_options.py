@@ -237,10 +237,8 @@ def _reason_paragraph(reason: Reason) -> Iterator[RenderableType]:
     from rich.padding import Padding
     from rich.text import Text
 
-    from dsmoe_local.model.ggml import type_name
-
     where = f"{safe_line(reason.kind)} {_layers(reason)}".strip()
-    facts = [type_name(reason.type), format_size(reason.n_bytes)]
+    facts = [reason.type.name, format_size(reason.n_bytes)]
     if reason.error_share:
         facts.append(f"{reason.error_share:.1%} of the error")
     yield Text(f"{where}: {', '.join(facts)}", style="bold")
@@ -253,8 +251,6 @@ def _layers(reason: Reason) -> str:
 
 
 def _reason_table(reasons: Sequence[Reason]) -> Table:
-    from dsmoe_local.model.ggml import type_name
-
     is_measured = any(each.error_share for each in reasons)
     table = _table("tensors", "layers", "type", "size", "of the error" if is_measured else "", "why")
     for index in (0, 1, 2, 5):
@@ -265,7 +261,7 @@ def _reason_table(reasons: Sequence[Reason]) -> Table:
         table.add_row(
             safe_line(each.kind),
             _layers(each),
-            type_name(each.type),
+            each.type.name,
             format_size(each.n_bytes),
             f"{each.error_share:.1%}" if is_measured else "",
             each.why,

@@ -168,8 +168,8 @@ def show_types(choices: Sequence[TensorChoice], totals: str) -> None:
         table.add_row(
             safe_line(choice.name),
             " x ".join(map(str, choice.shape)),
-            type_name(choice.tensor.type),
-            type_name(choice.type),
+            choice.source_type.name,
+            choice.type.name,
             format_size(choice.n_bytes),
             "; ".join(filter(None, (choice.reason, choice.misfit))),
         )

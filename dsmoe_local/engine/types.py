@@ -260,7 +260,7 @@ class ModelInfo:
     - `kernels`: what the last digits of float results depend on besides the options.
     - `cache_identity`: a digest of everything that the KV cache depends on besides its tokens, including the
       inode of the model file. A file of `save_cache` can only be loaded where it is equal.
-    - `type`: the file's type as in `model.type_name`.
+    - `type`: the file's type as in `model.file_type`.
     """
 
     path: Path

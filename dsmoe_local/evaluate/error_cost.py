@@ -25,7 +25,7 @@ from dsmoe_local.evaluate.reference import Reference, compare, record, recorders
 from dsmoe_local.evaluate.scratch import scratch_folder
 from dsmoe_local.evaluate.text import Text
 from dsmoe_local.evaluate.windows import Windows, cut_windows
-from dsmoe_local.model.ggml import GgmlType, type_name
+from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_quantize.budget import sensitivity_file
@@ -118,7 +118,7 @@ def _refuse_others(known: Probes, wanted: CostOptions) -> None:
     """Raise UsageError if the file's measurements cannot be compared with the wanted ones."""
 
     def names(types: Sequence[GgmlType]) -> str:
-        return ", ".join(sorted(map(type_name, types)))
+        return ", ".join(sorted(kind.name for kind in types))
 
     for what, had, want in (
         (f"another text, {known.text}", known.text_digest, wanted.text.digest),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from dsmoe_local.model.ggml import GgmlType, block_size, type_name
+from dsmoe_local.model.ggml import GgmlType, block_size
 from dsmoe_local.model.gguf_file import GgufFile, TensorInfo
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_quantize.budget.cost_model import CostModel
@@ -73,9 +73,8 @@ def trials_of(
     """
     members: dict[Group, list[TensorInfo]] = {}
     n_layers: dict[str, set[int | None]] = {}
-    tied = "output.weight" not in file.tensors
     for name in sensitivity.tensors:
-        group = group_of(name, tied)
+        group = group_of(name, hp)
         if group is not None:
             n_layers.setdefault(group.kind, set()).add(group.layer)
             key = group if by_layer else Group(group.kind, None)
@@ -108,7 +107,7 @@ def _choices(
     return [
         _choice(tensor, sensitivity.tensors[tensor.name], kind)
         if tensor.name in names
-        else TensorChoice(tensor, tensor.type)
+        else TensorChoice.of(tensor, tensor.type)
         for tensor in file.tensors.values()
     ]
 
@@ -116,17 +115,17 @@ def _choices(
 def _choice(tensor: TensorInfo, measured: TensorErrors, kind: GgmlType) -> TensorChoice:
     """Choose `kind`, or llama.cpp's replacement for it, or the tensor's own type."""
     if kind in measured.errors:
-        return TensorChoice(tensor, kind)
+        return TensorChoice.of(tensor, kind)
     instead = FALLBACKS.get(kind, kind)
     columns = tensor.shape[-1]
     fits = columns % block_size(kind) == 0
     misfit = (
-        f"{type_name(kind)} cannot hold all weights"
+        f"{kind.name} cannot hold all weights"
         if fits
-        else f"{block_size(kind)} does not divide {columns} columns: no {type_name(kind)}"
+        else f"{block_size(kind)} does not divide {columns} columns: no {kind.name}"
     )
     target = instead if instead in measured.errors else tensor.type
-    return TensorChoice(tensor, target, misfit=misfit)
+    return TensorChoice.of(tensor, target, misfit=misfit)
 
 
 def cost_of(trial: Trial, probes: Probes) -> GroupCost:

@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dsmoe_local.base.sizes import format_count, format_size
-from dsmoe_local.model.cost import parameters, shares
+from dsmoe_local.model.cost import bytes_per_token, parameters
 from dsmoe_local.model.gguf_model import read_model
-from dsmoe_local.model.layout import tensor_specs
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +28,7 @@ def active_cost(path: Path, n_experts_per_token: int) -> ActiveCost:
     """What a token takes of the model in `path`. FormatError, FileError as its reader raises them."""
     file, hp = read_model(path)
     hp = replace(hp, n_experts_per_token=n_experts_per_token)
-    types = [(spec, file.tensors[spec.name].type) for spec in tensor_specs(hp)]
-    n_bytes = sum(share.n_bytes_per_token for share in shares(hp, types))
+    n_bytes = bytes_per_token(hp, file.tensors.values())
     return ActiveCost(n_experts_per_token, parameters(hp).activated, n_bytes)
 
 

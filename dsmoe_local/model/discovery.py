@@ -159,8 +159,8 @@ def note_use(path: Path) -> None:
 
 def describe(model: KnownModel) -> ModelDescription:
     """What a model's header says. A file that cannot be used gives the reason, no error."""
+    from dsmoe_local.model.file_type import file_type_name
     from dsmoe_local.model.gguf_model import read_model
-    from dsmoe_local.model.type_name import file_type_name
 
     try:
         file, hp = read_model(model.path)

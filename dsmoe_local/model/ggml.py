@@ -1,9 +1,10 @@
-"""ggml's tensor types and their sizes, as the `gguf` package lists them. Encoding is dsmoe_quantize's."""
+"""Tensors, ggml's types and their sizes, as the `gguf` package lists them. dsmoe_quantize encodes weights."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -15,13 +16,8 @@ GgmlType: TypeAlias = GGMLQuantizationType
 FLOATS = frozenset({GgmlType.F32, GgmlType.F16, GgmlType.BF16})
 
 
-def type_name(ggml_type: GgmlType) -> str:
-    """The name people use: Q4_K."""
-    return ggml_type.name
-
-
 def parse_type(word: str) -> GgmlType:
-    """The ggml type called `word`, in any case. UsageError if there is none."""
+    """Return the ggml type called `word`, in any case. UsageError if there is none."""
     try:
         return GGMLQuantizationType[word.upper()]
     except KeyError as error:
@@ -29,25 +25,44 @@ def parse_type(word: str) -> GgmlType:
         raise UsageError(f"{word!r} is not a ggml type", remedy=f"known: {known}") from error
 
 
-def block_size(ggml_type: GgmlType) -> int:
-    """Weights per block: a row must be a multiple of it."""
-    return GGML_QUANT_SIZES[ggml_type][0]
+def block_size(kind: GgmlType) -> int:
+    """Return the number of weights in a block. The columns of a tensor must be a multiple of it."""
+    return GGML_QUANT_SIZES[kind][0]
 
 
-def row_bytes(ggml_type: GgmlType, n_columns: int) -> int:
-    """Bytes of one row. FormatError where a block does not divide it."""
-    weights, n_bytes = GGML_QUANT_SIZES[ggml_type]
+def row_bytes(kind: GgmlType, n_columns: int) -> int:
+    """Return the size of one row. FormatError if the block size does not divide `n_columns`."""
+    weights, n_bytes = GGML_QUANT_SIZES[kind]
     if n_columns % weights:
-        raise FormatError(f"{type_name(ggml_type)} holds multiples of {weights} columns, not {n_columns}")
+        raise FormatError(f"{kind.name} holds multiples of {weights} columns, not {n_columns}")
     return n_columns // weights * n_bytes
 
 
-def tensor_bytes(ggml_type: GgmlType, shape: Sequence[int]) -> int:
-    """Bytes of a tensor whose shape is given slowest dimension first, as numpy does."""
-    return row_bytes(ggml_type, shape[-1]) * math.prod(shape[:-1])
+def tensor_bytes(kind: GgmlType, shape: Sequence[int]) -> int:
+    """Return the size of a tensor whose shape is given slowest dimension first, as numpy does."""
+    return row_bytes(kind, shape[-1]) * math.prod(shape[:-1])
 
 
-def bits_per_weight(ggml_type: GgmlType) -> float:
-    """Storage cost of one weight, scales included."""
-    weights, n_bytes = GGML_QUANT_SIZES[ggml_type]
+def bits_per_weight(kind: GgmlType) -> float:
+    """Return the bits that one weight takes, scales included."""
+    weights, n_bytes = GGML_QUANT_SIZES[kind]
     return 8 * n_bytes / weights
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor of a GGUF file. `shape` is slowest dimension first, as numpy has it."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: GgmlType
+
+    @property
+    def n_weights(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the data, without padding."""
+        return tensor_bytes(self.type, self.shape)

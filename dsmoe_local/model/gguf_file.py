@@ -19,7 +19,7 @@ from gguf.constants import GGUFValueType
 
 from dsmoe_local.base.errors import FileError, FormatError
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.model.ggml import GgmlType, block_size, tensor_bytes
+from dsmoe_local.model.ggml import GgmlType, Tensor, block_size
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
@@ -61,19 +61,10 @@ class Field:
 
 
 @dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """Where a tensor's data lies. `shape` is in numpy's order; `offset` counts from the start of the file."""
+class TensorInfo(Tensor):
+    """A tensor in an existing file. `offset` is that of its data, from the start of the file."""
 
-    name: str
-    shape: tuple[int, ...]
-    type: GgmlType
     offset: int
-    n_bytes: int
-
-    @property
-    def n_weights(self) -> int:
-        """Number of weights."""
-        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,7 +304,7 @@ class _Parser:
                 self.refuse("a tensor occurs twice", name)
             if data_offset + offset != end:
                 self.refuse(f"a tensor begins at byte {data_offset + offset}, not {end}", name)
-            info = TensorInfo(name, shape, kind, end, tensor_bytes(kind, shape))
+            info = TensorInfo(name, shape, kind, end)
             if end + info.n_bytes > self.size:
                 self.refuse(f"a tensor ends at byte {end + info.n_bytes}, the file at {self.size}", name)
             tensors[name] = info

@@ -11,13 +11,13 @@ from dsmoe_local.base.errors import FileError, UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.model import config_json
 from dsmoe_local.model.cost import PAPER_TOKENS, Share, flops, kv_bytes_per_token, parameters, shares
-from dsmoe_local.model.ggml import GgmlType, type_name
+from dsmoe_local.model.file_type import file_type_name, imatrix_name
+from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.hyperparameters import Hyperparameters
-from dsmoe_local.model.layout import Role, tensor_specs
+from dsmoe_local.model.layout import tensor_specs, unquantized
 from dsmoe_local.model.presets import PRESETS, matching_preset
-from dsmoe_local.model.type_name import file_type_name, imatrix_name
 
 COMPARED_WITH = ("deepseek-7b", "llama2-7b")
 _CHECKPOINT_TYPES = {"float32": GgmlType.F32, "float16": GgmlType.F16, "bfloat16": GgmlType.BF16}
@@ -113,8 +113,7 @@ def _report(source: str, hp: Hyperparameters, assumed: GgmlType, file: GgufFile 
     counted = parameters(hp)
     preset = matching_preset(hp)
     nominal = None if preset is None else flops(hp, PAPER_TOKENS, preset.ffn_factor)
-    specs = tensor_specs(hp)
-    types = [file.tensors[spec.name].type if file else _unquantized(spec.role, assumed) for spec in specs]
+    tensors = [file.tensors[spec.name] for spec in tensor_specs(hp)] if file else unquantized(hp, assumed)
     return ModelReport(
         source=source,
         hp=hp,
@@ -123,17 +122,13 @@ def _report(source: str, hp: Hyperparameters, assumed: GgmlType, file: GgufFile 
         flops=flops(hp, PAPER_TOKENS),
         flops_paper=nominal,
         ratios={name: _ratio(hp, nominal, name) for name in COMPARED_WITH},
-        shares=tuple(shares(hp, zip(specs, types, strict=True))),
+        shares=tuple(shares(hp, tensors)),
         kv_bytes_per_token=kv_bytes_per_token(hp),
         tokenizer=None if file is None else _tokenizer(file),
         assumed_type=None if file else assumed,
         type=file_type_name(file) if file else "",
         imatrix=imatrix_name(file) if file else "",
     )
-
-
-def _unquantized(role: Role, kind: GgmlType) -> GgmlType:
-    return GgmlType.F32 if role in (Role.NORM, Role.ROUTER) else kind
 
 
 def _ratio(hp: Hyperparameters, nominal: float | None, other: str) -> float:
@@ -192,14 +187,14 @@ def as_json(report: ModelReport) -> dict[str, Any]:
         "bits_per_weight": 8 * report.n_bytes / report.n_parameters,
         "bytes_read_per_token": report.n_bytes_per_token,
         "kv_bytes_per_token": report.kv_bytes_per_token,
-        "assumed_type": None if report.assumed_type is None else type_name(report.assumed_type),
+        "assumed_type": None if report.assumed_type is None else report.assumed_type.name,
         "roles": {
             share.role.value: {
                 "parameters": share.n_weights,
                 "bytes": share.n_bytes,
                 "bits_per_weight": 8 * share.n_bytes / share.n_weights,
                 "bytes_read_per_token": share.n_bytes_per_token,
-                "types": {type_name(kind): n_bytes for kind, n_bytes in share.types.items()},
+                "types": {kind.name: n_bytes for kind, n_bytes in share.types.items()},
             }
             for share in report.shares
         },

@@ -26,9 +26,9 @@ from dsmoe_local.base import durable
 from dsmoe_local.base.durable import read_at_most
 from dsmoe_local.base.errors import FileError, FormatError
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.model.ggml import GgmlType
+from dsmoe_local.model.ggml import GgmlType, Tensor
 from dsmoe_local.model.gguf_file import MAGIC, Field, GgufFile, TensorInfo, read_gguf
-from dsmoe_local.model.gguf_writer import PlannedTensor, plan_gguf, write_at
+from dsmoe_local.model.gguf_writer import plan_gguf, write_at
 from dsmoe_quantize.imatrix import Imatrix, Statistics, is_plausible
 
 _TYPE = "imatrix"
@@ -60,7 +60,7 @@ def write_imatrix(imatrix: Imatrix, path: Path, reached: Callable[[], None] = la
         entry = imatrix.entries[name]
         arrays[name + _SUMS] = np.ascontiguousarray(entry.sums, "<f4")
         arrays[name + _COUNTS] = entry.counts.astype("<f4")[:, None]
-    tensors = [PlannedTensor(name, array.shape, GgmlType.F32) for name, array in arrays.items()]
+    tensors = [Tensor(name, array.shape, GgmlType.F32) for name, array in arrays.items()]
     plan = plan_gguf(_metadata(imatrix), tensors)
     # Under the lock, a temp file can only be what a killed run left behind: it is overwritten.
     temporary = path.with_name(f".{path.name}.new")

@@ -12,13 +12,12 @@ from pathlib import Path
 
 from dsmoe_local.base.errors import FileError
 from dsmoe_local.base.progress import Listener, Note, ignore
-from dsmoe_local.model.cost import read_fraction
-from dsmoe_local.model.ggml import GgmlType, row_bytes, type_name
+from dsmoe_local.model.cost import bytes_per_token
+from dsmoe_local.model.ggml import GgmlType, row_bytes
 from dsmoe_local.model.gguf_file import Field, GgufFile, TensorInfo, identity_of
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.gguf_writer import plan_gguf
 from dsmoe_local.model.hyperparameters import Hyperparameters
-from dsmoe_local.model.layout import role_of
 from dsmoe_quantize.errors import RequantizeError
 from dsmoe_quantize.imatrix import Imatrix
 from dsmoe_quantize.policy.choice import Overrides, label_of
@@ -53,8 +52,7 @@ class Plan(TypePlan):
     @property
     def n_bytes_per_token(self) -> float:
         """Bytes of weights that are read to decode one token."""
-        roles = ((choice.n_bytes, role_of(choice.name)) for choice in self.choices)
-        return sum(n_bytes * (read_fraction(self.hp, role) if role else 1.0) for n_bytes, role in roles)
+        return bytes_per_token(self.hp, self.choices)
 
 
 def plan_quantization(
@@ -79,7 +77,7 @@ def plan_quantization(
         first = next(choice for choice in plan.choices if choice.is_requantized)
         raise RequantizeError(
             f"{plan.n_requantized} tensors are quantized already",
-            where=f"{first.name}: {type_name(first.tensor.type)} to {type_name(first.type)}",
+            where=f"{first.name}: {first.source_type.name} to {first.type.name}",
             remedy="start from the unquantized file, or lose quality twice with --allow-requantize",
         )
     return plan

@@ -19,8 +19,8 @@ from dsmoe_convert.sources import SourceOptions, convert
 from dsmoe_local.base.errors import FileError, FormatError, InterruptedRunError, UsageError
 from dsmoe_local.base.progress import Advanced, Event, Note
 from dsmoe_local.cli.commands import load_command
+from dsmoe_local.model.file_type import RECIPE_KEY
 from dsmoe_local.model.gguf_file import read_gguf
-from dsmoe_local.model.type_name import RECIPE_KEY
 from dsmoe_quantize.imatrix_file import read_imatrix, write_imatrix
 from dsmoe_quantize.policy.choice import Overrides, parse_override
 from dsmoe_quantize.policy.named_recipes import RECIPES, NamedRecipe

@@ -19,7 +19,7 @@ from dsmoe_local.engine.load.placement import (
     weight_sizes,
 )
 from dsmoe_local.engine.types import ALL_LAYERS
-from dsmoe_local.model.ggml import GgmlType, tensor_bytes
+from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import TensorInfo
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import tensor_specs
@@ -43,10 +43,7 @@ def placed(
 
 
 def infos(hp: Hyperparameters) -> list[TensorInfo]:
-    return [
-        TensorInfo(spec.name, spec.shape, GgmlType.Q8_0, 0, tensor_bytes(GgmlType.Q8_0, spec.shape))
-        for spec in tensor_specs(hp)
-    ]
+    return [TensorInfo(spec.name, spec.shape, GgmlType.Q8_0, 0) for spec in tensor_specs(hp)]
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def test_costs_are_the_oracles(model: Path, measured: Measured, by_layer: bool) 
     tried: set[str] = set()
     for after, predicted in zip(probes, predictions, strict=True):
         changed = {name for name in source if not np.array_equal(source[name], after[name])}
-        groups = {group_of(name, False) for name in changed}
+        groups = {group_of(name, TINY) for name in changed}
         (group,) = {str(group) if by_layer else group and group.kind for group in groups}
         assert group
         each = by_name.pop(group)
@@ -196,7 +196,7 @@ def test_costs_are_the_oracles(model: Path, measured: Measured, by_layer: bool) 
         assert probe.kl == pytest.approx(divergence(reference, predicted), rel=0.02), each.group
         layers: dict[object, list[str]] = {}
         for name in changed:
-            layers.setdefault(group_of(name, False), []).append(name)
+            layers.setdefault(group_of(name, TINY), []).append(name)
         errors = [
             sum(((source[name] - after[name]) ** 2).sum() for name in names)
             / sum((source[name] ** 2).sum() for name in names)
@@ -206,8 +206,8 @@ def test_costs_are_the_oracles(model: Path, measured: Measured, by_layer: bool) 
         assert each.cost == pytest.approx(probe.kl / probe.error)
         assert not each.is_at_most
     assert not by_name
-    of_shared = {name for name in source if str(group_of(name, False)) in SHARED} if by_layer else set()
-    assert tried | of_shared == {name for name in source if group_of(name, False) and "gate_inp" not in name}
+    of_shared = {name for name in source if str(group_of(name, TINY)) in SHARED} if by_layer else set()
+    assert tried | of_shared == {name for name in source if group_of(name, TINY) and "gate_inp" not in name}
     if by_layer:
         check_predictions(model, measured.path, found)
         weights = read_sensitivity(measured.path).weights
@@ -231,7 +231,7 @@ def check_predictions(model: Path, kept_in: Path, found: ErrorCosts) -> None:
     built_in_costs: dict[str, float] = {}
     for each in found.groups:
         names = [name for name in kept.tensors if belongs(name, each.group)]
-        predicted = costs.figures(TensorChoice(file.tensors[name], Q4_0) for name in names).error
+        predicted = costs.figures(TensorChoice.of(file.tensors[name], Q4_0) for name in names).error
         assert predicted == pytest.approx(each.probes[Q4_0].kl)
         kind = each.group.partition(".")[0]
         built_in_costs[kind] = built_in_costs.get(kind, 0.0) + each.built_in
@@ -239,7 +239,7 @@ def check_predictions(model: Path, kept_in: Path, found: ErrorCosts) -> None:
 
 
 def belongs(name: str, group: str) -> bool:
-    found = group_of(name, False)
+    found = group_of(name, TINY)
     return found is not None and group in (str(found), found.kind)
 
 
@@ -308,7 +308,7 @@ def test_what_is_told_meanwhile(model: Path, tmp_path: Path) -> None:
     ]
     stages = {event.stage for event in events if isinstance(event, Started)}
     labels = [stage.split(" ") for stage in stages if stage.endswith(" Q4_K")]
-    names = {str(group_of(spec.name, False)) for spec in tensor_specs(TINY)} - {"None"}
+    names = {str(group_of(spec.name, TINY)) for spec in tensor_specs(TINY)} - {"None"}
     assert {group for _, group, _ in labels} == names
     assert {number for number, *_ in labels} == {f"{at + 1}/{len(names)}" for at in range(len(names))}
 

@@ -46,7 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def plan_of(file: GgufFile, names: Sequence[str], kind: GgmlType) -> Plan:
     choices = [
-        TensorChoice(tensor, kind if tensor.name in names else tensor.type)
+        TensorChoice.of(tensor, kind if tensor.name in names else tensor.type)
         for tensor in file.tensors.values()
     ]
     return Plan(TINY, FLOAT_TYPES["BF16"], choices, file=file)
@@ -155,7 +155,7 @@ def test_a_probe_writes_its_group(model: Path, tmp_path: Path, counting: Countin
 
 
 def belongs(name: str, group: str) -> bool:
-    found = group_of(name, False)
+    found = group_of(name, TINY)
     return found is not None and group in (str(found), found.kind)
 
 

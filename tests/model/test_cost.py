@@ -6,7 +6,7 @@ import pytest
 
 from dsmoe_local.model.cost import flops, kv_bytes_per_token, parameters, shares
 from dsmoe_local.model.ggml import GgmlType
-from dsmoe_local.model.layout import Role, tensor_specs
+from dsmoe_local.model.layout import tensor_specs, unquantized
 from dsmoe_local.model.presets import PRESETS, matching_preset
 
 PUBLISHED_TERAFLOPS = {
@@ -77,10 +77,7 @@ def test_16b_has_the_tensors_of_the_published_file() -> None:
 def test_bytes_read_per_token_of_the_16b_in_8_bits() -> None:
     """Guards which weights one token reads: 2.79 GB of 17.41 in Q8_0, as measured from a real file."""
     hp = PRESETS["deepseekmoe-16b"].hp
-    floats = (Role.NORM, Role.ROUTER)
-    parts = shares(
-        hp, [(spec, GgmlType.F32 if spec.role in floats else GgmlType.Q8_0) for spec in tensor_specs(hp)]
-    )
+    parts = shares(hp, unquantized(hp, GgmlType.Q8_0))
     assert sum(part.n_bytes for part in parts) / 1e9 == pytest.approx(17.41, abs=0.01)
     assert sum(part.n_bytes_per_token for part in parts) / 1e9 == pytest.approx(2.79, abs=0.01)
 

@@ -10,10 +10,10 @@ import gguf
 import numpy as np
 from gguf.constants import GGUFValueType
 
-from dsmoe_local.model.ggml import GgmlType
+from dsmoe_local.model.ggml import GgmlType, Tensor
 from dsmoe_local.model.gguf_file import Field, read_gguf
 from dsmoe_local.model.gguf_model import hyperparameters_of, metadata_of
-from dsmoe_local.model.gguf_writer import GgufPlan, PlannedTensor, plan_gguf, write_at
+from dsmoe_local.model.gguf_writer import GgufPlan, plan_gguf, write_at
 from dsmoe_local.model.hyperparameters import RopeScaling
 from dsmoe_local.model.presets import PRESETS
 
@@ -29,9 +29,9 @@ METADATA = {
     "a.empty": Field([], GGUFValueType.ARRAY, GGUFValueType.STRING),
 }
 TENSORS = [
-    PlannedTensor("matrix", (3, 64), GgmlType.F32),
-    PlannedTensor("experts", (4, 5, 96), GgmlType.Q8_0),
-    PlannedTensor("norm", (7,), GgmlType.F32),
+    Tensor("matrix", (3, 64), GgmlType.F32),
+    Tensor("experts", (4, 5, 96), GgmlType.Q8_0),
+    Tensor("norm", (7,), GgmlType.F32),
 ]
 
 
@@ -85,7 +85,7 @@ def test_metadata_of_a_model_is_read_back(tmp_path: Path) -> None:
         metadata = {"general.architecture": METADATA["general.architecture"], **metadata_of(hp)}
         path = tmp_path / "a.gguf"
         path.unlink(missing_ok=True)
-        output = PlannedTensor("output.weight", (1, 32), GgmlType.F32)
+        output = Tensor("output.weight", (1, 32), GgmlType.F32)
         write(path, plan_gguf(metadata, [output]), {})
         assert replace(hyperparameters_of(read_gguf(path)), n_vocab=hp.n_vocab, name=hp.name) == hp
 

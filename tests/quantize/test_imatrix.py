@@ -14,12 +14,13 @@ from support.quantize_oracle import assert_same
 from support.tiny_gguf import DENSE, EIGHT_EXPERTS, MOE, NARROW, ODD, write_tiny
 
 from dsmoe_local.base.errors import UsageError
-from dsmoe_local.model.ggml import FLOATS, GgmlType, tensor_bytes, type_name
+from dsmoe_local.model.file_type import FILE_TYPES
+from dsmoe_local.model.ggml import FLOATS, GgmlType, tensor_bytes
 from dsmoe_local.model.gguf_file import read_gguf
 from dsmoe_quantize.imatrix import FEW, Imatrix, Statistics, merged, metadata_of_use
 from dsmoe_quantize.imatrix_file import read_imatrix, write_imatrix
 from dsmoe_quantize.policy.choice import Override, Overrides
-from dsmoe_quantize.policy.mixes import MIXES, file_type_of
+from dsmoe_quantize.policy.mixes import MIXES
 from dsmoe_quantize.policy.plan import UNWEIGHTED
 from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
@@ -74,11 +75,11 @@ def test_quantizing_equals_llama_cpp(
     weighed = {tensor.type for tensor in read_gguf(ours).tensors.values()} - UNWEIGHTED
     said = {key: field.value for key, field in metadata_of_use(imatrix).items()} if weighed else {}
     theirs = tmp_path / "theirs.gguf"
-    llama_quantize_with(as_llama_reads(matrix), source, theirs, file_type_of(resolve(word).name), said)
+    llama_quantize_with(as_llama_reads(matrix), source, theirs, FILE_TYPES[resolve(word).name], said)
     assert_same(ours, theirs)
 
 
-@pytest.mark.parametrize("kind", sorted(kernels.WRITABLE), ids=type_name)
+@pytest.mark.parametrize("kind", sorted(kernels.WRITABLE), ids=lambda kind: kind.name)
 def test_types_without_use_for_a_matrix(kind: GgmlType) -> None:
     """Guards: a file that is said to be made with a matrix that changed none of its bytes, or the reverse."""
     generator = np.random.default_rng(0)
@@ -167,7 +168,7 @@ def test_any_cut_gives_the_same_bytes(
     assert quantized(source, tmp_path / "cut.gguf", word, imatrix).read_bytes() == expected.read_bytes()
 
 
-@pytest.mark.parametrize("kind", sorted(kernels.WRITABLE - FLOATS), ids=type_name)
+@pytest.mark.parametrize("kind", sorted(kernels.WRITABLE - FLOATS), ids=lambda kind: kind.name)
 def test_what_the_text_never_used_is_kept(tmp_path: Path, kind: GgmlType) -> None:
     """Guards: blocks of no importance, which ggml's kernels encode as zeros: another text needs them."""
     imatrix = random_imatrix(MOE)

@@ -10,10 +10,11 @@ import pytest
 from support.quantize_oracle import assert_same, llama_quantize
 from support.tiny_gguf import DEEP, DENSE, EIGHT_EXPERTS, MOE, NARROW, ODD, write_tiny
 
+from dsmoe_local.model.file_type import FILE_TYPES
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import read_gguf
 from dsmoe_quantize.policy.choice import Override, Overrides
-from dsmoe_quantize.policy.mixes import FLOAT_TYPES, MIXES, file_type_of
+from dsmoe_quantize.policy.mixes import FLOAT_TYPES, MIXES
 from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
 from dsmoe_quantize.write import encoder
@@ -49,9 +50,7 @@ def quantized(
 def test_mix_equals_llama_cpp(models: dict[str, Path], tmp_path: Path, model: str, word: str) -> None:
     """A rule, fallback, counter or kernel call that differs from llama.cpp's."""
     ours = quantized(models[model], tmp_path / "ours.gguf", word)
-    assert_same(
-        ours, llama_quantize(models[model], tmp_path / "theirs.gguf", file_type_of(resolve(word).name))
-    )
+    assert_same(ours, llama_quantize(models[model], tmp_path / "theirs.gguf", FILE_TYPES[resolve(word).name]))
 
 
 @pytest.mark.parametrize("word", ["Q4_K_M", "Q4_K_S"])
@@ -59,7 +58,7 @@ def test_mix_equals_llama_cpp_with_28_layers(tmp_path: Path, word: str) -> None:
     """The layers with more bits, in a model as deep as the 16B one and with grouped queries."""
     source = write_tiny(tmp_path / "deep.gguf", DEEP)
     ours = quantized(source, tmp_path / "ours.gguf", word)
-    assert_same(ours, llama_quantize(source, tmp_path / "theirs.gguf", file_type_of(resolve(word).name)))
+    assert_same(ours, llama_quantize(source, tmp_path / "theirs.gguf", FILE_TYPES[resolve(word).name]))
 
 
 def test_80_dense_layers_equal_llama_cpp(tmp_path: Path) -> None:
@@ -67,7 +66,7 @@ def test_80_dense_layers_equal_llama_cpp(tmp_path: Path) -> None:
     hp = replace(DENSE, n_layers=80, n_dense_layers=80, n_kv_heads=1, ffn_size=32)
     source = write_tiny(tmp_path / "deep.gguf", hp)
     ours = quantized(source, tmp_path / "ours.gguf", "Q4_K_S")
-    assert_same(ours, llama_quantize(source, tmp_path / "theirs.gguf", file_type_of(resolve("Q4_K_S").name)))
+    assert_same(ours, llama_quantize(source, tmp_path / "theirs.gguf", FILE_TYPES[resolve("Q4_K_S").name]))
     assert read_gguf(ours).tensors["blk.40.attn_v.weight"].type is GgmlType.Q5_K
 
 
@@ -94,7 +93,7 @@ def test_overrides_equal_llama_cpp(models: dict[str, Path], tmp_path: Path, mode
     theirs = llama_quantize(
         models[model],
         tmp_path / "theirs.gguf",
-        file_type_of(resolve("q4_k_m").name),
+        FILE_TYPES[resolve("q4_k_m").name],
         {f"^{each.pattern.pattern}$": int(each.type) for each in overrides.tensors},
         token_embedding_type=int(GgmlType.Q5_K),
     )
@@ -108,7 +107,7 @@ def test_pure_equals_llama_cpp(models: dict[str, Path], tmp_path: Path, word: st
     theirs = llama_quantize(
         models["moe"],
         tmp_path / "theirs.gguf",
-        file_type_of(resolve(word).name),
+        FILE_TYPES[resolve(word).name],
         pure=True,
         output_tensor_type=int(GgmlType.Q6_K),
     )
@@ -121,7 +120,7 @@ def test_requantizing_equals_llama_cpp(models: dict[str, Path], tmp_path: Path, 
     source = quantized(models["eight experts"], tmp_path / "source.gguf", first)
     ours = quantized(source, tmp_path / "ours.gguf", "Q6_K", again=True)
     theirs = llama_quantize(
-        source, tmp_path / "theirs.gguf", file_type_of(resolve("Q6_K").name), allow_requantize=True
+        source, tmp_path / "theirs.gguf", FILE_TYPES[resolve("Q6_K").name], allow_requantize=True
     )
     assert_same(ours, theirs)
 
@@ -141,6 +140,4 @@ def test_any_cut_gives_the_same_bytes(
     monkeypatch.setattr(encoder, "SLAB_BYTES", 12345)
     monkeypatch.setattr(encoder, "PIECE_WEIGHTS", 1000)
     ours = quantized(models["moe"], tmp_path / "ours.gguf", word)
-    assert_same(
-        ours, llama_quantize(models["moe"], tmp_path / "theirs.gguf", file_type_of(resolve(word).name))
-    )
+    assert_same(ours, llama_quantize(models["moe"], tmp_path / "theirs.gguf", FILE_TYPES[resolve(word).name]))

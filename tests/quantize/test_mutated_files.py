@@ -16,8 +16,8 @@ from support.tiny_gguf import MOE
 from dsmoe_local.base import durable
 from dsmoe_local.base.errors import FileError
 from dsmoe_local.base.progress import ignore
-from dsmoe_local.model.ggml import GgmlType
-from dsmoe_local.model.gguf_writer import PlannedTensor, plan_gguf
+from dsmoe_local.model.ggml import GgmlType, Tensor
+from dsmoe_local.model.gguf_writer import plan_gguf
 from dsmoe_quantize.budget.sensitivity import Probe, Probes, Sensitivity, TensorErrors
 from dsmoe_quantize.budget.sensitivity_file import read_sensitivity, write_sensitivity
 from dsmoe_quantize.imatrix_file import read_imatrix, write_imatrix
@@ -124,7 +124,7 @@ def test_journals(n: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(durable, "sync", lambda descriptor: None)
     monkeypatch.setattr(durable, "sync_folder", lambda folder: None)
     out = tmp_path / "out.gguf"
-    plan = plan_gguf({}, [PlannedTensor(f"blk.{number}", (32,), GgmlType.F32) for number in range(9)])
+    plan = plan_gguf({}, [Tensor(f"blk.{number}", (32,), GgmlType.F32) for number in range(9)])
     finished = ["blk.1", "blk.2", "blk.3"]
 
     def opened() -> PartFile:

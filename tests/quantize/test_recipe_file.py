@@ -13,14 +13,13 @@ from support.quantize_oracle import llama_quantize, tensor_data
 from support.tiny_gguf import MOE, NARROW, ODD, write_tiny
 
 from dsmoe_local.base.errors import FileError, FormatError, UsageError
+from dsmoe_local.model.file_type import FILE_TYPES, RECIPE_KEY
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import read_gguf
-from dsmoe_local.model.layout import Role, tensor_specs
+from dsmoe_local.model.layout import UNQUANTIZED_ROLES, tensor_specs
 from dsmoe_local.model.presets import PRESETS
-from dsmoe_local.model.type_name import RECIPE_KEY
 from dsmoe_quantize.budget.error_weights import WEIGHTS
 from dsmoe_quantize.policy.choice import Overrides, parse_override
-from dsmoe_quantize.policy.mixes import file_type_of
 from dsmoe_quantize.policy.recipe_file import (
     format_layers,
     parse_recipe,
@@ -64,7 +63,6 @@ def recipes(draw: st.DrawFn) -> LayeredRecipe:
     return LayeredRecipe(
         draw(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}", fullmatch=True)),
         closest,
-        file_type_of(closest),
         types,
         draw(st.dictionaries(TYPES, TYPES)),
         draw(st.dictionaries(keys, values, max_size=4)),
@@ -89,13 +87,14 @@ def test_round_trip(recipe: LayeredRecipe) -> None:
 def test_written_by_hand() -> None:
     """Guards: a comment, a space or a small letter that a person writes and the reader refuses."""
     recipe = parse_recipe(HAND_MADE, "test")
-    assert recipe.type_of("token_embd.weight", False)[0] is GgmlType.Q4_K
-    assert recipe.type_of("token_embd.weight", True)[0] is GgmlType.Q6_K, "the output, too"
+    assert recipe.type_of("token_embd.weight", MOE)[0] is GgmlType.Q4_K
+    tied = replace(MOE, tied_embeddings=True)
+    assert recipe.type_of("token_embd.weight", tied)[0] is GgmlType.Q6_K, "the output, too"
     for layer, kind in ((0, GgmlType.Q8_0), (1, GgmlType.Q8_0), (2, GgmlType.Q6_K), (99, GgmlType.Q6_K)):
-        assert recipe.type_of(f"blk.{layer}.attn_v.weight", False)[0] is kind
-    assert recipe.type_of("blk.7.ffn_up_exps.weight", False)[0] is GgmlType.Q4_K
+        assert recipe.type_of(f"blk.{layer}.attn_v.weight", MOE)[0] is kind
+    assert recipe.type_of("blk.7.ffn_up_exps.weight", MOE)[0] is GgmlType.Q4_K
     with pytest.raises(UsageError, match=r"no type for routed-gate-up\.9"):
-        recipe.type_of("blk.9.ffn_up_exps.weight", False)
+        recipe.type_of("blk.9.ffn_up_exps.weight", MOE)
     assert recipe.fallbacks == RECIPE_FALLBACKS
     assert recipe.closest == "Q4_K_M", "its base is the most frequent type"
 
@@ -158,10 +157,9 @@ def test_every_matrix_has_a_group(name: str) -> None:
     """Guards: a tensor of which no recipe can speak, or a kind without a weight."""
     if name not in PRESETS:
         pytest.skip("no such preset")
-    kept = (Role.NORM, Role.ROUTER)
     for spec in tensor_specs(PRESETS[name].hp):
-        group = group_of(spec.name, False)
-        assert (group is None) == (spec.role in kept), spec.name
+        group = group_of(spec.name, PRESETS[name].hp)
+        assert (group is None) == (spec.role in UNQUANTIZED_ROLES), spec.name
         assert group is None or group.layer == spec.layer
     assert set(KINDS) == set(WEIGHTS)
 
@@ -226,7 +224,7 @@ def test_in_the_metadata(tmp_path: Path) -> None:
     quantize_file(plan_quantization(source, recipe), tmp_path / "first.gguf")
     kept = read_gguf(tmp_path / "first.gguf")
     assert parse_recipe(kept.get(RECIPE_KEY), "metadata") == recipe
-    assert kept.get("general.file_type") == file_type_of("Q4_K_M")
+    assert kept.get("general.file_type") == FILE_TYPES["Q4_K_M"]
     plan = plan_quantization(tmp_path / "first.gguf", resolve("Q8_0"), allow_requantize=True)
     quantize_file(plan, tmp_path / "again.gguf")
     assert read_gguf(tmp_path / "again.gguf").get(RECIPE_KEY) is None

@@ -14,9 +14,9 @@ from dsmoe_local.base.config_file import config_path
 from dsmoe_local.base.errors import FileError, FormatError, UsageError
 from dsmoe_local.base.paths import cache_folder
 from dsmoe_local.cli.commands import load_command
+from dsmoe_local.model.file_type import RECIPE_KEY
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import read_gguf
-from dsmoe_local.model.type_name import RECIPE_KEY
 from dsmoe_quantize.budget.explanation import stated_reasons
 from dsmoe_quantize.budget.fast_kernels import CPUS
 from dsmoe_quantize.errors import RequantizeError
@@ -228,7 +228,7 @@ def test_types_asked_for_are_explained(source: Path) -> None:
     plan = plan_quantization(source, resolve("Q4_K_M"), Overrides(output=GgmlType.F16))
     reasons = stated_reasons(plan)
     assert sum(each.n_bytes for each in reasons) == sum(
-        choice.n_bytes for choice in plan.choices if may_change(choice.tensor)
+        choice.n_bytes for choice in plan.choices if may_change(choice)
     )
     values = {each.layers: (each.type, each.why) for each in reasons if each.kind == "attention-value"}
     assert values == {

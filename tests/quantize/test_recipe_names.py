@@ -7,13 +7,11 @@ from dataclasses import replace
 import pytest
 from support.tiny_gguf import MOE, NARROW, ODD
 
-from dsmoe_local.model.ggml import GgmlType, tensor_bytes
-from dsmoe_local.model.gguf_writer import PlannedTensor
-from dsmoe_local.model.hyperparameters import Hyperparameters
-from dsmoe_local.model.layout import Role, tensor_specs
+from dsmoe_local.model.file_type import FILE_TYPES
+from dsmoe_local.model.ggml import GgmlType
+from dsmoe_local.model.layout import tensor_specs, unquantized
 from dsmoe_local.model.presets import PRESETS
 from dsmoe_quantize.policy.choice import choose_types
-from dsmoe_quantize.policy.mixes import file_type_of
 from dsmoe_quantize.policy.named_recipes import RECIPES, NamedRecipe, TypeWords
 from dsmoe_quantize.policy.recipe_file import parse_recipe, render_recipe
 from dsmoe_quantize.policy.recipes import KINDS, LAYER_RULES, OTHERS, group_of, recipe_for
@@ -22,14 +20,6 @@ from dsmoe_quantize.policy.types import known_words, resolve, settled
 BIG = PRESETS["deepseekmoe-16b"].hp
 DEPTHS = (1, 2, 6, 8, 28, 62)
 EVERY = [pytest.param(recipe, id=name) for name, recipe in RECIPES.items()]
-
-
-def unquantized(hp: Hyperparameters) -> list[PlannedTensor]:
-    kept = (Role.NORM, Role.ROUTER)
-    return [
-        PlannedTensor(spec.name, spec.shape, GgmlType.F32 if spec.role in kept else GgmlType.BF16)
-        for spec in tensor_specs(hp)
-    ]
 
 
 def layered(types: dict[str, TypeWords]) -> NamedRecipe:
@@ -45,7 +35,7 @@ def test_every_tensor_has_a_type_at_every_depth(recipe: NamedRecipe, depth: int)
     )
     for hp in (MOE, NARROW, ODD, replace(MOE, tied_embeddings=True)):
         deep = replace(hp, n_layers=depth, n_dense_layers=min(hp.n_dense_layers, depth))
-        chosen = choose_types(unquantized(deep), deep, recipe)
+        chosen = choose_types(unquantized(deep, GgmlType.BF16), deep, recipe)
         assert len(chosen) == len(tensor_specs(deep))
 
 
@@ -57,7 +47,7 @@ def test_a_recipe_file_says_the_same(recipe: NamedRecipe) -> None:
         again = parse_recipe(render_recipe(found), "test")
         assert again == found
         assert found.name == recipe.name
-        assert found.file_type == file_type_of(recipe.closest)
+        assert found.file_type == FILE_TYPES[recipe.closest]
 
 
 def test_layers_by_depth() -> None:
@@ -131,8 +121,8 @@ def test_types_of_the_16b_model(word: str, expected: dict[str, set[str]]) -> Non
     """Guards: a group that gets another type than the table says, in any layer."""
     found: dict[str, set[str]] = {}
     more_bits = set()
-    for choice in choose_types(unquantized(BIG), BIG, resolve(word)):
-        group = group_of(choice.name, False)
+    for choice in choose_types(unquantized(BIG, GgmlType.BF16), BIG, resolve(word)):
+        group = group_of(choice.name, MOE)
         if group is not None:
             found.setdefault(group.kind, set()).add(choice.type.name)
             if choice.type is MORE_BITS.get((word, group.kind)):
@@ -156,13 +146,12 @@ def test_budgets_of_the_16b_model(word: str) -> None:
 
 def weight_of(word: str) -> tuple[float, float]:
     """Bytes of all weights, and of those that a token reads: 6 of 64 routed experts, and no embedding."""
-    tensors = unquantized(BIG)
     size = per_token = 0.0
-    for choice, tensor in zip(choose_types(tensors, BIG, resolve(word)), tensors, strict=True):
-        n_bytes = tensor_bytes(choice.type, tensor.shape)
-        size += n_bytes
+    for choice in choose_types(unquantized(BIG, GgmlType.BF16), BIG, resolve(word)):
+        size += choice.n_bytes
         share = {"_exps.weight": 6 / 64, "token_embd.weight": 0.0}
-        per_token += n_bytes * next((part for end, part in share.items() if tensor.name.endswith(end)), 1.0)
+        fraction = next((part for end, part in share.items() if choice.name.endswith(end)), 1.0)
+        per_token += choice.n_bytes * fraction
     return size, per_token
 
 
@@ -172,10 +161,8 @@ def weight_of(word: str) -> tuple[float, float]:
 )
 def test_bytes_of_the_16b_model(word: str, n_bytes: int) -> None:
     """Guards: a type that changes by accident: what the README says of q4."""
-    tensors = unquantized(BIG)
-    chosen = choose_types(tensors, BIG, resolve(word))
-    pairs = zip(chosen, tensors, strict=True)
-    assert sum(tensor_bytes(choice.type, tensor.shape) for choice, tensor in pairs) == n_bytes
+    chosen = choose_types(unquantized(BIG, GgmlType.BF16), BIG, resolve(word))
+    assert sum(choice.n_bytes for choice in chosen) == n_bytes
 
 
 def test_words_follow_from_the_table() -> None:

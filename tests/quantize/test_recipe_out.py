@@ -14,9 +14,9 @@ from support.tiny_gguf import MOE, NARROW, write_tiny
 from dsmoe_local.base.errors import FileError, UsageError
 from dsmoe_local.base.paths import cache_folder
 from dsmoe_local.cli.commands import load_command
+from dsmoe_local.model.file_type import RECIPE_KEY, file_type_name
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import read_gguf
-from dsmoe_local.model.type_name import RECIPE_KEY, file_type_name
 from dsmoe_quantize.imatrix import Imatrix
 from dsmoe_quantize.imatrix_file import write_imatrix
 from dsmoe_quantize.policy.choice import Overrides, parse_override

@@ -14,14 +14,14 @@ from support.tiny_gguf import DENSE, MOE, NARROW, ODD, write_tiny
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.sizes import parse_size
-from dsmoe_local.model.ggml import GgmlType, bits_per_weight, type_name
+from dsmoe_local.model.file_type import RECIPE_KEY
+from dsmoe_local.model.ggml import GgmlType, bits_per_weight
 from dsmoe_local.model.gguf_file import Field, GgufFile, TensorInfo, read_gguf
 from dsmoe_local.model.gguf_model import metadata_of, read_model
 from dsmoe_local.model.gguf_writer import ARCHITECTURE_KEY
 from dsmoe_local.model.hyperparameters import Hyperparameters
-from dsmoe_local.model.layout import Role, role_of, tensor_specs
+from dsmoe_local.model.layout import Role, role_of, unquantized
 from dsmoe_local.model.presets import PRESETS
-from dsmoe_local.model.type_name import RECIPE_KEY
 from dsmoe_quantize.budget import cost_model
 from dsmoe_quantize.budget.cost_model import Budget, CostModel
 from dsmoe_quantize.budget.error_weights import WEIGHTS
@@ -45,12 +45,8 @@ def costs_of(path: Path, overrides: Overrides | None = None, cpu: str = "none") 
 
 def shaped(hp: Hyperparameters, cpu: str = "x86-avx2") -> CostModel:
     """A model of this shape without any weights; errors fall fourfold with each bit."""
-    kept = (Role.NORM, Role.ROUTER)
     tensors = {
-        spec.name: TensorInfo(
-            spec.name, spec.shape, GgmlType.F32 if spec.role in kept else GgmlType.BF16, 0, 0
-        )
-        for spec in tensor_specs(hp)
+        each.name: TensorInfo(each.name, each.shape, each.type, 0) for each in unquantized(hp, GgmlType.BF16)
     }
     metadata = {ARCHITECTURE_KEY: Field(hp.architecture, GGUFValueType.STRING), **metadata_of(hp)}
     file = GgufFile(Path("shape.gguf"), metadata, tensors, 32, 0, (0, 0, 0))
@@ -313,8 +309,8 @@ def test_every_group_is_explained(moe: CostModel) -> None:
     assert sum(each.error_share or 0.0 for each in found) == pytest.approx(1)
     assert all(each.why for each in found)
     for each in found:
-        assert f"{type_name(each.type)} saves" not in each.why
-        assert f"{type_name(each.type)} costs" not in each.why
+        assert f"{each.type.name} saves" not in each.why
+        assert f"{each.type.name} costs" not in each.why
         if each.kind == "routed-down":
             assert "256 does not divide 96 columns" in each.why
 

@@ -10,10 +10,9 @@ import pytest
 from support.tiny_gguf import MOE, NARROW, ODD
 
 from dsmoe_local.base.errors import UsageError
-from dsmoe_local.model.ggml import GgmlType, tensor_bytes
-from dsmoe_local.model.gguf_writer import PlannedTensor
+from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.hyperparameters import Hyperparameters
-from dsmoe_local.model.layout import Role, role_of, tensor_specs
+from dsmoe_local.model.layout import Role, role_of, unquantized
 from dsmoe_local.model.presets import PRESETS
 from dsmoe_quantize.policy.choice import Overrides, TensorChoice, choose_types, fallback_notes, parse_override
 from dsmoe_quantize.policy.types import known_words, parse_target, resolve
@@ -22,22 +21,13 @@ from dsmoe_quantize.quantize import default_output
 BIG = PRESETS["deepseekmoe-16b"].hp
 
 
-def tensors(hp: Hyperparameters) -> list[PlannedTensor]:
-    """The tensors of an unquantized file."""
-    kept = (Role.NORM, Role.ROUTER)
-    return [
-        PlannedTensor(spec.name, spec.shape, GgmlType.F32 if spec.role in kept else GgmlType.BF16)
-        for spec in tensor_specs(hp)
-    ]
-
-
 def choose(hp: Hyperparameters, word: str, overrides: Overrides | None = None) -> dict[str, TensorChoice]:
-    return {each.name: each for each in choose_types(tensors(hp), hp, resolve(word), overrides)}
+    tensors = unquantized(hp, GgmlType.BF16)
+    return {each.name: each for each in choose_types(tensors, hp, resolve(word), overrides)}
 
 
 def gigabytes(hp: Hyperparameters, word: str) -> float:
-    chosen = choose(hp, word)
-    return sum(tensor_bytes(chosen[each.name].type, each.shape) for each in tensors(hp)) / 1e9
+    return sum(each.n_bytes for each in choose(hp, word).values()) / 1e9
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,6 @@ from benchmarks.support.quality.variants import (
 )
 from benchmarks.support.sizes import size_of, types_digest
 from dsmoe_local.base.errors import UsageError
-from dsmoe_local.model.ggml import type_name
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_quantize.budget import sensitivity_file
 from dsmoe_quantize.budget.cost_model import Budget, CostModel
@@ -74,7 +73,7 @@ def costs_from(path: Path | None, source: Path) -> Costs:
     probes = found.probes
     if probes is None:
         return Costs(found.weights, "written by hand")
-    types = ", ".join(map(type_name, probes.types))
+    types = ", ".join(kind.name for kind in probes.types)
     text = f"{probes.n_windows} windows of {probes.n_context} tokens of {probes.text}"
     return Costs(found.weights, f"measured with {types} on {text}")
 

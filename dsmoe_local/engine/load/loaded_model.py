@@ -23,11 +23,11 @@ from dsmoe_local.engine.prompts.encoder import PromptEncoder
 from dsmoe_local.engine.prompts.template import ChatTemplate
 from dsmoe_local.engine.schedule.plan import Limits
 from dsmoe_local.engine.types import ALL_LAYERS, ModelInfo, ModelOptions
+from dsmoe_local.model.file_type import file_type_name
 from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.identity import exact_identity
-from dsmoe_local.model.type_name import file_type_name
 
 _MIN_CONTEXT = 32
 _MAX_TOKENS = (1 << 24) - 1

@@ -14,11 +14,9 @@ from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelInfo, ModelOptions
 from dsmoe_local.evaluate.speed.machine import Bandwidth, peak_memory
 from dsmoe_local.evaluate.speed.timing import Timed, Workload, time_workloads
-from dsmoe_local.model.cost import parameters, shares
-from dsmoe_local.model.ggml import parse_type, row_bytes
+from dsmoe_local.model.cost import bytes_per_token, kv_bytes_per_token, parameters
+from dsmoe_local.model.file_type import file_type_name
 from dsmoe_local.model.gguf_model import read_model
-from dsmoe_local.model.layout import tensor_specs
-from dsmoe_local.model.type_name import file_type_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,13 +134,12 @@ def reads_of(path: Path, options: ModelOptions) -> Reads:
     file, hp = read_model(path)
     if options.n_experts_per_token is not None:
         hp = replace(hp, n_experts_per_token=options.n_experts_per_token)
-    types = [(spec, file.tensors[spec.name].type) for spec in tensor_specs(hp)]
-    cache = [row_bytes(parse_type(word), hp.kv_size) for word in (options.cache_type_k, options.cache_type_v)]
+
     return Reads(
         file_type_name(file),
         parameters(hp).activated,
-        sum(share.n_bytes_per_token for share in shares(hp, types)),
-        hp.n_layers * sum(cache),
+        bytes_per_token(hp, file.tensors.values()),
+        kv_bytes_per_token(hp, options.cache_type_k, options.cache_type_v),
     )
 
 

@@ -18,14 +18,12 @@ from dsmoe_local.model.cost import read_fraction
 from dsmoe_local.model.ggml import FLOATS, GgmlType, tensor_bytes
 from dsmoe_local.model.gguf_file import GgufFile, TensorInfo
 from dsmoe_local.model.hyperparameters import Hyperparameters
-from dsmoe_local.model.layout import role_of
 from dsmoe_quantize.budget.error_weights import error_weights
 from dsmoe_quantize.budget.fast_kernels import is_fast
 from dsmoe_quantize.budget.sensitivity import Sensitivity
 from dsmoe_quantize.budget.solver import Option, Problem, Solution, solve
 from dsmoe_quantize.imatrix import Imatrix
 from dsmoe_quantize.policy.choice import Overrides, TensorChoice, fixed_types
-from dsmoe_quantize.policy.mixes import file_type_of
 from dsmoe_quantize.policy.recipe_file import closest_mix
 from dsmoe_quantize.policy.recipes import RECIPE_FALLBACKS, Group, LayeredRecipe, condensed, group_of
 from dsmoe_quantize.quantize import Plan, plan_file
@@ -113,17 +111,16 @@ class CostModel:
         self.overrides = overrides or Overrides()
         self.imatrix = imatrix
         self.sensitivity = sensitivity
-        self._tied = "output.weight" not in file.tensors
         self._alignment = file.alignment
         self._energies = self._energies_of_groups()
         self.error_weights = error_weights(self._energies.keys(), sensitivity.weights)
-        base = LayeredRecipe("base", "F16", 1, {}, RECIPE_FALLBACKS)
+        base = LayeredRecipe("base", "F16", {}, RECIPE_FALLBACKS)
         tensors = list(file.tensors.values())
         self.fixed_types = fixed_types(tensors, hp, base, self.overrides)
         self.fixed = self.figures(self.fixed_types.values())
         self.groups = self._groups(tensors)
         self.n_weights = sum(tensor.n_weights for tensor in tensors)
-        self.n_read = sum(tensor.n_weights * self._read_fraction(tensor) for tensor in tensors)
+        self.n_read = sum(tensor.n_weights * read_fraction(hp, tensor.name) for tensor in tensors)
 
     def figures(self, choices: Iterable[TensorChoice]) -> Figures:
         """Return the costs of tensors in the types chosen. KeyError if one was not measured."""
@@ -152,14 +149,10 @@ class CostModel:
             # The header contains the recipe, so its size is known only now.
             header += solved.file_size - budget.size
 
-    def _read_fraction(self, tensor: TensorInfo) -> float:
-        role = role_of(tensor.name)
-        return read_fraction(self.hp, role) if role else 1.0
-
     def _energies_of_groups(self) -> dict[Group, float]:
         energies: dict[Group, float] = {}
         for name, measured in self.sensitivity.tensors.items():
-            group = group_of(name, self._tied)
+            group = group_of(name, self.hp)
             if group is not None:
                 energy = measured.energy * measured.n_weights / measured.n_tried
                 energies[group] = energies.get(group, 0.0) + energy
@@ -167,7 +160,7 @@ class CostModel:
 
     def _figures(self, tensor: TensorInfo, kind: GgmlType) -> Figures:
         n_bytes = tensor_bytes(kind, tensor.shape)
-        fraction = self._read_fraction(tensor)
+        fraction = read_fraction(self.hp, tensor.name)
         is_matrix = tensor.name in self.sensitivity.tensors
         slow = is_matrix and not is_fast(self.cpu, kind, tensor.shape)
         return Figures(
@@ -179,7 +172,7 @@ class CostModel:
 
     def _error(self, tensor: TensorInfo, kind: GgmlType) -> float:
         measured = self.sensitivity.tensors[tensor.name]
-        group = group_of(tensor.name, self._tied)
+        group = group_of(tensor.name, self.hp)
         assert group is not None  # only tensors in groups are measured
         weight, energy = self.error_weights.of[group], self._energies[group]
         # Float types lose next to nothing, and are measured only where no block type fits.
@@ -190,7 +183,7 @@ class CostModel:
     def _groups(self, tensors: Sequence[TensorInfo]) -> list[GroupOptions]:
         members: dict[Group, list[TensorInfo]] = {}
         for tensor in tensors:
-            group = group_of(tensor.name, self._tied)
+            group = group_of(tensor.name, self.hp)
             if group is not None and tensor.name not in self.fixed_types:
                 members.setdefault(group, []).append(tensor)
         return [self._options(group, each) for group, each in members.items()]
@@ -320,7 +313,7 @@ class CostModel:
             weights[picks[each.group]] += sum(tensor.n_weights for tensor in each.tensors)
         closest = closest_mix([max(weights, key=lambda kind: (weights[kind], -kind))]) if weights else "F16"
         types = _layered(picks)
-        return LayeredRecipe(name, closest, file_type_of(closest), types, RECIPE_FALLBACKS, about)
+        return LayeredRecipe(name, closest, types, RECIPE_FALLBACKS, about)
 
     def _plan(self, recipe: LayeredRecipe) -> Plan:
         return plan_file(self.file, self.hp, recipe, self.overrides, self.imatrix)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.sizes import format_size
-from dsmoe_local.model.ggml import GgmlType, block_size, type_name
+from dsmoe_local.model.ggml import GgmlType, block_size
 from dsmoe_quantize.budget.cost_model import Budget, CostModel, Figures, GroupOptions, Solved
 from dsmoe_quantize.budget.fast_kernels import is_fast
 from dsmoe_quantize.policy.choice import choose_types
@@ -112,10 +112,9 @@ def reasons(costs: CostModel, solved: Solved) -> list[Reason]:
 
 def stated_reasons(plan: Plan) -> list[Reason]:
     """Like `reasons`, for a type that was asked for by name: the reasons are those of the choices."""
-    tied = all(choice.name != "output.weight" for choice in plan.choices)
     merged: dict[tuple[str, GgmlType, str], list[tuple[Group, int]]] = {}
     for choice in plan.choices:
-        group = group_of(choice.name, tied)
+        group = group_of(choice.name, plan.hp)
         if group is not None:
             stated = choice.reason.removesuffix(f", {group}") or plan.type.name
             why = "; ".join(filter(None, (stated, choice.misfit)))
@@ -180,9 +179,9 @@ def _step(solved: Solved, here: Figures, others: Mapping[GgmlType, Figures], way
     size = format_size(abs(figures.n_bytes - here.n_bytes))
     if way == "more":
         sign = "+" if figures.n_bytes >= here.n_bytes else "-"
-        text = f"{type_name(kind)} saves {here.error - figures.error:.1e} for {sign}{size}"
+        text = f"{kind.name} saves {here.error - figures.error:.1e} for {sign}{size}"
         return f"{text}, {ratio:.2g} x what that saves elsewhere" if ratio > 0 else text
-    text = f"{type_name(kind)} costs {figures.error - here.error:.1e} for -{size}"
+    text = f"{kind.name} costs {figures.error - here.error:.1e} for -{size}"
     return f"{text}, {ratio:.2g} x what that saves elsewhere" if ratio > 0 else text
 
 

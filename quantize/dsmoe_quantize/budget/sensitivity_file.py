@@ -26,7 +26,7 @@ from dsmoe_local.base import durable
 from dsmoe_local.base.errors import FileError, FormatError, UsageError
 from dsmoe_local.base.paths import cache_folder
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.model.ggml import GgmlType, type_name
+from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.identity import file_identity
 from dsmoe_quantize.budget.sensitivity import SAMPLE, Probe, Probes, Sensitivity, TensorErrors
@@ -139,7 +139,7 @@ def write_sensitivity(sensitivity: Sensitivity, path: Path) -> None:
                 "n_weights": each.n_weights,
                 "n_tried": each.n_tried,
                 "energy": each.energy,
-                "errors": {type_name(kind): error for kind, error in sorted(each.errors.items())},
+                "errors": {kind.name: error for kind, error in sorted(each.errors.items())},
             }
             for name, each in sensitivity.tensors.items()
         },
@@ -160,10 +160,10 @@ def _probes_as_json(probes: Probes) -> dict[str, Any]:
         "n_context": probes.n_context,
         "n_windows": probes.n_windows,
         "n_windows_of_text": probes.n_windows_of_text,
-        "types": [type_name(kind) for kind in probes.types],
+        "types": [kind.name for kind in probes.types],
         "floor": probes.floor,
         "groups": {
-            group: {type_name(kind): asdict(probe) for kind, probe in sorted(found.items())}
+            group: {kind.name: asdict(probe) for kind, probe in sorted(found.items())}
             for group, found in probes.groups.items()
         },
     }

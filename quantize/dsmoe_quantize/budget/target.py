@@ -11,7 +11,7 @@ from pathlib import Path
 from dsmoe_local.base.durable import locked
 from dsmoe_local.base.errors import FileError, LockedError
 from dsmoe_local.base.progress import Listener, Note, ignore
-from dsmoe_local.model.ggml import FLOATS, type_name
+from dsmoe_local.model.ggml import FLOATS
 from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_quantize.budget import sensitivity_file
@@ -55,7 +55,7 @@ def refuse_quantized(file: GgufFile) -> None:
     if found:
         raise RequantizeError(
             f"{len(found)} tensors are quantized already",
-            where=f"{found[0].name}: {type_name(found[0].type)}",
+            where=f"{found[0].name}: {found[0].type.name}",
             remedy="start from the unquantized file, or lose quality twice with --allow-requantize",
         )
 

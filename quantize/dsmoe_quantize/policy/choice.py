@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from collections import Counter
@@ -11,10 +10,9 @@ from dataclasses import dataclass
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.model.ggml import FLOATS, GgmlType, block_size, tensor_bytes, type_name
-from dsmoe_local.model.gguf_writer import TensorLike
+from dsmoe_local.model.ggml import FLOATS, GgmlType, Tensor, block_size
 from dsmoe_local.model.hyperparameters import Hyperparameters
-from dsmoe_local.model.layout import Role, group_kind_of, role_of
+from dsmoe_local.model.layout import GroupKind, Role, group_kind_of, role_of
 from dsmoe_quantize.policy.mixes import FALLBACKS, MixWalk, walk_order
 from dsmoe_quantize.policy.named_recipes import NamedRecipe
 from dsmoe_quantize.policy.recipes import LayeredRecipe
@@ -46,46 +44,31 @@ class Overrides:
 
 
 @dataclass(frozen=True, slots=True)
-class TensorChoice:
-    """The type chosen for a tensor, and the reason. `misfit` says why the wanted type could not be used.
+class TensorChoice(Tensor):
+    """A tensor of the new file: `type` is the type chosen for it, and `reason` says why.
 
-    `tensor` is the source's, or the tensor as an unquantized file would have it.
+    `source_type` is its type in the source, or in the unquantized file that a checkpoint would give. `misfit`
+    says why the wanted type could not be used.
     """
 
-    tensor: TensorLike
-    type: GgmlType
+    source_type: GgmlType
     reason: str = ""
     misfit: str = ""
 
-    @property
-    def name(self) -> str:
-        """The tensor's name."""
-        return self.tensor.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The tensor's shape, slowest dimension first."""
-        return self.tensor.shape
-
-    @property
-    def n_weights(self) -> int:
-        """Number of weights."""
-        return math.prod(self.tensor.shape)
-
-    @property
-    def n_bytes(self) -> int:
-        """Its size in the new file."""
-        return tensor_bytes(self.type, self.tensor.shape)
+    @classmethod
+    def of(cls, tensor: Tensor, kind: GgmlType, reason: str = "", misfit: str = "") -> TensorChoice:
+        """Return the choice of `kind` for a tensor of the source."""
+        return cls(tensor.name, tensor.shape, kind, tensor.type, reason, misfit)
 
     @property
     def changes(self) -> bool:
         """True if the tensor gets another type than it has."""
-        return self.type is not self.tensor.type
+        return self.type is not self.source_type
 
     @property
     def is_requantized(self) -> bool:
         """True if the tensor is quantized already and changes its type."""
-        return self.changes and self.tensor.type not in FLOATS
+        return self.changes and self.source_type not in FLOATS
 
     @property
     def is_override(self) -> bool:
@@ -96,7 +79,7 @@ class TensorChoice:
 def label_of(choice: TypeChoice, overrides: Overrides) -> str:
     """Return the type's name for file names; of a `pure` mix it is that of its base type."""
     if overrides.pure and not isinstance(choice, NamedRecipe | LayeredRecipe):
-        return type_name(choice.base)
+        return choice.base.name
     return choice.name
 
 
@@ -118,7 +101,7 @@ def parse_override(text: str) -> Override:
 
 
 def choose_types(
-    tensors: Sequence[TensorLike],
+    tensors: Sequence[Tensor],
     hp: Hyperparameters,
     choice: TypeChoice,
     overrides: Overrides | None = None,
@@ -136,7 +119,7 @@ def choose_types(
             f"{choice.name} is a recipe of several types", remedy="use --pure with one type, such as q4_k"
         )
     refuse_unmatched(tensors, overrides)
-    chooser = _Chooser(hp, settled(choice, hp), overrides, [tensor.name for tensor in tensors], imatrix)
+    chooser = _Chooser(tensors, hp, settled(choice, hp), overrides, imatrix)
     chosen = {
         tensor.name: chooser.choose(tensor)
         for tensor in sorted(tensors, key=lambda each: walk_order(each.name))
@@ -144,7 +127,7 @@ def choose_types(
     return [chosen[tensor.name] for tensor in tensors]
 
 
-def refuse_unmatched(tensors: Sequence[TensorLike], overrides: Overrides) -> None:
+def refuse_unmatched(tensors: Sequence[Tensor], overrides: Overrides) -> None:
     """UsageError for a --tensor-type that matches no tensor, which is most likely a typing error."""
     found = (_override(overrides, tensor.name) for tensor in tensors if may_change(tensor))
     matched = {override.pattern.pattern for override in found if override}
@@ -162,10 +145,10 @@ def _override(overrides: Overrides, name: str) -> Override | None:
 
 
 def fixed_types(
-    tensors: Sequence[TensorLike], hp: Hyperparameters, recipe: LayeredRecipe, overrides: Overrides
+    tensors: Sequence[Tensor], hp: Hyperparameters, recipe: LayeredRecipe, overrides: Overrides
 ) -> dict[str, TensorChoice]:
     """The choices, by name, that no recipe decides: vectors, routers, and tensors that `overrides` name."""
-    chooser = _Chooser(hp, recipe, overrides, [tensor.name for tensor in tensors], False)
+    chooser = _Chooser(tensors, hp, recipe, overrides, False)
     choices = (chooser.fixed(tensor) for tensor in tensors)
     return {choice.name: choice for choice in choices if choice}
 
@@ -174,12 +157,12 @@ def fallback_notes(choices: Sequence[TensorChoice]) -> list[str]:
     """Return one line for each kind of fallback among `choices`."""
     counts = Counter((each.misfit, each.type) for each in choices if each.misfit)
     return [
-        f"{misfit}; {count} tensor{'s' if count > 1 else ''} in {type_name(kind)} instead"
+        f"{misfit}; {count} tensor{'s' if count > 1 else ''} in {kind.name} instead"
         for (misfit, kind), count in counts.items()
     ]
 
 
-def may_change(tensor: TensorLike) -> bool:
+def may_change(tensor: Tensor) -> bool:
     """True if --type applies to a tensor: it is a matrix of weights other than a router."""
     is_vector = all(size == 1 for size in tensor.shape[:-1])
     return not is_vector and group_kind_of(tensor.name) is not None
@@ -189,53 +172,57 @@ class _Chooser:
     """Chooses types, for tensors that are given in llama.cpp's order."""
 
     def __init__(
-        self, hp: Hyperparameters, choice: SettledType, overrides: Overrides, names: list[str], imatrix: bool
+        self,
+        tensors: Sequence[Tensor],
+        hp: Hyperparameters,
+        choice: SettledType,
+        overrides: Overrides,
+        imatrix: bool,
     ) -> None:
+        self._hp = hp
         self._choice = choice
         self._overrides = overrides
-        self._tied = "output.weight" not in names
         self._walk = (
             None
             if isinstance(choice, LayeredRecipe) or choice.base in FLOATS
-            else MixWalk(choice, hp, names, imatrix=imatrix)
+            else MixWalk(choice, hp, [tensor.name for tensor in tensors], imatrix=imatrix)
         )
         self._fallbacks: Mapping[GgmlType, GgmlType] = (
             choice.fallbacks if isinstance(choice, LayeredRecipe) else FALLBACKS
         )
 
-    def choose(self, tensor: TensorLike) -> TensorChoice:
+    def choose(self, tensor: Tensor) -> TensorChoice:
         return self.fixed(tensor) or self._fitting(tensor, *self._by_type(tensor))
 
-    def fixed(self, tensor: TensorLike) -> TensorChoice | None:
+    def fixed(self, tensor: Tensor) -> TensorChoice | None:
         """Return the choice for a tensor that --type does not decide; None if it does."""
         if not may_change(tensor):
-            return TensorChoice(tensor, tensor.type, "never quantized")
+            return TensorChoice.of(tensor, tensor.type, "never quantized")
         overridden = self._overridden(tensor)
         return self._fitting(tensor, *overridden) if overridden else None
 
-    def _overridden(self, tensor: TensorLike) -> tuple[GgmlType, str] | None:
+    def _overridden(self, tensor: Tensor) -> tuple[GgmlType, str] | None:
         override = _override(self._overrides, tensor.name)
-        role = role_of(tensor.name)
-        if role is Role.EMBEDDING and self._overrides.embedding is not None:
+        if role_of(tensor.name) is Role.EMBEDDING and self._overrides.embedding is not None:
             return self._overrides.embedding, "--embedding-type"
-        is_output = role is Role.OUTPUT or (role is Role.EMBEDDING and self._tied)
+        is_output = group_kind_of(tensor.name, self._hp) is GroupKind.OUTPUT
         if is_output and self._overrides.output is not None:
             return self._overrides.output, "--output-type"
         return (override.type, "--tensor-type") if override else None
 
-    def _by_type(self, tensor: TensorLike) -> tuple[GgmlType, str]:
+    def _by_type(self, tensor: Tensor) -> tuple[GgmlType, str]:
         if isinstance(self._choice, LayeredRecipe):
-            return self._choice.type_of(tensor.name, self._tied)
+            return self._choice.type_of(tensor.name, self._hp)
         if self._walk is None or self._overrides.pure:
             return self._choice.base, "--pure" if self._overrides.pure else ""
         return self._walk.type_of(tensor.name, tensor.shape[-1])
 
-    def _fitting(self, tensor: TensorLike, wanted: GgmlType, reason: str) -> TensorChoice:
+    def _fitting(self, tensor: Tensor, wanted: GgmlType, reason: str) -> TensorChoice:
         columns = tensor.shape[-1]
         if columns % block_size(wanted) == 0:
-            return TensorChoice(tensor, wanted, reason)
+            return TensorChoice.of(tensor, wanted, reason)
         kind = self._fallbacks.get(wanted, wanted)
         if columns % block_size(kind):
             kind = GgmlType.F16
-        misfit = f"{block_size(wanted)} does not divide {columns} columns: no {type_name(wanted)}"
-        return TensorChoice(tensor, kind, reason, misfit)
+        misfit = f"{block_size(wanted)} does not divide {columns} columns: no {wanted.name}"
+        return TensorChoice.of(tensor, kind, reason, misfit)

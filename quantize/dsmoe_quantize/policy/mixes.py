@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from dsmoe_local.model.file_type import FILE_TYPES
 from dsmoe_local.model.ggml import GgmlType, block_size
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import GroupKind, group_kind_of, layer_of
@@ -76,10 +77,14 @@ class Mix:
     """
 
     name: str
-    file_type: int
     base: GgmlType
     rules: tuple[Rule, ...] = ()
     with_8_experts: bool = False
+
+    @property
+    def file_type(self) -> int:
+        """llama.cpp's number for files of this type."""
+        return FILE_TYPES[self.name]
 
 
 _MORE_BITS = (
@@ -101,29 +106,25 @@ def _with_minimum(kind: GgmlType) -> tuple[Rule, ...]:
 
 
 _LIST = (
-    Mix("Q8_0", 7, GgmlType.Q8_0),
-    Mix("Q6_K", 18, GgmlType.Q6_K),
-    Mix("Q5_K_M", 17, GgmlType.Q5_K, _MORE_BITS),
-    Mix("Q5_K_S", 16, GgmlType.Q5_K),
-    Mix("Q5_1", 9, GgmlType.Q5_1),
-    Mix("Q5_0", 8, GgmlType.Q5_0, _with_minimum(GgmlType.Q5_1)),
-    Mix("Q4_K_M", 15, GgmlType.Q4_K, _MORE_BITS, with_8_experts=True),
-    Mix("Q4_K_S", 14, GgmlType.Q4_K, _SMALL, with_8_experts=True),
-    Mix("Q4_1", 3, GgmlType.Q4_1),
-    Mix("Q4_0", 2, GgmlType.Q4_0, _with_minimum(GgmlType.Q4_1)),
-    Mix("IQ4_NL", 25, GgmlType.IQ4_NL, _NON_LINEAR, with_8_experts=True),
-    Mix("IQ4_XS", 30, GgmlType.IQ4_XS, _NON_LINEAR, with_8_experts=True),
+    Mix("Q8_0", GgmlType.Q8_0),
+    Mix("Q6_K", GgmlType.Q6_K),
+    Mix("Q5_K_M", GgmlType.Q5_K, _MORE_BITS),
+    Mix("Q5_K_S", GgmlType.Q5_K),
+    Mix("Q5_1", GgmlType.Q5_1),
+    Mix("Q5_0", GgmlType.Q5_0, _with_minimum(GgmlType.Q5_1)),
+    Mix("Q4_K_M", GgmlType.Q4_K, _MORE_BITS, with_8_experts=True),
+    Mix("Q4_K_S", GgmlType.Q4_K, _SMALL, with_8_experts=True),
+    Mix("Q4_1", GgmlType.Q4_1),
+    Mix("Q4_0", GgmlType.Q4_0, _with_minimum(GgmlType.Q4_1)),
+    Mix("IQ4_NL", GgmlType.IQ4_NL, _NON_LINEAR, with_8_experts=True),
+    Mix("IQ4_XS", GgmlType.IQ4_XS, _NON_LINEAR, with_8_experts=True),
 )
 
 MIXES: Mapping[str, Mix] = MappingProxyType({mix.name: mix for mix in _LIST})
 """The mixes by canonical name, from large to small."""
 
 FLOAT_TYPES: Mapping[str, Mix] = MappingProxyType(
-    {
-        "F32": Mix("F32", 0, GgmlType.F32),
-        "F16": Mix("F16", 1, GgmlType.F16),
-        "BF16": Mix("BF16", 32, GgmlType.BF16),
-    }
+    {kind.name: Mix(kind.name, kind) for kind in (GgmlType.F32, GgmlType.F16, GgmlType.BF16)}
 )
 """Every matrix in one float type; norms and routers stay as they are."""
 
@@ -141,11 +142,6 @@ FALLBACKS: Mapping[GgmlType, GgmlType] = MappingProxyType(
 """The type that llama.cpp uses where 256 does not divide the columns. If 32 does not either, it uses F16."""
 
 
-def file_type_of(name: str) -> int:
-    """llama.cpp's number for a mix or float type. KeyError if there is none of that name."""
-    return (MIXES.get(name) or FLOAT_TYPES[name]).file_type
-
-
 class MixWalk:
     """Applies a mix to tensors, which must be given in llama.cpp's order (`walk_order`).
 
@@ -158,7 +154,7 @@ class MixWalk:
         self._mix = mix
         self._rules = [rule for rule in mix.rules if rule.imatrix in (None, imatrix)]
         self._hp = hp
-        self._tied = "output.weight" not in names
+
         self._counts = {
             _VALUE: sum(group_kind_of(name) in _VALUE for name in names),
             _DOWN: hp.n_layers,
@@ -166,10 +162,10 @@ class MixWalk:
         self._met = dict.fromkeys(self._counts, 0)
 
     def type_of(self, name: str, n_columns: int) -> tuple[GgmlType, str]:
-        """The type of the next tensor, before any fallback, and the reason."""
-        group = group_kind_of(name)
-        if group is GroupKind.OUTPUT or (group is GroupKind.EMBEDDING and self._tied):
-            return self._output(n_columns, "output" if group is GroupKind.OUTPUT else "tied embedding")
+        """Return the type of the next tensor, before any fallback, and the reason."""
+        group = group_kind_of(name, self._hp)
+        if group is GroupKind.OUTPUT:
+            return self._output(n_columns), "tied embedding" if self._hp.tied_embeddings else "output"
         kind, why = self._by_rules(name, group)
         if group is GroupKind.ATTENTION_VALUE and self._is_70b() and kind is GgmlType.Q4_K:
             kind, why = GgmlType.Q5_K, "shared by eight heads"
@@ -177,11 +173,9 @@ class MixWalk:
             return self._with_8_experts(name, kind, why)
         return kind, why
 
-    def _output(self, n_columns: int, why: str) -> tuple[GgmlType, str]:
+    def _output(self, n_columns: int) -> GgmlType:
         base = self._mix.base
-        if base is GgmlType.Q8_0 or n_columns % block_size(base):
-            return GgmlType.Q8_0, why
-        return GgmlType.Q6_K, why
+        return GgmlType.Q8_0 if base is GgmlType.Q8_0 or n_columns % block_size(base) else GgmlType.Q6_K
 
     def _by_rules(self, name: str, group: GroupKind | None) -> tuple[GgmlType, str]:
         counted = next((kinds for kinds in self._counts if group in kinds), None)

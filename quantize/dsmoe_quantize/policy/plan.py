@@ -15,15 +15,14 @@ from gguf.constants import GGML_QUANT_VERSION, GGUFValueType
 from numpy.typing import NDArray
 
 from dsmoe_local.base.errors import UsageError
-from dsmoe_local.model.ggml import FLOATS, GgmlType, type_name
+from dsmoe_local.model.file_type import RECIPE_KEY
+from dsmoe_local.model.ggml import FLOATS, GgmlType, Tensor
 from dsmoe_local.model.gguf_file import Field
-from dsmoe_local.model.gguf_writer import TensorLike
 from dsmoe_local.model.hyperparameters import Hyperparameters
-from dsmoe_local.model.type_name import RECIPE_KEY
 from dsmoe_quantize.imatrix import Imatrix, metadata_of_use
 from dsmoe_quantize.policy.choice import Overrides, TensorChoice, choose_types, fallback_notes
 from dsmoe_quantize.policy.recipe_file import format_layers, render_recipe
-from dsmoe_quantize.policy.recipes import OTHERS, Group, LayeredRecipe, absent_layers, condensed, group_of
+from dsmoe_quantize.policy.recipes import Group, LayeredRecipe, absent_layers, condensed, group_of
 from dsmoe_quantize.policy.types import SettledType, TypeChoice, is_reserved, same_types, settled
 
 CHANGED = "-changed"
@@ -85,7 +84,7 @@ class TypePlan:
         """
         if self.imatrix is None or choice.type in UNWEIGHTED or not choice.changes:
             return None
-        return self.imatrix.importance(choice.name, choice.tensor.shape)
+        return self.imatrix.importance(choice.name, choice.shape)
 
     def metadata_of(self, metadata: Mapping[str, Field]) -> dict[str, Field]:
         """The metadata of the new file: the source's, in which what is said about quantization is replaced.
@@ -108,7 +107,7 @@ class TypePlan:
     @property
     def fingerprint(self) -> dict[str, object]:
         """What decides the file's bytes besides the source, by names for the user; see `write_output`."""
-        types = "\n".join(f"{each.name} {type_name(each.type)}" for each in self.choices)
+        types = "\n".join(f"{each.name} {each.type.name}" for each in self.choices)
         choice, imatrix = self.record.type, self.used_imatrix
         recipe = render_recipe(choice) if isinstance(choice, LayeredRecipe) else None
         return {
@@ -129,7 +128,7 @@ class TypePlan:
 
 
 def plan_types(
-    tensors: Sequence[TensorLike],
+    tensors: Sequence[Tensor],
     hp: Hyperparameters,
     choice: TypeChoice,
     overrides: Overrides | None = None,
@@ -142,7 +141,7 @@ def plan_types(
     return TypePlan(hp, choice, chosen, imatrix)
 
 
-def refuse_foreign(imatrix: Imatrix | None, tensors: Sequence[TensorLike]) -> None:
+def refuse_foreign(imatrix: Imatrix | None, tensors: Sequence[Tensor]) -> None:
     """UsageError if an importance matrix was collected from another model than the one of these tensors."""
     if imatrix is None:
         return
@@ -208,10 +207,9 @@ def record_of(choice: SettledType, hp: Hyperparameters, chosen: Sequence[TensorC
     """
     if not isinstance(choice, LayeredRecipe) or not any(each.is_override for each in chosen):
         return Record(choice)
-    tied = all(each.name != "output.weight" for each in chosen)
     groups: dict[Group, list[TensorChoice]] = {}
     for each in chosen:
-        group = group_of(each.name, tied)
+        group = group_of(each.name, hp)
         if group is not None:
             groups.setdefault(group, []).append(each)
     overridden, left_out = _overridden(choice, groups)
@@ -237,8 +235,7 @@ def _overridden(
             continue
         counts = Counter(each.type for each in members)
         most = max(counts, key=lambda kind: counts[kind])
-        layers = recipe.types.get(group.kind, {})
-        own = layers.get(group.layer, layers.get(OTHERS))
+        own = recipe.group_type(group)
         if len(counts) == 1 or own is None:
             types[group] = most
         kept = types.get(group, own)

@@ -29,9 +29,9 @@ from typing import Any, NoReturn
 from dsmoe_local.base import durable
 from dsmoe_local.base.errors import DsmoeError, FileError, FormatError, UsageError
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.model.ggml import GgmlType, type_name
-from dsmoe_local.model.type_name import RECIPE_NAME
-from dsmoe_quantize.policy.mixes import FLOAT_TYPES, MIXES, file_type_of
+from dsmoe_local.model.file_type import RECIPE_NAME
+from dsmoe_local.model.ggml import GgmlType
+from dsmoe_quantize.policy.mixes import FLOAT_TYPES, MIXES
 from dsmoe_quantize.policy.recipes import KINDS, OTHERS, OTHERS_WORD, RECIPE_FALLBACKS, LayeredRecipe
 from dsmoe_quantize.policy.types import parse_target
 
@@ -51,7 +51,7 @@ def closest_mix(types: Iterable[GgmlType]) -> str:
     counts = Counter(types)
     base = max(counts, key=lambda kind: counts[kind])
     words = [mix.name for mix in MIXES.values() if mix.base is base]
-    return words[0] if words else type_name(base)
+    return words[0] if words else base.name
 
 
 def read_recipe(path: Path) -> LayeredRecipe:
@@ -126,7 +126,7 @@ def render_recipe(recipe: LayeredRecipe) -> str:
     lines += ["", "[types]"]
     lines += [f"{kind} = {_layers_text(recipe.types[kind])}" for kind in KINDS if kind in recipe.types]
     lines += ["", "[fallbacks]"]
-    lines += [f'{type_name(a)} = "{type_name(b)}"' for a, b in sorted(recipe.fallbacks.items())]
+    lines += [f'{a.name} = "{b.name}"' for a, b in sorted(recipe.fallbacks.items())]
     if recipe.about:
         lines += ["", "# How the recipe was made; has no effect.", "[about]"]
         lines += [f"{key} = {_value_text(value)}" for key, value in recipe.about.items()]
@@ -141,14 +141,12 @@ def _value_text(value: str | int | float) -> str:
 def _layers_text(layers: Mapping[int | None, GgmlType]) -> str:
     """Return the right side of a line: a type, or a table from type to layers."""
     if set(layers) == {OTHERS}:
-        return f'"{type_name(layers[OTHERS])}"'
+        return f'"{layers[OTHERS].name}"'
     parts = []
-    for kind in sorted(
-        set(layers.values()), key=lambda kind: (kind is not layers.get(OTHERS), type_name(kind))
-    ):
+    for kind in sorted(set(layers.values()), key=lambda kind: (kind is not layers.get(OTHERS), kind.name)):
         words = [OTHERS_WORD] if layers.get(OTHERS) is kind else []
         words += format_layers(layer for layer, each in layers.items() if each is kind and layer is not None)
-        parts.append(f'{type_name(kind)} = "{",".join(words)}"')
+        parts.append(f'{kind.name} = "{",".join(words)}"')
     return f"{{ {', '.join(parts)} }}"
 
 
@@ -198,7 +196,7 @@ class _Reader:
         )
         if closest not in MIXES and closest not in FLOAT_TYPES:
             self.refuse(f"closest = {closest!r} is not a mix", f"known: {', '.join((*MIXES, *FLOAT_TYPES))}")
-        return LayeredRecipe(name, closest, file_type_of(closest), types, self._fallbacks(), self._about())
+        return LayeredRecipe(name, closest, types, self._fallbacks(), self._about())
 
     def _about(self) -> Mapping[str, str | int | float]:
         about = self._table("about")

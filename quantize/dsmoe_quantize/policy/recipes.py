@@ -12,9 +12,11 @@ from types import MappingProxyType
 from typing import TypeAlias
 
 from dsmoe_local.base.errors import UsageError
+from dsmoe_local.model.file_type import FILE_TYPES
 from dsmoe_local.model.ggml import GgmlType
+from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import GroupKind, group_kind_of, layer_of
-from dsmoe_quantize.policy.mixes import file_type_of, first_eighth, more_bits
+from dsmoe_quantize.policy.mixes import first_eighth, more_bits
 from dsmoe_quantize.policy.named_recipes import NamedRecipe, TypeWords
 
 KINDS: tuple[str, ...] = tuple(GroupKind)
@@ -61,12 +63,10 @@ class Group:
         return self.kind if self.layer is None else f"{self.kind}.{self.layer}"
 
 
-def group_of(name: str, tied: bool) -> Group | None:
-    """The group of a GGUF tensor; None if it is never quantized. `tied`: the embedding is also the output."""
-    kind = group_kind_of(name)
-    if kind is None:
-        return None
-    return Group(GroupKind.OUTPUT if kind is GroupKind.EMBEDDING and tied else kind, layer_of(name))
+def group_of(name: str, hp: Hyperparameters) -> Group | None:
+    """Return the group of a GGUF tensor; None if it is never quantized."""
+    kind = group_kind_of(name, hp)
+    return None if kind is None else Group(kind, layer_of(name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,20 +79,28 @@ class LayeredRecipe:
 
     name: str
     closest: str
-    file_type: int
     types: Mapping[str, Mapping[int | None, GgmlType]]
     fallbacks: Mapping[GgmlType, GgmlType]
     about: Mapping[str, str | int | float] = field(default_factory=dict)
 
-    def type_of(self, name: str, tied: bool) -> tuple[GgmlType, str]:
+    @property
+    def file_type(self) -> int:
+        """llama.cpp's number for files of this type."""
+        return FILE_TYPES[self.closest]
+
+    def group_type(self, group: Group) -> GgmlType | None:
+        """Return the type of a group; None if the recipe has none for it."""
+        layers = self.types.get(group.kind, {})
+        return layers.get(group.layer, layers.get(OTHERS))
+
+    def type_of(self, name: str, hp: Hyperparameters) -> tuple[GgmlType, str]:
         """Return the type of a matrix before any fallback, and the reason.
 
-        `tied`: the embedding is also the output. UsageError if the recipe has no type for it.
+        UsageError if the recipe has no type for it.
         """
-        group = group_of(name, tied)
+        group = group_of(name, hp)
         assert group is not None  # only matrices that may be quantized are asked for
-        layers = self.types.get(group.kind, {})
-        kind = layers.get(group.layer, layers.get(OTHERS))
+        kind = self.group_type(group)
         if kind is None:
             raise UsageError(
                 f"the recipe {self.name} has no type for {group}",
@@ -124,7 +132,6 @@ def recipe_for(named: NamedRecipe, n_layers: int) -> LayeredRecipe:
     return LayeredRecipe(
         named.name,
         named.closest,
-        file_type_of(named.closest),
         {kind: _by_layer(words_of(named, kind), n_layers) for kind in KINDS},
         RECIPE_FALLBACKS,
         {"why": named.why},

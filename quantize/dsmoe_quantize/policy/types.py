@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.model.ggml import GgmlType, type_name
+from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_quantize.policy.mixes import ALIASES, FLOAT_TYPES, MIXES, Mix
 from dsmoe_quantize.policy.named_recipes import RECIPES, NamedRecipe
@@ -77,14 +77,14 @@ def same_types(first: LayeredRecipe, second: LayeredRecipe, n_layers: int) -> bo
 
 def resolve_float(kind: GgmlType) -> Mix:
     """Return the choice for weights in the float type `kind`."""
-    return FLOAT_TYPES[type_name(kind)]
+    return FLOAT_TYPES[kind.name]
 
 
 def parse_target(word: str) -> GgmlType:
     """Return the ggml type called `word`, in any case. UsageError if weights cannot be encoded in it."""
     kind = GgmlType.__members__.get(word.upper())
     if kind is None or kind not in kernels.WRITABLE:
-        known = ", ".join(type_name(each).lower() for each in GgmlType if each in kernels.WRITABLE)
+        known = ", ".join(each.name.lower() for each in GgmlType if each in kernels.WRITABLE)
         raise UsageError(
             f"{safe_line(word, 40)!r} is not a type that tensors can be encoded in", remedy=f"known: {known}"
         )

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsmoe_local.base.errors import UsageError
-from dsmoe_local.model.ggml import FLOATS, GgmlType, block_size, row_bytes, tensor_bytes, type_name
+from dsmoe_local.model.ggml import FLOATS, GgmlType, Tensor, block_size, row_bytes
 from dsmoe_quantize.errors import WeightError
 from dsmoe_quantize.write import kernels
 
@@ -49,15 +49,12 @@ class RowSource(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class TensorJob:
-    """One tensor to write: name, shape (slowest dimension first), the type to encode it in, and its weights.
+class TensorJob(Tensor):
+    """A tensor to encode in `type` and write. `source` reads its weights.
 
     `importance` is that of each column of each matrix, shape (n_matrices, n_columns), or None.
     """
 
-    name: str
-    shape: tuple[int, ...]
-    type: GgmlType
     source: RowSource
     importance: NDArray[np.float32] | None = field(default=None, compare=False)
 
@@ -75,11 +72,6 @@ class TensorJob:
     def rows_per_matrix(self) -> int:
         """Rows of one expert, or of the tensor if it is a single matrix or vector."""
         return self.shape[-2] if len(self.shape) > 1 else 1
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes in the file to write."""
-        return tensor_bytes(self.type, self.shape)
 
     def importance_at(self, row: int) -> int | None:
         """Return the address of the importance of the columns of the matrix that contains `row`."""
@@ -110,13 +102,13 @@ def check_job(job: TensorJob) -> None:
         return
     if source not in kernels.READABLE or target not in kernels.WRITABLE:
         raise UsageError(
-            f"cannot encode {type_name(source)} as {type_name(target)}",
+            f"cannot encode {source.name} as {target.name}",
             where=job.name,
             remedy="choose another type for it with --tensor-type",
         )
     if job.n_columns % block_size(target):
         raise UsageError(
-            f"{type_name(target)} cannot hold {job.n_columns} columns",
+            f"{target.name} cannot hold {job.n_columns} columns",
             where=job.name,
             remedy=f"it needs a multiple of {block_size(target)}",
         )
@@ -254,7 +246,7 @@ def _too_large(job: TensorJob, first_row: int, piece: Bytes) -> WeightError:
     floats = _floats_of(piece, job.source.type)
     at = int(np.argmax(np.abs(floats)))
     return WeightError(
-        f"the weight {floats[at]:.6g} is too large for {type_name(job.type)}",
+        f"the weight {floats[at]:.6g} is too large for {job.type.name}",
         tensor=job.name,
         index=_index(job, first_row, at),
         remedy="choose bf16 or f32 for this tensor with --tensor-type",

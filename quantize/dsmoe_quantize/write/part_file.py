@@ -20,8 +20,9 @@ from dsmoe_local.base.errors import FileError
 from dsmoe_local.base.faults import reach
 from dsmoe_local.base.progress import Listener, Note
 from dsmoe_local.base.text import safe_line
+from dsmoe_local.model.ggml import Tensor
 from dsmoe_local.model.gguf_file import read_gguf
-from dsmoe_local.model.gguf_writer import GgufPlan, TensorLike, write_at
+from dsmoe_local.model.gguf_writer import GgufPlan, write_at
 
 JOURNAL_VERSION = 1
 
@@ -85,7 +86,7 @@ class PartFile:
     ) -> None:
         self._open.close()
 
-    def publish(self, tensors: Sequence[TensorLike]) -> None:
+    def publish(self, tensors: Sequence[Tensor]) -> None:
         """Verify the synced file, give it its final name, and remove the journal."""
         if not self.published:
             self._verify(tensors)
@@ -180,7 +181,7 @@ class PartFile:
         if self.out.exists() and not self._force:
             raise exists_error(self.out)
 
-    def _verify(self, tensors: Sequence[TensorLike]) -> None:
+    def _verify(self, tensors: Sequence[Tensor]) -> None:
         """Compare what the strict reader finds in the file with the plan."""
         found = read_gguf(self.path)
         expected = [(t.name, t.shape, t.type, self._plan.offsets[t.name]) for t in tensors]

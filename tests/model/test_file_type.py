@@ -12,10 +12,10 @@ from support.quantize_oracle import llama_quantize
 from support.tiny_gguf import MOE, write_tiny
 
 from dsmoe_local.model.discovery import KnownModel, describe
+from dsmoe_local.model.file_type import FILE_TYPES, RECIPE_KEY, file_type_name, imatrix_name
 from dsmoe_local.model.gguf_file import Field, GgufFile, read_gguf
 from dsmoe_local.model.report import as_json, report_on
-from dsmoe_local.model.type_name import RECIPE_KEY, file_type_name, imatrix_name
-from dsmoe_quantize.policy.mixes import FLOAT_TYPES, MIXES, file_type_of
+from dsmoe_quantize.policy.mixes import FLOAT_TYPES, MIXES
 from dsmoe_quantize.policy.named_recipes import RECIPES
 from dsmoe_quantize.policy.recipe_file import parse_recipe, render_recipe
 from dsmoe_quantize.policy.types import resolve
@@ -52,7 +52,7 @@ def test_llama_cpp_quantizes_it_again(word: str, source: Path, tmp_path: Path) -
     """Guards: a recipe's name on a file of llama.cpp's, which keeps what our file said of its recipe."""
     first, second = tmp_path / "first.gguf", tmp_path / "second.gguf"
     quantize_file(plan_quantization(source, resolve(word)), first)
-    llama_quantize(first, second, file_type_of("Q5_K_S"), allow_requantize=True)
+    llama_quantize(first, second, FILE_TYPES["Q5_K_S"], allow_requantize=True)
     assert read_gguf(second).get(RECIPE_KEY), "llama.cpp keeps it"
     assert file_type_name(read_gguf(second)) == "Q5_K_S"
     assert file_type_name(read_gguf(first)) == word
