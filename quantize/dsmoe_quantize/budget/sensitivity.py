@@ -11,13 +11,16 @@ needs a few hundred KB, whatever the model's size.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from typing import Annotated, TypeAlias
 
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from dsmoe_local.base.errors import InterruptedRunError
@@ -32,6 +35,10 @@ from dsmoe_quantize.write import kernels
 from dsmoe_quantize.write.encoder import PIECE_WEIGHTS, Bytes, TensorJob, not_finite, usable
 from dsmoe_quantize.write.pipeline import n_cores
 
+Count: TypeAlias = Annotated[int, Meta(ge=1)]
+NonNegative: TypeAlias = Annotated[float, Meta(ge=0, le=sys.float_info.max)]
+"""Constraints that `sensitivity_file` checks."""
+
 SAMPLE = 1 << 18
 """Default number of weights to measure in each tensor."""
 _GOLDEN = (5**0.5 - 1) / 2  # its multiples are spread evenly, however many there are
@@ -43,10 +50,14 @@ _QUANTIZED = tuple(kind for kind in GgmlType if kind in kernels.WRITABLE - FLOAT
 class TensorErrors:
     """One tensor's weighted error under each type, and its `energy`, over the `n_tried` weights measured."""
 
-    n_weights: int
-    n_tried: int
-    energy: float
-    errors: Mapping[GgmlType, float]
+    n_weights: Count
+    n_tried: Count
+    energy: NonNegative
+    errors: Mapping[GgmlType, NonNegative]
+
+    def __post_init__(self) -> None:
+        if self.n_tried > self.n_weights:
+            raise ValueError("more weights were measured than there are")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +68,9 @@ class Probe:
     standard error.
     """
 
-    error: float
-    kl: float
-    kl_error: float
+    error: NonNegative
+    kl: NonNegative
+    kl_error: NonNegative
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +85,16 @@ class Probes:
 
     text: str
     text_digest: str
-    n_context: int
-    n_windows: int
+    n_context: Count
+    n_windows: Count
     types: tuple[GgmlType, ...]
-    floor: float
+    floor: NonNegative
     groups: Mapping[str, Mapping[GgmlType, Probe]] = field(default_factory=dict)
     n_windows_of_text: int = 0
+
+    def __post_init__(self) -> None:
+        if self.n_windows_of_text and self.n_windows_of_text < self.n_windows:
+            raise ValueError("the text has fewer windows than were read")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +112,9 @@ class Sensitivity:
     source: str
     imatrix: str
     kernels: str
-    sample: int
+    sample: Annotated[int, Meta(ge=0)]
     tensors: Mapping[str, TensorErrors] = field(default_factory=dict)
-    weights: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, NonNegative] = field(default_factory=dict)
     probes: Probes | None = None
 
     @property

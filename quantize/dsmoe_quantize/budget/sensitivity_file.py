@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+import msgspec
 
 from dsmoe_local.base import durable
 from dsmoe_local.base.errors import FileError, FormatError, UsageError
@@ -29,7 +30,7 @@ from dsmoe_local.base.text import safe_line
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.identity import file_identity
-from dsmoe_quantize.budget.sensitivity import SAMPLE, Probe, Probes, Sensitivity, TensorErrors
+from dsmoe_quantize.budget.sensitivity import SAMPLE, Sensitivity
 from dsmoe_quantize.imatrix import Imatrix
 from dsmoe_quantize.policy.recipes import KINDS
 from dsmoe_quantize.write import kernels
@@ -37,8 +38,8 @@ from dsmoe_quantize.write import kernels
 _FORMAT, _VERSION = "dsmoe-sensitivity", 1
 _ANOTHER = "name another file"
 _MAX_BYTES = 1 << 26
-_PROBE_FIELDS = frozenset(item.name for item in fields(Probe))
 _SECONDS = 5.0  # between two writes
+_TYPES: Mapping[str, int] = {kind.name: kind.value for kind in GgmlType}
 
 
 def start(file: GgufFile, imatrix: Imatrix | None, sample: int | None) -> Sensitivity:
@@ -127,46 +128,15 @@ class Keeper:
 
 def write_sensitivity(sensitivity: Sensitivity, path: Path) -> None:
     """Write the file, durably, replacing an existing one. FileError."""
-    content: dict[str, Any] = {
-        "format": _FORMAT,
-        "version": _VERSION,
-        "source": sensitivity.source,
-        "imatrix": sensitivity.imatrix,
-        "kernels": sensitivity.kernels,
-        "sample": sensitivity.sample,
-        "tensors": {
-            name: {
-                "n_weights": each.n_weights,
-                "n_tried": each.n_tried,
-                "energy": each.energy,
-                "errors": {kind.name: error for kind, error in sorted(each.errors.items())},
-            }
-            for name, each in sensitivity.tensors.items()
-        },
-        "weights": dict(sensitivity.weights),
-    }
-    if sensitivity.probes is not None:
-        content["probes"] = _probes_as_json(sensitivity.probes)
+    content = {"format": _FORMAT, "version": _VERSION, **_with_names(msgspec.to_builtins(sensitivity))}
+    if sensitivity.probes is None:
+        del content["probes"]
+    else:
+        content["probes"]["types"] = [kind.name for kind in sensitivity.probes.types]
     try:
         durable.write_file(path, (json.dumps(content, indent=1) + "\n").encode())
     except OSError as error:
         raise FileError(f"cannot write the sensitivity: {error.strerror}", where=path) from error
-
-
-def _probes_as_json(probes: Probes) -> dict[str, Any]:
-    return {
-        "text": probes.text,
-        "text_digest": probes.text_digest,
-        "n_context": probes.n_context,
-        "n_windows": probes.n_windows,
-        "n_windows_of_text": probes.n_windows_of_text,
-        "types": [kind.name for kind in probes.types],
-        "floor": probes.floor,
-        "groups": {
-            group: {kind.name: asdict(probe) for kind, probe in sorted(found.items())}
-            for group, found in probes.groups.items()
-        },
-    }
 
 
 def read_sensitivity(path: Path) -> Sensitivity:
@@ -187,114 +157,44 @@ def read_sensitivity(path: Path) -> Sensitivity:
         raise _refusal(path, f"it is not {_FORMAT}", _ANOTHER)
     if found.get("version") != _VERSION:
         raise _refusal(path, f"it is not of version {_VERSION}")
-    return _Reader(path, found).read()
+    try:
+        sensitivity = msgspec.convert(_with_types(found), Sensitivity)
+    except (ValueError, RecursionError) as error:
+        raise _refusal(path, safe_line(str(error), 120)) from error
+    _refuse_unknown_groups(path, sensitivity.weights)
+    if sensitivity.probes is None:
+        return sensitivity
+    text, digest = (safe_line(each, 80) for each in (sensitivity.probes.text, sensitivity.probes.text_digest))
+    return replace(sensitivity, probes=replace(sensitivity.probes, text=text, text_digest=digest))
+
+
+def _with_names(value: Any) -> Any:  # noqa: ANN401 - JSON
+    """Return `value` with types as keys replaced by their names. No other keys are numbers."""
+    if not isinstance(value, dict):
+        return value
+    return {GgmlType(key).name if isinstance(key, int) else key: _with_names(value[key]) for key in value}
+
+
+def _with_types(value: Any) -> Any:  # noqa: ANN401 - JSON
+    """Return `value` with the names of types, as keys and in lists, replaced by their numbers."""
+    if isinstance(value, list):
+        return [_TYPES.get(item, item) if isinstance(item, str) else item for item in value]
+    if isinstance(value, dict):
+        return {_TYPES.get(key, key): _with_types(item) for key, item in value.items()}
+    return value
 
 
 def _refusal(path: Path, what: str, remedy: str = "remove it to measure again") -> FormatError:
     return FormatError(f"not a usable sensitivity file: {what}", where=path, remedy=remedy)
 
 
-class _Reader:
-    """Validates a JSON object and turns it into a Sensitivity."""
-
-    def __init__(self, path: Path, found: Mapping[str, Any]) -> None:
-        self._path = path
-        self._found = found
-
-    def refuse(self, what: str) -> NoReturn:
-        raise _refusal(self._path, safe_line(what, 120))
-
-    def read(self) -> Sensitivity:
-        """Return the whole content."""
-        source, imatrix, version = (self._found.get(key) for key in ("source", "imatrix", "kernels"))
-        sample, tensors = self._found.get("sample"), self._found.get("tensors")
-        if not isinstance(source, str) or not isinstance(imatrix, str) or not isinstance(version, str):
-            self.refuse("it does not name its model and importance matrix")
-        if type(sample) is not int or sample < 0:
-            self.refuse("its sample size is missing")
-        if not isinstance(tensors, dict):
-            self.refuse("it has no tensors")
-        return Sensitivity(
-            source,
-            imatrix,
-            version,
-            sample,
-            {name: self._tensor(name, value) for name, value in tensors.items()},
-            self._weights(),
-            None if self._found.get("probes") is None else self._probes(self._found["probes"]),
-        )
-
-    def _weights(self) -> dict[str, float]:
-        """Weights may be written by hand, and a misspelt group would have no effect: it is refused."""
-        found = self._numbers("weights", self._found.get("weights", {}))
-        for name in found:
-            kind, dot, layer = name.partition(".")
-            if kind not in KINDS or (dot and not (layer.isascii() and layer.isdigit())):
-                raise _refusal(
-                    self._path,
-                    safe_line(f"weights: {name} is not a group", 120),
-                    f"correct it; known: {', '.join(KINDS)}",
-                )
-        return found
-
-    def _tensor(self, name: str, value: object) -> TensorErrors:
-        if not isinstance(value, dict):
-            self.refuse(f"{name} is not an object")
-        n_weights, n_tried = value.get("n_weights"), value.get("n_tried")
-        if type(n_weights) is not int or type(n_tried) is not int or not 0 < n_tried <= n_weights:
-            self.refuse(f"{name}: impossible numbers of weights")
-        energy = self._numbers(name, {"energy": value.get("energy")})["energy"]
-        errors = self._numbers(name, value.get("errors"))
-        return TensorErrors(
-            n_weights, n_tried, energy, {self._type(name, key): error for key, error in errors.items()}
-        )
-
-    def _type(self, where: str, name: object) -> GgmlType:
-        kind = GgmlType.__members__.get(name) if isinstance(name, str) else None
-        if kind is None:
-            self.refuse(f"{where}: {name} is not a type")
-        return kind
-
-    def _probes(self, value: object) -> Probes:
-        if not isinstance(value, dict):
-            self.refuse("probes is not an object")
-        text, digest, types, groups = (value.get(key) for key in ("text", "text_digest", "types", "groups"))
-        if not isinstance(text, str) or not isinstance(digest, str):
-            self.refuse("probes: the text is missing")
-        if not isinstance(types, list) or not isinstance(groups, dict):
-            self.refuse("probes: types or groups are missing")
-        n_context, n_windows = value.get("n_context"), value.get("n_windows")
-        if type(n_context) is not int or type(n_windows) is not int or min(n_context, n_windows) < 1:
-            self.refuse("probes: the numbers of tokens and windows are missing")
-        of_text = value.get("n_windows_of_text", 0)
-        if type(of_text) is not int or (of_text != 0 and of_text < n_windows):
-            self.refuse("probes: the text has fewer windows than were read")
-        return Probes(
-            safe_line(text, 80),
-            safe_line(digest, 80),
-            n_context,
-            n_windows,
-            tuple(self._type("probes", kind) for kind in types),
-            self._numbers("probes", {"floor": value.get("floor")})["floor"],
-            {group: self._group(group, found) for group, found in groups.items()},
-            of_text,
-        )
-
-    def _group(self, group: str, value: object) -> dict[GgmlType, Probe]:
-        if not isinstance(value, dict):
-            self.refuse(f"{group} is not an object")
-        found = {}
-        for kind, probe in value.items():
-            numbers = self._numbers(group, probe)
-            if numbers.keys() != _PROBE_FIELDS:
-                self.refuse(f"{group}: {kind} is not a probe")
-            found[self._type(group, kind)] = Probe(**numbers)
-        return found
-
-    def _numbers(self, where: str, value: object) -> dict[str, float]:
-        if not isinstance(value, dict):
-            self.refuse(f"{where}: numbers are missing")
-        for key, number in value.items():
-            if type(number) not in (int, float) or not math.isfinite(number) or number < 0:
-                self.refuse(f"{where}: {key} is not a number of at least 0")
-        return {key: float(number) for key, number in value.items()}
+def _refuse_unknown_groups(path: Path, weights: Mapping[str, float]) -> None:
+    """Refuse the names of groups that do not exist: weights may be written by hand."""
+    for name in weights:
+        kind, dot, layer = name.partition(".")
+        if kind not in KINDS or (dot and not (layer.isascii() and layer.isdigit())):
+            raise _refusal(
+                path,
+                safe_line(f"weights: {name} is not a group", 120),
+                f"correct it; known: {', '.join(KINDS)}",
+            )
