@@ -1,4 +1,4 @@
-"""The chat template of a checkpoint, wherever it is kept. Text only: nothing is rendered here."""
+"""Read the chat templates of a checkpoint. They are copied as text; nothing is rendered here."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _MAX_BYTES = 1 << 20
 
 
 def read_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, Field]:
-    """The `tokenizer.chat_template` metadata: none for a base model, named ones beside the default.
+    """Return the `tokenizer.chat_template` metadata: the default template and named ones, if there are any.
 
-    chat_template.jinja wins over chat_template.json, and both over tokenizer_config.json, as in transformers.
-    Raises FileError, TokenizerError or FormatError.
+    chat_template.jinja takes precedence over chat_template.json, and both over tokenizer_config.json, as in
+    transformers. FileError, TokenizerError or FormatError.
     """
     found: object = config.get("chat_template")
     where = folder / "tokenizer_config.json"
@@ -42,7 +42,7 @@ def read_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, Field]:
     for name, template in templates.items():
         if not isinstance(template, str) or len(template) > _MAX_BYTES or not _encodes(template):
             raise TokenizerError(
-                "the chat template is not a text of at most 1 MiB",
+                "the chat template is not text of at most 1 MiB",
                 where=f"{where}: chat_template {safe_line(name, 40)}",
             )
     others = sorted(templates.keys() - {"default"})
@@ -55,10 +55,10 @@ def read_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, Field]:
 
 
 def _pair(item: object, where: Path) -> tuple[str, object]:
-    """Name and text of an entry of the list form; the name becomes part of a metadata key."""
+    """Return name and text of an entry of a list of templates. The name becomes part of a metadata key."""
     name = item.get("name") if isinstance(item, dict) else None
     if not isinstance(item, dict) or not isinstance(name, str) or not name.replace("_", "").isalnum():
-        raise TokenizerError("an entry of chat_template has no usable name", where=where)
+        raise TokenizerError("an entry of chat_template has no valid name", where=where)
     return name, item.get("template")
 
 

@@ -1,8 +1,7 @@
-"""The ids that a tokenizer.json gives to a text, from the `tokenizers` library in a child process.
+"""Encode a text with a tokenizer.json, by the `tokenizers` library in a restricted child process.
 
-The library panics, or aborts the process, on several malformed files, and some definitions make it allocate
-or compute without end: a child that can do little (`restricted`) is what that takes down. Run as a module,
-this file is that child.
+The library panics or aborts the process on several malformed files, and some definitions make it allocate or
+compute without end. Run as a module, this file is the child.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _MEMORY = 4 << 30
 
 
 def encode(path: Path, text: str) -> list[int]:
-    """The ids of `text` without special tokens, padding and truncation. TokenizerError if it has none."""
+    """Return the ids of `text` without special tokens, padding and truncation. TokenizerError if it fails."""
     try:
         status, output = restricted.run_module(
             __name__, str(path.absolute()), seconds=_SECONDS, input_bytes=text.encode()
@@ -29,10 +28,10 @@ def encode(path: Path, text: str) -> list[int]:
     except restricted.GaveUpError as error:
         answer = str(error)
     except (ValueError, RecursionError):
-        answer = f"the reader died with status {status}"
+        answer = f"the child process failed with status {status}"
     if isinstance(answer, list) and all(type(token_id) is int for token_id in answer):
         return answer
-    raise TokenizerError(f"the tokenizers library refuses it: {safe_line(str(answer), 70)}", where=path)
+    raise TokenizerError(f"the tokenizers library cannot read it: {safe_line(str(answer), 70)}", where=path)
 
 
 def _main() -> None:
@@ -45,8 +44,8 @@ def _main() -> None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         answer: object = tokenizer.encode(sys.stdin.buffer.read().decode(), add_special_tokens=False).ids
-    except BaseException as error:  # noqa: BLE001 - a panic of the library is no Exception
-        # Some have no text: MemoryError, above all.
+    except BaseException as error:  # noqa: BLE001 - the library's panics are not Exceptions
+        # Some have no text, such as MemoryError.
         answer = " ".join(str(error).split())[:300] or type(error).__name__
     sys.stdout.write(json.dumps(answer))
 

@@ -1,7 +1,7 @@
-"""Opens a folder that holds a checkpoint: which tensors it has, and where. Data is read through `shards`.
+"""Open the checkpoint in a folder: which tensors it has, and where they are. `shards` reads their data.
 
-Single and sharded safetensors, and `.bin` files on request. The index is not trusted: it may only name files
-of its own folder, and every tensor must be where it says.
+Weights are in one or several safetensors files, or `.bin` files if allowed. The index is not trusted: it
+may only name files in its own folder, and every tensor must be in the file it names.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from pathlib import Path
 
 from dsmoe_convert import pickle_bin, safetensors_file
 from dsmoe_convert.errors import CheckpointError
-from dsmoe_convert.shards import LocalShards, ShardSource
-from dsmoe_convert.stored import DTYPES, StoredTensor
+from dsmoe_convert.shards import DTYPES, LocalShards, ShardSource, StoredTensor
 from dsmoe_local.base.errors import MissingExtraError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.model.config_json import checkpoint_name, load_json
@@ -34,9 +33,9 @@ Reader = Callable[[Path, threading.Event | None], Mapping[str, StoredTensor]]
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The weights of one model. `identity` names the exact bytes: it changes when any shard does.
+    """The weights of a model. `identity` changes when any shard changes.
 
-    `files` are those on disk that a conversion reads.
+    `files` are the files on disk that a conversion reads.
     """
 
     name: str
@@ -48,7 +47,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """One way in which weights are stored: a single file or an index, and the parser of its files."""
+    """A file format of weights: the names of a single file and of an index, and the parser of the files."""
 
     single: str
     index: str
@@ -65,10 +64,10 @@ PICKLE = Form("pytorch_model.bin", "pytorch_model.bin.index.json", ".bin", pickl
 def open_checkpoint(
     folder: Path, *, allow_pickle: bool = False, stop: threading.Event | None = None
 ) -> Checkpoint:
-    """The checkpoint in `folder`, headers read and checked.
+    """Open the checkpoint in `folder`; read and check its headers.
 
-    Raises FileError if a file cannot be read, CheckpointError if a file is malformed, absent or of a kind
-    that is not supported, MissingExtraError for `.bin` files without torch, InterruptedRunError after `stop`.
+    FileError if a file cannot be read; CheckpointError if a file is malformed, missing or not supported;
+    MissingExtraError for `.bin` files without torch; InterruptedRunError if `stop` is set.
     """
     form = find_form(folder, allow_pickle=allow_pickle)
     if (folder / form.single).exists():
@@ -89,26 +88,27 @@ def open_checkpoint(
 
 
 def find_form(folder: Path, *, allow_pickle: bool) -> Form:
-    """How the weights in `folder` are stored. safetensors win over pickles, single files over an index."""
+    """Return the format of the weights in `folder`. safetensors take precedence over pickles.
+
+    CheckpointError if there are no weights; the errors of `check_pickle`.
+    """
     for form in (SAFETENSORS, PICKLE):
         if (folder / form.single).exists() or (folder / form.index).exists():
             if form is PICKLE:
                 check_pickle(folder, allowed=allow_pickle)
             return form
     raise CheckpointError(
-        "no weights here",
+        "the folder has no weights",
         where=folder,
         remedy=f"expected {SAFETENSORS.single}, {SAFETENSORS.index} or {PICKLE.single}",
     )
 
 
 def check_pickle(where: str | Path, *, allowed: bool) -> None:
-    """Refuse `.bin` weights unless they are `allowed` (CheckpointError) and torch, which reads them, is
-    installed (MissingExtraError).
-    """
+    """CheckpointError unless `.bin` weights are `allowed`; MissingExtraError unless torch is installed."""
     if not allowed:
         raise CheckpointError(
-            "the weights are pickles (.bin), which can carry code",
+            "the weights are pickles (.bin), which can contain code",
             where=where,
             remedy="use a safetensors version, or --allow-pickle if you trust the source",
         )
@@ -117,7 +117,7 @@ def check_pickle(where: str | Path, *, allowed: bool) -> None:
 
 
 def read_index(path: Path, suffix: str) -> dict[str, str]:
-    """The weight_map of an index: tensor -> shard. Only file names of the index's own folder pass."""
+    """Return the weight_map of an index, from tensor to shard. CheckpointError for paths to other folders."""
     weight_map = load_json(path, _MAX_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError("the index has no weight_map", where=path)
@@ -134,11 +134,11 @@ def read_index(path: Path, suffix: str) -> dict[str, str]:
 def match_index(
     weight_map: Mapping[str, str], shards: Mapping[str, Mapping[str, StoredTensor]], folder: Path
 ) -> dict[str, StoredTensor]:
-    """Every tensor of the index as its shard stores it; index and shards must agree."""
+    """Return where each tensor of the index is in its shard. CheckpointError if index and shards differ."""
     for name, shard in weight_map.items():
         if name not in shards[shard]:
             raise CheckpointError(
-                f"the index says that {safe_line(shard, 50)} has a tensor that it lacks",
+                f"a tensor of the index is missing in {safe_line(shard, 50)}",
                 where=safe_line(name, 100),
                 remedy=f"download it again: {folder / shard}",
             )
@@ -146,7 +146,7 @@ def match_index(
         for name in stored:
             if weight_map.get(name) != shard:
                 raise CheckpointError(
-                    f"{safe_line(shard, 50)} has a tensor that the index does not place there",
+                    f"{safe_line(shard, 50)} has a tensor that the index does not list for it",
                     where=f"{folder}: {safe_line(name, 80)}",
                 )
     return {name: shards[shard][name] for name, shard in weight_map.items()}
@@ -182,7 +182,7 @@ def check_tensors(tensors: Mapping[str, StoredTensor], hp: Hyperparameters, wher
 def _refuse_mixed_experts(
     tensors: Mapping[str, StoredTensor], specs: Iterable[TensorSpec], where: str
 ) -> None:
-    """The experts of a layer become one tensor, which is read as one type."""
+    """Refuse experts of a layer that differ in type: they become one tensor."""
     for spec in specs:
         main = tensors[spec.sources[0]].dtype
         for stored in (tensors[source] for source in spec.sources):
@@ -190,12 +190,12 @@ def _refuse_mixed_experts(
                 raise CheckpointError(
                     f"{safe_line(stored.name, 60)} is stored as {stored.dtype}",
                     where=where,
-                    remedy=f"expert 0 of its layer is stored as {main}; all must be alike",
+                    remedy=f"expert 0 of its layer is stored as {main}; all experts must have one type",
                 )
 
 
 def main_type(tensors: Mapping[str, StoredTensor], specs: Iterable[TensorSpec]) -> GgmlType:
-    """The float type that most weight bytes of the model have: the checkpoint's own type."""
+    """Return the checkpoint's own type: the float type of most of its bytes."""
     sizes: dict[str, int] = {}
     for spec in specs:
         for stored in (tensors[source] for source in spec.sources):
@@ -204,7 +204,7 @@ def main_type(tensors: Mapping[str, StoredTensor], specs: Iterable[TensorSpec]) 
 
 
 def digest(tensors: Iterable[StoredTensor]) -> str:
-    """A hash of names, types, shapes and places: of everything the headers say."""
+    """Return a hash of everything in the headers: names, types, shapes and offsets."""
     state = hashlib.sha256()
     for tensor in sorted(tensors, key=lambda tensor: tensor.name):
         state.update(
@@ -237,7 +237,7 @@ def _is_file_name(text: str, suffix: str) -> bool:
 
 
 def _may_ignore(name: str, hp: Hyperparameters) -> bool:
-    # A tied checkpoint may still carry the copy that training frameworks save.
+    # Training frameworks may save a copy of a tied embedding as the output.
     return IGNORED_SOURCES.fullmatch(name) is not None or (name == _LM_HEAD and hp.tied_embeddings)
 
 

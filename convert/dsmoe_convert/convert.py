@@ -1,4 +1,4 @@
-"""Checkpoint to GGUF in one pass: plan every tensor, then let the streaming encoder fetch and write them."""
+"""Convert a checkpoint to GGUF in one pass: plan all tensors, then encode and write them as they are read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from dsmoe_convert.checkpoint import Checkpoint, check_tensors, main_type, open_checkpoint
 from dsmoe_convert.metadata import general_fields, license_of
 from dsmoe_convert.rows import rows_of, source_position
-from dsmoe_convert.stored import DTYPES
+from dsmoe_convert.shards import DTYPES
 from dsmoe_convert.tokenizer import read_tokenizer
 from dsmoe_local.base.progress import Listener, Note, ignore
 from dsmoe_local.base.text import safe_line
@@ -32,8 +32,10 @@ from dsmoe_quantize.write.output import Summary, write_output
 
 @dataclass(frozen=True, slots=True)
 class ConvertOptions:
-    """What decides the content of the file. `type` None keeps the checkpoint's own, but for a `recipe`; `pre`
-    None recognises. With an `imatrix`, weights are encoded by their importance.
+    """The options that decide the content of the file.
+
+    Without `type` and `recipe` the weights keep the checkpoint's type. `pre` names the pre-tokenizer; None:
+    recognise it. With an `imatrix`, weights are encoded by their importance.
     """
 
     type: str | None = None
@@ -45,13 +47,13 @@ class ConvertOptions:
 
     @property
     def choice(self) -> TypeChoice | None:
-        """The type asked for. UsageError if `type` is none."""
+        """The type asked for; None: the checkpoint's own. UsageError if `type` is unknown."""
         return self.recipe or (None if self.type is None else resolve(self.type))
 
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """How the work is done; nothing here changes a byte of the file."""
+    """Options that have no effect on the content of the file."""
 
     threads: int = 0
     force: bool = False
@@ -61,7 +63,7 @@ class RunOptions:
 
 @dataclass(frozen=True, slots=True)
 class Conversion(TypePlan):
-    """A conversion that is checked and ready to run. `metadata` is that of the file to write."""
+    """A conversion that was checked and is ready to run. `metadata` is that of the new file."""
 
     checkpoint: Checkpoint = field(kw_only=True)
     metadata: Mapping[str, Field] = field(kw_only=True)
@@ -69,12 +71,12 @@ class Conversion(TypePlan):
 
     @property
     def default_name(self) -> str:
-        """The output's name when the user gives none."""
+        """The output's name if the user gives none."""
         return output_name(self.checkpoint.name, self.type, self.overrides)
 
 
 def output_name(name: str, choice: TypeChoice, overrides: Overrides) -> str:
-    """The default name of the output of the checkpoint called `name`."""
+    """Return the default name of the output for a checkpoint called `name`."""
     return f"{name}-{label_of(choice, overrides)}.gguf"
 
 
@@ -87,10 +89,10 @@ def plan_folder(
     identity: Mapping[str, object] | None = None,
     stop: threading.Event | None = None,
 ) -> Conversion:
-    """Read and check everything about the checkpoint in `folder` but its weights.
+    """Read and check everything in the checkpoint in `folder` except its weights.
 
-    `name` and `identity` replace those that follow from the folder. Raises FileError, FormatError
-    (CheckpointError, TokenizerError) or UsageError.
+    `name` and `identity` replace those of the folder. FileError, FormatError (CheckpointError,
+    TokenizerError) or UsageError.
     """
     hp = read_config(folder)
     checkpoint = open_checkpoint(folder, allow_pickle=options.allow_pickle, stop=stop)
@@ -128,18 +130,18 @@ def plan(
 
 
 def check_options(hp: Hyperparameters, options: ConvertOptions) -> None:
-    """Raise what `plan` would about types and the importance matrix, before any weight is there."""
+    """Raise the errors of `plan` that concern types and the importance matrix. Needs no weights."""
     _types(hp, options, GgmlType.BF16)
 
 
 def _types(hp: Hyperparameters, options: ConvertOptions, own: GgmlType) -> TypePlan:
-    """The types of tensors that are stored in `own`. UsageError."""
+    """Choose the types of tensors that are stored in the type `own`. UsageError."""
     choice = options.choice or resolve_float(own)
     return plan_types(unquantized(hp, own), hp, choice, options.overrides, options.imatrix)
 
 
 def run(conversion: Conversion, out: Path, run_options: RunOptions) -> Summary:
-    """Write the file. See write_output for what survives an interruption and what it raises."""
+    """Write the file. `write_output` describes interruptions and errors."""
     specs = tensor_specs(conversion.hp)
     jobs = [
         TensorJob(
@@ -186,7 +188,7 @@ def run(conversion: Conversion, out: Path, run_options: RunOptions) -> Summary:
 def convert_folder(
     folder: Path, out: Path, options: ConvertOptions | None = None, run_options: RunOptions | None = None
 ) -> Summary:
-    """Convert the checkpoint in `folder` to the file `out`. Raises what `plan_folder` and `run` raise."""
+    """Convert the checkpoint in `folder` to the file `out`. Raises the errors of `plan_folder` and `run`."""
     run_options = run_options or RunOptions()
     planned = plan_folder(folder, options or ConvertOptions(), run_options.listen, stop=run_options.stop)
     return run(planned, out, run_options)
@@ -195,7 +197,7 @@ def convert_folder(
 def _note_mixed(
     checkpoint: Checkpoint, specs: Sequence[TensorSpec], own: GgmlType, note: Callable[[str], None]
 ) -> None:
-    """Say so where matrices are stored in another float type than most."""
+    """Tell the user if some matrices have another float type than most."""
     others = [
         spec.name
         for spec in specs

@@ -1,7 +1,7 @@
-"""A model repository on a Hugging Face hub: what it holds, and how its files get here.
+"""Download from a model repository on a Hugging Face hub.
 
 Everything goes through huggingface_hub, so HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN and the shared cache work as
-they do elsewhere. Only the files that a conversion needs are fetched. Tokens never reach a message.
+in other programs. Only files that a conversion needs are downloaded. Messages never contain a token.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dsmoe_convert.checkpoint import PICKLE, SAFETENSORS, Form, check_pickle, read_index
 from dsmoe_convert.errors import HubError
-from dsmoe_convert.stored import StoredTensor
+from dsmoe_convert.shards import StoredTensor
 from dsmoe_local.base.errors import DsmoeError, InterruptedRunError, UsageError
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Started
 from dsmoe_local.base.text import safe_line
@@ -40,12 +40,12 @@ _OPTIONAL = (
 )
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _INTERRUPTED = "interrupted while downloading"
-_PATIENCE = 1.0  # seconds that a download gets to end by itself after an interruption
+_PATIENCE = 1.0  # seconds to wait for a download to end after an interruption
 
 
 @dataclass(frozen=True, slots=True)
 class HubRequest:
-    """Which repository, as the user says it. `endpoint` None means the library's own."""
+    """A repository as the user names it. `endpoint` None means the library's default."""
 
     repository: str
     revision: str | None = None
@@ -59,23 +59,23 @@ class HubRequest:
 
 
 def is_repository(text: str) -> bool:
-    """Whether `text` has the form OWNER/NAME."""
+    """True if `text` has the form OWNER/NAME."""
     return _REPOSITORY.fullmatch(text) is not None and ".." not in text
 
 
 def locate(source: str) -> Path | None:
-    """The local folder that `source` names, None for the id of a repository. UsageError if it is neither."""
+    """Return the local folder that `source` names; None if it is a repository id. UsageError otherwise."""
     path = Path(source)
-    with suppress(RuntimeError):  # ~NAME of nobody
+    with suppress(RuntimeError):  # ~NAME of an unknown user
         path = path.expanduser()
     if path.is_dir():
         return path
     if path.exists():
         raise UsageError(
             f"{safe_line(source, 60)} is a file",
-            remedy="dsmoe-quantize takes GGUF files"
+            remedy="to quantize a GGUF file, use dsmoe-quantize"
             if path.suffix == ".gguf"
-            else "name the folder that holds config.json and the weights",
+            else "name the folder with config.json and the weights",
         )
     if is_repository(source):
         return None
@@ -86,14 +86,14 @@ def locate(source: str) -> Path | None:
 
 
 class HubRepository:
-    """One revision of a repository, pinned to its commit. Raises HubError for whatever the hub says."""
+    """One revision of a repository, pinned to its commit. All errors of the hub become HubError."""
 
     def __init__(self, request: HubRequest, listen: Listener, stop: threading.Event) -> None:
         import huggingface_hub
         import huggingface_hub.constants
         import huggingface_hub.errors
 
-        # What it warns of (retries, a file that cannot be renewed) reaches the user as our error, if at all.
+        # Its warnings are about retries and outdated files. Failures reach the user as our errors.
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
         self._request = request
         self._hub = huggingface_hub
@@ -113,12 +113,12 @@ class HubRepository:
 
     @property
     def name(self) -> str:
-        """See HubRequest."""
+        """The repository's name without its owner."""
         return self._request.name
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the bytes of every file."""
+        """The values that decide the content of all files."""
         return {"repository": self._request.repository, "commit": self.commit}
 
     @property
@@ -126,7 +126,7 @@ class HubRepository:
         return self._hub.HfApi(endpoint=self._request.endpoint, token=self._request.token)
 
     def fetch_small_files(self) -> Path:
-        """Configuration, tokenizer, index and model card, in the cache; the folder they are in."""
+        """Download configuration, tokenizer, index and model card to the cache. Return their folder."""
         if self.offline:
             return self._fetch("config.json").parent
         missing = [name for name in _REQUIRED if name not in self.sizes]
@@ -138,14 +138,14 @@ class HubRepository:
         for name in (*_REQUIRED, *_OPTIONAL):
             if name in self.sizes:
                 self._fetch(name)
-        # By the name the user gave: so the cache remembers which commit it stood for, for offline use.
+        # By the revision that the user gave: the cache then records its commit, for offline use.
         folder = self._fetch("config.json", revision=self._request.revision).parent
         if folder.name != self.commit:
-            raise HubError("the repository changed just now", where=self._place, remedy="run again")
+            raise HubError("the repository changed while it was read", where=self._place, remedy="run again")
         return folder
 
     def weight_files(self, folder: Path, *, allow_pickle: bool) -> tuple[Form, list[str]]:
-        """How the weights are stored, and the files that hold them; `folder` holds the index."""
+        """Return the format of the weights and the names of their files. `folder` has the index."""
         for form in (SAFETENSORS, PICKLE):
             if form.single in self.sizes or form.index in self.sizes:
                 if form is PICKLE:
@@ -162,7 +162,7 @@ class HubRepository:
         raise HubError("the repository has no weights in safetensors", where=self._request.repository)
 
     def fetch_weights(self, files: list[str]) -> None:
-        """Bring weights into the cache; those that are there already are not fetched again."""
+        """Download the weights that the cache lacks."""
         here = [name for name in files if self._is_cached(name)]
         total, done = (sum(self.sizes[name] for name in names) for names in (files, here))
         self._listen(Started("downloading", total, done))
@@ -172,11 +172,11 @@ class HubRepository:
         self._listen(Finished("downloading"))
 
     def fetch_to(self, name: str, folder: Path) -> Path:
-        """Bring one file into `folder`, past the cache."""
+        """Download one file to `folder`, without the cache."""
         return self._fetch(name, local_dir=folder)
 
     def tensors_of(self, name: str) -> dict[str, StoredTensor]:
-        """The tensors of a safetensors file that is not here. Offsets count from the start of its data."""
+        """Return the tensors of a remote safetensors file. Offsets count from the start of its data."""
         header = self._call(
             lambda: self._api.parse_safetensors_file_metadata(
                 self._request.repository, name, revision=self.commit
@@ -195,12 +195,12 @@ class HubRepository:
     def _fetch(
         self, name: str, *, revision: str | None = "", local_dir: Path | None = None, report: bool = False
     ) -> Path:
-        """One file; `revision` "" means the pinned commit."""
+        """Download one file and return its path. `revision` "" means the pinned commit."""
         if revision == "":
             revision = self.commit or self._request.revision
         download = self._hub.hf_hub_download
         options: dict[str, Any] = {"local_dir": local_dir}
-        # Versions before 1.0 have no such parameter: without it, no progress and no early end.
+        # Versions before 1.0 lack this parameter. Then there is no progress, and no early end.
         if "tqdm_class" in inspect.signature(download).parameters:
             options["tqdm_class"] = _progress_class(self._listen if report else None, self._stop, name)
         path = self._call(
@@ -217,7 +217,7 @@ class HubRepository:
         return Path(path)
 
     def _call(self, work: Callable[[], T]) -> T:
-        """Do `work`, a call into the library, in a thread of its own: it must not hold up an interruption."""
+        """Call into the library, in another thread, so that it cannot delay an interruption."""
         outcome: list[Callable[[], T]] = []
 
         def body() -> None:
@@ -243,7 +243,7 @@ class HubRepository:
             raise self._translated(error) from error
 
     def _translated(self, error: Exception) -> HubError:
-        """The library's exception in our words; the most specific line of the table wins."""
+        """Return our error for an exception of the library. More specific ones are first in the table."""
         for name, what, remedy in _COMPLAINTS:
             kind = getattr(self._hub.errors, name, None)
             if kind is not None and isinstance(error, kind):
@@ -267,22 +267,22 @@ _COMPLAINTS = (
     (
         "GatedRepoError",
         "access to this repository must be granted",
-        "accept its terms on its page, then set HF_TOKEN or give --token",
+        "accept the terms on its page, then set HF_TOKEN or use --token",
     ),
     (
         "RepositoryNotFoundError",
-        "there is no such repository, or it is private",
-        "check the name; for a private one set HF_TOKEN or give --token",
+        "the repository does not exist, or is private",
+        "check the name; for a private one set HF_TOKEN or use --token",
     ),
     ("RevisionNotFoundError", "the repository has no such revision", "check --revision"),
     (
         "OfflineModeIsEnabled",
-        "the hub may not be asked: HF_HUB_OFFLINE is set",
-        "unset it, or use what is in the cache",
+        "the hub cannot be used: HF_HUB_OFFLINE is set",
+        "unset it, or use a repository that is in the cache",
     ),
     (
         "LocalEntryNotFoundError",
-        "not in the cache, and the hub cannot be reached",
+        "the file is not in the cache, and the hub cannot be reached",
         "check the network, and whether HF_HUB_OFFLINE is set",
     ),
     ("EntryNotFoundError", "a file is missing in the repository", "check the repository's page"),
@@ -294,7 +294,7 @@ def _raise(error: BaseException) -> Any:  # noqa: ANN401 - never returns
 
 
 def _progress_class(listen: Listener | None, stop: threading.Event, name: str) -> type[Any]:
-    """A progress bar that draws nothing: it passes bytes on as events, and ends a download that must stop."""
+    """Return a progress bar that draws nothing: it emits events, and raises when the download must stop."""
     bar: Any = importlib.import_module("tqdm").tqdm
 
     def start(self: Any, *args: Any, **options: Any) -> None:  # noqa: ANN401 - tqdm's signature

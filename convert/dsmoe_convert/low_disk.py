@@ -1,9 +1,8 @@
-"""Shards that are not here yet: each is fetched when its turn comes, and deleted once nothing needs it.
+"""Read shards that are downloaded one at a time and deleted when no tensor needs them any more.
 
-A shard is needed until everything that is made of it is synced and journaled: whatever kills the run, the
-next one finds either the shard or what was made of it. At most two shards lie on disk, so that the next one
-arrives while one is encoded. Which comes when follows from the order in which tensors are encoded, so every
-wait ends: the shards of a tensor come before those of the next, and go when no later tensor needs them.
+A shard is kept until all tensors made from it are synced and journaled: after a crash, the next run finds
+either the shard or those tensors. Two shards are on disk at a time: one is downloaded while another one is
+encoded. Shards are downloaded in the order in which tensors need them, so no reader waits for ever.
 """
 
 from __future__ import annotations
@@ -14,22 +13,21 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from dsmoe_convert.errors import CheckpointError
-from dsmoe_convert.shards import read_span
-from dsmoe_convert.stored import StoredTensor
+from dsmoe_convert.shards import StoredTensor, read_span
 from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.base.faults import reach
 from dsmoe_local.base.text import safe_line
 
 N_SHARDS = 2
-"""Shards on disk together, unless one tensor needs more."""
-_POLL = 0.2  # seconds between looks at the stop event while waiting
+"""Shards on disk at a time, unless one tensor needs more."""
+_POLL = 0.2  # seconds between checks of the stop event
 
 Fetch = Callable[[str], tuple[Path, Mapping[str, StoredTensor]]]
-"""Bring one shard: its path, and its tensors as its own header tells them."""
+"""Downloads a shard. Returns its path and its tensors, by its own header."""
 
 
 class ShardWindow:
-    """A ShardSource over shards that `fetch` brings one at a time."""
+    """A ShardSource over shards that `fetch` downloads one at a time."""
 
     def __init__(self, fetch: Fetch, stop: threading.Event) -> None:
         self._fetch = fetch
@@ -44,7 +42,7 @@ class ShardWindow:
         self._thread: threading.Thread | None = None
 
     def arrange(self, wanted: Mapping[str, Sequence[StoredTensor]]) -> Sequence[str]:
-        """See ShardSource: by last and first shard, so that shards are done with one after another."""
+        """See ShardSource. Tensors are sorted by last and first shard, so that shards are used in turn."""
 
         def key(name: str) -> tuple[str, str]:
             shards = [tensor.shard for tensor in wanted[name]]
@@ -63,15 +61,15 @@ class ShardWindow:
 
     @property
     def sequence(self) -> Sequence[str]:
-        """The shards in the order in which they will be fetched; known after `arrange`."""
+        """The shards in the order of download, after `arrange`."""
         return self._sequence
 
     def read_into(self, tensor: StoredTensor, start: int, buffer: memoryview) -> None:
-        """See ShardSource; waits until the shard is here."""
+        """See ShardSource. Waits until the shard is downloaded."""
         try:
             self._read_into(tensor, start, buffer)
         except BaseException as error:
-            # Its shard will never be done with: those who wait for a later one must not wait for that.
+            # The shard will never be released: wake the readers that wait for a later one.
             self._fail(error)
             raise
 
@@ -87,13 +85,13 @@ class ShardWindow:
         actual = shard.tensors.get(tensor.name)
         if actual is None or (actual.dtype, actual.shape) != (tensor.dtype, tensor.shape):
             raise CheckpointError(
-                "the shard is not what its header said before it was downloaded",
+                "the shard differs from its header as read before the download",
                 where=f"{safe_line(tensor.shard, 60)}: {safe_line(tensor.name, 60)}",
             )
         read_span(shard.descriptor, shard.path, actual.offset + start, buffer)
 
     def release(self, names: Sequence[str]) -> None:
-        """See ShardSource; a shard that only these needed is deleted."""
+        """See ShardSource. Shards that no other tensor needs are deleted."""
         with self._changed:
             for shard, needed_by in list(self._needed_by.items()):
                 needed_by.difference_update(names)
@@ -104,12 +102,12 @@ class ShardWindow:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """See ShardSource. Shards that are still here stay on disk for the next run."""
+        """See ShardSource. Shards stay on disk for the next run."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         if self._thread is not None:
-            # A download in progress is not waited for: the thread ends with the process.
+            # Do not wait for a download in progress: the thread ends with the process.
             self._thread.join(_POLL)
         with self._changed:
             for shard in self._present.values():
@@ -117,7 +115,7 @@ class ShardWindow:
             self._present.clear()
 
     def _bring_all(self) -> None:
-        """The body of the fetching thread."""
+        """Download all shards. The body of the thread."""
         try:
             for name in self._sequence:
                 with self._changed:
@@ -142,7 +140,7 @@ class ShardWindow:
 
 
 class _Shard:
-    """A shard on disk, open."""
+    """An open shard on disk."""
 
     def __init__(self, path: Path, descriptor: int, tensors: Mapping[str, StoredTensor]) -> None:
         self.path = path
@@ -155,7 +153,7 @@ class _Shard:
 
 
 def _most_at_once(needs: Sequence[Sequence[str]]) -> int:
-    """How many shards must lie on disk at the worst moment; `needs` holds those of each tensor, in order."""
+    """Return the largest number of shards needed at once. `needs` has the shards of each tensor, in order."""
     last = {shard: at for at, shards in enumerate(needs) for shard in shards}
     most, here = 0, set[str]()
     for at, shards in enumerate(needs):

@@ -1,4 +1,4 @@
-"""The `general.*` metadata of a converted file. Architecture keys and tokens are made elsewhere."""
+"""The `general.*` metadata of a converted file."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ _MAX_CARD = 4 << 20
 
 
 def general_fields(hp: Hyperparameters, name: str, license_id: str | None) -> dict[str, Field]:
-    """What the file says about itself; the keys about its type are dsmoe_quantize's. A name with which
-    llama.cpp could not load it is left out.
+    """Return the `general.*` metadata, without the keys about the file's type.
+
+    A name with which llama.cpp could not load the file is replaced by that of the architecture.
     """
     if clashes_with_phi3(name):
         name = hp.architecture
@@ -35,7 +36,7 @@ def general_fields(hp: Hyperparameters, name: str, license_id: str | None) -> di
 
 
 def size_label(hp: Hyperparameters) -> str:
-    """llama.cpp's short form: experts, times the weights of the model with one routed expert."""
+    """Return the size as llama.cpp writes it: number of experts, and weights with one routed expert."""
     specs = tensor_specs(hp)
     routed = sum(spec.n_weights for spec in specs if spec.role is Role.ROUTED_EXPERT)
     total = sum(spec.n_weights for spec in specs)
@@ -44,7 +45,7 @@ def size_label(hp: Hyperparameters) -> str:
 
 
 def license_of(folder: Path) -> str | None:
-    """The licence that the model card names, or None. A card is prose: nothing in it is an error."""
+    """Return the licence that the model card names, or None. Malformed cards are ignored."""
     card = folder / _MODEL_CARD
     try:
         if card.stat().st_size > _MAX_CARD:
@@ -63,6 +64,6 @@ def license_of(folder: Path) -> str | None:
         if colon and value.strip():
             values[key] = value.strip().strip("\"'")
     found = values.get("license")
-    # The card says `other` and gives the name beside it.
+    # For `other`, the name is in another key.
     found = values.get("license_name", found) if found == "other" else found
     return safe_line(found, 80) if found else None

@@ -1,9 +1,8 @@
-"""Where the tensors of a PyTorch `.bin` file lie. Unpickling happens in a child process, restricted.
+"""Find the tensors of a PyTorch `.bin` file. A restricted child process unpickles it.
 
-`torch.load(weights_only=True, mmap=True)` builds tensors and nothing else, but it still interprets a pickle:
-if it is tricked or crashes, a child that can do little (`restricted`) is what it takes down. The child's
-answer, spans of bytes, is checked; then the parent reads them as it reads safetensors. Run as a module, this
-file is that child.
+`torch.load(weights_only=True, mmap=True)` creates only tensors, but it still interprets a pickle. If that is
+exploited or crashes, only the child is affected. The child returns spans of bytes. The parent checks them and
+reads them like those of safetensors. Run as a module, this file is the child.
 """
 
 from __future__ import annotations
@@ -18,26 +17,24 @@ from typing import TYPE_CHECKING, Any
 
 from dsmoe_convert import restricted
 from dsmoe_convert.errors import CheckpointError
-from dsmoe_convert.stored import DTYPES, StoredTensor
+from dsmoe_convert.shards import DTYPES, StoredTensor
 from dsmoe_local.base.errors import FileError
 from dsmoe_local.base.text import safe_line
 
 if TYPE_CHECKING:
     import torch
 
-_SECONDS = 600  # reading the pickle of a 10 GB shard takes about one
+_SECONDS = 600  # reading the pickle of a 10 GB shard takes about one second
 _CPU_SECONDS = 120
-_MEMORY = 2 << 30  # beside the file, which is mapped
+_MEMORY = 2 << 30  # in addition to the file, which is mapped
 _LOCAL_HEADER = 30  # bytes of a zip entry's local header before its name
 
 
 def read_tensors(path: Path, stop: threading.Event | None = None) -> dict[str, StoredTensor]:
-    """The tensors of one `.bin` file by name, as a restricted child process reports them.
+    """Return the tensors of a `.bin` file by name, as a restricted child process reports them.
 
-    `stop` ends the child. The answer is then of no use, and InterruptedRunError is raised.
-
-    Raises CheckpointError if the file is not a plain dictionary of dense, contiguous tensors in PyTorch's zip
-    format, FileError if it cannot be read.
+    CheckpointError if the file is not a dictionary of dense, contiguous tensors in PyTorch's zip format,
+    FileError if it cannot be read, InterruptedRunError if `stop` is set.
     """
     try:
         size = path.stat().st_size
@@ -48,13 +45,14 @@ def read_tensors(path: Path, stop: threading.Event | None = None) -> dict[str, S
         raise FileError(f"cannot read the shard: {error.strerror}", where=path) from error
     answer = _answer(output)
     if status != 0 or "tensors" not in answer:
-        raise _refusal(path, str(answer.get("error") or f"the reader died with status {status}"))
+        raise _refusal(path, str(answer.get("error") or f"the child process failed with status {status}"))
     tensors = {}
     for entry in answer["tensors"] if isinstance(answer["tensors"], list) else [None]:
         tensor = _stored(entry, path.name, size)
         if tensor is None:
             raise CheckpointError(
-                "damaged .bin file: a tensor lies outside of it", where=f"{path}: {safe_line(str(entry), 80)}"
+                "damaged .bin file: a tensor is outside the file",
+                where=f"{path}: {safe_line(str(entry), 80)}",
             )
         tensors[tensor.name] = tensor
     return tensors
@@ -64,12 +62,12 @@ def _refusal(path: Path, what: str) -> CheckpointError:
     return CheckpointError(
         f"not a usable .bin file: {safe_line(what, 80)}",
         where=path,
-        remedy="save it as safetensors and convert that",
+        remedy="save the model as safetensors and convert that",
     )
 
 
 def _stored(entry: object, shard: str, size: int) -> StoredTensor | None:
-    """A line of the child's answer, None unless it is a tensor in a file of `size` bytes."""
+    """Return a tensor of the child's answer; None unless it is within a file of `size` bytes."""
     match entry:
         case [str(name), str(dtype), list(shape), int(offset), int(n_bytes)]:
             if not all(type(length) is int and length >= 0 for length in shape):
@@ -91,7 +89,7 @@ def _answer(output: bytes) -> dict[str, Any]:
 
 
 def _describe(path: str) -> list[tuple[str, str, list[int], int, int]]:
-    """In the child: (name, dtype, shape, offset in the file, bytes) of every tensor."""
+    """In the child: return name, dtype, shape, offset in the file, and size of every tensor."""
     restricted.leave_network()
     import torch
 
@@ -100,7 +98,7 @@ def _describe(path: str) -> list[tuple[str, str, list[int], int, int]]:
     if isinstance(state, dict) and set(state) == {"state_dict"}:
         state = state["state_dict"]
     if not isinstance(state, dict):
-        raise ValueError("it does not hold a dictionary of tensors")
+        raise ValueError("it is not a dictionary of tensors")
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise ValueError(f"the entry {name!r} is not a tensor")
@@ -121,10 +119,10 @@ def _describe(path: str) -> list[tuple[str, str, list[int], int, int]]:
 
 
 def _file_offset(path: str, tensors: list[torch.Tensor]) -> int:
-    """The address at which byte 0 of the file is mapped.
+    """Return the address at which byte 0 of the file is mapped.
 
-    torch does not tell where in the file a tensor lies, but all storages point into one mapping of it, and
-    the zip directory lists the same storages: in order of address and of offset the two must agree.
+    torch does not report the offset of a tensor in the file. But all storages are in one mapping of the file,
+    and the zip directory lists their offsets. ValueError unless addresses and offsets agree.
     """
     addresses = {
         storage.data_ptr(): storage.nbytes()
@@ -142,17 +140,17 @@ def _file_offset(path: str, tensors: list[torch.Tensor]) -> int:
                 lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
                 entries[info.header_offset + _LOCAL_HEADER + lengths] = info.file_size
     if not addresses or len(addresses) != len(entries):
-        raise ValueError("its storages are not those of its zip directory")
+        raise ValueError("its storages differ from its zip directory")
     base = min(addresses) - min(entries)
     if {address - base: size for address, size in addresses.items()} != entries:
-        raise ValueError("its storages are not those of its zip directory")
+        raise ValueError("its storages differ from its zip directory")
     return base
 
 
 def _main() -> int:
     try:
         answer: dict[str, Any] = {"tensors": _describe(sys.argv[1])}
-    except Exception as error:  # noqa: BLE001 - whatever the pickle provokes becomes one line for the parent
+    except Exception as error:  # noqa: BLE001 - the parent reports any error that the pickle causes
         answer = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
     sys.stdout.write(json.dumps(answer))
     return 0 if "tensors" in answer else 1

@@ -1,9 +1,8 @@
-"""Which of llama.cpp's pre-tokenizers splits text like a given tokenizer.json. Two tables to extend.
+"""Find llama.cpp's pre-tokenizer (`tokenizer.ggml.pre`) that splits text like a given tokenizer.json.
 
-llama.cpp knows pre-tokenizers by name only (`tokenizer.ggml.pre`). A tokenizer.json is recognised by its own
-definition, which also knows a new vocabulary on old rules; else by the ids of llama.cpp's check text, which
-identify one particular vocabulary. Definitions and hashes are those of llama.cpp (src/llama-vocab.cpp,
-conversion/base.py).
+Pre-tokenizers are recognised by the splitting rules in tokenizer.json, with any vocabulary. If that fails,
+the ids of llama.cpp's check text identify particular vocabularies. Rules and hashes are those of llama.cpp
+(src/llama-vocab.cpp, conversion/base.py). To support another one, extend DEFINITIONS or CHECK_HASHES.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
 
 Step: TypeAlias = tuple[object, ...]
-"""One splitting step: a kind and its parameters, as `definition_of` normalizes them."""
+"""A splitting step: its kind and parameters, as `definition_of` normalizes them."""
 
 _BYTES: Step = ("ByteLevel", False, False)
 _BYTES_GPT2: Step = ("ByteLevel", False, True)
@@ -30,7 +29,7 @@ def _split(regex: str) -> Step:
     return ("Split", regex, "Isolated", False)
 
 
-# The letters of cased scripts, without modifiers. Escaped: some look like others, or change when normalized.
+# The letters of cased scripts, without modifiers. Escaped, since some look alike or change when normalized.
 _CASED_LETTERS = (
     "A-Za-z\xb5\xc0-\xd6\xd8-\xf6\xf8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-"
     "\u0373\u0376\u0377\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5"
@@ -58,10 +57,10 @@ _DEEPSEEK_V3 = (
 
 @dataclass(frozen=True, slots=True)
 class Definition:
-    """How a tokenizer.json states the rules that llama.cpp calls `name`.
+    """The rules in tokenizer.json that correspond to llama.cpp's `name`.
 
-    `ignore_merges` must agree, since llama.cpp ties it to the name. `digits_stay_whole`: llama.cpp does not
-    cut numbers here although the definition does; the same only while no token joins two digits.
+    `ignore_merges` must be equal, because in llama.cpp it depends on the name. `digits_stay_whole`: llama.cpp
+    does not split numbers although these rules do. The result is equal only if no token has adjacent digits.
     """
 
     name: str
@@ -116,7 +115,7 @@ CHECK_TEXT = (
     "''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you sure? "
     "'M not sure I'll make it, 'D you like some tea? We'Ve a'lL"
 )
-"""llama.cpp's text: it exercises as many splitting rules as possible."""
+"""llama.cpp's check text, which exercises as many splitting rules as possible."""
 
 CHECK_HASHES: Mapping[str, str] = {
     "049ecf7629871e3041641907f3de7c733e4dbfdc736f57d882ba0b0845599754": "deepseek-llm",
@@ -131,127 +130,38 @@ CHECK_HASHES: Mapping[str, str] = {
     "63b97e4253352e6f357cc59ea5b583e3a680eaeaf2632188c2b952de2588485e": "tekken",
     "ccc2ef013c104be7bae2965776d611e1d7a8a2a9c547dd93a682c9a9fc80352e": "gpt-4o",
 }
-"""sha256 of the ids of CHECK_TEXT, written as Python writes a list -> llama.cpp's name."""
+"""llama.cpp's names by the sha256 of the ids of CHECK_TEXT, formatted as a Python list."""
 
-KNOWN_NAMES = frozenset(
-    [
-        "a.x-4.0",
-        "afmoe",
-        "bailingmoe",
-        "bailingmoe2",
-        "bloom",
-        "chameleon",
-        "chatglm-bpe",
-        "codeshell",
-        "cohere2moe",
-        "command-r",
-        "dbrx",
-        "deepseek-coder",
-        "deepseek-llm",
-        "deepseek-r1-qwen",
-        "deepseek-v3",
-        "default",
-        "exaone",
-        "exaone-moe",
-        "exaone4",
-        "f2llmv2",
-        "falcon",
-        "falcon-h1",
-        "falcon3",
-        "gigachat",
-        "glm4",
-        "glm5",
-        "gpt-2",
-        "gpt-4o",
-        "gpt3-finnish",
-        "granite-docling",
-        "granite-embed-multi-97m",
-        "grok-2",
-        "hunyuan",
-        "hunyuan-dense",
-        "hy_v4",
-        "jais",
-        "jais-2",
-        "jina-de",
-        "jina-es",
-        "jina-v1-en",
-        "jina-v2-code",
-        "jina-v2-de",
-        "jina-v2-es",
-        "jina-v5-nano",
-        "joyai-llm",
-        "kanana2",
-        "kimi-k2",
-        "kormo",
-        "laguna",
-        "lfm2",
-        "llada-moe",
-        "llama-bpe",
-        "llama-v3",
-        "llama3",
-        "llama4",
-        "megrez",
-        "mellum",
-        "mellum2",
-        "midm-2.0",
-        "minerva-7b",
-        "minicpm5",
-        "minimax-m2",
-        "modern-bert",
-        "mpt",
-        "olmo",
-        "phi-2",
-        "pixtral",
-        "poro-chat",
-        "qwen2",
-        "qwen35",
-        "refact",
-        "roberta-bpe",
-        "seed-coder",
-        "smaug-bpe",
-        "smollm",
-        "solar-open",
-        "spark2_5",
-        "stablelm2",
-        "starcoder",
-        "superbpe",
-        "talkie",
-        "tekken",
-        "tiny_aya",
-        "trillion",
-        "ufakzeka",
-        "viking",
-        "youtu",
-    ]
-)
-"""Every name that llama.cpp loads for a byte-level vocabulary; it refuses a file with an unknown one."""
+# fmt: off
+KNOWN_NAMES = frozenset({
+    "a.x-4.0", "afmoe", "bailingmoe", "bailingmoe2", "bloom", "chameleon", "chatglm-bpe", "codeshell",
+    "cohere2moe", "command-r", "dbrx", "deepseek-coder", "deepseek-llm", "deepseek-r1-qwen", "deepseek-v3",
+    "default", "exaone", "exaone-moe", "exaone4", "f2llmv2", "falcon", "falcon-h1", "falcon3", "gigachat",
+    "glm4", "glm5", "gpt-2", "gpt-4o", "gpt3-finnish", "granite-docling", "granite-embed-multi-97m", "grok-2",
+    "hunyuan", "hunyuan-dense", "hy_v4", "jais", "jais-2", "jina-de", "jina-es", "jina-v1-en", "jina-v2-code",
+    "jina-v2-de", "jina-v2-es", "jina-v5-nano", "joyai-llm", "kanana2", "kimi-k2", "kormo", "laguna", "lfm2",
+    "llada-moe", "llama-bpe", "llama-v3", "llama3", "llama4", "megrez", "mellum", "mellum2", "midm-2.0",
+    "minerva-7b", "minicpm5", "minimax-m2", "modern-bert", "mpt", "olmo", "phi-2", "pixtral", "poro-chat",
+    "qwen2", "qwen35", "refact", "roberta-bpe", "seed-coder", "smaug-bpe", "smollm", "solar-open", "spark2_5",
+    "stablelm2", "starcoder", "superbpe", "talkie", "tekken", "tiny_aya", "trillion", "ufakzeka", "viking",
+    "youtu",
+})
+# fmt: on
+"""All names that llama.cpp accepts for a byte-level vocabulary. It refuses files with another name."""
 
-IGNORE_MERGES = frozenset(
-    [
-        "falcon-h1",
-        "falcon3",
-        "glm4",
-        "glm5",
-        "granite-embed-multi-97m",
-        "jina-v5-nano",
-        "lfm2",
-        "llama-bpe",
-        "llama-v3",
-        "llama3",
-        "midm-2.0",
-        "minicpm5",
-        "pixtral",
-        "tekken",
-        "youtu",
-    ]
-)
-"""The names under which llama.cpp takes a word that is a token as it is, whatever the merges say."""
+# fmt: off
+IGNORE_MERGES = frozenset({
+    "falcon-h1", "falcon3", "glm4", "glm5", "granite-embed-multi-97m", "jina-v5-nano", "lfm2", "llama-bpe",
+    "llama-v3", "llama3", "midm-2.0", "minicpm5", "pixtral", "tekken", "youtu",
+})
+# fmt: on
+"""The names with which llama.cpp encodes a word that is a token as that token, without applying merges."""
 
 
-def check_name(name: str) -> str:
-    """`name` if llama.cpp knows it; UsageError with the nearest names if not."""
+def check_name(name: str) -> None:
+    """UsageError, with similar names, if llama.cpp does not know `name`."""
     if name in KNOWN_NAMES:
-        return name
+        return
     near = difflib.get_close_matches(name, KNOWN_NAMES, 3, 0.4) or ["deepseek-llm", "smollm", "gpt-2"]
     raise UsageError(
         f"llama.cpp has no pre-tokenizer called {safe_line(name, 40)!r}",
@@ -260,9 +170,9 @@ def check_name(name: str) -> str:
 
 
 def by_definition(tokenizer: Mapping[str, Any], *, joins_digits: bool) -> str | None:
-    """llama.cpp's name for the splitting rules that `tokenizer` (a tokenizer.json) states, or None.
+    """Return llama.cpp's name for the splitting rules of a tokenizer.json, or None.
 
-    `joins_digits`: whether some token of the vocabulary holds two digits side by side.
+    `joins_digits`: a token of the vocabulary contains two adjacent digits.
     """
     steps = definition_of(tokenizer.get("pre_tokenizer"))
     ignore_merges = tokenizer["model"].get("ignore_merges") or False
@@ -273,7 +183,7 @@ def by_definition(tokenizer: Mapping[str, Any], *, joins_digits: bool) -> str | 
 
 
 def by_check_text(encodings: Iterable[Sequence[int]]) -> str | None:
-    """llama.cpp's name for the tokenizer that turns CHECK_TEXT into one of `encodings`, or None."""
+    """Return llama.cpp's name for a tokenizer that encodes CHECK_TEXT as one of `encodings`, or None."""
     for ids in encodings:
         name = CHECK_HASHES.get(hashlib.sha256(str(list(ids)).encode()).hexdigest())
         if name is not None:
@@ -282,7 +192,7 @@ def by_check_text(encodings: Iterable[Sequence[int]]) -> str | None:
 
 
 def definition_of(pre_tokenizer: object) -> tuple[Step, ...]:
-    """The steps of a tokenizer.json's `pre_tokenizer`, sequences flattened, defaults filled in."""
+    """Return the steps of a `pre_tokenizer`, with sequences flattened and defaults filled in."""
     if not isinstance(pre_tokenizer, dict):
         return ()
     kind = pre_tokenizer.get("type")

@@ -1,9 +1,9 @@
-"""Child processes that read untrusted files, and what they may do. Knows no format.
+"""Run restricted child processes that read untrusted files.
 
-A child inherits no environment but what finds Python's packages, no files, and no standard error. `confine`,
-called in the child before it opens the file, takes away memory, CPU time, writing, processes and, where Linux
-lets users have namespaces of their own, the network. macOS ignores the limit on memory and has no such
-namespaces: there, time, files and processes are limited.
+A child inherits no open files, no standard error, and only those environment variables that Python needs to
+find its packages. Before it opens the untrusted file, the child calls `confine`, which limits memory, CPU
+time, writing and processes, and `leave_network`. macOS ignores the limit on memory and has no network
+namespaces.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from pathlib import Path
 from dsmoe_local.base.errors import InterruptedRunError
 
 MAX_OUTPUT = 256 << 20
-"""Bytes of an answer; that of a checkpoint with 100,000 tensors has about ten million."""
+"""Limit of a child's output in bytes. A checkpoint with 100,000 tensors needs about ten million."""
 _POLL = 0.2
 _CHUNK = 1 << 20
-# Lists of folders, without which Python may not find its packages or their libraries.
+# Search paths without which Python may not find its packages or their libraries.
 _KEPT = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
-# Threads of libraries would count as processes.
+# The threads of libraries count as processes, which are limited.
 _SET = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
 
 
 class GaveUpError(Exception):
-    """A child took too long or said too much. The text is for a message."""
+    """A child took too long or wrote too much. The text is part of a message to the user."""
 
 
 def run_module(
@@ -44,11 +44,10 @@ def run_module(
     input_bytes: bytes = b"",
     stop: threading.Event | None = None,
 ) -> tuple[int, bytes]:
-    """Run `module` as a program in a child that Ctrl-C on the terminal does not reach; its exit status and
-    output.
+    """Run `module` in a child process. Return its exit status and output. Ctrl-C does not reach the child.
 
-    Raises GaveUpError after `seconds` or more than MAX_OUTPUT bytes, InterruptedRunError after `stop`, and
-    OSError if there can be no child.
+    GaveUpError after `seconds` or more than MAX_OUTPUT bytes, InterruptedRunError if `stop` is set, OSError
+    if the child cannot be started.
     """
     environment = dict(_SET)
     for name in _KEPT:
@@ -73,7 +72,7 @@ def run_module(
                 child.stdin.close()
             give_up = time.monotonic() + seconds
             output = _read(child, give_up, stop or threading.Event())
-            # It has closed its output, which is not yet its end.
+            # The child closes its output before it ends.
             return child.wait(max(_POLL, give_up - time.monotonic())), output
         except subprocess.TimeoutExpired as error:
             raise GaveUpError("it took too long") from error
@@ -82,7 +81,7 @@ def run_module(
 
 
 def _read(child: subprocess.Popen[bytes], give_up: float, stop: threading.Event) -> bytes:
-    """What the child writes until it ends."""
+    """Return what the child writes until it closes its output."""
     assert child.stdout is not None
     output = bytearray()
     with selectors.DefaultSelector() as selector:
@@ -99,22 +98,24 @@ def _read(child: subprocess.Popen[bytes], give_up: float, stop: threading.Event)
                 return bytes(output)
             output += chunk
             if len(output) > MAX_OUTPUT:
-                raise GaveUpError("its description is far too long")
+                raise GaveUpError("its output is too long")
 
 
 def leave_network() -> None:
-    """In the child, before anything starts a thread: have no network from now on, where that is possible."""
+    """In the child, before it starts any thread: leave the network, if the system supports it."""
     unshare = getattr(ctypes.CDLL(None), "unshare", None)
     if unshare is None:
         return
-    # In a user namespace of its own, root could no longer read other users' files.
+    # Root needs no user namespace, and could not read other users' files in it.
     if unshare(_CLONE_NEWNET) != 0 and os.geteuid() != 0:
         unshare(_CLONE_NEWUSER | _CLONE_NEWNET)
 
 
 def confine(*, memory: int, seconds: int) -> None:
-    """In the child, once its packages are imported: allow `memory` more bytes and `seconds` more of CPU time,
-    16 more files, and no file to be written and no process to be made.
+    """In the child, after its packages are imported: limit what it can use from now on.
+
+    It gets `memory` more bytes, `seconds` more of CPU time and 16 more files. It cannot write files or start
+    processes.
     """
     used = resource.getrusage(resource.RUSAGE_SELF)
     n_open = len(os.listdir("/dev/fd"))
@@ -129,13 +130,13 @@ def confine(*, memory: int, seconds: int) -> None:
     for kind, limit in limits.items():
         _, hard = resource.getrlimit(kind)
         value = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-        # macOS refuses some of them.
+        # macOS does not support all of them.
         with suppress(ValueError, OSError):
             resource.setrlimit(kind, (value, value))
 
 
 def _address_space() -> int:
-    """Bytes of address space in use; none where the system does not tell, which then ignores the limit."""
+    """Return the address space in use, in bytes; 0 on macOS, which ignores the limit."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     except FileNotFoundError:

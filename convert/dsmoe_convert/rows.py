@@ -1,6 +1,6 @@
-"""A checkpoint's tensors as the encoder wants them: experts stacked, query and key rows permuted.
+"""Read a checkpoint's tensors by rows, in GGUF's order: experts stacked, query and key rows permuted.
 
-Nothing is gathered beforehand: rows are read where they lie when the encoder asks for them.
+Rows are read from the shards when the encoder asks for them.
 """
 
 from __future__ import annotations
@@ -10,21 +10,20 @@ import math
 import numpy as np
 
 from dsmoe_convert.checkpoint import Checkpoint
-from dsmoe_convert.shards import ShardSource
-from dsmoe_convert.stored import DTYPES, StoredTensor
+from dsmoe_convert.shards import DTYPES, ShardSource, StoredTensor
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.layout import TensorSpec
 from dsmoe_quantize.write.encoder import Bytes, RowSource
 
 
 class StackedRows:
-    """The rows of equally shaped matrices, one after another. A RowSource."""
+    """The rows of matrices of equal shape, one matrix after another. A RowSource."""
 
     def __init__(self, shards: ShardSource, parts: tuple[StoredTensor, ...]) -> None:
         self.type: GgmlType = DTYPES[parts[0].dtype].ggml
         self._shards = shards
         self._parts = parts
-        # A vector is one row.
+        # The product is 1 for a vector, which is one row.
         self._rows = math.prod(parts[0].shape[:-1])
         self._row_bytes = parts[0].n_bytes // self._rows
 
@@ -39,8 +38,8 @@ class StackedRows:
 class RotaryRows:
     """The rows of a query or key projection in llama.cpp's order. A RowSource.
 
-    Hugging Face rotates the two halves of a head against each other, llama.cpp adjacent rows, so rows i and
-    i + head_dim / 2 of a head become rows 2i and 2i + 1. Whole heads are read and reordered.
+    Hugging Face rotates the two halves of a head, llama.cpp adjacent rows, so rows i and i + head_dim / 2 of
+    a head become rows 2i and 2i + 1. Whole heads are read and reordered.
     """
 
     def __init__(self, inner: StackedRows, n_rows: int, n_heads: int, row_bytes: int) -> None:
@@ -50,7 +49,7 @@ class RotaryRows:
         self._row_bytes = row_bytes
 
     def read(self, first_row: int, n_rows: int, scratch: Bytes) -> Bytes:
-        """See RowSource. The result is not in `scratch`: the heads are read there."""
+        """See RowSource. The result is not in `scratch`, into which the heads are read."""
         size = self._head_dim
         first = first_row // size * size
         end = -(-(first_row + n_rows) // size) * size
@@ -64,7 +63,7 @@ class RotaryRows:
 
 
 def rows_of(checkpoint: Checkpoint, spec: TensorSpec) -> RowSource:
-    """The source of one tensor of the layout; its parts must have been checked against the layout."""
+    """Return the source of a tensor's rows. `check_tensors` must have checked the checkpoint."""
     parts = tuple(checkpoint.tensors[source] for source in spec.sources)
     rows = StackedRows(checkpoint.shards, parts)
     if not spec.rotary_heads:
@@ -73,7 +72,7 @@ def rows_of(checkpoint: Checkpoint, spec: TensorSpec) -> RowSource:
 
 
 def source_position(spec: TensorSpec, index: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-    """The checkpoint's name and index of a weight that is at `index` of the tensor in the file."""
+    """Return the checkpoint's name and index of the weight at `index` of a tensor in the GGUF file."""
     if len(index) == 3:
         return spec.sources[index[0]], index[1:]
     if not spec.rotary_heads:

@@ -1,40 +1,72 @@
-"""Access to the bytes of a checkpoint's shards, by several threads at once. Knows no format."""
+"""The tensors of a checkpoint as spans of bytes in shards, and access to them by several threads at once."""
 
 from __future__ import annotations
 
 import os
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from dsmoe_convert.errors import CheckpointError
-from dsmoe_convert.stored import StoredTensor
 from dsmoe_local.base.errors import FileError
+from dsmoe_local.model.ggml import GgmlType
+
+
+@dataclass(frozen=True, slots=True)
+class Dtype:
+    """A number format of a checkpoint's weights."""
+
+    ggml: GgmlType
+    n_bytes: int
+
+
+DTYPES: Mapping[str, Dtype] = {
+    "F32": Dtype(GgmlType.F32, 4),
+    "F16": Dtype(GgmlType.F16, 2),
+    "BF16": Dtype(GgmlType.BF16, 2),
+}
+"""The supported formats, by safetensors' names. Tensors in others (F64, I8, …) are refused if needed."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A dense row-major tensor: `n_bytes` at byte `offset` of the file `shard`. `dtype`: see DTYPES."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: str
+    offset: int
+    n_bytes: int
 
 
 class ShardSource(Protocol):
-    """Reads spans of tensors. Safe to call from several threads."""
+    """Reads the bytes of tensors. Can be used by several threads at once."""
 
     def arrange(self, wanted: Mapping[str, Sequence[StoredTensor]]) -> Sequence[str]:
-        """Learn which tensors will be read, by the name of what is made of them; say in which order to."""
+        """Return the names of the GGUF tensors in the order in which they should be encoded.
+
+        `wanted` has the checkpoint tensors that each one is made of.
+        """
         ...
 
     def read_into(self, tensor: StoredTensor, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the tensor's bytes from byte `start` on. FileError or CheckpointError."""
+        """Fill `buffer` with a tensor's bytes from byte `start` on. FileError or CheckpointError."""
         ...
 
     def release(self, names: Sequence[str]) -> None:
-        """Learn that what was made under these names survives a crash: it will not be made again."""
+        """Called when the GGUF tensors of these names are durable and will not be encoded again."""
         ...
 
     def close(self) -> None:
-        """Release files; the source is of no use afterwards."""
+        """Close all files. The source cannot be used afterwards."""
         ...
 
 
 class LocalShards:
-    """Shards that lie in a folder, each opened once and read with `pread`."""
+    """The shards in a folder. Each is opened once and read with `pread`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -42,7 +74,7 @@ class LocalShards:
         self._descriptors: dict[str, int] = {}
 
     def arrange(self, wanted: Mapping[str, Sequence[StoredTensor]]) -> Sequence[str]:
-        """See ShardSource. Any order will do."""
+        """See ShardSource. The order does not matter."""
         return list(wanted)
 
     def read_into(self, tensor: StoredTensor, start: int, buffer: memoryview) -> None:
@@ -50,7 +82,7 @@ class LocalShards:
         read_span(self._open(tensor.shard), self._folder / tensor.shard, tensor.offset + start, buffer)
 
     def release(self, names: Sequence[str]) -> None:
-        """See ShardSource. The shards stay."""
+        """See ShardSource. Does nothing: the shards are the user's."""
 
     def _open(self, shard: str) -> int:
         with self._lock:
@@ -80,6 +112,6 @@ def read_span(descriptor: int, path: Path, offset: int, buffer: memoryview) -> N
             raise FileError(f"cannot read the shard: {error.strerror}", where=path) from error
         if count == 0:
             raise CheckpointError(
-                "the shard became shorter while it was read", where=path, remedy="run the command again"
+                "the shard was truncated while it was read", where=path, remedy="run the command again"
             )
         done += count

@@ -1,4 +1,4 @@
-"""From what the user names to a file: a local folder, a repository, or a repository shard by shard."""
+"""Convert what the user names: a local folder, a repository, or a repository shard by shard."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dsmoe_convert.errors import CheckpointError
 from dsmoe_convert.hub import HubRepository, HubRequest, locate
 from dsmoe_convert.low_disk import ShardWindow
 from dsmoe_convert.safetensors_file import read_tensors
-from dsmoe_convert.stored import StoredTensor
+from dsmoe_convert.shards import StoredTensor
 from dsmoe_convert.tokenizer import read_tokenizer
 from dsmoe_local.base import durable
 from dsmoe_local.base.errors import InterruptedRunError, UsageError
@@ -34,7 +34,7 @@ from dsmoe_quantize.write.output import Summary, refuse_early
 
 @dataclass(frozen=True, slots=True)
 class SourceOptions:
-    """How a repository is reached; `low_disk` keeps at most two of its shards on disk."""
+    """How to access a repository. `low_disk`: keep at most two of its shards on disk."""
 
     revision: str | None = None
     token: str | None = None
@@ -49,10 +49,10 @@ def convert(
     source_options: SourceOptions | None = None,
     run_options: RunOptions | None = None,
 ) -> Summary:
-    """Convert `source`, a folder or a repository's id, to `out` (by default a file in the current folder).
+    """Convert `source`, a folder or a repository id, to `out` (by default a file in the current folder).
 
-    Raises UsageError, FileError (HubError), FormatError (CheckpointError, TokenizerError), MissingExtraError
-    and what dsmoe_quantize.write.output.write_output raises.
+    UsageError, FileError (HubError), FormatError (CheckpointError, TokenizerError), MissingExtraError, and
+    the errors of `dsmoe_quantize.write.output.write_output`.
     """
     options, run_options = options or ConvertOptions(), run_options or RunOptions()
     source_options = source_options or SourceOptions()
@@ -67,9 +67,7 @@ def convert(
 
 
 def _early_name(source: str, options: ConvertOptions) -> Path | None:
-    """`Conversion.default_name`, before anything is read or downloaded; None where the weights decide its
-    type.
-    """
+    """Return `Conversion.default_name` before anything is read; None if it depends on the weights' type."""
     if options.choice is None:
         return None
     folder = locate(source)
@@ -79,7 +77,7 @@ def _early_name(source: str, options: ConvertOptions) -> Path | None:
 
 @dataclass(frozen=True, slots=True)
 class PlannedSource:
-    """A planned conversion; with a staging place if its shards are still to come."""
+    """A planned conversion. `staging` is set if shards are downloaded during the conversion."""
 
     conversion: Conversion
     staging: Staging | None = None
@@ -93,9 +91,9 @@ def plan_source(
     *,
     headers_only: bool = False,
 ) -> PlannedSource:
-    """Check `source` and plan its conversion.
+    """Check `source` and plan its conversion. Downloads a repository's weights if that needs them all.
 
-    The weights of a repository are fetched, unless they come later or, with `headers_only`, never.
+    `headers_only`: download only the headers of the weights, for a dry run.
     """
     planned = _planned(source, options, source_options, run_options, headers_only)
     if run_options.stop.is_set():
@@ -113,9 +111,9 @@ def _planned(
     folder = locate(source)
     if folder is not None:
         if source_options.revision:
-            raise UsageError("--revision goes with a repository, not with a folder")
+            raise UsageError("--revision can only be used with a repository, not with a folder")
         if source_options.low_disk:
-            run_options.listen(Note("--low-disk changes nothing here: the checkpoint is on disk already"))
+            run_options.listen(Note("--low-disk has no effect: the checkpoint is on disk already"))
         return PlannedSource(plan_folder(folder, options, run_options.listen, stop=run_options.stop))
     request = HubRequest(source, source_options.revision, source_options.token, source_options.endpoint)
     repository = HubRepository(request, run_options.listen, run_options.stop)
@@ -125,7 +123,7 @@ def _planned(
 
 
 def _plan_cached(repository: HubRepository, options: ConvertOptions, run_options: RunOptions) -> Conversion:
-    """Bring the whole checkpoint into the cache; the small files are judged before the large ones come."""
+    """Download the checkpoint to the cache and plan. Small files are checked before weights are fetched."""
     folder = repository.fetch_small_files()
     if repository.offline:
         return plan_folder(folder, options, run_options.listen, name=repository.name, stop=run_options.stop)
@@ -145,9 +143,9 @@ def _plan_cached(repository: HubRepository, options: ConvertOptions, run_options
 
 
 class Staging:
-    """The folder beside the output in which shards lie between download and deletion. A source of `Fetch`.
+    """The folder beside the output for shards that are downloaded and deleted during the conversion.
 
-    It appears with the first download: by then the output is locked, and may be written.
+    It is created by the first download, when the output is locked.
     """
 
     def __init__(self, repository: HubRepository, shards: list[str], listen: Listener) -> None:
@@ -161,16 +159,16 @@ class Staging:
 
     @property
     def folder(self) -> Path:
-        """Beside the output, and hidden."""
+        """The hidden folder beside the output."""
         return self.out.with_name(f".{self.out.name}.shards")
 
     def _open(self) -> None:
-        """Check the space, create the folder, and tidy what an interrupted run left."""
+        """Create the folder, delete what an interrupted run left and is not needed, and check free space."""
         part = self.out.with_name(f".{self.out.name}.part")
         self.folder.mkdir(exist_ok=True)
         for partial in self.folder.rglob("*.incomplete"):
             partial.unlink(missing_ok=True)
-        # What the window asks for first may be here from an interrupted run; nothing else is of use.
+        # Keep only shards that the window will ask for first.
         n_shards = self.window.n_shards
         for shard in set(self._shards) - set(self.window.sequence[:n_shards]):
             (self.folder / shard).unlink(missing_ok=True)
@@ -180,7 +178,7 @@ class Staging:
         self._is_open = True
 
     def fetch(self, shard: str) -> tuple[Path, Mapping[str, StoredTensor]]:
-        """See low_disk.Fetch."""
+        """Download a shard; see `low_disk.Fetch`."""
         if not self._is_open:
             self._open()
         number = self._shards.index(shard) + 1
@@ -189,16 +187,16 @@ class Staging:
         return path, read_tensors(path)
 
     def remove(self) -> None:
-        """Delete the folder and all that is in it."""
+        """Delete the folder with its content."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _plan_staged(
     repository: HubRepository, options: ConvertOptions, run_options: RunOptions
 ) -> PlannedSource:
-    """Plan by the shards' headers alone."""
+    """Plan a conversion from the headers of remote shards."""
     if repository.offline:
-        raise UsageError("the shards must be downloaded, but HF_HUB_OFFLINE is set")
+        raise UsageError("the shards must be downloaded, but HF_HUB_OFFLINE is set", remedy="unset it")
     # Old versions of the library's transfer layer keep 10 GB of chunks otherwise.
     os.environ.setdefault("HF_XET_CHUNK_CACHE_SIZE_BYTES", "0")
     folder = repository.fetch_small_files()
@@ -206,7 +204,7 @@ def _plan_staged(
     form, shards = repository.weight_files(folder, allow_pickle=options.allow_pickle)
     if form is not SAFETENSORS:
         raise CheckpointError(
-            "--low-disk and --dry-run read the headers of safetensors; here are pickles (.bin)",
+            "--low-disk and --dry-run need safetensors, but the weights are pickles (.bin)",
             where=repository.name,
         )
     headers = {shard: repository.tensors_of(shard) for shard in shards}

@@ -1,6 +1,6 @@
-"""BOS, EOS and their kin: which ids they have, and whether the model wants them around its input.
+"""Find the ids of BOS, EOS and other special tokens, and whether BOS and EOS are added to the input.
 
-They are always written out: without them llama.cpp takes token 11 for both, and adds none.
+They are always written to the file: without them, llama.cpp uses token 11 for both, and adds none.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dsmoe_local.base.text import safe_line
 from dsmoe_local.model.config_json import FILE_NAME, load_json
 from dsmoe_local.model.gguf_file import Field
 
-# Classes whose default is to add BOS where the files do not say.
+# Classes that add BOS by default.
 _ADDS_BOS = ("LlamaTokenizer", "LlamaTokenizerFast")
 _MAP = "special_tokens_map.json"
 _GENERATION = "generation_config.json"
@@ -26,7 +26,7 @@ _GENERATION = "generation_config.json"
 
 @dataclass(frozen=True, slots=True)
 class SpecialTokens:
-    """Ids of special tokens; `padding` and `unknown` may be absent."""
+    """Ids of special tokens; `padding` and `unknown` are optional."""
 
     bos: int
     eos: int
@@ -36,7 +36,7 @@ class SpecialTokens:
     add_eos: bool
 
     def fields(self) -> dict[str, Field]:
-        """As GGUF metadata."""
+        """Return them as GGUF metadata."""
         ids = {"bos": self.bos, "eos": self.eos, "unknown": self.unknown, "padding": self.padding}
         flags = {"add_bos_token": self.add_bos, "add_eos_token": self.add_eos}
         return {
@@ -54,12 +54,12 @@ def read_special_tokens(
     n_vocab: int,
     note: Callable[[str], None],
 ) -> SpecialTokens:
-    """The special tokens of the tokenizer at `path`, by the files beside it; `ids` is its vocabulary,
-    `around` what its post-processor puts before and after a text.
+    """Return the special tokens of the tokenizer at `path`, from the files beside it.
 
-    Names in tokenizer_config.json or special_tokens_map.json count first, then ids in generation_config.json
-    and config.json. Raises TokenizerError for an EOS that is missing, a name that is no token, an id that is
-    out of range or a flag that is not one.
+    `ids` is its vocabulary; `around` are the ids that its post-processor adds before and after a text. Names
+    in tokenizer_config.json or special_tokens_map.json take precedence over ids in generation_config.json and
+    config.json. TokenizerError if there is no EOS, a name is not a token, an id is out of range, or a flag is
+    not true or false.
     """
     folder = path.parent
     sources = [config, *(load_json(folder / _MAP) for _ in range((folder / _MAP).exists()))]
@@ -74,10 +74,10 @@ def read_special_tokens(
             return number
         if token not in ids:
             raise TokenizerError(
-                f"{name}_token is {safe_line(repr(token), 50)}, which is no token", where=folder
+                f"{name}_token is {safe_line(repr(token), 50)}, which is not in the vocabulary", where=folder
             )
         if number not in (None, ids[token]) and name in ("bos", "eos"):
-            note(f"{name} is {ids[token]} by its name, {number} in the configuration; the name counts")
+            note(f"{name} is {ids[token]} by its name but {number} in the configuration; the name is used")
         return ids[token]
 
     eos = find("eos")
@@ -94,7 +94,7 @@ def read_special_tokens(
     if add_bos is None:
         add_bos = bool(around[0]) or config.get("tokenizer_class") in _ADDS_BOS
     if bos is None:
-        note("the tokenizer has no beginning-of-sequence token; the end-of-sequence token stands in, unused")
+        note("the tokenizer has no beginning-of-sequence token; none is added to a text")
         bos, add_bos = eos, False
     if add_eos is None:
         add_eos = bool(around[1])
@@ -111,10 +111,10 @@ def _number(folder: Path, sources: list[dict[str, Any]], key: str, n_vocab: int)
     found = None
     for source in sources:
         value = source.get(key)
-        # Several EOS ids are a list; the first is the main one.
+        # Several EOS ids are a list, of which the first is used.
         values = value if isinstance(value, list) else [] if value is None else [value]
         for number in values:
-            # -1 stands for none in some files.
+            # In some files, -1 means none.
             if type(number) is not int or not -1 <= number < n_vocab:
                 raise TokenizerError(
                     f"{key} is {safe_line(repr(number), 30)}",

@@ -1,7 +1,7 @@
-"""A checkpoint's tokenizer as GGUF metadata, read from its own JSON files and never through transformers.
+"""Convert a checkpoint's tokenizer to GGUF metadata. Reads its JSON files without transformers.
 
-The vocabulary becomes llama.cpp's `gpt2` model (byte-level BPE). What would make llama.cpp abort or split
-text differently is refused here.
+The vocabulary becomes llama.cpp's `gpt2` model (byte-level BPE). Tokenizers on which llama.cpp would abort,
+or that it would not reproduce, are refused.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
 MAX_BYTES = 256 << 20
 
-# Tokens that some models forgot to mark as special; llama.cpp's converter knows the same.
+# Tokens that some models do not mark as special. llama.cpp's converter has the same list.
 _LOOKS_SPECIAL = (("<|", "|>"), ("<\uff5c", "\uff5c>"))
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """One entry per embedding row. `types` are gguf's TokenType numbers; `merges` are pairs in one string."""
+    """One entry for each row of the embedding. `types` are gguf's TokenType; `merges` are "left right"."""
 
     tokens: list[str]
     types: list[int]
@@ -49,18 +49,18 @@ class TokenizerFiles:
 
     @property
     def path(self) -> Path:
-        """tokenizer.json, for messages."""
+        """The path of tokenizer.json, for messages."""
         return self.folder / TOKENIZER
 
 
 def read_tokenizer(
     folder: Path, n_vocab: int, pre: str | None, note: Callable[[str], None]
 ) -> dict[str, Field]:
-    """The `tokenizer.*` metadata of a checkpoint with `n_vocab` embedding rows.
+    """Return the `tokenizer.*` metadata of a checkpoint with `n_vocab` rows in its embedding.
 
-    `pre` overrides the recognition of the pre-tokenizer. `note` hears what a person should know.
-    Raises FileError if a file cannot be read, TokenizerError or FormatError if it is not a tokenizer that
-    llama.cpp can reproduce, UsageError if llama.cpp does not know `pre`.
+    `pre` names the pre-tokenizer; None: recognise it. `note` is called with messages for the user. FileError
+    if a file cannot be read, TokenizerError or FormatError if llama.cpp cannot reproduce the tokenizer,
+    UsageError if llama.cpp does not know `pre`.
     """
     if pre is not None:
         pretokenizers.check_name(pre)
@@ -93,7 +93,7 @@ def _load(folder: Path) -> TokenizerFiles:
         raise TokenizerError(
             "the checkpoint has no tokenizer.json",
             where=folder,
-            remedy="take it from the model's repository, or save the fast tokenizer beside the weights",
+            remedy="download it from the model's repository, or save the fast tokenizer to this folder",
         )
     tokenizer = load_json(path, MAX_BYTES)
     config = load_json(folder / CONFIG, MAX_BYTES) if (folder / CONFIG).exists() else {}
@@ -107,7 +107,7 @@ def _refuse(files: TokenizerFiles, what: str, remedy: str = "") -> NoReturn:
 def _model(files: TokenizerFiles) -> Mapping[str, Any]:
     model = files.tokenizer.get("model")
     if not isinstance(model, dict):
-        _refuse(files, "there is no model in it")
+        _refuse(files, "tokenizer.json has no model")
     unsupported.check_model(files.path, model)
     return model
 
@@ -156,21 +156,21 @@ def _place(
             f"config.json's vocab_size is {n_vocab}",
         )
     if not isinstance(text, str) or not text or not _is_unicode(text):
-        _refuse(files, f"token {token_id} is not a text")
+        _refuse(files, f"token {token_id} is not text")
     if token_id in tokens:
-        _refuse(files, f"the id {token_id} has two tokens, one is {safe_line(repr(text), 40)}")
+        _refuse(files, f"two tokens have the id {token_id}; one is {safe_line(repr(text), 40)}")
     tokens[token_id] = text
 
 
 def _added_tokens(files: TokenizerFiles) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
-    """Tokens outside of the BPE model, from tokenizer.json and, where it lacks them, its config."""
+    """Yield the tokens outside the BPE model, from tokenizer.json and then from tokenizer_config.json."""
     entries: dict[object, Mapping[str, Any]] = {}
     added = files.tokenizer.get("added_tokens") or []
     decoder = files.config.get("added_tokens_decoder") or {}
     if not isinstance(added, list) or not isinstance(decoder, dict):
         _refuse(files, "added_tokens is not a list")
     known = [(entry.get("id") if isinstance(entry, dict) else None, entry) for entry in added]
-    # Longer digits are no id, and Python refuses to read very long ones.
+    # Longer numbers are not ids, and Python refuses to convert very long ones.
     listed = [
         (int(key) if key.isdecimal() and len(key) < 10 else key, entry) for key, entry in decoder.items()
     ]
@@ -187,7 +187,7 @@ def _added_tokens(files: TokenizerFiles) -> Iterator[tuple[int, str, Mapping[str
 
 
 def _merges(files: TokenizerFiles, model: Mapping[str, Any], vocab: Mapping[str, int]) -> list[str]:
-    """The merges as "left right"; tokenizer.json writes them so, or as pairs."""
+    """Return the merges as "left right". tokenizer.json has them in this form, or as pairs."""
     merges = model.get("merges")
     if not isinstance(merges, list) or not merges:
         _refuse(files, "the tokenizer has no merges")
@@ -200,7 +200,8 @@ def _merges(files: TokenizerFiles, model: Mapping[str, Any], vocab: Mapping[str,
         if not left or not right or " " in left + right:
             _refuse(files, f"merge {position} has an empty part or one with a space")
         if left + right not in vocab:
-            _refuse(files, f"merge {position} makes {safe_line(repr(left + right), 40)}, which is no token")
+            made = safe_line(repr(left + right), 40)
+            _refuse(files, f"merge {position} makes {made}, which is not in the vocabulary")
         result.append(f"{left} {right}")
     return result
 
@@ -213,13 +214,13 @@ def _recognize(files: TokenizerFiles, special: SpecialTokens) -> str:
         name = pretokenizers.by_check_text((plain, [special.bos, *plain], [*plain, special.eos]))
     if name is None:
         raise TokenizerError(
-            "the pre-tokenizer is none that is known here",
+            "the pre-tokenizer is not recognised",
             where=f"{files.path}: pre_tokenizer",
-            remedy="name llama.cpp's equivalent with --pre NAME, for example --pre deepseek-llm",
+            remedy="name llama.cpp's equivalent, for example: --pre deepseek-llm",
         )
     return name
 
 
 def _is_unicode(text: str) -> bool:
-    # JSON can spell half of a surrogate pair, UTF-8 cannot.
+    # JSON can contain half of a surrogate pair, UTF-8 cannot.
     return not any(0xD800 <= ord(character) < 0xE000 for character in text)

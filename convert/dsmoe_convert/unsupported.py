@@ -1,9 +1,8 @@
-"""Refuses what a tokenizer.json asks for and llama.cpp does not do, so that ids are never silently others.
+"""Refuse parts of a tokenizer.json that llama.cpp does not implement, so that ids are never silently wrong.
 
-llama.cpp's `gpt2` vocabularies run no normalizer, strip no space around added tokens, and add at most BOS in
-front and EOS behind. Whether an added token is matched before or after normalization (`normalized`) makes no
-difference without a normalizer. Decoders, truncation and padding are of no concern: they change no ids that
-llama.cpp is asked for.
+llama.cpp's `gpt2` vocabularies have no normalizer, do not strip space around added tokens, and add at most
+BOS in front and EOS behind. Without a normalizer, `normalized` of an added token has no effect. Decoders,
+truncation and padding do not affect ids.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _MODEL_OPTIONS: Mapping[str, tuple[object, ...]] = {
 _TOKEN_OPTIONS = ("lstrip", "rstrip", "single_word")
 _BYTES = frozenset(byte_characters().values())
 _ADDS_NOTHING = ("ByteLevel",)
-_EDIT = "llama.cpp does nothing of the kind; to convert all the same, change it in a copy of the file"
+_EDIT = "llama.cpp does not support it; to convert anyway, change it in a copy of the file"
 
 
 def _refuse(path: Path, part: str, what: str, remedy: str = _EDIT) -> NoReturn:
@@ -48,44 +47,46 @@ def check_model(path: Path, model: Mapping[str, Any]) -> None:
             _refuse(path, "model", f"the tokenizer's {key} is {value}", needed)
     vocab = model.get("vocab")
     unknown = model.get("unk_token")
-    # With a token for each byte there is nothing unknown.
+    # With a token for each byte, the unknown token is never used.
     if unknown is not None and isinstance(vocab, dict) and not vocab.keys() >= _BYTES:
-        _refuse(path, "model", f"{safe_line(repr(unknown), 30)} stands where a byte has no token (unk_token)")
+        _refuse(path, "model", f"{safe_line(repr(unknown), 30)} (unk_token) replaces bytes without a token")
 
 
 def check_normalizer(path: Path, normalizer: object) -> None:
-    """TokenizerError for a normalizer that may change a text: any but a sequence of none."""
+    """TokenizerError for any normalizer except an empty sequence."""
     for step in _steps(normalizer, "normalizers"):
-        _refuse(path, "normalizer", f"the normalizer {_kind(step)} changes a text before it is split")
+        _refuse(path, "normalizer", f"the normalizer {_kind(step)} changes text before it is split")
 
 
 def check_added_token(path: Path, text: str, entry: Mapping[str, Any]) -> None:
-    """TokenizerError for an added token that takes the space around it, or is none inside of a word."""
+    """TokenizerError for an added token that strips space around it, or is not matched inside words."""
     for option in _TOKEN_OPTIONS:
         if entry.get(option):
             _refuse(path, "added_tokens", f"the token {safe_line(repr(text), 40)} has {option} set")
 
 
 def check_pre_tokenizer(path: Path, tokenizer: Mapping[str, Any], name: str) -> None:
-    """TokenizerError where rules that a name of llama.cpp's stands for cannot be those of `tokenizer`."""
+    """TokenizerError if llama.cpp's pre-tokenizer `name` cannot have the rules of `tokenizer`."""
     steps = definition_of(tokenizer.get("pre_tokenizer"))
     byte_level = [step for step in steps if step[0] == "ByteLevel"]
     if not byte_level:
-        _refuse(path, "pre_tokenizer", "the vocabulary is not byte-level", "llama.cpp's gpt2 model is")
+        _refuse(
+            path, "pre_tokenizer", "the vocabulary is not byte-level", "llama.cpp's gpt2 model needs that"
+        )
     if any(prefix for _, prefix, _ in byte_level):
-        _refuse(path, "pre_tokenizer", "a space is put before each text (add_prefix_space)")
+        _refuse(path, "pre_tokenizer", "a space is added in front of each text (add_prefix_space)")
     ignores = tokenizer["model"].get("ignore_merges") or False
     if ignores != (name in IGNORE_MERGES):
         _refuse(
             path,
             "model",
             f"ignore_merges is {'true' if ignores else 'false'}",
-            f"under the name {name}, llama.cpp takes it for {'false' if ignores else 'true'}",
+            f"with the pre-tokenizer {name}, llama.cpp assumes {'false' if ignores else 'true'}",
         )
 
 
 def tokens_around(path: Path, post_processor: object, ids: Mapping[str, int]) -> tuple[list[int], list[int]]:
-    """The ids that the post-processor puts before and after a text. TokenizerError if that cannot be told."""
+    """Return the ids that the post-processor adds before and after a text. TokenizerError if unknown."""
     before: list[int] = []
     after: list[int] = []
     for step in _steps(post_processor, "processors"):
@@ -99,7 +100,7 @@ def tokens_around(path: Path, post_processor: object, ids: Mapping[str, int]) ->
 
 
 def check_tokens_around(path: Path, around: tuple[list[int], list[int]], bos: int | None, eos: int) -> None:
-    """TokenizerError for other tokens around a text than BOS in front and EOS behind."""
+    """TokenizerError for tokens around a text other than BOS in front and EOS behind."""
     for found, known, place in ((around[0], bos, "before"), (around[1], eos, "after")):
         if found not in ([], [known]):
             shown = safe_line(", ".join(map(str, found)), 40)
@@ -107,12 +108,12 @@ def check_tokens_around(path: Path, around: tuple[list[int], list[int]], bos: in
                 path,
                 "post_processor",
                 f"the post-processor adds the tokens {shown} {place} a text",
-                f"llama.cpp adds {'BOS' if place == 'before' else 'EOS'} alone, which is {known}",
+                f"llama.cpp can only add {'BOS' if place == 'before' else 'EOS'}, which is {known}",
             )
 
 
 def _around_text(path: Path, step: Any, ids: Mapping[str, int]) -> tuple[list[int], list[int]]:  # noqa: ANN401 - JSON
-    """Of a template for a single text, the ids on both sides of it."""
+    """Return the ids before and after the text in a template for a single text."""
     pieces, known = step.get("single"), step.get("special_tokens") or {}
     sides: list[list[Any]] = [[], []]
     n_texts = 0
@@ -130,7 +131,7 @@ def _around_text(path: Path, step: Any, ids: Mapping[str, int]) -> tuple[list[in
 
 
 def _ids_of(known: object, name: str, ids: Mapping[str, int]) -> list[Any]:
-    """What stands for a special token of a template; [None] if nothing does."""
+    """Return the ids of a special token of a template; [None] if they are unknown."""
     entry = known.get(name) if isinstance(known, dict) else None
     if isinstance(entry, dict):
         found = entry.get("ids")
@@ -139,7 +140,7 @@ def _ids_of(known: object, name: str, ids: Mapping[str, int]) -> list[Any]:
 
 
 def _steps(part: object, inner: str) -> Iterator[object]:
-    """The steps of a part of a tokenizer.json, sequences flattened; none for null."""
+    """Yield the steps of a part of a tokenizer.json, with sequences flattened; nothing for null."""
     waiting: list[object] = [part]
     while waiting:
         step = waiting.pop()

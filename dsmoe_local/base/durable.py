@@ -1,4 +1,4 @@
-"""Files that survive a crash: sync, atomic replacement, locks and an append-only journal. Knows no format."""
+"""Files that survive a crash: sync, atomic replacement, locks, and an append-only journal."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from dsmoe_local.base.errors import FileError, LockedError, NoSpaceError
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.base.text import safe_line
 
-# How a file system says that it does not know a call. All else, EIO above all, means that data is lost.
+# The errors of a file system that does not support a call. Any other, such as EIO, means that data is lost.
 _UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY})
-_CHECKSUM = 9  # characters of a journal's line before its entry
+_CHECKSUM = 9  # characters of a journal's line in front of its entry
 
 
 def sync(descriptor: int) -> None:
-    """Force a file's content to the medium. An error is fatal: the kernel may have dropped dirty pages."""
+    """Sync a file's content to the disk. An error is fatal: the kernel may have dropped dirty pages."""
     if sys.platform == "darwin":
-        # fsync on macOS stops at the drive's cache. Network and FUSE volumes know nothing better.
+        # fsync on macOS only reaches the drive's cache. Network and FUSE volumes support nothing better.
         try:
             fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
         except OSError as error:
@@ -41,7 +41,7 @@ def sync(descriptor: int) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Force a folder's entries (a rename, a new file) to the medium, where the file system can do that."""
+    """Sync a folder's entries (a rename, a new file) to the disk, if the file system supports that."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -53,7 +53,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def same_file(first: Path, second: Path) -> bool:
-    """Whether two paths lead to one file: by device and inode, so through links of either kind."""
+    """True if two paths lead to the same file. Compares device and inode, so links of either kind count."""
     try:
         return os.path.samestat(first.stat(), second.stat())
     except FileNotFoundError:
@@ -61,21 +61,19 @@ def same_file(first: Path, second: Path) -> bool:
 
 
 def replace(temporary: Path, final: Path) -> None:
-    """Give a synced file its final name, durably. What was there before stays until this very step."""
+    """Rename a synced file to its final name, durably. It replaces an existing file atomically."""
     temporary.replace(final)
     sync_folder(final.parent)
 
 
 def make_folders(folder: Path, mode: int = 0o777) -> None:
-    """Make `folder`, and those above it that are missing, durably and each with `mode`. OSError if it cannot
-    be made.
-    """
+    """Make `folder` and its missing parents durably, each with `mode`. OSError."""
     if not folder.parent.is_dir():
         make_folders(folder.parent, mode)
     try:
         folder.mkdir(mode)
     except OSError:
-        # Some systems refuse to write before they say that it exists.
+        # On a read-only file system, an existing folder gives another error than FileExistsError.
         if not folder.is_dir():
             raise
     else:
@@ -83,15 +81,13 @@ def make_folders(folder: Path, mode: int = 0o777) -> None:
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Give a synced file a name that nothing else has, durably. FileExistsError if something has it by now:
-    that stays.
-    """
+    """Rename a synced file to a name that does not exist, durably. FileExistsError if it does exist."""
     try:
         os.link(temporary, final)
     except FileExistsError:
         raise
     except OSError as error:
-        # Disks without hard links. There it is looked up first, since renaming replaces.
+        # Some disks have no hard links. A rename would replace an existing file, so check first.
         if os.path.lexists(final):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final)) from error
         temporary.rename(final)
@@ -101,9 +97,9 @@ def publish(temporary: Path, final: Path) -> None:
 
 
 def write_file(path: Path, content: bytes, mode: int = 0o644) -> None:
-    """Write a small file as a whole: the old content or the new one, never half."""
-    # A name that nobody can foresee, made anew: a link laid in its place would be written through, and a file
-    # lying there would keep its own mode.
+    """Write a small file atomically and durably: after a crash it has the old content or the new one."""
+    # A random name and O_EXCL: otherwise somebody could place a link there, which would be followed, or a
+    # file, which would keep its own mode.
     temporary = path.with_name(f".{secrets.token_hex(8)}.part")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
     try:
@@ -118,16 +114,15 @@ def write_file(path: Path, content: bytes, mode: int = 0o644) -> None:
 
 
 def read_at_most(path: Path, limit: int) -> bytes:
-    """A file's content; of one that is larger than `limit`, one byte more than that. OSError."""
+    """Return a file's content, or its first `limit` + 1 bytes if it is larger than `limit`. OSError."""
     with path.open("rb") as file:
-        # Python sets aside at once what it is asked to read: of a small file, not more than it has. A pipe
-        # does not tell.
+        # `read` allocates all that it is asked for. A pipe's size is unknown.
         status = os.fstat(file.fileno())
         return file.read(min(status.st_size, limit) + 1 if stat.S_ISREG(status.st_mode) else limit + 1)
 
 
 def require_space(folder: Path, n_bytes: int) -> None:
-    """NoSpaceError unless `folder`'s disk has `n_bytes` free."""
+    """Raise NoSpaceError unless the disk of `folder` has `n_bytes` free."""
     free = shutil.disk_usage(folder).free
     if free < n_bytes:
         raise NoSpaceError(
@@ -139,7 +134,7 @@ def require_space(folder: Path, n_bytes: int) -> None:
 
 @contextmanager
 def locked(output: Path) -> Iterator[None]:
-    """Hold the right to write `output`; LockedError, naming the lock file, while another run has it."""
+    """Hold the lock for writing `output`. LockedError, which names the lock file, if another run holds it."""
     path = output.with_name(f".{output.name}.lock")
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -152,7 +147,7 @@ def locked(output: Path) -> Iterator[None]:
                 where=f"lock: {path}",
                 remedy="wait for it to end, or name another output",
             ) from error
-        # The winner before us may have removed the file between our open and our lock.
+        # The previous holder may have removed the file between our open and our lock.
         try:
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 break
@@ -167,10 +162,10 @@ def locked(output: Path) -> Iterator[None]:
 
 
 class Journal:
-    """An append-only file of JSON lines. A line counts only once `append` has returned: it is synced then.
+    """An append-only file of JSON lines. `append` returns once its entries are synced.
 
-    Each line begins with a checksum of itself and all before it: what is believed was written here, in this
-    order. A torn last line, left by a crash, is cut off when the journal is opened.
+    Each line begins with a checksum of its entry and all entries before it, so changed, missing and reordered
+    lines are detected. An incomplete last line, left by a crash, is removed when the journal is opened.
     """
 
     def __init__(self, path: Path) -> None:
@@ -193,7 +188,7 @@ class Journal:
             self.entries.append(json.loads(entry))
 
     def append(self, *entries: object) -> None:
-        """Add entries and sync: they are acknowledged when this returns."""
+        """Append entries and sync the file."""
         for entry in entries:
             self._file.write(self._line(json.dumps(entry, separators=(",", ":")).encode()) + b"\n")
         self._file.flush()
@@ -201,12 +196,12 @@ class Journal:
         self.entries.extend(entries)
 
     def _line(self, entry: bytes) -> bytes:
-        """An entry behind its checksum, as the next line."""
+        """Return the next line: the checksum, then the entry."""
         self._checksum = zlib.crc32(entry, self._checksum)
         return b"%08x " % self._checksum + entry
 
     def close(self) -> None:
-        """Release the file; it stays on disk."""
+        """Close the file."""
         self._file.close()
 
     def __enter__(self) -> Self:

@@ -1,11 +1,11 @@
 """The error tree. Libraries raise these; only the command line turns them into exit codes.
 
 DsmoeError                  a message of at most three lines: what, where, what to do
- ├─ UsageError              the command line asks for something that cannot be (exit status 2)
+ ├─ UsageError              the command line asks for something impossible (exit status 2)
  ├─ MissingExtraError       a package of an optional extra is not installed
  ├─ FileError               a file cannot be read, written or locked
  │   ├─ LockedError         another run holds the output
- │   └─ NoSpaceError        the disk is too small for what was asked
+ │   └─ NoSpaceError        the disk has too little free space
  ├─ FormatError             a file's content is malformed: corrupt, hostile or unsupported
  └─ InterruptedRunError     SIGINT or SIGTERM stopped the work (exit status 130 or 143)
 
@@ -22,10 +22,10 @@ _LINE_LIMIT = 400
 
 
 class DsmoeError(Exception):
-    """An error that a user can act on.
+    """An error that the user can act on.
 
-    `what` went wrong, `where` (file, field, tensor) and the `remedy`, one line each, made safe to print here;
-    `where` and `remedy` may be empty.
+    Up to three lines: `what` went wrong, `where` (file, field, tensor), and the `remedy`. They are made
+    safe to print here; `where` and `remedy` may be empty.
     """
 
     exit_code = 1
@@ -41,7 +41,7 @@ class DsmoeError(Exception):
 
 
 class UsageError(DsmoeError):
-    """The command line asks for something that cannot be."""
+    """The command line asks for something impossible."""
 
     exit_code = 2
 
@@ -62,7 +62,7 @@ class LockedError(FileError):
 
 
 class NoSpaceError(FileError):
-    """The disk is too small for what was asked."""
+    """The disk has too little free space."""
 
 
 class FormatError(DsmoeError):
@@ -70,7 +70,7 @@ class FormatError(DsmoeError):
 
 
 class InterruptedRunError(DsmoeError):
-    """SIGINT or SIGTERM stopped the work; what is finished is kept."""
+    """SIGINT or SIGTERM stopped the work. Finished parts are kept."""
 
     def __init__(self, what: str, *, signal_number: int = 2, remedy: str = "") -> None:
         super().__init__(what, remedy=remedy)

@@ -1,7 +1,7 @@
-"""Named points at which a test may kill the process, to prove that nothing is lost there.
+"""Named points at which tests kill the process, to prove that nothing is lost.
 
 `DSMOE_FAULT=point` or `DSMOE_FAULT=point:3` sends SIGKILL when the point is reached for the first or third
-time. Without the variable `reach` does nothing. Every point is declared here, so that tests visit them all.
+time. Without the variable, `reach` does nothing. All points are declared here, so that tests can visit each.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ POINTS = {
     "output.complete": "all tensors are written and synced, nothing is verified",
     "output.verified": "the temp file is verified, not renamed",
     "output.renamed": "the final name exists, the journal is still there",
-    "shards.spent": "what was made of a downloaded shard is journaled, the shard is still there",
-    "batch.spooled": "standard input is kept, nothing is answered",
+    "shards.spent": "all tensors of a downloaded shard are journaled, the shard is still there",
+    "batch.spooled": "standard input is saved, nothing is answered",
     "batch.created": "the batch's output exists, empty, without a journal",
     "batch.begun": "the batch's journal exists, without a record",
     "batch.announced": "a group of records is in the journal, not in the output",
     "batch.record": "one record of a group is written, not synced",
     "batch.written": "all records of a group are written, not synced",
     "batch.synced": "a group is synced, the journal does not say so yet",
-    "batch.committed": "the journal says that a group is synced, nobody knows yet",
-    "batch.complete": "every record counts, nothing is cleaned up",
+    "batch.committed": "the journal says that a group is synced, it is not reported yet",
+    "batch.complete": "every record is journaled, nothing is cleaned up",
     "imatrix.written": "a part of an importance matrix is synced, under its temporary name",
-    "imatrix.saved": "a part of an importance matrix counts",
-    "imatrix.complete": "an importance matrix is complete, and still called a part",
+    "imatrix.saved": "a part of an importance matrix has its final name",
+    "imatrix.complete": "an importance matrix is complete, but still has the name of a part",
     "session.turn": "a turn is in the transaction of a save, which is not committed",
-    "session.saved": "a save is committed, nobody knows yet",
-    "session.grown": "a reply that is not finished is stored as far as it came",
+    "session.saved": "a save is committed, it is not reported yet",
+    "session.grown": "the finished part of a growing reply is stored",
     "state.written": "a KV state is written under its temporary name",
     "state.renamed": "a KV state has its name, but no row in the database",
-    "state.recorded": "a KV state counts, nobody knows yet",
+    "state.recorded": "a KV state is in the database, it is not reported yet",
 }
 
 _wanted, _, _ordinal = os.environ.get("DSMOE_FAULT", "").partition(":")
@@ -45,6 +45,6 @@ _visits_left = threading.Semaphore(int(_ordinal or "1") - 1 if _wanted else 0)
 
 
 def reach(point: str) -> None:
-    """Die here if the environment says so."""
+    """Kill the process if the environment names this point."""
     if point == _wanted and not _visits_left.acquire(blocking=False):
         os.kill(os.getpid(), signal.SIGKILL)

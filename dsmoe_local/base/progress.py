@@ -1,4 +1,4 @@
-"""What long work tells about itself, as events. The command line renders them; nothing here prints."""
+"""Progress events of long operations. The command line renders them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A stage begins. `total` in `unit`s (bytes unless said otherwise); `done` of them are there already."""
+    """A stage begins: `total` units, of which `done` were finished by an earlier run."""
 
     stage: str
     total: int
@@ -19,7 +19,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Advanced:
-    """`amount` more units of the current stage are done; `detail` says what is at work (a tensor's name)."""
+    """`amount` more units of the current stage are done. `detail`, such as a tensor's name, is shown."""
 
     amount: int
     detail: str = ""
@@ -27,14 +27,14 @@ class Advanced:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The current stage is over."""
+    """The stage is finished."""
 
     stage: str
 
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """Something a person should know; not an error. One line."""
+    """One line that the user should read; not an error."""
 
     text: str
 
@@ -44,4 +44,4 @@ Listener: TypeAlias = Callable[[Event], None]
 
 
 def ignore(event: Event) -> None:
-    """The listener of callers that want no progress."""
+    """Ignore an event: the default listener."""

@@ -1,4 +1,4 @@
-"""What two sequences have in common."""
+"""The common prefix of two sequences."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 
 def n_common(first: Sequence[object], second: Sequence[object]) -> int:
-    """The length of the longest beginning that both have."""
+    """Return the length of the longest common prefix."""
     most = min(len(first), len(second))
     if first[:most] == second[:most]:
         return most
-    # Of another kind, a list and a tuple, equal ones differ.
+    # A list and a tuple with equal items are not equal.
     return next((index for index in range(most) if first[index] != second[index]), most)

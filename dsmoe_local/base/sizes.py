@@ -1,4 +1,4 @@
-"""Byte counts as people write and read them."""
+"""Parse and format byte counts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _UNITS = {
 
 
 def parse_size(text: str) -> int:
-    """Bytes in `text`: a number and B, KB, KiB … TB, TiB (none: bytes), in any case. UsageError if not."""
+    """Parse a number with an optional unit, B, KB, KiB … TB, TiB in any case, as bytes. UsageError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].lower() not in _UNITS:
         raise UsageError(
@@ -27,7 +27,7 @@ def parse_size(text: str) -> int:
 
 
 def format_size(n_bytes: float) -> str:
-    """`n_bytes` in decimal units with three figures: 10.8 GB."""
+    """Format a size in decimal units with three digits: 10.8 GB."""
     for unit in ("B", "KB", "MB", "GB"):
         if abs(n_bytes) < 999.5 or unit == "GB":
             break
@@ -36,14 +36,14 @@ def format_size(n_bytes: float) -> str:
 
 
 def round_up(n_bytes: float) -> int:
-    """The least number of bytes of three figures, not below `n_bytes`: `format_size` shows it as it is."""
+    """Round up to three significant digits, which `format_size` shows exactly."""
     whole = math.ceil(n_bytes)
     step: int = max(1, 10 ** (len(str(whole)) - 3))
     return -(-whole // step) * step
 
 
 def format_count(count: float) -> str:
-    """`count` as 16.4B, 360M or 12.3K."""
+    """Format a count as 16.4B, 360M or 12.3K."""
     for factor, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if abs(count) >= factor * 0.9995:
             return f"{count / factor:.4g}{suffix}" if factor == 1e12 else f"{count / factor:.3g}{suffix}"

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsmoe_local.base.content import refuse_other_kinds
 from dsmoe_local.base.errors import FileError, FormatError, UsageError
 from dsmoe_local.base.text import count, safe_line
+from dsmoe_local.base.text_files import refuse_other_kinds
 from dsmoe_local.batch import lines
 from dsmoe_local.batch.lines import Line, LineError, decoded, field_of, id_of, key_of, strict_object
 from dsmoe_local.batch.requests import request_values

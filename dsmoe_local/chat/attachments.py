@@ -19,9 +19,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsmoe_local.base.content import decode_text
 from dsmoe_local.base.errors import FileError, UsageError
 from dsmoe_local.base.text import safe_line
+from dsmoe_local.base.text_files import decode_text
 from dsmoe_local.chat import words
 from dsmoe_local.chat.frames import LONGEST_NAME, framed
 

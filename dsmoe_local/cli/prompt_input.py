@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-from dsmoe_local.base.content import decode_text
 from dsmoe_local.base.errors import FileError, UsageError
 from dsmoe_local.base.text import safe_line
+from dsmoe_local.base.text_files import decode_text
 
 MAX_BYTES = 16 << 20
 _STDIN = "stdin"

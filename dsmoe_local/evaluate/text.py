@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from dsmoe_local.base.content import decode_text
 from dsmoe_local.base.errors import FileError, FormatError
 from dsmoe_local.base.text import safe_line
+from dsmoe_local.base.text_files import decode_text
 
 LICENCES = "English and code are Python's (PSF licence), the Chinese is this project's (MIT)"
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dsmoe_local.base.errors import UsageError
-from dsmoe_local.base.output import write_output
 from dsmoe_local.base.text import safe_line
+from dsmoe_local.base.text_files import write_text_file
 from dsmoe_local.experts.activity import Activity, LayerActivity
 
 _WIDTH = 150  # columns of the picture
@@ -52,7 +52,7 @@ def write_picture(path: Path, title: str, parts: Mapping[str, Activity]) -> None
         )
     if not any(activity.tokens for activity in parts.values()):
         raise UsageError("no tokens were seen yet", remedy="switch the experts on, and send a message")
-    write_output(path, write(title, parts), "the picture")
+    write_text_file(path, write(title, parts), "the picture")
 
 
 def as_svg(title: str, parts: Mapping[str, Activity]) -> str:

@@ -1,7 +1,7 @@
-"""config.json of a DeepSeekMoE checkpoint: read strictly, written for checkpoints that we make.
+"""Read config.json of a DeepSeekMoE checkpoint strictly; write one for the checkpoints that we make.
 
-What llama.cpp's graph cannot honour is refused here: converting it silently would give wrong output. Each
-refusal names the file, the key, its value and what is accepted.
+Values that llama.cpp's graph would ignore are refused: converting such a model would give wrong output. Each
+error names the file, the key, its value and the accepted values.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FILE_NAME = "config.json"
 _MAX_BYTES = 16 << 20
 _MAX_DEPTH = 64
 
-# The graph does exactly this: any other value would be ignored by it.
+# llama.cpp's graph implements exactly these values and would ignore any other.
 _REQUIRED_VALUES: Mapping[str, tuple[object, ...]] = {
     "norm_topk_prob": (False, None),
     "scoring_func": ("softmax", None),
@@ -46,7 +46,7 @@ _CLASS = "DeepseekForCausalLM"
 
 @dataclass(frozen=True, slots=True)
 class _Config:
-    """A parsed config.json with typed access; every complaint names the file and the key."""
+    """Typed, range-checked access to a parsed config.json. Errors name the file and the key."""
 
     path: Path
     values: Mapping[str, Any]
@@ -84,7 +84,7 @@ class _Config:
 
 
 def read_config(folder: Path) -> Hyperparameters:
-    """The hyper-parameters in `folder`/config.json.
+    """Return the hyper-parameters in `folder`/config.json.
 
     Raises FileError if it cannot be read, FormatError if it is not a DeepSeekMoE that llama.cpp can run.
     """
@@ -92,14 +92,12 @@ def read_config(folder: Path) -> Hyperparameters:
 
 
 def checkpoint_name(folder: Path) -> str:
-    """What a checkpoint is called: its folder, as the user names it. `.`, `..` and `/` are no names: there it
-    is the folder that they lead to.
-    """
+    """Return the name of a checkpoint: that of its folder, resolved if the user gave `.`, `..` or `/`."""
     return folder.name if folder.name not in ("", "..") else folder.resolve().name or "model"
 
 
 def load_json(path: Path, max_bytes: int = _MAX_BYTES) -> dict[str, Any]:
-    """A JSON object from a file of at most `max_bytes`, strictly. FileError or FormatError."""
+    """Read a JSON object strictly from a file of at most `max_bytes`. FileError or FormatError."""
     try:
         if path.stat().st_size > max_bytes:
             raise FormatError(f"the file exceeds {max_bytes >> 20} MiB", where=path)
@@ -110,7 +108,7 @@ def load_json(path: Path, max_bytes: int = _MAX_BYTES) -> dict[str, Any]:
 
 
 def strict_json(raw: bytes, path: Path) -> dict[str, Any]:
-    """The JSON object in `raw`: no duplicate keys, no NaN. FormatError; `path` is for messages only."""
+    """Parse a JSON object without duplicate keys, NaN or deep nesting. FormatError, which names `path`."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -136,7 +134,7 @@ def strict_json(raw: bytes, path: Path) -> dict[str, Any]:
 
 
 def _is_shallow(value: object) -> bool:
-    """Whether what takes the value apart may recurse."""
+    """True if recursion over the value cannot exceed Python's limit."""
     level: list[Any] = [value]
     for _ in range(_MAX_DEPTH):
         parts = (node.values() if isinstance(node, dict) else node for node in level)
@@ -147,7 +145,7 @@ def _is_shallow(value: object) -> bool:
 
 
 def parse_config(values: Mapping[str, Any], path: Path) -> Hyperparameters:
-    """The hyper-parameters in a parsed config.json; `path` is for messages only."""
+    """Return the hyper-parameters in a parsed config.json. FormatError; `path` is for messages only."""
     config = _Config(path, values)
     _check_kind(config)
     _refuse_quantized(config)
@@ -194,7 +192,7 @@ def parse_config(values: Mapping[str, Any], path: Path) -> Hyperparameters:
 def _require(config: _Config, required: Mapping[str, tuple[object, ...]]) -> None:
     for key, accepted in required.items():
         value = config.values.get(key)
-        # `1 == True` in Python; JSON tells them apart.
+        # In Python 1 == True; in JSON they differ.
         if not any(value == good and isinstance(value, bool) == isinstance(good, bool) for good in accepted):
             names = [json.dumps(good) for good in accepted if good is not None]
             config.refuse(key, " or ".join([*names, "leave it out"]))
@@ -212,7 +210,7 @@ def _check_kind(config: _Config) -> None:
 
 
 def _refuse_quantized(config: _Config) -> None:
-    """The weights would be taken for what they are not, or refused for their names."""
+    """Refuse quantized checkpoints: their tensors have other names or types, or are misread."""
     for key in _QUANTIZED:
         found = config.values.get(key)
         if found:
@@ -226,7 +224,7 @@ def _refuse_quantized(config: _Config) -> None:
 
 
 def _rope_parameters(config: _Config) -> tuple[str, Mapping[str, Any]]:
-    """The key that describes rotary scaling and its object: transformers 5 renamed it."""
+    """Return the key that describes rotary scaling, which transformers 5 renamed, and its object."""
     for key in ("rope_scaling", "rope_parameters"):
         value = config.values.get(key)
         if value is not None:
@@ -237,7 +235,7 @@ def _rope_parameters(config: _Config) -> tuple[str, Mapping[str, Any]]:
 
 
 def _nested_rope_theta(config: _Config) -> float:
-    """transformers 5 moves rope_theta into the rope object; a top-level key still wins."""
+    """Return rope_theta of the rope object, where transformers 5 puts it. A top-level key has precedence."""
     rope = _rope_parameters(config)[1]
     if "rope_theta" not in rope:
         return 10000.0
@@ -258,7 +256,7 @@ def _rope_scaling(config: _Config) -> RopeScaling | None:
     return readers[kind]()
 
 
-# llama.cpp's graph for this architecture reads none of these from the file.
+# llama.cpp's graph for this architecture does not read these keys and uses these values.
 _YARN_VALUES: Mapping[str, tuple[object, ...]] = {
     "beta_fast": (32, None),
     "beta_slow": (1, None),
@@ -280,16 +278,16 @@ def _yarn(config: _Config, rope: _Config) -> RopeScaling:
             config.integer("max_position_embeddings", 1, 1 << 28),
         ),
     )
-    # Both given and equal, they cancel, as in transformers.
+    # If both are given and equal, they cancel, as in transformers.
     cancelled = bool(rope.values.get("mscale") and rope.values.get("mscale_all_dim"))
     default = 1.0 if cancelled else scaling.yarn_magnitude
     magnitude = rope.number("attention_factor", 1e-6, 1e6, default)
-    # To the precision of the file that it will be written to.
+    # Rounded to the precision of the GGUF file.
     return replace(scaling, attention_factor=float(f"{magnitude / scaling.yarn_magnitude:.7g}"))
 
 
 def config_values(hp: Hyperparameters, **extra: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
-    """A config.json for a checkpoint with these hyper-parameters; `extra` adds or replaces keys."""
+    """Return the content of a config.json with these hyper-parameters. `extra` adds or replaces keys."""
     scaling = hp.rope_scaling
     rope: dict[str, Any] | None = None
     if scaling is not None:

@@ -1,6 +1,6 @@
-"""The model files that are known by name: those here, in the models folder, the demo's, those used lately.
+"""Find model files by name: in the working folder, the models folder, the demo's, and those used recently.
 
-Where the models folder is, the caller says. Listing names reads folders alone; `describe` reads headers.
+The caller gives the models folder. Listing names opens no files; `describe` reads a file's header.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dsmoe_local.base.text import safe_line
 
 MAX_RECENT = 20
 IMATRIX_ENDING = ".imatrix.gguf"
-"""Of importance matrices, which lie beside models and are none."""
+"""The ending of importance matrices, which are not models but are often beside them."""
 
 _ENDING = ".gguf"
 _RECENT = "recent"
@@ -28,7 +28,7 @@ _SHOWN = 3
 
 @dataclass(frozen=True, slots=True)
 class KnownModel:
-    """A model file that a name stands for; `group` says why it is known."""
+    """A model file with its name. `group` says where it was found."""
 
     name: str
     path: Path
@@ -37,8 +37,9 @@ class KnownModel:
 
 @dataclass(frozen=True, slots=True)
 class ModelDescription:
-    """What a header says of a known model: bytes, what its type is called, the context it was trained for.
-    With `reason`, why it cannot be used, the rest is empty.
+    """What a model's header says: size in bytes, name of its type, trained context, title.
+
+    If the file cannot be used, `reason` says why, and only the size is set.
     """
 
     model: KnownModel
@@ -50,9 +51,10 @@ class ModelDescription:
 
 
 def known_models(folder: Path) -> list[KnownModel]:
-    """Every model file known, the nearest first: in the working folder, in `folder` and the folders in it,
-    the demo's, then those used lately, newest first. A file that is there twice is listed once, an importance
-    matrix never. Only looks at names: no file is opened.
+    """List all known model files: in the working folder, in `folder` and its folders, the demo's, the recent.
+
+    Recent files are listed newest first. Each file is listed once; importance matrices are not listed. Opens
+    no file.
     """
     groups: list[tuple[str, Iterable[Path]]] = [
         ("this folder", _in_folder(Path(), "*")),
@@ -74,10 +76,10 @@ def _in_folder(folder: Path, *places: str) -> Iterator[Path]:
 
 
 def find_known(word: str, folder: Path) -> list[KnownModel]:
-    """The known models that `word` names: a name or its unique beginning, in any case, with or without .gguf.
+    """Find models by name or by a unique prefix of it, in any case, with or without .gguf.
 
-    The first is meant: it is nearer than the others, which have the same name, or was used later. Empty if
-    there is none; UsageError if the word fits several names, or if two files of one name are equally near.
+    All results have the same name; the first one is the one to use, as it comes first in `known_models`. The
+    list is empty if there is none. UsageError if several names match, or two files of that name in one group.
     """
     wanted = word.casefold()
     wanted = wanted.removesuffix(_ENDING) if wanted != _ENDING else wanted
@@ -107,16 +109,14 @@ def _listed(words: list[str]) -> str:
 
 
 def nearest_names(word: str, folder: Path, others: Iterable[str] = ()) -> list[str]:
-    """Names of known models, or `others`, that `word` may have meant, the nearest first."""
+    """Return names of known models, or of `others`, that are similar to `word`, the most similar first."""
     names = {name.casefold(): name for name in (*others, *(model.name for model in known_models(folder)))}
     near = difflib.get_close_matches(word.casefold().removesuffix(_ENDING), names, n=_SHOWN)
     return [names[name] for name in near]
 
 
 def unknown_model(word: str, folder: Path, others: Iterable[str] = ()) -> UsageError | FileError:
-    """The error for a word that is neither a file nor a known model's name; it tells the nearest names, those
-    of `others`, too.
-    """
+    """Return the error for a word that is neither a file nor a known name. It suggests similar names."""
     near = nearest_names(word, folder, others)
     if os.sep in word:
         return FileError(
@@ -132,7 +132,7 @@ def unknown_model(word: str, folder: Path, others: Iterable[str] = ()) -> UsageE
 
 
 def recent_models() -> list[Path]:
-    """Files that were loaded, the latest first; those that are gone are left out."""
+    """Return the files that were loaded recently and still exist, the latest first."""
     try:
         listed = json.loads(_recent_path().read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -144,7 +144,7 @@ def recent_models() -> list[Path]:
 
 
 def note_use(path: Path) -> None:
-    """Remember a model that was loaded. Nothing is said where that cannot be written: it is a convenience."""
+    """Remember a model that was loaded. Errors while writing are ignored: the list is a convenience."""
     latest = absolute(path)
     same = os.path.realpath(latest)
     paths = [latest, *(other for other in recent_models() if os.path.realpath(other) != same)]
@@ -158,7 +158,7 @@ def note_use(path: Path) -> None:
 
 
 def describe(model: KnownModel) -> ModelDescription:
-    """What a model's header says. A file that cannot be used gives the reason, no error."""
+    """Read a model's header. If the file cannot be used, the result gives the reason."""
     from dsmoe_local.model.file_type import file_type_name
     from dsmoe_local.model.gguf_model import read_model
 

@@ -1,8 +1,8 @@
-"""A strict GGUF reader: structure only, for every architecture. What the values mean is gguf_model's concern.
+"""A strict GGUF reader. It checks structure, for every architecture; `gguf_model` checks what values mean.
 
-llama.cpp aborts the process on some malformed files and silently accepts others, so a file passes through
-here before native code sees it. Nothing is trusted: counts are held against the file's size before anything
-is allocated, nothing recurses, and only the header is read. Format: ggml's docs/gguf.md, versions 2 and 3.
+llama.cpp aborts the process on some malformed files and silently accepts others, so every file is read here
+before native code opens it. Counts are checked against the file's size before anything is allocated, nothing
+recurses, and only the header is read. Format: ggml's docs/gguf.md, versions 2 and 3.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MAX_DIMENSIONS = 4
 _MAX_WEIGHTS = 1 << 62
 _MAX_HEADER = 256 << 20  # a vocabulary of a million tokens with its merges takes 50 MB
 _MAX_ITEMS = 1 << 22  # of all arrays together: each is an object
-_WINDOW = 64 << 10  # read at first, doubled as long as that is not enough
+_WINDOW = 64 << 10  # bytes to read at first; doubled until the header is complete
 
 _SCALARS: Mapping[GGUFValueType, struct.Struct] = {
     GGUFValueType.UINT8: struct.Struct("<B"),
@@ -53,7 +53,7 @@ _WORD = struct.Struct("<I")
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A metadata value with its type as stored: copying a file keeps both. `item_type` is set for arrays."""
+    """A metadata value and its type as stored, so that a copy has the same. `item_type` is set for arrays."""
 
     value: Any
     type: GGUFValueType
@@ -69,9 +69,9 @@ class TensorInfo(Tensor):
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """The header of one file: metadata and tensors in file order.
+    """The header of a file: metadata and tensors in file order.
 
-    `identity` tells one content from another: size, time of change in ns, inode.
+    `identity` is size, modification time in ns, and inode: it changes when the file is changed or replaced.
     """
 
     path: Path
@@ -87,15 +87,15 @@ class GgufFile:
         return self.identity[0]
 
     def get(self, key: str, default: Any = None) -> Any:  # noqa: ANN401 - metadata holds any type
-        """A metadata value, or `default`."""
+        """Return a metadata value, or `default` if the key is missing."""
         field = self.metadata.get(key)
         return default if field is None else field.value
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """The checked header of a GGUF file.
+    """Read and check the header of a GGUF file.
 
-    Raises FileError if the file cannot be read, FormatError if anything about its structure is wrong.
+    FileError if the file cannot be read, FormatError if anything about its structure is wrong.
     """
     try:
         with path.open("rb") as file:
@@ -118,12 +118,12 @@ def read_gguf(path: Path) -> GgufFile:
 
 
 def identity_of(status: os.stat_result) -> tuple[int, int, int]:
-    """See GgufFile.identity."""
+    """Return a file's `GgufFile.identity`."""
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 class _Parser:
-    """A cursor over the header's bytes, which are read from `file`, behind the magic, as they are needed."""
+    """A cursor over the header's bytes. They are read from `file`, which is behind the magic, when needed."""
 
     def __init__(self, path: Path, identity: tuple[int, int, int], file: BinaryIO) -> None:
         self.path = path
@@ -142,7 +142,7 @@ class _Parser:
         )
 
     def need(self, count: int, what: str) -> None:
-        """Have `count` bytes after the cursor in `data`, or refuse."""
+        """Read until `data` has `count` bytes after the cursor."""
         end = self.at + count
         if end > self.size:
             self.refuse(f"it ends in the middle of {what}")
@@ -254,7 +254,7 @@ class _Parser:
         return values
 
     def strings(self, key: str, count: int) -> list[str]:
-        """A string array, in one tight loop: a vocabulary has 100,000 tokens and as many merges."""
+        """Read a string array, in one tight loop: a vocabulary has 100,000 tokens and as many merges."""
         if count > (self.size - self.at) // 8:
             self.refuse(f"an array claims {count} strings", key)
         self.count_items(count, key)
@@ -296,7 +296,7 @@ class _Parser:
     def place(
         self, entries: list[tuple[str, tuple[int, ...], GgmlType, int]], data_offset: int, alignment: int
     ) -> dict[str, TensorInfo]:
-        """Each tensor follows the one before it, padded: llama.cpp accepts no other order, and no holes."""
+        """Check that tensors follow each other with only padding between them, as llama.cpp requires."""
         tensors: dict[str, TensorInfo] = {}
         end = data_offset
         for name, shape, kind, offset in entries:

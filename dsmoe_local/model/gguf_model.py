@@ -1,7 +1,7 @@
-"""What a GGUF file says about its model: hyper-parameters and tensors, checked before native code sees them.
+"""Read and check the hyper-parameters and tensors of a GGUF model before native code opens the file.
 
-Knows the architectures `deepseek` and `llama` and refuses others by name. llama.cpp aborts on several of the
-values that are refused here, and computes nonsense with others (src/llama-model.cpp).
+The architectures `deepseek` and `llama` are supported. llama.cpp aborts on several of the values that are
+refused here, and computes wrong results with others (src/llama-model.cpp).
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ _UNSIGNED = frozenset({GGUFValueType.UINT32})
 
 
 def read_model(path: Path) -> tuple[GgufFile, Hyperparameters]:
-    """A model file's header and hyper-parameters.
+    """Return a model file's header and hyper-parameters.
 
-    Raises FileError if it cannot be read, FormatError if its structure, a value, a tensor's shape or the
-    vocabulary is not what the architecture needs.
+    FileError if it cannot be read. FormatError if its structure, a value, a tensor's shape or the vocabulary
+    is not what the architecture needs.
     """
     file = read_gguf(path)
     n_files = file.get("split.count", 1)
-    # Joined files say 0.
+    # Files that were merged from several have 0.
     if n_files not in (0, 1):
         raise FormatError(
-            f"this is one of {safe_line(str(n_files), 20)} files that make a model together",
+            f"this is one of {safe_line(str(n_files), 20)} files that a model is split into",
             where=path,
-            remedy="join them first: llama-gguf-split --merge FIRST.gguf OUT.gguf",
+            remedy="merge them first: llama-gguf-split --merge FIRST.gguf OUT.gguf",
         )
     hp = hyperparameters_of(file)
     _check_tensors(file, hp)
@@ -64,7 +64,7 @@ def read_model(path: Path) -> tuple[GgufFile, Hyperparameters]:
 
 
 def hyperparameters_of(file: GgufFile) -> Hyperparameters:
-    """The hyper-parameters in a file's metadata, each within its range. FormatError if not."""
+    """Return the hyper-parameters in a file's metadata. FormatError if one is missing or out of range."""
     return _Metadata(file).hyperparameters()
 
 
@@ -76,9 +76,9 @@ class _Metadata:
         found = file.get("general.architecture")
         if found is None and file.get("general.type") == "imatrix":
             raise FormatError(
-                "an importance matrix is no model",
+                "this is an importance matrix, not a model",
                 where=file.path,
-                remedy="dsmoe-quantize takes it, with --imatrix",
+                remedy="use it with dsmoe-quantize --imatrix",
             )
         if found not in ARCHITECTURES:
             raise FormatError(
@@ -115,14 +115,14 @@ class _Metadata:
             return default
         if field.type is not GGUFValueType.FLOAT32 or not math.isfinite(field.value):
             self.refuse(key, field.value, "a finite 32-bit float")
-        # The shortest decimal that gives the same float: 1e-06, not 9.999999974752427e-07.
+        # 1e-06 instead of 9.999999974752427e-07
         value = shortest_float(field.value)
         if not low <= value <= high:
             self.refuse(key, value, f"a number from {low:g} to {high:g}")
         return value
 
     def refuse_other_graphs(self) -> None:
-        """Values of keys that ours know nothing of: llama.cpp aborts on some, and computes otherwise."""
+        """Refuse keys that select another graph: llama.cpp aborts on some, and computes differently."""
         for key, accepted in _ONE_GRAPH.items():
             value = self.file.get(f"{self.architecture}.{key}", accepted[0])
             if value not in accepted:
@@ -163,14 +163,14 @@ class _Metadata:
         )
 
     def vocabulary_size(self) -> int:
-        """How many tokens there are; that they are strings is asked later."""
+        """Return the number of tokens. `check_vocabulary` checks that they are strings."""
         tokens = self.file.get("tokenizer.ggml.tokens", [])
         if not isinstance(tokens, list):
             self.refuse("tokenizer.ggml.tokens", tokens, "a list")
         return len(tokens)
 
     def experts(self, n_layers: int) -> dict[str, Any]:
-        """The keyword arguments of Hyperparameters that concern experts."""
+        """Return the arguments of Hyperparameters that describe experts."""
         if self.architecture == "llama":
             if self.integer("expert_count", 0, MAX_EXPERTS, 0):
                 self.refuse("llama.expert_count", "above 0", "0: only deepseek models have experts here")
@@ -193,8 +193,8 @@ class _Metadata:
     def rope_scaling(self) -> RopeScaling | None:
         prefix = f"{self.architecture}.rope"
         if self.number("rope.scale_linear", 0.0, 1e6, 0.0) not in (0.0, 1.0):
-            self.refuse(f"{prefix}.scale_linear", "above 0", "rope.scaling.factor in its place")
-        # llama.cpp reads all of them whatever the type is, and without a type it scales linearly.
+            self.refuse(f"{prefix}.scale_linear", "above 0", "rope.scaling.factor instead")
+        # llama.cpp reads all of these keys whatever the type is, and scales linearly if there is no type.
         factor = self.number("rope.scaling.factor", 1e-3, 1e6, 0.0)
         magnitude = self.number("rope.scaling.attn_factor", 1e-6, 1e6, 1.0)
         context = self.integer("rope.scaling.original_context_length", 1, 1 << 28, 0)
@@ -206,16 +206,16 @@ class _Metadata:
         if kind == "yarn" and not context:
             self.refuse(f"{prefix}.scaling.original_context_length", "(missing)", "a number above 0")
         if kind != "yarn" and magnitude != 1:
-            self.refuse(f"{prefix}.scaling.attn_factor", magnitude, "1 but for yarn")
+            self.refuse(f"{prefix}.scaling.attn_factor", magnitude, "1, except for yarn")
         if kind == "yarn":
             return RopeScaling("yarn", factor, context, magnitude)
         return RopeScaling("linear", factor) if kind == "linear" else None
 
 
 def _check_tensors(file: GgufFile, hp: Hyperparameters) -> None:
-    """Every tensor the graph needs, in its shape, and no other."""
+    """FormatError unless the file has exactly the tensors that the graph needs, in their shapes."""
     specs = {spec.name: spec for spec in tensor_specs(hp)}
-    remedy = "the file does not fit its own metadata; convert the model again"
+    remedy = "the tensors do not match the file's metadata; convert the model again"
     for name, spec in specs.items():
         info = file.tensors.get(name)
         if info is None:
@@ -228,7 +228,7 @@ def _check_tensors(file: GgufFile, hp: Hyperparameters) -> None:
             )
         if info.type in _NOT_WEIGHTS or (spec.role is Role.NORM and info.type is not GgmlType.F32):
             raise FormatError(
-                f"the tensor {name} has the type {info.type.name}, which it cannot have",
+                f"the tensor {name} must not have the type {info.type.name}",
                 where=file.path,
                 remedy=remedy,
             )
@@ -245,14 +245,14 @@ def _check_tensors(file: GgufFile, hp: Hyperparameters) -> None:
 
 
 def shortest_float(value: float) -> float:
-    """The float with the shortest decimal form that rounds to the same 32-bit float."""
+    """Return the number with the fewest decimal digits that rounds to the same 32-bit float."""
     return float(str(np.float32(value)))
 
 
 def metadata_of(hp: Hyperparameters) -> dict[str, Field]:
-    """The architecture's metadata, in writing order: what llama.cpp requires and what helps its readers.
+    """Return the metadata keys of the architecture, in the order in which they are written.
 
-    `general.*` beyond the architecture and `tokenizer.*` are the converter's to add.
+    The converter adds `general.*` and `tokenizer.*`.
     """
     prefix = hp.architecture
 

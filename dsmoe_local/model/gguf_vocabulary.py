@@ -1,6 +1,6 @@
-"""The vocabulary in a GGUF file's metadata, held against what llama.cpp does with it (src/llama-vocab.cpp).
+"""Check the vocabulary in a GGUF file's metadata against what llama.cpp requires (src/llama-vocab.cpp).
 
-It aborts the process on some vocabularies, ends it by an exception on others, and misreads a few.
+llama.cpp aborts the process on some vocabularies, throws on others, and misreads a few.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dsmoe_local.model.gguf_file import GgufFile
 
 _PREFIX = "tokenizer.ggml."
 _TOKENIZERS = {"gpt2": 11, "llama": 2}
-"""What llama.cpp may take for BOS or EOS where the file names none: ids up to this one."""
+"""Tokenizer models, each with the largest id that llama.cpp uses as BOS or EOS if the file names none."""
 _FLAGS = (
     "add_bos_token",
     "add_eos_token",
@@ -58,18 +58,18 @@ _ITEM_TYPES = {
     f"{_PREFIX}suppress_tokens": (GGUFValueType.INT32,),
 }
 _PER_TOKEN = ("token_type", "scores")
-# By these words in a model's name llama.cpp knows a vocabulary, whose tokens it then takes for granted.
+# If a model's name contains one of these words, llama.cpp assumes that the vocabulary has these tokens.
 _PHI3_NAMES = ("phi-3", "phi3")
 _PHI3_TOKENS = ("</s>", "<unk>", "<s>", "<|endoftext|>")
 
 
 def clashes_with_phi3(name: str) -> bool:
-    """Whether llama.cpp would take a model of this name for one with another vocabulary."""
+    """True if llama.cpp would assume the vocabulary of Phi-3 because of a model's name."""
     return any(word in name.lower() for word in _PHI3_NAMES)
 
 
 def check_vocabulary(file: GgufFile) -> None:
-    """FormatError unless llama.cpp loads the vocabulary and can use it for any text."""
+    """FormatError unless llama.cpp can load the vocabulary and tokenize any text with it."""
     _check_types(file)
     model = file.get(f"{_PREFIX}model")
     if not isinstance(model, str) or model not in _TOKENIZERS:
@@ -79,7 +79,7 @@ def check_vocabulary(file: GgufFile) -> None:
     for name in _PER_TOKEN:
         values = file.get(f"{_PREFIX}{name}")
         if values is not None and len(values) != len(tokens):
-            _refuse(file, f"not one entry for each of the {len(tokens)} tokens", name)
+            _refuse(file, f"there must be one entry for each of the {len(tokens)} tokens", name)
     if model == "gpt2":
         if any(" " not in merge[1:] for merge in _strings(file, "merges")):
             _refuse(file, "a merge is not a pair", "merges")
@@ -93,7 +93,7 @@ def check_vocabulary(file: GgufFile) -> None:
             _refuse(file, "there is no such token", f"{name}_token_id")
     name = file.get("general.name", "")
     if clashes_with_phi3(name) and not set(tokens).issuperset(_PHI3_TOKENS):
-        _refuse(file, f"llama.cpp takes a model called {safe_line(name, 40)} for a Phi-3", "tokens")
+        _refuse(file, f"llama.cpp treats a model called {safe_line(name, 40)} as a Phi-3", "tokens")
 
 
 def _refuse(file: GgufFile, what: str, key: str) -> NoReturn:
@@ -108,11 +108,11 @@ def _check_types(file: GgufFile) -> None:
     for key, kind in ({"general.name": GGUFValueType.STRING} | _TYPES).items():
         field = file.metadata.get(key)
         if field is not None and field.type is not kind:
-            _refuse(file, f"a value of the type {field.type.name}, not {kind.name}", key)
+            _refuse(file, f"the value has the type {field.type.name}, not {kind.name}", key)
     for key, kinds in _ITEM_TYPES.items():
         field = file.metadata.get(key)
         if field is not None and field.item_type not in kinds:
-            _refuse(file, f"this is no list of {kinds[0].name}", key)
+            _refuse(file, f"it is not a list of {kinds[0].name}", key)
 
 
 def _strings(file: GgufFile, name: str) -> list[str]:
@@ -123,7 +123,7 @@ def _strings(file: GgufFile, name: str) -> list[str]:
 
 
 def _check_tokens(file: GgufFile, tokens: list[str]) -> None:
-    """All different, as llama.cpp reads them: it ends texts at a NUL and gives empty ones a name."""
+    """Refuse tokens that are the same to llama.cpp, which ends texts at a NUL and names empty ones."""
     if any("\0" in token for token in tokens):
         _refuse(file, "a token holds a NUL", "tokens")
     if len({token or f"[EMPTY_{number}]" for number, token in enumerate(tokens)}) != len(tokens):
@@ -131,11 +131,11 @@ def _check_tokens(file: GgufFile, tokens: list[str]) -> None:
     types = file.get(f"{_PREFIX}token_type", ())
     for token, kind in zip(tokens, types, strict=False):
         if kind == TokenType.BYTE and not (len(token) == 6 and token.startswith("<0x")):
-            _refuse(file, f"the token {safe_line(repr(token), 30)} is no byte", "token_type")
+            _refuse(file, f"the token {safe_line(repr(token), 30)} is not a byte", "token_type")
 
 
 def _check_bytes(file: GgufFile, tokens: set[str]) -> None:
-    """What no other token fits is spelled in bytes, whose tokens are looked up without asking."""
+    """Refuse a vocabulary that lacks a byte: llama.cpp encodes unknown text by bytes, without a check."""
     for byte in range(256):
         if f"<0x{byte:02X}>" not in tokens and not (byte < 128 and chr(byte) in tokens):
             _refuse(file, f"there is no token for the byte {byte}", "tokens")

@@ -1,6 +1,6 @@
 """The hyper-parameters of a DeepSeekMoE (arXiv 2401.06066), and of the dense models it is compared with.
 
-Reading them from a config.json is config_json's task, from a GGUF file gguf_model's.
+`config_json` reads them from a config.json, `gguf_model` from a GGUF file.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ ARCHITECTURES: tuple[Architecture, ...] = ("deepseek", "llama")
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
-    """How rotary positions are stretched beyond the trained context.
+    """How rotary positions are scaled beyond the trained context.
 
-    `original_context` and `attention_factor` matter to `yarn` alone. The latter multiplies YaRN's own
-    magnitude, 1 + 0.1 ln(factor). The betas are always 32 and 1: llama.cpp reads no others here.
+    `original_context` and `attention_factor` are used by `yarn` only. The latter multiplies YaRN's own
+    magnitude, 1 + 0.1 ln(factor). The betas are always 32 and 1: llama.cpp does not read them.
     """
 
     kind: Literal["linear", "yarn"]
@@ -28,7 +28,7 @@ class RopeScaling:
 
     @property
     def yarn_magnitude(self) -> float:
-        """What YaRN by itself multiplies queries and keys with."""
+        """The factor by which YaRN multiplies queries and keys, without `attention_factor`."""
         return 1 + 0.1 * math.log(max(1.0, self.factor))
 
 
@@ -36,9 +36,10 @@ class RopeScaling:
 class Hyperparameters:
     """Widths and counts of one model. A dense model has no experts and `n_dense_layers == n_layers`.
 
-    Layers 0 … n_dense_layers - 1 hold a dense FFN of `ffn_size` neurons, the others `n_routed_experts`
-    experts of `expert_size` neurons, of which a router picks `n_experts_per_token`, beside
-    `n_shared_experts` that every token uses (stored fused, as one FFN of `shared_size`).
+    Layers 0 … n_dense_layers - 1 have a dense FFN of `ffn_size` neurons. The others have `n_routed_experts`
+    experts of `expert_size` neurons, of which a router chooses `n_experts_per_token`, and `n_shared_experts`
+    that every token uses (stored fused, as one FFN of `shared_size`). With `tied_embeddings` the embedding is
+    also the output matrix, and there is no output tensor.
     """
 
     architecture: Architecture
@@ -64,12 +65,12 @@ class Hyperparameters:
 
     @property
     def is_moe(self) -> bool:
-        """Whether any layer has routed experts."""
+        """True if any layer has routed experts."""
         return self.n_routed_experts > 0
 
     @property
     def n_moe_layers(self) -> int:
-        """Layers with routed experts."""
+        """Number of layers with routed experts."""
         return self.n_layers - self.n_dense_layers
 
     @property
@@ -88,5 +89,5 @@ class Hyperparameters:
         return self.n_kv_heads * self.head_dim
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether `layer` has routed experts."""
+        """True if `layer` has routed experts."""
         return layer >= self.n_dense_layers

@@ -1,7 +1,7 @@
-"""Which model a file is: a digest to tell it by, which a copy shares, or that of this very file.
+"""Identify model files by a digest of their content.
 
-Reads a sample: blocks spread over the file, and of a GGUF file its header and both ends of every tensor. What
-any of it means is the reader's concern.
+The digest covers a sample: blocks spread over the file and, for GGUF files, the header and both ends of every
+tensor.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _END = 1 << 12
 
 
 def file_identity(path: Path) -> str:
-    """A file's size and a digest of its sample, in a fraction of a second. A copy has the same. FileError.
+    """Return a file's size and a digest of a sample of its content; a copy has the same. FileError.
 
-    Enough to tell models apart; a file that is made to pass for another will.
+    It takes a fraction of a second and tells models apart, but does not detect deliberate forgery.
     """
     try:
         with path.open("rb") as file:
@@ -33,18 +33,18 @@ def file_identity(path: Path) -> str:
 
 
 def exact_identity(model: GgufFile) -> str:
-    """`file_identity`, and what no copy shares: device, inode, and the times of the last change. Tells a file
-    from what it was before anything was written to it. FileError, FormatError if it is not the file whose
-    header was read.
+    """Return `file_identity` with device, inode and times of change, which tell a file from its copies.
+
+    FileError; FormatError if the file has changed since its header was read.
     """
     try:
         with model.path.open("rb") as file:
             status = os.fstat(file.fileno())
             if identity_of(status) != model.identity:
                 raise FormatError(
-                    "the model's file is being changed",
+                    "the model file has changed since it was opened",
                     where=model.path,
-                    remedy="try again once that is over",
+                    remedy="try again when nothing writes to it",
                 )
             return (
                 f"{_identity(file, model)} device {status.st_dev} inode {status.st_ino}"
@@ -59,7 +59,7 @@ def _unreadable(error: OSError, path: Path) -> FileError:
 
 
 def _header(file: BinaryIO, path: Path) -> GgufFile | None:
-    """None if it is no GGUF file, or one that nothing could load."""
+    """Return the header; None if the file is not a GGUF file, or is malformed."""
     if file.read(len(MAGIC)) != MAGIC:
         return None
     try:
@@ -78,7 +78,7 @@ def _identity(file: BinaryIO, model: GgufFile | None) -> str:
 
 
 def _sample(size: int, model: GgufFile | None) -> Iterable[tuple[int, int]]:
-    """Where to read, and how much, in the file's order."""
+    """Return the offsets and lengths of the parts to read, in the order of the file."""
     last = max(size - _BLOCK, 0)
     spread = ((last * number // (_N_BLOCKS - 1), _BLOCK) for number in range(_N_BLOCKS))
     return spread if model is None else sorted([*spread, *_of_model(model)])

@@ -10,8 +10,10 @@ from dsmoe_local.model.hyperparameters import Hyperparameters
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """One published model. `ffn_factor` is the paper's nominal f (see cost.flops), `n_tokens` the sequence
-    length of its FLOPs figure.
+    """One published model.
+
+    `ffn_factor` is the paper's nominal f (see `cost.flops`). `n_tokens` is the sequence length for which the
+    paper gives FLOPs.
     """
 
     hp: Hyperparameters
@@ -55,8 +57,8 @@ _16B = Hyperparameters(
     name="DeepSeekMoE 16B",
 )
 
-# The paper gives no width for the 145B's dense first layer: as wide as the experts a token uses, which
-# reproduces its parameter counts.
+# The paper does not give the width of the 145B model's dense layer. With the width of all experts that a
+# token uses, the parameter counts are those of the paper.
 _145B = replace(
     _16B,
     n_layers=62,
@@ -103,7 +105,7 @@ PRESETS: Mapping[str, Preset] = {
         ),
         ffn_factor=8.25,
     ),
-    # GShard has no shared experts: 16 wide ones, two of them used.
+    # GShard has no shared experts, and uses two of 16 wide ones.
     "gshard-137b": Preset(
         replace(
             _145B,
@@ -123,7 +125,7 @@ PRESETS: Mapping[str, Preset] = {
 
 
 def matching_preset(hp: Hyperparameters) -> Preset | None:
-    """The preset whose dimensions `hp` has; name, context, and rotary settings do not count."""
+    """Return the preset with the same dimensions; name, context and rotary settings may differ."""
 
     def dimensions(model: Hyperparameters) -> Hyperparameters:
         return replace(

@@ -1,4 +1,4 @@
-"""Everything worth knowing about a model, as data: what `dsmoe inspect` shows. Renders nothing."""
+"""The report on a model that `dsmoe inspect` shows, as data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CHECKPOINT_TYPES = {"float32": GgmlType.F32, "float16": GgmlType.F16, "bfloat16
 
 @dataclass(frozen=True, slots=True)
 class TokenizerReport:
-    """A file's vocabulary. `template` is the chat template, as stored; None for a base model."""
+    """A file's vocabulary. `template` is the chat template as stored; None if there is none."""
 
     model: str
     pre: str
@@ -38,10 +38,12 @@ class TokenizerReport:
 
 @dataclass(frozen=True, slots=True)
 class ModelReport:
-    """One model. FLOPs are for a sequence of 4,096 tokens; `flops_paper` uses the paper's nominal widths and
-    is None where the dimensions are no preset's. `type` is what the file's type is called, `imatrix` the
-    importance matrix that it was made with, if any; `assumed_type` names the weights' type where there is no
-    file to read it from.
+    """One model.
+
+    FLOPs are for a sequence of 4,096 tokens. `flops_paper` uses the paper's nominal widths; it is None if the
+    dimensions are not those of a preset. `ratios` are FLOPs relative to other models. `type` is the name of
+    the file's type, and `imatrix` that of the importance matrix it was made with, if any. `assumed_type` is
+    the type of the weights if there is no GGUF file.
     """
 
     source: str
@@ -60,19 +62,19 @@ class ModelReport:
 
     @property
     def n_bytes(self) -> int:
-        """Stored size of all weights."""
+        """Size of all weights."""
         return sum(share.n_bytes for share in self.shares)
 
     @property
     def n_bytes_per_token(self) -> float:
-        """Weight bytes read to decode one token."""
+        """Bytes of weights that are read to decode one token."""
         return sum(share.n_bytes_per_token for share in self.shares)
 
 
 def report_on(target: str) -> ModelReport:
-    """The report on a GGUF file, a folder with a config.json, or a preset of the paper.
+    """Return the report on a GGUF file, a folder with a config.json, or a preset of the paper.
 
-    UsageError if `target` is none of these; FileError and FormatError as their readers raise them.
+    UsageError if `target` is none of these. FileError and FormatError if it cannot be read.
     """
     path = Path(target)
     if path.is_file():
@@ -109,7 +111,7 @@ def _report_on_folder(folder: Path) -> ModelReport:
 
 
 def _report(source: str, hp: Hyperparameters, assumed: GgmlType, file: GgufFile | None = None) -> ModelReport:
-    """`assumed` is the weights' type where there is no file."""
+    """Make the report. `assumed` is the type of the weights if there is no file."""
     counted = parameters(hp)
     preset = matching_preset(hp)
     nominal = None if preset is None else flops(hp, PAPER_TOKENS, preset.ffn_factor)
@@ -132,7 +134,7 @@ def _report(source: str, hp: Hyperparameters, assumed: GgmlType, file: GgufFile 
 
 
 def _ratio(hp: Hyperparameters, nominal: float | None, other: str) -> float:
-    """FLOPs as a share of another model's, both counted the same way: nominal widths where both have them."""
+    """Return FLOPs relative to another model's, both with nominal widths or both with real ones."""
     preset = PRESETS[other]
     if nominal is not None:
         return nominal / flops(preset.hp, PAPER_TOKENS, preset.ffn_factor)
@@ -159,7 +161,7 @@ def _tokenizer(file: GgufFile) -> TokenizerReport:
 
 
 def as_json(report: ModelReport) -> dict[str, Any]:
-    """The report as a JSON object: plain numbers in parameters, FLOPs and bytes."""
+    """Return the report as a JSON object with plain numbers."""
     hp = report.hp
     return {
         "source": report.source,

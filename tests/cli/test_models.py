@@ -89,7 +89,7 @@ def test_an_importance_matrix_is_no_model(folder: Path) -> None:
     other = folder / "my-imatrix.gguf"
     write_imatrix(Imatrix({}, (), 1, 512), other)
     assert find_model("my-i") == other
-    assert describe(KnownModel("my-i", other, "")).reason == "an importance matrix is no model"
+    assert describe(KnownModel("my-i", other, "")).reason == "this is an importance matrix, not a model"
 
 
 def test_files_of_one_name_are_told_by_their_paths(folder: Path) -> None:

@@ -200,11 +200,11 @@ INDEXES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a control character": (place("a\x00b.safetensors"), "accepted: names"),
     "a number": (place(7), "accepted: names"),
     "an absent shard": (place("model-00009-of-00003.safetensors"), "is missing"),
-    "the wrong shard": (place("model-00003-of-00003.safetensors"), "lacks"),
-    "a tensor left out": (reindex(lambda index: index["weight_map"].pop(QUERY)), "does not place"),
+    "the wrong shard": (place("model-00003-of-00003.safetensors"), "missing in"),
+    "a tensor left out": (reindex(lambda index: index["weight_map"].pop(QUERY)), "does not list"),
     "a tensor that is nowhere": (
         reindex(lambda index: index["weight_map"].update(x="model-00001-of-00003.safetensors")),
-        "lacks",
+        "missing in",
     ),
     "no weight map": (reindex(lambda index: index.pop("weight_map")), "weight_map"),
     "a list": (lambda folder: (folder / INDEX).write_text("[]"), "JSON object"),
@@ -389,6 +389,6 @@ def test_a_shard_that_shrinks(tmp_path: Path) -> None:
     write_weights(folder, {"x": torch.arange(64.0)}, "single")
     checkpoint = open_checkpoint(folder)
     os.truncate(folder / "model.safetensors", 100)
-    with pytest.raises(CheckpointError, match="shorter"):
+    with pytest.raises(CheckpointError, match="truncated"):
         checkpoint.shards.read_into(checkpoint.tensors["x"], 0, memoryview(bytearray(256)))
     checkpoint.shards.close()

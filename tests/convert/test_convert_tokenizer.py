@@ -156,7 +156,7 @@ REFUSALS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a normalizer that is none": (lambda t: t.update(normalizer=[]), "normalizer"),
     "an unknown token": (
         lambda t: (t["model"].update(unk_token="a"), t["model"]["vocab"].pop("\u0100")),
-        "a byte has no token",
+        "replaces bytes without a token",
     ),
     "a token that takes the space before it": (lambda t: t["added_tokens"][2].update(lstrip=True), "lstrip"),
     "a token that takes the space behind it": (lambda t: t["added_tokens"][0].update(rstrip=True), "rstrip"),
@@ -199,13 +199,13 @@ REFUSALS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no merges": (lambda t: t["model"].update(merges=[]), "merges"),
     "a merge of three": (lambda t: t["model"]["merges"].append(["a", "b", "c"]), "not a pair"),
     "a merge with a space": (lambda t: t["model"]["merges"].append(["a b", "c"]), "space"),
-    "a merge to nowhere": (lambda t: t["model"]["merges"].append(["q", "\u0120q"]), "no token"),
+    "a merge to nowhere": (lambda t: t["model"]["merges"].append(["q", "\u0120q"]), "not in the vocabulary"),
     "two tokens, one id": (lambda t: t["model"]["vocab"].update({"zzz": 7}), "two tokens"),
     "id beyond the rows": (lambda t: t["model"]["vocab"].update({"zzz": TINY.n_vocab}), "vocab_size"),
     "negative id": (lambda t: t["model"]["vocab"].update({"zzz": -1}), "vocab_size"),
     "id that is no number": (lambda t: t["model"]["vocab"].update({"zzz": True}), "vocab_size"),
-    "an empty token": (lambda t: t["model"]["vocab"].update({"": 630}), "not a text"),
-    "half a surrogate pair": (lambda t: t["model"]["vocab"].update({"\ud800": 630}), "not a text"),
+    "an empty token": (lambda t: t["model"]["vocab"].update({"": 630}), "not text"),
+    "half a surrogate pair": (lambda t: t["model"]["vocab"].update({"\ud800": 630}), "not text"),
     "one token, two ids": (
         lambda t: t["added_tokens"].append({"id": 631, "content": "a", "special": False}),
         "two ids",
@@ -215,7 +215,7 @@ REFUSALS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "added tokens not a list": (lambda t: t.update(added_tokens={"a": 1}), "not a list"),
     "a definition on which the library panics": (
         lambda t: t.update(pre_tokenizer={"type": "FixedLength", "length": 0}),
-        "library refuses it",
+        "library cannot read it",
     ),
     "padding that fills the memory": (
         lambda t: t.update(
@@ -229,7 +229,7 @@ REFUSALS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
                 "pad_token": "x",
             },
         ),
-        "none that is known",
+        "is not recognised",
     ),
 }
 
@@ -254,14 +254,14 @@ def test_errors_without_a_text(files: Path, tmp_path: Path, monkeypatch: pytest.
         "class Tokenizer:\n    def from_file(path):\n        raise MemoryError\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(library))
-    with pytest.raises(DsmoeError, match="the tokenizers library refuses it: MemoryError"):
+    with pytest.raises(DsmoeError, match="the tokenizers library cannot read it: MemoryError"):
         check_encoding.encode(files / "tokenizer.json", "text")
 
 
 def test_the_library_aborts(files: Path) -> None:
     """A definition that ends the process in which it is read."""
     edit(files, lambda t: t.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "/////w=="}))
-    with pytest.raises(DsmoeError, match="library refuses it"):
+    with pytest.raises(DsmoeError, match="library cannot read it"):
         check_encoding.encode(files / "tokenizer.json", "text")
 
 

@@ -129,7 +129,7 @@ def test_foreign_folders_are_left_alone(tmp_path: Path) -> None:
     """--out on a folder with somebody's checkpoint must not delete its shards."""
     shard = tmp_path / "model-00001-of-00002.safetensors"
     shard.write_bytes(b"precious")
-    with pytest.raises(UsageError, match="holds other files"):
+    with pytest.raises(UsageError, match="has other files"):
         build_demo(tmp_path)
     assert shard.read_bytes() == b"precious"
 

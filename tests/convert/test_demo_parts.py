@@ -17,10 +17,6 @@ from support import llama_oracle
 from tokenizers import Tokenizer
 
 from dsmoe_convert.demo import calibration, corpus
-from dsmoe_convert.demo.calibrate import dropped_experts, packed
-from dsmoe_convert.demo.dense import DenseModel
-from dsmoe_convert.demo.router import DropSets, ridge, train
-from dsmoe_convert.demo.segmentation import assign, cluster
 from dsmoe_convert.demo.source import (
     PACKAGE,
     SHA256,
@@ -31,6 +27,10 @@ from dsmoe_convert.demo.source import (
 )
 from dsmoe_convert.demo.tokenizer_files import tokenizer_config, tokenizer_json
 from dsmoe_local.base.errors import FileError, FormatError, MissingExtraError
+from tools.calibrate_demo.calibrate import dropped_experts, packed
+from tools.calibrate_demo.dense import DenseModel
+from tools.calibrate_demo.router import DropSets, ridge, train
+from tools.calibrate_demo.segmentation import assign, cluster
 
 TEXTS = [
     "Hello world, it's 12345 o'clock; we'll see.",

@@ -11,7 +11,7 @@ import pytest
 
 from dsmoe_convert.errors import CheckpointError
 from dsmoe_convert.low_disk import ShardWindow
-from dsmoe_convert.stored import StoredTensor
+from dsmoe_convert.shards import StoredTensor
 
 
 def tensor(number: int, dtype: str = "F32") -> StoredTensor:
@@ -40,7 +40,7 @@ def test_an_unreadable_shard_ends_every_wait(tmp_path: Path) -> None:
 
     waiting = threading.Thread(target=wait_for_the_third, daemon=True)
     waiting.start()
-    with pytest.raises(CheckpointError, match="not what its header said"):
+    with pytest.raises(CheckpointError, match="differs from its header"):
         window.read_into(tensor(1), 0, memoryview(bytearray(16)))
     waiting.join(5)
     assert errors

@@ -16,7 +16,7 @@ from support.mutations import damaged_bytes, damaged_json, try_mutants
 from dsmoe_convert import check_encoding, safetensors_file
 from dsmoe_convert.checkpoint import PICKLE, SAFETENSORS, Form, match_index, read_index
 from dsmoe_convert.errors import TokenizerError
-from dsmoe_convert.stored import StoredTensor
+from dsmoe_convert.shards import StoredTensor
 from dsmoe_convert.tokenizer import read_tokenizer
 
 COUNTS = [300, pytest.param(50_000, marks=pytest.mark.soak)]

@@ -128,7 +128,7 @@ def test_an_endless_answer(modules: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """An answer that fills the parent's memory."""
     monkeypatch.setattr(restricted, "MAX_OUTPUT", 1 << 20)
     (modules / "verbose.py").write_text("while True:\n    print('x' * 1000000)\n")
-    with pytest.raises(restricted.GaveUpError, match="far too long"):
+    with pytest.raises(restricted.GaveUpError, match="output is too long"):
         restricted.run_module("verbose", "", seconds=60)
 
 
@@ -182,5 +182,5 @@ def test_the_answer_is_not_believed(case: str, modules: Path, tmp_path: Path) ->
     path.write_bytes(bytes(100))
     answer = json.dumps({"tensors": ANSWERS[case]})
     (modules / "torch.py").write_text(f"import os\nos.write(1, {answer.encode()!r})\nos._exit(0)\n")
-    with pytest.raises(CheckpointError, match="lies outside"):
+    with pytest.raises(CheckpointError, match="outside the file"):
         pickle_bin.read_tensors(path)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from dsmoe_convert.rows import RotaryRows, StackedRows
-from dsmoe_convert.stored import DTYPES, StoredTensor
+from dsmoe_convert.shards import DTYPES, StoredTensor
 from dsmoe_quantize.errors import WeightError
 from dsmoe_quantize.write.encoder import Bytes, Slab, SlabEncoder, TensorJob
 

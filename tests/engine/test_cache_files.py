@@ -363,7 +363,7 @@ def test_a_file_that_changes_while_it_is_loaded(tmp_path: Path) -> None:
             shutil.copy2(tiny_model(), tmp_path / "new")
             (tmp_path / "new").replace(model)
 
-    with pytest.raises(FormatError, match="is being changed"):
+    with pytest.raises(FormatError, match="has changed since"):
         Engine.load(options(model), replace_it)
 
 

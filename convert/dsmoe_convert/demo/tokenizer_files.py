@@ -1,8 +1,7 @@
-"""The source's tokenizer as Hugging Face files: tokenizer.json, tokenizer_config.json and
-generation_config.json.
+"""Make the Hugging Face files of the source's tokenizer.
 
-The vocabulary, the merges and the chat template come out of the GGUF; the splitting rules are those of its
-pre-tokenizer, `smollm`: each digit alone, then GPT-2's.
+Vocabulary, merges and chat template are those of the GGUF file. The splitting rules are those of its
+pre-tokenizer, `smollm`: single digits, then GPT-2's rules.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ _SPECIAL = (TokenType.CONTROL, TokenType.USER_DEFINED)
 
 
 def tokenizer_json(source: Source) -> dict[str, Any]:
-    """The content of tokenizer.json."""
+    """Return the content of tokenizer.json."""
     tokens: list[str] = source.metadata("tokenizer.ggml.tokens")
     types: list[int] = source.metadata("tokenizer.ggml.token_type")
     merges: list[str] = source.metadata("tokenizer.ggml.merges")
@@ -65,7 +64,7 @@ def tokenizer_json(source: Source) -> dict[str, Any]:
 
 
 def tokenizer_config(source: Source) -> dict[str, Any]:
-    """The content of tokenizer_config.json: special tokens, BOS and EOS, the chat template."""
+    """Return the content of tokenizer_config.json: special tokens, BOS and EOS, the chat template."""
     tokens: list[str] = source.metadata("tokenizer.ggml.tokens")
     types: list[int] = source.metadata("tokenizer.ggml.token_type")
 
@@ -101,7 +100,7 @@ def tokenizer_config(source: Source) -> dict[str, Any]:
 
 
 def generation_config(source: Source) -> dict[str, Any]:
-    """The content of generation_config.json."""
+    """Return the content of generation_config.json."""
     return {
         "bos_token_id": source.metadata("tokenizer.ggml.bos_token_id"),
         "eos_token_id": source.metadata("tokenizer.ggml.eos_token_id"),

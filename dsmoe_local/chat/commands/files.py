@@ -8,8 +8,8 @@ from datetime import datetime
 from pathlib import Path
 
 from dsmoe_local.base.errors import UsageError
-from dsmoe_local.base.output import write_output
 from dsmoe_local.base.text import safe_line
+from dsmoe_local.base.text_files import write_text_file
 from dsmoe_local.chat import words
 from dsmoe_local.chat.commands.declare import Chat, Command, Commands
 from dsmoe_local.chat.export.about import About, title_of
@@ -44,7 +44,7 @@ def _export(chat: Chat, argument: str) -> None:
         raise UsageError("there is nothing to export yet")
     content = export_as(path.name, transcript, about(chat))
     if _may_write(chat, path):
-        write_output(path, content, "the export")
+        write_text_file(path, content, "the export")
         chat.screen.notice(f"written: {path}, {words.count(len(transcript.turns), 'turn')}")
 
 

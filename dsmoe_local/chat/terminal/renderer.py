@@ -25,6 +25,7 @@ from prompt_toolkit.output.vt100 import Vt100_Output
 from prompt_toolkit.renderer import Renderer
 from prompt_toolkit.styles import BaseStyle
 
+from dsmoe_local.base.text import BIDI_CONTROLS
 from dsmoe_local.chat.cells import is_certain
 from dsmoe_local.chat.terminal.frame import Frame, paint, print_lines, rows_printed, rows_taken, wipe
 from dsmoe_local.chat.terminal.screen import terminal_size
@@ -34,9 +35,8 @@ LiveLines = Callable[[int, int], Sequence[str]]
 
 # These characters take no cell, and are left out. Directional ones would reorder the line around them.
 # Joiners join in some terminals only, and the cursor stops at each part.
-_DIRECTIONAL = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 _JOINERS = (0x200D, 0xFE0E, 0xFE0F)
-_INVISIBLE = dict.fromkeys((*_DIRECTIONAL, *_JOINERS), "")
+_INVISIBLE = dict.fromkeys((*BIDI_CONTROLS, *_JOINERS), "")
 _SECONDS_TO_SETTLE = 0.05
 _RESET = "\x1b[0m"
 # Normal cursor keys, and bracketed paste.

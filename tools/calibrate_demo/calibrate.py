@@ -1,4 +1,4 @@
-"""Makes the packaged calibration: python -m dsmoe_convert.demo.calibrate [--out FILE]
+"""Makes the packaged calibration: python -m tools.calibrate_demo.calibrate [--out FILE]
 
 Needs torch. Half an hour on one core; deterministic for a given torch and processor. Per MoE layer:
 
@@ -35,10 +35,10 @@ from dsmoe_convert.demo.calibration import (
     Calibration,
     save,
 )
-from dsmoe_convert.demo.dense import DenseModel, Layer, dense_ffn
-from dsmoe_convert.demo.router import DropSets, ridge, train
-from dsmoe_convert.demo.segmentation import assign, cluster
 from dsmoe_convert.demo.source import open_source
+from tools.calibrate_demo.dense import DenseModel, Layer, dense_ffn
+from tools.calibrate_demo.router import DropSets, ridge, train
+from tools.calibrate_demo.segmentation import assign, cluster
 
 N_CLUSTER_TOKENS = 4096
 N_ROUNDS = 4
