@@ -185,7 +185,7 @@ class _Run:
                     folder / "probe.gguf", self._file, in_turn, self._wanted.threads
                 ) as probe_file:
                     for trial, kind in missing:
-                        label = f"{n_done + 1}/{len(every)} {trial.group} {type_name(kind)}"
+                        label = f"{n_done + 1}/{len(every)} {trial.group} {kind.name}"
                         self._try(trial, kind, reference, probe_file, label)
                         n_done += 1
             except InterruptedRunError as error:

@@ -65,12 +65,7 @@ def kv_bytes_per_token(hp: Hyperparameters, keys: str = "f16", values: str = "f1
 
     UsageError if a type is unknown.
     """
-    return hp.n_layers * kv_cell_bytes(hp, keys, values)
-
-
-def kv_cell_bytes(hp: Hyperparameters, keys: str, values: str) -> int:
-    """Like `kv_bytes_per_token`, for one layer."""
-    return sum(row_bytes(parse_type(word), hp.kv_size) for word in (keys, values))
+    return hp.n_layers * sum(row_bytes(parse_type(word), hp.kv_size) for word in (keys, values))
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,6 @@ from dsmoe_local.engine.load.machine import available_memory
 from dsmoe_local.engine.prompts.choice import added_bytes, template_of
 from dsmoe_local.engine.types import ModelOptions
 from dsmoe_local.model.cost import kv_bytes_per_token
-from dsmoe_local.model.ggml import parse_type
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.hyperparameters import Hyperparameters
 
@@ -112,8 +111,6 @@ def _cache_tokens(options: ModelOptions, hp: Hyperparameters, weights: int) -> i
     """
     if options.n_context is not None:
         return options.n_context
-    types = (parse_type(options.cache_type_k), parse_type(options.cache_type_v))
-    # kv_bytes_per_token counts K and V of one type.
-    per_token = sum(kv_bytes_per_token(hp, kv_type) for kv_type in types) // 2
+    per_token = kv_bytes_per_token(hp, options.cache_type_k, options.cache_type_v)
     half = max(0, available_memory() - weights) // 2 // per_token
     return max(hp.n_context, min(half, MAX_PARALLEL * hp.n_context))
