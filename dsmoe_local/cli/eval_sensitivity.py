@@ -272,7 +272,6 @@ def _table(costs: ErrorCosts, *, is_narrow: bool) -> Table:
 
 def _type_cell(kind: GgmlType, used: tuple[GgmlType, ...]) -> str:
     """Return the type that was tried, and the types used instead where its blocks do not fit."""
-    from dsmoe_local.model.ggml import type_name
 
     is_as_asked = used in ((), (kind,))
     return kind.name if is_as_asked else f"{kind.name}: {', '.join(kind.name for kind in used)}"

@@ -157,7 +157,6 @@ def settle_types(values: Mapping[str, Any], *targets: str) -> dict[str, Any]:
 
 def show_types(choices: Sequence[TensorChoice], totals: str) -> None:
     """Print the table of a dry run on stdout, with a line of totals."""
-    from dsmoe_local.model.ggml import type_name
 
     out, table = console(file_columns=160), plain_table()
     for heading in ("tensor", "shape", "from", "to"):
