@@ -8,17 +8,25 @@ measured beside ours. The chat runs on the demo's model, which `dsmoe demo` make
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import pty
+import select
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
+import time
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import gguf
 from gguf.constants import GGUFValueType
 
-from benchmarks.support.chat_terminal import ChatTerminal
 from benchmarks.support.runner import in_turn, timed
 from benchmarks.support.tables import show
 from dsmoe_local.base.paths import demo_folder
@@ -26,6 +34,50 @@ from dsmoe_local.model.gguf_file import Field, read_gguf
 from dsmoe_local.model.gguf_writer import plan_gguf
 
 RUNS = 11
+_PATIENCE = 120.0  # seconds
+
+
+class ChatTerminal:
+    """`dsmoe-chat` with the demo's model on a pseudo-terminal. It keeps no history."""
+
+    def __init__(self, *options: str) -> None:
+        self._master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+        program = str(Path(sys.executable).with_name("dsmoe-chat"))
+        self._child = subprocess.Popen(
+            [program, "--no-history", *options],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env={**os.environ, "TERM": "xterm-256color"},
+            start_new_session=True,
+        )
+        os.close(slave)
+
+    def send(self, text: str) -> None:
+        """Send keys."""
+        os.write(self._master, text.encode())
+
+    def seconds_until(self, text: str) -> float:
+        """Wait until `text` is written, and return how long that took."""
+        started = time.perf_counter()
+        seen = b""
+        while text.encode() not in seen:
+            ready, _, _ = select.select([self._master], [], [], _PATIENCE)
+            if not ready:
+                raise SystemExit(f"{text!r} did not appear in {seen!r}")
+            seen += os.read(self._master, 1 << 16)
+        return time.perf_counter() - started
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._child.kill()
+        self._child.wait()
+        os.close(self._master)
 
 
 def vocabulary_file(folder: Path) -> Path:

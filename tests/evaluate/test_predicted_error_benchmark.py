@@ -40,7 +40,7 @@ def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     options = ("--types", "Q4_0", "--chunks", "3", "--threads", "1", "--sensitivity", kept)
     run(monkeypatch, tiny_model(), "--text", text, *options)
     told = capsys.readouterr().out
-    assert "Q4_0" in told.splitlines()[2]
+    assert "Q4_0" in told.splitlines()[4]
     found = json.loads(told.splitlines()[-1])
     settings = found["settings"]
     assert (settings["text"], settings["n_context"], settings["n_windows"]) == ("text.txt", 64, 3)
