@@ -1,15 +1,16 @@
-"""Makes the packaged calibration: python -m tools.calibrate_demo.calibrate [--out FILE]
+"""Make the packaged calibration: python -m tools.calibrate_demo.calibrate [--out FILE]
 
-Needs torch. Half an hour on one core; deterministic for a given torch and processor. Per MoE layer:
+Takes half an hour on one core. Deterministic for a given version of torch and processor. For each MoE layer:
 
-1. What would an error in the FFN's output cost? The Fisher information of the dense model, estimated on the
-   calibration text, is the metric in which outputs are measured from here on.
-2. The neurons with the largest mean contribution are shared; the others are clustered by co-activation.
-3. A router is fitted (router.py): ridge regression, then training on the exact expected damage.
-4. Neurons move to the experts in which being dropped costs least, the shared ones included; the router
-   follows; a few rounds, and a last, longer training.
+1. Estimate the Fisher information of the dense model's FFN output on the calibration text. It is the metric
+for
+   errors of the output, called damage below.
+2. The neurons with the largest mean contribution become shared; the others are clustered by co-activation. 3.
+Fit a router (router.py): ridge regression, then training on the exact expected damage. 4. Move neurons, also
+shared ones, to the experts in which they cause the least damage when they are dropped, then
+   train the router again. Repeat this for a few rounds, then train the router longer.
 
-The held-out half of the text is never read here; benchmarks/demo_quality.py judges by it.
+The held-out half of the text is not read here; benchmarks/demo_quality.py evaluates with it.
 """
 
 from __future__ import annotations
@@ -43,20 +44,20 @@ from tools.calibrate_demo.segmentation import assign, cluster
 N_CLUSTER_TOKENS = 4096
 N_ROUNDS = 4
 ROUND_STRIDE = 2
-"""Rounds look at every second token; the last training at all of them."""
+"""Rounds use every second token; the last training uses all tokens."""
 
 N_FEWER_ACTIVE = N_ACTIVE - 2
-"""Routers are trained for the default and for this, so that fewer active experts stay useful."""
+"""Routers are trained for the default and for this number, so that the demo also works with fewer experts."""
 
 _SHARED = N_ROUTED_EXPERTS
-"""The bin of the shared neurons: it comes after the routed experts'."""
+"""The bin of the shared neurons, after those of the routed experts."""
 
 _CAPACITIES = [EXPERT_SIZE] * N_ROUTED_EXPERTS + [EXPERT_SIZE * N_SHARED_EXPERTS]
 
 
 @dataclass(frozen=True, slots=True)
 class LayerStatistics:
-    """`inputs` (tokens, hidden_size) float16 of an FFN; `fisher` (hidden_size, hidden_size) of its output."""
+    """An FFN's `inputs`, float16 (tokens, hidden_size); `fisher` of its output (hidden_size, hidden_size)."""
 
     inputs: Tensor
     fisher: Tensor
@@ -65,7 +66,7 @@ class LayerStatistics:
 def collect(model: DenseModel, windows: Tensor) -> list[LayerStatistics]:
     """Run the dense model over the windows, forward and backward.
 
-    The Fisher information needs gradients of the log-likelihood of labels drawn from the model itself.
+    The Fisher information needs gradients of the log-likelihood of labels that are sampled from the model.
     """
     hp = model.hyperparameters
     generator = torch.Generator().manual_seed(0)
@@ -78,7 +79,7 @@ def collect(model: DenseModel, windows: Tensor) -> list[LayerStatistics]:
             inputs[index].append(x.detach().flatten(0, 1).half())
             output = dense_ffn(index, layer, x)
             if index == 0:
-                # The graph starts here: weights need no gradient, layer 0 stays dense.
+                # The graph starts here: weights need no gradient, and layer 0 stays dense.
                 output = output.detach().requires_grad_()
             else:
                 output.retain_grad()
@@ -101,20 +102,20 @@ def collect(model: DenseModel, windows: Tensor) -> list[LayerStatistics]:
 
 
 class LayerCalibrator:
-    """Finds one layer's experts and router. Bins 0 … 13 are routed experts, bin 14 the shared neurons."""
+    """Finds a layer's experts and router. Bins 0 … 13 are routed experts, bin 14 the shared neurons."""
 
     def __init__(self, layer: Layer, statistics: LayerStatistics, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.inputs = statistics.inputs.float()
         self.activations = layer.neurons(self.inputs)
-        # (ffn_size, hidden_size): what a neuron adds to the output, in coordinates where damage is length.
+        # (ffn_size, hidden_size): a neuron's contribution to the output, where damage is the squared norm.
         self.directions = layer.down.T @ metric_root(statistics.fisher)
         self.energy = self.directions.square().sum(1)
         self.two = DropSets.of(N_ROUTED_EXPERTS, N_ROUTED_EXPERTS - N_ACTIVE)
         self.four = DropSets.of(N_ROUTED_EXPERTS, N_ROUTED_EXPERTS - N_FEWER_ACTIVE)
 
     def run(self) -> tuple[Tensor, Tensor, float]:
-        """Bins (ffn_size,), router (experts, hidden_size) and the damage that is left, relative to chance."""
+        """Return bins (ffn_size,), router (experts, hidden_size), and damage relative to a random router."""
         few = slice(None, None, ROUND_STRIDE)
         bins = self.first_bins()
         router = self.first_router(bins)
@@ -126,7 +127,7 @@ class LayerCalibrator:
         return bins, router, self.damage(bins, router)
 
     def first_bins(self) -> Tensor:
-        """Mean contribution decides who is shared, co-activation who goes with whom."""
+        """Return the first bins: shared by mean contribution, routed experts by co-activation."""
         mean = self.activations.square().mean(0) * self.energy
         bins = torch.full((len(mean),), _SHARED)
         routed = mean.argsort(descending=True)[_CAPACITIES[_SHARED] :].sort().values
@@ -136,7 +137,7 @@ class LayerCalibrator:
         return bins
 
     def first_router(self, bins: Tensor) -> Tensor:
-        """Ridge regression from the FFN's input to each expert's output norm, scaled to unit spread."""
+        """Fit a router by ridge regression from the FFN's input to each expert's output norm."""
         gram = self.gram(bins, slice(None, None, ROUND_STRIDE))
         inputs = self.inputs[::ROUND_STRIDE]
         router = ridge(inputs, gram[:, diagonal(N_ROUTED_EXPERTS)].sqrt(), 1e-3)
@@ -157,7 +158,7 @@ class LayerCalibrator:
         )
 
     def move(self, router: Tensor, tokens: slice) -> Tensor:
-        """Put every neuron where it is missed least: it costs its energy whenever its expert is dropped."""
+        """Assign each neuron to the bin in which it causes the least damage when its expert is dropped."""
         logits = self.inputs[tokens] @ router.T
         dropped = sum(
             weight * dropped_experts(logits, N_ROUTED_EXPERTS - n_active)
@@ -168,7 +169,7 @@ class LayerCalibrator:
         return assign(torch.cat((costs, never_dropped), 1), torch.tensor(_CAPACITIES))
 
     def gram(self, bins: Tensor, tokens: slice) -> Tensor:
-        """Inner products of the experts' outputs, (tokens, pairs), packed as upper triangles."""
+        """Return the inner products of the experts' outputs, (tokens, pairs), packed as upper triangles."""
         first, second = torch.triu_indices(N_ROUTED_EXPERTS, N_ROUTED_EXPERTS)
         members = [torch.nonzero(bins == expert).flatten() for expert in range(N_ROUTED_EXPERTS)]
         packed = []
@@ -178,7 +179,7 @@ class LayerCalibrator:
         return torch.cat(packed)
 
     def damage(self, bins: Tensor, router: Tensor) -> float:
-        """Damage by the experts that the router leaves out, relative to leaving out any."""
+        """Return the damage by the experts that the router drops, relative to dropping random experts."""
         some = slice(None, None, 8)
         gram = self.gram(bins, some)
         kept = self.two.hard_damage(self.inputs[some] @ router.T, gram).mean()
@@ -186,27 +187,27 @@ class LayerCalibrator:
 
 
 def metric_root(fisher: Tensor) -> Tensor:
-    """R with R @ R.T = `fisher`, scaled to unit trace."""
+    """Return R with R @ R.T = `fisher`, scaled to unit trace."""
     values, vectors = torch.linalg.eigh(fisher.double() / fisher.double().trace())
     root: Tensor = vectors * values.clamp_min(0).sqrt()
     return root.float()
 
 
 def diagonal(n_experts: int) -> Tensor:
-    """Positions of the squared norms in a packed Gram matrix."""
+    """Return the positions of the squared norms in a packed Gram matrix."""
     first, second = torch.triu_indices(n_experts, n_experts)
     return torch.nonzero(first == second).flatten()
 
 
 def dropped_experts(logits: Tensor, n_dropped: int) -> Tensor:
-    """1 for the experts with the least logits, else 0: (tokens, experts)."""
+    """Return 1 for the experts with the smallest logits, otherwise 0: (tokens, experts)."""
     return torch.zeros_like(logits).scatter_(1, logits.topk(n_dropped, largest=False).indices, 1.0)
 
 
 def packed(bins: Tensor, router: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Order of the neurons (ffn_size,), shared first, and the router with logits of unit spread.
+    """Return the order of the neurons (ffn_size,), shared first, and the router with logits of unit spread.
 
-    A common addend changes neither the softmax nor the order, so the experts' mean is taken out.
+    The experts' mean is subtracted: it affects neither the softmax nor the order.
     """
     shared_first = (bins + 1) % (_SHARED + 1)
     order = torch.sort(shared_first, stable=True).indices
@@ -215,7 +216,7 @@ def packed(bins: Tensor, router: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor
 
 
 def calibrate(model: DenseModel, statistics: list[LayerStatistics]) -> Calibration:
-    """Segment every layer that becomes a MoE layer."""
+    """Calibrate every layer that becomes a MoE layer."""
     orders, routers = [], []
     for number in range(N_DENSE_LAYERS, model.hyperparameters.n_layers):
         started = time.monotonic()

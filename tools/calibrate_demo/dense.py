@@ -1,6 +1,6 @@
-"""SmolLM2's forward pass in plain torch, for calibration alone: whole windows, no cache, float32.
+"""SmolLM2's forward pass in plain torch, for calibration: whole windows, no cache, float32.
 
-Every FFN can be replaced by a callable, which is how its inputs are collected and experts are tried out.
+Every FFN can be replaced by a function, to collect its inputs or to try out experts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Layer:
     down: Tensor
 
     def neurons(self, x: Tensor) -> Tensor:
-        """The activation of every FFN neuron, (…, ffn_size), for FFN inputs (…, hidden_size)."""
+        """Return the activation of every FFN neuron, (…, ffn_size), for FFN inputs (…, hidden_size)."""
         return functional.silu(x @ self.gate.T) * (x @ self.up.T)
 
 
@@ -41,7 +41,7 @@ Ffn: TypeAlias = Callable[[int, Layer, Tensor], Tensor]
 
 
 def dense_ffn(number: int, layer: Layer, x: Tensor) -> Tensor:
-    """The FFN as trained: every neuron."""
+    """Return the output of the FFN with all neurons."""
     return layer.neurons(x) @ layer.down.T
 
 
@@ -56,7 +56,7 @@ class DenseModel:
 
     @classmethod
     def load(cls, source: Source) -> Self:
-        """The source's weights as float32 tensors."""
+        """Load the source's weights as float32 tensors."""
         weights = {name: torch.from_numpy(values) for name, values in source.tensors()}
         layers = []
         for number in range(source.hyperparameters.n_layers):
@@ -82,7 +82,7 @@ class DenseModel:
         )
 
     def hidden(self, tokens: Tensor, ffn: Ffn = dense_ffn) -> Tensor:
-        """Normalized final states (batch, length, hidden_size) of token windows (batch, length)."""
+        """Return normalized final states (batch, length, hidden_size) of token windows (batch, length)."""
         hp = self.hyperparameters
         cosine, sine = rotary_table(tokens.shape[-1], hp)
         x = self.embedding[tokens]
@@ -92,7 +92,7 @@ class DenseModel:
         return rms_norm(x, self.norm, hp.rms_norm_eps)
 
     def logits(self, tokens: Tensor, ffn: Ffn = dense_ffn) -> Tensor:
-        """Logits (batch, length, n_vocab)."""
+        """Return logits (batch, length, n_vocab)."""
         return self.hidden(tokens, ffn) @ self.embedding.T
 
     def _attention(self, layer: Layer, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -108,18 +108,18 @@ class DenseModel:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square normalization over the last dimension."""
+    """Apply root-mean-square normalization over the last dimension."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
 def rotary_table(length: int, hp: Hyperparameters) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (length, head_dim / 2)."""
+    """Return cosines and sines (length, head_dim / 2)."""
     frequencies = hp.rope_theta ** -(torch.arange(0, hp.head_dim, 2, dtype=torch.float64) / hp.head_dim)
     angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
     return angles.cos().float(), angles.sin().float()
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotary positions on heads (batch, heads, length, head_dim): the first half pairs with the second."""
+    """Apply rotary positions to heads (batch, heads, length, head_dim), first half with second half."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)

@@ -1,9 +1,9 @@
-"""The linear router: trained so that the experts it leaves out are the ones that would be missed least.
+"""Train a linear router that drops the experts whose omission causes the least damage.
 
-llama.cpp's graph takes the experts with the largest logits. Treat that choice as random, a set S of experts
-being dropped with probability proportional to exp(-sum of its logits): the expected damage is then a smooth
-function of the router, summed exactly over all sets, and gradient steps reduce it. The start is the ridge
-regression from the FFN input to each expert's output norm.
+llama.cpp's graph chooses the experts with the largest logits. For training, the choice is random: a set of
+experts is dropped with a probability proportional to exp(-sum of its logits). Then the expected damage,
+summed exactly over all sets, is a smooth function of the router. Training starts from the ridge regression
+from the FFN input to each expert's output norm.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class DropSets:
 
     @classmethod
     def of(cls, n_experts: int, n_dropped: int) -> DropSets:
-        """The table for these counts."""
+        """Return the table for these counts."""
         sets = list(combinations(range(n_experts), n_dropped))
         members = torch.zeros(len(sets), n_experts)
         for row, chosen in enumerate(sets):
@@ -39,16 +39,16 @@ class DropSets:
         return cls(members, (both * torch.where(first == second, 1.0, 2.0)).T.contiguous())
 
     def expected_damage(self, logits: Tensor, gram: Tensor) -> Tensor:
-        """Mean over tokens of the expected damage: logits (tokens, experts), packed Gram (tokens, pairs)."""
+        """Return the mean expected damage for logits (tokens, experts) and a packed Gram (tokens, pairs)."""
         probabilities = torch.softmax(-logits @ self.members.T, dim=-1)
         return (probabilities * (gram @ self.weights)).sum(-1).mean()
 
     def hard_damage(self, logits: Tensor, gram: Tensor) -> Tensor:
-        """The same when the least logits are dropped for certain, as at inference: (tokens,)."""
+        """Return the damage (tokens,) if the smallest logits are dropped, as in inference."""
         return self._pick(-logits @ self.members.T, gram @ self.weights)
 
     def best_damage(self, gram: Tensor) -> Tensor:
-        """The least that any choice could do: (tokens,)."""
+        """Return the smallest damage of any choice: (tokens,)."""
         return (gram @ self.weights).min(-1).values
 
     @staticmethod
@@ -57,7 +57,10 @@ class DropSets:
 
 
 def ridge(inputs: Tensor, targets: Tensor, penalty: float) -> Tensor:
-    """Linear map (outputs, inputs) of least squares; `penalty` is relative to the inputs' mean square."""
+    """Return the linear map (outputs, inputs) of ridge regression.
+
+    `penalty` is relative to the inputs' mean square.
+    """
     gram = inputs.T @ inputs
     gram.diagonal().add_(penalty * float(gram.diagonal().mean()))
     solution: Tensor = torch.linalg.solve(gram.double(), (inputs.T @ targets).double())
@@ -75,14 +78,14 @@ def train(
     generator: torch.Generator,
     batch: int = 2048,
 ) -> Tensor:
-    """A router (experts, hidden_size) whose expected damage, averaged over `drop_sets`, is locally least.
+    """Train a router (experts, hidden_size) for the smallest expected damage, averaged over `drop_sets`.
 
     `inputs` (tokens, hidden_size), `gram` (tokens, pairs). Adam in whitened coordinates, cosine schedule.
     """
     covariance = (inputs.T @ inputs / len(inputs)).double()
     covariance.diagonal().add_(1e-3 * float(covariance.diagonal().mean()))
     factor = torch.linalg.cholesky(covariance).float()
-    # inputs = white @ factor.T, so a map on `white` is the map on inputs times `factor`.
+    # inputs = white @ factor.T, so a map of `white` is the map of inputs times `factor`.
     white = torch.linalg.solve_triangular(factor, inputs.T, upper=False).T.contiguous()
     weight = (start @ factor).requires_grad_()
     scales = [float((gram @ sets.weights).mean()) for sets in drop_sets]

@@ -1,6 +1,6 @@
-"""Which FFN neuron goes to which expert: co-activated neurons together, equal sizes, the busiest ones shared.
+"""Assign FFN neurons to experts of equal size: the cheapest assignment, and balanced clustering.
 
-Works on plain matrices of costs and activations; where they come from is calibrate's concern.
+Works on matrices of costs and features, which `calibrate` computes.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from torch import Tensor
 
 
 def assign(costs: Tensor, capacities: Tensor) -> Tensor:
-    """The cheapest assignment of items to bins that fills every bin exactly.
+    """Return the cheapest assignment of items to bins that fills every bin exactly.
 
-    `costs` (items, bins), `capacities` (bins,) integers summing to the number of items; returns the bin of
-    each item (items,). Exact: everybody starts in the cheapest bin, then surplus moves along shortest paths
-    between bins, where a step from one bin to the next costs what its best-suited item would.
+    `costs` (items, bins), `capacities` (bins,): integers with the number of items as their sum. Returns the
+    bin of each item (items,). The result is exact: all items start in their cheapest bin, then items move
+    along shortest paths from bins with too many to bins with too few. A step between two bins costs as much
+    as its cheapest item.
     """
     n_items, n_bins = costs.shape
     if int(capacities.sum()) != n_items:
@@ -41,7 +42,7 @@ def assign(costs: Tensor, capacities: Tensor) -> Tensor:
 
 
 def _cheapest_moves(moves: Tensor, bins: Tensor, changed: range | list[int]) -> tuple[Tensor, Tensor]:
-    """For each changed bin and every other: the least cost of moving one item over, and the item."""
+    """Return, from each changed bin to each other bin, the least cost of moving an item, and the item."""
     n_bins = moves.shape[1]
     steps = torch.full((n_bins, n_bins), torch.inf, dtype=moves.dtype)
     movers = torch.zeros((n_bins, n_bins), dtype=torch.long)
@@ -55,7 +56,7 @@ def _cheapest_moves(moves: Tensor, bins: Tensor, changed: range | list[int]) -> 
 
 
 def _shortest_path(steps: Tensor, surplus: Tensor) -> list[int]:
-    """Bellman-Ford from all bins with a surplus to the nearest with room: the bins on the way."""
+    """Return the path from bins with a surplus to the nearest bin with room, by Bellman-Ford."""
     n_bins = len(surplus)
     distance = torch.where(surplus > 0, 0.0, torch.inf).to(steps.dtype)
     previous = torch.full((n_bins,), -1)
@@ -75,7 +76,7 @@ def _shortest_path(steps: Tensor, surplus: Tensor) -> list[int]:
 
 
 def cluster(features: Tensor, n_clusters: int, *, n_rounds: int, generator: torch.Generator) -> Tensor:
-    """Balanced k-means: the cluster of each row of `features` (items, width), all of equal size."""
+    """Balanced k-means: return the cluster of each row of `features` (items, width), all of equal size."""
     n_items = len(features)
     size = torch.full((n_clusters,), n_items // n_clusters)
     centres = features[_spread(features, n_clusters, generator)]
@@ -90,7 +91,7 @@ def cluster(features: Tensor, n_clusters: int, *, n_rounds: int, generator: torc
 
 
 def _spread(features: Tensor, n_clusters: int, generator: torch.Generator) -> Tensor:
-    """k-means++ seeding: each next centre is drawn in proportion to its squared distance from the others."""
+    """k-means++ seeding: sample each next centre in proportion to its squared distance from the others."""
     chosen = [int(torch.randint(len(features), (1,), generator=generator))]
     distance = torch.full((len(features),), torch.inf)
     while len(chosen) < n_clusters:
