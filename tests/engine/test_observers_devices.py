@@ -1,4 +1,4 @@
-"""Observers of a model that lies on devices: a loopback worker's, whose memory this process cannot read."""
+"""Observers of a model on an RPC device, whose memory this process cannot read."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def endpoint() -> Iterator[str]:
     ids=["all", "two layers", "experts on the CPU"],
 )
 def test_device_memory_is_fetched(endpoint: str, placement: dict[str, Any]) -> None:
-    """Guards: a device's address read as this process's own, which ends it; names of weights copied over."""
+    """Guards: a device's address read as one of this process; names of weights that are overwritten."""
     expected = graph_summaries(tiny_model(), IDS)
     found = graph_summaries_on(endpoint, tiny_model(), IDS, **placement)
     assert any("RPC0" in line for line in found["buffers"])
@@ -49,7 +49,7 @@ def test_device_memory_is_fetched(endpoint: str, placement: dict[str, Any]) -> N
 
 @pytest.mark.parametrize("name", [b"blk.3.ffn_up_exps.weight", b"CUDA0#blk.3.ffn_up_exps.weight#0"])
 def test_copied_weights_keep_their_names(name: bytes) -> None:
-    """Guards: weights not found where the scheduler copies them to a device, as no loopback worker asks."""
+    """Guards: weights not found if the scheduler copied them to a device (not for an RPC worker)."""
     tensor = ctypes.create_string_buffer(336)
     ctypes.memmove(ctypes.addressof(tensor) + 256, name, len(name))
     assert tensors.weight_name_of(ctypes.addressof(tensor)) == b"blk.3.ffn_up_exps.weight"

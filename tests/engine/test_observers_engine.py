@@ -1,4 +1,4 @@
-"""Observers declared at load: through the engine, its child process, and the fake."""
+"""Observers loaded with a model: in the engine, in its child process, and in the fake engine."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def options(*observers: ObserverOptions, **more: Any) -> ModelOptions:
 
 
 def nll_sum(first: int) -> float:
-    """Of the tokens after the one at index `first`."""
+    """Return the negative log-likelihood of the tokens after index `first`."""
     logits = llama_oracle.logits(tiny_model(), IDS).astype(np.float64)
     logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     return -float(logprobs[np.arange(len(IDS) - 1), IDS[1:]][first:].sum())
@@ -87,13 +87,13 @@ def test_a_reply_is_traced(load: Load) -> None:
 
 @pytest.mark.parametrize("load", [Engine.load, EngineClient.load], ids=["in this process", "in a child"])
 def test_unknown_observers_are_refused_at_load(load: Load) -> None:
-    """Guards: a misspelt observer that is told when the work is done."""
+    """Guards: a misspelt observer that is reported only at the end."""
     with pytest.raises(UsageError, match="no observer 'rooting'"):
         load(options(ObserverOptions("rooting")))
 
 
 def test_a_reference_is_begun_anew_after_a_crash(tmp_path: Path) -> None:
-    """Guards: what the dead process had written keeping the model from ever being loaded again."""
+    """Guards: a file of the dead process that keeps the model from being loaded again."""
     path = tmp_path / "reference"
     with EngineClient.load(options(observer_options("reference", path))) as engine:
         score(engine, 0)
@@ -117,7 +117,7 @@ def test_scoring_needs_an_observer_of_logits() -> None:
 
 
 def test_the_fake_observes_what_it_is_told() -> None:
-    """Guards: a fake that knows observers which no engine would."""
+    """Guards: a fake with observers that were not loaded."""
     engine = FakeEngine(observations={"routing": {"layers": []}})
     assert engine.observe("routing") == {"layers": []}
     with pytest.raises(EngineError, match="no observer 'logprobs' was loaded"):
@@ -125,7 +125,7 @@ def test_the_fake_observes_what_it_is_told() -> None:
 
 
 def keys_of(value: Any) -> set[str]:
-    """All keys of a summary, but those of packed arrays and of tables that numbers or names index."""
+    """Return all field names of a summary, without those of packed arrays."""
     if isinstance(value, list):
         return set().union(*map(keys_of, value))
     if not isinstance(value, dict) or "base64" in value:
@@ -134,7 +134,7 @@ def keys_of(value: Any) -> set[str]:
 
 
 def test_documentation_names_every_observer_and_field(tmp_path: Path) -> None:
-    """Guards: an observer, a parameter or a field of a summary that nobody can know of."""
+    """Guards: an undocumented observer, parameter or field."""
     text = (Path(__file__).parents[2] / "docs" / "observers.md").read_text()
     tables = [OBSERVERS, prediction_observers.OBSERVERS, routing_observers.OBSERVERS]
     predictions, choices = tmp_path / "predictions", tmp_path / "choices"

@@ -1,4 +1,4 @@
-"""Observers replaced on a loaded model: the conversation stays, and what cannot be leaves all as it was."""
+"""Replacing the observers of a loaded model keeps the conversation; after an error the old ones stay."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def options(**more: Any) -> ModelOptions:
 
 
 def reply(engine: TextEngine, prompt: tuple[int, ...] = IDS, count: int = 10, **more: Any) -> list[Any]:
-    """Ids and log-probabilities, and how much of the prompt was cached."""
+    """Return the ids and log-probabilities of a reply, and the number of cached prompt tokens."""
     events = list(engine.submit(Request("r", prompt, GREEDY, max_tokens=count, logprobs=True, **more)))
     usage = events[-1].usage
     assert usage is not None
@@ -102,7 +102,7 @@ def test_prompts_are_scored_once_somebody_asks() -> None:
 
 
 def test_deterministic_requests_too() -> None:
-    """Guards: books of a cache that is gone."""
+    """Guards: stale bookkeeping of the old cache."""
     with Engine.load(options(n_parallel=2, deterministic=True)) as engine:
         expected = reply(engine)[:-1]
         engine.set_observers((ROUTING,))
@@ -111,7 +111,7 @@ def test_deterministic_requests_too() -> None:
 
 
 def test_what_cannot_be_leaves_all_as_it_was(tmp_path: Path) -> None:
-    """Guards: observers that are half exchanged; counts lost for a spelling mistake."""
+    """Guards: observers that are replaced in part; counts lost because of a misspelt name."""
     with Engine.load(options(observers=(ROUTING,))) as engine:
         reply(engine, count=1)
         expected = reply(engine)
@@ -147,7 +147,7 @@ def test_files_of_the_old_observers_are_ended(tmp_path: Path) -> None:
 
 
 class _OwnObserver(Observer):
-    """As the one that pages experts: the engine's own."""
+    """An observer of the engine itself, like the one that pages experts."""
 
     reads_graph = True
 
@@ -163,7 +163,7 @@ class _OwnObserver(Observer):
 
 
 def test_the_engines_own_observers_stay() -> None:
-    """Guards: paged experts that nobody fetches any more once a person has looked at the routing."""
+    """Guards: experts that are not prefetched any more after the routing was observed."""
     own = _OwnObserver()
     with Engine.load(options()) as engine:
         session(engine).observers._add_own((own,))
@@ -206,7 +206,7 @@ def test_a_successor_that_cannot_be_completed(tmp_path: Path, monkeypatch: pytes
 
 
 def test_no_room_to_carry_the_cache_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: an error, or a cache that is only said to be there, where a folder cannot be written."""
+    """Guards: an error, or a cache that is reported but empty, if the folder cannot be written."""
     (tmp_path / "file").touch()
     monkeypatch.setattr(idle_operations, "cache_folder", lambda: tmp_path / "file" / "below")
     with Engine.load(options()) as engine:
@@ -256,7 +256,7 @@ def test_no_memory_at_all_ends_the_engine(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_process_that_died_comes_back_with_the_observers() -> None:
-    """Guards: a picture of the routing that silently ends with a crash."""
+    """Guards: routing that is not observed any more after a crash."""
     with EngineClient.load(options()) as client:
         expected = reply(client)[:-1]
         client.set_observers((ROUTING,))

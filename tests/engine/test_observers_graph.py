@@ -1,4 +1,4 @@
-"""Observers of the graph against plain torch: which experts, with what probability, on which activations."""
+"""Observers of the graph against plain torch: chosen experts, their probabilities, activations."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 from support import torch_deepseek
 from support.checkpoints import TINY, random_weights, write_checkpoint
+from support.models import tiny_model
 from support.observed import Observed, observed, stacked_squares, torch_inputs
 from support.tiny_gguf import DENSE, write_tiny
 
@@ -42,6 +43,8 @@ def variant(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Hyperparameters]:
     hp = VARIANTS[request.param]
+    if hp is TINY:
+        return tiny_model(), hp
     folder = tmp_path_factory.mktemp("observed")
     out = folder / "model.gguf"
     convert_folder(write_checkpoint(folder / "checkpoint", hp, form="single"), out)
@@ -49,17 +52,14 @@ def variant(
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("observed")
-    out = folder / "model.gguf"
-    convert_folder(write_checkpoint(folder / "checkpoint", TINY, form="single"), out)
-    return out
+def tiny() -> Path:
+    return tiny_model()
 
 
 def routers(
     hp: Hyperparameters, n_used: int | None = None
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Torch's layers with their router probabilities and choices."""
+    """Yield the layers with their router probabilities and choices, computed by torch."""
     inputs = torch_inputs(random_weights(hp), hp, IDS)
     for layer in range(hp.n_dense_layers, hp.n_layers):
         name = f"model.layers.{layer}.mlp.gate.weight"
@@ -68,7 +68,7 @@ def routers(
 
 
 def read_all(model: Observed) -> None:
-    """The whole prompt in one step with every token as an output, so that the last layer sees all."""
+    """Read the prompt in one step. Every token is an output, so the last layer computes all of them."""
     model.step(Row(0, 0, IDS, len(IDS)))
 
 
@@ -99,7 +99,7 @@ def test_routing_equals_torch(variant: tuple[Path, Hyperparameters]) -> None:
 def test_contributions_equal_torch(
     variant: tuple[Path, Hyperparameters], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards: a norm of the sum, or of memory that the next node has already overwritten."""
+    """Guards: the norm of the sum, or of memory that the next node has overwritten."""
     path, hp = variant
     expected: list[tuple[float, float]] = []
     mixture = torch_deepseek.mixture
@@ -179,7 +179,7 @@ def test_trace_holds_the_last_reply(tiny: Path) -> None:
 
 
 def test_activations_equal_torch(variant: tuple[Path, Hyperparameters]) -> None:
-    """Guards: sums under the wrong weight's name or expert, and matrices that nobody watches."""
+    """Guards: sums under the wrong weight's name or expert, and matrices that are not observed."""
     path, hp = variant
     expected = stacked_squares(torch_inputs(random_weights(hp), hp, IDS), hp)
     with observed(path, ObserverOptions("activations"), n_ubatch=16) as model:
@@ -199,7 +199,7 @@ def test_activations_equal_torch(variant: tuple[Path, Hyperparameters]) -> None:
 
 
 def test_observers_together_see_what_each_sees_alone(tiny: Path) -> None:
-    """Guards: a node that one wants by its name, hidden from another that wants it by its weight."""
+    """Guards: a node observed by name that hides it from an observer of its weight."""
     names = ("routing", "activations")
     alone = {}
     for name in names:
@@ -299,7 +299,7 @@ def test_a_failing_observer_fails_the_step(tiny: Path, monkeypatch: pytest.Monke
 def test_a_failure_in_an_aborted_step_is_not_the_next_ones(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards: requests that fail because of a step in which they were not."""
+    """Guards: requests that fail because of another request's step."""
     monkeypatch.setitem(OBSERVERS, "failing", Entry(Failing))
     with observed(tiny, ObserverOptions("failing")) as model:
         model.step(Row(0, 0, IDS, 1))
@@ -313,7 +313,7 @@ def test_a_failure_in_an_aborted_step_is_not_the_next_ones(
 
 
 def test_dense_models_have_activations_but_no_routing(tmp_path: Path) -> None:
-    """Guards: matrices of the llama architecture that nobody watches; routers where there are none."""
+    """Guards: matrices of the llama architecture that are not observed; routers of a dense model."""
     path = write_tiny(tmp_path / "dense.gguf", DENSE)
     with observed(path, ObserverOptions("activations")) as model:
         model.step(Row(0, 0, IDS[:9], 9))
@@ -327,7 +327,7 @@ def test_dense_models_have_activations_but_no_routing(tmp_path: Path) -> None:
 
 
 def test_observing_changes_no_logits(tiny: Path) -> None:
-    """Guards: a callback that cuts the graph where nodes are computed together."""
+    """Guards: a callback that splits fused nodes."""
     with observed(tiny) as plain:
         assert plain.dispatcher.eval_callback is None
         expected = plain.step(Row(0, 0, IDS, len(IDS)))

@@ -1,4 +1,4 @@
-"""The observer of log-probabilities against numpy on llama.cpp's own logits, and options of observers."""
+"""The observer of log-probabilities against numpy on llama.cpp's logits; options of observers."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_only_scored_tokens_count() -> None:
 
 
 def test_nothing_scored_is_no_error() -> None:
-    """Guards: a division by zero, or a NaN that is no JSON, before the first token."""
+    """Guards: a division by zero, or NaN in JSON, before the first token."""
     with observed(tiny_model(), ObserverOptions("logprobs")) as model:
         summary = model.summary("logprobs")
     assert (summary["tokens"], summary["perplexity"]) == (0, 1.0)

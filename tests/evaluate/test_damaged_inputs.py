@@ -1,4 +1,4 @@
-"""What people hand to `dsmoe eval` and `dsmoe imatrix` by mistake, or damaged: short errors, no nonsense."""
+"""Damaged and wrong inputs of `dsmoe eval` and `dsmoe imatrix` end in short errors."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_folders_as_outputs(tmp_path: Path) -> None:
 
 
 def damaged_model(path: Path, value: float) -> Path:
-    """The tiny model with `value` for all weights of its last norm."""
+    """Write the tiny model with `value` as all weights of its last norm."""
     content = bytearray(tiny_model().read_bytes())
     norm = read_gguf(tiny_model()).tensors["output_norm.weight"]
     content[norm.offset : norm.offset + norm.n_bytes] = struct.pack("<f", value) * norm.n_weights
@@ -106,7 +106,7 @@ def test_large_logits_stay_numbers(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def mutated(content: bytes, choose: random.Random) -> bytes:
-    """Cut short, bytes taken out or put in, or some replaced."""
+    """Cut the content, or remove, insert or replace bytes."""
     found = bytearray(content)
     at = choose.randrange(len(found))
     match choose.randrange(4):
@@ -123,7 +123,7 @@ def mutated(content: bytes, choose: random.Random) -> bytes:
 
 
 def told(read: Callable[[Path], object], path: Path) -> str:
-    """An error of ours, or nothing if the file is taken."""
+    """Return the DsmoeError of a reader, or None if it accepts the file."""
     try:
         read(path)
     except DsmoeError as error:
@@ -132,7 +132,7 @@ def told(read: Callable[[Path], object], path: Path) -> str:
 
 
 def check(content: bytes, read: Callable[[Path], object], folder: Path, n: int, seed: int = 0) -> None:
-    """Damaged `n` times, `read` takes it or raises a short error of ours: anything else fails."""
+    """Damage a file `n` times. `read` must accept it or raise a short DsmoeError."""
     choose = random.Random(seed)
     path = folder / "damaged"
     for _ in range(n):
@@ -170,7 +170,7 @@ def test_damaged_files(name: str, tmp_path: Path) -> None:
 
 
 def check_references(folder: Path, n: int) -> None:
-    """Damaged as a whole, and as members of a whole archive, whose checksums are right then."""
+    """Damage the archive, or its members with correct checksums."""
     work = folder / "work"
     work.mkdir()
     with Engine.load(options_for(options(tiny_model()), N_CONTEXT, *recorders(work, tiny_model()))) as engine:
@@ -218,7 +218,7 @@ def test_a_reference_that_was_cut_short(tmp_path: Path) -> None:
 @pytest.mark.soak
 @pytest.mark.parametrize("name", [*FILES, "reference"])
 def test_soak_damaged_files(name: str, tmp_path: Path) -> None:
-    """The same, many times."""
+    """Run the tests above many times."""
     if name == "reference":
         check_references(tmp_path, 2000)
     else:

@@ -1,6 +1,4 @@
-"""What errors cost: against llama.cpp and torch with the same weights, kept through interruptions, told from
-noise.
-"""
+"""Measured costs of errors against llama.cpp and torch with the same weights; interruptions; noise."""
 
 from __future__ import annotations
 
@@ -18,10 +16,10 @@ import torch
 from gguf import GGUFReader
 from numpy.typing import NDArray
 from support import llama_oracle, torch_deepseek
-from support.checkpoints import TINY, write_checkpoint
+from support.checkpoints import TINY
 from support.imatrices import random_imatrix
+from support.models import tiny_model
 
-from dsmoe_convert.convert import ConvertOptions, convert_folder
 from dsmoe_local.base.errors import InterruptedRunError, LockedError, UsageError
 from dsmoe_local.base.paths import cache_folder
 from dsmoe_local.base.progress import Event, Listener, Note, Started, ignore
@@ -49,18 +47,15 @@ N_CONTEXT = 48
 TEXT = Text("test", built_in().content[1000:1600])
 Q4_0, Q5_0 = GgmlType.Q4_0, GgmlType.Q5_0
 SHARED = ("embedding", "output")
-"""Groups that are no layer's."""
+"""Groups that do not belong to a layer."""
 
 Weights = Mapping[str, NDArray[np.float32]]
 Window = tuple[int, ...]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    out = folder / "tiny-F32.gguf"
-    convert_folder(write_checkpoint(folder / "checkpoint", form="single"), out, ConvertOptions("f32"))
-    return out
+def model() -> Path:
+    return tiny_model()
 
 
 def weights_of(path: Path) -> Weights:
@@ -72,8 +67,8 @@ def weights_of(path: Path) -> Weights:
 
 @dataclass
 class Loading:
-    """Loads models as the oracles compute, and looks at each: its weights, and what llama.cpp makes of
-    `windows` with them. Stops after so many models.
+    """Loads models to compute as the oracles do, and keeps the weights of each, and llama.cpp's predictions
+    for `windows` with them. Stops after `stop_after` models.
     """
 
     stop_after: int = 10**9
@@ -102,7 +97,7 @@ class Loading:
 
 
 def scored(logits: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Log-probabilities of all tokens that count."""
+    """Return the log-probabilities of all scored tokens."""
     return torch.cat([each[N_CONTEXT // 2 : -1].double().log_softmax(-1) for each in logits])
 
 
@@ -141,7 +136,7 @@ def windows_of(model: Path) -> Sequence[Window]:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """All kinds measured, then all layers in the same file: its content before that, and what was loaded."""
+    """All kinds measured, then all layers in the same file. `kinds_file` is its content after the kinds."""
 
     path: Path
     kinds_file: str
@@ -223,7 +218,7 @@ def test_costs_are_the_oracles(model: Path, measured: Measured, by_layer: bool) 
 
 
 def check_predictions(model: Path, kept_in: Path, found: ErrorCosts) -> None:
-    """What was tried is predicted as it was measured."""
+    """Check that the predicted costs are the measured ones."""
     file, hp = read_model(model)
     kept = read_sensitivity(kept_in)
     costs = CostModel(file, hp, kept)

@@ -1,4 +1,4 @@
-"""`dsmoe eval --sensitivity` as it is called: what it prints, keeps and refuses."""
+"""The command `dsmoe eval --sensitivity`: output, files, errors."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def groups_of(path: Path) -> dict[str, Any]:
-    """What the file holds by now; a run may be writing it anew."""
+    """Return the groups in the file. A run may be replacing it meanwhile."""
     probes = read_sensitivity(path).probes if path.exists() else None
     return dict(probes.groups) if probes else {}
 
@@ -135,7 +135,7 @@ GROUPS = (
 
 
 class Measuring:
-    """Stands in for the measurement; keeps what it is asked."""
+    """Replaces the measurement, and keeps its arguments."""
 
     def __init__(self) -> None:
         self.request: CostOptions | None = None

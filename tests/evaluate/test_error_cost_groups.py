@@ -1,4 +1,4 @@
-"""What is tried of a model's groups, without running it: which tensors, in which types, with which error."""
+"""Trials of a model's groups: their tensors, types and relative errors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def changed(trial: Trial, kind: GgmlType) -> set[str]:
 
 
 def test_a_tied_embedding_is_the_output(tmp_path: Path) -> None:
-    """Guards: an embedding that is tried twice, or never; a cost under a name that no recipe knows."""
+    """Guards: an embedding that is tried twice, or never; a cost whose name no recipe has."""
     found = trials(write_tiny(tmp_path / "m.gguf", NARROW), (Q4_0,))
     assert list(found) == [kind for kind in KINDS if kind != "embedding"]
     assert changed(found["output"], Q4_0) == {"token_embd.weight"}

@@ -1,4 +1,4 @@
-"""`dsmoe eval` as it is called: what it prints, keeps and refuses."""
+"""The command `dsmoe eval`: output, files, errors."""
 
 from __future__ import annotations
 

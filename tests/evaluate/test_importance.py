@@ -1,4 +1,4 @@
-"""Importance matrices of whole runs: against torch, resumed, merged; and how experts are covered."""
+"""Collected importance matrices against torch; resuming, merging, and the coverage of experts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TEXT = Text("a text", built_in().content[1000:1600])
 
 
 def options(**more: Any) -> ModelOptions:
-    """As torch computes: an F32 cache, no flash attention; two windows at once."""
+    """Options to compute as torch does: an F32 cache, no flash attention. Two windows share a step."""
     exact = ModelOptions(
         tiny_model(), n_threads=1, cache_type_k="f32", cache_type_v="f32", flash_attention="off", n_ubatch=128
     )
@@ -73,7 +73,7 @@ def assert_alike(found: Imatrix, expected: Imatrix) -> None:
 
 
 def of_torch(windows: Windows) -> dict[str, tuple[NDArray[np.float64], NDArray[np.int64]]]:
-    """Sums and counts of what torch multiplies each matrix with."""
+    """Return sums and counts of each matrix's inputs, computed by torch."""
     total: dict[str, tuple[NDArray[np.float64], NDArray[np.int64]]] = {}
     for window in windows.tokens:
         seen = stacked_squares(torch_inputs(random_weights(TINY), TINY, list(window)), TINY)
@@ -241,7 +241,7 @@ def test_a_crash_keeps_what_was_saved(tmp_path: Path, windows: Windows) -> None:
 
 
 class Forgetful:
-    """An engine whose observers have seen less than it has read."""
+    """An engine whose observers have seen only a part of the tokens."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

@@ -1,4 +1,4 @@
-"""`dsmoe imatrix` as it is called: what it prints and writes, killed at every point, merged, refused."""
+"""The command `dsmoe imatrix`: output, files, kills at every fault point, merging, errors."""
 
 from __future__ import annotations
 

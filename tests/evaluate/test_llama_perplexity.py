@@ -1,4 +1,4 @@
-"""Against llama.cpp's own tool, where it is installed: `llama-perplexity` on the PATH."""
+"""Perplexity and divergence against `llama-perplexity`, if it is on the PATH."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def theirs(*arguments: str | Path) -> str:
 
 
 def number(name: str, output: str) -> tuple[float, float]:
-    """A figure and its error, or 0."""
+    """Return a value and its error; 0 if it has none."""
     found = re.search(rf"{re.escape(name)} *[:=] +([\d.]+)(?: *(?:\+/-|±) +([\d.]+))?", output)
     assert found is not None, output
     return float(found[1]), float(found[2] or 0)

@@ -1,6 +1,4 @@
-"""Importance matrices against llama.cpp's own tools, where they are installed: `llama-imatrix` and
-`llama-quantize` on the PATH.
-"""
+"""Importance matrices against `llama-imatrix` and `llama-quantize`, if they are on the PATH."""
 
 from __future__ import annotations
 
@@ -43,7 +41,7 @@ def run(folder: Path, *command: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a tiny DeepSeekMoE, `model.gguf`, and its matrices: two forms of llama.cpp's tool, and ours."""
+    """A folder with `model.gguf` and its importance matrices: both formats of llama.cpp's tool, and ours."""
     folder = tmp_path_factory.mktemp("tools")
     convert_folder(write_checkpoint(folder / "checkpoint", WIDE, form="single"), folder / "model.gguf")
     (folder / "text.txt").write_text(built_in().content[1000:4000])

@@ -1,4 +1,4 @@
-"""Perplexity, divergence and routing of whole runs: against torch, a bare loop, and what must hold."""
+"""Measured perplexity, divergence and routing against torch and a bare loop over `llama_decode`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ TEXT = Text("test", built_in().content[1000:2200])
 
 
 def exact(path: Path, **more: Any) -> ModelOptions:
-    """As the oracles compute: an F32 cache, no flash attention."""
+    """Options to compute as the oracles do: an F32 cache, no flash attention."""
     return ModelOptions(
         path, n_threads=1, cache_type_k="f32", cache_type_v="f32", flash_attention="off", **more
     )
@@ -125,7 +125,7 @@ def quantized(word: str, folder: Path) -> Path:
 
 
 def test_fewer_bits_are_further_away(recorded: Reference, tmp_path: Path) -> None:
-    """Guards: a measure by which a worse file looks better."""
+    """Guards: a metric by which a worse file looks better."""
     found = [compared(recorded, quantized(word, tmp_path))[1] for word in ("Q8_0", "Q5_0", "Q4_0")]
     divergences = [each.divergence.kl.value for each in found]
     assert 0 < divergences[0] < 0.01
@@ -174,7 +174,7 @@ def test_what_is_left_out_stays_within_its_bounds(
 
 
 def with_one_tail(p: NDArray[np.float64], q: NDArray[np.float64], top: int) -> float:
-    """The mean divergence of log-probabilities, all but the reference's likeliest taken for one token."""
+    """Return the mean divergence of log-probabilities, with all but the `top` likeliest as one token."""
     likeliest = np.argsort(-p, axis=1)[:, :top]
     p, q = np.take_along_axis(p, likeliest, 1), np.take_along_axis(q, likeliest, 1)
     tail, other = (1 - np.exp(each).sum(1) for each in (p, q))
@@ -199,7 +199,7 @@ def test_other_vocabularies_are_refused(recorded: Reference) -> None:
 
 
 def test_a_dense_model_has_no_choices_to_record(tmp_path: Path) -> None:
-    """Guards: dense references refused for want of routers."""
+    """Guards: a dense reference that is refused because it has no routers."""
     names = [option.name for option in recorders(tmp_path, write_tiny(tmp_path / "dense.gguf", DENSE))]
     assert names == ["reference"]
 
@@ -250,7 +250,7 @@ def test_what_is_no_kept_reference_is_refused(recorded: Reference, tmp_path: Pat
 
 
 class Stopping:
-    """Sets `stop` when the measurement tells of its first progress."""
+    """Sets `stop` at the first progress."""
 
     def __init__(self) -> None:
         self.stop = threading.Event()

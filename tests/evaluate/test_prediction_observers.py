@@ -1,4 +1,4 @@
-"""Predictions recorded and compared, against numpy on llama.cpp's own logits."""
+"""Recording and comparing predictions, against numpy on llama.cpp's logits."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tail_as_one(p: NDArray[np.float64], q: NDArray[np.float64], top: int, mass: float) -> tuple[float, float]:
-    """The bounds of a divergence that knows only the likeliest tokens of p."""
+    """Return the bounds of a divergence if only the likeliest tokens of p are known."""
     order = np.argsort(-p)
     n = min(top, int((np.cumsum(np.exp(p[order])) < mass).sum()) + 1)
     kept, tail = order[:n], order[n:]

@@ -1,4 +1,4 @@
-"""The file that probes are tried in: what is in it, and how little is written for it."""
+"""The model file of the probes: its content, and how much is written for each probe."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.checkpoints import TINY, write_checkpoint
+from support.checkpoints import TINY
+from support.models import tiny_model
 
-from dsmoe_convert.convert import ConvertOptions, convert_folder
 from dsmoe_local.base.errors import FileError, InterruptedRunError, NoSpaceError
 from dsmoe_local.base.progress import ignore
 from dsmoe_local.engine.engine import Engine
@@ -37,11 +37,8 @@ N_CONTEXT = 48
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    out = folder / "tiny-F32.gguf"
-    convert_folder(write_checkpoint(folder / "checkpoint", form="single"), out, ConvertOptions("f32"))
-    return out
+def model() -> Path:
+    return tiny_model()
 
 
 def plan_of(file: GgufFile, names: Sequence[str], kind: GgmlType) -> Plan:
@@ -83,7 +80,7 @@ def test_holds_what_the_quantizer_makes(model: Path, tmp_path: Path) -> None:
 
 
 class Counting:
-    """Loads models, and counts what is written for each while none is loaded."""
+    """Loads models, and counts the bytes written before each one while none is loaded."""
 
     def __init__(self) -> None:
         self.n_loaded = 0

@@ -148,7 +148,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def forged(content: bytes, kind: str) -> bytes:
-    """A file with right checksums that nobody of us has written."""
+    """Return a wrong file with correct checksums."""
     changed = bytearray(content)
     start = 12 + int.from_bytes(content[8:12], "little") + 8
     count = int.from_bytes(changed[start : start + 4], "little")

@@ -1,4 +1,4 @@
-"""Kept references as files: nobody's work is written over, nothing stays behind, nothing foreign is read."""
+"""Kept references: no file is replaced, no temporary file stays, and foreign files are refused."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_what_another_run_has_kept_stays(
 
 
 def test_a_name_is_one_runs_from_the_start(tmp_path: Path) -> None:
-    """Guards: two runs of hours, of which one is for nothing."""
+    """Guards: two long runs that write the same file, so that one of them is lost."""
     with (
         reserved(tmp_path / "kept"),
         pytest.raises(LockedError, match="another run"),

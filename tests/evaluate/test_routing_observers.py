@@ -1,4 +1,4 @@
-"""Routing compared token by token, against plain torch on both models."""
+"""Recording and comparing router choices, against plain torch on both models."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def compare(path: Path, model: Path | None = None, **more: Any) -> dict[str, Any
 
 
 def gates(weights: Weights, n_used: int = TINY.n_experts_per_token) -> tuple[torch.Tensor, torch.Tensor]:
-    """Torch's probabilities of scored tokens (layers, tokens, experts) and whether each expert was chosen."""
+    """Return the probabilities of scored tokens, shape (layers, tokens, experts), and the chosen experts."""
     layers = []
     for layer in range(TINY.n_dense_layers, TINY.n_layers):
         name = f"model.layers.{layer}.mlp.gate.weight"

@@ -1,4 +1,4 @@
-"""`dsmoe bench` as it is called: what it prints, shows before it fails, and refuses."""
+"""The command `dsmoe bench`: output, also before an error, and errors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_models_side_by_side(dense: Path) -> None:
-    """Guards: options of the one that change the other, a dense model that is refused for them, times that
+    """Guards: options of one model applied to another, a dense model that is refused for them, times that
     exceed what the run took, memory of another process.
     """
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What is measured of the machine and of the engine's process: by what the system itself says."""
+"""Measurements of the machine, and of the memory of a process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What follows from times, what a model reads, and how it is written down."""
+"""Rates and bytes per token computed from times, and the output formats."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ LLAMA_BENCH = [
     "avg_ts",
     "stddev_ts",
 ]
-"""The fields of its CSV, in its order."""
+"""The fields of llama-bench's CSV, in order."""
 
 BEGAN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 READS = Reads("Q4_0", 2_000_000_000, 1.5e9, 200_000)
@@ -101,7 +101,7 @@ def model(
 
 
 def test_rates_are_llama_benchs() -> None:
-    """Its mean is that of the rates, not the rate of the mean time; its deviation that of a sample.
+    """The mean is that of the rates, not the rate of the mean time; the deviation is that of a sample.
 
     Guards: 341.3 tokens/s for 384.0, a deviation of the whole population, a division by nothing.
     """
@@ -117,7 +117,7 @@ def test_rates_are_llama_benchs() -> None:
 
 
 def test_bytes_per_second() -> None:
-    """Guards: a context that costs nothing to read, prompts with a figure that means nothing, a GPU's reads
+    """Guards: a context that costs nothing to read, prompts with a meaningless figure, a GPU's reads
     held against the machine's memory.
     """
     one = model()
@@ -134,7 +134,7 @@ def test_bytes_per_second() -> None:
 
 
 def read_by_hand(path: Path, n_active: int, n_experts: int) -> float:
-    """With the gguf package's reader, and the names."""
+    """Compute the bytes read per token with the gguf package's reader."""
     total = 0.0
     for tensor in gguf.GGUFReader(path).tensors:
         part = 1.0

@@ -1,4 +1,4 @@
-"""What is timed: in an engine with a clock of its own, and in a real one whose steps are counted."""
+"""Timing workloads: in a fake engine with its own clock, and in a real one whose steps are counted."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ Counted = list[int]
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
-    """The tokens of each native step. By the engine's clock, a step takes exactly a second."""
+    """The number of tokens of each native step. On the engine's clock, a step takes exactly one second."""
     steps: Counted = []
     decode: Callable[[native.Context, Sequence[native.Row]], int] = native.Context.decode
     start = time.perf_counter()
@@ -202,7 +202,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
 
 
 def test_steps_of_a_real_engine(counted: Counted) -> None:
-    """The native steps are exactly those that are timed.
+    """The timed steps are exactly the native steps.
 
     Guards: a reply's first token counted as decoded, steps left out, prompts read in part, a depth read for
     each repetition, and times that are those of a caller who is told of many tokens at once.

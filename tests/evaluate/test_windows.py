@@ -1,4 +1,4 @@
-"""Texts to windows: the same tokens and the same cuts as llama.cpp's perplexity tool, whatever the length."""
+"""Windows have the same tokens as in llama.cpp's perplexity tool, for texts of any length."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_models_without_bos_keep_every_token() -> None:
 
 
 def test_a_short_text_is_refused() -> None:
-    """Guards: a perplexity of nothing."""
+    """Guards: a perplexity without scored tokens."""
     with pytest.raises(UsageError, match="has 5 tokens, too few for a window of 16"):
         cut_windows(FakeEngine(), Text("t", "abcde"), 16)
 

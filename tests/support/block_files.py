@@ -1,4 +1,4 @@
-"""Files of observers that were changed by somebody who knows the format: their checksums are right again."""
+"""Repairs the checksums of changed reference files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _BLOCK = struct.Struct("<II")
 
 
 def resealed(content: bytes) -> bytes:
-    """`content` with the checksums that its changed header and blocks need. Lengths must be as before."""
+    """Return `content` with correct checksums. All lengths must be unchanged."""
     (length,) = struct.unpack_from("<I", content, 8)
     position = 12 + length
     parts = [content[:position]]

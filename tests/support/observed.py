@@ -1,4 +1,4 @@
-"""A model under observers, driven without the engine: rows in, summaries out. And torch's side of it."""
+"""Drives a model with observers without the engine, and computes the same with torch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Observed:
     context: native.Context
 
     def step(self, *rows: native.Row, scored: Sequence[Scored | None] = ()) -> NDArray[np.float32]:
-        """One complete step; its logits."""
+        """Run a complete step, and return its logits."""
         self.dispatcher.before_step(rows)
         assert self.context.decode(rows) == native.DECODED
         logits = self.context.logits()
@@ -44,7 +44,7 @@ class Observed:
         return logits.copy()
 
     def score(self, ids: Sequence[int], request_id: str = "r", chunk: int = 8, sequence: int = 0) -> None:
-        """Read a prompt in chunks, all of its tokens scored."""
+        """Read a prompt in chunks, and score all of its tokens."""
         for start in range(0, len(ids), chunk):
             part = ids[start : start + chunk]
             targets = ids[start + 1 : start + chunk + 1]
@@ -53,7 +53,7 @@ class Observed:
         self.context.forget(sequence, 0)
 
     def summary(self, name: str) -> dict[str, Any]:
-        """An observer's summary, which is plain JSON."""
+        """Return an observer's summary. It must be plain JSON."""
         found = self.dispatcher.summary(name)
         _assert_plain(found)
         return found
@@ -76,7 +76,7 @@ def observed(
     n_ubatch: int = 64,
     unified: bool = True,
 ) -> Iterator[Observed]:
-    """The model with an F32 cache and no flash attention, so that it agrees with torch."""
+    """Load a model with an F32 cache and without flash attention, to compute as torch does."""
     _, hp = read_model(path)
     model = native.Model(
         path, n_experts_per_token=n_experts_per_token, n_gpu_layers=n_gpu_layers, overrides=overrides
@@ -108,7 +108,7 @@ def observed(
 
 
 def graph_summaries(path: Path, ids: Sequence[int], **placement: Any) -> dict[str, Any]:
-    """What the observers of the graph see of a prompt and four further tokens, wherever the model lies."""
+    """Return the summaries of the observers of the graph for a prompt and four more tokens."""
     names = ("routing", "activations")
     with observed(path, *map(ObserverOptions, names), **placement) as model:
         model.step(native.Row(0, 0, ids[:-4], len(ids) - 4))
@@ -119,7 +119,7 @@ def graph_summaries(path: Path, ids: Sequence[int], **placement: Any) -> dict[st
 
 
 def graph_summaries_on(endpoint: str, path: Path, ids: Sequence[int], **placement: Any) -> dict[str, Any]:
-    """The same in another process, which has the devices of an RPC worker: they stay as long as it lives."""
+    """Do the same in another process with the devices of an RPC worker, which stay until it ends."""
     done = subprocess.run(
         [sys.executable, "-m", "support.observed", endpoint, str(path), json.dumps([ids, placement])],
         capture_output=True,
@@ -134,7 +134,7 @@ def graph_summaries_on(endpoint: str, path: Path, ids: Sequence[int], **placemen
 
 
 class _Products(TorchFunctionMode):
-    """Hands the left side of every product with a known matrix to `see`, with the matrix's name."""
+    """Passes the left side of every product with a known matrix to `see`, with the matrix's name."""
 
     def __init__(self, weights: Mapping[str, torch.Tensor], see: Callable[[str, torch.Tensor], None]) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class _Products(TorchFunctionMode):
 def torch_inputs(
     weights: Mapping[str, torch.Tensor], hp: Hyperparameters, ids: list[int]
 ) -> dict[str, torch.Tensor]:
-    """What plain torch multiplies each matrix with, one line per vector, by Hugging Face's names."""
+    """Return the inputs of each matrix in torch, one row per vector, by Hugging Face's names."""
     seen: dict[str, list[torch.Tensor]] = {}
     with _Products(weights, lambda name, left: seen.setdefault(name, []).append(left)):
         torch_deepseek.logits(weights, hp, ids)
@@ -163,7 +163,7 @@ def torch_inputs(
 def stacked_squares(
     inputs: Mapping[str, torch.Tensor], hp: Hyperparameters
 ) -> dict[str, tuple[NDArray[np.float64], list[int]]]:
-    """For each GGUF matrix that torch used: sums of squares (n_matrices, n_columns) and counts."""
+    """Return sums of squares (n_matrices, n_columns) and counts for each GGUF matrix that torch used."""
     found = {}
     for spec in tensor_specs(hp):
         if not any(source in inputs for source in spec.sources):

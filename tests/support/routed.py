@@ -1,4 +1,4 @@
-"""Routing made up token by token: the observation of it, and a screen that writes down what it shows."""
+"""Invented routing and its observation, and a screen that keeps what it shows as text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dsmoe_local.base.errors import DsmoeError
 
 @dataclass(frozen=True)
 class Token:
-    """What one token did in every layer: its experts, their probabilities, the norms of what they add."""
+    """The routing of one token: by layer its experts and their probabilities; entropy and output norms."""
 
     chosen: Sequence[Sequence[int]]
     probabilities: Sequence[Sequence[float]]
@@ -26,7 +26,7 @@ class Token:
 
 
 def tokens(n: int, n_layers: int = 3, n_experts: int = 8, n_used: int = 2, seed: int = 0) -> list[Token]:
-    """Random ones; some experts are preferred."""
+    """Return random tokens. Some experts are preferred."""
     generator = random.Random(seed)
 
     def token() -> Token:
@@ -43,7 +43,7 @@ def tokens(n: int, n_layers: int = 3, n_experts: int = 8, n_used: int = 2, seed:
 def observation(
     seen: Sequence[Token], n_layers: int = 3, n_experts: int = 8, first: int = 1
 ) -> dict[str, Any]:
-    """What the observer `routing` would tell; every token is sampled."""
+    """Return the summary of the observer `routing`, with every token sampled."""
     layers = [_layer(seen, layer, n_experts, first) for layer in range(n_layers)]
     return {"n_routed_experts": n_experts, "layers": layers, "trace": None}
 
@@ -80,7 +80,7 @@ def _layer(seen: Sequence[Token], layer: int, n_experts: int, first: int) -> dic
 def drawn(
     renderable: RenderableType, width: int = 80, *, color_system: Any = None, no_color: bool = False
 ) -> list[str]:
-    """The lines that Rich makes of it."""
+    """Return the lines that Rich prints."""
     console = Console(
         width=width,
         file=io.StringIO(),
@@ -96,7 +96,7 @@ def drawn(
 
 @dataclass
 class ShowingScreen:
-    """Writes down, as text, all that a view of the experts may ask of a screen."""
+    """A screen for the view of the experts that keeps everything as text."""
 
     width: int = 80
     height: int = 24
