@@ -27,9 +27,9 @@ from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.errors import EngineCrashError, EngineError
 from dsmoe_local.engine.interface import TextEngine
 from dsmoe_local.engine.process import child, wire
-from dsmoe_local.engine.process.child import spawn_engine
 from dsmoe_local.engine.process.client import NATIVE, EngineClient
 from dsmoe_local.engine.process.log import LogKeeper
+from dsmoe_local.engine.process.spawn import spawn_engine
 from dsmoe_local.engine.types import (
     Message,
     ModelOptions,

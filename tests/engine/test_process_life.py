@@ -22,8 +22,8 @@ from dsmoe_local.base import progress
 from dsmoe_local.base.errors import FileError, InterruptedRunError
 from dsmoe_local.engine.errors import EngineCrashError, EngineError, OutOfMemoryError
 from dsmoe_local.engine.process import child, wire
-from dsmoe_local.engine.process.child import spawn_engine
 from dsmoe_local.engine.process.client import EngineClient
+from dsmoe_local.engine.process.spawn import spawn_engine
 from dsmoe_local.engine.types import (
     FinishReason,
     ModelOptions,

@@ -15,8 +15,8 @@ from support import hosted
 
 from dsmoe_local.engine.errors import EngineCrashError
 from dsmoe_local.engine.process import child
-from dsmoe_local.engine.process.child import spawn_engine
 from dsmoe_local.engine.process.client import EngineClient
+from dsmoe_local.engine.process.spawn import spawn_engine
 from dsmoe_local.engine.types import ModelOptions, Request
 
 # What is guarded against is waiting for ever.

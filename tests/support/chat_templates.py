@@ -1,4 +1,4 @@
-"""Chat templates as they are on the hub, for tests: their texts, and what is odd about each."""
+"""Chat templates from the Hugging Face hub, with the peculiarity of each."""
 
 # ruff: noqa: E501
 from __future__ import annotations

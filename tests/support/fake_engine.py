@@ -1,4 +1,4 @@
-"""A fake engine with the real one's interface, for tests of what is built on it. No model, no native code."""
+"""A fake engine with the interface of the real one, without a model or native code."""
 
 from __future__ import annotations
 
@@ -37,20 +37,21 @@ END = 0  # the id of the token that ends a reply; a byte b has the id b + 1
 
 
 def echo(prompt: str) -> str:
-    """The default reply: the prompt's last line."""
+    """Return the default reply: the last line of the prompt."""
     return prompt.rsplit("\n", 1)[-1]
 
 
 class FakeEngine:
-    """Answers with `reply(prompt text)`, one byte a token, so that characters straddle tokens.
+    """Replies with `reply(prompt text)`, or with `replies` in turn. A token is one byte, so that characters
+    consist of several tokens.
 
-    `replies` instead are given in turn. `template` False makes a base model. `gate`, when given, is called
-    before each token: a test can wait in it, cancel, or raise. `observations` is what its observers have
-    seen, by their names; all of them are there until `set_observers` says otherwise.
+    `template` False makes a base model. `gate` is called before each token: a test can wait in it, cancel, or
+    raise an error. `observations` are the results of observers by name; all of these observers exist until
+    `set_observers` replaces them.
 
-    It keeps what it was asked: `requests`, `saved` and `loaded` (files and token counts of cache files),
-    `observers` (what was set), `reloads` (options) and `kills`. `failures` are raised by the next calls of
-    `reload` and `set_observers`, one each.
+    It records its calls: `requests`, `saved` and `loaded` (paths and token counts of cache files),
+    `observers`, `reloads` (options) and `kills`. The next calls of `reload` and `set_observers` each raise
+    one of `failures`.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class FakeEngine:
         )
 
     def encode(self, prompt: Prompt, *, continue_final_message: bool = False) -> tuple[int, ...]:
-        """One id a byte; a conversation is its contents on lines, each after its role."""
+        """Return one id for each byte. A conversation has a line for each message: role, then content."""
         self._start_again()
         return self._checked(self._encode(prompt, continue_final_message))
 
@@ -216,7 +217,7 @@ class FakeEngine:
         )
 
     def _make_room(self, request: Request, held: list[int]) -> tuple[int, int]:
-        """How many tokens leave a full context, and from where."""
+        """Return how many tokens a context shift drops, and from which index."""
         if len(held) <= self.info.n_context:
             return 0, 0
         start = max(1, request.n_keep)
@@ -230,7 +231,7 @@ class FakeEngine:
             self._cancelled[request_id] = True
 
     def cancel_all(self) -> None:
-        """See ReloadableEngine: there are no loads to give up."""
+        """See ReloadableEngine. There are no loads to stop."""
         self._cancelled = dict.fromkeys(self._cancelled, True)
 
     def decode(self, token_ids: Sequence[int]) -> tuple[str, ...]:
@@ -240,7 +241,7 @@ class FakeEngine:
         return tuple("<end>" if token_id == END else _text(token_id - 1) for token_id in ids)
 
     def save_cache(self, path: Path, token_ids: tuple[int, ...], start: int = 0) -> int:
-        """See TextEngine: a JSON file with the ids, and what they are of."""
+        """See TextEngine. Writes a JSON file with the ids and the identity of the cache."""
         count = 0 if self._cancelled or self._killed else n_common(self._cached, token_ids)
         if count <= start:
             return 0
@@ -290,7 +291,7 @@ class FakeEngine:
         listen: progress.Listener = progress.ignore,
         stop: threading.Event | None = None,
     ) -> None:
-        """See ReloadableEngine: a model of the same kind, with the context and experts that are asked for."""
+        """See ReloadableEngine. Only the context length and the number of experts change."""
         self.reloads.append(options)
         self._cached = ()
         listen(progress.Started("loading fake.gguf", 1))
@@ -340,7 +341,7 @@ class _Ticket:
 
 
 def _alternatives(request: Request, byte: int) -> tuple[TokenLogprob, ...]:
-    """The token, which is certain, and the ones before it in the alphabet, which are not possible."""
+    """Return the token with probability 1 and the tokens before it in the alphabet with probability 0."""
     if not request.logprobs:
         return ()
     others = [max(byte - distance, 0) for distance in range(request.top_logprobs)]
@@ -358,5 +359,5 @@ def _text(byte: int) -> str:
 
 
 def _identity(options: ModelOptions) -> str:
-    """Of the options that the real one's depends on, some."""
+    """Return a digest of some of the options that the real cache identity depends on."""
     return f"{options.path} {options.n_experts_per_token} {options.cache_type_k} {options.cache_type_v}"

@@ -1,4 +1,4 @@
-"""Runs that are killed, forked from a server that has torch loaded already: a run takes milliseconds."""
+"""Runs to kill, forked from a server that has already loaded torch, so that each starts in milliseconds."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def paced(out: Path) -> Listener:
 
 
 class _Child:
-    """The part of Popen that kill tests use."""
+    """The part of Popen's interface that kill tests use."""
 
     def __init__(self, process: Any, connection: Connection) -> None:
         self._process = process

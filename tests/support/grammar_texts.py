@@ -1,4 +1,4 @@
-"""Texts of a grammar without a model: the vocabulary is the 256 bytes, and one token that ends a text."""
+"""Tests texts against a grammar without a model: the vocabulary is the 256 bytes and an end token."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def _byte_vocabulary() -> Vocabulary:
 
 
 def gbnf(text: str) -> CompiledGrammar:
-    """A GBNF grammar over bytes."""
+    """Compile a GBNF grammar over bytes."""
     return compiled(_byte_vocabulary(), text, None)
 
 
 def schema(value: Any) -> CompiledGrammar:
-    """A JSON schema over bytes."""
+    """Compile a JSON schema over bytes."""
     return compiled(_byte_vocabulary(), None, value if isinstance(value, str) else json.dumps(value))
 
 
 def belongs(grammar: CompiledGrammar, text: str | bytes) -> bool:
-    """Whether the text is one of the grammar's."""
+    """Return whether the text matches the grammar."""
     constraint = Constraint(grammar)
     for byte in text.encode() if isinstance(text, str) else text:
         if not constraint.permits(byte):
@@ -41,7 +41,7 @@ def belongs(grammar: CompiledGrammar, text: str | bytes) -> bool:
 
 
 def permitted(grammar: CompiledGrammar, text: bytes) -> list[int]:
-    """The bytes that may follow a beginning of a text, and END if it may end there."""
+    """Return the bytes that may follow a prefix of a text, and END if the text may end there."""
     constraint = Constraint(grammar)
     for byte in text:
         constraint.accept(byte)

@@ -1,4 +1,4 @@
-"""Engines for the process to host in tests: fakes that halt, crash, hang or misbehave on request."""
+"""Engines for the child process in tests: fakes that block, crash or misbehave on request."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ ONCE = "support.hosted:loading_once"
 
 
 class Hosted(FakeEngine):
-    """Does what a prompt's last line says: `signal SIGSEGV`, `exit 3`, `thread`, `nan`, `print TEXT`; else it
-    echoes.
+    """Obeys the last line of a prompt: `signal SIGSEGV`, `exit 3`, `thread`, `nan`, `print TEXT`. Other lines
+    are echoed.
 
-    Its observers tell what this process has imported, `modules`, and what was loaded, `loaded`. A cache file
-    that says `die` is not survived, and one that is called `half` never gets further.
+    The observer `modules` reports the imported modules, `loaded` the loaded options. Loading a cache file
+    with the text `die` kills the process, saving to one called `half` blocks for ever.
     """
 
     def __init__(self, gate: Callable[[int], None] = lambda index: None) -> None:
@@ -86,7 +86,7 @@ def _obey(prompt: str) -> str:
 
 
 def fake(options: ModelOptions, listen: Listener, stop: threading.Event) -> FakeEngine:
-    """A fake engine, loaded with a little progress."""
+    """Load a fake engine, with some progress."""
     listen(Started("loading", 3))
     listen(Advanced(3, "all"))
     listen(Note(f"context of {options.n_context}"))
@@ -97,7 +97,7 @@ def fake(options: ModelOptions, listen: Listener, stop: threading.Event) -> Fake
 
 
 def halting(options: ModelOptions, listen: Listener, stop: threading.Event) -> FakeEngine:
-    """Replies halt after three tokens, for ever."""
+    """Load an engine whose replies block for ever after three tokens."""
 
     def halt(index: int) -> None:
         if index == 3:
@@ -107,7 +107,7 @@ def halting(options: ModelOptions, listen: Listener, stop: threading.Event) -> F
 
 
 class _Waiting(Hosted):
-    """Its observer `cancelled` tells of nothing before a request was cancelled; that one halts until then."""
+    """The observer `cancelled` and the requests block until a request is cancelled."""
 
     def __init__(self) -> None:
         self._ended = threading.Event()
@@ -126,7 +126,7 @@ class _Waiting(Hosted):
 
 
 def waiting(options: ModelOptions, listen: Listener, stop: threading.Event) -> FakeEngine:
-    """Has an observer that waits for a request to be cancelled."""
+    """Load an engine whose observer waits until a request is cancelled."""
     return _Waiting()
 
 
@@ -135,7 +135,7 @@ class _Steps(Hosted):
     on_fault: Callable[[BaseException], None] | None = None
 
     def start(self, request: Request, deliver: Deliver) -> Ticket:
-        """Two steps: all tokens, and, once `cancel` was called, the end."""
+        """Deliver all tokens in one step, and the end in a second one after `cancel`."""
         *tokens, end = self.submit(request)
         ended = threading.Event()
 
@@ -162,7 +162,7 @@ class _StepTicket:
 
 
 def stepping(options: ModelOptions, listen: Listener, stop: threading.Event) -> FakeEngine:
-    """Tells of the ends of its steps."""
+    """Load an engine that reports the ends of its steps."""
     return _Steps()
 
 
@@ -172,30 +172,30 @@ class _Stuck(Hosted):
 
 
 def stuck(options: ModelOptions, listen: Listener, stop: threading.Event) -> FakeEngine:
-    """Cannot be closed."""
+    """Load an engine whose `close` blocks."""
     return _Stuck()
 
 
 def never_loaded(options: ModelOptions, listen: Listener, stop: threading.Event) -> FakeEngine:
-    """Tells its process id and loads for ever, whatever it is asked."""
+    """Report the process id, then load for ever and ignore `stop`."""
     listen(Note(str(os.getpid())))
     _FOR_EVER.wait()
     raise AssertionError
 
 
 def not_loaded(options: ModelOptions, listen: Listener, stop: threading.Event) -> FakeEngine:
-    """Refuses."""
+    """Refuse to load."""
     raise OutOfMemoryError("no room", where="here", remedy="less")
 
 
 def dying_at_load(options: ModelOptions, listen: Listener, stop: threading.Event) -> FakeEngine:
-    """As llama.cpp does of some files."""
+    """Crash while loading, as llama.cpp does for some files."""
     sys.stderr.write("ggml.c:1: GGML_ASSERT(\x1b[31mfine\x1b[0m) failed\n")
     os.abort()
 
 
 def broken(options: ModelOptions, listen: Listener, stop: threading.Event) -> FakeEngine:
-    """Has a bug."""
+    """Raise an error that is not a DsmoeError."""
     raise KeyError("a bug")
 
 
@@ -212,9 +212,7 @@ def choosy(options: ModelOptions, listen: Listener, stop: threading.Event) -> Fa
 
 
 def loading_once(options: ModelOptions, listen: Listener, stop: threading.Event) -> FakeEngine:
-    """Loads where `options.path` is not there yet, and makes it; a second time it refuses, or, without
-    `n_context`, loads for ever.
-    """
+    """Create `options.path` and load. If it exists, refuse to load, or without `n_context` load for ever."""
     try:
         options.path.touch(exist_ok=False)
     except FileExistsError:

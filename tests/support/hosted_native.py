@@ -1,4 +1,4 @@
-"""The real engine for the process to host in tests, with a crash in native code instead of `encode`."""
+"""The real engine for the child process in tests, with a crash in native code instead of `encode`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ READING_NOTHING = "support.hosted_native:reading_nothing"
 
 
 def aborting(options: ModelOptions, listen: Listener, stop: threading.Event) -> Engine:
-    """Ends as a failed GGML_ASSERT does."""
+    """Load an engine whose `encode` aborts like a failed GGML_ASSERT."""
     engine = load_with_log(options, listen, stop)
 
     def encode(prompt: Prompt, *, continue_final_message: bool = False) -> tuple[int, ...]:
@@ -27,7 +27,7 @@ def aborting(options: ModelOptions, listen: Listener, stop: threading.Event) -> 
 
 
 def reading_nothing(options: ModelOptions, listen: Listener, stop: threading.Event) -> Engine:
-    """Ends as a null pointer does."""
+    """Load an engine whose `encode` reads from a null pointer."""
     engine = load_with_log(options, listen, stop)
 
     def encode(prompt: Prompt, *, continue_final_message: bool = False) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Templates that try to eat memory and time: fixed ones, and random ones made of what grows."""
+"""Templates that use much memory and time: fixed ones, and random ones of statements that grow values."""
 
 # ruff: noqa: E501
 from __future__ import annotations
@@ -92,13 +92,13 @@ _FILTERS = ("upper", "forceescape", "center(99999)", "indent(999)", "replace('a'
 
 
 class Hostile:
-    """Makes random templates. The same seed makes the same ones."""
+    """Generates random templates, reproducibly from a seed."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
 
     def template(self) -> str:
-        """One template: a few names, then statements that use and grow them."""
+        """Return a template: a few variables, then statements that use and grow them."""
         start = (
             "{% set n = namespace(s='ab', l=[1], m=none) %}{% set a = 'xy' %}"
             "{% macro f(x, y) %}{{ y }}{% if x %}{{ f(x[1:], y) }}{{ f(x[1:], y ~ y) }}{% endif %}{% endmacro %}"
@@ -134,7 +134,7 @@ class Hostile:
         )
 
     def _of(self, choices: tuple[str, ...], depth: int) -> str:
-        """An expression of that kind, and of smaller ones."""
+        """Return an expression of that kind, made of smaller ones."""
         if depth == 0:
             choices = tuple(choice for choice in choices if "{" not in choice)
         chosen = self._random.choice(choices)

@@ -16,7 +16,7 @@ _TEXTS = ("", "t0 t1", "hello\n\n w\xf6rld <s>", "\u4eba \U0001f680")
 
 
 class LlamaChild:
-    """Use as a context. A child that died is replaced by the next `survives`."""
+    """A context manager. After a crash, the next `survives` starts a new child."""
 
     def __init__(self) -> None:
         self._child = self._spawn()
@@ -28,12 +28,12 @@ class LlamaChild:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            # A debugger that writes a backtrace takes seconds.
+            # Writing a backtrace with a debugger takes seconds.
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "GGML_NO_BACKTRACE": "1"},
         )
 
     def survives(self, path: Path) -> bool:
-        """Whether llama.cpp is alive after it has loaded `path`, or refused to, and run it."""
+        """Return whether llama.cpp survives loading and running `path`, or refusing it."""
         assert self._child.stdin is not None
         assert self._child.stdout is not None
         self._child.stdin.write(f"{path}\n")

@@ -1,4 +1,4 @@
-"""Conversations to token ids the slow way, as a reference: every beginning of one is rendered anew.
+"""A slow reference for encoding conversations: every prefix is rendered from the start.
 
 Plain jinja2, a list of dictionaries, no state from one rendering to the next.
 """
@@ -35,7 +35,7 @@ _KEY = "b7e1c0ffee"
 
 
 class RefusalError(Exception):
-    """There are no ids, for this reason."""
+    """The conversation cannot be encoded, for this reason."""
 
 
 class ChunkVocabulary:
@@ -81,7 +81,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 def encode(text: str, messages: Sequence[Message], *, continued: bool) -> list[int]:
-    """The ids of a conversation. Raises RefusalError."""
+    """Return the ids of a conversation. Raises RefusalError."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )

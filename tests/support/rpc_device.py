@@ -28,7 +28,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 def has_rpc() -> bool:
-    """Whether this build of llama.cpp has the RPC backend."""
+    """Return whether this build of llama.cpp has the RPC backend."""
     from dsmoe_local.engine.native.library import backend_function
 
     return bool(backend_function("ggml_backend_reg_by_name", ctypes.c_void_p, ctypes.c_char_p)(b"RPC"))
@@ -46,7 +46,7 @@ def _rpc_function(name: bytes, result: Any, *arguments: Any) -> Any:
 
 @contextlib.contextmanager
 def rpc_worker(n_devices: int) -> Iterator[str]:
-    """A worker with so many devices; its endpoint. Skips the test where the build has no RPC."""
+    """Run a worker with `n_devices` devices and yield its endpoint. Skips the test without RPC."""
     if not has_rpc():
         pytest.skip("this build of llama.cpp has no RPC backend: CMAKE_ARGS=-DGGML_RPC=ON")
     with socket.socket() as probe:
@@ -68,7 +68,7 @@ def rpc_worker(n_devices: int) -> Iterator[str]:
 
 
 def run_cases(endpoint: str, cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Load and run each of the cases (see `_run`) in one process that knows the devices."""
+    """Load and run each of the cases (see `_run`) in one process that has the devices registered."""
     done = run_with_devices(endpoint, "run", json.dumps(cases))
     assert done.returncode == 0, done.stderr[-3000:]
     results: list[dict[str, Any]] = json.loads(done.stdout)
@@ -76,7 +76,7 @@ def run_cases(endpoint: str, cases: Sequence[dict[str, Any]]) -> list[dict[str, 
 
 
 def run_with_devices(endpoint: str, task: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A process that knows the devices and does what `main` says of `task`."""
+    """Run a `task` of `main` in a process that has the devices registered."""
     return subprocess.run(
         _command(task, endpoint, *arguments),
         capture_output=True,
@@ -125,7 +125,7 @@ def _serve(endpoint: str, n_devices: int) -> None:
 
 
 def register(endpoint: str) -> None:
-    """Make the worker's devices known to llama.cpp in this process."""
+    """Register the worker's devices with llama.cpp in this process."""
     from dsmoe_local.engine.native.library import backend_function
 
     add = _rpc_function(b"ggml_backend_rpc_add_server", ctypes.c_void_p, ctypes.c_char_p)
@@ -165,7 +165,7 @@ def _run(case: dict[str, Any]) -> dict[str, Any]:
     class LoudModel(native.Model):
         def __init__(self, path: Path, **settings: Any) -> None:
             super().__init__(path, **settings)
-            # Making a context begins a new log.
+            # Creating a context clears the log.
             log.extend(() if settings.get("measure_only") else native.log_lines())
 
     log: list[str] = []
@@ -193,7 +193,7 @@ def _run(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def _buffers(log: Sequence[str]) -> dict[str, dict[str, float]]:
-    """MiB of each kind of buffer (model, KV, compute) on each device that the log names."""
+    """Return the MiB of each kind of buffer (model, KV, compute) on each device, from the log."""
     found: dict[str, dict[str, float]] = {"model": {}, "KV": {}, "compute": {}}
     for line in log:
         match = re.search(r"(\w+?)(?:\[\S*)? +(model|KV|compute) buffer size = +([\d.]+) MiB", line)
@@ -204,7 +204,7 @@ def _buffers(log: Sequence[str]) -> dict[str, dict[str, float]]:
 
 
 def main(task: str, endpoint: str, *arguments: str) -> None:
-    """`serve` devices; or know them and `run` cases, or a `dsmoe` command line."""
+    """`serve` devices; or register them, then `run` cases or a `dsmoe` command line."""
     if task == "serve":
         _serve(endpoint, int(arguments[0]))
         return

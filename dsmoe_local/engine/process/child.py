@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
 import queue
 import socket
 import subprocess
@@ -20,17 +19,16 @@ from typing import Any, BinaryIO, Concatenate, ParamSpec, Self, TypeVar
 
 from dsmoe_local.base import progress
 from dsmoe_local.base.errors import InterruptedRunError
-from dsmoe_local.engine.errors import EngineCrashError, EngineError
+from dsmoe_local.engine.errors import EngineError
 from dsmoe_local.engine.interface import Deliver, TextEngine
 from dsmoe_local.engine.process import wire
 from dsmoe_local.engine.process.log import LogKeeper
-from dsmoe_local.engine.process.spawn import child_environment, crash_error, start_process
+from dsmoe_local.engine.process.spawn import broken_error, crash_error, spawn_engine
 from dsmoe_local.engine.types import ModelInfo, ModelOptions, Request, TokenEvent
 
 POLL = 0.05  # seconds between checks whether a load must stop
 _EXIT_SECONDS = 1.0  # for a child that was asked to exit
 _KILL_SECONDS = 5.0  # for a child that was killed; after that the system must reap it
-_HOST = "dsmoe_local.engine.process.host"
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -42,20 +40,6 @@ class _PendingCall:
 
     kind: Any
     answer: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)
-
-
-def spawn_engine() -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """Start a host, whose log is its stdout, and return it with our end of its socket.
-
-    On Linux the kernel kills it when the calling *thread* ends. Raises EngineError.
-    """
-    return start_process(
-        _HOST,
-        str(os.getpid()),
-        purpose="the engine's process",
-        environment=child_environment(),
-        output=subprocess.PIPE,
-    )
 
 
 def interrupted_load() -> InterruptedRunError:
@@ -257,7 +241,7 @@ class Child:
             self._reap(self._process, at_once=True)
             self._outbox.put(None)
             what = f"internal error in the engine's client: {type(error).__name__}: {error}"
-            failure = self._verdict or _broken(what, error, self._log.lines(), "try again")
+            failure = self._verdict or broken_error(what, error, self._log.lines(), "try again")
         self._end(failure)
 
     def _attend(self, process: subprocess.Popen[bytes], channel: socket.socket) -> EngineError:
@@ -308,7 +292,7 @@ class Child:
         log = self._log.lines()
         if garbled is None:
             return crash_error(status, log, loading=not self._loaded.is_set())
-        return _broken("the engine's process sent a malformed message", garbled, log)
+        return broken_error("the engine's process sent a malformed message", garbled, log)
 
     def _end(self, failure: EngineError) -> None:
         """Deliver `failure` to all running requests and calls."""
@@ -394,13 +378,6 @@ _TAKE: dict[str, Callable[..., None]] = {
     "refusal": Child._take_refusal,
     "events": Child._take_events,
 }
-
-
-def _broken(what: str, cause: BaseException, log: tuple[str, ...], remedy: str = "") -> EngineCrashError:
-    """Return the error for requests whose process had to be killed."""
-    error = EngineCrashError(what, log=log, remedy=remedy)
-    error.__cause__ = cause
-    return error
 
 
 def _send(channel: socket.socket, outbox: queue.SimpleQueue[bytes | None]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import dsmoe_local
 from dsmoe_local.engine.errors import EngineCrashError, EngineError
 
+_HOST = "dsmoe_local.engine.process.host"
 _CRASH_LINES = 20
 _INTERRUPTED = "failed to decode, ret = 2"  # llama.cpp's message for a cancelled step, never a cause
 
@@ -56,6 +57,20 @@ def start_process(
     return process, ours
 
 
+def spawn_engine() -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """Start a host, whose log is its stdout, and return it with our end of its socket.
+
+    On Linux the kernel kills it when the calling *thread* ends. Raises EngineError.
+    """
+    return start_process(
+        _HOST,
+        str(os.getpid()),
+        purpose="the engine's process",
+        environment=child_environment(),
+        output=subprocess.PIPE,
+    )
+
+
 def child_environment() -> dict[str, str]:
     """Return this process's environment, with the same import path for a Python child."""
     root = str(Path(dsmoe_local.__file__).parents[1])
@@ -86,6 +101,13 @@ def crash_error(status: int, log: tuple[str, ...], *, loading: bool) -> EngineCr
         remedy=_REMEDIES.get(name, "--log-file FILE keeps its whole log"),
         log=log[-_CRASH_LINES:],
     )
+
+
+def broken_error(what: str, cause: BaseException, log: tuple[str, ...], remedy: str = "") -> EngineCrashError:
+    """Return the error for an engine process that had to be killed because of `cause`."""
+    error = EngineCrashError(what, log=log, remedy=remedy)
+    error.__cause__ = cause
+    return error
 
 
 def _signal_name(number: int) -> str:
