@@ -188,7 +188,7 @@ def test_a_bad_request_fails_alone(unified: Engine) -> None:
 
 
 def test_a_native_failure_ends_only_its_step(unified: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: cells that nobody trusts being reused; an engine that is lost with one bad step."""
+    """Guards: cells of a failed step being reused; one failed step that ends the engine."""
     session = unified._require_loaded()
     decode = session.context.decode
     failures = iter([True])
@@ -257,7 +257,7 @@ def n_ends(engine: Engine) -> int:
 
 
 def test_score_from_needs_an_observer(unified: Engine) -> None:
-    """Guards: more rows of logits than the context has room for, which aborts the process."""
+    """Guards: more rows of logits than the context was made for, which aborts the process."""
     [reply] = run(unified, requests([SHARED], 1, score_from=3)).values()
     assert isinstance(reply, UsageError)
 

@@ -368,7 +368,7 @@ def test_a_file_that_changes_while_it_is_loaded(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: half a file, or a process that ends because a mapping has no room behind it."""
+    """Guards: a partial file, or a crash from writing to a mapping of a full disk."""
     path = tmp_path / "state"
 
     def full(*_: object) -> None:

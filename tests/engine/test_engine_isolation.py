@@ -137,8 +137,8 @@ def test_a_grammar_that_takes_long_holds_nobody_up(monkeypatch: pytest.MonkeyPat
 
 
 def test_cancelling_does_not_wait_for_the_intake(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: a cancelled request, or one behind it, that ends when a grammar nobody wants is compiled; an id
-    that stays taken so long; the intake's late result taken for the next request of that id.
+    """Guards: a cancelled request, or the one behind it, that waits until a grammar is compiled; an id that
+    stays in use that long; the late result of the intake used for the next request with that id.
     """
     gate = Gate(monkeypatch)
     with Engine.load(options()) as engine:

@@ -272,7 +272,7 @@ def test_native_abort_flag_stops_a_running_step() -> None:
 
 
 def test_closing_the_iterator_cancels(engine: Engine) -> None:
-    """Guards: a reply that nobody reads going on, in the way of the next."""
+    """Guards: an abandoned reply that keeps running and delays the next one."""
     stream = engine.submit(Request("left", "The quick", GREEDY))
     next(stream)
     stream.close()  # type: ignore[attr-defined]

@@ -353,7 +353,7 @@ def test_patterns_that_are_refused(pattern: str) -> None:
     ],
 )
 def test_schemas_that_are_refused(schema: Any, message: str) -> None:
-    """Guards: constraints that are silently ignored, also at a schema's own wish; errors without a reason."""
+    """Guards: keywords that are silently ignored, even at the schema's request; errors without a reason."""
     with pytest.raises(UsageError, match=re.escape(message)) as raised:
         compiled(schema)
     assert len(str(raised.value).splitlines()) <= 3

@@ -21,7 +21,7 @@ from dsmoe_local.engine.types import ALL_LAYERS, ModelOptions, Request
 
 
 def test_progress_adds_up_and_the_log_stays_off_the_screen(capfd: pytest.CaptureFixture[str]) -> None:
-    """Guards: a bar that never fills; llama.cpp's log in the middle of a chat."""
+    """Guards: a progress bar that never fills; llama.cpp's log on the screen."""
     events: list[Event] = []
     with Engine.load(ModelOptions(tiny_model()), events.append) as engine:
         assert engine.info.n_context == 256
@@ -36,7 +36,7 @@ def test_progress_adds_up_and_the_log_stays_off_the_screen(capfd: pytest.Capture
 
 
 def test_loading_can_be_given_up() -> None:
-    """Guards: Ctrl-C that has to wait for 10 GB."""
+    """Guards: Ctrl-C that waits until 10 GB are loaded."""
     stop = threading.Event()
     stop.set()
     with pytest.raises(InterruptedRunError):
@@ -49,7 +49,7 @@ def test_loading_can_be_given_up() -> None:
 def test_interruption_when_loading_is_over(
     monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
-    """Guards: a Ctrl-C that nobody notices, and one that waits for ever for a thread without work."""
+    """Guards: a Ctrl-C that is ignored, and one that waits for ever for an idle thread."""
 
     def interrupted(
         options: ModelOptions, listen: Listener, stop: threading.Event
@@ -117,7 +117,7 @@ def test_what_llama_cpp_refuses_names_its_reason(monkeypatch: pytest.MonkeyPatch
 
 
 def test_memory_notes_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: a smaller context taken in silence; a paged model that is refused."""
+    """Guards: a context that is reduced without a note; a paged model that is refused."""
     events: list[Event] = []
     monkeypatch.setattr(fit, "available_memory", lambda: 96 * 2**20 + 1_200_000)
     with Engine.load(ModelOptions(tiny_model(), n_context=256, n_ubatch=8), events.append) as engine:
@@ -164,7 +164,7 @@ def test_no_gpu_is_said_once(
 def test_a_template_that_is_none_is_told_before_the_weights_are_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards: gigabytes that are loaded before a typing error is told."""
+    """Guards: gigabytes that are loaded before a typing error is reported."""
     monkeypatch.setattr(native, "Model", lambda *_, **__: pytest.fail("loaded the model"))
     template = tmp_path / "template.jinja"
     template.write_text("{% for message in messages %}{{ message.content }")
@@ -173,7 +173,7 @@ def test_a_template_that_is_none_is_told_before_the_weights_are_loaded(
 
 
 def test_a_refused_model_leaves_no_process_of_its_template(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: a process that waits for work as long as somebody holds the error."""
+    """Guards: a template's process that stays alive while the error is referenced."""
     made: list[ChatTemplate] = []
 
     def make(text: str, source: str) -> ChatTemplate:
@@ -192,7 +192,7 @@ def test_a_refused_model_leaves_no_process_of_its_template(monkeypatch: pytest.M
 
 @pytest.mark.parametrize(("n_context", "is_told"), [(512, True), (258, True), (257, False), (256, False)])
 def test_context_beyond_training_is_said(n_context: int, is_told: bool) -> None:
-    """Guards: nonsense beyond the trained context without a warning; one for a place behind a full window."""
+    """Guards: a context beyond the trained one without a warning; a warning for one token more."""
     events: list[Event] = []
     with Engine.load(ModelOptions(tiny_model(), n_context=n_context), events.append) as engine:
         assert engine.info.n_context == n_context
@@ -215,7 +215,7 @@ def test_context_beyond_training_is_said(n_context: int, is_told: bool) -> None:
     ],
 )
 def test_a_load_that_fails_late_gives_everything_back(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: gigabytes of weights, and a thread, that stay for good when the last steps of loading fail."""
+    """Guards: weights and a thread that are never freed when the last steps of loading fail."""
     made: list[native.Model | native.Context] = []
     threads = set(threading.enumerate())
 

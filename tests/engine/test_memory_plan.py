@@ -152,7 +152,7 @@ def test_sizes_in_the_log_of_several_backends() -> None:
 
 
 def test_all_fits() -> None:
-    """Guards: notes, or a smaller context, where there is room."""
+    """Guards: notes, or a smaller context, although everything fits."""
     assert plan(weights=10, available=16) == MemoryPlan(4096, False, ())
 
 
@@ -179,7 +179,7 @@ def test_request_is_granted_over_the_weights() -> None:
 
 
 def test_request_that_cannot_be_met_does_not_page_the_weights() -> None:
-    """Guards: a slow model and all memory taken, for a context that is not what was asked for anyway."""
+    """Guards: weights that are paged for a context that is reduced anyway."""
     chosen = plan(weights=1, available=10, n_context=1_000_000)
     assert not chosen.paged
     assert 30_000 < chosen.n_context < 40_000
@@ -197,7 +197,7 @@ def test_request_too_large_is_reduced_with_a_note() -> None:
 
 @pytest.mark.parametrize("unified", [True, False])
 def test_many_sequences_want_a_context_each(unified: bool) -> None:
-    """Guards: sixteen requests squeezed into one request's context; a note about what nobody asked for."""
+    """Guards: many requests that share one request's context; a note although no length was requested."""
     chosen = plan(weights=10, available=24, n_sequences=4, unified=unified)
     assert chosen == MemoryPlan(4 * 4096, False, ())
     chosen = plan(weights=10, available=13, n_sequences=4, unified=unified)

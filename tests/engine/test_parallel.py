@@ -30,7 +30,7 @@ from dsmoe_local.model.gguf_model import read_model
 def test_every_request_that_the_model_can_hold_fits(
     n_requests: int, longest: int | None, mean: int, wanted: int, room: int, trained: int
 ) -> None:
-    """Guards: a prompt refused as too long because streams, or the pool, were made too small."""
+    """Guards: a prompt that does not fit because the caches, or the shared one, are too small."""
     chosen = arrange(
         Workload(n_requests, longest, n_requests * mean),
         least=1,
@@ -55,8 +55,8 @@ def test_every_request_that_the_model_can_hold_fits(
     assert full.n_context <= room
 
 
-def test_short_requests_get_streams_and_rare_long_ones_a_pool() -> None:
-    """Guards: the slower cache where the faster one fits; a few sequences where many would fit a pool."""
+def test_short_requests_get_separate_caches_and_rare_long_ones_a_shared_one() -> None:
+    """Guards: a shared cache where separate ones fit; few sequences where many fit into a shared one."""
     short = arrange(Workload(100, 300, 100 * 200), least=1, most=16, available=32_768, n_trained=4096)
     assert (short.n_parallel, short.unified) == (16, False)
     mixed = arrange(Workload(100, 4000, 100 * 300), least=1, most=16, available=16_384, n_trained=4096)
@@ -64,14 +64,14 @@ def test_short_requests_get_streams_and_rare_long_ones_a_pool() -> None:
     assert mixed.n_context >= 4096
 
 
-def test_little_room_means_few_at_once() -> None:
-    """Guards: sixteen sequences that preempt each other all the time."""
+def test_little_memory_means_few_at_once() -> None:
+    """Guards: many sequences that constantly preempt each other."""
     tight = arrange(Workload(100, 4000, 100 * 3000), least=1, most=16, available=8192, n_trained=4096)
     assert tight.n_parallel == 2
 
 
-def test_a_person_s_number_is_kept() -> None:
-    """Guards: --parallel 16 that becomes fewer; a pool where sixteen streams fit."""
+def test_a_given_number_is_kept() -> None:
+    """Guards: --parallel 16 that is reduced; a shared cache where sixteen separate ones fit."""
     asked = arrange(Workload(3, 300, 600), least=16, most=16, available=32_768, n_trained=4096)
     assert (asked.n_parallel, asked.unified) == (16, False)
     tight = arrange(Workload(3, 4000, 9000), least=16, most=16, available=8192, n_trained=4096)
@@ -88,7 +88,7 @@ def test_the_deterministic_width_does_not_follow_the_work() -> None:
 
 @pytest.mark.parametrize(("deterministic", "n_parallel"), [(False, 1), (False, 2), (True, 2)])
 def test_a_stated_context_is_used(deterministic: bool, n_parallel: int) -> None:
-    """Guards: -c 8192 that leaves a request 256 tokens, because its lines are short."""
+    """Guards: -c 8192 of which a request may use only 256 tokens, since the lines are short."""
     options = ModelOptions(smollm2(), deterministic=deterministic, n_context=1024)
     n_trained = read_model(options.path)[1].n_context
     chosen = choose_parallel(options, Workload(3, 20, 60), n_parallel)
@@ -98,8 +98,8 @@ def test_a_stated_context_is_used(deterministic: bool, n_parallel: int) -> None:
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("loop", [False, True])
-def test_a_template_has_room(tmp_path: Path, deterministic: bool, loop: bool) -> None:
-    """Guards: every line refused as too long, because the template's own text was not thought of."""
+def test_the_text_of_a_template_is_counted(tmp_path: Path, deterministic: bool, loop: bool) -> None:
+    """Guards: every line refused as too long, since the template's own text was not counted."""
     preamble, turn = "word " * 30, "{{ m.content }}"
     inside = preamble + turn if loop else turn
     template = tmp_path / "long.jinja"

@@ -61,7 +61,7 @@ def infos(hp: Hyperparameters) -> list[TensorInfo]:
     ],
 )
 def test_experts_give_way_before_layers(room: int, n_gpu_layers: int, n_cpu_moe: int) -> None:
-    """Guards: experts on the GPU that push out what every token reads; a byte too much; room left empty."""
+    """Guards: experts on the GPU in place of weights that every token reads; wrong sums by a byte."""
     chosen = placed(room)
     assert (chosen.n_gpu_layers, chosen.n_cpu_moe) == (n_gpu_layers, n_cpu_moe)
     assert chosen.fits
@@ -80,7 +80,7 @@ def test_experts_on_the_host_are_those_of_the_first_layers() -> None:
 
 
 def test_weights_of_a_file_are_counted_once() -> None:
-    """Guards: tensors that no device is charged for, or two are."""
+    """Guards: tensors that are counted on no device, or on two."""
     hp = PRESETS["deepseekmoe-16b"].hp
     total = sum(info.n_bytes for info in infos(hp))
     weights = weight_sizes(infos(hp), hp)
@@ -153,7 +153,7 @@ def test_several_devices_are_filled_in_turn() -> None:
 def test_nothing_is_overfull(
     layers: list[tuple[int, int]], output: int, rooms: list[int], cache: int, compute: int
 ) -> None:
-    """Guards: a device that is given more than it has room for; layers that no device has."""
+    """Guards: a device with more than its memory; layers that are on no device."""
     weights = WeightSizes(tuple(a for a, _ in layers), tuple(b for _, b in layers), output, 3, {})
     names = {f"GPU{number}": DeviceMemory(f"GPU{number}", size) for number, size in enumerate(rooms)}
     chosen = place(
@@ -168,7 +168,7 @@ def test_nothing_is_overfull(
 
 
 def test_reserve() -> None:
-    """Guards: a driver without memory of its own; a small card on which nothing may lie."""
+    """Guards: no memory left for the driver; a small card that is not used at all."""
     gb = 1 << 30
     assert usable_memory("a", 24 * gb, shared=False, available=0).n_bytes == 23 * gb
     assert usable_memory("a", 2 * gb, shared=False, available=0).n_bytes == 2 * gb - gb // 4
@@ -177,7 +177,7 @@ def test_reserve() -> None:
 
 
 def test_words() -> None:
-    """Guards: words that say another thing than what is done."""
+    """Guards: a description that differs from the placement."""
     assert placed(19).describe() == "CPU: 387 B of weights, 4 B of KV cache"
     roomy, tight = placed(EVERYTHING).compute_text(), placed(EVERYTHING - 101).compute_text()
     assert roomy == "GPU0: 5 layers"

@@ -111,7 +111,7 @@ def test_the_bar_fills_however_weights_are_read(results: dict[str, dict[str, Any
 
 
 def test_devices_are_those_asked_for(results: dict[str, dict[str, Any]]) -> None:
-    """Guards: --device read as a wish; buffers on a device that holds nothing."""
+    """Guards: --device that is not obeyed; buffers on a device without weights."""
     for name, device in (("second device", "RPC1"), ("all", "RPC0")):
         buffers = results[name]["buffers"]
         assert {key for kind in buffers.values() for key in kind if key.startswith("RPC")} == {device}
@@ -135,7 +135,7 @@ def test_overrides_and_cache_on_the_host(results: dict[str, dict[str, Any]], mod
 
 
 def test_where_things_lie_is_told(results: dict[str, dict[str, Any]]) -> None:
-    """Guards: an offload in silence, a note where nothing is offloaded."""
+    """Guards: an offload without a note; a note although nothing is offloaded."""
     for name, found in results.items():
         told = [note for note in found["notes"] if "RPC" in note]
         assert told == ([found["placement"]] if ON_DEVICE.get(name, (1, 0))[0] else [])
@@ -175,14 +175,14 @@ def test_auto_fits_what_llama_cpp_allocates(hp: Hyperparameters, endpoint: str, 
     ],
 )
 def test_impossible_options(options: dict[str, Any], message: str, endpoint: str, model: Path) -> None:
-    """Guards: a typing error that is taken for 'the default'."""
+    """Guards: a typing error that is treated as the default."""
     (found,) = run_cases(endpoint, [{"model": str(model), "options": options}])
     assert found["error"] == "UsageError"
     assert message in found["message"]
 
 
 def test_more_than_fits_is_said(endpoint: str, model: Path) -> None:
-    """Guards: a crash that nothing announced."""
+    """Guards: a crash without a note beforehand."""
     case = {"model": str(model), "free": [MIB, 0], "options": {"n_gpu_layers": -1, "n_cpu_moe": 0}}
     (found,) = run_cases(endpoint, [case])
     assert any("loading may fail" in note for note in found["notes"])

@@ -181,7 +181,7 @@ def test_model_that_cannot_be_loaded_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["cancel", "all", "kill", "stop", "close"])
 def test_second_load_is_given_up(how: str, tmp_path: Path) -> None:
-    """Guards: Ctrl-C, or leaving, that waits minutes for a model that nobody wants any more."""
+    """Guards: Ctrl-C or closing that waits for a load to finish."""
     stop = threading.Event()
     with EngineClient.load(ModelOptions(tmp_path / "loaded"), stop=stop, factory=hosted.ONCE) as client:
         with pytest.raises(EngineCrashError):
@@ -277,7 +277,7 @@ def test_cancelling_finds_its_request() -> None:
 
 
 def test_abandoned_stream_is_cancelled() -> None:
-    """Guards: a reply that nobody reads going on in the child."""
+    """Guards: an abandoned reply that keeps running in the child."""
     with load(hosted.STEPPING) as client:
         stream = client.submit(Request("x", "abc"))
         next(stream)

@@ -323,8 +323,8 @@ def listen(change: Change, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_what_a_client_cannot_understand(number: int, body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: a load, a stream or a call that ends in an error that nobody expects, or never, once its frame
-    is damaged in a place of its own.
+    """Guards: a load, a stream or a call that never ends, or ends with an unexpected error, after one of its
+    frames is damaged.
     """
     with pytest.raises(EngineCrashError, match="malformed message"):
         listen(lambda sent, content: frame(body if sent == number else content), monkeypatch)
@@ -337,8 +337,8 @@ def hear_frames(monkeypatch: pytest.MonkeyPatch, n: int, seed: int) -> Outcome:
 
 
 def test_damaged_frames_from_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: a stream or a call that waits for ever, or ends in an error that nobody expects, for what a
-    broken process says.
+    """Guards: a stream or a call that waits for ever, or ends with an unexpected error, after a broken process
+    has sent something.
     """
     hear_frames(monkeypatch, 200, 5)
 

@@ -71,7 +71,7 @@ def dead_and_loading_for_ever(client: EngineClient) -> threading.Event:
 
 
 def test_another_model_takes_the_place() -> None:
-    """Guards: two models at once; options that are forgotten after a crash; progress that nobody hears."""
+    """Guards: two models at once; options that are lost after a crash; progress that is not reported."""
     with load() as client:
         first = client.pid
         heard: list[progress.Event] = []
@@ -102,7 +102,7 @@ def test_a_load_that_fails_leaves_the_old_options(n_context: int, kind: type[Exc
 
 
 def test_a_reload_can_be_given_up() -> None:
-    """Guards: a load that a person regrets, and has to wait for; requests that it keeps waiting."""
+    """Guards: a load that cannot be cancelled, and blocks requests."""
     with load() as client:
         stop = threading.Event()
         with pytest.raises(InterruptedRunError):
@@ -141,7 +141,7 @@ def test_killed_while_a_thread_waits_for_a_reply() -> None:
 
 
 def test_killed_in_the_middle_of_a_call() -> None:
-    """Guards: a person who ends a load of a state that takes too long, and finds the chat going on."""
+    """Guards: a kill during a slow load of a cache that is treated like a crash."""
     with load() as client:
         client.kill()
         with pytest.raises(EngineCrashError):
@@ -243,7 +243,7 @@ def test_an_end_that_comes_before_the_load(
 
 
 def test_a_reload_that_was_given_up_before_its_turn() -> None:
-    """Guards: a healthy process, and what its cache holds, closed for a load that nobody wants any more."""
+    """Guards: a healthy process closed for a load that has been cancelled."""
     with load() as client:
         with client._starting:
             wait = in_thread(lambda: client.reload(OPTIONS))
@@ -265,7 +265,7 @@ def test_an_end_is_of_what_was_asked_before() -> None:
 
 
 def test_everything_that_runs_is_cancelled() -> None:
-    """Guards: a reply that goes on, since nobody knew its name."""
+    """Guards: a reply that cannot be cancelled while it is being started."""
     with load(factory=hosted.STEPPING) as client:
         streams = [client.submit(Request(name, "abc")) for name in "xyz"]
         for stream in streams:

@@ -69,7 +69,7 @@ def fail(*_: object) -> NoReturn:
 def test_a_thread_that_cannot_be_started(
     name: str, started: Started, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards: a load that waits for ever for an engine which nobody talks to, and what was started for it."""
+    """Guards: a load that waits for ever for a thread that could not start; a process left behind."""
     load().close()  # whatever is opened once only is open now
     started.processes.clear()
     before = len(os.listdir("/dev/fd"))

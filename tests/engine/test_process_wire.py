@@ -190,7 +190,7 @@ def test_every_error_crosses_as_itself(kind: type[DsmoeError]) -> None:
 
 
 def test_other_errors_cross_as_the_nearest_kind() -> None:
-    """Guards: a bug, or a kind of error of another package, that nobody hears of."""
+    """Guards: a bug, or an error class of another package, that is not reported."""
 
     class FinerError(PromptError):
         """Not in the table."""
@@ -227,7 +227,7 @@ def frame(body: bytes) -> bytes:
     ],
 )
 def test_frames_that_are_no_messages(body: bytes) -> None:
-    """Guards: a broken other side that kills the reader's thread with an error nobody expects."""
+    """Guards: a malformed frame that ends the reader's thread with an unexpected error."""
     with pytest.raises(wire.WireError):
         wire.receive(io.BytesIO(frame(body)))
 

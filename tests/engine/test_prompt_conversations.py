@@ -178,7 +178,7 @@ def test_a_conversation_that_goes_on_is_not_tokenized_again() -> None:
 
 
 def test_stopping_ends_the_work() -> None:
-    """Guards: a long prompt that is tokenized to its end though nobody wants it any more."""
+    """Guards: a cancelled long prompt that is tokenized to its end."""
     encoder, vocabulary = local(HUB["chatml"])
     talk = tuple(Message("user", f"message {at}") for at in range(100))
     with pytest.raises(InterruptedRunError):

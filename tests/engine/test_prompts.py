@@ -108,7 +108,7 @@ def test_last_reply_is_continued(model: native.Model) -> None:
 
 
 def test_a_new_reply_begins_behind_a_last_one(model: native.Model) -> None:
-    """Guards: a conversation that ends with a reply continued although nobody asked for it."""
+    """Guards: a last reply that is continued although that was not requested."""
     encode = encoder(model).encode
     question = (Message("user", "a"),)
     closed = (model.eos, *model.tokenize(b"Assistant:", special=False))

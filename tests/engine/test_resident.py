@@ -97,7 +97,7 @@ def may_lock() -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_every_token_reads_is_kept(tmp_path: Path, tied: bool) -> None:
-    """Guards: a tensor forgotten, experts or a mere table of embeddings kept, offsets misread."""
+    """Guards: a missing tensor; experts or the embedding kept in memory; wrong offsets."""
     path = write_tiny(tmp_path / "m.gguf", replace(NARROW, tied_embeddings=tied))
     file, hp = read_model(path)
     found = host_tensors(file.tensors.values(), hp, placement())
@@ -117,7 +117,7 @@ def test_what_every_token_reads_is_kept(tmp_path: Path, tied: bool) -> None:
 
 
 def test_budget_is_never_exceeded_and_small_tensors_come_first(tmp_path: Path) -> None:
-    """Guards: locking all memory there is, experts left with nothing, the order of priority reversed."""
+    """Guards: locking all memory; no memory left for experts; a reversed order of priority."""
     file, hp = read_model(write_tiny(tmp_path / "m.gguf", MOE))
     always = host_tensors(file.tensors.values(), hp, placement()).always
     whole = sum(pages.size for pages in plan_resident(always, AMPLE))
@@ -149,7 +149,7 @@ def test_what_lies_on_a_gpu_is_not_kept(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("may_lock")
 def test_pages_are_locked_until_close(cold: Path) -> None:
-    """Guards: pages that are locked elsewhere or not at all, or for good."""
+    """Guards: pages that are not locked, wrong pages, or pages that stay locked."""
     before = locked_bytes()
     ranges = (Range(0, 4 * PAGE), Range(64 * PAGE, 3000 * PAGE))
     kept = make_resident(cold, ranges)
@@ -166,7 +166,7 @@ def test_pages_are_locked_until_close(cold: Path) -> None:
 
 
 def test_pages_are_touched_where_locking_is_forbidden(cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: giving up without the right to lock; pages touched at every step, or never again."""
+    """Guards: an error where locking is forbidden; pages touched in every step, or only once."""
     locks: list[Range] = []
     touches: list[Range] = []
 
@@ -197,7 +197,7 @@ def test_pages_are_touched_where_locking_is_forbidden(cold: Path, monkeypatch: p
 
 
 def test_interrupted_while_pages_are_read(cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: a load that cannot be given up, and leaves its pages locked."""
+    """Guards: a load that cannot be interrupted, or leaves its pages locked."""
     before = locked_bytes()
     stop = threading.Event()
     monkeypatch.setattr(resident, "_LOCK_BYTES", 256 * PAGE)
@@ -216,7 +216,7 @@ def test_interrupted_while_pages_are_read(cold: Path, monkeypatch: pytest.Monkey
 
 
 def test_long_pieces_are_fetched_whole(cold: Path) -> None:
-    """Guards: the system reads no more of one request than the device takes at once, and says nothing."""
+    """Guards: the kernel silently truncates read-ahead requests at the device's limit."""
     file = MappedFile(cold)
     try:
         file.fetch(Range(512 * PAGE, 5000 * PAGE))
@@ -240,7 +240,7 @@ def read_bytes() -> int:
 
 
 def test_limits_of_a_disk(tmp_path: Path) -> None:
-    """Guards: a partition taken for a disk without limits, and what is no disk at all for an error."""
+    """Guards: limits that are not found for a partition; an error for a file system without a disk."""
     device = os.makedev(8, 3)
     assert mapped_file._fetch_bytes(device, tmp_path) == 128 << 10
     disk = tmp_path / "sda"
@@ -264,7 +264,7 @@ def test_files_that_cannot_be_mapped(tmp_path: Path) -> None:
 
 
 def test_what_is_told(cold: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Guards: an expectation of the wrong size, or told of a model that fits."""
+    """Guards: a wrong bound, or a note about a model that fits."""
     file, hp = read_model(write_tiny(tmp_path / "m.gguf", MOE))
     found = host_tensors(file.tensors.values(), hp, placement())
     always = sum(tensor.n_bytes for tensor in found.always)
@@ -280,7 +280,7 @@ def test_what_is_told(cold: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def test_speed_of_a_disk(cold: Path, tmp_path: Path) -> None:
-    """Guards: the speed of the cache measured, and errors of file systems that know no direct reads."""
+    """Guards: measuring the page cache; errors on file systems without direct reads."""
     speed = mapped_file.read_speed(cold)
     assert speed is None or 1e5 < speed < 1e12
     assert not in_memory(cold).any()
@@ -325,7 +325,7 @@ def text_of(engine: Engine) -> str:
 
 
 def test_text_of_a_paged_model_and_what_was_read_ahead(short_of_memory: list[Range]) -> None:
-    """Guards: other text; experts read ahead that nobody chose, or only some of those that were chosen."""
+    """Guards: different text; prefetched experts other than the chosen ones."""
     file, hp = read_model(tiny_model())
     notes: list[str] = []
     with load(notes, observers=(ObserverOptions("routing"),)) as engine:
@@ -348,7 +348,7 @@ def test_text_of_a_paged_model_and_what_was_read_ahead(short_of_memory: list[Ran
 
 @pytest.mark.usefixtures("short_of_memory", "may_lock")
 def test_engine_lets_go_of_its_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: pages that stay locked after the engine was closed, or after a load that failed."""
+    """Guards: pages that stay locked after the engine is closed, or after a failed load."""
     before = locked_bytes()
     with load([]):
         assert locked_bytes() > before
@@ -359,7 +359,7 @@ def test_engine_lets_go_of_its_pages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_engine_without_reading_ahead(short_of_memory: list[Range], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: a library whose graph cannot be read refusing the whole load, instead of being slower."""
+    """Guards: a load that fails, instead of being slower, because the graph cannot be read."""
 
     def refuse() -> None:
         raise UsageError("no graph here")
@@ -375,7 +375,7 @@ def test_engine_without_reading_ahead(short_of_memory: list[Range], monkeypatch:
 def test_long_prompts_fetch_no_more_than_there_is_room_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards: experts that evict one another before they are used."""
+    """Guards: prefetched experts that evict each other before they are used."""
     path = write_tiny(tmp_path / "m.gguf", MOE)
     file, hp = read_model(path)
     experts = host_tensors(file.tensors.values(), hp, placement()).experts

@@ -142,7 +142,7 @@ def test_logit_bias_equals_that_of_the_chain(
 def test_choosers_of_one_context_do_not_disturb_each_other(
     model: native.Model, context: native.Context
 ) -> None:
-    """Guards: state that sequences share: the room for candidates, penalties, random numbers."""
+    """Guards: state shared between sequences: the buffer of candidates, penalties, random numbers."""
     rng = np.random.default_rng(0)
     rows = rng.normal(0, 3, (12, model.n_vocab)).astype(np.float32)
     kinds = [

@@ -321,7 +321,7 @@ def test_deterministic_steps_have_one_width() -> None:
 
 
 def test_decoding_goes_on_while_prompts_keep_coming() -> None:
-    """Guards: in streams, a long reply that waits until nobody asks any more."""
+    """Guards: with per-sequence caches, a long reply that starves."""
     stage = Play(Limits(n_slots=2, n_cells=256, n_context=256, n_step_tokens=64, unified=False))
     long = stage.add(list(range(10)), 100)
     for number in range(300):

@@ -126,7 +126,7 @@ def test_refusals_keep_the_process() -> None:
 
 
 def test_stopping_ends_a_rendering() -> None:
-    """Guards: a long conversation with a slow template that nobody can be rid of."""
+    """Guards: a long conversation with a slow template that cannot be cancelled."""
     chat = template("{% for m in messages %}{{ m.content }}{% endfor %}{{ messages | length }}")
     talk = [Message(("user", "assistant")[at % 2], "a") for at in range(20)]
     asked: list[bool] = []
@@ -207,7 +207,7 @@ def test_a_large_conversation_has_the_memory_it_needs() -> None:
 
 
 def test_random_hostile_templates(monkeypatch: pytest.MonkeyPatch, peaks: list[int]) -> None:
-    """Guards: what nobody thought of."""
+    """Guards: combinations that the fixed cases do not cover."""
     monkeypatch.setattr(renderer, "MAX_SECONDS", 0.5)
     hostile = Hostile(1)
     outcomes = {ends(hostile.template()) for _ in range(10)}
