@@ -337,8 +337,8 @@ def hear_frames(monkeypatch: pytest.MonkeyPatch, n: int, seed: int) -> Outcome:
 
 
 def test_damaged_frames_from_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: a stream or a call that waits for ever, or ends with an unexpected error, after a broken process
-    has sent something.
+    """Guards: a stream or a call that waits for ever, or ends with an unexpected error, after the process has
+    sent a damaged frame.
     """
     hear_frames(monkeypatch, 200, 5)
 
