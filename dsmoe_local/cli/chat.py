@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -137,6 +138,8 @@ def command(
         own = None if model or from_command_line("named_model") else _session_model(kept)
         engine = open_things.enter_context(load_engine(own or path or find_model(), values))
         kept = replace(kept, own_model=own is not None)
+        for problem in kept.problems.result() if kept.problems else ():
+            click.echo(f"note: {problem}", err=True)
         _converse(engine, settings, system, conversing, kept, withheld)
 
 
@@ -196,12 +199,16 @@ def _answer(
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """The store of sessions, the session to continue, and whether the model is that of the session."""
+    """The stored sessions, and the one to continue or the name of a new one. `own_model`: its model is used.
+
+    `problems` is the result of checking the database, which runs while the model is loaded.
+    """
 
     sessions: SessionStore | None
     session: Session | None = None
     new_name: str = ""
     own_model: bool = False
+    problems: Future[list[str]] | None = None
 
 
 def _open_sessions(conversing: _Conversing, open_things: ExitStack) -> _Kept:
@@ -214,19 +221,18 @@ def _open_sessions(conversing: _Conversing, open_things: ExitStack) -> _Kept:
         return _Kept(None)
     sessions = SessionStore.open(data_folder() / "sessions")
     open_things.callback(sessions.close)
-    for problem in sessions.problems():
-        click.echo(f"note: {problem}", err=True)
+    problems = open_things.enter_context(ThreadPoolExecutor(1)).submit(sessions.problems)
     if conversing.session is not None:
         found = sessions.named(conversing.session)
         if found is None:
             check_name(conversing.session)
-        return _Kept(sessions, found, conversing.session)
+        return _Kept(sessions, found, conversing.session, problems=problems)
     if conversing.latest:
         latest = sessions.latest()
         if latest is None:
             raise UsageError("there is no conversation to continue yet", remedy="leave out --continue")
-        return _Kept(sessions, latest)
-    return _Kept(sessions)
+        return _Kept(sessions, latest, problems=problems)
+    return _Kept(sessions, problems=problems)
 
 
 def _session_model(kept: _Kept) -> Path | None:

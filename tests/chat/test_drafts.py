@@ -114,7 +114,7 @@ def test_chat_goes_on_with_what_was_stored(store: SessionStore, other: SessionSt
     chat.close()
     assert [turn.content for turn in copies[0].turns] == ["q", "abcdef"]
     # And the first one, which was alive after all, has lost nothing.
-    assert "another chat has gone on with chat-1: this one is now the session chat-1 2" in screen.said
+    assert "another chat has changed chat-1: this one is now the session chat-1 2" in screen.said
     assert [store.find(name).load("bytes").turns[-1].content for name in ("chat-1", "chat-1 2")] == [
         "abcdef"
     ] * 2

@@ -139,7 +139,7 @@ def test_going_from_one_session_to_another(talk: Talk, store: SessionStore) -> N
     assert talk.take("/load 2") == ["chat-2", "> second", "Echo second"]
     assert talk.contents() == ["second", "Echo second"]
     assert talk.take("/load tow")[0] == "there is no session tow"
-    assert talk.take("/load")[0].startswith("which session?")
+    assert talk.take("/load")[0].startswith("the name or number of a session")
     assert store.find("One").load("fake").turns[-1].content == "Echo third"
 
 
@@ -267,10 +267,10 @@ def test_renaming_this_session_and_others(talk: Talk, other: Talk, store: Sessio
     # A name that begins as another session's, or with a number, is this session's.
     assert talk.take("/rename Theirs again and again") == ["Better ideas is now Theirs again and again"]
     assert talk.take("/rename 2 bottles") == ["Theirs again and again is now 2 bottles"]
-    assert talk.take("/rename theirs AGAIN")[0] == "there is a session theirs AGAIN already"
+    assert talk.take("/rename theirs AGAIN")[0] == "a session theirs AGAIN exists already"
     assert talk.take("/rename Theirs again -> THEIRS again") == ["Theirs again is now THEIRS again"]
     assert talk.take("/rename nobody -> x")[0] == "there is no session nobody"
-    assert talk.take("/rename -> x")[0].startswith("which session?")
+    assert talk.take("/rename -> x")[0].startswith("the name or number of a session")
     assert talk.take("/rename THEIRS again ->")[0] == "a session needs a name"
     assert talk.take("/rename")[0] == "a session needs a name"
     assert store.names() == ["THEIRS again", "2 bottles"]
@@ -295,7 +295,7 @@ def test_deleting_asks(talk: Talk, store: SessionStore) -> None:
     assert store.names() == []
     talk.take("third")
     assert store.names() == ["chat-3"]
-    assert talk.take("/delete")[0].startswith("which session?")
+    assert talk.take("/delete")[0].startswith("the name or number of a session")
 
 
 def test_deleting_what_another_chat_deletes(
@@ -347,7 +347,7 @@ def test_forking(talk: Talk, store: SessionStore) -> None:
     ids = talk.engine.encode("Echo common")
     sent = talk.engine.requests[-1].prompt
     assert any(sent[at : at + len(ids)] == ids for at in range(len(sent)))
-    assert talk.take("/fork chat-1")[0] == "there is a session chat-1 already"
+    assert talk.take("/fork chat-1")[0] == "a session chat-1 exists already"
     talk.take("/fork Third")
     assert store.names()[0] == "Third"
     assert len(store.find("chat-1").load("").turns) == 2

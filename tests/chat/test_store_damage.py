@@ -240,7 +240,7 @@ def test_an_unfinished_reply_with_turns_undone_behind_it(store: SessionStore, tm
         tmp_path / "sessions",
         f"INSERT INTO draft (session, role, content) VALUES ({session.number}, 'assistant', 'so far')",
     )
-    with pytest.raises(FormatError, match="is damaged: turns are undone behind a reply") as error:
+    with pytest.raises(FormatError, match="is damaged: an unfinished reply has undone turns") as error:
         store.find(session.name).load("v")
     assert len(str(error.value).splitlines()) == 3
 

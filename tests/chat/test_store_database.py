@@ -286,7 +286,7 @@ def test_a_database_that_was_moved_away_is_not_missed(folder: Path) -> None:
     store.close()
     (folder / "damaged.db").replace(folder / database.FILE_NAME)
     store = SessionStore.open(folder)
-    assert [problem[:26] for problem in store.problems()] == ["what was saved last is los"]
+    assert [problem[:27] for problem in store.problems()] == ["the last changes are lost: "]
     store.create("m", "v", "").save(talk("a", "b"))
     assert store.problems() == []
     store.close()

@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.stored import holds, talk
 
+from dsmoe_local.chat.store.search import indexed, query, snippet
 from dsmoe_local.chat.store.sessions import SessionStore
-from dsmoe_local.chat.store.words import indexed, query, snippet
 
 
 @pytest.fixture

@@ -89,7 +89,7 @@ def test_two_chats_on_one_session_lose_nothing(store: SessionStore, other: Sessi
     theirs.load("v")
     assert theirs.save(talk("a", "b", "theirs")) is None
     note = mine.save(talk("a", "b", "mine"))
-    assert note == "another chat has gone on with Plans: this one is now the session Plans 2"
+    assert note == "another chat has changed Plans: this one is now the session Plans 2"
     assert mine.name == "Plans 2"
     assert mine.save(talk("a", "b", "mine", "d")) is None
     assert theirs.save(talk("a", "b", "theirs", "d")) is None
@@ -107,7 +107,7 @@ def test_what_was_deleted_elsewhere_is_stored_again_when_the_chat_goes_on(
     assert mine.save(talk("a", "b")) is None  # nothing new: what was deleted stays so
     assert other.names() == []
     note = mine.save(talk("a", "b", "c"))
-    assert note == "chat-1 was deleted elsewhere: this chat is now the session chat-1"
+    assert note == "chat-1 was deleted by another program: this chat is now the session chat-1"
     assert other.find("chat-1").load("v") == talk("a", "b", "c")
 
 
@@ -182,7 +182,7 @@ def test_finding_by_name_number_and_beginning(store: SessionStore) -> None:
     assert store.find("42").name == "42 ways"
     with pytest.raises(UsageError) as error:
         store.find("gro")
-    assert error.value.remedy == "say more of the name: groceries for May, Groceries"
+    assert error.value.remedy == "give more of the name: groceries for May, Groceries"
     with pytest.raises(UsageError) as error:
         store.find("grocereis")
     assert error.value.remedy == "did you mean Groceries?"

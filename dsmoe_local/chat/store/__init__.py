@@ -1,1 +1,1 @@
-"""What outlives a chat: sessions and their turns in SQLite, and KV states beside them."""
+"""Stored chats: sessions and their turns in SQLite, and KV states in files next to it."""

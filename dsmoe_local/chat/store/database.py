@@ -1,32 +1,32 @@
-"""The session database as a file: opening, migrating, transactions, and SQLite's errors in our words.
-
-Knows nothing of what the tables mean.
-"""
+"""The session database as a file: opening, migrations, transactions, and SQLite errors as DsmoeErrors."""
 
 from __future__ import annotations
 
 import os
 import sqlite3
+import struct
 import threading
+import zlib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Self
 
-from dsmoe_local.base.durable import make_folders, sync_folder
+from dsmoe_local.base.durable import make_folders, sync, sync_folder
 from dsmoe_local.base.errors import DsmoeError, FileError, FormatError, LockedError, NoSpaceError
 from dsmoe_local.base.text import safe_line
+from dsmoe_local.chat.store.records import DamagedRowError, integer
 from dsmoe_local.chat.store.schema import APPLICATION_ID, MIGRATIONS
-from dsmoe_local.chat.store.tally import Tally
-from dsmoe_local.chat.store.values import DamagedRowError, integer
 
 FILE_NAME = "sessions.db"
 BUSY_SECONDS = 10.0
-_WITHOUT = "move it away, or chat with --no-history"
+_RECORD = struct.Struct("<QI")  # the number, and a checksum of it
+_NUMBER = struct.Struct("<Q")
+_REMEDY = "move it away, or chat with --no-history"
 
-# EXTRA: a commit is on the disk before it returns; also where SQLite cannot have a write-ahead log, and would
-# lose one whose journal comes back after a power cut. fullfsync: on macOS fsync stops at the drive's cache.
-# secure_delete: what is deleted is overwritten.
+# EXTRA: a commit is on the disk before it returns, even where SQLite falls back from a write-ahead log to a
+# rollback journal. fullfsync: on macOS, fsync alone does not flush the drive's cache. secure_delete: deleted
+# content is overwritten.
 _SETTINGS = (
     "PRAGMA trusted_schema = OFF",
     "PRAGMA foreign_keys = ON",
@@ -37,9 +37,44 @@ _SETTINGS = (
 )
 
 
+class Tally:
+    """The number of durable transactions, in a file next to the database, to detect a lost write-ahead log.
+
+    SQLite opens a database whose log is missing or damaged as if the transactions in it had never happened.
+    This file is written after each transaction: if the database has had fewer, some are lost. It may have had
+    more, after a kill between the two writes or when two processes wrote at once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def read(self) -> int:
+        """Return the number, or 0 if there is no valid file."""
+        try:
+            number, checksum = _RECORD.unpack(self._path.read_bytes())
+        except (OSError, struct.error):
+            return 0
+        return int(number) if zlib.crc32(_NUMBER.pack(number)) == checksum else 0
+
+    def write(self, number: int) -> None:
+        """Write the number, durably."""
+        record = _RECORD.pack(number, zlib.crc32(_NUMBER.pack(number)))
+        try:
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o600)
+            try:
+                os.pwrite(descriptor, record, 0)
+                sync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError:
+            # The transaction itself is durable; only its loss could not be detected.
+            return
+
+
 class Database:
-    """An open database. Callable from any thread: writing has one connection, reading another, so that a
-    reader never waits for a write to reach the disk.
+    """An open database. All methods may be called from any thread.
+
+    Reads and writes have separate connections, so that a read never waits for a write to reach the disk.
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,10 +94,10 @@ class Database:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """The database in `folder`; both are made if need be, for their owner only.
+        """Open the database in `folder`. Create both, accessible to their owner only, if they do not exist.
 
-        Raises FormatError if it is damaged, of a newer version or none of ours, FileError if it cannot be
-        opened.
+        Raises FormatError if the file is damaged, from a newer version, or not a database of sessions;
+        FileError if it cannot be opened.
         """
         path = folder / FILE_NAME
         try:
@@ -79,20 +114,18 @@ class Database:
 
     @property
     def folder(self) -> Path:
-        """Where it lies."""
+        """The folder of the database."""
         return self.path.parent
 
     def close(self) -> None:
-        """Close it, after what other threads are doing. Closing twice is fine."""
+        """Close the database, after calls in other threads have ended. May be called twice."""
         with self._write_lock, self._read_lock:
             self._reader.close()
             self._writer.close()
 
     @contextmanager
     def write(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that changes something: durable as a whole when the block ends, undone if it
-        raises.
-        """
+        """Run a write transaction: durable when the block ends, rolled back if it raises."""
         with self._write_lock, _explained(self.path):
             with _transaction(self._writer, "IMMEDIATE"):
                 yield self._writer
@@ -102,26 +135,26 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that reads: everything in the block sees one state."""
+        """Run a read transaction: all queries in the block see the same state."""
         with self._read_lock, _explained(self.path), _transaction(self._reader, "DEFERRED"):
             yield self._reader
 
     def empty_log(self) -> None:
-        """Move the write-ahead log into the database, if nobody reads: what was deleted is nowhere then."""
+        """Move the write-ahead log into the database, unless it is being read, to erase deleted content."""
         with self._write_lock, _explained(self.path):
             self._writer.execute("PRAGMA wal_checkpoint (TRUNCATE)").fetchall()
 
     def problems(self) -> list[str]:
-        """What is wrong with the file as a whole, for people: what is missing of it may not be missed."""
-        # First: what is counted later is in the database by now.
+        """Return messages about damage that could go unnoticed. Reads the whole file, at about 100 MB/s."""
+        # Read first: every transaction that it counts is in the database by then.
         n_acknowledged = self._tally.read()
-        # A connection of its own: one that has used the full-text index takes it for damaged once another one
-        # has written to it.
+        # A separate connection: one that has used the full-text index reports it as damaged once another
+        # connection has written to it.
         with closing(_connect(self.path)) as connection, _explained(self.path):
             n_lost = n_acknowledged - _n_writes(connection)
             (found,) = connection.execute("PRAGMA quick_check (1)").fetchone()
         where = safe_line(str(self.path))
-        lost = f"what was saved last is lost: {where} is an older copy, or its log is damaged or missing"
+        lost = f"the last changes are lost: {where} is an older copy, or its log is damaged or missing"
         damaged = f"{where} is damaged ({safe_line(found)}): sessions or turns may be missing"
         return [*([lost] if n_lost > 0 else []), *([damaged] if found != "ok" else [])]
 
@@ -130,14 +163,14 @@ class Database:
         if self._version() == newest:
             return
         with _transaction(self._writer, "IMMEDIATE"):
-            # Another chat may have been faster.
+            # Another process may have migrated it since.
             version = self._version()
             if version == 0 and self._writer.execute("SELECT 1 FROM sqlite_schema").fetchone():
-                raise FormatError("this is not a database of sessions", where=self.path, remedy=_WITHOUT)
+                raise FormatError("this is not a database of sessions", where=self.path, remedy=_REMEDY)
             if version > newest:
                 raise FormatError(
-                    "the sessions are of a newer version of dsmoe-local",
-                    where=f"{self.path}: version {version}, this one reads up to {newest}",
+                    "the sessions were saved by a newer version of dsmoe-local",
+                    where=f"{self.path}: format {version}, this version reads up to {newest}",
                     remedy="upgrade, or chat with --no-history",
                 )
             for statements in MIGRATIONS[version:]:
@@ -162,14 +195,14 @@ def _tally_of(path: Path) -> Path:
 
 
 def _make_private(path: Path) -> None:
-    """The file exists, and is its owner's only; SQLite gives its log the same mode."""
+    """Create the file if need be, accessible to its owner only. SQLite gives its log the same mode."""
     try:
-        # Never opened if it exists: closing it would take away the locks of this process's other connections.
+        # An existing file is not opened: closing it would release the locks of other connections.
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
     except FileExistsError:
         path.chmod(0o600)
     else:
-        # Of one that was moved away.
+        # It belongs to a database that was moved away.
         _tally_of(path).unlink(missing_ok=True)
         sync_folder(path.parent)
 
@@ -179,7 +212,7 @@ def _connect(path: Path) -> sqlite3.Connection:
         connection = sqlite3.connect(
             path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
         )
-        # Bytes that are no text must not hide the rest of a row from those who check it.
+        # Invalid UTF-8 in one column must not prevent reading the others.
         connection.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
         try:
             for setting in _SETTINGS:
@@ -193,18 +226,18 @@ def _connect(path: Path) -> sqlite3.Connection:
 @contextmanager
 def _transaction(connection: sqlite3.Connection, kind: str) -> Iterator[None]:
     try:
-        # Within: an interruption may come when it has begun and before anything else.
+        # Inside `try`: an interrupt may come right after it.
         connection.execute(f"BEGIN {kind}")
         yield
         connection.execute("COMMIT")
     except BaseException:
-        # Some errors have ended the transaction already.
+        # Some errors end the transaction themselves.
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
 
 
-# What we write keeps all rules; a row that does not was there already.
+# A constraint can only fail because of damaged rows: what is written satisfies all of them.
 _DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CONSTRAINT})
 _TOO_FULL = frozenset({sqlite3.SQLITE_FULL})
 _LOCKED = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
@@ -212,7 +245,7 @@ _LOCKED = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """SQLite's errors, and those of rows that make no sense, as ours."""
+    """Raise SQLite errors, and DamagedRowError, as DsmoeErrors."""
     try:
         yield
     except sqlite3.Error as error:
@@ -220,12 +253,12 @@ def _explained(path: Path) -> Iterator[None]:
     except DamagedRowError as error:
         raise _damaged(path, error) from error
     except UnicodeDecodeError as error:
-        # Of SQLite's own message, where that quotes what is damaged.
-        raise _damaged(path, "it holds text that is none") from error
+        # SQLite's error message quotes damaged text.
+        raise _damaged(path, "it holds invalid text") from error
 
 
 def _damaged(path: Path, detail: object) -> FormatError:
-    return FormatError(f"the database of sessions is damaged: {detail}", where=path, remedy=_WITHOUT)
+    return FormatError(f"the database of sessions is damaged: {detail}", where=path, remedy=_REMEDY)
 
 
 def _explain(error: sqlite3.Error, path: Path) -> DsmoeError:
@@ -238,6 +271,8 @@ def _explain(error: sqlite3.Error, path: Path) -> DsmoeError:
         )
     if code in _LOCKED:
         return LockedError(
-            "another program holds the sessions", where=path, remedy="close it, or chat with --no-history"
+            "another program has locked the sessions",
+            where=path,
+            remedy="close it, or chat with --no-history",
         )
     return FileError(f"the sessions cannot be used: {error}", where=path, remedy="chat with --no-history")

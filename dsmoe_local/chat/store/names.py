@@ -1,4 +1,4 @@
-"""Names of sessions: what may be one, which are equal, and which is still free."""
+"""Names of sessions: validation, comparison, and names that are still free."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ _GIVEN = re.compile(r"chat-\d+( \d+)?")
 
 
 def key_of(name: str) -> str:
-    """What two names have in common that are the same to people."""
+    """Return the form in which names are compared: without case and Unicode variants."""
     return unicodedata.normalize("NFKC", name).casefold()
 
 
 def check_name(text: str) -> str:
-    """`text` as a name: one line, single spaces. UsageError if it cannot be one."""
+    """Return `text` as a name, with single spaces. UsageError if it is not allowed."""
     name = " ".join(text.split())
     if not name:
         raise UsageError("a session needs a name")
     if len(name) > MAX_NAME:
         raise UsageError(f"the name has {len(name)} characters", remedy=f"use at most {MAX_NAME}")
     if safe_line(name) != name:
-        raise UsageError(f"{name!r} cannot be a name: it has control characters")
+        raise UsageError(f"{name!r} cannot be a name: it contains control characters")
     if key_of(name).isdecimal():
         raise UsageError(
-            f"{name} cannot be a name: it is taken for a number", remedy="put a letter in front of it"
+            f"{name} cannot be a name: it would be read as a session's number", remedy="add a letter"
         )
     return name
 
 
 def free_name(connection: sqlite3.Connection, wanted: str) -> str:
-    """`wanted`, or the first of `wanted 2`, `wanted 3` … that no session has."""
+    """Return `wanted`, or the first of `wanted 2`, `wanted 3` … that no session has."""
     if not is_taken(connection, wanted):
         return wanted
     stem = _ORDINAL.sub("", wanted)
@@ -46,16 +46,16 @@ def free_name(connection: sqlite3.Connection, wanted: str) -> str:
 
 
 def given_name(number: int) -> str:
-    """What a session is called that nobody gave a name."""
+    """Return the name of a session that the user has not named."""
     return f"chat-{number}"
 
 
 def is_given(name: str) -> bool:
-    """Whether it looks as if nobody chose that name."""
+    """Return whether a name looks like one that was not chosen by the user."""
     return _GIVEN.fullmatch(name) is not None
 
 
 def is_taken(connection: sqlite3.Connection, name: str, by_other_than: int = 0) -> bool:
-    """Whether a session has this name."""
+    """Return whether a session other than number `by_other_than` has this name."""
     row = connection.execute("SELECT number FROM session WHERE key = ?", (key_of(name),)).fetchone()
     return row is not None and row[0] != by_other_than

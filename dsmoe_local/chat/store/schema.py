@@ -1,21 +1,20 @@
-"""The tables of the session database, as steps that are only ever added to, from the first release on.
+"""The tables of the session database, as migrations. A released migration is never changed.
 
-Turns form trees. A turn names its parent; a session names its head, and is the way from there up to a turn
-without a parent. Undo moves the head, another reply is a sibling, a fork is a second session in the same
-tree: none of them changes a turn or takes one away. A reply that is not finished is no turn yet, but its
-session's draft.
+Turns form trees: a turn has a parent, and a session has a head, whose ancestors are the turns that it shows.
+Undo moves the head, another reply is a sibling, and a fork is a second session in the same tree. None of them
+changes or deletes a turn. An unfinished reply is stored as the session's draft.
 
-Columns are checked as they are written, since SQLite takes any type in any column. What is read is checked
-once more, by `rows`, against the seal that each row was given: a damaged file keeps no rule.
+SQLite accepts any type in any column, so constraints check the types of what is written. The file may get
+damaged, so `records` checks rows when they are read, also against a digest in each row (`seal`).
 """
 
 from __future__ import annotations
 
-APPLICATION_ID = 0x64736D65  # "dsme": a database of somebody else is not taken for ours
+APPLICATION_ID = 0x64736D65  # "dsme": tells our databases from other programs'
 
 
 def _column(name: str, kind: str, more: str = "", rule: str = "") -> str:
-    """A column whose values all have the type; or none, if `more` begins with NULL."""
+    """Return the definition of a column with a fixed type. If `more` begins with NULL, values may be NULL."""
     optional = more.startswith("NULL")
     types = (
         f"typeof({name}) IN ('{kind.lower()}', 'null')" if optional else f"typeof({name}) = '{kind.lower()}'"
@@ -23,19 +22,19 @@ def _column(name: str, kind: str, more: str = "", rule: str = "") -> str:
     return f"{name} {kind} {more or 'NOT NULL'} CHECK ({types}{f' AND {rule}' if rule else ''})"
 
 
-# GLOB looks no further than a NUL.
+# GLOB ignores what follows a NUL, hence the length.
 _STATE_FILE = f"file GLOB '{'[0-9a-f]' * 16}.state' AND length(CAST(file AS BLOB)) = 22"
 
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
-        # Numbers are never given twice: an old state file or a chat that is still open may name one.
+        # Numbers are never reused: an old state file or an open chat may still refer to one.
         f"""CREATE TABLE session (
             number INTEGER PRIMARY KEY AUTOINCREMENT,
             {_column("name", "TEXT")},
             {_column("key", "TEXT", "NOT NULL UNIQUE")},    -- the name as it is compared
-            {_column("tree", "INTEGER")},       -- the number of the session that it all began with
+            {_column("tree", "INTEGER")},       -- the number of the tree's first session
             {_column("head", "INTEGER", "NULL REFERENCES turn (id)")},
-            {_column("revision", "INTEGER")},   -- counts the changes of what follows and of the head
+            {_column("revision", "INTEGER")},   -- counts the changes of this row
             {_column("system", "TEXT")},
             {_column("n_left_out", "INTEGER", rule="n_left_out >= 0")},
             {_column("n_shifted", "INTEGER", rule="n_shifted >= 0")},
@@ -62,10 +61,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         )""",
         "CREATE INDEX turn_parent ON turn (parent)",
         "CREATE INDEX turn_tree ON turn (tree)",
-        # What `words.indexed` makes of a turn's content, by its id.
+        # The content of turns, as `search.indexed` returns it, by turn id.
         """CREATE VIRTUAL TABLE search_index
            USING fts5 (content, tokenize = 'unicode61 remove_diacritics 2')""",
-        # A name that is a path would reach files elsewhere.
+        # A path instead of a name would refer to files elsewhere.
         f"""CREATE TABLE state (
             {_column("file", "TEXT", "PRIMARY KEY", _STATE_FILE)},
             {_column("session", "INTEGER", "NOT NULL REFERENCES session (number) ON DELETE CASCADE")},
@@ -78,19 +77,19 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX state_session ON state (session)",
     ),
     (
-        # What /redo brings back: the last turn of a branch that begins at the head.
+        # The last of the turns that /redo restores. They follow the head.
         f"ALTER TABLE session ADD COLUMN {_column('undone', 'INTEGER', 'NULL REFERENCES turn (id)')}",
         "CREATE INDEX session_undone ON session (undone)",
-        # What it was held with: the model's file, and what /set chose, as JSON.
+        # The model's file, and the settings that /set changed, as JSON.
         f"ALTER TABLE session ADD COLUMN {_column('model_path', 'TEXT', 'NULL')}",
         f"ALTER TABLE session ADD COLUMN {_column('settings', 'TEXT', 'NULL')}",
-        # Digests of what rows say, since a damaged page may still make sense; none of a row from before.
+        # Digests of rows, since damaged values may be valid ones. NULL in rows written before.
         f"ALTER TABLE turn ADD COLUMN {_column('seal', 'BLOB', 'NULL')}",
         f"ALTER TABLE session ADD COLUMN {_column('seal', 'BLOB', 'NULL')}",
-        # How many transactions have written to the database: see `database.Tally`.
+        # The number of write transactions: see `database.Tally`.
         f"CREATE TABLE tally ({_column('n_writes', 'INTEGER')})",
         "INSERT INTO tally VALUES (0)",
-        # A state is of a block of tokens now, known by a digest of all tokens up to its end.
+        # A state is now that of a block of tokens, identified by a digest of all tokens up to its end.
         "DROP TABLE state",
         f"""CREATE TABLE state (
             {_column("file", "TEXT", "PRIMARY KEY", _STATE_FILE)},
@@ -103,7 +102,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             {_column("used", "REAL")}
         )""",
         "CREATE INDEX state_session ON state (session)",
-        # The reply to the head that was being written when it was last saved.
+        # The unfinished reply to the head.
         f"""CREATE TABLE draft (
             session INTEGER PRIMARY KEY REFERENCES session (number) ON DELETE CASCADE,
             {_column("role", "TEXT")},

@@ -1,4 +1,4 @@
-"""One stored session: its turns read back, and what is new in them made durable."""
+"""One stored session: load its turns, and save new ones durably."""
 
 from __future__ import annotations
 
@@ -9,31 +9,34 @@ from dataclasses import dataclass, field, replace
 
 from dsmoe_local.base.faults import reach
 from dsmoe_local.base.sequences import n_common
+from dsmoe_local.base.text import whole_characters
 from dsmoe_local.chat.frames import without_files
 from dsmoe_local.chat.store.database import Database
 from dsmoe_local.chat.store.names import free_name, given_name, key_of
-from dsmoe_local.chat.store.rows import (
+from dsmoe_local.chat.store.records import (
     SESSION_COLUMNS,
     TURN_COLUMNS,
-    TURN_PLACE,
-    WRITTEN,
+    TURN_CONTENT,
+    TURN_POSITION,
+    DamagedRowError,
     SessionRow,
     Settings,
     TurnRow,
-    row_of,
-    said_of,
-    session_of,
-    settings_text,
-    storable,
-    turn_of,
+    check_seal,
+    integer,
+    read_content,
+    read_session,
+    read_turn,
+    seal_of,
+    settings_json,
+    turn_values,
 )
-from dsmoe_local.chat.store.values import DamagedRowError, check_seal, integer, seal_of
-from dsmoe_local.chat.store.words import indexed
+from dsmoe_local.chat.store.search import indexed
 from dsmoe_local.chat.turns import Role, Transcript, Turn
 
 _TITLE = 80
 
-# In a damaged database parents may go round in a circle: with every step the depth goes down, or it ends.
+# Every step must lower the depth, so that the query ends even if damaged rows form a cycle.
 _PATH = f"""
     WITH RECURSIVE path (id, parent, depth, tree) AS (
         SELECT id, parent, depth, tree FROM turn WHERE id = ? AND tree = ?
@@ -43,11 +46,11 @@ _PATH = f"""
     )
     SELECT {TURN_COLUMNS} FROM path JOIN turn ON turn.id = path.id ORDER BY path.depth
 """  # noqa: S608 - no foreign text
-_TURN_WRITTEN = ("writer", *TURN_PLACE, *WRITTEN, "seal")
+_TURN_COLUMNS = ("writer", *TURN_POSITION, *TURN_CONTENT, "seal")
 _ADD_TURN = f"""
-    INSERT INTO turn ({", ".join(_TURN_WRITTEN)}) VALUES ({", ".join("?" * len(_TURN_WRITTEN))})
+    INSERT INTO turn ({", ".join(_TURN_COLUMNS)}) VALUES ({", ".join("?" * len(_TURN_COLUMNS))})
 """  # noqa: S608 - no foreign text
-_DRAFT = ("session", *WRITTEN, "seal")
+_DRAFT = ("session", *TURN_CONTENT, "seal")
 _SET_DRAFT = f"""
     INSERT OR REPLACE INTO draft ({", ".join(_DRAFT)}) VALUES ({", ".join("?" * len(_DRAFT))})
 """  # noqa: S608 - no foreign text
@@ -55,8 +58,10 @@ _SET_DRAFT = f"""
 
 @dataclass(slots=True)
 class Stored:
-    """What this chat knows to be stored: the transcript, the ids of its turns and of those undone, a reply
-    that was not finished, the settings, and the revision that this was.
+    """What was stored when this chat last loaded or saved the session.
+
+    `turn_ids` are those of the transcript's turns, then of its undone turns; `draft` is an unfinished reply;
+    None for `revision`: the session has not been loaded or saved yet.
     """
 
     transcript: Transcript
@@ -76,11 +81,11 @@ class Stored:
 
 
 class Session:
-    """A conversation in the store. Made by SessionStore; one thread at a time may load and save.
+    """A session in the store, created by SessionStore. Only one thread at a time may load and save.
 
-    `number` is 0 until the first turn is saved, and never given to another session. Both `number` and `name`
-    change when a save has to go on as a new session. `model`, its file's path and the `settings` are stored
-    with what is saved next; None: not known.
+    `number` is 0 until the first turn is saved, and is never reused. `number` and `name` change if a save has
+    to create a new session. `model`, `model_path` and `settings` are stored with the next save; None: not
+    known.
     """
 
     def __init__(
@@ -96,11 +101,10 @@ class Session:
         self._database = database
 
     def load(self, vocabulary: str, model: str = "") -> Transcript:
-        """All turns, with the token ids that are of `vocabulary`. What is said from now on is of that, and of
-        `model`, if one is named.
+        """Return all turns. Token ids of another vocabulary than `vocabulary` are left out.
 
-        FormatError if the database is damaged. A session that is not there any more is loaded as an empty
-        one.
+        Turns that are saved from now on are of this vocabulary, and of `model` if it is given. FormatError if
+        the database is damaged. A session that does not exist any more is loaded as an empty one.
         """
         self.vocabulary = vocabulary
         if self.number == 0:
@@ -113,11 +117,11 @@ class Session:
             if row is None:
                 self.stored = Stored(Transcript())
                 return self.stored.transcript
-            stored = session_of(row)
+            stored = read_session(row)
             path = _branch(connection, stored)
             draft = _draft(connection, self.number)
             if draft is not None and stored.undone is not None:
-                raise DamagedRowError("turns are undone behind a reply that is not finished")
+                raise DamagedRowError("an unfinished reply has undone turns after it")
         self.name = stored.name
         self.model = model or stored.model
         self.model_path, self.settings = stored.model_path, stored.settings
@@ -133,13 +137,13 @@ class Session:
         return replace(transcript, turns=(*transcript.turns, self.stored.draft))
 
     def save(self, transcript: Transcript, *, growing: bool = False) -> str | None:
-        """Make `transcript` durable: it is once this returns. Only what is new is written.
+        """Save `transcript` durably. Only new turns are written; a session without turns is not stored.
 
-        `growing`: its last turn is a reply that is not finished, and takes the place of what was last saved
-        of it. A session without turns is not stored at all before it has some. If another chat has gone on
-        with this session, or deleted it, this one becomes a new session: then the return value says so.
+        `growing`: its last turn is an unfinished reply, which replaces the one saved before. If another chat
+        has changed or deleted this session, this one is saved as a new session, and a message that says so is
+        returned.
 
-        Raises NoSpaceError, FileError, FormatError; then nothing of it is stored, and the next save has it.
+        Raises NoSpaceError, FileError or FormatError. Then nothing is stored, and the next save tries again.
         """
         if self.number == 0 and not transcript.turns:
             self.stored.transcript = transcript
@@ -161,7 +165,7 @@ class Session:
 
 
 class _Saving:
-    """One save, inside its transaction. The session takes what came of it once that is durable."""
+    """One save, inside its transaction. The session takes over the result when the transaction is durable."""
 
     def __init__(
         self, connection: sqlite3.Connection, session: Session, transcript: Transcript, draft: Turn | None
@@ -177,17 +181,17 @@ class _Saving:
         self.note: str | None = None
 
     def run(self) -> None:
-        """Write what is new."""
+        """Write the new turns and the session's row."""
         before = self._session.stored
         turn_ids = before.turn_ids[: n_common(_all(before.transcript), _all(self._transcript))]
         row = self._connection.execute(
             f"SELECT {SESSION_COLUMNS} FROM session WHERE number = ?",  # noqa: S608 - no foreign text
             (self.number,),
         ).fetchone()
-        stored = None if row is None else session_of(row)
+        stored = None if row is None else read_session(row)
         tree = _tree(self._connection, turn_ids[-1]) if turn_ids else None
         if tree is None:
-            # Of what was deleted meanwhile, all is new again.
+            # The turns were deleted meanwhile: all are written again.
             turn_ids = []
         revision = 1
         if stored is not None and stored.revision == before.revision:
@@ -200,13 +204,13 @@ class _Saving:
         self._set_draft(self.stored.draft)
 
     def _become_new(self, changed: str | None, tree: int | None) -> None:
-        """A new row: of a new session, a fork, or a session that another chat has changed or deleted."""
+        """Add a row for a new session, a fork, or a session that another chat has changed or deleted."""
         wanted = changed or self._session.name
         name = free_name(self._connection, wanted) if wanted else ""
         if changed is not None:
-            self.note = f"another chat has gone on with {changed}: this one is now the session {name}"
+            self.note = f"another chat has changed {changed}: this one is now the session {name}"
         elif self.number:
-            self.note = f"{wanted} was deleted elsewhere: this chat is now the session {name}"
+            self.note = f"{wanted} was deleted by another program: this chat is now the session {name}"
         elif name != wanted:
             self.note = f"the name {wanted} is taken: this is now the session {name}"
         self.number, self._tree, self.name = add_session(self._connection, name, tree, self._now)
@@ -214,12 +218,12 @@ class _Saving:
     def _add_turns(self, parent: int | None, n_before: int) -> list[int]:
         added: list[int] = []
         for depth, turn in enumerate(_all(self._transcript)[n_before:], n_before + 1):
-            values = (parent, self._tree, depth, self._now, *row_of(turn, self._session.vocabulary))
+            values = (parent, self._tree, depth, self._now, *turn_values(turn, self._session.vocabulary))
             parent = self._connection.execute(_ADD_TURN, (self.number, *values, seal_of(values))).lastrowid
             assert parent is not None
             self._connection.execute(
                 "INSERT INTO search_index (rowid, content) VALUES (?, ?)",
-                (parent, indexed(storable(turn.content))),
+                (parent, indexed(whole_characters(turn.content))),
             )
             added.append(parent)
             reach("session.turn")
@@ -235,13 +239,13 @@ class _Saving:
                 stored.head,
                 stored.undone,
                 stored.revision,
-                storable(transcript.system),
+                whole_characters(transcript.system),
                 transcript.n_left_out,
                 transcript.n_shifted,
                 _title(transcript.turns),
-                storable(self._session.model),
-                None if self._session.model_path is None else storable(self._session.model_path),
-                settings_text(stored.settings),
+                whole_characters(self._session.model),
+                None if self._session.model_path is None else whole_characters(self._session.model_path),
+                settings_json(stored.settings),
                 self._now,
                 self.number,
             ),
@@ -252,14 +256,14 @@ class _Saving:
         if draft is None:
             self._connection.execute("DELETE FROM draft WHERE session = ?", (self.number,))
         else:
-            values = (self.number, *row_of(draft, self._session.vocabulary))
+            values = (self.number, *turn_values(draft, self._session.vocabulary))
             self._connection.execute(_SET_DRAFT, (*values, seal_of(values)))
 
 
 def add_session(
     connection: sqlite3.Connection, name: str, tree: int | None, now: float
 ) -> tuple[int, int, str]:
-    """A new row, still without turns: number, tree, name. Without a name it is called after its number."""
+    """Add a row without turns. Return its number, tree and name, which is made from the number if empty."""
     number = connection.execute(
         "INSERT INTO session (name, key, tree, revision, system, n_left_out, n_shifted, title, model,"
         " created, updated) VALUES ('', '', 0, 1, '', 0, 0, '', '', ?, ?)",
@@ -276,7 +280,7 @@ def add_session(
 
 
 def seal_session(connection: sqlite3.Connection, number: int) -> None:
-    """Seal a session's row, which has been changed."""
+    """Update the seal of a session's row after a change."""
     row = connection.execute(
         f"SELECT {SESSION_COLUMNS} FROM session WHERE number = ?",  # noqa: S608 - no foreign text
         (number,),
@@ -285,7 +289,7 @@ def seal_session(connection: sqlite3.Connection, number: int) -> None:
 
 
 def _branch(connection: sqlite3.Connection, session: SessionRow) -> list[TurnRow]:
-    """The turns that lead to a session's head, and behind it those that were undone."""
+    """Return the turns up to a session's head, then those that were undone."""
     path = _path(connection, session.head, session.tree)
     if session.undone is None:
         return path
@@ -296,17 +300,17 @@ def _branch(connection: sqlite3.Connection, session: SessionRow) -> list[TurnRow
 
 
 def _path(connection: sqlite3.Connection, head: int | None, tree: int) -> list[TurnRow]:
-    """The turns that lead to a head, all of them; none without one."""
+    """Return all turns up to a head; none if it is None."""
     if head is None:
         return []
-    path = [turn_of(row) for row in connection.execute(_PATH, (head, tree))]
+    path = [read_turn(row) for row in connection.execute(_PATH, (head, tree))]
     if not path or [row.depth for row in path] != [*range(1, len(path) + 1)]:
-        raise DamagedRowError(f"the turns before turn {head} are not there")
+        raise DamagedRowError(f"turns before turn {head} are missing")
     return path
 
 
 def _draft(connection: sqlite3.Connection, number: int) -> tuple[str | None, Turn] | None:
-    """The reply that a session's head has so far, with the vocabulary of its token ids."""
+    """Return the unfinished reply of a session with the vocabulary of its token ids, or None."""
     row = connection.execute(
         f"SELECT {', '.join(_DRAFT)} FROM draft WHERE session = ?",  # noqa: S608 - no foreign text
         (number,),
@@ -315,11 +319,11 @@ def _draft(connection: sqlite3.Connection, number: int) -> tuple[str | None, Tur
         return None
     *values, seal = row
     check_seal(f"the last reply of session {number}", seal, values)
-    return said_of(values[1:])
+    return read_content(values[1:])
 
 
 def _turn_for(vocabulary: str, of: str | None, turn: Turn) -> Turn:
-    """A turn as one who has that vocabulary may use it."""
+    """Return `turn` without its token ids if they are of another vocabulary."""
     return turn if of == vocabulary else replace(turn, token_ids=())
 
 
@@ -328,12 +332,12 @@ def _all(transcript: Transcript) -> tuple[Turn, ...]:
 
 
 def _tree(connection: sqlite3.Connection, turn_id: int) -> int | None:
-    """The tree of a turn; None if it is not there. If it is, so are those before it: parents go last."""
+    """Return the tree of a turn, or None if it was deleted. Its ancestors exist if it does."""
     row = connection.execute("SELECT tree FROM turn WHERE id = ?", (turn_id,)).fetchone()
     return None if row is None else integer("tree", row[0])
 
 
 def _title(turns: Sequence[Turn]) -> str:
     text = without_files(next((turn.content for turn in turns if turn.role is Role.USER), ""))
-    line = " ".join(storable(text[: 8 * _TITLE]).split())
+    line = " ".join(whole_characters(text[: 8 * _TITLE]).split())
     return line if len(line) <= _TITLE else f"{line[: _TITLE - 1]}…"

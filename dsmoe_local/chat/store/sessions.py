@@ -1,4 +1,4 @@
-"""All stored sessions: finding, naming, forking, deleting and searching them."""
+"""The stored sessions of a folder: find, name, fork, delete and search them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Self
 
 from dsmoe_local.base.errors import UsageError
-from dsmoe_local.base.text import safe_line
+from dsmoe_local.base.text import safe_line, whole_characters
 from dsmoe_local.chat.store.database import Database
-from dsmoe_local.chat.store.deleting import delete_session
 from dsmoe_local.chat.store.names import check_name, is_given, is_taken, key_of
-from dsmoe_local.chat.store.rows import SESSION_COLUMNS, SessionRow, session_of, storable
-from dsmoe_local.chat.store.searching import Hit, search
+from dsmoe_local.chat.store.records import SESSION_COLUMNS, SessionRow, integer, read_session
+from dsmoe_local.chat.store.search import Hit, search
 from dsmoe_local.chat.store.session import Session, Stored, seal_session
-from dsmoe_local.chat.store.state_files import remove, states_folder
-from dsmoe_local.chat.store.values import integer
+from dsmoe_local.chat.store.states import remove_states, states_folder
 from dsmoe_local.chat.turns import Transcript
 
 __all__ = ["Hit", "Session", "SessionStore", "Summary"]
@@ -26,58 +24,56 @@ __all__ = ["Hit", "Session", "SessionStore", "Summary"]
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A session in a list. `title` is the beginning of its first message; `model_path` its model's file, if
-    that is known; `updated` in seconds since 1970.
+    """A session as it is listed. `title` is the beginning of its first message, `model_path` the file of its
+    model or None if it is not known, `updated` in seconds since 1970.
     """
 
     number: int
     name: str
     title: str
-    n_turns: int
+    n_turns: int  # messages and replies
     model: str
     model_path: str | None
     updated: float
 
 
 class SessionStore:
-    """The sessions in one folder. Callable from any thread. Any number of programs may have it open at once.
+    """The sessions in one folder. Several threads and processes may use it at once.
 
-    All methods raise FormatError when the database is damaged, FileError when it cannot be read or written.
+    All methods raise FormatError if the database is damaged, FileError if it cannot be read or written.
     """
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        # So that a session which is open here learns its new name.
+        # They are told their new name when they are renamed.
         self._open: weakref.WeakSet[Session] = weakref.WeakSet()
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """The store in `folder`, which is made if need be."""
+        """Open the store in `folder`, which is created if need be."""
         return cls(Database.open(folder))
 
     def problems(self) -> list[str]:
-        """What is wrong with the database, for people, where sessions may be missing without a word."""
+        """Check the whole database. Return messages about damage that could go unnoticed."""
         return self._database.problems()
 
     def close(self) -> None:
-        """Close the database. Closing twice is fine."""
+        """Close the database. May be called twice."""
         self._database.close()
 
     def create(self, model: str, vocabulary: str, system: str) -> Session:
-        """A new session, stored from its first turn on. Until then it has no name, unless `rename` gives it
-        one.
-        """
+        """Return a new session. It is stored with its first turn, and then gets a name if it has none."""
         session = self._session(0, "", model, vocabulary)
         session.stored.transcript = Transcript(system=system)
         return session
 
     def find(self, text: str) -> Session:
-        """The session of that name, number, or unique beginning of a name. UsageError, naming the nearest."""
+        """Return the session with this name, number or beginning of a name. UsageError if there is none."""
         wanted = key_of(" ".join(text.split()))
         with self._database.read() as connection:
             by_key = {row.key: (row.number, row.name) for row in _rows(connection)}
         if not wanted:
-            raise UsageError("which session? give its name or number", remedy="/sessions lists them")
+            raise UsageError("the name or number of a session is missing", remedy="/sessions lists them")
         found = [wanted] if wanted in by_key else []
         found = found or [key for key, (number, _) in by_key.items() if wanted == str(number)]
         found = found or [key for key in by_key if key.startswith(wanted)]
@@ -86,7 +82,7 @@ class SessionStore:
         shown = safe_line(text, 60)
         if found:
             names = ", ".join(by_key[key][1] for key in found[:5])
-            raise UsageError(f"several sessions begin with {shown}", remedy=f"say more of the name: {names}")
+            raise UsageError(f"several sessions begin with {shown}", remedy=f"give more of the name: {names}")
         near = difflib.get_close_matches(wanted, by_key, n=1, cutoff=0.5)
         raise UsageError(
             f"there is no session {shown}",
@@ -94,35 +90,35 @@ class SessionStore:
         )
 
     def named(self, name: str) -> Session | None:
-        """The session of that very name, in whatever case."""
+        """Return the session with exactly this name, in any case, or None."""
         with self._database.read() as connection:
-            found = _rows(connection, "key = ?", storable(key_of(" ".join(name.split()))))
+            found = _rows(connection, "key = ?", whole_characters(key_of(" ".join(name.split()))))
         return self._session(found[0].number, found[0].name) if found else None
 
     def latest(self) -> Session | None:
-        """The session that was saved last, of those that have turns."""
+        """Return the session that was saved last and has turns, or None."""
         with self._database.read() as connection:
             found = _rows(connection, "head IS NOT NULL")
         return self._session(found[0].number, found[0].name) if found else None
 
     def summaries(self) -> list[Summary]:
-        """The sessions, the one saved last first; those without turns only if they were given a name."""
+        """Return the sessions that have turns or a chosen name, the last saved first."""
         with self._database.read() as connection:
             found = [_summary(connection, row) for row in _rows(connection)]
         return [summary for summary in found if summary.n_turns or not is_given(summary.name)]
 
     def summary(self, session: Session) -> Summary | None:
-        """Of one session; None if it is not there any more."""
+        """Return the summary of a session, or None if it does not exist any more."""
         with self._database.read() as connection:
             found = [_summary(connection, row) for row in _rows(connection, "number = ?", session.number)]
         return found[0] if found else None
 
     def names(self) -> list[str]:
-        """The names of the sessions in the list, the one saved last first."""
+        """Return the names of the sessions in `summaries`."""
         return [summary.name for summary in self.summaries()]
 
     def fork(self, session: Session, name: str = "") -> Session:
-        """A new session that begins with the turns which `session` has in this chat.
+        """Return a new session with the turns that `session` has in this chat.
 
         UsageError if it has none, or the name is taken.
         """
@@ -145,7 +141,7 @@ class SessionStore:
         return fork
 
     def rename(self, session: Session, name: str) -> None:
-        """Give a session another name. UsageError if it cannot be one, or is taken."""
+        """Rename a session. UsageError if the name is not allowed or taken."""
         name = check_name(name)
         if session.number == 0:
             with self._database.read() as connection:
@@ -166,16 +162,16 @@ class SessionStore:
                 other.name = name
 
     def delete(self, session: Session) -> None:
-        """Delete a session, the turns that no other one needs, and its KV states. Deleting twice is fine."""
+        """Delete a session, the turns that no other session needs, and its KV states. May be called twice."""
         if session.number == 0:
             return
         with self._database.write() as connection:
-            files = delete_session(connection, session.number)
-        remove(states_folder(self._database.folder), files)
+            files = _delete_session(connection, session.number)
+        remove_states(states_folder(self._database.folder), files)
         self._database.empty_log()
 
     def search(self, words: str, limit: int = 20) -> list[Hit]:
-        """The latest turns that hold all of `words`, of those that a session still shows."""
+        """Return the latest turns with all of `words`, of those that a session still shows."""
         with self._database.read() as connection:
             return search(connection, words, limit)
 
@@ -186,13 +182,13 @@ class SessionStore:
 
 
 def _rows(connection: sqlite3.Connection, condition: str = "TRUE", *values: object) -> list[SessionRow]:
-    """The sessions with that condition, the one saved last first."""
+    """Return the sessions with this condition, the last saved first."""
     found = connection.execute(
         f"SELECT {SESSION_COLUMNS} FROM session"  # noqa: S608 - no foreign text
         f" WHERE {condition} ORDER BY session.updated DESC, number DESC",
         values,
     )
-    return [session_of(row) for row in found]
+    return [read_session(row) for row in found]
 
 
 def _summary(connection: sqlite3.Connection, row: SessionRow) -> Summary:
@@ -204,4 +200,38 @@ def _summary(connection: sqlite3.Connection, row: SessionRow) -> Summary:
 
 def _refuse_taken(connection: sqlite3.Connection, name: str, by_other_than: int = 0) -> None:
     if name and is_taken(connection, name, by_other_than):
-        raise UsageError(f"there is a session {name} already", remedy="choose another name")
+        raise UsageError(f"a session {name} exists already", remedy="choose another name")
+
+
+# The heads of the tree's other sessions, the turns that they wrote or can redo, and all ancestors of these.
+_NEEDED = """
+    WITH RECURSIVE needed (id) AS (
+        SELECT head FROM session WHERE tree = :tree AND head IS NOT NULL
+        UNION SELECT undone FROM session WHERE tree = :tree AND undone IS NOT NULL
+        UNION SELECT turn.id FROM turn JOIN session ON turn.writer = session.number WHERE turn.tree = :tree
+        UNION SELECT turn.parent FROM turn JOIN needed ON turn.id = needed.id WHERE turn.parent IS NOT NULL
+    )
+    SELECT id FROM needed
+"""
+
+
+def _delete_session(connection: sqlite3.Connection, number: int) -> list[str]:
+    """Delete the rows of a session in the caller's transaction. Return the files of its KV states as they are
+    stored, which may be damaged.
+    """
+    row = connection.execute("SELECT tree FROM session WHERE number = ?", (number,)).fetchone()
+    if row is None:
+        return []
+    tree = integer("tree", row[0])
+    # In a damaged database, parents may have larger ids than their children.
+    connection.execute("PRAGMA defer_foreign_keys = ON")
+    files = [file for (file,) in connection.execute("SELECT file FROM state WHERE session = ?", (number,))]
+    connection.execute("DELETE FROM session WHERE number = ?", (number,))
+    needed = {turn_id for (turn_id,) in connection.execute(_NEEDED, {"tree": tree})}
+    turns = [turn_id for (turn_id,) in connection.execute("SELECT id FROM turn WHERE tree = ?", (tree,))]
+    unneeded = [(turn_id,) for turn_id in turns if turn_id not in needed]
+    connection.executemany("DELETE FROM search_index WHERE rowid = ?", unneeded)
+    connection.executemany("DELETE FROM turn WHERE id = ?", unneeded)
+    # The index keeps deleted words until its segments are merged.
+    connection.execute("INSERT INTO search_index (search_index) VALUES ('optimize')")
+    return files

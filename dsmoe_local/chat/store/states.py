@@ -1,17 +1,17 @@
-"""KV states beside the sessions: files that an engine wrote, each with the state of one block of tokens.
+"""KV states next to the sessions: files that an engine wrote, each with the state of one block of tokens.
 
-A block is known by all tokens up to its end, its size and a digest of its file. So what is there is never
-written again: a conversation that goes on adds blocks, and forks share those that they have in common. What
-is behind the last whole block is not kept.
+A block is identified by all tokens up to its end, so blocks that are stored are never written again: a
+longer conversation adds blocks, and forks share those that they have in common. The tokens after the last
+whole block are not stored.
 
-A state is only a shortcut: whatever is wrong with one, it is removed without a word, and the conversation is
-read again from there. What is in the files is the engine's concern.
+A state only saves time. A damaged one is removed silently, and the tokens from there on are decoded again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import secrets
 import shutil
 import sqlite3
 import time
@@ -22,29 +22,39 @@ from pathlib import Path
 from dsmoe_local.base.durable import locked, make_folders, replace
 from dsmoe_local.base.errors import FileError, LockedError
 from dsmoe_local.base.faults import reach
-from dsmoe_local.chat.store import state_files
+from dsmoe_local.base.text import whole_characters
 from dsmoe_local.chat.store.database import Database
-from dsmoe_local.chat.store.rows import STATE_COLUMNS, StateRow, pack, state_of, storable
-from dsmoe_local.chat.store.values import DamagedRowError
+from dsmoe_local.chat.store.records import (
+    DIGEST_BYTES,
+    STATE_COLUMNS,
+    DamagedRowError,
+    StateRow,
+    is_state_file,
+    pack_ids,
+    read_state,
+)
 from dsmoe_local.engine.errors import EngineError
 
 CAP_BYTES = 4 << 30
 SPARE_BYTES = 1 << 30
-"""A state is not written to a disk that would have less room than this afterwards."""
+"""Free space that a new state must leave on the disk."""
 BLOCK = 64
-"""Tokens: 15 MB of a 16B model, which nobody waits long for, and which are read again in a second."""
+"""Tokens in a block: 15 MB for a 16B model, which are written, or decoded again, in about a second."""
+_FOLDER = "states"
+_PART = ".part"  # the ending of a file that is being written
+_CHUNK = 1 << 20
 
 
 class StateStore:
-    """The KV states of the sessions in `folder`, of at most `cap_bytes` together. Holds nothing open.
+    """The KV states of the sessions in `folder`, which take at most `cap_bytes`. Keeps no file open.
 
-    Any number of programs may use one folder at once. All methods raise FormatError or FileError when the
-    session database cannot be used; of a state itself nothing is ever raised.
+    Several processes may use a folder at once. All methods raise FormatError or FileError if the session
+    database cannot be used, but never because of a state.
     """
 
     def __init__(self, folder: Path, cap_bytes: int = CAP_BYTES) -> None:
         self._folder = folder
-        self._states = state_files.states_folder(folder)
+        self._states = states_folder(folder)
         self._cap_bytes = cap_bytes
 
     def keep(
@@ -55,15 +65,15 @@ class StateStore:
         write: Callable[[Path, int, int], int],
         stop: Callable[[], bool] = lambda: False,
     ) -> int:
-        """Store the state of the whole blocks of `token_ids` that are not there yet, in their order, and drop
-        those of this fingerprint that the session has of other tokens. Returns how many tokens are stored.
+        """Store the states of the whole blocks of `token_ids` that are missing, in order, and remove the
+        session's states of other tokens. Return the number of tokens whose state is stored.
 
-        `write(path, start, end)` makes a new file of that path with the state of these tokens, synced, and
-        returns how many of the first `end` tokens the engine has: if fewer, there is no such block. That, an
-        error of it, the room on the disk, the cap, a session that is not there and `stop`, which is asked
-        before each block, end it early.
+        `write(path, start, end)` writes the state of a range of tokens to a new file, with fsync, and returns
+        how many of the first `end` tokens the engine has. The call ends early if the engine has too few, if
+        `write` fails, if the disk is full or `cap_bytes` are reached, if the session does not exist, or when
+        `stop`, which is called before each block, returns true.
         """
-        fingerprint = storable(fingerprint)
+        fingerprint = whole_characters(fingerprint)
         blocks = _blocks(token_ids)
         with self._database() as database:
             with database.read() as connection:
@@ -94,10 +104,10 @@ class StateStore:
         return chain[-1].n_tokens if chain else 0
 
     def find(self, session_number: int, fingerprint: str, token_ids: Sequence[int]) -> list[Path]:
-        """The files that together have the state of the beginning of `token_ids`, in their order, each
-        exactly as it was written. Sessions that are forks of each other share their states.
+        """Return the files with the states of the first blocks of `token_ids`, in order, after checking their
+        digests. Sessions that are forks of each other share their states.
         """
-        fingerprint = storable(fingerprint)
+        fingerprint = whole_characters(fingerprint)
         chain: list[StateRow] = []
         with self._database() as database:
             self._forget_damaged(database)
@@ -114,16 +124,16 @@ class StateStore:
         return [self._states / state.file for state in chain]
 
     def tidy(self) -> None:
-        """Remove what is too much, the one longest not used first, and what crashes left; never what another
-        chat is writing.
+        """Remove the least recently used states beyond `cap_bytes`, and the files that crashes left behind.
+        Files that another process is writing stay.
         """
         with self._database() as database:
             self._forget_damaged(database)
             self._enforce_cap(database)
-            # In this order: a state's file is there before its row.
+            # The rows are read before the files: a file is created before its row.
             with database.read() as connection:
                 known = {state.file for state in _states(connection)}
-            present = state_files.present(self._states)
+            present = _present(self._states)
             self._remove(database, known - present.keys())
             for file, final in present.items():
                 if file not in known:
@@ -153,9 +163,9 @@ class StateStore:
         prefix: bytes,
         write: Callable[[Path, int, int], int],
     ) -> StateRow | None:
-        """A new file and its row; None, and neither, if there is no such block or it cannot be stored."""
-        final = self._states / state_files.new_name()
-        writing = state_files.writing_of(final)
+        """Write a state and add its row. Return None, and leave neither, if that is not possible."""
+        final = self._states / _new_name()
+        writing = _part_of(final)
         try:
             with locked(final):
                 try:
@@ -164,7 +174,7 @@ class StateStore:
                     if n_held < n_tokens or writing.stat().st_size > self._cap_bytes:
                         return None
                     writing.chmod(0o600)
-                    n_bytes, digest = state_files.digest_of(writing)
+                    n_bytes, digest = _digest_of(writing)
                     replace(writing, final)
                 finally:
                     writing.unlink(missing_ok=True)
@@ -193,7 +203,7 @@ class StateStore:
         self._remove(database, [state.file for state, total in pairs if total > self._cap_bytes])
 
     def _forget_damaged(self, database: Database) -> None:
-        """Take away the rows that make no sense. What they call their file is not looked at."""
+        """Remove invalid rows. Their files are not touched: an invalid row may name any file."""
         with database.read() as connection:
             damaged = [(rowid,) for rowid, *row in connection.execute(_ALL_STATES) if _read(row) is None]
         if damaged:
@@ -210,7 +220,7 @@ class StateStore:
         if not self._is_whole(state):
             return False
         try:
-            return state_files.digest_of(self._states / state.file) == (state.n_bytes, state.digest)
+            return _digest_of(self._states / state.file) == (state.n_bytes, state.digest)
         except OSError:
             return False
 
@@ -218,18 +228,18 @@ class StateStore:
         if files:
             with database.write() as connection:
                 connection.executemany("DELETE FROM state WHERE file = ?", [(file,) for file in files])
-            state_files.remove(self._states, files)
+            remove_states(self._states, files)
 
     def _tidy_after(self, database: Database, final: str) -> None:
-        """Remove what the writer of this state left; not while it writes."""
+        """Remove what a crashed process left of this state, unless a process is writing it."""
         try:
             path = self._states / final
             with locked(path):
-                # It may have finished since we looked.
+                # It may have been finished in the meantime.
                 with database.read() as connection:
                     known = connection.execute("SELECT 1 FROM state WHERE file = ?", (final,)).fetchone()
-                orphans = [state_files.writing_of(path).name, *([] if known else [final])]
-                state_files.remove(self._states, orphans)
+                orphans = [_part_of(path).name, *([] if known else [final])]
+                remove_states(self._states, orphans)
         except (LockedError, OSError):
             return
 
@@ -245,17 +255,17 @@ def _is_there(connection: sqlite3.Connection, session_number: int) -> bool:
 
 
 def _blocks(token_ids: Sequence[int]) -> list[tuple[int, bytes]]:
-    """For each whole block of tokens its end, and a digest of all tokens up to there."""
-    digest, blocks = hashlib.blake2b(digest_size=state_files.DIGEST_BYTES), []
+    """Return the end of each whole block of tokens, and a digest of all tokens up to there."""
+    digest, blocks = hashlib.blake2b(digest_size=DIGEST_BYTES), []
     for end in range(BLOCK, len(token_ids) + 1, BLOCK):
-        digest.update(pack(token_ids[end - BLOCK : end]))
+        digest.update(pack_ids(token_ids[end - BLOCK : end]))
         blocks.append((end, digest.digest()))
     return blocks
 
 
 def _states(connection: sqlite3.Connection, condition: str = "TRUE", *values: object) -> list[StateRow]:
-    """The states with that condition, the one used last first, without rows that make no sense. Of one
-    conversation the beginning comes first, without which the rest is of no use.
+    """Return the valid states with this condition, the most recently used first. Of one conversation, the
+    first block comes first: later ones are useless without it.
     """
     order = "used DESC, n_tokens, rowid DESC"
     rows = connection.execute(f"{_ALL_STATES} WHERE {condition} ORDER BY {order}", values)
@@ -264,13 +274,13 @@ def _states(connection: sqlite3.Connection, condition: str = "TRUE", *values: ob
 
 def _read(row: Sequence[object]) -> StateRow | None:
     try:
-        return state_of(row)
+        return read_state(row)
     except DamagedRowError:
         return None
 
 
 def _record(connection: sqlite3.Connection, state: StateRow) -> bool:
-    """Add the row; False if the session is gone."""
+    """Add a row. Return False if the session does not exist any more."""
     if not _is_there(connection, state.session):
         return False
     connection.execute(
@@ -291,9 +301,65 @@ def _record(connection: sqlite3.Connection, state: StateRow) -> bool:
 
 
 def _note_use(database: Database, states: Iterable[StateRow]) -> None:
-    """All of them at one moment."""
+    """Set the time of last use of all `states` to now."""
     now = time.time()
     with database.write() as connection:
         connection.executemany(
             "UPDATE state SET used = ? WHERE file = ?", [(now, state.file) for state in states]
         )
+
+
+def states_folder(sessions: Path) -> Path:
+    """Return the folder of the states, given that of the sessions."""
+    return sessions / _FOLDER
+
+
+def _new_name() -> str:
+    """Return a new random name for a state's file."""
+    return f"{secrets.token_hex(8)}.state"
+
+
+def _part_of(final: Path) -> Path:
+    """Return the path of a state's file while it is written."""
+    return final.with_name(final.name + _PART)
+
+
+def _present(folder: Path) -> dict[str, str]:
+    """Return the files in the folder that belong to states, their parts and locks included, with the name of
+    the state.
+    """
+    try:
+        found = {path.name: _state_of(path.name) for path in folder.iterdir()}
+    except OSError:
+        return {}
+    return {name: final for name, final in found.items() if is_state_file(final)}
+
+
+def remove_states(folder: Path, names: Iterable[object]) -> None:
+    """Remove the files of states, also unfinished ones, and ignore other names. `tidy` tries again to remove
+    files that cannot be removed now.
+    """
+    for name in names:
+        if isinstance(name, str) and is_state_file(name.removesuffix(_PART)):
+            try:
+                (folder / name).unlink(missing_ok=True)
+            except OSError:
+                continue
+
+
+def _digest_of(path: Path) -> tuple[int, bytes]:
+    """Return the size and the digest of a file."""
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    n_bytes = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            n_bytes += len(chunk)
+    return n_bytes, digest.digest()
+
+
+def _state_of(name: str) -> str:
+    """Return the name of the state that a file belongs to."""
+    if name.startswith(".") and name.endswith(".lock"):
+        return name.removeprefix(".").removesuffix(".lock")
+    return name.removesuffix(_PART)
