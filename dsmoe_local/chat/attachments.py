@@ -1,11 +1,11 @@
-"""Text files inside messages: `@file` and /read. Finds, checks and frames them; sends nothing.
+"""Text files in messages: `@file` and /read.
 
-A file's content comes before the message, in a fence that it cannot close, with its name above: models read a
-question best behind what it is about. Line ends of Windows become plain ones.
+A file comes before the message, as a code block with the file's name above it: models answer best if the
+question follows the text. CR LF becomes LF.
 
-`@name` in a message attaches the file of that name. If there is none, it stays text, and is reported missing
-only if it is clearly meant as a path (see `_meant_as_path`). Fenced code is not searched. A backslash
-before the @ keeps it from naming a file, and is removed where it did so.
+`@name` in a message attaches the file `name`. If it does not exist, the word stays text, and is only reported
+if it is clearly meant as a path (see `_meant_as_path`). Code blocks are not searched. A backslash before the
+@ keeps the file from being attached, and is then removed.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsmoe_local.base.errors import FileError, UsageError
-from dsmoe_local.base.text import safe_line
+from dsmoe_local.base.text import count, safe_line
 from dsmoe_local.base.text_files import decode_text
-from dsmoe_local.chat import words
-from dsmoe_local.chat.frames import LONGEST_NAME, framed
 
 MAX_BYTES = 1 << 20
-# Not after what may be the beginning of an e-mail address. Fenced code comes first: it is skipped as a whole.
+_LONGEST_NAME = 1024
+_FRAME = re.compile(rf"([^\n]{{1,{_LONGEST_NAME}}}):\n(`{{3,}})\w*(?=\n)")
+# Not after a character of an e-mail address. Code blocks are matched first, so that they are skipped.
 _MENTION = re.compile(
     r"(?P<fenced>^ {0,3}(?:(?P<mark>`{3,})[^`\n]*|(?P<tildes>~{3,})[^\n]*)\n"
     r"(?:.*?^ {0,3}(?:(?P=mark)`*|(?P=tildes)~*)[ \t]*$|.*))"
     r"|\\?(?<![A-Za-z0-9._%+\-@])@"
-    rf'(?:"(?P<quoted>[^"\n]+)"|(?P<word>[^\s"]{{1,{LONGEST_NAME}}}))',
+    rf'(?:"(?P<quoted>[^"\n]+)"|(?P<word>[^\s"]{{1,{_LONGEST_NAME}}}))',
     re.DOTALL | re.MULTILINE,
 )
 _PATH_START = re.compile(r"(?:\.{0,2}|~[\w.-]*)/\w")
@@ -46,20 +46,20 @@ _LEADING_NAME = re.compile(r'"([^"\n]+)"(?=\s|$)|(\S+)')
 
 @dataclass(frozen=True, slots=True)
 class Attachment:
-    """A file's text, and its name as it was written in the message."""
+    """A text file. `name` as it was written in the message."""
 
     name: str
     text: str
 
     @property
     def framed(self) -> str:
-        """The text with its name, as the model reads it."""
+        """The file as it is put into the message."""
         return framed(self.name, self.text)
 
 
 @dataclass(frozen=True, slots=True)
 class Expanded:
-    """A message as it is sent, the files in it, and what was meant as one but is not there."""
+    """A message as it is sent, the files in it, and the names of files that do not exist."""
 
     text: str
     files: tuple[Attachment, ...] = ()
@@ -67,10 +67,10 @@ class Expanded:
 
 
 def expand(text: str, folder: Path | None = None) -> Expanded:
-    """`text` with the files that it mentions: `@notes.txt`, `@~/notes.txt`, `@"my notes.txt"`.
+    """Return `text` with the files that it mentions: `@notes.txt`, `@~/notes.txt`, `@"my notes.txt"`.
 
-    Names are relative to `folder` (None: the current one). An @word that is no file stays text; in place of a
-    mention stays the name. Raises what `read_attachment` does.
+    Names are relative to `folder` (None: the current one). A mention is replaced by the name. Raises what
+    `read_attachment` does.
     """
     files: dict[str, Attachment] = {}
     missing: list[str] = []
@@ -93,10 +93,7 @@ def expand(text: str, folder: Path | None = None) -> Expanded:
 
 
 def escaped(text: str, folder: Path | None = None, *, before: str = "") -> str:
-    """`text` with a backslash before each @ that would name a file, so that `expand` gives back `text`.
-
-    For text that is pasted: what is typed names files, code does not. `before` is what stands before it.
-    """
+    """Return pasted `text` with a backslash before each @ that would attach a file. `before` precedes it."""
 
     def escape(match: re.Match[str]) -> str:
         pasted = match.start() >= len(before)
@@ -106,17 +103,17 @@ def escaped(text: str, folder: Path | None = None, *, before: str = "") -> str:
 
 
 def split_name(argument: str, folder: Path | None = None) -> tuple[str, str]:
-    """The name of a file at the beginning of `argument`, and what follows it.
+    """Return the name of a file at the beginning of `argument`, and the text after it.
 
-    A name with spaces may be in double quotes; without them it is as short as a file's name can be. What is
-    no file's name at all is taken to its first space. UsageError without a name.
+    A name with spaces may be in double quotes. Without quotes, it is the shortest name that exists, or ends
+    at the first space. UsageError if there is no name.
     """
     match = _LEADING_NAME.match(argument)
     if match is None:
         raise UsageError("a file's name is missing")
     if match[1]:
         return match[1], argument[match.end() :].strip()
-    longest = argument[:LONGEST_NAME]
+    longest = argument[:_LONGEST_NAME]
     for end in (*(space.start() for space in re.finditer(r"\s", longest)), len(longest)):
         if os.path.isfile(_path(argument[:end], folder)):
             return argument[:end], argument[end:].strip()
@@ -124,12 +121,12 @@ def split_name(argument: str, folder: Path | None = None) -> tuple[str, str]:
 
 
 def read_attachment(name: str, folder: Path | None = None) -> Attachment:
-    """The text of a file. FileError if it cannot be read, FormatError if it is no text, UsageError if it is
+    """Read a text file. FileError if it cannot be read, FormatError if it is not text, UsageError if it is
     too large.
     """
     where = safe_line(name)
     try:
-        # A pipe without a writer would be waited for.
+        # Without O_NONBLOCK, opening a named pipe waits for a writer.
         descriptor = os.open(_path(name, folder), os.O_RDONLY | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -144,12 +141,12 @@ def read_attachment(name: str, folder: Path | None = None) -> Attachment:
 
 
 def describe(file: Attachment) -> str:
-    """What was read, for people."""
-    return f"read {safe_line(file.name, 120)}: {words.count(len(file.text), 'character')}"
+    """Return a line about a file that was attached."""
+    return f"read {safe_line(file.name, 120)}: {count(len(file.text), 'character')}"
 
 
 def _mentioned(match: re.Match[str], folder: Path | None) -> tuple[str, str, bool]:
-    """The name in a mention, what follows it, and whether there is such a file. No name: it mentions none."""
+    """Return the name in a match, the text after it, and whether the file exists; "" for no name."""
     if match["fenced"]:
         return "", "", False
     for name, rest in _candidates(match):
@@ -160,8 +157,8 @@ def _mentioned(match: re.Match[str], folder: Path | None) -> tuple[str, str, boo
 
 
 def _meant_as_path(word: str, folder: Path | None) -> str:
-    """The path that a word without a file is clearly meant as, or "": one that begins like a path, ends like
-    the name of a text file, or lies in a folder that exists.
+    """Return the path that a word is clearly meant as, or "": it begins like a path, ends like the name of a
+    text file, or its folder exists.
     """
     name = word.rstrip(".,;:!?)]}>'`")
     parent = os.path.dirname(name)
@@ -170,7 +167,7 @@ def _meant_as_path(word: str, folder: Path | None) -> str:
 
 
 def _candidates(match: re.Match[str]) -> Iterator[tuple[str, str]]:
-    """What the name could be, and what then follows it: sentences go on behind names."""
+    """Yield possible names and the text after each: a name may be followed by punctuation."""
     if match["quoted"]:
         yield match["quoted"], ""
         return
@@ -181,7 +178,7 @@ def _candidates(match: re.Match[str]) -> Iterator[tuple[str, str]]:
 
 
 def _ends_a_name(word: str, place: int) -> bool:
-    """Whether a name may end before this character: dots and such only where nothing of a name follows."""
+    """Return whether a name may end before this character."""
     character = word[place]
     if character in "._-~/":
         return character == "." and not any(letter.isalnum() for letter in word[place:])
@@ -189,5 +186,37 @@ def _ends_a_name(word: str, place: int) -> bool:
 
 
 def _path(name: str, folder: Path | None) -> str:
-    # Of os.path, not of pathlib, which raises: for `~nobody`, for names too long or with a NUL.
+    # os.path, since pathlib raises for `~nobody`, and for names that are too long or have a NUL.
     return os.path.join(folder or "", os.path.expanduser(name))
+
+
+def framed(name: str, text: str) -> str:
+    """Return the text of a file as it is put into a message."""
+    ending = Path(name).suffix.removeprefix(".")
+    return f"{name}:\n{in_fence(text, ending if ending.isalnum() else '')}"
+
+
+def in_fence(text: str, language: str = "") -> str:
+    """Return `text` as a code block whose fence is longer than any in it."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.removesuffix(chr(10))}\n{fence}"
+
+
+def without_files(message: str) -> str:
+    """Return a message for previews: with the names of attached files instead of their content."""
+    names: list[str] = []
+    rest = message
+    while (opening := _FRAME.match(rest)) is not None:
+        # The fence is longer than any in the file.
+        _, closing, behind = rest[opening.end() :].partition(f"\n{opening[2]}")
+        if not closing or (behind and not behind.startswith("\n\n")):
+            break
+        names.append(f"[{opening[1]}]")
+        rest = behind.removeprefix("\n\n")
+    return " ".join([*names, rest.strip()]).strip() if names else message
+
+
+def preview(message: str, limit: int) -> str:
+    """Return the beginning of a message on one line of at most `limit` characters of safe text."""
+    return safe_line(without_files(message).strip(), limit)

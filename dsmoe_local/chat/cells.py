@@ -1,8 +1,8 @@
-"""How many cells text takes, where terminals differ: joined emoji, flags, marks of Indic scripts.
+"""The width of text in terminal cells, for characters whose width depends on the terminal.
 
-A joined family is one emoji of two cells in some terminals, four emoji in others, four cells wide in tmux.
-`most_cells` is for what must not reach beyond an edge. Where the exact number of cells matters, text has to
-be `is_certain`.
+Terminals differ in joined emoji, flags and the vowel signs of Indic scripts: an emoji of a family takes two
+cells in some, eight in others. `most_cells` is for text that must not be wider than its place. Where the
+exact width matters, `is_certain` tells whether all terminals agree.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from collections.abc import Iterator
 from rich.cells import get_character_cell_size
 
 _EMOJI_STYLE = "\ufe0f"
-# Letters of flags, and skin tones: two cells each where they are not joined.
+# Regional indicators and skin tones: two cells each, unless the terminal joins them.
 _JOINED = "\U0001f1e6-\U0001f1ff\U0001f3fb-\U0001f3ff"
 _TWO_CELLS = re.compile(f"[{_JOINED}]")
-# These, joiners, selectors of style, and what is newer than the tables of some terminals.
+# These, joiners, variation selectors, and emoji that the tables of some terminals lack.
 _UNCERTAIN = re.compile(f"[{_JOINED}\u200d\ufe0e\ufe0f\U0001fa70-\U0001faff]")
 
 
 def most_cells(text: str) -> int:
-    """The most cells that a terminal may take for `text`, on one line."""
+    """Return the most cells that a line may take in any terminal."""
     return len(text) if text.isascii() else sum(size for _, size in sized(text))
 
 
 def sized(text: str) -> Iterator[tuple[str, int]]:
-    """The characters of `text`, each with the most cells that it may add."""
+    """Yield the characters of `text`, each with the most cells that it may take."""
     last = 0
     for character in text:
         if character == _EMOJI_STYLE:
@@ -41,7 +41,7 @@ def sized(text: str) -> Iterator[tuple[str, int]]:
 
 
 def is_certain(text: str) -> bool:
-    """Whether all terminals take the same cells for `text`."""
+    """Return whether `text` has the same width in all terminals."""
     if text.isascii():
         return True
     return not _UNCERTAIN.search(text) and "Mc" not in map(unicodedata.category, text)

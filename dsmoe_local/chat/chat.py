@@ -1,7 +1,4 @@
-"""One chat: a conversation with its screen, its session and its commands. Takes one input after another.
-
-How keys are read and things drawn is `terminal`'s concern, what a reply consists of `conversation`'s.
-"""
+"""One chat: handles inputs, and connects a conversation with its screen, session and commands."""
 
 from __future__ import annotations
 
@@ -13,35 +10,35 @@ from dataclasses import replace
 from dsmoe_local.base.config_file import ConfigFile
 from dsmoe_local.base.errors import DsmoeError, InterruptedRunError, UsageError
 from dsmoe_local.base.paths import absolute
-from dsmoe_local.base.text import safe_line
-from dsmoe_local.chat import attachments, blocks, words
-from dsmoe_local.chat.cache_keeper import CacheKeeper
+from dsmoe_local.base.text import count, safe_line
+from dsmoe_local.chat import attachments, multiline, notices
+from dsmoe_local.chat.attachments import preview
 from dsmoe_local.chat.commands import table
 from dsmoe_local.chat.context import MadeRoom
 from dsmoe_local.chat.conversation import Asked, Conversation, Reply
-from dsmoe_local.chat.drafts import Drafts
 from dsmoe_local.chat.experts_view import ExpertsView
-from dsmoe_local.chat.frames import preview
-from dsmoe_local.chat.recall import recall
+from dsmoe_local.chat.notices import recall
+from dsmoe_local.chat.saving import CacheKeeper, Drafts
 from dsmoe_local.chat.session_settings import SessionSettings, differences
 from dsmoe_local.chat.settings import OnFull
 from dsmoe_local.chat.store.sessions import Session, SessionStore
 from dsmoe_local.chat.terminal.screen import ReplyView, Screen, Status
 from dsmoe_local.chat.turns import Role, Transcript
-from dsmoe_local.engine.errors import EngineCrashError
+from dsmoe_local.engine.errors import EngineCrashError, PromptError
 from dsmoe_local.engine.types import FinishReason, TokenEvent
 
 _NEARLY_FULL = 0.85
 _REST_SECONDS = 30.0
-"""So long after the last reply the cache is kept: the next message may be near before that."""
-_LAST_WAIT = 60.0  # seconds that leaving waits for what is being done
-_MANY_TOKENS = 1024  # a cache that takes seconds to write
+"""The KV cache is stored when the chat has been idle for this time."""
+_LAST_WAIT = 60.0  # seconds that leaving waits for the current work
+_MANY_TOKENS = 1024  # storing a larger cache takes seconds, and is announced
 
 
 class Chat:
-    """What commands act on (see commands.declare.Chat).
+    """A chat. Commands see it as commands.declare.Chat.
 
-    `take` runs in one thread, `cancel`, `kill` and `status` in any; a timer of its own keeps the cache.
+    `take` runs in one thread; `cancel`, `kill` and `status` may be called from any. A timer thread stores the
+    KV cache.
     """
 
     def __init__(
@@ -56,7 +53,7 @@ class Chat:
         fixed: Set[str] = frozenset(),
         stats: bool = False,
     ) -> None:
-        """`fixed` names the settings that the command line gave: they outweigh those of a session."""
+        """`fixed` names the settings given on the command line, which replace those of a session."""
         self.conversation = conversation
         self.screen = screen
         self.config = config
@@ -71,7 +68,7 @@ class Chat:
         self._warned = False
         self._tokens_per_second = 0.0  # of the last reply of this engine process
         self._cancelled = threading.Event()
-        # Held while an input is taken, or the cache is kept.
+        # Held while an input is handled or the cache is stored.
         self._working = threading.Lock()
         self._rest: threading.Timer | None = None
         self._keeping = False
@@ -85,16 +82,16 @@ class Chat:
         own_model: bool = False,
         experts: bool = False,
     ) -> None:
-        """Greet, and go on with `session`, or with a new one called `name`. Before anything is taken.
+        """Greet the user, and open `session`, or a new one called `name`. Must be called before `take`.
 
-        `system` takes the place of the session's own text; `own_model`: the model was loaded for its sake.
+        `system` replaces the session's system text. `own_model`: the model is that of the session.
         """
         info = self.conversation.engine.info
         head = (info.name, info.type, f"{info.n_context:,} tokens of context", "/help")
         self.screen.notice(" · ".join(filter(None, head)))
         if self.conversation.completes:
             self.screen.notice(
-                "a base model without a chat template: it completes your text; Enter alone goes on"
+                "a base model without a chat template: it completes your text; Enter alone continues"
             )
         if session is not None:
             self.adopt(session, system, own_model=own_model)
@@ -109,14 +106,14 @@ class Chat:
             self.experts.switch(True)
 
     def advise(self) -> None:
-        """The quiet warning of a system text that the model was not trained with."""
-        if self.conversation.system and words.advises_against_system(self.conversation.engine.info):
+        """Show a note if the model was not trained with a system text, and there is one."""
+        if self.conversation.system and notices.advises_against_system(self.conversation.engine.info):
             self.screen.notice(
-                "note: DeepSeekMoE's authors advise against a system text: it was trained without"
+                "note: DeepSeekMoE was trained without a system text; its authors advise against one"
             )
 
     def take(self, text: str) -> bool:
-        """One input: a command, or a message to answer. Errors are shown. False: the chat ends."""
+        """Handle one input, a command or a message, and show errors. Return False if the chat ends."""
         self._cancelled.clear()
         self._call_off_rest()
         self._stop_keeping()
@@ -128,9 +125,11 @@ class Chat:
                 self.screen.notice("[stopped]")
             except EngineCrashError as error:
                 self.screen.error(error)
-                self.screen.notice("the conversation is kept; the next message loads the model again")
+                self.screen.notice("the conversation is saved; the next message loads the model again")
             except DsmoeError as error:
                 self.screen.error(error)
+                if isinstance(error, PromptError):
+                    self._suggest_room()
         if not self.finished:
             self._rest = threading.Timer(_REST_SECONDS, self.rest)
             self._rest.daemon = True
@@ -138,9 +137,9 @@ class Chat:
         return not self.finished
 
     def close(self, *, keep: bool = True) -> None:
-        """Keep the cache for the next time; Ctrl-C leaves it out. No reply runs any more.
+        """Store the KV cache, unless Ctrl-C or `keep` says not to. No reply may be running.
 
-        `keep` False: a signal ends the chat, and leaves no time for it.
+        `keep` is False if a signal ends the chat.
         """
         self._call_off_rest()
         self._stop_keeping()
@@ -149,48 +148,47 @@ class Chat:
                 self._keep_again()
                 self._keep_cache(self._tell_of_keeping)
             except KeyboardInterrupt:
-                self.screen.notice("the cache is not kept: the conversation is read again when it goes on")
+                self.screen.notice(
+                    "the cache is not stored: the conversation is read again when it is continued"
+                )
             finally:
                 self._working.release()
 
     def cancel(self) -> None:
-        """End the running reply, or what will be one in a moment; from any thread or a signal handler."""
+        """Stop the running or starting reply. May be called from any thread and from signal handlers."""
         self._cancelled.set()
         self._stop_keeping()
         self.conversation.cancel()
 
     def kill(self) -> None:
-        """End the engine, which did not answer `cancel`; from any thread."""
+        """Kill the engine, which did not react to `cancel`. May be called from any thread."""
         self.conversation.engine.kill()
 
     def send(self, text: str) -> None:
-        """Have a message answered; files that it names with @ are put in."""
+        """Send a message, with the files that it mentions as @file, and show the reply."""
         expanded = attachments.expand(text)
         for file in expanded.files:
             self.screen.notice(attachments.describe(file))
         for name in expanded.missing:
-            self.screen.notice(f"note: there is no file {safe_line(name, 80)}: sent as text")
+            self.screen.notice(f"note: {safe_line(name, 80)} does not exist and is sent as text")
         if self.conversation.unanswered:
             gone = preview(self.conversation.turns[-1].content, 50)
-            self.screen.notice(f"note: your message before this one had no reply and leaves: {gone}")
+            self.screen.notice(f"note: this replaces your last message, which has no reply: {gone}")
         self.show_reply(lambda conversation: conversation.send(expanded.text))
 
     def show_reply(self, action: Callable[[Conversation], Reply], after: str = "") -> None:
-        """Print the reply whose events `action` returns; afterwards it is durable.
-
-        `after` is the text that the reply goes on with, if it does.
-        """
+        """Show and save the reply whose events `action` returns. `after` is the text that it continues."""
         conversation = self.conversation
         if not conversation.engine.alive:
             self.screen.notice("loading the model again")
             self._tokens_per_second = 0.0
         events = action(conversation)
         if self._cancelled.is_set():
-            # Before there was a reply to cancel.
+            # Cancelled before there was a reply.
             conversation.cancel()
         try:
             self.experts.reply_begins()
-            # Closed before anything is saved: what came of a reply that breaks off is its turn by then.
+            # `closing` adds an interrupted reply to the turns before they are saved.
             with closing(events), self.screen.reply(after) as view:
                 self._show(events, view, goes_on=bool(after))
         finally:
@@ -199,10 +197,10 @@ class Chat:
             finally:
                 self._save_whatever_happened()
         self._tokens_per_second = 0.0 if conversation.usage is None else conversation.usage.tokens_per_second
-        self._remark()
+        self._comment()
 
     def save(self) -> None:
-        """Make durable what changed in the conversation."""
+        """Save changes of the conversation."""
         if self.sessions is None or (self.session is None and not self.conversation.turns):
             return
         session = self.current_session(self.sessions)
@@ -211,7 +209,7 @@ class Chat:
             self.screen.notice(note)
 
     def current_session(self, sessions: SessionStore) -> Session:
-        """The session of this chat, which begins to exist here if need be."""
+        """Return the session of this chat, which is created if need be."""
         if self.session is None:
             info = self.conversation.engine.info
             self.session = sessions.create(info.name, info.vocabulary, self.conversation.system)
@@ -219,7 +217,7 @@ class Chat:
         return self.session
 
     def adopt(self, session: Session | None, system: str = "", *, own_model: bool = False) -> None:
-        """Go on with another session (None: a new one), once this one is saved; turns and cache are loaded.
+        """Save this session and open another one (None: a new one) with its turns, settings and KV cache.
 
         `system` and `own_model` as for `begin`.
         """
@@ -240,7 +238,9 @@ class Chat:
         if session is None:
             return
         if session.model != info.name:
-            self.screen.notice(f"its replies were {safe_line(session.model, 60)}'s; {info.name} goes on")
+            self.screen.notice(
+                f"the replies so far are from {safe_line(session.model, 60)}; {info.name} continues"
+            )
         session.model, session.model_path = info.name, str(absolute(info.path))
         restored = [f"model {safe_line(info.path.name, 60)}"] if own_model else []
         if session.settings is not None:
@@ -248,22 +248,22 @@ class Chat:
             restored += differences(self.conversation.settings, settings)
             self.conversation.settings = settings
         if restored:
-            self.screen.notice(f"as before in this session: {', '.join(restored)}")
+            self.screen.notice(f"restored from this session: {', '.join(restored)}")
         if self._caches is not None:
             self._caches.restore(self.conversation, session)
 
     def recall(self) -> None:
-        """Show the last message and reply of the session that goes on."""
+        """Show the last message and reply of the session."""
         if self.session is not None:
             recall(self.screen, self.conversation, self.session.name)
 
     def rest(self) -> None:
-        """Nothing has been asked for a while: the cache is kept, until something is."""
+        """Store the KV cache, since the chat is idle. The next input interrupts it."""
         if not self._working.acquire(blocking=False):
             return
         try:
             self._keep_again()
-            if self._rest is not None:  # else something was asked in this moment
+            if self._rest is not None:  # None: an input has just come
                 self._keep_cache(self._show_keeping)
         finally:
             if self._keeping:
@@ -271,7 +271,7 @@ class Chat:
             self._working.release()
 
     def status(self) -> Status:
-        """What the bottom bar shows; from any thread."""
+        """Return the content of the status line. May be called from any thread."""
         conversation, session = self.conversation, self.session
         info = conversation.engine.info
         return Status(
@@ -280,11 +280,11 @@ class Chat:
             n_used=conversation.n_used,
             n_context=info.n_context,
             tokens_per_second=self._tokens_per_second,
-            note="keeping the cache" if self._keeping else "",
+            note="storing the cache" if self._keeping else "",
         )
 
     def _take(self, text: str) -> None:
-        message = blocks.content(text)
+        message = multiline.content(text)
         if message is not None:
             if message.strip():
                 self.send(message)
@@ -292,14 +292,14 @@ class Chat:
         parsed = table.parse(text)
         if isinstance(parsed, table.Unknown):
             self.screen.notice(
-                f"/{safe_line(parsed.word, 40)} is no command; did you mean /{parsed.nearest}?"
+                f"/{safe_line(parsed.word, 40)} is not a command; did you mean /{parsed.nearest}?"
             )
         elif parsed is not None:
             command, argument = parsed
             if argument and not command.arguments:
                 raise UsageError(
-                    f"{text.split()[0]} takes nothing behind it",
-                    remedy=f"a message that begins so can be sent between lines of {blocks.MARK}",
+                    f"{text.split()[0]} takes no argument",
+                    remedy=f"to send this as a message, put it between lines with {multiline.MARK}",
                 )
             command.run(self, argument)
         elif text.strip():
@@ -313,17 +313,17 @@ class Chat:
         end: TokenEvent | None = None
         for event in events:
             if isinstance(event, Asked):
-                # The question is on the disk before anything can happen to it.
+                # The message is saved before the reply can fail.
                 self.save()
                 self._drafts.begin()
                 continue
             if isinstance(event, MadeRoom):
-                view.note(f"[{words.made_room(event)}]")
+                view.note(f"[{notices.made_room(event)}]")
                 continue
             if event.progress is not None:
                 view.progress(event.progress.done, event.progress.total)
             end = event if event.finish_reason is not None else end
-            # The whitespace that a reply begins with belongs to the template.
+            # Spaces at the beginning of a reply belong to the template.
             text = event.text if begun or goes_on else event.text.lstrip()
             if text:
                 begun = True
@@ -336,14 +336,24 @@ class Chat:
         turns = self.conversation.turns
         complete = bool(turns) and turns[-1].role is Role.ASSISTANT and not turns[-1].unfinished
         if ending is FinishReason.CANCELLED and not begun and complete:
-            view.note("[stopped: the reply that was there stays]")
-        elif ending in words.ENDINGS:
-            view.note(f"[{words.ENDINGS[ending]}]")
+            view.note("[stopped: the old reply stays]")
+        elif ending in notices.ENDINGS:
+            view.note(f"[{notices.ENDINGS[ending]}]")
         elif not begun and ending is FinishReason.STOP:
-            view.note("[the model says nothing: /regen tries again]")
+            view.note("[the reply is empty: /regen tries again]")
+
+    def _suggest_room(self) -> None:
+        """Say how to make room in the context, if earlier messages take part of it."""
+        conversation = self.conversation
+        stops = conversation.settings.on_full is OnFull.STOP
+        if conversation.turns and stops and not conversation.completes:
+            self.screen.notice(
+                f"earlier messages take {count(conversation.n_used, 'token')}: /clear begins a new "
+                "conversation, /set on_full compact drops the oldest messages when the context is full"
+            )
 
     def _save_growing(self, view: ReplyView) -> None:
-        """Save what came of the reply so far, now and then. A disk that is full does not end the reply."""
+        """Save the reply so far, from time to time. A full disk does not end the reply."""
         if self.session is None:
             return
         session = self.session
@@ -355,24 +365,24 @@ class Chat:
         try:
             self._drafts.keep(lambda: self.conversation.growing, save)
         except DsmoeError as error:
-            view.note(f"[not stored yet: {error.what}]")
+            view.note(f"[not saved yet: {error.what}]")
 
     def _save_whatever_happened(self) -> None:
-        """Save after a reply. An error that is under way already matters more than one of the disk."""
+        """Save after a reply. Errors are shown, not raised: the reply itself may have failed."""
         try:
             self.save()
         except DsmoeError as error:
             self.screen.error(error)
 
-    def _remark(self) -> None:
-        """What is to be said after a reply."""
+    def _comment(self) -> None:
+        """Show statistics and warnings after a reply."""
         conversation = self.conversation
         if self._stats and conversation.usage is not None:
-            self.screen.notice(words.usage(conversation.usage))
+            self.screen.notice(notices.usage(conversation.usage))
         share = conversation.n_used / conversation.engine.info.n_context
         nearly = share >= _NEARLY_FULL and conversation.settings.on_full is OnFull.STOP
         if nearly and not self._warned and conversation.finish_reason is not FinishReason.CONTEXT_FULL:
-            self.screen.notice(words.nearly_full(share))
+            self.screen.notice(notices.nearly_full(share))
         self._warned = nearly
 
     def _keep_cache(self, tell: Callable[[int], None]) -> None:
@@ -380,14 +390,14 @@ class Chat:
             self._caches.keep(self.conversation, self.session, tell)
 
     def _tell_of_keeping(self, n_tokens: int) -> None:
-        """What somebody waits for."""
+        """Announce the storing of a large cache, which the user waits for."""
         if n_tokens >= _MANY_TOKENS:
-            self.screen.notice(f"keeping the cache of {words.count(n_tokens, 'token')}: Ctrl-C leaves it out")
+            self.screen.notice(f"storing the cache of {count(n_tokens, 'token')}: Ctrl-C skips it")
 
     def _show_keeping(self, n_tokens: int) -> None:
-        """In the bottom line; 0: not any more."""
+        """Show in the status line that a cache is being stored; 0: no longer."""
         self._keeping = n_tokens > 0
-        # Nothing is drawn beside a reply: this has the line drawn again.
+        # Draws the status line again.
         self.screen.live(None)
 
     def _stop_keeping(self) -> None:

@@ -1,7 +1,6 @@
-"""What of a conversation is in the context: its messages, its exact tokens, and what leaves when it is full.
+"""The part of a conversation that is in the context: its messages, its tokens, and how to make room.
 
-Plain functions of a transcript and an engine that tokenizes; what is said and kept is `conversation`'s
-concern.
+Functions of a transcript and a tokenizer, without state.
 """
 
 from __future__ import annotations
@@ -19,25 +18,25 @@ from dsmoe_local.engine.types import Message, Prompt, ends_with_reply
 
 @dataclass(frozen=True, slots=True)
 class MadeRoom:
-    """The context was full: `turns` left it (compact), or the oldest `n_tokens` behind the system text."""
+    """The context was full: `turns` (compact) or the oldest `n_tokens` (shift) were removed from it."""
 
     turns: tuple[Turn, ...] = ()
     n_tokens: int = 0
 
 
 def completes(engine: TextEngine) -> bool:
-    """Whether the model only completes text; then the context holds the last text and what came of it."""
+    """Return whether the model is a base model: its context holds the last text and its completion only."""
     return engine.info.template is None
 
 
 def messages(kept: Transcript) -> tuple[Message, ...]:
-    """What is in the context, but for tokens that were shifted out."""
+    """Return the messages in the context, including tokens that were shifted out."""
     system = [Message("system", kept.system)] if kept.system else []
     return (*system, *(turn.message for turn in kept.turns[kept.n_left_out :]))
 
 
 class Encoder:
-    """An engine as far as it tokenizes. What was asked once is known."""
+    """Tokenizes prompts, and caches the results."""
 
     def __init__(self, engine: TextEngine) -> None:
         self.info = engine.info
@@ -45,7 +44,7 @@ class Encoder:
         self._known: dict[Prompt, tuple[int, ...]] = {}
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        """The exact ids of `prompt`; a reply at its end is not closed."""
+        """Return the token ids of `prompt`. A reply at its end stays open."""
         ids = self._known.get(prompt)
         if ids is None:
             ids = self._engine.encode(prompt, continue_final_message=ends_with_reply(prompt))
@@ -54,7 +53,7 @@ class Encoder:
 
 
 def prompt(kept: Transcript, encoder: Encoder) -> Prompt:
-    """What the next reply is made from, or what the last one is part of."""
+    """Return the prompt for the next reply, or the one that ends with the last reply."""
     if encoder.info.template is None:
         return _text_to_complete(kept, encoder)
     said = messages(kept)
@@ -65,12 +64,12 @@ def prompt(kept: Transcript, encoder: Encoder) -> Prompt:
 
 
 def token_ids(kept: Transcript, encoder: Encoder) -> tuple[int, ...]:
-    """The exact ids of the context; none of a conversation without turns."""
+    """Return the token ids in the context; none without turns."""
     return encoder.encode(prompt(kept, encoder)) if kept.turns else ()
 
 
 def n_never_shifted(kept: Transcript, encoder: Encoder) -> int:
-    """Tokens at the beginning that are never shifted out: the start token, and the system text."""
+    """Return how many tokens at the beginning are never shifted out: BOS and the system text."""
     if not kept.system:
         return 1
     said = messages(kept)
@@ -84,14 +83,15 @@ def fitted(
     max_tokens: int | None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> tuple[Transcript, MadeRoom | None]:
-    """`kept` with room for a reply, where that is asked for, and what left it.
+    """Return `kept` with room for a reply, if `on_full` allows it, and what was removed for that.
 
-    Where nothing helps, since the last message alone is too long, nothing leaves; nor if it is `stopped`.
+    Nothing is removed if that cannot help, because the last message alone is too long, or once `stopped`
+    returns true.
     """
     if encoder.info.template is None:
         return kept, None
     if kept.n_shifted and kept.n_shifted > _most_shifted(kept, encoder):
-        # Gone back to before what was shifted out, or to a message that lost its beginning.
+        # /undo went back to before the tokens that were shifted out, or to a message that lost its beginning.
         kept = replace(kept, n_shifted=0)
     n_context = encoder.info.n_context
     wanted = n_context - min(max_tokens or n_context, n_context // 4)
@@ -104,11 +104,13 @@ def fitted(
 def compacted(
     kept: Transcript, encoder: Encoder, stopped: Callable[[], bool] = lambda: False
 ) -> tuple[Transcript, MadeRoom] | None:
-    """`kept` without its oldest messages and their replies, so that half of the context is free, and what
-    left it. The last message stays; None if there is no other, or it alone is too long, or once `stopped`.
+    """Remove the oldest messages and their replies, so that half of the context is free.
+
+    Returns the transcript and what was removed; None if the last message, which always stays, is the only one
+    or is too long, or once `stopped` returns true.
     """
     n_context = encoder.info.n_context
-    # Tokens that were shifted out are of what leaves now.
+    # Tokens that were shifted out before belong to the messages that are removed now.
     cuts = [
         replace(kept, n_left_out=index, n_shifted=0)
         for index in range(kept.n_left_out + 1, len(kept.turns))
@@ -116,7 +118,7 @@ def compacted(
     ]
     if not cuts:
         return None
-    # The less stays, the shorter it is: a few of the cuts are measured.
+    # Bisection, since later cuts leave fewer tokens: only a few are tokenized.
     first = bisect_left(
         cuts, True, key=lambda cut: stopped() or len(token_ids(cut, encoder)) <= n_context // 2
     )
@@ -127,7 +129,7 @@ def compacted(
 
 
 def _shifted(kept: Transcript, encoder: Encoder) -> tuple[Transcript, MadeRoom] | None:
-    """`kept` without what is oldest behind the system text, so that half of the context is free."""
+    """Shift the oldest tokens after the system text out, so that half of the context is free."""
     n_context = encoder.info.n_context
     n_ids = len(encoder.encode(messages(kept)))
     target = max(n_ids - n_context // 2, kept.n_shifted)
@@ -138,8 +140,8 @@ def _shifted(kept: Transcript, encoder: Encoder) -> tuple[Transcript, MadeRoom] 
 
 
 def _most_shifted(kept: Transcript, encoder: Encoder) -> int:
-    """The most tokens that may be shifted out: none of a message that waits for its reply, and not the end of
-    a reply that goes on.
+    """Return how many tokens may be shifted out: none of an unanswered message, nor of the end of a reply
+    that is continued.
     """
     said = messages(kept)
     n_kept = n_never_shifted(kept, encoder)

@@ -1,7 +1,4 @@
-"""The turns of one conversation and the replies to them, with exact token ids. Draws and stores nothing.
-
-What of it is in the context, and what leaves when that is full, is `context`'s concern.
-"""
+"""One conversation: its turns with exact token ids, and the replies to them. Draws and stores nothing."""
 
 from __future__ import annotations
 
@@ -23,20 +20,20 @@ from dsmoe_local.engine.types import FinishReason, Message, Request, TokenEvent,
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A reply begins; what it answers is in the transcript now, and may be made durable."""
+    """The first event of a reply: its message is in the transcript now and can be saved."""
 
 
 Event: TypeAlias = Asked | MadeRoom | TokenEvent
-"""What a reply consists of: Asked, then the others. Several of them may finish it: after making room it goes
-on, so the last one counts.
+"""The events of a reply: Asked, then the others. Several may have a finish reason, since a reply continues
+after MadeRoom: the last one counts.
 """
 Reply: TypeAlias = Generator[Event, None, None]
-"""A reply in the making. Close it, where it is not read to its end: what came is a turn then."""
+"""The events of a running reply. If it is closed early, the text so far becomes a turn."""
 
 
 @dataclass(slots=True)
 class _Growing:
-    """What came of the running reply. Its first `n_pieces` are exactly the text of its first `n_ids`."""
+    """The running reply so far. The text of its first `n_ids` tokens is exactly its first `n_pieces`."""
 
     pieces: list[str] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
@@ -46,7 +43,7 @@ class _Growing:
     def add(self, event: TokenEvent) -> None:
         self.pieces.append(event.text)
         if event.finish_reason is FinishReason.STOP and event.token_id is None:
-            # A stop string ended it: the ids reach beyond the text.
+            # A stop string ended it: the ids include text after the end.
             self.ids.clear()
         elif event.finish_reason is None and event.token_id is not None:
             self.ids.append(event.token_id)
@@ -54,13 +51,13 @@ class _Growing:
             self.n_pieces, self.n_ids = len(self.pieces), len(self.ids)
 
     def exact(self) -> tuple[str, tuple[int, ...]]:
-        """Text and ids from where it can go on, without what is held back at its end."""
+        """Return text and ids up to the last point where both are complete."""
         return "".join(self.pieces[: self.n_pieces]), tuple(self.ids[: self.n_ids])
 
 
 @dataclass(frozen=True, slots=True)
-class _Books:
-    """All that changes with a reply, to go back to if nothing comes of it."""
+class _State:
+    """Everything that a reply changes. It is restored if the reply is empty."""
 
     transcript: Transcript
     n_used: int = 0
@@ -69,19 +66,19 @@ class _Books:
 
 
 class Conversation:
-    """Messages with a model, in order; each reply keeps its token ids, so the KV cache stays valid.
+    """A conversation with a model. Replies keep their token ids, so that the KV cache stays valid.
 
-    Replies are iterators that do nothing before they are begun. If nothing comes of one, the conversation is
-    what it was before; but a new message stays, unanswered, unless it can have no answer.
+    Replies are lazy iterators. A reply without text leaves the conversation as it was, except that a new
+    message stays, unanswered, unless it cannot be answered at all.
     """
 
     def __init__(self, engine: ReloadableEngine, settings: ChatSettings, system: str = "") -> None:
         self.engine = engine
         self.settings = settings
         self.json_schema: str | None = None
-        """What replies are constrained to."""
-        self._books = _Books(Transcript(system=system))
-        # While a turn is being replaced: what is to be kept until there is another.
+        """The schema of all replies."""
+        self._state = _State(Transcript(system=system))
+        # The transcript to save while a turn is being replaced.
         self._replaced: Transcript | None = None
         self._growing: _Growing | None = None
         self._numbers = itertools.count(1)
@@ -89,106 +86,107 @@ class Conversation:
 
     @property
     def completes(self) -> bool:
-        """Whether the model only completes text."""
+        """Whether the model is a base model, which completes text."""
         return context.completes(self.engine)
 
     @property
     def turns(self) -> tuple[Turn, ...]:
-        """All turns, also those that left the context."""
-        return self._books.transcript.turns
+        """All turns, including those that are not in the context any more."""
+        return self._state.transcript.turns
 
     @property
     def system(self) -> str:
-        """The system text; empty for none."""
-        return self._books.transcript.system
+        """The system text, or empty."""
+        return self._state.transcript.system
 
     @property
     def n_used(self) -> int:
-        """Tokens of the context in use, as far as is known; counts on during a reply."""
-        return self._books.n_used
+        """The number of tokens in the context, as far as known. Increases during a reply."""
+        return self._state.n_used
 
     @property
     def usage(self) -> Usage | None:
-        """What the last reply took."""
-        return self._books.usage
+        """Tokens and time of the last reply."""
+        return self._state.usage
 
     @property
     def finish_reason(self) -> FinishReason | None:
-        """Why the last reply ended."""
-        return self._books.finish_reason
+        """The reason why the last reply ended."""
+        return self._state.finish_reason
 
     @property
     def unanswered(self) -> bool:
-        """Whether the last message has no reply, since that was stopped or failed before its first word."""
+        """Whether the last message has no reply, because it was stopped or failed before its first word."""
         return bool(self.turns) and self.turns[-1].role is Role.USER
 
     @property
     def transcript(self) -> Transcript:
-        """What is to be kept of it. A reply that is being replaced stays in it until there is another."""
-        return self._replaced or self._books.transcript
+        """The transcript to save. A reply that is being replaced stays in it until the new one ends."""
+        return self._replaced or self._state.transcript
 
     @property
     def growing(self) -> Transcript | None:
-        """What would be kept if the running reply broke off here; None if nothing would."""
+        """The transcript with the running reply so far; None if there is no text yet."""
         reply = self._growing
         if reply is None or not reply.n_ids:
             return None
         turns = self._turns_with(*reply.exact(), FinishReason.CANCELLED, None)
-        return replace(self._books.transcript, turns=turns)
+        return replace(self._state.transcript, turns=turns)
 
     def restore(self, transcript: Transcript) -> None:
-        """Go on with a kept conversation."""
+        """Continue a stored conversation."""
         usages = [turn.usage for turn in transcript.turns if turn.usage is not None]
         ending = transcript.turns[-1].ending if transcript.turns else None
-        self._books = _Books(transcript, 0, usages[-1] if usages else None, ending)
+        self._state = _State(transcript, 0, usages[-1] if usages else None, ending)
         self._recount()
 
     def set_system(self, text: str) -> None:
-        """Change the system text; empty for none."""
-        self._change(transcript=replace(self._books.transcript, system=text))
+        """Change the system text; empty removes it."""
+        self._change(transcript=replace(self._state.transcript, system=text))
         self._recount()
 
     def send(self, text: str) -> Reply:
-        """The reply to `text`. A message that was not answered gives way to it."""
+        """Return the reply to a new message, which replaces an unanswered one."""
         turns = self.turns[:-1] if self.unanswered else self.turns
         return self._reply((*turns, Turn(Role.USER, text)), new=True)
 
     def regenerate(self) -> Reply:
-        """Another reply to the last message. UsageError without one."""
-        return self._reply(self._up_to_question("there is nothing to answer again yet"))
+        """Return another reply to the last message. UsageError without a message."""
+        return self._reply(self._up_to_question("there is no message to answer yet"))
 
     def edit(self, text: str) -> Reply:
-        """The reply to `text` in place of the last message. UsageError without one."""
+        """Return the reply to `text`, which replaces the last message. UsageError without a message."""
         turns = self._up_to_question("there is no message to edit yet")
         return self._reply((*turns[:-1], Turn(Role.USER, text)))
 
     def go_on(self) -> Reply:
-        """The last reply, continued, or the reply to a message that has none.
+        """Continue the last reply, or answer an unanswered message.
 
-        UsageError without either, or if the model has ended the reply itself.
+        UsageError without turns, or if the model ended the reply itself.
         """
         if not self.turns:
             raise UsageError("there is no reply to continue yet")
         last = self.turns[-1]
         if not self.completes and last.token_ids and last.ending is FinishReason.STOP:
-            raise UsageError("the reply is complete", remedy="/regen answers again; or ask for more")
+            raise UsageError("the reply is complete", remedy="/regen generates another one; or ask for more")
         return self._reply(self.turns)
 
     def undo(self, n: int = 1) -> tuple[Turn, ...]:
-        """Take back the last `n` messages and their replies; returns them, perhaps fewer."""
+        """Remove at most `n` messages and their replies from the end, and return them."""
         questions = [index for index, turn in enumerate(self.turns) if turn.role is Role.USER]
         start = questions[-min(n, len(questions))] if questions else len(self.turns)
-        kept, gone = self._books.transcript, self.turns[start:]
+        kept, gone = self._state.transcript, self.turns[start:]
         if start <= kept.n_left_out:
             kept = replace(kept, n_left_out=0, n_shifted=0)
         self.restore(replace(kept, turns=kept.turns[:start], undone=(*gone, *kept.undone)))
         return gone
 
     def redo(self, n: int = 1) -> tuple[Turn, ...]:
-        """Bring back the next `n` messages that were undone, with their replies; returns them, perhaps fewer.
-        Whatever else is said after an undo ends this.
+        """Restore at most `n` messages that `undo` removed, with their replies, and return them.
+
+        A new message or reply discards what was removed.
         """
-        kept = self._books.transcript
+        kept = self._state.transcript
         ends = [place for place, turn in enumerate(kept.undone) if place and turn.role is Role.USER]
         end = [*ends, len(kept.undone)][min(n, len(ends) + 1) - 1]
         back = kept.undone[:end]
@@ -197,44 +195,44 @@ class Conversation:
         return back
 
     def clear(self) -> None:
-        """Forget all turns; the system text stays."""
+        """Remove all turns. The system text stays."""
         self.restore(Transcript(system=self.system))
 
     def cancel(self) -> None:
-        """End the reply that was asked for last; from any thread or a signal handler."""
+        """Stop the running reply. May be called from any thread and from signal handlers."""
         self._cancelled = True
-        # All: also a load that a crash made necessary, whoever waits for it.
+        # All requests: also the reload after a crash.
         self.engine.cancel_all()
 
     def last(self, role: Role) -> Turn | None:
-        """The last turn of that role."""
+        """Return the last turn of a role, or None."""
         return next((turn for turn in reversed(self.turns) if turn.role is role), None)
 
     def messages(self) -> tuple[Message, ...]:
-        """What of the conversation is in the context, but for tokens that were shifted out."""
-        return context.messages(self._books.transcript)
+        """Return the messages in the context, including tokens that were shifted out."""
+        return context.messages(self._state.transcript)
 
     def context_ids(self) -> tuple[int, ...]:
-        """The exact ids of the conversation so far; none without turns."""
-        return context.token_ids(self._books.transcript, context.Encoder(self.engine))
+        """Return the token ids in the context; none without turns."""
+        return context.token_ids(self._state.transcript, context.Encoder(self.engine))
 
-    def _up_to_question(self, complaint: str) -> tuple[Turn, ...]:
+    def _up_to_question(self, error: str) -> tuple[Turn, ...]:
         questions = [index for index, turn in enumerate(self.turns) if turn.role is Role.USER]
         if not questions:
-            raise UsageError(complaint)
+            raise UsageError(error)
         return self.turns[: questions[-1] + 1]
 
     def _change(
         self, *, transcript: Transcript | None = None, turns: tuple[Turn, ...] | None = None, n_used: int = -1
     ) -> None:
-        transcript = transcript or self._books.transcript
+        transcript = transcript or self._state.transcript
         if turns is not None:
             transcript = replace(transcript, turns=turns, undone=())
-        used = self._books.n_used if n_used < 0 else n_used
-        self._books = replace(self._books, transcript=transcript, n_used=used)
+        used = self._state.n_used if n_used < 0 else n_used
+        self._state = replace(self._state, transcript=transcript, n_used=used)
 
     def _recount(self) -> None:
-        """Count what is in the context; with the next reply, if the engine is not there to ask."""
+        """Count the tokens in the context. Without an engine, the next reply does."""
         n_used = 0
         if self.engine.alive:
             with suppress(EngineError):
@@ -246,8 +244,8 @@ class Conversation:
         return self._events(turns, new=new)
 
     def _events(self, asked: tuple[Turn, ...], *, new: bool) -> Reply:
-        """Answer `asked`. `new`: its last message is kept even without an answer."""
-        before, stays = self._books, new
+        """Yield the events of the reply to `asked`. `new`: its last message stays even without a reply."""
+        before, stays = self._state, new
         if not new and asked != before.transcript.turns:
             self._replaced = before.transcript
         self._change(turns=asked)
@@ -255,7 +253,7 @@ class Conversation:
             yield Asked()
             encoder = context.Encoder(self.engine)
             kept, room = context.fitted(
-                self._books.transcript,
+                self._state.transcript,
                 encoder,
                 self.settings.on_full,
                 self.settings.max_tokens,
@@ -269,7 +267,7 @@ class Conversation:
                 yield room
                 yield from self._run(encoder)
         except (EngineCrashError, InterruptedRunError):
-            # What was asked may well be answered next time.
+            # The message may be answered next time.
             raise
         except DsmoeError:
             stays = False
@@ -278,30 +276,30 @@ class Conversation:
             self._replaced = None
             if self.turns == asked and stays:
                 kept = replace(before.transcript, turns=asked)
-                self._books = replace(self._books, transcript=kept)
+                self._state = replace(self._state, transcript=kept)
             elif self.turns == asked:
-                self._books = before
+                self._state = before
 
     def _room_to_go_on(self, encoder: context.Encoder) -> MadeRoom | None:
-        """Where a reply was cut by the context and older messages may leave it: what does."""
+        """Remove old messages if the reply was cut by a full context. None if that is not possible."""
         compacts = self.settings.on_full is OnFull.COMPACT and not self.completes
         if not compacts or self._cancelled or self.finish_reason is not FinishReason.CONTEXT_FULL:
             return None
-        found = context.compacted(self._books.transcript, encoder, lambda: self._cancelled)
+        found = context.compacted(self._state.transcript, encoder, lambda: self._cancelled)
         if found is None:
             return None
         self._change(transcript=found[0])
         return found[1]
 
     def _run(self, encoder: context.Encoder) -> Reply:
-        """One request, and what came of it as a turn, also when an error or the reader ends it early."""
+        """Run one request. Its reply becomes a turn, also if an error or the caller ends it early."""
         reply = _Growing()
         if self._cancelled:
-            # While room was made for it.
+            # Cancelled while room was made.
             self._keep(reply, None)
             with suppress(EngineError):
-                # The encoder knows it already where room was looked for.
-                self._change(n_used=len(context.token_ids(self._books.transcript, encoder)))
+                # Usually cached by the encoder.
+                self._change(n_used=len(context.token_ids(self._state.transcript, encoder)))
             yield TokenEvent("", "", 0.0, finish_reason=FinishReason.CANCELLED)
             return
         request = self._request(encoder)
@@ -310,7 +308,7 @@ class Conversation:
         try:
             events = self.engine.submit(request)
             if self._cancelled:
-                # Before the engine knew of it.
+                # Cancelled before the engine knew the request.
                 self.cancel()
             self._change(n_used=len(request.prompt))
             for event in events:
@@ -327,7 +325,7 @@ class Conversation:
             self._keep(reply, end)
 
     def _shift(self, n_tokens: int) -> MadeRoom:
-        kept = self._books.transcript
+        kept = self._state.transcript
         self._change(
             transcript=replace(kept, n_shifted=kept.n_shifted + n_tokens), n_used=self.n_used - n_tokens
         )
@@ -335,10 +333,10 @@ class Conversation:
 
     def _request(self, encoder: context.Encoder) -> Request:
         shift = self.settings.on_full is OnFull.SHIFT and not self.completes
-        kept = self._books.transcript
+        kept = self._state.transcript
         return Request(
             f"chat-{next(self._numbers)}",
-            # The very ids that were counted: the engine need not find them again.
+            # Token ids instead of messages: they are known already.
             context.token_ids(kept, encoder),
             self.settings.sampling,
             max_tokens=self.settings.max_tokens,
@@ -349,18 +347,18 @@ class Conversation:
         )
 
     def _keep(self, reply: _Growing, end: TokenEvent | None) -> None:
-        """Make what came a turn. `end` None: the stream broke off."""
+        """Add the reply to the turns. `end` is None if it ended early."""
         usage = None if end is None else end.usage
         ending = FinishReason.CANCELLED if end is None else end.finish_reason
         text, ids = reply.exact() if end is None else ("".join(reply.pieces), tuple(reply.ids))
-        self._books = replace(self._books, usage=usage, finish_reason=ending)
+        self._state = replace(self._state, usage=usage, finish_reason=ending)
         if text or ids or ending is FinishReason.STOP:
             self._change(turns=self._turns_with(text, ids, ending, usage))
 
     def _turns_with(
         self, text: str, ids: tuple[int, ...], ending: FinishReason | None, usage: Usage | None
     ) -> tuple[Turn, ...]:
-        """The turns with a reply to the last message, or more of the last reply."""
+        """Return the turns with a new reply, or with more text in the last reply."""
         *before, last = self.turns
         if last.role is Role.USER:
             return (*self.turns, Turn(Role.ASSISTANT, text, ids, ending, usage))

@@ -1,7 +1,4 @@
-"""What the chat shows of the routed experts: live beside a reply, the picture behind it, sums of the session.
-
-The numbers are `experts.activity`'s, the drawing is `experts.panel`'s.
-"""
+"""Observes the routed experts during replies, and shows them: live, after each reply, and on request."""
 
 from __future__ import annotations
 
@@ -25,18 +22,17 @@ _LOOK_EVERY = 0.4  # seconds; a look takes some milliseconds of both processes
 
 
 class ExpertsView:
-    """Watches the routers of `engine` while replies run, once switched on.
+    """Counts the experts that the routers of `engine` choose, while it is switched on.
 
-    `reply` is what happened in the last reply, `session` in all since `forget` or the beginning, prompts
-    included, as far as it was watched. Counts survive a crash of the engine: only what the dead one had not
-    told is missing. `clock` counts seconds.
+    `reply` is the activity of the last reply, `total` that of all prompts and replies since `forget`. After a
+    crash of the engine, only what it had not reported yet is missing. `clock` returns seconds.
     """
 
     def __init__(self, engine: TextEngine, clock: Callable[[], float] = time.monotonic) -> None:
         self.engine = engine
         self.on = False
         self.reply = Activity()
-        self.session = Activity()
+        self.total = Activity()
         self._clock = clock
         self._latest = Activity()
         self._writing = False
@@ -44,20 +40,18 @@ class ExpertsView:
         self._crashes = 0
 
     def switch(self, on: bool) -> None:
-        """Watch, or no longer; what was seen stays. UsageError for a dense model, EngineError while a reply
-        runs.
-        """
+        """Start or stop observing; counts stay. UsageError for a dense model, EngineError during a reply."""
         if on and not self.engine.info.n_routed_experts:
-            raise UsageError("the model is dense: it has no experts to look at")
+            raise UsageError("the model is dense: it has no routed experts")
         self.engine.set_observers(OBSERVERS if on else ())
         self.on = on
 
     def forget(self) -> None:
-        """Begin anew, as for another session."""
-        self.reply, self.session = Activity(), Activity()
+        """Reset all counts, for another session."""
+        self.reply, self.total = Activity(), Activity()
 
     def reply_begins(self) -> None:
-        """Call before the request is made."""
+        """Must be called before the request."""
         if not self.on:
             return
         self.reply = Activity()
@@ -67,7 +61,7 @@ class ExpertsView:
         self._looked = -_LOOK_EVERY
 
     def reply_goes_on(self, screen: Screen, *, reading: bool = False) -> None:
-        """Call with every event; draws now and then. `reading`: the prompt is still, or again, being read."""
+        """Must be called with every event. Draws from time to time. `reading`: this is still the prompt."""
         if not self.on:
             return
         now = self._clock()
@@ -77,7 +71,7 @@ class ExpertsView:
         self._looked = now
         self._take()
         if turned:
-            # What came until here was the prompt's, what comes now is the reply's; or the other way round.
+            # The counts so far belong to the prompt, later ones to the reply; or the other way round.
             self._writing = not reading
         elif self._writing and not screen.plain:
             from dsmoe_local.experts.panel import live_panel
@@ -85,7 +79,7 @@ class ExpertsView:
             screen.live(live_panel(self.reply, screen.width, screen.height))
 
     def reply_ends(self, screen: Screen) -> None:
-        """Call when no more events come, for whatever reason."""
+        """Must be called after the last event, or when the reply fails."""
         if not self.on:
             return
         screen.live(None)
@@ -101,18 +95,18 @@ class ExpertsView:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Numbers of the layers that were seen."""
-        return tuple(layer.layer for layer in self.session.layers)
+        """The numbers of the layers that were observed."""
+        return tuple(layer.layer for layer in self.total.layers)
 
     def show(self, screen: Screen, *which: str) -> None:
-        """REPLY, SESSION or both: the pictures, and the first one's layers. UsageError if there is none."""
+        """Show heatmaps of REPLY, SESSION or both, and the layers of the first. UsageError without counts."""
         from dsmoe_local.experts.panel import panels, summary
         from dsmoe_local.experts.tables import layer_rows, layer_table
 
         parts = {name: activity for name, activity in self._seen().items() if name in which}
         if not parts:
             raise UsageError(
-                "the last reply was not watched, or too short", remedy="/experts session shows all"
+                "the last reply was not observed, or too short", remedy="/experts session shows all replies"
             )
         if screen.plain:
             for name, activity in parts.items():
@@ -123,7 +117,7 @@ class ExpertsView:
         screen.show(layer_table(next(iter(parts.values())), screen.width))
 
     def show_layer(self, screen: Screen, number: int) -> None:
-        """One layer's busiest experts. UsageError if there is no such layer, or nothing was seen."""
+        """Show the most used experts of a layer. UsageError without such a layer, or without counts."""
         from dsmoe_local.experts.tables import expert_rows, expert_table
 
         parts = {
@@ -134,38 +128,40 @@ class ExpertsView:
         }
         if not parts:
             first, last = self.layers[0], self.layers[-1]
-            raise UsageError(f"layer {number} has no routed experts", remedy=f"layers {first} to {last} have")
+            raise UsageError(
+                f"layer {number} has no routed experts", remedy=f"layers {first} to {last} have them"
+            )
         if screen.plain:
             screen.table(expert_rows(parts))
         else:
             screen.show(expert_table(parts, screen.width))
 
     def export(self, path: Path) -> None:
-        """Write the picture, or for `.json` the numbers, of the last reply and the session over `path`.
+        """Write the last reply and the session to `path`, as an SVG picture or as numbers (.json).
 
-        UsageError for another ending or where nothing was seen, FileError as the disk says.
+        UsageError for another ending or without counts, FileError if it cannot be written.
         """
         from dsmoe_local.experts.picture import write_picture
 
         write_picture(path, self.engine.info.name, self._seen())
 
     def _seen(self) -> dict[str, Activity]:
-        found = {REPLY: self.reply, SESSION: self.session}
-        if not self.session.tokens:
-            remedy = "send a message" if self.on else "/experts watches from the next reply on"
-            raise UsageError("no experts were seen yet", remedy=remedy)
+        found = {REPLY: self.reply, SESSION: self.total}
+        if not self.total.tokens:
+            remedy = "send a message" if self.on else "/experts observes them from the next reply on"
+            raise UsageError("no experts were observed yet", remedy=remedy)
         return {name: activity for name, activity in found.items() if activity.tokens}
 
     def _take(self) -> None:
-        """Look, and count what came since."""
+        """Fetch the counts, and add what is new."""
         now = self._look()
         if now is None:
             return
-        # Another process began to count at 0.
+        # A new process counts from 0.
         anew = self._n_crashes() != self._crashes or not now.follows(self._latest)
         since = now if anew else now - self._latest
         self._crashes, self._latest = self._n_crashes(), now
-        self.session += since
+        self.total += since
         if self._writing:
             self.reply += since
 

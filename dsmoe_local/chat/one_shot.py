@@ -11,10 +11,9 @@ from typing import TextIO
 
 from dsmoe_local.base.errors import DsmoeError, InterruptedRunError
 from dsmoe_local.base.text import safe_text
-from dsmoe_local.chat import words
+from dsmoe_local.chat import notices
 from dsmoe_local.chat.context import MadeRoom
 from dsmoe_local.chat.conversation import Asked, Conversation
-from dsmoe_local.chat.indented import IndentedJson
 from dsmoe_local.chat.terminal.signals import handling
 from dsmoe_local.engine.types import FinishReason
 
@@ -49,7 +48,7 @@ def answer(
         with handling({signal.SIGINT: _CancelOnce(conversation)}):
             for event in conversation.send(text):
                 if isinstance(event, MadeRoom):
-                    _note(notes, words.made_room(event))
+                    _note(notes, notices.made_room(event))
                 elif not isinstance(event, Asked):
                     written.add(event.text, trim=not conversation.completes)
     except BaseException:
@@ -60,7 +59,7 @@ def answer(
         written.write(_envelope(conversation, written.text, value))
     written.finish()
     if stats and conversation.usage is not None:
-        notes.write(words.usage(conversation.usage) + "\n")
+        notes.write(notices.usage(conversation.usage) + "\n")
     _conclude(conversation, notes, damaged=conversation.json_schema is not None and value is None)
 
 
@@ -154,3 +153,44 @@ def _conclude(conversation: Conversation, notes: TextIO, *, damaged: bool) -> No
 def _note(notes: TextIO, text: str) -> None:
     notes.write(f"note: {text}\n")
     notes.flush()
+
+
+_JSON_INDENT = "  "
+_OPENS, _CLOSES = "{[", "}]"
+_SPACES = " \t\r\n"
+
+
+class IndentedJson:
+    """Indents JSON while it is being generated, with one member or element on a line. Validates nothing."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._in_string = False
+        self._escaped = False
+        self._after_opening = False  # an empty object stays on one line
+
+    def feed(self, piece: str) -> str:
+        """Return what `piece` adds to the output."""
+        return "".join(map(self._lay_out, piece))
+
+    def _lay_out(self, character: str) -> str:
+        if self._in_string:
+            self._in_string = self._escaped or character != '"'
+            self._escaped = not self._escaped and character == "\\"
+            return character
+        if character in _SPACES:
+            return ""
+        empty, self._after_opening = self._after_opening, False
+        if character in _CLOSES:
+            self._depth = max(0, self._depth - 1)
+            return character if empty else self._line() + character
+        before = self._line() if empty else ""
+        if character in _OPENS:
+            self._depth += 1
+            self._after_opening = True
+        self._in_string = character == '"'
+        after = {",": self._line(), ":": " "}.get(character, "")
+        return before + character + after
+
+    def _line(self) -> str:
+        return "\n" + _JSON_INDENT * self._depth

@@ -1,4 +1,4 @@
-"""The settings of a session: what /set chose in it, kept with it, and what of that holds when it goes on."""
+"""Settings that are stored with a session, and restored when it is continued."""
 
 from __future__ import annotations
 
@@ -19,44 +19,46 @@ from dsmoe_local.chat.settings import (
 
 
 class SessionSettings:
-    """What a chat begins with, `base`, and which of these the command line gave: `fixed`, by name. Those
-    outweigh what a session was held with, until /set changes them, and are of this run alone.
+    """Restores the settings that /set changed in a session, on top of the chat's own (`base`).
+
+    The settings named in `fixed` come from the command line. They replace stored ones, until /set changes
+    them, and are not stored.
     """
 
     def __init__(self, base: ChatSettings, fixed: Set[str] = frozenset()) -> None:
         self._base = base
         self._fixed = frozenset(fixed)
-        self._outweighed: dict[str, Value] = {}
+        self._overridden: dict[str, Value] = {}
 
     def to_keep(self, settings: ChatSettings) -> dict[str, Value]:
-        """What is stored with the session, by the keys of the config file."""
+        """Return the settings to store with the session, by the keys of the config file."""
         self._fixed -= settings.chosen
         chosen = {SETTINGS[name].key: as_value(settings, name) for name in settings.chosen}
-        return self._outweighed | chosen
+        return self._overridden | chosen
 
     def leave(self) -> None:
-        """Another session goes on, or a new one."""
-        self._outweighed = {}
+        """Forget the stored settings of the session, for another one."""
+        self._overridden = {}
 
     def restored(self, kept: Mapping[str, Value]) -> ChatSettings:
-        """The settings of the session that goes on. What this version cannot read stays as it was kept."""
+        """Return the settings of a session, given the stored ones. Unknown ones are kept as they are."""
         settings = replace(self._base, chosen=frozenset())
         for key, value in kept.items():
             try:
                 name = setting_name(key)
                 changed = apply(settings, {key: value})
             except UsageError:
-                self._outweighed[key] = value
+                self._overridden[key] = value
                 continue
             if name in self._fixed:
-                self._outweighed[key] = value
+                self._overridden[key] = value
             else:
                 settings = changed
         return settings
 
 
 def differences(before: ChatSettings, after: ChatSettings) -> list[str]:
-    """The settings that differ, each with its new value, in words."""
+    """Return the settings that differ, each with its new value, as text."""
     return [
         f"{name} {in_words(after, name)}"
         for name in SETTINGS

@@ -1,4 +1,4 @@
-"""The turns of a conversation: plain data that the conversation, the store and exports share."""
+"""The turns of a conversation as plain data, shared by the conversation, the store and exports."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dsmoe_local.engine.types import FinishReason, Message, Usage
 
 
 class Role(StrEnum):
-    """Who said it. The system text is the conversation's, not a turn."""
+    """Who wrote a turn. The system text is not a turn."""
 
     USER = "user"
     ASSISTANT = "assistant"
@@ -17,10 +17,9 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A message, or the reply to one.
+    """A message or a reply.
 
-    Of a reply, `token_ids` are the exact ids (empty: not known, its text stands for it), `ending` says why it
-    ended and `usage` what it took.
+    A reply has its exact `token_ids` (empty: not known), the reason why it ended and its `usage`.
     """
 
     role: Role
@@ -31,22 +30,22 @@ class Turn:
 
     @property
     def message(self) -> Message:
-        """The turn as the engine takes it."""
+        """The turn as a message for the engine."""
         return Message(self.role, self.content, self.token_ids)
 
     @property
     def unfinished(self) -> bool:
-        """Whether it is a reply that was cut or stopped."""
+        """Whether this is a reply that was cut or stopped."""
         return self.role is Role.ASSISTANT and self.ending not in (None, FinishReason.STOP)
 
 
 @dataclass(frozen=True, slots=True)
 class Transcript:
-    """A conversation as it is kept: all its turns, and how many of the oldest have left the context.
+    """All turns of a conversation, and how much of it is no longer in the context.
 
-    `n_left_out` whole turns (compact), and `n_shifted` tokens behind the system text of what is left (shift).
-    A transcript may end with a message that has no reply yet. `undone` turns followed it before they were
-    taken back.
+    The first `n_left_out` turns are not in it (compact), nor the first `n_shifted` tokens after the system
+    text (shift). The last turn may be a message without a reply. `undone` are the turns that /redo
+    restores.
     """
 
     turns: tuple[Turn, ...] = ()

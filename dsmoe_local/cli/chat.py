@@ -272,11 +272,11 @@ def _converse(
     """Run the chat. `withheld` holds back keys that are typed before the input line is ready."""
     from dsmoe_local.base.config_file import ConfigFile, config_path
     from dsmoe_local.base.paths import data_folder
-    from dsmoe_local.chat.cache_keeper import CacheKeeper
     from dsmoe_local.chat.chat import Chat
     from dsmoe_local.chat.commands.completion import choices
     from dsmoe_local.chat.commands.table import COMMANDS
     from dsmoe_local.chat.conversation import Conversation
+    from dsmoe_local.chat.saving import CacheKeeper
     from dsmoe_local.chat.store.states import StateStore
     from dsmoe_local.chat.terminal import open_terminal
 

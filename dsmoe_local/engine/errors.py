@@ -38,8 +38,7 @@ def too_long(length: str, n_context: int) -> PromptError:
     """Return the error for a prompt that leaves no room for a reply. `length` includes its unit."""
     return PromptError(
         f"the message was not sent: the prompt has {length}, the context holds {n_context:,} tokens",
-        remedy="shorten it, or load with a longer context (-c); "
-        "in a chat, /clear or /set on_full shift makes room, too",
+        remedy="shorten it, or use a longer context (-c)",
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from support.fake_engine import FakeEngine
 
-from dsmoe_local.chat.cache_keeper import fingerprint
+from dsmoe_local.chat.saving import fingerprint
 
 
 @pytest.mark.parametrize("more", [{"n_experts_per_token": 2}, {"cache_type_v": "q8_0"}], ids=str)

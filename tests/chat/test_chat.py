@@ -11,8 +11,8 @@ from support.fake_engine import FakeEngine
 from support.talking import TalkingScreen, chat_with
 
 from dsmoe_local.base.errors import NoSpaceError
-from dsmoe_local.chat.cache_keeper import CacheKeeper
 from dsmoe_local.chat.chat import Chat
+from dsmoe_local.chat.saving import CacheKeeper
 from dsmoe_local.chat.store.sessions import SessionStore
 from dsmoe_local.chat.store.states import BLOCK, StateStore
 from dsmoe_local.chat.turns import Transcript
@@ -156,7 +156,7 @@ def test_stopped_regeneration_says_what_stays() -> None:
     chat.take("q")
     stop = True
     chat.take("/regen")
-    assert screen.notices[-1] == "[stopped: the reply that was there stays]"
+    assert screen.notices[-1] == "[stopped: the old reply stays]"
     assert [turn.content for turn in chat.conversation.turns] == ["q", "one"]
     chat.close()
 
@@ -223,7 +223,7 @@ def test_a_message_does_not_wait_for_the_cache(store: SessionStore, tmp_path: Pa
     asking[0].join()
     # The block that was being written, and none behind it.
     assert [count for _, count in engine.saved] == [BLOCK, 2 * BLOCK]
-    assert notes == ["keeping the cache"] * 2
+    assert notes == ["storing the cache"] * 2
     assert chat.status().note == ""
     assert len(screen.replies) == 2
     engine.meanwhile = lambda n_blocks: None
@@ -243,8 +243,8 @@ def test_leaving_tells_of_a_large_cache_and_can_leave_it_out(store: SessionStore
 
     engine.meanwhile = interrupt
     chat.close()
-    assert "keeping the cache of 1,500 tokens: Ctrl-C leaves it out" in screen.said
-    assert "the cache is not kept" in screen.said
+    assert "storing the cache of 1,500 tokens: Ctrl-C skips it" in screen.said
+    assert "the cache is not stored" in screen.said
     assert len(engine.saved) == 3
 
 
@@ -265,7 +265,7 @@ def test_ctrl_c_goes_on_to_the_other_session_at_once(store: SessionStore, tmp_pa
     chat.take("q" * 1000)
     engine.meanwhile = lambda n_blocks: chat.cancel()
     chat.take("/clear")
-    assert "keeping the cache of 1,500 tokens" in screen.said
+    assert "storing the cache of 1,500 tokens" in screen.said
     assert len(engine.saved) == 1
     assert chat.conversation.turns == ()
     chat.close()

@@ -53,7 +53,7 @@ def test_killed_chat_has_the_reply_so_far() -> None:
         os.kill(terminal.pid, signal.SIGKILL)
     (draft,) = drafts()
     with ScreenTerminal([*arguments, "--continue", "-n", "2"], lines=60) as terminal:
-        terminal.wait_screen(r"stopped: /continue goes on", 60)
+        terminal.wait_screen(r"stopped: /continue continues it", 60)
         terminal.send("/continue" + ENTER)
         terminal.wait_screen("cut at max_tokens", 120)
         terminal.send(CTRL_D)

@@ -60,7 +60,7 @@ def test_again_back_otherwise_and_on(chat: Start) -> None:
     say(terminal, "second", "\nsecond")
     say(terminal, "/regen", "\nsecond")
     say(terminal, "/edit", "changed")
-    say(terminal, "/undo", "taken back: “changed”")
+    say(terminal, "/undo", "removed: “changed”")
     say(terminal, "/fork other", "this is now other")
     say(terminal, "/context", "user ")
     terminal.check("chat_again", whole=True)
@@ -90,7 +90,7 @@ def test_in_a_folder_that_is_gone(tmp_path: Path) -> None:
         terminal.wait_screen(r"context \d")
         folder.rmdir()
         say(terminal, "hello", "\nhello")
-        say(terminal, "see @a.txt", r"no file a\.txt: sent as text\n\nsee @a\.txt")
+        say(terminal, "see @a.txt", r"a\.txt does not exist and is sent as text\n\nsee @a\.txt")
         say(terminal, "/read a.txt", "error: the file cannot be read")
         say(terminal, "/export a.md", "error: the export cannot be written")
         terminal.send("see @a\t")
@@ -118,7 +118,7 @@ def test_stopped_and_continued(chat: Start) -> None:
 def test_session_goes_on_after_kill_9(chat: Start) -> None:
     """Guards: a turn that was on the screen but not on the disk; a question lost with its reply."""
     terminal = chat()
-    say(terminal, "/save letters", "kept as letters")
+    say(terminal, "/save letters", "saved as letters")
     say(terminal, "alpha", "\nalpha")
     terminal.send("beta#gamma" + ENTER)
     terminal.wait_screen(r"gamma\n\nbeta")
@@ -158,7 +158,7 @@ def test_base_model(chat: Start) -> None:
         with suppress(AssertionError):
             terminal.wait_screen("onceonce", seconds=5)
             break
-    say(terminal, "/system Be brief.", "takes no system text")
+    say(terminal, "/system Be brief.", "no system text")
     terminal.check("chat_base")
 
 

@@ -36,12 +36,12 @@ def test_a_session_goes_on_with_its_model(tmp_path: Path) -> None:
     configured = {"DSMOE_MODEL": str(other)}
     with ScreenTerminal([*CHAT, "--continue", *TEMPLATE], configured) as terminal:
         shown = terminal.wait_screen(READY, 60)
-        assert "as before in this session: model mine.gguf, temperature 0.125, max_tokens 3" in shown
+        assert "restored from this session: model mine.gguf, temperature 0.125, max_tokens 3" in shown
     # What the command line says counts more.
     arguments = [*CHAT, "--continue", "-m", str(other), "--temp", "0.5", *TEMPLATE]
     with ScreenTerminal(arguments, columns=250) as terminal:
         shown = terminal.wait_screen(READY, 60)
-        assert "as before in this session: max_tokens 3" in shown
+        assert "restored from this session: max_tokens 3" in shown
         terminal.send("/show" + ENTER)
         terminal.wait_screen(r"file +\S*/other\.gguf")
     model.unlink()

@@ -52,30 +52,30 @@ def test_help_of_one_command() -> None:
         (["/undo"], "there is nothing to undo"),
         (
             ["a", "b", "/undo 2"],
-            "the last 2 messages and their replies; /redo 2 brings",
+            "2 messages and their replies; /redo 2 restores",
         ),
         (
             ["a", "b", "/undo 9", "/redo"],
-            "“a” and what was answered; 1 more message can be: /redo 1",
+            "“a” and its reply; /redo 1 restores 1 more message",
         ),
-        (["a", "b", "/undo 9", "/redo 9"], "back again: 2 messages and their replies"),
-        (["a", "/redo"], "there is nothing to bring back"),
-        (["a", "/undo", "b", "/redo"], "there is nothing to bring back"),
+        (["a", "b", "/undo 9", "/redo 9"], "restored: 2 messages and their replies"),
+        (["a", "/redo"], "there is nothing to redo"),
+        (["a", "/undo", "b", "/redo"], "there is nothing to redo"),
         (["a", "/redo x"], "/redo takes a number"),
         (["a", "/undo x"], "/undo takes a number"),
         (["a", "/undo ²"], "/undo takes a number"),
         (["a", "/undo " + "9" * 5000], "/undo takes a number"),
-        (["/exit strategies for startups"], "/exit takes nothing behind it"),
+        (["/exit strategies for startups"], "/exit takes no argument"),
         (["a", "/continue"], "the reply is complete"),
         (["/SYSTEM"], "no system text"),
         (["/edit"], "there is no message to edit yet"),
-        (["a", "/edit"], "the message is as it was"),
+        (["a", "/edit"], "the message was not changed"),
         (["/editor"], "nothing was written"),
-        (["/regen"], "there is nothing to answer again yet"),
+        (["/regen"], "there is no message to answer yet"),
         (["/continue"], "there is no reply to continue yet"),
         (["/system Be\x1b[2J brief.", "/system"], "system: Be\N{SYMBOL FOR ESCAPE}[2J brief."),
         (["/system x", "/system off"], "no system text"),
-        (["/show prompt"], "nothing is in the context yet"),
+        (["/show prompt"], "the context is empty"),
         (["/show nonsense"], "/show takes info, parameters, template, prompt"),
         (["/show"], "routed experts  6 of 64"),
         (["/show template"], "{{ messages }}"),
@@ -84,8 +84,8 @@ def test_help_of_one_command() -> None:
         (["/tokens hé"], "3 tokens"),
         (["/stats"], "no reply yet"),
         (["a", "b", "/stats"], "all replies: 2 tokens"),
-        (["/save x"], "nothing is kept of this chat"),
-        (["/frobnicate"], "/frobnicate is no command; did you mean /help?"),
+        (["/save x"], "this chat is not stored"),
+        (["/frobnicate"], "/frobnicate is not a command; did you mean /help?"),
     ],
     ids=str,
 )
@@ -137,7 +137,7 @@ def test_crash_is_told_and_the_next_message_goes_on() -> None:
     chat, screen = chat_with(engine)
     take(chat, "a", "/continue")
     assert screen.notices[-2:] == [
-        "the conversation is kept; the next message loads the model again",
+        "the conversation is saved; the next message loads the model again",
         "loading the model again",
     ]
     assert screen.replies == ["", "user: a"]
@@ -175,5 +175,5 @@ def test_a_message_without_a_reply_does_not_leave_silently() -> None:
     chat, screen = chat_with(FakeEngine())
     chat.conversation.restore(Transcript(turns=(Turn(Role.USER, "a long question"),)))
     chat.send("another")
-    assert any("had no reply" in notice and "a long question" in notice for notice in screen.notices)
+    assert any("has no reply" in notice and "a long question" in notice for notice in screen.notices)
     chat.close()

@@ -14,7 +14,7 @@ from support.talking import chat_with
 
 from dsmoe_local.base.errors import NoSpaceError
 from dsmoe_local.chat.conversation import Conversation
-from dsmoe_local.chat.drafts import Drafts
+from dsmoe_local.chat.saving import Drafts
 from dsmoe_local.chat.settings import ChatSettings
 from dsmoe_local.chat.store.sessions import SessionStore
 from dsmoe_local.chat.turns import Transcript, Turn
@@ -104,7 +104,7 @@ def test_chat_goes_on_with_what_was_stored(store: SessionStore, other: SessionSt
             # As after a kill: another program begins while nothing more is written.
             chat, screen = chat_with(FakeEngine(replies=["ef"]), other, drafts=Always())
             chat.begin(other.latest())
-            assert "stopped: /continue goes on" in screen.said
+            assert "stopped: /continue continues it" in screen.said
             chat.take("/continue")
             chat.close()
             copies.append(stored(other))
@@ -165,7 +165,7 @@ def test_full_disk_ends_no_reply(store: SessionStore, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(session, "save", fail)
     chat.take("q")
-    assert screen.notices == ["[not stored yet: the disk is full]"]
+    assert screen.notices == ["[not saved yet: the disk is full]"]
     assert attempts == 1
     assert stored(store).turns[-1].content == "abcdef"
     chat.close()

@@ -126,11 +126,11 @@ def test_a_reply_is_what_was_written_and_a_session_all(watching: Stage) -> None:
     """Guards: a long prompt that hides the reply, and counts of former replies in the next."""
     watching.see(9)
     watching.exchange(20, 5)
-    assert (watching.view.reply.tokens, watching.view.session.tokens) == (5, 25)
+    assert (watching.view.reply.tokens, watching.view.total.tokens) == (5, 25)
     watching.exchange(30, 7)
-    assert (watching.view.reply.tokens, watching.view.session.tokens) == (7, 62)
+    assert (watching.view.reply.tokens, watching.view.total.tokens) == (7, 62)
     expected = observation(ALL[9:71])["layers"]
-    for found, layer in zip(watching.view.session.layers, expected, strict=True):
+    for found, layer in zip(watching.view.total.layers, expected, strict=True):
         assert list(found.counts) == layer["counts"]
 
 
@@ -151,7 +151,7 @@ def test_reading_is_no_writing(watching: Stage) -> None:
 def test_what_is_read_again_is_not_written(watching: Stage) -> None:
     """Guards: a conversation that makes room, and is read again, in the middle of a reply."""
     watching.exchange(10, 4, during=lambda index: read_again(watching) if index == 1 else None)
-    assert (watching.view.reply.tokens, watching.view.session.tokens) == (4, 34)
+    assert (watching.view.reply.tokens, watching.view.total.tokens) == (4, 34)
 
 
 def read_again(stage: Stage) -> None:
@@ -209,11 +209,11 @@ def test_counts_survive_a_crash(watching: Stage) -> None:
 
     watching.exchange(10, 3, during=die)
     # The dead process did not tell of its last token.
-    assert (watching.view.reply.tokens, watching.view.session.tokens) == (2, 14 + 12)
+    assert (watching.view.reply.tokens, watching.view.total.tokens) == (2, 14 + 12)
     watching.engine.dead, watching.engine.seen = False, []
     watching.engine.crashes += 1
     watching.exchange(10, 6)
-    assert (watching.view.reply.tokens, watching.view.session.tokens) == (6, 14 + 12 + 16)
+    assert (watching.view.reply.tokens, watching.view.total.tokens) == (6, 14 + 12 + 16)
 
 
 def test_a_new_process_that_saw_more_is_a_new_process(watching: Stage) -> None:
@@ -225,7 +225,7 @@ def test_a_new_process_that_saw_more_is_a_new_process(watching: Stage) -> None:
     watching.see(7)
     watching.view.reply_ends(watching.as_screen)
     assert watching.view.reply.tokens == 12
-    assert watching.view.session.tokens == 5 + 12
+    assert watching.view.total.tokens == 5 + 12
 
 
 def test_a_dense_model_says_so(stage: Stage) -> None:
@@ -271,10 +271,10 @@ def test_commands_show_what_they_say(watching: Stage) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("/experts everything", "what is that"),
-        ("/experts layer", "takes a layer's number"),
-        ("/experts layer -1", "takes a layer's number"),
-        ("/experts layer ²", "takes a layer's number"),
+        ("/experts everything", "does not take"),
+        ("/experts layer", "takes the number of a layer"),
+        ("/experts layer -1", "takes the number of a layer"),
+        ("/experts layer ²", "takes the number of a layer"),
         ("/experts layer 4", "layers 1 to 3 have"),
     ],
 )
@@ -294,7 +294,7 @@ def test_nothing_seen_yet_is_no_empty_picture(stage: Stage, tmp_path: Path) -> N
         lambda: stage.view.export(tmp_path / "experts.svg"),
     ]
     for action in actions:
-        with pytest.raises(UsageError, match="no experts were seen yet"):
+        with pytest.raises(UsageError, match="no experts were observed yet"):
             action()
     assert list(tmp_path.iterdir()) == []
 
@@ -338,7 +338,7 @@ def test_another_session_begins_at_nothing(watching: Stage) -> None:
     watching.exchange(10, 5)
     watching.view.forget()
     watching.exchange(3, 2)
-    assert watching.view.session.tokens == 5
+    assert watching.view.total.tokens == 5
 
 
 def test_active_says_what_it_costs_before_it_does_it(watching: Stage) -> None:
@@ -350,8 +350,8 @@ def test_active_says_what_it_costs_before_it_does_it(watching: Stage) -> None:
     said = " ".join(watching.engine.said_before_reload)
     assert "with 2 instead of 3 experts" in said
     assert "% less" in said
-    assert "made for 3" in said
-    assert "loaded again" in said
+    assert "trained with 3" in said
+    assert "reloaded" in said
     assert "read again" in said
     assert "2 of 8" in watching.screen.notices[-1]
     assert "note: paged from the file" in watching.screen.notices
@@ -446,7 +446,7 @@ def test_a_real_engine_counts_every_token_once(client: EngineClient) -> None:
                 n_read += event.usage.prompt_tokens - event.usage.cached_tokens
                 n_written += event.usage.completion_tokens - 1
         view.reply_ends(screen)
-    first = view.session.layers[0]
+    first = view.total.layers[0]
     assert first.tokens == n_read + n_written
     assert sum(first.counts) == first.tokens * TINY.n_experts_per_token
     view.switch(False)

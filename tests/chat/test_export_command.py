@@ -39,7 +39,7 @@ def test_a_file_for_its_owner_is_written(tmp_path: Path) -> None:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert "fine" in path.read_text(encoding="utf-8")
         assert str(path) in chat.screen.notices[-1]
-        assert "2 turns" in chat.screen.notices[-1]
+        assert "2 messages" in chat.screen.notices[-1]
     assert json.loads((tmp_path / "a.json").read_text())["model"] == "fake"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a b.html", "a.json", "a.md"]
 
@@ -124,7 +124,7 @@ def test_nothing_to_copy() -> None:
             copy(chat_with(), argument)
     with pytest.raises(UsageError, match="no code"):
         copy(chat_with("only words"), "code")
-    with pytest.raises(DsmoeError, match="it takes code"):
+    with pytest.raises(DsmoeError, match="use /copy, /copy code"):
         copy(chat_with("x"), "everything")
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsmoe_local.chat.attachments import framed, without_files
 from dsmoe_local.chat.context import MadeRoom
-from dsmoe_local.chat.export.about import title_of
-from dsmoe_local.chat.frames import framed, without_files
+from dsmoe_local.chat.export.formats import title_of
+from dsmoe_local.chat.notices import made_room
 from dsmoe_local.chat.turns import Role, Transcript, Turn
-from dsmoe_local.chat.words import made_room
 
 NAMES = st.sampled_from(["notes.txt", "a b.py", "x", "~/é.md", 'q".c++'])
 TEXTS = st.lists(st.sampled_from(["```", "````", "\n", "\n\n", "a.py:\n", "word", " "])).map("".join)

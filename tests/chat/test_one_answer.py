@@ -15,8 +15,7 @@ from support.fake_engine import FakeEngine
 
 from dsmoe_local.base.errors import DsmoeError, InterruptedRunError
 from dsmoe_local.chat.conversation import Conversation
-from dsmoe_local.chat.indented import IndentedJson
-from dsmoe_local.chat.one_shot import answer
+from dsmoe_local.chat.one_shot import IndentedJson, answer
 from dsmoe_local.chat.settings import ChatSettings, OnFull
 
 SCHEMA = '{"type": "object"}'

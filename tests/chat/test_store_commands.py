@@ -116,13 +116,13 @@ def other(store: SessionStore, tmp_path: Path) -> Talk:
 
 def test_naming_before_and_after_the_first_message(talk: Talk, store: SessionStore) -> None:
     """Guards: a name given too early, which is lost."""
-    assert talk.take("/save") == ["this session is kept from its first message on"]
-    assert talk.take("/save Big plans") == ["this session is kept as Big plans from its first message on"]
+    assert talk.take("/save") == ["this session is saved from its first message on"]
+    assert talk.take("/save Big plans") == ["this session is saved as Big plans from its first message on"]
     assert store.names() == []
     talk.take("hello")
     assert store.names() == ["Big plans"]
-    assert talk.take("/save") == ["this session is Big plans, kept up to here and from here on"]
-    assert talk.take("/save Small plans") == ["this session is Small plans, kept up to here and from here on"]
+    assert talk.take("/save") == ["this session is Big plans, and is always saved"]
+    assert talk.take("/save Small plans") == ["this session is Small plans, and is always saved"]
     assert store.names() == ["Small plans"]
 
 
@@ -134,7 +134,7 @@ def test_going_from_one_session_to_another(talk: Talk, store: SessionStore) -> N
     talk.take("second")
     assert talk.take("/load one") == ["One", "> first", "Echo first"]
     assert talk.contents() == ["first", "Echo first"]
-    assert talk.take("/load 1") == ["One is what you are in"]
+    assert talk.take("/load 1") == ["One is the current session"]
     talk.take("third")
     assert talk.take("/load 2") == ["chat-2", "> second", "Echo second"]
     assert talk.contents() == ["second", "Echo second"]
@@ -150,7 +150,7 @@ def test_loading_shows_where_a_session_is(talk: Talk) -> None:
     talk.take(f"{frame}\n\nwhat is this?")
     talk.take("/clear")
     assert talk.take("/load 1") == [
-        "chat-1, 2 turns before these",
+        "chat-1, 2 messages before these",
         "> [notes.txt] what is this?",
         "Echo what is this?",
     ]
@@ -163,8 +163,8 @@ def test_previews_show_what_was_typed(talk: Talk) -> None:
     assert "user | " in talk.take("/context")[0]
     assert talk.take("/context")[0].endswith(" | [notes.txt] what is this?")
     talk.screen.yes = False
-    assert talk.take("/delete 1")[0] == "Delete chat-1 (2 turns: “[notes.txt] what is this?”) for good?"
-    assert talk.take("/undo")[0].startswith("taken back: “[notes.txt] what is this?” and what was answered")
+    assert talk.take("/delete 1")[0] == "Delete chat-1 (2 messages: “[notes.txt] what is this?”) permanently?"
+    assert talk.take("/undo")[0].startswith("removed: “[notes.txt] what is this?” and its reply")
 
 
 def test_undo_is_not_final(talk: Talk, other: Talk) -> None:
@@ -183,7 +183,7 @@ def test_undo_is_not_final(talk: Talk, other: Talk) -> None:
     assert other.contents() == everything[:4]
     other.take("/redo")
     assert other.contents() == everything
-    assert other.take("/redo")[0].startswith("there is nothing to bring back")
+    assert other.take("/redo")[0].startswith("there is nothing to redo")
     ids = other.chat.conversation.turns[-1].token_ids
     assert ids == other.engine.encode("Echo three")
 
@@ -197,9 +197,9 @@ def test_settings_stay_with_their_session(talk: Talk, store: SessionStore, tmp_p
     talk.take("other")
     talk.take("/set temperature 1.5")
     again = Talk(store, tmp_path / "config.toml")
-    assert again.take("/load 1")[0] == "as before in this session: temperature 0.25, top_k 7"
+    assert again.take("/load 1")[0] == "restored from this session: temperature 0.25, top_k 7"
     assert again.chat.conversation.settings.sampling.top_k == 7
-    assert again.take("/load 2")[0] == "as before in this session: temperature 1.5"
+    assert again.take("/load 2")[0] == "restored from this session: temperature 1.5"
     again.take("/set reset")
     again.take("/fork")
     assert again.chat.conversation.settings == ChatSettings()
@@ -214,11 +214,11 @@ def test_flags_outweigh_what_a_session_was_held_with(store: SessionStore, tmp_pa
     talk.take("hello")
     base = ChatSettings(SamplingParameters(temperature=0.9))
     fixed = Talk(store, tmp_path / "config.toml", base, frozenset({"temperature"}))
-    assert fixed.take("/load 1")[0] == 'as before in this session: top_k 7, stop ["x"]'
+    assert fixed.take("/load 1")[0] == 'restored from this session: top_k 7, stop ["x"]'
     assert fixed.chat.conversation.settings.sampling.temperature == 0.9
     fixed.take("/set top_k 8")
     talk = Talk(store, tmp_path / "config.toml")
-    assert talk.take("/load 1")[0] == 'as before in this session: temperature 0.25, top_k 8, stop ["x"]'
+    assert talk.take("/load 1")[0] == 'restored from this session: temperature 0.25, top_k 8, stop ["x"]'
     # What is set by hand counts more than the flag.
     fixed.take("/set temperature 0.5")
     fixed.take("/fork")
@@ -233,7 +233,7 @@ def test_settings_that_mean_nothing_here_are_kept(talk: Talk, store: SessionStor
     session.settings = {"warp": 9, "temp": -5.0, "top-k": 3}
     session.save(transcript)
     talk = Talk(store, tmp_path / "config.toml")
-    assert talk.take("/load 1")[0] == "as before in this session: top_k 3"
+    assert talk.take("/load 1")[0] == "restored from this session: top_k 3"
     talk.take("more")
     again = store.find("1")
     again.load("bytes")
@@ -248,11 +248,11 @@ def test_the_list(talk: Talk) -> None:
         talk.take(f"message {number}")
     lines = talk.take("/sessions")
     assert len(lines) == 31
-    assert lines[0].startswith("*32 | chat-32 | message 32 | 2 turns, fake, 20")
-    assert lines[1].startswith(" 31 | chat-31 | message 31 | 2 turns, fake, 20")
+    assert lines[0].startswith("*32 | chat-32 | message 32 | 2 messages, fake, 20")
+    assert lines[1].startswith(" 31 | chat-31 | message 31 | 2 messages, fake, 20")
     assert lines[-1] == "and 2 older ones: /sessions all"
     assert len(talk.take("/sessions all")) == 32
-    assert talk.take("/sessions some")[0] == "/sessions some: what is that?"
+    assert talk.take("/sessions some")[0] == "/sessions does not take 'some'"
 
 
 def test_renaming_this_session_and_others(talk: Talk, other: Talk, store: SessionStore) -> None:
@@ -283,7 +283,7 @@ def test_deleting_asks(talk: Talk, store: SessionStore) -> None:
     talk.take("second message")
     talk.screen.yes = False
     assert talk.take("/delete chat-1") == [
-        "Delete chat-1 (2 turns: “first message”) for good?",
+        "Delete chat-1 (2 messages: “first message”) permanently?",
         "nothing was deleted",
     ]
     talk.screen.yes = True
@@ -311,7 +311,7 @@ def test_deleting_what_another_chat_deletes(
         return found
 
     monkeypatch.setattr(store, "find", find_and_lose)
-    assert talk.take("/delete chat-1") == ["chat-1 was deleted elsewhere"]
+    assert talk.take("/delete chat-1") == ["chat-1 was deleted by another program"]
 
 
 def test_a_session_that_was_never_answered_is_not_listed(talk: Talk, store: SessionStore) -> None:
@@ -329,12 +329,12 @@ def test_searching(talk: Talk) -> None:
     talk.take("dense")
     lines = talk.take("/search 专家 mixture")
     assert [line.rpartition(",")[0] for line in lines] == [
-        "chat-1 | reply: Echo 混合专家模型 is a mixture of experts | turn 2",
-        "chat-1 | you: 混合专家模型 is a mixture of experts | turn 1",
+        "chat-1 | reply: Echo 混合专家模型 is a mixture of experts | message 2",
+        "chat-1 | you: 混合专家模型 is a mixture of experts | message 1",
     ]
     assert talk.take("/search sparse") == ["nothing found"]
     assert talk.take('/search "') == ["nothing found"]
-    assert talk.take("/search")[0] == "what are you looking for?"
+    assert talk.take("/search")[0] == "the words to search for are missing"
 
 
 def test_forking(talk: Talk, store: SessionStore) -> None:
@@ -342,7 +342,7 @@ def test_forking(talk: Talk, store: SessionStore) -> None:
     assert talk.take("/fork")[0] == "there is nothing to fork yet"
     talk.take("common")
     said = talk.take("/fork")[-1]
-    assert said == "this is now chat-1 2; chat-1 stays as it is: /load chat-1 goes back to it"
+    assert said == "this is now chat-1 2; chat-1 is unchanged: /load chat-1 opens it"
     talk.take("only here")
     ids = talk.engine.encode("Echo common")
     sent = talk.engine.requests[-1].prompt
@@ -359,7 +359,7 @@ def test_without_history_nothing_is_kept(name: str, tmp_path: Path) -> None:
     """Guards: a command that pretends to keep something, or a traceback."""
     talk = Talk(None, tmp_path / "config.toml")
     talk.take("a")
-    assert talk.take(f"/{name} x") == ["nothing is kept of this chat", "without --no-history it would be"]
+    assert talk.take(f"/{name} x") == ["this chat is not stored", "start it without --no-history"]
     assert talk.complete(name, "x") in ([], ["all"])
 
 

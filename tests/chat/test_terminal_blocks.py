@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from support.fake_engine import FakeEngine
 from support.talking import chat_with
 
-from dsmoe_local.chat import blocks
+from dsmoe_local.chat import multiline
 from dsmoe_local.chat.turns import Role
 
-Q = blocks.MARK
+Q = multiline.MARK
 
 
 @pytest.mark.parametrize(
@@ -39,16 +39,16 @@ Q = blocks.MARK
 )
 def test_grammar(text: str, is_open: bool, content: str | None) -> None:
     """Guards: a docstring taken for a block; a line of code with its own quotes that closes one."""
-    assert blocks.is_open(text) is is_open
-    assert blocks.content(text) == content
+    assert multiline.is_open(text) is is_open
+    assert multiline.content(text) == content
 
 
 @given(st.text(f"a{Q[0]}\n /"))
 def test_quoted_text_is_a_block_of_it(text: str) -> None:
     """Guards: pasted quotes that are lost or that end the block they are in."""
-    quoted = blocks.quoted(text)
-    assert not blocks.is_open(quoted)
-    assert blocks.content(quoted) == text.strip("\n")
+    quoted = multiline.quoted(text)
+    assert not multiline.is_open(quoted)
+    assert multiline.content(quoted) == text.strip("\n")
 
 
 def test_the_chat_follows_it() -> None:

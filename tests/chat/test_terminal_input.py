@@ -127,7 +127,7 @@ def test_interruption_gives_what_waits_back(chat: StartChat) -> None:
     terminal.send('"""' + ENTER + "first" + ENTER + '"""' + ENTER + "second" + ENTER + "draft")
     terminal.wait_screen(r'(?s)queued: """ first """\nqueued: second\n.*> draft\n')
     terminal.send(CTRL_C)
-    terminal.wait_screen(r"stopped: /continue goes on\]\n\n> first\n  second\n  draft\nSmolLM2")
+    terminal.wait_screen(r"stopped: /continue continues it\]\n\n> first\n  second\n  draft\nSmolLM2")
     assert "queued" not in terminal.screen_text()
 
 

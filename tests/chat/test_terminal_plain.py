@@ -59,7 +59,7 @@ def test_interruption(chat: Start) -> None:
     terminal.send("/reply halt" + ENTER)
     terminal.wait_for("so it wraps.")
     terminal.send(CTRL_C)
-    terminal.wait_for(r"stopped: /continue goes on\]\n> ")
+    terminal.wait_for(r"stopped: /continue continues it\]\n> ")
     terminal.send("half")
     terminal.wait_for("half")
     terminal.send(CTRL_C)

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import cast
 
 from dsmoe_local.base.config_file import ConfigFile
-from dsmoe_local.chat.cache_keeper import CacheKeeper
 from dsmoe_local.chat.chat import Chat
 from dsmoe_local.chat.conversation import Conversation
-from dsmoe_local.chat.drafts import Drafts
+from dsmoe_local.chat.saving import CacheKeeper, Drafts
 from dsmoe_local.chat.settings import ChatSettings
 from dsmoe_local.chat.store.sessions import SessionStore
 from dsmoe_local.chat.terminal.screen import Screen

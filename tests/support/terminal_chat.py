@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.text import Text
 
 from dsmoe_local.base.errors import DsmoeError, UsageError
-from dsmoe_local.chat import blocks
+from dsmoe_local.chat import multiline
 from dsmoe_local.chat.commands.completion import choices
 from dsmoe_local.chat.commands.declare import Command
 from dsmoe_local.chat.terminal import open_terminal
@@ -107,7 +107,7 @@ class ScriptedChat:
         try:
             if text.startswith("/") and name in self.commands:
                 self.commands[name].run(None, rest)  # type: ignore[arg-type]
-            elif (message := blocks.content(text)) is not None:
+            elif (message := multiline.content(text)) is not None:
                 self._say(message)
             elif text.strip():
                 self._say(text)
@@ -130,7 +130,7 @@ class ScriptedChat:
                 self.n_used += 1
                 time.sleep(pause)
             if self._stopped.is_set():
-                view.note("[stopped: /continue goes on]")
+                view.note("[stopped: /continue continues it]")
 
     def _reply(self, chat: object, name: str) -> None:
         name, _, pause = name.partition(" ")

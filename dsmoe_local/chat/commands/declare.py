@@ -1,4 +1,4 @@
-"""How a slash command is declared: one declaration gives behaviour, help and completion."""
+"""The declaration of a slash command: its function, help and completion."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DIGITS = 9
 
 
 class Chat(Protocol):
-    """What commands act on. `chat.Chat` is one; commands run in its worker's thread, one at a time."""
+    """What commands use of `chat.Chat`. They run in its worker thread, one at a time."""
 
     conversation: Conversation
     screen: Screen
@@ -28,52 +28,48 @@ class Chat(Protocol):
     finished: bool
 
     def send(self, text: str) -> None:
-        """Have a message answered; files that it names with @ are put in."""
+        """Send a message, with the files that it mentions as @file, and show the reply."""
         ...
 
     def show_reply(self, action: Callable[[Conversation], Reply], after: str = "") -> None:
-        """Print the reply whose events `action` returns; afterwards it is durable.
-
-        `after` is the text that the reply goes on with, if it does.
-        """
+        """Show and save the reply whose events `action` returns. `after` is the text that it continues."""
         ...
 
     def advise(self) -> None:
-        """Warn, quietly, of a system text that the model was not trained with."""
+        """Show a note if the model was not trained with a system text, and there is one."""
         ...
 
     def save(self) -> None:
-        """Make durable what a command changed in the conversation: turns, system text."""
+        """Save changes of the conversation."""
         ...
 
     def current_session(self, sessions: SessionStore) -> Session:
-        """The session of this chat, which begins to exist here if need be."""
+        """Return the session of this chat, which is created if need be."""
         ...
 
     def adopt(self, session: Session | None) -> None:
-        """Go on with another session (None: a new one), once this one is saved."""
+        """Save this session and switch to another one (None: a new one)."""
         ...
 
     def recall(self) -> None:
-        """Show the last message and reply of the session that goes on."""
+        """Show the last message and reply of the session."""
         ...
 
 
 Complete: TypeAlias = Callable[[Chat, str], Iterable[str]]
-"""Takes what is typed behind a command's name, up to the cursor; gives what its last word could become."""
+"""Gets the text between a command's name and the cursor, and returns completions of its last word."""
 
 
 def no_words(chat: Chat, typed: str) -> Iterable[str]:
-    """The completion of commands that take none."""
+    """Return no completions."""
     return ()
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A slash command. `run` gets the chat and what follows the name, stripped; it raises DsmoeErrors.
+    """A slash command. `run` gets the chat and the stripped text after the name, and may raise DsmoeErrors.
 
-    `arguments` in words for the help: `[NAME [VALUE]]`. `files`: the last word is completed as a file's name,
-    beside what `complete` gives.
+    `arguments` are for the help: `[NAME [VALUE]]`. `files`: the last word is also completed as a file name.
     """
 
     run: Callable[[Chat, str], None]
@@ -85,8 +81,8 @@ class Command:
 
 
 def read_count(text: str) -> int | None:
-    """The whole number, from 0 on, that a command is given; None for anything else."""
-    # int() refuses thousands of digits, which are ASCII digits all the same.
+    """Return a number in a command's argument, at least 0; None for anything else."""
+    # int() raises for thousands of digits.
     return int(text) if text.isascii() and text.isdigit() and len(text) < _DIGITS else None
 
 

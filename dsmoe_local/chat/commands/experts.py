@@ -1,4 +1,4 @@
-"""The commands about experts: /experts watches and shows them, /active runs with more or fewer of them."""
+"""Commands for routed experts: /experts observes and shows them, /active changes how many are used."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def _experts(chat: Chat, argument: str) -> None:
     action = _ACTIONS.get(word.lower())
     if action is None:
         raise UsageError(
-            f"/experts {safe_line(word, 40)}: what is that?",
-            remedy=f"it takes {_EXPERTS_ARGUMENTS}, or nothing",
+            f"/experts does not take {safe_line(word, 40)!r}",
+            remedy=f"use /experts, or one of {_EXPERTS_ARGUMENTS}",
         )
     action(chat, rest.strip())
 
@@ -40,13 +40,13 @@ def _watch_or_show(chat: Chat, _: str) -> None:
 def _watch(chat: Chat, _: str) -> None:
     chat.experts.switch(True)
     chat.screen.notice(
-        "the experts are watched from the next reply on; /experts shows more, /experts off ends it"
+        "experts are observed from the next reply on; /experts shows more, /experts off stops it"
     )
 
 
 def _rest(chat: Chat, _: str) -> None:
     chat.experts.switch(False)
-    chat.screen.notice("the experts are no longer watched")
+    chat.screen.notice("experts are no longer observed")
 
 
 def _show_reply(chat: Chat, _: str) -> None:
@@ -60,7 +60,7 @@ def _show_session(chat: Chat, _: str) -> None:
 def _show_layer(chat: Chat, argument: str) -> None:
     number = read_count(argument)
     if number is None:
-        raise UsageError("/experts layer takes a layer's number", remedy="as in /experts layer 5")
+        raise UsageError("/experts layer takes the number of a layer", remedy="for example /experts layer 5")
     chat.experts.show_layer(chat.screen, number)
 
 
@@ -94,14 +94,14 @@ def _active(chat: Chat, argument: str) -> None:
         return
     then = own if argument.lower() == _DEFAULT else _number(argument, n_routed)
     if then == now:
-        chat.screen.notice(f"the model runs with {now} of {n_routed} routed experts already")
+        chat.screen.notice(f"the model already uses {now} of {n_routed} routed experts")
         return
     chat.screen.notice(compared(active_cost(path, now), active_cost(path, then)))
     if then != own:
         chat.screen.notice(
-            f"the model was made for {own}: replies may get worse; /active {_DEFAULT} goes back to that"
+            f"the model was trained with {own}: replies may get worse; /active {_DEFAULT} restores that"
         )
-    chat.screen.notice("the model is loaded again now, and the conversation read again with the next message")
+    chat.screen.notice("the model is reloaded, and the conversation is read again with the next message")
     loading = _Loading(chat.screen)
     try:
         engine.reload(
@@ -109,7 +109,7 @@ def _active(chat: Chat, argument: str) -> None:
         )
     finally:
         chat.screen.live(None)
-    chat.screen.notice(f"{then} of {n_routed} routed experts are active")
+    chat.screen.notice(f"{then} of {n_routed} routed experts are active until this chat ends")
 
 
 def _show_active(chat: Chat, own: int) -> None:
@@ -117,7 +117,7 @@ def _show_active(chat: Chat, own: int) -> None:
     n_routed, now = engine.info.n_routed_experts, engine.info.n_experts_per_token
     numbers = sorted({1, max(1, own // 2), own, now, min(2 * own, n_routed), n_routed})
     costs = [active_cost(engine.options.path, number) for number in numbers]
-    remarks = {own: "what the model was made for", now: "now"} if own != now else {own: "now"}
+    remarks = {own: "as trained", now: "now"} if own != now else {own: "now"}
     chat.screen.table(
         [
             ("active experts", "read per token", "active parameters", ""),
@@ -139,13 +139,13 @@ def _number(argument: str, n_routed: int) -> int:
     if number is None or not 1 <= number <= n_routed:
         raise UsageError(
             f"/active {safe_line(argument, 40)} is out of range",
-            remedy=f"it takes 1 to {n_routed}, or {_DEFAULT}",
+            remedy=f"use 1 to {n_routed}, or {_DEFAULT}",
         )
     return number
 
 
 class _Loading:
-    """The progress of a load in place of the live panel, a line for each whole percent."""
+    """Shows the progress of loading in place of the live panel, once for each percent."""
 
     def __init__(self, screen: Screen) -> None:
         self._screen = screen
@@ -153,7 +153,7 @@ class _Loading:
         self._done = self._total = self._shown = 0
 
     def listen(self, event: Event) -> None:
-        """Take one event; from any thread."""
+        """Handle a progress event, in any thread."""
         if isinstance(event, Note):
             self._screen.notice(f"note: {event.text}")
         elif isinstance(event, Started):
@@ -174,13 +174,13 @@ def _complete_active(chat: Chat, typed: str) -> Iterable[str]:
 COMMANDS: Commands = {
     "experts": Command(
         _experts,
-        "watch which experts replies use, and show it",
+        "observe and show which experts replies use",
         f"[{_EXPERTS_ARGUMENTS.replace(', ', '|')}]",
         complete=_complete_experts,
     ),
     "active": Command(
         _active,
-        "show or change how many routed experts a token uses",
+        "show or change how many routed experts a token uses, until the chat ends",
         f"[N|{_DEFAULT}]",
         complete=_complete_active,
     ),

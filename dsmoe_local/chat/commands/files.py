@@ -1,4 +1,4 @@
-"""Commands that put files into the conversation and the conversation into files: /read, /export, /copy."""
+"""Commands for files and the clipboard: /read, /export, /copy."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from datetime import datetime
 from pathlib import Path
 
 from dsmoe_local.base.errors import UsageError
-from dsmoe_local.base.text import safe_line
+from dsmoe_local.base.text import count, safe_line
 from dsmoe_local.base.text_files import write_text_file
-from dsmoe_local.chat import words
 from dsmoe_local.chat.commands.declare import Chat, Command, Commands
-from dsmoe_local.chat.export.about import About, title_of
+from dsmoe_local.chat.export.formats import About, title_of
 from dsmoe_local.chat.turns import Role
 
 PICTURE, NUMBERS = "experts.svg", "experts.json"
 
 
 def about(chat: Chat) -> About:
-    """What an export of this chat says about it."""
+    """Return the metadata for an export of this chat."""
     transcript, info = chat.conversation.transcript, chat.conversation.engine.info
     title = (chat.session.name if chat.session is not None else "") or title_of(transcript)
     return About(title, info.name, datetime.now().astimezone(), info.vocabulary)
@@ -28,16 +27,17 @@ def about(chat: Chat) -> About:
 def _export(chat: Chat, argument: str) -> None:
     name = _unquoted(argument)
     if not name:
-        raise UsageError("a file's name is missing", remedy=f"/export chat.html, .md or .json, or {PICTURE}")
-    # Not Path.expanduser, which raises for `~nobody`.
+        raise UsageError(
+            "the name of a file is missing", remedy=f"/export chat.html, .md or .json, or {PICTURE}"
+        )
+    # Path.expanduser raises for `~nobody`.
     path = Path(os.path.expanduser(name))
     if _is_picture(path):
         if _may_write(chat, path):
             chat.experts.export(path)
             chat.screen.notice(f"written: {path}")
         return
-    # Here, since the formats need large packages.
-    from dsmoe_local.chat.export.files import export_as
+    from dsmoe_local.chat.export.formats import export_as
 
     transcript = chat.conversation.transcript
     if not transcript.turns:
@@ -45,19 +45,17 @@ def _export(chat: Chat, argument: str) -> None:
     content = export_as(path.name, transcript, about(chat))
     if _may_write(chat, path):
         write_text_file(path, content, "the export")
-        chat.screen.notice(f"written: {path}, {words.count(len(transcript.turns), 'turn')}")
+        chat.screen.notice(f"written: {path}, {count(len(transcript.turns), 'message')}")
 
 
 def _is_picture(path: Path) -> bool:
-    # Any other .json is the conversation's, however its name begins.
+    # Any other .json file is for the conversation.
     return path.suffix.lower() == ".svg" or path.name.lower() == NUMBERS
 
 
 def _may_write(chat: Chat, path: Path) -> bool:
-    # Not Path.exists, which raises for names too long.
-    if not os.path.exists(path) or chat.screen.confirm(
-        f"{safe_line(str(path))} is there already. Replace it?"
-    ):
+    # Path.exists raises for names that are too long.
+    if not os.path.exists(path) or chat.screen.confirm(f"{safe_line(str(path))} exists already. Replace it?"):
         return True
     chat.screen.notice("nothing was written")
     return False
@@ -67,11 +65,11 @@ def _copy(chat: Chat, argument: str) -> None:
     what = argument.lower()
     if what not in _COPIED:
         raise UsageError(
-            f"/copy {safe_line(argument, 40)}: what is that?", remedy="it takes code, all or nothing"
+            f"/copy does not take {safe_line(argument, 40)!r}", remedy="use /copy, /copy code or /copy all"
         )
     text = _COPIED[what](chat)
     way = chat.screen.copy(text)
-    chat.screen.notice(f"copied {words.count(len(text), 'character')}: {way}")
+    chat.screen.notice(f"copied {count(len(text), 'character')}: {way}")
 
 
 def _last_reply(chat: Chat) -> str:
@@ -79,7 +77,7 @@ def _last_reply(chat: Chat) -> str:
 
 
 def _last_code(chat: Chat) -> str:
-    """The last code block, as it would be typed: without its last newline, which a shell would obey."""
+    """Return the last code block without its last newline, which a shell would execute."""
     from markdown_it import MarkdownIt
 
     markdown = MarkdownIt("commonmark")
@@ -92,7 +90,7 @@ def _last_code(chat: Chat) -> str:
 
 
 def _all(chat: Chat) -> str:
-    from dsmoe_local.chat.export.markdown_file import export_markdown
+    from dsmoe_local.chat.export.formats import export_markdown
 
     transcript = chat.conversation.transcript
     return (
@@ -121,7 +119,7 @@ def _read(chat: Chat, argument: str) -> None:
     attachment, asked = read_attachment(name), expand(question)
     for file in (attachment, *asked.files):
         chat.screen.notice(describe(file))
-    # A base model goes on with the text as it is.
+    # A base model continues the text, so it gets no frame.
     content = attachment.text if chat.conversation.completes else attachment.framed
     message = f"{content.rstrip()}\n\n{asked.text}" if asked.text else content
     chat.show_reply(lambda conversation: conversation.send(message))
@@ -144,7 +142,7 @@ def _pictures(chat: Chat, typed: str) -> Iterable[str]:
 COMMANDS: Commands = {
     "read": Command(
         _read,
-        "send a text file, with a question about it; @FILE in a message does so too",
+        "send a text file, with a question about it; @FILE in a message does the same",
         "FILE [QUESTION]",
         files=True,
     ),

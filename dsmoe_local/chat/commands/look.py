@@ -1,4 +1,4 @@
-"""Commands that show: the model, its template, exact tokens, what replies took, what fills the context."""
+"""Commands that show the model, its template, tokens, the cost of replies, and the use of the context."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from rich.text import Text
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.sizes import format_count, format_size
-from dsmoe_local.base.text import safe_line, safe_text
-from dsmoe_local.chat import words
+from dsmoe_local.base.text import count, safe_line, safe_text
+from dsmoe_local.chat import notices
+from dsmoe_local.chat.attachments import preview
 from dsmoe_local.chat.commands.declare import Chat, Command, Commands
 from dsmoe_local.chat.context import Encoder
-from dsmoe_local.chat.frames import preview
 from dsmoe_local.chat.settings import OnFull, setting_rows
 
 _MOST_TOKENS = 2000
-"""Tokens that are shown at once: the last ones."""
+"""Tokens that are shown; the earlier ones are left out."""
 
 
 def _show(chat: Chat, what: str) -> None:
@@ -29,7 +29,9 @@ def _show(chat: Chat, what: str) -> None:
 def _show_info(chat: Chat) -> None:
     info = chat.conversation.engine.info
     experts = (
-        f"{info.n_experts_per_token} of {info.n_routed_experts}" if info.n_routed_experts else "none: dense"
+        f"{info.n_experts_per_token} of {info.n_routed_experts}"
+        if info.n_routed_experts
+        else "none: a dense model"
     )
     chat.screen.table(
         [
@@ -39,7 +41,7 @@ def _show_info(chat: Chat) -> None:
             ("routed experts", experts),
             ("context", f"{info.n_context:,} tokens (trained for {info.n_context_trained:,})"),
             ("on full", chat.conversation.settings.on_full),
-            ("template", info.template or "none: it completes text"),
+            ("template", info.template or "none: the model completes text"),
             ("runs on", info.placement),
             ("threads", str(info.n_threads)),
         ]
@@ -60,9 +62,9 @@ def _show_template(chat: Chat) -> None:
 
 
 def _show_prompt(chat: Chat) -> None:
-    """The exact tokens that the next reply is made from, with their ids."""
+    """Show the tokens of the context with their ids."""
     if not chat.conversation.turns:
-        chat.screen.notice("nothing is in the context yet")
+        chat.screen.notice("the context is empty")
         return
     _show_tokens(chat, chat.conversation.context_ids())
 
@@ -73,13 +75,13 @@ def _show_tokens(chat: Chat, ids: tuple[int, ...]) -> None:
     for number, (token_id, piece) in enumerate(
         zip(shown, chat.conversation.engine.decode(shown), strict=True)
     ):
-        # Neighbours differ, so that it is seen where one ends.
+        # Alternating styles show where a token ends.
         text.append(safe_text(piece), style="" if number % 2 else "underline")
         text.append(f"[{token_id}]", style="dim cyan")
         text.append(" ")
     chat.screen.show(text)
     left = len(ids) - len(shown)
-    chat.screen.notice(words.count(len(ids), "token") + (f", the first {left:,} not shown" if left else ""))
+    chat.screen.notice(count(len(ids), "token") + (f", the first {left:,} not shown" if left else ""))
 
 
 def _tokens(chat: Chat, text: str) -> None:
@@ -89,7 +91,7 @@ def _tokens(chat: Chat, text: str) -> None:
     replies = [turn for turn in chat.conversation.turns if turn.token_ids]
     if not replies:
         raise UsageError(
-            "there is no reply with known tokens yet", remedy="/tokens TEXT shows those of a text"
+            "there is no reply with known tokens yet", remedy="/tokens TEXT shows the tokens of a text"
         )
     _show_tokens(chat, replies[-1].token_ids)
 
@@ -97,18 +99,18 @@ def _tokens(chat: Chat, text: str) -> None:
 def _stats(chat: Chat, _: str) -> None:
     conversation = chat.conversation
     if conversation.usage is not None:
-        chat.screen.notice(words.usage(conversation.usage))
+        chat.screen.notice(notices.usage(conversation.usage))
     else:
         chat.screen.notice("no reply yet")
     taken = [turn.usage for turn in conversation.turns if turn.usage is not None]
     if len(taken) > 1:
         n_tokens = sum(usage.completion_tokens for usage in taken)
         seconds = sum(usage.prompt_seconds + usage.completion_seconds for usage in taken)
-        chat.screen.notice(f"all replies: {words.count(n_tokens, 'token')} in {seconds:.1f} s")
+        chat.screen.notice(f"all replies: {count(n_tokens, 'token')} in {seconds:.1f} s")
 
 
 def _context(chat: Chat, _: str) -> None:
-    """How many tokens each message takes, oldest first."""
+    """Show how many tokens each message takes, the oldest first."""
     conversation = chat.conversation
     info = conversation.engine.info
     rows = []
@@ -128,9 +130,9 @@ def _context(chat: Chat, _: str) -> None:
         chat.screen.table(rows)
     transcript = conversation.transcript
     if transcript.n_left_out:
-        chat.screen.notice(f"{words.count(transcript.n_left_out, 'turn')} before these left the context")
+        chat.screen.notice(f"{count(transcript.n_left_out, 'earlier message')} left out")
     if transcript.n_shifted:
-        chat.screen.notice(f"{words.count(transcript.n_shifted, 'token')} of these were shifted out")
+        chat.screen.notice(f"{count(transcript.n_shifted, 'token')} of these shifted out")
     share = conversation.n_used / info.n_context
     chat.screen.notice(
         f"context: {conversation.n_used:,} of {info.n_context:,} tokens ({share:.0%}); "
@@ -153,11 +155,11 @@ _SHOWN: Mapping[str, Callable[[Chat], None]] = {
 COMMANDS: Commands = {
     "show": Command(
         _show,
-        "the model, the parameters, the template, or the exact tokens that go in",
+        "show the model, the settings, the template, or the tokens of the prompt",
         f"[{'|'.join(_SHOWN)}]",
         complete=lambda chat, typed: _SHOWN,
     ),
-    "stats": Command(_stats, "what the last reply took"),
-    "context": Command(_context, "what fills the context"),
-    "tokens": Command(_tokens, "the tokens of the last reply, or of TEXT", "[TEXT]"),
+    "stats": Command(_stats, "show tokens and time of the last reply"),
+    "context": Command(_context, "show what fills the context"),
+    "tokens": Command(_tokens, "show the tokens of the last reply, or of TEXT", "[TEXT]"),
 }

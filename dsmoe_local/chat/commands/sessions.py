@@ -1,4 +1,4 @@
-"""Commands for stored sessions: naming, opening, listing, searching, forking and deleting them."""
+"""Commands for stored sessions: list, name, open, fork, search and delete them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from dsmoe_local.base.errors import DsmoeError, UsageError
-from dsmoe_local.chat import words
+from dsmoe_local.base.text import count, safe_line
 from dsmoe_local.chat.commands.declare import Chat, Command, Commands
 from dsmoe_local.chat.turns import Role
 
@@ -21,7 +21,7 @@ _WHO = {Role.USER: "you", Role.ASSISTANT: "reply"}
 
 def _store(chat: Chat) -> SessionStore:
     if chat.sessions is None:
-        raise UsageError("nothing is kept of this chat", remedy="without --no-history it would be")
+        raise UsageError("this chat is not stored", remedy="start it without --no-history")
     return chat.sessions
 
 
@@ -36,16 +36,16 @@ def _save(chat: Chat, name: str) -> None:
     chat.save()
     session = chat.session
     if session is not None and session.number:
-        chat.screen.notice(f"this session is {session.name}, kept up to here and from here on")
+        chat.screen.notice(f"this session is {session.name}, and is always saved")
     else:
-        called = f"as {session.name} " if session is not None and session.name else ""
-        chat.screen.notice(f"this session is kept {called}from its first message on")
+        called = f" as {session.name}" if session is not None and session.name else ""
+        chat.screen.notice(f"this session is saved{called} from its first message on")
 
 
 def _load(chat: Chat, name: str) -> None:
     session = _store(chat).find(name)
     if _is_current(chat, session):
-        chat.screen.notice(f"{session.name} is what you are in")
+        chat.screen.notice(f"{session.name} is the current session")
         return
     chat.save()
     chat.adopt(session)
@@ -55,7 +55,9 @@ def _load(chat: Chat, name: str) -> None:
 def _sessions(chat: Chat, argument: str) -> None:
     store = _store(chat)
     if argument not in ("", "all"):
-        raise UsageError(f"/sessions {argument}: what is that?", remedy="it takes all or nothing")
+        raise UsageError(
+            f"/sessions does not take {safe_line(argument, 40)!r}", remedy="/sessions all lists all of them"
+        )
     summaries = store.summaries()
     if not summaries:
         chat.screen.notice("no sessions yet")
@@ -67,7 +69,7 @@ def _sessions(chat: Chat, argument: str) -> None:
             f"{'*' if summary.number == current else ' '}{summary.number}",
             summary.name,
             summary.title,
-            f"{words.count(summary.n_turns, 'turn')}, {summary.model}, {_when(summary.updated)}",
+            f"{count(summary.n_turns, 'message')}, {summary.model}, {_when(summary.updated)}",
         )
         for summary in shown
     )
@@ -77,7 +79,7 @@ def _sessions(chat: Chat, argument: str) -> None:
 
 def _rename(chat: Chat, argument: str) -> None:
     store = _store(chat)
-    # Without the arrow nobody could tell OLD from a beginning of NEW.
+    # Names may have spaces: only an arrow separates them.
     old, arrow, new = argument.partition(_ARROW)
     session, name = (store.find(old.strip()), new) if arrow else (chat.current_session(store), argument)
     before = session.name
@@ -90,15 +92,15 @@ def _delete(chat: Chat, name: str) -> None:
     session = store.find(name)
     summary = store.summary(session)
     if summary is None:
-        raise UsageError(f"{session.name} was deleted elsewhere")
-    question = f"Delete {session.name} ({words.count(summary.n_turns, 'turn')}: “{summary.title}”) for good?"
+        raise UsageError(f"{session.name} was deleted by another program")
+    question = f"Delete {session.name} ({count(summary.n_turns, 'message')}: “{summary.title}”) permanently?"
     if not chat.screen.confirm(question):
         chat.screen.notice("nothing was deleted")
         return
     was_current = _is_current(chat, session)
     store.delete(session)
     if was_current:
-        # Forgotten first: whoever leaves a session keeps what is new in it.
+        # First, since leaving a session saves it.
         chat.session = None
         chat.conversation.clear()
         chat.adopt(None)
@@ -109,14 +111,14 @@ def _search(chat: Chat, wanted: str) -> None:
     store = _store(chat)
     if not wanted:
         raise UsageError(
-            "what are you looking for?", remedy="/search WORDS finds turns that have all of them"
+            "the words to search for are missing", remedy="/search WORDS finds messages with all of them"
         )
     hits = store.search(wanted)
     if not hits:
         chat.screen.notice("nothing found")
         return
     chat.screen.table(
-        (hit.session, f"{_WHO[hit.role]}: {hit.snippet}", f"turn {hit.turn}, {_when(hit.when)}")
+        (hit.session, f"{_WHO[hit.role]}: {hit.snippet}", f"message {hit.turn}, {_when(hit.when)}")
         for hit in hits
     )
 
@@ -129,17 +131,17 @@ def _fork(chat: Chat, name: str) -> None:
     before = chat.session.name
     fork = store.fork(chat.session, name)
     chat.adopt(fork)
-    chat.screen.notice(f"this is now {fork.name}; {before} stays as it is: /load {before} goes back to it")
+    chat.screen.notice(f"this is now {fork.name}; {before} is unchanged: /load {before} opens it")
 
 
 def _names(chat: Chat, typed: str) -> Iterator[str]:
-    """What the last of the words typed so far could become: of a name with spaces, what is left of it."""
+    """Complete the last word of a session's name."""
     if chat.sessions is None:
         return
     try:
         names = chat.sessions.names()
     except DsmoeError:
-        # Keys are being read: the command itself will say it.
+        # Not reported while the user types: the command itself will fail.
         return
     before = len(typed) - len(typed.rpartition(" ")[2])
     folded = typed.casefold()
@@ -163,18 +165,18 @@ def _when(seconds: float) -> str:
 
 
 COMMANDS: Commands = {
-    "sessions": Command(_sessions, "list the sessions that are kept", "[all]", complete=_all),
-    "save": Command(_save, "name this session; it is kept all along", "[NAME]"),
+    "sessions": Command(_sessions, "list the stored sessions", "[all]", complete=_all),
+    "save": Command(_save, "name this session; it is always saved", "[NAME]"),
     "load": Command(
-        _load, "go on with another session: its name, number, or how it begins", "NAME", complete=_names
+        _load, "open another session by its name, number, or beginning of its name", "NAME", complete=_names
     ),
     "rename": Command(
         _rename,
-        "give this session, or the one called OLD, another name",
+        "rename this session, or the session OLD",
         f"[OLD {_ARROW}] NEW",
         complete=_names_and_arrow,
     ),
-    "delete": Command(_delete, "delete a session for good, after asking", "NAME", complete=_names),
-    "fork": Command(_fork, "go on in a copy of this session; the original stays as it is", "[NAME]"),
-    "search": Command(_search, "find past messages and replies that have all these words", "WORDS"),
+    "delete": Command(_delete, "delete a session permanently, after asking", "NAME", complete=_names),
+    "fork": Command(_fork, "continue in a copy of this session", "[NAME]"),
+    "search": Command(_search, "find past messages and replies with all these words", "WORDS"),
 }

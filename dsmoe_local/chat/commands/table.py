@@ -1,4 +1,4 @@
-"""The table of all slash commands, in groups, and how an input is told to be one."""
+"""The table of all slash commands, and the parser that recognizes them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ GROUPS: Mapping[str, Commands] = {
     "The conversation": {
         "help": Command(
             _help,
-            "this list, or one line of it",
+            "show this list, or one command",
             "[COMMAND]",
             aliases=("?",),
             complete=lambda chat, typed: [*COMMANDS],
@@ -60,16 +60,16 @@ _FIRST_WORD = re.compile(r"/(\S+)(?:\s+(.*))?", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """A word that is no command but close to one, or looks like one."""
+    """An unknown command. `nearest` is the most similar one."""
 
     word: str
     nearest: str
 
 
 def parse(text: str) -> tuple[Command, str] | Unknown | None:
-    """The command in `text` and its argument; Unknown with the nearest; None: it is a message.
+    """Return the command in `text` with its argument, Unknown for a misspelled one, or None for a message.
 
-    Only known names are commands: `/usr/bin is …` is a message.
+    `/usr/bin is …` is a message.
     """
     match = _FIRST_WORD.fullmatch(text.strip())
     if match is None:
@@ -82,5 +82,5 @@ def parse(text: str) -> tuple[Command, str] | Unknown | None:
     near = difflib.get_close_matches(word, BY_WORD, n=1, cutoff=0.7)
     if near:
         return Unknown(match[1], near[0])
-    # One word alone is more likely a command that is not there than a message.
+    # A single word is more likely meant as a command than as a message.
     return Unknown(match[1], "help") if re.fullmatch(r"[a-z]+", word) and not argument else None

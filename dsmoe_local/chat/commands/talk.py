@@ -1,13 +1,14 @@
-"""Commands that change what was said: again, back, otherwise, on."""
+"""Commands that change the conversation: /regen, /edit, /continue, /undo, /redo, /clear, /system."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dsmoe_local.base.errors import UsageError
-from dsmoe_local.base.text import safe_line
-from dsmoe_local.chat import words
+from dsmoe_local.base.text import count, safe_line
+from dsmoe_local.chat.attachments import preview
 from dsmoe_local.chat.commands.declare import Chat, Command, Commands, read_count
-from dsmoe_local.chat.frames import preview
-from dsmoe_local.chat.turns import Role
+from dsmoe_local.chat.turns import Role, Turn
 
 
 def _exit(chat: Chat, _: str) -> None:
@@ -17,8 +18,9 @@ def _exit(chat: Chat, _: str) -> None:
 def _clear(chat: Chat, _: str) -> None:
     before = chat.session.name if chat.session is not None else ""
     chat.adopt(None)
-    kept = f"; the one before is kept: /load {safe_line(before, 60)}" if before else ""
-    chat.screen.notice(f"a new conversation{kept}")
+    system = " with the same system text (/system off removes it)" if chat.conversation.system else ""
+    stored = f"; the last one is stored: /load {safe_line(before, 60)}" if before else ""
+    chat.screen.notice(f"a new conversation{system}{stored}")
 
 
 def _regenerate(chat: Chat, _: str) -> None:
@@ -27,39 +29,39 @@ def _regenerate(chat: Chat, _: str) -> None:
 
 def _continue(chat: Chat, _: str) -> None:
     turns = chat.conversation.turns
-    # A message that has no reply yet is nothing to go on with, but for a model that completes it.
+    # An unanswered message is continued only by a base model; a chat model answers it.
     cut = turns and (turns[-1].role is Role.ASSISTANT or chat.conversation.completes)
     chat.show_reply(lambda conversation: conversation.go_on(), turns[-1].content if cut else "")
 
 
 def _undo(chat: Chat, argument: str) -> None:
-    gone = chat.conversation.undo(_n_messages("undo", argument))
-    questions = [turn for turn in gone if turn.role is Role.USER]
-    if not questions:
+    removed = chat.conversation.undo(_n_messages("undo", argument))
+    if not removed:
         chat.screen.notice("there is nothing to undo")
         return
     chat.save()
-    n_messages = len(questions)
-    what, back = f"the last {n_messages} messages and their replies", f"/redo {n_messages} brings them back"
-    if n_messages == 1:
-        what, back = f"“{preview(questions[0].content, 60)}” and what was answered", "/redo brings it back"
-    chat.screen.notice(f"taken back: {what}; {back}")
+    n_messages, what = _described(removed)
+    restore = "/redo restores it" if n_messages == 1 else f"/redo {n_messages} restores them"
+    chat.screen.notice(f"removed: {what}; {restore}")
 
 
 def _redo(chat: Chat, argument: str) -> None:
-    back = chat.conversation.redo(_n_messages("redo", argument))
-    questions = [turn for turn in back if turn.role is Role.USER]
-    if not questions:
-        chat.screen.notice("there is nothing to bring back: /redo undoes /undo, until something else is said")
+    restored = chat.conversation.redo(_n_messages("redo", argument))
+    if not restored:
+        chat.screen.notice("there is nothing to redo: a new message or reply discards what /undo removed")
         return
     chat.save()
     n_more = sum(turn.role is Role.USER for turn in chat.conversation.transcript.undone)
-    more = f"; {words.count(n_more, 'more message')} can be: /redo {n_more}" if n_more else ""
-    if len(questions) == 1:
-        what = f"“{preview(questions[0].content, 60)}” and what was answered"
-    else:
-        what = f"{len(questions)} messages and their replies"
-    chat.screen.notice(f"back again: {what}{more}")
+    more = f"; /redo {n_more} restores {count(n_more, 'more message')}" if n_more else ""
+    chat.screen.notice(f"restored: {_described(restored)[1]}{more}")
+
+
+def _described(turns: Sequence[Turn]) -> tuple[int, str]:
+    """Return the number of messages in `turns`, and what to call them with their replies."""
+    messages = [turn for turn in turns if turn.role is Role.USER]
+    if len(messages) == 1:
+        return 1, f"“{preview(messages[0].content, 60)}” and its reply"
+    return len(messages), f"{len(messages)} messages and their replies"
 
 
 def _n_messages(command: str, argument: str) -> int:
@@ -75,7 +77,7 @@ def _edit(chat: Chat, argument: str) -> None:
         raise UsageError("there is no message to edit yet")
     text = argument or chat.screen.edit(question.content)
     if text is None or not text.strip() or text == question.content:
-        chat.screen.notice("the message is as it was: /regen answers it again")
+        chat.screen.notice("the message was not changed: /regen answers it again")
         return
     if not argument:
         chat.screen.echo(text)
@@ -95,8 +97,8 @@ def _system(chat: Chat, text: str) -> None:
     if text:
         if chat.conversation.completes:
             raise UsageError(
-                "the model has no chat template: it takes no system text",
-                remedy="write it into the text that is to be completed",
+                "the model has no chat template, and so no system text",
+                remedy="write it into the text to be completed",
             )
         chat.conversation.set_system("" if text in ("off", "none") else text)
         chat.save()
@@ -108,12 +110,12 @@ def _system(chat: Chat, text: str) -> None:
 
 COMMANDS: Commands = {
     "exit": Command(_exit, "leave", aliases=("quit", "bye")),
-    "clear": Command(_clear, "begin a new conversation", aliases=("new",)),
+    "clear": Command(_clear, "begin a new conversation; the system text stays", aliases=("new",)),
     "regen": Command(_regenerate, "answer the last message again", aliases=("retry",)),
     "edit": Command(_edit, "change the last message, in $EDITOR or to TEXT, and answer it", "[TEXT]"),
     "editor": Command(_editor, "write a message in $EDITOR, beginning with TEXT", "[TEXT]"),
-    "continue": Command(_continue, "go on with a reply that was cut or stopped"),
-    "undo": Command(_undo, "take back the last N messages and their replies", "[N]"),
-    "redo": Command(_redo, "bring back the next N messages that /undo took", "[N]"),
+    "continue": Command(_continue, "continue a reply that was cut or stopped"),
+    "undo": Command(_undo, "remove the last N messages and their replies", "[N]"),
+    "redo": Command(_redo, "restore N messages that /undo removed", "[N]"),
     "system": Command(_system, "show or change the system text; off removes it", "[TEXT]"),
 }

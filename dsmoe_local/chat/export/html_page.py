@@ -1,7 +1,7 @@
-"""A conversation as one page of HTML that needs nothing else: no script, no picture, nothing from elsewhere.
+"""A conversation as one HTML page without scripts, pictures or external resources.
 
-All text is foreign: HTML in it is shown as text, links lead to web pages and mail only, and the page itself
-forbids the browser to load or run anything.
+HTML in messages and replies is shown as text, links lead to web pages and mail addresses only, and a
+Content-Security-Policy forbids the browser to load or run anything.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from pygments.util import ClassNotFound
 
 from dsmoe_local import __version__
 from dsmoe_local.base.text import safe_file_text
-from dsmoe_local.chat.export.about import About, body, remark
-from dsmoe_local.chat.export.html_style import style_sheet
+from dsmoe_local.chat.export.formats import About, body, remark
 from dsmoe_local.chat.turns import Role, Transcript, Turn
 
 _SCHEMES = ("http:", "https:", "mailto:")
@@ -53,18 +52,61 @@ _PAGE = """<!DOCTYPE html>
 """
 
 
+_LAYOUT = """
+:root { color-scheme: light dark; --text: #1f2328; --quiet: #59636e; --back: #ffffff; --code: #f6f8fa;
+  --line: #d1d9e0; --you: #eef4fb; --link: #0958c4; }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e6edf3; --quiet: #9198a1; --back: #0d1117; --code: #161b22; --line: #3d444d;
+    --you: #14202e; --link: #6cb0ff; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1rem; max-width: 48rem; color: var(--text); background: var(--back);
+  font: 1rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "PingFang SC",
+    "Microsoft YaHei", sans-serif; overflow-wrap: break-word; -webkit-text-size-adjust: 100%; }
+header { border-bottom: 1px solid var(--line); margin-bottom: 1.5rem; }
+header h1 { font-size: 1.5rem; line-height: 1.3; margin: .5rem 0; }
+header p, footer, .remark { color: var(--quiet); font-size: .875rem; }
+section { margin: 0 0 1.5rem; }
+section > h2 { font-size: .875rem; color: var(--quiet); margin: 0 0 .25rem; }
+section > div > :first-child { margin-top: 0; }
+section > div > :last-child { margin-bottom: 0; }
+.text { white-space: pre-wrap; background: var(--you); border-radius: .5rem; padding: .75rem 1rem; }
+.reply h1, .reply h2, .reply h3 { line-height: 1.3; font-size: 1.2rem; margin: 1.25rem 0 .5rem; }
+.reply h1 { font-size: 1.35rem; }
+.reply h4, .reply h5, .reply h6 { font-size: 1rem; margin: 1rem 0 .5rem; }
+a { color: var(--link); }
+code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "Noto Sans Mono CJK SC", monospace;
+  font-size: .875rem; }
+code { background: var(--code); border-radius: .25rem; padding: .1em .3em; }
+pre { background: var(--code); border: 1px solid var(--line); border-radius: .5rem; padding: .75rem 1rem;
+  overflow-x: auto; line-height: 1.45; tab-size: 4; }
+pre code { background: none; padding: 0; font-size: inherit; }
+pre .err { border: 0; color: inherit; }
+blockquote { margin: 1rem 0; padding: 0 1rem; border-left: .25rem solid var(--line); color: var(--quiet); }
+hr { border: 0; border-top: 1px solid var(--line); margin: 1.5rem 0; }
+.table { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; }
+th, td { border: 1px solid var(--line); padding: .3rem .6rem; text-align: left; }
+footer { border-top: 1px solid var(--line); margin-top: 2rem; }
+@media print {
+  body { max-width: none; }
+  pre { white-space: pre-wrap; }
+}
+"""
+
+
 def export_html(transcript: Transcript, about: About) -> str:
-    """The whole conversation as a page."""
+    """Return a conversation as an HTML page."""
     system = [_section("system", "System", _typed(transcript.system))] if transcript.system else []
     page = _PAGE.format(
         policy=_POLICY,
         version=html.escape(__version__),
         title=html.escape(about.title),
         facts=html.escape(about.facts(transcript)),
-        style=style_sheet(),
+        style=_style_sheet(),
         sections="\n".join([*system, *(_turn(turn, about) for turn in transcript.turns)]),
     )
-    # Once more: an entity in Markdown may have become a control character.
+    # Again, since an entity in Markdown may have become a control character.
     return safe_file_text(page)
 
 
@@ -80,7 +122,7 @@ def _section(kind: str, speaker: str, content: str) -> str:
 
 
 def _typed(text: str) -> str:
-    # On one line with its tags: white space counts here.
+    # No newlines next to the tags: white space is shown here.
     return f'<div class="text" dir="auto">{html.escape(body(Turn(Role.USER, text)))}</div>'
 
 
@@ -89,7 +131,7 @@ def _reply(text: str) -> str:
 
 
 class _Markdown(MarkdownIt):
-    """Markdown in which a link is to a web page or for mail; any other stays text."""
+    """Markdown with links to web pages and mail addresses only; others are text."""
 
     def validateLink(self, url: str) -> bool:  # noqa: N802 - the parser's name
         return url.lower().startswith(_SCHEMES)
@@ -109,7 +151,7 @@ def _markdown() -> MarkdownIt:
 def _image(
     renderer: RendererHTML, tokens: Sequence[Token], index: int, options: OptionsDict, env: EnvType
 ) -> str:
-    """A picture would be loaded from elsewhere: its description and address are shown instead."""
+    """Render the description and URL of a picture in its place, since the page loads nothing."""
     token = tokens[index]
     description = renderer.renderInlineAsText(token.children or [], options, env)
     return html.escape(f"{description} ({token.attrGet('src')})")
@@ -123,7 +165,7 @@ def _link(
 
 
 def _highlighted(code: str, language: str, _: str) -> str:
-    """`code` with its words marked; empty if that cannot be done."""
+    """Return highlighted code; empty if its language is unknown or it is too long."""
     if not language or len(code) > _MAX_HIGHLIGHTED:
         return ""
     try:
@@ -132,3 +174,15 @@ def _highlighted(code: str, language: str, _: str) -> str:
         return ""
     marked: str = highlight(code, lexer, HtmlFormatter(nowrap=True))
     return marked if code.endswith("\n") else marked.removesuffix("\n")
+
+
+def _style_sheet() -> str:
+    """Return the CSS of the page: light and dark, on screen and on paper."""
+
+    def colours(scheme: str, style: str) -> str:
+        lines: list[str] = HtmlFormatter(style=style).get_token_style_defs("pre")  # type: ignore[no-untyped-call]
+        rules = "\n".join(lines)
+        return f"@media (prefers-color-scheme: {scheme}) {{\n{rules}\n}}"
+
+    # The layout comes last, to override the red boxes around code that a lexer does not understand.
+    return f"{colours('light', 'default')}\n{colours('dark', 'github-dark')}\n{_LAYOUT}"

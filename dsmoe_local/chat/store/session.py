@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from dsmoe_local.base.faults import reach
 from dsmoe_local.base.sequences import n_common
 from dsmoe_local.base.text import whole_characters
-from dsmoe_local.chat.frames import without_files
+from dsmoe_local.chat.attachments import without_files
 from dsmoe_local.chat.store.database import Database
 from dsmoe_local.chat.store.names import free_name, given_name, key_of
 from dsmoe_local.chat.store.records import (

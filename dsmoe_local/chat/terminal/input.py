@@ -20,7 +20,7 @@ from prompt_toolkit.search import stop_search
 
 from dsmoe_local.base.durable import locked, write_file
 from dsmoe_local.base.errors import LockedError
-from dsmoe_local.chat import blocks
+from dsmoe_local.chat import multiline
 
 if TYPE_CHECKING:
     from dsmoe_local.chat.terminal.ui import ChatUI
@@ -214,7 +214,7 @@ class MessageQueue:
         self.waiting.clear()
         if len(texts) > 1:
             # In the middle of a text the marks of a block mean nothing.
-            texts = [text if (inner := blocks.content(text)) is None else inner for text in texts]
+            texts = [text if (inner := multiline.content(text)) is None else inner for text in texts]
         return "\n".join(texts)
 
     def leave(self) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from dsmoe_local.base.errors import DsmoeError, FileError, InterruptedRunError
 from dsmoe_local.base.text import safe_line, safe_text
-from dsmoe_local.chat import attachments, blocks
+from dsmoe_local.chat import attachments, multiline
 from dsmoe_local.chat.terminal import ansi
 from dsmoe_local.chat.terminal.external import Editor, copy_with_tool
 from dsmoe_local.chat.terminal.input import open_history
@@ -228,8 +228,8 @@ class LineReader:
                 pasted, text = text, attachments.escaped(text)
                 if text != pasted:
                     self._write("note: pasted text attaches no files: type @FILE to attach one\n")
-            return text if blocks.content(text) is None else blocks.quoted(text)
-        while blocks.is_open(text):
+            return text if multiline.content(text) is None else multiline.quoted(text)
+        while multiline.is_open(text):
             # Lines that wait behind the closing mark belong to this input, so to the block.
             text = "\n".join([text, self.line("  "), *self._waiting_lines()])
         return text

@@ -28,7 +28,7 @@ from prompt_toolkit.search import stop_search
 
 from dsmoe_local.base.errors import FileError
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.chat import attachments, blocks
+from dsmoe_local.chat import attachments, multiline
 from dsmoe_local.chat.markdown.stream import MarkdownStream
 from dsmoe_local.chat.terminal import ansi
 from dsmoe_local.chat.terminal.display import Display
@@ -56,7 +56,7 @@ _SIGNAL_GRACE_SECONDS = 3.0  # for a running reply, after a signal that ends the
 _SILENT_SECONDS = 0.5  # until a reply that shows nothing is announced
 _ESCAPE_SECONDS = 0.1  # within which an Esc and what follows are one key
 _MANY_LINES = 20  # more than the input window shows
-_BLOCK_OPEN = f"block open: {blocks.MARK} on a line of its own closes it"
+_BLOCK_OPEN = f"block open: {multiline.MARK} on a line of its own closes it"
 _PASTED_AT = "pasted text attaches no files: delete the \\ before @ to attach one"
 
 Action = Callable[[], None]
@@ -222,13 +222,13 @@ class ChatUI:
     @property
     def block_is_open(self) -> bool:
         """True if the input is a block without its closing mark."""
-        return not self._mark_is_pasted and blocks.is_open(self.input.text)
+        return not self._mark_is_pasted and multiline.is_open(self.input.text)
 
     def paste(self, text: str) -> None:
         """Insert pasted text. In a message it attaches no files."""
         text = text.replace("\r\n", "\n").replace("\r", "\n")
         before = self.input.document.text_before_cursor
-        begins_with_mark = not before and text.startswith(blocks.MARK)
+        begins_with_mark = not before and text.startswith(multiline.MARK)
         is_command = (before + text).startswith("/")
         escaped = text if is_command else attachments.escaped(text, before=before)
         self.input.insert_text(escaped)
@@ -238,8 +238,8 @@ class ChatUI:
 
     def enter(self) -> None:
         """Submit the input, or queue it while a reply is running."""
-        if self._mark_is_pasted and blocks.content(self.input.text) is not None:
-            self.input.document = Document(blocks.quoted(self.input.text))
+        if self._mark_is_pasted and multiline.content(self.input.text) is not None:
+            self.input.document = Document(multiline.quoted(self.input.text))
         text = self.input.text
         if text.strip():
             self.input.append_to_history()
@@ -339,7 +339,7 @@ class ChatUI:
 
     def _input_changed(self) -> None:
         self._hint = ""
-        if not self.input.text.startswith(blocks.MARK):
+        if not self.input.text.startswith(multiline.MARK):
             self._mark_is_pasted = False
 
     def _clear_input(self) -> None:

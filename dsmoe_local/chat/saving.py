@@ -1,11 +1,9 @@
-"""Keeps the KV cache of a session beside it, so that going on needs no reading. What fails is left out.
-
-Files and their limits are `store.states`' concern, the cache itself the engine's.
-"""
+"""Saves the reply that is being generated, and the KV cache between replies."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,26 +13,53 @@ from dsmoe_local.base.sequences import n_common
 from dsmoe_local.chat.conversation import Conversation
 from dsmoe_local.chat.store.sessions import Session
 from dsmoe_local.chat.store.states import BLOCK, StateStore
+from dsmoe_local.chat.turns import Transcript
 from dsmoe_local.engine.interface import ReloadableEngine
+
+_LEAST_INTERVAL = 2.0  # seconds
+_MOST_SHARE = 1 / 20  # of the time, for saving: a slow disk is written to less often
+
+
+class Drafts:
+    """Saves a growing reply from time to time, so that a crash loses only seconds of it."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._next = 0.0
+
+    def begin(self) -> None:
+        """Start with a new reply. Its question is saved already."""
+        self._next = self._clock() + _LEAST_INTERVAL
+
+    def keep(self, growing: Callable[[], Transcript | None], save: Callable[[Transcript], None]) -> None:
+        """Save the reply so far, if it is time. After an error, which is raised, it is not tried again before
+        the end of the reply.
+        """
+        begun = self._clock()
+        if begun < self._next or (transcript := growing()) is None:
+            return
+        self._next = float("inf")
+        save(transcript)
+        ended = self._clock()
+        self._next = ended + max(_LEAST_INTERVAL, (ended - begun) / _MOST_SHARE)
 
 
 class CacheKeeper:
-    """The states of one store. Restoring and keeping never raise: a cache is only a cache.
+    """Stores the KV cache of a session, and loads it again. Errors are ignored: the cache only saves time.
 
-    `keep` gives way to `stop`, from any thread, as soon as the block is written that it is at.
+    `stop`, from any thread, ends a running `keep` after the block that is being written.
     """
 
     def __init__(self, states: StateStore) -> None:
         self._states = states
         self._kept: tuple[int, str, tuple[int, ...]] = (0, "", ())
         self._stopped = threading.Event()
-        # What a crash has left of a state that was being written.
+        # Removes what a crash left.
         with suppress(DsmoeError, OSError):
             states.tidy()
 
     def restore(self, conversation: Conversation, session: Session) -> None:
-        """Give the engine what it held when the session was left."""
-        # What fails is left out: the conversation is read again instead.
+        """Load the stored KV cache of a session into the engine."""
         with suppress(DsmoeError, OSError):
             ids, of = conversation.context_ids(), fingerprint(conversation.engine)
             held = 0
@@ -47,8 +72,8 @@ class CacheKeeper:
     def keep(
         self, conversation: Conversation, session: Session, tell: Callable[[int], None] = lambda n: None
     ) -> None:
-        """Write what the engine holds of the session and is not written yet, if it is there. `tell` is called
-        before with the number of tokens that may be to be written.
+        """Store the part of the session's KV cache that is not stored yet. Before it is written, `tell` is
+        called with its number of tokens.
         """
         engine = conversation.engine
         if conversation.unanswered or not engine.alive:
@@ -69,14 +94,14 @@ class CacheKeeper:
             self._states.tidy()
 
     def stop(self) -> None:
-        """Have a running `keep` end, and every later one until `go_on`."""
+        """End a running `keep`, and later ones until `go_on` is called."""
         self._stopped.set()
 
     def go_on(self) -> None:
-        """Let `keep` work again."""
+        """Allow `keep` again."""
         self._stopped.clear()
 
 
 def fingerprint(engine: ReloadableEngine) -> str:
-    """What a state depends on beside its tokens; the engine knows."""
+    """Return what a stored cache depends on besides its tokens."""
     return engine.info.cache_identity

@@ -1,7 +1,7 @@
-"""Messages between two marks of three quotes: what opens one, what closes it, what is in it.
+"""Messages of several lines between two marks, each of three quotes.
 
-A block opens with a first line that is the mark alone, and closes with one at the end of a later line. What
-is between is a message, whatever it looks like: a command, or lines that are marks themselves.
+The first line of such a block is the mark alone, and a later line ends with the mark. The text in between is
+a message, even if it looks like a command.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ MARK = '"""'
 
 
 def is_open(text: str) -> bool:
-    """Whether `text` begins a block that it does not close."""
+    """Return whether `text` begins a block that it does not close."""
     first, newline, rest = text.partition("\n")
     if first != MARK:
         return False
     last = rest.rstrip().rpartition("\n")[2]
-    # One that opens and closes in the same line is part of what is written.
+    # An even number of marks in the line: they are quotes in the text itself.
     return not newline or not last.endswith(MARK) or last.count(MARK) % 2 == 0
 
 
 def content(text: str) -> str | None:
-    """The message in a block, also in one that is open; None where `text` is no block."""
+    """Return the message in a block, which may still be open; None if `text` is no block."""
     first, _, rest = text.partition("\n")
     if text.rstrip() == 2 * MARK:
         return ""
@@ -30,5 +30,5 @@ def content(text: str) -> str | None:
 
 
 def quoted(text: str) -> str:
-    """A block whose content is `text`."""
+    """Return a block with the content `text`."""
     return f"{MARK}\n{text}\n{MARK}"

@@ -1,0 +1,97 @@
+"""Notices of the chat: how replies ended, what left the context, where a continued session is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from dsmoe_local.base.text import count, safe_text
+from dsmoe_local.chat.attachments import preview, without_files
+from dsmoe_local.chat.context import MadeRoom
+from dsmoe_local.chat.conversation import Conversation
+from dsmoe_local.chat.turns import Role
+from dsmoe_local.engine.types import FinishReason, ModelInfo, Usage
+
+if TYPE_CHECKING:
+    from dsmoe_local.chat.terminal.screen import Screen
+
+_MOST_LINES = 12
+_LONGEST_LINE = 400  # characters
+
+ENDINGS: Mapping[FinishReason | None, str] = {
+    FinishReason.LENGTH: "cut at max_tokens: /continue continues it",
+    FinishReason.CONTEXT_FULL: "the context is full: /set on_full compact drops the oldest messages, "
+    "/undo goes back, /clear begins a new conversation",
+    FinishReason.CANCELLED: "stopped: /continue continues it",
+}
+
+
+def advises_against_system(info: ModelInfo) -> bool:
+    """Return whether the model's authors advise against a system text, as DeepSeekMoE's do for its format."""
+    template = info.template_text or ""
+    return info.architecture == "deepseek" and "User: " in template and "Assistant:" in template
+
+
+def usage(taken: Usage) -> str:
+    """Return a line about the tokens and the time of a reply."""
+    seed = "" if taken.seed is None else f", seed {taken.seed}"
+    read = taken.prompt_tokens - taken.cached_tokens
+    return (
+        f"prompt {count(taken.prompt_tokens, 'token')} ({read:,} read in {taken.prompt_seconds:.2f} s), "
+        f"reply {count(taken.completion_tokens, 'token')} in {taken.completion_seconds:.2f} s "
+        f"({taken.tokens_per_second:.1f} tokens/s){seed}"
+    )
+
+
+def made_room(room: MadeRoom) -> str:
+    """Return a line about what was removed from the context."""
+    if not room.turns:
+        return f"the context was full: its oldest {count(room.n_tokens, 'token')} were removed"
+    said = [preview(turn.content, 40) for turn in room.turns if turn.role is Role.USER]
+    if len(said) == 1:
+        return f"the context was full: its oldest message and reply were removed: “{said[0]}”"
+    return (
+        f"the context was full: its oldest {len(said)} messages and their replies were removed, "
+        f"“{said[0]}” to “{said[-1]}”"
+    )
+
+
+def nearly_full(share: float) -> str:
+    """Return the warning that the context is nearly full."""
+    return (
+        f"note: the context is {share:.0%} full; when it is full, replies end: "
+        "/set on_full compact (or shift) drops the oldest messages instead"
+    )
+
+
+def recall(screen: Screen, conversation: Conversation, name: str) -> None:
+    """Show the last message and reply of the session `name`, shortened, and why the reply ended early."""
+    # Imported only here: one answer on stdout needs none of it.
+    from rich.text import Text
+
+    from dsmoe_local.chat.markdown.stream import render_markdown
+
+    turns = conversation.turns
+    questions = [index for index, turn in enumerate(turns) if turn.role is Role.USER]
+    # The last message with a reply, if there is one, and an unanswered one after it.
+    first = questions[-2:][0] if conversation.unanswered else (questions or [0])[-1]
+    earlier = f", {count(first, 'message')} before these" if first else ""
+    screen.notice(f"{name}{earlier}")
+    for turn in turns[first:]:
+        if turn.role is Role.USER:
+            text = _shortened(without_files(turn.content))
+            screen.show(Text(safe_text(f"> {text}"), style="dim"))
+        elif screen.plain:
+            screen.show(Text(safe_text(_shortened(turn.content))))
+        else:
+            screen.show(render_markdown(_shortened(turn.content), screen.width, colour=screen.colour))
+    if conversation.unanswered:
+        screen.notice("[not answered: /continue answers it]")
+    elif turns and turns[-1].ending in ENDINGS:
+        screen.notice(f"[{ENDINGS[turns[-1].ending]}]")
+
+
+def _shortened(text: str) -> str:
+    lines = text.strip().split("\n")
+    shown = [line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE - 1]}…" for line in lines]
+    return "\n".join([*shown[:_MOST_LINES], *(["…"] if len(shown) > _MOST_LINES else [])])
