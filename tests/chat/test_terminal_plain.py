@@ -153,7 +153,7 @@ def test_lines_typed_amid_a_reply_are_one_input(chat: Start) -> None:
     terminal.send("one\rtwo\rthree\r")
     terminal.wait_for("three")
     os.kill(terminal.pid, signal.SIGINT)
-    terminal.wait_for(r"stopped: /continue goes on\](?s:.*)[\n ]one\ntwo\nthree\n> ")
+    terminal.wait_for(r"stopped: /continue continues it\](?s:.*)[\n ]one\ntwo\nthree\n> ")
 
 
 def test_lines_typed_at_an_editor_are_one_input(chat: Start, tmp_path: Path) -> None:
