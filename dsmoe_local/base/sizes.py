@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from decimal import Decimal
 
 from dsmoe_local.base.errors import UsageError
 
@@ -23,6 +22,8 @@ def parse_size(text: str) -> int:
         raise UsageError(
             f"{text!r} is not a size", remedy="write a number and B, KB, KiB, MB, MiB, GB or GiB, as in 2GiB"
         )
+    from decimal import Decimal
+
     return int(Decimal(match[1]) * _UNITS[match[2].lower()])
 
 

@@ -31,6 +31,7 @@ from dsmoe_local.cli.options import (
     typed,
 )
 from dsmoe_local.cli.output import show_result
+from dsmoe_local.cli.progress import run_with_progress
 from dsmoe_local.cli.reply_options import reply_options, reply_settings
 
 if TYPE_CHECKING:
@@ -161,7 +162,6 @@ def command(
     """
     from dsmoe_local.batch.job import prepared
     from dsmoe_local.batch.run import run
-    from dsmoe_local.cli.progress import run_with_progress
     from dsmoe_local.engine.load.parallel import DETERMINISTIC_PARALLEL
 
     model = find_model(named_model=named_model)

@@ -17,6 +17,7 @@ from dsmoe_local.cli.model_argument import MODEL, find_model, model_argument
 from dsmoe_local.cli.model_options import load_engine, model_options_without_context, within_training
 from dsmoe_local.cli.option_sources import from_command_line
 from dsmoe_local.cli.options import COUNT, NUMBER, choice, option, parsed
+from dsmoe_local.cli.progress import run_with_progress
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -132,7 +133,6 @@ class _Bench:
 
     def run(self, paths: Sequence[Path]) -> None:
         """Measure all models. Raises the errors of loading and measuring."""
-        from dsmoe_local.cli.progress import run_with_progress
         from dsmoe_local.engine.load.machine import physical_cores
         from dsmoe_local.evaluate.speed.machine import look_at_machine
         from dsmoe_local.model.gguf_model import read_model
@@ -152,7 +152,6 @@ class _Bench:
             self._models.append(self._measure(path, values))
 
     def _measure(self, path: Path, values: dict[str, Any]) -> ModelSpeed:
-        from dsmoe_local.cli.progress import run_with_progress
         from dsmoe_local.evaluate.speed.results import measure_model
         from dsmoe_local.evaluate.speed.timing import options_for
 

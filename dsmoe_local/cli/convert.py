@@ -13,6 +13,7 @@ from dsmoe_local.base.text import safe_line
 from dsmoe_local.cli.command import define_command
 from dsmoe_local.cli.options import FLAG, Group, option, path_value, text_value
 from dsmoe_local.cli.output import show_notes, show_result
+from dsmoe_local.cli.progress import run_with_progress
 from dsmoe_local.cli.type_options import (
     TypeOptions,
     settle_types,
@@ -97,7 +98,6 @@ def command(
     """
     from dsmoe_convert.convert import ConvertOptions, RunOptions
     from dsmoe_convert.sources import SourceOptions, convert, plan_source
-    from dsmoe_local.cli.progress import run_with_progress
 
     for name, value in (("--revision", revision), ("--token", token)):
         if value == "":

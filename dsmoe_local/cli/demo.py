@@ -14,6 +14,7 @@ from dsmoe_local.cli.command import define_command
 from dsmoe_local.cli.commands import load_command
 from dsmoe_local.cli.options import FLAG, NUMBER, option, path_value
 from dsmoe_local.cli.output import console, facts
+from dsmoe_local.cli.progress import run_with_progress
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,7 +45,6 @@ def command(out: Path | None, n_active: int, chat: bool, force: bool) -> None:
     use the demo in the cache.
     """
     from dsmoe_convert.demo.build import BuildOptions, build_demo
-    from dsmoe_local.cli.progress import run_with_progress
 
     built = run_with_progress(
         lambda listen, stop: build_demo(out or demo_folder(), BuildOptions(n_active, force, listen, stop))

@@ -91,13 +91,8 @@ def _as_json(
 def _table(devices: Sequence[Device], available: int, used: set[str]) -> Table:
     from rich.text import Text
 
-    table = plain_table()
-    for heading in ("device", "backend", "kind"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("free", "memory"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("offload", no_wrap=True)
-    table.add_column("")
+    headings = ("device", "backend", "kind", "free", "memory", "offload", "")
+    table = plain_table(*headings, left=("device", "backend", "kind", "offload"), wrap=("",))
     for device in devices:
         table.add_row(
             device.name,

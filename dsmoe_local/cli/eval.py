@@ -27,6 +27,7 @@ from dsmoe_local.cli.model_options import (
 from dsmoe_local.cli.option_sources import from_command_line, settle, source_in_errors
 from dsmoe_local.cli.options import COUNT, FILE, json_option, option, typed
 from dsmoe_local.cli.output import built_in_text, console, facts, plain_table, print_json
+from dsmoe_local.cli.progress import run_with_progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -147,7 +148,6 @@ class _Run:
         if self.kept is not None:
             with ExitStack() as stack:
                 return self._record(stack, path, self._values)[1]
-        from dsmoe_local.cli.progress import run_with_progress
         from dsmoe_local.evaluate.measure import measure
 
         with self._load(path, self._values, self.n_context) as engine:
@@ -156,7 +156,6 @@ class _Run:
 
     def compared(self, path: Path, against: str, text_named: bool) -> Evaluation:
         """Measure a model against its reference, which is recorded first unless it is a file."""
-        from dsmoe_local.cli.progress import run_with_progress
         from dsmoe_local.evaluate.reference import compare, is_kept
 
         with ExitStack() as stack:
@@ -174,7 +173,6 @@ class _Run:
                 )
 
     def _record(self, stack: ExitStack, path: Path, values: dict[str, Any]) -> tuple[Reference, Evaluation]:
-        from dsmoe_local.cli.progress import run_with_progress
         from dsmoe_local.evaluate.reference import keep, record, recorders
         from dsmoe_local.evaluate.scratch import scratch_folder
 
@@ -274,9 +272,7 @@ def _same_experts(routing: RoutingFidelity | None) -> str:
 
 
 def _routing_table(routing: RoutingFidelity) -> Table:
-    table = plain_table()
-    for heading in ("layer", "same experts", "overlap", "gate KL"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = plain_table("layer", "same experts", "overlap", "gate KL")
     for layer in routing.layers:
         gate_kl = _bounded(layer.gate_kl.value, layer.gate_kl_bound)
         table.add_row(str(layer.layer), f"{layer.same:.1%}", f"{layer.overlap.value:.2%}", gate_kl)

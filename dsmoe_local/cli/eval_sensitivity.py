@@ -13,6 +13,7 @@ from dsmoe_local.base.text import safe_line
 from dsmoe_local.cli.option_sources import flag_of, from_command_line
 from dsmoe_local.cli.options import FILE, FLAG, Group, all_of, option, text_value
 from dsmoe_local.cli.output import built_in_text, console, plain_table, print_json
+from dsmoe_local.cli.progress import run_with_progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -130,7 +131,6 @@ def run(
     values: dict[str, Any],
 ) -> ErrorCosts:
     """Measure the model at `path`; `values` are the shared options."""
-    from dsmoe_local.cli.progress import run_with_progress
     from dsmoe_local.evaluate.error_cost import CostOptions, measure_costs
     from dsmoe_local.model.discovery import note_use
     from dsmoe_local.model.gguf_model import read_model
@@ -247,10 +247,8 @@ _HEADINGS = ("group", "type", "relative\nerror", "KL divergence", "cost", "built
 
 def _table(costs: ErrorCosts, *, is_narrow: bool) -> Table:
     """Return the table; a narrow one has neither errors nor built-in costs."""
-    table = plain_table()
     headings = ("group", "type", "KL divergence", "cost") if is_narrow else _HEADINGS
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading in ("group", "type") else "right", no_wrap=True)
+    table = plain_table(*headings, left=("group", "type"))
     for each in costs.groups:
         cost = "-" if each.cost is None else f"{'<' if each.is_at_most else ''}{each.cost:.3g}"
         first = (safe_line(each.group), cost, f"{each.built_in:.3g}")

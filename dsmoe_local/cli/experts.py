@@ -19,6 +19,7 @@ from dsmoe_local.cli.model_options import load_engine, model_options, within_tra
 from dsmoe_local.cli.option_sources import from_command_line
 from dsmoe_local.cli.options import FILE, json_option, option
 from dsmoe_local.cli.output import console, print_json
+from dsmoe_local.cli.progress import run_with_progress
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -70,7 +71,6 @@ def command(
     path = _find(model, named_model)
     if svg is not None and svg.suffix.lower() != ".svg":
         raise UsageError("--svg takes a name that ends in .svg", where=safe_line(str(svg)))
-    from dsmoe_local.cli.progress import run_with_progress
     from dsmoe_local.evaluate.text import read_text
     from dsmoe_local.experts.cost import own_number
     from dsmoe_local.experts.reading import OBSERVERS

@@ -22,6 +22,7 @@ from dsmoe_local.cli.model_options import (
 from dsmoe_local.cli.option_sources import from_command_line
 from dsmoe_local.cli.options import COUNT, FILE, FLAG, Group, configurable, json_option, option, typed
 from dsmoe_local.cli.output import built_in_text, console, facts, plain_table, print_json
+from dsmoe_local.cli.progress import run_with_progress
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -167,7 +168,6 @@ def _merged(paths: list[Path], out: Path, force: bool) -> _Result:
 
 
 def _collected(path: Path, values: dict[str, Any]) -> _Result:
-    from dsmoe_local.cli.progress import run_with_progress
     from dsmoe_local.evaluate.importance import ACTIVATIONS, collect, importance_file
     from dsmoe_local.evaluate.measure import options_for
     from dsmoe_local.evaluate.text import read_text
@@ -251,10 +251,8 @@ def _experts(coverage: Coverage) -> list[tuple[str, str]]:
 
 
 def _layers(coverage: Coverage) -> Table:
-    table = plain_table()
-    for heading in ("layer", "fewest", "median", "most", "cold"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("coldest experts, with their tokens")
+    last = "coldest experts, with their tokens"
+    table = plain_table("layer", "fewest", "median", "most", "cold", last, wrap=(last,))
     for layer in coverage.layers:
         table.add_row(
             str(layer.layer),

@@ -24,6 +24,7 @@ from dsmoe_local.cli.options import (
     text_value,
     typed,
 )
+from dsmoe_local.cli.progress import run_with_progress
 
 if TYPE_CHECKING:
     import threading
@@ -214,7 +215,6 @@ def load_engine(
     Removes the options about loading from `values`. `complete` sets what the user does not choose. `stop`
     also interrupts the loads that follow a crash.
     """
-    from dsmoe_local.cli.progress import run_with_progress
     from dsmoe_local.engine.process.client import EngineClient
     from dsmoe_local.model.discovery import note_use
 

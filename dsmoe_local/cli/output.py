@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -27,12 +27,20 @@ def console(file_columns: int = 0, *, stderr: bool = False, soft_wrap: bool = Fa
     return made
 
 
-def plain_table() -> Table:
-    """Return a table without columns, with a line below its headings only."""
+def plain_table(*headings: str, left: Collection[str] = (), wrap: Collection[str] = ()) -> Table:
+    """Return an empty table with a line below its headings.
+
+    Columns are aligned to the right and do not wrap, except those of `left` and `wrap`; the latter are
+    aligned to the left, too.
+    """
     from rich import box
     from rich.table import Table
 
-    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for each in headings:
+        is_left = each in left or each in wrap
+        table.add_column(each, justify="left" if is_left else "right", no_wrap=each not in wrap)
+    return table
 
 
 def facts(rows: Iterable[Sequence[str]]) -> Table:

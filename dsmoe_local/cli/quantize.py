@@ -15,6 +15,7 @@ from dsmoe_local.cli.model_argument import find_model, model_argument
 from dsmoe_local.cli.option_sources import from_command_line, source_in_errors
 from dsmoe_local.cli.options import FLAG, option, path_value
 from dsmoe_local.cli.output import show_notes, show_result
+from dsmoe_local.cli.progress import run_with_progress
 from dsmoe_local.cli.target_options import TARGETS, TargetOptions, show_offers, show_reasons, target_options
 from dsmoe_local.cli.type_options import (
     TypeOptions,
@@ -71,7 +72,6 @@ def command(
     OUT.gguf is written to the current folder unless it is given. Run the same command again to continue an
     interrupted run.
     """
-    from dsmoe_local.cli.progress import run_with_progress
     from dsmoe_quantize.budget.explanation import stated_reasons
     from dsmoe_quantize.quantize import default_output, output_called, plan_quantization, quantize_file
 
@@ -148,7 +148,6 @@ def _solved(
     dry_run: bool,
 ) -> Plan:
     """Return the plan with the best types for a target, and show the trade-off."""
-    from dsmoe_local.cli.progress import run_with_progress
     from dsmoe_local.model.gguf_model import read_model
     from dsmoe_quantize.budget.explanation import reasons
     from dsmoe_quantize.budget.target import refuse_quantized, solve_target

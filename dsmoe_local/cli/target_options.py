@@ -209,7 +209,9 @@ def _room(target: Target, budget: Budget) -> str:
 
 
 def _offer_table(offers: Sequence[Offer]) -> Table:
-    table = _table("", "predicted\nerror", "weights", "bits\neach", "read per\ntoken", "no fast\nkernel")
+    table = plain_table(
+        "", "predicted\nerror", "weights", "bits\neach", "read per\ntoken", "no fast\nkernel", left=("",)
+    )
     for each in offers:
         table.add_row(
             each.label,
@@ -252,11 +254,8 @@ def _layers(reason: Reason) -> str:
 
 def _reason_table(reasons: Sequence[Reason]) -> Table:
     is_measured = any(each.error_share for each in reasons)
-    table = _table("tensors", "layers", "type", "size", "of the error" if is_measured else "", "why")
-    for index in (0, 1, 2, 5):
-        table.columns[index].justify = "left"
-    for index in (1, 5):
-        table.columns[index].no_wrap = False
+    headings = ("tensors", "layers", "type", "size", "of the error" if is_measured else "", "why")
+    table = plain_table(*headings, left=("tensors", "type"), wrap=("layers", "why"))
     for each in reasons:
         table.add_row(
             safe_line(each.kind),
@@ -266,11 +265,4 @@ def _reason_table(reasons: Sequence[Reason]) -> Table:
             f"{each.error_share:.1%}" if is_measured else "",
             each.why,
         )
-    return table
-
-
-def _table(*headings: str) -> Table:
-    table = plain_table()
-    for index, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
     return table

@@ -158,11 +158,8 @@ def settle_types(values: Mapping[str, Any], *targets: str) -> dict[str, Any]:
 def show_types(choices: Sequence[TensorChoice], totals: str) -> None:
     """Print the table of a dry run on stdout, with a line of totals."""
 
-    out, table = console(file_columns=160), plain_table()
-    for heading in ("tensor", "shape", "from", "to"):
-        table.add_column(heading, no_wrap=True)
-    table.add_column("size", justify="right", no_wrap=True)
-    table.add_column("why")
+    out, left = console(file_columns=160), ("tensor", "shape", "from", "to")
+    table = plain_table(*left, "size", "why", left=left, wrap=("why",))
     for choice in choices:
         table.add_row(
             safe_line(choice.name),
