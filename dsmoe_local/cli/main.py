@@ -19,11 +19,10 @@ import traceback
 import click
 
 from dsmoe_local import __version__
-from dsmoe_local.base.errors import DsmoeError
+from dsmoe_local.base.errors import DsmoeError, InterruptedRunError
 from dsmoe_local.base.text import safe_line, safe_text
 from dsmoe_local.cli.commands import COMMANDS, load_command, no_such_command
 
-_INTERRUPTED = 130
 _OFF = frozenset({"", "0", "f", "false", "n", "no", "off"})
 """Values of DSMOE_DEBUG that click, too, reads as off."""
 
@@ -89,8 +88,9 @@ def run(command: click.Command, program: str) -> int:
         complain(_one_dash(command) or str(error))
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        complain("interrupted")
-        return _INTERRUPTED
+        interrupted = InterruptedRunError("interrupted")
+        complain(str(interrupted))
+        return interrupted.exit_code
     except BrokenPipeError:
         # The program that reads our output has ended.
         _discard_output()

@@ -29,7 +29,7 @@ def invoke(*arguments: object) -> Result:
 
 
 def test_output_has_a_default_name(source: Path, tmp_path: Path) -> None:
-    """The commands of the README."""
+    """Guards: a default name that is not the one in the README."""
     result = invoke(source, "--type", "q4_0")
     assert result.exit_code == 0, result.exception
     assert result.stdout == ""
@@ -39,7 +39,7 @@ def test_output_has_a_default_name(source: Path, tmp_path: Path) -> None:
 
 
 def test_dry_run_shows_every_tensor(source: Path, tmp_path: Path) -> None:
-    """A dry run that writes, or hides a fallback."""
+    """Guards: a dry run that writes, or hides a fallback."""
     result = invoke(source, "--type", "Q4_K_M", "--tensor-type", r"blk\.3\..*=q8_0", "--dry-run")
     assert result.exit_code == 0, result.exception
     file = read_gguf(source)
@@ -58,20 +58,20 @@ def test_dry_run_shows_every_tensor(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [(), ("some/where.gguf",)])
 def test_a_dry_run_names_the_output(arguments: tuple[str, ...], source: Path) -> None:
-    """A dry run that leaves open where the file would go."""
+    """Guards: a dry run that leaves open where the file would go."""
     name = arguments[0] if arguments else "tiny-q8.gguf"
     shown = invoke(source, *arguments, "--type", "q8", "--dry-run").stdout
     assert f"\n{name}: " in shown
 
 
 def test_fallbacks_are_told(source: Path) -> None:
-    """A fallback that only a dry run shows."""
+    """Guards: a fallback that only a dry run shows."""
     result = invoke(source, "--type", "q4")
     assert "256 does not divide" in result.stderr
 
 
 def test_type_is_required(source: Path) -> None:
-    """A type that is guessed."""
+    """Guards: a run that guesses the type."""
     result = invoke(source)
     assert isinstance(result.exception, UsageError)
     assert "q4" in str(result.exception)
@@ -79,7 +79,7 @@ def test_type_is_required(source: Path) -> None:
 
 
 def test_requantizing_must_be_allowed(source: Path) -> None:
-    """The flag that does nothing."""
+    """Guards: the flag that does nothing."""
     assert invoke(source, "small.gguf", "--type", "q8").exit_code == 0
     assert isinstance(invoke("small.gguf", "x.gguf", "--type", "q4_0").exception, RequantizeError)
     assert invoke("small.gguf", "x.gguf", "--type", "q4_0", "--allow-requantize").exit_code == 0
@@ -88,7 +88,7 @@ def test_requantizing_must_be_allowed(source: Path) -> None:
 
 
 def test_force(source: Path) -> None:
-    """The flag that does nothing."""
+    """Guards: the flag that does nothing."""
     assert invoke(source, "out.gguf", "--type", "q8").exit_code == 0
     assert isinstance(invoke(source, "out.gguf", "--type", "q8").exception, FileError)
     assert invoke(source, "out.gguf", "--type", "q4_1", "--force").exit_code == 0
@@ -96,7 +96,7 @@ def test_force(source: Path) -> None:
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals(source: Path, tmp_path: Path, number: int, status: int) -> None:
-    """A signal that is not obeyed, leaves a half file, or hides how to go on."""
+    """Guards: a signal that is not obeyed, leaves a half file, or hides how to go on."""
     code = f"""
 import os, sys
 from dsmoe_quantize.write import pipeline
