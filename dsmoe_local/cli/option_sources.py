@@ -218,17 +218,24 @@ def settle(values: Mapping[str, Any], *ways: tuple[str, ...]) -> dict[str, Any]:
 
     A way is a tuple of parameters that go together. UsageError if two ways come from equally strong sources.
     """
-    context = click.get_current_context()
+    context = click.get_current_context(silent=True)
+
+    def origin(name: str) -> Origin:
+        return Origin(Source.FLAG) if context is None else origin_of(context, name)
+
+    def rank(given: tuple[Origin, str]) -> int:
+        return list(Source).index(given[0].source)
+
     given = {}
     for way in ways:
-        origins = [(origin_of(context, name), name) for name in way if _is_given(values[name])]
-        if origins:
-            given[way] = min(origins, key=lambda each: list(Source).index(each[0].source))
-    strongest = min((list(Source).index(origin.source) for origin, _ in given.values()), default=0)
-    chosen = {way: each for way, each in given.items() if list(Source).index(each[0].source) == strongest}
+        found = [(origin(name), name) for name in way if _is_given(values[name])]
+        if found:
+            given[way] = min(found, key=rank)
+    strongest = min(map(rank, given.values()), default=0)
+    chosen = {way: each for way, each in given.items() if rank(each) == strongest}
     if len(chosen) > 1:
         flags = " and ".join(flag_of(name) for _, name in chosen.values())
-        where = " and ".join(filter(None, (origin.where for origin, _ in chosen.values())))
+        where = " and ".join(filter(None, (each.where for each, _ in chosen.values())))
         raise UsageError(f"{flags} exclude each other", where=where, remedy="give one of them")
     dropped = {name for way in given.keys() - chosen.keys() for name in way}
     return {name: None if name in dropped else value for name, value in values.items()}
