@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from support.models import smollm2, tiny_model
 
 from dsmoe_local.engine import native
 from dsmoe_local.engine.errors import ModelLoadError, OutOfMemoryError
 from dsmoe_local.engine.load import probe as probing
 from dsmoe_local.engine.load.machine import available_memory, physical_cores
-from dsmoe_local.engine.load.memory import ContextRequest, MemoryPlan, plan_memory
+from dsmoe_local.engine.load.memory import ContextRequest, MemoryPlan, _largest_context, plan_memory
 from dsmoe_local.engine.load.placement import HOST
 from dsmoe_local.engine.load.probe import MAX_MEASURED, Probe, measure_context, read_sizes, sizes_by_context
 from dsmoe_local.model.gguf_model import read_model
@@ -193,6 +195,26 @@ def test_request_too_large_is_reduced_with_a_note() -> None:
     assert chosen.n_context < 100_000
     assert sixteen_b(chosen.n_context) < 2 * GB
     assert "context reduced from 100000" in chosen.notes[0]
+
+
+@given(
+    limit=st.integers(1, 4_000_000),
+    wanted=st.integers(1, 4_000_000),
+    power=st.sampled_from([0.3, 1, 1.01, 3]),
+)
+def test_the_largest_context_that_fits_is_found(limit: int, wanted: int, power: float) -> None:
+    """Guards: a context that does not fit or is too small; many slow measurements, whatever the sizes are."""
+    calls: list[int] = []
+
+    def size(n_context: int) -> int:
+        calls.append(n_context)
+        return int(n_context**power * 1000)
+
+    budget = size(limit)
+    calls.clear()
+    found = _largest_context(size, budget, wanted, 256)
+    assert found == (wanted if wanted <= limit else limit // 256 * 256)
+    assert len(calls) <= (8 if power == 1 else 50)
 
 
 @pytest.mark.parametrize("unified", [True, False])

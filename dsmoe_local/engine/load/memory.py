@@ -86,16 +86,30 @@ def plan_memory(
 
 
 def _largest_context(buffer_size: Callable[[int], int], budget: int, wanted: int, step: int) -> int:
-    """Return `wanted` if it fits into `budget` bytes, else the largest multiple of `step` that does, or 0."""
-    if buffer_size(wanted) <= budget:
+    """Return `wanted` if it fits into `budget` bytes, else the largest multiple of `step` that does, or 0.
+
+    Each call of `buffer_size` takes milliseconds. Sizes are nearly linear, so interpolation needs few calls.
+    """
+    if budget <= 0:
+        return 0
+    high_size = buffer_size(wanted)
+    if high_size <= budget:
         return wanted
-    low, high = 0, wanted // step
-    while low < high:
-        middle = (low + high + 1) // 2
-        if buffer_size(middle * step) <= budget:
-            low = middle
+    low_size = buffer_size(step)
+    if low_size > budget:
+        return 0
+    low, high = 1, -(-wanted // step)  # in steps: `low` fits, `high` does not
+    attempt = 0
+    while high - low > 1:
+        attempt += 1
+        guess = low + (high - low) * (budget - low_size) // max(1, high_size - low_size)
+        # Every third time bisect, in case the sizes are not linear at all.
+        guess = (low + high) // 2 if attempt % 3 == 0 else min(max(guess, low + 1), high - 1)
+        size = buffer_size(guess * step)
+        if size <= budget:
+            low, low_size = guess, size
         else:
-            high = middle - 1
+            high, high_size = guess, size
     return low * step
 
 
