@@ -162,7 +162,7 @@ def _read(
 
 
 def _as_json(model: str, readings: Mapping[str, Reading]) -> dict[str, Any]:
-    from dsmoe_local.experts.compare import differences, overlap
+    from dsmoe_local.experts.activity import differences, overlap
     from dsmoe_local.experts.picture import activity_json
 
     found: dict[str, Any] = {
@@ -197,7 +197,7 @@ def _print(model: str, readings: Mapping[str, Reading]) -> None:
 def _parts(model: str, readings: Mapping[str, Reading], width: int) -> Iterator[RenderableType]:
     from rich.text import Text
 
-    from dsmoe_local.experts.compare import differences, mean_overlap
+    from dsmoe_local.experts.activity import differences, mean_overlap
     from dsmoe_local.experts.panel import panels
     from dsmoe_local.experts.tables import difference_table, layer_table
 

@@ -1,1 +1,1 @@
-"""What a model's experts did, as figures and pictures. Observing them is the engine's concern."""
+"""The activity of a model's experts as numbers, tables and pictures."""

@@ -1,7 +1,7 @@
-"""What the routers of a model did over some tokens, as plain data that can be added and subtracted.
+"""What the routers of a model did over some tokens, as data that can be added, subtracted and compared.
 
-Made from the `routing` observation (docs/observers.md), which counts since the observer is there: the
-difference of two is what happened between them. Draws nothing.
+Made from the `routing` observation (docs/observers.md), whose counts only grow: the difference of two is what
+happened in between.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from dsmoe_local.engine.types import Observation
 
 @dataclass(frozen=True, slots=True)
 class LayerActivity:
-    """One layer's sums over the `tokens` it saw.
+    """Sums for one layer over `tokens` tokens.
 
-    `counts`: how often each routed expert was chosen; `mass`: the router's probabilities of each, where it
-    was chosen; `captured` and `captured_squares`: the sum and the sum of squares of the probability that a
-    token's chosen experts have together. Over the `sampled` tokens: `entropy` of the router's probabilities
-    in nats, and the lengths `routed` and `shared` of what the routed and the shared experts added.
+    `counts`: how often each routed expert was chosen. `mass`: the sum of each expert's router probabilities
+    where it was chosen. `captured`, `captured_squares`: the sums of the total probability of a token's chosen
+    experts, and of its square. Over the `sampled` tokens only: `entropy` of the router's probabilities in
+    nats, and the norms `routed` and `shared` of the outputs of routed and shared experts.
     """
 
     layer: int
@@ -36,7 +36,7 @@ class LayerActivity:
     shared: float = 0.0
 
     def plus(self, other: LayerActivity, sign: int = 1) -> LayerActivity:
-        """The sums with another's added, or taken away with the sign -1."""
+        """Return the sum of two layers, or with the sign -1 the difference."""
         return LayerActivity(
             self.layer,
             self.tokens + sign * other.tokens,
@@ -52,17 +52,17 @@ class LayerActivity:
 
     @property
     def experts_per_token(self) -> float:
-        """Routed experts that a token used, on average."""
+        """Mean number of routed experts per token."""
         return sum(self.counts) / max(1, self.tokens)
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """The share of the tokens that chose each expert: together `experts_per_token`."""
+        """The share of the tokens that chose each expert. The sum is `experts_per_token`."""
         return tuple(count / max(1, self.tokens) for count in self.counts)
 
     @property
     def load_entropy(self) -> float:
-        """Entropy of `counts` as a share of the greatest possible: 1 is an even load. 0 without tokens."""
+        """Entropy of `counts`, divided by its maximum: 1 is an even load. 0 without tokens."""
         total, possible = sum(self.counts), math.log(max(1, len(self.counts)))
         if not total or not possible:
             return 0.0
@@ -71,38 +71,38 @@ class LayerActivity:
 
     @property
     def load_peak(self) -> float:
-        """The busiest expert's count by the mean: 1 is an even load."""
+        """The largest count divided by the mean: 1 is an even load."""
         return max(self.counts, default=0) * len(self.counts) / max(1, sum(self.counts))
 
     @property
     def unused(self) -> int:
-        """Experts that no token chose."""
+        """Number of experts that no token chose."""
         return self.counts.count(0)
 
     @property
     def captured_mass(self) -> float:
-        """Mean probability that a token's chosen experts have together."""
+        """Mean total probability of a token's chosen experts."""
         return self.captured / max(1, self.tokens)
 
     @property
     def captured_deviation(self) -> float:
-        """Standard deviation of that probability over the tokens."""
+        """Standard deviation of that total over the tokens."""
         n = max(1, self.tokens)
         return math.sqrt(max(0.0, self.captured_squares / n - (self.captured / n) ** 2))
 
     @property
     def router_entropy(self) -> float | None:
-        """Mean entropy of the router's probabilities in nats; None where no token was sampled."""
+        """Mean entropy of the router's probabilities in nats; None without sampled tokens."""
         return self.entropy / self.sampled if self.sampled else None
 
     @property
     def shared_share(self) -> float | None:
-        """The shared experts' part of what all experts add, by length; None where no token was sampled."""
+        """The shared experts' part of the output of all experts, by norm; None without sampled tokens."""
         both = self.shared + self.routed
         return self.shared / both if self.sampled and both > 0 else None
 
     def busiest(self, n: int) -> list[tuple[int, float]]:
-        """The `n` experts that most tokens chose, with the share of the tokens that did; no unused ones."""
+        """Return the `n` most used experts with their shares, without unused ones."""
         order = sorted(range(len(self.counts)), key=lambda i: (-self.counts[i], -self.mass[i], i))
         shares = self.shares
         return [(expert, shares[expert]) for expert in order[:n] if self.counts[expert]]
@@ -110,18 +110,18 @@ class LayerActivity:
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """The layers that have routed experts, in order. No layers: nothing was observed."""
+    """All layers with routed experts, in order. No layers: nothing was observed."""
 
     layers: tuple[LayerActivity, ...] = ()
 
     @property
     def tokens(self) -> int:
-        """Tokens that went through the model. The last layer may have seen fewer: of a prompt, the end."""
+        """Number of tokens. The last layer may have fewer: it computes only the end of a prompt."""
         return max((layer.tokens for layer in self.layers), default=0)
 
     @property
     def n_routed_experts(self) -> int:
-        """Routed experts of a layer."""
+        """Number of routed experts in a layer."""
         return max((len(layer.counts) for layer in self.layers), default=0)
 
     def __add__(self, other: Activity) -> Activity:
@@ -136,7 +136,7 @@ class Activity:
         return Activity(tuple(a.plus(b, sign) for a, b in zip(self.layers, other.layers, strict=True)))
 
     def follows(self, earlier: Activity) -> bool:
-        """Whether `earlier` can be a former state of this: nothing was counted there that is missing here."""
+        """Return whether `earlier` can be an earlier state of these counts: none of its counts is larger."""
         if not earlier.layers:
             return True
         return len(self.layers) == len(earlier.layers) and all(
@@ -146,28 +146,28 @@ class Activity:
 
     @property
     def experts_per_token(self) -> float:
-        """Routed experts that a token used in a layer, on average."""
+        """Mean number of routed experts per token and layer."""
         return _ratio((sum(layer.counts), layer.tokens) for layer in self.layers)
 
     @property
     def captured_mass(self) -> float:
-        """Mean probability of the chosen experts over all tokens and layers."""
+        """Mean total probability of the chosen experts over all tokens and layers."""
         return _ratio((layer.captured, layer.tokens) for layer in self.layers)
 
     @property
     def load_entropy(self) -> float:
-        """The layers' mean, of those that saw tokens."""
+        """Mean over the layers with tokens."""
         return _ratio((layer.load_entropy, 1) for layer in self.layers if layer.tokens)
 
     @property
     def shared_share(self) -> float | None:
-        """The layers' mean, of those where tokens were sampled."""
+        """Mean over the layers with sampled tokens."""
         shares = [share for layer in self.layers if (share := layer.shared_share) is not None]
         return sum(shares) / len(shares) if shares else None
 
 
 def _ratio(parts: Iterable[tuple[float, float]]) -> float:
-    """The sum of the first numbers by the sum of the second; 0 of nothing."""
+    """Return the sum of the first numbers divided by that of the second; 0 if that is 0."""
     above = below = 0.0
     for part in parts:
         above += part[0]
@@ -176,7 +176,7 @@ def _ratio(parts: Iterable[tuple[float, float]]) -> float:
 
 
 def activity_of(observation: Observation) -> Activity:
-    """The `routing` observation as sums."""
+    """Return a `routing` observation as sums."""
     n_experts: int = observation["n_routed_experts"]
     return Activity(tuple(_layer(entry, n_experts) for entry in observation["layers"]))
 
@@ -198,3 +198,36 @@ def _layer(entry: dict[str, Any], n_experts: int) -> LayerActivity:
         sampled * entry["routed_norm"],
         sampled * entry["shared_norm"],
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """An expert, with the shares of the tokens that chose it in two activities."""
+
+    layer: int
+    expert: int
+    first: float
+    second: float
+
+
+def overlap(first: LayerActivity, second: LayerActivity) -> float:
+    """Return the overlap of two loads, 0 to 1: the sum over experts of the smaller share of all choices."""
+    totals = max(1, sum(first.counts)), max(1, sum(second.counts))
+    return sum(min(a / totals[0], b / totals[1]) for a, b in zip(first.counts, second.counts, strict=True))
+
+
+def mean_overlap(first: Activity, second: Activity) -> float:
+    """Return the mean overlap over all layers."""
+    pairs = list(zip(first.layers, second.layers, strict=True))
+    return sum(overlap(*pair) for pair in pairs) / max(1, len(pairs))
+
+
+def differences(first: Activity, second: Activity, n: int) -> list[Difference]:
+    """Return the `n` experts whose shares differ most."""
+    found = [
+        Difference(a.layer, expert, share, b.shares[expert])
+        for a, b in zip(first.layers, second.layers, strict=True)
+        for expert, share in enumerate(a.shares)
+    ]
+    found.sort(key=lambda each: (-abs(each.first - each.second), each.layer, each.expert))
+    return found[:n]

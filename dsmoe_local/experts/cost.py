@@ -1,4 +1,4 @@
-"""What another number of active experts costs and saves, from the file's header. Loads nothing."""
+"""The cost of another number of active experts, computed from the header of a file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dsmoe_local.model.gguf_model import read_model
 
 @dataclass(frozen=True, slots=True)
 class ActiveCost:
-    """What a token takes with `n_experts_per_token` routed experts: parameters, bytes of weights read."""
+    """Activated parameters and bytes of weights read per token, with `n_experts_per_token` experts."""
 
     n_experts_per_token: int
     n_activated: int
@@ -20,12 +20,12 @@ class ActiveCost:
 
 
 def own_number(path: Path) -> int:
-    """Routed experts per token that the file itself asks for; 0 for a dense model. FormatError, FileError."""
+    """Return the file's own number of experts per token, 0 if dense. Raises FormatError, FileError."""
     return read_model(path)[1].n_experts_per_token
 
 
 def active_cost(path: Path, n_experts_per_token: int) -> ActiveCost:
-    """What a token takes of the model in `path`. FormatError, FileError as its reader raises them."""
+    """Return the cost of a token for the model in `path`. Raises FormatError, FileError."""
     file, hp = read_model(path)
     hp = replace(hp, n_experts_per_token=n_experts_per_token)
     n_bytes = bytes_per_token(hp, file.tensors.values())
@@ -33,7 +33,7 @@ def active_cost(path: Path, n_experts_per_token: int) -> ActiveCost:
 
 
 def compared(now: ActiveCost, then: ActiveCost) -> str:
-    """What changes from `now` to `then`, in a sentence."""
+    """Return a sentence about the change from `now` to `then`."""
     return (
         f"with {then.n_experts_per_token} instead of {now.n_experts_per_token} experts a token reads "
         f"{format_size(then.n_bytes)} of weights instead of {format_size(now.n_bytes)} "

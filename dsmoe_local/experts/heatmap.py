@@ -1,13 +1,14 @@
-"""The heatmap, layers by experts, as something Rich draws: with colours two layers to a line, else in shades.
+"""A heatmap of layers by experts for Rich: in colour two layers on a line, otherwise in shades.
 
-A picture fills its cells, so that it reads on dark and light terminals alike, and says what its shades mean.
+Cells are filled completely, to be readable on dark and light terminals. A legend explains the scale.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import groupby
 
 from rich.color import Color
@@ -17,10 +18,9 @@ from rich.segment import Segment
 from rich.style import Style
 from rich.text import Text
 
-from dsmoe_local.experts.activity import Activity
-from dsmoe_local.experts.grid import Grid, Scale, grid_of, scale_of
+from dsmoe_local.experts.activity import Activity, LayerActivity
 
-# Viridis: even steps of brightness, also for the colour-blind.
+# Viridis: even steps of brightness, also for colour-blind people.
 COLOURS = (
     "#440154",
     "#482878",
@@ -41,11 +41,92 @@ _EVERY_ROW = 10_000
 
 
 @dataclass(frozen=True, slots=True)
-class Heatmap:
-    """`title` above, the expert's numbers, a line for each one or two layers, the scale below.
+class Grid:
+    """The cells of a heatmap: the share of the tokens that chose an expert; None without tokens.
 
-    It takes the width it is given. `height` limits the lines of cells: layers are taken together where they
-    are more. `tall` gives every layer a line of its own. `scale` is that of the picture unless given.
+    A row is the mean of `layers_per_row` layers, the first of which is in `first_layers`; a column is the
+    mean of `experts_per_column` experts. The last row and column may have fewer.
+    """
+
+    rows: tuple[tuple[float | None, ...], ...]
+    first_layers: tuple[int, ...]
+    layers_per_row: int
+    experts_per_column: int
+
+    @property
+    def n_columns(self) -> int:
+        """Number of cells in a row."""
+        return max(map(len, self.rows), default=0)
+
+    @property
+    def values(self) -> Iterator[float]:
+        """All shares."""
+        return (value for row in self.rows for value in row if value is not None)
+
+
+def grid_of(activity: Activity, max_rows: int, max_columns: int) -> Grid:
+    """Return the finest grid with at most this many rows and columns."""
+    per_row = max(1, math.ceil(len(activity.layers) / max(1, max_rows)))
+    per_column = max(1, math.ceil(activity.n_routed_experts / max(1, max_columns)))
+    groups = [activity.layers[start : start + per_row] for start in range(0, len(activity.layers), per_row)]
+    return Grid(
+        tuple(tuple(_cells(group, per_column)) for group in groups),
+        tuple(group[0].layer for group in groups),
+        per_row,
+        per_column,
+    )
+
+
+def _cells(layers: Sequence[LayerActivity], per_column: int) -> Iterator[float | None]:
+    tokens = sum(layer.tokens for layer in layers)
+    counts = [sum(column) for column in zip(*(layer.counts for layer in layers), strict=True)]
+    for start in range(0, len(counts), per_column):
+        part = counts[start : start + per_column]
+        yield sum(part) / (len(part) * tokens) if tokens else None
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Maps shares from 0 to `high` to shades, on a power scale with an even load in the middle.
+
+    So half of the shades are for experts below it, whether a token uses 6 of 64 experts or 12 of 14.
+    """
+
+    high: float
+    even: float
+
+    @cached_property
+    def _power(self) -> float:
+        ratio = self.even / self.high if self.high > 0 else 0.5
+        return math.log(0.5) / math.log(min(0.99, max(0.001, ratio)))
+
+    def level(self, value: float, n_levels: int) -> int:
+        """Return the shade of a share, from 0 to n_levels - 1."""
+        position = min(1.0, value / self.high) if self.high > 0 else 0.0
+        return min(n_levels - 1, int(n_levels * position**self._power))
+
+    def value(self, position: float) -> float:
+        """Return the share at a position among the shades, from 0 to 1."""
+        return self.high * float(position ** (1 / self._power))
+
+
+def scale_of(activities: Sequence[Activity], grids: Sequence[Grid]) -> Scale:
+    """Return a common scale for heatmaps, up to the largest share or twice that of an even load: with an even
+    load, no expert may look busy.
+    """
+    high = max((value for grid in grids for value in grid.values), default=0.0)
+    shares = [each.experts_per_token / each.n_routed_experts for each in activities if each.tokens]
+    even = sum(shares) / max(1, len(shares))
+    # No share exceeds 1, which is the even load if all experts are used.
+    return Scale(max(high, min(1.0, 2 * even) if even < 1 else 2 * even), even)
+
+
+@dataclass(frozen=True, slots=True)
+class Heatmap:
+    """A heatmap with `title`, the numbers of experts, lines for one or two layers each, and a legend.
+
+    It fits into any width. `height` limits the lines of cells, by averaging layers. `tall`: one layer on a
+    line. `scale`: None for its own.
     """
 
     activity: Activity
@@ -110,7 +191,7 @@ class Heatmap:
 
 
 def _packed(parts: Sequence[Text], width: int) -> Iterator[Text]:
-    """The parts on as few lines as they need, none of them broken."""
+    """Return the parts on as few lines as possible, without breaking them."""
     line = Text(no_wrap=True)
     for part in parts:
         if line and line.cell_len + 2 + part.cell_len > width:
@@ -121,7 +202,7 @@ def _packed(parts: Sequence[Text], width: int) -> Iterator[Text]:
 
 
 def _expert_numbers(grid: Grid, cell: int) -> str:
-    """The numbers of experts over their columns, as many as have room."""
+    """Return the line with the numbers of experts above their columns, as many as fit."""
     last = (grid.n_columns - 1) * grid.experts_per_column
     step = 1
     while step * cell <= len(str(last)):
@@ -138,7 +219,7 @@ def _levels(row: Sequence[float | None], scale: Scale) -> list[int | None]:
 
 @cache
 def _style(text: int | None, background: int | None) -> Style:
-    """Made once each: a live panel needs thousands a second."""
+    """Cached: a live panel needs thousands of styles a second."""
     return Style(
         color=None if text is None else _COLOURS[text],
         bgcolor=None if background is None else _COLOURS[background],
@@ -151,7 +232,7 @@ def _full_line(grid: Grid, number: int, scale: Scale, cell: int) -> Iterator[Seg
 
 
 def _half_line(grid: Grid, number: int, scale: Scale, cell: int) -> Iterator[Segment]:
-    """Two rows on a line: the upper one is the text's colour, the lower one the background's."""
+    """Draw two rows on a line: the upper in the text colour, the lower in the background colour."""
     upper = _levels(grid.rows[number], scale)
     lower: list[int | None] = [None] * len(upper)
     if number + 1 < len(grid.rows):

@@ -1,4 +1,4 @@
-"""Panels of the routed experts, made of heatmaps and a line of numbers; as wide and high as they are told."""
+"""Panels that show routed experts: heatmaps with a line of numbers."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from rich.table import Table
 from rich.text import Text
 
 from dsmoe_local.experts.activity import Activity
-from dsmoe_local.experts.grid import grid_of, scale_of
-from dsmoe_local.experts.heatmap import Heatmap
+from dsmoe_local.experts.heatmap import Heatmap, grid_of, scale_of
 
 _GAP = 3
-_FRAME = 2  # around cells that are drawn in shades
+_FRAME = 2  # around cells drawn in shades
 _LIVE_LINES = 14
-_ROUND_IT = 6  # lines of a live panel that are no cells, and the least that are worth drawing
+_ROUND_IT = 6  # the least height of a live panel with a heatmap
 
 
 def summary(activity: Activity, width: int = 400) -> str:
-    """One line on all layers, of whole parts."""
+    """Return a line about all layers. Numbers that do not fit are left out."""
     parts = [
         f"{activity.tokens:,} tokens",
         f"{activity.experts_per_token:.3g} of {activity.n_routed_experts} experts",
@@ -34,7 +33,7 @@ def summary(activity: Activity, width: int = 400) -> str:
 
 
 def live_panel(activity: Activity, width: int, height: int) -> RenderableType:
-    """What is drawn beside a running reply: at most a third of `height`."""
+    """Return the panel next to a running reply, of at most a third of `height`."""
     line = _headed(activity, width)
     rows = min(_LIVE_LINES, height // 3)
     if rows < _ROUND_IT or not activity.tokens:
@@ -43,8 +42,8 @@ def live_panel(activity: Activity, width: int, height: int) -> RenderableType:
 
 
 def reply_panel(activity: Activity, width: int, height: int) -> RenderableType:
-    """What is printed behind a reply, below an empty line: the numbers, and the picture with its scale; no
-    higher than leaves some of the reply on a screen of so many lines.
+    """Return the panel after a reply: a blank line, the numbers, and a heatmap that leaves part of the reply
+    visible on a screen of `height` lines.
     """
     return Group(Text(""), _headed(activity, width), Heatmap(activity, height=max(8, 2 * height // 3)))
 
@@ -56,10 +55,10 @@ def _headed(activity: Activity, width: int) -> Text:
 
 
 def panels(parts: Mapping[str, Activity], width: int, *, tall: bool = False) -> RenderableType:
-    """Several activities by their titles, with one scale; beside each other where `width` allows it."""
+    """Return several activities with a common scale, side by side if `width` allows it."""
     seen = {title: activity for title, activity in parts.items() if activity.tokens}
     if not seen:
-        return Text("no tokens were seen yet", style="dim")
+        return Text("no tokens yet", style="dim")
     scale = scale_of(list(seen.values()), [grid_of(each, 10_000, 10_000) for each in seen.values()])
     part_width = (width - _GAP * (len(seen) - 1)) // len(seen)
     beside = len(seen) > 1 and all(_least_width(each) <= part_width for each in seen.values())
@@ -82,5 +81,5 @@ def panels(parts: Mapping[str, Activity], width: int, *, tall: bool = False) -> 
 
 
 def _least_width(activity: Activity) -> int:
-    """Columns of a picture in which every expert has its own."""
+    """Return the width in which every expert has a column."""
     return len(str(activity.layers[-1].layer)) + 1 + _FRAME + activity.n_routed_experts

@@ -1,4 +1,4 @@
-"""The picture of the experts as a file: SVG to look at, JSON to calculate with."""
+"""The activity of experts as a file: an SVG picture, or JSON with all numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dsmoe_local.experts.activity import Activity, LayerActivity
 
 _WIDTH = 150  # columns of the picture
 _N_BUSIEST = 8
-# No fonts from the network: a page that holds the picture asks for nothing.
+# Without fonts from the network, unlike Rich's own template.
 SVG_FORMAT = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">
 <style>
 text {{ font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }}
@@ -39,31 +39,31 @@ text {{ font-size: {char_height}px; }}
 
 
 def write_picture(path: Path, title: str, parts: Mapping[str, Activity]) -> None:
-    """Write the activities, by their names, to `path`, whose ending says how; what was there is replaced.
+    """Write named activities to `path`, as .svg or .json, replacing an existing file.
 
-    Its owner alone can read it. UsageError for another ending or where no tokens were seen, FileError as the
-    disk says.
+    Only the owner can read the file. UsageError for another ending or without tokens, FileError if it cannot
+    be written.
     """
     write = WRITERS.get(path.suffix.lower())
     if write is None:
         raise UsageError(
-            f"{safe_line(path.name, 80)}: the picture of the experts is a file of another kind",
-            remedy=f"name it with the ending {' or '.join(WRITERS)}",
+            f"{safe_line(path.name, 80)}: unknown format for experts",
+            remedy=f"use a name that ends with {' or '.join(WRITERS)}",
         )
     if not any(activity.tokens for activity in parts.values()):
-        raise UsageError("no tokens were seen yet", remedy="switch the experts on, and send a message")
+        raise UsageError("no tokens were observed yet", remedy="/experts on, then send a message")
     write_text_file(path, write(title, parts), "the picture")
 
 
 def as_svg(title: str, parts: Mapping[str, Activity]) -> str:
-    """The panels, and the layers of the first that has any."""
+    """Return panels of all activities, and the layers of the first with tokens."""
     from rich.console import Console
     from rich.text import Text
 
     from dsmoe_local.experts.panel import panels
     from dsmoe_local.experts.tables import layer_table
 
-    # Whatever the terminal can, and NO_COLOR says: a picture is no terminal.
+    # Independent of the terminal and of NO_COLOR.
     console = Console(
         width=_WIDTH,
         record=True,
@@ -80,7 +80,7 @@ def as_svg(title: str, parts: Mapping[str, Activity]) -> str:
 
 
 def as_json(title: str, parts: Mapping[str, Activity]) -> str:
-    """All numbers; docs/experts.md names them."""
+    """Return all numbers. docs/experts.md explains them."""
     found = {"model": title, "parts": {name: activity_json(activity) for name, activity in parts.items()}}
     return json.dumps(found, indent=1) + "\n"
 
@@ -89,7 +89,7 @@ WRITERS: Mapping[str, Callable[[str, Mapping[str, Activity]], str]] = {".svg": a
 
 
 def activity_json(activity: Activity) -> dict[str, Any]:
-    """An activity as a JSON object."""
+    """Return an activity as a JSON object."""
     return {
         "tokens": activity.tokens,
         "n_routed_experts": activity.n_routed_experts,

@@ -1,4 +1,4 @@
-"""Runs a text through a model that has the observers below, and says what its routers did. Draws nothing."""
+"""Runs a text through a model and returns what its routers did."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from dsmoe_local.engine.types import FinishReason, ObserverOptions, Request, Sam
 from dsmoe_local.experts.activity import Activity, activity_of
 
 OBSERVERS = (ObserverOptions("routing"), ObserverOptions("logprobs"))
-"""The last layer computes only what logits need: a scored prompt needs them for every token."""
+"""With logprobs, the last layer computes all tokens: otherwise only those whose logits are needed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What happened in a text of `n_tokens`, read in `n_windows` parts that know nothing of each other.
+    """The activity over a text of `n_tokens` tokens, read in `n_windows` independent windows.
 
-    `perplexity` is None where there was nothing to predict.
+    `perplexity` is None if there was no token to predict.
     """
 
     activity: Activity
@@ -38,9 +38,9 @@ def read_tokens(
     listen: Listener,
     stop: threading.Event,
 ) -> Reading:
-    """Read all of `ids`, in equal windows that fit the context, each behind `bos` if there is one.
+    """Read `ids` in equal windows that fit the context, each after `bos` unless that is None.
 
-    `name` is for the progress. InterruptedRunError once `stop` is set; EngineError.
+    `name` is shown in the progress. Raises InterruptedRunError once `stop` is set, and EngineError.
     """
     windows = list(_windows(tuple(ids), () if bos is None else (bos,), engine.info.n_context - 1))
     before, logprobs_before = activity_of(engine.observe("routing")), engine.observe("logprobs")
@@ -66,12 +66,12 @@ def _read(
             listen(Advanced(event.progress.done - read))
             read = event.progress.done
         if event.finish_reason is FinishReason.CANCELLED:
-            raise InterruptedRunError("interrupted: the text is not read to its end")
+            raise InterruptedRunError("interrupted before the end of the text")
     listen(Advanced(max(0, len(window) - read)))
 
 
 def _windows(ids: tuple[int, ...], bos: tuple[int, ...], limit: int) -> Iterator[tuple[int, ...]]:
-    """As few as possible, of the same length but for one token."""
+    """Yield as few windows as possible, whose lengths differ by at most one."""
     count = -(-len(ids) // max(1, limit - len(bos)))
     for number in range(count):
         yield bos + ids[len(ids) * number // count : len(ids) * (number + 1) // count]

@@ -1,4 +1,4 @@
-"""Activity layer by layer as tables: which experts a layer leans on, how even and how sure its router is."""
+"""Tables of activity by layer: the most used experts, and how even and how certain the router is."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dsmoe_local.experts.activity import Activity, LayerActivity
-from dsmoe_local.experts.compare import Difference
+from dsmoe_local.experts.activity import Activity, Difference, LayerActivity
 
 N_BUSIEST = 4
-"""Experts of a layer that tables name."""
-_AROUND = 9  # columns that a table takes beside its numbers: the layer, the margins
+"""Number of experts that tables name for a layer."""
+_AROUND = 9  # cells for the layer and the margins
 _WIDE = 60
-"""Columns from which on a table of experts says more than their shares."""
+"""Width from which a table of experts has more than shares."""
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A number of a layer: its heading, what it means, and how it is written."""
+    """A column of a table: heading, meaning and format of a number of a layer."""
 
     heading: str
     meaning: str
@@ -41,11 +40,11 @@ COLUMNS: Sequence[Column] = (
     Column("unused", "experts that no token chose", lambda x: str(x.unused)),
     Column("nats", "entropy of the router", lambda x: _optional(x.router_entropy, ".2f")),
 )
-"""In the order in which narrow tables keep them."""
+"""Narrow tables show the first ones."""
 
 
 def leans_on(layer: LayerActivity, n: int = N_BUSIEST) -> Text:
-    """The busiest experts with the share of the tokens that chose each."""
+    """Return the most used experts with the shares of the tokens that chose them."""
     digits = len(str(len(layer.counts) - 1))
     parts = [
         Text.assemble(f"{expert:>{digits}}", (f" {share:4.0%}", "dim")) for expert, share in layer.busiest(n)
@@ -54,7 +53,7 @@ def leans_on(layer: LayerActivity, n: int = N_BUSIEST) -> Text:
 
 
 def layer_rows(activity: Activity) -> list[tuple[str, ...]]:
-    """All columns as text, a heading first: for terminals that want no pictures."""
+    """Return all columns as rows of text with a heading, for plain terminals."""
     return [
         ("layer", *(column.heading for column in COLUMNS), "leans on"),
         *(
@@ -67,12 +66,12 @@ def layer_rows(activity: Activity) -> list[tuple[str, ...]]:
 
 
 def legend(columns: Sequence[Column] = COLUMNS) -> str:
-    """What the columns mean, as one sentence."""
+    """Return the meanings of the columns as one sentence."""
     return "; ".join(f"{column.heading}: {column.meaning}" for column in columns)
 
 
 def layer_table(activity: Activity, width: int, *, explained: bool = True) -> RenderableType:
-    """A line for each layer, with as many columns and experts as `width` holds; what they mean below."""
+    """Return a table with a line for each layer, as many columns and experts as fit, and their meanings."""
     expert = len(str(activity.n_routed_experts - 1)) + len(" 100%  ")
     room = width - _AROUND
     columns = [
@@ -93,10 +92,10 @@ def layer_table(activity: Activity, width: int, *, explained: bool = True) -> Re
 
 
 def expert_table(parts: Mapping[str, LayerActivity], width: int, n: int = 16) -> RenderableType:
-    """One layer's busiest experts, by the first part that saw tokens, with a bar for each part."""
+    """Return a table of the most used experts of the first part with tokens, with bars for each part."""
     seen = {name: layer for name, layer in parts.items() if layer.tokens}
     if not seen:
-        return Text("no tokens were seen yet", style="dim")
+        return Text("no tokens yet", style="dim")
     wide = width >= _WIDE
     bar = max(4, min(24, (width - 10) // len(seen) - (14 if wide else 8)))
     table = _table()
@@ -116,13 +115,13 @@ def expert_table(parts: Mapping[str, LayerActivity], width: int, n: int = 16) ->
         table.add_row(str(expert), *cells)
     notes = ["experts by the share of the tokens that chose them"]
     notes += ["mass: the router's mean probability where it chose them"] if wide else []
-    left = len(leading.counts) - leading.unused - n
-    notes += [f"{left} more were chosen"] if left > 0 else []
+    n_more = len(leading.counts) - leading.unused - n
+    notes += [f"{n_more} more were chosen"] if n_more > 0 else []
     return _explained(table, "; ".join(notes))
 
 
 def expert_rows(parts: Mapping[str, LayerActivity], n: int = 16) -> list[tuple[str, ...]]:
-    """The same as text, a heading first."""
+    """Return the same as rows of text with a heading."""
     leading = next(iter(parts.values()))
     return [
         ("expert", *parts),
@@ -134,7 +133,7 @@ def expert_rows(parts: Mapping[str, LayerActivity], n: int = 16) -> list[tuple[s
 
 
 def difference_table(differences: Sequence[Difference], names: tuple[str, str], width: int) -> RenderableType:
-    """The experts that two texts use most differently."""
+    """Return a table of the experts that two texts use most differently."""
     table = _table()
     for heading in ("layer", "expert"):
         table.add_column(heading, justify="right", no_wrap=True)

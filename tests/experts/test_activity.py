@@ -10,9 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.routed import observation, tokens
 
-from dsmoe_local.experts.activity import Activity, LayerActivity, activity_of
-from dsmoe_local.experts.compare import differences, mean_overlap, overlap
-from dsmoe_local.experts.grid import Scale, grid_of, scale_of
+from dsmoe_local.experts.activity import (
+    Activity,
+    LayerActivity,
+    activity_of,
+    differences,
+    mean_overlap,
+    overlap,
+)
+from dsmoe_local.experts.heatmap import Scale, grid_of, scale_of
 
 
 @given(st.integers(0, 30), st.integers(0, 30), st.integers(1, 4), st.integers(2, 12), st.integers(0, 99))

@@ -18,10 +18,8 @@ from rich.text import Text
 from support.routed import drawn, observation, tokens
 
 from dsmoe_local.base.errors import FileError, UsageError
-from dsmoe_local.experts.activity import Activity, LayerActivity, activity_of
-from dsmoe_local.experts.compare import differences
-from dsmoe_local.experts.grid import grid_of, scale_of
-from dsmoe_local.experts.heatmap import COLOURS, Heatmap
+from dsmoe_local.experts.activity import Activity, LayerActivity, activity_of, differences
+from dsmoe_local.experts.heatmap import COLOURS, Heatmap, grid_of, scale_of
 from dsmoe_local.experts.panel import live_panel, panels, reply_panel
 from dsmoe_local.experts.picture import activity_json, as_svg, write_picture
 from dsmoe_local.experts.tables import COLUMNS, difference_table, expert_table, layer_table
@@ -187,7 +185,7 @@ def test_json_has_the_observers_numbers(tmp_path: Path) -> None:
 
 def test_a_picture_needs_a_known_ending_something_seen_and_a_place(tmp_path: Path) -> None:
     """Guards: an empty file, one of an unknown kind, a traceback of a full or missing folder."""
-    with pytest.raises(UsageError, match="of another kind"):
+    with pytest.raises(UsageError, match="unknown format"):
         write_picture(tmp_path / "experts.png", "m", {"session": SMALL})
     with pytest.raises(UsageError, match="no tokens"):
         write_picture(tmp_path / "experts.svg", "m", {"session": Activity()})
