@@ -10,7 +10,7 @@ from gguf.constants import GGUFValueType
 
 from dsmoe_convert.errors import TokenizerError
 from dsmoe_local.base.errors import FileError
-from dsmoe_local.base.text import safe_line
+from dsmoe_local.base.text import is_encodable, safe_line
 from dsmoe_local.model.config_json import load_json
 from dsmoe_local.model.gguf_file import Field
 
@@ -40,7 +40,7 @@ def read_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, Field]:
         {"default": found} if not isinstance(found, list) else dict(_pair(item, where) for item in found)
     )
     for name, template in templates.items():
-        if not isinstance(template, str) or len(template) > _MAX_BYTES or not _encodes(template):
+        if not isinstance(template, str) or len(template) > _MAX_BYTES or not is_encodable(template):
             raise TokenizerError(
                 "the chat template is not text of at most 1 MiB",
                 where=f"{where}: chat_template {safe_line(name, 40)}",
@@ -71,7 +71,3 @@ def _read_text(path: Path) -> str:
         raise FileError(f"cannot read the chat template: {error.strerror}", where=path) from error
     except UnicodeDecodeError as error:
         raise TokenizerError("the chat template is not UTF-8", where=path) from error
-
-
-def _encodes(text: str) -> bool:
-    return not any(0xD800 <= ord(character) < 0xE000 for character in text)

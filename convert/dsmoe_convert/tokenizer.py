@@ -17,7 +17,7 @@ from dsmoe_convert import chat_templates, check_encoding, pretokenizers, unsuppo
 from dsmoe_convert.byte_level import has_joined_digits
 from dsmoe_convert.errors import TokenizerError
 from dsmoe_convert.special_tokens import SpecialTokens, read_special_tokens
-from dsmoe_local.base.text import safe_line
+from dsmoe_local.base.text import is_encodable, safe_line
 from dsmoe_local.model.config_json import load_json
 from dsmoe_local.model.gguf_file import Field
 
@@ -155,7 +155,7 @@ def _place(
             f"the token {safe_line(repr(text), 40)} has the id {safe_line(repr(token_id), 20)}",
             f"config.json's vocab_size is {n_vocab}",
         )
-    if not isinstance(text, str) or not text or not _is_unicode(text):
+    if not isinstance(text, str) or not text or not is_encodable(text):
         _refuse(files, f"token {token_id} is not text")
     if token_id in tokens:
         _refuse(files, f"two tokens have the id {token_id}; one is {safe_line(repr(text), 40)}")
@@ -219,8 +219,3 @@ def _recognize(files: TokenizerFiles, special: SpecialTokens) -> str:
             remedy="name llama.cpp's equivalent, for example: --pre deepseek-llm",
         )
     return name
-
-
-def _is_unicode(text: str) -> bool:
-    # JSON can contain half of a surrogate pair, UTF-8 cannot.
-    return not any(0xD800 <= ord(character) < 0xE000 for character in text)

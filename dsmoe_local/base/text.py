@@ -79,6 +79,15 @@ def whole_characters(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def is_encodable(text: str) -> bool:
+    """True if the text has no lone surrogates, which JSON can contain but UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def safe_line(text: str, limit: int = 200) -> str:
     """Like `safe_text`, on one line of at most `limit` characters: for names and messages in a sentence."""
     line = text.translate(_ONE_LINE)

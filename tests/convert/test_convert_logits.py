@@ -16,7 +16,7 @@ from dsmoe_convert.convert import ConvertOptions, RunOptions, convert_folder
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.hyperparameters import Hyperparameters, RopeScaling
-from dsmoe_local.model.layout import Role, tensor_specs
+from dsmoe_local.model.layout import UNQUANTIZED_ROLES, tensor_specs
 from dsmoe_quantize.policy.choice import Overrides, parse_override
 from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
@@ -76,7 +76,7 @@ def test_half_precision_checkpoints(dtype: torch.dtype, tmp_path: Path) -> None:
     own = {torch.bfloat16: GgmlType.BF16, torch.float16: GgmlType.F16}[dtype]
     file, _ = read_model(convert_folder(source, tmp_path / "own.gguf").path)
     for spec in tensor_specs(TINY):
-        wide = spec.role in (Role.NORM, Role.ROUTER)
+        wide = spec.role in UNQUANTIZED_ROLES
         assert file.tensors[spec.name].type is (GgmlType.F32 if wide else own), spec.name
 
 

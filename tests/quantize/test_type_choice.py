@@ -12,7 +12,7 @@ from support.tiny_gguf import MOE, NARROW, ODD
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.hyperparameters import Hyperparameters
-from dsmoe_local.model.layout import Role, role_of, unquantized
+from dsmoe_local.model.layout import UNQUANTIZED_ROLES, role_of, unquantized
 from dsmoe_local.model.presets import PRESETS
 from dsmoe_quantize.policy.choice import Overrides, TensorChoice, choose_types, fallback_notes, parse_override
 from dsmoe_quantize.policy.types import known_words, parse_target, resolve
@@ -98,7 +98,7 @@ def test_no_block_fits() -> None:
 def test_norms_and_routers_stay(word: str) -> None:
     """A quantized router gives garbage."""
     for name, choice in choose(MOE, word).items():
-        if role_of(name) in (Role.NORM, Role.ROUTER):
+        if role_of(name) in UNQUANTIZED_ROLES:
             assert choice.type is GgmlType.F32
 
 

@@ -13,7 +13,7 @@ from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import read_gguf
 from dsmoe_local.model.gguf_model import metadata_of
 from dsmoe_local.model.hyperparameters import Hyperparameters
-from dsmoe_local.model.layout import Role, tensor_specs
+from dsmoe_local.model.layout import UNQUANTIZED_ROLES, tensor_specs
 
 # Wide rows take every block, 96 and 288 columns only blocks of 32; nine layers have "more bits" in some.
 MOE = Hyperparameters(
@@ -73,7 +73,7 @@ def write_tiny(path: Path, hp: Hyperparameters, dtype: str = "bf16", seed: int =
     generator = np.random.default_rng(seed)
     for spec in tensor_specs(hp):
         weights = generator.standard_normal(spec.shape, np.float32) * np.float32(0.05)
-        if spec.role in (Role.NORM, Role.ROUTER) or dtype == "f32":
+        if spec.role in UNQUANTIZED_ROLES or dtype == "f32":
             writer.add_tensor(spec.name, weights)
         elif dtype == "f16":
             writer.add_tensor(spec.name, weights.astype(np.float16))

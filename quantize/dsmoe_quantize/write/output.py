@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -22,7 +22,7 @@ from dsmoe_local.base.errors import FileError, InterruptedRunError, NoSpaceError
 from dsmoe_local.base.faults import reach
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Started, ignore
 from dsmoe_local.base.sizes import format_size
-from dsmoe_local.model.gguf_file import Field
+from dsmoe_local.model.gguf_file import Field, identity_of
 from dsmoe_local.model.gguf_writer import GgufPlan, plan_gguf, write_at
 from dsmoe_quantize.errors import WeightError
 from dsmoe_quantize.write import kernels
@@ -173,13 +173,8 @@ def _fill(
 
 
 def _states(sources: Iterable[Path]) -> dict[Path, tuple[int, int, int]]:
-    """Return what identifies a version of each file (inode, size, mtime); missing files are left out."""
-    found: dict[Path, tuple[int, int, int]] = {}
-    for source in sources:
-        with suppress(FileNotFoundError):
-            status = source.stat()
-            found[source] = (status.st_ino, status.st_size, status.st_mtime_ns)
-    return found
+    """Return the identity of each file; missing files are left out."""
+    return {source: identity_of(source.stat()) for source in sources if source.exists()}
 
 
 def _refuse_changes(before: Mapping[Path, tuple[int, int, int]], part: PartFile) -> None:
