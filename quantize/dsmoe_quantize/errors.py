@@ -4,7 +4,7 @@ DsmoeError
  ├─ UsageError
  │   └─ RequantizeError     the source is quantized already, and --allow-requantize was not given
  ├─ FormatError
- │   └─ WeightError         a weight that no file may hold: NaN, infinite, or too large for the type
+ │   └─ WeightError         a weight that cannot be stored: NaN, infinite, or too large for the type
  └─ KernelError             ggml's library is missing or unusable
 """
 
@@ -22,7 +22,7 @@ class RequantizeError(UsageError):
 
 
 class WeightError(FormatError):
-    """A weight that no file may hold: NaN, infinite, or too large for the type.
+    """A weight that cannot be stored: NaN, infinite, or too large for the type.
 
     `tensor` and `index` say where it is, so that a caller can translate them into its own names.
     """

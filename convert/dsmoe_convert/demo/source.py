@@ -33,7 +33,7 @@ Weights = Mapping[str, NDArray[np.float32]]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The open source model."""
+    """The source model, opened."""
 
     file: GgufFile
     hyperparameters: Hyperparameters

@@ -24,7 +24,7 @@ from dsmoe_quantize.policy.choice import Overrides, may_change
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the user asks for: the budget, and the `name` of the recipe.
+    """The user's request: the budget, and the `name` of the recipe.
 
     `sensitivity` is the file in which measurements are kept; None: a file in the cache. If that file was
     measured with another importance matrix, only its `weights` are used, and errors are kept in the cache.

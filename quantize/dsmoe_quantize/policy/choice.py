@@ -31,7 +31,7 @@ class Override:
 
 @dataclass(frozen=True, slots=True)
 class Overrides:
-    """What the user sets beside --type.
+    """The user's options beside --type.
 
     The first of `tensors` that matches counts; `output` and `embedding` take precedence over all of them.
     `pure`: a mix without its rules.
@@ -147,7 +147,7 @@ def _override(overrides: Overrides, name: str) -> Override | None:
 def fixed_types(
     tensors: Sequence[Tensor], hp: Hyperparameters, recipe: LayeredRecipe, overrides: Overrides
 ) -> dict[str, TensorChoice]:
-    """The choices, by name, that no recipe decides: vectors, routers, and tensors that `overrides` name."""
+    """Return, by name, the choices that no recipe affects: vectors, routers, and overridden tensors."""
     chooser = _Chooser(tensors, hp, recipe, overrides, False)
     choices = (chooser.fixed(tensor) for tensor in tensors)
     return {choice.name: choice for choice in choices if choice}

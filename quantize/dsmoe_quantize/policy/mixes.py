@@ -32,7 +32,7 @@ def more_bits(index: int, count: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """A tensor is the `index`-th (from 0) of the `count` that a rule counts, in a model `hp`."""
+    """The `index` of a tensor (from 0) among the `count` tensors that a rule counts, in a model `hp`."""
 
     index: int
     count: int

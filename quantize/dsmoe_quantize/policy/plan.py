@@ -46,7 +46,7 @@ _DROPPED_PREFIX = "quantize.imatrix."
 
 @dataclass(frozen=True, slots=True)
 class TypePlan:
-    """What each tensor of a file gets: `choices`, in the order of the file, follow from `type` and overrides.
+    """The types of all tensors of a file: `choices`, in the order of the file, made by `type` and overrides.
 
     With an `imatrix`, weights are encoded by their importance.
     """
@@ -68,7 +68,7 @@ class TypePlan:
 
     @property
     def record(self) -> Record:
-        """What the file says about its types: the recipe with the overrides applied."""
+        """What the file's metadata records about its types: the recipe with the overrides applied."""
         return record_of(self.type, self.hp, self.choices)
 
     @property
@@ -87,10 +87,10 @@ class TypePlan:
         return self.imatrix.importance(choice.name, choice.shape)
 
     def metadata_of(self, metadata: Mapping[str, Field]) -> dict[str, Field]:
-        """The metadata of the new file: the source's, in which what is said about quantization is replaced.
+        """Return the metadata of the new file: the source's, with new keys about quantization at the end.
 
-        As llama_model_quantize writes it, plus the recipe. Keys about quantization come last; those about
-        shards, and about the source's own recipe and importance matrix, are dropped.
+        The keys are those of llama_model_quantize, plus the recipe. Keys about shards, and about the source's
+        recipe and importance matrix, are dropped.
         """
         kept = {
             key: field
@@ -106,7 +106,7 @@ class TypePlan:
 
     @property
     def fingerprint(self) -> dict[str, object]:
-        """What decides the file's bytes besides the source, by names for the user; see `write_output`."""
+        """All that the file's bytes depend on besides the source; see `write_output`."""
         types = "\n".join(f"{each.name} {each.type.name}" for each in self.choices)
         choice, imatrix = self.record.type, self.used_imatrix
         recipe = render_recipe(choice) if isinstance(choice, LayeredRecipe) else None
@@ -183,14 +183,14 @@ def _imatrix_notes(plan: TypePlan) -> Iterator[str]:
 
 
 def _few(names: Sequence[str]) -> str:
-    """The first few of many names."""
+    """Return the first few of many names."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{', '.join(names[:3])}{more}"
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What a file says about its types.
+    """What a file's metadata records about its types.
 
     `left_out` are tensors whose types the recipe cannot record, because a recipe has one type for each group.
     """
@@ -200,10 +200,10 @@ class Record:
 
 
 def record_of(choice: SettledType, hp: Hyperparameters, chosen: Sequence[TensorChoice]) -> Record:
-    """What a file says about its types: `chosen` is what each tensor got from `choice` and the overrides.
+    """Return what to record about the types `chosen`, which follow from `choice` and overrides.
 
-    A recipe is changed so that it gives the same types again. A mix or a float type is recorded as it is: it
-    has no table that overrides could change.
+    A recipe is changed so that it gives the same types again. A mix or a float type is recorded unchanged, as
+    it has no table of types.
     """
     if not isinstance(choice, LayeredRecipe) or not any(each.is_override for each in chosen):
         return Record(choice)
@@ -227,7 +227,7 @@ def record_of(choice: SettledType, hp: Hyperparameters, chosen: Sequence[TensorC
 def _overridden(
     recipe: LayeredRecipe, groups: Mapping[Group, Sequence[TensorChoice]]
 ) -> tuple[dict[Group, GgmlType], list[str]]:
-    """The new types of the groups that overrides change, and the tensors whose type is not their group's."""
+    """Return new types of groups that overrides change, and tensors whose type differs from their group's."""
     types: dict[Group, GgmlType] = {}
     left_out: list[str] = []
     for group, members in groups.items():
