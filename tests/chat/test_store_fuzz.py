@@ -209,7 +209,7 @@ def test_a_file_beside_the_database_is_missing(image: Image, tmp_path: Path, gon
     store.close()
     if gone == "sessions.db-wal":
         (problem,) = problems
-        assert problem.startswith("what was saved last is lost")
+        assert problem.startswith("the last changes are lost")
     else:
         assert problems == []
 

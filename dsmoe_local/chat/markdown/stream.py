@@ -203,9 +203,9 @@ def _finished(tokens: Sequence[Token], n_lines: int) -> tuple[int, int]:
 
 
 def _next_number(tokens: Sequence[Token], number: int | None) -> int | None:
-    """Return the number of the item that follows, if the last block is a numbered list that goes on.
+    """Return the number of the next item if `tokens` end within a numbered list, otherwise None.
 
-    `number` is that of the first item, if it is not what the source says.
+    `number` replaces the number of the first item.
     """
     last = max(index for index, token in enumerate(tokens) if not token.level)
     if tokens[last].type != "ordered_list_open":
