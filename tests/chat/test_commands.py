@@ -49,6 +49,7 @@ def test_help_of_one_command() -> None:
 @pytest.mark.parametrize(
     ("inputs", "said"),
     [
+        (["/system Be brief.", "a", "/clear"], "a new conversation with the same system text"),
         (["/undo"], "there is nothing to undo"),
         (
             ["a", "b", "/undo 2"],

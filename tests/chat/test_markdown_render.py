@@ -288,6 +288,11 @@ def test_highlighting_changes_no_character(language: str, lines: list[str]) -> N
     assert [line.plain for line in highlight(lines, language)] == lines
 
 
+def test_blank_lines_of_nested_code_stay() -> None:
+    """Guards: two blank lines of code in a list that become one."""
+    assert drawn("- x\n  ```\n  a\n\n\n  b\n  ```\n") == "• x\n\na\n\n\nb\n"
+
+
 def test_long_lines_of_code_are_not_parsed() -> None:
     """Guards: minutes spent on a line of data, and colours lost below it."""
     data, code = highlight(["'" * 2000, "return 1"], "python")
