@@ -18,9 +18,9 @@ from dsmoe_quantize.policy.mixes import FALLBACKS, FLOAT_TYPES
 from dsmoe_quantize.policy.recipes import KINDS, Group, group_of
 from dsmoe_quantize.quantize import Plan
 
-LEAST_ERROR = 1e-6
+MIN_ERROR = 1e-6
 """A smaller relative error counts as none: the type represents the weights exactly."""
-N_ERRORS = 2
+MIN_STANDARD_ERRORS = 2
 """A divergence is significant if it is larger than so many standard errors."""
 
 
@@ -135,8 +135,8 @@ def cost_of(trial: Trial, probes: Probes) -> GroupCost:
     def result(cost: float | None, *, is_at_most: bool = False) -> GroupCost:
         return GroupCost(trial.group, found, trial.used, trial.fits, cost, is_at_most, trial.built_in)
 
-    usable = [(probe, max(probes.floor, N_ERRORS * probe.kl_error)) for probe in found.values()]
-    usable = [(probe, noise) for probe, noise in usable if probe.error > LEAST_ERROR]
+    usable = [(probe, max(probes.floor, MIN_STANDARD_ERRORS * probe.kl_error)) for probe in found.values()]
+    usable = [(probe, noise) for probe, noise in usable if probe.error > MIN_ERROR]
     if not usable:
         return result(None)
     clear = [probe.kl / probe.error for probe, noise in usable if probe.kl > noise]
