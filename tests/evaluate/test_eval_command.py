@@ -97,8 +97,8 @@ def test_a_reference_is_recorded_kept_and_used_again(text: Path, smaller: Path, 
     assert 0 < first["comparison"]["routing"]["overlap"] < 1
     for arguments, words in (
         (("--keep", kept), "exists already"),
-        (("--against", kept, "--text", "-"), "kept of another text"),
-        (("--against", kept, "-c", "32"), "in windows of 64"),
+        (("--against", kept, "--text", "-"), "recorded on another text"),
+        (("--against", kept, "-c", "32"), "windows of 64"),
         (("--against", kept, "--keep", tmp_path / "new"), "--keep has no effect"),
     ):
         done = dsmoe(smaller, *arguments, text="other " * 200)
