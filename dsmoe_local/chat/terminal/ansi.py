@@ -39,8 +39,7 @@ def render_lines(renderable: RenderableType, width: int, *, colour: bool, styles
                 parts.append(text)
             else:
                 visible = style if colour else style.without_color
-                # No hyperlinks: the user could not see where they lead.
-                parts.append(visible.update_link(None).render(text, color_system=system))
+                parts.append(visible.render(text, color_system=system))
         lines.append("".join(parts))
     return lines
 

@@ -296,7 +296,10 @@ class ChatUI:
         self._suspend_during(use)
 
     def suspend(self) -> None:
-        """Ctrl-Z: stop, until the shell continues the job."""
+        """Ctrl-Z: stop, until the shell continues the job.
+
+        Application.suspend_to_background does not tell when the terminal is back.
+        """
 
         async def use() -> None:
             os.kill(0, signal.SIGTSTP)
