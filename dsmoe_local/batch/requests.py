@@ -83,7 +83,7 @@ def _envelope(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
     chat = _ENDPOINTS[url]
     wanted, other = ("messages", "prompt") if chat else ("prompt", "messages")
     if body.get(wanted) is None or body.get(other) is not None:
-        raise LineError(f"{url} takes {wanted}, and no {other}")
+        raise LineError(f"{url} takes {wanted}, not {other}")
     return body, chat
 
 
@@ -127,7 +127,7 @@ def _check_beginning(body: Mapping[str, Any]) -> None:
         )
     if begins is False and continues is not True:
         raise LineError(
-            "add_generation_prompt is not supported as false alone",
+            "add_generation_prompt = false is not supported alone",
             remedy="leave it out, or set continue_final_message to true",
         )
 
@@ -212,7 +212,7 @@ def _prompt(key: str, value: object) -> str | tuple[int, ...]:
         raise LineError(f"{key} is an empty list")
     if all(isinstance(item, str | list) for item in value):
         if len(value) > 1:
-            raise LineError(f"{key} is a list of {len(value)} prompts", remedy="give each a line of its own")
+            raise LineError(f"{key} is a list of {len(value)} prompts", remedy="put each on its own line")
         return _prompt(key, value[0])
     return tuple(_integer(key, item) for item in value)
 

@@ -1,4 +1,4 @@
-"""Batches whose engine's process really dies: by its own doing, or killed from outside."""
+"""Batches whose engine process really dies: because of a request, or killed from outside."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ def test_an_engine_killed_from_outside(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_an_interruption_while_the_model_loads_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: a signal that waits until a model is loaded which nobody wants any more."""
+    """Guards: a signal that is ignored until the model is loaded again."""
     stop = threading.Event()
     options = batch(tmp_path, {"id": "a", "prompt": "exit 1"}, {"id": "b", "prompt": "b"}, ordered=True)
     with EngineClient.load(ModelOptions(tmp_path / "loaded"), stop=stop, factory=hosted.ONCE) as engine:
         encode = engine.encode
 
         def interrupted(prompt: Prompt) -> tuple[int, ...]:
-            # The second load of this engine never ends by itself.
+            # The second load of this engine never ends.
             stop.set()
             return encode(prompt)
 

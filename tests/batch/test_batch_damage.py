@@ -1,4 +1,4 @@
-"""Outputs, journals and kept inputs that are damaged at random bytes: refused in words, or whole."""
+"""Random damage to outputs, journals and copies of standard input: refused, or without effect."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def both_damaged(folder: Path, n: int, seed: int) -> Outcome:
             for content in (files.output, files.journal)
         )
         if files.journal.startswith(journal.rstrip(b"\0")) and output != files.output:
-            # Both cut: a kill leaves the same.
+            # Both are cut: a kill can leave the same.
             return
         files.out.write_bytes(output)
         journal_path(files.out).write_bytes(journal)
@@ -109,7 +109,7 @@ def both_damaged(folder: Path, n: int, seed: int) -> Outcome:
 
 
 def damaged_runs(folder: Path, n: int, seed: int) -> Outcome:
-    """Runs that go on with damaged files, some of them after a kill.
+    """Continue runs with damaged files, some of them after a kill.
 
     Every line has its record once, and those that were acknowledged are unchanged.
     """
@@ -123,7 +123,7 @@ def damaged_runs(folder: Path, n: int, seed: int) -> Outcome:
         output, journal = whole
         killed = rng.random() < 0.5
         if killed:
-            # Nothing but the last mark is missing.
+            # Only the last commit mark is missing.
             journal = journal[: journal.rindex(b"\n", 0, -1) + 1]
         if rng.random() < 0.5:
             output = damaged(output, rng)
@@ -155,12 +155,12 @@ def test_damaged_files(tmp_path: Path, check: Callable[[Path, int, int], Outcome
     [(one_damaged, 25_000), (one_damaged_after_a_kill, 25_000), (both_damaged, 25_000), (damaged_runs, 5000)],
 )
 def test_damaged_files_soak(tmp_path: Path, check: Callable[[Path, int, int], Outcome], n: int) -> None:
-    """Guards: what some hundred damaged files do not show."""
+    """Guards: damage that a few hundred files do not show."""
     print(check(tmp_path, n, 2))
 
 
 def damaged_spools(folder: Path, monkeypatch: pytest.MonkeyPatch, n: int, seed: int) -> Outcome:
-    """Runs that go on with a kept standard input."""
+    """Continue runs from the copy of standard input."""
     out = folder / "out.jsonl"
     given = folder / "given"
     given.write_bytes(b"".join(b'{"prompt": "p%d"}\n' % number for number in range(20)))
@@ -186,7 +186,7 @@ def damaged_spools(folder: Path, monkeypatch: pytest.MonkeyPatch, n: int, seed: 
 
 
 def test_a_damaged_spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: lines that are left out, or answered in a changed form, because what was kept of standard input
+    """Guards: lines that are skipped, or answered although they changed, because the copy of standard input
     was damaged.
     """
     damaged_spools(tmp_path, monkeypatch, 500, seed=6)
@@ -195,5 +195,5 @@ def test_a_damaged_spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.soak
 def test_damaged_spools_soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: what some hundred damaged inputs do not show."""
+    """Guards: damage that a few hundred inputs do not show."""
     print(damaged_spools(tmp_path, monkeypatch, 50_000, seed=7))

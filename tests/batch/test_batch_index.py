@@ -37,7 +37,7 @@ def build(
 
 
 def test_ids_are_unique(tmp_path: Path) -> None:
-    """Guards: two records that nobody can tell apart, found after hours."""
+    """Guards: two records that cannot be told apart, noticed after hours."""
     with pytest.raises(FormatError, match="line-2") as refusal:
         build(tmp_path, {"id": "a", "prompt": "x"}, {"prompt": "y"}, {"custom_id": "line-2", "prompt": "z"})
     assert "lines 2 and 3" in str(refusal.value)
@@ -53,7 +53,7 @@ def test_equal_hashes_of_different_ids(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_keys_depend_on_the_content_of_a_line(tmp_path: Path) -> None:
-    """Guards: a line done again because it was written with other spaces; a changed one taken for done."""
+    """Guards: a line answered again because its white space differs; a changed line taken for done."""
     path = write_lines(
         tmp_path / "in.jsonl",
         [
@@ -71,7 +71,7 @@ def test_keys_depend_on_the_content_of_a_line(tmp_path: Path) -> None:
 
 
 def test_reading_can_be_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: Ctrl-C that waits until gigabytes are read."""
+    """Guards: Ctrl-C that takes effect only after gigabytes are read."""
     monkeypatch.setattr(module, "_REPORT_BYTES", 1)
     stop = threading.Event()
     stop.set()
@@ -80,7 +80,7 @@ def test_reading_can_be_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_constraints_without_a_limit_are_told(tmp_path: Path) -> None:
-    """Guards: a schema that allows endless white space, which fills the context of every reply unseen."""
+    """Guards: a schema that allows endless white space, which fills the context of every reply."""
     notes: list[Event] = []
     schema: dict[str, Any] = {"prompt": "a", "json_schema": {"type": "object"}}
     lines = (schema, schema, {**schema, "max_tokens": 9}, {"prompt": "a"}, {"prompt": "a", "n": 0})
@@ -109,7 +109,7 @@ def filled(n: int) -> Index:
     ],
 )
 def test_resuming(keys: list[int], expected: Resumed, left: list[int]) -> None:
-    """Guards: a line answered twice, or taken for done; records of other inputs counted among its own."""
+    """Guards: a line answered twice, or taken for done; records of other inputs not counted."""
     with closing(filled(4)) as index:
         for number in keys:
             index.add_record(Key(number, 2**64 - 1 - number))
@@ -182,7 +182,7 @@ def test_long_jobs_come_early() -> None:
 
 
 def test_shared_bytes_of_the_order() -> None:
-    """Guards: a cache without room for sharing where all begin alike; more shared than a prompt has."""
+    """Guards: a KV cache planned without shared prefixes; more shared bytes than a prompt has."""
     assert work_order(["s" * 2000 + str(number) for number in range(5)]).shared_bytes == 4 * 1024
     assert work_order(["s" * 30, "s" * 30]).shared_bytes == 30
     assert work_order([]).shared_bytes == 0

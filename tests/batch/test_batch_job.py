@@ -1,4 +1,4 @@
-"""Batches on a fake engine: every line answered once, errors told, crashes survived, order kept or not."""
+"""Batches on a fake engine: one record per line, errors, crashes, resuming, order."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dsmoe_local.engine.types import Request, SamplingParameters
 
 
 def test_simple_records(tmp_path: Path) -> None:
-    """Guards: the simple form changing; it stays."""
+    """Guards: a change of the simple format."""
     options = batch(tmp_path, {"prompt": "a"}, {"id": "b"}, {"id": "two", "prompt": "a", "n": 2})
     found = by_id(answer(FakeEngine(), options))
     timing = found["line-1"].pop("timing")
@@ -80,7 +80,7 @@ def test_errors_become_records(tmp_path: Path) -> None:
 
 
 def test_many_requests_are_in_flight(tmp_path: Path) -> None:
-    """Guards: an engine that could do eight at once, given one after the other."""
+    """Guards: requests that run one after the other although the engine could decode eight at once."""
     everybody = threading.Barrier(8, timeout=60)
     options = batch(tmp_path, *({"prompt": str(number % 10)} for number in range(16)))
 
@@ -92,7 +92,7 @@ def test_many_requests_are_in_flight(tmp_path: Path) -> None:
 
 
 def test_a_window_of_requests(tmp_path: Path) -> None:
-    """Guards: a million requests handed to the engine at once."""
+    """Guards: a million requests given to the engine at once."""
     options = batch(tmp_path, *({"prompt": "a"} for _ in range(200)))
     running, most = Counter[str](), 0
     lock = threading.Lock()
@@ -117,7 +117,7 @@ def test_a_window_of_requests(tmp_path: Path) -> None:
 
 
 def test_work_goes_on_where_it_ended(tmp_path: Path) -> None:
-    """Guards: lines answered twice, or left out, by the second run; new lines that are not seen."""
+    """Guards: lines answered twice, or left out, by the second run; new lines that are ignored."""
     lines = [{"id": str(number), "prompt": f"p{number}"} for number in range(20)]
     answer(FakeEngine(), batch(tmp_path, *lines[:12], "bad"))
     engine = FakeEngine()
@@ -132,7 +132,7 @@ def test_work_goes_on_where_it_ended(tmp_path: Path) -> None:
 
 
 def test_a_changed_line_is_refused(tmp_path: Path) -> None:
-    """Guards: an old answer that stands for a new question; two records with one id."""
+    """Guards: an old answer to a new question; two records with one id."""
     answer(FakeEngine(), batch(tmp_path, {"id": "a", "prompt": "x"}, {"id": "b", "prompt": "y"}))
     before = (tmp_path / "out.jsonl").read_bytes()
     with pytest.raises(FileError, match="changed") as refusal:
@@ -156,7 +156,7 @@ def test_a_changed_line_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_other_settings_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
-    """Guards: a setting that shapes replies and is not in the fingerprint."""
+    """Guards: a setting that shapes replies and is not compared."""
     options = batch(tmp_path, {"prompt": "a"})
     answer(FakeEngine(), options)
     with pytest.raises(FileError, match="started with another"):
@@ -165,7 +165,7 @@ def test_other_settings_are_refused(tmp_path: Path, change: dict[str, Any]) -> N
 
 
 def test_settings_that_may_change(tmp_path: Path) -> None:
-    """Guards: a run that cannot be continued, or answers all again, because of how it was watched or
+    """Guards: a run that cannot be continued, or starts over, because of how many were parallel or
     ordered.
     """
     options = batch(tmp_path, {"prompt": "a"})
@@ -222,7 +222,7 @@ def test_outputs_that_are_not_files(tmp_path: Path, name: str, told: str) -> Non
 
 
 def test_an_output_behind_a_link(tmp_path: Path) -> None:
-    """Guards: a link replaced by a file; two runs on one file under two names."""
+    """Guards: a link replaced by a file; two runs on one file by two names."""
     (tmp_path / "disk").mkdir()
     link = tmp_path / "link.jsonl"
     link.symlink_to(tmp_path / "disk" / "out.jsonl")
@@ -253,7 +253,7 @@ def test_two_runs_on_one_output(tmp_path: Path) -> None:
 
 
 def test_records_count_when_they_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: records that are only in the page cache when the power goes."""
+    """Guards: records that are only in the page cache at a power failure."""
     options = batch(tmp_path, *({"prompt": letter} for letter in "abcdef"))
     synced: list[int] = []
     real = durable.sync
@@ -276,7 +276,7 @@ def test_records_count_when_they_are_synced(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_ordered(tmp_path: Path) -> None:
-    """Guards: records in the order of completion, where that of the input was asked for."""
+    """Guards: records in the order of completion with --ordered."""
     second_is_done = threading.Event()
 
     class Uneven(FakeEngine):
@@ -299,7 +299,7 @@ def test_ordered(tmp_path: Path) -> None:
     ("there", "told"), [("", False), ("ab", False), ("c", True), ("ba", True), ("abcde", False)]
 )
 def test_an_order_that_cannot_be_had(tmp_path: Path, there: str, told: bool) -> None:
-    """Guards: --ordered on the output of an unordered run, which is then in no order, without a word."""
+    """Guards: --ordered on the output of an unordered run, which stays out of order without a note."""
     answer(FakeEngine(), batch(tmp_path, *({"id": name, "prompt": name} for name in there), ordered=True))
     notes: list[Event] = []
     options = batch(tmp_path, *({"id": name, "prompt": name} for name in "abcde"), ordered=True)
@@ -312,7 +312,7 @@ def test_an_order_that_cannot_be_had(tmp_path: Path, there: str, told: bool) -> 
 
 
 def test_deterministic_requests_have_seeds(tmp_path: Path) -> None:
-    """Guards: sampling that differs after a resume; one seed for all; a seed that was given replaced."""
+    """Guards: sampling that differs after a resume; the same seed for all lines; a given seed replaced."""
     lines: list[dict[str, Any]] = [{"id": name, "prompt": "p", "temperature": 1} for name in "abc"]
     lines += [{"id": "own", "prompt": "p", "temperature": 1, "seed": 7}, {"id": "greedy", "prompt": "p"}]
     seeds = []
@@ -331,7 +331,7 @@ def test_deterministic_requests_have_seeds(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", [{"n_threads": 2}, {"kernels": "repacked"}, {"n_context": 8}])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_model_loaded_otherwise(tmp_path: Path, change: dict[str, Any], deterministic: bool) -> None:
-    """Guards: --deterministic texts that follow the free memory; a resume that is refused without need."""
+    """Guards: --deterministic texts that depend on free memory; a resume refused for no reason."""
     lines = [{"prompt": "abc", "max_tokens": 9}, {"prompt": "d", "max_tokens": 2}]
     options = batch(tmp_path, lines[0], deterministic=deterministic)
     answer(FakeEngine(), options)
@@ -348,7 +348,7 @@ def test_a_model_loaded_otherwise(tmp_path: Path, change: dict[str, Any], determ
 
 
 def test_interruption_ends_the_running_replies(tmp_path: Path) -> None:
-    """Guards: Ctrl-C waiting for a long reply; a cut reply written as a record; a finished one lost."""
+    """Guards: Ctrl-C waiting for a long reply; a cancelled reply written as a record; a finished one lost."""
     options = batch(tmp_path, {"prompt": "a"}, {"prompt": "bbb"}, {"prompt": "ccc"})
     stop = threading.Event()
 
@@ -371,7 +371,7 @@ def test_interruption_ends_the_running_replies(tmp_path: Path) -> None:
 
 
 def test_too_many_errors_in_order_get_somewhere(tmp_path: Path) -> None:
-    """Guards: failed lines that wait for earlier ones being dropped and failing again in every run."""
+    """Guards: failed lines that wait for earlier ones, are dropped, and fail again in every run."""
     lines = [{"prompt": "a"}] * 3 + ["bad"] * 3 + [{"prompt": "b"}] * 3
     options = batch(tmp_path, *lines, ordered=True, max_errors=1)
     with pytest.raises(ErrorLimitError, match="more than --max-errors 1"):
@@ -382,7 +382,7 @@ def test_too_many_errors_in_order_get_somewhere(tmp_path: Path) -> None:
 
 
 def test_too_many_errors(tmp_path: Path) -> None:
-    """Guards: a thousand error records where the whole file is of a wrong kind; good lines lost by it."""
+    """Guards: a thousand error records for a wrong file; good lines lost."""
     options = batch(tmp_path, *["bad"] * 300, {"id": "good", "prompt": "x"})
     options = replace(options, max_errors=4, ordered=True)
     with pytest.raises(ErrorLimitError, match="max-errors 4"):
@@ -403,7 +403,7 @@ def test_too_many_errors(tmp_path: Path) -> None:
     ],
 )
 def test_a_crash_costs_only_its_culprit(tmp_path: Path, failure: EngineError, code: str) -> None:
-    """Guards: records lost with a dead engine or a failed step; others blamed; the culprit tried for ever."""
+    """Guards: records lost in a crash or a failed step; other lines blamed; a culprit retried forever."""
     culprits = {"line-2", "line-9"}
     lines = [{"prompt": "kill" if f"line-{n + 1}" in culprits else "live"} for n in range(20)]
     engine = CrashingEngine(lambda prompt: prompt == "kill", patience=3, error=failure)
@@ -415,7 +415,7 @@ def test_a_crash_costs_only_its_culprit(tmp_path: Path, failure: EngineError, co
     assert error["code"] == code
     assert failure.what in error["message"]
     assert engine.in_flight_at_crashes[0] > 1
-    # Each culprit among others, then alone; it may have been alone by chance at first.
+    # Each culprit crashes with others, then alone.
     assert engine.in_flight_at_crashes[1] == 1
     assert len(engine.in_flight_at_crashes) == 4
     assert any(isinstance(note, Note) and "one at a time" in note.text for note in notes)
@@ -423,7 +423,7 @@ def test_a_crash_costs_only_its_culprit(tmp_path: Path, failure: EngineError, co
 
 @pytest.mark.parametrize("kind", [ModelLoadError, EngineCrashError])
 def test_a_model_that_cannot_be_loaded_again(tmp_path: Path, kind: type[EngineError]) -> None:
-    """Guards: every line blamed for a model that is gone, or that kills its process while it is loaded."""
+    """Guards: every line blamed for a model that is gone, or whose loading kills the process."""
 
     def reload() -> None:
         raise kind("the model is gone")
@@ -437,7 +437,7 @@ def test_a_model_that_cannot_be_loaded_again(tmp_path: Path, kind: type[EngineEr
 
 
 def test_an_input_that_changes_meanwhile(tmp_path: Path) -> None:
-    """Guards: answers to a question that nobody indexed."""
+    """Guards: answers to a line that was not indexed."""
     options: BatchOptions = batch(tmp_path, {"prompt": "a"})
     with prepared(options) as job:
         write_lines(options.source, [{"prompt": "b"}])
@@ -446,7 +446,7 @@ def test_an_input_that_changes_meanwhile(tmp_path: Path) -> None:
 
 
 def test_models_that_lines_name(tmp_path: Path) -> None:
-    """Guards: one note a line; a record that pretends to be another model's."""
+    """Guards: a note for each line; a record that names another model."""
     notes: list[Event] = []
     options = batch(tmp_path, *({"prompt": "a", "model": "gpt-4o"} for _ in range(3)), form="openai")
     found = answer(FakeEngine(), options, notes.append)

@@ -1,4 +1,4 @@
-"""The output and its journal: torn ends cut, foreign changes refused, other settings shown."""
+"""The output and its journal: incomplete ends are cut, other changes and other settings are refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def content(*numbers: int) -> bytes:
 
 
 def test_records_are_found_again(out: Path) -> None:
-    """Guards: keys that do not survive; records of two runs that cannot be told apart."""
+    """Guards: keys that are not read back; records of earlier runs that are lost."""
     write(out)
     assert out.read_bytes() == content(1, 2, 3, 4, 5, 6)
     assert found_in(out) == [1, 2, 3, 4, 5, 6]
@@ -56,7 +56,7 @@ def without_last_mark(out: Path) -> None:
 def test_any_end_of_a_group_without_a_mark_may_be_missing(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    """Guards: a torn record, or its key, that is taken for whole; whole ones thrown away."""
+    """Guards: an incomplete record, or its entry, taken for whole; whole records thrown away."""
     out = tmp_path_factory.mktemp("torn") / "out.jsonl"
     write(out)
     without_last_mark(out)
@@ -65,7 +65,7 @@ def test_any_end_of_a_group_without_a_mark_may_be_missing(
     lost = data.draw(st.integers(0, len(content(4, 5, 6))))
     os.truncate(out, len(whole) - lost)
     if data.draw(st.booleans()):
-        # Zeros are what a file system leaves of a page that was never written.
+        # A file system leaves zeros for a page that was not written.
         with out.open("ab") as file:
             file.write(bytes(data.draw(st.integers(0, lost))))
     n_whole = sum(len(content(*range(1, n + 1))) <= len(whole) - lost for n in range(1, 7))
@@ -97,7 +97,7 @@ def test_a_damaged_record_that_was_acknowledged_is_refused(out: Path, number: in
 
 
 class Disk:
-    """Records what is written, synced and cut, as words. A step that is called `failing` raises `error`."""
+    """Records writes, syncs and cuts as words. The step `failing` raises the OSError number `error`."""
 
     def __init__(self, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.steps: list[str] = []
@@ -146,7 +146,7 @@ def test_a_commit_mark_follows_its_records(out: Path, monkeypatch: pytest.Monkey
 def test_what_a_killed_run_left_is_synced_before_it_counts(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards: records that only the page cache has, reported as finished by the next run; a power failure
+    """Guards: records that are only in the page cache, counted by the next run; a power failure
     after which the output has an end again that the journal does not explain.
     """
     write(out)
@@ -166,8 +166,8 @@ def test_what_a_killed_run_left_is_synced_before_it_counts(
 def test_a_failing_disk_leaves_whole_records(
     out: Path, monkeypatch: pytest.MonkeyPatch, failing: str, error: int, kind: type[FileError]
 ) -> None:
-    """Guards: half a record at the end of the file; records that only the page cache has, because their sync
-    failed, counted by the next run; a sync that is tried again, which then succeeds without the data.
+    """Guards: half a record at the end of the file; records that are only in the page cache, because their
+    sync failed, counted by the next run; a sync that is retried, which succeeds without the data.
     """
     with open_output(out) as output:
         output.append([record(1)])
@@ -184,7 +184,7 @@ def test_a_failing_disk_leaves_whole_records(
 
 
 def test_a_short_write_is_continued(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: half a record, because the system wrote less than it was given."""
+    """Guards: half a record, because os.write wrote only part of it."""
     real = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, data: real(descriptor, data[:5]))
     write(out)
@@ -200,7 +200,7 @@ def test_a_short_write_is_continued(out: Path, monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 def test_a_journal_of_another_version_is_refused_in_words(out: Path, start: bytes) -> None:
-    """Guards: one whose lines mean something else, read as if they were ours, or called damaged."""
+    """Guards: a journal with another format that is misread, or called damaged."""
     out.write_bytes(content(1))
     journal_path(out).write_bytes(start)
     with pytest.raises(FileError, match="another version") as refusal:
@@ -243,7 +243,7 @@ def hide_the_last_record(out: Path) -> None:
     ],
 )
 def test_foreign_changes_are_refused(out: Path, change: Callable[[Path], object]) -> None:
-    """Guards: records cut away, or answered again, because somebody edited the files."""
+    """Guards: records cut off, or answered again, because somebody edited the files."""
     write(out)
     change(out)
     before = {path: path.read_bytes() for path in out.parent.iterdir()}
@@ -285,10 +285,10 @@ def test_other_settings_are_shown(out: Path) -> None:
         with pytest.raises(FileError) as refusal:
             Output(out, other, lambda key, failure: None, names={"model": name})
         assert f"another model ({told}; top_k: not set then, 1 now)" in str(refusal.value)
-    # A setting that an earlier version did not know, and that is not used.
+    # A setting that the journal does not have, and that is not used.
     assert found_in(out, settings=SETTINGS | {"keep": "None"}) == [1, 2, 3, 4, 5, 6]
     assert found_in(out, settings=other, restart=True) == []
-    # Nothing was answered with these: they may change.
+    # There is no record with these settings: they may change.
     assert found_in(out) == []
     assert json.loads(journal_path(out).read_bytes().splitlines()[0][9:])["settings"] == SETTINGS
 
@@ -314,7 +314,7 @@ def test_what_only_loading_tells_is_held(out: Path) -> None:
 
 
 def test_nothing_is_touched_before_it_is_opened(out: Path) -> None:
-    """Guards: an output lost, or half begun, because the model could not be loaded."""
+    """Guards: an output that is lost or cut, although the model could not be loaded."""
     with Output(out, SETTINGS, lambda key, failure: None):
         assert list(out.parent.iterdir()) == []
     write(out)

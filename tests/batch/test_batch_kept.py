@@ -1,4 +1,4 @@
-"""`--id-field` and `--keep`: records named by a field, and fields carried along."""
+"""`--id-field` and `--keep`: ids from a field, and fields that are copied to the records."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_columns(tmp_path: Path) -> None:
 
 
 def test_a_misspelt_field(tmp_path: Path) -> None:
-    """Guards: hours of work whose records all carry nothing."""
+    """Guards: hours of work whose records have only null."""
     options = batch(tmp_path, {"prompt": "a", "label": 1}, input=InputForm(keep=("label", "labl")))
     with pytest.raises(FormatError, match="no line has the field 'labl'"):
         run_batch(FakeEngine(), options)
@@ -103,7 +103,7 @@ def test_a_misspelt_field(tmp_path: Path) -> None:
 
 
 def test_text_has_no_fields() -> None:
-    """Guards: an option that does nothing, without a word."""
+    """Guards: an option that silently does nothing."""
     for names, flag in ({"keep": ("a",)}, "--keep"), ({"id_field": "a"}, "--id-field"):
         with pytest.raises(UsageError, match=flag):
             InputForm(text=True, **names)

@@ -28,7 +28,7 @@ from dsmoe_local.batch.requests import BatchDefaults
 from dsmoe_local.batch.run import run_batch
 from support.fake_engine import FakeEngine
 from dsmoe_local.engine.types import SamplingParameters
-run._MAX_GROUP = 8  # on a slow disk, too, there is a third group
+run._MAX_GROUP = 8  # so that there is a third group on a slow disk, too
 source, out, n_parallel = sys.argv[1:]
 options = BatchOptions(
     Path(source), Path(out), BatchDefaults(SamplingParameters(temperature=1)), "simple", deterministic=True
@@ -41,14 +41,14 @@ run_batch(engine, options)
 
 @dataclass(frozen=True)
 class Run:
-    """A batch in a process of its own, from a file or from a pipe."""
+    """A batch in a child process, from a file or from a pipe."""
 
     source: Path
     out: Path
     piped: bool = False
 
     def spawn(self, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
-        """The child, at the moment it begins to work."""
+        """Start the child and return it when it begins to work."""
         with (self.source if self.piped else Path(os.devnull)).open("rb") as stdin:
             child = subprocess.Popen(
                 [sys.executable, "-c", WORK, "-" if self.piped else str(self.source), str(self.out), "2"],
@@ -62,19 +62,19 @@ class Run:
         return child
 
     def run(self, fault: str = "") -> int:
-        """The exit status of one run, killed at a named point if one is given."""
+        """Return the exit status of a run, killed at a named point if one is given."""
         child = self.spawn({"DSMOE_FAULT": fault})
         _, errors = child.communicate()
         assert errors == b""
         return child.returncode
 
     def whole(self) -> bytes:
-        """The whole records that are there."""
+        """Return the complete records of the output."""
         content = self.out.read_bytes() if self.out.exists() else b""
         return content[: content.rfind(b"\n") + 1]
 
     def check(self, kept: bytes) -> None:
-        """Every line has its record, once; what was whole after a kill is there still."""
+        """Check that every line has one record, and that the output still starts with `kept`."""
         assert self.out.read_bytes().startswith(kept)
         found = by_id(records(self.out))
         assert {name: record["text"] for name, record in found.items()} == {
@@ -86,7 +86,7 @@ class Run:
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Iterator[Run]:
-    """Runs without end, each in a folder of its own."""
+    """An endless iterator of runs, each in its own folder."""
 
     def make() -> Iterator[Run]:
         number = 0
@@ -102,7 +102,7 @@ def runs(tmp_path: Path) -> Iterator[Run]:
 
 @pytest.mark.parametrize("point", points_of("batch"))
 def test_batch_killed_at_every_point(runs: Iterator[Run], point: str) -> None:
-    """Guards: a step of the write path that loses a record, or writes one twice, when it is cut short."""
+    """Guards: a step of the write path at which a kill loses a record, or makes it appear twice."""
     for ordinal in (1, 3) if point in REPEATED else (1,):
         for run in (next(runs), next(runs)):
             if point == "batch.spooled" and not run.piped:
@@ -114,7 +114,7 @@ def test_batch_killed_at_every_point(runs: Iterator[Run], point: str) -> None:
 
 
 def test_spooled_input_serves_a_resume(runs: Iterator[Run]) -> None:
-    """Guards: a run that cannot go on because its pipe is dry."""
+    """Guards: a run that cannot be continued without its pipe."""
     next(runs)
     run = next(runs)
     assert run.run("batch.written:3") == -signal.SIGKILL
@@ -127,7 +127,7 @@ def test_spooled_input_serves_a_resume(runs: Iterator[Run]) -> None:
 
 
 def test_a_wrong_pipe_does_no_harm(runs: Iterator[Run]) -> None:
-    """Guards: the lines that are left replaced by others, before it is seen that they are not its own."""
+    """Guards: the kept lines replaced by those of another input, which is then refused."""
     next(runs)
     run = next(runs)
     assert run.run("batch.written:3") == -signal.SIGKILL
@@ -153,7 +153,7 @@ def test_batch_killed_at_random(runs: Iterator[Run]) -> None:
 
 @pytest.mark.soak
 def test_batch_soak(runs: Iterator[Run]) -> None:
-    """Guards: what eight kills do not meet."""
+    """Guards: crashes that eight kills do not find."""
     kill_at_random(runs, n_kills=1000, seed=int(time.time()))
 
 
@@ -168,7 +168,7 @@ def kill_at_random(runs: Iterator[Run], n_kills: int, seed: int) -> None:
     while n_killed < n_kills:
         child = run.spawn()
         try:
-            # The child has begun: most of a whole run was its start.
+            # Starting takes most of the duration of a run, and the child has started.
             child.wait(timeout=generator.uniform(0, duration / 3))
         except subprocess.TimeoutExpired:
             child.kill()
@@ -186,7 +186,7 @@ def kill_at_random(runs: Iterator[Run], n_kills: int, seed: int) -> None:
 
 
 def test_journal_names_what_the_output_holds(runs: Iterator[Run]) -> None:
-    """Guards: a journal that others cannot check: keys are of fixed width, one line a record."""
+    """Guards: a journal that other programs cannot check."""
     run = next(runs)
     assert run.run() == 0
     lines = run.out.with_name("out.jsonl.journal").read_bytes().split(b"\n")[:-1]

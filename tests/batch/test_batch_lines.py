@@ -1,4 +1,4 @@
-"""Batch lines to requests: strict JSON, one mistake one error, every field honoured or refused by name."""
+"""Lines to requests: strict JSON, one error per mistake, every field honoured or refused by name."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_short_lines_and_defaults(tmp_path: Path) -> None:
 
 
 def test_an_openai_line(tmp_path: Path) -> None:
-    """Guards: a field of a file that vLLM or OpenAI answers, lost on the way."""
+    """Guards: a field that vLLM and OpenAI honour, ignored."""
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     made = request(
         tmp_path,
@@ -136,7 +136,7 @@ def test_names_of_limits(
 
 
 def test_completions_say_how_many_logprobs(tmp_path: Path) -> None:
-    """Guards: completions' number read as chat's flag."""
+    """Guards: the number of completions read as the flag of chat."""
     made = request(tmp_path, completion({"prompt": ["only"], "logprobs": 3, "best_of": 1, "echo": False}))
     assert (made.prompt, made.logprobs, made.top_logprobs) == ("only", True, 3)
 
@@ -179,7 +179,7 @@ PREFILLED = {
     ],
 )
 def test_last_message_goes_on_only_if_asked(tmp_path: Path, body: dict[str, Any], continued: bool) -> None:
-    """Guards: a last reply that is continued although nobody asked for it, or loses its whitespace."""
+    """Guards: a last message that is continued unasked, or loses its white space."""
     made = request(tmp_path, chat({**PREFILLED, **body}))
     assert made.continue_final_message is continued
     assert made.prompt[-1] == Message("assistant", " The answer is ")
@@ -187,7 +187,7 @@ def test_last_message_goes_on_only_if_asked(tmp_path: Path, body: dict[str, Any]
 
 @pytest.mark.parametrize("field", sorted(NEUTRAL))
 def test_what_cannot_be_had_is_refused_by_name(tmp_path: Path, field: str) -> None:
-    """Guards: a reply that is not what was asked for, without a word."""
+    """Guards: a field that is silently not honoured."""
     with pytest.raises(DsmoeError, match=f"^{field} is not supported"):
         request(tmp_path, chat({field: ["something"]}))
     for value in NEUTRAL[field]:
@@ -202,8 +202,11 @@ def test_what_cannot_be_had_is_refused_by_name(tmp_path: Path, field: str) -> No
             (chat({**PREFILLED, **body}), message)
             for body, message in (
                 ({"continue_final_message": True, "add_generation_prompt": True}, "exclude each other"),
-                ({"add_generation_prompt": False}, "not supported as false alone"),
-                ({"add_generation_prompt": False, "continue_final_message": False}, "not supported as false"),
+                ({"add_generation_prompt": False}, "add_generation_prompt = false is not supported"),
+                (
+                    {"add_generation_prompt": False, "continue_final_message": False},
+                    "= false is not supported alone",
+                ),
                 ({"continue_final_message": "yes"}, "continue_final_message is neither true nor false"),
                 ({"add_generation_prompt": "yes"}, "add_generation_prompt is neither true nor false"),
             )
@@ -291,7 +294,7 @@ def test_bad_requests(tmp_path: Path, line: dict[str, Any], message: str) -> Non
     ],
 )
 def test_bad_lines(tmp_path: Path, line: bytes, message: str) -> None:
-    """Guards: a bad line that ends the run, or passes; the json module's words, which mislead."""
+    """Guards: a bad line that ends the run, or is accepted; the json module's messages, which mislead."""
     good, bad = requests(write_lines(tmp_path / "in.jsonl", [b'{"prompt": "good"}', line]))
     assert good()
     with pytest.raises(DsmoeError) as refusal:
@@ -315,7 +318,7 @@ def test_only_newlines_end_lines(tmp_path: Path) -> None:
 
 
 def test_overlong_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: one line eating the memory, its tail read as lines of their own, the next one not found."""
+    """Guards: a long line that fills the memory, is read as several, or hides the next one."""
     monkeypatch.setattr(lines, "MAX_LINE", 100)
     path = write_lines(tmp_path / "in.jsonl", [{"prompt": "a" * 250}, {"prompt": "b"}])
     long, short = requests(path)

@@ -1,4 +1,4 @@
-"""What batch says: of lines, of inputs of a wrong kind, and in the end."""
+"""Messages: inputs of a wrong kind, failures, the summary."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PDF = b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj\n<< /Type /Catalog >>\nendobj\n"
     ],
 )
 def test_an_input_of_a_wrong_kind(tmp_path: Path, content: bytes, form: InputForm, told: str) -> None:
-    """Guards: an error record for each line of a PDF, and an output that then stands in the way."""
+    """Guards: an error record for each line of a PDF."""
     options = batch(tmp_path, input=form)
     options.source.write_bytes(content)
     with pytest.raises(FormatError) as refusal:
@@ -54,7 +54,7 @@ def test_a_bad_line_among_good_ones_is_no_wrong_kind(tmp_path: Path) -> None:
 
 
 def test_a_folder_or_nothing_as_input(tmp_path: Path) -> None:
-    """Guards: advice that does not help: a folder cannot be piped in."""
+    """Guards: advice that does not help, such as to pipe a folder in."""
     options = batch(tmp_path)
     with pytest.raises(FileError, match="the input does not exist"):
         run_batch(FakeEngine(), replace(options, source=tmp_path / "missing"))
@@ -98,7 +98,7 @@ def test_numbers_and_nouns() -> None:
 
 
 def test_a_bad_line_is_told_once(tmp_path: Path) -> None:
-    """Guards: a message whose grammar is of several lines where there is one."""
+    """Guards: "1 records"; a count of the wrong lines."""
     options = batch(tmp_path, {"id": "a", "prompt": "x"}, {"id": "b", "prompt": "y"})
     answer(FakeEngine(), options)
     notes: list[Event] = []
@@ -112,7 +112,7 @@ def test_a_bad_line_is_told_once(tmp_path: Path) -> None:
 
 
 def test_an_error_of_the_engine_is_an_error_of_its_line(tmp_path: Path) -> None:
-    """Guards: the engine's words lost on the way to the record."""
+    """Guards: a record without the engine's message."""
 
     def reply(text: str) -> str:
         raise PromptError("odd", where="here", remedy="leave it")

@@ -71,7 +71,7 @@ CSV_FORMS = (InputForm(template=TEMPLATE, keep=("label",)), InputForm(template=T
 
 
 def read_all(path: Path, form: InputForm) -> None:
-    """Do with every line what a run does before the engine has it. Raises the first line's error, if any."""
+    """Read every line as a run does. Raises the first error of a line."""
     source = Source(path, form)
     errors: list[DsmoeError] = []
     try:
@@ -121,21 +121,21 @@ def mutated_tables(folder: Path, n: int, seed: int) -> Outcome:
 
 
 def test_mutated_lines(tmp_path: Path) -> None:
-    """Guards: a line that ends the run with a traceback, or hangs it; an error that no record can hold; a
+    """Guards: a line that ends the run with a traceback, or hangs it; an error that cannot be a record; a
     line that is read otherwise the second time.
     """
     mutated_lines(tmp_path, 1500, seed=1)
 
 
 def test_mutated_tables(tmp_path: Path) -> None:
-    """Guards: what the csv module raises, or swallows."""
+    """Guards: exceptions of the csv module, and errors that it hides."""
     mutated_tables(tmp_path, 700, seed=2)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("mutated", [mutated_lines, mutated_tables])
 def test_mutations_soak(tmp_path: Path, mutated: Callable[[Path, int, int], Outcome]) -> None:
-    """Guards: what a thousand mutations do not show."""
+    """Guards: faults that a thousand mutations do not find."""
     print(mutated(tmp_path, 50_000, 3))
 
 
@@ -163,7 +163,7 @@ FIELDS_LIKELY = ("max_tokens", "temperature", "n", "stop", "seed", "logprobs", "
 
 
 def random_line(rng: random.Random, number: int, prompts: tuple[Any, ...]) -> dict[str, Any]:
-    """A request with fields that may be valid, each on its own or together, or not."""
+    """Return a request with random fields, which may be valid alone but not together."""
     body: dict[str, Any] = {}
     if rng.random() < 0.5:
         body["prompt"] = rng.choice(prompts[:4]) if rng.random() < 0.7 else rng.choice(prompts)
@@ -172,7 +172,7 @@ def random_line(rng: random.Random, number: int, prompts: tuple[Any, ...]) -> di
     body["max_tokens"] = rng.randrange(1, 5)
     for _ in range(rng.choice((0, 1, 1, 1, 2, 4))):
         name = rng.choice(FIELDS if rng.random() < 0.5 else FIELDS_LIKELY)
-        # What asks for nothing, every other time.
+        # Every other time a value that changes nothing.
         neutral = NEUTRAL.get(name, ())
         body[name] = rng.choice(neutral) if neutral and rng.random() < 0.5 else rng.choice(VALUES)
     if body.get("max_tokens") is None:
@@ -186,7 +186,7 @@ def random_line(rng: random.Random, number: int, prompts: tuple[Any, ...]) -> di
 def random_requests(
     folder: Path, engine: TextEngine, n: int, seed: int, prompts: tuple[Any, ...] = PROMPTS
 ) -> Outcome:
-    """A batch of `n` random requests; every one has its record, and an error's says what is wrong."""
+    """Run a batch of `n` random requests and check that every one has a record."""
     rng = random.Random(seed)
     options = batch(folder, *(random_line(rng, number, prompts) for number in range(n)), form="openai")
     found = by_id(answer(engine, options))
@@ -199,14 +199,14 @@ def random_requests(
 
 
 def test_random_requests(tmp_path: Path) -> None:
-    """Guards: a field, or two together, that end the batch; a valid one that is refused with all others."""
+    """Guards: fields that end the batch; a test that refuses or accepts everything."""
     outcome = random_requests(tmp_path, FakeEngine(n_parallel=4), 600, seed=4)
     assert min(outcome.accepted, outcome.refused) > 100
 
 
 @pytest.mark.soak
 def test_random_requests_soak(tmp_path: Path) -> None:
-    """Guards: requests that the fake engine takes and the real one dies of."""
+    """Guards: requests that only the real engine crashes on."""
     with EngineClient.load(ModelOptions(tiny_model(), n_parallel=4, n_threads=1)) as engine:
         print(random_requests(tmp_path, engine, 10_000, 5, PROMPTS + FOREIGN_IDS))
         assert engine.crashes == 0

@@ -1,4 +1,4 @@
-"""OpenAI's batch files in, OpenAI's records out: the openai package's own types are the oracle."""
+"""OpenAI's batch format: the openai package's own types are the oracle."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def body(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_chat_completions(found: dict[str, dict[str, Any]]) -> None:
-    """Guards: a record that OpenAI's own types do not take."""
+    """Guards: a record that OpenAI's own types refuse."""
     reply = ChatCompletion.model_validate(body(found["chat"]), strict=True)
     (choice,) = reply.choices
     assert (choice.message.content, choice.message.role, choice.finish_reason) == (
@@ -78,7 +78,7 @@ def test_several_choices(found: dict[str, dict[str, Any]]) -> None:
 
 
 def test_completions(found: dict[str, dict[str, Any]]) -> None:
-    """Guards: chat's form used for completions, where log-probabilities look different."""
+    """Guards: the chat form of log-probabilities used for completions."""
     reply = Completion.model_validate(body(found["text"]), strict=True)
     assert reply.choices[0].text == "é🚀"
     scores = reply.choices[0].logprobs
@@ -93,7 +93,7 @@ def test_completions(found: dict[str, dict[str, Any]]) -> None:
 
 
 def test_errors(found: dict[str, dict[str, Any]]) -> None:
-    """Guards: an error without the line it is about, or without the field."""
+    """Guards: an error without its line or its field."""
     assert found["tools"]["response"] is None
     error = BatchError.model_validate(found["tools"]["error"], strict=True)
     assert (error.code, error.line) == ("invalid_request", 6)

@@ -1,4 +1,4 @@
-"""The text of a reply: all that the model generated, and nothing that belongs to the template."""
+"""The text of a reply: what the model generated, without what belongs to the template."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BEGUN: dict[str, Any] = {"role": "assistant", "content": "def f():"}
 
 
 class DeepSeekEngine(FakeEngine):
-    """Asks with `Assistant:` and repeats `Assistant: …`, as DeepSeekMoE's template does."""
+    """Ends prompts with `Assistant:` and renders replies as `Assistant: …`, like DeepSeekMoE's template."""
 
     def _encode(self, prompt: Prompt, continued: bool = True) -> tuple[int, ...]:
         if isinstance(prompt, str) or isinstance(prompt[0], int):
@@ -44,7 +44,7 @@ class DeepSeekEngine(FakeEngine):
 def test_replies_keep_their_indentation(
     tmp_path: Path, engine: type[FakeEngine], line: dict[str, Any], text: str, form: str
 ) -> None:
-    """Guards: code that loses its first indentation; the space behind `Assistant:` taken for the reply's."""
+    """Guards: code that loses its first indentation; the space after `Assistant:` in the reply."""
     (record,) = answer(engine(replies=["    return x"]), batch(tmp_path, line, form=form))
     if form == "simple":
         assert record["text"] == text
@@ -55,14 +55,14 @@ def test_replies_keep_their_indentation(
 
 @pytest.mark.parametrize(("template", "lead"), [("deepseek-moe", " "), ("chatml", ""), (None, "")])
 def test_what_belongs_to_the_template(template: str | None, lead: str) -> None:
-    """Guards: a guess at the space that holds for one template alone."""
+    """Guards: a rule for the space that holds for one template only."""
     with EngineClient.load(ModelOptions(tiny_model(), chat_template=template, n_threads=1)) as engine:
         assert reply_lead(engine) == lead
     assert reply_lead(FakeEngine(template=False)) == ""
 
 
 def test_a_template_that_refuses_to_tell(tmp_path: Path) -> None:
-    """Guards: a batch that does not begin, since the template takes a single message."""
+    """Guards: a batch that does not start, because the template refuses two messages."""
 
     class Strict(FakeEngine):
         def encode(self, prompt: Prompt, *, continue_final_message: bool = False) -> tuple[int, ...]:

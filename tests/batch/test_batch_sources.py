@@ -1,4 +1,4 @@
-"""Plain text, CSV and templates: every line found again at its place, fields filled in, mistakes by line."""
+"""Plain text, CSV and templates: places of lines, fields, and errors by line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dsmoe_local.engine.types import Message
 
 
 def test_text_lines(tmp_path: Path) -> None:
-    """Guards: JSON or braces in a text line taken for more than text; a CR kept."""
+    """Guards: JSON or braces in a text line interpreted; a CR kept."""
     path = write_lines(tmp_path / "in.txt", ['{"prompt": 1}', "", "a {b}\r", "c\u2028d", b"\xff"])
     *good, bad = requests(path, InputForm(text=True))
     assert [(made.id, made.prompt) for made in (make() for make in good)] == [
@@ -34,7 +34,7 @@ def test_text_lines(tmp_path: Path) -> None:
 
 
 def test_a_template_over_json(tmp_path: Path) -> None:
-    """Guards: a field that is not text printed as Python; a missing one left empty; data for settings."""
+    """Guards: a value that is printed as Python; a missing field left empty; data taken for settings."""
     template = InputForm(template=parse_template("{{x}} {a.b}: {n}{l}"))
     path = write_lines(
         tmp_path / "in.jsonl",
@@ -51,7 +51,7 @@ def test_a_template_over_json(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["plain", "{", "{}", "{a:b}", "{a!r}", "{0:}{b!s}"])
 def test_bad_templates(text: str) -> None:
-    """Guards: a template that means something else than it seems to."""
+    """Guards: a template that does not mean what it seems to."""
     with pytest.raises(UsageError, match="template"):
         parse_template(text)
 
@@ -80,7 +80,7 @@ def test_csv(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_wrong_with_a_row(tmp_path: Path, row: str, told: str) -> None:
-    """Guards: the csv module's words."""
+    """Guards: the csv module's messages."""
     path = write_lines(tmp_path / "in.csv", ["id,text", "a,b", row])
     _, make = requests(path, InputForm(template=parse_template("{text}")))
     with pytest.raises(DsmoeError) as refusal:
@@ -89,7 +89,7 @@ def test_what_is_wrong_with_a_row(tmp_path: Path, row: str, told: str) -> None:
 
 
 def test_csv_columns(tmp_path: Path) -> None:
-    """Guards: a misspelt column found on every line instead of once."""
+    """Guards: an error for each line instead of one for a misspelt column."""
     path = write_lines(tmp_path / "in.tsv", ["a\tb", "1\t2"])
     with pytest.raises(FormatError, match="no column 'c'"):
         Source(path, InputForm(template=parse_template("{c}")))
@@ -106,7 +106,7 @@ _CELL = st.text(st.sampled_from('ab",\n\r é\u2028'), max_size=6)
 def test_csv_rows_are_found_again(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]]
 ) -> None:
-    """Guards: offsets that drift behind quoted line breaks. The csv module's own writer is the oracle."""
+    """Guards: wrong offsets after quoted line breaks. The csv module's own writer is the oracle."""
     path = tmp_path_factory.mktemp("csv") / "in.csv"
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL).writerows([("a", "b"), *rows])
@@ -129,7 +129,7 @@ def test_templates_cannot_reach_attributes() -> None:
 
 
 def test_a_quote_that_is_not_closed_takes_little_memory(tmp_path: Path) -> None:
-    """Guards: an object for each line behind the quote, which made gigabytes of a table of 80 MB."""
+    """Guards: an object for each line after the quote, which took gigabytes for a table of 80 MB."""
     path = tmp_path / "in.csv"
     path.write_bytes(b'a\n"' + b"x\n" * 200_000)
     source = Source(path, InputForm(template=parse_template("{a}")))
@@ -142,5 +142,5 @@ def test_a_quote_that_is_not_closed_takes_little_memory(tmp_path: Path) -> None:
         source.close()
     assert span.number == 2
     assert span.length == len(raw) == 400_001
-    # The csv module holds four bytes a character, and doubles its buffer.
+    # The csv module uses four bytes per character and doubles its buffer.
     assert most < 30 * len(raw)

@@ -27,7 +27,7 @@ def meter(*requests: Request) -> WorkloadMeter:
 
 
 def test_longest_and_total() -> None:
-    """Guards: a cache too small for one request; work that is done counted again."""
+    """Guards: a KV cache too small for one request; finished work counted again."""
     short, long = Request("a", "xyz", max_tokens=5), Request("b", "é" * 10, max_tokens=7, n=2)
     made = meter(short, long)
     assert (made.n_sequences, made.n_longest) == (3, 27)
@@ -42,7 +42,7 @@ def test_longest_and_total() -> None:
 
 
 def test_what_is_left(tmp_path: Path) -> None:
-    """Guards: a line that wants sixteen replies given one cache; a resumed run planned for all lines."""
+    """Guards: a request for sixteen replies counted as one; a resumed run planned for all lines."""
     lines: list[dict[str, Any]] = [{"prompt": "a", "n": 16, "max_tokens": 2}]
     with prepared(batch(tmp_path, *lines)) as job:
         assert job.workload == Workload(16, 3, 32)
@@ -60,12 +60,12 @@ def test_what_is_left(tmp_path: Path) -> None:
         ("s" * 2000 + "a", "s" * 2000 + "b", 1024),
         ("s" * 2000, "s" * 100 + "other", 64),
         ("s" * 100, "unrelated " * 300, 0),
-        # Four bytes a token: 64 of the 150 in common are seen. With eight it would be 256.
+        # A token counts as four bytes: 150 tokens are 600 bytes, of which 256 are seen.
         ((*range(150), 1000), (*range(150), 1001), 256),
     ],
 )
 def test_shared_bytes(first: Prompt, second: Prompt, shared: int) -> None:
-    """Guards: levels counted from the wrong end; tokens that count as other than four bytes."""
+    """Guards: levels counted from the wrong end; a token that does not count as four bytes."""
     assert shared_bytes(prefix_hashes(first), prefix_hashes(second)) == shared
 
 
@@ -77,11 +77,11 @@ def engine() -> Iterator[Engine]:
 
 @given(st.text(max_size=60), st.text(max_size=60))
 def test_a_byte_is_at_most_a_token(engine: Engine, first: str, second: str) -> None:
-    """Guards: a request refused as over its share of the cache, which was planned too small for it."""
-    # An "a" before it: there are characters that a vocabulary does not know.
+    """Guards: a request that does not fit into the KV cache planned for it."""
+    # The "a": a prompt needs a token, and the vocabulary has none for some characters.
     text = f"a{first}"
     assert len(engine.encode(text)) <= (meter(Request("a", text, max_tokens=1)).n_longest or 0)
     messages = (Message("user", first), Message("assistant", second), Message("user", first))
     longest = meter(Request("a", messages, max_tokens=1)).n_longest or 0
-    # 64 are added for what a template puts around the texts.
+    # 64: what a template adds.
     assert len(engine.encode(messages)) <= longest + 64

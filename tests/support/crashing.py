@@ -1,4 +1,4 @@
-"""An engine whose process dies on certain prompts, and everything that was in flight with it."""
+"""An engine whose process dies on certain prompts, with all requests in flight."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from support.fake_engine import FakeEngine
 @dataclass(frozen=True)
 class _Idle:
     def cancel(self) -> None:
-        """Nothing runs long enough to be cancelled."""
+        """Do nothing: requests are too short to be cancelled."""
 
 
 class CrashingEngine(FakeEngine):
-    """Echoes, one request after the other, once `patience` of them wait; dies of those that `kills` names.
-    All that were in flight then get `error`.
+    """Echoes prompts one after the other, as soon as `patience` requests wait.
 
-    Dead, it is loaded again by `start` or `encode`; `reload` may raise what keeps it from that.
+    A prompt for which `kills` is true crashes it: all requests in flight get `error`. The next `start` or
+    `encode` loads it again and calls `reload`, which may raise.
     """
 
     def __init__(
