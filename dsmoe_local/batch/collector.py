@@ -25,19 +25,19 @@ class _Draft:
 class Collector:
     """Takes the events of one request; `finished` is called once, after the last.
 
-    `line` is the input line at `position`. `alone`: no other request runs with it.
+    `line` is the input line with this `turn`. `alone`: no other request runs with it.
     """
 
     def __init__(
         self,
-        position: int,
+        turn: int,
         line: Line,
         request: Request,
         finished: Callable[[Collector], None],
         *,
         alone: bool = False,
     ) -> None:
-        self.position = position
+        self.turn = turn
         self.line = line
         self.request = request
         self.alone = alone

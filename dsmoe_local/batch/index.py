@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from array import array
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +30,10 @@ from dsmoe_local.batch.workload import (
 )
 
 _REPORT_BYTES = 1 << 20
-# Positions count lines from 0, record numbers count records from 1. The transaction is never committed: the
-# database does not outlive its connection.
+_BLOCK = 256  # lines that `entry` reads at once: each query hands the GIL to other threads
+_BUFFERED = 1024  # rows that are inserted at once
+# Positions count lines from 0, record numbers count records from 1. Turns count the lines without a record,
+# from 0 and in the order of the work. The transaction is never committed: nothing outlives the connection.
 _SCHEMA = """
 PRAGMA journal_mode = OFF;
 CREATE TABLE line (
@@ -42,6 +44,7 @@ CREATE TABLE line (
     record INTEGER
 );
 CREATE TABLE record (number INTEGER PRIMARY KEY, id BLOB, content BLOB);
+CREATE TABLE work (turn INTEGER PRIMARY KEY, position INTEGER);
 BEGIN;
 """
 _CHANGED = """
@@ -64,6 +67,14 @@ _GROUPS = ", ".join(
     for n in range(HASH_BYTES, len(PREFIX_LENGTHS) * HASH_BYTES + 1, HASH_BYTES)
 )
 _LEFT = "SELECT position, prefixes, length FROM line WHERE record IS NULL ORDER BY"
+_ENTRIES = """
+SELECT turn, number, offset, length, id, content FROM work JOIN line USING (position)
+WHERE turn BETWEEN ? AND ?
+"""
+_EQUAL_IDS = """
+SELECT first.number, first.offset, first.length, second.number, second.offset, second.length
+FROM line AS first JOIN line AS second ON second.id = first.id AND second.position > first.position
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +92,12 @@ class Resumed:
 
 
 @dataclass(frozen=True, slots=True)
-class WorkOrder:
-    """Positions of lines in the order in which to start them. `shared_bytes` estimates how many bytes of the
-    prompts are a prefix that the prompt before has as well.
+class Plan:
+    """The work that is left: `n_lines` lines without a record. `shared_bytes` estimates how many bytes of
+    their prompts are a prefix that the prompt before has as well.
     """
 
-    positions: array[int]
+    n_lines: int
     shared_bytes: int
 
 
@@ -101,6 +112,8 @@ class Index:
         self.model_named = ""
         self.workload = WorkloadMeter()
         self._n_lines = 0
+        self._buffer: list[tuple[object, ...]] = []
+        self._block: dict[int, tuple[Span, Key]] = {}
         # Several threads may use it, one after the other.
         self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._database.executescript(_SCHEMA)
@@ -113,34 +126,29 @@ class Index:
         self._database.close()
 
     def add(self, span: Span, key: Key, prefixes: bytes, cost: int) -> None:
-        """Append a line."""
-        values = (self._n_lines, span.number, span.offset, span.length, *_blobs(key), prefixes, cost)
-        self._execute("INSERT INTO line VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL)", *values)
+        """Append a line. `finish` must follow the last one."""
+        self._buffer.append(
+            (self._n_lines, span.number, span.offset, span.length, *_blobs(key), prefixes, cost)
+        )
         self._n_lines += 1
+        if len(self._buffer) == _BUFFERED:
+            self._insert("INSERT INTO line VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL)")
+
+    def finish(self) -> list[tuple[Span, Span]]:
+        """End the list of lines. Return pairs of lines whose ids have the same hash."""
+        self._insert("INSERT INTO line VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL)")
+        self._execute("CREATE INDEX line_by_id ON line (id)")
+        return [(Span(*row[:3]), Span(*row[3:])) for row in self._execute(_EQUAL_IDS)]
 
     def add_record(self, key: Key) -> None:
-        """Append a record of an earlier run; `resume` then finds its line."""
-        self._execute("INSERT INTO record (id, content) VALUES (?, ?)", *_blobs(key))
-
-    def entry(self, position: int) -> tuple[Span, Key]:
-        """Return where a line lies, and its key."""
-        ((*span, id_hash, content),) = self._execute(
-            "SELECT number, offset, length, id, content FROM line WHERE position = ?", position
-        )
-        return Span(*span), Key(int.from_bytes(id_hash), int.from_bytes(content))
-
-    def equal_ids(self) -> list[tuple[int, int]]:
-        """Return pairs of positions whose ids have the same hash. Call it after the last `add`."""
-        self._execute("CREATE INDEX line_by_id ON line (id)")
-        return list(
-            self._execute(
-                "SELECT first.position, second.position FROM line AS first"
-                " JOIN line AS second ON second.id = first.id AND second.position > first.position"
-            )
-        )
+        """Append a record of an earlier run. `resume` must follow the last one."""
+        self._buffer.append(_blobs(key))
+        if len(self._buffer) == _BUFFERED:
+            self._insert("INSERT INTO record (id, content) VALUES (?, ?)")
 
     def resume(self) -> Resumed:
-        """Mark the lines that have a record as done."""
+        """End the list of records and mark the lines that have one."""
+        self._insert("INSERT INTO record (id, content) VALUES (?, ?)")
         self._execute(
             "UPDATE line SET record = record.number FROM record"
             " WHERE record.id = line.id AND record.content = line.content"
@@ -150,27 +158,51 @@ class Index:
         )
         return Resumed(changed, n_foreign, bool(in_order))
 
-    def work_order(self, *, ordered: bool) -> WorkOrder:
-        """Return the lines without a record, `ordered` as in the input, else so that prefixes are shared."""
-        positions, total = array("I"), 0
+    def plan(self, *, ordered: bool) -> Plan:
+        """Put the lines without a record in order, for `entry`; `ordered`: in the order of the input."""
+        n_lines = n_shared = 0
         last_prefixes, last_length = b"", 0
         for position, prefixes, length in self._execute(
             f"{_LEFT} position" if ordered else f"{_LEFT} {_GROUPS}, cost DESC, position"
         ):
-            positions.append(position)
-            total += min(shared_bytes(last_prefixes, prefixes), last_length, length)
+            self._buffer.append((n_lines, position))
+            n_lines += 1
+            n_shared += min(shared_bytes(last_prefixes, prefixes), last_length, length)
             last_prefixes, last_length = prefixes, length
-        return WorkOrder(positions, total)
+            if len(self._buffer) == _BUFFERED:
+                self._insert("INSERT INTO work VALUES (?, ?)")
+        self._insert("INSERT INTO work VALUES (?, ?)")
+        return Plan(n_lines, n_shared)
+
+    def entry(self, turn: int) -> tuple[Span, Key]:
+        """Return where the line with this turn lies, and its key. Fast in the order of the turns."""
+        if turn not in self._block:
+            self._block = {
+                number: (Span(*span), Key(int.from_bytes(id_hash), int.from_bytes(content)))
+                for number, *span, id_hash, content in self._execute(_ENTRIES, turn, turn + _BLOCK - 1)
+            }
+        return self._block[turn]
+
+    def _insert(self, statement: str) -> None:
+        with _explained():
+            self._database.executemany(statement, self._buffer)
+        self._buffer.clear()
 
     def _execute(self, statement: str, *values: object) -> Iterator[Any]:
-        try:
+        with _explained():
             return self._database.execute(statement, values)
-        except sqlite3.Error as error:
-            raise FileError(
-                f"the index of the input cannot be stored: {error}",
-                where="the folder for temporary files",
-                remedy="free some space, or set TMPDIR to a folder on another disk",
-            ) from error
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise FileError(
+            f"the index of the input cannot be stored: {error}",
+            where="the folder for temporary files",
+            remedy="free some space, or set TMPDIR to a folder on another disk",
+        ) from error
 
 
 def _blobs(key: Key) -> tuple[bytes, bytes]:
@@ -218,7 +250,7 @@ def _fill(
             if stop.is_set():
                 raise InterruptedRunError("interrupted: the input was not read to its end")
     check.finish(source, len(index))
-    _check_ids(source, index)
+    _check_ids(source, index.finish())
     listen(Finished("reading"))
     if n_unlimited:
         listen(
@@ -259,10 +291,9 @@ class _InputCheck:
             )
 
 
-def _check_ids(source: Source, index: Index) -> None:
-    for pair in index.equal_ids():
-        spans = [index.entry(position)[0] for position in pair]
-        first, second = (source.line(span.number, source.read(span)) for span in spans)
+def _check_ids(source: Source, pairs: list[tuple[Span, Span]]) -> None:
+    for pair in pairs:
+        first, second = (source.line(span.number, source.read(span)) for span in pair)
         if first.id == second.id:
             raise FormatError(
                 f"the id {safe_line(first.id, 60)!r} occurs twice",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from array import array
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -13,7 +12,7 @@ from dsmoe_local.base import durable
 from dsmoe_local.base.errors import FileError, FormatError, UsageError
 from dsmoe_local.base.progress import Listener, Note, ignore
 from dsmoe_local.base.text import count
-from dsmoe_local.batch.index import Index, build_index
+from dsmoe_local.batch.index import Index, Plan, build_index
 from dsmoe_local.batch.journal import journal_path
 from dsmoe_local.batch.lines import Key, Line
 from dsmoe_local.batch.output import Output
@@ -57,21 +56,18 @@ class BatchOptions:
 
 @dataclass(slots=True)
 class Job:
-    """A batch that can be run. `order` holds the positions of the lines without a record, in the order of the
-    work; `shared_bytes` estimates how many bytes of their prompts are a prefix that the one before has.
-    """
+    """A batch that can be run. `plan` is the work that is left."""
 
     options: BatchOptions
     source: Source
     index: Index
     output: Output
     summary: BatchSummary
-    order: array[int]
-    shared_bytes: int
+    plan: Plan
 
-    def line(self, position: int) -> Line:
-        """Read a line again. FormatError if it has changed."""
-        span, key = self.index.entry(position)
+    def line(self, turn: int) -> Line:
+        """Read the line with this turn again, counted from 0. FormatError if it has changed."""
+        span, key = self.index.entry(turn)
         line = self.source.line(span.number, self.source.read(span))
         if line.key != key:
             raise FormatError(
@@ -92,8 +88,8 @@ class Job:
     @property
     def workload(self) -> Workload:
         """An estimate of the work that is left. Shared prefixes count once."""
-        n_shared = self.shared_bytes // BYTES_PER_TOKEN
-        return self.index.workload.remaining(len(self.order), len(self.index), n_shared)
+        n_shared = self.plan.shared_bytes // BYTES_PER_TOKEN
+        return self.index.workload.remaining(self.plan.n_lines, len(self.index), n_shared)
 
     def require(self, info: ModelInfo) -> None:
         """With `deterministic`: FileError unless the model is loaded as it was for the existing records."""
@@ -184,8 +180,7 @@ def prepared(
         _resume(index, summary, source, listen, ordered=options.ordered)
         if spool:
             spool.keep()
-        order = index.work_order(ordered=options.ordered)
-        yield Job(options, source, index, output, summary, order.positions, order.shared_bytes)
+        yield Job(options, source, index, output, summary, index.plan(ordered=options.ordered))
 
 
 def _resume(index: Index, summary: BatchSummary, source: Source, listen: Listener, *, ordered: bool) -> None:

@@ -70,7 +70,7 @@ def run(
     work = _Run(engine, job, listen, stop or threading.Event())
     if job.index.model_named not in ("", engine.info.name):
         listen(Note(f"{engine.info.name} answers all lines, including those that name another model"))
-    listen(Started("answering", job.summary.n_requests, job.summary.n_requests - len(job.order), "records"))
+    listen(Started("answering", job.summary.n_requests, job.summary.n_requests - job.plan.n_lines, "records"))
     began = time.perf_counter()
     try:
         work.until_done()
@@ -155,7 +155,7 @@ class _Run:
 
     def until_done(self) -> None:
         """Work until every record counts, `stop` is set, or too many lines have failed."""
-        while self._n_written < len(self._job.order) and not self._stop.is_set() and not self._too_many():
+        while self._n_written < self._job.plan.n_lines and not self._stop.is_set() and not self._too_many():
             try:
                 self._fill()
             except InterruptedRunError:
@@ -185,7 +185,7 @@ class _Run:
     def check_done(self) -> None:
         """Raise the reason why the work is not complete, if it is not."""
         job = self._job
-        if self._n_written == len(job.order):
+        if self._n_written == job.plan.n_lines:
             reach("batch.complete")
         elif self._stop.is_set():
             n_records, n_requests = job.summary.n_records, job.summary.n_requests
@@ -211,33 +211,31 @@ class _Run:
             return
         if any(collector.alone for collector, _ in self._running.values()):
             return
-        order = self._job.order
         while (
-            self._next < len(order)
+            self._next < self._job.plan.n_lines
             and len(self._running) < self._in_flight
             and self._n_put - self._n_written < _MAX_UNWRITTEN
             and self._next - self._n_put < _MAX_AHEAD
             and not self._suspects
             and not self._too_many()
         ):
-            position = order[self._next]
             self._next += 1
-            self._begin(position)
+            self._begin(self._next - 1)
 
-    def _begin(self, position: int, *, alone: bool = False) -> None:
-        line = self._job.line(position)
+    def _begin(self, turn: int, *, alone: bool = False) -> None:
+        line = self._job.line(turn)
         try:
             request = self._job.request(line)
-            collector = Collector(position, line, request, self._inbox.put, alone=alone)
+            collector = Collector(turn, line, request, self._inbox.put, alone=alone)
             ticket = self._engine.start(request, collector.deliver)
         except EngineCrashError as error:
-            self._crashed(position, line, error, alone=alone)
+            self._crashed(turn, line, error, alone=alone)
         except _FATAL:
             raise
         except DsmoeError as error:
-            self._fail(position, line, error)
+            self._fail(turn, line, error)
         else:
-            self._running[position] = collector, ticket
+            self._running[turn] = collector, ticket
 
     def _take(self, seconds: float, *, ending: bool = False) -> None:
         """Handle what is in the inbox; wait up to `seconds` for the first item."""
@@ -262,37 +260,37 @@ class _Run:
             self._listen(Advanced(len(item)))
 
     def _settle(self, collector: Collector, ending: bool) -> None:
-        del self._running[collector.position]
+        del self._running[collector.turn]
         error = collector.error
         if error is None:
             reply = collector.reply(self._engine.info.name, self._lead)
             if reply is not None:
-                self._emit(collector.position, collector.line.key, reply)
+                self._emit(collector.turn, collector.line.key, reply)
         elif ending:
             return
         elif isinstance(error, _SHARED):
-            self._crashed(collector.position, collector.line, error, alone=collector.alone)
+            self._crashed(collector.turn, collector.line, error, alone=collector.alone)
         elif isinstance(error, DsmoeError) and not isinstance(error, _FATAL):
-            self._fail(collector.position, collector.line, error)
+            self._fail(collector.turn, collector.line, error)
         else:
             raise error
 
-    def _crashed(self, position: int, line: Line, error: EngineError, *, alone: bool) -> None:
+    def _crashed(self, turn: int, line: Line, error: EngineError, *, alone: bool) -> None:
         """Try the request again alone; if it was alone, it is to blame."""
         if alone:
-            self._fail(position, line, error)
+            self._fail(turn, line, error)
             return
         if not self._suspects:
             self._listen(Note(f"{error.what}: the lines it was working on are tried again, one at a time"))
-        self._suspects.append(position)
+        self._suspects.append(turn)
 
-    def _fail(self, position: int, line: Line, error: DsmoeError) -> None:
+    def _fail(self, turn: int, line: Line, error: DsmoeError) -> None:
         code, message = describe(error)
         message = f"line {line.number}: {message}"
         failure = Failure(line.id, line.number, code, message, kind_of(error), line.kept)
-        self._emit(position, line.key, failure)
+        self._emit(turn, line.key, failure)
 
-    def _emit(self, position: int, key: Key, outcome: Outcome) -> None:
+    def _emit(self, turn: int, key: Key, outcome: Outcome) -> None:
         """Write the record of an outcome; with `ordered`, once those of all earlier lines are written."""
         self._job.summary.count_tokens(outcome)
         values = FORMATS[self._job.options.form](outcome)
@@ -301,13 +299,9 @@ class _Run:
         if not self._job.options.ordered:
             self._put(record)
             return
-        self._waiting[position] = record
-        order = self._job.order
-        while self._n_put < len(order) and not self._too_many():
-            next_record = self._waiting.pop(order[self._n_put], None)
-            if next_record is None:
-                break
-            self._put(next_record)
+        self._waiting[turn] = record
+        while self._n_put in self._waiting and not self._too_many():
+            self._put(self._waiting.pop(self._n_put))
 
     def _put(self, record: Record) -> None:
         # Not counted before: with `ordered`, a record that waits may never be written.

@@ -94,10 +94,13 @@ def prefix_hashes(prompt: Prompt) -> bytes:
 
 
 def shared_bytes(first: bytes, second: bytes) -> int:
-    """Return about how many bytes two prompts share, given their prefix hashes: 0 to 4096."""
+    """Return about how many bytes two prompts share, given their prefix hashes: 0 to 4096.
+
+    Lines that are not valid have empty hashes and share nothing.
+    """
     shared = 0
-    for level, n_bytes in enumerate(PREFIX_LENGTHS, 1):
-        if first[: level * HASH_BYTES] != second[: level * HASH_BYTES]:
+    for end, n_bytes in zip(range(HASH_BYTES, len(first) + 1, HASH_BYTES), PREFIX_LENGTHS, strict=False):
+        if first[:end] != second[:end]:
             break
         shared = n_bytes
     return shared

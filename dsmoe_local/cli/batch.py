@@ -174,7 +174,7 @@ def command(
         job = run_with_progress(
             lambda listen, stop: stack.enter_context(prepared(options, listen, stop)), stop
         )
-        if job.order:
+        if job.plan.n_lines:
             engine = stack.enter_context(
                 load_engine(model, values, lambda options: _complete(options, n_parallel, job), stop)
             )

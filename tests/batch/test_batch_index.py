@@ -22,7 +22,7 @@ from dsmoe_local.base.errors import FileError, FormatError, InterruptedRunError
 from dsmoe_local.base.progress import Event, Note, ignore
 from dsmoe_local.batch import index as module
 from dsmoe_local.batch import sources
-from dsmoe_local.batch.index import Index, Resumed, WorkOrder, build_index
+from dsmoe_local.batch.index import Index, Plan, Resumed, build_index
 from dsmoe_local.batch.lines import Key, hash64
 from dsmoe_local.batch.sources import InputForm, Source, Span
 from dsmoe_local.batch.workload import cost, prefix_hashes
@@ -49,7 +49,7 @@ def test_equal_hashes_of_different_ids(tmp_path: Path, monkeypatch: pytest.Monke
     with closing(build(tmp_path, {"id": "a", "prompt": "x"}, {"id": "b", "prompt": "y"})) as index:
         index.add_record(Key(7, hash64(b"b")))
         assert index.resume() == Resumed(None, 0, in_order=False)
-        assert list(index.work_order(ordered=True).positions) == [0]
+        assert planned(index, ordered=True) == [0]
 
 
 def test_keys_depend_on_the_content_of_a_line(tmp_path: Path) -> None:
@@ -93,8 +93,14 @@ def filled(n: int) -> Index:
     index = Index()
     for number in range(n):
         index.add(Span(number + 1, 0, 1), Key(number, 2**64 - 1 - number), b"", 0)
-    assert index.equal_ids() == []
+    assert index.finish() == []
     return index
+
+
+def planned(index: Index, *, ordered: bool = False) -> list[int]:
+    """Return the positions of the lines that are left, in the order of the work."""
+    plan = index.plan(ordered=ordered)
+    return [index.entry(turn)[0].number - 1 for turn in range(plan.n_lines)]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +120,7 @@ def test_resuming(keys: list[int], expected: Resumed, left: list[int]) -> None:
         for number in keys:
             index.add_record(Key(number, 2**64 - 1 - number))
         assert index.resume() == expected
-        assert list(index.work_order(ordered=True).positions) == left
+        assert planned(index, ordered=True) == left
 
 
 def test_changed_lines_are_found() -> None:
@@ -123,7 +129,6 @@ def test_changed_lines_are_found() -> None:
         for number in (0, 3, 2):
             index.add_record(Key(number, number))
         assert index.resume().changed_line == 1
-        assert index.entry(2) == (Span(3, 0, 1), Key(2, 2**64 - 3))
 
 
 def test_a_full_disk_is_an_error_in_words() -> None:
@@ -136,18 +141,35 @@ def test_a_full_disk_is_an_error_in_words() -> None:
     assert "TMPDIR" in str(refusal.value)
 
 
-def work_order(prompts: list[Prompt], limits: list[int] | None = None, *, ordered: bool = False) -> WorkOrder:
+def test_entries_in_any_order() -> None:
+    """Guards: a line that is missing at the edge of a block."""
+    n_lines = 2 * module._BLOCK + 5
+    with closing(filled(n_lines)) as index:
+        assert index.plan(ordered=True) == Plan(n_lines, 0)
+        turns = [*range(n_lines), 0, n_lines - 1, module._BLOCK, 3]
+        for turn in turns:
+            assert index.entry(turn) == (Span(turn + 1, 0, 1), Key(turn, 2**64 - 1 - turn))
+
+
+def index_of(prompts: list[Prompt], limits: list[int] | None = None) -> Index:
     limits = limits or [10] * len(prompts)
-    with closing(Index()) as index:
-        for at, prompt in enumerate(prompts):
-            request = Request(str(at), prompt, max_tokens=limits[at % len(limits)])
-            span = Span(at + 1, 0, len(prompt) if isinstance(prompt, str) else 2000)
-            index.add(span, Key(at, at), prefix_hashes(prompt), cost(request))
-        return index.work_order(ordered=ordered)
+    index = Index()
+    for at, prompt in enumerate(prompts):
+        request = Request(str(at), prompt, max_tokens=limits[at % len(limits)])
+        span = Span(at + 1, 0, len(prompt) if isinstance(prompt, str) else 2000)
+        index.add(span, Key(at, at), prefix_hashes(prompt), cost(request))
+    index.finish()
+    return index
 
 
 def order(prompts: list[Prompt], limits: list[int] | None = None, *, ordered: bool = False) -> list[int]:
-    return list(work_order(prompts, limits, ordered=ordered).positions)
+    with closing(index_of(prompts, limits)) as index:
+        return planned(index, ordered=ordered)
+
+
+def n_shared(*prompts: Prompt) -> int:
+    with closing(index_of(list(prompts))) as index:
+        return index.plan(ordered=False).shared_bytes
 
 
 def test_common_prefixes_come_together() -> None:
@@ -183,9 +205,9 @@ def test_long_jobs_come_early() -> None:
 
 def test_shared_bytes_of_the_order() -> None:
     """Guards: a KV cache planned without shared prefixes; more shared bytes than a prompt has."""
-    assert work_order(["s" * 2000 + str(number) for number in range(5)]).shared_bytes == 4 * 1024
-    assert work_order(["s" * 30, "s" * 30]).shared_bytes == 30
-    assert work_order([]).shared_bytes == 0
+    assert n_shared(*("s" * 2000 + str(number) for number in range(5))) == 4 * 1024
+    assert n_shared("s" * 30, "s" * 30) == 30
+    assert n_shared() == 0
 
 
 _PROMPTS = st.one_of(
@@ -213,7 +235,7 @@ unit = 1 if sys.platform == "darwin" else 1024
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 options = BatchOptions(Path(sys.argv[1]), Path(sys.argv[2]), BatchDefaults(SamplingParameters()))
 with prepared(options) as job:
-    n = len(job.order)
+    n = job.plan.n_lines
 print(n, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before) / n)
 """
 

@@ -76,8 +76,8 @@ def read_all(path: Path, form: InputForm) -> None:
     errors: list[DsmoeError] = []
     try:
         index = build_index(source, GREEDY, ignore, threading.Event())
-        for position in range(len(index)):
-            span, key = index.entry(position)
+        for turn in range(index.plan(ordered=True).n_lines):
+            span, key = index.entry(turn)
             line = source.line(span.number, source.read(span))
             assert line.key == key
             assert set(line.kept) == set(form.keep)

@@ -67,6 +67,7 @@ def test_what_is_left(tmp_path: Path) -> None:
 def test_shared_bytes(first: Prompt, second: Prompt, shared: int) -> None:
     """Guards: levels counted from the wrong end; a token that does not count as four bytes."""
     assert shared_bytes(prefix_hashes(first), prefix_hashes(second)) == shared
+    assert shared_bytes(b"", prefix_hashes(second)) == shared_bytes(b"", b"") == 0
 
 
 @pytest.fixture(scope="module")
