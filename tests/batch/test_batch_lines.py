@@ -214,7 +214,7 @@ def test_what_cannot_be_had_is_refused_by_name(tmp_path: Path, field: str) -> No
         (chat({"continue_final_message": True}), "last message is not the assistant's"),
         (completion({"continue_final_message": True}), "last message is not the assistant's"),
         (chat({"temprature": 1}), "unknown field 'temprature'"),
-        (chat({"prompt": "a"}), "no prompt"),
+        (chat({"prompt": "a"}), "takes messages, not prompt"),
         (completion({"prompt": None}), "takes prompt"),
         (completion({"prompt": ["a", "b"]}), "list of 2 prompts"),
         (completion({}) | {"url": "/v1/embeddings"}, "/v1/embeddings"),
