@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from dsmoe_local.base.paths import demo_folder
+from dsmoe_local.model.gguf_model import read_model
 
 
 def dsmoe(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -32,6 +33,12 @@ def test_demo_answers_and_then_is_there() -> None:
     assert "routed" not in first.stdout
     assert "12 of them active" in first.stderr
     before = {path: path.stat().st_mtime_ns for path in demo_folder().iterdir()}
+    for kind in ("q8", "q4"):
+        file, hp = read_model(demo_folder() / f"demo-{kind}.gguf")
+        assert (hp.n_routed_experts, hp.n_experts_per_token, hp.n_shared_experts) == (14, 12, 2)
+        assert hp.tied_embeddings
+        assert file.get("tokenizer.ggml.pre") == "smollm"
+        assert file.get("tokenizer.chat_template")
     second = dsmoe("demo")
     assert second.returncode == 0, second.stderr
     assert "already made" in second.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -12,13 +13,12 @@ from support import llama_oracle
 
 from benchmarks.demo_quality import perplexity, token_losses
 from dsmoe_convert.convert import ConvertOptions, RunOptions, convert_folder
-from dsmoe_convert.demo import calibration
+from dsmoe_convert.demo import build, calibration
 from dsmoe_convert.demo.build import BuildOptions, build_demo
 from dsmoe_convert.demo.checkpoint import write_checkpoint
 from dsmoe_convert.demo.corpus import token_windows
 from dsmoe_convert.demo.source import Source, open_source
 from dsmoe_local.base.errors import InterruptedRunError, UsageError
-from dsmoe_local.model.gguf_model import read_model
 
 PROMPTS = [
     "<|im_start|>user\nWhat is gravity?<|im_end|>\n<|im_start|>assistant\n",
@@ -72,30 +72,38 @@ def original(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_all_experts_active_is_the_dense_model(original: Path, all_active: Path) -> None:
-    """A lost neuron, a wrong gate or a wrong q/k order shows in 64 greedy tokens or in the logits."""
+    """A lost neuron, a wrong gate or a wrong q/k order shows in 32 greedy tokens or in the logits."""
     with llama_oracle.vocabulary(original) as vocabulary:
         prompts = [vocabulary.encode(text, parse_special=True) for text in PROMPTS]
     with llama_oracle.vocabulary(all_active) as vocabulary:
         assert [vocabulary.encode(text, parse_special=True) for text in PROMPTS] == prompts
     for prompt in prompts:
-        written = llama_oracle.greedy(original, prompt, 64)
+        written = llama_oracle.greedy(original, prompt, 32)
         assert len(written) > 20
-        assert llama_oracle.greedy(all_active, prompt, 64) == written
+        assert llama_oracle.greedy(all_active, prompt, 32) == written
     dense, ours = (llama_oracle.logits(path, prompts[0]) for path in (original, all_active))
     assert np.linalg.norm(dense - ours) / np.linalg.norm(dense) < 3e-4
 
 
 def test_twelve_experts_keep_the_perplexity(source: Source, original: Path, all_active: Path) -> None:
     """A calibration that does not belong to the weights, or a router that cannot route, costs far more."""
-    windows = token_windows(source, "held out")[::24]
+    windows = token_windows(source, "held out")[::36]
     dense, _ = perplexity(token_losses(original, windows))
     routed, _ = perplexity(token_losses(all_active, windows, calibration.N_ACTIVE))
     assert routed < 19.0
     assert routed < dense * DENSE_TO_12
 
 
-def test_build_makes_both_files_once(tmp_path: Path) -> None:
+def test_build_makes_both_files_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second `dsmoe demo` must be instant, and one with other experts must not serve the old model."""
+    converted: list[str] = []
+
+    def convert(folder: Path, kind: str, path: Path, options: BuildOptions) -> int:
+        converted.append(kind)
+        config = json.loads((folder / "config.json").read_text())
+        return path.write_text(f"{kind} with {config['num_experts_per_tok']} experts")
+
+    monkeypatch.setattr(build, "_convert", convert)
     folder = tmp_path / "demo"
     # Ctrl-C in the middle: no config.json may make half a checkpoint look whole.
     interrupted = BuildOptions()
@@ -103,26 +111,18 @@ def test_build_makes_both_files_once(tmp_path: Path) -> None:
     with pytest.raises(InterruptedRunError):
         build_demo(folder, interrupted)
     assert not (folder / "config.json").exists()
-    assert not list(folder.glob("*.gguf"))
-    first = build_demo(folder)
-    assert first.is_new
+    assert build_demo(folder).is_new
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    for path in first.files.values():
-        file, hp = read_model(path)
-        assert (hp.n_routed_experts, hp.n_experts_per_token, hp.n_shared_experts) == (14, 12, 2)
-        assert hp.tied_embeddings
-        assert file.get("tokenizer.ggml.pre") == "smollm"
-        assert file.get("tokenizer.chat_template")
     second = build_demo(folder)
     assert not second.is_new
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     # A file that is gone, cut short or never finished is made again from the checkpoint.
-    os.truncate(second.files["q4"], 1000)
+    os.truncate(second.files["q4"], 3)
     assert build_demo(folder).is_new
-    assert second.files["q8"].stat().st_mtime_ns == before[second.files["q8"]]
+    assert converted == ["q8", "q4", "q4"]
     third = build_demo(folder, BuildOptions(n_active=9))
     assert third.is_new
-    assert read_model(third.files["q4"])[1].n_experts_per_token == 9
+    assert third.files["q4"].read_text() == "q4 with 9 experts"
 
 
 def test_foreign_folders_are_left_alone(tmp_path: Path) -> None:
