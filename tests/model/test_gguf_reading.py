@@ -45,6 +45,7 @@ STRUCTURE = {
     "2^63 fields": replace(GOOD, n_values=1 << 63),
     "one tensor too many": replace(RawGguf([NAME], [ONE], n_tensors=2), data=b""),
     "truncated data": replace(GOOD, cut=100),
+    "last byte missing": RawGguf([], [ONE], data=bytes(127)),
     "truncated header": RawGguf([NAME], cut=40),
     "duplicate key": RawGguf([NAME, NAME]),
     "empty key": RawGguf([KeyValue("", STRING, "x")]),
