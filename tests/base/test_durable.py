@@ -11,6 +11,7 @@ import threading
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,6 +45,30 @@ def test_failed_write_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest
         durable.write_file(path, b"new")
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+
+
+def test_the_content_is_synced_before_the_name_and_the_folder_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: after a power cut, an empty file under the final name, or the old file in place of the new."""
+    calls: list[str] = []
+
+    def noting(word: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            calls.append(word)
+            return work(*arguments)
+
+        return run
+
+    monkeypatch.setattr(durable, "sync", noting("content", durable.sync))
+    monkeypatch.setattr(durable, "sync_folder", noting("folder", durable.sync_folder))
+    monkeypatch.setattr(Path, "replace", noting("name", Path.replace))
+    monkeypatch.setattr(os, "link", noting("name", os.link))
+    durable.write_file(tmp_path / "a", b"new")
+    assert calls == ["content", "name", "folder"]
+    calls.clear()
+    durable.publish(tmp_path / "a", tmp_path / "b")
+    assert calls == ["name", "folder"]
 
 
 @pytest.fixture
