@@ -27,7 +27,7 @@ def build_command(switch: str) -> str:
     """Return the command that installs llama.cpp with a backend, given its CMake option."""
     return (
         f'CMAKE_ARGS="-D{switch}=ON" pip install --force-reinstall --no-cache-dir --no-deps '
-        "--no-binary llama-cpp-python 'llama-cpp-python>=0.3.36,<0.4'"
+        "--no-binary llama-cpp-python 'llama-cpp-python>=0.3.36,<0.3.37'"
     )
 
 

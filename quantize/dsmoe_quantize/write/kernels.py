@@ -100,7 +100,7 @@ def _function(name: str, result: type | None, *arguments: type) -> Callable[...,
         raise KernelError(
             f"ggml's library lacks {name}",
             where=library_path(),
-            remedy="this needs llama-cpp-python >= 0.3.36",
+            remedy="install the version of llama-cpp-python that this package asks for",
         ) from error
     return function
 
