@@ -1,8 +1,8 @@
-"""Reads and writes a range of a sequence of the KV cache as a file.
+"""Reads and writes a file with the KV cache of a range of tokens.
 
-The file has a header, all tokens up to the end of the range, and llama.cpp's state of the tokens in the
-range. The header's digest covers the tokens and the part of the state that describes its layout, so that
-native code never reads an unknown layout. The caller must verify the rest.
+The file contains a header, all tokens up to the end of the range, and llama.cpp's state of the range. The
+digest in the header covers the tokens and the part of the state that describes its layout, so that llama.cpp
+never reads an unknown layout. The caller must verify the rest.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LAYOUT_OF_TOKEN = 12  # more such bytes for each cell: position, number of sequ
 
 
 class Stored(NamedTuple):
-    """The contents of a file: the tokens, and llama.cpp's state of those from `start` on, memory-mapped."""
+    """The contents of a file: all tokens, and the mapped state of those from `start` on."""
 
     token_ids: list[int]
     start: int
@@ -42,7 +42,7 @@ def write_cache(
     """Write the cells of a sequence, which hold `token_ids` from `start` on, to a new file. It is not synced.
 
     `identity` is `ModelInfo.cache_identity`. Returns False if llama.cpp cannot write the state. Raises
-    OSError, for example if the disk is full or the file exists. In both cases no new file is left.
+    OSError, for example if the disk is full or the file exists. In both cases the new file is removed.
     """
     tokens = np.asarray(token_ids, "<i4").tobytes()
     place, n_state = _HEAD.size + len(tokens), context.state_size(sequence)

@@ -1,4 +1,4 @@
-"""Computes one step at a time: decodes the batch that the scheduler planned, and samples the next tokens.
+"""Runs the steps of an engine: decodes the batch that the scheduler planned and samples the next tokens.
 
 Used by the engine's thread only, except for `interrupt`.
 """
@@ -35,7 +35,8 @@ class _Placed:
 class Core:
     """Runs requests on a loaded model, one step after another.
 
-    `finished` is called for each request that is over, after its last event, with the error that ended it.
+    `finished` is called after the last event of each request, with the error that ended it, or None. `lost`
+    is set if the context is gone, after which no step can run.
     """
 
     def __init__(self, loaded: LoadedModel, finished: Callable[[Job, Exception | None], None]) -> None:
@@ -51,23 +52,28 @@ class Core:
 
     @property
     def idle(self) -> bool:
-        """Whether no request is waiting or running."""
+        """True if no request is waiting or running."""
         return self.scheduler.idle
 
     @property
     def reads_prompts(self) -> bool:
-        """Whether the next step may process a prompt, which may take long."""
+        """True if the next step may include a prefill, which may take long."""
         return bool(self.scheduler.waiting) or any(s.prefilling for s in self.scheduler.running)
 
     def add(self, job: Job, prompt: tuple[int, ...]) -> None:
-        """Schedule a request. Raises PromptError if it is too long, UsageError."""
+        """Schedule a request. Raises PromptError if it is too long, UsageError if it is not supported."""
         n_context = self._loaded.info.n_context
         if len(prompt) >= n_context:
             raise too_long(f"{len(prompt):,} tokens", n_context)
         if job.request.context_shift and not self._loaded.context.can_shift:
-            raise UsageError("the model's context cannot be shifted")
+            raise UsageError(
+                "context_shift: the KV cache of this model cannot be shifted",
+                remedy="set it to false",
+            )
         if job.request.score_from is not None and not self._loaded.observers.reads_logits:
-            raise UsageError("score_from: no observer of the model reads logits")
+            raise UsageError(
+                "score_from: no observer reads logits", remedy="load the model with one, such as logprobs"
+            )
         replies: list[Reply] = []
         try:
             for index in range(job.request.n):
@@ -87,15 +93,15 @@ class Core:
             self._end(reply.sequence, FinishReason.CANCELLED)
 
     def _fail(self, job: Job, error: Exception) -> None:
-        """End the replies of a request without another event."""
+        """End a request with an error. Its replies get no further events."""
         for reply in self._of(job):
             self._take_out(reply)
         self._finished(job, error)
 
     def interrupt(self, job: Job) -> None:
-        """Abort the running step if it processes the prompt of the cancelled `job`, or contains only it.
+        """Abort the running step if it is a prefill of the cancelled `job`, or contains no other request.
 
-        Any thread may call it. A step that only decodes is short, so it is not aborted for other requests.
+        Any thread may call it. A decoding step with other requests is not aborted, since it is short.
         """
         with self._lock:
             if self._computing.get(job) or (self._alone and job in self._computing):
@@ -111,7 +117,7 @@ class Core:
         if step.rows:
             self._decode(step)
 
-    # Between requests.
+    # Only while idle.
 
     def save_cache(self, path: Path, token_ids: list[int], start: int) -> int:
         """See TextEngine. The file is not synced."""
@@ -130,9 +136,11 @@ class Core:
         )
 
     def set_observers(self, options: tuple[ObserverOptions, ...]) -> None:
-        """See TextEngine. Sets `lost` if no context could be created again."""
+        """See TextEngine. Sets `lost` if the context is closed and a new one cannot be created."""
         if not self.idle:
-            raise EngineError("observers cannot be changed while requests run")
+            raise EngineError(
+                "observers cannot be changed while requests are running", remedy="wait, or cancel them first"
+            )
         try:
             idle_operations.exchange_observers(
                 self._loaded, self.scheduler.cache, self._apply_operations, options
@@ -198,7 +206,7 @@ class Core:
         self._advance(placed, logits)
 
     def _place(self, step: plan.Step) -> tuple[list[_Placed], list[native.Row]]:
-        """Return the rows and padding of a step as a batch, in order of slots for per-sequence caches."""
+        """Return the rows and padding of a step as a batch, sorted by slot if the cache is not unified."""
         placed: list[_Placed] = []
         rows: list[native.Row] = []
         n_outputs = 0
@@ -226,14 +234,13 @@ class Core:
                 computing[job] = computing.get(job, False) or place.row.n_tokens > 1
             if any(job.cancelled for job in computing):
                 return False
-            # llama.cpp shifts cells at the start of the next step. If that is aborted, some are shifted
-            # twice.
+            # llama.cpp shifts cells at the start of the next step. After an abort it would shift some again.
             self._computing = {} if self._shifting else computing
             self._alone = len(computing) == 1
         return True
 
     def _scored(self, placed: Sequence[_Placed], n_rows: int) -> list[Scored | None]:
-        """Return, for each row of the batch, the tokens that its outputs should predict."""
+        """Return, for each row of the batch, the prompt tokens that its outputs are scored against."""
         scored: list[Scored | None] = [None] * n_rows
         for place in placed:
             sequence, start, n_tokens, n_outputs = place.row

@@ -1,4 +1,4 @@
-"""The engine in this process. One thread owns the model and decodes all running requests in batches.
+"""An engine in this process: one thread owns the model and decodes all running requests in batches.
 
 Other threads tokenize prompts and compile grammars, so that decoding does not wait for them. `core` computes
 one step; `load` loads the model.
@@ -43,7 +43,7 @@ from dsmoe_local.engine.types import (
 T = TypeVar("T")
 
 _FRAME = 1 / 60
-"""Seconds between calls of `after_step`. Waking another process for each token costs a small model 5%."""
+"""Seconds between calls of `after_step`. Waking the client for each token slows a small model down by 5%."""
 
 
 class _Ticket:
@@ -54,16 +54,16 @@ class _Ticket:
         self._job = job
 
     def cancel(self) -> None:
-        """Cancel the request. Does nothing once it is over."""
+        """Cancel the request. Do nothing if it has ended."""
         self._engine._cancel(self._job)
 
 
 class Engine:
     """A loaded model. Create it with `Engine.load` and close it, or use it as a context manager.
 
-    `after_step` is called in the engine's thread when delivered events should be passed on: after a step, at
-    most every _FRAME seconds, and before work that may take long. `on_fault` is called there if the thread
-    itself fails, instead of ending all requests with the error.
+    Both callbacks run in the engine's thread. `after_step` is called when delivered events should be passed
+    on: after a step, at most every _FRAME seconds, and before a prefill. `on_fault` is called if the thread
+    fails; without it, all requests end with the error.
     """
 
     def __init__(self, options: ModelOptions, listen: progress.Listener, stop: threading.Event) -> None:
@@ -83,7 +83,7 @@ class Engine:
         self._last_call = 0.0
         self._close_error: Exception | None = None
         self._intake = ThreadPoolExecutor(1, "dsmoe-intake")
-        # Compiling a grammar may take seconds and a deep stack. Requests without one do not wait for it.
+        # Compiling a grammar may take seconds and needs a large stack. Other requests must not wait for it.
         self._compiling = large_stack("dsmoe-grammars")
         self._thread = threading.Thread(
             target=self._run,
@@ -112,7 +112,7 @@ class Engine:
             engine._ready.wait()
         except BaseException:
             stop.set()
-            # If loading has just finished, the thread waits for tasks.
+            # If loading has just finished, the thread waits for a task and must be ended.
             engine._inbox.put(None)
             engine._thread.join()
             raise
@@ -120,7 +120,7 @@ class Engine:
             engine._thread.join()
             raise engine._failure
         if stop.is_set():
-            # `stop` was set after the last check.
+            # It was set after the loader checked it for the last time.
             engine.close()
             raise InterruptedRunError("loading was interrupted")
         return engine
@@ -135,7 +135,7 @@ class Engine:
         return EventStream(self.start, request)
 
     def start(self, request: Request, deliver: Deliver) -> _Ticket:
-        """Generate without waiting (see TextEngine)."""
+        """Start to generate a reply (see TextEngine)."""
         job = Job(request, deliver)
         with self._lock:
             self._require_loaded()
@@ -187,7 +187,7 @@ class Engine:
         return self._require_loaded().log()
 
     def observe(self, name: str) -> Observation:
-        """Return what the observer with that name has collected (see TextEngine)."""
+        """Return the summary of an observer (see TextEngine)."""
         loaded = self._require_loaded()
         return self._between_steps(lambda _: loaded.observers.summary(name))
 
@@ -255,7 +255,7 @@ class Engine:
         self._inbox.put(lambda: self._end_cancelled(core, job))
 
     def _end_cancelled(self, core: Core, job: Job) -> None:
-        """Deliver the last events of a cancelled request, which may not be scheduled yet."""
+        """Deliver the last events of a cancelled request. It may not have been scheduled yet."""
         if job.n_open:
             core.cancel(job)
         elif self._jobs.get(job.request.id) is job:
@@ -288,7 +288,7 @@ class Engine:
             self._finish(job, error)
 
     def _finish(self, job: Job, error: Exception | None) -> None:
-        """End a request. Its id is released before the caller is told."""
+        """End a request. Its id is free before `deliver` is called, so that the caller can use it again."""
         with self._lock:
             del self._jobs[job.request.id]
         _deliver_end(job, error)
@@ -298,7 +298,7 @@ class Engine:
         self._compiling.shutdown()
 
     def _run(self, load: Callable[[], LoadedModel]) -> None:
-        """Load, then work until `close`: the engine's thread."""
+        """Load the model, then run tasks and steps until `close`. This is the engine's thread."""
         try:
             loaded = load()
             with ExitStack() as made:
@@ -378,7 +378,7 @@ def _deliver_end(job: Job, error: BaseException | None) -> None:
 
 
 def load_with_log(options: ModelOptions, listen: progress.Listener, stop: threading.Event) -> Engine:
-    """Load as `Engine.load` does, with llama.cpp's log written to stderr: for a process of its own."""
+    """Load like `Engine.load`, and write llama.cpp's log to stderr. For the child process of a client."""
     descriptor = sys.stderr.fileno()
     # Unbuffered, so that no line is lost if the process is killed.
     echo_log(lambda text: os.write(descriptor, text))

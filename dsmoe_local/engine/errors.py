@@ -1,4 +1,4 @@
-"""Errors between a request and its reply."""
+"""The errors of the engine."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ class EngineError(DsmoeError):
 
 
 class ModelLoadError(EngineError):
-    """llama.cpp refused a model that the strict reader accepted; `where` is llama.cpp's own reason."""
+    """llama.cpp cannot load a model, or create its context. `where` is llama.cpp's log message."""
 
 
 class OutOfMemoryError(EngineError):
-    """Not even the smallest context fits into the available memory."""
+    """The smallest possible context does not fit into the available memory."""
 
 
 class TemplateError(EngineError):
@@ -23,7 +23,7 @@ class TemplateError(EngineError):
 
 
 def template_error(source: str, reason: str) -> TemplateError:
-    """Return the error for the template from `source`, which cannot be used for that reason."""
+    """Return the error for a chat template. `source` says where it comes from, `reason` why it fails."""
     return TemplateError(
         f"the chat template ({source}) fails: {safe_line(reason, 60)}",
         remedy="check the messages, or name another template with --chat-template",
@@ -31,7 +31,7 @@ def template_error(source: str, reason: str) -> TemplateError:
 
 
 class PromptError(EngineError):
-    """A prompt that cannot be encoded, or is empty, or does not fit into the context."""
+    """A prompt cannot be encoded, is empty, or does not fit into the context."""
 
 
 def too_long(length: str, n_context: int) -> PromptError:
@@ -43,7 +43,7 @@ def too_long(length: str, n_context: int) -> PromptError:
 
 
 class NativeError(EngineError):
-    """llama.cpp failed while it computed."""
+    """llama.cpp failed during a computation."""
 
 
 class EngineCrashError(EngineError):

@@ -1,4 +1,4 @@
-"""An iterator over the events of a request: the `submit` of every engine."""
+"""An iterator over the events of a request, which every engine's `submit` returns."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dsmoe_local.engine.types import Request, TokenEvent
 
 
 class EventStream(Iterator[TokenEvent]):
-    """Starts a request and iterates over its events. Closing or deleting it early cancels the request."""
+    """Starts a request and iterates over its events. Closing or deleting the iterator cancels the request."""
 
     def __init__(self, start: Callable[[Request, Deliver], Ticket], request: Request) -> None:
         self._events: queue.SimpleQueue[TokenEvent | BaseException | None] = queue.SimpleQueue()

@@ -1,6 +1,6 @@
-"""Operations on a loaded model while no request runs: saving and loading its KV cache, replacing observers.
+"""Operations while no request is running: save and load the KV cache, replace observers.
 
-Called by `core` in the engine's thread.
+`core` calls them in the engine's thread.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ def load_cache(
 
 @contextmanager
 def _set_aside(context: native.Context, slot: int, spare: int, count: int) -> Iterator[None]:
-    """Let the block use a slot. Its `count` tokens are set aside on a spare id and added back afterwards.
+    """Move the first `count` cells of a slot to a spare sequence id, and back when the block ends.
 
-    Only the owners of cells change; no data is copied.
+    Only the sequence ids of cells change; no data is copied.
     """
     context.copy(slot, spare, count)
     try:
@@ -95,7 +95,7 @@ def exchange_observers(
     apply_operations: Callable[[], None],
     options: Sequence[ObserverOptions],
 ) -> None:
-    """See TextEngine. If no context can be created again, `loaded.context` is a closed one afterwards."""
+    """See TextEngine. If no new context can be created, `loaded.context` is left closed."""
     old = loaded.observers
     successor = old.successor(options)
     before = loaded.context.options
@@ -124,7 +124,7 @@ def exchange_observers(
 
 @contextmanager
 def _saved(context: native.Context) -> Iterator[memoryview | None]:
-    """Save the cache's contents to an unnamed file, which the system can page out, and yield it as memory.
+    """Save the cache to an unnamed file and yield its mapping. Unlike memory, it can be written to disk.
 
     Yields None if the disk is full or the cache is not unified.
     """

@@ -1,4 +1,4 @@
-"""What an engine is to its callers, whether it runs in this process, in another, or is a fake."""
+"""The interfaces of an engine: in this process, in a child process, or a fake for tests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Ticket(Protocol):
     """A running request."""
 
     def cancel(self) -> None:
-        """Cancel the request, as `TextEngine.cancel` does. Does nothing once it is over."""
+        """Cancel the request, as `TextEngine.cancel` does. Do nothing if it has ended."""
         ...
 
 
@@ -39,27 +39,29 @@ class TextEngine(Protocol):
         ...
 
     def submit(self, request: Request) -> Iterator[TokenEvent]:
-        """Generate a reply and yield its events as they happen. Raises EngineError during the iteration.
+        """Generate a reply and yield its events as they happen.
 
-        Closing the iterator early cancels the request.
+        Raises EngineError during the iteration. Closing the iterator early cancels the request.
         """
         ...
 
     def start(self, request: Request, deliver: Deliver) -> Ticket:
-        """Generate a reply without waiting. `deliver` is called in the engine's thread and must not block.
+        """Start to generate a reply and return at once.
 
-        Errors that `submit` would raise at once are raised, later ones are delivered.
+        `deliver` is called in the engine's thread and must not block. An error before the request starts is
+        raised here; a later one is passed to `deliver`.
         """
         ...
 
     def cancel(self, request_id: str) -> None:
-        """End a request, even while its prompt is processed; its last event has the reason CANCELLED.
+        """End a request, also during its prefill. Its last event has the finish reason CANCELLED.
+
         Unknown ids are ignored.
         """
         ...
 
     def encode(self, prompt: Prompt, *, continue_final_message: bool = False) -> tuple[int, ...]:
-        """Return the token ids that `prompt` has in a Request. Raises PromptError, TemplateError."""
+        """Return the token ids of `prompt`, as in a Request. Raises PromptError, TemplateError."""
         ...
 
     def decode(self, token_ids: Sequence[int]) -> tuple[str, ...]:
@@ -70,30 +72,32 @@ class TextEngine(Protocol):
         ...
 
     def save_cache(self, path: Path, token_ids: tuple[int, ...], start: int = 0) -> int:
-        """Write the part of the KV cache that is a prefix of `token_ids` to a new file and sync it. The first
-        `start` tokens are left out.
+        """Write the longest cached prefix of `token_ids`, without its first `start` tokens, to a new file.
 
-        Returns the length of that prefix. Returns 0 and writes no file if the cache holds no more than
-        `start` of the tokens, if a request is running, if the cache is not unified, or if the disk is full.
+        Returns the length of the prefix, including the first `start` tokens. The file is then synced. Returns
+        0 and writes no file if the prefix is not longer than `start`, if a request is running, if the cache
+        is not unified, or if the disk is full.
         """
         ...
 
     def load_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
-        """Load the tokens of a file of `save_cache` into the KV cache, as far as they are a prefix of
-        `token_ids`. Tokens that the file leaves out must be in the cache already.
+        """Load the common prefix of `token_ids` and a file of `save_cache` into the KV cache.
 
-        Returns how many of `token_ids` the cache then holds; 0 if the file does not fit or cannot be used
-        now. The caller must have verified that the file is unchanged since it was written: the contents are
-        not checked, and damaged ones may end the engine's process.
+        The first `start` tokens, which the file does not contain, must be in the cache already. Returns how
+        many of `token_ids` the cache then holds; 0 if the file cannot be used: it has another
+        `cache_identity`, a request is running, or the cache is not unified.
+
+        The caller must verify that the file has not changed since it was written. The state is not checked,
+        and a damaged one may crash the engine's process.
         """
         ...
 
     def set_observers(self, options: tuple[ObserverOptions, ...]) -> None:
-        """Replace all observers without loading the model again. What the old ones collected is lost. The KV
-        cache is kept if the disk has room for a copy of it.
+        """Replace all observers without loading the model again.
 
-        Raises EngineError while requests run; UsageError, FileError or FormatError if the model cannot have
-        these observers. The old ones then stay.
+        The data of the old observers are lost. The KV cache is kept if the disk has room for a copy of it.
+        Raises EngineError if requests are running; UsageError, FileError or FormatError if an observer cannot
+        be created. After an error the old observers stay.
         """
         ...
 
@@ -102,7 +106,7 @@ class TextEngine(Protocol):
         ...
 
     def observe(self, name: str) -> Observation:
-        """Return what the observer with that name has collected. Raises EngineError if there is none."""
+        """Return the summary of an observer. Raises EngineError if there is none with that name."""
         ...
 
     def close(self) -> None:
@@ -111,26 +115,26 @@ class TextEngine(Protocol):
 
 
 class ReloadableEngine(TextEngine, Protocol):
-    """An engine in a process of its own, which can be killed and replaced. Callable from any thread.
+    """An engine in a child process that can be killed and replaced. Callable from any thread.
 
     If the process has died, `start`, `submit`, `encode`, `decode`, `load_cache` and `set_observers` first
     load the model again, which may take minutes. They raise InterruptedRunError if `cancel_all` or `kill`
-    ends that. `save_cache` and `observe` do not load it, since the state that they need is lost.
+    stops that load. `save_cache` and `observe` do not load the model, since their data died with the process.
     """
 
     @property
     def options(self) -> ModelOptions:
-        """The options of the loaded model, with the current observers. Used again after a crash."""
+        """The options of the loaded model, with the current observers. A restart uses them again."""
         ...
 
     @property
     def alive(self) -> bool:
-        """Whether the process is running. If not, the next request loads the model again."""
+        """True if the process is running. Otherwise the next request loads the model again."""
         ...
 
     @property
     def crashes(self) -> int:
-        """How often the process has died or was killed, and was replaced."""
+        """The number of processes that crashed or were killed and have been replaced."""
         ...
 
     def reload(
@@ -147,15 +151,16 @@ class ReloadableEngine(TextEngine, Protocol):
         ...
 
     def cancel_all(self) -> None:
-        """Cancel all requests and every load that a call waits for. Does not wait; signal handlers may call
-        it.
+        """Cancel all requests, and every load that a call waits for.
+
+        Does not wait, so signal handlers may call it.
         """
         ...
 
     def kill(self) -> None:
-        """Kill the process, even if it hangs, and end every load that a call waits for. Does not wait; signal
-        handlers may call it.
+        """Kill the process, also if it hangs, and cancel every load that a call waits for.
 
-        Running requests end with EngineCrashError. The next request loads the model again.
+        Running requests end with EngineKilledError. The next request loads the model again. Does not wait, so
+        signal handlers may call it.
         """
         ...

@@ -1,4 +1,4 @@
-"""A thread with a large stack, for native code that recurses with the length or nesting of its input."""
+"""A thread with a large stack, for native code whose recursion depth depends on its input."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import TypeAlias
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
 
-MAX_SEED = 2**32 - 2  # llama.cpp reads 2^32 - 1 as "choose one"
+MAX_SEED = 2**32 - 2  # to llama.cpp, 2**32 - 1 means a random seed
 MAX_REPLIES = 64
 MAX_TOP_LOGPROBS = 20
 
@@ -18,8 +18,9 @@ MAX_TOP_LOGPROBS = 20
 class SamplingParameters:
     """How the next token is sampled. Raises UsageError for a value out of range.
 
-    `temperature` 0 takes the likeliest token. `mirostat` 1 or 2 replaces top_k, top_p, min_p and typical_p
-    with a feedback control that keeps the surprise of tokens at `mirostat_tau`.
+    `temperature` 0 takes the likeliest token. With `mirostat` 1 or 2, Mirostat sampling (version 1 or 2, with
+    the target entropy `mirostat_tau` and the learning rate `mirostat_eta`) replaces top_k, top_p, min_p and
+    typical_p.
     """
 
     temperature: float = 0.8
@@ -42,7 +43,7 @@ class SamplingParameters:
 
 Check: TypeAlias = Callable[[object], bool]
 Ranges: TypeAlias = Mapping[str, tuple[Check, str]]
-"""For each field a check of a value, and a description of the valid values for the user."""
+"""By field: a check of its value, and a description of the valid values for the user."""
 
 
 def check_fields(values: object, ranges: Ranges) -> None:
@@ -56,7 +57,7 @@ def check_fields(values: object, ranges: Ranges) -> None:
 
 
 def _between(low: float, high: float) -> Check:
-    # False for NaN. Unlike math.isfinite, it accepts integers of any size.
+    # The comparison is False for NaN. Unlike math.isfinite, it accepts integers of any size.
     return lambda value: isinstance(value, int | float) and type(value) is not bool and low <= value <= high
 
 

@@ -1,4 +1,4 @@
-"""A running request and its replies: turns tokens into text, and ends replies at limits and stop strings."""
+"""A running request and its replies: detokenization, limits, stop strings and events."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from dsmoe_local.engine.types import MAX_SEED, FinishReason, PromptProgress, Req
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A submitted request. `n_open` of its replies have not ended.
+    """A submitted request. `n_open` is the number of its replies that have not ended.
 
-    `grammar` is set when the request has been checked, if it has a grammar or a JSON schema.
+    `grammar` is set when the request is checked, if it has a grammar or a JSON schema.
     """
 
     request: Request
@@ -54,7 +54,7 @@ class Reply:
     def __init__(
         self, job: Job, index: int, prompt: tuple[int, ...], context: native.Context, n_context: int
     ) -> None:
-        """Raises an error if the sampling parameters are not possible."""
+        """Create the sampler. `prompt` are the token ids, `n_context` the context length of a request."""
         request = job.request
         self.job = job
         self.index = index
@@ -84,13 +84,13 @@ class Reply:
         )
 
     def choose(self, logits: Logits) -> Choice:
-        """Sample the next token from the logits of the latest one."""
+        """Sample the next token. `logits` are those of the latest token."""
         if self._prompt_read is None:
             self._prompt_read = self.job.seconds
         return self._sampler.choose(logits)
 
     def take(self, choice: Choice) -> FinishReason | None:
-        """Deliver a sampled token. Returns the finish reason if the reply ends with it."""
+        """Deliver a sampled token. Returns the finish reason if the reply has ended, otherwise None."""
         if self._model.ends(choice.token_id):
             self.end(FinishReason.STOP, choice)
             return FinishReason.STOP
@@ -132,7 +132,7 @@ class Reply:
         )
 
     def end(self, reason: FinishReason, choice: Choice | None = None) -> FinishReason:
-        """Free the sampler and deliver the last event. `choice`: the token that ended the reply."""
+        """Free the sampler and deliver the last event. `choice` is the end token, if there is one."""
         self.close()
         now = self.job.seconds
         dropped, dropped_from = self._take_dropped()

@@ -1,4 +1,4 @@
-"""Turns the bytes of tokens into text: whole characters, and nothing of a stop string."""
+"""A streaming detokenizer: yields whole characters, and no part of a stop string."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ class TextStream:
 
     @property
     def holds(self) -> bool:
-        """Whether text is held back that may be the start of a stop string."""
+        """True if text is held back because it may be the start of a stop string."""
         return bool(self._held)
 
     def begin_after(self, before: bytes) -> None:
-        """Continue a text that ends in the bytes `before`, perhaps in an incomplete character."""
+        """Continue after the bytes `before`, which may end in an incomplete character."""
         self._decoder.decode(before)
 
     def feed(self, piece: bytes) -> str:
-        """Return the text that is complete with `piece`; "" once `stopped`."""
+        """Add the bytes of a token and return the text that they complete; "" if `stopped`."""
         return self._release(self._decoder.decode(piece), final=False)
 
     def finish(self, *, cut: bool) -> str:

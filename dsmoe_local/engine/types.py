@@ -18,6 +18,8 @@ from dsmoe_local.engine.parameters import REQUEST_RANGES, check_fields
 from dsmoe_local.engine.parameters import SamplingParameters as SamplingParameters
 
 ALL_LAYERS = -1
+MIN_CONTEXT = 32
+"""The smallest `ModelOptions.n_context`."""
 
 
 class FinishReason(StrEnum):
@@ -57,20 +59,20 @@ def ends_with_reply(prompt: Prompt | Sequence[Message]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A prompt and how to reply to it.
+    """A prompt, and the parameters of the reply.
 
     - `id` identifies the request for `cancel`; it must be unique among running requests.
-    - `max_tokens` None: until the model stops or the context is full. Generation also ends before the first
-      occurrence of a `stop` string.
+    - `max_tokens` limits the reply. None: generate until the model stops or the context is full.
+    - `stop`: the reply ends before the first occurrence of one of these strings.
     - `n` replies are generated for the prompt. `TokenEvent.index` numbers them; reply i is sampled with the
       seed plus i.
-    - `logprobs` adds the log-probability of each token, `top_logprobs` those of that many likeliest tokens.
+    - `logprobs` adds the log-probability of each token, `top_logprobs` also those of the likeliest tokens.
     - `logit_bias` is added to the logits of token ids before anything else; -100 bans a token.
     - `grammar` is GBNF, `json_schema` the text of a JSON schema. At most one of them is set.
-    - `context_shift`: when the context is full, drop the older half of the tokens behind the first `n_keep`
-      (the very first token always stays) instead of ending the reply.
+    - `context_shift`: when the context is full, drop the older half of the tokens after the first `n_keep`
+      instead of ending the reply. The first token is always kept.
     - `score_from`: compute logits for the prompt's tokens from this index on and pass them to the observers.
-      Needs an observer that reads logits, n = 1 and max_tokens.
+      Requires an observer that reads logits, `n` = 1, and `max_tokens`.
     - `continue_final_message`: continue the last message of a conversation, which must be the assistant's,
       instead of beginning a new reply.
     """
@@ -95,11 +97,14 @@ class Request:
         check_fields(self, REQUEST_RANGES)
         check_prompt(self.prompt)
         if self.score_from is not None and (self.n > 1 or self.max_tokens is None):
-            raise UsageError("score_from takes an index from 0, n = 1, and max_tokens")
+            raise UsageError("score_from requires n = 1 and max_tokens", remedy="set both, or leave it out")
         if self.grammar is not None and self.json_schema is not None:
-            raise UsageError("grammar and json_schema are given", remedy="use one of them")
+            raise UsageError("grammar and json_schema are both set", remedy="set only one of them")
         if self.continue_final_message and not ends_with_reply(self.prompt):
-            raise UsageError("continue_final_message: the last message is not the assistant's")
+            raise UsageError(
+                "continue_final_message: the last message does not have the role assistant",
+                remedy="leave it out, or end the conversation with a message of the assistant",
+            )
 
 
 def check_prompt(prompt: Prompt) -> None:
@@ -108,7 +113,9 @@ def check_prompt(prompt: Prompt) -> None:
         isinstance(prompt, tuple) and (all(map(_is_id, prompt)) or all(map(_is_message, prompt)))
     ):
         return
-    raise UsageError("a prompt is text, messages with their token ids, or token ids")
+    raise UsageError(
+        "the prompt has a wrong type", remedy="pass text, a tuple of messages, or a tuple of token ids"
+    )
 
 
 def _is_id(value: object) -> bool:
@@ -129,7 +136,8 @@ def _is_message(value: object) -> bool:
 class Usage:
     """Tokens and time that a reply took.
 
-    `prompt_seconds` is the wall time up to the first logits, `completion_seconds` the time after that.
+    `cached_tokens` are the prompt tokens that were already in the KV cache. `prompt_seconds` is the wall time
+    up to the first logits, `completion_seconds` the time after that. `seed` is None if nothing was random.
     """
 
     prompt_tokens: int
@@ -141,7 +149,7 @@ class Usage:
 
     @property
     def tokens_per_second(self) -> float:
-        """Decoding speed; 0 for less than two tokens."""
+        """Decoding speed; 0 for fewer than two tokens."""
         decoded = self.completion_tokens - 1
         return decoded / self.completion_seconds if decoded > 0 and self.completion_seconds > 0 else 0.0
 
@@ -166,17 +174,17 @@ class TokenLogprob:
 class TokenEvent(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """A step of a reply: a generated token, or progress in a long prompt.
 
-    For a token, `token_id` is set and `text` is the text that it completes. `text` may be empty, since an
-    incomplete character or the possible start of a stop string is held back (`held`: some text is).
-    For a prompt in progress, `progress` is set.
+    For a token, `token_id` is set and `text` is the text that it completes. An incomplete character or the
+    possible start of a stop string is held back, so `text` may be empty. `held` is true if the possible start
+    of a stop string is held back. For a prompt in progress, `progress` is set.
 
-    The last event of each reply has `finish_reason` and `usage`. Its `text` is what was held back; its
-    `token_id` is the token that ended the reply, if one did, which is not part of the reply. The reply is
+    The last event of each reply has `finish_reason` and `usage`. Its `text` is the text that was held back.
+    Its `token_id` is the end token of the reply, if there is one; it is not part of the reply. The reply is
     the concatenation of all texts.
 
     - `seconds` since the request was submitted.
-    - `logprob` is the natural logarithm under the model's own distribution, before sampling parameters.
-      `alternatives` are the chosen token and the `top_logprobs` likeliest ones, most likely first.
+    - `logprob` is the natural log-probability, before the sampling parameters are applied. `alternatives` are
+      the chosen token, then the `top_logprobs` likeliest tokens, the likeliest first.
     - `dropped`: just before this event, a context shift dropped that many tokens from index `dropped_from`.
 
     A Struct instead of a dataclass: one is created for each token, which takes a tenth of the time.
@@ -201,8 +209,8 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 class ObserverOptions:
     """An observer to attach to the model.
 
-    `name` is its name in the table `OBSERVERS` of `module`, which the engine's process imports. None is the
-    engine's own table, in `observe.registry`.
+    `name` is its key in the table `OBSERVERS` of the module `module`, which the engine's process imports.
+    None: the engine's own table, in `observe.registry`.
     """
 
     name: str
@@ -211,20 +219,20 @@ class ObserverOptions:
 
 
 Observation: TypeAlias = dict[str, Any]
-"""What an observer has collected so far, as JSON values. Each observer documents its own keys."""
+"""The summary of an observer, as JSON values. Each observer documents its own keys."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelOptions:
-    """Which model to load, and how. None: chosen by the engine (see the option in `dsmoe-chat --help`).
+    """Which model to load, and how. None: the engine chooses (see the option in `dsmoe-chat --help`).
 
     `n_parallel` requests are decoded at once and share `n_context` tokens of KV cache. If `unified`, each may
     use all of it and common prefixes are stored once; otherwise each has an equal part. `deterministic` makes
-    replies independent of concurrent requests; it needs `n_parallel` >= 2 and excludes `unified`.
+    replies independent of concurrent requests; it requires `n_parallel` >= 2 and a cache that is not unified.
 
     `n_gpu_layers` and `n_cpu_moe` count layers; ALL_LAYERS means all. `tensor_overrides` are pairs of a
     regular expression of tensor names and the name of a buffer type or device. `devices` are the names of the
-    devices that may be used. Without `offload_cache` the whole KV cache is in main memory.
+    devices that may be used. If `offload_cache` is false, the whole KV cache is in main memory.
     """
 
     path: Path
@@ -257,9 +265,9 @@ class ModelInfo:
     - `template`: where the chat template comes from; `template_text`: its source. None: completion only.
     - `vocabulary`: a digest of the tokenizer. Token ids mean the same in two models with equal digests.
     - `placement`: where weights and KV cache are, for the user.
-    - `kernels`: what the last digits of float results depend on besides the options.
+    - `kernels`: how and where tensors are computed, which changes the last digits of results.
     - `cache_identity`: a digest of everything that the KV cache depends on besides its tokens, including the
-      inode of the model file. A file of `save_cache` can only be loaded where it is equal.
+      inode of the model file. `load_cache` refuses a file that was saved with another one.
     - `type`: the file's type as in `model.file_type`.
     """
 

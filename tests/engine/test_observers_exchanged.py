@@ -125,7 +125,7 @@ def test_what_cannot_be_leaves_all_as_it_was(tmp_path: Path) -> None:
         assert reply(engine) == expected
         stream = engine.submit(Request("running", IDS, GREEDY, max_tokens=100))
         next(stream)
-        with pytest.raises(EngineError, match="while requests run"):
+        with pytest.raises(EngineError, match="while requests are running"):
             engine.set_observers(())
         engine.cancel("running")
         list(stream)

@@ -378,7 +378,7 @@ def test_refused_observers_do_not_come_back() -> None:
     with load(replace(OPTIONS, n_context=4)) as client:
         stream = client.submit(Request("r", "abcdef"))
         next(stream)
-        with pytest.raises(EngineError, match="while requests run"):
+        with pytest.raises(EngineError, match="while requests are running"):
             client.set_observers((ObserverOptions("routing"),))
         assert client.options.observers == ()
 

@@ -267,7 +267,7 @@ class FakeEngine:
         """See TextEngine."""
         self._start_again()
         if self._cancelled:
-            raise EngineError("observers cannot be changed while requests run")
+            raise EngineError("observers cannot be changed while requests are running")
         if self.failures:
             raise self.failures.pop(0)
         self.observers.append(options)

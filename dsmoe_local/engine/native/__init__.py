@@ -1,6 +1,6 @@
 """Typed bindings of the parts of llama.cpp that the engine uses. Only this package imports llama_cpp.
 
-It has no policy: callers decide what to load, where to place it, and what to decode or sample.
+It makes no decisions: callers choose what to load, where to place it, and what to decode or sample.
 """
 
 from dsmoe_local.engine.native.context import (

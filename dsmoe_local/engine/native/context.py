@@ -1,4 +1,4 @@
-"""A context of llama.cpp: the KV cache and compute buffers of a model, and decoding of batches."""
+"""A llama.cpp context: the KV cache and compute buffers of a model. Decodes batches."""
 
 from __future__ import annotations
 
@@ -74,14 +74,14 @@ class Row(NamedTuple):
 
 
 class Context:
-    """A context. Only one thread may use it at a time, except for `abort`.
+    """A llama.cpp context. Only one thread may use it at a time, except for `abort`.
 
-    Sequences with ids below `n_sequences` can be decoded. With a unified cache, ids up to MAX_SEQUENCES - 1
-    may share their cells.
+    Sequences with ids below `n_sequences` can be decoded. In a unified cache, ids up to MAX_SEQUENCES - 1 can
+    own cells too, but not be decoded.
     """
 
     def __init__(self, model: Model, options: ContextOptions) -> None:
-        """Raises ModelLoadError with llama.cpp's own reason."""
+        """Allocate the cache and buffers. Raises ModelLoadError with llama.cpp's log message."""
         parameters = lib.llama_context_default_params()
         parameters.n_ctx = options.n_context
         parameters.n_batch = options.n_batch
@@ -98,7 +98,7 @@ class Context:
         parameters.type_v = CACHE_TYPES[options.cache_type_v]
         if options.eval_callback is not None:
             parameters.cb_eval = options.eval_callback
-        # The callback is strlen: true if the buffer holds a byte. Unlike a Python function, it needs no GIL.
+        # The callback is C's strlen: nonzero if the first byte is set. Unlike Python code, it needs no GIL.
         self._abort = ctypes.create_string_buffer(2)
         self._strlen = ctypes.cast(ctypes.CDLL(None).strlen, lib.ggml_abort_callback)
         parameters.abort_callback = self._strlen
@@ -108,7 +108,7 @@ class Context:
         clear_log()
         self.handle = lib.llama_init_from_model(model.handle, parameters)
         if not self.handle:
-            raise ModelLoadError("llama.cpp cannot make a context for the model", where=last_error())
+            raise ModelLoadError("llama.cpp cannot create a context for the model", where=last_error())
         self.n_batch: int = lib.llama_n_batch(self.handle)
         self.n_ubatch: int = lib.llama_n_ubatch(self.handle)
         self._memory = lib.llama_get_memory(self.handle)
@@ -116,7 +116,7 @@ class Context:
         self._make_batch(self.n_batch)
 
     def _make_batch(self, capacity: int) -> None:
-        """Create a llama_batch in numpy arrays. It must not be passed to llama_batch_free."""
+        """Create a llama_batch whose memory is numpy arrays, so llama_batch_free must not be called."""
         self._tokens = np.zeros(capacity, np.int32)
         self._positions = np.zeros(capacity, np.int32)
         self._outputs = np.zeros(capacity, np.int8)
@@ -138,8 +138,8 @@ class Context:
     def decode(self, rows: Sequence[Row]) -> int:
         """Decode a batch of at most n_batch tokens and n_outputs outputs.
 
-        Returns DECODED, NO_SLOT (nothing changed) or ABORTED (`n_cached` tells which tokens are in the
-        cache). Raises NativeError.
+        Returns DECODED, NO_SLOT (no room in the cache; nothing changed) or ABORTED (only some of the tokens
+        are in the cache, see `n_cached`). Raises NativeError if llama.cpp fails.
         """
         count = n_outputs = 0
         for sequence, position, token_ids, wanted in rows:
@@ -175,9 +175,9 @@ class Context:
         lib.llama_memory_seq_rm(self._memory, sequence, start, end)
 
     def copy(self, source: int, target: int, count: int) -> None:
-        """Make the empty sequence `target` hold the first `count` positions of `source`.
+        """Copy the first `count` positions of `source` to the empty sequence `target`.
 
-        In a unified cache they share the cells, at no cost. Otherwise the data are copied in the next step.
+        In a unified cache both share the cells, at no cost. Otherwise the next step copies the data.
         """
         if self.options.unified:
             lib.llama_memory_seq_cp(self._memory, source, target, 0, count)
@@ -188,11 +188,11 @@ class Context:
 
     @property
     def can_shift(self) -> bool:
-        """Whether cached positions can be moved."""
+        """True if cached positions can be shifted."""
         return bool(lib.llama_memory_can_shift(self._memory))
 
     def shift(self, sequence: int, start: int, distance: int) -> None:
-        """Move positions from `start` on back by `distance`. The sequence must share no cells."""
+        """Decrease the positions from `start` on by `distance`. The sequence must not share cells."""
         lib.llama_memory_seq_add(self._memory, sequence, start, -1, -distance)
 
     def state_size(self, sequence: int = ALL_SEQUENCES) -> int:
@@ -204,9 +204,10 @@ class Context:
         return size
 
     def write_state(self, target: Buffer, sequence: int = ALL_SEQUENCES) -> bool:
-        """Copy the contents of the cache to `target`, of `state_size` bytes. Returns False if it fails.
+        """Copy the state of the cache, or of one sequence, to `target`, which has `state_size` bytes.
 
-        The sequence must be below `n_sequences`; cells of others would be written without an owner.
+        Returns False on failure. `sequence` must be below `n_sequences`: llama.cpp writes the cells of others
+        without a sequence id.
         """
         data = np.frombuffer(target, np.uint8)
         pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
@@ -217,10 +218,10 @@ class Context:
         return n_bytes == data.size
 
     def read_state(self, source: Buffer, sequence: int = ALL_SEQUENCES) -> bool:
-        """Load a state into the cache or one of its sequences. Returns False if it fails, with nothing
-        loaded.
+        """Load a state into the cache, or into one sequence. Returns False on failure, with nothing loaded.
 
-        Needs enough free cells and a cache of the same types and layers. Little else is checked.
+        It fails if there are too few free cells, or if the cache has other types or layers. llama.cpp checks
+        little else.
         """
         data = np.frombuffer(source, np.uint8)
         pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
@@ -237,11 +238,11 @@ class Context:
         return False
 
     def abort(self) -> None:
-        """Make the current and all later calls of `decode` return ABORTED, on a CPU within one graph node."""
+        """Make the current and all later calls of `decode` return ABORTED. A CPU stops after a graph node."""
         self._abort[0] = b"\x01"
 
     def clear_abort(self) -> None:
-        """Allow `decode` again."""
+        """Undo `abort`, so that `decode` works again."""
         self._abort[0] = b"\x00"
 
     def close(self) -> None:
@@ -252,14 +253,18 @@ class Context:
 
 
 def check_modes(cache_type_k: str, cache_type_v: str, flash_attention: str) -> None:
-    """Raise UsageError for modes that llama.cpp does not know or would refuse after loading."""
+    """Raise UsageError for cache types or a flash attention mode that llama.cpp does not support."""
     for flag, value in (("-ctk", cache_type_k), ("-ctv", cache_type_v)):
         if value not in CACHE_TYPES:
             raise UsageError(
-                f"{flag} {safe_line(value)} is not a KV type", remedy=f"it takes {', '.join(CACHE_TYPES)}"
+                f"{flag} {safe_line(value)} is not a type for the KV cache",
+                remedy=f"it takes {', '.join(CACHE_TYPES)}",
             )
     if flash_attention not in FLASH_ATTENTION:
-        raise UsageError(f"-fa {safe_line(flash_attention)}: it takes {', '.join(FLASH_ATTENTION)}")
+        raise UsageError(
+            f"-fa {safe_line(flash_attention)} is not a mode of flash attention",
+            remedy=f"it takes {', '.join(FLASH_ATTENTION)}",
+        )
     if flash_attention == "off" and cache_type_v not in ("f32", "f16", "bf16"):
         raise UsageError(
             "a quantized V cache needs flash attention", remedy="leave out -fa off, or use -ctv f16"

@@ -1,4 +1,4 @@
-"""Lists the devices that this build of llama.cpp can compute on, and their buffer types."""
+"""Lists the devices that this build of llama.cpp supports, and their buffer types."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ class Device:
 
     @property
     def is_gpu(self) -> bool:
-        """Whether layers can be offloaded to it."""
+        """True if layers can be offloaded to it."""
         return self.kind in (DeviceKind.GPU, DeviceKind.INTEGRATED)
 
     @property
     def shares_memory(self) -> bool:
-        """Whether it uses the machine's main memory."""
+        """True if it uses the machine's main memory."""
         return self.kind is not DeviceKind.GPU or self.backend == "MTL"
 
 
 class _Properties(ctypes.Structure):
-    # ggml_backend_dev_props. It ends with four bools; the reserve is for more in later versions.
+    # ggml_backend_dev_props. `capabilities` is four bools; the other bytes are for later versions.
     _fields_ = [
         ("name", ctypes.c_char_p),
         ("description", ctypes.c_char_p),
@@ -75,7 +75,7 @@ def list_devices() -> tuple[Device, ...]:
 def offload_devices(devices: Sequence[Device]) -> tuple[Device, ...]:
     """Return the devices that llama.cpp offloads to by default, in its order: remote ones, then GPUs.
 
-    A card that several backends report is used once. Integrated GPUs are used only if there is no other.
+    A card that several backends report is used once. Integrated GPUs are used only if there are no others.
     """
     remote = [device for device in devices if device.kind is DeviceKind.GPU and device.backend == "RPC"]
     gpus: list[Device] = []
@@ -90,7 +90,7 @@ def offload_devices(devices: Sequence[Device]) -> tuple[Device, ...]:
 
 
 def buffer_types() -> dict[str, int]:
-    """Return the handles of buffer types, by their own names and by the names of their devices."""
+    """Return the handles of all buffer types, by the names of the types and of their devices."""
     types: dict[str, int] = {}
     buffer_type = backend_function("ggml_backend_dev_buffer_type", ctypes.c_void_p, ctypes.c_void_p)
     name = backend_function("ggml_backend_buft_name", ctypes.c_char_p, ctypes.c_void_p)
@@ -103,7 +103,7 @@ def buffer_types() -> dict[str, int]:
 
 
 def device_list(names: Sequence[str]) -> Any:  # noqa: ANN401 - a ctypes array
-    """Return the NULL-terminated array of device handles for llama.cpp. The caller must keep it alive.
+    """Return the handles of devices as a NULL-terminated array. The caller must keep it alive.
 
     Raises UsageError for an unknown name.
     """
@@ -111,7 +111,7 @@ def device_list(names: Sequence[str]) -> Any:  # noqa: ANN401 - a ctypes array
     for name in names:
         if name not in handles:
             raise UsageError(
-                f"there is no device {safe_line(name, 60)}", remedy=f"there are {', '.join(handles)}"
+                f"there is no device {safe_line(name, 60)}", remedy=f"use one of: {', '.join(handles)}"
             )
     return (ctypes.c_void_p * (len(names) + 1))(*(handles[name] for name in names), None)
 

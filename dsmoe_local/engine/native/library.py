@@ -1,4 +1,4 @@
-"""llama.cpp's shared library: initialization, log and functions of ggml's backends."""
+"""Loads llama.cpp's shared library, keeps its log, and gives access to ggml's backend functions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = [
     "log_lines",
 ]
 
-# ggml.h's levels; the bindings' comment lists an older set.
+# The levels of ggml.h. A comment in llama_cpp lists older ones.
 _LOG_DEBUG, _LOG_ERROR, _LOG_CONTINUED = 1, 4, 5
 
 _log: deque[tuple[int, str]] = deque(maxlen=400)
@@ -43,17 +43,17 @@ def _keep_log(level: int, text: bytes, _: object) -> None:
 
 
 def keep_log() -> None:
-    """Collect llama.cpp's log. Repeated before each load, since other code may have set another callback."""
+    """Collect llama.cpp's log. Call it before each load, since other code may have set another callback."""
     lib.llama_log_set(_keep_log, None)
 
 
 def echo_log(write: Callable[[bytes], object]) -> None:
-    """Also pass every piece of the log to `write`, so that it is not lost if this process dies."""
+    """Also pass every piece of the log to `write`, so that it survives a crash of this process."""
     _echo.append(write)
 
 
 def clear_log() -> None:
-    """Drop the lines so far, so that `last_error` belongs to the next call."""
+    """Drop all lines, so that `last_error` returns only an error of the next call."""
     _log.clear()
 
 
@@ -67,7 +67,7 @@ def log_lines() -> tuple[str, ...]:
 
 
 def last_error() -> str:
-    """Return the first of the latest consecutive errors in the log. The later ones are consequences."""
+    """Return the first of the last consecutive errors in the log: the cause of the others. "" if none."""
     errors: list[str] = []
     for level, line in reversed(list(_log)):
         if level == _LOG_ERROR and line.strip():
@@ -78,8 +78,8 @@ def last_error() -> str:
 
 
 def backend_function(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:  # noqa: ANN401 - ctypes types
-    """Return a function of ggml with its types set."""
-    # Through llama_cpp's own handle, since other copies of libggml in the process have their own registries.
+    """Return a ggml function with the given result and argument types."""
+    # Another copy of libggml in this process has another registry, so llama_cpp's handle must be used.
     function = lib._lib[name]
     function.restype, function.argtypes = result, list(arguments)
     return function  # type: ignore[no-any-return]

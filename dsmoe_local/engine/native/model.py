@@ -1,4 +1,4 @@
-"""Loads a model with llama.cpp, and gives access to its vocabulary."""
+"""Loads a model with llama.cpp and gives access to its vocabulary."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ class Model:
         progress: Callable[[float], bool] | None = None,
         measure_only: bool = False,
     ) -> None:
-        """Load `path`.
+        """Load `path`. Raises ModelLoadError with llama.cpp's log message, UsageError for an unknown device.
 
-        The last `n_gpu_layers` layers (the output counts as one) are placed on `devices` (None: llama.cpp's
-        default), `split` of them on each (empty: in proportion to free memory). `overrides` are pairs of a
-        regular expression of tensor names and a buffer type; the first match counts. With `mapped`, weights
-        on the CPU are pages of the file.
-
-        `progress` is called with fractions from 0 to 1. If it returns False the load ends with
-        InterruptedRunError. `measure_only` reads no weights and allocates nothing: contexts of the model only
-        log their sizes. Raises ModelLoadError with llama.cpp's own reason.
+        - The last `n_gpu_layers` layers are placed on `devices` (None: llama.cpp's default). The output
+          counts as a layer. `split` is the number of layers on each device (empty: in proportion to free
+          memory).
+        - `overrides` are pairs of a regular expression of tensor names and a buffer type. The first match
+          counts.
+        - `mapped`: memory-map the weights on the CPU. `repack`: allow repacked weights.
+        - `progress` is called with fractions from 0 to 1. If it returns False, InterruptedRunError is raised.
+        - `measure_only`: read no weights and allocate nothing. A context of the model only logs its sizes.
         """
         parameters = lib.llama_model_default_params()
         parameters.n_gpu_layers = n_gpu_layers
@@ -105,7 +105,7 @@ class Model:
             if unknown is not None:
                 raise UsageError(
                     f"there is no buffer type {safe_line(unknown, 60)}",
-                    remedy=f"there are {', '.join(types)}",
+                    remedy=f"use one of: {', '.join(types)}",
                 )
             self._patterns = (_BufferOverride * (len(overrides) + 1))(
                 *(_BufferOverride(os.fsencode(pattern), types[name]) for pattern, name in overrides)
@@ -124,8 +124,8 @@ class Model:
     def tokenize(self, text: bytes, *, special: bool) -> list[int]:
         """Return the token ids of UTF-8 `text`, without BOS and EOS.
 
-        With `special`, the texts of special tokens become those tokens. Recurses for each letter of a word,
-        so it needs a large stack.
+        With `special`, the texts of special tokens become those tokens. llama.cpp recurses for each letter of
+        a word, so the calling thread needs a large stack. Raises NativeError.
         """
         capacity = len(text) + 16
         ids = (lib.llama_token * capacity)()
@@ -135,14 +135,14 @@ class Model:
         return ids[:count]
 
     def piece(self, token_id: int) -> bytes:
-        """Return the bytes that a token adds to the text: b"" for a control token, maybe half a character."""
+        """Return the bytes of a token, which may be a part of a character; b"" for a control token."""
         known = self._pieces.get(token_id)
         if known is None:
             known = self._pieces[token_id] = self._read_piece(token_id, special=False)
         return known
 
     def text_of(self, token_id: int) -> str:
-        """Return the text of a token, including control tokens; "" for llama.cpp's "no token", -1."""
+        """Return the text of a token, also of a control token; "" for -1, llama.cpp's LLAMA_TOKEN_NULL."""
         return "" if token_id < 0 else self._read_piece(token_id, special=True).decode("utf-8", "replace")
 
     def _read_piece(self, token_id: int, *, special: bool) -> bytes:
@@ -155,11 +155,11 @@ class Model:
             capacity = -count
 
     def ends(self, token_id: int) -> bool:
-        """Return whether the token ends a reply (EOS, EOT and the like)."""
+        """Return True if the token ends a reply, such as EOS and EOT."""
         return bool(lib.llama_vocab_is_eog(self.vocabulary, token_id))
 
     def special_texts(self) -> frozenset[str]:
-        """Return the texts that `tokenize` turns into special tokens with `special`."""
+        """Return the texts that `tokenize(..., special=True)` turns into special tokens."""
         wanted = (
             lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_USER_DEFINED | lib.LLAMA_TOKEN_ATTR_UNKNOWN
         )

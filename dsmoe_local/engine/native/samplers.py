@@ -1,4 +1,4 @@
-"""llama.cpp's sampler chain, applied to given candidates."""
+"""llama.cpp's sampler chain, and the candidates it is applied to."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from dsmoe_local.engine.native.library import lib
 from dsmoe_local.engine.types import SamplingParameters
 
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("probability", np.float32)])
-# Dividing float32 logits by less overflows, and infinity minus infinity is NaN.
+# With a lower temperature, float32 logits overflow to infinity, and infinity minus infinity is NaN.
 _LOWEST_TEMPERATURE = 1e-6
 _MIROSTAT_TOKENS = 100  # number of likeliest tokens that mirostat 1 fits its curve to
 
 
 class Candidates:
-    """A buffer for candidates in llama.cpp's form, which samplers sort and truncate in place."""
+    """A llama_token_data_array. Samplers sort and truncate it in place."""
 
     def __init__(self) -> None:
         self._rows = np.zeros(0, _CANDIDATE)
@@ -50,7 +50,7 @@ class Candidates:
 
 
 class Sampler:
-    """The sampler chain of one reply, from top-k on. Penalties and biases must be in the logits already."""
+    """The sampler chain of one reply, starting with top-k. Biases and penalties are not part of it."""
 
     def __init__(self, n_vocab: int, parameters: SamplingParameters, seed: int) -> None:
         self._chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
@@ -58,7 +58,7 @@ class Sampler:
             lib.llama_sampler_chain_add(self._chain, stage)
 
     def choose(self, candidates: Candidates) -> int:
-        """Sample one of the candidates. The buffer must be filled again afterwards."""
+        """Sample one of the candidates. Fill the buffer again before the next call."""
         return candidates.run(self._chain)
 
     def close(self) -> None:

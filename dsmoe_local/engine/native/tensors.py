@@ -1,7 +1,7 @@
-"""Reads tensors of a running graph in ggml's scheduler callback: names, sources, values.
+"""Reads tensors of a running graph in ggml's eval callback: names, sources, values.
 
-The bindings do not declare `ggml_tensor`, so its fields are read at their offsets on 64-bit machines.
-`check_layout` compares the offsets with the loaded library. It must be called first.
+llama_cpp does not declare `ggml_tensor`, so its fields are read at their offsets on 64-bit machines. Call
+`check_layout` first: it compares the offsets with the loaded library.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _get = backend_function(
 
 
 def eval_callback(function: Callable[[int, bool, object], bool]) -> Any:  # noqa: ANN401 - a ctypes function
-    """Return ggml's scheduler callback for `function(tensor, ask, _)`. Keep it as long as the context exists.
+    """Return the eval callback that calls `function(tensor, ask, _)`. It must outlive the context.
 
-    It is first called with `ask` for a node of the graph. If it returns True, it is called again once the
-    values of the node are computed. `function` must not raise.
+    ggml first calls it with `ask` true for a node of the graph. If it returns True, ggml computes the node
+    and calls it again with `ask` false. `function` must not raise.
     """
     return lib.ggml_backend_sched_eval_callback(function)
 
@@ -52,7 +52,7 @@ def name_of(tensor: int) -> bytes:
 
 
 def key_of(tensor: int) -> int:
-    """Return bytes 8 to 15 of the name as a number: a cheap key that most names do not share."""
+    """Return bytes 8 to 15 of the name as a number, a cheap hash of the name."""
     key: int = _words[(tensor + _NAME + 8) >> 3]
     return key
 
@@ -63,7 +63,7 @@ def key_of_name(name: bytes) -> int | None:
 
 
 def weight_name_of(tensor: int) -> bytes:
-    """Return a weight's name, also for a copy on another device, which is called DEVICE#name#number."""
+    """Return a weight's name. A copy on another device is named DEVICE#name#number; `name` is returned."""
     name = _string_at(tensor + _NAME)
     return name.split(b"#")[1] if b"#" in name else name
 
@@ -87,18 +87,18 @@ def stride_of(tensor: int, dimension: int) -> int:
 
 
 def is_float(tensor: int) -> bool:
-    """Return whether the values are F32."""
+    """Return True if the type is F32."""
     return ctypes.c_int32.from_address(tensor + _TYPE).value == _F32
 
 
 class Reader:
-    """Reads the values of tensors on any device. Caches which buffers are in main memory until `forget`."""
+    """Reads the values of tensors on any device. Caches which buffers are in main memory."""
 
     def __init__(self) -> None:
         self._host: dict[int, bool] = {}
 
     def forget(self) -> None:
-        """Clear the cache. Must be called between graphs, when buffers may be freed."""
+        """Clear the cache. Call it before each graph, since buffers may have been freed."""
         self._host.clear()
 
     def _on_host(self, tensor: int) -> bool:
@@ -119,7 +119,7 @@ class Reader:
         return buffer.raw
 
     def copy_rows(self, tensor: int) -> tuple[int, bytes]:
-        """Return the number of rows and the bytes of a matrix. For a view, those of the viewed matrix."""
+        """Return the number of rows of a matrix and their bytes. A view of columns is read as whole rows."""
         n_rows, stride = size_of(tensor, 1), stride_of(tensor, 1)
         return n_rows, self.copy_bytes(_words[(tensor + _VIEW_SOURCE) >> 3] or tensor, n_rows * stride)
 
@@ -140,10 +140,9 @@ class Reader:
 
 
 def check_layout() -> None:
-    """Check that tensors can be read here.
+    """Check the layout of `ggml_tensor` in the loaded library.
 
-    Raises UsageError on a machine that is not 64-bit and little-endian, NativeError if the library's tensors
-    have another layout.
+    Raises UsageError on a machine that is not 64-bit and little-endian, NativeError if the layout differs.
     """
     if ctypes.sizeof(ctypes.c_void_p) != 8 or np.dtype("=i4") != np.dtype("<i4"):
         raise UsageError("observers need a 64-bit, little-endian machine")
@@ -170,7 +169,7 @@ class _InitParameters(ctypes.Structure):
 
 
 def _as_expected(arena: int) -> bool:
-    """Create a matrix, rows taken from it and a view of those, and check that their fields are read right."""
+    """Create a matrix, rows of it and a view of them. Return True if all fields are read correctly."""
     pointer = ctypes.c_void_p
     new = backend_function(
         "ggml_new_tensor_2d", pointer, pointer, ctypes.c_int, ctypes.c_int64, ctypes.c_int64

@@ -1,4 +1,7 @@
-"""A mirror of the KV cache with pending operations, parked prefixes and eviction. Calls no native code."""
+"""A mirror of the KV cache: pending operations, parked prefixes and eviction. Calls no native code.
+
+A parked prefix is one that several requests shared. It is kept on a sequence id that is not a slot.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ class CacheState:
         self._clock = 0
 
     def last_used(self, sequence: int) -> int:
-        """Return the time of the last use, by a clock that counts uses; 0: never."""
+        """Return the time of the last use of a sequence, counted in uses; 0 if it was never used."""
         return self._last_used.get(sequence, 0)
 
     def take_operations(self) -> tuple[Operation, ...]:
@@ -26,7 +29,7 @@ class CacheState:
         return operations
 
     def take_slot(self, slot: int, source: int | None, count: int) -> None:
-        """Make a free slot hold exactly the first `count` tokens of `source`."""
+        """Set the tokens of a free slot to the first `count` tokens of `source` (None: no tokens)."""
         kept = count if slot == source else 0
         if self.cells.length(slot) > kept:
             self._park(slot, kept, source)
@@ -35,9 +38,10 @@ class CacheState:
             self._copy(source, slot, count)
 
     def _park(self, slot: int, count: int, needed: int | None) -> None:
-        """Keep a prefix that several requests share on a spare id, if the slot is about to be cut to `count`.
+        """Park the shared prefix of a slot that will be cut to `count` tokens, if the prefix is longer.
 
-        Only the shared part is kept, since attention reads parked cells, too.
+        `needed` is a sequence that must not be evicted. Only the shared part is parked, since attention reads
+        parked cells too.
         """
         n_wanted = self.cells.n_wanted(slot)
         if not self.limits.unified or n_wanted <= count:
@@ -63,7 +67,7 @@ class CacheState:
             self.cells.extend(target, self.cells.tokens(source)[:count])
 
     def make_room(self, busy: set[int], n_reserved: int) -> None:
-        """Evict idle sequences, least recently used first, until `n_reserved` cells are free."""
+        """Evict idle sequences, the least recently used first, until `n_reserved` cells are free."""
         idle = sorted((held for held in self.cells.sequences if held not in busy), key=self.last_used)
         for held in idle:
             if self.cells.n_cells + n_reserved <= self.limits.n_cells:
@@ -77,14 +81,14 @@ class CacheState:
         self.cells.truncate(sequence, count)
 
     def touch(self, sequence: int) -> None:
-        """Note that a sequence is used now."""
+        """Record a use of a sequence."""
         self._clock += 1
         self._last_used[sequence] = self._clock
 
-    # Between requests.
+    # Only while no request is running.
 
     def longest_idle(self, token_ids: list[int]) -> tuple[int, int]:
-        """Return the slot with the longest prefix of `token_ids`, and the length of that prefix."""
+        """Return the slot that holds the longest prefix of `token_ids`, and the length of that prefix."""
         common = {
             slot: common_length(self.cells.tokens(slot), token_ids, 0, len(token_ids))
             for slot in range(self.limits.n_slots)
@@ -99,8 +103,7 @@ class CacheState:
     def prepare_slot(self, count: int, slot: int | None = None, kept: int = 0) -> int | None:
         """Return an empty slot with free cells for `count` tokens, or `slot`, cut to its first `kept` tokens.
 
-        Evicts the least recently used sequences. Returns None if there are not enough cells. No sequence may
-        be running.
+        Evicts the least recently used sequences. Returns None if there are not enough cells.
         """
         if not self.limits.unified or count > self.limits.n_cells:
             return None
@@ -117,7 +120,7 @@ class CacheState:
         return slot
 
     def add_loaded(self, slot: int, token_ids: list[int]) -> None:
-        """Note that tokens were added to a slot, with the same cells as a prefill would give."""
+        """Record that tokens were loaded into a slot. Their cells are those that a prefill would compute."""
         self.cells.extend(slot, token_ids)
         self.touch(slot)
 
@@ -128,7 +131,7 @@ class CacheState:
                 self.truncate(held, 0)
 
     def forget_all(self) -> None:
-        """Note that the cache is a new, empty one."""
+        """Record that the cache was replaced by an empty one."""
         self.cells = RadixTree()
         self.operations.clear()
         self._last_used.clear()

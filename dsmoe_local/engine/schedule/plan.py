@@ -1,4 +1,4 @@
-"""Data of the scheduler: limits, sequences, cache operations and steps."""
+"""The data types of the scheduler: limits, sequences, cache operations and steps."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ GROWTH = 512  # cells that a sequence without max_tokens reserves at once
 class Limits:
     """The capacity of the cache and of a step.
 
-    The cache has `n_cells` in all if `unified`, otherwise for each slot. A sequence has at most `n_context`
-    tokens, a step `n_step_tokens`. Sequence ids below `n_slots` can be decoded; ids from there up to `n_ids`
-    only hold parked cells (unified only).
+    The cache has `n_cells` cells in total if `unified`, otherwise for each slot. A sequence has at most
+    `n_context` tokens, a step `n_step_tokens`. Sequence ids below `n_slots` can be decoded. The others, below
+    `n_ids`, can only hold parked prefixes, in a unified cache.
     """
 
     n_slots: int
@@ -28,16 +28,18 @@ class Limits:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A reply that is being generated. `tokens` are those of the prompt and the generated ones. While it
-    runs, the first `n_cached` of them are in the cache.
+    """A prompt and its reply. `tokens` are the tokens of both so far.
 
-    - `n_most`: the largest length, which is reserved at the start. None: up to the whole context, reserved as
-      the sequence grows.
-    - `n_reusable`: at most that many tokens of the prompt may be taken from the cache.
-    - `score_from`: tokens of the prompt from this index on get logits.
-    - `can_shift`: when the context is full, drop tokens behind the first `n_keep` instead of ending.
-    - `n_unmoved`: number of first tokens that no shift has moved. None: all.
-    - `dropped`: number and index of the tokens that the latest shift dropped, until it is reported.
+    - `n_most`: the largest number of tokens. Cells for all of them are reserved at the start. None: as many
+      as the context allows; cells are reserved as the sequence grows.
+    - `n_reusable`: the largest number of prompt tokens to take from the cache.
+    - `score_from`: compute logits for the prompt's tokens from this index on.
+    - `can_shift`: when the context is full, drop tokens after the first `n_keep` instead of ending.
+    - `slot`: the sequence id while it runs, otherwise -1.
+    - `n_cached`: the number of tokens in the cache. `n_reserved`: the number of cells reserved.
+    - `n_reused`: the number of prompt tokens found in the cache when the sequence first started.
+    - `n_unmoved`: the number of first tokens that no shift has moved. None: all.
+    - `dropped`: the number and the index of the tokens that the last shift dropped, until they are reported.
     """
 
     tokens: list[int]
@@ -59,12 +61,12 @@ class Sequence:
 
     @property
     def shifted(self) -> bool:
-        """Whether tokens have been dropped by a shift."""
+        """True if a shift has dropped tokens."""
         return self.n_unmoved is not None
 
     @property
     def prefilling(self) -> bool:
-        """Whether more than the latest token is missing in the cache."""
+        """True if tokens before the last one are not in the cache yet."""
         return self.n_cached < len(self.tokens) - 1
 
 
@@ -84,7 +86,7 @@ class Forget(NamedTuple):
 
 
 class Shift(NamedTuple):
-    """Remove `n_tokens` tokens at position `start` and move the following ones back."""
+    """Remove `n_tokens` tokens at position `start` and decrease the positions of those after them."""
 
     sequence: int
     start: int
@@ -104,7 +106,7 @@ class StepRow(NamedTuple):
 
 
 class Padding(NamedTuple):
-    """A token that only keeps the width of the batch constant. Its cell is freed after the step."""
+    """A token that keeps the size of the batch constant. Its cell is freed after the step."""
 
     slot: int
     position: int

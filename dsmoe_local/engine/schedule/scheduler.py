@@ -1,10 +1,12 @@
-"""Plans each step: which sequences run, which tokens are decoded, which cells are shared. No native code.
+"""Plans the steps: which sequences run, which tokens are decoded, which cells are shared.
 
-- Sequences start in the order of their arrival. One that does not fit makes those behind it wait.
-- A sequence starts when its prompt and its max_tokens fit beside the cells reserved for others, so it never
-  runs out of cells. Only sequences without max_tokens grow, and only they can be preempted, newest first.
+- Sequences start in the order of their arrival. If one does not fit, the later ones wait too.
+- A sequence with max_tokens starts when all its cells can be reserved, so it never runs out of cells. One
+  without max_tokens reserves cells as it grows, and can be preempted, the newest first.
 - A prompt waits while another one with the same prefix is in prefill, and then shares its cells.
 - The cells of a finished sequence are kept until they are needed. The least recently used are evicted first.
+
+It calls no native code.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from dsmoe_local.engine.schedule.plan import (
 )
 from dsmoe_local.engine.schedule.radix_tree import RadixTree, common_length
 
-_WORTH_WAITING = 16  # tokens; a shorter common prefix is computed again
-_WORTH_COPYING = 32  # tokens; with per-sequence caches, a copy copies the whole cache of a sequence
+_WORTH_WAITING = 16  # tokens: the shortest common prefix that a prompt waits for
+_WORTH_COPYING = 32  # tokens: the same for per-sequence caches, where a copy copies a whole cache
 
 
 class Scheduler:
@@ -38,7 +40,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.cache = CacheState(limits)
-        self._reads = False  # with per-sequence caches: whether the last step was a prefill
+        self._reads = False  # True if the last step was a prefill; only used with per-sequence caches
 
     @property
     def cells(self) -> RadixTree:
@@ -47,7 +49,7 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        """Whether no sequence is waiting or running."""
+        """True if no sequence is waiting or running."""
         return not self.waiting and not self.running
 
     def add(self, sequence: Sequence) -> None:
@@ -70,7 +72,7 @@ class Scheduler:
         if sequence.n_unmoved is not None:
             keep = min(keep, sequence.n_unmoved)
         if self.limits.deterministic:
-            # Only whole prefill chunks are bit for bit what another prompt would compute.
+            # Only whole prefill chunks are bit-identical to those that another prompt would compute.
             chunk = self.limits.n_step_tokens
             keep = min(keep, sequence.n_prompt) // chunk * chunk
         self.cache.truncate(sequence.slot, keep)
@@ -87,23 +89,23 @@ class Scheduler:
         return Step(self.cache.take_operations(), rows, padding, tuple(full))
 
     def commit(self, step: Step) -> None:
-        """Note that all rows of `step` are in the cache."""
+        """Record that all rows of `step` are in the cache."""
         for sequence, start, count, _ in step.rows:
             self._hold(sequence, start, start + count)
             sequence.n_cached = start + count
 
     def resync(self, sequence: Sequence, n_held: int) -> None:
-        """Note that a step was aborted and the cache holds `n_held` tokens of a running sequence."""
+        """Record that a step was aborted. The cache now holds `n_held` tokens of a running sequence."""
         before = sequence.n_cached
         self._hold(sequence, before, n_held)
-        # The step's logits are lost, so the last token is computed again; all of them if they are scored.
+        # The logits of the step are lost. The last token must be computed again, or all if they are scored.
         sequence.n_cached = min(n_held, len(sequence.tokens) - 1 if sequence.score_from is None else before)
         self.cache.truncate(sequence.slot, sequence.n_cached, native_length=n_held)
 
     def _hold(self, sequence: Sequence, start: int, end: int) -> None:
-        """Note that the cache holds the tokens from `start` to `end` of a sequence."""
-        # Decoded cells differ in the last bits from those of a prefill, so they must not be shared if
-        # deterministic.
+        """Record that the cache holds the tokens from `start` to `end` of a sequence."""
+        # Cells from decoding differ in the last bits from those of a prefill, so in the deterministic mode
+        # they must not be shared.
         decoded = self.limits.deterministic and start >= sequence.n_prompt
         self.cells.extend(
             sequence.slot, sequence.tokens[start:end], exact=not sequence.shifted and not decoded
@@ -127,18 +129,18 @@ class Scheduler:
         self.cells.check()
         slots = [sequence.slot for sequence in self.running]
         assert len(set(slots)) == len(slots), "two sequences in one slot"
-        assert all(0 <= slot < self.limits.n_slots for slot in slots), "a slot out of range"
+        assert all(0 <= slot < self.limits.n_slots for slot in slots), "a slot is out of range"
         assert not set(map(id, self.waiting)) & set(map(id, self.running)), "waiting and running at once"
         assert all(sequence.slot == -1 for sequence in self.waiting), "a waiting sequence holds a slot"
         assert all(held < self._n_ids for held in self.cells.sequences), "a sequence id out of range"
         for sequence in self.running:
             held = self.cells.tokens(sequence.slot)
-            assert sequence.tokens[: sequence.n_cached] == held, "the cache is not what the sequence says"
-            assert sequence.n_cached <= len(sequence.tokens), "more cached than there is"
-            assert len(held) <= sequence.n_reserved <= self.limits.n_context, "more held than reserved"
+            assert sequence.tokens[: sequence.n_cached] == held, "the cache holds other tokens"
+            assert sequence.n_cached <= len(sequence.tokens), "more tokens cached than there are"
+            assert len(held) <= sequence.n_reserved <= self.limits.n_context, "more cells used than reserved"
         if self.limits.unified:
             assert self.cells.n_cells <= self.limits.n_cells, "more cells than there are"
-            assert self._n_reserved() + self._n_needed() <= self.limits.n_cells, "more promised than there is"
+            assert self._n_reserved() + self._n_needed() <= self.limits.n_cells, "too many cells reserved"
         else:
             assert all(self.cells.length(held) <= self.limits.n_cells for held in self.cells.sequences)
 
@@ -158,7 +160,7 @@ class Scheduler:
         return self.cells.n_kept(self._busy(), None, 0)
 
     def _grow(self) -> list[Sequence]:
-        """Reserve cells for sequences that exceed theirs. Returns the sequences that cannot continue."""
+        """Reserve more cells for sequences that need them. Returns the sequences that cannot continue."""
         full: list[Sequence] = []
         for sequence in list(self.running):
             if sequence.slot < 0 or len(sequence.tokens) <= sequence.n_reserved:
@@ -180,7 +182,7 @@ class Scheduler:
         return full
 
     def _reserve(self, sequence: Sequence, wanted: int) -> bool:
-        """Reserve `wanted` cells in all for a running sequence. Returns False if there are not enough."""
+        """Reserve `wanted` cells in total for a running sequence. Returns False if there are not enough."""
         if not self.limits.unified:
             sequence.n_reserved = wanted
             return True
@@ -199,7 +201,7 @@ class Scheduler:
         self.waiting.appendleft(sequence)
 
     def _shift(self, sequence: Sequence) -> bool:
-        """Drop half of the tokens behind those that a sequence keeps or shares. False if it cannot be."""
+        """Drop half of the tokens after those that a sequence keeps or shares. Returns False if it cannot."""
         if not sequence.can_shift:
             return False
         # Shared cells cannot be shifted, so idle sequences must not share any.
@@ -238,7 +240,7 @@ class Scheduler:
         self.waiting.extendleft(reversed(deferred))
 
     def _waits_for_prefix(self, sequence: Sequence, count: int, most: int) -> bool:
-        """Return whether a running prefill will cache a longer prefix of this prompt."""
+        """Return True if a running prefill will cache a longer prefix of this prompt."""
         if not self.limits.unified and most < _WORTH_COPYING:
             return False
         for other in self.running:
@@ -262,8 +264,8 @@ class Scheduler:
             kept = self.cells.n_kept(busy, source, count)
             if kept + self._n_reserved() + reserved - count > self.limits.n_cells:
                 return False
-        # If the request continues the whole cached sequence it is the next turn of a conversation. Only a
-        # request that diverges shows that the prefix is shared.
+        # A request that continues a whole cached sequence is the next turn of a conversation. Only one that
+        # diverges from it shows that independent requests have this prefix.
         diverges = any(self.cells.length(owner) > count for owner in owners)
         self.cache.take_slot(slot, source, count)
         sequence.slot = slot
@@ -300,7 +302,7 @@ class Scheduler:
         source = min(owners) if count else None
         if empty and (self.limits.unified or not count or not idle_owners):
             return empty[0], source, count
-        # An owner needs no copy. Otherwise the least recently used slot is taken.
+        # Prefer an owner, which needs no copy, then the least recently used slot.
         slot = min(free, key=lambda slot: (slot not in owners, self.cache.last_used(slot)))
         return slot, slot if count and slot in owners else source, count
 
@@ -309,7 +311,7 @@ class Scheduler:
         reading = [sequence for sequence in able if sequence.prefilling]
         if self.limits.unified:
             return _decode_rows(decoding) + _prefill_rows(reading, self.limits.n_step_tokens - len(decoding))
-        # llama.cpp would split rows of different lengths into several batches, so prefill and decoding
+        # llama.cpp would split rows of different lengths into several ubatches, so prefill and decoding steps
         # alternate.
         self._reads = bool(reading) and not (decoding and self._reads)
         if not self._reads:
@@ -337,7 +339,7 @@ def _decode_rows(decoding: list[Sequence]) -> tuple[StepRow, ...]:
 
 
 def _prefill_rows(reading: list[Sequence], n_tokens: int) -> tuple[StepRow, ...]:
-    """Return rows with up to `n_tokens` tokens of prompts, one prompt after another; at least one token."""
+    """Return rows with up to `n_tokens` tokens, but at least one, of the prompts in their order."""
     rows = []
     left = max(1, n_tokens)
     for sequence in reading:
