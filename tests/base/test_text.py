@@ -106,3 +106,10 @@ def test_an_error_is_three_safe_lines_at_most() -> None:
     """Guards messages against text from files: each part of an error is one safe line."""
     error = DsmoeError("a\x1b[2J\nb", where="c\nd", remedy="e\u2028f")
     assert str(error) == "a␛[2J b\nc d\ne f"
+
+
+def test_no_control_character_is_left() -> None:
+    """Guards: one code that a range of controls leaves out."""
+    controls = [*range(0x20), *range(0x7F, 0xA0)]
+    shown = safe_text("".join(map(chr, controls)))
+    assert [character for character in shown if ord(character) in controls] == ["\t", "\n"]

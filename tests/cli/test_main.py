@@ -11,6 +11,7 @@ import click
 import pytest
 from support.configured import complaint
 
+from dsmoe_local.cli import main
 from dsmoe_local.cli.commands import COMMANDS, ELSEWHERE, load_command
 from dsmoe_local.cli.main import group
 
@@ -131,3 +132,18 @@ def test_closed_streams_are_empty(stream: str) -> None:
     )
     assert done.returncode == 2
     assert "the prompt is empty" in done.stderr
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, click.Abort])
+def test_ctrl_c_anywhere_is_130(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards: an interruption that a script takes for another failure, or a traceback."""
+
+    @click.command
+    def command() -> None:
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["dsmoe"])
+    assert main.run(command, "dsmoe") == 130
+    assert capsys.readouterr().err.strip() == "error: interrupted"
