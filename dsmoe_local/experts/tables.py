@@ -33,17 +33,17 @@ def _optional(value: float | None, form: str) -> str:
 
 
 COLUMNS: Sequence[Column] = (
-    Column("mass", "the router's probability of the chosen experts", lambda x: f"{x.captured_mass:.0%}"),
+    Column("mass", "the router's probability for the chosen experts", lambda x: f"{x.captured_mass:.0%}"),
     Column("even", "load entropy, 1 = all equally busy", lambda x: f"{x.load_entropy:.2f}"),
-    Column("shared", "the shared experts' part of what is added", lambda x: _optional(x.shared_share, ".0%")),
-    Column("peak", "the busiest expert, times the mean", lambda x: f"{x.load_peak:.1f}"),
+    Column("shared", "share of the shared experts in the norm of all outputs", lambda x: _optional(x.shared_share, ".0%")),
+    Column("peak", "load of the busiest expert divided by the mean", lambda x: f"{x.load_peak:.1f}"),
     Column("unused", "experts that no token chose", lambda x: str(x.unused)),
     Column("nats", "entropy of the router", lambda x: _optional(x.router_entropy, ".2f")),
 )
 """Narrow tables show the first ones."""
 
 
-def leans_on(layer: LayerActivity, n: int = N_BUSIEST) -> Text:
+def busiest_experts(layer: LayerActivity, n: int = N_BUSIEST) -> Text:
     """Return the most used experts with the shares of the tokens that chose them."""
     digits = len(str(len(layer.counts) - 1))
     parts = [
@@ -55,9 +55,9 @@ def leans_on(layer: LayerActivity, n: int = N_BUSIEST) -> Text:
 def layer_rows(activity: Activity) -> list[tuple[str, ...]]:
     """Return all columns as rows of text with a heading, for plain terminals."""
     return [
-        ("layer", *(column.heading for column in COLUMNS), "leans on"),
+        ("layer", *(column.heading for column in COLUMNS), "busiest"),
         *(
-            (str(layer.layer), *(column.write(layer) for column in COLUMNS), leans_on(layer).plain)
+            (str(layer.layer), *(column.write(layer) for column in COLUMNS), busiest_experts(layer).plain)
             if layer.tokens
             else (str(layer.layer), *("" for _ in COLUMNS), "no tokens")
             for layer in activity.layers
@@ -84,10 +84,10 @@ def layer_table(activity: Activity, width: int, *, explained: bool = True) -> Re
     table.add_column("layer", justify="right", no_wrap=True)
     for column in columns:
         table.add_column(column.heading, justify="right", no_wrap=True)
-    table.add_column("leans on", no_wrap=True)
+    table.add_column("busiest", no_wrap=True)
     for layer in activity.layers:
         written = [column.write(layer) for column in columns] if layer.tokens else [""] * len(columns)
-        table.add_row(str(layer.layer), *written, leans_on(layer, n_busiest) if layer.tokens else "no tokens")
+        table.add_row(str(layer.layer), *written, busiest_experts(layer, n_busiest) if layer.tokens else "no tokens")
     return _explained(table, legend(columns)) if explained else table
 
 

@@ -255,7 +255,7 @@ def test_commands_show_what_they_say(watching: Stage) -> None:
     pictures, table = watching.screen.shown
     assert REPLY in pictures
     assert SESSION in pictures
-    assert "leans on" in table
+    assert "busiest" in table
     for word, there, absent in (("reply", REPLY, SESSION), ("session", SESSION, REPLY)):
         watching.run(f"/experts {word}")
         assert there in watching.screen.shown[-2]

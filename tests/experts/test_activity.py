@@ -64,7 +64,7 @@ def test_sums_add_up_again() -> None:
 
 
 def test_busiest_experts_come_first_and_unused_never() -> None:
-    """Guards: experts that nobody chose among those that a layer leans on."""
+    """Guards: experts that nobody chose among the busiest of a layer."""
     layer = LayerActivity(1, 10, (0, 7, 3, 7, 0), (0.0, 0.5, 0.4, 0.6, 0.0))
     assert layer.busiest(9) == [(3, 0.7), (1, 0.7), (2, 0.3)]
     assert layer.busiest(1) == [(3, 0.7)]
