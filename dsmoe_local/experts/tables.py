@@ -35,7 +35,7 @@ def _optional(value: float | None, form: str) -> str:
 COLUMNS: Sequence[Column] = (
     Column("mass", "the router's probability for the chosen experts", lambda x: f"{x.captured_mass:.0%}"),
     Column("even", "load entropy, 1 = all equally busy", lambda x: f"{x.load_entropy:.2f}"),
-    Column("shared", "share of the shared experts in the norm of all outputs", lambda x: _optional(x.shared_share, ".0%")),
+    Column("shared", "the shared experts' share of all outputs", lambda x: _optional(x.shared_share, ".0%")),
     Column("peak", "load of the busiest expert divided by the mean", lambda x: f"{x.load_peak:.1f}"),
     Column("unused", "experts that no token chose", lambda x: str(x.unused)),
     Column("nats", "entropy of the router", lambda x: _optional(x.router_entropy, ".2f")),
@@ -43,7 +43,7 @@ COLUMNS: Sequence[Column] = (
 """Narrow tables show the first ones."""
 
 
-def busiest_experts(layer: LayerActivity, n: int = N_BUSIEST) -> Text:
+def busiest(layer: LayerActivity, n: int = N_BUSIEST) -> Text:
     """Return the most used experts with the shares of the tokens that chose them."""
     digits = len(str(len(layer.counts) - 1))
     parts = [
@@ -57,7 +57,7 @@ def layer_rows(activity: Activity) -> list[tuple[str, ...]]:
     return [
         ("layer", *(column.heading for column in COLUMNS), "busiest"),
         *(
-            (str(layer.layer), *(column.write(layer) for column in COLUMNS), busiest_experts(layer).plain)
+            (str(layer.layer), *(column.write(layer) for column in COLUMNS), busiest(layer).plain)
             if layer.tokens
             else (str(layer.layer), *("" for _ in COLUMNS), "no tokens")
             for layer in activity.layers
@@ -87,7 +87,7 @@ def layer_table(activity: Activity, width: int, *, explained: bool = True) -> Re
     table.add_column("busiest", no_wrap=True)
     for layer in activity.layers:
         written = [column.write(layer) for column in columns] if layer.tokens else [""] * len(columns)
-        table.add_row(str(layer.layer), *written, busiest_experts(layer, n_busiest) if layer.tokens else "no tokens")
+        table.add_row(str(layer.layer), *written, busiest(layer, n_busiest) if layer.tokens else "no tokens")
     return _explained(table, legend(columns)) if explained else table
 
 
