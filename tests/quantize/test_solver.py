@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsmoe_quantize.budget import solver
 from dsmoe_quantize.budget.solver import Option, Problem, Solution, solve
 
 
@@ -148,3 +150,16 @@ def test_prices_say_what_more_budget_is_worth() -> None:
     assert more is not None
     saved = (solution.error - more.error) / (problem.limits[0] // 200)
     assert solution.prices[0] == pytest.approx(saved, rel=0.15)
+
+
+def test_a_budget_exceeded_within_the_tolerance_is_solved_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a file one byte too large, since HiGHS allows for its tolerance."""
+    exact = solver._Model.solve
+
+    def tolerant(model: solver._Model, limits: tuple[int, ...], gap: float) -> Any:
+        return exact(model, tuple(limit + 1 for limit in limits), gap)
+
+    monkeypatch.setattr(solver._Model, "solve", tolerant)
+    found = solve(Problem((((Option(1.0, (0,)), Option(0.0, (1,)))),) * 5, (2,)))
+    assert found is not None
+    assert (found.costs, found.error) == ((2,), 3.0)
