@@ -45,7 +45,7 @@ def options(path: Path) -> ModelOptions:
     ("content", "words"),
     [
         (b"%PDF-1.4\n1 0 obj\n", "the text is a PDF"),
-        (gzip.compress(b"a text"), "the text is a gzip file"),
+        (gzip.compress(b"a text", mtime=0), "the text is a gzip file"),
         (b"PK\x03\x04....", "the text is a ZIP archive"),
         (b"GGUF\x03\0\0\0", "the text is a GGUF model"),
         ("a text".encode("utf-16"), "the text is UTF-16"),
