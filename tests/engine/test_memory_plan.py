@@ -112,18 +112,19 @@ def test_a_probe_counts_the_experts_asked_for() -> None:
     assert sizes[0] < sizes[1]
 
 
-def test_a_probe_needs_no_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: a model that cannot be loaded because the temporary folder is full."""
+@pytest.mark.parametrize("failing", ["Probe._write", "TemporaryDirectory"])
+def test_a_probe_needs_no_temporary_files(monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    """Guards: a model that cannot be loaded because the temporary folder is full or missing."""
     path = tiny_model()
 
-    def full(self: Probe, _: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 
     with Probe(*read_model(path)) as probe:
         model = probe.open()
         sizes = measure_context(model, options(512))
         model.close()
-    monkeypatch.setattr(Probe, "_write", full)
+    monkeypatch.setattr(f"dsmoe_local.engine.load.probe.{failing}", full)
     with Probe(*read_model(path)) as probe:
         model = probe.open()
         assert measure_context(model, options(512)) == sizes

@@ -27,7 +27,7 @@ from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.load import fit, loaded_model, mapped_file, prefetch, resident
 from dsmoe_local.engine.load.mapped_file import MappedFile, Range, whole_pages
 from dsmoe_local.engine.load.placement import DeviceShare, Placement
-from dsmoe_local.engine.load.resident import Resident, host_tensors, paging_note, plan_resident
+from dsmoe_local.engine.load.resident import Resident, host_tensors, speed_note, plan_resident
 from dsmoe_local.engine.native import tensors
 from dsmoe_local.engine.types import ModelOptions, ObserverOptions, Request, SamplingParameters
 from dsmoe_local.model.gguf_model import read_model
@@ -269,14 +269,14 @@ def test_what_is_told(cold: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     found = host_tensors(file.tensors.values(), hp, placement())
     always = sum(tensor.n_bytes for tensor in found.always)
     monkeypatch.setattr(resident, "read_speed", lambda path: 1e9)
-    half = paging_note(cold, found, hp, always, found.expert_bytes // 2)
+    half = speed_note(cold, found, hp, always, found.expert_bytes // 2)
     # Two of three experts are used, and half of them are in memory.
     paged = found.expert_bytes // 3
     assert half.endswith(f"at 1 GB/s that is at most {1e9 / paged:.2g} tokens/s")
-    assert paging_note(cold, found, hp, always, found.expert_bytes) == ""
-    assert "from disk" in paging_note(cold, found, hp, 0, found.expert_bytes)
+    assert speed_note(cold, found, hp, always, found.expert_bytes) == ""
+    assert "from disk" in speed_note(cold, found, hp, 0, found.expert_bytes)
     monkeypatch.setattr(resident, "read_speed", lambda path: None)
-    assert paging_note(cold, found, hp, always, 0).endswith("from disk")
+    assert speed_note(cold, found, hp, always, 0).endswith("from disk")
 
 
 def test_speed_of_a_disk(cold: Path, tmp_path: Path) -> None:
@@ -369,7 +369,7 @@ def test_engine_without_reading_ahead(short_of_memory: list[Range], monkeypatch:
     with load(notes) as engine:
         assert text_of(engine)
     assert short_of_memory == []
-    assert "experts are not read ahead: no graph here" in notes
+    assert "experts are not prefetched: no graph here" in notes
 
 
 def test_long_prompts_fetch_no_more_than_there_is_room_for(

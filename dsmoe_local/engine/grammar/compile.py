@@ -1,4 +1,4 @@
-"""Compiles GBNF and JSON schemas to the grammars of llguidance, without a vocabulary."""
+"""Compiles GBNF and JSON schemas to llguidance grammars. Needs no vocabulary."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
 LIMITS = LLParserLimits(max_lexer_states=100_000, verbose_errors=False)
-"""Bounds the cost of a hostile grammar: about 200 MB for the lexer's states of 1 to 2 KB. llguidance's other
-limits are the defaults: about 20 ms to compile the lexemes, and as much for the mask of a token.
+"""Limits the cost of a hostile grammar: 100,000 lexer states of 1 to 2 KB are at most 200 MB. llguidance's
+other limits are its defaults: about 20 ms to compile the lexemes, and 20 ms for the mask of a token.
 """
 
-# One space, or a line break with indentation. A small model that may write spaces without end does so.
+# One space, or a line break with indentation: a small model may write endless whitespace if it is allowed.
 _JSON: JsonCompileOptions = {
     "lenient": False,
     "coerce_one_of": True,
@@ -33,15 +33,15 @@ _MAX_REASON = 200
 
 
 def compile_grammar(*, grammar: str | None = None, json_schema: str | None = None) -> str:
-    """Compile the grammar or the schema, whichever is given. Raises UsageError.
+    """Compile the grammar, or the schema if `grammar` is None. Raises UsageError.
 
-    Recurses over rules and references: it and its two parts need a large stack.
+    Compiling recurses over rules and references, so the calling thread needs a large stack.
     """
     return compile_json_schema(json_schema or "") if grammar is None else compile_gbnf(grammar)
 
 
 def compile_gbnf(text: str) -> str:
-    """Compile GBNF. Raises UsageError, with line and column if the grammar cannot be parsed."""
+    """Compile GBNF. Raises UsageError; for a syntax error, `where` is the line and column."""
     compiled = _to_llguidance(to_lark(parse_gbnf(text)))
     if reason := _refusal(compiled):
         raise UsageError(
@@ -57,7 +57,7 @@ def compile_json_schema(text: str) -> str:
         if schema is True:
             text, schema = "{}", {}
         if not isinstance(schema, dict):
-            raise UsageError("a JSON schema is an object", remedy="{} permits every JSON text")
+            raise UsageError("the JSON schema is not an object", remedy="use {} to permit every JSON text")
         # llguidance's parser is stricter: no NaN, no lone surrogates, at most 128 levels.
         plain = LLMatcher.grammar_from_json_schema(text, overrides=_JSON)
     except (ValueError, RecursionError) as error:
@@ -65,7 +65,7 @@ def compile_json_schema(text: str) -> str:
     schema = {**_discriminated(schema), "x-guidance": _JSON}
     compiled = _to_llguidance(f"start: %json {json.dumps(schema)}\n")
     if reason := _refusal(compiled):
-        # llguidance's message for the schema alone does not mention the Lark around it.
+        # The message for the schema alone is better: it does not mention the Lark grammar around it.
         raise UsageError(
             f"the JSON schema cannot be enforced: {_refusal(plain) or reason}", remedy="see docs/sampling.md"
         )
@@ -73,10 +73,10 @@ def compile_json_schema(text: str) -> str:
 
 
 def _discriminated(schema: Any) -> Any:  # noqa: ANN401 - any part of a JSON text
-    """Return the schema with OpenAPI's discriminators as required properties.
+    """Return the schema with OpenAPI discriminators as required properties.
 
-    llguidance reads `oneOf` as `anyOf`. pydantic writes discriminators but does not require those that have a
-    default, so `{}` would be permitted although it is valid under several alternatives.
+    llguidance reads `oneOf` as `anyOf`, and pydantic does not require a discriminator that has a default. So
+    `{}` would be permitted, although it matches several alternatives.
     """
     if isinstance(schema, list):
         return [_discriminated(item) for item in schema]
@@ -90,7 +90,7 @@ def _discriminated(schema: Any) -> Any:  # noqa: ANN401 - any part of a JSON tex
 
 
 def _to_llguidance(lark: str) -> str:
-    """Wrap a Lark grammar for llguidance. `no_forcing` permits every tokenization of a text."""
+    """Wrap a Lark grammar for llguidance. With `no_forcing`, every tokenization of a text is permitted."""
     return LLMatcher.grammar_from_lark(f'%llguidance {{"no_forcing": true}}\n{lark}')
 
 

@@ -20,7 +20,7 @@ from dsmoe_local.engine.grammar.nodes import (
 
 MAX_NESTING = 50
 MAX_REPETITION = 10_000
-MAX_SIGNS = 2  # consecutive signs of repetition
+MAX_OPERATORS = 2  # consecutive repetition operators
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _NUMBER = re.compile(r"[0-9]{1,9}")
@@ -34,13 +34,15 @@ _REPETITIONS: dict[str, tuple[int, int | None]] = {"*": (0, None), "+": (1, None
 
 
 def parse_gbnf(text: str) -> Grammar:
-    """Parse a grammar. Raises UsageError with line and column."""
+    """Parse a grammar. Raises UsageError; for a syntax error, `where` is the line and column."""
     if _SURROGATE.search(text):
-        raise UsageError("the grammar contains a lone surrogate, which is not a character")
+        raise UsageError(
+            "the grammar contains a lone surrogate, which is not a character", remedy="remove it"
+        )
     parser = _Parser(text)
     rules = parser.rules()
     if "root" not in rules:
-        raise UsageError("the grammar has no rule named root")
+        raise UsageError("the grammar has no rule named root", remedy="add one: root ::= ...")
     return Grammar(rules)
 
 
@@ -84,13 +86,15 @@ class _Parser:
         blank = _BLANK_LINES if depth else _BLANK
         while (item := self._item(depth)) is not None:
             self._skip(blank)
-            signs = 0
+            n_operators = 0
             while (times := self._repetition(blank)) is not None:
                 item = Repeat(item, *times)
                 self._skip(blank)
-                signs += 1
-                if signs > MAX_SIGNS:
-                    raise self._error("repetitions of repetitions of repetitions")
+                n_operators += 1
+                if n_operators > MAX_OPERATORS:
+                    raise self._error(
+                        f"more than {MAX_OPERATORS} repetition operators in a row", remedy="use one"
+                    )
             items.append(item)
         return Sequence(tuple(items)) if items else NOTHING
 
@@ -110,9 +114,9 @@ class _Parser:
             self._at += 1
             return characters([(0, MAX_CHARACTER)])
         if start and start in "<!":
-            raise self._error("tokens are not supported", remedy='write their text: "…"')
+            raise self._error("tokens (<...>) are not supported", remedy='write their text: "..."')
         if start and start in "*+?{":
-            raise self._error(f"nothing precedes {start}")
+            raise self._error(f"there is nothing to repeat before {start}")
         if _NAME.match(self._text, self._at):
             return Rule(self._match(_NAME, "a name"))
         return None
@@ -123,7 +127,7 @@ class _Parser:
         while self._next() != '"':
             text += self._character()
             if _SURROGATE.match(text[-1]):
-                raise self._error("a surrogate is not a character")
+                raise self._error("a surrogate code point is not a character")
         self._at += 1
         return Text(text)
 
@@ -138,7 +142,7 @@ class _Parser:
                 self._at += 1
                 high = self._character()
                 if high < low:
-                    raise self._error("the range of characters is reversed")
+                    raise self._error("a range of characters must be ascending")
             ranges.append((ord(low), ord(high)))
         self._at += 1
         return characters(ranges, negated=negated)
@@ -146,7 +150,7 @@ class _Parser:
     def _character(self) -> str:
         char = self._next()
         if not char:
-            raise self._error("the grammar ends in the middle of a text or set")
+            raise self._error("the grammar ends inside a literal or a character class")
         self._at += 1
         if char != "\\":
             return char
@@ -155,11 +159,11 @@ class _Parser:
         if escape in _ESCAPES:
             return _ESCAPES[escape]
         if escape not in _HEX_DIGITS:
-            raise self._error(f"\\{escape} is not a known escape")
+            raise self._error(f"\\{escape} is not a known escape sequence")
         digits = self._text[self._at : self._at + _HEX_DIGITS[escape]]
         written = re.fullmatch(f"[0-9A-Fa-f]{{{_HEX_DIGITS[escape]}}}", digits)
         if not written or int(digits, 16) > MAX_CHARACTER:
-            raise self._error(f"\\{escape} takes {_HEX_DIGITS[escape]} hexadecimal digits of a character")
+            raise self._error(f"\\{escape} requires {_HEX_DIGITS[escape]} hexadecimal digits of a code point")
         self._at += len(digits)
         return chr(int(digits, 16))
 
@@ -182,9 +186,9 @@ class _Parser:
             self._skip(blank)
         self._expect("}")
         if max(low, high or 0) > MAX_REPETITION:
-            raise self._error(f"repetitions go up to {MAX_REPETITION}")
+            raise self._error(f"an item is repeated more than {MAX_REPETITION:,} times")
         if high is not None and high < low:
-            raise self._error(f"{{{low},{high}}} is not a range")
+            raise self._error(f"{{{low},{high}}}: the maximum is less than the minimum")
         return low, high
 
     def _next(self) -> str:

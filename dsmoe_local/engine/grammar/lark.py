@@ -1,8 +1,8 @@
-"""Writes a grammar in llguidance's dialect of Lark.
+"""Converts a grammar to llguidance's dialect of Lark.
 
-llguidance's lexer splits a text into the longest possible lexemes for its Earley parser. GBNF has no lexemes,
-so the lexer must not make a choice: a grammar without recursion becomes one regular expression, and in one
-with recursion every lexeme is a single character. Both accept exactly the texts of the GBNF grammar.
+llguidance's lexer splits a text into the longest possible lexemes for its Earley parser. GBNF has no lexemes.
+So a grammar without recursion becomes a single lexeme, a regular expression. In a grammar with recursion,
+every lexeme is a single character. Both accept exactly the texts of the GBNF grammar.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dsmoe_local.base.errors import UsageError
 from dsmoe_local.engine.grammar.nodes import Characters, Choice, Grammar, Node, Repeat, Rule, Sequence, Text
 
 MAX_RULES = 10_000
-"""llguidance recurses over rules. `large_stack` is large enough for this many."""
+"""llguidance recurses over rules. The stack of `large_stack` is sufficient for this many."""
 
 
 def to_lark(grammar: Grammar) -> str:
@@ -25,10 +25,14 @@ def to_lark(grammar: Grammar) -> str:
     uses = {name: frozenset(_rules_of(node)) for name, node in grammar.rules.items()}
     for name, used in uses.items():
         if lost := used - grammar.rules.keys():
-            raise UsageError(f"the grammar has no rule {min(lost)}", where=f"rule {name}")
+            raise UsageError(f"the grammar has no rule {min(lost)}", where=f"rule {name}", remedy="define it")
     productive = _productive(grammar, uses)
     if grammar.root not in productive:
-        raise UsageError("no text matches the grammar", where=f"rule {grammar.root}")
+        raise UsageError(
+            "no text matches the grammar",
+            where=f"rule {grammar.root}",
+            remedy="add an alternative that does not refer to the rule itself",
+        )
     rules: dict[str, Node] = {}
     for name in productive:
         node = _prune(grammar.rules[name], productive)
@@ -50,7 +54,7 @@ def _rules_of(node: Node) -> Iterator[str]:
 
 
 def _productive(grammar: Grammar, uses: dict[str, frozenset[str]]) -> set[str]:
-    """Return the rules that match some text. Others would lead llguidance into a dead end."""
+    """Return the rules that match at least one text. With the others, llguidance could reach a dead end."""
     users: dict[str, list[str]] = {name: [] for name in uses}
     for name, used in uses.items():
         for other in used:
@@ -86,9 +90,10 @@ def _prune(node: Node, productive: set[str]) -> Node | None:
 
 
 def _without_tail_call(node: Node, name: str) -> Node:
-    """Return a rule that calls itself only at the end of alternatives as a loop: `a ::= x a | y` is `x* y`.
+    """Return the rule `name` with its right recursion as a loop: `a ::= x a | y` becomes `x* y`.
 
-    Without Leo's optimization, an Earley parser keeps an item for each level of the recursion.
+    Other rules are returned unchanged. Without Leo's optimization, an Earley parser keeps an item for each
+    level of right recursion.
     """
     ways = node.items if isinstance(node, Choice) else (node,)
     again: list[Node] = []
@@ -123,10 +128,10 @@ def _is_recursive(uses: dict[str, Iterator[str]]) -> bool:
 
 
 class _Writer:
-    """Writes rules as lines of Lark. Groups become rules, too, since llguidance refuses deep parentheses."""
+    """Writes rules as lines of Lark. Groups become rules too, since llguidance limits nested parentheses."""
 
     def __init__(self, rules: dict[str, Node], needed: Iterable[str], prefix: str) -> None:
-        """`prefix` of all names: upper case for lexemes, lower case for rules."""
+        """Name the rules in `needed`. `prefix` begins all names: upper case for lexemes, lower for rules."""
         self._prefix = prefix
         self._names: dict[Node, str] = {}
         self._rules = rules
@@ -143,7 +148,7 @@ class _Writer:
             lines.append(f"{self._names[node]}: {self._body(body)}")
         if len(lines) > MAX_RULES:
             raise UsageError(
-                f"the grammar has more than {MAX_RULES:,} rules and groups", remedy="write it with fewer"
+                f"the grammar has more than {MAX_RULES:,} rules and groups", remedy="merge or remove some"
             )
         return "\n".join(lines) + "\n"
 

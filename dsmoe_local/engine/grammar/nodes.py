@@ -12,7 +12,7 @@ _SURROGATES = (0xD800, 0xDFFF)
 
 @dataclass(frozen=True, slots=True)
 class Characters:
-    """One character of the ranges, ascending, disjoint and without surrogates (see `characters`)."""
+    """One character in `ranges`, which are ascending, disjoint and without surrogates (see `characters`)."""
 
     ranges: tuple[tuple[int, int], ...]
 

@@ -1,1 +1,1 @@
-"""Loads models: memory, placement on devices, and models larger than the memory."""
+"""Loads models: available memory, placement on devices, paging of models larger than the memory."""

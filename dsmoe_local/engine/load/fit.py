@@ -1,5 +1,6 @@
-"""Fits a model to this machine: asks what memory there is, measures what a context takes, and lets `memory`
-and `placement` decide. Loads no weights.
+"""Fits a model to this machine: chooses the context length and the placement. Loads no weights.
+
+The available memory and the size of a context are measured here; `memory` and `placement` decide.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ _MAX_MEASUREMENTS = 8
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """How to load a model: `n_context` tokens of KV cache, weights paged from the file or held in memory,
-    and the device of each.
+    """How to load a model, with `n_context` tokens of KV cache.
 
-    `n_buffer_bytes` is the size of cache and buffers. `notes` are for the user.
+    If `paged`, the weights exceed the memory and are paged from the file. `n_buffer_bytes` is the size of the
+    cache and the compute buffers. `notes` are for the user.
     """
 
     n_context: int
@@ -55,9 +56,9 @@ class Fit:
 
     @property
     def mapped(self) -> bool:
-        """Whether weights on the host are pages of the file.
+        """True if the weights in main memory are mapped from the file.
 
-        llama.cpp computes faster on experts that stay on the host beside a GPU if they are not mapped.
+        If experts stay in main memory beside a GPU, llama.cpp is faster without mapping.
         """
         return self.paged or all(device != HOST for _, device in self.placement.overrides)
 
@@ -69,7 +70,7 @@ def fit_model(
     request: ContextRequest,
     context_of: Callable[[int], native.ContextOptions],
 ) -> Fit:
-    """Choose the context length and the placement. `context_of` gives the options for a context length.
+    """Choose the context length and the placement. `context_of` returns the options for a context length.
 
     Raises UsageError, OutOfMemoryError, and ModelLoadError if llama.cpp refuses the model.
     """
@@ -106,7 +107,7 @@ def fit_model(
     paged, more = _paged(plan, placement, devices, available)
     if placement.n_gpu_layers:
         notes.append(placement.describe())
-    notes += [*plan.notes, *more, *_overfull(placement, devices)]
+    notes += [*plan.notes, *more, *_overcommitment(placement, devices)]
     return Fit(plan.n_context, paged, placement, buffers.total, tuple(notes))
 
 
@@ -118,9 +119,9 @@ def _place(
     options: PlacementOptions,
     cache: int,
 ) -> Placement:
-    """Place the model, measure the compute buffers there, and place it again until both agree.
+    """Place the model and measure its compute buffers in turn, until the placement does not change.
 
-    Buffers depend on the placement: a device that computes with weights of the host needs room for copies.
+    Buffers depend on the placement: a device that computes with weights in main memory needs room for copies.
     """
     largest: dict[str, int] = {}
     placement = place(weights, devices, options, cache=cache, compute=largest)
@@ -132,7 +133,7 @@ def _place(
             measured = measure_context(model, context, placement.devices).compute
         finally:
             model.close()
-        # The largest size so far, so that two placements cannot alternate.
+        # Keep the largest sizes so far, so that two placements cannot alternate.
         largest |= {name: max(size, largest.get(name, 0)) for name, size in measured.items()}
         previous = placement
         placement = place(weights, devices, options, cache=cache, compute=largest)
@@ -144,7 +145,7 @@ def _place(
 def _devices(
     options: ModelOptions, known: Sequence[native.Device], can_offload: Sequence[native.Device]
 ) -> tuple[Sequence[native.Device], list[str]]:
-    """Return the devices to offload to, and a note about options without effect if the build has no GPU."""
+    """Return the devices to offload to. If the build has no GPU, also a note about options without effect."""
     if not can_offload:
         flags = (
             ("-ngl", options.n_gpu_layers),
@@ -163,7 +164,7 @@ def _devices(
         if name not in by_name:
             raise UsageError(
                 f"--device {safe_line(name, 60)}: there is no such GPU",
-                remedy=f"it takes none, or some of {', '.join(by_name)}",
+                remedy=f"use none, or one or more of {', '.join(by_name)}",
             )
     return [by_name[name] for name in dict.fromkeys(options.devices)][:_MAX_DEVICES], []
 
@@ -187,7 +188,7 @@ def _overrides(
         if name not in types:
             raise UsageError(
                 f"--tensor-override: there is no buffer {safe_line(name, 60)}",
-                remedy=f"there are {', '.join(types)}",
+                remedy=f"use one of: {', '.join(types)}",
             )
     return tuple((pattern, names[types[name]]) for pattern, name in options.tensor_overrides)
 
@@ -195,7 +196,7 @@ def _overrides(
 def _paged(
     plan: MemoryPlan, placement: Placement, devices: Sequence[DeviceMemory], available: int
 ) -> tuple[bool, list[str]]:
-    """Return whether the weights that are placed in main memory exceed it, and a note if only they do."""
+    """Return whether to page the weights: those in main memory exceed it. Add a note if `plan` has none."""
     shared = {device.name for device in devices if device.shared}
     in_main = [placement.host, *(share for share in placement.shares if share.name in shared)]
     n_weights, n_cache = sum(share.weights for share in in_main), sum(share.cache for share in in_main)
@@ -204,9 +205,10 @@ def _paged(
     return True, [paging_note(n_weights, n_cache, available)]
 
 
-def _overfull(placement: Placement, devices: Sequence[DeviceMemory]) -> list[str]:
+def _overcommitment(placement: Placement, devices: Sequence[DeviceMemory]) -> list[str]:
     if placement.fits:
         return []
     needed = sum(share.weights + share.cache for share in placement.shares)
     free = sum(device.n_bytes for device in devices)
-    return [f"the devices need {format_size(needed)} but have {format_size(free)}: loading may fail"]
+    sizes = f"the devices need {format_size(needed)} but have {format_size(free)}"
+    return [f"{sizes}: loading may fail, so offload less (-ngl, --n-cpu-moe)"]

@@ -1,4 +1,4 @@
-"""Loads a model: reads its header, fits it to the machine, and makes all parts of a running engine."""
+"""Loads a model: reads its header, fits it to the machine, and creates the parts of an engine."""
 
 from __future__ import annotations
 
@@ -22,14 +22,13 @@ from dsmoe_local.engine.prompts.choice import template_of
 from dsmoe_local.engine.prompts.encoder import PromptEncoder
 from dsmoe_local.engine.prompts.template import ChatTemplate
 from dsmoe_local.engine.schedule.plan import Limits
-from dsmoe_local.engine.types import ALL_LAYERS, ModelInfo, ModelOptions
+from dsmoe_local.engine.types import ALL_LAYERS, MIN_CONTEXT, ModelInfo, ModelOptions
 from dsmoe_local.model.file_type import file_type_name
 from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.identity import exact_identity
 
-_MIN_CONTEXT = 32
 _MAX_TOKENS = (1 << 24) - 1
 _MAX_PARALLEL = native.MAX_SEQUENCES // 2  # the other sequence ids are for parked prefixes
 _MAX_THREADS = 512  # ggml's own limit; OpenMP ends the process if the system has no more threads
@@ -39,10 +38,10 @@ _TEMPLATES = "tokenizer.chat_template"
 
 @dataclass(slots=True)
 class LoadedModel:
-    """A model in memory with its context, and the objects that work on them.
+    """A model in memory with its context, encoder and observers.
 
-    Owned by the engine's thread, except for `info`, `encoder`, `log` and the model's vocabulary, which any
-    thread may use. Only `context` and `observers` are ever replaced.
+    Only the engine's thread may use it, except for `info`, `encoder`, `log` and the model's vocabulary, which
+    are thread-safe. `context` and `observers` may be replaced.
     """
 
     info: ModelInfo
@@ -79,14 +78,14 @@ def load_model(options: ModelOptions, listen: progress.Listener, stop: threading
         for note in fit.notes:
             listen(progress.Note(note))
         n_context = _context_per_request(options.n_parallel, unified, fit.n_context, hp.n_context)
-        # One token more needs no warning: the last token of a full window is generated but never read.
+        # One token more needs no warning: the last generated token is never decoded.
         if n_context > hp.n_context + 1:
             listen(
                 progress.Note(f"the model was trained for {hp.n_context} tokens of context, not {n_context}")
             )
         model = _load_weights(options, file, hp, fit, listen, stop)
         made.callback(model.close)
-        # Compared with the header that was checked: the file may have been replaced in the meantime.
+        # This compares the file with the header that was checked. It may have been replaced since then.
         identity = exact_identity(file)
         if template is not None:
             template.bind(bos=model.text_of(model.bos), eos=model.text_of(model.eos))
@@ -170,7 +169,7 @@ def _vocabulary(file: GgufFile) -> str:
 
 
 def _kernels(options: ModelOptions, fit: Fit, n_step: int) -> str:
-    """Return what the last digits of results depend on: where and how tensors are computed, the ubatch."""
+    """Return the text of `ModelInfo.kernels`."""
     return f"{_arithmetic(options, fit)}, steps of {n_step} tokens"
 
 
@@ -181,8 +180,10 @@ def _arithmetic(options: ModelOptions, fit: Fit) -> str:
 
 
 def _cache_identity(options: ModelOptions, hp: Hyperparameters, fit: Fit, file: str) -> str:
-    """See ModelInfo. The sizes of batches, the threads and the context length are not part of it: they vary
-    between the steps of one loaded model, too.
+    """Return `ModelInfo.cache_identity`.
+
+    It excludes the batch sizes, the threads and the context length, which do not change the meaning of a
+    cell.
     """
     parts = (
         file,
@@ -197,14 +198,17 @@ def _cache_identity(options: ModelOptions, hp: Hyperparameters, fit: Fit, file: 
 
 
 def _unified(options: ModelOptions) -> bool:
-    """Return whether all sequences share one KV cache. Raises UsageError."""
+    """Return True if all sequences share one KV cache. Raises UsageError if `deterministic` forbids it."""
     if options.deterministic and options.unified:
-        raise UsageError("deterministic decoding needs a separate cache for each sequence")
+        raise UsageError(
+            "deterministic decoding requires a separate KV cache for each sequence",
+            remedy="do not set unified, or do not set deterministic",
+        )
     return not options.deterministic and (options.unified is None or options.unified)
 
 
 def _context_per_request(n_parallel: int, unified: bool, n_context: int, n_trained: int) -> int:
-    """Return how many of the `n_context` tokens one request may use at most."""
+    """Return the largest number of tokens of one request. `n_context` are the tokens of the whole cache."""
     share = n_context // n_parallel
     return min(n_context, max(n_trained, share)) if unified else share
 
@@ -212,7 +216,7 @@ def _context_per_request(n_parallel: int, unified: bool, n_context: int, n_train
 def _context_options(
     options: ModelOptions, n_context: int, *, unified: bool, eval_callback: object = None
 ) -> native.ContextOptions:
-    # A batch has room for one token of every sequence and one more of a prompt.
+    # A batch must have room for one token of every sequence and one of a prompt.
     n_batch = max(min(options.n_batch, n_context), options.n_parallel + 1)
     n_ubatch = min(options.n_ubatch, n_batch)
     threads = options.n_threads or physical_cores()
@@ -238,7 +242,7 @@ def _check(options: ModelOptions) -> None:
     check_observers(options.observers)
     native.check_modes(options.cache_type_k, options.cache_type_v, options.flash_attention)
     for flag, value, least, most in (
-        ("-c", options.n_context, _MIN_CONTEXT, _MAX_TOKENS),
+        ("-c", options.n_context, MIN_CONTEXT, _MAX_TOKENS),
         ("-b", options.n_batch, 1, _MAX_TOKENS),
         ("-ub", options.n_ubatch, 1, _MAX_TOKENS),
         ("-t", options.n_threads, 1, _MAX_THREADS),
@@ -256,7 +260,9 @@ def _n_experts(options: ModelOptions, hp: Hyperparameters) -> int:
     if wanted is None:
         return hp.n_experts_per_token
     if not hp.is_moe:
-        raise UsageError("--active-experts: the model has no experts", where=str(options.path))
+        raise UsageError(
+            "--active-experts: the model has no experts", where=str(options.path), remedy="leave it out"
+        )
     if not 1 <= wanted <= hp.n_routed_experts:
         raise UsageError(
             f"--active-experts {wanted} is out of range",
@@ -267,7 +273,8 @@ def _n_experts(options: ModelOptions, hp: Hyperparameters) -> int:
 
 
 def _template(options: ModelOptions, file: GgufFile, hp: Hyperparameters) -> ChatTemplate | None:
-    """Return the chat template, compiled before the weights are loaded so that errors are reported early.
+    """Compile the chat template before the weights are loaded, so that errors are reported early.
+
     The texts of BOS and EOS are set later, by `bind`.
     """
     found = template_of(options, file, hp)

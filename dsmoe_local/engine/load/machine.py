@@ -13,7 +13,7 @@ _UNLIMITED = 1 << 60
 
 
 def physical_cores(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int:
-    """Return the cores that this process may run on, without hyperthreads, limited by its cgroups' quotas."""
+    """Return the number of physical cores that this process may use. CPU quotas of cgroups limit it."""
     try:
         allowed = os.sched_getaffinity(0)
     except AttributeError:  # macOS
@@ -48,7 +48,7 @@ def _system_available(proc: Path) -> int:
         name, _, value = line.partition(":")
         if name == "MemAvailable":
             return int(value.split()[0]) * 1024
-    # macOS has no such figure in a file. It lets one process wire three quarters of the memory.
+    # macOS does not report it. There one process may wire three quarters of the memory.
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 3 // 4
 
 
@@ -63,7 +63,7 @@ def _own_cgroups(proc: Path, cgroups: Path, controller: str) -> list[Path]:
         # v1 has a folder for each controller, or for several together.
         for root in [cgroups / controller, cgroups / controllers] if controllers else [cgroups]:
             folder = root / path.lstrip("/")
-            # In a container the path may not exist below the mount. Its root is then our own group.
+            # In a container the path may not exist below the mount, whose root is then the own cgroup.
             folders |= dict.fromkeys(f for f in (folder, *folder.parents) if f == root or root in f.parents)
     return list(folders)
 

@@ -1,6 +1,6 @@
-"""A second, read-only mapping of a model's file, to lock, prefetch and touch its pages.
+"""A read-only mapping of a model's file, to lock, prefetch and touch its pages.
 
-llama.cpp's own mapping shares these pages. Nothing here changes results, so failures only cost speed.
+llama.cpp's own mapping shares the pages. Nothing here changes results, so a failure only costs speed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class MappedFile:
     """A read-only mapping of a file. Any thread may use it until `close`."""
 
     def __init__(self, path: Path) -> None:
-        """Raises FileError."""
+        """Map the file. Raises FileError."""
         try:
             with path.open("rb") as file:
                 self._fetch_bytes = _fetch_bytes(os.fstat(file.fileno()).st_dev)
@@ -76,7 +76,7 @@ class MappedFile:
             self._madvise(self._address + start, size, mmap.MADV_WILLNEED)
 
     def touch(self, pages: Range) -> None:
-        """Read a byte of each page, so that the system considers it in use."""
+        """Read a byte of each page, so that the system does not evict it soon."""
         self._bytes[pages.start : pages.end : PAGE].max(initial=0)
 
     def close(self) -> None:
@@ -86,7 +86,7 @@ class MappedFile:
 
 
 def _fetch_bytes(device: int, blocks: Path = _BLOCKS) -> int:
-    """Return the largest read-ahead request of a device: the larger of two of its limits."""
+    """Return the largest read-ahead request of a device in bytes: the larger of two limits of its queue."""
     folder = blocks / f"{os.major(device)}:{os.minor(device)}"
     most = _MIN_READ_AHEAD
     # The limits of a partition are those of its disk, one folder up.
@@ -108,7 +108,7 @@ def raise_lock_limit() -> None:
 def read_speed(path: Path) -> float | None:
     """Return the bytes per second of random reads of 1 MiB, about an expert's size, without the page cache.
 
-    Returns None if that cannot be measured. Takes 0.2 seconds.
+    Returns None if direct reads are not possible. Takes 0.2 seconds.
     """
     size = path.stat().st_size - _MEASURED_READ
     if size <= 0:
@@ -124,7 +124,7 @@ def read_speed(path: Path) -> float | None:
             while time.perf_counter() - start < _MEASURED_SECONDS:
                 counts[index] += os.preadv(file, [buffer], int(generator.integers(size // PAGE)) * PAGE)
         except OSError:
-            counts[index] = 0  # the file system has no direct reads, such as tmpfs
+            counts[index] = 0  # tmpfs and some other file systems do not support direct reads
         finally:
             os.close(file)
 

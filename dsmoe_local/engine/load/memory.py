@@ -1,4 +1,4 @@
-"""Decides, before anything is loaded, how long a context fits into memory and whether the weights do."""
+"""Plans the memory before a model is loaded: the context length, and whether to page the weights."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ PROCESS_BYTES = 96 << 20  # Python, the tokenizer's tables, one row of logits
 
 @dataclass(frozen=True, slots=True)
 class ContextRequest:
-    """How much context is wanted: `n_context` tokens in all, or by default what the model was trained for,
-    for each of `n_sequences`. They share one KV cache if `unified`, else each has an equal part of it.
+    """The requested context: `n_context` tokens in total, or None for `n_trained` tokens per sequence.
+
+    The sequences share one KV cache if `unified`. Otherwise each has an equal part of it.
     """
 
     n_context: int | None
@@ -28,7 +29,7 @@ class ContextRequest:
 
     @property
     def n_wanted(self) -> int:
-        """Tokens of the whole cache."""
+        """Tokens of the whole cache, if memory allows it."""
         return self.n_context or self.n_trained * self.n_sequences
 
     @property
@@ -39,8 +40,9 @@ class ContextRequest:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """The context that fits. `paged`: the weights exceed the memory and are read from disk when needed.
-    `notes` tell the user about both.
+    """The context that fits. If `paged`, the weights exceed the memory and are paged from disk.
+
+    `notes` are for the user.
     """
 
     n_context: int
@@ -53,9 +55,9 @@ def plan_memory(
 ) -> MemoryPlan:
     """Choose the context for `weights` bytes of model and `available` bytes of memory.
 
-    `buffer_size` gives the bytes of KV cache and buffers for a context length. Without a requested length
-    the context is what fits beside the weights. A requested length that does not fit beside them is granted
-    by paging the weights, unless it does not fit even then. Raises OutOfMemoryError if nothing fits.
+    `buffer_size` returns the bytes of KV cache and buffers for a context length. If no length is requested,
+    the longest context that fits beside the weights is chosen. If a requested length does not fit beside the
+    weights but fits without them, the weights are paged. Raises OutOfMemoryError if no context fits.
     """
     budget = (available - PROCESS_BYTES) // _SPARED * (_SPARED - 1)
     wanted, is_requested = request.n_wanted, request.n_context is not None
@@ -103,7 +105,7 @@ def _largest_context(buffer_size: Callable[[int], int], budget: int, wanted: int
     while high - low > 1:
         attempt += 1
         guess = low + (high - low) * (budget - low_size) // max(1, high_size - low_size)
-        # Every third time bisect, in case the sizes are not linear at all.
+        # Bisect every third time, in case the sizes are not linear.
         guess = (low + high) // 2 if attempt % 3 == 0 else min(max(guess, low + 1), high - 1)
         size = buffer_size(guess * step)
         if size <= budget:
@@ -118,7 +120,7 @@ def _context_notes(
 ) -> list[str]:
     wanted = request.n_wanted
     if request.n_context is None:
-        # By default sequences need not all be long at once: only the context of one of them matters.
+        # By default the user expects a full context for one sequence, not for all at once.
         if n_context // request.n_parts >= request.n_trained:
             return []
         wanted = request.n_trained if request.unified else wanted
@@ -133,7 +135,7 @@ def _context_notes(
 
 
 def paging_note(weights: int, buffers: int, available: int) -> str:
-    """Return the note about `weights` bytes of model that exceed the memory beside the buffers."""
+    """Return the note that `weights` and `buffers`, in bytes, exceed the `available` memory."""
     return (
         f"the weights ({format_size(weights)}) and buffers ({format_size(buffers)}) exceed the available "
         f"memory ({format_size(available)}): the weights are paged from disk, which is slow"

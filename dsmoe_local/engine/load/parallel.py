@@ -1,7 +1,7 @@
 """Chooses how many requests to decode at once, and whether they share one KV cache. Loads nothing.
 
-More requests at once are faster until the cache no longer fits. Per-sequence KV caches decode faster than a
-shared one, in which every sequence attends over all cells, but each of them must hold the longest request.
+More requests at once are faster, as long as the cache fits. Per-sequence KV caches decode faster than a
+shared one, in which every sequence attends to all cells, but each of them must hold the longest request.
 `benchmarks/engine.py` measures both.
 """
 
@@ -16,7 +16,7 @@ from dsmoe_local.model.cost import kv_bytes_per_token
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.hyperparameters import Hyperparameters
 
-MAX_PARALLEL = 32  # more gain nothing on a CPU, see docs/performance.md
+MAX_PARALLEL = 32  # more are not faster on a CPU, see docs/performance.md
 DETERMINISTIC_PARALLEL = 8
 _STEP = 256  # cells; llama.cpp pads a sequence's cache to a multiple of this
 _OVERHEAD = 64  # tokens that are not counted, such as BOS or the date in a template
@@ -26,9 +26,9 @@ _OVERHEAD = 64  # tokens that are not counted, such as BOS or the date in a temp
 class Workload:
     """`n_sequences` replies to generate.
 
-    `n_longest` is an upper bound of the tokens of one prompt and reply (None: as long as the context allows),
-    `n_total` an estimate for all of them, with common prefixes counted once. Neither includes the text that a
-    chat template adds to each of `n_messages` messages, the number of them in the longest conversation.
+    `n_longest` is an upper bound of the tokens of one prompt and reply (None: as long as the context allows).
+    `n_total` is an estimate of the tokens of all of them, with common prefixes counted once. Neither includes
+    the text that a chat template adds. `n_messages` is the number of messages in the longest conversation.
     """
 
     n_sequences: int
@@ -39,7 +39,7 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Parallel:
-    """Decode `n_parallel` requests at once, with `n_context` tokens of KV cache in all."""
+    """Decode `n_parallel` requests at once, with `n_context` tokens of KV cache in total."""
 
     n_parallel: int
     unified: bool
@@ -49,15 +49,15 @@ class Parallel:
 def choose_parallel(options: ModelOptions, workload: Workload, n_parallel: int | None = None) -> ModelOptions:
     """Return `options` with n_parallel, unified and n_context chosen for this machine and workload.
 
-    A context length in `options` and `n_parallel`, if given, are kept. Reads the model's header and raises
-    the same errors as `Engine.load` about it.
+    `n_parallel`, and the context length in `options`, are kept if they are given. Reads the model's header,
+    and raises the same errors about it as `Engine.load`.
     """
     file, hp = read_model(options.path)
     available = _cache_tokens(options, hp, sum(tensor.n_bytes for tensor in file.tensors.values()))
     stated = options.n_context is not None
     longest = _longest(workload, template_of(options, file, hp))
     if options.deterministic:
-        # Replies depend on this number, so it must not depend on the remaining work or the free memory.
+        # Replies depend on n_parallel, so it must not depend on the remaining work or the free memory.
         width = n_parallel or DETERMINISTIC_PARALLEL
         share = max(_STEP, available // width // _STEP * _STEP)
         cells = min(_cells_each(None if stated else longest, hp.n_context), share)
@@ -75,8 +75,9 @@ def arrange(
 ) -> Parallel:
     """Choose between per-sequence caches and a shared one, for `least` to `most` sequences.
 
-    `available`: tokens of KV cache that may be used. `stated`: the user asked for that many, so as many are
-    used as the model can make use of.
+    `available` is the largest number of tokens of KV cache. If `stated`, the user requested that number, so
+    the cache is made as large, up to a full context for each sequence. Per-sequence caches are chosen if at
+    least three quarters as many sequences fit as with a shared one.
     """
     each = _cells_each(workload.n_longest, n_trained)
     n_separate = min(most, available // each)
@@ -100,14 +101,16 @@ def _longest(workload: Workload, template: tuple[str, str] | None) -> int | None
 
 
 def _cells_each(n_longest: int | None, n_trained: int) -> int:
-    """Return the cells that the longest request needs. None: as many as the model was trained for."""
+    """Return the cells for the longest request. `n_longest` None: as many as the model was trained for."""
     longest = n_trained if n_longest is None else min(n_trained, n_longest)
     return -(-longest // _STEP) * _STEP
 
 
 def _cache_tokens(options: ModelOptions, hp: Hyperparameters, weights: int) -> int:
-    """Return how many tokens of KV cache to use: the requested context, or half of what fits beside the
-    weights but at least one full context. The engine reduces that if it does not fit.
+    """Return how many tokens of KV cache to use.
+
+    It is the requested context, or half of what fits beside the weights, but at least one full context. The
+    engine reduces it if it does not fit.
     """
     if options.n_context is not None:
         return options.n_context

@@ -1,7 +1,7 @@
-"""Decides which device each weight and each layer's KV cache is placed on: arithmetic on sizes only.
+"""Chooses the device of each weight and of each layer's KV cache. It only computes with sizes.
 
-What every token reads goes to the devices first: attention, shared experts, dense FFNs and the output.
-Routed experts come last, since a token reads only a few of them.
+The weights that every token reads are offloaded first: attention, shared experts, dense FFNs and the output.
+Routed experts are offloaded last, since a token reads only a few of them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class DeviceMemory:
 
 @dataclass(frozen=True, slots=True)
 class PlacementOptions:
-    """What the user asked for. None: as much as fits; ALL_LAYERS: all layers.
+    """The user's options. None: offload as much as fits. ALL_LAYERS: all layers.
 
     `overrides` are pairs of a regular expression of tensor names and a device; the first match counts.
     """
@@ -50,8 +50,9 @@ class PlacementOptions:
 class WeightSizes:
     """Bytes of a model's weights: for each layer its routed experts (`experts`) and the rest (`layers`).
 
-    The embedding always stays on the host. If it is `tied` it is the output, too, and is held twice when the
-    output is offloaded. `fixed` are the bytes that overrides put on each device; they are in no other field.
+    The embedding always stays on the host. If `tied`, it is also the output, and has a second copy if the
+    output is offloaded. `fixed` are the bytes that overrides place on each device; no other field includes
+    them.
     """
 
     layers: tuple[int, ...]
@@ -80,12 +81,13 @@ class DeviceShare:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where everything goes, in llama.cpp's terms: the last `n_gpu_layers` layers on the devices, `split` of
-    them on each, except for the tensors that match `overrides`. `fits` is False if the user asked for more
-    than fits.
+    """The placement of a model, as llama.cpp's parameters.
 
-    A device that would hold nothing is left out, since llama.cpp allocates buffers on each. If nothing at
-    all is offloaded the devices stay: llama.cpp computes long prompts on a GPU with weights from the host.
+    The last `n_gpu_layers` layers are on the devices, `split` of them on each, except for the tensors that
+    match `overrides`. `fits` is false if the user requested more than fits.
+
+    A device that would hold nothing is left out, since llama.cpp allocates buffers on each. If nothing is
+    offloaded, all devices stay: llama.cpp computes long prompts on a GPU with weights from the host.
     """
 
     n_gpu_layers: int
@@ -98,7 +100,7 @@ class Placement:
     fits: bool = True
 
     def compute_text(self) -> str:
-        """Return which device computes what, without sizes, which depend on the context."""
+        """Return the layers of each device as text. Without sizes, since those depend on the context."""
         if not self.devices:
             return "all on the CPU"
         counts = dict(zip(self.devices, self.split, strict=False))
@@ -106,7 +108,7 @@ class Placement:
         return ", ".join([*parts, *(f"{device}: {pattern}" for pattern, device in self.overrides)])
 
     def describe(self) -> str:
-        """Return what is placed on each device, with sizes, for the user."""
+        """Return the layers, experts and bytes on each device as text for the user."""
         offloaded = [share for share in self.shares if share.weights or share.cache]
         experts = f"the routed experts of {_layers(self.n_cpu_moe)}" if self.n_cpu_moe else ""
         host = f"{self.host.name}: {_parts(self.host) if offloaded else ''}{experts}{_amounts(self.host)}"
@@ -114,7 +116,7 @@ class Placement:
 
 
 def usable_memory(name: str, n_free: int, *, shared: bool, available: int) -> DeviceMemory:
-    """Return what may be used of a device with `n_free` bytes free. `available`: bytes of main memory."""
+    """Return the usable memory of a device with `n_free` free bytes. `available`: bytes of main memory."""
     free = min(n_free, available) if shared else n_free
     return DeviceMemory(name, max(0, free - min(_MAX_RESERVED, free // _RESERVED_SHARE)), shared)
 
@@ -164,7 +166,7 @@ def place(
         split = _fill(items, devices, compute)
         if split is not None:
             return _placement(weights, devices, options, n_gpu, n_cpu_moe, split, cache)
-    # The user asked for more than fits. The candidate with the least is split as llama.cpp would split it.
+    # The user requested more than fits. The smallest candidate is split as llama.cpp would split it.
     n_gpu, n_cpu_moe = candidates[-1]
     split = _proportional_split(n_gpu, devices)
     placement = _placement(weights, devices, options, n_gpu, n_cpu_moe, split, cache)
@@ -186,7 +188,7 @@ def _candidates(weights: WeightSizes, options: PlacementOptions) -> Iterable[tup
         if options.n_cpu_moe is not None:
             yield n_gpu, count(options.n_cpu_moe, n_layers)
         elif n_gpu == gpu_layers[0] and any(weights.experts):
-            # Experts leave the devices before layers do.
+            # First fewer experts are offloaded, then fewer layers.
             first = n_parts - n_gpu
             yield from ((n_gpu, n_cpu_moe) for n_cpu_moe in (0, *range(first + 1, n_layers + 1)))
         else:

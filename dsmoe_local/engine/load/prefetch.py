@@ -1,7 +1,7 @@
-"""Prefetches the routed experts of a token from disk: all of a layer's at once, when its router has chosen.
+"""Prefetches the routed experts of a layer from disk, all at once, as soon as its router has chosen them.
 
-Page faults would read them a few pages at a time, each time with read-ahead into experts that were not
-chosen. Implemented as an observer of the graph.
+Page faults would read them a few pages at a time, with read-ahead into experts that were not chosen. It is an
+observer of the graph.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.engine.load.mapped_file import PAGE, Range, whole_pages
 from dsmoe_local.engine.load.placement import Placement
-from dsmoe_local.engine.load.resident import Resident, host_tensors, paging_note, plan_resident
+from dsmoe_local.engine.load.resident import Resident, host_tensors, plan_resident, speed_note
 from dsmoe_local.engine.native import Row, tensors
 from dsmoe_local.engine.observe.observer import Observer
 from dsmoe_local.model.gguf_file import GgufFile, TensorInfo
@@ -35,36 +35,35 @@ def page_experts(
     listen: progress.Listener,
     stop: threading.Event,
 ) -> Prefetch:
-    """Keep the weights that every token reads in memory, up to `budget` bytes, and prefetch experts.
+    """Lock the weights that every token reads in memory, and return the observer that prefetches experts.
 
-    Passes notes about it to `listen`. Raises FileError, InterruptedRunError.
+    `budget` is the memory for both in bytes. Passes notes to `listen`. Raises FileError, InterruptedRunError.
     """
     on_host = host_tensors(file.tensors.values(), hp, placement)
     resident = Resident(file.path, plan_resident(on_host.always, budget), listen, stop)
     left = max(0, budget - resident.n_bytes)
-    listen(
-        progress.Note(
-            f"{format_size(resident.n_bytes)} that every token reads stay in memory: {resident.mode}"
-        )
-    )
+    kept = f"{format_size(resident.n_bytes)} of weights that every token reads stay in memory"
+    listen(progress.Note(f"{kept}: {resident.mode}"))
     experts = on_host.experts
     try:
         tensors.check_layout()
     except DsmoeError as error:
-        listen(progress.Note(f"experts are not read ahead: {error.what}"))
+        listen(progress.Note(f"experts are not prefetched: {error.what}"))
         experts = ()
-    note = paging_note(file.path, on_host, hp, resident.n_bytes, left)
+    note = speed_note(file.path, on_host, hp, resident.n_bytes, left)
     if note:
         listen(progress.Note(note))
     return Prefetch(experts, hp.n_routed_experts, resident, left)
 
 
 class Prefetch(Observer):
-    """Prefetches the experts that the routers choose. Used by the engine's thread. Closes `resident`."""
+    """Prefetches the experts that the routers choose. It owns `resident`."""
 
     def __init__(self, experts: Sequence[TensorInfo], n_experts: int, resident: Resident, left: int) -> None:
-        """`experts` are the paged tensors of `n_experts` experts each. At most `left` bytes of a layer are
-        prefetched, since a long prompt may choose more experts than fit into memory.
+        """Register a callback for each layer. `experts` are the paged tensors, of `n_experts` experts each.
+
+        At most `left` bytes of a layer are prefetched, since a long prompt may choose more experts than fit
+        into memory.
         """
         super().__init__()
         self._resident = resident
@@ -92,7 +91,7 @@ class Prefetch(Observer):
         self._resident.close()
 
     def _fetch_chosen(self, experts: Sequence[TensorInfo], weights: int) -> None:
-        # This node is the first to read the chosen experts, so its source still has their ids.
+        # This node is the first that reads the ids of the chosen experts, so their memory is not reused yet.
         chosen = self._reader.view(tensors.source_of(weights, 1))
         self.fetch(experts, np.unique(chosen).tolist())
 

@@ -1,8 +1,8 @@
-"""Measures what a context of a model takes in memory, without reading weights or allocating buffers.
+"""Measures the memory of a context, without reading weights or allocating buffers.
 
-llama.cpp lays out a model and a context as it would for real (`no_alloc`) and logs their sizes; it has no C
-function that returns them. The probed file has the model's hyperparameters and tensor shapes but not its
-vocabulary, which is most of the time that a load of a header takes.
+With `no_alloc`, llama.cpp plans the buffers of a model and a context and logs their sizes. No C function
+returns the sizes. The probe is a file with the model's hyperparameters and tensor shapes, but without its
+vocabulary, which takes most of the time to load a header.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from dsmoe_local.model.gguf_writer import plan_gguf
 from dsmoe_local.model.hyperparameters import Hyperparameters
 
 MAX_MEASURED = 1 << 17
-"""Tokens. llama.cpp allocates its list of cells even in a probe; longer contexts are extrapolated."""
+"""The longest context, in tokens, that is measured. Longer ones are extrapolated, since llama.cpp allocates
+its list of cells even with `no_alloc`.
+"""
 
-# "  CUDA0 compute buffer size = 96.13 MiB"; a buffer type's name begins with its device's: "MTL0_Private".
+# "  CUDA0 compute buffer size = 96.13 MiB". A buffer type begins with its device's name: "MTL0_Private".
 _BUFFER = re.compile(r"(\S+) +(?:compute|output) buffer size = +([\d.]+) MiB")
 _CACHE = re.compile(r"\bsize = +([\d.]+) MiB \( *\d+ cells")
 _ROUNDING = 1 << 14  # the log has two decimals of a MiB
@@ -47,31 +49,34 @@ class BufferSizes:
 
 
 class Probe:
-    """A model file without vocabulary and weights, to measure contexts with. Removed by `close`."""
+    """A temporary model file without vocabulary and weights, to measure contexts with."""
 
     def __init__(self, file: GgufFile, hp: Hyperparameters) -> None:
-        """Write the file. `hp.n_experts_per_token` may differ from what `file` says."""
+        """Write the file. `hp.n_experts_per_token` may differ from the metadata of `file`."""
         self._hp = hp
-        self._folder = TemporaryDirectory(prefix="dsmoe-probe-")
-        # The model's own name, since llama.cpp's errors contain it.
-        self._path = Path(self._folder.name) / file.path.name
+        self._folder: TemporaryDirectory[str] | None = None
+        self._path = file.path
         try:
-            self._write(file)
+            self._folder = TemporaryDirectory(prefix="dsmoe-probe-")
+            # It has the model's file name, since llama.cpp's errors contain it.
+            path = Path(self._folder.name) / file.path.name
+            self._write(path, file)
+            self._path = path
         except OSError:
-            # The temporary folder is full, say. The model's own file does as well, but takes longer to read.
-            self._path = file.path
+            # There may be no temporary folder, or it is full. The model's own file only takes longer to read.
+            self.close()
 
-    def _write(self, file: GgufFile) -> None:
+    def _write(self, path: Path, file: GgufFile) -> None:
         metadata = {key: field for key, field in file.metadata.items() if not key.startswith("tokenizer.")}
         metadata["tokenizer.ggml.model"] = Field("none", GGUFValueType.STRING)
         metadata[f"{self._hp.architecture}.vocab_size"] = Field(self._hp.n_vocab, GGUFValueType.UINT32)
         plan = plan_gguf(metadata, list(file.tensors.values()))
-        with self._path.open("wb") as header:
+        with path.open("wb") as header:
             header.write(plan.header)
             header.truncate(plan.size)  # llama.cpp checks that every tensor is inside the file
 
     def open(self, placement: Placement | None = None) -> native.Model:
-        """Return a model to measure contexts of, placed on the CPU by default. Raises ModelLoadError."""
+        """Load the probe without weights, on the CPU unless `placement` is set. Raises ModelLoadError."""
         return native.Model(
             self._path,
             n_gpu_layers=placement.n_gpu_layers if placement else 0,
@@ -85,7 +90,8 @@ class Probe:
 
     def close(self) -> None:
         """Remove the file."""
-        self._folder.cleanup()
+        if self._folder is not None:
+            self._folder.cleanup()
 
     def __enter__(self) -> Self:
         return self
@@ -97,7 +103,7 @@ class Probe:
 def measure_context(
     model: native.Model, options: native.ContextOptions, devices: Sequence[str] = ()
 ) -> BufferSizes:
-    """Return what a context of a probed model would take. Buffers not on one of `devices` count as HOST.
+    """Return the sizes of a context of a probe. Buffers on other devices than `devices` count as HOST.
 
     Raises ModelLoadError if llama.cpp refuses the options or does not report the sizes.
     """
@@ -128,10 +134,10 @@ def _bytes(mebibytes: str) -> int:
 def sizes_by_context(
     model: native.Model, options_of: Callable[[int], native.ContextOptions]
 ) -> Callable[[int], BufferSizes]:
-    """Return a function from a context length to its sizes on the CPU. Each length is measured once.
+    """Return a function that returns the sizes on the CPU for a context length. It caches its results.
 
-    `options_of` gives the options for a context length. Lengths above MAX_MEASURED are extrapolated: by then
-    everything that depends on the length grows linearly.
+    `options_of` returns the options for a context length. Lengths above MAX_MEASURED are extrapolated: such
+    sizes are linear in the length.
     """
 
     @cache

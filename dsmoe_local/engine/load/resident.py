@@ -1,7 +1,7 @@
-"""Keeps the weights that every token reads in memory, if the model exceeds it, so that only experts are
-paged.
+"""Keeps the weights that every token reads in memory, so that only routed experts are paged.
 
-The pages are locked, or touched every second if the system forbids locking. `prefetch` handles the experts.
+For models that are larger than the memory. The pages are locked, or touched every second if the system
+forbids locking. `prefetch` handles the experts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ _PRIORITY = (
     Role.DENSE_FFN,
     Role.OUTPUT,
 )
-"""Roles of tensors that every token reads in full, the smallest first. It reads only one row of an embedding.
+"""The roles of tensors that every token reads completely, the smallest first. A token reads only one row of
+the embedding.
 """
 
 
@@ -51,7 +52,7 @@ class HostTensors:
 def host_tensors(tensors: Iterable[TensorInfo], hp: Hyperparameters, placement: Placement) -> HostTensors:
     """Return the tensors that `placement` puts in main memory.
 
-    The user's own overrides are ignored: tensors that they move are kept in memory needlessly.
+    Overrides of the user are ignored, so tensors that they move to a device are kept in memory too.
     """
     order = {role: index for index, role in enumerate(_PRIORITY)}
     if hp.tied_embeddings:
@@ -74,9 +75,8 @@ def host_tensors(tensors: Iterable[TensorInfo], hp: Hyperparameters, placement: 
 def plan_resident(tensors: Sequence[TensorInfo], budget: int) -> tuple[Range, ...]:
     """Return the pages of these tensors to keep in memory, at most three quarters of `budget` bytes.
 
-    They are in the order of the file.
+    They are in the order of the file. The rest is for experts, which would otherwise be evicted before use.
     """
-    # With less memory for experts, they would be evicted before they are used.
     left = budget * 3 // 4
     kept: list[Range] = []
     for tensor in tensors:
@@ -109,7 +109,7 @@ class Resident:
         self.n_locked = 0
         self._touched: list[Range] = []
         self._next_touch = 0.0
-        listen(progress.Started("reading what every token needs", self.n_bytes))
+        listen(progress.Started("reading the weights that every token needs", self.n_bytes))
         try:
             raise_lock_limit()
             for pages in ranges:
@@ -156,14 +156,15 @@ class Resident:
         self.file.close()
 
 
-def paging_note(path: Path, tensors: HostTensors, hp: Hyperparameters, resident: int, left: int) -> str:
-    """Return the note about what a token reads from disk and the speed to expect; "" if it reads nothing.
+def speed_note(path: Path, tensors: HostTensors, hp: Hyperparameters, resident: int, left: int) -> str:
+    """Return the note about the bytes that a token reads from disk and the speed limit; "" if it reads none.
 
     `resident`: bytes kept in memory. `left`: bytes of memory for experts.
     """
     n_bytes = tensors.expert_bytes
     per_token = n_bytes * hp.n_experts_per_token // max(1, hp.n_routed_experts)
-    paged = per_token * max(0, n_bytes - left) // max(1, n_bytes)  # if all experts are equally likely
+    # Assumes that all experts are equally likely.
+    paged = per_token * max(0, n_bytes - left) // max(1, n_bytes)
     paged += max(0, sum(tensor.n_bytes for tensor in tensors.always) - resident)
     if not paged:
         return ""
