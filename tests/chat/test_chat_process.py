@@ -87,7 +87,7 @@ def test_second_interruption_ends_an_engine_that_hangs() -> None:
         terminal.send(CTRL_C)
         terminal.wait_screen("Ctrl-C")
         terminal.send(CTRL_C)
-        terminal.wait_screen("error: the engine was ended")
+        terminal.wait_screen("error: the engine was killed")
         with pytest.raises(ProcessLookupError):
             os.kill(engine, 0)
         terminal.send(CTRL_D)

@@ -27,7 +27,7 @@ from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.load import fit, loaded_model, mapped_file, prefetch, resident
 from dsmoe_local.engine.load.mapped_file import MappedFile, Range, whole_pages
 from dsmoe_local.engine.load.placement import DeviceShare, Placement
-from dsmoe_local.engine.load.resident import Resident, host_tensors, speed_note, plan_resident
+from dsmoe_local.engine.load.resident import Resident, host_tensors, plan_resident, speed_note
 from dsmoe_local.engine.native import tensors
 from dsmoe_local.engine.types import ModelOptions, ObserverOptions, Request, SamplingParameters
 from dsmoe_local.model.gguf_model import read_model

@@ -181,7 +181,7 @@ class FakeEngine:
         for byte in answer:
             self._gate(done)
             if self._killed:
-                raise EngineKilledError("the engine was ended, since it did not answer")
+                raise EngineKilledError("the engine was killed because it did not answer")
             if self._cancelled[request.id]:
                 reason, ended_by = FinishReason.CANCELLED, None
                 break

@@ -59,12 +59,12 @@ class Model:
         self._place(parameters, devices, split, overrides)
         if n_experts_per_token is not None:
             self._override_active_experts(parameters, architecture, n_experts_per_token)
-        given_up = False
+        interrupted = False
 
         def report(fraction: float, _: object) -> bool:
-            nonlocal given_up
-            given_up = given_up or (progress is not None and not progress(fraction))
-            return not given_up
+            nonlocal interrupted
+            interrupted = interrupted or (progress is not None and not progress(fraction))
+            return not interrupted
 
         self._progress = lib.llama_progress_callback(report)
         parameters.progress_callback = self._progress
@@ -72,7 +72,7 @@ class Model:
         clear_log()
         self.handle = lib.llama_model_load_from_file(bytes(path), parameters)
         if not self.handle:
-            if given_up:
+            if interrupted:
                 raise InterruptedRunError("loading was interrupted")
             raise ModelLoadError(f"llama.cpp cannot load {safe_line(path.name)}", where=last_error())
         self.vocabulary = lib.llama_model_get_vocab(self.handle)

@@ -1,1 +1,1 @@
-"""Observers: they read graph nodes and logits while a model runs, and return summaries."""
+"""Observers, which read graph nodes and logits while a model runs and return summaries."""

@@ -1,6 +1,6 @@
-"""Observes the inputs of every weight matrix: their sums of squares by column, for each expert.
+"""Observes the inputs of weight matrices: the sum of squares of each column, separately for each expert.
 
-`evaluate.importance` makes importance matrices of them.
+`evaluate.importance` computes importance matrices from them.
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ _SHARED_INPUT: Mapping[str, str] = {
     "ffn_gate_shexp": "ffn_gate_inp",
     "ffn_up_shexp": "ffn_gate_inp",
 }
-"""Matrices that have the same input as another. Only that other one is watched."""
+"""Matrices that have the same input as another. Only the input of the other one is read."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Input:
-    """The input that some weights share: the number of vectors, shape (n_matrices,), and the sums of their
-    squares, shape (n_matrices, n_columns). Routed experts have a matrix each, all others one.
+    """An input that several weights share.
+
+    `counts` are the numbers of vectors, shape (n_matrices,), `sums` the sums of their squares, shape
+    (n_matrices, n_columns). Routed experts have a matrix for each expert, other weights have one.
     """
 
     weights: list[str]
@@ -43,8 +45,9 @@ class _Input:
 
 
 class ActivationObserver(Observer):
-    """Sums squares and counts vectors. After an aborted step its tokens count twice, in sums and counts
-    alike, so means stay right.
+    """Sums the squares of input vectors and counts the vectors.
+
+    The tokens of an aborted step are counted twice, in the sums and in the counts.
     """
 
     reads_graph = True
@@ -80,7 +83,7 @@ class ActivationObserver(Observer):
 
     def _take(self, known: _Input, tensor: int) -> None:
         source = tensors.source_of(tensor, 1)
-        # A tied embedding is also a lookup table: that node's input are token ids.
+        # A tied embedding is also read by the embedding lookup, whose input is token ids.
         if not tensors.is_float(source):
             return
         x = self._reader.view(source)[0, 0]
@@ -92,7 +95,7 @@ class ActivationObserver(Observer):
         ids = self._reader.view(tensors.source_of(tensor, 2))[0, 0]
         if not ids.size:
             return
-        # A token has either one input for all of its experts, or one for each.
+        # A token has either one input vector for all of its experts, or one for each.
         n_used = 1 if x.shape[1] > 1 else ids.shape[1]
         flat = ids.ravel()
         vectors, order = x.reshape(-1, x.shape[-1]), np.argsort(flat, kind="stable") // n_used
@@ -103,7 +106,7 @@ class ActivationObserver(Observer):
                 known.sums[expert] += _squares(vectors[order[end - counts[expert] : end]])
 
     def summary(self) -> Observation:
-        """Return for each input its weights, counts (n_matrices) and sums (n_matrices, n_columns)."""
+        """Return the weights, counts and sums of each input, with the shapes of _Input."""
         inputs: list[dict[str, Any]] = [
             {
                 "weights": known.weights,
@@ -116,6 +119,6 @@ class ActivationObserver(Observer):
 
 
 def _squares(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Return the sum of squares of each column. Not a matrix product: BLAS threads spin while they wait."""
+    """Return the sum of squares of each column. It uses no BLAS, whose threads spin while they wait."""
     result: npt.NDArray[np.float32] = np.einsum("tc,tc->c", x, x)
     return result

@@ -15,9 +15,9 @@ from dsmoe_local.model.hyperparameters import Hyperparameters
 
 
 class Dispatcher:
-    """Used by the engine's thread only.
+    """The observers of a loaded model. Only the engine's thread uses it.
 
-    `eval_callback` goes into the context's options and must outlive the context; it is None if no observer
+    `eval_callback` belongs into the context's options and must outlive the context. It is None if no observer
     reads the graph. `reads_logits` is true if an observer needs the logits of all scored prompt tokens.
     """
 
@@ -29,10 +29,10 @@ class Dispatcher:
         *,
         own: Sequence[Observer] = (),
     ) -> None:
-        """`own` are observers of the engine itself, without name and summary. They are closed with the rest.
+        """Create the observers. `own` are observers of the engine itself, without name and summary.
 
-        Raises UsageError for an unknown observer or parameter, or one that does not suit the model; FileError
-        and FormatError for an observer's file.
+        Raises UsageError for an unknown observer or parameter, or one that the model does not support;
+        FileError and FormatError for an observer's file. `own` are then closed too.
         """
         self._model = model
         self._hp = hp
@@ -62,9 +62,9 @@ class Dispatcher:
             self.eval_callback = tensors.eval_callback(self._visit)
 
     def successor(self, options: Sequence[ObserverOptions]) -> Dispatcher:
-        """Return a dispatcher with these observers and the engine's own ones. Call `retire` on this one next.
+        """Return a dispatcher with new observers and the engine's own ones. Call `retire` on this one next.
 
-        Raises what the constructor does; then this dispatcher stays in use.
+        Raises the errors of the constructor; this dispatcher then stays in use.
         """
         successor = Dispatcher(options, self._model, self._hp)
         try:
@@ -80,7 +80,7 @@ class Dispatcher:
         self.close()
 
     def before_step(self, rows: Sequence[Row]) -> None:
-        """Call before each decode. A step without `after_step` was aborted, or found no room in the cache."""
+        """Call the observers before a decode. If it fails or is aborted, `after_step` is not called."""
         # An error in an aborted step does not concern the requests of this one.
         self._failure = None
         observers = self._all
@@ -95,9 +95,9 @@ class Dispatcher:
     def after_step(
         self, rows: Sequence[Row], logits: StepLogits, scored: Sequence[Scored | None] = ()
     ) -> None:
-        """Call after each complete decode. `scored` has an entry per row, or none at all.
+        """Call the observers after a complete decode. `scored` has an entry per row, or is empty.
 
-        Raises the first exception that a callback raised during the step.
+        Raises the first exception that a graph callback raised during the step.
         """
         if self._failure is not None:
             failure, self._failure = self._failure, None
@@ -106,10 +106,10 @@ class Dispatcher:
             observer.after_step(rows, logits, scored)
 
     def summary(self, name: str) -> Observation:
-        """Return the summary of the observer with that name. EngineError if there is none."""
+        """Return the summary of an observer. Raises EngineError if there is none with that name."""
         observer = self._observers.get(name)
         if observer is None:
-            raise EngineError(f"no observer {name!r} was loaded")
+            raise EngineError(f"no observer {name!r} was loaded", remedy="load the model with it")
         return observer.summary()
 
     def close(self) -> None:
@@ -119,8 +119,9 @@ class Dispatcher:
                 last_to_first.callback(observer.close)
 
     def _visit(self, tensor: int, ask: bool, _: object) -> bool:
-        """The graph callback. llama.cpp calls it before each node (`ask`), and after each node it returned
-        True for.
+        """Call the callbacks of a graph node (see `tensors.eval_callback`).
+
+        Returns whether to stop after the node if `ask`, otherwise whether to continue.
         """
         try:
             if self._keys is not None and not self._weights and tensors.key_of(tensor) not in self._keys:
@@ -135,7 +136,7 @@ class Dispatcher:
         except BaseException as error:  # noqa: BLE001 - cannot pass through ctypes; raised after the step
             self._failure = self._failure or error
             self._nodes = self._weights = {}
-            # Before a node, True would stop there once more. After a node, False would cancel the graph.
+            # Before a node, False means not to stop after it. After a node, True continues the graph.
             return not ask
         return True
 
@@ -145,7 +146,7 @@ class Dispatcher:
 
 
 def _keys_of(nodes: Mapping[bytes, NodeCallback]) -> frozenset[int] | None:
-    """Return the keys of all names, or None if one of them has no key."""
+    """Return the keys of all names; None if a name is too short for a key."""
     keys = [tensors.key_of_name(name) for name in nodes]
     return frozenset(key for key in keys if key is not None) if None not in keys else None
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dsmoe_local.engine.native import Model, Row
 
 _MAX_NLL = 600.0  # exp(600) and its standard error still fit into a float
-_BLOCK_ROWS = 16  # so many rows of logits stay in the processor's cache: 410 KB each for a 16B model
+_BLOCK_ROWS = 16  # this many rows of logits fit into a CPU cache: 410 KB each for a 16B model
 
 
 def perplexity(nll: float) -> float:
@@ -36,7 +36,7 @@ class Moments:
     squares: float = 0.0
 
     def add(self, values: npt.NDArray[np.float64]) -> None:
-        """Add numbers."""
+        """Add the numbers in `values`."""
         self.count += len(values)
         self.total += float(values.sum())
         self.squares += float(np.square(values).sum())
@@ -77,7 +77,7 @@ class ScoredBlock:
 def scored_blocks(
     rows: Sequence[Row], logits: StepLogits, scored: Sequence[Scored | None]
 ) -> Iterator[ScoredBlock]:
-    """Yield the scored tokens of a step in blocks. NativeError if the logits are not finite."""
+    """Yield the scored tokens of a step in blocks. Raises NativeError if the logits are not finite."""
     start = 0
     for row, score in zip(rows, scored, strict=False):
         if score is not None:
@@ -121,7 +121,7 @@ class LogprobObserver(Observer):
             self._nll.add(-block.logprobs)
 
     def summary(self) -> Observation:
-        """Return sums of the negative log-likelihoods, and the perplexity with its standard error."""
+        """Return the count and the sums of negative log-likelihoods, and the perplexity with its error."""
         found = perplexity(self._nll.mean)
         return {
             "tokens": self._nll.count,

@@ -1,6 +1,6 @@
-"""The base class of observers: the graph nodes and logits that one reads, and its summary.
+"""The base class of observers.
 
-All methods run in the engine's thread, between and inside decode steps.
+All methods run in the engine's thread; callbacks of graph nodes run during a decode.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Scored(NamedTuple):
 
 
 class Observer:
-    """Does nothing; subclasses override what they need.
+    """An observer that does nothing. Subclasses override the methods that they need.
 
-    `nodes` maps exact names of graph nodes to callbacks; `weights` maps the name of the weight that a node
-    reads first. Both are looked up at every step, so an observer may replace them in `before_step`. An
-    observer with `nodes` or `weights` sets `reads_graph`. One with `reads_logits` gets the logits of all
-    scored prompt tokens.
+    `nodes` maps the names of graph nodes to callbacks. `weights` maps the names of weights to callbacks for
+    the nodes whose first source they are. Both are looked up at every step, so `before_step` may replace
+    them. An observer with `nodes` or `weights` sets `reads_graph`. One with `reads_logits` gets the logits of
+    all scored prompt tokens.
     """
 
     nodes: Mapping[bytes, NodeCallback]
@@ -52,10 +52,10 @@ class Observer:
         self.weights = {}
 
     def before_step(self, rows: Sequence[Row]) -> None:
-        """Called before a step. If the previous step was aborted, discard what was collected in it."""
+        """Prepare for a step. If the previous step was aborted, discard its data."""
 
     def after_step(self, rows: Sequence[Row], logits: StepLogits, scored: Sequence[Scored | None]) -> None:
-        """Called after a complete step. `scored` has one entry per row, or none at all."""
+        """Read the logits of a complete step. `scored` has one entry per row, or is empty."""
 
     def summary(self) -> Observation:
         """Return everything observed since loading."""

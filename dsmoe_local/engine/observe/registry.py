@@ -41,7 +41,7 @@ OBSERVERS: Mapping[str, Entry] = {
 
 
 def _entry(option: ObserverOptions) -> Entry:
-    """Return the table entry of an observer. Raises UsageError if there is none."""
+    """Return the table entry of an observer. Raises UsageError if its module or name is unknown."""
     known = OBSERVERS
     if option.module is not None:
         try:
@@ -61,7 +61,7 @@ def check_observers(options: Sequence[ObserverOptions]) -> None:
     for option in options:
         entry = _entry(option)
         if names.count(option.name) > 1:
-            raise UsageError(f"the observer {option.name} is given twice")
+            raise UsageError(f"the observer {option.name} is given twice", remedy="give it once")
         _check_parameters(option, entry)
 
 
@@ -77,7 +77,7 @@ def _check_parameters(option: ObserverOptions, entry: Entry) -> None:
         if given.count(name) > 1 or type(value) is not wanted:
             raise UsageError(
                 f"{option.name}: {name} = {safe_line(str(value), 40)} is not valid",
-                remedy=f"it takes one value of the type {wanted.__name__}",
+                remedy=f"give one value of the type {wanted.__name__}",
             )
     for name in entry.required:
         if name not in given:
@@ -91,8 +91,9 @@ def make_observer(option: ObserverOptions, model: Model, hp: Hyperparameters) ->
 
 
 def n_outputs(options: Sequence[ObserverOptions], n_ubatch: int, n_sequences: int) -> int:
-    """Return how many rows of logits a step may have: one for each sequence, or for each token if an observer
-    scores prompts.
+    """Return the largest number of rows of logits in a step.
+
+    That is one for each sequence, or one for each token if an observer reads the logits of prompts.
     """
     scores = any(_entry(option).kind.reads_logits for option in options)
     return max(n_ubatch, n_sequences) if scores else n_sequences

@@ -1,7 +1,7 @@
-"""Observes the routers: which experts are chosen, their probabilities, and the norms of their outputs.
+"""Observes the routers: the chosen experts, their probabilities, and the norms of their outputs.
 
-Choices and probabilities are read for every token. Entropy and norms are sampled, for about one token in
-eight: each of them stops the graph once more in every layer.
+The chosen experts and their probabilities are read for every token. Router entropy and norms are read for
+about one token in eight, since each of them stops the graph once more in every layer.
 """
 
 from __future__ import annotations
@@ -23,20 +23,24 @@ from dsmoe_local.engine.types import Observation
 from dsmoe_local.model.hyperparameters import Hyperparameters
 
 SAMPLED = 8
-"""Entropy and norms are computed for one token in so many."""
+"""Entropy and norms are computed for one of this many tokens."""
 MAX_TRACE = 4096
 
 _LONG_STEP = 64
-"""In a step of so many tokens every SAMPLED-th token is sampled; of shorter steps, every SAMPLED-th step."""
-_COUNTED_AT_ONCE = 512
+"""In a step of this many tokens or more, every SAMPLED-th token is sampled. Otherwise all tokens of every
+SAMPLED-th step are sampled.
+"""
+_COUNTED_AT_ONCE = 512  # entries of `_complete`
 _TINY = np.float32(1e-30)
 
 Array = npt.NDArray[Any]
 
 
 class _Chosen(NamedTuple):
-    """The choices of one layer for the tokens of a ubatch, as bytes: all experts sorted by probability
-    (int32), and the probabilities of the chosen ones (float32).
+    """The choices of one layer for the tokens of a ubatch.
+
+    `order` are all experts sorted by probability (int32), `mass` the probabilities of the chosen ones
+    (float32).
     """
 
     layer: int
@@ -58,14 +62,16 @@ class _Traced:
 
 
 class RoutingObserver(Observer):
-    """`trace` is how many tokens of the last reply to keep, if no other was decoded beside it."""
+    """Counts the choices of routers. Keeps a trace of the last `trace` tokens of a reply decoded alone."""
 
     reads_graph = True
 
     def __init__(self, model: Model, hp: Hyperparameters, *, trace: int = 0) -> None:
         super().__init__()
         if not hp.is_moe:
-            raise UsageError("routing: the model is dense, it has no experts")
+            raise UsageError(
+                "routing: the model is dense, it has no experts", remedy="leave the observer out"
+            )
         if not 0 <= trace <= MAX_TRACE:
             raise UsageError(f"routing: trace = {trace} is out of range", remedy=f"it takes 0 to {MAX_TRACE}")
         self._first, self._n_layers, self._n_experts = hp.n_dense_layers, hp.n_moe_layers, hp.n_routed_experts
@@ -80,7 +86,7 @@ class RoutingObserver(Observer):
         self._n_steps = 0
         self._stride = 1
         self._reader = tensors.Reader()
-        # `_complete` are choices of earlier steps that are not counted yet, the others belong to this step.
+        # `_complete` are the choices of earlier steps that are not counted yet. The rest is of this step.
         self._chosen: list[_Chosen] = []
         self._complete: list[_Chosen] = []
         self._probabilities: list[tuple[int, Array]] = []
@@ -117,10 +123,11 @@ class RoutingObserver(Observer):
         self.nodes = self._full if long or self._n_steps % SAMPLED == 0 else self._plain
         self._n_steps += 1
 
-    # The callbacks below only copy: between nodes the caches are full of weights, and Python is slow.
+    # The callbacks only copy data: during a graph, the CPU caches are full of weights and Python is slow.
 
     def _take_choices(self, layer: int, tensor: int) -> None:
-        # This node reads the ids, so their memory is not reused yet. They are the first columns of the order.
+        # This node reads the ids, so their memory is not reused yet. They are the first columns of the sorted
+        # experts.
         n_tokens, order = self._reader.copy_rows(tensors.source_of(tensor, 1))
         n_used = tensors.size_of(tensor, 1)
         mass = self._reader.copy_bytes(tensor, 4 * n_used * n_tokens)
@@ -179,7 +186,7 @@ class RoutingObserver(Observer):
             self._contributions[name][layer] += np.sqrt(squares).sum()
 
     def _extend_trace(self, rows: Sequence[Row]) -> None:
-        # With several rows in a step the choices cannot be assigned to their sequences.
+        # If a step has several rows, the choices cannot be assigned to sequences.
         if len(rows) != 1 or len(rows[0].token_ids) != 1 or len(self._chosen) != self._n_layers:
             self._trace.clear()
             return

@@ -1,1 +1,1 @@
-"""The engine in a child process: the host in the child, the client in the caller, and their protocol."""
+"""An engine in a child process: the client in the parent, the host in the child, and their protocol."""

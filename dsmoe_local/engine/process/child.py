@@ -1,7 +1,7 @@
-"""One child process with one engine, as the client sees it: start, messages, end.
+"""The client's side of one child process: its start, messages and end.
 
-It has three threads. The reader starts the process, reads messages and delivers events. The sender writes
-frames, so that Ctrl-C in a caller cannot cut one in half. The third reads the log.
+There are three threads. The reader starts the process, reads messages and delivers events. The sender writes
+frames, so that Ctrl-C in a caller cannot leave half a frame. The third thread reads the log.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ class _Running:
 
 
 class Child:
-    """A process with a loaded model.
+    """A child process with a loaded model.
 
-    `failure` is the reason why the process ended, once it has. A process that replaces it gets `options`.
+    `failure` is set to the reason when the process ends. `options` are used to start its replacement.
     """
 
     def __init__(self, options: ModelOptions, log: LogKeeper, listen: progress.Listener) -> None:
@@ -80,7 +80,7 @@ class Child:
         self.info: ModelInfo
         self._log = log
         self._listen = listen
-        self._verdict: EngineError | None = None
+        self._kill_reason: EngineError | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._spawned = threading.Event()
         self._loaded = threading.Event()
@@ -90,7 +90,7 @@ class Child:
         self._numbers = itertools.count(1)
         self._running: dict[int, _Running] = {}
         self._by_id: dict[str, _Running] = {}
-        self._ignored: set[int] = set()  # requests whose receiver failed; more events may arrive
+        self._ignored: set[int] = set()  # requests whose `deliver` raised; more events may arrive
         self._calls: dict[int, _PendingCall] = {}
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._run, name="dsmoe-client", daemon=True)
@@ -104,8 +104,10 @@ class Child:
         listen: progress.Listener,
         stopped: Callable[[], bool],
     ) -> Self:
-        """Start a process and load the model there. The process is killed if `stopped` returns True or if
-        this call is interrupted.
+        """Start a process and load the model in it.
+
+        If `stopped` returns True or the call is interrupted, the process is killed. `factory` is that of
+        `EngineClient.load`. Raises the errors of the load, and InterruptedRunError.
         """
         frame = wire.pack(("load", factory, wire.to_plain(options)))
         if stopped():
@@ -166,7 +168,7 @@ class Child:
     def call(
         self, method: Callable[Concatenate[TextEngine, P], T], /, *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """Call a method of TextEngine that is in `wire.CALLS`. Raises ChildEndedError and what it raises."""
+        """Call a method of TextEngine that is in `wire.CALLS`. Raises its errors and ChildEndedError."""
         name = method.__name__
         arguments = dict(zip(wire.CALLS[name], args, strict=False)) | kwargs
         number = next(self._numbers)
@@ -183,35 +185,35 @@ class Child:
         return answer
 
     def _check_alive(self) -> None:
-        if self.over is not None:
-            raise ChildEndedError(copy.copy(self.over))
+        if self.end_reason is not None:
+            raise ChildEndedError(copy.copy(self.end_reason))
 
     # The end of the process.
 
     @property
-    def over(self) -> EngineError | None:
-        """The reason why the process accepts no more calls; None while it does."""
-        return self.failure or self._verdict
+    def end_reason(self) -> EngineError | None:
+        """The reason why the process accepts no more calls; None while it accepts calls."""
+        return self.failure or self._kill_reason
 
-    def condemn(self, verdict: EngineError) -> None:
-        """Kill the process without waiting. Running requests and calls end with `verdict`.
+    def kill_for(self, reason: EngineError) -> None:
+        """Kill the process without waiting. Running requests and calls end with `reason`.
 
         Takes no lock: signal handlers may call it.
         """
-        self._verdict = self._verdict or verdict
+        self._kill_reason = self._kill_reason or reason
         if self._process is not None:
             self._process.kill()
 
     def close(self) -> None:
         """Ask the process to end its requests and exit. Kill it if it does not."""
-        self._verdict = self._verdict or EngineError("the engine is closed")
+        self._kill_reason = self._kill_reason or EngineError("the engine is closed")
         self._outbox.put(wire.pack(("close",)))
         self._join(_EXIT_SECONDS)
         self.kill()
 
     def kill(self) -> None:
         """Kill the process if it is running, and reap it."""
-        self._verdict = self._verdict or EngineError("the engine is closed")
+        self._kill_reason = self._kill_reason or EngineError("the engine is closed")
         if self._reader.ident is None:
             return  # `load` was interrupted before it started the thread
         self._spawned.wait()
@@ -226,7 +228,7 @@ class Child:
     # The reader's thread.
 
     def _run(self) -> None:
-        """Start the process and read until it ends. Linux kills it when the thread that started it ends."""
+        """Start the process and read until it ends. On Linux, it is killed when this thread ends."""
         try:
             self._process, channel = spawn_engine()
         except BaseException as error:  # noqa: BLE001 - raised again by `load`
@@ -241,7 +243,7 @@ class Child:
             self._reap(self._process, at_once=True)
             self._outbox.put(None)
             what = f"internal error in the engine's client: {type(error).__name__}: {error}"
-            failure = self._verdict or broken_error(what, error, self._log.lines(), "try again")
+            failure = self._kill_reason or broken_error(what, error, self._log.lines(), "try again")
         self._end(failure)
 
     def _attend(self, process: subprocess.Popen[bytes], channel: socket.socket) -> EngineError:
@@ -264,7 +266,7 @@ class Child:
         return self._reason(status, garbled)
 
     def _read(self, source: wire.Source) -> Exception | None:
-        """Handle messages until the end. Returns the error if a message is malformed."""
+        """Handle messages until the socket is closed. Returns the error if a message is malformed."""
         try:
             while (message := wire.receive(source)) is not None:
                 kind, *arguments = message
@@ -281,14 +283,14 @@ class Child:
             if not at_once:
                 return process.wait(_EXIT_SECONDS)
         except subprocess.TimeoutExpired:
-            # It closed the socket but keeps running.
+            # It closed the socket but is still running.
             pass
         process.kill()
         return process.wait()
 
     def _reason(self, status: int, garbled: Exception | None) -> EngineError:
-        if self._verdict is not None:
-            return self._verdict
+        if self._kill_reason is not None:
+            return self._kill_reason
         log = self._log.lines()
         if garbled is None:
             return crash_error(status, log, loading=not self._loaded.is_set())
@@ -314,7 +316,7 @@ class Child:
         event = wire.progress_from_plain(value)
         try:
             self._listen(event)
-        except Exception as error:  # noqa: BLE001 - the listener's own, raised again by `load`
+        except Exception as error:  # noqa: BLE001 - an error of the listener, raised again by `load`
             self._load_failure = error
             self._loaded.set()
 
@@ -327,7 +329,7 @@ class Child:
         self._loaded.set()
 
     def _take_answer(self, number: int, value: wire.Plain) -> None:
-        # A malformed answer raises here: the call stays pending and ends with the process.
+        # A malformed answer raises here. The call then ends with the process.
         answer: object = wire.from_plain(self._calls[number].kind, value)
         self._answer(number, answer)
 
@@ -349,7 +351,7 @@ class Child:
                 self._deliver(running, wire.event_from_plain(running.request_id, event))
             else:
                 end = None if event[1] is None else wire.error_from_plain(event[1])
-                # Removed first, since the receiver may start a request with the same id.
+                # Remove it first, since `deliver` may start a request with the same id.
                 self._remove(running)
                 self._deliver(running, end)
 
@@ -359,7 +361,7 @@ class Child:
             del self._by_id[running.request_id]
 
     def _deliver(self, running: _Running, item: TokenEvent | BaseException | None) -> None:
-        """Pass an event to the caller. If the caller's function fails, only its own request is cancelled."""
+        """Pass an event to the caller. If `deliver` raises, only its own request is cancelled."""
         try:
             running.deliver(item)
         except Exception:  # noqa: BLE001 - reported like an uncaught exception of a thread
@@ -381,7 +383,7 @@ _TAKE: dict[str, Callable[..., None]] = {
 
 
 def _send(channel: socket.socket, outbox: queue.SimpleQueue[bytes | None]) -> None:
-    """Write frames to the process until None comes: the sender's thread."""
+    """Write frames from `outbox` until one is None. This is the sender's thread."""
     try:
         while (frame := outbox.get()) is not None:
             channel.sendall(frame)
@@ -390,6 +392,6 @@ def _send(channel: socket.socket, outbox: queue.SimpleQueue[bytes | None]) -> No
 
 
 def _keep(source: BinaryIO, log: LogKeeper) -> None:
-    """Read the process's log: the third thread."""
+    """Read the log of the process. This is the third thread."""
     with source:
         log.read(source)

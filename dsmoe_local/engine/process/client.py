@@ -1,6 +1,7 @@
-"""An engine in a child process, with the interface of one in this process. A crash becomes an exception.
+"""An engine in a child process. A crash of the process becomes an exception.
 
-Imports neither llama.cpp nor numpy. `child` is one process, `host` runs in it, `wire` is their protocol.
+It imports neither llama.cpp nor numpy. `child` manages one process, `host` runs in it, `wire` is the
+protocol.
 """
 
 from __future__ import annotations
@@ -39,17 +40,17 @@ NATIVE = "dsmoe_local.engine.engine:load_with_log"
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    """A call that may have to load the model first. `given_up`: stop that load, or do not begin it.
+    """A call that may have to load the model first. `cancelled`: stop that load, or do not begin it.
 
-    A plain attribute instead of an Event: a signal handler sets it, and `Event.set` takes a lock that the
-    interrupted code may hold.
+    It is not an Event: a signal handler sets it, and `Event.set` takes a lock that the interrupted code may
+    hold.
     """
 
-    given_up: bool = False
+    cancelled: bool = False
 
     def check(self) -> None:
-        """Raise InterruptedRunError if the call was given up."""
-        if self.given_up:
+        """Raise InterruptedRunError if the call was cancelled."""
+        if self.cancelled:
             raise interrupted_load()
 
 
@@ -57,13 +58,11 @@ class EngineClient:
     """A loaded model in a child process. Create it with `EngineClient.load` and close it, or use it as a
     context manager.
 
-    When the child dies, all running requests end with EngineCrashError. The next call that needs a child (see
-    ReloadableEngine) loads the model in a new one. What observers had collected is lost.
+    When the child dies, all running requests end with EngineCrashError, and the data of observers are lost.
+    The next call that needs a child (see ReloadableEngine) loads the model in a new one.
     """
 
-    def __init__(
-        self, options: ModelOptions, stop: threading.Event, log_file: Path | None, factory: str
-    ) -> None:
+    def __init__(self, stop: threading.Event, log_file: Path | None, factory: str) -> None:
         self._stop = stop
         self._factory = factory
         self._log = LogKeeper(log_file)
@@ -72,7 +71,7 @@ class EngineClient:
         self._starting = threading.Lock()
         self._child: Child | None = None
         self._crashes = 0
-        # All calls in progress, and by request id those that start a request.
+        # `_calls` are all calls in progress; `_starts` those that start a request, by its id.
         self._numbers = itertools.count()
         self._calls: dict[int, _Call] = {}
         self._starts: dict[str, _Call] = {}
@@ -93,7 +92,7 @@ class EngineClient:
         of the child's log are appended to `log_file`. `factory` names the function that loads the engine in
         the child, as `module:function`; the default is NATIVE.
         """
-        client = cls(options, stop or threading.Event(), log_file, factory or NATIVE)
+        client = cls(stop or threading.Event(), log_file, factory or NATIVE)
         try:
             client._child = client._start_child(options, listen, _Call())
         except BaseException:
@@ -114,13 +113,13 @@ class EngineClient:
 
     @property
     def alive(self) -> bool:
-        """Whether the process is running (see ReloadableEngine)."""
+        """True if the process is running (see ReloadableEngine)."""
         child = self._child
-        return child is not None and child.over is None and not self._closing.is_set()
+        return child is not None and child.end_reason is None and not self._closing.is_set()
 
     @property
     def crashes(self) -> int:
-        """How often a process has died and was replaced."""
+        """The number of processes that crashed or were killed and have been replaced."""
         return self._crashes
 
     @property
@@ -133,16 +132,16 @@ class EngineClient:
         return EventStream(self.start, request)
 
     def start(self, request: Request, deliver: Deliver) -> Ticket:
-        """Generate without waiting (see TextEngine), except for a load after a crash.
+        """Start to generate a reply (see TextEngine). Only waits for the load after a crash.
 
-        Raises InterruptedRunError if the request is cancelled, or `stop` of `load` is set, during that load.
-        Errors of the engine are delivered.
+        Raises InterruptedRunError if, during that load, the request is cancelled or the `stop` of `load` is
+        set. Errors of the engine are delivered.
         """
         with self._call() as call:
             self._starts[request.id] = call
             try:
                 ticket = self._ask(lambda child: child.start(request, deliver), call)
-                if call.given_up:
+                if call.cancelled:
                     ticket.cancel()
                 return ticket
             finally:
@@ -152,13 +151,13 @@ class EngineClient:
         """End a request (see TextEngine). Signal handlers may call it."""
         call = self._starts.get(request_id)
         if call is not None:
-            call.given_up = True
+            call.cancelled = True
         if self._child is not None:
             self._child.cancel(request_id)
 
     def cancel_all(self) -> None:
         """Cancel all requests and loads (see ReloadableEngine)."""
-        self._give_up_all()
+        self._cancel_calls()
         if self._child is not None:
             self._child.cancel_all()
 
@@ -190,7 +189,7 @@ class EngineClient:
             raise
 
     def load_cache(self, path: Path, token_ids: tuple[int, ...]) -> int:
-        """Load a file of `save_cache` (see TextEngine). Returns 0 if the process dies of it."""
+        """Load a file of `save_cache` (see TextEngine). Returns 0 if this crashes the process."""
         try:
             return self._ask_engine(TextEngine.load_cache, path.absolute(), token_ids)
         except EngineKilledError:
@@ -215,14 +214,14 @@ class EngineClient:
             self._ask(exchange, call)
 
     def observe(self, name: str) -> Observation:
-        """Return what the observer with that name has collected (see TextEngine).
+        """Return the summary of an observer (see TextEngine).
 
         Raises EngineCrashError if the process has died.
         """
         try:
             return self._latest().call(TextEngine.observe, name)
-        except ChildEndedError as over:
-            raise over.failure from None
+        except ChildEndedError as ended:
+            raise ended.failure from None
 
     def log(self) -> tuple[str, ...]:
         """Return the child's latest log lines, safe to print. They are kept until the child is replaced."""
@@ -235,18 +234,18 @@ class EngineClient:
         stop: threading.Event | None = None,
     ) -> None:
         """Load another model, or the same one with other options (see ReloadableEngine)."""
-        with self._call() as call, self._turn_to_start(call):
+        with self._call() as call, self._start_lock(call):
             self._latest().close()
             # If the new load fails, the closed child stays, and the next request loads its model again.
             self._child = self._start_child(options, listen, call, stop)
 
     def kill(self) -> None:
-        """Kill the process and stop all loads (see ReloadableEngine)."""
-        self._give_up_all()
+        """Kill the process and cancel all loads (see ReloadableEngine)."""
+        self._cancel_calls()
         if self._child is not None:
-            self._child.condemn(
+            self._child.kill_for(
                 EngineKilledError(
-                    "the engine was ended, since it did not answer",
+                    "the engine was killed because it did not answer",
                     remedy="the next message loads the model again",
                 )
             )
@@ -280,14 +279,14 @@ class EngineClient:
         finally:
             del self._calls[number]
 
-    def _give_up_all(self) -> None:
-        """Stop the loads of all calls. Takes no lock, since signal handlers call it."""
+    def _cancel_calls(self) -> None:
+        """Cancel the loads of all calls. Takes no lock, since signal handlers call it."""
         for call in list(self._calls.values()):
-            call.given_up = True
+            call.cancelled = True
 
     @contextmanager
-    def _turn_to_start(self, call: _Call) -> Iterator[None]:
-        """Wait for the right to start a child and hold it. Raises InterruptedRunError if given up."""
+    def _start_lock(self, call: _Call) -> Iterator[None]:
+        """Hold the lock for starting a child. Raises InterruptedRunError if `call` is cancelled meanwhile."""
         while not self._starting.acquire(timeout=POLL):
             call.check()
         try:
@@ -306,22 +305,22 @@ class EngineClient:
     def _ask(self, ask: Callable[[Child], T], call: _Call) -> T:
         """Pass a running child to `ask`. If it dies before the call is sent, try once more with a new one."""
         try:
-            return ask(self._living(call))
+            return ask(self._running_child(call))
         except ChildEndedError:
             pass
         try:
-            return ask(self._living(call))
-        except ChildEndedError as over:
-            raise over.failure from None
+            return ask(self._running_child(call))
+        except ChildEndedError as ended:
+            raise ended.failure from None
 
-    def _living(self, call: _Call) -> Child:
+    def _running_child(self, call: _Call) -> Child:
         """Return the child, or a new one with the same options if it has died."""
         child = self._latest()
-        if child.over is None:
+        if child.end_reason is None:
             return child
-        with self._turn_to_start(call):
+        with self._start_lock(call):
             child = self._latest()
-            if child.over is None:
+            if child.end_reason is None:
                 return child
             # Two models at once may exceed the memory.
             child.kill()
@@ -330,7 +329,7 @@ class EngineClient:
             except InterruptedRunError:
                 self._latest()
                 raise
-            self._crashes += isinstance(child.over, EngineCrashError)
+            self._crashes += isinstance(child.end_reason, EngineCrashError)
             return self._child
 
     def _start_child(
@@ -340,9 +339,9 @@ class EngineClient:
         call: _Call,
         stop: threading.Event | None = None,
     ) -> Child:
-        ends = [self._stop, self._closing, *([] if stop is None else [stop])]
+        events = [self._stop, self._closing, *([] if stop is None else [stop])]
 
         def stopped() -> bool:
-            return call.given_up or any(end.is_set() for end in ends)
+            return call.cancelled or any(event.is_set() for event in events)
 
         return Child.load(options, self._factory, self._log, listen, stopped)

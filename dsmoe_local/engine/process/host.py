@@ -1,7 +1,7 @@
-"""The engine's process: `python -m dsmoe_local.engine.process.host SOCKET PARENT`, started by `child`.
+"""The main module of the engine's process: `python -m dsmoe_local.engine.process.host SOCKET PARENT`.
 
-Serves one engine to one client over an inherited socket: load, start, cancel, calls, close. Exits when the
-client closes the socket or dies.
+`child` starts it. It serves one engine to one client over an inherited socket, and exits when the client
+closes the socket or dies.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _PR_SET_PDEATHSIG = 1
 
 @runtime_checkable
 class _StepEngine(Protocol):
-    """An engine that calls back after the events of a step are delivered, and if its thread fails."""
+    """An engine with the callbacks of `Engine`."""
 
     after_step: Callable[[], None] | None
     on_fault: Callable[[BaseException], None] | None
 
 
 class _Outbox:
-    """Sends messages to the client. With `by_step`, `flush` sends the events of a step together."""
+    """Sends messages to the client. If `by_step`, events are collected until `flush`."""
 
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
@@ -53,7 +53,7 @@ class _Outbox:
             self._write(frame)
 
     def put(self, event: wire.Plain, *, last: bool) -> None:
-        """Send an event of a request, or collect it. `last`: it is the last one, so send it at once."""
+        """Send an event of a request, or collect it if `by_step` and not `last`."""
         with self._lock:
             self._events.append(event)
         if last or not self.by_step:
@@ -74,7 +74,7 @@ class _Outbox:
             self._write(frame)
 
     def _sendable(self, events: list[wire.Plain]) -> list[wire.Plain]:
-        """Drop events that cannot be encoded, such as one with NaN. Their requests end with that error."""
+        """Drop events that cannot be encoded, such as those with NaN. Their requests end with the error."""
         sendable: list[wire.Plain] = []
         for event in events:
             number = event[0]
@@ -99,15 +99,15 @@ class _Outbox:
 class _Host:
     """One engine and its client.
 
-    The main thread reads messages, and starts and cancels requests, which never blocks. Loading, closing and
-    each call run in a thread of their own, so that a request can be cancelled at any time. Events are sent
-    from the engine's thread.
+    The main thread reads messages, and starts and cancels requests, which does not block. Loading, closing
+    and each call run in separate threads, so that a request can be cancelled at any time. The engine's thread
+    sends events.
     """
 
     def __init__(self, channel: socket.socket) -> None:
         self._incoming = channel.makefile("rb")
         self._outbox = _Outbox(channel)
-        self._calls: dict[int, threading.Thread] = {}  # those that are not answered yet
+        self._calls: dict[int, threading.Thread] = {}  # the calls that are not answered yet
         self._engine: TextEngine | None = None
         # Protects the requests, which the main thread adds and the engine's thread removes.
         self._lock = threading.Lock()
@@ -141,7 +141,7 @@ class _Host:
             self._deliver(number, error)
             return
         with self._lock:
-            if number in self._requests:  # otherwise it is over already
+            if number in self._requests:  # otherwise it has already ended
                 self._requests[number] = ticket
 
     def _take_cancel(self, number: int) -> None:
@@ -151,7 +151,7 @@ class _Host:
 
     def _take_call(self, number: int, what: str, argument: wire.Plain) -> None:
         if not self._stop.is_set():
-            # Registered first: the thread removes itself.
+            # Register it first, since the thread removes itself.
             self._calls[number] = thread = _thread(self._answer, number, what, argument)
             thread.start()
 
@@ -168,7 +168,7 @@ class _Host:
             if isinstance(engine, _StepEngine):
                 self._outbox.by_step = True
                 engine.after_step = self._outbox.flush
-                # A failure of the engine's thread concerns all requests: they end with the process.
+                # If the engine's thread fails, all requests end with the process.
                 engine.on_fault = _fail
             self._engine = engine
             self._outbox.send("loaded", wire.to_plain(engine.info))
@@ -193,7 +193,7 @@ class _Host:
         except BaseException as error:  # noqa: BLE001 - raised again in the client
             self._outbox.send("refusal", number, _error_to_plain(error))
         finally:
-            self._calls.pop(number, None)  # a broken client may use a number twice
+            self._calls.pop(number, None)  # no KeyError if a faulty client uses a number twice
 
     def _close(self) -> None:
         if self._loading is not None:
@@ -230,7 +230,7 @@ def _error_to_plain(error: BaseException) -> wire.Plain:
 
 
 def _die_with(parent: int) -> None:
-    """Ask Linux to kill this process when the parent dies, even if another process keeps our socket open."""
+    """Let Linux kill this process when the parent dies, even if another process keeps the socket open."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
@@ -238,13 +238,13 @@ def _die_with(parent: int) -> None:
 
 
 def _exit() -> NoReturn:
-    """Exit without the interpreter's clean-up, in which destructors of native libraries may crash."""
+    """Exit without the interpreter's clean-up, since destructors of native libraries may crash in it."""
     sys.stderr.flush()
     os._exit(0)
 
 
 def _fail(error: BaseException | None) -> NoReturn:
-    """End the process after a thread failed, since requests would wait for that thread for ever."""
+    """End the process after an error in a thread, since requests would wait for that thread forever."""
     traceback.print_exception(error)
     sys.stderr.flush()
     os._exit(1)

@@ -1,9 +1,10 @@
-"""Keeps the log of the engine's process: the last lines in memory, all lines in a file on request."""
+"""Collects the log of the engine's process: the last lines in memory, and optionally all in a file."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
@@ -15,12 +16,10 @@ _MAX_LINE = 2000  # bytes; longer lines are split, so that a line without end ca
 
 
 class LogKeeper:
-    """The log of one child after another, with lines made safe to print.
-
-    Raises FileError if the file cannot be opened.
-    """
+    """The log of a child process and its replacements, with lines made safe to print."""
 
     def __init__(self, path: Path | None) -> None:
+        """Open the file at `path` to append all lines. Raises FileError."""
         self._lines: deque[str] = deque(maxlen=_KEPT)
         self._lock = threading.Lock()
         self._file: TextIO | None = None
@@ -49,12 +48,15 @@ class LogKeeper:
             try:
                 self._file.write(line)
             except OSError as error:
-                # Reading goes on, or the engine would block on a full pipe.
+                # Continue to read, or the engine would block on a full pipe.
                 self._stop_writing(error)
 
     def _stop_writing(self, error: OSError) -> None:
         self._lines.append(f"the log file cannot be written: {error.strerror}")
-        self._file = None
+        if self._file is not None:
+            with suppress(OSError):  # closing writes the buffer again, which is expected to fail
+                self._file.close()
+            self._file = None
 
     def lines(self) -> tuple[str, ...]:
         """Return the last few hundred lines."""

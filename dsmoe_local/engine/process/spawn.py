@@ -1,4 +1,4 @@
-"""Starts child processes with a socket to them, and explains how the engine's process ended."""
+"""Starts child processes with a socket to them, and creates the errors for how they ended."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _CRASH_LINES = 20
 _INTERRUPTED = "failed to decode, ret = 2"  # llama.cpp's message for a cancelled step, never a cause
 
 _REMEDIES = {
-    "SIGKILL": "perhaps memory ran out: try a smaller context (-c), a smaller model, or close other programs",
-    "SIGBUS": "the model's file was cut short, or its disk cannot be read",
+    "SIGKILL": "memory may have run out: use a smaller context (-c) or model, or close other programs",
+    "SIGBUS": "the model's file was truncated, or its disk cannot be read: check the file with dsmoe inspect",
     "SIGILL": "llama.cpp was built for another CPU: build it on this machine",
 }
 
@@ -32,35 +32,36 @@ def start_process(
     environment: Mapping[str, str],
     output: int = subprocess.DEVNULL,
 ) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """Run a module of ours in a new process. Its first argument is the descriptor of a socket to us.
+    """Run a module in a new Python process that is connected by a socket.
 
-    `output` is where stdout and stderr go. Returns the process and our end of the socket. Raises EngineError,
-    which names the `purpose`, if the process cannot be started.
+    The module's first argument is the descriptor of its end of the socket, followed by `arguments`. `output`
+    receives stdout and stderr. Returns the process and the parent's end of the socket. Raises EngineError,
+    whose text begins with `purpose`, if the process cannot be started.
     """
-    ours, theirs = socket.socketpair()
-    with theirs:
+    parent_end, child_end = socket.socketpair()
+    with child_end:
         try:
             process = subprocess.Popen(
                 # -P: modules in the current folder must not be imported.
-                [sys.executable, "-P", "-m", module, str(theirs.fileno()), *arguments],
+                [sys.executable, "-P", "-m", module, str(child_end.fileno()), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[child_end.fileno()],
                 env=environment,
                 # Ctrl-C in a terminal must reach only the parent.
                 start_new_session=True,
             )
         except OSError as error:
-            ours.close()
+            parent_end.close()
             raise EngineError(f"{purpose} cannot be started: {error.strerror}") from error
-    return process, ours
+    return process, parent_end
 
 
 def spawn_engine() -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """Start a host, whose log is its stdout, and return it with our end of its socket.
+    """Start the engine's process. Its log is its stdout. Return it and the parent's end of its socket.
 
-    On Linux the kernel kills it when the calling *thread* ends. Raises EngineError.
+    On Linux the kernel kills the process when the calling thread ends. Raises EngineError.
     """
     return start_process(
         _HOST,
@@ -90,15 +91,15 @@ def set_up_child() -> None:
 
 
 def crash_error(status: int, log: tuple[str, ...], *, loading: bool) -> EngineCrashError:
-    """Return the error for an engine process that ended with that Popen status and log."""
+    """Return the error for an engine process that ended by itself. `status` is Popen's return code."""
     name = _signal_name(-status) if status < 0 else ""
     when = " while it loaded the model" if loading else ""
     how = f"was killed by {name}" if name else f"ended with exit status {status}"
-    telling = [line for line in log if _INTERRUPTED not in line]
+    relevant = [line for line in log if _INTERRUPTED not in line]
     return EngineCrashError(
         f"the engine {how}{when}",
-        where=f"its log ends: {telling[-1]}" if telling else "",
-        remedy=_REMEDIES.get(name, "--log-file FILE keeps its whole log"),
+        where=f"its log ends: {relevant[-1]}" if relevant else "",
+        remedy=_REMEDIES.get(name, "run again with --log-file FILE to keep its whole log"),
         log=log[-_CRASH_LINES:],
     )
 

@@ -1,10 +1,10 @@
 """The protocol between the engine's process and its client: length-prefixed frames of JSON with typed values.
 
-Decoded values are only dataclasses, enums and the errors listed here; pickle is not used. `host` and `child`
+Pickle is not used: decoded values are only dataclasses, enums and the errors listed here. `host` and `child`
 define the messages.
 
-The standard library encodes JSON and msgspec converts values to types. msgspec's own JSON encoder refuses
-lone surrogates, which file names and replies may contain, and writes NaN as null.
+The standard library encodes JSON, and msgspec converts values to types. msgspec's JSON encoder is not used,
+since it refuses lone surrogates, which file names and replies may contain, and writes NaN as null.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _LENGTH = struct.Struct("!I")
 
 
 class WireError(Exception):
-    """A frame is not a message of this protocol."""
+    """A frame is not a valid message."""
 
 
 def _refuse(constant: str) -> NoReturn:
@@ -60,22 +60,24 @@ def pack(message: Sequence[Plain]) -> bytes:
     try:
         body = _encode(message).encode("ascii")
     except (TypeError, ValueError, RecursionError) as error:
-        raise errors.EngineError(f"this cannot be sent to or from the engine's process: {error}") from error
+        raise errors.EngineError(
+            f"a message cannot be sent to or from the engine's process: {error}"
+        ) from error
     if len(body) > MAX_FRAME:
         raise errors.EngineError(
-            "this is too large to be sent to or from the engine's process", where=f"{len(body)} bytes"
+            "a message is too large to be sent to or from the engine's process", where=f"{len(body):,} bytes"
         )
     return _LENGTH.pack(len(body)) + body
 
 
 def receive(source: Source) -> list[Plain] | None:
-    """Read the next message. Returns None at the end, even within a frame. Raises WireError."""
+    """Read the next message. Returns None at the end of `source`, also within a frame. Raises WireError."""
     head = source.read(_LENGTH.size)
     if len(head) < _LENGTH.size:
         return None
     (length,) = _LENGTH.unpack(head)
     if length > MAX_FRAME:
-        raise WireError(f"a frame of {length} bytes")
+        raise WireError(f"a frame has {length} bytes, more than {MAX_FRAME}")
     body = source.read(length)
     if len(body) < length:
         return None
@@ -92,7 +94,7 @@ def receive(source: Source) -> list[Plain] | None:
 
 
 def to_plain(value: object) -> Plain:
-    """Return a value as JSON: dataclasses as objects, tuples and events as arrays, paths as text."""
+    """Return a value as JSON: dataclasses as objects, tuples and TokenEvents as arrays, paths as text."""
     plain: Plain = msgspec.to_builtins(value, enc_hook=_other_to_plain, builtin_types=(bytes,))
     return plain
 
@@ -108,11 +110,11 @@ def _other_from_plain(kind: type, value: Plain) -> object:
 def from_plain(kind: Any, value: Plain) -> Any:  # noqa: ANN401 - a type expression, and its value
     """Return the value of type `kind` that `to_plain` converted.
 
-    Raises WireError, with the field's name, if a type is wrong, and what the constructor raises (UsageError).
+    Raises WireError, with the field's name, if a type is wrong, and the errors of the constructor.
     """
     try:
         return msgspec.convert(value, kind, dec_hook=_other_from_plain)
-    # ValueError is msgspec's error, and what a lone surrogate raises where a number is expected.
+    # ValueError is the base of msgspec's error. A lone surrogate in place of a number raises it too.
     except (ValueError, RecursionError) as error:
         raise WireError(f"a value of the wrong type: {error}") from error
 
@@ -123,7 +125,7 @@ END_LENGTH = 2  # items in the message for the end of a request: its number, and
 
 
 def event_to_plain(number: int, event: TokenEvent) -> Plain:
-    """Return an event of the request with that number. Most events are just four values."""
+    """Return an event of the request with this number. Most events have only four values."""
     if (
         event.logprob is None
         and event.progress is None
@@ -207,11 +209,11 @@ _ERRORS: dict[str, type[DsmoeError]] = {
 
 
 def error_to_plain(error: BaseException) -> Plain:
-    """Return an error as its fields behind the name of its class, or of a base class in _ERRORS."""
+    """Return an error as the name of its class, or of its first base class in _ERRORS, and its fields."""
     if not isinstance(error, DsmoeError):
         error = errors.EngineError(
             f"internal error in the engine: {type(error).__name__}: {error}",
-            remedy="report it; --log-file FILE keeps the traceback",
+            remedy="please report it, with the traceback that --log-file FILE keeps",
         )
     name = next(kind.__name__ for kind in type(error).__mro__ if _ERRORS.get(kind.__name__) is kind)
     return [name, error.what, error.where, error.remedy, error.exit_code]
