@@ -24,7 +24,7 @@ def read_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, Field]:
     """Return the `tokenizer.chat_template` metadata: the default template and named ones, if there are any.
 
     chat_template.jinja takes precedence over chat_template.json, and both over tokenizer_config.json, as in
-    transformers. FileError, TokenizerError or FormatError.
+    transformers. Raises FileError, TokenizerError or FormatError.
     """
     found: object = config.get("chat_template")
     where = folder / "tokenizer_config.json"

@@ -19,7 +19,10 @@ _MEMORY = 4 << 30
 
 
 def encode(path: Path, text: str) -> list[int]:
-    """Return the ids of `text` without special tokens, padding and truncation. TokenizerError if it fails."""
+    """Return the ids of `text` without special tokens, padding and truncation.
+
+    Raises TokenizerError if it fails.
+    """
     try:
         status, output = restricted.run_module(
             __name__, str(path.absolute()), seconds=_SECONDS, input_bytes=text.encode()

@@ -66,8 +66,8 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open the checkpoint in `folder`; read and check its headers.
 
-    FileError if a file cannot be read; CheckpointError if a file is malformed, missing or not supported;
-    MissingExtraError for `.bin` files without torch; InterruptedRunError if `stop` is set.
+    Raises FileError if a file cannot be read; CheckpointError if a file is malformed, missing or not
+    supported; MissingExtraError for `.bin` files without torch; InterruptedRunError if `stop` is set.
     """
     form = find_form(folder, allow_pickle=allow_pickle)
     if (folder / form.single).exists():
@@ -90,7 +90,7 @@ def open_checkpoint(
 def find_form(folder: Path, *, allow_pickle: bool) -> Form:
     """Return the format of the weights in `folder`. safetensors take precedence over pickles.
 
-    CheckpointError if there are no weights; the errors of `check_pickle`.
+    Raises CheckpointError if there are no weights, and the errors of `check_pickle`.
     """
     for form in (SAFETENSORS, PICKLE):
         if (folder / form.single).exists() or (folder / form.index).exists():
@@ -105,7 +105,7 @@ def find_form(folder: Path, *, allow_pickle: bool) -> Form:
 
 
 def check_pickle(where: str | Path, *, allowed: bool) -> None:
-    """CheckpointError unless `.bin` weights are `allowed`; MissingExtraError unless torch is installed."""
+    """Raise CheckpointError unless `.bin` weights are `allowed`, MissingExtraError if torch is missing."""
     if not allowed:
         raise CheckpointError(
             "the weights are pickles (.bin), which can contain code",
@@ -117,7 +117,10 @@ def check_pickle(where: str | Path, *, allowed: bool) -> None:
 
 
 def read_index(path: Path, suffix: str) -> dict[str, str]:
-    """Return the weight_map of an index, from tensor to shard. CheckpointError for paths to other folders."""
+    """Return the weight_map of an index, from tensor to shard.
+
+    Raises CheckpointError for paths to other folders.
+    """
     weight_map = load_json(path, _MAX_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError("the index has no weight_map", where=path)
@@ -134,7 +137,10 @@ def read_index(path: Path, suffix: str) -> dict[str, str]:
 def match_index(
     weight_map: Mapping[str, str], shards: Mapping[str, Mapping[str, StoredTensor]], folder: Path
 ) -> dict[str, StoredTensor]:
-    """Return where each tensor of the index is in its shard. CheckpointError if index and shards differ."""
+    """Return where each tensor of the index is in its shard.
+
+    Raises CheckpointError if index and shards differ.
+    """
     for name, shard in weight_map.items():
         if name not in shards[shard]:
             raise CheckpointError(
@@ -153,7 +159,7 @@ def match_index(
 
 
 def check_tensors(tensors: Mapping[str, StoredTensor], hp: Hyperparameters, where: str) -> None:
-    """CheckpointError unless `tensors` are exactly those of a model with these hyper-parameters."""
+    """Raise CheckpointError unless `tensors` are exactly those of a model with these hyper-parameters."""
     expected = {
         source: spec.shape[-2:] if len(spec.sources) > 1 or len(spec.shape) == 3 else spec.shape
         for spec in tensor_specs(hp)

@@ -47,7 +47,7 @@ class ConvertOptions:
 
     @property
     def choice(self) -> TypeChoice | None:
-        """The type asked for; None: the checkpoint's own. UsageError if `type` is unknown."""
+        """The type asked for; None: the checkpoint's own. Raises UsageError if `type` is unknown."""
         return self.recipe or (None if self.type is None else resolve(self.type))
 
 
@@ -91,7 +91,7 @@ def plan_folder(
 ) -> Conversion:
     """Read and check everything in the checkpoint in `folder` except its weights.
 
-    `name` and `identity` replace those of the folder. FileError, FormatError (CheckpointError,
+    `name` and `identity` replace those of the folder. Raises FileError, FormatError (CheckpointError,
     TokenizerError) or UsageError.
     """
     hp = read_config(folder)
@@ -135,7 +135,7 @@ def check_options(hp: Hyperparameters, options: ConvertOptions) -> None:
 
 
 def _types(hp: Hyperparameters, options: ConvertOptions, own: GgmlType) -> TypePlan:
-    """Choose the types of tensors that are stored in the type `own`. UsageError."""
+    """Choose the types of tensors that are stored in the type `own`. Raises UsageError."""
     choice = options.choice or resolve_float(own)
     return plan_types(unquantized(hp, own), hp, choice, options.overrides, options.imatrix)
 

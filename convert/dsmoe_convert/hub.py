@@ -64,7 +64,10 @@ def is_repository(text: str) -> bool:
 
 
 def locate(source: str) -> Path | None:
-    """Return the local folder that `source` names; None if it is a repository id. UsageError otherwise."""
+    """Return the local folder that `source` names; None if it is a repository id.
+
+    Raises UsageError otherwise.
+    """
     path = Path(source)
     with suppress(RuntimeError):  # ~NAME of an unknown user
         path = path.expanduser()

@@ -33,8 +33,8 @@ _LOCAL_HEADER = 30  # bytes of a zip entry's local header before its name
 def read_tensors(path: Path, stop: threading.Event | None = None) -> dict[str, StoredTensor]:
     """Return the tensors of a `.bin` file by name, as a restricted child process reports them.
 
-    CheckpointError if the file is not a dictionary of dense, contiguous tensors in PyTorch's zip format,
-    FileError if it cannot be read, InterruptedRunError if `stop` is set.
+    Raises CheckpointError if the file is not a dictionary of dense, contiguous tensors in PyTorch's zip
+    format, FileError if it cannot be read, InterruptedRunError if `stop` is set.
     """
     try:
         size = path.stat().st_size
@@ -122,7 +122,7 @@ def _file_offset(path: str, tensors: list[torch.Tensor]) -> int:
     """Return the address at which byte 0 of the file is mapped.
 
     torch does not report the offset of a tensor in the file. But all storages are in one mapping of the file,
-    and the zip directory lists their offsets. ValueError unless addresses and offsets agree.
+    and the zip directory lists their offsets. Raises ValueError unless addresses and offsets agree.
     """
     addresses = {
         storage.data_ptr(): storage.nbytes()

@@ -159,7 +159,7 @@ IGNORE_MERGES = frozenset({
 
 
 def check_name(name: str) -> None:
-    """UsageError, with similar names, if llama.cpp does not know `name`."""
+    """Raise UsageError, with similar names, if llama.cpp does not know `name`."""
     if name in KNOWN_NAMES:
         return
     near = difflib.get_close_matches(name, KNOWN_NAMES, 3, 0.4) or ["deepseek-llm", "smollm", "gpt-2"]

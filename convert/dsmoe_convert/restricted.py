@@ -46,8 +46,8 @@ def run_module(
 ) -> tuple[int, bytes]:
     """Run `module` in a child process. Return its exit status and output. Ctrl-C does not reach the child.
 
-    GaveUpError after `seconds` or more than MAX_OUTPUT bytes, InterruptedRunError if `stop` is set, OSError
-    if the child cannot be started.
+    Raises GaveUpError after `seconds` or more than MAX_OUTPUT bytes, InterruptedRunError if `stop` is set,
+    OSError if the child cannot be started.
     """
     environment = dict(_SET)
     for name in _KEPT:

@@ -37,7 +37,7 @@ class _Entry(msgspec.Struct):
 def read_tensors(path: Path, stop: threading.Event | None = None) -> dict[str, StoredTensor]:
     """Return the tensors of a safetensors file by name. It is too fast to need `stop`.
 
-    FileError if the file cannot be read, CheckpointError if anything about its header is wrong.
+    Raises FileError if the file cannot be read, CheckpointError if anything about its header is wrong.
     """
     try:
         with path.open("rb") as file:

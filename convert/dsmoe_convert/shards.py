@@ -53,7 +53,7 @@ class ShardSource(Protocol):
         ...
 
     def read_into(self, tensor: StoredTensor, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` with a tensor's bytes from byte `start` on. FileError or CheckpointError."""
+        """Fill `buffer` with a tensor's bytes from byte `start` on. Raises FileError or CheckpointError."""
         ...
 
     def release(self, names: Sequence[str]) -> None:

@@ -51,8 +51,8 @@ def convert(
 ) -> Summary:
     """Convert `source`, a folder or a repository id, to `out` (by default a file in the current folder).
 
-    UsageError, FileError (HubError), FormatError (CheckpointError, TokenizerError), MissingExtraError, and
-    the errors of `dsmoe_quantize.write.output.write_output`.
+    Raises UsageError, FileError (HubError), FormatError (CheckpointError, TokenizerError), MissingExtraError,
+    and the errors of `dsmoe_quantize.write.output.write_output`.
     """
     options, run_options = options or ConvertOptions(), run_options or RunOptions()
     source_options = source_options or SourceOptions()

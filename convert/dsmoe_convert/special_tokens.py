@@ -58,8 +58,8 @@ def read_special_tokens(
 
     `ids` is its vocabulary; `around` are the ids that its post-processor adds before and after a text. Names
     in tokenizer_config.json or special_tokens_map.json take precedence over ids in generation_config.json and
-    config.json. TokenizerError if there is no EOS, a name is not a token, an id is out of range, or a flag is
-    not true or false.
+    config.json. Raises TokenizerError if there is no EOS, a name is not a token, an id is out of range, or a
+    flag is not true or false.
     """
     folder = path.parent
     sources = [config, *(load_json(folder / _MAP) for _ in range((folder / _MAP).exists()))]

@@ -58,9 +58,9 @@ def read_tokenizer(
 ) -> dict[str, Field]:
     """Return the `tokenizer.*` metadata of a checkpoint with `n_vocab` rows in its embedding.
 
-    `pre` names the pre-tokenizer; None: recognise it. `note` is called with messages for the user. FileError
-    if a file cannot be read, TokenizerError or FormatError if llama.cpp cannot reproduce the tokenizer,
-    UsageError if llama.cpp does not know `pre`.
+    `pre` names the pre-tokenizer; None: recognise it. `note` is called with messages for the user. Raises
+    FileError if a file cannot be read, TokenizerError or FormatError if llama.cpp cannot reproduce the
+    tokenizer, UsageError if llama.cpp does not know `pre`.
     """
     if pre is not None:
         pretokenizers.check_name(pre)

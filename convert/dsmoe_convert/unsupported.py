@@ -39,7 +39,7 @@ def _kind(part: object) -> str:
 
 
 def check_model(path: Path, model: Mapping[str, Any]) -> None:
-    """TokenizerError for options of the BPE model that llama.cpp does not have."""
+    """Raise TokenizerError for options of the BPE model that llama.cpp does not have."""
     for key, accepted in _MODEL_OPTIONS.items():
         if model.get(key) not in accepted:
             value = safe_line(str(model.get(key)), 30)
@@ -53,20 +53,20 @@ def check_model(path: Path, model: Mapping[str, Any]) -> None:
 
 
 def check_normalizer(path: Path, normalizer: object) -> None:
-    """TokenizerError for any normalizer except an empty sequence."""
+    """Raise TokenizerError for any normalizer except an empty sequence."""
     for step in _steps(normalizer, "normalizers"):
         _refuse(path, "normalizer", f"the normalizer {_kind(step)} changes text before it is split")
 
 
 def check_added_token(path: Path, text: str, entry: Mapping[str, Any]) -> None:
-    """TokenizerError for an added token that strips space around it, or is not matched inside words."""
+    """Raise TokenizerError for an added token that strips space around it, or is not matched inside words."""
     for option in _TOKEN_OPTIONS:
         if entry.get(option):
             _refuse(path, "added_tokens", f"the token {safe_line(repr(text), 40)} has {option} set")
 
 
 def check_pre_tokenizer(path: Path, tokenizer: Mapping[str, Any], name: str) -> None:
-    """TokenizerError if llama.cpp's pre-tokenizer `name` cannot have the rules of `tokenizer`."""
+    """Raise TokenizerError if llama.cpp's pre-tokenizer `name` cannot have the rules of `tokenizer`."""
     steps = definition_of(tokenizer.get("pre_tokenizer"))
     byte_level = [step for step in steps if step[0] == "ByteLevel"]
     if not byte_level:
@@ -86,7 +86,10 @@ def check_pre_tokenizer(path: Path, tokenizer: Mapping[str, Any], name: str) -> 
 
 
 def tokens_around(path: Path, post_processor: object, ids: Mapping[str, int]) -> tuple[list[int], list[int]]:
-    """Return the ids that the post-processor adds before and after a text. TokenizerError if unknown."""
+    """Return the ids that the post-processor adds before and after a text.
+
+    Raises TokenizerError if unknown.
+    """
     before: list[int] = []
     after: list[int] = []
     for step in _steps(post_processor, "processors"):
@@ -100,7 +103,7 @@ def tokens_around(path: Path, post_processor: object, ids: Mapping[str, int]) ->
 
 
 def check_tokens_around(path: Path, around: tuple[list[int], list[int]], bos: int | None, eos: int) -> None:
-    """TokenizerError for tokens around a text other than BOS in front and EOS behind."""
+    """Raise TokenizerError for tokens around a text other than BOS in front and EOS behind."""
     for found, known, place in ((around[0], bos, "before"), (around[1], eos, "after")):
         if found not in ([], [known]):
             shown = safe_line(", ".join(map(str, found)), 40)

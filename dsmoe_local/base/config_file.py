@@ -38,15 +38,15 @@ class ConfigFile:
     def values(self) -> dict[str, Any]:
         """Return the content as tomllib reads it; empty without a file.
 
-        FormatError, with the line, if it is not valid TOML; FileError if it cannot be read.
+        Raises FormatError, with the line, if it is not valid TOML; FileError if it cannot be read.
         """
         return self._parsed(self._text())
 
     def set(self, section: tuple[str, ...], changes: Mapping[str, Value | None]) -> None:
         """Set keys of a section (`()`: the top level), or remove them (None). The rest is kept as it is.
 
-        The file is durable on return, and readable by its owner only. FormatError or FileError as `values`,
-        or if the name of the section is a value; LockedError while another process is writing.
+        The file is durable on return, and readable by its owner only. Raises what `values` raises,
+        FormatError if the section's name is that of a value, LockedError while another process is writing.
         """
         from dsmoe_local.base.durable import locked, make_folders, write_file
 

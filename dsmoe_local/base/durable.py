@@ -67,7 +67,7 @@ def replace(temporary: Path, final: Path) -> None:
 
 
 def make_folders(folder: Path, mode: int = 0o777) -> None:
-    """Make `folder` and its missing parents durably, each with `mode`. OSError."""
+    """Make `folder` and its missing parents durably, each with `mode`. Raises OSError."""
     if not folder.parent.is_dir():
         make_folders(folder.parent, mode)
     try:
@@ -81,7 +81,10 @@ def make_folders(folder: Path, mode: int = 0o777) -> None:
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Rename a synced file to a name that does not exist, durably. FileExistsError if it does exist."""
+    """Rename a synced file to a name that does not exist, durably.
+
+    Raises FileExistsError if it does exist.
+    """
     try:
         os.link(temporary, final)
     except FileExistsError:
@@ -114,7 +117,10 @@ def write_file(path: Path, content: bytes, mode: int = 0o644) -> None:
 
 
 def read_at_most(path: Path, limit: int) -> bytes:
-    """Return a file's content, or its first `limit` + 1 bytes if it is larger than `limit`. OSError."""
+    """Return a file's content, or its first `limit` + 1 bytes if it is larger than `limit`.
+
+    Raises OSError.
+    """
     with path.open("rb") as file:
         # `read` allocates all that it is asked for. A pipe's size is unknown.
         status = os.fstat(file.fileno())
@@ -134,7 +140,10 @@ def require_space(folder: Path, n_bytes: int) -> None:
 
 @contextmanager
 def locked(output: Path) -> Iterator[None]:
-    """Hold the lock for writing `output`. LockedError, which names the lock file, if another run holds it."""
+    """Hold the lock for writing `output`.
+
+    Raises LockedError, which names the lock file, if another run holds it.
+    """
     path = output.with_name(f".{output.name}.lock")
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

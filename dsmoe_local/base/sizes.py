@@ -16,7 +16,10 @@ _UNITS = {
 
 
 def parse_size(text: str) -> int:
-    """Parse a number with an optional unit, B, KB, KiB … TB, TiB in any case, as bytes. UsageError."""
+    """Return the number of bytes that a size such as `2GiB` names. Raises UsageError if it is not a size.
+
+    The unit is optional and in any case: B, KB, KiB, … TB, TiB.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].lower() not in _UNITS:
         raise UsageError(

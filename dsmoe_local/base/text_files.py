@@ -27,7 +27,7 @@ _KINDS: tuple[tuple[bytes, str, str], ...] = (
 
 
 def refuse_other_kinds(beginning: bytes, what: str, where: str) -> None:
-    """FormatError if content that begins like this is of a known kind other than text.
+    """Raise FormatError if these first bytes of a file are those of a PDF, an image or another binary format.
 
     `what` names the content in the message.
     """
@@ -37,7 +37,7 @@ def refuse_other_kinds(beginning: bytes, what: str, where: str) -> None:
 
 
 def decode_text(content: bytes, what: str, where: str) -> str:
-    """Decode UTF-8 and drop a byte order mark. FormatError, in which `what` names the content."""
+    """Decode UTF-8 and drop a byte order mark. Raises FormatError, in which `what` names the content."""
     refuse_other_kinds(content, what, where)
     try:
         # Editors on Windows write a byte order mark.
@@ -56,7 +56,7 @@ def decode_text(content: bytes, what: str, where: str) -> str:
 def write_text_file(path: Path, content: str, what: str) -> None:
     """Write a file that only its owner can read, replacing an existing one.
 
-    FileError, in which `what` names the content, if that is impossible.
+    Raises FileError, in which `what` names the content, if that is impossible.
     """
     try:
         # If the path is a link, its target is replaced, not the link.

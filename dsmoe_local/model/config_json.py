@@ -97,7 +97,7 @@ def checkpoint_name(folder: Path) -> str:
 
 
 def load_json(path: Path, max_bytes: int = _MAX_BYTES) -> dict[str, Any]:
-    """Read a JSON object strictly from a file of at most `max_bytes`. FileError or FormatError."""
+    """Read a JSON object strictly from a file of at most `max_bytes`. Raises FileError or FormatError."""
     try:
         if path.stat().st_size > max_bytes:
             raise FormatError(f"the file exceeds {max_bytes >> 20} MiB", where=path)
@@ -108,7 +108,10 @@ def load_json(path: Path, max_bytes: int = _MAX_BYTES) -> dict[str, Any]:
 
 
 def strict_json(raw: bytes, path: Path) -> dict[str, Any]:
-    """Parse a JSON object without duplicate keys, NaN or deep nesting. FormatError, which names `path`."""
+    """Parse a JSON object without duplicate keys, NaN or deep nesting.
+
+    Raises FormatError, which names `path`.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -145,7 +148,7 @@ def _is_shallow(value: object) -> bool:
 
 
 def parse_config(values: Mapping[str, Any], path: Path) -> Hyperparameters:
-    """Return the hyper-parameters in a parsed config.json. FormatError; `path` is for messages only."""
+    """Return the hyper-parameters in a parsed config.json. Raises FormatError, whose message has `path`."""
     config = _Config(path, values)
     _check_kind(config)
     _refuse_quantized(config)

@@ -63,7 +63,7 @@ def _used_weights(hp: Hyperparameters, spec: TensorSpec) -> int:
 def kv_bytes_per_token(hp: Hyperparameters, keys: str = "f16", values: str = "f16") -> int:
     """Return the bytes that one token of context takes in the KV cache, for the types of keys and values.
 
-    UsageError if a type is unknown.
+    Raises UsageError if a type is unknown.
     """
     return hp.n_layers * sum(row_bytes(parse_type(word), hp.kv_size) for word in (keys, values))
 

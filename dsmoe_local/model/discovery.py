@@ -79,7 +79,8 @@ def find_known(word: str, folder: Path) -> list[KnownModel]:
     """Find models by name or by a unique prefix of it, in any case, with or without .gguf.
 
     All results have the same name; the first one is the one to use, as it comes first in `known_models`. The
-    list is empty if there is none. UsageError if several names match, or two files of that name in one group.
+    list is empty if there is none. Raises UsageError if several names match, or two files of that name in one
+    group.
     """
     wanted = word.casefold()
     wanted = wanted.removesuffix(_ENDING) if wanted != _ENDING else wanted

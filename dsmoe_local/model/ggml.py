@@ -17,7 +17,7 @@ FLOATS = frozenset({GgmlType.F32, GgmlType.F16, GgmlType.BF16})
 
 
 def parse_type(word: str) -> GgmlType:
-    """Return the ggml type called `word`, in any case. UsageError if there is none."""
+    """Return the ggml type called `word`, in any case. Raises UsageError if there is none."""
     try:
         return GGMLQuantizationType[word.upper()]
     except KeyError as error:
@@ -31,7 +31,7 @@ def block_size(kind: GgmlType) -> int:
 
 
 def row_bytes(kind: GgmlType, n_columns: int) -> int:
-    """Return the size of one row. FormatError if the block size does not divide `n_columns`."""
+    """Return the size of one row. Raises FormatError if the block size does not divide `n_columns`."""
     weights, n_bytes = GGML_QUANT_SIZES[kind]
     if n_columns % weights:
         raise FormatError(f"{kind.name} holds multiples of {weights} columns, not {n_columns}")

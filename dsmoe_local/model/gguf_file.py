@@ -95,7 +95,7 @@ class GgufFile:
 def read_gguf(path: Path) -> GgufFile:
     """Read and check the header of a GGUF file.
 
-    FileError if the file cannot be read, FormatError if anything about its structure is wrong.
+    Raises FileError if the file cannot be read, FormatError if anything about its structure is wrong.
     """
     try:
         with path.open("rb") as file:

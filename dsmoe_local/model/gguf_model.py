@@ -45,8 +45,8 @@ _UNSIGNED = frozenset({GGUFValueType.UINT32})
 def read_model(path: Path) -> tuple[GgufFile, Hyperparameters]:
     """Return a model file's header and hyper-parameters.
 
-    FileError if it cannot be read. FormatError if its structure, a value, a tensor's shape or the vocabulary
-    is not what the architecture needs.
+    Raises FileError if it cannot be read. Raises FormatError if its structure, a value, a tensor's shape or
+    the vocabulary is not what the architecture needs.
     """
     file = read_gguf(path)
     n_files = file.get("split.count", 1)
@@ -64,7 +64,10 @@ def read_model(path: Path) -> tuple[GgufFile, Hyperparameters]:
 
 
 def hyperparameters_of(file: GgufFile) -> Hyperparameters:
-    """Return the hyper-parameters in a file's metadata. FormatError if one is missing or out of range."""
+    """Return the hyper-parameters in a file's metadata.
+
+    Raises FormatError if one is missing or out of range.
+    """
     return _Metadata(file).hyperparameters()
 
 
@@ -213,7 +216,7 @@ class _Metadata:
 
 
 def _check_tensors(file: GgufFile, hp: Hyperparameters) -> None:
-    """FormatError unless the file has exactly the tensors that the graph needs, in their shapes."""
+    """Raise FormatError unless the file has exactly the tensors that the graph needs, in their shapes."""
     specs = {spec.name: spec for spec in tensor_specs(hp)}
     remedy = "the tensors do not match the file's metadata; convert the model again"
     for name, spec in specs.items():

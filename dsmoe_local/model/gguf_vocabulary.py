@@ -69,7 +69,7 @@ def clashes_with_phi3(name: str) -> bool:
 
 
 def check_vocabulary(file: GgufFile) -> None:
-    """FormatError unless llama.cpp can load the vocabulary and tokenize any text with it."""
+    """Raise FormatError unless llama.cpp can load the vocabulary and tokenize any text with it."""
     _check_types(file)
     model = file.get(f"{_PREFIX}model")
     if not isinstance(model, str) or model not in _TOKENIZERS:

@@ -63,7 +63,7 @@ def plan_gguf(metadata: Mapping[str, Field], tensors: Sequence[Tensor]) -> GgufP
 
 
 def write_at(descriptor: int, data: bytes | bytearray | memoryview, offset: int) -> None:
-    """Write all of `data` at `offset`, since `os.pwrite` may write only a part. OSError."""
+    """Write all of `data` at `offset`, since `os.pwrite` may write only a part. Raises OSError."""
     view = memoryview(data).cast("B")
     while view:
         written = os.pwrite(descriptor, view, offset)

@@ -21,7 +21,7 @@ _END = 1 << 12
 
 
 def file_identity(path: Path) -> str:
-    """Return a file's size and a digest of a sample of its content; a copy has the same. FileError.
+    """Return a file's size and a digest of a sample of its content; a copy has the same. Raises FileError.
 
     It takes a fraction of a second and tells models apart, but does not detect deliberate forgery.
     """
@@ -35,7 +35,7 @@ def file_identity(path: Path) -> str:
 def exact_identity(model: GgufFile) -> str:
     """Return `file_identity` with device, inode and times of change, which tell a file from its copies.
 
-    FileError; FormatError if the file has changed since its header was read.
+    Raises FileError; FormatError if the file has changed since its header was read.
     """
     try:
         with model.path.open("rb") as file:

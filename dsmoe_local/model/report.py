@@ -74,7 +74,7 @@ class ModelReport:
 def report_on(target: str) -> ModelReport:
     """Return the report on a GGUF file, a folder with a config.json, or a preset of the paper.
 
-    UsageError if `target` is none of these. FileError and FormatError if it cannot be read.
+    Raises UsageError if `target` is none of these. Raises FileError and FormatError if it cannot be read.
     """
     path = Path(target)
     if path.is_file():

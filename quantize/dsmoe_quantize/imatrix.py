@@ -74,8 +74,8 @@ class Imatrix:
 
         It is the mean square s/n. For an expert with n < FEW it is (s + (FEW - n) m) / FEW, where m is the
         mean over all tokens of the layer's experts: an expert that was never chosen has m, and from FEW
-        tokens on only its own statistics count. UsageError if the shape is not that of the tensor in the
-        statistics.
+        tokens on only its own statistics count. Raises UsageError if the shape is not that of the tensor in
+        the statistics.
         """
         entry = self.entries.get(name)
         if entry is None or not entry.counts.any():
@@ -114,7 +114,7 @@ def _level(means: NDArray[np.float32]) -> NDArray[np.float32]:
 def merged(parts: Sequence[Imatrix]) -> Imatrix:
     """Merge matrices that were collected from several texts, by adding sums and counts.
 
-    UsageError if they are of different models, or one has the legacy format.
+    Raises UsageError if they are of different models, or one has the legacy format.
     """
     if old := next((part for part in parts if part.is_legacy), None):
         raise UsageError(

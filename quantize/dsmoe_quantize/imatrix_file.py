@@ -51,7 +51,7 @@ def read_imatrix(path: Path) -> Imatrix:
 
 
 def write_imatrix(imatrix: Imatrix, path: Path, reached: Callable[[], None] = lambda: None) -> None:
-    """Write a GGUF, complete or not at all, replacing an existing file. OSError as the system raises it.
+    """Write a GGUF file atomically and durably, replacing an existing one. Raises OSError.
 
     The caller holds `durable.locked(path)`. `reached` is called before the file gets its final name.
     """

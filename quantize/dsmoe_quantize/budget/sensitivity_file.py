@@ -62,8 +62,8 @@ def default_path(wanted: Sensitivity) -> Path:
 def resume(path: Path, wanted: Sensitivity, *, any_sample: bool = False) -> Sensitivity:
     """Return the content of the file, or `wanted` if it does not exist.
 
-    UsageError if it was measured on another model or with another importance matrix, version or sample.
-    `any_sample`: accept the file's sample.
+    Raises UsageError if it was measured on another model or with another importance matrix, version or
+    sample. `any_sample`: accept the file's sample.
     """
     if not path.exists():
         return wanted
@@ -87,8 +87,8 @@ def costs_of_another_matrix(path: Path, wanted: Sensitivity) -> Sensitivity | No
     """Return the content of a file whose `weights` can be used but whose errors cannot, otherwise None.
 
     That is a file with weights that was measured with another importance matrix than `wanted`, or without
-    one: errors depend on the matrix, but what an error costs does not. UsageError if it is of another model;
-    FileError, FormatError.
+    one: errors depend on the matrix, but what an error costs does not. Raises UsageError if it is of another
+    model, and the errors of `read_sensitivity`.
     """
     if not path.exists():
         return None
@@ -114,20 +114,20 @@ class Keeper:
         self._latest: Sensitivity | None = None
 
     def keep(self, sensitivity: Sensitivity) -> None:
-        """Remember the latest state; write it if the last write was some seconds ago. FileError."""
+        """Remember the latest state; write it if the last write was some seconds ago. Raises FileError."""
         self._latest = sensitivity
         if time.monotonic() - self._written > _SECONDS:
             self.close()
 
     def close(self) -> None:
-        """Write the latest state if it is not written yet. FileError."""
+        """Write the latest state if it is not written yet. Raises FileError."""
         if self._latest is not None:
             write_sensitivity(self._latest, self._path)
             self._latest, self._written = None, time.monotonic()
 
 
 def write_sensitivity(sensitivity: Sensitivity, path: Path) -> None:
-    """Write the file, durably, replacing an existing one. FileError."""
+    """Write the file, durably, replacing an existing one. Raises FileError."""
     content = {"format": _FORMAT, "version": _VERSION, **_with_names(msgspec.to_builtins(sensitivity))}
     if sensitivity.probes is None:
         del content["probes"]
@@ -140,7 +140,7 @@ def write_sensitivity(sensitivity: Sensitivity, path: Path) -> None:
 
 
 def read_sensitivity(path: Path) -> Sensitivity:
-    """Read a sensitivity file. FileError if it cannot be read, FormatError for its content.
+    """Read a sensitivity file. Raises FileError if it cannot be read, FormatError for its content.
 
     The error suggests to remove the file only if it is a sensitivity file: any other may be precious, such as
     a model that was named by mistake.

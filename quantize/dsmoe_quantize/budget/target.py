@@ -50,7 +50,7 @@ class Target:
 
 
 def refuse_quantized(file: GgufFile) -> None:
-    """RequantizeError if the weights are quantized already."""
+    """Raise RequantizeError if the weights are quantized already."""
     found = [tensor for tensor in file.tensors.values() if may_change(tensor) and tensor.type not in FLOATS]
     if found:
         raise RequantizeError(

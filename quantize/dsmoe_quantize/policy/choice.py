@@ -84,7 +84,7 @@ def label_of(choice: TypeChoice, overrides: Overrides) -> str:
 
 
 def parse_override(text: str) -> Override:
-    """Parse `REGEX=TYPE`. UsageError if it is malformed."""
+    """Parse `REGEX=TYPE`. Raises UsageError if it is malformed."""
     pattern, equals, word = text.rpartition("=")
     if not equals or not pattern:
         raise UsageError(
@@ -110,8 +110,8 @@ def choose_types(
 ) -> list[TensorChoice]:
     """Choose the type of every tensor, in the order given. `imatrix`: an importance matrix will be used.
 
-    Norms, routers, biases and other vectors always keep their type. UsageError for a --tensor-type that
-    matches none of the other tensors, and for --pure with a recipe.
+    Norms, routers, biases and other vectors always keep their type. Raises UsageError for a --tensor-type
+    that matches none of the other tensors, and for --pure with a recipe.
     """
     overrides = overrides or Overrides()
     if overrides.pure and isinstance(choice, NamedRecipe | LayeredRecipe):
@@ -128,7 +128,7 @@ def choose_types(
 
 
 def refuse_unmatched(tensors: Sequence[Tensor], overrides: Overrides) -> None:
-    """UsageError for a --tensor-type that matches no tensor, which is most likely a typing error."""
+    """Raise UsageError for a --tensor-type that matches no tensor, which is most likely a typing error."""
     found = (_override(overrides, tensor.name) for tensor in tensors if may_change(tensor))
     matched = {override.pattern.pattern for override in found if override}
     for override in overrides.tensors:

@@ -142,7 +142,7 @@ def plan_types(
 
 
 def refuse_foreign(imatrix: Imatrix | None, tensors: Sequence[Tensor]) -> None:
-    """UsageError if an importance matrix was collected from another model than the one of these tensors."""
+    """Raise UsageError if the importance matrix was collected from a model with other tensors."""
     if imatrix is None:
         return
     for tensor in tensors:

@@ -55,7 +55,10 @@ def closest_mix(types: Iterable[GgmlType]) -> str:
 
 
 def read_recipe(path: Path) -> LayeredRecipe:
-    """Read a recipe file. FileError if it cannot be read, FormatError if its content is not a recipe."""
+    """Read a recipe file.
+
+    Raises FileError if it cannot be read, FormatError if its content is not a recipe.
+    """
     try:
         content = durable.read_at_most(path, _MAX_BYTES)
     except OSError as error:
@@ -89,8 +92,8 @@ def write_recipe(recipe: LayeredRecipe, path: Path, *, force: bool = False) -> N
 def refuse_place(path: Path, taken: Iterable[Path] = ()) -> None:
     """Refuse a path that no recipe may be written to.
 
-    UsageError if it is one of `taken` (files that need not exist yet), or exists and is not a recipe.
-    FileError if its folder does not exist.
+    Raises UsageError if it is one of `taken` (files that need not exist yet), or exists and is not a recipe.
+    Raises FileError if its folder does not exist.
     """
     if not path.parent.is_dir():
         raise FileError("the recipe's folder does not exist", where=path.parent, remedy="create it first")
@@ -160,7 +163,7 @@ def format_layers(layers: Iterable[int]) -> list[str]:
 
 
 def parse_recipe(text: str, where: str) -> LayeredRecipe:
-    """Parse the text of a recipe; `where` names its origin in errors. FormatError."""
+    """Parse the text of a recipe; `where` names its origin in errors. Raises FormatError."""
     try:
         tables = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
@@ -170,7 +173,7 @@ def parse_recipe(text: str, where: str) -> LayeredRecipe:
 
 
 class _Reader:
-    """Turns the tables of a TOML file into a recipe. FormatError if they are not one."""
+    """Turns the tables of a TOML file into a recipe. Raises FormatError if they are not one."""
 
     def __init__(self, tables: Mapping[str, Any], where: str) -> None:
         self._tables = tables

@@ -96,7 +96,7 @@ class LayeredRecipe:
     def type_of(self, name: str, hp: Hyperparameters) -> tuple[GgmlType, str]:
         """Return the type of a matrix before any fallback, and the reason.
 
-        UsageError if the recipe has no type for it.
+        Raises UsageError if the recipe has no type for it.
         """
         group = group_of(name, hp)
         assert group is not None  # only matrices that may be quantized are asked for

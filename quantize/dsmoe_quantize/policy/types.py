@@ -26,7 +26,10 @@ def known_words() -> list[str]:
 
 
 def resolve(word: str) -> TypeChoice:
-    """Return the type called `word`, in any case. UsageError, with the known names, if there is none."""
+    """Return the type called `word`, in any case.
+
+    Raises UsageError, with the known names, if there is none.
+    """
     upper = word.upper()
     mix = MIXES.get(ALIASES.get(upper, upper))
     choice = RECIPES.get(word.lower()) or mix or FLOAT_TYPES.get(upper)
@@ -40,8 +43,8 @@ def resolve(word: str) -> TypeChoice:
 def settled(choice: TypeChoice, hp: Hyperparameters) -> SettledType:
     """Return what a choice means for a model.
 
-    UsageError for a recipe from a file that has the name of a built-in type but other types: the output would
-    carry a misleading name.
+    Raises UsageError for a recipe from a file that has the name of a built-in type but other types: the
+    output would carry a misleading name.
     """
     if isinstance(choice, NamedRecipe):
         return recipe_for(choice, hp.n_layers)
@@ -81,7 +84,10 @@ def resolve_float(kind: GgmlType) -> Mix:
 
 
 def parse_target(word: str) -> GgmlType:
-    """Return the ggml type called `word`, in any case. UsageError if weights cannot be encoded in it."""
+    """Return the ggml type called `word`, in any case.
+
+    Raises UsageError if weights cannot be encoded in it.
+    """
     kind = GgmlType.__members__.get(word.upper())
     if kind is None or kind not in kernels.WRITABLE:
         known = ", ".join(each.name.lower() for each in GgmlType if each in kernels.WRITABLE)

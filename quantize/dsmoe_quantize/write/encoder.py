@@ -90,7 +90,7 @@ class Slab:
 
 
 def check_job(job: TensorJob) -> None:
-    """UsageError if no kernel encodes the type, or its blocks do not divide the columns."""
+    """Raise UsageError if no kernel encodes the type, or its blocks do not divide the columns."""
     source, target = job.source.type, job.type
     if job.importance is not None:
         wanted = (job.n_rows // job.rows_per_matrix, job.n_columns)

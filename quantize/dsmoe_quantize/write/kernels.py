@@ -61,7 +61,7 @@ WRITABLE = FLOATS | {
 def library_path() -> Path:
     """Return the path of the ggml library with the kernels.
 
-    KernelError if llama-cpp-python is not installed, or is built in another way.
+    Raises KernelError if llama-cpp-python is not installed, or is built in another way.
     """
     spec = importlib.util.find_spec("llama_cpp")
     for location in (spec.submodule_search_locations or ()) if spec else ():

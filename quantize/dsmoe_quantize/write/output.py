@@ -178,7 +178,7 @@ def _states(sources: Iterable[Path]) -> dict[Path, tuple[int, int, int]]:
 
 
 def _refuse_changes(before: Mapping[Path, tuple[int, int, int]], part: PartFile) -> None:
-    """FileError if a source has changed since `before`: the output would be a mixture."""
+    """Raise FileError if a source has changed since `before`: the output would be a mixture."""
     for source, state in _states(before).items():
         if state != before[source]:
             part.discard()
