@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from dsmoe_convert.errors import CheckpointError
+from dsmoe_local.base.durable import read_into
 from dsmoe_local.base.errors import FileError
 from dsmoe_local.model.ggml import GgmlType
 
@@ -103,15 +104,15 @@ class LocalShards:
 
 
 def read_span(descriptor: int, path: Path, offset: int, buffer: memoryview) -> None:
-    """Fill `buffer` from byte `offset` of an open file; `path` is for messages."""
-    done = 0
-    while done < len(buffer):
-        try:
-            count = os.preadv(descriptor, [buffer[done:]], offset + done)
-        except OSError as error:
-            raise FileError(f"cannot read the shard: {error.strerror}", where=path) from error
-        if count == 0:
-            raise CheckpointError(
-                "the shard was truncated while it was read", where=path, remedy="run the command again"
-            )
-        done += count
+    """Fill `buffer` from byte `offset` of an open shard; `path` is for messages.
+
+    Raises FileError if it cannot be read, CheckpointError if it was truncated.
+    """
+    try:
+        read_into(buffer, descriptor, offset)
+    except OSError as error:
+        raise FileError(f"cannot read the shard: {error.strerror}", where=path) from error
+    except EOFError as error:
+        raise CheckpointError(
+            "the shard was truncated while it was read", where=path, remedy="run the command again"
+        ) from error

@@ -62,19 +62,19 @@ def read_special_tokens(
     flag is not true or false.
     """
     folder = path.parent
-    sources = [config, *(load_json(folder / _MAP) for _ in range((folder / _MAP).exists()))]
-    numbers = [load_json(folder / name) for name in (_GENERATION, FILE_NAME) if (folder / name).exists()]
+    named = [config, *_existing(folder, _MAP)]
+    numbered = _existing(folder, _GENERATION, FILE_NAME)
 
     def find(name: str) -> int | None:
-        token = next(
-            (text for text in map(_text_of, (s.get(f"{name}_token") for s in sources)) if text), None
-        )
-        number = _number(folder, numbers, f"{name}_token_id", n_vocab)
+        token = next(filter(None, (_text_of(values.get(f"{name}_token")) for values in named)), None)
+        number = _number(folder, numbered, f"{name}_token_id", n_vocab)
         if token is None:
             return number
         if token not in ids:
             raise TokenizerError(
-                f"{name}_token is {safe_line(repr(token), 50)}, which is not in the vocabulary", where=folder
+                f"{name}_token is {safe_line(repr(token), 50)}, which is not in the vocabulary",
+                where=folder,
+                remedy=f"correct it in tokenizer_config.json or {_MAP}",
             )
         if number not in (None, ids[token]) and name in ("bos", "eos"):
             note(f"{name} is {ids[token]} by its name but {number} in the configuration; the name is used")
@@ -101,13 +101,20 @@ def read_special_tokens(
     return SpecialTokens(bos, eos, find("pad"), find("unk"), add_bos, add_eos)
 
 
+def _existing(folder: Path, *names: str) -> list[dict[str, Any]]:
+    """Return the content of those JSON files that exist."""
+    return [load_json(folder / name) for name in names if (folder / name).exists()]
+
+
 def _text_of(entry: object) -> str | None:
+    """Return the text of a special token, which is stored as text or as an object with its `content`."""
     if isinstance(entry, dict):
         entry = entry.get("content")
     return entry if isinstance(entry, str) else None
 
 
 def _number(folder: Path, sources: list[dict[str, Any]], key: str, n_vocab: int) -> int | None:
+    """Return the first id under `key` in the sources. Raises TokenizerError if any of them is invalid."""
     found = None
     for source in sources:
         value = source.get(key)

@@ -167,8 +167,10 @@ def _added_tokens(files: TokenizerFiles) -> Iterator[tuple[int, str, Mapping[str
     entries: dict[object, Mapping[str, Any]] = {}
     added = files.tokenizer.get("added_tokens") or []
     decoder = files.config.get("added_tokens_decoder") or {}
-    if not isinstance(added, list) or not isinstance(decoder, dict):
+    if not isinstance(added, list):
         _refuse(files, "added_tokens is not a list")
+    if not isinstance(decoder, dict):
+        _refuse(files, f"added_tokens_decoder in {CONFIG} is not an object")
     known = [(entry.get("id") if isinstance(entry, dict) else None, entry) for entry in added]
     # Longer numbers are not ids, and Python refuses to convert very long ones.
     listed = [

@@ -23,7 +23,7 @@ from dsmoe_local.base.text import safe_line
 
 # The errors of a file system that does not support a call. Any other, such as EIO, means that data is lost.
 _UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY})
-_CHECKSUM = 9  # characters of a journal's line in front of its entry
+_CHECKSUM = 9  # bytes before the entry in a journal's line: the checksum and a space
 
 
 def sync(descriptor: int) -> None:
@@ -125,6 +125,15 @@ def read_at_most(path: Path, limit: int) -> bytes:
         # `read` allocates all that it is asked for. A pipe's size is unknown.
         status = os.fstat(file.fileno())
         return file.read(min(status.st_size, limit) + 1 if stat.S_ISREG(status.st_mode) else limit + 1)
+
+
+def read_into(buffer: memoryview, descriptor: int, offset: int) -> None:
+    """Fill `buffer` from byte `offset` of an open file. Raises OSError, EOFError if the file is too short."""
+    while buffer:
+        n_read = os.preadv(descriptor, [buffer], offset)
+        if not n_read:
+            raise EOFError
+        buffer, offset = buffer[n_read:], offset + n_read
 
 
 def require_space(folder: Path, n_bytes: int) -> None:

@@ -24,7 +24,7 @@ _MAX_DEPTH = 64
 _REQUIRED_VALUES: Mapping[str, tuple[object, ...]] = {
     "norm_topk_prob": (False, None),
     "scoring_func": ("softmax", None),
-    "topk_method": ("greedy", "gready", None),
+    "topk_method": ("greedy", "gready", None),  # DeepSeek's own code has the misspelling
     "moe_layer_freq": (1, None),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
@@ -157,9 +157,11 @@ def parse_config(values: Mapping[str, Any], path: Path) -> Hyperparameters:
     n_heads = config.integer("num_attention_heads", 1, 1024)
     n_layers = config.integer("num_hidden_layers", 1, 512)
     n_kv_heads = config.integer("num_key_value_heads", 1, 1024, n_heads)
+    if hidden_size % n_heads:
+        config.refuse("num_attention_heads", f"a divisor of hidden_size = {hidden_size}")
     head_dim = config.integer("head_dim", 2, 4096, hidden_size // n_heads)
     if head_dim * n_heads != hidden_size:
-        config.refuse("head_dim", f"hidden_size / num_attention_heads = {hidden_size / n_heads:g}")
+        config.refuse("head_dim", f"hidden_size / num_attention_heads = {hidden_size // n_heads}")
     if head_dim % 2:
         config.refuse("num_attention_heads", "a divisor of hidden_size that gives an even head size")
     if n_heads % n_kv_heads:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dsmoe_local.base.durable import read_into
 from dsmoe_local.base.errors import FileError
 from dsmoe_local.base.progress import Listener, Note, ignore
 from dsmoe_local.model.cost import bytes_per_token
@@ -168,15 +169,12 @@ class GgufRows:
         """Read rows into `scratch`. Raises FileError if the file cannot be read or was truncated."""
         row = row_bytes(self.info.type, self.info.shape[-1])
         rows = scratch[: n_rows * row]
-        view, offset = rows.data, self.info.offset + first_row * row
-        while view:
-            try:
-                n_read = os.preadv(self.descriptor, [view], offset)
-            except OSError as error:
-                raise FileError(f"cannot read the model: {error.strerror}", where=self.path) from error
-            if not n_read:
-                raise FileError("the model file was truncated while it was read", where=self.path)
-            view, offset = view[n_read:], offset + n_read
+        try:
+            read_into(rows.data, self.descriptor, self.info.offset + first_row * row)
+        except OSError as error:
+            raise FileError(f"cannot read the model: {error.strerror}", where=self.path) from error
+        except EOFError as error:
+            raise FileError("the model file was truncated while it was read", where=self.path) from error
         return rows
 
 

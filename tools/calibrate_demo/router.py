@@ -45,15 +45,8 @@ class DropSets:
 
     def hard_damage(self, logits: Tensor, gram: Tensor) -> Tensor:
         """Return the damage (tokens,) if the smallest logits are dropped, as in inference."""
-        return self._pick(-logits @ self.members.T, gram @ self.weights)
-
-    def best_damage(self, gram: Tensor) -> Tensor:
-        """Return the smallest damage of any choice: (tokens,)."""
-        return (gram @ self.weights).min(-1).values
-
-    @staticmethod
-    def _pick(scores: Tensor, damage: Tensor) -> Tensor:
-        return damage.gather(1, scores.argmax(1, keepdim=True)).squeeze(1)
+        dropped = (-logits @ self.members.T).argmax(1, keepdim=True)
+        return (gram @ self.weights).gather(1, dropped).squeeze(1)
 
 
 def ridge(inputs: Tensor, targets: Tensor, penalty: float) -> Tensor:

@@ -7,7 +7,7 @@ Hugging Face names and in Hugging Face's order of rows.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,8 +28,6 @@ FILE_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 """The checksum of the only file for which a calibration is packaged."""
 
-Weights = Mapping[str, NDArray[np.float32]]
-
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -46,10 +44,6 @@ class Source:
         """Yield all tensors in file order: Hugging Face name and float32 values, (rows, columns) or (n,)."""
         for spec in tensor_specs(self.hyperparameters):
             yield spec.sources[0], self._values(spec)
-
-    def weights(self) -> Weights:
-        """Return all tensors, about 540 MB."""
-        return dict(self.tensors())
 
     def _values(self, spec: TensorSpec) -> NDArray[np.float32]:
         info = self.file.tensors[spec.name]

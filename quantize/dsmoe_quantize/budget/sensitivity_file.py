@@ -37,6 +37,7 @@ from dsmoe_quantize.write import kernels
 
 _FORMAT, _VERSION = "dsmoe-sensitivity", 1
 _ANOTHER = "name another file"
+_REPLACE = "name another file, or remove this one to measure again"
 _MAX_BYTES = 1 << 26
 _SECONDS = 5.0  # between two writes
 _TYPES: Mapping[str, int] = {kind.name: kind.value for kind in GgmlType}
@@ -68,18 +69,19 @@ def resume(path: Path, wanted: Sensitivity, *, any_sample: bool = False) -> Sens
     if not path.exists():
         return wanted
     found = read_sensitivity(path)
-    for what, had, want, same in (
-        ("another model", found.source, wanted.source, ""),
-        (_other_matrix(found, wanted), found.imatrix, wanted.imatrix, ", or use the same matrix"),
-        ("another version of llama-cpp-python", found.kernels, wanted.kernels, ""),
-        ("another sample", found.sample, found.sample if any_sample else wanted.sample, ""),
+    for what, had, want, remedy in (
+        ("on another model", found.source, wanted.source, _REPLACE),
+        (
+            f"with {_other_matrix(found, wanted)}",
+            found.imatrix,
+            wanted.imatrix,
+            f"use the same matrix, {_REPLACE}",
+        ),
+        ("with another version of llama-cpp-python", found.kernels, wanted.kernels, _REPLACE),
+        ("with another sample", found.sample, found.sample if any_sample else wanted.sample, _REPLACE),
     ):
         if had != want:
-            raise UsageError(
-                f"the sensitivity was measured with {what}",
-                where=path,
-                remedy=f"name another file, remove it{same}",
-            )
+            raise UsageError(f"the sensitivity was measured {what}", where=path, remedy=remedy)
     return found
 
 
@@ -149,8 +151,10 @@ def read_sensitivity(path: Path) -> Sensitivity:
         content = durable.read_at_most(path, _MAX_BYTES)
     except OSError as error:
         raise FileError(f"cannot read the sensitivity: {error.strerror}", where=path) from error
+    if len(content) > _MAX_BYTES:
+        raise _refusal(path, f"it is larger than {_MAX_BYTES >> 20} MiB", _ANOTHER)
     try:
-        found = json.loads(content[:_MAX_BYTES])
+        found = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise _refusal(path, "it is not JSON", _ANOTHER) from error
     if not isinstance(found, dict) or found.get("format") != _FORMAT:

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -174,7 +174,11 @@ def _fill(
 
 def _states(sources: Iterable[Path]) -> dict[Path, tuple[int, int, int]]:
     """Return the identity of each file; missing files are left out."""
-    return {source: identity_of(source.stat()) for source in sources if source.exists()}
+    found = {}
+    for source in sources:
+        with suppress(FileNotFoundError):
+            found[source] = identity_of(source.stat())
+    return found
 
 
 def _refuse_changes(before: Mapping[Path, tuple[int, int, int]], part: PartFile) -> None:
@@ -213,6 +217,4 @@ def disk_errors(out: Path) -> Iterator[None]:
                 where=out.parent,
                 remedy="free some space, then run the same command to continue",
             ) from error
-        raise FileError(
-            f"cannot write the output: {error.strerror}", where=error.filename or out, remedy=""
-        ) from error
+        raise FileError(f"cannot write the output: {error.strerror}", where=error.filename or out) from error
