@@ -1,1 +1,1 @@
-"""What every layer may use: durable files, safe text, errors, paths, progress. Knows nothing of models."""
+"""Basics for all layers: durable files, safe text, errors, paths, progress events. Nothing about models."""

@@ -16,7 +16,7 @@ from dsmoe_local.base.paths import config_folder
 Value: TypeAlias = str | int | float | bool | list[str]
 
 _MAX_BYTES = 1 << 20
-_MOST = 2**63 - 1
+_MAX_INTEGER = 2**63 - 1
 
 
 def config_path() -> Path:
@@ -95,8 +95,8 @@ class ConfigFile:
             # Python refuses numbers of thousands of digits.
             raise FormatError("the config file has a number that is too large", where=self.path) from error
         for key, value in _numbers(values):
-            if not -_MOST - 1 <= value <= _MOST:
-                # TOML has 64-bit integers. tomllib reads larger ones, which Python may then refuse to print.
+            if not -_MAX_INTEGER - 1 <= value <= _MAX_INTEGER:
+                # TOML has 64-bit integers. tomllib also reads larger ones, which Python may refuse to print.
                 raise FormatError(f"the number is too large: {key}", where=self.path)
         return values
 
@@ -118,7 +118,7 @@ class ConfigFile:
             document = tomlkit.parse(text)
             self._apply(document, section, changes, new_table)
             result = document.as_string()
-            # tomlkit cannot change every layout of a file. Its result is used only if it says what it should.
+            # tomlkit cannot change every layout of a file. Its result is used only if its values are right.
             if _same(tomllib.loads(result), wanted):
                 return result
         except (TOMLKitError, ValueError, RecursionError):
@@ -136,6 +136,7 @@ class ConfigFile:
         changes: Mapping[str, Value | None],
         new_table: Callable[[object, bool], MutableMapping[str, Any]],
     ) -> None:
+        """Make the changes in `table`, with missing sections made by `new_table(parent, is_last)`."""
         for depth, name in enumerate(section, 1):
             if name not in table:
                 table[name] = new_table(table, depth == len(section))

@@ -14,7 +14,7 @@ _EMBEDDINGS = tuple(range(0x202A, 0x202F))  # embeddings, overrides, and the cha
 _ISOLATES = tuple(range(0x2066, 0x206A))
 BIDI_CONTROLS = (*_MARKS, *_EMBEDDINGS, *_ISOLATES)
 """Code points that control the direction of text. None takes a cell on a terminal."""
-_CLOSES_ISOLATE = "\u2069"
+_POP_ISOLATE = "\u2069"
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 _TABLE: dict[int, str] = {
@@ -59,18 +59,19 @@ def safe_file_line(text: str, limit: int = 200) -> str:
 
 
 def _with_closed_isolates(line: str) -> str:
-    open_places: list[int] = []
-    unpaired: list[int] = []
+    """Return the line with each isolate that is not closed, and each unmatched closing one, replaced."""
+    unclosed: list[int] = []
+    unopened: list[int] = []
     for match in _ISOLATE.finditer(line):
-        if match[0] != _CLOSES_ISOLATE:
-            open_places.append(match.start())
-        elif open_places:
-            open_places.pop()
+        if match[0] != _POP_ISOLATE:
+            unclosed.append(match.start())
+        elif unclosed:
+            unclosed.pop()
         else:
-            unpaired.append(match.start())
+            unopened.append(match.start())
     characters = list(line)
-    for place in (*open_places, *unpaired):
-        characters[place] = _REPLACEMENT
+    for offset in (*unclosed, *unopened):
+        characters[offset] = _REPLACEMENT
     return "".join(characters)
 
 

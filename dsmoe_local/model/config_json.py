@@ -130,14 +130,14 @@ def strict_json(raw: bytes, path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{name} is not valid JSON: {safe_line(str(error), 80)}", where=path) from error
     if not isinstance(value, dict):
-        raise FormatError(f"{name} must hold a JSON object", where=path)
+        raise FormatError(f"{name} must contain a JSON object", where=path)
     if not _is_shallow(value):
-        raise FormatError(f"{name} is nested more than {_MAX_DEPTH} deep", where=path)
+        raise FormatError(f"{name} is nested more than {_MAX_DEPTH} levels deep", where=path)
     return value
 
 
 def _is_shallow(value: object) -> bool:
-    """True if recursion over the value cannot exceed Python's limit."""
+    """True if the nesting is at most _MAX_DEPTH, so that functions may recurse over the value."""
     level: list[Any] = [value]
     for _ in range(_MAX_DEPTH):
         parts = (node.values() if isinstance(node, dict) else node for node in level)

@@ -108,7 +108,7 @@ def bytes_per_token(hp: Hyperparameters, tensors: Iterable[Tensor]) -> float:
 def read_fraction(hp: Hyperparameters, name: str) -> float:
     """Return the fraction of a tensor that is read to decode one token.
 
-    Of routed experts only the chosen ones are read, of the embedding one row. An embedding that is also the
+    Only the chosen routed experts are read, and one row of the embedding. An embedding that is also the
     output is read once more as a whole.
     """
     role = role_of(name)

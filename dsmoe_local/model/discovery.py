@@ -37,7 +37,7 @@ class KnownModel:
 
 @dataclass(frozen=True, slots=True)
 class ModelDescription:
-    """What a model's header says: size in bytes, name of its type, trained context, title.
+    """A model's size in bytes and, from its header, the name of its type, trained context and title.
 
     If the file cannot be used, `reason` says why, and only the size is set.
     """
@@ -51,10 +51,10 @@ class ModelDescription:
 
 
 def known_models(folder: Path) -> list[KnownModel]:
-    """List all known model files: in the working folder, in `folder` and its folders, the demo's, the recent.
+    """Return the model files in the working folder, in `folder` and its subfolders, the demo's, the recent.
 
-    Recent files are listed newest first. Each file is listed once; importance matrices are not listed. Opens
-    no file.
+    Recent files are listed newest first. Each file is listed once; importance matrices are left out. No file
+    is opened.
     """
     groups: list[tuple[str, Iterable[Path]]] = [
         ("this folder", _in_folder(Path(), "*")),
@@ -76,7 +76,7 @@ def _in_folder(folder: Path, *places: str) -> Iterator[Path]:
 
 
 def find_known(word: str, folder: Path) -> list[KnownModel]:
-    """Find models by name or by a unique prefix of it, in any case, with or without .gguf.
+    """Return the models with a name, or with a unique prefix of it, in any case, with or without .gguf.
 
     All results have the same name; the first one is the one to use, as it comes first in `known_models`. The
     list is empty if there is none. Raises UsageError if several names match, or two files of that name in one

@@ -1,4 +1,4 @@
-"""The type of a whole file: its name for people, and llama.cpp's number for it."""
+"""The type of a whole file: its name, and llama.cpp's number for it (`general.file_type`)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def file_type_name(file: GgufFile) -> str:
     number = file.get("general.file_type")
     name = _NAMES.get(number) if isinstance(number, int) else None
     recipe, closest = _recipe_names(file)
-    # llama.cpp's quantizer copies its source's recipe, and changes only the number.
+    # llama.cpp's quantizer copies the recipe of its source and changes only general.file_type. Then the
+    # recipe does not describe the file.
     if recipe is not None and closest is not None and closest == name:
         return recipe
     if name is not None:

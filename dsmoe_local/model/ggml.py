@@ -1,4 +1,4 @@
-"""Tensors, ggml's types and their sizes, as the `gguf` package lists them. dsmoe_quantize encodes weights."""
+"""Tensors, and ggml's types and their sizes as the `gguf` package lists them. Nothing is encoded here."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def parse_type(word: str) -> GgmlType:
 
 
 def block_size(kind: GgmlType) -> int:
-    """Return the number of weights in a block. The columns of a tensor must be a multiple of it."""
+    """Return the number of weights in a block. It must divide the number of a tensor's columns."""
     return GGML_QUANT_SIZES[kind][0]
 
 
@@ -34,7 +34,7 @@ def row_bytes(kind: GgmlType, n_columns: int) -> int:
     """Return the size of one row. Raises FormatError if the block size does not divide `n_columns`."""
     weights, n_bytes = GGML_QUANT_SIZES[kind]
     if n_columns % weights:
-        raise FormatError(f"{kind.name} holds multiples of {weights} columns, not {n_columns}")
+        raise FormatError(f"{kind.name} needs a multiple of {weights} columns, not {n_columns}")
     return n_columns // weights * n_bytes
 
 

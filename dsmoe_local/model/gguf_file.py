@@ -71,7 +71,7 @@ class TensorInfo(Tensor):
 class GgufFile:
     """The header of a file: metadata and tensors in file order.
 
-    `identity` is size, modification time in ns, and inode: it changes when the file is changed or replaced.
+    `identity` is size, modification time in ns, and inode. It changes if the file is changed or replaced.
     """
 
     path: Path
@@ -123,7 +123,7 @@ def identity_of(status: os.stat_result) -> tuple[int, int, int]:
 
 
 class _Parser:
-    """A cursor over the header's bytes. They are read from `file`, which is behind the magic, when needed."""
+    """A cursor over the header's bytes, which are read from `file` when needed, from after the magic on."""
 
     def __init__(self, path: Path, identity: tuple[int, int, int], file: BinaryIO) -> None:
         self.path = path
@@ -152,7 +152,7 @@ class _Parser:
             wanted = max(end, _WINDOW, 2 * len(self.data))
             self.data += self.file.read(min(self.size, wanted) - len(self.data))
             if end > len(self.data):
-                self.refuse(f"it shrank while reading {what}")
+                self.refuse(f"it was truncated while {what} was read")
 
     def take(self, form: struct.Struct, what: str) -> Any:  # noqa: ANN401 - the struct decides
         self.need(form.size, what)
@@ -203,7 +203,7 @@ class _Parser:
         alignment = self.alignment(metadata)
         entries = [self.tensor() for _ in range(n_tensors)]
         data_offset = -(-self.at // alignment) * alignment
-        tensors = self.place(entries, data_offset, alignment)
+        tensors = self.checked_layout(entries, data_offset, alignment)
         return GgufFile(self.path, metadata, tensors, alignment, data_offset, self.identity)
 
     def alignment(self, metadata: Mapping[str, Field]) -> int:
@@ -213,7 +213,8 @@ class _Parser:
         value = field.value
         if field.type is not GGUFValueType.UINT32 or not 8 <= value <= 1 << 20 or value & (value - 1):
             self.refuse(
-                f"alignment {safe_line(str(value), 40)} is not a power of two from 8", "general.alignment"
+                f"the alignment {safe_line(str(value), 40)} is not a power of two from 8 to 1048576",
+                "general.alignment",
             )
         return int(value)
 
@@ -254,7 +255,7 @@ class _Parser:
         return values
 
     def strings(self, key: str, count: int) -> list[str]:
-        """Read a string array, in one tight loop: a vocabulary has 100,000 tokens and as many merges."""
+        """Return a string array. One fast loop: a vocabulary has 100,000 tokens and as many merges."""
         if count > (self.size - self.at) // 8:
             self.refuse(f"an array claims {count} strings", key)
         self.count_items(count, key)
@@ -290,13 +291,13 @@ class _Parser:
         except ValueError:
             self.refuse(f"a tensor has the unknown type {number}", name)
         if sizes[0] % block_size(kind):
-            self.refuse(f"{kind.name} cannot hold {sizes[0]} columns", name)
+            self.refuse(f"{kind.name} needs a multiple of {block_size(kind)} columns, not {sizes[0]}", name)
         return name, tuple(reversed(sizes)), kind, self.take(_LENGTH, name)
 
-    def place(
+    def checked_layout(
         self, entries: list[tuple[str, tuple[int, ...], GgmlType, int]], data_offset: int, alignment: int
     ) -> dict[str, TensorInfo]:
-        """Check that tensors follow each other with only padding between them, as llama.cpp requires."""
+        """Return the tensors by name. Refuse gaps and overlaps between them, as llama.cpp does."""
         tensors: dict[str, TensorInfo] = {}
         end = data_offset
         for name, shape, kind, offset in entries:

@@ -29,7 +29,8 @@ MAX_EXPERTS = 512  # LLAMA_MAX_EXPERTS
 _NOT_WEIGHTS = frozenset(
     kind for kind in GgmlType if kind.name in {"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"}
 )
-_ONE_GRAPH: Mapping[str, tuple[object, ...]] = {
+# Keys that select another graph, with the values that do not. The first value is llama.cpp's default.
+_GRAPH_KEYS: Mapping[str, tuple[object, ...]] = {
     "attention.causal": (True,),
     "classifier.output_labels": (None,),
     "embedding_length_out": (None,),
@@ -39,7 +40,6 @@ _ONE_GRAPH: Mapping[str, tuple[object, ...]] = {
     "pooling_type": (0,),
 }
 _LLAMA_BIASES = re.compile(r"blk\.\d+\.(attn_(q|k|v|output)|ffn_(gate|up|down))\.bias")
-_UNSIGNED = frozenset({GGUFValueType.UINT32})
 
 
 def read_model(path: Path) -> tuple[GgufFile, Hyperparameters]:
@@ -105,7 +105,7 @@ class _Metadata:
             if default is None:
                 self.refuse(key, "(missing)", f"a number from {low} to {high}")
             return default
-        if field.type not in _UNSIGNED or not low <= field.value <= high:
+        if field.type is not GGUFValueType.UINT32 or not low <= field.value <= high:
             self.refuse(key, field.value, f"an unsigned 32-bit number from {low} to {high}")
         return int(field.value)
 
@@ -118,15 +118,15 @@ class _Metadata:
             return default
         if field.type is not GGUFValueType.FLOAT32 or not math.isfinite(field.value):
             self.refuse(key, field.value, "a finite 32-bit float")
-        # 1e-06 instead of 9.999999974752427e-07
+        # For example 1e-06 instead of 9.999999974752427e-07.
         value = shortest_float(field.value)
         if not low <= value <= high:
             self.refuse(key, value, f"a number from {low:g} to {high:g}")
         return value
 
     def refuse_other_graphs(self) -> None:
-        """Refuse keys that select another graph: llama.cpp aborts on some, and computes differently."""
-        for key, accepted in _ONE_GRAPH.items():
+        """Refuse keys that select another graph, with which llama.cpp aborts or gives wrong results."""
+        for key, accepted in _GRAPH_KEYS.items():
             value = self.file.get(f"{self.architecture}.{key}", accepted[0])
             if value not in accepted:
                 self.refuse(f"{self.architecture}.{key}", value, " or ".join(map(str, accepted)))
@@ -141,12 +141,16 @@ class _Metadata:
         prefix = self.architecture
         if n_heads % n_kv_heads:
             self.refuse(f"{prefix}.attention.head_count_kv", n_kv_heads, f"a divisor of {n_heads}")
-        if self.integer("attention.value_length", 2, 4096, head_dim) != head_dim:
-            self.refuse(f"{prefix}.attention.value_length", "(differs)", "the same as key_length")
+        value_dim = self.integer("attention.value_length", 2, 4096, head_dim)
+        if value_dim != head_dim:
+            self.refuse(f"{prefix}.attention.value_length", value_dim, f"the head size, {head_dim}")
         if self.architecture == "deepseek" and head_dim * n_heads != hidden_size:
-            self.refuse(f"{prefix}.attention.head_count", n_heads, "heads of equal, whole size")
-        if self.integer("rope.dimension_count", 1, 4096, head_dim) != head_dim or head_dim % 2:
-            self.refuse(f"{prefix}.rope.dimension_count", "(differs)", "the head size, an even number")
+            self.refuse(f"{prefix}.attention.head_count", n_heads, f"embedding_length / head size {head_dim}")
+        n_rotary = self.integer("rope.dimension_count", 1, 4096, head_dim)
+        if n_rotary != head_dim or head_dim % 2:
+            self.refuse(
+                f"{prefix}.rope.dimension_count", n_rotary, f"the head size, {head_dim}, if it is even"
+            )
         return Hyperparameters(
             architecture=self.architecture,
             n_layers=n_layers,
@@ -175,8 +179,8 @@ class _Metadata:
     def experts(self, n_layers: int) -> dict[str, Any]:
         """Return the arguments of Hyperparameters that describe experts."""
         if self.architecture == "llama":
-            if self.integer("expert_count", 0, MAX_EXPERTS, 0):
-                self.refuse("llama.expert_count", "above 0", "0: only deepseek models have experts here")
+            if n_experts := self.integer("expert_count", 0, MAX_EXPERTS, 0):
+                self.refuse("llama.expert_count", n_experts, "0; experts need the architecture deepseek")
             return {"n_dense_layers": n_layers}
         n_experts = self.integer("expert_count", 1, MAX_EXPERTS)
         gating = self.integer("expert_gating_func", 0, 255, 0)
@@ -195,8 +199,9 @@ class _Metadata:
 
     def rope_scaling(self) -> RopeScaling | None:
         prefix = f"{self.architecture}.rope"
-        if self.number("rope.scale_linear", 0.0, 1e6, 0.0) not in (0.0, 1.0):
-            self.refuse(f"{prefix}.scale_linear", "above 0", "rope.scaling.factor instead")
+        old_factor = self.number("rope.scale_linear", 0.0, 1e6, 0.0)
+        if old_factor not in (0.0, 1.0):
+            self.refuse(f"{prefix}.scale_linear", old_factor, "the key rope.scaling.factor in its place")
         # llama.cpp reads all of these keys whatever the type is, and scales linearly if there is no type.
         factor = self.number("rope.scaling.factor", 1e-3, 1e6, 0.0)
         magnitude = self.number("rope.scaling.attn_factor", 1e-6, 1e6, 1.0)

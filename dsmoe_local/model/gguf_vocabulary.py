@@ -90,7 +90,7 @@ def check_vocabulary(file: GgufFile) -> None:
         if value is not None and not value < len(tokens):
             _refuse(file, f"token id {value} is out of range", f"{name}_token_id")
         if value is None and name in ("bos", "eos") and len(tokens) <= _TOKENIZERS[model]:
-            _refuse(file, "there is no such token", f"{name}_token_id")
+            _refuse(file, "it is missing, and llama.cpp's default is not a token", f"{name}_token_id")
     name = file.get("general.name", "")
     if clashes_with_phi3(name) and not set(tokens).issuperset(_PHI3_TOKENS):
         _refuse(file, f"llama.cpp treats a model called {safe_line(name, 40)} as a Phi-3", "tokens")
@@ -123,9 +123,12 @@ def _strings(file: GgufFile, name: str) -> list[str]:
 
 
 def _check_tokens(file: GgufFile, tokens: list[str]) -> None:
-    """Refuse tokens that are the same to llama.cpp, which ends texts at a NUL and names empty ones."""
+    """Refuse tokens that llama.cpp cannot tell apart, and byte tokens without a byte.
+
+    llama.cpp cuts a token at a NUL, and renames an empty one to [EMPTY_n].
+    """
     if any("\0" in token for token in tokens):
-        _refuse(file, "a token holds a NUL", "tokens")
+        _refuse(file, "a token contains a NUL", "tokens")
     if len({token or f"[EMPTY_{number}]" for number, token in enumerate(tokens)}) != len(tokens):
         _refuse(file, "a token occurs twice", "tokens")
     types = file.get(f"{_PREFIX}token_type", ())
@@ -135,7 +138,7 @@ def _check_tokens(file: GgufFile, tokens: list[str]) -> None:
 
 
 def _check_bytes(file: GgufFile, tokens: set[str]) -> None:
-    """Refuse a vocabulary that lacks a byte: llama.cpp encodes unknown text by bytes, without a check."""
+    """Refuse a vocabulary that lacks a byte token: llama.cpp uses them for unknown text without a check."""
     for byte in range(256):
         if f"<0x{byte:02X}>" not in tokens and not (byte < 128 and chr(byte) in tokens):
             _refuse(file, f"there is no token for the byte {byte}", "tokens")

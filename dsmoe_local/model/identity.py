@@ -33,7 +33,7 @@ def file_identity(path: Path) -> str:
 
 
 def exact_identity(model: GgufFile) -> str:
-    """Return `file_identity` with device, inode and times of change, which tell a file from its copies.
+    """Return `file_identity` and the device, inode and times of change, which distinguish a file from copies.
 
     Raises FileError; FormatError if the file has changed since its header was read.
     """
@@ -81,10 +81,10 @@ def _sample(size: int, model: GgufFile | None) -> Iterable[tuple[int, int]]:
     """Return the offsets and lengths of the parts to read, in the order of the file."""
     last = max(size - _BLOCK, 0)
     spread = ((last * number // (_N_BLOCKS - 1), _BLOCK) for number in range(_N_BLOCKS))
-    return spread if model is None else sorted([*spread, *_of_model(model)])
+    return spread if model is None else sorted([*spread, *_header_and_tensor_ends(model)])
 
 
-def _of_model(model: GgufFile) -> Iterator[tuple[int, int]]:
+def _header_and_tensor_ends(model: GgufFile) -> Iterator[tuple[int, int]]:
     yield 0, model.data_offset
     for tensor in model.tensors.values():
         length = min(_END, tensor.n_bytes)

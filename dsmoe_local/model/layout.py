@@ -113,7 +113,7 @@ IGNORED_SOURCES = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_fr
 """Tensors of old checkpoints that follow from the hyper-parameters."""
 
 IGNORED_TENSORS = re.compile(r"rope_freqs\.weight|blk\.\d+\.(rope_freqs|attn_rot_embd)\.weight")
-"""Their GGUF counterparts."""
+"""The GGUF counterparts of IGNORED_SOURCES."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -190,7 +190,7 @@ REFUSALS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "an endless sequence": (
         lambda t: t.update(pre_tokenizer=nested(400)),
-        "nested more than 64 deep",
+        "nested more than 64 levels deep",
     ),
     "ignore_merges": (lambda t: t["model"].update(ignore_merges=True), "pre-tokenizer"),
     "not BPE": (lambda t: t["model"].update(type="Unigram"), "type"),
