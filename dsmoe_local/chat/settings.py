@@ -133,7 +133,7 @@ _TABLE = (
         "temperature",
         ("--temp", "--temperature"),
         float,
-        "randomness of sampling; 0 = always the likeliest token",
+        "temperature of sampling; 0 = greedy",
     ),
     Setting("top_k", ("--top-k",), int, "sample among the N likeliest tokens; 0 = off", "N"),
     Setting(
@@ -146,21 +146,25 @@ _TABLE = (
         "drop tokens less likely than this fraction of the likeliest one; 0 = off",
     ),
     Setting("typical_p", ("--typical", "--typical-p"), float, "locally typical sampling; 1 = off"),
-    Setting("repeat_penalty", ("--repeat-penalty",), float, "penalty for tokens that occurred; 1 = off"),
+    Setting("repeat_penalty", ("--repeat-penalty",), float, "penalty for repeated tokens; 1 = off"),
     Setting(
-        "repeat_last_n", ("--repeat-last-n",), int, "how many tokens the penalties look back; 0 = off", "N"
+        "repeat_last_n",
+        ("--repeat-last-n",),
+        int,
+        "number of last tokens that penalties apply to; 0 = off",
+        "N",
     ),
     Setting(
         "presence_penalty",
         ("--presence-penalty",),
         float,
-        "subtract this once from the logit of a token that occurred; 0 = off",
+        "subtract this from the logit of every token that occurred; 0 = off",
     ),
     Setting(
         "frequency_penalty",
         ("--frequency-penalty",),
         float,
-        "subtract this from the logit for each time a token occurred; 0 = off",
+        "subtract this from the logit for each occurrence of a token; 0 = off",
     ),
     Setting(
         "mirostat",
@@ -184,7 +188,7 @@ _TABLE = (
         "max_tokens",
         ("-n", "--predict", "--n-predict", "--max-tokens"),
         _integer_or_none,
-        "longest reply in tokens; -1 = no limit",
+        "maximum length of a reply in tokens; -1 = no limit",
         "N",
         ("none",),
     ),

@@ -71,7 +71,7 @@ def _field_names(text: str) -> tuple[str, ...]:
 @define_command(
     "batch",
     ("dsmoe batch in.jsonl -o out.jsonl -m m.gguf", "Answer requests."),
-    ("dsmoe batch q.txt --text --chat -o out.jsonl", "One question a line."),
+    ("dsmoe batch q.txt --text --chat -o out.jsonl", "One question per line."),
     ('dsmoe batch w.csv --template "Define {word}." -o out.jsonl', "Fill in a column of a table."),
     options_metavar="-o OUT.jsonl [OPTIONS]",
 )
@@ -120,7 +120,7 @@ def _field_names(text: str) -> tuple[str, ...]:
 @option(
     "--keep",
     "keep",
-    "Copy fields of the input into the records, as `kept`: label,source.",
+    "Copy these input fields into the records, as `kept`: label,source.",
     parsed(_field_names, "FIELDS"),
     Group.OUTPUT,
     multiple=True,
@@ -153,7 +153,7 @@ def command(
     as_json: bool,
     **values: Any,  # noqa: ANN401 - the shared options
 ) -> int:
-    """Answer a file of prompts, one JSON object a line; - is stdin.
+    """Answer a file of prompts, one JSON object per line; - is stdin.
 
     A line is a request of OpenAI's batch API, or has {"prompt": ...} or {"messages": [...]}. It may also have
     "id", "max_tokens", "stop" and sampling parameters ("temperature", "top_p", "seed", ...). After a crash or

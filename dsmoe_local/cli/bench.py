@@ -34,7 +34,7 @@ def _token_counts(text: str) -> tuple[int, ...]:
     """Read numbers of tokens separated by commas, without duplicates."""
     words = [word.strip() for word in text.split(",")]
     if not all(word.isascii() and word.isdigit() for word in words):
-        raise ValueError(f"{text!r} is not a number of tokens, or a list of them with commas")
+        raise ValueError(f"{text!r} is not a list of token counts, such as 512,2048")
     counts = tuple(dict.fromkeys(map(int, words)))
     if max(counts) > _MOST_TOKENS:
         raise ValueError(f"{max(counts)} is out of range: at most {_MOST_TOKENS} tokens")

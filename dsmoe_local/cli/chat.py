@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class _Conversing:
+class _ChatOptions:
     """The options of a chat, as opposed to one answer."""
 
     session: str | None
@@ -58,7 +58,7 @@ class _Conversing:
 @option(
     "--no-history",
     "no_history",
-    "Store neither the conversation nor what you type.",
+    "Do not store the conversation or your inputs.",
     FLAG,
     Group.CONVERSATION,
 )
@@ -66,7 +66,7 @@ class _Conversing:
 @option(
     "--experts",
     "experts",
-    "Show the experts beside replies from the start, as /experts does.",
+    "Show the routed experts of replies, as /experts does.",
     FLAG,
     Group.CONVERSATION,
 )
@@ -84,8 +84,7 @@ class _Conversing:
 @option(
     "--schema",
     "schema",
-    "Make the answer JSON that fits a JSON schema. Limit its length with -n: a schema may allow answers"
-    " without end.",
+    "Answer with JSON that fits a JSON schema. Limit its length with -n: a schema may allow endless answers.",
     typed(click.Path(), "FILE"),
     Group.ANSWER,
 )
@@ -130,17 +129,17 @@ def command(
         return
     history = {"session": session, "latest": latest, "no_history": no_history}
     settled = settle(history, ("session",), ("latest",), ("no_history",))
-    conversing = _Conversing(**settled, plain=plain, experts=experts, stats=stats)
-    with ExitStack() as open_things:
-        kept = _open_sessions(conversing, open_things)
-        withheld = open_things.enter_context(ExitStack())
-        withheld.enter_context(keys_withheld())
-        own = None if model or from_command_line("named_model") else _session_model(kept)
-        engine = open_things.enter_context(load_engine(own or path or find_model(), values))
-        kept = replace(kept, own_model=own is not None)
-        for problem in kept.problems.result() if kept.problems else ():
+    options = _ChatOptions(**settled, plain=plain, experts=experts, stats=stats)
+    with ExitStack() as resources:
+        storage = _open_storage(options, resources)
+        typed_ahead = resources.enter_context(ExitStack())
+        typed_ahead.enter_context(keys_withheld())
+        session_model = None if model or from_command_line("named_model") else _session_model(storage)
+        engine = resources.enter_context(load_engine(session_model or path or find_model(), values))
+        storage = replace(storage, own_model=session_model is not None)
+        for problem in storage.problems.result() if storage.problems else ():
             click.echo(f"note: {problem}", err=True)
-        _converse(engine, settings, system, conversing, kept, withheld)
+        _converse(engine, settings, system, options, storage, typed_ahead)
 
 
 def _check_combinations(*, is_chat: bool) -> None:
@@ -198,7 +197,7 @@ def _answer(
 
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
+class _Storage:
     """The stored sessions, and the one to continue or the name of a new one. `own_model`: its model is used.
 
     `problems` is the result of checking the database, which runs while the model is loaded.
@@ -211,36 +210,36 @@ class _Kept:
     problems: Future[list[str]] | None = None
 
 
-def _open_sessions(conversing: _Conversing, open_things: ExitStack) -> _Kept:
+def _open_storage(options: _ChatOptions, resources: ExitStack) -> _Storage:
     """Open the store and find the session, before the model is loaded."""
     from dsmoe_local.base.paths import data_folder
     from dsmoe_local.chat.store.names import check_name
     from dsmoe_local.chat.store.sessions import SessionStore
 
-    if conversing.no_history:
-        return _Kept(None)
+    if options.no_history:
+        return _Storage(None)
     sessions = SessionStore.open(data_folder() / "sessions")
-    open_things.callback(sessions.close)
-    problems = open_things.enter_context(ThreadPoolExecutor(1)).submit(sessions.problems)
-    if conversing.session is not None:
-        found = sessions.named(conversing.session)
+    resources.callback(sessions.close)
+    problems = resources.enter_context(ThreadPoolExecutor(1)).submit(sessions.problems)
+    if options.session is not None:
+        found = sessions.named(options.session)
         if found is None:
-            check_name(conversing.session)
-        return _Kept(sessions, found, conversing.session, problems=problems)
-    if conversing.latest:
+            check_name(options.session)
+        return _Storage(sessions, found, options.session, problems=problems)
+    if options.latest:
         latest = sessions.latest()
         if latest is None:
             raise UsageError("there is no conversation to continue yet", remedy="leave out --continue")
-        return _Kept(sessions, latest, problems=problems)
-    return _Kept(sessions, problems=problems)
+        return _Storage(sessions, latest, problems=problems)
+    return _Storage(sessions, problems=problems)
 
 
-def _session_model(kept: _Kept) -> Path | None:
+def _session_model(storage: _Storage) -> Path | None:
     """Return the model of the session to continue; None if there is no session or its model is unknown.
 
     UsageError if the file of the model is gone.
     """
-    summary = kept.sessions.summary(kept.session) if kept.sessions and kept.session else None
+    summary = storage.sessions.summary(storage.session) if storage.sessions and storage.session else None
     if summary is None or summary.model_path is None:
         return None
     path = Path(summary.model_path)
@@ -265,11 +264,11 @@ def _converse(
     engine: EngineClient,
     settings: ChatSettings,
     system: str,
-    conversing: _Conversing,
-    kept: _Kept,
-    withheld: ExitStack,
+    options: _ChatOptions,
+    storage: _Storage,
+    typed_ahead: ExitStack,
 ) -> None:
-    """Run the chat. `withheld` holds back keys that are typed before the input line is ready."""
+    """Run the chat. `typed_ahead` holds back keys that are typed before the input line is ready."""
     from dsmoe_local.base.config_file import ConfigFile, config_path
     from dsmoe_local.base.paths import data_folder
     from dsmoe_local.chat.chat import Chat
@@ -283,10 +282,10 @@ def _converse(
     conversation = Conversation(engine, settings, system)
     if conversation.completes and system:
         raise UsageError("-sys needs a model with a chat template", remedy="put the text into the prompt")
-    if kept.session is not None and not from_command_line("system"):
+    if storage.session is not None and not from_command_line("system"):
         # The session has its own system text.
         system = ""
-    caches = None if kept.sessions is None else CacheKeeper(StateStore(data_folder() / "sessions"))
+    caches = None if storage.sessions is None else CacheKeeper(StateStore(data_folder() / "sessions"))
 
     def status() -> Status:
         return chat.status()
@@ -295,28 +294,28 @@ def _converse(
         return choices(before, COMMANDS, chat)
 
     terminal = open_terminal(
-        plain=conversing.plain,
+        plain=options.plain,
         status=status,
         complete=complete,
-        history_path=None if kept.sessions is None else data_folder() / "history",
+        history_path=None if storage.sessions is None else data_folder() / "history",
     )
     chat = Chat(
         conversation,
         terminal,
         ConfigFile(config_path()),
-        sessions=kept.sessions,
+        sessions=storage.sessions,
         caches=caches,
         fixed=settings_given(),
-        stats=conversing.stats,
+        stats=options.stats,
     )
     chat.begin(
-        kept.session,
-        name=kept.new_name,
+        storage.session,
+        name=storage.new_name,
         system=system,
-        own_model=kept.own_model,
-        experts=conversing.experts,
+        own_model=storage.own_model,
+        experts=options.experts,
     )
-    withheld.close()
+    typed_ahead.close()
     left = False
     try:
         terminal.run(chat.take, chat.cancel, chat.kill)

@@ -18,7 +18,7 @@ _BEGINNINGS = {"zsh": "(( $+functions[compdef] )) || { autoload -Uz compinit && 
 def command(shell: str) -> None:
     """Print the completion script of all five programs for a shell.
 
-    Put it where your shell reads it at its start:
+    Add it to the startup files of your shell:
 
     \b
         dsmoe completion bash >> ~/.bashrc

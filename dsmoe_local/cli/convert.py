@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 @option(
     "--pre",
     "pre",
-    "llama.cpp's name of the pre-tokenizer, if it is not recognised.",
+    "llama.cpp's name of the pre-tokenizer, if it is not recognized.",
     text_value("NAME"),
     Group.INPUT,
 )
@@ -91,8 +91,8 @@ def command(
 
     {types}
 
-    Without a type, weights keep their own. OUT is written to the current folder unless it is given. Run the
-    same command again to continue an interrupted run.
+    Without a type, weights keep theirs. By default, the file is written to the current folder. Run the same
+    command again to continue an interrupted run.
 
     For a target, such as a size, convert to bf16 first and then use dsmoe quantize.
     """

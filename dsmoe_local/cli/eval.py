@@ -260,7 +260,7 @@ def _comparison(comparison: Comparison) -> list[tuple[str, str]]:
         ("perplexity ratio", _estimate(divergence.ratio)),
         ("KL divergence", f"{_estimate(divergence.kl)} nats at least, {divergence.kl_upper:.3g} at most"),
         ("KL of a token", f"{', '.join(quantiles)}, largest {divergence.maximum:.3g}"),
-        ("same likeliest", f"{_percentage(divergence.same_top)} of tokens"),
+        ("same top token", f"{_percentage(divergence.same_top)} of tokens"),
         ("same experts", _same_experts(comparison.routing)),
     ]
 

@@ -51,7 +51,7 @@ sensitivity_options = all_of(
     option(
         "--probe",
         "probes",
-        "Type to quantize a group to. Repeatable; the results are averaged.",
+        "Type to quantize each group to. Repeatable; the results are averaged.",
         text_value("TYPE"),
         _SENSITIVITY,
         multiple=True,
@@ -270,6 +270,5 @@ def _table(costs: ErrorCosts, *, is_narrow: bool) -> Table:
 
 def _type_cell(kind: GgmlType, used: tuple[GgmlType, ...]) -> str:
     """Return the type that was tried, and the types used instead where its blocks do not fit."""
-
     is_as_asked = used in ((), (kind,))
     return kind.name if is_as_asked else f"{kind.name}: {', '.join(kind.name for kind in used)}"

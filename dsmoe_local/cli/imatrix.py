@@ -78,11 +78,11 @@ def command(
     as_json: bool,
     **values: Any,  # noqa: ANN401 - the shared options
 ) -> None:
-    """Collect an importance matrix for quantizing: how much each input channel of each matrix matters.
+    """Collect an importance matrix for quantizing: how important each input column of each matrix is.
 
-    The model reads a text, and the squares of the inputs of its matrices are added up, for each expert
-    separately. dsmoe quantize --imatrix and llama-quantize --imatrix then store important weights more
-    precisely. Use the unquantized model or Q8_0, and a text like those the model will work on. Run the same
+    The model reads a text, and the squares of the inputs of its matrices are summed, for each expert
+    separately. dsmoe quantize --imatrix and llama-quantize --imatrix then encode important weights more
+    precisely. Use the unquantized model or Q8_0, and a text like those the model is used for. Run the same
     command again to continue an interrupted run.
     """
     _check(files, merge, show, values)

@@ -111,7 +111,7 @@ model_options_without_context = all_of(
     option(
         "-dev, --device",
         "devices",
-        "Devices to use, from `dsmoe devices`, with commas; none = the CPU only.",
+        "Devices from `dsmoe devices`, separated by commas; none = CPU only.",
         parsed(_device_list, "LIST"),
         _DEVICES,
         shown="all",
@@ -119,8 +119,7 @@ model_options_without_context = all_of(
     option(
         "-ot, --tensor-override, --override-tensor",
         "tensor_overrides",
-        "Put the tensors whose names match into a buffer: CPU, or a device. Repeatable; the first match"
-        " wins.",
+        "Place tensors whose names match in a buffer: CPU, or a device. Repeatable; the first match wins.",
         parsed(_tensor_overrides, "REGEX=BUFFER"),
         _DEVICES,
         multiple=True,

@@ -69,7 +69,7 @@ def command(
     Instead of a type, you can give a target, such as a size. The error of each type is then measured on the
     weights, and the types with the least total error within all targets are used.
 
-    OUT.gguf is written to the current folder unless it is given. Run the same command again to continue an
+    By default, the file is written to the current folder. Run the same command again to continue an
     interrupted run.
     """
     from dsmoe_quantize.budget.explanation import stated_reasons

@@ -45,21 +45,21 @@ target_options = all_of(
     option(
         "--target-size",
         "target_size",
-        "Choose the types for a file of at most this size, as in 9.2GiB.",
+        "Choose the types for a file of at most this size, such as 9.2GiB.",
         text_value("SIZE"),
         _TARGET,
     ),
     option(
         "--target-bpw",
         "target_bpw",
-        "... for at most so many bits per weight, 1 to 32, as in 4.7.",
+        "Choose them for at most this many bits per weight, such as 4.7.",
         typed(click.FloatRange(1, 32), "BITS"),
         _TARGET,
     ),
     option(
         "--target-bytes-per-token",
         "target_bytes_per_token",
-        "... for at most so many bytes read per decoded token, as in 1.6GB.",
+        "Choose them for at most this many bytes read per decoded token, such as 1.6GB.",
         text_value("SIZE"),
         _TARGET,
     ),
@@ -73,7 +73,7 @@ target_options = all_of(
     option(
         "--cpu",
         "cpu",
-        "The kind of CPU for --max-slow-share.",
+        "Kind of CPU for --max-slow-share.",
         choice(*_CPUS),
         _TARGET,
         shown="this machine's",
@@ -81,8 +81,8 @@ target_options = all_of(
     option(
         "--sensitivity",
         "sensitivity_file",
-        "File for the measured errors of each type, read and extended. Also takes the result of"
-        " dsmoe eval --sensitivity.",
+        "File with the measured error of each type; missing errors are measured and added. Also accepts"
+        " the result of dsmoe eval --sensitivity.",
         FILE,
         _TARGET,
         shown="in the cache",
@@ -90,7 +90,7 @@ target_options = all_of(
     option(
         "--sample",
         "sample",
-        "Measure on so many weights of each tensor; 0 = all.",
+        "Number of weights of each tensor to measure; 0 = all.",
         typed(click.IntRange(0), "N"),
         _TARGET,
         # dsmoe_quantize.budget.sensitivity.SAMPLE. None, so that a file with another sample can be used.

@@ -28,12 +28,10 @@ if TYPE_CHECKING:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_FILE = click.Path(path_type=Path)
-
 _ABOUT = (
-    "\b\nTYPE is one of our recipes:\n"
+    "\b\nTYPE is one of these recipes:\n"
     + "\n".join(f"  {recipe.name:<10}{recipe.why}" for recipe in RECIPES.values())
-    + "\nor a mix of llama.cpp's (Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_K_S, Q4_0, Q4_1,"
+    + "\nor a llama.cpp mix (Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_K_S, Q4_0, Q4_1,"
     + "\nIQ4_NL, IQ4_XS, ...), or f32, f16, bf16."
 )
 """The text for {types} in the help of a command."""
@@ -55,11 +53,11 @@ _type_options = all_of(
     option(
         "--type",
         "word",
-        f"{', '.join(RECIPES)}, or a type of llama.cpp's, as Q4_K_M.",
+        f"{', '.join(RECIPES)}, or a llama.cpp mix such as Q4_K_M.",
         {"metavar": "TYPE", "shell_complete": _complete_type},
     ),
     option("--recipe", "recipe_file", "Use the types of a recipe file, instead of --type.", FILE),
-    option("--imatrix", "imatrix_file", "Importance matrix, from dsmoe imatrix or llama-imatrix.", FILE),
+    option("--imatrix", "imatrix_file", "Importance matrix from dsmoe imatrix or llama-imatrix.", FILE),
     option("--dry-run", "dry_run", "Show the type of each tensor, and write nothing.", FLAG),
     option(
         "--threads",
@@ -157,7 +155,6 @@ def settle_types(values: Mapping[str, Any], *targets: str) -> dict[str, Any]:
 
 def show_types(choices: Sequence[TensorChoice], totals: str) -> None:
     """Print the table of a dry run on stdout, with a line of totals."""
-
     out, left = console(file_columns=160), ("tensor", "shape", "from", "to")
     table = plain_table(*left, "size", "why", left=left, wrap=("why",))
     for choice in choices:

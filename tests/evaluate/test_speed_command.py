@@ -87,8 +87,8 @@ def test_short_errors(dense: Path, tmp_path: Path) -> None:
     broken.write_bytes(b"GGUF" + bytes(20))
     for arguments, words in (
         ((tiny_model(), "-p", "0", "-n", "0"), "nothing to measure"),
-        ((tiny_model(), "-p", "512,x"), "not a number of tokens"),
-        ((tiny_model(), "-p", "-5"), "not a number of tokens"),
+        ((tiny_model(), "-p", "512,x"), "not a list of token counts"),
+        ((tiny_model(), "-p", "-5"), "not a list of token counts"),
         ((tiny_model(), "-n", "9999999999"), "out of range"),
         ((tiny_model(), "-r", "0"), "-r"),
         ((tiny_model(), "-o", "xml"), "xml"),

@@ -43,7 +43,7 @@ class NamedRecipe:
 _LIST = (
     NamedRecipe(
         "q8",
-        why="next to no loss",
+        why="almost lossless",
         closest="Q8_0",
         types={"": "Q8_0"},
     ),
