@@ -1,4 +1,4 @@
-"""Collect the events of a request into its reply. `deliver` runs in the engine's thread: it only collects."""
+"""Collect the events of a request into its reply. `deliver` runs in the engine's thread and must be fast."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ class _Draft:
 
 
 class Collector:
-    """Takes the events of one request; `finished` is called once, after the last.
+    """Collects the events of one request. `finished` is called once, after the last event.
 
-    `line` is the input line with this `turn`. `alone`: no other request runs with it.
+    `line` is the input line of `task`. `alone`: no other request runs at the same time.
     """
 
     def __init__(
         self,
-        turn: int,
+        task: int,
         line: Line,
         request: Request,
         finished: Callable[[Collector], None],
         *,
         alone: bool = False,
     ) -> None:
-        self.turn = turn
+        self.task = task
         self.line = line
         self.request = request
         self.alone = alone
@@ -48,7 +48,7 @@ class Collector:
         self._seconds = 0.0
 
     def deliver(self, event: TokenEvent | BaseException | None) -> None:
-        """Take an event; None or an exception ends the request."""
+        """Add an event; None or an exception ends the request."""
         if not isinstance(event, TokenEvent):
             self.error = event
             self._finished(self)

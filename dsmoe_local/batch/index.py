@@ -1,4 +1,4 @@
-"""The index of a batch: where each input line lies, which lines have a record, and the order of the work.
+"""The index of a batch: the offset of each input line, which lines have a record, and the order of the work.
 
 It is a private SQLite database that is discarded after the run. It holds offsets, hashes and costs, no text.
 SQLite keeps it in memory while it is small and moves it to a temporary file when it grows, so memory does not
@@ -32,8 +32,9 @@ from dsmoe_local.batch.workload import (
 _REPORT_BYTES = 1 << 20
 _BLOCK = 256  # lines that `entry` reads at once: each query hands the GIL to other threads
 _BUFFERED = 1024  # rows that are inserted at once
-# Positions count lines from 0, record numbers count records from 1. Turns count the lines without a record,
-# from 0 and in the order of the work. The transaction is never committed: nothing outlives the connection.
+# `position` is the index of a line in the input, from 0. `record` is the number of its record, from 1, or NULL.
+# `task` is the index of a line without a record in the order of the work, from 0. The transaction is never
+# committed: nothing outlives the connection.
 _SCHEMA = """
 PRAGMA journal_mode = OFF;
 CREATE TABLE line (
@@ -44,7 +45,7 @@ CREATE TABLE line (
     record INTEGER
 );
 CREATE TABLE record (number INTEGER PRIMARY KEY, id BLOB, content BLOB);
-CREATE TABLE work (turn INTEGER PRIMARY KEY, position INTEGER);
+CREATE TABLE work (task INTEGER PRIMARY KEY, position INTEGER);
 BEGIN;
 """
 _CHANGED = """
@@ -60,16 +61,16 @@ SELECT NOT EXISTS (
     WHERE record IS NOT NULL AND (record > before) IS NOT TRUE
 )
 """
-# Lines with a common prefix form a group, and so on within the group for longer prefixes. Groups, and lines
-# within the innermost groups, start with the most expensive: what still runs at the end is then short.
+# Lines with a common prefix form a group, in which lines with a longer common prefix form a group, and so on.
+# Groups, and lines within an innermost group, are sorted by falling cost, so that the last replies are short.
 _GROUPS = ", ".join(
     f"max(cost) OVER (PARTITION BY substr(prefixes, 1, {n})) DESC, substr(prefixes, 1, {n})"
     for n in range(HASH_BYTES, len(PREFIX_LENGTHS) * HASH_BYTES + 1, HASH_BYTES)
 )
 _LEFT = "SELECT position, prefixes, length FROM line WHERE record IS NULL ORDER BY"
 _ENTRIES = """
-SELECT turn, number, offset, length, id, content FROM work JOIN line USING (position)
-WHERE turn BETWEEN ? AND ?
+SELECT task, number, offset, length, id, content FROM work JOIN line USING (position)
+WHERE task BETWEEN ? AND ?
 """
 _EQUAL_IDS = """
 SELECT first.number, first.offset, first.length, second.number, second.offset, second.length
@@ -94,7 +95,7 @@ class Resumed:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The work that is left: `n_lines` lines without a record. `shared_bytes` estimates how many bytes of
-    their prompts are a prefix that the prompt before has as well.
+    their prompts belong to a prefix that a prompt shares with the one before it.
     """
 
     n_lines: int
@@ -114,7 +115,7 @@ class Index:
         self._n_lines = 0
         self._buffer: list[tuple[object, ...]] = []
         self._block: dict[int, tuple[Span, Key]] = {}
-        # Several threads may use it, one after the other.
+        # Several threads may use the connection, one after the other.
         self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._database.executescript(_SCHEMA)
 
@@ -174,14 +175,14 @@ class Index:
         self._insert("INSERT INTO work VALUES (?, ?)")
         return Plan(n_lines, n_shared)
 
-    def entry(self, turn: int) -> tuple[Span, Key]:
-        """Return where the line with this turn lies, and its key. Fast in the order of the turns."""
-        if turn not in self._block:
+    def entry(self, task: int) -> tuple[Span, Key]:
+        """Return the span and the key of a task's line. Fast if tasks are read in order."""
+        if task not in self._block:
             self._block = {
                 number: (Span(*span), Key(int.from_bytes(id_hash), int.from_bytes(content)))
-                for number, *span, id_hash, content in self._execute(_ENTRIES, turn, turn + _BLOCK - 1)
+                for number, *span, id_hash, content in self._execute(_ENTRIES, task, task + _BLOCK - 1)
             }
-        return self._block[turn]
+        return self._block[task]
 
     def _insert(self, statement: str) -> None:
         with _explained():
@@ -195,6 +196,7 @@ class Index:
 
 @contextmanager
 def _explained() -> Iterator[None]:
+    """Raise SQLite errors as FileError."""
     try:
         yield
     except sqlite3.Error as error:
@@ -206,7 +208,7 @@ def _explained() -> Iterator[None]:
 
 
 def _blobs(key: Key) -> tuple[bytes, bytes]:
-    # SQLite's integers have a sign: 64 bits of a hash do not fit.
+    # SQLite's integers are signed, so an unsigned 64-bit hash may not fit.
     return key.id.to_bytes(8), key.content.to_bytes(8)
 
 
@@ -237,7 +239,7 @@ def _fill(
         try:
             request = request_of(line, defaults)
         except DsmoeError:
-            # It becomes an error record, which takes no work.
+            # The line becomes an error record without the engine.
             index.add(span, line.key, b"", 0)
         else:
             index.workload.add(request)
@@ -283,11 +285,13 @@ class _InputCheck:
             raise FormatError(
                 f"no line of the input can be read: {error.what}",
                 where=f"{source.shown}, line {self._first.number} of {count(n_lines, 'line')}",
-                remedy="--text takes each line as a prompt" if error.kind == "not_json" else error.remedy,
+                remedy="use --text if each line is a prompt" if error.kind == "not_json" else error.remedy,
             )
         if self._missing:
             raise FormatError(
-                f"no line has the field {min(self._missing)!r}, which --keep names", where=source.shown
+                f"no line has the field {min(self._missing)!r}, which --keep names",
+                where=source.shown,
+                remedy="correct the name, or leave it out of --keep",
             )
 
 

@@ -35,10 +35,10 @@ _SUFFIXES = frozenset({".jsonl", ".csv", ".tsv", ".txt"})
 class BatchOptions:
     """What to read, where to write, and how.
 
-    `settings` are the other things that a reply depends on, such as the model: a run with other settings does
-    not continue an output. `names` are shown in place of settings that mean nothing to a user, such as
-    digests. `deterministic`: the engine is, and requests that sample without a seed get one that depends on
-    the line only. `max_errors`: give up when more lines than this have failed.
+    `settings` are the other things that a reply depends on, such as the model: a run with different settings
+    cannot continue an output. `names` gives the text that messages show for a setting whose value is a
+    digest. `deterministic`: the engine is deterministic, and requests that sample without a seed get one that
+    depends on the line only. `max_errors`: stop when more lines than this have failed.
     """
 
     source: Path
@@ -65,9 +65,9 @@ class Job:
     summary: BatchSummary
     plan: Plan
 
-    def line(self, turn: int) -> Line:
-        """Read the line with this turn again, counted from 0. FormatError if it has changed."""
-        span, key = self.index.entry(turn)
+    def line(self, task: int) -> Line:
+        """Read the line of a task again; `Index.entry` numbers tasks. FormatError if the line has changed."""
+        span, key = self.index.entry(task)
         line = self.source.line(span.number, self.source.read(span))
         if line.key != key:
             raise FormatError(
@@ -103,7 +103,7 @@ class Job:
         )
 
     def finish(self) -> None:
-        """Remove the copy of standard input: every line has a record."""
+        """Remove the copy of standard input. Must be called only when every line has a record."""
         if self.options.source == STDIN:
             spool_path(self.options.out).unlink(missing_ok=True)
 
@@ -127,7 +127,9 @@ def check_paths(options: BatchOptions) -> None:
         return
     for path in (options.out, journal_path(options.out)):
         if durable.same_file(options.source, path):
-            raise UsageError("input and output are the same file", where=str(path))
+            raise UsageError(
+                "input and output are the same file", where=str(path), remedy="name another output"
+            )
     if options.source.is_dir():
         inside = next((path for path in sorted(options.source.iterdir()) if path.suffix in _SUFFIXES), None)
         raise FileError(
@@ -157,7 +159,7 @@ def prepared(
     stop = stop or threading.Event()
     check_paths(options)
     if options.out.is_symlink():
-        # Journal and lock belong to the file, whatever link leads to it.
+        # The journal and the lock belong to the file that the link points to.
         options = replace(options, out=options.out.resolve())
     with ExitStack() as stack:
         stack.enter_context(durable.locked(options.out))
@@ -204,9 +206,7 @@ def _resume(index: Index, summary: BatchSummary, source: Source, listen: Listene
 def _settings(options: BatchOptions) -> dict[str, str]:
     """Return what a record depends on besides its line, as text."""
     if options.form not in FORMATS:
-        raise UsageError(
-            f"{options.form!r} is not an output format", remedy=f"known are {', '.join(FORMATS)}"
-        )
+        raise UsageError(f"{options.form!r} is not an output format", remedy=f"use {' or '.join(FORMATS)}")
     template = options.input.template
     own = {
         "format": options.form,

@@ -32,10 +32,10 @@ _MAX_LINE = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a journal starts with. `has_lines`: something follows it.
+    """What a journal starts with. `has_lines`: more lines follow it.
 
-    `settings` shape the records. `loaded` are settings that are known once the model is loaded. `names` are
-    shown in place of settings that mean nothing to a user, such as digests.
+    The records depend on `settings` and on `loaded`, the settings that are known once the model is loaded.
+    `names` gives the text that messages show for a setting whose value is a digest.
     """
 
     settings: Settings
@@ -46,7 +46,7 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """How far the output and its journal are valid: bytes of each, and the CRC-32 of the journal's last line.
+    """Up to where the output and its journal are valid, in bytes, and the CRC-32 of the journal's last line.
 
     `committed` is False if the last valid record has no commit mark.
     """
@@ -86,7 +86,7 @@ def _line(value: object, checksum: int) -> tuple[bytes, int]:
 
 
 def _valid_lines(file: BinaryIO) -> Iterator[tuple[Any, int, int]]:
-    """Yield the value of each line, where the line ends, and its checksum, up to the first invalid line.
+    """Yield the value of each line, the offset of its end, and its checksum, up to the first invalid line.
 
     `file` is then positioned at that line.
     """
@@ -126,7 +126,7 @@ def read_header(journal: Path) -> Header | None:
 
 
 def compare(out: Path, visit: Visitor) -> Extent:
-    """Compare an output with its journal, record by record; return how far both are valid.
+    """Compare an output with its journal, record by record. Return up to where both are valid.
 
     After a kill the records of the last group may be incomplete, and so may its entries. Every other
     difference is refused with FileError: a committed record that is not whole, output that has no entry, and
@@ -150,7 +150,7 @@ def compare(out: Path, visit: Visitor) -> Extent:
                     visit(Key(int(key[:16], 16), int(key[16:], 16)), failure)
                     extent = Extent(n_announced, end, checksum, committed=False)
                 continue
-            # The header or a commit mark: what has an entry is on the disk.
+            # The header or a commit mark: all records before it must be whole.
             if not is_whole:
                 raise _changed(out)
             n_committed = n_announced

@@ -17,7 +17,7 @@ from dsmoe_local.base.text import safe_line
 MAX_LINE = 64 << 20
 _MAX_DEPTH = 200
 _ID_FIELDS = ("custom_id", "id")
-# The json module's messages, and ours.
+# The json module's messages, and the messages shown instead.
 _FAULTS = {
     "Unterminated string starting at": "the string that starts in column {column} is not closed",
     "Invalid control character at": "a tab or control character in column {column}: in a string, write \\t",
@@ -73,7 +73,7 @@ def hash64(data: bytes) -> int:
 def key_of(name: str, raw: bytes, values: Mapping[str, Any], kept: Mapping[str, Any]) -> Key:
     """Return the key of a line with the id `name`. White space and the order of fields do not change it.
 
-    Without `values` the line is not valid, and every byte of it counts.
+    A line without `values` is not valid: its key depends on every byte.
     """
     content = raw
     if values:
@@ -138,7 +138,7 @@ def strict_object(raw: bytes) -> dict[str, Any]:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise LineError("an escape is half a surrogate pair, which is not a character") from error
+            raise LineError("an escape is a lone surrogate, which is not a character") from error
     return value
 
 

@@ -6,7 +6,7 @@ itself: the sync of the next group's entries includes it, and `close` syncs the 
 removes a mark, the records before it are still whole.
 
 So the output contains no byte that the journal does not explain, and only what follows the last mark can be
-incomplete. `open` cuts both files back to the last whole record; any other difference is refused.
+incomplete. `open` truncates both files after the last whole record; any other difference is an error.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MAX_SHOWN = 3
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A line of output to be written. `failure` is its kind of failure; empty: it has a reply."""
+    """A line of output to be written. `failure` is its kind of failure, or empty if it has a reply."""
 
     key: Key
     content: bytes
@@ -41,17 +41,17 @@ class Record:
 
 @dataclass(slots=True)
 class _OpenFiles:
-    """The descriptors of both files, and how far the files are valid."""
+    """The descriptors of both files, and up to where the files are valid."""
 
     output: int
     journal: int
     extent: Extent
-    owes_sync: bool = False
+    needs_sync: bool = False
 
-    def cut(self) -> None:
-        """Remove what is not valid. The journal is cut last: it must explain every byte of the output."""
-        _cut(self.output, self.extent.output)
-        _cut(self.journal, self.extent.journal)
+    def truncate(self) -> None:
+        """Remove what is not valid. The journal comes last: it must explain every byte of the output."""
+        _truncate(self.output, self.extent.output)
+        _truncate(self.journal, self.extent.journal)
 
 
 class Output:
@@ -71,8 +71,8 @@ class Output:
     ) -> None:
         """Read the records that exist, unless `restart`.
 
-        `names` are shown in place of settings that mean nothing to a user. FileError if the output has
-        another origin, was changed, or was started with other settings.
+        `names` gives the text that messages show for a setting whose value is a digest. FileError if the
+        output is not that of a batch, was changed, or was started with other settings.
         """
         self.path = out
         self._settings = settings
@@ -92,7 +92,7 @@ class Output:
         self._loaded_before = header.loaded
 
     def require(self, loaded: Settings) -> None:
-        """Set the settings that are known once the model is loaded. FileError if existing records differ."""
+        """Set the settings that are known once the model is loaded. FileError if they have changed."""
         if self._loaded_before is not None:
             self._check_settings(self._loaded_before, loaded, {})
         self._loaded = loaded
@@ -111,11 +111,11 @@ class Output:
             f"the output was started with another {'model' if 'model' in changed else 'setting'}"
             f" ({'; '.join(changes)})",
             where=self.path,
-            remedy="use the same as then, or start over: --restart",
+            remedy="use the same as before, or start over: --restart",
         )
 
     def open(self) -> None:
-        """Cut off what a kill left incomplete, or create the files; `restart` replaces them.
+        """Truncate what a kill left incomplete, or create the files; `restart` replaces them.
 
         FileError if another program has written the output in the meantime, or the disk fails.
         """
@@ -129,15 +129,15 @@ class Output:
             os.open(self.path, flags), os.open(journal_path(self.path), flags), extent
         )
         with _naming_errors(self.path):
-            _cut(files.output, extent.output)
-            # What a killed run wrote may only be in the page cache. The journal is cut after this sync: it
-            # must explain every byte that the output may have after a power failure.
+            _truncate(files.output, extent.output)
+            # What a killed run wrote may only be in the page cache. The journal is truncated after this sync:
+            # it must explain every byte that the output may have after a power failure.
             durable.sync(files.output)
-            _cut(files.journal, extent.journal)
+            _truncate(files.journal, extent.journal)
             if not extent.committed:
                 _commit(files, extent)
             durable.sync(files.journal)
-            files.owes_sync = False
+            files.needs_sync = False
 
     def append(self, records: Sequence[Record]) -> None:
         """Write and sync a group of records: they count when this returns. FileError if the disk fails."""
@@ -149,8 +149,8 @@ class Output:
                 _write_group(files, records)
             except OSError:
                 # Also after a failed sync: the page cache may show data that never reached the disk.
-                files.owes_sync = False
-                files.cut()
+                files.needs_sync = False
+                files.truncate()
                 raise
 
     def close(self) -> None:
@@ -159,7 +159,7 @@ class Output:
         if files is None:
             return
         try:
-            if files.owes_sync:
+            if files.needs_sync:
                 with _naming_errors(self.path):
                     durable.sync(files.journal)
         finally:
@@ -197,10 +197,10 @@ def _commit(files: _OpenFiles, extent: Extent) -> None:
     _write(files.journal, mark)
     reach("batch.committed")
     files.extent = Extent(extent.output, extent.journal + len(mark), checksum)
-    files.owes_sync = True
+    files.needs_sync = True
 
 
-def _cut(descriptor: int, size: int) -> None:
+def _truncate(descriptor: int, size: int) -> None:
     if os.fstat(descriptor).st_size != size:
         os.ftruncate(descriptor, size)
 
@@ -212,6 +212,7 @@ def _write(descriptor: int, data: bytes) -> None:
 
 @contextmanager
 def _naming_errors(out: Path) -> Iterator[None]:
+    """Raise OSError as FileError or NoSpaceError with the path."""
     try:
         yield
     except OSError as error:
@@ -242,7 +243,7 @@ def _read_header(out: Path) -> Header | None:
 
 
 def _may_be_records(out: Path) -> bool:
-    """True if a file starts like an output: --restart does not replace other files."""
+    """Return True if a file starts like an output. --restart replaces no other file."""
     with out.open("rb") as file:
         return file.read(1) in (b"", b"{")
 
@@ -262,7 +263,7 @@ def _create(out: Path, header: Header) -> Extent:
     durable.sync_folder(out.absolute().parent)
     reach("batch.created")
     line, checksum = journal.header_line(header)
-    # The same name in every process: the next run replaces what a kill leaves.
+    # A fixed name, so that the next run replaces what a kill leaves behind.
     temporary = path.with_name(f".{path.name}.part")
     with temporary.open("wb") as file:
         file.write(line)

@@ -49,7 +49,7 @@ def request_of(line: Line, defaults: BatchDefaults) -> Request:
 
 
 def request_values(values: Mapping[str, Any], extra: Collection[str]) -> Mapping[str, Any]:
-    """Return a line's fields without its id and without those of `extra` that a request does not have.
+    """Return a line's fields without its id and without the `extra` fields that are not part of a request.
 
     The fields of its body are filtered likewise.
     """
@@ -78,7 +78,7 @@ def _envelope(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
     if not isinstance(url, str) or url not in _ENDPOINTS:
         raise LineError(
             f"the url {safe_line(str(url), 60)!r} is not supported",
-            remedy=f"known are {' and '.join(_ENDPOINTS)}",
+            remedy=f"use {' or '.join(_ENDPOINTS)}",
         )
     chat = _ENDPOINTS[url]
     wanted, other = ("messages", "prompt") if chat else ("prompt", "messages")
@@ -119,7 +119,9 @@ def _read_fields(body: Mapping[str, Any], *, chat: bool) -> Parts:
 
 
 def _check_beginning(body: Mapping[str, Any]) -> None:
-    """LineError unless the reply either is a new message or continues the last one, which is vLLM's rule."""
+    """Raise LineError if the flags contradict each other: as in vLLM, a reply either begins a new message or
+    continues the last one.
+    """
     begins, continues = body.get("add_generation_prompt"), body.get("continue_final_message")
     if begins is True and continues is True:
         raise LineError(
@@ -197,7 +199,7 @@ def _bias(key: str, value: object) -> tuple[tuple[int, float], ...]:
 
 
 def _schema(key: str, value: object) -> str:
-    """Return a schema as text. It is given as text or as JSON."""
+    """Return a schema as text. The line may hold it as text or as JSON."""
     if isinstance(value, str):
         return value
     if not isinstance(value, dict | bool):
@@ -248,7 +250,7 @@ def _content(value: object) -> str:
 
 
 def _logprobs(key: str, value: object) -> Parts:
-    """Read true, as for chat, or the number of alternatives, as for completions."""
+    """Read a boolean, as chat has it, or the number of alternatives, as completions have it."""
     if isinstance(value, bool):
         return {"logprobs": value}
     return {"logprobs": True, "top_logprobs": _integer(key, value)}
@@ -307,7 +309,7 @@ HONOURED: Mapping[str, Reader] = {
     "guided_grammar": _to("grammar", _text),
     "context_shift": _to("context_shift", _flag),
     "continue_final_message": _to("continue_final_message", _flag),
-    # _check_beginning has checked how the two go together.
+    # _check_beginning has checked that this agrees with continue_final_message.
     "add_generation_prompt": lambda key, value: {"continue_final_message": not _flag(key, value)},
     **{
         item.name: _to(item.name, _integer if item.name in _INTEGERS else _number)
@@ -379,7 +381,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "guided_choice": (),
     "guided_whitespace_pattern": (),
 }
-"""Fields that are not supported, each with the values that change nothing."""
+"""Unsupported fields. Each is accepted only with null or one of these values, which have no effect."""
 _NEUTRAL_IN: Mapping[bool, Mapping[str, tuple[Any, ...]]] = {
     True: {"add_special_tokens": (False,)},
     False: {"add_special_tokens": (True,)},

@@ -1,4 +1,4 @@
-"""The two formats of output records: OpenAI's batch responses and a simple one. Neither may change."""
+"""The two formats of output records: OpenAI's batch responses and a simple one. Both must stay compatible."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A line without a reply. The summary counts it under `kind`."""
+    """A line without a reply. `kind` is the kind of failure under which the summary counts it."""
 
     id: str
     line: int
@@ -235,7 +235,7 @@ def _finite(logprob: float) -> float:
 
 
 def _ending(reason: FinishReason) -> Literal["stop", "length"]:
-    # OpenAI says "length" for a full context, too.
+    # OpenAI uses "length" for a full context as well.
     return "stop" if reason is FinishReason.STOP else "length"
 
 

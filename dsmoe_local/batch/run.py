@@ -14,7 +14,7 @@ from dsmoe_local.base.faults import reach
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Note, Started, ignore
 from dsmoe_local.base.text import count
 from dsmoe_local.batch.collector import Collector, reply_lead
-from dsmoe_local.batch.job import BatchOptions, Job, prepared
+from dsmoe_local.batch.job import Job
 from dsmoe_local.batch.lines import Key, Line, describe, kind_of
 from dsmoe_local.batch.output import Output, Record
 from dsmoe_local.batch.responses import FORMATS, Failure, Outcome
@@ -32,27 +32,16 @@ _POLL_SECONDS = 0.1  # the longest time until `stop` is noticed
 _REPORT_SECONDS = 0.5
 _CANCEL_SECONDS = 1.5  # the longest wait for replies that are being cancelled
 _MAX_UNWRITTEN = 4096
-_MAX_AHEAD = 1024  # with `ordered`: replies that wait for that of an earlier line
+_MAX_AHEAD = 1024  # with `ordered`: replies that wait for the reply to an earlier line
 _MAX_GROUP = 256  # records that are synced together
-# They end all running requests, whichever of them caused it.
+# These errors end all running requests, whichever request caused them.
 _SHARED = (EngineCrashError, NativeError)
-# They end the batch, and no line is to blame.
+# These errors end the batch. They are not the fault of one line.
 _FATAL = (ModelLoadError, OutOfMemoryError, FileError, FormatError, InterruptedRunError)
 
 
 class ErrorLimitError(DsmoeError):
-    """More lines failed than --max-errors allows. Finished records stay."""
-
-
-def run_batch(
-    engine: TextEngine,
-    options: BatchOptions,
-    listen: Listener = ignore,
-    stop: threading.Event | None = None,
-) -> BatchSummary:
-    """Answer every line that has no record yet. Raises what `prepared` and `run` raise."""
-    with prepared(options, listen, stop) as job:
-        return run(engine, job, listen, stop)
+    """More lines failed than --max-errors allows. The records so far are kept."""
 
 
 def run(
@@ -61,9 +50,11 @@ def run(
     """Answer the lines of a job that have no record yet.
 
     A record counts once it is synced. A line that fails becomes an error record. If the engine's process dies
-    or llama.cpp fails, the requests it had are tried again one at a time; one that fails alone becomes an
-    error record. Setting `stop` cancels the running replies and raises InterruptedRunError. Raises FileError
-    if the disk fails, ErrorLimitError, and the error that prevents loading the model again.
+    or llama.cpp fails, the running requests are retried one at a time; a request that also fails on its own
+    becomes an error record. Setting `stop` cancels the running replies and raises InterruptedRunError.
+
+    Raises FileError if the output cannot be written, ErrorLimitError, and the error of a model that cannot be
+    loaded again.
     """
     job.require(engine.info)
     job.output.open()
@@ -84,9 +75,10 @@ def run(
 
 
 class _RecordWriter:
-    """A thread that writes records in groups: while one group is synced, the next one gathers.
+    """A thread that writes records in groups: while one group is synced, the next one is collected.
 
-    `acknowledge` is called in that thread with the records that now count, or with the error that ended it.
+    `acknowledge` is called in that thread with the records of a synced group, or with the error that
+    ended the thread.
     """
 
     def __init__(
@@ -131,7 +123,7 @@ class _RecordWriter:
 
 
 class _Run:
-    """The main loop. Its one queue receives ended requests, written records, and the writer's error."""
+    """The main loop. A single queue delivers finished requests, written records, and the writer's error."""
 
     def __init__(self, engine: TextEngine, job: Job, listen: Listener, stop: threading.Event) -> None:
         self._engine = engine
@@ -148,7 +140,7 @@ class _Run:
         self._n_put = 0
         self._n_written = 0
         self._failures = Counter[str]()
-        # Only with `ordered`: records that wait for that of an earlier line.
+        # Only with `ordered`: records that wait for the record of an earlier line.
         self._waiting: dict[int, Record] = {}
         self._speed = Speedometer()
         self._reported = time.perf_counter()
@@ -196,16 +188,16 @@ class _Run:
         else:
             failures = failures_in_words(self._failures)
             raise ErrorLimitError(
-                f"given up: {failures}, more than --max-errors {job.options.max_errors}",
+                f"stopped: {failures}, more than --max-errors {job.options.max_errors}",
                 where=job.output.path,
-                remedy="see the error records; the same command goes on with the other lines",
+                remedy="see the error records; run the same command again for the other lines",
             )
 
     def _fill(self) -> None:
         """Start requests until the engine has enough of them. After a crash, start one suspect at a time."""
         if self._suspects:
             if not self._running:
-                # This loads the model again. If that fails, the suspect is not to blame.
+                # This loads the model again, so that an error of loading is not taken for one of the suspect.
                 self._engine.encode("a")
                 self._begin(self._suspects.pop(0), alone=True)
             return
@@ -222,20 +214,20 @@ class _Run:
             self._next += 1
             self._begin(self._next - 1)
 
-    def _begin(self, turn: int, *, alone: bool = False) -> None:
-        line = self._job.line(turn)
+    def _begin(self, task: int, *, alone: bool = False) -> None:
+        line = self._job.line(task)
         try:
             request = self._job.request(line)
-            collector = Collector(turn, line, request, self._inbox.put, alone=alone)
+            collector = Collector(task, line, request, self._inbox.put, alone=alone)
             ticket = self._engine.start(request, collector.deliver)
         except EngineCrashError as error:
-            self._crashed(turn, line, error, alone=alone)
+            self._crashed(task, line, error, alone=alone)
         except _FATAL:
             raise
         except DsmoeError as error:
-            self._fail(turn, line, error)
+            self._fail(task, line, error)
         else:
-            self._running[turn] = collector, ticket
+            self._running[task] = collector, ticket
 
     def _take(self, seconds: float, *, ending: bool = False) -> None:
         """Handle what is in the inbox; wait up to `seconds` for the first item."""
@@ -260,38 +252,38 @@ class _Run:
             self._listen(Advanced(len(item)))
 
     def _settle(self, collector: Collector, ending: bool) -> None:
-        del self._running[collector.turn]
+        del self._running[collector.task]
         error = collector.error
         if error is None:
             reply = collector.reply(self._engine.info.name, self._lead)
             if reply is not None:
-                self._emit(collector.turn, collector.line.key, reply)
+                self._emit(collector.task, collector.line.key, reply)
         elif ending:
             return
         elif isinstance(error, _SHARED):
-            self._crashed(collector.turn, collector.line, error, alone=collector.alone)
+            self._crashed(collector.task, collector.line, error, alone=collector.alone)
         elif isinstance(error, DsmoeError) and not isinstance(error, _FATAL):
-            self._fail(collector.turn, collector.line, error)
+            self._fail(collector.task, collector.line, error)
         else:
             raise error
 
-    def _crashed(self, turn: int, line: Line, error: EngineError, *, alone: bool) -> None:
-        """Try the request again alone; if it was alone, it is to blame."""
+    def _crashed(self, task: int, line: Line, error: EngineError, *, alone: bool) -> None:
+        """Queue the request for a retry on its own; if it was running on its own, fail its line."""
         if alone:
-            self._fail(turn, line, error)
+            self._fail(task, line, error)
             return
         if not self._suspects:
-            self._listen(Note(f"{error.what}: the lines it was working on are tried again, one at a time"))
-        self._suspects.append(turn)
+            self._listen(Note(f"{error.what}: the lines it was working on are retried one at a time"))
+        self._suspects.append(task)
 
-    def _fail(self, turn: int, line: Line, error: DsmoeError) -> None:
+    def _fail(self, task: int, line: Line, error: DsmoeError) -> None:
         code, message = describe(error)
         message = f"line {line.number}: {message}"
         failure = Failure(line.id, line.number, code, message, kind_of(error), line.kept)
-        self._emit(turn, line.key, failure)
+        self._emit(task, line.key, failure)
 
-    def _emit(self, turn: int, key: Key, outcome: Outcome) -> None:
-        """Write the record of an outcome; with `ordered`, once those of all earlier lines are written."""
+    def _emit(self, task: int, key: Key, outcome: Outcome) -> None:
+        """Write the record of an outcome; with `ordered`, after the records of all earlier lines."""
         self._job.summary.count_tokens(outcome)
         values = FORMATS[self._job.options.form](outcome)
         content = json.dumps(values, ensure_ascii=False, allow_nan=False).encode() + b"\n"
@@ -299,12 +291,12 @@ class _Run:
         if not self._job.options.ordered:
             self._put(record)
             return
-        self._waiting[turn] = record
+        self._waiting[task] = record
         while self._n_put in self._waiting and not self._too_many():
             self._put(self._waiting.pop(self._n_put))
 
     def _put(self, record: Record) -> None:
-        # Not counted before: with `ordered`, a record that waits may never be written.
+        # Not counted earlier: with `ordered`, a waiting record may never be written.
         if record.failure:
             self._failures[record.failure] += 1
         self._writer.put(record)

@@ -24,7 +24,7 @@ from dsmoe_local.batch.requests import request_values
 _BOM = b"\xef\xbb\xbf"
 _SAMPLE = 1 << 16
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
-# Parts of the csv module's messages, and ours.
+# Parts of the csv module's messages, and the messages shown instead.
 _CSV_FAULTS = {
     "unexpected end of data": "a quote is not closed, so that the rows after it belong to its cell",
     "field larger than field limit": "a cell is too long; is a quote not closed?",
@@ -82,7 +82,7 @@ def parse_template(text: str) -> LineTemplate:
 
 @dataclass(frozen=True, slots=True)
 class InputForm:
-    """What a line is: a prompt (`text`), the fields of a `template`, or, with neither, a request.
+    """What a line contains: a prompt (`text`), the fields of a `template`, or, with neither, a request.
 
     `chat` makes the prompts user messages. `id_field` names the field with a line's id (None: `id` or
     `custom_id`), `keep` the fields that are copied to its record.
@@ -233,7 +233,7 @@ class Source:
 
     def _rows(self) -> Iterator[tuple[Span, bytes]]:
         """Yield the rows of CSV, the header first. A quoted cell may contain line breaks."""
-        # Only the place of a row's first line: if a quote is not closed, a row has very many lines.
+        # The span of the row's first line only: with an unclosed quote, a row has a great many lines.
         begun: list[Span] = []
         raw = bytearray()
 
@@ -277,7 +277,7 @@ class Source:
             number += 1
             end = offset + len(raw)
             if len(raw) > lines.MAX_LINE:
-                # The line is refused later, for its length. Skip the rest of it.
+                # `_values` reports that the line is too long. Skip the rest of it.
                 rest = raw
                 while rest and not rest.endswith(b"\n"):
                     rest = readline(lines.MAX_LINE, end)

@@ -27,7 +27,7 @@ def spool_path(out: Path) -> Path:
 
 
 class Spool:
-    """Standard input as a file: `n_bytes` of it, then their digest. An earlier run may have made it."""
+    """A copy of standard input: `n_bytes` of it, then their digest. An earlier run may have written it."""
 
     def __init__(self, path: Path, kept: Path, n_bytes: int) -> None:
         self._path = path
@@ -35,11 +35,11 @@ class Spool:
         self._n_bytes = n_bytes
 
     def source(self, form: InputForm) -> Source:
-        """Return its lines."""
+        """Return the copy as an input."""
         return Source(self._path, form, "standard input", self._n_bytes)
 
     def keep(self) -> None:
-        """Keep it for later runs. It replaces what an earlier run kept."""
+        """Keep the copy for later runs. It replaces the copy of an earlier run."""
         if self._path != self._kept:
             with _naming_errors(self._kept):
                 durable.replace(self._path, self._kept)
@@ -49,10 +49,10 @@ class Spool:
 
 @contextmanager
 def spooled(out: Path, stop: threading.Event) -> Iterator[Spool]:
-    """Copy standard input to a file, or, if it is empty, use what an earlier run kept.
+    """Copy standard input to a file. If it is empty, use the copy that an earlier run kept.
 
     The copy is removed at the end of the block unless `keep` was called. Raises UsageError if there is no
-    input, FileError if what was kept is damaged, InterruptedRunError if `stop` is set.
+    input, FileError if the copy of an earlier run is damaged, InterruptedRunError if `stop` is set.
     """
     kept = spool_path(out)
     temporary = kept.with_name(f".{kept.name}.part")
@@ -87,7 +87,7 @@ def _receive(path: Path, stop: threading.Event) -> int:
 
 
 def _check(kept: Path) -> int:
-    """Return the number of bytes of the input that was kept. FileError if the digest does not match."""
+    """Return the number of bytes of input in the copy. FileError if the digest does not match."""
     digest = _digest()
     with _naming_errors(kept), kept.open("rb") as file:
         n_bytes = os.fstat(file.fileno()).st_size - len(_trailer(digest))
@@ -113,6 +113,7 @@ def _trailer(digest: blake2b) -> bytes:
 
 @contextmanager
 def _naming_errors(path: Path) -> Iterator[None]:
+    """Raise OSError as FileError with the path."""
     try:
         yield
     except OSError as error:

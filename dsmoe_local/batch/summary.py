@@ -23,12 +23,12 @@ _KINDS = {
     "prompt_error": "with a prompt that the model cannot take",
     "template_error": "with messages that the chat template refuses",
     "native_error": "because llama.cpp failed",
-    "engine_crash_error": "because the engine died",
+    "engine_crash_error": "because the engine crashed",
 }
 
 
 def failures_in_words(failures: Counter[str]) -> str:
-    """Return for example "3 lines failed (2 not JSON, 1 with a field missing)"."""
+    """Describe failures, as in "3 lines failed (2 not JSON, 1 with a field missing)"."""
     kinds = [f"{n:,} {_KINDS.get(kind, kind.replace('_', ' '))}" for kind, n in failures.most_common()]
     if len(kinds) > _MOST_KINDS:
         kinds[_MOST_KINDS:] = ["and others"]
@@ -37,8 +37,10 @@ def failures_in_words(failures: Counter[str]) -> str:
 
 @dataclass(slots=True)
 class BatchSummary:
-    """What a batch has done. `n_records` counts what is synced, `n_resumed` of them by earlier runs.
-    `failures` counts records without a reply by kind. Token counts and seconds are those of this run.
+    """What a batch has done.
+
+    `n_records` counts the synced records; `n_resumed` of them are from earlier runs. `failures` counts the
+    records without a reply, by kind. Token counts and seconds are those of this run.
     """
 
     n_requests: int = 0

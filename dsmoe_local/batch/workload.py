@@ -114,6 +114,6 @@ def _pieces(prompt: Prompt, limit: int) -> Iterator[bytes]:
         if isinstance(item, Message):
             yield f"{item.role}\n{item.content[:limit]}\n".encode()
         else:
-            # An id that no vocabulary has is refused later, by the engine.
+            # The engine refuses such an id later.
             in_range = -(2**31) <= item < 2**31
             yield item.to_bytes(BYTES_PER_TOKEN, "little", signed=True) if in_range else b"????"

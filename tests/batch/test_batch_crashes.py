@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 from support import hosted
-from support.batches import answer, batch, by_id
+from support.batches import answer, batch, by_id, run_batch
 from support.models import tiny_model
 
 from dsmoe_local.base.errors import InterruptedRunError
-from dsmoe_local.batch.run import run_batch
 from dsmoe_local.engine.interface import Deliver, Ticket
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions, Prompt, Request

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.batches import GREEDY, answer, batch, by_id, records, summary_of, write_lines
+from support.batches import GREEDY, answer, batch, by_id, records, run_batch, write_lines
 from support.crashing import CrashingEngine
 from support.fake_engine import FakeEngine
 
@@ -20,7 +20,7 @@ from dsmoe_local.base.progress import Event, Note
 from dsmoe_local.batch.job import BatchOptions, prepared
 from dsmoe_local.batch.journal import journal_path
 from dsmoe_local.batch.requests import BatchDefaults
-from dsmoe_local.batch.run import ErrorLimitError, run_batch
+from dsmoe_local.batch.run import ErrorLimitError
 from dsmoe_local.engine.errors import EngineCrashError, EngineError, ModelLoadError, NativeError
 from dsmoe_local.engine.types import Request, SamplingParameters
 
@@ -66,7 +66,7 @@ def test_errors_become_records(tmp_path: Path) -> None:
         return text
 
     engine = FakeEngine(reply, n_context=50)
-    summary = summary_of(engine, options)
+    summary = run_batch(engine, options)
     found = by_id(records(options.out))
     assert found["line-3"]["text"] == "y"
     errors = {name: record["error"] for name, record in found.items() if record["error"]}
@@ -126,7 +126,7 @@ def test_work_goes_on_where_it_ended(tmp_path: Path) -> None:
     assert len(answer(engine, options, notes.append)) == 21
     assert sorted(int(request.id) for request in engine.requests) == list(range(12, 20))
     assert Note("13 records from earlier runs") in notes
-    summary = summary_of(FakeEngine(), options)
+    summary = run_batch(FakeEngine(), options)
     assert (summary.n_records, summary.n_failed, summary.n_resumed) == (21, 1, 21)
     by_id(records(options.out))
 

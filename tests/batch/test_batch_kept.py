@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 from openai.types import BatchError
-from support.batches import answer, batch, by_id, write_lines
+from support.batches import answer, batch, by_id, run_batch, write_lines
 from support.fake_engine import FakeEngine
 
 from dsmoe_local.base.errors import DsmoeError, FileError, FormatError, UsageError
-from dsmoe_local.batch.run import run_batch
 from dsmoe_local.batch.sources import InputForm, parse_template
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from dsmoe_local.batch import run
 from dsmoe_local.batch.job import BatchOptions
 from dsmoe_local.batch.requests import BatchDefaults
-from dsmoe_local.batch.run import run_batch
+from support.batches import run_batch
 from support.fake_engine import FakeEngine
 from dsmoe_local.engine.types import SamplingParameters
 run._MAX_GROUP = 8  # so that there is a third group on a slow disk, too

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.batches import answer, batch, by_id, records, summary_of
+from support.batches import answer, batch, by_id, records, run_batch
 from support.fake_engine import FakeEngine
 
 from dsmoe_local.base.errors import DsmoeError, FileError, FormatError
 from dsmoe_local.base.progress import Event, Note
-from dsmoe_local.batch.run import run_batch
 from dsmoe_local.batch.sources import InputForm, parse_template
 from dsmoe_local.batch.summary import BatchSummary, failures_in_words
 from dsmoe_local.engine.errors import PromptError
@@ -76,12 +75,12 @@ def test_why_lines_failed(tmp_path: Path) -> None:
     lines += [b'{"prompt": "\xff"}', {"prompt": "y"}]
     engine = FakeEngine(n_context=50)
     expected = {"not_json": 1, "prompt_error": 1, "invalid_request": 1, "not_utf8": 1}
-    summary = summary_of(engine, batch(tmp_path, *lines))
+    summary = run_batch(engine, batch(tmp_path, *lines))
     assert summary.failures == expected
     assert summary.in_words().startswith("5 records, 4 lines failed (1 ")
     for part in ("1 not JSON", "1 with a prompt that the model cannot take", "1 not UTF-8"):
         assert part in summary.in_words()
-    again = summary_of(engine, batch(tmp_path, *lines, "worse"))
+    again = run_batch(engine, batch(tmp_path, *lines, "worse"))
     assert again.failures == expected | {"not_json": 2}
     assert again.in_words().startswith("6 records, 5 of them from earlier runs, 5 lines failed (2 not JSON, ")
     assert again.as_json()["failures"] == again.failures

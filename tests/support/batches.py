@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dsmoe_local.base.progress import Listener, ignore
-from dsmoe_local.batch.job import BatchOptions
+from dsmoe_local.batch.job import BatchOptions, prepared
 from dsmoe_local.batch.lines import Key
 from dsmoe_local.batch.output import Output, Record
 from dsmoe_local.batch.requests import BatchDefaults, request_of
-from dsmoe_local.batch.run import run_batch
+from dsmoe_local.batch.run import run
 from dsmoe_local.batch.sources import InputForm, Source
 from dsmoe_local.batch.summary import BatchSummary
 from dsmoe_local.engine.interface import TextEngine
@@ -36,15 +37,21 @@ def batch(folder: Path, *lines: str | bytes | dict[str, Any], **options: Any) ->
     return replace(BatchOptions(source, folder / "out.jsonl", GREEDY, form="simple"), **options)
 
 
+def run_batch(
+    engine: TextEngine,
+    options: BatchOptions,
+    listen: Listener = ignore,
+    stop: threading.Event | None = None,
+) -> BatchSummary:
+    """Prepare and run a batch, and return its summary."""
+    with prepared(options, listen, stop) as job:
+        return run(engine, job, listen, stop)
+
+
 def answer(engine: TextEngine, options: BatchOptions, listen: Listener = ignore) -> list[dict[str, Any]]:
     """Run a batch and return its records."""
     run_batch(engine, options, listen)
     return records(options.out)
-
-
-def summary_of(engine: TextEngine, options: BatchOptions) -> BatchSummary:
-    """Run a batch and return its summary."""
-    return run_batch(engine, options)
 
 
 def records(path: Path) -> list[dict[str, Any]]:
