@@ -253,13 +253,13 @@ def flag_of(name: str) -> str:
 
 
 @contextmanager
-def source_in_errors(name: str) -> Iterator[None]:
-    """Let a UsageError name the variable or key that the value of the parameter `name` comes from."""
+def source_in_errors(name: str, flag: str = "") -> Iterator[None]:
+    """Let a UsageError name the variable, key or `flag` that the value of the parameter `name` comes from."""
     try:
         yield
     except UsageError as error:
         context = click.get_current_context(silent=True)
-        where = "" if context is None else origin_of(context, name).where
+        where = "" if context is None else origin_of(context, name).where or flag
         if not where:
             raise
         raise UsageError(error.what, where=f"from {where}", remedy=error.remedy) from error

@@ -62,6 +62,6 @@ def reply_settings(values: dict[str, Any]) -> ChatSettings:
     for name in SETTINGS:
         if name in values:
             value = values.pop(name)
-            with source_in_errors(name):
+            with source_in_errors(name, SETTINGS[name].flags[0]):
                 settings = apply(settings, {name: list(value) if isinstance(value, tuple) else value})
     return replace(settings, chosen=frozenset())

@@ -168,7 +168,7 @@ def test_interruption_keeps_what_came() -> None:
     [
         (["-p", "x", "-f", "/no/such/file"], 1, "cannot be read"),
         (["-f", "/no/such/file"], 1, "cannot be read"),
-        (["-p", "x", "-n", "0"], 2, "max_tokens = 0"),
+        (["-p", "x", "-n", "0"], 2, "max_tokens = 0 is out of range\n  from -n\n"),
         (["-p", "x", "--temp", "-1"], 2, "temperature"),
         (["-p", "x", "--top-p", "nan"], 2, "top_p"),
         (["-p", "x", "-ngl", "some"], 2, "not a number, auto or all"),
