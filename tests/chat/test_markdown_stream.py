@@ -83,6 +83,8 @@ def test_pieces_do_not_matter(source: str, cuts: list[int]) -> None:
 @settings(max_examples=200, deadline=None)
 @given(document.filter(lambda source: not ITEM_AND_TABLE.search(source)))
 @example("   1.\n   10. ```\n2. -   ```\n* b c")
+@example("```\n\t```")
+@example("  ```\n\tx\n \ty\n z")
 @example("-     -\n    -   ***\n      * b c")
 @example("- > \n\n    - * a")
 @example("- a\n\n      code\n\n  b\n- c\n\n> q\nlazy\n\n>\n> r")

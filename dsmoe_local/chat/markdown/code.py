@@ -44,9 +44,10 @@ _STYLES = {
 }
 
 _LONGEST_LINE = 1000  # characters; the lexers' expressions are slow on longer lines
-_CONTEXT_LINES = 400  # of code, which are parsed again to highlight the next line
-_MOST_WAITING = 12  # lines of code that are complete and not highlighted yet
-_LONGEST_COMMENT = 24  # lines that wait for the end of their comment
+_CONTEXT_LINES = 400  # of code above, which are parsed again to highlight the next line
+_MOST_WAITING = 12  # complete lines of code that wait to be highlighted together
+_LONGEST_COMMENT = 24  # lines that wait for the end of a comment
+_TAB_STOP = 4  # columns, as CommonMark defines
 _COMMENTS = (("/*", "*/"), ("<!--", "-->"), ("{-", "-}"), ("(*", "*)"))
 
 
@@ -115,13 +116,13 @@ class OpenCodeBlock:
     def closed_by(self, line: str) -> bool:
         """Return whether this line ends the block."""
         mark = line.strip(" \t")
-        indent = len(line) - len(line.lstrip(" "))
+        expanded = line.expandtabs(_TAB_STOP)
+        indent = len(expanded) - len(expanded.lstrip(" "))
         return indent < 4 and len(mark) >= len(self.marker) and set(mark) == {self.marker[0]}
 
     def add(self, line: str) -> None:
         """Add a line of source."""
-        margin = len(line) - len(line.lstrip(" "))
-        self.lines.append(line[min(margin, self.indent) :])
+        self.lines.append(_without_margin(line, self.indent))
         self.preview += highlight(self.lines[-1:], self.language)
 
     def take(self, *, final: bool = False) -> list[Text]:
@@ -152,3 +153,12 @@ class OpenCodeBlock:
         text = "\n".join(self.lines[self.n_done :])
         starts = [text.rfind(opens) for opens, closes in _COMMENTS if text.rfind(opens) > text.rfind(closes)]
         return self.n_done + text.count("\n", 0, min(starts)) if starts else len(self.lines)
+
+
+def _without_margin(line: str, n_columns: int) -> str:
+    """Return `line` without up to `n_columns` columns of white space. The rest of a tab becomes spaces."""
+    column = n_removed = 0
+    while column < n_columns and line[n_removed : n_removed + 1] in (" ", "\t"):
+        column += _TAB_STOP - column % _TAB_STOP if line[n_removed] == "\t" else 1
+        n_removed += 1
+    return " " * max(0, column - n_columns) + line[n_removed:]
