@@ -1,4 +1,4 @@
-"""One chat: handles inputs, and connects a conversation with its screen, session and commands."""
+"""One chat: handle inputs, and connect a conversation with its screen, session and commands."""
 
 from __future__ import annotations
 
@@ -12,30 +12,27 @@ from dsmoe_local.base.errors import DsmoeError, InterruptedRunError, UsageError
 from dsmoe_local.base.paths import absolute
 from dsmoe_local.base.text import count, safe_line
 from dsmoe_local.chat import attachments, multiline, notices
-from dsmoe_local.chat.attachments import preview
 from dsmoe_local.chat.commands import table
 from dsmoe_local.chat.context import MadeRoom
 from dsmoe_local.chat.conversation import Asked, Conversation, Reply
 from dsmoe_local.chat.experts_view import ExpertsView
-from dsmoe_local.chat.notices import recall
 from dsmoe_local.chat.saving import CacheKeeper, Drafts
 from dsmoe_local.chat.session_settings import SessionSettings, differences
 from dsmoe_local.chat.settings import OnFull
 from dsmoe_local.chat.store.sessions import Session, SessionStore
 from dsmoe_local.chat.terminal.screen import ReplyView, Screen, Status
-from dsmoe_local.chat.turns import Role, Transcript
+from dsmoe_local.chat.turns import Transcript
 from dsmoe_local.engine.errors import EngineCrashError, PromptError
 from dsmoe_local.engine.types import FinishReason, TokenEvent
 
-_NEARLY_FULL = 0.85
-_REST_SECONDS = 30.0
-"""The KV cache is stored when the chat has been idle for this time."""
-_LAST_WAIT = 60.0  # seconds that leaving waits for the current work
-_MANY_TOKENS = 1024  # storing a larger cache takes seconds, and is announced
+_NEARLY_FULL = 0.85  # share of the context from which the user is warned
+_IDLE_SECONDS = 30.0  # the KV cache is stored after this time without input
+_CLOSE_SECONDS = 60.0  # the longest time that `close` waits for the current work
+_ANNOUNCED_TOKENS = 1024  # storing a cache of this size takes seconds, and is announced
 
 
 class Chat:
-    """A chat. Commands see it as commands.declare.Chat.
+    """A chat. Commands use it through the protocol commands.declare.Chat.
 
     `take` runs in one thread; `cancel`, `kill` and `status` may be called from any. A timer thread stores the
     KV cache.
@@ -53,7 +50,7 @@ class Chat:
         fixed: Set[str] = frozenset(),
         stats: bool = False,
     ) -> None:
-        """`fixed` names the settings given on the command line, which replace those of a session."""
+        """`fixed` names the settings given on the command line, which override those of a session."""
         self.conversation = conversation
         self.screen = screen
         self.config = config
@@ -65,13 +62,13 @@ class Chat:
         self._settings = SessionSettings(conversation.settings, fixed)
         self._drafts = Drafts() if drafts is None else drafts
         self._stats = stats
-        self._warned = False
+        self._warned = False  # that the context is nearly full
         self._tokens_per_second = 0.0  # of the last reply of this engine process
         self._cancelled = threading.Event()
         # Held while an input is handled or the cache is stored.
         self._working = threading.Lock()
-        self._rest: threading.Timer | None = None
-        self._keeping = False
+        self._idle_timer: threading.Timer | None = None
+        self._storing_cache = False
 
     def begin(
         self,
@@ -84,7 +81,7 @@ class Chat:
     ) -> None:
         """Greet the user, and open `session`, or a new one called `name`. Must be called before `take`.
 
-        `system` replaces the session's system text. `own_model`: the model is that of the session.
+        `system` replaces the session's system text. `own_model`: the session determined the model.
         """
         info = self.conversation.engine.info
         head = (info.name, info.type, f"{info.n_context:,} tokens of context", "/help")
@@ -115,10 +112,10 @@ class Chat:
     def take(self, text: str) -> bool:
         """Handle one input, a command or a message, and show errors. Return False if the chat ends."""
         self._cancelled.clear()
-        self._call_off_rest()
-        self._stop_keeping()
+        self._cancel_idle_timer()
+        self._interrupt_storing()
         with self._working:
-            self._keep_again()
+            self._allow_storing()
             try:
                 self._take(text)
             except InterruptedRunError:
@@ -128,28 +125,28 @@ class Chat:
                 self.screen.notice("the conversation is saved; the next message loads the model again")
             except DsmoeError as error:
                 self.screen.error(error)
-                if isinstance(error, PromptError):
-                    self._suggest_room()
+                if isinstance(error, PromptError) and (advice := notices.how_to_make_room(self.conversation)):
+                    self.screen.notice(advice)
         if not self.finished:
-            self._rest = threading.Timer(_REST_SECONDS, self.rest)
-            self._rest.daemon = True
-            self._rest.start()
+            self._idle_timer = threading.Timer(_IDLE_SECONDS, self.store_while_idle)
+            self._idle_timer.daemon = True
+            self._idle_timer.start()
         return not self.finished
 
     def close(self, *, keep: bool = True) -> None:
-        """Store the KV cache, unless Ctrl-C or `keep` says not to. No reply may be running.
+        """End the chat, and store its KV cache unless the user presses Ctrl-C. No reply may be running.
 
-        `keep` is False if a signal ends the chat.
+        `keep` is False if a signal ends the chat: the cache is not stored.
         """
-        self._call_off_rest()
-        self._stop_keeping()
-        if keep and self._working.acquire(timeout=_LAST_WAIT):
+        self._cancel_idle_timer()
+        self._interrupt_storing()
+        if keep and self._working.acquire(timeout=_CLOSE_SECONDS):
             try:
-                self._keep_again()
-                self._keep_cache(self._tell_of_keeping)
+                self._allow_storing()
+                self._store_cache(self._announce_storing)
             except KeyboardInterrupt:
                 self.screen.notice(
-                    "the cache is not stored: the conversation is read again when it is continued"
+                    "the cache is not stored: when the conversation is continued, it is read again"
                 )
             finally:
                 self._working.release()
@@ -157,7 +154,7 @@ class Chat:
     def cancel(self) -> None:
         """Stop the running or starting reply. May be called from any thread and from signal handlers."""
         self._cancelled.set()
-        self._stop_keeping()
+        self._interrupt_storing()
         self.conversation.cancel()
 
     def kill(self) -> None:
@@ -172,7 +169,7 @@ class Chat:
         for name in expanded.missing:
             self.screen.notice(f"note: {safe_line(name, 80)} does not exist and is sent as text")
         if self.conversation.unanswered:
-            gone = preview(self.conversation.turns[-1].content, 50)
+            gone = attachments.preview(self.conversation.turns[-1].content, 50)
             self.screen.notice(f"note: this replaces your last message, which has no reply: {gone}")
         self.show_reply(lambda conversation: conversation.send(expanded.text))
 
@@ -184,7 +181,7 @@ class Chat:
             self._tokens_per_second = 0.0
         events = action(conversation)
         if self._cancelled.is_set():
-            # Cancelled before there was a reply.
+            # `cancel` was called before the reply existed.
             conversation.cancel()
         try:
             self.experts.reply_begins()
@@ -195,21 +192,21 @@ class Chat:
             try:
                 self.experts.reply_ends(self.screen)
             finally:
-                self._save_whatever_happened()
+                self._save_or_show_error()
         self._tokens_per_second = 0.0 if conversation.usage is None else conversation.usage.tokens_per_second
-        self._comment()
+        self._show_remarks()
 
     def save(self) -> None:
-        """Save changes of the conversation."""
+        """Save the conversation if it has changed."""
         if self.sessions is None or (self.session is None and not self.conversation.turns):
             return
         session = self.current_session(self.sessions)
-        session.settings = self._settings.to_keep(self.conversation.settings)
+        session.settings = self._settings.to_store(self.conversation.settings)
         if note := session.save(self.conversation.transcript):
             self.screen.notice(note)
 
     def current_session(self, sessions: SessionStore) -> Session:
-        """Return the session of this chat, which is created if need be."""
+        """Return the session of this chat; create it if there is none yet."""
         if self.session is None:
             info = self.conversation.engine.info
             self.session = sessions.create(info.name, info.vocabulary, self.conversation.system)
@@ -217,9 +214,9 @@ class Chat:
         return self.session
 
     def adopt(self, session: Session | None, system: str = "", *, own_model: bool = False) -> None:
-        """Save this session and open another one (None: a new one) with its turns, settings and KV cache.
+        """Save the current session and open `session` (None: a new one), its turns, settings and KV cache.
 
-        `system` and `own_model` as for `begin`.
+        See `begin` for `system` and `own_model`.
         """
         self.save()
         before = self.conversation.turns
@@ -229,9 +226,9 @@ class Chat:
             transcript = session.load(info.vocabulary)
             transcript = replace(transcript, system=system or transcript.system)
         if transcript.turns[: len(before)] != before:
-            self._keep_cache(self._tell_of_keeping)
+            self._store_cache(self._announce_storing)
         self.session = session
-        self._settings.leave()
+        self._settings.forget_session()
         self._warned = False
         self.experts.forget()
         self.conversation.restore(transcript)
@@ -255,19 +252,19 @@ class Chat:
     def recall(self) -> None:
         """Show the last message and reply of the session."""
         if self.session is not None:
-            recall(self.screen, self.conversation, self.session.name)
+            notices.recall(self.screen, self.conversation, self.session.name)
 
-    def rest(self) -> None:
-        """Store the KV cache, since the chat is idle. The next input interrupts it."""
+    def store_while_idle(self) -> None:
+        """Store the KV cache in the idle timer's thread. The next input interrupts it."""
         if not self._working.acquire(blocking=False):
             return
         try:
-            self._keep_again()
-            if self._rest is not None:  # None: an input has just come
-                self._keep_cache(self._show_keeping)
+            self._allow_storing()
+            if self._idle_timer is not None:  # None: an input has just arrived
+                self._store_cache(self._show_storing)
         finally:
-            if self._keeping:
-                self._show_keeping(0)
+            if self._storing_cache:
+                self._show_storing(0)
             self._working.release()
 
     def status(self) -> Status:
@@ -280,7 +277,7 @@ class Chat:
             n_used=conversation.n_used,
             n_context=info.n_context,
             tokens_per_second=self._tokens_per_second,
-            note="storing the cache" if self._keeping else "",
+            note="storing the cache" if self._storing_cache else "",
         )
 
     def _take(self, text: str) -> None:
@@ -306,7 +303,7 @@ class Chat:
             self.send(text)
         elif self.conversation.completes and self.conversation.turns:
             after = self.conversation.turns[-1].content
-            self.show_reply(lambda conversation: conversation.go_on(), after)
+            self.show_reply(lambda conversation: conversation.continue_reply(), after)
 
     def _show(self, events: Reply, view: ReplyView, *, goes_on: bool) -> None:
         begun = self.conversation.completes
@@ -329,52 +326,34 @@ class Chat:
                 begun = True
                 view.text(text)
             self.experts.reply_goes_on(self.screen, reading=event.progress is not None)
-            self._save_growing(view)
-        self._tell_ending(None if end is None else end.finish_reason, view, begun=begun)
+            self._save_partial(view)
+        reason = None if end is None else end.finish_reason
+        if note := notices.ending(reason, self.conversation, has_text=begun):
+            view.note(f"[{note}]")
 
-    def _tell_ending(self, ending: FinishReason | None, view: ReplyView, *, begun: bool) -> None:
-        turns = self.conversation.turns
-        complete = bool(turns) and turns[-1].role is Role.ASSISTANT and not turns[-1].unfinished
-        if ending is FinishReason.CANCELLED and not begun and complete:
-            view.note("[stopped: the old reply stays]")
-        elif ending in notices.ENDINGS:
-            view.note(f"[{notices.ENDINGS[ending]}]")
-        elif not begun and ending is FinishReason.STOP:
-            view.note("[the reply is empty: /regen tries again]")
-
-    def _suggest_room(self) -> None:
-        """Say how to make room in the context, if earlier messages take part of it."""
-        conversation = self.conversation
-        stops = conversation.settings.on_full is OnFull.STOP
-        if conversation.turns and stops and not conversation.completes:
-            self.screen.notice(
-                f"earlier messages take {count(conversation.n_used, 'token')}: /clear begins a new "
-                "conversation, /set on_full compact drops the oldest messages when the context is full"
-            )
-
-    def _save_growing(self, view: ReplyView) -> None:
-        """Save the reply so far, from time to time. A full disk does not end the reply."""
+    def _save_partial(self, view: ReplyView) -> None:
+        """Save the reply so far, if the last time was long enough ago. An error does not end the reply."""
         if self.session is None:
             return
         session = self.session
 
         def save(transcript: Transcript) -> None:
-            if note := session.save(transcript, growing=True):
+            if note := session.save(transcript, partial=True):
                 view.note(f"[{note}]")
 
         try:
-            self._drafts.keep(lambda: self.conversation.growing, save)
+            self._drafts.keep(lambda: self.conversation.partial_transcript, save)
         except DsmoeError as error:
             view.note(f"[not saved yet: {error.what}]")
 
-    def _save_whatever_happened(self) -> None:
-        """Save after a reply. Errors are shown, not raised: the reply itself may have failed."""
+    def _save_or_show_error(self) -> None:
+        """Save after a reply. Errors are shown, not raised: they must not hide an error of the reply."""
         try:
             self.save()
         except DsmoeError as error:
             self.screen.error(error)
 
-    def _comment(self) -> None:
+    def _show_remarks(self) -> None:
         """Show statistics and warnings after a reply."""
         conversation = self.conversation
         if self._stats and conversation.usage is not None:
@@ -385,30 +364,30 @@ class Chat:
             self.screen.notice(notices.nearly_full(share))
         self._warned = nearly
 
-    def _keep_cache(self, tell: Callable[[int], None]) -> None:
+    def _store_cache(self, tell: Callable[[int], None]) -> None:
         if self._caches is not None and self.session is not None and self.session.number:
             self._caches.keep(self.conversation, self.session, tell)
 
-    def _tell_of_keeping(self, n_tokens: int) -> None:
-        """Announce the storing of a large cache, which the user waits for."""
-        if n_tokens >= _MANY_TOKENS:
+    def _announce_storing(self, n_tokens: int) -> None:
+        """Announce that a large cache is stored, if the user has to wait for it."""
+        if n_tokens >= _ANNOUNCED_TOKENS:
             self.screen.notice(f"storing the cache of {count(n_tokens, 'token')}: Ctrl-C skips it")
 
-    def _show_keeping(self, n_tokens: int) -> None:
-        """Show in the status line that a cache is being stored; 0: no longer."""
-        self._keeping = n_tokens > 0
-        # Draws the status line again.
+    def _show_storing(self, n_tokens: int) -> None:
+        """Show in the status line whether a cache is being stored: 0 tokens if not."""
+        self._storing_cache = n_tokens > 0
+        # This also redraws the status line.
         self.screen.live(None)
 
-    def _stop_keeping(self) -> None:
+    def _interrupt_storing(self) -> None:
         if self._caches is not None:
             self._caches.stop()
 
-    def _keep_again(self) -> None:
+    def _allow_storing(self) -> None:
         if self._caches is not None:
-            self._caches.go_on()
+            self._caches.allow()
 
-    def _call_off_rest(self) -> None:
-        if self._rest is not None:
-            self._rest.cancel()
-            self._rest = None
+    def _cancel_idle_timer(self) -> None:
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None

@@ -1,4 +1,4 @@
-"""One conversation: its turns with exact token ids, and the replies to them. Draws and stores nothing."""
+"""One conversation: its turns with exact token ids, and the replies to them. Without display or storage."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ Reply: TypeAlias = Generator[Event, None, None]
 
 
 @dataclass(slots=True)
-class _Growing:
-    """The running reply so far. The text of its first `n_ids` tokens is exactly its first `n_pieces`."""
+class _PartialReply:
+    """The running reply so far. Its first `n_ids` tokens decode to exactly its first `n_pieces` pieces."""
 
     pieces: list[str] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
@@ -57,7 +57,7 @@ class _Growing:
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """Everything that a reply changes. It is restored if the reply is empty."""
+    """Everything that a reply changes. An empty reply restores it."""
 
     transcript: Transcript
     n_used: int = 0
@@ -68,19 +68,19 @@ class _State:
 class Conversation:
     """A conversation with a model. Replies keep their token ids, so that the KV cache stays valid.
 
-    Replies are lazy iterators. A reply without text leaves the conversation as it was, except that a new
-    message stays, unanswered, unless it cannot be answered at all.
+    A reply is an iterator, and starts with its first event. If it ends without text, the conversation is what
+    it was before; only a new message stays as an unanswered one, unless it can never be answered.
     """
 
     def __init__(self, engine: ReloadableEngine, settings: ChatSettings, system: str = "") -> None:
         self.engine = engine
         self.settings = settings
         self.json_schema: str | None = None
-        """The schema of all replies."""
+        """A JSON schema that all replies must match, or None."""
         self._state = _State(Transcript(system=system))
         # The transcript to save while a turn is being replaced.
         self._replaced: Transcript | None = None
-        self._growing: _Growing | None = None
+        self._partial: _PartialReply | None = None
         self._numbers = itertools.count(1)
         self._cancelled = False
 
@@ -125,9 +125,9 @@ class Conversation:
         return self._replaced or self._state.transcript
 
     @property
-    def growing(self) -> Transcript | None:
+    def partial_transcript(self) -> Transcript | None:
         """The transcript with the running reply so far; None if there is no text yet."""
-        reply = self._growing
+        reply = self._partial
         if reply is None or not reply.n_ids:
             return None
         turns = self._turns_with(*reply.exact(), FinishReason.CANCELLED, None)
@@ -159,7 +159,7 @@ class Conversation:
         turns = self._up_to_question("there is no message to edit yet")
         return self._reply((*turns[:-1], Turn(Role.USER, text)))
 
-    def go_on(self) -> Reply:
+    def continue_reply(self) -> Reply:
         """Continue the last reply, or answer an unanswered message.
 
         UsageError without turns, or if the model ended the reply itself.
@@ -175,24 +175,28 @@ class Conversation:
         """Remove at most `n` messages and their replies from the end, and return them."""
         questions = [index for index, turn in enumerate(self.turns) if turn.role is Role.USER]
         start = questions[-min(n, len(questions))] if questions else len(self.turns)
-        kept, gone = self._state.transcript, self.turns[start:]
-        if start <= kept.n_left_out:
-            kept = replace(kept, n_left_out=0, n_shifted=0)
-        self.restore(replace(kept, turns=kept.turns[:start], undone=(*gone, *kept.undone)))
-        return gone
+        transcript, removed = self._state.transcript, self.turns[start:]
+        if start <= transcript.n_left_out:
+            transcript = replace(transcript, n_left_out=0, n_shifted=0)
+        self.restore(
+            replace(transcript, turns=transcript.turns[:start], undone=(*removed, *transcript.undone))
+        )
+        return removed
 
     def redo(self, n: int = 1) -> tuple[Turn, ...]:
         """Restore at most `n` messages that `undo` removed, with their replies, and return them.
 
         A new message or reply discards what was removed.
         """
-        kept = self._state.transcript
-        ends = [place for place, turn in enumerate(kept.undone) if place and turn.role is Role.USER]
-        end = [*ends, len(kept.undone)][min(n, len(ends) + 1) - 1]
-        back = kept.undone[:end]
-        if back:
-            self.restore(replace(kept, turns=(*kept.turns, *back), undone=kept.undone[end:]))
-        return back
+        transcript = self._state.transcript
+        ends = [place for place, turn in enumerate(transcript.undone) if place and turn.role is Role.USER]
+        end = [*ends, len(transcript.undone)][min(n, len(ends) + 1) - 1]
+        restored = transcript.undone[:end]
+        if restored:
+            self.restore(
+                replace(transcript, turns=(*transcript.turns, *restored), undone=transcript.undone[end:])
+            )
+        return restored
 
     def clear(self) -> None:
         """Remove all turns. The system text stays."""
@@ -201,7 +205,7 @@ class Conversation:
     def cancel(self) -> None:
         """Stop the running reply. May be called from any thread and from signal handlers."""
         self._cancelled = True
-        # All requests: also the reload after a crash.
+        # cancel_all also cancels a reload of the engine after a crash.
         self.engine.cancel_all()
 
     def last(self, role: Role) -> Turn | None:
@@ -232,7 +236,7 @@ class Conversation:
         self._state = replace(self._state, transcript=transcript, n_used=used)
 
     def _recount(self) -> None:
-        """Count the tokens in the context. Without an engine, the next reply does."""
+        """Count the tokens in the context. Without a running engine, the next reply counts them."""
         n_used = 0
         if self.engine.alive:
             with suppress(EngineError):
@@ -252,22 +256,22 @@ class Conversation:
         try:
             yield Asked()
             encoder = context.Encoder(self.engine)
-            kept, room = context.fitted(
+            transcript, room = context.fitted(
                 self._state.transcript,
                 encoder,
                 self.settings.on_full,
                 self.settings.max_tokens,
                 lambda: self._cancelled,
             )
-            self._change(transcript=kept)
+            self._change(transcript=transcript)
             if room is not None:
                 yield room
             yield from self._run(encoder)
-            while (room := self._room_to_go_on(encoder)) is not None:
+            while (room := self._room_to_continue(encoder)) is not None:
                 yield room
                 yield from self._run(encoder)
         except (EngineCrashError, InterruptedRunError):
-            # The message may be answered next time.
+            # A new message stays: it can be answered next time.
             raise
         except DsmoeError:
             stays = False
@@ -275,13 +279,13 @@ class Conversation:
         finally:
             self._replaced = None
             if self.turns == asked and stays:
-                kept = replace(before.transcript, turns=asked)
-                self._state = replace(self._state, transcript=kept)
+                transcript = replace(before.transcript, turns=asked)
+                self._state = replace(self._state, transcript=transcript)
             elif self.turns == asked:
                 self._state = before
 
-    def _room_to_go_on(self, encoder: context.Encoder) -> MadeRoom | None:
-        """Remove old messages if the reply was cut by a full context. None if that is not possible."""
+    def _room_to_continue(self, encoder: context.Encoder) -> MadeRoom | None:
+        """Remove old messages if a full context cut the reply. Return None if nothing was removed."""
         compacts = self.settings.on_full is OnFull.COMPACT and not self.completes
         if not compacts or self._cancelled or self.finish_reason is not FinishReason.CONTEXT_FULL:
             return None
@@ -292,23 +296,23 @@ class Conversation:
         return found[1]
 
     def _run(self, encoder: context.Encoder) -> Reply:
-        """Run one request. Its reply becomes a turn, also if an error or the caller ends it early."""
-        reply = _Growing()
+        """Run one request. Its reply becomes a turn even if an error or the caller ends it early."""
+        reply = _PartialReply()
         if self._cancelled:
-            # Cancelled while room was made.
-            self._keep(reply, None)
+            # `cancel` was called while `fitted` or `compacted` made room.
+            self._add_reply(reply, None)
             with suppress(EngineError):
-                # Usually cached by the encoder.
+                # In most cases the encoder has these ids already.
                 self._change(n_used=len(context.token_ids(self._state.transcript, encoder)))
             yield TokenEvent("", "", 0.0, finish_reason=FinishReason.CANCELLED)
             return
         request = self._request(encoder)
-        self._growing = reply
+        self._partial = reply
         end: TokenEvent | None = None
         try:
             events = self.engine.submit(request)
             if self._cancelled:
-                # Cancelled before the engine knew the request.
+                # `cancel` was called before the engine knew the request.
                 self.cancel()
             self._change(n_used=len(request.prompt))
             for event in events:
@@ -321,32 +325,33 @@ class Conversation:
                     self._change(n_used=self.n_used + 1)
                 yield event
         finally:
-            self._growing = None
-            self._keep(reply, end)
+            self._partial = None
+            self._add_reply(reply, end)
 
     def _shift(self, n_tokens: int) -> MadeRoom:
-        kept = self._state.transcript
+        transcript = self._state.transcript
         self._change(
-            transcript=replace(kept, n_shifted=kept.n_shifted + n_tokens), n_used=self.n_used - n_tokens
+            transcript=replace(transcript, n_shifted=transcript.n_shifted + n_tokens),
+            n_used=self.n_used - n_tokens,
         )
         return MadeRoom(n_tokens=n_tokens)
 
     def _request(self, encoder: context.Encoder) -> Request:
         shift = self.settings.on_full is OnFull.SHIFT and not self.completes
-        kept = self._state.transcript
+        transcript = self._state.transcript
         return Request(
             f"chat-{next(self._numbers)}",
-            # Token ids instead of messages: they are known already.
-            context.token_ids(kept, encoder),
+            # Token ids, not messages: the engine would only tokenize them again.
+            context.token_ids(transcript, encoder),
             self.settings.sampling,
             max_tokens=self.settings.max_tokens,
             stop=self.settings.stop,
             json_schema=self.json_schema,
             context_shift=shift,
-            n_keep=context.n_never_shifted(kept, encoder) if shift else 0,
+            n_keep=context.n_never_shifted(transcript, encoder) if shift else 0,
         )
 
-    def _keep(self, reply: _Growing, end: TokenEvent | None) -> None:
+    def _add_reply(self, reply: _PartialReply, end: TokenEvent | None) -> None:
         """Add the reply to the turns. `end` is None if it ended early."""
         usage = None if end is None else end.usage
         ending = FinishReason.CANCELLED if end is None else end.finish_reason

@@ -1,4 +1,4 @@
-"""Notices of the chat: how replies ended, what left the context, where a continued session is."""
+"""Notices of the chat: how a reply ended, what left the context, the last messages of a session."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dsmoe_local.base.text import count, safe_text
 from dsmoe_local.chat.attachments import preview, without_files
 from dsmoe_local.chat.context import MadeRoom
 from dsmoe_local.chat.conversation import Conversation
+from dsmoe_local.chat.settings import OnFull
 from dsmoe_local.chat.turns import Role
 from dsmoe_local.engine.types import FinishReason, ModelInfo, Usage
 
@@ -27,7 +28,7 @@ ENDINGS: Mapping[FinishReason | None, str] = {
 
 
 def advises_against_system(info: ModelInfo) -> bool:
-    """Return whether the model's authors advise against a system text, as DeepSeekMoE's do for its format."""
+    """Return whether the model has the template of DeepSeekMoE, whose authors discourage a system text."""
     template = info.template_text or ""
     return info.architecture == "deepseek" and "User: " in template and "Assistant:" in template
 
@@ -64,9 +65,31 @@ def nearly_full(share: float) -> str:
     )
 
 
+def ending(reason: FinishReason | None, conversation: Conversation, *, has_text: bool) -> str:
+    """Return a note about how a reply ended; empty if the model ended it. `has_text`: the reply has text."""
+    turns = conversation.turns
+    last_complete = bool(turns) and turns[-1].role is Role.ASSISTANT and not turns[-1].unfinished
+    if reason is FinishReason.CANCELLED and not has_text and last_complete:
+        return "stopped: the old reply stays"
+    if not has_text and reason is FinishReason.STOP:
+        return "the reply is empty: /regen tries again"
+    return ENDINGS.get(reason, "")
+
+
+def how_to_make_room(conversation: Conversation) -> str:
+    """Return how to make room for a message that does not fit; empty if no earlier message takes room."""
+    stops = conversation.settings.on_full is OnFull.STOP
+    if not conversation.turns or not stops or conversation.completes:
+        return ""
+    return (
+        f"earlier messages take {count(conversation.n_used, 'token')}: /clear begins a new conversation, "
+        "/set on_full compact drops the oldest messages when the context is full"
+    )
+
+
 def recall(screen: Screen, conversation: Conversation, name: str) -> None:
-    """Show the last message and reply of the session `name`, shortened, and why the reply ended early."""
-    # Imported only here: one answer on stdout needs none of it.
+    """Show the last message and reply of the session `name`, shortened, and how an incomplete reply ended."""
+    # Imported here, since a one-shot answer needs neither of them.
     from rich.text import Text
 
     from dsmoe_local.chat.markdown.stream import render_markdown

@@ -19,39 +19,40 @@ from dsmoe_local.chat.settings import (
 
 
 class SessionSettings:
-    """Restores the settings that /set changed in a session, on top of the chat's own (`base`).
+    """Restores the settings that /set changed in a session; the others are those of `base`.
 
-    The settings named in `fixed` come from the command line. They replace stored ones, until /set changes
-    them, and are not stored.
+    The settings named in `fixed` come from the command line. They override stored ones until /set changes
+    them, and are not stored themselves.
     """
 
     def __init__(self, base: ChatSettings, fixed: Set[str] = frozenset()) -> None:
         self._base = base
         self._fixed = frozenset(fixed)
-        self._overridden: dict[str, Value] = {}
+        # Stored settings that are not in use, but are stored again: overridden or unknown ones.
+        self._unused: dict[str, Value] = {}
 
-    def to_keep(self, settings: ChatSettings) -> dict[str, Value]:
+    def to_store(self, settings: ChatSettings) -> dict[str, Value]:
         """Return the settings to store with the session, by the keys of the config file."""
         self._fixed -= settings.chosen
         chosen = {SETTINGS[name].key: as_value(settings, name) for name in settings.chosen}
-        return self._overridden | chosen
+        return self._unused | chosen
 
-    def leave(self) -> None:
-        """Forget the stored settings of the session, for another one."""
-        self._overridden = {}
+    def forget_session(self) -> None:
+        """Forget the stored settings of the current session. Must be called before another one is opened."""
+        self._unused = {}
 
-    def restored(self, kept: Mapping[str, Value]) -> ChatSettings:
-        """Return the settings of a session, given the stored ones. Unknown ones are kept as they are."""
+    def restored(self, stored: Mapping[str, Value]) -> ChatSettings:
+        """Return the settings of a session, given its stored ones. Unknown stored settings are kept."""
         settings = replace(self._base, chosen=frozenset())
-        for key, value in kept.items():
+        for key, value in stored.items():
             try:
                 name = setting_name(key)
                 changed = apply(settings, {key: value})
             except UsageError:
-                self._overridden[key] = value
+                self._unused[key] = value
                 continue
             if name in self._fixed:
-                self._overridden[key] = value
+                self._unused[key] = value
             else:
                 settings = changed
         return settings

@@ -219,7 +219,7 @@ def test_a_message_does_not_wait_for_the_cache(store: SessionStore, tmp_path: Pa
             assert caches._stopped.wait(20)
 
     engine.meanwhile = ask
-    chat.rest()
+    chat.store_while_idle()
     asking[0].join()
     # The block that was being written, and none behind it.
     assert [count for _, count in engine.saved] == [BLOCK, 2 * BLOCK]
@@ -277,7 +277,7 @@ def test_dead_engine_is_not_loaded_to_keep_its_cache(store: SessionStore, tmp_pa
     chat, _ = chat_with(engine, store, CacheKeeper(StateStore(tmp_path / "sessions")))
     chat.take("q")
     engine.kill()
-    chat.rest()
+    chat.store_while_idle()
     chat.take("/undo")
     chat.close()
     assert engine.crashes == 0

@@ -55,7 +55,7 @@ def test_interrupted_reply_is_kept_and_continued() -> None:
     assert conversation.turns[1].ending is FinishReason.CANCELLED
     assert conversation.turns[1].unfinished
     ids = conversation.turns[1].token_ids
-    assert text_of(conversation.go_on()) == "def"
+    assert text_of(conversation.continue_reply()) == "def"
     assert conversation.turns[1].content == "abcdef"
     assert conversation.turns[1].token_ids == (*ids, *(ord(letter) + 1 for letter in "def"))
     assert len(conversation.turns) == 2
@@ -77,7 +77,7 @@ def test_message_stopped_before_its_answer_waits() -> None:
     assert contents(conversation) == ["long question"]
     assert conversation.unanswered
     stopping = False
-    assert text_of(conversation.go_on()).endswith("long question")
+    assert text_of(conversation.continue_reply()).endswith("long question")
     assert len(conversation.turns) == 2
     stopping = True
     said(conversation, "typo")
@@ -100,7 +100,7 @@ def test_message_that_an_engine_died_of_waits() -> None:
     assert contents(conversation) == ["q", "ab"]
     assert conversation.turns[1].unfinished
     deadly = False
-    assert text_of(conversation.go_on()) == "abcd"
+    assert text_of(conversation.continue_reply()) == "abcd"
     assert contents(conversation) == ["q", "ababcd"]
 
 
@@ -149,7 +149,7 @@ def test_regenerate_edit_and_undo() -> None:
     assert contents(conversation) == ["a", "1"]
     assert len(conversation.undo(5)) == 2
     assert conversation.undo() == ()
-    for action in (conversation.regenerate, conversation.go_on, lambda: conversation.edit("x")):
+    for action in (conversation.regenerate, conversation.continue_reply, lambda: conversation.edit("x")):
         with pytest.raises(UsageError):
             action()
 
@@ -179,7 +179,7 @@ def test_base_model_starts_over_and_goes_on() -> None:
     engine = FakeEngine(replies=["b", "c", "e"], template=False)
     conversation = talk(engine)
     said(conversation, "a")
-    list(conversation.go_on())
+    list(conversation.continue_reply())
     assert engine.requests[-1].prompt == engine.encode("ab")
     assert conversation.turns[-1].content == "bc"
     said(conversation, "d")
@@ -320,6 +320,6 @@ def test_shifted_reply_goes_on_where_it_was() -> None:
     )
     conversation = talk(engine, ChatSettings(on_full=OnFull.SHIFT))
     said(conversation, "q")
-    assert text_of(conversation.go_on()) == "w" * 30
+    assert text_of(conversation.continue_reply()) == "w" * 30
     assert conversation.turns[-1].content == "z" * 300 + "w" * 30
     assert len(engine.encode(engine.requests[-1].prompt)) < 200

@@ -38,10 +38,10 @@ class Clock:
 class Always(Drafts):
     """Saves with every token."""
 
-    def keep(self, growing: Callable[[], Transcript | None], save: Callable[[Transcript], None]) -> None:
+    def keep(self, partial: Callable[[], Transcript | None], save: Callable[[Transcript], None]) -> None:
         if self._next < math.inf:
             self._next = 0.0
-        super().keep(growing, save)
+        super().keep(partial, save)
 
 
 def stored(store: SessionStore) -> Transcript:
@@ -54,7 +54,7 @@ def finished(rest: str, transcript: Transcript, settings: ChatSettings) -> Turn:
     """The reply, once it was continued."""
     conversation = Conversation(FakeEngine(replies=[rest]), settings)
     conversation.restore(transcript)
-    list(conversation.go_on())
+    list(conversation.continue_reply())
     return conversation.turns[-1]
 
 
@@ -114,7 +114,7 @@ def test_chat_goes_on_with_what_was_stored(store: SessionStore, other: SessionSt
     chat.close()
     assert [turn.content for turn in copies[0].turns] == ["q", "abcdef"]
     # And the first one, which was alive after all, has lost nothing.
-    assert "another chat has changed chat-1: this one is now the session chat-1 2" in screen.said
+    assert "another program has changed chat-1: this chat is now the session chat-1 2" in screen.said
     assert [store.find(name).load("bytes").turns[-1].content for name in ("chat-1", "chat-1 2")] == [
         "abcdef"
     ] * 2
@@ -156,9 +156,9 @@ def test_full_disk_ends_no_reply(store: SessionStore, monkeypatch: pytest.Monkey
     session = chat.current_session(store)
     save, attempts = session.save, 0
 
-    def fail(transcript: Transcript, *, growing: bool = False) -> str | None:
+    def fail(transcript: Transcript, *, partial: bool = False) -> str | None:
         nonlocal attempts
-        if growing:
+        if partial:
             attempts += 1
             raise NoSpaceError("the disk is full")
         return save(transcript)
@@ -195,4 +195,4 @@ def test_nothing_is_stored_before_there_is_something(store: SessionStore) -> Non
     drafts = Always()
     drafts.begin()
     drafts.keep(lambda: None, lambda transcript: pytest.fail("stored"))
-    assert Conversation(FakeEngine(), ChatSettings()).growing is None
+    assert Conversation(FakeEngine(), ChatSettings()).partial_transcript is None

@@ -271,8 +271,8 @@ def test_renaming_this_session_and_others(talk: Talk, other: Talk, store: Sessio
     assert talk.take("/rename Theirs again -> THEIRS again") == ["Theirs again is now THEIRS again"]
     assert talk.take("/rename nobody -> x")[0] == "there is no session nobody"
     assert talk.take("/rename -> x")[0].startswith("the name or number of a session")
-    assert talk.take("/rename THEIRS again ->")[0] == "a session needs a name"
-    assert talk.take("/rename")[0] == "a session needs a name"
+    assert talk.take("/rename THEIRS again ->")[0] == "the name of the session is missing"
+    assert talk.take("/rename")[0] == "the name of the session is missing"
     assert store.names() == ["THEIRS again", "2 bottles"]
 
 
@@ -311,7 +311,7 @@ def test_deleting_what_another_chat_deletes(
         return found
 
     monkeypatch.setattr(store, "find", find_and_lose)
-    assert talk.take("/delete chat-1") == ["chat-1 was deleted by another program"]
+    assert talk.take("/delete chat-1")[0] == "chat-1 was deleted by another program"
 
 
 def test_a_session_that_was_never_answered_is_not_listed(talk: Talk, store: SessionStore) -> None:

@@ -224,7 +224,7 @@ def test_migration_is_all_or_nothing(folder: Path, monkeypatch: pytest.MonkeyPat
     SessionStore.open(folder).close()
     steps = (*MIGRATIONS, ("CREATE TABLE more (x)", "CREATE TABLE broken ("))
     monkeypatch.setattr(database, "MIGRATIONS", steps)
-    with pytest.raises(Exception, match="cannot be used"):
+    with pytest.raises(Exception, match="cannot be read or written"):
         SessionStore.open(folder)
     monkeypatch.setattr(database, "MIGRATIONS", (*steps[:-1], ("CREATE TABLE more (x)",)))
     store = SessionStore.open(folder)

@@ -50,7 +50,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
         turns, undone = transcript.turns[:-2], transcript.turns[-2:]
         session.save(Transcript(turns, "system", undone=undone))
     grown = (*sessions[1].load("v").turns, said("and?"), replied("so far"))
-    sessions[1].save(Transcript(grown, "system"), growing=True)
+    sessions[1].save(Transcript(grown, "system"), partial=True)
     store.fork(sessions[2])
     for name in store.names():
         stored[name] = store.find(name).load("v")

@@ -45,7 +45,7 @@ for number in range(n_saves):
     for _ in range(n_turns):
         texts.append(f"turn {len(texts)} of {name}")
     for spaces in (" ", "  "):
-        assert session.save(talk(*texts[:-1], texts[-1] + spaces), growing=True) is None
+        assert session.save(talk(*texts[:-1], texts[-1] + spaces), partial=True) is None
     assert session.save(talk(*texts)) is None
     print(len(texts), flush=True)
     states.keep(session.number, "fingerprint", range(len(texts), len(texts) + 2 * BLOCK), write)

@@ -109,7 +109,7 @@ class Sessions(RuleBasedStateMachine):
         text = ""
         for piece in replies:
             text += piece
-            self.change(chat, (*turns, replied(text)), growing=True)
+            self.change(chat, (*turns, replied(text)), partial=True)
         if what % 2:
             self.change(chat, (*turns, replied(text)))
 
@@ -246,11 +246,11 @@ class Sessions(RuleBasedStateMachine):
         return self.chats[-1 - pick % min(len(self.chats), 3 + pick % 3)]
 
     def change(
-        self, chat: Chat, turns: tuple[Turn, ...], undone: tuple[Turn, ...] = (), *, growing: bool = False
+        self, chat: Chat, turns: tuple[Turn, ...], undone: tuple[Turn, ...] = (), *, partial: bool = False
     ) -> None:
         chat.transcript = replace(chat.transcript, turns=turns, undone=undone)
-        note = chat.session.save(chat.transcript, growing=growing)
-        conflict = self.model.save(chat.model, chat.transcript, growing=growing)
+        note = chat.session.save(chat.transcript, partial=partial)
+        conflict = self.model.save(chat.model, chat.transcript, partial=partial)
         assert (note is not None) == conflict
         assert (chat.session.number, chat.session.name) == (chat.model.number, chat.model.name)
         if note is not None:

@@ -89,7 +89,7 @@ def test_two_chats_on_one_session_lose_nothing(store: SessionStore, other: Sessi
     theirs.load("v")
     assert theirs.save(talk("a", "b", "theirs")) is None
     note = mine.save(talk("a", "b", "mine"))
-    assert note == "another chat has changed Plans: this one is now the session Plans 2"
+    assert note == "another program has changed Plans: this chat is now the session Plans 2"
     assert mine.name == "Plans 2"
     assert mine.save(talk("a", "b", "mine", "d")) is None
     assert theirs.save(talk("a", "b", "theirs", "d")) is None
@@ -182,7 +182,7 @@ def test_finding_by_name_number_and_beginning(store: SessionStore) -> None:
     assert store.find("42").name == "42 ways"
     with pytest.raises(UsageError) as error:
         store.find("gro")
-    assert error.value.remedy == "give more of the name: groceries for May, Groceries"
+    assert error.value.remedy == "type more of the name: groceries for May, Groceries"
     with pytest.raises(UsageError) as error:
         store.find("grocereis")
     assert error.value.remedy == "did you mean Groceries?"
@@ -200,7 +200,7 @@ def test_names_before_and_after_the_first_turn(store: SessionStore, other: Sessi
     assert store.names() == []
     assert store.latest() is None
     assert first.save(talk("a")) is None
-    assert second.save(talk("b")) == "the name Same is taken: this is now the session Same 2"
+    assert second.save(talk("b")) == "the name Same is taken: this chat is now the session Same 2"
     assert store.names() == ["Same 2", "same"]
     same = store.find("same")
     store.rename(same, "SAME")  # only its case: it is its own

@@ -79,12 +79,12 @@ class StoreModel:
     n_numbers: int = 0
     n_turns: int = 0
 
-    def save(self, chat: OpenSession, transcript: Transcript, *, growing: bool = False) -> bool:
-        """True if the chat became a new session although it was one already. `growing`: the last turn is no
+    def save(self, chat: OpenSession, transcript: Transcript, *, partial: bool = False) -> bool:
+        """True if the chat became a new session although it was one already. `partial`: the last turn is no
         turn yet.
         """
         draft = None
-        if growing:
+        if partial:
             draft = transcript.turns[-1]
             transcript = replace(transcript, turns=transcript.turns[:-1], undone=())
         wanted = (*transcript.turns, *transcript.undone)

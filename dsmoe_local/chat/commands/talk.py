@@ -19,7 +19,7 @@ def _clear(chat: Chat, _: str) -> None:
     before = chat.session.name if chat.session is not None else ""
     chat.adopt(None)
     system = " with the same system text (/system off removes it)" if chat.conversation.system else ""
-    stored = f"; the last one is stored: /load {safe_line(before, 60)}" if before else ""
+    stored = f"; the previous one is stored: /load {safe_line(before, 60)}" if before else ""
     chat.screen.notice(f"a new conversation{system}{stored}")
 
 
@@ -31,7 +31,7 @@ def _continue(chat: Chat, _: str) -> None:
     turns = chat.conversation.turns
     # An unanswered message is continued only by a base model; a chat model answers it.
     cut = turns and (turns[-1].role is Role.ASSISTANT or chat.conversation.completes)
-    chat.show_reply(lambda conversation: conversation.go_on(), turns[-1].content if cut else "")
+    chat.show_reply(lambda conversation: conversation.continue_reply(), turns[-1].content if cut else "")
 
 
 def _undo(chat: Chat, argument: str) -> None:

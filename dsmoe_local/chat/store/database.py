@@ -1,4 +1,4 @@
-"""The session database as a file: opening, migrations, transactions, and SQLite errors as DsmoeErrors."""
+"""The file of the session database: open it, migrate it, run transactions, and translate SQLite errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dsmoe_local.chat.store.schema import APPLICATION_ID, MIGRATIONS
 
 FILE_NAME = "sessions.db"
 BUSY_SECONDS = 10.0
-_RECORD = struct.Struct("<QI")  # the number, and a checksum of it
+_RECORD = struct.Struct("<QI")  # the number, and its checksum
 _NUMBER = struct.Struct("<Q")
 _REMEDY = "move it away, or chat with --no-history"
 
@@ -79,7 +79,7 @@ class Database:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._tally = Tally(_tally_of(path))
+        self._tally = Tally(_tally_path(path))
         self._write_lock = threading.Lock()
         self._read_lock = threading.Lock()
         self._writer = _connect(path)
@@ -190,20 +190,20 @@ def _n_writes(connection: sqlite3.Connection) -> int:
     return 0 if row is None else integer("n_writes", row[0])
 
 
-def _tally_of(path: Path) -> Path:
+def _tally_path(path: Path) -> Path:
     return path.with_suffix(".tally")
 
 
 def _make_private(path: Path) -> None:
-    """Create the file if need be, accessible to its owner only. SQLite gives its log the same mode."""
+    """Restrict the file to its owner; create it if it is missing. SQLite's log gets the same mode."""
     try:
         # An existing file is not opened: closing it would release the locks of other connections.
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
     except FileExistsError:
         path.chmod(0o600)
     else:
-        # It belongs to a database that was moved away.
-        _tally_of(path).unlink(missing_ok=True)
+        # A tally that exists belongs to a database that was moved away.
+        _tally_path(path).unlink(missing_ok=True)
         sync_folder(path.parent)
 
 
@@ -226,18 +226,18 @@ def _connect(path: Path) -> sqlite3.Connection:
 @contextmanager
 def _transaction(connection: sqlite3.Connection, kind: str) -> Iterator[None]:
     try:
-        # Inside `try`: an interrupt may come right after it.
+        # Inside `try`, since an interrupt may arrive right after it.
         connection.execute(f"BEGIN {kind}")
         yield
         connection.execute("COMMIT")
     except BaseException:
-        # Some errors end the transaction themselves.
+        # Some errors have already ended the transaction.
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
 
 
-# A constraint can only fail because of damaged rows: what is written satisfies all of them.
+# Values that are written satisfy all constraints, so only damaged rows can violate one.
 _DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CONSTRAINT})
 _TOO_FULL = frozenset({sqlite3.SQLITE_FULL})
 _LOCKED = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
@@ -275,4 +275,6 @@ def _explain(error: sqlite3.Error, path: Path) -> DsmoeError:
             where=path,
             remedy="close it, or chat with --no-history",
         )
-    return FileError(f"the sessions cannot be used: {error}", where=path, remedy="chat with --no-history")
+    return FileError(
+        f"the sessions cannot be read or written: {error}", where=path, remedy="chat with --no-history"
+    )

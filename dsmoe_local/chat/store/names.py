@@ -12,7 +12,7 @@ from dsmoe_local.base.text import safe_line
 
 MAX_NAME = 80
 _ORDINAL = re.compile(r" \d+$")
-_GIVEN = re.compile(r"chat-\d+( \d+)?")
+_DEFAULT = re.compile(r"chat-\d+( \d+)?")
 
 
 def key_of(name: str) -> str:
@@ -24,7 +24,7 @@ def check_name(text: str) -> str:
     """Return `text` as a name, with single spaces. UsageError if it is not allowed."""
     name = " ".join(text.split())
     if not name:
-        raise UsageError("a session needs a name")
+        raise UsageError("the name of the session is missing")
     if len(name) > MAX_NAME:
         raise UsageError(f"the name has {len(name)} characters", remedy=f"use at most {MAX_NAME}")
     if safe_line(name) != name:
@@ -45,14 +45,14 @@ def free_name(connection: sqlite3.Connection, wanted: str) -> str:
     return next(name for name in candidates if not is_taken(connection, name))
 
 
-def given_name(number: int) -> str:
+def default_name(number: int) -> str:
     """Return the name of a session that the user has not named."""
     return f"chat-{number}"
 
 
-def is_given(name: str) -> bool:
-    """Return whether a name looks like one that was not chosen by the user."""
-    return _GIVEN.fullmatch(name) is not None
+def is_default(name: str) -> bool:
+    """Return whether a name has the form of a default name."""
+    return _DEFAULT.fullmatch(name) is not None
 
 
 def is_taken(connection: sqlite3.Connection, name: str, by_other_than: int = 0) -> bool:

@@ -1,7 +1,7 @@
 """Rows of the database as Python objects: validated when they are read, since a damaged database may hold
 anything in any column.
 
-Functions that read raise DamagedRowError for a row that makes no sense.
+Functions that read raise DamagedRowError for an invalid row.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class DamagedRowError(ValueError):
 
 
 def seal_of(values: Iterable[object]) -> bytes:
-    """Return a digest of a row's values: damaged values may happen to be valid ones."""
+    """Return a digest of a row's values. It detects damage that leaves valid values."""
     digest = blake2b(digest_size=16)
     for value in values:
         if isinstance(value, str):
@@ -43,7 +43,7 @@ def seal_of(values: Iterable[object]) -> bytes:
 
 
 def check_seal(name: str, seal: object, values: Iterable[object]) -> None:
-    """Raise DamagedRowError if the values do not have this seal. None: the row has no seal."""
+    """Raise DamagedRowError unless the values have this seal. Rows without a seal (None) pass."""
     if seal is not None and seal != seal_of(values):
         raise DamagedRowError(f"{name} has a wrong checksum")
 
@@ -103,8 +103,8 @@ def _is_whole(text: str) -> bool:
 
 
 def _wrong(name: str, value: object) -> DamagedRowError:
-    shown = f"no such {type(value).__name__}" if isinstance(value, str | bytes) else str(value)[:40]
-    return DamagedRowError(f"{name} is {shown}")
+    shown = "" if isinstance(value, str | bytes) else f" {str(value)[:40]}"
+    return DamagedRowError(f"{name} has an invalid value{shown}")
 
 
 _SESSION_SEALED = (
@@ -243,7 +243,7 @@ def read_state(row: Sequence[Any]) -> StateRow:
     """Return a row with STATE_COLUMNS as an object."""
     file, session, fingerprint, prefix, n_tokens, n_bytes, digest, used = row
     if not is_state_file(file):
-        raise DamagedRowError("file is not the name of a state")
+        raise DamagedRowError("file is not the name of a state file")
     return StateRow(
         file,
         integer("session", session, 1),
@@ -286,12 +286,12 @@ def unpack_ids(packed: object) -> tuple[int, ...]:
     token_ids = array("i")
     content = blob("token_ids", packed)
     if len(content) % token_ids.itemsize:
-        raise DamagedRowError(f"token_ids has {len(content)} bytes")
+        raise DamagedRowError(f"token_ids has {len(content)} bytes, not a multiple of {token_ids.itemsize}")
     token_ids.frombytes(content)
     if sys.byteorder == "big":
         token_ids.byteswap()
     if token_ids and min(token_ids) < 0:
-        raise DamagedRowError("token_ids has a negative one")
+        raise DamagedRowError("token_ids contains a negative id")
     return tuple(token_ids)
 
 
@@ -314,7 +314,7 @@ def _is_value(value: object) -> bool:
 def _usage(stored: str) -> Usage:
     values = json.loads(stored)
     if not isinstance(values, dict) or {field.name for field in fields(Usage)} != values.keys():
-        raise DamagedRowError("usage has other fields")
+        raise DamagedRowError("usage has unknown or missing fields")
     return Usage(
         integer("prompt_tokens", values["prompt_tokens"]),
         integer("cached_tokens", values["cached_tokens"]),

@@ -1,16 +1,16 @@
 """The tables of the session database, as migrations. A released migration is never changed.
 
 Turns form trees: a turn has a parent, and a session has a head, whose ancestors are the turns that it shows.
-Undo moves the head, another reply is a sibling, and a fork is a second session in the same tree. None of them
-changes or deletes a turn. An unfinished reply is stored as the session's draft.
+Undo moves the head, a regenerated reply is a sibling, and a fork is a second session in the same tree. None
+of these operations changes or deletes a turn. An unfinished reply is stored as the session's draft.
 
-SQLite accepts any type in any column, so constraints check the types of what is written. The file may get
-damaged, so `records` checks rows when they are read, also against a digest in each row (`seal`).
+SQLite accepts any type in any column, so constraints check the types on writing. The file may get damaged, so
+`records` validates rows on reading, and compares them with a digest in each row (`seal`).
 """
 
 from __future__ import annotations
 
-APPLICATION_ID = 0x64736D65  # "dsme": tells our databases from other programs'
+APPLICATION_ID = 0x64736D65  # "dsme": identifies a database of dsmoe-local
 
 
 def _column(name: str, kind: str, more: str = "", rule: str = "") -> str:
@@ -83,7 +83,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         # The model's file, and the settings that /set changed, as JSON.
         f"ALTER TABLE session ADD COLUMN {_column('model_path', 'TEXT', 'NULL')}",
         f"ALTER TABLE session ADD COLUMN {_column('settings', 'TEXT', 'NULL')}",
-        # Digests of rows, since damaged values may be valid ones. NULL in rows written before.
+        # Digests of rows, which detect damaged values that are valid. NULL in older rows.
         f"ALTER TABLE turn ADD COLUMN {_column('seal', 'BLOB', 'NULL')}",
         f"ALTER TABLE session ADD COLUMN {_column('seal', 'BLOB', 'NULL')}",
         # The number of write transactions: see `database.Tally`.

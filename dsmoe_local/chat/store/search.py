@@ -17,10 +17,10 @@ from dsmoe_local.base.text import whole_characters
 from dsmoe_local.chat.store.records import SESSION_COLUMNS, TURN_COLUMNS, read_session, read_turn
 from dsmoe_local.chat.turns import Role
 
-_SNIPPET = 80
-_BEFORE = 24
+_SNIPPET = 80  # characters
+_BEFORE = 24  # characters of a snippet before the word that was found
 
-# Ideographs and their marks, kana, bopomofo, hangul, compatibility forms, half-width kana, the later planes.
+# Ideographs and their marks, kana, bopomofo, hangul, compatibility forms, half-width kana, planes 1 to 3.
 _CHARACTER_BY_CHARACTER = re.compile(
     "([\u1100-\u11ff\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029\u3031-\u3035\u3038-\u303c\u3041-\u3096\u309d-\u309f"
     "\u30a1-\u30fa\u30fc-\u30ff\u3105-\u312f\u3131-\u318e\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
@@ -110,8 +110,8 @@ def snippet(text: str, words: str) -> str:
 
 def _phrases(words: str) -> list[str]:
     phrases = (" ".join(indexed(word).replace('"', " ").split()) for word in words.split())
-    spoken = dict.fromkeys(phrase for phrase in phrases if any(letter.isalnum() for letter in phrase))
-    return list(spoken)
+    unique = dict.fromkeys(phrase for phrase in phrases if any(letter.isalnum() for letter in phrase))
+    return list(unique)
 
 
 def _folded(text: str) -> tuple[str, list[int]]:

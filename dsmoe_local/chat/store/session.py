@@ -12,7 +12,7 @@ from dsmoe_local.base.sequences import n_common
 from dsmoe_local.base.text import whole_characters
 from dsmoe_local.chat.attachments import without_files
 from dsmoe_local.chat.store.database import Database
-from dsmoe_local.chat.store.names import free_name, given_name, key_of
+from dsmoe_local.chat.store.names import default_name, free_name, key_of
 from dsmoe_local.chat.store.records import (
     SESSION_COLUMNS,
     TURN_COLUMNS,
@@ -136,20 +136,20 @@ class Session:
         self.stored.draft = _turn_for(vocabulary, *draft)
         return replace(transcript, turns=(*transcript.turns, self.stored.draft))
 
-    def save(self, transcript: Transcript, *, growing: bool = False) -> str | None:
+    def save(self, transcript: Transcript, *, partial: bool = False) -> str | None:
         """Save `transcript` durably. Only new turns are written; a session without turns is not stored.
 
-        `growing`: its last turn is an unfinished reply, which replaces the one saved before. If another chat
-        has changed or deleted this session, this one is saved as a new session, and a message that says so is
-        returned.
+        `partial`: the last turn is an unfinished reply, which replaces the one saved before. If another
+        program has changed or deleted this session, the transcript is saved as a new session, and a message
+        about that is returned.
 
-        Raises NoSpaceError, FileError or FormatError. Then nothing is stored, and the next save tries again.
+        Raises NoSpaceError, FileError or FormatError: then nothing is stored, and the next call tries again.
         """
         if self.number == 0 and not transcript.turns:
             self.stored.transcript = transcript
             return None
         draft = None
-        if growing:
+        if partial:
             *turns, draft = transcript.turns
             transcript = replace(transcript, turns=tuple(turns), undone=())
         known = self.stored
@@ -159,7 +159,7 @@ class Session:
         with self._database.write() as connection:
             saving = _Saving(connection, self, transcript, draft)
             saving.run()
-        reach("session.grown" if growing else "session.saved")
+        reach("session.grown" if partial else "session.saved")
         self.number, self.name, self.stored = saving.number, saving.name, saving.stored
         return saving.note
 
@@ -191,28 +191,31 @@ class _Saving:
         stored = None if row is None else read_session(row)
         tree = _tree(self._connection, turn_ids[-1]) if turn_ids else None
         if tree is None:
-            # The turns were deleted meanwhile: all are written again.
+            # The turns have been deleted meanwhile: write all of them again.
             turn_ids = []
         revision = 1
         if stored is not None and stored.revision == before.revision:
             self.name, self._tree, revision = stored.name, stored.tree, stored.revision + 1
         else:
-            self._become_new(None if stored is None else stored.name, tree)
+            self._add_row(None if stored is None else stored.name, tree)
         turn_ids += self._add_turns(turn_ids[-1] if turn_ids else None, len(turn_ids))
         self.stored.turn_ids, self.stored.revision = turn_ids, revision
-        self._point_at(self.stored)
+        self._update_row(self.stored)
         self._set_draft(self.stored.draft)
 
-    def _become_new(self, changed: str | None, tree: int | None) -> None:
-        """Add a row for a new session, a fork, or a session that another chat has changed or deleted."""
+    def _add_row(self, changed: str | None, tree: int | None) -> None:
+        """Add a row for a new session, a fork, or a session that another program has changed or deleted.
+
+        `changed` is the name of the session that was changed, if it was.
+        """
         wanted = changed or self._session.name
         name = free_name(self._connection, wanted) if wanted else ""
         if changed is not None:
-            self.note = f"another chat has changed {changed}: this one is now the session {name}"
+            self.note = f"another program has changed {changed}: this chat is now the session {name}"
         elif self.number:
             self.note = f"{wanted} was deleted by another program: this chat is now the session {name}"
         elif name != wanted:
-            self.note = f"the name {wanted} is taken: this is now the session {name}"
+            self.note = f"the name {wanted} is taken: this chat is now the session {name}"
         self.number, self._tree, self.name = add_session(self._connection, name, tree, self._now)
 
     def _add_turns(self, parent: int | None, n_before: int) -> list[int]:
@@ -229,7 +232,7 @@ class _Saving:
             reach("session.turn")
         return added
 
-    def _point_at(self, stored: Stored) -> None:
+    def _update_row(self, stored: Stored) -> None:
         transcript = stored.transcript
         self._connection.execute(
             "UPDATE session SET head = ?, undone = ?, revision = ?, system = ?, n_left_out = ?,"
@@ -271,7 +274,7 @@ def add_session(
     ).lastrowid
     assert number is not None
     tree = tree or number
-    name = name or free_name(connection, given_name(number))
+    name = name or free_name(connection, default_name(number))
     connection.execute(
         "UPDATE session SET name = ?, key = ?, tree = ? WHERE number = ?", (name, key_of(name), tree, number)
     )

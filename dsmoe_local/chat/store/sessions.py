@@ -12,7 +12,7 @@ from typing import Self
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line, whole_characters
 from dsmoe_local.chat.store.database import Database
-from dsmoe_local.chat.store.names import check_name, is_given, is_taken, key_of
+from dsmoe_local.chat.store.names import check_name, is_default, is_taken, key_of
 from dsmoe_local.chat.store.records import SESSION_COLUMNS, SessionRow, integer, read_session
 from dsmoe_local.chat.store.search import Hit, search
 from dsmoe_local.chat.store.session import Session, Stored, seal_session
@@ -45,16 +45,16 @@ class SessionStore:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        # They are told their new name when they are renamed.
+        # `rename` changes the name of all objects of a session.
         self._open: weakref.WeakSet[Session] = weakref.WeakSet()
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Open the store in `folder`, which is created if need be."""
+        """Open the store in `folder`; create it if it is missing."""
         return cls(Database.open(folder))
 
     def problems(self) -> list[str]:
-        """Check the whole database. Return messages about damage that could go unnoticed."""
+        """Check the whole database. Return messages about damage that could otherwise go unnoticed."""
         return self._database.problems()
 
     def close(self) -> None:
@@ -82,7 +82,7 @@ class SessionStore:
         shown = safe_line(text, 60)
         if found:
             names = ", ".join(by_key[key][1] for key in found[:5])
-            raise UsageError(f"several sessions begin with {shown}", remedy=f"give more of the name: {names}")
+            raise UsageError(f"several sessions begin with {shown}", remedy=f"type more of the name: {names}")
         near = difflib.get_close_matches(wanted, by_key, n=1, cutoff=0.5)
         raise UsageError(
             f"there is no session {shown}",
@@ -105,7 +105,7 @@ class SessionStore:
         """Return the sessions that have turns or a chosen name, the last saved first."""
         with self._database.read() as connection:
             found = [_summary(connection, row) for row in _rows(connection)]
-        return [summary for summary in found if summary.n_turns or not is_given(summary.name)]
+        return [summary for summary in found if summary.n_turns or not is_default(summary.name)]
 
     def summary(self, session: Session) -> Summary | None:
         """Return the summary of a session, or None if it does not exist any more."""
@@ -154,7 +154,9 @@ class SessionStore:
                     (name, key_of(name), session.number),
                 ).rowcount
                 if n_renamed == 0:
-                    raise UsageError(f"{session.name} was deleted elsewhere")
+                    raise UsageError(
+                        f"{session.name} was deleted by another program", remedy="/sessions lists the others"
+                    )
                 seal_session(connection, session.number)
         session.name = name
         for other in self._open:

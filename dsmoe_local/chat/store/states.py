@@ -4,7 +4,8 @@ A block is identified by all tokens up to its end, so blocks that are stored are
 longer conversation adds blocks, and forks share those that they have in common. The tokens after the last
 whole block are not stored.
 
-A state only saves time. A damaged one is removed silently, and the tokens from there on are decoded again.
+A state only saves time. A damaged one is removed silently, and the tokens of its block and of later blocks
+are decoded again.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class StateStore:
         blocks = _blocks(token_ids)
         with self._database() as database:
             with database.read() as connection:
-                if not _is_there(connection, session_number):
+                if not _exists(connection, session_number):
                     return 0
                 alike = _states(connection, "fingerprint = ?", fingerprint)
                 shared = _states(connection, f"fingerprint = ? AND {_OF_FORKS}", fingerprint, session_number)
@@ -137,7 +138,7 @@ class StateStore:
             self._remove(database, known - present.keys())
             for file, final in present.items():
                 if file not in known:
-                    self._tidy_after(database, final)
+                    self._remove_orphans(database, final)
 
     @contextmanager
     def _database(self) -> Iterator[Database]:
@@ -163,7 +164,7 @@ class StateStore:
         prefix: bytes,
         write: Callable[[Path, int, int], int],
     ) -> StateRow | None:
-        """Write a state and add its row. Return None, and leave neither, if that is not possible."""
+        """Write a state file and add its row. Return None, and leave neither behind, if that fails."""
         final = self._states / _new_name()
         writing = _part_of(final)
         try:
@@ -230,12 +231,12 @@ class StateStore:
                 connection.executemany("DELETE FROM state WHERE file = ?", [(file,) for file in files])
             remove_states(self._states, files)
 
-    def _tidy_after(self, database: Database, final: str) -> None:
-        """Remove what a crashed process left of this state, unless a process is writing it."""
+    def _remove_orphans(self, database: Database, final: str) -> None:
+        """Remove the files that a crash left of this state, unless a process is writing it."""
         try:
             path = self._states / final
             with locked(path):
-                # It may have been finished in the meantime.
+                # The other process may have finished it in the meantime.
                 with database.read() as connection:
                     known = connection.execute("SELECT 1 FROM state WHERE file = ?", (final,)).fetchone()
                 orphans = [_part_of(path).name, *([] if known else [final])]
@@ -248,7 +249,7 @@ _OF_FORKS = "session IN (SELECT number FROM session WHERE tree = (SELECT tree FR
 _ALL_STATES = f"SELECT rowid, {STATE_COLUMNS} FROM state"  # noqa: S608 - no foreign text
 
 
-def _is_there(connection: sqlite3.Connection, session_number: int) -> bool:
+def _exists(connection: sqlite3.Connection, session_number: int) -> bool:
     return (
         connection.execute("SELECT 1 FROM session WHERE number = ?", (session_number,)).fetchone() is not None
     )
@@ -264,8 +265,9 @@ def _blocks(token_ids: Sequence[int]) -> list[tuple[int, bytes]]:
 
 
 def _states(connection: sqlite3.Connection, condition: str = "TRUE", *values: object) -> list[StateRow]:
-    """Return the valid states with this condition, the most recently used first. Of one conversation, the
-    first block comes first: later ones are useless without it.
+    """Return the valid states that match the condition, the most recently used first.
+
+    Within a conversation, earlier blocks come first, since later ones are useless without them.
     """
     order = "used DESC, n_tokens, rowid DESC"
     rows = connection.execute(f"{_ALL_STATES} WHERE {condition} ORDER BY {order}", values)
@@ -281,7 +283,7 @@ def _read(row: Sequence[object]) -> StateRow | None:
 
 def _record(connection: sqlite3.Connection, state: StateRow) -> bool:
     """Add a row. Return False if the session does not exist any more."""
-    if not _is_there(connection, state.session):
+    if not _exists(connection, state.session):
         return False
     connection.execute(
         "INSERT INTO state (file, session, fingerprint, prefix, n_tokens, n_bytes, digest, used)"
