@@ -32,7 +32,7 @@ from dsmoe_local.batch.workload import (
 _REPORT_BYTES = 1 << 20
 _BLOCK = 256  # lines that `entry` reads at once: each query hands the GIL to other threads
 _BUFFERED = 1024  # rows that are inserted at once
-# `position` is the index of a line in the input, from 0. `record` is the number of its record, from 1, or NULL.
+# `position` is the index of a line in the input, from 0; `record` the number of its record, from 1, or NULL.
 # `task` is the index of a line without a record in the order of the work, from 0. The transaction is never
 # committed: nothing outlives the connection.
 _SCHEMA = """

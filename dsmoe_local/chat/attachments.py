@@ -26,7 +26,7 @@ from dsmoe_local.base.text_files import decode_text
 MAX_BYTES = 1 << 20
 _LONGEST_NAME = 1024
 _FRAME = re.compile(rf"([^\n]{{1,{_LONGEST_NAME}}}):\n(`{{3,}})\w*(?=\n)")
-# Not after a character of an e-mail address. Code blocks are matched first, so that they are skipped.
+# No mention starts within an e-mail address. Code blocks are matched first, so that they are skipped.
 _MENTION = re.compile(
     r"(?P<fenced>^ {0,3}(?:(?P<mark>`{3,})[^`\n]*|(?P<tildes>~{3,})[^\n]*)\n"
     r"(?:.*?^ {0,3}(?:(?P=mark)`*|(?P=tildes)~*)[ \t]*$|.*))"
@@ -46,7 +46,7 @@ _LEADING_NAME = re.compile(r'"([^"\n]+)"(?=\s|$)|(\S+)')
 
 @dataclass(frozen=True, slots=True)
 class Attachment:
-    """A text file. `name` as it was written in the message."""
+    """A text file. `name` is as written in the message."""
 
     name: str
     text: str
@@ -110,7 +110,7 @@ def split_name(argument: str, folder: Path | None = None) -> tuple[str, str]:
     """
     match = _LEADING_NAME.match(argument)
     if match is None:
-        raise UsageError("a file's name is missing")
+        raise UsageError("the name of a file is missing", remedy="/read FILE [QUESTION]")
     if match[1]:
         return match[1], argument[match.end() :].strip()
     longest = argument[:_LONGEST_NAME]
@@ -130,7 +130,7 @@ def read_attachment(name: str, folder: Path | None = None) -> Attachment:
         descriptor = os.open(_path(name, folder), os.O_RDONLY | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise FileError("this is no ordinary file", where=where)
+                raise FileError("this is not a regular file", where=where)
             content = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
@@ -157,8 +157,9 @@ def _mentioned(match: re.Match[str], folder: Path | None) -> tuple[str, str, boo
 
 
 def _meant_as_path(word: str, folder: Path | None) -> str:
-    """Return the path that a word is clearly meant as, or "": it begins like a path, ends like the name of a
-    text file, or its folder exists.
+    """Return the path in a word that is clearly meant as one, or "".
+
+    It begins like a path, ends like the name of a text file, or names a folder that exists.
     """
     name = word.rstrip(".,;:!?)]}>'`")
     parent = os.path.dirname(name)

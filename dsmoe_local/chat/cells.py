@@ -1,7 +1,7 @@
 """The width of text in terminal cells, for characters whose width depends on the terminal.
 
 Terminals differ in joined emoji, flags and the vowel signs of Indic scripts: an emoji of a family takes two
-cells in some, eight in others. `most_cells` is for text that must not be wider than its place. Where the
+cells in some, eight in others. `most_cells` is for text that must fit into a given width. Where the
 exact width matters, `is_certain` tells whether all terminals agree.
 """
 
@@ -17,7 +17,7 @@ _EMOJI_STYLE = "\ufe0f"
 # Regional indicators and skin tones: two cells each, unless the terminal joins them.
 _JOINED = "\U0001f1e6-\U0001f1ff\U0001f3fb-\U0001f3ff"
 _TWO_CELLS = re.compile(f"[{_JOINED}]")
-# These, joiners, variation selectors, and emoji that the tables of some terminals lack.
+# The characters of _JOINED, joiners, variation selectors, and emoji that some terminals do not know.
 _UNCERTAIN = re.compile(f"[{_JOINED}\u200d\ufe0e\ufe0f\U0001fa70-\U0001faff]")
 
 

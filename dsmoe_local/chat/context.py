@@ -29,10 +29,10 @@ def completes(engine: TextEngine) -> bool:
     return engine.info.template is None
 
 
-def messages(kept: Transcript) -> tuple[Message, ...]:
+def messages(transcript: Transcript) -> tuple[Message, ...]:
     """Return the messages in the context, including tokens that were shifted out."""
-    system = [Message("system", kept.system)] if kept.system else []
-    return (*system, *(turn.message for turn in kept.turns[kept.n_left_out :]))
+    system = [Message("system", transcript.system)] if transcript.system else []
+    return (*system, *(turn.message for turn in transcript.turns[transcript.n_left_out :]))
 
 
 class Encoder:
@@ -52,110 +52,116 @@ class Encoder:
         return ids
 
 
-def prompt(kept: Transcript, encoder: Encoder) -> Prompt:
+def prompt(transcript: Transcript, encoder: Encoder) -> Prompt:
     """Return the prompt for the next reply, or the one that ends with the last reply."""
     if encoder.info.template is None:
-        return _text_to_complete(kept, encoder)
-    said = messages(kept)
-    if not kept.n_shifted:
-        return said
-    ids, n_kept = encoder.encode(said), n_never_shifted(kept, encoder)
-    return (*ids[:n_kept], *ids[n_kept + kept.n_shifted :])
+        return _text_to_complete(transcript, encoder)
+    current = messages(transcript)
+    if not transcript.n_shifted:
+        return current
+    ids, n_kept = encoder.encode(current), n_never_shifted(transcript, encoder)
+    return (*ids[:n_kept], *ids[n_kept + transcript.n_shifted :])
 
 
-def token_ids(kept: Transcript, encoder: Encoder) -> tuple[int, ...]:
+def token_ids(transcript: Transcript, encoder: Encoder) -> tuple[int, ...]:
     """Return the token ids in the context; none without turns."""
-    return encoder.encode(prompt(kept, encoder)) if kept.turns else ()
+    return encoder.encode(prompt(transcript, encoder)) if transcript.turns else ()
 
 
-def n_never_shifted(kept: Transcript, encoder: Encoder) -> int:
+def n_never_shifted(transcript: Transcript, encoder: Encoder) -> int:
     """Return how many tokens at the beginning are never shifted out: BOS and the system text."""
-    if not kept.system:
+    if not transcript.system:
         return 1
-    said = messages(kept)
-    return max(1, n_common(encoder.encode(said[:1]), encoder.encode(said)))
+    current = messages(transcript)
+    return max(1, n_common(encoder.encode(current[:1]), encoder.encode(current)))
 
 
 def fitted(
-    kept: Transcript,
+    transcript: Transcript,
     encoder: Encoder,
     on_full: OnFull,
     max_tokens: int | None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> tuple[Transcript, MadeRoom | None]:
-    """Return `kept` with room for a reply, if `on_full` allows it, and what was removed for that.
+    """Return the transcript with room for a reply, if `on_full` allows it, and what was removed for that.
 
-    Nothing is removed if that cannot help, because the last message alone is too long, or once `stopped`
-    returns true.
+    Nothing is removed if the last message alone is too long, or once `stopped` returns true.
     """
     if encoder.info.template is None:
-        return kept, None
-    if kept.n_shifted and kept.n_shifted > _most_shifted(kept, encoder):
+        return transcript, None
+    if transcript.n_shifted and transcript.n_shifted > _most_shifted(transcript, encoder):
         # /undo went back to before the tokens that were shifted out, or to a message that lost its beginning.
-        kept = replace(kept, n_shifted=0)
+        transcript = replace(transcript, n_shifted=0)
     n_context = encoder.info.n_context
     wanted = n_context - min(max_tokens or n_context, n_context // 4)
-    if on_full is OnFull.STOP or len(token_ids(kept, encoder)) <= wanted:
-        return kept, None
-    found = compacted(kept, encoder, stopped) if on_full is OnFull.COMPACT else _shifted(kept, encoder)
-    return found or (kept, None)
+    if on_full is OnFull.STOP or len(token_ids(transcript, encoder)) <= wanted:
+        return transcript, None
+    found = (
+        compacted(transcript, encoder, stopped)
+        if on_full is OnFull.COMPACT
+        else _shifted(transcript, encoder)
+    )
+    return found or (transcript, None)
 
 
 def compacted(
-    kept: Transcript, encoder: Encoder, stopped: Callable[[], bool] = lambda: False
+    transcript: Transcript, encoder: Encoder, stopped: Callable[[], bool] = lambda: False
 ) -> tuple[Transcript, MadeRoom] | None:
-    """Remove the oldest messages and their replies, so that half of the context is free.
+    """Remove the oldest messages and their replies until half of the context is free.
 
-    Returns the transcript and what was removed; None if the last message, which always stays, is the only one
-    or is too long, or once `stopped` returns true.
+    Returns the transcript and what was removed. The last message always stays: returns None if it is the only
+    one or is too long, or once `stopped` returns true.
     """
     n_context = encoder.info.n_context
-    # Tokens that were shifted out before belong to the messages that are removed now.
+    # n_shifted=0: tokens that were shifted out earlier belong to messages that are removed now.
     cuts = [
-        replace(kept, n_left_out=index, n_shifted=0)
-        for index in range(kept.n_left_out + 1, len(kept.turns))
-        if kept.turns[index].role is Role.USER
+        replace(transcript, n_left_out=index, n_shifted=0)
+        for index in range(transcript.n_left_out + 1, len(transcript.turns))
+        if transcript.turns[index].role is Role.USER
     ]
     if not cuts:
         return None
-    # Bisection, since later cuts leave fewer tokens: only a few are tokenized.
+    # Later cuts leave fewer tokens, so bisection tokenizes only a few of them.
     first = bisect_left(
         cuts, True, key=lambda cut: stopped() or len(token_ids(cut, encoder)) <= n_context // 2
     )
     less = cuts[min(first, len(cuts) - 1)]
     if stopped() or len(token_ids(less, encoder)) >= n_context:
         return None
-    return less, MadeRoom(turns=kept.turns[kept.n_left_out : less.n_left_out])
+    return less, MadeRoom(turns=transcript.turns[transcript.n_left_out : less.n_left_out])
 
 
-def _shifted(kept: Transcript, encoder: Encoder) -> tuple[Transcript, MadeRoom] | None:
-    """Shift the oldest tokens after the system text out, so that half of the context is free."""
+def _shifted(transcript: Transcript, encoder: Encoder) -> tuple[Transcript, MadeRoom] | None:
+    """Shift out the oldest tokens after the system text until half of the context is free."""
     n_context = encoder.info.n_context
-    n_ids = len(encoder.encode(messages(kept)))
-    target = max(n_ids - n_context // 2, kept.n_shifted)
-    n_shifted = min(target, _most_shifted(kept, encoder))
-    if n_shifted <= kept.n_shifted or n_ids - n_shifted >= n_context:
+    n_ids = len(encoder.encode(messages(transcript)))
+    target = max(n_ids - n_context // 2, transcript.n_shifted)
+    n_shifted = min(target, _most_shifted(transcript, encoder))
+    if n_shifted <= transcript.n_shifted or n_ids - n_shifted >= n_context:
         return None
-    return replace(kept, n_shifted=n_shifted), MadeRoom(n_tokens=n_shifted - kept.n_shifted)
+    return replace(transcript, n_shifted=n_shifted), MadeRoom(n_tokens=n_shifted - transcript.n_shifted)
 
 
-def _most_shifted(kept: Transcript, encoder: Encoder) -> int:
-    """Return how many tokens may be shifted out: none of an unanswered message, nor of the end of a reply
-    that is continued.
+def _most_shifted(transcript: Transcript, encoder: Encoder) -> int:
+    """Return how many tokens may be shifted out.
+
+    An unanswered message stays whole. Of a reply that is continued, the end stays: a quarter of the context.
     """
-    said = messages(kept)
-    n_kept = n_never_shifted(kept, encoder)
-    if said[-1].role == Role.ASSISTANT:
-        return len(encoder.encode(said)) - n_kept - encoder.info.n_context // 4
-    before = len(encoder.encode(said[:-1])) if len(said) > 1 else 0
+    current = messages(transcript)
+    n_kept = n_never_shifted(transcript, encoder)
+    if current[-1].role == Role.ASSISTANT:
+        return len(encoder.encode(current)) - n_kept - encoder.info.n_context // 4
+    before = len(encoder.encode(current[:-1])) if len(current) > 1 else 0
     return max(0, before - n_kept)
 
 
-def _text_to_complete(kept: Transcript, encoder: Encoder) -> Prompt:
-    index = max((index for index, turn in enumerate(kept.turns) if turn.role is Role.USER), default=None)
+def _text_to_complete(transcript: Transcript, encoder: Encoder) -> Prompt:
+    index = max(
+        (index for index, turn in enumerate(transcript.turns) if turn.role is Role.USER), default=None
+    )
     if index is None:
         return ""
-    text, *replies = kept.turns[index:]
+    text, *replies = transcript.turns[index:]
     if not replies:
         return text.content
     if not replies[-1].token_ids:

@@ -1,4 +1,4 @@
-"""Observes the routed experts during replies, and shows them: live, after each reply, and on request."""
+"""Count the routed experts that replies use, and show them: live, after each reply, and on request."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 OBSERVERS = (ObserverOptions("routing"),)
 REPLY, SESSION = "last reply", "session"
-_LOOK_EVERY = 0.4  # seconds; a look takes some milliseconds of both processes
+_FETCH_SECONDS = 0.4  # between two fetches of the counts, which take a few milliseconds in both processes
 
 
 class ExpertsView:
@@ -35,8 +35,8 @@ class ExpertsView:
         self.total = Activity()
         self._clock = clock
         self._latest = Activity()
-        self._writing = False
-        self._looked = -_LOOK_EVERY
+        self._generating = False
+        self._fetched = -_FETCH_SECONDS
         self._crashes = 0
 
     def switch(self, on: bool) -> None:
@@ -51,39 +51,42 @@ class ExpertsView:
         self.reply, self.total = Activity(), Activity()
 
     def reply_begins(self) -> None:
-        """Must be called before the request."""
+        """Start counting for a new reply. Must be called before its request."""
         if not self.on:
             return
         self.reply = Activity()
         self._crashes = self._n_crashes()
-        self._latest = self._look() or Activity()
-        self._writing = False
-        self._looked = -_LOOK_EVERY
+        self._latest = self._fetch() or Activity()
+        self._generating = False
+        self._fetched = -_FETCH_SECONDS
 
     def reply_goes_on(self, screen: Screen, *, reading: bool = False) -> None:
-        """Must be called with every event. Draws from time to time. `reading`: this is still the prompt."""
+        """Update the counts and the live panel from time to time. Must be called after every event.
+
+        `reading`: the event belongs to prefill.
+        """
         if not self.on:
             return
         now = self._clock()
-        turned = reading == self._writing
-        if not turned and (reading or now - self._looked < _LOOK_EVERY):
+        new_phase = reading == self._generating
+        if not new_phase and (reading or now - self._fetched < _FETCH_SECONDS):
             return
-        self._looked = now
-        self._take()
-        if turned:
-            # The counts so far belong to the prompt, later ones to the reply; or the other way round.
-            self._writing = not reading
-        elif self._writing and not screen.plain:
+        self._fetched = now
+        self._update()
+        if new_phase:
+            # Prefill has ended, or begun again because room was made in the context.
+            self._generating = not reading
+        elif self._generating and not screen.plain:
             from dsmoe_local.experts.panel import live_panel
 
             screen.live(live_panel(self.reply, screen.width, screen.height))
 
     def reply_ends(self, screen: Screen) -> None:
-        """Must be called after the last event, or when the reply fails."""
+        """Show the counts of the reply. Must be called after the last event, or when the reply fails."""
         if not self.on:
             return
         screen.live(None)
-        self._take()
+        self._update()
         if not self.reply.tokens:
             return
         from dsmoe_local.experts.panel import reply_panel, summary
@@ -103,7 +106,7 @@ class ExpertsView:
         from dsmoe_local.experts.panel import panels, summary
         from dsmoe_local.experts.tables import layer_rows, layer_table
 
-        parts = {name: activity for name, activity in self._seen().items() if name in which}
+        parts = {name: activity for name, activity in self._activities().items() if name in which}
         if not parts:
             raise UsageError(
                 "the last reply was not observed, or too short", remedy="/experts session shows all replies"
@@ -122,7 +125,7 @@ class ExpertsView:
 
         parts = {
             name: layer
-            for name, activity in self._seen().items()
+            for name, activity in self._activities().items()
             for layer in activity.layers
             if layer.layer == number
         }
@@ -139,33 +142,34 @@ class ExpertsView:
     def export(self, path: Path) -> None:
         """Write the last reply and the session to `path`, as an SVG picture or as numbers (.json).
 
-        UsageError for another ending or without counts, FileError if it cannot be written.
+        UsageError for another file name extension or without counts, FileError if it cannot be written.
         """
         from dsmoe_local.experts.picture import write_picture
 
-        write_picture(path, self.engine.info.name, self._seen())
+        write_picture(path, self.engine.info.name, self._activities())
 
-    def _seen(self) -> dict[str, Activity]:
+    def _activities(self) -> dict[str, Activity]:
+        """Return the counts of the last reply and the session, if not empty. UsageError if both are."""
         found = {REPLY: self.reply, SESSION: self.total}
         if not self.total.tokens:
             remedy = "send a message" if self.on else "/experts observes them from the next reply on"
             raise UsageError("no experts were observed yet", remedy=remedy)
         return {name: activity for name, activity in found.items() if activity.tokens}
 
-    def _take(self) -> None:
-        """Fetch the counts, and add what is new."""
-        now = self._look()
+    def _update(self) -> None:
+        """Fetch the counts, and add what is new to the totals."""
+        now = self._fetch()
         if now is None:
             return
         # A new process counts from 0.
-        anew = self._n_crashes() != self._crashes or not now.follows(self._latest)
-        since = now if anew else now - self._latest
+        restarted = self._n_crashes() != self._crashes or not now.follows(self._latest)
+        since = now if restarted else now - self._latest
         self._crashes, self._latest = self._n_crashes(), now
         self.total += since
-        if self._writing:
+        if self._generating:
             self.reply += since
 
-    def _look(self) -> Activity | None:
+    def _fetch(self) -> Activity | None:
         try:
             return activity_of(self.engine.observe("routing"))
         except EngineError:

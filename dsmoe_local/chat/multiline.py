@@ -15,12 +15,12 @@ def is_open(text: str) -> bool:
     if first != MARK:
         return False
     last = rest.rstrip().rpartition("\n")[2]
-    # An even number of marks in the line: they are quotes in the text itself.
+    # If the line has an even number of marks, they enclose text within the message.
     return not newline or not last.endswith(MARK) or last.count(MARK) % 2 == 0
 
 
 def content(text: str) -> str | None:
-    """Return the message in a block, which may still be open; None if `text` is no block."""
+    """Return the message in a block, which may still be open; None if `text` is not a block."""
     first, _, rest = text.partition("\n")
     if text.rstrip() == 2 * MARK:
         return ""
@@ -30,5 +30,5 @@ def content(text: str) -> str | None:
 
 
 def quoted(text: str) -> str:
-    """Return a block with the content `text`."""
+    """Return `text` as a block."""
     return f"{MARK}\n{text}\n{MARK}"

@@ -1,4 +1,4 @@
-"""One answer to one prompt. Only the answer goes to the output stream; notes go to stderr."""
+"""Answer one prompt. Only the answer goes to the output stream; notes go to stderr."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def answer(
     text: str,
     out: TextIO,
     *,
-    beside: TextIO | None = None,
+    notes: TextIO | None = None,
     as_json: bool = False,
     stats: bool = False,
 ) -> None:
@@ -37,13 +37,13 @@ def answer(
     The object has the fields `text`, `finish_reason`, `usage` and `model`, and with a JSON schema `value`:
     the parsed text, or null if it was cut. Leading whitespace belongs to the chat template and is left out,
     except in a completion. A terminal gets control characters made visible and JSON indented; any other
-    output gets the exact text. Notes and `stats` go to `beside` (None: stderr).
+    output gets the exact text. Notes and `stats` go to `notes` (None: stderr).
 
     Ctrl-C stops the reply: its text so far is written, and InterruptedRunError is raised. A second Ctrl-C
     raises KeyboardInterrupt at once. DsmoeError if a reply for a JSON schema was cut before it was valid.
     """
-    notes = beside if beside is not None else sys.stderr
-    written = _Written(out, silent=as_json, is_json=conversation.json_schema is not None)
+    notes = notes if notes is not None else sys.stderr
+    written = _Output(out, silent=as_json, is_json=conversation.json_schema is not None)
     try:
         with handling({signal.SIGINT: _CancelOnce(conversation)}):
             for event in conversation.send(text):
@@ -60,10 +60,10 @@ def answer(
     written.finish()
     if stats and conversation.usage is not None:
         notes.write(notices.usage(conversation.usage) + "\n")
-    _conclude(conversation, notes, damaged=conversation.json_schema is not None and value is None)
+    _report_ending(conversation, notes, invalid_json=conversation.json_schema is not None and value is None)
 
 
-class _Written:
+class _Output:
     """Writes a reply to a stream and collects its text."""
 
     def __init__(self, out: TextIO, *, silent: bool, is_json: bool) -> None:
@@ -72,7 +72,7 @@ class _Written:
         self._out = out
         self._silent = silent
         self._make_safe = safe_text if out.isatty() else str
-        self._lay_out = IndentedJson().feed if is_json and out.isatty() else str
+        self._format = IndentedJson().feed if is_json and out.isatty() else str
 
     def add(self, piece: str, *, trim: bool) -> None:
         piece = piece.lstrip() if trim and not self.text else piece
@@ -80,7 +80,7 @@ class _Written:
             return
         self.text += piece
         if not self._silent:
-            self.write(self._lay_out(piece))
+            self.write(self._format(piece))
             self._out.flush()
 
     def finish(self) -> None:
@@ -138,13 +138,13 @@ def _envelope(conversation: Conversation, text: str, value: str | None) -> str:
     return f'{envelope.removesuffix("}")}, "value": {value or "null"}}}'
 
 
-def _conclude(conversation: Conversation, notes: TextIO, *, damaged: bool) -> None:
+def _report_ending(conversation: Conversation, notes: TextIO, *, invalid_json: bool) -> None:
     """Report how the reply ended, unless the model ended it. See `answer` for the errors."""
     ending = conversation.finish_reason
     if ending is FinishReason.CANCELLED:
         raise InterruptedRunError("interrupted", signal_number=signal.SIGINT)
     what, remedy = _CUT.get(ending, ("a stop string ended the reply", ""))
-    if damaged:
+    if invalid_json:
         raise DsmoeError("the reply ended before it was valid JSON", where=what, remedy=remedy)
     if ending in _CUT:
         _note(notes, f"{what}: {remedy}")
@@ -167,13 +167,13 @@ class IndentedJson:
         self._depth = 0
         self._in_string = False
         self._escaped = False
-        self._after_opening = False  # an empty object stays on one line
+        self._after_opening = False  # an empty object or array stays on one line
 
     def feed(self, piece: str) -> str:
         """Return what `piece` adds to the output."""
-        return "".join(map(self._lay_out, piece))
+        return "".join(map(self._indent, piece))
 
-    def _lay_out(self, character: str) -> str:
+    def _indent(self, character: str) -> str:
         if self._in_string:
             self._in_string = self._escaped or character != '"'
             self._escaped = not self._escaped and character == "\\"

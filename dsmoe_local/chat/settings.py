@@ -1,4 +1,4 @@
-"""Settings of replies as one table: what `dsmoe chat`, `dsmoe batch`, `/set` and the config file take.
+"""The settings of replies in one table, for `dsmoe chat`, `dsmoe batch`, `/set` and the config file.
 
 The command line makes its options from this table (`cli.reply_options`). The long flags of a setting are also
 its keys in the config file, in the sections of commands and in presets.
@@ -48,7 +48,7 @@ class ChatSettings:
     def __post_init__(self) -> None:
         check_fields(self, _RANGES)
         if not all(self.stop):
-            raise UsageError("a stop text is empty", remedy="leave it out")
+            raise UsageError("a stop string is empty", remedy="leave it out")
 
 
 PRESETS = "presets"
@@ -57,7 +57,7 @@ PRESETS = "presets"
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A named set of settings in the config file: `values` by key. `unknown` keys are no settings."""
+    """A named set of settings in the config file: `values` by key. `unknown` keys name no setting."""
 
     values: Mapping[str, Any]
     unknown: tuple[str, ...] = ()
@@ -79,7 +79,7 @@ def _unescaped(escape: re.Match[str]) -> str:
 
 
 def _stop_texts(text: str) -> tuple[str, ...]:
-    """Read stop texts: a JSON list of them, or one text with escapes."""
+    """Read stop strings: a JSON list, or one string with escapes."""
     if text.lower() in ("none", "off"):
         return ()
     try:
@@ -90,7 +90,7 @@ def _stop_texts(text: str) -> tuple[str, ...]:
         texts = tuple(listed)
     else:
         texts = (re.sub(_ESCAPE, _unescaped, text),)
-    # Raises ValueError for half a surrogate pair, which an escape can make.
+    # Raises ValueError for a lone surrogate, which an escape can produce.
     "".join(texts).encode()
     return texts
 
@@ -275,7 +275,7 @@ def presets_of(values: Mapping[str, Any]) -> dict[str, Preset]:
 def _preset(section: Mapping[str, Any]) -> Preset:
     values = {}
     for setting in _TABLE:
-        # If a setting is there under two keys, the first of its keys counts.
+        # If a section has two keys of one setting, the first in the table counts.
         key = next((key for key in spellings(setting.keys) if key in section), None)
         if key is not None:
             values[key] = section[key]

@@ -50,7 +50,7 @@ class Asked:
         self.engine = engine
 
     def answer(self, *, as_json: bool = False, stats: bool = False) -> str:
-        answer(self.conversation, "q", self.out, beside=self.beside, as_json=as_json, stats=stats)
+        answer(self.conversation, "q", self.out, notes=self.beside, as_json=as_json, stats=stats)
         return self.out.getvalue()
 
 

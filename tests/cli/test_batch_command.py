@@ -120,7 +120,7 @@ def test_forms_of_input(tmp_path: Path) -> None:
         (["--keep", "a,,b"], "not a list of fields"),
         (["--text", "--keep", "a"], "--keep is for lines with fields"),
         (["-n", "0"], "max_tokens = 0 is out of range"),
-        (["-r", ""], "stop text is empty"),
+        (["-r", ""], "stop string is empty"),
         (["--template", "plain"], "names no field"),
         (["--chat"], "--chat is for"),
         (["--max-errors", "-1"], "--max-errors"),

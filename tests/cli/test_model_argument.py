@@ -51,5 +51,5 @@ def test_a_question_without_its_flag(arguments: tuple[str, ...], words: str, tmp
 def test_an_empty_stop_text_is_refused_before_loading(tmp_path: Path) -> None:
     """Guards against a model that is loaded only to fail every request."""
     (tmp_path / "m.gguf").touch()
-    with pytest.raises(UsageError, match="stop text"):
+    with pytest.raises(UsageError, match="stop string"):
         load_command("chat").main([str(tmp_path / "m.gguf"), "-r", "", "-p", "x"], standalone_mode=False)

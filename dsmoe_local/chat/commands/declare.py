@@ -17,7 +17,7 @@ _DIGITS = 9
 
 
 class Chat(Protocol):
-    """What commands use of `chat.Chat`. They run in its worker thread, one at a time."""
+    """The part of `chat.Chat` that commands use. They run in its worker thread, one at a time."""
 
     conversation: Conversation
     screen: Screen
@@ -40,11 +40,11 @@ class Chat(Protocol):
         ...
 
     def save(self) -> None:
-        """Save changes of the conversation."""
+        """Save the conversation if it has changed."""
         ...
 
     def current_session(self, sessions: SessionStore) -> Session:
-        """Return the session of this chat, which is created if need be."""
+        """Return the session of this chat; create it if there is none yet."""
         ...
 
     def adopt(self, session: Session | None) -> None:
@@ -57,7 +57,7 @@ class Chat(Protocol):
 
 
 Complete: TypeAlias = Callable[[Chat, str], Iterable[str]]
-"""Gets the text between a command's name and the cursor, and returns completions of its last word."""
+"""Takes the text between a command's name and the cursor, and returns completions of its last word."""
 
 
 def no_words(chat: Chat, typed: str) -> Iterable[str]:

@@ -44,7 +44,7 @@ def _watch(chat: Chat, _: str) -> None:
     )
 
 
-def _rest(chat: Chat, _: str) -> None:
+def _stop_watching(chat: Chat, _: str) -> None:
     chat.experts.switch(False)
     chat.screen.notice("experts are no longer observed")
 
@@ -67,7 +67,7 @@ def _show_layer(chat: Chat, argument: str) -> None:
 _ACTIONS = {
     "": _watch_or_show,
     "on": _watch,
-    "off": _rest,
+    "off": _stop_watching,
     "reply": _show_reply,
     "session": _show_session,
     "layer": _show_layer,
@@ -145,7 +145,7 @@ def _number(argument: str, n_routed: int) -> int:
 
 
 class _Loading:
-    """Shows the progress of loading in place of the live panel, once for each percent."""
+    """Shows the progress of loading where the live panel is, once for each percent."""
 
     def __init__(self, screen: Screen) -> None:
         self._screen = screen

@@ -15,8 +15,7 @@ from dsmoe_local.chat.commands.declare import Chat, Command, Commands
 from dsmoe_local.chat.context import Encoder
 from dsmoe_local.chat.settings import OnFull, setting_rows
 
-_MOST_TOKENS = 2000
-"""Tokens that are shown; the earlier ones are left out."""
+_MAX_TOKENS = 2000  # that are shown: the last ones
 
 
 def _show(chat: Chat, what: str) -> None:
@@ -70,7 +69,7 @@ def _show_prompt(chat: Chat) -> None:
 
 
 def _show_tokens(chat: Chat, ids: tuple[int, ...]) -> None:
-    shown = ids[-_MOST_TOKENS:]
+    shown = ids[-_MAX_TOKENS:]
     text = Text()
     for number, (token_id, piece) in enumerate(
         zip(shown, chat.conversation.engine.decode(shown), strict=True)

@@ -92,7 +92,9 @@ def _delete(chat: Chat, name: str) -> None:
     session = store.find(name)
     summary = store.summary(session)
     if summary is None:
-        raise UsageError(f"{session.name} was deleted by another program")
+        raise UsageError(
+            f"{session.name} was deleted by another program", remedy="/sessions lists the others"
+        )
     question = f"Delete {session.name} ({count(summary.n_turns, 'message')}: “{summary.title}”) permanently?"
     if not chat.screen.confirm(question):
         chat.screen.notice("nothing was deleted")
@@ -100,7 +102,7 @@ def _delete(chat: Chat, name: str) -> None:
     was_current = _is_current(chat, session)
     store.delete(session)
     if was_current:
-        # First, since leaving a session saves it.
+        # `adopt` saves the current session, which must not come back.
         chat.session = None
         chat.conversation.clear()
         chat.adopt(None)

@@ -12,9 +12,12 @@ from dsmoe_local.chat.commands.declare import Chat, Command, Commands
 
 KEYS = (
     ("Enter", 'sends; Alt-Enter or Ctrl-J begins a new line; """ opens and closes a block'),
-    ("Ctrl-C", "stops a reply, which stays; a second one ends an engine that hangs; else clears the line"),
+    (
+        "Ctrl-C",
+        "stops a reply and keeps its text; again: ends an engine that hangs; otherwise clears the line",
+    ),
     ("Ctrl-D", "leaves"),
-    ("Ctrl-R", "searches what you typed before; Ctrl-G opens $EDITOR"),
+    ("Ctrl-R", "searches earlier inputs; Ctrl-G opens $EDITOR"),
     ("Tab", "completes commands, what they take, and files after @"),
 )
 

@@ -39,7 +39,7 @@ from dsmoe_local.engine.types import FinishReason
 FORMAT = "dsmoe-local conversation"
 VERSION = 1
 _PUNCTUATION = re.compile(r"([\\`*_{}\[\]<>#|~!&$])")
-_PROBE = "end-of-the-reply"
+_PROBE = "end-of-the-reply"  # the text of a heading, which is only a heading after closed blocks
 _TITLE_LENGTH = 60
 _REMARKS: Mapping[FinishReason, str] = {
     FinishReason.LENGTH: "cut at the maximum length",
@@ -87,7 +87,7 @@ def remark(turn: Turn) -> str:
 def body(turn: Turn) -> str:
     """Return the text of a turn as safe text, without blank lines around it.
 
-    Spaces at the beginning of a reply belong to the template and are removed, too.
+    Spaces at the beginning of a reply belong to the template and are removed.
     """
     text = safe_file_text(turn.content.replace("\r\n", "\n")).strip("\n")
     return text.strip() if turn.role is Role.ASSISTANT else text
@@ -131,7 +131,7 @@ def _quoted(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Return `text` on one line, with the characters of Markdown escaped."""
+    """Return `text` on one line, with Markdown's special characters escaped."""
     return _PUNCTUATION.sub(r"\\\1", safe_file_line(text))
 
 
@@ -173,7 +173,7 @@ def _message(turn: Turn) -> dict[str, object]:
 
 
 def _export_html(transcript: Transcript, about: About) -> str:
-    # Imported only here: it needs large packages.
+    # Imported here, since it needs large packages.
     from dsmoe_local.chat.export.html_page import export_html
 
     return export_html(transcript, about)
@@ -184,13 +184,13 @@ FORMATS: Mapping[str, Callable[[Transcript, About], str]] = {
     ".json": export_json,
     ".html": _export_html,
 }
-_SAME = {".markdown": ".md", ".htm": ".html"}
+_ALIASES = {".markdown": ".md", ".htm": ".html"}
 
 
 def export_as(name: str, transcript: Transcript, about: About) -> str:
     """Return a conversation in the format of a file called `name`. UsageError for an unknown ending."""
     ending = Path(name).suffix.lower()
-    form = FORMATS.get(_SAME.get(ending, ending))
+    form = FORMATS.get(_ALIASES.get(ending, ending))
     if form is None:
         *others, last = FORMATS
         raise UsageError(

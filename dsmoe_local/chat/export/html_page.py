@@ -1,4 +1,4 @@
-"""A conversation as one HTML page without scripts, pictures or external resources.
+"""A conversation as one HTML page without scripts, images or external resources.
 
 HTML in messages and replies is shown as text, links lead to web pages and mail addresses only, and a
 Content-Security-Policy forbids the browser to load or run anything.
@@ -25,7 +25,7 @@ from dsmoe_local.chat.export.formats import About, body, remark
 from dsmoe_local.chat.turns import Role, Transcript, Turn
 
 _SCHEMES = ("http:", "https:", "mailto:")
-_MAX_HIGHLIGHTED = 200_000  # characters of one code block: lexers are regular expressions
+_MAX_HIGHLIGHTED = 200_000  # characters of one code block; lexers are slow
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _PAGE = """<!DOCTYPE html>
 <html>
@@ -106,7 +106,7 @@ def export_html(transcript: Transcript, about: About) -> str:
         style=_style_sheet(),
         sections="\n".join([*system, *(_turn(turn, about) for turn in transcript.turns)]),
     )
-    # Again, since an entity in Markdown may have become a control character.
+    # Needed although each part is safe: an entity in Markdown may have become a control character.
     return safe_file_text(page)
 
 
@@ -151,7 +151,7 @@ def _markdown() -> MarkdownIt:
 def _image(
     renderer: RendererHTML, tokens: Sequence[Token], index: int, options: OptionsDict, env: EnvType
 ) -> str:
-    """Render the description and URL of a picture in its place, since the page loads nothing."""
+    """Render the description and URL of an image instead of it, since the page loads nothing."""
     token = tokens[index]
     description = renderer.renderInlineAsText(token.children or [], options, env)
     return html.escape(f"{description} ({token.attrGet('src')})")

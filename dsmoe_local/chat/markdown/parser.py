@@ -62,15 +62,15 @@ def _parser(*, links: bool = True) -> MarkdownIt:
 
 
 def _deep_paragraph(state: StateBlock, start: int, end: int, silent: bool) -> bool:
-    """Read what is nested too deeply as a paragraph. The parser itself would drop it."""
+    """Parse blocks that are nested too deeply as a paragraph. markdown-it-py would drop them."""
     return state.level >= _MOST_LEVELS and paragraph(state, start, end, silent)
 
 
 def _emphasis(state: StateInline, silent: bool) -> bool:
     """Accept emphasis next to Chinese and Japanese letters.
 
-    CommonMark does not close `**“引”**文`: it wants a space between a mark after punctuation and the next
-    word, and these languages have no spaces.
+    CommonMark does not close `**“引”**文`: after punctuation, it requires a space between the mark and the
+    next word. These languages have no spaces.
     """
     known, start = len(state.delimiters), state.pos
     if not emphasis.tokenize(state, silent):

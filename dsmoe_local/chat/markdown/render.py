@@ -51,7 +51,7 @@ class _Container:
 
     @property
     def margin(self) -> str:
-        """What stands before its other lines."""
+        """What stands before its later lines."""
         return self.mark if self.quote else " " * cell_len(self.mark)
 
 
@@ -105,7 +105,7 @@ class Renderer:
         self, leaf: _Leaf, tokens: Sequence[Token], source: Sequence[str], width: int, *, fold: bool
     ) -> Iterator[Text]:
         if leaf.type in _CODE:
-            # At the left edge, also in lists: what is copied from the terminal is the code as written.
+            # Code starts at the left edge even in a list, so that it can be copied from the terminal.
             if not all(container.begun for container in leaf.path):
                 yield _with_margins([Text()], leaf.path)[0]
             yield from self._code(tokens[0])
@@ -209,7 +209,7 @@ def _table(tokens: Sequence[Token], source: Sequence[str], width: int) -> list[T
             content = _NEW_LINE.sub("\n", token.content)
             rows[-1].append(inline_text(content, PLAIN if rows[1:] else _BOLD))
         elif token.type == "tr_close":
-            # The parser drops the cells for which there is no column.
+            # The parser drops cells beyond the last column. They are appended to the last cell.
             cells = [cell.strip() for cell in escapedSplit(source[line].lstrip(" \t>").rstrip())]
             for cell in filter(None, cells[len(rows[-1]) + (cells[0] == "") :]):
                 rows[-1][-1].append_text(inline_text(f" | {cell}"))
@@ -253,7 +253,7 @@ def _columns(rows: list[list[Text]], widths: Sequence[int], aligned: Sequence[Al
 
 
 def _records(rows: list[list[Text]], width: int) -> list[Text]:
-    """Return the rows of a table that is too wide, one cell below the other."""
+    """Return the rows of a table that is too wide, with each cell on a line of its own."""
     lines: list[Text] = []
     for row in rows[1:] or [[Text() for _ in rows[0]]]:
         if lines:

@@ -1,4 +1,4 @@
-"""Markdown that is rendered while it is written: finished blocks once, the open one as often as it changes.
+"""Markdown that is rendered while it arrives: finished blocks once, the open block whenever it changes.
 
 Only whole lines are parsed, so the result does not depend on how the text is cut into pieces. Blocks, list
 items and lines of code are finished one by one, unless they are nested in another block.
@@ -20,7 +20,7 @@ from dsmoe_local.chat.markdown.render import Renderer
 from dsmoe_local.chat.markdown.text import close_open_marks, fold_lines, to_ansi
 
 _RETURN = safe_text("\r")
-_PATIENCE = 8  # an open block is parsed again when it has grown by this fraction, so the cost is linear
+_GROWTH = 8  # an open block is parsed again when it has grown by 1/8, so that the total cost is linear
 _MARKS = 80  # characters at the beginning of a line that may be the marks of lists and quotes
 _FENCE = re.compile(" {0,3}(```|~~~)")
 # The beginning of a line that may still become the mark of a block, or the end of a fence.
@@ -96,7 +96,7 @@ class MarkdownStream:
         return finished
 
     def read_rest(self, width: int) -> list[Text]:
-        """End the source. Return the remaining lines. The stream is then as new."""
+        """End the source. Return the remaining lines. The stream is then ready for another text."""
         rest = "".join(self._rest).removesuffix(_RETURN)
         finished = self._take(rest, width) if rest else []
         finished += self._code.take(final=True) if self._code else self._read(width, final=True)
@@ -121,12 +121,12 @@ class MarkdownStream:
             return []
         self._lines.append(line)
         self._n_unread += 1
-        if self._n_unread * _PATIENCE < len(self._lines) and not (blank and self._ends_at_blank_line()):
+        if self._n_unread * _GROWTH < len(self._lines) and not (blank and self._ends_at_blank_line()):
             return []
         return self._read(width)
 
     def _ends_at_blank_line(self) -> bool:
-        """Return whether a blank line ends the open block: it is no list and no indented code."""
+        """Return whether a blank line ends the open block: it is neither a list nor indented code."""
         return not self._lines[0].startswith((" ", "\t", "-", "*", "+", *"0123456789"))
 
     def _read(self, width: int, *, final: bool = False) -> list[Text]:
@@ -216,7 +216,7 @@ def _next_number(tokens: Sequence[Token], number: int | None) -> int | None:
 
 
 def _last_lines(lines: list[str], width: int, height: int) -> list[str]:
-    """Return lines that fill the window, and before them the first ones, which say what block it is."""
+    """Return the first lines, which determine the block's type, and enough last lines to fill the window."""
     if lines and lines[0].lstrip().startswith("|"):
         return [*lines[:2], *lines[2:][-height:]]
     kept, n_kept = len(lines), 0

@@ -30,7 +30,7 @@ _CONSOLE = Console(file=io.StringIO(), width=80, color_system=None)  # not writt
 _LONGEST_PART = 5000  # characters that are parsed at once
 _TAB_SIZE = 4
 
-# A newline within a sentence: the source was wrapped at a width of its own.
+# A newline within a sentence, from a source that was wrapped at some width.
 _SOFT_WRAP = re.compile(r"(?<=[^\n]{50})(?<!  )(?<!\\)\n(?=[a-z])")
 _BACKTICKS = re.compile("`+")
 _CODE_SPAN = re.compile("(`+).*?\\1", re.DOTALL)
