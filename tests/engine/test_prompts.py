@@ -17,7 +17,7 @@ from dsmoe_local.base.text import whole_characters
 from dsmoe_local.engine import native
 from dsmoe_local.engine.errors import EngineError, PromptError
 from dsmoe_local.engine.prompts.choice import BUILT_IN
-from dsmoe_local.engine.prompts.encoder import _ENDLESS, MAX_RUN, PromptEncoder
+from dsmoe_local.engine.prompts.encoder import _LONG_WORD, MAX_WORD, PromptEncoder
 from dsmoe_local.engine.prompts.template import ChatTemplate
 from dsmoe_local.engine.types import Message, Request
 
@@ -155,16 +155,16 @@ def test_long_runs_are_tokenized(model: native.Model, letter: str) -> None:
 def test_run_at_the_limit_and_beyond(model: native.Model) -> None:
     """Guards: a limit above what the stack holds, and a refusal that does not say what to do."""
     encode = encoder(model).encode
-    assert encode("a" * MAX_RUN)
+    assert encode("a" * MAX_WORD)
     with pytest.raises(PromptError, match="200000") as refusal:
-        encode("a" * (MAX_RUN + 1))
+        encode("a" * (MAX_WORD + 1))
     assert "spaces" in str(refusal.value)
 
 
 def test_many_long_words_are_searched_once() -> None:
     """Guards: a search for endless words that is quadratic in their length: half a minute."""
     begun = time.process_time()
-    assert not _ENDLESS.search(("a" * 150_000 + " ") * 3)
+    assert not _LONG_WORD.search(("a" * 150_000 + " ") * 3)
     assert time.process_time() - begun < 2
 
 

@@ -114,7 +114,7 @@ class _Oracle:
             return self._join(segments)
         if any(token in message.content for message in messages for token in SPECIAL):
             raise RefusalError(
-                "a message holds the text of a special token, and the template changes messages"
+                "a message contains the text of a special token, and the template changes messages"
             )
         return self._text(self._render(messages), special=True)
 

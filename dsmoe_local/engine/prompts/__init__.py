@@ -1,1 +1,1 @@
-"""Prompts to token ids: chat templates, the process and the sandbox they run in, and the encoder."""
+"""Encodes prompts: chat templates, the process and the sandbox that render them, and the encoder."""

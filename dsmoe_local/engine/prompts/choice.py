@@ -1,7 +1,7 @@
-"""Chooses the chat template of a model, and bounds the text that a template adds. Renders nothing.
+"""Chooses the chat template of a model, and bounds the text that a template adds.
 
-The order: the template that the user names (a file or a built-in), the one in the model's file, the built-in
-one for a DeepSeekMoE chat model without its own, otherwise none (completion only).
+The first of these is used: the template that the user names (a file or a built-in one), the one in the
+model's file, and for a DeepSeekMoE chat model the built-in one. Other models only complete text.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ BUILT_IN = {
 _CHAT_MODEL = re.compile(r"(?i)\b(chat|instruct|it)\b")
 _MAX_TEMPLATE = 1 << 20
 _TAG = re.compile(r"(\{#.*?#\}|\{%.*?%\}|\{\{.*?\}\})", re.DOTALL)
-_VERB = re.compile(r"\{%[-+]?\s*(\w+)")
+_STATEMENT = re.compile(r"\{%[-+]?\s*(\w+)")
 _QUOTED = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", re.DOTALL)
 _BLOCKS = {"for": 1, "endfor": -1, "macro": 1, "endmacro": -1, "endset": -1}
 
 
 def template_of(options: ModelOptions, file: GgufFile, hp: Hyperparameters) -> tuple[str, str] | None:
-    """Return `choose_template` for the model in `file`."""
+    """Return the template of the model in `file` (see `choose_template`)."""
     own = file.get("tokenizer.chat_template")
     return choose_template(
         options.chat_template,
@@ -55,7 +55,7 @@ def template_of(options: ModelOptions, file: GgufFile, hp: Hyperparameters) -> t
 def choose_template(
     requested: str | None, own: str | None, *, architecture: str, name: str
 ) -> tuple[str, str] | None:
-    """Return a template's text and its source, or None. Raises UsageError, FileError."""
+    """Return the text of the template and where it comes from, or None. Raises UsageError, FileError."""
     if requested is not None:
         if requested in BUILT_IN:
             return BUILT_IN[requested], f"built-in {requested}"
@@ -68,7 +68,7 @@ def choose_template(
 
 
 def added_bytes(text: str) -> tuple[int, int]:
-    """Return an upper bound of the bytes that a template adds to a conversation: once, and for each message.
+    """Return upper bounds of the bytes that a template adds to a conversation, and to each message.
 
     All branches are counted. Text in a loop, a macro or a variable may be added for each message. A variable
     for a special token counts as one byte, since it is one token.
@@ -77,14 +77,14 @@ def added_bytes(text: str) -> tuple[int, int]:
     for part in _TAG.split(text):
         if part.startswith("{#"):
             continue
-        found = _VERB.match(part)
-        verb = found[1] if found else ""
-        depth += 1 if verb == "set" and "=" not in part else _BLOCKS.get(verb, 0)
+        found = _STATEMENT.match(part)
+        statement = found[1] if found else ""
+        depth += 1 if statement == "set" and "=" not in part else _BLOCKS.get(statement, 0)
         if part.startswith(("{%", "{{")):
             amount = sum(len((one or other).encode()) for one, other in _QUOTED.findall(part)) + 1
         else:
             amount = len(part.encode())
-        if depth > 0 or verb == "set":
+        if depth > 0 or statement == "set":
             repeated += amount
         else:
             once += amount
@@ -96,7 +96,7 @@ def _read_template(path: Path) -> str:
         with path.open("rb") as file:
             content = file.read(_MAX_TEMPLATE + 1)
         if len(content) > _MAX_TEMPLATE:
-            raise FileError("the chat template is larger than 1 MiB", where=path)
+            raise FileError("the chat template is larger than 1 MiB", where=path, remedy="name another file")
         return content.decode("utf-8")
     except FileNotFoundError as error:
         raise UsageError(
@@ -104,6 +104,6 @@ def _read_template(path: Path) -> str:
             remedy=f"name a file, or one of: {', '.join(BUILT_IN)}",
         ) from error
     except UnicodeDecodeError as error:
-        raise FileError("the chat template is not UTF-8", where=path) from error
+        raise FileError("the chat template is not UTF-8", where=path, remedy="convert it to UTF-8") from error
     except OSError as error:
         raise FileError(f"the chat template cannot be read: {error.strerror}", where=path) from error

@@ -1,6 +1,7 @@
-"""Encodes prompts to token ids: raw text, conversations through a template, replies by their original ids.
+"""Encodes prompts to token ids: raw text, and conversations with a chat template.
 
-Text of users never becomes a special token; text of the template does.
+Replies keep their original token ids. Text of messages never becomes a special token, unlike text of the
+template.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ from dsmoe_local.engine.prompts.segments import Segment
 from dsmoe_local.engine.prompts.template import ChatTemplate
 from dsmoe_local.engine.types import Message, Prompt, ends_with_reply
 
-MAX_RUN = 200_000
+MAX_WORD = 200_000  # characters
 MAX_TOKEN_BYTES = 128  # more than the longest token of common vocabularies
-# Matches only at the start of a run: trying each of its letters would take quadratic time.
-_ENDLESS = re.compile(rf"(?<!\S)\S{{{MAX_RUN + 1}}}|(?<!\s)\s{{{MAX_RUN + 1}}}")
+# It matches only at the start of a word: trying each letter would take quadratic time.
+_LONG_WORD = re.compile(rf"(?<!\S)\S{{{MAX_WORD + 1}}}|(?<!\s)\s{{{MAX_WORD + 1}}}")
 _CACHE_ENTRIES = 4096
-_CACHED_BYTES = 4096  # longer texts are not cached, to bound its memory
+_CACHED_BYTES = 4096  # longer texts are not cached, to limit the memory
 _Part: TypeAlias = Segment | tuple[int, ...]
 """Text, or the token ids of a reply."""
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
 
 
 class Vocabulary(Protocol):
-    """The part of `native.Model` that encoding needs."""
+    """The attributes of `native.Model` that encoding needs."""
 
     bos: int
     adds_bos: bool
@@ -53,9 +54,9 @@ class PromptEncoder:
         self.template = template
         self._vocabulary = vocabulary
         self._n_context = n_context
-        # The template's texts and all earlier messages are tokenized again with each message.
+        # Each turn tokenizes the template's texts and all earlier messages again.
         self._cached_ids = lru_cache(_CACHE_ENTRIES)(self._ids)
-        # llama.cpp's pre-tokenizers recurse for each letter of a word, so they run on a large stack.
+        # llama.cpp's pre-tokenizers recurse for each letter of a word, so they need a large stack.
         self._large_stack = large_stack("dsmoe-tokenize")
 
     def close(self) -> None:
@@ -71,11 +72,11 @@ class PromptEncoder:
         continue_final_message: bool = False,
         stopped: Callable[[], bool] = lambda: False,
     ) -> tuple[int, ...]:
-        """Return the ids of `prompt`, including BOS if the model uses it.
+        """Return the token ids of `prompt`, including BOS if the model uses it.
 
-        With `continue_final_message` the last message, which must be the assistant's, is continued; otherwise
-        a new reply begins. Raises PromptError, TemplateError, and InterruptedRunError if `stopped` returns
-        True.
+        A conversation ends where a new reply begins. With `continue_final_message` it ends with its last
+        message, which must be the assistant's. Raises PromptError, TemplateError, and InterruptedRunError if
+        `stopped` returns True.
         """
         if isinstance(prompt, str):
             ids = self._with_bos(self._tokenize([Segment(prompt, 0)], stopped))
@@ -95,45 +96,51 @@ class PromptEncoder:
         """Raise PromptError if an id is not in the vocabulary."""
         if any(not 0 <= token_id < self._vocabulary.n_vocab for token_id in token_ids):
             raise PromptError(
-                "a token id is not in the vocabulary", where=f"0 to {self._vocabulary.n_vocab - 1}"
+                "a token id is not in the vocabulary",
+                remedy=f"use ids from 0 to {self._vocabulary.n_vocab - 1}",
             )
 
     def _parts(
         self, messages: Sequence[Message], continued: bool, stopped: Callable[[], bool]
     ) -> list[_Part]:
-        """Return the parts of a conversation, up to where the next reply begins or the last one continues."""
+        """Return the parts of a conversation. If `continued`, the last part is the reply to continue."""
         for message in messages:
             if not _ROLE.fullmatch(message.role):
                 raise PromptError(
                     f"{safe_line(message.role, 40)!r} is not a role", remedy="use system, user or assistant"
                 )
         if continued and not ends_with_reply(messages):
-            raise PromptError("there is no reply to continue: the last message is not the assistant's")
+            raise PromptError(
+                "there is no reply to continue: the last message does not have the role assistant"
+            )
         if self.template is None:
             raise PromptError(
                 "the model has no chat template: it only completes text",
                 remedy="send a prompt instead of messages, or name a template with --chat-template",
             )
-        exact = self._exactly(self.template, messages, continued, stopped)
+        exact = self._with_reply_ids(self.template, messages, continued, stopped)
         if exact is None and continued:
-            raise PromptError("the last reply cannot be continued, since the template changes it")
-        return self._plainly(self.template, messages) if exact is None else exact
+            raise PromptError(
+                "the last reply cannot be continued, since the template changes it",
+                remedy="name another template with --chat-template",
+            )
+        return self._as_text(self.template, messages) if exact is None else exact
 
-    def _exactly(
+    def _with_reply_ids(
         self,
         template: ChatTemplate,
         messages: Sequence[Message],
         continued: bool,
         stopped: Callable[[], bool],
     ) -> list[_Part] | None:
-        """Return parts with the original ids of each reply. None if the template does not permit it."""
+        """Return parts with the original ids of each reply; None if the template does not permit it."""
         last = len(messages) - 1
         replies = [
             index
             for index, message in enumerate(messages)
             if message.token_ids and message.role == "assistant"
         ]
-        # A last reply without ids is continued as text, behind the prompt for a new reply.
+        # A last reply without ids is continued as text, after the prompt for a new reply.
         by_text = continued and last not in replies
         read = messages[:-1] if by_text else messages
         parts: list[_Part] = []
@@ -146,15 +153,15 @@ class PromptEncoder:
                 parts.append(messages[reply].token_ids)
         return [*parts, Segment(messages[-1].content, last)] if by_text else parts
 
-    def _plainly(self, template: ChatTemplate, messages: Sequence[Message]) -> list[_Part]:
-        """Return the rendered text. Raises PromptError if a content could become a special token."""
+    def _as_text(self, template: ChatTemplate, messages: Sequence[Message]) -> list[_Part]:
+        """Return the rendered text. Raises PromptError if a message could become a special token."""
         segments = template.segments(messages)
         if segments is not None:
             return [*segments]
         special = self._vocabulary.special_texts()
         if any(text in message.content for message in messages for text in special):
             raise PromptError(
-                "a message holds the text of a special token, and the template changes messages",
+                "a message contains the text of a special token, and the template changes messages",
                 remedy="leave that text out, or name another template with --chat-template",
             )
         return [Segment(template.render(messages))]
@@ -189,11 +196,13 @@ class PromptEncoder:
         encoded = whole_characters(text).encode()
         if len(encoded) > self._n_context * MAX_TOKEN_BYTES:
             raise too_long(f"{len(encoded):,} bytes", self._n_context)
-        endless = _ENDLESS.search(text)
-        if endless is not None:
+        long_word = _LONG_WORD.search(text)
+        if long_word is not None:
+            is_space = long_word[0].isspace()
+            what = "whitespace" if is_space else "a word"
             raise PromptError(
-                f"a word of more than {MAX_RUN} characters cannot be tokenized",
-                where=f"it begins with {safe_line(endless[0][:20])!r}",
-                remedy="break it with spaces",
+                f"{what} of more than {MAX_WORD} characters cannot be tokenized",
+                where=f"it begins with {safe_line(long_word[0][:20])!r}",
+                remedy="shorten it" if is_space else "break it with spaces",
             )
         return encoded

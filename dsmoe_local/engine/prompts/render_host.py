@@ -1,7 +1,7 @@
 """The process that renders a chat template: `python -m dsmoe_local.engine.prompts.render_host SOCKET`.
 
-A template is a program that came with a model. On Linux its memory is limited to `MEMORY` plus what the
-conversation itself takes. `renderer` kills the process if it takes too long.
+A template is a program from an untrusted source. On Linux its memory is limited to `MEMORY` plus the memory
+for the conversation. `renderer` kills the process if it takes too long.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dsmoe_local.engine.prompts.segments import Conversation, Segments
 from dsmoe_local.engine.types import Message
 
 MEMORY = 192 << 20
-_PER_BYTE = 24  # bytes of memory for each byte of a message: several copies, up to 4 bytes a character
+_PER_BYTE = 24  # bytes of memory for each byte of a request: several copies, up to 4 bytes per character
 _MAX_SECONDS = 60  # for one rendering, in case the client has died and cannot kill this process
 
 
@@ -36,8 +36,8 @@ class _Host:
     def serve(self) -> None:
         """Answer messages until the client closes the socket.
 
-        An answer is any number of parts, then an end or an error. The error tells whether the process is
-        unusable afterwards.
+        An answer is any number of "part" messages, then "end" or "error". An error includes whether the
+        process must be replaced.
         """
         self._send("ready")
         with self._channel.makefile("rb") as source:
@@ -56,7 +56,7 @@ class _Host:
                 signal.alarm(_MAX_SECONDS)
             last: tuple[wire.Plain, ...] = ("end",)
         except DsmoeError as error:
-            # After a MemoryError the state of the interpreter cannot be trusted.
+            # After a MemoryError the interpreter may be in a bad state, so the process must be replaced.
             last = ("error", wire.error_to_plain(error), isinstance(error.__cause__, MemoryError))
         signal.alarm(0)
         self._send(*last)

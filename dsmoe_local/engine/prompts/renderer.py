@@ -1,6 +1,6 @@
-"""Runs a chat template in a child process, which is killed if it takes too long or too much memory.
+"""Renders a chat template in a child process, which is killed if it takes too much time or memory.
 
-`render_host` is the child, `template` the caller.
+`render_host` is the child, `template` calls this module.
 """
 
 from __future__ import annotations
@@ -18,42 +18,42 @@ from dsmoe_local.engine.process import wire
 from dsmoe_local.engine.process.spawn import child_environment, start_process
 
 MAX_SECONDS = 5.0
-"""For one rendering."""
+"""The time limit for one rendering."""
 _HOST = "dsmoe_local.engine.prompts.render_host"
 _START_SECONDS = 60.0
-# Variables that Python needs to find its packages and the time zone. A template must not see tokens and keys.
+# Variables that Python needs to find its packages and the time zone. A template must not read secrets.
 _ENVIRONMENT = frozenset({"PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ"})
 
 
 class Renderer:
-    """A compiled template. Callable from any thread; one rendering at a time."""
+    """A compiled template. Any thread may use it; renderings run one after another."""
 
     def __init__(self, text: str, source: str) -> None:
-        """Raises TemplateError if `text` is not a valid template."""
+        """Compile the template in a new process. Raises TemplateError if it is not valid."""
         self._text = text
         self._source = source
         self._lock = threading.Lock()
         self._process: _Process | None = None
         with self._lock:
-            self._living()
+            self._running_process()
 
     def ask(
         self, kind: str, *arguments: wire.Plain, stopped: Callable[[], bool] = lambda: False
     ) -> list[wire.Plain]:
-        """Send a question and return the parts of the answer.
+        """Send a request of `render_host` and return the parts of the answer.
 
-        Raises TemplateError if a part takes too much time or memory, InterruptedRunError if `stopped` returns
-        True.
+        Raises TemplateError if the template fails, or takes too much time or memory; InterruptedRunError if
+        `stopped` returns True.
         """
         with self._lock:
-            return self._parts(self._living(), stopped, kind, *arguments)
+            return self._parts(self._running_process(), stopped, kind, *arguments)
 
     def close(self) -> None:
-        """Kill the process. The next question starts a new one."""
+        """Kill the process. The next request starts a new one."""
         with self._lock:
             self._end()
 
-    def _living(self) -> _Process:
+    def _running_process(self) -> _Process:
         if self._process is None:
             self._process = _Process()
             self._parts(self._process, lambda: False, "compile", self._text, self._source)
@@ -88,7 +88,7 @@ class Renderer:
 
 
 class _Process:
-    """One process and the socket to it."""
+    """A process and the socket to it."""
 
     def __init__(self) -> None:
         """Start the process and wait until it is ready. Raises EngineError."""
@@ -114,11 +114,11 @@ class _Process:
 
     def send(self, message: wire.Plain) -> None:
         """Send one message. Raises TimeoutError."""
-        with suppress(ConnectionError):  # `receive` finds out that the process has died
+        with suppress(ConnectionError):  # `receive` handles the death of the process
             self._channel.sendall(wire.pack(message))
 
     def receive(self) -> list[wire.Plain] | None:
-        """Return the next message, or None at the end. Raises TimeoutError."""
+        """Return the next message, or None if the process has died. Raises TimeoutError."""
         try:
             return wire.receive(self._source)
         except ConnectionError:

@@ -1,7 +1,7 @@
 """Runs a chat template in jinja2's sandbox, with the helpers that templates on the Hugging Face hub expect.
 
-Prefixes of one conversation are rendered incrementally: a rendering can continue where that of a shorter
-prefix ended (`Checkpoint`). Memory and time are limited by `render_host` and `renderer`, not here.
+Prefixes of a conversation are rendered incrementally: a rendering can continue from a `Checkpoint` of a
+shorter prefix. `render_host` limits the memory, `renderer` the time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class SandboxedTemplate:
     """A compiled template."""
 
     def __init__(self, text: str, source: str) -> None:
-        """Raises TemplateError if `text` is not a valid template."""
+        """Compile the template. Raises TemplateError if it is not valid."""
         self._source = source
         self._texts: Mapping[str, str] = {}
         self._environment = _Environment()
@@ -49,10 +49,10 @@ class SandboxedTemplate:
         return self._checked(lambda: self._output(list(messages), Run(()), generate))
 
     def begin(self, messages: Values, after: Checkpoint | None = None) -> Rendered:
-        """Return the output for `messages`; with a checkpoint of a shorter prefix, the output behind it.
+        """Return the output for `messages`; with the checkpoint of a shorter prefix, the output after it.
 
-        The template gets a list-like object instead of a list, so it may fail where `render` does not. Raises
-        TemplateError.
+        The template gets a list-like object instead of a list, so it may fail although `render` does not.
+        Raises TemplateError.
         """
         run = Run(messages, after)
         text = self._checked(lambda: self._output(Turns(run, 0), run, True))
@@ -85,7 +85,7 @@ class SandboxedTemplate:
 
 
 class _Generator(CodeGenerator):
-    """jinja2's compiler, with direct calls of the environment's own methods, which need no sandbox."""
+    """jinja2's compiler. Calls of the environment's own methods bypass the sandbox, which is faster."""
 
     def visit_Call(self, node: nodes.Call, frame: Frame, forward_caller: bool = False) -> None:  # noqa: N802
         if not isinstance(node.node, nodes.EnvironmentAttribute):
@@ -100,7 +100,7 @@ class _Generator(CodeGenerator):
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`, which marks replies for training. Here its body is rendered unchanged."""
+    """The tag `{% generation %}`, which marks replies for training. Its body is rendered unchanged."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2's own declaration
 
@@ -110,8 +110,9 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """The environment for chat templates. Loops in which a rendering may continue are marked: they report
-    their start and each of their iterations to the current `Run`.
+    """The environment for chat templates.
+
+    Loops in which a rendering may continue are marked: their start and each iteration call the current `Run`.
     """
 
     code_generator_class = _Generator
@@ -137,18 +138,18 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super()._generate(source, *args, **kwargs)
 
     def enter_loop(self, number: int, value: object, context: Context) -> object:
-        """Return what the marked loop with that number iterates over."""
+        """Return the iterable of the marked loop with this number."""
         if isinstance(value, Turns):
             return self.run.enter_loop(number, value, context)
         self.run.enter_loop(number, None, context)
         return value
 
     def begin_turn(self, loop: LoopContext | None) -> None:
-        """Report an iteration of a marked loop."""
+        """Begin an iteration of a marked loop."""
         self.run.begin_turn(loop)
 
     def getitem(self, obj: Any, argument: Any) -> Any:  # noqa: ANN401 - jinja2's own
-        """Return an item. A method of the list of messages gets a real list, since it may read all of it."""
+        """Return an item. A list method of the messages gets a real list, since it may read all messages."""
         seen = obj.whole() if isinstance(obj, Turns) and isinstance(argument, str) else obj
         return super().getitem(seen, argument)
 
@@ -166,7 +167,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 def _outer_loops(body: Sequence[nodes.Node]) -> Iterator[nodes.For]:
-    """Yield the loops that are only inside conditions, so that their text goes directly to the output."""
+    """Yield the loops that are nested in conditions only, whose text goes directly to the output."""
     for node in body:
         if isinstance(node, nodes.For) and not (node.test or node.recursive or node.else_):
             yield node
@@ -198,7 +199,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Without the HTML escapes of jinja2's own filter, as the hub's templates expect.
+    # Templates of the hub expect no HTML escapes, which jinja2's own filter adds.
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

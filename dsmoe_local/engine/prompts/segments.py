@@ -13,8 +13,9 @@ from dsmoe_local.engine.types import Message
 
 
 class Segment(NamedTuple):
-    """A part of a rendered conversation: the content of the message with index `message`, or the template's
-    own text (None).
+    """A part of a rendered conversation.
+
+    It is the content of the message with the index `message`, or the template's own text if that is None.
     """
 
     text: str
@@ -46,9 +47,9 @@ class Template(Protocol):
 
 
 class Conversation:
-    """Messages to render. They are rendered twice, the second time with placeholders for their contents.
+    """A conversation to render. To find the contents, it is rendered a second time with placeholders.
 
-    A placeholder keeps the leading and trailing whitespace of its content, so that templates may trim it.
+    The whitespace around a content stays around its placeholder, so that templates may trim it.
     """
 
     def __init__(self, template: Template, messages: Sequence[Message]) -> None:
@@ -71,39 +72,41 @@ class Conversation:
         return self._template.render(self._real, generate=generate)
 
     def segments(self, end: int | None = None, *, generate: bool = True) -> Segments | None:
-        """Return the segments of the messages before `end`. Returns None if the template depends on the
-        contents or changes them other than by trimming.
+        """Return the segments of the messages before `end`.
+
+        Returns None if the template depends on the contents, or changes them other than by trimming.
         """
         masked = self._template.render(self._masked[:end], generate=generate)
         return self._split(masked, self._template.render(self._real[:end], generate=generate))
 
     def stretches(self, replies: Sequence[int], *, open_end: bool) -> Iterator[Segments | None]:
-        """Yield the segments between replies: from the end of one reply to the start of the next, as they
-        were rendered when the next one was generated. (A template may end a prompt in `Assistant:` and later
-        render the same turn as `Assistant: `.)
+        """Yield the stretches of segments between the end of one reply and the start of the next.
 
-        `replies` are the indices of the messages whose token ids are known. With `open_end`, the last stretch
-        ends where a new reply begins. Yields None and stops if the template does not permit the split.
+        Each is rendered as the end of a prompt, as when the next reply was generated: a template may end a
+        prompt with `Assistant:` but later render the same turn as `Assistant: `. `replies` are the indices of
+        the messages whose token ids are known. With `open_end`, the last stretch ends where a new reply
+        begins. Yields None and stops if the template does not permit the split.
         """
         ends = [*replies, *([len(self._messages)] if open_end else [])]
         previous: int | None = None
         progress = _Progress()
         for end in ends:
-            stretch = _behind(self._extend(progress, end), previous)
+            stretch = _after(self._extend(progress, end), previous)
             if stretch is None:
-                stretch = _behind(self.segments(end), previous)
+                stretch = _after(self.segments(end), previous)
             yield stretch
             if stretch is None:
                 return
             previous = end
 
     def _extend(self, progress: _Progress, end: int) -> Segments | None:
-        """Return the segments before `end`, rendered from the end of the previous prefix where possible.
+        """Return the segments before `end`, continuing from the checkpoints of the previous prefix.
+
         Returns None if the template does not permit that.
         """
-        if progress.over:
+        if progress.failed:
             return None
-        progress.over = True
+        progress.failed = True
         try:
             masked = self._template.begin(self._masked[:end], progress.masked)
             real = self._template.begin(self._real[:end], progress.real)
@@ -115,7 +118,7 @@ class Conversation:
             return None
         if progress.masked is not None and progress.real is not None:
             so_far = self._split(masked.text[: progress.masked.position], real.text[: progress.real.position])
-            progress.over = so_far is None
+            progress.failed = so_far is None
         return self._split(masked.text, real.text)
 
     def _split(self, masked: str, real: str) -> Segments | None:
@@ -129,7 +132,7 @@ class Conversation:
         return self._with_whitespace(segments)
 
     def _with_whitespace(self, segments: Segments) -> Segments:
-        """Move whitespace around contents from the template's text to the contents that it belongs to."""
+        """Move the whitespace of contents from the template's text to the segments of the contents."""
         texts = [segment.text for segment in segments]
         for position in range(1, len(segments), 2):
             content = self._messages[segments[position].message or 0].content
@@ -145,15 +148,18 @@ class Conversation:
 
 @dataclass(slots=True)
 class _Progress:
-    """Checkpoints of the last prefix, with and without placeholders. `over`: they cannot be continued."""
+    """The checkpoints of the last prefix, with and without placeholders.
+
+    If `failed`, later prefixes cannot continue from them.
+    """
 
     masked: Any = None
     real: Any = None
-    over: bool = False
+    failed: bool = False
 
 
-def _behind(segments: Segments | None, reply: int | None) -> Segments | None:
-    """Return the segments behind the content of message `reply`. None if its content is not in them."""
+def _after(segments: Segments | None, reply: int | None) -> Segments | None:
+    """Return the segments after the content of message `reply`; None if its content is not in them."""
     if segments is None or reply is None:
         return segments
     ends = [position for position, segment in enumerate(segments) if segment.message == reply]

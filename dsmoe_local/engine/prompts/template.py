@@ -1,4 +1,4 @@
-"""A chat template: renders conversations in a child process (`renderer`). Knows no tokens."""
+"""A chat template, which renders conversations in a child process (`renderer`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class ChatTemplate:
     """A template with the texts of the model's special tokens. `source` says where it comes from."""
 
     def __init__(self, text: str, source: str, *, bos: str = "", eos: str = "") -> None:
-        """Raises TemplateError if `text` is not a valid template."""
+        """Compile the template. Raises TemplateError if it is not valid."""
         self.text = text
         self.source = source
         self._texts = {"bos_token": bos, "eos_token": eos}
@@ -29,7 +29,7 @@ class ChatTemplate:
         self._renderer.close()
 
     def render(self, messages: Sequence[Message], *, generate: bool = True) -> str:
-        """Return the conversation as text. With `generate` it ends where the assistant's reply begins."""
+        """Return the conversation as text. With `generate` it ends where a new reply begins."""
         (text,) = self._ask("render", messages, generate)
         return str(text)
 

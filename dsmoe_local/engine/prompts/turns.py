@@ -1,9 +1,9 @@
-"""Continues the rendering of a template for a longer conversation where that of a shorter one ended.
+"""Continues the rendering of a shorter conversation with more messages.
 
-A template loops over the messages. If, at the start of an iteration, the template has not yet found out how
-many messages follow, then the output so far is the same for every longer conversation. A rendering of a
-longer one can continue there, provided that the variables that the template can read are the same too.
-`sandbox` marks the loops and calls `Run` from them.
+A template loops over the messages. Suppose that at the start of an iteration the template has read nothing
+that depends on the number of messages that follow. Then the output so far is the same for every longer
+conversation, and its rendering can continue there, if all variables that the template can read are the same
+too. `sandbox` marks the loops, which call `Run`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Values: TypeAlias = Sequence[Mapping[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """The state before a loop that the rest of the template can read: namespaces and variables."""
+    """The namespaces and variables before a loop, which the rest of the template can read."""
 
     spaces: tuple[str, ...]
     variables: tuple[tuple[str, object], ...]
@@ -34,8 +34,8 @@ class Checkpoint:
     """A point where a rendering can continue with more messages: the start of an iteration of a loop.
 
     `loop` is the number of the loop, `index` the message of the iteration, `position` the length of the
-    output before it. `spaces` and `changed` are the state that earlier iterations leave: namespaces, and the
-    last value of `loop.changed()`.
+    output before it. `spaces` and `changed` are the state after the earlier iterations: the namespaces, and
+    the last value of `loop.changed()`.
     """
 
     index: int
@@ -48,10 +48,10 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """The output, or the output behind a checkpoint if the rendering continued there.
+    """The output, or the output after a checkpoint if the rendering continued there.
 
-    `before` is the output before the loop. `checkpoint` is at the last message; None if the template may
-    already have found out that no message follows.
+    `before` is the output before the loop. `checkpoint` is at the last message. It is None if the output may
+    already depend on the fact that no message follows.
     """
 
     text: str
@@ -64,13 +64,16 @@ class RefusedError(jinja2.TemplateRuntimeError):
 
 
 class Run:
-    """One rendering: its output, and how many messages the template has found out about."""
+    """One rendering: its output, and how much of the number of messages the template has read.
+
+    `n_read` is the largest n for which the template has tested whether there are n messages.
+    """
 
     def __init__(self, messages: Values, after: Checkpoint | None = None) -> None:
         self.items = list(messages)
         self.pieces: list[str] = []
         self.before = ""
-        self.n_known = 0
+        self.n_read = 0
         self.namespaces: list[Namespace] = []
         self.checkpoint: Checkpoint | None = None
         self.resumed = False
@@ -81,22 +84,22 @@ class Run:
         self._first = 0
         self._entry: Entry | None = None
 
-    def know(self, count: int) -> None:
-        """Note that the template has found out whether there are `count` messages."""
-        self.n_known = max(self.n_known, count)
+    def note_read(self, count: int) -> None:
+        """Record that the template has tested whether there are `count` messages."""
+        self.n_read = max(self.n_read, count)
 
     def enter_loop(self, number: int, turns: Turns | None, context: Context) -> _Walk:
-        """Begin or continue the marked loop with that number. `turns` None: it is not over messages."""
+        """Begin or continue the marked loop with this number. `turns` is None if it is not over messages."""
         self._loop = number if turns is not None else -1
         self._first = turns.start if turns is not None else 0
         self._walk = _Walk(self, self._after.index if self._resumes and self._after else self._first)
-        # In a loop behind the one that was continued, the state before the loop is not known.
+        # After the loop that was continued, the state before a loop is not known.
         self._entry = None if self.resumed else self._state(context)
         if not self.resumed:
             self.before = "".join(self.pieces)
         if self._after is not None and self._resumes and self._entry != self._after.entry:
-            raise RefusedError("more messages change what is before the loop")
-        self.n_known = 0
+            raise RefusedError("more messages change the output before the loop")
+        self.n_read = 0
         return self._walk
 
     def _state(self, context: Context) -> Entry | None:
@@ -120,17 +123,17 @@ class Run:
 
     @property
     def _resumes(self) -> bool:
-        """Whether the rendering continues in the current loop."""
+        """True if the rendering continues in the current loop."""
         return self._after is not None and self._after.loop == self._loop and not self.resumed
 
     def begin_turn(self, loop: LoopContext | None) -> None:
-        """Begin an iteration of a marked loop. Sets `checkpoint` if it is the last message."""
+        """Begin an iteration of a marked loop. Set `checkpoint` if it is the one of the last message."""
         if self._loop < 0:
             return
         if self._after is not None and self._resumes:
             self._resume(self._after, loop)
         index = self._walk.position - 1
-        if index < len(self.items) - 1 or self.n_known > len(self.items) or self._entry is None:
+        if index < len(self.items) - 1 or self.n_read > len(self.items) or self._entry is None:
             return
         spaces = tuple(dict(_attributes(space)) for space in self.namespaces[: len(self._entry.spaces)])
         changed = missing if loop is None else loop._last_changed_value
@@ -159,7 +162,7 @@ class _Walk(Iterator[Any]):
         self.position = position
 
     def __next__(self) -> Any:  # noqa: ANN401 - a message
-        self._run.know(self.position + 1)
+        self._run.note_read(self.position + 1)
         if self.position >= len(self._run.items):
             raise StopIteration
         self.position += 1
@@ -167,7 +170,7 @@ class _Walk(Iterator[Any]):
 
 
 class Turns(Sequence[Any]):
-    """The messages from `start` on, as a sequence that reports to its run what the template finds out."""
+    """The messages from `start` on, as a sequence that records in its run what the template reads."""
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -176,8 +179,8 @@ class Turns(Sequence[Any]):
         self.start = start
 
     def whole(self) -> list[Any]:
-        """Return the messages as a list. The template then knows how many there are."""
-        self._run.know(_WHOLE)
+        """Return the messages as a list, which reveals their number."""
+        self._run.note_read(_WHOLE)
         return self._run.items[self.start :]
 
     def __getitem__(self, index: Any) -> Any:  # noqa: ANN401 - as Sequence's
@@ -185,7 +188,7 @@ class Turns(Sequence[Any]):
             if (index.start or 0) >= 0 and index.stop is None and index.step is None:
                 return Turns(self._run, self.start + (index.start or 0))
         elif index >= 0:
-            self._run.know(self.start + index + 1)
+            self._run.note_read(self.start + index + 1)
             return self._run.items[self.start + index]
         return self.whole()[index]
 
@@ -196,7 +199,7 @@ class Turns(Sequence[Any]):
         return len(self.whole())
 
     def __bool__(self) -> bool:
-        self._run.know(self.start + 1)
+        self._run.note_read(self.start + 1)
         return len(self._run.items) > self.start
 
     def __eq__(self, other: object) -> bool:
@@ -211,7 +214,7 @@ _MAX_DEPTH = 4
 
 
 def _is_plain(value: object, depth: int = 0) -> bool:
-    """Return whether `value` consists of immutable scalars and containers of them."""
+    """Return True if `value` consists of immutable scalars and containers of them."""
     if isinstance(value, dict) and depth < _MAX_DEPTH:
         return all(_is_plain(item, depth + 1) for item in value.values())
     if isinstance(value, list | tuple) and depth < _MAX_DEPTH:

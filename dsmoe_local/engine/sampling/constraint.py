@@ -1,7 +1,7 @@
-"""Applies a grammar or JSON schema to a model's vocabulary: which tokens may come next.
+"""Applies a grammar or JSON schema to a model's vocabulary, to find the tokens that may come next.
 
-The sampled token is tested first, which takes microseconds. The mask of all permitted tokens is computed only
-if it is refused, as in llama.cpp's common/sampling.cpp.
+The sampled token is tested first, which takes microseconds. Only if it is not permitted, the mask of all
+permitted tokens is computed, as in llama.cpp's common/sampling.cpp.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _EMPTY_MASK = "NoExtension"  # the start of llguidance's error for a mask withou
 
 
 class _Pieces:
-    """A vocabulary in llguidance's form: the bytes of each token, and an extra token for the end of a text.
+    """A tokenizer for llguidance: the bytes of each token, and an extra end token.
 
     The model's own end tokens have no bytes here. `Constraint` permits them when the grammar is complete.
     """
@@ -37,12 +37,12 @@ class _Pieces:
         self.special_token_ids = [self.eos_token_id]
 
     def __call__(self, text: bytes) -> list[int]:
-        """Tokenize a text that a grammar forces. Never called, since our grammars set `no_forcing`."""
+        """Tokenize a text that a grammar forces. Never called, since all grammars set `no_forcing`."""
         raise EngineError("llguidance asked for the tokens of a forced text")
 
 
 class Vocabulary:
-    """A model's tokens: their bytes, and the ids of end tokens. `silent` are all tokens without bytes."""
+    """A model's tokens. `ends` are the ids of end tokens, `silent` those of all tokens without bytes."""
 
     def __init__(self, pieces: Sequence[bytes], ends: Sequence[int]) -> None:
         self.n_tokens = len(pieces)
@@ -58,7 +58,7 @@ _vocabularies: WeakKeyDictionary[native.Model, Vocabulary] = WeakKeyDictionary()
 
 
 def vocabulary_of(model: native.Model) -> Vocabulary:
-    """Return the model's vocabulary. Created once, in 0.2 s for 50,000 tokens."""
+    """Return the model's vocabulary. It is cached: creating it takes 0.2 s for 50,000 tokens."""
     vocabulary = _vocabularies.get(model)
     if vocabulary is None:
         ids = range(model.n_vocab)
@@ -76,7 +76,7 @@ class CompiledGrammar:
     matcher: LLMatcher
 
 
-# All lines of a batch often have the same grammar, and copies of a matcher share its lexer's states. Only a
+# All requests of a batch often have the same grammar, and copies of a matcher share its lexer states. Only a
 # few are cached, since each may take as much memory as `LIMITS` allows.
 @lru_cache(maxsize=4)
 def compiled(vocabulary: Vocabulary, grammar: str | None, json_schema: str | None) -> CompiledGrammar:
@@ -84,10 +84,13 @@ def compiled(vocabulary: Vocabulary, grammar: str | None, json_schema: str | Non
     text = compile_grammar(grammar=grammar, json_schema=json_schema)
     matcher = LLMatcher(vocabulary.tokenizer, text, log_level=0, limits=LIMITS)
     if matcher.is_error():
-        raise UsageError(f"the grammar is too complex: {safe_line(matcher.get_error(), 200)}")
+        raise UsageError(
+            f"the grammar is too complex: {safe_line(matcher.get_error(), 200)}",
+            remedy="use smaller repetitions and fewer rules",
+        )
     if json_schema is not None and matcher.is_accepting():
         raise UsageError(
-            "the JSON schema permits an empty text", remedy="check its $ref: one refers to itself"
+            "the JSON schema permits an empty text", remedy="check for a $ref that refers to itself"
         )
     return CompiledGrammar(vocabulary, matcher)
 
@@ -100,7 +103,7 @@ class Constraint:
         self._matcher = grammar.matcher.deep_copy()
 
     def permits(self, token_id: int) -> bool:
-        """Return whether the token may come next. End tokens may when the grammar is complete."""
+        """Return True if the token may come next. An end token may if the grammar is complete."""
         if token_id in self._vocabulary.silent:
             return token_id in self._vocabulary.ends and self._matcher.is_accepting()
         return self._matcher.validate_tokens([token_id]) == 1
@@ -113,7 +116,7 @@ class Constraint:
             raise self._failure()
 
     def likeliest(self, logits: Logits, count: int) -> TokenIds:
-        """Return up to `count` permitted tokens, by descending logits. Raises EngineError if none is."""
+        """Return up to `count` permitted tokens, the likeliest first. Raises EngineError if none is."""
         permitted = self._permitted()
         if not len(permitted):
             raise EngineError(
@@ -135,7 +138,7 @@ class Constraint:
         return np.flatnonzero(allowed).astype(np.int32)
 
     def _failure(self) -> EngineError:
-        # Copies of a matcher share the lexer's states and their limit. Start afresh with the next request.
+        # Copies of a matcher share the lexer states and their limit, so the next request needs a new matcher.
         compiled.cache_clear()
         reason = safe_line(self._matcher.get_error(), 200)
         return EngineError(

@@ -14,8 +14,8 @@ _GROUPS_PER_TOKEN = 8
 def near_top(logits: Logits, count: int) -> TokenIds:
     """Return the ids of at least the `count` highest logits, in ascending order.
 
-    Several times as fast as an exact selection. The logits are divided into groups; at least `count` logits
-    reach the `count`-th highest maximum of the groups.
+    This is several times as fast as an exact selection. The logits are divided into groups. At least `count`
+    logits are not below the `count`-th highest maximum of the groups.
     """
     size = len(logits)
     width = size // (_GROUPS_PER_TOKEN * count) if count else 0
@@ -28,7 +28,7 @@ def near_top(logits: Logits, count: int) -> TokenIds:
 
 
 def likeliest(logits: Logits, count: int) -> TokenIds:
-    """Return the ids of the `count` highest logits, highest first, equal ones in ascending order."""
+    """Return the ids of the `count` highest logits, the highest first. Equal ones are in ascending order."""
     ids = near_top(logits, count)
     return ids[np.argsort(-logits[ids], kind="stable")[:count]]
 

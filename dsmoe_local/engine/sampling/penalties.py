@@ -1,4 +1,4 @@
-"""Logit biases and penalties, which change the logits before a token is sampled."""
+"""Logit biases and repetition penalties, which change the logits before a token is sampled."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dsmoe_local.engine.types import SamplingParameters
 
 
 class Adjustments:
-    """Logit biases, then penalties for the last `repeat_last_n` tokens, as in llama.cpp."""
+    """Applies logit biases, then penalties for the last `repeat_last_n` tokens, as in llama.cpp."""
 
     def __init__(self, sampling: SamplingParameters, bias: Sequence[tuple[int, float]]) -> None:
         self._sampling = sampling
@@ -26,15 +26,15 @@ class Adjustments:
 
     @property
     def any(self) -> bool:
-        """Whether any logits are changed."""
+        """True if any logits are changed."""
         return self._penalizes or len(self._bias) > 0
 
     def keeps_first(self, token_id: int) -> bool:
-        """Return whether the likeliest token stays the likeliest: no logit is raised, its own not lowered."""
+        """Return True if the likeliest token, `token_id`, certainly stays the likeliest."""
         return not self._penalizes and self._lowered is not None and token_id not in self._lowered
 
     def remember(self, token_ids: Iterable[int]) -> None:
-        """Add tokens of the prompt or the reply to those that are penalized."""
+        """Add tokens of the prompt or the reply to the penalized ones."""
         if not self._penalizes:
             return
         for token_id in token_ids:

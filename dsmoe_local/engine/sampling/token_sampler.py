@@ -1,4 +1,4 @@
-"""Samples the next token of a reply from logits: argmax or llama.cpp's sampler chain, under a grammar."""
+"""Samples the next token of a reply: argmax or llama.cpp's sampler chain, constrained by a grammar."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Choice(NamedTuple):
     alternatives: tuple[TokenLogprob, ...]
 
 
-# All requests of a context are sampled in one thread and share a buffer: 1.2 MB for 102,400 tokens.
+# All requests of a context are sampled in one thread, so they share a buffer: 1.2 MB for 102,400 tokens.
 _buffers: WeakKeyDictionary[native.Context, Candidates] = WeakKeyDictionary()
 
 
@@ -43,7 +43,7 @@ class TokenSampler:
         prompt_ids: Sequence[int],
         grammar: CompiledGrammar | None,
     ) -> None:
-        """`seed` None is 0. `grammar` is the result of `check_request`."""
+        """Create the sampler chain. `seed` None means 0. `grammar` is the result of `check_request`."""
         sampling = request.sampling
         self._model = model
         self._logprobs = request.logprobs or request.top_logprobs > 0
@@ -59,10 +59,10 @@ class TokenSampler:
             self._sampler = native.Sampler(model.n_vocab, sampling, seed or 0)
 
     def choose(self, logits: Logits) -> Choice:
-        """Sample the next token, and add it to the tokens that penalties and the grammar consider.
+        """Sample the next token, and update the penalties and the grammar with it.
 
-        `logits` are not changed. Raises NativeError for NaN or infinity, EngineError if the grammar permits
-        no token.
+        `logits` are not changed. Raises NativeError if they are not finite, EngineError if the grammar
+        permits no token.
         """
         best = int(logits.argmax())
         # argmax returns the index of a NaN if there is one.
@@ -113,26 +113,26 @@ class TokenSampler:
 
 
 def choose_seed(sampling: SamplingParameters) -> int | None:
-    """Return the seed to use; None if nothing is random."""
+    """Return the request's seed, or a random one; None if sampling is greedy."""
     if sampling.temperature <= 0:
         return None
     return secrets.randbelow(MAX_SEED + 1) if sampling.seed is None else sampling.seed
 
 
 def is_constrained(request: Request) -> bool:
-    """Return whether the request has a grammar or schema to compile, which may take seconds."""
+    """Return True if the request has a grammar or schema, whose compilation may take seconds."""
     return request.grammar is not None or request.json_schema is not None
 
 
 def check_request(model: native.Model, request: Request) -> CompiledGrammar | None:
-    """Compile the request's grammar or schema, if any. Too slow for the engine's thread.
+    """Compile the request's grammar or schema, if any. This is too slow for the engine's thread.
 
     Raises UsageError if a biased token id is not in the vocabulary, or the grammar cannot be enforced.
     """
     for token_id, _ in request.logit_bias:
         if not 0 <= token_id < model.n_vocab:
             raise UsageError(
-                f"logit_bias: there is no token {token_id}", remedy=f"ids go from 0 to {model.n_vocab - 1}"
+                f"logit_bias: there is no token {token_id}", remedy=f"use ids from 0 to {model.n_vocab - 1}"
             )
     if not is_constrained(request):
         return None
