@@ -1,8 +1,8 @@
-"""Measures what errors cost: the KL divergence of the model when one group of tensors is quantized.
+"""Measures the cost of quantization errors: the KL divergence if only one group of tensors is quantized.
 
-The divergence divided by the group's relative error is the group's weight in a sensitivity file, from which
-`dsmoe-quantize --target-*` predicts errors (`dsmoe_quantize.budget`). Every result is saved in that file at
-once, and an interrupted run continues from it.
+The divergence divided by the group's relative error is the weight of the group in a sensitivity file, which
+`dsmoe-quantize --target-*` needs to predict errors (`dsmoe_quantize.budget`). Every result is saved in that
+file at once, so an interrupted run can continue.
 """
 
 from __future__ import annotations
@@ -35,15 +35,16 @@ from dsmoe_quantize.imatrix import Imatrix
 Load: TypeAlias = Callable[
     [Path, int, tuple[ObserverOptions, ...], Listener, threading.Event], AbstractContextManager[TextEngine]
 ]
-"""Loads the model in a file, to read windows of so many tokens with these observers."""
+"""Load the model in a file, to read windows of the given number of tokens with the given observers."""
 
 
 @dataclass(frozen=True, slots=True)
 class CostOptions:
     """What to measure, and the sensitivity file to save it in.
 
-    The text is read in windows of `n_context` tokens, the first `n_windows` or all. Each group is tried in
-    all `types`. A group is all layers of a kind of tensor, or with `by_layer` one of them.
+    The text is read in windows of `n_context` tokens, the first `n_windows` of them (None: all). Each group
+    is quantized to each of `types`. A group is one kind of tensor in all layers, or in one layer if
+    `by_layer`. `threads` is the number of threads that quantize (0: one per core).
     """
 
     path: Path
@@ -57,7 +58,7 @@ class CostOptions:
 
 @dataclass(frozen=True, slots=True)
 class ErrorCosts:
-    """The results of all groups, and the sensitivity file that has them."""
+    """The results of all groups. `path` is the sensitivity file."""
 
     model: str
     probes: Probes
@@ -75,17 +76,19 @@ def measure_costs(
     listen: Listener = ignore,
     stop: threading.Event | None = None,
 ) -> ErrorCosts:
-    """Measure what is not in the sensitivity file yet, and return all of it.
+    """Measure all groups that are not in the sensitivity file yet, and return the results of all groups.
 
     Raises UsageError if the file has measurements with other options, LockedError if another run is writing
-    it, InterruptedRunError, and what measuring, quantizing and the engine raise.
+    it, InterruptedRunError, and the errors of measuring, quantizing and the engine.
     """
     stop = stop or threading.Event()
     with ExitStack() as stack:
         try:
             stack.enter_context(locked(wanted.path))
         except OSError as error:
-            raise FileError(f"the costs cannot be kept: {error.strerror}", where=wanted.path) from error
+            raise FileError(
+                f"the sensitivity file cannot be written: {error.strerror}", where=wanted.path
+            ) from error
         known = _measured_errors(file, wanted, imatrix, listen, stop)
         trials = trials_of(file, hp, known, wanted.types, imatrix, by_layer=wanted.by_layer)
         run = _Run(file, wanted, load, known, listen, stop)
@@ -133,7 +136,7 @@ def _refuse_others(known: Probes, wanted: CostOptions) -> None:
 
 
 def _n_windows(wanted: CostOptions, of_text: int) -> int | None:
-    """Return the wanted number of windows of a text that has `of_text` (0: unknown); None if unknown."""
+    """Return the number of windows to read. `of_text` is the number in the text, or 0; None if unknown."""
     if not of_text or wanted.n_windows is None:
         return wanted.n_windows or of_text or None
     return min(wanted.n_windows, of_text)
@@ -141,12 +144,14 @@ def _n_windows(wanted: CostOptions, of_text: int) -> int | None:
 
 def _refusal(path: Path, what: str) -> UsageError:
     return UsageError(
-        f"costs were measured with {what}", where=path, remedy="measure with the same, or name another file"
+        f"the costs in this file were measured with {what}",
+        where=path,
+        remedy="use the same options, or name another file",
     )
 
 
 class _Run:
-    """Loads one model after another: the source twice, for the reference and the noise, then the probes."""
+    """Loads one model after another: the source for the reference and the noise, then a probe per trial."""
 
     def __init__(
         self,
@@ -173,7 +178,7 @@ class _Run:
         if not missing and self.known.probes is not None:
             return
         groups = {(trial.group, kind): changed_by(trial.plans[kind]) for trial, kind in missing}
-        # By size, so that the probe file is rewritten as little as possible.
+        # Sort by size, so that as little as possible of the probe file is rewritten.
         missing.sort(key=lambda each: size_of(self._file, groups[each[0].group, each[1]]))
         in_turn = [groups[trial.group, kind] for trial, kind in missing]
         with scratch_folder() as folder:
@@ -205,7 +210,7 @@ class _Run:
         return replace(reference, routers=None), len(whole.tokens)
 
     def _first(self, whole: Windows) -> Windows:
-        """Return the wanted windows. UsageError if the file's measurements used another number."""
+        """Return the windows to read. Raises UsageError if the file's measurements used another number."""
         windows = replace(whole, tokens=whole.tokens[: self._wanted.n_windows])
         probes = self.known.probes
         if probes is not None and probes.n_windows != len(windows.tokens):
@@ -234,7 +239,7 @@ class _Run:
     def _try(
         self, trial: Trial, kind: GgmlType, reference: Reference, probe_file: ProbeFile, label: str
     ) -> None:
-        # The previous engine has ended, so the file is not mapped while it is written.
+        # The previous engine is closed, so the file is not mapped while it is written.
         probe_file.write(trial.plans[kind], self._labelled(label), self._stop)
         kl, kl_error = self._divergence(probe_file.path, reference, label)
         probes = self.known.probes

@@ -1,4 +1,4 @@
-"""The groups of tensors whose errors are measured one by one, and their costs from the measurements."""
+"""The groups of tensors whose error costs are measured, and their costs computed from measurements."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from dsmoe_quantize.policy.recipes import KINDS, Group, group_of
 from dsmoe_quantize.quantize import Plan
 
 MIN_ERROR = 1e-6
-"""A smaller relative error counts as none: the type represents the weights exactly."""
+"""A smaller relative error counts as 0: the type represents the weights exactly."""
 MIN_STANDARD_ERRORS = 2
-"""A divergence is significant if it is larger than so many standard errors."""
+"""A divergence is significant if it is larger than this many standard errors."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A group to try in several types. By type: the file to write, the relative error, and the types that the
-    tensors really get, since a type that does not fit is replaced.
+    """A group to quantize to several types.
 
-    `fits` is false if the rows of the tensors fit none of the types, nor the replacements. `built_in` is the
-    weight of the group without measurement.
+    By type: `plans` of the file to write, `errors` (relative), and the types in `used` that the tensors get,
+    since a type whose blocks do not divide a row is replaced. `fits` is false if neither a type nor its
+    replacement divides the rows. `built_in` is the weight of the group without measurement.
     """
 
     group: str
@@ -43,10 +43,10 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class GroupCost:
-    """The cost in nats of a relative error of 1 in a group; None if no type that was tried makes an error.
+    """The cost of a group: nats per relative error. None if every type that was tried is exact.
 
-    `used` and `fits` are those of the `Trial`. If `is_at_most`, the divergence is within the noise, and the
-    cost is an upper bound.
+    `used`, `fits` and `built_in` are those of the `Trial`. If `is_at_most`, the divergence is within the
+    noise, and the cost is an upper bound.
     """
 
     group: str
@@ -113,7 +113,7 @@ def _choices(
 
 
 def _choice(tensor: TensorInfo, measured: TensorErrors, kind: GgmlType) -> TensorChoice:
-    """Choose `kind`, or llama.cpp's replacement for it, or the tensor's own type."""
+    """Return the choice of `kind`, of llama.cpp's replacement for it, or of the tensor's own type."""
     if kind in measured.errors:
         return TensorChoice.of(tensor, kind)
     instead = FALLBACKS.get(kind, kind)
@@ -129,7 +129,7 @@ def _choice(tensor: TensorInfo, measured: TensorErrors, kind: GgmlType) -> Tenso
 
 
 def cost_of(trial: Trial, probes: Probes) -> GroupCost:
-    """Return the cost of a group: the geometric mean over its probes."""
+    """Return the cost of a group: the geometric mean over its significant probes."""
     found = probes.groups.get(trial.group, {})
 
     def result(cost: float | None, *, is_at_most: bool = False) -> GroupCost:

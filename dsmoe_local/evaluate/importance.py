@@ -1,8 +1,8 @@
 """Collects an importance matrix: a model reads windows of a text, and an observer sums its activations.
 
-After every `save_every` windows the reader waits until all of them are complete, and the sums are saved in
-`.NAME.part` beside the output: an importance matrix of the windows so far. An interrupted run continues from
-it. The last part is renamed to the output.
+After every `save_every` windows, the importance matrix of all windows so far is saved in the partial file
+`.NAME.part` beside the output. An interrupted run continues from it. The complete file is renamed to the
+output.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from dsmoe_local.base import durable
 from dsmoe_local.base.errors import DsmoeError, FileError, InterruptedRunError
 from dsmoe_local.base.faults import reach
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Note, Started, ignore
+from dsmoe_local.base.text import safe_line
 from dsmoe_local.engine.errors import EngineError
 from dsmoe_local.engine.interface import TextEngine
 from dsmoe_local.engine.observe.arrays import unpack
@@ -33,7 +34,7 @@ from dsmoe_quantize.imatrix import Imatrix, Statistics, merged
 from dsmoe_quantize.imatrix_file import read_imatrix, write_imatrix
 
 ACTIVATIONS = ObserverOptions("activations")
-"""Load the model with this observer, by way of `measure.options_for`."""
+"""The observer to load the model with. Pass it to `measure.options_for`."""
 
 SAVE_EVERY = 10
 """Windows between two saves."""
@@ -43,28 +44,28 @@ _LAYERS = "blk."
 
 @dataclass(frozen=True, slots=True)
 class ImportanceFile:
-    """The reserved output of a collection. See `importance_file`."""
+    """The output of a collection, reserved by `importance_file`."""
 
     out: Path
 
     @property
     def part(self) -> Path:
-        """The file that an interrupted run leaves."""
+        """The partial file, which an interrupted run leaves."""
         return self.out.with_name(f".{self.out.name}.part")
 
-    def resume(self, run: Mapping[str, object]) -> tuple[Imatrix | None, list[str]]:
-        """Return the part of an earlier run if its `run` has these values, else the names of the others."""
+    def resume(self, run: Mapping[str, object]) -> tuple[Imatrix | None, str]:
+        """Return the partial file of an earlier run with the same `run`, or None, and why it is not used."""
         if not self.part.exists():
-            return None, []
+            return None, ""
         try:
             found = read_imatrix(self.part)
         except DsmoeError:
-            return None, ["the part is damaged"]
+            return None, f"{safe_line(self.part.name, 80)} is damaged"
         changed = [name for name, value in run.items() if found.run.get(name) != value]
-        return (None, changed) if changed else (found, [])
+        return (None, _changed_since(changed)) if changed else (found, "")
 
     def save(self, imatrix: Imatrix) -> None:
-        """Write the part, durably. Raises FileError."""
+        """Write the partial file, durably. Raises FileError."""
         try:
             write_imatrix(imatrix, self.part, lambda: reach("imatrix.written"))
             reach("imatrix.saved")
@@ -74,19 +75,21 @@ class ImportanceFile:
             ) from error
 
     def publish(self) -> None:
-        """Rename the part to the output. Raises FileError."""
+        """Rename the partial file to the output. Raises FileError."""
         try:
             reach("imatrix.complete")
             durable.replace(self.part, self.out)
         except OSError as error:
             raise FileError(
-                f"the importance matrix cannot get its name: {error.strerror}", where=self.out
+                f"the importance matrix cannot be renamed: {error.strerror}",
+                where=self.out,
+                remedy=f"it is complete in {safe_line(self.part.name, 80)}: run the same command again",
             ) from error
 
 
 @contextmanager
 def importance_file(out: Path, *, force: bool = False) -> Iterator[ImportanceFile]:
-    """Reserve an output for one run at a time.
+    """Lock an output file for one run.
 
     Raises FileError if it exists and `force` is not set, or if its folder does not exist; LockedError if
     another run has reserved it.
@@ -109,7 +112,7 @@ def importance_file(out: Path, *, force: bool = False) -> Iterator[ImportanceFil
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """A complete matrix. This run read `n_windows` of its windows, in `seconds` of wall time."""
+    """A complete matrix. This run read `n_windows` of its windows in `seconds` of wall time."""
 
     imatrix: Imatrix
     n_windows: int
@@ -117,17 +120,17 @@ class Collected:
 
     @property
     def tokens_per_second(self) -> float:
-        """How fast this run read."""
+        """Reading speed of this run; 0 if no time passed."""
         return self.n_windows * self.imatrix.chunk_size / self.seconds if self.seconds > 0 else 0.0
 
     @property
     def perplexity(self) -> float:
         """Perplexity of all tokens but the first of each window, unlike that of `dsmoe eval`."""
-        return perplexity_of(self.imatrix.run)
+        return collected_perplexity(self.imatrix.run)
 
 
-def perplexity_of(run: Mapping[str, object]) -> float:
-    """Return the perplexity from the notes of a collection; NaN if nothing was scored."""
+def collected_perplexity(run: Mapping[str, object]) -> float:
+    """Return the perplexity from `Imatrix.run` of a collection; NaN if no token was scored."""
     nll, n_scored = run.get("nll"), run.get("n_scored")
     if not isinstance(nll, float) or not isinstance(n_scored, int) or n_scored < 1:
         return math.nan
@@ -144,10 +147,10 @@ def collect(
     listen: Listener = ignore,
     stop: threading.Event | None = None,
 ) -> Collected:
-    """Read all windows that an interrupted run of the same kind has not read, and write the file.
+    """Read all windows that an interrupted run with the same options has not read, and write the file.
 
     `with_output` includes the output matrix. Raises InterruptedRunError once `stop` is set, EngineError,
-    FileError. The same call then continues with the windows that were saved.
+    FileError. After an error, the same call continues after the last saved window.
     """
     collection = _Collection(engine, windows, file, with_output, listen, stop or threading.Event())
     began = time.perf_counter()
@@ -157,7 +160,7 @@ def collect(
 
 
 class _Collection:
-    """The windows of earlier runs, and those of this one."""
+    """The sums of earlier runs, and those of this one."""
 
     def __init__(
         self,
@@ -173,7 +176,7 @@ class _Collection:
         self._file = file
         self._with_output = with_output
         self._listen = listen
-        # Everything that the sums depend on, by names for messages.
+        # Everything that the sums depend on. The keys are shown in messages.
         self._run: dict[str, object] = {
             "the model": file_identity(engine.info.path),
             "the active experts": engine.info.n_experts_per_token,
@@ -188,18 +191,18 @@ class _Collection:
         self._reader = WindowReader(engine, windows, 0, listen, stop, lambda: self._detail)
 
     def _resumed(self) -> Imatrix | None:
-        found, changed = self._file.resume(self._run)
+        found, reason = self._file.resume(self._run)
         if found is not None and found.n_chunks > len(self._windows.tokens):
-            found, changed = None, ["the number of windows"]
-        if changed:
-            self._listen(Note(f"starting over: changed since the interrupted run: {', '.join(changed)}"))
+            found, reason = None, _changed_since(["the number of windows"])
+        if reason:
+            self._listen(Note(f"starting over: {reason}"))
         if found is not None:
             done = f"{found.n_chunks} of {len(self._windows.tokens)} windows are done"
             self._listen(Note(f"continuing an interrupted run: {done}"))
         return found
 
     def finish(self, save_every: int) -> None:
-        """Read and save the remaining windows, and give the file its name."""
+        """Read and save the remaining windows, and rename the file to the output."""
         n_windows, n_context = len(self._windows.tokens), self._windows.n_context
         stage = f"reading with {name_of(self._engine)}"
         self._listen(Started(stage, n_windows * n_context, self.n_done * n_context, unit="tokens"))
@@ -210,7 +213,7 @@ class _Collection:
                 self._seen = self._observed(end - self._n_before)
                 self.n_done = end
                 self._file.save(self.imatrix())
-                self._detail = f"perplexity {perplexity_of(self.imatrix().run):.4g}"
+                self._detail = f"perplexity {collected_perplexity(self.imatrix().run):.4g}"
         except InterruptedRunError as error:
             raise InterruptedRunError(
                 f"interrupted: {self.n_done} of {n_windows} windows are kept",
@@ -228,26 +231,31 @@ class _Collection:
         return Imatrix(total.entries, (self._windows.text,), self.n_done, self._windows.n_context, "", run)
 
     def _observed(self, n_windows: int) -> Imatrix:
-        """Return what the observers saw in `n_windows` windows. EngineError if tokens are missing."""
+        """Return the sums of this run, of `n_windows` windows. Raises EngineError if tokens are missing."""
         logprobs = self._engine.observe(LOGPROBS.name)
         entries = statistics_of(self._engine.observe(ACTIVATIONS.name), with_output=self._with_output)
         n_tokens = n_windows * self._windows.n_context
         for name, entry in entries.items():
             if len(entry.counts) == 1 and entry.counts[0] != n_tokens:
                 raise EngineError(
-                    f"the engine saw {entry.counts[0]} of {n_tokens} tokens",
+                    f"the engine processed {entry.counts[0]} of {n_tokens} tokens",
                     where=name,
-                    remedy="run the same command again; its process may have been replaced",
+                    remedy="its process may have been restarted: run the same command again",
                 )
             if not np.isfinite(entry.sums).all():
-                raise EngineError("the model's activations are not finite", where=name)
+                raise EngineError(
+                    "the model's activations are not finite",
+                    where=name,
+                    remedy="its weights may be damaged: download or convert it again",
+                )
         run = {"n_scored": int(logprobs["tokens"]), "nll": float(logprobs["nll"])}
         return Imatrix(entries, (), n_windows, self._windows.n_context, "", run)
 
 
 def statistics_of(seen: Observation, *, with_output: bool = False) -> dict[str, Statistics]:
-    """Return what the observer `activations` has seen, by tensor: of the layers only, as llama.cpp's tool
-    does, or with the output matrix.
+    """Return the statistics from a summary of the observer `activations`, by tensor.
+
+    They are those of the layers, as in llama.cpp's tool, and of the output matrix if `with_output`.
     """
     found = {}
     for entry in seen["inputs"]:
@@ -256,6 +264,10 @@ def statistics_of(seen: Observation, *, with_output: bool = False) -> dict[str, 
             if with_output or name.startswith(_LAYERS):
                 found[name] = statistics
     return found
+
+
+def _changed_since(names: Iterable[str]) -> str:
+    return f"changed since the interrupted run: {', '.join(names)}"
 
 
 def _number(part: Imatrix, name: str) -> float:

@@ -1,4 +1,4 @@
-"""Computes how well a text covers the experts: how many tokens each expert saw, from an importance matrix."""
+"""Computes how many tokens of a text chose each expert, from an importance matrix."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class LayerCoverage:
 
     @property
     def n_cold(self) -> int:
-        """Experts with fewer than FEW tokens, whose own statistics are not used alone."""
+        """Number of experts with fewer than FEW tokens, too few for statistics of their own."""
         return sum(count < FEW for count in self.counts)
 
     @property
     def n_unseen(self) -> int:
-        """Experts that were never chosen."""
+        """Number of experts that were never chosen."""
         return self.counts.count(0)
 
     @property
@@ -39,7 +39,7 @@ class LayerCoverage:
 
     @property
     def coldest(self) -> tuple[int, ...]:
-        """All experts, sorted by count."""
+        """All experts, the least used first."""
         return tuple(sorted(range(len(self.counts)), key=lambda expert: (self.counts[expert], expert)))
 
 
@@ -52,21 +52,21 @@ class Coverage:
 
     @property
     def n_experts(self) -> int:
-        """Experts of all layers."""
+        """Number of experts in all layers."""
         return sum(len(layer.counts) for layer in self.layers)
 
     @property
     def n_cold(self) -> int:
-        """Cold experts of all layers."""
+        """Number of cold experts in all layers."""
         return sum(layer.n_cold for layer in self.layers)
 
     @property
     def n_unseen(self) -> int:
-        """Unseen experts of all layers."""
+        """Number of unseen experts in all layers."""
         return sum(layer.n_unseen for layer in self.layers)
 
     def coldest(self, n: int) -> list[tuple[int, int, int]]:
-        """Return the `n` coldest experts as (count, layer, expert)."""
+        """Return the `n` least used experts as (count, layer, expert)."""
         every = (
             (count, layer.layer, expert) for layer in self.layers for expert, count in enumerate(layer.counts)
         )

@@ -11,26 +11,25 @@ from dsmoe_local.base.progress import Finished, Listener, Started, ignore
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.engine.errors import EngineError
 from dsmoe_local.engine.interface import TextEngine
-from dsmoe_local.engine.types import ModelOptions, ObserverOptions
+from dsmoe_local.engine.types import MIN_CONTEXT, ModelOptions, ObserverOptions
 from dsmoe_local.evaluate.results import Evaluation, Perplexity, perplexity_of
 from dsmoe_local.evaluate.windows import WindowReader, Windows
 
 LOGPROBS = ObserverOptions("logprobs")
 
-_REPORT_SECONDS = 1.0  # between two looks at the perplexity so far
-_MIN_CONTEXT = 32  # the smallest context of an engine
+_REPORT_SECONDS = 1.0  # between updates of the perplexity so far
 
 
 def options_for(options: ModelOptions, n_context: int, *observers: ObserverOptions) -> ModelOptions:
     """Return the options to load a model that reads windows of `n_context` tokens.
 
-    As many windows are read at once as fill a ubatch. Then ubatches are always full, and for windows of a
-    ubatch or more they are the same in every run. The cache is unified, as observers of routing require.
+    As many windows are read at once as fit into a ubatch, so that ubatches are full. For windows of a ubatch
+    or more, ubatches are the same in every run. The cache is unified, as routing observers require.
     """
     n_parallel = max(1, options.n_ubatch // n_context)
     return replace(
         options,
-        n_context=max(_MIN_CONTEXT, n_parallel * (n_context + 1)),
+        n_context=max(MIN_CONTEXT, n_parallel * (n_context + 1)),
         n_parallel=n_parallel,
         unified=True,
         observers=(LOGPROBS, *observers),
@@ -38,7 +37,7 @@ def options_for(options: ModelOptions, n_context: int, *observers: ObserverOptio
 
 
 def name_of(engine: TextEngine) -> str:
-    """Return the name of the model's file: the name in its metadata is the same for all quantizations."""
+    """Return the name of the model's file, since all quantizations have the same name in their metadata."""
     return safe_line(engine.info.path.stem, 80)
 
 
@@ -47,8 +46,8 @@ def measure(
 ) -> Evaluation:
     """Score all windows with an engine loaded with `options_for`, and return the perplexity.
 
-    Raises InterruptedRunError once `stop` is set, EngineError. After an EngineCrashError all is lost, since
-    the observers were in the engine's process.
+    Raises InterruptedRunError once `stop` is set, EngineError. After an EngineCrashError the measurement must
+    start again, since the observers were in the engine's process.
     """
     began = time.perf_counter()
     stage = f"measuring {name_of(engine)}"
@@ -58,7 +57,7 @@ def measure(
     try:
         reader.read(range(len(windows.tokens)))
     except EngineError as error:
-        # Say which model failed: there may be two, this one and its reference.
+        # Name the model that failed, since the reference has another one.
         error.where = error.where or name_of(engine)
         raise
     finally:
@@ -80,15 +79,15 @@ def _final_perplexity(engine: TextEngine, windows: Windows) -> Perplexity:
     if perplexity.n_scored != windows.n_scored:
         raise EngineError(
             f"the engine scored {perplexity.n_scored} of {windows.n_scored} tokens",
-            remedy="try again; its process may have been replaced",
+            remedy="its process may have been restarted: try again",
         )
     return perplexity
 
 
 class _RunningPerplexity:
-    """Asks the engine for the perplexity about once a second, in a thread of its own.
+    """Asks the engine for the perplexity about once a second, in a separate thread.
 
-    The answer comes only after the engine's current step, and `stop` must be noticed meanwhile.
+    The engine answers only after its current step, and the caller must still react to `stop`.
     """
 
     def __init__(self, engine: TextEngine) -> None:
@@ -98,7 +97,7 @@ class _RunningPerplexity:
         self._last = time.perf_counter()
 
     def text(self) -> str:
-        """Return the latest perplexity as text if it is new, else nothing."""
+        """Return the latest perplexity as text if it is new, otherwise ""."""
         if self._answer is not None:
             if not self._answer.done():
                 return ""

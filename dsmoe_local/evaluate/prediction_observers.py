@@ -1,10 +1,12 @@
-"""Observers that record a model's predictions, and compare another model's with them.
+"""Observers that record a model's predictions, and compare another model's predictions with them.
 
-The comparison is the Kullback-Leibler divergence. A recorded prediction has the likeliest tokens one by one,
-and the mass m of all others, the tail. The tail's part of the divergence is only known within bounds. Let m'
-be the mass that the compared model gives the tail's tokens. The part is at least m ln(m / m'), by the log-sum
-inequality; this gives `kl`. It is at most m (ln p - ln q), with p the smallest recorded probability and q the
-compared model's smallest of all; this gives `kl_upper`.
+The comparison is the Kullback-Leibler divergence. A recorded prediction has entries for the likeliest tokens,
+and the total probability m of all others, the tail. So the tail's part of the divergence is known only within
+bounds. Let m' be the total probability of the tail's tokens in the compared model.
+
+- `kl` uses the lower bound, m ln(m / m') by the log-sum inequality.
+- `kl_upper` uses the upper bound, m (ln p - ln q). p is the smallest recorded probability, q the smallest
+  probability of the compared model.
 """
 
 from __future__ import annotations
@@ -29,25 +31,32 @@ from dsmoe_local.model.hyperparameters import Hyperparameters
 if TYPE_CHECKING:
     from dsmoe_local.engine.native import Model, Row
 
-TOP = 256
-MASS = 0.9999
+DEFAULT_TOP = 256
+DEFAULT_MASS = 0.9999
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
 
 _MAX_TOP = 1 << 16
-_FLOOR = 1e-6  # less likely tokens are not candidates for an entry of their own
+_FLOOR = 1e-6  # less likely tokens get no entry
 _MIN_MASS = 1e-300
 
 
 class PredictionRecorder(Observer):
     """Writes the predictions of scored tokens to the new file `path`.
 
-    A prediction keeps the likeliest tokens: as few as have the probability `mass` together, at most `top`.
+    A prediction has entries for the likeliest tokens: as few as have the total probability `mass`, at most
+    `top`.
     """
 
     reads_logits = True
 
     def __init__(
-        self, model: Model, hp: Hyperparameters, *, path: str, top: int = TOP, mass: float = MASS
+        self,
+        model: Model,
+        hp: Hyperparameters,
+        *,
+        path: str,
+        top: int = DEFAULT_TOP,
+        mass: float = DEFAULT_MASS,
     ) -> None:
         super().__init__()
         if not 1 <= top <= _MAX_TOP:
@@ -87,7 +96,7 @@ class PredictionRecorder(Observer):
         )
 
     def summary(self) -> Observation:
-        """Complete the file and describe it. Scoring further tokens is an error."""
+        """Complete the file and return its statistics. After that, scoring further tokens is an error."""
         self._writer.finish()
         return {
             "path": str(self._path),
@@ -104,7 +113,7 @@ class PredictionRecorder(Observer):
 class PredictionComparer(Observer):
     """Compares the predictions of scored tokens with those in the file `path`.
 
-    Tokens that the file does not have, or has another token in place of, count as unmatched.
+    Tokens that are missing or different in the file count as unmatched.
     """
 
     reads_logits = True
@@ -117,6 +126,7 @@ class PredictionComparer(Observer):
             raise UsageError(
                 f"the reference's model has {self._reference.n_vocab} tokens, this one has {hp.n_vocab}",
                 where=path,
+                remedy="compare models with the same tokenizer",
             )
         self._kl, self._upper = Moments(), Moments()
         self._reference_nll, self._change = Moments(), Moments()
@@ -152,7 +162,7 @@ class PredictionComparer(Observer):
         )
 
     def summary(self) -> Observation:
-        """Return the numbers of tokens, a Divergence, and the reference's Perplexity of the same tokens."""
+        """Return the numbers of tokens, a Divergence, and the reference's Perplexity on the same tokens."""
         n = self._kl.count
         quantiles = np.quantile(self._token_kl, QUANTILES).tolist() if n else [0.0] * len(QUANTILES)
         same_top = self._n_same_top / max(1, n)
@@ -163,7 +173,7 @@ class PredictionComparer(Observer):
             maximum=max(self._token_kl, default=0.0),
             same_top=Estimate(same_top, math.sqrt(same_top * (1 - same_top) / max(1, n - 1))),
             ratio=_perplexity_estimate(self._change),
-            windows=tuple(self._request_kl[name].mean for name in sorted(self._request_kl, key=_in_order)),
+            windows=tuple(self._request_kl[name].mean for name in sorted(self._request_kl, key=_by_number)),
         )
         reference = Perplexity(n, self._reference_nll.mean, _perplexity_estimate(self._reference_nll))
         return {
@@ -178,8 +188,8 @@ class PredictionComparer(Observer):
         self._reference.close()
 
 
-def _in_order(request_id: str) -> tuple[int, str]:
-    """Sort decimal numbers by value, as strings of the same length sort."""
+def _by_number(request_id: str) -> tuple[int, str]:
+    """Return a sort key that sorts decimal numbers by value."""
     return len(request_id), request_id
 
 
@@ -189,7 +199,7 @@ def _perplexity_estimate(nll: Moments) -> Estimate:
 
 
 def _divergence(block: ScoredBlock, j: int, reference: Prediction) -> tuple[float, float]:
-    """Return the lower and the upper bound of one token's divergence."""
+    """Return a lower and an upper bound of the divergence at one token."""
     shifted, log_total = block.shifted[j], block.log_totals[j]
     log_p = reference.logprobs.astype(np.float64)
     log_q = shifted[reference.ids] - log_total

@@ -1,11 +1,11 @@
-"""The model file of the probes. From one probe to the next, only tensors that change or move are written.
+"""A model file in which one group of tensors after another is quantized: a probe of its error cost.
 
-llama.cpp refuses gaps between tensors, so a group that becomes smaller cannot stay where it is. It moves to
-the end of the file, and the group that was there takes its place: groups of equal size just swap. At the
-start, one group of each size is at the end, the largest first. So a probe writes its own group, the previous
-one, and at most one group of each smaller size.
+From one probe to the next, only tensors that change or move are written. llama.cpp refuses gaps between
+tensors, so the quantized group, which is smaller, must be at the end of the file. It swaps places with the
+previous group if both have the same size. Initially, one group of each size is at the end, the largest first.
+So a probe writes its own group, the previous group, and at most one group of each smaller size.
 
-Weights always come from the source. The file is temporary: it is neither synced nor resumed.
+Weights are always read from the source. The file is temporary: it is neither synced nor resumed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def changed_by(plan: Plan) -> TensorNames:
 
 
 def size_of(file: GgufFile, group: TensorNames) -> tuple[int, ...]:
-    """Return the bytes of a group, then of each tensor. Groups with equal results can swap places."""
+    """Return the padded size of a group, then of each tensor. Groups with equal results can swap places."""
     sizes = [-(-file.tensors[name].n_bytes // file.alignment) * file.alignment for name in group]
     return (sum(sizes), *sizes)
 
@@ -61,7 +61,7 @@ class TensorOrder:
         return cls([*(name for name in file.tensors if name not in ending), *ending])
 
     def ending_in(self, file: GgufFile, group: TensorNames) -> TensorOrder:
-        """Return the order with `group` at the end. If sizes are equal, the tensors there take its place."""
+        """Return the order with `group` at the end, in exchange for the last group if sizes are equal."""
         back = [name for name in self.last if name not in group]
         out = [name for name in group if name not in self.last]
         names = [name for name in self.names if name not in self.last]
@@ -74,9 +74,9 @@ class TensorOrder:
 
 
 class ProbeFile:
-    """The file at `path`. Use it as a context manager: it removes the file.
+    """The file at `path`, as a context manager that removes it at the end.
 
-    No engine may have the file loaded while it is written, since an engine maps it.
+    No engine may have it loaded while it is written, since an engine maps it.
     """
 
     def __init__(self, path: Path, source: GgufFile, groups: Iterable[TensorNames], threads: int = 0) -> None:

@@ -1,7 +1,7 @@
-"""References: what a model predicts for a text, to compare other models with.
+"""References: the recorded predictions of a model for a text, to compare other models with.
 
 Observers record a reference in a folder. It can be kept as one file, an uncompressed zip archive of the files
-in the folder: `about.json`, `tokens` (int32, one window after the other), `predictions`, and `choices` if the
+in the folder: `about.json`, `tokens` (int32, the windows in their order), `predictions`, and `choices` if the
 model has routers.
 """
 
@@ -32,10 +32,10 @@ from dsmoe_local.evaluate.results import Comparison, Divergence, Evaluation, Per
 from dsmoe_local.evaluate.windows import Windows
 from dsmoe_local.model.gguf_model import read_model
 
-TOP = 2048
-"""The largest number of entries of a prediction, for a vocabulary that is not small."""
-SMALL = 4096
-"""Up to this size of the vocabulary, predictions are complete, and the divergence is exact."""
+MAX_ENTRIES = 2048
+"""The largest number of entries of a prediction, for vocabularies above COMPLETE_VOCABULARY."""
+COMPLETE_VOCABULARY = 4096
+"""Up to this vocabulary size, predictions have entries for all tokens, and the divergence is exact."""
 
 _MODULES = {
     "reference": "dsmoe_local.evaluate.prediction_observers",
@@ -47,7 +47,7 @@ _VERSION = 1
 _ABOUT, _TOKENS, _PREDICTIONS, _CHOICES = "about.json", "tokens", "predictions", "choices"
 _MAX_ABOUT = 1 << 20
 _ARCHIVE = b"PK\x03\x04"
-_ENCRYPTED = 1  # a flag of a member, for which zipfile would ask for a password
+_ENCRYPTED = 1  # a flag of a zip member
 # What zipfile, msgspec and numpy raise for a damaged or foreign file.
 _MALFORMED = (
     zipfile.BadZipFile,
@@ -82,8 +82,9 @@ class Reference:
     routers: Routers | None
 
     def observers(self, model: Path) -> tuple[ObserverOptions, ...]:
-        """Return the observers that compare a model with it. Routing is compared if both have the same
-        routers.
+        """Return the observers that compare a model with the reference.
+
+        Routing is compared if both have the same routers.
         """
         predictions = observer_options("divergence", self.folder / _PREDICTIONS)
         if not self.has_routers_of(model):
@@ -91,14 +92,14 @@ class Reference:
         return (predictions, observer_options("routing_divergence", self.folder / _CHOICES))
 
     def has_routers_of(self, model: Path) -> bool:
-        """True if the model in this file has the same routers."""
+        """Return True if the model in this file has the same routers."""
         return self.routers is not None and self.routers == routers_of(read_model(model)[1])
 
 
 def recorders(folder: Path, model: Path) -> tuple[ObserverOptions, ...]:
     """Return the observers that record a reference in `folder`. Load the model with them before `record`."""
     hp = read_model(model)[1]
-    mass = {"mass": 1.0} if hp.n_vocab <= SMALL else {}
+    mass = {"mass": 1.0} if hp.n_vocab <= COMPLETE_VOCABULARY else {}
     path = folder / _PREDICTIONS
     predictions = observer_options("reference", path, top=_max_entries(hp.n_vocab), **mass)
     if not hp.is_moe:
@@ -107,7 +108,7 @@ def recorders(folder: Path, model: Path) -> tuple[ObserverOptions, ...]:
 
 
 def _max_entries(n_vocab: int) -> int:
-    return n_vocab if n_vocab <= SMALL else TOP
+    return n_vocab if n_vocab <= COMPLETE_VOCABULARY else MAX_ENTRIES
 
 
 def observer_options(name: str, path: Path, **parameters: float) -> ObserverOptions:
@@ -122,14 +123,14 @@ def record(
     listen: Listener = ignore,
     stop: threading.Event | None = None,
 ) -> tuple[Reference, Evaluation]:
-    """Measure a model loaded with `recorders`, and record it. Raises what `measure` does, and FileError."""
+    """Measure and record a model loaded with `recorders`. Raises the errors of `measure`, and FileError."""
     routers = routers_of(read_model(engine.info.path)[1])
     bytes_per_token = 8 * _max_entries(engine.info.n_vocab)
     if routers is not None:
         bytes_per_token += 2 * routers.n_layers * (routers.n_experts + 16)
     require_space(folder, windows.n_scored * bytes_per_token)
     result = measure(engine, windows, listen, stop)
-    # A summary completes the observer's file.
+    # To return its summary, an observer completes its file.
     engine.observe("reference")
     if routers is not None:
         engine.observe("routing_reference")
@@ -153,12 +154,12 @@ def compare(
 ) -> Evaluation:
     """Measure a model loaded with `reference.observers`, and compare it with the reference.
 
-    Raises what `measure` does, and UsageError if the vocabularies differ.
+    Raises the errors of `measure`, and UsageError if the vocabularies differ.
     """
     if engine.info.vocabulary != reference.windows.vocabulary:
         raise UsageError(
             f"{name_of(engine)} and {reference.model} have different vocabularies",
-            remedy="only models with the same tokens can be compared",
+            remedy="compare models with the same tokenizer",
         )
     result = measure(engine, reference.windows, listen, stop)
     seen = engine.observe("divergence")
@@ -176,7 +177,7 @@ def compare(
 
 @contextmanager
 def reserved(kept: Path) -> Iterator[None]:
-    """Reserve the name of a file to keep a reference in, before hours are spent on it.
+    """Lock the name of a file to keep a reference in, before the model is measured.
 
     Raises FileError if the file exists, LockedError if another run has reserved it.
     """
@@ -191,9 +192,9 @@ def reserved(kept: Path) -> Iterator[None]:
 
 
 def keep(reference: Reference, kept: Path) -> None:
-    """Write the reference to one file, completely or not at all. The caller has `reserved` its name.
+    """Write the reference to one file, atomically. The caller must have `reserved` its name.
 
-    Raises FileError, also if the file exists by now; FormatError if it cannot be read back.
+    Raises FileError, also if the file exists; FormatError if it cannot be read back.
     """
     names = [_ABOUT, _TOKENS, _PREDICTIONS, *([_CHOICES] if reference.routers else [])]
     # Under the lock, a file of this name can only come from a killed run.
@@ -221,15 +222,15 @@ def keep(reference: Reference, kept: Path) -> None:
 
 
 def _verify(temporary: Path, kept: Path) -> None:
-    """Raise FormatError unless all checksums in the file are right."""
+    """Raise FormatError unless all checksums in the file are correct."""
     try:
         with zipfile.ZipFile(temporary) as archive:
             damaged = archive.testzip()
     except _MALFORMED:
-        damaged = "all of it"
+        damaged = "the archive"
     if damaged is not None:
         raise FormatError(
-            f"what was written cannot be read again: {damaged}", where=kept, remedy="check the disk"
+            f"the reference cannot be read back: {damaged} is damaged", where=kept, remedy="check the disk"
         )
 
 
@@ -240,11 +241,11 @@ def _exists(kept: Path) -> FileError:
 
 
 def _cannot_keep(error: OSError, kept: Path) -> FileError:
-    return FileError(f"the reference cannot be kept: {error.strerror}", where=kept)
+    return FileError(f"the reference cannot be written: {error.strerror}", where=kept)
 
 
 def is_kept(path: Path) -> bool:
-    """True if a file begins as a kept reference does, and not as a model. FileError if it cannot be read."""
+    """Return True if a file begins like a kept reference, not like a model. Raises FileError."""
     try:
         with path.open("rb") as file:
             return file.read(len(_ARCHIVE)) == _ARCHIVE
@@ -253,7 +254,7 @@ def is_kept(path: Path) -> bool:
 
 
 def unpack(kept: Path, folder: Path, n_windows: int | None = None) -> Reference:
-    """Unpack a kept reference into `folder`, and return it with its first `n_windows` windows [all].
+    """Unpack a kept reference into `folder`. Return it with its first `n_windows` windows (None: all).
 
     Raises FileError, FormatError.
     """
@@ -268,7 +269,7 @@ def unpack(kept: Path, folder: Path, n_windows: int | None = None) -> Reference:
     except OSError as error:
         raise _unreadable(error, kept) from error
     except _MALFORMED as error:
-        what = "it is cut short or damaged" if isinstance(error, zipfile.BadZipFile) else f"{error}"
+        what = "it is truncated or damaged" if isinstance(error, zipfile.BadZipFile) else f"{error}"
         raise _unusable(kept, what) from error
     tokens = tuple(tuple(window) for window in ids[:n_windows].tolist())
     if not tokens:
@@ -298,7 +299,7 @@ def _read_about(archive: zipfile.ZipFile) -> _About:
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
-    """Return a member. ValueError if it is not stored as it is, and so may be larger than the archive."""
+    """Return a member. Raises ValueError if it is compressed, since it may be too large, or encrypted."""
     found = archive.getinfo(name)
     if found.flag_bits & _ENCRYPTED:
         raise ValueError(f"{name} is encrypted")

@@ -1,6 +1,6 @@
 """The two files of a recorded reference: its predictions, and the choices of its routers.
 
-Both are made of blocks of consecutive prompt tokens, which are found by request id and token index:
+Both consist of blocks of consecutive prompt tokens. A token is found by its request id and index.
 
     magic (8 bytes), length of a JSON header, the header
     blocks: length and CRC-32 of a body, the body:
@@ -62,11 +62,11 @@ Decoded = TypeVar("Decoded")
 class BlockWriter:
     """Writes blocks to `path` + ".part", which `finish` completes, verifies and renames to `path`.
 
-    A part that a killed process left behind is overwritten.
+    The partial file of a killed process is overwritten.
     """
 
     def __init__(self, path: Path, magic: bytes, header: Mapping[str, int]) -> None:
-        """Raises FileError if the file exists or cannot be made, LockedError if another run is writing it."""
+        """Create the partial file. Raises FileError if `path` exists, LockedError if another run has it."""
         self._path, self._magic = path, magic
         self._part = path.with_name(f"{path.name}.part")
         self._is_empty, self._is_failed, self._is_complete, self._is_named = True, False, False, False
@@ -84,7 +84,9 @@ class BlockWriter:
     def append(self, request_id: str, index: int, n_tokens: int, data: Sequence[bytes]) -> None:
         """Append the data of consecutive tokens; the first has the index `index`. Raises FileError."""
         if self._is_complete:
-            raise FileError("the reference is complete: nothing can be added", where=self._path)
+            raise FileError(
+                "the reference is complete: nothing can be added", where=self._path, remedy="record a new one"
+            )
         name = request_id.encode("utf-8", "surrogatepass")
         body = b"".join([_BODY.pack(n_tokens, index, len(name)), name, *data])
         head = _BLOCK.pack(len(body), zlib.crc32(body))
@@ -94,9 +96,9 @@ class BlockWriter:
         self._is_empty = False
 
     def finish(self) -> None:
-        """Sync and verify the file, and give it its name. Does nothing without blocks, or if called again.
+        """Sync and verify the file, and rename it to `path`. Do nothing if it has no blocks or is renamed.
 
-        Raises FileError, also if another file has taken the name; FormatError if it cannot be read back.
+        Raises FileError, also if `path` exists by now; FormatError if the file cannot be read back.
         """
         if self._is_empty or self._is_named:
             return
@@ -110,18 +112,18 @@ class BlockWriter:
             try:
                 publish(self._part, self._path)
             except FileExistsError as error:
-                raise self._exists(f"what was written is {self._part.name}") from error
+                raise self._exists(f"the new one is {self._part.name}: rename it") from error
         self._is_named = True
 
     def close(self) -> None:
-        """Finish and release the file. May be called twice."""
+        """Finish and close the file. May be called twice."""
         if self._file.closed:
             return
         with self._lock:
             try:
                 self.finish()
             finally:
-                # Closing writes what is buffered, and the disk may be full.
+                # Closing writes the buffer, and the disk may be full.
                 with suppress(OSError):
                     self._file.close()
                 if not self._is_complete:
@@ -132,9 +134,13 @@ class BlockWriter:
 
     @contextmanager
     def _write_errors(self) -> Iterator[None]:
-        """Turn OSError into FileError. After one, half a block may be written, so all further calls fail."""
+        """Turn OSError into FileError. Then a block may be incomplete, so all further calls fail."""
         if self._is_failed:
-            raise FileError("the reference is not complete: it could not be written", where=self._path)
+            raise FileError(
+                "the reference is incomplete: it could not be written",
+                where=self._path,
+                remedy="record it again",
+            )
         try:
             yield
         except OSError as error:
@@ -143,7 +149,7 @@ class BlockWriter:
 
 
 class _Block(NamedTuple):
-    """The index of a block's first token, their number, and where the block's data are in the file."""
+    """The index of a block's first token, their number, and the position of the data in the file."""
 
     first: int
     n_tokens: int
@@ -152,13 +158,10 @@ class _Block(NamedTuple):
 
 
 class BlockReader(Generic[Decoded]):
-    """Finds tokens by request id and index. Subclasses decode blocks; the last one is kept.
-
-    The constructor reads the whole file and checks it.
-    """
+    """Finds tokens by request id and index. Subclasses decode blocks; the last decoded one is cached."""
 
     def __init__(self, path: Path, magic: bytes) -> None:
-        """Raises FileError if the file cannot be read, FormatError if it is damaged or incomplete."""
+        """Read and check the whole file. Raises FileError, and FormatError if it is damaged or incomplete."""
         self._path = path
         try:
             with path.open("rb") as file:
@@ -177,14 +180,14 @@ class BlockReader(Generic[Decoded]):
             raise self.damaged(str(error)) from error
 
     def check_header(self) -> None:
-        """Read the header's numbers. Raises ValueError or KeyError."""
+        """Read the numbers in the header. Raises ValueError or KeyError."""
 
     def decode(self, data: bytes, n_tokens: int) -> Decoded:
         """Decode the data of a block. Raises FormatError."""
         raise NotImplementedError
 
     def block_of(self, request_id: str, index: int) -> tuple[Decoded, int] | None:
-        """Return the decoded block with a token, and the token's number in it; None if there is none."""
+        """Return the decoded block that contains a token, and its index there; None if there is none."""
         blocks = self._blocks.get(request_id, [])
         number = bisect_right(blocks, index, key=lambda block: block.first) - 1
         if number < 0 or index - blocks[number].first >= blocks[number].n_tokens:
@@ -201,7 +204,7 @@ class BlockReader(Generic[Decoded]):
         )
 
     def number(self, key: str) -> int:
-        """Return a number of the header. ValueError if it is negative or not a number."""
+        """Return a number in the header. Raises ValueError if it is negative or no integer."""
         value = self._header[key]
         if type(value) is not int or value < 0:
             raise ValueError(f"{key} is not a number")
@@ -210,7 +213,7 @@ class BlockReader(Generic[Decoded]):
     def _read_index(self, magic: bytes) -> dict[str, object]:
         found, length = _HEADER.unpack_from(self._data)
         if found != magic:
-            raise ValueError("it does not begin as a reference does")
+            raise ValueError("it does not begin with the magic bytes of a reference")
         if length > _MAX_HEADER:
             raise ValueError("its header is too long")
         offset = _HEADER.size + length
@@ -228,7 +231,7 @@ class BlockReader(Generic[Decoded]):
             total = zlib.crc32(head, total)
             offset += size
         if checksum != total or offset != len(self._data):
-            raise ValueError("its end does not match its beginning")
+            raise ValueError("its checksum or size is wrong")
         for blocks in self._blocks.values():
             blocks.sort()
         return header
@@ -236,25 +239,26 @@ class BlockReader(Generic[Decoded]):
     def _add_block(self, offset: int, size: int, checksum: int) -> None:
         body = self._data[offset : offset + size] if size <= _MAX_BODY else b""
         if len(body) != size or zlib.crc32(body) != checksum:
-            raise ValueError(f"the block at {offset} is torn")
+            raise ValueError(f"the block at offset {offset} is truncated or damaged")
         n_tokens, first, name_size = _BODY.unpack_from(body)
         start = _BODY.size + name_size
         if start > size:
-            raise ValueError(f"the block at {offset} is too short for its name")
+            raise ValueError(f"the block at offset {offset} is too short for its request id")
         name = body[_BODY.size : start].decode("utf-8", "surrogatepass")
         self._blocks.setdefault(name, []).append(_Block(first, n_tokens, offset + start, size - start))
         self.n_tokens += n_tokens
 
     def close(self) -> None:
-        """Release the file. May be called twice."""
+        """Close the file. May be called twice."""
         self._data.close()
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The prediction of one token: `target` is the token that came, `ids` are the likeliest, in order.
+    """The prediction of one token.
 
-    `tail_mass` is the probability of all tokens that are not in `ids`.
+    `target` is the actual token, `logprob` its log-probability. `ids` are the likeliest tokens, the likeliest
+    first, with `logprobs`. `tail_mass` is the total probability of all other tokens.
     """
 
     target: int
@@ -294,7 +298,7 @@ class PredictionReader(BlockReader[list[Prediction]]):
         self.n_vocab = self.number("n_vocab")
 
     def find(self, request_id: str, index: int) -> Prediction | None:
-        """Return the prediction of a token; None if it was not scored. FormatError if the file is forged."""
+        """Return the prediction of a token; None if it was not scored. Raises FormatError."""
         found = self.block_of(request_id, index)
         return None if found is None else found[0][found[1]]
 
@@ -337,7 +341,7 @@ def routers_of(hp: Hyperparameters) -> Routers | None:
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """The experts chosen for consecutive tokens, with the shapes above."""
+    """The experts chosen for consecutive tokens, and the costs of all experts, with the shapes above."""
 
     tokens: npt.NDArray[np.int32]
     experts: npt.NDArray[np.uint16]
@@ -345,13 +349,13 @@ class Choices:
 
 
 def costs_of(probabilities: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
-    """Return probabilities as costs."""
+    """Return the costs of probabilities."""
     steps = np.rint(np.log(np.maximum(probabilities, _MIN_PROBABILITY)) * np.float32(-1 / COST_STEP))
     return np.clip(steps, 0, _MAX_COST).astype(np.uint16)
 
 
 def logarithms_of(costs: npt.NDArray[np.uint16]) -> npt.NDArray[np.float64]:
-    """Return the logarithms of the probabilities, normalized so that those of the last axis sum up to 1."""
+    """Return log-probabilities, normalized so that the probabilities of the last axis sum up to 1."""
     logarithms: npt.NDArray[np.float64] = costs.astype(np.float64) * -COST_STEP
     logarithms -= np.log(np.exp(logarithms).sum(-1, keepdims=True))
     return logarithms
@@ -389,7 +393,7 @@ class RoutingReader(BlockReader[Choices]):
     def find(self, request_id: str, index: int) -> Choices | None:
         """Return the choices for one token, without the first dimension; None if it was not scored.
 
-        Raises FormatError if the file is forged.
+        Raises FormatError if the values of its block are invalid.
         """
         found = self.block_of(request_id, index)
         if found is None:

@@ -1,7 +1,7 @@
 """The results of measurements, as plain data.
 
-`Divergence`, `Perplexity` and `RoutingFidelity` also travel as JSON from the observers in the engine's
-process, so their fields are checked by msgspec when they arrive.
+Observers in the engine's process return `Divergence`, `Perplexity` and `RoutingFidelity` as JSON, which
+msgspec converts and checks.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Perplexity:
 class Divergence:
     """KL divergence of a model's predictions from a reference's, in nats.
 
-    The mean is between `kl` and `kl_upper`, since a reference keeps only the likeliest tokens. `quantiles`
+    The exact mean is between `kl` and `kl_upper`: a reference has only the likeliest tokens. `quantiles`
     and `maximum` are of single tokens. `same_top` is the share of tokens for which both models predict the
     same token, `ratio` the model's perplexity divided by the reference's. `windows` has the mean of each
     window, in the order of the text; all windows have the same number of scored tokens.
@@ -53,7 +53,7 @@ class Divergence:
 
 @dataclass(frozen=True, slots=True)
 class LayerRouting:
-    """How far the router of a layer is from the reference's.
+    """The difference of a layer's router from that of the reference.
 
     `same` is the share of tokens with the same set of experts, `overlap` the share of the reference's experts
     that were chosen too. `gate_kl` is the KL divergence of the probabilities in nats, and `gate_kl_bound` its
@@ -126,7 +126,7 @@ class Evaluation:
 
     @property
     def tokens_per_second(self) -> float:
-        """How fast the model read the windows."""
+        """Reading speed; 0 if no time passed."""
         return self.n_context * self.n_windows / self.seconds if self.seconds > 0 else 0.0
 
     def as_json(self) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def to_json(result: object) -> Any:  # noqa: ANN401 - JSON values
 
 
 def perplexity_of(seen: Observation) -> Perplexity:
-    """Return the perplexity from the summary of the observer `logprobs`."""
+    """Return the perplexity from a summary of the observer `logprobs`."""
     n = int(seen["tokens"])
     return Perplexity(n, seen["nll"] / max(1, n), Estimate(seen["perplexity"], seen["perplexity_error"]))
 

@@ -1,4 +1,4 @@
-"""Observers that record the experts chosen for scored tokens, and compare another model's with them."""
+"""Observers that record the experts chosen for scored tokens, and compare those of another model."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ Floats = npt.NDArray[np.float64]
 
 
 class _LayerChoices(NamedTuple):
-    """The choices of one layer for the tokens of a ubatch, as bytes: all experts sorted by probability
-    (int32), and the probabilities of all experts (float32).
+    """The choices of one layer for the tokens of a ubatch.
+
+    `order` are all experts sorted by probability (int32), `probabilities` those of all experts (float32).
     """
 
     n_used: int
@@ -44,10 +45,10 @@ class _LayerChoices(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where the choices for a row's scored tokens are.
+    """The position of the `n` scored tokens of a row.
 
-    `first` is the first of `n` tokens in the prompt, `token` among the tokens of the step, and `output` among
-    its outputs.
+    `first`, `token` and `output` are the indices of the first of them: in the prompt, among the tokens of the
+    step, and among the outputs of the step.
     """
 
     request_id: str
@@ -60,7 +61,7 @@ class _Place(NamedTuple):
 class _ScoredRouting(Observer):
     """Passes the choices for scored tokens to `take`.
 
-    A token's index is that of the token that was read: its experts help to predict the next one.
+    The choices have the index of the token that was processed, which predicts the next, scored one.
     """
 
     reads_graph = True
@@ -70,7 +71,10 @@ class _ScoredRouting(Observer):
         super().__init__()
         routers = routers_of(hp)
         if routers is None:
-            raise UsageError("routing cannot be compared: the model is dense, it has no experts")
+            raise UsageError(
+                "routing cannot be compared: the model is dense, it has no experts",
+                remedy="load it without this observer",
+            )
         self.routers = routers
         self._reader = tensors.Reader()
         self._layers: list[list[_LayerChoices]] = [[] for _ in range(routers.n_layers)]
@@ -84,7 +88,7 @@ class _ScoredRouting(Observer):
         }
 
     def take(self, request_id: str, index: int, choices: Choices) -> None:
-        """Take the choices for consecutive tokens of a request; the first has the index `index`."""
+        """Process the choices for consecutive tokens of a request; the first has the index `index`."""
         raise NotImplementedError
 
     def before_step(self, rows: Sequence[Row]) -> None:
@@ -99,14 +103,14 @@ class _ScoredRouting(Observer):
         self._tokens.append(self._reader.copy_bytes(ids, 4 * tensors.size_of(ids, 0)))
 
     def _read_choices(self, layer: int, tensor: int) -> None:
-        # This node reads both, so their memory is not reused yet.
+        # This node reads the sorted experts and the probabilities, so their memory is not reused yet.
         n_tokens, order = self._reader.copy_rows(tensors.source_of(tensor, 1))
         size = 4 * n_tokens * self.routers.n_experts
         probabilities = self._reader.copy_bytes(tensors.source_of(tensor, 0), size)
         self._layers[layer].append(_LayerChoices(tensors.size_of(tensor, 1), order, probabilities))
 
     def after_step(self, rows: Sequence[Row], logits: StepLogits, scored: Sequence[Scored | None]) -> None:
-        """See Observer. NativeError if the choices cannot be assigned to the tokens."""
+        """See Observer. Raises NativeError if the choices cannot be assigned to the tokens."""
         if not any(scored):
             return
         ids = np.concatenate([np.asarray(row.token_ids, np.int32) for row in rows])
@@ -120,7 +124,7 @@ class _ScoredRouting(Observer):
         for place in _places(rows, scored):
             experts, probabilities = [], []
             for layer_experts, layer_probabilities in layers:
-                # The last layer may have computed the outputs only.
+                # The last layer may have computed only the outputs.
                 start = place.token if len(layer_experts) == len(ids) else place.output
                 experts.append(layer_experts[start : start + place.n])
                 probabilities.append(layer_probabilities[start : start + place.n])
@@ -134,12 +138,12 @@ class _ScoredRouting(Observer):
     def _arrays(
         self, parts: Sequence[_LayerChoices], n_tokens: int, n_outputs: int
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-        """Return the chosen experts and all probabilities of one layer, a row for each token it computed."""
+        """Return the chosen experts and all probabilities of one layer, with a row for each token."""
         shape = (-1, self.routers.n_experts)
         order = np.frombuffer(b"".join(part.order for part in parts), np.int32).reshape(shape)
         p = np.frombuffer(b"".join(part.probabilities for part in parts), np.float32).reshape(shape)
         if len(order) not in (n_tokens, n_outputs) or len(p) != len(order):
-            raise NativeError(f"a router saw {len(order)} of {n_tokens} tokens")
+            raise NativeError(f"a router processed {len(order)} of {n_tokens} tokens")
         return order[:, : parts[0].n_used], p
 
 
@@ -168,7 +172,7 @@ class RoutingRecorder(_ScoredRouting):
         self._n_tokens += len(choices.tokens)
 
     def summary(self) -> Observation:
-        """Complete the file and describe it. Scoring further tokens is an error."""
+        """Complete the file and return its statistics. After that, scoring further tokens is an error."""
         self._writer.finish()
         return {"path": str(self._path), "tokens": self._n_tokens}
 
@@ -180,7 +184,7 @@ class RoutingRecorder(_ScoredRouting):
 class RoutingComparer(_ScoredRouting):
     """Compares the choices for scored tokens with those in the file `path`.
 
-    Tokens that the file does not have, or has another token in place of, count as unmatched.
+    Tokens that are missing or different in the file count as unmatched.
     """
 
     def __init__(self, model: Model, hp: Hyperparameters, *, path: str) -> None:
@@ -192,6 +196,7 @@ class RoutingComparer(_ScoredRouting):
                 f"the reference has {_in_words(self._reference.routers)}, this model has"
                 f" {_in_words(self.routers)}",
                 where=path,
+                remedy="compare models with the same routers",
             )
         n_layers = self.routers.n_layers
         self._n_tokens = self._n_unmatched = self._n_same_everywhere = 0

@@ -1,6 +1,6 @@
-"""Scratch folders in the cache folder, for files that a measurement needs only while it runs.
+"""Scratch folders in the cache folder, for temporary files of a measurement.
 
-Those of killed runs are removed when the next run begins.
+The next run removes the folders of killed runs.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from dsmoe_local.base.durable import locked, make_folders
 from dsmoe_local.base.errors import FileError, LockedError
 from dsmoe_local.base.paths import cache_folder
 
-# A folder, or the lock file of one.
+# The name of a folder, or of its lock file.
 _NAME = re.compile(r"(?P<folder>[0-9a-f]{16})|\.(?P<locked>[0-9a-f]{16})\.lock")
 
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """Make an empty folder that is removed at the end. FileError if it cannot be made."""
+    """Create an empty folder that is removed at the end. Raises FileError."""
     with ExitStack() as stack:
         try:
             parent = cache_folder() / "eval"
@@ -34,7 +34,7 @@ def scratch_folder() -> Iterator[Path]:
             folder.mkdir(0o700)
         except OSError as error:
             raise FileError(
-                f"cannot make a scratch folder: {error.strerror}", where=str(error.filename)
+                f"a scratch folder cannot be created: {error.strerror}", where=str(error.filename)
             ) from error
         yield folder
 

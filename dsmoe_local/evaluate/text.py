@@ -1,7 +1,7 @@
 """The texts that models are measured on: a file, standard input, or the built-in text.
 
-The built-in text needs no download: English and code come with Python, the Chinese prose with this project.
-It differs between versions of Python, so its name has the version.
+The built-in text needs no download: its English and code come with Python, its Chinese with this project. It
+differs between Python versions, so its name includes the version.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dsmoe_local.base.text_files import decode_text
 
 LICENCES = "English and code are Python's (PSF licence), the Chinese is this project's (MIT)"
 
-# Characters of English and of code per paragraph of Chinese, so that a few windows have all three.
+# Characters of English and code per Chinese paragraph, so that a few windows contain all three.
 _ENGLISH, _CODE = 3000, 2500
 _TOPICS = "pydoc_data.topics"
 _DOCUMENTED = ("argparse", "asyncio", "collections", "datetime", "decimal", "functools", "pathlib", "re")
@@ -57,12 +57,12 @@ def read_text(source: str | None) -> Text:
         raise FileError(f"the text cannot be read: {error.strerror}", where=source) from error
     content = decode_text(raw, "the text", source).removesuffix("\n")
     if not content.strip():
-        raise FormatError("the text is empty", where=source)
+        raise FormatError("the text is empty", where=source, remedy="name another text")
     return Text(name, content)
 
 
 def built_in() -> Text:
-    """Return the built-in text: English, Chinese and code in turn."""
+    """Return the built-in text, which alternates English, Chinese and code."""
     english, code = _english(), _code()
     parts = []
     for chinese in _CHINESE.strip().split("\n\n"):
@@ -71,7 +71,7 @@ def built_in() -> Text:
 
 
 def _take(paragraphs: Iterator[str], n_characters: int) -> str:
-    """Join paragraphs until they have `n_characters` together."""
+    """Return the next paragraphs, until they have `n_characters` in total."""
     taken: list[str] = []
     length = 0
     while length < n_characters:

@@ -1,4 +1,4 @@
-"""Cuts a text into windows of token ids, as llama.cpp's perplexity tool does; reads them with an engine."""
+"""Splits a text into windows of token ids, as llama.cpp's perplexity tool does, and reads them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from dsmoe_local.evaluate.text import Text
 
 MIN_CONTEXT = 16
 
-# Where a text may be cut. No pre-tokenizer joins a letter to one of these characters, so the parts have the
-# same tokens as the whole.
+# Where a text may be split, best first. No pre-tokenizer joins a letter to one of these characters, so the
+# parts have the same tokens as the whole text.
 _CUTS = (r"(?<=[^\W\d_])(?=\n)", r"(?<=[^\W\d_])(?=[\s，。])", r"(?=\n)")
 _MAX_CHARACTER_BYTES = 4
-_POLL_SECONDS = 0.1  # how often a reader looks at `stop`
-_N_QUEUED = 2  # windows submitted in advance, so that the engine never waits
+_POLL_SECONDS = 0.1  # between checks of `stop`
+_N_QUEUED = 2  # windows submitted in advance, so that the engine is never idle
 _GREEDY = SamplingParameters(temperature=0)
 
 
@@ -45,7 +45,7 @@ class Windows:
 
     @property
     def first(self) -> int:
-        """Index of the token before the first scored one: the first half of a window is context only."""
+        """Index of the token before the first scored one. The first half of a window is only context."""
         return self.n_context // 2
 
     @property
@@ -60,10 +60,10 @@ class Windows:
 
 
 def cut_windows(engine: TextEngine, text: Text, n_context: int, n_windows: int | None = None) -> Windows:
-    """Return the first `n_windows` windows of a text [all]. An incomplete window at the end is dropped.
+    """Return the first `n_windows` windows of a text (None: all). An incomplete last window is dropped.
 
     If the model uses BOS, it replaces the first token of each window, as in llama.cpp. Raises UsageError if
-    the text does not fill a window.
+    the text is shorter than a window.
     """
     ids = encode_text(engine, text.content)
     bos = bos_token(engine)
@@ -72,7 +72,7 @@ def cut_windows(engine: TextEngine, text: Text, n_context: int, n_windows: int |
         raise UsageError(
             f"the text has {len(ids)} tokens, too few for a window of {n_context}",
             where=text.name,
-            remedy="take a longer text, or smaller windows: -c",
+            remedy="use a longer text, or smaller windows (-c)",
         )
     windows = [tuple(ids[start : start + n_context]) for start in range(0, count * n_context, n_context)]
     if bos is not None:
@@ -97,7 +97,7 @@ def bos_token(engine: TextEngine) -> int | None:
 
 
 def pieces(content: str, max_bytes: int) -> Iterator[str]:
-    """Split a text into pieces of at most `max_bytes`, if possible where that does not change its tokens."""
+    """Split a text into pieces of at most `max_bytes`, where possible without changing its tokens."""
     limit = max(1, max_bytes // _MAX_CHARACTER_BYTES)
     start = 0
     while len(content) - start > limit:
@@ -115,10 +115,10 @@ def _last_match(pattern: str, text: str) -> int:
 
 
 class WindowReader:
-    """Reads windows with an engine whose observers score them, several at once.
+    """Reads several windows at once with an engine whose observers score them.
 
-    The id of a request is the number of its window. In each window, the tokens after the one with the index
-    `score_from` are scored. `detail` returns the text beside the progress.
+    The id of a request is the number of its window. In each window, the tokens after the index `score_from`
+    are scored. `detail` returns the text that is shown with the progress.
     """
 
     def __init__(

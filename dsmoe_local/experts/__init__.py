@@ -1,1 +1,1 @@
-"""The activity of a model's experts as numbers, tables and pictures."""
+"""The activity of a model's experts: numbers, tables and pictures."""

@@ -1,7 +1,7 @@
-"""What the routers of a model did over some tokens, as data that can be added, subtracted and compared.
+"""The choices of a model's routers over some tokens, as sums that can be added, subtracted and compared.
 
-Made from the `routing` observation (docs/observers.md), whose counts only grow: the difference of two is what
-happened in between.
+They are computed from the `routing` observation (docs/observers.md). Its counts only grow, so the difference
+of two observations is the activity between them.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class LayerActivity:
 
     @property
     def load_entropy(self) -> float:
-        """Entropy of `counts`, divided by its maximum: 1 is an even load. 0 without tokens."""
+        """Entropy of `counts` divided by its maximum. 1 is an even load; 0 without tokens."""
         total, possible = sum(self.counts), math.log(max(1, len(self.counts)))
         if not total or not possible:
             return 0.0
@@ -71,7 +71,7 @@ class LayerActivity:
 
     @property
     def load_peak(self) -> float:
-        """The largest count divided by the mean: 1 is an even load."""
+        """The largest count divided by the mean. 1 is an even load."""
         return max(self.counts, default=0) * len(self.counts) / max(1, sum(self.counts))
 
     @property
@@ -86,7 +86,7 @@ class LayerActivity:
 
     @property
     def captured_deviation(self) -> float:
-        """Standard deviation of that total over the tokens."""
+        """Standard deviation of the total probability of a token's chosen experts."""
         n = max(1, self.tokens)
         return math.sqrt(max(0.0, self.captured_squares / n - (self.captured / n) ** 2))
 
@@ -97,12 +97,12 @@ class LayerActivity:
 
     @property
     def shared_share(self) -> float | None:
-        """The shared experts' part of the output of all experts, by norm; None without sampled tokens."""
+        """The norm of the shared experts' output as a share of that of all experts; None without samples."""
         both = self.shared + self.routed
         return self.shared / both if self.sampled and both > 0 else None
 
     def busiest(self, n: int) -> list[tuple[int, float]]:
-        """Return the `n` most used experts with their shares, without unused ones."""
+        """Return the `n` most used experts with their shares. Unused experts are excluded."""
         order = sorted(range(len(self.counts)), key=lambda i: (-self.counts[i], -self.mass[i], i))
         shares = self.shares
         return [(expert, shares[expert]) for expert in order[:n] if self.counts[expert]]
@@ -110,13 +110,13 @@ class LayerActivity:
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """All layers with routed experts, in order. No layers: nothing was observed."""
+    """The activity of all layers with routed experts. Without layers, nothing was observed."""
 
     layers: tuple[LayerActivity, ...] = ()
 
     @property
     def tokens(self) -> int:
-        """Number of tokens. The last layer may have fewer: it computes only the end of a prompt."""
+        """Number of tokens. The last layer may have fewer, since it computes only the end of a prompt."""
         return max((layer.tokens for layer in self.layers), default=0)
 
     @property
@@ -136,7 +136,7 @@ class Activity:
         return Activity(tuple(a.plus(b, sign) for a, b in zip(self.layers, other.layers, strict=True)))
 
     def follows(self, earlier: Activity) -> bool:
-        """Return whether `earlier` can be an earlier state of these counts: none of its counts is larger."""
+        """Return True if `earlier` can be an earlier state of these counts: none of its counts is larger."""
         if not earlier.layers:
             return True
         return len(self.layers) == len(earlier.layers) and all(
@@ -156,18 +156,18 @@ class Activity:
 
     @property
     def load_entropy(self) -> float:
-        """Mean over the layers with tokens."""
+        """Mean load entropy of the layers with tokens."""
         return _ratio((layer.load_entropy, 1) for layer in self.layers if layer.tokens)
 
     @property
     def shared_share(self) -> float | None:
-        """Mean over the layers with sampled tokens."""
+        """Mean of the layers with sampled tokens; None without any."""
         shares = [share for layer in self.layers if (share := layer.shared_share) is not None]
         return sum(shares) / len(shares) if shares else None
 
 
 def _ratio(parts: Iterable[tuple[float, float]]) -> float:
-    """Return the sum of the first numbers divided by that of the second; 0 if that is 0."""
+    """Return the sum of the first numbers divided by the sum of the second; 0 if the latter is 0."""
     above = below = 0.0
     for part in parts:
         above += part[0]
@@ -211,7 +211,7 @@ class Difference:
 
 
 def overlap(first: LayerActivity, second: LayerActivity) -> float:
-    """Return the overlap of two loads, 0 to 1: the sum over experts of the smaller share of all choices."""
+    """Return the overlap of two layers, 0 to 1: each expert adds the smaller of its shares of all choices."""
     totals = max(1, sum(first.counts)), max(1, sum(second.counts))
     return sum(min(a / totals[0], b / totals[1]) for a, b in zip(first.counts, second.counts, strict=True))
 

@@ -1,4 +1,4 @@
-"""The cost of another number of active experts, computed from the header of a file."""
+"""The cost per token of a number of active experts, computed from the header of a model file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ActiveCost:
 
 
 def own_number(path: Path) -> int:
-    """Return the file's own number of experts per token, 0 if dense. Raises FormatError, FileError."""
+    """Return the number of experts per token in the file, 0 if dense. Raises FormatError, FileError."""
     return read_model(path)[1].n_experts_per_token
 
 

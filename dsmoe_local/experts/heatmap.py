@@ -1,6 +1,6 @@
-"""A heatmap of layers by experts for Rich: in colour two layers on a line, otherwise in shades.
+"""A heatmap of layers by experts for Rich: in colour with two layers per line, or in shades.
 
-Cells are filled completely, to be readable on dark and light terminals. A legend explains the scale.
+Cells are filled, to be readable on dark and light terminals. A legend explains the scale.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rich.text import Text
 
 from dsmoe_local.experts.activity import Activity, LayerActivity
 
-# Viridis: even steps of brightness, also for colour-blind people.
+# Viridis, whose steps of brightness are even, also for colour-blind people.
 COLOURS = (
     "#440154",
     "#482878",
@@ -87,9 +87,9 @@ def _cells(layers: Sequence[LayerActivity], per_column: int) -> Iterator[float |
 
 @dataclass(frozen=True)
 class Scale:
-    """Maps shares from 0 to `high` to shades, on a power scale with an even load in the middle.
+    """A power scale from shares, 0 to `high`, to shades. `even`, the share at an even load, is the middle.
 
-    So half of the shades are for experts below it, whether a token uses 6 of 64 experts or 12 of 14.
+    So half of the shades are below an even load, both for 6 of 64 experts per token and for 12 of 14.
     """
 
     high: float
@@ -111,22 +111,24 @@ class Scale:
 
 
 def scale_of(activities: Sequence[Activity], grids: Sequence[Grid]) -> Scale:
-    """Return a common scale for heatmaps, up to the largest share or twice that of an even load: with an even
-    load, no expert may look busy.
+    """Return a common scale for heatmaps.
+
+    It ends at the largest share or at twice the even share, whichever is larger. So with an even load, no
+    expert looks busy.
     """
     high = max((value for grid in grids for value in grid.values), default=0.0)
     shares = [each.experts_per_token / each.n_routed_experts for each in activities if each.tokens]
     even = sum(shares) / max(1, len(shares))
-    # No share exceeds 1, which is the even load if all experts are used.
+    # No share exceeds 1. If all experts are used, the even share is 1.
     return Scale(max(high, min(1.0, 2 * even) if even < 1 else 2 * even), even)
 
 
 @dataclass(frozen=True, slots=True)
 class Heatmap:
-    """A heatmap with `title`, the numbers of experts, lines for one or two layers each, and a legend.
+    """A heatmap: the title, the numbers of experts, lines for one or two layers each, and a legend.
 
-    It fits into any width. `height` limits the lines of cells, by averaging layers. `tall`: one layer on a
-    line. `scale`: None for its own.
+    It fits into any width, by averaging experts. `height` limits the number of lines, by averaging layers. If
+    `tall`, each line has one layer. `scale` None: a scale for this heatmap alone.
     """
 
     activity: Activity
@@ -191,7 +193,7 @@ class Heatmap:
 
 
 def _packed(parts: Sequence[Text], width: int) -> Iterator[Text]:
-    """Return the parts on as few lines as possible, without breaking them."""
+    """Yield the parts on as few lines as possible, without breaking them."""
     line = Text(no_wrap=True)
     for part in parts:
         if line and line.cell_len + 2 + part.cell_len > width:
@@ -202,7 +204,7 @@ def _packed(parts: Sequence[Text], width: int) -> Iterator[Text]:
 
 
 def _expert_numbers(grid: Grid, cell: int) -> str:
-    """Return the line with the numbers of experts above their columns, as many as fit."""
+    """Return the line with as many numbers of experts above their columns as fit."""
     last = (grid.n_columns - 1) * grid.experts_per_column
     step = 1
     while step * cell <= len(str(last)):
@@ -219,7 +221,7 @@ def _levels(row: Sequence[float | None], scale: Scale) -> list[int | None]:
 
 @cache
 def _style(text: int | None, background: int | None) -> Style:
-    """Cached: a live panel needs thousands of styles a second."""
+    """Return a style. It is cached, since a live panel needs thousands of styles per second."""
     return Style(
         color=None if text is None else _COLOURS[text],
         bgcolor=None if background is None else _COLOURS[background],

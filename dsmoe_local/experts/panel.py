@@ -1,4 +1,4 @@
-"""Panels that show routed experts: heatmaps with a line of numbers."""
+"""Panels of routed experts: heatmaps with a line of numbers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from dsmoe_local.experts.heatmap import Heatmap, grid_of, scale_of
 _GAP = 3
 _FRAME = 2  # around cells drawn in shades
 _LIVE_LINES = 14
-_ROUND_IT = 6  # the least height of a live panel with a heatmap
+_MIN_LIVE_LINES = 6  # a lower live panel has no heatmap
 
 
 def summary(activity: Activity, width: int = 400) -> str:
-    """Return a line about all layers. Numbers that do not fit are left out."""
+    """Return a line of numbers about all layers. Numbers that do not fit are left out."""
     parts = [
         f"{activity.tokens:,} tokens",
         f"{activity.experts_per_token:.3g} of {activity.n_routed_experts} experts",
@@ -33,17 +33,18 @@ def summary(activity: Activity, width: int = 400) -> str:
 
 
 def live_panel(activity: Activity, width: int, height: int) -> RenderableType:
-    """Return the panel next to a running reply, of at most a third of `height`."""
+    """Return the panel beside a running reply. It takes at most a third of `height`."""
     line = _headed(activity, width)
     rows = min(_LIVE_LINES, height // 3)
-    if rows < _ROUND_IT or not activity.tokens:
+    if rows < _MIN_LIVE_LINES or not activity.tokens:
         return line
     return Group(line, Heatmap(activity, height=rows - 2, legend=False))
 
 
 def reply_panel(activity: Activity, width: int, height: int) -> RenderableType:
-    """Return the panel after a reply: a blank line, the numbers, and a heatmap that leaves part of the reply
-    visible on a screen of `height` lines.
+    """Return the panel after a reply: a blank line, the numbers, and a heatmap.
+
+    It leaves a part of the reply visible on a screen of `height` lines.
     """
     return Group(Text(""), _headed(activity, width), Heatmap(activity, height=max(8, 2 * height // 3)))
 
@@ -62,12 +63,12 @@ def panels(parts: Mapping[str, Activity], width: int, *, tall: bool = False) -> 
     scale = scale_of(list(seen.values()), [grid_of(each, 10_000, 10_000) for each in seen.values()])
     part_width = (width - _GAP * (len(seen) - 1)) // len(seen)
     beside = len(seen) > 1 and all(_least_width(each) <= part_width for each in seen.values())
-    last = next(iter(seen)) if beside else list(seen)[-1]
+    with_legend = next(iter(seen)) if beside else list(seen)[-1]
     drawn = [
         Group(
             Text(title, style="bold", no_wrap=True, overflow="ellipsis"),
             Text(summary(activity, part_width if beside else width), style="dim"),
-            Heatmap(activity, scale=scale, tall=tall, legend=title == last),
+            Heatmap(activity, scale=scale, tall=tall, legend=title == with_legend),
         )
         for title, activity in seen.items()
     ]

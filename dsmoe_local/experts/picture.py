@@ -1,4 +1,4 @@
-"""The activity of experts as a file: an SVG picture, or JSON with all numbers."""
+"""Writes the activity of experts to a file: an SVG picture, or JSON with all numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dsmoe_local.experts.activity import Activity, LayerActivity
 
 _WIDTH = 150  # columns of the picture
 _N_BUSIEST = 8
-# Without fonts from the network, unlike Rich's own template.
+# Unlike Rich's own template, it loads no fonts from the network.
 SVG_FORMAT = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">
 <style>
 text {{ font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }}
@@ -41,8 +41,8 @@ text {{ font-size: {char_height}px; }}
 def write_picture(path: Path, title: str, parts: Mapping[str, Activity]) -> None:
     """Write named activities to `path`, as .svg or .json, replacing an existing file.
 
-    Only the owner can read the file. UsageError for another ending or without tokens, FileError if it cannot
-    be written.
+    Only the owner can read the file. Raises UsageError for another file extension or without tokens,
+    FileError if the file cannot be written.
     """
     write = WRITERS.get(path.suffix.lower())
     if write is None:
@@ -56,7 +56,7 @@ def write_picture(path: Path, title: str, parts: Mapping[str, Activity]) -> None
 
 
 def as_svg(title: str, parts: Mapping[str, Activity]) -> str:
-    """Return panels of all activities, and the layers of the first with tokens."""
+    """Return an SVG of panels of all activities, and a table of the layers of the first with tokens."""
     from rich.console import Console
     from rich.text import Text
 
@@ -80,7 +80,7 @@ def as_svg(title: str, parts: Mapping[str, Activity]) -> str:
 
 
 def as_json(title: str, parts: Mapping[str, Activity]) -> str:
-    """Return all numbers. docs/experts.md explains them."""
+    """Return all numbers as JSON. docs/experts.md explains them."""
     found = {"model": title, "parts": {name: activity_json(activity) for name, activity in parts.items()}}
     return json.dumps(found, indent=1) + "\n"
 

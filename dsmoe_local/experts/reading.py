@@ -1,4 +1,4 @@
-"""Runs a text through a model and returns what its routers did."""
+"""Reads a text with a model and returns the activity of its experts."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from dsmoe_local.engine.types import FinishReason, ObserverOptions, Request, Sam
 from dsmoe_local.experts.activity import Activity, activity_of
 
 OBSERVERS = (ObserverOptions("routing"), ObserverOptions("logprobs"))
-"""With logprobs, the last layer computes all tokens: otherwise only those whose logits are needed."""
+"""With `logprobs`, the last layer computes all tokens, not only those whose logits are needed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The activity over a text of `n_tokens` tokens, read in `n_windows` independent windows.
+    """The activity for a text of `n_tokens` tokens, which was read in `n_windows` independent windows.
 
-    `perplexity` is None if there was no token to predict.
+    `perplexity` is None if no token was scored.
     """
 
     activity: Activity
@@ -38,7 +38,7 @@ def read_tokens(
     listen: Listener,
     stop: threading.Event,
 ) -> Reading:
-    """Read `ids` in equal windows that fit the context, each after `bos` unless that is None.
+    """Read `ids` in windows of about equal length that fit the context. Each begins with `bos`, if set.
 
     `name` is shown in the progress. Raises InterruptedRunError once `stop` is set, and EngineError.
     """

@@ -1,4 +1,4 @@
-"""Tables of activity by layer: the most used experts, and how even and how certain the router is."""
+"""Tables of activity by layer: the most used experts, the load entropy and the router entropy."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from rich.text import Text
 from dsmoe_local.experts.activity import Activity, Difference, LayerActivity
 
 N_BUSIEST = 4
-"""Number of experts that tables name for a layer."""
-_AROUND = 9  # cells for the layer and the margins
+"""Number of experts that a table lists for a layer."""
+_MARGINS = 9  # columns for the number of the layer and the margins
 _WIDE = 60
-"""Width from which a table of experts has more than shares."""
+"""Tables of experts of at least this width have more columns than shares."""
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of a table: heading, meaning and format of a number of a layer."""
+    """A column of a table. `write` returns the text of a layer's cell."""
 
     heading: str
     meaning: str
@@ -40,7 +40,7 @@ COLUMNS: Sequence[Column] = (
     Column("unused", "experts that no token chose", lambda x: str(x.unused)),
     Column("nats", "entropy of the router", lambda x: _optional(x.router_entropy, ".2f")),
 )
-"""Narrow tables show the first ones."""
+"""Narrow tables have only the first ones."""
 
 
 def busiest(layer: LayerActivity, n: int = N_BUSIEST) -> Text:
@@ -53,7 +53,7 @@ def busiest(layer: LayerActivity, n: int = N_BUSIEST) -> Text:
 
 
 def layer_rows(activity: Activity) -> list[tuple[str, ...]]:
-    """Return all columns as rows of text with a heading, for plain terminals."""
+    """Return the table of layers as rows of text with a heading, for plain terminals."""
     return [
         ("layer", *(column.heading for column in COLUMNS), "busiest"),
         *(
@@ -71,9 +71,12 @@ def legend(columns: Sequence[Column] = COLUMNS) -> str:
 
 
 def layer_table(activity: Activity, width: int, *, explained: bool = True) -> RenderableType:
-    """Return a table with a line for each layer, as many columns and experts as fit, and their meanings."""
+    """Return a table with a line for each layer, and as many columns and experts as fit.
+
+    If `explained`, the meanings of the columns follow.
+    """
     expert = len(str(activity.n_routed_experts - 1)) + len(" 100%  ")
-    room = width - _AROUND
+    room = width - _MARGINS
     columns = [
         column
         for number, column in enumerate(COLUMNS, 1)
@@ -92,7 +95,7 @@ def layer_table(activity: Activity, width: int, *, explained: bool = True) -> Re
 
 
 def expert_table(parts: Mapping[str, LayerActivity], width: int, n: int = 16) -> RenderableType:
-    """Return a table of the most used experts of the first part with tokens, with bars for each part."""
+    """Return a table of the most used experts of the first part with tokens, with a bar for each part."""
     seen = {name: layer for name, layer in parts.items() if layer.tokens}
     if not seen:
         return Text("no tokens yet", style="dim")
@@ -113,20 +116,23 @@ def expert_table(parts: Mapping[str, LayerActivity], width: int, n: int = 16) ->
             if wide:
                 cells.append(f"{layer.mass[expert] / count:.2f}" if count else "")
         table.add_row(str(expert), *cells)
-    notes = ["experts by the share of the tokens that chose them"]
-    notes += ["mass: the router's mean probability where it chose them"] if wide else []
+    notes = ["experts, by the share of the tokens that chose them"]
+    notes += ["mass: the router's mean probability for tokens that chose them"] if wide else []
     n_more = len(leading.counts) - leading.unused - n
     notes += [f"{n_more} more were chosen"] if n_more > 0 else []
     return _explained(table, "; ".join(notes))
 
 
 def expert_rows(parts: Mapping[str, LayerActivity], n: int = 16) -> list[tuple[str, ...]]:
-    """Return the same as rows of text with a heading."""
-    leading = next(iter(parts.values()))
+    """Return the table of experts as rows of text with a heading, for plain terminals."""
+    seen = {name: layer for name, layer in parts.items() if layer.tokens}
+    if not seen:
+        return [("no tokens yet",)]
+    leading = next(iter(seen.values()))
     return [
-        ("expert", *parts),
+        ("expert", *seen),
         *(
-            (str(expert), *(f"{layer.shares[expert]:.0%}" for layer in parts.values()))
+            (str(expert), *(f"{layer.shares[expert]:.0%}" for layer in seen.values()))
             for expert, _ in leading.busiest(n)
         ),
     ]

@@ -211,7 +211,7 @@ def test_a_reference_that_was_cut_short(tmp_path: Path) -> None:
     cut.write_bytes((tmp_path / "whole").read_bytes()[:500])
     assert is_kept(cut)
     assert not is_kept(tiny_model())
-    with pytest.raises(FormatError, match=r"cut short or damaged.*\n.*\nmake it again"):
+    with pytest.raises(FormatError, match=r"truncated or damaged.*\n.*\nmake it again"):
         unpack(cut, tmp_path)
 
 

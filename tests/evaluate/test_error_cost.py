@@ -321,7 +321,7 @@ def test_other_circumstances_are_refused(model: Path, tmp_path: Path) -> None:
         ({"types": (Q4_0, Q5_0)}, "other types, Q4_0"),
         ({"n_windows": 1}, r"\d+ windows, not 1"),
     ):
-        with pytest.raises(UsageError, match=f"costs were measured with {words}"):
+        with pytest.raises(UsageError, match=f"measured with {words}"):
             costs(model, kept_in, **more)
     assert kept_in.read_bytes() == before
     with pytest.raises(InterruptedRunError):

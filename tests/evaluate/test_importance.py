@@ -265,7 +265,7 @@ def _is_one(entry: dict[str, Any]) -> bool:
 def test_what_is_missing_is_noticed(tmp_path: Path, engine: Engine, windows: Windows) -> None:
     """Guards: a matrix of fewer tokens than it says, after the engine's process was replaced unseen."""
     forgetful: Any = Forgetful(engine)
-    with pytest.raises(EngineError, match=f"saw 0 of {len(windows.tokens) * N_CONTEXT} tokens"):
+    with pytest.raises(EngineError, match=f"processed 0 of {len(windows.tokens) * N_CONTEXT} tokens"):
         run(forgetful, windows, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

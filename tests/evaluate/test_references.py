@@ -59,7 +59,10 @@ def test_a_name_is_one_runs_from_the_start(tmp_path: Path) -> None:
         reserved(tmp_path / "kept"),
     ):
         raise AssertionError
-    with pytest.raises(FileError, match="cannot be kept"), reserved(tmp_path / "no" / "kept"):
+    with (
+        pytest.raises(FileError, match="the reference cannot be written"),
+        reserved(tmp_path / "no" / "kept"),
+    ):
         raise AssertionError
     assert list(tmp_path.iterdir()) == []
 
@@ -91,7 +94,7 @@ def test_what_the_disk_spoils_gets_no_name(
         part.write_bytes(content[:-20] if change == "cut" else content.replace(bytes(64), bytes(63) + b"x"))
 
     monkeypatch.setattr("dsmoe_local.evaluate.reference.sync", spoil)
-    with reserved(kept), pytest.raises(FormatError, match="cannot be read again"):
+    with reserved(kept), pytest.raises(FormatError, match="cannot be read back"):
         keep(recorded, kept)
     assert [path.name for path in tmp_path.iterdir()] == ["work"]
 

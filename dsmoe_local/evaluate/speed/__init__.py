@@ -1,1 +1,1 @@
-"""`dsmoe bench`: the speed of models, the bytes they read per token, and the memory's bandwidth."""
+"""Benchmarks of `dsmoe bench`: the speed of models, the bytes read per token, and the memory bandwidth."""

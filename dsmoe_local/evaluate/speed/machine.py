@@ -1,6 +1,6 @@
-"""The machine that speeds are measured on: its processor, load, memory bandwidth, and a process's memory.
+"""Measures the machine: its processor, load and memory bandwidth, and the peak memory of a process.
 
-Bandwidth is the upper limit of decoding, which reads every weight it uses once per token.
+The bandwidth limits the decoding speed, since every weight that a token uses is read once per token.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ _CPU_INFO = Path("/proc/cpuinfo")
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _PROC = Path("/proc")
 _KILOBYTE = 1024
-_BUSY, _BUSY_PER_CORE = 0.3, 0.1  # load averages above which other programs distort the figures
+_BUSY, _BUSY_PER_CORE = 0.3, 0.1  # load averages above which measurements are distorted
 _MIN_BUFFER, _MAX_BUFFER = 128 << 20, 2 << 30
-_CACHE_MULTIPLE = 8  # the buffer is so many times as large as the last-level cache
-_MEMORY_DIVISOR = 4  # and takes at most this part of the available memory
+_CACHE_MULTIPLE = 8  # size of the buffer in last-level caches
+_MEMORY_DIVISOR = 4  # the buffer takes at most a quarter of the available memory
 _PASSES = 16
-_SECONDS = 2.0  # after which no further pass begins
+_SECONDS = 2.0  # no pass begins after this time
 
 
 @dataclass(frozen=True, slots=True)
 class Bandwidth:
     """Bytes per second that `n_threads` threads read from memory, in passes over `n_bytes`.
 
-    `cache_bytes` is the size of the last-level cache, 0 if unknown. A model that reads less per token can be
-    faster than memory.
+    `cache_bytes` is the size of the last-level cache, 0 if unknown. A model that reads less than that per
+    token can exceed the bandwidth.
     """
 
     bytes_per_second: float
@@ -51,7 +51,7 @@ class Bandwidth:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The machine before the measurement. `load` is the load average, 0 if unknown."""
+    """The state of the machine before a measurement. `load` is the load average, 0 if unknown."""
 
     cpu: str
     bandwidth: Bandwidth
@@ -64,7 +64,7 @@ def look_at_machine(
     """Measure the machine, and send a note if it is busy. Raises InterruptedRunError once `stop` is set."""
     load = _load_average()
     if load > max(_BUSY, _BUSY_PER_CORE * (os.cpu_count() or 1)):
-        listen(Note(f"the machine is busy (load {load:.1f}): figures will be too low, and scattered"))
+        listen(Note(f"the machine is busy (load {load:.1f}): speeds will be too low, and vary"))
     return Machine(cpu_name(), measure_bandwidth(n_threads, listen, stop), load)
 
 
@@ -94,9 +94,10 @@ def measure_bandwidth(
     *,
     n_bytes: int | None = None,
 ) -> Bandwidth:
-    """Measure how fast threads sum up a buffer of `n_bytes` [a few times the cache]; the fastest pass counts.
+    """Measure how fast threads sum up a buffer. Return the fastest pass.
 
-    Raises InterruptedRunError once `stop` is set.
+    `n_bytes` is the size of the buffer (None: a multiple of the cache). Raises InterruptedRunError once
+    `stop` is set.
     """
     cache = last_level_cache()
     size = n_bytes or min(
@@ -105,7 +106,7 @@ def measure_bandwidth(
     n_words = max(1, size // n_threads // np.dtype(np.int64).itemsize)
     stage = "measuring the memory"
     listen(Started(stage, _PASSES, unit="passes"))
-    # Filled in threads, so that a machine with several memory nodes uses all of them.
+    # Threads fill the buffer, so that a NUMA machine uses all of its memory nodes.
     with ThreadPoolExecutor(n_threads) as executor:
         parts = list(executor.map(lambda _: np.ones(n_words, np.int64), range(n_threads)))
     total = sum(part.nbytes for part in parts)
@@ -123,7 +124,7 @@ def measure_bandwidth(
 
 
 def _pass_seconds(parts: Sequence[NDArray[np.int64]]) -> float:
-    # New threads for each pass: the system wakes up old ones where they were, maybe all on one core.
+    # Each pass needs new threads: the system wakes existing ones on their last core, which may be the same.
     threads = [threading.Thread(target=np.sum, args=(part,)) for part in parts]
     began = time.perf_counter()
     for thread in threads:
@@ -148,7 +149,7 @@ def last_level_cache(caches: Path = _CACHES) -> int:
 def peak_memory(pid: int, proc: Path = _PROC) -> int | None:
     """Return the peak memory of a running process in bytes, including mapped files; None if it has ended.
 
-    macOS does not keep a peak: there it is the current memory, which an engine does not give back.
+    On macOS, which reports no peak, it is the current memory. An engine does not release memory.
     """
     try:
         status = (proc / str(pid) / "status").read_text(encoding="ascii", errors="replace")

@@ -1,6 +1,6 @@
 """Writes measured speeds as Markdown, JSON, CSV, or text for a narrow terminal.
 
-JSON and CSV have llama-bench's fields, as far as they apply to this engine, followed by our own.
+JSON and CSV have the fields of llama-bench that apply to this engine, followed by additional ones.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MAX_PATH = 4096
 
 
 def records(machine: Machine, models: Iterable[ModelSpeed]) -> list[Record]:
-    """Return an object for each model and workload."""
+    """Return a record for each model and workload."""
     return [_record(machine, model, speed) for model in models for speed in model.speeds]
 
 
@@ -57,7 +57,7 @@ def _record(machine: Machine, model: ModelSpeed, speed: Speed) -> Record:
         "stddev_ns": round(deviation(list(map(float, speed.samples_ns)))),
         "avg_ts": speed.rate,
         "stddev_ts": speed.deviation,
-        # Our own fields.
+        # Fields that llama-bench does not have.
         "n_threads_batch": options.n_threads_batch or info.n_threads,
         "n_context": info.n_context,
         "placement": info.placement,
@@ -110,7 +110,7 @@ def _cell(value: object) -> object:
 
 
 class _Row(NamedTuple):
-    """A row of a table: a model, one of its speeds or None, and the model that it is compared with."""
+    """A row of a table: a model, one of its speeds or None, and `first`, the model to compare it with."""
 
     machine: Machine
     first: ModelSpeed
@@ -119,7 +119,7 @@ class _Row(NamedTuple):
 
 
 class _Column(NamedTuple):
-    """A column of a table. A cell is empty if its text is."""
+    """A column of a table. `text` returns the text of a row's cell."""
 
     heading: str
     is_number: bool
@@ -136,7 +136,7 @@ def _share(row: _Row) -> str:
 
 
 def _bytes_per_token(row: _Row) -> str:
-    """What this reply reads; of a model without a reply, only the weights."""
+    """Return the bytes that a token of a reply reads. Without a measured reply, only those of the weights."""
     if row.speed is None:
         return format_size(row.model.reads.n_bytes)
     return "" if row.speed.n_bytes_per_token is None else format_size(row.speed.n_bytes_per_token)
@@ -148,7 +148,7 @@ def _bytes_per_second(row: _Row) -> str:
 
 
 def _relative_speed(row: _Row) -> str:
-    """The speed divided by that of the first model in the same test, with the error from both deviations."""
+    """Return the speed relative to the first model in the same test, with the propagated error."""
     speed = row.speed
     if speed is None:
         return ""
@@ -191,14 +191,14 @@ _RELATIVE = _Column("speed", True, _relative_speed)
 
 
 def as_markdown(machine: Machine, models: Sequence[ModelSpeed]) -> str:
-    """Return llama-bench's table, a table of what explains it, and a line about the machine."""
+    """Return a table like llama-bench's, a table of the bytes read, and a line about the machine."""
     return "\n\n".join([*_tables(machine, models), _about(machine)])
 
 
 def as_text(machine: Machine, models: Sequence[ModelSpeed], width: int) -> str:
     """Return the Markdown if it fits into `width` columns, else a paragraph for each model.
 
-    Words are not broken, so a line may be longer if it is one word.
+    Words are not broken, so a line with a single long word may be wider.
     """
     parts = _tables(machine, models)
     if any(len(line) > width for part in parts for line in part.splitlines()):
@@ -270,7 +270,7 @@ def _about(machine: Machine) -> str:
     if bandwidth.cache_bytes:
         cache = format_size(bandwidth.cache_bytes)
         lines.append(
-            f"(A model that reads less than the cache, {cache}, per token can be faster than memory.)"
+            f"(A model that reads less per token than the cache, {cache}, can exceed the bandwidth.)"
         )
     return "\n".join(lines)
 
@@ -287,7 +287,7 @@ def _wrapped(text: str, width: int, indent: str) -> list[str]:
 
 
 def _name(model: ModelSpeed) -> str:
-    """The name of the model's file, escaped for a table."""
+    """Return the name of the model's file, escaped for a table."""
     return safe_line(model.info.path.stem, 60).replace("|", "\\|")
 
 
@@ -307,7 +307,7 @@ def _threads(model: ModelSpeed) -> str:
 
 
 def _binary_size(n_bytes: int) -> str:
-    """A size as llama-bench writes it."""
+    """Return a size in llama-bench's format."""
     return f"{n_bytes / _KIB**3:.2f} GiB" if n_bytes >= _KIB**3 else f"{n_bytes / _KIB**2:.2f} MiB"
 
 

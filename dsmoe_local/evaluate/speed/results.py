@@ -1,4 +1,4 @@
-"""Measures a loaded model, and computes rates, bytes per second and shares of bandwidth from the times."""
+"""Measures a loaded model: speeds, bytes read per second, and the share of the bandwidth."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from dsmoe_local.model.gguf_model import read_model
 
 @dataclass(frozen=True, slots=True)
 class Reads:
-    """What decoding a token reads, from the header of the model's file.
+    """The bytes that decoding a token reads, computed from the header of the model's file.
 
-    `n_bytes` of weights, and `n_cache_bytes` of the KV cache for each earlier token. `n_activated` is the
-    number of parameters used. `type` is llama.cpp's name of the file's type, or the type of most weights.
+    These are `n_bytes` of weights, and `n_cache_bytes` of the KV cache for each earlier token. `n_activated`
+    is the number of parameters used. `type` is llama.cpp's name of the file's type, or the type of most
+    weights.
     """
 
     type: str
@@ -33,13 +34,13 @@ class Reads:
     n_cache_bytes: int
 
     def at(self, workload: Workload) -> float:
-        """Return the bytes read per token, as the mean over a reply."""
+        """Return the mean number of bytes read per token of a reply."""
         return self.n_bytes + self.n_cache_bytes * (workload.n_depth + workload.n_gen / 2)
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """The speed of a workload. `n_bytes_per_token` is None for a prompt, whose tokens share their reads.
+    """The speed of a workload. `n_bytes_per_token` is None for a prompt, whose tokens share reads.
 
     As in llama-bench, `rate` and `deviation` are computed from the rates of the repetitions.
     """
@@ -92,9 +93,9 @@ class ModelSpeed:
         return tuple(part.partition(":")[0] for part in offloaded)
 
     def share_of(self, speed: Speed, bandwidth: Bandwidth) -> float | None:
-        """Return the share of the memory's bandwidth that decoding uses.
+        """Return the share of the memory bandwidth that decoding uses.
 
-        None for a prompt, and if a part of the model is in the memory of other devices.
+        Returns None for a prompt, and if a part of the model is on another device.
         """
         if speed.bytes_per_second is None or self.devices:
             return None
@@ -127,14 +128,13 @@ def measure_model(
 
 
 def reads_of(path: Path, options: ModelOptions) -> Reads:
-    """Return what a token reads of the model in `path`, loaded with `options`.
+    """Return the bytes that a token reads of the model in `path`, loaded with `options`.
 
     Raises FormatError, FileError; UsageError for an unknown cache type.
     """
     file, hp = read_model(path)
     if options.n_experts_per_token is not None:
         hp = replace(hp, n_experts_per_token=options.n_experts_per_token)
-
     return Reads(
         file_type_name(file),
         parameters(hp).activated,

@@ -1,8 +1,7 @@
-"""Times workloads with an engine: prompts of so many tokens, or so many tokens decoded, after a context.
+"""Times workloads with an engine: the prefill of a prompt or the decoding of a reply, after a context.
 
-Times come from the engine's own clock, since its caller is told of several tokens at once. Prompts are random
-tokens, as in llama-bench. Replies are sampled: greedy ones would soon repeat themselves, and with that the
-experts that they use.
+Times are those of the engine's clock, since its client receives several tokens at once. Prompts are random
+tokens, as in llama-bench. Replies are sampled: greedy ones would soon repeat, and so would their experts.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from dsmoe_local.base.progress import Advanced, Finished, Listener, Started, ign
 from dsmoe_local.engine.errors import EngineError
 from dsmoe_local.engine.interface import TextEngine
 from dsmoe_local.engine.types import (
+    MIN_CONTEXT,
     FinishReason,
     ModelOptions,
     Request,
@@ -29,8 +29,7 @@ from dsmoe_local.engine.types import (
 from dsmoe_local.evaluate.measure import name_of
 from dsmoe_local.evaluate.windows import bos_token
 
-_POLL_SECONDS = 0.2  # between two looks at a reply: waking up for each token would slow it down
-_MIN_CONTEXT = 32  # the smallest context of an engine
+_POLL_SECONDS = 0.2  # between updates: waking up for each token would slow the engine down
 _SAMPLING = SamplingParameters(temperature=1.0, top_k=40, top_p=1.0, min_p=0.0)
 _BAN = -1000.0
 _SEED = 1
@@ -38,8 +37,9 @@ _SEED = 1
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """`n_prompt` tokens of a prompt, or `n_gen` of a reply (the other is 0), after `n_depth` tokens that are
-    not timed.
+    """A prompt of `n_prompt` tokens or a reply of `n_gen` tokens. The other number is 0.
+
+    It follows a context of `n_depth` tokens, which are not timed.
     """
 
     n_prompt: int
@@ -48,12 +48,12 @@ class Workload:
 
     @property
     def n_tokens(self) -> int:
-        """Timed tokens."""
+        """The number of timed tokens."""
         return self.n_prompt + self.n_gen
 
     @property
     def n_context(self) -> int:
-        """The context it needs. A reply follows at least one token, and its first token is not timed."""
+        """The context length. A reply follows at least one token, and its first token is not timed."""
         return self.n_depth + self.n_prompt + 1 if self.n_prompt else max(self.n_depth, 1) + self.n_gen + 1
 
     @property
@@ -66,7 +66,7 @@ class Workload:
 def workloads_of(
     n_prompts: Sequence[int], n_gens: Sequence[int], n_depths: Iterable[int] = (0,)
 ) -> tuple[Workload, ...]:
-    """Return all prompts and replies at all depths, in llama-bench's order. Lengths of 0 are left out."""
+    """Return all prompts and replies at all depths, in llama-bench's order. Lengths of 0 are ignored."""
     return tuple(
         workload
         for depth in n_depths
@@ -78,17 +78,18 @@ def workloads_of(
 
 
 def options_for(options: ModelOptions, workloads: Sequence[Workload]) -> ModelOptions:
-    """Return the options to load a model for these workloads: one sequence, and the smallest context for the
-    workloads that is not smaller than that of `options`.
+    """Return the options to load a model for these workloads, with one sequence.
+
+    The context is that of `options`, or longer if a workload requires it.
     """
-    n_context = max(options.n_context or 0, _MIN_CONTEXT, *(workload.n_context for workload in workloads))
-    # In a cache that is not unified, attention does not read what is left of earlier prompts.
+    n_context = max(options.n_context or 0, MIN_CONTEXT, *(workload.n_context for workload in workloads))
+    # If the cache is not unified, attention does not read the cells of earlier prompts.
     return replace(options, n_context=n_context, n_parallel=1, unified=False, observers=())
 
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """A workload and the seconds of each repetition. `began` is in UTC."""
+    """The seconds of each repetition of a workload. `began` is in UTC."""
 
     workload: Workload
     seconds: tuple[float, ...]
@@ -102,7 +103,7 @@ def time_workloads(
     listen: Listener = ignore,
     stop: threading.Event | None = None,
 ) -> tuple[Timed, ...]:
-    """Time each workload `repetitions` times, after a run that does not count. For the rest, see Timer."""
+    """Time each workload `repetitions` times, after a warm-up run. Raises the errors of `Timer.time`."""
     timer = Timer(engine, listen, stop)
     stage = f"measuring {name_of(engine)}"
     total = sum(workload.n_tokens for workload in workloads) * (repetitions + 1)
@@ -186,15 +187,17 @@ class Timer:
             _check_computed(reply, 1)
             if reply.ended_by is None:
                 break
-            # The tokens that end a reply are not known in advance. A model has only a few.
+            # Ban the end token and try again. The end tokens are not known in advance, but there are few.
             self._bans[reply.ended_by] = _BAN
             self._listen(Advanced(-workload.n_gen))
         if len(reply.moments) != wanted:
-            raise EngineError(f"a reply has {len(reply.moments)} tokens, {wanted} were asked for")
+            raise EngineError(
+                f"a reply has {len(reply.moments)} tokens, {wanted} were requested", remedy="try again"
+            )
         return reply.moments[-1] - reply.moments[0]
 
     def _reply(self, prompt: tuple[int, ...], n_new: int, number: int, advance: int = 0) -> _Reply:
-        """Return a complete reply of `n_new` tokens. Its progress is `advance` tokens."""
+        """Return a complete reply of `n_new` tokens. The progress advances by `advance` tokens."""
         reply = _Reply()
         request = Request(
             f"speed-{number}",
@@ -203,7 +206,7 @@ class Timer:
             max_tokens=n_new,
             logit_bias=tuple(self._bans.items()),
         )
-        # A short reply ends before the first look below.
+        # A short reply ends before the first check in the loop below.
         self._check_stop()
         ticket = self._engine.start(request, reply.take)
         reported = 0
@@ -217,7 +220,7 @@ class Timer:
         if reply.error is not None:
             raise reply.error
         if reply.usage is None or not reply.moments:
-            raise EngineError("a reply ended without a token")
+            raise EngineError("a reply ended without a token", remedy="try again")
         self._listen(Advanced(advance - reported, self._label))
         return reply
 
@@ -226,13 +229,13 @@ class Timer:
             raise InterruptedRunError("the measurement was interrupted")
 
     def _context(self, n_depth: int) -> tuple[int, ...]:
-        """Return the tokens before the timed ones. They are the same each time, so the cache has them."""
+        """Return the tokens before the timed ones. They are always the same, so they stay in the cache."""
         generator = random.Random(_SEED)  # noqa: S311 - not for secrets
         ids = [generator.randrange(self._engine.info.n_vocab) for _ in range(n_depth)]
         return (self._start, *ids[1:]) if ids else ()
 
     def _new_tokens(self, count: int, number: int) -> tuple[int, ...]:
-        """Return random tokens. The first differs from the one in the cache, so all of them are computed."""
+        """Return random tokens. The first is not the one in the cache, so all of them are computed."""
         n_vocab = self._engine.info.n_vocab
         first = (self._start + 1 + number % (n_vocab - 1)) % n_vocab
         return (first, *(self._random.randrange(n_vocab) for _ in range(count - 1)))
@@ -245,5 +248,5 @@ def _check_computed(reply: _Reply, n_tokens: int) -> None:
     if n_computed != n_tokens:
         raise EngineError(
             f"the engine computed {n_computed} tokens of a prompt, {n_tokens} were to be timed",
-            remedy="try again; its process may have been replaced",
+            remedy="its process may have been restarted: try again",
         )
