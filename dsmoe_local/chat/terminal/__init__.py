@@ -22,8 +22,8 @@ def open_terminal(
 ) -> Terminal:
     """Return the full terminal, or the plain one if `plain` is set or stdin or stdout cannot be drawn on.
 
-    `status` gives the status bar and `complete` the completions, both in the thread that reads keys. Without
-    `history_path` no input is kept.
+    `status` returns the content of the status bar and `complete` the completions. The thread that reads keys
+    calls both. Without `history_path`, inputs are not stored.
     """
     if plain or is_dumb() or not (sys.stdin.isatty() and sys.stdout.isatty()):
         from dsmoe_local.chat.terminal.plain import PlainTerminal
@@ -36,7 +36,7 @@ def open_terminal(
 
 @contextmanager
 def keys_withheld() -> Iterator[None]:
-    """Keep keys typed meanwhile off the screen and unread, for the terminal that opens next.
+    """While the block runs, neither show nor read typed keys, so that the next terminal gets them.
 
     Ctrl-C still interrupts.
     """

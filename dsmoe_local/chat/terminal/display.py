@@ -1,4 +1,4 @@
-"""What the full terminal shows of the conversation: lines printed for good, and the end of a growing reply.
+"""The conversation on the full terminal: lines that are printed once, and the open end of a running reply.
 
 Only the UI thread uses it.
 """
@@ -18,9 +18,9 @@ _ROWS_BESIDE_PANEL = 4
 
 
 class Display:
-    """Prints lines with `print_above`, and gives the lines to be drawn below them.
+    """Prints lines with `print_above`, and returns the lines to be drawn below them.
 
-    `activity` says what is going on with the running reply, for the state line.
+    `activity` describes the state of the running reply, for the state line.
     """
 
     def __init__(self, print_above: Callable[[str], None], size: Callable[[], Size], *, colour: bool) -> None:
@@ -61,7 +61,7 @@ class Display:
         self._reply, self._reply_begun = reply, False
 
     def announce_wait(self, reply: MarkdownStream) -> None:
-        """Say that the user has to wait for `reply`, unless it shows something already."""
+        """Show that `reply` has not begun yet, unless it already shows something."""
         silent = reply is self._reply and not self._reply_begun and not reply.lines(*self._live_size())
         if silent and not self.activity:
             self.activity = "waiting for the first word …  Ctrl-C stops"
@@ -75,8 +75,8 @@ class Display:
     def note(self, text: str) -> None:
         """Print a dim line.
 
-        While a part of the reply is not final, the line waits for the end of the reply: it must not come
-        between two lines of code.
+        While the end of the reply may still change, the line is held back until the reply ends: it must not
+        come between two lines of code.
         """
         if self._reply is not None and self._reply.lines(*self._live_size()):
             self._held_notes.append(text)
@@ -99,15 +99,15 @@ class Display:
         self._panel, self._panel_lines = panel, (0, [])
 
     def live_lines(self, columns: int, rows: int) -> list[str]:
-        """Return the end of the reply that is not final yet, and the panel, in at most `rows` lines."""
+        """Return the end of the reply, as far as it may still change, and the panel: at most `rows` lines."""
         if rows <= 1:
             return []
         panel = self._draw_panel(columns)[: max(0, rows - _ROWS_BESIDE_PANEL)]
         panel += [""] if panel else []
         room = rows - len(panel) - 2
-        # At most half of the window: the reply then still fits if the window becomes half as wide.
+        # At most half of the window, so that the reply still fits if the window becomes half as wide.
         live = [] if self._reply is None else self._reply.lines(columns, min(room, max(3, rows // 2)))
-        # A reply that goes on contains the empty lines between its blocks.
+        # A reply that has begun contains the empty lines between its blocks.
         gap = not (self._ends_blank or (live and self._reply_begun))
         return [*([""] if gap else []), *live, *([""] if live else []), *panel]
 

@@ -1,4 +1,4 @@
-"""The user's editor and the clipboard: programs outside, and the terminal's own clipboard (OSC 52)."""
+"""The user's editor and the clipboard: external programs, and the terminal's own clipboard (OSC 52)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dsmoe_local.base.errors import FileError
 
-_GRACE_SECONDS = 2.0  # for an editor that is to end
+_GRACE_SECONDS = 2.0  # for an editor to end after SIGTERM
 _DEFAULT_EDITORS = ("sensible-editor", "nano", "vim", "vi", "emacs")
 
 # Terminals drop a longer sequence, or show it as text.
@@ -36,7 +36,7 @@ _CLIPBOARD_TOOLS: tuple[tuple[str, tuple[str, ...]], ...] = (
 class Editor:
     """One run of the user's editor.
 
-    Buffer.open_in_editor of prompt_toolkit does not say why an editor failed, and cannot be ended.
+    prompt_toolkit's Buffer.open_in_editor does not report why an editor failed, and cannot be stopped.
     """
 
     def __init__(self) -> None:
@@ -44,9 +44,10 @@ class Editor:
         self._ended = False
 
     def edit(self, text: str) -> str | None:
-        """Edit `text`, on a terminal that nothing else uses; None if the editor failed or nothing was saved.
+        """Return the edited `text`, or None if the editor failed or nothing was saved.
 
-        FileError if there is no editor, or the text cannot be written or read.
+        Nothing else may use the terminal meanwhile. FileError if there is no editor, or the text cannot be
+        written or read.
         """
         command = _editor_command()
         try:
@@ -97,7 +98,7 @@ class Editor:
             self._terminate(process)
         status = process.wait()
         if status < 0 and before is not None:
-            # Killed by a signal, it may have left the terminal in raw mode.
+            # An editor killed by a signal may leave the terminal in raw mode.
             with suppress(termios.error):  # the terminal has been closed
                 termios.tcsetattr(0, termios.TCSADRAIN, before)
         return status

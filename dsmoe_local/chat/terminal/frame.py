@@ -1,8 +1,8 @@
-"""Painting of the lines below the conversation: pure functions that return escape codes.
+"""Paint the lines below the conversation: pure functions that return escape codes.
 
-A frame is painted in place. Only changed lines are written, text printed above the frame takes its place, and
-no line of the frame reaches the scrollback. The terminal is never asked for the position of its cursor: the
-last frame has set it.
+A frame is painted in place: only changed lines are written. Text printed above the frame overwrites it, and
+the frame is painted again below, so that no line of it reaches the scrollback. The terminal is never asked
+for the position of its cursor, which the last frame has set.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ERASE_LINE, _ERASE_DOWN = "\x1b[K", "\x1b[J"
 class Frame:
     """Lines with their styles, drawn for a window of `columns` and `rows`, and the position of the cursor.
 
-    `rows` is 0 if the window has been resized since, so that its contents are not known.
+    `rows` is 0 if the window has been resized since, so that its contents are unknown.
     """
 
     lines: tuple[str, ...]
@@ -58,22 +58,21 @@ def paint(old: Frame | None, new: Frame, above: str = "", *, reflows: bool = Fal
 def wipe(frame: Frame | None, columns: int, *, reflows: bool = False) -> str:
     """Return the codes that erase a frame from a terminal that is now `columns` wide.
 
-    The cursor ends where the frame began. `reflows`: the terminal is known to wrap lines anew when its width
-    changes. Otherwise some rows of the frame may stay, since a wrong guess would erase lines of the
-    conversation.
+    The cursor ends where the frame began. `reflows`: the terminal is known to rewrap lines when its width
+    changes. Otherwise some rows of the frame may stay: a wrong guess would erase lines of the conversation.
     """
     if frame is None:
         return ""
     above = _rows_to_cursor(frame, columns, reflows=reflows)
     below = rows_taken(frame, columns) - _rows_to_cursor(frame, columns, reflows=True)
     # Row by row, because tmux moves a screen that is erased as a whole into its scrollback. The cursor is
-    # saved and restored, because a window that has become lower may have fewer rows below.
+    # saved and restored, because there may be fewer rows below it in a window that has lost height.
     erase = _down(1).join([_ERASE_LINE] * (above + below))
     return f"\r{_up(above)}{_SAVE_CURSOR}{erase}{_RESTORE_CURSOR}"
 
 
 def print_lines(text: str) -> str:
-    """Return the codes that print lines, each over what is in its row."""
+    """Return the codes that print lines, each over the content of its row."""
     lines = text.removesuffix("\n").split("\n") if text else []
     # Erase before writing: after a full line the code would erase its last cell.
     return "".join(f"{_ERASE_LINE}{line}\r\n" for line in lines)
@@ -96,7 +95,7 @@ def _paint(old: Frame | None, new: Frame, above: str, *, reflows: bool) -> Itera
         return
     yield _BEGIN
     if old is not None and (old.columns, old.rows) != (new.columns, new.rows):
-        # The window has been resized: which lines are still on the screen is not known.
+        # The window has been resized, so the lines that are still on the screen are unknown.
         yield wipe(old, new.columns, reflows=reflows)
         old = None
     if old is None or above:
@@ -154,17 +153,17 @@ def _place_cursor(frame: Frame) -> str:
 
 def _rows_to_cursor(frame: Frame, columns: int, *, reflows: bool) -> int:
     """Return the rows from the frame's first one to the cursor, on a terminal that is now `columns` wide."""
-    # A wider terminal joins no lines, because each was ended by a line feed.
+    # A wider terminal joins no lines, because each of them ends with a line feed.
     if not reflows or columns >= frame.columns or not all(map(is_certain, frame.lines[: frame.row + 1])):
         return frame.row
     before = sum(_rows_of(line, columns) for line in frame.lines[: frame.row])
     line = without_styles(frame.lines[frame.row]) if frame.lines else ""
-    # A cursor behind the end of a full line does not begin a new row in every terminal.
+    # In some terminals, a cursor behind the end of a full line stays in that row.
     return before + _rows_of(line[: _index(line, frame.column)], columns) - 1
 
 
 def _rows_of(line: str, columns: int) -> int:
-    """Return the rows that a line is wrapped to. A wide character of which half fits goes to the next row."""
+    """Return the rows that a wrapped line takes. A wide character is never split between two rows."""
     rows, used = 1, 0
     for _, size in sized(without_styles(line)):
         if used + size > columns:

@@ -1,7 +1,7 @@
-"""The full terminal: replies drawn as Markdown while they grow, above an input that is always there.
+"""The full terminal: replies are drawn as Markdown while they arrive, above an input that is always visible.
 
-The thread that calls `run`, the UI thread, reads keys and draws. Another one, the worker, answers messages
-and calls the methods of Screen, which pass everything on to the UI thread.
+The thread that calls `run`, the UI thread, reads keys and draws. The worker thread answers messages and calls
+the methods of Screen, which pass everything on to the UI thread.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class FullTerminal:
             finally:
                 self._over.set()
                 self._inputs.put(None)
-                # The worker may still be answering, if the terminal was closed meanwhile.
+                # If the terminal was closed, the worker may still be answering.
                 for stop in (cancel, kill):
                     worker.join(0.05)
                     if worker.is_alive():

@@ -1,4 +1,4 @@
-"""Input of the full terminal: key bindings, keys typed ahead, the history, and messages that wait."""
+"""Input of the full terminal: key bindings, keys typed ahead, the history, and queued messages."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from dsmoe_local.chat.terminal.ui import ChatUI
 
 MAX_HISTORY_BYTES = 1 << 20
-"""A file of twice this size is cut down to its newest inputs, at most this many bytes of them."""
+"""A file of twice this size is truncated to its newest inputs, at most this many bytes."""
 _HISTORY_ENTRY = b"\n# "  # begins an input; the lines of the input itself begin with a plus sign
 _MAX_WAITING_SHOWN = 3
 
-# Shift-Enter in terminals that tell it from Enter: kitty's sequence and xterm's.
+# Shift-Enter in terminals that distinguish it from Enter: kitty's sequence and xterm's.
 _SHIFT_ENTER = ("\x1b[13;2u", "\x1b[27;2;13~")
 _PASTE_END = "\x1b[201~"
 
@@ -42,7 +42,7 @@ def key_bindings(ui: ChatUI) -> KeyBindings:
     empty = typing & Condition(lambda: not ui.input.text)
     queued = empty & Condition(lambda: bool(ui.messages.waiting))
     always = Always()
-    # Keys, when they apply, what they do, and whether they are eager: not waiting for a longer sequence.
+    # Keys, filter, action, and whether the binding is eager: it does not wait for a longer sequence.
     table: tuple[tuple[str, Filter, Callable[[], object], bool], ...] = (
         ("enter", typing, lambda: _enter(ui), False),
         ("escape enter", typing, lambda: ui.input.newline(copy_margin=False), False),
@@ -58,7 +58,7 @@ def key_bindings(ui: ChatUI) -> KeyBindings:
         ("escape", asked, lambda: ui.answer(yes=False), True),
         ("c-c", ~is_searching, ui.interrupt, True),
         ("<sigint>", always, lambda: stop_search() if is_searching() else ui.interrupt(), False),
-        # prompt_toolkit accepts the input with these, which would discard it.
+        # prompt_toolkit binds these to accept the input, which would discard it.
         ("c-o", always, lambda: None, False),
         ("escape #", always, lambda: None, False),
         ("c-z", always, ui.suspend, False),
@@ -99,8 +99,7 @@ def _enter(ui: ChatUI) -> None:
 def read_typeahead(descriptor: int) -> list[KeyPress]:
     """Return the keys that were typed before the application started. The terminal is in raw mode.
 
-    A single Enter is kept. Several may be the line ends of a paste: they become new lines, so that nothing is
-    sent.
+    A single Enter is kept. Several may be the line ends of a paste, so they become newlines and send nothing.
     """
     # Before raw mode the terminal may have turned Enter into a line feed, and Ctrl-D into a NUL.
     text = re.sub("\r\n?", "\n", _read_available(descriptor).replace("\0", ""))
@@ -140,19 +139,20 @@ def _read_available(descriptor: int) -> str:
 
 
 class _BoundedHistory(FileHistory):
-    """A FileHistory of limited size. If the disk is full the input is lost, but the chat goes on."""
+    """A FileHistory of limited size. An input that cannot be written is not stored."""
 
     def store_string(self, string: str) -> None:
         try:
             super().store_string(string)
-            _cut(Path(os.fsdecode(self.filename)))
+            _truncate(Path(os.fsdecode(self.filename)))
         except OSError:
             return
 
 
 def open_history(path: Path | None) -> History:
-    """Return the history at `path`, which gets mode 0600; one in memory without a path, or if it cannot be
-    written.
+    """Return the history in the file `path`, which gets mode 0600.
+
+    Without a path, or if the file cannot be written, the history is in memory.
     """
     if path is None:
         return InMemoryHistory()
@@ -160,13 +160,13 @@ def open_history(path: Path | None) -> History:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.close(os.open(path, os.O_CREAT | os.O_APPEND | os.O_RDWR, 0o600))
         path.chmod(0o600)
-        _cut(path)
+        _truncate(path)
     except OSError:
         return InMemoryHistory()
     return _BoundedHistory(str(path))
 
 
-def _cut(path: Path) -> None:
+def _truncate(path: Path) -> None:
     """Remove the oldest inputs from a file that has become too large."""
     if path.stat().st_size <= 2 * MAX_HISTORY_BYTES:
         return
@@ -176,14 +176,14 @@ def _cut(path: Path) -> None:
         with locked(path):
             content = path.read_bytes()
             start = content.find(_HISTORY_ENTRY, max(0, len(content) - MAX_HISTORY_BYTES))
-            # If even the last input is too large, nothing is kept.
+            # If the last input alone is too large, nothing is kept.
             write_file(path, content[start:] if start >= 0 else b"", 0o600)
     except LockedError:
-        return  # another chat is cutting it
+        return  # another chat is truncating it
 
 
 class MessageQueue:
-    """Messages that are answered one after the other. `begin` is called with each in its turn."""
+    """Messages that are answered one after the other. `begin` starts the answer to a message."""
 
     def __init__(self, begin: Callable[[str], None]) -> None:
         self._begin = begin
@@ -194,7 +194,7 @@ class MessageQueue:
         self.waiting: list[str] = []
 
     def add(self, text: str) -> None:
-        """Begin a message, or let it wait. While the chat ends it is dropped."""
+        """Begin the message, or queue it while another is answered. While the chat ends, it is dropped."""
         if not self.busy:
             self.busy = True
             self.number += 1
@@ -203,17 +203,17 @@ class MessageQueue:
             self.waiting.append(text)
 
     def done(self) -> None:
-        """The message has been answered: begin the next one."""
+        """Record that the message has been answered, and begin the next one."""
         self.busy, self.stopping_since = False, None
         if self.waiting and not self.leaving:
             self.add(self.waiting.pop(0))
 
     def take_all(self, draft: str) -> str:
-        """Remove all that wait, and return them together with `draft` as one text."""
+        """Remove all queued messages, and return them together with `draft` as one text."""
         texts = [*self.waiting, *([draft] if draft else [])]
         self.waiting.clear()
         if len(texts) > 1:
-            # In the middle of a text the marks of a block mean nothing.
+            # Within a text, the marks of a block have no meaning, so they are removed.
             texts = [text if (inner := multiline.content(text)) is None else inner for text in texts]
         return "\n".join(texts)
 
@@ -228,7 +228,7 @@ class MessageQueue:
         if self.leaving:
             lines = ["leaving …"]
         elif self.stopping_since is not None:
-            lines = ["stopping …  Ctrl-C again ends the engine; it starts anew with the next message"]
+            lines = ["stopping …  Ctrl-C again ends the engine; it starts again with the next message"]
         lines += [f"queued: {text.strip()}" for text in self.waiting[:_MAX_WAITING_SHOWN]]
         if len(self.waiting) > _MAX_WAITING_SHOWN:
             lines.append(f"queued: {len(self.waiting) - _MAX_WAITING_SHOWN} more")

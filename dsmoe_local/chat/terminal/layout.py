@@ -56,15 +56,15 @@ _MIN_INPUT_LINES = 3
 _METER_CELLS = 8
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 _SEPARATOR = "  ·  "
-# What a narrow window leaves out of the status bar, in this order. "word" is the word "context".
+# The parts that the status bar of a narrow window lacks, in this order. "word" is the word "context".
 _OPTIONAL_PARTS = ("note", "speed", "session", "meter", "word", "model")
 
 
 class ChatLayout:
     """The buffers for typing and the windows that show them.
 
-    `state_lines` and `status_bar` return text for a number of columns, `question` the question that is asked,
-    or "".
+    `state_lines` returns the lines for a number of columns, `status` the content of the status bar, and
+    `question` the question that is asked, or "".
     """
 
     def __init__(
@@ -120,10 +120,10 @@ class ChatLayout:
         self.layout.focus(self._answer_control if self._question() else self._input_control)
 
     def complete(self) -> None:
-        """Complete as far as the choices agree, then offer them in a menu, then step through the menu.
+        """Insert the common prefix of the choices, then offer them in a menu, then step through the menu.
 
-        Not by Buffer.start_completion, which runs in a task: an Enter typed right after Tab would come before
-        the completion.
+        Buffer.start_completion is not used, since it runs in a task: an Enter typed right after Tab would
+        come before the completion.
         """
         offered = self.input.complete_state
         if offered is not None and len(offered.completions) > 1:

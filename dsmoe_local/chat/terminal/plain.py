@@ -1,7 +1,7 @@
 """The plain terminal: lines in, lines out, for screen readers, `--plain` and dumb terminals.
 
-No colours, no drawing, nothing written twice, and no escape codes but those with which readline recognizes
-pastes. Replies are printed raw. Everything happens in the thread that calls `run`.
+It uses no colours and redraws nothing. The only escape codes are those with which readline recognizes pastes.
+Replies are printed as they are. Everything happens in the thread that calls `run`.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from dsmoe_local.chat.terminal.signals import Interrupts
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-_LONG_PROMPT = 256  # tokens; reading fewer takes no time worth a line
-_PASTE_SECONDS = 0.03  # lines that follow each other faster were pasted
+_LONG_PROMPT = 256  # tokens; fewer are read too fast to announce it
+_PASTE_SECONDS = 0.03  # lines that arrive within this time of each other were pasted
 _READLINE_SETTINGS = (
     "tab: complete",
     # With it, tabs and line ends in a paste are text.
@@ -45,7 +45,7 @@ _READLINE_SETTINGS = (
 
 
 class PlainTerminal:
-    """A Terminal of lines. Without `history_path` no input is kept."""
+    """A Terminal that reads and writes lines. Without `history_path`, inputs are not stored."""
 
     plain = True
     colour = False
@@ -98,7 +98,7 @@ class PlainTerminal:
         self._write("".join(f"{line}\n" for line in lines))
 
     def live(self, renderable: RenderableType | None) -> None:
-        """Do nothing: a panel that changes cannot be read as lines."""
+        """Do nothing: a panel that is redrawn makes no sense as lines."""
 
     def echo(self, message: str) -> None:
         self._write("> " + safe_text(message).replace("\n", "\n  ") + "\n")
@@ -168,16 +168,16 @@ class _PlainReply:
         self._write(f"{safe_line(text, ansi.NOTICE_LIMIT)}\n")
 
     def end_line(self) -> None:
-        """Begin a new line, unless the last one has ended."""
+        """Begin a new line, unless the text ends with a newline."""
         if not self._at_line_start:
             self._write("\n")
             self._at_line_start = True
 
 
 class LineReader:
-    """Reads inputs from stdin, edited by readline where the terminal can.
+    """Reads inputs from stdin, with readline if the terminal supports it.
 
-    What was pasted, or typed ahead, is one input, not one for each line.
+    Lines that are pasted or typed ahead together are one input.
     """
 
     def __init__(
@@ -193,7 +193,7 @@ class LineReader:
         self._history = open_history(history_path)
         self._has_readline = self._is_terminal and not is_dumb() and _start_readline(complete)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._unread = ""  # of what was read without readline
+        self._unread = ""  # text read without readline and not returned yet
         if self._has_readline:
             import readline
 
@@ -211,7 +211,8 @@ class LineReader:
     def line(self, prompt: str = "") -> str:
         """Read one line; with readline, also a whole paste.
 
-        KeyboardInterrupt: Ctrl-C. EOFError: Ctrl-D, a signal that ends the chat, or the terminal is gone.
+        Raises KeyboardInterrupt for Ctrl-C, and EOFError for Ctrl-D, a signal that ends the chat, or a closed
+        terminal.
         """
         try:
             with self._interrupts.reading():
@@ -230,7 +231,7 @@ class LineReader:
                     self._write("note: pasted text attaches no files: type @FILE to attach one\n")
             return text if multiline.content(text) is None else multiline.quoted(text)
         while multiline.is_open(text):
-            # Lines that wait behind the closing mark belong to this input, so to the block.
+            # Lines that already wait after the closing mark belong to this input, and so to the block.
             text = "\n".join([text, self.line("  "), *self._waiting_lines()])
         return text
 
@@ -260,14 +261,14 @@ class LineReader:
         return lines
 
     def _has_waiting(self) -> bool:
-        """True if another line is there already."""
+        """Return True if another line can be read without waiting."""
         if not self._is_terminal:
             return False
         return "\n" in self._unread or bool(select.select([sys.stdin], [], [], _PASTE_SECONDS)[0])
 
 
 def _start_readline(complete: Completer) -> bool:
-    """Set up readline; False if Python has none. Its only escape codes are those for marking pastes."""
+    """Set up readline. Return False if this Python has none."""
     try:
         import readline
     except ImportError:
@@ -275,7 +276,7 @@ def _start_readline(complete: Completer) -> bool:
     choices: list[str] = []
 
     def choice(word: str, number: int) -> str | None:
-        """Return the completion of that number; `readline` counts up until None."""
+        """Return the completion with this number; readline calls this with 0, 1, … until it returns None."""
         if number == 0:
             before = readline.get_line_buffer()[: readline.get_endidx()]
             begin = readline.get_begidx()

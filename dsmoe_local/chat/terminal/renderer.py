@@ -1,8 +1,8 @@
 """The renderer of the full terminal: it keeps a prompt_toolkit layout below a conversation that scrolls.
 
-It takes the place of prompt_toolkit's own renderer, which asks the terminal for the cursor's position,
-switches bracketed paste off while something is printed above the layout, and expects a resized terminal to
-cut lines off.
+It replaces prompt_toolkit's own renderer, which asks the terminal for the cursor's position, switches
+bracketed paste off while something is printed above the layout, and expects a resized terminal to truncate
+lines.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from dsmoe_local.chat.terminal.screen import terminal_size
 LiveLines = Callable[[int, int], Sequence[str]]
 """Returns the lines above the layout, for a number of columns and at most a number of rows."""
 
-# These characters take no cell, and are left out. Directional ones would reorder the line around them.
-# Joiners join in some terminals only, and the cursor stops at each part.
+# Characters without a width, which are left out. Bidi controls would reorder the line around them. Joiners
+# have an effect in some terminals only, and the cursor stops at each part.
 _JOINERS = (0x200D, 0xFE0E, 0xFE0F)
 _INVISIBLE = dict.fromkeys((*BIDI_CONTROLS, *_JOINERS), "")
-_SECONDS_TO_SETTLE = 0.05
+_SETTLE_SECONDS = 0.05  # without a further change of the size until the next drawing
 _RESET = "\x1b[0m"
 # Normal cursor keys, and bracketed paste.
 _SET_UP, _SET_DOWN = "\x1b[?1l\x1b[?2004h", "\x1b[?2004l"
 
-# How to recognize a terminal that wraps its lines anew when the window becomes narrower: by the beginning of
+# How to recognize a terminal that rewraps its lines when the window becomes narrower: by the beginning of
 # TERM, which is passed on over ssh, or, if TERM is xterm's, by TERM_PROGRAM or another variable.
 _REFLOWING_TERMS = ("xterm-kitty", "xterm-ghostty", "alacritty", "foot", "wezterm", "contour")
 _REFLOWING_PROGRAMS = ("Apple_Terminal", "iTerm.app", "WezTerm", "ghostty", "vscode")
@@ -59,8 +59,8 @@ _REFLOWING_VARIABLES = (
 class ResizeBehaviour:
     """What a terminal does with its lines when its width changes.
 
-    `reflows`: it is known to wrap them anew. `keeps_empty_rows`: if they then take more rows, the first rows
-    scroll out even when the last ones are empty.
+    `reflows`: it is known to rewrap them. `keeps_empty_rows`: if they then take more rows, the first rows
+    scroll out even if the last rows are empty.
     """
 
     reflows: bool = False
@@ -71,17 +71,17 @@ def resize_behaviour() -> ResizeBehaviour:
     """Return the behaviour of the terminal that the environment describes."""
     value = os.environ.get
     term = value("TERM", "")
-    # xterm and GNU screen cut lines off. The variables of the terminal around them are set in them as well.
-    cuts = bool(value("STY") or (value("XTERM_VERSION") and term.startswith("xterm")))
-    if term.startswith("tmux") or (value("TMUX") and not cuts):
+    # xterm and GNU screen truncate lines. They also inherit the variables of the terminal that they run in.
+    truncates = bool(value("STY") or (value("XTERM_VERSION") and term.startswith("xterm")))
+    if term.startswith("tmux") or (value("TMUX") and not truncates):
         return ResizeBehaviour(reflows=True, keeps_empty_rows=True)
     named = value("TERM_PROGRAM") in _REFLOWING_PROGRAMS or any(map(value, _REFLOWING_VARIABLES))
     known = term.startswith(_REFLOWING_TERMS) or (term.startswith("xterm") and named)
-    return ResizeBehaviour(reflows=known and not cuts)
+    return ResizeBehaviour(reflows=known and not truncates)
 
 
 class TerminalOutput(Vt100_Output):
-    """Standard output. When the terminal goes away it calls `hung_up`, and writes nothing any more."""
+    """Standard output. If the terminal is closed, it calls `hung_up` once and writes nothing more."""
 
     def __init__(self, hung_up: Callable[[], None]) -> None:
         super().__init__(sys.stdout, _size, term=os.environ.get("TERM"), enable_cpr=False)
@@ -106,7 +106,7 @@ def _size() -> Size:
 
 
 class InlineApplication(Application[None]):
-    """An application with an InlineRenderer, which knows what a resize does to the frame."""
+    """An application with an InlineRenderer, which it tells about a resize."""
 
     def _on_resize(self) -> None:
         assert isinstance(self.renderer, InlineRenderer)
@@ -124,24 +124,24 @@ class InlineRenderer(Renderer):
         self._frame: Frame | None = None  # on the screen
         self._above: list[str] = []
         self._set_up = False
-        self._new_size: tuple[Size, float] | None = None  # not drawn for yet, and when it was first seen
+        self._new_size: tuple[Size, float] | None = None  # a size not drawn yet, and when it was first seen
         self._style_codes: dict[str, tuple[str, bool]] = {}
         super().__init__(style, output)
 
     def print_above(self, text: str) -> None:
-        """Print lines, each with its newline, above the frame when it is drawn next."""
+        """Print lines, each with its newline, above the frame at the next drawing."""
         self._above.append(text)
 
     def resized(self) -> None:
-        """Draw everything anew, even if the window has its old size again: what it cut off is lost."""
+        """Draw everything again, even if the window is back to its old size: truncated text is lost."""
         if self._frame is not None:
             self._frame = replace(self._frame, rows=0)
 
     def render(self, app: Application[object], layout: Layout, is_done: bool = False) -> None:
-        """Draw what has changed, and print what is waiting, in one write."""
+        """Draw what has changed, and print the queued lines, in one write."""
         size = self.output.get_size()
         if self._is_changing(size):
-            asyncio.get_running_loop().call_later(_SECONDS_TO_SETTLE, app.invalidate)
+            asyncio.get_running_loop().call_later(_SETTLE_SECONDS, app.invalidate)
             return
         screen, handlers = Screen(), MouseHandlers()
         screen.show_cursor = False
@@ -161,7 +161,7 @@ class InlineRenderer(Renderer):
         layout.visible_windows = screen.visible_windows
 
     def erase(self, leave_alternate_screen: bool = True) -> None:
-        """Remove the frame from the screen, after printing what is waiting."""
+        """Remove the frame from the screen, and print the queued lines."""
         self._wipe()
         if self._above:
             self.output.write_raw(f"\r{print_lines(''.join(self._above))}")
@@ -204,20 +204,20 @@ class InlineRenderer(Renderer):
         self.output.flush()
 
     def _is_changing(self, size: Size) -> bool:
-        """True if the window got this size a moment ago. It may change again before the drawing arrives."""
+        """Return True if the window got this size a moment ago: it may change again before it is drawn."""
         frame, now = self._frame, time.monotonic()
         if frame is None or (frame.columns, frame.rows) == (size.columns, size.rows):
             self._new_size = None
         elif self._new_size is None or self._new_size[0] != size:
             self._new_size = (size, now)
-        return self._new_size is not None and now < self._new_size[1] + _SECONDS_TO_SETTLE
+        return self._new_size is not None and now < self._new_size[1] + _SETTLE_SECONDS
 
     def _padding_rows(self, height: int, above: str, size: Size) -> int:
         """Return how many empty rows to draw above the frame.
 
         In a narrower window the wrapped lines of the last frame take more rows, and a smaller frame would
-        leave empty ones below it. A terminal that keeps those would move the frame up with each change of the
-        width, until it is out of sight.
+        leave empty ones below it. A terminal that keeps those rows would move the frame up with each change
+        of the width, until it is off the screen.
         """
         before = self._frame
         if before is not None and before.columns != size.columns and self._behaviour.keeps_empty_rows:

@@ -1,8 +1,8 @@
-"""What the chat needs from a terminal: the interfaces and the data that both terminals share.
+"""The interfaces of a terminal that the chat uses, and the data that both terminals share.
 
-`full` and `plain` implement `Terminal`; tests have a `Screen` that records. Screen's methods may be called
-from the thread that answers messages, never from the one that reads keys. They make all text safe to print,
-so callers pass it as it is.
+`full` and `plain` implement `Terminal`; tests have a `Screen` that records. Screen's methods must be called
+from the thread that answers messages, not from the thread that reads keys. They make text safe to print, so
+callers pass it unchanged.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class ReplyView(Protocol):
 
 
 class Screen(Protocol):
-    """The output side of a terminal, with the few things that it asks the user."""
+    """The output side of a terminal, with its questions to the user."""
 
     @property
     def width(self) -> int:
@@ -85,7 +85,7 @@ class Screen(Protocol):
 
     @property
     def plain(self) -> bool:
-        """True if only lines of text are wanted: `--plain`, a dumb terminal."""
+        """True if only lines of text are printed: with `--plain` or on a dumb terminal."""
         ...
 
     @property
@@ -117,13 +117,13 @@ class Screen(Protocol):
         ...
 
     def echo(self, message: str) -> None:
-        """Show a message that was not typed as if it had been."""
+        """Show a message that was written elsewhere, such as in the editor, like a typed one."""
         ...
 
     def reply(self, after: str = "") -> AbstractContextManager[ReplyView]:
-        """Begin a reply. When the context ends, also by an exception, the reply is completely on the screen.
+        """Begin a reply. When the context ends, even by an exception, the whole reply is on the screen.
 
-        `after` is the text that this reply continues; it may end anywhere, also inside a code block.
+        `after` is the text that this reply continues; it may end anywhere, even inside a code block.
         """
         ...
 
@@ -136,7 +136,7 @@ class Screen(Protocol):
         ...
 
     def copy(self, text: str) -> str:
-        """Copy `text` to the clipboard and return how, for a message. FileError if that is not possible."""
+        """Copy `text` to the clipboard. Return the way used, for a message. FileError if there is none."""
         ...
 
 
@@ -154,17 +154,17 @@ class Terminal(Screen, Protocol):
 
 
 def is_dumb() -> bool:
-    """True if the terminal can only print: no colours, no cursor movement."""
+    """Return True if the terminal can only print text: no colours, no cursor movement."""
     return os.environ.get("TERM", "") in _DUMB_TERMINALS
 
 
 def wants_colour() -> bool:
-    """True if the terminal may be sent colours."""
+    """Return True if colours may be sent to the terminal."""
     return not os.environ.get("NO_COLOR") and not is_dumb()
 
 
 def terminal_size() -> os.terminal_size:
-    """Return the size of the terminal on stdout; 80 x 24 if it does not tell."""
+    """Return the size of the terminal on stdout; 80 x 24 if it is unknown."""
     try:
         size = os.get_terminal_size(sys.stdout.fileno())
     except (OSError, ValueError):

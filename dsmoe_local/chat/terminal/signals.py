@@ -1,4 +1,4 @@
-"""Signals in the chat: `handling` for all of it, `Interrupts` where one thread reads and answers."""
+"""Signals in the chat: `handling` installs handlers; `Interrupts` is for a thread that reads and answers."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dsmoe_local.chat.terminal.external import Editor
 
 _SECONDS_BETWEEN_CHECKS = 0.25
 _WAKE_UP = signal.SIGURG  # ignored by default, and nothing else here uses it
-_HANDLED = 0  # written by a handler, where Python itself writes the number of the signal
+_HANDLED = 0  # written to the wakeup descriptor by a handler; Python itself writes the signal's number
 
 
 @contextmanager
 def handling(handlers: Mapping[int, Callable[[int], None]]) -> Iterator[None]:
-    """Install signal handlers, and put the ones from before back afterwards. Main thread only.
+    """Install signal handlers, and restore the old ones afterwards. Main thread only.
 
     A signal that is ignored stays ignored: shells do that for background jobs, nohup for SIGHUP.
     """
@@ -43,22 +43,22 @@ def handling(handlers: Mapping[int, Callable[[int], None]]) -> Iterator[None]:
 class _Job:
     cancel: Callable[[], None]
     kill: Callable[[], None]
-    n_requests: int = 0  # to stop
+    n_requests: int = 0  # how often the user or a signal asked to stop it
     killed: bool = False
 
 
 class Interrupts:
     """Ctrl-C, SIGTERM and SIGHUP for a main thread that both reads lines and answers them.
 
-    A signal handler interrupts the main thread at any place, also where it holds a lock that `cancel` takes.
-    So handlers only record what happened, and a watcher thread calls `cancel` and `kill`. While a line is
-    read, handlers raise an exception: nothing else ends that wait.
+    A signal handler interrupts the main thread anywhere, even while it holds a lock that `cancel` needs. So
+    handlers only record the request, and a watcher thread calls `cancel` and `kill`. While a line is read,
+    handlers raise an exception, since nothing else ends the wait.
     """
 
     def __init__(self) -> None:
         self.ended_by = 0  # the signal that ends the chat
         self._reading = False
-        self._interrupted = False  # Ctrl-C came between a job and the next line
+        self._interrupted = False  # Ctrl-C was pressed between a job and the next line
         self._job: _Job | None = None
         self._editor: Editor | None = None
         self._stopping = threading.Lock()  # held while the watcher stops a job
@@ -66,7 +66,7 @@ class Interrupts:
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """Handle signals."""
+        """Handle signals while the block runs."""
         arrivals, self._wake_fd = os.pipe()
         os.set_blocking(self._wake_fd, False)
         main = threading.get_ident()
@@ -88,7 +88,7 @@ class Interrupts:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """While a line is read: Ctrl-C raises KeyboardInterrupt, a signal that ends the chat EOFError."""
+        """Mark that a line is read: Ctrl-C raises KeyboardInterrupt, a signal that ends the chat EOFError."""
         try:
             self._reading = True
             if self.ended_by:
@@ -101,20 +101,20 @@ class Interrupts:
 
     @contextmanager
     def job(self, cancel: Callable[[], None], kill: Callable[[], None]) -> Iterator[None]:
-        """While a line is answered: Ctrl-C calls `cancel`, again and again until the job ends; a second one
+        """Mark that a line is answered: Ctrl-C calls `cancel` repeatedly until the job ends; a second Ctrl-C
         calls `kill`.
         """
         self._job = _Job(cancel, kill)
         try:
             yield
         finally:
-            # With the lock, so that a late `cancel` cannot reach the next job.
+            # The lock keeps a late `cancel` from reaching the next job.
             with self._stopping:
                 self._job = None
 
     @contextmanager
     def editing(self, editor: Editor) -> Iterator[None]:
-        """While an editor runs: Ctrl-C is for the editor; a signal that ends the chat ends the editor too."""
+        """Mark that an editor runs: it handles Ctrl-C; a signal that ends the chat also ends the editor."""
         self._editor = editor
         try:
             yield
@@ -122,7 +122,7 @@ class Interrupts:
             self._editor = None
 
     def hang_up(self) -> None:
-        """Behave as after SIGHUP: the terminal is gone."""
+        """Behave as after SIGHUP, because the terminal is closed."""
         if not self.ended_by:
             self._on_end(signal.SIGHUP)
 
@@ -150,9 +150,10 @@ class Interrupts:
             os.write(self._wake_fd, bytes([_HANDLED]))
 
     def _watch(self, arrivals: int, main: int) -> None:
-        """Stop the job when that is wanted, and make sure that the main thread runs the handler of a signal.
+        """Stop the job on request, and make sure that the main thread runs the handler of a signal.
 
-        It does not if another thread got the signal, or if the signal came just before a system call.
+        Without help, it does not run if another thread got the signal, or if the signal arrived just before a
+        system call.
         """
         unhandled = False
         with open(arrivals, "rb", buffering=0) as pipe:
@@ -160,7 +161,7 @@ class Interrupts:
                 check_again = self._stop() or unhandled
                 if not select.select([pipe], [], [], _SECONDS_BETWEEN_CHECKS if check_again else None)[0]:
                     if unhandled:
-                        # Never after the handler has run: input() cannot handle a signal while it raises.
+                        # Not after the handler has run: input() cannot handle a signal while it raises.
                         signal.pthread_kill(main, _WAKE_UP)
                     continue
                 numbers = pipe.read(64)
@@ -171,7 +172,7 @@ class Interrupts:
                         unhandled = number != _HANDLED
 
     def _stop(self) -> bool:
-        """Stop the job if that is wanted. True if it was: `cancel` may have come too early."""
+        """Stop the job if requested. Return whether it was: the call may have to be repeated later."""
         with self._stopping:
             job = self._job
             if job is None or not job.n_requests:

@@ -1,4 +1,4 @@
-"""The full terminal in the UI thread: what keys do, what is drawn, and messages that wait for their turn.
+"""The full terminal in the UI thread: actions of keys, drawing, and queued messages.
 
 Other threads reach it only through `ChatUI.post`.
 """
@@ -49,13 +49,13 @@ from dsmoe_local.chat.terminal.renderer import (
 )
 from dsmoe_local.chat.terminal.screen import Completer, Status
 
-_SECONDS_BETWEEN_REDRAWS = 0.05  # for what other threads post; keys are drawn at once
+_SECONDS_BETWEEN_REDRAWS = 0.05  # after `post`; keys are drawn at once
 _SECONDS_BETWEEN_INTERRUPTS = 1.0  # the second Ctrl-C takes effect only this long after the first
 _CANCEL_AGAIN_SECONDS = 0.25
 _SIGNAL_GRACE_SECONDS = 3.0  # for a running reply, after a signal that ends the chat
-_SILENT_SECONDS = 0.5  # until a reply that shows nothing is announced
-_ESCAPE_SECONDS = 0.1  # within which an Esc and what follows are one key
-_MANY_LINES = 20  # more than the input window shows
+_SILENT_SECONDS = 0.5  # without any text until the wait for a reply is announced
+_ESCAPE_SECONDS = 0.1  # within which Esc and the next characters are one key
+_MANY_LINES = 20  # with more lines, their number is shown
 _BLOCK_OPEN = f"block open: {multiline.MARK} on a line of its own closes it"
 _PASTED_AT = "pasted text attaches no files: delete the \\ before @ to attach one"
 
@@ -113,9 +113,10 @@ class ChatUI:
         self.renderer.live_lines = self.display.live_lines
 
     def post(self, action: Action) -> None:
-        """Run `action` in the UI thread and redraw. From any thread.
+        """Run `action` in the UI thread and redraw. May be called from any thread.
 
-        While the application does not run, the UI thread itself runs it at once; from others it is dropped.
+        While the application does not run, the action runs at once if this is the UI thread, and is dropped
+        otherwise.
         """
 
         def run() -> None:
@@ -131,9 +132,9 @@ class ChatUI:
             self.renderer.erase()  # writes what was printed
 
     def run(self, cancel: Action, kill: Action) -> None:
-        """Read keys until the user leaves. EOFError: the terminal has been closed.
+        """Read keys until the user leaves. Raises EOFError if the terminal is closed.
 
-        `cancel` and `kill` as for Terminal.run.
+        See Terminal.run for `cancel` and `kill`.
         """
         self._cancel_reply, self._kill_engine = cancel, kill
         # In raw mode from now on, so that an Enter typed before the application starts stays an Enter.
@@ -144,7 +145,7 @@ class ChatUI:
     # Called through `post`.
 
     def begin_reply(self, reply: MarkdownStream) -> None:
-        """Begin a reply. If it shows nothing for a while, say so."""
+        """Begin a reply. If it shows nothing for a while, announce the wait."""
 
         def announce() -> None:
             self.display.announce_wait(reply)
@@ -154,7 +155,7 @@ class ChatUI:
         self._later(_SILENT_SECONDS, announce)
 
     def message_done(self, *, goes_on: bool) -> None:
-        """The message has been answered: begin the next, or leave."""
+        """Begin the next message after one has been answered, or leave."""
         if not goes_on:
             self.messages.leave()
         self.messages.done()
@@ -190,7 +191,7 @@ class ChatUI:
         self.app.output.flush()
 
     def leave_now(self) -> None:
-        """Leave because of a signal, or because the terminal is gone. A running reply gets time to end."""
+        """Leave because of a signal or a closed terminal. A running reply gets some time to end."""
         first = not self.messages.leaving
         self.messages.leave()
         self.answer(yes=False)
@@ -202,7 +203,7 @@ class ChatUI:
             self._later(_SIGNAL_GRACE_SECONDS, self._kill, self.messages.number)
             self._later(2 * _SIGNAL_GRACE_SECONDS, self._exit)
 
-    # What key bindings read and call.
+    # Used by key bindings.
 
     @property
     def input(self) -> Buffer:
@@ -296,9 +297,9 @@ class ChatUI:
         self._suspend_during(use)
 
     def suspend(self) -> None:
-        """Ctrl-Z: stop, until the shell continues the job.
+        """Ctrl-Z: stop the process until the shell continues the job.
 
-        Application.suspend_to_background does not tell when the terminal is back.
+        Application.suspend_to_background does not report when the process is continued.
         """
 
         async def use() -> None:
@@ -311,7 +312,7 @@ class ChatUI:
         self.renderer.clear()
 
     def continued(self) -> None:
-        """Handle SIGCONT: whatever stopped the process, the shell may have printed something since."""
+        """Handle SIGCONT: the shell may have printed something since the process was stopped."""
         if not self.is_suspended:
             self.post(self.renderer.reset)
 
@@ -320,13 +321,13 @@ class ChatUI:
     def _start(self) -> None:
         # prompt_toolkit's own handler would print the exception and go on.
         asyncio.get_running_loop().set_exception_handler(self._on_exception)
-        self._exit_if_idle()  # a signal may have come before
+        self._exit_if_idle()  # a signal may have arrived before
 
     def _on_exception(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         self.fail(context.get("exception") or RuntimeError(str(context.get("message"))))
 
     def _redraw_soon(self) -> None:
-        # min_redraw_interval of prompt_toolkit would delay keys, too.
+        # prompt_toolkit's min_redraw_interval would also delay keys.
         if not self._redraw_is_due:
             self._redraw_is_due = True
             self._later(self._drawn_at + _SECONDS_BETWEEN_REDRAWS - time.monotonic(), self._redraw)
@@ -348,7 +349,7 @@ class ChatUI:
     def _clear_input(self) -> None:
         self.input.reset()
         self._mark_is_pasted = False
-        # prompt_toolkit loads it with the next redraw, too late if the next key is Up.
+        # prompt_toolkit loads the history with the next redraw, which is too late if the next key is Up.
         self.input.load_history_if_not_yet_loaded()
 
     def _stop(self) -> None:
@@ -367,19 +368,19 @@ class ChatUI:
         return self.messages.busy and self.messages.number == number
 
     def _cancel(self, number: int) -> None:
-        """Cancel this message until it ends: the other thread may not have begun what is to be cancelled."""
+        """Cancel this message repeatedly until it ends: the worker may not have begun the reply yet."""
         if self._is_running(number):
             self._cancel_reply()
             self._later(_CANCEL_AGAIN_SECONDS, self._cancel, number)
 
     def _kill(self, number: int) -> None:
         if self._is_running(number):
-            # In a thread, because `kill` may wait for the engine.
+            # In a thread, since `kill` may wait for the engine.
             threading.Thread(target=self._kill_engine, daemon=True).start()
 
     def _suspend_during(self, use: Callable[[], Awaitable[None]]) -> None:
-        """Leave the terminal to another program while `use` runs."""
-        # Counted from now on, so that keys which were read together with this one do nothing.
+        """Hand the terminal over to another program while `use` runs."""
+        # Counted from now on, so that keys read together with this one do nothing.
         self._n_suspensions += 1
 
         async def suspend() -> None:
@@ -426,7 +427,7 @@ class ChatUI:
             lines.append(self._hint)
         if self.block_is_open:
             lines.append(_BLOCK_OPEN)
-        # A newline at the end of a paste begins no further line.
+        # A newline at the end of a paste does not count as another line.
         n_lines = self.input.text.removesuffix("\n").count("\n") + 1
         if n_lines > _MANY_LINES:
             lines.append(f"{n_lines} lines")
