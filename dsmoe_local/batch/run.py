@@ -197,7 +197,7 @@ class _Run:
         """Start requests until the engine has enough of them. After a crash, start one suspect at a time."""
         if self._suspects:
             if not self._running:
-                # This loads the model again, so that an error of loading is not taken for one of the suspect.
+                # `encode` loads the model again here, so that a load error is not blamed on the suspect.
                 self._engine.encode("a")
                 self._begin(self._suspects.pop(0), alone=True)
             return

@@ -44,7 +44,7 @@ class Encoder:
         self._known: dict[Prompt, tuple[int, ...]] = {}
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        """Return the token ids of `prompt`. A reply at its end stays open."""
+        """Return the token ids of `prompt`. A reply at the end is left open, so that it can be continued."""
         ids = self._known.get(prompt)
         if ids is None:
             ids = self._engine.encode(prompt, continue_final_message=ends_with_reply(prompt))

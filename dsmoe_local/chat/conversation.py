@@ -271,7 +271,7 @@ class Conversation:
                 yield room
                 yield from self._run(encoder)
         except (EngineCrashError, InterruptedRunError):
-            # A new message stays: it can be answered next time.
+            # Keep a new message: it can be answered next time.
             raise
         except DsmoeError:
             stays = False

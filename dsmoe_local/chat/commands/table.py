@@ -18,7 +18,7 @@ KEYS = (
     ),
     ("Ctrl-D", "leaves"),
     ("Ctrl-R", "searches earlier inputs; Ctrl-G opens $EDITOR"),
-    ("Tab", "completes commands, what they take, and files after @"),
+    ("Tab", "completes commands, their arguments, and files after @"),
 )
 
 

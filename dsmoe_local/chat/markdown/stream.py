@@ -75,7 +75,7 @@ class MarkdownStream:
         return self._printed(self.read_rest(width))
 
     def lines(self, width: int, height: int) -> list[str]:
-        """Return the last lines of what is not finished, at most `height`.
+        """Return the last `height` lines of the unfinished part, rendered.
 
         The cost depends on the size of the window, not on the length of the reply.
         """
@@ -130,7 +130,7 @@ class MarkdownStream:
         return not self._lines[0].startswith((" ", "\t", "-", "*", "+", *"0123456789"))
 
     def _read(self, width: int, *, final: bool = False) -> list[Text]:
-        """Parse the open lines. Return what is finished and keep the rest."""
+        """Parse the open lines. Return the finished lines, rendered, and keep the rest."""
         self._n_unread = 0
         tokens = parse_blocks("".join(f"{line}\n" for line in self._lines))
         n_tokens, n_lines = (len(tokens), len(self._lines)) if final else _finished(tokens, len(self._lines))
@@ -169,7 +169,7 @@ class MarkdownStream:
         return list(copy(self._renderer).render(tokens, lines, width, number=self._number, fold=True))
 
     def _is_prose(self) -> bool:
-        """Return whether what is open can be continued without rendering it again."""
+        """Return whether the open text can be continued without rendering it again."""
         if self._code is not None:
             return False
         rest = "".join(self._rest)

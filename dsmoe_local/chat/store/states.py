@@ -327,9 +327,7 @@ def _part_of(final: Path) -> Path:
 
 
 def _present(folder: Path) -> dict[str, str]:
-    """Return the files in the folder that belong to states, their parts and locks included, with the name of
-    the state.
-    """
+    """Return the names of the files of states, with parts and locks, each with its state's name."""
     try:
         found = {path.name: _state_of(path.name) for path in folder.iterdir()}
     except OSError:
