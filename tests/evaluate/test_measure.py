@@ -148,8 +148,8 @@ def test_what_is_left_out_stays_within_its_bounds(
     """
     is_whole = top == TINY.n_vocab
     if not is_whole:
-        monkeypatch.setattr(references, "TOP", top)
-        monkeypatch.setattr(references, "SMALL", 0)
+        monkeypatch.setattr(references, "MAX_ENTRIES", top)
+        monkeypatch.setattr(references, "COMPLETE_VOCABULARY", 0)
     options = options_for(exact(tiny_model()), N_CONTEXT, *recorders(tmp_path, tiny_model()))
     with Engine.load(options) as engine:
         reference, _ = record(engine, cut_windows(engine, TEXT, N_CONTEXT), tmp_path)

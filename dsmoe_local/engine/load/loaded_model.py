@@ -63,7 +63,7 @@ class LoadedModel:
 
 
 def load_model(options: ModelOptions, listen: progress.Listener, stop: threading.Event) -> LoadedModel:
-    """See `Engine.load`."""
+    """Load a model (see `Engine.load`)."""
     _check(options)
     file, hp = read_model(options.path)
     hp = replace(hp, n_experts_per_token=_n_experts(options, hp))

@@ -70,7 +70,7 @@ class WeightSizes:
 
 @dataclass(frozen=True, slots=True)
 class DeviceShare:
-    """What is placed on one device: layers, and bytes of weights and KV cache."""
+    """The layers, and the bytes of weights and KV cache, on one device."""
 
     name: str
     n_layers: int

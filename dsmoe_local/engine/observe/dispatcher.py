@@ -17,8 +17,8 @@ from dsmoe_local.model.hyperparameters import Hyperparameters
 class Dispatcher:
     """The observers of a loaded model. Only the engine's thread uses it.
 
-    `eval_callback` belongs into the context's options and must outlive the context. It is None if no observer
-    reads the graph. `reads_logits` is true if an observer needs the logits of all scored prompt tokens.
+    `eval_callback` is an option of the context, which it must outlive. It is None if no observer reads the
+    graph. `reads_logits` is true if an observer needs the logits of all scored prompt tokens.
     """
 
     def __init__(

@@ -86,7 +86,7 @@ class EngineClient:
         log_file: Path | None = None,
         factory: str | None = None,
     ) -> Self:
-        """See `Engine.load`. Also raises EngineCrashError if the process dies while it loads.
+        """Load a model (see `Engine.load`). Also raises EngineCrashError if the process dies while it loads.
 
         `stop` also stops later loads, after a crash. `listen` is called in a thread of the client. All lines
         of the child's log are appended to `log_file`. `factory` names the function that loads the engine in
