@@ -210,7 +210,9 @@ class Source:
             raise FormatError(
                 f"the input has {fault}",
                 where=self.shown,
-                remedy=f"its columns are {', '.join(names)}" if names else "it is empty",
+                remedy=f"its columns are {', '.join(names)}"
+                if names
+                else "write their names on its first line",
             )
         return names
 

@@ -93,7 +93,11 @@ class Editor:
         try:
             process = self._process = subprocess.Popen(command)
         except OSError as error:
-            raise FileError(f"the editor does not start: {error.strerror}", where=command[0]) from error
+            raise FileError(
+                f"the editor does not start: {error.strerror}",
+                where=command[0],
+                remedy="set VISUAL or EDITOR to another one",
+            ) from error
         if self._ended:  # `end` was called before the process existed
             self._terminate(process)
         status = process.wait()
