@@ -237,12 +237,12 @@ def _facts(result: _Result) -> Table:
 
 
 def _experts(coverage: Coverage) -> list[tuple[str, str]]:
-    from dsmoe_quantize.imatrix import FEW
+    from dsmoe_quantize.imatrix import MIN_TOKENS
 
     coldest = [
         f"layer {layer} expert {expert}: {count:,}" for count, layer, expert in coverage.coldest(_N_COLDEST)
     ]
-    cold = f"{coverage.n_cold:,} of {coverage.n_experts:,} experts saw fewer than {FEW} tokens"
+    cold = f"{coverage.n_cold:,} of {coverage.n_experts:,} experts saw fewer than {MIN_TOKENS} tokens"
     advice = "; use a longer text" if coverage.n_cold else ""
     return [
         ("cold experts", f"{cold}, {coverage.n_unseen:,} saw none{advice}"),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from dsmoe_quantize.budget.cost_model import Budget
-    from dsmoe_quantize.budget.explanation import Offer, Reason
+    from dsmoe_quantize.budget.explanation import Reason, TradeOff
     from dsmoe_quantize.budget.target import Request, Target
 
 TARGETS = ("target_size", "target_bpw", "target_bytes_per_token")
@@ -177,11 +177,11 @@ class TargetOptions:
 
 def show_offers(target: Target, budget: Budget, *, to_stderr: bool) -> None:
     """Print the recipe that was found, and cheaper and better ones beside it."""
-    from dsmoe_quantize.budget.explanation import offers
+    from dsmoe_quantize.budget.explanation import trade_offs
 
     out = console(file_columns=160, stderr=to_stderr)
     solved = target.solved
-    out.print(_offer_table(offers(target.costs, solved, budget)))
+    out.print(_offer_table(trade_offs(target.costs, solved, budget)))
     exact = "no recipe is better" if solved.is_optimal else f"none is below {solved.bound:.4g}"
     out.print(
         f"predicted error {solved.total.error:.4g} ({exact}), from {target.sensitivity.share:.0%} of the"
@@ -208,11 +208,11 @@ def _room(target: Target, budget: Budget) -> str:
     return ", ".join(parts)
 
 
-def _offer_table(offers: Sequence[Offer]) -> Table:
+def _offer_table(trade_offs: Sequence[TradeOff]) -> Table:
     table = plain_table(
         "", "predicted\nerror", "weights", "bits\neach", "read per\ntoken", "no fast\nkernel", left=("",)
     )
-    for each in offers:
+    for each in trade_offs:
         table.add_row(
             each.label,
             f"{each.total.error:.4g}",

@@ -13,7 +13,7 @@ from dsmoe_quantize.budget.cost_model import CostModel
 from dsmoe_quantize.budget.error_weights import WEIGHTS
 from dsmoe_quantize.budget.sensitivity import Probe, Probes, Sensitivity, TensorErrors
 from dsmoe_quantize.imatrix import Imatrix
-from dsmoe_quantize.policy.choice import TensorChoice
+from dsmoe_quantize.policy.choice import TensorChoice, misfit_of
 from dsmoe_quantize.policy.mixes import FALLBACKS, FLOAT_TYPES
 from dsmoe_quantize.policy.recipes import KINDS, Group, group_of
 from dsmoe_quantize.quantize import Plan
@@ -119,11 +119,7 @@ def _choice(tensor: TensorInfo, measured: TensorErrors, kind: GgmlType) -> Tenso
     instead = FALLBACKS.get(kind, kind)
     columns = tensor.shape[-1]
     fits = columns % block_size(kind) == 0
-    misfit = (
-        f"{kind.name} cannot hold all weights"
-        if fits
-        else f"{block_size(kind)} does not divide {columns} columns: no {kind.name}"
-    )
+    misfit = f"{kind.name} cannot hold all weights" if fits else misfit_of(kind, columns)
     target = instead if instead in measured.errors else tensor.type
     return TensorChoice.of(tensor, target, misfit=misfit)
 

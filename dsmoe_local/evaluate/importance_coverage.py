@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dsmoe_quantize.imatrix import FEW, Imatrix
+from dsmoe_quantize.imatrix import MIN_TOKENS, Imatrix
 
 _EXPERTS = re.compile(r"^blk\.(\d+)\.ffn_(gate|up|down)_exps\.weight$")
 _TOKENS = re.compile(r"^blk\.\d+\.attn_q\.weight$")
@@ -24,8 +24,8 @@ class LayerCoverage:
 
     @property
     def n_cold(self) -> int:
-        """Number of experts with fewer than FEW tokens, too few for statistics of their own."""
-        return sum(count < FEW for count in self.counts)
+        """Number of experts with fewer than MIN_TOKENS tokens, too few for statistics of their own."""
+        return sum(count < MIN_TOKENS for count in self.counts)
 
     @property
     def n_unseen(self) -> int:
@@ -79,7 +79,7 @@ class Coverage:
             "experts": self.n_experts,
             "cold": self.n_cold,
             "unseen": self.n_unseen,
-            "few": FEW,
+            "few": MIN_TOKENS,
             "layers": [
                 {
                     "layer": layer.layer,

@@ -19,10 +19,10 @@ from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.model.gguf_file import Field
 
-FEW = 64
-"""With fewer tokens than this, an expert's statistics are blended with the mean of its layer."""
-FLOOR = np.float32(1e-6)
-"""The least importance of a column, relative to its matrix's mean: kernels lose columns of importance 0."""
+MIN_TOKENS = 64
+"""The statistics of an expert that received fewer tokens are blended with the mean of its layer."""
+MIN_IMPORTANCE = np.float32(1e-6)
+"""The least importance of a column, relative to its matrix's mean. Kernels would zero columns without any."""
 
 _MAX_TEXT = 127  # the length to which llama.cpp cuts names in the metadata
 
@@ -45,8 +45,8 @@ class Imatrix:
 
     They come from `n_chunks` chunks of `chunk_size` tokens of the texts `datasets`.
 
-    A `chunk_size` of 0 means the legacy format, which counts chunks instead of tokens, and not per expert.
-    `run` is what this project's collector notes about its own run.
+    A `chunk_size` of 0 means the legacy format: its counts are of chunks, not tokens, and the same for all
+    experts. `run` is the record that this project's collector keeps in the file to resume a run.
     """
 
     entries: Mapping[str, Statistics]
@@ -72,10 +72,11 @@ class Imatrix:
     def importance(self, name: str, shape: Sequence[int]) -> NDArray[np.float32] | None:
         """Return the importance of each column, shape (n_matrices, n_columns), or None if it is unknown.
 
-        It is the mean square s/n. For an expert with n < FEW it is (s + (FEW - n) m) / FEW, where m is the
-        mean over all tokens of the layer's experts: an expert that was never chosen has m, and from FEW
-        tokens on only its own statistics count. Raises UsageError if the shape is not that of the tensor in
-        the statistics.
+        It is the mean square s/n of the column's activations: their sum of squares s over n tokens. For an
+        expert with n < N = MIN_TOKENS it is (s + (N - n) m) / N, where m is the mean square over all tokens
+        of the layer's experts. So an expert that was never chosen has m.
+
+        Raises UsageError if the shape is not that of the tensor in the statistics.
         """
         entry = self.entries.get(name)
         if entry is None or not entry.counts.any():
@@ -83,7 +84,7 @@ class Imatrix:
         n_matrices, n_columns = shape[0] if len(shape) > 2 else 1, shape[-1]
         if entry.sums.size != n_matrices * n_columns or len(entry.counts) not in (1, n_matrices):
             raise UsageError(
-                f"the importance matrix is of another model: {entry.sums.size} channels,"
+                f"the importance matrix is of another model: it has {entry.sums.size} columns,"
                 f" the tensor has {n_matrices * n_columns}",
                 where=name,
                 remedy="collect one from this model: dsmoe imatrix",
@@ -91,17 +92,20 @@ class Imatrix:
         sums = entry.sums.reshape(n_matrices, n_columns)
         means: NDArray[np.float32] = sums / np.maximum(entry.counts, 1).astype(np.float32)[:, None]
         if len(entry.counts) > 1:
-            _fill_up(means, sums, entry.counts)
-        np.maximum(means, FLOOR * _level(means), out=means)
+            _blend_rare_experts(means, sums, entry.counts)
+        np.maximum(means, MIN_IMPORTANCE * _level(means), out=means)
         return means
 
 
-def _fill_up(means: NDArray[np.float32], sums: NDArray[np.float32], counts: NDArray[np.int64]) -> None:
-    cold = counts < FEW
+def _blend_rare_experts(
+    means: NDArray[np.float32], sums: NDArray[np.float32], counts: NDArray[np.int64]
+) -> None:
+    """Replace the means of experts with fewer than MIN_TOKENS tokens; see `Imatrix.importance`."""
+    cold = counts < MIN_TOKENS
     if cold.any():
         layer = sums.sum(0, dtype=np.float64) / counts.sum()
-        missing = (FEW - counts[cold])[:, None]
-        means[cold] = (sums[cold] + missing * layer) / FEW
+        missing = (MIN_TOKENS - counts[cold])[:, None]
+        means[cold] = (sums[cold] + missing * layer) / MIN_TOKENS
 
 
 def _level(means: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -150,6 +154,7 @@ def _sum(name: str, first: Statistics, second: Statistics) -> Statistics:
         raise UsageError(
             f"the importance matrices are of different models: {first.sums.shape} and {second.sums.shape}",
             where=safe_line(name),
+            remedy="merge matrices of one model",
         )
     sums = np.add(first.sums, second.sums, dtype=np.float64).astype(np.float32)
     return Statistics(sums, first.counts + second.counts)

@@ -36,7 +36,7 @@ _SUMS, _COUNTS = ".in_sum2", ".counts"
 _DATASETS, _N_CHUNKS, _CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
 _RUN = "dsmoe.imatrix.run"
 _INT = struct.Struct("<i")
-_MAX_OLD = 1 << 30
+_MAX_LEGACY_BYTES = 1 << 30
 _MAX_NAME = 1 << 12
 
 
@@ -125,12 +125,14 @@ def _entry(
 ) -> Statistics:
     sums, counts = file.tensors.get(name + _SUMS), file.tensors.get(name + _COUNTS)
     if sums is None or counts is None:
-        raise _refusal(path, "sums without counts, or counts without sums", name)
+        raise _refusal(path, "a tensor has sums without counts, or counts without sums", name)
     if sums.type is not GgmlType.F32 or counts.type is not GgmlType.F32:
         raise _refusal(path, "the values are not F32", name)
     numbers, squares = values(counts), values(sums)
-    if not is_plausible(numbers) or not is_plausible(squares) or squares.size % numbers.size:
-        raise _refusal(path, "impossible sums or counts", name)
+    if not is_plausible(numbers) or not is_plausible(squares):
+        raise _refusal(path, "a sum or count is negative, infinite or NaN", name)
+    if squares.size % numbers.size:
+        raise _refusal(path, "the number of sums is not a multiple of that of counts", name)
     if numbers.max() >= 2.0**62:
         raise _refusal(path, "a count is far too large", name)
     return Statistics(squares.reshape(numbers.size, -1), np.rint(numbers).astype(np.int64))
@@ -144,11 +146,11 @@ def _about(path: Path, file: GgufFile) -> tuple[tuple[str, ...], int, int, str, 
         raise _refusal(path, "its list of datasets is invalid", _DATASETS)
     for key, number in ((_N_CHUNKS, n_chunks), (_CHUNK_SIZE, chunk_size)):
         if type(number) is not int or not 0 <= number < 1 << 32:
-            raise _refusal(path, "an invalid number of chunks", key)
+            raise _refusal(path, "it lacks a valid number of chunks", key)
     assert isinstance(n_chunks, int)
     assert isinstance(chunk_size, int)
     if not chunk_size:
-        raise _refusal(path, "chunks of 0 tokens", _CHUNK_SIZE)
+        raise _refusal(path, "its chunks have 0 tokens", _CHUNK_SIZE)
     return tuple(safe_line(name, 200) for name in datasets), n_chunks, chunk_size, path.name, _run(file)
 
 
@@ -165,16 +167,16 @@ class _LegacyReader:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._data = read_at_most(path, _MAX_OLD)
-        if len(self._data) > _MAX_OLD:
-            raise _refusal(path, "it is too large")
+        self._data = read_at_most(path, _MAX_LEGACY_BYTES)
+        if len(self._data) > _MAX_LEGACY_BYTES:
+            raise _refusal(path, "it is not a GGUF file, and larger than 1 GiB")
         self._at = 0
 
     def read(self) -> Imatrix:
         n_entries = self._int()
         if not 0 < n_entries <= len(self._data) // 12:
             raise _refusal(self._path, "it is neither a GGUF nor in the legacy format")
-        entries = dict(self._one() for _ in range(n_entries))
+        entries = dict(self._entry() for _ in range(n_entries))
         n_chunks = 0
         datasets: tuple[str, ...] = ()
         if self._at < len(self._data):
@@ -182,13 +184,13 @@ class _LegacyReader:
             datasets = (self._text(),) if self._at < len(self._data) else ()
         return Imatrix(entries, datasets, n_chunks, 0, self._path.name)
 
-    def _one(self) -> tuple[str, Statistics]:
+    def _entry(self) -> tuple[str, Statistics]:
         name, n_chunks, size = self._text(), self._int(), self._int()
         if size < 1:
             raise _refusal(self._path, "an entry has no values", name)
         values = np.frombuffer(self._take(4 * size), "<f4").astype(np.float32, copy=False)
         if not is_plausible(values):
-            raise _refusal(self._path, "impossible sums", name)
+            raise _refusal(self._path, "a sum is negative, infinite or NaN", name)
         # If the number of chunks is 0, the values are the means.
         return name, Statistics(values[None], np.array([max(1, n_chunks)], np.int64))
 

@@ -31,7 +31,7 @@ from dsmoe_quantize.write.output import Summary, write_output
 
 @dataclass(frozen=True, slots=True)
 class Plan(TypePlan):
-    """The quantization of `file` before it is done, and what the result will cost."""
+    """The plan to quantize `file`: the types of all tensors, and the size of the result."""
 
     file: GgufFile = field(kw_only=True)
 
@@ -91,7 +91,7 @@ def plan_file(
     overrides: Overrides | None = None,
     imatrix: Imatrix | None = None,
 ) -> Plan:
-    """Like `plan_quantization`, for a file whose header was read; one that is quantized is not refused."""
+    """Like `plan_quantization`, for a file whose header was read. It may be quantized already."""
     types = plan_types(list(file.tensors.values()), hp, choice, overrides, imatrix)
     return Plan(hp, types.type, types.choices, imatrix, file=file)
 
@@ -105,7 +105,7 @@ def quantize_file(
     listen: Listener = ignore,
     stop: threading.Event | None = None,
 ) -> Summary:
-    """Carry out `plan`. Resumable, complete or not at all; raises what `write_output` does."""
+    """Write the file that `plan` describes to `out`. See `write_output` for resuming and errors."""
     with opened(plan.file) as descriptor:
         jobs = jobs_of(plan, descriptor)
         for text in plan.notes:
@@ -141,12 +141,12 @@ def jobs_of(plan: Plan, descriptor: int) -> list[TensorJob]:
 
 
 def default_output(source: Path, choice: TypeChoice, overrides: Overrides) -> Path:
-    """Return `<name>-<TYPE>.gguf`, where a type at the end of the source's name is replaced."""
+    """Return `<name>-<TYPE>.gguf`, in the current folder. A type at the end of `<name>` is removed."""
     return output_called(source, label_of(choice, overrides))
 
 
 def output_called(source: Path, label: str) -> Path:
-    """Like `default_output`, for a type of which only the name is known yet."""
+    """Like `default_output`, for a recipe that is not solved yet and is called `label`."""
     words = "|".join(map(re.escape, (*known_words(), *ALIASES)))
     name = re.sub(rf"(?<=.)[-._]({words})$", "", source.stem, flags=re.IGNORECASE)
     return Path(f"{name}-{label}.gguf")
@@ -154,7 +154,7 @@ def output_called(source: Path, label: str) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class GgufRows:
-    """The rows of one tensor of an open GGUF file. Read, not mapped: mapped pages count as memory."""
+    """The rows of one tensor of an open GGUF file. They are not mapped: mapped pages count as memory."""
 
     path: Path
     descriptor: int
@@ -186,13 +186,13 @@ def opened(file: GgufFile) -> Iterator[int]:
     except OSError as error:
         raise FileError(f"cannot read the model: {error.strerror}", where=file.path) from error
     try:
-        refuse_another(file, descriptor)
+        refuse_changed(file, descriptor)
         yield descriptor
     finally:
         os.close(descriptor)
 
 
-def refuse_another(file: GgufFile, descriptor: int) -> None:
+def refuse_changed(file: GgufFile, descriptor: int) -> None:
     """Raise FileError if the open file has changed since its header was read."""
     if identity_of(os.fstat(descriptor)) != file.identity:
         raise FileError("the model file changed while it was in use", where=file.path, remedy="run again")

@@ -295,7 +295,7 @@ def test_what_is_told_meanwhile(model: Path, tmp_path: Path) -> None:
         n_windows=1,
         listen=events.append,
     )
-    misfit = "256 does not divide 64 columns: no Q4_K"
+    misfit = "64 columns are not a multiple of 256, which Q4_K needs"
     notes = [event.text for event in events if isinstance(event, Note) and misfit in event.text]
     assert notes == [
         f"{misfit}; 1 tensor in Q5_0 instead",

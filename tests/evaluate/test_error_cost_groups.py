@@ -54,7 +54,7 @@ def test_what_stands_in_is_told(tmp_path: Path) -> None:
     plan = found["shared-down"].plans[Q4_K]
     quantize_file(plan, tmp_path / "out.gguf", listen=notes.append)
     told = [each.text for each in notes if isinstance(each, Note)]
-    assert told == ["256 does not divide 96 columns: no Q4_K; 1 tensor in Q5_0 instead"]
+    assert told == ["96 columns are not a multiple of 256, which Q4_K needs; 1 tensor in Q5_0 instead"]
     mixed = trials(write_tiny(tmp_path / "moe.gguf", replace(MOE, n_layers=2)), (Q4_K,))
     assert mixed["attention-value"].used == {Q4_K: (Q4_K,)}
     assert mixed["routed-down"].used == {Q4_K: (Q5_0,)}

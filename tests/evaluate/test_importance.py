@@ -27,7 +27,7 @@ from dsmoe_local.evaluate.importance_coverage import coverage_of
 from dsmoe_local.evaluate.measure import options_for
 from dsmoe_local.evaluate.text import Text, built_in
 from dsmoe_local.evaluate.windows import Windows, cut_windows
-from dsmoe_quantize.imatrix import FEW, Imatrix, Statistics, merged
+from dsmoe_quantize.imatrix import MIN_TOKENS, Imatrix, Statistics, merged
 from dsmoe_quantize.imatrix_file import read_imatrix
 
 N_CONTEXT = 64
@@ -120,7 +120,7 @@ def test_coverage_counts_what_torch_chose(tmp_path: Path, engine: Engine, window
         assert [counts[expert] for expert in layer.coldest] == sorted(counts)
         every += [(count, layer.layer, expert) for expert, count in enumerate(counts)]
     assert found.coldest(5) == sorted(every)[:5]
-    assert found.n_cold == sum(count < FEW for count, _, _ in every)
+    assert found.n_cold == sum(count < MIN_TOKENS for count, _, _ in every)
     told = found.as_json()
     assert told["experts"] == len(every)
     assert told["layers"][0]["counts"] == list(found.layers[0].counts)
@@ -128,8 +128,8 @@ def test_coverage_counts_what_torch_chose(tmp_path: Path, engine: Engine, window
 
 def test_experts_that_were_never_chosen() -> None:
     """Guards: an expert without tokens that is reported as warm, or left out."""
-    entry = Statistics(np.zeros((3, 4), np.float32), np.array([FEW, 0, FEW - 1]))
-    (layer,) = coverage_of(Imatrix({"blk.3.ffn_down_exps.weight": entry}, (), 1, FEW)).layers
+    entry = Statistics(np.zeros((3, 4), np.float32), np.array([MIN_TOKENS, 0, MIN_TOKENS - 1]))
+    (layer,) = coverage_of(Imatrix({"blk.3.ffn_down_exps.weight": entry}, (), 1, MIN_TOKENS)).layers
     assert (layer.layer, layer.coldest, layer.n_cold, layer.n_unseen) == (3, (1, 2, 0), 2, 1)
 
 

@@ -15,7 +15,7 @@ from support.quantize_oracle import assert_same, tensor_data
 from dsmoe_convert.convert import convert_folder
 from dsmoe_local.evaluate.text import built_in
 from dsmoe_local.model.gguf_file import read_gguf
-from dsmoe_quantize.imatrix import FEW
+from dsmoe_quantize.imatrix import MIN_TOKENS
 from dsmoe_quantize.imatrix_file import read_imatrix
 from dsmoe_quantize.policy.plan import UNWEIGHTED
 from dsmoe_quantize.policy.types import resolve
@@ -73,7 +73,7 @@ def test_quantized_as_llama_cpps_tool_does(folder: Path, tmp_path: Path, matrix:
     """
     imatrix = read_imatrix(folder / matrix)
     # Of experts with fewer tokens we make more than the tool does, on purpose.
-    assert imatrix.is_legacy or min(entry.counts.min() for entry in imatrix.entries.values()) >= FEW
+    assert imatrix.is_legacy or min(entry.counts.min() for entry in imatrix.entries.values()) >= MIN_TOKENS
     ours, theirs, plain = (tmp_path / f"{name}.gguf" for name in ("ours", "theirs", "plain"))
     source = folder / "model.gguf"
     quantize_file(plan_quantization(source, resolve(word), imatrix=imatrix), ours, threads=1)

@@ -17,7 +17,7 @@ from dsmoe_local.base.errors import UsageError
 from dsmoe_local.model.file_type import FILE_TYPES
 from dsmoe_local.model.ggml import FLOATS, GgmlType, tensor_bytes
 from dsmoe_local.model.gguf_file import read_gguf
-from dsmoe_quantize.imatrix import FEW, Imatrix, Statistics, merged, metadata_of_use
+from dsmoe_quantize.imatrix import MIN_TOKENS, Imatrix, Statistics, merged, metadata_of_use
 from dsmoe_quantize.imatrix_file import read_imatrix, write_imatrix
 from dsmoe_quantize.policy.choice import Override, Overrides
 from dsmoe_quantize.policy.mixes import MIXES
@@ -190,16 +190,17 @@ def test_cold_experts_are_filled_up() -> None:
     """Guards: cold experts taken for important everywhere, as in llama.cpp's tool; warm ones changed; a step
     where one becomes the other.
     """
-    warm, cold, none = [8.0 * FEW, 2.0 * FEW], [30.0, 0.0], [0.0, 0.0]
-    imatrix = of([warm, cold, none], [FEW, 10, 0])
+    few = MIN_TOKENS
+    warm, cold, none = [8.0 * few, 2.0 * few], [30.0, 0.0], [0.0, 0.0]
+    imatrix = of([warm, cold, none], [few, 10, 0])
     found = imatrix.importance("w", (3, 5, 2))
     assert found is not None
-    layer = (np.array(warm) + cold) / (FEW + 10)
+    layer = (np.array(warm) + cold) / (few + 10)
     assert found[0].tolist() == [8, 2]
-    np.testing.assert_allclose(found[1], (np.array(cold) + (FEW - 10) * layer) / FEW, rtol=1e-6)
+    np.testing.assert_allclose(found[1], (np.array(cold) + (few - 10) * layer) / few, rtol=1e-6)
     np.testing.assert_allclose(found[2], layer, rtol=1e-6)
-    just = of([warm, [FEW - 1.0, 3.0 * FEW]], [FEW, FEW - 1]).importance("w", (2, 5, 2))
-    enough = of([warm, [FEW - 1.0, 3.0 * FEW]], [FEW, FEW]).importance("w", (2, 5, 2))
+    just = of([warm, [few - 1.0, 3.0 * few]], [few, few - 1]).importance("w", (2, 5, 2))
+    enough = of([warm, [few - 1.0, 3.0 * few]], [few, few]).importance("w", (2, 5, 2))
     assert just is not None
     assert enough is not None
     np.testing.assert_allclose(just, enough, rtol=0.15)

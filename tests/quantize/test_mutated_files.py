@@ -24,7 +24,7 @@ from dsmoe_quantize.imatrix_file import read_imatrix, write_imatrix
 from dsmoe_quantize.policy.named_recipes import RECIPES
 from dsmoe_quantize.policy.recipe_file import read_recipe, render_recipe
 from dsmoe_quantize.policy.recipes import recipe_for
-from dsmoe_quantize.policy.types import settled
+from dsmoe_quantize.policy.types import resolve_for
 from dsmoe_quantize.write.part_file import PartFile, journal_of
 
 COUNTS = [300, pytest.param(50_000, marks=pytest.mark.soak)]
@@ -90,7 +90,7 @@ def test_recipes(n: int, tmp_path: Path) -> None:
         path.write_text(render_recipe(recipe))
         # What it tells about itself is shortened.
         assert replace(read_recipe(path), about={}) == replace(recipe, about={})
-        settled(recipe, MOE)
+        resolve_for(recipe, MOE)
 
     try_mutants(read, n, seed=3)
 

@@ -142,7 +142,7 @@ def test_explained_without_writing(source: Path, tmp_path: Path) -> None:
         "routed-down",
         "attention-value",
         "saves elsewhere",
-        "256 does not divide 96",
+        "multiple of 256",
         "this recipe",
         "Q4_K_S",
     ):

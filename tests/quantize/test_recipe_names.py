@@ -15,7 +15,7 @@ from dsmoe_quantize.policy.choice import choose_types
 from dsmoe_quantize.policy.named_recipes import RECIPES, NamedRecipe, TypeWords
 from dsmoe_quantize.policy.recipe_file import parse_recipe, render_recipe
 from dsmoe_quantize.policy.recipes import KINDS, LAYER_RULES, OTHERS, group_of, recipe_for
-from dsmoe_quantize.policy.types import known_words, resolve, settled
+from dsmoe_quantize.policy.types import known_words, resolve, resolve_for
 
 BIG = PRESETS["deepseekmoe-16b"].hp
 DEPTHS = (1, 2, 6, 8, 28, 62)
@@ -169,4 +169,4 @@ def test_words_follow_from_the_table() -> None:
     """Guards: a recipe that --type does not know, or that is not said to be known."""
     assert known_words()[: len(RECIPES)] == list(RECIPES)
     for name in RECIPES:
-        assert settled(resolve(name.upper()), MOE).name == name
+        assert resolve_for(resolve(name.upper()), MOE).name == name

@@ -25,7 +25,7 @@ from dsmoe_local.model.presets import PRESETS
 from dsmoe_quantize.budget import cost_model
 from dsmoe_quantize.budget.cost_model import Budget, CostModel
 from dsmoe_quantize.budget.error_weights import WEIGHTS
-from dsmoe_quantize.budget.explanation import offers, reasons
+from dsmoe_quantize.budget.explanation import reasons, trade_offs
 from dsmoe_quantize.budget.fast_kernels import CPUS, is_fast, this_cpu
 from dsmoe_quantize.budget.sensitivity import Sensitivity, TensorErrors, candidates, measure
 from dsmoe_quantize.budget.sensitivity_file import start
@@ -154,7 +154,7 @@ def test_16b() -> None:
         if each.type in (GgmlType.Q4_K, GgmlType.Q5_K, GgmlType.Q6_K, GgmlType.IQ4_XS):
             assert each.shape[-1] % 256 == 0
     assert solved.recipe == costs.solve(budget, "9.5GB").recipe, "the same input, the same recipe"
-    by_name = {each.label: each for each in offers(costs, solved, budget)}
+    by_name = {each.label: each for each in trade_offs(costs, solved, budget)}
     assert by_name["Q4_K_M"].total.n_bytes / 1e9 == pytest.approx(10.84, abs=0.01)
     assert by_name["Q4_K_M"].total.n_bytes_per_token / 1e9 == pytest.approx(1.73, abs=0.01)
     assert (
@@ -253,7 +253,7 @@ def test_budgets_that_do_not_go_together(moe: CostModel, monkeypatch: pytest.Mon
 def test_a_step_gives_what_the_recipe_gives_at_least(moe: CostModel) -> None:
     """Guards: a looser budget that is shown to give worse than the recipe, which is within it, too."""
     solved = moe.solve(Budget(bits_per_weight=5.0, slow_share=0.2), "x")
-    shown = {each.label: each for each in offers(moe, solved, Budget(bits_per_weight=5.0))}
+    shown = {each.label: each for each in trade_offs(moe, solved, Budget(bits_per_weight=5.0))}
     for label in ("up to 25% slow", "up to 50% slow", "5% more", "10% more"):
         assert shown[label].total.error <= solved.total.error
 
@@ -312,7 +312,7 @@ def test_every_group_is_explained(moe: CostModel) -> None:
         assert f"{each.type.name} saves" not in each.why
         assert f"{each.type.name} costs" not in each.why
         if each.kind == "routed-down":
-            assert "256 does not divide 96 columns" in each.why
+            assert "96 columns are not a multiple of 256" in each.why
 
 
 def test_fast_kernels() -> None:

@@ -84,8 +84,8 @@ def test_q4_falls_back_where_256_does_not_divide() -> None:
     assert chosen["blk.1.attn_q.weight"].type is GgmlType.Q5_1
     assert chosen["token_embd.weight"].type is GgmlType.Q8_0, "the embedding is the output here"
     notes = fallback_notes(list(chosen.values()))
-    assert any("256 does not divide 576 columns: no Q4_K" in note and "IQ4_NL" in note for note in notes)
-    assert any("no Q6_K" in note and "Q8_0" in note for note in notes)
+    assert any("576 columns are not a multiple of 256" in note and "IQ4_NL" in note for note in notes)
+    assert any("which Q6_K needs" in note and "Q8_0" in note for note in notes)
 
 
 def test_no_block_fits() -> None:

@@ -1,4 +1,4 @@
-"""Explain a recipe: the trade-off around it, named types beside it, and each group's alternatives."""
+"""Explain a recipe: compare it with smaller and larger budgets, with named types, and group by group."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NAMED: tuple[TypeChoice, ...] = (
 
 
 @dataclass(frozen=True, slots=True)
-class Offer:
+class TradeOff:
     """One line of the trade-off table: a recipe, solved or named, and its costs."""
 
     label: str
@@ -52,9 +52,9 @@ class Reason:
     why: str
 
 
-def offers(costs: CostModel, solved: Solved, budget: Budget) -> list[Offer]:
-    """Return the recipe, those for slightly smaller and larger budgets, and the named types, by size."""
-    found = [offer(costs, "this recipe", solved.total)]
+def trade_offs(costs: CostModel, solved: Solved, budget: Budget) -> list[TradeOff]:
+    """Return the lines of the table, by size: the recipe, those for similar budgets, and the named types."""
+    found = [trade_off(costs, "this recipe", solved.total)]
     steps = [(_scaled(budget, factor), label) for factor, label in _STEPS]
     if costs.cpu != "none" and budget.slow_share is None:
         steps += [(replace(budget, slow_share=share), f"up to {share:.0%} slow") for share in _SLOW_SHARES]
@@ -64,7 +64,7 @@ def offers(costs: CostModel, solved: Solved, budget: Budget) -> list[Offer]:
         with suppress(UsageError):
             totals.append(costs.solve(other, "step", quick=True).total)
         if totals:
-            found.append(offer(costs, label, min(totals, key=lambda total: total.error)))
+            found.append(trade_off(costs, label, min(totals, key=lambda total: total.error)))
     tensors = list(costs.file.tensors.values())
     for choice in _NAMED:
         # A type may not have been measured, or may not go with the overrides.
@@ -72,13 +72,13 @@ def offers(costs: CostModel, solved: Solved, budget: Budget) -> list[Offer]:
             chosen = choose_types(
                 tensors, costs.hp, choice, costs.overrides, imatrix=costs.imatrix is not None
             )
-            found.append(offer(costs, choice.name, costs.figures(chosen)))
+            found.append(trade_off(costs, choice.name, costs.figures(chosen)))
     return sorted(found, key=lambda each: each.total.n_bytes)
 
 
-def offer(costs: CostModel, label: str, total: Figures) -> Offer:
+def trade_off(costs: CostModel, label: str, total: Figures) -> TradeOff:
     """Return a line of the table for the costs of all tensors."""
-    return Offer(
+    return TradeOff(
         label,
         total,
         8 * total.n_bytes / costs.n_weights,
@@ -138,11 +138,11 @@ def _reason(
         _step(solved, here, {k: v for k, v in options.items() if v.n_bytes < here.n_bytes}, "less"),
     ]
     if not any(figures.error < here.error for figures in options.values()):
-        parts[0] = "nothing that fits is better"
+        parts[0] = "no type that fits has a smaller error"
     if costs.cpu != "none" and not is_fast(costs.cpu, chosen, tensor.shape):
         parts.append("no fast kernel")
     if tensor.shape[-1] % block_size(GgmlType.Q4_K):
-        parts.append(f"256 does not divide {tensor.shape[-1]} columns")
+        parts.append(f"{tensor.shape[-1]} columns are not a multiple of 256")
     layers = [each.group.layer for each in members if each.group.layer is not None]
     share = here.error / solved.total.error if solved.total.error else 0.0
     return Reason(
@@ -169,7 +169,8 @@ def _step(solved: Solved, here: Figures, others: Mapping[GgmlType, Figures], way
         price = _worth(solved, figures) - _worth(solved, here)
         gain = here.error - figures.error
         if way == "less" and gain >= 0:
-            continue  # the type is excluded as slow, or the recipe is not optimal
+            # A smaller type has no larger error: it is excluded as slow, or the recipe is not optimal.
+            continue
         ratio = gain / price if price else 0.0
         if best is None or (ratio > best[0] if way == "more" else ratio < best[0]):
             best = (ratio, kind, figures)

@@ -16,7 +16,7 @@ from dsmoe_local.model.layout import GroupKind, Role, group_kind_of, role_of
 from dsmoe_quantize.policy.mixes import FALLBACKS, MixWalk, walk_order
 from dsmoe_quantize.policy.named_recipes import NamedRecipe
 from dsmoe_quantize.policy.recipes import LayeredRecipe
-from dsmoe_quantize.policy.types import SettledType, TypeChoice, parse_target, settled
+from dsmoe_quantize.policy.types import ResolvedType, TypeChoice, parse_target, resolve_for
 
 _OPTIONS = ("--tensor-type", "--output-type", "--embedding-type")
 
@@ -33,8 +33,8 @@ class Override:
 class Overrides:
     """The user's options beside --type.
 
-    The first of `tensors` that matches counts; `output` and `embedding` take precedence over all of them.
-    `pure`: a mix without its rules.
+    If several of `tensors` match, the first one applies. `output` and `embedding` take precedence over them.
+    `pure`: use only the base type of a mix, without its rules.
     """
 
     tensors: tuple[Override, ...] = ()
@@ -119,7 +119,7 @@ def choose_types(
             f"{choice.name} is a recipe of several types", remedy="use --pure with one type, such as q4_k"
         )
     refuse_unmatched(tensors, overrides)
-    chooser = _Chooser(tensors, hp, settled(choice, hp), overrides, imatrix)
+    chooser = _Chooser(tensors, hp, resolve_for(choice, hp), overrides, imatrix)
     chosen = {
         tensor.name: chooser.choose(tensor)
         for tensor in sorted(tensors, key=lambda each: walk_order(each.name))
@@ -129,7 +129,7 @@ def choose_types(
 
 def refuse_unmatched(tensors: Sequence[Tensor], overrides: Overrides) -> None:
     """Raise UsageError for a --tensor-type that matches no tensor, which is most likely a typing error."""
-    found = (_override(overrides, tensor.name) for tensor in tensors if may_change(tensor))
+    found = (_first_match(overrides, tensor.name) for tensor in tensors if may_change(tensor))
     matched = {override.pattern.pattern for override in found if override}
     for override in overrides.tensors:
         if override.pattern.pattern not in matched:
@@ -139,15 +139,15 @@ def refuse_unmatched(tensors: Sequence[Tensor], overrides: Overrides) -> None:
             )
 
 
-def _override(overrides: Overrides, name: str) -> Override | None:
-    """Return the first override that matches."""
+def _first_match(overrides: Overrides, name: str) -> Override | None:
+    """Return the first --tensor-type whose pattern matches the whole name."""
     return next((each for each in overrides.tensors if each.pattern.fullmatch(name)), None)
 
 
 def fixed_types(
     tensors: Sequence[Tensor], hp: Hyperparameters, recipe: LayeredRecipe, overrides: Overrides
 ) -> dict[str, TensorChoice]:
-    """Return, by name, the choices that no recipe affects: vectors, routers, and overridden tensors."""
+    """Return the choices that no recipe affects, by name: vectors, routers, and overridden tensors."""
     chooser = _Chooser(tensors, hp, recipe, overrides, False)
     choices = (chooser.fixed(tensor) for tensor in tensors)
     return {choice.name: choice for choice in choices if choice}
@@ -160,6 +160,11 @@ def fallback_notes(choices: Sequence[TensorChoice]) -> list[str]:
         f"{misfit}; {count} tensor{'s' if count > 1 else ''} in {kind.name} instead"
         for (misfit, kind), count in counts.items()
     ]
+
+
+def misfit_of(kind: GgmlType, n_columns: int) -> str:
+    """Say why rows of `n_columns` cannot have the type `kind`, whose blocks do not divide them."""
+    return f"{n_columns} columns are not a multiple of {block_size(kind)}, which {kind.name} needs"
 
 
 def may_change(tensor: Tensor) -> bool:
@@ -175,7 +180,7 @@ class _Chooser:
         self,
         tensors: Sequence[Tensor],
         hp: Hyperparameters,
-        choice: SettledType,
+        choice: ResolvedType,
         overrides: Overrides,
         imatrix: bool,
     ) -> None:
@@ -202,7 +207,7 @@ class _Chooser:
         return self._fitting(tensor, *overridden) if overridden else None
 
     def _overridden(self, tensor: Tensor) -> tuple[GgmlType, str] | None:
-        override = _override(self._overrides, tensor.name)
+        override = _first_match(self._overrides, tensor.name)
         if role_of(tensor.name) is Role.EMBEDDING and self._overrides.embedding is not None:
             return self._overrides.embedding, "--embedding-type"
         is_output = group_kind_of(tensor.name, self._hp) is GroupKind.OUTPUT
@@ -224,5 +229,4 @@ class _Chooser:
         kind = self._fallbacks.get(wanted, wanted)
         if columns % block_size(kind):
             kind = GgmlType.F16
-        misfit = f"{block_size(wanted)} does not divide {columns} columns: no {wanted.name}"
-        return TensorChoice.of(tensor, kind, reason, misfit)
+        return TensorChoice.of(tensor, kind, reason, misfit_of(wanted, columns))

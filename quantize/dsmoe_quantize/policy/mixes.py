@@ -73,7 +73,8 @@ class Rule:
 class Mix:
     """One of llama.cpp's mixes, or a float type, which has no rules.
 
-    The first rule that applies takes precedence over `base`. `file_type` is llama.cpp's number for the mix.
+    The first rule that applies takes precedence over `base`. `with_8_experts`: in models with eight experts,
+    the attention output gets Q5_K.
     """
 
     name: str
@@ -129,7 +130,7 @@ FLOAT_TYPES: Mapping[str, Mix] = MappingProxyType(
 """Every matrix in one float type; norms and routers stay as they are."""
 
 ALIASES: Mapping[str, str] = MappingProxyType({"Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"})
-"""llama.cpp's other names for two of the mixes."""
+"""Other names that llama.cpp has for two of the mixes."""
 
 FALLBACKS: Mapping[GgmlType, GgmlType] = MappingProxyType(
     {
@@ -145,8 +146,8 @@ FALLBACKS: Mapping[GgmlType, GgmlType] = MappingProxyType(
 class MixWalk:
     """Applies a mix to tensors, which must be given in llama.cpp's order (`walk_order`).
 
-    It has state because llama.cpp has: it counts value projections, and in models without experts down
-    projections, as it meets them. Tensors whose type the user overrides are not counted.
+    The type of a tensor depends on those before it: like llama.cpp, the walk counts the value projections
+    and, in models without experts, the down projections. Tensors whose type the user overrides do not count.
     """
 
     def __init__(self, mix: Mix, hp: Hyperparameters, names: list[str], *, imatrix: bool = False) -> None:
@@ -192,7 +193,7 @@ class MixWalk:
         return self._mix.base, ""
 
     def _with_8_experts(self, name: str, kind: GgmlType, why: str) -> tuple[GgmlType, str]:
-        """Rules that llama.cpp made for one model and applies to every model with eight experts."""
+        """Apply the rules that llama.cpp has for Mixtral, and applies to every model with eight experts."""
         if name.endswith((".attn_v.weight", ".attn_k.weight")):
             return GgmlType.Q8_0, "a model with 8 experts"
         if name.endswith(".attn_output.weight") and self._mix.with_8_experts:

@@ -23,7 +23,7 @@ from dsmoe_quantize.imatrix import Imatrix, metadata_of_use
 from dsmoe_quantize.policy.choice import Overrides, TensorChoice, choose_types, fallback_notes
 from dsmoe_quantize.policy.recipe_file import format_layers, render_recipe
 from dsmoe_quantize.policy.recipes import Group, LayeredRecipe, absent_layers, condensed, group_of
-from dsmoe_quantize.policy.types import SettledType, TypeChoice, is_reserved, same_types, settled
+from dsmoe_quantize.policy.types import ResolvedType, TypeChoice, is_reserved, resolve_for, same_types
 
 CHANGED = "-changed"
 """The suffix of a built-in recipe's name if overrides changed it."""
@@ -39,8 +39,8 @@ _DROPPED = (
     "split.tensors.count",
     RECIPE_KEY,
 )
-# llama.cpp copies these from the source, and its tool adds them for any matrix that it is given. But then the
-# file claims a matrix that its weights were not encoded with.
+# llama.cpp keeps these keys of the source, and its tool writes them for every matrix that it is given. Here
+# they are written only if weights were encoded with the matrix.
 _DROPPED_PREFIX = "quantize.imatrix."
 
 
@@ -52,7 +52,7 @@ class TypePlan:
     """
 
     hp: Hyperparameters
-    type: SettledType
+    type: ResolvedType
     choices: Sequence[TensorChoice]
     imatrix: Imatrix | None = None
 
@@ -136,7 +136,7 @@ def plan_types(
 ) -> TypePlan:
     """Choose a type for every tensor. Raises what `choose_types` and `refuse_foreign` raise."""
     refuse_foreign(imatrix, tensors)
-    choice = settled(choice, hp)
+    choice = resolve_for(choice, hp)
     chosen = choose_types(tensors, hp, choice, overrides, imatrix=imatrix is not None)
     return TypePlan(hp, choice, chosen, imatrix)
 
@@ -195,11 +195,11 @@ class Record:
     `left_out` are tensors whose types the recipe cannot record, because a recipe has one type for each group.
     """
 
-    type: SettledType
+    type: ResolvedType
     left_out: tuple[str, ...] = ()
 
 
-def record_of(choice: SettledType, hp: Hyperparameters, chosen: Sequence[TensorChoice]) -> Record:
+def record_of(choice: ResolvedType, hp: Hyperparameters, chosen: Sequence[TensorChoice]) -> Record:
     """Return what to record about the types `chosen`, which follow from `choice` and overrides.
 
     A recipe is changed so that it gives the same types again. A mix or a float type is recorded unchanged, as

@@ -64,7 +64,9 @@ def read_recipe(path: Path) -> LayeredRecipe:
     except OSError as error:
         raise FileError(f"cannot read the recipe: {error.strerror}", where=path) from error
     if len(content) > _MAX_BYTES:
-        raise FormatError("the recipe is too large", where=path)
+        raise FormatError(
+            f"the file is larger than {_MAX_BYTES >> 20} MiB", where=path, remedy="name a recipe file"
+        )
     try:
         return parse_recipe(content.decode(), str(path))
     except UnicodeDecodeError as error:
@@ -101,7 +103,7 @@ def refuse_place(path: Path, taken: Iterable[Path] = ()) -> None:
         is_taken = any(each.resolve() == path.resolve() or durable.same_file(each, path) for each in taken)
         is_there = path.exists()
     except (OSError, RuntimeError) as error:
-        raise FileError("cannot write the recipe", where=path, remedy=str(error)) from error
+        raise FileError(f"cannot write the recipe: {error}", where=path) from error
     if is_taken:
         raise UsageError("the recipe would replace the model", where=path, remedy=_OTHER_PLACE)
     if is_there and not _is_recipe(path):
@@ -137,7 +139,7 @@ def render_recipe(recipe: LayeredRecipe) -> str:
 
 
 def _value_text(value: str | int | float) -> str:
-    """JSON's strings are valid TOML except for DEL, which safe_line removes."""
+    """Return a value as TOML. JSON's strings are valid TOML except for DEL, which safe_line removes."""
     return json.dumps(safe_line(value, 200), ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
@@ -154,7 +156,7 @@ def _layers_text(layers: Mapping[int | None, GgmlType]) -> str:
 
 
 def format_layers(layers: Iterable[int]) -> list[str]:
-    """Return runs of layers: 1, 2, 3, 7 as 1-3 and 7."""
+    """Return layers as ranges: 1, 2, 3 and 7 as "1-3" and "7"."""
     words = []
     for _, run in groupby(enumerate(sorted(layers)), key=lambda pair: pair[1] - pair[0]):
         numbers = [number for _, number in run]
@@ -173,7 +175,7 @@ def parse_recipe(text: str, where: str) -> LayeredRecipe:
 
 
 class _Reader:
-    """Turns the tables of a TOML file into a recipe. Raises FormatError if they are not one."""
+    """Turns the tables of a TOML file into a recipe. Raises FormatError if they are not a valid one."""
 
     def __init__(self, tables: Mapping[str, Any], where: str) -> None:
         self._tables = tables

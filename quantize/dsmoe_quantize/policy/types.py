@@ -13,11 +13,11 @@ from dsmoe_quantize.policy.named_recipes import RECIPES, NamedRecipe
 from dsmoe_quantize.policy.recipes import KINDS, OTHERS, LayeredRecipe, recipe_for
 from dsmoe_quantize.write import kernels
 
-SettledType: TypeAlias = Mix | LayeredRecipe
-"""What a TypeChoice is for one model. All have a `name`, for file names, and llama.cpp's `file_type`."""
+ResolvedType: TypeAlias = Mix | LayeredRecipe
+"""The types for one model. Both classes have a `name`, for file names, and llama.cpp's `file_type`."""
 
-TypeChoice: TypeAlias = SettledType | NamedRecipe
-"""What --type or --recipe stands for. All have a `name`."""
+TypeChoice: TypeAlias = ResolvedType | NamedRecipe
+"""The value of --type or --recipe. A NamedRecipe depends on the model's depth: see `resolve_for`."""
 
 
 def known_words() -> list[str]:
@@ -40,8 +40,8 @@ def resolve(word: str) -> TypeChoice:
     return choice
 
 
-def settled(choice: TypeChoice, hp: Hyperparameters) -> SettledType:
-    """Return what a choice means for a model.
+def resolve_for(choice: TypeChoice, hp: Hyperparameters) -> ResolvedType:
+    """Return the types that a choice means for a model: a named recipe is expanded to its layers.
 
     Raises UsageError for a recipe from a file that has the name of a built-in type but other types: the
     output would carry a misleading name.
@@ -59,7 +59,7 @@ def settled(choice: TypeChoice, hp: Hyperparameters) -> SettledType:
 
 
 def is_reserved(name: str) -> bool:
-    """True if --type knows a type of that name."""
+    """True if --type accepts this name."""
     upper = name.upper()
     return name.lower() in RECIPES or upper in MIXES or upper in ALIASES or upper in FLOAT_TYPES
 
@@ -79,7 +79,7 @@ def same_types(first: LayeredRecipe, second: LayeredRecipe, n_layers: int) -> bo
 
 
 def resolve_float(kind: GgmlType) -> Mix:
-    """Return the choice for weights in the float type `kind`."""
+    """Return the choice that stores every matrix in the float type `kind`."""
     return FLOAT_TYPES[kind.name]
 
 
