@@ -21,18 +21,18 @@ CMAKE_ARGS = "-DGGML_RPC=ON"
 
 
 def say(text: str) -> None:
-    """One line of progress on stderr."""
+    """Print one line of progress on stderr."""
     print(f"setup: {text}", file=sys.stderr, flush=True)
 
 
 def llama_requirement() -> str:
-    """The llama-cpp-python requirement, as pyproject.toml states it."""
+    """Return the requirement of llama-cpp-python in pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return next(line for line in project["dependencies"] if line.startswith("llama-cpp-python"))
 
 
 def processor() -> str:
-    """What the compiler's native tuning depends on: a wheel must not move to another processor."""
+    """Return a description of the processor: a wheel tuned for one must not be used on another."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -42,14 +42,14 @@ def processor() -> str:
 
 
 def wheel_folder(cache: Path, requirement: str, cmake_args: str) -> Path:
-    """The cache folder of the wheel for this interpreter, processor, requirement and build options."""
+    """Return the cache folder of the wheel for this interpreter, processor, requirement and build options."""
     key = "\n".join((requirement, cmake_args, processor()))
     tag = f"cp{sys.version_info.major}{sys.version_info.minor}-{platform.system()}-{platform.machine()}"
     return cache / "wheels" / f"{tag}-{hashlib.sha256(key.encode()).hexdigest()[:12]}".lower()
 
 
 def build_wheel(python: Path, folder: Path, requirement: str, cmake_args: str) -> Path:
-    """The cached wheel, compiled first if it is not there."""
+    """Return the path of the cached wheel. Compile it first if it is missing."""
     found = sorted(folder.glob("llama_cpp_python-*.whl"))
     if found:
         return found[-1]
@@ -71,7 +71,7 @@ def build_wheel(python: Path, folder: Path, requirement: str, cmake_args: str) -
 
 
 def main() -> int:
-    """Build the environment from nothing; an interrupted one is never mistaken for a finished one."""
+    """Create the environment. One that an earlier run left, finished or not, is removed first."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--venv", type=Path, required=True)
     parser.add_argument("--cache", type=Path, required=True)

@@ -123,11 +123,11 @@ def read_index(path: Path, suffix: str) -> dict[str, str]:
     """
     weight_map = load_json(path, _MAX_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError("the index has no weight_map", where=path)
+        raise CheckpointError("the index has no weight_map", where=path, remedy="download it again")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not _is_file_name(shard, suffix):
             raise CheckpointError(
-                f"the index names the shard {safe_line(json.dumps(shard), 50)}",
+                f"the index names an invalid shard: {safe_line(json.dumps(shard), 50)}",
                 where=f"{path}: {safe_line(name, 80)}",
                 remedy=f"accepted: names of {suffix} files in the same folder",
             )
@@ -154,6 +154,7 @@ def match_index(
                 raise CheckpointError(
                     f"{safe_line(shard, 50)} has a tensor that the index does not list for it",
                     where=f"{folder}: {safe_line(name, 80)}",
+                    remedy="download the index and the shard again",
                 )
     return {name: shards[shard][name] for name, shard in weight_map.items()}
 
@@ -165,16 +166,19 @@ def check_tensors(tensors: Mapping[str, StoredTensor], hp: Hyperparameters, wher
         for spec in tensor_specs(hp)
         for source in spec.sources
     }
-    _refuse_some([name for name in expected if name not in tensors], "missing from the checkpoint", where)
+    missing = [name for name in expected if name not in tensors]
+    _refuse_some(missing, "missing from the checkpoint", where, "download the weights again")
     extra = [name for name in tensors if name not in expected and not _may_ignore(name, hp)]
-    _refuse_some(extra, "not part of a DeepSeekMoE with this config.json", where)
+    _refuse_some(
+        extra, "not part of a DeepSeekMoE with this config.json", where, "use the model's own config.json"
+    )
     for name, shape in expected.items():
         stored = tensors[name]
         if stored.shape != shape:
             raise CheckpointError(
-                f"{safe_line(name, 60)} has the shape {list(stored.shape)[:4]}",
+                f"{safe_line(name, 60)} has the shape {list(stored.shape)[:4]}, not {list(shape)}",
                 where=where,
-                remedy=f"config.json makes it {list(shape)}",
+                remedy="the weights do not match config.json; use the model's own config.json",
             )
         if stored.dtype not in DTYPES:
             raise CheckpointError(
@@ -247,7 +251,8 @@ def _may_ignore(name: str, hp: Hyperparameters) -> bool:
     return IGNORED_SOURCES.fullmatch(name) is not None or (name == _LM_HEAD and hp.tied_embeddings)
 
 
-def _refuse_some(names: list[str], what: str, where: str) -> None:
+def _refuse_some(names: list[str], what: str, where: str, remedy: str) -> None:
+    """Raise CheckpointError with the first name and the number of the others, unless there are none."""
     if names:
         more = f" and {len(names) - 1} more tensors are" if len(names) > 1 else " is"
-        raise CheckpointError(f"{safe_line(names[0], 60)}{more} {what}", where=where)
+        raise CheckpointError(f"{safe_line(names[0], 60)}{more} {what}", where=where, remedy=remedy)

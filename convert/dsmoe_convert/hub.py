@@ -134,7 +134,11 @@ class HubRepository:
             return self._fetch("config.json").parent
         missing = [name for name in _REQUIRED if name not in self.sizes]
         if missing:
-            raise HubError(f"the repository has no {missing[0]}", where=self._request.repository)
+            raise HubError(
+                f"the repository has no {missing[0]}",
+                where=self._request.repository,
+                remedy="name the repository of the original Hugging Face checkpoint",
+            )
         for form in (SAFETENSORS, PICKLE):
             if form.single not in self.sizes and form.index in self.sizes:
                 self._fetch(form.index)
@@ -159,10 +163,16 @@ class HubRepository:
                 missing = [shard for shard in shards if shard not in self.sizes]
                 if missing:
                     raise HubError(
-                        f"the repository has no {safe_line(missing[0], 60)}", where=self._request.repository
+                        f"the index names {safe_line(missing[0], 60)}, which the repository does not have",
+                        where=self._request.repository,
+                        remedy="check the repository's page",
                     )
                 return form, shards
-        raise HubError("the repository has no weights in safetensors", where=self._request.repository)
+        raise HubError(
+            "the repository has no weights in safetensors or .bin files",
+            where=self._request.repository,
+            remedy="name the repository of the original Hugging Face checkpoint",
+        )
 
     def fetch_weights(self, files: list[str]) -> None:
         """Download the weights that the cache lacks."""
@@ -220,7 +230,7 @@ class HubRepository:
         return Path(path)
 
     def _call(self, work: Callable[[], T]) -> T:
-        """Call into the library, in another thread, so that it cannot delay an interruption."""
+        """Call `work` in another thread, so that the library cannot delay an interruption."""
         outcome: list[Callable[[], T]] = []
 
         def body() -> None:
@@ -247,7 +257,7 @@ class HubRepository:
 
     def _translated(self, error: Exception) -> HubError:
         """Return our error for an exception of the library. More specific ones are first in the table."""
-        for name, what, remedy in _COMPLAINTS:
+        for name, what, remedy in _ERRORS:
             kind = getattr(self._hub.errors, name, None)
             if kind is not None and isinstance(error, kind):
                 return HubError(what, where=self._place, remedy=remedy)
@@ -266,7 +276,8 @@ class HubRepository:
         return f"{self._request.repository}{revision}"
 
 
-_COMPLAINTS = (
+# The library's exceptions, each with our message and remedy.
+_ERRORS = (
     (
         "GatedRepoError",
         "access to this repository must be granted",

@@ -2,7 +2,7 @@
 
 A shard is kept until all tensors made from it are synced and journaled: after a crash, the next run finds
 either the shard or those tensors. Two shards are on disk at a time: one is downloaded while another one is
-encoded. Shards are downloaded in the order in which tensors need them, so no reader waits for ever.
+encoded. Shards are downloaded in the order in which tensors need them, so readers cannot deadlock.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class ShardWindow:
                 self._needed_by.setdefault(shard, set()).add(name)
         self._sequence = list(dict.fromkeys(shard for shards in needs for shard in shards))
         self.n_shards = max(N_SHARDS, _most_at_once(needs))
-        self._thread = threading.Thread(target=self._bring_all, name="shards", daemon=True)
+        self._thread = threading.Thread(target=self._download_all, name="shards", daemon=True)
         self._thread.start()
         return order
 
@@ -85,8 +85,9 @@ class ShardWindow:
         actual = shard.tensors.get(tensor.name)
         if actual is None or (actual.dtype, actual.shape) != (tensor.dtype, tensor.shape):
             raise CheckpointError(
-                "the shard differs from its header as read before the download",
+                "the shard has another header than before its download",
                 where=f"{safe_line(tensor.shard, 60)}: {safe_line(tensor.name, 60)}",
+                remedy="the repository may have changed: run the command again",
             )
         read_span(shard.descriptor, shard.path, actual.offset + start, buffer)
 
@@ -114,8 +115,8 @@ class ShardWindow:
                 os.close(shard.descriptor)
             self._present.clear()
 
-    def _bring_all(self) -> None:
-        """Download all shards. The body of the thread."""
+    def _download_all(self) -> None:
+        """Download all shards, each when there is room for it. The body of the thread."""
         try:
             for name in self._sequence:
                 with self._changed:

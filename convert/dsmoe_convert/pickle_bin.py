@@ -53,6 +53,7 @@ def read_tensors(path: Path, stop: threading.Event | None = None) -> dict[str, S
             raise CheckpointError(
                 "damaged .bin file: a tensor is outside the file",
                 where=f"{path}: {safe_line(str(entry), 80)}",
+                remedy="download it again",
             )
         tensors[tensor.name] = tensor
     return tensors

@@ -35,7 +35,7 @@ class _Entry(msgspec.Struct):
 
 
 def read_tensors(path: Path, stop: threading.Event | None = None) -> dict[str, StoredTensor]:
-    """Return the tensors of a safetensors file by name. It is too fast to need `stop`.
+    """Return the tensors of a safetensors file by name. `stop` is not used: this takes milliseconds.
 
     Raises FileError if the file cannot be read, CheckpointError if anything about its header is wrong.
     """

@@ -1,4 +1,4 @@
-"""Convert what the user names: a local folder, a repository, or a repository shard by shard."""
+"""Convert a local folder, or a repository, whose shards are downloaded before or during the conversion."""
 
 from __future__ import annotations
 
@@ -206,6 +206,7 @@ def _plan_staged(
         raise CheckpointError(
             "--low-disk and --dry-run need safetensors, but the weights are pickles (.bin)",
             where=repository.name,
+            remedy="convert it without --low-disk or --dry-run",
         )
     headers = {shard: repository.tensors_of(shard) for shard in shards}
     tensors = headers[shards[0]]

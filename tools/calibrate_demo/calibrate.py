@@ -3,12 +3,11 @@
 Takes half an hour on one core. Deterministic for a given version of torch and processor. For each MoE layer:
 
 1. Estimate the Fisher information of the dense model's FFN output on the calibration text. It is the metric
-for
-   errors of the output, called damage below.
-2. The neurons with the largest mean contribution become shared; the others are clustered by co-activation. 3.
-Fit a router (router.py): ridge regression, then training on the exact expected damage. 4. Move neurons, also
-shared ones, to the experts in which they cause the least damage when they are dropped, then
-   train the router again. Repeat this for a few rounds, then train the router longer.
+   for errors of the output, called damage below.
+2. Make the neurons with the largest mean contribution shared, and cluster the others by co-activation.
+3. Fit a router (router.py): ridge regression, then training on the exact expected damage.
+4. Move neurons, also shared ones, to the experts in which they cause the least damage when they are dropped.
+   Train the router again. Repeat this for a few rounds, then train the router longer.
 
 The held-out half of the text is not read here; benchmarks/demo_quality.py evaluates with it.
 """

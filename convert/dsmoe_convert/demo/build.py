@@ -104,11 +104,11 @@ def _inputs(n_active: int) -> dict[str, Any]:
 
 
 def _prepare(folder: Path) -> None:
-    """Create the folder. Raises UsageError if it has files of something else, which must not be replaced."""
+    """Create the folder. Raises UsageError if it has files but no manifest: they must not be replaced."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        strangers = (path for path in folder.iterdir() if not path.name.startswith("."))
-        if not (folder / MANIFEST).is_file() and next(strangers, None) is not None:
+        others = (path for path in folder.iterdir() if not path.name.startswith("."))
+        if not (folder / MANIFEST).is_file() and next(others, None) is not None:
             raise UsageError(
                 "the folder has other files", where=folder, remedy="name an empty or new folder: --out"
             )
@@ -122,8 +122,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST).read_bytes())
     except (FileNotFoundError, ValueError):
         return {}
-    sound = isinstance(manifest, dict) and isinstance(manifest.get("finished"), dict)
-    return manifest if sound else {}
+    is_valid = isinstance(manifest, dict) and isinstance(manifest.get("finished"), dict)
+    return manifest if is_valid else {}
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -36,8 +36,10 @@ from dsmoe_local.model.layout import tensor_specs
 MODEL_NAME = "SmolLM2-135M-DeepSeekMoE"
 
 ROUTER_SCALE = 3e-5
-"""Standard deviation of the logits. So small that gates are 1/14 up to rounding errors, and large enough for
-a float32 softmax, whose steps near 1 are 6e-8. The perplexity is the same with 1e-4.
+"""Standard deviation of the logits.
+
+It is so small that gates are 1/14 up to rounding errors, and large enough for a softmax in float32, whose
+values near 1 are 6e-8 apart. The perplexity is the same with 1e-4.
 """
 
 SHARD_BYTES = 160 << 20

@@ -31,7 +31,7 @@ from dsmoe_quantize.quantize import Plan, plan_file
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """The limits of a file; None is unlimited, and at least one is set.
+    """The limits of a file, at least one of which is set. None means unlimited.
 
     `size` is in bytes with the header, `bits_per_weight` is without it. `bytes_per_token` are the weights
     read to decode one token. `slow_share` is the share (0 to 1) of the weights read that have no fast kernel.
@@ -47,8 +47,8 @@ class Budget:
 class Figures:
     """The costs of some tensors.
 
-    Bytes in the file with padding, bytes read per token, weights read per token without a fast kernel, and
-    the predicted error.
+    They are the bytes in the file with padding, the bytes read per token, the number of weights read per
+    token that have no fast kernel, and the predicted error.
     """
 
     n_bytes: int = 0
@@ -76,7 +76,7 @@ class GroupOptions:
 
 @dataclass(frozen=True, slots=True)
 class Solved:
-    """A recipe for a budget. `picks` has the type of each free group; `total` are the costs of all tensors.
+    """A recipe for a budget. `picks` has the type of each free group, `total` the costs of all tensors.
 
     `prices` are the error that one more byte of size, byte per token, or slow weight would save. No recipe
     has an error below `bound`.
@@ -175,7 +175,7 @@ class CostModel:
         group = group_of(tensor.name, self.hp)
         assert group is not None  # only tensors in groups are measured
         weight, energy = self.error_weights.of[group], self._energies[group]
-        # Float types lose next to nothing, and are measured only where no block type fits.
+        # Float types have almost no error, and are measured only where no block type fits.
         if not energy or (kind in FLOATS and kind not in measured.errors):
             return 0.0
         return weight * measured.errors[kind] * measured.n_weights / measured.n_tried / energy

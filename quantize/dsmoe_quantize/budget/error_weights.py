@@ -35,7 +35,7 @@ matter.
 
 @dataclass(frozen=True, slots=True)
 class ErrorWeights:
-    """`of` is what a relative error of 1 costs in each group, in nats of KL divergence.
+    """The costs of errors. `of` has the KL divergence, in nats, of a relative error of 1 in each group.
 
     Of the `n_kinds` kinds of groups, `n_measured` were measured in all layers. `is_built_in`: none was
     measured in any layer.

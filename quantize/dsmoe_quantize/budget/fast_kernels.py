@@ -31,7 +31,7 @@ CPUS: Mapping[str, Mapping[GgmlType, int]] = MappingProxyType(
         "none": {},
     }
 )
-"""For each kind of processor: the types, and the number of which the rows must be a multiple."""
+"""The types with fast kernels, by kind of processor, and the number that must divide a tensor's rows."""
 
 
 def this_cpu() -> str:

@@ -41,14 +41,14 @@ NonNegative: TypeAlias = Annotated[float, Meta(ge=0, le=sys.float_info.max)]
 
 SAMPLE = 1 << 18
 """Default number of weights to measure in each tensor."""
-_GOLDEN = (5**0.5 - 1) / 2  # its multiples are spread evenly, however many there are
+_GOLDEN = (5**0.5 - 1) / 2  # the fractional parts of its first n multiples are spread evenly, for every n
 
 _QUANTIZED = tuple(kind for kind in GgmlType if kind in kernels.WRITABLE - FLOATS)
 
 
 @dataclass(frozen=True, slots=True)
 class TensorErrors:
-    """One tensor's weighted error under each type, and its `energy`, over the `n_tried` weights measured."""
+    """A tensor's weighted error in each type, and its `energy`: sums over the `n_tried` weights measured."""
 
     n_weights: Count
     n_tried: Count

@@ -54,7 +54,7 @@ def start(file: GgufFile, imatrix: Imatrix | None, sample: int | None) -> Sensit
 
 
 def default_path(wanted: Sensitivity) -> Path:
-    """Return the path in the cache, named by a digest of all that decides the values."""
+    """Return the path in the cache. Its name is a digest of everything that the measurements depend on."""
     parts = (wanted.source, wanted.imatrix, wanted.kernels, wanted.sample)
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     return cache_folder() / "sensitivity" / f"{digest}.json"
@@ -144,8 +144,8 @@ def write_sensitivity(sensitivity: Sensitivity, path: Path) -> None:
 def read_sensitivity(path: Path) -> Sensitivity:
     """Read a sensitivity file. Raises FileError if it cannot be read, FormatError for its content.
 
-    The error suggests to remove the file only if it is a sensitivity file: any other may be precious, such as
-    a model that was named by mistake.
+    The error suggests to remove the file only if it is a sensitivity file. Any other may be one that the user
+    needs and named by mistake, such as a model.
     """
     try:
         content = durable.read_at_most(path, _MAX_BYTES)
@@ -158,9 +158,9 @@ def read_sensitivity(path: Path) -> Sensitivity:
     except (ValueError, RecursionError) as error:
         raise _refusal(path, "it is not JSON", _ANOTHER) from error
     if not isinstance(found, dict) or found.get("format") != _FORMAT:
-        raise _refusal(path, f"it is not {_FORMAT}", _ANOTHER)
+        raise _refusal(path, f'its "format" is not "{_FORMAT}"', _ANOTHER)
     if found.get("version") != _VERSION:
-        raise _refusal(path, f"it is not of version {_VERSION}")
+        raise _refusal(path, f"its version is not {_VERSION}")
     try:
         sensitivity = msgspec.convert(_with_types(found), Sensitivity)
     except (ValueError, RecursionError) as error:

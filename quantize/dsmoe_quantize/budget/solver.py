@@ -18,15 +18,15 @@ from highspy._core import _Highs
 _GAP, _GAP_QUICK = 1e-5, 5e-3
 """How far the error may be above the proven bound, relative to it."""
 _NODES = (5_000, 50_000, 500_000)
-"""Limits of the search, one after another: more only where no solution at all was found."""
+"""Limits of the search. The next one is used only if no solution at all was found with the last."""
 _SMALLEST = 1e-6
-"""What rounding may hide, relative to the largest error."""
+"""Differences smaller than this, relative to the largest error of an option, may be rounding errors."""
 _SETTINGS: dict[str, bool | int | float | str] = {
     "output_flag": False,
     "parallel": "off",
     "threads": 1,
     "mip_abs_gap": 0.0,
-    # Within these tolerances a budget may be exceeded; then `solve` lowers the limit and tries again.
+    # HiGHS may exceed a budget within these tolerances. Then `solve` lowers the limit and tries again.
     "mip_feasibility_tolerance": 1e-9,
     "primal_feasibility_tolerance": 1e-9,
 }
@@ -74,7 +74,7 @@ def solve(problem: Problem, *, quick: bool = False) -> Solution | None:
         if found is None:
             return None
         picks, bound_of_these = found
-        # A bound under tighter limits would say nothing about the problem that was asked.
+        # Only the first bound is for the limits of `problem`; those under tighter limits are not.
         bound = bound_of_these if bound is None else bound
         chosen = [options[at] for options, at in zip(problem.groups, picks, strict=True)]
         costs = tuple(sum(option.costs[k] for option in chosen) for k in range(len(limits)))

@@ -1,4 +1,4 @@
-"""From a model and a budget to a recipe: measure what is missing, save it, solve."""
+"""Find the recipe for a model and a budget: measure what is missing, save it, solve."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The answer, and the data that explains it."""
+    """The recipe found, the data that explains it, and the path of the measurements."""
 
     costs: CostModel
     solved: Solved

@@ -1,4 +1,4 @@
-"""Encode rows of one type as rows of another, slab by slab, with all weights checked. No files, no threads.
+"""Encode rows of one type as rows of another, slab by slab, and check all weights. No files, no threads.
 
 A slab is a few MiB of rows of one matrix. It is processed in pieces that stay in a core's cache between the
 three steps (check, convert to f32, encode), so that each weight is read from memory once.
@@ -90,7 +90,10 @@ class Slab:
 
 
 def check_job(job: TensorJob) -> None:
-    """Raise UsageError if no kernel encodes the type, or its blocks do not divide the columns."""
+    """Raise UsageError if no kernel encodes the type, or its blocks do not divide the columns.
+
+    Raises ValueError if the importance has another shape or layout than the job says.
+    """
     source, target = job.source.type, job.type
     if job.importance is not None:
         wanted = (job.n_rows // job.rows_per_matrix, job.n_columns)
@@ -108,9 +111,9 @@ def check_job(job: TensorJob) -> None:
         )
     if job.n_columns % block_size(target):
         raise UsageError(
-            f"{target.name} cannot hold {job.n_columns} columns",
+            f"{target.name} needs a multiple of {block_size(target)} columns, not {job.n_columns}",
             where=job.name,
-            remedy=f"it needs a multiple of {block_size(target)}",
+            remedy="choose another type for it with --tensor-type",
         )
 
 
@@ -179,12 +182,13 @@ class SlabEncoder:
             piece = raw[start * source_row : (start + rows) * source_row]
             if not usable(piece, source):
                 raise not_finite(job, slab.first_row + start, piece)
-            here, into = raw_at + start * source_row, output_at + start * target_row
+            source_at, target_at = raw_at + start * source_row, output_at + start * target_row
             if steps.decode:
-                here, there = floats_at if steps.encode else into, here
-                steps.decode(there, here, rows * columns)
+                decoded_at = floats_at if steps.encode else target_at
+                steps.decode(source_at, decoded_at, rows * columns)
+                source_at = decoded_at
             if steps.encode:
-                steps.encode(here, into, rows, columns, importance)
+                steps.encode(source_at, target_at, rows, columns, importance)
                 if not usable(output[start * target_row : (start + rows) * target_row], target):
                     raise _too_large(job, slab.first_row + start, piece)
         return output
@@ -207,7 +211,7 @@ _EXPONENTS: dict[GgmlType, tuple[type[np.signedinteger], type[np.unsignedinteger
 
 
 def usable(raw: Bytes, kind: GgmlType) -> bool:
-    """True if all weights are finite; of block types, all scales. Two passes over the bits, no copy."""
+    """True if all weights are finite, or, for block types, all scales. Copies nothing."""
     if kind not in FLOATS:
         return kernels.validator(kind)(raw.ctypes.data, raw.nbytes)
     signed, unsigned, exponent, sign = _EXPONENTS[kind]

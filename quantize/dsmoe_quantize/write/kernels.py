@@ -55,13 +55,13 @@ WRITABLE = FLOATS | {
     GgmlType.IQ4_NL,
     GgmlType.IQ4_XS,
 }
-"""Types that can be encoded: those that do not require an importance matrix."""
+"""Types that can be encoded. The types that require an importance matrix are not among them."""
 
 
 def library_path() -> Path:
     """Return the path of the ggml library with the kernels.
 
-    Raises KernelError if llama-cpp-python is not installed, or is built in another way.
+    Raises KernelError if llama-cpp-python is not installed, or has no such library in its lib folder.
     """
     spec = importlib.util.find_spec("llama_cpp")
     for location in (spec.submodule_search_locations or ()) if spec else ():

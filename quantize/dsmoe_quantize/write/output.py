@@ -1,4 +1,4 @@
-"""Write one GGUF file, wherever the tensors come from: crash-safe, resumable, on all cores.
+"""Write one GGUF file from tensors of any source: crash-safe, resumable, on all cores.
 
 Under a lock, a temp file beside the output is filled, with a journal of finished tensors; then it is synced,
 verified and renamed. Converter and quantizer both write through `write_output`.
@@ -83,8 +83,8 @@ def write_output(
     0 means all cores. `listen` is called from one thread at a time. `stop` ends the run within two seconds.
 
     Raises UsageError (the output is a source or not a file), LockedError, NoSpaceError, FileError,
-    WeightError, InterruptedRunError, and what the row sources raise. Then an existing output is untouched,
-    and finished tensors are kept for the next run.
+    WeightError, InterruptedRunError, and what the row sources raise. After an error an existing output is
+    unchanged, and finished tensors are kept for the next run, except after a WeightError.
     """
     started = time.monotonic()
     for job in jobs:
@@ -109,10 +109,10 @@ def write_output(
 
 
 def refuse_early(out: Path, force: bool, sources: Sequence[Path] = ()) -> None:
-    """Raise the errors of `write_output` that concern `out` itself; for callers with long work before it."""
+    """Raise the errors of `write_output` about `out` itself, for callers that do long work before it."""
     with disk_errors(out):
         out = _checked(out, sources)
-        # With a journal beside it, it may be a finished run's, of which only the journal is to be removed.
+        # With a journal beside it, the output may be that of a run that ended before it removed its journal.
         if out.exists() and not force and not journal_of(out).exists():
             raise exists_error(out)
 
@@ -160,7 +160,7 @@ def _fill(
                 raise InterruptedRunError(
                     f"interrupted: {written}", remedy="run the same command again to continue"
                 )
-            # A bug in the pipeline: the file has holes, which no check of its header finds.
+            # A bug in the pipeline. The file has holes, which the check of its header would not find.
             raise RuntimeError(f"the encoder ended early: {written}")
     except BaseException as error:
         syncer.abandon()

@@ -61,7 +61,7 @@ class PartFile:
             "metadata": hashlib.sha256(plan.header).hexdigest(),
             **fingerprint,
         }
-        # As the journal returns it: a tuple would never equal the list that is read.
+        # Converted as by the journal, which would return a tuple as a list.
         self._fingerprint: dict[str, Any] = json.loads(json.dumps(values))
         self.descriptor = -1
         self.journal: durable.Journal
@@ -99,11 +99,12 @@ class PartFile:
         durable.sync_folder(self.out.parent)
 
     def discard(self) -> None:
-        """Remove temp file and journal, of which no later run could use anything."""
+        """Remove temp file and journal, after an error that makes them useless to a later run."""
         self.journal_path.unlink(missing_ok=True)
         self.path.unlink(missing_ok=True)
 
     def _journal_of_earlier_run(self) -> durable.Journal | None:
+        """Open the journal that an interrupted run left; None if there is none or it is damaged."""
         if not self.journal_path.exists():
             return None
         try:
@@ -131,6 +132,7 @@ class PartFile:
             return False
 
     def _continues(self, journal: durable.Journal) -> bool:
+        """True if the temp file can be completed by this run. Tell the user why if it cannot."""
         if not journal.entries:
             return False
         changed = self._changes(journal.entries[0])
@@ -147,9 +149,9 @@ class PartFile:
 
     def _changes(self, earlier: Any) -> list[str]:  # noqa: ANN401 - whatever the journal holds
         if not isinstance(earlier, dict):
-            return ["the journal's form"]
+            return ["the journal's format"]
         names = [name for name in self._fingerprint if earlier.get(name) != self._fingerprint[name]]
-        # Header and size follow from the rest: they are named only if nothing else explains the change.
+        # Header and size follow from the rest, so they are named only if nothing else has changed.
         return [name for name in names if name not in ("size", "metadata")] or names
 
     def _resume(self) -> None:

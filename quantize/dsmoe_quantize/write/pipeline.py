@@ -22,7 +22,7 @@ SYNC_BYTES = 128 << 20
 how much the last sync writes, and how long an interruption takes.
 """
 SYNC_SECONDS = 1.0
-"""How long a finished tensor waits for a sync at most."""
+"""The longest time that a finished tensor waits for a sync."""
 
 Journaled: TypeAlias = Callable[[Sequence[str]], object]
 """Called with the names of tensors that are synced and in the journal."""
@@ -71,7 +71,7 @@ def encode_all(
     except BaseException:
         run.abandon()
         for worker in workers:
-            # A thread that was never started cannot be joined; one that starts only now finds nothing to do.
+            # A thread that was never started cannot be joined. One that starts after this ends at once.
             if worker.is_alive():
                 worker.join()
         raise
@@ -125,7 +125,7 @@ class _Run:
         self._abandoned = True
 
     def raise_first(self) -> None:
-        """Raise the error of the earliest slab. Slabs are handed out in order, so all before it were done."""
+        """Raise the error of the earliest slab, which is the same in every run: slabs are taken in order."""
         if self._errors:
             raise min(self._errors, key=lambda entry: entry[0])[1]
 
