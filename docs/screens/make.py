@@ -1,6 +1,6 @@
-"""`python docs/screens/make.py`: the README's pictures, from real runs of the programs on the demo model.
+"""Make the pictures of the README and of docs/experts.md: `python docs/screens/make.py`.
 
-Each program runs in a terminal of its own, is typed to, and what its screen then shows is drawn as SVG.
+Runs a chat with the demo model in a pseudo-terminal, types into it, and draws the screen as SVG.
 """
 
 from __future__ import annotations
@@ -77,24 +77,18 @@ class Program:
         while self._read(QUIET):
             pass
 
-    def end(self) -> None:
-        """Wait for the end."""
-        while self._read(PATIENCE):
-            pass
-        self._child.wait()
-
     def _read(self, seconds: float) -> bool:
         if not select.select([self._master], [], [], max(0.0, seconds))[0]:
             return False
         try:
             chunk = os.read(self._master, 1 << 16)
-        except OSError:  # Linux's way of saying that the program has ended
+        except OSError:  # on Linux: the program has ended
             return False
         self._stream.feed(chunk)
         return bool(chunk)
 
     def close(self) -> None:
-        """End it."""
+        """Kill the program."""
         self._child.kill()
         self._child.wait()
         os.close(self._master)
@@ -156,7 +150,7 @@ def chat(folder: Path) -> None:
     program.type("/clear")
     program.wait_for("a new conversation")
     program.type("/experts")
-    program.wait_for("are watched")
+    program.wait_for("are observed")
     program.type("What is a mixture of experts?")
     program.wait_for(r"experts +\d+ tokens")
     program.settle()
@@ -164,19 +158,10 @@ def chat(folder: Path) -> None:
     program.close()
 
 
-def inspect(folder: Path) -> None:
-    """What a model is."""
-    program = Program(["dsmoe", "inspect", "deepseekmoe-16b"], 24, folder)
-    program.end()
-    program.draw("inspect.svg", "dsmoe inspect deepseekmoe-16b")
-    program.close()
-
-
 def main() -> None:
-    """Make them all."""
+    """Make all pictures."""
     folder = Path(tempfile.mkdtemp(prefix="dsmoe-screens-"))
     try:
-        inspect(folder)
         chat(folder)
     finally:
         shutil.rmtree(folder)
