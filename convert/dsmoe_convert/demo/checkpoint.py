@@ -27,6 +27,7 @@ from dsmoe_convert.demo.calibration import (
 )
 from dsmoe_convert.demo.source import Source
 from dsmoe_convert.demo.tokenizer_files import generation_config, tokenizer_config, tokenizer_json
+from dsmoe_local.base import durable
 from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Started, ignore
 from dsmoe_local.model.config_json import config_values
@@ -146,6 +147,9 @@ def _write_shards(
         name = f"model-{len(set(weight_map.values())) + 1:05d}-of-{n_shards:05d}.safetensors"
         save_file(shard, folder / name, metadata={"format": "pt"})
         (folder / name).chmod(0o644)  # safetensors creates files with mode 0600
+        # The manifest, written later, says that the shards are complete: they must be on the disk before it.
+        with (folder / name).open("rb") as file:
+            durable.sync(file.fileno())
         weight_map.update(dict.fromkeys(shard, name))
         shard.clear()
 
@@ -164,4 +168,4 @@ def _write_shards(
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    durable.write_file(path, (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode())
