@@ -164,7 +164,7 @@ def _devices(
         if name not in by_name:
             raise UsageError(
                 f"--device {safe_line(name, 60)}: there is no such GPU",
-                remedy=f"use none, or one or more of {', '.join(by_name)}",
+                remedy=f"it takes none, or some of {', '.join(by_name)}",
             )
     return [by_name[name] for name in dict.fromkeys(options.devices)][:_MAX_DEVICES], []
 
