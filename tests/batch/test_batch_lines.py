@@ -211,8 +211,8 @@ def test_what_cannot_be_had_is_refused_by_name(tmp_path: Path, field: str) -> No
                 ({"add_generation_prompt": "yes"}, "add_generation_prompt is neither true nor false"),
             )
         ),
-        (chat({"continue_final_message": True}), "last message is not the assistant's"),
-        (completion({"continue_final_message": True}), "last message is not the assistant's"),
+        (chat({"continue_final_message": True}), "last message does not have the role assistant"),
+        (completion({"continue_final_message": True}), "last message does not have the role assistant"),
         (chat({"temprature": 1}), "unknown field 'temprature'"),
         (chat({"prompt": "a"}), "takes messages, not prompt"),
         (completion({"prompt": None}), "takes prompt"),

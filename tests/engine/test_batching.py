@@ -266,7 +266,7 @@ def test_deterministic_needs_two_and_no_shared_cells() -> None:
     """Guards: a promise that width 1, or a shared pool, cannot keep."""
     with pytest.raises(UsageError, match="--parallel"):
         Engine.load(ModelOptions(tiny_model(), n_parallel=1, deterministic=True))
-    with pytest.raises(UsageError, match="a separate cache"):
+    with pytest.raises(UsageError, match="a separate KV cache"):
         Engine.load(ModelOptions(tiny_model(), n_parallel=2, deterministic=True, unified=True))
 
 

@@ -74,7 +74,7 @@ def test_greedy_tokens_equal_the_bare_loop(engine: Engine, prompt: str) -> None:
 
 def test_a_prompt_of_messages_and_ids_is_refused(engine: Engine) -> None:
     """Guards: one half of such a prompt dropped without a word."""
-    with pytest.raises(UsageError, match="a prompt is text"):
+    with pytest.raises(UsageError, match="the prompt has a wrong type"):
         engine.encode((Message("user", "a"), 5))
 
 
