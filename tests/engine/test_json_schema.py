@@ -347,9 +347,9 @@ def test_patterns_that_are_refused(pattern: str) -> None:
         ({"type": "string", "minLength": 4, "maxLength": 3}, "Unsatisfiable"),
         ({"allOf": [{"type": "string"}, {"type": "null"}]}, "Unsatisfiable"),
         ({"x-guidance": {"lenient": True}, "not": {}}, '"not"'),
-        (False, "is an object"),
-        ([], "is an object"),
-        (3, "is an object"),
+        (False, "is not an object"),
+        ([], "is not an object"),
+        (3, "is not an object"),
     ],
 )
 def test_schemas_that_are_refused(schema: Any, message: str) -> None:
