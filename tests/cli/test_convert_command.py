@@ -100,7 +100,7 @@ def test_dry_run_writes_nothing(checkpoint: Path) -> None:
     """Guards: a dry run that writes, or hides a fallback."""
     result = invoke("tiny", "--type", "q4_k_m", "--dry-run")
     assert "tiny-Q4_K_M.gguf" in result.output
-    assert "256 does not divide" in result.output
+    assert "are not a multiple of 256" in result.output
     assert [path.name for path in checkpoint.parent.iterdir()] == ["tiny"]
 
 

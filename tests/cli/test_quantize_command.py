@@ -45,7 +45,7 @@ def test_dry_run_shows_every_tensor(source: Path, tmp_path: Path) -> None:
     file = read_gguf(source)
     assert all(name in result.stdout for name in file.tensors)
     for text in (
-        "256 does not divide 96 columns: no Q4_K",
+        "96 columns are not a multiple of 256, which Q4_K needs",
         "--tensor-type",
         "bits per weight",
         "read per token",
@@ -67,7 +67,7 @@ def test_a_dry_run_names_the_output(arguments: tuple[str, ...], source: Path) ->
 def test_fallbacks_are_told(source: Path) -> None:
     """Guards: a fallback that only a dry run shows."""
     result = invoke(source, "--type", "q4")
-    assert "256 does not divide" in result.stderr
+    assert "are not a multiple of 256" in result.stderr
 
 
 def test_type_is_required(source: Path) -> None:

@@ -100,10 +100,10 @@ def test_a_full_disk(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         with pytest.raises(FileError, match="No space left"):
             add_one(writer, "second")
     monkeypatch.undo()
-    with pytest.raises(FileError, match="not complete"):
+    with pytest.raises(FileError, match="incomplete"):
         add_one(writer, "more")
     for finish in (writer.finish, writer.close):
-        with pytest.raises(FileError, match="not complete"):
+        with pytest.raises(FileError, match="incomplete"):
             finish()
     writer.close()
     assert list(tmp_path.iterdir()) == []
