@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -14,6 +16,7 @@ import pytest
 from support.checkpoints import write_checkpoint
 
 from benchmarks import quality
+from benchmarks.support.quality import speed as quality_speed
 from benchmarks.support.quality.bars import DECODE, KL, PROMPT, SIZE, Verdict, ratio_of, verdicts
 from benchmarks.support.quality.chart import chart, description
 from benchmarks.support.quality.choices import (
@@ -25,14 +28,18 @@ from benchmarks.support.quality.choices import (
     measure_targets,
     measure_types,
 )
-from benchmarks.support.quality.fidelity import Amount, Subject, prepared
+from benchmarks.support.quality.fidelity import Amount, Subject, load, prepared
 from benchmarks.support.quality.figures import Figures, Part, TargetRow, outdated, read_figures
+from benchmarks.support.quality.speed import Timing, time_pair
 from benchmarks.support.quality.tables import all_tables, summary_table
 from benchmarks.support.quality.variants import BASE, EIGHT, EIGHT_BASE, LARGE, Variant
 from benchmarks.support.reference_shape import HP
 from benchmarks.support.sizes import size_of
 from benchmarks.support.tables import with_tables
 from dsmoe_local.base.errors import UsageError
+from dsmoe_local.engine.process.client import EngineClient
+from dsmoe_local.engine.types import ModelOptions
+from dsmoe_local.evaluate.speed.timing import Workload
 from dsmoe_local.evaluate.text import Text, built_in
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_quantize.budget import sensitivity_file
@@ -174,9 +181,48 @@ def test_candidates_are_no_larger() -> None:
         assert all(size_of(hp, recipe).n_bytes <= size_of(hp, EIGHT_BASE).n_bytes for recipe in EIGHT)
 
 
+@pytest.mark.parametrize("base_first", [False, True])
+def test_a_pair_is_timed_in_turn(base_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a ratio upside down; a warm-up that counts; one side that is always first."""
+    timed: list[tuple[str, str]] = []
+    loaded: list[str] = []
+    seconds = {
+        "mine": iter([90.0, 1.0, 2.0, 8.0, 90.0, *[4.0] * 9]),
+        "base": iter([90.0, 2.0, 4.0, 2.0, 90.0, *[2.0, 4.0, 8.0] * 3]),
+    }
+
+    class FakeTimer:
+        def __init__(self, engine: str) -> None:
+            self.name = engine
+
+        def time(self, workload: Workload) -> float:
+            timed.append((self.name, workload.label))
+            return next(seconds[self.name])
+
+    def fake_load(options: ModelOptions) -> nullcontext[str]:
+        loaded.append(options.path.name)
+        return nullcontext(options.path.name)
+
+    monkeypatch.setattr(quality_speed, "Timer", FakeTimer)
+    monkeypatch.setattr(quality_speed, "EngineClient", SimpleNamespace(load=fake_load))
+    prompt, reply = time_pair(Path("mine"), Path("base"), Timing(1, 8, 16, 1, 3, 1), base_first=base_first)
+    assert loaded == (["base", "mine"] if base_first else ["mine", "base"])
+    assert (prompt.ours, prompt.result, reply.ours, reply.result) == (8 / 2, 2 / 1, 16 / 4, 4 / 4)
+    assert [label for _, label in timed] == ["pp8"] * 8 + ["tg16"] * 20
+    assert [name for name, _ in timed[2:8]] == ["base", "mine", "mine", "base", "base", "mine"]
+
+
+def test_the_cache_adds_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: the error of an F16 KV cache counted as one of the type."""
+    seen: list[ModelOptions] = []
+    monkeypatch.setattr(EngineClient, "load", seen.append)
+    load(Path("model.gguf"), Amount(1, 1, 1))
+    assert [(each.cache_type_k, each.cache_type_v) for each in seen] == [("f32", "f32")]
+
+
 def test_a_model_is_measured(tmp_path: Path) -> None:
-    """Guards: a row of another file; an importance matrix that is not used; incomplete predictions, or the
-    error of the KV cache, in the divergence; a target exceeded; costs of another model.
+    """Guards: a row of another file; an importance matrix that is not used; incomplete predictions in the
+    divergence; a target exceeded; costs of another model.
     """
     folder = write_checkpoint(tmp_path / "checkpoint", form="single")
     text = built_in().content
