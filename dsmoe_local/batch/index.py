@@ -30,7 +30,7 @@ from dsmoe_local.batch.workload import (
 )
 
 _REPORT_BYTES = 1 << 20
-_BLOCK = 256  # lines that `entry` reads at once: each query hands the GIL to other threads
+_BLOCK = 256  # rows that are read at once: each query hands the GIL to other threads
 _BUFFERED = 1024  # rows that are inserted at once
 # `position` is the index of a line in the input, from 0; `record` the number of its record, from 1, or NULL.
 # `task` is the index of a line without a record in the order of the work, from 0. The transaction is never
@@ -72,10 +72,11 @@ _ENTRIES = """
 SELECT task, number, offset, length, id, content FROM work JOIN line USING (position)
 WHERE task BETWEEN ? AND ?
 """
-_EQUAL_IDS = """
-SELECT first.number, first.offset, first.length, second.number, second.offset, second.length
-FROM line AS first JOIN line AS second ON second.id = first.id AND second.position > first.position
-"""
+# The hashes that several lines have, in the order of the first of these lines.
+_REPEATED = "SELECT id FROM line GROUP BY id HAVING count(*) > 1 ORDER BY min(position)"
+_LINES_OF = "SELECT number, offset, length FROM line WHERE id = ? ORDER BY position"
+# The errors of a full, missing or failing disk.
+_DISK_ERRORS = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ class Index:
     """The lines of an input, and the records of earlier runs.
 
     `model_named` is a model that a line asks for; `workload` covers all lines. Methods raise FileError if
-    there is no room for temporary files.
+    SQLite fails, for example because there is no room for temporary files.
     """
 
     def __init__(self) -> None:
@@ -117,7 +118,8 @@ class Index:
         self._block: dict[int, tuple[Span, Key]] = {}
         # Several threads may use the connection, one after the other.
         self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
-        self._database.executescript(_SCHEMA)
+        with _explained():
+            self._database.executescript(_SCHEMA)
 
     def __len__(self) -> int:
         return self._n_lines
@@ -135,11 +137,15 @@ class Index:
         if len(self._buffer) == _BUFFERED:
             self._insert("INSERT INTO line VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL)")
 
-    def finish(self) -> list[tuple[Span, Span]]:
-        """End the list of lines. Return pairs of lines whose ids have the same hash."""
+    def finish(self) -> None:
+        """End the list of lines."""
         self._insert("INSERT INTO line VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL)")
         self._execute("CREATE INDEX line_by_id ON line (id)")
-        return [(Span(*row[:3]), Span(*row[3:])) for row in self._execute(_EQUAL_IDS)]
+
+    def equal_hashes(self) -> Iterator[Iterator[Span]]:
+        """Yield the lines of each id hash that occurs more than once, without reading all of them first."""
+        for (id_hash,) in self._rows(_REPEATED):
+            yield (Span(*row) for row in self._rows(_LINES_OF, id_hash))
 
     def add_record(self, key: Key) -> None:
         """Append a record of an earlier run. `resume` must follow the last one."""
@@ -155,7 +161,7 @@ class Index:
             " WHERE record.id = line.id AND record.content = line.content"
         )
         changed, n_foreign, in_order = (
-            value for query in (_CHANGED, _FOREIGN, _IN_ORDER) for (value,) in self._execute(query)
+            value for query in (_CHANGED, _FOREIGN, _IN_ORDER) for (value,) in self._rows(query)
         )
         return Resumed(changed, n_foreign, bool(in_order))
 
@@ -163,7 +169,7 @@ class Index:
         """Put the lines without a record in order, for `entry`; `ordered`: in the order of the input."""
         n_lines = n_shared = 0
         last_prefixes, last_length = b"", 0
-        for position, prefixes, length in self._execute(
+        for position, prefixes, length in self._rows(
             f"{_LEFT} position" if ordered else f"{_LEFT} {_GROUPS}, cost DESC, position"
         ):
             self._buffer.append((n_lines, position))
@@ -180,7 +186,7 @@ class Index:
         if task not in self._block:
             self._block = {
                 number: (Span(*span), Key(int.from_bytes(id_hash), int.from_bytes(content)))
-                for number, *span, id_hash, content in self._execute(_ENTRIES, task, task + _BLOCK - 1)
+                for number, *span, id_hash, content in self._rows(_ENTRIES, task, task + _BLOCK - 1)
             }
         return self._block[task]
 
@@ -189,9 +195,16 @@ class Index:
             self._database.executemany(statement, self._buffer)
         self._buffer.clear()
 
-    def _execute(self, statement: str, *values: object) -> Iterator[Any]:
+    def _execute(self, statement: str) -> None:
         with _explained():
-            return self._database.execute(statement, values)
+            self._database.execute(statement)
+
+    def _rows(self, query: str, *values: object) -> Iterator[Any]:
+        # SQLite may fail at any row, so all of them are fetched inside the context.
+        with _explained():
+            cursor = self._database.execute(query, values)
+            while rows := cursor.fetchmany(_BLOCK):
+                yield from rows
 
 
 @contextmanager
@@ -200,10 +213,17 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
+        # The low byte is the kind of error. The sqlite3 module's own errors have no code.
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in _DISK_ERRORS:
+            raise FileError(
+                f"the index of the input cannot be stored: {error}",
+                where="the folder for temporary files",
+                remedy="free some space, or set TMPDIR to a folder on another disk",
+            ) from error
         raise FileError(
-            f"the index of the input cannot be stored: {error}",
-            where="the folder for temporary files",
-            remedy="free some space, or set TMPDIR to a folder on another disk",
+            f"SQLite failed while it used the index of the input: {error}",
+            where=f"SQLite {sqlite3.sqlite_version}",
+            remedy="run the command again; please report the error if it comes back",
         ) from error
 
 
@@ -252,7 +272,8 @@ def _fill(
             if stop.is_set():
                 raise InterruptedRunError("interrupted: the input was not read to its end")
     check.finish(source, len(index))
-    _check_ids(source, index.finish())
+    index.finish()
+    _check_ids(source, index.equal_hashes())
     listen(Finished("reading"))
     if n_unlimited:
         listen(
@@ -295,12 +316,16 @@ class _InputCheck:
             )
 
 
-def _check_ids(source: Source, pairs: list[tuple[Span, Span]]) -> None:
-    for pair in pairs:
-        first, second = (source.line(span.number, source.read(span)) for span in pair)
-        if first.id == second.id:
-            raise FormatError(
-                f"the id {safe_line(first.id, 60)!r} occurs twice",
-                where=f"{source.shown}, lines {first.number} and {second.number}",
-                remedy="give every line its own id, or none",
-            )
+def _check_ids(source: Source, groups: Iterator[Iterator[Span]]) -> None:
+    """FormatError if two lines of a group have the same id. Different ids may have the same hash."""
+    for group in groups:
+        numbers: dict[str, int] = {}
+        for span in group:
+            line = source.line(span.number, source.read(span))
+            if line.id in numbers:
+                raise FormatError(
+                    f"the id {safe_line(line.id, 60)!r} occurs twice",
+                    where=f"{source.shown}, lines {numbers[line.id]} and {line.number}",
+                    remedy="give every line its own id, or none",
+                )
+            numbers[line.id] = line.number

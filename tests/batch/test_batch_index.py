@@ -52,6 +52,32 @@ def test_equal_hashes_of_different_ids(tmp_path: Path, monkeypatch: pytest.Monke
         assert planned(index, ordered=True) == [0]
 
 
+def test_an_id_that_all_lines_have_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: a wrong --id-field on a large file, which compares every pair of lines before it is refused."""
+    spans: list[Span] = []
+
+    def counted(number: int, offset: int, length: int) -> Span:
+        spans.append(Span(number, offset, length))
+        assert len(spans) <= 2
+        return spans[-1]
+
+    monkeypatch.setattr(module, "Span", counted)
+    with pytest.raises(FormatError, match="'a' occurs twice") as refusal:
+        build(tmp_path, *['{"id": "a", "prompt": "x"}'] * 50_000)
+    assert "lines 1 and 2" in str(refusal.value)
+    assert [span.number for span in spans] == [1, 2]
+
+
+def test_equal_ids_behind_an_equal_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: equal ids that are missed because a line with another id and the same hash is between them."""
+    monkeypatch.setattr(sources, "key_of", lambda name, raw, values, kept: Key(7, hash64(name.encode())))
+    with pytest.raises(FormatError, match="'a' occurs twice") as refusal:
+        build(tmp_path, *({"id": name, "prompt": "x"} for name in "abcad"))
+    assert "lines 1 and 4" in str(refusal.value)
+
+
 def test_keys_depend_on_the_content_of_a_line(tmp_path: Path) -> None:
     """Guards: a line answered again because its white space differs; a changed line taken for done."""
     path = write_lines(
@@ -93,7 +119,8 @@ def filled(n: int) -> Index:
     index = Index()
     for number in range(n):
         index.add(Span(number + 1, 0, 1), Key(number, 2**64 - 1 - number), b"", 0)
-    assert index.finish() == []
+    index.finish()
+    assert list(index.equal_hashes()) == []
     return index
 
 
@@ -139,6 +166,45 @@ def test_a_full_disk_is_an_error_in_words() -> None:
             list(map(index.add_record, [Key(1, 1)] * 100_000))
     assert isinstance(refusal.value.__cause__, sqlite3.Error)
     assert "TMPDIR" in str(refusal.value)
+
+
+class _FailingRows:
+    """Stands in for the database: a query succeeds, but its rows cannot be read."""
+
+    def __init__(self, code: int | None) -> None:
+        self._code = code
+
+    def execute(self, query: str, values: tuple[object, ...]) -> _FailingRows:
+        return self
+
+    def fetchmany(self, size: int) -> list[Any]:
+        error = sqlite3.OperationalError("no next row")
+        if self._code is not None:
+            error.sqlite_errorcode = self._code
+        raise error
+
+
+@pytest.mark.parametrize(
+    ("code", "is_the_disk"),
+    [
+        (sqlite3.SQLITE_FULL, True),
+        (sqlite3.SQLITE_CANTOPEN, True),
+        (sqlite3.SQLITE_IOERR_READ, True),
+        (sqlite3.SQLITE_CORRUPT, False),
+        (sqlite3.SQLITE_ERROR, False),
+        (None, False),
+    ],
+)
+def test_an_error_while_rows_are_read(
+    monkeypatch: pytest.MonkeyPatch, code: int | None, is_the_disk: bool
+) -> None:
+    """Guards: a traceback when SQLite fails after a query has begun; free space advised for other errors."""
+    with closing(filled(2)) as index, monkeypatch.context() as patch:
+        patch.setattr(index, "_database", _FailingRows(code))
+        with pytest.raises(FileError, match="no next row") as refusal:
+            index.plan(ordered=True)
+    assert ("TMPDIR" in str(refusal.value)) is is_the_disk
+    assert isinstance(refusal.value.__cause__, sqlite3.Error)
 
 
 def test_entries_in_any_order() -> None:
