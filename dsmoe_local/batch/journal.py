@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +26,9 @@ Visitor = Callable[[Key, str], None]
 _VERSION = 3
 _NAME = "dsmoe_batch"
 _OLD_START = b'{"dsmoe_batch":'  # versions 1 and 2
+_FIELDS = ("settings", "loaded", "names")  # of the header, next to the version
 _MARK = "committed"
+_KEY = re.compile("[0-9a-f]{32}")
 _CHECKSUM = 9  # characters of a line before its value
 _MAX_LINE = 16 << 20
 
@@ -96,8 +99,12 @@ def _valid_lines(file: BinaryIO) -> Iterator[tuple[Any, int, int]]:
         checksum = zlib.crc32(text, checksum)
         if raw != b"%08x %b\n" % (checksum, text):
             break
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            break
         end += len(raw)
-        yield json.loads(text), end, checksum
+        yield value, end, checksum
     file.seek(end)
 
 
@@ -108,21 +115,26 @@ def read_header(journal: Path) -> Header | None:
     """
     try:
         with journal.open("rb") as file:
-            first: tuple[dict[str, Any], int, int] = next(_valid_lines(file), ({}, 0, 0))
-            values, end, _ = first
+            first, end, _ = next(_valid_lines(file), (None, 0, 0))
             file.seek(end)
             rest = file.read(len(_OLD_START))
     except FileNotFoundError:
         return None
-    if not values and rest != _OLD_START:
-        raise _damaged(journal)
-    if not values or values.pop(_NAME) != _VERSION:
+    values: dict[str, Any] = first if isinstance(first, dict) else {}
+    version = values.get(_NAME)
+    is_old = end == 0 and rest == _OLD_START
+    if is_old or version not in (None, _VERSION):
         raise FileError(
             "another version of dsmoe-batch wrote the journal",
             where=journal,
             remedy="finish the batch with that version, or start over: --restart",
         )
-    return Header(**values, has_lines=bool(rest))
+    if version is None or values.keys() != {_NAME, *_FIELDS}:
+        raise _damaged(journal)
+    settings, loaded, names = (values[name] for name in _FIELDS)
+    if not all(isinstance(part, dict) for part in (settings, loaded, names)):
+        raise _damaged(journal)
+    return Header(settings, loaded, names, has_lines=bool(rest))
 
 
 def compare(out: Path, visit: Visitor) -> Extent:
@@ -140,14 +152,14 @@ def compare(out: Path, visit: Visitor) -> Extent:
         for value, end, checksum in _valid_lines(file):
             is_whole = extent.output == n_announced
             if isinstance(value, list):
-                key, length, content_checksum, failure = value
+                key, length, content_checksum, failure = _entry(value, journal)
                 n_announced += length
                 if (
                     is_whole
                     and n_announced <= n_bytes
                     and zlib.crc32(output.read(length)) == content_checksum
                 ):
-                    visit(Key(int(key[:16], 16), int(key[16:], 16)), failure)
+                    visit(key, failure)
                     extent = Extent(n_announced, end, checksum, committed=False)
                 continue
             # The header or a commit mark: all records before it must be whole.
@@ -165,6 +177,14 @@ def compare(out: Path, visit: Visitor) -> Extent:
     if n_bytes > n_announced or has_mark or (has_line_end and not is_whole and n_bytes > n_committed):
         raise _changed(out) if is_empty else _damaged(journal)
     return extent
+
+
+def _entry(value: list[Any], journal: Path) -> tuple[Key, int, int, str]:
+    """Return a record's key, its length in bytes, its CRC-32 and its kind of failure."""
+    match value:
+        case [str(key), int(length), int(checksum), str(failure)] if _KEY.fullmatch(key) and length >= 0:
+            return Key(int(key[:16], 16), int(key[16:], 16)), length, checksum, failure
+    raise _damaged(journal)
 
 
 def _damaged(journal: Path) -> FileError:

@@ -7,6 +7,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,44 @@ def test_a_journal_of_another_version_is_refused_in_words(out: Path, start: byte
         found_in(out)
     assert "--restart" in str(refusal.value)
     assert found_in(out, restart=True) == []
+
+
+def lines_of(*texts: bytes) -> bytes:
+    """Return journal lines with valid checksums."""
+    checksums = accumulate(texts, lambda checksum, text: zlib.crc32(text, checksum), initial=0)
+    return b"".join(b"%08x %b\n" % pair for pair in zip(list(checksums)[1:], texts, strict=True))
+
+
+HEADER = b'{"dsmoe_batch":3,"settings":{"model":"7 bytes abc","temperature":"0.8"},"loaded":{},"names":{}}'
+ENTRY = b'["00000000000000010000000000000001",1,0,""]'
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        (b"",),
+        (b"not JSON",),
+        (b"[1]",),
+        (b"null",),
+        (b"{}",),
+        (b'{"x":1}',),
+        (HEADER.replace(b',"names":{}', b""),),
+        (HEADER.replace(b'"names"', b'"nicknames"'),),
+        (HEADER.replace(b'"names":{}', b'"names":{},"has_lines":true'),),
+        (HEADER.replace(b'"names":{}', b'"names":[]'),),
+        (HEADER, b"[1]"),
+        (HEADER, ENTRY.replace(b",1,", b',"1",')),
+        (HEADER, ENTRY.replace(b",1,", b",-1,")),
+        (HEADER, ENTRY.replace(b'["0', b'["x')),
+    ],
+)
+def test_lines_with_other_values_are_damage(out: Path, texts: tuple[bytes, ...]) -> None:
+    """Guards: a traceback for a journal line whose checksum is right and whose value is not."""
+    out.write_bytes(content(1))
+    journal_path(out).write_bytes(lines_of(*texts))
+    with pytest.raises(FileError, match="the journal is damaged"):
+        found_in(out)
+    assert out.read_bytes() == content(1)
 
 
 def edit_journal(out: Path, change: Callable[[list[bytes]], list[bytes]]) -> None:
