@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -311,6 +312,38 @@ def test_damaged_files(source: Path, tmp_path: Path, what: str) -> None:
     with pytest.raises(FormatError, match="not a usable sensitivity file") as caught:
         read_sensitivity(path)
     assert caught.value.remedy.startswith(REMEDIES.get(what, "remove it"))
+
+
+@pytest.mark.parametrize(
+    ("what", "names"),
+    [
+        ("a tensor that is a number", "x"),
+        ("an unknown type", "output.weight: Q99 "),
+        ("a negative error", "output.weight: Q4_0: "),
+        ("an infinite energy", "output.weight: "),
+        ("weights that are words", "weights: routed-down: "),
+        ("a probe of an unknown type", "probes: types: Q99 "),
+        ("a probe without a divergence", "probes: output: Q4_0: "),
+    ],
+)
+def test_errors_name_what_is_damaged(source: Path, tmp_path: Path, what: str, names: str) -> None:
+    """Guards: a file of hundreds of tensors in which a mistake must be searched for."""
+    path = tmp_path / "kept.json"
+    write_sensitivity(replace(sensitivity(source, sample=32), probes=PROBES), path)
+    found = json.loads(path.read_text())
+    DAMAGE[what](found)
+    path.write_text(json.dumps(found))
+    with pytest.raises(FormatError, match=f"sensitivity file: {re.escape(names)}"):
+        read_sensitivity(path)
+
+
+def test_a_tensor_with_the_name_of_a_type(tmp_path: Path) -> None:
+    """Guards: names of tensors taken for types."""
+    path = tmp_path / "kept.json"
+    errors = TensorErrors(32, 32, 1.0, {GgmlType.Q4_0: 0.5})
+    wanted = Sensitivity("model", "", "1", 32, {"Q4_K": errors})
+    write_sensitivity(wanted, path)
+    assert read_sensitivity(path) == wanted
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000])

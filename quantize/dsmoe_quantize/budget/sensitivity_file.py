@@ -30,7 +30,14 @@ from dsmoe_local.base.text import safe_line
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.identity import file_identity
-from dsmoe_quantize.budget.sensitivity import SAMPLE, Sensitivity
+from dsmoe_quantize.budget.sensitivity import (
+    SAMPLE,
+    NonNegative,
+    Probe,
+    Probes,
+    Sensitivity,
+    TensorErrors,
+)
 from dsmoe_quantize.imatrix import Imatrix
 from dsmoe_quantize.policy.recipes import KINDS
 from dsmoe_quantize.write import kernels
@@ -40,7 +47,7 @@ _ANOTHER = "name another file"
 _REPLACE = "name another file, or remove this one to measure again"
 _MAX_BYTES = 1 << 26
 _SECONDS = 5.0  # between two writes
-_TYPES: Mapping[str, int] = {kind.name: kind.value for kind in GgmlType}
+_TYPES: Mapping[str, GgmlType] = {kind.name: kind for kind in GgmlType}
 
 
 def start(file: GgufFile, imatrix: Imatrix | None, sample: int | None) -> Sensitivity:
@@ -162,7 +169,7 @@ def read_sensitivity(path: Path) -> Sensitivity:
     if found.get("version") != _VERSION:
         raise _refusal(path, f"its version is not {_VERSION}")
     try:
-        sensitivity = msgspec.convert(_with_types(found), Sensitivity)
+        sensitivity = _sensitivity_of(found)
     except (ValueError, RecursionError) as error:
         raise _refusal(path, safe_line(str(error), 120)) from error
     _refuse_unknown_groups(path, sensitivity.weights)
@@ -179,13 +186,69 @@ def _with_names(value: Any) -> Any:  # noqa: ANN401 - JSON
     return {GgmlType(key).name if isinstance(key, int) else key: _with_names(value[key]) for key in value}
 
 
-def _with_types(value: Any) -> Any:  # noqa: ANN401 - JSON
-    """Return `value` with the names of types, as keys and in lists, replaced by their numbers."""
-    if isinstance(value, list):
-        return [_TYPES.get(item, item) if isinstance(item, str) else item for item in value]
-    if isinstance(value, dict):
-        return {_TYPES.get(key, key): _with_types(item) for key, item in value.items()}
+def _sensitivity_of(found: Mapping[str, Any]) -> Sensitivity:
+    """Convert the content of a file. Raises ValueError, which says where the content is wrong."""
+    tensors = {name: _tensor_errors(name, each) for name, each in _object("tensors", found).items()}
+    weights = {
+        name: _convert(f"weights: {name}", each, NonNegative)
+        for name, each in _object("weights", found).items()
+    }
+    probes = None if found.get("probes") is None else _probes(_object("probes", found))
+    rest = {**found, "tensors": {}, "weights": {}, "probes": None}
+    return replace(msgspec.convert(rest, Sensitivity), tensors=tensors, weights=weights, probes=probes)
+
+
+def _tensor_errors(name: str, found: object) -> TensorErrors:
+    """Convert the measurements of one tensor."""
+    if not isinstance(found, dict) or "errors" not in found:
+        raise ValueError(f"{name} has no errors")
+    errors = _by_type(name, found["errors"], NonNegative)
+    converted: TensorErrors = _convert(name, {**found, "errors": {}}, TensorErrors)
+    return replace(converted, errors=errors)
+
+
+def _probes(found: Mapping[str, Any]) -> Probes:
+    """Convert the member "probes"."""
+    types = found.get("types")
+    if not isinstance(types, list):
+        raise ValueError("probes: types is not a list")
+    numbers = [_type_of("probes: types", name) for name in types]
+    groups = {
+        name: _by_type(f"probes: {name}", each, Probe) for name, each in _object("groups", found).items()
+    }
+    converted: Probes = _convert("probes", {**found, "types": numbers, "groups": {}}, Probes)
+    return replace(converted, groups=groups)
+
+
+def _by_type(where: str, found: object, kind: Any) -> dict[GgmlType, Any]:  # noqa: ANN401 - a type for msgspec
+    """Convert an object whose keys are the names of types."""
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: not an object")
+    types = {name: _type_of(where, name) for name in found}
+    return {types[name]: _convert(f"{where}: {name}", each, kind) for name, each in found.items()}
+
+
+def _type_of(where: str, name: object) -> GgmlType:
+    """Return the type of this name."""
+    if not isinstance(name, str) or name not in _TYPES:
+        raise ValueError(f"{where}: {name} is not a type")
+    return _TYPES[name]
+
+
+def _object(key: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the object at `key`, empty if there is none."""
+    value = found.get(key, {})
+    if not isinstance(value, dict):
+        raise ValueError(f"{key} is not an object")
     return value
+
+
+def _convert(where: str, value: object, kind: Any) -> Any:  # noqa: ANN401 - the signature of msgspec.convert
+    """Convert a value. Errors begin with `where`."""
+    try:
+        return msgspec.convert(value, kind)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _refusal(path: Path, what: str, remedy: str = "remove it to measure again") -> FormatError:
