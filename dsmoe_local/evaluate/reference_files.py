@@ -60,15 +60,15 @@ Decoded = TypeVar("Decoded")
 
 
 class BlockWriter:
-    """Writes blocks to `path` + ".part", which `finish` completes, verifies and renames to `path`.
+    """Writes blocks to `.NAME.part` beside `path`, which `finish` completes, verifies and renames to `path`.
 
-    The partial file of a killed process is overwritten.
+    The partial file of a killed process is replaced.
     """
 
     def __init__(self, path: Path, magic: bytes, header: Mapping[str, int]) -> None:
         """Create the partial file. Raises FileError if `path` exists, LockedError if another run has it."""
         self._path, self._magic = path, magic
-        self._part = path.with_name(f"{path.name}.part")
+        self._part = path.with_name(f".{path.name}.part")
         self._is_empty, self._is_failed, self._is_complete, self._is_named = True, False, False, False
         text = json.dumps({"version": _VERSION, **header}).encode()
         head = _HEADER.pack(magic, len(text)) + text
@@ -77,7 +77,10 @@ class BlockWriter:
             stack.enter_context(locked(path))
             if os.path.lexists(path):
                 raise self._exists("remove it, or name another file")
-            self._file = self._part.open("wb")
+            self._part.unlink(missing_ok=True)
+            # Private, since it contains tokens of the text. O_EXCL: nobody can place a link here meanwhile.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+            self._file = os.fdopen(os.open(self._part, flags, 0o600), "wb")
             self._file.write(head)
             self._lock = stack.pop_all()
 

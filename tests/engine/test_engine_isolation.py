@@ -216,8 +216,8 @@ def test_each_observer_ends_its_file(failing: str, tmp_path: Path) -> None:
     engine.close()
     assert engine._loaded is not None
     assert not engine._loaded.model.handle
-    assert PredictionReader(predictions.with_name("predictions.part")).n_tokens == len(prompt) - 1
-    written = choices.with_name("choices.part") if failing == "all" else choices
+    assert PredictionReader(predictions.with_name(".predictions.part")).n_tokens == len(prompt) - 1
+    written = choices.with_name(".choices.part") if failing == "all" else choices
     assert RoutingReader(written).n_tokens == len(prompt) - 1
 
 

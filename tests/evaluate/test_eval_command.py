@@ -157,7 +157,7 @@ def test_ctrl_c_ends_it(tmp_path: Path) -> None:
         text=True,
     )
     # The model is loaded, and its reference begun.
-    while process.poll() is None and not list(cache_folder().glob("eval/*/predictions.part")):
+    while process.poll() is None and not list(cache_folder().glob("eval/*/.predictions.part")):
         pass
     # Meanwhile the name is taken.
     second = dsmoe(tiny_model(), "--text", text, "--keep", tmp_path / "kept")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+import stat
 import struct
 from pathlib import Path
 from typing import Any
@@ -65,16 +66,29 @@ def test_a_reference_has_its_name_once_it_is_complete(tmp_path: Path) -> None:
 def test_closing_completes_the_file_and_a_killed_runs_part_is_overwritten(tmp_path: Path) -> None:
     """Guards: tokens lost because nobody asked for a summary; a dead process that blocks the next one."""
     path = tmp_path / "ref"
-    (tmp_path / "ref.part").write_bytes(b"longer than a header" * 100)
+    (tmp_path / ".ref.part").write_bytes(b"longer than a header" * 100)
     writer = make_writer(path)
     add_one(writer, "first")
     writer.close()
     assert PredictionReader(path).n_tokens == 1
 
 
+def test_no_link_is_followed(tmp_path: Path) -> None:
+    """Guards: a user's file truncated through a link with the name of the partial file."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / ".ref.part").symlink_to(victim)
+    writer = make_writer(tmp_path / "ref")
+    add_one(writer, "first")
+    writer.close()
+    assert victim.read_text() == "precious"
+    assert not (tmp_path / "ref").is_symlink()
+    assert stat.S_IMODE((tmp_path / "ref").stat().st_mode) == 0o600
+
+
 def test_what_cannot_be_read_back_gets_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a reference under its final name that a bad disk has cut."""
-    path, part = tmp_path / "ref", tmp_path / "ref.part"
+    path, part = tmp_path / "ref", tmp_path / ".ref.part"
     writer = make_writer(path)
     add_one(writer, "first")
     monkeypatch.setattr(reference_files, "sync", lambda _: part.write_bytes(part.read_bytes()[:-1]))
@@ -130,11 +144,11 @@ def test_a_file_made_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
     add_one(writer, "first")
     path.write_text("theirs")
     for finish in (writer.finish, writer.close):
-        with pytest.raises(FileError, match=r"ref\.part"):
+        with pytest.raises(FileError, match=r"\.ref\.part"):
             finish()
     writer.close()
     assert path.read_text() == "theirs"
-    assert PredictionReader(tmp_path / "ref.part").n_tokens == 1
+    assert PredictionReader(tmp_path / ".ref.part").n_tokens == 1
 
 
 @pytest.fixture(scope="module")

@@ -195,7 +195,7 @@ def test_models_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         option = observer_options(name, tmp_path / "new")
         with pytest.raises(UsageError, match="dense"), observed(dense, option):
             pass
-    assert not (tmp_path / "new.part").exists()
+    assert not (tmp_path / ".new.part").exists()
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
