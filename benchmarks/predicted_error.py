@@ -22,11 +22,11 @@ import numpy as np
 
 from benchmarks.support.tables import show
 from dsmoe_local.base.errors import DsmoeError, UsageError
+from dsmoe_local.base.scratch import scratch_folder
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions
 from dsmoe_local.evaluate.measure import options_for
 from dsmoe_local.evaluate.reference import Reference, compare, record, recorders
-from dsmoe_local.evaluate.scratch import scratch_folder
 from dsmoe_local.evaluate.text import read_text
 from dsmoe_local.evaluate.windows import cut_windows
 from dsmoe_local.model.gguf_model import read_model
@@ -176,7 +176,7 @@ def main() -> int:
     options = parser.parse_args()
     rows = []
     try:
-        with scratch_folder() as folder:
+        with scratch_folder("eval") as folder:
             bench = Bench(options, folder)
             for word in options.types.split(","):
                 rows.append(bench.row(word))

@@ -1,4 +1,4 @@
-"""Scratch folders in the cache folder, for temporary files of a measurement.
+"""Scratch folders in the cache folder, for temporary files.
 
 The next run removes the folders of killed runs.
 """
@@ -21,11 +21,11 @@ _NAME = re.compile(r"(?P<folder>[0-9a-f]{16})|\.(?P<locked>[0-9a-f]{16})\.lock")
 
 
 @contextmanager
-def scratch_folder() -> Iterator[Path]:
-    """Create an empty folder that is removed at the end. Raises FileError."""
+def scratch_folder(purpose: str) -> Iterator[Path]:
+    """Create an empty folder in the folder `purpose` of the cache, removed at the end. Raises FileError."""
     with ExitStack() as stack:
         try:
-            parent = cache_folder() / "eval"
+            parent = cache_folder() / purpose
             make_folders(parent, 0o700)
             _remove_stale(parent)
             folder = parent / secrets.token_hex(8)

@@ -173,10 +173,10 @@ class _Run:
                 )
 
     def _record(self, stack: ExitStack, path: Path, values: dict[str, Any]) -> tuple[Reference, Evaluation]:
+        from dsmoe_local.base.scratch import scratch_folder
         from dsmoe_local.evaluate.reference import keep, record, recorders
-        from dsmoe_local.evaluate.scratch import scratch_folder
 
-        folder = stack.enter_context(scratch_folder())
+        folder = stack.enter_context(scratch_folder("eval"))
         with self._load(path, values, self.n_context, *recorders(folder, path)) as engine:
             windows = self._cut(engine)
             recorded = run_with_progress(
@@ -187,14 +187,14 @@ class _Run:
         return recorded
 
     def _unpack(self, stack: ExitStack, file: Path, text_named: bool) -> Reference:
+        from dsmoe_local.base.scratch import scratch_folder
         from dsmoe_local.evaluate.reference import unpack
-        from dsmoe_local.evaluate.scratch import scratch_folder
 
         if self.kept is not None:
             raise UsageError(
                 "--keep has no effect: the reference is a file already", where=safe_line(str(file))
             )
-        reference = unpack(file, stack.enter_context(scratch_folder()), self.n_windows)
+        reference = unpack(file, stack.enter_context(scratch_folder("eval")), self.n_windows)
         windows = reference.windows
         if text_named and windows.text_digest != self.text.digest:
             raise UsageError(

@@ -17,12 +17,12 @@ from typing import TypeAlias
 from dsmoe_local.base.durable import locked
 from dsmoe_local.base.errors import FileError, InterruptedRunError, UsageError
 from dsmoe_local.base.progress import Event, Listener, Note, Started, ignore
+from dsmoe_local.base.scratch import scratch_folder
 from dsmoe_local.engine.interface import TextEngine
 from dsmoe_local.engine.types import ObserverOptions
 from dsmoe_local.evaluate.error_cost_groups import GroupCost, Trial, cost_of, trials_of
 from dsmoe_local.evaluate.probe_file import ProbeFile, changed_by, size_of
 from dsmoe_local.evaluate.reference import Reference, compare, record, recorders
-from dsmoe_local.evaluate.scratch import scratch_folder
 from dsmoe_local.evaluate.text import Text
 from dsmoe_local.evaluate.windows import Windows, cut_windows
 from dsmoe_local.model.ggml import GgmlType
@@ -181,7 +181,7 @@ class _Run:
         # Sort by size, so that as little as possible of the probe file is rewritten.
         missing.sort(key=lambda each: size_of(self._file, groups[each[0].group, each[1]]))
         in_turn = [groups[trial.group, kind] for trial, kind in missing]
-        with scratch_folder() as folder:
+        with scratch_folder("eval") as folder:
             n_done = len(every) - len(missing)
             try:
                 reference, n_windows_of_text = self._record(folder)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -112,9 +114,9 @@ def test_a_probe_counts_the_experts_asked_for() -> None:
     assert sizes[0] < sizes[1]
 
 
-@pytest.mark.parametrize("failing", ["Probe._write", "TemporaryDirectory"])
+@pytest.mark.parametrize("failing", ["Probe._write", "scratch_folder"])
 def test_a_probe_needs_no_temporary_files(monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
-    """Guards: a model that cannot be loaded because the temporary folder is full or missing."""
+    """Guards: a model that cannot be loaded because the cache is full or read-only."""
     path = tiny_model()
 
     def full(*_: object, **__: object) -> None:
@@ -130,6 +132,34 @@ def test_a_probe_needs_no_temporary_files(monkeypatch: pytest.MonkeyPatch, faili
         assert measure_context(model, options(512)) == sizes
         model.close()
     assert path.exists()
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from dsmoe_local.engine.load.probe import Probe
+from dsmoe_local.model.gguf_model import read_model
+with Probe(*read_model(Path(sys.argv[1]))) as probe:
+    print(probe._path, flush=True)
+    input()
+"""
+
+
+def test_the_probe_of_a_killed_process_is_removed() -> None:
+    """Guards: a file of the model's apparent size that stays for ever."""
+    path = tiny_model()
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        theirs = Path(process.stdout.readline().strip())
+        with Probe(*read_model(path)):
+            assert theirs.exists(), "its process still runs"
+        process.kill()
+    assert theirs.exists()
+    assert theirs != path
+    with Probe(*read_model(path)):
+        assert not theirs.parent.exists()
 
 
 def test_sizes_in_the_log_of_several_backends() -> None:

@@ -26,6 +26,7 @@ from support.tiny_gguf import DENSE, write_tiny
 
 from dsmoe_local.base import progress
 from dsmoe_local.base.errors import FormatError, InterruptedRunError, UsageError
+from dsmoe_local.base.scratch import scratch_folder
 from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.errors import EngineError
 from dsmoe_local.engine.process.client import EngineClient
@@ -34,7 +35,6 @@ from dsmoe_local.evaluate import reference as references
 from dsmoe_local.evaluate.measure import measure, options_for
 from dsmoe_local.evaluate.reference import Reference, compare, keep, record, recorders, unpack
 from dsmoe_local.evaluate.results import Comparison, Evaluation
-from dsmoe_local.evaluate.scratch import scratch_folder
 from dsmoe_local.evaluate.text import Text, built_in
 from dsmoe_local.evaluate.windows import Windows, cut_windows
 from dsmoe_quantize.policy.types import resolve
@@ -208,7 +208,7 @@ def test_a_kept_reference_is_the_same(recorded: Reference, tmp_path: Path) -> No
     """Guards: windows, names or records lost on the way through a file; its first windows alone."""
     model = quantized("Q5_0", tmp_path)
     kept = tmp_path / "kept"
-    with scratch_folder() as place:
+    with scratch_folder("eval") as place:
         here = replace(recorded, folder=place)
         for file in recorded.folder.iterdir():
             (place / file.name).write_bytes(file.read_bytes())
@@ -216,10 +216,10 @@ def test_a_kept_reference_is_the_same(recorded: Reference, tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["Q5_0.gguf", "kept"]
     assert kept.stat().st_mode & 0o777 == 0o600
     with ExitStack() as stack:
-        again = unpack(kept, stack.enter_context(scratch_folder()))
+        again = unpack(kept, stack.enter_context(scratch_folder("eval")))
         assert replace(again, folder=recorded.folder) == recorded
         assert compared(again, model)[1] == compared(recorded, model)[1]
-        few = unpack(kept, stack.enter_context(scratch_folder()), 2)
+        few = unpack(kept, stack.enter_context(scratch_folder("eval")), 2)
         assert compared(few, model)[0].perplexity.n_scored == 2 * (N_CONTEXT // 2 - 1)
 
 

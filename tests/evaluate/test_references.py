@@ -13,8 +13,8 @@ import pytest
 
 from dsmoe_local.base.errors import FileError, FormatError, LockedError
 from dsmoe_local.base.paths import cache_folder
+from dsmoe_local.base.scratch import scratch_folder
 from dsmoe_local.evaluate.reference import Reference, keep, reserved, unpack
-from dsmoe_local.evaluate.scratch import scratch_folder
 from dsmoe_local.evaluate.windows import Windows
 
 ABOUT = {
@@ -118,8 +118,8 @@ def test_an_encrypted_archive_is_refused(recorded: Reference, tmp_path: Path) ->
 
 
 KILLED = """
-from dsmoe_local.evaluate.scratch import scratch_folder
-with scratch_folder() as folder:
+from dsmoe_local.base.scratch import scratch_folder
+with scratch_folder("eval") as folder:
     (folder / "predictions.part").write_bytes(b"half")
     print(folder, flush=True)
     input()
@@ -136,7 +136,7 @@ def test_workplaces_of_killed_runs_go(tmp_path: Path) -> None:
         assert process.stdout is not None
         theirs = Path(process.stdout.readline().strip())
         assert theirs.parent == cache_folder() / "eval"
-        with scratch_folder() as mine:
+        with scratch_folder("eval") as mine:
             assert stat.S_IMODE(mine.stat().st_mode) == 0o700
             assert mine.parent == theirs.parent
         assert not mine.exists()
@@ -144,7 +144,7 @@ def test_workplaces_of_killed_runs_go(tmp_path: Path) -> None:
         process.kill()
     (theirs.parent / f".{'0' * 16}.lock").touch()
     (theirs.parent / "notes").touch()
-    with scratch_folder() as mine:
+    with scratch_folder("eval") as mine:
         assert sorted(path.name for path in mine.parent.iterdir()) == sorted(
             [mine.name, f".{mine.name}.lock", "notes"]
         )

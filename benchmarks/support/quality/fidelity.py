@@ -17,13 +17,13 @@ from benchmarks.support.quality.figures import FidelityRow
 from benchmarks.support.quality.variants import Variant
 from benchmarks.support.runner import say
 from dsmoe_convert.convert import ConvertOptions, RunOptions, convert_folder
+from dsmoe_local.base.scratch import scratch_folder
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions, ObserverOptions
 from dsmoe_local.evaluate.importance import ACTIVATIONS, collect, importance_file
 from dsmoe_local.evaluate.measure import options_for
 from dsmoe_local.evaluate.reference import Reference, compare, record, recorders
 from dsmoe_local.evaluate.results import Evaluation
-from dsmoe_local.evaluate.scratch import scratch_folder
 from dsmoe_local.evaluate.text import Text
 from dsmoe_local.evaluate.windows import cut_windows
 from dsmoe_local.model.gguf_model import read_model
@@ -156,7 +156,7 @@ def exact_recorders(folder: Path, source: Path) -> tuple[ObserverOptions, ...]:
 @contextmanager
 def prepared(subject: Subject, amount: Amount, *, imatrix: bool = True) -> Iterator[Bench]:
     """Convert the model, record its predictions, and collect its importance matrix if it is wanted."""
-    with scratch_folder() as folder:
+    with scratch_folder("eval") as folder:
         source = folder / f"{subject.name}.gguf"
         convert_folder(subject.folder, source, ConvertOptions("f32"), RunOptions(threads=amount.threads))
         with load(source, amount, *exact_recorders(folder, source)) as engine:

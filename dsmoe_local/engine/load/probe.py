@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Self
 
 from gguf.constants import GGUFValueType
 
+from dsmoe_local.base.errors import FileError
+from dsmoe_local.base.scratch import scratch_folder
 from dsmoe_local.engine import native
 from dsmoe_local.engine.errors import ModelLoadError
 from dsmoe_local.engine.load.placement import HOST, Placement
@@ -54,17 +56,18 @@ class Probe:
     def __init__(self, file: GgufFile, hp: Hyperparameters) -> None:
         """Write the file. `hp.n_experts_per_token` may differ from the metadata of `file`."""
         self._hp = hp
-        self._folder: TemporaryDirectory[str] | None = None
         self._path = file.path
-        try:
-            self._folder = TemporaryDirectory(prefix="dsmoe-probe-")
-            # It has the model's file name, since llama.cpp's errors contain it.
-            path = Path(self._folder.name) / file.path.name
-            self._write(path, file)
-            self._path = path
-        except OSError:
-            # There may be no temporary folder, or it is full. The model's own file only takes longer to read.
-            self.close()
+        with ExitStack() as stack:
+            try:
+                # It has the model's file name, since llama.cpp's errors contain it.
+                path = stack.enter_context(scratch_folder("probe")) / file.path.name
+                self._write(path, file)
+            except (FileError, OSError):
+                # The cache may be read-only or full. The model's own file only takes longer to read.
+                stack.close()
+            else:
+                self._path = path
+            self._folder = stack.pop_all()
 
     def _write(self, path: Path, file: GgufFile) -> None:
         metadata = {key: field for key, field in file.metadata.items() if not key.startswith("tokenizer.")}
@@ -90,8 +93,7 @@ class Probe:
 
     def close(self) -> None:
         """Remove the file."""
-        if self._folder is not None:
-            self._folder.cleanup()
+        self._folder.close()
 
     def __enter__(self) -> Self:
         return self
