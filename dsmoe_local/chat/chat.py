@@ -152,7 +152,7 @@ class Chat:
                 self._working.release()
 
     def cancel(self) -> None:
-        """Stop the running or starting reply. May be called from any thread and from signal handlers."""
+        """Stop the running or starting reply. May be called from any thread."""
         self._cancelled.set()
         self._interrupt_storing()
         self.conversation.cancel()

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from typing import TextIO
 
 from dsmoe_local.base.errors import DsmoeError, InterruptedRunError
+from dsmoe_local.base.signals import handling
 from dsmoe_local.base.text import safe_text
 from dsmoe_local.chat import notices
 from dsmoe_local.chat.context import MadeRoom
 from dsmoe_local.chat.conversation import Asked, Conversation
-from dsmoe_local.chat.terminal.signals import handling
 from dsmoe_local.engine.types import FinishReason
 
 _CUT: Mapping[FinishReason | None, tuple[str, str]] = {

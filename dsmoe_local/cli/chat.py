@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -220,7 +221,11 @@ def _open_storage(options: _ChatOptions, resources: ExitStack) -> _Storage:
         return _Storage(None)
     sessions = SessionStore.open(data_folder() / "sessions")
     resources.callback(sessions.close)
-    problems = resources.enter_context(ThreadPoolExecutor(1)).submit(sessions.problems)
+    executor = resources.enter_context(ThreadPoolExecutor(1))
+    stop = threading.Event()
+    # Called before the executor waits for the check, for example when loading the model fails.
+    resources.callback(stop.set)
+    problems = executor.submit(sessions.problems, stop)
     if options.session is not None:
         found = sessions.named(options.session)
         if found is None:

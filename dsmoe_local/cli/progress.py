@@ -6,11 +6,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.base.progress import Advanced, Event, Finished, Listener, Note, Started
+from dsmoe_local.base.signals import handling
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.cli.output import console
@@ -163,17 +164,11 @@ def _stopping_on_signals(stop: threading.Event, received: list[int]) -> Iterator
         yield
         return
 
-    def handle(number: int, frame: object) -> None:
+    def handle(number: int) -> None:
         received.append(number)
         stop.set()
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        installed.close()
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in before:
-        signal.signal(number, handle)
-    try:
+    with ExitStack() as installed:
+        installed.enter_context(handling(dict.fromkeys((signal.SIGINT, signal.SIGTERM), handle)))
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from support import hosted
@@ -111,3 +112,19 @@ def test_signal_while_the_model_loads(number: signal.Signals, status: int) -> No
     assert (child.returncode, out, errors) == (status, b"", b"error: loading was interrupted\n")
     with pytest.raises(ProcessLookupError):
         os.kill(engine, 0)
+
+
+def test_a_load_that_fails_does_not_wait_for_the_check_of_the_database(tmp_path: Path) -> None:
+    """Guards: a chat that ends only when a large database is checked."""
+    endless = (
+        "import threading\n"
+        "from dsmoe_local.chat.store.sessions import SessionStore\n"
+        "from dsmoe_local.cli.main import chat\n"
+        "SessionStore.problems = lambda self, stop=threading.Event(): stop.wait() and []\n"
+        "chat()"
+    )
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF")
+    with ScreenTerminal(["-c", endless, str(broken)]) as terminal:
+        terminal.wait_screen("error: ", 60)
+        assert terminal.ending() == 1

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from support.stored import talk
 
-from dsmoe_local.base.errors import FormatError
+from dsmoe_local.base.errors import FileError, FormatError
 from dsmoe_local.chat.store import database
 from dsmoe_local.chat.store.schema import APPLICATION_ID, MIGRATIONS
 from dsmoe_local.chat.store.sessions import SessionStore
@@ -301,3 +301,14 @@ def test_what_counts_transactions_is_not_needed(folder: Path, store: SessionStor
     assert session.save(talk("a", "b")) is None
     assert store.problems() == []
     assert len(store.find("1").load("v").turns) == 2
+
+
+def test_a_check_can_be_stopped(store: SessionStore) -> None:
+    """Guards: Ctrl-C while the model is loaded that waits until a large database is checked."""
+    session = store.create("m", "v", "")
+    session.save(talk(*["a", "b"] * 500))
+    stop = threading.Event()
+    assert store.problems(stop) == []
+    stop.set()
+    with pytest.raises(FileError, match="interrupted"):
+        store.problems(stop)

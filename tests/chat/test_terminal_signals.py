@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from contextlib import suppress
 
 import pytest
 
@@ -122,3 +123,16 @@ def test_a_signal_that_comes_to_another_thread() -> None:
             _wait_after(ready)
         sender.join()
     assert interrupts.ended_by == signal.SIGTERM
+
+
+def _drop_and_wait() -> None:
+    with suppress(EOFError):
+        signal.raise_signal(signal.SIGTERM)
+    _wait_after(threading.Event())
+
+
+def test_an_exception_that_is_swallowed_comes_again() -> None:
+    """Guards: SIGTERM without effect while readline, which drops exceptions, runs a completer."""
+    interrupts = Interrupts()
+    with interrupts.handled(), pytest.raises(EOFError), interrupts.reading():
+        _drop_and_wait()

@@ -1,14 +1,16 @@
-"""What long work shows where no bar can be drawn: in a file, in a pipe."""
+"""Long work: its lines of progress where no bar can be drawn, and ignored signals."""
 
 from __future__ import annotations
 
+import signal
+import threading
 from io import StringIO
 
 import pytest
 from rich.console import Console
 
 from dsmoe_local.base.progress import Advanced, Event, Finished, Note, Started
-from dsmoe_local.cli.progress import ProgressView
+from dsmoe_local.cli.progress import ProgressView, run_with_progress
 
 READING = (Started("reading", 2048, unit="tokens"), *(Advanced(512),) * 4, Finished("reading"))
 WRITING = (Started("writing", 10_000_000, done=2_000_000), *(Advanced(2_000_000, "blk.1"),) * 4)
@@ -50,3 +52,15 @@ def test_lines_where_no_bar_can_be_drawn(seconds: float, events: tuple[Event, ..
         view.listen(event)
     view.close()
     assert out.getvalue().splitlines() == lines
+
+
+def test_ignored_signals_do_not_stop_work() -> None:
+    """Guards: a background job of a script that Ctrl-C for the script stops."""
+    stop = threading.Event()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        run_with_progress(lambda listen, stop: signal.raise_signal(signal.SIGINT), stop)
+        assert not stop.is_set()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import sqlite3
+import threading
 import weakref
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,9 +54,12 @@ class SessionStore:
         """Open the store in `folder`; create it if it is missing."""
         return cls(Database.open(folder))
 
-    def problems(self) -> list[str]:
-        """Check the whole database. Return messages about damage that could otherwise go unnoticed."""
-        return self._database.problems()
+    def problems(self, stop: threading.Event | None = None) -> list[str]:
+        """Check the whole database. Return messages about damage that could otherwise go unnoticed.
+
+        FileError once `stop` is set.
+        """
+        return self._database.problems(stop or threading.Event())
 
     def close(self) -> None:
         """Close the database. May be called twice."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from dsmoe_local.base.errors import DsmoeError, FileError, InterruptedRunError
+from dsmoe_local.base.signals import handling
 from dsmoe_local.chat.markdown.stream import MarkdownStream
 from dsmoe_local.chat.terminal import ansi
 from dsmoe_local.chat.terminal.external import copy_with_tool, osc_52
@@ -27,7 +28,6 @@ from dsmoe_local.chat.terminal.screen import (
     terminal_size,
     wants_colour,
 )
-from dsmoe_local.chat.terminal.signals import handling
 from dsmoe_local.chat.terminal.ui import ChatUI
 
 if TYPE_CHECKING:

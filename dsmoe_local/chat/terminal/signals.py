@@ -1,4 +1,4 @@
-"""Signals in the chat: `handling` installs handlers; `Interrupts` is for a thread that reads and answers."""
+"""Signals in a chat whose main thread both reads lines and answers them."""
 
 from __future__ import annotations
 
@@ -6,37 +6,17 @@ import os
 import select
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 
+from dsmoe_local.base.signals import handling
 from dsmoe_local.chat.terminal.external import Editor
 
 _SECONDS_BETWEEN_CHECKS = 0.25
+_SECONDS_UNTIL_RAISED_AGAIN = 0.5  # doubled each time
 _WAKE_UP = signal.SIGURG  # ignored by default, and nothing else here uses it
 _HANDLED = 0  # written to the wakeup descriptor by a handler; Python itself writes the signal's number
-
-
-@contextmanager
-def handling(handlers: Mapping[int, Callable[[int], None]]) -> Iterator[None]:
-    """Install signal handlers, and restore the old ones afterwards. Main thread only.
-
-    A signal that is ignored stays ignored: shells do that for background jobs, nohup for SIGHUP.
-    """
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        handlers[number](number)
-
-    before = {number: signal.getsignal(number) for number in handlers}
-    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
-    try:
-        for number in before:
-            signal.signal(number, handle)
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @dataclass(slots=True)
@@ -58,6 +38,7 @@ class Interrupts:
     def __init__(self) -> None:
         self.ended_by = 0  # the signal that ends the chat
         self._reading = False
+        self._raises_again = False  # the next wake-up raises EOFError again
         self._interrupted = False  # Ctrl-C was pressed between a job and the next line
         self._job: _Job | None = None
         self._editor: Editor | None = None
@@ -76,7 +57,7 @@ class Interrupts:
             signal.SIGINT: self._on_interrupt,
             signal.SIGTERM: self._on_end,
             signal.SIGHUP: self._on_end,
-            _WAKE_UP: lambda number: None,
+            _WAKE_UP: self._on_wake_up,
         }
         try:
             with handling(handlers):
@@ -145,23 +126,34 @@ class Interrupts:
             self._job.n_requests += 1
         self._wake_watcher()
 
+    def _on_wake_up(self, number: int) -> None:
+        raises, self._raises_again = self._raises_again, False
+        if raises and self._reading:
+            raise EOFError
+
     def _wake_watcher(self) -> None:
         if self._wake_fd >= 0:
             os.write(self._wake_fd, bytes([_HANDLED]))
 
     def _watch(self, arrivals: int, main: int) -> None:
-        """Stop the job on request, and make sure that the main thread runs the handler of a signal.
+        """Stop the job on request, and make sure that a signal reaches the main thread.
 
-        Without help, it does not run if another thread got the signal, or if the signal arrived just before a
-        system call.
+        Without help, its handler does not run if another thread got the signal, or if the signal arrived just
+        before a system call. The handler's EOFError is lost if it is raised in a completer of readline.
         """
         unhandled = False
+        pause = _SECONDS_UNTIL_RAISED_AGAIN
         with open(arrivals, "rb", buffering=0) as pipe:
             while True:
                 check_again = self._stop() or unhandled
-                if not select.select([pipe], [], [], _SECONDS_BETWEEN_CHECKS if check_again else None)[0]:
-                    if unhandled:
-                        # Not after the handler has run: input() cannot handle a signal while it raises.
+                # Not at once: input() cannot handle a signal while it raises.
+                still_reading = bool(self.ended_by) and self._reading and not unhandled
+                seconds = pause if still_reading else _SECONDS_BETWEEN_CHECKS if check_again else None
+                if not select.select([pipe], [], [], seconds)[0]:
+                    if still_reading:
+                        self._raises_again = True
+                        pause *= 2
+                    if still_reading or unhandled:
                         signal.pthread_kill(main, _WAKE_UP)
                     continue
                 numbers = pipe.read(64)
