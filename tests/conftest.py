@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ import pytest
 # OpenMP threads that wait by spinning take the processor from the other test processes. Both libraries and
 # child processes read this when they start, so it is set before any test module is imported.
 os.environ.update(OMP_WAIT_POLICY="passive", OMP_NUM_THREADS="1")
+
+# A background job of a shell ignores SIGINT, and so would the children that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
