@@ -176,7 +176,7 @@ def test_no_colours_where_none_are_wanted(chat: Start, environment: dict[str, st
     with terminal:
         terminal.wait_screen("/help\n")
         terminal.send("/set" + ENTER)
-        terminal.wait_screen("on_full")
+        terminal.wait_screen(r"on_full[^>]*\n>")  # what is typed before the prompt is echoed above it
         terminal.send("**hi** `code`" + ENTER)
         terminal.wait_screen(r"code`?\s+\S*hi\S* `?code")
         assert not re.search(r"\x1b\[[0-9;]*3[0-7]m|\x1b\[[0-9;]*[34]8;", terminal.raw)
