@@ -11,11 +11,12 @@ import importlib.util
 import json
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dsmoe_convert import pickle_bin, safetensors_file
 from dsmoe_convert.errors import CheckpointError
+from dsmoe_convert.fp8 import Scales, split_scales
 from dsmoe_convert.shards import DTYPES, LocalShards, ShardSource, StoredTensor
 from dsmoe_local.base.errors import MissingExtraError
 from dsmoe_local.base.text import safe_line
@@ -35,7 +36,8 @@ Reader = Callable[[Path, threading.Event | None], Mapping[str, StoredTensor]]
 class Checkpoint:
     """The weights of a model. `identity` changes when any shard changes.
 
-    `files` are the files on disk that a conversion reads.
+    `files` are the files on disk that a conversion reads. `scales` are those of FP8 weights; `with_scales`
+    finds them among the tensors.
     """
 
     name: str
@@ -43,6 +45,13 @@ class Checkpoint:
     shards: ShardSource
     identity: Mapping[str, object]
     files: tuple[Path, ...] = ()
+    scales: Scales | None = None
+
+    def read_for(self, names: Iterable[str]) -> list[StoredTensor]:
+        """Return the weights of these names and their scales, if they have any."""
+        found = [self.tensors[name] for name in names]
+        scales = self.scales.tensors if self.scales else {}
+        return found + [scales[tensor.name] for tensor in found if tensor.name in scales]
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +166,15 @@ def match_index(
                     remedy="download the index and the shard again",
                 )
     return {name: shards[shard][name] for name, shard in weight_map.items()}
+
+
+def with_scales(checkpoint: Checkpoint, block: tuple[int, int] | None) -> Checkpoint:
+    """Return the checkpoint with the scales separated from the weights; see `fp8.split_scales`."""
+    tensors, scales = split_scales(checkpoint.tensors, block, checkpoint.name)
+    if scales is None:
+        return checkpoint
+    identity = {**checkpoint.identity, "block": scales.block}
+    return replace(checkpoint, tensors=tensors, scales=scales, identity=identity)
 
 
 def check_tensors(tensors: Mapping[str, StoredTensor], hp: Hyperparameters, where: str) -> None:

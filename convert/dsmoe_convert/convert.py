@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dsmoe_convert.checkpoint import Checkpoint, check_tensors, main_type, open_checkpoint
+from dsmoe_convert.checkpoint import Checkpoint, check_tensors, main_type, open_checkpoint, with_scales
 from dsmoe_convert.metadata import general_fields, license_of
 from dsmoe_convert.rows import rows_of, source_position
 from dsmoe_convert.shards import DTYPES
 from dsmoe_convert.tokenizer import read_tokenizer
 from dsmoe_local.base.progress import Listener, Note, ignore
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.model.config_json import read_config
+from dsmoe_local.model.config_json import read_config, read_weight_block
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import Field
 from dsmoe_local.model.gguf_model import metadata_of
@@ -108,6 +108,7 @@ def plan(
     def note(text: str) -> None:
         listen(Note(safe_line(text)))
 
+    checkpoint = with_scales(checkpoint, read_weight_block(folder))
     check_tensors(checkpoint.tensors, hp, checkpoint.name)
     specs = tensor_specs(hp)
     own = main_type(checkpoint.tensors, specs)
@@ -155,7 +156,7 @@ def run(conversion: Conversion, out: Path, run_options: RunOptions) -> Summary:
     ]
     for text in conversion.notes:
         run_options.listen(Note(text))
-    sources = {spec.name: [conversion.checkpoint.tensors[name] for name in spec.sources] for spec in specs}
+    sources = {spec.name: conversion.checkpoint.read_for(spec.sources) for spec in specs}
 
     def arrange(left: Sequence[TensorJob]) -> Sequence[TensorJob]:
         by_name = {job.name: job for job in left}
@@ -209,6 +210,8 @@ def _note_mixed(
 
 
 def _in_checkpoint_terms(error: WeightError, specs: Sequence[TensorSpec]) -> WeightError:
-    spec = next(spec for spec in specs if spec.name == error.tensor)
+    spec = next((spec for spec in specs if spec.name == error.tensor), None)
+    if spec is None:
+        return error  # about a scale of the checkpoint
     name, index = source_position(spec, error.index)
     return WeightError(error.what, tensor=name, index=index, remedy=error.remedy)

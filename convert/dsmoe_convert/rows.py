@@ -10,8 +10,9 @@ import math
 import numpy as np
 
 from dsmoe_convert.checkpoint import Checkpoint
-from dsmoe_convert.shards import DTYPES, ShardSource, StoredTensor
-from dsmoe_local.model.ggml import GgmlType
+from dsmoe_convert.fp8 import Fp8Rows
+from dsmoe_convert.shards import DTYPES, FP8, ShardSource, StoredTensor
+from dsmoe_local.model.ggml import GgmlType, row_bytes
 from dsmoe_local.model.layout import TensorSpec
 from dsmoe_quantize.write.encoder import Bytes, RowSource
 
@@ -42,7 +43,7 @@ class RotaryRows:
     a head become rows 2i and 2i + 1. Whole heads are read and reordered.
     """
 
-    def __init__(self, inner: StackedRows, n_rows: int, n_heads: int, row_bytes: int) -> None:
+    def __init__(self, inner: RowSource, n_rows: int, n_heads: int, row_bytes: int) -> None:
         self.type: GgmlType = inner.type
         self._inner = inner
         self._head_dim = n_rows // n_heads
@@ -65,10 +66,12 @@ class RotaryRows:
 def rows_of(checkpoint: Checkpoint, spec: TensorSpec) -> RowSource:
     """Return the source of a tensor's rows. `check_tensors` must have checked the checkpoint."""
     parts = tuple(checkpoint.tensors[source] for source in spec.sources)
-    rows = StackedRows(checkpoint.shards, parts)
+    rows: RowSource = StackedRows(checkpoint.shards, parts)
+    if checkpoint.scales and parts[0].dtype == FP8:
+        rows = Fp8Rows(rows, checkpoint.shards, parts[0].shape, checkpoint.scales, spec.sources)
     if not spec.rotary_heads:
         return rows
-    return RotaryRows(rows, spec.shape[0], spec.rotary_heads, parts[0].n_bytes // spec.shape[0])
+    return RotaryRows(rows, spec.shape[0], spec.rotary_heads, row_bytes(rows.type, spec.shape[-1]))
 
 
 def source_position(spec: TensorSpec, index: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:

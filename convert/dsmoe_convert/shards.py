@@ -17,16 +17,21 @@ from dsmoe_local.model.ggml import GgmlType
 
 @dataclass(frozen=True, slots=True)
 class Dtype:
-    """A number format of a checkpoint's weights."""
+    """A number format of a checkpoint's weights, of `n_bytes` each. They have the type `ggml` in a GGUF file
+    without quantization.
+    """
 
     ggml: GgmlType
     n_bytes: int
 
 
+FP8 = "F8_E4M3"
+
 DTYPES: Mapping[str, Dtype] = {
     "F32": Dtype(GgmlType.F32, 4),
     "F16": Dtype(GgmlType.F16, 2),
     "BF16": Dtype(GgmlType.BF16, 2),
+    FP8: Dtype(GgmlType.BF16, 1),
 }
 """The supported formats, by safetensors' names. Tensors in others (F64, I8, …) are refused if needed."""
 

@@ -40,6 +40,11 @@ _REQUIRED_VALUES: Mapping[str, tuple[object, ...]] = {
 }
 
 _QUANTIZED = ("quantization_config", "compression_config")
+_FP8_VALUES: Mapping[str, tuple[object, ...]] = {
+    "fmt": ("e4m3", None),
+    "activation_scheme": ("dynamic", None),  # a static one has more tensors
+}
+_MAX_BLOCK = 1 << 16
 _MODEL_TYPES = ("deepseek",)
 _CLASS = "DeepseekForCausalLM"
 
@@ -151,7 +156,7 @@ def parse_config(values: Mapping[str, Any], path: Path) -> Hyperparameters:
     """Return the hyper-parameters in a parsed config.json. Raises FormatError, whose message has `path`."""
     config = _Config(path, values)
     _check_kind(config)
-    _refuse_quantized(config)
+    _weight_block(config)
     _require(config, _REQUIRED_VALUES)
     hidden_size = config.integer("hidden_size", 32, 1 << 20)
     n_heads = config.integer("num_attention_heads", 1, 1024)
@@ -214,18 +219,43 @@ def _check_kind(config: _Config) -> None:
         config.refuse("model_type", '"deepseek" (DeepSeekMoE, arXiv 2401.06066)')
 
 
-def _refuse_quantized(config: _Config) -> None:
-    """Refuse quantized checkpoints: their tensors have other names or types, or are misread."""
+def read_weight_block(folder: Path) -> tuple[int, int] | None:
+    """Return the rows and columns that share a scale in an FP8 checkpoint; None if the weights are floats.
+
+    Raises FileError, and FormatError if the weights are quantized in another way.
+    """
+    path = folder / FILE_NAME
+    return _weight_block(_Config(path, load_json(path)))
+
+
+def _weight_block(config: _Config) -> tuple[int, int] | None:
+    """See `read_weight_block`. In other quantized checkpoints, tensors have other names or meanings."""
     for key in _QUANTIZED:
         found = config.values.get(key)
-        if found:
-            method = found.get("quant_method") if isinstance(found, dict) else None
-            named = f" ({safe_line(method, 30)})" if isinstance(method, str) else ""
-            raise FormatError(
-                f"the weights are quantized already{named}",
-                where=f"{config.path}: {key}",
-                remedy="convert the original checkpoint, in BF16, F16 or F32",
-            )
+        if not found:
+            continue
+        method = found.get("quant_method") if isinstance(found, dict) else None
+        if key == "quantization_config" and method == "fp8":
+            return _fp8_block(_Config(Path(f"{config.path}: {key}"), found))
+        named = f" ({safe_line(method, 30)})" if isinstance(method, str) else ""
+        raise FormatError(
+            f"the weights are quantized already{named}",
+            where=f"{config.path}: {key}",
+            remedy="convert the original checkpoint, in BF16, F16 or F32, or an FP8 one with block scales",
+        )
+    return None
+
+
+def _fp8_block(quantization: _Config) -> tuple[int, int]:
+    _require(quantization, _FP8_VALUES)
+    block = quantization.values.get("weight_block_size")
+    if not isinstance(block, list) or len(block) != 2 or not all(map(_is_block_length, block)):
+        quantization.refuse("weight_block_size", "rows and columns of a block of weights, such as [128, 128]")
+    return block[0], block[1]
+
+
+def _is_block_length(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MAX_BLOCK
 
 
 def _rope_parameters(config: _Config) -> tuple[str, Mapping[str, Any]]:

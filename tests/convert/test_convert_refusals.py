@@ -269,7 +269,7 @@ def test_configurations_that_the_graph_cannot_honour(key: str, value: Any, tmp_p
     refused(write_checkpoint(tmp_path / "model", **{key: value}), out, key, "config.json")
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors"])
 def test_checkpoints_that_are_quantized_already(method: str, tmp_path: Path, out: Path) -> None:
     """Packed weights, taken for what they are not or refused for their names: the reason was not said."""
     folder = write_checkpoint(tmp_path / "model", quantization_config={"quant_method": method, "bits": 4})
