@@ -173,12 +173,13 @@ def _collected(path: Path, values: dict[str, Any]) -> _Result:
     from dsmoe_local.evaluate.text import read_text
     from dsmoe_local.evaluate.windows import cut_windows
     from dsmoe_local.model.discovery import IMATRIX_ENDING
+    from dsmoe_local.model.split_name import model_stem
 
     n_context = values["n_context"]
     check_window(n_context)
     source, n_windows, with_output = (values.pop(name) for name in ("source", "n_windows", "with_output"))
     save_every, force = values.pop("save_every"), values.pop("force")
-    out = values.pop("out") or Path(f"{path.stem}{IMATRIX_ENDING}")
+    out = values.pop("out") or Path(f"{model_stem(path)}{IMATRIX_ENDING}")
     text, stop = read_text(source), threading.Event()
     with (
         importance_file(out, force=force) as place,

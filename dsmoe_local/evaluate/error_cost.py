@@ -28,6 +28,7 @@ from dsmoe_local.evaluate.windows import Windows, cut_windows
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.split_name import model_stem
 from dsmoe_quantize.budget import sensitivity_file
 from dsmoe_quantize.budget.sensitivity import Probe, Probes, Sensitivity, measure
 from dsmoe_quantize.imatrix import Imatrix
@@ -95,7 +96,9 @@ def measure_costs(
         run.measure(trials)
     probes = run.known.probes
     assert probes is not None
-    return ErrorCosts(file.path.stem, probes, [cost_of(trial, probes) for trial in trials], wanted.path)
+    return ErrorCosts(
+        model_stem(file.path), probes, [cost_of(trial, probes) for trial in trials], wanted.path
+    )
 
 
 def _measured_errors(

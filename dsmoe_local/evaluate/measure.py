@@ -14,6 +14,7 @@ from dsmoe_local.engine.interface import TextEngine
 from dsmoe_local.engine.types import MIN_CONTEXT, ModelOptions, ObserverOptions
 from dsmoe_local.evaluate.results import Evaluation, Perplexity, perplexity_of
 from dsmoe_local.evaluate.windows import WindowReader, Windows
+from dsmoe_local.model.split_name import model_stem
 
 LOGPROBS = ObserverOptions("logprobs")
 
@@ -38,7 +39,7 @@ def options_for(options: ModelOptions, n_context: int, *observers: ObserverOptio
 
 def name_of(engine: TextEngine) -> str:
     """Return the name of the model's file, since all quantizations have the same name in their metadata."""
-    return safe_line(engine.info.path.stem, 80)
+    return safe_line(model_stem(engine.info.path), 80)
 
 
 def measure(

@@ -24,7 +24,7 @@ from dsmoe_local.base.progress import Advanced, Finished, Listener, Note, Starte
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.gguf_writer import plan_gguf, write_at
-from dsmoe_quantize.quantize import Plan, jobs_of, opened, refuse_changed
+from dsmoe_quantize.quantize import Plan, jobs_of, opened
 from dsmoe_quantize.write.encoder import TensorJob, check_job
 from dsmoe_quantize.write.output import disk_errors
 from dsmoe_quantize.write.pipeline import Effects, encode_all, n_cores
@@ -117,7 +117,7 @@ class ProbeFile:
             write_at(self._descriptor, gguf.header, 0)
             self._encode(missing, gguf.offsets, listen, stop)
             os.ftruncate(self._descriptor, gguf.size)
-            refuse_changed(plan.file, source)
+            source.refuse_changed()
         self._order, self._held = order, wanted
 
     def _encode(

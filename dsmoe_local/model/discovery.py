@@ -16,6 +16,7 @@ from dsmoe_local.base.durable import make_folders, write_file
 from dsmoe_local.base.errors import DsmoeError, FileError, UsageError
 from dsmoe_local.base.paths import absolute, data_folder, demo_folder
 from dsmoe_local.base.text import safe_line
+from dsmoe_local.model.split_name import SplitName, model_stem
 
 MAX_RECENT = 20
 IMATRIX_ENDING = ".imatrix.gguf"
@@ -28,7 +29,10 @@ _SHOWN = 3
 
 @dataclass(frozen=True, slots=True)
 class KnownModel:
-    """A model file with its name. `group` says where it was found."""
+    """A model file with its name. `group` says where it was found.
+
+    If the model is split into several files, `path` is the first.
+    """
 
     name: str
     path: Path
@@ -53,8 +57,8 @@ class ModelDescription:
 def known_models(folder: Path) -> list[KnownModel]:
     """Return the model files in the working folder, in `folder` and its subfolders, the demo's, the recent.
 
-    Recent files are listed newest first. Each file is listed once; importance matrices are left out. No file
-    is opened.
+    Recent files are listed newest first. Each model is listed once, also if it is split into several files;
+    importance matrices are left out. No file is opened.
     """
     groups: list[tuple[str, Iterable[Path]]] = [
         ("this folder", _in_folder(Path(), "*")),
@@ -65,9 +69,15 @@ def known_models(folder: Path) -> list[KnownModel]:
     found: dict[str, KnownModel] = {}
     for group, paths in groups:
         for path in paths:
-            if not f".{path.name.casefold()}".endswith(IMATRIX_ENDING):
-                found.setdefault(os.path.realpath(path), KnownModel(path.stem, path, group))
+            if not f".{path.name.casefold()}".endswith(IMATRIX_ENDING) and not _is_continued(path):
+                found.setdefault(os.path.realpath(path), KnownModel(model_stem(path), path, group))
     return list(found.values())
+
+
+def _is_continued(path: Path) -> bool:
+    """True if this is a file of a split model, but not the first."""
+    split = SplitName.of(path)
+    return split is not None and split.number != 1
 
 
 def _in_folder(folder: Path, *places: str) -> Iterator[Path]:
@@ -83,7 +93,8 @@ def find_known(word: str, folder: Path) -> list[KnownModel]:
     group.
     """
     wanted = word.casefold()
-    wanted = wanted.removesuffix(_ENDING) if wanted != _ENDING else wanted
+    if wanted.endswith(_ENDING) and os.sep not in wanted:
+        wanted = model_stem(Path(wanted))
     known = known_models(folder)
     matches = [model for model in known if model.name.casefold() == wanted] or [
         model for model in known if model.name.casefold().startswith(wanted)
@@ -166,7 +177,9 @@ def describe(model: KnownModel) -> ModelDescription:
     try:
         file, hp = read_model(model.path)
     except DsmoeError as error:
-        return ModelDescription(model, _size(model.path), reason=error.what)
+        split = SplitName.of(model.path)
+        n_bytes = sum(map(_size, split.paths if split else [model.path]))
+        return ModelDescription(model, n_bytes, reason=error.what)
     return ModelDescription(model, file.size, file_type_name(file), hp.n_context, hp.name)
 
 

@@ -62,29 +62,54 @@ class Field:
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo(Tensor):
-    """A tensor in an existing file. `offset` is that of its data, from the start of the file."""
+    """A tensor in an existing file. `offset` is that of its data, from the start of the file.
+
+    `part` is the index of the file in `GgufFile.parts`.
+    """
 
     offset: int
+    part: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class GgufPart:
+    """One of the files of a model. Its data begins at `data_offset`.
+
+    `identity` is size, modification time in ns, and inode. It changes if the file is changed or replaced.
+    """
+
+    path: Path
+    data_offset: int
+    identity: tuple[int, int, int]
+
+    @property
+    def size(self) -> int:
+        """Bytes of this file."""
+        return self.identity[0]
 
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
     """The header of a file: metadata and tensors in file order.
 
-    `identity` is size, modification time in ns, and inode. It changes if the file is changed or replaced.
+    A model may be split into several files, its `parts`; see `gguf_split`. Then metadata and alignment are
+    those of the first file, and the tensors are those of all files.
     """
 
-    path: Path
     metadata: Mapping[str, Field]
     tensors: Mapping[str, TensorInfo]
     alignment: int
-    data_offset: int
-    identity: tuple[int, int, int]
+    parts: tuple[GgufPart, ...]
+
+    @property
+    def path(self) -> Path:
+        """The file, or the first one of a split model."""
+        return self.parts[0].path
 
     @property
     def size(self) -> int:
-        """Bytes of the whole file."""
-        return self.identity[0]
+        """Bytes of all parts."""
+        return sum(part.size for part in self.parts)
 
     def get(self, key: str, default: Any = None) -> Any:  # noqa: ANN401 - metadata holds any type
         """Return a metadata value, or `default` if the key is missing."""
@@ -118,7 +143,7 @@ def read_gguf(path: Path) -> GgufFile:
 
 
 def identity_of(status: os.stat_result) -> tuple[int, int, int]:
-    """Return a file's `GgufFile.identity`."""
+    """Return a file's `GgufPart.identity`."""
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
@@ -204,7 +229,7 @@ class _Parser:
         entries = [self.tensor() for _ in range(n_tensors)]
         data_offset = -(-self.at // alignment) * alignment
         tensors = self.checked_layout(entries, data_offset, alignment)
-        return GgufFile(self.path, metadata, tensors, alignment, data_offset, self.identity)
+        return GgufFile(metadata, tensors, alignment, (GgufPart(self.path, data_offset, self.identity),))
 
     def alignment(self, metadata: Mapping[str, Field]) -> int:
         field = metadata.get("general.alignment")

@@ -18,7 +18,8 @@ from gguf.constants import ExpertGatingFuncType, GGUFValueType
 from dsmoe_local.base.errors import FormatError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.model.ggml import GgmlType
-from dsmoe_local.model.gguf_file import Field, GgufFile, read_gguf
+from dsmoe_local.model.gguf_file import Field, GgufFile
+from dsmoe_local.model.gguf_split import read_parts
 from dsmoe_local.model.gguf_vocabulary import check_vocabulary
 from dsmoe_local.model.hyperparameters import ARCHITECTURES, Architecture, Hyperparameters, RopeScaling
 from dsmoe_local.model.layout import IGNORED_TENSORS, Role, tensor_specs
@@ -43,20 +44,12 @@ _LLAMA_BIASES = re.compile(r"blk\.\d+\.(attn_(q|k|v|output)|ffn_(gate|up|down))\
 
 
 def read_model(path: Path) -> tuple[GgufFile, Hyperparameters]:
-    """Return a model file's header and hyper-parameters.
+    """Return the header and hyper-parameters of a model. `path` is its file, or the first if it is split.
 
     Raises FileError if it cannot be read. Raises FormatError if its structure, a value, a tensor's shape or
     the vocabulary is not what the architecture needs.
     """
-    file = read_gguf(path)
-    n_files = file.get("split.count", 1)
-    # Files that were merged from several have 0.
-    if n_files not in (0, 1):
-        raise FormatError(
-            f"this is one of {safe_line(str(n_files), 20)} files that a model is split into",
-            where=path,
-            remedy="merge them first: llama-gguf-split --merge FIRST.gguf OUT.gguf",
-        )
+    file = read_parts(path)
     hp = hyperparameters_of(file)
     _check_tensors(file, hp)
     check_vocabulary(file)

@@ -7,13 +7,15 @@ tensor.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from hashlib import blake2b
 from pathlib import Path
 from typing import BinaryIO
 
 from dsmoe_local.base.errors import FileError, FormatError
-from dsmoe_local.model.gguf_file import MAGIC, GgufFile, identity_of, read_gguf
+from dsmoe_local.model.gguf_file import MAGIC, GgufFile, identity_of
+from dsmoe_local.model.gguf_split import read_parts
 
 _BLOCK = 1 << 16
 _N_BLOCKS = 64
@@ -23,35 +25,44 @@ _END = 1 << 12
 def file_identity(path: Path) -> str:
     """Return a file's size and a digest of a sample of its content; a copy has the same. Raises FileError.
 
-    It takes a fraction of a second and tells models apart, but does not detect deliberate forgery.
+    If it is the first file of a split model, all files count. This takes a fraction of a second. It tells
+    models apart, but does not detect deliberate forgery.
     """
-    try:
-        with path.open("rb") as file:
-            return _identity(file, _header(file, path))
-    except OSError as error:
-        raise _unreadable(error, path) from error
+    with ExitStack() as stack:
+        file = _open(stack, path)
+        model = _header(file, path)
+        others = [_open(stack, part.path) for part in model.parts[1:]] if model else []
+        return _identity([file, *others], model)
 
 
 def exact_identity(model: GgufFile) -> str:
-    """Return `file_identity` and the device, inode and times of change, which distinguish a file from copies.
+    """Return `file_identity` and each file's device, inode and times of change, which tell it from copies.
 
-    Raises FileError; FormatError if the file has changed since its header was read.
+    Raises FileError; FormatError if a file has changed since its header was read.
     """
-    try:
-        with model.path.open("rb") as file:
+    with ExitStack() as stack:
+        files = [_open(stack, part.path) for part in model.parts]
+        exact = []
+        for part, file in zip(model.parts, files, strict=True):
             status = os.fstat(file.fileno())
-            if identity_of(status) != model.identity:
+            if identity_of(status) != part.identity:
                 raise FormatError(
                     "the model file has changed since it was opened",
-                    where=model.path,
+                    where=part.path,
                     remedy="try again when nothing writes to it",
                 )
-            return (
-                f"{_identity(file, model)} device {status.st_dev} inode {status.st_ino}"
+            exact.append(
+                f" device {status.st_dev} inode {status.st_ino}"
                 f" written {status.st_mtime_ns} changed {status.st_ctime_ns}"
             )
+        return _identity(files, model) + "".join(exact)
+
+
+def _open(stack: ExitStack, path: Path) -> BinaryIO:
+    try:
+        return stack.enter_context(path.open("rb"))
     except OSError as error:
-        raise _unreadable(error, model.path) from error
+        raise _unreadable(error, path) from error
 
 
 def _unreadable(error: OSError, path: Path) -> FileError:
@@ -60,33 +71,43 @@ def _unreadable(error: OSError, path: Path) -> FileError:
 
 def _header(file: BinaryIO, path: Path) -> GgufFile | None:
     """Return the header; None if the file is not a GGUF file, or is malformed."""
-    if file.read(len(MAGIC)) != MAGIC:
-        return None
     try:
-        return read_gguf(path)
+        if file.read(len(MAGIC)) != MAGIC:
+            return None
+    except OSError as error:
+        raise _unreadable(error, path) from error
+    try:
+        return read_parts(path)
     except FormatError:
         return None
 
 
-def _identity(file: BinaryIO, model: GgufFile | None) -> str:
-    size = os.fstat(file.fileno()).st_size
-    digest = blake2b(str(size).encode(), digest_size=8)
-    for start, length in _sample(size, model):
-        file.seek(start)
-        digest.update(file.read(length))
-    return f"{size} bytes {digest.hexdigest()}"
+def _identity(files: Sequence[BinaryIO], model: GgufFile | None) -> str:
+    """Return the total size and the digest of the open files of a model, or of one file of another kind."""
+    sizes = [os.fstat(file.fileno()).st_size for file in files]
+    digest = blake2b(str(sum(sizes)).encode(), digest_size=8)
+    for index, file in enumerate(files):
+        known = _header_and_tensor_ends(model, index) if model else ()
+        try:
+            for start, length in _sample(sizes[index], known):
+                file.seek(start)
+                digest.update(file.read(length))
+        except OSError as error:
+            raise _unreadable(error, Path(file.name)) from error
+    return f"{sum(sizes)} bytes {digest.hexdigest()}"
 
 
-def _sample(size: int, model: GgufFile | None) -> Iterable[tuple[int, int]]:
-    """Return the offsets and lengths of the parts to read, in the order of the file."""
+def _sample(size: int, known: Iterable[tuple[int, int]]) -> Iterable[tuple[int, int]]:
+    """Return the offsets and lengths of the parts to read, in the order of the file. `known` are some."""
     last = max(size - _BLOCK, 0)
     spread = ((last * number // (_N_BLOCKS - 1), _BLOCK) for number in range(_N_BLOCKS))
-    return spread if model is None else sorted([*spread, *_header_and_tensor_ends(model)])
+    return sorted([*spread, *known])
 
 
-def _header_and_tensor_ends(model: GgufFile) -> Iterator[tuple[int, int]]:
-    yield 0, model.data_offset
+def _header_and_tensor_ends(model: GgufFile, index: int) -> Iterator[tuple[int, int]]:
+    yield 0, model.parts[index].data_offset
     for tensor in model.tensors.values():
-        length = min(_END, tensor.n_bytes)
-        yield tensor.offset, length
-        yield tensor.offset + tensor.n_bytes - length, length
+        if tensor.part == index:
+            length = min(_END, tensor.n_bytes)
+            yield tensor.offset, length
+            yield tensor.offset + tensor.n_bytes - length, length

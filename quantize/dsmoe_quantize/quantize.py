@@ -6,7 +6,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from dsmoe_local.model.gguf_file import Field, GgufFile, TensorInfo, identity_of
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.gguf_writer import plan_gguf
 from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.split_name import model_stem
 from dsmoe_quantize.errors import RequantizeError
 from dsmoe_quantize.imatrix import Imatrix
 from dsmoe_quantize.policy.choice import Overrides, label_of
@@ -106,8 +107,8 @@ def quantize_file(
     stop: threading.Event | None = None,
 ) -> Summary:
     """Write the file that `plan` describes to `out`. See `write_output` for resuming and errors."""
-    with opened(plan.file) as descriptor:
-        jobs = jobs_of(plan, descriptor)
+    with opened(plan.file) as source:
+        jobs = jobs_of(plan, source)
         for text in plan.notes:
             listen(Note(text))
         return write_output(
@@ -115,10 +116,10 @@ def quantize_file(
             plan.metadata,
             jobs,
             {
-                "the source": list(plan.file.identity),
+                "the source": [part.identity for part in plan.file.parts],
                 **plan.fingerprint,
             },
-            sources=[plan.file.path],
+            sources=[part.path for part in plan.file.parts],
             threads=threads,
             force=force,
             listen=listen,
@@ -126,14 +127,14 @@ def quantize_file(
         )
 
 
-def jobs_of(plan: Plan, descriptor: int) -> list[TensorJob]:
-    """Return the job for each tensor of `plan`, whose source file is open as `descriptor`."""
+def jobs_of(plan: Plan, source: OpenGguf) -> list[TensorJob]:
+    """Return the job for each tensor of `plan`, whose source is open."""
     return [
         TensorJob(
             choice.name,
             choice.shape,
             choice.type,
-            GgufRows(plan.file.path, descriptor, plan.file.tensors[choice.name]),
+            source.rows(plan.file.tensors[choice.name]),
             plan.importance_of(choice),
         )
         for choice in plan.choices
@@ -148,7 +149,7 @@ def default_output(source: Path, choice: TypeChoice, overrides: Overrides) -> Pa
 def output_called(source: Path, label: str) -> Path:
     """Like `default_output`, for a recipe that is not solved yet and is called `label`."""
     words = "|".join(map(re.escape, (*known_words(), *ALIASES)))
-    name = re.sub(rf"(?<=.)[-._]({words})$", "", source.stem, flags=re.IGNORECASE)
+    name = re.sub(rf"(?<=.)[-._]({words})$", "", model_stem(source), flags=re.IGNORECASE)
     return Path(f"{name}-{label}.gguf")
 
 
@@ -178,21 +179,37 @@ class GgufRows:
         return rows
 
 
+@dataclass(frozen=True, slots=True)
+class OpenGguf:
+    """A model whose files are open. `descriptors` are in the order of its parts."""
+
+    file: GgufFile
+    descriptors: tuple[int, ...]
+
+    def rows(self, info: TensorInfo) -> GgufRows:
+        """Return the source of a tensor's rows."""
+        return GgufRows(self.file.parts[info.part].path, self.descriptors[info.part], info)
+
+    def refuse_changed(self) -> None:
+        """Raise FileError if a file has changed since its header was read."""
+        for part, descriptor in zip(self.file.parts, self.descriptors, strict=True):
+            if identity_of(os.fstat(descriptor)) != part.identity:
+                raise FileError(
+                    "the model file changed while it was in use", where=part.path, remedy="run again"
+                )
+
+
 @contextmanager
-def opened(file: GgufFile) -> Iterator[int]:
-    """Open the file to read rows from it. Raises FileError if it cannot be opened, or has changed."""
-    try:
-        descriptor = os.open(file.path, os.O_RDONLY)
-    except OSError as error:
-        raise FileError(f"cannot read the model: {error.strerror}", where=file.path) from error
-    try:
-        refuse_changed(file, descriptor)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def refuse_changed(file: GgufFile, descriptor: int) -> None:
-    """Raise FileError if the open file has changed since its header was read."""
-    if identity_of(os.fstat(descriptor)) != file.identity:
-        raise FileError("the model file changed while it was in use", where=file.path, remedy="run again")
+def opened(file: GgufFile) -> Iterator[OpenGguf]:
+    """Open all files of a model to read rows. Raises FileError if one cannot be opened, or has changed."""
+    with ExitStack() as stack:
+        descriptors = []
+        for part in file.parts:
+            try:
+                descriptors.append(os.open(part.path, os.O_RDONLY))
+            except OSError as error:
+                raise FileError(f"cannot read the model: {error.strerror}", where=part.path) from error
+            stack.callback(os.close, descriptors[-1])
+        source = OpenGguf(file, tuple(descriptors))
+        source.refuse_changed()
+        yield source

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from click.shell_completion import ShellComplete
+from support.split_files import split_with_gguf
 from support.tiny_gguf import DENSE, MOE, NARROW, write_tiny
 
 from dsmoe_local.base.config_file import config_path
@@ -52,6 +53,28 @@ def folder() -> Path:
     (folder / "gone.gguf").symlink_to("nowhere")
     (folder / "loop.gguf").symlink_to("loop.gguf")
     return folder
+
+
+def test_a_split_model_is_one_model() -> None:
+    """Guards: a model listed once for each of its files, or with the size of one; a name with the numbers."""
+    models = data_folder() / "models"
+    models.mkdir(parents=True)
+    files = split_with_gguf(write_tiny(models / "whole.gguf", MOE), models / "large-q8", 40)
+    known = known_models(models)
+    assert [(model.name, model.path) for model in known] == [
+        ("large-q8", files[0]),
+        ("whole", models / "whole.gguf"),
+    ]
+    described = describe(known[0])
+    assert described.n_bytes == sum(file.stat().st_size for file in files)
+    assert not described.reason
+    for word in ("large-q8", "large", "large-q8.gguf", files[0].name):
+        assert find_model(word) == files[0]
+    n_bytes = described.n_bytes - files[1].stat().st_size
+    files[1].unlink()
+    described = describe(known[0])
+    assert "file 2 of the 3 files" in described.reason
+    assert described.n_bytes == n_bytes
 
 
 @pytest.mark.parametrize(

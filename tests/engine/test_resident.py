@@ -19,13 +19,14 @@ import gguf
 import numpy as np
 import pytest
 from support.models import tiny_model
+from support.split_files import split_with_gguf
 from support.tiny_gguf import MOE, NARROW, write_tiny
 
 from dsmoe_local.base import progress
 from dsmoe_local.base.errors import FileError, InterruptedRunError, UsageError
 from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.load import fit, loaded_model, mapped_file, prefetch, resident
-from dsmoe_local.engine.load.mapped_file import MappedFile, Range, whole_pages
+from dsmoe_local.engine.load.mapped_file import MappedFile, MappedFiles, Range, whole_pages
 from dsmoe_local.engine.load.placement import DeviceShare, Placement
 from dsmoe_local.engine.load.resident import Resident, host_tensors, plan_resident, speed_note
 from dsmoe_local.engine.native import tensors
@@ -49,7 +50,7 @@ def ignore(event: progress.Event) -> None:
 
 
 def make_resident(path: Path, ranges: tuple[Range, ...]) -> Resident:
-    return Resident(path, ranges, ignore, threading.Event())
+    return Resident([path], ranges, ignore, threading.Event())
 
 
 def in_memory(path: Path) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -136,6 +137,26 @@ def test_budget_is_never_exceeded_and_small_tensors_come_first(tmp_path: Path) -
     assert not any(pages.start <= output.offset + output.n_bytes // 2 < pages.end for pages in few)
 
 
+def test_the_pages_of_a_split_model(tmp_path: Path) -> None:
+    """Guards: pages of one file kept at the offsets of another, or joined across files."""
+    files = split_with_gguf(write_tiny(tmp_path / "m.gguf", NARROW), tmp_path / "split", 5)
+    file, hp = read_model(files[0])
+    assert len(files) > 3
+    ranges = plan_resident(host_tensors(file.tensors.values(), hp, placement()).always, AMPLE)
+    kept = {(pages.part, page) for pages in ranges for page in range(pages.start // PAGE, pages.end // PAGE)}
+    wanted: set[tuple[int, int]] = set()
+    for part, path in enumerate(files):
+        for tensor in gguf.GGUFReader(path).tensors:
+            if "_exps" not in tensor.name:
+                start, end = int(tensor.data_offset), int(tensor.data_offset) + int(tensor.n_bytes)
+                wanted |= {(part, page) for page in range(start // PAGE, -(-end // PAGE))}
+    assert kept == wanted
+    held = Resident(files, ranges, ignore, threading.Event())
+    held.close()
+    with pytest.raises(FileError):
+        Resident([files[0], tmp_path / "missing"], (), ignore, threading.Event())
+
+
 def test_what_lies_on_a_gpu_is_not_kept(tmp_path: Path) -> None:
     """Guards: pages of offloaded layers locked, experts left on the host not counted."""
     file, hp = read_model(write_tiny(tmp_path / "m.gguf", MOE))
@@ -209,7 +230,7 @@ def test_interrupted_while_pages_are_read(cold: Path, monkeypatch: pytest.Monkey
             stop.set()
 
     with pytest.raises(InterruptedRunError):
-        Resident(cold, (Range(0, 3000 * PAGE),), listen, stop)
+        Resident([cold], (Range(0, 3000 * PAGE),), listen, stop)
     assert len([event for event in seen if isinstance(event, progress.Advanced)]) == 1
     assert isinstance(seen[-1], progress.Finished)
     assert locked_bytes() == before
@@ -300,22 +321,22 @@ def short_of_memory(monkeypatch: pytest.MonkeyPatch) -> list[Range]:
 
     monkeypatch.setattr(loaded_model, "fit_model", fit_model)
     fetched: list[Range] = []
-    fetch = MappedFile.fetch
+    fetch = MappedFiles.fetch
 
-    def record(self: MappedFile, pages: Range) -> None:
+    def record(self: MappedFiles, pages: Range) -> None:
         fetched.append(pages)
         fetch(self, pages)
 
-    monkeypatch.setattr(MappedFile, "fetch", record)
+    monkeypatch.setattr(MappedFiles, "fetch", record)
     return fetched
 
 
-def load(notes: list[str], **more: Any) -> Engine:
+def load(notes: list[str], path: Path | None = None, **more: Any) -> Engine:
     def listen(event: progress.Event) -> None:
         if isinstance(event, progress.Note):
             notes.append(event.text)
 
-    options = ModelOptions(tiny_model(), n_threads=2, chat_template="deepseek-moe", **more)
+    options = ModelOptions(path or tiny_model(), n_threads=2, chat_template="deepseek-moe", **more)
     return Engine.load(options, listen, threading.Event())
 
 
@@ -324,24 +345,31 @@ def text_of(engine: Engine) -> str:
     return "".join(event.text for event in engine.submit(request))
 
 
-def test_text_of_a_paged_model_and_what_was_read_ahead(short_of_memory: list[Range]) -> None:
-    """Guards: different text; prefetched experts other than the chosen ones."""
-    file, hp = read_model(tiny_model())
+@pytest.mark.parametrize("per_file", [0, 9])
+def test_text_of_a_paged_model_and_what_was_read_ahead(
+    per_file: int, short_of_memory: list[Range], tmp_path: Path
+) -> None:
+    """Guards: different text; prefetched experts other than the chosen ones, or in another file."""
+    path = split_with_gguf(tiny_model(), tmp_path / "tiny", per_file)[0] if per_file else tiny_model()
+    file, hp = read_model(path)
     notes: list[str] = []
-    with load(notes, observers=(ObserverOptions("routing"),)) as engine:
+    with load(notes, path, observers=(ObserverOptions("routing"),)) as engine:
         text = text_of(engine)
         layers = engine.observe("routing")["layers"]
     assert any("stay in memory" in note for note in notes)
-    wanted: set[int] = set()
+    wanted: set[tuple[int, int]] = set()
     for layer in layers:
         for kind in ("gate", "up", "down"):
             tensor = file.tensors[f"blk.{layer['layer']}.ffn_{kind}_exps.weight"]
             size = tensor.n_bytes // hp.n_routed_experts
             for expert in np.flatnonzero(layer["counts"]).tolist():
                 pages = whole_pages(tensor.offset + expert * size, tensor.offset + (expert + 1) * size)
-                wanted |= set(range(pages.start, pages.end, PAGE))
-    assert {page for pages in short_of_memory for page in range(pages.start, pages.end, PAGE)} == wanted
-    assert wanted
+                wanted |= {(tensor.part, page) for page in range(pages.start, pages.end, PAGE)}
+    fetched = {
+        (pages.part, page) for pages in short_of_memory for page in range(pages.start, pages.end, PAGE)
+    }
+    assert fetched == wanted
+    assert len({part for part, _ in wanted}) == (2 if per_file else 1)
     with load([], n_context=64) as roomy:
         assert text_of(roomy) == text
 
@@ -381,7 +409,7 @@ def test_long_prompts_fetch_no_more_than_there_is_room_for(
     experts = host_tensors(file.tensors.values(), hp, placement()).experts
     kept = make_resident(path, ())
     fetched: list[Range] = []
-    monkeypatch.setattr(kept.file, "fetch", fetched.append)
+    monkeypatch.setattr(kept.files, "fetch", fetched.append)
     watcher = prefetch.Prefetch(experts, hp.n_routed_experts, kept, 20 * PAGE)
     assert next(iter(watcher.nodes)) == b"ffn_moe_weights-1"
     watcher.fetch(experts[:3], [0, 2])

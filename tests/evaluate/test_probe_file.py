@@ -137,7 +137,8 @@ def test_a_probe_writes_its_group(model: Path, tmp_path: Path, counting: Countin
     found = measure_costs(file, hp, request, counting.load)
     first, *others = counting.for_probes
     assert len(counting.for_probes) == len(found.groups)
-    header, weights = file.data_offset, file.size - file.data_offset
+    header = file.parts[0].data_offset
+    weights = file.size - header
     assert first <= file.size
     groups = sorted(
         size_of(file, [name for name in matrices_of(file) if belongs(name, each.group)])

@@ -16,7 +16,7 @@ from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.sizes import parse_size
 from dsmoe_local.model.file_type import RECIPE_KEY
 from dsmoe_local.model.ggml import GgmlType, bits_per_weight
-from dsmoe_local.model.gguf_file import Field, GgufFile, TensorInfo, read_gguf
+from dsmoe_local.model.gguf_file import Field, GgufFile, GgufPart, TensorInfo, read_gguf
 from dsmoe_local.model.gguf_model import metadata_of, read_model
 from dsmoe_local.model.gguf_writer import ARCHITECTURE_KEY
 from dsmoe_local.model.hyperparameters import Hyperparameters
@@ -49,7 +49,7 @@ def shaped(hp: Hyperparameters, cpu: str = "x86-avx2") -> CostModel:
         each.name: TensorInfo(each.name, each.shape, each.type, 0) for each in unquantized(hp, GgmlType.BF16)
     }
     metadata = {ARCHITECTURE_KEY: Field(hp.architecture, GGUFValueType.STRING), **metadata_of(hp)}
-    file = GgufFile(Path("shape.gguf"), metadata, tensors, 32, 0, (0, 0, 0))
+    file = GgufFile(metadata, tensors, 32, (GgufPart(Path("shape.gguf"), 0, (0, 0, 0)),))
     errors = {
         name: TensorErrors(
             each.n_weights,

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
-_PACK = {0: "<B", 2: "<H", UINT32: "<I", INT32: "<i", FLOAT32: "<f", BOOL: "<B", 10: "<Q", 12: "<d"}
+UINT16, UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 2, 4, 5, 6, 7, 8, 9
+_PACK = {0: "<B", UINT16: "<H", UINT32: "<I", INT32: "<i", FLOAT32: "<f", BOOL: "<B", 10: "<Q", 12: "<d"}
 F32, F16, Q8_0 = 0, 1, 8
 
 

@@ -28,6 +28,7 @@ from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.identity import exact_identity
+from dsmoe_local.model.split_name import model_stem
 
 _MAX_TOKENS = (1 << 24) - 1
 _MAX_PARALLEL = native.MAX_SEQUENCES // 2  # the other sequence ids are for parked prefixes
@@ -137,7 +138,7 @@ def _info(
 ) -> ModelInfo:
     return ModelInfo(
         path=options.path,
-        name=safe_line(hp.name, 60) or safe_line(options.path.stem, 60),
+        name=safe_line(hp.name, 60) or safe_line(model_stem(options.path), 60),
         architecture=hp.architecture,
         n_context=n_context,
         n_context_trained=hp.n_context,

@@ -1,4 +1,4 @@
-"""A read-only mapping of a model's file, to lock, prefetch and touch its pages.
+"""Read-only mappings of a model's files, to lock, prefetch and touch their pages.
 
 llama.cpp's own mapping shares the pages. Nothing here changes results, so a failure only costs speed.
 """
@@ -12,6 +12,8 @@ import os
 import resource
 import threading
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,10 +32,11 @@ _MEASURED_DEPTH = 4  # concurrent reads: the experts of a token are requested to
 
 
 class Range(NamedTuple):
-    """The bytes of the file from `start` up to, but not including, `end`."""
+    """The bytes of a file from `start` up to, but not including, `end`. `part` is the index of the file."""
 
     start: int
     end: int
+    part: int = 0
 
     @property
     def size(self) -> int:
@@ -41,9 +44,9 @@ class Range(NamedTuple):
         return self.end - self.start
 
 
-def whole_pages(start: int, end: int) -> Range:
+def whole_pages(start: int, end: int, part: int = 0) -> Range:
     """Return the range of whole pages that contains these bytes."""
-    return Range(start // PAGE * PAGE, -(-end // PAGE) * PAGE)
+    return Range(start // PAGE * PAGE, -(-end // PAGE) * PAGE, part)
 
 
 class MappedFile:
@@ -83,6 +86,32 @@ class MappedFile:
         """Unlock and unmap the pages. May be called twice."""
         self._bytes = np.empty(0, np.uint8)
         self._map.close()
+
+
+class MappedFiles:
+    """The mappings of all files of a model. The ranges say which file they are in."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        """Map the files. Raises FileError."""
+        with ExitStack() as mapping:
+            self._files = [mapping.enter_context(closing(MappedFile(path))) for path in paths]
+            self._mappings = mapping.pop_all()
+
+    def lock(self, pages: Range) -> bool:
+        """See MappedFile."""
+        return self._files[pages.part].lock(pages)
+
+    def fetch(self, pages: Range) -> None:
+        """See MappedFile."""
+        self._files[pages.part].fetch(pages)
+
+    def touch(self, pages: Range) -> None:
+        """See MappedFile."""
+        self._files[pages.part].touch(pages)
+
+    def close(self) -> None:
+        """See MappedFile."""
+        self._mappings.close()
 
 
 def _fetch_bytes(device: int, blocks: Path = _BLOCKS) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 from dsmoe_local.base import progress
 from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.base.sizes import format_size
-from dsmoe_local.engine.load.mapped_file import PAGE, Range, whole_pages
+from dsmoe_local.engine.load.mapped_file import PAGE, whole_pages
 from dsmoe_local.engine.load.placement import Placement
 from dsmoe_local.engine.load.resident import Resident, host_tensors, plan_resident, speed_note
 from dsmoe_local.engine.native import Row, tensors
@@ -40,7 +40,9 @@ def page_experts(
     `budget` is the memory for both in bytes. Passes notes to `listen`. Raises FileError, InterruptedRunError.
     """
     on_host = host_tensors(file.tensors.values(), hp, placement)
-    resident = Resident(file.path, plan_resident(on_host.always, budget), listen, stop)
+    resident = Resident(
+        [part.path for part in file.parts], plan_resident(on_host.always, budget), listen, stop
+    )
     left = max(0, budget - resident.n_bytes)
     kept = f"{format_size(resident.n_bytes)} of weights that every token reads stay in memory"
     listen(progress.Note(f"{kept}: {resident.mode}"))
@@ -50,7 +52,8 @@ def page_experts(
     except DsmoeError as error:
         listen(progress.Note(f"experts are not prefetched: {error.what}"))
         experts = ()
-    note = speed_note(file.path, on_host, hp, resident.n_bytes, left)
+    largest = max(file.parts, key=lambda part: part.size)
+    note = speed_note(largest.path, on_host, hp, resident.n_bytes, left)
     if note:
         listen(progress.Note(note))
     return Prefetch(experts, hp.n_routed_experts, resident, left)
@@ -101,22 +104,22 @@ class Prefetch(Observer):
         for tensor in tensors_of_layer:
             size = tensor.n_bytes // self._n_experts
             for first, last in _runs(chosen):
-                start, end = whole_pages(tensor.offset + first * size, tensor.offset + last * size)
-                pages = Range(start, min(end, start + left // PAGE * PAGE))
+                pages = whole_pages(tensor.offset + first * size, tensor.offset + last * size, tensor.part)
+                pages = pages._replace(end=min(pages.end, pages.start + left // PAGE * PAGE))
                 left -= pages.size
-                self._resident.file.fetch(pages)
+                self._resident.files.fetch(pages)
 
 
 def _place_in_order(tensor: TensorInfo) -> int:
     return next(index for index, kind in enumerate(_ORDER) if kind in tensor.name)
 
 
-def _runs(ids: Sequence[int]) -> list[Range]:
-    """Return sorted numbers as ranges of consecutive ones."""
-    runs: list[Range] = []
+def _runs(ids: Sequence[int]) -> list[tuple[int, int]]:
+    """Return sorted numbers as runs of consecutive ones: the first, and the one after the last."""
+    runs: list[tuple[int, int]] = []
     for one in ids:
-        if runs and runs[-1].end == one:
-            runs[-1] = Range(runs[-1].start, one + 1)
+        if runs and runs[-1][1] == one:
+            runs[-1] = (runs[-1][0], one + 1)
         else:
-            runs.append(Range(one, one + 1))
+            runs.append((one, one + 1))
     return runs

@@ -15,7 +15,7 @@ from pathlib import Path
 from dsmoe_local.base import progress
 from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.base.sizes import format_size
-from dsmoe_local.engine.load.mapped_file import MappedFile, Range, raise_lock_limit, read_speed, whole_pages
+from dsmoe_local.engine.load.mapped_file import MappedFiles, Range, raise_lock_limit, read_speed, whole_pages
 from dsmoe_local.engine.load.placement import Placement
 from dsmoe_local.model.gguf_file import TensorInfo
 from dsmoe_local.model.hyperparameters import Hyperparameters
@@ -75,12 +75,12 @@ def host_tensors(tensors: Iterable[TensorInfo], hp: Hyperparameters, placement: 
 def plan_resident(tensors: Sequence[TensorInfo], budget: int) -> tuple[Range, ...]:
     """Return the pages of these tensors to keep in memory, at most three quarters of `budget` bytes.
 
-    They are in the order of the file. The rest is for experts, which would otherwise be evicted before use.
+    They are in the order of the files. The rest is for experts, which would otherwise be evicted before use.
     """
     left = budget * 3 // 4
     kept: list[Range] = []
     for tensor in tensors:
-        pages = whole_pages(tensor.offset, tensor.offset + tensor.n_bytes)
+        pages = whole_pages(tensor.offset, tensor.offset + tensor.n_bytes, tensor.part)
         if pages.size <= left:
             left -= pages.size
             kept.append(pages)
@@ -89,9 +89,9 @@ def plan_resident(tensors: Sequence[TensorInfo], budget: int) -> tuple[Range, ..
 
 def _merge(pages: Iterable[Range]) -> tuple[Range, ...]:
     merged: list[Range] = []
-    for one in sorted(pages):
-        if merged and one.start <= merged[-1].end:
-            merged[-1] = Range(merged[-1].start, max(one.end, merged[-1].end))
+    for one in sorted(pages, key=lambda pages: (pages.part, pages.start)):
+        if merged and one.part == merged[-1].part and one.start <= merged[-1].end:
+            merged[-1] = merged[-1]._replace(end=max(one.end, merged[-1].end))
         else:
             merged.append(one)
     return tuple(merged)
@@ -101,10 +101,14 @@ class Resident:
     """Pages that are kept in memory. The engine's thread calls `refresh`."""
 
     def __init__(
-        self, path: Path, ranges: tuple[Range, ...], listen: progress.Listener, stop: threading.Event
+        self,
+        paths: Sequence[Path],
+        ranges: tuple[Range, ...],
+        listen: progress.Listener,
+        stop: threading.Event,
     ) -> None:
         """Read the pages, with progress. Raises FileError, and InterruptedRunError if `stop` is set."""
-        self.file = MappedFile(path)
+        self.files = MappedFiles(paths)
         self.n_bytes = sum(pages.size for pages in ranges)
         self.n_locked = 0
         self._touched: list[Range] = []
@@ -124,12 +128,12 @@ class Resident:
         for start in range(pages.start, pages.end, _LOCK_BYTES):
             if stop.is_set():
                 raise InterruptedRunError("loading was interrupted")
-            piece = Range(start, min(start + _LOCK_BYTES, pages.end))
+            piece = Range(start, min(start + _LOCK_BYTES, pages.end), pages.part)
             # If locking fails once, the limit is reached.
-            if not self._touched and self.file.lock(piece):
+            if not self._touched and self.files.lock(piece):
                 self.n_locked += piece.size
             else:
-                self.file.touch(piece)
+                self.files.touch(piece)
                 self._touched.append(piece)
             listen(progress.Advanced(piece.size))
 
@@ -148,12 +152,12 @@ class Resident:
         if not self._touched or time.monotonic() < self._next_touch:
             return
         for pages in self._touched:
-            self.file.touch(pages)
+            self.files.touch(pages)
         self._next_touch = time.monotonic() + _TOUCH_SECONDS
 
     def close(self) -> None:
         """Release the pages. May be called twice."""
-        self.file.close()
+        self.files.close()
 
 
 def speed_note(path: Path, tensors: HostTensors, hp: Hyperparameters, resident: int, left: int) -> str:

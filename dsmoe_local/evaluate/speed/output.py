@@ -19,6 +19,7 @@ from dsmoe_local.base.sizes import format_count, format_size
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.evaluate.speed.machine import Machine
 from dsmoe_local.evaluate.speed.results import ModelSpeed, Speed, deviation
+from dsmoe_local.model.split_name import model_stem
 
 Record: TypeAlias = dict[str, Any]
 
@@ -288,7 +289,7 @@ def _wrapped(text: str, width: int, indent: str) -> list[str]:
 
 def _name(model: ModelSpeed) -> str:
     """Return the name of the model's file, escaped for a table."""
-    return safe_line(model.info.path.stem, 60).replace("|", "\\|")
+    return safe_line(model_stem(model.info.path), 60).replace("|", "\\|")
 
 
 def _type(model: ModelSpeed) -> str:

@@ -170,11 +170,10 @@ def measure(
         ordered = {tensor.name: found[tensor.name] for tensor in wanted if tensor.name in found}
         return replace(known, tensors=ordered)
 
-    with opened(file) as descriptor, ThreadPoolExecutor(threads or n_cores()) as pool:
+    with opened(file) as source, ThreadPoolExecutor(threads or n_cores()) as pool:
 
         def work(tensor: TensorInfo) -> None:
-            rows = GgufRows(file.path, descriptor, tensor)
-            trial = _Trial(tensor, rows, imatrix, known.sample)
+            trial = _Trial(tensor, source.rows(tensor), imatrix, known.sample)
             errors = trial.run(stop.is_set)
             if errors is not None:
                 with lock:

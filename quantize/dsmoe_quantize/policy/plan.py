@@ -31,14 +31,7 @@ CHANGED = "-changed"
 UNWEIGHTED = FLOATS | {GgmlType.Q8_0}
 """Types whose encoders do not use an importance matrix."""
 
-_DROPPED = (
-    "general.quantization_version",
-    "general.file_type",
-    "split.no",
-    "split.count",
-    "split.tensors.count",
-    RECIPE_KEY,
-)
+_DROPPED = ("general.quantization_version", "general.file_type", RECIPE_KEY)
 # llama.cpp keeps these keys of the source, and its tool writes them for every matrix that it is given. Here
 # they are written only if weights were encoded with the matrix.
 _DROPPED_PREFIX = "quantize.imatrix."
@@ -89,8 +82,8 @@ class TypePlan:
     def metadata_of(self, metadata: Mapping[str, Field]) -> dict[str, Field]:
         """Return the metadata of the new file: the source's, with new keys about quantization at the end.
 
-        The keys are those of llama_model_quantize, plus the recipe. Keys about shards, and about the source's
-        recipe and importance matrix, are dropped.
+        The keys are those of llama_model_quantize, plus the recipe. Keys about the source's recipe and
+        importance matrix are dropped.
         """
         kept = {
             key: field
