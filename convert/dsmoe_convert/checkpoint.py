@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -20,10 +21,11 @@ from dsmoe_convert.fp8 import Scales, split_scales
 from dsmoe_convert.shards import DTYPES, LocalShards, ShardSource, StoredTensor
 from dsmoe_local.base.errors import MissingExtraError
 from dsmoe_local.base.text import safe_line
+from dsmoe_local.model.architectures import ARCHITECTURES
 from dsmoe_local.model.config_json import checkpoint_name, load_json
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.hyperparameters import Hyperparameters
-from dsmoe_local.model.layout import IGNORED_SOURCES, TensorSpec, tensor_specs
+from dsmoe_local.model.layout import TensorSpec, tensor_specs
 
 _MAX_INDEX = 256 << 20
 _READ_BESIDE = ("config.json", "tokenizer.json")
@@ -179,17 +181,13 @@ def with_scales(checkpoint: Checkpoint, block: tuple[int, int] | None) -> Checkp
 
 def check_tensors(tensors: Mapping[str, StoredTensor], hp: Hyperparameters, where: str) -> None:
     """Raise CheckpointError unless `tensors` are exactly those of a model with these hyper-parameters."""
-    expected = {
-        source: spec.shape[-2:] if len(spec.sources) > 1 or len(spec.shape) == 3 else spec.shape
-        for spec in tensor_specs(hp)
-        for source in spec.sources
-    }
+    specs = specs_of(tensors, hp)
+    expected = {source: spec.source_shape for spec in specs for source in spec.sources}
     missing = [name for name in expected if name not in tensors]
     _refuse_some(missing, "missing from the checkpoint", where, "download the weights again")
     extra = [name for name in tensors if name not in expected and not _may_ignore(name, hp)]
-    _refuse_some(
-        extra, "not part of a DeepSeekMoE with this config.json", where, "use the model's own config.json"
-    )
+    what = f"not part of a {hp.architecture} model with this config.json"
+    _refuse_some(extra, what, where, "use the model's own config.json")
     for name, shape in expected.items():
         stored = tensors[name]
         if stored.shape != shape:
@@ -204,7 +202,14 @@ def check_tensors(tensors: Mapping[str, StoredTensor], hp: Hyperparameters, wher
                 where=where,
                 remedy=f"accepted: {', '.join(DTYPES)}",
             )
-    _refuse_mixed_experts(tensors, tensor_specs(hp), where)
+    _refuse_mixed_experts(tensors, specs, where)
+
+
+def specs_of(tensors: Mapping[str, StoredTensor], hp: Hyperparameters) -> tuple[TensorSpec, ...]:
+    """Return the tensors of a model with the sources that this checkpoint has: its experts may be fused."""
+    return tuple(
+        spec.from_fused() if spec.fused and spec.fused[0] in tensors else spec for spec in tensor_specs(hp)
+    )
 
 
 def _refuse_mixed_experts(
@@ -266,7 +271,13 @@ def _is_file_name(text: str, suffix: str) -> bool:
 
 def _may_ignore(name: str, hp: Hyperparameters) -> bool:
     # Training frameworks may save a copy of a tied embedding as the output.
-    return IGNORED_SOURCES.fullmatch(name) is not None or (name == _LM_HEAD and hp.tied_embeddings)
+    if name == _LM_HEAD and hp.tied_embeddings:
+        return True
+    architecture = ARCHITECTURES[hp.architecture]
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    if layer is not None and int(layer[1]) >= hp.n_layers:
+        return architecture.has_mtp_layers
+    return architecture.ignored_sources is not None and bool(architecture.ignored_sources.fullmatch(name))
 
 
 def _refuse_some(names: list[str], what: str, where: str, remedy: str) -> None:

@@ -7,7 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dsmoe_convert.checkpoint import Checkpoint, check_tensors, main_type, open_checkpoint, with_scales
+from dsmoe_convert.checkpoint import (
+    Checkpoint,
+    check_tensors,
+    main_type,
+    open_checkpoint,
+    specs_of,
+    with_scales,
+)
 from dsmoe_convert.metadata import general_fields, license_of
 from dsmoe_convert.rows import rows_of, source_position
 from dsmoe_convert.shards import DTYPES
@@ -19,7 +26,7 @@ from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import Field
 from dsmoe_local.model.gguf_model import metadata_of
 from dsmoe_local.model.hyperparameters import Hyperparameters
-from dsmoe_local.model.layout import UNQUANTIZED_ROLES, TensorSpec, tensor_specs, unquantized
+from dsmoe_local.model.layout import UNQUANTIZED_ROLES, TensorSpec, unquantized
 from dsmoe_quantize.errors import WeightError
 from dsmoe_quantize.imatrix import Imatrix
 from dsmoe_quantize.policy.choice import Overrides, label_of
@@ -110,7 +117,7 @@ def plan(
 
     checkpoint = with_scales(checkpoint, read_weight_block(folder))
     check_tensors(checkpoint.tensors, hp, checkpoint.name)
-    specs = tensor_specs(hp)
+    specs = specs_of(checkpoint.tensors, hp)
     own = main_type(checkpoint.tensors, specs)
     _note_mixed(checkpoint, specs, own, note)
     types = _types(hp, options, own)
@@ -143,7 +150,7 @@ def _types(hp: Hyperparameters, options: ConvertOptions, own: GgmlType) -> TypeP
 
 def run(conversion: Conversion, out: Path, run_options: RunOptions) -> Summary:
     """Write the file. `write_output` describes interruptions and errors."""
-    specs = tensor_specs(conversion.hp)
+    specs = specs_of(conversion.checkpoint.tensors, conversion.hp)
     jobs = [
         TensorJob(
             choice.name,

@@ -1,4 +1,4 @@
-"""Read a checkpoint's tensors by rows, in GGUF's order: experts stacked, query and key rows permuted.
+"""Read a checkpoint's tensors by rows, in GGUF's order: experts stacked, rows of heads split or permuted.
 
 Rows are read from the shards when the encoder asks for them.
 """
@@ -12,8 +12,9 @@ import numpy as np
 from dsmoe_convert.checkpoint import Checkpoint
 from dsmoe_convert.fp8 import Fp8Rows
 from dsmoe_convert.shards import DTYPES, FP8, ShardSource, StoredTensor
+from dsmoe_local.model.architectures.table import Order
 from dsmoe_local.model.ggml import GgmlType, row_bytes
-from dsmoe_local.model.layout import TensorSpec
+from dsmoe_local.model.layout import RowBlocks, TensorSpec
 from dsmoe_quantize.write.encoder import Bytes, RowSource
 
 
@@ -36,31 +37,40 @@ class StackedRows:
         return raw
 
 
-class RotaryRows:
-    """The rows of a query or key projection in llama.cpp's order. A RowSource.
+class BlockRows:
+    """Rows of a source that consists of blocks, of which a part is taken and reordered. A RowSource."""
 
-    Hugging Face rotates the two halves of a head, llama.cpp adjacent rows, so rows i and i + head_dim / 2 of
-    a head become rows 2i and 2i + 1. Whole heads are read and reordered.
-    """
-
-    def __init__(self, inner: RowSource, n_rows: int, n_heads: int, row_bytes: int) -> None:
+    def __init__(self, inner: RowSource, blocks: RowBlocks, n_columns: int, value_bytes: int) -> None:
+        """`n_columns` are those of the source, and `value_bytes` the size of one of its values."""
         self.type: GgmlType = inner.type
         self._inner = inner
-        self._head_dim = n_rows // n_heads
-        self._row_bytes = row_bytes
+        self._blocks = blocks
+        self._value = value_bytes
+        self._row_bytes = n_columns * value_bytes
+        # Rows that a block becomes.
+        self._size = n_columns if blocks.order is Order.TRANSPOSED else blocks.n_rows
 
     def read(self, first_row: int, n_rows: int, scratch: Bytes) -> Bytes:
-        """See RowSource. The result is not in `scratch`, into which the heads are read."""
-        size = self._head_dim
-        first = first_row // size * size
-        end = -(-(first_row + n_rows) // size) * size
-        needed = (end - first) * self._row_bytes
-        if scratch.size < needed:
-            scratch = np.empty(needed, np.uint8)
-        heads = self._inner.read(first, end - first, scratch)
-        pairs = heads.reshape(-1, 2, size // 2, self._row_bytes).swapaxes(1, 2).reshape(-1)
-        start = (first_row - first) * self._row_bytes
-        return pairs[start : start + n_rows * self._row_bytes]
+        """See RowSource. Rows that are reordered are read by whole blocks."""
+        blocks = self._blocks
+        first, end = first_row // self._size, -(-(first_row + n_rows) // self._size)
+        if blocks.order is Order.PLAIN:
+            row = first * blocks.n_source_rows + blocks.first + first_row - first * self._size
+            return self._inner.read(row, n_rows, scratch)
+        n_bytes = blocks.n_rows * self._row_bytes
+        read = np.empty((end - first, n_bytes), np.uint8)
+        for block, target in zip(range(first, end), read, strict=True):
+            target[:] = self._inner.read(block * blocks.n_source_rows + blocks.first, blocks.n_rows, target)
+        rows = self._ordered(read).reshape(-1)
+        size = n_bytes // self._size
+        start = (first_row - first * self._size) * size
+        return rows[start : start + n_rows * size]
+
+    def _ordered(self, read: Bytes) -> Bytes:
+        """Return blocks, shape (n, bytes), with their rows in the order of the GGUF file."""
+        if self._blocks.order is Order.PAIRS:
+            return read.reshape(len(read), 2, -1, self._row_bytes).swapaxes(1, 2)
+        return read.reshape(len(read), self._blocks.n_rows, -1, self._value).swapaxes(1, 2)
 
 
 def rows_of(checkpoint: Checkpoint, spec: TensorSpec) -> RowSource:
@@ -69,18 +79,27 @@ def rows_of(checkpoint: Checkpoint, spec: TensorSpec) -> RowSource:
     rows: RowSource = StackedRows(checkpoint.shards, parts)
     if checkpoint.scales and parts[0].dtype == FP8:
         rows = Fp8Rows(rows, checkpoint.shards, parts[0].shape, checkpoint.scales, spec.sources)
-    if not spec.rotary_heads:
+    if spec.blocks is None:
         return rows
-    return RotaryRows(rows, spec.shape[0], spec.rotary_heads, row_bytes(rows.type, spec.shape[-1]))
+    return BlockRows(rows, spec.blocks, parts[0].shape[-1], row_bytes(rows.type, 1))
 
 
 def source_position(spec: TensorSpec, index: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
     """Return the checkpoint's name and index of the weight at `index` of a tensor in the GGUF file."""
-    if len(index) == 3:
+    if len(spec.sources) > 1:
         return spec.sources[index[0]], index[1:]
-    if not spec.rotary_heads:
+    if spec.blocks is None:
         return spec.sources[0], index
-    head_dim = spec.shape[0] // spec.rotary_heads
-    head, row = divmod(index[0], head_dim)
-    pair, half = divmod(row, 2)
-    return spec.sources[0], (head * head_dim + half * (head_dim // 2) + pair, *index[1:])
+    blocks = spec.blocks
+    *_, row, column = index
+    block = index[0] if len(index) == 3 else row // blocks.n_rows
+    row = row if len(index) == 3 else row % blocks.n_rows
+    if blocks.order is Order.TRANSPOSED:
+        row, column = column, row
+    if blocks.order is Order.PAIRS:
+        pair, half = divmod(row, 2)
+        row = half * (blocks.n_rows // 2) + pair
+    row += blocks.first
+    if spec.is_fused:
+        return spec.sources[0], (block, row, column)
+    return spec.sources[0], (block * blocks.n_source_rows + row, column)

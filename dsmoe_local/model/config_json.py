@@ -1,4 +1,4 @@
-"""Read config.json of a DeepSeekMoE checkpoint strictly; write one for the checkpoints that we make.
+"""Read config.json of a checkpoint strictly; write one for the checkpoints that we make.
 
 Values that llama.cpp's graph would ignore are refused: converting such a model would give wrong output. Each
 error names the file, the key, its value and the accepted values.
@@ -14,39 +14,27 @@ from typing import Any, NoReturn
 
 from dsmoe_local.base.errors import FileError, FormatError
 from dsmoe_local.base.text import safe_line
+from dsmoe_local.model.architectures import ARCHITECTURES
+from dsmoe_local.model.architectures.table import REQUIRED, Architecture, ModelClass, Parameter
 from dsmoe_local.model.hyperparameters import Hyperparameters, RopeScaling
 
 FILE_NAME = "config.json"
 _MAX_BYTES = 16 << 20
 _MAX_DEPTH = 64
 
-# llama.cpp's graph implements exactly these values and would ignore any other.
-_REQUIRED_VALUES: Mapping[str, tuple[object, ...]] = {
-    "norm_topk_prob": (False, None),
-    "scoring_func": ("softmax", None),
-    "topk_method": ("greedy", "gready", None),  # DeepSeek's own code has the misspelling
-    "moe_layer_freq": (1, None),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "hidden_act": ("silu", "swish", None),
-    "ep_size": (1, None),
-    "pretraining_tp": (1, None),
-    "n_group": (1, 0, None),
-    "topk_group": (1, 0, None),
-    "q_lora_rank": (None,),
-    "kv_lora_rank": (None,),
-    "sliding_window": (None,),
-    "partial_rotary_factor": (1, 1.0, None),
-}
-
+_ALIASES = {"num_local_experts": "num_experts"}
+"""Keys that transformers 5 has renamed."""
 _QUANTIZED = ("quantization_config", "compression_config")
 _FP8_VALUES: Mapping[str, tuple[object, ...]] = {
     "fmt": ("e4m3", None),
     "activation_scheme": ("dynamic", None),  # a static one has more tensors
 }
 _MAX_BLOCK = 1 << 16
-_MODEL_TYPES = ("deepseek",)
-_CLASS = "DeepseekForCausalLM"
+_CLASSES: Mapping[str, tuple[Architecture, ModelClass]] = {
+    known.model_type: (architecture, known)
+    for architecture in ARCHITECTURES.values()
+    for known in architecture.classes
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,19 +67,39 @@ class _Config:
             self.refuse(key, f"a number from {low:g} to {high:g}")
         return float(value)
 
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.values.get(key)
-        if value is None:
-            return default
+    def flag(self, key: str) -> bool:
+        value = self.values[key]
         if not isinstance(value, bool):
             self.refuse(key, "true or false")
         return value
+
+    def word(self, key: str, words: Mapping[object, object]) -> object:
+        value = self.values[key]
+        if not isinstance(value, str) or value not in words:
+            self.refuse(key, " or ".join(json.dumps(word) for word in words))
+        return words[value]
+
+    def parameter(self, parameter: Parameter, fields: Mapping[str, Any]) -> object:
+        """Return the value of one line of the table. `fields` are those that were read before."""
+        key = parameter.config
+        if self.values.get(key) is None and parameter.default is not REQUIRED:
+            default = parameter.default
+            return default(fields) if callable(default) else default
+        if parameter.words is not None:
+            if key not in self.values:
+                self.refuse(key, " or ".join(json.dumps(word) for word in parameter.words))
+            return self.word(key, parameter.words)
+        if parameter.kind is bool:
+            return self.flag(key)
+        if parameter.kind is float:
+            return self.number(key, parameter.low, parameter.high)
+        return self.integer(key, int(parameter.low), int(parameter.high))
 
 
 def read_config(folder: Path) -> Hyperparameters:
     """Return the hyper-parameters in `folder`/config.json.
 
-    Raises FileError if it cannot be read, FormatError if it is not a DeepSeekMoE that llama.cpp can run.
+    Raises FileError if it cannot be read, FormatError if it is not a model that llama.cpp can run.
     """
     return parse_config(load_json(folder / FILE_NAME), folder / FILE_NAME)
 
@@ -154,49 +162,28 @@ def _is_shallow(value: object) -> bool:
 
 def parse_config(values: Mapping[str, Any], path: Path) -> Hyperparameters:
     """Return the hyper-parameters in a parsed config.json. Raises FormatError, whose message has `path`."""
-    config = _Config(path, values)
-    _check_kind(config)
+    architecture, known = _class_of(_Config(path, values))
+    given = {_ALIASES.get(key, key): value for key, value in values.items() if value is not None}
+    config = _Config(path, {**known.defaults, **_nested_rope(values), **_leading_dense(values), **given})
     _weight_block(config)
-    _require(config, _REQUIRED_VALUES)
-    hidden_size = config.integer("hidden_size", 32, 1 << 20)
-    n_heads = config.integer("num_attention_heads", 1, 1024)
-    n_layers = config.integer("num_hidden_layers", 1, 512)
-    n_kv_heads = config.integer("num_key_value_heads", 1, 1024, n_heads)
-    if hidden_size % n_heads:
-        config.refuse("num_attention_heads", f"a divisor of hidden_size = {hidden_size}")
-    head_dim = config.integer("head_dim", 2, 4096, hidden_size // n_heads)
-    if head_dim * n_heads != hidden_size:
-        config.refuse("head_dim", f"hidden_size / num_attention_heads = {hidden_size // n_heads}")
-    if head_dim % 2:
-        config.refuse("num_attention_heads", "a divisor of hidden_size that gives an even head size")
-    if n_heads % n_kv_heads:
-        config.refuse("num_key_value_heads", f"a divisor of num_attention_heads = {n_heads}")
-    n_routed = config.integer("n_routed_experts", 1, 512)
-    n_dense = config.integer("first_k_dense_replace", 0, n_layers, 0)
-    if n_dense == n_layers:
-        config.refuse("first_k_dense_replace", f"less than num_hidden_layers = {n_layers}")
-    return Hyperparameters(
-        architecture="deepseek",
-        n_layers=n_layers,
-        hidden_size=hidden_size,
-        n_heads=n_heads,
-        n_kv_heads=n_kv_heads,
-        head_dim=head_dim,
-        ffn_size=config.integer("intermediate_size", 1, 1 << 22),
-        n_vocab=config.integer("vocab_size", 1, 1 << 24),
-        n_context=config.integer("max_position_embeddings", 1, 1 << 28),
-        n_dense_layers=n_dense,
-        rms_norm_eps=config.number("rms_norm_eps", 1e-12, 1e-1, 1e-6),
-        rope_theta=config.number("rope_theta", 1.0, 1e12, _nested_rope_theta(config)),
-        rope_scaling=_rope_scaling(config),
-        n_routed_experts=n_routed,
-        n_shared_experts=config.integer("n_shared_experts", 1, 512),
-        n_experts_per_token=config.integer("num_experts_per_tok", 1, n_routed),
-        expert_size=config.integer("moe_intermediate_size", 1, 1 << 20),
-        routed_scaling_factor=config.number("routed_scaling_factor", 1e-6, 1e6, 1.0),
-        tied_embeddings=config.flag("tie_word_embeddings", default=False),
+    _require(config, architecture.config_values)
+    fields: dict[str, Any] = {"n_vocab": config.integer("vocab_size", 1, 1 << 24), **architecture.constants}
+    for parameter in architecture.parameters:
+        if parameter.config or (parameter.default is not REQUIRED and parameter.field not in fields):
+            fields[parameter.field] = config.parameter(parameter, fields)
+    derived = [parameter.field for parameter in architecture.parameters if parameter.is_derived]
+    hp = Hyperparameters(
+        architecture=architecture.name,
+        rope_scaling=_rope_scaling(config, architecture),
         name=checkpoint_name(path.parent),
+        **{field: value for field, value in fields.items() if field not in derived},
     )
+    keys = {parameter.field: parameter.config for parameter in architecture.parameters if parameter.config}
+    for check in architecture.checks:
+        if found := check(hp):
+            field, accepted = found
+            config.refuse(keys.get(field, field), accepted)
+    return hp
 
 
 def _require(config: _Config, required: Mapping[str, tuple[object, ...]]) -> None:
@@ -205,18 +192,35 @@ def _require(config: _Config, required: Mapping[str, tuple[object, ...]]) -> Non
         # In Python 1 == True; in JSON they differ.
         if not any(value == good and isinstance(value, bool) == isinstance(good, bool) for good in accepted):
             names = [json.dumps(good) for good in accepted if good is not None]
-            config.refuse(key, " or ".join([*names, "leave it out"]))
+            leave_out = ["leave it out"] if None in accepted else []
+            config.refuse(key, " or ".join([*names, *leave_out]))
 
 
-def _check_kind(config: _Config) -> None:
-    kind = config.values.get("model_type")
-    classes = config.values.get("architectures")
-    if kind is not None and kind not in _MODEL_TYPES:
-        config.refuse("model_type", '"deepseek" (DeepSeekMoE, arXiv 2401.06066)')
-    if classes is not None and classes != [_CLASS]:
-        config.refuse("architectures", f'["{_CLASS}"]')
-    if kind is None and classes is None:
-        config.refuse("model_type", '"deepseek" (DeepSeekMoE, arXiv 2401.06066)')
+def _class_of(config: _Config) -> tuple[Architecture, ModelClass]:
+    """Return the class that `model_type` or `architectures` names."""
+    kind, names = config.values.get("model_type"), config.values.get("architectures")
+    known = ", ".join(sorted(_CLASSES))
+    if kind is None and names is not None:
+        found = [pair for pair in _CLASSES.values() if names == [pair[1].name]]
+        if not found:
+            config.refuse("architectures", ", ".join(sorted({pair[1].name for pair in _CLASSES.values()})))
+        return found[0]
+    if not isinstance(kind, str) or kind not in _CLASSES:
+        config.refuse("model_type", known)
+    architecture, model_class = _CLASSES[kind]
+    if names is not None and names != [model_class.name]:
+        config.refuse("architectures", f'["{model_class.name}"]')
+    return architecture, model_class
+
+
+def _leading_dense(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `first_k_dense_replace` from `mlp_layer_types`, which transformers 5 writes in its place."""
+    kinds = values.get("mlp_layer_types")
+    if not isinstance(kinds, list) or "sparse" not in kinds:
+        return {}
+    n_dense = kinds.index("sparse")
+    is_usual = kinds == ["dense"] * n_dense + ["sparse"] * (len(kinds) - n_dense)
+    return {"first_k_dense_replace": n_dense} if is_usual else {}
 
 
 def read_weight_block(folder: Path) -> tuple[int, int] | None:
@@ -269,50 +273,48 @@ def _rope_parameters(config: _Config) -> tuple[str, Mapping[str, Any]]:
     return "rope_scaling", {}
 
 
-def _nested_rope_theta(config: _Config) -> float:
-    """Return rope_theta of the rope object, where transformers 5 puts it. A top-level key has precedence."""
-    rope = _rope_parameters(config)[1]
-    if "rope_theta" not in rope:
-        return 10000.0
-    return _Config(config.path, {"rope_theta": rope["rope_theta"]}).number("rope_theta", 1.0, 1e12)
+def _nested_rope(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what transformers 5 has in the object for rotary positions. Top-level keys have precedence."""
+    rope = values.get("rope_parameters") or values.get("rope_scaling")
+    keys = ("rope_theta", "partial_rotary_factor")
+    return {key: rope[key] for key in keys if key in rope} if isinstance(rope, dict) else {}
 
 
-def _rope_scaling(config: _Config) -> RopeScaling | None:
+def _rope_scaling(config: _Config, architecture: Architecture) -> RopeScaling | None:
     key, rope = _rope_parameters(config)
     kind = rope.get("rope_type", rope.get("type", "default"))
     inner = _Config(config.path, rope)
+    read_yarn = _mla_yarn if architecture.yarn_scales_attention else _yarn
     readers: Mapping[object, Callable[[], RopeScaling | None]] = {
         "default": lambda: None,
         "linear": lambda: RopeScaling("linear", inner.number("factor", 1e-3, 1e6)),
-        "yarn": lambda: _yarn(config, inner),
+        "yarn": lambda: read_yarn(config, inner),
     }
     if not isinstance(kind, str) or kind not in readers:
         config.refuse(key, 'null, or rope_type "default", "linear" or "yarn"')
     return readers[kind]()
 
 
-# llama.cpp's graph for this architecture does not read these keys and uses these values.
+# llama.cpp does not read these keys and uses these values.
 _YARN_VALUES: Mapping[str, tuple[object, ...]] = {
     "beta_fast": (32, None),
     "beta_slow": (1, None),
+    "truncate": (True, None),
+}
+_MSCALE_VALUES: Mapping[str, tuple[object, ...]] = {
     "mscale": (1, None),
     "mscale_all_dim": (1, 0, None),
-    "truncate": (True, None),
 }
 
 
+def _original_context(config: _Config, rope: _Config) -> int:
+    context = config.integer("max_position_embeddings", 1, 1 << 28)
+    return rope.integer("original_max_position_embeddings", 1, 1 << 28, context)
+
+
 def _yarn(config: _Config, rope: _Config) -> RopeScaling:
-    _require(rope, _YARN_VALUES)
-    scaling = RopeScaling(
-        "yarn",
-        rope.number("factor", 1e-3, 1e6),
-        rope.integer(
-            "original_max_position_embeddings",
-            1,
-            1 << 28,
-            config.integer("max_position_embeddings", 1, 1 << 28),
-        ),
-    )
+    _require(rope, {**_YARN_VALUES, **_MSCALE_VALUES})
+    scaling = RopeScaling("yarn", rope.number("factor", 1e-3, 1e6), _original_context(config, rope))
     # If both are given and equal, they cancel, as in transformers.
     cancelled = bool(rope.values.get("mscale") and rope.values.get("mscale_all_dim"))
     default = 1.0 if cancelled else scaling.yarn_magnitude
@@ -321,42 +323,51 @@ def _yarn(config: _Config, rope: _Config) -> RopeScaling:
     return replace(scaling, attention_factor=float(f"{magnitude / scaling.yarn_magnitude:.7g}"))
 
 
+def _mla_yarn(config: _Config, rope: _Config) -> RopeScaling:
+    """Read YaRN as DeepSeek-V2 has it: `mscale_all_dim` scales all of queries and keys.
+
+    llama.cpp takes `mscale` to be the same, so that the rotated part is not scaled once more.
+    """
+    _require(rope, {**_YARN_VALUES, "attention_factor": (None,)})
+    all_dim = rope.number("mscale_all_dim", 1e-3, 100)
+    if rope.number("mscale", 1e-3, 100) != all_dim:
+        rope.refuse("mscale", f"mscale_all_dim = {all_dim:g}")
+    return RopeScaling(
+        "yarn", rope.number("factor", 1e-3, 1e6), _original_context(config, rope), mscale_all_dim=all_dim
+    )
+
+
 def config_values(hp: Hyperparameters, **extra: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
     """Return the content of a config.json with these hyper-parameters. `extra` adds or replaces keys."""
-    scaling = hp.rope_scaling
-    rope: dict[str, Any] | None = None
-    if scaling is not None:
-        rope = {"type": scaling.kind, "factor": scaling.factor}
-        if scaling.kind == "yarn":
-            rope |= {
-                "original_max_position_embeddings": scaling.original_context,
-            }
-            if scaling.attention_factor != 1:
-                rope["attention_factor"] = scaling.attention_factor * scaling.yarn_magnitude
+    architecture = ARCHITECTURES[hp.architecture]
+    known = architecture.classes[0]
+    implied = {key: values[0] for key, values in architecture.config_values.items() if values[0] is not None}
     return {
-        "architectures": [_CLASS],
-        "model_type": "deepseek",
-        "attention_bias": False,
-        "first_k_dense_replace": hp.n_dense_layers,
-        "hidden_act": "silu",
-        "hidden_size": hp.hidden_size,
-        "intermediate_size": hp.ffn_size,
-        "max_position_embeddings": hp.n_context,
-        "moe_intermediate_size": hp.expert_size,
-        "moe_layer_freq": 1,
-        "n_routed_experts": hp.n_routed_experts,
-        "n_shared_experts": hp.n_shared_experts,
-        "norm_topk_prob": False,
-        "num_attention_heads": hp.n_heads,
-        "num_experts_per_tok": hp.n_experts_per_token,
-        "num_hidden_layers": hp.n_layers,
-        "num_key_value_heads": hp.n_kv_heads,
-        "rms_norm_eps": hp.rms_norm_eps,
-        "rope_scaling": rope,
-        "rope_theta": hp.rope_theta,
-        "routed_scaling_factor": hp.routed_scaling_factor,
-        "scoring_func": "softmax",
-        "tie_word_embeddings": hp.tied_embeddings,
+        "architectures": [known.name],
+        "model_type": known.model_type,
+        **implied,
+        **{each.config: _word(each, hp) for each in architecture.parameters if each.config},
+        "rope_scaling": _rope_values(hp.rope_scaling),
         "vocab_size": hp.n_vocab,
         **extra,
     }
+
+
+def _word(parameter: Parameter, hp: Hyperparameters) -> object:
+    value = getattr(hp, parameter.field)
+    if parameter.words is None:
+        return value
+    return next(word for word, meaning in parameter.words.items() if meaning == value)
+
+
+def _rope_values(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    rope: dict[str, Any] = {"type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "yarn":
+        rope["original_max_position_embeddings"] = scaling.original_context
+        if scaling.attention_factor != 1:
+            rope["attention_factor"] = scaling.attention_factor * scaling.yarn_magnitude
+        if scaling.mscale_all_dim:
+            rope |= {"mscale": scaling.mscale_all_dim, "mscale_all_dim": scaling.mscale_all_dim}
+    return rope

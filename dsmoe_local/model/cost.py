@@ -65,7 +65,11 @@ def kv_bytes_per_token(hp: Hyperparameters, keys: str = "f16", values: str = "f1
 
     Raises UsageError if a type is unknown.
     """
-    return hp.n_layers * sum(row_bytes(parse_type(word), hp.kv_size) for word in (keys, values))
+    per_layer = row_bytes(parse_type(keys), hp.n_cache_heads * hp.cache_key_dim)
+    # With MLA, values are columns of the key.
+    if not hp.is_mla:
+        per_layer += row_bytes(parse_type(values), hp.value_size)
+    return hp.n_layers * per_layer
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,46 +1,39 @@
 """Read and check the hyper-parameters and tensors of a GGUF model before native code opens the file.
 
-The architectures `deepseek` and `llama` are supported. llama.cpp aborts on several of the values that are
+llama.cpp aborts on several of the values that are
 refused here, and computes wrong results with others (src/llama-model.cpp).
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import numpy as np
 from gguf.constants import ExpertGatingFuncType, GGUFValueType
 
 from dsmoe_local.base.errors import FormatError
 from dsmoe_local.base.text import safe_line
+from dsmoe_local.model.architectures import ARCHITECTURES
+from dsmoe_local.model.architectures.table import REQUIRED, Parameter
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import Field, GgufFile
 from dsmoe_local.model.gguf_split import read_parts
 from dsmoe_local.model.gguf_vocabulary import check_vocabulary
-from dsmoe_local.model.hyperparameters import ARCHITECTURES, Architecture, Hyperparameters, RopeScaling
-from dsmoe_local.model.layout import IGNORED_TENSORS, Role, tensor_specs
-
-MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
-MAX_EXPERTS = 512  # LLAMA_MAX_EXPERTS
+from dsmoe_local.model.hyperparameters import Gating, Hyperparameters, RopeScaling
+from dsmoe_local.model.layout import Role, layer_of, tensor_specs
 
 _NOT_WEIGHTS = frozenset(
     kind for kind in GgmlType if kind.name in {"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"}
 )
-# Keys that select another graph, with the values that do not. The first value is llama.cpp's default.
-_GRAPH_KEYS: Mapping[str, tuple[object, ...]] = {
-    "attention.causal": (True,),
-    "classifier.output_labels": (None,),
-    "embedding_length_out": (None,),
-    "expert_group_count": (0, 1),
-    "expert_group_used_count": (0, 1),
-    "nextn_predict_layers": (0,),
-    "pooling_type": (0,),
+_GATING: Mapping[Gating, ExpertGatingFuncType] = {
+    Gating.SOFTMAX: ExpertGatingFuncType.SOFTMAX,
+    Gating.SIGMOID: ExpertGatingFuncType.SIGMOID,
 }
-_LLAMA_BIASES = re.compile(r"blk\.\d+\.(attn_(q|k|v|output)|ffn_(gate|up|down))\.bias")
+_NO_GATING = 0
+_MAX_MTP_LAYERS = 16
 
 
 def read_model(path: Path) -> tuple[GgufFile, Hyperparameters]:
@@ -76,13 +69,13 @@ class _Metadata:
                 where=file.path,
                 remedy="use it with dsmoe-quantize --imatrix",
             )
-        if found not in ARCHITECTURES:
+        if not isinstance(found, str) or found not in ARCHITECTURES:
             raise FormatError(
                 f"the architecture {safe_line(str(found), 40)!r} is not supported",
                 where=file.path,
                 remedy=f"supported: {', '.join(ARCHITECTURES)}",
             )
-        self.architecture = cast(Architecture, found)
+        self.architecture = ARCHITECTURES[found]
 
     def refuse(self, key: str, value: object, accepted: str) -> NoReturn:
         raise FormatError(
@@ -92,7 +85,7 @@ class _Metadata:
         )
 
     def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
-        key = f"{self.architecture}.{key}"
+        key = f"{self.architecture.name}.{key}"
         field = self.file.metadata.get(key)
         if field is None:
             if default is None:
@@ -103,7 +96,7 @@ class _Metadata:
         return int(field.value)
 
     def number(self, key: str, low: float, high: float, default: float | None = None) -> float:
-        key = f"{self.architecture}.{key}"
+        key = f"{self.architecture.name}.{key}"
         field = self.file.metadata.get(key)
         if field is None:
             if default is None:
@@ -117,50 +110,85 @@ class _Metadata:
             self.refuse(key, value, f"a number from {low:g} to {high:g}")
         return value
 
+    def flag(self, key: str, default: bool | None = None) -> bool:
+        key = f"{self.architecture.name}.{key}"
+        field = self.file.metadata.get(key)
+        if field is None and default is not None:
+            return default
+        if field is None or field.type is not GGUFValueType.BOOL:
+            self.refuse(key, "(missing)" if field is None else field.value, "true or false")
+        return bool(field.value)
+
+    def gating(self, key: str, parameter: Parameter) -> Gating:
+        """Return the router's function. Old files do not have the key, or 0."""
+        words = parameter.words or {}
+        accepted = {int(_GATING[gating]): gating for gating in Gating if gating in words.values()}
+        number = self.integer(key, 0, 255, _NO_GATING)
+        if number == _NO_GATING and isinstance(parameter.default, Gating):
+            return parameter.default
+        if number not in accepted:
+            names = " or ".join(f"{number} ({gating})" for number, gating in accepted.items())
+            self.refuse(f"{self.architecture.name}.{key}", number, names)
+        return accepted[number]
+
     def refuse_other_graphs(self) -> None:
         """Refuse keys that select another graph, with which llama.cpp aborts or gives wrong results."""
-        for key, accepted in _GRAPH_KEYS.items():
-            value = self.file.get(f"{self.architecture}.{key}", accepted[0])
+        for key, accepted in self.architecture.gguf_values.items():
+            value = self.file.get(f"{self.architecture.name}.{key}", accepted[0])
             if value not in accepted:
-                self.refuse(f"{self.architecture}.{key}", value, " or ".join(map(str, accepted)))
+                self.refuse(f"{self.architecture.name}.{key}", value, " or ".join(map(str, accepted)))
 
     def hyperparameters(self) -> Hyperparameters:
         self.refuse_other_graphs()
-        n_layers = self.integer("block_count", 1, MAX_LAYERS)
-        hidden_size = self.integer("embedding_length", 1, 1 << 20)
-        n_heads = self.integer("attention.head_count", 1, 1024)
-        n_kv_heads = self.integer("attention.head_count_kv", 1, n_heads, n_heads)
-        head_dim = self.integer("attention.key_length", 2, 4096, max(2, hidden_size // n_heads))
-        prefix = self.architecture
-        if n_heads % n_kv_heads:
-            self.refuse(f"{prefix}.attention.head_count_kv", n_kv_heads, f"a divisor of {n_heads}")
-        value_dim = self.integer("attention.value_length", 2, 4096, head_dim)
-        if value_dim != head_dim:
-            self.refuse(f"{prefix}.attention.value_length", value_dim, f"the head size, {head_dim}")
-        if self.architecture == "deepseek" and head_dim * n_heads != hidden_size:
-            self.refuse(f"{prefix}.attention.head_count", n_heads, f"embedding_length / head size {head_dim}")
-        n_rotary = self.integer("rope.dimension_count", 1, 4096, head_dim)
-        if n_rotary != head_dim or head_dim % 2:
-            self.refuse(
-                f"{prefix}.rope.dimension_count", n_rotary, f"the head size, {head_dim}, if it is even"
-            )
-        return Hyperparameters(
-            architecture=self.architecture,
-            n_layers=n_layers,
-            hidden_size=hidden_size,
-            n_heads=n_heads,
-            n_kv_heads=n_kv_heads,
-            head_dim=head_dim,
-            ffn_size=self.integer("feed_forward_length", 0, 1 << 22, 0),
+        architecture = self.architecture
+        fields: dict[str, Any] = dict(architecture.constants)
+        for parameter in architecture.parameters:
+            if not parameter.is_derived:
+                fields[parameter.field] = self.parameter(parameter, fields)
+        n_mtp = self.integer("nextn_predict_layers", 0, _MAX_MTP_LAYERS * architecture.has_mtp_layers, 0)
+        fields |= {"n_mtp_layers": n_mtp, "n_layers": fields["n_layers"] - n_mtp}
+        hp = Hyperparameters(
+            architecture=architecture.name,
             n_vocab=self.vocabulary_size(),
-            n_context=self.integer("context_length", 1, 1 << 28),
-            rms_norm_eps=self.number("attention.layer_norm_rms_epsilon", 1e-12, 1.0),
-            rope_theta=self.number("rope.freq_base", 1e-3, 1e12, 10000.0),
             rope_scaling=self.rope_scaling(),
-            tied_embeddings="output.weight" not in self.file.tensors,
             name=safe_line(str(self.file.get("general.name", "")), 100),
-            **self.experts(n_layers),
+            **{**fields, "tied_embeddings": "output.weight" not in self.file.tensors},
         )
+        self.check(hp)
+        return hp
+
+    def parameter(self, parameter: Parameter, fields: Mapping[str, Any]) -> object:
+        """Return the value of one line of the table. `fields` are those that were read before."""
+        if parameter.tensor:
+            return any(name.endswith(f".{parameter.tensor}") for name in self.file.tensors)
+        default = parameter.default if parameter.gguf_default is None else parameter.gguf_default
+        known = default(fields) if callable(default) else None if default is REQUIRED else default
+        if not parameter.gguf:
+            return known
+        if parameter.kind is Gating:
+            return self.gating(parameter.gguf, parameter)
+        if parameter.kind is bool:
+            return self.flag(parameter.gguf, known)
+        if parameter.kind is float:
+            return self.number(parameter.gguf, parameter.low, parameter.high, known)
+        low = 0 if known == 0 else int(parameter.low)
+        return self.integer(parameter.gguf, low, int(parameter.high), known)
+
+    def check(self, hp: Hyperparameters) -> None:
+        """Refuse values that do not go together."""
+        parameters = [each for each in self.architecture.parameters if each.gguf]
+        for parameter in parameters:
+            if parameter.is_derived:
+                expected = getattr(hp, parameter.field)
+                found = self.integer(parameter.gguf, 0, 1 << 31, expected)
+                if found != expected:
+                    self.refuse(f"{hp.architecture}.{parameter.gguf}", found, str(expected))
+        keys = {parameter.field: parameter.gguf for parameter in parameters}
+        for check in self.architecture.checks:
+            if wrong := check(hp):
+                field, accepted = wrong
+                key = keys.get(field, field)
+                self.refuse(f"{hp.architecture}.{key}", getattr(hp, field), accepted)
 
     def vocabulary_size(self) -> int:
         """Return the number of tokens. `check_vocabulary` checks that they are strings."""
@@ -169,29 +197,8 @@ class _Metadata:
             self.refuse("tokenizer.ggml.tokens", tokens, "a list")
         return len(tokens)
 
-    def experts(self, n_layers: int) -> dict[str, Any]:
-        """Return the arguments of Hyperparameters that describe experts."""
-        if self.architecture == "llama":
-            if n_experts := self.integer("expert_count", 0, MAX_EXPERTS, 0):
-                self.refuse("llama.expert_count", n_experts, "0; experts need the architecture deepseek")
-            return {"n_dense_layers": n_layers}
-        n_experts = self.integer("expert_count", 1, MAX_EXPERTS)
-        gating = self.integer("expert_gating_func", 0, 255, 0)
-        if gating not in (0, ExpertGatingFuncType.SOFTMAX):
-            self.refuse("deepseek.expert_gating_func", gating, "1 (softmax)")
-        if self.file.get("deepseek.expert_weights_norm", False):
-            self.refuse("deepseek.expert_weights_norm", True, "false")
-        return {
-            "n_dense_layers": self.integer("leading_dense_block_count", 0, n_layers - 1, 0),
-            "n_routed_experts": n_experts,
-            "n_shared_experts": self.integer("expert_shared_count", 1, MAX_EXPERTS),
-            "n_experts_per_token": self.integer("expert_used_count", 1, n_experts),
-            "expert_size": self.integer("expert_feed_forward_length", 1, 1 << 20),
-            "routed_scaling_factor": self.number("expert_weights_scale", 0.0, 1e6, 1.0) or 1.0,
-        }
-
     def rope_scaling(self) -> RopeScaling | None:
-        prefix = f"{self.architecture}.rope"
+        prefix = f"{self.architecture.name}.rope"
         old_factor = self.number("rope.scale_linear", 0.0, 1e6, 0.0)
         if old_factor not in (0.0, 1.0):
             self.refuse(f"{prefix}.scale_linear", old_factor, "the key rope.scaling.factor in its place")
@@ -209,7 +216,9 @@ class _Metadata:
         if kind != "yarn" and magnitude != 1:
             self.refuse(f"{prefix}.scaling.attn_factor", magnitude, "1, except for yarn")
         if kind == "yarn":
-            return RopeScaling("yarn", factor, context, magnitude)
+            # llama.cpp's converter writes a tenth of the value for DeepSeek-V2 (pull request 17945).
+            multiplier = self.number("rope.scaling.yarn_log_multiplier", 0.0, 100.0, 0.0)
+            return RopeScaling("yarn", factor, context, magnitude, shortest_float(10 * multiplier))
         return RopeScaling("linear", factor) if kind == "linear" else None
 
 
@@ -233,16 +242,22 @@ def _check_tensors(file: GgufFile, hp: Hyperparameters) -> None:
                 where=file.path,
                 remedy=remedy,
             )
+    ignored = ARCHITECTURES[hp.architecture].ignored
     for name, info in file.tensors.items():
-        optional = IGNORED_TENSORS.fullmatch(name) or (
-            hp.architecture == "llama" and _LLAMA_BIASES.fullmatch(name)
-        )
-        if name not in specs and not (optional and info.type is GgmlType.F32):
+        if name in specs or _is_for_more_tokens(name, hp):
+            continue
+        if ignored is None or not ignored.fullmatch(name) or info.type is not GgmlType.F32:
             raise FormatError(
                 f"the tensor {safe_line(name, 60)} is not part of a {hp.architecture} model",
                 where=file.path,
                 remedy=remedy,
             )
+
+
+def _is_for_more_tokens(name: str, hp: Hyperparameters) -> bool:
+    """True if the tensor belongs to a layer for multi-token prediction."""
+    layer = layer_of(name)
+    return layer is not None and hp.n_layers <= layer < hp.n_stored_layers
 
 
 def shortest_float(value: float) -> float:
@@ -263,29 +278,18 @@ def metadata_of(hp: Hyperparameters) -> dict[str, Field]:
     def number(value: float) -> Field:
         return Field(value, GGUFValueType.FLOAT32)
 
-    fields = {
-        "block_count": count(hp.n_layers),
-        "context_length": count(hp.n_context),
-        "embedding_length": count(hp.hidden_size),
-        "feed_forward_length": count(hp.ffn_size),
-        "attention.head_count": count(hp.n_heads),
-        "attention.head_count_kv": count(hp.n_kv_heads),
-        "attention.layer_norm_rms_epsilon": number(hp.rms_norm_eps),
-        "rope.dimension_count": count(hp.head_dim),
-        "rope.freq_base": number(hp.rope_theta),
-        **_rope_fields(hp.rope_scaling),
-        "vocab_size": count(hp.n_vocab),
-    }
-    if hp.is_moe:
-        fields |= {
-            "leading_dense_block_count": count(hp.n_dense_layers),
-            "expert_count": count(hp.n_routed_experts),
-            "expert_used_count": count(hp.n_experts_per_token),
-            "expert_shared_count": count(hp.n_shared_experts),
-            "expert_feed_forward_length": count(hp.expert_size),
-            "expert_weights_scale": number(hp.routed_scaling_factor),
-            "expert_gating_func": count(ExpertGatingFuncType.SOFTMAX),
-        }
+    fields: dict[str, Field] = {}
+    for parameter in ARCHITECTURES[hp.architecture].parameters:
+        value = getattr(hp, parameter.field)
+        if not parameter.gguf or (parameter.omitted is not None and value == parameter.omitted):
+            continue
+        if parameter.kind is Gating:
+            fields[parameter.gguf] = count(_GATING[value])
+        elif parameter.kind is bool:
+            fields[parameter.gguf] = Field(value, GGUFValueType.BOOL)
+        else:
+            fields[parameter.gguf] = number(value) if parameter.kind is float else count(value)
+    fields |= {**_rope_fields(hp.rope_scaling), "vocab_size": count(hp.n_vocab)}
     return {f"{prefix}.{key}": field for key, field in fields.items()}
 
 
@@ -301,4 +305,7 @@ def _rope_fields(scaling: RopeScaling | None) -> Mapping[str, Field]:
             "rope.scaling.original_context_length": Field(scaling.original_context, GGUFValueType.UINT32),
             "rope.scaling.attn_factor": Field(scaling.attention_factor, GGUFValueType.FLOAT32),
         }
+    if scaling.mscale_all_dim:
+        multiplier = 0.1 * scaling.mscale_all_dim
+        fields["rope.scaling.yarn_log_multiplier"] = Field(multiplier, GGUFValueType.FLOAT32)
     return fields

@@ -1,30 +1,38 @@
-"""The hyper-parameters of a DeepSeekMoE (arXiv 2401.06066), and of the dense models it is compared with.
+"""The hyper-parameters of a mixture of experts, and of the dense models it is compared with.
 
-`config_json` reads them from a config.json, `gguf_model` from a GGUF file.
+`config_json` reads them from a config.json, `gguf_model` from a GGUF file, both by the tables in
+`architectures`.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from enum import StrEnum
+from typing import Literal
 
-Architecture: TypeAlias = Literal["deepseek", "llama"]
-ARCHITECTURES: tuple[Architecture, ...] = ("deepseek", "llama")
+
+class Gating(StrEnum):
+    """How a router turns its scores into probabilities."""
+
+    SOFTMAX = "softmax"
+    SIGMOID = "sigmoid"
 
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
     """How rotary positions are scaled beyond the trained context.
 
-    `original_context` and `attention_factor` are used by `yarn` only. The latter multiplies YaRN's own
-    magnitude, 1 + 0.1 ln(factor). The betas are always 32 and 1: llama.cpp does not read them.
+    The last three are used by `yarn` only. `attention_factor` multiplies YaRN's own magnitude,
+    1 + 0.1 ln(factor). `mscale_all_dim` is DeepSeek-V2's factor of the logarithm, for queries and keys as a
+    whole; 0 if the model has none. The betas are always 32 and 1: llama.cpp does not read them.
     """
 
     kind: Literal["linear", "yarn"]
     factor: float
     original_context: int = 0
     attention_factor: float = 1.0
+    mscale_all_dim: float = 0.0
 
     @property
     def yarn_magnitude(self) -> float:
@@ -36,13 +44,31 @@ class RopeScaling:
 class Hyperparameters:
     """Widths and counts of one model. A dense model has no experts and `n_dense_layers == n_layers`.
 
+    `architecture` is the name in GGUF files, which `architectures` describes.
+
     Layers 0 … n_dense_layers - 1 have a dense FFN of `ffn_size` neurons. The others have `n_routed_experts`
     experts of `expert_size` neurons, of which a router chooses `n_experts_per_token`, and `n_shared_experts`
-    that every token uses (stored fused, as one FFN of `shared_size`). With `tied_embeddings` the embedding is
-    also the output matrix, and there is no output tensor.
+    of `shared_expert_size` neurons that every token uses (stored fused, as one FFN of `shared_size`). With
+    `tied_embeddings` the embedding is also the output matrix, and there is no output tensor.
+
+    `head_dim` is the width of a query or key head, `value_dim` that of a value head. The last or first
+    `rotary_dim` values of a head are rotated. With multi-head latent attention (MLA, arXiv 2405.04434),
+    `kv_rank` is the width of the compressed keys and values, and `query_rank` that of the compressed queries,
+    0 if queries are not compressed.
+
+    `value_dim` and `rotary_dim` are `head_dim` if they are given as 0, and `shared_expert_size` is then
+    `expert_size`. `dataclasses.replace` does not change them with the others.
+
+    The router's probabilities are `gating` of its scores. `has_expert_bias`: a bias is added to them for the
+    choice. With `n_expert_groups` above 1, experts are chosen from the best `n_groups_per_token` groups. The
+    chosen probabilities are divided by their sum with `normalized_weights`, then multiplied by
+    `routed_scaling_factor`.
+
+    `n_mtp_layers` are the layers for multi-token prediction that a file has after the others. Nothing here
+    uses them.
     """
 
-    architecture: Architecture
+    architecture: str
     n_layers: int
     hidden_size: int
     n_heads: int
@@ -62,6 +88,30 @@ class Hyperparameters:
     routed_scaling_factor: float = 1.0
     tied_embeddings: bool = False
     name: str = ""
+    value_dim: int = 0
+    rotary_dim: int = 0
+    query_rank: int = 0
+    kv_rank: int = 0
+    shared_expert_size: int = 0
+    gating: Gating = Gating.SOFTMAX
+    normalized_weights: bool = False
+    has_expert_bias: bool = False
+    n_expert_groups: int = 1
+    n_groups_per_token: int = 1
+    has_qkv_bias: bool = False
+    has_qk_norm: bool = False
+    n_mtp_layers: int = 0
+
+    def __post_init__(self) -> None:
+        """Set the widths that are 0, and so have their usual values."""
+        usual = {
+            "value_dim": self.head_dim,
+            "rotary_dim": self.head_dim,
+            "shared_expert_size": self.expert_size,
+        }
+        for field, value in usual.items():
+            if not getattr(self, field):
+                object.__setattr__(self, field, value)
 
     @property
     def is_moe(self) -> bool:
@@ -76,7 +126,12 @@ class Hyperparameters:
     @property
     def shared_size(self) -> int:
         """Width of the fused shared experts."""
-        return self.n_shared_experts * self.expert_size
+        return self.n_shared_experts * self.shared_expert_size
+
+    @property
+    def is_mla(self) -> bool:
+        """True for multi-head latent attention."""
+        return self.kv_rank > 0
 
     @property
     def attention_size(self) -> int:
@@ -84,9 +139,59 @@ class Hyperparameters:
         return self.n_heads * self.head_dim
 
     @property
-    def kv_size(self) -> int:
-        """Columns of all key (or value) heads together."""
+    def key_size(self) -> int:
+        """Columns of all key heads together."""
         return self.n_kv_heads * self.head_dim
+
+    @property
+    def value_size(self) -> int:
+        """Columns of all value heads together."""
+        return self.n_kv_heads * self.value_dim
+
+    @property
+    def attention_output_size(self) -> int:
+        """Columns of the results of all heads together, which the output projection multiplies."""
+        return self.n_heads * self.value_dim
+
+    @property
+    def qkv_size(self) -> int:
+        """Rows of a projection that computes queries, keys and values at once."""
+        return self.attention_size + self.key_size + self.value_size
+
+    @property
+    def rotary_fraction(self) -> float:
+        """The part of a head that is rotated."""
+        return self.rotary_dim / self.head_dim
+
+    @property
+    def nope_dim(self) -> int:
+        """Width of the part of a head that is not rotated."""
+        return self.head_dim - self.rotary_dim
+
+    @property
+    def latent_size(self) -> int:
+        """Columns of what MLA keeps of a token: the compressed keys and values, and the rotated key."""
+        return self.kv_rank + self.rotary_dim
+
+    @property
+    def n_cache_heads(self) -> int:
+        """Number of heads in the KV cache. MLA has one, which all query heads share."""
+        return 1 if self.is_mla else self.n_kv_heads
+
+    @property
+    def cache_key_dim(self) -> int:
+        """Width of a key head in the KV cache."""
+        return self.latent_size if self.is_mla else self.head_dim
+
+    @property
+    def cache_value_dim(self) -> int:
+        """Width of a value head in attention. With MLA these are the first columns of the key."""
+        return self.kv_rank if self.is_mla else self.value_dim
+
+    @property
+    def n_stored_layers(self) -> int:
+        """Number of layers in the file, with those for multi-token prediction."""
+        return self.n_layers + self.n_mtp_layers
 
     def is_moe_layer(self, layer: int) -> bool:
         """True if `layer` has routed experts."""

@@ -1,17 +1,21 @@
-"""The table of tensors: Hugging Face name, GGUF name, shape, role and quantization group.
+"""The tensors of a model: their names and shapes, what they are for, and what they are made of.
 
-Shapes are in numpy's order, slowest dimension first; GGUF stores them reversed. Names and dimensions are what
-llama.cpp's loader expects (src/models/deepseek.cpp, src/llama-arch.cpp).
+Which tensors there are depends on the architecture (`architectures`). A GGUF name has the same meaning in
+all of them (llama.cpp: src/llama-arch.cpp). Shapes are in numpy's order, slowest dimension first; GGUF stores
+them reversed.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import lru_cache
 
+from dsmoe_local.model.architectures import ARCHITECTURES
+from dsmoe_local.model.architectures.table import Blocks, Order, Rule
 from dsmoe_local.model.ggml import GgmlType, Tensor
 from dsmoe_local.model.hyperparameters import Hyperparameters
 
@@ -27,6 +31,7 @@ class Role(StrEnum):
     SHARED_EXPERT = "shared experts"
     ROUTED_EXPERT = "routed experts"
     NORM = "norms"
+    BIAS = "biases"
 
 
 class GroupKind(StrEnum):
@@ -50,70 +55,74 @@ class GroupKind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
-    """One line of the table.
+class Kind:
+    """What the tensors of one name are for.
 
-    `name` and `source` are the GGUF and the Hugging Face name without the prefix of the layer and without
-    `.weight`; `{e}` is the expert's index. `group` is None for tensors that are never quantized. `shape` and
-    `rotary_heads` name attributes of Hyperparameters. `rotary_heads` is the number of heads in tensors whose
-    rows are permuted: Hugging Face rotates the two halves of a head, llama.cpp adjacent pairs.
+    `group` is None for tensors that are never quantized. `input` is the first of the tensors of a layer that
+    multiply the same vectors; "" if no other does.
     """
 
-    name: str
-    source: str
     role: Role
-    group: GroupKind | None
-    shape: tuple[str, ...]
-    rotary_heads: str = ""
+    group: GroupKind | None = None
+    input: str = ""
 
 
 # fmt: off
-_MODEL = (
-    Rule("token_embd", "model.embed_tokens", Role.EMBEDDING, GroupKind.EMBEDDING, ("n_vocab", "hidden_size")),
-    Rule("output_norm", "model.norm", Role.NORM, None, ("hidden_size",)),
-    Rule("output", "lm_head", Role.OUTPUT, GroupKind.OUTPUT, ("n_vocab", "hidden_size")),
-)
-_EVERY_LAYER = (
-    Rule("attn_norm", "input_layernorm", Role.NORM, None, ("hidden_size",)),
-    Rule("attn_q", "self_attn.q_proj", Role.ATTENTION, GroupKind.ATTENTION_QUERY_KEY,
-         ("attention_size", "hidden_size"), "n_heads"),
-    Rule("attn_k", "self_attn.k_proj", Role.ATTENTION, GroupKind.ATTENTION_QUERY_KEY,
-         ("kv_size", "hidden_size"), "n_kv_heads"),
-    Rule("attn_v", "self_attn.v_proj", Role.ATTENTION, GroupKind.ATTENTION_VALUE, ("kv_size", "hidden_size")),
-    Rule("attn_output", "self_attn.o_proj", Role.ATTENTION, GroupKind.ATTENTION_OUTPUT,
-         ("hidden_size", "attention_size")),
-    Rule("ffn_norm", "post_attention_layernorm", Role.NORM, None, ("hidden_size",)),
-)
-_DENSE_LAYER = (
-    Rule("ffn_gate", "mlp.gate_proj", Role.DENSE_FFN, GroupKind.DENSE_GATE_UP, ("ffn_size", "hidden_size")),
-    Rule("ffn_up", "mlp.up_proj", Role.DENSE_FFN, GroupKind.DENSE_GATE_UP, ("ffn_size", "hidden_size")),
-    Rule("ffn_down", "mlp.down_proj", Role.DENSE_FFN, GroupKind.DENSE_DOWN, ("hidden_size", "ffn_size")),
-)
-_MOE_LAYER = (
-    Rule("ffn_gate_inp", "mlp.gate", Role.ROUTER, None, ("n_routed_experts", "hidden_size")),
-    Rule("ffn_gate_exps", "mlp.experts.{e}.gate_proj", Role.ROUTED_EXPERT, GroupKind.ROUTED_GATE_UP,
-         ("n_routed_experts", "expert_size", "hidden_size")),
-    Rule("ffn_up_exps", "mlp.experts.{e}.up_proj", Role.ROUTED_EXPERT, GroupKind.ROUTED_GATE_UP,
-         ("n_routed_experts", "expert_size", "hidden_size")),
-    Rule("ffn_down_exps", "mlp.experts.{e}.down_proj", Role.ROUTED_EXPERT, GroupKind.ROUTED_DOWN,
-         ("n_routed_experts", "hidden_size", "expert_size")),
-    Rule("ffn_gate_shexp", "mlp.shared_experts.gate_proj", Role.SHARED_EXPERT, GroupKind.SHARED_GATE_UP,
-         ("shared_size", "hidden_size")),
-    Rule("ffn_up_shexp", "mlp.shared_experts.up_proj", Role.SHARED_EXPERT, GroupKind.SHARED_GATE_UP,
-         ("shared_size", "hidden_size")),
-    Rule("ffn_down_shexp", "mlp.shared_experts.down_proj", Role.SHARED_EXPERT, GroupKind.SHARED_DOWN,
-         ("hidden_size", "shared_size")),
-)
+_KINDS: Mapping[str, Kind] = {
+    "token_embd.weight": Kind(Role.EMBEDDING, GroupKind.EMBEDDING),
+    "output_norm.weight": Kind(Role.NORM),
+    "output.weight": Kind(Role.OUTPUT, GroupKind.OUTPUT),
+    "attn_norm.weight": Kind(Role.NORM),
+    "attn_q.weight": Kind(Role.ATTENTION, GroupKind.ATTENTION_QUERY_KEY),
+    "attn_k.weight": Kind(Role.ATTENTION, GroupKind.ATTENTION_QUERY_KEY, "attn_q.weight"),
+    "attn_v.weight": Kind(Role.ATTENTION, GroupKind.ATTENTION_VALUE, "attn_q.weight"),
+    "attn_qkv.weight": Kind(Role.ATTENTION, GroupKind.ATTENTION_VALUE),
+    "attn_q.bias": Kind(Role.BIAS),
+    "attn_k.bias": Kind(Role.BIAS),
+    "attn_v.bias": Kind(Role.BIAS),
+    "attn_q_norm.weight": Kind(Role.NORM),
+    "attn_k_norm.weight": Kind(Role.NORM),
+    "attn_q_a.weight": Kind(Role.ATTENTION, GroupKind.ATTENTION_QUERY_KEY),
+    "attn_q_a_norm.weight": Kind(Role.NORM),
+    "attn_q_b.weight": Kind(Role.ATTENTION, GroupKind.ATTENTION_QUERY_KEY),
+    "attn_kv_a_mqa.weight": Kind(Role.ATTENTION, GroupKind.ATTENTION_QUERY_KEY),
+    "attn_kv_a_norm.weight": Kind(Role.NORM),
+    "attn_k_b.weight": Kind(Role.ATTENTION, GroupKind.ATTENTION_QUERY_KEY),
+    "attn_v_b.weight": Kind(Role.ATTENTION, GroupKind.ATTENTION_VALUE),
+    "attn_output.weight": Kind(Role.ATTENTION, GroupKind.ATTENTION_OUTPUT),
+    "post_attention_norm.weight": Kind(Role.NORM),
+    "ffn_norm.weight": Kind(Role.NORM),
+    "ffn_gate.weight": Kind(Role.DENSE_FFN, GroupKind.DENSE_GATE_UP),
+    "ffn_up.weight": Kind(Role.DENSE_FFN, GroupKind.DENSE_GATE_UP, "ffn_gate.weight"),
+    "ffn_down.weight": Kind(Role.DENSE_FFN, GroupKind.DENSE_DOWN),
+    "ffn_gate_inp.weight": Kind(Role.ROUTER),
+    "exp_probs_b.bias": Kind(Role.ROUTER),
+    "ffn_gate_exps.weight": Kind(Role.ROUTED_EXPERT, GroupKind.ROUTED_GATE_UP),
+    "ffn_up_exps.weight": Kind(Role.ROUTED_EXPERT, GroupKind.ROUTED_GATE_UP, "ffn_gate_exps.weight"),
+    "ffn_down_exps.weight": Kind(Role.ROUTED_EXPERT, GroupKind.ROUTED_DOWN),
+    "ffn_gate_inp_shexp.weight": Kind(Role.ROUTER),
+    "ffn_gate_shexp.weight": Kind(Role.SHARED_EXPERT, GroupKind.SHARED_GATE_UP, "ffn_gate_inp.weight"),
+    "ffn_up_shexp.weight": Kind(Role.SHARED_EXPERT, GroupKind.SHARED_GATE_UP, "ffn_gate_inp.weight"),
+    "ffn_down_shexp.weight": Kind(Role.SHARED_EXPERT, GroupKind.SHARED_DOWN),
+}
 # fmt: on
 
-UNQUANTIZED_ROLES = (Role.NORM, Role.ROUTER)
+UNQUANTIZED_ROLES = (Role.NORM, Role.ROUTER, Role.BIAS)
 """Roles whose tensors are always F32."""
 
-IGNORED_SOURCES = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-"""Tensors of old checkpoints that follow from the hyper-parameters."""
 
-IGNORED_TENSORS = re.compile(r"rope_freqs\.weight|blk\.\d+\.(rope_freqs|attn_rot_embd)\.weight")
-"""The GGUF counterparts of IGNORED_SOURCES."""
+@dataclass(frozen=True, slots=True)
+class RowBlocks:
+    """The rows of a tensor are part of its source's, which are `count` blocks of `n_source_rows`.
+
+    Of each block, `n_rows` from `first` are taken, in `order`.
+    """
+
+    count: int
+    n_source_rows: int
+    first: int
+    n_rows: int
+    order: Order
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +130,8 @@ class TensorSpec:
     """A tensor that a model must have.
 
     `sources` are the Hugging Face tensors that it is made of: one, or one per routed expert, to be stacked in
-    order. `rotary_heads`: see Rule; 0 if the rows keep their order.
+    order, each of `source_shape`. `blocks` says which rows of the source they are; None: all, in their order.
+    `fused` is the name and the blocks of the one source that a checkpoint may have in their place.
     """
 
     name: str
@@ -129,35 +139,84 @@ class TensorSpec:
     layer: int | None
     shape: tuple[int, ...]
     sources: tuple[str, ...]
-    rotary_heads: int = 0
+    source_shape: tuple[int, ...]
+    blocks: RowBlocks | None = None
+    fused: tuple[str, RowBlocks | None] | None = None
 
     @property
     def n_weights(self) -> int:
         """Number of weights."""
         return math.prod(self.shape)
 
+    @property
+    def is_fused(self) -> bool:
+        """True if the source is the fused one."""
+        return self.fused is not None and self.sources == (self.fused[0],)
+
+    def from_fused(self) -> TensorSpec:
+        """Return the same tensor, made of the fused source. There must be one."""
+        assert self.fused is not None
+        name, blocks = self.fused
+        shape = self.shape if blocks is None else (blocks.count, blocks.n_source_rows, self.shape[-1])
+        return replace(self, sources=(name,), source_shape=shape, blocks=blocks)
+
 
 @lru_cache(maxsize=16)
 def tensor_specs(hp: Hyperparameters) -> tuple[TensorSpec, ...]:
     """Return every tensor of a model with these hyper-parameters, in the order in which they are written."""
-    specs = [_spec(rule, hp, None) for rule in _MODEL if rule.name != "output" or not hp.tied_embeddings]
+    architecture = ARCHITECTURES[hp.architecture]
+    rules: list[tuple[Rule, int | None]] = [(rule, None) for rule in architecture.model]
     for layer in range(hp.n_layers):
-        ffn = _MOE_LAYER if hp.is_moe_layer(layer) else _DENSE_LAYER
-        specs += [_spec(rule, hp, layer) for rule in (*_EVERY_LAYER, *ffn)]
-    # Models without shared experts have tensors of size 0 there.
+        ffn = architecture.moe_layer if hp.is_moe_layer(layer) else architecture.dense_layer
+        rules += [(rule, layer) for rule in (*architecture.every_layer, *ffn)]
+    specs = (_spec(rule, hp, layer) for rule, layer in rules if _exists(rule, hp))
+    # Models without shared experts, for example, have tensors of size 0 there.
     return tuple(spec for spec in specs if spec.n_weights)
 
 
+def _exists(rule: Rule, hp: Hyperparameters) -> bool:
+    needed = not rule.when or getattr(hp, rule.when)
+    return bool(needed) and not (rule.unless and getattr(hp, rule.unless))
+
+
 def _spec(rule: Rule, hp: Hyperparameters, layer: int | None) -> TensorSpec:
-    experts = range(hp.n_routed_experts) if rule.role is Role.ROUTED_EXPERT else range(1)
+    experts = range(hp.n_routed_experts) if "{e}" in rule.source else range(1)
     gguf_prefix, source_prefix = ("", "") if layer is None else (f"blk.{layer}.", f"model.layers.{layer}.")
+    shape = tuple(getattr(hp, size) for size in rule.shape)
+    blocks = _row_blocks(rule.blocks, hp)
+    fused = rule.fused
     return TensorSpec(
-        name=f"{gguf_prefix}{rule.name}.weight",
-        role=rule.role,
+        name=f"{gguf_prefix}{rule.name}",
+        role=_KINDS[rule.name].role,
         layer=layer,
-        shape=tuple(getattr(hp, size) for size in rule.shape),
-        sources=tuple(f"{source_prefix}{rule.source.replace('{e}', str(e))}.weight" for e in experts),
-        rotary_heads=getattr(hp, rule.rotary_heads) if rule.rotary_heads else 0,
+        shape=shape,
+        sources=tuple(f"{source_prefix}{rule.source.replace('{e}', str(e))}" for e in experts),
+        source_shape=_source_shape(rule, shape, blocks),
+        blocks=blocks,
+        fused=None if fused is None else (f"{source_prefix}{fused.source}", _row_blocks(fused.blocks, hp)),
+    )
+
+
+def _source_shape(rule: Rule, shape: tuple[int, ...], blocks: RowBlocks | None) -> tuple[int, ...]:
+    if rule.is_row:
+        return (1, *shape)
+    if "{e}" in rule.source:
+        return shape[1:]
+    if blocks is None:
+        return shape
+    return (blocks.count * blocks.n_source_rows, shape[-2 if blocks.order is Order.TRANSPOSED else -1])
+
+
+def _row_blocks(blocks: Blocks | None, hp: Hyperparameters) -> RowBlocks | None:
+    if blocks is None:
+        return None
+    parts = [getattr(hp, part) for part in blocks.parts]
+    return RowBlocks(
+        count=getattr(hp, blocks.count),
+        n_source_rows=sum(parts),
+        first=sum(parts[: blocks.part]),
+        n_rows=parts[blocks.part],
+        order=blocks.order,
     )
 
 
@@ -169,17 +228,22 @@ def unquantized(hp: Hyperparameters, kind: GgmlType) -> list[Tensor]:
     ]
 
 
-_RULES = {f"{rule.name}.weight": rule for rule in (*_MODEL, *_EVERY_LAYER, *_DENSE_LAYER, *_MOE_LAYER)}
-
-
-def _rule_of(name: str) -> Rule | None:
-    return _RULES.get(re.sub(r"^blk\.\d+\.", "", name))
+def _kind_of(name: str) -> Kind | None:
+    return _KINDS.get(re.sub(r"^blk\.\d+\.", "", name))
 
 
 def role_of(name: str) -> Role | None:
-    """Return the role of a GGUF tensor by its name; None if no model has such a tensor."""
-    rule = _rule_of(name)
-    return rule.role if rule else None
+    """Return the role of a GGUF tensor by its name; None if no known model has such a tensor."""
+    kind = _kind_of(name)
+    return kind.role if kind else None
+
+
+def input_of(name: str) -> str:
+    """Return the first GGUF tensor that multiplies the same vectors as the tensor `name`."""
+    kind = _kind_of(name)
+    if kind is None or not kind.input:
+        return name
+    return name.replace(name.removeprefix(f"blk.{layer_of(name)}."), kind.input)
 
 
 def group_kind_of(name: str, hp: Hyperparameters | None = None) -> GroupKind | None:
@@ -187,9 +251,9 @@ def group_kind_of(name: str, hp: Hyperparameters | None = None) -> GroupKind | N
 
     With `hp`, an embedding that is also the output counts as the output.
     """
-    rule = _rule_of(name)
-    kind = rule.group if rule else None
-    return GroupKind.OUTPUT if kind is GroupKind.EMBEDDING and hp and hp.tied_embeddings else kind
+    kind = _kind_of(name)
+    group = kind.group if kind else None
+    return GroupKind.OUTPUT if group is GroupKind.EMBEDDING and hp and hp.tied_embeddings else group
 
 
 def layer_of(name: str) -> int | None:

@@ -91,8 +91,8 @@ def test_weights_arrive_bit_for_bit(tmp_path: Path) -> None:
     raw = out.read_bytes()
     for spec in tensor_specs(hp):
         expected = torch.stack([weights[source] for source in spec.sources]).reshape(spec.shape)
-        if spec.rotary_heads:
-            halves = expected.reshape(spec.rotary_heads, 2, hp.head_dim // 2, hp.hidden_size)
+        if spec.blocks:
+            halves = expected.reshape(spec.blocks.count, 2, hp.head_dim // 2, hp.hidden_size)
             expected = halves.swapaxes(1, 2).reshape(spec.shape)
         info = file.tensors[spec.name]
         expected = expected.float() if info.type is GgmlType.F32 else expected.view(torch.int16)
@@ -177,7 +177,7 @@ def test_metadata_is_complete(tmp_path: Path) -> None:
 
 
 def hp_with_odd_heads() -> Hyperparameters:
-    return replace(TINY, hidden_size=96, n_heads=3, n_kv_heads=3, head_dim=32)
+    return replace(TINY, hidden_size=96, n_heads=3, n_kv_heads=3, head_dim=32, value_dim=0, rotary_dim=0)
 
 
 def test_slabs_cut_through_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

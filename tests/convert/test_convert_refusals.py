@@ -260,7 +260,7 @@ def test_empty_folder(tmp_path: Path, out: Path) -> None:
         ("scoring_func", "sigmoid"),
         ("attention_bias", True),
         ("moe_layer_freq", 2),
-        ("model_type", "deepseek_v2"),
+        ("model_type", "deepseek_v9"),
         ("model_type", "llama"),
     ],
 )

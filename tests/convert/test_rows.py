@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from dsmoe_convert.rows import RotaryRows, StackedRows
+from dsmoe_convert.rows import BlockRows, StackedRows
 from dsmoe_convert.shards import DTYPES, StoredTensor
+from dsmoe_local.model.architectures.table import Order
+from dsmoe_local.model.layout import RowBlocks
 from dsmoe_quantize.errors import WeightError
 from dsmoe_quantize.write.encoder import Bytes, Slab, SlabEncoder, TensorJob
 
@@ -57,7 +59,8 @@ def test_any_rows_of_a_rotary_projection(
     start = min(n_rows - 1, int(span[0] * n_rows))
     end = start + max(1, round(span[1] * (n_rows - start)))
     part = StoredTensor("q", "BF16", (n_rows, row_bytes // 2), "x", 0, content.size)
-    rows = RotaryRows(StackedRows(Memory(content), (part,)), n_rows, n_heads, row_bytes)
+    blocks = RowBlocks(n_heads, 2 * half, 0, 2 * half, Order.PAIRS)
+    rows = BlockRows(StackedRows(Memory(content), (part,)), blocks, row_bytes // 2, 2)
     found = rows.read(start, end - start, np.empty((end - start + room) * row_bytes, np.uint8))
     halves = torch.from_numpy(content).view(n_heads, 2, half, row_bytes)
     expected = halves.transpose(1, 2).reshape(n_rows, row_bytes)[start:end]

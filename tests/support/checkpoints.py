@@ -41,7 +41,17 @@ TINY = Hyperparameters(
 )
 """Small enough for logits in milliseconds."""
 
-WIDE = replace(TINY, hidden_size=256, head_dim=64, ffn_size=288, expert_size=96, n_routed_experts=4)
+WIDE = replace(
+    TINY,
+    hidden_size=256,
+    head_dim=64,
+    value_dim=0,
+    rotary_dim=0,
+    ffn_size=288,
+    expert_size=96,
+    shared_expert_size=0,
+    n_routed_experts=4,
+)
 """As in the 16B model, K-quants hold all rows but those of the down projections."""
 
 BOS, EOS = "<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>"

@@ -32,13 +32,15 @@ MOE = Hyperparameters(
     n_experts_per_token=2,
     expert_size=96,
 )
-DEEP = replace(MOE, n_layers=28, n_kv_heads=1, n_routed_experts=2, expert_size=32)
+DEEP = replace(MOE, n_layers=28, n_kv_heads=1, n_routed_experts=2, expert_size=32, shared_expert_size=0)
 """As many layers as the 16B model, and four heads to a key."""
-EIGHT_EXPERTS = replace(MOE, n_layers=4, n_dense_layers=2, n_routed_experts=8, expert_size=64)
+EIGHT_EXPERTS = replace(
+    MOE, n_layers=4, n_dense_layers=2, n_routed_experts=8, expert_size=64, shared_expert_size=0
+)
 """llama.cpp has rules for models with just eight experts."""
 NARROW = replace(MOE, n_layers=2, hidden_size=576, n_heads=9, n_kv_heads=3, tied_embeddings=True)
 """The demo's widths: no row takes a block of 256. The embedding is the output."""
-ODD = replace(MOE, n_layers=2, expert_size=72, ffn_size=120)
+ODD = replace(MOE, n_layers=2, expert_size=72, shared_expert_size=0, ffn_size=120)
 """Down projections that take no block at all."""
 DENSE = Hyperparameters(
     architecture="llama",

@@ -50,7 +50,7 @@ class Source:
         raw = np.fromfile(self.file.path, np.uint8, info.n_bytes, offset=info.offset)
         values: NDArray[np.float32] = dequantize(raw.reshape(spec.shape[0], -1), info.type)
         values = values.reshape(spec.shape)
-        return halves_from_pairs(values, spec.rotary_heads) if spec.rotary_heads else values
+        return halves_from_pairs(values, spec.blocks.count) if spec.blocks else values
 
 
 def halves_from_pairs(rows: NDArray[np.float32], n_heads: int) -> NDArray[np.float32]:

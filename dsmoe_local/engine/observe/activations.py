@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,17 +18,7 @@ from dsmoe_local.engine.observe.arrays import pack
 from dsmoe_local.engine.observe.observer import Observer
 from dsmoe_local.engine.types import Observation
 from dsmoe_local.model.hyperparameters import Hyperparameters
-from dsmoe_local.model.layout import Role, TensorSpec, tensor_specs
-
-_SHARED_INPUT: Mapping[str, str] = {
-    "attn_k": "attn_q",
-    "attn_v": "attn_q",
-    "ffn_up": "ffn_gate",
-    "ffn_up_exps": "ffn_gate_exps",
-    "ffn_gate_shexp": "ffn_gate_inp",
-    "ffn_up_shexp": "ffn_gate_inp",
-}
-"""Matrices that have the same input as another. Only the input of the other one is read."""
+from dsmoe_local.model.layout import Role, TensorSpec, input_of, tensor_specs
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +62,8 @@ class ActivationObserver(Observer):
         self._reader.forget()
 
     def _add(self, spec: TensorSpec) -> None:
-        prefix, _, kind = spec.name.removesuffix(".weight").rpartition(".")
-        key = f"{prefix}.{_SHARED_INPUT.get(kind, kind)}"
+        # Only the input of the first of several matrices with the same input is read.
+        key = input_of(spec.name)
         known = self._inputs.get(key)
         if known is None:
             n_matrices = spec.shape[0] if spec.role is Role.ROUTED_EXPERT else 1
