@@ -73,9 +73,13 @@ def random_weights(
     weights: dict[str, torch.Tensor] = {}
     for spec in tensor_specs(hp):
         for source in spec.sources:
-            shape = spec.shape[-2:] if spec.role is Role.ROUTED_EXPERT else spec.shape
+            shape = spec.source_shape
+            if source in weights:
+                continue
             values = torch.randn(shape, generator=generator)
-            if spec.role is Role.NORM:
+            if len(shape) == 1 and spec.role is not Role.NORM:
+                values *= 0.1
+            elif spec.role is Role.NORM:
                 values = 1 + 0.1 * values
             elif spec.role is not Role.EMBEDDING:
                 values *= (4.0 if spec.role is Role.ROUTER else 1.0) / shape[-1] ** 0.5

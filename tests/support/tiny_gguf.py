@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import numpy as np
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import read_gguf
 from dsmoe_local.model.gguf_model import metadata_of
-from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.hyperparameters import Gating, Hyperparameters
 from dsmoe_local.model.layout import UNQUANTIZED_ROLES, tensor_specs
 
 # Wide rows take every block, 96 and 288 columns only blocks of 32; nine layers have "more bits" in some.
@@ -55,6 +55,60 @@ DENSE = Hyperparameters(
     n_dense_layers=9,
     tied_embeddings=True,
 )
+
+_GROUPED = replace(MOE, n_layers=3, n_routed_experts=8, n_experts_per_token=3, routed_scaling_factor=2.5,
+                   gating=Gating.SIGMOID, normalized_weights=True, has_expert_bias=True)  # fmt: skip
+FAMILY: Mapping[str, Hyperparameters] = {
+    "deepseek": MOE,
+    "deepseek2": replace(
+        _GROUPED,
+        architecture="deepseek2",
+        n_kv_heads=4,
+        head_dim=96,
+        value_dim=64,
+        rotary_dim=32,
+        query_rank=96,
+        kv_rank=128,
+        n_expert_groups=4,
+        n_groups_per_token=2,
+    ),
+    "qwen2moe": replace(
+        MOE, architecture="qwen2moe", n_layers=3, n_dense_layers=0, shared_expert_size=288, has_qkv_bias=True
+    ),
+    "qwen3moe": replace(
+        MOE,
+        architecture="qwen3moe",
+        n_layers=3,
+        n_dense_layers=0,
+        n_shared_experts=0,
+        head_dim=96,
+        value_dim=96,
+        rotary_dim=96,
+        has_qk_norm=True,
+        normalized_weights=True,
+    ),
+    "glm4moe": replace(_GROUPED, architecture="glm4moe", rotary_dim=32, has_qkv_bias=True, has_qk_norm=True),
+    "bailingmoe2": replace(
+        _GROUPED,
+        architecture="bailingmoe2",
+        rotary_dim=32,
+        has_qk_norm=True,
+        n_expert_groups=4,
+        n_groups_per_token=2,
+    ),
+    "olmoe": replace(
+        MOE,
+        architecture="olmoe",
+        n_layers=3,
+        n_kv_heads=4,
+        n_dense_layers=0,
+        n_shared_experts=0,
+        ffn_size=0,
+        has_qk_norm=True,
+    ),
+    "llama": replace(DENSE, tied_embeddings=False),
+}
+"""A small model of each architecture."""
 
 
 def write_tiny(path: Path, hp: Hyperparameters, dtype: str = "bf16", seed: int = 0) -> Path:
