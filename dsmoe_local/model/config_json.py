@@ -285,13 +285,16 @@ def _rope_scaling(config: _Config, architecture: Architecture) -> RopeScaling | 
     kind = rope.get("rope_type", rope.get("type", "default"))
     inner = _Config(config.path, rope)
     read_yarn = _mla_yarn if architecture.yarn_scales_attention else _yarn
-    readers: Mapping[object, Callable[[], RopeScaling | None]] = {
+    readers: dict[object, Callable[[], RopeScaling | None]] = {
         "default": lambda: None,
         "linear": lambda: RopeScaling("linear", inner.number("factor", 1e-3, 1e6)),
         "yarn": lambda: read_yarn(config, inner),
     }
+    if architecture.yarn_scales_attention:
+        # llama.cpp scales attention by YaRN's magnitude with any kind of scaling.
+        del readers["linear"]
     if not isinstance(kind, str) or kind not in readers:
-        config.refuse(key, 'null, or rope_type "default", "linear" or "yarn"')
+        config.refuse(key, "null, or rope_type " + " or ".join(f'"{word}"' for word in readers))
     return readers[kind]()
 
 

@@ -25,7 +25,7 @@ _SHARED_SIZE = Parameter("shared_expert_size", "moe_shared_expert_intermediate_s
 # fmt: on
 _EMBEDDING, *_OTHERS = common.MODEL
 
-BAILINGMOE2 = Architecture(
+ARCHITECTURE = Architecture(
     name="bailingmoe2",
     title="Ling 2.0",
     classes=(ModelClass("bailing_moe", "BailingMoeV2ForCausalLM", {"use_qk_norm": True}),),
@@ -53,7 +53,7 @@ BAILINGMOE2 = Architecture(
         common.NORMALIZED,
         common.gating("score_function", {"sigmoid": Gating.SIGMOID}),
         *common.GROUPS,
-        replace(common.HAS_EXPERT_BIAS, config="moe_router_enable_expert_bias", default=False),
+        replace(common.HAS_EXPERT_BIAS, config="moe_router_enable_expert_bias", default=True),
     ),
     constants={"has_qk_norm": True},
     config_values={

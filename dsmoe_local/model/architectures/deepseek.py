@@ -7,7 +7,7 @@ from dataclasses import replace
 from dsmoe_local.model.architectures import common
 from dsmoe_local.model.architectures.table import Architecture, ModelClass
 
-DEEPSEEK = Architecture(
+ARCHITECTURE = Architecture(
     name="deepseek",
     title="DeepSeekMoE (arXiv 2401.06066)",
     classes=(ModelClass("deepseek", "DeepseekForCausalLM", {}),),

@@ -76,7 +76,7 @@ def _queries_of_lite_models(hp: Hyperparameters) -> tuple[str, str] | None:
     return None
 
 
-DEEPSEEK2 = Architecture(
+ARCHITECTURE = Architecture(
     name="deepseek2",
     title="DeepSeek-V2 and V3 with MLA",
     classes=(

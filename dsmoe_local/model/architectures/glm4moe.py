@@ -14,7 +14,7 @@ _FLAGS = (
 )
 # fmt: on
 
-GLM4MOE = Architecture(
+ARCHITECTURE = Architecture(
     name="glm4moe",
     title="GLM-4.5",
     classes=(ModelClass("glm4_moe", "Glm4MoeForCausalLM", {"norm_topk_prob": True}),),

@@ -8,7 +8,7 @@ from dataclasses import replace
 from dsmoe_local.model.architectures import common
 from dsmoe_local.model.architectures.table import Architecture, Parameter
 
-LLAMA = Architecture(
+ARCHITECTURE = Architecture(
     name="llama",
     title="Llama",
     classes=(),

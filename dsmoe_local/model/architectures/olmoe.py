@@ -10,7 +10,7 @@ _NORMS = (
     Rule("attn_k_norm.weight", "self_attn.k_norm.weight", ("key_size",)),
 )
 
-OLMOE = Architecture(
+ARCHITECTURE = Architecture(
     name="olmoe",
     title="OLMoE",
     classes=(ModelClass("olmoe", "OlmoeForCausalLM", {"rms_norm_eps": 1e-5}),),

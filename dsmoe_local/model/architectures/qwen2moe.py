@@ -19,7 +19,7 @@ _SHARED_SIZE = Parameter("shared_expert_size", "shared_expert_intermediate_size"
                          "expert_shared_feed_forward_length", high=1 << 20)
 # fmt: on
 
-QWEN2MOE = Architecture(
+ARCHITECTURE = Architecture(
     name="qwen2moe",
     title="Qwen2-MoE",
     classes=(ModelClass("qwen2_moe", "Qwen2MoeForCausalLM", {}),),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dsmoe_local.model.architectures import common
 from dsmoe_local.model.architectures.table import Architecture, ModelClass
 
-QWEN3MOE = Architecture(
+ARCHITECTURE = Architecture(
     name="qwen3moe",
     title="Qwen3-MoE",
     classes=(ModelClass("qwen3_moe", "Qwen3MoeForCausalLM", {}),),
