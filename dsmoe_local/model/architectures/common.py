@@ -133,6 +133,9 @@ GROUPS = (
               default=1, gguf_default=lambda values: int(values["n_expert_groups"] <= 1)),
 )
 HAS_EXPERT_BIAS = Parameter("has_expert_bias", tensor="exp_probs_b.bias", kind=bool)
+# group_limited_greedy scores a group by its best expert. It is refused: llama.cpp takes the best two.
+CHOICE_BIAS = replace(HAS_EXPERT_BIAS, config="topk_method",
+                      words={"greedy": False, "gready": False, "noaux_tc": True})
 SOFTMAX: Mapping[object, object] = {"softmax": Gating.SOFTMAX}
 ANY_GATING: Mapping[object, object] = {"softmax": Gating.SOFTMAX, "sigmoid": Gating.SIGMOID}
 # fmt: on

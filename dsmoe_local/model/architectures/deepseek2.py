@@ -7,7 +7,6 @@ Multi-head latent attention (MLA, arXiv 2405.04434) is stored so that keys and v
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from dsmoe_local.model.architectures import common
 from dsmoe_local.model.architectures.table import (
@@ -24,8 +23,6 @@ from dsmoe_local.model.hyperparameters import Hyperparameters
 _LITE_LAYERS = (26, 27)
 _V2: Mapping[str, object] = {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False}
 _V3: Mapping[str, object] = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}
-# group_limited_greedy scores a group by its best expert. It is refused: llama.cpp takes the best two.
-_CHOICES: Mapping[object, object] = {"greedy": False, "gready": False, "noaux_tc": True}
 _KEYS_AND_VALUES = ("nope_dim", "value_dim")
 
 # fmt: off
@@ -104,7 +101,7 @@ ARCHITECTURE = Architecture(
         common.NORMALIZED,
         common.gating("scoring_func", common.ANY_GATING),
         *common.GROUPS,
-        replace(common.HAS_EXPERT_BIAS, config="topk_method", words=_CHOICES),
+        common.CHOICE_BIAS,
     ),
     constants={},
     config_values={
