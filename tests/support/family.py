@@ -95,6 +95,7 @@ MEMBERS: Mapping[str, Member] = {
     "qwen3moe tied": _member("Qwen3Moe", _QWEN, {"norm_topk_prob": True, "tie_word_embeddings": True}),
     "glm4moe": _member("Glm4Moe", _GLM, {"attention_bias": True}),
     "glm4moe norms, groups": _member("Glm4Moe", _GLM, {"use_qk_norm": True, "n_group": 2}),
+    "dots1": _member("Dots1", _V3, {"head_dim": 24, "norm_topk_prob": True, "n_group": 4, "topk_group": 2}),
     "olmoe": _member("Olmoe", {"num_experts": 8, "intermediate_size": 32}),
 }
 

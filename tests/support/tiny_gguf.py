@@ -106,6 +106,7 @@ FAMILY: Mapping[str, Hyperparameters] = {
         ffn_size=0,
         has_qk_norm=True,
     ),
+    "dots1": replace(_GROUPED, architecture="dots1", n_kv_heads=4, has_qk_norm=True),
     "llama": replace(DENSE, tied_embeddings=False),
 }
 """A small model of each architecture."""
