@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,21 @@ from dsmoe_local.base.text import is_encodable, safe_line
 from dsmoe_local.model.config_json import load_json
 from dsmoe_local.model.gguf_file import Field
 
+DEFAULT = "default"
+FOLDER = "additional_chat_templates"
 _JINJA = "chat_template.jinja"
 _JSON = "chat_template.json"
 _KEY = "tokenizer.chat_template"
 _MAX_BYTES = 1 << 20
+_NOT_IN_KEYS = re.compile(r"[^A-Za-z0-9_]")
 
 
-def read_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, Field]:
-    """Return the `tokenizer.chat_template` metadata: the default template and named ones, if there are any.
+def read_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the chat templates by name. The one that is used unless another is named is "default".
 
     chat_template.jinja takes precedence over chat_template.json, and both over tokenizer_config.json, as in
-    transformers. Raises FileError, TokenizerError or FormatError.
+    transformers. Files in additional_chat_templates are added. Raises FileError, TokenizerError or
+    FormatError.
     """
     found: object = config.get("chat_template")
     where = folder / "tokenizer_config.json"
@@ -34,32 +39,37 @@ def read_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, Field]:
     if (folder / _JINJA).exists():
         where = folder / _JINJA
         found = _read_text(where)
-    if found is None:
-        return {}
-    templates = (
-        {"default": found} if not isinstance(found, list) else dict(_pair(item, where) for item in found)
-    )
-    for name, template in templates.items():
+    listed = found if isinstance(found, list) else [] if found is None else [_entry(DEFAULT, found)]
+    more = [_entry(path.stem, _read_text(path)) for path in sorted((folder / FOLDER).glob("*.jinja"))]
+    templates: dict[str, str] = {}
+    for entry in (*listed, *more):
+        name = entry.get("name") if isinstance(entry, dict) else None
+        template = entry.get("template") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or not name:
+            raise TokenizerError("a chat template has no name", where=where)
         if not isinstance(template, str) or len(template) > _MAX_BYTES or not is_encodable(template):
             raise TokenizerError(
                 "the chat template is not text of at most 1 MiB",
                 where=f"{where}: chat_template {safe_line(name, 40)}",
             )
-    others = sorted(templates.keys() - {"default"})
-    fields = {_KEY: templates["default"]} if "default" in templates else {}
-    fields |= {f"{_KEY}.{name}": templates[name] for name in others}
-    result = {key: Field(template, GGUFValueType.STRING) for key, template in fields.items()}
+        # The name becomes part of a metadata key.
+        templates[_NOT_IN_KEYS.sub("_", name)] = template
+    return templates
+
+
+def fields(templates: Mapping[str, str]) -> dict[str, Field]:
+    """Return the templates as GGUF metadata."""
+    others = sorted(templates.keys() - {DEFAULT})
+    result = {f"{_KEY}.{name}": Field(templates[name], GGUFValueType.STRING) for name in others}
+    if DEFAULT in templates:
+        result = {_KEY: Field(templates[DEFAULT], GGUFValueType.STRING)} | result
     if others:
         result["tokenizer.chat_templates"] = Field(others, GGUFValueType.ARRAY, GGUFValueType.STRING)
     return result
 
 
-def _pair(item: object, where: Path) -> tuple[str, object]:
-    """Return name and text of an entry of a list of templates. The name becomes part of a metadata key."""
-    name = item.get("name") if isinstance(item, dict) else None
-    if not isinstance(item, dict) or not isinstance(name, str) or not name.replace("_", "").isalnum():
-        raise TokenizerError("an entry of chat_template has no valid name", where=where)
-    return name, item.get("template")
+def _entry(name: str, template: object) -> dict[str, object]:
+    return {"name": name, "template": template}
 
 
 def _read_text(path: Path) -> str:

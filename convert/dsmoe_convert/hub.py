@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_REQUIRED = ("config.json", "tokenizer.json")
+_TOKENIZERS = ("tokenizer.json", "tiktoken.model")
 _OPTIONAL = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -38,6 +38,7 @@ _OPTIONAL = (
     "chat_template.json",
     "README.md",
 )
+_TEMPLATE = re.compile(r"additional_chat_templates/[\w-]+\.jinja", re.ASCII)
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _INTERRUPTED = "interrupted while downloading"
 _PATIENCE = 1.0  # seconds to wait for a download to end after an interruption
@@ -132,7 +133,8 @@ class HubRepository:
         """Download configuration, tokenizer, index and model card to the cache. Return their folder."""
         if self.offline:
             return self._fetch("config.json").parent
-        missing = [name for name in _REQUIRED if name not in self.sizes]
+        tokenizer = next((name for name in _TOKENIZERS if name in self.sizes), _TOKENIZERS[0])
+        missing = [name for name in ("config.json", tokenizer) if name not in self.sizes]
         if missing:
             raise HubError(
                 f"the repository has no {missing[0]}",
@@ -142,7 +144,8 @@ class HubRepository:
         for form in (SAFETENSORS, PICKLE):
             if form.single not in self.sizes and form.index in self.sizes:
                 self._fetch(form.index)
-        for name in (*_REQUIRED, *_OPTIONAL):
+        templates = [name for name in self.sizes if _TEMPLATE.fullmatch(name)]
+        for name in ("config.json", tokenizer, *_OPTIONAL, *templates):
             if name in self.sizes:
                 self._fetch(name)
         # By the revision that the user gave: the cache then records its commit, for offline use.

@@ -3,6 +3,7 @@
 Pre-tokenizers are recognised by the splitting rules in tokenizer.json, with any vocabulary. If that fails,
 the ids of llama.cpp's check text identify particular vocabularies. Rules and hashes are those of llama.cpp
 (src/llama-vocab.cpp, conversion/base.py). To support another one, extend DEFINITIONS or CHECK_HASHES.
+docs/tokenizers.md lists the texts that llama.cpp splits differently.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -53,19 +54,32 @@ _DEEPSEEK_V3 = (
     "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
     "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
 )
+_BAILING = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+    r"|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+_KIMI_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_KIMI_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+KIMI_K2_REGEX = (
+    rf"[\p{{Han}}]+|[^\r\n\p{{L}}\p{{N}}]?{_KIMI_UPPER}*{_KIMI_LOWER}+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_KIMI_UPPER}+{_KIMI_LOWER}*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Definition:
     """The rules in tokenizer.json that correspond to llama.cpp's `name`.
 
-    `ignore_merges` must be equal, because in llama.cpp it depends on the name. `digits_stay_whole`: llama.cpp
-    does not split numbers although these rules do. The result is equal only if no token has adjacent digits.
+    In llama.cpp, `ignore_merges` depends on the name. `marker` is a token that the vocabulary must have:
+    llama.cpp has several names for some rules. `digits_stay_whole`: llama.cpp does not split numbers although
+    these rules do. The result is equal only if no token has adjacent digits.
     """
 
     name: str
     steps: tuple[Step, ...]
     ignore_merges: bool = False
+    marker: str = ""
     digits_stay_whole: bool = False
 
 
@@ -101,10 +115,17 @@ DEFINITIONS: tuple[Definition, ...] = (
         ),
     ),
     Definition("smollm", (_DIGITS, _BYTES_GPT2)),
+    Definition("olmo", (_BYTES_GPT2,), marker="|||IP_ADDRESS|||"),
     Definition("gpt-2", (_BYTES_GPT2,)),
     Definition("qwen2", (_split(_LLAMA3.replace("{1,3}", "")), _BYTES)),
+    Definition("glm4", (_split(_LLAMA3), _BYTES), ignore_merges=True, marker="[gMASK]"),
+    Definition("chatglm-bpe", (_split(_LLAMA3), _BYTES), marker="[gMASK]"),
     Definition("llama-bpe", (_split(_LLAMA3), _BYTES), ignore_merges=True),
+    Definition("smaug-bpe", (_split(_LLAMA3), _BYTES)),
+    Definition("bailingmoe2", (_split(_BAILING), _BYTES)),
+    Definition("kimi-k2", (_split(KIMI_K2_REGEX), _BYTES)),
 )
+"""The first definition that fits is used."""
 
 CHECK_TEXT = (
     "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n\U0001f680 (normal) \U0001f636\u200d\U0001f32b\ufe0f "
@@ -169,17 +190,23 @@ def check_name(name: str) -> None:
     )
 
 
-def by_definition(tokenizer: Mapping[str, Any], *, joins_digits: bool) -> str | None:
-    """Return llama.cpp's name for the splitting rules of a tokenizer.json, or None.
+def by_definition(tokenizer: Mapping[str, Any], tokens: Container[str], *, joins_digits: bool) -> str | None:
+    """Return llama.cpp's name for the splitting rules of a tokenizer.json with these `tokens`, or None.
 
     `joins_digits`: a token of the vocabulary contains two adjacent digits.
     """
     steps = definition_of(tokenizer.get("pre_tokenizer"))
     ignore_merges = tokenizer["model"].get("ignore_merges") or False
-    for known in DEFINITIONS:
-        if known.steps == steps and known.ignore_merges == ignore_merges:
-            return None if known.digits_stay_whole and joins_digits else known.name
-    return None
+    known = [
+        each
+        for each in DEFINITIONS
+        if each.steps == steps
+        and (not each.marker or each.marker in tokens)
+        and not (each.digits_stay_whole and joins_digits)
+    ]
+    # If none has the same `ignore_merges`, the caller refuses the first with that reason.
+    known.sort(key=lambda each: each.ignore_merges != ignore_merges)
+    return known[0].name if known else None
 
 
 def by_check_text(encodings: Iterable[Sequence[int]]) -> str | None:

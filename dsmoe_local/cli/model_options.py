@@ -142,7 +142,7 @@ model_options_without_context = all_of(
     option(
         "--chat-template",
         "chat_template",
-        "A file with a chat template, or a built-in one: deepseek-moe, chatml.",
+        "A file with a chat template, one of several in the model, or a built-in one: deepseek-moe, chatml.",
         typed(click.Path(), "FILE|NAME"),
         _ADVANCED,
         shown="the model's own",

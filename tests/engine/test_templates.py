@@ -42,20 +42,23 @@ def test_order_of_templates(tmp_path: Path) -> None:
     file = tmp_path / "mine.jinja"
     file.write_text("mine")
     kinds = {"architecture": "deepseek", "name": "deepseek-moe-16b-chat"}
-    assert choose_template(str(file), "own", **kinds) == ("mine", "mine.jinja")
-    assert choose_template("deepseek-moe", "own", **kinds) == (
+    own = {"": "own", "tool_use": "tools"}
+    assert choose_template(str(file), own, **kinds) == ("mine", "mine.jinja")
+    assert choose_template("deepseek-moe", own, **kinds) == (
         BUILT_IN["deepseek-moe"],
         "built-in deepseek-moe",
     )
-    assert choose_template(None, "own", **kinds) == ("own", "the model's own")
-    assert choose_template(None, None, **kinds) == (BUILT_IN["deepseek-moe"], "built-in deepseek-moe")
-    assert choose_template(None, None, architecture="deepseek", name="deepseek-moe-16b-base") is None
-    assert choose_template(None, None, architecture="llama", name="llama-chat") is None
-    with pytest.raises(UsageError, match="nor a built-in"):
-        choose_template("deepseek-mo", None, **kinds)
+    assert choose_template(None, own, **kinds) == ("own", "the model's own")
+    assert choose_template("tool_use", own, **kinds) == ("tools", "the model's own tool_use")
+    assert choose_template(None, {}, **kinds) == (BUILT_IN["deepseek-moe"], "built-in deepseek-moe")
+    assert choose_template(None, {}, architecture="deepseek", name="deepseek-moe-16b-base") is None
+    assert choose_template(None, {}, architecture="llama", name="llama-chat") is None
+    with pytest.raises(UsageError, match="nor a built-in") as caught:
+        choose_template("deepseek-mo", own, **kinds)
+    assert "chatml, tool_use" in str(caught.value)
     file.write_bytes(b"\xff")
     with pytest.raises(FileError, match="UTF-8"):
-        choose_template(str(file), None, **kinds)
+        choose_template(str(file), own, **kinds)
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

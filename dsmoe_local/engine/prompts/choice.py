@@ -1,12 +1,14 @@
-"""Chooses the chat template of a model, and bounds the text that a template adds.
+"""Choose the chat template of a model, and compute upper bounds of the text that a template adds.
 
-The first of these is used: the template that the user names (a file or a built-in one), the one in the
-model's file, and for a DeepSeekMoE chat model the built-in one. Other models only complete text.
+The first of these is used: the template that the user names (built-in, one of several in the model's file, or
+a file), the default in the model's file, and for a DeepSeekMoE chat model the built-in one. Other models only
+complete text.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from dsmoe_local.base.errors import FileError, UsageError
@@ -33,6 +35,7 @@ BUILT_IN = {
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ),
 }
+_KEY = "tokenizer.chat_template"
 _CHAT_MODEL = re.compile(r"(?i)\b(chat|instruct|it)\b")
 _MAX_TEMPLATE = 1 << 20
 _TAG = re.compile(r"(\{#.*?#\}|\{%.*?%\}|\{\{.*?\}\})", re.DOTALL)
@@ -43,25 +46,35 @@ _BLOCKS = {"for": 1, "endfor": -1, "macro": 1, "endmacro": -1, "endset": -1}
 
 def template_of(options: ModelOptions, file: GgufFile, hp: Hyperparameters) -> tuple[str, str] | None:
     """Return the template of the model in `file` (see `choose_template`)."""
-    own = file.get("tokenizer.chat_template")
     return choose_template(
         options.chat_template,
-        own if isinstance(own, str) else None,
+        own_templates(file),
         architecture=hp.architecture,
         name=f"{hp.name} {options.path.stem}",
     )
 
 
+def own_templates(file: GgufFile) -> dict[str, str]:
+    """Return the templates in a model's file by name. The name of the default is ""."""
+    found = {key: file.get(key) for key in file.metadata if key == _KEY or key.startswith(f"{_KEY}.")}
+    return {key[len(_KEY) + 1 :]: text for key, text in found.items() if isinstance(text, str)}
+
+
 def choose_template(
-    requested: str | None, own: str | None, *, architecture: str, name: str
+    requested: str | None, own: Mapping[str, str], *, architecture: str, name: str
 ) -> tuple[str, str] | None:
-    """Return the text of the template and where it comes from, or None. Raises UsageError, FileError."""
+    """Return the text of the template and where it comes from, or None.
+
+    `own` are the templates in the model's file (see `own_templates`). Raises UsageError, FileError.
+    """
     if requested is not None:
         if requested in BUILT_IN:
             return BUILT_IN[requested], f"built-in {requested}"
-        return _read_template(Path(requested)), safe_line(Path(requested).name, 60)
-    if own:
-        return own, "the model's own"
+        if own.get(requested):
+            return own[requested], f"the model's own {safe_line(requested, 40)}"
+        return _read_template(Path(requested), own), safe_line(Path(requested).name, 60)
+    if own.get(""):
+        return own[""], "the model's own"
     if architecture == "deepseek" and _CHAT_MODEL.search(re.sub(r"[-_.]", " ", name)):
         return BUILT_IN["deepseek-moe"], "built-in deepseek-moe"
     return None
@@ -91,7 +104,7 @@ def added_bytes(text: str) -> tuple[int, int]:
     return once, repeated
 
 
-def _read_template(path: Path) -> str:
+def _read_template(path: Path, own: Mapping[str, str]) -> str:
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_TEMPLATE + 1)
@@ -99,9 +112,10 @@ def _read_template(path: Path) -> str:
             raise FileError("the chat template is larger than 1 MiB", where=path, remedy="name another file")
         return content.decode("utf-8")
     except FileNotFoundError as error:
+        known = ", ".join([*BUILT_IN, *filter(None, own)])
         raise UsageError(
             f"--chat-template {safe_line(str(path), 60)!r} is neither a file nor a built-in template",
-            remedy=f"name a file, or one of: {', '.join(BUILT_IN)}",
+            remedy=f"name a file, or one of: {safe_line(known, 100)}",
         ) from error
     except UnicodeDecodeError as error:
         raise FileError("the chat template is not UTF-8", where=path, remedy="convert it to UTF-8") from error
