@@ -1,10 +1,13 @@
 """Check the vocabulary in a GGUF file's metadata against what llama.cpp requires (src/llama-vocab.cpp).
 
-llama.cpp aborts the process on some vocabularies, throws on others, and misreads a few.
+Files are refused on which llama.cpp aborts the process, when it loads them or later when it tokenizes a text.
+Where it reports an error instead, as for an unknown pre-tokenizer, nothing is checked here.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Mapping
 from typing import NoReturn, cast
 
 from gguf.constants import GGUFValueType, TokenType
@@ -14,8 +17,6 @@ from dsmoe_local.base.text import safe_line
 from dsmoe_local.model.gguf_file import GgufFile
 
 _PREFIX = "tokenizer.ggml."
-_TOKENIZERS = {"gpt2": 11, "llama": 2}
-"""Tokenizer models, each with the largest id that llama.cpp uses as BOS or EOS if the file names none."""
 _FLAGS = (
     "add_bos_token",
     "add_eos_token",
@@ -32,10 +33,8 @@ _SPECIAL_TOKENS = (
     "eom",
     "unknown",
     "seperator",  # as llama.cpp spells it
-    "separator",
     "padding",
     "mask",
-    "cls",
     "fim_pre",
     "fim_suf",
     "fim_mid",
@@ -46,6 +45,7 @@ _SPECIAL_TOKENS = (
     "suffix",
     "middle",
 )
+# llama.cpp refuses values of other types, and so does all code here that reads them.
 _TYPES = {
     f"{_PREFIX}pre": GGUFValueType.STRING,
     f"{_PREFIX}token_type_count": GGUFValueType.UINT32,
@@ -58,9 +58,12 @@ _ITEM_TYPES = {
     f"{_PREFIX}suppress_tokens": (GGUFValueType.INT32,),
 }
 _PER_TOKEN = ("token_type", "scores")
+_NO_VOCABULARY = ("none", "no_vocab")
 # If a model's name contains one of these words, llama.cpp assumes that the vocabulary has these tokens.
 _PHI3_NAMES = ("phi-3", "phi3")
 _PHI3_TOKENS = ("</s>", "<unk>", "<s>", "<|endoftext|>")
+_RWKV_ESCAPE = re.compile(rb"\\(?:x([0-9a-f]{2})|(.))", re.DOTALL)
+_RWKV_CHARACTERS = {b"t": b"\t", b"n": b"\n", b"r": b"\r"}
 
 
 def clashes_with_phi3(name: str) -> bool:
@@ -69,38 +72,31 @@ def clashes_with_phi3(name: str) -> bool:
 
 
 def check_vocabulary(file: GgufFile) -> None:
-    """Raise FormatError unless llama.cpp can load the vocabulary and tokenize any text with it."""
+    """Raise FormatError if llama.cpp would abort on the vocabulary, or on a text."""
     _check_types(file)
     model = file.get(f"{_PREFIX}model")
-    if not isinstance(model, str) or model not in _TOKENIZERS:
-        _refuse(file, f"the tokenizer model is {safe_line(str(model), 40)!r}", "model")
+    if not isinstance(model, str):
+        _refuse(file, "the tokenizer model is not text", "model")
+    if model in _NO_VOCABULARY:
+        _refuse(file, "the file has no vocabulary", "model", remedy="use a file that contains a tokenizer")
     tokens = _strings(file, "tokens")
     _check_tokens(file, tokens)
     for name in _PER_TOKEN:
         values = file.get(f"{_PREFIX}{name}")
-        if values is not None and len(values) != len(tokens):
+        if values is not None and len(values) < len(tokens):
             _refuse(file, f"there must be one entry for each of the {len(tokens)} tokens", name)
-    if model == "gpt2":
-        if any(" " not in merge[1:] for merge in _strings(file, "merges")):
-            _refuse(file, "a merge is not a pair", "merges")
-    else:
-        _check_bytes(file, set(tokens))
-    for name in _SPECIAL_TOKENS:
-        value = file.get(f"{_PREFIX}{name}_token_id")
-        if value is not None and not value < len(tokens):
-            _refuse(file, f"token id {value} is out of range", f"{name}_token_id")
-        if value is None and name in ("bos", "eos") and len(tokens) <= _TOKENIZERS[model]:
-            _refuse(file, "it is missing, and llama.cpp's default is not a token", f"{name}_token_id")
+    if model in _CHECKS:
+        _CHECKS[model](file, tokens)
     name = file.get("general.name", "")
     if clashes_with_phi3(name) and not set(tokens).issuperset(_PHI3_TOKENS):
         _refuse(file, f"llama.cpp treats a model called {safe_line(name, 40)} as a Phi-3", "tokens")
 
 
-def _refuse(file: GgufFile, what: str, key: str) -> NoReturn:
+def _refuse(file: GgufFile, what: str, key: str, remedy: str = "convert the model again") -> NoReturn:
     raise FormatError(
-        f"the vocabulary is damaged: {what}",
+        f"the vocabulary cannot be used: {what}",
         where=f"{file.path}: {key if '.' in key else _PREFIX + key}",
-        remedy="convert the model again",
+        remedy=remedy,
     )
 
 
@@ -123,22 +119,60 @@ def _strings(file: GgufFile, name: str) -> list[str]:
 
 
 def _check_tokens(file: GgufFile, tokens: list[str]) -> None:
-    """Refuse tokens that llama.cpp cannot tell apart, and byte tokens without a byte.
-
-    llama.cpp cuts a token at a NUL, and renames an empty one to [EMPTY_n].
-    """
-    if any("\0" in token for token in tokens):
-        _refuse(file, "a token contains a NUL", "tokens")
-    if len({token or f"[EMPTY_{number}]" for number, token in enumerate(tokens)}) != len(tokens):
+    """Refuse tokens that llama.cpp cannot tell apart. It cuts them at a NUL, and renames an empty one."""
+    read = [token.partition("\0")[0] or f"[EMPTY_{number}]" for number, token in enumerate(tokens)]
+    if len(set(read)) != len(read):
         _refuse(file, "a token occurs twice", "tokens")
-    types = file.get(f"{_PREFIX}token_type", ())
-    for token, kind in zip(tokens, types, strict=False):
-        if kind == TokenType.BYTE and not (len(token) == 6 and token.startswith("<0x")):
-            _refuse(file, f"the token {safe_line(repr(token), 30)} is not a byte", "token_type")
 
 
-def _check_bytes(file: GgufFile, tokens: set[str]) -> None:
-    """Refuse a vocabulary that lacks a byte token: llama.cpp uses them for unknown text without a check."""
+def _check_bpe(file: GgufFile, tokens: list[str]) -> None:
+    pre = file.get(f"{_PREFIX}pre")
+    may_lack_merges = pre == "kimi-k2" and f"{_PREFIX}merges" not in file.metadata
+    if not may_lack_merges and any(" " not in merge[1:] for merge in _strings(file, "merges")):
+        _refuse(file, "a merge is not a pair", "merges")
+    # These rules keep spaces in words, on which merging aborts.
+    if pre == "whitespace" and file.get(f"{_PREFIX}model") != "whitespace":
+        _refuse(file, "the pre-tokenizer whitespace needs the tokenizer model whitespace", "pre")
+
+
+def _check_spm(file: GgufFile, tokens: list[str]) -> None:
+    """Refuse a vocabulary that lacks a byte: llama.cpp throws where nothing catches it, on unknown text."""
+    known = set(tokens)
     for byte in range(256):
-        if f"<0x{byte:02X}>" not in tokens and not (byte < 128 and chr(byte) in tokens):
+        if f"<0x{byte:02X}>" not in known and not (byte < 128 and chr(byte) in known):
             _refuse(file, f"there is no token for the byte {byte}", "tokens")
+
+
+def _check_wpm(file: GgufFile, tokens: list[str]) -> None:
+    if TokenType.BYTE in file.get(f"{_PREFIX}token_type", ())[: len(tokens)]:
+        _refuse(file, "a WordPiece vocabulary has no tokens for bytes", "token_type")
+
+
+def _check_rwkv(file: GgufFile, tokens: list[str]) -> None:
+    """Refuse tokens whose first byte is not a token: llama.cpp would start the text again, without end."""
+    known = {_rwkv_bytes(token) for token in filter(None, tokens)}
+    missing = next((token[0] for token in known if token[:1] not in known), None)
+    if missing is not None:
+        _refuse(file, f"there is no token for the byte {missing}", "tokens")
+
+
+def _rwkv_bytes(token: str) -> bytes:
+    """Return the bytes of a token with the escapes of RWKV."""
+
+    def unescaped(found: re.Match[bytes]) -> bytes:
+        code, character = found.groups()
+        return bytes([int(code, 16)]) if code else _RWKV_CHARACTERS.get(character, character)
+
+    return _RWKV_ESCAPE.sub(unescaped, token.encode())
+
+
+_CHECKS: Mapping[str, Callable[[GgufFile, list[str]], None]] = {
+    "gpt2": _check_bpe,
+    "gemma4": _check_bpe,
+    "hybriddna": _check_bpe,
+    "whitespace": _check_bpe,
+    "llama": _check_spm,
+    "bert": _check_wpm,
+    "rwkv": _check_rwkv,
+}
+"""What llama.cpp needs of each tokenizer model. Of others, such as t5 and plamo2, it needs nothing more."""

@@ -16,12 +16,13 @@ from support.hub_server import COMMIT, Hub, serving
 
 from dsmoe_convert.checkpoint import SAFETENSORS, read_index
 from dsmoe_convert.convert import ConvertOptions, RunOptions
-from dsmoe_convert.errors import HubError
+from dsmoe_convert.errors import HubError, TokenizerError
 from dsmoe_convert.low_disk import ShardWindow
 from dsmoe_convert.sources import SourceOptions, convert, plan_source
 from dsmoe_local.base.durable import Journal
 from dsmoe_local.base.errors import DsmoeError, InterruptedRunError, MissingExtraError, UsageError
 from dsmoe_local.base.progress import Advanced, Event, Started
+from dsmoe_local.model.gguf_file import read_gguf
 from dsmoe_local.model.layout import tensor_specs
 
 SECRET = "hf_" + "secret" * 5
@@ -54,10 +55,16 @@ def expected(hub: Hub, tmp_path: Path) -> bytes:
 
 
 def fetch(
-    hub: Hub, out: Path, *, low_disk: bool = False, run: RunOptions | None = None, **source: str
+    hub: Hub,
+    out: Path,
+    *,
+    low_disk: bool = False,
+    run: RunOptions | None = None,
+    pre: str | None = None,
+    **source: str,
 ) -> bytes:
     options = SourceOptions(endpoint=hub.url, low_disk=low_disk, **source)
-    return convert(hub.repository, out, None, options, run).path.read_bytes()
+    return convert(hub.repository, out, ConvertOptions(pre=pre), options, run).path.read_bytes()
 
 
 def shards_in(names: list[str]) -> list[str]:
@@ -81,6 +88,27 @@ def test_whole_repository(hub: Hub, tmp_path: Path, expected: bytes) -> None:
     hub.requests.clear()
     assert fetch(hub, tmp_path / "again.gguf") == expected
     assert hub.downloads() == []
+
+
+def test_additional_chat_templates(hub: Hub, tmp_path: Path) -> None:
+    """Guards: chat templates for tools that are not downloaded, and files beside them that are."""
+    templates = hub.folder / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "rag.jinja").write_text("{{ 1 }}")
+    (templates / "README.md").write_text("no template")
+    (hub.folder / "tiktoken.model").write_text("not needed")
+    fetch(hub, tmp_path / "out.gguf")
+    assert read_gguf(tmp_path / "out.gguf").get("tokenizer.chat_template.rag") == "{{ 1 }}"
+    assert not {"tiktoken.model", "additional_chat_templates/README.md"} & set(hub.downloads())
+
+
+def test_tiktoken_ranks(hub: Hub, tmp_path: Path) -> None:
+    """Guards: a repository refused because it has no tokenizer.json."""
+    (hub.folder / "tokenizer.json").unlink()
+    (hub.folder / "tiktoken.model").write_text("damaged")
+    with pytest.raises(TokenizerError, match="line 1"):
+        fetch(hub, tmp_path / "out.gguf", pre="kimi-k2")
+    assert "tiktoken.model" in hub.downloads()
 
 
 def test_low_disk(hub: Hub, tmp_path: Path, expected: bytes) -> None:

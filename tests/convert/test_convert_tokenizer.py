@@ -1,4 +1,4 @@
-"""Tokenization of converted files in llama.cpp against the `tokenizers` library, and refusals."""
+"""A tokenizer and the files beside it as GGUF metadata: recognition, special tokens, templates, refusals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 from support import llama_oracle
-from support.checkpoints import BOS, EOS, TINY, trained_tokenizer, write_checkpoint, write_tokenizer
+from support.checkpoints import BOS, EOS, TINY, write_checkpoint, write_tokenizer
+from support.vocabularies import TEXTS
 from tokenizers import Tokenizer
 
 from dsmoe_convert import check_encoding, pretokenizers
@@ -23,48 +24,10 @@ from dsmoe_local.model.gguf_file import Field, read_gguf
 REAL = Path(__file__).parents[3] / "shared" / "data" / "deepseek-llm-tokenizer"
 SEPARATOR = "\n__ggml_vocab_test__\n"
 
-TEXTS = (
-    "Hello world, how are you today?",
-    " leading space and  two  spaces",
-    "I'll say it's 'quoted', they've \"double\" ones...",
-    "人工智能模型可以回答问题。今天天气很好，我们去公园。",
-    "日本語と한국어 mixed with English",
-    "нещо на Български",
-    "def f(x: int) -> int:\n    return x ** 2  # comment\n\n\nclass A:\n\tpass\n",
-    '{"key": [1, 2.50, null], "url": "https://example.org/?q=a&b=c#d"}',
-    "0 1 12 123 1234 12345 3.14159 1,000,000 2026-11-24 ½ ² ٣",
-    "🚀 (normal) 😶‍🌫️ ✅ 🦙🦙 👩‍👩‍👧",
-    "\t\t\ttabs\n\n \n  \n   mixed \r\n windows\r\n",
-    "   \n",
-    " ",
-    "",
-    "café naïve Äpfel øl Øl",
-    "a" * 300,
-    pretokenizers.CHECK_TEXT,
-)
-
-
-def write_vocabulary(folder: Path, pre: str = "deepseek-llm", out: str = "out.gguf") -> Path:
-    """A converted tiny checkpoint with a tokenizer trained under the rules `pre`."""
-    return convert_folder(write_checkpoint(folder / "model", pre=pre), folder / out).path
-
-
-@pytest.mark.parametrize("pre", ["deepseek-llm", "deepseek-coder", "deepseek-v3", "smollm", "gpt-2", "qwen2"])
-def test_llama_cpp_splits_as_tokenizers_does(pre: str, tmp_path: Path) -> None:
-    """A pre-tokenizer that is recognised wrongly, merges in the wrong order, tokens at the wrong id."""
-    reference = Tokenizer.from_file(str(trained_tokenizer(pre) / "tokenizer.json"))
-    out = write_vocabulary(tmp_path, pre)
-    assert read_gguf(out).get("tokenizer.ggml.pre") == pre
-    with llama_oracle.vocabulary(out) as vocabulary:
-        for text in TEXTS:
-            ids = reference.encode(text, add_special_tokens=False).ids
-            assert vocabulary.encode(text) == ids, text
-            assert b"".join(map(vocabulary.piece, ids)).decode() == text
-
 
 def test_special_tokens(tmp_path: Path) -> None:
     """BOS that is not added, special-token text that becomes a special token when it must not."""
-    out = write_vocabulary(tmp_path)
+    out = convert_folder(write_checkpoint(tmp_path / "model"), tmp_path / "out.gguf").path
     with llama_oracle.vocabulary(out) as vocabulary:
         assert vocabulary.special() == {"bos": 0, "eos": 1, "add_bos": True, "add_eos": False}
         assert vocabulary.encode("", add_special=True) == [0]
@@ -418,6 +381,13 @@ def test_templates_in_every_place(files: Path) -> None:
     assert read(files)[key].value == "{{ 4 }}"
     (files / "chat_template.jinja").write_text("{{ 5 }}")
     assert read(files)[key].value == "{{ 5 }}"
+    assert "tokenizer.chat_templates" not in read(files)
+    (files / "additional_chat_templates").mkdir()
+    for name, text in (("tool-use", "{{ 6 }}"), ("rag", "{{ 7 }}")):
+        (files / "additional_chat_templates" / f"{name}.jinja").write_text(text)
+    assert read(files)[key].value == "{{ 5 }}"
+    assert read(files)[f"{key}.tool_use"].value == "{{ 6 }}"
+    assert read(files)["tokenizer.chat_templates"].value == ["rag", "tool_use"]
     (files / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(DsmoeError, match="UTF-8"):
         read(files)

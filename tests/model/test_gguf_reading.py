@@ -161,20 +161,13 @@ MEANING = {
     "a norm in blocks": GOOD.with_tensor(Tensor("blk.1.ffn_norm.weight", (64,), kind=Q8_0)),
     "factors of rotation in blocks": GOOD.with_tensor(Tensor("rope_freqs.weight", (32,), kind=Q8_0)),
     "integer weights": GOOD.with_tensor(Tensor("blk.0.attn_q.weight", (64, 64), kind=26)),
-    "bos out of range": token_id("bos", 8),
-    "mask out of range": token_id("mask", 8),
     "eot as int32": token_id("eot", 1, INT32),
-    "BOS by default, which is no token": GOOD.without("tokenizer.ggml.bos_token_id"),
-    "EOS by default, which is no token": GOOD.without("tokenizer.ggml.eos_token_id"),
     "a flag that is a number": GOOD.with_value(KeyValue("tokenizer.ggml.add_bos_token", UINT32, 1)),
     "a pre-tokenizer that is a number": GOOD.with_value(KeyValue("tokenizer.ggml.pre", UINT32, 1)),
     "a name that is a number": GOOD.with_value(KeyValue("general.name", UINT32, 1)),
     "a name of another family": GOOD.with_value(KeyValue("general.name", STRING, "my Phi-3 MoE")),
     "a token with a NUL": with_tokens("t0", "t0\0", "t2"),
     "a token with the name of an empty one": with_tokens("", "[EMPTY_0]"),
-    "a byte that is none": GOOD.with_value(
-        KeyValue("tokenizer.ggml.token_type", ARRAY, [6, *[1] * 7], INT32)
-    ),
     "types that are floats": GOOD.with_value(
         KeyValue("tokenizer.ggml.token_type", ARRAY, [1.0] * 8, FLOAT32)
     ),
@@ -190,7 +183,6 @@ MEANING = {
     "a token twice": GOOD.with_value(KeyValue("tokenizer.ggml.tokens", ARRAY, ["a"] * 8, STRING)),
     "too few token types": GOOD.with_value(KeyValue("tokenizer.ggml.token_type", ARRAY, [1], INT32)),
     "a merge without a space": GOOD.with_value(KeyValue("tokenizer.ggml.merges", ARRAY, ["ab"], STRING)),
-    "unknown tokenizer": GOOD.with_value(KeyValue("tokenizer.ggml.model", STRING, "bert")),
 }
 
 
@@ -198,15 +190,6 @@ MEANING = {
 def test_senseless_values_are_refused(tmp_path: Path, name: str) -> None:
     """Guards llama.cpp against values that it aborts on or computes nonsense with."""
     check_refused(MEANING[name].write(tmp_path / "bad.gguf"))
-
-
-def test_a_vocabulary_of_bytes(tmp_path: Path) -> None:
-    """A vocabulary of llama.cpp's other kind, refused although it has a token for each byte."""
-    tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-    model = tiny_model(n_vocab=256).with_value(KeyValue("tokenizer.ggml.model", STRING, "llama"))
-    model = model.with_value(KeyValue("tokenizer.ggml.tokens", ARRAY, tokens, STRING))
-    types = KeyValue("tokenizer.ggml.token_type", ARRAY, [6] * 256, INT32)
-    assert read_model(model.with_value(types).write(tmp_path / "model.gguf"))[1].n_vocab == 256
 
 
 def test_the_least_epsilon(tmp_path: Path) -> None:

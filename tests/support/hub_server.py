@@ -95,8 +95,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send_info(self, with_body: bool) -> None:
         files = [
-            {"rfilename": path.name, "size": path.stat().st_size}
-            for path in sorted(self.hub.folder.iterdir())
+            {"rfilename": str(path.relative_to(self.hub.folder)), "size": path.stat().st_size}
+            for path in sorted(self.hub.folder.rglob("*"))
+            if path.is_file()
         ]
         info = {"id": self.hub.repository, "sha": self.hub.commit, "siblings": files}
         body = json.dumps(info).encode()

@@ -32,17 +32,21 @@ class LlamaChild:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "GGML_NO_BACKTRACE": "1"},
         )
 
-    def survives(self, path: Path) -> bool:
-        """Return whether llama.cpp survives loading and running `path`, or refusing it."""
+    def outcome(self, path: Path) -> str:
+        """Return what llama.cpp makes of `path`: "run", "refused" or "died"."""
         assert self._child.stdin is not None
         assert self._child.stdout is not None
         self._child.stdin.write(f"{path}\n")
         self._child.stdin.flush()
-        if self._child.stdout.readline():
-            return True
+        if line := self._child.stdout.readline():
+            return line.strip()
         self._end()
         self._child = self._spawn()
-        return False
+        return "died"
+
+    def survives(self, path: Path) -> bool:
+        """Return whether llama.cpp survives loading and running `path`, or refusing it."""
+        return self.outcome(path) != "died"
 
     def _end(self) -> None:
         self._child.kill()
@@ -58,14 +62,14 @@ class LlamaChild:
 
 
 def _exercise(path: Path) -> str:
-    """Tokenize some texts, and decode a few tokens."""
+    """Tokenize some texts as the engine does, without BOS and EOS, and decode a few tokens."""
     from support import llama_oracle
 
     try:
         with llama_oracle.vocabulary(path) as vocabulary:
             for text in _TEXTS:
-                for flags in (0, 1, 2, 3):
-                    vocabulary.encode(text, add_special=bool(flags & 1), parse_special=bool(flags & 2))
+                for parse_special in (False, True):
+                    vocabulary.encode(text, parse_special=parse_special)
         llama_oracle.logits(path, [0, 1, 2], n_context=64)
     except AssertionError:
         return "refused"

@@ -97,6 +97,11 @@ class Vocabulary:
         assert count >= 0
         return buffer.raw[:count]
 
+    def ends(self) -> set[int]:
+        """The tokens that end a reply."""
+        n_tokens = llama_cpp.llama_vocab_n_tokens(self._vocab)
+        return {token for token in range(n_tokens) if llama_cpp.llama_vocab_is_eog(self._vocab, token)}
+
     def special(self) -> dict[str, int | bool]:
         """BOS, EOS and whether BOS is added."""
         return {
