@@ -71,6 +71,7 @@ DIFFERENT = (
     ("kimi-k2", "trained", "rÉ"),
     # It takes these Chinese characters for letters or symbols.
     ("kimi-k2", "of_pairs", "〇一"),
+    ("kimi-k2", "of_pairs", "人々"),
     ("kimi-k2", "of_pairs", "⼀二"),
     # It replaces spaces outside ASCII, so that the range of Chinese characters does not match them.
     ("deepseek-llm", "trained", "\u2029 "),

@@ -47,7 +47,7 @@ def with_merges(raw: RawGguf, *merges: str) -> RawGguf:
 def bpe(
     pre: str | None = None, model: str = "gpt2", tokens: Sequence[str] = WORDS, **special: int
 ) -> RawGguf:
-    return with_merges(with_vocabulary(model, tokens, pre=pre, **special), "t 0", "\u2581 hello")
+    return with_merges(with_vocabulary(model, tokens, (), pre, **special), "t 0", "\u2581 hello")
 
 
 SPM = with_vocabulary("llama", [*WORDS, *BYTES], [NORMAL] * len(WORDS) + [BYTE] * 256)
