@@ -146,7 +146,8 @@ def _tokenizer(file: GgufFile) -> TokenizerReport:
 
     def token(name: str) -> str:
         number = file.get(f"tokenizer.ggml.{name}_token_id")
-        return "" if number is None else safe_line(tokens[number], 60)
+        # llama.cpp ignores ids that are not tokens.
+        return safe_line(tokens[number], 60) if number is not None and number < len(tokens) else ""
 
     template = file.get("tokenizer.chat_template")
     return TokenizerReport(
