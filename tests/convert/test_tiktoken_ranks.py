@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import tiktoken
 from hypothesis import HealthCheck, given, settings
 from support import llama_oracle, vocabularies
 from support.vocabularies import TEXTS
@@ -50,7 +51,6 @@ def write_ranks(folder: Path, ranks: Mapping[bytes, int], tokenizer_class: str =
 
 def test_ids_of_tiktoken(tmp_path: Path) -> None:
     """Guards: merges that build other tokens than the ranks, special tokens at wrong ids."""
-    tiktoken = pytest.importorskip("tiktoken")
     ranks = ranks_of_kimi()
     first = len(ranks)
     notes: list[str] = []
@@ -81,7 +81,6 @@ def test_ids_of_tiktoken(tmp_path: Path) -> None:
 @pytest.mark.parametrize("n", EXAMPLES)
 def test_random_texts(n: int, tmp_path: Path) -> None:
     """Guards: a merge that `tiktoken` does in another order."""
-    tiktoken = pytest.importorskip("tiktoken")
     ranks = ranks_of_kimi()
     vocabularies.convert_vocabulary(write_ranks(tmp_path, ranks), len(ranks) + N_RESERVED)
     encoding = tiktoken.Encoding("kimi", pat_str=KIMI_K2_REGEX, mergeable_ranks=ranks, special_tokens={})

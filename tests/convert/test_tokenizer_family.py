@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from support import llama_oracle, vocabularies
 from support.vocabularies import TEXTS, ids_of
 from tokenizers import AddedToken, Tokenizer, normalizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from dsmoe_convert.pretokenizers import DEFINITIONS, IGNORE_MERGES, KNOWN_NAMES
 from dsmoe_convert.special_tokens import ENDS_BY_TEXT
@@ -277,9 +278,8 @@ def test_gaps_in_the_vocabulary(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pre", ["qwen2", "glm4"])
 def test_saved_by_transformers(pre: str, tmp_path: Path) -> None:
     """Guards: the files of transformers 5, which differ from older ones."""
-    transformers = pytest.importorskip("transformers")
     tokenizer = vocabularies.trained(pre)
-    saved = transformers.PreTrainedTokenizerFast(
+    saved = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         eos_token=vocabularies.EOS,
         chat_template={"default": "{{ 1 }}", "tool_use": "{{ 2 }}"},
