@@ -2,6 +2,7 @@
 
     python -m benchmarks.train_reference                  half an hour, into the cache, if it is not there yet
     python -m benchmarks.train_reference --minutes 60     longer
+    python -m benchmarks.train_reference --architecture deepseek2    with the attention of DeepSeek-V2
     python -m benchmarks.train_reference -o FOLDER        elsewhere, anew
 
 256 wide, 6 layers, 16 routed experts of 128 and 2 shared ones, 4 chosen by each token: in proportion like
@@ -41,12 +42,14 @@ from benchmarks.support.reference_shape import (
     HELD_OUT,
     HP,
     MINUTES,
+    SHAPES,
     TRAINING,
     reference_folder,
 )
 from benchmarks.support.reference_text import Corpus, read_corpus
 from dsmoe_convert.byte_level import byte_characters
 from dsmoe_local.model.config_json import config_values
+from dsmoe_local.model.hyperparameters import Hyperparameters
 
 _BATCH = 4  # windows of n_context tokens
 _RATE, _LEAST_RATE = 3e-3, 1e-4
@@ -172,7 +175,12 @@ def train(model: ReferenceModel, ids: Ids, minutes: float, seed: int) -> tuple[i
 
 
 def write(
-    folder: Path, model: ReferenceModel, tokenizer: Tokenizer, corpus: Corpus, trained: Trained
+    folder: Path,
+    hp: Hyperparameters,
+    model: ReferenceModel,
+    tokenizer: Tokenizer,
+    corpus: Corpus,
+    trained: Trained,
 ) -> None:
     """The checkpoint as Hugging Face has it, and the texts, under its name only when complete."""
     temporary = folder.with_name(f".{folder.name}.part")
@@ -182,7 +190,7 @@ def write(
     save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
     special = {name: tokenizer.token_to_id(token) for name, token in (("bos", BOS), ("eos", EOS))}
     values: dict[str, Any] = config_values(
-        HP, bos_token_id=special["bos"], eos_token_id=special["eos"], torch_dtype="bfloat16"
+        hp, bos_token_id=special["bos"], eos_token_id=special["eos"], torch_dtype="bfloat16"
     )
     tokenizer.save(str(temporary / "tokenizer.json"))
     settings = {"add_bos_token": True, "add_eos_token": False, "bos_token": BOS, "eos_token": EOS}
@@ -199,7 +207,7 @@ def write(
     temporary.rename(folder)
 
 
-def make_reference(folder: Path, minutes: float, seed: int) -> Trained:
+def make_reference(folder: Path, minutes: float, seed: int, hp: Hyperparameters = HP) -> Trained:
     """Train one and write it to `folder`."""
     torch.manual_seed(seed)
     torch.set_num_threads(
@@ -208,7 +216,7 @@ def make_reference(folder: Path, minutes: float, seed: int) -> Trained:
     corpus = read_corpus()
     tokenizer = train_tokenizer(corpus)
     ids = encode(tokenizer, corpus.training)
-    model = ReferenceModel(HP)
+    model = ReferenceModel(hp)
     n_weights = sum(parameter.numel() for parameter in model.parameters())
     print(
         f"{n_weights / 1e6:.1f}M weights, {len(ids) / 1e6:.2f}M tokens of text", file=sys.stderr, flush=True
@@ -218,7 +226,7 @@ def make_reference(folder: Path, minutes: float, seed: int) -> Trained:
     measured = held_out_loss(model, encode(tokenizer, (corpus.held_out,)))
     products = "bf16" if computes_bf16() else "f32"
     trained = Trained(minutes, seed, n_steps, n_tokens, n_tokens / len(ids), loss, measured, products)
-    write(folder, model, tokenizer, corpus, trained)
+    write(folder, hp, model, tokenizer, corpus, trained)
     return trained
 
 
@@ -229,13 +237,14 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, default=MINUTES)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--architecture", choices=SHAPES, default=HP.architecture)
     parser.add_argument("-o", "--output", type=Path, help="a folder, which is replaced")
     given = parser.parse_args()
-    folder = given.output or reference_folder(given.minutes, given.seed)
+    folder = given.output or reference_folder(given.minutes, given.seed, given.architecture)
     if given.output is None and (folder / TRAINING).is_file():
         print(f"{folder} is there already", file=sys.stderr)
     else:
-        make_reference(folder, given.minutes, given.seed)
+        make_reference(folder, given.minutes, given.seed, SHAPES[given.architecture])
     print(json.dumps({"folder": str(folder), **json.loads((folder / TRAINING).read_text())}))
 
 

@@ -1,7 +1,8 @@
 """A DeepSeekMoE (arXiv 2401.06066) in torch that can be trained: the paper's equations, and no more.
 
-Attention and FFNs as in the released model; the router's softmax over all experts weighs the chosen ones
-without being normalized again (equations 9 to 11). All weights are f32; matrix products follow autocast.
+Attention and FFNs as in the released model, or as in DeepSeek-V2 (MLA, arXiv 2405.04434). The router's
+softmax over all experts weighs the chosen ones without being normalized again (equations 9 to 11). All
+weights are f32; matrix products follow autocast.
 """
 
 from __future__ import annotations
@@ -37,6 +38,42 @@ class Attention(nn.Module):
         mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         result: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return result
+
+
+class LatentAttention(nn.Module):
+    """Causal attention over (batch, length, width) with compressed queries, keys and values: MLA."""
+
+    def __init__(self, hp: Hyperparameters) -> None:
+        super().__init__()
+        self._hp = hp
+        self.q_a_proj = nn.Linear(hp.hidden_size, hp.query_rank, bias=False)
+        self.q_a_layernorm = nn.RMSNorm(hp.query_rank, hp.rms_norm_eps)
+        self.q_b_proj = nn.Linear(hp.query_rank, hp.attention_size, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hp.hidden_size, hp.latent_size, bias=False)
+        self.kv_a_layernorm = nn.RMSNorm(hp.kv_rank, hp.rms_norm_eps)
+        self.kv_b_proj = nn.Linear(hp.kv_rank, hp.n_heads * (hp.nope_dim + hp.value_dim), bias=False)
+        self.o_proj = nn.Linear(hp.attention_output_size, hp.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        hp = self._hp
+        query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        query = query.unflatten(-1, (hp.n_heads, hp.head_dim)).transpose(1, 2)
+        latent, key_part = self.kv_a_proj_with_mqa(x).split([hp.kv_rank, hp.rotary_dim], -1)
+        expanded = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (hp.n_heads, -1)).transpose(1, 2)
+        key, value = expanded.split([hp.nope_dim, hp.value_dim], -1)
+        query, query_part = query.split([hp.nope_dim, hp.rotary_dim], -1)
+        key_part = _rotate(_halves(key_part.unsqueeze(1)), rotation).expand(-1, hp.n_heads, -1, -1)
+        query = torch.cat((query, _rotate(_halves(query_part), rotation)), -1)
+        key = torch.cat((key, key_part), -1)
+        mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        result: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return result
+
+
+def _halves(x: Tensor) -> Tensor:
+    """Return the values of adjacent pairs as two halves: DeepSeek-V2 rotates pairs."""
+    pairs = x.reshape(*x.shape[:-1], -1, 2)
+    return pairs.transpose(-1, -2).flatten(-2)
 
 
 def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
@@ -111,7 +148,7 @@ class Layer(nn.Module):
         self.input_layernorm, self.post_attention_layernorm = (
             nn.RMSNorm(hp.hidden_size, hp.rms_norm_eps) for _ in range(2)
         )
-        self.self_attn = Attention(hp)
+        self.self_attn = LatentAttention(hp) if hp.is_mla else Attention(hp)
         self.mlp = Mixture(hp) if hp.is_moe_layer(layer) else FeedForward(hp.hidden_size, hp.ffn_size)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
@@ -140,8 +177,8 @@ class Decoder(nn.Module):
 
 
 def _rotation(hp: Hyperparameters, length: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, (length, head_dim)."""
-    frequencies = hp.rope_theta ** -(torch.arange(0, hp.head_dim, 2) / hp.head_dim)
+    """Cosines and sines, (length, rotary_dim)."""
+    frequencies = hp.rope_theta ** -(torch.arange(0, hp.rotary_dim, 2) / hp.rotary_dim)
     angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies).repeat(1, 2)
     return angles.cos(), angles.sin()
 

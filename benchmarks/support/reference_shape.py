@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from dsmoe_local.base.paths import cache_folder
@@ -28,7 +30,21 @@ HP = Hyperparameters(
     name="trained reference",
 )
 
+LATENT = replace(
+    HP,
+    architecture="deepseek2",
+    head_dim=96,
+    value_dim=64,
+    rotary_dim=32,
+    query_rank=192,
+    kv_rank=128,
+    name="trained reference with MLA",
+)
+"""The same with the attention of DeepSeek-V2, in proportion like V2-Lite."""
+SHAPES: Mapping[str, Hyperparameters] = {shape.architecture: shape for shape in (HP, LATENT)}
 
-def reference_folder(minutes: float = MINUTES, seed: int = 0) -> Path:
+
+def reference_folder(minutes: float = MINUTES, seed: int = 0, architecture: str = HP.architecture) -> Path:
     """Where the checkpoint is kept."""
-    return cache_folder() / "benchmarks" / f"reference-{minutes:g}min-{seed}"
+    kind = "" if architecture == HP.architecture else f"-{architecture}"
+    return cache_folder() / "benchmarks" / f"reference{kind}-{minutes:g}min-{seed}"

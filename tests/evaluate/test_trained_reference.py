@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from support import torch_deepseek
-from support.checkpoints import TINY
+from support import llama_oracle, torch_deepseek
+from support.checkpoints import TINY, write_checkpoint
 
 from benchmarks import train_reference
 from benchmarks.support.reference_model import Mixture, ReferenceModel
@@ -48,6 +48,22 @@ def test_logits_are_the_oracles(model: ReferenceModel) -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         rounded = model(IDS)
     assert float(((rounded - expected).std() / expected.std()).detach()) < 0.1
+
+
+def test_latent_attention_is_that_of_llama_cpp(tmp_path: Path) -> None:
+    """A model with MLA that is trained to be something else than what llama.cpp computes."""
+    hp = replace(
+        TINY, architecture="deepseek2", head_dim=24, value_dim=12, rotary_dim=8, query_rank=24, kv_rank=32
+    )
+    torch.manual_seed(0)
+    model = ReferenceModel(hp)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(1 if parameter.dim() == 1 else 0, 0.15)
+    folder = write_checkpoint(tmp_path / "model", hp, weights=model.state_dict())
+    found = llama_oracle.logits(convert_folder(folder, tmp_path / "out.gguf").path, IDS[0].tolist())
+    expected = model(IDS[:1])[0].detach().numpy()
+    assert np.abs(found - expected).max() < 1e-4 * expected.std()
 
 
 def test_balance_is_the_papers(model: ReferenceModel) -> None:
