@@ -1,3 +1,3 @@
-"""dsmoe-local: convert, quantize and run DeepSeekMoE models on a laptop."""
+"""dsmoe-local: convert, quantize and run mixtures of experts on a laptop."""
 
 __version__ = "0.1.0"

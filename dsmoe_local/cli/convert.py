@@ -85,7 +85,7 @@ def command(
     low_disk: bool,
     **values: Any,  # noqa: ANN401 - the options about types
 ) -> None:
-    """Convert a Hugging Face checkpoint of a DeepSeekMoE to GGUF, and quantize it in the same pass.
+    """Convert a Hugging Face checkpoint of a mixture of experts to GGUF, and quantize it in the same pass.
 
     SRC is a folder, or a repository such as deepseek-ai/deepseek-moe-16b-chat.
 

@@ -62,7 +62,7 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="dsmoe")
 def group() -> None:
-    """Convert, quantize and run DeepSeekMoE models on a laptop."""
+    """Convert, quantize and run mixtures of experts on a laptop."""
 
 
 def run(command: click.Command, program: str) -> int:

@@ -1,1 +1,1 @@
-"""What a DeepSeekMoE is: hyper-parameters, tensor layout, cost, and its GGUF file. Runs nothing."""
+"""What a model is: architecture, hyper-parameters, tensor layout, cost, and its GGUF file. Runs nothing."""
