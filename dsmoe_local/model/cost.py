@@ -1,4 +1,7 @@
-"""What a model costs: parameters, FLOPs, bytes read per token, KV cache. Formulas from arXiv 2401.06066."""
+"""What a model costs: parameters, FLOPs, bytes read per token, KV cache.
+
+Parameters and FLOPs are counted as in arXiv 2401.06066, and so for all architectures.
+"""
 
 from __future__ import annotations
 
@@ -39,21 +42,23 @@ def flops(hp: Hyperparameters, n_tokens: int, ffn_factor: float | None = None) -
     """Return the FLOPs of one training step (forward and backward) over a sequence of `n_tokens`.
 
     `ffn_factor` f is the number of FFN weights that a token uses in a layer, in units of hidden_size squared.
-    With the paper's nominal f, which presets have, the result is `T (6 L (4 + f) d² + 12 L d T + 6 V d)`: the
-    paper's figures. Without it, real widths count: grouped queries, dense first layers and routers.
+    With the paper's nominal f, the result is `T (6 L (4 + f) d² + 12 L d T + 6 V d)`: the paper's figures.
+    Without it, real widths count: grouped queries, dense first layers and routers. MLA is counted as it is
+    trained, with keys and values expanded for each head. llama.cpp computes with compressed ones instead:
+    more FLOPs per token of context, and fewer bytes.
     """
     length, width = hp.n_layers, hp.hidden_size
     if ffn_factor is not None:
         weights = length * (4 + ffn_factor) * width**2
     else:
         weights = float(sum(_used_weights(hp, spec) for spec in tensor_specs(hp)))
-    attention = 12 * length * hp.attention_size * n_tokens
+    attention = 6 * length * (hp.attention_size + hp.attention_output_size) * n_tokens
     return n_tokens * (6 * weights + attention + 6 * hp.n_vocab * width)
 
 
 def _used_weights(hp: Hyperparameters, spec: TensorSpec) -> int:
     """Return the number of weights that one token is multiplied with, without embedding and output."""
-    if spec.role in (Role.EMBEDDING, Role.OUTPUT, Role.NORM):
+    if spec.role in (Role.EMBEDDING, Role.OUTPUT, Role.NORM, Role.BIAS):
         return 0
     if spec.role is Role.ROUTED_EXPERT:
         return spec.n_weights // hp.n_routed_experts * hp.n_experts_per_token
@@ -63,10 +68,10 @@ def _used_weights(hp: Hyperparameters, spec: TensorSpec) -> int:
 def kv_bytes_per_token(hp: Hyperparameters, keys: str = "f16", values: str = "f16") -> int:
     """Return the bytes that one token of context takes in the KV cache, for the types of keys and values.
 
-    Raises UsageError if a type is unknown.
+    MLA has a cache of keys only: values are the first columns of a key. Raises UsageError if a type is
+    unknown.
     """
     per_layer = row_bytes(parse_type(keys), hp.n_cache_heads * hp.cache_key_dim)
-    # With MLA, values are columns of the key.
     if not hp.is_mla:
         per_layer += row_bytes(parse_type(values), hp.value_size)
     return hp.n_layers * per_layer

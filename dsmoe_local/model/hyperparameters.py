@@ -124,6 +124,13 @@ class Hyperparameters:
         return self.n_layers - self.n_dense_layers
 
     @property
+    def n_choosable_experts(self) -> int:
+        """Number of routed experts that a token's can be chosen from: those of its groups."""
+        if self.n_expert_groups <= 1:
+            return self.n_routed_experts
+        return self.n_routed_experts // self.n_expert_groups * self.n_groups_per_token
+
+    @property
     def shared_size(self) -> int:
         """Width of the fused shared experts."""
         return self.n_shared_experts * self.shared_expert_size

@@ -107,6 +107,8 @@ _KINDS: Mapping[str, Kind] = {
 }
 # fmt: on
 
+_SHARED_GATE = "ffn_gate_inp_shexp.weight"
+
 UNQUANTIZED_ROLES = (Role.NORM, Role.ROUTER, Role.BIAS)
 """Roles whose tensors are always F32."""
 
@@ -218,6 +220,11 @@ def _row_blocks(blocks: Blocks | None, hp: Hyperparameters) -> RowBlocks | None:
         n_rows=parts[blocks.part],
         order=blocks.order,
     )
+
+
+def has_shared_gate(hp: Hyperparameters) -> bool:
+    """True if the output of the shared experts is multiplied by a gate."""
+    return any(rule.name == _SHARED_GATE for rule in ARCHITECTURES[hp.architecture].moe_layer)
 
 
 def unquantized(hp: Hyperparameters, kind: GgmlType) -> list[Tensor]:

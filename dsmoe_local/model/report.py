@@ -40,10 +40,10 @@ class TokenizerReport:
 class ModelReport:
     """One model.
 
-    FLOPs are for a sequence of 4,096 tokens. `flops_paper` uses the paper's nominal widths; it is None if the
-    dimensions are not those of a preset. `ratios` are FLOPs relative to other models. `type` is the name of
-    the file's type, and `imatrix` that of the importance matrix it was made with, if any. `assumed_type` is
-    the type of the weights if there is no GGUF file.
+    FLOPs are for a sequence of 4,096 tokens. For models of arXiv 2401.06066, recognized by their dimensions,
+    `flops_paper` are FLOPs with the paper's nominal widths, and `ratios` those relative to other models of
+    the paper. `type` is the name of the file's type, and `imatrix` that of the importance matrix it was made
+    with, if any. `assumed_type` is the type of the weights if there is no GGUF file.
     """
 
     source: str
@@ -72,7 +72,7 @@ class ModelReport:
 
 
 def report_on(target: str) -> ModelReport:
-    """Return the report on a GGUF file, a folder with a config.json, or a preset of the paper.
+    """Return the report on a GGUF file, a folder with a config.json, or a preset.
 
     Raises UsageError if `target` is none of these. Raises FileError and FormatError if it cannot be read.
     """
@@ -113,8 +113,7 @@ def _report_on_folder(folder: Path) -> ModelReport:
 def _report(source: str, hp: Hyperparameters, assumed: GgmlType, file: GgufFile | None = None) -> ModelReport:
     """Make the report. `assumed` is the type of the weights if there is no file."""
     counted = parameters(hp)
-    preset = matching_preset(hp)
-    nominal = None if preset is None else flops(hp, PAPER_TOKENS, preset.ffn_factor)
+    nominal, ratios = _paper_flops(hp)
     tensors = [file.tensors[spec.name] for spec in tensor_specs(hp)] if file else unquantized(hp, assumed)
     return ModelReport(
         source=source,
@@ -123,7 +122,7 @@ def _report(source: str, hp: Hyperparameters, assumed: GgmlType, file: GgufFile 
         n_activated=counted.activated,
         flops=flops(hp, PAPER_TOKENS),
         flops_paper=nominal,
-        ratios={name: _ratio(hp, nominal, name) for name in COMPARED_WITH},
+        ratios=ratios,
         shares=tuple(shares(hp, tensors)),
         kv_bytes_per_token=kv_bytes_per_token(hp),
         tokenizer=None if file is None else _tokenizer(file),
@@ -133,12 +132,16 @@ def _report(source: str, hp: Hyperparameters, assumed: GgmlType, file: GgufFile 
     )
 
 
-def _ratio(hp: Hyperparameters, nominal: float | None, other: str) -> float:
-    """Return FLOPs relative to another model's, both with nominal widths or both with real ones."""
-    preset = PRESETS[other]
-    if nominal is not None:
-        return nominal / flops(preset.hp, PAPER_TOKENS, preset.ffn_factor)
-    return flops(hp, PAPER_TOKENS) / flops(preset.hp, PAPER_TOKENS)
+def _paper_flops(hp: Hyperparameters) -> tuple[float | None, Mapping[str, float]]:
+    """Return FLOPs by the formula of the paper, and relative to its dense models. Other models have none."""
+    preset = matching_preset(hp)
+    if preset is None or preset.ffn_factor is None:
+        return None, {}
+    nominal = flops(hp, PAPER_TOKENS, preset.ffn_factor)
+    others = {name: PRESETS[name] for name in COMPARED_WITH}
+    return nominal, {
+        name: nominal / flops(other.hp, PAPER_TOKENS, other.ffn_factor) for name, other in others.items()
+    }
 
 
 def _tokenizer(file: GgufFile) -> TokenizerReport:
@@ -173,11 +176,19 @@ def as_json(report: ModelReport) -> dict[str, Any]:
         "hidden_size": hp.hidden_size,
         "n_heads": hp.n_heads,
         "n_kv_heads": hp.n_kv_heads,
+        "head_dim": hp.head_dim,
+        "value_dim": hp.value_dim,
+        "query_rank": hp.query_rank,
+        "kv_rank": hp.kv_rank,
         "ffn_size": hp.ffn_size,
         "n_routed_experts": hp.n_routed_experts,
         "n_shared_experts": hp.n_shared_experts,
         "n_experts_per_token": hp.n_experts_per_token,
         "expert_size": hp.expert_size,
+        "shared_expert_size": hp.shared_expert_size,
+        "gating": hp.gating.value,
+        "n_expert_groups": hp.n_expert_groups,
+        "n_groups_per_token": hp.n_groups_per_token,
         "n_vocab": hp.n_vocab,
         "n_context": hp.n_context,
         "parameters": {"total": report.n_parameters, "activated": report.n_activated},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,13 @@ from support.imatrices import random_imatrix
 from support.raw_gguf import STRING, KeyValue, tiny_model
 from support.tiny_gguf import MOE, write_tiny
 
+from dsmoe_local.base.sizes import format_count, format_size
 from dsmoe_local.cli.commands import COMMANDS, load_command
 from dsmoe_local.model.presets import PRESETS
 from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
+
+PAGE = Path(__file__).parents[2] / "docs" / "inspect.md"
 
 
 def dsmoe(*arguments: str, **options: str) -> subprocess.CompletedProcess[str]:
@@ -64,14 +68,72 @@ def test_no_figure_is_cut(width: int) -> None:
     assert max(map(len, shown.splitlines())) <= width
 
 
+ROWS = re.findall(r"^\| `(.+)` \| (.+) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize(("name", "figures"), ROWS)
+def test_the_table_of_published_models(name: str, figures: str) -> None:
+    """Guards the page's figures."""
+    report = json.loads(CliRunner().invoke(load_command("inspect"), [name, "--json"]).stdout)
+    sizes = report["sizes"]
+    expected = [
+        format_count(report["parameters"]["total"]),
+        format_count(report["parameters"]["activated"]),
+        format_size(report["kv_bytes_per_token"]),
+        format_size(sizes["q8"]["bytes"]),
+        format_size(sizes["q4"]["bytes"]),
+        format_size(sizes["q4"]["bytes_read_per_token"]),
+        f"{sizes['Q4_K_M']['fallback']:.0%}",
+    ]
+    assert figures.split(" | ") == expected
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_inspect_every_preset(name: str) -> None:
-    """Guards the preset names that the help lists, and the paper's figure beside the real one."""
+    """Guards the preset names that the help lists; the paper's figures for another paper's model."""
     from dsmoe_local.model.report import as_json, report_on
 
     report = as_json(report_on(name))
-    assert report["flops_4k_paper"] > 0
+    is_of_the_paper = PRESETS[name].ffn_factor is not None
+    assert (report["flops_4k_paper"] is not None) == is_of_the_paper
+    assert bool(report["flops_ratio"]) == is_of_the_paper
     assert name in (load_command("inspect").help or "")
+
+
+INSPECTED = {
+    "deepseek-v2-lite": ("16 heads of 192, MLA with 512 + 64 cached values", "31.1 KB per token"),
+    "qwen1.5-moe-a2.7b": ("1 shared (5632 wide) behind a gate + 4 of 60 routed",),
+    "qwen3-30b-a3b": ("experts 8 of 128 routed, 768 wide router softmax, weights normalized",),
+    "ling-mini-2.0": (
+        "sigmoid, a bias for the choice, from the best 4 of 8 groups, weights normalized, times 2.5",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INSPECTED)
+def test_inspect_names_what_differs(name: str) -> None:
+    """Guards attention and routing of each kind, and sizes of files that are not made yet."""
+    shown = CliRunner().invoke(load_command("inspect"), [name], env={"COLUMNS": "200"}).stdout
+    words = " ".join(shown.split())
+    for text in INSPECTED[name]:
+        assert text in words
+    report = json.loads(CliRunner().invoke(load_command("inspect"), [name, "--json"]).stdout)
+    assert report["sizes"]["q8"]["bytes"] > report["sizes"]["q4"]["bytes"] > report["bytes"] / 4
+
+
+def test_sizes_are_those_of_quantized_files(tmp_path: Path) -> None:
+    """A size that is planned with other types than the quantizer's; a table of sizes for a quantized file."""
+    from dsmoe_local.model.config_json import config_values
+
+    (tmp_path / "config.json").write_text(json.dumps(config_values(MOE)), encoding="utf-8")
+    inspect = load_command("inspect")
+    sizes = json.loads(CliRunner().invoke(inspect, [str(tmp_path), "--json"]).stdout)["sizes"]
+    source = write_tiny(tmp_path / "tiny-BF16.gguf", MOE)
+    quantize_file(plan_quantization(source, resolve("q4")), tmp_path / "out.gguf")
+    report = json.loads(CliRunner().invoke(inspect, [str(tmp_path / "out.gguf"), "--json"]).stdout)
+    assert sizes["q4"]["bytes"] == report["bytes"]
+    assert sizes["q4"]["bytes_read_per_token"] == report["bytes_read_per_token"]
+    assert report["sizes"] == {}
 
 
 def test_inspect_a_folder_with_only_a_config(tmp_path: Path) -> None:

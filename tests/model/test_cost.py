@@ -1,9 +1,10 @@
-"""Costs against the figures published in the paper (arXiv 2401.06066)."""
+"""Costs against published figures: those of arXiv 2401.06066, and those of each model of the family."""
 
 from __future__ import annotations
 
 import pytest
 
+from dsmoe_local.model.architectures import ARCHITECTURES
 from dsmoe_local.model.cost import flops, kv_bytes_per_token, parameters, shares
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.layout import tensor_specs, unquantized
@@ -27,6 +28,25 @@ PUBLISHED_PARAMETERS = {
     "deepseek-67b": (67.4, 67.4),
     "llama2-7b": (6.7, 6.7),
 }
+PUBLISHED_OF_THE_FAMILY = {
+    "deepseek-v2-lite": (15.7, 2.4),
+    "moonlight-16b-a3b": (16, 3),
+    "deepseek-v3": (671, 37),
+    "kimi-k2": (1000, 32),
+    "glm-4.7-flash": (30, 3),
+    "glm-4.5-air": (106, 12),
+    "qwen1.5-moe-a2.7b": (14.3, 2.7),
+    "qwen3-30b-a3b": (30.5, 3.3),
+    "ling-mini-2.0": (16.3, 1.4),
+    "olmoe-1b-7b": (6.9, 1.3),
+}
+CACHE_BYTES = {
+    "deepseekmoe-16b": 28 * 2 * 2048 * 2,
+    "deepseek-v2-lite": 27 * 576 * 2,
+    "deepseek-v3": 70272,  # published: arXiv 2505.09343, table 1
+    "qwen3-30b-a3b": 48 * 2 * 512 * 2,
+    "ling-mini-2.0": 20 * 2 * 512 * 2,
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED_TERAFLOPS)
@@ -45,6 +65,38 @@ def test_parameters_are_the_papers(name: str) -> None:
     total, activated = PUBLISHED_PARAMETERS[name]
     assert abs(counted.total / 1e9 - total) <= 0.05
     assert abs(counted.activated / 1e9 - activated) <= 0.05
+
+
+@pytest.mark.parametrize("name", PUBLISHED_OF_THE_FAMILY)
+def test_parameters_of_the_family(name: str) -> None:
+    """Wrong dimensions of a preset; a tensor that an architecture's table lacks.
+
+    Publications count neither, one or both of embedding and output.
+    """
+    hp = PRESETS[name].hp
+    counted, embeddings = parameters(hp), 2 * hp.n_vocab * hp.hidden_size
+    total, activated = PUBLISHED_OF_THE_FAMILY[name]
+    assert 0.97 * total <= counted.total / 1e9 <= 1.03 * total
+    assert (counted.activated - embeddings) / 1e9 <= 1.09 * activated
+    assert 0.97 * activated <= counted.activated / 1e9
+
+
+def test_presets_of_the_family_are_models_that_llama_cpp_runs() -> None:
+    """A preset that the checks of its architecture refuse."""
+    for name in PUBLISHED_OF_THE_FAMILY:
+        hp = PRESETS[name].hp
+        for check in ARCHITECTURES[hp.architecture].checks:
+            assert check(hp) is None, name
+
+
+def test_flops_of_mla() -> None:
+    """Guards the expanded heads: 250 GFLOPs per token of DeepSeek-V3 (arXiv 2505.09343, table 2).
+
+    The publication counts attention to earlier tokens only, which is half of it.
+    """
+    hp = PRESETS["deepseek-v3"].hp
+    attention = 6 * hp.n_layers * hp.n_heads * (192 + 128) * 4096
+    assert flops(hp, 4096) / 4096 - attention / 2 == pytest.approx(250e9, rel=0.005)
 
 
 def test_the_ratios_of_the_abstract() -> None:
@@ -82,9 +134,10 @@ def test_bytes_read_per_token_of_the_16b_in_8_bits() -> None:
     assert sum(part.n_bytes_per_token for part in parts) / 1e9 == pytest.approx(2.79, abs=0.01)
 
 
-def test_kv_cache_of_the_16b() -> None:
-    """Guards the 229 KB per token that bound how many conversations fit."""
-    assert kv_bytes_per_token(PRESETS["deepseekmoe-16b"].hp) == 229376
+@pytest.mark.parametrize("name", CACHE_BYTES)
+def test_kv_cache(name: str) -> None:
+    """Guards the bytes per token that bound how many conversations fit."""
+    assert kv_bytes_per_token(PRESETS[name].hp) == CACHE_BYTES[name]
 
 
 def test_a_preset_is_recognised_by_its_dimensions() -> None:
