@@ -230,7 +230,8 @@ def _check_tensors(file: GgufFile, hp: Hyperparameters) -> None:
         info = file.tensors.get(name)
         if info is None:
             raise FormatError(f"the tensor {name} is missing", where=file.path, remedy=remedy)
-        if info.shape != spec.shape:
+        # llama.cpp's converter writes the vector of a shared expert's gate as a matrix of one row.
+        if info.shape not in (spec.shape, (1, *spec.shape)):
             raise FormatError(
                 f"the tensor {name} has the shape {info.shape}, not {spec.shape}",
                 where=file.path,

@@ -90,3 +90,11 @@ def test_tables_are_those_of_llama_cpp(name: str, tmp_path: Path) -> None:
     known = {value for group in groups for value in group.values() if isinstance(value, str)}
     assert {key.replace(name, "{arch}", 1) for key in metadata_of(hp)} <= known
     assert read_model(path)[1] == replace(hp, name="tiny")
+
+
+def test_a_vector_that_is_stored_as_a_row(tmp_path: Path) -> None:
+    """The gate of Qwen2-MoE's shared expert, which llama.cpp's converter writes as a matrix of one row."""
+    path = write_tiny(tmp_path / "tiny.gguf", FAMILY["qwen2moe"], as_rows="ffn_gate_inp_shexp")
+    with llama_oracle.loaded(path):
+        pass
+    assert read_model(path)[0].tensors["blk.0.ffn_gate_inp_shexp.weight"].shape == (1, 256)

@@ -112,8 +112,13 @@ FAMILY: Mapping[str, Hyperparameters] = {
 """A small model of each architecture."""
 
 
-def write_tiny(path: Path, hp: Hyperparameters, dtype: str = "bf16", seed: int = 0) -> Path:
-    """A model with random weights in `dtype` (f32, f16, bf16), norms and routers in F32; returns `path`."""
+def write_tiny(
+    path: Path, hp: Hyperparameters, dtype: str = "bf16", seed: int = 0, *, as_rows: str = ""
+) -> Path:
+    """A model with random weights in `dtype` (f32, f16, bf16), norms and routers in F32; returns `path`.
+
+    `as_rows` names vectors that are written as matrices of one row.
+    """
     writer = gguf.GGUFWriter(path, hp.architecture)
     writer.add_name("tiny")
     writer.add_file_type({"f32": 0, "f16": 1, "bf16": 32}[dtype])
@@ -130,6 +135,8 @@ def write_tiny(path: Path, hp: Hyperparameters, dtype: str = "bf16", seed: int =
     generator = np.random.default_rng(seed)
     for spec in tensor_specs(hp):
         weights = generator.standard_normal(spec.shape, np.float32) * np.float32(0.05)
+        if as_rows and as_rows in spec.name:
+            weights = weights[np.newaxis]
         if spec.role in UNQUANTIZED_ROLES or dtype == "f32":
             writer.add_tensor(spec.name, weights)
         elif dtype == "f16":
