@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +16,13 @@ from support.checkpoints import random_weights, write_checkpoint
 from support.family import MEMBERS, logits, tiny_model, write_member
 from support.tiny_gguf import FAMILY, write_tiny
 
-from dsmoe_convert.convert import convert_folder
+from dsmoe_convert.convert import ConvertOptions, convert_folder
 from dsmoe_local.model.architectures import ARCHITECTURES
 from dsmoe_local.model.gguf_model import metadata_of, read_model
 
 IDS = [0, *range(20, 70), 5, 5, 300]
 TOLERANCE = 1e-4
+BLOCK = 20  # no width of these models is a multiple
 
 
 @pytest.mark.parametrize("name", MEMBERS)
@@ -98,3 +100,53 @@ def test_a_vector_that_is_stored_as_a_row(tmp_path: Path) -> None:
     with llama_oracle.loaded(path):
         pass
     assert read_model(path)[0].tensors["blk.0.ffn_gate_inp_shexp.weight"].shape == (1, 256)
+
+
+def test_fp8_weights_with_mla(tmp_path: Path) -> None:
+    """Scales of blocks that do not follow the rows of `kv_b_proj`, which are split and transposed."""
+    member = MEMBERS["deepseek3"]
+    model = tiny_model(member)
+    folder = write_member(tmp_path / "model", member, model)
+    stored: dict[str, torch.Tensor] = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        if weight.ndim < 2 or "mlp.gate." in name or not name.startswith("model.layers"):
+            stored[name] = weight
+            continue
+        stored[name], stored[f"{name}_scale_inv"], rounded = fp8_blocks(weight)
+        parameters = dict(model.named_parameters())
+        if name in parameters:  # transformers has fused the experts
+            parameters[name].data.copy_(rounded)
+        else:
+            copy_expert(parameters, name, rounded)
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "weight_block_size": [BLOCK, BLOCK],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    out = convert_folder(folder, tmp_path / "out.gguf", ConvertOptions("f32")).path
+    found, expected = llama_oracle.logits(out, IDS), logits(model, IDS)
+    assert np.abs(found - expected).max() < TOLERANCE * expected.std()
+
+
+def fp8_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A matrix in E4M3, the scales of its blocks, and what both mean."""
+    n_rows, n_columns = weight.shape
+    padded = torch.nn.functional.pad(weight, (0, -n_columns % BLOCK, 0, -n_rows % BLOCK))
+    blocks = padded.reshape(len(padded) // BLOCK, BLOCK, -1, BLOCK)
+    scales = blocks.abs().amax((1, 3)) / 448
+    wide = scales.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[:n_rows, :n_columns]
+    packed = (weight / wide).to(torch.float8_e4m3fn)
+    return packed, scales, packed.float() * wide
+
+
+def copy_expert(parameters: dict[str, torch.nn.Parameter], name: str, value: torch.Tensor) -> None:
+    """Copy the matrix of one expert into the tensor of all experts of its layer."""
+    layer, _, rest = name.partition("experts.")
+    expert, kind, _ = rest.split(".")
+    fused = parameters[f"{layer}experts.{'down_proj' if kind == 'down_proj' else 'gate_up_proj'}"]
+    size = len(value)
+    rows = slice(size, None) if kind == "up_proj" else slice(0, size)
+    fused.data[int(expert), rows] = value
