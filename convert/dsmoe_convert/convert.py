@@ -42,7 +42,8 @@ class ConvertOptions:
     """The options that decide the content of the file.
 
     Without `type` and `recipe` the weights keep the checkpoint's type. `pre` names the pre-tokenizer; None:
-    recognise it. With an `imatrix`, weights are encoded by their importance.
+    recognise it. With an `imatrix`, weights are encoded by their importance. A file that would exceed
+    `split_max_size` bytes is split into several.
     """
 
     type: str | None = None
@@ -51,6 +52,7 @@ class ConvertOptions:
     allow_pickle: bool = False
     recipe: LayeredRecipe | None = None
     imatrix: Imatrix | None = None
+    split_max_size: int | None = None
 
     @property
     def choice(self) -> TypeChoice | None:
@@ -75,6 +77,7 @@ class Conversion(TypePlan):
     checkpoint: Checkpoint = field(kw_only=True)
     metadata: Mapping[str, Field] = field(kw_only=True)
     overrides: Overrides = field(kw_only=True)
+    split_max_size: int | None = None
 
     @property
     def default_name(self) -> str:
@@ -134,6 +137,7 @@ def plan(
         checkpoint=checkpoint,
         metadata=types.metadata_of(metadata),
         overrides=options.overrides,
+        split_max_size=options.split_max_size,
     )
 
 
@@ -180,6 +184,7 @@ def run(conversion: Conversion, out: Path, run_options: RunOptions) -> Summary:
                 **conversion.fingerprint,
             },
             sources=conversion.checkpoint.files,
+            split_max_size=conversion.split_max_size,
             threads=run_options.threads,
             force=run_options.force,
             arrange=arrange,

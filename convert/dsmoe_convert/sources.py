@@ -30,6 +30,7 @@ from dsmoe_local.base.errors import InterruptedRunError, UsageError
 from dsmoe_local.base.progress import Advanced, Listener, Note
 from dsmoe_local.model.config_json import checkpoint_name, read_config
 from dsmoe_quantize.write.output import Summary, refuse_early
+from dsmoe_quantize.write.unfinished import unfinished_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ def convert(
     source_options = source_options or SourceOptions()
     target = out or _early_name(source, options)
     if target is not None:
-        refuse_early(target, run_options.force)
+        refuse_early(target, run_options.force, split=options.split_max_size is not None)
     planned = plan_source(source, options, source_options, run_options)
     target = target or Path(planned.conversion.default_name)
     if planned.staging is None:
@@ -164,7 +165,6 @@ class Staging:
 
     def _open(self) -> None:
         """Create the folder, delete what an interrupted run left and is not needed, and check free space."""
-        part = self.out.with_name(f".{self.out.name}.part")
         self.folder.mkdir(exist_ok=True)
         for partial in self.folder.rglob("*.incomplete"):
             partial.unlink(missing_ok=True)
@@ -173,7 +173,9 @@ class Staging:
         for shard in set(self._shards) - set(self.window.sequence[:n_shards]):
             (self.folder / shard).unlink(missing_ok=True)
         largest = sorted((self._repository.sizes[shard] for shard in self._shards), reverse=True)[:n_shards]
-        missing = self.n_output - part.stat().st_blocks * 512 if part.exists() else 0
+        unfinished = unfinished_files(self.out)
+        n_held = sum(path.lstat().st_blocks * 512 for path in unfinished)
+        missing = self.n_output - n_held if unfinished else 0
         durable.require_space(self.out.parent, max(0, missing) + sum(largest))
         self._is_open = True
 

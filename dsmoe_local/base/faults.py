@@ -18,6 +18,7 @@ POINTS = {
     "output.journaled": "the journal names finished tensors",
     "output.complete": "all tensors are written and synced, nothing is verified",
     "output.verified": "the temp file is verified, not renamed",
+    "split.renamed": "a file of a split output has its final name, the first has not",
     "output.renamed": "the final name exists, the journal is still there",
     "shards.spent": "all tensors of a downloaded shard are journaled, the shard is still there",
     "batch.spooled": "standard input is saved, nothing is answered",

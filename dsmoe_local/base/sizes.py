@@ -10,6 +10,7 @@ from dsmoe_local.base.errors import UsageError
 _UNITS = {
     "": 1,
     "b": 1,
+    **{prefix: 1000**power for power, prefix in enumerate("kmgt", 1)},
     **{f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", 1)},
     **{f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", 1)},
 }
@@ -18,7 +19,7 @@ _UNITS = {
 def parse_size(text: str) -> int:
     """Return the number of bytes that a size such as `2GiB` names. Raises UsageError if it is not a size.
 
-    The unit is optional and in any case: B, KB, KiB, … TB, TiB.
+    The unit is optional and in any case: B, K or KB, KiB, … T or TB, TiB.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].lower() not in _UNITS:

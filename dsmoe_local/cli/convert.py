@@ -16,6 +16,8 @@ from dsmoe_local.cli.output import show_notes, show_result
 from dsmoe_local.cli.progress import run_with_progress
 from dsmoe_local.cli.type_options import (
     TypeOptions,
+    files_note,
+    parse_split_size,
     settle_types,
     show_types,
     summary_line,
@@ -77,6 +79,7 @@ def command(
     out: Path | None,
     threads: int | None,
     dry_run: bool,
+    split_max_size: str | None,
     force: bool,
     pre: str | None,
     allow_pickle: bool,
@@ -110,6 +113,7 @@ def command(
         allow_pickle,
         recipe=types.recipe(),
         imatrix=types.imatrix(),
+        split_max_size=parse_split_size(split_max_size),
     )
     source_options = SourceOptions(revision, token, low_disk=low_disk)
     if dry_run:
@@ -131,8 +135,9 @@ def command(
 
 def _show(conversion: Conversion, out: Path | str) -> None:
     """Print the table of a dry run on stdout."""
+    files = files_note(conversion.metadata, conversion.choices, conversion.split_max_size)
     show_types(
         conversion.choices,
-        f"{safe_line(str(out))}: {len(conversion.choices)} tensors, {format_size(conversion.n_bytes)},"
+        f"{safe_line(str(out))}: {len(conversion.choices)} tensors, {format_size(conversion.n_bytes)}{files},"
         f" {conversion.bits_per_weight:.2f} bits per weight",
     )

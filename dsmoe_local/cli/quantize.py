@@ -19,6 +19,8 @@ from dsmoe_local.cli.progress import run_with_progress
 from dsmoe_local.cli.target_options import TARGETS, TargetOptions, show_offers, show_reasons, target_options
 from dsmoe_local.cli.type_options import (
     TypeOptions,
+    files_note,
+    parse_split_size,
     settle_types,
     show_types,
     summary_line,
@@ -56,6 +58,7 @@ def command(
     named: Path | None,
     threads: int | None,
     dry_run: bool,
+    split_max_size: str | None,
     allow_requantize: bool,
     force: bool,
     **values: Any,  # noqa: ANN401 - the options about types and targets
@@ -81,15 +84,15 @@ def command(
     values = settle_types(values, *TARGETS)
     types, targets = TypeOptions.of(values), TargetOptions.of(values)
     targets.check(types)
-    may_lose = allow_requantize or dry_run
+    may_lose, split = allow_requantize or dry_run, parse_split_size(split_max_size)
     if targets.has_target:
         output = out or output_called(source, targets.request().name)
-        _check_places(source, output, targets.recipe_out, force=force, dry_run=dry_run)
+        _check_places(source, output, targets.recipe_out, force=force, dry_run=dry_run, split=bool(split))
         plan = _solved(source, types, targets, threads or 0, may_lose=may_lose, dry_run=dry_run)
     else:
         choice, overrides = _choice(types, out), types.parsed_overrides()
         output = out or default_output(source, choice, overrides)
-        _check_places(source, output, targets.recipe_out, force=force, dry_run=dry_run)
+        _check_places(source, output, targets.recipe_out, force=force, dry_run=dry_run, split=bool(split))
         plan = plan_quantization(
             source, choice, overrides, allow_requantize=may_lose, imatrix=types.imatrix()
         )
@@ -98,18 +101,26 @@ def command(
     if targets.recipe_out is not None:
         _write_recipe(plan, targets.recipe_out, force=force)
     if dry_run:
-        _show(plan, output)
+        _show(plan, output, split)
         show_notes(plan.notes)
         return
     summary = run_with_progress(
         lambda listen, stop: quantize_file(
-            plan, output, threads=threads or 0, force=force, listen=listen, stop=stop
+            plan,
+            output,
+            split_max_size=split,
+            threads=threads or 0,
+            force=force,
+            listen=listen,
+            stop=stop,
         )
     )
     show_result(summary_line(summary))
 
 
-def _check_places(source: Path, output: Path, recipe_out: Path | None, *, force: bool, dry_run: bool) -> None:
+def _check_places(
+    source: Path, output: Path, recipe_out: Path | None, *, force: bool, dry_run: bool, split: bool
+) -> None:
     """Raise, before any work, the errors about output files."""
     from dsmoe_quantize.policy.recipe_file import refuse_place
     from dsmoe_quantize.write.output import refuse_early
@@ -117,7 +128,7 @@ def _check_places(source: Path, output: Path, recipe_out: Path | None, *, force:
     if recipe_out is not None:
         refuse_place(recipe_out, (source, output))
     if not dry_run:
-        refuse_early(output, force, [source])
+        refuse_early(output, force, [source], split=split)
 
 
 def _choice(types: TypeOptions, out: Path | None) -> TypeChoice:
@@ -188,12 +199,13 @@ def _write_recipe(plan: Plan, path: Path, *, force: bool) -> None:
         )
 
 
-def _show(plan: Plan, out: Path) -> None:
+def _show(plan: Plan, out: Path, split_max_size: int | None) -> None:
     """Print the table of a dry run on stdout."""
+    files = files_note(plan.metadata, plan.choices, split_max_size)
     before = sum(plan.file.tensors[choice.name].n_bytes for choice in plan.choices)
     show_types(
         plan.choices,
-        f"{safe_line(str(out))}: {len(plan.choices)} tensors, {format_size(plan.n_bytes)}"
+        f"{safe_line(str(out))}: {len(plan.choices)} tensors, {format_size(plan.n_bytes)}{files}"
         f" (from {format_size(before)}), {plan.bits_per_weight:.2f} bits per weight,"
         f" {format_size(plan.n_bytes_per_token)} read per token",
     )

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import click
 
-from dsmoe_local.base.sizes import format_size
+from dsmoe_local.base.errors import UsageError
+from dsmoe_local.base.sizes import format_size, parse_size
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.cli.option_sources import from_command_line, settle, source_in_errors
 from dsmoe_local.cli.options import FILE, FLAG, Group, all_of, option, text_value, typed
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
     from dsmoe_local.model.ggml import GgmlType
+    from dsmoe_local.model.gguf_file import Field
     from dsmoe_quantize.imatrix import Imatrix
     from dsmoe_quantize.policy.choice import Overrides, TensorChoice
     from dsmoe_quantize.policy.recipes import LayeredRecipe
@@ -67,6 +69,12 @@ _type_options = all_of(
         shown="all cores",
     ),
     option(
+        "--split-max-size",
+        "split_max_size",
+        "Split a larger output into files of at most this size, such as 4G: NAME-00001-of-00003.gguf.",
+        text_value("SIZE"),
+    ),
+    option(
         "--tensor-type",
         "overrides",
         "Type of the tensors whose whole name matches. Repeatable; the first match wins.",
@@ -87,7 +95,7 @@ _type_options = all_of(
 
 
 def type_options(function: Function) -> Function:
-    """Add the options of `TypeOptions`, and `threads` and `dry_run`; fill in {types} in the help."""
+    """Add the options of `TypeOptions`, and `threads`, `dry_run` and `split_max_size`; fill in {types}."""
     function.__doc__ = inspect.cleandoc(function.__doc__ or "").replace("{types}", _ABOUT)
     return _type_options(function)
 
@@ -141,6 +149,17 @@ def _target(name: str, word: str | None) -> GgmlType | None:
         return None if word is None else parse_target(word)
 
 
+def parse_split_size(text: str | None) -> int | None:
+    """Parse the value of --split-max-size. UsageError if it is not a size, or zero."""
+    if text is None:
+        return None
+    with source_in_errors("split_max_size"):
+        size = parse_size(text)
+        if not size:
+            raise UsageError("the files of a split model need a size above 0", remedy="as in 4G")
+        return size
+
+
 def settle_types(values: Mapping[str, Any], *targets: str) -> dict[str, Any]:
     """Return the parameters of a command with one way to choose types: --type, --recipe or `targets`.
 
@@ -170,9 +189,21 @@ def show_types(choices: Sequence[TensorChoice], totals: str) -> None:
     out.print(totals)
 
 
+def files_note(
+    metadata: Mapping[str, Field], choices: Sequence[TensorChoice], split_max_size: int | None
+) -> str:
+    """Return " in N files" for an output that would be split, else ""."""
+    from dsmoe_local.model.gguf_writer import plan_files
+
+    n_files = len(plan_files(metadata, choices, split_max_size))
+    return f" in {n_files} files" if n_files > 1 else ""
+
+
 def summary_line(summary: Summary) -> str:
     """Return one line about a written file."""
+    files = f" in {summary.n_files} files" if summary.n_files > 1 else ""
     return (
-        f"{summary.path}: {format_size(summary.n_bytes)}, {summary.bits_per_weight:.2f} bits per weight,"
+        f"{summary.path}: {format_size(summary.n_bytes)}{files},"
+        f" {summary.bits_per_weight:.2f} bits per weight,"
         f" {summary.seconds:.1f} s, peak memory {format_size(summary.peak_memory)}"
     )

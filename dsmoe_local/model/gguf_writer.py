@@ -1,7 +1,8 @@
 """Write GGUF files: the header first, then tensors at offsets that are known beforehand.
 
-Tensors may be written in any order and from several threads. The `gguf` package makes the header's bytes;
-`dsmoe_quantize.write.output` handles temp files, syncing and renaming.
+A model may be split into several files; see `gguf_split`. Tensors may be written in any order and from
+several threads. The `gguf` package makes the header's bytes. `dsmoe_quantize.write.output` handles hidden
+files, syncing and renaming.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from gguf.gguf_writer import TensorInfo, WriterState
 
 from dsmoe_local.model.ggml import Tensor
 from dsmoe_local.model.gguf_file import DEFAULT_ALIGNMENT, Field
+from dsmoe_local.model.gguf_split import COUNT, KEY_TYPES, N_TENSORS, NUMBER
 
 ARCHITECTURE_KEY = "general.architecture"
 
@@ -41,7 +43,7 @@ def plan_gguf(metadata: Mapping[str, Field], tensors: Sequence[Tensor]) -> GgufP
         if key == ARCHITECTURE_KEY or (field.type is GGUFValueType.ARRAY and not field.value):
             continue
         writer.add_key_value(key, field.value, field.type, field.item_type)
-    alignment = metadata["general.alignment"].value if "general.alignment" in metadata else DEFAULT_ALIGNMENT
+    alignment = _alignment(metadata)
     writer.data_alignment = alignment
     for tensor in tensors:
         writer.tensors[0][tensor.name] = TensorInfo(tensor.shape, tensor.type, tensor.n_bytes)
@@ -58,8 +60,63 @@ def plan_gguf(metadata: Mapping[str, Field], tensors: Sequence[Tensor]) -> GgufP
     end = len(header)
     for tensor in tensors:
         offsets[tensor.name] = end
-        end += -(-tensor.n_bytes // alignment) * alignment
+        end += _padded(tensor.n_bytes, alignment)
     return GgufPlan(header, offsets, end)
+
+
+def plan_files(
+    metadata: Mapping[str, Field], tensors: Sequence[Tensor], max_size: int | None = None
+) -> tuple[GgufPlan, ...]:
+    """Lay out a model in files of at most `max_size` bytes, in one if that is possible, or if it is None.
+
+    A file is larger if one of its tensors is. The first file has the metadata. It has no tensor if the first
+    tensor fits only into a file of its own.
+    """
+    whole = plan_gguf(metadata, tensors)
+    if max_size is None or whole.size <= max_size:
+        return (whole,)
+    groups = _groups(metadata, tensors, max_size)
+    if len(groups) == 1:
+        return (whole,)
+    return tuple(
+        plan_gguf(
+            {**(metadata if not number else {}), **_split_keys(number, len(groups), len(tensors))}, group
+        )
+        for number, group in enumerate(groups)
+    )
+
+
+def _split_keys(number: int, count: int, n_tensors: int) -> dict[str, Field]:
+    values = {NUMBER: number, COUNT: count, N_TENSORS: n_tensors}
+    return {key: Field(value, KEY_TYPES[key]) for key, value in values.items()}
+
+
+def _groups(metadata: Mapping[str, Field], tensors: Sequence[Tensor], max_size: int) -> list[list[Tensor]]:
+    """Return the tensors of each file."""
+    keys = _split_keys(0, 0, 0)
+    first, later = plan_gguf({**metadata, **keys}, []).size, plan_gguf(keys, []).size
+    alignment = _alignment(metadata)
+    groups: list[list[Tensor]] = [[]]
+    size = first
+    for tensor in tensors:
+        # An entry in the header: the name and its length, the dimensions and their number, type, and offset.
+        entry = 8 + len(tensor.name.encode()) + 4 + 8 * len(tensor.shape) + 4 + 8
+        added = entry + _padded(tensor.n_bytes, alignment)
+        # The header is padded after its last entry.
+        if size + added + alignment > max_size and (groups[-1] or later + added + alignment <= max_size):
+            groups.append([])
+            size = later
+        groups[-1].append(tensor)
+        size += added
+    return groups
+
+
+def _alignment(metadata: Mapping[str, Field]) -> int:
+    return metadata["general.alignment"].value if "general.alignment" in metadata else DEFAULT_ALIGNMENT
+
+
+def _padded(n_bytes: int, alignment: int) -> int:
+    return -(-n_bytes // alignment) * alignment
 
 
 def write_at(descriptor: int, data: bytes | bytearray | memoryview, offset: int) -> None:

@@ -101,12 +101,13 @@ def quantize_file(
     plan: Plan,
     out: Path,
     *,
+    split_max_size: int | None = None,
     threads: int = 0,
     force: bool = False,
     listen: Listener = ignore,
     stop: threading.Event | None = None,
 ) -> Summary:
-    """Write the file that `plan` describes to `out`. See `write_output` for resuming and errors."""
+    """Write the file that `plan` describes to `out`. See `write_output` for splits, resuming and errors."""
     with opened(plan.file) as source:
         jobs = jobs_of(plan, source)
         for text in plan.notes:
@@ -120,6 +121,7 @@ def quantize_file(
                 **plan.fingerprint,
             },
             sources=[part.path for part in plan.file.parts],
+            split_max_size=split_max_size,
             threads=threads,
             force=force,
             listen=listen,

@@ -17,6 +17,8 @@ from dsmoe_local.base.sizes import format_count, format_size, parse_size, round_
         ("17", 17),
         ("17B", 17),
         ("2kb", 2000),
+        ("4G", 4_000_000_000),
+        ("500m", 500_000_000),
         ("2 KiB", 2048),
         ("1.5MB", 1_500_000),
         ("8.19 KB", 8190),

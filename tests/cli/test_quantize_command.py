@@ -38,6 +38,21 @@ def test_output_has_a_default_name(source: Path, tmp_path: Path) -> None:
     assert "peak memory" in result.stderr
 
 
+def test_a_split_output(source: Path, tmp_path: Path) -> None:
+    """Guards: a size in another unit, a result that does not name the file to load, work before a refusal."""
+    arguments = (source, "--type", "q8_0", "--split-max-size", "2M")
+    dry = invoke(*arguments, "--dry-run")
+    assert "in 3 files" in dry.stdout
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.exception
+    assert "tiny-Q8_0-00001-of-00003.gguf" in result.stderr
+    assert "in 3 files" in result.stderr
+    assert all(path.stat().st_size <= 2_000_000 for path in tmp_path.glob("*-of-00003.gguf"))
+    assert isinstance(invoke(*arguments).exception, FileError)
+    for size in ("0", "much", "-4G"):
+        assert isinstance(invoke(source, "--type", "q8_0", "--split-max-size", size).exception, UsageError)
+
+
 def test_dry_run_shows_every_tensor(source: Path, tmp_path: Path) -> None:
     """Guards: a dry run that writes, or hides a fallback."""
     result = invoke(source, "--type", "Q4_K_M", "--tensor-type", r"blk\.3\..*=q8_0", "--dry-run")

@@ -130,6 +130,20 @@ def test_low_disk(hub: Hub, tmp_path: Path, expected: bytes) -> None:
     assert not list((tmp_path / "hub").rglob("*.safetensors"))
 
 
+def test_low_disk_with_a_split_output(hub: Hub, tmp_path: Path) -> None:
+    """A wait for space, or a file left behind, because the unfinished output has other names."""
+    options = ConvertOptions(split_max_size=400_000)
+    convert(str(hub.folder), tmp_path / "expected.gguf", options)
+    (tmp_path / "out").mkdir()
+    source = SourceOptions(endpoint=hub.url, low_disk=True)
+    summary = convert(hub.repository, tmp_path / "out" / "expected.gguf", options, source)
+    names = [f"expected-{number:05}-of-00003.gguf" for number in (1, 2, 3)]
+    assert summary.path == tmp_path / "out" / names[0]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    for name in names:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
 def test_low_disk_with_scattered_tensors(tmp_path: Path) -> None:
     """A checkpoint whose experts are spread over many shards: a wait for a shard that never ends."""
     weights = random_weights(TINY)

@@ -25,7 +25,7 @@ from dsmoe_quantize.policy.named_recipes import RECIPES
 from dsmoe_quantize.policy.recipe_file import read_recipe, render_recipe
 from dsmoe_quantize.policy.recipes import recipe_for
 from dsmoe_quantize.policy.types import resolve_for
-from dsmoe_quantize.write.part_file import PartFile, journal_of
+from dsmoe_quantize.write.unfinished import UnfinishedOutput, journal_of
 
 COUNTS = [300, pytest.param(50_000, marks=pytest.mark.soak)]
 ODD = (
@@ -127,8 +127,8 @@ def test_journals(n: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     plan = plan_gguf({}, [Tensor(f"blk.{number}", (32,), GgmlType.F32) for number in range(9)])
     finished = ["blk.1", "blk.2", "blk.3"]
 
-    def opened() -> PartFile:
-        return PartFile(out, plan, {"the source": [1, 2]}, ignore, force=False)
+    def opened() -> UnfinishedOutput:
+        return UnfinishedOutput(out, [plan], {"the source": [1, 2]}, ignore, force=False)
 
     with opened() as part:
         part.journal.append(*finished[:2])

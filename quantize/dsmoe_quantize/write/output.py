@@ -1,7 +1,7 @@
-"""Write one GGUF file from tensors of any source: crash-safe, resumable, on all cores.
+"""Write a GGUF model from tensors of any source: crash-safe, resumable, on all cores.
 
-Under a lock, a temp file beside the output is filled, with a journal of finished tensors; then it is synced,
-verified and renamed. Converter and quantizer both write through `write_output`.
+Under a lock, hidden files beside the output are filled, with a journal of finished tensors; then they are
+synced, verified and renamed. Converter and quantizer both write through `write_output`.
 """
 
 from __future__ import annotations
@@ -23,24 +23,32 @@ from dsmoe_local.base.faults import reach
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Started, ignore
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.model.gguf_file import Field, identity_of
-from dsmoe_local.model.gguf_writer import GgufPlan, plan_gguf, write_at
+from dsmoe_local.model.gguf_writer import plan_files
 from dsmoe_quantize.errors import WeightError
 from dsmoe_quantize.write import kernels
 from dsmoe_quantize.write.encoder import TensorJob, check_job
-from dsmoe_quantize.write.part_file import PartFile, exists_error, journal_of
 from dsmoe_quantize.write.pipeline import Effects, Journaled, Syncer, encode_all, n_cores
+from dsmoe_quantize.write.unfinished import (
+    UnfinishedOutput,
+    existing_splits,
+    exists_error,
+    final_paths,
+    journal_of,
+)
 
 Arrange: TypeAlias = Callable[[Sequence[TensorJob]], Sequence[TensorJob]]
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_MAX_FILES = 500
+"""llama.cpp keeps all files of a model open, and most systems let a process open 1024."""
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
     """What a finished run wrote: `n_bytes`, of which `n_weight_bytes` are weights.
 
-    `n_resumed` tensors were taken over from an interrupted run. `peak_memory` in bytes is that of the process
-    so far plus that of its largest child.
+    `path` is the output, or the first of its `n_files`. `n_resumed` tensors were taken over from an
+    interrupted run. `peak_memory` in bytes is that of the process so far plus that of its largest child.
     """
 
     path: Path
@@ -51,6 +59,7 @@ class Summary:
     n_resumed: int
     seconds: float
     peak_memory: int
+    n_files: int = 1
 
     @property
     def bits_per_weight(self) -> float:
@@ -65,6 +74,7 @@ def write_output(
     fingerprint: Mapping[str, object],
     *,
     sources: Sequence[Path] = (),
+    split_max_size: int | None = None,
     threads: int = 0,
     force: bool = False,
     arrange: Arrange = list,
@@ -73,6 +83,8 @@ def write_output(
     stop: threading.Event | None = None,
 ) -> Summary:
     """Write `metadata` and then `jobs`, in this order, to `out`, which appears complete or not at all.
+
+    If it would exceed `split_max_size` bytes, it is split into several files; see `gguf_writer.plan_files`.
 
     `arrange` decides the order in which the tensors that an interrupted run has left are encoded. `journaled`
     is called with the names of tensors that are synced and in the journal: no later run encodes them again.
@@ -91,30 +103,56 @@ def write_output(
         check_job(job)
     with disk_errors(out):
         out = _checked(out, sources)
-        plan = plan_gguf(metadata, jobs)
-        fingerprint = {**fingerprint, "llama-cpp-python": kernels.version()}
+        plans = plan_files(metadata, jobs, split_max_size)
+        if len(plans) > _MAX_FILES:
+            raise UsageError(
+                f"the model would be split into {len(plans)} files",
+                where=f"--split-max-size {format_size(split_max_size or 0)}",
+                remedy=f"give a size that leads to at most {_MAX_FILES} files",
+            )
+        for path in final_paths(out, len(plans)):
+            _refuse_place(path, sources)
+        fingerprint = {
+            **fingerprint,
+            "--split-max-size": split_max_size,
+            "llama-cpp-python": kernels.version(),
+        }
         before = _states(sources)
-        with durable.locked(out), PartFile(out, plan, fingerprint, listen, force) as part:
-            if not part.published:
+        with durable.locked(out), UnfinishedOutput(out, plans, fingerprint, listen, force) as unfinished:
+            if not unfinished.is_verified:
                 stop = stop or threading.Event()
-                _fill(part, plan, jobs, arrange, journaled, threads or n_cores(), listen, stop)
-                _refuse_changes(before, part)
+                _fill(unfinished, jobs, arrange, journaled, threads or n_cores(), listen, stop)
+                _refuse_changes(before, unfinished)
                 reach("output.complete")
-            part.publish(jobs)
-            n_resumed = len(jobs) if part.published else len(part.done)
+            unfinished.publish(jobs)
+            n_resumed = len(jobs) if unfinished.is_verified else len(unfinished.done)
     n_weights = sum(job.n_rows * job.n_columns for job in jobs)
     n_weight_bytes = sum(job.n_bytes for job in jobs)
     seconds = time.monotonic() - started
-    return Summary(out, plan.size, n_weight_bytes, len(jobs), n_weights, n_resumed, seconds, peak_memory())
+    return Summary(
+        unfinished.path,
+        unfinished.size,
+        n_weight_bytes,
+        len(jobs),
+        n_weights,
+        n_resumed,
+        seconds,
+        peak_memory(),
+        len(plans),
+    )
 
 
-def refuse_early(out: Path, force: bool, sources: Sequence[Path] = ()) -> None:
-    """Raise the errors of `write_output` about `out` itself, for callers that do long work before it."""
+def refuse_early(out: Path, force: bool, sources: Sequence[Path] = (), *, split: bool = False) -> None:
+    """Raise the errors of `write_output` about `out` itself, for callers that do long work before it.
+
+    `split`: the output may be split into several files.
+    """
     with disk_errors(out):
         out = _checked(out, sources)
+        existing = existing_splits(out) if split else [out]
         # With a journal beside it, the output may be that of a run that ended before it removed its journal.
-        if out.exists() and not force and not journal_of(out).exists():
-            raise exists_error(out)
+        if existing and existing[0].exists() and not force and not journal_of(out).exists():
+            raise exists_error(existing[0])
 
 
 def peak_memory() -> int:
@@ -126,8 +164,7 @@ def peak_memory() -> int:
 
 
 def _fill(
-    part: PartFile,
-    plan: GgufPlan,
+    unfinished: UnfinishedOutput,
     jobs: Sequence[TensorJob],
     arrange: Arrange,
     journaled: Journaled,
@@ -135,10 +172,10 @@ def _fill(
     listen: Listener,
     stop: threading.Event,
 ) -> None:
-    """Encode the tensors that the temp file lacks, and sync it."""
-    missing = arrange([job for job in jobs if job.name not in part.done])
+    """Encode the tensors that the hidden files lack, and sync them."""
+    missing = arrange([job for job in jobs if job.name not in unfinished.done])
     n_total = sum(job.n_bytes for job in jobs)
-    n_done = sum(job.n_bytes for job in jobs if job.name in part.done)
+    n_done = sum(job.n_bytes for job in jobs if job.name in unfinished.done)
     listen(Started("encoding", n_total, n_done))
     listening = threading.Lock()
 
@@ -148,12 +185,10 @@ def _fill(
             n_done += n_bytes
             listen(Advanced(n_bytes, job.name))
 
-    syncer = Syncer(part.descriptor, part.journal, journaled)
-    effects = Effects(
-        lambda data, offset: write_at(part.descriptor, data.data, offset), advanced, syncer.finished
-    )
+    syncer = Syncer(unfinished.sync, unfinished.journal, journaled)
+    effects = Effects(lambda data, position: unfinished.write(data.data, position), advanced, syncer.finished)
     try:
-        encode_all(missing, plan.offsets, effects, threads, stop)
+        encode_all(missing, unfinished.offsets, effects, threads, stop)
         if n_done != n_total:
             written = f"{format_size(n_done)} of {format_size(n_total)} written"
             if stop.is_set():
@@ -165,10 +200,10 @@ def _fill(
     except BaseException as error:
         syncer.abandon()
         if isinstance(error, WeightError):
-            part.discard()
+            unfinished.discard()
         raise
     syncer.close()
-    durable.sync(part.descriptor)
+    unfinished.sync()
     listen(Finished("encoding"))
 
 
@@ -181,11 +216,11 @@ def _states(sources: Iterable[Path]) -> dict[Path, tuple[int, int, int]]:
     return found
 
 
-def _refuse_changes(before: Mapping[Path, tuple[int, int, int]], part: PartFile) -> None:
+def _refuse_changes(before: Mapping[Path, tuple[int, int, int]], unfinished: UnfinishedOutput) -> None:
     """Raise FileError if a source has changed since `before`: the output would be a mixture."""
     for source, state in _states(before).items():
         if state != before[source]:
-            part.discard()
+            unfinished.discard()
             raise FileError("the source changed while it was read", where=source, remedy="run again")
 
 
@@ -197,12 +232,16 @@ def _checked(out: Path, sources: Sequence[Path]) -> Path:
         raise UsageError("the output's links lead in a circle", where=out) from error
     if not out.parent.is_dir():
         raise FileError("the output's folder does not exist", where=out.parent, remedy="create it first")
-    if out.exists() and not out.is_file():
-        raise UsageError("the output is not a file", where=out, remedy="name a file to write")
-    for source in sources:
-        if durable.same_file(source, out):
-            raise UsageError("input and output are the same file", where=source, remedy="name another output")
+    _refuse_place(out, sources)
     return out
+
+
+def _refuse_place(path: Path, sources: Sequence[Path]) -> None:
+    if path.exists() and not path.is_file():
+        raise UsageError("the output is not a file", where=path, remedy="name a file to write")
+    for source in sources:
+        if durable.same_file(source, path):
+            raise UsageError("input and output are the same file", where=source, remedy="name another output")
 
 
 @contextmanager

@@ -164,14 +164,14 @@ class _Run:
 
 
 class Syncer:
-    """A thread that syncs the file and then journals the tensors that were finished before the sync.
+    """A thread that calls `sync` and then journals the tensors that were finished before that.
 
     It works while others write, so that little is left to sync at the end. `journaled` is called with the
     names. An error ends the thread; `finished` and `close` raise it.
     """
 
-    def __init__(self, descriptor: int, journal: durable.Journal, journaled: Journaled) -> None:
-        self._descriptor = descriptor
+    def __init__(self, sync: Callable[[], object], journal: durable.Journal, journaled: Journaled) -> None:
+        self._sync_files = sync
         self._journal = journal
         self._journaled = journaled
         self._waiting: list[str] = []
@@ -225,7 +225,7 @@ class Syncer:
         if not names or self._error:
             return
         try:
-            durable.sync(self._descriptor)
+            self._sync_files()
             reach("output.synced")
             self._journal.append(*names)
             reach("output.journaled")
