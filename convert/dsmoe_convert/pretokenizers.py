@@ -204,7 +204,7 @@ def by_definition(tokenizer: Mapping[str, Any], tokens: Container[str], *, joins
         and (not each.marker or each.marker in tokens)
         and not (each.digits_stay_whole and joins_digits)
     ]
-    # If none has the same `ignore_merges`, the caller refuses the first with that reason.
+    # If none has the same `ignore_merges`, the caller checks whether that matters.
     known.sort(key=lambda each: each.ignore_merges != ignore_merges)
     return known[0].name if known else None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from dsmoe_convert.byte_level import byte_characters
 from dsmoe_convert.errors import TokenizerError
 from dsmoe_convert.pretokenizers import KIMI_K2_REGEX
+from dsmoe_convert.vocabulary import NO_RANK, merged
 from dsmoe_local.base.errors import FileError
 from dsmoe_local.base.text import safe_line
 
@@ -28,9 +29,7 @@ _CHARACTERS = byte_characters()
 _KIMI_CLASS = "TikTokenTokenizer"
 
 
-def as_tokenizer(
-    path: Path, config: Mapping[str, Any], n_vocab: int, pre: str | None, note: Callable[[str], None]
-) -> dict[str, Any]:
+def as_tokenizer(path: Path, config: Mapping[str, Any], n_vocab: int, pre: str | None) -> dict[str, Any]:
     """Return the file in the form of a tokenizer.json, without the added tokens of `config`.
 
     `config` is tokenizer_config.json. Rows that neither names are reserved tokens, as in Moonshot's code.
@@ -42,10 +41,7 @@ def as_tokenizer(
             where=f"{path.with_name('tokenizer_config.json')}: tokenizer_class",
             remedy="name llama.cpp's equivalent, for example: --pre kimi-k2",
         )
-    ranks = read_ranks(path)
-    merges, n_unreachable = _merges(ranks)
-    if n_unreachable:
-        note(f"{n_unreachable} tokens are never used by llama.cpp, because no merges build them")
+    ranks = {_characters(token): rank for token, rank in read_ranks(path).items()}
     named = config.get("added_tokens_decoder") or {}
     return {
         "added_tokens": [
@@ -62,8 +58,9 @@ def as_tokenizer(
         },
         "model": {
             "type": "BPE",
-            "vocab": {_characters(token): rank for token, rank in ranks.items()},
-            "merges": merges,
+            "vocab": ranks,
+            "merges": _merges(ranks),
+            "ignore_merges": True,
         },
     }
 
@@ -96,37 +93,19 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def _merges(ranks: Mapping[bytes, int]) -> tuple[list[list[str]], int]:
-    """Return the pair that builds each token, in the order of ranks, and the number of tokens without one."""
+def _merges(ranks: Mapping[str, int]) -> list[list[str]]:
+    """Return the last merge of each token, in the order of ranks. Tokens that no merges build have none."""
     pairs: list[list[str]] = []
-    n_unreachable = 0
-    for token, rank in ranks.items():
-        if len(token) > 1:
-            parts = _parts(token, ranks, rank)
-            if len(parts) == 2:
-                pairs.append([_characters(part) for part in parts])
-            else:
-                n_unreachable += 1
-    return pairs, n_unreachable
+    for token, limit in ranks.items():
 
+        def rank(left: str, right: str, limit: int = limit) -> int:
+            found = ranks.get(left + right, NO_RANK)
+            return found if found < limit else NO_RANK
 
-def _parts(token: bytes, ranks: Mapping[bytes, int], limit: int) -> list[bytes]:
-    """Return the parts of a token after all merges with a rank below `limit`."""
-    parts = [token[at : at + 1] for at in range(len(token))]
-
-    def rank_at(at: int) -> int:
-        pair = parts[at] + parts[at + 1]
-        return ranks.get(pair, limit)
-
-    costs = [rank_at(at) for at in range(len(parts) - 1)]
-    while costs and (least := min(costs)) < limit:
-        at = costs.index(least)
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        del costs[at]
-        for changed in (at - 1, at):
-            if 0 <= changed < len(costs):
-                costs[changed] = rank_at(changed)
-    return parts
+        parts = merged(list(token), rank)
+        if len(parts) == 2:
+            pairs.append(parts)
+    return pairs
 
 
 def _characters(token: bytes) -> str:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from dsmoe_convert.byte_level import byte_characters
 from dsmoe_convert.errors import TokenizerError
-from dsmoe_convert.pretokenizers import IGNORE_MERGES, definition_of
+from dsmoe_convert.pretokenizers import definition_of
 from dsmoe_local.base.text import safe_line
 
 # Options of the BPE model that llama.cpp does not have.
@@ -67,8 +67,8 @@ def check_added_token(path: Path, text: str, entry: Mapping[str, Any]) -> None:
             _refuse(path, "added_tokens", f"the token {safe_line(repr(text), 40)} has {option} set")
 
 
-def check_pre_tokenizer(path: Path, tokenizer: Mapping[str, Any], name: str) -> None:
-    """Raise TokenizerError if llama.cpp's pre-tokenizer `name` cannot have the rules of `tokenizer`."""
+def check_pre_tokenizer(path: Path, tokenizer: Mapping[str, Any]) -> None:
+    """Raise TokenizerError for words that are not byte-level, or that get a space in front."""
     steps = definition_of(tokenizer.get("pre_tokenizer"))
     byte_level = [step for step in steps if step[0] == "ByteLevel"]
     if not byte_level:
@@ -77,14 +77,6 @@ def check_pre_tokenizer(path: Path, tokenizer: Mapping[str, Any], name: str) -> 
         )
     if any(prefix for _, prefix, _ in byte_level):
         _refuse(path, "pre_tokenizer", "a space is added in front of each text (add_prefix_space)")
-    ignores = tokenizer["model"].get("ignore_merges") or False
-    if ignores != (name in IGNORE_MERGES):
-        _refuse(
-            path,
-            "model",
-            f"ignore_merges is {'true' if ignores else 'false'}",
-            f"with the pre-tokenizer {name}, llama.cpp assumes {'false' if ignores else 'true'}",
-        )
 
 
 def tokens_around(path: Path, post_processor: object, ids: Mapping[str, int]) -> tuple[list[int], list[int]]:

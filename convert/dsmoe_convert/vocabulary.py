@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +15,8 @@ from dsmoe_convert.errors import TokenizerError
 from dsmoe_local.base.text import is_encodable, safe_line
 
 CONFIG = "tokenizer_config.json"
+NO_RANK = 1 << 32
+"""More than the rank of any merge."""
 
 # Tokens that some models do not mark as special. llama.cpp's converter has the same list.
 _LOOKS_SPECIAL = (("<|", "|>"), ("<\uff5c", "\uff5c>"))
@@ -36,6 +39,38 @@ class TokenizerFiles:
     path: Path
     tokenizer: Mapping[str, Any]
     config: Mapping[str, Any]
+
+
+def merged(parts: list[str], rank: Callable[[str, str], int]) -> list[str]:
+    """Return the parts of a word after byte-pair encoding.
+
+    `rank` returns the rank of a pair, or NO_RANK if it is not merged. The leftmost pair of the lowest rank is
+    merged first.
+    """
+    parts = list(parts)
+    ranks = [rank(left, right) for left, right in pairwise(parts)]
+    while ranks and (least := min(ranks)) < NO_RANK:
+        at = ranks.index(least)
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        del ranks[at]
+        for changed in (at - 1, at):
+            if 0 <= changed < len(ranks):
+                ranks[changed] = rank(parts[changed], parts[changed + 1])
+    return parts
+
+
+def unreachable_tokens(vocabulary: Vocabulary) -> list[str]:
+    """Return the tokens of text that no merges build. They are used only with `ignore_merges`."""
+    ranks = {tuple(merge.split(" ")): rank for rank, merge in reversed(list(enumerate(vocabulary.merges)))}
+
+    def rank(left: str, right: str) -> int:
+        return ranks.get((left, right), NO_RANK)
+
+    return [
+        token
+        for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
+        if kind == TokenType.NORMAL and len(merged(list(token), rank)) > 1
+    ]
 
 
 def _refuse(files: TokenizerFiles, what: str, remedy: str = "") -> NoReturn:

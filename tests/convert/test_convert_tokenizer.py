@@ -155,7 +155,6 @@ REFUSALS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda t: t.update(pre_tokenizer=nested(400)),
         "nested more than 64 levels deep",
     ),
-    "ignore_merges": (lambda t: t["model"].update(ignore_merges=True), "pre-tokenizer"),
     "not BPE": (lambda t: t["model"].update(type="Unigram"), "type"),
     "byte fallback": (lambda t: t["model"].update(byte_fallback=True), "byte_fallback"),
     "no model": (lambda t: t.pop("model"), "no model"),
@@ -242,7 +241,6 @@ HASHED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         "add_prefix_space",
     ),
     "not byte-level": (lambda t: t["pre_tokenizer"]["pretokenizers"].pop(), "not byte-level"),
-    "ignore_merges": (lambda t: t["model"].update(ignore_merges=True), "ignore_merges is true"),
 }
 
 

@@ -14,6 +14,7 @@ from support.vocabularies import TEXTS, ids_of
 from tokenizers import AddedToken, Tokenizer, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from dsmoe_convert.errors import TokenizerError
 from dsmoe_convert.pretokenizers import DEFINITIONS, IGNORE_MERGES, KNOWN_NAMES
 from dsmoe_convert.special_tokens import ENDS_BY_TEXT
 
@@ -256,6 +257,29 @@ def test_names_of_pre_tokenizers(tmp_path: Path) -> None:
             if len(vocabulary.encode("qxqxq")) == 1:
                 ignoring.add(name)
     assert ignoring == IGNORE_MERGES
+
+
+@pytest.mark.parametrize("pre", ["qwen2", "llama-bpe"])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_merges_that_are_ignored(pre: str, ignored: bool, tmp_path: Path) -> None:
+    """Guards: a token that only one of both uses, and nothing is said; a refusal without such a token."""
+    data = json.loads(vocabularies.trained("qwen2").to_str())
+    data["model"]["ignore_merges"] = ignored
+    folder = vocabularies.write_files(tmp_path, None)
+    n_vocab = len(data["model"]["vocab"]) + 5
+    notes: list[str] = []
+    for token in (None, "qxqxq"):
+        if token:
+            data["model"]["vocab"][token] = n_vocab - 5
+        (folder / "tokenizer.json").write_text(json.dumps(data))
+        if token and not ignored and pre == "llama-bpe":
+            with pytest.raises(TokenizerError, match="ignore_merges is false"):
+                vocabularies.convert_vocabulary(folder, n_vocab, pre=pre)
+        else:
+            vocabularies.convert_vocabulary(folder, n_vocab, pre=pre, notes=notes)
+    assert sum("never uses, since no merges build them: 1, such as 'qxqxq'" in text for text in notes) == (
+        ignored and pre == "qwen2"
+    )
 
 
 def test_gaps_in_the_vocabulary(tmp_path: Path) -> None:
