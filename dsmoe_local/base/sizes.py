@@ -24,7 +24,7 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].lower() not in _UNITS:
         raise UsageError(
-            f"{text!r} is not a size", remedy="write a number and B, KB, KiB, MB, MiB, GB or GiB, as in 2GiB"
+            f"{text!r} is not a size", remedy="write a number and a unit, as in 500M, 4GB or 2GiB"
         )
     from decimal import Decimal
 

@@ -193,6 +193,8 @@ def files_note(
     metadata: Mapping[str, Field], choices: Sequence[TensorChoice], split_max_size: int | None
 ) -> str:
     """Return " in N files" for an output that would be split, else ""."""
+    if split_max_size is None:
+        return ""
     from dsmoe_local.model.gguf_writer import plan_files
 
     n_files = len(plan_files(metadata, choices, split_max_size))
