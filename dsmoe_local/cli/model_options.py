@@ -126,7 +126,14 @@ model_options_without_context = all_of(
     ),
     option("-nkvo, --no-kv-offload", "keep_cache", "Keep the KV cache in main memory.", FLAG, _DEVICES),
     option("-ctk, --cache-type-k", "cache_type_k", "Type of the K cache.", _TYPE, _DEVICES, default="f16"),
-    option("-ctv, --cache-type-v", "cache_type_v", "Type of the V cache.", _TYPE, _DEVICES, default="f16"),
+    option(
+        "-ctv, --cache-type-v",
+        "cache_type_v",
+        "Type of the V cache. With MLA it must be that of the K cache.",
+        _TYPE,
+        _DEVICES,
+        default="f16",
+    ),
     option("-t, --threads", "n_threads", "Threads for decoding.", NUMBER, _DEVICES, shown="physical cores"),
     option(
         "-tb, --threads-batch", "n_threads_batch", "Threads for prompts.", NUMBER, _DEVICES, shown="as -t"

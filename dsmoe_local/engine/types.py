@@ -263,6 +263,7 @@ class ModelInfo:
 
     - `n_context`: the largest number of tokens of one request's prompt and reply.
     - `template`: where the chat template comes from; `template_text`: its source. None: completion only.
+    - `n_choosable_experts`: the most experts that a token can use: the routed ones of its groups.
     - `vocabulary`: a digest of the tokenizer. Token ids mean the same in two models with equal digests.
     - `placement`: where weights and KV cache are, for the user.
     - `kernels`: how and where tensors are computed, which changes the last digits of results.
@@ -281,6 +282,7 @@ class ModelInfo:
     n_bytes: int
     n_routed_experts: int
     n_experts_per_token: int
+    n_choosable_experts: int
     n_threads: int
     template: str | None
     n_parallel: int = 1

@@ -19,11 +19,11 @@ from dsmoe_local.base.text import safe_line
 from dsmoe_local.model.architectures import ARCHITECTURES
 from dsmoe_local.model.architectures.table import REQUIRED, Parameter
 from dsmoe_local.model.ggml import GgmlType
-from dsmoe_local.model.gguf_file import Field, GgufFile
+from dsmoe_local.model.gguf_file import Field, GgufFile, TensorInfo
 from dsmoe_local.model.gguf_split import read_parts
 from dsmoe_local.model.gguf_vocabulary import check_vocabulary
 from dsmoe_local.model.hyperparameters import Gating, Hyperparameters, RopeScaling
-from dsmoe_local.model.layout import Role, layer_of, tensor_specs
+from dsmoe_local.model.layout import Role, is_for_more_tokens, tensor_specs
 
 _NOT_WEIGHTS = frozenset(
     kind for kind in GgmlType if kind.name in {"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"}
@@ -47,6 +47,11 @@ def read_model(path: Path) -> tuple[GgufFile, Hyperparameters]:
     _check_tensors(file, hp)
     check_vocabulary(file)
     return file, hp
+
+
+def loaded_tensors(file: GgufFile, hp: Hyperparameters) -> list[TensorInfo]:
+    """Return the tensors of a file that llama.cpp loads."""
+    return [tensor for tensor in file.tensors.values() if not is_for_more_tokens(tensor.name, hp)]
 
 
 def hyperparameters_of(file: GgufFile) -> Hyperparameters:
@@ -245,7 +250,7 @@ def _check_tensors(file: GgufFile, hp: Hyperparameters) -> None:
             )
     ignored = ARCHITECTURES[hp.architecture].ignored
     for name, info in file.tensors.items():
-        if name in specs or _is_for_more_tokens(name, hp):
+        if name in specs or is_for_more_tokens(name, hp):
             continue
         if ignored is None or not ignored.fullmatch(name) or info.type is not GgmlType.F32:
             raise FormatError(
@@ -253,12 +258,6 @@ def _check_tensors(file: GgufFile, hp: Hyperparameters) -> None:
                 where=file.path,
                 remedy=remedy,
             )
-
-
-def _is_for_more_tokens(name: str, hp: Hyperparameters) -> bool:
-    """True if the tensor belongs to a layer for multi-token prediction."""
-    layer = layer_of(name)
-    return layer is not None and hp.n_layers <= layer < hp.n_stored_layers
 
 
 def shortest_float(value: float) -> float:

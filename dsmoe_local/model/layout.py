@@ -263,6 +263,12 @@ def group_kind_of(name: str, hp: Hyperparameters | None = None) -> GroupKind | N
     return GroupKind.OUTPUT if group is GroupKind.EMBEDDING and hp and hp.tied_embeddings else group
 
 
+def is_for_more_tokens(name: str, hp: Hyperparameters) -> bool:
+    """True if a GGUF tensor belongs to a layer for multi-token prediction, which llama.cpp does not load."""
+    layer = layer_of(name)
+    return layer is not None and hp.n_layers <= layer < hp.n_stored_layers
+
+
 def layer_of(name: str) -> int | None:
     """Return the layer in a GGUF tensor's name; None for tensors outside the layers."""
     match = re.match(r"blk\.(\d+)\.", name)

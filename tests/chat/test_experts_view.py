@@ -44,6 +44,7 @@ class Routed(FakeEngine):
         self.info = replace(
             self.info,
             n_routed_experts=TINY.n_routed_experts,
+            n_choosable_experts=TINY.n_choosable_experts,
             n_experts_per_token=TINY.n_experts_per_token,
         )
 
@@ -376,6 +377,16 @@ def test_active_refuses_what_the_model_has_not(stage: Stage, argument: str) -> N
         stage.run(f"/active {argument}")
     assert "1 to 8" in str(caught.value)
     assert stage.engine.reloads == []
+
+
+def test_active_in_groups(stage: Stage) -> None:
+    """Guards: experts of groups that the router did not choose."""
+    stage.engine.info = replace(stage.engine.info, n_choosable_experts=4)
+    with pytest.raises(UsageError, match="out of range\nuse 1 to 4"):
+        stage.run("/active 5")
+    stage.run("/active")
+    assert [row[0] for row in stage.screen.tables[0][1:]] == ["1 of 8", "3 of 8", "4 of 8"]
+    assert stage.complete("active", "") == ["default", "1", "2", "3", "4"]
 
 
 def test_active_that_changes_nothing_loads_nothing(stage: Stage) -> None:

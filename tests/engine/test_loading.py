@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.models import tiny_model
+from support.models import family_model, tiny_model
 
 from dsmoe_local.base.errors import DsmoeError, FileError, FormatError, InterruptedRunError, UsageError
 from dsmoe_local.base.progress import Advanced, Event, Finished, Listener, Note, Started
@@ -188,6 +188,21 @@ def test_a_refused_model_leaves_no_process_of_its_template(monkeypatch: pytest.M
     with pytest.raises(ModelLoadError, match="not this one"):
         Engine.load(ModelOptions(tiny_model(), chat_template="chatml"))
     assert [template._renderer._process for template in made] == [None]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cache_type_k": "q8_0"}, "keys and values together, in one type\n.*\n-ctk q8_0 -ctv q8_0"),
+        ({"n_experts_per_token": 5}, "out of range\n.*\na token uses 3, chosen from 4, in 2 groups"),
+    ],
+)
+def test_what_a_model_with_mla_and_groups_cannot_do(options: dict[str, Any], message: str) -> None:
+    """Guards: an error of llama.cpp about a context; experts chosen from groups that are masked."""
+    with pytest.raises(UsageError, match=message):
+        Engine.load(ModelOptions(family_model("deepseek2"), **options))
+    with Engine.load(ModelOptions(family_model("deepseek2"), n_experts_per_token=4)) as engine:
+        assert (engine.info.n_experts_per_token, engine.info.n_choosable_experts) == (4, 4)
 
 
 @pytest.mark.parametrize(("n_context", "is_told"), [(512, True), (258, True), (257, False), (256, False)])

@@ -8,13 +8,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.models import smollm2, tiny_model
+from support.models import MIXTURES, family_model, smollm2, tiny_model
+from support.tiny_gguf import FILES, write_tiny
 
 from dsmoe_local.engine import native
 from dsmoe_local.engine.errors import ModelLoadError, OutOfMemoryError
@@ -23,6 +25,7 @@ from dsmoe_local.engine.load.machine import available_memory, physical_cores
 from dsmoe_local.engine.load.memory import ContextRequest, MemoryPlan, _largest_context, plan_memory
 from dsmoe_local.engine.load.placement import HOST
 from dsmoe_local.engine.load.probe import MAX_MEASURED, Probe, measure_context, read_sizes, sizes_by_context
+from dsmoe_local.model.cost import kv_bytes_per_token
 from dsmoe_local.model.gguf_model import read_model
 
 GB = 10**9
@@ -60,6 +63,7 @@ def options(n_context: int, flash_attention: str = "auto", **more: Any) -> nativ
         (smollm2, options(8192, cache_type_k="q8_0", cache_type_v="q8_0")),
         (tiny_model, options(1000, n_sequences=3, n_outputs=3)),
         (tiny_model, options(8192, n_sequences=16, n_outputs=16, unified=False)),
+        *((partial(family_model, name), options(8192)) for name in MIXTURES),
     ],
 )
 def test_a_probe_reports_what_llama_cpp_allocates(
@@ -79,6 +83,21 @@ def test_a_probe_reports_what_llama_cpp_allocates(
     compute = re.findall(r"(?:compute|output) buffer size = +([\d.]+) MiB", log)
     assert sizes.cache == pytest.approx(sum(map(float, cache)) * MIB, abs=2**15)
     assert sizes.compute == {HOST: pytest.approx(sum(map(float, compute)) * MIB, abs=2**16)}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_cache_is_as_large_as_the_costs_say(name: str, tmp_path: Path) -> None:
+    """Values that MLA does not cache; the cache of layers that are not loaded."""
+    path = write_tiny(tmp_path / "tiny.gguf", FILES[name])
+    for types in (("f16", "f16"), ("q8_0", "q8_0"), ("f32", "f16")):
+        if FILES[name].is_mla and types[0] != types[1]:
+            continue
+        with Probe(*read_model(path)) as probe:
+            model = probe.open()
+            asked = options(1 << 15, cache_type_k=types[0], cache_type_v=types[1])
+            found = measure_context(model, asked).cache
+            model.close()
+        assert found == pytest.approx((1 << 15) * kv_bytes_per_token(FILES[name], *types), abs=2**15)
 
 
 def test_long_contexts_are_extrapolated(monkeypatch: pytest.MonkeyPatch) -> None:

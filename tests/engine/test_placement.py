@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -79,9 +80,11 @@ def test_experts_on_the_host_are_those_of_the_first_layers() -> None:
     assert moved.layers == whole.layers
 
 
-def test_weights_of_a_file_are_counted_once() -> None:
+@pytest.mark.parametrize("name", ["deepseekmoe-16b", "deepseek-v2-lite", "qwen1.5-moe-a2.7b", "glm-4.5-air"])
+@pytest.mark.parametrize("n_mtp_layers", [0, 1])
+def test_weights_of_a_file_are_counted_once(name: str, n_mtp_layers: int) -> None:
     """Guards: tensors that are counted on no device, or on two."""
-    hp = PRESETS["deepseekmoe-16b"].hp
+    hp = replace(PRESETS[name].hp, n_mtp_layers=n_mtp_layers)
     total = sum(info.n_bytes for info in infos(hp))
     weights = weight_sizes(infos(hp), hp)
     for options in (
@@ -95,6 +98,17 @@ def test_weights_of_a_file_are_counted_once() -> None:
         chosen = placed(10**10, options, weights=weights)
         assert chosen.host.weights + sum(share.weights for share in chosen.shares) == total
         assert chosen.host.cache + sum(share.cache for share in chosen.shares) == hp.n_layers
+
+
+def test_layers_that_are_not_loaded_are_counted() -> None:
+    """Layers shifted by one: llama.cpp counts layers for multi-token prediction, the last ones, as others."""
+    weights = replace(MOE, layers=(*MOE.layers, 0), experts=(*MOE.experts, 0), n_unused=1)
+    chosen = placed(EVERYTHING, weights=weights)
+    assert (chosen.n_gpu_layers, chosen.split, chosen.host.cache) == (6, (6,), 0)
+    assert chosen.describe() == placed(EVERYTHING).describe()
+    chosen = placed(20 + 11 + 11, weights=weights)
+    assert (chosen.n_gpu_layers, chosen.n_cpu_moe) == (4, 2)
+    assert chosen.describe() == placed(20 + 11 + 11).describe()
 
 
 def test_tied_embedding_is_held_twice_when_offloaded() -> None:

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 from support.rpc_device import rpc_worker, run_cases
-from support.tiny_gguf import DENSE, MOE, write_tiny
+from support.tiny_gguf import DENSE, FILES, MOE, write_tiny
 
 from dsmoe_local.engine.load.placement import weight_sizes
-from dsmoe_local.model.gguf_model import read_model
+from dsmoe_local.model.cost import kv_bytes_per_token
+from dsmoe_local.model.gguf_model import loaded_tensors, read_model
 from dsmoe_local.model.hyperparameters import Hyperparameters
 
 MIB = 2**20
@@ -95,6 +96,24 @@ def test_weights_and_cache_lie_where_they_should(
     n_layers = min(n_gpu_layers, HP.n_layers + 1) - (1 if n_gpu_layers else 0)
     cache = sum(found["buffers"]["KV"].values())
     assert offloaded(found["buffers"], "KV") == pytest.approx(cache * n_layers / HP.n_layers, abs=ROUNDING)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_architecture_is_placed(name: str, endpoint: str, tmp_path: Path) -> None:
+    """Tensors of an architecture that are counted for the wrong layer or device."""
+    hp = replace(FILES[name], n_context=256)
+    path = write_tiny(tmp_path / "tiny.gguf", hp)
+    file, hp = read_model(path)
+    weights = weight_sizes(loaded_tensors(file, hp), hp)
+    wanted = {(0, 0): "host", (2 + hp.n_mtp_layers, 0): "one layer", (-1, 2): "all but experts"}
+    cases = [{"model": str(path), "options": {"n_gpu_layers": n, "n_cpu_moe": moe}} for n, moe in wanted]
+    for found, (n_gpu, n_cpu_moe) in zip(run_cases(endpoint, cases), wanted, strict=True):
+        first = weights.n_parts - (n_gpu if n_gpu >= 0 else weights.n_parts)
+        on_device = sum(weights.layers[first:]) + sum(weights.experts[max(first, n_cpu_moe) :])
+        on_device += weights.output if n_gpu else 0
+        assert offloaded(found["buffers"], "model") == pytest.approx(on_device / MIB, abs=ROUNDING)
+        cached = kv_bytes_per_token(hp) / hp.n_layers * max(0, hp.n_layers - first) * 256
+        assert offloaded(found["buffers"], "KV") == pytest.approx(cached / MIB, abs=ROUNDING)
 
 
 def test_the_text_is_the_same_wherever_weights_lie(results: dict[str, dict[str, Any]]) -> None:

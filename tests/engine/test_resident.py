@@ -11,16 +11,18 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
-from support.models import tiny_model
+from support.models import MIXTURES, family_model, tiny_model
 from support.split_files import split_with_gguf
-from support.tiny_gguf import MOE, NARROW, write_tiny
+from support.tiny_gguf import FILES, MOE, NARROW, write_tiny
 
 from dsmoe_local.base import progress
 from dsmoe_local.base.errors import FileError, InterruptedRunError, UsageError
@@ -31,14 +33,24 @@ from dsmoe_local.engine.load.placement import DeviceShare, Placement
 from dsmoe_local.engine.load.resident import Resident, host_tensors, plan_resident, speed_note
 from dsmoe_local.engine.native import tensors
 from dsmoe_local.engine.types import ModelOptions, ObserverOptions, Request, SamplingParameters
-from dsmoe_local.model.gguf_model import read_model
+from dsmoe_local.model.gguf_model import loaded_tensors, read_model
 from dsmoe_local.model.layout import layer_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is in memory")
 
 PAGE = mmap.PAGESIZE
 AMPLE = 1 << 40
-NAMES_KEPT = ("norm", "attn_", "ffn_gate_inp", "shexp", "ffn_gate.", "ffn_up.", "ffn_down.", "output.")
+NAMES_KEPT = (
+    "norm",
+    "attn_",
+    "ffn_gate_inp",
+    "shexp",
+    "ffn_gate.",
+    "ffn_up.",
+    "ffn_down.",
+    "output.",
+    "exp_probs_b",
+)
 
 
 def placement(n_gpu_layers: int = 0, n_cpu_moe: int = 0) -> Placement:
@@ -96,19 +108,21 @@ def may_lock() -> None:
         pytest.skip("this system forbids locking memory")
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_what_every_token_reads_is_kept(tmp_path: Path, tied: bool) -> None:
-    """Guards: a missing tensor; experts or the embedding kept in memory; wrong offsets."""
-    path = write_tiny(tmp_path / "m.gguf", replace(NARROW, tied_embeddings=tied))
+@pytest.mark.parametrize("name", ["tied", *FILES])
+def test_what_every_token_reads_is_kept(tmp_path: Path, name: str) -> None:
+    """Guards: a missing tensor; experts, the embedding or layers that are not loaded kept in memory."""
+    path = write_tiny(tmp_path / "m.gguf", {"tied": NARROW, **FILES}[name])
     file, hp = read_model(path)
-    found = host_tensors(file.tensors.values(), hp, placement())
+    found = host_tensors(loaded_tensors(file, hp), hp, placement())
     ranges = plan_resident(found.always, AMPLE)
     kept = {page for pages in ranges for page in range(pages.start // PAGE, pages.end // PAGE)}
     wanted: set[int] = set()
     experts = 0
     for tensor in gguf.GGUFReader(path).tensors:
+        if (layer_of(tensor.name) or 0) >= hp.n_layers:
+            continue
         experts += int(tensor.n_bytes) if "_exps" in tensor.name else 0
-        if "_exps" in tensor.name or (tensor.name == "token_embd.weight" and not tied):
+        if "_exps" in tensor.name or (tensor.name == "token_embd.weight" and name != "tied"):
             continue
         assert tensor.name == "token_embd.weight" or any(part in tensor.name for part in NAMES_KEPT)
         start, end = int(tensor.data_offset), int(tensor.data_offset) + int(tensor.n_bytes)
@@ -311,10 +325,8 @@ def test_speed_of_a_disk(cold: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def short_of_memory(monkeypatch: pytest.MonkeyPatch) -> list[Range]:
-    """The tiny model is taken to exceed the memory; the list of what is read ahead."""
-    file, _ = read_model(tiny_model())
-    weights = sum(tensor.n_bytes for tensor in file.tensors.values())
-    monkeypatch.setattr(loaded_model, "available_memory", lambda: weights)
+    """Tiny models are taken to exceed the memory; the list of what is read ahead."""
+    monkeypatch.setattr(loaded_model, "available_memory", lambda: 16 << 20)
 
     def fit_model(*arguments: Any) -> fit.Fit:
         return replace(fit.fit_model(*arguments), paged=True, n_buffer_bytes=0)
@@ -345,12 +357,15 @@ def text_of(engine: Engine) -> str:
     return "".join(event.text for event in engine.submit(request))
 
 
-@pytest.mark.parametrize("per_file", [0, 9])
+@pytest.mark.parametrize(
+    ("model", "per_file"),
+    [(tiny_model, 0), (tiny_model, 9), *((partial(family_model, name), 0) for name in MIXTURES)],
+)
 def test_text_of_a_paged_model_and_what_was_read_ahead(
-    per_file: int, short_of_memory: list[Range], tmp_path: Path
+    model: Callable[[], Path], per_file: int, short_of_memory: list[Range], tmp_path: Path
 ) -> None:
     """Guards: different text; prefetched experts other than the chosen ones, or in another file."""
-    path = split_with_gguf(tiny_model(), tmp_path / "tiny", per_file)[0] if per_file else tiny_model()
+    path = split_with_gguf(model(), tmp_path / "tiny", per_file)[0] if per_file else model()
     file, hp = read_model(path)
     notes: list[str] = []
     with load(notes, path, observers=(ObserverOptions("routing"),)) as engine:
@@ -370,7 +385,7 @@ def test_text_of_a_paged_model_and_what_was_read_ahead(
     }
     assert fetched == wanted
     assert len({part for part, _ in wanted}) == (2 if per_file else 1)
-    with load([], n_context=64) as roomy:
+    with load([], model(), n_context=64) as roomy:
         assert text_of(roomy) == text
 
 

@@ -89,6 +89,7 @@ def model(
         n_bytes=9 << 30,
         n_routed_experts=64,
         n_experts_per_token=6,
+        n_choosable_experts=64,
         n_threads=4,
         template=None,
         placement=placement,

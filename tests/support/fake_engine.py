@@ -94,6 +94,7 @@ class FakeEngine:
             n_bytes=0,
             n_routed_experts=64,
             n_experts_per_token=6,
+            n_choosable_experts=64,
             n_threads=1,
             template="fake" if template else None,
             n_parallel=n_parallel,

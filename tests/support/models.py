@@ -1,4 +1,4 @@
-"""Models that can run: a tiny random DeepSeekMoE converted on the spot, and SmolLM2 if installed."""
+"""Models that can run: tiny random ones that are converted on the spot, and SmolLM2 if installed."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import atexit
 import importlib.util
 import shutil
 import tempfile
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 from dsmoe_convert.convert import convert_folder
-from support.checkpoints import write_checkpoint
+from support.checkpoints import TINY, write_checkpoint
+from support.tiny_gguf import FAMILY
+
+MIXTURES = tuple(name for name, hp in FAMILY.items() if hp.is_moe)
+"""The architectures with routed experts."""
 
 
 @cache
@@ -26,6 +31,15 @@ def tiny_model(template: str | None = None) -> Path:
     out = folder / "tiny.gguf"
     convert_folder(checkpoint, out)
     return out
+
+
+@cache
+def family_model(architecture: str) -> Path:
+    """A GGUF of another architecture with the same vocabulary and context; made once."""
+    hp = replace(FAMILY[architecture], n_vocab=TINY.n_vocab, n_context=TINY.n_context, name="")
+    folder = Path(tempfile.mkdtemp(prefix=f"dsmoe-{architecture}-"))
+    atexit.register(shutil.rmtree, folder, True)
+    return convert_folder(write_checkpoint(folder / "checkpoint", hp), folder / "tiny.gguf").path
 
 
 def smollm2() -> Path:

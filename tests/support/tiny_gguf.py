@@ -110,6 +110,10 @@ FAMILY: Mapping[str, Hyperparameters] = {
     "llama": replace(DENSE, tied_embeddings=False),
 }
 """A small model of each architecture."""
+MTP = replace(FAMILY["glm4moe"], n_mtp_layers=1)
+"""A model whose file has a layer for multi-token prediction, as GLM-4.5-Air has."""
+FILES = {**{name: hp for name, hp in FAMILY.items() if hp.is_moe}, "glm4moe with MTP": MTP}
+"""Mixtures of experts as files have them."""
 
 
 def write_tiny(
@@ -117,12 +121,16 @@ def write_tiny(
 ) -> Path:
     """A model with random weights in `dtype` (f32, f16, bf16), norms and routers in F32; returns `path`.
 
-    `as_rows` names vectors that are written as matrices of one row.
+    `as_rows` names vectors that are written as matrices of one row. Layers for multi-token prediction have
+    the same tensors as others, and those that llama.cpp expects.
     """
     writer = gguf.GGUFWriter(path, hp.architecture)
     writer.add_name("tiny")
     writer.add_file_type({"f32": 0, "f16": 1, "bf16": 32}[dtype])
-    for key, field in metadata_of(hp).items():
+    stored = replace(hp, n_layers=hp.n_stored_layers)
+    if hp.n_mtp_layers:
+        writer.add_uint32(f"{hp.architecture}.nextn_predict_layers", hp.n_mtp_layers)
+    for key, field in metadata_of(stored).items():
         writer.add_key_value(key, field.value, field.type, field.item_type)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("deepseek-llm")
@@ -133,7 +141,13 @@ def write_tiny(
     writer.add_eos_token_id(1)
     writer.add_add_bos_token(True)
     generator = np.random.default_rng(seed)
-    for spec in tensor_specs(hp):
+    for layer in range(hp.n_layers, hp.n_stored_layers):
+        writer.add_tensor(
+            f"blk.{layer}.nextn.eh_proj.weight", np.zeros((hp.hidden_size, 2 * hp.hidden_size), np.float32)
+        )
+        for name in ("enorm", "hnorm"):
+            writer.add_tensor(f"blk.{layer}.nextn.{name}.weight", np.zeros(hp.hidden_size, np.float32))
+    for spec in tensor_specs(stored):
         weights = generator.standard_normal(spec.shape, np.float32) * np.float32(0.05)
         if as_rows and as_rows in spec.name:
             weights = weights[np.newaxis]

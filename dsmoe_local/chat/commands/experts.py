@@ -92,7 +92,7 @@ def _active(chat: Chat, argument: str) -> None:
     if not argument:
         _show_active(chat, own)
         return
-    then = own if argument.lower() == _DEFAULT else _number(argument, n_routed)
+    then = own if argument.lower() == _DEFAULT else _number(argument, engine.info.n_choosable_experts)
     if then == now:
         chat.screen.notice(f"the model already uses {now} of {n_routed} routed experts")
         return
@@ -115,7 +115,8 @@ def _active(chat: Chat, argument: str) -> None:
 def _show_active(chat: Chat, own: int) -> None:
     engine = chat.conversation.engine
     n_routed, now = engine.info.n_routed_experts, engine.info.n_experts_per_token
-    numbers = sorted({1, max(1, own // 2), own, now, min(2 * own, n_routed), n_routed})
+    most = engine.info.n_choosable_experts
+    numbers = sorted({1, max(1, own // 2), own, now, min(2 * own, most), most})
     costs = [active_cost(engine.options.path, number) for number in numbers]
     remarks = {own: "as trained", now: "now"} if own != now else {own: "now"}
     chat.screen.table(
@@ -134,12 +135,11 @@ def _show_active(chat: Chat, own: int) -> None:
     )
 
 
-def _number(argument: str, n_routed: int) -> int:
+def _number(argument: str, most: int) -> int:
     number = read_count(argument)
-    if number is None or not 1 <= number <= n_routed:
+    if number is None or not 1 <= number <= most:
         raise UsageError(
-            f"/active {safe_line(argument, 40)} is out of range",
-            remedy=f"use 1 to {n_routed}, or {_DEFAULT}",
+            f"/active {safe_line(argument, 40)} is out of range", remedy=f"use 1 to {most}, or {_DEFAULT}"
         )
     return number
 
@@ -167,8 +167,8 @@ class _Loading:
 
 
 def _complete_active(chat: Chat, typed: str) -> Iterable[str]:
-    n_routed = chat.conversation.engine.info.n_routed_experts
-    return [] if " " in typed else [_DEFAULT, *map(str, range(1, n_routed + 1))]
+    most = chat.conversation.engine.info.n_choosable_experts
+    return [] if " " in typed else [_DEFAULT, *map(str, range(1, most + 1))]
 
 
 COMMANDS: Commands = {

@@ -34,6 +34,7 @@ from dsmoe_local.engine.load.placement import (
 from dsmoe_local.engine.load.probe import Probe, measure_context, sizes_by_context
 from dsmoe_local.engine.types import ModelOptions
 from dsmoe_local.model.gguf_file import GgufFile
+from dsmoe_local.model.gguf_model import loaded_tensors
 from dsmoe_local.model.hyperparameters import Hyperparameters
 
 _MAX_DEVICES = 16  # llama.cpp's own limit
@@ -86,7 +87,8 @@ def fit_model(
     total = available
     if options.n_gpu_layers != 0:
         total += sum(device.n_bytes for device in devices if not device.shared)
-    n_weights = sum(tensor.n_bytes for tensor in file.tensors.values())
+    tensors = loaded_tensors(file, hp)
+    n_weights = sum(tensor.n_bytes for tensor in tensors)
     with Probe(file, hp) as probe:
         model = probe.open()
         try:
@@ -95,7 +97,7 @@ def fit_model(
             buffers = sizes(plan.n_context)
         finally:
             model.close()
-        weights = weight_sizes(file.tensors.values(), hp, overrides if devices else ())
+        weights = weight_sizes(tensors, hp, overrides if devices else ())
         asked = PlacementOptions(
             options.n_gpu_layers,
             options.n_cpu_moe,

@@ -68,6 +68,7 @@ def load_model(options: ModelOptions, listen: progress.Listener, stop: threading
     _check(options)
     file, hp = read_model(options.path)
     hp = replace(hp, n_experts_per_token=_n_experts(options, hp))
+    _check_cache_types(options, hp)
     with ExitStack() as made:
         template = _template(options, file, hp)
         if template is not None:
@@ -147,6 +148,7 @@ def _info(
         n_bytes=model.n_bytes,
         n_routed_experts=hp.n_routed_experts,
         n_experts_per_token=hp.n_experts_per_token,
+        n_choosable_experts=hp.n_choosable_experts,
         n_threads=options.n_threads or physical_cores(),
         template=template.source if template else None,
         n_parallel=options.n_parallel,
@@ -264,13 +266,25 @@ def _n_experts(options: ModelOptions, hp: Hyperparameters) -> int:
         raise UsageError(
             "--active-experts: the model has no experts", where=str(options.path), remedy="leave it out"
         )
-    if not 1 <= wanted <= hp.n_routed_experts:
+    if not 1 <= wanted <= hp.n_choosable_experts:
+        groups = f", in {hp.n_groups_per_token} groups" if hp.n_expert_groups > 1 else ""
         raise UsageError(
             f"--active-experts {wanted} is out of range",
             where=str(options.path),
-            remedy=f"the model has {hp.n_routed_experts} routed experts and uses {hp.n_experts_per_token}",
+            remedy=f"a token uses {hp.n_experts_per_token}, chosen from {hp.n_choosable_experts}{groups}",
         )
     return wanted
+
+
+def _check_cache_types(options: ModelOptions, hp: Hyperparameters) -> None:
+    """Raise UsageError if keys and values of an MLA model, which share memory, are given different types."""
+    key_type, value_type = options.cache_type_k, options.cache_type_v
+    if hp.is_mla and key_type != value_type:
+        raise UsageError(
+            f"-ctk {key_type} -ctv {value_type}: the model stores keys and values together, in one type",
+            where=str(options.path),
+            remedy=f"-ctk {key_type} -ctv {key_type}",
+        )
 
 
 def _template(options: ModelOptions, file: GgufFile, hp: Hyperparameters) -> ChatTemplate | None:

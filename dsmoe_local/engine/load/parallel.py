@@ -13,7 +13,7 @@ from dsmoe_local.engine.load.machine import available_memory
 from dsmoe_local.engine.prompts.choice import added_bytes, template_of
 from dsmoe_local.engine.types import ModelOptions
 from dsmoe_local.model.cost import kv_bytes_per_token
-from dsmoe_local.model.gguf_model import read_model
+from dsmoe_local.model.gguf_model import loaded_tensors, read_model
 from dsmoe_local.model.hyperparameters import Hyperparameters
 
 MAX_PARALLEL = 32  # more are not faster on a CPU, see docs/performance.md
@@ -53,7 +53,7 @@ def choose_parallel(options: ModelOptions, workload: Workload, n_parallel: int |
     and raises the same errors about it as `Engine.load`.
     """
     file, hp = read_model(options.path)
-    available = _cache_tokens(options, hp, sum(tensor.n_bytes for tensor in file.tensors.values()))
+    available = _cache_tokens(options, hp, sum(tensor.n_bytes for tensor in loaded_tensors(file, hp)))
     stated = options.n_context is not None
     longest = _longest(workload, template_of(options, file, hp))
     if options.deterministic:

@@ -50,6 +50,7 @@ class PlacementOptions:
 class WeightSizes:
     """Bytes of a model's weights: for each layer its routed experts (`experts`) and the rest (`layers`).
 
+    The last `n_unused` layers are for multi-token prediction: llama.cpp counts them, but does not load them.
     The embedding always stays on the host. If `tied`, it is also the output, and has a second copy if the
     output is offloaded. `fixed` are the bytes that overrides place on each device; no other field includes
     them.
@@ -61,6 +62,12 @@ class WeightSizes:
     embedding: int
     fixed: Mapping[str, int]
     tied: bool = False
+    n_unused: int = 0
+
+    @property
+    def n_used(self) -> int:
+        """Layers that are loaded and have a KV cache."""
+        return len(self.layers) - self.n_unused
 
     @property
     def n_parts(self) -> int:
@@ -124,9 +131,9 @@ def usable_memory(name: str, n_free: int, *, shared: bool, available: int) -> De
 def weight_sizes(
     tensors: Iterable[TensorInfo], hp: Hyperparameters, overrides: Sequence[tuple[str, str]] = ()
 ) -> WeightSizes:
-    """Sum the tensors of a file by layer and role."""
+    """Sum the loaded tensors of a file by layer and role."""
     patterns = [(re.compile(pattern), device) for pattern, device in overrides]
-    layers, experts = [0] * hp.n_layers, [0] * hp.n_layers
+    layers, experts = [0] * hp.n_stored_layers, [0] * hp.n_stored_layers
     fixed: dict[str, int] = {}
     output = embedding = 0
     for tensor in tensors:
@@ -135,14 +142,16 @@ def weight_sizes(
         role = role_of(tensor.name)
         if device is not None:
             fixed[device] = fixed.get(device, 0) + tensor.n_bytes
-        elif layer is not None and layer < hp.n_layers:
+        elif layer is not None:
             (experts if role is Role.ROUTED_EXPERT else layers)[layer] += tensor.n_bytes
         elif role is Role.EMBEDDING:
             embedding += tensor.n_bytes
             output += tensor.n_bytes if hp.tied_embeddings else 0
         else:
             output += tensor.n_bytes
-    return WeightSizes(tuple(layers), tuple(experts), output, embedding, fixed, hp.tied_embeddings)
+    return WeightSizes(
+        tuple(layers), tuple(experts), output, embedding, fixed, hp.tied_embeddings, hp.n_mtp_layers
+    )
 
 
 def place(
@@ -199,7 +208,9 @@ def _items(weights: WeightSizes, n_gpu: int, n_cpu_moe: int, cache: int) -> list
     """Return the bytes on the devices of each of the last `n_gpu` layers, the output at the end."""
     layers = range(weights.n_parts - n_gpu, len(weights.layers))
     items = [
-        weights.layers[layer] + cache + (weights.experts[layer] if layer >= n_cpu_moe else 0)
+        weights.layers[layer]
+        + (cache if layer < weights.n_used else 0)
+        + (weights.experts[layer] if layer >= n_cpu_moe else 0)
         for layer in layers
     ]
     return [*items, weights.output] if n_gpu else []
@@ -251,18 +262,19 @@ def _placement(
         held += sum(weights.experts[layer] for layer in layers if layer not in moved)
         has_output = position <= n_layers < position + count
         held += weights.output if has_output else 0
-        cached = cache * len(layers) if options.offload_cache else 0
-        shares.append(DeviceShare(device.name, len(layers), held, cached, has_output))
+        n_used = sum(layer < weights.n_used for layer in layers)
+        cached = cache * n_used if options.offload_cache else 0
+        shares.append(DeviceShare(device.name, n_used, held, cached, has_output))
         position += count
-    n_host = min(first, n_layers)
+    n_host = min(first, weights.n_used)
     held = weights.embedding + weights.fixed.get(HOST, 0)
     held += sum(weights.layers[:n_host]) + sum(weights.experts[:n_host])
     held += sum(weights.experts[layer] for layer in moved)
     if not n_gpu and not weights.tied:
         held += weights.output
-    host = DeviceShare(HOST, n_host, held, cache * n_layers - sum(s.cache for s in shares), not n_gpu)
+    host = DeviceShare(HOST, n_host, held, cache * weights.n_used - sum(s.cache for s in shares), not n_gpu)
     overrides = (*options.overrides, *([(_experts_pattern(moved), HOST)] if moved else []))
-    used = [share.n_layers > 0 or share.weights > 0 for share in shares]
+    used = [count > 0 or share.weights > 0 for share, count in zip(shares, split, strict=True)]
     kept = [index for index in range(len(devices)) if used[index] or not any(used)]
     return Placement(
         n_gpu,

@@ -21,6 +21,7 @@ from dsmoe_local.engine.load.resident import Resident, host_tensors, plan_reside
 from dsmoe_local.engine.native import Row, tensors
 from dsmoe_local.engine.observe.observer import Observer
 from dsmoe_local.model.gguf_file import GgufFile, TensorInfo
+from dsmoe_local.model.gguf_model import loaded_tensors
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import layer_of
 
@@ -39,7 +40,7 @@ def page_experts(
 
     `budget` is the memory for both in bytes. Passes notes to `listen`. Raises FileError, InterruptedRunError.
     """
-    on_host = host_tensors(file.tensors.values(), hp, placement)
+    on_host = host_tensors(loaded_tensors(file, hp), hp, placement)
     resident = Resident(
         [part.path for part in file.parts], plan_resident(on_host.always, budget), listen, stop
     )

@@ -25,6 +25,7 @@ _LOCK_BYTES = 32 << 20  # between checks whether to stop
 _TOUCH_SECONDS = 1.0
 _PRIORITY = (
     Role.NORM,
+    Role.BIAS,
     Role.ROUTER,
     Role.ATTENTION,
     Role.SHARED_EXPERT,
@@ -57,13 +58,13 @@ def host_tensors(tensors: Iterable[TensorInfo], hp: Hyperparameters, placement: 
     order = {role: index for index, role in enumerate(_PRIORITY)}
     if hp.tied_embeddings:
         order[Role.EMBEDDING] = len(order)
-    n_host = hp.n_layers + 1 - placement.n_gpu_layers  # the output counts as a layer
+    n_host = hp.n_stored_layers + 1 - placement.n_gpu_layers  # the output counts as a layer
     always: list[tuple[int, int, TensorInfo]] = []
     experts: list[TensorInfo] = []
     for tensor in tensors:
         role = role_of(tensor.name)
         layer = layer_of(tensor.name)
-        index = hp.n_layers if layer is None else layer
+        index = hp.n_stored_layers if layer is None else layer
         if role is Role.ROUTED_EXPERT:
             if index < max(n_host, placement.n_cpu_moe):
                 experts.append(tensor)

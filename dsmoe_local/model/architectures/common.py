@@ -212,6 +212,11 @@ def _groups(hp: Hyperparameters) -> tuple[str, str] | None:
         return "n_expert_groups", f"a divisor of {hp.n_routed_experts} that leaves two experts in a group"
     if not 0 < n_chosen < n_groups:
         return "n_groups_per_token", f"a number from 1 to {n_groups - 1}"
+    if hp.n_experts_per_token > hp.n_choosable_experts:
+        return (
+            "n_experts_per_token",
+            f"a number from 1 to {hp.n_choosable_experts}, the experts of a token's groups",
+        )
     return None
 
 
