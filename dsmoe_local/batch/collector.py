@@ -17,6 +17,7 @@ class _Draft:
     """A reply that is not finished."""
 
     pieces: list[str] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
     tokens: list[tuple[TokenLogprob, tuple[TokenLogprob, ...]]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
@@ -56,9 +57,14 @@ class Collector:
         draft = self._drafts[event.index]
         if event.text:
             draft.pieces.append(event.text)
+        if event.reasoning:
+            draft.reasoning.append(event.reasoning)
         if event.token_id is not None and event.finish_reason is None:
             self.n_tokens += 1
-            if self.request.logprobs:
+            if event.in_reasoning:
+                # The tokens so far are the marker before the reasoning.
+                draft.tokens.clear()
+            elif self.request.logprobs:
                 draft.tokens.append(_scored(event))
         if event.finish_reason is not None:
             draft.finish_reason, draft.usage = event.finish_reason, event.usage
@@ -77,7 +83,8 @@ class Collector:
                 return None
             text = "".join(draft.pieces)
             text = text.removeprefix(lead) if chat else text
-            choices.append(Choice(text, reason, tuple(draft.tokens) if self.request.logprobs else None))
+            tokens = tuple(draft.tokens) if self.request.logprobs else None
+            choices.append(Choice(text, reason, tokens, "".join(draft.reasoning).rstrip()))
             usages.append(usage)
         return Reply(
             self.request.id, model, chat, tuple(choices), tuple(usages), self._seconds, self.line.kept

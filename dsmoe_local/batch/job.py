@@ -212,6 +212,8 @@ def _settings(options: BatchOptions) -> dict[str, str]:
         "format": options.form,
         "max_tokens": options.defaults.max_tokens,
         "stop": list(options.defaults.stop),
+        "reasoning_budget": options.defaults.reasoning_budget,
+        "chat_template_kwargs": dict(options.defaults.chat_template_kwargs) or None,
         "text": options.input.text,
         "template": template.text if template else None,
         "chat": options.input.chat,

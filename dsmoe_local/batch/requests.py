@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeAlias
 
 from dsmoe_local.base.text import safe_line
@@ -24,7 +24,7 @@ _ENVELOPE = frozenset({"method", "url", "body"})
 _IDS = frozenset({"id", "custom_id"})
 _SAMPLING = frozenset(item.name for item in fields(SamplingParameters))
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-_MESSAGE_KEYS = frozenset({"role", "content", "name", "refusal"})
+_MESSAGE_KEYS = frozenset({"role", "content", "name", "refusal", "reasoning_content"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,8 @@ class BatchDefaults:
     sampling: SamplingParameters
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
+    reasoning_budget: int | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 def request_of(line: Line, defaults: BatchDefaults) -> Request:
@@ -43,7 +45,13 @@ def request_of(line: Line, defaults: BatchDefaults) -> Request:
     body, chat = _envelope(line.values) if "body" in line.values else _short(line.values)
     parts = _read_fields(body, chat=chat)
     sampling = {name: parts.pop(name) for name in _SAMPLING & parts.keys()}
-    given: dict[str, Any] = {"max_tokens": defaults.max_tokens, "stop": defaults.stop} | parts
+    given: dict[str, Any] = {
+        "max_tokens": defaults.max_tokens,
+        "stop": defaults.stop,
+        "reasoning_budget": defaults.reasoning_budget,
+    } | parts
+    # As in llama.cpp's server, a line adds variables to those of the command.
+    given["chat_template_kwargs"] = {**defaults.chat_template_kwargs, **parts.get("chat_template_kwargs", {})}
     chosen = replace(defaults.sampling, **sampling) if sampling else defaults.sampling
     return Request(line.id, sampling=chosen, **given)
 
@@ -175,7 +183,7 @@ def _seed(key: str, value: object) -> int:
     return _integer(key, value) % (MAX_SEED + 1)
 
 
-def _n_predict(key: str, value: object) -> int | None:
+def _limit(key: str, value: object) -> int | None:
     # In llama.cpp -1 means no limit.
     number = _integer(key, value)
     return None if number == -1 else number
@@ -234,7 +242,10 @@ def _message(item: object) -> Message:
     role = _text("role", item["role"])
     if role not in _ROLES:
         raise LineError(f"the role {safe_line(role, 40)!r} is not supported")
-    return Message(_ROLES[role], _content(item["content"]))
+    reasoning = _text("reasoning_content", item.get("reasoning_content") or "")
+    if reasoning and role != "assistant":
+        raise LineError("only messages of the assistant may have reasoning_content")
+    return Message(_ROLES[role], _content(item["content"]), reasoning_content=reasoning)
 
 
 def _content(value: object) -> str:
@@ -247,6 +258,21 @@ def _content(value: object) -> str:
             raise LineError(f"content of the type {safe_line(str(kind), 40)!r} is not supported")
         texts.append(_text("content", part.get("text")))
     return "\n".join(texts)
+
+
+def _variables(key: str, value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise LineError(f"{key} is not an object")
+    return value
+
+
+def _effort(key: str, value: object) -> Parts:
+    """Read OpenAI's `reasoning_effort`. Models differ in what they make of the other levels."""
+    if value != "none":
+        raise LineError(
+            f"{key} is not supported", remedy='use reasoning_budget, or chat_template_kwargs; or "none"'
+        )
+    return {"reasoning_budget": 0}
 
 
 def _logprobs(key: str, value: object) -> Parts:
@@ -295,7 +321,7 @@ HONOURED: Mapping[str, Reader] = {
     "messages": _to("prompt", _messages),
     "max_tokens": _to("max_tokens", _integer),
     "max_completion_tokens": _to("max_tokens", _integer),
-    "n_predict": _to("max_tokens", _n_predict),
+    "n_predict": _to("max_tokens", _limit),
     "stop": _to("stop", _stop),
     "n": _to("n", _integer),
     "logprobs": _logprobs,
@@ -308,6 +334,9 @@ HONOURED: Mapping[str, Reader] = {
     "grammar": _to("grammar", _text),
     "guided_grammar": _to("grammar", _text),
     "context_shift": _to("context_shift", _flag),
+    "chat_template_kwargs": _to("chat_template_kwargs", _variables),
+    "reasoning_budget": _to("reasoning_budget", _limit),
+    "reasoning_effort": _effort,
     "continue_final_message": _to("continue_final_message", _flag),
     # _check_beginning has checked that this agrees with continue_final_message.
     "add_generation_prompt": lambda key, value: {"continue_final_message": not _flag(key, value)},
@@ -351,7 +380,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "moderation": (),
     "web_search_options": (),
-    "reasoning_effort": ("none",),
+    "include_reasoning": (True,),
+    "reasoning_format": ("auto", "deepseek"),
     "verbosity": ("medium",),
     "suffix": ("",),
     "echo": (False,),
@@ -371,7 +401,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "prompt_logprobs": (0,),
     "truncate_prompt_tokens": (),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
     "documents": ([],),
     "mm_processor_kwargs": ({},),
     "logits_processors": ([],),

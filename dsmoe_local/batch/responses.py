@@ -17,12 +17,19 @@ ScoredToken: TypeAlias = tuple[TokenLogprob, tuple[TokenLogprob, ...]]
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI writes this number
 
 
+class CompletionDetails(TypedDict):
+    """What completion tokens consist of, with OpenAI's names."""
+
+    reasoning_tokens: int
+
+
 class UsageRecord(TypedDict):
-    """Token counts, with OpenAI's names."""
+    """Token counts, with OpenAI's names. The details exist if there was reasoning."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    completion_tokens_details: NotRequired[CompletionDetails]
 
 
 class TimingRecord(TypedDict):
@@ -61,8 +68,8 @@ class OpenAiRecord(TypedDict):
 
 
 class SimpleRecord(TypedDict):
-    """A line of `--format simple`. With `n` > 1 texts and reasons are lists. `logprobs` exist if the request
-    asked for them, `kept` exists with `--keep`.
+    """A line of `--format simple`. With `n` > 1 texts, reasoning and reasons are lists. `reasoning_content`
+    exists if there is any, `logprobs` if the request asked for them, `kept` with `--keep`.
     """
 
     id: str
@@ -71,17 +78,19 @@ class SimpleRecord(TypedDict):
     usage: UsageRecord | None
     timing: TimingRecord | None
     error: ErrorRecord | None
+    reasoning_content: NotRequired[str | list[str]]
     logprobs: NotRequired[list[Any]]
     kept: NotRequired[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One reply to a prompt. `tokens` is None without log-probabilities."""
+    """One reply to a prompt. `tokens` are those of `text`; None without log-probabilities."""
 
     text: str
     finish_reason: FinishReason
     tokens: tuple[ScoredToken, ...] | None = None
+    reasoning: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +121,11 @@ class Reply:
     def n_completion_tokens(self) -> int:
         """Generated tokens of all choices."""
         return sum(usage.completion_tokens for usage in self.usages)
+
+    @property
+    def n_reasoning_tokens(self) -> int:
+        """Tokens of reasoning in all choices."""
+        return sum(usage.reasoning_tokens for usage in self.usages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +171,9 @@ def simple_record(outcome: Outcome) -> SimpleRecord:
     record["text"] = texts[0] if single else texts
     record["finish_reason"] = reasons[0] if single else reasons
     record["usage"], record["timing"] = _usage(outcome), _timing(outcome)
+    if any(choice.reasoning for choice in outcome.choices):
+        reasoning = [choice.reasoning for choice in outcome.choices]
+        record["reasoning_content"] = reasoning[0] if single else reasoning
     if scores:
         record["logprobs"] = scores[0] if single else scores
     return record
@@ -192,6 +209,9 @@ def _choice(reply: Reply, index: int, choice: Choice) -> dict[str, Any]:
     }
     if reply.chat:
         record["message"] = {"role": "assistant", "content": choice.text, "refusal": None}
+        if choice.reasoning:
+            # Not OpenAI's, but that of DeepSeek, vLLM and llama.cpp.
+            record["message"]["reasoning_content"] = choice.reasoning
         if choice.tokens is not None:
             record["logprobs"] = {"content": _chat_scores(choice.tokens), "refusal": None}
     else:
@@ -240,11 +260,14 @@ def _ending(reason: FinishReason) -> Literal["stop", "length"]:
 
 
 def _usage(reply: Reply) -> UsageRecord:
-    return UsageRecord(
+    record = UsageRecord(
         prompt_tokens=reply.n_prompt_tokens,
         completion_tokens=reply.n_completion_tokens,
         total_tokens=reply.n_prompt_tokens + reply.n_completion_tokens,
     )
+    if reply.n_reasoning_tokens:
+        record["completion_tokens_details"] = CompletionDetails(reasoning_tokens=reply.n_reasoning_tokens)
+    return record
 
 
 def _timing(reply: Reply) -> TimingRecord:

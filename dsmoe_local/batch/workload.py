@@ -67,7 +67,9 @@ def prompt_bytes(prompt: Prompt) -> int:
     if isinstance(prompt, str):
         return len(prompt.encode())
     return sum(
-        len(f"{item.role}\n{item.content}\n".encode()) if isinstance(item, Message) else BYTES_PER_TOKEN
+        len(f"{item.role}\n{item.reasoning_content}{item.content}\n".encode())
+        if isinstance(item, Message)
+        else BYTES_PER_TOKEN
         for item in prompt
     )
 

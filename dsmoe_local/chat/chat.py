@@ -16,9 +16,10 @@ from dsmoe_local.chat.commands import table
 from dsmoe_local.chat.context import MadeRoom
 from dsmoe_local.chat.conversation import Asked, Conversation, Reply
 from dsmoe_local.chat.experts_view import ExpertsView
+from dsmoe_local.chat.reasoning_view import ReasoningView
 from dsmoe_local.chat.saving import CacheKeeper, Drafts
 from dsmoe_local.chat.session_settings import SessionSettings, differences
-from dsmoe_local.chat.settings import OnFull
+from dsmoe_local.chat.settings import OnFull, Think
 from dsmoe_local.chat.store.sessions import Session, SessionStore
 from dsmoe_local.chat.terminal.screen import ReplyView, Screen, Status
 from dsmoe_local.chat.turns import Transcript
@@ -307,6 +308,7 @@ class Chat:
 
     def _show(self, events: Reply, view: ReplyView, *, goes_on: bool) -> None:
         begun = self.conversation.completes
+        thought = ReasoningView(view, shows=self.conversation.settings.think is Think.SHOW)
         end: TokenEvent | None = None
         for event in events:
             if isinstance(event, Asked):
@@ -320,6 +322,7 @@ class Chat:
             if event.progress is not None:
                 view.progress(event.progress.done, event.progress.total)
             end = event if event.finish_reason is not None else end
+            thought.take(event)
             # Spaces at the beginning of a reply belong to the template.
             text = event.text if begun or goes_on else event.text.lstrip()
             if text:

@@ -6,8 +6,9 @@ Functions of a transcript and a tokenizer, without state.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from dsmoe_local.base.sequences import n_common
 from dsmoe_local.chat.settings import OnFull
@@ -36,18 +37,23 @@ def messages(transcript: Transcript) -> tuple[Message, ...]:
 
 
 class Encoder:
-    """Tokenizes prompts, and caches the results."""
+    """Tokenizes prompts, and caches the results. `variables` are those of the chat template."""
 
-    def __init__(self, engine: TextEngine) -> None:
+    def __init__(self, engine: TextEngine, variables: Mapping[str, Any]) -> None:
         self.info = engine.info
         self._engine = engine
+        self._variables = variables
         self._known: dict[Prompt, tuple[int, ...]] = {}
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Return the token ids of `prompt`. A reply at the end is left open, so that it can be continued."""
         ids = self._known.get(prompt)
         if ids is None:
-            ids = self._engine.encode(prompt, continue_final_message=ends_with_reply(prompt))
+            ids = self._engine.encode(
+                prompt,
+                continue_final_message=ends_with_reply(prompt),
+                chat_template_kwargs=self._variables,
+            )
             self._known[prompt] = ids
         return ids
 

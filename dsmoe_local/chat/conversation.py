@@ -15,7 +15,8 @@ from dsmoe_local.chat.settings import ChatSettings, OnFull
 from dsmoe_local.chat.turns import Role, Transcript, Turn
 from dsmoe_local.engine.errors import EngineCrashError, EngineError
 from dsmoe_local.engine.interface import ReloadableEngine
-from dsmoe_local.engine.types import FinishReason, Message, Request, TokenEvent, Usage
+from dsmoe_local.engine.reasoning import template_variables
+from dsmoe_local.engine.types import FinishReason, Message, ReplyStart, Request, TokenEvent, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +34,18 @@ Reply: TypeAlias = Generator[Event, None, None]
 
 @dataclass(slots=True)
 class _PartialReply:
-    """The running reply so far. Its first `n_ids` tokens decode to exactly its first `n_pieces` pieces."""
+    """The running reply so far. Its first `n_ids` tokens decode to exactly its first `n_pieces` pieces.
 
-    pieces: list[str] = field(default_factory=list)
+    A piece is a pair of texts: of the answer, and of the reasoning.
+    """
+
+    pieces: list[tuple[str, str]] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     n_pieces: int = 0
     n_ids: int = 0
 
     def add(self, event: TokenEvent) -> None:
-        self.pieces.append(event.text)
+        self.pieces.append((event.text, event.reasoning))
         if event.finish_reason is FinishReason.STOP and event.token_id is None:
             # A stop string ended it: the ids include text after the end.
             self.ids.clear()
@@ -50,9 +54,19 @@ class _PartialReply:
         if not event.held:
             self.n_pieces, self.n_ids = len(self.pieces), len(self.ids)
 
-    def exact(self) -> tuple[str, tuple[int, ...]]:
-        """Return text and ids up to the last point where both are complete."""
-        return "".join(self.pieces[: self.n_pieces]), tuple(self.ids[: self.n_ids])
+    def exact(self) -> _PartialReply:
+        """Return the reply up to the last point where texts and ids are complete."""
+        return _PartialReply(self.pieces[: self.n_pieces], self.ids[: self.n_ids])
+
+    @property
+    def text(self) -> str:
+        """The answer."""
+        return "".join(answer for answer, _ in self.pieces)
+
+    @property
+    def reasoning(self) -> str:
+        """The reasoning before the answer."""
+        return "".join(reasoning for _, reasoning in self.pieces)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +144,7 @@ class Conversation:
         reply = self._partial
         if reply is None or not reply.n_ids:
             return None
-        turns = self._turns_with(*reply.exact(), FinishReason.CANCELLED, None)
+        turns = self._turns_with(reply.exact(), FinishReason.CANCELLED, None)
         return replace(self._state.transcript, turns=turns)
 
     def restore(self, transcript: Transcript) -> None:
@@ -218,7 +232,14 @@ class Conversation:
 
     def context_ids(self) -> tuple[int, ...]:
         """Return the token ids in the context; none without turns."""
-        return context.token_ids(self._state.transcript, context.Encoder(self.engine))
+        return context.token_ids(self._state.transcript, self.encoder())
+
+    def encoder(self) -> context.Encoder:
+        """Return an encoder of prompts with the current settings."""
+        settings = self.settings
+        return context.Encoder(
+            self.engine, template_variables(settings.chat_template_kwargs, settings.budget)
+        )
 
     def _up_to_question(self, error: str) -> tuple[Turn, ...]:
         questions = [index for index, turn in enumerate(self.turns) if turn.role is Role.USER]
@@ -255,7 +276,7 @@ class Conversation:
         self._change(turns=asked)
         try:
             yield Asked()
-            encoder = context.Encoder(self.engine)
+            encoder = self.encoder()
             transcript, room = context.fitted(
                 self._state.transcript,
                 encoder,
@@ -349,24 +370,41 @@ class Conversation:
             json_schema=self.json_schema,
             context_shift=shift,
             n_keep=context.n_never_shifted(transcript, encoder) if shift else 0,
+            reply_start=self._reply_start(),
+            reasoning_budget=self.settings.budget,
         )
+
+    def _reply_start(self) -> ReplyStart:
+        """Return what the next reply, or the rest of the last one, may begin with."""
+        last = self.turns[-1]
+        if self.completes or (last.role is Role.ASSISTANT and last.content):
+            return ReplyStart.ANSWER
+        return ReplyStart.REASONING if last.reasoning else ReplyStart.DETECT
 
     def _add_reply(self, reply: _PartialReply, end: TokenEvent | None) -> None:
         """Add the reply to the turns. `end` is None if it ended early."""
         usage = None if end is None else end.usage
         ending = FinishReason.CANCELLED if end is None else end.finish_reason
-        text, ids = reply.exact() if end is None else ("".join(reply.pieces), tuple(reply.ids))
+        reply = reply.exact() if end is None else reply
         self._state = replace(self._state, usage=usage, finish_reason=ending)
-        if text or ids or ending is FinishReason.STOP:
-            self._change(turns=self._turns_with(text, ids, ending, usage))
+        if reply.text or reply.reasoning or reply.ids or ending is FinishReason.STOP:
+            self._change(turns=self._turns_with(reply, ending, usage))
 
     def _turns_with(
-        self, text: str, ids: tuple[int, ...], ending: FinishReason | None, usage: Usage | None
+        self, reply: _PartialReply, ending: FinishReason | None, usage: Usage | None
     ) -> tuple[Turn, ...]:
         """Return the turns with a new reply, or with more text in the last reply."""
         *before, last = self.turns
+        ids = tuple(reply.ids)
         if last.role is Role.USER:
-            return (*self.turns, Turn(Role.ASSISTANT, text, ids, ending, usage))
-        exact = (*last.token_ids, *ids) if last.token_ids and (ids or not text) else ()
-        more = replace(last, content=last.content + text, token_ids=exact, ending=ending, usage=usage)
+            return (*self.turns, Turn(Role.ASSISTANT, reply.text, ids, ending, usage, reply.reasoning))
+        wrote = reply.text or reply.reasoning
+        more = replace(
+            last,
+            content=last.content + reply.text,
+            token_ids=(*last.token_ids, *ids) if last.token_ids and (ids or not wrote) else (),
+            ending=ending,
+            usage=usage,
+            reasoning=last.reasoning + reply.reasoning,
+        )
         return (*before, more)

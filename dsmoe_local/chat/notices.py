@@ -9,8 +9,8 @@ from dsmoe_local.base.text import count, safe_text
 from dsmoe_local.chat.attachments import preview, without_files
 from dsmoe_local.chat.context import MadeRoom
 from dsmoe_local.chat.conversation import Conversation
-from dsmoe_local.chat.settings import OnFull
-from dsmoe_local.chat.turns import Role
+from dsmoe_local.chat.settings import OnFull, Think
+from dsmoe_local.chat.turns import Role, Turn
 from dsmoe_local.engine.types import FinishReason, ModelInfo, Usage
 
 if TYPE_CHECKING:
@@ -37,11 +37,18 @@ def usage(taken: Usage) -> str:
     """Return a line about the tokens and the time of a reply."""
     seed = "" if taken.seed is None else f", seed {taken.seed}"
     read = taken.prompt_tokens - taken.cached_tokens
+    reasoning = f" ({taken.reasoning_tokens:,} of reasoning)" if taken.reasoning_tokens else ""
     return (
         f"prompt {count(taken.prompt_tokens, 'token')} ({read:,} read in {taken.prompt_seconds:.2f} s), "
-        f"reply {count(taken.completion_tokens, 'token')} in {taken.completion_seconds:.2f} s "
+        f"reply {count(taken.completion_tokens, 'token')}{reasoning} in {taken.completion_seconds:.2f} s "
         f"({taken.tokens_per_second:.1f} tokens/s){seed}"
     )
+
+
+def thought(turn: Turn) -> str:
+    """Return a line about the reasoning of a stored reply."""
+    n_tokens = 0 if turn.usage is None else turn.usage.reasoning_tokens
+    return f"thought for {count(n_tokens, 'token')}" if n_tokens else "thought"
 
 
 def made_room(room: MadeRoom) -> str:
@@ -104,7 +111,12 @@ def recall(screen: Screen, conversation: Conversation, name: str) -> None:
         if turn.role is Role.USER:
             text = _shortened(without_files(turn.content))
             screen.show(Text(safe_text(f"> {text}"), style="dim"))
-        elif screen.plain:
+            continue
+        if turn.reasoning:
+            if conversation.settings.think is Think.SHOW:
+                screen.show(Text(safe_text(_shortened(turn.reasoning)), style="dim"))
+            screen.notice(thought(turn))
+        if screen.plain:
             screen.show(Text(safe_text(_shortened(turn.content))))
         else:
             screen.show(render_markdown(_shortened(turn.content), screen.width, colour=screen.colour))

@@ -15,6 +15,8 @@ from dsmoe_local.base.text import safe_text
 from dsmoe_local.chat import notices
 from dsmoe_local.chat.context import MadeRoom
 from dsmoe_local.chat.conversation import Asked, Conversation
+from dsmoe_local.chat.settings import Think
+from dsmoe_local.chat.terminal.screen import is_dumb
 from dsmoe_local.engine.types import FinishReason
 
 _CUT: Mapping[FinishReason | None, tuple[str, str]] = {
@@ -34,29 +36,35 @@ def answer(
 ) -> None:
     """Write the reply to `text` as it is generated, or with `as_json` as one JSON object at the end.
 
-    The object has the fields `text`, `finish_reason`, `usage` and `model`, and with a JSON schema `value`:
-    the parsed text, or null if it was cut. Leading whitespace belongs to the chat template and is left out,
-    except in a completion. A terminal gets control characters made visible and JSON indented; any other
-    output gets the exact text. Notes and `stats` go to `notes` (None: stderr).
+    The object has the fields `text`, `finish_reason`, `usage` and `model`; `reasoning_content` if there is
+    reasoning; and with a JSON schema `value`: the parsed text, or null if it was cut.
+
+    Reasoning is shown dimmed on a terminal, unless the setting `think` hides it. It is not written to any
+    other output. Leading whitespace belongs to the chat template and is left out, except in a completion. A
+    terminal gets control characters made visible and JSON indented; any other output gets the exact text.
+    Notes and `stats` go to `notes` (None: stderr).
 
     Ctrl-C stops the reply: its text so far is written, and InterruptedRunError is raised. A second Ctrl-C
     raises KeyboardInterrupt at once. DsmoeError if a reply for a JSON schema was cut before it was valid.
     """
     notes = notes if notes is not None else sys.stderr
-    written = _Output(out, silent=as_json, is_json=conversation.json_schema is not None)
+    shows = conversation.settings.think is Think.SHOW
+    is_json = conversation.json_schema is not None
+    written = _Output(out, silent=as_json, is_json=is_json, shows_reasoning=shows)
     try:
         with handling({signal.SIGINT: _CancelOnce(conversation)}):
             for event in conversation.send(text):
                 if isinstance(event, MadeRoom):
                     _note(notes, notices.made_room(event))
                 elif not isinstance(event, Asked):
+                    written.add_reasoning(event.reasoning)
                     written.add(event.text, trim=not conversation.completes)
     except BaseException:
         written.break_off()
         raise
     value = _json_value(written.text) if conversation.json_schema is not None else None
     if as_json:
-        written.write(_envelope(conversation, written.text, value))
+        written.write(_envelope(conversation, written, value))
     written.finish()
     if stats and conversation.usage is not None:
         notes.write(notices.usage(conversation.usage) + "\n")
@@ -66,11 +74,13 @@ def answer(
 class _Output:
     """Writes a reply to a stream and collects its text."""
 
-    def __init__(self, out: TextIO, *, silent: bool, is_json: bool) -> None:
+    def __init__(self, out: TextIO, *, silent: bool, is_json: bool, shows_reasoning: bool) -> None:
         self.text = ""
+        self.reasoning = ""
         self._last = ""
         self._out = out
         self._silent = silent
+        self._shows_reasoning = shows_reasoning and not silent and out.isatty() and not is_dumb()
         self._make_safe = safe_text if out.isatty() else str
         self._format = IndentedJson().feed if is_json and out.isatty() else str
 
@@ -78,9 +88,17 @@ class _Output:
         piece = piece.lstrip() if trim and not self.text else piece
         if not piece:
             return
+        if self._shows_reasoning and self.reasoning and not self.text:
+            self._out.write("\n\n")
         self.text += piece
         if not self._silent:
             self.write(self._format(piece))
+            self._out.flush()
+
+    def add_reasoning(self, piece: str) -> None:
+        self.reasoning += piece
+        if piece and self._shows_reasoning:
+            self._out.write(f"\x1b[2m{safe_text(piece)}\x1b[0m")
             self._out.flush()
 
     def finish(self) -> None:
@@ -124,10 +142,12 @@ def _json_value(text: str) -> str | None:
     return text.replace("\n", " ").strip()
 
 
-def _envelope(conversation: Conversation, text: str, value: str | None) -> str:
+def _envelope(conversation: Conversation, written: _Output, value: str | None) -> str:
     usage = conversation.usage
+    reasoning = {"reasoning_content": written.reasoning} if written.reasoning else {}
     fields = {
-        "text": text,
+        "text": written.text,
+        **reasoning,
         "finish_reason": conversation.finish_reason,
         "usage": None if usage is None else dataclasses.asdict(usage),
         "model": conversation.engine.info.name,

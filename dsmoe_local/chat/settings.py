@@ -28,27 +28,47 @@ class OnFull(StrEnum):
     COMPACT = "compact"
 
 
-_RANGES: Ranges = {"max_tokens": (REQUEST_RANGES["max_tokens"][0], "1 or more, or -1 for no limit")}
+class Think(StrEnum):
+    """What happens to the reasoning of a reasoning model. OFF: it does not reason."""
+
+    SHOW = "show"
+    HIDE = "hide"
+    OFF = "off"
+
+
+_RANGES: Ranges = {
+    "max_tokens": (REQUEST_RANGES["max_tokens"][0], "1 or more, or -1 for no limit"),
+    "reasoning_budget": (REQUEST_RANGES["reasoning_budget"][0], "0 or more, or -1 for no limit"),
+    "chat_template_kwargs": REQUEST_RANGES["chat_template_kwargs"],
+}
 
 
 @dataclass(frozen=True, slots=True)
 class ChatSettings:
     """How replies are generated. Raises UsageError for a value out of range.
 
-    `max_tokens` None means no limit. `chosen` names the settings that /set changed in this chat: /set save
-    keeps those.
+    `max_tokens` and `reasoning_budget` None mean no limit. `chosen` names the settings that /set changed in
+    this chat: /set save keeps those.
     """
 
     sampling: SamplingParameters = field(default_factory=SamplingParameters)
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     on_full: OnFull = OnFull.STOP
+    think: Think = Think.SHOW
+    reasoning_budget: int | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     chosen: frozenset[str] = field(default=frozenset(), compare=False)
 
     def __post_init__(self) -> None:
         check_fields(self, _RANGES)
         if not all(self.stop):
             raise UsageError("a stop string is empty", remedy="leave it out")
+
+    @property
+    def budget(self) -> int | None:
+        """The most tokens of reasoning; None: no limit."""
+        return 0 if self.think is Think.OFF else self.reasoning_budget
 
 
 PRESETS = "presets"
@@ -65,6 +85,18 @@ class Preset:
 
 def _integer_or_none(text: str) -> int | None:
     return None if text.lower() in ("none", "off", "random", "-1") else int(text)
+
+
+def _limit(text: str) -> int | None:
+    return None if text.lower() in ("none", "-1") else int(text)
+
+
+def _variables(text: str) -> dict[str, Any]:
+    """Read the variables of a chat template: a JSON object."""
+    value = {} if text.lower() == "none" else json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
 
 
 # The escapes of Python strings. An octal number above 255 and a backslash before any other character stay as
@@ -208,6 +240,29 @@ _TABLE = (
         "when the context is full: stop, shift (drop the oldest tokens) or compact (drop the oldest turns)",
         words=tuple(OnFull),
     ),
+    Setting(
+        "think",
+        ("--think",),
+        lambda text: Think(text.lower()),
+        "reasoning of a reasoning model: show it, hide it, or turn it off",
+        words=tuple(Think),
+    ),
+    Setting(
+        "reasoning_budget",
+        ("--reasoning-budget",),
+        _limit,
+        "end reasoning after N tokens; 0 = no reasoning, -1 = no limit",
+        "N",
+        ("none",),
+    ),
+    Setting(
+        "chat_template_kwargs",
+        ("--chat-template-kwargs",),
+        _variables,
+        'variables for the chat template, such as {"enable_thinking": false}',
+        "JSON",
+        ("none",),
+    ),
 )
 SETTINGS: Mapping[str, Setting] = {each.name: each for each in _TABLE}
 
@@ -257,6 +312,8 @@ def apply(settings: ChatSettings, values: Mapping[str, Any]) -> ChatSettings:
             # TOML has read the escapes already.
             texts = [value] if isinstance(value, str) else value
             settings = _with(settings, name, tuple(texts))
+        elif name == "chat_template_kwargs" and isinstance(value, dict):
+            settings = _with(settings, name, value)
         elif isinstance(value, str | int | float) and not isinstance(value, bool):
             settings = change(settings, name, str(value))
         else:
@@ -289,15 +346,17 @@ def as_value(settings: ChatSettings, name: str) -> Value:
         return -1
     if isinstance(value, tuple):
         return list(value)
-    return str(value) if isinstance(value, OnFull) else cast(Value, value)
+    if isinstance(value, dict):
+        return json.dumps(value)
+    return str(value) if isinstance(value, StrEnum) else cast(Value, value)
 
 
 def in_words(settings: ChatSettings, name: str) -> str:
     """Return the value of a setting as text that `change` reads; safe to print."""
     value = get_setting(settings, name)
-    if value is None or value == ():
+    if value is None or value in ((), {}):
         return "none"
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | dict):
         # JSON with an escape for each character that is not safe to print.
         return "".join(
             letter if letter == safe_line(letter) else json.dumps(letter)[1:-1]

@@ -19,7 +19,8 @@ class Role(StrEnum):
 class Turn:
     """A message or a reply.
 
-    A reply has its exact `token_ids` (empty: not known), the reason why it ended and its `usage`.
+    A reply has its exact `token_ids` (empty: not known), the reason why it ended and its `usage`. `reasoning`
+    is what a reasoning model wrote before `content`; the ids include it.
     """
 
     role: Role
@@ -27,11 +28,12 @@ class Turn:
     token_ids: tuple[int, ...] = ()
     ending: FinishReason | None = None
     usage: Usage | None = None
+    reasoning: str = ""
 
     @property
     def message(self) -> Message:
         """The turn as a message for the engine."""
-        return Message(self.role, self.content, self.token_ids)
+        return Message(self.role, self.content, self.token_ids, self.reasoning)
 
     @property
     def unfinished(self) -> bool:

@@ -212,7 +212,13 @@ def _options(source: Path, model: Path, n_deterministic: int | None, values: dic
     replies, template = reply_settings(values), values.pop("template")
     return BatchOptions(
         source=source,
-        defaults=BatchDefaults(replies.sampling, replies.max_tokens, replies.stop),
+        defaults=BatchDefaults(
+            replies.sampling,
+            replies.max_tokens,
+            replies.stop,
+            replies.reasoning_budget,
+            replies.chat_template_kwargs,
+        ),
         input=InputForm(
             text=values.pop("text"),
             template=parse_template(template) if template is not None else None,

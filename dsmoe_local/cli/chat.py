@@ -64,6 +64,7 @@ class _ChatOptions:
     Group.CONVERSATION,
 )
 @setting_option("on_full", group=Group.CONVERSATION)
+@setting_option("think", group=Group.CONVERSATION)
 @option(
     "--experts",
     "experts",

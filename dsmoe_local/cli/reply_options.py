@@ -16,7 +16,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _BUILT_IN = ChatSettings()
 _MAIN = frozenset({"max_tokens", "temperature"})
-_CHAT_ONLY = frozenset({"on_full"})
+_CHAT_ONLY = frozenset({"on_full", "think"})
 
 
 def setting_option(name: str, group: Group) -> Callable[[F], F]:
@@ -28,6 +28,8 @@ def setting_option(name: str, group: Group) -> Callable[[F], F]:
     if isinstance(default, list):
         attributes = {"multiple": True, "metavar": setting.metavar}
         text += " Repeatable."
+    elif setting.name == "chat_template_kwargs":
+        attributes["show_default"] = False
     elif isinstance(default, str):
         attributes = {"default": default, "type": click.Choice([str(word) for word in setting.words])}
     elif isinstance(default, float):

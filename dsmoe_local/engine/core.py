@@ -77,7 +77,10 @@ class Core:
         replies: list[Reply] = []
         try:
             for index in range(job.request.n):
-                replies.append(Reply(job, index, prompt, self._loaded.context, n_context))  # noqa: PERF401 - closed below
+                reply = Reply(
+                    job, index, prompt, self._loaded.context, n_context, self._loaded.encoder.reasoning
+                )
+                replies.append(reply)
         except BaseException:
             for reply in replies:
                 reply.close()

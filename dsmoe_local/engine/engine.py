@@ -11,7 +11,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,6 +27,7 @@ from dsmoe_local.engine.interface import Deliver
 from dsmoe_local.engine.large_stack import large_stack
 from dsmoe_local.engine.load.loaded_model import LoadedModel, load_model
 from dsmoe_local.engine.native.library import echo_log
+from dsmoe_local.engine.reasoning import template_variables
 from dsmoe_local.engine.reply import Job
 from dsmoe_local.engine.sampling import check_request, is_constrained
 from dsmoe_local.engine.types import (
@@ -152,13 +153,21 @@ class Engine:
         if job is not None:
             self._cancel(job)
 
-    def encode(self, prompt: Prompt, *, continue_final_message: bool = False) -> tuple[int, ...]:
+    def encode(
+        self,
+        prompt: Prompt,
+        *,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> tuple[int, ...]:
         """Return the token ids of `prompt` (see TextEngine)."""
         check_prompt(prompt)
         with self._encoding:
-            encoder = self._require_loaded().encoder
-            return encoder.encode(
-                prompt, continue_final_message=continue_final_message, stopped=lambda: self._closed
+            return self._require_loaded().encoder.encode(
+                prompt,
+                chat_template_kwargs,
+                continue_final_message=continue_final_message,
+                stopped=lambda: self._closed,
             )
 
     def decode(self, token_ids: Sequence[int]) -> tuple[str, ...]:
@@ -273,6 +282,7 @@ class Engine:
                 job.grammar = check_request(loaded.model, job.request)
                 prompt = loaded.encoder.encode(
                     job.request.prompt,
+                    template_variables(job.request.chat_template_kwargs, job.request.reasoning_budget),
                     continue_final_message=job.request.continue_final_message,
                     stopped=lambda: job.cancelled,
                 )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from dsmoe_local.base import progress
 from dsmoe_local.engine.types import (
@@ -60,7 +60,13 @@ class TextEngine(Protocol):
         """
         ...
 
-    def encode(self, prompt: Prompt, *, continue_final_message: bool = False) -> tuple[int, ...]:
+    def encode(
+        self,
+        prompt: Prompt,
+        *,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> tuple[int, ...]:
         """Return the token ids of `prompt`, as in a Request. Raises PromptError, TemplateError."""
         ...
 

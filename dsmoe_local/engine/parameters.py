@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TypeAlias
 
 from dsmoe_local.base.errors import UsageError
@@ -39,6 +40,19 @@ class SamplingParameters:
 
     def __post_init__(self) -> None:
         check_fields(self, RANGES)
+
+
+class ReplyStart(StrEnum):
+    """What a reply may begin with.
+
+    - ANSWER: all of it is the answer.
+    - DETECT: reasoning, if the end of the prompt or the beginning of the reply is the model's opening marker.
+    - REASONING: it continues reasoning, unless the prompt ends with the closing marker.
+    """
+
+    ANSWER = "answer"
+    DETECT = "detect"
+    REASONING = "reasoning"
 
 
 Check: TypeAlias = Callable[[object], bool]
@@ -82,6 +96,16 @@ def _is_bias(value: object) -> bool:
 
 
 _bias_range = _between(-1000, 1000)
+_RESERVED = frozenset({"messages", "add_generation_prompt"})
+
+
+def _are_variables(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and all(isinstance(name, str) for name in value)
+        and not _RESERVED & value.keys()
+    )
+
 
 RANGES: Ranges = {
     "temperature": (_between(0, 100), "a number from 0 (always the likeliest token) to 100"),
@@ -114,4 +138,10 @@ REQUEST_RANGES: Ranges = {
     "n_keep": (_whole(0), "a whole number from 0"),
     "score_from": (_or_none(_whole(0)), "an index from 0"),
     "continue_final_message": (_is(bool), "true or false"),
+    "reply_start": (_or_none(_is(ReplyStart)), "answer, detect or reasoning"),
+    "reasoning_budget": (_or_none(_whole(0)), "a whole number of tokens, 0 = no reasoning"),
+    "chat_template_kwargs": (
+        _are_variables,
+        'a JSON object of variables, such as {"enable_thinking": false}, without messages',
+    ),
 }

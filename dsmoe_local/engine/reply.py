@@ -1,4 +1,4 @@
-"""A running request and its replies: detokenization, limits, stop strings and events."""
+"""A running request and its replies: detokenization, reasoning, limits, stop strings and events."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from dsmoe_local.engine import native
 from dsmoe_local.engine.interface import Deliver
+from dsmoe_local.engine.reasoning import ReasoningFormat, ReasoningGuide, ReasoningParser
 from dsmoe_local.engine.sampling import Choice, CompiledGrammar, TokenSampler, choose_seed
 from dsmoe_local.engine.sampling.likeliest import Logits
 from dsmoe_local.engine.schedule.plan import Sequence
@@ -52,9 +53,18 @@ class Reply:
     """One reply of a request. Delivers the events that TokenEvent describes."""
 
     def __init__(
-        self, job: Job, index: int, prompt: tuple[int, ...], context: native.Context, n_context: int
+        self,
+        job: Job,
+        index: int,
+        prompt: tuple[int, ...],
+        context: native.Context,
+        n_context: int,
+        reasoning: ReasoningFormat | None,
     ) -> None:
-        """Create the sampler. `prompt` are the token ids, `n_context` the context length of a request."""
+        """Create the sampler. `prompt` are the token ids, `n_context` the context length of a request.
+
+        `reasoning` is that of the model, if it reasons.
+        """
         request = job.request
         self.job = job
         self.index = index
@@ -63,7 +73,19 @@ class Reply:
         if self._seed is not None:
             self._seed = (self._seed + index) % (MAX_SEED + 1)
         self._sampler = TokenSampler(self._model, context, request, self._seed, prompt, job.grammar)
-        self._stream = TextStream(request.stop)
+        self._reasoning = reasoning
+        self._parser = ReasoningParser()
+        self._guide: ReasoningGuide | None = None
+        if reasoning is not None:
+            self._parser = reasoning.parser(request.start, prompt)
+            self._guide = ReasoningGuide(
+                self._model,
+                reasoning,
+                self._parser,
+                budget=request.reasoning_budget,
+                constrained=job.grammar is not None,
+            )
+        self._stream = TextStream(request.stop, self._parser)
         # A continued reply may end in an incomplete character, which is at most four bytes long.
         self._stream.begin_after(b"".join(map(self._model.piece, prompt[-4:])))
         left = None if request.context_shift else n_context - len(prompt)
@@ -87,7 +109,9 @@ class Reply:
         """Sample the next token. `logits` are those of the latest token."""
         if self._prompt_read is None:
             self._prompt_read = self.job.seconds
-        return self._sampler.choose(logits)
+        if self._guide is None:
+            return self._sampler.choose(logits)
+        return self._sampler.choose(logits, self._guide.replace)
 
     def take(self, choice: Choice) -> FinishReason | None:
         """Deliver a sampled token. Returns the finish reason if the reply has ended, otherwise None."""
@@ -95,12 +119,15 @@ class Reply:
             self.end(FinishReason.STOP, choice)
             return FinishReason.STOP
         self._n_generated += 1
-        text = self._stream.feed(self._model.piece(choice.token_id))
+        in_reasoning = self._parser.in_reasoning
+        parts = self._stream.feed((self._reasoning or self._model).piece(choice.token_id))
+        if self._guide is not None:
+            self._guide.n_tokens += in_reasoning
         dropped, dropped_from = self._take_dropped()
         self.job.deliver(
             TokenEvent(
                 self.job.request.id,
-                text,
+                parts.answer,
                 self.job.seconds,
                 choice.token_id,
                 choice.logprob,
@@ -109,6 +136,8 @@ class Reply:
                 dropped=dropped,
                 dropped_from=dropped_from,
                 held=self._stream.holds,
+                reasoning=parts.reasoning,
+                in_reasoning=in_reasoning,
             )
         )
         if self._stream.stopped:
@@ -144,11 +173,13 @@ class Reply:
             prompt_seconds=read,
             completion_seconds=now - read,
             seed=self._seed,
+            reasoning_tokens=0 if self._guide is None else self._guide.n_tokens,
         )
+        parts = self._stream.finish(cut=reason is not FinishReason.STOP)
         self.job.deliver(
             TokenEvent(
                 self.job.request.id,
-                self._stream.finish(cut=reason is not FinishReason.STOP),
+                parts.answer,
                 now,
                 None if choice is None else choice.token_id,
                 None if choice is None else choice.logprob,
@@ -158,6 +189,7 @@ class Reply:
                 alternatives=() if choice is None else choice.alternatives,
                 dropped=dropped,
                 dropped_from=dropped_from,
+                reasoning=parts.reasoning,
             )
         )
         return reason

@@ -1,53 +1,60 @@
-"""A streaming detokenizer: yields whole characters, and no part of a stop string."""
+"""A streaming detokenizer: whole characters, reasoning apart from the answer, no part of a stop string."""
 
 from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
 
+from dsmoe_local.engine.reasoning import Parts, ReasoningParser
+
 
 class TextStream:
-    """Turns the bytes of successive tokens into text pieces.
+    """Turns the bytes of successive tokens into pieces of text.
 
-    Invariant: the concatenated pieces are the decoded bytes (malformed ones as U+FFFD) up to the first stop
-    string. No piece ends in an incomplete character or in the possible start of a stop string.
+    Invariant: the concatenated pieces are the decoded bytes (malformed ones as U+FFFD), without the markers
+    that `parser` recognizes, up to the first stop string in the answer. No piece ends in an incomplete
+    character, or in the possible start of a marker or a stop string.
     """
 
-    def __init__(self, stop: Sequence[str] = ()) -> None:
+    def __init__(self, stop: Sequence[str] = (), parser: ReasoningParser | None = None) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._parser = parser or ReasoningParser()
         self._stop = tuple(stop)
         self._held = ""
         self.stopped = False
 
     @property
     def holds(self) -> bool:
-        """True if text is held back because it may be the start of a stop string."""
-        return bool(self._held)
+        """True if text is held back because it may be the start of a stop string or a marker."""
+        return bool(self._held) or self._parser.holds
 
     def begin_after(self, before: bytes) -> None:
         """Continue after the bytes `before`, which may end in an incomplete character."""
         self._decoder.decode(before)
 
-    def feed(self, piece: bytes) -> str:
-        """Add the bytes of a token and return the text that they complete; "" if `stopped`."""
-        return self._release(self._decoder.decode(piece), final=False)
+    def feed(self, piece: bytes) -> Parts:
+        """Add the bytes of a token and return the text that they complete; none if `stopped`."""
+        return self._release(self._parser.feed(self._decoder.decode(piece)), final=False)
 
-    def finish(self, *, cut: bool) -> str:
+    def finish(self, *, cut: bool) -> Parts:
         """Return the text held back. An incomplete character becomes U+FFFD, or is dropped if `cut`."""
-        return self._release("" if cut else self._decoder.decode(b"", True), final=True)
+        first = self._parser.feed("" if cut else self._decoder.decode(b"", True))
+        last = self._parser.finish()
+        parts = Parts(first.answer + last.answer, first.reasoning + last.reasoning)
+        return self._release(parts, final=True)
 
-    def _release(self, new: str, *, final: bool) -> str:
+    def _release(self, new: Parts, *, final: bool) -> Parts:
         if self.stopped:
-            return ""
-        text = self._held + new
+            return Parts()
+        text = self._held + new.answer
         found = [place for place in (text.find(stop) for stop in self._stop) if place >= 0]
         if found:
             self.stopped = True
             self._held = ""
-            return text[: min(found)]
+            return Parts(text[: min(found)], new.reasoning)
         hold = 0 if final else self._possible_start(text)
         self._held = text[len(text) - hold :]
-        return text[: len(text) - hold]
+        return Parts(text[: len(text) - hold], new.reasoning)
 
     def _possible_start(self, text: str) -> int:
         """Return the length of the longest suffix of `text` that is a prefix of a stop string."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -15,6 +15,7 @@ from dsmoe_local.engine.parameters import MAX_REPLIES as MAX_REPLIES
 from dsmoe_local.engine.parameters import MAX_SEED as MAX_SEED
 from dsmoe_local.engine.parameters import MAX_TOP_LOGPROBS as MAX_TOP_LOGPROBS
 from dsmoe_local.engine.parameters import REQUEST_RANGES, check_fields
+from dsmoe_local.engine.parameters import ReplyStart as ReplyStart
 from dsmoe_local.engine.parameters import SamplingParameters as SamplingParameters
 
 ALL_LAYERS = -1
@@ -37,11 +38,15 @@ class Message:
 
     `token_ids` are the ids that the model generated for `content`. If they are set they are used in its place
     when the conversation is encoded, so that the reply's KV cache stays valid.
+
+    `reasoning_content` is what the model wrote before `content`; `token_ids` then include it with its
+    markers. The chat template decides whether it stays in the context.
     """
 
     role: str
     content: str
     token_ids: tuple[int, ...] = ()
+    reasoning_content: str = ""
 
 
 Prompt: TypeAlias = str | tuple[Message | int, ...]
@@ -63,18 +68,23 @@ class Request:
 
     - `id` identifies the request for `cancel`; it must be unique among running requests.
     - `max_tokens` limits the reply. None: generate until the model stops or the context is full.
-    - `stop`: the reply ends before the first occurrence of one of these strings.
+    - `stop`: the reply ends before the first occurrence of one of these strings in its answer.
     - `n` replies are generated for the prompt. `TokenEvent.index` numbers them; reply i is sampled with the
       seed plus i.
     - `logprobs` adds the log-probability of each token, `top_logprobs` also those of the likeliest tokens.
     - `logit_bias` is added to the logits of token ids before anything else; -100 bans a token.
-    - `grammar` is GBNF, `json_schema` the text of a JSON schema. At most one of them is set.
+    - `grammar` is GBNF, `json_schema` the text of a JSON schema. At most one of them is set. It constrains
+      the answer, not the reasoning before it.
     - `context_shift`: when the context is full, drop the older half of the tokens after the first `n_keep`
       instead of ending the reply. The first token is always kept.
     - `score_from`: compute logits for the prompt's tokens from this index on and pass them to the observers.
       Requires an observer that reads logits, `n` = 1, and `max_tokens`.
     - `continue_final_message`: continue the last message of a conversation, which must be the assistant's,
       instead of beginning a new reply.
+    - `reply_start` says whether the reply may begin with reasoning. None: DETECT for a conversation, ANSWER
+      for other prompts.
+    - `reasoning_budget`: reasoning is ended after that many tokens. 0 turns it off, None means no limit.
+    - `chat_template_kwargs` are variables for the chat template, as JSON values.
     """
 
     id: str
@@ -92,6 +102,9 @@ class Request:
     n_keep: int = 0
     score_from: int | None = None
     continue_final_message: bool = False
+    reply_start: ReplyStart | None = None
+    reasoning_budget: int | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_fields(self, REQUEST_RANGES)
@@ -105,6 +118,17 @@ class Request:
                 "continue_final_message: the last message does not have the role assistant",
                 remedy="leave it out, or end the conversation with a message of the assistant",
             )
+
+    @property
+    def start(self) -> ReplyStart:
+        """What the reply begins with."""
+        last = self.prompt[-1] if self.prompt else None
+        if self.reply_start is not None:
+            return self.reply_start
+        if not isinstance(last, Message) or (self.continue_final_message and last.content):
+            return ReplyStart.ANSWER
+        continues = self.continue_final_message and last.reasoning_content
+        return ReplyStart.REASONING if continues else ReplyStart.DETECT
 
 
 def check_prompt(prompt: Prompt) -> None:
@@ -127,6 +151,7 @@ def _is_message(value: object) -> bool:
         isinstance(value, Message)
         and isinstance(value.role, str)
         and isinstance(value.content, str)
+        and isinstance(value.reasoning_content, str)
         and isinstance(value.token_ids, tuple)
         and all(map(_is_id, value.token_ids))
     )
@@ -138,6 +163,7 @@ class Usage:
 
     `cached_tokens` are the prompt tokens that were already in the KV cache. `prompt_seconds` is the wall time
     up to the first logits, `completion_seconds` the time after that. `seed` is None if nothing was random.
+    `reasoning_tokens` are those of the completion tokens that belong to reasoning.
     """
 
     prompt_tokens: int
@@ -146,6 +172,7 @@ class Usage:
     prompt_seconds: float
     completion_seconds: float
     seed: int | None
+    reasoning_tokens: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -174,13 +201,14 @@ class TokenLogprob:
 class TokenEvent(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """A step of a reply: a generated token, or progress in a long prompt.
 
-    For a token, `token_id` is set and `text` is the text that it completes. An incomplete character or the
-    possible start of a stop string is held back, so `text` may be empty. `held` is true if the possible start
-    of a stop string is held back. For a prompt in progress, `progress` is set.
+    For a token, `token_id` is set. `text` is the part of the answer that it completes, `reasoning` that of
+    the reasoning. Both may be empty: an incomplete character is held back, and so is the possible start of
+    a stop string or a marker; then `held` is true. `in_reasoning` is true if the token belongs to the
+    reasoning or to the marker that ends it. For a prompt in progress, `progress` is set.
 
-    The last event of each reply has `finish_reason` and `usage`. Its `text` is the text that was held back.
-    Its `token_id` is the end token of the reply, if there is one; it is not part of the reply. The reply is
-    the concatenation of all texts.
+    The last event of each reply has `finish_reason` and `usage`. Its texts are those that were held back. Its
+    `token_id` is the end token of the reply, if there is one; it is not part of the reply. The answer is the
+    concatenation of all texts, and so is the reasoning.
 
     - `seconds` since the request was submitted.
     - `logprob` is the natural log-probability, before the sampling parameters are applied. `alternatives` are
@@ -203,6 +231,8 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     dropped: int = 0
     dropped_from: int = 0
     held: bool = False
+    reasoning: str = ""
+    in_reasoning: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,7 @@ def test_a_template_that_refuses_to_tell(tmp_path: Path) -> None:
     """Guards: a batch that does not start, because the template refuses two messages."""
 
     class Strict(FakeEngine):
-        def encode(self, prompt: Prompt, *, continue_final_message: bool = False) -> tuple[int, ...]:
+        def encode(self, prompt: Prompt, **options: Any) -> tuple[int, ...]:
             if len(prompt) > 1:
                 raise TemplateError("one message")
             return super().encode(prompt)

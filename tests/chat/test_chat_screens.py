@@ -13,6 +13,8 @@ import pytest
 from support.screens import ScreenTerminal
 from support.terminal import CTRL_C, CTRL_D, ENTER
 
+from dsmoe_local.chat.terminal.plain import PlainTerminal
+
 Start = Callable[..., ScreenTerminal]
 
 
@@ -193,3 +195,32 @@ def test_what_a_model_says_is_inert(chat: Start) -> None:
     terminal.wait_screen(r"\n\n\[red\]x\[/red\]\N{REPLACEMENT CHARACTER}2J\N{REPLACEMENT CHARACTER}y")
     assert "\x9b" not in terminal.raw[before:]
     assert "\u202e" not in terminal.raw[before:]
+
+
+def test_reasoning_is_dimmed_above_the_answer(chat: Start) -> None:
+    """Guards: reasoning that looks like the answer, or is rendered as Markdown, or is shown when hidden."""
+    terminal = chat("reasons")
+    terminal.send("<think>first **this**, then# that, which takes more than one line on this terminal, since "
+                  "it goes on</think>## yes" + ENTER)  # fmt: skip
+    terminal.wait_screen(r"first \*\*this\*\*, then\n")
+    terminal.check("chat_reasoning_open")
+    terminal.send(CTRL_C)
+    terminal.wait_screen(r"thought for \d+ s, 20 tokens\n(?s:.)*/continue continues it")
+    say(terminal, "<think>again</think>**no**", r"again\nthought for \d+ s, 13 tokens\n\nno\n")
+    say(terminal, "/think hide", "think hide: ")
+    terminal.send("<think>aside#</think>yes" + ENTER)
+    terminal.wait_screen(r"thinking: 5 tokens")
+    terminal.send(CTRL_C)
+    terminal.wait_screen(r"thought for \d+ s, 5 tokens")
+    say(terminal, "/think show", "\naside\nthink show: ")
+
+
+def test_reasoning_in_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: reasoning and answer that cannot be told apart without styles."""
+    with PlainTerminal().reply() as view:
+        for piece in ("h", "m"):
+            view.reasoning(piece)
+        view.reasons(3)
+        view.reasoned("thought for 2 s, 3 tokens")
+        view.text("yes")
+    assert capsys.readouterr().out == "[reasoning]\nhm\n[thought for 2 s, 3 tokens]\n\nyes\n"

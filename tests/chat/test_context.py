@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from support.fake_engine import FakeEngine
@@ -22,10 +23,10 @@ class CountingEngine(FakeEngine):
         self.on_encode = on_encode
         self.n_encoded = 0
 
-    def encode(self, prompt: Prompt, *, continue_final_message: bool = False) -> tuple[int, ...]:
+    def encode(self, prompt: Prompt, **options: Any) -> tuple[int, ...]:
         self.n_encoded += 1
         self.on_encode(self.n_encoded)
-        return super().encode(prompt, continue_final_message=continue_final_message)
+        return super().encode(prompt, **options)
 
 
 def transcript(n_turns: int, system: str = "") -> Transcript:
@@ -40,10 +41,10 @@ def test_compacting_finds_the_first_cut_that_leaves_half(n_turns: int, n_context
     """Guards: every cut measured, each by a conversation of its own; another cut than the first that fits."""
     kept = transcript(n_turns, system)
     engine = CountingEngine(n_context)
-    found = compacted(kept, Encoder(engine))
+    found = compacted(kept, Encoder(engine, {}))
     assert engine.n_encoded <= 8
     cuts = [Transcript(kept.turns, system, at) for at in range(2, n_turns, 2)]
-    lengths = [len(token_ids(cut, Encoder(engine))) for cut in cuts]
+    lengths = [len(token_ids(cut, Encoder(engine, {}))) for cut in cuts]
     fitting = [cut for cut, length in zip(cuts, lengths, strict=True) if length <= n_context // 2]
     expected = fitting[0] if fitting else cuts[-1] if lengths[-1] < n_context else None
     assert (found[0] if found else None) == expected

@@ -57,6 +57,15 @@ class RecordingScreen:
     def progress(self, done: int, total: int) -> None:
         pass
 
+    def reasoning(self, piece: str) -> None:
+        pass
+
+    def reasons(self, n_tokens: int) -> None:
+        pass
+
+    def reasoned(self, summary: str) -> None:
+        pass
+
     def text(self, piece: str) -> None:
         pass
 

@@ -15,9 +15,12 @@ from support.stored import talk
 
 from dsmoe_local.base.errors import FileError, FormatError
 from dsmoe_local.chat.store import database
+from dsmoe_local.chat.store.records import seal_of
 from dsmoe_local.chat.store.schema import APPLICATION_ID, MIGRATIONS
 from dsmoe_local.chat.store.sessions import SessionStore
 from dsmoe_local.chat.store.states import StateStore
+from dsmoe_local.chat.turns import Role, Turn
+from dsmoe_local.engine.types import FinishReason, Usage
 
 
 def test_only_its_owner_can_read_it(folder: Path) -> None:
@@ -268,6 +271,65 @@ def test_a_database_of_the_first_version(folder: Path) -> None:
     store.close()
     StateStore(folder).tidy()
     assert not old.exists()
+
+
+def test_a_database_of_the_second_version(folder: Path) -> None:
+    """Guards: rows from before reasoning was stored refused for their checksums or their usage."""
+    folder.mkdir(parents=True, exist_ok=True)
+    connection = sqlite3.connect(folder / database.FILE_NAME)
+    for statement in (*MIGRATIONS[0], *MIGRATIONS[1]):
+        connection.execute(statement)
+    usage = (
+        '{"prompt_tokens": 3, "cached_tokens": 0, "completion_tokens": 1, "prompt_seconds": 0.5, '
+        '"completion_seconds": 0.5, "seed": null}'
+    )
+    replied = ("assistant", "hi", b"\1\0\0\0", "v", "stop", usage)
+    rows = [
+        (None, 1, 1, 1.0, "user", "hello", None, None, None, None),
+        (1, 1, 2, 1.0, *replied),
+        (2, 1, 3, 1.0, "user", "and?", None, None, None, None),
+    ]
+    for row in rows:
+        connection.execute(
+            "INSERT INTO turn (writer, parent, tree, depth, created, role, content, token_ids, vocabulary,"
+            " ending, usage, seal) VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (*row, seal_of(row)),
+        )
+    session = (1, "old", "old", 1, 3, 7, "", 0, 0, "hello", "m", 1.0, None, None, None)
+    connection.execute(
+        "INSERT INTO session (number, name, key, tree, head, revision, system, n_left_out, n_shifted, title,"
+        " model, updated, undone, model_path, settings, created, seal)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 1.0, ?)",
+        (*session, seal_of(session)),
+    )
+    connection.execute(
+        "INSERT INTO draft VALUES (1, ?, ?, ?, ?, ?, ?, ?)", (*replied, seal_of((1, *replied)))
+    )
+    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    connection.execute("PRAGMA user_version = 2")
+    connection.commit()
+    connection.close()
+    store = SessionStore.open(folder)
+    transcript = store.find("old").load("v")
+    assert [turn.content for turn in transcript.turns] == ["hello", "hi", "and?", "hi"]
+    assert [turn.reasoning for turn in transcript.turns] == [""] * 4
+    assert transcript.turns[1].usage == transcript.turns[3].usage == Usage(3, 0, 1, 0.5, 0.5, None)
+    more = Turn(Role.ASSISTANT, "yes", (2,), FinishReason.STOP, None, "hm")
+    opened = store.find("old")
+    opened.load("v")
+    opened.save(replace(transcript, turns=(*transcript.turns, Turn(Role.USER, "why?"), more)))
+    assert store.find("old").load("v").turns[-1] == more
+    assert store.problems() == []
+    store.close()
+    # Damage to reasoning is found, also if nothing is left of it.
+    connection = sqlite3.connect(folder / database.FILE_NAME)
+    connection.execute("UPDATE turn SET reasoning = NULL WHERE reasoning = 'hm'")
+    connection.commit()
+    connection.close()
+    store = SessionStore.open(folder)
+    with pytest.raises(FormatError, match="wrong checksum"):
+        store.find("old").load("v")
+    store.close()
 
 
 def test_a_database_that_was_moved_away_is_not_missed(folder: Path) -> None:

@@ -14,6 +14,7 @@ from dsmoe_local.base.errors import FileError
 from dsmoe_local.chat.commands.completion import choices
 from dsmoe_local.chat.commands.declare import Chat, Command
 from dsmoe_local.chat.terminal import external
+from dsmoe_local.chat.terminal.display import DimText
 from dsmoe_local.chat.terminal.external import Editor
 from dsmoe_local.chat.terminal.layout import shorten, status_bar
 from dsmoe_local.chat.terminal.renderer import ResizeBehaviour, resize_behaviour
@@ -152,3 +153,16 @@ def test_no_editor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(FileError, match="there is no editor"):
         Editor().edit("text")
+
+
+@pytest.mark.parametrize("colour", [True, False])
+def test_dim_text(colour: bool) -> None:
+    """Guards: reasoning that is not dimmed, or is obeyed by the terminal, or is printed twice or never."""
+    text = DimText(colour=colour)
+    assert text.feed("one two", 80) == ""
+    assert text.lines(80, 3) == ["\x1b[2mone two\x1b[0m"]
+    assert text.feed(" three\n\nx\x1b[31m", 8) == "\x1b[2mone two\x1b[0m\n\x1b[2mthree\x1b[0m\n\n"
+    assert text.lines(4, 1) == ["\x1b[2m1m\x1b[0m"]
+    assert text.finish(80).count("\x1b") == 2
+    assert text.lines(80, 3) == []
+    assert text.finish(80) == ""

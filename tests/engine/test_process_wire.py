@@ -254,7 +254,7 @@ def test_a_length_that_is_nonsense() -> None:
         (Request, {"id": "r", "prompt": "x", "n": True}),
         (TokenEvent, ["r", "t", 0.0, 1, None, None, "no reason"]),
         (TokenEvent, ["r", 5, 0.0]),
-        (TokenEvent, ["r", "t", 0.0, 1, None, None, None, None, 0, [], 0, 0, False, "more"]),
+        (TokenEvent, ["r", "t", 0.0, 1, None, None, None, None, 0, [], 0, 0, False, "", False, "more"]),
         (TokenEvent, ["r", "t", 0.0, None, None, None, "\ud800"]),
         (ModelOptions, {"path": 5}),
         (ModelOptions, {"path": "m", "devices": "cpu"}),

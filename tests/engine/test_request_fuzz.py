@@ -21,6 +21,7 @@ from dsmoe_local.engine.types import (
     Message,
     ModelOptions,
     ObserverOptions,
+    ReplyStart,
     Request,
     SamplingParameters,
     TokenEvent,
@@ -82,6 +83,9 @@ VALID: dict[str, Choice] = {
     "continue_final_message": one_of(False, False, True),
     "grammar": one_of(None, None, 'root ::= "a"+', 'root ::= "\u4e2d" [a-z]*', "root ::= root?"),
     "json_schema": one_of(None, None, '{"type": "integer"}', '{"enum": [1, "a"]}', "true"),
+    "reply_start": one_of(None, *ReplyStart),
+    "reasoning_budget": one_of(None, 0, 1, 2**70),
+    "chat_template_kwargs": one_of({}, {"enable_thinking": False}, {"x": [{"y": None}], "bos_token": "z"}),
 }
 SAMPLING: dict[str, Choice] = {
     "temperature": one_of(0, 0.0, 1e-9, 1, 100),
@@ -147,6 +151,9 @@ INVALID: dict[str, Choice] = {
     "continue_final_message": one_of(1, None),
     "grammar": one_of("", "root ::= (", "root ::= \x00", 5, b"root", "a" * 10**6, 'root ::= x\nx ::= "a" x'),
     "json_schema": one_of("", "{", "[]", '{"type": "x"}', "[" * 10**5, {}, "\ud800", '{"$ref": "#"}'),
+    "reply_start": one_of("detect", 1, True),
+    "reasoning_budget": one_of(-1, *WRONG_NUMBERS[3:]),
+    "chat_template_kwargs": one_of(None, [], "x", {1: 2}, {"messages": []}, {"x": float("nan")}),
     **{name: one_of(*WRONG_NUMBERS, "x") for name in SAMPLING if name != "seed"},
     "seed": one_of(*WRONG_NUMBERS[1:]),
 }

@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from dsmoe_local.engine.errors import EngineCrashError, EngineError
 from dsmoe_local.engine.interface import Deliver
@@ -44,9 +45,9 @@ class CrashingEngine(FakeEngine):
         self.in_flight_at_crashes: list[int] = []
         threading.Thread(target=self._work, daemon=True).start()
 
-    def encode(self, prompt: Prompt, *, continue_final_message: bool = False) -> tuple[int, ...]:
+    def encode(self, prompt: Prompt, **options: Any) -> tuple[int, ...]:
         self._revive()
-        return super().encode(prompt, continue_final_message=continue_final_message)
+        return super().encode(prompt, **options)
 
     def start(self, request: Request, deliver: Deliver) -> _Idle:
         self._revive()

@@ -22,8 +22,10 @@ from support.fake_engine import FakeEngine
 class HaltingEngine(FakeEngine):
     """Echoes the question. A `#` in it halts the reply there until Ctrl-C, a `!` crashes the engine there."""
 
-    def __init__(self, *, template: bool, n_context: int) -> None:
-        super().__init__(self._answer, template=template, gate=self._halt, n_context=n_context)
+    def __init__(self, *, template: bool, reasons: bool, n_context: int) -> None:
+        super().__init__(
+            self._answer, template=template, reasons=reasons, gate=self._halt, n_context=n_context
+        )
         self._places: dict[int, str] = {}
         self._halted = False
 
@@ -49,11 +51,15 @@ class HaltingEngine(FakeEngine):
 
 
 def main() -> None:
-    """Run the chat. Arguments: `base` for a model without a template, `plain`, `latest` to continue the
-    latest session, a number for the size of the context.
+    """Run the chat. Arguments: `base` for a model without a template, `reasons` for one that reasons,
+    `plain`, `latest` to continue the latest session, a number for the size of the context.
     """
     numbers = [int(word) for word in sys.argv[1:] if word.isdigit()]
-    engine = HaltingEngine(template="base" not in sys.argv, n_context=numbers[0] if numbers else 4096)
+    engine = HaltingEngine(
+        template="base" not in sys.argv,
+        reasons="reasons" in sys.argv,
+        n_context=numbers[0] if numbers else 4096,
+    )
     folder = data_folder() / "sessions"
     sessions = SessionStore.open(folder)
     screen = open_terminal(

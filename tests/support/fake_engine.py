@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -17,6 +18,7 @@ from dsmoe_local.base.sequences import n_common
 from dsmoe_local.base.text import whole_characters
 from dsmoe_local.engine.errors import EngineError, EngineKilledError, PromptError, too_long
 from dsmoe_local.engine.interface import Deliver, Ticket
+from dsmoe_local.engine.reasoning import ReasoningParser, markers_in
 from dsmoe_local.engine.text_stream import TextStream
 from dsmoe_local.engine.types import (
     FinishReason,
@@ -45,9 +47,10 @@ class FakeEngine:
     """Replies with `reply(prompt text)`, or with `replies` in turn. A token is one byte, so that characters
     consist of several tokens.
 
-    `template` False makes a base model. `gate` is called before each token: a test can wait in it, cancel, or
-    raise an error. `observations` are the results of observers by name; all of these observers exist until
-    `set_observers` replaces them.
+    `template` False makes a base model. `reasons` makes a model whose replies may begin with <think>; its
+    template drops the reasoning of earlier replies. `gate` is called before each token: a test can wait in
+    it, cancel, or raise an error. `observations` are the results of observers by name; all of these observers
+    exist until `set_observers` replaces them.
 
     It records its calls: `requests`, `saved` and `loaded` (paths and token counts of cache files),
     `observers`, `reloads` (options) and `kills`. The next calls of `reload` and `set_observers` each raise
@@ -62,6 +65,7 @@ class FakeEngine:
         n_context: int = 4096,
         n_parallel: int = 1,
         template: bool = True,
+        reasons: bool = False,
         gate: Callable[[int], None] = lambda index: None,
         observations: Mapping[str, Observation] | None = None,
     ) -> None:
@@ -98,12 +102,19 @@ class FakeEngine:
             n_threads=1,
             template="fake" if template else None,
             n_parallel=n_parallel,
-            template_text="{{ messages }}" if template else None,
+            template_text=("{{ messages }}" + "</think>" * reasons) if template else None,
             vocabulary="bytes",
             cache_identity=_identity(self.options),
         )
+        self._markers = markers_in(self.info.template_text)
 
-    def encode(self, prompt: Prompt, *, continue_final_message: bool = False) -> tuple[int, ...]:
+    def encode(
+        self,
+        prompt: Prompt,
+        *,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> tuple[int, ...]:
         """Return one id for each byte. A conversation has a line for each message: role, then content."""
         self._start_again()
         return self._checked(self._encode(prompt, continue_final_message))
@@ -122,13 +133,21 @@ class FakeEngine:
                 if self.info.template is None:
                     raise PromptError("the model has no chat template: it only completes text")
                 ids += self._encode(f"{item.role}: ")
-                ids += item.token_ids or self._encode(item.content)
+                ids += self._reply_ids(item, item is prompt[-1] and continued)
                 ids += self._encode("\n")
             else:
                 ids.append(item)
         if ends_with_reply(prompt) and not continued:
             ids += self._encode("assistant: ")
         return tuple(ids)
+
+    def _reply_ids(self, message: Message, continued: bool) -> tuple[int, ...]:
+        if self._markers is None or not message.reasoning_content:
+            return message.token_ids or self._encode(message.content)
+        if not continued:
+            return self._encode(message.content)
+        end = f"</think>{message.content}" if message.content else ""
+        return message.token_ids or self._encode(f"<think>{message.reasoning_content}{end}")
 
     def submit(self, request: Request) -> Iterator[TokenEvent]:
         """See TextEngine."""
@@ -170,7 +189,13 @@ class FakeEngine:
             self._cancelled.pop(request.id, None)
 
     def _tokens(self, request: Request, prompt: tuple[int, ...], answer: bytes) -> Iterator[TokenEvent]:
-        stream = TextStream(request.stop)
+        parser = ReasoningParser()
+        if self._markers is not None:
+            parser = ReasoningParser(
+                self._markers, request.start, _bytes_of(prompt).decode("utf-8", "replace")
+            )
+            answer = _within_budget(answer, request.reasoning_budget)
+        stream = TextStream(request.stop, parser)
         stream.begin_after(_bytes_of(prompt[-4:]))
         n_cached = n_common(self._cached, prompt)
         room = None if request.context_shift else self.info.n_context - len(prompt)
@@ -178,7 +203,7 @@ class FakeEngine:
         held = list(prompt)
         ended_by: int | None = END
         reason = FinishReason.STOP
-        done = 0
+        done = n_reasoning = 0
         for byte in answer:
             self._gate(done)
             if self._killed:
@@ -193,9 +218,12 @@ class FakeEngine:
             dropped, dropped_from = self._make_room(request, held)
             held.append(byte + 1)
             done += 1
+            in_reasoning = parser.in_reasoning
+            parts = stream.feed(bytes([byte]))
+            n_reasoning += in_reasoning
             yield TokenEvent(
                 request.id,
-                stream.feed(bytes([byte])),
+                parts.answer,
                 float(done),
                 byte + 1,
                 logprob=0.0,
@@ -203,18 +231,22 @@ class FakeEngine:
                 dropped=dropped,
                 dropped_from=dropped_from,
                 held=stream.holds,
+                reasoning=parts.reasoning,
+                in_reasoning=in_reasoning,
             )
             if stream.stopped:
                 ended_by = None
                 break
         self._cached = tuple(held)
+        parts = stream.finish(cut=reason is not FinishReason.STOP)
         yield TokenEvent(
             request.id,
-            stream.finish(cut=reason is not FinishReason.STOP),
+            parts.answer,
             float(done),
             ended_by,
             finish_reason=reason,
-            usage=Usage(len(prompt), n_cached, done, 0.0, float(done), request.sampling.seed),
+            usage=Usage(len(prompt), n_cached, done, 0.0, float(done), request.sampling.seed, n_reasoning),
+            reasoning=parts.reasoning,
         )
 
     def _make_room(self, request: Request, held: list[int]) -> tuple[int, int]:
@@ -349,6 +381,13 @@ def _alternatives(request: Request, byte: int) -> tuple[TokenLogprob, ...]:
     return tuple(
         TokenLogprob(each + 1, _text(each), 0.0 if each == byte else -math.inf) for each in (byte, *others)
     )
+
+
+def _within_budget(answer: bytes, budget: int | None) -> bytes:
+    head, close, rest = answer.partition(b"</think>")
+    if budget is None or not close:
+        return answer
+    return head[: len("<think>") + budget] + close + rest if budget else rest
 
 
 def _bytes_of(token_ids: Sequence[int]) -> bytes:

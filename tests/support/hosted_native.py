@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from typing import Any
 
 from dsmoe_local.base.progress import Listener
 from dsmoe_local.engine.engine import Engine, load_with_log
@@ -18,7 +19,7 @@ def aborting(options: ModelOptions, listen: Listener, stop: threading.Event) -> 
     """Load an engine whose `encode` aborts like a failed GGML_ASSERT."""
     engine = load_with_log(options, listen, stop)
 
-    def encode(prompt: Prompt, *, continue_final_message: bool = False) -> tuple[int, ...]:
+    def encode(prompt: Prompt, **options: Any) -> tuple[int, ...]:
         lib._lib.ggml_abort(b"ggml.c", 7, b"GGML_ASSERT(%s) failed", b"a == b")
         raise AssertionError
 
@@ -30,7 +31,7 @@ def reading_nothing(options: ModelOptions, listen: Listener, stop: threading.Eve
     """Load an engine whose `encode` reads from a null pointer."""
     engine = load_with_log(options, listen, stop)
 
-    def encode(prompt: Prompt, *, continue_final_message: bool = False) -> tuple[int, ...]:
+    def encode(prompt: Prompt, **options: Any) -> tuple[int, ...]:
         ctypes.string_at(0)
         raise AssertionError
 

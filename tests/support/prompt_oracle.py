@@ -67,6 +67,19 @@ class ChunkVocabulary:
         """See `encoder.Vocabulary`."""
         return frozenset(SPECIAL)
 
+    def piece(self, token_id: int) -> bytes:
+        """See `reasoning.Vocabulary`."""
+        value = token_id - 1000
+        return value.to_bytes((value.bit_length() + 7) // 8, "big") if value > 0 else b""
+
+    def text_of(self, token_id: int) -> str:
+        """See `reasoning.Vocabulary`."""
+        return SPECIAL[token_id - 1] if token_id < 1000 else self.piece(token_id).decode("utf-8", "replace")
+
+    def ends(self, token_id: int) -> bool:
+        """See `reasoning.Vocabulary`."""
+        return False
+
 
 class _Generation(Extension):
     tags = {"generation"}  # noqa: RUF012 - jinja2's own declaration

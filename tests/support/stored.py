@@ -22,9 +22,10 @@ def said(text: str) -> Turn:
 
 
 def replied(text: str, token_ids: Iterable[int] = (1, 2, 3)) -> Turn:
-    """A reply."""
-    usage = Usage(12, 3, 4, 0.25, 0.5, 7)
-    return Turn(Role.ASSISTANT, text, tuple(token_ids), FinishReason.STOP, usage)
+    """A reply, every other one with reasoning."""
+    reasoning = f"about {text}" if len(text) % 2 else ""
+    usage = Usage(12, 3, 4, 0.25, 0.5, 7, len(reasoning))
+    return Turn(Role.ASSISTANT, text, tuple(token_ids), FinishReason.STOP, usage, reasoning)
 
 
 def talk(*texts: str, system: str = "") -> Transcript:

@@ -27,6 +27,8 @@ class TalkingScreen(ShowingScreen):
         super().__init__()
         self.replies: list[str] = []
         self.echoed: list[str] = []
+        self.reasonings: list[str] = []
+        self.hidden: list[int] = []  # numbers of tokens of hidden reasoning
         self.went_on: list[str] = []  # the text that each reply continued
 
     def echo(self, message: str) -> None:
@@ -40,6 +42,15 @@ class TalkingScreen(ShowingScreen):
 
     def progress(self, done: int, total: int) -> None:
         pass
+
+    def reasoning(self, piece: str) -> None:
+        self.reasonings.append(piece)
+
+    def reasons(self, n_tokens: int) -> None:
+        self.hidden.append(n_tokens)
+
+    def reasoned(self, summary: str) -> None:
+        self.notices.append(summary)
 
     def text(self, piece: str) -> None:
         self.replies[-1] += piece

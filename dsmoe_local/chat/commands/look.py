@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from rich.text import Text
 
@@ -12,8 +13,8 @@ from dsmoe_local.base.text import count, safe_line, safe_text
 from dsmoe_local.chat import notices
 from dsmoe_local.chat.attachments import preview
 from dsmoe_local.chat.commands.declare import Chat, Command, Commands
-from dsmoe_local.chat.context import Encoder
 from dsmoe_local.chat.settings import OnFull, setting_rows
+from dsmoe_local.engine.types import Message
 
 _MAX_TOKENS = 2000  # that are shown: the last ones
 
@@ -114,16 +115,11 @@ def _context(chat: Chat, _: str) -> None:
     info = conversation.engine.info
     rows = []
     if not conversation.completes:
-        messages, before, encoder = conversation.messages(), 0, Encoder(conversation.engine)
+        messages, before, encoder = conversation.messages(), 0, conversation.encoder()
+        messages = (*map(_without_reasoning, messages[:-1]), *messages[-1:])
         for index, message in enumerate(messages):
             n_tokens = len(encoder.encode(messages[: index + 1]))
-            rows.append(
-                (
-                    message.role,
-                    f"{n_tokens - before:,}",
-                    preview(message.content, 50),
-                )
-            )
+            rows.append((message.role, f"{max(0, n_tokens - before):,}", preview(message.content, 50)))
             before = n_tokens
     if rows:
         chat.screen.table(rows)
@@ -137,6 +133,11 @@ def _context(chat: Chat, _: str) -> None:
         f"context: {conversation.n_used:,} of {info.n_context:,} tokens ({share:.0%}); "
         f"when it is full: {_ON_FULL[conversation.settings.on_full]}"
     )
+
+
+def _without_reasoning(message: Message) -> Message:
+    """Return a message as most templates render it when it is not the last one."""
+    return replace(message, token_ids=(), reasoning_content="") if message.reasoning_content else message
 
 
 _ON_FULL: Mapping[OnFull, str] = {

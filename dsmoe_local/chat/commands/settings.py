@@ -6,15 +6,18 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 
+from rich.text import Text
+
 from dsmoe_local.base.config_file import Value, spellings
 from dsmoe_local.base.errors import DsmoeError, UsageError
-from dsmoe_local.base.text import safe_line
+from dsmoe_local.base.text import safe_line, safe_text
 from dsmoe_local.chat.commands.declare import Chat, Command, Commands
 from dsmoe_local.chat.settings import (
     PRESETS,
     SETTINGS,
     ChatSettings,
     Preset,
+    Think,
     apply,
     as_value,
     change,
@@ -24,6 +27,8 @@ from dsmoe_local.chat.settings import (
     setting_name,
     setting_rows,
 )
+from dsmoe_local.chat.turns import Role
+from dsmoe_local.engine.reasoning import markers_in
 
 _DEFAULTS = ChatSettings(chosen=frozenset(SETTINGS))
 _SECTION = "chat"
@@ -178,7 +183,32 @@ def _words(chat: Chat, before: list[str]) -> Iterable[str]:
         return ()
 
 
+def _think(chat: Chat, word: str) -> None:
+    conversation = chat.conversation
+    before = conversation.settings.think
+    if word:
+        _choose(chat, change(conversation.settings, "think", word))
+    think = conversation.settings.think
+    last = conversation.last(Role.ASSISTANT)
+    if before is Think.HIDE and think is Think.SHOW and last is not None and last.reasoning:
+        chat.screen.show(Text(safe_text(last.reasoning.strip()), style="dim"))
+    chat.screen.notice(f"think {think}: {_THINK[think]}")
+    if markers_in(conversation.engine.info.template_text) is None:
+        chat.screen.notice("note: the chat template of this model has no markers of reasoning")
+
+
+_THINK: Mapping[Think, str] = {
+    Think.SHOW: "the model's reasoning is shown above its answer",
+    Think.HIDE: "only the length of the model's reasoning is shown",
+    Think.OFF: "the model answers without reasoning",
+}
 COMMANDS: Commands = {
+    "think": Command(
+        _think,
+        "show or hide the reasoning of a reasoning model, or turn it off",
+        f"[{'|'.join(Think)}]",
+        complete=lambda chat, typed: [*Think],
+    ),
     "set": Command(
         _set,
         "show or change settings; save stores them as defaults, or as a preset that use applies",

@@ -14,6 +14,7 @@ The JSON has the messages of OpenAI's chat API, with more fields:
         {"role": "system", "content": …}   only if there is a system text
         {"role": "user", "content": …},
         {"role": "assistant", "content": …, "token_ids": [exact ids, or none],
+         "reasoning_content": …            only if there is reasoning
          "finish_reason": FinishReason or null, "usage": the fields of engine.types.Usage or null}
       ]
     }
@@ -93,6 +94,11 @@ def body(turn: Turn) -> str:
     return text.strip() if turn.role is Role.ASSISTANT else text
 
 
+def reasoning(turn: Turn) -> str:
+    """Return the reasoning before a reply as safe text; empty if there is none."""
+    return safe_file_text(turn.reasoning.replace("\r\n", "\n")).strip()
+
+
 def export_markdown(transcript: Transcript, about: About) -> str:
     """Return a conversation as Markdown, with a heading for each turn."""
     parts = [f"# {_escaped(about.title)}", f"*{_escaped(about.facts(transcript))}*"]
@@ -100,6 +106,9 @@ def export_markdown(transcript: Transcript, about: About) -> str:
         parts += ["## System", _quoted(body(Turn(Role.USER, transcript.system)))]
     for turn in transcript.turns:
         parts.append(f"## {_escaped(about.speaker(turn))}")
+        if thought := reasoning(turn):
+            # In a code block, so that no tag in it can close the fold.
+            parts += ["<details>\n<summary>Reasoning</summary>", in_fence(thought), "</details>"]
         if text := body(turn):
             parts.append(_quoted(text) if turn.role is Role.USER else contained(text))
         if said := remark(turn):
@@ -166,6 +175,8 @@ def _dump(value: object) -> str:
 def _message(turn: Turn) -> dict[str, object]:
     message: dict[str, object] = {"role": turn.role, "content": turn.content}
     if turn.role is Role.ASSISTANT:
+        if turn.reasoning:
+            message["reasoning_content"] = turn.reasoning
         message["token_ids"] = turn.token_ids
         message["finish_reason"] = turn.ending
         message["usage"] = None if turn.usage is None else asdict(turn.usage)

@@ -21,7 +21,7 @@ from pygments.util import ClassNotFound
 
 from dsmoe_local import __version__
 from dsmoe_local.base.text import safe_file_text
-from dsmoe_local.chat.export.formats import About, body, remark
+from dsmoe_local.chat.export.formats import About, body, reasoning, remark
 from dsmoe_local.chat.turns import Role, Transcript, Turn
 
 _SCHEMES = ("http:", "https:", "mailto:")
@@ -71,6 +71,9 @@ section > h2 { font-size: .875rem; color: var(--quiet); margin: 0 0 .25rem; }
 section > div > :first-child { margin-top: 0; }
 section > div > :last-child { margin-bottom: 0; }
 .text { white-space: pre-wrap; background: var(--you); border-radius: .5rem; padding: .75rem 1rem; }
+details { color: var(--quiet); margin: .25rem 0 .75rem; }
+summary { cursor: pointer; font-size: .875rem; }
+details .text { background: var(--code); margin-top: .5rem; font-size: .9375rem; }
 .reply h1, .reply h2, .reply h3 { line-height: 1.3; font-size: 1.2rem; margin: 1.25rem 0 .5rem; }
 .reply h1 { font-size: 1.35rem; }
 .reply h4, .reply h5, .reply h6 { font-size: 1rem; margin: 1rem 0 .5rem; }
@@ -112,6 +115,9 @@ def export_html(transcript: Transcript, about: About) -> str:
 
 def _turn(turn: Turn, about: About) -> str:
     content = _typed(turn.content) if turn.role is Role.USER else _reply(body(turn))
+    if thought := reasoning(turn):
+        fold = f'<div class="text" dir="auto">{html.escape(thought)}</div>'
+        content = f"<details>\n<summary>Reasoning</summary>\n{fold}\n</details>\n{content}"
     if said := remark(turn):
         content += f'\n<p class="remark">({html.escape(said)})</p>'
     return _section(turn.role, about.speaker(turn), content)

@@ -42,9 +42,15 @@ def seal_of(values: Iterable[object]) -> bytes:
     return digest.digest()
 
 
-def check_seal(name: str, seal: object, values: Iterable[object]) -> None:
-    """Raise DamagedRowError unless the values have this seal. Rows without a seal (None) pass."""
-    if seal is not None and seal != seal_of(values):
+def turn_seal_of(values: Sequence[object]) -> bytes:
+    """Return the seal of a row that ends with TURN_CONTENT. Older seals do not include `reasoning`."""
+    *older, reasoning = values
+    return seal_of(older if reasoning is None else values)
+
+
+def check_seal(name: str, seal: object, expected: bytes) -> None:
+    """Raise DamagedRowError unless a row has the expected seal. Rows without a seal (None) pass."""
+    if seal is not None and seal != expected:
         raise DamagedRowError(f"{name} has a wrong checksum")
 
 
@@ -112,7 +118,7 @@ _SESSION_SEALED = (
     *("model", "updated", "undone", "model_path", "settings"),
 )
 SESSION_COLUMNS = ", ".join(f"session.{name}" for name in (*_SESSION_SEALED, "seal"))
-TURN_CONTENT = ("role", "content", "token_ids", "vocabulary", "ending", "usage")
+TURN_CONTENT = ("role", "content", "token_ids", "vocabulary", "ending", "usage", "reasoning")
 """The columns of a turn's content."""
 TURN_POSITION = ("parent", "tree", "depth", "created")
 """The columns of a turn's place in the tree."""
@@ -183,7 +189,7 @@ def read_session(row: Sequence[Any]) -> SessionRow:
     *values, seal = row
     number, name, key, tree, head, revision, system, n_left_out, n_shifted, title, model, *more = values
     updated, undone, model_path, settings = more
-    check_seal(f"session {number}", seal, values)
+    check_seal(f"session {number}", seal, seal_of(values))
     return SessionRow(
         integer("number", number, 1),
         text("name", name),
@@ -207,7 +213,7 @@ def read_turn(row: Sequence[Any]) -> TurnRow:
     """Return a row with TURN_COLUMNS as an object."""
     turn_id, *values, seal = row
     parent, tree, depth, created, *said = values
-    check_seal(f"turn {turn_id}", seal, values)
+    check_seal(f"turn {turn_id}", seal, turn_seal_of(values))
     if (parent is None) != (depth == 1):
         raise DamagedRowError(f"turn {turn_id} has the parent {parent} and the depth {depth}")
     return TurnRow(
@@ -221,7 +227,7 @@ def read_turn(row: Sequence[Any]) -> TurnRow:
 
 def read_content(row: Sequence[Any]) -> tuple[str | None, Turn]:
     """Return the vocabulary and the turn of a row with TURN_CONTENT."""
-    role, content, token_ids, vocabulary, ending, usage = row
+    role, content, token_ids, vocabulary, ending, usage, reasoning = row
     try:
         return optional_text("vocabulary", vocabulary), Turn(
             Role(role),
@@ -229,6 +235,7 @@ def read_content(row: Sequence[Any]) -> tuple[str | None, Turn]:
             () if token_ids is None else unpack_ids(token_ids),
             None if ending is None else FinishReason(ending),
             None if usage is None else _usage(text("usage", usage)),
+            "" if reasoning is None else text("reasoning", reasoning),
         )
     except (ValueError, RecursionError) as error:
         raise DamagedRowError(str(error)) from error
@@ -265,6 +272,7 @@ def turn_values(turn: Turn, vocabulary: str) -> tuple[object, ...]:
         vocabulary if turn.token_ids else None,
         None if turn.ending is None else turn.ending.value,
         None if turn.usage is None else json.dumps(asdict(turn.usage)),
+        whole_characters(turn.reasoning) or None,
     )
 
 
@@ -313,7 +321,9 @@ def _is_value(value: object) -> bool:
 
 def _usage(stored: str) -> Usage:
     values = json.loads(stored)
-    if not isinstance(values, dict) or {field.name for field in fields(Usage)} != values.keys():
+    # Usage of older versions has no reasoning tokens.
+    values = {"reasoning_tokens": 0, **values} if isinstance(values, dict) else {}
+    if {field.name for field in fields(Usage)} != values.keys():
         raise DamagedRowError("usage has unknown or missing fields")
     return Usage(
         integer("prompt_tokens", values["prompt_tokens"]),
@@ -322,4 +332,5 @@ def _usage(stored: str) -> Usage:
         real("prompt_seconds", values["prompt_seconds"]),
         real("completion_seconds", values["completion_seconds"]),
         optional_integer("seed", values["seed"]),
+        integer("reasoning_tokens", values["reasoning_tokens"]),
     )

@@ -114,4 +114,9 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             {_column("seal", "BLOB", "NULL")}
         )""",
     ),
+    (
+        # What a reasoning model wrote before the content.
+        f"ALTER TABLE turn ADD COLUMN {_column('reasoning', 'TEXT', 'NULL')}",
+        f"ALTER TABLE draft ADD COLUMN {_column('reasoning', 'TEXT', 'NULL')}",
+    ),
 )

@@ -29,6 +29,7 @@ from dsmoe_local.chat.store.records import (
     read_turn,
     seal_of,
     settings_json,
+    turn_seal_of,
     turn_values,
 )
 from dsmoe_local.chat.store.search import indexed
@@ -222,7 +223,8 @@ class _Saving:
         added: list[int] = []
         for depth, turn in enumerate(_all(self._transcript)[n_before:], n_before + 1):
             values = (parent, self._tree, depth, self._now, *turn_values(turn, self._session.vocabulary))
-            parent = self._connection.execute(_ADD_TURN, (self.number, *values, seal_of(values))).lastrowid
+            seal = turn_seal_of(values)
+            parent = self._connection.execute(_ADD_TURN, (self.number, *values, seal)).lastrowid
             assert parent is not None
             self._connection.execute(
                 "INSERT INTO search_index (rowid, content) VALUES (?, ?)",
@@ -260,7 +262,7 @@ class _Saving:
             self._connection.execute("DELETE FROM draft WHERE session = ?", (self.number,))
         else:
             values = (self.number, *turn_values(draft, self._session.vocabulary))
-            self._connection.execute(_SET_DRAFT, (*values, seal_of(values)))
+            self._connection.execute(_SET_DRAFT, (*values, turn_seal_of(values)))
 
 
 def add_session(
@@ -321,7 +323,7 @@ def _draft(connection: sqlite3.Connection, number: int) -> tuple[str | None, Tur
     if row is None:
         return None
     *values, seal = row
-    check_seal(f"the last reply of session {number}", seal, values)
+    check_seal(f"the last reply of session {number}", seal, turn_seal_of(values))
     return read_content(values[1:])
 
 

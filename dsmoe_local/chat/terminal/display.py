@@ -6,15 +6,67 @@ Only the UI thread uses it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 from prompt_toolkit.data_structures import Size
 from rich.console import RenderableType
+from rich.style import Style
+from rich.text import Text
 
 from dsmoe_local.base.text import safe_line, safe_text
-from dsmoe_local.chat.markdown.stream import MarkdownStream
+from dsmoe_local.chat.markdown.text import to_ansi, wrap
 from dsmoe_local.chat.terminal.ansi import notice, render_lines
 
 _ROWS_BESIDE_PANEL = 4
+_DIM = Style(dim=True)
+
+
+class LiveText(Protocol):
+    """A text that is rendered while it arrives: see MarkdownStream."""
+
+    def feed(self, piece: str, width: int) -> str:
+        """Add text. Return the lines that are finished, each with a newline."""
+        ...
+
+    def finish(self, width: int) -> str:
+        """End the text. Return the remaining lines."""
+        ...
+
+    def lines(self, width: int, height: int) -> list[str]:
+        """Return the last `height` lines of the unfinished part."""
+        ...
+
+
+class DimText:
+    """Text that is shown dimmed as it is, one paragraph after another."""
+
+    def __init__(self, *, colour: bool) -> None:
+        self._colour = colour
+        self._rest = ""  # the line that is not complete
+
+    def feed(self, piece: str, width: int) -> str:
+        """See LiveText."""
+        *whole, self._rest = (self._rest + safe_text(piece)).split("\n")
+        return "".join(f"{row}\n" for line in whole for row in self._rows(line, width))
+
+    def finish(self, width: int) -> str:
+        """See LiveText."""
+        rest, self._rest = self._rest, ""
+        return "".join(f"{row}\n" for row in self._rows(rest, width)) if rest else ""
+
+    def lines(self, width: int, height: int) -> list[str]:
+        """See LiveText."""
+        if not self._rest or height <= 0:
+            return []
+        # The cost depends on the window, not on the line. The cut moves rarely: with each move, words wrap
+        # elsewhere.
+        step = max(1, width * height)
+        cut = max(0, len(self._rest) // step - 1) * step
+        return self._rows(self._rest[cut:], width)[-height:]
+
+    def _rows(self, line: str, width: int) -> list[str]:
+        rows = wrap(Text.assemble((line.rstrip(), _DIM)), max(1, width), fold=True)
+        return [to_ansi(row, colour=self._colour) for row in rows]
 
 
 class Display:
@@ -28,7 +80,8 @@ class Display:
         self._size = size
         self._colour = colour
         self._ends_blank = True  # the last printed line is empty
-        self._reply: MarkdownStream | None = None
+        self._reply: LiveText | None = None
+        self._answer: LiveText | None = None  # the reply that follows when `_reply` is its reasoning
         self._reply_begun = False  # a part of the reply has been printed
         self._held_notes: list[str] = []
         self._panel: RenderableType | None = None
@@ -56,11 +109,11 @@ class Display:
         lines = [f"\x1b[{style}m>\x1b[0m {first}", *(f"  {line}" for line in rest)]
         self.print("".join(f"{line.rstrip()}\n" for line in lines), gap=True)
 
-    def begin_reply(self, reply: MarkdownStream) -> None:
+    def begin_reply(self, reply: LiveText) -> None:
         """Begin a reply."""
-        self._reply, self._reply_begun = reply, False
+        self._reply, self._answer, self._reply_begun = reply, None, False
 
-    def announce_wait(self, reply: MarkdownStream) -> None:
+    def announce_wait(self, reply: LiveText) -> None:
         """Show that `reply` has not begun yet, unless it already shows something."""
         silent = reply is self._reply and not self._reply_begun and not reply.lines(*self._live_size())
         if silent and not self.activity:
@@ -71,6 +124,21 @@ class Display:
         if self._reply is not None:
             self.activity = ""
             self._print_reply(self._reply.feed(piece, self._size().columns))
+
+    def feed_reasoning(self, piece: str) -> None:
+        """Append to the reasoning before the reply."""
+        if self._answer is None and self._reply is not None:
+            self._reply, self._answer = DimText(colour=self._colour), self._reply
+        self.feed(piece)
+
+    def end_reasoning(self, summary: str) -> None:
+        """End the reasoning, and print a dim line about it. The answer follows after an empty line."""
+        self.activity = ""
+        if self._answer is not None and self._reply is not None:
+            self._print_reply(self._reply.finish(self._size().columns))
+            self._reply, self._answer = self._answer, None
+        self.print(self.render(notice(summary)), gap=not self._reply_begun)
+        self._reply_begun = False
 
     def note(self, text: str) -> None:
         """Print a dim line.
@@ -88,7 +156,7 @@ class Display:
         """End the reply."""
         if self._reply is not None:
             self._print_reply(self._reply.finish(self._size().columns))
-            self._reply = None
+            self._reply = self._answer = None
         for text in self._held_notes:
             self.print(self.render(notice(text)), gap=not self._reply_begun)
         self._held_notes.clear()

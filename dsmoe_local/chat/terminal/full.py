@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from dsmoe_local.base.errors import DsmoeError, FileError, InterruptedRunError
 from dsmoe_local.base.signals import handling
+from dsmoe_local.base.text import count
 from dsmoe_local.chat.markdown.stream import MarkdownStream
 from dsmoe_local.chat.terminal import ansi
 from dsmoe_local.chat.terminal.external import copy_with_tool, osc_52
@@ -181,6 +182,16 @@ class _FullReply:
 
     def progress(self, done: int, total: int) -> None:
         self._ui.post(lambda: setattr(self._ui.display, "activity", f"reading {done:,} of {total:,} tokens"))
+
+    def reasoning(self, piece: str) -> None:
+        if piece:
+            self._ui.post(lambda: self._ui.display.feed_reasoning(piece))
+
+    def reasons(self, n_tokens: int) -> None:
+        self._ui.post(lambda: setattr(self._ui.display, "activity", f"thinking: {count(n_tokens, 'token')}"))
+
+    def reasoned(self, summary: str) -> None:
+        self._ui.post(lambda: self._ui.display.end_reasoning(summary))
 
     def text(self, piece: str) -> None:
         if piece:

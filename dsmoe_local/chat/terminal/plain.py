@@ -151,12 +151,27 @@ class _PlainReply:
         self._write = write
         self._at_line_start = True
         self._announced = False
+        self._reasons = False
 
     def progress(self, done: int, total: int) -> None:
         """Announce a long prompt, once."""
         if not self._announced and total - done >= _LONG_PROMPT:
             self._announced = True
             self._write(f"reading {total:,} tokens\n")
+
+    def reasoning(self, piece: str) -> None:
+        # Without styles, a line before and after it tells it from the answer.
+        if not self._reasons:
+            self._reasons = True
+            self._write("[reasoning]\n")
+        self.text(piece)
+
+    def reasons(self, n_tokens: int) -> None:
+        """Do nothing: hidden reasoning is announced when it has ended."""
+
+    def reasoned(self, summary: str) -> None:
+        self.note(f"[{summary}]")
+        self._write("\n")
 
     def text(self, piece: str) -> None:
         if piece:

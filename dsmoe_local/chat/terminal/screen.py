@@ -61,6 +61,18 @@ class ReplyView(Protocol):
         """Show that `done` of `total` prompt tokens are read."""
         ...
 
+    def reasoning(self, piece: str) -> None:
+        """Append to the reasoning before the reply. It is shown dimmed, not as Markdown."""
+        ...
+
+    def reasons(self, n_tokens: int) -> None:
+        """Show that so many tokens of hidden reasoning exist."""
+        ...
+
+    def reasoned(self, summary: str) -> None:
+        """End the reasoning, and show a dim line about it."""
+        ...
+
     def text(self, piece: str) -> None:
         """Append to the reply."""
         ...

@@ -9,11 +9,11 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from dsmoe_local.base import progress
 from dsmoe_local.base.errors import InterruptedRunError
@@ -161,9 +161,20 @@ class EngineClient:
         if self._child is not None:
             self._child.cancel_all()
 
-    def encode(self, prompt: Prompt, *, continue_final_message: bool = False) -> tuple[int, ...]:
+    def encode(
+        self,
+        prompt: Prompt,
+        *,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> tuple[int, ...]:
         """Return the token ids of `prompt` (see TextEngine)."""
-        return self._ask_engine(TextEngine.encode, prompt, continue_final_message=continue_final_message)
+        return self._ask_engine(
+            TextEngine.encode,
+            prompt,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=chat_template_kwargs,
+        )
 
     def decode(self, token_ids: Sequence[int]) -> tuple[str, ...]:
         """Return each token's text (see TextEngine)."""

@@ -135,6 +135,8 @@ def event_to_plain(number: int, event: TokenEvent) -> Plain:
         and not event.alternatives
         and not event.dropped
         and not event.held
+        and not event.in_reasoning
+        and not event.reasoning
     ):
         return (number, event.text, event.seconds, event.token_id)
     _, *values = to_plain(event)

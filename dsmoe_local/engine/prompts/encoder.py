@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import zip_longest
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.base.text import safe_line, whole_characters
+from dsmoe_local.engine import reasoning
 from dsmoe_local.engine.errors import PromptError, too_long
 from dsmoe_local.engine.large_stack import large_stack
+from dsmoe_local.engine.prompts.replies import Part, reply_to_continue, with_reply_ids
 from dsmoe_local.engine.prompts.segments import Segment
-from dsmoe_local.engine.prompts.template import ChatTemplate
+from dsmoe_local.engine.prompts.template import ChatTemplate, Variables
 from dsmoe_local.engine.types import Message, Prompt, ends_with_reply
 
 MAX_WORD = 200_000  # characters
@@ -26,21 +29,15 @@ MAX_TOKEN_BYTES = 128  # more than the longest token of common vocabularies
 _LONG_WORD = re.compile(rf"(?<!\S)\S{{{MAX_WORD + 1}}}|(?<!\s)\s{{{MAX_WORD + 1}}}")
 _CACHE_ENTRIES = 4096
 _CACHED_BYTES = 4096  # longer texts are not cached, to limit the memory
-_Part: TypeAlias = Segment | tuple[int, ...]
-"""Text, or the token ids of a reply."""
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
 
 
-class Vocabulary(Protocol):
+class Vocabulary(reasoning.Vocabulary, Protocol):
     """The attributes of `native.Model` that encoding needs."""
 
     bos: int
     adds_bos: bool
     n_vocab: int
-
-    def tokenize(self, text: bytes, *, special: bool) -> list[int]:
-        """Return the token ids of UTF-8 text, without BOS."""
-        ...
 
     def special_texts(self) -> frozenset[str]:
         """Return the texts of special tokens."""
@@ -48,10 +45,15 @@ class Vocabulary(Protocol):
 
 
 class PromptEncoder:
-    """Encodes prompts for one model and template. Any thread may call it."""
+    """Encodes prompts for one model and template. Any thread may call it.
+
+    `reasoning` says how the model marks reasoning. It is None if the template has no markers of reasoning.
+    """
 
     def __init__(self, vocabulary: Vocabulary, template: ChatTemplate | None, n_context: int) -> None:
         self.template = template
+        markers = None if template is None else template.markers
+        self.reasoning = None if markers is None else reasoning.ReasoningFormat(markers, vocabulary)
         self._vocabulary = vocabulary
         self._n_context = n_context
         # Each turn tokenizes the template's texts and all earlier messages again.
@@ -68,6 +70,7 @@ class PromptEncoder:
     def encode(
         self,
         prompt: Prompt,
+        variables: Variables | None = None,
         *,
         continue_final_message: bool = False,
         stopped: Callable[[], bool] = lambda: False,
@@ -75,14 +78,15 @@ class PromptEncoder:
         """Return the token ids of `prompt`, including BOS if the model uses it.
 
         A conversation ends where a new reply begins. With `continue_final_message` it ends with its last
-        message, which must be the assistant's. Raises PromptError, TemplateError, and InterruptedRunError if
-        `stopped` returns True.
+        message, which must be the assistant's. `variables` are those of the template.
+
+        Raises PromptError, TemplateError, and InterruptedRunError if `stopped` returns True.
         """
         if isinstance(prompt, str):
             ids = self._with_bos(self._tokenize([Segment(prompt, 0)], stopped))
         elif prompt and isinstance(prompt[0], Message):
             messages = [message for message in prompt if isinstance(message, Message)]
-            parts = self._parts(messages, continue_final_message, stopped)
+            parts = self._parts(messages, variables, continue_final_message, stopped)
             ids = self._with_bos(self._tokenize(parts, stopped))
         else:
             ids = [token_id for token_id in prompt if isinstance(token_id, int)]
@@ -101,8 +105,12 @@ class PromptEncoder:
             )
 
     def _parts(
-        self, messages: Sequence[Message], continued: bool, stopped: Callable[[], bool]
-    ) -> list[_Part]:
+        self,
+        messages: Sequence[Message],
+        variables: Variables | None,
+        continued: bool,
+        stopped: Callable[[], bool],
+    ) -> list[Part]:
         """Return the parts of a conversation. If `continued`, the last part is the reply to continue."""
         for message in messages:
             if not _ROLE.fullmatch(message.role):
@@ -118,21 +126,49 @@ class PromptEncoder:
                 "the model has no chat template: it only completes text",
                 remedy="send a prompt instead of messages, or name a template with --chat-template",
             )
-        exact = self._with_reply_ids(self.template, messages, continued, stopped)
+        if self.reasoning is None:
+            messages = [_without_reasoning(message) for message in messages]
+            exact = self._with_reply_ids(self.template, messages, variables, continued, stopped)
+        else:
+            exact = self._as_rendered(self.template, self.reasoning, messages, variables, continued)
         if exact is None and continued:
             raise PromptError(
                 "the last reply cannot be continued, since the template changes it",
                 remedy="name another template with --chat-template",
             )
-        return self._as_text(self.template, messages) if exact is None else exact
+        return self._as_text(self.template, messages, variables) if exact is None else exact
+
+    def _as_rendered(
+        self,
+        template: ChatTemplate,
+        form: reasoning.ReasoningFormat,
+        messages: Sequence[Message],
+        variables: Variables | None,
+        continued: bool,
+    ) -> list[Part] | None:
+        """Return the parts of a reasoning model's conversation; None if the template changes messages.
+
+        Earlier replies are as the template renders them now, not as they were when they were generated,
+        since the template decides how much of their reasoning stays.
+        """
+        for message in messages:
+            self.check_ids(message.token_ids)
+        segments = template.segments(messages[:-1] if continued else messages, variables)
+        if segments is None:
+            return None
+        parts = with_reply_ids(segments, messages, form)
+        if continued:
+            parts += reply_to_continue(segments, messages[-1], len(messages) - 1, form)
+        return parts
 
     def _with_reply_ids(
         self,
         template: ChatTemplate,
         messages: Sequence[Message],
+        variables: Variables | None,
         continued: bool,
         stopped: Callable[[], bool],
-    ) -> list[_Part] | None:
+    ) -> list[Part] | None:
         """Return parts with the original ids of each reply; None if the template does not permit it."""
         last = len(messages) - 1
         replies = [
@@ -143,8 +179,9 @@ class PromptEncoder:
         # A last reply without ids is continued as text, after the prompt for a new reply.
         by_text = continued and last not in replies
         read = messages[:-1] if by_text else messages
-        parts: list[_Part] = []
-        stretches = template.stretches(read, replies, open_end=by_text or not continued, stopped=stopped)
+        parts: list[Part] = []
+        open_end = by_text or not continued
+        stretches = template.stretches(read, replies, variables, open_end=open_end, stopped=stopped)
         for stretch, reply in zip_longest(stretches, replies):
             if stretch is None:
                 return None
@@ -153,24 +190,27 @@ class PromptEncoder:
                 parts.append(messages[reply].token_ids)
         return [*parts, Segment(messages[-1].content, last)] if by_text else parts
 
-    def _as_text(self, template: ChatTemplate, messages: Sequence[Message]) -> list[_Part]:
+    def _as_text(
+        self, template: ChatTemplate, messages: Sequence[Message], variables: Variables | None
+    ) -> list[Part]:
         """Return the rendered text. Raises PromptError if a message could become a special token."""
-        segments = template.segments(messages)
+        segments = template.segments(messages, variables)
         if segments is not None:
             return [*segments]
         special = self._vocabulary.special_texts()
-        if any(text in message.content for message in messages for text in special):
+        texts = [text for message in messages for text in (message.content, message.reasoning_content)]
+        if any(name in text for text in texts for name in special):
             raise PromptError(
                 "a message contains the text of a special token, and the template changes messages",
                 remedy="leave that text out, or name another template with --chat-template",
             )
-        return [Segment(template.render(messages))]
+        return [Segment(template.render(messages, variables))]
 
     def _with_bos(self, ids: list[int]) -> list[int]:
         bos = self._vocabulary.bos
         return [bos, *ids] if self._vocabulary.adds_bos and bos >= 0 and ids[:1] != [bos] else ids
 
-    def _tokenize(self, parts: Sequence[_Part], stopped: Callable[[], bool]) -> list[int]:
+    def _tokenize(self, parts: Sequence[Part], stopped: Callable[[], bool]) -> list[int]:
         """Return the ids of all parts. Special tokens are recognized only in the template's own text."""
         texts = [self._checked(part.text) if isinstance(part, Segment) else b"" for part in parts]
 
@@ -206,3 +246,10 @@ class PromptEncoder:
                 remedy="shorten it" if is_space else "break it with spaces",
             )
         return encoded
+
+
+def _without_reasoning(message: Message) -> Message:
+    """Return a message for a template without markers of reasoning. Its token ids would contain them."""
+    if not message.reasoning_content:
+        return message
+    return replace(message, reasoning_content="", token_ids=())

@@ -76,22 +76,25 @@ class _Host:
         yield None
 
     def _stretches(
-        self, messages: wire.Plain, texts: wire.Plain, replies: list[int], open_end: bool
+        self, messages: wire.Plain, variables: wire.Plain, replies: list[int], open_end: bool
     ) -> Iterator[wire.Plain]:
-        conversation = self._conversation(messages, texts)
+        conversation = self._conversation(messages, variables)
         for stretch in conversation.stretches(replies, open_end=open_end):
             yield _plain(stretch, messages)
 
-    def _segments(self, messages: wire.Plain, texts: wire.Plain, generate: bool) -> Iterator[wire.Plain]:
-        yield _plain(self._conversation(messages, texts).segments(generate=generate), messages)
+    def _segments(self, messages: wire.Plain, variables: wire.Plain, generate: bool) -> Iterator[wire.Plain]:
+        yield _plain(self._conversation(messages, variables).segments(generate=generate), messages)
 
-    def _render(self, messages: wire.Plain, texts: wire.Plain, generate: bool) -> Iterator[wire.Plain]:
-        yield self._conversation(messages, texts).render(generate=generate)
+    def _render(self, messages: wire.Plain, variables: wire.Plain, generate: bool) -> Iterator[wire.Plain]:
+        yield self._conversation(messages, variables).render(generate=generate)
 
-    def _conversation(self, messages: wire.Plain, texts: wire.Plain) -> Conversation:
+    def _conversation(self, messages: wire.Plain, variables: wire.Plain) -> Conversation:
         assert self._template is not None, "the client compiles the template first"
-        self._template.begin_conversation(texts)
-        return Conversation(self._template, [Message(role, content) for role, content in messages])
+        self._template.begin_conversation(variables)
+        return Conversation(
+            self._template,
+            [Message(role, content, (), reasoning) for role, content, reasoning in messages],
+        )
 
 
 _ANSWERS: dict[str, Callable[..., Iterator[wire.Plain]]] = {
@@ -103,13 +106,17 @@ _ANSWERS: dict[str, Callable[..., Iterator[wire.Plain]]] = {
 
 
 def _plain(segments: Segments | None, messages: wire.Plain) -> wire.Plain:
-    """Return segments as pairs of text and message. The text is None if it is a message's whole content."""
+    """Return segments as lists. The text is None if it is a message's whole content."""
     if segments is None:
         return None
     return [
-        (None if number is not None and text == messages[number][1] else text, number)
-        for text, number in segments
+        [None if text == _content(messages, number, reasoning) else text, number, reasoning]
+        for text, number, reasoning in segments
     ]
+
+
+def _content(messages: wire.Plain, number: int | None, reasoning: bool) -> str | None:
+    return None if number is None or reasoning else messages[number][1]
 
 
 def _address_space() -> int:

@@ -22,6 +22,7 @@ from jinja2.utils import Namespace
 
 from dsmoe_local.engine.errors import template_error
 from dsmoe_local.engine.prompts.turns import Checkpoint, RefusedError, Rendered, Run, Turns, Values
+from dsmoe_local.engine.reasoning import markers_in
 
 MAX_OUTPUT = 64 << 20
 _STATEFUL = frozenset({"cycler", "joiner"})
@@ -34,14 +35,15 @@ class SandboxedTemplate:
 
     def __init__(self, text: str, source: str) -> None:
         """Compile the template. Raises TemplateError if it is not valid."""
+        self.markers = markers_in(text)
         self._source = source
-        self._texts: Mapping[str, str] = {}
+        self._variables: Mapping[str, Any] = {}
         self._environment = _Environment()
         self._template = self._checked(lambda: self._environment.from_string(text))
 
-    def begin_conversation(self, texts: Mapping[str, str]) -> None:
-        """Set the texts of special tokens and the time for all following renderings."""
-        self._texts = texts
+    def begin_conversation(self, variables: Mapping[str, Any]) -> None:
+        """Set the variables of the template, and the time, for all following renderings."""
+        self._variables = variables
         self._environment.now = datetime.now()
 
     def render(self, messages: Values, *, generate: bool = True) -> str:
@@ -63,7 +65,7 @@ class SandboxedTemplate:
     def _output(self, messages: object, run: Run, generate: bool) -> str:
         self._environment.run = run
         left = MAX_OUTPUT
-        variables = {**self._texts, "messages": messages, "add_generation_prompt": generate}
+        variables = {**self._variables, "messages": messages, "add_generation_prompt": generate}
         for piece in self._template.generate(variables):
             left -= len(piece)
             if left < 0:

@@ -9,17 +9,20 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from dsmoe_local.engine.errors import TemplateError
+from dsmoe_local.engine.reasoning import Markers
 from dsmoe_local.engine.types import Message
 
 
 class Segment(NamedTuple):
     """A part of a rendered conversation.
 
-    It is the content of the message with the index `message`, or the template's own text if that is None.
+    It is the content of the message with the index `message`, or its reasoning, or the template's own text if
+    the index is None.
     """
 
     text: str
     message: int | None = None
+    reasoning: bool = False
 
 
 Segments: TypeAlias = list[Segment]
@@ -41,6 +44,9 @@ class Rendered(Protocol):
 class Template(Protocol):
     """See `sandbox.SandboxedTemplate`."""
 
+    @property
+    def markers(self) -> Markers | None: ...
+
     def render(self, messages: Sequence[dict[str, str]], *, generate: bool = True) -> str: ...
 
     def begin(self, messages: Sequence[dict[str, str]], after: Any = None) -> Rendered: ...  # noqa: ANN401
@@ -49,27 +55,26 @@ class Template(Protocol):
 class Conversation:
     """A conversation to render. To find the contents, it is rendered a second time with placeholders.
 
-    The whitespace around a content stays around its placeholder, so that templates may trim it.
+    The whitespace around a content stays around its placeholder, so that templates may trim it. Templates
+    split replies at the markers of reasoning. A reply is passed to them without its reasoning, so markers
+    that are left in it are ordinary text, and are hidden from the template.
     """
 
     def __init__(self, template: Template, messages: Sequence[Message]) -> None:
         self._template = template
-        self._messages = messages
-        self._cores = [message.content.strip() for message in messages]
+        self._n_messages = len(messages)
         key = secrets.token_hex(8)
         self._placeholder = re.compile(rf"{key}\.(\d+)\.")
-        self._real = [{"role": message.role, "content": message.content} for message in messages]
-        self._masked = [
-            {
-                "role": message.role,
-                "content": message.content.replace(core, f"{key}.{index}.", 1) if core else message.content,
-            }
-            for index, (message, core) in enumerate(zip(messages, self._cores, strict=True))
-        ]
+        self._hidden = {marker: f"{key}_{index}_" for index, marker in enumerate(template.markers or ())}
+        # The placeholder 2i stands for the content of message i, 2i + 1 for its reasoning.
+        self._texts = [text for each in messages for text in self._contents(each)]
+        masked = [_masked(text, f"{key}.{number}.") for number, text in enumerate(self._texts)]
+        self._real = _as_read(messages, self._texts)
+        self._masked = _as_read(messages, masked)
 
     def render(self, *, generate: bool = True) -> str:
         """Return the conversation as text."""
-        return self._template.render(self._real, generate=generate)
+        return self._shown(self._template.render(self._real, generate=generate))
 
     def segments(self, end: int | None = None, *, generate: bool = True) -> Segments | None:
         """Return the segments of the messages before `end`.
@@ -87,7 +92,7 @@ class Conversation:
         the messages whose token ids are known. With `open_end`, the last stretch ends where a new reply
         begins. Yields None and stops if the template does not permit the split.
         """
-        ends = [*replies, *([len(self._messages)] if open_end else [])]
+        ends = [*replies, *([self._n_messages] if open_end else [])]
         previous: int | None = None
         progress = _Progress()
         for end in ends:
@@ -123,27 +128,54 @@ class Conversation:
 
     def _split(self, masked: str, real: str) -> Segments | None:
         pieces = self._placeholder.split(masked)
-        segments = [
-            Segment(self._cores[int(piece)], int(piece)) if position % 2 else Segment(piece)
-            for position, piece in enumerate(pieces)
-        ]
-        if "".join(segment.text for segment in segments) != real:
+        numbers = [int(piece) for piece in pieces[1::2]]
+        pieces[1::2] = [self._texts[number].strip() for number in numbers]
+        if "".join(pieces) != real:
             return None
-        return self._with_whitespace(segments)
+        self._move_whitespace(pieces, numbers)
+        segments = [Segment(pieces[0])]
+        for number, text, after in zip(numbers, pieces[1::2], pieces[2::2], strict=True):
+            segments += [Segment(self._shown(text), number // 2, bool(number % 2)), Segment(after)]
+        return [segment for segment in segments if segment.text]
 
-    def _with_whitespace(self, segments: Segments) -> Segments:
-        """Move the whitespace of contents from the template's text to the segments of the contents."""
-        texts = [segment.text for segment in segments]
-        for position in range(1, len(segments), 2):
-            content = self._messages[segments[position].message or 0].content
-            lead = content[: len(content) - len(content.lstrip())]
-            trail = content[len(content.rstrip()) :]
-            before, after = texts[position - 1], texts[position + 1]
+    def _move_whitespace(self, pieces: list[str], numbers: Sequence[int]) -> None:
+        """Move the whitespace of contents from the template's text to the contents."""
+        for position, number in zip(range(1, len(pieces), 2), numbers, strict=True):
+            text = self._texts[number]
+            lead = text[: len(text) - len(text.lstrip())]
+            trail = text[len(text.rstrip()) :]
+            before, after = pieces[position - 1], pieces[position + 1]
             if lead and before.endswith(lead):
-                texts[position - 1], texts[position] = before[: -len(lead)], lead + texts[position]
+                pieces[position - 1], pieces[position] = before[: -len(lead)], lead + pieces[position]
             if trail and after.startswith(trail):
-                texts[position + 1], texts[position] = after[len(trail) :], texts[position] + trail
-        return [Segment(text, segment.message) for text, segment in zip(texts, segments, strict=True) if text]
+                pieces[position + 1], pieces[position] = after[len(trail) :], pieces[position] + trail
+
+    def _contents(self, message: Message) -> tuple[str, str]:
+        """Return content and reasoning of a message, with hidden markers if it is a reply."""
+        content, reasoning = message.content, message.reasoning_content
+        if message.role == "assistant":
+            for marker, hidden in self._hidden.items():
+                content, reasoning = content.replace(marker, hidden), reasoning.replace(marker, hidden)
+        return content, reasoning
+
+    def _shown(self, text: str) -> str:
+        for marker, hidden in self._hidden.items():
+            text = text.replace(hidden, marker)
+        return text
+
+
+def _as_read(messages: Sequence[Message], texts: Sequence[str]) -> list[dict[str, str]]:
+    """Return messages as a template reads them. `texts` are content and reasoning of each in turn."""
+    return [
+        {"role": message.role, "content": content} | ({"reasoning_content": reasoning} if reasoning else {})
+        for message, content, reasoning in zip(messages, texts[::2], texts[1::2], strict=True)
+    ]
+
+
+def _masked(text: str, placeholder: str) -> str:
+    """Return `text` with a placeholder in place of all but the whitespace around it."""
+    core = text.strip()
+    return text.replace(core, placeholder, 1) if core else text
 
 
 @dataclass(slots=True)
@@ -162,5 +194,9 @@ def _after(segments: Segments | None, reply: int | None) -> Segments | None:
     """Return the segments after the content of message `reply`; None if its content is not in them."""
     if segments is None or reply is None:
         return segments
-    ends = [position for position, segment in enumerate(segments) if segment.message == reply]
+    ends = [
+        position
+        for position, segment in enumerate(segments)
+        if segment.message == reply and not segment.reasoning
+    ]
     return segments[ends[-1] + 1 :] if ends else None

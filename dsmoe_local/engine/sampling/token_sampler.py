@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -58,11 +58,12 @@ class TokenSampler:
             self._candidates = _buffers.setdefault(context, Candidates())
             self._sampler = native.Sampler(model.n_vocab, sampling, seed or 0)
 
-    def choose(self, logits: Logits) -> Choice:
+    def choose(self, logits: Logits, replace: Callable[[int], int | None] = lambda token_id: None) -> Choice:
         """Sample the next token, and update the penalties and the grammar with it.
 
-        `logits` are not changed. Raises NativeError if they are not finite, EngineError if the grammar
-        permits no token.
+        `replace` takes the sampled token and may return another one, or the same: the grammar then neither
+        restricts nor sees it. `logits` are not changed. Raises NativeError if they are not finite,
+        EngineError if the grammar permits no token.
         """
         best = int(logits.argmax())
         # argmax returns the index of a NaN if there is one.
@@ -72,7 +73,9 @@ class TokenSampler:
             token_id = best
         else:
             token_id = self._pick(self._adjustments.apply(logits))
-        if self._constraint is not None:
+        if (instead := replace(token_id)) is not None:
+            token_id = instead
+        elif self._constraint is not None:
             if not self._constraint.permits(token_id):
                 width = 1 if self._sampler is None else self._top_k or len(logits)
                 adjusted = self._adjustments.apply(logits)
