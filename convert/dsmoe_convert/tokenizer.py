@@ -80,7 +80,11 @@ def _recognize(files: TokenizerFiles, vocabulary: Vocabulary, special: SpecialTo
     name = pretokenizers.by_definition(files.tokenizer, vocabulary.ids, joins_digits=joins_digits)
     if name is None:
         plain = check_encoding.encode(files.path, pretokenizers.CHECK_TEXT)
-        name = pretokenizers.by_check_text((plain, [special.bos, *plain], [*plain, special.eos]))
+        before, after = unsupported.tokens_around(
+            files.path, files.tokenizer.get("post_processor"), vocabulary.ids
+        )
+        whole = [*before, *plain, *after]
+        name = pretokenizers.by_check_text((plain, whole, [special.bos, *plain], [*plain, special.eos]))
     if name is None:
         raise TokenizerError(
             "the pre-tokenizer is not recognised",

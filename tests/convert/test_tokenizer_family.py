@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from support import llama_oracle, vocabularies
 from support.vocabularies import TEXTS, ids_of
 from tokenizers import AddedToken, Tokenizer, normalizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import GPTNeoXTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from dsmoe_convert.errors import TokenizerError
 from dsmoe_convert.pretokenizers import DEFINITIONS, IGNORE_MERGES, KNOWN_NAMES
@@ -297,6 +299,20 @@ def test_gaps_in_the_vocabulary(tmp_path: Path) -> None:
         gap = f"[PAD{last}]"
         assert vocabulary.encode(gap, parse_special=True) == ids_of(tokenizer, gap)
         assert vocabulary.encode("<late>", parse_special=True) == [last + 40]
+
+
+@pytest.mark.parametrize(("saver", "pre"), [(Qwen2Tokenizer, "qwen2"), (GPTNeoXTokenizer, "gpt-2")])
+def test_classes_of_transformers(saver: Any, pre: str, tmp_path: Path) -> None:
+    """Guards: rules that transformers 5 itself has for Qwen and OLMoE. Both classes normalize to NFC."""
+    model = json.loads(vocabularies.trained(pre).to_str())["model"]
+    saved = saver(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
+    saved.save_pretrained(tmp_path)
+    fields = vocabularies.convert_vocabulary(tmp_path, len(saved) + 5)
+    assert fields["tokenizer.ggml.pre"].value == pre
+    with llama_oracle.vocabulary(tmp_path / "vocabulary.gguf") as vocabulary:
+        for text in TEXTS:
+            composed = unicodedata.normalize("NFC", text)
+            assert vocabulary.encode(composed) == saved.encode(text, add_special_tokens=False), text
 
 
 @pytest.mark.parametrize("pre", ["qwen2", "glm4"])

@@ -96,14 +96,13 @@ def write_checkpoint(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     weights: Mapping[str, torch.Tensor] | None = None,
-    pre: str = "deepseek-llm",
     **config: Any,
 ) -> Path:
     """Write a whole checkpoint to `folder` and return it; `config` adds keys to config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     values = config_values(hp, bos_token_id=0, eos_token_id=1, **config)
     (folder / "config.json").write_text(json.dumps(values))
-    write_tokenizer(folder, pre)
+    write_tokenizer(folder)
     write_weights(folder, dict(weights or random_weights(hp, seed, dtype)), form, n_shards)
     return folder
 
@@ -134,19 +133,19 @@ def _save(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
         save_file(tensors, path, {"format": "pt"})
 
 
-def write_tokenizer(folder: Path, pre: str = "deepseek-llm") -> None:
+def write_tokenizer(folder: Path) -> None:
     """tokenizer.json and tokenizer_config.json of a byte-level BPE with a little over 500 tokens."""
-    for file in trained_tokenizer(pre).iterdir():
+    for file in _trained_tokenizer().iterdir():
         shutil.copyfile(file, folder / file.name)
 
 
 @cache
-def trained_tokenizer(pre: str) -> Path:
-    """A folder with the files of a tokenizer whose splitting rules are those called `pre`; made once."""
+def _trained_tokenizer() -> Path:
+    """A folder with the files of a tokenizer with the rules of deepseek-llm; made once."""
     folder = Path(tempfile.mkdtemp(prefix="dsmoe-tokenizer-"))
     atexit.register(shutil.rmtree, folder, True)
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizer(pre)
+    tokenizer.pre_tokenizer = pre_tokenizer("deepseek-llm")
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=600,
