@@ -42,7 +42,8 @@ def as_tokenizer(path: Path, config: Mapping[str, Any], n_vocab: int, pre: str |
             remedy="name llama.cpp's equivalent, for example: --pre kimi-k2",
         )
     ranks = {_characters(token): rank for token, rank in read_ranks(path).items()}
-    named = config.get("added_tokens_decoder") or {}
+    named = config.get("added_tokens_decoder")
+    named = named if isinstance(named, dict) else {}
     return {
         "added_tokens": [
             {"id": token_id, "content": f"<|reserved_token_{token_id}|>", "special": True}
