@@ -36,7 +36,8 @@ Floats = npt.NDArray[np.float64]
 class _LayerChoices(NamedTuple):
     """The choices of one layer for the tokens of a ubatch.
 
-    `order` are all experts sorted by probability (int32), `probabilities` those of all experts (float32).
+    `order` are all experts in the order of choice (int32), `probabilities` those of all experts (float32),
+    without the bias for the choice.
     """
 
     n_used: int

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dsmoe_local.engine.types import Observation
+from dsmoe_local.model.hyperparameters import Gating
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,11 @@ class LayerActivity:
     `counts`: how often each routed expert was chosen. `mass`: the sum of each expert's router probabilities
     where it was chosen. `captured`, `captured_squares`: the sums of the total probability of a token's chosen
     experts, and of its square. Over the `sampled` tokens only: `entropy` of the router's probabilities in
-    nats, and the norms `routed` and `shared` of the outputs of routed and shared experts.
+    nats, the norms `routed` and `shared` of the outputs of routed and shared experts, and the values of the
+    shared experts' `gate`, 0 if there is none.
+
+    If `is_sigmoid`, the router computes the probability of each expert by itself: they do not sum up to 1.
+    Experts are in `n_groups` groups, in their order; 1 if the model has none.
     """
 
     layer: int
@@ -34,6 +39,9 @@ class LayerActivity:
     entropy: float = 0.0
     routed: float = 0.0
     shared: float = 0.0
+    gate: float = 0.0
+    is_sigmoid: bool = False
+    n_groups: int = 1
 
     def plus(self, other: LayerActivity, sign: int = 1) -> LayerActivity:
         """Return the sum of two layers, or with the sign -1 the difference."""
@@ -48,6 +56,9 @@ class LayerActivity:
             self.entropy + sign * other.entropy,
             self.routed + sign * other.routed,
             self.shared + sign * other.shared,
+            self.gate + sign * other.gate,
+            self.is_sigmoid,
+            self.n_groups,
         )
 
     @property
@@ -92,14 +103,29 @@ class LayerActivity:
 
     @property
     def router_entropy(self) -> float | None:
-        """Mean entropy of the router's probabilities in nats; None without sampled tokens."""
+        """Mean entropy of the router's probabilities, divided by their sum, in nats; None without samples."""
         return self.entropy / self.sampled if self.sampled else None
 
     @property
     def shared_share(self) -> float | None:
-        """The norm of the shared experts' output as a share of that of all experts; None without samples."""
-        both = self.shared + self.routed
-        return self.shared / both if self.sampled and both > 0 else None
+        """The norm of the shared experts' output as a share of that of all experts.
+
+        None without samples or without shared experts.
+        """
+        return self.shared / (self.shared + self.routed) if self.sampled and self.shared > 0 else None
+
+    @property
+    def shared_gate(self) -> float | None:
+        """Mean of the gate of the shared experts; None without samples or without a gate."""
+        return self.gate / self.sampled if self.sampled and self.gate > 0 else None
+
+    @property
+    def group_shares(self) -> tuple[float, ...]:
+        """The share of each group of experts in all choices."""
+        size, total = len(self.counts) // self.n_groups, max(1, sum(self.counts))
+        return tuple(
+            sum(self.counts[start : start + size]) / total for start in range(0, size * self.n_groups, size)
+        )
 
     def busiest(self, n: int) -> list[tuple[int, float]]:
         """Return the `n` most used experts with their shares. Unused experts are excluded."""
@@ -161,9 +187,28 @@ class Activity:
 
     @property
     def shared_share(self) -> float | None:
-        """Mean of the layers with sampled tokens; None without any."""
-        shares = [share for layer in self.layers if (share := layer.shared_share) is not None]
-        return sum(shares) / len(shares) if shares else None
+        """Mean of the layers that have one; None without any."""
+        return _mean(layer.shared_share for layer in self.layers)
+
+    @property
+    def shared_gate(self) -> float | None:
+        """Mean of the layers that have one; None without any."""
+        return _mean(layer.shared_gate for layer in self.layers)
+
+    @property
+    def is_sigmoid(self) -> bool:
+        """True if the routers compute the probability of each expert by itself."""
+        return any(layer.is_sigmoid for layer in self.layers)
+
+    @property
+    def n_groups(self) -> int:
+        """Number of groups of experts; 1 if the model has none."""
+        return max((layer.n_groups for layer in self.layers), default=1)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _ratio(parts: Iterable[tuple[float, float]]) -> float:
@@ -178,13 +223,21 @@ def _ratio(parts: Iterable[tuple[float, float]]) -> float:
 def activity_of(observation: Observation) -> Activity:
     """Return a `routing` observation as sums."""
     n_experts: int = observation["n_routed_experts"]
-    return Activity(tuple(_layer(entry, n_experts) for entry in observation["layers"]))
+    empty = LayerActivity(
+        0,
+        0,
+        (0,) * n_experts,
+        (0.0,) * n_experts,
+        is_sigmoid=observation["gating"] == Gating.SIGMOID,
+        n_groups=max(1, observation["n_groups"]),
+    )
+    return Activity(tuple(_layer(entry, empty) for entry in observation["layers"]))
 
 
-def _layer(entry: dict[str, Any], n_experts: int) -> LayerActivity:
+def _layer(entry: dict[str, Any], empty: LayerActivity) -> LayerActivity:
     tokens: int = entry["tokens"]
     if not tokens:
-        return LayerActivity(entry["layer"], 0, (0,) * n_experts, (0.0,) * n_experts)
+        return replace(empty, layer=entry["layer"])
     mean, deviation, sampled = entry["captured_mass"], entry["captured_mass_deviation"], entry["sampled"]
     return LayerActivity(
         entry["layer"],
@@ -197,6 +250,9 @@ def _layer(entry: dict[str, Any], n_experts: int) -> LayerActivity:
         sampled * entry["router_entropy"],
         sampled * entry["routed_norm"],
         sampled * entry["shared_norm"],
+        sampled * entry.get("shared_gate", 0.0),
+        empty.is_sigmoid,
+        empty.n_groups,
     )
 
 

@@ -153,7 +153,8 @@ class Heatmap:
         indent = " " * (label + 1 + frame // 2)
         if self.title:
             yield Text(self.title, style="bold", no_wrap=True, overflow="ellipsis")
-        yield Text(indent + _expert_numbers(grid, cell), style="dim", no_wrap=True)
+        group_size = self.activity.n_routed_experts // self.activity.n_groups
+        yield Text(indent + _expert_numbers(grid, cell, group_size), style="dim", no_wrap=True)
         if in_colour:
             draw = _full_line if lines_per_row == 1 else _half_line
             lines = (draw(grid, row, scale, cell) for row in range(0, len(grid.rows), lines_per_row))
@@ -189,6 +190,10 @@ class Heatmap:
             (grid.experts_per_column, "experts to a column"),
         )
         parts += [Text(f"mean of {n} {what}", style="dim") for n, what in together if n > 1]
+        n_groups = self.activity.n_groups
+        if n_groups > 1:
+            size = self.activity.n_routed_experts // n_groups
+            parts.append(Text(f"{n_groups} groups of {size} experts", style="dim"))
         yield from _packed(parts, options.max_width)
 
 
@@ -203,10 +208,14 @@ def _packed(parts: Sequence[Text], width: int) -> Iterator[Text]:
     yield line
 
 
-def _expert_numbers(grid: Grid, cell: int) -> str:
-    """Return the line with as many numbers of experts above their columns as fit."""
+def _expert_numbers(grid: Grid, cell: int, group_size: int) -> str:
+    """Return the line with as many numbers of experts above their columns as fit.
+
+    If the model has groups of experts, these are the first experts of groups.
+    """
     last = (grid.n_columns - 1) * grid.experts_per_column
-    step = 1
+    has_groups = group_size <= last and group_size % grid.experts_per_column == 0
+    step = group_size // grid.experts_per_column if has_groups else 1
     while step * cell <= len(str(last)):
         step *= 2
     line = ""

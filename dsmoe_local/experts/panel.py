@@ -22,11 +22,13 @@ def summary(activity: Activity, width: int = 400) -> str:
     parts = [
         f"{activity.tokens:,} tokens",
         f"{activity.experts_per_token:.3g} of {activity.n_routed_experts} experts",
-        f"mass {activity.captured_mass:.0%}",
+        f"mass {activity.captured_mass:{'.2f' if activity.is_sigmoid else '.0%'}}",
         f"even {activity.load_entropy:.2f}",
     ]
     if activity.shared_share is not None:
         parts.append(f"shared {activity.shared_share:.0%}")
+    if activity.shared_gate is not None:
+        parts.append(f"gate {activity.shared_gate:.0%}")
     while len(parts) > 1 and len(" · ".join(parts)) > width:
         parts.pop()
     return " · ".join(parts)

@@ -12,6 +12,7 @@ from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.base.text_files import write_text_file
 from dsmoe_local.experts.activity import Activity, LayerActivity
+from dsmoe_local.model.hyperparameters import Gating
 
 _WIDTH = 150  # columns of the picture
 _N_BUSIEST = 8
@@ -93,10 +94,13 @@ def activity_json(activity: Activity) -> dict[str, Any]:
     return {
         "tokens": activity.tokens,
         "n_routed_experts": activity.n_routed_experts,
+        "gating": (Gating.SIGMOID if activity.is_sigmoid else Gating.SOFTMAX).value,
+        "n_groups": activity.n_groups,
         "experts_per_token": activity.experts_per_token,
         "captured_mass": activity.captured_mass,
         "load_entropy": activity.load_entropy,
         "shared_share": activity.shared_share,
+        "shared_gate": activity.shared_gate,
         "layers": [_layer_json(layer) for layer in activity.layers],
     }
 
@@ -119,4 +123,6 @@ def _layer_json(layer: LayerActivity) -> dict[str, Any]:
         "sampled": layer.sampled,
         "router_entropy": layer.router_entropy,
         "shared_share": layer.shared_share,
+        "shared_gate": layer.shared_gate,
+        "group_shares": list(layer.group_shares),
     }

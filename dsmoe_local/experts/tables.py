@@ -21,11 +21,12 @@ _WIDE = 60
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of a table. `write` returns the text of a layer's cell."""
+    """A column of a table. `write` returns the text of a layer's cell. Some columns apply to some models."""
 
     heading: str
     meaning: str
     write: Callable[[LayerActivity], str]
+    applies: Callable[[Activity], bool] = lambda _: True
 
 
 def _optional(value: float | None, form: str) -> str:
@@ -33,14 +34,41 @@ def _optional(value: float | None, form: str) -> str:
 
 
 COLUMNS: Sequence[Column] = (
-    Column("mass", "the router's probability for the chosen experts", lambda x: f"{x.captured_mass:.0%}"),
+    Column(
+        "mass",
+        "the router's probability for the chosen experts",
+        lambda x: f"{x.captured_mass:.0%}",
+        lambda activity: not activity.is_sigmoid,
+    ),
+    Column(
+        "mass",
+        "sum of the chosen experts' probabilities, each from 0 to 1",
+        lambda x: f"{x.captured_mass:.2f}",
+        lambda activity: activity.is_sigmoid,
+    ),
     Column("even", "load entropy, 1 = all equally busy", lambda x: f"{x.load_entropy:.2f}"),
-    Column("shared", "the shared experts' share of all outputs", lambda x: _optional(x.shared_share, ".0%")),
+    Column(
+        "shared",
+        "the shared experts' share of all outputs",
+        lambda x: _optional(x.shared_share, ".0%"),
+        lambda activity: activity.shared_share is not None,
+    ),
+    Column(
+        "gate",
+        "the shared experts' gate",
+        lambda x: _optional(x.shared_gate, ".0%"),
+        lambda activity: activity.shared_gate is not None,
+    ),
     Column("peak", "load of the busiest expert divided by the mean", lambda x: f"{x.load_peak:.1f}"),
     Column("unused", "experts that no token chose", lambda x: str(x.unused)),
     Column("nats", "entropy of the router", lambda x: _optional(x.router_entropy, ".2f")),
 )
 """Narrow tables have only the first ones."""
+
+
+def columns_of(activity: Activity) -> Sequence[Column]:
+    """Return the columns that apply to a model."""
+    return [column for column in COLUMNS if column.applies(activity)]
 
 
 def busiest(layer: LayerActivity, n: int = N_BUSIEST) -> Text:
@@ -54,18 +82,19 @@ def busiest(layer: LayerActivity, n: int = N_BUSIEST) -> Text:
 
 def layer_rows(activity: Activity) -> list[tuple[str, ...]]:
     """Return the table of layers as rows of text with a heading, for plain terminals."""
+    columns = columns_of(activity)
     return [
-        ("layer", *(column.heading for column in COLUMNS), "busiest"),
+        ("layer", *(column.heading for column in columns), "busiest"),
         *(
-            (str(layer.layer), *(column.write(layer) for column in COLUMNS), busiest(layer).plain)
+            (str(layer.layer), *(column.write(layer) for column in columns), busiest(layer).plain)
             if layer.tokens
-            else (str(layer.layer), *("" for _ in COLUMNS), "no tokens")
+            else (str(layer.layer), *("" for _ in columns), "no tokens")
             for layer in activity.layers
         ),
     ]
 
 
-def legend(columns: Sequence[Column] = COLUMNS) -> str:
+def legend(columns: Sequence[Column]) -> str:
     """Return the meanings of the columns as one sentence."""
     return "; ".join(f"{column.heading}: {column.meaning}" for column in columns)
 
@@ -77,11 +106,12 @@ def layer_table(activity: Activity, width: int, *, explained: bool = True) -> Re
     """
     expert = len(str(activity.n_routed_experts - 1)) + len(" 100%  ")
     room = width - _MARGINS
+    known = columns_of(activity)
     columns = [
         column
-        for number, column in enumerate(COLUMNS, 1)
-        if sum(map(_column_width, COLUMNS[:number])) + 2 * expert <= room
-    ] or [COLUMNS[0]]
+        for number, column in enumerate(known, 1)
+        if sum(map(_column_width, known[:number])) + 2 * expert <= room
+    ] or [known[0]]
     n_busiest = max(1, min(8, (room + 2 - sum(map(_column_width, columns))) // expert))
     table = _table()
     table.add_column("layer", justify="right", no_wrap=True)
@@ -120,6 +150,8 @@ def expert_table(parts: Mapping[str, LayerActivity], width: int, n: int = 16) ->
     notes += ["mass: the router's mean probability for tokens that chose them"] if wide else []
     n_more = len(leading.counts) - leading.unused - n
     notes += [f"{n_more} more were chosen"] if n_more > 0 else []
+    if leading.n_groups > 1:
+        notes.append(f"choices by group: {', '.join(f'{share:.0%}' for share in leading.group_shares)}")
     return _explained(table, "; ".join(notes))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -26,6 +27,17 @@ from dsmoe_local.experts.tables import COLUMNS, difference_table, expert_table, 
 
 SYSTEMS = ("truecolor", "256", "standard", None)
 BIG = activity_of(observation(tokens(60, 27, 64, 6), 27, 64))
+MANY = [replace(token, probabilities=[[0.3] * 6] * 27, shared=0.0) for token in tokens(60, 27, 64, 6)]
+
+
+def grouped() -> Activity:
+    """Of a model with sigmoid routers, groups, and a gate but no shared experts."""
+    seen = observation(MANY, 27, 64, gating="sigmoid", n_groups=4)
+    seen["layers"] = [{**layer, "shared_gate": 0.25} for layer in seen["layers"]]
+    return activity_of(seen)
+
+
+GROUPED = grouped()
 SMALL = activity_of(observation(tokens(60, 29, 14, 12, seed=1), 29, 14))
 
 
@@ -142,10 +154,37 @@ def test_nothing_seen_is_said() -> None:
 
 def test_wide_tables_have_all_columns() -> None:
     """Guards: a column of the documentation that no width ever shows."""
-    head = drawn(layer_table(BIG, 120), 120)[1]
-    assert all(column.heading in head for column in COLUMNS)
+    shown = [drawn(layer_table(activity, 120), 120)[1] for activity in (BIG, GROUPED)]
+    assert all(any(column.heading in head for head in shown) for column in COLUMNS)
     # Columns have the reply's own width; only the text below is wrapped.
-    assert "busiest" in head
+    assert "busiest" in shown[0]
+
+
+def test_what_only_some_models_have() -> None:
+    """Guards: sigmoids shown as a share of 1; groups and gates that are not shown, or shown as 0%."""
+    lines = drawn(layer_table(GROUPED, 120), 120)
+    captured = GROUPED.layers[0].captured_mass
+    assert captured > 1
+    assert lines[1].split() == ["layer", "mass", "even", "gate", "peak", "unused", "nats", "busiest"]
+    assert lines[3].split()[1:4:2] == [f"{captured:.2f}", "25%"]
+    assert "each from 0 to 1" in " ".join(lines)
+    assert (
+        f"mass {GROUPED.captured_mass:.2f} · even {GROUPED.load_entropy:.2f} · gate 25%"
+        in drawn(live_panel(GROUPED, 120, 40), 120)[0]
+    )
+    heatmap = drawn(Heatmap(GROUPED), 100)
+    assert heatmap[0].split() == ["0", "16", "32", "48"]
+    assert "4 groups of 16 experts" in heatmap[-1]
+    notes = " ".join(drawn(expert_table({"reply": GROUPED.layers[0]}, 300), 300)[-1:])
+    shares = ", ".join(f"{share:.0%}" for share in GROUPED.layers[0].group_shares)
+    assert f"choices by group: {shares}" in notes
+    assert sum(GROUPED.layers[0].group_shares) == pytest.approx(1)
+    found = activity_json(GROUPED)
+    assert (found["gating"], found["n_groups"], found["shared_gate"]) == ("sigmoid", 4, 0.25)
+    assert found["shared_share"] is None
+    later = activity_of(observation(MANY, 27, 64, gating="sigmoid", n_groups=4))
+    assert (later - later).is_sigmoid
+    assert (Activity() + later).n_groups == 4
 
 
 def test_svg_is_whole_safe_and_asks_for_nothing(tmp_path: Path) -> None:

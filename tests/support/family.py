@@ -140,3 +140,48 @@ def logits(model: Any, ids: Sequence[int]) -> NDArray[np.float32]:
         found = model(torch.tensor([list(ids)])).logits[0]
     result: NDArray[np.float32] = found.float().numpy()
     return result
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """What a layer's router computes for all tokens, and the outputs of its experts.
+
+    `probabilities` have the shape (n_tokens, n_experts), `chosen` (n_tokens, n_used), outputs (n_tokens,
+    n_embd). Models without shared experts have no `shared`, and few models a `gate` of them.
+    """
+
+    probabilities: torch.Tensor
+    chosen: torch.Tensor
+    routed: torch.Tensor
+    shared: torch.Tensor | None
+    gate: torch.Tensor | None
+
+
+def routing(model: Any, ids: Sequence[int]) -> dict[int, Routing]:
+    """The routing of a model's layers by their numbers."""
+    seen: dict[str, Any] = {}
+    handles = [
+        module.register_forward_hook(lambda _, __, output, name=name: seen.update({name: output}))
+        for name, module in model.named_modules()
+        if ".mlp." in name
+    ]
+    logits(model, ids)
+    for handle in handles:
+        handle.remove()
+    found = {}
+    for layer in range(model.config.num_hidden_layers):
+        prefix = f"model.layers.{layer}.mlp"
+        if f"{prefix}.gate" not in seen:
+            continue
+        scores, _, chosen = seen[f"{prefix}.gate"]
+        is_sigmoid = hasattr(model.get_submodule(f"{prefix}.gate"), "e_score_correction_bias")
+        shared = seen.get(f"{prefix}.shared_experts", seen.get(f"{prefix}.shared_expert"))
+        gate = seen.get(f"{prefix}.shared_expert_gate")
+        gate = None if gate is None else gate.sigmoid().flatten()
+        if shared is not None:
+            shared = shared.reshape(len(ids), -1) * (1 if gate is None else gate[:, None])
+        routed = seen[f"{prefix}.experts"].reshape(len(ids), -1)
+        found[layer] = Routing(
+            scores.sigmoid() if is_sigmoid else scores.softmax(-1), chosen, routed, shared, gate
+        )
+    return found

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dsmoe_convert.convert import convert_folder
+from dsmoe_local.model.hyperparameters import Hyperparameters
 from support.checkpoints import TINY, write_checkpoint
 from support.tiny_gguf import FAMILY
 
@@ -33,10 +34,15 @@ def tiny_model(template: str | None = None) -> Path:
     return out
 
 
+def family_hyperparameters(architecture: str) -> Hyperparameters:
+    """Those of `family_model`."""
+    return replace(FAMILY[architecture], n_vocab=TINY.n_vocab, n_context=TINY.n_context)
+
+
 @cache
 def family_model(architecture: str) -> Path:
     """A GGUF of another architecture with the same vocabulary and context; made once."""
-    hp = replace(FAMILY[architecture], n_vocab=TINY.n_vocab, n_context=TINY.n_context, name="")
+    hp = family_hyperparameters(architecture)
     folder = Path(tempfile.mkdtemp(prefix=f"dsmoe-{architecture}-"))
     atexit.register(shutil.rmtree, folder, True)
     return convert_folder(write_checkpoint(folder / "checkpoint", hp), folder / "tiny.gguf").path

@@ -41,11 +41,18 @@ def tokens(n: int, n_layers: int = 3, n_experts: int = 8, n_used: int = 2, seed:
 
 
 def observation(
-    seen: Sequence[Token], n_layers: int = 3, n_experts: int = 8, first: int = 1
+    seen: Sequence[Token], n_layers: int = 3, n_experts: int = 8, first: int = 1, **model: Any
 ) -> dict[str, Any]:
-    """Return the summary of the observer `routing`, with every token sampled."""
+    """Return the summary of the observer `routing`, with every token sampled. `model` replaces fields."""
     layers = [_layer(seen, layer, n_experts, first) for layer in range(n_layers)]
-    return {"n_routed_experts": n_experts, "layers": layers, "trace": None}
+    return {
+        "n_routed_experts": n_experts,
+        "gating": "softmax",
+        "n_groups": 1,
+        "layers": layers,
+        "trace": None,
+        **model,
+    }
 
 
 def _layer(seen: Sequence[Token], layer: int, n_experts: int, first: int) -> dict[str, Any]:

@@ -55,8 +55,10 @@ def rotated(heads: torch.Tensor, hp: Hyperparameters) -> torch.Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
 
 
-def mixture(x: torch.Tensor, w: Weights, prefix: str, hp: Hyperparameters) -> torch.Tensor:
-    output = swiglu(x, w, f"{prefix}shared_experts.")
+def choice(
+    x: torch.Tensor, w: Weights, prefix: str, hp: Hyperparameters
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The router's probabilities for all experts, and the chosen ones."""
     probabilities = (x @ w[f"{prefix}gate.weight"].T).sigmoid()
     scores = probabilities + w[f"{prefix}gate.expert_bias"]
     groups = scores.view(len(x), hp.n_expert_groups, -1)
@@ -64,7 +66,13 @@ def mixture(x: torch.Tensor, w: Weights, prefix: str, hp: Hyperparameters) -> to
     allowed = torch.zeros_like(groups, dtype=torch.bool).scatter_(
         1, best.unsqueeze(-1).expand(-1, -1, groups.shape[-1]), True
     )
-    chosen = scores.masked_fill(~allowed.view_as(scores), -torch.inf).topk(hp.n_experts_per_token, -1).indices
+    masked = scores.masked_fill(~allowed.view_as(scores), -torch.inf)
+    return probabilities, masked.topk(hp.n_experts_per_token, -1).indices
+
+
+def mixture(x: torch.Tensor, w: Weights, prefix: str, hp: Hyperparameters) -> torch.Tensor:
+    output = swiglu(x, w, f"{prefix}shared_experts.")
+    probabilities, chosen = choice(x, w, prefix, hp)
     for position, experts in enumerate(chosen.tolist()):
         weights = probabilities[position, experts]
         for weight, expert in zip(weights / weights.sum(), experts, strict=True):

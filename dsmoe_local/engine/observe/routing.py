@@ -7,7 +7,7 @@ about one token in eight, since each of them stops the graph once more in every 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,7 +20,8 @@ from dsmoe_local.engine.native import Model, Row, tensors
 from dsmoe_local.engine.observe.arrays import pack
 from dsmoe_local.engine.observe.observer import NodeCallback, Observer, Scored, StepLogits
 from dsmoe_local.engine.types import Observation
-from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.hyperparameters import Gating, Hyperparameters
+from dsmoe_local.model.layout import has_shared_gate
 
 SAMPLED = 8
 """Entropy and norms are computed for one of this many tokens."""
@@ -39,8 +40,8 @@ Array = npt.NDArray[Any]
 class _Chosen(NamedTuple):
     """The choices of one layer for the tokens of a ubatch.
 
-    `order` are all experts sorted by probability (int32), `mass` the probabilities of the chosen ones
-    (float32).
+    `order` are all experts in the order of choice (int32), `mass` the probabilities of the chosen ones
+    (float32), without the bias for the choice, normalization and scale.
     """
 
     layer: int
@@ -59,6 +60,16 @@ class _Traced:
     token_id: int
     experts: Array
     probabilities: Array
+
+
+def _norm_nodes(hp: Hyperparameters) -> Mapping[str, str]:
+    """Return nodes whose norms are computed, with the names of the fields. The shared gate is a number."""
+    if has_shared_gate(hp):
+        shared = {"ffn_shexp_out": "shared_norm", "ffn_shexp_gate": "shared_gate"}
+    else:
+        # A graph has one of them.
+        shared = {"ffn_shexp": "shared_norm", "ffn_shexp_out": "shared_norm"}
+    return {"ffn_moe_out": "routed_norm", **shared}
 
 
 class RoutingObserver(Observer):
@@ -81,7 +92,9 @@ class RoutingObserver(Observer):
         self._mass, self._mass_squares = np.zeros(self._n_layers), np.zeros(self._n_layers)
         # Counts and sums over the sampled tokens.
         self._entropy = np.zeros((2, self._n_layers))
-        self._contributions = {name: np.zeros(self._n_layers) for name in ("routed", "shared")}
+        self._gating, self._n_groups = hp.gating, hp.n_expert_groups
+        self._norms_of = _norm_nodes(hp)
+        self._contributions = {field: np.zeros(self._n_layers) for field in self._norms_of.values()}
         self._trace: deque[_Traced] = deque(maxlen=trace)
         self._n_steps = 0
         self._stride = 1
@@ -103,8 +116,7 @@ class RoutingObserver(Observer):
     def _sampled_nodes(self) -> dict[bytes, NodeCallback]:
         takers: dict[str, Callable[[int, int], None]] = {
             "ffn_moe_probs": self._take_probabilities,
-            "ffn_moe_out": partial(self._take_norm, "routed"),
-            "ffn_shexp": partial(self._take_norm, "shared"),
+            **{node: partial(self._take_norm, field) for node, field in self._norms_of.items()},
         }
         return {
             f"{name}-{self._first + layer}".encode(): partial(taker, layer)
@@ -136,9 +148,9 @@ class RoutingObserver(Observer):
     def _take_probabilities(self, layer: int, tensor: int) -> None:
         self._probabilities.append((layer, self._reader.view(tensor)[0, 0, :: self._stride].copy()))
 
-    def _take_norm(self, name: str, layer: int, tensor: int) -> None:
+    def _take_norm(self, field: str, layer: int, tensor: int) -> None:
         x = self._reader.view(tensor)[0, 0, :: self._stride]
-        self._norms.append((name, layer, np.einsum("tc,tc->t", x, x)))
+        self._norms.append((field, layer, np.einsum("tc,tc->t", x, x)))
 
     def after_step(self, rows: Sequence[Row], logits: StepLogits, scored: Sequence[Scored | None]) -> None:
         """See Observer. Choices of several steps are counted together, which is faster."""
@@ -174,6 +186,8 @@ class RoutingObserver(Observer):
 
     def _add_details(self) -> None:
         p = np.concatenate([values for _, values in self._probabilities])
+        if self._gating is Gating.SIGMOID:
+            p = p / np.maximum(p.sum(-1, keepdims=True), _TINY)
         entropies = -np.einsum("te,te->t", p, np.log(np.maximum(p, _TINY)))
         layers = np.repeat(
             [layer for layer, _ in self._probabilities], [len(v) for _, v in self._probabilities]
@@ -182,8 +196,8 @@ class RoutingObserver(Observer):
             np.bincount(layers, minlength=self._n_layers),
             np.bincount(layers, entropies, self._n_layers),
         ]
-        for name, layer, squares in self._norms:
-            self._contributions[name][layer] += np.sqrt(squares).sum()
+        for field, layer, squares in self._norms:
+            self._contributions[field][layer] += np.sqrt(squares).sum()
 
     def _extend_trace(self, rows: Sequence[Row]) -> None:
         # If a step has several rows, the choices cannot be assigned to sequences.
@@ -204,6 +218,8 @@ class RoutingObserver(Observer):
         self._count()
         return {
             "n_routed_experts": self._n_experts,
+            "gating": self._gating.value,
+            "n_groups": self._n_groups,
             "layers": [self._layer(layer) for layer in range(self._n_layers)],
             "trace": self._traced() if self._trace else None,
         }
@@ -216,8 +232,7 @@ class RoutingObserver(Observer):
         captured = float(self._mass[layer]) / n
         sampled, entropy = self._entropy[:, layer].tolist()
         norms = {
-            f"{name}_norm": float(totals[layer]) / max(1.0, sampled)
-            for name, totals in self._contributions.items()
+            field: float(totals[layer]) / max(1.0, sampled) for field, totals in self._contributions.items()
         }
         return {
             "layer": self._first + layer,
