@@ -92,15 +92,13 @@ class ReasoningParser:
         text, self._held = self._held + piece, ""
         if self.undecided:
             head = text.lstrip()
-            if self._open.startswith(head):  # also if it is empty
-                if head != self._open:
-                    self._held = text
-                    return Parts()
-            elif not head.startswith(self._open):
-                self.undecided = False
-                return Parts(answer=text)
-            self.undecided, self.in_reasoning, self._trims = False, True, True
-            text = head.removeprefix(self._open)
+            if self._open.startswith(head) and head != self._open:  # also if it is empty
+                self._held = text
+                return Parts()
+            self.undecided = False
+            if head.startswith(self._open):
+                self.in_reasoning = self._trims = True
+                text = head.removeprefix(self._open)
         reasoning = ""
         if self.in_reasoning:
             reasoning, text = self._split(text)
@@ -193,10 +191,21 @@ class ReasoningFormat:
         """Return the bytes of a token. A marker has its text, also if it is a control token."""
         return self._marker_tokens.get(token_id) or self._vocabulary.piece(token_id)
 
-    def parser(self, start: ReplyStart, prompt: Sequence[int]) -> ReasoningParser:
-        """Return the parser of a reply to a prompt."""
-        end = "".join(map(self._vocabulary.text_of, prompt[-_PROMPT_END:]))
-        return ReasoningParser(self.markers, start, end)
+    def ends(self, token_id: int) -> bool:
+        """Return True if the token ends a reply."""
+        return self._vocabulary.ends(token_id)
+
+    def text_of(self, token_id: int) -> str:
+        """Return the text of a token, also of a control token."""
+        return self._vocabulary.text_of(token_id)
+
+    def guide(
+        self, start: ReplyStart, prompt: Sequence[int], *, budget: int | None, constrained: bool
+    ) -> ReasoningGuide:
+        """Return the guide of a reply to a prompt."""
+        end = "".join(map(self.text_of, prompt[-_PROMPT_END:]))
+        parser = ReasoningParser(self.markers, start, end)
+        return ReasoningGuide(self, parser, budget=budget, constrained=constrained)
 
 
 class ReasoningGuide:
@@ -206,52 +215,51 @@ class ReasoningGuide:
     - If a grammar constrains the answer, reasoning is free. But it must be closed, and the answer must begin
       with a token of its own.
 
-    `n_tokens` counts the tokens of reasoning, with those of the closing marker.
+    `parser` must be fed with the text of the tokens. `n_tokens` counts those of the reasoning, with the
+    closing marker.
     """
 
     def __init__(
-        self,
-        vocabulary: Vocabulary,
-        form: ReasoningFormat,
-        parser: ReasoningParser,
-        *,
-        budget: int | None,
-        constrained: bool,
+        self, form: ReasoningFormat, parser: ReasoningParser, *, budget: int | None, constrained: bool
     ) -> None:
+        self.parser = parser
         self.n_tokens = 0
-        self._vocabulary = vocabulary
         self._form = form
-        self._parser = parser
         self._budget = budget
         self._constrained = constrained
         self._forced: deque[int] = deque()
+
+    def take(self, token_id: int) -> tuple[bytes, bool]:
+        """Count a token of the reply. Return its bytes, and whether it belongs to the reasoning."""
+        self.n_tokens += self.parser.in_reasoning
+        return self._form.piece(token_id), self.parser.in_reasoning
 
     def replace(self, sampled: int) -> int | None:
         """Return the next token, or None if the sampler and the grammar choose it."""
         if self._forced:
             return self._forced.popleft()
-        if self._parser.in_reasoning:
+        if self.parser.in_reasoning:
             if self._budget is not None and self.n_tokens >= self._budget:
-                return self._force(f"{self._parser.ending}\n\n")
+                return self._force(f"{self.parser.ending}\n\n")
             if not self._constrained:
                 return None
-            ends = self._vocabulary.ends(sampled)
-            if ends or self._parser.answers_with(self._vocabulary.text_of(sampled)):
-                return self._force(self._parser.ending)
+            ends = self._form.ends(sampled)
+            if ends or self.parser.answers_with(self._form.text_of(sampled)):
+                return self._force(self.parser.ending)
             return sampled
-        free = self._constrained and self._parser.undecided and self._budget != 0
+        free = self._constrained and self.parser.undecided and self._budget != 0
         return sampled if free and self._may_open(sampled) else None
 
     def _may_open(self, sampled: int) -> bool:
         """Return True if the token may begin the opening marker. The rest of the marker is then forced."""
-        text = self._vocabulary.text_of(sampled)
-        rest = self._parser.opens_with(text)
-        if rest is None or self._vocabulary.ends(sampled):
+        text = self._form.text_of(sampled)
+        rest = self.parser.opens_with(text)
+        if rest is None or self._form.ends(sampled):
             return False
         if text.strip():
             self._forced.extend(self._form.tokenize(rest) if rest else ())
             return True
-        return not self._parser.holds  # one token of whitespace may come before it
+        return not self.parser.holds  # one token of whitespace may come before it
 
     def _force(self, text: str) -> int:
         self._forced.extend(self._form.tokenize(text))

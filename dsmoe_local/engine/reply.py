@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from dsmoe_local.engine import native
 from dsmoe_local.engine.interface import Deliver
-from dsmoe_local.engine.reasoning import ReasoningFormat, ReasoningGuide, ReasoningParser
+from dsmoe_local.engine.reasoning import ReasoningFormat, ReasoningGuide
 from dsmoe_local.engine.sampling import Choice, CompiledGrammar, TokenSampler, choose_seed
 from dsmoe_local.engine.sampling.likeliest import Logits
 from dsmoe_local.engine.schedule.plan import Sequence
@@ -73,19 +73,13 @@ class Reply:
         if self._seed is not None:
             self._seed = (self._seed + index) % (MAX_SEED + 1)
         self._sampler = TokenSampler(self._model, context, request, self._seed, prompt, job.grammar)
-        self._reasoning = reasoning
-        self._parser = ReasoningParser()
         self._guide: ReasoningGuide | None = None
         if reasoning is not None:
-            self._parser = reasoning.parser(request.start, prompt)
-            self._guide = ReasoningGuide(
-                self._model,
-                reasoning,
-                self._parser,
-                budget=request.reasoning_budget,
-                constrained=job.grammar is not None,
+            constrained = job.grammar is not None
+            self._guide = reasoning.guide(
+                request.start, prompt, budget=request.reasoning_budget, constrained=constrained
             )
-        self._stream = TextStream(request.stop, self._parser)
+        self._stream = TextStream(request.stop, None if self._guide is None else self._guide.parser)
         # A continued reply may end in an incomplete character, which is at most four bytes long.
         self._stream.begin_after(b"".join(map(self._model.piece, prompt[-4:])))
         left = None if request.context_shift else n_context - len(prompt)
@@ -119,10 +113,10 @@ class Reply:
             self.end(FinishReason.STOP, choice)
             return FinishReason.STOP
         self._n_generated += 1
-        in_reasoning = self._parser.in_reasoning
-        parts = self._stream.feed((self._reasoning or self._model).piece(choice.token_id))
+        piece, in_reasoning = self._model.piece(choice.token_id), False
         if self._guide is not None:
-            self._guide.n_tokens += in_reasoning
+            piece, in_reasoning = self._guide.take(choice.token_id)
+        parts = self._stream.feed(piece)
         dropped, dropped_from = self._take_dropped()
         self.job.deliver(
             TokenEvent(

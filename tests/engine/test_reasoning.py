@@ -123,15 +123,13 @@ def replies(
 ) -> tuple[str, str, int]:
     """Return reasoning, answer and tokens of reasoning if the model would write `script`."""
     vocabulary = ByteVocabulary(control=control)
+    ids = vocabulary.tokenize(prompt.encode(), special=True)
     form = ReasoningFormat(THINK, vocabulary)
-    parser = form.parser(ReplyStart.DETECT, vocabulary.tokenize(prompt.encode(), special=True))
-    guide = ReasoningGuide(vocabulary, form, parser, budget=budget, constrained=constrained)
-    stream = TextStream((), parser)
+    guide = form.guide(ReplyStart.DETECT, ids, budget=budget, constrained=constrained)
+    stream = TextStream((), guide.parser)
     reasoning = answer = ""
     for token_id in _chosen(guide, vocabulary, script):
-        was_reasoning = parser.in_reasoning
-        parts = stream.feed(form.piece(token_id))
-        guide.n_tokens += was_reasoning
+        parts = stream.feed(guide.take(token_id)[0])
         reasoning, answer = reasoning + parts.reasoning, answer + parts.answer
     last = stream.finish(cut=False)
     return reasoning + last.reasoning, answer + last.answer, guide.n_tokens
@@ -175,8 +173,8 @@ def test_a_grammar_needs_the_end_of_the_reasoning() -> None:
     vocabulary = ByteVocabulary(control=True, more=(b"</think>{",))
     form = ReasoningFormat(THINK, vocabulary)
     for prompt, sampled in (("<think>", vocabulary.end), ("<think>", vocabulary.id_of(b"</think>{"))):
-        parser = form.parser(ReplyStart.DETECT, vocabulary.tokenize(prompt.encode(), special=True))
-        guide = ReasoningGuide(vocabulary, form, parser, budget=None, constrained=True)
+        ids = vocabulary.tokenize(prompt.encode(), special=True)
+        guide = form.guide(ReplyStart.DETECT, ids, budget=None, constrained=True)
         assert guide.replace(sampled) == vocabulary.id_of(b"\n")
         assert guide.replace(sampled) == vocabulary.id_of(b"</think>")
 
@@ -186,9 +184,8 @@ def test_reasoning_is_free_of_a_grammar(control: bool) -> None:
     """Guards: a grammar that forbids the model to think, or one that does not constrain the answer."""
     vocabulary = ByteVocabulary(control=control)
     form = ReasoningFormat(THINK, vocabulary)
-    parser = form.parser(ReplyStart.DETECT, ())
-    guide = ReasoningGuide(vocabulary, form, parser, budget=None, constrained=True)
-    stream = TextStream((), parser)
+    guide = form.guide(ReplyStart.DETECT, (), budget=None, constrained=True)
+    stream = TextStream((), guide.parser)
     free = []
     for sampled in vocabulary.tokenize(b"\n<think>no\n</think>\n{", special=True):
         chosen = guide.replace(sampled)
@@ -203,9 +200,8 @@ def test_without_reasoning_the_grammar_decides_at_once() -> None:
     """Guards: free text before JSON, because the model might have thought."""
     vocabulary = ByteVocabulary(control=True)
     form = ReasoningFormat(THINK, vocabulary)
-    parser = form.parser(ReplyStart.DETECT, ())
-    guide = ReasoningGuide(vocabulary, form, parser, budget=None, constrained=True)
+    guide = form.guide(ReplyStart.DETECT, (), budget=None, constrained=True)
     assert guide.replace(vocabulary.id_of(b"S")) is None
     assert guide.replace(vocabulary.end) is None
-    none = ReasoningGuide(vocabulary, form, form.parser(ReplyStart.DETECT, ()), budget=0, constrained=True)
+    none = form.guide(ReplyStart.DETECT, (), budget=0, constrained=True)
     assert none.replace(vocabulary.id_of(b"<think>")) is None
