@@ -7,6 +7,7 @@ file, built-in value. click asks for flags and variables first, then for the `Co
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -119,7 +120,8 @@ class ConfigDefaults(dict[str, Any]):
         for section in self._read():
             for key in spellings(option.keys):
                 # At the top level, `chat` may be a section: it is also a flag of two commands.
-                is_other = option.section_only or isinstance(section.values.get(key), dict)
+                is_section = isinstance(section.values.get(key), dict) and not option.table
+                is_other = option.section_only or is_section
                 if key in section.values and (section.name or not is_other):
                     return section, key
         return None
@@ -165,6 +167,11 @@ def _raw(option: Option, value: object, where: str) -> object:
         if isinstance(value, bool):
             return value
         raise FormatError("this takes true or false", where=where)
+    if option.table and isinstance(value, dict):
+        try:
+            return json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise FormatError("this table has a date, a time, inf or nan in it", where=where) from error
     values = value if isinstance(value, list) and option.multiple else [value]
     if not all(_is_plain(each) for each in values):
         raise FormatError("this takes a text or a number", where=where)

@@ -38,7 +38,8 @@ class Option(click.Option):
     """An option with a long flag.
 
     `configurable`: variables and the config file can give it. `section_only`: the config file can give it in
-    the section of the command only, not at the top level. `secret`: `dsmoe config` hides the value.
+    the section of the command only, not at the top level. `secret`: `dsmoe config` hides the value. `table`:
+    the value is JSON, and the config file may also have it as a table.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Option(click.Option):
         configurable: bool = True,
         section_only: bool = False,
         secret: bool = False,
+        table: bool = False,
         **attributes: Any,  # noqa: ANN401 - click's own
     ) -> None:
         super().__init__(flags, **attributes)
@@ -56,6 +58,7 @@ class Option(click.Option):
         self.configurable = configurable
         self.section_only = section_only
         self.secret = secret
+        self.table = table
         if not configurable:
             return
         if self.envvar is None:

@@ -29,7 +29,7 @@ def setting_option(name: str, group: Group) -> Callable[[F], F]:
         attributes = {"multiple": True, "metavar": setting.metavar}
         text += " Repeatable."
     elif setting.name == "chat_template_kwargs":
-        attributes["show_default"] = False
+        attributes |= {"show_default": False, "table": True}
     elif isinstance(default, str):
         attributes = {"default": default, "type": click.Choice([str(word) for word in setting.words])}
     elif isinstance(default, float):

@@ -18,11 +18,13 @@ from support.configured import chat, complaint, write_config
 
 from dsmoe_local.base.config_file import config_path
 from dsmoe_local.base.errors import FormatError, UsageError
+from dsmoe_local.chat.settings import SETTINGS
 from dsmoe_local.cli.commands import COMMANDS, load_command
 from dsmoe_local.cli.main import group, run
 from dsmoe_local.cli.model_argument import find_model
 from dsmoe_local.cli.model_options import load_engine
 from dsmoe_local.cli.options import Option, configurable, variable
+from dsmoe_local.cli.reply_options import reply_settings
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ALL_LAYERS, ModelOptions, SamplingParameters
 
@@ -138,8 +140,28 @@ def test_texts_flags_and_lists(given_to_chat: dict[str, Any], monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
+    "config",
+    [
+        "chat-template-kwargs = '{\"thinking\": true}'",
+        "chat-template-kwargs = { thinking = true }",
+        "[chat.chat_template_kwargs]\nthinking = true",
+        "preset = 'p'\n[presets.p.chat-template-kwargs]\nthinking = true",
+    ],
+)
+def test_variables_of_a_template_are_text_or_a_table(config: str, given_to_chat: dict[str, Any]) -> None:
+    """Guards: a table taken for a section, and ignored."""
+    write_config(config)
+    chat()
+    values = {name: value for name, value in given_to_chat.items() if name in SETTINGS}
+    assert reply_settings(values).chat_template_kwargs == {"thinking": True}
+
+
+@pytest.mark.parametrize(
     ("config", "variables", "where"),
     [
+        ("chat-template-kwargs = [1]", {}, "config.toml: chat-template-kwargs"),
+        ("chat-template-kwargs = { x = nan }", {}, "config.toml: chat-template-kwargs"),
+        ("chat-template-kwargs = '[1]'", {}, "config.toml: chat-template-kwargs"),
         ("temp = 'warm'", {}, "config.toml: temp"),
         ("[chat]\ntop-k = 1.5", {}, "config.toml: [chat] top-k"),
         ("[chat]\ntop-k = true", {}, "config.toml: [chat] top-k"),
