@@ -79,6 +79,8 @@ class ReasoningParser:
             self._trims = True
         elif start is ReplyStart.REASONING:
             self.in_reasoning = True
+            # The reply was cut within the closing marker.
+            self._held = self._close[: _overlap(prompt, self._close)]
         else:
             self.undecided = True
 
@@ -105,9 +107,11 @@ class ReasoningParser:
         return Parts(self._trimmed(text), reasoning)
 
     def finish(self) -> Parts:
-        """End the reply. Return what was held back."""
+        """End the reply. Return what was held back, except for a part of the closing marker."""
         held, self._held = self._held, ""
-        return Parts(reasoning=held) if self.in_reasoning else Parts(answer=held)
+        if self.in_reasoning:
+            return Parts(reasoning=held[: len(held) - _overlap(held, self._close)])
+        return Parts(answer=held)
 
     def opens_with(self, piece: str) -> str | None:
         """Return the rest of the opening marker if `piece` may be its first text; None if it cannot be."""

@@ -57,7 +57,9 @@ def test_pieces_do_not_matter(text: str, places: list[int], prompt: str) -> None
     if closed:
         assert (reasoning, answer) == (thought.strip(), said.lstrip())
     elif thought:
-        assert (reasoning, answer) == (thought.lstrip(), "")
+        # A part of the closing marker at the end is none of the reasoning.
+        part = next(size for size in range(7, -1, -1) if thought.endswith("</think>"[:size]))
+        assert (reasoning, answer) == (thought[: len(thought) - part].lstrip(), "")
     else:
         assert (reasoning.strip(), answer.strip()) == ("", said.strip())
 
@@ -86,6 +88,20 @@ def test_pieces_do_not_matter(text: str, places: list[int], prompt: str) -> None
 def test_what_is_reasoning(start: ReplyStart, prompt: str, text: str, reasoning: str, answer: str) -> None:
     """Guards: reasoning that the template opened, closed, or leaves to the model, taken for the answer."""
     assert parse([*text], start, prompt) == (reasoning, answer)
+
+
+@pytest.mark.parametrize(
+    "text", ["<think>\nhm, </b> well\n</think>\n\nyes, </think> no", "<think>a</think>b"]
+)
+def test_a_reply_that_was_cut_anywhere_goes_on(text: str) -> None:
+    """Guards: reasoning that never ends, since the reply was stopped within its closing marker."""
+    whole = parse([*text])
+    for cut_at in range(len("<think>"), len(text)):
+        reasoning, answer = parse([*text[:cut_at]])
+        start = ReplyStart.ANSWER if answer else ReplyStart.REASONING
+        more = parse([*text[cut_at:]], start, text[:cut_at])
+        assert (reasoning + more[0]).split() == whole[0].split(), cut_at
+        assert answer + more[1] == whole[1], cut_at
 
 
 def test_markers_are_those_of_the_template() -> None:
