@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,10 @@ import pytest
 # OpenMP threads that wait by spinning take the processor from the other test processes. Both libraries and
 # child processes read this when they start, so it is set before any test module is imported.
 os.environ.update(OMP_WAIT_POLICY="passive", OMP_NUM_THREADS="1")
+
+# Some containers forbid bytecode files. Each of the hundreds of child processes would then compile the package.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # A background job of a shell ignores SIGINT, and so would the children that tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -149,7 +149,8 @@ model_options_without_context = all_of(
     option(
         "--chat-template",
         "chat_template",
-        "A file with a chat template, one of several in the model, or a built-in one: deepseek-moe, chatml.",
+        "A file with a chat template, one of several in the model, or a built-in one: deepseek-moe, chatml."
+        " none: the model completes text.",
         typed(click.Path(), "FILE|NAME"),
         _ADVANCED,
         shown="the model's own",

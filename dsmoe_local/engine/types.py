@@ -21,6 +21,8 @@ from dsmoe_local.engine.parameters import SamplingParameters as SamplingParamete
 ALL_LAYERS = -1
 MIN_CONTEXT = 32
 """The smallest `ModelOptions.n_context`."""
+NO_TEMPLATE = "none"
+"""The `ModelOptions.chat_template` of a model that only completes text."""
 
 
 class FinishReason(StrEnum):
@@ -263,6 +265,7 @@ class ModelOptions:
     `n_gpu_layers` and `n_cpu_moe` count layers; ALL_LAYERS means all. `tensor_overrides` are pairs of a
     regular expression of tensor names and the name of a buffer type or device. `devices` are the names of the
     devices that may be used. If `offload_cache` is false, the whole KV cache is in main memory.
+    `chat_template` is a file, the name of a built-in template, or `NO_TEMPLATE`.
     """
 
     path: Path

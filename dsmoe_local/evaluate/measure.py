@@ -11,7 +11,7 @@ from dsmoe_local.base.progress import Finished, Listener, Started, ignore
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.engine.errors import EngineError
 from dsmoe_local.engine.interface import TextEngine
-from dsmoe_local.engine.types import MIN_CONTEXT, ModelOptions, ObserverOptions
+from dsmoe_local.engine.types import MIN_CONTEXT, NO_TEMPLATE, ModelOptions, ObserverOptions
 from dsmoe_local.evaluate.results import Evaluation, Perplexity, perplexity_of
 from dsmoe_local.evaluate.windows import WindowReader, Windows
 from dsmoe_local.model.split_name import model_stem
@@ -33,6 +33,7 @@ def options_for(options: ModelOptions, n_context: int, *observers: ObserverOptio
         n_context=max(MIN_CONTEXT, n_parallel * (n_context + 1)),
         n_parallel=n_parallel,
         unified=True,
+        chat_template=NO_TEMPLATE,
         observers=(LOGPROBS, *observers),
     )
 

@@ -20,10 +20,11 @@ from dsmoe_convert.demo.corpus import token_windows
 from dsmoe_convert.demo.source import Source, open_source
 from dsmoe_local.base.errors import InterruptedRunError, UsageError
 
-PROMPTS = [
-    "<|im_start|>user\nWhat is gravity?<|im_end|>\n<|im_start|>assistant\n",
-    "The capital of France is",
-    "def fibonacci(n):\n",
+TEXTS = [
+    "<|im_start|>user\nWhat is gravity?<|im_end|>\n<|im_start|>assistant\nGravity is a force that attracts two"
+    " objects with mass towards each other.",
+    "The capital of France is Paris, which lies on the river Seine in the north of the country.",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return fibonacci(n - 1) + fibonacci(n - 2)\n",
 ]
 DENSE_TO_12 = 19.0 / 16.6
 """What the recipe without training lost on such text, and the most that we may."""
@@ -72,22 +73,20 @@ def original(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_all_experts_active_is_the_dense_model(original: Path, all_active: Path) -> None:
-    """A lost neuron, a wrong gate or a wrong q/k order shows in 32 greedy tokens or in the logits."""
-    with llama_oracle.vocabulary(original) as vocabulary:
-        prompts = [vocabulary.encode(text, parse_special=True) for text in PROMPTS]
-    with llama_oracle.vocabulary(all_active) as vocabulary:
-        assert [vocabulary.encode(text, parse_special=True) for text in PROMPTS] == prompts
-    for prompt in prompts:
-        written = llama_oracle.greedy(original, prompt, 32)
-        assert len(written) > 20
-        assert llama_oracle.greedy(all_active, prompt, 32) == written
-    dense, ours = (llama_oracle.logits(path, prompts[0]) for path in (original, all_active))
-    assert np.linalg.norm(dense - ours) / np.linalg.norm(dense) < 3e-4
+    """A lost neuron, a wrong gate or a wrong q/k order shows in the logits."""
+    for text in TEXTS:
+        with llama_oracle.vocabulary(original) as vocabulary:
+            ids = vocabulary.encode(text, parse_special=True)
+        with llama_oracle.vocabulary(all_active) as vocabulary:
+            assert vocabulary.encode(text, parse_special=True) == ids
+        dense, ours = (llama_oracle.logits(path, ids) for path in (original, all_active))
+        assert np.array_equal(dense.argmax(1), ours.argmax(1))
+        assert np.linalg.norm(dense - ours) / np.linalg.norm(dense) < 3e-4
 
 
 def test_twelve_experts_keep_the_perplexity(source: Source, original: Path, all_active: Path) -> None:
     """A calibration that does not belong to the weights, or a router that cannot route, costs far more."""
-    windows = token_windows(source, "held out")[::36]
+    windows = token_windows(source, "held out")[::72]
     dense, _ = perplexity(token_losses(original, windows))
     routed, _ = perplexity(token_losses(all_active, windows, calibration.N_ACTIVE))
     assert routed < 19.0

@@ -13,7 +13,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFReader
 from numpy.typing import NDArray
 from support import llama_oracle, torch_deepseek
 from support.checkpoints import TINY
@@ -31,6 +30,7 @@ from dsmoe_local.evaluate.measure import options_for
 from dsmoe_local.evaluate.text import Text, built_in
 from dsmoe_local.evaluate.windows import cut_windows
 from dsmoe_local.model.ggml import GgmlType
+from dsmoe_local.model.gguf_file import read_gguf
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.layout import tensor_specs
 from dsmoe_quantize.budget.cost_model import CostModel
@@ -59,10 +59,14 @@ def model() -> Path:
 
 
 def weights_of(path: Path) -> Weights:
-    return {
-        tensor.name: np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
-        for tensor in GGUFReader(path).tensors
-    }
+    """Return the weights, decoded by the gguf package."""
+    raw = np.fromfile(path, np.uint8)
+    found = {}
+    for name, tensor in read_gguf(path).tensors.items():
+        data = raw[tensor.offset : tensor.offset + tensor.n_bytes]
+        rows = data.reshape(*tensor.shape[:-1], -1)
+        found[name] = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(tensor.type))
+    return found
 
 
 @dataclass

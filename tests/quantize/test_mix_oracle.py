@@ -20,9 +20,9 @@ from dsmoe_quantize.quantize import plan_quantization, quantize_file
 from dsmoe_quantize.write import encoder
 
 MODELS = {
-    "moe": (MOE, "bf16"),
+    "moe": (replace(MOE, n_routed_experts=2, expert_size=32, shared_expert_size=0), "bf16"),
     "eight experts": (EIGHT_EXPERTS, "f16"),
-    "narrow": (NARROW, "f32"),
+    "narrow": (replace(NARROW, ffn_size=96, expert_size=32, shared_expert_size=0), "f32"),
     "odd": (ODD, "bf16"),
     "dense": (DENSE, "f16"),
 }

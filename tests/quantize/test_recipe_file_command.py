@@ -8,7 +8,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 from support.imatrices import random_imatrix
-from support.tiny_gguf import MOE, write_tiny
+from support.tiny_gguf import FOUR_LAYERS, MOE, write_tiny
 
 from dsmoe_local.base.config_file import config_path
 from dsmoe_local.base.errors import FileError, FormatError, UsageError
@@ -32,7 +32,7 @@ from dsmoe_quantize.quantize import plan_quantization
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    return write_tiny(tmp_path / "tiny-BF16.gguf", MOE)
+    return write_tiny(tmp_path / "tiny-BF16.gguf", FOUR_LAYERS)
 
 
 def invoke(*arguments: object) -> Result:
@@ -41,14 +41,14 @@ def invoke(*arguments: object) -> Result:
 
 def test_a_size(source: Path, tmp_path: Path) -> None:
     """Guards: a file that is too large or much too small; a trade-off that is not told, or told on stdout."""
-    result = invoke(source, "--target-size", "2.8 MB", "--sample", "4096")
+    result = invoke(source, "--target-size", "1.3 MB", "--sample", "4096")
     assert result.exit_code == 0, result.exception
-    out = tmp_path / "tiny-2.8MB.gguf"
-    assert 0.99 * 2.8e6 < out.stat().st_size <= 2.8e6
+    out = tmp_path / "tiny-1.3MB.gguf"
+    assert 0.99 * 1.3e6 < out.stat().st_size <= 1.3e6
     assert result.stdout == ""
     for text in ("this recipe", "Q4_K_M", "5% more", "predicted error", "left of the budget: size 0."):
         assert text in result.stderr
-    assert parse_recipe(read_gguf(out).get(RECIPE_KEY), "metadata").name == "2.8MB"
+    assert parse_recipe(read_gguf(out).get(RECIPE_KEY), "metadata").name == "1.3MB"
 
 
 def test_a_recipe_is_used_again(source: Path, tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_help_names_every_recipe(command: str) -> None:
 def made(folder: Path) -> Path:
     path = folder / "m.gguf"
     if not path.exists():
-        write_imatrix(random_imatrix(MOE), path)
+        write_imatrix(random_imatrix(FOUR_LAYERS), path)
     return path
 
 
@@ -118,15 +118,14 @@ def test_an_edited_recipe(source: Path, tmp_path: Path) -> None:
     )
     text = (tmp_path / "r.toml").read_text()
     lines = [
-        'routed-down = { Q8_0 = "3-4", IQ4_NL = "others" }' if line.startswith("routed-down") else line
+        'routed-down = { Q8_0 = "2", IQ4_NL = "others" }' if line.startswith("routed-down") else line
         for line in text.splitlines()
     ]
     (tmp_path / "mine.toml").write_text("\n".join(lines).replace('name = "5bpw"', 'name = "mine"'))
     assert invoke(source, "--recipe", "mine.toml").exit_code == 0
     tensors = read_gguf(tmp_path / "tiny-mine.gguf").tensors
-    assert [tensors[f"blk.{layer}.ffn_down_exps.weight"].type.name for layer in (2, 3, 4, 5)] == [
+    assert [tensors[f"blk.{layer}.ffn_down_exps.weight"].type.name for layer in (1, 2, 3)] == [
         "IQ4_NL",
-        "Q8_0",
         "Q8_0",
         "IQ4_NL",
     ]
@@ -185,7 +184,7 @@ def test_a_quantized_source(source: Path, tmp_path: Path, word: str) -> None:
 
 def test_all_budgets(source: Path) -> None:
     """Guards: an option that does not reach the solver."""
-    budgets = ("--target-size", "3MB", "--target-bytes-per-token", "2.5MB", "--max-slow-share", "60")
+    budgets = ("--target-size", "1.4MB", "--target-bytes-per-token", "1.2MB", "--max-slow-share", "60")
     result = invoke(source, *budgets, "--cpu", "x86-avx2", "--sample", "512", "--dry-run")
     assert result.exit_code == 0, result.exception
     assert all(f"{name} " in result.stdout for name in ("size", "bytes per token", "slow share"))
@@ -221,8 +220,10 @@ def test_what_cannot_be(source: Path, arguments: tuple[str, ...], what: str) -> 
     assert what in str(result.exception)
 
 
-def test_types_asked_for_are_explained(source: Path) -> None:
+def test_types_asked_for_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a group without a reason, a layer that is told with others of another type."""
+    monkeypatch.chdir(tmp_path)
+    source = write_tiny(tmp_path / "nine-layers.gguf", MOE)
     result = invoke(source, "--type", "Q4_K_M", "--explain", "--output-type", "f16")
     assert result.exit_code == 0, result.exception
     plan = plan_quantization(source, resolve("Q4_K_M"), Overrides(output=GgmlType.F16))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from support.imatrices import random_imatrix
-from support.tiny_gguf import MOE, NARROW, write_tiny
+from support.tiny_gguf import FOUR_LAYERS, NARROW, write_tiny
 
 from dsmoe_local.base.errors import FileError, UsageError
 from dsmoe_local.base.paths import cache_folder
@@ -26,14 +26,14 @@ from dsmoe_quantize.policy.recipes import OTHERS, recipe_for
 from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization
 
-Q4 = recipe_for(RECIPES["q4"], MOE.n_layers)
+Q4 = recipe_for(RECIPES["q4"], FOUR_LAYERS.n_layers)
 TARGET = ("--target-bpw", "7.5", "--sample", "512")
 
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    return write_tiny(tmp_path / "tiny-BF16.gguf", MOE)
+    return write_tiny(tmp_path / "tiny-BF16.gguf", FOUR_LAYERS)
 
 
 def invoke(*arguments: object) -> Result:
@@ -105,7 +105,7 @@ def test_outputs_are_looked_at_before_the_recipe_is_written(source: Path, tmp_pa
 @pytest.mark.parametrize("options", [(), ("--dry-run",)])
 def test_mistakes_are_found_before_measuring(source: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
     """Guards: minutes of measuring before a pattern without effect, or a foreign matrix, is refused."""
-    foreign = random_imatrix(MOE)
+    foreign = random_imatrix(FOUR_LAYERS)
     entries = {f"other.{name}": entry for name, entry in foreign.entries.items()}
     write_imatrix(Imatrix(entries, ("a text.txt",), 12, 512), tmp_path / "m.gguf")
     for arguments, what in (

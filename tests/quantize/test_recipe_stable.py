@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from support.imatrices import random_imatrix
-from support.tiny_gguf import MOE, write_tiny
+from support.tiny_gguf import FOUR_LAYERS, write_tiny
 
 from dsmoe_quantize.imatrix_file import write_imatrix
 
@@ -39,8 +39,8 @@ def quantize(folder: Path, target: str, seed: str, threads: str) -> list[bytes]:
 
 def test_in_another_process(tmp_path: Path) -> None:
     """Guards: a choice that depends on the order of a set, on threads, on what an earlier run has kept."""
-    write_tiny(tmp_path / "tiny-BF16.gguf", MOE)
-    write_imatrix(random_imatrix(MOE), tmp_path / "m.imatrix.gguf")
+    write_tiny(tmp_path / "tiny-BF16.gguf", FOUR_LAYERS)
+    write_imatrix(random_imatrix(FOUR_LAYERS), tmp_path / "m.imatrix.gguf")
     found: list[dict[str, list[bytes]]] = []
     # Each target is measured for in one folder, and solved from what is kept in the other.
     for seed, threads, order in (("1", "1", ("first", "second")), ("2", "3", ("second", "first"))):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from gguf.constants import GGUFValueType
 from support.imatrices import random_imatrix
-from support.tiny_gguf import DENSE, MOE, NARROW, ODD, write_tiny
+from support.tiny_gguf import DENSE, FOUR_LAYERS, MOE, NARROW, ODD, write_tiny
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.sizes import parse_size
@@ -81,7 +81,7 @@ def slow_weights(costs: CostModel, plan: Plan) -> float:
 
 @pytest.fixture(scope="module")
 def moe(tmp_path_factory: pytest.TempPathFactory) -> CostModel:
-    return costs_of(write_tiny(tmp_path_factory.mktemp("model") / "tiny-BF16.gguf", MOE), cpu="x86-avx2")
+    return costs_of(write_tiny(tmp_path_factory.mktemp("model") / "tiny-BF16.gguf", FOUR_LAYERS), cpu="x86-avx2")
 
 
 @pytest.mark.parametrize("bits", [4.6, 5.0, 5.7, 7.3])
@@ -188,7 +188,7 @@ def test_other_shapes(tmp_path: Path, hp: Hyperparameters, dtype: str) -> None:
 
 def test_overrides_are_kept_and_counted(tmp_path: Path) -> None:
     """Guards: an override that the solver outweighs, or whose bytes it does not count."""
-    path = write_tiny(tmp_path / "model.gguf", MOE)
+    path = write_tiny(tmp_path / "model.gguf", FOUR_LAYERS)
     overrides = Overrides(
         tensors=(parse_override(r"blk\.[12]\.attn_q\.weight=q8_0"),), output=GgmlType.F16, embedding=None
     )
@@ -262,9 +262,9 @@ def test_measured_weights_count(moe: CostModel) -> None:
     """Guards: measured costs of errors that change nothing, or that apply to another group."""
     file, hp = moe.file, moe.hp
     known = measure(file, start(file, None, 20000))
-    heavy = CostModel(file, hp, replace(known, weights={"routed-down.8": 500.0, "shared-down": 0.0}))
+    heavy = CostModel(file, hp, replace(known, weights={"routed-down.3": 500.0, "shared-down": 0.0}))
     before, after = (each.solve(Budget(bits_per_weight=5.0), "x").picks for each in (moe, heavy))
-    group = Group("routed-down", 8)
+    group = Group("routed-down", 3)
     assert bits_per_weight(after[group]) > bits_per_weight(before[group])
     smallest = min(bits_per_weight(kind) for kind in moe.groups[-1].options)
     assert all(bits_per_weight(kind) < 4.6 for each, kind in after.items() if each.kind == "shared-down")

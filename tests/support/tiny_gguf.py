@@ -32,6 +32,8 @@ MOE = Hyperparameters(
     n_experts_per_token=2,
     expert_size=96,
 )
+FOUR_LAYERS = replace(MOE, n_layers=4)
+"""For tests of the solver, which takes long for many layers."""
 DEEP = replace(MOE, n_layers=28, n_kv_heads=1, n_routed_experts=2, expert_size=32, shared_expert_size=0)
 """As many layers as the 16B model, and four heads to a key."""
 EIGHT_EXPERTS = replace(

@@ -1,8 +1,8 @@
 """Choose the chat template of a model, and compute upper bounds of the text that a template adds.
 
 The first of these is used: the template that the user names (built-in, one of several in the model's file, or
-a file), the default in the model's file, and for a DeepSeekMoE chat model the built-in one. Other models only
-complete text.
+a file; "none" for no template), the default in the model's file, and for a DeepSeekMoE chat model the built-in
+one. Other models only complete text.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dsmoe_local.base.errors import FileError, UsageError
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.engine.types import ModelOptions
+from dsmoe_local.engine.types import NO_TEMPLATE, ModelOptions
 from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.hyperparameters import Hyperparameters
 
@@ -67,6 +67,8 @@ def choose_template(
 
     `own` are the templates in the model's file (see `own_templates`). Raises UsageError, FileError.
     """
+    if requested == NO_TEMPLATE:
+        return None
     if requested is not None:
         if requested in BUILT_IN:
             return BUILT_IN[requested], f"built-in {requested}"
@@ -112,7 +114,7 @@ def _read_template(path: Path, own: Mapping[str, str]) -> str:
             raise FileError("the chat template is larger than 1 MiB", where=path, remedy="name another file")
         return content.decode("utf-8")
     except FileNotFoundError as error:
-        known = ", ".join([*BUILT_IN, *filter(None, own)])
+        known = ", ".join([*BUILT_IN, *filter(None, own), NO_TEMPLATE])
         raise UsageError(
             f"--chat-template {safe_line(str(path), 60)!r} is neither a file nor a built-in template",
             remedy=f"name a file, or one of: {safe_line(known, 100)}",

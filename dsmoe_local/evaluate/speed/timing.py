@@ -19,6 +19,7 @@ from dsmoe_local.engine.errors import EngineError
 from dsmoe_local.engine.interface import TextEngine
 from dsmoe_local.engine.types import (
     MIN_CONTEXT,
+    NO_TEMPLATE,
     FinishReason,
     ModelOptions,
     Request,
@@ -84,7 +85,9 @@ def options_for(options: ModelOptions, workloads: Sequence[Workload]) -> ModelOp
     """
     n_context = max(options.n_context or 0, MIN_CONTEXT, *(workload.n_context for workload in workloads))
     # If the cache is not unified, attention does not read the cells of earlier prompts.
-    return replace(options, n_context=n_context, n_parallel=1, unified=False, observers=())
+    return replace(
+        options, n_context=n_context, n_parallel=1, unified=False, chat_template=NO_TEMPLATE, observers=()
+    )
 
 
 @dataclass(frozen=True, slots=True)
