@@ -3,40 +3,36 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.batches import by_id, records, write_lines
-from support.kills import points_of
+from support.batches import by_id, records, run_batch, write_lines
+from support.fake_engine import FakeEngine
+from support.kills import Child, Job, points_of
+
+from dsmoe_local.batch import run as batch_run
+from dsmoe_local.batch.job import BatchOptions
+from dsmoe_local.batch.requests import BatchDefaults
+from dsmoe_local.engine.types import SamplingParameters
 
 N_LINES = 60
 REPEATED = ("batch.announced", "batch.record", "batch.written", "batch.synced", "batch.committed")
-WORK = """
-import sys
-from pathlib import Path
-from dsmoe_local.batch import run
-from dsmoe_local.batch.job import BatchOptions
-from dsmoe_local.batch.requests import BatchDefaults
-from support.batches import run_batch
-from support.fake_engine import FakeEngine
-from dsmoe_local.engine.types import SamplingParameters
-run._MAX_GROUP = 8  # so that there is a third group on a slow disk, too
-source, out, n_parallel = sys.argv[1:]
-options = BatchOptions(
-    Path(source), Path(out), BatchDefaults(SamplingParameters(temperature=1)), "simple", deterministic=True
-)
-engine = FakeEngine(n_parallel=int(n_parallel))
-print("started", flush=True)
-run_batch(engine, options)
-"""
+
+
+def work(source: str, piped: str, out: str) -> None:
+    """The work of a child: a batch from a file or from standard input, on an engine without a model."""
+    batch_run._MAX_GROUP = 8  # so that there is a third group on a slow disk, too
+    defaults = BatchDefaults(SamplingParameters(temperature=1))
+    named = Path("-") if piped else Path(source)
+    options = BatchOptions(named, Path(out), defaults, "simple", deterministic=True)
+    sys.stdin = Path(source).open()
+    run_batch(FakeEngine(n_parallel=2), options)
 
 
 @dataclass(frozen=True)
@@ -47,26 +43,19 @@ class Run:
     out: Path
     piped: bool = False
 
-    def spawn(self, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+    def spawn(self) -> Child:
         """Start the child and return it when it begins to work."""
-        with (self.source if self.piped else Path(os.devnull)).open("rb") as stdin:
-            child = subprocess.Popen(
-                [sys.executable, "-c", WORK, "-" if self.piped else str(self.source), str(self.out), "2"],
-                stdin=stdin,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **(environment or {})},
-            )
-        assert child.stdout is not None
-        assert child.stdout.readline() == b"started\n", child.communicate()[1]
-        return child
+        return self._job.spawn()
+
+    @property
+    def _job(self) -> Job:
+        return Job(work, [str(self.source), "piped" if self.piped else ""], self.out)
 
     def run(self, fault: str = "") -> int:
         """Return the exit status of a run, killed at a named point if one is given."""
-        child = self.spawn({"DSMOE_FAULT": fault})
-        _, errors = child.communicate()
-        assert errors == b""
-        return child.returncode
+        status, errors = self._job.run(fault)
+        assert errors == ""
+        return status
 
     def whole(self) -> bytes:
         """Return the complete records of the output."""
@@ -134,11 +123,10 @@ def test_a_wrong_pipe_does_no_harm(runs: Iterator[Run]) -> None:
     kept = run.whole()
     content = run.source.read_bytes()
     run.source.write_bytes(content.replace(b"text", b"other"))
-    child = run.spawn()
-    _, errors = child.communicate()
-    assert b"a line has changed" in errors
-    assert b"standard input, line" in errors
-    assert child.returncode == 1
+    status, errors = run.spawn().ending()
+    assert status == 1
+    assert "a line has changed" in errors
+    assert "standard input, line" in errors
     assert run.out.with_name("out.jsonl.input").read_bytes().startswith(content)
     run.source.write_bytes(b"")
     assert run.run() == 0
@@ -167,18 +155,14 @@ def kill_at_random(runs: Iterator[Run], n_kills: int, seed: int) -> None:
     run, n_killed = next(runs), 0
     while n_killed < n_kills:
         child = run.spawn()
-        try:
-            # Starting takes most of the duration of a run, and the child has started.
-            child.wait(timeout=generator.uniform(0, duration / 3))
-        except subprocess.TimeoutExpired:
-            child.kill()
-        _, errors = child.communicate()
-        assert errors == b"", (seed, n_killed)
+        child.kill_after(generator.uniform(0, duration))
+        status, errors = child.ending()
+        assert errors == "", (seed, n_killed)
         assert run.whole().startswith(kept), (seed, n_killed)
         kept = run.whole()
-        n_killed += child.returncode == -signal.SIGKILL
-        assert child.returncode in (0, -signal.SIGKILL)
-        if child.returncode == 0:
+        n_killed += status == -signal.SIGKILL
+        assert status in (0, -signal.SIGKILL)
+        if status == 0:
             run.check(kept)
             run, kept = next(runs), b""
     assert run.run() == 0

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.checkpoints import write_checkpoint
-from support.forked import ForkedJob, paced
-from support.kills import Job, check_every_point, check_random_kills
+from support.kills import Job, check_every_point, check_random_kills, paced
 
 from dsmoe_convert.convert import ConvertOptions, RunOptions, convert_folder
 from dsmoe_local.base.errors import InterruptedRunError
@@ -44,7 +43,7 @@ def make_job(tmp_path: Path, checkpoint: Path) -> Callable[[], Job]:
     def make() -> Job:
         folder = tmp_path / f"run-{next(numbers)}"
         folder.mkdir()
-        return ForkedJob("", [str(checkpoint), TYPE], folder / "out.gguf", work=convert)
+        return Job(convert, [str(checkpoint), TYPE], folder / "out.gguf")
 
     return make
 

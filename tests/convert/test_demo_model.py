@@ -21,8 +21,7 @@ from dsmoe_convert.demo.source import Source, open_source
 from dsmoe_local.base.errors import InterruptedRunError, UsageError
 
 TEXTS = [
-    "<|im_start|>user\nWhat is gravity?<|im_end|>\n<|im_start|>assistant\nGravity is a force that attracts two"
-    " objects with mass towards each other.",
+    "<|im_start|>user\nWhat is gravity?<|im_end|>\n<|im_start|>assistant\nA force that attracts two objects.",
     "The capital of France is Paris, which lies on the river Seine in the north of the country.",
     "def fibonacci(n):\n    if n < 2:\n        return n\n    return fibonacci(n - 1) + fibonacci(n - 2)\n",
 ]

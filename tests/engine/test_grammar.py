@@ -220,9 +220,8 @@ def test_a_grammar_that_becomes_too_complex_fails_its_text_only() -> None:
     """Guards: gigabytes of states, or minutes, in the thread that decodes for everyone."""
     grammar = "root ::= [a-z]{0,9999} [a-z]{0,9999} [a-z]{0,9999}"
     assert belongs(gbnf(grammar), "a" * 100)
-    for _ in range(2):
-        with pytest.raises(EngineError, match="became too complex"):
-            read(gbnf(grammar), "a" * 9000)
+    with pytest.raises(EngineError, match="became too complex"):
+        read(gbnf(grammar), "a" * 9000)
     assert belongs(gbnf(grammar), "a" * 100)
     with pytest.raises(EngineError, match="became too complex"):
         read(gbnf(_doubling(40)), "aaa")

@@ -68,7 +68,7 @@ def ends(text: str) -> bool:
 @pytest.mark.parametrize("bomb", FIXED)
 def test_bombs_are_refused(bomb: str, monkeypatch: pytest.MonkeyPatch, peaks: list[int]) -> None:
     """Guards: a template that eats the memory or never ends; a cap that one operation evades."""
-    monkeypatch.setattr(renderer, "MAX_SECONDS", 0.5)
+    monkeypatch.setattr(renderer, "MAX_SECONDS", 0.2)
     ends(bomb)
     assert max(peaks, default=0) < PROCESS + MEMORY
 
@@ -87,11 +87,11 @@ def test_what_is_too_large_or_too_slow_is_told() -> None:
 
 def test_native_code_is_no_refuge(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a clock that is only looked at between two operations."""
-    monkeypatch.setattr(renderer, "MAX_SECONDS", 1.0)
+    monkeypatch.setattr(renderer, "MAX_SECONDS", 0.3)
     chat = template("{% set x = 9 ** (messages[0].content | int) %}")
-    with pytest.raises(TemplateError, match="more than 1 seconds"):
+    with pytest.raises(TemplateError, match=r"more than \d seconds"):
         chat.render((Message("user", "99999999"),))
-    with pytest.raises(TemplateError, match="more than 1 seconds"):
+    with pytest.raises(TemplateError, match=r"more than \d seconds"):
         template("{% set x = 9 ** 99999999 %}")
 
 
@@ -208,7 +208,7 @@ def test_a_large_conversation_has_the_memory_it_needs() -> None:
 
 def test_random_hostile_templates(monkeypatch: pytest.MonkeyPatch, peaks: list[int]) -> None:
     """Guards: combinations that the fixed cases do not cover."""
-    monkeypatch.setattr(renderer, "MAX_SECONDS", 0.5)
+    monkeypatch.setattr(renderer, "MAX_SECONDS", 0.2)
     hostile = Hostile(1)
     outcomes = {ends(hostile.template()) for _ in range(10)}
     assert outcomes == {True, False}

@@ -14,15 +14,15 @@ from support.tiny_gguf import MOE, write_tiny
 from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
 
-_CODE = """
-from pathlib import Path
-from dsmoe_quantize.quantize import plan_quantization, quantize_file
-from dsmoe_quantize.policy.types import resolve
-source, word, out = sys.argv[1:]
-plan = plan_quantization(Path(source), resolve(word))
-started()
-quantize_file(plan, Path(out), threads=2)
-"""
+
+def quantize(source: str, out: str) -> None:
+    """The work of a child."""
+    quantize_file(plan_quantization(Path(source), resolve("Q4_0")), Path(out), threads=2)
+
+
+def quantize_by_force(source: str, out: str) -> None:
+    """The same over an existing output."""
+    quantize_file(plan_quantization(Path(source), resolve("Q4_0")), Path(out), threads=2, force=True)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def make_job(tmp_path: Path, source: Path) -> Callable[[], Job]:
     def make() -> Job:
         folder = tmp_path / f"run-{next(numbers)}"
         folder.mkdir()
-        return Job(_CODE, [str(source), "Q4_0"], folder / "out.gguf")
+        return Job(quantize, [str(source)], folder / "out.gguf")
 
     return make
 
@@ -128,7 +128,7 @@ def test_existing_output_survives_a_kill(make_job: Callable[[], Job], source: Pa
     job.out.write_bytes(b"precious")
     assert job.run()[0] != 0
     assert job.out.read_bytes() == b"precious"
-    forced = Job(job.code.replace("threads=2", "threads=2, force=True"), job.arguments, job.out)
+    forced = Job(quantize_by_force, job.arguments, job.out)
     for point in ("output.slab:3", "output.complete", "output.verified"):
         assert forced.run(point)[0] == -signal.SIGKILL
         assert job.out.read_bytes() == b"precious"

@@ -81,7 +81,9 @@ def slow_weights(costs: CostModel, plan: Plan) -> float:
 
 @pytest.fixture(scope="module")
 def moe(tmp_path_factory: pytest.TempPathFactory) -> CostModel:
-    return costs_of(write_tiny(tmp_path_factory.mktemp("model") / "tiny-BF16.gguf", FOUR_LAYERS), cpu="x86-avx2")
+    return costs_of(
+        write_tiny(tmp_path_factory.mktemp("model") / "tiny-BF16.gguf", FOUR_LAYERS), cpu="x86-avx2"
+    )
 
 
 @pytest.mark.parametrize("bits", [4.6, 5.0, 5.7, 7.3])
