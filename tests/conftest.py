@@ -13,7 +13,7 @@ import pytest
 # child processes read this when they start, so it is set before any test module is imported.
 os.environ.update(OMP_WAIT_POLICY="passive", OMP_NUM_THREADS="1")
 
-# Some containers forbid bytecode files. Each of the hundreds of child processes would then compile the package.
+# Some containers forbid bytecode files: hundreds of child processes would compile the package each time.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 

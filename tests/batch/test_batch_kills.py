@@ -31,7 +31,7 @@ def work(source: str, piped: str, out: str) -> None:
     defaults = BatchDefaults(SamplingParameters(temperature=1))
     named = Path("-") if piped else Path(source)
     options = BatchOptions(named, Path(out), defaults, "simple", deterministic=True)
-    sys.stdin = Path(source).open()
+    sys.stdin = Path(source).open()  # noqa: SIM115 - open until the process ends
     run_batch(FakeEngine(n_parallel=2), options)
 
 
