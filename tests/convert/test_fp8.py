@@ -15,8 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.checkpoints import TINY, random_weights, write_checkpoint
-from support.forked import ForkedJob
 from support.hub_server import Hub, serving
+from support.kills import Job
 
 from dsmoe_convert.convert import ConvertOptions, RunOptions, convert_folder
 from dsmoe_convert.fp8 import Fp8Rows, Scales
@@ -122,7 +122,7 @@ def work(source: str, out: str) -> None:
 def test_a_killed_conversion_continues(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
     """A resumed run that reads scales from other places, or starts over."""
     expected = convert_folder(checkpoints[0], tmp_path / "expected.gguf", ConvertOptions("Q8_0")).path
-    job = ForkedJob("", [str(checkpoints[0])], tmp_path / "out.gguf", work=work)
+    job = Job(work, [str(checkpoints[0])], tmp_path / "out.gguf")
     assert job.run("output.complete")[0] == -signal.SIGKILL
     summary = convert_folder(checkpoints[0], job.out, ConvertOptions("Q8_0"))
     assert summary.n_resumed > 0
@@ -135,7 +135,7 @@ def test_other_blocks_start_over(checkpoints: tuple[Path, Path], tmp_path: Path)
     source.mkdir()
     for file in checkpoints[0].iterdir():
         os.link(file, source / file.name)
-    job = ForkedJob("", [str(source)], tmp_path / "out.gguf", work=work)
+    job = Job(work, [str(source)], tmp_path / "out.gguf")
     assert job.run("output.complete")[0] == -signal.SIGKILL
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"]["weight_block_size"] = [24, 41]

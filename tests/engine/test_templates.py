@@ -12,7 +12,7 @@ from dsmoe_local.engine.errors import TemplateError
 from dsmoe_local.engine.prompts.choice import BUILT_IN, added_bytes, choose_template
 from dsmoe_local.engine.prompts.segments import Segment
 from dsmoe_local.engine.prompts.template import ChatTemplate
-from dsmoe_local.engine.types import Message
+from dsmoe_local.engine.types import NO_TEMPLATE, Message
 
 TALK = (
     Message("system", "Be brief."),
@@ -53,6 +53,7 @@ def test_order_of_templates(tmp_path: Path) -> None:
     assert choose_template(None, {}, **kinds) == (BUILT_IN["deepseek-moe"], "built-in deepseek-moe")
     assert choose_template(None, {}, architecture="deepseek", name="deepseek-moe-16b-base") is None
     assert choose_template(None, {}, architecture="llama", name="llama-chat") is None
+    assert choose_template(NO_TEMPLATE, own, **kinds) is None
     with pytest.raises(UsageError, match="nor a built-in") as caught:
         choose_template("deepseek-mo", own, **kinds)
     assert "chatml, tool_use" in str(caught.value)

@@ -262,6 +262,13 @@ class Stopping:
             self.stop.set()
 
 
+def test_no_chat_template_is_needed() -> None:
+    """Guards: a model that cannot be evaluated because of its template, which is not used."""
+    damaged = ModelOptions(tiny_model("{% if %}"))
+    with Engine.load(options_for(damaged, N_CONTEXT)) as engine:
+        assert engine.info.template is None
+
+
 def test_a_stop_ends_the_measurement() -> None:
     """Guards: a run that cannot be interrupted, windows that the engine goes on with."""
     stopping = Stopping()

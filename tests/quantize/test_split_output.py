@@ -150,15 +150,16 @@ class SplitJob(Job):
         return sorted(path.name for path in self.out.parent.iterdir()) == names
 
 
-_CODE = """
-from pathlib import Path
-from dsmoe_quantize.quantize import plan_quantization, quantize_file
-from dsmoe_quantize.policy.types import resolve
-source, word, size, out = sys.argv[1:]
-plan = plan_quantization(Path(source), resolve(word))
-started()
-quantize_file(plan, Path(out), split_max_size=int(size), threads=2)
-"""
+def quantize(source: str, out: str) -> None:
+    """The work of a child."""
+    plan = plan_quantization(Path(source), resolve("Q8_0"))
+    quantize_file(plan, Path(out), threads=2, split_max_size=SIZE)
+
+
+def quantize_by_force(source: str, out: str) -> None:
+    """The same over an existing output."""
+    plan = plan_quantization(Path(source), resolve("Q8_0"))
+    quantize_file(plan, Path(out), threads=2, split_max_size=SIZE, force=True)
 
 
 @pytest.fixture
@@ -168,7 +169,7 @@ def make_job(tmp_path: Path, source: Path) -> Callable[[], Job]:
     def make() -> Job:
         folder = tmp_path / f"run-{next(numbers)}"
         folder.mkdir()
-        return SplitJob(_CODE, [str(source), "Q8_0", str(SIZE)], folder / "out.gguf")
+        return SplitJob(quantize, [str(source)], folder / "out.gguf")
 
     return make
 
@@ -194,7 +195,7 @@ def test_an_older_output_is_never_mixed_with_the_new(
     older.unlink()
     assert job.run()[0] != 0
     assert job.content() == old
-    forced = SplitJob(job.code.replace("threads=2", "threads=2, force=True"), job.arguments, job.out)
+    forced = SplitJob(quantize_by_force, job.arguments, job.out)
     for point in ("output.slab:3", "output.complete", "output.verified"):
         assert forced.run(point)[0] == -signal.SIGKILL
         assert forced.content() == old

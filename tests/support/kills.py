@@ -78,10 +78,6 @@ class Job:
         return self.out.with_name(f".{self.out.name}.part.journal")
 
     def content(self) -> bytes | None:
-        """The output that somebody would use; None if there is none."""
-        return self.out.read_bytes() if self.out.exists() else None
-
-    def content(self) -> bytes | None:
         """Return the output that somebody would use, or None."""
         return self.out.read_bytes() if self.out.exists() else None
 

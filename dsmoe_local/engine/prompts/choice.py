@@ -1,8 +1,8 @@
 """Choose the chat template of a model, and compute upper bounds of the text that a template adds.
 
 The first of these is used: the template that the user names (built-in, one of several in the model's file, or
-a file; "none" for no template), the default in the model's file, and for a DeepSeekMoE chat model the built-in
-one. Other models only complete text.
+a file), the default in the model's file, and for a DeepSeekMoE chat model the built-in one. Other models only
+complete text, and so does any model with `NO_TEMPLATE`.
 """
 
 from __future__ import annotations
