@@ -24,7 +24,8 @@ _ENVELOPE = frozenset({"method", "url", "body"})
 _IDS = frozenset({"id", "custom_id"})
 _SAMPLING = frozenset(item.name for item in fields(SamplingParameters))
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-_MESSAGE_KEYS = frozenset({"role", "content", "name", "refusal", "reasoning_content"})
+_REASONING_KEYS = ("reasoning_content", "reasoning")  # the second one is vLLM's newer name
+_MESSAGE_KEYS = frozenset({"role", "content", "name", "refusal", *_REASONING_KEYS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,9 +243,10 @@ def _message(item: object) -> Message:
     role = _text("role", item["role"])
     if role not in _ROLES:
         raise LineError(f"the role {safe_line(role, 40)!r} is not supported")
-    reasoning = _text("reasoning_content", item.get("reasoning_content") or "")
-    if reasoning and role != "assistant":
-        raise LineError("only messages of the assistant may have reasoning_content")
+    key = next((key for key in _REASONING_KEYS if item.get(key)), "")
+    reasoning = _text(key, item[key]) if key else ""
+    if key and role != "assistant":
+        raise LineError(f"only messages of the assistant may have {key}")
     return Message(_ROLES[role], _content(item["content"]), reasoning_content=reasoning)
 
 

@@ -91,6 +91,8 @@ class ReasoningParser:
 
     def feed(self, piece: str) -> Parts:
         """Add text. Return what is certain now."""
+        if not (self.undecided or self.in_reasoning or self._trims):
+            return Parts(piece)
         text, self._held = self._held + piece, ""
         if self.undecided:
             head = text.lstrip()

@@ -89,10 +89,11 @@ def test_lines_override_the_command(tmp_path: Path) -> None:
     assert asked["b"].chat_template_kwargs == {"x": 1, "y": [1]}
 
 
-def test_messages_may_have_reasoning(tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning"])
+def test_messages_may_have_reasoning(tmp_path: Path, key: str) -> None:
     """Guards: conversations from other programs refused, or their reasoning dropped before the template."""
     fake = engine()
-    replied = {"role": "assistant", "content": "yes", "reasoning_content": "hm"}
+    replied = {"role": "assistant", "content": "yes", key: "hm"}
     answer(fake, batch(tmp_path, {"messages": [QUESTION, replied, QUESTION]}))
     assert fake.requests[0].prompt[1] == Message("assistant", "yes", (), "hm")
 
@@ -105,6 +106,7 @@ def test_messages_may_have_reasoning(tmp_path: Path) -> None:
         ({"reasoning_budget": -2}, "reasoning_budget"),
         ({"reasoning_effort": "high"}, "reasoning_effort is not supported"),
         ({"messages": [{**QUESTION, "reasoning_content": "x"}]}, "only messages of the assistant"),
+        ({"messages": [{"role": "assistant", "content": "a", "reasoning": [1]}]}, "reasoning is not text"),
     ],
 )
 def test_what_is_refused(tmp_path: Path, fields: dict[str, Any], told: str) -> None:
