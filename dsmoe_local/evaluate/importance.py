@@ -259,7 +259,9 @@ def statistics_of(seen: Observation, *, with_output: bool = False) -> dict[str, 
     """
     found = {}
     for entry in seen["inputs"]:
-        statistics = Statistics(unpack(entry["sums"]), unpack(entry["counts"]))
+        counts = unpack(entry["counts"])
+        # As in llama.cpp, the heads of one tensor are one row: they have one count.
+        statistics = Statistics(unpack(entry["sums"]).reshape(len(counts), -1), counts)
         for name in entry["weights"]:
             if with_output or name.startswith(_LAYERS):
                 found[name] = statistics

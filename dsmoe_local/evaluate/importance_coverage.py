@@ -12,7 +12,7 @@ import numpy as np
 from dsmoe_quantize.imatrix import MIN_TOKENS, Imatrix
 
 _EXPERTS = re.compile(r"^blk\.(\d+)\.ffn_(gate|up|down)_exps\.weight$")
-_TOKENS = re.compile(r"^blk\.\d+\.attn_q\.weight$")
+_TOKENS = re.compile(r"^blk\.\d+\.attn_output\.weight$")
 
 
 @dataclass(frozen=True, slots=True)

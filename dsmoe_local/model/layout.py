@@ -35,15 +35,22 @@ class Role(StrEnum):
 
 
 class GroupKind(StrEnum):
-    """The kinds of groups: tensors of a layer that multiply the same vectors and are quantized to one type.
+    """The kinds of groups. The tensors of a group are quantized to one type: they are in one layer, and have
+    the same number of columns.
 
-    The values are the words of recipe files, in their order. Norms and routers are in no group: they are
-    never quantized.
+    The values are the words of recipe files, in their order. Norms, routers and biases are in no group: they
+    are never quantized.
     """
 
     EMBEDDING = "embedding"
     OUTPUT = "output"
+    ATTENTION_QUERY_KEY_VALUE = "attention-query-key-value"
+    """Queries, keys and values in one matrix."""
+    ATTENTION_LATENT = "attention-latent"
+    """MLA's projections to compressed queries, and to compressed keys and values."""
     ATTENTION_QUERY_KEY = "attention-query-key"
+    ATTENTION_KEY_UP = "attention-key-up"
+    """MLA's projection from compressed to full keys, transposed. Its columns are few, often 128."""
     ATTENTION_VALUE = "attention-value"
     ATTENTION_OUTPUT = "attention-output"
     DENSE_GATE_UP = "dense-gate-up"
@@ -58,8 +65,8 @@ class GroupKind(StrEnum):
 class Kind:
     """What the tensors of one name are for.
 
-    `group` is None for tensors that are never quantized. `input` is the first of the tensors of a layer that
-    multiply the same vectors; "" if no other does.
+    `group` is None for tensors that are never quantized. `input` names the vectors that a matrix multiplies;
+    those of a layer with the same name are the same. It is "" for tensors that multiply none.
     """
 
     role: Role
@@ -67,43 +74,53 @@ class Kind:
     input: str = ""
 
 
+_NORM = Kind(Role.NORM)
+_BIAS = Kind(Role.BIAS)
+
 # fmt: off
 _KINDS: Mapping[str, Kind] = {
-    "token_embd.weight": Kind(Role.EMBEDDING, GroupKind.EMBEDDING),
-    "output_norm.weight": Kind(Role.NORM),
-    "output.weight": Kind(Role.OUTPUT, GroupKind.OUTPUT),
-    "attn_norm.weight": Kind(Role.NORM),
-    "attn_q.weight": Kind(Role.ATTENTION, GroupKind.ATTENTION_QUERY_KEY),
-    "attn_k.weight": Kind(Role.ATTENTION, GroupKind.ATTENTION_QUERY_KEY, "attn_q.weight"),
-    "attn_v.weight": Kind(Role.ATTENTION, GroupKind.ATTENTION_VALUE, "attn_q.weight"),
-    "attn_qkv.weight": Kind(Role.ATTENTION, GroupKind.ATTENTION_VALUE),
-    "attn_q.bias": Kind(Role.BIAS),
-    "attn_k.bias": Kind(Role.BIAS),
-    "attn_v.bias": Kind(Role.BIAS),
-    "attn_q_norm.weight": Kind(Role.NORM),
-    "attn_k_norm.weight": Kind(Role.NORM),
-    "attn_q_a.weight": Kind(Role.ATTENTION, GroupKind.ATTENTION_QUERY_KEY),
-    "attn_q_a_norm.weight": Kind(Role.NORM),
-    "attn_q_b.weight": Kind(Role.ATTENTION, GroupKind.ATTENTION_QUERY_KEY),
-    "attn_kv_a_mqa.weight": Kind(Role.ATTENTION, GroupKind.ATTENTION_QUERY_KEY),
-    "attn_kv_a_norm.weight": Kind(Role.NORM),
-    "attn_k_b.weight": Kind(Role.ATTENTION, GroupKind.ATTENTION_QUERY_KEY),
-    "attn_v_b.weight": Kind(Role.ATTENTION, GroupKind.ATTENTION_VALUE),
-    "attn_output.weight": Kind(Role.ATTENTION, GroupKind.ATTENTION_OUTPUT),
-    "post_attention_norm.weight": Kind(Role.NORM),
-    "ffn_norm.weight": Kind(Role.NORM),
-    "ffn_gate.weight": Kind(Role.DENSE_FFN, GroupKind.DENSE_GATE_UP),
-    "ffn_up.weight": Kind(Role.DENSE_FFN, GroupKind.DENSE_GATE_UP, "ffn_gate.weight"),
-    "ffn_down.weight": Kind(Role.DENSE_FFN, GroupKind.DENSE_DOWN),
-    "ffn_gate_inp.weight": Kind(Role.ROUTER),
+    "token_embd.weight": Kind(Role.EMBEDDING, GroupKind.EMBEDDING, "output"),
+    "output_norm.weight": _NORM,
+    "output.weight": Kind(Role.OUTPUT, GroupKind.OUTPUT, "output"),
+    "attn_norm.weight": _NORM,
+    "attn_q.weight": Kind(Role.ATTENTION, GroupKind.ATTENTION_QUERY_KEY, "attention"),
+    "attn_k.weight": Kind(Role.ATTENTION, GroupKind.ATTENTION_QUERY_KEY, "attention"),
+    "attn_v.weight": Kind(Role.ATTENTION, GroupKind.ATTENTION_VALUE, "attention"),
+    "attn_qkv.weight": Kind(Role.ATTENTION, GroupKind.ATTENTION_QUERY_KEY_VALUE, "attention"),
+    "attn_q.bias": _BIAS,
+    "attn_k.bias": _BIAS,
+    "attn_v.bias": _BIAS,
+    "attn_q_norm.weight": _NORM,
+    "attn_k_norm.weight": _NORM,
+    "attn_q_a.weight": Kind(Role.ATTENTION, GroupKind.ATTENTION_LATENT, "attention"),
+    "attn_q_a_norm.weight": _NORM,
+    "attn_q_b.weight": Kind(Role.ATTENTION, GroupKind.ATTENTION_QUERY_KEY, "compressed queries"),
+    "attn_kv_a_mqa.weight": Kind(Role.ATTENTION, GroupKind.ATTENTION_LATENT, "attention"),
+    "attn_kv_a_norm.weight": _NORM,
+    "attn_k_b.weight": Kind(Role.ATTENTION, GroupKind.ATTENTION_KEY_UP, "queries by head"),
+    "attn_v_b.weight": Kind(Role.ATTENTION, GroupKind.ATTENTION_VALUE, "compressed values by head"),
+    "attn_output.weight": Kind(Role.ATTENTION, GroupKind.ATTENTION_OUTPUT, "attention output"),
+    "post_attention_norm.weight": _NORM,
+    "ffn_norm.weight": _NORM,
+    "ffn_gate.weight": Kind(Role.DENSE_FFN, GroupKind.DENSE_GATE_UP, "ffn"),
+    "ffn_up.weight": Kind(Role.DENSE_FFN, GroupKind.DENSE_GATE_UP, "ffn"),
+    "ffn_down.weight": Kind(Role.DENSE_FFN, GroupKind.DENSE_DOWN, "dense neurons"),
+    "ffn_gate_inp.weight": Kind(Role.ROUTER, input="ffn"),
     "exp_probs_b.bias": Kind(Role.ROUTER),
-    "ffn_gate_exps.weight": Kind(Role.ROUTED_EXPERT, GroupKind.ROUTED_GATE_UP),
-    "ffn_up_exps.weight": Kind(Role.ROUTED_EXPERT, GroupKind.ROUTED_GATE_UP, "ffn_gate_exps.weight"),
-    "ffn_down_exps.weight": Kind(Role.ROUTED_EXPERT, GroupKind.ROUTED_DOWN),
-    "ffn_gate_inp_shexp.weight": Kind(Role.ROUTER),
-    "ffn_gate_shexp.weight": Kind(Role.SHARED_EXPERT, GroupKind.SHARED_GATE_UP, "ffn_gate_inp.weight"),
-    "ffn_up_shexp.weight": Kind(Role.SHARED_EXPERT, GroupKind.SHARED_GATE_UP, "ffn_gate_inp.weight"),
-    "ffn_down_shexp.weight": Kind(Role.SHARED_EXPERT, GroupKind.SHARED_DOWN),
+    "ffn_gate_exps.weight": Kind(Role.ROUTED_EXPERT, GroupKind.ROUTED_GATE_UP, "ffn by expert"),
+    "ffn_up_exps.weight": Kind(Role.ROUTED_EXPERT, GroupKind.ROUTED_GATE_UP, "ffn by expert"),
+    "ffn_down_exps.weight": Kind(Role.ROUTED_EXPERT, GroupKind.ROUTED_DOWN, "neurons by expert"),
+    "ffn_gate_inp_shexp.weight": Kind(Role.ROUTER, input="ffn"),
+    "ffn_gate_shexp.weight": Kind(Role.SHARED_EXPERT, GroupKind.SHARED_GATE_UP, "ffn"),
+    "ffn_up_shexp.weight": Kind(Role.SHARED_EXPERT, GroupKind.SHARED_GATE_UP, "ffn"),
+    "ffn_down_shexp.weight": Kind(Role.SHARED_EXPERT, GroupKind.SHARED_DOWN, "shared neurons"),
+    # Of layers for multi-token prediction:
+    "nextn.eh_proj.weight": Kind(Role.ATTENTION, GroupKind.ATTENTION_OUTPUT, "embedding and output"),
+    "nextn.embed_tokens.weight": Kind(Role.EMBEDDING, GroupKind.EMBEDDING),
+    "nextn.enorm.weight": _NORM,
+    "nextn.hnorm.weight": _NORM,
+    "nextn.shared_head_head.weight": Kind(Role.OUTPUT, GroupKind.OUTPUT, "prediction"),
+    "nextn.shared_head_norm.weight": _NORM,
 }
 # fmt: on
 
@@ -246,11 +263,14 @@ def role_of(name: str) -> Role | None:
 
 
 def input_of(name: str) -> str:
-    """Return the first GGUF tensor that multiplies the same vectors as the tensor `name`."""
-    kind = _kind_of(name)
+    """Return an id of the vectors that a matrix multiplies, the same for all GGUF tensors that multiply them.
+
+    It is "" for tensors that multiply none.
+    """
+    kind, layer = _kind_of(name), layer_of(name)
     if kind is None or not kind.input:
-        return name
-    return name.replace(name.removeprefix(f"blk.{layer_of(name)}."), kind.input)
+        return ""
+    return kind.input if layer is None else f"blk.{layer} {kind.input}"
 
 
 def group_kind_of(name: str, hp: Hyperparameters | None = None) -> GroupKind | None:
@@ -259,8 +279,14 @@ def group_kind_of(name: str, hp: Hyperparameters | None = None) -> GroupKind | N
     With `hp`, an embedding that is also the output counts as the output.
     """
     kind = _kind_of(name)
-    group = kind.group if kind else None
-    return GroupKind.OUTPUT if group is GroupKind.EMBEDDING and hp and hp.tied_embeddings else group
+    if hp is not None and is_output(name, hp):
+        return GroupKind.OUTPUT
+    return kind.group if kind else None
+
+
+def is_output(name: str, hp: Hyperparameters) -> bool:
+    """True for the output matrix, which may also be the embedding."""
+    return name == ("token_embd.weight" if hp.tied_embeddings else "output.weight")
 
 
 def is_for_more_tokens(name: str, hp: Hyperparameters) -> bool:

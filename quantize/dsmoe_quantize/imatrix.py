@@ -32,7 +32,8 @@ class Statistics:
     """The statistics of one tensor.
 
     Sums of squared activations, shape (n_matrices, n_columns), and the number of vectors, shape (n_matrices).
-    In the legacy format there is one row for all matrices.
+    There is one row for all matrices, (1, n_matrices * n_columns), if they have one count: for the heads of
+    MLA's projections, and in the legacy format.
     """
 
     sums: NDArray[np.float32]

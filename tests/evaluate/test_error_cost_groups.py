@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.imatrices import random_imatrix
-from support.tiny_gguf import MOE, NARROW, ODD, write_tiny
+from support.tiny_gguf import MOE, MOE_KINDS, NARROW, ODD, write_tiny
 
 from dsmoe_local.base.progress import Event, Note
 from dsmoe_local.evaluate.error_cost_groups import Trial, cost_of, trials_of
@@ -17,7 +17,6 @@ from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_quantize.budget.sensitivity import Probe, Probes, measure
 from dsmoe_quantize.budget.sensitivity_file import start
-from dsmoe_quantize.policy.recipes import KINDS
 from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
 
@@ -37,11 +36,11 @@ def changed(trial: Trial, kind: GgmlType) -> set[str]:
 def test_a_tied_embedding_is_the_output(tmp_path: Path) -> None:
     """Guards: an embedding that is tried twice, or never; a cost whose name no recipe has."""
     found = trials(write_tiny(tmp_path / "m.gguf", NARROW), (Q4_0,))
-    assert list(found) == [kind for kind in KINDS if kind != "embedding"]
+    assert list(found) == [kind for kind in MOE_KINDS if kind != "embedding"]
     assert changed(found["output"], Q4_0) == {"token_embd.weight"}
     assert found["output"].errors[Q4_0] > 0
     two = trials(write_tiny(tmp_path / "two.gguf", replace(NARROW, tied_embeddings=False)), (Q4_0,))
-    assert list(two) == list(KINDS)
+    assert list(two) == list(MOE_KINDS)
     assert changed(two["output"], Q4_0) == {"output.weight"}
 
 
@@ -94,7 +93,7 @@ def test_each_layer_by_itself(tmp_path: Path) -> None:
     whole, found = trials(path, (Q4_0,)), trials(path, (Q4_0,), by_layer=True)
     expected = [
         f"{kind}.{layer}" if kind not in ("embedding", "output") else kind
-        for kind in KINDS
+        for kind in MOE_KINDS
         for layer in (layers(hp, kind) if kind not in ("embedding", "output") else [0])
     ]
     assert list(found) == expected

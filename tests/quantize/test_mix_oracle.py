@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.mix_models import MIX_MODELS
 from support.quantize_oracle import assert_same, llama_quantize
 from support.tiny_gguf import DEEP, DENSE, EIGHT_EXPERTS, MOE, NARROW, ODD, write_tiny
 
@@ -25,7 +26,11 @@ MODELS = {
     "narrow": (replace(NARROW, ffn_size=96, expert_size=32, shared_expert_size=0), "f32"),
     "odd": (ODD, "bf16"),
     "dense": (DENSE, "f16"),
+    **{name: (hp, "bf16") for name, hp in MIX_MODELS.items()},
 }
+CASES = [
+    (model, word) for model in MODELS for word in (*MIXES, *(["F16"] if model in MIX_MODELS else FLOAT_TYPES))
+]
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +50,7 @@ def quantized(
     return out
 
 
-@pytest.mark.parametrize("word", [*MIXES, *FLOAT_TYPES])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "word"), CASES)
 def test_mix_equals_llama_cpp(models: dict[str, Path], tmp_path: Path, model: str, word: str) -> None:
     """A rule, fallback, counter or kernel call that differs from llama.cpp's."""
     ours = quantized(models[model], tmp_path / "ours.gguf", word)
@@ -78,12 +82,12 @@ def test_more_bits_layers(tmp_path: Path) -> None:
     assert layers == [0, 1, 2, 5, 8, 11, 14, 17, 20, 23, 24, 25, 26, 27]
 
 
-@pytest.mark.parametrize("model", ["moe", "dense"])
+@pytest.mark.parametrize("model", ["moe", "dense", "deepseek2 query rank", "glm4moe"])
 def test_overrides_equal_llama_cpp(models: dict[str, Path], tmp_path: Path, model: str) -> None:
     """Overrides must keep llama.cpp's counting of the tensors that they take out of its hands."""
     overrides = Overrides(
         tensors=(
-            Override(re.compile(r"blk\.[13]\.attn_v\.weight"), GgmlType.Q8_0),
+            Override(re.compile(r"blk\.[13]\.attn_v.*\.weight"), GgmlType.Q8_0),
             Override(re.compile(r"blk\.[02]\.ffn_down.*\.weight"), GgmlType.Q5_1),
             Override(re.compile(r"blk\.0\..*"), GgmlType.IQ4_XS),
         ),

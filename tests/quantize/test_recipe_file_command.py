@@ -8,7 +8,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 from support.imatrices import random_imatrix
-from support.tiny_gguf import FOUR_LAYERS, MOE, write_tiny
+from support.tiny_gguf import FOUR_LAYERS, MOE, MOE_KINDS, write_tiny
 
 from dsmoe_local.base.config_file import config_path
 from dsmoe_local.base.errors import FileError, FormatError, UsageError
@@ -24,7 +24,6 @@ from dsmoe_quantize.imatrix_file import write_imatrix
 from dsmoe_quantize.policy.choice import Overrides, may_change
 from dsmoe_quantize.policy.named_recipes import RECIPES
 from dsmoe_quantize.policy.recipe_file import parse_recipe, read_recipe
-from dsmoe_quantize.policy.recipes import KINDS
 from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization
 
@@ -239,7 +238,7 @@ def test_types_asked_for_are_explained(tmp_path: Path, monkeypatch: pytest.Monke
     assert [each.why for each in reasons if each.kind == "output"] == ["--output-type"]
     for each in reasons:
         assert each.why in result.stdout
-    assert {each.kind for each in stated_reasons(plan_quantization(source, resolve("q4")))} == set(KINDS)
+    assert {each.kind for each in stated_reasons(plan_quantization(source, resolve("q4")))} == set(MOE_KINDS)
 
 
 def test_every_kind_of_processor() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from support.tiny_gguf import MOE, NARROW, ODD
+from support.tiny_gguf import MOE, MOE_KINDS, NARROW, ODD
 
 from dsmoe_local.model.file_type import FILE_TYPES
 from dsmoe_local.model.ggml import GgmlType
@@ -83,7 +83,7 @@ def test_where_two_rules_meet() -> None:
 
 
 def all_of(word: str) -> dict[str, set[str]]:
-    return {kind: {word} for kind in KINDS}
+    return {kind: {word} for kind in MOE_KINDS}
 
 
 ROUTED_4_BITS = {"routed-gate-up": {"Q4_K", "IQ4_XS"}, "routed-down": {"IQ4_NL"}}

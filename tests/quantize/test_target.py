@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.imatrices import random_imatrix
-from support.tiny_gguf import MOE, write_tiny
+from support.tiny_gguf import MOE, MOE_KINDS, write_tiny
 
 from dsmoe_local.base.durable import locked
 from dsmoe_local.base.errors import FileError, LockedError, UsageError
@@ -19,7 +19,6 @@ from dsmoe_quantize.budget.sensitivity_file import read_sensitivity, write_sensi
 from dsmoe_quantize.budget.target import Request, Target, solve_target
 from dsmoe_quantize.imatrix import Imatrix
 from dsmoe_quantize.policy.choice import Overrides
-from dsmoe_quantize.policy.recipes import KINDS
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +62,7 @@ def test_the_recipe_says_which_costs_were_measured(source: Path, tmp_path: Path)
     found = json.loads(kept.read_text())
     for weights, words in (
         ({"output": 1.0, "embedding": 0.5}, "measured for 2 of 11 kinds"),
-        (dict.fromkeys(KINDS, 1.0), "measured"),
+        (dict.fromkeys(MOE_KINDS, 1.0), "measured"),
     ):
         kept.write_text(json.dumps({**found, "weights": weights}))
         assert solved(source, kept).solved.recipe.about["error_weights"] == words
@@ -75,7 +74,7 @@ def test_costs_hold_for_another_matrix(source: Path, tmp_path: Path) -> None:
     """
     kept = tmp_path / "kept.json"
     without = solved(source, kept)
-    weights = dict.fromkeys(KINDS, 1.0) | {"routed-down": 100.0}
+    weights = dict.fromkeys(MOE_KINDS, 1.0) | {"routed-down": 100.0}
     write_sensitivity(replace(without.sensitivity, weights=weights), kept)
     before = kept.read_bytes()
     matrix = random_imatrix(read_model(source)[1])

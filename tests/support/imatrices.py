@@ -25,11 +25,12 @@ def random_imatrix(hp: Hyperparameters, least: int = 100, seed: int = 0, *, outp
     generator = np.random.default_rng(seed)
     entries = {}
     for spec in tensor_specs(hp):
-        if spec.role in (Role.NORM, Role.EMBEDDING) or (spec.role is Role.OUTPUT and not output):
+        if spec.role in (Role.NORM, Role.BIAS, Role.EMBEDDING) or (spec.role is Role.OUTPUT and not output):
             continue
         n_matrices = spec.shape[0] if len(spec.shape) > 2 else 1
-        counts = generator.integers(least, least + 500, n_matrices)
-        means = np.exp(generator.normal(0, 2, (n_matrices, spec.shape[-1])))
+        n_counts = n_matrices if spec.role is Role.ROUTED_EXPERT else 1
+        counts = generator.integers(least, least + 500, n_counts)
+        means = np.exp(generator.normal(0, 2, (n_matrices, spec.shape[-1]))).reshape(n_counts, -1)
         entries[spec.name] = Statistics((means * counts[:, None]).astype(np.float32), counts)
     return Imatrix(entries, ("a text.txt",), 12, 512, "some.imatrix.gguf")
 

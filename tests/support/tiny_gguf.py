@@ -13,7 +13,8 @@ from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import read_gguf
 from dsmoe_local.model.gguf_model import metadata_of
 from dsmoe_local.model.hyperparameters import Gating, Hyperparameters
-from dsmoe_local.model.layout import UNQUANTIZED_ROLES, tensor_specs
+from dsmoe_local.model.layout import UNQUANTIZED_ROLES, Role, TensorSpec, tensor_specs
+from dsmoe_quantize.policy.recipes import KINDS, SUBSTITUTES
 
 # Wide rows take every block, 96 and 288 columns only blocks of 32; nine layers have "more bits" in some.
 MOE = Hyperparameters(
@@ -34,6 +35,8 @@ MOE = Hyperparameters(
 )
 FOUR_LAYERS = replace(MOE, n_layers=4)
 """For tests of the solver, which takes long for many layers."""
+MOE_KINDS = tuple(kind for kind in KINDS if kind not in SUBSTITUTES)
+"""The kinds of groups that such a model has."""
 DEEP = replace(MOE, n_layers=28, n_kv_heads=1, n_routed_experts=2, expert_size=32, shared_expert_size=0)
 """As many layers as the 16B model, and four heads to a key."""
 EIGHT_EXPERTS = replace(
@@ -57,7 +60,6 @@ DENSE = Hyperparameters(
     n_dense_layers=9,
     tied_embeddings=True,
 )
-
 _GROUPED = replace(MOE, n_layers=3, n_routed_experts=8, n_experts_per_token=3, routed_scaling_factor=2.5,
                    gating=Gating.SIGMOID, normalized_weights=True, has_expert_bias=True)  # fmt: skip
 FAMILY: Mapping[str, Hyperparameters] = {
@@ -118,6 +120,25 @@ FILES = {**{name: hp for name, hp in FAMILY.items() if hp.is_moe}, "glm4moe with
 """Mixtures of experts as files have them."""
 
 
+def _mtp_specs(hp: Hyperparameters) -> list[TensorSpec]:
+    """Return the tensors that only layers for multi-token prediction have."""
+    width, vocabulary = hp.hidden_size, hp.n_vocab
+    shapes = {
+        "eh_proj": (width, 2 * width),
+        "embed_tokens": (vocabulary, width),
+        "enorm": (width,),
+        "hnorm": (width,),
+        "shared_head_head": (vocabulary, width),
+        "shared_head_norm": (width,),
+    }
+    found = []
+    for layer in range(hp.n_layers, hp.n_stored_layers):
+        for name, shape in shapes.items():
+            role = Role.NORM if name.endswith("norm") else Role.OUTPUT
+            found.append(TensorSpec(f"blk.{layer}.nextn.{name}.weight", role, layer, shape, (), ()))
+    return found
+
+
 def write_tiny(
     path: Path, hp: Hyperparameters, dtype: str = "bf16", seed: int = 0, *, as_rows: str = ""
 ) -> Path:
@@ -143,13 +164,7 @@ def write_tiny(
     writer.add_eos_token_id(1)
     writer.add_add_bos_token(True)
     generator = np.random.default_rng(seed)
-    for layer in range(hp.n_layers, hp.n_stored_layers):
-        writer.add_tensor(
-            f"blk.{layer}.nextn.eh_proj.weight", np.zeros((hp.hidden_size, 2 * hp.hidden_size), np.float32)
-        )
-        for name in ("enorm", "hnorm"):
-            writer.add_tensor(f"blk.{layer}.nextn.{name}.weight", np.zeros(hp.hidden_size, np.float32))
-    for spec in tensor_specs(stored):
+    for spec in (*tensor_specs(stored), *_mtp_specs(hp)):
         weights = generator.standard_normal(spec.shape, np.float32) * np.float32(0.05)
         if as_rows and as_rows in spec.name:
             weights = weights[np.newaxis]

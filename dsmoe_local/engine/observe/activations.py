@@ -1,4 +1,4 @@
-"""Observes the inputs of weight matrices: the sum of squares of each column, separately for each expert.
+"""Observes the inputs of weight matrices: the sum of squares of each column, by expert or by attention head.
 
 `evaluate.importance` computes importance matrices from them.
 """
@@ -18,15 +18,16 @@ from dsmoe_local.engine.observe.arrays import pack
 from dsmoe_local.engine.observe.observer import Observer
 from dsmoe_local.engine.types import Observation
 from dsmoe_local.model.hyperparameters import Hyperparameters
-from dsmoe_local.model.layout import Role, TensorSpec, input_of, tensor_specs
+from dsmoe_local.model.layout import Role, TensorSpec, input_of, role_of, tensor_specs
 
 
 @dataclass(frozen=True, slots=True)
 class _Input:
     """An input that several weights share.
 
-    `counts` are the numbers of vectors, shape (n_matrices,), `sums` the sums of their squares, shape
-    (n_matrices, n_columns). Routed experts have a matrix for each expert, other weights have one.
+    `sums` are the sums of squares, shape (n_matrices, n_columns). Routed experts have a matrix for each
+    expert, and some projections of MLA one for each head; other weights have one. `counts` are the numbers of
+    vectors: of each expert, or one number for weights that are not of experts. The heads' are the same.
     """
 
     weights: list[str]
@@ -47,12 +48,11 @@ class ActivationObserver(Observer):
         self._reader = tensors.Reader()
         self._inputs: dict[str, _Input] = {}
         for spec in tensor_specs(hp):
-            if spec.role is Role.NORM or (spec.role is Role.EMBEDDING and not hp.tied_embeddings):
-                continue
-            self._add(spec)
+            if input_of(spec.name) and (spec.role is not Role.EMBEDDING or hp.tied_embeddings):
+                self._add(spec)
         self.weights = {
-            f"{known.weights[0]}".encode(): partial(
-                self._take_routed if known.weights[0].endswith("_exps.weight") else self._take, known
+            known.weights[0].encode(): partial(
+                self._take_routed if role_of(known.weights[0]) is Role.ROUTED_EXPERT else self._take, known
             )
             for known in self._inputs.values()
         }
@@ -66,8 +66,9 @@ class ActivationObserver(Observer):
         key = input_of(spec.name)
         known = self._inputs.get(key)
         if known is None:
-            n_matrices = spec.shape[0] if spec.role is Role.ROUTED_EXPERT else 1
-            known = _Input([], np.zeros(n_matrices, np.int64), np.zeros((n_matrices, spec.shape[-1])))
+            n_matrices = spec.shape[0] if len(spec.shape) > 2 else 1
+            n_counts = n_matrices if spec.role is Role.ROUTED_EXPERT else 1
+            known = _Input([], np.zeros(n_counts, np.int64), np.zeros((n_matrices, spec.shape[-1])))
             self._inputs[key] = known
         known.weights.append(spec.name)
 
@@ -76,9 +77,11 @@ class ActivationObserver(Observer):
         # A tied embedding is also read by the embedding lookup, whose input is token ids.
         if not tensors.is_float(source):
             return
-        x = self._reader.view(source)[0, 0]
-        known.counts[0] += len(x)
-        known.sums[0] += _squares(x)
+        # Shape (streams of the KV cache, heads, tokens, columns). The first two are 1 for most weights.
+        for stream in self._reader.view(source):
+            known.counts[0] += stream.shape[1]
+            for sums, x in zip(known.sums, stream, strict=True):
+                sums += _squares(x)
 
     def _take_routed(self, known: _Input, tensor: int) -> None:
         x = self._reader.view(tensors.source_of(tensor, 1))[0]

@@ -14,7 +14,10 @@ WEIGHTS: Mapping[str, float] = MappingProxyType(
     {
         GroupKind.EMBEDDING: 1.0,
         GroupKind.OUTPUT: 1.5,
+        GroupKind.ATTENTION_QUERY_KEY_VALUE: 1.1,
+        GroupKind.ATTENTION_LATENT: 0.75,
         GroupKind.ATTENTION_QUERY_KEY: 0.69,
+        GroupKind.ATTENTION_KEY_UP: 0.35,
         GroupKind.ATTENTION_VALUE: 0.41,
         GroupKind.ATTENTION_OUTPUT: 0.29,
         GroupKind.DENSE_GATE_UP: 0.26,
@@ -29,7 +32,9 @@ WEIGHTS: Mapping[str, float] = MappingProxyType(
 divergence stayed proportional to the error, as it is while errors are small.
 
 Each is the geometric mean of measurements on two dissimilar models (docs/quantization.md). Only their ratios
-matter.
+matter. The models lack three kinds, whose costs are derived: of one matrix for queries, keys and values the
+sum, of MLA's projections of keys half of queries and keys, and of those to compressed keys and values the
+same plus that of values.
 """
 
 

@@ -12,7 +12,7 @@ from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.model.ggml import FLOATS, GgmlType, Tensor, block_size
 from dsmoe_local.model.hyperparameters import Hyperparameters
-from dsmoe_local.model.layout import GroupKind, Role, group_kind_of, role_of
+from dsmoe_local.model.layout import group_kind_of, is_output
 from dsmoe_quantize.policy.mixes import FALLBACKS, MixWalk, walk_order
 from dsmoe_quantize.policy.named_recipes import NamedRecipe
 from dsmoe_quantize.policy.recipes import LayeredRecipe
@@ -208,10 +208,9 @@ class _Chooser:
 
     def _overridden(self, tensor: Tensor) -> tuple[GgmlType, str] | None:
         override = _first_match(self._overrides, tensor.name)
-        if role_of(tensor.name) is Role.EMBEDDING and self._overrides.embedding is not None:
+        if tensor.name == "token_embd.weight" and self._overrides.embedding is not None:
             return self._overrides.embedding, "--embedding-type"
-        is_output = group_kind_of(tensor.name, self._hp) is GroupKind.OUTPUT
-        if is_output and self._overrides.output is not None:
+        if is_output(tensor.name, self._hp) and self._overrides.output is not None:
             return self._overrides.output, "--output-type"
         return (override.type, "--tensor-type") if override else None
 

@@ -1,4 +1,4 @@
-"""llama.cpp's mixes as data: which tensor gets which type, for the architectures deepseek and llama.
+"""llama.cpp's mixes as data: which tensor gets which type, in all architectures of the table.
 
 Taken from src/llama-quant.cpp of llama.cpp (llama_tensor_get_type and what it calls). The tests compare every
 mix with llama_model_quantize: names, types and bytes. Our own recipes are in `recipes`.
@@ -13,11 +13,11 @@ from types import MappingProxyType
 from dsmoe_local.model.file_type import FILE_TYPES
 from dsmoe_local.model.ggml import GgmlType, block_size
 from dsmoe_local.model.hyperparameters import Hyperparameters
-from dsmoe_local.model.layout import GroupKind, group_kind_of, layer_of
+from dsmoe_local.model.layout import is_output, layer_of
 
-_VALUE = frozenset({GroupKind.ATTENTION_VALUE})
-_DOWN = frozenset({GroupKind.DENSE_DOWN, GroupKind.SHARED_DOWN, GroupKind.ROUTED_DOWN})
-"""llama.cpp matches substrings of names, so it treats an expert's down projection like a dense one."""
+_VALUE = (".attn_v.weight", ".attn_qkv.weight")
+_DOWN = (".ffn_down.weight", ".ffn_down_shexp.weight", ".ffn_down_exps.weight")
+"""The tensors that rules apply to, by the ends of their names. llama.cpp has none for MLA's projections."""
 
 
 def first_eighth(index: int, count: int) -> bool:
@@ -57,12 +57,12 @@ def _shared_by_four_heads(at: Position) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Tensors of these `kinds` get `type` where `applies` is true; `why` tells the user the reason.
+    """Tensors with these `names` get `type` where `applies` is true; `why` tells the user the reason.
 
     `imatrix` True or False: the rule holds only with or only without an importance matrix; None: always.
     """
 
-    kinds: frozenset[GroupKind]
+    names: tuple[str, ...]
     applies: Callable[[Position], bool]
     type: GgmlType
     why: str
@@ -155,20 +155,18 @@ class MixWalk:
         self._mix = mix
         self._rules = [rule for rule in mix.rules if rule.imatrix in (None, imatrix)]
         self._hp = hp
-
         self._counts = {
-            _VALUE: sum(group_kind_of(name) in _VALUE for name in names),
-            _DOWN: hp.n_layers,
+            _VALUE: sum(name.endswith(_VALUE) for name in names),
+            _DOWN: hp.n_stored_layers,
         }
         self._met = dict.fromkeys(self._counts, 0)
 
     def type_of(self, name: str, n_columns: int) -> tuple[GgmlType, str]:
         """Return the type of the next tensor, before any fallback, and the reason."""
-        group = group_kind_of(name, self._hp)
-        if group is GroupKind.OUTPUT:
+        if is_output(name, self._hp):
             return self._output(n_columns), "tied embedding" if self._hp.tied_embeddings else "output"
-        kind, why = self._by_rules(name, group)
-        if group is GroupKind.ATTENTION_VALUE and self._is_70b() and kind is GgmlType.Q4_K:
+        kind, why = self._by_rules(name)
+        if name.endswith(_VALUE) and self._is_70b() and kind is GgmlType.Q4_K:
             kind, why = GgmlType.Q5_K, "shared by eight heads"
         if self._hp.n_routed_experts == 8:
             return self._with_8_experts(name, kind, why)
@@ -178,8 +176,8 @@ class MixWalk:
         base = self._mix.base
         return GgmlType.Q8_0 if base is GgmlType.Q8_0 or n_columns % block_size(base) else GgmlType.Q6_K
 
-    def _by_rules(self, name: str, group: GroupKind | None) -> tuple[GgmlType, str]:
-        counted = next((kinds for kinds in self._counts if group in kinds), None)
+    def _by_rules(self, name: str) -> tuple[GgmlType, str]:
+        counted = next((names for names in self._counts if name.endswith(names)), None)
         if counted is None:
             return self._mix.base, ""
         index = self._met[counted]
@@ -188,13 +186,13 @@ class MixWalk:
             index = _index_of(name)
         at = Position(index, self._counts[counted], self._hp)
         for rule in self._rules:
-            if rule.kinds is counted and rule.applies(at):
+            if rule.names is counted and rule.applies(at):
                 return rule.type, rule.why
         return self._mix.base, ""
 
     def _with_8_experts(self, name: str, kind: GgmlType, why: str) -> tuple[GgmlType, str]:
         """Apply the rules that llama.cpp has for Mixtral, and applies to every model with eight experts."""
-        if name.endswith((".attn_v.weight", ".attn_k.weight")):
+        if name.endswith((*_VALUE, ".attn_k.weight")):
             return GgmlType.Q8_0, "a model with 8 experts"
         if name.endswith(".attn_output.weight") and self._mix.with_8_experts:
             return GgmlType.Q5_K, "a model with 8 experts"

@@ -22,7 +22,14 @@ from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_quantize.imatrix import Imatrix, metadata_of_use
 from dsmoe_quantize.policy.choice import Overrides, TensorChoice, choose_types, fallback_notes
 from dsmoe_quantize.policy.recipe_file import format_layers, render_recipe
-from dsmoe_quantize.policy.recipes import Group, LayeredRecipe, absent_layers, condensed, group_of
+from dsmoe_quantize.policy.recipes import (
+    SUBSTITUTES,
+    Group,
+    LayeredRecipe,
+    absent_layers,
+    condensed,
+    group_of,
+)
 from dsmoe_quantize.policy.types import ResolvedType, TypeChoice, is_reserved, resolve_for, same_types
 
 CHANGED = "-changed"
@@ -206,7 +213,7 @@ def record_of(choice: ResolvedType, hp: Hyperparameters, chosen: Sequence[Tensor
         if group is not None:
             groups.setdefault(group, []).append(each)
     overridden, left_out = _overridden(choice, groups)
-    types = _changed_types(choice.types, overridden, groups)
+    types = _changed_types(choice, overridden, groups)
     about = {**choice.about, "overrides": "in effect"}
     if left_out:
         about["left_out"] = _few(left_out)
@@ -237,17 +244,22 @@ def _overridden(
 
 
 def _changed_types(
-    types: Mapping[str, Mapping[int | None, GgmlType]],
+    recipe: LayeredRecipe,
     overridden: Mapping[Group, GgmlType],
     groups: Mapping[Group, object],
 ) -> dict[str, Mapping[int | None, GgmlType]]:
-    """Return `types` with those of `overridden` groups replaced.
+    """Return the recipe's types with those of `overridden` groups replaced.
 
-    If that covers every layer of a kind, the most frequent type becomes that of `OTHERS`.
+    Kinds whose substitute changes keep their types. If the overrides cover every layer of a kind, its most
+    frequent type becomes that of `OTHERS`.
     """
-    found = dict(types)
+    found = dict(recipe.types)
+    for kind, substitute in SUBSTITUTES.items():
+        changed = any(group.kind == substitute for group in overridden)
+        if changed and kind not in found and any(group.kind == kind for group in groups):
+            found[kind] = recipe.layers_of(kind)
     for name in {group.kind: None for group in overridden}:
         layers = {group.layer: kind for group, kind in overridden.items() if group.kind == name}
         all_layers = len(layers) == sum(group.kind == name for group in groups)
-        found[name] = condensed(layers) if all_layers else {**types.get(name, {}), **layers}
+        found[name] = condensed(layers) if all_layers else {**recipe.layers_of(name), **layers}
     return found

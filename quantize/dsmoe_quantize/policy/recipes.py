@@ -22,6 +22,17 @@ from dsmoe_quantize.policy.named_recipes import NamedRecipe, TypeWords
 KINDS: tuple[str, ...] = tuple(GroupKind)
 """The kinds of groups that a recipe has types for, in the order of a recipe file."""
 
+SUBSTITUTES: Mapping[str, str] = MappingProxyType(
+    {
+        GroupKind.ATTENTION_QUERY_KEY_VALUE: GroupKind.ATTENTION_VALUE,
+        GroupKind.ATTENTION_LATENT: GroupKind.ATTENTION_QUERY_KEY,
+        GroupKind.ATTENTION_KEY_UP: GroupKind.ATTENTION_QUERY_KEY,
+    }
+)
+"""Kinds that a recipe need not have: without a line of their own, they get the types of another kind. So a
+recipe applies to models with other forms of attention.
+"""
+
 LayerRule: TypeAlias = Callable[[int, int], bool]
 """Takes a layer's index and the number of layers; True if the rule includes the layer."""
 
@@ -64,9 +75,18 @@ class Group:
 
 
 def group_of(name: str, hp: Hyperparameters) -> Group | None:
-    """Return the group of a GGUF tensor; None if it is never quantized."""
-    kind = group_kind_of(name, hp)
-    return None if kind is None else Group(kind, layer_of(name))
+    """Return the group of a GGUF tensor; None if it is never quantized.
+
+    Layers for multi-token prediction belong to the groups of the last layer before them.
+    """
+    kind, layer = group_kind_of(name, hp), layer_of(name)
+    if kind is None:
+        return None
+    if kind in (GroupKind.EMBEDDING, GroupKind.OUTPUT):
+        return Group(kind, None)
+    if layer is not None and hp.n_layers <= layer < hp.n_stored_layers:
+        layer = hp.n_layers - 1
+    return Group(kind, layer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +108,13 @@ class LayeredRecipe:
         """llama.cpp's number for files of this type."""
         return FILE_TYPES[self.closest]
 
+    def layers_of(self, kind: str) -> Mapping[int | None, GgmlType]:
+        """Return the types of a kind of group by layer: its own, or those of its substitute."""
+        return self.types.get(kind) or self.types.get(SUBSTITUTES.get(kind, ""), {})
+
     def group_type(self, group: Group) -> GgmlType | None:
         """Return the type of a group; None if the recipe has none for it."""
-        layers = self.types.get(group.kind, {})
+        layers = self.layers_of(group.kind)
         return layers.get(group.layer, layers.get(OTHERS))
 
     def type_of(self, name: str, hp: Hyperparameters) -> tuple[GgmlType, str]:
@@ -128,11 +152,19 @@ def condensed(layers: Mapping[int | None, GgmlType]) -> dict[int | None, GgmlTyp
 
 
 def recipe_for(named: NamedRecipe, n_layers: int) -> LayeredRecipe:
-    """Return what a named recipe means for a model of `n_layers`."""
+    """Return what a named recipe means for a model of `n_layers`.
+
+    Kinds with the same types as their substitutes are omitted.
+    """
+    words = {kind: words_of(named, kind) for kind in KINDS}
     return LayeredRecipe(
         named.name,
         named.closest,
-        {kind: _by_layer(words_of(named, kind), n_layers) for kind in KINDS},
+        {
+            kind: _by_layer(words[kind], n_layers)
+            for kind in KINDS
+            if kind not in SUBSTITUTES or words[kind] != words[SUBSTITUTES[kind]]
+        },
         RECIPE_FALLBACKS,
         {"why": named.why},
     )

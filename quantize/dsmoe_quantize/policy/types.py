@@ -71,7 +71,7 @@ def same_types(first: LayeredRecipe, second: LayeredRecipe, n_layers: int) -> bo
             (kind, layer): layers.get(layer, layers.get(OTHERS))
             for kind in KINDS
             for layer in (OTHERS, *range(n_layers))
-            for layers in (recipe.types.get(kind, {}),)
+            for layers in (recipe.layers_of(kind),)
         }
         for recipe in (first, second)
     ]
