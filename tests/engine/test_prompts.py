@@ -69,9 +69,7 @@ def test_one_bos_with_and_without_the_template_s_own(
     assert with_bos == without
     assert list(with_bos) == [
         model.bos,
-        *oracle.encode("User: "),
-        *oracle.encode("a b"),
-        *oracle.encode("\n\nAssistant:"),
+        *oracle.encode("User: a b\n\nAssistant:"),
     ]
     assert encoder(model).encode("a b")[0] == model.bos
 

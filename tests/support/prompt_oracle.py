@@ -160,7 +160,18 @@ class _Oracle:
         return self._join(segments)
 
     def _join(self, segments: Sequence[tuple[str, int | None]]) -> list[int]:
-        return [token for text, number in segments for token in self._text(text, special=number is None)]
+        """Text between the template's special tokens is one text, whoever wrote it."""
+        ids: list[int] = []
+        plain = ""
+        for text, number in segments:
+            pieces = [text] if number is not None else re.split(f"({_SPECIAL.pattern})", text)
+            for piece in pieces:
+                if number is None and piece in SPECIAL:
+                    ids += [*self._text(plain, special=False), 1 + SPECIAL.index(piece)]
+                    plain = ""
+                else:
+                    plain += piece.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return [*ids, *self._text(plain, special=False)]
 
     def _text(self, text: str, *, special: bool) -> list[int]:
         whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,17 +1,17 @@
-"""Encodes prompts to token ids: raw text, and conversations with a chat template.
+"""Encode prompts to token ids: raw text, and conversations with a chat template.
 
 Replies keep their original token ids. Text of messages never becomes a special token, unlike text of the
-template.
+template. Apart from that, messages and template are tokenized as one text, as for training.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import zip_longest
-from typing import Protocol
+from itertools import groupby, zip_longest
+from typing import Protocol, TypeAlias
 
 from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.base.text import safe_line, whole_characters
@@ -29,6 +29,10 @@ MAX_TOKEN_BYTES = 128  # more than the longest token of common vocabularies
 _LONG_WORD = re.compile(rf"(?<!\S)\S{{{MAX_WORD + 1}}}|(?<!\s)\s{{{MAX_WORD + 1}}}")
 _CACHE_ENTRIES = 4096
 _CACHED_BYTES = 4096  # longer texts are not cached, to limit the memory
+_Piece: TypeAlias = bytes | tuple[int, ...]
+"""Text without special tokens, or token ids."""
+_BREAK: Part = ()
+"""No ids. The texts before and after it are not joined: a reply begins there."""
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
 
 
@@ -58,6 +62,7 @@ class PromptEncoder:
         self._n_context = n_context
         # Each turn tokenizes the template's texts and all earlier messages again.
         self._cached_ids = lru_cache(_CACHE_ENTRIES)(self._ids)
+        self._cached_pieces = lru_cache(_CACHE_ENTRIES)(self._pieces)
         # llama.cpp's pre-tokenizers recurse for each letter of a word, so they need a large stack.
         self._large_stack = large_stack("dsmoe-tokenize")
 
@@ -158,7 +163,7 @@ class PromptEncoder:
             return None
         parts = with_reply_ids(segments, messages, form)
         if continued:
-            parts += reply_to_continue(segments, messages[-1], len(messages) - 1, form)
+            parts += [_BREAK, *reply_to_continue(segments, messages[-1], len(messages) - 1, form)]
         return parts
 
     def _with_reply_ids(
@@ -188,7 +193,7 @@ class PromptEncoder:
             parts += stretch
             if reply is not None:
                 parts.append(messages[reply].token_ids)
-        return [*parts, Segment(messages[-1].content, last)] if by_text else parts
+        return [*parts, _BREAK, Segment(messages[-1].content, last)] if by_text else parts
 
     def _as_text(
         self, template: ChatTemplate, messages: Sequence[Message], variables: Variables | None
@@ -215,21 +220,42 @@ class PromptEncoder:
         texts = [self._checked(part.text) if isinstance(part, Segment) else b"" for part in parts]
 
         def run() -> list[int]:
-            ids: list[int] = []
+            pieces: list[_Piece] = []
             for part, text in zip(parts, texts, strict=True):
+                if not isinstance(part, Segment):
+                    pieces.append(part)
+                elif part.message is None:
+                    pieces += self._cached_pieces(text)
+                else:
+                    pieces.append(text)
+            ids: list[int] = []
+            for joined in _with_joined_text(pieces):
                 if stopped():
                     raise InterruptedRunError("reading the prompt was interrupted")
-                if not isinstance(part, Segment):
-                    ids += part
-                elif text:
-                    tokenize = self._cached_ids if len(text) <= _CACHED_BYTES else self._ids
-                    ids += tokenize(text, part.message is None)
+                if isinstance(joined, tuple):
+                    ids += joined
+                elif joined:
+                    ids += self._cached_ids(joined) if len(joined) <= _CACHED_BYTES else self._ids(joined)
             return ids
 
         return self._large_stack.submit(run).result()
 
-    def _ids(self, text: bytes, special: bool) -> tuple[int, ...]:
-        return tuple(self._vocabulary.tokenize(text, special=special))
+    def _ids(self, text: bytes) -> tuple[int, ...]:
+        return tuple(self._vocabulary.tokenize(text, special=False))
+
+    def _pieces(self, text: bytes) -> tuple[_Piece, ...]:
+        """Return a template's text as special tokens and the text between them.
+
+        If ids do not spell the text, it cannot be split: SentencePiece adds a space in front.
+        """
+        ids = self._vocabulary.tokenize(text, special=True)
+        # Special tokens have no bytes.
+        spelled = [self._vocabulary.piece(token_id) or (token_id,) for token_id in ids]
+        whole = b"".join(
+            self._vocabulary.text_of(*piece).encode() if isinstance(piece, tuple) else piece
+            for piece in spelled
+        )
+        return tuple(_with_joined_text(spelled)) if whole == text else (tuple(ids),)
 
     def _checked(self, text: str) -> bytes:
         """Return `text` as UTF-8. Raises PromptError if it is too long or has a word that is too long."""
@@ -246,6 +272,15 @@ class PromptEncoder:
                 remedy="shorten it" if is_space else "break it with spaces",
             )
         return encoded
+
+
+def _with_joined_text(pieces: Iterable[_Piece]) -> Iterator[_Piece]:
+    """Yield the pieces with adjacent texts as one."""
+    for kind, group in groupby(pieces, key=type):
+        if kind is bytes:
+            yield b"".join(piece for piece in group if isinstance(piece, bytes))
+        else:
+            yield from group
 
 
 def _without_reasoning(message: Message) -> Message:
