@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Several
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 from support import llama_oracle
-from support.models import smollm2, tiny_model
+from support.models import family_model, smollm2, tiny_model
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.engine.engine import Engine
@@ -25,9 +27,19 @@ SHARED = "The quick brown fox jumps over the lazy dog. " * 3
 PROMPTS = ["dog", "The quick brown fox", "人工智能", SHARED + "a", SHARED + "bc", "x" * 150]
 
 
-@pytest.fixture(scope="module")
-def unified() -> Iterator[Engine]:
-    with Engine.load(ModelOptions(tiny_model(), n_parallel=4, n_threads=2)) as engine:
+MODELS: Mapping[str, Callable[[], Path]] = {"MHA": tiny_model, "MLA": partial(family_model, "deepseek2")}
+
+
+@pytest.fixture(params=MODELS)
+def path(request: pytest.FixtureRequest) -> Path:
+    """A model of each kind of attention, whose KV caches differ."""
+    return MODELS[request.param]()
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def unified(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    path = MODELS[request.param]()
+    with Engine.load(ModelOptions(path, n_parallel=4, n_threads=2)) as engine:
         yield engine
         engine.check()
 
@@ -72,9 +84,9 @@ def ids(events: list[TokenEvent] | BaseException, index: int = 0) -> list[int]:
 
 
 @pytest.mark.parametrize("n_parallel", [2, 3, 4, 8])
-def test_deterministic_replies_do_not_depend_on_what_else_runs(n_parallel: int) -> None:
+def test_deterministic_replies_do_not_depend_on_what_else_runs(n_parallel: int, path: Path) -> None:
     """Guards: a kernel, a width or a slot that changes the last bits of a reply. Equality is to the bit."""
-    options = ModelOptions(tiny_model(), n_parallel=n_parallel, deterministic=True, n_ubatch=32, n_threads=2)
+    options = ModelOptions(path, n_parallel=n_parallel, deterministic=True, n_ubatch=32, n_threads=2)
     wanted = requests(PROMPTS)
     with Engine.load(options) as engine:
         alone = [tokens(run(engine, [request])[request.id]) for request in wanted]
@@ -99,14 +111,14 @@ def test_deterministic_on_trained_weights_beyond_a_flash_attention_block() -> No
 
 
 @pytest.mark.parametrize("shared_cells", [True, False])
-def test_first_tokens_agree_with_the_bare_loop(shared_cells: bool) -> None:
+def test_first_tokens_agree_with_the_bare_loop(shared_cells: bool, path: Path) -> None:
     """Guards: rows, positions or logits of one request given to another."""
-    options = ModelOptions(tiny_model(), n_parallel=4, unified=shared_cells, n_threads=2)
+    options = ModelOptions(path, n_parallel=4, unified=shared_cells, n_threads=2)
     with Engine.load(options) as engine:
         replies = run(engine, requests(PROMPTS, 8))
         for number, prompt in enumerate(PROMPTS):
             found, encoded = tokens(replies[str(number)]), engine.encode(prompt)
-            rows = llama_oracle.logits(tiny_model(), [*encoded, *(token_id for token_id, _ in found)])
+            rows = llama_oracle.logits(path, [*encoded, *(token_id for token_id, _ in found)])
             for place, (token_id, _) in enumerate(found):
                 # Float results depend on how steps are composed: a near-tie may fall differently.
                 row = rows[len(encoded) - 1 + place]
@@ -125,7 +137,7 @@ def test_shared_beginnings_are_read_once(unified: Engine) -> None:
         usage = events[-1].usage
         assert usage is not None
         cached.append(usage.cached_tokens)
-        expected = llama_oracle.greedy(tiny_model(), unified.encode(prompt), 1)
+        expected = llama_oracle.greedy(unified.info.path, unified.encode(prompt), 1)
         assert ids(events)[:1] == expected
     n_shared = len(unified.encode(SHARED))
     assert sum(count >= n_shared - 2 for count in cached) == len(prompts) - 1
@@ -203,10 +215,10 @@ def test_a_native_failure_ends_only_its_step(unified: Engine, monkeypatch: pytes
     assert isinstance(failed, NativeError)
     unified.check()
     [reply] = run(unified, requests(["dog"], 5)).values()
-    assert ids(reply) == llama_oracle.greedy(tiny_model(), unified.encode("dog"), 5)
+    assert ids(reply) == llama_oracle.greedy(unified.info.path, unified.encode("dog"), 5)
 
 
-def test_more_requests_than_room_all_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_requests_than_room_all_end(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: replies of unstated length that block or starve each other; a preempted one that is lost, or
     whose prompt is read again for all to see.
     """
@@ -219,7 +231,7 @@ def test_more_requests_than_room_all_end(monkeypatch: pytest.MonkeyPatch) -> Non
         preempt(self, sequence)
 
     monkeypatch.setattr(scheduler.Scheduler, "_preempt", record)
-    options = ModelOptions(tiny_model(), n_context=512, n_parallel=4, n_threads=2)
+    options = ModelOptions(path, n_context=512, n_parallel=4, n_threads=2)
     wanted = requests([f"{number} dog" for number in range(8)], 1)
     wanted = [Request(request.id, request.prompt, GREEDY) for request in wanted]
     with Engine.load(options) as engine:
@@ -237,9 +249,9 @@ def test_more_requests_than_room_all_end(monkeypatch: pytest.MonkeyPatch) -> Non
         assert usage.prompt_tokens + usage.completion_tokens <= n_context
 
 
-def test_context_shift_goes_on_where_the_context_ends() -> None:
+def test_context_shift_goes_on_where_the_context_ends(path: Path) -> None:
     """Guards: positions that do not follow each other after a shift; a reply that ends all the same."""
-    with Engine.load(ModelOptions(tiny_model(), n_threads=2)) as engine:
+    with Engine.load(ModelOptions(path, n_threads=2)) as engine:
         n_context = engine.info.n_context
         bias = tuple((token_id, -100.0) for token_id in range(n_ends(engine)))
         request = Request("s", "dog", GREEDY, n_context * 2, context_shift=True, logit_bias=bias)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.models import smollm2, tiny_model
+from support.models import family_model, smollm2, tiny_model
 from support.tiny_gguf import patch_weight
 
 from dsmoe_local.base import progress
@@ -33,11 +33,16 @@ SHAPES: list[dict[str, Any]] = [
     {"cache_type_k": "f32", "cache_type_v": "f32"},
     {"flash_attention": "off"},
     {"n_parallel": 3},
+    {"architecture": "deepseek2"},
+    {"architecture": "deepseek2", "cache_type_k": "q8_0", "cache_type_v": "q8_0"},
+    {"architecture": "deepseek2", "flash_attention": "off"},
+    {"architecture": "deepseek2", "n_parallel": 3},
 ]
 
 
-def options(path: Path | None = None, **more: Any) -> ModelOptions:
-    return ModelOptions(path or tiny_model(), n_threads=1, **more)
+def options(path: Path | None = None, architecture: str = "", **more: Any) -> ModelOptions:
+    model = family_model(architecture) if architecture else tiny_model()
+    return ModelOptions(path or model, n_threads=1, **more)
 
 
 def reply(engine: TextEngine, prompt: tuple[int, ...], count: int = 12) -> list[tuple[int, float | None]]:
@@ -123,10 +128,11 @@ def test_parts_make_a_whole(more: dict[str, Any], tmp_path: Path) -> None:
         assert [token_id for token_id, _ in reply(engine, other)] == told
 
 
-def test_parts_of_a_random_order(tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", ["", "deepseek2"])
+def test_parts_of_a_random_order(architecture: str, tmp_path: Path) -> None:
     """Guards: books that say more than the cache holds, whatever is saved and loaded in whatever order."""
     generator = random.Random(11)
-    with Engine.load(options(n_parallel=2, n_context=128)) as engine:
+    with Engine.load(options(architecture=architecture, n_parallel=2, n_context=128)) as engine:
         prompts = [engine.encode(SHARED)[:90], engine.encode("A lazy dog. " + SHARED)[:100]]
         expected = [[token_id for token_id, _ in reply(engine, prompt, 6)] for prompt in prompts]
         files: list[tuple[Path, int, int, int]] = []
