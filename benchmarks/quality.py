@@ -7,10 +7,9 @@
     python -m benchmarks.quality --quick                    does it run? the figures mean nothing
 
 Parts: `reference`, the trained model, and what the solver makes of budgets for it; `demo`, the model of
-`dsmoe demo`; `sizes` of the whole 16B shape; `speed` on the 16B shape with a few layers and random weights;
-`points`, other choices of types, measured by all of these. docs/quality.json holds the figures of all parts.
-A part replaces its own figures there as soon as it is measured. The tables of the document, the summaries and
-the chart are then made from them.
+`dsmoe demo`; `sizes` of the whole 16B shape; `speed` on the 16B shape with a few layers and random weights.
+docs/quality.json holds the figures of all parts. A part replaces its own figures there as soon as it is
+measured. The tables of the document, the summaries and the chart are then made from them.
 
 Prints the tables, the bars that were missed, and one JSON line. Exit status 1 if the parts do not belong
 together.
@@ -33,9 +32,7 @@ from benchmarks.support.quality.choices import (
     TARGETS,
     costs_from,
     measure_alike,
-    measure_eight,
     measure_frontier,
-    measure_points,
     measure_sizes,
     measure_targets,
     measure_types,
@@ -46,7 +43,6 @@ from benchmarks.support.quality.figures import (
     ROOT,
     Figures,
     Part,
-    PointRow,
     Reference,
     SizeRow,
     SpeedRow,
@@ -55,9 +51,9 @@ from benchmarks.support.quality.figures import (
     read_figures,
     write_figures,
 )
-from benchmarks.support.quality.speed import Timing, machine_facts, measure_speeds, time_beside_base
+from benchmarks.support.quality.speed import Timing, machine_facts, measure_speeds
 from benchmarks.support.quality.tables import all_tables, summary_table
-from benchmarks.support.quality.variants import LARGE, POINTS, variants
+from benchmarks.support.quality.variants import LARGE, variants
 from benchmarks.support.reference_shape import CALIBRATION, HELD_OUT, TRAINING, reference_folder
 from benchmarks.support.runner import say
 from benchmarks.support.tables import with_tables
@@ -145,7 +141,6 @@ def measure_reference(given: argparse.Namespace) -> Reference:
             frontier=measure_frontier(bench, bits, costs),
             targets=measure_targets(bench, shares, costs),
             alike=measure_alike(bench),
-            eight=measure_eight(bench),
             facts={**bench.facts(), **subject.facts, "costs": costs.told},
         )
 
@@ -168,15 +163,6 @@ def measure_speed(given: argparse.Namespace) -> Part[SpeedRow]:
     return Part(**now_and_commit(), settings=timing.settings(), rows=measure_speeds(timing), facts=facts)
 
 
-def measure_other_points(given: argparse.Namespace) -> Part[PointRow]:
-    """Measure other choices than our recipes."""
-    subject, timing, facts = reference_subject(given.reference), _timing(given), machine_facts()
-    rounds = time_beside_base(timing, {recipe.name: recipe for recipe in POINTS})
-    with prepared(subject, _amount(given, "reference"), imatrix=False) as bench:
-        settings = {**timing.settings(), **bench.settings()}
-        return Part(**now_and_commit(), settings=settings, rows=measure_points(bench, rounds), facts=facts)
-
-
 def _timing(given: argparse.Namespace) -> Timing:
     if given.quick:
         return Timing(2, 16, 4, 1, 2, given.threads, quick=True)
@@ -188,7 +174,6 @@ _MAKERS = {
     "demo": measure_demo,
     "sizes": sizes_part,
     "speed": measure_speed,
-    "points": measure_other_points,
 }
 
 
@@ -207,7 +192,7 @@ def report(figures: Figures) -> None:
         print(f"{name}\n\n{table}\n")
     found = verdicts(figures)
     for verdict in found:
-        if verdict.holds is False:
+        if not verdict.holds:
             with_imatrix = "with" if verdict.imatrix else "without"
             uncertain = ", uncertain" if verdict.is_uncertain else ""
             print(

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from support.checkpoints import write_checkpoint
 
-from benchmarks import quality
+from benchmarks import predicted_error, quality
+from benchmarks.support.quality import choices
 from benchmarks.support.quality import speed as quality_speed
 from benchmarks.support.quality.bars import DECODE, KL, PROMPT, SIZE, Verdict, ratio_of, verdicts
 from benchmarks.support.quality.chart import chart, description
@@ -23,7 +24,6 @@ from benchmarks.support.quality.choices import (
     Costs,
     costs_from,
     measure_alike,
-    measure_eight,
     measure_frontier,
     measure_targets,
     measure_types,
@@ -32,9 +32,7 @@ from benchmarks.support.quality.fidelity import Amount, Subject, load, prepared
 from benchmarks.support.quality.figures import Figures, Part, TargetRow, outdated, read_figures
 from benchmarks.support.quality.speed import Timing, time_pair
 from benchmarks.support.quality.tables import all_tables, summary_table
-from benchmarks.support.quality.variants import BASE, EIGHT, EIGHT_BASE, LARGE, Variant
-from benchmarks.support.reference_shape import HP
-from benchmarks.support.sizes import size_of
+from benchmarks.support.quality.variants import ALIKE, BASE, Variant
 from benchmarks.support.tables import with_tables
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.engine.process.client import EngineClient
@@ -145,13 +143,6 @@ def test_a_ratio_within_the_control_is_no_difference(ratio: float, is_difference
     assert told.split(" | ")[3] == (f"{ratio:.2f} x" if is_difference else "no difference")
 
 
-def test_as_good_is_not_better() -> None:
-    """Guards: another name of a type called better than it."""
-    assert found_of(FIGURES, "q8", KL).holds is None
-    other = change(FIGURES, reference=changed(FIGURES.reference, "q8", digest="another"))
-    assert (found_of(other, "q8", KL).ratio, found_of(other, "q8", KL).holds) == (1, False)
-
-
 @pytest.mark.parametrize(("size", "holds"), [(1000, True), (990, True), (989, False), (1001, False)])
 def test_the_last_line_has_every_verdict(size: int, holds: bool, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards: a missed bar that is not shown; a budget that was exceeded, or hardly used, called met."""
@@ -164,21 +155,14 @@ def test_the_last_line_has_every_verdict(size: int, holds: bool, capsys: pytest.
 
 
 def test_parts_that_do_not_belong_together_are_named() -> None:
-    """Guards: figures of a recipe that has changed, or of another model, beside the others."""
-    other = change(FIGURES.points, settings={**FIGURES.points.settings, "model": "x", "layers": 7})
-    figures = change(FIGURES, points=other, reference=changed(FIGURES.reference, "q4", digest="another"))
+    """Guards: figures of a recipe that has changed, or of another llama.cpp, beside the others."""
+    other = change(FIGURES.speed, settings={**FIGURES.speed.settings, "kernels": "x"})
+    figures = change(FIGURES, speed=other, reference=changed(FIGURES.reference, "q4", digest="another"))
     assert list(outdated(figures)) == [
         "reference: q4 has other types now",
         "reference: q4, imatrix has other types now",
-        "points and reference differ in model",
-        "points and speed differ in layers",
+        "speed and reference differ in kernels",
     ]
-
-
-def test_candidates_are_no_larger() -> None:
-    """Guards: a candidate for q8 that is better because it is larger."""
-    for hp in (LARGE, HP):
-        assert all(size_of(hp, recipe).n_bytes <= size_of(hp, EIGHT_BASE).n_bytes for recipe in EIGHT)
 
 
 @pytest.mark.parametrize("base_first", [False, True])
@@ -220,20 +204,23 @@ def test_the_cache_adds_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(each.cache_type_k, each.cache_type_v) for each in seen] == [("f32", "f32")]
 
 
-def test_a_model_is_measured(tmp_path: Path) -> None:
+def test_a_model_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a row of another file; an importance matrix that is not used; incomplete predictions in the
-    divergence; a target exceeded; costs of another model.
+    divergence; a target exceeded; costs of another model; a prediction of another divergence.
     """
     folder = write_checkpoint(tmp_path / "checkpoint", form="single")
     text = built_in().content
     subject = Subject("tiny", folder, Text("a", text[:3000]), Text("b", text[3000:6000]))
-    wanted = [Variant(word, imatrix) for imatrix in (False, True) for word in ("F32", "Q8_0", "Q4_0")]
+    wanted = [Variant(word, False) for word in ("F32", "Q8_0", "Q4_0")] + [Variant("Q4_0", True)]
+    monkeypatch.setattr(choices, "ALIKE", ALIKE[:1])
+    monkeypatch.setattr(predicted_error, "TYPES", ["Q4_0"])
+    monkeypatch.setattr(predicted_error, "BITS_PER_WEIGHT", [8.0])
     with prepared(subject, Amount(3, 3, 1, n_context=64)) as bench:
         rows = measure_types(bench, wanted)
         frontier = measure_frontier(bench, [8.0], Costs())
         targets = measure_targets(bench, [1.0], Costs({"output": 3.0}))
         alike = measure_alike(bench)
-        eight = measure_eight(bench)
+        predictions = list(predicted_error.rows(bench, Costs()))
         path = tmp_path / "costs.json"
         start = sensitivity_file.start(read_model(bench.source)[0], None, None)
         sensitivity_file.write_sensitivity(replace(start, weights={"output": 3.0}, imatrix="any"), path)
@@ -241,7 +228,7 @@ def test_a_model_is_measured(tmp_path: Path) -> None:
         sensitivity_file.write_sensitivity(replace(start, weights={"output": 3.0}, source="other"), path)
         with pytest.raises(UsageError, match="another model"):
             costs_from(path, bench.source)
-    exact, eight_bits, four_bits, *_, with_matrix = rows
+    exact, eight_bits, four_bits, with_matrix = rows
     assert exact.kl < 1e-7
     assert 0 < eight_bits.kl < four_bits.kl
     assert with_matrix.kl != four_bits.kl
@@ -251,4 +238,8 @@ def test_a_model_is_measured(tmp_path: Path) -> None:
         assert row.kl_upper == pytest.approx(row.kl, rel=1e-6)
     assert all(row.bits_per_weight <= 8 for row in frontier)
     assert all(row.file_size <= row.budget for row in targets)
-    assert 0 < eight[0].predicted_ratio < 1  # only every third layer has Q6_K, and the model has two
+    assert [(row.type, row.kl) for row, _ in predictions] == [
+        ("Q4_0", four_bits.kl),
+        ("8 bpw", frontier[0].kl),
+    ]
+    assert predictions[0][1] > predictions[1][1] > 0

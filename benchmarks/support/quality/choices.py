@@ -1,6 +1,4 @@
-"""The types that benchmarks/quality.py measures on a model: named ones, the solver's choices for budgets, and
-choices other than our recipes.
-"""
+"""Types that benchmarks/quality.py measures on a model: named ones, and the solver's choices for budgets."""
 
 from __future__ import annotations
 
@@ -11,35 +9,15 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.support.quality.fidelity import Bench
-from benchmarks.support.quality.figures import (
-    AlikeRow,
-    CandidateRow,
-    FidelityRow,
-    PointRow,
-    SizeRow,
-    TargetRow,
-)
-from benchmarks.support.quality.speed import Pair, ratios_of
-from benchmarks.support.quality.variants import (
-    ALIKE,
-    BASE,
-    EIGHT,
-    EIGHT_BASE,
-    LARGE,
-    POINTS,
-    Variant,
-    digest_of,
-    variants,
-)
+from benchmarks.support.quality.figures import AlikeRow, FidelityRow, SizeRow, TargetRow
+from benchmarks.support.quality.variants import ALIKE, BASE, LARGE, Variant, variants
 from benchmarks.support.sizes import size_of, types_digest
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_quantize.budget import sensitivity_file
-from dsmoe_quantize.budget.cost_model import Budget, CostModel
-from dsmoe_quantize.budget.sensitivity import measure
+from dsmoe_quantize.budget.cost_model import Budget
 from dsmoe_quantize.budget.target import Request, solve_target
 from dsmoe_quantize.policy.choice import Overrides
-from dsmoe_quantize.policy.named_recipes import NamedRecipe
 from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import Plan
 
@@ -93,12 +71,6 @@ def measure_types(bench: Bench, wanted: Iterable[Variant]) -> list[FidelityRow]:
     return [bench.measure(bench.plan(variant), variant, variant.digest) for variant in wanted]
 
 
-def measure_recipe(bench: Bench, recipe: NamedRecipe, imatrix: bool) -> FidelityRow:
-    """Measure a recipe that dsmoe-quantize has no name for."""
-    plan = bench.plan_of(recipe, imatrix=imatrix)
-    return bench.measure(plan, Variant(recipe.name, imatrix), digest_of(recipe, imatrix=imatrix))
-
-
 def measure_alike(bench: Bench) -> list[AlikeRow]:
     """Measure what each recipe is compared with, with the recipe's types for embedding and output: in a small
     model both are a larger share than in a large one.
@@ -112,44 +84,6 @@ def measure_alike(bench: Bench) -> list[AlikeRow]:
             plan = bench.plan_of(resolve(base), overrides, imatrix=imatrix)
             digest = types_digest(plan.choices)
             rows.append(AlikeRow(**msgspec.structs.asdict(bench.measure(plan, variant, digest)), base=base))
-    return rows
-
-
-def measure_eight(bench: Bench) -> list[CandidateRow]:
-    """Measure each candidate for q8, with and without an importance matrix."""
-    rows = []
-    for imatrix in (False, True):
-        costs = cost_model_of(bench, imatrix, Costs())
-        base = _predicted(costs, bench.plan_of(resolve(EIGHT_BASE), imatrix=imatrix))
-        for recipe in EIGHT:
-            found = measure_recipe(bench, recipe, imatrix)
-            rows.append(
-                CandidateRow(
-                    recipe.name,
-                    imatrix,
-                    found.digest,
-                    recipe.why,
-                    size_of(LARGE, recipe).n_bytes / size_of(LARGE, EIGHT_BASE).n_bytes,
-                    _predicted(costs, bench.plan_of(recipe, imatrix=imatrix)) / base,
-                    found.file_size,
-                    found.windows,
-                )
-            )
-    return rows
-
-
-def _predicted(costs: CostModel, plan: Plan) -> float:
-    return costs.figures(plan.choices).error
-
-
-def measure_points(bench: Bench, rounds: Mapping[str, Sequence[Pair]]) -> list[PointRow]:
-    """Measure each point without an importance matrix, and join that with its speeds."""
-    rows = []
-    for recipe in POINTS:
-        found, large = measure_recipe(bench, recipe, imatrix=False), size_of(LARGE, recipe)
-        sizes = (large.n_bytes, large.n_bytes_per_token)
-        ratios = ratios_of(rounds[recipe.name])
-        rows.append(PointRow(recipe.name, False, found.digest, recipe.why, *sizes, found.windows, *ratios))
     return rows
 
 
@@ -174,14 +108,6 @@ def measure_targets(bench: Bench, shares: Sequence[float], costs: Costs) -> list
         plan = solved(bench, Budget(size=budget), Variant(f"{share:g}", False), costs)
         found.append(TargetRow(budget, bench.size_of(plan)))
     return found
-
-
-def cost_model_of(bench: Bench, imatrix: bool, costs: Costs) -> CostModel:
-    """Return what each type costs the model."""
-    file, hp = read_model(bench.source)
-    matrix = bench.matrix_if(imatrix)
-    start = replace(sensitivity_file.start(file, matrix, None), weights=costs.weights)
-    return CostModel(file, hp, measure(file, start, matrix, threads=bench.amount.threads), imatrix=matrix)
 
 
 def solved(bench: Bench, budget: Budget, variant: Variant, costs: Costs) -> Plan:

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from benchmarks.support.quality.variants import BASE, EIGHT, POINTS, Variant, digest_of
+from benchmarks.support.quality.variants import BASE, Variant
 
 ROOT = Path(__file__).resolve().parents[3]
 FIGURES = ROOT / "docs" / "quality.json"
@@ -75,31 +75,6 @@ class AlikeRow(FidelityRow, frozen=True):
     base: str = BASE
 
 
-class CandidateRow(Row, frozen=True):
-    """A candidate for q8. `large_ratio` is its size over Q8_0's on the 16B shape, `predicted_ratio` its
-    predicted error over Q8_0's with the built-in costs; `windows` as in `FidelityRow`.
-    """
-
-    about: str
-    large_ratio: float
-    predicted_ratio: float
-    file_size: int
-    windows: Sequence[float]
-
-
-class PointRow(Row, frozen=True):
-    """A choice of types other than our recipes. Bytes are those of the 16B shape, `windows` as in
-    `FidelityRow`, ratios as in `SpeedRow`.
-    """
-
-    about: str
-    n_bytes: int
-    n_bytes_per_token: float
-    windows: Sequence[float]
-    prompt_ratio: Sequence[float]
-    decode_ratio: Sequence[float]
-
-
 class TargetRow(msgspec.Struct, frozen=True):
     """A size that was asked for, and the size of the file made for it, in bytes."""
 
@@ -129,13 +104,12 @@ class Part(msgspec.Struct, Generic[R], frozen=True, kw_only=True):
 
 class Reference(Part[FidelityRow], frozen=True, kw_only=True):
     """The trained reference. `frontier` and `targets` are what the solver makes of budgets, `alike` is what
-    the recipes are compared with, `eight` are the candidates for q8.
+    the recipes are compared with.
     """
 
     frontier: Sequence[FidelityRow]
     targets: Sequence[TargetRow]
     alike: Sequence[AlikeRow]
-    eight: Sequence[CandidateRow]
 
     def alike_row(self, variant: Variant, base: str) -> AlikeRow | None:
         """Return what a recipe is compared with; None if it was not measured."""
@@ -149,7 +123,6 @@ class Figures(msgspec.Struct, frozen=True):
     demo: Part[FidelityRow]
     sizes: Part[SizeRow]
     speed: Part[SpeedRow]
-    points: Part[PointRow]
 
 
 PARTS = Figures.__struct_fields__
@@ -174,30 +147,12 @@ def write_figures(figures: Figures, path: Path = FIGURES) -> None:
 
 def outdated(figures: Figures) -> Iterator[str]:
     """Yield why parts must not be shown beside each other: the types of a row have changed since, or the
-    parts were measured with different kernels, models or settings.
+    parts were measured with different kernels.
     """
-    current = {recipe.name: digest_of(recipe, imatrix=False) for recipe in POINTS}
-    current |= {
-        str(Variant(recipe.name, imatrix)): digest_of(recipe, imatrix=imatrix)
-        for recipe in EIGHT
-        for imatrix in (False, True)
-    }
     for name in PARTS:
         part = getattr(figures, name)
-        rows = [*part.rows, *figures.reference.eight] if name == "reference" else part.rows
-        for row in rows:
-            if row.digest != (current.get(str(row.variant)) or row.variant.digest):
+        for row in part.rows:
+            if row.digest != row.variant.digest:
                 yield f"{name}: {row.variant} has other types now"
-    shared: Mapping[str, tuple[Part[Any], Part[Any], Sequence[str]]] = {
-        "points and reference": (figures.points, figures.reference, _SAME_MODEL),
-        "points and speed": (figures.points, figures.speed, _SAME_TIMING),
-        "demo and reference": (figures.demo, figures.reference, ("kernels",)),
-        "speed and reference": (figures.speed, figures.reference, ("kernels",)),
-    }
-    for names, (one, other, keys) in shared.items():
-        if differ := [key for key in keys if one.settings[key] != other.settings[key]]:
-            yield f"{names} differ in {', '.join(differ)}"
-
-
-_SAME_MODEL = ("model", "text_digest", "n_context", "n_windows", "cache", "predictions", "kernels")
-_SAME_TIMING = ("shape", "layers", "n_prompt", "n_gen", "turns", "threads")
+        if "kernels" in part.settings and part.settings["kernels"] != figures.reference.settings["kernels"]:
+            yield f"{name} and reference differ in kernels"

@@ -25,17 +25,16 @@ from benchmarks.support.quality.figures import (
     FidelityRow,
     Figures,
     Part,
-    PointRow,
     Reference,
     SizeRow,
     SpeedRow,
 )
-from benchmarks.support.quality.variants import BASE, EIGHT_BASE, OURS, POINTS_BASE, Variant
+from benchmarks.support.quality.variants import BASE, OURS, Variant
 from benchmarks.support.runner import is_difference
 from benchmarks.support.tables import Column, markdown, markdown_of
 
 _WORDS = {False: "without", True: "with"}
-_HOLDS = {True: "met", False: "**MISSED**", None: "the same types"}
+_HOLDS = {True: "met", False: "**MISSED**"}
 _NO_DIFFERENCE = "no difference"
 
 
@@ -44,10 +43,8 @@ def all_tables(figures: Figures) -> dict[str, str]:
     return {
         "settings": settings_table(figures),
         "bars": bars_table(figures),
-        "points": points_table(figures),
         "reference": fidelity_table(figures.reference),
         "alike": alike_table(figures.reference),
-        "q8": eight_table(figures.reference),
         "frontier": frontier_table(figures.reference),
         "targets": targets_table(figures.reference),
         "sizes": sizes_table(figures.sizes),
@@ -69,14 +66,14 @@ def summary_table(figures: Figures) -> str:
     return markdown(heads, "lrrrrr", rows)
 
 
-def _alike_ratio(part: Reference, word: str, windows: Sequence[float] = ()) -> float:
-    """Return the ratio of a recipe's divergence, or of `windows`, to the divergence of the base with the
-    recipe's embedding and output, without an importance matrix.
+def _alike_ratio(part: Reference, word: str) -> float:
+    """Return the ratio of a recipe's divergence to that of the base with the recipe's embedding and output,
+    without an importance matrix.
     """
     variant = Variant(word, False)
     alike = part.alike_row(variant, BASE)
     assert alike is not None
-    return ratio_of(windows or part.row(variant).windows, alike.windows)[0]
+    return ratio_of(part.row(variant).windows, alike.windows)[0]
 
 
 def named(word: str) -> str:
@@ -191,48 +188,6 @@ def alike_table(part: Reference) -> str:
         ("95%", "l", lambda base: _interval(ours(base).windows, base.windows)),
     )
     return markdown_of(columns, part.alike)
-
-
-def eight_table(part: Reference) -> str:
-    """Compare the candidates for q8 with Q8_0."""
-    bases = {imatrix: part.row(Variant(EIGHT_BASE, imatrix)) for imatrix in (False, True)}
-    columns: Sequence[Column] = (
-        ("Q8_0, but", "l", lambda row: row.about),
-        _IMATRIX,
-        ("size of 16B", "r", lambda row: f"{row.large_ratio:.3f} x"),
-        ("size here", "r", lambda row: _ratio(row.file_size, bases[row.imatrix].file_size)),
-        ("KL, 1e-3", "r", lambda row: f"{1e3 * statistics.mean(row.windows):.4f}"),
-        ("KL of Q8_0, 1e-3", "r", lambda row: f"{1e3 * bases[row.imatrix].kl:.4f}"),
-        ("ratio", "r", lambda row: _divergences(row.windows, bases[row.imatrix].windows)),
-        ("95%", "l", lambda row: _interval(row.windows, bases[row.imatrix].windows)),
-        ("predicted from built-in costs", "r", lambda row: f"{row.predicted_ratio:.2f} x"),
-    )
-    return markdown_of(columns, part.eight)
-
-
-def points_table(figures: Figures) -> str:
-    """Compare our recipes and other choices with the base, without an importance matrix."""
-    large = figures.sizes.row(Variant(BASE, False))
-    controls = [control_of(figures.speed, measure) for measure in (PROMPT, DECODE)]
-
-    def line(
-        name: str, sizes: SizeRow | PointRow, windows: Sequence[float], like: str, speed: SpeedRow | PointRow
-    ) -> list[str]:
-        return [
-            name,
-            _ratio(sizes.n_bytes, large.n_bytes),
-            _ratio(sizes.n_bytes_per_token, large.n_bytes_per_token),
-            f"{_alike_ratio(figures.reference, like, windows):.3f} x",
-            *map(spread, (speed.prompt_ratio, speed.decode_ratio), controls),
-        ]
-
-    rows = []
-    for word in COMPARED:
-        variant = Variant(word, False)
-        sizes, speed = figures.sizes.row(variant), figures.speed.row(variant)
-        rows.append(line(named(word), sizes, figures.reference.row(variant).windows, word, speed))
-    rows += [line(row.about, row, row.windows, POINTS_BASE, row) for row in figures.points.rows]
-    return markdown(("", "size", "bytes per token", KL, "prompt", "decode"), "lrrrrr", rows)
 
 
 def spread(ratios: Sequence[float], control: float) -> str:

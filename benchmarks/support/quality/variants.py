@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
 from benchmarks.support.reference_shape import HP
 from benchmarks.support.sizes import choices_of, types_digest
 from dsmoe_local.model.presets import PRESETS
-from dsmoe_quantize.policy.named_recipes import RECIPES, NamedRecipe, TypeWords
-from dsmoe_quantize.policy.types import TypeChoice
+from dsmoe_quantize.policy.named_recipes import RECIPES
 
 BASE = "Q4_K_M"
 """What our recipes are compared with."""
@@ -38,7 +37,7 @@ class Variant:
 
     @property
     def digest(self) -> str:
-        """See `digest_of`."""
+        """A digest of the types that the tensors of the 16B and of the trained reference get."""
         return _digest(self.word, self.imatrix)
 
 
@@ -62,59 +61,5 @@ def timed_variants() -> Iterator[Variant]:
 
 @cache
 def _digest(word: str, imatrix: bool) -> str:
-    return digest_of(word, imatrix=imatrix)
-
-
-def digest_of(wanted: str | TypeChoice, *, imatrix: bool) -> str:
-    """Return a digest of the types that the tensors of the 16B and of the trained reference get."""
-    parts = [types_digest(choices_of(hp, wanted, imatrix=imatrix)) for hp in (LARGE, HP)]
+    parts = [types_digest(choices_of(hp, word, imatrix=imatrix)) for hp in (LARGE, HP)]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:_DIGITS]
-
-
-EIGHT_BASE = "Q8_0"
-
-
-def _eight(name: str, why: str, types: Mapping[str, TypeWords]) -> NamedRecipe:
-    return NamedRecipe(name, why, EIGHT_BASE, {"": EIGHT_BASE, **types})
-
-
-EIGHT = (
-    _eight(
-        "q8-value",
-        "attention values in F16, for routed gate and up in Q6_K in every third layer",
-        {"attention-value": "F16", "routed-gate-up": {"Q6_K": "every-third", EIGHT_BASE: "others"}},
-    ),
-    _eight(
-        "q8-output",
-        "the output in F16, for routed gate and up in Q6_K",
-        {"output": "F16", "routed-gate-up": "Q6_K"},
-    ),
-    _eight(
-        "q8-attention",
-        "all of attention in F16, for every gate and up in Q6_K",
-        {"attention": "F16", "dense-gate-up": "Q6_K", "shared-gate-up": "Q6_K", "routed-gate-up": "Q6_K"},
-    ),
-)
-"""Candidates for q8, which stays another name of Q8_0 unless one is better at the same size. Each keeps some
-tensors in F16 and has Q6_K where most of the weights are. None is larger than Q8_0, neither on the 16B shape
-nor on the reference.
-"""
-
-POINTS_BASE = "q4-fast"
-
-
-def _point(name: str, why: str, types: Mapping[str, TypeWords]) -> NamedRecipe:
-    return NamedRecipe(name, f"`{POINTS_BASE}`, but {why}", BASE, {**RECIPES[POINTS_BASE].types, **types})
-
-
-POINTS = (
-    _point("gate-up-q4-k", "routed gate and up in Q4_K in all layers", {"routed-gate-up": "Q4_K"}),
-    _point("gate-up-iq4-xs", "routed gate and up in IQ4_XS in all layers", {"routed-gate-up": "IQ4_XS"}),
-    _point("query-key-q5-k", "queries and keys in Q5_K", {"attention-query-key": "Q5_K"}),
-    _point(
-        "five-bits",
-        "attention and shared experts in Q5_K, routed gate and up in Q4_K",
-        {"attention": "Q5_K", "shared": "Q5_K", "routed-gate-up": "Q4_K"},
-    ),
-)
-"""Other choices where the bars conflict: the types that read prompts fastest do not decode fastest."""
