@@ -135,10 +135,10 @@ class _Bench:
         """Measure all models. Raises the errors of loading and measuring."""
         from dsmoe_local.engine.load.machine import physical_cores
         from dsmoe_local.evaluate.speed.machine import look_at_machine
-        from dsmoe_local.model.gguf_model import read_model
+        from dsmoe_local.model.gguf_model import read_any_model
 
         # Report a bad file before measuring the others, which takes minutes.
-        are_moe = [read_model(path)[1].is_moe for path in paths]
+        are_moe = [read_any_model(path)[1].is_moe for path in paths]
         # The engine reports numbers out of range.
         n_threads = min(max(1, self._values["n_threads"] or physical_cores()), _MOST_THREADS)
         self._machine = run_with_progress(

@@ -197,18 +197,19 @@ def within_training(options: ModelOptions) -> ModelOptions:
     Beyond it replies are nonsense, and the KV cache fills the memory. A model with RoPE scaling is made for
     longer contexts and gets what was asked for.
     """
-    from dsmoe_local.model.gguf_model import read_model
+    from dsmoe_local.model.gguf_model import read_any_model
+    from dsmoe_local.model.gguf_outline import scales_rope
 
     if options.n_context is None:
         return options
-    hp = read_model(options.path)[1]
-    if options.n_context <= hp.n_context or hp.rope_scaling is not None:
+    file, outline = read_any_model(options.path)
+    if options.n_context <= outline.n_context or scales_rope(file):
         return options
     click.echo(
-        f"note: -c {options.n_context} is reduced to {hp.n_context}: the model was trained for no more",
+        f"note: -c {options.n_context} is reduced to {outline.n_context}: the model was trained for no more",
         err=True,
     )
-    return replace(options, n_context=hp.n_context)
+    return replace(options, n_context=outline.n_context)
 
 
 def load_engine(

@@ -117,26 +117,34 @@ class Core:
             self._perform(operation)
         for sequence in step.full:
             self._end(sequence, FinishReason.CONTEXT_FULL)
-        if step.rows:
+        context = self._loaded.context
+        incomplete = [each for each in step.reused if not context.can_continue(each.slot, each.n_cached)]
+        for sequence in incomplete:
+            self.scheduler.restart(sequence)
+        # The other rows are planned again, since restarting changes what fits.
+        if step.rows and not incomplete:
             self._decode(step)
 
     # Only while idle.
 
     def save_cache(self, path: Path, token_ids: list[int], start: int) -> int:
         """See TextEngine. The file is not synced."""
-        if not self.idle or self._loaded.limits.deterministic:
+        if not self._can_move_cache():
             return 0
         self._apply_operations()
         return idle_operations.save_cache(self._loaded, self.scheduler.cache, path, token_ids, start)
 
     def load_cache(self, path: Path, token_ids: list[int]) -> int:
         """See TextEngine."""
-        if not self.idle or self._loaded.limits.deterministic:
+        if not self._can_move_cache():
             return 0
         self._apply_operations()
         return idle_operations.load_cache(
             self._loaded, self.scheduler.cache, self._apply_operations, path, token_ids
         )
+
+    def _can_move_cache(self) -> bool:
+        return self.idle and not self._loaded.limits.deterministic and self._loaded.model.has_plain_cache
 
     def set_observers(self, options: tuple[ObserverOptions, ...]) -> None:
         """See TextEngine. Sets `lost` if the context is closed and a new one cannot be created."""

@@ -126,11 +126,11 @@ def exchange_observers(
 def _saved(context: native.Context) -> Iterator[memoryview | None]:
     """Save the cache to an unnamed file and yield its mapping. Unlike memory, it can be written to disk.
 
-    Yields None if the disk is full or the cache is not unified.
+    Yields None if the disk is full, or the cache is not unified or not plain.
     """
     with ExitStack() as opened:
         mapped = None
-        if context.options.unified:
+        if context.options.unified and context.model.has_plain_cache:
             with suppress(OSError):
                 folder = cache_folder()
                 folder.mkdir(parents=True, exist_ok=True)

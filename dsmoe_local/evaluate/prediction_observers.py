@@ -26,7 +26,7 @@ from dsmoe_local.engine.observe.registry import Entry
 from dsmoe_local.engine.types import Observation
 from dsmoe_local.evaluate.reference_files import Prediction, PredictionReader, PredictionWriter
 from dsmoe_local.evaluate.results import Divergence, Estimate, Perplexity, to_json
-from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.hyperparameters import ModelOutline
 
 if TYPE_CHECKING:
     from dsmoe_local.engine.native import Model, Row
@@ -52,7 +52,7 @@ class PredictionRecorder(Observer):
     def __init__(
         self,
         model: Model,
-        hp: Hyperparameters,
+        outline: ModelOutline,
         *,
         path: str,
         top: int = DEFAULT_TOP,
@@ -65,11 +65,11 @@ class PredictionRecorder(Observer):
             raise UsageError(f"reference: mass = {mass} is out of range", remedy="it takes 0 to 1")
         self._top, self._mass = top, mass
         # At least one token is above the floor: the likeliest has 1 / n_vocab or more.
-        self._floor = math.log(min(_FLOOR, 0.5 / hp.n_vocab)) if mass < 1 else -math.inf
+        self._floor = math.log(min(_FLOOR, 0.5 / outline.n_vocab)) if mass < 1 else -math.inf
         self._n_tokens = self._n_entries = 0
         self._tail = 0.0
         self._path = Path(path)
-        self._writer = PredictionWriter(self._path, hp.n_vocab)
+        self._writer = PredictionWriter(self._path, outline.n_vocab)
 
     def after_step(self, rows: Sequence[Row], logits: StepLogits, scored: Sequence[Scored | None]) -> None:
         """See Observer."""
@@ -118,13 +118,13 @@ class PredictionComparer(Observer):
 
     reads_logits = True
 
-    def __init__(self, model: Model, hp: Hyperparameters, *, path: str) -> None:
+    def __init__(self, model: Model, outline: ModelOutline, *, path: str) -> None:
         super().__init__()
         self._reference = PredictionReader(Path(path))
-        if self._reference.n_vocab != hp.n_vocab:
+        if self._reference.n_vocab != outline.n_vocab:
             self._reference.close()
             raise UsageError(
-                f"the reference's model has {self._reference.n_vocab} tokens, this one has {hp.n_vocab}",
+                f"the reference's model has {self._reference.n_vocab} tokens, this one has {outline.n_vocab}",
                 where=path,
                 remedy="compare models with the same tokenizer",
             )

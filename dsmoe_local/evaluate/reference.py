@@ -30,7 +30,7 @@ from dsmoe_local.evaluate.measure import measure, name_of
 from dsmoe_local.evaluate.reference_files import Routers, routers_of
 from dsmoe_local.evaluate.results import Comparison, Divergence, Evaluation, Perplexity, RoutingFidelity
 from dsmoe_local.evaluate.windows import Windows
-from dsmoe_local.model.gguf_model import read_model
+from dsmoe_local.model.gguf_model import read_any_model
 
 MAX_ENTRIES = 2048
 """The largest number of entries of a prediction, for vocabularies above COMPLETE_VOCABULARY."""
@@ -93,16 +93,16 @@ class Reference:
 
     def has_routers_of(self, model: Path) -> bool:
         """Return True if the model in this file has the same routers."""
-        return self.routers is not None and self.routers == routers_of(read_model(model)[1])
+        return self.routers is not None and self.routers == routers_of(read_any_model(model)[1])
 
 
 def recorders(folder: Path, model: Path) -> tuple[ObserverOptions, ...]:
     """Return the observers that record a reference in `folder`. Load the model with them before `record`."""
-    hp = read_model(model)[1]
-    mass = {"mass": 1.0} if hp.n_vocab <= COMPLETE_VOCABULARY else {}
+    outline = read_any_model(model)[1]
+    mass = {"mass": 1.0} if outline.n_vocab <= COMPLETE_VOCABULARY else {}
     path = folder / _PREDICTIONS
-    predictions = observer_options("reference", path, top=_max_entries(hp.n_vocab), **mass)
-    if not hp.is_moe:
+    predictions = observer_options("reference", path, top=_max_entries(outline.n_vocab), **mass)
+    if routers_of(outline) is None:
         return (predictions,)
     return (predictions, observer_options("routing_reference", folder / _CHOICES))
 
@@ -124,7 +124,7 @@ def record(
     stop: threading.Event | None = None,
 ) -> tuple[Reference, Evaluation]:
     """Measure and record a model loaded with `recorders`. Raises the errors of `measure`, and FileError."""
-    routers = routers_of(read_model(engine.info.path)[1])
+    routers = routers_of(read_any_model(engine.info.path)[1])
     bytes_per_token = 8 * _max_entries(engine.info.n_vocab)
     if routers is not None:
         bytes_per_token += 2 * routers.n_layers * (routers.n_experts + 16)

@@ -41,7 +41,7 @@ import numpy.typing as npt
 
 from dsmoe_local.base.durable import locked, publish, sync
 from dsmoe_local.base.errors import FileError, FormatError
-from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.hyperparameters import Hyperparameters, ModelOutline
 
 COST_STEP = 2.0**-11
 
@@ -337,9 +337,11 @@ class Routers(NamedTuple):
     n_experts: int
 
 
-def routers_of(hp: Hyperparameters) -> Routers | None:
-    """Return the routers of a model, or None if it is dense."""
-    return Routers(hp.n_dense_layers, hp.n_moe_layers, hp.n_routed_experts) if hp.is_moe else None
+def routers_of(outline: ModelOutline) -> Routers | None:
+    """Return the routers of a model; None if it is dense, or no table describes it."""
+    if not isinstance(outline, Hyperparameters) or not outline.is_moe:
+        return None
+    return Routers(outline.n_dense_layers, outline.n_moe_layers, outline.n_routed_experts)
 
 
 @dataclass(frozen=True, slots=True)

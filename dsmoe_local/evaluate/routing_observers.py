@@ -67,6 +67,7 @@ class _ScoredRouting(Observer):
 
     reads_graph = True
     reads_logits = True
+    needs_table = "a comparison of routing"
 
     def __init__(self, model: Model, hp: Hyperparameters) -> None:
         super().__init__()

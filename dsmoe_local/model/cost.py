@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from dsmoe_local.model.ggml import GgmlType, Tensor, parse_type, row_bytes
-from dsmoe_local.model.hyperparameters import Hyperparameters
-from dsmoe_local.model.layout import Role, TensorSpec, role_of, tensor_specs
+from dsmoe_local.model.hyperparameters import Hyperparameters, ModelOutline
+from dsmoe_local.model.layout import Role, TensorSpec, is_for_more_tokens, role_of, tensor_specs
 
 PAPER_TOKENS = 4096
 """The paper counts FLOPs for sequences of 4K tokens."""
@@ -65,16 +65,14 @@ def _used_weights(hp: Hyperparameters, spec: TensorSpec) -> int:
     return spec.n_weights
 
 
-def kv_bytes_per_token(hp: Hyperparameters, keys: str = "f16", values: str = "f16") -> int:
+def kv_bytes_per_token(hp: ModelOutline, keys: str = "f16", values: str = "f16") -> int:
     """Return the bytes that one token of context takes in the KV cache, for the types of keys and values.
 
     MLA has a cache of keys only: values are the first columns of a key. Raises UsageError if a type is
     unknown.
     """
-    per_layer = row_bytes(parse_type(keys), hp.n_cache_heads * hp.cache_key_dim)
-    if not hp.is_mla:
-        per_layer += row_bytes(parse_type(values), hp.value_size)
-    return hp.n_layers * per_layer
+    n_keys, n_values = hp.cache_columns
+    return row_bytes(parse_type(keys), n_keys) + row_bytes(parse_type(values), n_values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,18 +107,30 @@ def _share(hp: Hyperparameters, role: Role, tensors: list[Tensor]) -> Share:
     )
 
 
-def bytes_per_token(hp: Hyperparameters, tensors: Iterable[Tensor]) -> float:
+def bytes_per_token(hp: ModelOutline, tensors: Iterable[Tensor]) -> float:
     """Return the bytes of weights that are read to decode one token."""
     return sum(tensor.n_bytes * read_fraction(hp, tensor.name) for tensor in tensors)
 
 
-def read_fraction(hp: Hyperparameters, name: str) -> float:
+def activated_weights(hp: ModelOutline, tensors: Iterable[Tensor]) -> int:
+    """Return the number of weights that one token uses. As in `parameters`, embeddings count in full."""
+    return sum(
+        tensor.n_weights
+        if role_of(tensor.name) is Role.EMBEDDING
+        else round(tensor.n_weights * read_fraction(hp, tensor.name))
+        for tensor in tensors
+    )
+
+
+def read_fraction(hp: ModelOutline, name: str) -> float:
     """Return the fraction of a tensor that is read to decode one token.
 
     Only the chosen routed experts are read, and one row of the embedding. An embedding that is also the
-    output is read once more as a whole.
+    output is read once more as a whole. Layers for multi-token prediction are not read.
     """
     role = role_of(name)
+    if is_for_more_tokens(name, hp):
+        return 0.0
     if role is Role.ROUTED_EXPERT:
         return hp.n_experts_per_token / hp.n_routed_experts
     if role is Role.EMBEDDING:

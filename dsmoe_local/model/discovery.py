@@ -172,15 +172,15 @@ def note_use(path: Path) -> None:
 def describe(model: KnownModel) -> ModelDescription:
     """Read a model's header. If the file cannot be used, the result gives the reason."""
     from dsmoe_local.model.file_type import file_type_name
-    from dsmoe_local.model.gguf_model import read_model
+    from dsmoe_local.model.gguf_model import read_any_model
 
     try:
-        file, hp = read_model(model.path)
+        file, outline = read_any_model(model.path)
     except DsmoeError as error:
         split = SplitName.of(model.path)
         n_bytes = sum(map(_size, split.paths if split else [model.path]))
         return ModelDescription(model, n_bytes, reason=error.what)
-    return ModelDescription(model, file.size, file_type_name(file), hp.n_context, hp.name)
+    return ModelDescription(model, file.size, file_type_name(file), outline.n_context, outline.name)
 
 
 def _recent_path() -> Path:

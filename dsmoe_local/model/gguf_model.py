@@ -6,12 +6,10 @@ refused here, and computes wrong results with others (src/llama-model.cpp).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import numpy as np
 from gguf.constants import ExpertGatingFuncType, GGUFValueType
 
 from dsmoe_local.base.errors import FormatError
@@ -20,20 +18,24 @@ from dsmoe_local.model.architectures import ARCHITECTURES
 from dsmoe_local.model.architectures.table import REQUIRED, Parameter
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import Field, GgufFile, TensorInfo
+from dsmoe_local.model.gguf_keys import Keys, shortest_float
+from dsmoe_local.model.gguf_outline import NOT_WEIGHTS, architecture_of, outline_of
 from dsmoe_local.model.gguf_split import read_parts
 from dsmoe_local.model.gguf_vocabulary import check_vocabulary
-from dsmoe_local.model.hyperparameters import Gating, Hyperparameters, RopeScaling
+from dsmoe_local.model.hyperparameters import Gating, Hyperparameters, ModelOutline, RopeScaling
 from dsmoe_local.model.layout import Role, is_for_more_tokens, tensor_specs
 
-_NOT_WEIGHTS = frozenset(
-    kind for kind in GgmlType if kind.name in {"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"}
-)
 _GATING: Mapping[Gating, ExpertGatingFuncType] = {
     Gating.SOFTMAX: ExpertGatingFuncType.SOFTMAX,
     Gating.SIGMOID: ExpertGatingFuncType.SIGMOID,
 }
 _NO_GATING = 0
 _MAX_MTP_LAYERS = 16
+_OTHERS = "other models can only chat, batch, bench and eval"
+
+
+class UnknownModelError(FormatError):
+    """No table describes the tensors of a model, but llama.cpp may know them."""
 
 
 def read_model(path: Path) -> tuple[GgufFile, Hyperparameters]:
@@ -43,15 +45,36 @@ def read_model(path: Path) -> tuple[GgufFile, Hyperparameters]:
     the vocabulary is not what the architecture needs.
     """
     file = read_parts(path)
-    hp = hyperparameters_of(file)
-    _check_tensors(file, hp)
+    hp = _described(file)
     check_vocabulary(file)
     return file, hp
 
 
-def loaded_tensors(file: GgufFile, hp: Hyperparameters) -> list[TensorInfo]:
+def loaded_tensors(file: GgufFile, outline: ModelOutline) -> list[TensorInfo]:
     """Return the tensors of a file that llama.cpp loads."""
-    return [tensor for tensor in file.tensors.values() if not is_for_more_tokens(tensor.name, hp)]
+    return [tensor for tensor in file.tensors.values() if not is_for_more_tokens(tensor.name, outline)]
+
+
+def read_any_model(path: Path) -> tuple[GgufFile, ModelOutline]:
+    """Return the header and an outline of a model that llama.cpp can run, whatever its architecture.
+
+    The outline is Hyperparameters if `read_model` accepts the file. Raises FileError if the file cannot be
+    read, and FormatError if its structure, a value or the vocabulary is malformed, or if the model does not
+    generate text.
+    """
+    file = read_parts(path)
+    try:
+        outline: ModelOutline = _described(file)
+    except UnknownModelError:
+        outline = outline_of(file)
+    check_vocabulary(file)
+    return file, outline
+
+
+def _described(file: GgufFile) -> Hyperparameters:
+    hp = hyperparameters_of(file)
+    _check_tensors(file, hp)
+    return hp
 
 
 def hyperparameters_of(file: GgufFile) -> Hyperparameters:
@@ -62,67 +85,19 @@ def hyperparameters_of(file: GgufFile) -> Hyperparameters:
     return _Metadata(file).hyperparameters()
 
 
-class _Metadata:
-    """Typed, range-checked access to the keys of one architecture."""
+class _Metadata(Keys):
+    """Reads hyper-parameters by the table of the file's architecture."""
 
     def __init__(self, file: GgufFile) -> None:
-        self.file = file
-        found = file.get("general.architecture")
-        if found is None and file.get("general.type") == "imatrix":
-            raise FormatError(
-                "this is an importance matrix, not a model",
+        name = architecture_of(file)
+        if name not in ARCHITECTURES:
+            raise UnknownModelError(
+                f"there is no table of the tensors of {safe_line(name, 40)!r} models",
                 where=file.path,
-                remedy="use it with dsmoe-quantize --imatrix",
+                remedy=f"there is one for: {', '.join(ARCHITECTURES)}; {_OTHERS}",
             )
-        if not isinstance(found, str) or found not in ARCHITECTURES:
-            raise FormatError(
-                f"the architecture {safe_line(str(found), 40)!r} is not supported",
-                where=file.path,
-                remedy=f"supported: {', '.join(ARCHITECTURES)}",
-            )
-        self.architecture = ARCHITECTURES[found]
-
-    def refuse(self, key: str, value: object, accepted: str) -> NoReturn:
-        raise FormatError(
-            f"{key} = {safe_line(str(value), 60)} is not valid",
-            where=self.file.path,
-            remedy=f"accepted: {accepted}; convert the model again",
-        )
-
-    def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
-        key = f"{self.architecture.name}.{key}"
-        field = self.file.metadata.get(key)
-        if field is None:
-            if default is None:
-                self.refuse(key, "(missing)", f"a number from {low} to {high}")
-            return default
-        if field.type is not GGUFValueType.UINT32 or not low <= field.value <= high:
-            self.refuse(key, field.value, f"an unsigned 32-bit number from {low} to {high}")
-        return int(field.value)
-
-    def number(self, key: str, low: float, high: float, default: float | None = None) -> float:
-        key = f"{self.architecture.name}.{key}"
-        field = self.file.metadata.get(key)
-        if field is None:
-            if default is None:
-                self.refuse(key, "(missing)", f"a number from {low:g} to {high:g}")
-            return default
-        if field.type is not GGUFValueType.FLOAT32 or not math.isfinite(field.value):
-            self.refuse(key, field.value, "a finite 32-bit float")
-        # For example 1e-06 instead of 9.999999974752427e-07.
-        value = shortest_float(field.value)
-        if not low <= value <= high:
-            self.refuse(key, value, f"a number from {low:g} to {high:g}")
-        return value
-
-    def flag(self, key: str, default: bool | None = None) -> bool:
-        key = f"{self.architecture.name}.{key}"
-        field = self.file.metadata.get(key)
-        if field is None and default is not None:
-            return default
-        if field is None or field.type is not GGUFValueType.BOOL:
-            self.refuse(key, "(missing)" if field is None else field.value, "true or false")
-        return bool(field.value)
+        super().__init__(file, name)
+        self.architecture = ARCHITECTURES[name]
 
     def gating(self, key: str, parameter: Parameter) -> Gating:
         """Return the router's function. Old files do not have the key, or 0."""
@@ -140,6 +115,12 @@ class _Metadata:
         """Refuse keys that select another graph, with which llama.cpp aborts or gives wrong results."""
         for key, accepted in self.architecture.gguf_values.items():
             value = self.file.get(f"{self.architecture.name}.{key}", accepted[0])
+            if value not in accepted and key == "expert_count":
+                raise UnknownModelError(
+                    f"there is no table of the tensors of {self.prefix!r} models with experts",
+                    where=self.file.path,
+                    remedy=_OTHERS,
+                )
             if value not in accepted:
                 self.refuse(f"{self.architecture.name}.{key}", value, " or ".join(map(str, accepted)))
 
@@ -195,13 +176,6 @@ class _Metadata:
                 key = keys.get(field, field)
                 self.refuse(f"{hp.architecture}.{key}", getattr(hp, field), accepted)
 
-    def vocabulary_size(self) -> int:
-        """Return the number of tokens. `check_vocabulary` checks that they are strings."""
-        tokens = self.file.get("tokenizer.ggml.tokens", [])
-        if not isinstance(tokens, list):
-            self.refuse("tokenizer.ggml.tokens", tokens, "a list")
-        return len(tokens)
-
     def rope_scaling(self) -> RopeScaling | None:
         prefix = f"{self.architecture.name}.rope"
         old_factor = self.number("rope.scale_linear", 0.0, 1e6, 0.0)
@@ -228,9 +202,22 @@ class _Metadata:
 
 
 def _check_tensors(file: GgufFile, hp: Hyperparameters) -> None:
-    """Raise FormatError unless the file has exactly the tensors that the graph needs, in their shapes."""
+    """Raise FormatError unless the file has exactly the tensors that the graph needs, in their shapes.
+
+    It is UnknownModelError if there are others: they may replace some, which are then missing.
+    """
     specs = {spec.name: spec for spec in tensor_specs(hp)}
     remedy = "the tensors do not match the file's metadata; convert the model again"
+    ignored = ARCHITECTURES[hp.architecture].ignored
+    for other in file.tensors.values():
+        if other.name in specs or is_for_more_tokens(other.name, hp):
+            continue
+        if ignored is None or not ignored.fullmatch(other.name) or other.type is not GgmlType.F32:
+            raise UnknownModelError(
+                f"the tensor {safe_line(other.name, 60)} is not part of a {hp.architecture} model",
+                where=file.path,
+                remedy=remedy,
+            )
     for name, spec in specs.items():
         info = file.tensors.get(name)
         if info is None:
@@ -242,27 +229,14 @@ def _check_tensors(file: GgufFile, hp: Hyperparameters) -> None:
                 where=file.path,
                 remedy=remedy,
             )
-        if info.type in _NOT_WEIGHTS or (spec.role is Role.NORM and info.type is not GgmlType.F32):
+        if info.type in NOT_WEIGHTS or (spec.role is Role.NORM and info.type is not GgmlType.F32):
             raise FormatError(
                 f"the tensor {name} must not have the type {info.type.name}",
                 where=file.path,
                 remedy=remedy,
             )
-    ignored = ARCHITECTURES[hp.architecture].ignored
-    for name, info in file.tensors.items():
-        if name in specs or is_for_more_tokens(name, hp):
-            continue
-        if ignored is None or not ignored.fullmatch(name) or info.type is not GgmlType.F32:
-            raise FormatError(
-                f"the tensor {safe_line(name, 60)} is not part of a {hp.architecture} model",
-                where=file.path,
-                remedy=remedy,
-            )
 
 
-def shortest_float(value: float) -> float:
-    """Return the number with the fewest decimal digits that rounds to the same 32-bit float."""
-    return float(str(np.float32(value)))
 
 
 def metadata_of(hp: Hyperparameters) -> dict[str, Field]:

@@ -40,16 +40,52 @@ class RopeScaling:
         return 1 + 0.1 * math.log(max(1.0, self.factor))
 
 
-@dataclass(frozen=True, slots=True)
-class Hyperparameters:
-    """Widths and counts of one model. A dense model has no experts and `n_dense_layers == n_layers`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOutline:
+    """What an engine needs to know of a model, whatever its architecture.
 
-    `architecture` is the name in GGUF files, which `architectures` describes.
+    `architecture` is the name in GGUF files. `n_mtp_layers` are the layers for multi-token prediction that a
+    file has after the `n_layers` others. Nothing here uses them. With
+    `tied_embeddings` the embedding is also the output matrix, and there is no output tensor. `cache_columns`
+    are the columns of keys and of values that a token has in the KV caches of all layers together.
+    """
+
+    architecture: str
+    n_layers: int
+    n_vocab: int
+    n_context: int
+    n_routed_experts: int = 0
+    n_experts_per_token: int = 0
+    tied_embeddings: bool = False
+    name: str = ""
+    cache_columns: tuple[int, int] = (0, 0)
+    n_mtp_layers: int = 0
+
+    @property
+    def is_moe(self) -> bool:
+        """True if any layer has routed experts."""
+        return self.n_routed_experts > 0
+
+    @property
+    def n_choosable_experts(self) -> int:
+        """The most experts that a token can use."""
+        return self.n_routed_experts
+
+    @property
+    def n_stored_layers(self) -> int:
+        """Number of layers in the file, with those for multi-token prediction."""
+        return self.n_layers + self.n_mtp_layers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hyperparameters(ModelOutline):
+    """Widths and counts of a model whose architecture is one of `architectures`.
+
+    A dense model has no experts and `n_dense_layers == n_layers`.
 
     Layers 0 … n_dense_layers - 1 have a dense FFN of `ffn_size` neurons. The others have `n_routed_experts`
     experts of `expert_size` neurons, of which a router chooses `n_experts_per_token`, and `n_shared_experts`
-    of `shared_expert_size` neurons that every token uses (stored fused, as one FFN of `shared_size`). With
-    `tied_embeddings` the embedding is also the output matrix, and there is no output tensor.
+    of `shared_expert_size` neurons that every token uses (stored fused, as one FFN of `shared_size`).
 
     `head_dim` is the width of a query or key head, `value_dim` that of a value head. The last or first
     `rotary_dim` values of a head are rotated. With multi-head latent attention (MLA, arXiv 2405.04434),
@@ -63,31 +99,20 @@ class Hyperparameters:
     choice. With `n_expert_groups` above 1, experts are chosen from the best `n_groups_per_token` groups. The
     chosen probabilities are divided by their sum with `normalized_weights`, then multiplied by
     `routed_scaling_factor`.
-
-    `n_mtp_layers` are the layers for multi-token prediction that a file has after the others. Nothing here
-    uses them.
     """
 
-    architecture: str
-    n_layers: int
     hidden_size: int
     n_heads: int
     n_kv_heads: int
     head_dim: int
     ffn_size: int
-    n_vocab: int
-    n_context: int
     n_dense_layers: int
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
-    n_routed_experts: int = 0
     n_shared_experts: int = 0
-    n_experts_per_token: int = 0
     expert_size: int = 0
     routed_scaling_factor: float = 1.0
-    tied_embeddings: bool = False
-    name: str = ""
     value_dim: int = 0
     rotary_dim: int = 0
     query_rank: int = 0
@@ -100,10 +125,9 @@ class Hyperparameters:
     n_groups_per_token: int = 1
     has_qkv_bias: bool = False
     has_qk_norm: bool = False
-    n_mtp_layers: int = 0
 
     def __post_init__(self) -> None:
-        """Set the widths that are 0, and so have their usual values."""
+        """Set the widths that are 0, and so have their usual values, and `cache_columns`."""
         usual = {
             "value_dim": self.head_dim,
             "rotary_dim": self.head_dim,
@@ -112,11 +136,10 @@ class Hyperparameters:
         for field, value in usual.items():
             if not getattr(self, field):
                 object.__setattr__(self, field, value)
-
-    @property
-    def is_moe(self) -> bool:
-        """True if any layer has routed experts."""
-        return self.n_routed_experts > 0
+        # With MLA, values are columns of the key.
+        columns = (self.n_cache_heads * self.cache_key_dim, 0 if self.is_mla else self.value_size)
+        keys, values = (self.n_layers * width for width in columns)
+        object.__setattr__(self, "cache_columns", (keys, values))
 
     @property
     def n_moe_layers(self) -> int:
@@ -194,11 +217,6 @@ class Hyperparameters:
     def cache_value_dim(self) -> int:
         """Width of a value head in attention. With MLA these are the first columns of the key."""
         return self.kv_rank if self.is_mla else self.value_dim
-
-    @property
-    def n_stored_layers(self) -> int:
-        """Number of layers in the file, with those for multi-token prediction."""
-        return self.n_layers + self.n_mtp_layers
 
     def is_moe_layer(self, layer: int) -> bool:
         """True if `layer` has routed experts."""

@@ -17,7 +17,7 @@ from functools import lru_cache
 from dsmoe_local.model.architectures import ARCHITECTURES
 from dsmoe_local.model.architectures.table import Blocks, Order, Rule
 from dsmoe_local.model.ggml import GgmlType, Tensor
-from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.hyperparameters import Hyperparameters, ModelOutline
 
 
 class Role(StrEnum):
@@ -121,6 +121,8 @@ _KINDS: Mapping[str, Kind] = {
     "nextn.hnorm.weight": _NORM,
     "nextn.shared_head_head.weight": Kind(Role.OUTPUT, GroupKind.OUTPUT, "prediction"),
     "nextn.shared_head_norm.weight": _NORM,
+    # In no table, but in files of other forms:
+    "ffn_gate_up_exps.weight": Kind(Role.ROUTED_EXPERT),
 }
 # fmt: on
 
@@ -289,7 +291,7 @@ def is_output(name: str, hp: Hyperparameters) -> bool:
     return name == ("token_embd.weight" if hp.tied_embeddings else "output.weight")
 
 
-def is_for_more_tokens(name: str, hp: Hyperparameters) -> bool:
+def is_for_more_tokens(name: str, hp: ModelOutline) -> bool:
     """True if a GGUF tensor belongs to a layer for multi-token prediction, which llama.cpp does not load."""
     layer = layer_of(name)
     return layer is not None and hp.n_layers <= layer < hp.n_stored_layers

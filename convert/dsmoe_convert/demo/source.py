@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dsmoe_local.base.errors import FileError, MissingExtraError
 from dsmoe_local.model.gguf_file import GgufFile, read_gguf
-from dsmoe_local.model.gguf_model import shortest_float
+from dsmoe_local.model.gguf_keys import shortest_float
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import TensorSpec, tensor_specs
 

@@ -35,7 +35,7 @@ from dsmoe_local.engine.load.probe import Probe, measure_context, sizes_by_conte
 from dsmoe_local.engine.types import ModelOptions
 from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.gguf_model import loaded_tensors
-from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.hyperparameters import ModelOutline
 
 _MAX_DEVICES = 16  # llama.cpp's own limit
 _MAX_MEASUREMENTS = 8
@@ -67,7 +67,7 @@ class Fit:
 def fit_model(
     options: ModelOptions,
     file: GgufFile,
-    hp: Hyperparameters,
+    outline: ModelOutline,
     request: ContextRequest,
     context_of: Callable[[int], native.ContextOptions],
 ) -> Fit:
@@ -87,9 +87,9 @@ def fit_model(
     total = available
     if options.n_gpu_layers != 0:
         total += sum(device.n_bytes for device in devices if not device.shared)
-    tensors = loaded_tensors(file, hp)
+    tensors = loaded_tensors(file, outline)
     n_weights = sum(tensor.n_bytes for tensor in tensors)
-    with Probe(file, hp) as probe:
+    with Probe(file, outline) as probe:
         model = probe.open()
         try:
             sizes = sizes_by_context(model, context_of)
@@ -97,7 +97,7 @@ def fit_model(
             buffers = sizes(plan.n_context)
         finally:
             model.close()
-        weights = weight_sizes(tensors, hp, overrides if devices else ())
+        weights = weight_sizes(tensors, outline, overrides if devices else ())
         asked = PlacementOptions(
             options.n_gpu_layers,
             options.n_cpu_moe,
@@ -105,7 +105,7 @@ def fit_model(
             options.offload_cache,
         )
         context = context_of(plan.n_context)
-        placement = _place(probe, context, weights, devices, asked, buffers.cache // hp.n_layers)
+        placement = _place(probe, context, weights, devices, asked, buffers.cache // outline.n_layers)
     paged, more = _paged(plan, placement, devices, available)
     if placement.n_gpu_layers:
         notes.append(placement.describe())

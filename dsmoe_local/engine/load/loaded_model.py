@@ -17,16 +17,17 @@ from dsmoe_local.engine.load.machine import available_memory, physical_cores
 from dsmoe_local.engine.load.memory import ContextRequest
 from dsmoe_local.engine.load.prefetch import page_experts
 from dsmoe_local.engine.observe.dispatcher import Dispatcher
-from dsmoe_local.engine.observe.registry import check_observers, n_outputs
+from dsmoe_local.engine.observe.registry import check_observers, check_supported, n_outputs
 from dsmoe_local.engine.prompts.choice import template_of
 from dsmoe_local.engine.prompts.encoder import PromptEncoder
 from dsmoe_local.engine.prompts.template import ChatTemplate
 from dsmoe_local.engine.schedule.plan import Limits
 from dsmoe_local.engine.types import ALL_LAYERS, MIN_CONTEXT, ModelInfo, ModelOptions
+from dsmoe_local.model.architectures import no_table
 from dsmoe_local.model.file_type import file_type_name
 from dsmoe_local.model.gguf_file import GgufFile
-from dsmoe_local.model.gguf_model import read_model
-from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.gguf_model import read_any_model
+from dsmoe_local.model.hyperparameters import Hyperparameters, ModelOutline
 from dsmoe_local.model.identity import exact_identity
 from dsmoe_local.model.split_name import model_stem
 
@@ -66,27 +67,36 @@ class LoadedModel:
 def load_model(options: ModelOptions, listen: progress.Listener, stop: threading.Event) -> LoadedModel:
     """Load a model (see `Engine.load`)."""
     _check(options)
-    file, hp = read_model(options.path)
-    hp = replace(hp, n_experts_per_token=_n_experts(options, hp))
-    _check_cache_types(options, hp)
+    file, outline = read_any_model(options.path)
+    check_supported(options.observers, outline)
+    outline = replace(outline, n_experts_per_token=_n_experts(options, outline))
+    _check_cache_types(options, outline)
     with ExitStack() as made:
-        template = _template(options, file, hp)
+        template = _template(options, file, outline)
         if template is not None:
             made.callback(template.close)
         unified = _unified(options)
         context_of = partial(_context_options, options, unified=unified)
-        request = ContextRequest(options.n_context, hp.n_context, options.n_parallel, unified)
-        fit = fit_model(options, file, hp, request, context_of)
+        request = ContextRequest(options.n_context, outline.n_context, options.n_parallel, unified)
+        fit = fit_model(options, file, outline, request, context_of)
         for note in fit.notes:
             listen(progress.Note(note))
-        n_context = _context_per_request(options.n_parallel, unified, fit.n_context, hp.n_context)
+        n_context = _context_per_request(options.n_parallel, unified, fit.n_context, outline.n_context)
         # One token more needs no warning: the last generated token is never decoded.
-        if n_context > hp.n_context + 1:
+        if n_context > outline.n_context + 1:
             listen(
-                progress.Note(f"the model was trained for {hp.n_context} tokens of context, not {n_context}")
+                progress.Note(
+                    f"the model was trained for {outline.n_context} tokens of context, not {n_context}"
+                )
             )
-        model = _load_weights(options, file, hp, fit, listen, stop)
+        model = _load_weights(options, file, outline, fit, listen, stop)
         made.callback(model.close)
+        if options.deterministic and not model.rewindable:
+            raise UsageError(
+                f"deterministic decoding is not possible with {outline.architecture}, a recurrent model",
+                where=options.path,
+                remedy="do not set deterministic",
+            )
         # This compares the file with the header that was checked. It may have been replaced since then.
         identity = exact_identity(file)
         if template is not None:
@@ -94,42 +104,46 @@ def load_model(options: ModelOptions, listen: progress.Listener, stop: threading
         own = []
         if fit.paged:
             budget = available_memory() - fit.n_buffer_bytes
-            own = [page_experts(file, hp, fit.placement, budget, listen, stop)]
-        observers = Dispatcher(options.observers, model, hp, own=own)
+            own = [page_experts(file, outline, fit.placement, budget, listen, stop)]
+        observers = Dispatcher(options.observers, model, outline, own=own)
         made.callback(observers.close)
         context = native.Context(model, context_of(fit.n_context, eval_callback=observers.eval_callback))
         made.callback(context.close)
         encoder = PromptEncoder(model, template, n_context)
         made.callback(encoder.close)
-        info = _info(options, file, hp, model, fit, n_context, unified, context.n_ubatch, template)
+        info = _info(options, file, outline, model, fit, n_context, unified, context.n_ubatch, template)
         loaded = LoadedModel(
-            replace(info, cache_identity=_cache_identity(options, hp, fit, identity)),
+            replace(info, cache_identity=_cache_identity(options, outline, fit, identity)),
             model,
             context,
             encoder,
             observers,
-            _limits(options, fit, n_context, unified, context.n_ubatch),
+            _limits(options, fit, n_context, unified, context),
         )
         made.pop_all()  # closed by LoadedModel.close from here on
     return loaded
 
 
-def _limits(options: ModelOptions, fit: Fit, n_context: int, unified: bool, n_step: int) -> Limits:
+def _limits(
+    options: ModelOptions, fit: Fit, n_context: int, unified: bool, context: native.Context
+) -> Limits:
+    rewindable = context.model.rewindable
     return Limits(
         n_slots=options.n_parallel,
         n_cells=fit.n_context if unified else n_context,
         n_context=n_context,
-        n_step_tokens=n_step,
+        n_step_tokens=context.n_ubatch,
         unified=unified,
         deterministic=options.deterministic,
-        n_ids=native.MAX_SEQUENCES,
+        n_ids=native.MAX_SEQUENCES if rewindable else options.n_parallel,
+        rewindable=rewindable,
     )
 
 
 def _info(
     options: ModelOptions,
     file: GgufFile,
-    hp: Hyperparameters,
+    outline: ModelOutline,
     model: native.Model,
     fit: Fit,
     n_context: int,
@@ -139,16 +153,16 @@ def _info(
 ) -> ModelInfo:
     return ModelInfo(
         path=options.path,
-        name=safe_line(hp.name, 60) or safe_line(model_stem(options.path), 60),
-        architecture=hp.architecture,
+        name=safe_line(outline.name, 60) or safe_line(model_stem(options.path), 60),
+        architecture=outline.architecture,
         n_context=n_context,
-        n_context_trained=hp.n_context,
+        n_context_trained=outline.n_context,
         n_vocab=model.n_vocab,
         n_parameters=model.n_parameters,
         n_bytes=model.n_bytes,
-        n_routed_experts=hp.n_routed_experts,
-        n_experts_per_token=hp.n_experts_per_token,
-        n_choosable_experts=hp.n_choosable_experts,
+        n_routed_experts=outline.n_routed_experts,
+        n_experts_per_token=outline.n_experts_per_token,
+        n_choosable_experts=outline.n_choosable_experts,
         n_threads=options.n_threads or physical_cores(),
         template=template.source if template else None,
         n_parallel=options.n_parallel,
@@ -182,7 +196,7 @@ def _arithmetic(options: ModelOptions, fit: Fit) -> str:
     return f"{fit.placement.compute_text()}{cache}, weights {weights}"
 
 
-def _cache_identity(options: ModelOptions, hp: Hyperparameters, fit: Fit, file: str) -> str:
+def _cache_identity(options: ModelOptions, outline: ModelOutline, fit: Fit, file: str) -> str:
     """Return `ModelInfo.cache_identity`.
 
     It excludes the batch sizes, the threads and the context length, which do not change the meaning of a
@@ -190,7 +204,7 @@ def _cache_identity(options: ModelOptions, hp: Hyperparameters, fit: Fit, file: 
     """
     parts = (
         file,
-        hp.n_experts_per_token,
+        outline.n_experts_per_token,
         options.cache_type_k,
         options.cache_type_v,
         options.flash_attention,
@@ -258,28 +272,31 @@ def _check(options: ModelOptions) -> None:
             raise UsageError(f"{flag} {value} is out of range", remedy=f"it takes {least} to {most}")
 
 
-def _n_experts(options: ModelOptions, hp: Hyperparameters) -> int:
+def _n_experts(options: ModelOptions, outline: ModelOutline) -> int:
     wanted = options.n_experts_per_token
     if wanted is None:
-        return hp.n_experts_per_token
-    if not hp.is_moe:
+        return outline.n_experts_per_token
+    if not isinstance(outline, Hyperparameters):
+        raise no_table("--active-experts", outline.architecture, options.path)
+    if not outline.is_moe:
         raise UsageError(
             "--active-experts: the model has no experts", where=str(options.path), remedy="leave it out"
         )
-    if not 1 <= wanted <= hp.n_choosable_experts:
-        groups = f", in {hp.n_groups_per_token} groups" if hp.n_expert_groups > 1 else ""
+    if not 1 <= wanted <= outline.n_choosable_experts:
+        groups = f", in {outline.n_groups_per_token} groups" if outline.n_expert_groups > 1 else ""
+        chosen_from = f"{outline.n_choosable_experts}{groups}"
         raise UsageError(
             f"--active-experts {wanted} is out of range",
             where=str(options.path),
-            remedy=f"a token uses {hp.n_experts_per_token}, chosen from {hp.n_choosable_experts}{groups}",
+            remedy=f"a token uses {outline.n_experts_per_token}, chosen from {chosen_from}",
         )
     return wanted
 
 
-def _check_cache_types(options: ModelOptions, hp: Hyperparameters) -> None:
+def _check_cache_types(options: ModelOptions, outline: ModelOutline) -> None:
     """Raise UsageError if keys and values of an MLA model, which share memory, are given different types."""
     key_type, value_type = options.cache_type_k, options.cache_type_v
-    if hp.is_mla and key_type != value_type:
+    if isinstance(outline, Hyperparameters) and outline.is_mla and key_type != value_type:
         raise UsageError(
             f"-ctk {key_type} -ctv {value_type}: the model stores keys and values together, in one type",
             where=str(options.path),
@@ -287,19 +304,19 @@ def _check_cache_types(options: ModelOptions, hp: Hyperparameters) -> None:
         )
 
 
-def _template(options: ModelOptions, file: GgufFile, hp: Hyperparameters) -> ChatTemplate | None:
+def _template(options: ModelOptions, file: GgufFile, outline: ModelOutline) -> ChatTemplate | None:
     """Compile the chat template before the weights are loaded, so that errors are reported early.
 
     The texts of BOS and EOS are set later, by `bind`.
     """
-    found = template_of(options, file, hp)
+    found = template_of(options, file, outline)
     return None if found is None else ChatTemplate(*found)
 
 
 def _load_weights(
     options: ModelOptions,
     file: GgufFile,
-    hp: Hyperparameters,
+    outline: ModelOutline,
     fit: Fit,
     listen: progress.Listener,
     stop: threading.Event,
@@ -325,7 +342,7 @@ def _load_weights(
             # Repacked weights are a copy, which the system cannot drop and read from the file again.
             repack=not fit.paged,
             n_experts_per_token=options.n_experts_per_token,
-            architecture=hp.architecture,
+            architecture=outline.architecture,
             progress=report,
         )
     finally:

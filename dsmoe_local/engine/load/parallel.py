@@ -13,8 +13,8 @@ from dsmoe_local.engine.load.machine import available_memory
 from dsmoe_local.engine.prompts.choice import added_bytes, template_of
 from dsmoe_local.engine.types import ModelOptions
 from dsmoe_local.model.cost import kv_bytes_per_token
-from dsmoe_local.model.gguf_model import loaded_tensors, read_model
-from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.gguf_model import loaded_tensors, read_any_model
+from dsmoe_local.model.hyperparameters import ModelOutline
 
 MAX_PARALLEL = 32  # more are not faster on a CPU, see docs/performance.md
 DETERMINISTIC_PARALLEL = 8
@@ -52,20 +52,21 @@ def choose_parallel(options: ModelOptions, workload: Workload, n_parallel: int |
     `n_parallel`, and the context length in `options`, are kept if they are given. Reads the model's header,
     and raises the same errors about it as `Engine.load`.
     """
-    file, hp = read_model(options.path)
-    available = _cache_tokens(options, hp, sum(tensor.n_bytes for tensor in loaded_tensors(file, hp)))
+    file, outline = read_any_model(options.path)
+    weights = sum(tensor.n_bytes for tensor in loaded_tensors(file, outline))
+    available = _cache_tokens(options, outline, weights)
     stated = options.n_context is not None
-    longest = _longest(workload, template_of(options, file, hp))
+    longest = _longest(workload, template_of(options, file, outline))
     if options.deterministic:
         # Replies depend on n_parallel, so it must not depend on the remaining work or the free memory.
         width = n_parallel or DETERMINISTIC_PARALLEL
         share = max(_STEP, available // width // _STEP * _STEP)
-        cells = min(_cells_each(None if stated else longest, hp.n_context), share)
+        cells = min(_cells_each(None if stated else longest, outline.n_context), share)
         return replace(options, n_parallel=width, unified=False, n_context=width * cells)
     workload = replace(workload, n_longest=longest)
     least, most = n_parallel or 1, n_parallel or min(MAX_PARALLEL, max(1, workload.n_sequences))
     chosen = arrange(
-        workload, least=least, most=most, available=available, n_trained=hp.n_context, stated=stated
+        workload, least=least, most=most, available=available, n_trained=outline.n_context, stated=stated
     )
     return replace(options, n_parallel=chosen.n_parallel, unified=chosen.unified, n_context=chosen.n_context)
 
@@ -106,7 +107,7 @@ def _cells_each(n_longest: int | None, n_trained: int) -> int:
     return -(-longest // _STEP) * _STEP
 
 
-def _cache_tokens(options: ModelOptions, hp: Hyperparameters, weights: int) -> int:
+def _cache_tokens(options: ModelOptions, outline: ModelOutline, weights: int) -> int:
     """Return how many tokens of KV cache to use.
 
     It is the requested context, or half of what fits beside the weights, but at least one full context. The
@@ -114,6 +115,7 @@ def _cache_tokens(options: ModelOptions, hp: Hyperparameters, weights: int) -> i
     """
     if options.n_context is not None:
         return options.n_context
-    per_token = kv_bytes_per_token(hp, options.cache_type_k, options.cache_type_v)
-    half = max(0, available_memory() - weights) // 2 // per_token
-    return max(hp.n_context, min(half, MAX_PARALLEL * hp.n_context))
+    per_token = kv_bytes_per_token(outline, options.cache_type_k, options.cache_type_v)
+    # Recurrent models have no KV cache.
+    half = max(0, available_memory() - weights) // 2 // max(1, per_token)
+    return max(outline.n_context, min(half, MAX_PARALLEL * outline.n_context))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.engine.types import ALL_LAYERS
 from dsmoe_local.model.gguf_file import TensorInfo
-from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.hyperparameters import ModelOutline
 from dsmoe_local.model.layout import Role, layer_of, role_of
 
 HOST = "CPU"
@@ -129,11 +129,11 @@ def usable_memory(name: str, n_free: int, *, shared: bool, available: int) -> De
 
 
 def weight_sizes(
-    tensors: Iterable[TensorInfo], hp: Hyperparameters, overrides: Sequence[tuple[str, str]] = ()
+    tensors: Iterable[TensorInfo], outline: ModelOutline, overrides: Sequence[tuple[str, str]] = ()
 ) -> WeightSizes:
     """Sum the loaded tensors of a file by layer and role."""
     patterns = [(re.compile(pattern), device) for pattern, device in overrides]
-    layers, experts = [0] * hp.n_stored_layers, [0] * hp.n_stored_layers
+    layers, experts = [0] * outline.n_stored_layers, [0] * outline.n_stored_layers
     fixed: dict[str, int] = {}
     output = embedding = 0
     for tensor in tensors:
@@ -146,11 +146,11 @@ def weight_sizes(
             (experts if role is Role.ROUTED_EXPERT else layers)[layer] += tensor.n_bytes
         elif role is Role.EMBEDDING:
             embedding += tensor.n_bytes
-            output += tensor.n_bytes if hp.tied_embeddings else 0
+            output += tensor.n_bytes if outline.tied_embeddings else 0
         else:
             output += tensor.n_bytes
     return WeightSizes(
-        tuple(layers), tuple(experts), output, embedding, fixed, hp.tied_embeddings, hp.n_mtp_layers
+        tuple(layers), tuple(experts), output, embedding, fixed, outline.tied_embeddings, outline.n_mtp_layers
     )
 
 
@@ -288,7 +288,7 @@ def _placement(
 
 
 def _experts_pattern(layers: Sequence[int]) -> str:
-    return rf"^blk\.({'|'.join(map(str, layers))})\.ffn_(gate|up|down)_exps\.weight$"
+    return rf"^blk\.({'|'.join(map(str, layers))})\.ffn_(gate|up|gate_up|down)_exps\.weight$"
 
 
 def _layers(count: int) -> str:

@@ -22,15 +22,15 @@ from dsmoe_local.engine.native import Row, tensors
 from dsmoe_local.engine.observe.observer import Observer
 from dsmoe_local.model.gguf_file import GgufFile, TensorInfo
 from dsmoe_local.model.gguf_model import loaded_tensors
-from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.hyperparameters import ModelOutline
 from dsmoe_local.model.layout import layer_of
 
-_ORDER = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")  # the order of computation
+_ORDER = ("ffn_gate_up_exps", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")  # the order of computation
 
 
 def page_experts(
     file: GgufFile,
-    hp: Hyperparameters,
+    outline: ModelOutline,
     placement: Placement,
     budget: int,
     listen: progress.Listener,
@@ -40,7 +40,7 @@ def page_experts(
 
     `budget` is the memory for both in bytes. Passes notes to `listen`. Raises FileError, InterruptedRunError.
     """
-    on_host = host_tensors(loaded_tensors(file, hp), hp, placement)
+    on_host = host_tensors(loaded_tensors(file, outline), outline, placement)
     resident = Resident(
         [part.path for part in file.parts], plan_resident(on_host.always, budget), listen, stop
     )
@@ -54,10 +54,10 @@ def page_experts(
         listen(progress.Note(f"experts are not prefetched: {error.what}"))
         experts = ()
     largest = max(file.parts, key=lambda part: part.size)
-    note = speed_note(largest.path, on_host, hp, resident.n_bytes, left)
+    note = speed_note(largest.path, on_host, outline, resident.n_bytes, left)
     if note:
         listen(progress.Note(note))
-    return Prefetch(experts, hp.n_routed_experts, resident, left)
+    return Prefetch(experts, outline.n_routed_experts, resident, left)
 
 
 class Prefetch(Observer):

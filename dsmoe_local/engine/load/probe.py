@@ -24,7 +24,7 @@ from dsmoe_local.engine.errors import ModelLoadError
 from dsmoe_local.engine.load.placement import HOST, Placement
 from dsmoe_local.model.gguf_file import Field, GgufFile
 from dsmoe_local.model.gguf_writer import plan_gguf
-from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.hyperparameters import ModelOutline
 
 MAX_MEASURED = 1 << 17
 """The longest context, in tokens, that is measured. Longer ones are extrapolated, since llama.cpp allocates
@@ -53,9 +53,9 @@ class BufferSizes:
 class Probe:
     """A temporary model file without vocabulary and weights, to measure contexts with."""
 
-    def __init__(self, file: GgufFile, hp: Hyperparameters) -> None:
-        """Write the file. `hp.n_experts_per_token` may differ from the metadata of `file`."""
-        self._hp = hp
+    def __init__(self, file: GgufFile, outline: ModelOutline) -> None:
+        """Write the file. `outline.n_experts_per_token` may differ from the metadata of `file`."""
+        self._outline = outline
         self._path = file.path
         with ExitStack() as stack:
             try:
@@ -72,7 +72,9 @@ class Probe:
     def _write(self, path: Path, file: GgufFile) -> None:
         metadata = {key: field for key, field in file.metadata.items() if not key.startswith("tokenizer.")}
         metadata["tokenizer.ggml.model"] = Field("none", GGUFValueType.STRING)
-        metadata[f"{self._hp.architecture}.vocab_size"] = Field(self._hp.n_vocab, GGUFValueType.UINT32)
+        metadata[f"{self._outline.architecture}.vocab_size"] = Field(
+            self._outline.n_vocab, GGUFValueType.UINT32
+        )
         plan = plan_gguf(metadata, list(file.tensors.values()))
         with path.open("wb") as header:
             header.write(plan.header)
@@ -86,8 +88,8 @@ class Probe:
             devices=placement.devices if placement else (),
             split=placement.split if placement else (),
             overrides=placement.overrides if placement else (),
-            n_experts_per_token=self._hp.n_experts_per_token if self._hp.is_moe else None,
-            architecture=self._hp.architecture,
+            n_experts_per_token=self._outline.n_experts_per_token if self._outline.is_moe else None,
+            architecture=self._outline.architecture,
             measure_only=True,
         )
 

@@ -18,7 +18,7 @@ from dsmoe_local.base.sizes import format_size
 from dsmoe_local.engine.load.mapped_file import MappedFiles, Range, raise_lock_limit, read_speed, whole_pages
 from dsmoe_local.engine.load.placement import Placement
 from dsmoe_local.model.gguf_file import TensorInfo
-from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.hyperparameters import ModelOutline
 from dsmoe_local.model.layout import Role, layer_of, role_of
 
 _LOCK_BYTES = 32 << 20  # between checks whether to stop
@@ -50,21 +50,21 @@ class HostTensors:
         return sum(tensor.n_bytes for tensor in self.experts)
 
 
-def host_tensors(tensors: Iterable[TensorInfo], hp: Hyperparameters, placement: Placement) -> HostTensors:
+def host_tensors(tensors: Iterable[TensorInfo], outline: ModelOutline, placement: Placement) -> HostTensors:
     """Return the tensors that `placement` puts in main memory.
 
     Overrides of the user are ignored, so tensors that they move to a device are kept in memory too.
     """
     order = {role: index for index, role in enumerate(_PRIORITY)}
-    if hp.tied_embeddings:
+    if outline.tied_embeddings:
         order[Role.EMBEDDING] = len(order)
-    n_host = hp.n_stored_layers + 1 - placement.n_gpu_layers  # the output counts as a layer
+    n_host = outline.n_stored_layers + 1 - placement.n_gpu_layers  # the output counts as a layer
     always: list[tuple[int, int, TensorInfo]] = []
     experts: list[TensorInfo] = []
     for tensor in tensors:
         role = role_of(tensor.name)
         layer = layer_of(tensor.name)
-        index = hp.n_stored_layers if layer is None else layer
+        index = outline.n_stored_layers if layer is None else layer
         if role is Role.ROUTED_EXPERT:
             if index < max(n_host, placement.n_cpu_moe):
                 experts.append(tensor)
@@ -161,13 +161,13 @@ class Resident:
         self.files.close()
 
 
-def speed_note(path: Path, tensors: HostTensors, hp: Hyperparameters, resident: int, left: int) -> str:
+def speed_note(path: Path, tensors: HostTensors, outline: ModelOutline, resident: int, left: int) -> str:
     """Return the note about the bytes that a token reads from disk and the speed limit; "" if it reads none.
 
     `resident`: bytes kept in memory. `left`: bytes of memory for experts.
     """
     n_bytes = tensors.expert_bytes
-    per_token = n_bytes * hp.n_experts_per_token // max(1, hp.n_routed_experts)
+    per_token = n_bytes * outline.n_experts_per_token // max(1, outline.n_routed_experts)
     # Assumes that all experts are equally likely.
     paged = per_token * max(0, n_bytes - left) // max(1, n_bytes)
     paged += max(0, sum(tensor.n_bytes for tensor in tensors.always) - resident)

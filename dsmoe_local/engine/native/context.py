@@ -170,6 +170,14 @@ class Context:
         last: int = lib.llama_memory_seq_pos_max(self._memory, sequence)
         return last + 1
 
+    def can_continue(self, sequence: int, count: int) -> bool:
+        """Return True if the cache has all cells that the token at position `count` attends to.
+
+        With sliding window attention, older cells may have been overwritten.
+        """
+        first: int = lib.llama_memory_seq_pos_min(self._memory, sequence)
+        return 0 <= first <= max(0, count + 1 - self.model.n_window) if self.model.n_window else True
+
     def forget(self, sequence: int, start: int, end: int = -1) -> None:
         """Remove the positions from `start` to `end` of a sequence (-1: to its end)."""
         lib.llama_memory_seq_rm(self._memory, sequence, start, end)
@@ -189,7 +197,7 @@ class Context:
     @property
     def can_shift(self) -> bool:
         """True if cached positions can be shifted."""
-        return bool(lib.llama_memory_can_shift(self._memory))
+        return self.model.has_plain_cache and bool(lib.llama_memory_can_shift(self._memory))
 
     def shift(self, sequence: int, start: int, distance: int) -> None:
         """Decrease the positions from `start` on by `distance`. The sequence must not share cells."""

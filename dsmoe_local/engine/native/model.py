@@ -21,7 +21,12 @@ class _BufferOverride(ctypes.Structure):
 
 
 class Model:
-    """A loaded model. Any thread may call its methods until `close`."""
+    """A loaded model. Any thread may call its methods until `close`.
+
+    `n_window`: some layers attend to the last `n_window` positions only, so that older cells of the KV cache
+    may be overwritten; 0 if there are none. `rewindable` is false for recurrent and hybrid models, whose
+    state of a sequence can be continued or dropped, but not cut.
+    """
 
     def __init__(
         self,
@@ -82,6 +87,10 @@ class Model:
         self.n_bytes: int = lib.llama_model_size(self.handle)
         self.bos: int = lib.llama_vocab_bos(self.vocabulary)
         self.eos: int = lib.llama_vocab_eos(self.vocabulary)
+        self.n_window: int = lib.llama_model_n_swa(self.handle)
+        self.rewindable = not (
+            lib.llama_model_is_recurrent(self.handle) or lib.llama_model_is_hybrid(self.handle)
+        )
         self.adds_bos: bool = lib.llama_vocab_get_add_bos(self.vocabulary)
         self._pieces: dict[int, bytes] = {}
 
@@ -165,6 +174,11 @@ class Model:
         )
         ids = (i for i in range(self.n_vocab) if lib.llama_vocab_get_attr(self.vocabulary, i) & wanted)
         return frozenset(text for text in map(self.text_of, ids) if text)
+
+    @property
+    def has_plain_cache(self) -> bool:
+        """True if all positions of a sequence stay in the KV cache, so that parts can be saved and moved."""
+        return self.rewindable and not self.n_window
 
     def close(self) -> None:
         """Free the weights. All contexts must be closed first."""

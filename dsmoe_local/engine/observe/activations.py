@@ -42,6 +42,7 @@ class ActivationObserver(Observer):
     """
 
     reads_graph = True
+    needs_table = "an importance matrix"
 
     def __init__(self, model: Model, hp: Hyperparameters) -> None:
         super().__init__()

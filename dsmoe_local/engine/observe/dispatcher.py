@@ -11,7 +11,7 @@ from dsmoe_local.engine.native import Model, Row, tensors
 from dsmoe_local.engine.observe.observer import NodeCallback, Observer, Scored, StepLogits
 from dsmoe_local.engine.observe.registry import check_observers, make_observer
 from dsmoe_local.engine.types import Observation, ObserverOptions
-from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.hyperparameters import ModelOutline
 
 
 class Dispatcher:
@@ -25,7 +25,7 @@ class Dispatcher:
         self,
         options: Sequence[ObserverOptions],
         model: Model,
-        hp: Hyperparameters,
+        outline: ModelOutline,
         *,
         own: Sequence[Observer] = (),
     ) -> None:
@@ -35,7 +35,7 @@ class Dispatcher:
         FileError and FormatError for an observer's file. `own` are then closed too.
         """
         self._model = model
-        self._hp = hp
+        self._outline = outline
         self._observers: dict[str, Observer] = {}
         self._own = own
         self._all: list[Observer] = []
@@ -47,7 +47,7 @@ class Dispatcher:
         try:
             check_observers(options)
             for option in options:
-                self._observers[option.name] = make_observer(option, model, hp)
+                self._observers[option.name] = make_observer(option, model, outline)
             self._add_own(own)
         except BaseException:
             self.close()
@@ -66,7 +66,7 @@ class Dispatcher:
 
         Raises the errors of the constructor; this dispatcher then stays in use.
         """
-        successor = Dispatcher(options, self._model, self._hp)
+        successor = Dispatcher(options, self._model, self._outline)
         try:
             successor._add_own(self._own)
         except BaseException:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from dsmoe_local.engine.errors import NativeError
 from dsmoe_local.engine.observe.observer import Observer, Scored, StepLogits
 from dsmoe_local.engine.types import Observation
-from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.hyperparameters import ModelOutline
 
 if TYPE_CHECKING:
     from dsmoe_local.engine.native import Model, Row
@@ -111,7 +111,7 @@ class LogprobObserver(Observer):
 
     reads_logits = True
 
-    def __init__(self, model: Model, hp: Hyperparameters) -> None:
+    def __init__(self, model: Model, outline: ModelOutline) -> None:
         super().__init__()
         self._nll = Moments()
 

@@ -39,13 +39,15 @@ class Observer:
     `nodes` maps the names of graph nodes to callbacks. `weights` maps the names of weights to callbacks for
     the nodes whose first source they are. Both are looked up at every step, so `before_step` may replace
     them. An observer with `nodes` or `weights` sets `reads_graph`. One with `reads_logits` gets the logits of
-    all scored prompt tokens.
+    all scored prompt tokens. `needs_table` is what the observer is for, as users call it, if it only works
+    with Hyperparameters; "" if it works with every model.
     """
 
     nodes: Mapping[bytes, NodeCallback]
     weights: Mapping[bytes, NodeCallback]
     reads_graph = False
     reads_logits = False
+    needs_table = ""
 
     def __init__(self) -> None:
         self.nodes = {}

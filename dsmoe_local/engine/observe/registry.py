@@ -14,7 +14,8 @@ from dsmoe_local.engine.observe.logprobs import LogprobObserver
 from dsmoe_local.engine.observe.observer import Observer
 from dsmoe_local.engine.observe.routing import RoutingObserver
 from dsmoe_local.engine.types import ObserverOptions
-from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.architectures import no_table
+from dsmoe_local.model.hyperparameters import Hyperparameters, ModelOutline
 
 if TYPE_CHECKING:
     from dsmoe_local.engine.native import Model
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 class Entry:
     """An observer's class, the types of its parameters by name, and the names of the required ones.
 
-    The class is called with the model, its hyper-parameters, and the parameters by keyword.
+    The class is called with the model, its outline, and the parameters by keyword.
     """
 
     kind: type[Observer]
@@ -84,10 +85,19 @@ def _check_parameters(option: ObserverOptions, entry: Entry) -> None:
             raise UsageError(f"the observer {option.name} needs the parameter {name!r}")
 
 
-def make_observer(option: ObserverOptions, model: Model, hp: Hyperparameters) -> Observer:
+def check_supported(options: Sequence[ObserverOptions], outline: ModelOutline) -> None:
+    """Raise UsageError if an observer needs Hyperparameters, and the model has none."""
+    for option in options:
+        purpose = _entry(option).kind.needs_table
+        if purpose and not isinstance(outline, Hyperparameters):
+            raise no_table(purpose, outline.architecture)
+
+
+def make_observer(option: ObserverOptions, model: Model, outline: ModelOutline) -> Observer:
     """Create an observer from checked options. Raises UsageError, FileError, FormatError."""
+    check_supported([option], outline)
     make: Callable[..., Observer] = _entry(option).kind
-    return make(model, hp, **dict(option.parameters))
+    return make(model, outline, **dict(option.parameters))
 
 
 def n_outputs(options: Sequence[ObserverOptions], n_ubatch: int, n_sequences: int) -> int:

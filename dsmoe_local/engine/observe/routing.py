@@ -76,6 +76,7 @@ class RoutingObserver(Observer):
     """Counts the choices of routers. Keeps a trace of the last `trace` tokens of a reply decoded alone."""
 
     reads_graph = True
+    needs_table = "the experts view"
 
     def __init__(self, model: Model, hp: Hyperparameters, *, trace: int = 0) -> None:
         super().__init__()

@@ -293,7 +293,7 @@ class Child:
             return self._kill_reason
         log = self._log.lines()
         if garbled is None:
-            return crash_error(status, log, loading=not self._loaded.is_set())
+            return crash_error(status, log, loading=None if self._loaded.is_set() else self.options.path)
         return broken_error("the engine's process sent a malformed message", garbled, log)
 
     def _end(self, failure: EngineError) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import dsmoe_local
+from dsmoe_local.base.text import safe_line
 from dsmoe_local.engine.errors import EngineCrashError, EngineError
 
 _HOST = "dsmoe_local.engine.process.host"
@@ -90,10 +91,13 @@ def set_up_child() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
 
 
-def crash_error(status: int, log: tuple[str, ...], *, loading: bool) -> EngineCrashError:
-    """Return the error for an engine process that ended by itself. `status` is Popen's return code."""
+def crash_error(status: int, log: tuple[str, ...], *, loading: Path | None) -> EngineCrashError:
+    """Return the error for an engine process that ended by itself. `status` is Popen's return code.
+
+    `loading` is the model that it was loading; None if it had loaded its model.
+    """
     name = _signal_name(-status) if status < 0 else ""
-    when = " while it loaded the model" if loading else ""
+    when = f" while it loaded {safe_line(loading.name, 60)}" if loading else ""
     how = f"was killed by {name}" if name else f"ended with exit status {status}"
     relevant = [line for line in log if _INTERRUPTED not in line]
     return EngineCrashError(

@@ -15,7 +15,7 @@ from dsmoe_local.base.errors import FileError, UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.engine.types import NO_TEMPLATE, ModelOptions
 from dsmoe_local.model.gguf_file import GgufFile
-from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.hyperparameters import ModelOutline
 
 BUILT_IN = {
     "deepseek-moe": (
@@ -44,13 +44,13 @@ _QUOTED = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", re.DOTALL)
 _BLOCKS = {"for": 1, "endfor": -1, "macro": 1, "endmacro": -1, "endset": -1}
 
 
-def template_of(options: ModelOptions, file: GgufFile, hp: Hyperparameters) -> tuple[str, str] | None:
+def template_of(options: ModelOptions, file: GgufFile, outline: ModelOutline) -> tuple[str, str] | None:
     """Return the template of the model in `file` (see `choose_template`)."""
     return choose_template(
         options.chat_template,
         own_templates(file),
-        architecture=hp.architecture,
-        name=f"{hp.name} {options.path.stem}",
+        architecture=outline.architecture,
+        name=f"{outline.name} {options.path.stem}",
     )
 
 

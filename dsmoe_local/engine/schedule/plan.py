@@ -14,7 +14,8 @@ class Limits:
 
     The cache has `n_cells` cells in total if `unified`, otherwise for each slot. A sequence has at most
     `n_context` tokens, a step `n_step_tokens`. Sequence ids below `n_slots` can be decoded. The others, below
-    `n_ids`, can only hold parked prefixes, in a unified cache.
+    `n_ids`, can only hold parked prefixes, in a unified cache. If not `rewindable`, a sequence can be
+    continued or dropped as a whole, but not cut or copied.
     """
 
     n_slots: int
@@ -24,6 +25,7 @@ class Limits:
     unified: bool = True
     deterministic: bool = False
     n_ids: int = 256
+    rewindable: bool = True
 
 
 @dataclass(slots=True, eq=False)
@@ -116,10 +118,12 @@ class Padding(NamedTuple):
 class Step:
     """One step: first apply `operations` to the cache, then decode `rows` and `padding` as one batch.
 
-    `full` are sequences that cannot continue; they are not in `rows`.
+    `full` are sequences that cannot continue; they are not in `rows`. `reused` are sequences that start in
+    this step with cells that are in the cache.
     """
 
     operations: tuple[Operation, ...] = ()
     rows: tuple[StepRow, ...] = ()
     padding: tuple[Padding, ...] = ()
     full: tuple[Sequence, ...] = ()
+    reused: tuple[Sequence, ...] = ()

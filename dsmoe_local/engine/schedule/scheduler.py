@@ -82,11 +82,13 @@ class Scheduler:
     def plan(self) -> Step:
         """Return the next step. The caller must `finish` the sequences in `Step.full`."""
         full = self._grow()
+        before = set(map(id, self.running))
         if self.waiting and len(self.running) < self.limits.n_slots:
             self._admit()
+        reused = [each for each in self.running if each.n_cached and id(each) not in before]
         rows = self._rows([sequence for sequence in self.running if sequence not in full])
         padding = self._padding(rows) if self.limits.deterministic else ()
-        return Step(self.cache.take_operations(), rows, padding, tuple(full))
+        return Step(self.cache.take_operations(), rows, padding, tuple(full), tuple(reused))
 
     def commit(self, step: Step) -> None:
         """Record that all rows of `step` are in the cache."""
@@ -96,6 +98,10 @@ class Scheduler:
 
     def resync(self, sequence: Sequence, n_held: int) -> None:
         """Record that a step was aborted. The cache now holds `n_held` tokens of a running sequence."""
+        if not self.limits.rewindable:
+            # The state is that of an unknown number of tokens.
+            self.lose(sequence)
+            return
         before = sequence.n_cached
         self._hold(sequence, before, n_held)
         # The logits of the step are lost. The last token must be computed again, or all if they are scored.
@@ -116,6 +122,11 @@ class Scheduler:
         self.cells.truncate(sequence.slot, 0)
         self.cache.operations.append(Forget(sequence.slot, 0))
         sequence.n_cached = 0
+
+    def restart(self, sequence: Sequence) -> None:
+        """Start a running sequence again, without cells that are in the cache."""
+        sequence.n_reusable, sequence.n_reused = 0, None
+        self._preempt(sequence)
 
     def forget_idle(self) -> None:
         """Drop the cells of idle and parked sequences."""
@@ -241,7 +252,7 @@ class Scheduler:
 
     def _waits_for_prefix(self, sequence: Sequence, count: int, most: int) -> bool:
         """Return True if a running prefill will cache a longer prefix of this prompt."""
-        if not self.limits.unified and most < _WORTH_COPYING:
+        if not self.limits.rewindable or (not self.limits.unified and most < _WORTH_COPYING):
             return False
         for other in self.running:
             end = min(other.n_prompt, most)
@@ -293,6 +304,9 @@ class Scheduler:
         """Return a free slot, the owner to copy its first tokens from (perhaps itself), and their number."""
         free = [slot for slot in range(self.limits.n_slots) if slot not in busy]
         idle_owners = owners.intersection(free)
+        if not self.limits.rewindable:
+            idle_owners = owners = frozenset(o for o in idle_owners if self.cells.length(o) == count)
+            count = count if owners else 0
         if not self.limits.unified and count < _WORTH_COPYING and not idle_owners:
             count = 0
         empty = [slot for slot in free if not self.cells.length(slot)]

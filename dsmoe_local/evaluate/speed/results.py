@@ -14,9 +14,9 @@ from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelInfo, ModelOptions
 from dsmoe_local.evaluate.speed.machine import Bandwidth, peak_memory
 from dsmoe_local.evaluate.speed.timing import Timed, Workload, time_workloads
-from dsmoe_local.model.cost import bytes_per_token, kv_bytes_per_token, parameters
+from dsmoe_local.model.cost import activated_weights, bytes_per_token, kv_bytes_per_token
 from dsmoe_local.model.file_type import file_type_name
-from dsmoe_local.model.gguf_model import read_model
+from dsmoe_local.model.gguf_model import read_any_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,14 +132,14 @@ def reads_of(path: Path, options: ModelOptions) -> Reads:
 
     Raises FormatError, FileError; UsageError for an unknown cache type.
     """
-    file, hp = read_model(path)
+    file, outline = read_any_model(path)
     if options.n_experts_per_token is not None:
-        hp = replace(hp, n_experts_per_token=options.n_experts_per_token)
+        outline = replace(outline, n_experts_per_token=options.n_experts_per_token)
     return Reads(
         file_type_name(file),
-        parameters(hp).activated,
-        bytes_per_token(hp, file.tensors.values()),
-        kv_bytes_per_token(hp, options.cache_type_k, options.cache_type_v),
+        activated_weights(outline, file.tensors.values()),
+        bytes_per_token(outline, file.tensors.values()),
+        kv_bytes_per_token(outline, options.cache_type_k, options.cache_type_v),
     )
 
 
