@@ -68,7 +68,7 @@ class Core:
         if job.request.context_shift and not self._loaded.context.can_shift:
             raise UsageError(
                 "context_shift: the KV cache of this model cannot be shifted",
-                remedy="set it to false",
+                remedy="set it to false; in a chat: /set on_full compact",
             )
         if job.request.score_from is not None and not self._loaded.observers.reads_logits:
             raise UsageError(

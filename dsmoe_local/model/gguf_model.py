@@ -31,7 +31,7 @@ _GATING: Mapping[Gating, ExpertGatingFuncType] = {
 }
 _NO_GATING = 0
 _MAX_MTP_LAYERS = 16
-_OTHERS = "other models can only chat, batch, bench and eval"
+_OTHERS = "chat, batch, bench and eval take any model"
 
 
 class UnknownModelError(FormatError):
@@ -92,9 +92,9 @@ class _Metadata(Keys):
         name = architecture_of(file)
         if name not in ARCHITECTURES:
             raise UnknownModelError(
-                f"there is no table of the tensors of {safe_line(name, 40)!r} models",
+                f"this needs to know the model's tensors, and those of {safe_line(name, 40)!r} are not known",
                 where=file.path,
-                remedy=f"there is one for: {', '.join(ARCHITECTURES)}; {_OTHERS}",
+                remedy=f"known: {', '.join(ARCHITECTURES)}; {_OTHERS}",
             )
         super().__init__(file, name)
         self.architecture = ARCHITECTURES[name]
@@ -117,7 +117,7 @@ class _Metadata(Keys):
             value = self.file.get(f"{self.architecture.name}.{key}", accepted[0])
             if value not in accepted and key == "expert_count":
                 raise UnknownModelError(
-                    f"there is no table of the tensors of {self.prefix!r} models with experts",
+                    f"this needs to know the model's tensors, and {self.prefix!r} with experts is not known",
                     where=self.file.path,
                     remedy=_OTHERS,
                 )

@@ -64,7 +64,7 @@ def test_outlines(name: str, tmp_path: Path) -> None:
         assert isinstance(outline, Hyperparameters)
         return
     assert type(outline) is ModelOutline
-    with pytest.raises(UnknownModelError, match=r"no table of the tensors of|is not part of a"):
+    with pytest.raises(UnknownModelError, match=r"needs to know the model's tensors|is not part of a"):
         read_model(path)
 
 

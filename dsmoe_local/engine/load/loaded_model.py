@@ -68,7 +68,7 @@ def load_model(options: ModelOptions, listen: progress.Listener, stop: threading
     """Load a model (see `Engine.load`)."""
     _check(options)
     file, outline = read_any_model(options.path)
-    check_supported(options.observers, outline)
+    check_supported(options.observers, outline, options.path)
     outline = replace(outline, n_experts_per_token=_n_experts(options, outline))
     _check_cache_types(options, outline)
     with ExitStack() as made:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsmoe_local.base.errors import UsageError
@@ -85,12 +86,14 @@ def _check_parameters(option: ObserverOptions, entry: Entry) -> None:
             raise UsageError(f"the observer {option.name} needs the parameter {name!r}")
 
 
-def check_supported(options: Sequence[ObserverOptions], outline: ModelOutline) -> None:
-    """Raise UsageError if an observer needs Hyperparameters, and the model has none."""
+def check_supported(
+    options: Sequence[ObserverOptions], outline: ModelOutline, where: str | Path = ""
+) -> None:
+    """Raise UsageError if an observer needs Hyperparameters, and the model has none. `where` is its file."""
     for option in options:
         purpose = _entry(option).kind.needs_table
         if purpose and not isinstance(outline, Hyperparameters):
-            raise no_table(purpose, outline.architecture)
+            raise no_table(purpose, outline.architecture, where)
 
 
 def make_observer(option: ObserverOptions, model: Model, outline: ModelOutline) -> Observer:
