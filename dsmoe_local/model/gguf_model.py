@@ -237,8 +237,6 @@ def _check_tensors(file: GgufFile, hp: Hyperparameters) -> None:
             )
 
 
-
-
 def metadata_of(hp: Hyperparameters) -> dict[str, Field]:
     """Return the metadata keys of the architecture, in the order in which they are written.
 

@@ -45,9 +45,9 @@ class ModelOutline:
     """What an engine needs to know of a model, whatever its architecture.
 
     `architecture` is the name in GGUF files. `n_mtp_layers` are the layers for multi-token prediction that a
-    file has after the `n_layers` others. Nothing here uses them. With
-    `tied_embeddings` the embedding is also the output matrix, and there is no output tensor. `cache_columns`
-    are the columns of keys and of values that a token has in the KV caches of all layers together.
+    file has after the `n_layers` others. Nothing here uses them. With `tied_embeddings` the embedding is also
+    the output matrix, and there is no output tensor. `cache_columns` are the columns of keys and of values
+    that a token has in the KV caches of all layers together.
     """
 
     architecture: str

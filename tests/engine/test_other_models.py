@@ -130,11 +130,14 @@ def test_many_at_once(path: Path, engine: Engine) -> None:
 
 def test_a_full_cache(path: Path, kind: str, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: cells outside the sliding window that were overwritten, taken for the prefix of a prompt."""
-    restarted = []
+    restarted: list[object] = []
     restart = Scheduler.restart
-    monkeypatch.setattr(
-        Scheduler, "restart", lambda self, sequence: (restarted.append(sequence), restart(self, sequence))
-    )
+
+    def noted(scheduler: Scheduler, sequence: Any) -> None:
+        restarted.append(sequence)
+        restart(scheduler, sequence)
+
+    monkeypatch.setattr(Scheduler, "restart", noted)
     rng = random.Random(kind)
     texts = [text(seed, 100) for seed in range(3)]
     for _ in range(30):

@@ -139,7 +139,7 @@ MALFORMED = {
     "a number that is none": number("attention.layer_norm_rms_epsilon", float("nan"), FLOAT32),
     "a norm in blocks": OTHER.with_tensor(Tensor("blk.1.ffn_norm.weight", (64,), kind=Q8_0)),
     "integer weights": OTHER.with_tensor(Tensor("blk.0.attn_q.weight", (64, 64), kind=24)),
-    "a tokenizer of another kind": OTHER.with_value(KeyValue("tokenizer.ggml.model", STRING, "rwkv")),
+    "no tokenizer": OTHER.with_value(KeyValue("tokenizer.ggml.model", STRING, "none")),
     "no tokens": OTHER.without("tokenizer.ggml.tokens"),
 }
 
