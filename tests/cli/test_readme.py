@@ -47,7 +47,9 @@ def output_of(*command: str) -> list[str]:
 
 def test_the_table_of_types() -> None:
     """Guards the sizes against a change of a recipe or a mix."""
-    assert "\n".join(output_of("benchmarks/type_sizes.py")[:-1]) in PAGES["quantization"]
+    for options in ([], ["--family"]):
+        tables = "\n".join(output_of("benchmarks/type_sizes.py", *options)[:-1]).split("\n\n")
+        assert all(table in PAGES["quantization"] for table in tables)
 
 
 def test_the_table_of_the_demos_quality() -> None:

@@ -15,7 +15,7 @@ from dsmoe_local.base.errors import UsageError
 from dsmoe_local.model.file_type import FILE_TYPES
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.hyperparameters import Hyperparameters
-from dsmoe_local.model.layout import GroupKind, group_kind_of, layer_of
+from dsmoe_local.model.layout import GroupKind, group_kind_of, is_for_more_tokens, layer_of
 from dsmoe_quantize.policy.mixes import first_eighth, more_bits
 from dsmoe_quantize.policy.named_recipes import NamedRecipe, TypeWords
 
@@ -79,14 +79,12 @@ def group_of(name: str, hp: Hyperparameters) -> Group | None:
 
     Layers for multi-token prediction belong to the groups of the last layer before them.
     """
-    kind, layer = group_kind_of(name, hp), layer_of(name)
+    kind = group_kind_of(name, hp)
     if kind is None:
         return None
     if kind in (GroupKind.EMBEDDING, GroupKind.OUTPUT):
         return Group(kind, None)
-    if layer is not None and hp.n_layers <= layer < hp.n_stored_layers:
-        layer = hp.n_layers - 1
-    return Group(kind, layer)
+    return Group(kind, hp.n_layers - 1 if is_for_more_tokens(name, hp) else layer_of(name))
 
 
 @dataclass(frozen=True, slots=True)
