@@ -225,7 +225,7 @@ class PromptEncoder:
                 if not isinstance(part, Segment):
                     pieces.append(part)
                 elif part.message is None:
-                    pieces += self._cached_pieces(text)
+                    pieces += self._cached_pieces(text) if len(text) <= _CACHED_BYTES else self._pieces(text)
                 else:
                     pieces.append(text)
             ids: list[int] = []
