@@ -80,14 +80,15 @@ class _ScoredRouting(Observer):
         self.routers = routers
         self._reader = tensors.Reader()
         self._layers: list[list[_LayerChoices]] = [[] for _ in range(routers.n_layers)]
+        self._probabilities = b""
         self._tokens: list[bytes] = []
-        self.nodes = {
-            b"embd": self._read_tokens,
-            **{
-                f"ffn_moe_weights-{routers.first_layer + layer}".encode(): partial(self._read_choices, layer)
-                for layer in range(routers.n_layers)
-            },
-        }
+        self.nodes = {b"embd": self._read_tokens}
+        for layer in range(routers.n_layers):
+            number = routers.first_layer + layer
+            # A GPU may compute a router in one kernel, which does not store the probabilities of all experts.
+            # A callback for their node prevents that.
+            self.nodes[f"ffn_moe_probs-{number}".encode()] = self._read_probabilities
+            self.nodes[f"ffn_moe_weights-{number}".encode()] = partial(self._read_choices, layer)
 
     def take(self, request_id: str, index: int, choices: Choices) -> None:
         """Process the choices for consecutive tokens of a request; the first has the index `index`."""
@@ -104,12 +105,15 @@ class _ScoredRouting(Observer):
         ids = tensors.source_of(tensor, 1)
         self._tokens.append(self._reader.copy_bytes(ids, 4 * tensors.size_of(ids, 0)))
 
+    def _read_probabilities(self, tensor: int) -> None:
+        size = 4 * self.routers.n_experts * tensors.size_of(tensor, 1)
+        self._probabilities = self._reader.copy_bytes(tensor, size)
+
     def _read_choices(self, layer: int, tensor: int) -> None:
-        # This node reads the sorted experts and the probabilities, so their memory is not reused yet.
-        n_tokens, order = self._reader.copy_rows(tensors.source_of(tensor, 1))
-        size = 4 * n_tokens * self.routers.n_experts
-        probabilities = self._reader.copy_bytes(tensors.source_of(tensor, 0), size)
-        self._layers[layer].append(_LayerChoices(tensors.size_of(tensor, 1), order, probabilities))
+        # This node reads the sorted experts, so their memory is not reused yet.
+        _, order = self._reader.copy_rows(tensors.source_of(tensor, 1))
+        choices = _LayerChoices(tensors.size_of(tensor, 1), order, self._probabilities)
+        self._layers[layer].append(choices)
 
     def after_step(self, rows: Sequence[Row], logits: StepLogits, scored: Sequence[Scored | None]) -> None:
         """See Observer. Raises NativeError if the choices cannot be assigned to the tokens."""
