@@ -146,8 +146,11 @@ def _size_table(report: ModelReport, width: int) -> Table:
 
 def _facts(report: ModelReport) -> Table:
     hp = report.hp
+    layers = f"{hp.n_layers} layers"
+    if hp.n_mtp_layers:
+        layers += f" ({hp.n_mtp_layers} for multi-token prediction not counted)"
     rows = [
-        ("architecture", f"{hp.architecture}, {hp.n_layers} layers, {hp.hidden_size} wide, {_heads(hp)}"),
+        ("architecture", f"{hp.architecture}, {layers}, {hp.hidden_size} wide, {_heads(hp)}"),
         ("experts", _experts(hp)),
         *([("router", _router(hp))] if hp.is_moe else []),
         ("parameters", _parameters(report)),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dsmoe_local.base.sizes import format_count, format_size
 from dsmoe_local.model.cost import bytes_per_token, parameters
-from dsmoe_local.model.gguf_model import loaded_tensors, read_model
+from dsmoe_local.model.gguf_model import read_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ def active_cost(path: Path, n_experts_per_token: int) -> ActiveCost:
     """Return the cost of a token for the model in `path`. Raises FormatError, FileError."""
     file, hp = read_model(path)
     hp = replace(hp, n_experts_per_token=n_experts_per_token)
-    n_bytes = bytes_per_token(hp, loaded_tensors(file, hp))
+    n_bytes = bytes_per_token(hp, file.tensors.values())
     return ActiveCost(n_experts_per_token, parameters(hp).activated, n_bytes)
 
 

@@ -128,9 +128,9 @@ def read_fraction(hp: ModelOutline, name: str) -> float:
     Only the chosen routed experts are read, and one row of the embedding. An embedding that is also the
     output is read once more as a whole. Layers for multi-token prediction are not read.
     """
-    role = role_of(name)
     if is_for_more_tokens(name, hp):
         return 0.0
+    role = role_of(name)
     if role is Role.ROUTED_EXPERT:
         return hp.n_experts_per_token / hp.n_routed_experts
     if role is Role.EMBEDDING:

@@ -6,16 +6,18 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from support.imatrices import random_imatrix
 from support.raw_gguf import STRING, KeyValue, tiny_model
-from support.tiny_gguf import MOE, write_tiny
+from support.tiny_gguf import MOE, MTP, write_tiny
 
 from dsmoe_local.base.sizes import format_count, format_size
 from dsmoe_local.cli.commands import COMMANDS, load_command
+from dsmoe_local.experts.cost import active_cost
 from dsmoe_local.model.presets import PRESETS
 from dsmoe_quantize.policy.types import resolve
 from dsmoe_quantize.quantize import plan_quantization, quantize_file
@@ -119,6 +121,15 @@ def test_inspect_names_what_differs(name: str) -> None:
         assert text in words
     report = json.loads(CliRunner().invoke(load_command("inspect"), [name, "--json"]).stdout)
     assert report["sizes"]["q8"]["bytes"] > report["sizes"]["q4"]["bytes"] > report["bytes"] / 4
+
+
+def test_layers_that_are_not_used_are_not_counted(tmp_path: Path) -> None:
+    """Guards: a file with a layer for multi-token prediction, which is neither loaded nor read."""
+    path = write_tiny(tmp_path / "mtp.gguf", MTP)
+    plain = write_tiny(tmp_path / "plain.gguf", replace(MTP, n_mtp_layers=0))
+    shown = CliRunner().invoke(load_command("inspect"), [str(path)], env={"COLUMNS": "200"}).stdout
+    assert "3 layers (1 for multi-token prediction not counted)" in shown
+    assert [active_cost(each, 2).n_bytes for each in (path, plain)] == [active_cost(plain, 2).n_bytes] * 2
 
 
 def test_sizes_are_those_of_quantized_files(tmp_path: Path) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.models import smollm2, tiny_model
+from support.tiny_gguf import FILES, write_tiny
 
+from dsmoe_local.engine.load import parallel
 from dsmoe_local.engine.load.parallel import (
     DETERMINISTIC_PARALLEL,
     Workload,
@@ -16,7 +19,8 @@ from dsmoe_local.engine.load.parallel import (
     choose_parallel,
 )
 from dsmoe_local.engine.types import ModelOptions
-from dsmoe_local.model.gguf_model import read_model
+from dsmoe_local.model.cost import kv_bytes_per_token
+from dsmoe_local.model.gguf_model import loaded_tensors, read_model
 
 
 @given(
@@ -84,6 +88,22 @@ def test_the_deterministic_width_does_not_follow_the_work() -> None:
     first, resumed = (choose_parallel(options, Workload(count, 100, 90 * count)) for count in (1000, 1))
     assert first == resumed
     assert (first.n_parallel, first.unified) == (DETERMINISTIC_PARALLEL, False)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_as_many_as_fit_beside_the_weights(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: caches of MLA planned as large as others; weights that are not loaded."""
+    path = write_tiny(tmp_path / "tiny.gguf", replace(FILES[name], n_context=256))
+    file, hp = read_model(path)
+    weights = sum(tensor.n_bytes for tensor in loaded_tensors(file, hp))
+    for n_parallel in (3, 7):
+        # Half of what is left is for the cache.
+        room = 2 * n_parallel * 256 * kv_bytes_per_token(hp)
+        monkeypatch.setattr(parallel, "available_memory", lambda room=room: weights + room)
+        chosen = choose_parallel(ModelOptions(path), Workload(100, None, 100 * 256))
+        assert (chosen.n_parallel, chosen.unified, chosen.n_context) == (n_parallel, False, n_parallel * 256)
 
 
 @pytest.mark.parametrize(("deterministic", "n_parallel"), [(False, 1), (False, 2), (True, 2)])
