@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from dsmoe_local.model.ggml import GgmlType, Tensor, parse_type, row_bytes
 from dsmoe_local.model.hyperparameters import Hyperparameters, ModelOutline
-from dsmoe_local.model.layout import Role, TensorSpec, is_for_more_tokens, role_of, tensor_specs
+from dsmoe_local.model.layout import Role, TensorSpec, is_for_more_tokens, is_output, role_of, tensor_specs
 
 PAPER_TOKENS = 4096
 """The paper counts FLOPs for sequences of 4K tokens."""
@@ -134,5 +134,5 @@ def read_fraction(hp: ModelOutline, name: str) -> float:
     if role is Role.ROUTED_EXPERT:
         return hp.n_experts_per_token / hp.n_routed_experts
     if role is Role.EMBEDDING:
-        return 1 / hp.n_vocab + (1.0 if hp.tied_embeddings else 0.0)
+        return 1 / hp.n_vocab + is_output(name, hp)
     return 1.0

@@ -123,6 +123,7 @@ _KINDS: Mapping[str, Kind] = {
     "nextn.shared_head_norm.weight": _NORM,
     # In no table, but in files of other forms:
     "ffn_gate_up_exps.weight": Kind(Role.ROUTED_EXPERT),
+    "per_layer_token_embd.weight": Kind(Role.EMBEDDING),
 }
 # fmt: on
 
@@ -286,7 +287,7 @@ def group_kind_of(name: str, hp: Hyperparameters | None = None) -> GroupKind | N
     return kind.group if kind else None
 
 
-def is_output(name: str, hp: Hyperparameters) -> bool:
+def is_output(name: str, hp: ModelOutline) -> bool:
     """True for the output matrix, which may also be the embedding."""
     return name == ("token_embd.weight" if hp.tied_embeddings else "output.weight")
 

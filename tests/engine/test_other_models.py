@@ -28,7 +28,7 @@ EXACT: dict[str, Any] = {
     "cache_type_v": "f32",
     "flash_attention": "off",
 }
-RECURRENT = ("mamba", "lfm2")
+RECURRENT = ("mamba", "lfm2", "lfm2 with a window")
 WINDOWED = ("gemma3", "gpt-oss")
 
 

@@ -21,6 +21,7 @@ import gguf
 import numpy as np
 import pytest
 from support.models import MIXTURES, family_model, tiny_model
+from support.other_models import OTHERS, write_other
 from support.split_files import split_with_gguf
 from support.tiny_gguf import FILES, MOE, NARROW, write_tiny
 
@@ -29,12 +30,12 @@ from dsmoe_local.base.errors import FileError, InterruptedRunError, UsageError
 from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.load import fit, loaded_model, mapped_file, prefetch, resident
 from dsmoe_local.engine.load.mapped_file import MappedFile, MappedFiles, Range, whole_pages
-from dsmoe_local.engine.load.placement import DeviceShare, Placement
+from dsmoe_local.engine.load.placement import HOST, DeviceShare, Placement
 from dsmoe_local.engine.load.resident import Resident, host_tensors, plan_resident, speed_note
 from dsmoe_local.engine.native import tensors
 from dsmoe_local.engine.types import ModelOptions, ObserverOptions, Request, SamplingParameters
-from dsmoe_local.model.gguf_model import loaded_tensors, read_model
-from dsmoe_local.model.layout import layer_of
+from dsmoe_local.model.gguf_model import loaded_tensors, read_any_model, read_model
+from dsmoe_local.model.layout import Role, layer_of, role_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is in memory")
 
@@ -387,6 +388,24 @@ def test_text_of_a_paged_model_and_what_was_read_ahead(
     assert len({part for part, _ in wanted}) == (2 if per_file else 1)
     with load([], model(), n_context=64) as roomy:
         assert text_of(roomy) == text
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_paging_of_a_model_without_a_table(name: str, short_of_memory: list[Range], tmp_path: Path) -> None:
+    """Guards: experts in an unknown form that are not read ahead; weights of unknown names that are paged."""
+    path = write_other(tmp_path / "model.gguf", name)
+    notes: list[str] = []
+    with load(notes, path) as engine:
+        assert text_of(engine)
+    assert any("stay in memory" in note for note in notes)
+    tensors_of = read_any_model(path)[0].tensors.values()
+    experts = {each.name for each in tensors_of if role_of(each.name) is Role.ROUTED_EXPERT}
+    assert bool(experts) == bool(short_of_memory)
+    placement = Placement(0, 0, (), (), (), (), DeviceShare(HOST, 0, 0, 0))
+    found = host_tensors(tensors_of, read_any_model(path)[1], placement)
+    rest = {each.name for each in tensors_of} - experts
+    always = {each.name for each in found.always}
+    assert always == rest - (set() if OTHERS[name].tied else {"token_embd.weight"})
 
 
 @pytest.mark.usefixtures("short_of_memory", "may_lock")

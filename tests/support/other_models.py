@@ -202,6 +202,16 @@ OTHERS: Mapping[str, Other] = {
         {"attention.head_count_kv": [0, KV_HEADS, 0], "shortconv.l_cache": 3},
         final_norm="token_embd_norm.weight",
     ),
+    "lfm2 with a window": Other(
+        "lfm2",
+        (_CONVOLUTION, {**_ATTENTION, **_QK_NORMS, **_FFN}, _CONVOLUTION),
+        {
+            "attention.head_count_kv": [0, KV_HEADS, 0],
+            "shortconv.l_cache": 3,
+            "attention.sliding_window": WINDOW,
+        },
+        final_norm="token_embd_norm.weight",
+    ),
 }
 
 

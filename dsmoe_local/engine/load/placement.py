@@ -14,7 +14,7 @@ from dsmoe_local.base.sizes import format_size
 from dsmoe_local.engine.types import ALL_LAYERS
 from dsmoe_local.model.gguf_file import TensorInfo
 from dsmoe_local.model.hyperparameters import ModelOutline
-from dsmoe_local.model.layout import Role, layer_of, role_of
+from dsmoe_local.model.layout import Role, is_output, layer_of, role_of
 
 HOST = "CPU"
 _MAX_RESERVED = 1 << 30  # left free on a device for its driver and for other programs
@@ -146,7 +146,7 @@ def weight_sizes(
             (experts if role is Role.ROUTED_EXPERT else layers)[layer] += tensor.n_bytes
         elif role is Role.EMBEDDING:
             embedding += tensor.n_bytes
-            output += tensor.n_bytes if outline.tied_embeddings else 0
+            output += tensor.n_bytes if is_output(tensor.name, outline) else 0
         else:
             output += tensor.n_bytes
     return WeightSizes(

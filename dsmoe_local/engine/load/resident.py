@@ -19,7 +19,7 @@ from dsmoe_local.engine.load.mapped_file import MappedFiles, Range, raise_lock_l
 from dsmoe_local.engine.load.placement import Placement
 from dsmoe_local.model.gguf_file import TensorInfo
 from dsmoe_local.model.hyperparameters import ModelOutline
-from dsmoe_local.model.layout import Role, layer_of, role_of
+from dsmoe_local.model.layout import Role, is_output, layer_of, role_of
 
 _LOCK_BYTES = 32 << 20  # between checks whether to stop
 _TOUCH_SECONDS = 1.0
@@ -55,9 +55,8 @@ def host_tensors(tensors: Iterable[TensorInfo], outline: ModelOutline, placement
 
     Overrides of the user are ignored, so tensors that they move to a device are kept in memory too.
     """
-    order = {role: index for index, role in enumerate(_PRIORITY)}
-    if outline.tied_embeddings:
-        order[Role.EMBEDDING] = len(order)
+    # Tensors without a role are those of architectures without a table.
+    order: dict[Role | None, int] = {role: index for index, role in enumerate((*_PRIORITY, None))}
     n_host = outline.n_stored_layers + 1 - placement.n_gpu_layers  # the output counts as a layer
     always: list[tuple[int, int, TensorInfo]] = []
     experts: list[TensorInfo] = []
@@ -68,8 +67,8 @@ def host_tensors(tensors: Iterable[TensorInfo], outline: ModelOutline, placement
         if role is Role.ROUTED_EXPERT:
             if index < max(n_host, placement.n_cpu_moe):
                 experts.append(tensor)
-        elif role in order and index < n_host:
-            always.append((order[role], tensor.offset, tensor))
+        elif (role in order or is_output(tensor.name, outline)) and index < n_host:
+            always.append((order.get(role, len(order)), tensor.offset, tensor))
     return HostTensors(tuple(tensor for *_, tensor in sorted(always)), tuple(experts))
 
 

@@ -173,10 +173,13 @@ class Context:
     def can_continue(self, sequence: int, count: int) -> bool:
         """Return True if the cache has all cells that the token at position `count` attends to.
 
-        With sliding window attention, older cells may have been overwritten.
+        With sliding window attention, older cells may have been overwritten. That does not matter to a
+        sequence of exactly `count` tokens, the only ones that are continued if the model is not rewindable.
         """
+        if not self.model.n_window or not self.model.rewindable:
+            return True
         first: int = lib.llama_memory_seq_pos_min(self._memory, sequence)
-        return 0 <= first <= max(0, count + 1 - self.model.n_window) if self.model.n_window else True
+        return 0 <= first <= max(0, count + 1 - self.model.n_window)
 
     def forget(self, sequence: int, start: int, end: int = -1) -> None:
         """Remove the positions from `start` to `end` of a sequence (-1: to its end)."""
