@@ -66,7 +66,7 @@ def shape_of(preset: str, *, quick: bool) -> Shape:
         n_kv_heads=hp.n_kv_heads // QUICK_PART,
         ffn_size=part(hp.ffn_size),
         expert_size=part(hp.expert_size),
-        shared_expert_size=0,
+        shared_expert_size=part(hp.shared_expert_size),
         n_vocab=QUICK_VOCABULARY,
     )
     return Shape(f"quick-{preset}", hp)

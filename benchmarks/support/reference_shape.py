@@ -19,6 +19,8 @@ HP = Hyperparameters(
     n_heads=4,
     n_kv_heads=4,
     head_dim=64,
+    value_dim=64,
+    rotary_dim=64,
     ffn_size=736,
     n_vocab=4096,
     n_context=512,
@@ -27,6 +29,7 @@ HP = Hyperparameters(
     n_shared_experts=2,
     n_experts_per_token=4,
     expert_size=128,
+    shared_expert_size=128,
     name="trained reference",
 )
 

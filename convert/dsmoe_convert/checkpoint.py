@@ -11,7 +11,7 @@ import importlib.util
 import json
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +29,8 @@ from dsmoe_local.model.layout import TensorSpec, tensor_specs
 
 _MAX_INDEX = 256 << 20
 _READ_BESIDE = ("config.json", "tokenizer.json")
+_MTP_PROJECTION = "eh_proj.weight"
+"""A tensor that only layers for multi-token prediction have."""
 _LM_HEAD = "lm_head.weight"
 
 Reader = Callable[[Path, threading.Event | None], Mapping[str, StoredTensor]]
@@ -185,7 +187,7 @@ def check_tensors(tensors: Mapping[str, StoredTensor], hp: Hyperparameters, wher
     expected = {source: spec.source_shape for spec in specs for source in spec.sources}
     missing = [name for name in expected if name not in tensors]
     _refuse_some(missing, "missing from the checkpoint", where, "download the weights again")
-    extra = [name for name in tensors if name not in expected and not _may_ignore(name, hp)]
+    extra = [name for name in tensors if name not in expected and not _may_ignore(name, hp, tensors)]
     what = f"not part of a {hp.architecture} model with this config.json"
     _refuse_some(extra, what, where, "use the model's own config.json")
     for name, shape in expected.items():
@@ -269,14 +271,14 @@ def _is_file_name(text: str, suffix: str) -> bool:
     )
 
 
-def _may_ignore(name: str, hp: Hyperparameters) -> bool:
+def _may_ignore(name: str, hp: Hyperparameters, names: Container[str]) -> bool:
     # Training frameworks may save a copy of a tied embedding as the output.
     if name == _LM_HEAD and hp.tied_embeddings:
         return True
     architecture = ARCHITECTURES[hp.architecture]
     layer = re.match(r"model\.layers\.(\d+)\.", name)
-    if layer is not None and int(layer[1]) >= hp.n_layers:
-        return architecture.has_mtp_layers
+    if layer is not None and hp.n_layers <= int(layer[1]) < hp.n_stored_layers:
+        return f"{layer[0]}{_MTP_PROJECTION}" in names
     return architecture.ignored_sources is not None and bool(architecture.ignored_sources.fullmatch(name))
 
 

@@ -120,6 +120,8 @@ def plan(
 
     checkpoint = with_scales(checkpoint, read_weight_block(folder))
     check_tensors(checkpoint.tensors, hp, checkpoint.name)
+    # Layers for multi-token prediction are left out of the file.
+    hp = replace(hp, n_mtp_layers=0)
     specs = specs_of(checkpoint.tensors, hp)
     own = main_type(checkpoint.tensors, specs)
     _note_mixed(checkpoint, specs, own, note)

@@ -22,8 +22,28 @@ FILE_NAME = "config.json"
 _MAX_BYTES = 16 << 20
 _MAX_DEPTH = 64
 
-_ALIASES = {"num_local_experts": "num_experts"}
+_MAX_MTP_LAYERS = 16
+_ALIASES = {"num_local_experts": "num_experts", "num_mtp_layers": "num_nextn_predict_layers"}
 """Keys that transformers 5 has renamed."""
+_FULL_ATTENTION = "full_attention"
+_ROPE_OBJECTS = ("rope_parameters", "rope_scaling")
+_ROPE_AT_TOP = ("rope_theta", "partial_rotary_factor")
+"""Keys that may be in that object or at the top level."""
+_ROPE_KEYS = frozenset(
+    {
+        *_ROPE_AT_TOP,
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "factor",
+        "mscale",
+        "mscale_all_dim",
+        "original_max_position_embeddings",
+        "rope_type",
+        "truncate",
+        "type",
+    }
+)
 _QUANTIZED = ("quantization_config", "compression_config")
 _FP8_VALUES: Mapping[str, tuple[object, ...]] = {
     "fmt": ("e4m3", None),
@@ -82,7 +102,7 @@ class _Config:
     def parameter(self, parameter: Parameter, fields: Mapping[str, Any]) -> object:
         """Return the value of one line of the table. `fields` are those that were read before."""
         key = parameter.config
-        if self.values.get(key) is None and parameter.default is not REQUIRED:
+        if (not key or self.values.get(key) is None) and parameter.default is not REQUIRED:
             default = parameter.default
             return default(fields) if callable(default) else default
         if parameter.words is not None:
@@ -163,14 +183,16 @@ def _is_shallow(value: object) -> bool:
 def parse_config(values: Mapping[str, Any], path: Path) -> Hyperparameters:
     """Return the hyper-parameters in a parsed config.json. Raises FormatError, whose message has `path`."""
     architecture, known = _class_of(_Config(path, values))
-    given = {_ALIASES.get(key, key): value for key, value in values.items() if value is not None}
-    config = _Config(path, {**known.defaults, **_nested_rope(values), **_leading_dense(values), **given})
+    config = _Config(path, _with_defaults(_Config(path, values), known))
     _weight_block(config)
-    _require(config, architecture.config_values)
+    _require(config, {**architecture.config_values, **known.config_values})
+    _refuse_windows(config)
     fields: dict[str, Any] = {"n_vocab": config.integer("vocab_size", 1, 1 << 24), **architecture.constants}
     for parameter in architecture.parameters:
         if parameter.config or (parameter.default is not REQUIRED and parameter.field not in fields):
             fields[parameter.field] = config.parameter(parameter, fields)
+    if architecture.has_mtp_layers:
+        fields["n_mtp_layers"] = config.integer("num_nextn_predict_layers", 0, _MAX_MTP_LAYERS, 0)
     derived = [parameter.field for parameter in architecture.parameters if parameter.is_derived]
     hp = Hyperparameters(
         architecture=architecture.name,
@@ -178,12 +200,27 @@ def parse_config(values: Mapping[str, Any], path: Path) -> Hyperparameters:
         name=checkpoint_name(path.parent),
         **{field: value for field, value in fields.items() if field not in derived},
     )
-    keys = {parameter.field: parameter.config for parameter in architecture.parameters if parameter.config}
+    named = {parameter.field: parameter.config for parameter in architecture.parameters if parameter.config}
+    keys = {"rotary_dim": "partial_rotary_factor", **named}
     for check in architecture.checks:
         if found := check(hp):
             field, accepted = found
             config.refuse(keys.get(field, field), accepted)
     return hp
+
+
+def _with_defaults(config: _Config, known: ModelClass) -> dict[str, Any]:
+    """Return the values under their usual keys, and the class's defaults of those that are missing."""
+    given = {key: value for key, value in config.values.items() if value is not None}
+    for new, usual in _ALIASES.items():
+        if new in given and given.setdefault(usual, given[new]) != given[new]:
+            config.refuse(new, f"the value of {usual}, or leave one of them out")
+    rope = {**_rope(_Config(config.path, given))}
+    top_level = {key: rope[key] for key in _ROPE_AT_TOP if key in rope}
+    dense = _leading_dense(config)
+    if dense is not None and given.setdefault("first_k_dense_replace", dense) != dense:
+        config.refuse("first_k_dense_replace", f"{dense}, as mlp_layer_types says")
+    return {**known.defaults, **given, **top_level}
 
 
 def _require(config: _Config, required: Mapping[str, tuple[object, ...]]) -> None:
@@ -213,14 +250,30 @@ def _class_of(config: _Config) -> tuple[Architecture, ModelClass]:
     return architecture, model_class
 
 
-def _leading_dense(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `first_k_dense_replace` from `mlp_layer_types`, which transformers 5 writes in its place."""
-    kinds = values.get("mlp_layer_types")
-    if not isinstance(kinds, list) or "sparse" not in kinds:
-        return {}
-    n_dense = kinds.index("sparse")
-    is_usual = kinds == ["dense"] * n_dense + ["sparse"] * (len(kinds) - n_dense)
-    return {"first_k_dense_replace": n_dense} if is_usual else {}
+def _leading_dense(config: _Config) -> int | None:
+    """Return the number of dense layers in `mlp_layer_types`, a list that transformers 5 writes."""
+    kinds = config.values.get("mlp_layer_types")
+    if kinds is None:
+        return None
+    n_dense = kinds.index("sparse") if isinstance(kinds, list) and "sparse" in kinds else 0
+    if not isinstance(kinds, list) or kinds != ["dense"] * n_dense + ["sparse"] * (len(kinds) - n_dense):
+        config.refuse("mlp_layer_types", 'a list of "dense", then "sparse"')
+    return n_dense
+
+
+def _refuse_windows(config: _Config) -> None:
+    """Refuse layers that attend to a window only, in each form that configurations have for them."""
+    kinds = config.values.get("layer_types")
+    if kinds is not None:
+        if not isinstance(kinds, list) or any(kind != _FULL_ATTENTION for kind in kinds):
+            config.refuse("layer_types", f'"{_FULL_ATTENTION}" for every layer')
+        return
+    window, first = config.values.get("sliding_window"), config.values.get("max_window_layers")
+    # Where `use_sliding_window` exists, it must be false.
+    if window is None or "use_sliding_window" in config.values:
+        return
+    if first is None or config.integer("max_window_layers", 0, 1 << 16) < config.values["num_hidden_layers"]:
+        config.refuse("sliding_window", "leave it out")
 
 
 def read_weight_block(folder: Path) -> tuple[int, int] | None:
@@ -262,26 +315,28 @@ def _is_block_length(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MAX_BLOCK
 
 
-def _rope_parameters(config: _Config) -> tuple[str, Mapping[str, Any]]:
-    """Return the key that describes rotary scaling, which transformers 5 renamed, and its object."""
-    for key in ("rope_scaling", "rope_parameters"):
-        value = config.values.get(key)
-        if value is not None:
-            if not isinstance(value, dict):
-                config.refuse(key, "null or an object")
-            return key, value
-    return "rope_scaling", {}
+def _rope(config: _Config) -> Mapping[str, Any]:
+    """Return the object that describes rotary positions. It takes precedence over the top level.
 
-
-def _nested_rope(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what transformers 5 has in the object for rotary positions. Top-level keys have precedence."""
-    rope = values.get("rope_parameters") or values.get("rope_scaling")
-    keys = ("rope_theta", "partial_rotary_factor")
-    return {key: rope[key] for key in keys if key in rope} if isinstance(rope, dict) else {}
+    transformers 5 renamed it, and moved keys into it. Raises FormatError if there are two that differ.
+    """
+    found = {}
+    for key in _ROPE_OBJECTS:
+        value = config.values.get(key, {})
+        if not isinstance(value, dict):
+            config.refuse(key, "null or an object")
+        for inner in value:
+            if inner not in _ROPE_KEYS:
+                _Config(config.path, value).refuse(inner, f"in {key}: {', '.join(sorted(_ROPE_KEYS))}")
+        if value:
+            found[key] = value
+    if len({json.dumps(value, sort_keys=True) for value in found.values()}) > 1:
+        config.refuse(_ROPE_OBJECTS[0], f"the value of {_ROPE_OBJECTS[1]}, or leave one of them out")
+    return next(iter(found.values()), {})
 
 
 def _rope_scaling(config: _Config, architecture: Architecture) -> RopeScaling | None:
-    key, rope = _rope_parameters(config)
+    rope = _rope(config)
     kind = rope.get("rope_type", rope.get("type", "default"))
     inner = _Config(config.path, rope)
     read_yarn = _mla_yarn if architecture.yarn_scales_attention else _yarn
@@ -294,6 +349,7 @@ def _rope_scaling(config: _Config, architecture: Architecture) -> RopeScaling | 
         # llama.cpp scales attention by YaRN's magnitude with any kind of scaling.
         del readers["linear"]
     if not isinstance(kind, str) or kind not in readers:
+        key = next(key for key in _ROPE_OBJECTS if config.values.get(key))
         config.refuse(key, "null, or rope_type " + " or ".join(f'"{word}"' for word in readers))
     return readers[kind]()
 
@@ -312,7 +368,8 @@ _MSCALE_VALUES: Mapping[str, tuple[object, ...]] = {
 
 def _original_context(config: _Config, rope: _Config) -> int:
     context = config.integer("max_position_embeddings", 1, 1 << 28)
-    return rope.integer("original_max_position_embeddings", 1, 1 << 28, context)
+    outer = config.integer("original_max_position_embeddings", 1, 1 << 28, context)
+    return rope.integer("original_max_position_embeddings", 1, 1 << 28, outer)
 
 
 def _yarn(config: _Config, rope: _Config) -> RopeScaling:

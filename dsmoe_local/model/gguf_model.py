@@ -99,13 +99,12 @@ class _Metadata(Keys):
         super().__init__(file, name)
         self.architecture = ARCHITECTURES[name]
 
-    def gating(self, key: str, parameter: Parameter) -> Gating:
-        """Return the router's function. Old files do not have the key, or 0."""
-        words = parameter.words or {}
+    def gating(self, key: str, words: Mapping[object, object], default: Gating | None) -> Gating:
+        """Return the router's function; `default` if there is no key, or 0."""
         accepted = {int(_GATING[gating]): gating for gating in Gating if gating in words.values()}
         number = self.integer(key, 0, 255, _NO_GATING)
-        if number == _NO_GATING and isinstance(parameter.default, Gating):
-            return parameter.default
+        if number == _NO_GATING and default is not None:
+            return default
         if number not in accepted:
             names = " or ".join(f"{number} ({gating})" for number, gating in accepted.items())
             self.refuse(f"{self.architecture.name}.{key}", number, names)
@@ -127,15 +126,15 @@ class _Metadata(Keys):
     def hyperparameters(self) -> Hyperparameters:
         self.refuse_other_graphs()
         architecture = self.architecture
-        fields: dict[str, Any] = dict(architecture.constants)
+        fields: dict[str, Any] = {"n_vocab": self.vocabulary_size(), **architecture.constants}
         for parameter in architecture.parameters:
             if not parameter.is_derived:
                 fields[parameter.field] = self.parameter(parameter, fields)
-        n_mtp = self.integer("nextn_predict_layers", 0, _MAX_MTP_LAYERS * architecture.has_mtp_layers, 0)
+        most = min(_MAX_MTP_LAYERS, fields["n_layers"] - 1) if architecture.has_mtp_layers else 0
+        n_mtp = self.integer("nextn_predict_layers", 0, most, 0)
         fields |= {"n_mtp_layers": n_mtp, "n_layers": fields["n_layers"] - n_mtp}
         hp = Hyperparameters(
             architecture=architecture.name,
-            n_vocab=self.vocabulary_size(),
             rope_scaling=self.rope_scaling(),
             name=safe_line(str(self.file.get("general.name", "")), 100),
             **{**fields, "tied_embeddings": "output.weight" not in self.file.tensors},
@@ -152,13 +151,14 @@ class _Metadata(Keys):
         if not parameter.gguf:
             return known
         if parameter.kind is Gating:
-            return self.gating(parameter.gguf, parameter)
+            return self.gating(parameter.gguf, parameter.words or {}, known)
         if parameter.kind is bool:
             return self.flag(parameter.gguf, known)
         if parameter.kind is float:
-            return self.number(parameter.gguf, parameter.low, parameter.high, known)
-        low = 0 if known == 0 else int(parameter.low)
-        return self.integer(parameter.gguf, low, int(parameter.high), known)
+            least = 0.0 if parameter.is_absent_if_0 else parameter.low
+            return self.number(parameter.gguf, least, parameter.high, known) or known
+        low = 0 if known == 0 else parameter.low
+        return self.integer(parameter.gguf, int(low), int(parameter.high), known)
 
     def check(self, hp: Hyperparameters) -> None:
         """Refuse values that do not go together."""

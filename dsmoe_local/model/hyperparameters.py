@@ -92,9 +92,6 @@ class Hyperparameters(ModelOutline):
     `kv_rank` is the width of the compressed keys and values, and `query_rank` that of the compressed queries,
     0 if queries are not compressed.
 
-    `value_dim` and `rotary_dim` are `head_dim` if they are given as 0, and `shared_expert_size` is then
-    `expert_size`. `dataclasses.replace` does not change them with the others.
-
     The router's probabilities are `gating` of its scores. `has_expert_bias`: a bias is added to them for the
     choice. With `n_expert_groups` above 1, experts are chosen from the best `n_groups_per_token` groups. The
     chosen probabilities are divided by their sum with `normalized_weights`, then multiplied by
@@ -105,6 +102,8 @@ class Hyperparameters(ModelOutline):
     n_heads: int
     n_kv_heads: int
     head_dim: int
+    value_dim: int
+    rotary_dim: int
     ffn_size: int
     n_dense_layers: int
     rms_norm_eps: float = 1e-6
@@ -112,12 +111,10 @@ class Hyperparameters(ModelOutline):
     rope_scaling: RopeScaling | None = None
     n_shared_experts: int = 0
     expert_size: int = 0
+    shared_expert_size: int = 0
     routed_scaling_factor: float = 1.0
-    value_dim: int = 0
-    rotary_dim: int = 0
     query_rank: int = 0
     kv_rank: int = 0
-    shared_expert_size: int = 0
     gating: Gating = Gating.SOFTMAX
     normalized_weights: bool = False
     has_expert_bias: bool = False
@@ -127,15 +124,7 @@ class Hyperparameters(ModelOutline):
     has_qk_norm: bool = False
 
     def __post_init__(self) -> None:
-        """Set the widths that are 0, and so have their usual values, and `cache_columns`."""
-        usual = {
-            "value_dim": self.head_dim,
-            "rotary_dim": self.head_dim,
-            "shared_expert_size": self.expert_size,
-        }
-        for field, value in usual.items():
-            if not getattr(self, field):
-                object.__setattr__(self, field, value)
+        """Set `cache_columns`."""
         # With MLA, values are columns of the key.
         columns = (self.n_cache_heads * self.cache_key_dim, 0 if self.is_mla else self.value_size)
         keys, values = (self.n_layers * width for width in columns)

@@ -31,6 +31,8 @@ def _dense(name: str, n_layers: int, width: int, ffn: int, vocabulary: int, n_kv
         n_heads=n_heads,
         n_kv_heads=n_kv_heads or n_heads,
         head_dim=128,
+        value_dim=128,
+        rotary_dim=128,
         ffn_size=ffn,
         n_vocab=vocabulary,
         n_context=4096,
@@ -47,6 +49,8 @@ _16B = Hyperparameters(
     n_heads=16,
     n_kv_heads=16,
     head_dim=128,
+    value_dim=128,
+    rotary_dim=128,
     ffn_size=10944,
     n_vocab=102400,
     n_context=4096,
@@ -55,6 +59,7 @@ _16B = Hyperparameters(
     n_shared_experts=2,
     n_experts_per_token=6,
     expert_size=1408,
+    shared_expert_size=1408,
     name="DeepSeekMoE 16B",
 )
 
@@ -89,7 +94,7 @@ _PAPER: Mapping[str, Preset] = {
             n_shared_experts=1,
             n_experts_per_token=7,
             expert_size=2 * 1280 // 3,
-            shared_expert_size=0,
+            shared_expert_size=2 * 1280 // 3,
             name="DeepSeekMoE 2B",
         ),
         ffn_factor=16,
@@ -115,7 +120,7 @@ _PAPER: Mapping[str, Preset] = {
             n_shared_experts=0,
             n_experts_per_token=2,
             expert_size=8 * 4096 // 3,
-            shared_expert_size=0,
+            shared_expert_size=8 * 4096 // 3,
             ffn_size=16 * 4096 // 3,
             name="GShard 137B",
         ),
@@ -138,7 +143,10 @@ _V3 = {**_MLA, **_SIGMOID, "n_layers": 61, "hidden_size": 7168, "query_rank": 15
 
 def _published(name: str, *parts: Mapping[str, Any], **values: Any) -> Preset:  # noqa: ANN401
     merged = {key: value for part in (*parts, values) for key, value in part.items()}
-    return Preset(Hyperparameters(name=name, **merged))
+    head_dim = merged["head_dim"]
+    shared_size = merged["expert_size"] if "n_shared_experts" in merged else 0
+    usual = {"value_dim": head_dim, "rotary_dim": head_dim, "shared_expert_size": shared_size}
+    return Preset(Hyperparameters(name=name, **{**usual, **merged}))
 
 
 _FAMILY = (
@@ -201,6 +209,7 @@ def matching_preset(hp: Hyperparameters) -> Preset | None:
             rms_norm_eps=0.0,
             rope_theta=0.0,
             rope_scaling=None,
+            n_mtp_layers=0,
         )
 
     wanted = dimensions(hp)

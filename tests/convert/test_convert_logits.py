@@ -177,7 +177,7 @@ def test_metadata_is_complete(tmp_path: Path) -> None:
 
 
 def hp_with_odd_heads() -> Hyperparameters:
-    return replace(TINY, hidden_size=96, n_heads=3, n_kv_heads=3, head_dim=32, value_dim=0, rotary_dim=0)
+    return replace(TINY, hidden_size=96, n_heads=3, n_kv_heads=3, head_dim=32, value_dim=32, rotary_dim=32)
 
 
 def test_slabs_cut_through_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

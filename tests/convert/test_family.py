@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf.constants import GGUFValueType
 from safetensors.torch import load_file, save_file
 from support import llama_oracle, torch_bailing
 from support.checkpoints import random_weights, write_checkpoint
@@ -17,11 +18,16 @@ from support.family import MEMBERS, logits, tiny_model, write_member
 from support.tiny_gguf import FAMILY, write_tiny
 
 from dsmoe_convert.convert import ConvertOptions, convert_folder
+from dsmoe_convert.errors import CheckpointError
+from dsmoe_local.base.errors import FormatError
 from dsmoe_local.model.architectures import ARCHITECTURES
+from dsmoe_local.model.gguf_file import Field
 from dsmoe_local.model.gguf_model import metadata_of, read_model
+from dsmoe_local.model.hyperparameters import Gating
 
 IDS = [0, *range(20, 70), 5, 5, 300]
 TOLERANCE = 1e-4
+UINT32, FLOAT32 = GGUFValueType.UINT32, GGUFValueType.FLOAT32
 BLOCK = 20  # no width of these models is a multiple
 
 
@@ -129,6 +135,44 @@ def test_fp8_weights_with_mla(tmp_path: Path) -> None:
     out = convert_folder(folder, tmp_path / "out.gguf", ConvertOptions("f32")).path
     found, expected = llama_oracle.logits(out, IDS), logits(model, IDS)
     assert np.abs(found - expected).max() < TOLERANCE * expected.std()
+
+
+ABORTING: dict[str, tuple[str, dict[str, Field | None]]] = {
+    "dots1 without a function": ("dots1", {"expert_gating_func": None}),
+    "dots1 with function 0": ("dots1", {"expert_gating_func": Field(0, UINT32)}),
+    "Ling with function 0": ("bailingmoe2", {"expert_gating_func": Field(0, UINT32)}),
+    "groups without their number": (
+        "glm4moe",
+        {"expert_group_count": Field(4, UINT32), "expert_group_used_count": None},
+    ),
+    "temperature": ("deepseek2", {"attention.temperature_scale": Field(0.1, FLOAT32)}),
+    "only layers for more tokens": ("glm4moe", {"nextn_predict_layers": Field(3, UINT32)}),
+}
+
+
+@pytest.mark.parametrize("case", ABORTING)
+def test_files_on_which_llama_cpp_would_abort(case: str, tmp_path: Path) -> None:
+    """A process that dies instead of a message."""
+    name, changes = ABORTING[case]
+    path = write_tiny(tmp_path / "tiny.gguf", FAMILY[name], changes=changes)
+    with pytest.raises(FormatError):
+        read_model(path)
+
+
+def test_files_of_glm_that_do_not_name_the_function(tmp_path: Path) -> None:
+    """Early files of GLM-4.7-Flash, which llama.cpp recognizes by layers and vocabulary."""
+    hp = replace(FAMILY["deepseek2"], n_layers=47, n_vocab=154880, hidden_size=32, ffn_size=32)
+    path = write_tiny(tmp_path / "tiny.gguf", hp, changes={"expert_gating_func": None})
+    assert read_model(path)[1].gating is Gating.SIGMOID
+
+
+def test_layers_that_config_json_does_not_count(tmp_path: Path) -> None:
+    """A model of which the last layer is dropped without a word."""
+    folder = write_member(tmp_path / "model", MEMBERS["deepseek3"], tiny_model(MEMBERS["deepseek3"]))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    with pytest.raises(CheckpointError, match=r"layers\.2"):
+        convert_folder(folder, tmp_path / "out.gguf")
 
 
 def fp8_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

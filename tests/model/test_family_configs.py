@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.family import MEMBERS, config_of
 
 from dsmoe_local.base.errors import FormatError
 from dsmoe_local.model.config_json import read_config
@@ -93,6 +95,16 @@ OLMOE = {
     "num_hidden_layers": 16, "num_key_value_heads": 16, "output_router_logits": False, "rope_scaling": None,
     "rope_theta": 10000.0, "router_aux_loss_coef": 0.01, "tie_word_embeddings": False, "vocab_size": 50304,
 }
+DOTS = {
+    "architectures": ["Dots1ForCausalLM"], "model_type": "dots1", "attention_bias": False,
+    "first_k_dense_replace": 1, "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 10944,
+    "max_position_embeddings": 32768, "max_window_layers": 62, "moe_intermediate_size": 1408,
+    "n_group": 1, "n_routed_experts": 128, "n_shared_experts": 2, "norm_topk_prob": True,
+    "num_attention_heads": 32, "num_experts_per_tok": 6, "num_hidden_layers": 62, "num_key_value_heads": 32,
+    "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000000, "routed_scaling_factor": 2.5,
+    "scoring_func": "noaux_tc", "sliding_window": None, "tie_word_embeddings": False, "topk_group": 1,
+    "use_sliding_window": False, "vocab_size": 152064,
+}
 # Name, config.json, published numbers (billions of weights in all and per token, which some count without
 # embeddings), values in the KV cache per token and layer.
 PUBLISHED: list[tuple[str, Mapping[str, Any], float, float, int]] = [
@@ -104,6 +116,7 @@ PUBLISHED: list[tuple[str, Mapping[str, Any], float, float, int]] = [
     ("GLM-4.5-Air", GLM_AIR, 106.0, 12.0, 2048),
     ("Ling-mini-2.0", LING, 16.3, 1.4, 1024),
     ("OLMoE-1B-7B", OLMOE, 6.9, 1.3, 4096),
+    ("dots.llm1", DOTS, 142.0, 14.0, 8192),
 ]
 # fmt: on
 
@@ -142,6 +155,14 @@ def test_words_that_transformers_does_not_save(missing: str, tmp_path: Path) -> 
     assert (hp.gating, hp.normalized_weights, hp.has_expert_bias) == (Gating.SIGMOID, True, True)
 
 
+def test_the_object_for_rotary_positions_has_precedence(tmp_path: Path) -> None:
+    """transformers 5 moved keys into it; an empty object says nothing."""
+    rope = {"rope_type": "yarn", "rope_theta": 5e6, "factor": 4.0, "original_max_position_embeddings": 32768}
+    hp = read_config(write(tmp_path, QWEN3, rope_theta=10000, rope_parameters=rope, rope_scaling={}))
+    assert hp.rope_theta == 5e6
+    assert hp.rope_scaling == RopeScaling("yarn", 4.0, 32768)
+
+
 REFUSED: list[tuple[Mapping[str, Any], dict[str, Any], str]] = [
     (V2_LITE, {"model_type": "llama"}, "model_type"),
     (V2_LITE, {"model_type": ["deepseek_v2"]}, "model_type"),
@@ -153,8 +174,10 @@ REFUSED: list[tuple[Mapping[str, Any], dict[str, Any], str]] = [
     (V2_LITE, {"num_key_value_heads": 8}, "num_key_value_heads"),
     (V2_LITE, {"qk_nope_head_dim": 0}, "qk_nope_head_dim"),
     (V2_LITE, {"moe_layer_freq": 2}, "moe_layer_freq"),
-    (V2_LITE, {"n_group": 5}, "n_group"),
-    (V2_LITE, {"n_group": 8, "topk_group": 8}, "topk_group"),
+    (MOONLIGHT, {"n_group": 5}, "n_group"),
+    (V2_LITE, {"n_group": 8, "topk_group": 4}, "n_group"),
+    (V2_LITE, {"norm_topk_prob": True}, "norm_topk_prob"),
+    (MOONLIGHT, {"n_group": 8, "topk_group": 8}, "topk_group"),
     (V2_LITE, {"rope_scaling": {**V2_LITE["rope_scaling"], "mscale": 1.0}}, "mscale"),
     (V2_LITE, {"rope_scaling": {**V2_LITE["rope_scaling"], "beta_fast": 1}}, "beta_fast"),
     (V2_LITE, {"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling"),
@@ -170,7 +193,20 @@ REFUSED: list[tuple[Mapping[str, Any], dict[str, Any], str]] = [
     (LING, {"use_qk_norm": False}, "use_qk_norm"),
     (LING, {"score_function": "softmax"}, "score_function"),
     (LING, {"use_qkv_bias": True}, "use_qkv_bias"),
+    (LING, {"norm_topk_prob": False}, "norm_topk_prob"),
+    (LING, {"norm_head": True}, "norm_head"),
     (OLMOE, {"clip_qkv": 8.0}, "clip_qkv"),
+    (DOTS, {"scoring_func": "softmax"}, "scoring_func"),
+    (DOTS, {"use_sliding_window": True}, "use_sliding_window"),
+    (DOTS, {"use_sliding_window": None, "sliding_window": 4096, "max_window_layers": 1}, "sliding_window"),
+    (DOTS, {"layer_types": ["full_attention"] * 61 + ["sliding_attention"]}, "layer_types"),
+    (QWEN3, {"num_local_experts": 64}, "num_local_experts"),
+    (QWEN3, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    (QWEN3, {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "full_attention"),
+    (QWEN3, {"rope_parameters": {"rope_theta": 5.0}, "rope_scaling": {"rope_theta": 6.0}}, "rope_parameters"),
+    (GLM_FLASH, {"mlp_layer_types": ["sparse"] * 47}, "first_k_dense_replace"),
+    (GLM_AIR, {"partial_rotary_factor": 0.01}, "partial_rotary_factor"),
+    (OLMOE, {"num_experts": 1}, "num_experts"),
     (OLMOE, {"num_key_value_heads": 4}, "num_key_value_heads"),
 ]
 
@@ -184,3 +220,23 @@ def test_values_that_llama_cpp_would_ignore(
         read_config(write(tmp_path, values, **changes))
     assert key in str(caught.value)
     assert str(caught.value).count("\n") <= 2
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_missing_keys_have_the_defaults_of_transformers(name: str, tmp_path: Path) -> None:
+    """A value that transformers takes for a missing key, and we take another one for."""
+    member = MEMBERS[name]
+    config = config_of(member)
+    defaults = type(config)().to_dict()
+    values = {**config.to_dict(), **member.written}
+    for key in values:
+        # Null and a missing key are the same to us. If the rank is wrong, the tensors do not match.
+        if key == "q_lora_rank":
+            continue
+        rest = {other: value for other, value in values.items() if other != key}
+        try:
+            found = read_config(write(tmp_path, rest))
+        except FormatError:
+            continue
+        expected = read_config(write(tmp_path, rest, **{key: defaults.get(key)}))
+        assert replace(found, n_mtp_layers=0) == replace(expected, n_mtp_layers=0), key

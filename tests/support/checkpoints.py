@@ -30,6 +30,8 @@ TINY = Hyperparameters(
     n_heads=4,
     n_kv_heads=4,
     head_dim=16,
+    value_dim=16,
+    rotary_dim=16,
     ffn_size=96,
     n_vocab=640,
     n_context=256,
@@ -38,6 +40,7 @@ TINY = Hyperparameters(
     n_shared_experts=2,
     n_experts_per_token=3,
     expert_size=32,
+    shared_expert_size=32,
 )
 """Small enough for logits in milliseconds."""
 
@@ -45,11 +48,11 @@ WIDE = replace(
     TINY,
     hidden_size=256,
     head_dim=64,
-    value_dim=0,
-    rotary_dim=0,
+    value_dim=64,
+    rotary_dim=64,
     ffn_size=288,
     expert_size=96,
-    shared_expert_size=0,
+    shared_expert_size=96,
     n_routed_experts=4,
 )
 """As in the 16B model, K-quants hold all rows but those of the down projections."""

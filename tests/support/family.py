@@ -86,6 +86,7 @@ MEMBERS: Mapping[str, Member] = {
     "deepseek3, words missing": _member("DeepseekV3", _V3),
     "deepseek3 groups": _member("DeepseekV3", _V3, {"n_group": 4, "topk_group": 2}, written=_NOAUX),
     "deepseek3 three dense": _member("DeepseekV3", _V3, {"first_k_dense_replace": 3, "num_hidden_layers": 5}),
+    "deepseek3 epsilon": _member("DeepseekV3", _V3, {"rms_norm_eps": 1e-5}),
     "deepseek3 YaRN": _member(
         "DeepseekV3", _V3, {"rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0}}
     ),
@@ -100,13 +101,19 @@ MEMBERS: Mapping[str, Member] = {
 }
 
 
+def config_of(member: Member) -> Any:
+    """The configuration in transformers."""
+    config_class = getattr(transformers, f"{member.name}Config")
+    config = config_class(**{**_COMMON, **member.values}, attn_implementation="eager")
+    config.architectures = [f"{member.name}ForCausalLM"]
+    return config
+
+
 def tiny_model(member: Member, seed: int = 0) -> Any:
     """A model in float32 with random weights, whose routers are sharp and whose layers all matter."""
-    config_class = getattr(transformers, f"{member.name}Config")
     model_class = getattr(transformers, f"{member.name}ForCausalLM")
     torch.manual_seed(seed)
-    config = config_class(**{**_COMMON, **member.values}, attn_implementation="eager")
-    model = model_class(config).float().eval()
+    model = model_class(config_of(member)).float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 
 from dsmoe_local.model.ggml import GgmlType
-from dsmoe_local.model.gguf_file import read_gguf
+from dsmoe_local.model.gguf_file import Field, read_gguf
 from dsmoe_local.model.gguf_model import metadata_of
 from dsmoe_local.model.hyperparameters import Gating, Hyperparameters
 from dsmoe_local.model.layout import UNQUANTIZED_ROLES, Role, TensorSpec, tensor_specs
@@ -24,6 +24,8 @@ MOE = Hyperparameters(
     n_heads=4,
     n_kv_heads=2,
     head_dim=64,
+    value_dim=64,
+    rotary_dim=64,
     ffn_size=288,
     n_vocab=64,
     n_context=128,
@@ -32,20 +34,21 @@ MOE = Hyperparameters(
     n_shared_experts=1,
     n_experts_per_token=2,
     expert_size=96,
+    shared_expert_size=96,
 )
 FOUR_LAYERS = replace(MOE, n_layers=4)
 """For tests of the solver, which takes long for many layers."""
 MOE_KINDS = tuple(kind for kind in KINDS if kind not in SUBSTITUTES)
 """The kinds of groups that such a model has."""
-DEEP = replace(MOE, n_layers=28, n_kv_heads=1, n_routed_experts=2, expert_size=32, shared_expert_size=0)
+DEEP = replace(MOE, n_layers=28, n_kv_heads=1, n_routed_experts=2, expert_size=32, shared_expert_size=32)
 """As many layers as the 16B model, and four heads to a key."""
 EIGHT_EXPERTS = replace(
-    MOE, n_layers=4, n_dense_layers=2, n_routed_experts=8, expert_size=64, shared_expert_size=0
+    MOE, n_layers=4, n_dense_layers=2, n_routed_experts=8, expert_size=64, shared_expert_size=64
 )
 """llama.cpp has rules for models with just eight experts."""
 NARROW = replace(MOE, n_layers=2, hidden_size=576, n_heads=9, n_kv_heads=3, tied_embeddings=True)
 """The demo's widths: no row takes a block of 256. The embedding is the output."""
-ODD = replace(MOE, n_layers=2, expert_size=72, shared_expert_size=0, ffn_size=120)
+ODD = replace(MOE, n_layers=2, expert_size=72, shared_expert_size=72, ffn_size=120)
 """Down projections that take no block at all."""
 DENSE = Hyperparameters(
     architecture="llama",
@@ -54,6 +57,8 @@ DENSE = Hyperparameters(
     n_heads=8,
     n_kv_heads=2,
     head_dim=32,
+    value_dim=32,
+    rotary_dim=32,
     ffn_size=256,
     n_vocab=64,
     n_context=128,
@@ -85,6 +90,7 @@ FAMILY: Mapping[str, Hyperparameters] = {
         n_layers=3,
         n_dense_layers=0,
         n_shared_experts=0,
+        shared_expert_size=0,
         head_dim=96,
         value_dim=96,
         rotary_dim=96,
@@ -107,6 +113,7 @@ FAMILY: Mapping[str, Hyperparameters] = {
         n_kv_heads=4,
         n_dense_layers=0,
         n_shared_experts=0,
+        shared_expert_size=0,
         ffn_size=0,
         has_qk_norm=True,
     ),
@@ -140,11 +147,18 @@ def _mtp_specs(hp: Hyperparameters) -> list[TensorSpec]:
 
 
 def write_tiny(
-    path: Path, hp: Hyperparameters, dtype: str = "bf16", seed: int = 0, *, as_rows: str = ""
+    path: Path,
+    hp: Hyperparameters,
+    dtype: str = "bf16",
+    seed: int = 0,
+    *,
+    as_rows: str = "",
+    changes: Mapping[str, Field | None] | None = None,
 ) -> Path:
     """A model with random weights in `dtype` (f32, f16, bf16), norms and routers in F32; returns `path`.
 
-    `as_rows` names vectors that are written as matrices of one row. Layers for multi-token prediction have
+    `as_rows` names vectors that are written as matrices of one row. `changes` replaces metadata by keys
+    without the architecture's prefix; None removes a key. Layers for multi-token prediction have
     the same tensors as others, and those that llama.cpp expects.
     """
     writer = gguf.GGUFWriter(path, hp.architecture)
@@ -153,8 +167,10 @@ def write_tiny(
     stored = replace(hp, n_layers=hp.n_stored_layers)
     if hp.n_mtp_layers:
         writer.add_uint32(f"{hp.architecture}.nextn_predict_layers", hp.n_mtp_layers)
-    for key, field in metadata_of(stored).items():
-        writer.add_key_value(key, field.value, field.type, field.item_type)
+    changed = {f"{hp.architecture}.{key}": field for key, field in (changes or {}).items()}
+    for key, field in {**metadata_of(stored), **changed}.items():
+        if field is not None:
+            writer.add_key_value(key, field.value, field.type, field.item_type)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("deepseek-llm")
     writer.add_token_list([f"t{number}" for number in range(hp.n_vocab)])

@@ -59,7 +59,7 @@ def hyperparameters(source: Source, n_active: int) -> Hyperparameters:
         n_shared_experts=N_SHARED_EXPERTS,
         n_experts_per_token=n_active,
         expert_size=EXPERT_SIZE,
-        shared_expert_size=0,
+        shared_expert_size=EXPERT_SIZE,
         name=MODEL_NAME,
     )
 

@@ -103,6 +103,8 @@ def _hyperparameters(file: GgufFile) -> Hyperparameters:
         n_heads=n_heads,
         n_kv_heads=int(value["llama.attention.head_count_kv"].value),
         head_dim=hidden_size // n_heads,
+        value_dim=hidden_size // n_heads,
+        rotary_dim=hidden_size // n_heads,
         ffn_size=int(value["llama.feed_forward_length"].value),
         n_vocab=int(value["llama.vocab_size"].value),
         n_context=int(value["llama.context_length"].value),

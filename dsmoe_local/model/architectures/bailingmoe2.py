@@ -28,7 +28,9 @@ _EMBEDDING, *_OTHERS = common.MODEL
 ARCHITECTURE = Architecture(
     name="bailingmoe2",
     title="Ling 2.0",
-    classes=(ModelClass("bailing_moe", "BailingMoeV2ForCausalLM", {"use_qk_norm": True}),),
+    classes=(
+        ModelClass("bailing_moe", "BailingMoeV2ForCausalLM", {"use_qk_norm": True, "norm_topk_prob": True}),
+    ),
     model=(replace(_EMBEDDING, source="model.word_embeddings.weight"), *_OTHERS),
     every_layer=(*_ATTENTION, common.FFN_NORM),
     dense_layer=common.DENSE_FFN,
@@ -59,6 +61,9 @@ ARCHITECTURE = Architecture(
     config_values={
         **common.CONFIG_VALUES,
         "use_qk_norm": (True,),
+        "norm_topk_prob": (True,),
+        "norm_head": (False, None),
+        "use_rmsnorm": (True, None),
         "use_bias": (False, None),
         "use_qkv_bias": (False, None),
         "tie_word_embeddings": (False, None),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from dsmoe_local.model.architectures.table import (
@@ -97,7 +97,7 @@ N_HEADS = Parameter("n_heads", "num_attention_heads", "attention.head_count", hi
 HEADS = (
     N_HEADS,
     Parameter("n_kv_heads", "num_key_value_heads", "attention.head_count_kv", high=1024,
-              default=lambda values: values["n_heads"]),
+              gguf_default=lambda values: values["n_heads"]),
     Parameter("head_dim", "head_dim", "attention.key_length", low=2, high=4096, default=_usual_head_dim),
     Parameter("value_dim", "", "attention.value_length", low=2, high=4096,
               default=lambda values: values["head_dim"]),
@@ -123,8 +123,11 @@ N_DENSE = Parameter("n_dense_layers", "first_k_dense_replace", "leading_dense_bl
                     high=MAX_LAYERS, default=0)
 N_SHARED = Parameter("n_shared_experts", "n_shared_experts", "expert_shared_count", high=MAX_EXPERTS)
 EXPERT_SIZE = Parameter("expert_size", "moe_intermediate_size", "expert_feed_forward_length", high=1 << 20)
-SCALE = Parameter("routed_scaling_factor", "routed_scaling_factor", "expert_weights_scale", float, 0.0, 1e6,
-                  default=1.0)
+SHARED_SIZE = Parameter("shared_expert_size", default=lambda values: values["expert_size"])
+"""Of shared experts that are as wide as routed ones."""
+# llama.cpp reads 0 like a missing key.
+SCALE = Parameter("routed_scaling_factor", "routed_scaling_factor", "expert_weights_scale", float, 1e-6, 1e6,
+                  default=1.0, is_absent_if_0=True)
 NORMALIZED = Parameter("normalized_weights", "norm_topk_prob", "expert_weights_norm", bool, default=False)
 GROUPS = (
     Parameter("n_expert_groups", "n_group", "expert_group_count", low=0, high=MAX_EXPERTS, default=1),
@@ -142,17 +145,35 @@ ANY_GATING: Mapping[object, object] = {"softmax": Gating.SOFTMAX, "sigmoid": Gat
 
 
 def n_experts(key: str) -> tuple[Parameter, ...]:
-    """Return the numbers of routed experts, and of those that a token uses. `key` is that in config.json."""
+    """Return the numbers of routed experts, and of those that a token uses. `key` is that in config.json.
+
+    llama.cpp aborts if a model has one expert and the key for groups.
+    """
     return (
-        Parameter("n_routed_experts", key, "expert_count", high=MAX_EXPERTS),
+        Parameter("n_routed_experts", key, "expert_count", low=2, high=MAX_EXPERTS),
         Parameter("n_experts_per_token", "num_experts_per_tok", "expert_used_count", high=MAX_EXPERTS),
     )
 
 
-def gating(key: str, words: Mapping[object, object]) -> Parameter:
-    """Return the router's function. `key` is that in config.json, `words` its accepted values."""
+def gating(
+    key: str, words: Mapping[object, object], gguf_default: Gating | Callable[[Values], Gating] | None = None
+) -> Parameter:
+    """Return the router's function.
+
+    `key` is that in config.json, and `words` its accepted values, with the default first. `gguf_default` is
+    what llama.cpp takes if a GGUF file has no such key or 0; None: it aborts.
+    """
+    default = next(iter(words.values()))
+    missing = REQUIRED if gguf_default is None else gguf_default
     return Parameter(
-        "gating", key, "expert_gating_func", Gating, words=words, default=next(iter(words.values()))
+        "gating",
+        key,
+        "expert_gating_func",
+        Gating,
+        words=words,
+        default=default,
+        gguf_default=missing,
+        is_absent_if_0=True,
     )
 
 
@@ -161,8 +182,12 @@ CONFIG_VALUES: Mapping[str, tuple[object, ...]] = {
     "ep_size": (1, None),
     "pretraining_tp": (1, None),
     "mlp_bias": (False, None),
+    "use_sliding_window": (False, None),
 }
 """Keys of config.json with the only values that llama.cpp's graphs implement."""
+
+WHOLE_HEADS: Mapping[str, tuple[object, ...]] = {"partial_rotary_factor": (1, 1.0, None)}
+"""The same, for graphs that rotate whole heads or whose rotated part has a key of its own."""
 
 GGUF_VALUES: Mapping[str, tuple[object, ...]] = {
     "attention.causal": (True,),

@@ -6,11 +6,17 @@ from dataclasses import replace
 
 from dsmoe_local.model.architectures import common
 from dsmoe_local.model.architectures.table import Architecture, ModelClass
+from dsmoe_local.model.hyperparameters import Gating
+
+# Its configuration takes one key head for each query head if the key is missing.
+_HEADS = tuple(
+    replace(each, default=each.gguf_default) if each.field == "n_kv_heads" else each for each in common.HEADS
+)
 
 ARCHITECTURE = Architecture(
     name="deepseek",
     title="DeepSeekMoE (arXiv 2401.06066)",
-    classes=(ModelClass("deepseek", "DeepseekForCausalLM", {}),),
+    classes=(ModelClass("deepseek", "DeepseekForCausalLM"),),
     model=common.MODEL,
     every_layer=(*common.PERMUTED_QUERIES, common.FFN_NORM),
     dense_layer=common.DENSE_FFN,
@@ -18,7 +24,7 @@ ARCHITECTURE = Architecture(
     parameters=(
         *common.WIDTHS,
         replace(common.FFN_SIZE, gguf_default=0),
-        *common.HEADS,
+        *_HEADS,
         common.EPSILON,
         *common.ROPE,
         common.TIED,
@@ -26,12 +32,14 @@ ARCHITECTURE = Architecture(
         *common.n_experts("n_routed_experts"),
         common.N_SHARED,
         common.EXPERT_SIZE,
+        common.SHARED_SIZE,
         common.SCALE,
-        common.gating("scoring_func", common.SOFTMAX),
+        common.gating("scoring_func", common.SOFTMAX, Gating.SOFTMAX),
     ),
     constants={},
     config_values={
         **common.CONFIG_VALUES,
+        **common.WHOLE_HEADS,
         "norm_topk_prob": (False, None),
         "topk_method": ("greedy", "gready", None),  # DeepSeek's own code has the misspelling
         "moe_layer_freq": (1, None),
@@ -41,7 +49,6 @@ ARCHITECTURE = Architecture(
         "q_lora_rank": (None,),
         "kv_lora_rank": (None,),
         "sliding_window": (None,),
-        "partial_rotary_factor": (1, 1.0, None),
     },
     gguf_values={
         **common.GGUF_VALUES,

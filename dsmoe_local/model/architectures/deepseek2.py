@@ -1,4 +1,4 @@
-"""DeepSeek-V2-Lite, V3, R1, Moonlight, Kimi-K2 and GLM-4.7-Flash. llama.cpp: src/models/deepseek2.cpp.
+"""DeepSeek-V2-Lite, V3, R1, Moonlight and GLM-4.7-Flash. llama.cpp: src/models/deepseek2.cpp.
 
 Multi-head latent attention (MLA, arXiv 2405.04434) is stored so that keys and values need not be expanded:
 `kv_b_proj` is split into the part for keys, transposed, and the part for values, for each head.
@@ -17,12 +17,36 @@ from dsmoe_local.model.architectures.table import (
     Order,
     Parameter,
     Rule,
+    Values,
 )
-from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.hyperparameters import Gating, Hyperparameters
 
-_LITE_LAYERS = (26, 27)
+_LITE_LAYERS = (26, 27)  # src/models/deepseek2.cpp, is_lite
 _V2: Mapping[str, object] = {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False}
-_V3: Mapping[str, object] = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}
+# With greedy choice, V2 ignores groups. It scales weights only if it does not normalise them.
+_V2_VALUES: Mapping[str, tuple[object, ...]] = {
+    "norm_topk_prob": (False, None),
+    "n_group": (1, 0, None),
+    "topk_group": (1, 0, None),
+}
+_V3: Mapping[str, object] = {
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
+    "first_k_dense_replace": 3,
+    "n_group": 8,
+    "topk_group": 4,
+    "routed_scaling_factor": 2.5,
+}
+_GLM: Mapping[str, object] = {
+    **_V3,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "rms_norm_eps": 1e-5,
+    "routed_scaling_factor": 1.8,
+}
+_GLM_VOCABULARY, _GLM_LAYERS = 154880, (47, 48)
 _KEYS_AND_VALUES = ("nope_dim", "value_dim")
 
 # fmt: off
@@ -43,7 +67,7 @@ _ATTENTION = (
 )
 _WIDTHS = (
     common.N_HEADS,
-    Parameter("n_kv_heads", "num_key_value_heads", high=1024, default=lambda values: values["n_heads"]),
+    Parameter("n_kv_heads", "num_key_value_heads", high=1024, gguf_default=lambda values: values["n_heads"]),
     Parameter("query_rank", "q_lora_rank", "attention.q_lora_rank", low=0, high=1 << 16, default=0,
               omitted=0),
     Parameter("kv_rank", "kv_lora_rank", "attention.kv_lora_rank", high=1 << 16),
@@ -69,18 +93,25 @@ def _queries_of_lite_models(hp: Hyperparameters) -> tuple[str, str] | None:
     if is_lite and hp.query_rank:
         return "query_rank", f"0 in a model of {hp.n_layers} layers"
     if not is_lite and not hp.query_rank:
-        return "query_rank", "a number above 0, except in models of 26 or 27 layers"
+        layers = " or ".join(map(str, _LITE_LAYERS))
+        return "query_rank", f"a number above 0, except in models of {layers} layers"
     return None
+
+
+def _gating_of_old_files(values: Values) -> Gating:
+    """llama.cpp recognizes files of GLM-4.7-Flash that do not name the function."""
+    is_glm = values["n_layers"] in _GLM_LAYERS and values["n_vocab"] == _GLM_VOCABULARY
+    return Gating.SIGMOID if is_glm else Gating.SOFTMAX
 
 
 ARCHITECTURE = Architecture(
     name="deepseek2",
     title="DeepSeek-V2 and V3 with MLA",
     classes=(
-        ModelClass("deepseek_v2", "DeepseekV2ForCausalLM", _V2),
+        ModelClass("deepseek_v2", "DeepseekV2ForCausalLM", _V2, _V2_VALUES),
         ModelClass("deepseek_v3", "DeepseekV3ForCausalLM", _V3),
         ModelClass("kimi_k2", "DeepseekV3ForCausalLM", _V3),
-        ModelClass("glm4_moe_lite", "Glm4MoeLiteForCausalLM", _V3),
+        ModelClass("glm4_moe_lite", "Glm4MoeLiteForCausalLM", _GLM),
     ),
     model=common.MODEL,
     every_layer=_ATTENTION,
@@ -97,20 +128,22 @@ ARCHITECTURE = Architecture(
         *common.n_experts("n_routed_experts"),
         common.N_SHARED,
         common.EXPERT_SIZE,
+        common.SHARED_SIZE,
         common.SCALE,
         common.NORMALIZED,
-        common.gating("scoring_func", common.ANY_GATING),
+        common.gating("scoring_func", common.ANY_GATING, _gating_of_old_files),
         *common.GROUPS,
         common.CHOICE_BIAS,
     ),
     constants={},
     config_values={
         **common.CONFIG_VALUES,
+        **common.WHOLE_HEADS,
         "moe_layer_freq": (1, None),
         "attention_bias": (False, None),
         "rope_interleave": (True, None),
     },
-    gguf_values=common.GGUF_VALUES,
+    gguf_values={**common.GGUF_VALUES, "attention.temperature_scale": (0.0,)},
     checks=(
         *common.CHECKS,
         common.every_head_has_its_keys,

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dsmoe_local.model.architectures import common
 from dsmoe_local.model.architectures.table import Architecture, ModelClass
+from dsmoe_local.model.hyperparameters import Gating
 
 ARCHITECTURE = Architecture(
     name="dots1",
     title="dots.llm1",
-    classes=(
-        ModelClass("dots1", "Dots1ForCausalLM", {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}),
-    ),
+    classes=(ModelClass("dots1", "Dots1ForCausalLM", {"topk_method": "noaux_tc"}),),
     model=common.MODEL,
     every_layer=(*common.GROUPED_QUERIES, *common.QK_NORM, common.FFN_NORM),
     dense_layer=common.DENSE_FFN,
@@ -25,15 +24,17 @@ ARCHITECTURE = Architecture(
         *common.n_experts("n_routed_experts"),
         common.N_SHARED,
         common.EXPERT_SIZE,
+        common.SHARED_SIZE,
         common.SCALE,
         common.NORMALIZED,
-        common.gating("scoring_func", common.ANY_GATING),
+        common.gating("scoring_func", {"noaux_tc": Gating.SIGMOID, "sigmoid": Gating.SIGMOID}),
         *common.GROUPS,
         common.CHOICE_BIAS,
     ),
     constants={"has_qk_norm": True},
     config_values={
         **common.CONFIG_VALUES,
+        **common.WHOLE_HEADS,
         "attention_bias": (False, None),
         "tie_word_embeddings": (False, None),
     },

@@ -14,10 +14,18 @@ _FLAGS = (
 )
 # fmt: on
 
+_DEFAULTS = {"norm_topk_prob": True, "rms_norm_eps": 1e-5, "first_k_dense_replace": 1}
+
 ARCHITECTURE = Architecture(
     name="glm4moe",
     title="GLM-4.5",
-    classes=(ModelClass("glm4_moe", "Glm4MoeForCausalLM", {"norm_topk_prob": True}),),
+    classes=(
+        ModelClass(
+            "glm4_moe",
+            "Glm4MoeForCausalLM",
+            {"norm_topk_prob": True, "rms_norm_eps": 1e-5, "first_k_dense_replace": 1},
+        ),
+    ),
     model=common.MODEL,
     every_layer=(*common.GROUPED_QUERIES, *common.QKV_BIAS, *common.QK_NORM, _FFN_NORM),
     dense_layer=common.DENSE_FFN,
@@ -34,9 +42,10 @@ ARCHITECTURE = Architecture(
         *common.n_experts("n_routed_experts"),
         common.N_SHARED,
         common.EXPERT_SIZE,
+        common.SHARED_SIZE,
         common.SCALE,
         common.NORMALIZED,
-        common.gating("", {"sigmoid": Gating.SIGMOID}),
+        common.gating("", {"sigmoid": Gating.SIGMOID}, Gating.SIGMOID),
         *common.GROUPS,
     ),
     constants={"has_expert_bias": True},

@@ -29,6 +29,7 @@ ARCHITECTURE = Architecture(
     constants={"n_dense_layers": 0, "ffn_size": 0, "has_qk_norm": True},
     config_values={
         **common.CONFIG_VALUES,
+        **common.WHOLE_HEADS,
         "norm_topk_prob": (False, None),
         "attention_bias": (False, None),
         "clip_qkv": (None,),

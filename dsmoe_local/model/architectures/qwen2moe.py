@@ -22,7 +22,7 @@ _SHARED_SIZE = Parameter("shared_expert_size", "shared_expert_intermediate_size"
 ARCHITECTURE = Architecture(
     name="qwen2moe",
     title="Qwen2-MoE",
-    classes=(ModelClass("qwen2_moe", "Qwen2MoeForCausalLM", {}),),
+    classes=(ModelClass("qwen2_moe", "Qwen2MoeForCausalLM"),),
     model=common.MODEL,
     every_layer=(*common.GROUPED_QUERIES, *common.QKV_BIAS, common.FFN_NORM),
     dense_layer=(),
@@ -40,11 +40,11 @@ ARCHITECTURE = Architecture(
     constants={"n_dense_layers": 0, "n_shared_experts": 1, "has_qkv_bias": True},
     config_values={
         **common.CONFIG_VALUES,
+        **common.WHOLE_HEADS,
         "norm_topk_prob": (False, None),
         "decoder_sparse_step": (1, None),
         "mlp_only_layers": ([], None),
         "qkv_bias": (True, None),
-        "use_sliding_window": (False, None),
         "tie_word_embeddings": (False, None),
     },
     gguf_values={**common.GGUF_VALUES, **common.NO_GROUPS},

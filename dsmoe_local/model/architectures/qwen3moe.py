@@ -8,7 +8,7 @@ from dsmoe_local.model.architectures.table import Architecture, ModelClass
 ARCHITECTURE = Architecture(
     name="qwen3moe",
     title="Qwen3-MoE",
-    classes=(ModelClass("qwen3_moe", "Qwen3MoeForCausalLM", {}),),
+    classes=(ModelClass("qwen3_moe", "Qwen3MoeForCausalLM"),),
     model=common.MODEL,
     every_layer=(*common.GROUPED_QUERIES, *common.QK_NORM, common.FFN_NORM),
     dense_layer=(),
@@ -26,11 +26,11 @@ ARCHITECTURE = Architecture(
     constants={"n_dense_layers": 0, "has_qk_norm": True, "normalized_weights": True},
     config_values={
         **common.CONFIG_VALUES,
+        **common.WHOLE_HEADS,
         "norm_topk_prob": (True,),
         "decoder_sparse_step": (1, None),
         "mlp_only_layers": ([], None),
         "attention_bias": (False, None),
-        "use_sliding_window": (False, None),
     },
     gguf_values={**common.GGUF_VALUES, **common.NO_GROUPS},
     checks=(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final, TypeAlias
 
@@ -81,7 +81,8 @@ class Parameter:
     architecture; "" if it has none there. `tensor`: in GGUF files the field is true if a layer has the tensor
     of this name. `default` is the value of a missing key, or a function of the fields before it;
     `gguf_default` is that of GGUF files, where it differs. `words` are the accepted values in config.json and
-    what they mean. The key is not written to a GGUF file if the value is `omitted`.
+    what they mean. The key is not written to a GGUF file if the value is `omitted`. `is_absent_if_0`: in a
+    GGUF file, 0 is the same as no key.
     """
 
     field: str
@@ -95,6 +96,7 @@ class Parameter:
     words: Mapping[object, object] | None = None
     tensor: str = ""
     omitted: object = None
+    is_absent_if_0: bool = False
 
     @property
     def is_derived(self) -> bool:
@@ -111,12 +113,14 @@ class ModelClass:
     """A class of transformers whose checkpoints have this architecture.
 
     `model_type` and `name` are what config.json has in `model_type` and `architectures`. `defaults` are the
-    values of keys that config.json may lack.
+    values that its configuration has for keys that config.json lacks, where they are not those of the
+    architecture. `config_values` are as in Architecture, for this class alone.
     """
 
     model_type: str
     name: str
-    defaults: Mapping[str, object]
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    config_values: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
