@@ -31,7 +31,7 @@ from dsmoe_quantize.write import encoder, kernels
 MODELS = {
     "moe": (replace(MOE, n_layers=3, n_routed_experts=2), "bf16"),
     "eight experts": (replace(EIGHT_EXPERTS, n_layers=2, n_dense_layers=1), "f16"),
-    "narrow": (replace(NARROW, ffn_size=96, expert_size=32, shared_expert_size=0), "f32"),
+    "narrow": (replace(NARROW, ffn_size=96, expert_size=32, shared_expert_size=32), "f32"),
     "odd": (ODD, "bf16"),
     "dense": (replace(DENSE, n_layers=3, n_dense_layers=3), "f16"),
     **{name: (hp, "bf16") for name, hp in MIX_MODELS.items()},

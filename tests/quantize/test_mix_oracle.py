@@ -21,9 +21,9 @@ from dsmoe_quantize.quantize import plan_quantization, quantize_file
 from dsmoe_quantize.write import encoder
 
 MODELS = {
-    "moe": (replace(MOE, n_routed_experts=2, expert_size=32, shared_expert_size=0), "bf16"),
+    "moe": (replace(MOE, n_routed_experts=2, expert_size=32, shared_expert_size=32), "bf16"),
     "eight experts": (EIGHT_EXPERTS, "f16"),
-    "narrow": (replace(NARROW, ffn_size=96, expert_size=32, shared_expert_size=0), "f32"),
+    "narrow": (replace(NARROW, ffn_size=96, expert_size=32, shared_expert_size=32), "f32"),
     "odd": (ODD, "bf16"),
     "dense": (DENSE, "f16"),
     **{name: (hp, "bf16") for name, hp in MIX_MODELS.items()},

@@ -9,13 +9,13 @@ from typing import Any
 from dsmoe_local.model.hyperparameters import Gating, Hyperparameters
 from support.tiny_gguf import MOE
 
-_GROUPED = replace(MOE, n_heads=8, n_kv_heads=2, head_dim=32, n_dense_layers=0, value_dim=0,
-                   rotary_dim=0, n_shared_experts=0)  # fmt: skip
+_GROUPED = replace(MOE, n_heads=8, n_kv_heads=2, head_dim=32, n_dense_layers=0, value_dim=32,
+                   rotary_dim=32, n_shared_experts=0)  # fmt: skip
 _SIGMOID: dict[str, Any] = {"gating": Gating.SIGMOID, "normalized_weights": True, "has_expert_bias": True}
 MIX_MODELS: Mapping[str, Hyperparameters] = {
     "deepseek2 lite": replace(
         MOE, architecture="deepseek2", n_layers=27, n_heads=2, n_kv_heads=2, head_dim=48, value_dim=32,
-        rotary_dim=16, kv_rank=256, n_routed_experts=2, expert_size=32, shared_expert_size=0,
+        rotary_dim=16, kv_rank=256, n_routed_experts=2, expert_size=32, shared_expert_size=32,
     ),
     "deepseek2 query rank": replace(
         MOE, architecture="deepseek2", n_kv_heads=4, head_dim=40, value_dim=40, rotary_dim=16, query_rank=288,
@@ -26,7 +26,7 @@ MIX_MODELS: Mapping[str, Hyperparameters] = {
         _GROUPED, architecture="qwen2moe", n_shared_experts=1, shared_expert_size=256, has_qkv_bias=True
     ),
     "qwen3moe": replace(
-        _GROUPED, architecture="qwen3moe", head_dim=64, value_dim=0, rotary_dim=0, n_routed_experts=8,
+        _GROUPED, architecture="qwen3moe", head_dim=64, value_dim=64, rotary_dim=64, n_routed_experts=8,
         expert_size=256, shared_expert_size=0, has_qk_norm=True, normalized_weights=True,
     ),
     "glm4moe": replace(
