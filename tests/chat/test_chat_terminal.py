@@ -71,12 +71,12 @@ def test_real_model_remembers_a_session_without_reading_it(tmp_path: Path) -> No
             assert terminal.ending() == 0
         return int(found[0].replace(",", "")), int(found[1])
 
-    n_prompt, n_read = ask(text="one two three four five six seven eight " * 30)
-    assert n_read == n_prompt > 240
+    n_prompt, n_read = ask(text="one two three four five six seven eight " * 18)
+    assert n_read == n_prompt > 144
     # All but the last block of its tokens.
     assert ask("--continue", text="And nine?")[1] < 40 + BLOCK
     # Another type of cache: what is beside the session is of no use, and nobody is told.
-    assert ask("--continue", "-ctk", "q8_0", text="And ten?")[1] > 240
+    assert ask("--continue", "-ctk", "q8_0", text="And ten?")[1] > 144
 
 
 def test_real_model_interrupted_in_a_long_prompt() -> None:

@@ -23,7 +23,7 @@ from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.errors import PromptError
 from dsmoe_local.engine.interface import TextEngine
 from dsmoe_local.engine.process.client import EngineClient
-from dsmoe_local.engine.types import ModelOptions, ObserverOptions, Request, SamplingParameters
+from dsmoe_local.engine.types import NO_TEMPLATE, ModelOptions, ObserverOptions, Request, SamplingParameters
 from dsmoe_local.model.gguf_file import read_gguf
 
 GREEDY = SamplingParameters(temperature=0)
@@ -42,7 +42,7 @@ SHAPES: list[dict[str, Any]] = [
 
 def options(path: Path | None = None, architecture: str = "", **more: Any) -> ModelOptions:
     model = family_model(architecture) if architecture else tiny_model()
-    return ModelOptions(path or model, n_threads=1, **more)
+    return ModelOptions(path or model, n_threads=1, **{"chat_template": NO_TEMPLATE, **more})
 
 
 def reply(engine: TextEngine, prompt: tuple[int, ...], count: int = 12) -> list[tuple[int, float | None]]:
@@ -450,7 +450,8 @@ def test_a_shift_tells_what_it_dropped_and_spares_what_is_kept() -> None:
 def test_vocabularies_are_told_apart_and_templates_are_not() -> None:
     """Guards: token ids of one tokenizer read with another; ids thrown away for a template's sake."""
     template = "{{ messages[0].content }}"
-    with Engine.load(options()) as plain, Engine.load(options(tiny_model(template))) as templated:
+    other = options(tiny_model(template), chat_template=None)
+    with Engine.load(options()) as plain, Engine.load(other) as templated:
         assert plain.info.vocabulary == templated.info.vocabulary
         assert plain.info.template_text != templated.info.template_text == template
         with Engine.load(options(smollm2(), n_context=64)) as other:

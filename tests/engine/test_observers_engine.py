@@ -22,7 +22,7 @@ from dsmoe_local.engine.interface import TextEngine
 from dsmoe_local.engine.observe.arrays import unpack
 from dsmoe_local.engine.observe.registry import OBSERVERS
 from dsmoe_local.engine.process.client import EngineClient
-from dsmoe_local.engine.types import ModelOptions, ObserverOptions, Request, SamplingParameters
+from dsmoe_local.engine.types import NO_TEMPLATE, ModelOptions, ObserverOptions, Request, SamplingParameters
 from dsmoe_local.evaluate import prediction_observers, routing_observers
 from dsmoe_local.evaluate.reference import observer_options
 from dsmoe_local.evaluate.reference_files import PredictionReader
@@ -33,7 +33,7 @@ Load = Callable[[ModelOptions], Any]
 
 
 def options(*observers: ObserverOptions, **more: Any) -> ModelOptions:
-    return ModelOptions(tiny_model(), n_threads=1, observers=observers, **more)
+    return ModelOptions(tiny_model(), n_threads=1, chat_template=NO_TEMPLATE, observers=observers, **more)
 
 
 def nll_sum(first: int) -> float:

@@ -16,7 +16,7 @@ from dsmoe_local.engine.errors import EngineCrashError, EngineError, ModelLoadEr
 from dsmoe_local.engine.interface import TextEngine
 from dsmoe_local.engine.observe.observer import Observer
 from dsmoe_local.engine.process.client import EngineClient
-from dsmoe_local.engine.types import ModelOptions, ObserverOptions, Request, SamplingParameters
+from dsmoe_local.engine.types import NO_TEMPLATE, ModelOptions, ObserverOptions, Request, SamplingParameters
 from dsmoe_local.evaluate.reference import observer_options
 
 GREEDY = SamplingParameters(temperature=0)
@@ -26,7 +26,7 @@ IDS = tuple(range(20, 120))
 
 
 def options(**more: Any) -> ModelOptions:
-    return ModelOptions(tiny_model(), n_threads=1, **more)
+    return ModelOptions(tiny_model(), n_threads=1, chat_template=NO_TEMPLATE, **more)
 
 
 def reply(engine: TextEngine, prompt: tuple[int, ...] = IDS, count: int = 10, **more: Any) -> list[Any]:

@@ -142,7 +142,7 @@ def _run(case: dict[str, Any]) -> dict[str, Any]:
     from dsmoe_local.base.progress import Advanced, Event, Note, Started
     from dsmoe_local.engine import native
     from dsmoe_local.engine.engine import Engine
-    from dsmoe_local.engine.types import ModelOptions, Request, SamplingParameters
+    from dsmoe_local.engine.types import NO_TEMPLATE, ModelOptions, Request, SamplingParameters
 
     notes: list[str] = []
     progress = {"done": 0, "total": 0}
@@ -169,7 +169,7 @@ def _run(case: dict[str, Any]) -> dict[str, Any]:
             log.extend(() if settings.get("measure_only") else native.log_lines())
 
     log: list[str] = []
-    options = {"n_threads": 1, **case.get("options", {})}
+    options = {"n_threads": 1, "chat_template": NO_TEMPLATE, **case.get("options", {})}
     for name in ("tensor_overrides", "devices"):
         if options.get(name) is not None:
             options[name] = tuple(tuple(x) if isinstance(x, list) else x for x in options[name])
