@@ -12,8 +12,9 @@ help:           ## show this list
 demo: $(STAMP)  ## build the demo model with our own converter and quantizer, then chat with it
 	@$(BIN)/dsmoe demo --chat
 
+# Four at once on any machine: tests often wait for the disk, for terminals and for child processes.
 test: $(STAMP)  ## run the tests
-	@$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	@$(BIN)/pytest --numprocesses 4 --dist loadfile
 
 check: lint types layers test  ## what CI runs: ruff, mypy, import-linter, tests
 
