@@ -450,8 +450,8 @@ def test_a_shift_tells_what_it_dropped_and_spares_what_is_kept() -> None:
 def test_vocabularies_are_told_apart_and_templates_are_not() -> None:
     """Guards: token ids of one tokenizer read with another; ids thrown away for a template's sake."""
     template = "{{ messages[0].content }}"
-    other = options(tiny_model(template), chat_template=None)
-    with Engine.load(options()) as plain, Engine.load(other) as templated:
+    own_template = options(tiny_model(template), chat_template=None)
+    with Engine.load(options()) as plain, Engine.load(own_template) as templated:
         assert plain.info.vocabulary == templated.info.vocabulary
         assert plain.info.template_text != templated.info.template_text == template
         with Engine.load(options(smollm2(), n_context=64)) as other:
