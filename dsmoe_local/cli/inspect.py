@@ -78,9 +78,9 @@ def command(target: str | None, named_model: str | None, as_json: bool) -> None:
 def _parts(report: ModelReport, width: int) -> list[RenderableType]:
     from rich.text import Text
 
-    hp = report.hp
-    title = Text.assemble((safe_line(hp.name or report.source, 80), "bold"))
-    if hp.name and hp.name != report.source:
+    name = report.outline.name
+    title = Text.assemble((safe_line(name or report.source, 80), "bold"))
+    if name and name != report.source:
         title.append(f"  {safe_line(report.source, 120)}", style="dim")
     parts: list[RenderableType] = [title, _facts(report), _role_table(report, width)]
     if report.assumed_type is not None:
@@ -104,17 +104,19 @@ class _Size:
 def _sizes(report: ModelReport) -> Iterator[_Size]:
     """Yield the sizes of a file that is to be made of a checkpoint."""
     from dsmoe_local.model.cost import bytes_per_token
+    from dsmoe_local.model.hyperparameters import Hyperparameters
     from dsmoe_local.model.layout import unquantized
     from dsmoe_quantize.policy.plan import plan_types
     from dsmoe_quantize.policy.types import resolve
 
-    if report.assumed_type is None:
+    hp = report.outline
+    if report.assumed_type is None or not isinstance(hp, Hyperparameters):
         return
-    tensors = unquantized(report.hp, report.assumed_type)
+    tensors = unquantized(hp, report.assumed_type)
     for word in _SIZED:
-        plan = plan_types(tensors, report.hp, resolve(word))
+        plan = plan_types(tensors, hp, resolve(word))
         fallbacks = sum(choice.n_weights for choice in plan.choices if choice.misfit)
-        n_bytes = bytes_per_token(report.hp, plan.choices)
+        n_bytes = bytes_per_token(hp, plan.choices)
         yield _Size(word, plan.n_bytes, n_bytes, fallbacks / report.n_parameters)
 
 
@@ -145,16 +147,27 @@ def _size_table(report: ModelReport, width: int) -> Table:
 
 
 def _facts(report: ModelReport) -> Table:
-    hp = report.hp
+    from dsmoe_local.model.hyperparameters import Hyperparameters
+
+    hp = report.outline
     layers = f"{hp.n_layers} layers"
     if hp.n_mtp_layers:
         layers += f" ({hp.n_mtp_layers} for multi-token prediction not counted)"
-    rows = [
-        ("architecture", f"{hp.architecture}, {layers}, {hp.hidden_size} wide, {_heads(hp)}"),
-        ("experts", _experts(hp)),
-        *([("router", _router(hp))] if hp.is_moe else []),
+    architecture = f"{safe_line(hp.architecture, 40)}, {layers}"
+    if isinstance(hp, Hyperparameters):
+        rows = [
+            ("architecture", f"{architecture}, {hp.hidden_size} wide, {_heads(hp)}"),
+            ("experts", _experts(hp)),
+            *([("router", _router(hp))] if hp.is_moe else []),
+        ]
+    else:
+        rows = [
+            ("architecture", f"{architecture}; it can chat, batch, bench and eval only"),
+            ("experts", f"{hp.n_experts_per_token} of {hp.n_routed_experts}" if hp.is_moe else "none"),
+        ]
+    rows += [
         ("parameters", _parameters(report)),
-        ("FLOPs per 4K tokens", _flops(report)),
+        *([] if report.flops is None else [("FLOPs per 4K tokens", _flops(report, report.flops))]),
         ("weights", _weights(report)),
         ("read per token", f"{format_size(report.n_bytes_per_token)} of weights"),
         ("KV cache (F16)", _kv(report)),
@@ -221,16 +234,16 @@ def _parameters(report: ModelReport) -> str:
     return f"{format_count(total)} in total, {format_count(activated)} active per token ({share:.0%})"
 
 
-def _flops(report: ModelReport) -> str:
+def _flops(report: ModelReport, counted: float) -> str:
     ratios = ", ".join(f"{ratio:.1%} of {_COMPARED[name]}" for name, ratio in report.ratios.items())
-    real = f"{report.flops / 1e12:.1f}T"
+    real = f"{counted / 1e12:.1f}T"
     if report.flops_paper is None:
         return real
     return f"{real} ({report.flops_paper / 1e12:.1f}T as the paper counts): {ratios}"
 
 
 def _kv(report: ModelReport) -> str:
-    context = report.hp.n_context
+    context = report.outline.n_context
     per_token = report.kv_bytes_per_token
     return f"{format_size(per_token)} per token, {format_size(per_token * context)} for all {context:,}"
 
@@ -249,7 +262,7 @@ def _role_table(report: ModelReport, width: int) -> Table:
     read = report.n_bytes_per_token
     rows = [
         (
-            share.role.value,
+            str(share.role),
             format_count(share.n_weights),
             format_size(share.n_bytes),
             _bits(share.n_bytes, share.n_weights),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from dsmoe_local.model.ggml import GgmlType, Tensor, parse_type, row_bytes
 from dsmoe_local.model.hyperparameters import Hyperparameters, ModelOutline
@@ -77,24 +78,28 @@ def kv_bytes_per_token(hp: ModelOutline, keys: str = "f16", values: str = "f16")
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """One role's part of a model: weights, stored bytes by type, and bytes read to decode one token."""
+    """One role's part of a model: weights, stored bytes by type, and bytes read to decode one token.
 
-    role: Role
+    `role` is "other" for tensors that no table describes.
+    """
+
+    role: Role | Literal["other"]
     n_weights: int
     n_bytes: int
     n_bytes_per_token: float
     types: Mapping[GgmlType, int]
 
 
-def shares(hp: Hyperparameters, tensors: Iterable[Tensor]) -> list[Share]:
+def shares(hp: ModelOutline, tensors: Iterable[Tensor]) -> list[Share]:
     """Return a model's parts by role, in the order of `Role`."""
-    members: dict[Role | None, list[Tensor]] = {}
+    members: dict[Role | Literal["other"], list[Tensor]] = {}
     for tensor in tensors:
-        members.setdefault(role_of(tensor.name), []).append(tensor)
-    return [_share(hp, role, members[role]) for role in Role if role in members]
+        members.setdefault(role_of(tensor.name) or "other", []).append(tensor)
+    roles: list[Role | Literal["other"]] = [*Role, "other"]
+    return [_share(hp, role, members[role]) for role in roles if role in members]
 
 
-def _share(hp: Hyperparameters, role: Role, tensors: list[Tensor]) -> Share:
+def _share(hp: ModelOutline, role: Role | Literal["other"], tensors: list[Tensor]) -> Share:
     types: Counter[GgmlType] = Counter()
     for tensor in tensors:
         types[tensor.type] += tensor.n_bytes
@@ -132,7 +137,7 @@ def read_fraction(hp: ModelOutline, name: str) -> float:
         return 0.0
     role = role_of(name)
     if role is Role.ROUTED_EXPERT:
-        return hp.n_experts_per_token / hp.n_routed_experts
+        return hp.n_experts_per_token / max(1, hp.n_routed_experts)
     if role is Role.EMBEDDING:
-        return 1 / hp.n_vocab + is_output(name, hp)
+        return 1 / max(1, hp.n_vocab) + is_output(name, hp)
     return 1.0

@@ -74,6 +74,8 @@ def outline_of(file: GgufFile) -> ModelOutline:
     if name in _NOT_GENERATING:
         raise _not_generating(file, _NOT_GENERATING[name])
     keys = Keys(file, name)
+    if not file.tensors:
+        raise FormatError("the file has no weights", where=file.path, remedy="use a complete file")
     _check_graph(file, keys)
     _check_values(file)
     n_stored = keys.integer("block_count", 1, MAX_LAYERS)

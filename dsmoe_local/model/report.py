@@ -10,14 +10,46 @@ from typing import Any
 from dsmoe_local.base.errors import FileError, UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.model import config_json
-from dsmoe_local.model.cost import PAPER_TOKENS, Share, flops, kv_bytes_per_token, parameters, shares
+from dsmoe_local.model.cost import (
+    PAPER_TOKENS,
+    Share,
+    activated_weights,
+    flops,
+    kv_bytes_per_token,
+    parameters,
+    shares,
+)
 from dsmoe_local.model.file_type import file_type_name, imatrix_name
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import GgufFile
-from dsmoe_local.model.gguf_model import read_model
-from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.gguf_model import loaded_tensors, read_any_model
+from dsmoe_local.model.hyperparameters import Hyperparameters, ModelOutline
 from dsmoe_local.model.layout import tensor_specs, unquantized
 from dsmoe_local.model.presets import PRESETS, matching_preset
+
+_SHAPE = (
+    "n_layers",
+    "n_dense_layers",
+    "hidden_size",
+    "n_heads",
+    "n_kv_heads",
+    "head_dim",
+    "value_dim",
+    "query_rank",
+    "kv_rank",
+    "ffn_size",
+    "n_routed_experts",
+    "n_shared_experts",
+    "n_experts_per_token",
+    "expert_size",
+    "shared_expert_size",
+    "gating",
+    "n_expert_groups",
+    "n_groups_per_token",
+    "n_vocab",
+    "n_context",
+)
+"""Fields of Hyperparameters in the JSON report; null if no table describes the model."""
 
 COMPARED_WITH = ("deepseek-7b", "llama2-7b")
 _CHECKPOINT_TYPES = {"float32": GgmlType.F32, "float16": GgmlType.F16, "bfloat16": GgmlType.BF16}
@@ -43,14 +75,15 @@ class ModelReport:
     FLOPs are for a sequence of 4,096 tokens. For models of arXiv 2401.06066, recognized by their dimensions,
     `flops_paper` are FLOPs with the paper's nominal widths, and `ratios` those relative to other models of
     the paper. `type` is the name of the file's type, and `imatrix` that of the importance matrix it was made
-    with, if any. `assumed_type` is the type of the weights if there is no GGUF file.
+    with, if any. `assumed_type` is the type of the weights if there is no GGUF file. `flops` is None if no
+    table describes the model.
     """
 
     source: str
-    hp: Hyperparameters
+    outline: ModelOutline
     n_parameters: int
     n_activated: int
-    flops: float
+    flops: float | None
     flops_paper: float | None
     ratios: Mapping[str, float]
     shares: tuple[Share, ...]
@@ -93,8 +126,25 @@ def report_on(target: str) -> ModelReport:
 def _report_on_file(path: Path) -> ModelReport:
     if path.name == config_json.FILE_NAME:
         return _report_on_folder(path.parent)
-    file, hp = read_model(path)
-    return _report(str(path), hp, GgmlType.F32, file)
+    file, outline = read_any_model(path)
+    if isinstance(outline, Hyperparameters):
+        return _report(str(path), outline, GgmlType.F32, file)
+    tensors = loaded_tensors(file, outline)
+    return ModelReport(
+        source=str(path),
+        outline=outline,
+        n_parameters=sum(tensor.n_weights for tensor in tensors),
+        n_activated=activated_weights(outline, tensors),
+        flops=None,
+        flops_paper=None,
+        ratios={},
+        shares=tuple(shares(outline, tensors)),
+        kv_bytes_per_token=kv_bytes_per_token(outline),
+        tokenizer=_tokenizer(file),
+        assumed_type=None,
+        type=file_type_name(file),
+        imatrix=imatrix_name(file),
+    )
 
 
 def _report_on_folder(folder: Path) -> ModelReport:
@@ -117,7 +167,7 @@ def _report(source: str, hp: Hyperparameters, assumed: GgmlType, file: GgufFile 
     tensors = [file.tensors[spec.name] for spec in tensor_specs(hp)] if file else unquantized(hp, assumed)
     return ModelReport(
         source=source,
-        hp=hp,
+        outline=hp,
         n_parameters=counted.total,
         n_activated=counted.activated,
         flops=flops(hp, PAPER_TOKENS),
@@ -166,31 +216,12 @@ def _tokenizer(file: GgufFile) -> TokenizerReport:
 
 def as_json(report: ModelReport) -> dict[str, Any]:
     """Return the report as a JSON object with plain numbers."""
-    hp = report.hp
+    hp = report.outline
     return {
         "source": report.source,
         "name": hp.name,
         "architecture": hp.architecture,
-        "n_layers": hp.n_layers,
-        "n_dense_layers": hp.n_dense_layers,
-        "hidden_size": hp.hidden_size,
-        "n_heads": hp.n_heads,
-        "n_kv_heads": hp.n_kv_heads,
-        "head_dim": hp.head_dim,
-        "value_dim": hp.value_dim,
-        "query_rank": hp.query_rank,
-        "kv_rank": hp.kv_rank,
-        "ffn_size": hp.ffn_size,
-        "n_routed_experts": hp.n_routed_experts,
-        "n_shared_experts": hp.n_shared_experts,
-        "n_experts_per_token": hp.n_experts_per_token,
-        "expert_size": hp.expert_size,
-        "shared_expert_size": hp.shared_expert_size,
-        "gating": hp.gating.value,
-        "n_expert_groups": hp.n_expert_groups,
-        "n_groups_per_token": hp.n_groups_per_token,
-        "n_vocab": hp.n_vocab,
-        "n_context": hp.n_context,
+        **{key: getattr(hp, key, None) for key in _SHAPE},
         "parameters": {"total": report.n_parameters, "activated": report.n_activated},
         "flops_4k": report.flops,
         "flops_4k_paper": report.flops_paper,
@@ -203,7 +234,7 @@ def as_json(report: ModelReport) -> dict[str, Any]:
         "kv_bytes_per_token": report.kv_bytes_per_token,
         "assumed_type": None if report.assumed_type is None else report.assumed_type.name,
         "roles": {
-            share.role.value: {
+            str(share.role): {
                 "parameters": share.n_weights,
                 "bytes": share.n_bytes,
                 "bits_per_weight": 8 * share.n_bytes / share.n_weights,

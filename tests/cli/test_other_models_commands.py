@@ -41,8 +41,13 @@ def test_commands_that_run_any_model(name: str, tmp_path: Path, text: Path) -> N
     done.append(
         run("eval", model, "--text", text, "-c", "64", "--chunks", "1", "--against", model, "-t", "1")
     )
+    done.append(run("inspect", model))
+    assert "chat, batch, bench and eval only" in " ".join(done[-1].stdout.split())
+    inspected = json.loads(run("inspect", model, "--json").stdout)
+    assert inspected["architecture"] == OTHERS[name].architecture
+    assert inspected["n_heads"] is None
     done.append(run("bench", model, "-p", "8", "-n", "4", "-r", "1", "-t", "1", "-o", "json"))
-    assert [(each.exit_code, each.stderr[:300] if each.exit_code else "") for each in done] == [(0, "")] * 4
+    assert [(each.exit_code, each.stderr[:300] if each.exit_code else "") for each in done] == [(0, "")] * 5
 
     first, second = map(json.loads, out.read_text().splitlines())
     assert first["text"] == second["text"]
@@ -56,7 +61,6 @@ def test_commands_that_run_any_model(name: str, tmp_path: Path, text: Path) -> N
         (("quantize", "{model}", "--type", "q4", "-o", "{out}"), "this needs to know the model's tensors"),
         (("imatrix", "{model}", "--text", "{text}", "-o", "{out}"), "an importance matrix is not available"),
         (("experts", "{model}", "{text}"), "this needs to know the model's tensors"),
-        (("inspect", "{model}"), "this needs to know the model's tensors"),
         (("chat", "{model}", "-p", "x", "--active-experts", "1"), "--active-experts is not available"),
         (
             ("eval", "{model}", "--text", "{text}", "--sensitivity", "{out}"),

@@ -111,6 +111,7 @@ NOT_RUN = {
     "an adapter": OTHER.with_value(KeyValue("general.type", STRING, "adapter")),
 }
 MALFORMED = {
+    "no weights": replace(OTHER, tensors=[]),
     "no architecture": OTHER.without("general.architecture"),
     "an architecture that is a number": OTHER.with_value(KeyValue("general.architecture", UINT32, 1)),
     "no layers": OTHER.without("other.block_count"),
