@@ -17,8 +17,10 @@ from dsmoe_local.model.ggml import GgmlType
 
 @dataclass(frozen=True, slots=True)
 class Dtype:
-    """A number format of a checkpoint's weights, of `n_bytes` each. They have the type `ggml` in a GGUF file
-    without quantization.
+    """A number format of a checkpoint's weights, of `n_bytes` each.
+
+    Without quantization they have the type `ggml` in a GGUF file. FP8 weights are multiplied by their scales
+    first (`fp8`).
     """
 
     ggml: GgmlType

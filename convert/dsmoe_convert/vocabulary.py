@@ -15,6 +15,8 @@ from dsmoe_convert.errors import TokenizerError
 from dsmoe_local.base.text import is_encodable, safe_line
 
 CONFIG = "tokenizer_config.json"
+MAX_TOKEN = 4096
+"""Longer tokens, which no published tokenizer has, are not checked."""
 NO_RANK = 1 << 32
 """More than the rank of any merge."""
 
@@ -69,7 +71,8 @@ def unreachable_tokens(vocabulary: Vocabulary) -> list[str]:
     return [
         token
         for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
-        if kind == TokenType.NORMAL and len(merged(list(token), rank)) > 1
+        # Merging a word takes time that grows with the square of its length.
+        if kind == TokenType.NORMAL and len(token) <= MAX_TOKEN and len(merged(list(token), rank)) > 1
     ]
 
 

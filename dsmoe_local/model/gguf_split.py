@@ -1,8 +1,8 @@
 """Read the headers of a model that may be split into several files, and check that they belong together.
 
 The first file has the metadata. Every file has the keys split.no (from 0), split.count, and
-split.tensors.count (the tensors of all files). llama.cpp finds the other files by the name
-of the first, and checks only split.no.
+split.tensors.count (the tensors of all files). llama.cpp finds the other files by the name of the first, and
+checks only split.no.
 """
 
 from __future__ import annotations

@@ -94,18 +94,20 @@ def _split_keys(number: int, count: int, n_tensors: int) -> dict[str, Field]:
 def _groups(metadata: Mapping[str, Field], tensors: Sequence[Tensor], max_size: int) -> list[list[Tensor]]:
     """Return the tensors of each file."""
     keys = _split_keys(0, 0, 0)
-    first, later = plan_gguf({**metadata, **keys}, []).size, plan_gguf(keys, []).size
+    size, later = plan_gguf({**metadata, **keys}, []).size, plan_gguf(keys, []).size
     alignment = _alignment(metadata)
     groups: list[list[Tensor]] = [[]]
-    size = first
     for tensor in tensors:
         # An entry in the header: the name and its length, the dimensions and their number, type, and offset.
         entry = 8 + len(tensor.name.encode()) + 4 + 8 * len(tensor.shape) + 4 + 8
         added = entry + _padded(tensor.n_bytes, alignment)
+        # Only the first file has the metadata, and so another alignment than the default.
+        added_later = entry + _padded(tensor.n_bytes, DEFAULT_ALIGNMENT)
         # The header is padded after its last entry.
-        if size + added + alignment > max_size and (groups[-1] or later + added + alignment <= max_size):
+        fits_later = later + added_later + DEFAULT_ALIGNMENT <= max_size
+        if size + added + alignment > max_size and (groups[-1] or fits_later):
             groups.append([])
-            size = later
+            size, alignment, added = later, DEFAULT_ALIGNMENT, added_later
         groups[-1].append(tensor)
         size += added
     return groups

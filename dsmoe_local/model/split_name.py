@@ -6,7 +6,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
+MAX_FILES = 500
+"""The most files of a model: llama.cpp keeps all open, and most systems let a process open 1024."""
+
+_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL | re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +25,10 @@ class SplitName:
     def of(cls, path: Path) -> SplitName | None:
         """Return the parts of a file's name; None if it is not that of a file of a split model."""
         match = _NAME.fullmatch(path.name)
-        return cls(path.parent, match[1], int(match[2]), int(match[3])) if match else None
+        if match is None:
+            return None
+        number, count = int(match[2]), int(match[3])
+        return cls(path.parent, match[1], number, count) if 0 < number <= count <= MAX_FILES else None
 
     def path(self, number: int) -> Path:
         """Return the path of another file of the same model."""

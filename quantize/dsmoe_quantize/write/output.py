@@ -24,6 +24,7 @@ from dsmoe_local.base.progress import Advanced, Finished, Listener, Started, ign
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.model.gguf_file import Field, identity_of
 from dsmoe_local.model.gguf_writer import plan_files
+from dsmoe_local.model.split_name import MAX_FILES
 from dsmoe_quantize.errors import WeightError
 from dsmoe_quantize.write import kernels
 from dsmoe_quantize.write.encoder import TensorJob, check_job
@@ -39,8 +40,6 @@ from dsmoe_quantize.write.unfinished import (
 Arrange: TypeAlias = Callable[[Sequence[TensorJob]], Sequence[TensorJob]]
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-_MAX_FILES = 500
-"""llama.cpp keeps all files of a model open, and most systems let a process open 1024."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +103,11 @@ def write_output(
     with disk_errors(out):
         out = _checked(out, sources)
         plans = plan_files(metadata, jobs, split_max_size)
-        if len(plans) > _MAX_FILES:
+        if len(plans) > MAX_FILES:
             raise UsageError(
                 f"the model would be split into {len(plans)} files",
                 where=f"--split-max-size {format_size(split_max_size or 0)}",
-                remedy=f"give a size that leads to at most {_MAX_FILES} files",
+                remedy=f"give a size that leads to at most {MAX_FILES} files",
             )
         for path in final_paths(out, len(plans)):
             _refuse_place(path, sources)

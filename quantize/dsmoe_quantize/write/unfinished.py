@@ -216,7 +216,9 @@ class UnfinishedOutput:
         entries = journal.entries
         if len(entries) < 2 or entries[0] != self._fingerprint or not isinstance(entries[-1], dict):
             return False
-        inodes = entries[-1]["inodes"]
+        inodes = entries[-1].get("inodes")
+        if not isinstance(inodes, list) or len(inodes) != len(self._files):
+            return False
         for file, inode in zip(self._files, inodes, strict=True):
             if inode not in (_inode(file.hidden), _inode(file.final)):
                 return False
