@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from support.family import MEMBERS, write_member
+from support.family import tiny_model as transformers_model
 from support.models import tiny_model
 from support.observed import graph_summaries, graph_summaries_on
 from support.rpc_device import rpc_worker
 
+from dsmoe_convert.convert import convert_folder
 from dsmoe_local.engine.native import tensors
 from dsmoe_local.engine.observe.arrays import unpack
 
@@ -25,15 +29,30 @@ def endpoint() -> Iterator[str]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def mla(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose heads have matrices of their own, and are views of others' memory."""
+    folder = tmp_path_factory.mktemp("mla")
+    member = MEMBERS["deepseek3 groups"]
+    write_member(folder / "checkpoint", member, transformers_model(member))
+    return convert_folder(folder / "checkpoint", folder / "mla.gguf").path
+
+
 @pytest.mark.parametrize(
-    "placement",
-    [{"n_gpu_layers": 99}, {"n_gpu_layers": 2}, {"n_gpu_layers": 99, "overrides": EXPERTS_ON_CPU}],
-    ids=["all", "two layers", "experts on the CPU"],
+    ("has_mla", "placement"),
+    [
+        (False, {"n_gpu_layers": 99}),
+        (False, {"n_gpu_layers": 2}),
+        (False, {"n_gpu_layers": 99, "overrides": EXPERTS_ON_CPU}),
+        (True, {"n_gpu_layers": 99}),
+    ],
+    ids=["all", "two layers", "experts on the CPU", "MLA"],
 )
-def test_device_memory_is_fetched(endpoint: str, placement: dict[str, Any]) -> None:
+def test_device_memory_is_fetched(endpoint: str, mla: Path, has_mla: bool, placement: dict[str, Any]) -> None:
     """Guards: a device's address read as one of this process; names of weights that are overwritten."""
-    expected = graph_summaries(tiny_model(), IDS)
-    found = graph_summaries_on(endpoint, tiny_model(), IDS, **placement)
+    model = mla if has_mla else tiny_model()
+    expected = graph_summaries(model, IDS)
+    found = graph_summaries_on(endpoint, model, IDS, **placement)
     assert any("RPC0" in line for line in found["buffers"])
     for one, other in zip(found["routing"]["layers"], expected["routing"]["layers"], strict=True):
         assert one["counts"] == other["counts"]
