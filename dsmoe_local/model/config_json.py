@@ -400,13 +400,19 @@ def _mla_yarn(config: _Config, rope: _Config) -> RopeScaling:
 def config_values(hp: Hyperparameters, **extra: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
     """Return the content of a config.json with these hyper-parameters. `extra` adds or replaces keys."""
     architecture = ARCHITECTURES[hp.architecture]
-    known = architecture.classes[0]
+    words = {each.config: _word(each, hp) for each in architecture.parameters if each.config}
+    # The first class whose models may have these values.
+    known = next(
+        each
+        for each in architecture.classes
+        if all(words.get(key) in accepted for key, accepted in each.config_values.items())
+    )
     implied = {key: values[0] for key, values in architecture.config_values.items() if values[0] is not None}
     return {
         "architectures": [known.name],
         "model_type": known.model_type,
         **implied,
-        **{each.config: _word(each, hp) for each in architecture.parameters if each.config},
+        **words,
         "rope_scaling": _rope_values(hp.rope_scaling),
         "vocab_size": hp.n_vocab,
         **extra,
