@@ -12,8 +12,8 @@ from gguf.constants import GGUFValueType
 from dsmoe_convert.errors import TokenizerError
 from dsmoe_local.base.errors import FileError
 from dsmoe_local.base.text import is_encodable, safe_line
-from dsmoe_local.model.config_json import load_json
 from dsmoe_local.model.gguf_file import Field
+from dsmoe_local.model.json_object import load_json
 
 DEFAULT = "default"
 FOLDER = "additional_chat_templates"

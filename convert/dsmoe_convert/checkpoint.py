@@ -22,9 +22,10 @@ from dsmoe_convert.shards import DTYPES, LocalShards, ShardSource, StoredTensor
 from dsmoe_local.base.errors import MissingExtraError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.model.architectures import ARCHITECTURES
-from dsmoe_local.model.config_json import checkpoint_name, load_json
+from dsmoe_local.model.config_json import checkpoint_name
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.json_object import load_json
 from dsmoe_local.model.layout import TensorSpec, tensor_specs
 
 _MAX_INDEX = 256 << 20

@@ -19,7 +19,7 @@ from dsmoe_convert.errors import CheckpointError
 from dsmoe_convert.shards import DTYPES, StoredTensor
 from dsmoe_local.base.errors import FileError, FormatError
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.model.config_json import strict_json
+from dsmoe_local.model.json_object import strict_json
 
 MAX_HEADER = 100_000_000  # the format's own limit
 

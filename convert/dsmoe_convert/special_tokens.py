@@ -17,8 +17,9 @@ from dsmoe_convert.errors import TokenizerError
 from dsmoe_convert.unsupported import check_tokens_around, tokens_around
 from dsmoe_convert.vocabulary import TokenizerFiles, Vocabulary
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.model.config_json import FILE_NAME, load_json
+from dsmoe_local.model.config_json import FILE_NAME
 from dsmoe_local.model.gguf_file import Field
+from dsmoe_local.model.json_object import load_json
 
 # Classes that add BOS by default.
 _ADDS_BOS = ("LlamaTokenizer", "LlamaTokenizerFast")

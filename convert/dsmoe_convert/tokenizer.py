@@ -19,8 +19,8 @@ from dsmoe_convert.errors import TokenizerError
 from dsmoe_convert.special_tokens import SpecialTokens, read_special_tokens
 from dsmoe_convert.vocabulary import CONFIG, TokenizerFiles, Vocabulary, read_vocabulary, unreachable_tokens
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.model.config_json import load_json
 from dsmoe_local.model.gguf_file import Field
+from dsmoe_local.model.json_object import load_json
 
 TOKENIZER = "tokenizer.json"
 _MAX_BYTES = 256 << 20

@@ -24,6 +24,7 @@ from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.gguf_model import loaded_tensors, read_any_model
 from dsmoe_local.model.hyperparameters import Hyperparameters, ModelOutline
+from dsmoe_local.model.json_object import load_json
 from dsmoe_local.model.layout import tensor_specs, unquantized
 from dsmoe_local.model.presets import PRESETS, matching_preset
 
@@ -155,7 +156,7 @@ def _report_on_folder(folder: Path) -> ModelReport:
             remedy="name a GGUF file or the folder of a Hugging Face checkpoint",
         )
     hp = config_json.read_config(folder)
-    values = config_json.load_json(folder / config_json.FILE_NAME)
+    values = load_json(folder / config_json.FILE_NAME)
     kind = _CHECKPOINT_TYPES.get(str(values.get("torch_dtype", values.get("dtype"))), GgmlType.BF16)
     return _report(str(folder), hp, kind)
 
