@@ -1,13 +1,15 @@
 """How good and how fast is each type compared with Q4_K_M? Sizes, speeds, and divergences.
 
     python -m benchmarks.train_reference                    once, half an hour: the model that is measured
+    python -m benchmarks.train_reference --architecture deepseek2       once more, for the part latent
     python -m benchmarks.quality                            measure everything, update docs
     python -m benchmarks.quality --parts reference,sizes    measure some parts; the others stay as they are
     python -m benchmarks.quality --parts none               measure nothing: make tables and chart again
     python -m benchmarks.quality --quick                    does it run? the figures mean nothing
 
-Parts: `reference`, the trained model, and what the solver makes of budgets for it; `demo`, the model of
-`dsmoe demo`; `sizes` of the whole 16B shape; `speed` on the 16B shape with a few layers and random weights.
+Parts: `reference`, the trained model, and what the solver makes of budgets for it; `latent`, a model trained
+in the same way with the attention of DeepSeek-V2; `demo`, the model of `dsmoe demo`; `sizes` of the whole 16B
+shape; `speed` on the 16B shape with a few layers and random weights.
 docs/quality.json holds the figures of all parts. A part replaces its own figures there as soon as it is
 measured. The tables of the document, the summaries and the chart are then made from them.
 
@@ -54,7 +56,7 @@ from benchmarks.support.quality.figures import (
 from benchmarks.support.quality.speed import Timing, machine_facts, measure_speeds
 from benchmarks.support.quality.tables import all_tables, summary_table
 from benchmarks.support.quality.variants import LARGE, variants
-from benchmarks.support.reference_shape import CALIBRATION, HELD_OUT, TRAINING, reference_folder
+from benchmarks.support.reference_shape import CALIBRATION, HELD_OUT, LATENT, TRAINING, reference_folder
 from benchmarks.support.runner import say
 from benchmarks.support.tables import with_tables
 from dsmoe_convert.demo import corpus
@@ -70,7 +72,7 @@ SUMMARY = "recipes"
 SUMMARIZED = ROOT / "README.md", ROOT / "docs" / "quantization.md"
 NONE = "none"
 
-_WINDOWS = {"reference": (60, 100), "demo": (12, 40)}
+_WINDOWS = {"reference": (60, 100), "latent": (60, 100), "demo": (12, 40)}
 """Windows of text that are measured, and windows for the importance matrix."""
 _QUICK_WINDOWS = 2
 
@@ -84,6 +86,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--reference", type=Path, default=reference_folder(), metavar="DIR", help="the trained model [cache]"
     )
+    latent = reference_folder(architecture=LATENT.architecture)
+    parser.add_argument("--latent", type=Path, default=latent, metavar="DIR", help="the one with MLA [cache]")
     parser.add_argument(
         "--sensitivity", type=Path, metavar="FILE", help="take what errors cost from a sensitivity file"
     )
@@ -105,13 +109,13 @@ def arguments() -> argparse.Namespace:
     return given
 
 
-def reference_subject(folder: Path) -> Subject:
-    """Return the trained reference."""
+def reference_subject(folder: Path, name: str = "reference") -> Subject:
+    """Return a trained reference."""
     if not (folder / HELD_OUT).is_file():
         raise SystemExit(f"{folder} is not there: run python -m benchmarks.train_reference")
     held_out, calibration = (read_text(str(folder / name)) for name in (HELD_OUT, CALIBRATION))
     training = json.loads((folder / TRAINING).read_text(encoding="utf-8"))
-    return Subject("reference", folder, held_out, calibration, {"training": training})
+    return Subject(name, folder, held_out, calibration, {"training": training})
 
 
 def demo_subject() -> Subject:
@@ -145,6 +149,15 @@ def measure_reference(given: argparse.Namespace) -> Reference:
         )
 
 
+def measure_latent(given: argparse.Namespace) -> Part[Any]:
+    """Measure the trained reference with MLA."""
+    subject = reference_subject(given.latent, "latent")
+    with prepared(subject, _amount(given, "latent")) as bench:
+        rows = measure_types(bench, variants())
+        facts = {**bench.facts(), **subject.facts}
+        return Part(**now_and_commit(), settings=bench.settings(), rows=rows, facts=facts)
+
+
 def measure_demo(given: argparse.Namespace) -> Part[Any]:
     """Measure the demo."""
     with prepared(demo_subject(), _amount(given, "demo")) as bench:
@@ -171,6 +184,7 @@ def _timing(given: argparse.Namespace) -> Timing:
 
 _MAKERS = {
     "reference": measure_reference,
+    "latent": measure_latent,
     "demo": measure_demo,
     "sizes": sizes_part,
     "speed": measure_speed,

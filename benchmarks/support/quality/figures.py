@@ -120,6 +120,7 @@ class Figures(msgspec.Struct, frozen=True):
     """All parts."""
 
     reference: Reference
+    latent: Part[FidelityRow]
     demo: Part[FidelityRow]
     sizes: Part[SizeRow]
     speed: Part[SpeedRow]

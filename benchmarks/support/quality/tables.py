@@ -49,6 +49,7 @@ def all_tables(figures: Figures) -> dict[str, str]:
         "targets": targets_table(figures.reference),
         "sizes": sizes_table(figures.sizes),
         "speed": speed_table(figures.speed),
+        "latent": fidelity_table(figures.latent),
         "demo": fidelity_table(figures.demo),
     }
 
