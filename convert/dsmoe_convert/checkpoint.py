@@ -32,6 +32,7 @@ _MAX_INDEX = 256 << 20
 _READ_BESIDE = ("config.json", "tokenizer.json")
 _MTP_PROJECTION = "eh_proj.weight"
 """A tensor that only layers for multi-token prediction have."""
+_MISSING_REMEDY = "use the model's own config.json; if it is, download the weights again"
 _LM_HEAD = "lm_head.weight"
 
 Reader = Callable[[Path, threading.Event | None], Mapping[str, StoredTensor]]
@@ -111,6 +112,13 @@ def find_form(folder: Path, *, allow_pickle: bool) -> Form:
             if form is PICKLE:
                 check_pickle(folder, allowed=allow_pickle)
             return form
+    for form in (SAFETENSORS, PICKLE):
+        if any(folder.glob(f"*-of-*{form.suffix}")):
+            raise CheckpointError(
+                f"{form.index} is missing, which lists the tensors of the shards",
+                where=folder,
+                remedy="download it into this folder",
+            )
     raise CheckpointError(
         "the folder has no weights",
         where=folder,
@@ -187,7 +195,7 @@ def check_tensors(tensors: Mapping[str, StoredTensor], hp: Hyperparameters, wher
     specs = specs_of(tensors, hp)
     expected = {source: spec.source_shape for spec in specs for source in spec.sources}
     missing = [name for name in expected if name not in tensors]
-    _refuse_some(missing, "missing from the checkpoint", where, "download the weights again")
+    _refuse_some(missing, "missing from the checkpoint", where, _MISSING_REMEDY)
     extra = [name for name in tensors if name not in expected and not _may_ignore(name, hp, tensors)]
     what = f"not part of a {hp.architecture} model with this config.json"
     _refuse_some(extra, what, where, "use the model's own config.json")

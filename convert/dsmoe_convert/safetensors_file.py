@@ -34,6 +34,10 @@ class _Entry(msgspec.Struct):
     data_offsets: tuple[_Size, _Size]
 
 
+_LFS_POINTER = b"version "
+"""The first bytes of the file that Git keeps in place of a large one."""
+
+
 def read_tensors(path: Path, stop: threading.Event | None = None) -> dict[str, StoredTensor]:
     """Return the tensors of a safetensors file by name. `stop` is not used: this takes milliseconds.
 
@@ -42,7 +46,14 @@ def read_tensors(path: Path, stop: threading.Event | None = None) -> dict[str, S
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
+            head = file.read(8)
+            if head == _LFS_POINTER:
+                raise CheckpointError(
+                    "this is a Git LFS pointer, not the weights",
+                    where=path,
+                    remedy="run git lfs pull in the folder, or download the file again",
+                )
+            length = int.from_bytes(head, "little")
             if size < 8 or length > min(size - 8, MAX_HEADER):
                 raise _damaged(path, f"it has {size} bytes, its header claims {length}")
             raw = file.read(length)

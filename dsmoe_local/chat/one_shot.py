@@ -164,6 +164,9 @@ def _report_ending(conversation: Conversation, notes: TextIO, *, invalid_json: b
     if ending is FinishReason.CANCELLED:
         raise InterruptedRunError("interrupted", signal_number=signal.SIGINT)
     what, remedy = _CUT.get(ending, ("a stop string ended the reply", ""))
+    info = conversation.engine.info
+    if ending is FinishReason.CONTEXT_FULL and info.n_context >= info.n_context_trained:
+        remedy = "the model was trained for no more"
     if invalid_json:
         raise DsmoeError("the reply ended before it was valid JSON", where=what, remedy=remedy)
     if ending in _CUT:

@@ -71,7 +71,7 @@ _type_options = all_of(
     option(
         "--split-max-size",
         "split_max_size",
-        "Split a larger output into files of at most this size, such as 4G: NAME-00001-of-00003.gguf.",
+        "Split a larger output into files of at most this size, such as 4G, but for larger tensors.",
         text_value("SIZE"),
     ),
     option(

@@ -234,7 +234,10 @@ def _groups(hp: Hyperparameters) -> tuple[str, str] | None:
         return None
     # llama.cpp scores a group by its two best experts.
     if hp.n_routed_experts % n_groups or hp.n_routed_experts < 2 * n_groups:
-        return "n_expert_groups", f"a divisor of {hp.n_routed_experts} that leaves two experts in a group"
+        return (
+            "n_expert_groups",
+            f"a divisor of {hp.n_routed_experts}, with two or more experts in a group",
+        )
     if not 0 < n_chosen < n_groups:
         return "n_groups_per_token", f"a number from 1 to {n_groups - 1}"
     if hp.n_experts_per_token > hp.n_choosable_experts:

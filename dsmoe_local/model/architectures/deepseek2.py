@@ -25,6 +25,8 @@ _LITE_LAYERS = (26, 27)  # src/models/deepseek2.cpp, is_lite
 _V2: Mapping[str, object] = {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False}
 # With greedy choice, V2 ignores groups. It scales weights only if it does not normalise them.
 _V2_VALUES: Mapping[str, tuple[object, ...]] = {
+    "scoring_func": ("softmax", None),
+    "topk_method": ("greedy", "gready", None),
     "norm_topk_prob": (False, None),
     "n_group": (1, 0, None),
     "topk_group": (1, 0, None),
@@ -37,6 +39,11 @@ _V3: Mapping[str, object] = {
     "n_group": 8,
     "topk_group": 4,
     "routed_scaling_factor": 2.5,
+}
+# The class in transformers does not read these keys.
+_V3_VALUES: Mapping[str, tuple[object, ...]] = {
+    "scoring_func": ("sigmoid", None),
+    "topk_method": ("noaux_tc", None),
 }
 _GLM: Mapping[str, object] = {
     **_V3,
@@ -109,9 +116,9 @@ ARCHITECTURE = Architecture(
     title="DeepSeek-V2 and V3 with MLA",
     classes=(
         ModelClass("deepseek_v2", "DeepseekV2ForCausalLM", _V2, _V2_VALUES),
-        ModelClass("deepseek_v3", "DeepseekV3ForCausalLM", _V3),
-        ModelClass("kimi_k2", "DeepseekV3ForCausalLM", _V3),
-        ModelClass("glm4_moe_lite", "Glm4MoeLiteForCausalLM", _GLM),
+        ModelClass("deepseek_v3", "DeepseekV3ForCausalLM", _V3, _V3_VALUES),
+        ModelClass("kimi_k2", "DeepseekV3ForCausalLM", _V3, _V3_VALUES),
+        ModelClass("glm4_moe_lite", "Glm4MoeLiteForCausalLM", _GLM, _V3_VALUES),
     ),
     model=common.MODEL,
     every_layer=_ATTENTION,

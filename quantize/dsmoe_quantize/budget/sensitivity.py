@@ -189,7 +189,8 @@ def measure(
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
-    if stop.is_set() and len(found) < len(wanted):
+    # Also if the last tensor was measured meanwhile: what follows does not look at `stop`.
+    if stop.is_set():
         raise InterruptedRunError(
             f"interrupted: {len(found)} of {len(wanted)} tensors measured",
             remedy="run the same command again to continue",
