@@ -44,7 +44,7 @@ _LEAST_DETERMINISTIC = 2  # llama.cpp uses other kernels for one sequence than f
 # the devices; those are recorded as they are once the model is loaded.
 _SETTINGS = ("cache_type_k", "cache_type_v", "n_experts_per_token", "chat_template")
 _LOOSE_SETTINGS = ("n_context",)
-_EXACT_SETTINGS = ("n_batch", "n_ubatch", "n_threads_batch", "flash_attention")
+_EXACT_SETTINGS = ("n_batch", "n_ubatch", "n_threads_batch", "flash_attention", "kernels")
 
 
 def _parallel(text: str) -> int:

@@ -163,6 +163,14 @@ model_options_without_context = all_of(
         _ADVANCED,
         default="auto",
     ),
+    option(
+        "--kernels",
+        "kernels",
+        "Weights on the CPU: repacked, as in llama.cpp; the form that is faster for prompts; as in the file.",
+        choice("repack", "auto", "plain"),
+        _ADVANCED,
+        default="repack",
+    ),
     option("-b, --batch-size", "n_batch", "Logical batch size in tokens.", NUMBER, _ADVANCED, default=2048),
     option(
         "-ub, --ubatch-size",
@@ -243,6 +251,7 @@ _SAME_NAMES = (
     "n_gpu_layers",
     "devices",
     "flash_attention",
+    "kernels",
     "cache_type_k",
     "cache_type_v",
     "n_experts_per_token",

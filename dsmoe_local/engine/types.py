@@ -265,7 +265,8 @@ class ModelOptions:
     `n_gpu_layers` and `n_cpu_moe` count layers; ALL_LAYERS means all. `tensor_overrides` are pairs of a
     regular expression of tensor names and the name of a buffer type or device. `devices` are the names of the
     devices that may be used. If `offload_cache` is false, the whole KV cache is in main memory.
-    `chat_template` is a file, the name of a built-in template, or `NO_TEMPLATE`.
+    `chat_template` is a file, the name of a built-in template, or `NO_TEMPLATE`. `kernels` is one of
+    `engine.load.kernels.Kernels`.
     """
 
     path: Path
@@ -287,6 +288,7 @@ class ModelOptions:
     tensor_overrides: tuple[tuple[str, str], ...] = ()
     devices: tuple[str, ...] | None = None
     offload_cache: bool = True
+    kernels: str = "repack"
     observers: tuple[ObserverOptions, ...] = ()
 
 

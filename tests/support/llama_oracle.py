@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,14 @@ def loaded(path: Path, *, vocab_only: bool = False) -> Iterator[Any]:
         llama_cpp.llama_model_free(model)
 
 
-def logits(path: Path, ids: Sequence[int], *, n_context: int = 256) -> NDArray[np.float32]:
-    """f32 logits of every position, shape (len(ids), n_vocab), with an f32 KV cache and one thread."""
-    with loaded(path) as model:
+def logits(
+    path: Path, ids: Sequence[int], *, n_context: int = 256, handle: Any = None
+) -> NDArray[np.float32]:
+    """f32 logits of every position, shape (len(ids), n_vocab), with an f32 KV cache and one thread.
+
+    `handle`: a model that is loaded already.
+    """
+    with loaded(path) if handle is None else nullcontext(handle) as model:
         parameters = llama_cpp.llama_context_default_params()
         parameters.n_ctx = n_context
         parameters.n_batch = parameters.n_ubatch = n_context

@@ -13,6 +13,7 @@ from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.engine import native
 from dsmoe_local.engine.load.fit import Fit, fit_model
+from dsmoe_local.engine.load.kernels import PLAIN, KernelChoice, Kernels, choose_kernels
 from dsmoe_local.engine.load.machine import available_memory, physical_cores
 from dsmoe_local.engine.load.memory import ContextRequest
 from dsmoe_local.engine.load.prefetch import page_experts
@@ -89,7 +90,8 @@ def load_model(options: ModelOptions, listen: progress.Listener, stop: threading
                     f"the model was trained for {outline.n_context} tokens of context, not {n_context}"
                 )
             )
-        model = _load_weights(options, file, outline, fit, listen, stop)
+        kernels = _kernel_choice(options, file, fit)
+        model = _load_weights(options, file, outline, fit, kernels, listen, stop)
         made.callback(model.close)
         if options.deterministic and not model.rewindable:
             raise UsageError(
@@ -111,9 +113,14 @@ def load_model(options: ModelOptions, listen: progress.Listener, stop: threading
         made.callback(context.close)
         encoder = PromptEncoder(model, template, n_context)
         made.callback(encoder.close)
-        info = _info(options, file, outline, model, fit, n_context, unified, context.n_ubatch, template)
+        info = _info(options, file, outline, model, fit, n_context, unified, template)
+        arithmetic = _arithmetic(options, fit, kernels)
         loaded = LoadedModel(
-            replace(info, cache_identity=_cache_identity(options, outline, fit, identity)),
+            replace(
+                info,
+                kernels=f"{arithmetic}, steps of {context.n_ubatch} tokens",
+                cache_identity=_cache_identity(options, outline, arithmetic, identity),
+            ),
             model,
             context,
             encoder,
@@ -148,7 +155,6 @@ def _info(
     fit: Fit,
     n_context: int,
     unified: bool,
-    n_step: int,
     template: ChatTemplate | None,
 ) -> ModelInfo:
     return ModelInfo(
@@ -169,7 +175,6 @@ def _info(
         unified=unified,
         deterministic=options.deterministic,
         placement=fit.placement.describe(),
-        kernels=_kernels(options, fit, n_step),
         template_text=template.text if template else None,
         vocabulary=_vocabulary(file),
         type=file_type_name(file),
@@ -185,18 +190,21 @@ def _vocabulary(file: GgufFile) -> str:
     return digest.hexdigest()
 
 
-def _kernels(options: ModelOptions, fit: Fit, n_step: int) -> str:
-    """Return the text of `ModelInfo.kernels`."""
-    return f"{_arithmetic(options, fit)}, steps of {n_step} tokens"
+def _kernel_choice(options: ModelOptions, file: GgufFile, fit: Fit) -> KernelChoice:
+    # Repacked weights are a copy, which the system cannot drop and read from the file again.
+    if fit.paged:
+        return PLAIN
+    offloaded = fit.placement.n_gpu_layers > 0
+    return choose_kernels(Kernels(options.kernels), file.tensors.values(), offloaded=offloaded)
 
 
-def _arithmetic(options: ModelOptions, fit: Fit) -> str:
+def _arithmetic(options: ModelOptions, fit: Fit, kernels: KernelChoice) -> str:
+    """Return where and how tensors are computed."""
     cache = "" if options.offload_cache or not fit.placement.devices else ", KV cache on the CPU"
-    weights = "as in the file" if fit.paged else "repacked"
-    return f"{fit.placement.compute_text()}{cache}, weights {weights}"
+    return f"{fit.placement.compute_text()}{cache}, {kernels.about}"
 
 
-def _cache_identity(options: ModelOptions, outline: ModelOutline, fit: Fit, file: str) -> str:
+def _cache_identity(options: ModelOptions, outline: ModelOutline, arithmetic: str, file: str) -> str:
     """Return `ModelInfo.cache_identity`.
 
     It excludes the batch sizes, the threads and the context length, which do not change the meaning of a
@@ -208,7 +216,7 @@ def _cache_identity(options: ModelOptions, outline: ModelOutline, fit: Fit, file
         options.cache_type_k,
         options.cache_type_v,
         options.flash_attention,
-        _arithmetic(options, fit),
+        arithmetic,
         native.VERSION,
     )
     return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
@@ -318,6 +326,7 @@ def _load_weights(
     file: GgufFile,
     outline: ModelOutline,
     fit: Fit,
+    kernels: KernelChoice,
     listen: progress.Listener,
     stop: threading.Event,
 ) -> native.Model:
@@ -339,8 +348,8 @@ def _load_weights(
             split=fit.placement.split,
             overrides=fit.placement.overrides,
             mapped=fit.mapped,
-            # Repacked weights are a copy, which the system cannot drop and read from the file again.
-            repack=not fit.paged,
+            repack=kernels.repack_all,
+            repacked=kernels.repacked,
             n_experts_per_token=options.n_experts_per_token,
             architecture=outline.architecture,
             progress=report,

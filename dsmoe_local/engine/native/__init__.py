@@ -23,6 +23,7 @@ from dsmoe_local.engine.native.devices import (
 )
 from dsmoe_local.engine.native.library import VERSION, last_error, log_lines
 from dsmoe_local.engine.native.model import Model
+from dsmoe_local.engine.native.repack import can_repack, repack_buffer
 from dsmoe_local.engine.native.samplers import Sampler
 
 __all__ = [
@@ -40,9 +41,11 @@ __all__ = [
     "Row",
     "Sampler",
     "buffer_types",
+    "can_repack",
     "check_modes",
     "last_error",
     "list_devices",
     "log_lines",
     "offload_devices",
+    "repack_buffer",
 ]

@@ -102,6 +102,11 @@ def buffer_types() -> dict[str, int]:
     return types
 
 
+def cpu_device() -> int:
+    """Return the handle of the CPU."""
+    return next(handle for handle in _handles() if _describe(handle).kind is DeviceKind.CPU)
+
+
 def device_list(names: Sequence[str]) -> Any:  # noqa: ANN401 - a ctypes array
     """Return the handles of devices as a NULL-terminated array. The caller must keep it alive.
 

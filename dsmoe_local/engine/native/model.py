@@ -13,6 +13,7 @@ from dsmoe_local.base.text import safe_line
 from dsmoe_local.engine.errors import ModelLoadError, NativeError
 from dsmoe_local.engine.native.devices import buffer_types, device_list
 from dsmoe_local.engine.native.library import clear_log, keep_log, last_error, lib
+from dsmoe_local.engine.native.repack import repack_buffer
 
 
 class _BufferOverride(ctypes.Structure):
@@ -38,6 +39,7 @@ class Model:
         overrides: Sequence[tuple[str, str]] = (),
         mapped: bool = True,
         repack: bool = True,
+        repacked: Sequence[str] = (),
         n_experts_per_token: int | None = None,
         architecture: str = "deepseek",
         progress: Callable[[float], bool] | None = None,
@@ -50,7 +52,9 @@ class Model:
           memory).
         - `overrides` are pairs of a regular expression of tensor names and a buffer type. The first match
           counts.
-        - `mapped`: memory-map the weights on the CPU. `repack`: allow repacked weights.
+        - `mapped`: memory-map the weights on the CPU.
+        - `repack`: repack all weights that can be. `repacked` has regular expressions of weights to repack in
+          any case; `can_repack` must be true for all of them.
         - `progress` is called with fractions from 0 to 1. If it returns False, InterruptedRunError is raised.
         - `measure_only`: read no weights and allocate nothing. A context of the model only logs its sizes.
         """
@@ -61,7 +65,7 @@ class Model:
         if measure_only:
             parameters.no_alloc = True
             parameters.load_mode = lib.LLAMA_LOAD_MODE_NONE
-        self._place(parameters, devices, split, overrides)
+        self._place(parameters, devices, split, overrides, repacked)
         if n_experts_per_token is not None:
             self._override_active_experts(parameters, architecture, n_experts_per_token)
         interrupted = False
@@ -100,6 +104,7 @@ class Model:
         devices: Sequence[str] | None,
         split: Sequence[int],
         overrides: Sequence[tuple[str, str]],
+        repacked: Sequence[str],
     ) -> None:
         # llama.cpp keeps pointers to these arrays, so they must live as long as the model.
         if devices is not None:
@@ -108,7 +113,7 @@ class Model:
         if split:
             self._split = (ctypes.c_float * lib.llama_max_devices())(*split)
             parameters.tensor_split = self._split
-        if overrides:
+        if overrides or repacked:
             types = buffer_types()
             unknown = next((name for _, name in overrides if name not in types), None)
             if unknown is not None:
@@ -116,8 +121,10 @@ class Model:
                     f"there is no buffer type {safe_line(unknown, 60)}",
                     remedy=f"use one of: {', '.join(types)}",
                 )
-            self._patterns = (_BufferOverride * (len(overrides) + 1))(
-                *(_BufferOverride(os.fsencode(pattern), types[name]) for pattern, name in overrides)
+            pairs: list[tuple[str, int | None]] = [(pattern, types[name]) for pattern, name in overrides]
+            pairs += [(pattern, repack_buffer()) for pattern in repacked]
+            self._patterns = (_BufferOverride * (len(pairs) + 1))(
+                *(_BufferOverride(os.fsencode(pattern), buffer_type) for pattern, buffer_type in pairs)
             )
             parameters.tensor_buft_overrides = ctypes.addressof(self._patterns)
 

@@ -1,0 +1,109 @@
+"""Which form of the weights is fastest on this CPU: repacked as in llama.cpp, as in the file, or our choice?
+
+    python -m benchmarks.kernels                                  the 16B shape with 6 layers
+    python -m benchmarks.kernels --shape qwen3-30b-a3b --layers 3
+    python -m benchmarks.kernels --quick                          does it run? the figures mean nothing
+
+Models have random weights and are kept in the cache. In each round, every file is loaded in each form, and
+the base once more, as a control. Ratios are to the base of the round: Q4_K_M as llama.cpp loads it.
+
+Prints a table, then one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from dataclasses import dataclass, replace
+
+from benchmarks.support.random_models import model_file, shape_of
+from benchmarks.support.runner import in_turn, is_difference, off_by
+from benchmarks.support.tables import markdown
+from dsmoe_local.engine.load.kernels import Kernels
+from dsmoe_local.engine.load.machine import physical_cores
+from dsmoe_local.engine.process.client import EngineClient
+from dsmoe_local.engine.types import ModelOptions
+from dsmoe_local.evaluate.speed.timing import options_for, time_workloads, workloads_of
+
+BASE = "Q4_K_M"
+
+
+@dataclass(frozen=True, slots=True)
+class Speeds:
+    """Tokens per second of prompts and replies."""
+
+    prompt: float
+    decode: float
+
+
+def arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", default="deepseekmoe-16b", metavar="PRESET", help="[deepseekmoe-16b]")
+    parser.add_argument("--layers", type=int, default=6, metavar="N", help="[6]")
+    parser.add_argument("--types", default=f"{BASE},q4,q4-fast", metavar="T,T", help=f"[{BASE},q4,q4-fast]")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="[3]")
+    parser.add_argument("-p", "--n-prompt", type=int, default=512, metavar="N", help="tokens [512]")
+    parser.add_argument("-n", "--n-gen", type=int, default=32, metavar="N", help="tokens [32]")
+    parser.add_argument("--threads", type=int, default=physical_cores(), metavar="N")
+    parser.add_argument("--quick", action="store_true", help="a small shape; the figures mean nothing")
+    return parser.parse_args()
+
+
+def measure(options: ModelOptions, n_prompt: int, n_gen: int) -> Speeds:
+    """Load a model and time a prompt and a reply: the faster of two repetitions each."""
+    workloads = workloads_of([n_prompt], [n_gen])
+    with EngineClient.load(options_for(options, workloads)) as engine:
+        found = time_workloads(engine, workloads, 2)
+        prompt, decode = (each.workload.n_tokens / min(each.seconds) for each in found)
+        return Speeds(prompt, decode)
+
+
+def main() -> None:
+    """Measure and print."""
+    given = arguments()
+    shape = shape_of(given.shape, quick=given.quick)
+    base = f"{BASE} {Kernels.REPACK}"
+    contenders = {}
+    for word in given.types.split(","):
+        options = ModelOptions(model_file(shape, given.layers, word), n_threads=given.threads)
+        for kernels in Kernels:
+            asked = replace(options, kernels=kernels.value)
+            contenders[f"{word} {kernels}"] = lambda _, asked=asked: measure(
+                asked, given.n_prompt, given.n_gen
+            )
+    if base not in contenders:
+        raise SystemExit(f"--types: {BASE} must be one of them")
+    speeds = in_turn(
+        contenders, given.rounds, base, n_warm_up=0, told=lambda each: f"{each.prompt:.0f}, {each.decode:.1f}"
+    )
+    control = speeds.pop(f"{base}, again")
+    rows, record = [], {}
+    for name, rounds in speeds.items():
+        cells = [name]
+        for kind in ("prompt", "decode"):
+            bases = [getattr(each, kind) for each in speeds[base]]
+            ratios = [getattr(each, kind) / at for each, at in zip(rounds, bases, strict=True)]
+            off = off_by(getattr(each, kind) / at for each, at in zip(control, bases, strict=True))
+            ratio, rate = statistics.median(ratios), statistics.median(getattr(each, kind) for each in rounds)
+            cells += [f"{rate:.1f}", f"{ratio:.2f} x" if is_difference(ratio, off) else "no difference"]
+            record[f"{name}, {kind}"] = {
+                "rate": round(rate, 2),
+                "ratio": round(ratio, 4),
+                "control": round(off, 4),
+            }
+        rows.append(cells)
+    heads = ("weights", f"prompt of {given.n_prompt}, t/s", f"against {BASE} repacked",
+             "decode, t/s", f"against {BASE} repacked")  # fmt: skip
+    print(
+        f"{shape.name}, {given.layers} layers, {given.threads} threads\n\n{markdown(heads, 'lrrrr', rows)}\n"
+    )
+    settings = {"shape": shape.name, "layers": given.layers, "threads": given.threads, "rounds": given.rounds}
+    print(json.dumps({**settings, "result": record}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Asks ggml which weights its CPU backend can repack, and names the buffer type for them.
+
+Repacked weights are interleaved copies for SIMD kernels (ggml/src/ggml-cpu/repack.cpp). A weight whose type
+has no repacked form must not be placed in that buffer type: ggml would crash.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+from dsmoe_local.engine.native.devices import cpu_device
+from dsmoe_local.engine.native.library import backend_function
+from dsmoe_local.model.ggml import GgmlType, block_size
+
+_REPACK = b"CPU_REPACK"
+_F32, _I32 = 0, 26
+_BUFFER_OFFSET = 8  # of ggml_tensor.buffer, see `tensors`
+_N_EXPERTS = 2
+_SCRATCH = 1 << 16
+
+
+class _InitParameters(ctypes.Structure):
+    # ggml_init_params
+    _fields_ = [("size", ctypes.c_size_t), ("buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
+
+
+@cache
+def extra_buffer_types() -> dict[bytes, int]:
+    """Return the handles of the CPU backend's extra buffer types by name: repacked, AMX, KleidiAI."""
+    registry = backend_function("ggml_backend_dev_backend_reg", ctypes.c_void_p, ctypes.c_void_p)
+    address = backend_function(
+        "ggml_backend_reg_get_proc_address", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p
+    )
+    name = backend_function("ggml_backend_buft_name", ctypes.c_char_p, ctypes.c_void_p)
+    device = cpu_device()
+    found = address(registry(device), b"ggml_backend_dev_get_extra_bufts")
+    if not found:
+        return {}
+    get = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(found)
+    types: dict[bytes, int] = {}
+    handles = get(device)
+    index = 0
+    while handles[index]:
+        types[name(handles[index])] = handles[index]
+        index += 1
+    return types
+
+
+def repack_buffer() -> int | None:
+    """Return the handle of the buffer type of repacked weights.
+
+    None if this build has none, or has others beside it, such as AMX, which llama.cpp prefers.
+    """
+    types = extra_buffer_types()
+    return types[_REPACK] if set(types) == {_REPACK} else None
+
+
+@cache
+def can_repack(kind: GgmlType, n_columns: int, n_rows: int, *, experts: bool) -> bool:
+    """Return whether the CPU backend multiplies a repacked weight of this type and shape.
+
+    `experts`: the weight has a matrix for each expert. The backend is asked in the same way as llama.cpp's
+    loader asks it (llama-model-loader.cpp, weight_buft_supported).
+    """
+    buffer_type = repack_buffer()
+    if buffer_type is None or n_columns % block_size(kind):
+        return False
+    pointer = ctypes.c_void_p
+    init = backend_function("ggml_init", pointer, _InitParameters)
+    new = backend_function(
+        "ggml_new_tensor_3d", pointer, pointer, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64
+    )
+    allocate = backend_function("ggml_backend_buft_alloc_buffer", pointer, pointer, ctypes.c_size_t)
+    supports = backend_function("ggml_backend_dev_supports_op", ctypes.c_bool, pointer, pointer)
+    context = init(_InitParameters(_SCRATCH, None, True))
+    buffer = allocate(buffer_type, 0)
+    try:
+        weight = new(context, kind, n_columns, n_rows, _N_EXPERTS if experts else 1)
+        pointer.from_address(weight + _BUFFER_OFFSET).value = buffer
+        if experts:
+            product = backend_function("ggml_mul_mat_id", pointer, *[pointer] * 4)
+            x, ids = new(context, _F32, n_columns, 1, 1), new(context, _I32, 1, 1, 1)
+            return bool(supports(cpu_device(), product(context, weight, x, ids)))
+        product = backend_function("ggml_mul_mat", pointer, *[pointer] * 3)
+        return bool(supports(cpu_device(), product(context, weight, new(context, _F32, n_columns, 1, 1))))
+    finally:
+        backend_function("ggml_backend_buffer_free", None, pointer)(buffer)
+        backend_function("ggml_free", None, pointer)(context)
