@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -113,7 +114,11 @@ def test_cut_replies_say_so_beside() -> None:
     assert "-n" in cut.beside.getvalue()
     full = Asked("long answer", n_context=14)
     assert "long answer".startswith(full.answer().rstrip("\n"))
-    assert "-c" in full.beside.getvalue()
+    assert "trained for no more" in full.beside.getvalue()
+    smaller = Asked("long answer", n_context=14)
+    smaller.engine.info = replace(smaller.engine.info, n_context_trained=2048)
+    smaller.answer()
+    assert "-c" in smaller.beside.getvalue()
 
 
 def test_json() -> None:

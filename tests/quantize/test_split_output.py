@@ -275,7 +275,7 @@ def test_a_place_that_is_taken(source: Path, tmp_path: Path) -> None:
 
 def test_too_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A typo in the unit that makes a file of each tensor."""
-    monkeypatch.setattr(output, "_MAX_FILES", 20)
+    monkeypatch.setattr(output, "MAX_FILES", 20)
     source = write_tiny(tmp_path / "source.gguf", NARROW)
     with pytest.raises(DsmoeError, match="split into 24 files"):
         written(source, tmp_path / "out.gguf", size=4)
