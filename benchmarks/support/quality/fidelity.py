@@ -141,8 +141,17 @@ class Bench:
 
 
 def load(path: Path, amount: Amount, *observers: ObserverOptions) -> EngineClient:
-    """Load a model as `dsmoe eval` does, but with a KV cache in F32."""
-    options = ModelOptions(path, n_threads=amount.threads, cache_type_k=CACHE, cache_type_v=CACHE)
+    """Load a model as `dsmoe eval` does, but with a KV cache in F32, and one window in each ubatch.
+
+    If several windows shared a ubatch, which ones would depend on timing, and so would the last digits.
+    """
+    options = ModelOptions(
+        path,
+        n_threads=amount.threads,
+        n_ubatch=amount.n_context,
+        cache_type_k=CACHE,
+        cache_type_v=CACHE,
+    )
     return EngineClient.load(options_for(options, amount.n_context, *observers))
 
 
