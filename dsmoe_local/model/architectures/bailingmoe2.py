@@ -27,7 +27,6 @@ _EMBEDDING, *_OTHERS = common.MODEL
 
 ARCHITECTURE = Architecture(
     name="bailingmoe2",
-    title="Ling 2.0",
     classes=(
         ModelClass("bailing_moe", "BailingMoeV2ForCausalLM", {"use_qk_norm": True, "norm_topk_prob": True}),
     ),

@@ -15,7 +15,6 @@ _HEADS = tuple(
 
 ARCHITECTURE = Architecture(
     name="deepseek",
-    title="DeepSeekMoE (arXiv 2401.06066)",
     classes=(ModelClass("deepseek", "DeepseekForCausalLM"),),
     model=common.MODEL,
     every_layer=(*common.PERMUTED_QUERIES, common.FFN_NORM),

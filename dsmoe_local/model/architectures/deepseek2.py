@@ -113,7 +113,6 @@ def _gating_of_old_files(values: Values) -> Gating:
 
 ARCHITECTURE = Architecture(
     name="deepseek2",
-    title="DeepSeek-V2 and V3 with MLA",
     classes=(
         ModelClass("deepseek_v2", "DeepseekV2ForCausalLM", _V2, _V2_VALUES),
         ModelClass("deepseek_v3", "DeepseekV3ForCausalLM", _V3, _V3_VALUES),

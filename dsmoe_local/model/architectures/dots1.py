@@ -8,7 +8,6 @@ from dsmoe_local.model.hyperparameters import Gating
 
 ARCHITECTURE = Architecture(
     name="dots1",
-    title="dots.llm1",
     classes=(ModelClass("dots1", "Dots1ForCausalLM", {"topk_method": "noaux_tc"}),),
     model=common.MODEL,
     every_layer=(*common.GROUPED_QUERIES, *common.QK_NORM, common.FFN_NORM),

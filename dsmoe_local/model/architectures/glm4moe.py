@@ -18,7 +18,6 @@ _DEFAULTS = {"norm_topk_prob": True, "rms_norm_eps": 1e-5, "first_k_dense_replac
 
 ARCHITECTURE = Architecture(
     name="glm4moe",
-    title="GLM-4.5",
     classes=(
         ModelClass(
             "glm4_moe",

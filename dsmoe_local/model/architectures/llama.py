@@ -10,7 +10,6 @@ from dsmoe_local.model.architectures.table import Architecture, Parameter
 
 ARCHITECTURE = Architecture(
     name="llama",
-    title="Llama",
     classes=(),
     model=common.MODEL,
     every_layer=(*common.PERMUTED_QUERIES, common.FFN_NORM),

@@ -12,7 +12,6 @@ _NORMS = (
 
 ARCHITECTURE = Architecture(
     name="olmoe",
-    title="OLMoE",
     classes=(ModelClass("olmoe", "OlmoeForCausalLM", {"rms_norm_eps": 1e-5}),),
     model=common.MODEL,
     every_layer=(*common.GROUPED_QUERIES, *_NORMS, common.FFN_NORM),

@@ -21,7 +21,6 @@ _SHARED_SIZE = Parameter("shared_expert_size", "shared_expert_intermediate_size"
 
 ARCHITECTURE = Architecture(
     name="qwen2moe",
-    title="Qwen2-MoE",
     classes=(ModelClass("qwen2_moe", "Qwen2MoeForCausalLM"),),
     model=common.MODEL,
     every_layer=(*common.GROUPED_QUERIES, *common.QKV_BIAS, common.FFN_NORM),

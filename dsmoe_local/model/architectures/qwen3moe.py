@@ -7,7 +7,6 @@ from dsmoe_local.model.architectures.table import Architecture, ModelClass
 
 ARCHITECTURE = Architecture(
     name="qwen3moe",
-    title="Qwen3-MoE",
     classes=(ModelClass("qwen3_moe", "Qwen3MoeForCausalLM"),),
     model=common.MODEL,
     every_layer=(*common.GROUPED_QUERIES, *common.QK_NORM, common.FFN_NORM),

@@ -127,7 +127,7 @@ class ModelClass:
 class Architecture:
     """One architecture of GGUF files.
 
-    `name` is its `general.architecture`, and `title` its name for users. Layers have the tensors of
+    `name` is its `general.architecture`. Layers have the tensors of
     `every_layer`, and those of `dense_layer` or `moe_layer`. `constants` are fields that llama.cpp's graph
     implies. `config_values` are keys of config.json with the values that llama.cpp's graph implements; it
     would ignore any other. `gguf_values` are the same for GGUF files, the first being llama.cpp's default.
@@ -137,7 +137,6 @@ class Architecture:
     """
 
     name: str
-    title: str
     classes: tuple[ModelClass, ...]
     model: tuple[Rule, ...]
     every_layer: tuple[Rule, ...]
