@@ -15,9 +15,9 @@ from pydoc_data.topics import topics
 from tempfile import TemporaryDirectory
 
 from dsmoe_local.batch.job import BatchOptions, prepared
-from dsmoe_local.batch.requests import BatchDefaults
 from dsmoe_local.engine.load import parallel
 from dsmoe_local.engine.types import SamplingParameters
+from dsmoe_local.protocol.requests import RequestDefaults
 
 Ids = tuple[int, ...]
 
@@ -74,7 +74,7 @@ def as_batch(prompts: Sequence[Ids], n_new: int) -> parallel.Workload:
         lines = (json.dumps({"prompt": prompt, "max_tokens": n_new}) for prompt in prompts)
         source.write_text("".join(f"{line}\n" for line in lines))
         options = BatchOptions(
-            source, Path(folder) / "out.jsonl", BatchDefaults(SamplingParameters(temperature=0))
+            source, Path(folder) / "out.jsonl", RequestDefaults(SamplingParameters(temperature=0))
         )
         with prepared(options) as job:
             return job.workload

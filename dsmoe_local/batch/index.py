@@ -18,7 +18,7 @@ from dsmoe_local.base.errors import DsmoeError, FileError, FormatError, Interrup
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Note, Started
 from dsmoe_local.base.text import count, safe_line
 from dsmoe_local.batch.lines import Key, Line
-from dsmoe_local.batch.requests import BatchDefaults, model_named, request_of
+from dsmoe_local.batch.requests import model_named, request_of
 from dsmoe_local.batch.sources import Source, Span
 from dsmoe_local.batch.workload import (
     HASH_BYTES,
@@ -28,6 +28,7 @@ from dsmoe_local.batch.workload import (
     prefix_hashes,
     shared_bytes,
 )
+from dsmoe_local.protocol.requests import RequestDefaults
 
 _REPORT_BYTES = 1 << 20
 _BLOCK = 256  # rows that are read at once: each query hands the GIL to other threads
@@ -232,7 +233,7 @@ def _blobs(key: Key) -> tuple[bytes, bytes]:
     return key.id.to_bytes(8), key.content.to_bytes(8)
 
 
-def build_index(source: Source, defaults: BatchDefaults, listen: Listener, stop: threading.Event) -> Index:
+def build_index(source: Source, defaults: RequestDefaults, listen: Listener, stop: threading.Event) -> Index:
     """Read the input once. The caller closes the index.
 
     FormatError if two lines have the same id (their records could not be told apart), if no line can be read,
@@ -248,7 +249,7 @@ def build_index(source: Source, defaults: BatchDefaults, listen: Listener, stop:
 
 
 def _fill(
-    index: Index, source: Source, defaults: BatchDefaults, listen: Listener, stop: threading.Event
+    index: Index, source: Source, defaults: RequestDefaults, listen: Listener, stop: threading.Event
 ) -> None:
     listen(Started("reading", source.n_bytes))
     reported = n_unlimited = 0

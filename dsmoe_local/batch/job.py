@@ -16,14 +16,15 @@ from dsmoe_local.batch.index import Index, Plan, build_index
 from dsmoe_local.batch.journal import journal_path
 from dsmoe_local.batch.lines import Key, Line
 from dsmoe_local.batch.output import Output
-from dsmoe_local.batch.requests import BatchDefaults, request_of
-from dsmoe_local.batch.responses import FORMATS
+from dsmoe_local.batch.records import FORMATS
+from dsmoe_local.batch.requests import request_of
 from dsmoe_local.batch.sources import InputForm, Source
 from dsmoe_local.batch.spool import spool_path, spooled
 from dsmoe_local.batch.summary import BatchSummary
 from dsmoe_local.batch.workload import BYTES_PER_TOKEN
 from dsmoe_local.engine.load.parallel import Workload
 from dsmoe_local.engine.types import ModelInfo, Request
+from dsmoe_local.protocol.requests import RequestDefaults
 
 STDIN = Path("-")
 REQUESTS = InputForm()
@@ -43,7 +44,7 @@ class BatchOptions:
 
     source: Path
     out: Path
-    defaults: BatchDefaults
+    defaults: RequestDefaults
     form: str = "openai"
     input: InputForm = REQUESTS
     settings: Mapping[str, str] = field(default_factory=dict)
@@ -77,7 +78,7 @@ class Job:
         return line
 
     def request(self, line: Line) -> Request:
-        """Return the request that a line asks for. Raises LineError, UsageError."""
+        """Return the request that a line asks for. Raises RequestError, UsageError."""
         request = request_of(line, self.options.defaults)
         sampling = request.sampling
         if self.options.deterministic and sampling.seed is None and sampling.temperature > 0:

@@ -13,11 +13,11 @@ from dsmoe_local.base.errors import DsmoeError, FileError, FormatError, Interrup
 from dsmoe_local.base.faults import reach
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Note, Started, ignore
 from dsmoe_local.base.text import count
-from dsmoe_local.batch.collector import Collector, reply_lead
+from dsmoe_local.batch.collector import Collector
 from dsmoe_local.batch.job import Job
-from dsmoe_local.batch.lines import Key, Line, describe, kind_of
+from dsmoe_local.batch.lines import Line, kind_of
 from dsmoe_local.batch.output import Output, Record
-from dsmoe_local.batch.responses import FORMATS, Failure, Outcome
+from dsmoe_local.batch.records import FORMATS, Failure, Outcome
 from dsmoe_local.batch.summary import BatchSummary, Speedometer, failures_in_words
 from dsmoe_local.engine.errors import (
     EngineCrashError,
@@ -27,6 +27,8 @@ from dsmoe_local.engine.errors import (
     OutOfMemoryError,
 )
 from dsmoe_local.engine.interface import TextEngine, Ticket
+from dsmoe_local.protocol.errors import describe
+from dsmoe_local.protocol.replies import ReplyBuilder, reply_lead
 
 _POLL_SECONDS = 0.1  # the longest time until `stop` is noticed
 _REPORT_SECONDS = 0.5
@@ -218,7 +220,8 @@ class _Run:
         line = self._job.line(task)
         try:
             request = self._job.request(line)
-            collector = Collector(task, line, request, self._inbox.put, alone=alone)
+            builder = ReplyBuilder(request, self._lead)
+            collector = Collector(task, line, builder, self._inbox.put, alone=alone)
             ticket = self._engine.start(request, collector.deliver)
         except EngineCrashError as error:
             self._crashed(task, line, error, alone=alone)
@@ -255,9 +258,9 @@ class _Run:
         del self._running[collector.task]
         error = collector.error
         if error is None:
-            reply = collector.reply(self._engine.info.name, self._lead)
+            reply = collector.builder.reply(self._engine.info.name)
             if reply is not None:
-                self._emit(collector.task, collector.line.key, reply)
+                self._emit(collector.task, collector.line, reply)
         elif ending:
             return
         elif isinstance(error, _SHARED):
@@ -279,15 +282,17 @@ class _Run:
     def _fail(self, task: int, line: Line, error: DsmoeError) -> None:
         code, message = describe(error)
         message = f"line {line.number}: {message}"
-        failure = Failure(line.id, line.number, code, message, kind_of(error), line.kept)
-        self._emit(task, line.key, failure)
+        failure = Failure(line.id, line.number, code, message, kind_of(error))
+        self._emit(task, line, failure)
 
-    def _emit(self, task: int, key: Key, outcome: Outcome) -> None:
+    def _emit(self, task: int, line: Line, outcome: Outcome) -> None:
         """Write the record of an outcome; with `ordered`, after the records of all earlier lines."""
         self._job.summary.count_tokens(outcome)
         values = FORMATS[self._job.options.form](outcome)
+        if line.kept:
+            values["kept"] = line.kept
         content = json.dumps(values, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        record = Record(key, content, outcome.kind if isinstance(outcome, Failure) else "")
+        record = Record(line.key, content, outcome.kind if isinstance(outcome, Failure) else "")
         if not self._job.options.ordered:
             self._put(record)
             return
@@ -306,5 +311,5 @@ class _Run:
         now = time.perf_counter()
         if now - self._reported >= _REPORT_SECONDS:
             self._reported = now
-            n_running = sum(collector.n_tokens for collector, _ in self._running.values())
+            n_running = sum(collector.builder.n_tokens for collector, _ in self._running.values())
             self._listen(Advanced(0, self._speed.detail(self._job.summary, n_running)))

@@ -18,8 +18,10 @@ from dsmoe_local.base.errors import FileError, FormatError, UsageError
 from dsmoe_local.base.text import count, safe_line
 from dsmoe_local.base.text_files import refuse_other_kinds
 from dsmoe_local.batch import lines
-from dsmoe_local.batch.lines import Line, LineError, decoded, field_of, id_of, key_of, strict_object
+from dsmoe_local.batch.lines import Line, field_of, id_of, key_of
 from dsmoe_local.batch.requests import request_values
+from dsmoe_local.protocol.errors import RequestError
+from dsmoe_local.protocol.strict_json import decoded, strict_object
 
 _BOM = b"\xef\xbb\xbf"
 _SAMPLE = 1 << 16
@@ -46,13 +48,13 @@ class LineTemplate:
         return tuple(name for _, name in self.pieces if name is not None)
 
     def fill(self, values: Mapping[str, Any]) -> str:
-        """Return the prompt; values that are not text become JSON. LineError if a field is missing."""
+        """Return the prompt; values that are not text become JSON. RequestError if a field is missing."""
         parts = []
         for literal, name in self.pieces:
             parts.append(literal)
             if name is not None:
                 if values.get(name) is None:
-                    raise LineError(
+                    raise RequestError(
                         f"the template's field {safe_line(name, 40)!r} is missing", kind="missing_field"
                     )
                 value = values[name]
@@ -176,13 +178,13 @@ class Source:
             kept = {field: field_of(values, field) for field in self._form.keep}
             name = id_of(number, values, self._form.id_field)
             request = self._request_values(values)
-        except LineError as caught:
+        except RequestError as caught:
             error = caught
         return Line(number, name, key_of(name, raw, request, kept), request, error, kept)
 
     def _values(self, raw: bytes) -> Mapping[str, Any]:
         if len(raw) > lines.MAX_LINE:
-            raise LineError(f"the line is longer than {lines.MAX_LINE >> 20} MiB", kind="too_long")
+            raise RequestError(f"the line is longer than {lines.MAX_LINE >> 20} MiB", kind="too_long")
         if self._form.text:
             return {"text": decoded(raw)}
         return self._row_values(raw) if self._delimiter else strict_object(raw)
@@ -201,7 +203,7 @@ class Source:
         first = next(self._rows(), None)
         try:
             names = [] if first is None else self._row(first[1])
-        except LineError as error:
+        except RequestError as error:
             raise FormatError(f"the header is {error.what}", where=f"{self.shown}, line 1") from error
         missing = [name for name in self._form.fields if name not in names]
         twice = [name for name, n in Counter(names).items() if n > 1]
@@ -219,7 +221,7 @@ class Source:
     def _row_values(self, raw: bytes) -> dict[str, Any]:
         cells = self._row(raw)
         if len(cells) != len(self._columns):
-            raise LineError(
+            raise RequestError(
                 f"the row has {count(len(cells), 'cell')}, the header {len(self._columns)}", kind="not_csv"
             )
         return dict(zip(self._columns, cells, strict=True))
@@ -231,7 +233,7 @@ class Source:
             return next(csv.reader(text, delimiter=self._delimiter or ",", strict=True), [])
         except csv.Error as error:
             fault = next((words for part, words in _CSV_FAULTS.items() if part in str(error)), str(error))
-            raise LineError(f"not CSV: {fault}", kind="not_csv") from error
+            raise RequestError(f"not CSV: {fault}", kind="not_csv") from error
 
     def _rows(self) -> Iterator[tuple[Span, bytes]]:
         """Yield the rows of CSV, the header first. A quoted cell may contain line breaks."""

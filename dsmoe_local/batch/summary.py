@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dsmoe_local.base.text import count
-from dsmoe_local.batch.responses import Failure, Outcome
+from dsmoe_local.batch.records import Failure, Outcome
 
 _SPEED_SECONDS = 15.0
 _MOST_KINDS = 4
-# Kinds of failures: those of LineError, and the error codes of records.
+# Kinds of failures: those of RequestError, and the error codes of records.
 _KINDS = {
     "not_json": "not JSON",
     "not_utf8": "not UTF-8",

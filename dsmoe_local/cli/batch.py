@@ -206,13 +206,13 @@ def _complete(options: ModelOptions, n_parallel: int, job: Job) -> ModelOptions:
 def _options(source: Path, model: Path, n_deterministic: int | None, values: dict[str, Any]) -> BatchOptions:
     """Remove the options of the batch itself from `values`. UsageError for wrong values."""
     from dsmoe_local.batch.job import BatchOptions
-    from dsmoe_local.batch.requests import BatchDefaults
     from dsmoe_local.batch.sources import InputForm, parse_template
+    from dsmoe_local.protocol.requests import RequestDefaults
 
     replies, template = reply_settings(values), values.pop("template")
     return BatchOptions(
         source=source,
-        defaults=BatchDefaults(
+        defaults=RequestDefaults(
             replies.sampling,
             replies.max_tokens,
             replies.stop,

@@ -295,11 +295,11 @@ _MEASURE = """
 import resource, sys
 from pathlib import Path
 from dsmoe_local.batch.job import BatchOptions, prepared
-from dsmoe_local.batch.requests import BatchDefaults
+from dsmoe_local.protocol.requests import RequestDefaults
 from dsmoe_local.engine.types import SamplingParameters
 unit = 1 if sys.platform == "darwin" else 1024
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-options = BatchOptions(Path(sys.argv[1]), Path(sys.argv[2]), BatchDefaults(SamplingParameters()))
+options = BatchOptions(Path(sys.argv[1]), Path(sys.argv[2]), RequestDefaults(SamplingParameters()))
 with prepared(options) as job:
     n = job.plan.n_lines
 print(n, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before) / n)

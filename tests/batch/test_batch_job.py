@@ -19,10 +19,10 @@ from dsmoe_local.base.errors import FileError, InterruptedRunError, LockedError,
 from dsmoe_local.base.progress import Event, Note
 from dsmoe_local.batch.job import BatchOptions, prepared
 from dsmoe_local.batch.journal import journal_path
-from dsmoe_local.batch.requests import BatchDefaults
 from dsmoe_local.batch.run import ErrorLimitError
 from dsmoe_local.engine.errors import EngineCrashError, EngineError, ModelLoadError, NativeError
 from dsmoe_local.engine.types import Request, SamplingParameters
+from dsmoe_local.protocol.requests import RequestDefaults
 
 
 def test_simple_records(tmp_path: Path) -> None:
@@ -150,9 +150,9 @@ def test_a_changed_line_is_refused(tmp_path: Path) -> None:
         {"form": "openai"},
         {"settings": {"model": "other"}},
         {"deterministic": True},
-        {"defaults": BatchDefaults(SamplingParameters(temperature=1))},
-        {"defaults": BatchDefaults(GREEDY.sampling, max_tokens=3)},
-        {"defaults": BatchDefaults(GREEDY.sampling, stop=("x",))},
+        {"defaults": RequestDefaults(SamplingParameters(temperature=1))},
+        {"defaults": RequestDefaults(GREEDY.sampling, max_tokens=3)},
+        {"defaults": RequestDefaults(GREEDY.sampling, stop=("x",))},
     ],
 )
 def test_other_settings_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:

@@ -18,8 +18,8 @@ from support.kills import Child, Job, points_of
 
 from dsmoe_local.batch import run as batch_run
 from dsmoe_local.batch.job import BatchOptions
-from dsmoe_local.batch.requests import BatchDefaults
 from dsmoe_local.engine.types import SamplingParameters
+from dsmoe_local.protocol.requests import RequestDefaults
 
 N_LINES = 60
 REPEATED = ("batch.announced", "batch.record", "batch.written", "batch.synced", "batch.committed")
@@ -28,7 +28,7 @@ REPEATED = ("batch.announced", "batch.record", "batch.written", "batch.synced", 
 def work(source: str, piped: str, out: str) -> None:
     """The work of a child: a batch from a file or from standard input, on an engine without a model."""
     batch_run._MAX_GROUP = 8  # so that there is a third group on a slow disk, too
-    defaults = BatchDefaults(SamplingParameters(temperature=1))
+    defaults = RequestDefaults(SamplingParameters(temperature=1))
     named = Path("-") if piped else Path(source)
     options = BatchOptions(named, Path(out), defaults, "simple", deterministic=True)
     sys.stdin = Path(source).open()  # noqa: SIM115 - open until the process ends

@@ -12,11 +12,13 @@ from support.batches import requests, write_lines
 
 from dsmoe_local.base.errors import DsmoeError, FileError
 from dsmoe_local.batch import lines
-from dsmoe_local.batch.requests import HONOURED, IGNORED, NEUTRAL, BatchDefaults
 from dsmoe_local.batch.sources import InputForm, Source
 from dsmoe_local.engine.types import Message, Request, SamplingParameters
+from dsmoe_local.protocol.errors import RequestError
+from dsmoe_local.protocol.fields import HONOURED, IGNORED, NEUTRAL
+from dsmoe_local.protocol.requests import RequestDefaults
 
-DEFAULTS = BatchDefaults(SamplingParameters(temperature=0.5), max_tokens=7, stop=("END",))
+DEFAULTS = RequestDefaults(SamplingParameters(temperature=0.5), max_tokens=7, stop=("END",))
 CHAT = "/v1/chat/completions"
 
 
@@ -252,7 +254,7 @@ def test_bad_requests(tmp_path: Path, line: dict[str, Any], message: str) -> Non
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b"not json", "not a JSON object: the line does not start with {"),
+        (b"not json", "not a JSON object: it does not start with {"),
         (b'{"id": "a", "prompt": "The qui', "the string that starts in column 23 is not closed"),
         (b'{"prompt": "a\tb"}', "a tab or control character in column 14: in a string, write \\t"),
         (b'{"prompt": "C:\\dir"}', "the backslash in column 15 is not an escape: write \\\\ for a backslash"),
@@ -266,8 +268,8 @@ def test_bad_requests(tmp_path: Path, line: dict[str, Any], message: str) -> Non
         (b'{"a": ' * 90_000, "nested too deeply"),
         (b'{"a": %b}' % (b"1" * 5000), "a number has too many digits"),
         (b'{"a": {"b": 1, "b": 2}}', "the key 'b' occurs twice"),
-        (b'["prompt"]', "not a JSON object: the line does not start with {"),
-        (b'{"prompt": "\xe9"}', "not UTF-8 at byte 13 of the line"),
+        (b'["prompt"]', "not a JSON object: it does not start with {"),
+        (b'{"prompt": "\xe9"}', "not UTF-8 at byte 13"),
         (b'{"prompt": "a", "temperature": NaN}', "NaN"),
         (b'{"prompt": "a", "temperature": -Infinity}', "Infinity"),
         (b'{"prompt": "a", "temperature": 1e999}', "out of range"),
@@ -322,7 +324,7 @@ def test_overlong_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lines, "MAX_LINE", 100)
     path = write_lines(tmp_path / "in.jsonl", [{"prompt": "a" * 250}, {"prompt": "b"}])
     long, short = requests(path)
-    with pytest.raises(lines.LineError, match="longer"):
+    with pytest.raises(RequestError, match="longer"):
         long()
     assert (short().id, short().prompt) == ("line-2", "b")
     source = Source(path, InputForm())

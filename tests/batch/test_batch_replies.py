@@ -10,10 +10,10 @@ from support.batches import answer, batch
 from support.fake_engine import FakeEngine
 from support.models import tiny_model
 
-from dsmoe_local.batch.collector import reply_lead
 from dsmoe_local.engine.errors import TemplateError
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions, Prompt
+from dsmoe_local.protocol.replies import reply_lead
 
 QUESTION: dict[str, Any] = {"role": "user", "content": "q"}
 BEGUN: dict[str, Any] = {"role": "assistant", "content": "def f():"}

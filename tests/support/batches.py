@@ -13,14 +13,15 @@ from dsmoe_local.base.progress import Listener, ignore
 from dsmoe_local.batch.job import BatchOptions, prepared
 from dsmoe_local.batch.lines import Key
 from dsmoe_local.batch.output import Output, Record
-from dsmoe_local.batch.requests import BatchDefaults, request_of
+from dsmoe_local.batch.requests import request_of
 from dsmoe_local.batch.run import run
 from dsmoe_local.batch.sources import InputForm, Source
 from dsmoe_local.batch.summary import BatchSummary
 from dsmoe_local.engine.interface import TextEngine
 from dsmoe_local.engine.types import Request, SamplingParameters
+from dsmoe_local.protocol.requests import RequestDefaults
 
-GREEDY = BatchDefaults(SamplingParameters(temperature=0))
+GREEDY = RequestDefaults(SamplingParameters(temperature=0))
 OUTPUT_SETTINGS = {"model": "7 bytes abc", "temperature": "0.8"}
 
 
@@ -70,7 +71,7 @@ def by_id(found: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def requests(
-    path: Path, form: InputForm | None = None, defaults: BatchDefaults = GREEDY
+    path: Path, form: InputForm | None = None, defaults: RequestDefaults = GREEDY
 ) -> list[Callable[[], Request]]:
     """Return a function for each line of a file. It makes the request, or raises the line's error."""
     source = Source(path, form or InputForm())

@@ -1,0 +1,143 @@
+"""Collect the events of a request into the replies to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from dsmoe_local.engine.errors import PromptError, TemplateError
+from dsmoe_local.engine.interface import TextEngine
+from dsmoe_local.engine.types import FinishReason, Message, Request, TokenEvent, TokenLogprob, Usage
+
+ScoredToken: TypeAlias = tuple[TokenLogprob, tuple[TokenLogprob, ...]]
+"""A generated token, and its most likely alternatives."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One reply to a prompt. `tokens` are those of `text`; None without log-probabilities."""
+
+    text: str
+    finish_reason: FinishReason
+    tokens: tuple[ScoredToken, ...] | None = None
+    reasoning: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The replies to a request. `chat`: it had messages, not a prompt. `usages` has one item for each choice.
+    `seconds` is the wall time from submission to the last event.
+    """
+
+    id: str
+    model: str
+    chat: bool
+    choices: tuple[Choice, ...]
+    usages: tuple[Usage, ...]
+    seconds: float
+
+    @property
+    def n_prompt_tokens(self) -> int:
+        """Tokens of the prompt, which all choices share."""
+        return self.usages[0].prompt_tokens
+
+    @property
+    def n_cached_tokens(self) -> int:
+        """Prompt tokens that were in the KV cache."""
+        return self.usages[0].cached_tokens
+
+    @property
+    def n_completion_tokens(self) -> int:
+        """Generated tokens of all choices."""
+        return sum(usage.completion_tokens for usage in self.usages)
+
+    @property
+    def n_reasoning_tokens(self) -> int:
+        """Tokens of reasoning in all choices."""
+        return sum(usage.reasoning_tokens for usage in self.usages)
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A reply that is not finished."""
+
+    pieces: list[str] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
+    tokens: list[ScoredToken] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+
+
+class ReplyBuilder:
+    """Collects the events of one request. `lead` is what `reply_lead` returned. `n_tokens` counts the
+    generated tokens of all choices.
+    """
+
+    def __init__(self, request: Request, lead: str) -> None:
+        self.n_tokens = 0
+        self._request = request
+        prompt = request.prompt
+        self._chat = not isinstance(prompt, str) and isinstance(prompt[0], Message)
+        self._lead = lead if self._chat and not request.continue_final_message else ""
+        self._drafts = [_Draft() for _ in range(request.n)]
+        self._seconds = 0.0
+
+    def add(self, event: TokenEvent) -> None:
+        """Add an event."""
+        draft = self._drafts[event.index]
+        if event.text:
+            draft.pieces.append(event.text)
+        if event.reasoning:
+            draft.reasoning.append(event.reasoning)
+        if event.token_id is not None and event.finish_reason is None:
+            self.n_tokens += 1
+            if event.in_reasoning:
+                # The tokens so far are the marker before the reasoning.
+                draft.tokens.clear()
+            elif self._request.logprobs:
+                draft.tokens.append(_scored(event))
+        if event.finish_reason is not None:
+            draft.finish_reason, draft.usage = event.finish_reason, event.usage
+            self._seconds = max(self._seconds, event.seconds)
+
+    def reply(self, model: str) -> Reply | None:
+        """Return the reply after the last event; None if the request was cancelled."""
+        choices: list[Choice] = []
+        usages: list[Usage] = []
+        for draft in self._drafts:
+            reason, usage = draft.finish_reason, draft.usage
+            if reason is None or usage is None or reason is FinishReason.CANCELLED:
+                return None
+            text = "".join(draft.pieces).removeprefix(self._lead)
+            tokens = tuple(draft.tokens) if self._request.logprobs else None
+            choices.append(Choice(text, reason, tokens, "".join(draft.reasoning).rstrip()))
+            usages.append(usage)
+        return Reply(self._request.id, model, self._chat, tuple(choices), tuple(usages), self._seconds)
+
+
+def reply_lead(engine: TextEngine) -> str:
+    """Return the white space that the model generates at the start of a reply because of the chat template.
+
+    DeepSeekMoE's template ends a prompt with `Assistant:` but renders a reply as `Assistant: …`. Its models
+    therefore start every reply with a space that does not belong to the text.
+    """
+    if engine.info.template is None:
+        return ""
+    question, reply = Message("user", "question"), "reply"
+    try:
+        prompt, conversation = (
+            "".join(engine.decode(engine.encode(messages)))
+            for messages in ((question,), (question, Message("assistant", reply), question))
+        )
+    except (PromptError, TemplateError):
+        # The template does not take these messages.
+        return ""
+    lead = conversation.removeprefix(prompt).partition(reply)[0]
+    return lead if conversation.startswith(prompt) and lead.isspace() else ""
+
+
+def _scored(event: TokenEvent) -> ScoredToken:
+    """Return the token and its alternatives. The first alternative is the token itself."""
+    if event.alternatives:
+        return event.alternatives[0], event.alternatives[1:]
+    return TokenLogprob(event.token_id or 0, event.text, event.logprob or 0.0), ()

@@ -1,0 +1,134 @@
+"""OpenAI's response bodies: chat.completion and text_completion. Clients depend on their form."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any, Literal, NotRequired, TypedDict
+
+from dsmoe_local.engine.types import FinishReason, TokenLogprob
+from dsmoe_local.protocol.replies import Choice, Reply, ScoredToken
+
+_LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI writes this number
+
+
+class CompletionDetails(TypedDict):
+    """What completion tokens consist of, with OpenAI's names."""
+
+    reasoning_tokens: int
+
+
+class UsageRecord(TypedDict):
+    """Token counts, with OpenAI's names. The details exist if there was reasoning."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    completion_tokens_details: NotRequired[CompletionDetails]
+
+
+class TimingRecord(TypedDict):
+    """Wall time in seconds: in total from submission, for prefill, and for decoding."""
+
+    seconds: float
+    prompt_seconds: float
+    completion_seconds: float
+    tokens_per_second: float
+
+
+def response_body(reply: Reply, name: str) -> dict[str, Any]:
+    """Return the body of a response. `name` is the unique part of its id."""
+    choices = [_choice(reply, index, choice) for index, choice in enumerate(reply.choices)]
+    return {
+        "id": f"chatcmpl-{name}" if reply.chat else f"cmpl-{name}",
+        "object": "chat.completion" if reply.chat else "text_completion",
+        "created": int(time.time()),
+        "model": reply.model,
+        "choices": choices,
+        "usage": {
+            **usage_record(reply),
+            "prompt_tokens_details": {"cached_tokens": reply.n_cached_tokens},
+        },
+        "timing": timing_record(reply),
+    }
+
+
+def _choice(reply: Reply, index: int, choice: Choice) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "index": index,
+        "logprobs": None,
+        "finish_reason": _ending(choice.finish_reason),
+    }
+    if reply.chat:
+        record["message"] = {"role": "assistant", "content": choice.text, "refusal": None}
+        if choice.reasoning:
+            # Not OpenAI's, but that of DeepSeek, vLLM and llama.cpp.
+            record["message"]["reasoning_content"] = choice.reasoning
+        if choice.tokens is not None:
+            record["logprobs"] = {"content": chat_scores(choice.tokens), "refusal": None}
+    else:
+        record["text"] = choice.text
+        if choice.tokens is not None:
+            record["logprobs"] = _completion_scores(choice.tokens)
+    return record
+
+
+def chat_scores(tokens: tuple[ScoredToken, ...]) -> list[dict[str, Any]]:
+    """Return log-probabilities in the form of chat.completion."""
+    return [
+        {**_score(token), "top_logprobs": [_score(other) for other in others]} for token, others in tokens
+    ]
+
+
+def _score(token: TokenLogprob) -> dict[str, Any]:
+    # A token that is part of a character has no text, and its bytes are not known here.
+    whole = "\N{REPLACEMENT CHARACTER}" not in token.text
+    return {
+        "token": token.text,
+        "logprob": _finite(token.logprob),
+        "bytes": list(token.text.encode()) if whole else None,
+    }
+
+
+def _completion_scores(tokens: tuple[ScoredToken, ...]) -> dict[str, Any]:
+    offsets, offset = [], 0
+    for token, _ in tokens:
+        offsets.append(offset)
+        offset += len(token.text)
+    return {
+        "tokens": [token.text for token, _ in tokens],
+        "token_logprobs": [_finite(token.logprob) for token, _ in tokens],
+        "top_logprobs": [{other.text: _finite(other.logprob) for other in others} for _, others in tokens],
+        "text_offset": offsets,
+    }
+
+
+def _finite(logprob: float) -> float:
+    return logprob if math.isfinite(logprob) else _LEAST_LOGPROB
+
+
+def _ending(reason: FinishReason) -> Literal["stop", "length"]:
+    # OpenAI uses "length" for a full context as well.
+    return "stop" if reason is FinishReason.STOP else "length"
+
+
+def usage_record(reply: Reply) -> UsageRecord:
+    """Return the token counts of a reply."""
+    record = UsageRecord(
+        prompt_tokens=reply.n_prompt_tokens,
+        completion_tokens=reply.n_completion_tokens,
+        total_tokens=reply.n_prompt_tokens + reply.n_completion_tokens,
+    )
+    if reply.n_reasoning_tokens:
+        record["completion_tokens_details"] = CompletionDetails(reasoning_tokens=reply.n_reasoning_tokens)
+    return record
+
+
+def timing_record(reply: Reply) -> TimingRecord:
+    """Return the times of a reply."""
+    return TimingRecord(
+        seconds=round(reply.seconds, 4),
+        prompt_seconds=round(max(usage.prompt_seconds for usage in reply.usages), 4),
+        completion_seconds=round(max(usage.completion_seconds for usage in reply.usages), 4),
+        tokens_per_second=round(sum(usage.tokens_per_second for usage in reply.usages), 2),
+    )
