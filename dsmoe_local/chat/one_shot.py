@@ -68,6 +68,8 @@ def answer(
     written.finish()
     if stats and conversation.usage is not None:
         notes.write(notices.usage(conversation.usage) + "\n")
+    if written.reasoning and not written.text:
+        _note(notes, "the reply has no answer: it ended while the model was still reasoning")
     _report_ending(conversation, notes, invalid_json=conversation.json_schema is not None and value is None)
 
 
@@ -102,8 +104,8 @@ class _Output:
             self._out.flush()
 
     def finish(self) -> None:
-        """End the last line."""
-        if self._last != "\n":
+        """End the last line. Hidden reasoning without an answer has no line."""
+        if self._last != "\n" and (self._last or not self.reasoning or self._shows_reasoning):
             self._out.write("\n")
         self._out.flush()
 

@@ -278,3 +278,16 @@ def test_exports_fold_reasoning(ending: str) -> None:
     bare = replace(transcript, turns=(transcript.turns[0], replace(reply, reasoning="")))
     assert "easoning_content" not in export_as(f"x{ending}", bare, ABOUT)
     assert "<details" not in export_as(f"x{ending}", bare, ABOUT)
+
+
+def test_one_reply_that_is_all_reasoning_says_so() -> None:
+    """Guards: an empty line, and no word of why there is no answer."""
+    chat, _ = chat_with(reasoner(), settings=ChatSettings(max_tokens=len("<think>\nhm,")))
+    out, notes = io.StringIO(), io.StringIO()
+    answer(chat.conversation, "q", out, notes=notes)
+    assert out.getvalue() == ""
+    assert notes.getvalue().splitlines() == [
+        "note: the reply has no answer: it ended while the model was still reasoning",
+        "note: the reply was cut at the token limit: -n N allows more tokens",
+    ]
+    chat.close()
