@@ -65,7 +65,7 @@ def contenders() -> dict[str, dict[str, Any]]:
     changes |= {f"kernels {form}": {"kernels": form} for form in ("auto", "repack", "plain")}
     fewer = {max(1, cores - 1), os.cpu_count() or 1} - {cores}
     changes |= {f"threads {count}": {"n_threads": count} for count in sorted(fewer)}
-    return changes | {f"{SPINS} {count}": {SPINS: count} for count in (0, 1_000, 10_000, 100_000)}
+    return changes | {f"{SPINS} {count}": {SPINS: count} for count in (0, 300, 1_000, 3_000, 300_000)}
 
 
 def measure(

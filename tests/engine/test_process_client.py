@@ -21,6 +21,7 @@ from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.engine.errors import EngineCrashError, EngineError, OutOfMemoryError, PromptError
 from dsmoe_local.engine.interface import ReloadableEngine, TextEngine
 from dsmoe_local.engine.process.client import EngineClient
+from dsmoe_local.engine.process.spawn import SPIN_COUNT, child_environment
 from dsmoe_local.engine.types import FinishReason, Message, ModelOptions, Request, TokenEvent
 
 OPTIONS = ModelOptions(Path("fake.gguf"), n_context=77)
@@ -308,3 +309,18 @@ def test_receiver_that_fails_loses_its_own_request_only(
     client.start(Request("bad", "abc"), deliver)
     assert text(list(client.submit(Request("good", "abc")))) == "abc"
     assert [call.exc_type for call in heard] == [ValueError]
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [({}, str(SPIN_COUNT)), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_the_user_decides_how_threads_wait(
+    variables: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: a policy of the user that is overruled, since GOMP_SPINCOUNT goes before OMP_WAIT_POLICY."""
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert child_environment().get("GOMP_SPINCOUNT") == expected

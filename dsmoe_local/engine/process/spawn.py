@@ -17,6 +17,8 @@ from dsmoe_local.engine.errors import EngineCrashError, EngineError
 
 _HOST = "dsmoe_local.engine.process.host"
 _CRASH_LINES = 20
+SPIN_COUNT = 1000
+"""How often a waiting thread checks before it sleeps. `benchmarks/settings.py` compares it with others."""
 _INTERRUPTED = "failed to decode, ret = 2"  # llama.cpp's message for a cancelled step, never a cause
 
 _REMEDIES = {
@@ -76,7 +78,11 @@ def spawn_engine() -> tuple[subprocess.Popen[bytes], socket.socket]:
 def child_environment() -> dict[str, str]:
     """Return this process's environment, with the same import path for a Python child."""
     root = str(Path(dsmoe_local.__file__).parents[1])
+    # Threads wait for each other after every operation. By default, GNU OpenMP lets a thread spin for
+    # milliseconds before it sleeps. If other programs use the cores, the thread it waits for gets none.
+    waiting = {} if "OMP_WAIT_POLICY" in os.environ else {"GOMP_SPINCOUNT": str(SPIN_COUNT)}
     return {
+        **waiting,
         # The debugger that ggml starts on an abort takes seconds, and its output hides the reason.
         "GGML_NO_BACKTRACE": "1",
         **os.environ,
