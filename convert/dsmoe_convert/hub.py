@@ -1,11 +1,12 @@
 """Download from a model repository on a Hugging Face hub.
 
 Everything goes through huggingface_hub, so HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN and the shared cache work as
-in other programs. Only files that a conversion needs are downloaded. Messages never contain a token.
+in other programs. Only files that are needed are downloaded. Messages never contain a token.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 import logging
@@ -89,6 +90,20 @@ def locate(source: str) -> Path | None:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """The digest of a file in hex digits: the SHA-256 of a large file, the git blob id (SHA-1) of others."""
+
+    text: str
+    is_sha256: bool
+
+    def start(self, n_bytes: int) -> Any:  # noqa: ANN401 - hashlib's objects have no public type
+        """Return a hash object for the content of a file of `n_bytes`."""
+        if self.is_sha256:
+            return hashlib.sha256()
+        return hashlib.sha1(b"blob %d\0" % n_bytes, usedforsecurity=False)
+
+
 class HubRepository:
     """One revision of a repository, pinned to its commit. All errors of the hub become HubError."""
 
@@ -105,6 +120,7 @@ class HubRepository:
         self._stop = stop
         self.offline = bool(huggingface_hub.constants.HF_HUB_OFFLINE)
         self.sizes: Mapping[str, int] = {}
+        self.digests: Mapping[str, Digest] = {}
         self.commit = ""
         if not self.offline:
             info = self._call(
@@ -113,12 +129,21 @@ class HubRepository:
                 )
             )
             self.sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+            self.digests = {
+                file.rfilename: Digest(file.lfs.sha256 if file.lfs else file.blob_id or "", bool(file.lfs))
+                for file in info.siblings or ()
+            }
             self.commit = info.sha or ""
 
     @property
     def name(self) -> str:
         """The repository's name without its owner."""
         return self._request.name
+
+    @property
+    def max_bytes(self) -> int:
+        """The size of the largest file that `fetch_into` can download."""
+        return int(self._hub.constants.MAX_HTTP_DOWNLOAD_SIZE)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -191,6 +216,33 @@ class HubRepository:
         """Download one file to `folder`, without the cache."""
         return self._fetch(name, local_dir=folder)
 
+    def fetch_into(self, name: str, path: Path) -> None:
+        """Download one file to `path`, and continue with what it has already.
+
+        `hf_hub_download` starts over after an interruption since version 2 of the library.
+        """
+        file_download = importlib.import_module("huggingface_hub.file_download")
+        url = self._hub.hf_hub_url(
+            self._request.repository, name, revision=self.commit, endpoint=self._request.endpoint
+        )
+        download = file_download.http_get
+        options = self._progress(download, name)
+
+        def work() -> None:
+            with path.open("ab") as file:
+                if file.tell() > self.sizes[name]:
+                    file.truncate(0)
+                download(
+                    url,
+                    file,
+                    resume_size=file.tell(),
+                    headers=self._hub.utils.build_hf_headers(token=self._request.token),
+                    expected_size=self.sizes[name],
+                    **options,
+                )
+
+        self._call(work)
+
     def tensors_of(self, name: str) -> dict[str, StoredTensor]:
         """Return the tensors of a remote safetensors file. Offsets count from the start of its data."""
         header = self._call(
@@ -215,10 +267,7 @@ class HubRepository:
         if revision == "":
             revision = self.commit or self._request.revision
         download = self._hub.hf_hub_download
-        options: dict[str, Any] = {"local_dir": local_dir}
-        # Versions before 1.0 lack this parameter. Then there is no progress, and no early end.
-        if "tqdm_class" in inspect.signature(download).parameters:
-            options["tqdm_class"] = _progress_class(self._listen if report else None, self._stop, name)
+        options = {"local_dir": local_dir, **self._progress(download, name, report=report)}
         path = self._call(
             lambda: download(
                 self._request.repository,
@@ -231,6 +280,13 @@ class HubRepository:
             )
         )
         return Path(path)
+
+    def _progress(self, download: Callable[..., Any], name: str, *, report: bool = True) -> dict[str, Any]:
+        """Return the option of a function of the library that reports progress and ends early."""
+        # Versions before 1.0 lack this parameter. Then there is no progress, and no early end.
+        if "tqdm_class" not in inspect.signature(download).parameters:
+            return {}
+        return {"tqdm_class": _progress_class(self._listen if report else None, self._stop, name)}
 
     def _call(self, work: Callable[[], T]) -> T:
         """Call `work` in another thread, so that the library cannot delay an interruption."""

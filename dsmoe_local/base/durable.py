@@ -136,14 +136,16 @@ def read_into(buffer: memoryview, descriptor: int, offset: int) -> None:
         buffer, offset = buffer[n_read:], offset + n_read
 
 
-def require_space(folder: Path, n_bytes: int) -> None:
+def require_space(
+    folder: Path, n_bytes: int, remedy: str = "free some space, or name an output on another disk"
+) -> None:
     """Raise NoSpaceError unless the disk of `folder` has `n_bytes` free."""
     free = shutil.disk_usage(folder).free
     if free < n_bytes:
         raise NoSpaceError(
             f"not enough disk space: {format_size(n_bytes)} needed, {format_size(free)} free",
             where=folder,
-            remedy="free some space, or name an output on another disk",
+            remedy=remedy,
         )
 
 

@@ -6,10 +6,11 @@ import threading
 from collections.abc import Callable, Set
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 from dsmoe_local.base.config_file import ConfigFile
 from dsmoe_local.base.errors import DsmoeError, InterruptedRunError, UsageError
-from dsmoe_local.base.paths import absolute
+from dsmoe_local.base.paths import absolute, data_folder
 from dsmoe_local.base.text import count, safe_line
 from dsmoe_local.chat import attachments, multiline, notices
 from dsmoe_local.chat.commands import table
@@ -24,7 +25,7 @@ from dsmoe_local.chat.store.sessions import Session, SessionStore
 from dsmoe_local.chat.terminal.screen import ReplyView, Screen, Status
 from dsmoe_local.chat.turns import Transcript
 from dsmoe_local.engine.errors import EngineCrashError, PromptError
-from dsmoe_local.engine.types import FinishReason, TokenEvent
+from dsmoe_local.engine.types import FinishReason, ModelOptions, TokenEvent
 
 _NEARLY_FULL = 0.85  # share of the context from which the user is warned
 _IDLE_SECONDS = 30.0  # the KV cache is stored after this time without input
@@ -50,9 +51,16 @@ class Chat:
         drafts: Drafts | None = None,
         fixed: Set[str] = frozenset(),
         stats: bool = False,
+        models_folder: Path | None = None,
+        options: ModelOptions | None = None,
     ) -> None:
-        """`fixed` names the settings given on the command line, which override those of a session."""
+        """`fixed` names the settings given on the command line, which override those of a session.
+
+        `options` are those with which the user started; /model loads other models with them.
+        """
         self.conversation = conversation
+        self.models_folder = models_folder or data_folder() / "models"
+        self.options = options or conversation.engine.options
         self.screen = screen
         self.config = config
         self.sessions = sessions
@@ -84,13 +92,7 @@ class Chat:
 
         `system` replaces the session's system text. `own_model`: the session determined the model.
         """
-        info = self.conversation.engine.info
-        head = (info.name, info.type, f"{info.n_context:,} tokens of context", "/help")
-        self.screen.notice(" · ".join(filter(None, head)))
-        if self.conversation.completes:
-            self.screen.notice(
-                "a base model without a chat template: it completes your text; Enter alone continues"
-            )
+        notices.greet(self.screen, self.conversation)
         if session is not None:
             self.adopt(session, system, own_model=own_model)
             self.recall()
@@ -230,23 +232,63 @@ class Chat:
             self._store_cache(self._announce_storing)
         self.session = session
         self._settings.forget_session()
-        self._warned = False
-        self.experts.forget()
-        self.conversation.restore(transcript)
-        if session is None:
-            return
-        if session.model != info.name:
-            self.screen.notice(
-                f"the replies so far are from {safe_line(session.model, 60)}; {info.name} continues"
-            )
-        session.model, session.model_path = info.name, str(absolute(info.path))
         restored = [f"model {safe_line(info.path.name, 60)}"] if own_model else []
-        if session.settings is not None:
+        if session is not None and session.settings is not None:
             settings = self._settings.restored(session.settings)
             restored += differences(self.conversation.settings, settings)
             self.conversation.settings = settings
+        self._continue_with(transcript)
         if restored:
             self.screen.notice(f"restored from this session: {', '.join(restored)}")
+
+    def switch_model(self, load: Callable[[], None]) -> None:
+        """Continue the conversation with another model, which `load` loads. If it fails, keep the old one."""
+        self.save()
+        self._store_cache(self._announce_storing)
+        before = self.conversation.engine.info
+        try:
+            load()
+        except DsmoeError as error:
+            if isinstance(error, InterruptedRunError):
+                self.screen.notice("[stopped]")
+            else:
+                self.screen.error(error)
+            self.screen.notice(f"{before.name} stays in use; the next message loads it again")
+            return
+        self._tokens_per_second = 0.0
+        notices.greet(self.screen, self.conversation)
+        transcript = self.conversation.transcript
+        if self.conversation.engine.info.vocabulary != before.vocabulary:
+            transcript = transcript.without_token_ids()
+        if self.session is not None:
+            transcript = self._with_stored_ids(transcript, self.session)
+        elif transcript.turns:
+            notices.other_model(self.screen, self.conversation, before.name)
+        self._continue_with(transcript)
+        self.experts.model_changed(self.screen)
+        self.advise()
+
+    def _with_stored_ids(self, transcript: Transcript, session: Session) -> Transcript:
+        """Return `transcript` with the ids of replies that the current model wrote, if they are stored."""
+        try:
+            stored = session.load(self.conversation.engine.info.vocabulary)
+        except DsmoeError as error:
+            self.screen.error(error)
+            return transcript
+        same = [turn.content for turn in stored.turns] == [turn.content for turn in transcript.turns]
+        return replace(stored, n_shifted=transcript.n_shifted) if same else transcript
+
+    def _continue_with(self, transcript: Transcript) -> None:
+        """Continue with a transcript, after its session was opened or another model was loaded."""
+        self._warned = False
+        self.experts.forget()
+        self.conversation.restore(transcript)
+        session, info = self.session, self.conversation.engine.info
+        if session is None:
+            return
+        if session.model != info.name:
+            notices.other_model(self.screen, self.conversation, session.model)
+        session.model, session.model_path = info.name, str(absolute(info.path))
         if self._caches is not None:
             self._caches.restore(self.conversation, session)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsmoe_local.base.errors import UsageError
+from dsmoe_local.base.errors import DsmoeError, UsageError
 from dsmoe_local.engine.errors import EngineError
 from dsmoe_local.engine.interface import TextEngine
 from dsmoe_local.engine.types import ObserverOptions
@@ -45,6 +45,16 @@ class ExpertsView:
             raise UsageError("the model is dense: it has no routed experts")
         self.engine.set_observers(OBSERVERS if on else ())
         self.on = on
+
+    def model_changed(self, screen: Screen) -> None:
+        """Observe the new model, if the old one was observed and the new one has routed experts."""
+        if not self.on:
+            return
+        try:
+            self.switch(True)
+        except DsmoeError as error:
+            self.on = False
+            screen.notice(f"experts are no longer observed: {error.what}")
 
     def forget(self) -> None:
         """Reset all counts, for another session."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from dsmoe_local.base.text import count, safe_text
+from dsmoe_local.base.text import count, safe_line, safe_text
 from dsmoe_local.chat.attachments import preview, without_files
 from dsmoe_local.chat.context import MadeRoom
 from dsmoe_local.chat.conversation import Conversation
@@ -25,6 +25,21 @@ ENDINGS: Mapping[FinishReason | None, str] = {
     "/undo goes back, /clear begins a new conversation",
     FinishReason.CANCELLED: "stopped: /continue continues it",
 }
+
+
+def greet(screen: Screen, conversation: Conversation) -> None:
+    """Show what the model is, when the chat begins or another model was loaded."""
+    info = conversation.engine.info
+    head = (info.name, info.type, f"{info.n_context:,} tokens of context", "/help")
+    screen.notice(" · ".join(filter(None, head)))
+    if conversation.completes:
+        screen.notice("a base model without a chat template: it completes your text; Enter alone continues")
+
+
+def other_model(screen: Screen, conversation: Conversation, before: str) -> None:
+    """Show that another model than `before` continues the conversation."""
+    name = conversation.engine.info.name
+    screen.notice(f"the replies so far are from {safe_line(before, 60)}; {name} continues")
 
 
 def advises_against_system(info: ModelInfo) -> bool:

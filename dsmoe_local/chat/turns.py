@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from dsmoe_local.engine.types import FinishReason, Message, Usage
@@ -55,3 +55,10 @@ class Transcript:
     n_left_out: int = 0
     n_shifted: int = 0
     undone: tuple[Turn, ...] = ()
+
+    def without_token_ids(self) -> Transcript:
+        """Return the transcript for a model with another vocabulary, in which ids mean something else."""
+        turns, undone = (
+            tuple(replace(turn, token_ids=()) for turn in each) for each in (self.turns, self.undone)
+        )
+        return replace(self, turns=turns, undone=undone, n_shifted=0)

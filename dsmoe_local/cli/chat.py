@@ -18,8 +18,8 @@ from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.chat.settings import SETTINGS
 from dsmoe_local.cli.command import define_command
-from dsmoe_local.cli.model_argument import find_model, model_argument, model_option
-from dsmoe_local.cli.model_options import load_engine, model_options
+from dsmoe_local.cli.model_argument import find_model, model_argument, model_option, models_folder
+from dsmoe_local.cli.model_options import load_engine, loading_options, model_options
 from dsmoe_local.cli.option_sources import Source, flag_of, from_command_line, origin_of, settle
 from dsmoe_local.cli.options import FLAG, Group, json_option, option, text_value, typed
 from dsmoe_local.cli.reply_options import reply_options, reply_settings, setting_option
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from dsmoe_local.chat.store.sessions import Session, SessionStore
     from dsmoe_local.chat.terminal.screen import Choice, Status
     from dsmoe_local.engine.process.client import EngineClient
+    from dsmoe_local.engine.types import ModelOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,11 +138,13 @@ def command(
         typed_ahead = resources.enter_context(ExitStack())
         typed_ahead.enter_context(keys_withheld())
         session_model = None if model or from_command_line("named_model") else _session_model(storage)
-        engine = resources.enter_context(load_engine(session_model or path or find_model(), values))
+        path = session_model or path or find_model()
+        asked = loading_options(path, dict(values))
+        engine = resources.enter_context(load_engine(path, values))
         storage = replace(storage, own_model=session_model is not None)
         for problem in storage.problems.result() if storage.problems else ():
             click.echo(f"note: {problem}", err=True)
-        _converse(engine, settings, system, options, storage, typed_ahead)
+        _converse(engine, settings, system, options, storage, typed_ahead, asked)
 
 
 def _check_combinations(*, is_chat: bool) -> None:
@@ -273,8 +276,12 @@ def _converse(
     options: _ChatOptions,
     storage: _Storage,
     typed_ahead: ExitStack,
+    asked: ModelOptions,
 ) -> None:
-    """Run the chat. `typed_ahead` holds back keys that are typed before the input line is ready."""
+    """Run the chat. `asked` are the options of the command line, for other models that the user switches to.
+
+    `typed_ahead` holds back keys that are typed before the input line is ready.
+    """
     from dsmoe_local.base.config_file import ConfigFile, config_path
     from dsmoe_local.base.paths import data_folder
     from dsmoe_local.chat.chat import Chat
@@ -313,6 +320,8 @@ def _converse(
         caches=caches,
         fixed=settings_given(),
         stats=options.stats,
+        models_folder=models_folder()[0],
+        options=asked,
     )
     chat.begin(
         storage.session,

@@ -32,24 +32,28 @@ COMMANDS: Mapping[str, CommandEntry] = {
     "bench": CommandEntry("dsmoe_local.cli.bench", "Measure the speed of models, side by side."),
     "experts": CommandEntry("dsmoe_local.cli.experts", "Show which experts a text uses."),
     "models": CommandEntry("dsmoe_local.cli.models", "List the models that can be named without a path."),
+    "pull": CommandEntry("dsmoe_local.cli.pull", "Download a GGUF model from the Hugging Face hub."),
+    "rm": CommandEntry("dsmoe_local.cli.rm", "Delete a model from the models folder."),
     "devices": CommandEntry("dsmoe_local.cli.devices", "List devices, and how to add GPU support."),
     "demo": CommandEntry("dsmoe_local.cli.demo", "Make a small, real DeepSeekMoE model, offline."),
     "config": CommandEntry("dsmoe_local.cli.config", "Show the value of every option and its source."),
     "completion": CommandEntry("dsmoe_local.cli.completion", "Print the completion script for your shell."),
 }
 
+ALIASES: Mapping[str, str] = {"run": "chat"}
+"""Other names of commands."""
+
 ELSEWHERE: Mapping[str, str] = {
-    "run": "dsmoe chat MODEL starts a chat; with -p TEXT it answers once",
-    "pull": "dsmoe convert REPOSITORY --type q4 downloads and converts a checkpoint",
     "list": "dsmoe models lists the models",
     "ls": "dsmoe models lists the models",
     "show": "dsmoe inspect MODEL describes a model",
     "create": "dsmoe quantize MODEL quantizes a model, dsmoe convert converts a checkpoint",
     "serve": "there is no server yet; dsmoe batch answers files of OpenAI requests",
-    "rm": "delete the file: dsmoe models shows its path",
     "generate": "dsmoe chat MODEL -p TEXT answers once",
     "complete": "dsmoe chat MODEL -p TEXT answers once",
-    "download": "dsmoe convert REPOSITORY downloads and converts a checkpoint",
+    "download": "dsmoe pull OWNER/REPO downloads a GGUF model; dsmoe convert, a checkpoint",
+    "delete": "dsmoe rm NAME deletes a model",
+    "remove": "dsmoe rm NAME deletes a model",
     "help": "dsmoe --help lists the commands, dsmoe COMMAND --help explains one",
 }
 """Names of commands in other programs, ollama above all, with our command for the same task."""
@@ -63,6 +67,6 @@ def no_such_command(word: str) -> UsageError:
 
 
 def load_command(name: str) -> click.Command:
-    """Import and return the command called `name`."""
-    command: click.Command = importlib.import_module(COMMANDS[name].module).command
+    """Import and return the command called `name`, or of which that is an alias."""
+    command: click.Command = importlib.import_module(COMMANDS[ALIASES.get(name, name)].module).command
     return command

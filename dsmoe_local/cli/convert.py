@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.cli.command import define_command
+from dsmoe_local.cli.hub_options import check_hub_options, hub_options
 from dsmoe_local.cli.options import FLAG, Group, option, path_value, text_value
 from dsmoe_local.cli.output import show_notes, show_result
 from dsmoe_local.cli.progress import run_with_progress
@@ -44,22 +44,7 @@ if TYPE_CHECKING:
 @type_options
 @option("--low-disk", "low_disk", "Download, convert and delete one shard at a time.", FLAG)
 @option("--force", "force", "Replace an existing output.", FLAG)
-@option(
-    "--revision",
-    "revision",
-    "Branch, tag or commit of the repository.",
-    text_value("REV"),
-    Group.INPUT,
-)
-@option(
-    "--token",
-    "token",
-    "Access token of the hub.",
-    text_value("TOKEN"),
-    Group.INPUT,
-    secret=True,
-    shown="HF_TOKEN",
-)
+@hub_options
 @option(
     "--pre",
     "pre",
@@ -102,9 +87,7 @@ def command(
     from dsmoe_convert.convert import ConvertOptions, RunOptions
     from dsmoe_convert.sources import SourceOptions, convert, plan_source
 
-    for name, value in (("--revision", revision), ("--token", token)):
-        if value == "":
-            raise UsageError(f"{name} is empty", remedy="leave it out, or check the variable it came from")
+    check_hub_options(revision, token)
     types = TypeOptions.of(settle_types(values))
     options = ConvertOptions(
         types.word,

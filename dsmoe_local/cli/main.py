@@ -21,7 +21,7 @@ import click
 from dsmoe_local import __version__
 from dsmoe_local.base.errors import DsmoeError, InterruptedRunError
 from dsmoe_local.base.text import safe_line, safe_text
-from dsmoe_local.cli.commands import COMMANDS, load_command, no_such_command
+from dsmoe_local.cli.commands import ALIASES, COMMANDS, load_command, no_such_command
 
 _OFF = frozenset({"", "0", "f", "false", "n", "no", "off"})
 """Values of DSMOE_DEBUG that click, too, reads as off."""
@@ -31,16 +31,16 @@ class LazyGroup(click.Group):
     """A group that lists the commands from their table and imports one only to run it."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
+        return [*COMMANDS, *ALIASES]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        return load_command(cmd_name) if cmd_name in COMMANDS else None
+        return load_command(cmd_name) if cmd_name in COMMANDS or cmd_name in ALIASES else None
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         word = args[0]
-        if word not in COMMANDS and not word.startswith("-") and not ctx.resilient_parsing:
+        if word not in self.list_commands(ctx) and not word.startswith("-") and not ctx.resilient_parsing:
             raise no_such_command(word)
         return super().resolve_command(ctx, args)
 
@@ -156,7 +156,7 @@ def _lines(error: click.ClickException) -> list[str]:
 def _one_dash(command: click.Command) -> str:
     """Return the message for a long option with one dash, which click misreads; empty if there is none."""
     words = sys.argv[1:]
-    name = next((word for word in words if word in COMMANDS), None)
+    name = next((word for word in words if word in COMMANDS or word in ALIASES), None)
     if isinstance(command, LazyGroup) and name is not None:
         command = load_command(name)
     options = {flag: each for each in command.params for flag in (*each.opts, *each.secondary_opts)}

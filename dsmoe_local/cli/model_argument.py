@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from dsmoe_local.base.config_file import config_path, spellings
-from dsmoe_local.base.errors import DsmoeError, FileError, FormatError, UsageError
+from dsmoe_local.base.errors import DsmoeError, FormatError, UsageError
 from dsmoe_local.base.paths import data_folder, demo_folder
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.cli.option_sources import (
@@ -116,33 +116,9 @@ def find_model(
 
 
 def _model_file(word: str, others: Iterable[str]) -> Path:
-    from dsmoe_local.model.discovery import find_known, unknown_model
+    from dsmoe_local.model.discovery import find_model_files, several_of_one_name
 
-    path = Path(os.path.expanduser(word))
-    if os.path.exists(path) and not path.is_dir():
-        return path
-    folder = models_folder()[0]
-    known = find_known(word, folder)
-    if known:
-        used, *hidden = (model.path for model in known)
-        if hidden:
-            name = safe_line(known[0].name, 60)
-            paths = safe_line(", ".join(map(str, hidden)))
-            click.echo(
-                f"note: {len(known)} models are called {name}: using {safe_line(str(used))}; to use another,"
-                f" give its path: {paths}",
-                err=True,
-            )
-        return used
-    if os.path.isdir(path):
-        raise FileError("a folder is not a model", where=path, remedy=_use_of_folder(path))
-    raise unknown_model(word, folder, others)
-
-
-def _use_of_folder(folder: Path) -> str:
-    inside = sorted(folder.glob("*.gguf"))
-    if inside:
-        return f"name a file in it, such as {inside[0]}"
-    if (folder / "config.json").exists():
-        return f"convert it first: dsmoe convert {folder}"
-    return "there is no GGUF file in it"
+    paths = find_model_files(word, models_folder()[0], others)
+    if len(paths) > 1:
+        click.echo(f"note: {several_of_one_name(paths)}", err=True)
+    return paths[0]

@@ -200,24 +200,18 @@ def check_window(n_context: int) -> None:
 
 
 def within_training(options: ModelOptions) -> ModelOptions:
-    """Return `options` with the context limited to what the model was trained for; a note reports the limit.
-
-    Beyond it replies are nonsense, and the KV cache fills the memory. A model with RoPE scaling is made for
-    longer contexts and gets what was asked for.
-    """
-    from dsmoe_local.model.gguf_model import read_any_model
-    from dsmoe_local.model.gguf_outline import scales_rope
+    """Return `options` with the context limited by `trained_context`; a note reports the limit."""
+    from dsmoe_local.model.gguf_model import trained_context
 
     if options.n_context is None:
         return options
-    file, outline = read_any_model(options.path)
-    if options.n_context <= outline.n_context or scales_rope(file):
-        return options
-    click.echo(
-        f"note: -c {options.n_context} is reduced to {outline.n_context}: the model was trained for no more",
-        err=True,
-    )
-    return replace(options, n_context=outline.n_context)
+    n_context = trained_context(options.path, options.n_context)
+    if n_context < options.n_context:
+        click.echo(
+            f"note: -c {options.n_context} is reduced to {n_context}: the model was trained for no more",
+            err=True,
+        )
+    return replace(options, n_context=n_context)
 
 
 def load_engine(

@@ -38,17 +38,24 @@ def command(as_json: bool) -> None:
     and recently loaded files. If two files have the same name, the first one is used. DSMOE_MODELS_FOLDER, or
     models-folder in the config file, sets the models folder.
     """
-    from dsmoe_local.model.discovery import describe, known_models
+    from dsmoe_local.model.discovery import describe, known_models, unfinished_downloads
+    from dsmoe_local.model.split_name import model_stem
 
     folder, _ = models_folder()
     models = [describe(model) for model in known_models(folder)]
     if as_json:
         print_json({"models_folder": str(folder), "models": [_as_json(each) for each in models]}, indent=2)
         return
+    unfinished = unfinished_downloads(folder)
     if models:
         _show(models)
     else:
-        click.echo("no models found: convert one with dsmoe convert, or make the demo model: dsmoe demo")
+        click.echo("no models found: download one with dsmoe pull, or make the demo model: dsmoe demo")
+    for final, parts in unfinished.items():
+        name, size = safe_line(model_stem(final)), format_size(sum(part.stat().st_size for part in parts))
+        click.echo(
+            f"unfinished download: {name}, {size} so far; dsmoe pull continues it, dsmoe rm deletes it"
+        )
     click.echo(f"models folder: {safe_line(str(folder))}")
 
 

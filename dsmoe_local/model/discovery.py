@@ -8,7 +8,8 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +24,11 @@ IMATRIX_ENDING = ".imatrix.gguf"
 """The ending of importance matrices, which are not models but are often beside them."""
 
 _ENDING = ".gguf"
+_UNFINISHED = ".part"
+_DIGITS = 12
 _RECENT = "recent"
 _SHOWN = 3
+_REPOSITORY = re.compile(r"(?!.*\.gguf$)[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,24 +64,54 @@ def known_models(folder: Path) -> list[KnownModel]:
     Recent files are listed newest first. Each model is listed once, also if it is split into several files;
     importance matrices are left out. No file is opened.
     """
-    groups: list[tuple[str, Iterable[Path]]] = [
-        ("this folder", _in_folder(Path(), "*")),
-        ("models folder", _in_folder(folder, "*", "*/*")),
-        ("demo", _in_folder(demo_folder(), "*")),
-        (_RECENT, recent_models()),
+    models = [
+        *_models("this folder", _in_folder(Path(), "*")),
+        *models_in(folder),
+        *_models("demo", _in_folder(demo_folder(), "*")),
+        *_models(_RECENT, recent_models()),
     ]
     found: dict[str, KnownModel] = {}
-    for group, paths in groups:
-        for path in paths:
-            if not f".{path.name.casefold()}".endswith(IMATRIX_ENDING) and not _is_continued(path):
-                found.setdefault(os.path.realpath(path), KnownModel(model_stem(path), path, group))
+    for model in models:
+        found.setdefault(os.path.realpath(model.path), model)
     return list(found.values())
+
+
+def models_in(folder: Path) -> list[KnownModel]:
+    """Return the models in the models folder and its subfolders. No file is opened."""
+    return _models("models folder", _in_folder(folder, "*", "*/*"))
+
+
+def _models(group: str, paths: Iterable[Path]) -> list[KnownModel]:
+    """Return the models among `paths`: no importance matrices, and only the first file of a split model."""
+    return [
+        KnownModel(model_stem(path), path, group)
+        for path in paths
+        if not f".{path.name.casefold()}".endswith(IMATRIX_ENDING) and not _is_continued(path)
+    ]
 
 
 def _is_continued(path: Path) -> bool:
     """True if this is a file of a split model, but not the first."""
     split = SplitName.of(path)
     return split is not None and split.number != 1
+
+
+def unfinished_path(path: Path, digest: str) -> Path:
+    """Return the name of a download until it is complete. `digest` is that of its content, in hex digits."""
+    return path.with_name(f".{path.name}.{digest[:_DIGITS]}{_UNFINISHED}")
+
+
+def unfinished_downloads(folder: Path) -> dict[Path, list[Path]]:
+    """Return the unfinished downloads in the models folder, by the path that the model will have.
+
+    If the model is split into several files, that is the path of the first.
+    """
+    found: dict[Path, list[Path]] = {}
+    for part in sorted(folder.glob(f".*{_ENDING}.*{_UNFINISHED}")):
+        final = part.with_name(part.name[1 : -len(_UNFINISHED) - _DIGITS - 1])
+        split = SplitName.of(final)
+        found.setdefault(split.path(1) if split else final, []).append(part)
+    return found
 
 
 def _in_folder(folder: Path, *places: str) -> Iterator[Path]:
@@ -116,6 +150,42 @@ def find_known(word: str, folder: Path) -> list[KnownModel]:
     return matches
 
 
+def find_model_files(word: str, folder: Path, others: Iterable[str] = ()) -> list[Path]:
+    """Return the files that a path or a name means: the one to use, then others of the same name.
+
+    Raises UsageError for an unknown or ambiguous name, and FileError for a path that is not a file. `others`
+    are words that the caller accepts besides models; the error may suggest one.
+    """
+    path = Path(os.path.expanduser(word))
+    if os.path.exists(path) and not path.is_dir():
+        return [path]
+    known = find_known(word, folder)
+    if known:
+        return [model.path for model in known]
+    if os.path.isdir(path):
+        raise FileError("a folder is not a model", where=path, remedy=_use_of_folder(path))
+    raise unknown_model(word, folder, others)
+
+
+def _use_of_folder(folder: Path) -> str:
+    inside = sorted(folder.glob("*.gguf"))
+    if inside:
+        return f"name a file in it, such as {inside[0]}"
+    if (folder / "config.json").exists():
+        return f"convert it first: dsmoe convert {folder}"
+    return "there is no GGUF file in it"
+
+
+def several_of_one_name(paths: Sequence[Path]) -> str:
+    """Return a note about which of several files of one name is used."""
+    used, *hidden = paths
+    listed = safe_line(", ".join(map(str, hidden)))
+    return (
+        f"{len(paths)} models are called {safe_line(model_stem(used), 60)}: using {safe_line(str(used))};"
+        f" to use another, give its path: {listed}"
+    )
+
+
 def _listed(words: list[str]) -> str:
     return ", ".join([*words[:_SHOWN], *(["…"] if len(words) > _SHOWN else [])])
 
@@ -131,10 +201,13 @@ def unknown_model(word: str, folder: Path, others: Iterable[str] = ()) -> UsageE
     """Return the error for a word that is neither a file nor a known name. It suggests similar names."""
     near = nearest_names(word, folder, others)
     if os.sep in word:
+        pulls = _REPOSITORY.fullmatch(word) is not None
         return FileError(
             "there is no such model",
             where=safe_line(word),
-            remedy="make one with dsmoe-convert, or dsmoe demo",
+            remedy=f"if it is a repository on the Hugging Face hub, download it: dsmoe pull {word}"
+            if pulls
+            else "make one with dsmoe-convert, or dsmoe demo",
         )
     return UsageError(
         f"no model is called {safe_line(word, 60)!r}",

@@ -19,7 +19,7 @@ from dsmoe_local.model.architectures.table import REQUIRED, Parameter
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import Field, GgufFile, TensorInfo
 from dsmoe_local.model.gguf_keys import Keys, shortest_float
-from dsmoe_local.model.gguf_outline import NOT_WEIGHTS, architecture_of, outline_of
+from dsmoe_local.model.gguf_outline import NOT_WEIGHTS, architecture_of, outline_of, scales_rope
 from dsmoe_local.model.gguf_split import read_parts
 from dsmoe_local.model.gguf_vocabulary import check_vocabulary
 from dsmoe_local.model.hyperparameters import Gating, Hyperparameters, ModelOutline, RopeScaling
@@ -69,6 +69,16 @@ def read_any_model(path: Path) -> tuple[GgufFile, ModelOutline]:
         outline = outline_of(file)
     check_vocabulary(file)
     return file, outline
+
+
+def trained_context(path: Path, n_context: int) -> int:
+    """Return `n_context`, but no more tokens than the model in `path` was trained for.
+
+    Beyond that, replies are nonsense, and the KV cache fills the memory. A model with RoPE scaling is made
+    for longer contexts: then `n_context` is returned. Raises as `read_any_model` does.
+    """
+    file, outline = read_any_model(path)
+    return n_context if scales_rope(file) else min(n_context, outline.n_context)
 
 
 def _described(file: GgufFile) -> Hyperparameters:

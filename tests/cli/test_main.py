@@ -32,8 +32,7 @@ def run(*arguments: str, stdout: str = "") -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("word", "answer"),
     [
-        ("run", "dsmoe chat"),
-        ("pull", "dsmoe convert"),
+        ("download", "dsmoe pull"),
         ("list", "dsmoe models"),
         ("serve", "no server"),
         ("cht", "did you mean chat?"),

@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+LFS_BYTES = 1 << 16
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -95,7 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send_info(self, with_body: bool) -> None:
         files = [
-            {"rfilename": str(path.relative_to(self.hub.folder)), "size": path.stat().st_size}
+            {"rfilename": str(path.relative_to(self.hub.folder)), **_metadata(path.read_bytes())}
             for path in sorted(self.hub.folder.rglob("*"))
             if path.is_file()
         ]
@@ -137,3 +138,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body if cut is None else body[:cut])
         if cut is not None:
             self.close_connection = True
+
+
+def _metadata(content: bytes) -> dict[str, object]:
+    """Return what the hub says of a file: with its SHA-256 if it is large enough for Git LFS."""
+    size = len(content)
+    blob = {"size": size, "blobId": hashlib.sha1(b"blob %d\0" % size + content).hexdigest()}
+    if size < LFS_BYTES:
+        return blob
+    lfs = {"sha256": hashlib.sha256(content).hexdigest(), "size": size, "pointerSize": 100}
+    return blob | {"lfs": lfs}

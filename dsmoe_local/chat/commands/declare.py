@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 if TYPE_CHECKING:
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from dsmoe_local.chat.experts_view import ExpertsView
     from dsmoe_local.chat.store.sessions import Session, SessionStore
     from dsmoe_local.chat.terminal.screen import Screen
+    from dsmoe_local.engine.types import ModelOptions
 
 _DIGITS = 9
 
@@ -26,6 +28,8 @@ class Chat(Protocol):
     config: ConfigFile
     experts: ExpertsView
     finished: bool
+    models_folder: Path
+    options: ModelOptions  # with which the user started
 
     def send(self, text: str) -> None:
         """Send a message, with the files that it mentions as @file, and show the reply."""
@@ -49,6 +53,10 @@ class Chat(Protocol):
 
     def adopt(self, session: Session | None) -> None:
         """Save this session and switch to another one (None: a new one)."""
+        ...
+
+    def switch_model(self, load: Callable[[], None]) -> None:
+        """Continue the conversation with another model, which `load` loads. If it fails, keep the old one."""
         ...
 
     def recall(self) -> None:

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from rich.text import Text
-
 from dsmoe_local.base.errors import UsageError
-from dsmoe_local.base.progress import Advanced, Event, Finished, Note, Started
 from dsmoe_local.base.sizes import format_count, format_size
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.chat.commands.declare import Chat, Command, Commands, read_count
+from dsmoe_local.chat.commands.model import load_model
 from dsmoe_local.chat.experts_view import REPLY, SESSION
-from dsmoe_local.chat.terminal.screen import Screen
 from dsmoe_local.experts.cost import active_cost, compared, own_number
 
 _DEFAULT = "default"
@@ -102,13 +99,7 @@ def _active(chat: Chat, argument: str) -> None:
             f"the model was trained with {own}: replies may get worse; /active {_DEFAULT} restores that"
         )
     chat.screen.notice("the model is reloaded, and the conversation is read again with the next message")
-    loading = _Loading(chat.screen)
-    try:
-        engine.reload(
-            replace(engine.options, n_experts_per_token=None if then == own else then), loading.listen
-        )
-    finally:
-        chat.screen.live(None)
+    load_model(chat, replace(engine.options, n_experts_per_token=None if then == own else then))
     chat.screen.notice(f"{then} of {n_routed} routed experts are active until this chat ends")
 
 
@@ -142,28 +133,6 @@ def _number(argument: str, most: int) -> int:
             f"/active {safe_line(argument, 40)} is out of range", remedy=f"use 1 to {most}, or {_DEFAULT}"
         )
     return number
-
-
-class _Loading:
-    """Shows the progress of loading where the live panel is, once for each percent."""
-
-    def __init__(self, screen: Screen) -> None:
-        self._screen = screen
-        self._stage = ""
-        self._done = self._total = self._shown = 0
-
-    def listen(self, event: Event) -> None:
-        """Handle a progress event, in any thread."""
-        if isinstance(event, Note):
-            self._screen.notice(f"note: {event.text}")
-        elif isinstance(event, Started):
-            self._stage, self._done, self._total, self._shown = event.stage, event.done, event.total, -1
-        elif isinstance(event, Advanced):
-            self._done += event.amount
-        percent = 100 * self._done // max(1, self._total)
-        if not isinstance(event, Finished) and percent != self._shown:
-            self._shown = percent
-            self._screen.live(Text(f"{safe_line(self._stage, 60)}: {percent}%", style="dim"))
 
 
 def _complete_active(chat: Chat, typed: str) -> Iterable[str]:

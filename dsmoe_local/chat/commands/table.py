@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dsmoe_local.chat.commands import experts, files, look, sessions, settings, talk
+from dsmoe_local.chat.commands import experts, files, look, model, sessions, settings, talk
 from dsmoe_local.chat.commands.declare import Chat, Command, Commands
 
 KEYS = (
@@ -53,7 +53,7 @@ GROUPS: Mapping[str, Commands] = {
     },
     "Sessions": sessions.COMMANDS,
     "Files": files.COMMANDS,
-    "Settings": settings.COMMANDS,
+    "Settings": {**model.COMMANDS, **settings.COMMANDS},
     "Looking inside": {**look.COMMANDS, **experts.COMMANDS},
 }
 COMMANDS: Commands = {name: command for group in GROUPS.values() for name, command in group.items()}
