@@ -26,6 +26,8 @@ class Group(StrEnum):
     ANSWER = "One answer"
     INPUT = "Input"
     OUTPUT = "Output"
+    ACCESS = "Access"
+    LIMITS = "Limits"
     TYPES = "Types of single tensors"
     TARGET = "Types for a target"
     SENSITIVITY = "Sensitivity"

@@ -177,6 +177,13 @@ class Engine:
             loaded.encoder.check_ids(token_ids)
             return tuple(map(loaded.model.text_of, token_ids))
 
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Return the text of a sequence of tokens (see TextEngine)."""
+        with self._encoding:
+            loaded = self._require_loaded()
+            loaded.encoder.check_ids(token_ids)
+            return loaded.model.text_of_all(token_ids)
+
     def save_cache(self, path: Path, token_ids: tuple[int, ...], start: int = 0) -> int:
         """Write a prefix of these tokens from the KV cache to a file (see TextEngine)."""
         count = self._between_steps(lambda core: core.save_cache(path, list(token_ids), start))

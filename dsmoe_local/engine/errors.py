@@ -34,9 +34,13 @@ class PromptError(EngineError):
     """A prompt cannot be encoded, is empty, or does not fit into the context."""
 
 
-def too_long(length: str, n_context: int) -> PromptError:
+class ContextLengthError(PromptError):
+    """A prompt leaves no room for a reply."""
+
+
+def too_long(length: str, n_context: int) -> ContextLengthError:
     """Return the error for a prompt that leaves no room for a reply. `length` includes its unit."""
-    return PromptError(
+    return ContextLengthError(
         f"the message was not sent: the prompt has {length}, the context holds {n_context:,} tokens",
         remedy="shorten it, or use a longer context (-c)",
     )

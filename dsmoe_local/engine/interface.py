@@ -77,6 +77,14 @@ class TextEngine(Protocol):
         """
         ...
 
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Return the text of a sequence of tokens; for special tokens their names.
+
+        Unlike the texts of `decode`, it has the characters that consist of several tokens. Raises PromptError
+        for an id that is not in the vocabulary.
+        """
+        ...
+
     def save_cache(self, path: Path, token_ids: tuple[int, ...], start: int = 0) -> int:
         """Write the longest cached prefix of `token_ids`, without its first `start` tokens, to a new file.
 
@@ -123,9 +131,10 @@ class TextEngine(Protocol):
 class ReloadableEngine(TextEngine, Protocol):
     """An engine in a child process that can be killed and replaced. Callable from any thread.
 
-    If the process has died, `start`, `submit`, `encode`, `decode`, `load_cache` and `set_observers` first
-    load the model again, which may take minutes. They raise InterruptedRunError if `cancel_all` or `kill`
-    stops that load. `save_cache` and `observe` do not load the model, since their data died with the process.
+    If the process has died, `start`, `submit`, `encode`, `decode`, `detokenize`, `load_cache` and
+    `set_observers` first load the model again, which may take minutes. They raise InterruptedRunError if
+    `cancel_all` or `kill` stops that load. `save_cache` and `observe` do not load the model, since their data
+    died with the process.
     """
 
     @property
@@ -141,6 +150,11 @@ class ReloadableEngine(TextEngine, Protocol):
     @property
     def crashes(self) -> int:
         """The number of processes that crashed or were killed and have been replaced."""
+        ...
+
+    @property
+    def pid(self) -> int:
+        """The id of the process."""
         ...
 
     def reload(

@@ -55,19 +55,27 @@ class ReplyStart(StrEnum):
     REASONING = "reasoning"
 
 
+class FieldError(UsageError):
+    """A field of a request has a value that is out of range."""
+
+    def __init__(self, field: str, value: object, accepted: str) -> None:
+        super().__init__(
+            f"{field} = {safe_line(str(value), 40)} is out of range", remedy=f"it takes {accepted}"
+        )
+        self.field = field
+
+
 Check: TypeAlias = Callable[[object], bool]
 Ranges: TypeAlias = Mapping[str, tuple[Check, str]]
 """By field: a check of its value, and a description of the valid values for the user."""
 
 
 def check_fields(values: object, ranges: Ranges) -> None:
-    """Raise UsageError unless each field of `values` that `ranges` names has a valid value."""
+    """Raise FieldError unless each field of `values` that `ranges` names has a valid value."""
     for name, (check, accepted) in ranges.items():
         value = getattr(values, name)
         if not check(value):
-            raise UsageError(
-                f"{name} = {safe_line(str(value), 40)} is out of range", remedy=f"it takes {accepted}"
-            )
+            raise FieldError(name, value, accepted)
 
 
 def _between(low: float, high: float) -> Check:

@@ -57,15 +57,61 @@ class Reply:
         return sum(usage.reasoning_tokens for usage in self.usages)
 
 
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What the reply `index` has gained since the last delta. The last one has a `finish_reason`."""
+
+    index: int
+    text: str
+    reasoning: str
+    tokens: tuple[ScoredToken, ...]
+    finish_reason: FinishReason | None
+
+
 @dataclass(slots=True)
 class _Draft:
-    """A reply that is not finished."""
+    """A reply that is not finished. `lead` is white space at its start that does not belong to the text.
 
+    The numbers count what deltas have already taken. `held` is white space that ends the reasoning so far:
+    it is dropped if no more reasoning follows.
+    """
+
+    lead: str
     pieces: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
     tokens: list[ScoredToken] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    n_pieces: int = 0
+    n_reasoning: int = 0
+    n_tokens: int = 0
+    held: str = ""
+    finished: bool = False
+
+    def delta(self, index: int) -> Delta | None:
+        """Return what was added since the last call; None if there is nothing to show yet."""
+        reasoning = self.held + "".join(self.reasoning[self.n_reasoning :])
+        self.n_reasoning = len(self.reasoning)
+        shown = reasoning.rstrip()
+        self.held = reasoning[len(shown) :]
+        text = self._new_text()
+        if self.finished or not (text or shown or self.finish_reason):
+            return None
+        tokens: tuple[ScoredToken, ...] = ()
+        if text or self.finish_reason:
+            tokens = tuple(self.tokens[self.n_tokens :])
+            self.n_tokens = len(self.tokens)
+        self.finished = self.finish_reason is not None
+        return Delta(index, text, shown, tokens, self.finish_reason)
+
+    def _new_text(self) -> str:
+        text = "".join(self.pieces[self.n_pieces :])
+        if self.lead and text and not self.n_pieces:
+            if len(text) < len(self.lead) and self.lead.startswith(text) and not self.finish_reason:
+                return ""  # the rest of the lead may follow
+            text = text.removeprefix(self.lead)
+        self.n_pieces = len(self.pieces)
+        return text
 
 
 class ReplyBuilder:
@@ -79,7 +125,7 @@ class ReplyBuilder:
         prompt = request.prompt
         self._chat = not isinstance(prompt, str) and isinstance(prompt[0], Message)
         self._lead = lead if self._chat and not request.continue_final_message else ""
-        self._drafts = [_Draft() for _ in range(request.n)]
+        self._drafts = [_Draft(self._lead) for _ in range(request.n)]
         self._seconds = 0.0
 
     def add(self, event: TokenEvent) -> None:
@@ -99,6 +145,11 @@ class ReplyBuilder:
         if event.finish_reason is not None:
             draft.finish_reason, draft.usage = event.finish_reason, event.usage
             self._seconds = max(self._seconds, event.seconds)
+
+    def deltas(self) -> list[Delta]:
+        """Return what the replies have gained since the last call."""
+        found = (draft.delta(index) for index, draft in enumerate(self._drafts))
+        return [delta for delta in found if delta is not None]
 
     def reply(self, model: str) -> Reply | None:
         """Return the reply after the last event; None if the request was cancelled."""

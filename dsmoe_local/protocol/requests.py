@@ -74,7 +74,7 @@ def _read_fields(body: Mapping[str, Any], *, chat: bool) -> Parts:
         try:
             found = _read_field(key, value, chat=chat)
         except RequestError as error:
-            error.param = error.param or key
+            error.param = key
             raise
         for target, part in found.items():
             if parts.setdefault(target, part) != part:

@@ -45,10 +45,7 @@ def response_body(reply: Reply, name: str) -> dict[str, Any]:
         "created": int(time.time()),
         "model": reply.model,
         "choices": choices,
-        "usage": {
-            **usage_record(reply),
-            "prompt_tokens_details": {"cached_tokens": reply.n_cached_tokens},
-        },
+        "usage": usage_with_details(reply),
         "timing": timing_record(reply),
     }
 
@@ -57,7 +54,7 @@ def _choice(reply: Reply, index: int, choice: Choice) -> dict[str, Any]:
     record: dict[str, Any] = {
         "index": index,
         "logprobs": None,
-        "finish_reason": _ending(choice.finish_reason),
+        "finish_reason": finish_word(choice.finish_reason),
     }
     if reply.chat:
         record["message"] = {"role": "assistant", "content": choice.text, "refusal": None}
@@ -69,7 +66,7 @@ def _choice(reply: Reply, index: int, choice: Choice) -> dict[str, Any]:
     else:
         record["text"] = choice.text
         if choice.tokens is not None:
-            record["logprobs"] = _completion_scores(choice.tokens)
+            record["logprobs"] = completion_scores(choice.tokens)[0]
     return record
 
 
@@ -90,24 +87,30 @@ def _score(token: TokenLogprob) -> dict[str, Any]:
     }
 
 
-def _completion_scores(tokens: tuple[ScoredToken, ...]) -> dict[str, Any]:
-    offsets, offset = [], 0
+def completion_scores(tokens: tuple[ScoredToken, ...], offset: int = 0) -> tuple[dict[str, Any], int]:
+    """Return log-probabilities in the form of text_completion, and the offset in characters after the tokens.
+
+    `offset` is that of the first token.
+    """
+    offsets = []
     for token, _ in tokens:
         offsets.append(offset)
         offset += len(token.text)
-    return {
+    scores = {
         "tokens": [token.text for token, _ in tokens],
         "token_logprobs": [_finite(token.logprob) for token, _ in tokens],
         "top_logprobs": [{other.text: _finite(other.logprob) for other in others} for _, others in tokens],
         "text_offset": offsets,
     }
+    return scores, offset
 
 
 def _finite(logprob: float) -> float:
     return logprob if math.isfinite(logprob) else _LEAST_LOGPROB
 
 
-def _ending(reason: FinishReason) -> Literal["stop", "length"]:
+def finish_word(reason: FinishReason) -> Literal["stop", "length"]:
+    """Return OpenAI's word for why a reply ended."""
     # OpenAI uses "length" for a full context as well.
     return "stop" if reason is FinishReason.STOP else "length"
 
@@ -122,6 +125,11 @@ def usage_record(reply: Reply) -> UsageRecord:
     if reply.n_reasoning_tokens:
         record["completion_tokens_details"] = CompletionDetails(reasoning_tokens=reply.n_reasoning_tokens)
     return record
+
+
+def usage_with_details(reply: Reply) -> dict[str, Any]:
+    """Return the token counts of a reply, with the cached ones."""
+    return {**usage_record(reply), "prompt_tokens_details": {"cached_tokens": reply.n_cached_tokens}}
 
 
 def timing_record(reply: Reply) -> TimingRecord:

@@ -11,29 +11,29 @@ from dsmoe_local.protocol.errors import RequestError
 def text(key: str, value: object) -> str:
     """Return a value that must be text."""
     if not isinstance(value, str):
-        raise RequestError(f"{key} is not text")
+        raise RequestError(f"{key} is not text", param=key)
     return value
 
 
 def integer(key: str, value: object) -> int:
     """Return a value that must be a whole number."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise RequestError(f"{key} is not a whole number")
+        raise RequestError(f"{key} is not a whole number", param=key)
     return value
 
 
 def number(key: str, value: object) -> float:
     """Return a value that must be a number, as a float."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RequestError(f"{key} is not a number")
+        raise RequestError(f"{key} is not a number", param=key)
     try:
         return float(value)
     except OverflowError as error:
-        raise RequestError(f"{key} is out of range") from error
+        raise RequestError(f"{key} is out of range", param=key) from error
 
 
 def flag(key: str, value: object) -> bool:
     """Return a value that must be true or false."""
     if not isinstance(value, bool):
-        raise RequestError(f"{key} is neither true nor false")
+        raise RequestError(f"{key} is neither true nor false", param=key)
     return value

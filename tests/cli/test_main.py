@@ -34,7 +34,6 @@ def run(*arguments: str, stdout: str = "") -> subprocess.CompletedProcess[str]:
     [
         ("download", "dsmoe pull"),
         ("list", "dsmoe models"),
-        ("serve", "no server"),
         ("cht", "did you mean chat?"),
         ("quantise", "did you mean quantize?"),
         ("\x1b[31m", "dsmoe --help"),

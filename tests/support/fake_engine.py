@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -273,6 +274,11 @@ class FakeEngine:
         ids = self._checked(tuple(token_ids))
         return tuple("<end>" if token_id == END else _text(token_id - 1) for token_id in ids)
 
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """See TextEngine."""
+        self._start_again()
+        return _bytes_of(self._checked(tuple(token_ids))).decode("utf-8", "replace")
+
     def save_cache(self, path: Path, token_ids: tuple[int, ...], start: int = 0) -> int:
         """See TextEngine. Writes a JSON file with the ids and the identity of the cache."""
         count = 0 if self._cancelled or self._killed else n_common(self._cached, token_ids)
@@ -352,6 +358,11 @@ class FakeEngine:
         if self._killed:
             self._killed = False
             self.crashes += 1
+
+    @property
+    def pid(self) -> int:
+        """See ReloadableEngine: this process."""
+        return os.getpid()
 
     @property
     def alive(self) -> bool:

@@ -161,6 +161,11 @@ class Model:
         """Return the text of a token, also of a control token; "" for -1, llama.cpp's LLAMA_TOKEN_NULL."""
         return "" if token_id < 0 else self._read_piece(token_id, special=True).decode("utf-8", "replace")
 
+    def text_of_all(self, token_ids: Sequence[int]) -> str:
+        """Return the text of a sequence of tokens. An incomplete character becomes U+FFFD."""
+        pieces = (self._read_piece(token_id, special=True) for token_id in token_ids)
+        return b"".join(pieces).decode("utf-8", "replace")
+
     def _read_piece(self, token_id: int, *, special: bool) -> bytes:
         capacity = 64
         while True:

@@ -180,6 +180,10 @@ class EngineClient:
         """Return each token's text (see TextEngine)."""
         return self._ask_engine(TextEngine.decode, tuple(token_ids))
 
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Return the text of a sequence of tokens (see TextEngine)."""
+        return self._ask_engine(TextEngine.detokenize, tuple(token_ids))
+
     def save_cache(self, path: Path, token_ids: tuple[int, ...], start: int = 0) -> int:
         """Write a prefix of these tokens from the KV cache to a file (see TextEngine).
 

@@ -153,7 +153,7 @@ def event_from_plain(request_id: str, value: Plain) -> TokenEvent:
 
 CALLS: dict[str, dict[str, Any]] = {
     name: typing.get_type_hints(getattr(TextEngine, name))
-    for name in ("encode", "decode", "save_cache", "load_cache", "set_observers", "observe")
+    for name in ("encode", "decode", "detokenize", "save_cache", "load_cache", "set_observers", "observe")
 }
 """The methods of TextEngine that the client calls in the engine's process, with the types of their parameters
 by name and of the result as "return".
@@ -205,6 +205,7 @@ _ERRORS: dict[str, type[DsmoeError]] = {
         errors.OutOfMemoryError,
         errors.TemplateError,
         errors.PromptError,
+        errors.ContextLengthError,
         errors.NativeError,
     )
 }

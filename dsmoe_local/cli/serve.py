@@ -1,0 +1,173 @@
+"""`dsmoe serve`: arguments and wiring. dsmoe_local.serve does the work."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dsmoe_local.base.errors import MissingExtraError
+from dsmoe_local.base.text import safe_line
+from dsmoe_local.cli.command import define_command
+from dsmoe_local.cli.model_argument import find_model, model_argument, model_option
+from dsmoe_local.cli.model_options import load_engine, model_options
+from dsmoe_local.cli.options import COUNT, FLAG, Group, option, text_value, typed
+from dsmoe_local.cli.reply_options import reply_options, reply_settings
+
+if TYPE_CHECKING:
+    from dsmoe_local.engine.types import ModelOptions
+    from dsmoe_local.serve.options import ServeOptions
+
+_MEAN_TOKENS = 2048  # an estimate for a prompt with its reply
+_SECONDS = typed(click.FloatRange(0), "SECONDS")
+
+
+@define_command(
+    "serve",
+    ("dsmoe serve model.gguf", "Serve on http://127.0.0.1:8080/v1."),
+    ("dsmoe serve model.gguf --host 0.0.0.0 --api-key KEY", "Serve other computers, too."),
+)
+@model_argument("argument", "[MODEL]", required=False)
+@model_option
+@option("--host", "host", "Address to listen at.", text_value("ADDRESS"), default="127.0.0.1")
+@option("--port", "port", "Port; 0 takes a free one.", typed(click.IntRange(0, 65535), "N"), default=8080)
+@option("-np, --parallel", "n_parallel", "Requests to decode at once; others wait.", COUNT, default=4)
+@option(
+    "--api-key",
+    "api_key",
+    "Key that requests must have. Better set DSMOE_API_KEY: others can see command lines.",
+    text_value("KEY"),
+    Group.ACCESS,
+    secret=True,
+)
+@option("--insecure", "insecure", "Serve other computers without a key.", FLAG, Group.ACCESS)
+@option(
+    "--cors-origin",
+    "cors_origins",
+    "Let web pages of ORIGIN use the server, such as http://localhost:3000; * lets all. Repeatable.",
+    text_value("ORIGIN"),
+    Group.ACCESS,
+    multiple=True,
+)
+@option(
+    "--allowed-host",
+    "allowed_hosts",
+    "Let clients use NAME for this computer. Addresses and localhost are always allowed. Repeatable.",
+    text_value("NAME"),
+    Group.ACCESS,
+    multiple=True,
+)
+@option(
+    "--max-queue",
+    "max_queued",
+    "Requests that may wait; more are refused with status 429.",
+    typed(click.IntRange(0), "N"),
+    Group.LIMITS,
+    default=64,
+)
+@option(
+    "--max-body",
+    "max_mib",
+    "Largest body of a request in MiB.",
+    COUNT,
+    Group.LIMITS,
+    default=16,
+)
+@option(
+    "--timeout",
+    "max_seconds",
+    "Longest time of a request, including its wait.",
+    _SECONDS,
+    Group.LIMITS,
+    default=1800,
+)
+@option(
+    "--grace",
+    "grace",
+    "How long replies may go on after SIGTERM or Ctrl-C.",
+    _SECONDS,
+    Group.LIMITS,
+    default=10,
+)
+@option("--log-requests", "log_text", "Print the bodies of requests, with all their text.", FLAG)
+@model_options
+@reply_options
+def command(
+    argument: str | None,
+    named_model: str | None,
+    n_parallel: int,
+    **values: Any,  # noqa: ANN401 - the shared options
+) -> None:
+    """Serve a model over HTTP with OpenAI's API.
+
+    Point clients at http://127.0.0.1:8080/v1; any API key will do unless --api-key sets one. Sampling options
+    are the defaults of requests that do not set their own.
+    """
+    try:
+        from dsmoe_local.serve.server import listen, serve, url_of
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("serve", error.name or "a package", "dsmoe serve") from error
+
+    options = _options(values)
+    path = find_model(argument, named_model)
+    # Before the model is loaded, which may take minutes.
+    listener = listen(options.host, options.port)
+    with listener, load_engine(path, values, lambda loading: _complete(loading, n_parallel)) as engine:
+        name = model_name(path)
+        info = engine.info
+        _log(f"{safe_line(name, 60)}: {url_of(listener)}/v1")
+        _log(f"up to {info.n_parallel} requests at once, {info.n_context:,} tokens of context each")
+        asyncio.run(serve(name, engine, options, listener, _log))
+
+
+def model_name(path: Path) -> str:
+    """Return the name under which a model is served: the one that `dsmoe models` lists."""
+    from dsmoe_local.model.split_name import model_stem
+
+    return model_stem(path)
+
+
+def _complete(options: ModelOptions, n_parallel: int) -> ModelOptions:
+    """Set the number of requests at once, and the context that they need."""
+    from dsmoe_local.engine.load.parallel import Workload, choose_parallel
+
+    return choose_parallel(options, Workload(n_parallel, None, n_parallel * _MEAN_TOKENS), n_parallel)
+
+
+def _options(values: dict[str, Any]) -> ServeOptions:
+    """Remove the options of the server itself from `values`. UsageError for wrong values."""
+    from dsmoe_local.protocol.requests import RequestDefaults
+    from dsmoe_local.serve.options import ServeOptions
+
+    replies = reply_settings(values)
+    return ServeOptions(
+        RequestDefaults(
+            replies.sampling,
+            replies.max_tokens,
+            replies.stop,
+            replies.reasoning_budget,
+            replies.chat_template_kwargs,
+        ),
+        max_body=values.pop("max_mib") << 20,
+        **{
+            name: values.pop(name)
+            for name in (
+                "host",
+                "port",
+                "api_key",
+                "insecure",
+                "cors_origins",
+                "allowed_hosts",
+                "max_queued",
+                "max_seconds",
+                "grace",
+                "log_text",
+            )
+        },
+    )
+
+
+def _log(line: str) -> None:
+    click.echo(line, err=True)

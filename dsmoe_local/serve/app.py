@@ -1,0 +1,98 @@
+"""The ASGI application: routes, checks around them, and errors."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import cast
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from dsmoe_local.base.errors import DsmoeError
+from dsmoe_local.base.text import safe_line
+from dsmoe_local.protocol.requests import ENDPOINTS
+from dsmoe_local.serve import endpoints
+from dsmoe_local.serve.completions import complete
+from dsmoe_local.serve.errors import ServeError, error_response
+from dsmoe_local.serve.guard import HostGuard, KeyGuard
+from dsmoe_local.serve.options import ServeOptions
+from dsmoe_local.serve.state import ServerState
+
+ROUTES = (
+    *(Route(url, complete, methods=["POST"]) for url in ENDPOINTS),
+    Route("/v1/models", endpoints.list_models),
+    Route("/v1/models/{name:path}", endpoints.show_model),
+    Route("/health", endpoints.health),
+    Route("/metrics", endpoints.metrics),
+    Route("/tokenize", endpoints.tokenize, methods=["POST"]),
+    Route("/detokenize", endpoints.detokenize, methods=["POST"]),
+)
+
+
+def create_app(state: ServerState) -> Starlette:
+    """Return the application that serves `state`."""
+    app = Starlette(
+        routes=ROUTES,
+        middleware=_middleware(state.options),
+        exception_handlers={
+            DsmoeError: _on_error,
+            HTTPException: _on_http_error,
+            ClientDisconnect: _on_disconnect,
+            Exception: _on_bug,
+        },
+    )
+    app.state.server = state
+    return app
+
+
+def _middleware(options: ServeOptions) -> list[Middleware]:
+    """Return what a request passes through, the outermost first."""
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=options.cors_origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["warning", "retry-after"],
+    )
+    return [
+        Middleware(HostGuard, options=options),
+        *([cors] if options.cors_origins else []),
+        Middleware(KeyGuard, api_key=options.api_key),
+    ]
+
+
+async def _on_error(http: Request, error: Exception) -> Response:
+    state: ServerState = http.app.state.server
+    response = error_response(cast(DsmoeError, error))
+    state.metrics.count_request(response.status_code)
+    state.log(f"{safe_line(http.url.path, 60)} {response.status_code}: {safe_line(str(error), 200)}")
+    return response
+
+
+async def _on_http_error(http: Request, error: Exception) -> Response:
+    """Return the response for a path or a method that does not exist."""
+    wrong_method = cast(HTTPException, error).status_code == 405
+    paths = [route.path for route in ROUTES]
+    what = f"there is no {http.method} {safe_line(http.url.path, 60)}"
+    if wrong_method:
+        return await _on_error(http, ServeError(405, "method_not_allowed", what))
+    near = next((path for path in paths if path.endswith(http.url.path)), None)
+    remedy = f"did you mean {near}?" if near else f"use one of {', '.join(paths)}"
+    return await _on_error(http, ServeError(404, "not_found", what, remedy=remedy))
+
+
+async def _on_disconnect(http: Request, error: Exception) -> Response:
+    """Return a response that nobody gets: the client hung up before it had sent its body."""
+    return Response(status_code=499)
+
+
+async def _on_bug(http: Request, error: Exception) -> Response:
+    # The traceback has no values of variables, so no text of the request.
+    traceback.print_exception(error, file=sys.stderr)
+    return error_response(DsmoeError(f"internal error: {type(error).__name__}"))

@@ -1,0 +1,79 @@
+"""Errors in OpenAI's form, with the HTTP status of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from dsmoe_local.base.errors import DsmoeError, InterruptedRunError, UsageError
+from dsmoe_local.engine.errors import ContextLengthError, EngineError, PromptError, TemplateError
+from dsmoe_local.engine.parameters import FieldError
+from dsmoe_local.protocol.errors import RequestError, describe
+
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_NO_RETRY = {"x-should-retry": "false"}  # OpenAI's clients repeat a request after 408 and 5xx otherwise
+
+
+class ServeError(DsmoeError):
+    """The server refuses or ends a request. `code` and `param` are those of OpenAI's error object."""
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        what: str,
+        *,
+        remedy: str = "",
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(what, remedy=remedy)
+        self.status = status
+        self.code = code
+        self.param = param
+        self.headers = dict(headers or {})
+
+
+def too_slow(what: str) -> ServeError:
+    """Return the error for a request that takes too long."""
+    return ServeError(408, "timeout", what, headers=_NO_RETRY)
+
+
+def shutting_down() -> ServeError:
+    """Return the error for requests while the server ends."""
+    return ServeError(503, "shutting_down", "the server is shutting down", headers={"retry-after": "5"})
+
+
+def status_of(error: DsmoeError) -> int:
+    """Return the HTTP status of an error."""
+    if isinstance(error, ServeError):
+        return error.status
+    if isinstance(error, RequestError | UsageError | PromptError | TemplateError):
+        return 400
+    # Crashes, failed loads and full memory: the request itself may be fine.
+    return 503 if isinstance(error, EngineError | InterruptedRunError) else 500
+
+
+def error_object(error: DsmoeError) -> dict[str, Any]:
+    """Return OpenAI's error object."""
+    status = status_of(error)
+    code, message = describe(error)
+    param = None
+    if isinstance(error, ServeError | RequestError):
+        param = error.param
+    elif isinstance(error, FieldError):
+        param = error.field
+    if isinstance(error, ServeError):
+        code = error.code
+    elif isinstance(error, ContextLengthError):
+        code = "context_length_exceeded"
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_response(error: DsmoeError) -> JSONResponse:
+    """Return the response for an error."""
+    headers = error.headers if isinstance(error, ServeError) else {}
+    return JSONResponse(error_object(error), status_of(error), headers)

@@ -1,0 +1,63 @@
+"""Options of the server, and which of them go together."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+
+from dsmoe_local.base.errors import UsageError
+from dsmoe_local.protocol.requests import RequestDefaults
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """How to serve. Sizes are in bytes, times in seconds.
+
+    - `allowed_hosts`: names under which browsers may reach the server, besides addresses and localhost.
+    - `cors_origins`: web pages that may use the API; `*` means all.
+    - `max_queued`: requests that may wait for a slot; more are refused.
+    - `max_seconds` limits a request, `body_seconds` the upload of its body.
+    - `stall_seconds`: a client that reads nothing for so long is dropped.
+    - `grace`: how long running requests may go on after SIGTERM.
+    - `log_text`: log the bodies of requests.
+    """
+
+    defaults: RequestDefaults
+    host: str = "127.0.0.1"
+    port: int = 8080
+    api_key: str | None = None
+    insecure: bool = False
+    allowed_hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    max_body: int = 16 << 20
+    max_queued: int = 64
+    max_seconds: float = 1800.0
+    body_seconds: float = 30.0
+    stall_seconds: float = 30.0
+    grace: float = 10.0
+    log_text: bool = False
+
+    def __post_init__(self) -> None:
+        if self.api_key is not None and not self.api_key:
+            raise UsageError("the API key is empty", remedy="leave it out, or set a long random text")
+        if not (is_loopback(self.host) or self.api_key or self.insecure):
+            raise UsageError(
+                f"{self.host} can be reached from other computers",
+                remedy="set --api-key KEY, or --insecure to let everybody use the model",
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """True if only this computer can connect to the address."""
+    if host == "localhost":
+        return True
+    address = as_address(host)
+    return address is not None and address.is_loopback
+
+
+def as_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Return a literal IP address; None for a name."""
+    try:
+        return ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return None

@@ -1,0 +1,167 @@
+"""The end of a server, and the engine's: signals, crashes, and the command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from typing import Any
+
+import pytest
+from openai import OpenAI
+from support.configured import complaint
+from support.fake_engine import FakeEngine
+from support.models import tiny_model
+from support.serving import DEFAULTS, HELLO, Gate, serving
+
+from dsmoe_local.base.errors import DsmoeError
+from dsmoe_local.engine.process.client import EngineClient
+from dsmoe_local.engine.types import ModelOptions
+from dsmoe_local.serve.server import listen
+
+START = "from dsmoe_local.cli.main import dsmoe; dsmoe()"
+
+
+def test_running_replies_are_finished() -> None:
+    """Guards: a stream that SIGTERM cuts; a server that goes on taking requests meanwhile."""
+    gate = Gate()
+    with serving(FakeEngine(gate=gate), grace=60.0) as server:
+        with closing(server.connect()) as connection, connection.makefile("rb") as file:
+            body = json.dumps({"prompt": "abc", "stream": True}).encode()
+            connection.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(body)
+                + body
+            )
+            gate.wait()
+            server.stop()
+            while True:  # until the listening socket is closed
+                try:
+                    server.connect().close()
+                except ConnectionRefusedError:
+                    break
+            gate.open()
+            assert b"[DONE]" in file.read()
+        server.thread.join(60)
+        assert not server.thread.is_alive()
+
+
+def test_replies_that_exceed_the_grace() -> None:
+    """Guards: a server that waits forever; a client that is not told why its reply ends."""
+    gate = Gate()
+    engine = FakeEngine(gate=gate)
+    cancel = engine.cancel
+
+    def cancel_and_open(request_id: str) -> None:
+        cancel(request_id)
+        gate.open()
+
+    engine.cancel = cancel_and_open  # type: ignore[method-assign]
+    with serving(engine, grace=0.1) as server:
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(server.chat)
+            gate.wait()
+            server.stop()
+            answer = asked.result()
+        assert (answer.status, answer.error["code"]) == (503, "shutting_down")
+        server.thread.join(60)
+        assert not server.thread.is_alive()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_crash_of_the_engine(stream: bool) -> None:
+    """Guards: requests that hang after a crash; a server that serves nothing afterwards."""
+    options = ModelOptions(tiny_model(), n_parallel=2, n_threads=1, n_context=256)
+    with EngineClient.load(options) as engine, serving(engine) as server:
+        first = threading.Event()
+        killed = engine.pid
+
+        def kill() -> None:
+            os.kill(killed, signal.SIGKILL)
+            first.set()
+
+        # A reply that goes on until the context is full.
+        body: dict[str, Any] = {"prompt": "a", "logit_bias": {}, "stream": stream, "context_shift": True}
+        start = engine.start
+
+        def start_and_kill(request: Any, deliver: Any) -> Any:
+            def watched(event: Any) -> None:
+                deliver(event)
+                if not first.is_set() and getattr(event, "token_id", None) is not None:
+                    kill()
+
+            return start(request, watched)
+
+        engine.start = start_and_kill  # type: ignore[method-assign]
+        answer = server.send("/v1/completions", body)
+        if stream:
+            assert answer.status == 200
+            *_, last = answer.body.decode().strip().split("\n\n")
+            error = json.loads(last.removeprefix("data: "))["error"]
+        else:
+            assert answer.status == 503
+            error = answer.error
+        assert error["code"] == "engine_crash_error"
+        assert "SIGKILL" in error["message"]
+        assert server.send("/v1/completions", {"prompt": "a", "max_tokens": 3}).status == 200
+        assert engine.pid != killed
+        assert "dsmoe_engine_crashes 1.0" in server.send("/metrics").body.decode()
+
+
+def test_the_command() -> None:
+    """Guards: wiring that only the command has; an exit status of 143 after a clean end."""
+    command = [
+        sys.executable,
+        "-c",
+        START,
+        "serve",
+        str(tiny_model()),
+        "--port",
+        "0",
+        "-t",
+        "1",
+        "--temp",
+        "0",
+    ]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, encoding="utf-8"
+    ) as process:
+        assert process.stderr is not None
+        url = next(line.split()[1] for line in process.stderr if "http://" in line)
+        with OpenAI(base_url=url, api_key="-", timeout=60) as client:
+            asked: Any = {"model": "tiny", "messages": HELLO, "max_tokens": 3}
+            first = client.chat.completions.create(**asked)
+            assert first.usage is not None
+            assert first.usage.completion_tokens == 3
+            chunks = list(client.chat.completions.create(**asked, stream=True))
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+            assert text == first.choices[0].message.content
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        assert "Traceback" not in process.stderr.read()
+
+
+def test_mistakes_with_addresses(capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: a model that is loaded for minutes before the port turns out to be taken."""
+    model = str(tiny_model())
+    with listen("127.0.0.1", 0) as taken:
+        port = str(taken.getsockname()[1])
+        assert f"127.0.0.1:{port} cannot be used" in complaint(capsys, "serve", model, "--port", port)
+    assert "0.0.0.0 can be reached" in complaint(capsys, "serve", model, "--host", "0.0.0.0")
+    assert "not an address" in complaint(
+        capsys, "serve", model, "--host", "no.such.host.invalid", "--insecure"
+    )
+    with pytest.raises(DsmoeError, match="not an address of this computer"):
+        listen("300.1.1.1", 0)
+
+
+def test_the_default_options() -> None:
+    """Guards: defaults that are open to the network."""
+    from dsmoe_local.serve.options import ServeOptions
+
+    assert ServeOptions(DEFAULTS).host == "127.0.0.1"
+    assert ServeOptions(DEFAULTS).cors_origins == ()

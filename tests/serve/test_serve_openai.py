@@ -1,0 +1,225 @@
+"""OpenAI's own client as the oracle of the API."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+from pydantic import BaseModel
+from support.fake_engine import FakeEngine
+from support.serving import HELLO, Serving, serving
+
+from dsmoe_local.engine.errors import NativeError
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine(n_parallel=4)
+
+
+@pytest.fixture
+def server(engine: FakeEngine) -> Iterator[Serving]:
+    with serving(engine) as server:
+        yield server
+
+
+@pytest.fixture
+def client(server: Serving) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as client:
+        yield client
+
+
+def test_chat(client: OpenAI) -> None:
+    """Guards: a reply that OpenAI's client cannot read."""
+    reply = client.chat.completions.create(model="fake", messages=HELLO, logprobs=True, top_logprobs=2)  # type: ignore[arg-type]
+    (choice,) = reply.choices
+    assert (choice.message.content, choice.finish_reason) == ("user: hi", "stop")
+    assert reply.model == "fake"
+    assert reply.usage is not None
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (9, 8)
+    assert choice.logprobs is not None
+    assert choice.logprobs.content is not None
+    assert "".join(token.token for token in choice.logprobs.content) == "user: hi"
+
+
+@pytest.mark.parametrize(
+    ("asked", "text"),
+    [
+        ({"prompt": "é🚀"}, "é🚀"),
+        ({"prompt": [98, 99]}, "ab"),
+        ({"prompt": "abc", "max_tokens": 2}, "ab"),
+        ({"prompt": "abcd", "stop": "c"}, "ab"),
+    ],
+)
+def test_completions(client: OpenAI, asked: dict[str, Any], text: str) -> None:
+    """Guards: the two endpoints confused; a streamed text that differs."""
+    reply = client.completions.create(model="fake", logprobs=2, **asked)
+    (choice,) = reply.choices
+    assert choice.text == text
+    streamed = list(client.completions.create(model="fake", logprobs=2, stream=True, **asked))
+    assert "".join(chunk.choices[0].text for chunk in streamed) == text
+    assert streamed[-1].choices[0].finish_reason == choice.finish_reason
+    scores = [chunk.choices[0].logprobs for chunk in streamed]
+    assert choice.logprobs is not None
+    for name in ("tokens", "token_logprobs", "text_offset"):
+        parts = [part for score in scores for part in getattr(score, name)]
+        assert parts == getattr(choice.logprobs, name)
+
+
+@pytest.mark.parametrize("usage", [True, False])
+def test_a_stream(client: OpenAI, usage: bool) -> None:
+    """Guards: a role in each chunk; counts in the wrong chunk, or without being asked for."""
+    options: Any = {"stream_options": {"include_usage": True}} if usage else {}
+    asked: Any = {"model": "fake", "messages": HELLO, "stream": True, **options}
+    chunks: Any = list(client.chat.completions.create(**asked))
+    counts = chunks.pop() if usage else None
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    assert [delta.role for delta in deltas] == ["assistant"] + [None] * (len(deltas) - 1)
+    assert "".join(delta.content or "" for delta in deltas) == "user: hi"
+    reasons = [chunk.choices[0].finish_reason for chunk in chunks]
+    assert reasons == [None] * (len(reasons) - 1) + ["stop"]
+    assert all(chunk.usage is None for chunk in chunks)
+    assert len({chunk.id for chunk in chunks}) == 1
+    if counts is not None:
+        assert counts.choices == []
+        assert (counts.usage.prompt_tokens, counts.usage.completion_tokens) == (9, 8)
+
+
+def test_several_replies(client: OpenAI) -> None:
+    """Guards: chunks of several replies mixed up."""
+    asked: Any = {"model": "fake", "messages": HELLO, "n": 3, "max_tokens": 4}
+    whole = client.chat.completions.create(**asked)
+    assert [choice.message.content for choice in whole.choices] == ["user"] * 3
+    texts = ["", "", ""]
+    for chunk in client.chat.completions.create(**asked, stream=True):
+        (choice,) = chunk.choices
+        texts[choice.index] += choice.delta.content or ""
+    assert texts == ["user"] * 3
+
+
+def test_streamed_log_probabilities(client: OpenAI) -> None:
+    """Guards: tokens whose log-probabilities are in no chunk, because their text was held back."""
+    asked: Any = {"model": "fake", "messages": [{"role": "user", "content": "é🚀"}], "logprobs": True}
+    whole = client.chat.completions.create(**asked).choices[0].logprobs
+    scores: list[Any] = []
+    for chunk in client.chat.completions.create(**asked, stream=True):
+        found = chunk.choices[0].logprobs
+        scores += (found.content or []) if found else []
+    assert whole is not None
+    assert scores == whole.content
+
+
+def test_reasoning() -> None:
+    """Guards: reasoning inside the content; white space at its end that only one of the forms has."""
+    engine = FakeEngine(replies=["<think>\nlet me\n\nsee\n\n</think>\n\nYes"], reasons=True)
+    with serving(engine) as server, OpenAI(base_url=f"{server.url}/v1", api_key="-") as client:
+        asked: Any = {"model": "fake", "messages": HELLO}
+        whole: Any = client.chat.completions.create(**asked).choices[0].message
+        chunks = list(client.chat.completions.create(**asked, stream=True))
+        deltas: Any = [chunk.choices[0].delta for chunk in chunks]
+        assert whole.content == "Yes"
+        assert whole.reasoning_content == "let me\n\nsee"
+        assert "".join(delta.content or "" for delta in deltas) == whole.content
+        reasoning = "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas)
+        assert reasoning == whole.reasoning_content
+
+
+class Colour(BaseModel):
+    name: str
+    red: int
+
+
+def test_parsed_replies(server: Serving, engine: FakeEngine) -> None:
+    """Guards: a schema that gets lost on the way to the engine."""
+    answer = Colour(name="teal", red=0)
+    engine._replies = iter([answer.model_dump_json()] * 2)  # type: ignore[assignment]
+    with OpenAI(base_url=f"{server.url}/v1", api_key="-") as client:
+        asked: Any = {"model": "fake", "messages": HELLO, "response_format": Colour}
+        assert client.chat.completions.parse(**asked).choices[0].message.parsed == answer
+        with client.chat.completions.stream(**asked) as stream:
+            assert stream.get_final_completion().choices[0].message.parsed == answer
+    schema = engine.requests[0].json_schema
+    assert schema is not None
+    assert json.loads(schema)["properties"].keys() == {"name", "red"}
+
+
+def test_async_client(server: Serving) -> None:
+    """Guards: requests that wait for each other."""
+
+    async def ask() -> list[str | None]:
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="-") as client:
+            questions: Any = [[{"role": "user", "content": str(number)}] for number in range(20)]
+            replies = await asyncio.gather(
+                *(client.chat.completions.create(model="fake", messages=each) for each in questions)
+            )
+            return [reply.choices[0].message.content for reply in replies]
+
+    assert asyncio.run(ask()) == [f"user: {number}" for number in range(20)]
+
+
+def test_models(client: OpenAI) -> None:
+    """Guards: a list that OpenAI's client cannot read."""
+    assert [model.id for model in client.models.list()] == ["fake"]
+    assert client.models.retrieve("fake").owned_by == "dsmoe-local"
+    with pytest.raises(openai.NotFoundError) as refusal:
+        client.models.retrieve("gpt-4o")
+    assert (refusal.value.code, refusal.value.param) == ("model_not_found", "model")
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "message"),
+    [
+        ({"temperature": 900}, "temperature", "temperature = 900.0 is out of range"),
+        ({"temperature": "hot"}, "temperature", "temperature is not a number"),
+        ({"extra_body": {"audio": {"voice": "x"}}}, "audio", "audio is not supported"),
+        ({"extra_body": {"stream": "yes"}}, "stream", "stream is neither true nor false"),
+        ({"extra_body": {"stream_options": {"include_usage": True}}}, "stream_options", "stream: true"),
+        ({"messages": []}, "messages", "messages is not a list of messages"),
+        ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", "differ"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_refusals(client: OpenAI, change: dict[str, Any], param: str, message: str, stream: bool) -> None:
+    """Guards: a mistake that is reported without its field, or inside a stream that has begun."""
+    asked: Any = {"model": "fake", "messages": HELLO, **({"stream": True} if stream else {}), **change}
+    if stream and param == "stream_options":
+        pytest.skip("allowed")
+    with pytest.raises(openai.BadRequestError, match=message) as refusal:
+        client.chat.completions.create(**asked)
+    assert (refusal.value.type, refusal.value.param) == ("invalid_request_error", param)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_beyond_the_context(client: OpenAI, stream: bool) -> None:
+    """Guards: a prompt that is cut in silence; a message without the numbers."""
+    with pytest.raises(openai.BadRequestError, match=r"5,000 tokens, the context holds 4,096") as refusal:
+        client.completions.create(model="fake", prompt="a" * 5000, stream=stream)
+    assert refusal.value.code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("n_before", [0, 3])
+def test_a_failure_while_streaming(n_before: int) -> None:
+    """Guards: a stream that just ends; an error before the first token with status 200."""
+
+    def gate(index: int) -> None:
+        if index == n_before:
+            raise NativeError("llama.cpp failed")
+
+    with serving(FakeEngine(gate=gate)) as server:
+        seen: list[str] = []
+        with (
+            OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client,
+            pytest.raises(openai.APIError, match=r"llama\.cpp failed") as failure,
+        ):
+            seen.extend(
+                chunk.choices[0].text
+                for chunk in client.completions.create(model="fake", prompt="abcdef", stream=True)
+            )
+        assert "".join(seen) == "abcdef"[:n_before]
+        assert isinstance(failure.value, openai.InternalServerError) == (n_before == 0)
+        assert failure.value.type == "server_error"
