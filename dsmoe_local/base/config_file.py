@@ -5,15 +5,20 @@ The meaning of the keys is up to the readers: `cli.option_sources` and `chat.set
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from dsmoe_local.base.errors import FileError, FormatError
-from dsmoe_local.base.paths import config_folder
+from dsmoe_local.base.paths import config_folder, data_folder
 
 Value: TypeAlias = str | int | float | bool | list[str]
+
+MODELS_FOLDER = "models-folder"
+"""A key of the config file that is not an option: where models are looked for by name."""
+MODELS_VARIABLE = "DSMOE_MODELS_FOLDER"
 
 _MAX_BYTES = 1 << 20
 _MAX_INTEGER = 2**63 - 1
@@ -27,6 +32,24 @@ def config_path() -> Path:
 def spellings(keys: Iterable[str]) -> tuple[str, ...]:
     """Return every spelling of the keys: with dashes and with underscores."""
     return tuple(dict.fromkeys(form for key in keys for form in (key, key.replace("-", "_"))))
+
+
+def models_folder() -> tuple[Path, str]:
+    """Return the folder where models are looked for by name, and what set it: a variable, or a place in the
+    config file. By default it is `models` in the data folder, and the second item is empty.
+
+    Raises FormatError for a value that is not a path, and what `ConfigFile.values` raises.
+    """
+    if path := os.environ.get(MODELS_VARIABLE):
+        return Path(os.path.expanduser(path)), MODELS_VARIABLE
+    values = ConfigFile(config_path()).values()
+    path = next((values[key] for key in spellings([MODELS_FOLDER]) if key in values), None)
+    where = f"{config_path()}: {MODELS_FOLDER}"
+    if path is not None and (not isinstance(path, str) or "\0" in path):
+        raise FormatError("this takes the path of a folder", where=where)
+    if path:
+        return Path(os.path.expanduser(path)), where
+    return data_folder() / "models", ""
 
 
 class ConfigFile:

@@ -14,7 +14,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from dsmoe_local.base.config_file import config_path
+from dsmoe_local.base.config_file import MODELS_FOLDER, MODELS_VARIABLE, config_path
 from dsmoe_local.base.errors import FormatError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.chat.settings import presets_of
@@ -22,7 +22,6 @@ from dsmoe_local.cli.command import define_command
 from dsmoe_local.cli.commands import COMMANDS, load_command, no_such_command
 from dsmoe_local.cli.model_argument import models_folder
 from dsmoe_local.cli.option_sources import (
-    MODELS_FOLDER,
     ConfigDefaults,
     Origin,
     Source,
@@ -31,7 +30,7 @@ from dsmoe_local.cli.option_sources import (
     unknown_keys,
     unknown_variables,
 )
-from dsmoe_local.cli.options import FLAG, Option, configurable, json_option, option, variable
+from dsmoe_local.cli.options import FLAG, Option, configurable, json_option, option
 from dsmoe_local.cli.output import console, plain_table, print_json, show_notes
 
 _HIDDEN = "(hidden)"
@@ -152,7 +151,7 @@ def _built_in(context: click.Context, each: Option) -> Any:  # noqa: ANN401 - a 
 
 def _models_folder() -> Shown:
     folder, origin = models_folder()
-    return Shown(MODELS_FOLDER, variable(MODELS_FOLDER), str(folder), str(folder), origin)
+    return Shown(MODELS_FOLDER, MODELS_VARIABLE, str(folder), str(folder), origin)
 
 
 def _plain(value: object) -> Any:  # noqa: ANN401 - a JSON value

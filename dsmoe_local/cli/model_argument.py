@@ -9,19 +9,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from dsmoe_local.base.config_file import config_path, spellings
-from dsmoe_local.base.errors import DsmoeError, FormatError, UsageError
-from dsmoe_local.base.paths import data_folder, demo_folder
+from dsmoe_local.base import config_file
+from dsmoe_local.base.errors import DsmoeError, UsageError
+from dsmoe_local.base.paths import demo_folder
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.cli.option_sources import (
-    MODELS_FOLDER,
     Origin,
     Source,
-    config_file,
     from_command_line,
     source_in_errors,
 )
-from dsmoe_local.cli.options import Kind, option, variable
+from dsmoe_local.cli.options import Kind, option
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -68,22 +66,11 @@ def model_argument(name: str, metavar: str, **attributes: Any) -> Callable[[F], 
 
 
 def models_folder() -> tuple[Path, Origin]:
-    """Return the folder where models are looked for by name, and what set it.
-
-    It is the variable's, the config file's, or `models` in the data folder. FormatError for a value that is
-    not a path.
-    """
-    name = variable(MODELS_FOLDER)
-    if path := os.environ.get(name):
-        return Path(os.path.expanduser(path)), Origin(Source.VARIABLE, name)
-    values = config_file().values()
-    path = next((values[key] for key in spellings([MODELS_FOLDER]) if key in values), None)
-    where = f"{config_path()}: {MODELS_FOLDER}"
-    if path is not None and (not isinstance(path, str) or "\0" in path):
-        raise FormatError("this takes the path of a folder", where=where)
-    if path:
-        return Path(os.path.expanduser(path)), Origin(Source.CONFIG, where)
-    return data_folder() / "models", Origin(Source.BUILT_IN)
+    """Return the folder where models are looked for by name, and what set it. Raises FormatError."""
+    folder, where = config_file.models_folder()
+    if not where:
+        return folder, Origin(Source.BUILT_IN)
+    return folder, Origin(Source.VARIABLE if where == config_file.MODELS_VARIABLE else Source.CONFIG, where)
 
 
 def find_model(

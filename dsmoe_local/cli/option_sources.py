@@ -19,16 +19,14 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from dsmoe_local.base.config_file import ConfigFile, config_path, spellings
+from dsmoe_local.base.config_file import MODELS_FOLDER, MODELS_VARIABLE, ConfigFile, config_path, spellings
 from dsmoe_local.base.errors import DsmoeError, FormatError, UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.cli.commands import COMMANDS, load_command
-from dsmoe_local.cli.options import VARIABLE_PREFIX, Option, configurable, variable
+from dsmoe_local.cli.options import VARIABLE_PREFIX, Option, configurable
 
-MODELS_FOLDER = "models-folder"
-"""A key of the config file that is not an option: where models are looked for by name."""
 # DSMOE_FAULT is for tests: see base.faults.
-_OTHER_VARIABLES = frozenset({"DSMOE_DEBUG", "DSMOE_FAULT", variable(MODELS_FOLDER)})
+_OTHER_VARIABLES = frozenset({"DSMOE_DEBUG", "DSMOE_FAULT", MODELS_VARIABLE})
 
 
 class Source(StrEnum):

@@ -37,6 +37,27 @@ class Reply:
     seconds: float
 
     @property
+    def text(self) -> str:
+        """The text of the first choice."""
+        return self.choices[0].text
+
+    @property
+    def reasoning(self) -> str:
+        """What the model wrote before the text of the first choice."""
+        return self.choices[0].reasoning
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why the first choice ended."""
+        return self.choices[0].finish_reason
+
+    @property
+    def message(self) -> dict[str, str]:
+        """The first choice as a message, to continue the conversation with."""
+        message = {"role": "assistant", "content": self.text}
+        return message | ({"reasoning_content": self.reasoning} if self.reasoning else {})
+
+    @property
     def n_prompt_tokens(self) -> int:
         """Tokens of the prompt, which all choices share."""
         return self.usages[0].prompt_tokens
