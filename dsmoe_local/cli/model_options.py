@@ -158,7 +158,7 @@ model_options_without_context = all_of(
     option(
         "-fa, --flash-attn",
         "flash_attention",
-        "Flash attention.",
+        "Flash attention. auto: where it is faster, or saves much memory.",
         choice("auto", "on", "off"),
         _ADVANCED,
         default="auto",

@@ -200,7 +200,7 @@ def test_what_the_cache_holds_is_no_reason_to_read(stored: tuple[Path, tuple[int
 def test_others_make_room(stored: tuple[Path, tuple[int, ...]]) -> None:
     """Guards: more cells promised than there are; a file that is larger than the cache."""
     path, prompt = stored
-    with Engine.load(options(n_parallel=2, n_context=128)) as engine:
+    with Engine.load(options(n_parallel=2, n_context=128, flash_attention="off")) as engine:
         others = tuple(reversed(prompt))
         reply(engine, others, 1)
         reply(engine, tuple(token_id + 1 for token_id in prompt), 1)
@@ -346,14 +346,15 @@ def test_what_a_state_depends_on(tmp_path: Path) -> None:
     same: list[dict[str, Any]] = [
         {},
         {"n_context": 99, "n_batch": 40, "n_ubatch": 20, "n_threads_batch": 2},
-        {"n_parallel": 3, "chat_template": str(template), "observers": (ObserverOptions("routing"),)},
+        {"n_parallel": 3, "flash_attention": "off"},
+        {"chat_template": str(template), "observers": (ObserverOptions("routing"),)},
         {"n_experts_per_token": 3},  # the file's own
     ]
     others: list[dict[str, Any]] = [
         {"n_experts_per_token": 2},
         {"cache_type_k": "f32"},
         {"cache_type_v": "f32"},
-        {"flash_attention": "off"},
+        {"flash_attention": "on"},
     ]
     (ours,) = {identity(**more) for more in same}
     assert len({ours, *(identity(**more) for more in others)}) == 1 + len(others)

@@ -128,6 +128,25 @@ def test_memory_notes_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "megabytes", "expected"),
+    [
+        ({}, 9000, ", plain attention"),
+        ({"flash_attention": "on"}, 9000, ", flash attention"),
+        ({"flash_attention": "off", "n_context": 8192}, 300, ", plain attention"),
+        ({"n_context": 8192}, 300, ""),
+        ({"n_parallel": 2}, 9000, ""),
+    ],
+)
+def test_attention_is_plain_for_one_sequence_if_memory_allows_it(
+    options: dict[str, Any], megabytes: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: scores of 64 MB in 300 MB of memory; batches at half the speed; the user's choice ignored."""
+    monkeypatch.setattr(fit, "available_memory", lambda: megabytes << 20)
+    with Engine.load(ModelOptions(tiny_model(), **options)) as engine:
+        assert f"weights repacked{expected}, steps of" in engine.info.kernels
+
+
+@pytest.mark.parametrize(
     ("options", "notes"),
     [
         ({"n_gpu_layers": 99}, ["no GPU in this build of llama.cpp: -ngl has no effect"]),
@@ -157,7 +176,7 @@ def test_no_gpu_is_said_once(
     events: list[Event] = []
     with Engine.load(ModelOptions(tiny_model(), **options), events.append) as engine:
         assert engine.info.placement.startswith("CPU: ")
-        assert engine.info.kernels == "all on the CPU, weights repacked, steps of 256 tokens"
+        assert engine.info.kernels == "all on the CPU, weights repacked, plain attention, steps of 256 tokens"
     assert [event.text for event in events if isinstance(event, Note)] == notes
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.sizes import format_size
@@ -31,7 +32,7 @@ from dsmoe_local.engine.load.placement import (
     usable_memory,
     weight_sizes,
 )
-from dsmoe_local.engine.load.probe import Probe, measure_context, sizes_by_context
+from dsmoe_local.engine.load.probe import BufferSizes, Probe, measure_context, sizes_by_context
 from dsmoe_local.engine.types import ModelOptions
 from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.gguf_model import loaded_tensors
@@ -39,6 +40,8 @@ from dsmoe_local.model.hyperparameters import ModelOutline
 
 _MAX_DEVICES = 16  # llama.cpp's own limit
 _MAX_MEASUREMENTS = 8
+_SCORES_SHARE = 16
+"""With plain attention, buffers may take one part in this of the available memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +49,12 @@ class Fit:
     """How to load a model, with `n_context` tokens of KV cache.
 
     If `paged`, the weights exceed the memory and are paged from the file. `n_buffer_bytes` is the size of the
-    cache and the compute buffers. `notes` are for the user.
+    cache and the compute buffers. `flash_attention` is a key of `native.FLASH_ATTENTION`. `notes` are for the
+    user.
     """
 
     n_context: int
+    flash_attention: str
     paged: bool
     placement: Placement
     n_buffer_bytes: int
@@ -69,9 +74,11 @@ def fit_model(
     file: GgufFile,
     outline: ModelOutline,
     request: ContextRequest,
-    context_of: Callable[[int], native.ContextOptions],
+    context_of: Callable[[str, int], native.ContextOptions],
 ) -> Fit:
-    """Choose the context length and the placement. `context_of` returns the options for a context length.
+    """Choose the context length, the mode of flash attention and the placement.
+
+    `context_of` returns the options for a mode and a context length.
 
     Raises UsageError, OutOfMemoryError, and ModelLoadError if llama.cpp refuses the model.
     """
@@ -92,9 +99,15 @@ def fit_model(
     with Probe(file, outline) as probe:
         model = probe.open()
         try:
-            sizes = sizes_by_context(model, context_of)
-            plan = plan_memory(request, lambda n: sizes(n).total, weights=n_weights, available=total)
-            buffers = sizes(plan.n_context)
+            for flash_attention in _attention_modes(
+                options, offloads=bool(devices) and options.n_gpu_layers != 0
+            ):
+                context_for = partial(context_of, flash_attention)
+                sizes = sizes_by_context(model, context_for)
+                plan = plan_memory(request, partial(_total, sizes), weights=n_weights, available=total)
+                buffers = sizes(plan.n_context)
+                if not plan.notes and buffers.compute[HOST] <= available // _SCORES_SHARE:
+                    break
         finally:
             model.close()
         weights = weight_sizes(tensors, outline, overrides if devices else ())
@@ -104,13 +117,30 @@ def fit_model(
             overrides if devices else (),
             options.offload_cache,
         )
-        context = context_of(plan.n_context)
+        context = context_for(plan.n_context)
         placement = _place(probe, context, weights, devices, asked, buffers.cache // outline.n_layers)
     paged, more = _paged(plan, placement, devices, available)
     if placement.n_gpu_layers:
         notes.append(placement.describe())
     notes += [*plan.notes, *more, *_overcommitment(placement, devices)]
-    return Fit(plan.n_context, paged, placement, buffers.total, tuple(notes))
+    return Fit(plan.n_context, flash_attention, paged, placement, buffers.total, tuple(notes))
+
+
+def _total(sizes: Callable[[int], BufferSizes], n_context: int) -> int:
+    return sizes(n_context).total
+
+
+def _attention_modes(options: ModelOptions, *, offloads: bool) -> tuple[str, ...]:
+    """Return the modes of flash attention to try, the preferred one first.
+
+    On CPUs, plain attention is faster for one sequence, above all after a long context. For several sequences
+    flash attention is: it skips the cells of others (benchmarks/settings.py). Plain attention also needs
+    memory for the scores of all cells.
+    """
+    if options.flash_attention != "auto":
+        return (options.flash_attention,)
+    is_alone = options.n_parallel == 1 and not offloads
+    return ("off", "auto") if is_alone and options.cache_type_v in native.FLOAT_CACHE_TYPES else ("auto",)
 
 
 def _place(

@@ -109,7 +109,9 @@ def load_model(options: ModelOptions, listen: progress.Listener, stop: threading
             own = [page_experts(file, outline, fit.placement, budget, listen, stop)]
         observers = Dispatcher(options.observers, model, outline, own=own)
         made.callback(observers.close)
-        context = native.Context(model, context_of(fit.n_context, eval_callback=observers.eval_callback))
+        context = native.Context(
+            model, context_of(fit.flash_attention, fit.n_context, eval_callback=observers.eval_callback)
+        )
         made.callback(context.close)
         encoder = PromptEncoder(model, template, n_context)
         made.callback(encoder.close)
@@ -201,7 +203,8 @@ def _kernel_choice(options: ModelOptions, file: GgufFile, fit: Fit) -> KernelCho
 def _arithmetic(options: ModelOptions, fit: Fit, kernels: KernelChoice) -> str:
     """Return where and how tensors are computed."""
     cache = "" if options.offload_cache or not fit.placement.devices else ", KV cache on the CPU"
-    return f"{fit.placement.compute_text()}{cache}, {kernels.about}"
+    attention = {"on": ", flash attention", "off": ", plain attention"}.get(fit.flash_attention, "")
+    return f"{fit.placement.compute_text()}{cache}, {kernels.about}{attention}"
 
 
 def _cache_identity(options: ModelOptions, outline: ModelOutline, arithmetic: str, file: str) -> str:
@@ -215,7 +218,6 @@ def _cache_identity(options: ModelOptions, outline: ModelOutline, arithmetic: st
         outline.n_experts_per_token,
         options.cache_type_k,
         options.cache_type_v,
-        options.flash_attention,
         arithmetic,
         native.VERSION,
     )
@@ -239,7 +241,12 @@ def _context_per_request(n_parallel: int, unified: bool, n_context: int, n_train
 
 
 def _context_options(
-    options: ModelOptions, n_context: int, *, unified: bool, eval_callback: object = None
+    options: ModelOptions,
+    flash_attention: str,
+    n_context: int,
+    *,
+    unified: bool,
+    eval_callback: object = None,
 ) -> native.ContextOptions:
     # A batch must have room for one token of every sequence and one of a prompt.
     n_batch = max(min(options.n_batch, n_context), options.n_parallel + 1)
@@ -251,7 +258,7 @@ def _context_options(
         n_ubatch=n_ubatch,
         n_threads=threads,
         n_threads_batch=options.n_threads_batch or threads,
-        flash_attention=options.flash_attention,
+        flash_attention=flash_attention,
         cache_type_k=options.cache_type_k,
         cache_type_v=options.cache_type_v,
         n_sequences=options.n_parallel,

@@ -6,6 +6,7 @@ It makes no decisions: callers choose what to load, where to place it, and what 
 from dsmoe_local.engine.native.context import (
     ABORTED,
     DECODED,
+    FLOAT_CACHE_TYPES,
     MAX_SEQUENCES,
     NO_SLOT,
     Context,
@@ -30,6 +31,7 @@ __all__ = [
     "ABORTED",
     "CPU_BUFFER",
     "DECODED",
+    "FLOAT_CACHE_TYPES",
     "MAX_SEQUENCES",
     "NO_SLOT",
     "VERSION",

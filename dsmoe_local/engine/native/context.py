@@ -28,6 +28,7 @@ CACHE_TYPES = {
     "q4_0": lib.GGML_TYPE_Q4_0,
     "iq4_nl": lib.GGML_TYPE_IQ4_NL,
 }
+FLOAT_CACHE_TYPES = ("f32", "f16", "bf16")
 FLASH_ATTENTION = {
     "auto": lib.LLAMA_FLASH_ATTN_TYPE_AUTO,
     "off": lib.LLAMA_FLASH_ATTN_TYPE_DISABLED,
@@ -276,7 +277,7 @@ def check_modes(cache_type_k: str, cache_type_v: str, flash_attention: str) -> N
             f"-fa {safe_line(flash_attention)} is not a mode of flash attention",
             remedy=f"it takes {', '.join(FLASH_ATTENTION)}",
         )
-    if flash_attention == "off" and cache_type_v not in ("f32", "f16", "bf16"):
+    if flash_attention == "off" and cache_type_v not in FLOAT_CACHE_TYPES:
         raise UsageError(
             "a quantized V cache needs flash attention", remedy="leave out -fa off, or use -ctv f16"
         )
