@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from dsmoe_local.base.errors import MissingExtraError
+from dsmoe_local.base.progress import Event, Note
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.cli.command import define_command
-from dsmoe_local.cli.model_argument import find_model, model_argument, model_option
-from dsmoe_local.cli.model_options import load_engine, model_options
+from dsmoe_local.cli.model_argument import find_model, model_argument, model_option, models_folder
+from dsmoe_local.cli.model_options import load_engine, loading_options, model_options
 from dsmoe_local.cli.options import COUNT, FLAG, Group, option, text_value, typed
 from dsmoe_local.cli.reply_options import reply_options, reply_settings
+from dsmoe_local.model.discovery import known_models, note_use
+from dsmoe_local.model.split_name import model_stem
 
 if TYPE_CHECKING:
+    from dsmoe_local.engine.process.client import EngineClient
     from dsmoe_local.engine.types import ModelOptions
     from dsmoe_local.serve.options import ServeOptions
 
@@ -34,6 +39,20 @@ _SECONDS = typed(click.FloatRange(0), "SECONDS")
 @option("--host", "host", "Address to listen at.", text_value("ADDRESS"), default="127.0.0.1")
 @option("--port", "port", "Port; 0 takes a free one.", typed(click.IntRange(0, 65535), "N"), default=8080)
 @option("-np, --parallel", "n_parallel", "Requests to decode at once; others wait.", COUNT, default=4)
+@option(
+    "--keep",
+    "keep",
+    "Models to keep in memory. Requests can name any model that `dsmoe models` lists.",
+    COUNT,
+    default=1,
+)
+@option(
+    "--idle",
+    "idle_seconds",
+    "Unload a model that is not used for so long; 0 = never.",
+    _SECONDS,
+    default=0,
+)
 @option(
     "--api-key",
     "api_key",
@@ -106,27 +125,55 @@ def command(
     are the defaults of requests that do not set their own.
     """
     try:
+        from dsmoe_local.serve.models import ModelSource, ServedModel
         from dsmoe_local.serve.server import listen, serve, url_of
     except ModuleNotFoundError as error:
         raise MissingExtraError("serve", error.name or "a package", "dsmoe serve") from error
 
     options = _options(values)
+    keep, idle_seconds = values.pop("keep"), values.pop("idle_seconds")
     path = find_model(argument, named_model)
+    stop = threading.Event()
+    others = dict(values)
+
+    def load(path: Path) -> EngineClient:
+        return _load(path, dict(others), n_parallel, stop)
+
     # Before the model is loaded, which may take minutes.
     listener = listen(options.host, options.port)
-    with listener, load_engine(path, values, lambda loading: _complete(loading, n_parallel)) as engine:
-        name = model_name(path)
+    with listener, load_engine(path, values, lambda loading: _complete(loading, n_parallel), stop) as engine:
+        first = ServedModel.of(model_stem(path), engine)
         info = engine.info
-        _log(f"{safe_line(name, 60)}: {url_of(listener)}/v1")
+        _log(f"{safe_line(first.name, 60)}: {url_of(listener)}/v1")
         _log(f"up to {info.n_parallel} requests at once, {info.n_context:,} tokens of context each")
-        asyncio.run(serve(name, engine, options, listener, _log))
+        source = ModelSource(_known, load, keep, idle_seconds)
+        try:
+            asyncio.run(serve(first, source, options, listener, _log))
+        finally:
+            stop.set()
 
 
-def model_name(path: Path) -> str:
-    """Return the name under which a model is served: the one that `dsmoe models` lists."""
-    from dsmoe_local.model.split_name import model_stem
+def _known() -> dict[str, Path]:
+    """Return the models that `dsmoe models` lists. Of several with one name, the first is the one to use."""
+    found: dict[str, Path] = {}
+    for model in known_models(models_folder()[0]):
+        found.setdefault(model.name, model.path)
+    return found
 
-    return model_stem(path)
+
+def _load(path: Path, values: dict[str, Any], n_parallel: int, stop: threading.Event) -> EngineClient:
+    """Load a model that a request names. There is no progress on the screen, only notes."""
+    from dsmoe_local.engine.process.client import EngineClient
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Note):
+            _log(f"note: {safe_line(event.text, 400)}")
+
+    log_file: Path | None = values.pop("log_file")
+    options = _complete(loading_options(path, values), n_parallel)
+    engine = EngineClient.load(options, listen, stop, log_file=log_file)
+    note_use(path)
+    return engine
 
 
 def _complete(options: ModelOptions, n_parallel: int) -> ModelOptions:

@@ -27,7 +27,7 @@ from dsmoe_local.protocol.values import flag
 from dsmoe_local.serve.bodies import read_object
 from dsmoe_local.serve.errors import error_object, error_response, status_of
 from dsmoe_local.serve.generation import Generation
-from dsmoe_local.serve.state import ServedModel, ServerState
+from dsmoe_local.serve.state import ServerState
 
 _encode = msgspec.json.Encoder().encode
 
@@ -37,7 +37,7 @@ async def complete(http: HttpRequest) -> Completion:
     state: ServerState = http.app.state.server
     body = await read_object(http, state.options)
     state.log_body(body)
-    model = state.find(body.get("model"))
+    model = await state.models.resolve(body.get("model"))
     chat = check_endpoint(http.url.path, body)
     name = uuid.uuid4().hex
     request = read_request(name, body, state.options.defaults, chat=chat)
@@ -73,7 +73,7 @@ class Completion:
     def __init__(
         self,
         state: ServerState,
-        model: ServedModel,
+        model: str,
         request: Request,
         streaming: Streaming | None,
         headers: Mapping[str, str],
@@ -95,7 +95,7 @@ class Completion:
         """
         status, reply = 200, None
         try:
-            with self._state.admitted(self._model, self._request) as generation:
+            async with self._state.admitted(self._model, self._request) as generation:
                 hang_up = asyncio.create_task(_on_hang_up(receive, generation.cancel))
                 try:
                     await generation.start(self._state.executor)
@@ -121,7 +121,7 @@ class Completion:
         self, generation: Generation, scope: Scope, receive: Receive, send: Send
     ) -> Reply | None:
         await generation.finish()
-        reply = generation.builder.reply(self._model.name)
+        reply = generation.builder.reply(self._model)
         if reply is not None:  # otherwise the client has gone
             body = response_body(reply, self._request.id)
             await JSONResponse(body, headers=self._headers)(scope, receive, send)
@@ -130,7 +130,7 @@ class Completion:
     async def _send_stream(self, generation: Generation, streaming: Streaming, send: Send) -> Reply | None:
         writer = ChunkWriter(
             self._request.id,
-            self._model.name,
+            self._model,
             chat=self._chat,
             usage=streaming.usage,
             logprobs=self._request.logprobs,
@@ -141,7 +141,7 @@ class Completion:
             events = [_event(chunk) for delta in deltas for chunk in writer.chunks(delta)]
             if events:
                 await send({"type": "http.response.body", "body": b"".join(events), "more_body": True})
-        reply = generation.builder.reply(self._model.name)
+        reply = generation.builder.reply(self._model)
         last = writer.last(reply) if reply is not None else None
         end = (_event(last) if last else b"") + b"data: [DONE]\n\n"
         await send({"type": "http.response.body", "body": end})

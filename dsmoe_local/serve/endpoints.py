@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -14,48 +12,46 @@ from dsmoe_local.protocol.errors import RequestError
 from dsmoe_local.protocol.messages import messages
 from dsmoe_local.protocol.values import integer, text
 from dsmoe_local.serve.bodies import read_object
-from dsmoe_local.serve.state import ServedModel, ServerState
-
-T = TypeVar("T")
+from dsmoe_local.serve.state import ServerState
 
 
 async def list_models(http: Request) -> JSONResponse:
-    """GET /v1/models."""
+    """GET /v1/models: all models that can be loaded."""
     state: ServerState = http.app.state.server
-    return JSONResponse({"object": "list", "data": [_model_object(state.model)]})
+    names = await state.models.known()
+    return JSONResponse({"object": "list", "data": [_model_object(state, name) for name in names]})
 
 
 async def show_model(http: Request) -> JSONResponse:
     """GET /v1/models/NAME."""
     state: ServerState = http.app.state.server
-    return JSONResponse(_model_object(state.find(http.path_params["name"])))
+    return JSONResponse(_model_object(state, await state.models.resolve(http.path_params["name"])))
 
 
-def _model_object(model: ServedModel) -> dict[str, Any]:
-    info = model.engine.info
-    return {
-        "id": model.name,
-        "object": "model",
-        "created": model.created,
-        "owned_by": "dsmoe-local",
-        # Not OpenAI's: that of vLLM.
-        "max_model_len": info.n_context,
-    }
+def _model_object(state: ServerState, name: str) -> dict[str, Any]:
+    fields = {"id": name, "object": "model", "created": state.models.created, "owned_by": "dsmoe-local"}
+    loaded = next((model for model in state.models.loaded if model.name == name), None)
+    # The other fields are not OpenAI's; the context has vLLM's name.
+    context = {} if loaded is None else {"max_model_len": loaded.engine.info.n_context}
+    return {**fields, "loaded": loaded is not None, **context}
 
 
 async def health(http: Request) -> JSONResponse:
-    """GET /health: 200 if requests are taken, also if the model must first be loaded again; else 503."""
+    """GET /health: 200 if requests are accepted, also if a model must be loaded first; else 503."""
     state: ServerState = http.app.state.server
-    alive = state.model.engine.alive
-    word = "shutting down" if state.draining else "ok" if alive else "the engine is restarted on demand"
-    body = {"status": word, "running": state.n_active - state.n_queued, "queued": state.n_queued}
+    body = {
+        "status": "shutting down" if state.draining else "ok",
+        "running": state.n_active - state.n_queued,
+        "queued": state.n_queued,
+    }
     return JSONResponse(body, 503 if state.draining else 200)
 
 
 async def metrics(http: Request) -> Response:
     """GET /metrics."""
     state: ServerState = http.app.state.server
-    return Response(state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    text = await state.call(state.metrics.text)
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 async def tokenize(http: Request) -> JSONResponse:
@@ -63,9 +59,10 @@ async def tokenize(http: Request) -> JSONResponse:
     state: ServerState = http.app.state.server
     body = await read_object(http, state.options)
     prompt = _text_or_messages(body)
-    engine = state.find(body.get("model")).engine
-    ids = await _call(state, lambda: engine.encode(prompt))
-    return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": engine.info.n_context})
+    async with state.models.using(await state.models.resolve(body.get("model"))) as model:
+        ids = await state.call(lambda: model.engine.encode(prompt))
+        n_context = model.engine.info.n_context
+    return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": n_context})
 
 
 async def detokenize(http: Request) -> JSONResponse:
@@ -76,8 +73,8 @@ async def detokenize(http: Request) -> JSONResponse:
     if not isinstance(tokens, list):
         raise RequestError("tokens is not a list of token ids", param="tokens")
     ids = [integer("tokens", token) for token in tokens]
-    engine = state.find(body.get("model")).engine
-    content = await _call(state, lambda: engine.detokenize(ids))
+    async with state.models.using(await state.models.resolve(body.get("model"))) as model:
+        content = await state.call(lambda: model.engine.detokenize(ids))
     return JSONResponse({"content": content, "prompt": content})
 
 
@@ -87,8 +84,3 @@ def _text_or_messages(body: dict[str, Any]) -> Prompt:
         raise RequestError("the body needs one of content, prompt and messages")
     (key,) = given
     return messages(key, body[key]) if key == "messages" else text(key, body[key])
-
-
-async def _call(state: ServerState, call: Callable[[], T]) -> T:
-    """Call the engine in a thread: after a crash it first loads the model again."""
-    return await asyncio.get_running_loop().run_in_executor(state.executor, call)

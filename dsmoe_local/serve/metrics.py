@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
+from dsmoe_local.engine.load.machine import resident_memory
 from dsmoe_local.protocol.replies import Reply
 
 if TYPE_CHECKING:
@@ -41,16 +42,20 @@ class Metrics:
                 lambda: state.n_active - state.n_queued,
             ),
             "dsmoe_replies_queued": ("Replies that wait for a slot.", lambda: state.n_queued),
+            "dsmoe_models_loaded": ("Models in memory.", lambda: len(state.models.loaded)),
             "dsmoe_engine_crashes": (
-                "Engine processes that crashed and were replaced.",
-                lambda: state.model.engine.crashes,
+                "Engine processes of loaded models that crashed and were replaced.",
+                lambda: sum(model.engine.crashes for model in state.models.loaded),
+            ),
+            "dsmoe_engine_resident_bytes": (
+                "Resident memory of the engine processes.",
+                lambda: sum(resident_memory(model.engine.pid) for model in state.models.loaded),
             ),
         }
         for name, (text, value) in gauges.items():
             Gauge(name, text, registry=registry).set_function(value)
-        # Resident memory, CPU time and open files, where the system has /proc.
+        # Memory, CPU time and open files of this process, where the system has /proc.
         ProcessCollector(namespace="dsmoe_server", registry=registry)
-        ProcessCollector(namespace="dsmoe_engine", pid=lambda: state.model.engine.pid, registry=registry)
 
     def count_request(self, status: int) -> None:
         """Count a request."""

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 import uvicorn
 
 from dsmoe_local.base.errors import DsmoeError
-from dsmoe_local.engine.interface import ReloadableEngine
 from dsmoe_local.serve.app import create_app
 from dsmoe_local.serve.connection import connection_type
+from dsmoe_local.serve.models import Log, ModelSource, ServedModel
 from dsmoe_local.serve.options import ServeOptions
-from dsmoe_local.serve.state import Log, ServerState
+from dsmoe_local.serve.state import ServerState
 
 _BACKLOG = 2048
 _CLEANUP_SECONDS = 5  # for cancelled requests to send their last event
@@ -59,21 +59,21 @@ class _Uvicorn(uvicorn.Server):
 
 
 async def serve(
-    name: str,
-    engine: ReloadableEngine,
+    first: ServedModel,
+    source: ModelSource,
     options: ServeOptions,
     listener: socket.socket,
     log: Log,
     started: Callable[[Callable[[], None]], None] = lambda stop: None,
 ) -> None:
-    """Serve a model under `name` until SIGINT or SIGTERM.
+    """Serve models until SIGINT or SIGTERM, and free them.
 
     `started` is called once requests are accepted, with a function that does what a signal does: no more
     requests are accepted, and running ones may go on for `grace` seconds, or until the second call. They are
     then cancelled.
     """
     loop = asyncio.get_running_loop()
-    state = ServerState(name, engine, options, log)
+    state = ServerState(first, source, options, log)
     server = _Uvicorn(_config(state))
 
     def stop() -> None:

@@ -11,16 +11,25 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dsmoe_local.engine.interface import ReloadableEngine
 from dsmoe_local.engine.types import SamplingParameters
 from dsmoe_local.protocol.requests import RequestDefaults
+from dsmoe_local.serve.models import ModelSource, ServedModel
 from dsmoe_local.serve.options import ServeOptions
 from dsmoe_local.serve.server import listen, serve
 
 DEFAULTS = RequestDefaults(SamplingParameters(temperature=0))
 HELLO = [{"role": "user", "content": "hi"}]
+
+
+def _refuse(path: Path) -> ReloadableEngine:
+    raise AssertionError(f"{path} must not be loaded")
+
+
+NO_OTHERS = ModelSource(known=dict, load=_refuse)
 
 
 @dataclass(slots=True)
@@ -78,7 +87,9 @@ class Serving:
 
 
 @contextmanager
-def serving(engine: ReloadableEngine, *, send_buffer: int = 0, **options: Any) -> Iterator[Serving]:
+def serving(
+    engine: ReloadableEngine, *, send_buffer: int = 0, source: ModelSource = NO_OTHERS, **options: Any
+) -> Iterator[Serving]:
     """Serve an engine under the name `fake` until the block ends. `send_buffer`: bytes that the system holds
     for a client that does not read.
     """
@@ -96,7 +107,7 @@ def serving(engine: ReloadableEngine, *, send_buffer: int = 0, **options: Any) -
             def tell(stop: Callable[[], None]) -> None:
                 started.put(lambda: loop.call_soon_threadsafe(stop))  # type: ignore[arg-type]
 
-            await serve("fake", engine, settings, listener, log.append, tell)
+            await serve(ServedModel.of("fake", engine), source, settings, listener, log.append, tell)
 
         try:
             asyncio.run(main())

@@ -43,6 +43,12 @@ def available_memory(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int:
     return max(0, min([system, *(limit for limit in limits if limit is not None)]))
 
 
+def resident_memory(pid: int, proc: Path = _PROC) -> int:
+    """Return the bytes of a process that are in memory; 0 if it is gone, or on systems without /proc."""
+    fields = _read(proc / f"{pid}/statm").split()
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") if len(fields) > 1 else 0
+
+
 def _system_available(proc: Path) -> int:
     for line in _read(proc / "meminfo").splitlines():
         name, _, value = line.partition(":")

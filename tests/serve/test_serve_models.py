@@ -1,0 +1,101 @@
+"""Several models: loaded when they are named, unloaded when others need room."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from support.fake_engine import FakeEngine
+from support.serving import Gate, serving
+
+from dsmoe_local.engine.errors import ModelLoadError
+from dsmoe_local.serve.models import ModelSource
+
+
+class Shelf:
+    """Models a, b and c; `broken` cannot be loaded. Each replies with its name."""
+
+    def __init__(self, keep: int = 1, idle_seconds: float = 0.0) -> None:
+        self.loads: list[str] = []
+        self.closed = threading.Semaphore(0)
+        names = ("a", "b", "c", "broken")
+        self.source = ModelSource(lambda: {name: Path(name) for name in names}, self.load, keep, idle_seconds)
+        self.first = self.engine("fake")
+
+    def engine(self, name: str) -> FakeEngine:
+        """Return an engine that tells when it is closed."""
+        engine = FakeEngine(lambda prompt: f"I am {name}")
+        close = engine.close
+
+        def closing() -> None:
+            close()
+            self.closed.release()
+
+        engine.close = closing  # type: ignore[method-assign]
+        return engine
+
+    def load(self, path: Path) -> FakeEngine:
+        """Load a model."""
+        self.loads.append(path.name)
+        if path.name == "broken":
+            raise ModelLoadError("the file is damaged")
+        return self.engine(path.name)
+
+
+def test_models_on_demand() -> None:
+    """Guards: the reply of another model; a model that is loaded for each request, or twice at once."""
+    shelf = Shelf(keep=2)
+    with serving(shelf.first, source=shelf.source) as server, ThreadPoolExecutor(8) as pool:
+        listed = server.send("/v1/models").json["data"]
+        assert [model["id"] for model in listed] == ["fake", "a", "b", "c", "broken"]
+        assert [model["loaded"] for model in listed] == [True, False, False, False, False]
+        for reply in pool.map(lambda _: server.chat(model="a").json, range(8)):
+            assert reply["choices"][0]["message"]["content"] == "I am a"
+            assert reply["model"] == "a"
+        assert shelf.loads == ["a"]
+        assert server.chat().json["choices"][0]["message"]["content"] == "I am fake"
+        server.chat(model="b")  # unloads a, which was not used for longer
+        assert server.chat(model="fake").json["model"] == "fake"
+        server.chat(model="a")
+        assert shelf.loads == ["a", "b", "a"]
+
+
+def test_a_model_in_use_is_not_unloaded() -> None:
+    """Guards: a reply that ends because another client names another model."""
+    gate = Gate()
+    shelf = Shelf()
+    shelf.first._gate = gate
+    with serving(shelf.first, source=shelf.source) as server, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(server.chat)
+        gate.wait()
+        second = pool.submit(server.chat, model="a")
+        while server.send("/health").json["queued"] == 0:
+            pass  # the second request arrives
+        assert shelf.loads == []
+        gate.open()
+        assert first.result().json["choices"][0]["message"]["content"] == "I am fake"
+        assert second.result().json["choices"][0]["message"]["content"] == "I am a"
+
+
+def test_a_model_that_cannot_be_loaded() -> None:
+    """Guards: a failed load that blocks the server, or that unloads a model for good."""
+    shelf = Shelf()
+    with serving(shelf.first, source=shelf.source) as server:
+        answer = server.chat(model="broken")
+        assert (answer.status, answer.error["code"]) == (503, "model_load_error")
+        shelf.source.known()
+        assert server.chat(model="b").status == 200
+        assert server.chat(model="other").error["code"] == "model_not_found"
+
+
+def test_idle_models() -> None:
+    """Guards: memory that nobody uses; a server without a model afterwards."""
+    shelf = Shelf(idle_seconds=0.05)
+    with serving(shelf.first, source=shelf.source) as server:
+        assert server.chat().status == 200
+        assert shelf.closed.acquire(timeout=60)
+        assert not server.send("/v1/models").json["data"][0]["loaded"]
+        shelf.loads.clear()
+        assert server.chat().status == 200
+        assert shelf.loads == ["fake.gguf"]
