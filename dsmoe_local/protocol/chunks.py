@@ -1,8 +1,9 @@
-"""OpenAI's streamed responses: chat.completion.chunk, and text_completion in parts."""
+"""OpenAI's completions: as a whole, and streamed as chat.completion.chunk or parts of text_completion."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from dsmoe_local.protocol.replies import Delta, Reply
@@ -10,18 +11,23 @@ from dsmoe_local.protocol.responses import (
     chat_scores,
     completion_scores,
     finish_word,
+    response_body,
     timing_record,
     usage_with_details,
 )
+from dsmoe_local.protocol.writers import Event
 
 
-class ChunkWriter:
-    """Makes the chunks of one response. `name` is the unique part of its id.
+class CompletionWriter:
+    """Writes the reply to one request. `name` is the unique part of its id.
 
-    With `usage`, every chunk has the key, as in OpenAI's API, and `last` returns a chunk with the counts.
+    With `usage`, every chunk has the key, as in OpenAI's API, and the last one has the counts.
     """
 
+    done = b"data: [DONE]\n\n"
+
     def __init__(self, name: str, model: str, *, chat: bool, usage: bool, logprobs: bool) -> None:
+        self._name = name
         self._chat = chat
         self._usage = usage
         self._logprobs = logprobs
@@ -36,7 +42,11 @@ class ChunkWriter:
         if usage:
             self._base["usage"] = None
 
-    def chunks(self, delta: Delta) -> list[dict[str, Any]]:
+    def whole(self, reply: Reply) -> dict[str, Any]:
+        """Return the completion."""
+        return response_body(reply, self._name)
+
+    def events(self, delta: Delta) -> list[Event]:
         """Return the chunks of a delta. In a chat, the first chunk of a reply has the role, and the one with
         the finish reason has no text.
         """
@@ -60,19 +70,19 @@ class ChunkWriter:
             parts.append(_chat_choice(delta.index, {}, finish_word(delta.finish_reason)))
         return [self._chunk(part) for part in parts]
 
-    def last(self, reply: Reply) -> dict[str, Any] | None:
+    def end(self, reply: Reply) -> list[Event]:
         """Return the chunk with the token counts, if they were asked for."""
         if not self._usage:
-            return None
-        return {
-            **self._base,
-            "choices": [],
-            "usage": usage_with_details(reply),
-            "timing": timing_record(reply),
-        }
+            return []
+        counts = {"usage": usage_with_details(reply), "timing": timing_record(reply)}
+        return [("", {**self._base, "choices": [], **counts})]
 
-    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
-        return {**self._base, "choices": [choice]}
+    def failure(self, error: Mapping[str, Any]) -> Event:
+        """Return the event for an error."""
+        return "", error
+
+    def _chunk(self, choice: dict[str, Any]) -> Event:
+        return "", {**self._base, "choices": [choice]}
 
     def _text_choice(self, delta: Delta) -> dict[str, Any]:
         scores = None

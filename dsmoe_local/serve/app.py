@@ -18,14 +18,14 @@ from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.protocol.requests import ENDPOINTS
 from dsmoe_local.serve import endpoints
-from dsmoe_local.serve.completions import complete
+from dsmoe_local.serve.completions import TRANSLATED, complete
 from dsmoe_local.serve.errors import ServeError, error_response
 from dsmoe_local.serve.guard import HostGuard, KeyGuard
 from dsmoe_local.serve.options import ServeOptions
 from dsmoe_local.serve.state import ServerState
 
 ROUTES = (
-    *(Route(url, complete, methods=["POST"]) for url in ENDPOINTS),
+    *(Route(url, complete, methods=["POST"]) for url in (*ENDPOINTS, *TRANSLATED)),
     Route("/v1/models", endpoints.list_models),
     Route("/v1/models/{name:path}", endpoints.show_model),
     Route("/health", endpoints.health),
@@ -69,7 +69,7 @@ def _middleware(options: ServeOptions) -> list[Middleware]:
 
 async def _on_error(http: Request, error: Exception) -> Response:
     state: ServerState = http.app.state.server
-    response = error_response(cast(DsmoeError, error))
+    response = error_response(cast(DsmoeError, error), http.url.path)
     state.metrics.count_request(response.status_code)
     state.log(f"{safe_line(http.url.path, 60)} {response.status_code}: {safe_line(str(error), 200)}")
     return response

@@ -73,7 +73,10 @@ def error_object(error: DsmoeError) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def error_response(error: DsmoeError) -> JSONResponse:
-    """Return the response for an error."""
+def error_response(error: DsmoeError, path: str = "") -> JSONResponse:
+    """Return the response for an error of a request for `path`."""
     headers = error.headers if isinstance(error, ServeError) else {}
-    return JSONResponse(error_object(error), status_of(error), headers)
+    content = error_object(error)
+    if path == "/v1/messages":
+        content["type"] = "error"  # Anthropic's form
+    return JSONResponse(content, status_of(error), headers)
