@@ -146,7 +146,7 @@ def command(
         info = engine.info
         _log(f"{safe_line(first.name, 60)}: {url_of(listener)}/v1")
         _log(f"up to {info.n_parallel} requests at once, {info.n_context:,} tokens of context each")
-        source = ModelSource(_known, load, keep, idle_seconds)
+        source = ModelSource(_known, load, _fits, keep, idle_seconds)
         try:
             asyncio.run(serve(first, source, options, listener, _log))
         finally:
@@ -159,6 +159,13 @@ def _known() -> dict[str, Path]:
     for model in known_models(models_folder()[0]):
         found.setdefault(model.name, model.path)
     return found
+
+
+def _fits(path: Path) -> bool:
+    """Return whether the weights of a model fit into the free memory. Otherwise they would be paged."""
+    from dsmoe_local.engine.load.machine import available_memory
+
+    return path.stat().st_size < available_memory()
 
 
 def _load(path: Path, values: dict[str, Any], n_parallel: int, stop: threading.Event) -> EngineClient:

@@ -39,7 +39,8 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Where models come from: `known` returns the files by name, `load` loads one. Both may block.
+    """Where models come from: `known` returns the files by name, `fits` says whether the free memory has room
+    for one, `load` loads it. All of them may block.
 
     At most `keep` models are loaded at once. A model that is not used for `idle_seconds` is unloaded (0: none
     is).
@@ -47,6 +48,7 @@ class ModelSource:
 
     known: Callable[[], Mapping[str, Path]]
     load: Callable[[Path], ReloadableEngine]
+    fits: Callable[[Path], bool]
     keep: int = 1
     idle_seconds: float = 0.0
 
@@ -132,6 +134,8 @@ class Models:
             path = (await self.known())[name]
             while len(self._loaded) >= self._source.keep:
                 await self._make_room()
+            while self._unused_names() and not await self._in_thread(lambda: self._source.fits(path)):
+                await self._make_room()
             began = time.perf_counter()
             model = await self._in_thread(lambda: ServedModel.of(name, self._source.load(path)))
             self._loaded[name] = model
@@ -140,12 +144,15 @@ class Models:
 
     async def _make_room(self) -> None:
         """Unload the model that was not used for the longest time. Waits until one is not used."""
-        unused = [name for name in self._loaded if not self._users[name]]
+        unused = self._unused_names()
         if unused:
             await self._in_thread(self._take_out(unused[0]).close)
         else:
             self._freed.clear()
             await self._freed.wait()
+
+    def _unused_names(self) -> list[str]:
+        return [name for name in self._loaded if not self._users[name]]
 
     def _take_out(self, name: str) -> ReloadableEngine:
         """Remove a model that is not used. Return its engine, which is still open."""

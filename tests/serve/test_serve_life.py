@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,23 +114,17 @@ def test_a_crash_of_the_engine(stream: bool) -> None:
         assert "dsmoe_engine_crashes 1.0" in server.send("/metrics").body.decode()
 
 
-def test_the_command() -> None:
+def test_the_command(tmp_path: Path) -> None:
     """Guards: wiring that only the command has; an exit status of 143 after a clean end."""
-    command = [
-        sys.executable,
-        "-c",
-        START,
-        "serve",
-        str(tiny_model()),
-        "--port",
-        "0",
-        "-t",
-        "1",
-        "--temp",
-        "0",
-    ]
+    shutil.copy(tiny_model(), tmp_path / "other.gguf")
+    command = [sys.executable, "-c", START, "serve", str(tiny_model()), "--port", "0", "--keep", "2"]
     with subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, encoding="utf-8"
+        [*command, "-t", "1", "--temp", "0"],
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        encoding="utf-8",
+        cwd=tmp_path,
     ) as process:
         assert process.stderr is not None
         url = next(line.split()[1] for line in process.stderr if "http://" in line)
@@ -140,6 +136,9 @@ def test_the_command() -> None:
             chunks = list(client.chat.completions.create(**asked, stream=True))
             text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
             assert text == first.choices[0].message.content
+            assert "other" in [model.id for model in client.models.list()]
+            other = client.chat.completions.create(**{**asked, "model": "other"})
+            assert (other.model, other.choices[0].message.content) == ("other", text)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
         assert "Traceback" not in process.stderr.read()

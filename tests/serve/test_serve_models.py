@@ -18,9 +18,13 @@ class Shelf:
 
     def __init__(self, keep: int = 1, idle_seconds: float = 0.0) -> None:
         self.loads: list[str] = []
+        self.n_closed = 0
         self.closed = threading.Semaphore(0)
         names = ("a", "b", "c", "broken")
-        self.source = ModelSource(lambda: {name: Path(name) for name in names}, self.load, keep, idle_seconds)
+        self.source = ModelSource(
+            lambda: {name: Path(name) for name in names}, self.load, self.fits, keep, idle_seconds
+        )
+        self.room = 10
         self.first = self.engine("fake")
 
     def engine(self, name: str) -> FakeEngine:
@@ -30,10 +34,15 @@ class Shelf:
 
         def closing() -> None:
             close()
+            self.n_closed += 1
             self.closed.release()
 
         engine.close = closing  # type: ignore[method-assign]
         return engine
+
+    def fits(self, path: Path) -> bool:
+        """Return whether less than `room` models are in memory."""
+        return 1 + len(self.loads) - self.n_closed < self.room
 
     def load(self, path: Path) -> FakeEngine:
         """Load a model."""
@@ -99,3 +108,14 @@ def test_idle_models() -> None:
         shelf.loads.clear()
         assert server.chat().status == 200
         assert shelf.loads == ["fake.gguf"]
+
+
+def test_models_within_memory() -> None:
+    """Guards: a second model that leaves no memory for the first, so that both are slow."""
+    shelf = Shelf(keep=5)
+    shelf.room = 2
+    with serving(shelf.first, source=shelf.source) as server:
+        for name in ("a", "b", "c"):
+            assert server.chat(model=name).status == 200
+        loaded = [model["id"] for model in server.send("/v1/models").json["data"] if model["loaded"]]
+        assert loaded == ["b", "c"]

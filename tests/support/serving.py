@@ -29,7 +29,7 @@ def _refuse(path: Path) -> ReloadableEngine:
     raise AssertionError(f"{path} must not be loaded")
 
 
-NO_OTHERS = ModelSource(known=dict, load=_refuse)
+NO_OTHERS = ModelSource(known=dict, load=_refuse, fits=lambda path: True)
 
 
 @dataclass(slots=True)
