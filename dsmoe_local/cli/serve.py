@@ -45,6 +45,9 @@ _SECONDS = typed(click.FloatRange(0), "SECONDS")
     "Models to keep in memory. Requests can name any model that `dsmoe models` lists.",
     COUNT,
     default=1,
+    # Other commands have a --keep of another kind.
+    section_only=True,
+    envvar="DSMOE_SERVE_KEEP",
 )
 @option(
     "--idle",

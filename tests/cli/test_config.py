@@ -34,7 +34,7 @@ SHARED = settings(max_examples=50, deadline=None, suppress_health_check=[HealthC
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_has_a_variable_and_a_key(name: str) -> None:
     """Guards: an option that only the command line can give; two options that share a key; a file that one
-    command reads, and that sends another off to measure for hours.
+    command reads, and that sends another off to measure for hours; a number that is a file elsewhere.
     """
     command = load_command(name)
     keys = [key for option in configurable(command) for key in option.keys]
@@ -44,7 +44,7 @@ def test_every_option_has_a_variable_and_a_key(name: str) -> None:
     for option in options:
         flags = [flag for flag in option.opts if flag.startswith("--")]
         assert flags, f"{option.opts} has no long flag"
-        own = "EVAL_" if (name, flags[0]) == ("eval", "--sensitivity") else ""
+        own = {("eval", "--sensitivity"): "EVAL_", ("serve", "--keep"): "SERVE_"}.get((name, flags[0]), "")
         assert f"DSMOE_{own}{flags[0][2:].upper().replace('-', '_')}" in option.variables
 
 
