@@ -28,13 +28,16 @@ if TYPE_CHECKING:
 TARGETS = ("target_size", "target_bpw", "target_bytes_per_token")
 """The parameters that are targets."""
 
-_WITH_TARGETS = ("sensitivity_file", "sample", "max_slow_share", "cpu")
+_WITH_TARGETS = ("sensitivity_file", "sample", "max_slow_share", "min_prompt_speed", "cpu")
 """Parameters that have no effect without a target."""
 
 _CPUS = ("x86-avx2", "arm-dotprod", "none")
 
 _LEAST_BYTES = 10_000
 """No target is smaller: such a number lacks its unit."""
+
+_LEAST_WITH_SPEEDS = 80
+"""The least columns for a trade-off with predicted speeds."""
 
 _WIDE = 120
 """The least columns for a table with reasons."""
@@ -71,9 +74,16 @@ target_options = all_of(
         _TARGET,
     ),
     option(
+        "--min-prompt-speed",
+        "min_prompt_speed",
+        "Least predicted speed of prompts, relative to Q4_K_M: 1.2 is a fifth faster.",
+        typed(click.FloatRange(0.1, 10), "RATIO"),
+        _TARGET,
+    ),
+    option(
         "--cpu",
         "cpu",
-        "Kind of CPU for --max-slow-share.",
+        "Kind of CPU for the two options above.",
         choice(*_CPUS),
         _TARGET,
         shown="this machine's",
@@ -110,6 +120,7 @@ class TargetOptions:
     target_bpw: float | None
     target_bytes_per_token: str | None
     max_slow_share: float | None
+    min_prompt_speed: float | None
     cpu: str | None
     sensitivity_file: Path | None
     sample: int | None
@@ -140,7 +151,7 @@ class TargetOptions:
     def request(self) -> Request:
         """Return the options as data. UsageError for a size that cannot be read."""
         from dsmoe_quantize.budget.cost_model import Budget
-        from dsmoe_quantize.budget.fast_kernels import this_cpu
+        from dsmoe_quantize.budget.kernel_speeds import this_cpu
         from dsmoe_quantize.budget.target import Request
 
         share = self.max_slow_share
@@ -149,6 +160,7 @@ class TargetOptions:
             bits_per_weight=self.target_bpw,
             bytes_per_token=self._bytes("target_bytes_per_token"),
             slow_share=None if share is None else share / 100,
+            prompt_speed=self.min_prompt_speed,
         )
         return Request(budget, self._name(), self.sensitivity_file, self.sample, self.cpu or this_cpu())
 
@@ -181,7 +193,9 @@ def show_offers(target: Target, budget: Budget, *, to_stderr: bool) -> None:
 
     out = console(file_columns=160, stderr=to_stderr)
     solved = target.solved
-    out.print(_offer_table(trade_offs(target.costs, solved, budget)))
+    found = trade_offs(target.costs, solved, budget)
+    with_speeds = found[0].speeds is not None and out.width >= _LEAST_WITH_SPEEDS
+    out.print(_offer_table(found, with_speeds=with_speeds))
     exact = "no recipe is better" if solved.is_optimal else f"none is below {solved.bound:.4g}"
     out.print(
         f"predicted error {solved.total.error:.4g} ({exact}), from {target.sensitivity.share:.0%} of the"
@@ -195,6 +209,7 @@ def _room(target: Target, budget: Budget) -> str:
     """Return the unused share of each limit, in words."""
     plan, costs = target.solved.plan, target.costs
     slow_share = target.solved.total.n_slow / costs.n_read if costs.n_read else 0.0
+    speeds = costs.speeds(target.solved.total)
     parts = [
         f"{name} {1 - used / limit:.1%}"
         for name, used, limit in (
@@ -202,15 +217,23 @@ def _room(target: Target, budget: Budget) -> str:
             ("bits", plan.bits_per_weight, budget.bits_per_weight),
             ("bytes per token", plan.n_bytes_per_token, budget.bytes_per_token),
             ("slow share", slow_share, budget.slow_share),
+            ("prompt speed", budget.prompt_speed or 0, speeds and budget.prompt_speed and speeds[0]),
         )
         if limit
     ]
     return ", ".join(parts)
 
 
-def _offer_table(trade_offs: Sequence[TradeOff]) -> Table:
+def _offer_table(trade_offs: Sequence[TradeOff], *, with_speeds: bool) -> Table:
     table = plain_table(
-        "", "predicted\nerror", "weights", "bits\neach", "read per\ntoken", "no fast\nkernel", left=("",)
+        "",
+        "predicted\nerror",
+        "weights",
+        "bits\neach",
+        "read per\ntoken",
+        "slow\nshare",
+        *(("prompt\nspeed", "decode\nspeed") if with_speeds else ()),
+        left=("",),
     )
     for each in trade_offs:
         table.add_row(
@@ -220,6 +243,7 @@ def _offer_table(trade_offs: Sequence[TradeOff]) -> Table:
             f"{each.bits_per_weight:.2f}",
             format_size(each.total.n_bytes_per_token),
             f"{each.slow_share:.0%}",
+            *(f"{speed:.2f} x" for speed in (each.speeds or ()) if with_speeds),
         )
     return table
 

@@ -33,8 +33,10 @@ from benchmarks.support.quality.figures import Figures, Part, TargetRow, outdate
 from benchmarks.support.quality.speed import Timing, time_pair
 from benchmarks.support.quality.tables import all_tables, summary_table
 from benchmarks.support.quality.variants import ALIKE, BASE, Variant
+from benchmarks.support.runner import Bar
 from benchmarks.support.tables import with_tables
 from dsmoe_local.base.errors import UsageError
+from dsmoe_local.engine.load.kernels import Kernels
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions
 from dsmoe_local.evaluate.speed.timing import Workload
@@ -107,24 +109,20 @@ def test_the_interval_is_that_of_theory() -> None:
 def test_ratios_are_ours_by_the_bases() -> None:
     """Guards: a ratio upside down, or of other figures; a bar read the wrong way round."""
     reference = FIGURES.reference
-    doubled = [2 * kl for kl in reference.row(Variant("q4", False)).windows]
+    doubled = [2 * kl for kl in reference.alike_row(Variant(BASE, False)).windows]
     speed = changed(FIGURES.speed, BASE, prompt_ratio=[1.0], decode_ratio=[1.0])
     figures = change(
         FIGURES,
-        sizes=changed(changed(FIGURES.sizes, BASE, n_bytes=1000), "q4-fast", n_bytes=920),
-        speed=changed(speed, "q4-fast", prompt_ratio=[1.2, 1.3, 5.0], decode_ratio=[0.9, 1.0, 1.1]),
-        reference=changed(
-            change(
-                reference,
-                alike=[change(row, windows=reference.row(row.variant).windows) for row in reference.alike],
-            ),
-            "q4",
-            windows=doubled,
+        sizes=changed(changed(FIGURES.sizes, BASE, n_bytes=1000), "q4-fast", n_bytes=880),
+        speed=changed(speed, "q4-fast", prompt_ratio=[1.2, 1.9, 5.0], decode_ratio=[0.9, 0.99, 1.1]),
+        reference=change(
+            reference,
+            alike=[change(row, windows=doubled) if row.type == "q4" else row for row in reference.alike],
         ),
     )
     found = {measure: found_of(figures, "q4-fast", measure) for measure in (SIZE, PROMPT, DECODE)}
-    assert (found[SIZE].ratio, found[SIZE].holds) == (0.92, False)
-    assert (found[PROMPT].ratio, found[PROMPT].holds) == (1.3, True)  # the median of the rounds' own ratios
+    assert (found[SIZE].ratio, found[SIZE].holds) == (0.88, False)
+    assert (found[PROMPT].ratio, found[PROMPT].holds) == (1.9, True)  # the median of the rounds' own ratios
     assert found[DECODE].holds is False
     assert found_of(figures, "q4", KL).ratio == pytest.approx(2)
 
@@ -136,7 +134,7 @@ def test_a_ratio_within_the_control_is_no_difference(ratio: float, is_difference
     """Guards: a gain that two files of the same types show as well; a bar called certain in that case."""
     speed = changed(FIGURES.speed, BASE, prompt_ratio=[0.9, 1.0, 1.05])
     figures = change(FIGURES, speed=changed(speed, "q4", prompt_ratio=[ratio - 0.01, ratio, ratio + 0.01]))
-    verdict = found_of(figures, "q4", PROMPT)
+    verdict = replace(found_of(figures, "q4", PROMPT), bar=Bar(1))
     assert (verdict.is_difference, verdict.is_uncertain) == (is_difference, not is_difference)
     assert verdict.interval == pytest.approx(((ratio - 0.01) * 0.9, (ratio + 0.01) / 0.9))
     told = next(line for line in summary_table(figures).splitlines() if "`q4`" in line)
@@ -169,7 +167,7 @@ def test_parts_that_do_not_belong_together_are_named() -> None:
 def test_a_pair_is_timed_in_turn(base_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a ratio upside down; a warm-up that counts; one side that is always first."""
     timed: list[tuple[str, str]] = []
-    loaded: list[str] = []
+    loaded: list[tuple[str, str]] = []
     seconds = {
         "mine": iter([90.0, 1.0, 2.0, 8.0, 90.0, *[4.0] * 9]),
         "base": iter([90.0, 2.0, 4.0, 2.0, 90.0, *[2.0, 4.0, 8.0] * 3]),
@@ -184,13 +182,15 @@ def test_a_pair_is_timed_in_turn(base_first: bool, monkeypatch: pytest.MonkeyPat
             return next(seconds[self.name])
 
     def fake_load(options: ModelOptions) -> nullcontext[str]:
-        loaded.append(options.path.name)
+        loaded.append((options.path.name, options.kernels))
         return nullcontext(options.path.name)
 
     monkeypatch.setattr(quality_speed, "Timer", FakeTimer)
     monkeypatch.setattr(quality_speed, "EngineClient", SimpleNamespace(load=fake_load))
-    prompt, reply = time_pair(Path("mine"), Path("base"), Timing(1, 8, 16, 1, 3, 1), base_first=base_first)
-    assert loaded == (["base", "mine"] if base_first else ["mine", "base"])
+    timing = Timing(1, 8, 16, 1, 3, 1)
+    prompt, reply = time_pair(Path("mine"), Kernels.AUTO, Path("base"), timing, base_first=base_first)
+    both = [("base", "repack"), ("mine", "auto")]
+    assert loaded == (both if base_first else both[::-1])
     assert (prompt.ours, prompt.result, reply.ours, reply.result) == (8 / 2, 2 / 1, 16 / 4, 4 / 4)
     assert [label for _, label in timed] == ["pp8"] * 8 + ["tg16"] * 20
     assert [name for name, _ in timed[2:8]] == ["base", "mine", "mine", "base", "base", "mine"]

@@ -120,7 +120,7 @@ def test_overridden_queries_change_nothing_else() -> None:
     """A recipe in a file whose compressed keys follow the queries that an option changed."""
     types = chosen(LITE, r"blk\.\d+\.attn_q\.weight=q8_0")
     assert types["blk.3.attn_q.weight"] is Q8_0
-    assert types["blk.3.attn_kv_a_mqa.weight"] is GgmlType.Q5_K
+    assert types["blk.3.attn_kv_a_mqa.weight"] is GgmlType.Q6_K
     assert chosen(LITE, r".*attn_k_b.*=f16")["blk.3.attn_k_b.weight"] is GgmlType.F16
 
 

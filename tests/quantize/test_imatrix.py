@@ -191,7 +191,7 @@ def test_what_the_text_never_used_is_kept(tmp_path: Path, kind: GgmlType) -> Non
         before, after = weights(source, name), weights(out, name)
         for columns in (slice(0, 32), slice(32, None)):
             error = np.linalg.norm(after[..., columns] - before[..., columns])
-            assert error < 0.13 * np.linalg.norm(before[..., columns])
+            assert error < 0.2 * np.linalg.norm(before[..., columns])
 
 
 def test_cold_experts_are_filled_up() -> None:

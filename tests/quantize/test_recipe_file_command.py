@@ -18,7 +18,7 @@ from dsmoe_local.model.file_type import RECIPE_KEY
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import read_gguf
 from dsmoe_quantize.budget.explanation import stated_reasons
-from dsmoe_quantize.budget.fast_kernels import CPUS
+from dsmoe_quantize.budget.kernel_speeds import CPUS
 from dsmoe_quantize.errors import RequantizeError
 from dsmoe_quantize.imatrix_file import write_imatrix
 from dsmoe_quantize.policy.choice import Overrides, may_change
@@ -183,10 +183,21 @@ def test_a_quantized_source(source: Path, tmp_path: Path, word: str) -> None:
 
 def test_all_budgets(source: Path) -> None:
     """Guards: an option that does not reach the solver."""
-    budgets = ("--target-size", "1.4MB", "--target-bytes-per-token", "1.2MB", "--max-slow-share", "60")
+    budgets = (
+        "--target-size",
+        "1.4MB",
+        "--target-bytes-per-token",
+        "1.2MB",
+        "--max-slow-share",
+        "60",
+        "--min-prompt-speed",
+        "0.5",
+    )
     result = invoke(source, *budgets, "--cpu", "x86-avx2", "--sample", "512", "--dry-run")
     assert result.exit_code == 0, result.exception
-    assert all(f"{name} " in result.stdout for name in ("size", "bytes per token", "slow share"))
+    assert all(
+        f"{name} " in result.stdout for name in ("size", "bytes per token", "slow share", "prompt speed")
+    )
 
 
 @pytest.mark.parametrize(

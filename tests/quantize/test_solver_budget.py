@@ -26,7 +26,7 @@ from dsmoe_quantize.budget import cost_model
 from dsmoe_quantize.budget.cost_model import Budget, CostModel
 from dsmoe_quantize.budget.error_weights import WEIGHTS
 from dsmoe_quantize.budget.explanation import reasons, trade_offs
-from dsmoe_quantize.budget.fast_kernels import CPUS, is_fast, this_cpu
+from dsmoe_quantize.budget.kernel_speeds import CPUS, is_fast, speed_of, this_cpu
 from dsmoe_quantize.budget.sensitivity import Sensitivity, TensorErrors, candidates, measure
 from dsmoe_quantize.budget.sensitivity_file import start
 from dsmoe_quantize.policy.choice import Overrides, choose_types, may_change, parse_override
@@ -118,6 +118,46 @@ def test_every_budget_holds(moe: CostModel) -> None:
         assert 0 < slow_weights(moe, all_three.plan) <= slow * moe.n_read
         assert all_three.plan.bits_per_weight <= bits
         assert all_three.plan.n_bytes_per_token <= read
+
+
+def predicted_speeds(costs: CostModel, plan: Plan) -> tuple[float, float]:
+    """Speeds against Q4_K_M, counted from the table of speeds: prompts leave out the output."""
+    times = []
+    for choices in (
+        choose_types(unquantized(costs.hp, GgmlType.BF16), costs.hp, MIXES["Q4_K_M"]),
+        plan.choices,
+    ):
+        prompt = decode = 0.0
+        for each in choices:
+            role = role_of(each.name)
+            if role in (None, Role.NORM, Role.ROUTER, Role.EMBEDDING):
+                continue
+            speed = speed_of(costs.cpu, each.type, each.shape)
+            assert speed is not None
+            part = costs.hp.n_experts_per_token / costs.hp.n_routed_experts
+            weights = math.prod(each.shape) * (part if role is Role.ROUTED_EXPERT else 1)
+            decode += weights * speed.decode
+            prompt += 0 if role is Role.OUTPUT else weights * speed.prompt
+        times.append((prompt, decode))
+    return times[0][0] / times[1][0], times[0][1] / times[1][1]
+
+
+def test_prompts_are_as_fast_as_asked_for(moe: CostModel) -> None:
+    """Guards: a speed that counts all experts, or the output; a budget that is not kept."""
+    free = moe.solve(Budget(bits_per_weight=5.5), "x")
+    speeds = moe.speeds(free.total)
+    assert speeds is not None
+    assert speeds == pytest.approx(predicted_speeds(moe, free.plan), rel=1e-3)
+    wanted = 1.1 * speeds[0]
+    solved = moe.solve(Budget(bits_per_weight=5.5, prompt_speed=wanted), "x")
+    assert predicted_speeds(moe, solved.plan)[0] >= wanted * 0.999
+    assert solved.total.error >= free.total.error
+    with pytest.raises(UsageError, match="fits the budget") as caught:
+        moe.solve(Budget(prompt_speed=9), "x")
+    assert "x the speed of Q4_K_M" in caught.value.where
+    unknown = CostModel(moe.file, moe.hp, moe.sensitivity, cpu="arm-dotprod")
+    with pytest.raises(UsageError, match="are not known"):
+        unknown.solve(Budget(prompt_speed=1), "x")
 
 
 def test_totals_are_those_of_the_plan(moe: CostModel) -> None:
@@ -319,9 +359,10 @@ def test_every_group_is_explained(moe: CostModel) -> None:
 
 def test_fast_kernels() -> None:
     """Guards: rows that the kernels cannot interleave; the list of this machine's kind."""
-    assert is_fast("x86-avx2", GgmlType.Q4_K, (64, 1408, 2048))
-    assert not is_fast("x86-avx2", GgmlType.Q4_K, (1407, 2048))
-    assert not is_fast("x86-avx2", GgmlType.Q5_K, (1408, 2048))
+    assert is_fast("x86-avx2", GgmlType.IQ4_NL, (64, 2048, 1408))
+    assert not is_fast("x86-avx2", GgmlType.IQ4_NL, (2047, 1408))
+    assert is_fast("x86-avx2", GgmlType.Q4_K, (1407, 2048))
+    assert not is_fast("x86-avx2", GgmlType.Q5_0, (1408, 2048))
     assert is_fast("arm-dotprod", GgmlType.Q5_K, (1408, 2048))
     assert not is_fast("none", GgmlType.Q4_0, (1408, 2048))
     assert this_cpu() in CPUS

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
-import msgspec
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -16,12 +15,9 @@ from benchmarks.support.quality.variants import OURS
 
 _MOST_BITS = 6.2
 """Types with more bits are listed below the chart. They would make it too wide."""
-_LIKE = " like "
-"""Separates a type from the recipe whose embedding and output types it has."""
 _KINDS: Mapping[str, tuple[str, str, str]] = {
     "stock": ("o", "#2f6fb7", "llama.cpp's types"),
     "ours": ("D", "#c2410c", "recipes of dsmoe-quantize"),
-    "alike": ("s", "#7c4dbd", "like: same embedding, output"),
 }
 """Marker, colour and legend of each kind of file."""
 _FRONTIER = "#6b8e3d", "--target-bpw, for any size"
@@ -37,7 +33,7 @@ _OFFSETS: Mapping[str, tuple[float, float, str]] = {
 
 def chart(part: Reference) -> Figure:
     """Draw the chart."""
-    shown = [row for row in (*part.rows, *_alike(part)) if row.bits_per_weight <= _MOST_BITS]
+    shown = [row for row in part.rows if row.bits_per_weight <= _MOST_BITS]
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.add_subplot()
     axes.set_yscale("log")
@@ -69,26 +65,12 @@ def description(part: Reference) -> str:
     words = {False: "without", True: "with"}
     told = (
         f"{row.type} {words[row.imatrix]} imatrix: {row.bits_per_weight:.2f} bits, {row.kl:.2g}"
-        for row in (*part.rows, *_alike(part), *part.frontier)
+        for row in (*part.rows, *part.frontier)
     )
     return f"Bits per weight, and mean KL divergence in nats. {'; '.join(told)}."
 
 
-def _alike(part: Reference) -> list[FidelityRow]:
-    """Return what recipes are compared with, named after the recipes with the same embedding and output."""
-    recipes: dict[tuple[str, str, bool], list[str]] = {}
-    rows = {(row.base, row.digest, row.imatrix): row for row in part.alike}
-    for row in part.alike:
-        recipes.setdefault((row.base, row.digest, row.imatrix), []).append(row.type)
-    return [
-        msgspec.structs.replace(row, type=f"{row.base}{_LIKE}{', '.join(recipes[key])}")
-        for key, row in rows.items()
-    ]
-
-
 def _kind(word: str) -> str:
-    if _LIKE in word:
-        return "alike"
     return "ours" if word in OURS else "stock"
 
 

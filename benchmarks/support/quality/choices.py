@@ -6,13 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import msgspec
-
 from benchmarks.support.quality.fidelity import Bench
-from benchmarks.support.quality.figures import AlikeRow, FidelityRow, SizeRow, TargetRow
+from benchmarks.support.quality.figures import FidelityRow, SizeRow, TargetRow
 from benchmarks.support.quality.variants import ALIKE, BASE, LARGE, Variant, variants
 from benchmarks.support.sizes import size_of, types_digest
 from dsmoe_local.base.errors import UsageError
+from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_quantize.budget import sensitivity_file
 from dsmoe_quantize.budget.cost_model import Budget
@@ -71,19 +70,16 @@ def measure_types(bench: Bench, wanted: Iterable[Variant]) -> list[FidelityRow]:
     return [bench.measure(bench.plan(variant), variant, variant.digest) for variant in wanted]
 
 
-def measure_alike(bench: Bench) -> list[AlikeRow]:
-    """Measure what each recipe is compared with, with the recipe's types for embedding and output: in a small
-    model both are a larger share than in a large one.
+def measure_alike(bench: Bench) -> list[FidelityRow]:
+    """Measure types with embedding and output in Q8_0: in a small model both are a larger share than in a
+    large one, and would decide which type is better.
     """
+    overrides = Overrides(output=GgmlType.Q8_0, embedding=GgmlType.Q8_0)
     rows = []
     for imatrix in (False, True):
-        for word, base in ALIKE:
-            variant = Variant(word, imatrix)
-            types = {choice.name: choice.type for choice in bench.plan(variant).choices}
-            overrides = Overrides(output=types["output.weight"], embedding=types["token_embd.weight"])
-            plan = bench.plan_of(resolve(base), overrides, imatrix=imatrix)
-            digest = types_digest(plan.choices)
-            rows.append(AlikeRow(**msgspec.structs.asdict(bench.measure(plan, variant, digest)), base=base))
+        for word in ALIKE:
+            plan = bench.plan_of(resolve(word), overrides, imatrix=imatrix)
+            rows.append(bench.measure(plan, Variant(word, imatrix), types_digest(plan.choices)))
     return rows
 
 

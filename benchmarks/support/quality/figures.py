@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from benchmarks.support.quality.variants import BASE, Variant
+from benchmarks.support.quality.variants import Variant
 
 ROOT = Path(__file__).resolve().parents[3]
 FIGURES = ROOT / "docs" / "quality.json"
@@ -39,7 +39,8 @@ class SizeRow(Row, frozen=True):
 
 class SpeedRow(Row, frozen=True):
     """Tokens per second on the shape with few layers, one figure for each round; their ratios to the base
-    timed beside it; the bytes that decoding one token reads there.
+    timed beside it; the bytes that decoding one token reads there. `kernels` is how it was loaded; the base
+    beside it was loaded with "repack", as llama.cpp does.
     """
 
     n_bytes_per_token: float
@@ -47,6 +48,7 @@ class SpeedRow(Row, frozen=True):
     decode: Sequence[float]
     prompt_ratio: Sequence[float]
     decode_ratio: Sequence[float]
+    kernels: str = "repack"
 
 
 class FidelityRow(Row, frozen=True):
@@ -69,12 +71,6 @@ class FidelityRow(Row, frozen=True):
     windows: Sequence[float]
 
 
-class AlikeRow(FidelityRow, frozen=True):
-    """The type `base` with the embedding and output types of the recipe `type`."""
-
-    base: str = BASE
-
-
 class TargetRow(msgspec.Struct, frozen=True):
     """A size that was asked for, and the size of the file made for it, in bytes."""
 
@@ -83,6 +79,14 @@ class TargetRow(msgspec.Struct, frozen=True):
 
 
 R = TypeVar("R", bound=Row)
+
+
+def next_row(rows: Sequence[R], variant: Variant) -> R:
+    """Return the first row of a type; KeyError if there is none."""
+    for row in rows:
+        if row.variant == variant:
+            return row
+    raise KeyError(str(variant))
 
 
 class Part(msgspec.Struct, Generic[R], frozen=True, kw_only=True):
@@ -96,24 +100,21 @@ class Part(msgspec.Struct, Generic[R], frozen=True, kw_only=True):
 
     def row(self, variant: Variant) -> R:
         """Return the row of a type; KeyError if there is none."""
-        for row in self.rows:
-            if row.variant == variant:
-                return row
-        raise KeyError(str(variant))
+        return next_row(self.rows, variant)
 
 
 class Reference(Part[FidelityRow], frozen=True, kw_only=True):
-    """The trained reference. `frontier` and `targets` are what the solver makes of budgets, `alike` is what
-    the recipes are compared with.
+    """The trained reference. `frontier` and `targets` are what the solver makes of budgets. `alike` are types
+    with embedding and output in Q8_0.
     """
 
     frontier: Sequence[FidelityRow]
     targets: Sequence[TargetRow]
-    alike: Sequence[AlikeRow]
+    alike: Sequence[FidelityRow]
 
-    def alike_row(self, variant: Variant, base: str) -> AlikeRow | None:
-        """Return what a recipe is compared with; None if it was not measured."""
-        return next((row for row in self.alike if (row.variant, row.base) == (variant, base)), None)
+    def alike_row(self, variant: Variant) -> FidelityRow:
+        """Return the row of a type with embedding and output in Q8_0; KeyError if there is none."""
+        return next_row(self.alike, variant)
 
 
 class Figures(msgspec.Struct, frozen=True):

@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from benchmarks.support.quality.figures import SpeedRow
-from benchmarks.support.quality.variants import BASE, timed_variants
+from benchmarks.support.quality.variants import BASE, TIMED, Variant
 from benchmarks.support.random_models import model_file, shape_of, with_layers
 from benchmarks.support.runner import Row, compare, in_turn
 from benchmarks.support.sizes import size_of
+from dsmoe_local.engine.load.kernels import Kernels
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions
 from dsmoe_local.evaluate.speed.machine import cpu_name
 from dsmoe_local.evaluate.speed.timing import Timer, Workload, options_for, workloads_of
-from dsmoe_quantize.policy.types import TypeChoice
 from dsmoe_quantize.write import kernels
 
 PRESET = "deepseekmoe-16b"
@@ -67,29 +67,26 @@ def machine_facts() -> dict[str, Any]:
 
 
 def measure_speeds(timing: Timing) -> list[SpeedRow]:
-    """Time each type."""
-    timed = {variant.word: variant for variant in timed_variants()}
-    rounds = time_beside_base(timing, {word: word for word in timed})
-    hp = with_layers(shape_of(PRESET, quick=timing.quick).hp, timing.layers)
-    rows = []
-    for word, variant in timed.items():
-        prompt, decode = ([round(pair[at].ours, 3) for pair in rounds[word]] for at in range(2))
-        n_read = size_of(hp, word).n_bytes_per_token
-        ratios = ratios_of(rounds[word])
-        rows.append(SpeedRow(word, variant.imatrix, variant.digest, n_read, prompt, decode, *ratios))
-    return rows
-
-
-def time_beside_base(timing: Timing, choices: Mapping[str, str | TypeChoice]) -> Mapping[str, Sequence[Pair]]:
-    """Time each type beside the base; return one pair for each round, under the type's name."""
+    """Time each type as `--kernels auto` loads it, and the base repacked as a control."""
     shape = shape_of(PRESET, quick=timing.quick)
-    files = {name: model_file(shape, timing.layers, choice) for name, choice in choices.items()}
-    base = model_file(shape, timing.layers, BASE)
+    files = {word: model_file(shape, timing.layers, word) for word in TIMED}
+    cases = {f"{BASE} {Kernels.REPACK}": (BASE, Kernels.REPACK)}
+    cases |= {f"{word} {Kernels.AUTO}": (word, Kernels.AUTO) for word in TIMED}
 
-    def pair(name: str, number: int) -> Pair:
-        return time_pair(files[name], base, timing, base_first=number % 2 == 0)
+    def pair(word: str, how: Kernels, number: int) -> Pair:
+        return time_pair(files[word], how, files[BASE], timing, base_first=number % 2 == 0)
 
-    return in_turn({name: partial(pair, name) for name in files}, timing.rounds, n_warm_up=0, told=_told)
+    contenders = {name: partial(pair, *case) for name, case in cases.items()}
+    rounds = in_turn(contenders, timing.rounds, n_warm_up=0, told=_told)
+    hp = with_layers(shape.hp, timing.layers)
+    rows = []
+    for name, (word, how) in cases.items():
+        prompt, decode = ([round(pair[at].ours, 3) for pair in rounds[name]] for at in range(2))
+        n_read = size_of(hp, word).n_bytes_per_token
+        digest = Variant(word, False).digest
+        ratios = ratios_of(rounds[name])
+        rows.append(SpeedRow(word, False, digest, n_read, prompt, decode, *ratios, str(how)))
+    return rows
 
 
 def _told(pair: Pair) -> str:
@@ -102,15 +99,17 @@ def ratios_of(pairs: Sequence[Pair]) -> tuple[list[float], list[float]]:
     return prompt, decode
 
 
-def time_pair(path: Path, base: Path, timing: Timing, *, base_first: bool = False) -> Pair:
-    """Load both models, time them in turn, and close them. `base_first` changes which is loaded first, since
-    memory that is taken first may be faster.
+def time_pair(path: Path, how: Kernels, base: Path, timing: Timing, *, base_first: bool = False) -> Pair:
+    """Load a model, and the base repacked; time them in turn, and close them. `base_first` changes which is
+    loaded first, since memory that is taken first may be faster.
     """
     prompt, reply = workloads_of([timing.n_prompt], [timing.n_gen])
     with ExitStack() as stack:
         timers = {
-            name: Timer(stack.enter_context(EngineClient.load(_options(each, (prompt, reply), timing))))
-            for name, each in ((("base", base), ("model", path))[:: 1 if base_first else -1])
+            name: Timer(stack.enter_context(EngineClient.load(_options(each, form, (prompt, reply), timing))))
+            for name, each, form in (
+                (("base", base, Kernels.REPACK), ("model", path, how))[:: 1 if base_first else -1]
+            )
         }
         return (
             _compared(timers, prompt, timing.turns),
@@ -128,5 +127,6 @@ def _compared(timers: Mapping[str, Timer], workload: Workload, turns: int) -> Ro
     return compare(workload.label, rates, "model", "base")
 
 
-def _options(path: Path, workloads: Sequence[Workload], timing: Timing) -> ModelOptions:
-    return options_for(ModelOptions(path, n_threads=timing.threads), workloads)
+def _options(path: Path, how: Kernels, workloads: Sequence[Workload], timing: Timing) -> ModelOptions:
+    options = ModelOptions(path, n_threads=timing.threads, kernels=how.value)
+    return options_for(options, workloads)

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks.support.quality.bars import (
+    AUTO,
     BYTES,
-    COMPARED,
     DECODE,
     KL,
     PROMPT,
@@ -17,11 +17,11 @@ from benchmarks.support.quality.bars import (
     control_of,
     ratio_of,
     targets_hold,
+    verdict_on,
     verdicts,
 )
 from benchmarks.support.quality.figures import (
     PARTS,
-    AlikeRow,
     FidelityRow,
     Figures,
     Part,
@@ -29,8 +29,8 @@ from benchmarks.support.quality.figures import (
     SizeRow,
     SpeedRow,
 )
-from benchmarks.support.quality.variants import BASE, OURS, Variant
-from benchmarks.support.runner import is_difference
+from benchmarks.support.quality.variants import BASE, COMPARED, OURS, Variant
+from benchmarks.support.runner import Bar, is_difference
 from benchmarks.support.tables import Column, markdown, markdown_of
 
 _WORDS = {False: "without", True: "with"}
@@ -56,25 +56,18 @@ def all_tables(figures: Figures) -> dict[str, str]:
 
 def summary_table(figures: Figures) -> str:
     """Compare our recipes with the base, without an importance matrix."""
-    told = {(each.recipe, each.measure): each for each in verdicts(figures) if not each.imatrix}
     rows = []
     for word in COMPARED:
-        found = [told[word, measure] for measure in (SIZE, BYTES, PROMPT, DECODE)]
+        found = [
+            verdict_on(figures, word, measure, BASE, Bar(0), imatrix=False)
+            for measure in (SIZE, BYTES, PROMPT, DECODE)
+        ]
         cells = [f"{each.ratio:.2f} x" if each.is_difference else _NO_DIFFERENCE for each in found]
-        cells.append(f"{_alike_ratio(figures.reference, word):.2f} x")
+        base, ours = (figures.reference.alike_row(Variant(each, False)) for each in (BASE, word))
+        cells.append(f"{ratio_of(ours.windows, base.windows)[0]:.2f} x")
         rows.append([named(word), *cells])
-    heads = ("against Q4_K_M", "size", "bytes per token", "prompt speed", "decode speed", KL)
+    heads = ("against Q4_K_M repacked", "size", "bytes per token", "prompt speed", "decode speed", KL)
     return markdown(heads, "lrrrrr", rows)
-
-
-def _alike_ratio(part: Reference, word: str) -> float:
-    """Return the ratio of a recipe's divergence to that of the base with the recipe's embedding and output,
-    without an importance matrix.
-    """
-    variant = Variant(word, False)
-    alike = part.alike_row(variant, BASE)
-    assert alike is not None
-    return ratio_of(part.row(variant).windows, alike.windows)[0]
 
 
 def named(word: str) -> str:
@@ -173,20 +166,16 @@ def targets_table(part: Reference) -> str:
 
 
 def alike_table(part: Reference) -> str:
-    """Compare recipes with other types that have the same embedding and output."""
-
-    def ours(base: AlikeRow) -> FidelityRow:
-        return part.row(base.variant)
-
+    """Compare types that all have embedding and output in Q8_0."""
+    bases = {imatrix: part.alike_row(Variant(BASE, imatrix)) for imatrix in (False, True)}
     columns: Sequence[Column] = (
-        ("recipe", "l", lambda base: named(base.type)),
+        _TYPE,
         _IMATRIX,
-        ("against", "l", lambda base: f"`{base.base}`"),
-        ("size", "r", lambda base: _ratio(ours(base).file_size, base.file_size)),
-        ("KL, 1e-3", "r", lambda base: f"{1e3 * ours(base).kl:.3f}"),
-        ("its KL, 1e-3", "r", lambda base: f"{1e3 * base.kl:.3f}"),
-        ("ratio", "r", lambda base: _divergences(ours(base).windows, base.windows)),
-        ("95%", "l", lambda base: _interval(ours(base).windows, base.windows)),
+        ("size", "r", lambda row: _ratio(row.file_size, bases[row.imatrix].file_size)),
+        ("KL, 1e-3", "r", lambda row: f"{1e3 * row.kl:.3f}"),
+        (f"against {BASE}", "r", lambda row: _divergences(row.windows, bases[row.imatrix].windows)),
+        ("95%", "l", lambda row: _interval(row.windows, bases[row.imatrix].windows)),
+        ("same experts", "r", lambda row: f"{row.same_experts:.2%}"),
     )
     return markdown_of(columns, part.alike)
 
@@ -219,14 +208,15 @@ def sizes_table(part: Part[SizeRow]) -> str:
 
 def speed_table(part: Part[SpeedRow]) -> str:
     """Show medians of the rounds, and the bytes that decoding reads."""
-    base = part.row(Variant(BASE, False))
+    base = part.row(Variant(BASE, False))  # the bytes are the same, however it was loaded
     prompt, decode = (control_of(part, measure) for measure in (PROMPT, DECODE))
     columns: Sequence[Column] = (
-        ("type", "l", lambda row: named(row.type) + (", the control" if row.type == BASE else "")),
+        ("type", "l", lambda row: named(row.type)),
+        ("`--kernels`", "l", lambda row: row.kernels + (", the control" if row.kernels != AUTO else "")),
         ("prompt, tokens/s", "r", lambda row: f"{statistics.median(row.prompt):.1f}"),
-        (f"against {BASE}", "r", lambda row: spread(row.prompt_ratio, prompt)),
+        (f"against {BASE} repacked", "r", lambda row: spread(row.prompt_ratio, prompt)),
         ("decode, tokens/s", "r", lambda row: f"{statistics.median(row.decode):.1f}"),
-        (f"against {BASE}", "r", lambda row: spread(row.decode_ratio, decode)),
+        (f"against {BASE} repacked", "r", lambda row: spread(row.decode_ratio, decode)),
         (
             "bytes per token of this file",
             "r",

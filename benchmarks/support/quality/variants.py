@@ -14,12 +14,14 @@ from dsmoe_quantize.policy.named_recipes import RECIPES
 
 BASE = "Q4_K_M"
 """What our recipes are compared with."""
-STOCK = ("Q8_0", "Q6_K", "Q5_K_M", BASE, "Q4_K_S", "IQ4_XS", "IQ4_NL", "Q4_0")
-TIMED = ("Q8_0", BASE, "Q4_K_S", "IQ4_XS", "Q4_0")
-"""The stock types whose speed is measured; the speed of every recipe is measured too."""
+STOCK = ("Q8_0", "Q6_K", "Q5_K_M", BASE, "Q4_K_S", "IQ4_XS", "IQ4_NL", "Q4_0", "Q3_K_L")
 OURS = tuple(RECIPES)
-ALIKE = (("q4", BASE), ("q4-fast", BASE), ("q4-small", BASE), ("q4-small", "IQ4_XS"))
-"""Recipes, and the type each is compared with. That one gets the recipe's types for embedding and output."""
+COMPARED = ("q4", "q4-fast", "q4-small")
+"""The recipes that are compared with the base."""
+TIMED = (BASE, *COMPARED)
+"""The types whose speed is measured."""
+ALIKE = (BASE, "Q3_K_L", *COMPARED)
+"""Types that are also measured with embedding and output in Q8_0."""
 LARGE = PRESETS["deepseekmoe-16b"].hp
 
 _DIGITS = 12
@@ -45,18 +47,6 @@ def variants() -> Iterator[Variant]:
     """Yield all types with and without an importance matrix, in the order of the tables."""
     for imatrix in (False, True):
         yield from (Variant(word, imatrix) for word in (*STOCK, *OURS))
-
-
-def timed_variants() -> Iterator[Variant]:
-    """Yield each kind of file once: a recipe may be a stock type under another name. All are without an
-    importance matrix: with one, some stock mixes get larger types in a few tensors, recipes do not.
-    """
-    seen = set()
-    for word in (*TIMED, *OURS):
-        variant = Variant(word, False)
-        if variant.digest not in seen:
-            seen.add(variant.digest)
-            yield variant
 
 
 @cache

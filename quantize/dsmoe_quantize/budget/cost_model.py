@@ -11,22 +11,31 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.sizes import format_size, round_up
 from dsmoe_local.model.cost import read_fraction
-from dsmoe_local.model.ggml import FLOATS, GgmlType, tensor_bytes
+from dsmoe_local.model.ggml import FLOATS, GgmlType, Tensor, tensor_bytes
 from dsmoe_local.model.gguf_file import GgufFile, TensorInfo
 from dsmoe_local.model.hyperparameters import Hyperparameters
+from dsmoe_local.model.layout import is_output
 from dsmoe_quantize.budget.error_weights import error_weights
-from dsmoe_quantize.budget.fast_kernels import is_fast
+from dsmoe_quantize.budget.kernel_speeds import SPEEDS, is_fast, speed_of
 from dsmoe_quantize.budget.sensitivity import Sensitivity
 from dsmoe_quantize.budget.solver import Option, Problem, Solution, solve
 from dsmoe_quantize.imatrix import Imatrix
-from dsmoe_quantize.policy.choice import Overrides, TensorChoice, fixed_types
+from dsmoe_quantize.policy.choice import Overrides, TensorChoice, choose_types, fixed_types
+from dsmoe_quantize.policy.mixes import MIXES
 from dsmoe_quantize.policy.recipe_file import closest_mix
 from dsmoe_quantize.policy.recipes import RECIPE_FALLBACKS, Group, LayeredRecipe, condensed, group_of
 from dsmoe_quantize.quantize import Plan, plan_file
+
+SPEED_BASE = "Q4_K_M"
+"""The mix to whose speed predicted speeds are relative."""
+
+_N_COSTS = 4
+"""The number of costs that budgets may limit, in the order of `_costs`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +44,14 @@ class Budget:
 
     `size` is in bytes with the header, `bits_per_weight` is without it. `bytes_per_token` are the weights
     read to decode one token. `slow_share` is the share (0 to 1) of the weights read that have no fast kernel.
+    `prompt_speed` is the least speed of prompts, as predicted by `CostModel.speeds`.
     """
 
     size: int | None = None
     bits_per_weight: float | None = None
     bytes_per_token: int | None = None
     slow_share: float | None = None
+    prompt_speed: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +59,16 @@ class Figures:
     """The costs of some tensors.
 
     They are the bytes in the file with padding, the bytes read per token, the number of weights read per
-    token that have no fast kernel, and the predicted error.
+    token that have no fast kernel, the predicted error, and the time of the products for one token of a
+    prompt and of a reply, in picoseconds; 0 if the processor's speed is unknown.
     """
 
     n_bytes: int = 0
     n_bytes_per_token: float = 0.0
     n_slow: float = 0.0
     error: float = 0.0
+    prompt: float = 0.0
+    decode: float = 0.0
 
     def __add__(self, other: Figures) -> Figures:
         return Figures(
@@ -62,6 +76,8 @@ class Figures:
             self.n_bytes_per_token + other.n_bytes_per_token,
             self.n_slow + other.n_slow,
             self.error + other.error,
+            self.prompt + other.prompt,
+            self.decode + other.decode,
         )
 
 
@@ -78,8 +94,8 @@ class GroupOptions:
 class Solved:
     """A recipe for a budget. `picks` has the type of each free group, `total` the costs of all tensors.
 
-    `prices` are the error that one more byte of size, byte per token, or slow weight would save. No recipe
-    has an error below `bound`.
+    `prices` are the error that one more byte of size, byte per token, slow weight, or picosecond of a prompt
+    would save. No recipe has an error below `bound`.
     """
 
     plan: Plan
@@ -87,7 +103,7 @@ class Solved:
     picks: Mapping[Group, GgmlType]
     total: Figures
     file_size: int
-    prices: tuple[float, float, float]
+    prices: tuple[float, ...]
     bound: float
     is_optimal: bool
 
@@ -163,12 +179,41 @@ class CostModel:
         fraction = read_fraction(self.hp, tensor.name)
         is_matrix = tensor.name in self.sensitivity.tensors
         slow = is_matrix and not is_fast(self.cpu, kind, tensor.shape)
+        prompt, decode = self._times(tensor, kind) if is_matrix else (0.0, 0.0)
         return Figures(
             -(-n_bytes // self._alignment) * self._alignment,
             n_bytes * fraction,
             tensor.n_weights * fraction if slow else 0.0,
             self._error(tensor, kind) if is_matrix else 0.0,
+            prompt,
+            decode,
         )
+
+    def _times(self, tensor: Tensor, kind: GgmlType) -> tuple[float, float]:
+        """Return `Figures.prompt` and `Figures.decode` of a matrix."""
+        speed = speed_of(self.cpu, kind, tensor.shape)
+        n_read = tensor.n_weights * read_fraction(self.hp, tensor.name)
+        # The output is computed only for the last token of a prompt.
+        n_of_prompt = 0.0 if is_output(tensor.name, self.hp) else n_read
+        return (n_of_prompt * speed.prompt, n_read * speed.decode) if speed else (0.0, 0.0)
+
+    @cached_property
+    def _base_times(self) -> tuple[float, float]:
+        """The times of Q4_K_M."""
+        tensors = list(self.file.tensors.values())
+        chosen = choose_types(tensors, self.hp, MIXES[SPEED_BASE])
+        times = [self._times(each, each.type) for each in chosen if each.name in self.sensitivity.tensors]
+        return sum(prompt for prompt, _ in times), sum(decode for _, decode in times)
+
+    def speeds(self, total: Figures) -> tuple[float, float] | None:
+        """Return the predicted speeds of prompts and of decoding, in multiples of those of Q4_K_M.
+
+        Only the products with weights are counted. None if the processor's speed is unknown.
+        """
+        if not (total.prompt and total.decode):
+            return None
+        prompt, decode = self._base_times
+        return prompt / total.prompt, decode / total.decode
 
     def _error(self, tensor: TensorInfo, kind: GgmlType) -> float:
         measured = self.sensitivity.tensors[tensor.name]
@@ -209,7 +254,18 @@ class CostModel:
             min(sizes) - self.fixed.n_bytes if sizes else None,
             None if budget.bytes_per_token is None else budget.bytes_per_token - self.fixed.n_bytes_per_token,
             None if budget.slow_share is None else budget.slow_share * self.n_read - self.fixed.n_slow,
+            None if budget.prompt_speed is None else self._prompt_limit(budget) - self.fixed.prompt,
         ]
+
+    def _prompt_limit(self, budget: Budget) -> float:
+        """Return the longest time of a prompt. UsageError if the processor's speed is unknown."""
+        assert budget.prompt_speed is not None
+        if self.cpu not in SPEEDS:
+            raise UsageError(
+                f"speeds of prompts are not known for the processor {self.cpu}",
+                remedy=f"leave out --min-prompt-speed, or add --cpu {', '.join(SPEEDS)}",
+            )
+        return self._base_times[0] / budget.prompt_speed
 
     def _solve(
         self, budget: Budget, header: int, name: str, about: Mapping[str, str | int | float], quick: bool
@@ -252,7 +308,7 @@ class CostModel:
             picks,
             total,
             plan.file_size,
-            (prices.get(0, 0.0), prices.get(1, 0.0), prices.get(2, 0.0)),
+            tuple(prices.get(at, 0.0) for at in range(_N_COSTS)),
             solution.bound + self.fixed.error,
             solution.is_optimal,
         )
@@ -269,6 +325,8 @@ class CostModel:
                 min(figures.n_bytes for figures in every),
                 min(figures.n_bytes_per_token for figures in every),
                 min(figures.n_slow for figures in every),
+                prompt=min(figures.prompt for figures in every),
+                decode=min(figures.decode for figures in every),
             )
         # Rounded up, so that the figures shown are feasible.
         bits = math.ceil(800 * least.n_bytes / self.n_weights) / 100
@@ -286,6 +344,8 @@ class CostModel:
         if budget.slow_share is not None:
             percent = math.ceil(round(100 * least.n_slow / self.n_read, 6))
             what.append(f"{percent}% of the weights read without fast kernels")
+        if budget.prompt_speed is not None and (speeds := self.speeds(least)):
+            what.append(f"prompts at {math.floor(100 * speeds[0]) / 100:.2f} x the speed of {SPEED_BASE}")
         if fits:
             return UsageError(
                 "no choice of types was found that fits all budgets at once",
@@ -302,6 +362,7 @@ class CostModel:
             (8 * total.n_bytes / self.n_weights, budget.bits_per_weight),
             (total.n_bytes_per_token, budget.bytes_per_token),
             (total.n_slow, None if budget.slow_share is None else budget.slow_share * self.n_read),
+            (total.prompt, None if budget.prompt_speed is None else self._prompt_limit(budget)),
         )
         return all(limit is None or value <= limit for value, limit in pairs)
 
@@ -325,9 +386,9 @@ def _about_error(error: float) -> dict[str, float]:
 
 
 def _costs(figures: Figures, used: Sequence[int]) -> tuple[int, ...]:
-    """Return whole bytes and weights, rounded up, so that sums are never too small."""
-    every = (figures.n_bytes, -int(-figures.n_bytes_per_token // 1), -int(-figures.n_slow // 1))
-    return tuple(every[at] for at in used)
+    """Return whole bytes, weights and picoseconds, rounded up, so that sums are never too small."""
+    every = (figures.n_bytes, figures.n_bytes_per_token, figures.n_slow, figures.prompt)
+    return tuple(-int(-every[at] // 1) for at in used)
 
 
 def _layered(picks: Mapping[Group, GgmlType]) -> dict[str, dict[int | None, GgmlType]]:

@@ -10,7 +10,7 @@ from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.model.ggml import GgmlType, block_size
 from dsmoe_quantize.budget.cost_model import Budget, CostModel, Figures, GroupOptions, Solved
-from dsmoe_quantize.budget.fast_kernels import is_fast
+from dsmoe_quantize.budget.kernel_speeds import is_fast
 from dsmoe_quantize.policy.choice import choose_types
 from dsmoe_quantize.policy.mixes import MIXES
 from dsmoe_quantize.policy.named_recipes import RECIPES
@@ -29,12 +29,16 @@ _NAMED: tuple[TypeChoice, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class TradeOff:
-    """One line of the trade-off table: a recipe, solved or named, and its costs."""
+    """One line of the trade-off table: a recipe, solved or named, and its costs.
+
+    `speeds` of prompts and of decoding are predicted, relative to Q4_K_M; None if unknown.
+    """
 
     label: str
     total: Figures
     bits_per_weight: float
     slow_share: float
+    speeds: tuple[float, float] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,7 @@ def trade_off(costs: CostModel, label: str, total: Figures) -> TradeOff:
         total,
         8 * total.n_bytes / costs.n_weights,
         total.n_slow / costs.n_read if costs.n_read else 0,
+        costs.speeds(total),
     )
 
 
@@ -188,8 +193,13 @@ def _step(solved: Solved, here: Figures, others: Mapping[GgmlType, Figures], way
 
 def _worth(solved: Solved, figures: Figures) -> float:
     """Return the error that these costs would save elsewhere, at the margin of the budgets."""
-    size, per_token, slow = solved.prices
-    return size * figures.n_bytes + per_token * figures.n_bytes_per_token + slow * figures.n_slow
+    size, per_token, slow, prompt = solved.prices
+    return (
+        size * figures.n_bytes
+        + per_token * figures.n_bytes_per_token
+        + slow * figures.n_slow
+        + prompt * figures.prompt
+    )
 
 
 def _overridden(costs: CostModel) -> list[Reason]:

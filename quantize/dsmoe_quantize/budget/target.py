@@ -29,7 +29,7 @@ class Request:
     `sensitivity` is the file in which measurements are kept; None: a file in the cache. If that file was
     measured with another importance matrix, only its `weights` are used, and errors are kept in the cache.
     `sample` is the number of weights to measure in each tensor, 0 for all; None: the file's, or the default.
-    `cpu` is one of `fast_kernels.CPUS`.
+    `cpu` is one of `kernel_speeds.CPUS`.
     """
 
     budget: Budget
@@ -152,6 +152,7 @@ def _about(
         "target_bits_per_weight": budget.bits_per_weight,
         "target_bytes_per_token": budget.bytes_per_token,
         "max_slow_share": budget.slow_share,
+        "min_prompt_speed": budget.prompt_speed,
         "cpu": request.cpu,
         "imatrix": imatrix.name if imatrix else None,
         "share_of_weights_tried": float(f"{found.share:.3g}"),

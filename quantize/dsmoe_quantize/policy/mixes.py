@@ -17,6 +17,7 @@ from dsmoe_local.model.layout import is_output, layer_of
 
 _VALUE = (".attn_v.weight", ".attn_qkv.weight")
 _DOWN = (".ffn_down.weight", ".ffn_down_shexp.weight", ".ffn_down_exps.weight")
+_ATTENTION_OUTPUT = (".attn_output.weight",)
 """The tensors that rules apply to, by the ends of their names. llama.cpp has none for MLA's projections."""
 
 
@@ -47,8 +48,24 @@ def _first_eighth(at: Position) -> bool:
     return first_eighth(at.index, at.count)
 
 
+def _first_sixteenth(at: Position) -> bool:
+    return at.index < at.count // 16
+
+
 def _first_four(at: Position) -> bool:
     return at.index < 4
+
+
+def _first_two(at: Position) -> bool:
+    return at.index < 2
+
+
+def _always(_: Position) -> bool:
+    return True
+
+
+def _without_8_experts(at: Position) -> bool:
+    return at.hp.n_routed_experts != 8
 
 
 def _shared_by_four_heads(at: Position) -> bool:
@@ -100,6 +117,18 @@ _NON_LINEAR = (
     Rule(_VALUE, _shared_by_four_heads, GgmlType.Q5_K, "shared by four heads or more"),
     Rule(_DOWN, _first_eighth, GgmlType.Q5_K, "more bits in the first layers", imatrix=False),
 )
+_THREE_BITS = (
+    Rule(_VALUE, _first_two, GgmlType.Q5_K, "more bits in the first two layers"),
+    Rule(_VALUE, _always, GgmlType.Q4_K, "more bits than the base"),
+    Rule(_DOWN, _first_sixteenth, GgmlType.Q5_K, "more bits in the first layers"),
+    Rule(_DOWN, _always, GgmlType.Q4_K, "more bits than the base"),
+    Rule(_ATTENTION_OUTPUT, _without_8_experts, GgmlType.Q4_K, "more bits than the base"),
+)
+_THREE_BITS_LARGE = (
+    Rule(_VALUE, _always, GgmlType.Q5_K, "more bits than the base"),
+    Rule(_DOWN, _always, GgmlType.Q5_K, "more bits than the base"),
+    Rule(_ATTENTION_OUTPUT, _without_8_experts, GgmlType.Q5_K, "more bits than the base"),
+)
 
 
 def _with_minimum(kind: GgmlType) -> tuple[Rule, ...]:
@@ -119,6 +148,9 @@ _LIST = (
     Mix("Q4_0", GgmlType.Q4_0, _with_minimum(GgmlType.Q4_1)),
     Mix("IQ4_NL", GgmlType.IQ4_NL, _NON_LINEAR, with_8_experts=True),
     Mix("IQ4_XS", GgmlType.IQ4_XS, _NON_LINEAR, with_8_experts=True),
+    Mix("Q3_K_L", GgmlType.Q3_K, _THREE_BITS_LARGE),
+    Mix("Q3_K_M", GgmlType.Q3_K, _THREE_BITS, with_8_experts=True),
+    Mix("Q3_K_S", GgmlType.Q3_K, with_8_experts=True),
 )
 
 MIXES: Mapping[str, Mix] = MappingProxyType({mix.name: mix for mix in _LIST})
@@ -129,11 +161,12 @@ FLOAT_TYPES: Mapping[str, Mix] = MappingProxyType(
 )
 """Every matrix in one float type; norms and routers stay as they are."""
 
-ALIASES: Mapping[str, str] = MappingProxyType({"Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"})
-"""Other names that llama.cpp has for two of the mixes."""
+ALIASES: Mapping[str, str] = MappingProxyType({"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"})
+"""Other names that llama.cpp has for three of the mixes."""
 
 FALLBACKS: Mapping[GgmlType, GgmlType] = MappingProxyType(
     {
+        GgmlType.Q3_K: GgmlType.Q4_0,
         GgmlType.Q4_K: GgmlType.Q5_0,
         GgmlType.Q5_K: GgmlType.Q5_1,
         GgmlType.Q6_K: GgmlType.Q8_0,
@@ -158,6 +191,7 @@ class MixWalk:
         self._counts = {
             _VALUE: sum(name.endswith(_VALUE) for name in names),
             _DOWN: hp.n_stored_layers,
+            _ATTENTION_OUTPUT: hp.n_stored_layers,
         }
         self._met = dict.fromkeys(self._counts, 0)
 
@@ -166,7 +200,7 @@ class MixWalk:
         if is_output(name, self._hp):
             return self._output(n_columns), "tied embedding" if self._hp.tied_embeddings else "output"
         kind, why = self._by_rules(name)
-        if name.endswith(_VALUE) and self._is_70b() and kind is GgmlType.Q4_K:
+        if name.endswith(_VALUE) and self._is_70b() and kind in (GgmlType.Q3_K, GgmlType.Q4_K):
             kind, why = GgmlType.Q5_K, "shared by eight heads"
         if self._hp.n_routed_experts == 8:
             return self._with_8_experts(name, kind, why)

@@ -54,6 +54,7 @@ OTHERS_WORD = "others"
 
 RECIPE_FALLBACKS: Mapping[GgmlType, GgmlType] = MappingProxyType(
     {
+        GgmlType.Q3_K: GgmlType.IQ4_NL,
         GgmlType.Q4_K: GgmlType.IQ4_NL,
         GgmlType.IQ4_XS: GgmlType.IQ4_NL,
         GgmlType.Q5_K: GgmlType.Q5_1,
@@ -163,9 +164,13 @@ def recipe_for(named: NamedRecipe, n_layers: int) -> LayeredRecipe:
             for kind in KINDS
             if kind not in SUBSTITUTES or words[kind] != words[SUBSTITUTES[kind]]
         },
-        RECIPE_FALLBACKS,
+        {**RECIPE_FALLBACKS, **_types_of(named.fallbacks)},
         {"why": named.why},
     )
+
+
+def _types_of(words: Mapping[str, str]) -> dict[GgmlType, GgmlType]:
+    return {GgmlType.__members__[kind]: GgmlType.__members__[fallback] for kind, fallback in words.items()}
 
 
 def words_of(named: NamedRecipe, kind: str) -> TypeWords:

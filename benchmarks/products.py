@@ -1,0 +1,289 @@
+"""How fast ggml multiplies by weights of each type, on this CPU: single matrix products, without a model.
+
+    python -m benchmarks.products
+    python -m benchmarks.products --types Q4_K,IQ4_NL --rounds 5
+
+The roles are those of the 16B: a dense matrix, the routed gate or up projections (2,048 columns, which 256
+divides), and the routed down projections (1,408 columns, which it does not). A prompt is one product with 512
+tokens. Decoding goes through more weights than the caches hold, one token at a time. Each product is measured
+with the weights as in the file and repacked, where ggml can repack them; `auto` marks the form that
+`--kernels auto` loads.
+
+The solver's model of speed has these figures (quantize/dsmoe_quantize/budget/kernel_speeds.py).
+
+Prints a table, then one JSON line. Lower is faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from benchmarks.make_checkpoint import Pool, make_pool
+from benchmarks.support.random_models import encoded
+from benchmarks.support.runner import say
+from benchmarks.support.tables import markdown
+from dsmoe_local.engine.load.kernels import Kernels, choose_kernels
+from dsmoe_local.engine.load.machine import physical_cores
+from dsmoe_local.engine.native.devices import cpu_device
+from dsmoe_local.engine.native.library import backend_function
+from dsmoe_local.engine.native.repack import can_repack, repack_buffer
+from dsmoe_local.evaluate.speed.machine import cpu_name
+from dsmoe_local.model.ggml import GgmlType, block_size, tensor_bytes
+from dsmoe_local.model.gguf_file import TensorInfo
+
+TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "IQ4_NL", "Q4_1", "Q4_0", "Q4_K", "IQ4_XS", "Q3_K")
+_PROMPT, _CHOSEN = 512, 6
+_WORKING_SET = 192 << 20
+"""Bytes of weights that decoding goes through: more than the caches hold."""
+_PLAIN, _REPACKED = "plain", "repacked"
+_F32, _I32 = 0, 26
+_POINTER = ctypes.c_void_p
+_CONTEXT_BYTES = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class RoleShape:
+    """Weights of one role: `name` as in a file, and the shape, slowest dimension first."""
+
+    role: str
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def is_experts(self) -> bool:
+        """True if there is a matrix for each expert."""
+        return len(self.shape) == 3
+
+
+ROLES = (
+    RoleShape("dense", "blk.1.attn_q.weight", (2048, 2048)),
+    RoleShape("experts, 2,048 columns", "blk.1.ffn_gate_exps.weight", (64, 1408, 2048)),
+    RoleShape("experts, 1,408 columns", "blk.1.ffn_down_exps.weight", (64, 2048, 1408)),
+)
+
+
+class _Parameters(ctypes.Structure):
+    # ggml_init_params
+    _fields_ = [("size", ctypes.c_size_t), ("buffer", _POINTER), ("no_alloc", ctypes.c_bool)]
+
+
+def _call(name: str, result: Any, *arguments: tuple[Any, Any]) -> Any:  # noqa: ANN401 - ctypes
+    """Call a function of ggml; each argument with its type."""
+    function = backend_function(name, result, *(kind for kind, _ in arguments))
+    return function(*(value for _, value in arguments))
+
+
+def _plain_buffer() -> int:
+    """Return the buffer type of weights as in the file."""
+    buffer_type: int = _call("ggml_backend_cpu_buffer_type", _POINTER)
+    return buffer_type
+
+
+def _backend(n_threads: int) -> int:
+    """Return a CPU backend with so many threads."""
+    device = cpu_device()
+    backend: int = _call("ggml_backend_dev_init", _POINTER, (_POINTER, device), (ctypes.c_char_p, None))
+    registry = _call("ggml_backend_dev_backend_reg", _POINTER, (_POINTER, device))
+    address = _call(
+        "ggml_backend_reg_get_proc_address",
+        _POINTER,
+        (_POINTER, registry),
+        (ctypes.c_char_p, b"ggml_backend_set_n_threads"),
+    )
+    ctypes.CFUNCTYPE(None, _POINTER, ctypes.c_int)(address)(backend, n_threads)
+    return backend
+
+
+@contextmanager
+def _context() -> Iterator[int]:
+    """Provide a ggml context for tensors without data."""
+    context = _call("ggml_init", _POINTER, (_Parameters, _Parameters(_CONTEXT_BYTES, None, True)))
+    try:
+        yield context
+    finally:
+        _call("ggml_free", None, (_POINTER, context))
+
+
+def _tensor(context: int, kind: int, *sizes: int) -> int:
+    """Return a new tensor; sizes fastest dimension first."""
+    whole = (*sizes, 1, 1)[:3]
+    made: int = _call(
+        "ggml_new_tensor_3d",
+        _POINTER,
+        (_POINTER, context),
+        (ctypes.c_int, kind),
+        *((ctypes.c_int64, size) for size in whole),
+    )
+    return made
+
+
+@contextmanager
+def _allocated(context: int, buffer_type: int) -> Iterator[None]:
+    """Allocate all tensors of the context in one buffer."""
+    buffer = _call(
+        "ggml_backend_alloc_ctx_tensors_from_buft", _POINTER, (_POINTER, context), (_POINTER, buffer_type)
+    )
+    try:
+        yield
+    finally:
+        _call("ggml_backend_buffer_free", None, (_POINTER, buffer))
+
+
+def _set(tensor: int, data: np.ndarray[Any, Any]) -> None:
+    _call(
+        "ggml_backend_tensor_set",
+        None,
+        (_POINTER, tensor),
+        (_POINTER, data.ctypes.data),
+        (ctypes.c_size_t, 0),
+        (ctypes.c_size_t, data.nbytes),
+    )
+
+
+class Product:
+    """Weights of one type and role in one form, whose products can be timed."""
+
+    def __init__(self, backend: int, weights: Sequence[int], role: RoleShape) -> None:
+        self._backend = backend
+        self._weights = weights
+        self._role = role
+
+    def picoseconds(self, n_tokens: int, n_products: int, rounds: int) -> float:
+        """Return the time of one weight and token: the fastest of the rounds, after a warm-up."""
+        with _context() as context:
+            graph = _call("ggml_new_graph", _POINTER, (_POINTER, context))
+            inputs = [
+                self._add(context, graph, self._weights[at % len(self._weights)], n_tokens)
+                for at in range(n_products)
+            ]
+            with _allocated(context, _plain_buffer()):
+                for each in inputs:
+                    self._fill(each, n_tokens)
+                seconds = [self._compute(graph) for _ in range(rounds + 1)][1:]
+        n_weights = self._role.shape[-1] * self._role.shape[-2] * (_CHOSEN if self._role.is_experts else 1)
+        return 1e12 * min(seconds) / (n_weights * n_tokens * n_products)
+
+    def _add(self, context: int, graph: int, weight: int, n_tokens: int) -> list[int]:
+        """Add a product to the graph. Return its inputs: activations, and the chosen experts if any."""
+        n_rows, n_columns = self._role.shape[-2:]
+        if self._role.is_experts:
+            # Down projections have an input for each chosen expert, the others have one for all.
+            inner = _CHOSEN if n_rows > n_columns else 1
+            inputs = [
+                _tensor(context, _F32, n_columns, inner, n_tokens),
+                _tensor(context, _I32, _CHOSEN, n_tokens),
+            ]
+            name = "ggml_mul_mat_id"
+        else:
+            inputs, name = [_tensor(context, _F32, n_columns, n_tokens)], "ggml_mul_mat"
+        operands = ((_POINTER, each) for each in (context, weight, *inputs))
+        out = _call(name, _POINTER, *operands)
+        _call("ggml_build_forward_expand", None, (_POINTER, graph), (_POINTER, out))
+        return inputs
+
+    def _fill(self, inputs: Sequence[int], n_tokens: int) -> None:
+        random = np.random.default_rng(0)
+        n_bytes = _call("ggml_nbytes", ctypes.c_size_t, (_POINTER, inputs[0]))
+        _set(inputs[0], random.standard_normal(n_bytes // 4, np.float32))
+        for tensor in inputs[1:]:
+            ids = np.tile(np.arange(self._role.shape[0], dtype=np.int32), (n_tokens, 1))
+            _set(tensor, np.ascontiguousarray(random.permuted(ids, axis=1)[:, :_CHOSEN]))
+
+    def _compute(self, graph: int) -> float:
+        began = time.perf_counter()
+        _call("ggml_backend_graph_compute", ctypes.c_int, (_POINTER, self._backend), (_POINTER, graph))
+        return time.perf_counter() - began
+
+
+@contextmanager
+def product(backend: int, kind: GgmlType, role: RoleShape, buffer_type: int, pool: Pool) -> Iterator[Product]:
+    """Provide weights that no cache holds."""
+    n_bytes = tensor_bytes(kind, role.shape)
+    tile = encoded(kind, role.shape[-1], pool)
+    data = np.resize(tile, n_bytes)
+    with _context() as context:
+        count = -(-_WORKING_SET // n_bytes)
+        weights = [_tensor(context, kind, *role.shape[::-1]) for _ in range(count)]
+        with _allocated(context, buffer_type):
+            for weight in weights:
+                _set(weight, data)
+            yield Product(backend, weights, role)
+
+
+def forms_of(kind: GgmlType, role: RoleShape) -> Mapping[str, int]:
+    """Return the buffer type of each form in which ggml multiplies by such weights."""
+    if role.shape[-1] % block_size(kind):
+        return {}
+    forms = {_PLAIN: _plain_buffer()}
+    repacked = repack_buffer()
+    if repacked and can_repack(kind, role.shape[-1], role.shape[-2], experts=role.is_experts):
+        forms[_REPACKED] = repacked
+    return forms
+
+
+def auto_form(kind: GgmlType, role: RoleShape) -> str:
+    """Return the form that `--kernels auto` loads."""
+    choice = choose_kernels(Kernels.AUTO, [TensorInfo(role.name, role.shape, kind, 0)], offloaded=False)
+    return _REPACKED if choice.repacked else _PLAIN
+
+
+def measure(
+    backend: int, kind: GgmlType, role: RoleShape, buffer_type: int, pool: Pool, rounds: int
+) -> tuple[float, float]:
+    """Return picoseconds for each weight and token: of a prompt, and of decoding."""
+    with product(backend, kind, role, buffer_type, pool) as weights:
+        read = tensor_bytes(kind, role.shape) * (_CHOSEN / role.shape[0] if role.is_experts else 1)
+        return (
+            weights.picoseconds(_PROMPT, 1 if role.is_experts else 4, rounds),
+            weights.picoseconds(1, int(_WORKING_SET / read), rounds),
+        )
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--types", default=",".join(TYPES), metavar="T,T", help=f"[{','.join(TYPES)}]")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="[3]")
+    parser.add_argument("--threads", type=int, default=physical_cores(), metavar="N")
+    given = parser.parse_args()
+    backend, pool = _backend(given.threads), make_pool(0)
+    rows, record = [], {}
+    for word in given.types.split(","):
+        kind = GgmlType.__members__[word]
+        cells = [word]
+        for role in ROLES:
+            auto = auto_form(kind, role)
+            found = {
+                form: measure(backend, kind, role, buffer_type, pool, given.rounds)
+                for form, buffer_type in forms_of(kind, role).items()
+            }
+            cells += [_cell(found, auto, at) for at in range(2)]
+            record[f"{word}, {role.role}"] = {
+                form: [round(each, 2) for each in times] for form, times in found.items()
+            } | ({"auto": auto} if found else {})
+        say(f"  {cells}")
+        rows.append(cells)
+    heads = ("type", *(f"{role.role}, {what}" for role in ROLES for what in ("prompt", "decode")))
+    table = markdown(heads, "lrrrrrr", rows)
+    print(f"{cpu_name()}, {given.threads} threads, ps for each weight and token\n\n{table}\n")
+    print(json.dumps({"cpu": cpu_name(), "threads": given.threads, "rounds": given.rounds, "result": record}))
+
+
+def _cell(found: Mapping[str, tuple[float, float]], auto: str, at: int) -> str:
+    marks = {form: " auto" if form == auto and len(found) > 1 else "" for form in found}
+    return " / ".join(f"{times[at]:.1f}{marks[form]}" for form, times in found.items())
+
+
+if __name__ == "__main__":
+    main()
