@@ -16,6 +16,7 @@ from dsmoe_local.protocol.responses import (
     timing_record,
     usage_record,
 )
+from dsmoe_local.protocol.tools import call_record
 
 
 class ErrorRecord(TypedDict):
@@ -45,8 +46,9 @@ class OpenAiRecord(TypedDict):
 
 
 class SimpleRecord(TypedDict):
-    """A line of `--format simple`. With `n` > 1 texts, reasoning and reasons are lists. `reasoning_content`
-    exists if there is any, `logprobs` if the request asked for them, `kept` with `--keep`.
+    """A line of `--format simple`. With `n` > 1 texts, reasoning, calls and reasons are lists.
+    `reasoning_content` and `tool_calls` exist if there are any, `logprobs` if the request asked for them,
+    `kept` with `--keep`.
     """
 
     id: str
@@ -56,6 +58,7 @@ class SimpleRecord(TypedDict):
     timing: TimingRecord | None
     error: ErrorRecord | None
     reasoning_content: NotRequired[str | list[str]]
+    tool_calls: NotRequired[list[Any]]
     logprobs: NotRequired[list[Any]]
     kept: NotRequired[Mapping[str, Any]]
 
@@ -102,6 +105,9 @@ def simple_record(outcome: Outcome) -> SimpleRecord:
     if any(choice.reasoning for choice in outcome.choices):
         reasoning = [choice.reasoning for choice in outcome.choices]
         record["reasoning_content"] = reasoning[0] if single else reasoning
+    if any(choice.calls for choice in outcome.choices):
+        calls = [[call_record(call) for call in choice.calls] for choice in outcome.choices]
+        record["tool_calls"] = calls[0] if single else calls
     if scores:
         record["logprobs"] = scores[0] if single else scores
     return record

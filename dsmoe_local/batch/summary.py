@@ -20,6 +20,7 @@ _KINDS = {
     "too_long": "too long",
     "missing_field": "with a field missing",
     "invalid_request": "with an invalid request",
+    "context_length_error": "with a prompt that is longer than the context",
     "prompt_error": "with a prompt that the model cannot take",
     "template_error": "with messages that the chat template refuses",
     "native_error": "because llama.cpp failed",

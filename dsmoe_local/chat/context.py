@@ -14,7 +14,7 @@ from dsmoe_local.base.sequences import n_common
 from dsmoe_local.chat.settings import OnFull
 from dsmoe_local.chat.turns import Role, Transcript, Turn
 from dsmoe_local.engine.interface import TextEngine
-from dsmoe_local.engine.types import Message, Prompt, ends_with_reply
+from dsmoe_local.engine.types import Message, Prompt, Tool, ends_with_reply
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +37,17 @@ def messages(transcript: Transcript) -> tuple[Message, ...]:
 
 
 class Encoder:
-    """Tokenizes prompts, and caches the results. `variables` are those of the chat template."""
+    """Tokenizes prompts, and caches the results. `variables` are those of the chat template, `tools` those
+    that the conversation offers.
+    """
 
-    def __init__(self, engine: TextEngine, variables: Mapping[str, Any]) -> None:
+    def __init__(
+        self, engine: TextEngine, variables: Mapping[str, Any], tools: tuple[Tool, ...] = ()
+    ) -> None:
         self.info = engine.info
         self._engine = engine
         self._variables = variables
+        self._tools = tools
         self._known: dict[Prompt, tuple[int, ...]] = {}
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
@@ -53,6 +58,7 @@ class Encoder:
                 prompt,
                 continue_final_message=ends_with_reply(prompt),
                 chat_template_kwargs=self._variables,
+                tools=self._tools,
             )
             self._known[prompt] = ids
         return ids

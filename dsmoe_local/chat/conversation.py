@@ -12,11 +12,12 @@ from dsmoe_local.base.errors import DsmoeError, InterruptedRunError, UsageError
 from dsmoe_local.chat import context
 from dsmoe_local.chat.context import MadeRoom
 from dsmoe_local.chat.settings import ChatSettings, OnFull
+from dsmoe_local.chat.tool_calls import CallBlocks
 from dsmoe_local.chat.turns import Role, Transcript, Turn
 from dsmoe_local.engine.errors import EngineCrashError, EngineError
 from dsmoe_local.engine.interface import ReloadableEngine
 from dsmoe_local.engine.reasoning import template_variables
-from dsmoe_local.engine.types import FinishReason, Message, ReplyStart, Request, TokenEvent, Usage
+from dsmoe_local.engine.types import FinishReason, Message, ReplyStart, Request, TokenEvent, Tools, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,8 @@ class Conversation:
         self.settings = settings
         self.json_schema: str | None = None
         """A JSON schema that all replies must match, or None."""
+        self.tools: Tools | None = None
+        """Tools that the model may call, or None. Replies show the calls, and nothing runs them."""
         self._state = _State(Transcript(system=system))
         # The transcript to save while a turn is being replaced.
         self._replaced: Transcript | None = None
@@ -238,7 +241,9 @@ class Conversation:
         """Return an encoder of prompts with the current settings."""
         settings = self.settings
         return context.Encoder(
-            self.engine, template_variables(settings.chat_template_kwargs, settings.budget)
+            self.engine,
+            template_variables(settings.chat_template_kwargs, settings.budget),
+            () if self.tools is None else self.tools.tools,
         )
 
     def _up_to_question(self, error: str) -> tuple[Turn, ...]:
@@ -331,7 +336,7 @@ class Conversation:
         self._partial = reply
         end: TokenEvent | None = None
         try:
-            events = self.engine.submit(request)
+            events = map(CallBlocks().shown, self.engine.submit(request))
             if self._cancelled:
                 # `cancel` was called before the engine knew the request.
                 self.cancel()
@@ -360,6 +365,10 @@ class Conversation:
     def _request(self, encoder: context.Encoder) -> Request:
         shift = self.settings.on_full is OnFull.SHIFT and not self.completes
         transcript = self._state.transcript
+        if self.tools is not None and self.completes:
+            raise UsageError(
+                "the model has no chat template, so it cannot call tools", remedy="leave out --tools"
+            )
         return Request(
             f"chat-{next(self._numbers)}",
             # Token ids, not messages: the engine would only tokenize them again.
@@ -368,6 +377,7 @@ class Conversation:
             max_tokens=self.settings.max_tokens,
             stop=self.settings.stop,
             json_schema=self.json_schema,
+            tools=self.tools,
             context_shift=shift,
             n_keep=context.n_never_shifted(transcript, encoder) if shift else 0,
             reply_start=self._reply_start(),

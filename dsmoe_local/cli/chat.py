@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dsmoe_local.chat.store.sessions import Session, SessionStore
     from dsmoe_local.chat.terminal.screen import Choice, Status
     from dsmoe_local.engine.process.client import EngineClient
-    from dsmoe_local.engine.types import ModelOptions
+    from dsmoe_local.engine.types import ModelOptions, Tools
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,7 @@ class _ChatOptions:
     plain: bool
     experts: bool
     stats: bool
+    tools: Tools | None
 
 
 @define_command(
@@ -91,6 +92,13 @@ class _ChatOptions:
     typed(click.Path(), "FILE"),
     Group.ANSWER,
 )
+@option(
+    "--tools",
+    "tools",
+    "Offer the functions in a JSON file, in the form of OpenAI's requests. Calls are shown, not run.",
+    typed(click.Path(), "FILE"),
+    Group.CONVERSATION,
+)
 @model_options
 @reply_options
 def command(
@@ -106,6 +114,7 @@ def command(
     experts: bool,
     as_json: bool,
     schema: str | None,
+    tools: str | None,
     stats: bool,
     **values: Any,  # noqa: ANN401 - the shared options
 ) -> None:
@@ -115,7 +124,7 @@ def command(
     input from a pipe, the answer is printed on stdout. A model without a chat template completes the text.
     """
     from dsmoe_local.chat.terminal import keys_withheld
-    from dsmoe_local.cli.prompt_input import one_prompt, read_schema
+    from dsmoe_local.cli.prompt_input import one_prompt, read_schema, read_tools
 
     model, dash = _model_and_dash(words, named_model)
     # Report a wrong path first, but a missing demo model only if there is something to answer.
@@ -126,13 +135,16 @@ def command(
         raise UsageError("a chat needs a terminal", remedy="use -p TEXT for one answer")
     _check_combinations(is_chat=text is None)
     json_schema = read_schema(schema) if schema is not None and text is not None else None
+    offered = None if tools is None else read_tools(tools)
+    if json_schema is not None and offered is not None:
+        raise UsageError("--schema and --tools exclude each other", remedy="leave one of them out")
     if text is not None:
         with load_engine(path or find_model(), values) as engine:
-            _answer(engine, settings, system, text, json_schema, as_json=as_json, stats=stats)
+            _answer(engine, settings, system, text, json_schema, offered, as_json=as_json, stats=stats)
         return
     history = {"session": session, "latest": latest, "no_history": no_history}
     settled = settle(history, ("session",), ("latest",), ("no_history",))
-    options = _ChatOptions(**settled, plain=plain, experts=experts, stats=stats)
+    options = _ChatOptions(**settled, plain=plain, experts=experts, stats=stats, tools=offered)
     with ExitStack() as resources:
         storage = _open_storage(options, resources)
         typed_ahead = resources.enter_context(ExitStack())
@@ -189,6 +201,7 @@ def _answer(
     system: str,
     text: str,
     json_schema: str | None,
+    tools: Tools | None,
     *,
     as_json: bool,
     stats: bool,
@@ -197,7 +210,7 @@ def _answer(
     from dsmoe_local.chat.one_shot import answer
 
     conversation = Conversation(engine, settings, system)
-    conversation.json_schema = json_schema
+    conversation.json_schema, conversation.tools = json_schema, tools
     answer(conversation, text, sys.stdout, as_json=as_json, stats=stats)
 
 
@@ -293,6 +306,7 @@ def _converse(
     from dsmoe_local.chat.terminal import open_terminal
 
     conversation = Conversation(engine, settings, system)
+    conversation.tools = options.tools
     if conversation.completes and system:
         raise UsageError("-sys needs a model with a chat template", remedy="put the text into the prompt")
     if storage.session is not None and not from_command_line("system"):

@@ -5,13 +5,17 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from dsmoe_local.base.errors import FileError, UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.base.text_files import decode_text
+
+if TYPE_CHECKING:
+    from dsmoe_local.engine.types import Tools
 
 MAX_BYTES = 16 << 20
 _STDIN = "stdin"
@@ -61,6 +65,20 @@ def read_schema(file: str) -> str:
         where = ", ".join(filter(None, (safe_line(file), error.where)))
         raise UsageError(error.what, where=where, remedy=error.remedy) from error
     return text
+
+
+def read_tools(file: str) -> Tools | None:
+    """Return the tools in a JSON file: a list as in OpenAI's requests. RequestError if it is not valid."""
+    from dsmoe_local.protocol.errors import RequestError
+    from dsmoe_local.protocol.tools import offered_tools
+
+    text = _read_file(file, what="the list of tools")
+    try:
+        return offered_tools({"tools": json.loads(text)})
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"the list of tools is not JSON: {error}", where=safe_line(file)) from error
+    except RequestError as error:
+        raise UsageError(error.what, where=safe_line(file), remedy=error.remedy) from error
 
 
 def _read_stdin(stream: TextIO) -> str:

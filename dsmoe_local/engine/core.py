@@ -77,8 +77,9 @@ class Core:
         replies: list[Reply] = []
         try:
             for index in range(job.request.n):
+                encoder = self._loaded.encoder
                 reply = Reply(
-                    job, index, prompt, self._loaded.context, n_context, self._loaded.encoder.reasoning
+                    job, index, prompt, self._loaded.context, n_context, encoder.reasoning, encoder.tools
                 )
                 replies.append(reply)
         except BaseException:

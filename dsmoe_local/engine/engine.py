@@ -38,6 +38,7 @@ from dsmoe_local.engine.types import (
     Prompt,
     Request,
     TokenEvent,
+    Tool,
     check_prompt,
 )
 
@@ -159,6 +160,7 @@ class Engine:
         *,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: tuple[Tool, ...] = (),
     ) -> tuple[int, ...]:
         """Return the token ids of `prompt` (see TextEngine)."""
         check_prompt(prompt)
@@ -167,6 +169,7 @@ class Engine:
                 prompt,
                 chat_template_kwargs,
                 continue_final_message=continue_final_message,
+                tools=tools,
                 stopped=lambda: self._closed,
             )
 
@@ -286,11 +289,12 @@ class Engine:
         failure: Exception | None = None
         try:
             if not job.cancelled:
-                job.grammar = check_request(loaded.model, job.request)
+                job.grammar = check_request(loaded.model, job.request, loaded.encoder.tools)
                 prompt = loaded.encoder.encode(
                     job.request.prompt,
                     template_variables(job.request.chat_template_kwargs, job.request.reasoning_budget),
                     continue_final_message=job.request.continue_final_message,
+                    tools=() if job.request.tools is None else job.request.tools.tools,
                     stopped=lambda: job.cancelled,
                 )
         except Exception as error:  # noqa: BLE001 - delivered to the request that caused it

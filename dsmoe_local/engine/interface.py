@@ -16,6 +16,7 @@ from dsmoe_local.engine.types import (
     Prompt,
     Request,
     TokenEvent,
+    Tool,
 )
 
 Deliver: TypeAlias = Callable[[TokenEvent | BaseException | None], None]
@@ -66,6 +67,7 @@ class TextEngine(Protocol):
         *,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: tuple[Tool, ...] = (),
     ) -> tuple[int, ...]:
         """Return the token ids of `prompt`, as in a Request. Raises PromptError, TemplateError."""
         ...

@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
+from dsmoe_local.engine.tools.calls import Tools
 
 MAX_SEED = 2**32 - 2  # to llama.cpp, 2**32 - 1 means a random seed
 MAX_REPLIES = 64
@@ -148,6 +149,7 @@ REQUEST_RANGES: Ranges = {
     "continue_final_message": (_is(bool), "true or false"),
     "reply_start": (_or_none(_is(ReplyStart)), "answer, detect or reasoning"),
     "reasoning_budget": (_or_none(_whole(0)), "a whole number of tokens, 0 = no reasoning"),
+    "tools": (_or_none(_is(Tools)), "tools"),
     "chat_template_kwargs": (
         _are_variables,
         'a JSON object of variables, such as {"enable_thinking": false}, without messages',

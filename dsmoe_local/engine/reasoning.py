@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from dsmoe_local.engine.types import ReplyStart
+from dsmoe_local.engine.types import CallDelta, ReplyStart
 
 
 class Markers(NamedTuple):
@@ -48,10 +48,11 @@ def template_variables(given: Mapping[str, Any], budget: int | None) -> dict[str
 
 
 class Parts(NamedTuple):
-    """Text of a reply. Reasoning comes before the answer."""
+    """Parts of a reply. Reasoning comes before the answer and the tool calls in it."""
 
     answer: str = ""
     reasoning: str = ""
+    calls: tuple[CallDelta, ...] = ()
 
 
 class ReasoningParser:
@@ -80,7 +81,7 @@ class ReasoningParser:
         elif start is ReplyStart.REASONING:
             self.in_reasoning = True
             # The reply was cut within the closing marker.
-            self._held = self._close[: _overlap(prompt, self._close)]
+            self._held = self._close[: overlap(prompt, self._close)]
         else:
             self.undecided = True
 
@@ -112,7 +113,7 @@ class ReasoningParser:
         """End the reply. Return what was held back, except for a part of the closing marker."""
         held, self._held = self._held, ""
         if self.in_reasoning:
-            return Parts(reasoning=held[: len(held) - _overlap(held, self._close)])
+            return Parts(reasoning=held[: len(held) - overlap(held, self._close)])
         return Parts(answer=held)
 
     def opens_with(self, piece: str) -> str | None:
@@ -129,7 +130,7 @@ class ReasoningParser:
     @property
     def ending(self) -> str:
         """The text that ends the reasoning now: the closing marker on a new line, or the rest of it."""
-        n_written = _overlap(self._held, self._close)
+        n_written = overlap(self._held, self._close)
         return self._close[n_written:] if n_written else f"\n{self._close}"
 
     def _split(self, text: str) -> tuple[str, str]:
@@ -140,7 +141,7 @@ class ReasoningParser:
             self.in_reasoning, self._trims = False, True
             return before.rstrip(), after
         # A part of the marker at the end, and the whitespace before it.
-        certain = text[: len(text) - _overlap(text, self._close)].rstrip()
+        certain = text[: len(text) - overlap(text, self._close)].rstrip()
         self._held = text[len(certain) :]
         return certain, ""
 
@@ -151,7 +152,7 @@ class ReasoningParser:
         return text
 
 
-def _overlap(text: str, marker: str) -> int:
+def overlap(text: str, marker: str) -> int:
     """Return the length of the longest end of `text` with which `marker` begins."""
     lengths = range(min(len(text), len(marker) - 1), 0, -1)
     return next((length for length in lengths if text.endswith(marker[:length])), 0)

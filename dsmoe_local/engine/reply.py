@@ -12,6 +12,7 @@ from dsmoe_local.engine.sampling import Choice, CompiledGrammar, TokenSampler, c
 from dsmoe_local.engine.sampling.likeliest import Logits
 from dsmoe_local.engine.schedule.plan import Sequence
 from dsmoe_local.engine.text_stream import TextStream
+from dsmoe_local.engine.tools.support import ToolSupport
 from dsmoe_local.engine.types import MAX_SEED, FinishReason, PromptProgress, Request, TokenEvent, Usage
 
 
@@ -60,10 +61,11 @@ class Reply:
         context: native.Context,
         n_context: int,
         reasoning: ReasoningFormat | None,
+        tools: ToolSupport | None,
     ) -> None:
         """Create the sampler. `prompt` are the token ids, `n_context` the context length of a request.
 
-        `reasoning` is that of the model, if it reasons.
+        `reasoning` is that of the model, if it reasons. `tools` says how the model writes tool calls.
         """
         request = job.request
         self.job = job
@@ -79,7 +81,12 @@ class Reply:
             self._guide = reasoning.guide(
                 request.start, prompt, budget=request.reasoning_budget, constrained=constrained
             )
-        self._stream = TextStream(request.stop, None if self._guide is None else self._guide.parser)
+        self._tools = tools if request.tools is not None else None
+        self._stream = TextStream(
+            request.stop,
+            None if self._guide is None else self._guide.parser,
+            None if self._tools is None else self._tools.parser(request),
+        )
         # A continued reply may end in an incomplete character, which is at most four bytes long.
         self._stream.begin_after(b"".join(map(self._model.piece, prompt[-4:])))
         left = None if request.context_shift else n_context - len(prompt)
@@ -116,6 +123,8 @@ class Reply:
         piece, in_reasoning = self._model.piece(choice.token_id), False
         if self._guide is not None:
             piece, in_reasoning = self._guide.take(choice.token_id)
+        if self._tools is not None and not in_reasoning:
+            piece = self._tools.pieces.get(choice.token_id, piece)
         parts = self._stream.feed(piece)
         dropped, dropped_from = self._take_dropped()
         self.job.deliver(
@@ -132,6 +141,7 @@ class Reply:
                 held=self._stream.holds,
                 reasoning=parts.reasoning,
                 in_reasoning=in_reasoning,
+                calls=parts.calls,
             )
         )
         if self._stream.stopped:
@@ -184,6 +194,7 @@ class Reply:
                 dropped=dropped,
                 dropped_from=dropped_from,
                 reasoning=parts.reasoning,
+                calls=parts.calls,
             )
         )
         return reason

@@ -6,19 +6,26 @@ import codecs
 from collections.abc import Sequence
 
 from dsmoe_local.engine.reasoning import Parts, ReasoningParser
+from dsmoe_local.engine.tools.parser import ToolParser
 
 
 class TextStream:
     """Turns the bytes of successive tokens into pieces of text.
 
     Invariant: the concatenated pieces are the decoded bytes (malformed ones as U+FFFD), without the markers
-    that `parser` recognizes, up to the first stop string in the answer. No piece ends in an incomplete
-    character, or in the possible start of a marker or a stop string.
+    that `parser` recognizes and the calls that `tools` recognizes, up to the first stop string in the answer.
+    No piece ends in an incomplete character, or in the possible start of a marker or a stop string.
     """
 
-    def __init__(self, stop: Sequence[str] = (), parser: ReasoningParser | None = None) -> None:
+    def __init__(
+        self,
+        stop: Sequence[str] = (),
+        parser: ReasoningParser | None = None,
+        tools: ToolParser | None = None,
+    ) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._parser = parser or ReasoningParser()
+        self._tools = tools
         self._stop = tuple(stop)
         self._held = ""
         self.stopped = False
@@ -26,7 +33,7 @@ class TextStream:
     @property
     def holds(self) -> bool:
         """True if text is held back because it may be the start of a stop string or a marker."""
-        return bool(self._held) or self._parser.holds
+        return bool(self._held) or self._parser.holds or (self._tools is not None and self._tools.holds)
 
     def begin_after(self, before: bytes) -> None:
         """Continue after the bytes `before`, which may end in an incomplete character."""
@@ -34,13 +41,20 @@ class TextStream:
 
     def feed(self, piece: bytes) -> Parts:
         """Add the bytes of a token and return the text that they complete; none if `stopped`."""
-        return self._release(self._parser.feed(self._decoder.decode(piece)), final=False)
+        parts = self._parser.feed(self._decoder.decode(piece))
+        if self._tools is not None:
+            answer, calls = self._tools.feed(parts.answer)
+            parts = Parts(answer, parts.reasoning, calls)
+        return self._release(parts, final=False)
 
     def finish(self, *, cut: bool) -> Parts:
         """Return the text held back. An incomplete character becomes U+FFFD, or is dropped if `cut`."""
         first = self._parser.feed("" if cut else self._decoder.decode(b"", True))
         last = self._parser.finish()
         parts = Parts(first.answer + last.answer, first.reasoning + last.reasoning)
+        if self._tools is not None:
+            fed, rest = self._tools.feed(parts.answer), self._tools.finish()
+            parts = Parts(fed.text + rest.text, parts.reasoning, fed.calls + rest.calls)
         return self._release(parts, final=True)
 
     def _release(self, new: Parts, *, final: bool) -> Parts:
@@ -51,10 +65,10 @@ class TextStream:
         if found:
             self.stopped = True
             self._held = ""
-            return Parts(text[: min(found)], new.reasoning)
+            return Parts(text[: min(found)], new.reasoning, new.calls)
         hold = 0 if final else self._possible_start(text)
         self._held = text[len(text) - hold :]
-        return Parts(text[: len(text) - hold], new.reasoning)
+        return Parts(text[: len(text) - hold], new.reasoning, new.calls)
 
     def _possible_start(self, text: str) -> int:
         """Return the length of the longest suffix of `text` that is a prefix of a stop string."""

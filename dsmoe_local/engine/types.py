@@ -17,6 +17,10 @@ from dsmoe_local.engine.parameters import MAX_TOP_LOGPROBS as MAX_TOP_LOGPROBS
 from dsmoe_local.engine.parameters import REQUEST_RANGES, check_fields
 from dsmoe_local.engine.parameters import ReplyStart as ReplyStart
 from dsmoe_local.engine.parameters import SamplingParameters as SamplingParameters
+from dsmoe_local.engine.tools.calls import CallDelta as CallDelta
+from dsmoe_local.engine.tools.calls import Tool as Tool
+from dsmoe_local.engine.tools.calls import ToolCall as ToolCall
+from dsmoe_local.engine.tools.calls import Tools as Tools
 
 ALL_LAYERS = -1
 MIN_CONTEXT = 32
@@ -43,12 +47,17 @@ class Message:
 
     `reasoning_content` is what the model wrote before `content`; `token_ids` then include it with its
     markers. The chat template decides whether it stays in the context.
+
+    `tool_calls` are the calls of a reply, after its content. A message of the role `tool` is the result of
+    the call `tool_call_id`.
     """
 
     role: str
     content: str
     token_ids: tuple[int, ...] = ()
     reasoning_content: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
 
 
 Prompt: TypeAlias = str | tuple[Message | int, ...]
@@ -87,6 +96,8 @@ class Request:
       for other prompts.
     - `reasoning_budget`: reasoning is ended after that many tokens. 0 turns it off, None means no limit.
     - `chat_template_kwargs` are variables for the chat template, as JSON values.
+    - `tools` are those that the reply may call. The prompt is then a conversation, or its token ids. They
+      constrain the reply like a grammar; with `json_schema`, an answer without calls follows the schema.
     """
 
     id: str
@@ -107,6 +118,7 @@ class Request:
     reply_start: ReplyStart | None = None
     reasoning_budget: int | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    tools: Tools | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, REQUEST_RANGES)
@@ -115,10 +127,23 @@ class Request:
             raise UsageError("score_from requires n = 1 and max_tokens", remedy="set both, or leave it out")
         if self.grammar is not None and self.json_schema is not None:
             raise UsageError("grammar and json_schema are both set", remedy="set only one of them")
+        if self.tools is not None:
+            self._check_tools()
         if self.continue_final_message and not ends_with_reply(self.prompt):
             raise UsageError(
                 "continue_final_message: the last message does not have the role assistant",
                 remedy="leave it out, or end the conversation with a message of the assistant",
+            )
+
+    def _check_tools(self) -> None:
+        if self.grammar is not None:
+            raise UsageError("grammar and tools are both set", remedy="leave one of them out")
+        if isinstance(self.prompt, str):
+            raise UsageError("tools require messages instead of a prompt", remedy="leave the tools out")
+        if self.continue_final_message:
+            raise UsageError(
+                "a reply with tools cannot be continued",
+                remedy="leave out continue_final_message, or the tools",
             )
 
     @property
@@ -156,6 +181,9 @@ def _is_message(value: object) -> bool:
         and isinstance(value.reasoning_content, str)
         and isinstance(value.token_ids, tuple)
         and all(map(_is_id, value.token_ids))
+        and isinstance(value.tool_call_id, str)
+        and isinstance(value.tool_calls, tuple)
+        and all(isinstance(call, ToolCall) for call in value.tool_calls)
     )
 
 
@@ -204,9 +232,9 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     """A step of a reply: a generated token, or progress in a long prompt.
 
     For a token, `token_id` is set. `text` is the part of the answer that it completes, `reasoning` that of
-    the reasoning. Both may be empty: an incomplete character is held back, and so is the possible start of
-    a stop string or a marker; then `held` is true. `in_reasoning` is true if the token belongs to the
-    reasoning or to the marker that ends it. For a prompt in progress, `progress` is set.
+    the reasoning, `calls` those of tool calls. All may be empty: an incomplete character is held back, and so
+    is the possible start of a stop string or a marker; then `held` is true. `in_reasoning` is true if the
+    token belongs to the reasoning or to the marker that ends it. For a prompt in progress, `progress` is set.
 
     The last event of each reply has `finish_reason` and `usage`. Its texts are those that were held back. Its
     `token_id` is the end token of the reply, if there is one; it is not part of the reply. The answer is the
@@ -235,6 +263,7 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     held: bool = False
     reasoning: str = ""
     in_reasoning: bool = False
+    calls: tuple[CallDelta, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from typing import Any
 from dsmoe_local.engine.types import FinishReason
 from dsmoe_local.protocol.errors import RequestError
 from dsmoe_local.protocol.replies import Choice, Delta, Reply
+from dsmoe_local.protocol.tools import refuse_tools
 from dsmoe_local.protocol.writers import Event
 
 _STOP_REASONS = {
@@ -27,6 +28,7 @@ def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise RequestError("messages is not a list of messages", param="messages")
+    refuse_tools(body)
     translated = {"system", "messages", "stop_sequences", "thinking"}
     chat = {key: value for key, value in body.items() if key not in translated}
     turns = [_message(message) for message in messages]

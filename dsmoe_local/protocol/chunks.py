@@ -15,6 +15,7 @@ from dsmoe_local.protocol.responses import (
     timing_record,
     usage_with_details,
 )
+from dsmoe_local.protocol.tools import call_chunk
 from dsmoe_local.protocol.writers import Event
 
 
@@ -32,6 +33,7 @@ class CompletionWriter:
         self._usage = usage
         self._logprobs = logprobs
         self._begun: set[int] = set()
+        self._called: set[int] = set()
         self._offsets: dict[int, int] = {}
         self._base: dict[str, Any] = {
             "id": f"chatcmpl-{name}" if chat else f"cmpl-{name}",
@@ -66,8 +68,12 @@ class CompletionWriter:
             if self._logprobs:
                 choice["logprobs"] = {"content": chat_scores(delta.tokens), "refusal": None}
             parts.append(choice)
+        if delta.calls:
+            self._called.add(delta.index)
+            parts.append(_chat_choice(delta.index, {"tool_calls": [*map(call_chunk, delta.calls)]}))
         if delta.finish_reason is not None:
-            parts.append(_chat_choice(delta.index, {}, finish_word(delta.finish_reason)))
+            word = finish_word(delta.finish_reason, calls=delta.index in self._called)
+            parts.append(_chat_choice(delta.index, {}, word))
         return [self._chunk(part) for part in parts]
 
     def end(self, reply: Reply) -> list[Event]:
@@ -93,7 +99,9 @@ class CompletionWriter:
             "index": delta.index,
             "text": delta.text,
             "logprobs": scores,
-            "finish_reason": None if delta.finish_reason is None else finish_word(delta.finish_reason),
+            "finish_reason": None
+            if delta.finish_reason is None
+            else finish_word(delta.finish_reason, calls=False),
         }
 
 

@@ -181,14 +181,16 @@ IGNORED = frozenset(
         "prompt_cache_options",
         "prompt_cache_retention",
         "prediction",
-        "parallel_tool_calls",
         "guided_decoding_backend",
     }
 )
 """Fields that do not change the reply."""
+TOOL_FIELDS = frozenset({"tools", "tool_choice", "parallel_tool_calls"})
+"""Fields of conversations, which `protocol.tools` reads together."""
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),

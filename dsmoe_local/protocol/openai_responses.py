@@ -9,6 +9,7 @@ from typing import Any
 from dsmoe_local.engine.types import FinishReason
 from dsmoe_local.protocol.errors import RequestError
 from dsmoe_local.protocol.replies import Delta, Reply
+from dsmoe_local.protocol.tools import refuse_tools
 from dsmoe_local.protocol.writers import Event
 
 _TEXT_PARTS = frozenset({"input_text", "output_text", "text"})
@@ -26,6 +27,7 @@ def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:
                 remedy="send the whole conversation as input",
                 param=key,
             )
+    refuse_tools(body)
     translated = {"input", "instructions", "text", "reasoning", *_STATEFUL, *_IGNORED}
     chat = {_RENAMED.get(key, key): value for key, value in body.items() if key not in translated}
     chat["messages"] = _messages(body)

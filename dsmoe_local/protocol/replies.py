@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import TypeAlias
 
 from dsmoe_local.engine.errors import PromptError, TemplateError
 from dsmoe_local.engine.interface import TextEngine
-from dsmoe_local.engine.types import FinishReason, Message, Request, TokenEvent, TokenLogprob, Usage
+from dsmoe_local.engine.types import (
+    CallDelta,
+    FinishReason,
+    Message,
+    Request,
+    TokenEvent,
+    TokenLogprob,
+    Usage,
+)
 
 ScoredToken: TypeAlias = tuple[TokenLogprob, tuple[TokenLogprob, ...]]
 """A generated token, and its most likely alternatives."""
@@ -15,12 +25,13 @@ ScoredToken: TypeAlias = tuple[TokenLogprob, tuple[TokenLogprob, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One reply to a prompt. `tokens` are those of `text`; None without log-probabilities."""
+    """One reply to a prompt. `tokens` are those of `text` and `calls`; None without log-probabilities."""
 
     text: str
     finish_reason: FinishReason
     tokens: tuple[ScoredToken, ...] | None = None
     reasoning: str = ""
+    calls: tuple[CallDelta, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +91,15 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What the reply `index` has gained since the last delta. The last one has a `finish_reason`."""
+    """What the reply `index` has gained since the last delta. The last one has a `finish_reason`.
+
+    `calls` are parts of tool calls. Those of one call are joined.
+    """
 
     index: int
     text: str
     reasoning: str
+    calls: tuple[CallDelta, ...]
     tokens: tuple[ScoredToken, ...]
     finish_reason: FinishReason | None
 
@@ -101,11 +116,13 @@ class _Draft:
     pieces: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
     tokens: list[ScoredToken] = field(default_factory=list)
+    calls: list[CallDelta] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     n_pieces: int = 0
     n_reasoning: int = 0
     n_tokens: int = 0
+    n_calls: int = 0
     held: str = ""
     finished: bool = False
 
@@ -116,14 +133,16 @@ class _Draft:
         shown = reasoning.rstrip()
         self.held = reasoning[len(shown) :]
         text = self._new_text()
-        if self.finished or not (text or shown or self.finish_reason):
+        calls = joined_calls(self.calls[self.n_calls :])
+        self.n_calls = len(self.calls)
+        if self.finished or not (text or shown or calls or self.finish_reason):
             return None
         tokens: tuple[ScoredToken, ...] = ()
-        if text or self.finish_reason:
+        if text or calls or self.finish_reason:
             tokens = tuple(self.tokens[self.n_tokens :])
             self.n_tokens = len(self.tokens)
         self.finished = self.finish_reason is not None
-        return Delta(index, text, shown, tokens, self.finish_reason)
+        return Delta(index, text, shown, calls, tokens, self.finish_reason)
 
     def _new_text(self) -> str:
         text = "".join(self.pieces[self.n_pieces :])
@@ -156,6 +175,7 @@ class ReplyBuilder:
             draft.pieces.append(event.text)
         if event.reasoning:
             draft.reasoning.append(event.reasoning)
+        draft.calls += event.calls
         if event.token_id is not None and event.finish_reason is None:
             self.n_tokens += 1
             if event.in_reasoning:
@@ -182,7 +202,8 @@ class ReplyBuilder:
                 return None
             text = "".join(draft.pieces).removeprefix(self._lead)
             tokens = tuple(draft.tokens) if self._request.logprobs else None
-            choices.append(Choice(text, reason, tokens, "".join(draft.reasoning).rstrip()))
+            reasoning = "".join(draft.reasoning).rstrip()
+            choices.append(Choice(text, reason, tokens, reasoning, joined_calls(draft.calls)))
             usages.append(usage)
         return Reply(self._request.id, model, self._chat, tuple(choices), tuple(usages), self._seconds)
 
@@ -206,6 +227,16 @@ def reply_lead(engine: TextEngine) -> str:
         return ""
     lead = conversation.removeprefix(prompt).partition(reply)[0]
     return lead if conversation.startswith(prompt) and lead.isspace() else ""
+
+
+def joined_calls(parts: Iterable[CallDelta]) -> tuple[CallDelta, ...]:
+    """Return complete calls from their parts, which are in order."""
+    calls = []
+    for index, group in groupby(parts, lambda part: part.index):
+        first, *others = group
+        arguments = "".join((first.arguments, *(part.arguments for part in others)))
+        calls.append(CallDelta(index, arguments, first.id, first.name))
+    return tuple(calls)
 
 
 def _scored(event: TokenEvent) -> ScoredToken:

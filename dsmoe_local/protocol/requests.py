@@ -9,7 +9,8 @@ from typing import Any
 
 from dsmoe_local.engine.types import Request, SamplingParameters
 from dsmoe_local.protocol.errors import RequestError
-from dsmoe_local.protocol.fields import HONOURED, IGNORED, NEUTRAL, NEUTRAL_IN, Parts
+from dsmoe_local.protocol.fields import HONOURED, IGNORED, NEUTRAL, NEUTRAL_IN, TOOL_FIELDS, Parts
+from dsmoe_local.protocol.tools import offered_tools
 
 ENDPOINTS: Mapping[str, bool] = {"/v1/chat/completions": True, "/v1/completions": False}
 """By URL: True if the body has messages, False if it has a prompt."""
@@ -41,6 +42,8 @@ def read_request(name: str, body: Mapping[str, Any], defaults: RequestDefaults, 
         "stop": defaults.stop,
         "reasoning_budget": defaults.reasoning_budget,
     } | parts
+    if chat:
+        given["tools"] = offered_tools(body)
     # As in llama.cpp's server, a request adds variables to those of the command.
     given["chat_template_kwargs"] = {**defaults.chat_template_kwargs, **parts.get("chat_template_kwargs", {})}
     chosen = replace(defaults.sampling, **sampling) if sampling else defaults.sampling
@@ -69,7 +72,7 @@ def _read_fields(body: Mapping[str, Any], *, chat: bool) -> Parts:
     parts: Parts = {}
     sources: dict[str, str] = {}
     for key, value in body.items():
-        if value is None or key not in KNOWN or key in IGNORED:
+        if value is None or key not in KNOWN or key in IGNORED or (chat and key in TOOL_FIELDS):
             continue
         try:
             found = _read_field(key, value, chat=chat)

@@ -8,6 +8,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 from dsmoe_local.engine.types import FinishReason, TokenLogprob
 from dsmoe_local.protocol.replies import Choice, Reply, ScoredToken
+from dsmoe_local.protocol.tools import call_record
 
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI writes this number
 
@@ -54,10 +55,13 @@ def _choice(reply: Reply, index: int, choice: Choice) -> dict[str, Any]:
     record: dict[str, Any] = {
         "index": index,
         "logprobs": None,
-        "finish_reason": finish_word(choice.finish_reason),
+        "finish_reason": finish_word(choice.finish_reason, calls=bool(choice.calls)),
     }
     if reply.chat:
-        record["message"] = {"role": "assistant", "content": choice.text, "refusal": None}
+        content = None if choice.calls and not choice.text else choice.text
+        record["message"] = {"role": "assistant", "content": content, "refusal": None}
+        if choice.calls:
+            record["message"]["tool_calls"] = [call_record(call) for call in choice.calls]
         if choice.reasoning:
             # Not OpenAI's, but that of DeepSeek, vLLM and llama.cpp.
             record["message"]["reasoning_content"] = choice.reasoning
@@ -109,10 +113,12 @@ def _finite(logprob: float) -> float:
     return logprob if math.isfinite(logprob) else _LEAST_LOGPROB
 
 
-def finish_word(reason: FinishReason) -> Literal["stop", "length"]:
-    """Return OpenAI's word for why a reply ended."""
+def finish_word(reason: FinishReason, *, calls: bool) -> Literal["stop", "length", "tool_calls"]:
+    """Return OpenAI's word for why a reply ended, which may have tool calls."""
+    if reason is FinishReason.STOP:
+        return "tool_calls" if calls else "stop"
     # OpenAI uses "length" for a full context as well.
-    return "stop" if reason is FinishReason.STOP else "length"
+    return "length"
 
 
 def usage_record(reply: Reply) -> UsageRecord:

@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse, Response
 from dsmoe_local.engine.types import Prompt
 from dsmoe_local.protocol.errors import RequestError
 from dsmoe_local.protocol.messages import messages
+from dsmoe_local.protocol.tools import offered_tools
 from dsmoe_local.protocol.values import integer, text
 from dsmoe_local.serve.bodies import read_object
 from dsmoe_local.serve.state import ServerState
@@ -59,8 +60,10 @@ async def tokenize(http: Request) -> JSONResponse:
     state: ServerState = http.app.state.server
     body = await read_object(http, state.options)
     prompt = _text_or_messages(body)
+    offered = offered_tools(body)
+    tools = () if offered is None else offered.tools
     async with state.models.using(await state.models.resolve(body.get("model"))) as model:
-        ids = await state.call(lambda: model.engine.encode(prompt))
+        ids = await state.call(lambda: model.engine.encode(prompt, tools=tools))
         n_context = model.engine.info.n_context
     return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": n_context})
 

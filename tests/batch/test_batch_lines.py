@@ -15,7 +15,7 @@ from dsmoe_local.batch import lines
 from dsmoe_local.batch.sources import InputForm, Source
 from dsmoe_local.engine.types import Message, Request, SamplingParameters
 from dsmoe_local.protocol.errors import RequestError
-from dsmoe_local.protocol.fields import HONOURED, IGNORED, NEUTRAL
+from dsmoe_local.protocol.fields import HONOURED, IGNORED, NEUTRAL, TOOL_FIELDS
 from dsmoe_local.protocol.requests import RequestDefaults
 
 DEFAULTS = RequestDefaults(SamplingParameters(temperature=0.5), max_tokens=7, stop=("END",))
@@ -25,6 +25,16 @@ CHAT = "/v1/chat/completions"
 def request(folder: Path, line: dict[str, Any] | bytes) -> Request:
     (make,) = requests(write_lines(folder / "in.jsonl", [line]), defaults=DEFAULTS)
     return make()
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+def called(name: str, arguments: str) -> dict[str, Any]:
+    return {"id": "call_1", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+CALL = called("f", "{}")
 
 
 def chat(body: dict[str, Any]) -> dict[str, Any]:
@@ -187,7 +197,7 @@ def test_last_message_goes_on_only_if_asked(tmp_path: Path, body: dict[str, Any]
     assert made.prompt[-1] == Message("assistant", " The answer is ")
 
 
-@pytest.mark.parametrize("field", sorted(NEUTRAL))
+@pytest.mark.parametrize("field", sorted(NEUTRAL.keys() - TOOL_FIELDS))
 def test_what_cannot_be_had_is_refused_by_name(tmp_path: Path, field: str) -> None:
     """Guards: a field that is silently not honoured."""
     with pytest.raises(DsmoeError, match=f"^{field} is not supported"):
@@ -228,13 +238,51 @@ def test_what_cannot_be_had_is_refused_by_name(tmp_path: Path, field: str) -> No
         (chat({"n_predict": -2}), "max_tokens = -2"),
         (chat({"temp": 1, "temperature": 2}), "temp and temperature differ"),
         (completion({}) | {"url": ["/v1/completions"]}, "the url"),
-        (chat({"messages": [{"role": "tool", "content": "a"}]}), "the role 'tool'"),
+        (chat({"messages": [{"role": "function", "content": "a"}]}), "the role 'function'"),
+        (chat({"messages": [{"role": "tool", "content": "a"}]}), "role tool takes tool_call_id"),
+        (
+            chat({"messages": [{"role": "user", "content": "a", "tool_calls": [CALL]}]}),
+            "only messages of the role assistant may have tool_calls",
+        ),
         (chat({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}), "'image_url'"),
         (
             chat({"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}]}),
-            "tool_calls is not supported",
+            "a tool call takes id and function",
         ),
-        (chat({"tools": [{"type": "function"}]}), "tools is not supported"),
+        (
+            chat({"messages": [{"role": "assistant", "tool_calls": [called("f", '{"a": ')]}]}),
+            "the arguments of the call of f are not a JSON object",
+        ),
+        (
+            chat({"messages": [{"role": "assistant", "tool_calls": [called("<|end|>", "{}")]}]}),
+            "'<|end|>' is not a name of a tool",
+        ),
+        (chat({"tools": [{"type": "function"}]}), "tools[0].function is not an object"),
+        (chat({"tools": {}}), "tools is not a list"),
+        (chat({"tools": [{"type": "custom", "custom": {"name": "f"}}]}), "tools[0]: the type 'custom'"),
+        (chat({"tools": [TOOL, TOOL]}), "two tools have the name f"),
+        (
+            chat({"tools": [{"type": "function", "function": {"name": "a b"}}]}),
+            "tools[0]: 'a b' is not a name",
+        ),
+        (
+            chat({"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]}),
+            "tools[0]: the parameters of the tool f are not a JSON schema",
+        ),
+        (chat({"tool_choice": "required"}), "a call is required, but there are no tools"),
+        (chat({"tools": [TOOL], "tool_choice": "any"}), 'tool_choice "any" is not supported'),
+        (
+            chat({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}),
+            "there is no tool 'g' to choose",
+        ),
+        (chat({"tools": [TOOL], "parallel_tool_calls": 1}), "parallel_tool_calls is neither true nor false"),
+        (chat({"tools": [TOOL], "grammar": 'root ::= "a"'}), "grammar and tools are both set"),
+        (
+            chat({"tools": [TOOL], **PREFILLED, "continue_final_message": True}),
+            "with tools cannot be continued",
+        ),
+        (chat({"functions": [{"name": "f"}]}), "functions is not supported"),
+        (completion({"tools": [TOOL]}), "tools is not supported"),
         (chat({"response_format": {"type": "grammar"}}), "response_format"),
         (chat({"structured_outputs": {"regex": "a"}}), "structured_outputs.regex"),
         (chat({"logit_bias": {"hello": 1}}), "'hello' is not a token id"),

@@ -74,11 +74,11 @@ def test_why_lines_failed(tmp_path: Path) -> None:
     ]
     lines += [b'{"prompt": "\xff"}', {"prompt": "y"}]
     engine = FakeEngine(n_context=50)
-    expected = {"not_json": 1, "prompt_error": 1, "invalid_request": 1, "not_utf8": 1}
+    expected = {"not_json": 1, "context_length_error": 1, "invalid_request": 1, "not_utf8": 1}
     summary = run_batch(engine, batch(tmp_path, *lines))
     assert summary.failures == expected
     assert summary.in_words().startswith("5 records, 4 lines failed (1 ")
-    for part in ("1 not JSON", "1 with a prompt that the model cannot take", "1 not UTF-8"):
+    for part in ("1 not JSON", "1 with a prompt that is longer than the context", "1 not UTF-8"):
         assert part in summary.in_words()
     again = run_batch(engine, batch(tmp_path, *lines, "worse"))
     assert again.failures == expected | {"not_json": 2}

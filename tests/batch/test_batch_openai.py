@@ -33,7 +33,7 @@ def found(tmp_path: Path) -> dict[str, dict[str, Any]]:
         completion("text", prompt="é🚀", logprobs=2),
         completion("long", prompt="abc", max_tokens=2),
         {"prompt": "short"},
-        chat("tools", tools=[{"type": "function", "function": {"name": "f"}}]),
+        chat("functions", functions=[{"name": "f"}]),
     ]
     return by_id(answer(FakeEngine(), batch(tmp_path, *lines, form="openai")))
 
@@ -94,11 +94,11 @@ def test_completions(found: dict[str, dict[str, Any]]) -> None:
 
 def test_errors(found: dict[str, dict[str, Any]]) -> None:
     """Guards: an error without its line or its field."""
-    assert found["tools"]["response"] is None
-    error = BatchError.model_validate(found["tools"]["error"], strict=True)
+    assert found["functions"]["response"] is None
+    error = BatchError.model_validate(found["functions"]["error"], strict=True)
     assert (error.code, error.line) == ("invalid_request", 6)
     assert error.message is not None
-    assert "tools is not supported" in error.message
+    assert "functions is not supported" in error.message
 
 
 def test_ids_of_records_differ(found: dict[str, dict[str, Any]]) -> None:

@@ -105,7 +105,7 @@ def test_messages_may_have_reasoning(tmp_path: Path, key: str) -> None:
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
         ({"reasoning_budget": -2}, "reasoning_budget"),
         ({"reasoning_effort": "high"}, "reasoning_effort is not supported"),
-        ({"messages": [{**QUESTION, "reasoning_content": "x"}]}, "only messages of the assistant"),
+        ({"messages": [{**QUESTION, "reasoning_content": "x"}]}, "only messages of the role assistant"),
         ({"messages": [{"role": "assistant", "content": "a", "reasoning": [1]}]}, "reasoning is not text"),
     ],
 )

@@ -27,6 +27,7 @@ class LocalTemplate:
     """A ChatTemplate in this process."""
 
     def __init__(self, text: str) -> None:
+        self.text = text
         self.sandboxed = SandboxedTemplate(text, "test")
 
     def close(self) -> None:

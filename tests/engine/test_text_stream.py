@@ -7,6 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsmoe_local.engine.reasoning import Parts
 from dsmoe_local.engine.text_stream import TextStream
 
 
@@ -85,7 +86,7 @@ def test_character_cut_in_two_replies() -> None:
     """Guards: a stopped reply ending in U+FFFD, and its continuation beginning with more of them."""
     rocket = "\N{ROCKET}".encode()
     first, second = TextStream(), TextStream()
-    assert first.feed(b"a" + rocket[:2]) == ("a", "")
-    assert first.finish(cut=True) == ("", "")
+    assert first.feed(b"a" + rocket[:2]) == Parts("a")
+    assert first.finish(cut=True) == Parts()
     second.begin_after(b"a" + rocket[:2])
     assert second.feed(rocket[2:] + b"b").answer == "\N{ROCKET}b"

@@ -148,6 +148,44 @@ def test_parsed_replies(server: Serving, engine: FakeEngine) -> None:
     assert json.loads(schema)["properties"].keys() == {"name", "red"}
 
 
+class Weather(BaseModel):
+    """Return the weather."""
+
+    city: str
+
+
+CALL = '<tool_call>\n{"name": "Weather", "arguments": {"city": "Par\\u00eds"}}\n</tool_call>'
+
+
+@pytest.mark.parametrize("before", ["", "Let me see."])
+def test_tool_calls(server: Serving, engine: FakeEngine, before: str) -> None:
+    """Guards: streamed calls with wrong indices, an id in more than one delta, or no finish reason."""
+    engine._replies = iter([f"{before}\n{CALL}\n{CALL}"] * 3)  # type: ignore[assignment]
+    with OpenAI(base_url=f"{server.url}/v1", api_key="-") as client:
+        asked: Any = {"model": "fake", "messages": HELLO, "tools": [openai.pydantic_function_tool(Weather)]}
+        whole: Any = client.chat.completions.parse(**asked).choices[0]
+        assert (whole.message.content, whole.finish_reason) == (before or None, "tool_calls")
+        for call in whole.message.tool_calls:
+            assert call.function.parsed_arguments == Weather(city="París")
+        chunks: Any = [chunk.choices[0] for chunk in client.chat.completions.create(**asked, stream=True)]
+        with client.chat.completions.stream(**asked) as stream:
+            final: Any = stream.get_final_completion().choices[0]
+    assert [call.function.arguments for call in final.message.tool_calls] == [
+        call.function.arguments for call in whole.message.tool_calls
+    ]
+    assert [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == ["tool_calls"]
+    parts = [part for chunk in chunks for part in chunk.delta.tool_calls or []]
+    assert "".join(chunk.delta.content or "" for chunk in chunks) == before
+    for index in (0, 1):
+        first, *others = [part for part in parts if part.index == index]
+        assert (first.function.name, first.type) == ("Weather", "function")
+        assert first.id
+        assert not any(part.id or part.function.name or part.type for part in others)
+        arguments = "".join(part.function.arguments for part in (first, *others))
+        assert json.loads(arguments) == {"city": "París"}
+    assert parts == sorted(parts, key=lambda part: part.index)
+
+
 def test_async_client(server: Serving) -> None:
     """Guards: requests that wait for each other."""
 
@@ -180,6 +218,11 @@ def test_models(client: OpenAI) -> None:
         ({"extra_body": {"stream": "yes"}}, "stream", "stream is neither true nor false"),
         ({"extra_body": {"stream_options": {"include_usage": True}}}, "stream_options", "stream: true"),
         ({"messages": []}, "messages", "messages is not a list of messages"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "messages", "role tool takes tool_call_id"),
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools", "'custom' is not supported"),
+        ({"tool_choice": "required"}, "tools", "a call is required, but there are no tools"),
+        ({"tool_choice": "any"}, "tool_choice", "any"),
+        ({"extra_body": {"parallel_tool_calls": "no"}}, "parallel_tool_calls", "neither true nor false"),
         ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", "differ"),
     ],
 )

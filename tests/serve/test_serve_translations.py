@@ -149,6 +149,7 @@ def test_conversations_and_schemas_of_responses() -> None:
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"input": []}, "input"),
+        ({"tools": [{"type": "function", "name": "f", "parameters": {}, "strict": False}]}, "tools"),
         ({"extra_body": {"n": 2}}, "n"),
     ],
 )

@@ -21,6 +21,8 @@ from dsmoe_local.engine.errors import EngineError, EngineKilledError, PromptErro
 from dsmoe_local.engine.interface import Deliver, Ticket
 from dsmoe_local.engine.reasoning import ReasoningParser, markers_in
 from dsmoe_local.engine.text_stream import TextStream
+from dsmoe_local.engine.tools.formats import HERMES
+from dsmoe_local.engine.tools.parser import ToolParser
 from dsmoe_local.engine.types import (
     FinishReason,
     Message,
@@ -32,6 +34,7 @@ from dsmoe_local.engine.types import (
     Request,
     TokenEvent,
     TokenLogprob,
+    Tool,
     Usage,
     ends_with_reply,
 )
@@ -115,6 +118,7 @@ class FakeEngine:
         *,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: tuple[Tool, ...] = (),
     ) -> tuple[int, ...]:
         """Return one id for each byte. A conversation has a line for each message: role, then content."""
         self._start_again()
@@ -196,7 +200,8 @@ class FakeEngine:
                 self._markers, request.start, _bytes_of(prompt).decode("utf-8", "replace")
             )
             answer = _within_budget(answer, request.reasoning_budget)
-        stream = TextStream(request.stop, parser)
+        tools = None if request.tools is None else ToolParser(HERMES, request.tools)
+        stream = TextStream(request.stop, parser, tools)
         stream.begin_after(_bytes_of(prompt[-4:]))
         n_cached = n_common(self._cached, prompt)
         room = None if request.context_shift else self.info.n_context - len(prompt)
@@ -234,6 +239,7 @@ class FakeEngine:
                 held=stream.holds,
                 reasoning=parts.reasoning,
                 in_reasoning=in_reasoning,
+                calls=parts.calls,
             )
             if stream.stopped:
                 ended_by = None
@@ -248,6 +254,7 @@ class FakeEngine:
             finish_reason=reason,
             usage=Usage(len(prompt), n_cached, done, 0.0, float(done), request.sampling.seed, n_reasoning),
             reasoning=parts.reasoning,
+            calls=parts.calls,
         )
 
     def _make_room(self, request: Request, held: list[int]) -> tuple[int, int]:

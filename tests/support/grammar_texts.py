@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from dsmoe_local.engine.sampling.constraint import CompiledGrammar, Constraint, Vocabulary, compiled
+from dsmoe_local.engine.tools.calls import Tools
+from dsmoe_local.engine.tools.formats import ToolFormat
 
 END = 256
 _NUMBERS = np.arange(END + 1, dtype=np.float32)
@@ -28,6 +30,11 @@ def gbnf(text: str) -> CompiledGrammar:
 def schema(value: Any) -> CompiledGrammar:
     """Compile a JSON schema over bytes."""
     return compiled(_byte_vocabulary(), None, value if isinstance(value, str) else json.dumps(value))
+
+
+def tools(form: ToolFormat, offered: Tools, json_schema: str | None = None) -> CompiledGrammar:
+    """Compile the grammar of replies with tool calls over bytes."""
+    return compiled(_byte_vocabulary(), None, json_schema, (form, offered))
 
 
 def belongs(grammar: CompiledGrammar, text: str | bytes) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from llguidance import LLMatcher, LLParserLimits
@@ -22,7 +23,7 @@ other limits are its defaults: about 20 ms to compile the lexemes, and 20 ms for
 """
 
 # One space, or a line break with indentation: a small model may write endless whitespace if it is allowed.
-_JSON: JsonCompileOptions = {
+JSON_OPTIONS: JsonCompileOptions = {
     "lenient": False,
     "coerce_one_of": True,
     "whitespace_flexible": True,
@@ -42,8 +43,8 @@ def compile_grammar(*, grammar: str | None = None, json_schema: str | None = Non
 
 def compile_gbnf(text: str) -> str:
     """Compile GBNF. Raises UsageError; for a syntax error, `where` is the line and column."""
-    compiled = _to_llguidance(to_lark(parse_gbnf(text)))
-    if reason := _refusal(compiled):
+    compiled = to_llguidance(to_lark(parse_gbnf(text)))
+    if reason := refusal(compiled):
         raise UsageError(
             f"the grammar is too complex: {reason}", remedy="use smaller repetitions and fewer rules"
         )
@@ -59,17 +60,25 @@ def compile_json_schema(text: str) -> str:
         if not isinstance(schema, dict):
             raise UsageError("the JSON schema is not an object", remedy="use {} to permit every JSON text")
         # llguidance's parser is stricter: no NaN, no lone surrogates, at most 128 levels.
-        plain = LLMatcher.grammar_from_json_schema(text, overrides=_JSON)
+        plain = LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"the JSON schema cannot be read: {_reason(str(error))}") from error
-    schema = {**_discriminated(schema), "x-guidance": _JSON}
-    compiled = _to_llguidance(f"start: %json {json.dumps(schema)}\n")
-    if reason := _refusal(compiled):
+    compiled = to_llguidance(f"start: {json_rule(schema)}\n")
+    if reason := refusal(compiled):
         # The message for the schema alone is better: it does not mention the Lark grammar around it.
         raise UsageError(
-            f"the JSON schema cannot be enforced: {_refusal(plain) or reason}", remedy="see docs/sampling.md"
+            f"the JSON schema cannot be enforced: {refusal(plain) or reason}", remedy="see docs/sampling.md"
         )
     return compiled
+
+
+def json_rule(schema: Mapping[str, Any], *, lenient: bool = False) -> str:
+    """Return the body of a Lark rule for the JSON texts of a schema.
+
+    If `lenient`, keywords that cannot be enforced are ignored.
+    """
+    options = {**JSON_OPTIONS, "lenient": lenient}
+    return f"%json {json.dumps({**_discriminated(schema), 'x-guidance': options})}"
 
 
 def _discriminated(schema: Any) -> Any:  # noqa: ANN401 - any part of a JSON text
@@ -80,7 +89,7 @@ def _discriminated(schema: Any) -> Any:  # noqa: ANN401 - any part of a JSON tex
     """
     if isinstance(schema, list):
         return [_discriminated(item) for item in schema]
-    if not isinstance(schema, dict):
+    if not isinstance(schema, Mapping):
         return schema
     schema = {key: value if key in _VALUES else _discriminated(value) for key, value in schema.items()}
     match schema:
@@ -89,12 +98,12 @@ def _discriminated(schema: Any) -> Any:  # noqa: ANN401 - any part of a JSON tex
     return schema
 
 
-def _to_llguidance(lark: str) -> str:
+def to_llguidance(lark: str) -> str:
     """Wrap a Lark grammar for llguidance. With `no_forcing`, every tokenization of a text is permitted."""
     return LLMatcher.grammar_from_lark(f'%llguidance {{"no_forcing": true}}\n{lark}')
 
 
-def _refusal(grammar: str) -> str:
+def refusal(grammar: str) -> str:
     """Return the reason why llguidance cannot compile the grammar; "" if it can."""
     is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=LIMITS)
     return _reason(messages[0]) if is_error else ""

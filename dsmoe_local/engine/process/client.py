@@ -30,6 +30,7 @@ from dsmoe_local.engine.types import (
     Prompt,
     Request,
     TokenEvent,
+    Tool,
 )
 
 P = ParamSpec("P")
@@ -167,6 +168,7 @@ class EngineClient:
         *,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: tuple[Tool, ...] = (),
     ) -> tuple[int, ...]:
         """Return the token ids of `prompt` (see TextEngine)."""
         return self._ask_engine(
@@ -174,6 +176,7 @@ class EngineClient:
             prompt,
             continue_final_message=continue_final_message,
             chat_template_kwargs=chat_template_kwargs,
+            tools=tools,
         )
 
     def decode(self, token_ids: Sequence[int]) -> tuple[str, ...]:

@@ -137,6 +137,7 @@ def event_to_plain(number: int, event: TokenEvent) -> Plain:
         and not event.held
         and not event.in_reasoning
         and not event.reasoning
+        and not event.calls
     ):
         return (number, event.text, event.seconds, event.token_id)
     _, *values = to_plain(event)

@@ -21,7 +21,8 @@ from dsmoe_local.engine.large_stack import large_stack
 from dsmoe_local.engine.prompts.replies import Part, reply_to_continue, with_reply_ids
 from dsmoe_local.engine.prompts.segments import Segment
 from dsmoe_local.engine.prompts.template import ChatTemplate, Variables
-from dsmoe_local.engine.types import Message, Prompt, ends_with_reply
+from dsmoe_local.engine.tools.support import ToolSupport, definition
+from dsmoe_local.engine.types import Message, Prompt, Tool, ends_with_reply
 
 MAX_WORD = 200_000  # characters
 MAX_TOKEN_BYTES = 128  # more than the longest token of common vocabularies
@@ -34,6 +35,8 @@ _Piece: TypeAlias = bytes | tuple[int, ...]
 _BREAK: Part = ()
 """No ids. The texts before and after it are not joined: a reply begins there."""
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
+# Templates may print ids, which must not contain special tokens.
+_CALL_ID = re.compile(r"[A-Za-z0-9_.:/+=-]{0,256}")
 
 
 class Vocabulary(reasoning.Vocabulary, Protocol):
@@ -52,12 +55,14 @@ class PromptEncoder:
     """Encodes prompts for one model and template. Any thread may call it.
 
     `reasoning` says how the model marks reasoning. It is None if the template has no markers of reasoning.
+    `tools` says how the model writes tool calls. It is None if there is no template.
     """
 
     def __init__(self, vocabulary: Vocabulary, template: ChatTemplate | None, n_context: int) -> None:
         self.template = template
         markers = None if template is None else template.markers
         self.reasoning = None if markers is None else reasoning.ReasoningFormat(markers, vocabulary)
+        self.tools = None if template is None else ToolSupport(template.text, vocabulary)
         self._vocabulary = vocabulary
         self._n_context = n_context
         # Each turn tokenizes the template's texts and all earlier messages again.
@@ -78,12 +83,14 @@ class PromptEncoder:
         variables: Variables | None = None,
         *,
         continue_final_message: bool = False,
+        tools: Sequence[Tool] = (),
         stopped: Callable[[], bool] = lambda: False,
     ) -> tuple[int, ...]:
         """Return the token ids of `prompt`, including BOS if the model uses it.
 
         A conversation ends where a new reply begins. With `continue_final_message` it ends with its last
-        message, which must be the assistant's. `variables` are those of the template.
+        message, which must be the assistant's. `variables` are those of the template, `tools` those that the
+        conversation offers.
 
         Raises PromptError, TemplateError, and InterruptedRunError if `stopped` returns True.
         """
@@ -91,7 +98,7 @@ class PromptEncoder:
             ids = self._with_bos(self._tokenize([Segment(prompt, 0)], stopped))
         elif prompt and isinstance(prompt[0], Message):
             messages = [message for message in prompt if isinstance(message, Message)]
-            parts = self._parts(messages, variables, continue_final_message, stopped)
+            parts = self._parts(messages, tools, variables, continue_final_message, stopped)
             ids = self._with_bos(self._tokenize(parts, stopped))
         else:
             ids = [token_id for token_id in prompt if isinstance(token_id, int)]
@@ -112,6 +119,7 @@ class PromptEncoder:
     def _parts(
         self,
         messages: Sequence[Message],
+        tools: Sequence[Tool],
         variables: Variables | None,
         continued: bool,
         stopped: Callable[[], bool],
@@ -122,15 +130,24 @@ class PromptEncoder:
                 raise PromptError(
                     f"{safe_line(message.role, 40)!r} is not a role", remedy="use system, user or assistant"
                 )
+            for call_id in (message.tool_call_id, *(call.id for call in message.tool_calls)):
+                if not _CALL_ID.fullmatch(call_id):
+                    raise PromptError(
+                        f"{safe_line(call_id, 40)!r} is not an id of a tool call",
+                        remedy="use up to 256 letters, digits, and the characters _ - . : / + =",
+                    )
         if continued and not ends_with_reply(messages):
             raise PromptError(
                 "there is no reply to continue: the last message does not have the role assistant"
             )
-        if self.template is None:
+        if self.template is None or self.tools is None:
             raise PromptError(
                 "the model has no chat template: it only completes text",
                 remedy="send a prompt instead of messages, or name a template with --chat-template",
             )
+        messages = self.tools.rendered(messages, tools)
+        if tools and self.tools.native:
+            variables = {**(variables or {}), "tools": [definition(tool) for tool in tools]}
         if self.reasoning is None:
             messages = [_without_reasoning(message) for message in messages]
             exact = self._with_reply_ids(self.template, messages, variables, continued, stopped)
@@ -204,6 +221,7 @@ class PromptEncoder:
             return [*segments]
         special = self._vocabulary.special_texts()
         texts = [text for message in messages for text in (message.content, message.reasoning_content)]
+        texts += [call.arguments for message in messages for call in message.tool_calls]
         if any(name in text for text in texts for name in special):
             raise PromptError(
                 "a message contains the text of a special token, and the template changes messages",

@@ -90,11 +90,9 @@ class _Host:
 
     def _conversation(self, messages: wire.Plain, variables: wire.Plain) -> Conversation:
         assert self._template is not None, "the client compiles the template first"
+        tools = variables.pop("tools", None)
         self._template.begin_conversation(variables)
-        return Conversation(
-            self._template,
-            [Message(role, content, (), reasoning) for role, content, reasoning in messages],
-        )
+        return Conversation(self._template, wire.from_plain(list[Message], messages), tools)
 
 
 _ANSWERS: dict[str, Callable[..., Iterator[wire.Plain]]] = {
@@ -110,13 +108,13 @@ def _plain(segments: Segments | None, messages: wire.Plain) -> wire.Plain:
     if segments is None:
         return None
     return [
-        [None if text == _content(messages, number, reasoning) else text, number, reasoning]
-        for text, number, reasoning in segments
+        [None if text == _content(messages, number, aside) else text, number, aside]
+        for text, number, aside in segments
     ]
 
 
-def _content(messages: wire.Plain, number: int | None, reasoning: bool) -> str | None:
-    return None if number is None or reasoning else messages[number][1]
+def _content(messages: wire.Plain, number: int | None, aside: bool) -> str | None:
+    return None if number is None or aside else messages[number]["content"]
 
 
 def _address_space() -> int:

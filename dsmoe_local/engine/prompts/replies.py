@@ -22,7 +22,7 @@ def with_reply_ids(
     """Return the segments of a conversation, with token ids in place of replies whose text they have."""
     parts: list[Part] = []
     for segment in segments:
-        message = None if segment.message is None or segment.reasoning else messages[segment.message]
+        message = None if segment.message is None or segment.aside else messages[segment.message]
         if message is None or message.role != "assistant" or not message.token_ids:
             parts.append(segment)
             continue
@@ -61,7 +61,7 @@ def _replace_whole(
     match parts[-3:]:
         case [
             Segment(message=None) as before,
-            Segment(reasoning=True) as kept,
+            Segment(aside=True) as kept,
             Segment(message=None) as mark,
         ]:
             lead, _, rest = _text(pieces).partition(kept.text)

@@ -7,6 +7,7 @@ shorter prefix. `render_host` limits the memory, `renderer` the time.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn, TypeVar
@@ -25,17 +26,22 @@ from dsmoe_local.engine.prompts.turns import Checkpoint, RefusedError, Rendered,
 from dsmoe_local.engine.reasoning import markers_in
 
 MAX_OUTPUT = 64 << 20
+_TESTS_NONE = re.compile(r"content['\"]?\]?\s+is\s+(not\s+)?none")
 _STATEFUL = frozenset({"cycler", "joiner"})
 
 T = TypeVar("T")
 
 
 class SandboxedTemplate:
-    """A compiled template."""
+    """A compiled template.
+
+    `null_content`: it tests whether the content of a message is None, as that of a reply with calls alone is.
+    """
 
     def __init__(self, text: str, source: str) -> None:
         """Compile the template. Raises TemplateError if it is not valid."""
         self.markers = markers_in(text)
+        self.null_content = bool(_TESTS_NONE.search(text))
         self._source = source
         self._variables: Mapping[str, Any] = {}
         self._environment = _Environment()
@@ -46,26 +52,27 @@ class SandboxedTemplate:
         self._variables = variables
         self._environment.now = datetime.now()
 
-    def render(self, messages: Values, *, generate: bool = True) -> str:
+    def render(self, messages: Values, tools: object = None, *, generate: bool = True) -> str:
         """Return the output. Raises TemplateError if the template refuses the messages or fails."""
-        return self._checked(lambda: self._output(list(messages), Run(()), generate))
+        return self._checked(lambda: self._output(list(messages), tools, Run(()), generate))
 
-    def begin(self, messages: Values, after: Checkpoint | None = None) -> Rendered:
+    def begin(self, messages: Values, tools: object = None, after: Checkpoint | None = None) -> Rendered:
         """Return the output for `messages`; with the checkpoint of a shorter prefix, the output after it.
 
         The template gets a list-like object instead of a list, so it may fail although `render` does not.
         Raises TemplateError.
         """
         run = Run(messages, after)
-        text = self._checked(lambda: self._output(Turns(run, 0), run, True))
+        text = self._checked(lambda: self._output(Turns(run, 0), tools, run, True))
         if after is not None and not run.resumed:
             raise template_error(self._source, "it does not reach the same loop again")
         return Rendered(text, run.before, run.checkpoint)
 
-    def _output(self, messages: object, run: Run, generate: bool) -> str:
+    def _output(self, messages: object, tools: object, run: Run, generate: bool) -> str:
         self._environment.run = run
         left = MAX_OUTPUT
-        variables = {**self._variables, "messages": messages, "add_generation_prompt": generate}
+        offered = {} if tools is None else {"tools": tools}
+        variables = {**self._variables, **offered, "messages": messages, "add_generation_prompt": generate}
         for piece in self._template.generate(variables):
             left -= len(piece)
             if left < 0:

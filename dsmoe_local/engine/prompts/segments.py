@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from dsmoe_local.engine.errors import TemplateError
 from dsmoe_local.engine.reasoning import Markers
-from dsmoe_local.engine.types import Message
+from dsmoe_local.engine.types import Message, ToolCall
+
+_TOOLS = -1
+"""The index in segments from the definitions of tools, which are not in a message."""
 
 
 class Segment(NamedTuple):
     """A part of a rendered conversation.
 
-    It is the content of the message with the index `message`, or its reasoning, or the template's own text if
-    the index is None.
+    It is text of the message with the index `message`, or the template's own text if the index is None.
+    `aside`: it is not the content of the message, but its reasoning, or a string in its tool calls.
     """
 
     text: str
     message: int | None = None
-    reasoning: bool = False
+    aside: bool = False
 
 
 Segments: TypeAlias = list[Segment]
@@ -47,9 +52,19 @@ class Template(Protocol):
     @property
     def markers(self) -> Markers | None: ...
 
-    def render(self, messages: Sequence[dict[str, str]], *, generate: bool = True) -> str: ...
+    @property
+    def null_content(self) -> bool: ...
 
-    def begin(self, messages: Sequence[dict[str, str]], after: Any = None) -> Rendered: ...  # noqa: ANN401
+    def render(
+        self, messages: Sequence[dict[str, Any]], tools: object = None, *, generate: bool = True
+    ) -> str: ...
+
+    def begin(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: object = None,
+        after: Any = None,  # noqa: ANN401
+    ) -> Rendered: ...
 
 
 class Conversation:
@@ -58,31 +73,38 @@ class Conversation:
     The whitespace around a content stays around its placeholder, so that templates may trim it. Templates
     split replies at the markers of reasoning. A reply is passed to them without its reasoning, so markers
     that are left in it are ordinary text, and are hidden from the template.
+
+    The strings in arguments of tool calls and the descriptions in `tools` have placeholders as well.
     """
 
-    def __init__(self, template: Template, messages: Sequence[Message]) -> None:
+    def __init__(self, template: Template, messages: Sequence[Message], tools: object = None) -> None:
         self._template = template
         self._n_messages = len(messages)
-        key = secrets.token_hex(8)
+        self._key = key = secrets.token_hex(8)
         self._placeholder = re.compile(rf"{key}\.(\d+)\.")
         self._hidden = {marker: f"{key}_{index}_" for index, marker in enumerate(template.markers or ())}
-        # The placeholder 2i stands for the content of message i, 2i + 1 for its reasoning.
-        self._texts = [text for each in messages for text in self._contents(each)]
-        masked = [_masked(text, f"{key}.{number}.") for number, text in enumerate(self._texts)]
-        self._real = _as_read(messages, self._texts)
-        self._masked = _as_read(messages, masked)
+        # By the number of the placeholder: a text, its message, and whether it is not the message's content.
+        self._texts: list[tuple[str, int, bool]] = []
+        called = {call.id: call.name for message in messages for call in message.tool_calls}
+        self._real = [self._as_read(message, called) for message in messages]
+        self._masked = [
+            self._as_read(message, called, partial(self._mask, index))
+            for index, message in enumerate(messages)
+        ]
+        self._tools = tools
+        self._masked_tools = _with_masked_descriptions(tools, partial(self._mask, _TOOLS, True))
 
     def render(self, *, generate: bool = True) -> str:
         """Return the conversation as text."""
-        return self._shown(self._template.render(self._real, generate=generate))
+        return self._shown(self._template.render(self._real, self._tools, generate=generate))
 
     def segments(self, end: int | None = None, *, generate: bool = True) -> Segments | None:
         """Return the segments of the messages before `end`.
 
         Returns None if the template depends on the contents, or changes them other than by trimming.
         """
-        masked = self._template.render(self._masked[:end], generate=generate)
-        return self._split(masked, self._template.render(self._real[:end], generate=generate))
+        masked = self._template.render(self._masked[:end], self._masked_tools, generate=generate)
+        return self._split(masked, self._template.render(self._real[:end], self._tools, generate=generate))
 
     def stretches(self, replies: Sequence[int], *, open_end: bool) -> Iterator[Segments | None]:
         """Yield the stretches of segments between the end of one reply and the start of the next.
@@ -113,8 +135,8 @@ class Conversation:
             return None
         progress.failed = True
         try:
-            masked = self._template.begin(self._masked[:end], progress.masked)
-            real = self._template.begin(self._real[:end], progress.real)
+            masked = self._template.begin(self._masked[:end], self._masked_tools, progress.masked)
+            real = self._template.begin(self._real[:end], self._tools, progress.real)
         except TemplateError:
             # The template may need a real list, which `segments` passes.
             return None
@@ -129,19 +151,29 @@ class Conversation:
     def _split(self, masked: str, real: str) -> Segments | None:
         pieces = self._placeholder.split(masked)
         numbers = [int(piece) for piece in pieces[1::2]]
-        pieces[1::2] = [self._texts[number].strip() for number in numbers]
-        if "".join(pieces) != real:
+        position = len(pieces[0])
+        for place, number in zip(range(1, len(pieces), 2), numbers, strict=True):
+            text, _, aside = self._texts[number]
+            forms = _forms(text.strip()) if aside else (text.strip(),)
+            after = pieces[place + 1]
+            form = next((form for form in forms if real.startswith(form + after, position)), None)
+            if form is None:
+                return None
+            pieces[place] = form
+            position += len(form) + len(after)
+        if not real.startswith(pieces[0]) or position != len(real):
             return None
         self._move_whitespace(pieces, numbers)
         segments = [Segment(pieces[0])]
         for number, text, after in zip(numbers, pieces[1::2], pieces[2::2], strict=True):
-            segments += [Segment(self._shown(text), number // 2, bool(number % 2)), Segment(after)]
+            _, message, aside = self._texts[number]
+            segments += [Segment(self._shown(text), message, aside), Segment(after)]
         return [segment for segment in segments if segment.text]
 
     def _move_whitespace(self, pieces: list[str], numbers: Sequence[int]) -> None:
         """Move the whitespace of contents from the template's text to the contents."""
         for position, number in zip(range(1, len(pieces), 2), numbers, strict=True):
-            text = self._texts[number]
+            text = self._texts[number][0]
             lead = text[: len(text) - len(text.lstrip())]
             trail = text[len(text.rstrip()) :]
             before, after = pieces[position - 1], pieces[position + 1]
@@ -150,13 +182,40 @@ class Conversation:
             if trail and after.startswith(trail):
                 pieces[position + 1], pieces[position] = after[len(trail) :], pieces[position] + trail
 
-    def _contents(self, message: Message) -> tuple[str, str]:
-        """Return content and reasoning of a message, with hidden markers if it is a reply."""
+    def _as_read(
+        self,
+        message: Message,
+        called: Mapping[str, str],
+        mask: Callable[[bool, str], str] = lambda aside, text: text,
+    ) -> dict[str, Any]:
+        """Return a message as a template reads it: as in OpenAI's requests.
+
+        `called` are the names of tools by the id of a call. Markers in replies are hidden. `mask` returns a
+        text as the template reads it. It also takes whether the text is not the content of the message.
+        """
         content, reasoning = message.content, message.reasoning_content
         if message.role == "assistant":
             for marker, hidden in self._hidden.items():
                 content, reasoning = content.replace(marker, hidden), reasoning.replace(marker, hidden)
-        return content, reasoning
+        read: dict[str, Any] = {"role": message.role, "content": mask(False, content)}
+        if reasoning:
+            read["reasoning_content"] = mask(True, reasoning)
+        if message.tool_calls:
+            read["tool_calls"] = [_call_as_read(call, partial(mask, True)) for call in message.tool_calls]
+            if not content and self._template.null_content:
+                read["content"] = None
+        if message.tool_call_id:
+            read["tool_call_id"] = message.tool_call_id
+            read["name"] = called.get(message.tool_call_id, "")
+        return read
+
+    def _mask(self, message: int, aside: bool, text: str) -> str:
+        """Return `text` with a placeholder in place of all but the whitespace around it."""
+        core = text.strip()
+        if not core:
+            return text
+        self._texts.append((text, message, aside))
+        return text.replace(core, f"{self._key}.{len(self._texts) - 1}.", 1)
 
     def _shown(self, text: str) -> str:
         for marker, hidden in self._hidden.items():
@@ -164,18 +223,48 @@ class Conversation:
         return text
 
 
-def _as_read(messages: Sequence[Message], texts: Sequence[str]) -> list[dict[str, str]]:
-    """Return messages as a template reads them. `texts` are content and reasoning of each in turn."""
-    return [
-        {"role": message.role, "content": content} | ({"reasoning_content": reasoning} if reasoning else {})
-        for message, content, reasoning in zip(messages, texts[::2], texts[1::2], strict=True)
-    ]
+class _Arguments(dict[str, Any]):
+    """Arguments of a call: an object, and its JSON text for templates that print it or append it to text."""
+
+    def __str__(self) -> str:
+        return json.dumps(self, ensure_ascii=False)
+
+    def __add__(self, other: str) -> str:
+        return f"{self}{other}"
+
+    def __radd__(self, other: str) -> str:
+        return f"{other}{self}"
 
 
-def _masked(text: str, placeholder: str) -> str:
-    """Return `text` with a placeholder in place of all but the whitespace around it."""
-    core = text.strip()
-    return text.replace(core, placeholder, 1) if core else text
+def _call_as_read(call: ToolCall, mask: Callable[[str], str]) -> dict[str, Any]:
+    arguments = _Arguments(_with_masked_strings(json.loads(call.arguments), mask))
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+
+
+def _with_masked_strings(value: Any, mask: Callable[[str], str]) -> Any:  # noqa: ANN401 - a JSON value
+    if isinstance(value, dict):
+        return {mask(key): _with_masked_strings(item, mask) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_masked_strings(item, mask) for item in value]
+    return mask(value) if isinstance(value, str) else value
+
+
+def _with_masked_descriptions(value: Any, mask: Callable[[str], str]) -> Any:  # noqa: ANN401 - a JSON value
+    if isinstance(value, dict):
+        return {
+            key: mask(item)
+            if key == "description" and isinstance(item, str)
+            else _with_masked_descriptions(item, mask)
+            for key, item in value.items()
+        }
+    if isinstance(value, list):
+        return [_with_masked_descriptions(item, mask) for item in value]
+    return value
+
+
+def _forms(text: str) -> tuple[str, ...]:
+    """Return a text as a template may print it: as it is, or within a string of JSON."""
+    return (text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1])
 
 
 @dataclass(slots=True)
@@ -197,6 +286,6 @@ def _after(segments: Segments | None, reply: int | None) -> Segments | None:
     ends = [
         position
         for position, segment in enumerate(segments)
-        if segment.message == reply and not segment.reasoning
+        if segment.message == reply and not segment.aside
     ]
     return segments[ends[-1] + 1 :] if ends else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 from dsmoe_local.engine.process import wire
@@ -75,7 +76,7 @@ class ChatTemplate:
         *arguments: wire.Plain,
         stopped: Callable[[], bool] = lambda: False,
     ) -> list[wire.Plain]:
-        plain = [(message.role, message.content, message.reasoning_content) for message in messages]
+        plain = [wire.to_plain(replace(message, token_ids=())) for message in messages]
         own = {**(variables or {}), **self._texts}
         return self._renderer.ask(kind, plain, own, *arguments, stopped=stopped)
 
@@ -84,6 +85,6 @@ def _segments(value: wire.Plain, messages: Sequence[Message]) -> Segments | None
     if value is None:
         return None
     return [
-        Segment(messages[number].content if text is None else text, number, reasoning)
-        for text, number, reasoning in value
+        Segment(messages[number].content if text is None else text, number, aside)
+        for text, number, aside in value
     ]

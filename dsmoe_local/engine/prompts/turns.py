@@ -17,8 +17,8 @@ from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.utils import Namespace, missing
 
 _WHOLE = 1 << 62
-Values: TypeAlias = Sequence[Mapping[str, str]]
-"""Messages as dictionaries with the keys role and content."""
+Values: TypeAlias = Sequence[Mapping[str, Any]]
+"""Messages as dictionaries with the keys of OpenAI's messages."""
 
 
 @dataclass(frozen=True, slots=True)

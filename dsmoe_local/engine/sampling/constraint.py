@@ -6,7 +6,7 @@ permitted tokens is computed, as in llama.cpp's common/sampling.cpp.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from weakref import WeakKeyDictionary
@@ -20,6 +20,9 @@ from dsmoe_local.engine import native
 from dsmoe_local.engine.errors import EngineError
 from dsmoe_local.engine.grammar.compile import LIMITS, compile_grammar
 from dsmoe_local.engine.sampling.likeliest import Logits, TokenIds, likeliest
+from dsmoe_local.engine.tools.calls import Tools
+from dsmoe_local.engine.tools.formats import ToolFormat
+from dsmoe_local.engine.tools.grammar import compile_tools
 
 _EMPTY_MASK = "NoExtension"  # the start of llguidance's error for a mask without a token
 
@@ -54,17 +57,21 @@ class Vocabulary:
         self.tokenizer = LLTokenizer(TokenizerWrapper(_Pieces(texts)))
 
 
-_vocabularies: WeakKeyDictionary[native.Model, Vocabulary] = WeakKeyDictionary()
+_vocabularies: WeakKeyDictionary[native.Model, dict[bool, Vocabulary]] = WeakKeyDictionary()
 
 
-def vocabulary_of(model: native.Model) -> Vocabulary:
-    """Return the model's vocabulary. It is cached: creating it takes 0.2 s for 50,000 tokens."""
-    vocabulary = _vocabularies.get(model)
+def vocabulary_of(model: native.Model, markers: Mapping[int, bytes] | None = None) -> Vocabulary:
+    """Return the model's vocabulary. `markers` are the bytes of control tokens that a grammar may contain.
+
+    It is cached: creating it takes 0.2 s for 50,000 tokens.
+    """
+    cached = _vocabularies.setdefault(model, {})
+    vocabulary = cached.get(bool(markers))
     if vocabulary is None:
         ids = range(model.n_vocab)
-        pieces = [model.piece(token_id) for token_id in ids]
+        pieces = [(markers or {}).get(token_id) or model.piece(token_id) for token_id in ids]
         vocabulary = Vocabulary(pieces, [token_id for token_id in ids if model.ends(token_id)])
-        _vocabularies[model] = vocabulary
+        cached[bool(markers)] = vocabulary
     return vocabulary
 
 
@@ -79,9 +86,20 @@ class CompiledGrammar:
 # All requests of a batch often have the same grammar, and copies of a matcher share its lexer states. Only a
 # few are cached, since each may take as much memory as `LIMITS` allows.
 @lru_cache(maxsize=4)
-def compiled(vocabulary: Vocabulary, grammar: str | None, json_schema: str | None) -> CompiledGrammar:
-    """Compile a grammar or a JSON schema for a vocabulary. Raises UsageError if it cannot be enforced."""
-    text = compile_grammar(grammar=grammar, json_schema=json_schema)
+def compiled(
+    vocabulary: Vocabulary,
+    grammar: str | None,
+    json_schema: str | None,
+    tools: tuple[ToolFormat, Tools] | None = None,
+) -> CompiledGrammar:
+    """Compile a grammar, a JSON schema or tools for a vocabulary.
+
+    Raises UsageError if they cannot be enforced.
+    """
+    if tools is None:
+        text = compile_grammar(grammar=grammar, json_schema=json_schema)
+    else:
+        text = compile_tools(*tools, json_schema)
     matcher = LLMatcher(vocabulary.tokenizer, text, log_level=0, limits=LIMITS)
     if matcher.is_error():
         raise UsageError(

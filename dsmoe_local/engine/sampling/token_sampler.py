@@ -16,6 +16,7 @@ from dsmoe_local.engine.native.samplers import Candidates
 from dsmoe_local.engine.sampling.constraint import CompiledGrammar, Constraint, compiled, vocabulary_of
 from dsmoe_local.engine.sampling.likeliest import Logits, TokenIds, likeliest, log_total, near_top
 from dsmoe_local.engine.sampling.penalties import Adjustments
+from dsmoe_local.engine.tools.support import ToolSupport
 from dsmoe_local.engine.types import MAX_SEED, Request, SamplingParameters, TokenLogprob
 
 
@@ -123,12 +124,17 @@ def choose_seed(sampling: SamplingParameters) -> int | None:
 
 
 def is_constrained(request: Request) -> bool:
-    """Return True if the request has a grammar or schema, whose compilation may take seconds."""
-    return request.grammar is not None or request.json_schema is not None
+    """Return True if the request has a grammar, schema or tools, whose compilation may take seconds."""
+    return request.grammar is not None or request.json_schema is not None or request.tools is not None
 
 
-def check_request(model: native.Model, request: Request) -> CompiledGrammar | None:
-    """Compile the request's grammar or schema, if any. This is too slow for the engine's thread.
+def check_request(
+    model: native.Model, request: Request, tools: ToolSupport | None = None
+) -> CompiledGrammar | None:
+    """Compile the request's grammar, schema or tools, if any. This is too slow for the engine's thread.
+
+    `tools` says how the model writes calls. Without a chat template it is None, and encoding refuses the
+    request.
 
     Raises UsageError if a biased token id is not in the vocabulary, or the grammar cannot be enforced.
     """
@@ -137,6 +143,11 @@ def check_request(model: native.Model, request: Request) -> CompiledGrammar | No
             raise UsageError(
                 f"logit_bias: there is no token {token_id}", remedy=f"use ids from 0 to {model.n_vocab - 1}"
             )
+    if request.tools is not None:
+        if tools is None:
+            return None
+        vocabulary = vocabulary_of(model, tools.pieces)
+        return compiled(vocabulary, None, request.json_schema, (tools.form, request.tools))
     if not is_constrained(request):
         return None
     return compiled(vocabulary_of(model), request.grammar, request.json_schema)
