@@ -28,7 +28,7 @@ from pathlib import Path
 from benchmarks.make_checkpoint import make_checkpoint
 from benchmarks.support.tables import show
 from dsmoe_local.base.sizes import format_size
-from dsmoe_local.evaluate.speed.machine import cpu_name
+from dsmoe_local.engine.load.machine import cpu_name
 
 CONVERT = "from dsmoe_local.cli.main import convert; convert()"
 QUANTIZE = "from dsmoe_local.cli.main import quantize; quantize()"

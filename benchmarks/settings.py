@@ -63,7 +63,7 @@ def contenders() -> dict[str, dict[str, Any]]:
     cores = physical_cores()
     changes: dict[str, dict[str, Any]] = {f"ubatch {size}": {"n_ubatch": size} for size in (256, 1024, 2048)}
     changes |= {f"flash attention {mode}": {"flash_attention": mode} for mode in ("on", "off")}
-    changes |= {f"kernels {form}": {"kernels": form} for form in ("auto", "repack", "plain")}
+    changes |= {f"kernels {form}": {"kernels": form} for form in ("repack", "tiled", "plain")}
     fewer = {max(1, cores - 1), os.cpu_count() or 1} - {cores}
     changes |= {f"threads {count}": {"n_threads": count} for count in sorted(fewer)}
     return changes | {f"{SPINS} {count}": {SPINS: count} for count in (0, 300, 1_000, 10_000, 300_000)}

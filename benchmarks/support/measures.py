@@ -264,7 +264,8 @@ def own_defaults(bench: Bench, name: str) -> list[Row]:
     work = chosen.work
     server_name = "llama-server, defaults"
     prompts = _prompts(bench, work)
-    options = parallel.choose_parallel(bench.options, as_batch(prompts[-1], work.n_new))
+    workload, prompt_ratio = as_batch(prompts[-1], work.n_new)
+    options = parallel.choose_parallel(replace(bench.options, prompt_ratio=prompt_ratio), workload)
     with (
         Ours(options, bench.vocabulary.ends, bench.kind) as ours,
         serving(bench.llama_cpp, bench.path, []) as server,

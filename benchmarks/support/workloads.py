@@ -67,8 +67,8 @@ class Corpus:
         return [self.take(lengths.randint(_SHORTEST, _LONGEST)) for _ in range(work.n_prompts)]
 
 
-def as_batch(prompts: Sequence[Ids], n_new: int) -> parallel.Workload:
-    """What dsmoe-batch makes of a file of these prompts, before it loads the model."""
+def as_batch(prompts: Sequence[Ids], n_new: int) -> tuple[parallel.Workload, float]:
+    """What dsmoe-batch makes of a file of these prompts before it loads the model: work and prompt_ratio."""
     with TemporaryDirectory() as folder:
         source = Path(folder) / "in.jsonl"
         lines = (json.dumps({"prompt": prompt, "max_tokens": n_new}) for prompt in prompts)
@@ -77,7 +77,7 @@ def as_batch(prompts: Sequence[Ids], n_new: int) -> parallel.Workload:
             source, Path(folder) / "out.jsonl", RequestDefaults(SamplingParameters(temperature=0))
         )
         with prepared(options) as job:
-            return job.workload
+            return job.workload, job.prompt_ratio
 
 
 def help_texts() -> list[str]:

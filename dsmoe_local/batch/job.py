@@ -89,8 +89,17 @@ class Job:
     @property
     def workload(self) -> Workload:
         """An estimate of the work that is left. Shared prefixes count once."""
-        n_shared = self.plan.shared_bytes // BYTES_PER_TOKEN
-        return self.index.workload.remaining(self.plan.n_lines, len(self.index), n_shared)
+        return self.index.workload.remaining(self.plan.n_lines, len(self.index), self._n_shared)
+
+    @property
+    def prompt_ratio(self) -> float:
+        """An estimate of the prompt tokens for each token of a reply, as in `ModelOptions`."""
+        workload = self.index.workload
+        return max(0, workload.n_prompt_tokens - self._n_shared) / max(1, workload.n_reply_tokens)
+
+    @property
+    def _n_shared(self) -> int:
+        return self.plan.shared_bytes // BYTES_PER_TOKEN
 
     def require(self, info: ModelInfo) -> None:
         """With `deterministic`: FileError unless the model is loaded as it was for the existing records."""

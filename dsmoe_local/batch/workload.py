@@ -21,14 +21,17 @@ class WorkloadMeter:
     """Totals over requests.
 
     `n_sequences` counts replies: a request may ask for several. `n_tokens` is an estimate for prompts and
-    replies together. `n_messages` is the length of the longest conversation. `n_longest` is an upper bound
-    for the tokens of one prompt with its reply, without what a chat template adds; None if a request sets no
-    limit.
+    replies together, with the prompt once for each reply; `n_prompt_tokens` counts it once, and
+    `n_reply_tokens` counts replies alone. `n_messages` is the length of the longest conversation. `n_longest`
+    is an upper bound for the tokens of one prompt with its reply, without what a chat template adds; None if
+    a request sets no limit.
     """
 
     def __init__(self) -> None:
         self.n_sequences = 0
         self.n_tokens = 0
+        self.n_prompt_tokens = 0
+        self.n_reply_tokens = 0
         self.n_messages = 0
         self.n_longest: int | None = 0
 
@@ -39,7 +42,10 @@ class WorkloadMeter:
         if prompt and isinstance(prompt[0], Message):
             self.n_messages = max(self.n_messages, len(prompt))
         n_reply = request.max_tokens or _UNLIMITED_REPLY
-        self.n_tokens += request.n * (prompt_bytes(prompt) // BYTES_PER_TOKEN + n_reply)
+        n_prompt = prompt_bytes(prompt) // BYTES_PER_TOKEN
+        self.n_tokens += request.n * (n_prompt + n_reply)
+        self.n_prompt_tokens += n_prompt
+        self.n_reply_tokens += request.n * n_reply
         if request.max_tokens is None or self.n_longest is None:
             self.n_longest = None
         else:

@@ -14,14 +14,21 @@ import click
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.cli.command import define_command
 from dsmoe_local.cli.model_argument import MODEL, find_model, model_argument
-from dsmoe_local.cli.model_options import load_engine, model_options_without_context, within_training
+from dsmoe_local.cli.model_options import (
+    COMPARE_KERNELS,
+    benchmark_model_options,
+    load_engine,
+    within_training,
+)
 from dsmoe_local.cli.option_sources import from_command_line
-from dsmoe_local.cli.options import COUNT, NUMBER, choice, option, parsed
+from dsmoe_local.cli.options import COUNT, FLAG, NUMBER, choice, option, parsed
+from dsmoe_local.cli.output import show_result
 from dsmoe_local.cli.progress import run_with_progress
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from dsmoe_local.engine.load.kernels import Kernels
     from dsmoe_local.evaluate.speed.machine import Machine
     from dsmoe_local.evaluate.speed.results import ModelSpeed
     from dsmoe_local.evaluate.speed.timing import Workload
@@ -48,6 +55,7 @@ _COUNTS = parsed(_token_counts, "N,...")
     "bench",
     ("dsmoe bench a.gguf b.gguf", "Compare two models."),
     ("dsmoe bench m.gguf -p 0 -n 128 -d 0,4096", "Decode at two depths."),
+    ("dsmoe bench m.gguf --kernels --save", "Find and keep the fastest kernels."),
     ("dsmoe bench m.gguf -o json", "Print the result as JSON."),
 )
 @model_argument("models", "[MODEL]...", nargs=-1)
@@ -87,7 +95,8 @@ _COUNTS = parsed(_token_counts, "N,...")
     # At the top level of the config file, this is the context of chats.
     shown="what the longest measurement needs",
 )
-@model_options_without_context
+@option("--save", "save", "With --kernels: let --kernels auto use the result from now on.", FLAG)
+@benchmark_model_options
 def command(
     models: tuple[str, ...],
     named_models: tuple[str, ...],
@@ -96,6 +105,7 @@ def command(
     n_depths: tuple[int, ...],
     repetitions: int,
     output_format: str,
+    save: bool,
     **values: Any,  # noqa: ANN401 - the shared options
 ) -> None:
     """Measure how fast models process prompts and decode, side by side.
@@ -112,12 +122,76 @@ def command(
     # Models from a variable or the config file are used only if the command line names none.
     named = [*models, *(named_models if from_command_line("named_models") or not models else ())]
     paths = [find_model(name) for name in named] or [find_model()]
+    if values["kernels"] == COMPARE_KERNELS:
+        for path in paths:
+            _compare_kernels(path, workloads, repetitions, output_format, values, save=save)
+        return
+    if save:
+        raise UsageError("--save keeps a comparison of kernels", remedy="add --kernels, without a value")
     bench = _Bench(workloads, repetitions, values)
     try:
         bench.run(paths)
     finally:
         # After an error or an interruption, show what was measured.
         bench.show(output_format)
+
+
+def _compare_kernels(
+    path: Path,
+    workloads: Sequence[Workload],
+    n_rounds: int,
+    output_format: str,
+    values: dict[str, Any],
+    *,
+    save: bool,
+) -> None:
+    """Compare the forms of a model's weights, print the result, and save it if `save`."""
+    from dsmoe_local.engine.load.kernel_speeds import FormSpeed, save_speeds
+    from dsmoe_local.evaluate.speed.kernel_comparison import (
+        FormRun,
+        compare_kernels,
+        comparison_as_json,
+        comparison_as_markdown,
+        median_speeds,
+    )
+    from dsmoe_local.evaluate.speed.timing import options_for, time_workloads
+
+    prompts = [each for each in workloads if each.n_prompt]
+    replies = [each for each in workloads if each.n_gen]
+    if len(prompts) != 1 or len(replies) != 1:
+        raise UsageError(
+            "--kernels compares one length of prompts and one of replies", remedy="such as -p 512 -n 128"
+        )
+    if output_format == "csv":
+        raise UsageError("-o csv: a comparison of kernels has no CSV", remedy="use -o md or -o json")
+    pair = prompts[0], replies[0]
+    stop = threading.Event()
+
+    def measure(form: Kernels) -> FormRun:
+        began = time.perf_counter()
+        with load_engine(
+            path,
+            values | {"kernels": form.value},
+            lambda options: options_for(within_training(options), pair),
+            stop,
+        ) as engine:
+            seconds = time.perf_counter() - began
+            if save and "; " in engine.info.placement:
+                raise UsageError(
+                    "--save: a part of the model is on a GPU, where --kernels has no effect",
+                    remedy="add -ngl 0",
+                )
+            timed = run_with_progress(
+                lambda listen, stop: time_workloads(engine, pair, 1, listen, stop), stop
+            )
+            speed = FormSpeed(*(each.workload.n_tokens / each.seconds[0] for each in timed))
+            return FormRun(speed, seconds, engine.info.kernels)
+
+    runs = compare_kernels(measure, n_rounds)
+    write = comparison_as_json if output_format == "json" else comparison_as_markdown
+    click.echo(write(runs, *pair))
+    if save:
+        show_result(f"saved in {save_speeds(path, median_speeds(runs))}, for later loads with --kernels auto")
 
 
 class _Bench:

@@ -71,6 +71,7 @@ def command(
     path = _find(model, named_model)
     if svg is not None and svg.suffix.lower() != ".svg":
         raise UsageError("--svg takes a name that ends in .svg", where=safe_line(str(svg)))
+    from dsmoe_local.engine.types import PROMPTS_ONLY
     from dsmoe_local.evaluate.text import read_text
     from dsmoe_local.experts.cost import own_number
     from dsmoe_local.experts.reading import OBSERVERS
@@ -81,7 +82,10 @@ def command(
         raise UsageError("the model is dense: it has no routed experts", where=safe_line(str(path)))
     stop = threading.Event()
     with load_engine(
-        path, values, lambda options: replace(within_training(options), observers=OBSERVERS), stop
+        path,
+        values,
+        lambda options: replace(within_training(options), prompt_ratio=PROMPTS_ONLY, observers=OBSERVERS),
+        stop,
     ) as engine:
         readings = run_with_progress(lambda listen, stop: _read(engine, texts, listen, stop), stop)
         name = engine.info.name

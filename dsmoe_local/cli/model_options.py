@@ -89,8 +89,14 @@ _DEVICES, _ADVANCED = Group.DEVICES, Group.ADVANCED
 _TYPE = text_value("TYPE")
 _LAYERS = parsed(_layer_count, "N|auto|all")
 
+_KERNELS = (
+    "Weights on the CPU: repacked, as in llama.cpp, for replies; only those without tiled products repacked,"
+    " for prompts; as in the file."
+)
+_FORMS = ("auto", "repack", "tiled", "plain")
+
 # `engine.types.ModelOptions` has the same defaults; it takes too long to import for --help.
-model_options_without_context = all_of(
+_loading_options = all_of(
     option(
         "-ngl, --gpu-layers, --n-gpu-layers",
         "n_gpu_layers",
@@ -163,14 +169,6 @@ model_options_without_context = all_of(
         _ADVANCED,
         default="auto",
     ),
-    option(
-        "--kernels",
-        "kernels",
-        "Weights on the CPU: repacked, as in llama.cpp; the form that is faster for prompts; as in the file.",
-        choice("repack", "auto", "plain"),
-        _ADVANCED,
-        default="repack",
-    ),
     option("-b, --batch-size", "n_batch", "Logical batch size in tokens.", NUMBER, _ADVANCED, default=2048),
     option(
         "-ub, --ubatch-size",
@@ -182,7 +180,38 @@ model_options_without_context = all_of(
     ),
     option("--log-file", "log_file", "Append llama.cpp's log to a file.", FILE, _ADVANCED),
 )
+
+COMPARE_KERNELS = "compare"
+"""The value of --kernels without a value, in `benchmark_model_options`."""
+
+model_options_without_context = all_of(
+    _loading_options,
+    option(
+        "--kernels",
+        "kernels",
+        _KERNELS,
+        choice(*_FORMS),
+        _ADVANCED,
+        default="auto",
+        shown="auto: what suits the job",
+    ),
+)
 """Adds the options about loading a model, for commands with their own -c."""
+
+benchmark_model_options = all_of(
+    _loading_options,
+    option(
+        "--kernels",
+        "kernels",
+        f"{_KERNELS} Without a value: compare them.",
+        choice(*_FORMS, COMPARE_KERNELS),
+        _ADVANCED,
+        default="auto",
+        is_flag=False,
+        flag_value=COMPARE_KERNELS,
+    ),
+)
+"""Adds the same, with --kernels for `dsmoe bench`."""
 
 model_options = all_of(_context_option, model_options_without_context)
 """Adds -c and the options about loading a model."""

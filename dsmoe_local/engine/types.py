@@ -25,6 +25,11 @@ from dsmoe_local.engine.tools.calls import Tools as Tools
 ALL_LAYERS = -1
 MIN_CONTEXT = 32
 """The smallest `ModelOptions.n_context`."""
+CHAT_RATIO = 3.0
+"""The `ModelOptions.prompt_ratio` of a chat. It reads less than that, but prompts count more: the user waits
+for the first word, and reads along with the others."""
+PROMPTS_ONLY = 1e9
+"""The `ModelOptions.prompt_ratio` of a job that generates no text."""
 NO_TEMPLATE = "none"
 """The `ModelOptions.chat_template` of a model that only completes text."""
 
@@ -295,7 +300,8 @@ class ModelOptions:
     regular expression of tensor names and the name of a buffer type or device. `devices` are the names of the
     devices that may be used. If `offload_cache` is false, the whole KV cache is in main memory.
     `chat_template` is a file, the name of a built-in template, or `NO_TEMPLATE`. `kernels` is one of
-    `engine.load.kernels.Kernels`.
+    `engine.load.kernels.Kernels`; "auto" depends on `prompt_ratio`, the prompt tokens that the job reads for
+    each token of a reply.
     """
 
     path: Path
@@ -317,7 +323,8 @@ class ModelOptions:
     tensor_overrides: tuple[tuple[str, str], ...] = ()
     devices: tuple[str, ...] | None = None
     offload_cache: bool = True
-    kernels: str = "repack"
+    kernels: str = "auto"
+    prompt_ratio: float = CHAT_RATIO
     observers: tuple[ObserverOptions, ...] = ()
 
 
@@ -330,7 +337,8 @@ class ModelInfo:
     - `n_choosable_experts`: the most experts that a token can use: the routed ones of its groups.
     - `vocabulary`: a digest of the tokenizer. Token ids mean the same in two models with equal digests.
     - `placement`: where weights and KV cache are, for the user.
-    - `kernels`: how and where tensors are computed, which changes the last digits of results.
+    - `kernels`: how and where tensors are computed, which changes the last digits of results;
+      `kernels_reason`: why the form of the weights was chosen.
     - `cache_identity`: a digest of everything that the KV cache depends on besides its tokens, including the
       inode of the model file. `load_cache` refuses a file that was saved with another one.
     - `type`: the file's type as in `model.file_type`.
@@ -354,6 +362,7 @@ class ModelInfo:
     deterministic: bool = False
     placement: str = ""
     kernels: str = ""
+    kernels_reason: str = ""
     template_text: str | None = None
     vocabulary: str = ""
     cache_identity: str = ""

@@ -11,7 +11,7 @@ from dsmoe_local.base.progress import Finished, Listener, Started, ignore
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.engine.errors import EngineError
 from dsmoe_local.engine.interface import TextEngine
-from dsmoe_local.engine.types import MIN_CONTEXT, NO_TEMPLATE, ModelOptions, ObserverOptions
+from dsmoe_local.engine.types import MIN_CONTEXT, NO_TEMPLATE, PROMPTS_ONLY, ModelOptions, ObserverOptions
 from dsmoe_local.evaluate.results import Evaluation, Perplexity, perplexity_of
 from dsmoe_local.evaluate.windows import WindowReader, Windows
 from dsmoe_local.model.split_name import model_stem
@@ -34,6 +34,7 @@ def options_for(options: ModelOptions, n_context: int, *observers: ObserverOptio
         n_parallel=n_parallel,
         unified=True,
         chat_template=NO_TEMPLATE,
+        prompt_ratio=PROMPTS_ONLY,
         observers=(LOGPROBS, *observers),
     )
 

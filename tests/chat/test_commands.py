@@ -84,6 +84,7 @@ def test_help_of_one_command() -> None:
         (["/tokens"], "there is no reply with known tokens yet"),
         (["/tokens hé"], "3 tokens"),
         (["/stats"], "no reply yet"),
+        (["/stats"], "computed all on the CPU, weights repacked (faster for replies)"),
         (["a", "b", "/stats"], "all replies: 2 tokens"),
         (["/save x"], "this chat is not stored"),
         (["/frobnicate"], "/frobnicate is not a command; did you mean /help?"),

@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Several
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from support import llama_oracle
 from support.models import family_model, smollm2, tiny_model
+from support.tiny_gguf import MOE, write_tiny
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.engine.engine import Engine
@@ -21,6 +23,9 @@ from dsmoe_local.engine.interface import Deliver
 from dsmoe_local.engine.schedule import scheduler
 from dsmoe_local.engine.schedule.plan import Sequence
 from dsmoe_local.engine.types import FinishReason, ModelOptions, Request, SamplingParameters, TokenEvent
+from dsmoe_quantize.policy.choice import Overrides
+from dsmoe_quantize.policy.types import resolve
+from dsmoe_quantize.quantize import plan_quantization, quantize_file
 
 GREEDY = SamplingParameters(temperature=0)
 SHARED = "The quick brown fox jumps over the lazy dog. " * 3
@@ -96,6 +101,22 @@ def test_deterministic_replies_do_not_depend_on_what_else_runs(n_parallel: int, 
     for request, expected in zip(wanted, alone, strict=True):
         assert tokens(together[request.id]) == expected
         assert tokens(reverse[request.id]) == expected
+
+
+@pytest.mark.parametrize("n_parallel", [4, 8])
+def test_deterministic_with_quantized_experts(n_parallel: int, tmp_path: Path) -> None:
+    """Guards: experts that are computed in another way for some numbers of rows. Equality is to the bit."""
+    hp = replace(MOE, n_layers=2, hidden_size=512, n_heads=8, n_kv_heads=8, expert_size=256, ffn_size=256)
+    source, model = write_tiny(tmp_path / "source.gguf", hp), tmp_path / "model.gguf"
+    quantize_file(plan_quantization(source, resolve("q4_k_s"), Overrides(pure=True)), model)
+    wanted = requests([f"{number} {SHARED[number : number + 9]}" for number in range(12)], 8)
+    options = ModelOptions(
+        model, n_context=128 * n_parallel, n_parallel=n_parallel, deterministic=True, n_ubatch=32
+    )
+    with Engine.load(options) as engine:
+        alone = [tokens(run(engine, [request])[request.id]) for request in wanted]
+        together = run(engine, wanted)
+    assert [tokens(together[request.id]) for request in wanted] == alone
 
 
 def test_deterministic_on_trained_weights_beyond_a_flash_attention_block() -> None:

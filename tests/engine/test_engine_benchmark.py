@@ -47,10 +47,11 @@ ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 def test_auto_is_asked_as_a_batch_asks_it() -> None:
     """Guards: a row that measures a choice which dsmoe-batch would not make."""
     shared = tuple(range(400))
-    found = as_batch([(*shared, number) for number in range(10)], 64)
+    found, prompt_ratio = as_batch([(*shared, number) for number in range(10)], 64)
     assert (found.n_sequences, found.n_longest, found.n_messages) == (10, 401 + 64, 0)
     # 256 of the tokens in common are seen to be.
     assert found.n_total == 10 * (401 + 64) - 9 * 256
+    assert prompt_ratio == (10 * 401 - 9 * 256) / (10 * 64)
 
 
 def test_contenders_take_turns() -> None:

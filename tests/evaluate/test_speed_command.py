@@ -73,6 +73,23 @@ def test_forms() -> None:
     assert [(row["n_prompt"], row["n_gen"]) for row in rows] == [("32", "0")] * 2
 
 
+def test_kernels_are_compared_and_saved() -> None:
+    """Guards: a result that a later load does not use, or that is used without --save."""
+    done = bench(tiny_model(), "--kernels", "-o", "json", "-r", "2")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert list(found["forms"]) == ["repack", "tiled", "plain"]
+    assert all(len(each["prompt_ts"]) == len(each["decode_ts"]) == 2 for each in found["forms"].values())
+    assert set(found["fastest"].values()) <= set(found["forms"])
+    assert "measured" not in as_json(tiny_model())[0]["kernels_reason"]
+    done = bench(tiny_model(), "--kernels", "--save", "-r", "1")
+    assert done.returncode == 0, done.stderr
+    assert "saved in " in done.stderr
+    assert [line.split("|")[1].strip() for line in done.stdout.splitlines()[2:5]] == list(found["forms"])
+    assert "measured on this machine" in as_json(tiny_model())[0]["kernels_reason"]
+    assert as_json(tiny_model(), "--kernels", "plain")[0]["kernels_reason"] == "as requested"
+
+
 def test_what_is_done_is_shown_before_an_error(dense: Path) -> None:
     """Guards: minutes of measuring that an error in the last model takes away, an error that is no error."""
     done = bench(dense, tiny_model(), "--active-experts", "9", "-o", "json")
@@ -92,6 +109,9 @@ def test_short_errors(dense: Path, tmp_path: Path) -> None:
         ((tiny_model(), "-n", "9999999999"), "out of range"),
         ((tiny_model(), "-r", "0"), "-r"),
         ((tiny_model(), "-o", "xml"), "xml"),
+        ((tiny_model(), "--kernels", "-p", "32,64"), "one length of prompts"),
+        ((tiny_model(), "--kernels", "-o", "csv"), "no CSV"),
+        ((tiny_model(), "--save"), "add --kernels"),
         ((tiny_model(), tmp_path / "none.gguf"), "no such model"),
         ((tiny_model(), broken), "version"),
         ((dense, "--active-experts", "1"), "dense"),

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.base.progress import Advanced, Event, Finished, Note, Started
+from dsmoe_local.engine.load.machine import cpu_name
 from dsmoe_local.evaluate.speed import machine
 from dsmoe_local.evaluate.speed.machine import (
-    cpu_name,
     last_level_cache,
     look_at_machine,
     measure_bandwidth,

@@ -106,6 +106,8 @@ class FakeEngine:
             n_threads=1,
             template="fake" if template else None,
             n_parallel=n_parallel,
+            kernels="all on the CPU, weights repacked",
+            kernels_reason="faster for replies",
             template_text=("{{ messages }}" + "</think>" * reasons) if template else None,
             vocabulary="bytes",
             cache_identity=_identity(self.options),

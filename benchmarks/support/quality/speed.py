@@ -21,9 +21,9 @@ from benchmarks.support.random_models import model_file, shape_of, with_layers
 from benchmarks.support.runner import Row, compare, in_turn
 from benchmarks.support.sizes import size_of
 from dsmoe_local.engine.load.kernels import Kernels
+from dsmoe_local.engine.load.machine import cpu_name
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions
-from dsmoe_local.evaluate.speed.machine import cpu_name
 from dsmoe_local.evaluate.speed.timing import Timer, Workload, options_for, workloads_of
 from dsmoe_quantize.write import kernels
 

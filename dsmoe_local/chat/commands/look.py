@@ -107,6 +107,9 @@ def _stats(chat: Chat, _: str) -> None:
         n_tokens = sum(usage.completion_tokens for usage in taken)
         seconds = sum(usage.prompt_seconds + usage.completion_seconds for usage in taken)
         chat.screen.notice(f"all replies: {count(n_tokens, 'token')} in {seconds:.1f} s")
+    info = conversation.engine.info
+    if info.kernels_reason:
+        chat.screen.notice(f"computed {info.kernels} ({info.kernels_reason})")
 
 
 def _context(chat: Chat, _: str) -> None:

@@ -13,7 +13,14 @@ from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.engine import native
 from dsmoe_local.engine.load.fit import Fit, fit_model
-from dsmoe_local.engine.load.kernels import PLAIN, KernelChoice, Kernels, choose_kernels
+from dsmoe_local.engine.load.kernel_speeds import read_speeds
+from dsmoe_local.engine.load.kernels import (
+    KernelChoice,
+    Kernels,
+    check_deterministic,
+    choose_kernels,
+    plain,
+)
 from dsmoe_local.engine.load.machine import available_memory, physical_cores
 from dsmoe_local.engine.load.memory import ContextRequest
 from dsmoe_local.engine.load.prefetch import page_experts
@@ -90,7 +97,7 @@ def load_model(options: ModelOptions, listen: progress.Listener, stop: threading
                     f"the model was trained for {outline.n_context} tokens of context, not {n_context}"
                 )
             )
-        kernels = _kernel_choice(options, file, fit)
+        kernels = _kernel_choice(options, file, fit, listen)
         model = _load_weights(options, file, outline, fit, kernels, listen, stop)
         made.callback(model.close)
         if options.deterministic and not model.rewindable:
@@ -113,6 +120,7 @@ def load_model(options: ModelOptions, listen: progress.Listener, stop: threading
             model, context_of(fit.flash_attention, fit.n_context, eval_callback=observers.eval_callback)
         )
         made.callback(context.close)
+        native.add_log(f"kernels: {kernels.about} ({kernels.reason})")
         encoder = PromptEncoder(model, template, n_context)
         made.callback(encoder.close)
         info = _info(options, file, outline, model, fit, n_context, unified, template)
@@ -121,6 +129,7 @@ def load_model(options: ModelOptions, listen: progress.Listener, stop: threading
             replace(
                 info,
                 kernels=f"{arithmetic}, steps of {context.n_ubatch} tokens",
+                kernels_reason=kernels.reason,
                 cache_identity=_cache_identity(options, outline, arithmetic, identity),
             ),
             model,
@@ -192,12 +201,29 @@ def _vocabulary(file: GgufFile) -> str:
     return digest.hexdigest()
 
 
-def _kernel_choice(options: ModelOptions, file: GgufFile, fit: Fit) -> KernelChoice:
-    # Repacked weights are a copy, which the system cannot drop and read from the file again.
-    if fit.paged:
-        return PLAIN
+def _kernel_choice(
+    options: ModelOptions, file: GgufFile, fit: Fit, listen: progress.Listener
+) -> KernelChoice:
+    """Choose the form of the weights. Raises UsageError if replies would not be deterministic with it."""
+    tensors = list(file.tensors.values())
+    wanted = Kernels(options.kernels)
     offloaded = fit.placement.n_gpu_layers > 0
-    return choose_kernels(Kernels(options.kernels), file.tensors.values(), offloaded=offloaded)
+    if fit.paged:
+        # Repacked weights are a copy, which the system cannot drop and read from the file again.
+        choice = plain("the model is larger than the memory")
+    elif options.deterministic and wanted is Kernels.AUTO:
+        # The choice must not depend on the work that is left.
+        choice = replace(choose_kernels(Kernels.REPACK, tensors, offloaded=offloaded), reason="deterministic")
+    else:
+        measured, note = read_speeds(options.path) if wanted is Kernels.AUTO and not offloaded else ({}, "")
+        if note:
+            listen(progress.Note(note))
+        choice = choose_kernels(
+            wanted, tensors, offloaded=offloaded, prompt_ratio=options.prompt_ratio, measured=measured
+        )
+    if options.deterministic and not offloaded:
+        check_deterministic(choice, tensors, options.n_parallel)
+    return choice
 
 
 def _arithmetic(options: ModelOptions, fit: Fit, kernels: KernelChoice) -> str:

@@ -1,15 +1,30 @@
-"""The CPU cores and the memory that this process may use."""
+"""The CPU cores and the memory that this process may use, and the name of the processor."""
 
 from __future__ import annotations
 
 import math
 import os
+import platform
 from pathlib import Path
+
+from dsmoe_local.base.text import safe_line
 
 _PROC = Path("/proc")
 _CPUS = Path("/sys/devices/system/cpu")
 _CGROUPS = Path("/sys/fs/cgroup")
 _UNLIMITED = 1 << 60
+
+
+def cpu_name(cpu_info: Path = _PROC / "cpuinfo") -> str:
+    """Return the name of the processor."""
+    try:
+        for line in cpu_info.read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return safe_line(value.strip(), 80)
+    except OSError:
+        pass  # not Linux
+    return safe_line(platform.processor() or platform.machine(), 80)
 
 
 def physical_cores(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int:

@@ -17,7 +17,8 @@ from dsmoe_local.model.gguf_model import loaded_tensors, read_any_model
 from dsmoe_local.model.hyperparameters import ModelOutline
 
 MAX_PARALLEL = 32  # more are not faster on a CPU, see docs/performance.md
-DETERMINISTIC_PARALLEL = 8
+DETERMINISTIC_PARALLEL = 4
+"""The most for which `kernels.check_deterministic` holds with every model."""
 _STEP = 256  # cells; llama.cpp pads a sequence's cache to a multiple of this
 _OVERHEAD = 64  # tokens that are not counted, such as BOS or the date in a template
 

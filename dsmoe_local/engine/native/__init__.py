@@ -22,7 +22,7 @@ from dsmoe_local.engine.native.devices import (
     list_devices,
     offload_devices,
 )
-from dsmoe_local.engine.native.library import VERSION, last_error, log_lines
+from dsmoe_local.engine.native.library import VERSION, add_log, last_error, log_lines
 from dsmoe_local.engine.native.model import Model
 from dsmoe_local.engine.native.repack import can_repack, repack_buffer
 from dsmoe_local.engine.native.samplers import Sampler
@@ -42,6 +42,7 @@ __all__ = [
     "Model",
     "Row",
     "Sampler",
+    "add_log",
     "buffer_types",
     "can_repack",
     "check_modes",

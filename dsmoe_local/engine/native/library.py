@@ -13,6 +13,7 @@ from dsmoe_local.base.text import safe_line
 
 __all__ = [
     "VERSION",
+    "add_log",
     "backend_function",
     "clear_log",
     "echo_log",
@@ -23,7 +24,7 @@ __all__ = [
 ]
 
 # The levels of ggml.h. A comment in llama_cpp lists older ones.
-_LOG_DEBUG, _LOG_ERROR, _LOG_CONTINUED = 1, 4, 5
+_LOG_DEBUG, _LOG_INFO, _LOG_ERROR, _LOG_CONTINUED = 1, 2, 4, 5
 
 _log: deque[tuple[int, str]] = deque(maxlen=400)
 _echo: list[Callable[[bytes], object]] = []
@@ -50,6 +51,11 @@ def keep_log() -> None:
 def echo_log(write: Callable[[bytes], object]) -> None:
     """Also pass every piece of the log to `write`, so that it survives a crash of this process."""
     _echo.append(write)
+
+
+def add_log(line: str) -> None:
+    """Add a line of our own to the log."""
+    _keep_log(_LOG_INFO, f"dsmoe: {line}\n".encode(), None)
 
 
 def clear_log() -> None:

@@ -6,7 +6,6 @@ The bandwidth limits the decoding speed, since every weight that a token uses is
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 import threading
 import time
@@ -20,10 +19,8 @@ from numpy.typing import NDArray
 
 from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.base.progress import Advanced, Finished, Listener, Note, Started, ignore
-from dsmoe_local.base.text import safe_line
-from dsmoe_local.engine.load.machine import available_memory
+from dsmoe_local.engine.load.machine import available_memory, cpu_name
 
-_CPU_INFO = Path("/proc/cpuinfo")
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _PROC = Path("/proc")
 _KILOBYTE = 1024
@@ -66,18 +63,6 @@ def look_at_machine(
     if load > max(_BUSY, _BUSY_PER_CORE * (os.cpu_count() or 1)):
         listen(Note(f"the machine is busy (load {load:.1f}): speeds will be too low, and vary"))
     return Machine(cpu_name(), measure_bandwidth(n_threads, listen, stop), load)
-
-
-def cpu_name(cpu_info: Path = _CPU_INFO) -> str:
-    """Return the name of the processor."""
-    try:
-        for line in cpu_info.read_text(encoding="utf-8", errors="replace").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return safe_line(value.strip(), 80)
-    except OSError:
-        pass  # not Linux
-    return safe_line(platform.processor() or platform.machine(), 80)
 
 
 def _load_average() -> float:

@@ -62,6 +62,8 @@ def _record(machine: Machine, model: ModelSpeed, speed: Speed) -> Record:
         "n_threads_batch": options.n_threads_batch or info.n_threads,
         "n_context": info.n_context,
         "placement": info.placement,
+        "kernels": info.kernels,
+        "kernels_reason": info.kernels_reason,
         "n_experts": info.n_routed_experts,
         "n_experts_used": info.n_experts_per_token,
         "n_params_active": model.reads.n_activated,
@@ -192,8 +194,8 @@ _RELATIVE = _Column("speed", True, _relative_speed)
 
 
 def as_markdown(machine: Machine, models: Sequence[ModelSpeed]) -> str:
-    """Return a table like llama-bench's, a table of the bytes read, and a line about the machine."""
-    return "\n\n".join([*_tables(machine, models), _about(machine)])
+    """Return a table like llama-bench's, a table of the bytes read, and lines about kernels and machine."""
+    return "\n\n".join([*_tables(machine, models), _about(machine, models)])
 
 
 def as_text(machine: Machine, models: Sequence[ModelSpeed], width: int) -> str:
@@ -204,7 +206,7 @@ def as_text(machine: Machine, models: Sequence[ModelSpeed], width: int) -> str:
     parts = _tables(machine, models)
     if any(len(line) > width for part in parts for line in part.splitlines()):
         parts = ["\n".join(_paragraph(machine, models, model, width)) for model in models]
-    about = [line for each in _about(machine).splitlines() for line in _wrapped(each, width, "")]
+    about = [line for each in _about(machine, models).splitlines() for line in _wrapped(each, width, "")]
     return "\n\n".join([*parts, "\n".join(about)])
 
 
@@ -222,25 +224,31 @@ def _tables(machine: Machine, models: Sequence[ModelSpeed]) -> list[str]:
 
 
 def _table(columns: Sequence[_Column], rows: Sequence[_Row]) -> str:
-    """Return a Markdown table with padded columns."""
-    cells = [[column.text(row) for column in columns] for row in rows]
+    return markdown_table(
+        [(column.heading, column.is_number) for column in columns],
+        [[column.text(row) for column in columns] for row in rows],
+    )
+
+
+def markdown_table(columns: Sequence[tuple[str, bool]], cells: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table with padded columns. A column is its heading, and whether it has numbers."""
     widths = [
-        max(len(column.heading), 3, *(len(row[number]) for row in cells))
-        for number, column in enumerate(columns)
+        max(len(heading), 3, *(len(row[number]) for row in cells))
+        for number, (heading, _) in enumerate(columns)
     ]
 
     def line(texts: Iterable[str]) -> str:
         padded = (
-            text.rjust(width) if column.is_number else text.ljust(width)
-            for text, width, column in zip(texts, widths, columns, strict=True)
+            text.rjust(width) if is_number else text.ljust(width)
+            for text, width, (_, is_number) in zip(texts, widths, columns, strict=True)
         )
         return f"| {' | '.join(padded)} |"
 
     rule = [
-        "-" * (width - 1) + (":" if column.is_number else "-")
-        for width, column in zip(widths, columns, strict=True)
+        "-" * (width - 1) + (":" if is_number else "-")
+        for width, (_, is_number) in zip(widths, columns, strict=True)
     ]
-    return "\n".join([line(column.heading for column in columns), line(rule), *map(line, cells)])
+    return "\n".join([line(heading for heading, _ in columns), line(rule), *map(line, cells)])
 
 
 def _paragraph(
@@ -263,7 +271,7 @@ def _with_headings(columns: Iterable[_Column], row: _Row) -> str:
     return ", ".join(f"{heading} {text}" for heading, text in cells if text)
 
 
-def _about(machine: Machine) -> str:
+def _about(machine: Machine, models: Sequence[ModelSpeed]) -> str:
     bandwidth = machine.bandwidth
     threads = f"{bandwidth.n_threads} thread{'s' if bandwidth.n_threads > 1 else ''}"
     speed = f"{bandwidth.bytes_per_second / 1e9:.1f} GB/s read by {threads}"
@@ -273,6 +281,11 @@ def _about(machine: Machine) -> str:
         lines.append(
             f"(A model that reads less per token than the cache, {cache}, can exceed the bandwidth.)"
         )
+    lines += [
+        f"kernels of {safe_line(model_stem(model.info.path), 60)}: {model.info.kernels}"
+        f" ({model.info.kernels_reason})"
+        for model in models
+    ]
     return "\n".join(lines)
 
 
