@@ -106,7 +106,8 @@ def test_deterministic_replies_do_not_depend_on_what_else_runs(n_parallel: int, 
 @pytest.mark.parametrize("n_parallel", [4, 8])
 def test_deterministic_with_quantized_experts(n_parallel: int, tmp_path: Path) -> None:
     """Guards: experts that are computed in another way for some numbers of rows. Equality is to the bit."""
-    hp = replace(MOE, n_layers=2, hidden_size=512, n_heads=8, n_kv_heads=8, expert_size=256, ffn_size=256)
+    hp = replace(MOE, n_layers=2, n_heads=8, n_kv_heads=8, hidden_size=512, ffn_size=256)
+    hp = replace(hp, expert_size=256, shared_expert_size=256)
     source, model = write_tiny(tmp_path / "source.gguf", hp), tmp_path / "model.gguf"
     quantize_file(plan_quantization(source, resolve("q4_k_s"), Overrides(pure=True)), model)
     wanted = requests([f"{number} {SHARED[number : number + 9]}" for number in range(12)], 8)
