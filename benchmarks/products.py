@@ -32,11 +32,10 @@ from benchmarks.support.random_models import encoded
 from benchmarks.support.runner import say
 from benchmarks.support.tables import markdown
 from dsmoe_local.engine.load.kernels import Kernels, choose_kernels
-from dsmoe_local.engine.load.machine import physical_cores
+from dsmoe_local.engine.load.machine import cpu_name, physical_cores
 from dsmoe_local.engine.native.devices import cpu_device
 from dsmoe_local.engine.native.library import backend_function
 from dsmoe_local.engine.native.repack import can_repack, repack_buffer
-from dsmoe_local.evaluate.speed.machine import cpu_name
 from dsmoe_local.model.ggml import GgmlType, block_size, tensor_bytes
 from dsmoe_local.model.gguf_file import TensorInfo
 
