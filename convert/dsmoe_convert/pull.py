@@ -6,7 +6,9 @@ The first file of a split model gets its name last, so the model appears when al
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -107,6 +109,7 @@ def pull(
         )
     model = choose(models_of(repository.sizes), wanted, request.repository)
     _refuse_large(repository, request.repository, model, folder)
+    _check_digests(repository, request.repository, model)
     make_folders(folder)
     return _Pull(repository, model, folder, listen, stop, force).run()
 
@@ -157,7 +160,7 @@ def choose(models: list[HubModel], wanted: str, repository: str) -> HubModel:
     raise UsageError(
         what,
         where=safe_line(f"it has {', '.join(listed)}", 380),
-        remedy=f"name one of them: dsmoe pull {repository}:{safe_line(names[0], 80)}",
+        remedy=f"name one of them: dsmoe pull {shlex.quote(f'{repository}:{safe_line(names[0], 80)}')}",
     )
 
 
@@ -165,10 +168,24 @@ def _refuse_large(repository: HubRepository, name: str, model: HubModel, folder:
     """Raise HubError if a file is too large for HTTP: the hub sends it in its own protocol only."""
     for file in model.files:
         if repository.sizes[file] > repository.max_bytes:
+            command = ["hf", "download", name, file, "--local-dir", str(folder)]
             raise HubError(
                 f"the hub does not send files of {format_size(repository.sizes[file])} over HTTP",
                 where=f"{name}: {safe_line(file, 100)}",
-                remedy=f"use the hub's own program: hf download {name} {file} --local-dir {folder}",
+                remedy=f"use the hub's own program: {shlex.join(command)}",
+            )
+
+
+def _check_digests(repository: HubRepository, name: str, model: HubModel) -> None:
+    """Raise HubError if the hub does not tell a digest of each file."""
+    for file in model.files:
+        digest = repository.digests[file]
+        n_digits = 64 if digest.is_sha256 else 40
+        if not re.fullmatch(rf"[0-9a-f]{{{n_digits}}}", digest.text):
+            raise HubError(
+                "the hub has no valid digest of a file, so that a download cannot be verified",
+                where=f"{name}: {safe_line(file, 100)}",
+                remedy="check HF_ENDPOINT, or use another hub",
             )
 
 
@@ -209,6 +226,12 @@ class _Pull:
     def _is_here(self, name: str, final: Path) -> bool:
         """True if the file is there. FileError if another one has its name, unless that is replaced."""
         if not final.exists():
+            if os.path.lexists(final) and not self._force:
+                raise FileError(
+                    "a link of that name is there, to a file that is missing",
+                    where=final,
+                    remedy="--force replaces it",
+                )
             return False
         same_size = final.stat().st_size == self._repository.sizes[name]
         if same_size and self._digest(name, final) == self._repository.digests[name].text:

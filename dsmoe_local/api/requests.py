@@ -64,6 +64,8 @@ class Requests:
 
     def line(self, line: Mapping[str, Any]) -> Request:
         """Return the request in a line of a batch. Unknown fields are the caller's own data."""
+        if not isinstance(line, Mapping):
+            raise RequestError("a request of a batch is not a mapping")
         body = line.get("body")
         return self._read(body if isinstance(body, Mapping) else line)
 
@@ -157,7 +159,8 @@ def check_stream(request: Request) -> None:
 
 def id_of(index: int, line: Mapping[str, Any]) -> str:
     """Return the id of a line of a batch, or its index."""
-    found = (line[name] for name in _ID_FIELDS if isinstance(line.get(name), str | int))
+    names = _ID_FIELDS if isinstance(line, Mapping) else ()
+    found = (line[name] for name in names if isinstance(line.get(name), str | int))
     return str(next(found, index))
 
 

@@ -68,7 +68,9 @@ def command(names: tuple[str, ...], yes: bool) -> None:
     deleted by the name that the model would have. Files elsewhere are never deleted.
     """
     folder, _ = models_folder()
-    for removal in [_find(name, folder) for name in names]:
+    # A model that is named twice is deleted once.
+    removals = {found.path: found for found in [_find(name, folder) for name in names]}
+    for removal in removals.values():
         if not yes:
             if not _has_terminal():
                 raise UsageError("there is no terminal to ask in", remedy="--yes deletes without asking")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,7 @@ from dsmoe_local.cli.model_argument import find_model, model_argument, model_opt
 from dsmoe_local.cli.model_options import load_engine, loading_options, model_options
 from dsmoe_local.cli.options import COUNT, FLAG, Group, option, text_value, typed
 from dsmoe_local.cli.reply_options import reply_options, reply_settings
-from dsmoe_local.model.discovery import known_models, note_use
+from dsmoe_local.model.discovery import known_models, note_use, size_of_files
 from dsmoe_local.model.split_name import model_stem
 
 if TYPE_CHECKING:
@@ -26,7 +28,21 @@ if TYPE_CHECKING:
     from dsmoe_local.serve.options import ServeOptions
 
 _MEAN_TOKENS = 2048  # an estimate for a prompt with its reply
-_SECONDS = typed(click.FloatRange(0), "SECONDS")
+_MAX_SECONDS = 10_000_000
+
+
+class _Seconds(click.FloatRange):
+    """A number of seconds that a timer can wait."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:  # noqa: ANN401 - as in click
+        """Read the number. Unlike its base class it refuses NaN, which no comparison finds."""
+        found = float(super().convert(value, param, ctx))
+        if math.isnan(found):
+            self.fail(f"{value!r} is not a number of seconds", param, ctx)
+        return found
+
+
+_SECONDS = typed(_Seconds(0, _MAX_SECONDS), "SECONDS")
 
 
 @define_command(
@@ -137,10 +153,10 @@ def command(
     keep, idle_seconds = values.pop("keep"), values.pop("idle_seconds")
     path = find_model(argument, named_model)
     stop = threading.Event()
-    others = dict(values)
+    loading = dict(values)
 
-    def load(path: Path) -> EngineClient:
-        return _load(path, dict(others), n_parallel, stop)
+    def load(wanted: Path) -> EngineClient:
+        return _load(wanted, dict(loading), n_parallel, stop, is_first=wanted == path)
 
     # Before the model is loaded, which may take minutes.
     listener = listen(options.host, options.port)
@@ -168,11 +184,16 @@ def _fits(path: Path) -> bool:
     """Return whether the weights of a model fit into the free memory. Otherwise they would be paged."""
     from dsmoe_local.engine.load.machine import available_memory
 
-    return path.stat().st_size < available_memory()
+    return size_of_files(path) < available_memory()
 
 
-def _load(path: Path, values: dict[str, Any], n_parallel: int, stop: threading.Event) -> EngineClient:
-    """Load a model that a request names. There is no progress on the screen, only notes."""
+def _load(
+    path: Path, values: dict[str, Any], n_parallel: int, stop: threading.Event, *, is_first: bool
+) -> EngineClient:
+    """Load a model that a request names. There is no progress on the screen, only notes.
+
+    As with `/model` in the chat, the chat template and the number of experts are for the first model only.
+    """
     from dsmoe_local.engine.process.client import EngineClient
 
     def listen(event: Event) -> None:
@@ -180,8 +201,10 @@ def _load(path: Path, values: dict[str, Any], n_parallel: int, stop: threading.E
             _log(f"note: {safe_line(event.text, 400)}")
 
     log_file: Path | None = values.pop("log_file")
-    options = _complete(loading_options(path, values), n_parallel)
-    engine = EngineClient.load(options, listen, stop, log_file=log_file)
+    options = loading_options(path, values)
+    if not is_first:
+        options = replace(options, chat_template=None, n_experts_per_token=None)
+    engine = EngineClient.load(_complete(options, n_parallel), listen, stop, log_file=log_file)
     note_use(path)
     return engine
 

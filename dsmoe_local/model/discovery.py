@@ -250,10 +250,14 @@ def describe(model: KnownModel) -> ModelDescription:
     try:
         file, outline = read_any_model(model.path)
     except DsmoeError as error:
-        split = SplitName.of(model.path)
-        n_bytes = sum(map(_size, split.paths if split else [model.path]))
-        return ModelDescription(model, n_bytes, reason=error.what)
+        return ModelDescription(model, size_of_files(model.path), reason=error.what)
     return ModelDescription(model, file.size, file_type_name(file), outline.n_context, outline.name)
+
+
+def size_of_files(path: Path) -> int:
+    """Return the size in bytes of all files of a model. A file that is missing counts as 0."""
+    split = SplitName.of(path)
+    return sum(map(_size, split.paths if split else [path]))
 
 
 def _recent_path() -> Path:

@@ -26,9 +26,10 @@ def _stop(key: str, value: object) -> tuple[str, ...]:
     return tuple(text(key, item) for item in (value if isinstance(value, list) else [value]))
 
 
-def _seed(key: str, value: object) -> int:
-    # OpenAI allows signed 64-bit integers.
-    return integer(key, value) % (MAX_SEED + 1)
+def _seed(key: str, value: object) -> int | None:
+    # OpenAI allows signed 64-bit integers. In llama.cpp -1 means a random seed.
+    seed = integer(key, value)
+    return None if seed == -1 else seed % (MAX_SEED + 1)
 
 
 def _limit(key: str, value: object) -> int | None:
@@ -60,7 +61,11 @@ def _schema(key: str, value: object) -> str:
         return value
     if not isinstance(value, dict | bool):
         raise RequestError(f"{key} is not a JSON schema")
-    return json.dumps(value)
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        # Scripts can pass values that JSON does not have.
+        raise RequestError(f"{key} is not JSON: {safe_line(str(error), 80)}") from error
 
 
 def _prompt(key: str, value: object) -> str | tuple[int, ...]:
@@ -134,8 +139,8 @@ _INTEGERS = ("repeat_last_n", "mirostat")
 HONOURED: Mapping[str, Reader] = {
     "prompt": _to("prompt", _prompt),
     "messages": _to("prompt", messages),
-    "max_tokens": _to("max_tokens", integer),
-    "max_completion_tokens": _to("max_tokens", integer),
+    "max_tokens": _to("max_tokens", _limit),
+    "max_completion_tokens": _to("max_tokens", _limit),
     "n_predict": _to("max_tokens", _limit),
     "stop": _to("stop", _stop),
     "n": _to("n", integer),

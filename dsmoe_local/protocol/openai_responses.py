@@ -31,16 +31,24 @@ def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:
     translated = {"input", "instructions", "text", "reasoning", *_STATEFUL, *_IGNORED}
     chat = {_RENAMED.get(key, key): value for key, value in body.items() if key not in translated}
     chat["messages"] = _messages(body)
-    text = body.get("text")
-    form = text.get("format") if isinstance(text, dict) else None
-    if isinstance(form, dict):
+    form = _object("text.format", _object("text", body.get("text")).get("format"))
+    if form:
         # Here the parts of the schema are not wrapped once more.
         is_schema = form.get("type") == "json_schema"
         chat["response_format"] = {"type": "json_schema", "json_schema": form} if is_schema else form
-    reasoning = body.get("reasoning")
-    if isinstance(reasoning, dict) and reasoning.get("effort") is not None:
+    reasoning = _object("reasoning", body.get("reasoning"))
+    if reasoning.get("effort") is not None:
         chat["reasoning_effort"] = reasoning["effort"]
     return chat
+
+
+def _object(key: str, value: object) -> dict[str, Any]:
+    """Return a value that must be an object; an empty one for null."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise RequestError(f"{key} is not an object", param=key)
+    return value
 
 
 def _messages(body: Mapping[str, Any]) -> list[object]:

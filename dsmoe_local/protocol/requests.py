@@ -80,8 +80,9 @@ def _read_fields(body: Mapping[str, Any], *, chat: bool) -> Parts:
             error.param = key
             raise
         for target, part in found.items():
-            if parts.setdefault(target, part) != part:
+            if target in sources and parts[target] != part:
                 raise RequestError(f"{sources[target]} and {key} differ", param=key)
+            parts[target] = part
             sources.setdefault(target, key)
     return parts
 

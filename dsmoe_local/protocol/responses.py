@@ -103,10 +103,22 @@ def completion_scores(tokens: tuple[ScoredToken, ...], offset: int = 0) -> tuple
     scores = {
         "tokens": [token.text for token, _ in tokens],
         "token_logprobs": [_finite(token.logprob) for token, _ in tokens],
-        "top_logprobs": [{other.text: _finite(other.logprob) for other in others} for _, others in tokens],
+        "top_logprobs": [_by_text(token, others) for token, others in tokens],
         "text_offset": offsets,
     }
     return scores, offset
+
+
+def _by_text(token: TokenLogprob, others: tuple[TokenLogprob, ...]) -> dict[str, float]:
+    """Return the alternatives by text. Of several with one text, such as parts of characters, the chosen
+    token's value is kept, or that of the likeliest.
+    """
+    found: dict[str, float] = {}
+    for other in others:
+        found.setdefault(other.text, _finite(other.logprob))
+    if token.text in found:
+        found[token.text] = _finite(token.logprob)
+    return found
 
 
 def _finite(logprob: float) -> float:

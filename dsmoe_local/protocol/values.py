@@ -5,6 +5,8 @@ Each function takes the name of the field, which its messages show, and raises R
 
 from __future__ import annotations
 
+import math
+
 from dsmoe_local.protocol.errors import RequestError
 
 
@@ -23,13 +25,16 @@ def integer(key: str, value: object) -> int:
 
 
 def number(key: str, value: object) -> float:
-    """Return a value that must be a number, as a float."""
+    """Return a value that must be a finite number, as a float."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise RequestError(f"{key} is not a number", param=key)
     try:
-        return float(value)
+        found = float(value)
     except OverflowError as error:
         raise RequestError(f"{key} is out of range", param=key) from error
+    if not math.isfinite(found):
+        raise RequestError(f"{key} is not a finite number", param=key)
+    return found
 
 
 def flag(key: str, value: object) -> bool:

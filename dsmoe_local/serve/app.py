@@ -77,11 +77,11 @@ async def _on_error(http: Request, error: Exception) -> Response:
 
 async def _on_http_error(http: Request, error: Exception) -> Response:
     """Return the response for a path or a method that does not exist."""
-    wrong_method = cast(HTTPException, error).status_code == 405
+    missing = cast(HTTPException, error)
     paths = [route.path for route in ROUTES]
     what = f"there is no {http.method} {safe_line(http.url.path, 60)}"
-    if wrong_method:
-        return await _on_error(http, ServeError(405, "method_not_allowed", what))
+    if missing.status_code == 405:
+        return await _on_error(http, ServeError(405, "method_not_allowed", what, headers=missing.headers))
     near = next((path for path in paths if path.endswith(http.url.path)), None)
     remedy = f"did you mean {near}?" if near else f"use one of {', '.join(paths)}"
     return await _on_error(http, ServeError(404, "not_found", what, remedy=remedy))

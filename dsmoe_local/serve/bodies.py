@@ -13,6 +13,9 @@ from dsmoe_local.protocol.strict_json import strict_object
 from dsmoe_local.serve.errors import ServeError, too_slow
 from dsmoe_local.serve.options import ServeOptions
 
+_LARGE = 256 << 10  # bytes that take milliseconds to parse
+_MAX_DROPPED = 64 << 20  # bytes
+
 
 async def read_object(request: Request, options: ServeOptions) -> dict[str, Any]:
     """Return the JSON object in the body. Raises ServeError, RequestError, ClientDisconnect."""
@@ -21,32 +24,47 @@ async def read_object(request: Request, options: ServeOptions) -> dict[str, Any]
         raise ServeError(
             415, "not_json", "the body is not JSON", remedy="send it with content-type: application/json"
         )
-    try:
-        async with asyncio.timeout(options.body_seconds):
-            raw = await _read(request, options.max_body)
-    except TimeoutError:
-        raise too_slow(f"the body did not arrive within {options.body_seconds:g} seconds") from None
+    raw = await _read(request, options)
     if not raw.strip():
         raise RequestError("the body is empty", remedy="send a JSON object")
+    if len(raw) > _LARGE:
+        # Other requests go on meanwhile.
+        return await asyncio.to_thread(strict_object, raw)
     return strict_object(raw)
 
 
-async def _read(request: Request, limit: int) -> bytes:
+async def _read(request: Request, options: ServeOptions) -> bytes:
+    """Return the body.
+
+    Of a body that is too large, more is read and dropped: most clients read the response only after they have
+    sent everything.
+    """
+    limit = options.max_body
     length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > limit:
-        raise _too_large(limit)
+    is_too_large = length.isdigit() and int(length) > limit
+    if is_too_large and "expect" in request.headers:
+        raise _too_large(limit)  # this client waits for a word before it sends the body
     parts: list[bytes] = []
     n_bytes = 0
-    async for part in request.stream():
-        n_bytes += len(part)
-        if n_bytes > limit:
-            raise _too_large(limit)
-        parts.append(part)
+    try:
+        async with asyncio.timeout(options.body_seconds):
+            async for part in request.stream():
+                n_bytes += len(part)
+                is_too_large = is_too_large or n_bytes > limit
+                if not is_too_large:
+                    parts.append(part)
+                elif n_bytes > limit + _MAX_DROPPED:
+                    break
+    except TimeoutError:
+        if not is_too_large:
+            raise too_slow(f"the body did not arrive within {options.body_seconds:g} seconds") from None
+    if is_too_large:
+        raise _too_large(limit)
     return b"".join(parts)
 
 
 def _too_large(limit: int) -> ServeError:
-    # The rest of the body is not read: the connection cannot be used again.
+    # The body may not be read to its end: the connection cannot be used again.
     return ServeError(
         413,
         "body_too_large",

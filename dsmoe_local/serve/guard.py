@@ -27,7 +27,7 @@ class HostGuard:
         self._app = app
         names = ("localhost", options.host, socket.gethostname(), *options.allowed_hosts)
         self._names = frozenset(name.lower().rstrip(".") for name in names)
-        self._origins = frozenset(origin.lower().rstrip("/") for origin in options.cors_origins)
+        self._origins = frozenset(options.cors_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""

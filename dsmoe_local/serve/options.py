@@ -40,11 +40,24 @@ class ServeOptions:
     def __post_init__(self) -> None:
         if self.api_key is not None and not self.api_key:
             raise UsageError("the API key is empty", remedy="leave it out, or set a long random text")
+        if self.api_key is not None and not _fits_a_header(self.api_key):
+            raise UsageError(
+                "the API key has characters that an HTTP header cannot have",
+                remedy="use letters, digits and punctuation of ASCII",
+            )
+        # Browsers send origins in lower case and without a slash.
+        origins = tuple(origin.lower().rstrip("/") for origin in self.cors_origins)
+        object.__setattr__(self, "cors_origins", origins)
         if not (is_loopback(self.host) or self.api_key or self.insecure):
             raise UsageError(
                 f"{self.host} can be reached from other computers",
                 remedy="set --api-key KEY, or --insecure to let everybody use the model",
             )
+
+
+def _fits_a_header(key: str) -> bool:
+    """True if the value of an HTTP header can be this text: space around it would get lost."""
+    return key.isascii() and key.isprintable() and key == key.strip()
 
 
 def is_loopback(host: str) -> bool:

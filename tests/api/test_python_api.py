@@ -90,24 +90,30 @@ def test_replies_are_the_engines(model: dsmoe_local.Model, expected: Mapping[str
 
 def test_a_batch(model: dsmoe_local.Model, expected: Mapping[str, str]) -> None:
     """Guards: a request that is lost, answered twice or given another's reply; one that ends the others."""
-    requests: list[dict[str, Any]] = [
+    requests: list[Any] = [
         {"id": "c", "messages": [{"role": "user", "content": "Hello"}], **GREEDY},
         {"prompt": "Hello", "label": 7, **GREEDY},
         {"prompt": "Hello", "temperature": "hot"},
         {"custom_id": "o", "method": "POST", "body": {"prompt": "Hello", **GREEDY}},
         {"nothing": 1},
         {"prompt": "x" * 5000},
+        "no mapping",
         *({"prompt": "Hello", **GREEDY} for _ in range(10)),
     ]
     results = {result.index: result for result in model.batch(iter(requests))}
-    assert sorted(results) == [*range(16)]
+    assert sorted(results) == [*range(17)]
     assert [results[index].id for index in range(4)] == ["c", "1", "2", "o"]
     assert results[1].request["label"] == 7
     texts = [result.reply.text if result.reply else "" for _, result in sorted(results.items())]
     text = expected["complete"]
-    assert texts == [expected["chat"], text, "", text, "", "", *[text] * 10]
+    assert texts == [expected["chat"], text, "", text, "", "", "", *[text] * 10]
     errors = {index: result.error for index, result in results.items() if result.error}
-    kinds: dict[int, type[DsmoeError]] = {2: RequestError, 4: RequestError, 5: PromptError}
+    kinds: dict[int, type[DsmoeError]] = {
+        2: RequestError,
+        4: RequestError,
+        5: PromptError,
+        6: RequestError,
+    }
     assert errors.keys() == kinds.keys()
     assert all(isinstance(errors[index], kind) for index, kind in kinds.items())
 
@@ -138,6 +144,8 @@ def test_a_batch_is_lazy(model: dsmoe_local.Model) -> None:
         (lambda model: model.chat([]), RequestError, "not a list of messages"),
         (lambda model: model.chat([{"content": "x"}]), RequestError, "role and content"),
         (lambda model: model.chat("x", top_p=3), UsageError, "out of range"),
+        (lambda model: model.chat("x", temperature=float("nan")), RequestError, "not a finite number"),
+        (lambda model: model.chat("x", json_schema={"enum": {1}}), RequestError, "json_schema is not JSON"),
         (lambda model: model.complete("x" * 5000), PromptError, "the context holds"),
     ],
 )  # fmt: skip

@@ -93,7 +93,7 @@ def test_an_openai_line(tmp_path: Path) -> None:
                 "top_k": -1,
                 "min_p": 0.125,
                 "n": 3,
-                "seed": -1,
+                "seed": -2,
                 "stop": None,
                 "logprobs": True,
                 "top_logprobs": 2,
@@ -124,7 +124,7 @@ def test_an_openai_line(tmp_path: Path) -> None:
         top_p=0.5,
         top_k=0,
         min_p=0.125,
-        seed=2**32 - 2,
+        seed=2**32 - 3,
         presence_penalty=0.5,
         frequency_penalty=-0.5,
     )
@@ -136,6 +136,8 @@ def test_an_openai_line(tmp_path: Path) -> None:
         ({"n_predict": 3, "temp": 0.25}, 3, 0.25),
         ({"max_completion_tokens": 3, "temperature": 1}, 3, 1),
         ({"n_predict": -1}, None, 0.5),
+        ({"max_tokens": -1, "seed": -1}, None, 0.5),
+        ({"max_completion_tokens": -1}, None, 0.5),
         ({"n_predict": 4, "max_tokens": 4, "temp": 1, "temperature": 1}, 4, 1),
     ],
 )
@@ -145,6 +147,7 @@ def test_names_of_limits(
     """Guards: llama.cpp's names, which the command line takes, refused in a line; -1 taken for a number."""
     for made in (request(tmp_path, {"prompt": "a", **line}), request(tmp_path, chat(line))):
         assert (made.max_tokens, made.sampling.temperature) == (max_tokens, temperature)
+        assert made.sampling.seed is None
 
 
 def test_completions_say_how_many_logprobs(tmp_path: Path) -> None:

@@ -11,6 +11,9 @@ from openai.types.chat import ChatCompletion
 from support.batches import answer, batch, by_id
 from support.fake_engine import FakeEngine
 
+from dsmoe_local.engine.types import TokenLogprob
+from dsmoe_local.protocol.responses import completion_scores
+
 
 def line(custom_id: str, url: str, **body: Any) -> dict[str, Any]:
     return {"custom_id": custom_id, "method": "POST", "url": url, "body": {"model": "m", **body}}
@@ -90,6 +93,15 @@ def test_completions(found: dict[str, dict[str, Any]]) -> None:
     long = Completion.model_validate(body(found["long"]), strict=True)
     assert (long.choices[0].text, long.choices[0].finish_reason) == ("ab", "length")
     assert Completion.model_validate(body(found["line-5"]), strict=True).choices[0].text == "short"
+
+
+def test_alternatives_with_one_text() -> None:
+    """Guards: the value of a part of a character in place of the chosen token's."""
+    likeliest, chosen, other = (
+        TokenLogprob(n, text, -n) for n, text in ((1, "\ufffd"), (2, "\ufffd"), (3, "a"))
+    )
+    scores, _ = completion_scores(((chosen, (likeliest, chosen, other)), (other, (likeliest, chosen))))
+    assert scores["top_logprobs"] == [{"\ufffd": -2, "a": -3}, {"\ufffd": -1}]
 
 
 def test_errors(found: dict[str, dict[str, Any]]) -> None:

@@ -49,6 +49,13 @@ def test_models_are_deleted(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "deleted alpha (8 B, in " in capsys.readouterr().err
 
 
+def test_a_model_that_is_named_twice(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: an error about a file that is gone, after the deletion."""
+    remove("alpha", "Alpha.gguf", "beta")
+    assert files_in(folder) == {"deep/gamma.gguf"}
+    assert capsys.readouterr().err.count("deleted alpha") == 1
+
+
 def test_all_files_of_a_split_model(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards: gigabytes that stay under names that nobody lists, also after a part was deleted by hand."""
     files = split_with_gguf(write_tiny(tmp_path / "whole.gguf", MOE), folder / "large", 40)

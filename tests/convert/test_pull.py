@@ -18,7 +18,7 @@ from support.split_files import split_with_gguf
 from support.tiny_gguf import MOE, NARROW, write_tiny
 
 from dsmoe_convert.errors import HubError
-from dsmoe_convert.hub import HubRequest
+from dsmoe_convert.hub import Digest, HubRequest
 from dsmoe_convert.pull import Pulled, choose, models_of, parse_source, pull
 from dsmoe_local.base.durable import locked
 from dsmoe_local.base.errors import (
@@ -247,6 +247,37 @@ def test_another_file_of_that_name(hub: Hub, tmp_path: Path) -> None:
     assert hub.downloads() == []
     assert fetch(hub, folder, force=True).is_new
     assert mine.read_bytes() == source.read_bytes()
+
+
+def test_a_link_of_that_name(hub: Hub, tmp_path: Path) -> None:
+    """Guards: a link to a disk that is not there, noticed after the download, or replaced."""
+    folder = tmp_path / "models"
+    folder.mkdir()
+    link = folder / "tiny-Q4_K_M.gguf"
+    link.symlink_to(tmp_path / "nothing")
+    with pytest.raises(FileError, match="a file that is missing"):
+        fetch(hub, folder)
+    assert hub.downloads() == []
+    assert link.is_symlink()
+    fetch(hub, folder, force=True)
+    assert link.is_file()
+    assert not link.is_symlink()
+
+
+@pytest.mark.parametrize("digest", ["", "0" * 63, "../" * 20 + "0000", "Z" * 64])
+def test_no_digest(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digest: str) -> None:
+    """Guards: gigabytes that are downloaded and cannot be verified; a path in the name of a file."""
+    monkeypatch.setattr("dsmoe_convert.hub.Digest", lambda text, is_sha256: Digest(digest, is_sha256))
+    with pytest.raises(HubError, match="no valid digest"):
+        fetch(hub, tmp_path / "models")
+    assert hub.downloads() == []
+
+
+def test_names_in_commands() -> None:
+    """Guards: a suggested command that runs another one, in the name of a file."""
+    with pytest.raises(UsageError) as caught:
+        choose(models_of({"a; rm -r x.gguf": 1, "b.gguf": 2}), "c", "a/b")
+    assert "dsmoe pull 'a/b:a; rm -r x'" in caught.value.remedy
 
 
 def test_a_disk_without_room(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

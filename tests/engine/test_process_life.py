@@ -120,6 +120,40 @@ def test_close(factory: str) -> None:
             ask()
 
 
+def test_a_forked_process() -> None:
+    """Guards: a fork that waits for threads which it does not have, or ends the model of its parent."""
+    client = load()
+
+    def use() -> int:
+        asked: list[Callable[[], object]] = [
+            lambda: next(client.submit(Request("r", "x"))),
+            lambda: client.encode("x"),
+            lambda: client.info,
+            lambda: client.reload(OPTIONS),
+        ]
+        for ask in asked:
+            with pytest.raises(EngineError, match="opened in another process"):
+                ask()
+        client.cancel_all()
+        client.kill()
+        client.close()
+        return int(client.alive)
+
+    with client:
+        stream = client.submit(Request("r", "abc"))
+        next(stream)
+        pid = os.fork()
+        if pid == 0:
+            status = 2
+            try:
+                status = use()
+            finally:
+                os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert text(list(stream)) == "bc"
+        assert client.alive
+
+
 def test_close_ends_what_runs() -> None:
     """Guards: a reader that waits for ever for a reply of an engine that was closed."""
     with load(hosted.HALTING) as client:

@@ -27,10 +27,14 @@ from dsmoe_local.serve.options import ServeOptions
         ({"host": "0.0.0.0", "api_key": "k"}, True),
         ({"host": "0.0.0.0", "insecure": True}, True),
         ({"host": "127.0.0.1", "api_key": ""}, False),
+        ({"host": "127.0.0.1", "api_key": "schl\xfcssel"}, False),
+        ({"host": "127.0.0.1", "api_key": "key\n"}, False),
     ],
 )
 def test_other_computers_need_a_key(options: dict[str, Any], allowed: bool) -> None:
-    """Guards: a model that the whole network can use by mistake; an empty variable taken for a key."""
+    """Guards: a model that the whole network can use by mistake; an empty variable taken for a key; a key
+    that no request can have.
+    """
     if allowed:
         ServeOptions(DEFAULTS, **options)
     else:
@@ -111,7 +115,10 @@ def test_own_pages(server: Serving) -> None:
     assert server.send("/v1/completions", {"prompt": "a"}, origin=server.url).status == 200
 
 
-@pytest.mark.parametrize(("chosen", "shown"), [("http://app.example", "http://app.example"), ("*", "*")])
+@pytest.mark.parametrize(
+    ("chosen", "shown"),
+    [("http://app.example", "http://app.example"), ("http://App.example/", "http://app.example"), ("*", "*")],
+)
 def test_cors(chosen: str, shown: str) -> None:
     """Guards: a preflight that needs the key, which browsers do not send; errors that pages cannot read."""
     with serving(FakeEngine(), cors_origins=(chosen,), api_key="k") as server:

@@ -22,6 +22,8 @@ from support.models import tiny_model
 from support.serving import DEFAULTS, HELLO, Gate, serving
 
 from dsmoe_local.base.errors import DsmoeError
+from dsmoe_local.cli import serve
+from dsmoe_local.cli.commands import load_command
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions
 from dsmoe_local.serve.server import listen
@@ -44,7 +46,7 @@ def test_running_replies_are_finished() -> None:
             while True:  # until the listening socket is closed
                 try:
                     server.connect().close()
-                except ConnectionRefusedError:
+                except (ConnectionRefusedError, ConnectionResetError):
                     break
             gate.open()
             assert b"[DONE]" in file.read()
@@ -156,6 +158,42 @@ def test_mistakes_with_addresses(capsys: pytest.CaptureFixture[str]) -> None:
     )
     with pytest.raises(DsmoeError, match="not an address of this computer"):
         listen("300.1.1.1", 0)
+
+
+@pytest.mark.parametrize("seconds", ["inf", "nan", "-1", "1e30"])
+def test_seconds(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: a server that runs for days and fails when it is to end."""
+    assert "--grace" in complaint(capsys, "serve", str(tiny_model()), "--grace", seconds)
+
+
+@pytest.mark.parametrize(("is_first", "template", "n_experts"), [(True, "chatml", 2), (False, None, None)])
+def test_options_of_one_model(
+    is_first: bool, template: str | None, n_experts: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: a model with the chat template of another one."""
+    loaded: list[ModelOptions] = []
+
+    def load(options: ModelOptions, *arguments: object, **named: object) -> None:
+        loaded.append(options)
+
+    monkeypatch.setattr(EngineClient, "load", load)
+    monkeypatch.setattr(serve, "_complete", lambda options, n_parallel: options)
+    arguments = ["m.gguf", "--chat-template", "chatml", "--active-experts", "2", "-t", "3"]
+    values = load_command("serve").make_context("serve", arguments).params
+    serve._load(Path("m.gguf"), values, 1, threading.Event(), is_first=is_first)
+    (options,) = loaded
+    assert (options.chat_template, options.n_experts_per_token) == (template, n_experts)
+    assert options.n_threads == 3
+
+
+def test_the_size_of_a_split_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a model of several files that is loaded beside another one, although it does not fit."""
+    paths = [tmp_path / f"m-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    for path in paths:
+        path.write_bytes(bytes(100))
+    for free, fits in ((301, True), (300, False)):
+        monkeypatch.setattr("dsmoe_local.engine.load.machine.available_memory", lambda free=free: free)
+        assert serve._fits(paths[0]) == fits
 
 
 def test_the_default_options() -> None:

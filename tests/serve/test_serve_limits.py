@@ -70,6 +70,7 @@ def read_until_closed(connection: socket.socket) -> bytes:
     [
         (post(b"", "content-length: 1001"), 413, "body_too_large"),
         (post(b"400\r\n" + b" " * 1024 + b"\r\n", "transfer-encoding: chunked"), 413, "body_too_large"),
+        (post(b"", "content-length: 1001", "expect: 100-continue"), 413, "body_too_large"),
         (post(b'{"prompt": ', "content-length: 999"), 408, "timeout"),
         (post(b"{}", "content-length: 2", "content-type: text/plain"), 415, "not_json"),
         (post(b""), 400, "invalid_request"),
@@ -112,6 +113,27 @@ def test_wrong_paths(server: Serving, path: str, method: str, status: int, hint:
     answer = server.send(path, {} if method == "POST" else None)
     assert answer.status == status
     assert hint in answer.error["message"]
+    assert ("allow" in answer.headers) == (status == 405)
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_a_large_body_and_its_refusal(server: Serving, is_chunked: bool) -> None:
+    """Guards: a connection that is reset while the client sends, so that it never reads why."""
+    sent = b" " * (4 << 20)
+    if is_chunked:
+        body = post(b"%x\r\n%s\r\n0\r\n\r\n" % (len(sent), sent), "transfer-encoding: chunked")
+    else:
+        body = post(sent)
+    assert exchange(server, body).startswith(b"HTTP/1.1 413")
+
+
+def test_a_large_body_is_parsed() -> None:
+    """Guards: a mistake that gets lost in the thread that parses large bodies."""
+    with serving(FakeEngine(n_context=1 << 20)) as server:
+        body = {"prompt": "a", "max_tokens": 1, "metadata": {"text": "x" * (300 << 10)}}
+        assert server.send("/v1/completions", body).status == 200
+        refused = server.send("/v1/completions", json.dumps(body).encode() + b"}")
+        assert "not JSON" in refused.error["message"]
 
 
 def test_the_queue() -> None:

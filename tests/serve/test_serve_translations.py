@@ -151,10 +151,13 @@ def test_conversations_and_schemas_of_responses() -> None:
         ({"input": []}, "input"),
         ({"tools": [{"type": "function", "name": "f", "parameters": {}, "strict": False}]}, "tools"),
         ({"extra_body": {"n": 2}}, "n"),
+        ({"text": "json"}, "text"),
+        ({"text": {"format": "json"}}, "text.format"),
+        ({"reasoning": "none"}, "reasoning"),
     ],
 )
 def test_refused_responses(change: dict[str, Any], param: str) -> None:
-    """Guards: a conversation that is answered without its beginning."""
+    """Guards: a conversation that is answered without its beginning; a schema that is ignored."""
     with serving(FakeEngine()) as server, openai_client(server) as client:
         asked: Any = {"model": "fake", "input": "hi", **change}
         with pytest.raises(openai.BadRequestError) as refusal:

@@ -64,6 +64,7 @@ class EngineClient:
     """
 
     def __init__(self, stop: threading.Event, log_file: Path | None, factory: str) -> None:
+        self._process = os.getpid()
         self._stop = stop
         self._factory = factory
         self._log = LogKeeper(log_file)
@@ -115,7 +116,7 @@ class EngineClient:
     @property
     def alive(self) -> bool:
         """True if the process is running (see ReloadableEngine)."""
-        child = self._child
+        child = self._own_child()
         return child is not None and child.end_reason is None and not self._closing.is_set()
 
     @property
@@ -153,14 +154,14 @@ class EngineClient:
         call = self._starts.get(request_id)
         if call is not None:
             call.cancelled = True
-        if self._child is not None:
-            self._child.cancel(request_id)
+        if (child := self._own_child()) is not None:
+            child.cancel(request_id)
 
     def cancel_all(self) -> None:
         """Cancel all requests and loads (see ReloadableEngine)."""
         self._cancel_calls()
-        if self._child is not None:
-            self._child.cancel_all()
+        if (child := self._own_child()) is not None:
+            child.cancel_all()
 
     def encode(
         self,
@@ -260,8 +261,8 @@ class EngineClient:
     def kill(self) -> None:
         """Kill the process and cancel all loads (see ReloadableEngine)."""
         self._cancel_calls()
-        if self._child is not None:
-            self._child.kill_for(
+        if (child := self._own_child()) is not None:
+            child.kill_for(
                 EngineKilledError(
                     "the engine was killed because it did not answer",
                     remedy="the next message loads the model again",
@@ -269,7 +270,12 @@ class EngineClient:
             )
 
     def close(self) -> None:
-        """End all requests and the child. A child that does not exit is killed. May be called twice."""
+        """End all requests and the child. A child that does not exit is killed. May be called twice.
+
+        Does nothing in a forked process: the model is that of its parent.
+        """
+        if not self._is_here():
+            return
         self._closing.set()
         with self._starting, ExitStack() as last_to_first:
             last_to_first.callback(self._log.close)
@@ -282,7 +288,23 @@ class EngineClient:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _is_here(self) -> bool:
+        """True in the process that has loaded the model. A fork shares its socket, but has no threads."""
+        return os.getpid() == self._process
+
+    def _check_process(self) -> None:
+        """Raise EngineError in a forked process."""
+        if not self._is_here():
+            raise EngineError(
+                "the model was opened in another process", remedy="open it in the process that uses it"
+            )
+
+    def _own_child(self) -> Child | None:
+        """Return the child; None if there is none, or in a forked process."""
+        return self._child if self._is_here() else None
+
     def _latest(self) -> Child:
+        self._check_process()
         if self._child is None or self._closing.is_set():
             raise EngineError("the engine is closed")
         return self._child
@@ -305,6 +327,7 @@ class EngineClient:
     @contextmanager
     def _start_lock(self, call: _Call) -> Iterator[None]:
         """Hold the lock for starting a child. Raises InterruptedRunError if `call` is cancelled meanwhile."""
+        self._check_process()
         while not self._starting.acquire(timeout=POLL):
             call.check()
         try:
