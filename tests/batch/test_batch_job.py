@@ -71,7 +71,7 @@ def test_errors_become_records(tmp_path: Path) -> None:
     assert found["line-3"]["text"] == "y"
     errors = {name: record["error"] for name, record in found.items() if record["error"]}
     assert {name: (error["code"], error["line"]) for name, error in errors.items()} == {
-        "line-1": ("prompt_error", 1),
+        "line-1": ("context_length_error", 1),
         "line-2": ("invalid_request", 2),
         "line-4": ("invalid_request", 4),
         "line-5": ("native_error", 5),

@@ -69,7 +69,7 @@ def test_command(tmp_path: Path) -> None:
     source, out = write_lines(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
     done = run(source, out, "--parallel", "2")
     assert (done.returncode, done.stdout) == (1, "")
-    assert "2 records, 1 line failed (1 with a prompt that the model cannot take);" in done.stderr
+    assert "2 records, 1 line failed (1 with a prompt that is longer than the context);" in done.stderr
     found = by_id(records(out))
     assert found["line-1"]["response"]["body"]["usage"]["completion_tokens"] in range(5)
     assert "context" in found["line-2"]["error"]["message"]
