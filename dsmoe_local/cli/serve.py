@@ -165,11 +165,8 @@ def command(
         info = engine.info
         _log(f"{safe_line(first.name, 60)}: {url_of(listener)}/v1")
         _log(f"up to {info.n_parallel} requests at once, {info.n_context:,} tokens of context each")
-        source = ModelSource(_known, load, _fits, keep, idle_seconds)
-        try:
-            asyncio.run(serve(first, source, options, listener, _log))
-        finally:
-            stop.set()
+        source = ModelSource(_known, load, _fits, keep, idle_seconds, stop)
+        asyncio.run(serve(first, source, options, listener, _log))
 
 
 def _known() -> dict[str, Path]:

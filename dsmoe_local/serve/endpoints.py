@@ -51,8 +51,8 @@ async def health(http: Request) -> JSONResponse:
 async def metrics(http: Request) -> Response:
     """GET /metrics."""
     state: ServerState = http.app.state.server
-    text = await state.call(state.metrics.text)
-    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+    # Not in a thread: the figures are those of the event loop, which changes them.
+    return Response(state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 async def tokenize(http: Request) -> JSONResponse:
@@ -62,9 +62,10 @@ async def tokenize(http: Request) -> JSONResponse:
     prompt = _text_or_messages(body)
     offered = offered_tools(body)
     tools = () if offered is None else offered.tools
-    async with state.models.using(await state.models.resolve(body.get("model"))) as model:
-        ids = await state.call(lambda: model.engine.encode(prompt, tools=tools))
-        n_context = model.engine.info.n_context
+    ids, n_context = await state.ask_tokenizer(
+        await state.models.resolve(body.get("model")),
+        lambda engine: (engine.encode(prompt, tools=tools), engine.info.n_context),
+    )
     return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": n_context})
 
 
@@ -76,8 +77,8 @@ async def detokenize(http: Request) -> JSONResponse:
     if not isinstance(tokens, list):
         raise RequestError("tokens is not a list of token ids", param="tokens")
     ids = [integer("tokens", token) for token in tokens]
-    async with state.models.using(await state.models.resolve(body.get("model"))) as model:
-        content = await state.call(lambda: model.engine.detokenize(ids))
+    name = await state.models.resolve(body.get("model"))
+    content = await state.ask_tokenizer(name, lambda engine: engine.detokenize(ids))
     return JSONResponse({"content": content, "prompt": content})
 
 

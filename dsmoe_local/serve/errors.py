@@ -41,6 +41,11 @@ def too_slow(what: str) -> ServeError:
     return ServeError(408, "timeout", what, headers=_NO_RETRY)
 
 
+def hung_up() -> ServeError:
+    """Return the error for a request whose client has gone. Nobody gets it, but it is logged and counted."""
+    return ServeError(499, "client_closed_request", "the client hung up")
+
+
 def shutting_down() -> ServeError:
     """Return the error for requests while the server ends."""
     return ServeError(503, "shutting_down", "the server is shutting down", headers={"retry-after": "5"})

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.engine.errors import EngineError
-from dsmoe_local.engine.interface import TextEngine, Ticket
+from dsmoe_local.engine.interface import ReloadableEngine, Ticket
 from dsmoe_local.engine.types import Request, TokenEvent
 from dsmoe_local.protocol.replies import Delta, ReplyBuilder
+
+T = TypeVar("T")
+
+KILL_SECONDS = 10.0  # for the engine to end a cancelled request
 
 Item: TypeAlias = TokenEvent | BaseException | None
 """What an engine delivers: see `engine.interface.Deliver`."""
@@ -46,40 +50,60 @@ class Mailbox:
 
 
 class Generation:
-    """One request. `seconds` is the time limit; all methods are called in the event loop.
+    """One request, from its arrival to its end. All methods are called in the event loop.
 
-    `first_seconds` is the time to the first token, once there is one.
+    `first_seconds` is the time to the first token, once there is one. `builder` is set by `start`.
     """
 
-    def __init__(self, engine: TextEngine, request: Request, builder: ReplyBuilder, mailbox: Mailbox) -> None:
+    builder: ReplyBuilder
+
+    def __init__(self, request: Request, mailbox: Mailbox) -> None:
         self.request = request
-        self.builder = builder
         self.first_seconds: float | None = None
-        self._engine = engine
         self._mailbox = mailbox
+        self._loop = asyncio.get_running_loop()
+        self._engine: ReloadableEngine | None = None
         self._ticket: Ticket | None = None
+        self._kill_timer: asyncio.TimerHandle | None = None
         self._changed = asyncio.Event()
         self._ended = False
-        self._cancelled = False
         self._error: BaseException | None = None
+        self._cancelled: asyncio.Future[DsmoeError] = self._loop.create_future()  # its result is the reason
 
-    async def start(self, executor: Executor) -> None:
-        """Pass the request to the engine. After a crash this waits until the model is loaded again."""
-        loop = asyncio.get_running_loop()
-        self._ticket = await loop.run_in_executor(
-            executor, self._engine.start, self.request, lambda item: self._mailbox.put(self._take, item)
+    async def wait_for(self, awaited: Awaitable[T]) -> T:
+        """Return the result of `awaited`. If the request is cancelled first, cancel `awaited` and raise the
+        reason.
+        """
+        future = asyncio.ensure_future(awaited)
+        try:
+            await asyncio.wait((future, self._cancelled), return_when=asyncio.FIRST_COMPLETED)
+            self._check()
+            return future.result()
+        finally:
+            future.cancel()
+
+    async def start(self, engine: ReloadableEngine, lead: str, executor: Executor) -> None:
+        """Pass the request to the engine. After a crash this waits until the model is loaded again.
+
+        A request that is cancelled meanwhile does not stop that load: the next one would start it again.
+        """
+        self.builder = ReplyBuilder(self.request, lead)
+        self._engine = engine
+        starting = self._loop.run_in_executor(
+            executor, engine.start, self.request, lambda item: self._mailbox.put(self._take, item)
         )
-        if self._cancelled:
-            self._ticket.cancel()
+        starting.add_done_callback(self._started)
+        await self.wait_for(asyncio.shield(starting))
 
-    def cancel(self, reason: DsmoeError | None = None) -> None:
-        """End the request. `deltas` then raises `reason`, if there is one."""
-        self._error = self._error or reason
-        self._cancelled = True
-        if self._ticket is None:
-            self._engine.cancel(self.request.id)
-        elif not self._ended:
-            self._ticket.cancel()
+    def cancel(self, reason: DsmoeError) -> None:
+        """End the request, unless it has ended. What waits for it raises `reason`, without waiting for the
+        engine.
+        """
+        if self._ended or self._cancelled.done():
+            return
+        self._cancelled.set_result(reason)
+        self._changed.set()
+        self._cancel_ticket()
 
     async def deltas(self) -> AsyncIterator[list[Delta]]:
         """Yield what is new, whenever something is; the list may be empty. Raises the error that ended the
@@ -88,10 +112,9 @@ class Generation:
         while True:
             await self._changed.wait()
             self._changed.clear()
+            self._check()
             ended = self._ended
-            if self._cancelled and not ended:
-                continue  # the rest of the reply is of no use
-            found = [] if self._cancelled else self.builder.deltas()
+            found = self.builder.deltas()
             if found or not ended or self._error is None:
                 yield found
             if ended and self._error is not None:
@@ -104,8 +127,26 @@ class Generation:
         while not self._ended:
             await self._changed.wait()
             self._changed.clear()
+            self._check()
         if self._error is not None:
             raise self._error
+
+    def _check(self) -> None:
+        if self._cancelled.done():
+            raise self._cancelled.result()
+
+    def _started(self, starting: asyncio.Future[Ticket]) -> None:
+        if starting.cancelled() or starting.exception() is not None:
+            return
+        self._ticket = starting.result()
+        if self._cancelled.done():
+            self._cancel_ticket()
+
+    def _cancel_ticket(self) -> None:
+        """Cancel the request in the engine. Kill an engine that does not react, so that its slot is freed."""
+        if self._ticket is not None and self._engine is not None and not self._ended:
+            self._ticket.cancel()
+            self._kill_timer = self._loop.call_later(KILL_SECONDS, self._engine.kill)
 
     def _take(self, item: Item) -> None:
         if isinstance(item, TokenEvent):
@@ -114,7 +155,9 @@ class Generation:
                 self.first_seconds = item.seconds
         else:
             self._ended = True
-            self._error = self._error or _as_error(item)
+            self._error = _as_error(item)
+            if self._kill_timer is not None:
+                self._kill_timer.cancel()
         self._changed.set()
 
 

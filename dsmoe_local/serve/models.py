@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.engine.interface import ReloadableEngine
 from dsmoe_local.protocol.replies import reply_lead
-from dsmoe_local.serve.errors import ServeError
+from dsmoe_local.serve.errors import ServeError, hung_up, shutting_down
 
 T = TypeVar("T")
 
@@ -43,7 +44,7 @@ class ModelSource:
     for one, `load` loads it. All of them may block.
 
     At most `keep` models are loaded at once. A model that is not used for `idle_seconds` is unloaded (0: none
-    is).
+    is). `stop` is set when the server ends its requests; loads that are in progress should end, too.
     """
 
     known: Callable[[], Mapping[str, Path]]
@@ -51,6 +52,7 @@ class ModelSource:
     fits: Callable[[Path], bool]
     keep: int = 1
     idle_seconds: float = 0.0
+    stop: threading.Event = field(default_factory=threading.Event)
 
 
 class Models:
@@ -69,6 +71,7 @@ class Models:
         self._loaded = {first.name: first}  # the least recently used first
         self._users = Counter[str]()
         self._turn = asyncio.Lock()  # one load at a time
+        self._loads: dict[str, asyncio.Task[ServedModel]] = {}
         self._freed = asyncio.Event()
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
@@ -93,8 +96,11 @@ class Models:
             return self.first
         if isinstance(name, str) and (name in self._loaded or name in await self.known()):
             return name
+        raise await self._not_found(name)
+
+    async def _not_found(self, name: object) -> ServeError:
         near = ", ".join(safe_line(each, 40) for each in list(await self.known())[:4])
-        raise ServeError(
+        return ServeError(
             404,
             "model_not_found",
             f"there is no model {safe_line(str(name), 60)!r} here",
@@ -102,24 +108,40 @@ class Models:
             param="model",
         )
 
-    @asynccontextmanager
-    async def using(self, name: str) -> AsyncIterator[ServedModel]:
-        """Load a model if need be, and keep it until the block ends. Raises the errors of loading."""
+    @contextmanager
+    def kept(self, name: str) -> Iterator[None]:
+        """Keep a model until the block ends, once `get` has loaded it."""
         self._users[name] += 1
         if timer := self._timers.pop(name, None):
             timer.cancel()
         try:
-            yield self._loaded.get(name) or await self._load(name)
+            yield
         finally:
             self._users[name] -= 1
             if not self._users[name]:
                 self._unused(name)
 
+    async def get(self, name: str) -> ServedModel:
+        """Return a model that is `kept`, and load it if need be. Raises the errors of loading.
+
+        If the caller is cancelled, a load that has begun goes on. One that waits for room ends once nobody
+        keeps the model.
+        """
+        if model := self._loaded.get(name):
+            return model
+        if name not in self._loads:
+            load = self._loads[name] = asyncio.create_task(self._load(name))
+            # Otherwise asyncio reports an error of a load that nobody waits for any more.
+            load.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        return await asyncio.shield(self._loads[name])
+
     def _unused(self, name: str) -> None:
         del self._users[name]
         self._freed.set()
-        if name not in self._loaded:
-            return
+        if name in self._loaded:
+            self._keep_unused(name)
+
+    def _keep_unused(self, name: str) -> None:
         self._loaded[name] = self._loaded.pop(name)  # now the most recently used
         if self._source.idle_seconds:
             loop = asyncio.get_running_loop()
@@ -128,19 +150,39 @@ class Models:
             )
 
     async def _load(self, name: str) -> ServedModel:
-        async with self._turn:
-            if model := self._loaded.get(name):
+        try:
+            async with self._turn:
+                path = await self._room_for(name)
+                began = time.perf_counter()
+                model = await self._in_thread(lambda: ServedModel.of(name, self._source.load(path)))
+                self._loaded[name] = model
+                self._log(f"{safe_line(name, 60)}: loaded in {time.perf_counter() - began:.1f} s")
+                if not self._users[name]:
+                    self._keep_unused(name)
                 return model
-            path = (await self.known())[name]
-            while len(self._loaded) >= self._source.keep:
-                await self._make_room()
-            while self._unused_names() and not await self._in_thread(lambda: self._source.fits(path)):
-                await self._make_room()
-            began = time.perf_counter()
-            model = await self._in_thread(lambda: ServedModel.of(name, self._source.load(path)))
-            self._loaded[name] = model
-            self._log(f"{safe_line(name, 60)}: loaded in {time.perf_counter() - began:.1f} s")
-            return model
+        finally:
+            # At once, so that no request joins a load that has failed.
+            del self._loads[name]
+
+    async def _room_for(self, name: str) -> Path:
+        """Unload others until a model has room. Return its file."""
+        path = (await self.known()).get(name)
+        if path is None:  # it was there when the request came
+            raise await self._not_found(name)
+        while len(self._loaded) >= self._source.keep:
+            self._check_wanted(name)
+            await self._make_room()
+        while self._unused_names() and not await self._in_thread(lambda: self._source.fits(path)):
+            await self._make_room()
+        self._check_wanted(name)
+        return path
+
+    def _check_wanted(self, name: str) -> None:
+        """Raise an error if the server is shutting down, or if nobody waits for the model any more."""
+        if self._source.stop.is_set():
+            raise shutting_down()
+        if not self._users[name]:
+            raise hung_up()
 
     async def _make_room(self) -> None:
         """Unload the model that was not used for the longest time. Waits until one is not used."""
@@ -162,8 +204,15 @@ class Models:
         self._log(f"{safe_line(name, 60)}: unloaded")
         return model.engine
 
-    def close(self) -> None:
-        """Free all models."""
+    def stop_loads(self) -> None:
+        """End all loads, because the server is shutting down."""
+        self._source.stop.set()
+        self._freed.set()
+
+    async def close(self) -> None:
+        """Free all models, also those that are still being loaded."""
+        self.stop_loads()
+        await asyncio.gather(*self._loads.values(), return_exceptions=True)
         for timer in self._timers.values():
             timer.cancel()
         for model in self._loaded.values():

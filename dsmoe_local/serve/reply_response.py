@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
 
 import msgspec
 from starlette.responses import JSONResponse
@@ -16,7 +16,7 @@ from dsmoe_local.base.text import count, safe_line
 from dsmoe_local.engine.types import Request
 from dsmoe_local.protocol.replies import Reply
 from dsmoe_local.protocol.writers import Event, ReplyWriter
-from dsmoe_local.serve.errors import error_object, error_response, status_of
+from dsmoe_local.serve.errors import error_object, error_response, hung_up, status_of
 from dsmoe_local.serve.generation import Generation
 from dsmoe_local.serve.state import ServerState
 
@@ -51,18 +51,13 @@ class ReplyResponse:
         """
         status, reply = 200, None
         try:
-            async with self._state.admitted(self._model, self._request) as generation:
-                hang_up = asyncio.create_task(_on_hang_up(receive, generation.cancel))
-                try:
-                    await generation.start(self._state.executor)
-                    if self._stream:
-                        reply = await self._send_stream(generation, send)
-                    else:
-                        reply = await self._send_whole(generation, scope, receive, send)
-                finally:
-                    hang_up.cancel()
-                if reply is not None:
-                    self._state.metrics.count_reply(reply, generation.first_seconds)
+            generation = Generation(self._request, self._state.mailbox)
+            async with _hang_ups(receive, generation), self._state.admitted(self._model, generation):
+                if self._stream:
+                    reply = await self._send_stream(generation, send)
+                else:
+                    reply = await self._send_whole(generation, scope, receive, send)
+                self._state.metrics.count_reply(reply, generation.first_seconds)
         except DsmoeError as error:
             status = status_of(error)
             if self._sent_start:
@@ -74,25 +69,28 @@ class ReplyResponse:
         self._state.metrics.count_request(status)
         self._state.log(self._line(scope["path"], status, reply))
 
-    async def _send_whole(
-        self, generation: Generation, scope: Scope, receive: Receive, send: Send
-    ) -> Reply | None:
+    async def _send_whole(self, generation: Generation, scope: Scope, receive: Receive, send: Send) -> Reply:
         await generation.finish()
-        reply = generation.builder.reply(self._model)
-        if reply is not None:  # otherwise the client has gone
-            await JSONResponse(self._writer.whole(reply), headers=self._headers)(scope, receive, send)
+        reply = self._whole_reply(generation)
+        await JSONResponse(self._writer.whole(reply), headers=self._headers)(scope, receive, send)
         return reply
 
-    async def _send_stream(self, generation: Generation, send: Send) -> Reply | None:
+    async def _send_stream(self, generation: Generation, send: Send) -> Reply:
         async for deltas in generation.deltas():
             if not self._sent_start:
                 await self._start_stream(send)
             body = _encoded(event for delta in deltas for event in self._writer.events(delta))
             if body:
                 await send({"type": "http.response.body", "body": body, "more_body": True})
+        reply = self._whole_reply(generation)
+        await send(
+            {"type": "http.response.body", "body": _encoded(self._writer.end(reply)) + self._writer.done}
+        )
+        return reply
+
+    def _whole_reply(self, generation: Generation) -> Reply:
         reply = generation.builder.reply(self._model)
-        events = self._writer.end(reply) if reply is not None else []
-        await send({"type": "http.response.body", "body": _encoded(events) + self._writer.done})
+        assert reply is not None, "a cancelled request raises its reason"
         return reply
 
     async def _start_stream(self, send: Send) -> None:
@@ -112,8 +110,6 @@ class ReplyResponse:
         if reply is not None:
             parts.append(f"{count(reply.n_prompt_tokens, 'prompt token')}, {reply.n_cached_tokens:,} cached")
             parts.append(f"{reply.n_completion_tokens:,} generated")
-        elif status == 200:
-            parts.append("the client hung up")
         return ", ".join(parts)
 
 
@@ -125,9 +121,17 @@ def _encoded(events: Iterable[Event]) -> bytes:
     )
 
 
-async def _on_hang_up(receive: Receive, call: Callable[[], None]) -> None:
-    """Call a function when the client closes the connection."""
-    with suppress(asyncio.CancelledError):
+@asynccontextmanager
+async def _hang_ups(receive: Receive, generation: Generation) -> AsyncIterator[None]:
+    """Cancel the request if the client closes the connection before the block ends."""
+
+    async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        call()
+        generation.cancel(hung_up())
+
+    task = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        task.cancel()

@@ -91,7 +91,7 @@ async def serve(
         try:
             await server.serve([listener])
         finally:
-            state.close()
+            await state.close()
 
 
 def _config(state: ServerState) -> uvicorn.Config:

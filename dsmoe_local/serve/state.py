@@ -12,8 +12,7 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 from dsmoe_local.base.text import count, safe_line
-from dsmoe_local.engine.types import Request
-from dsmoe_local.protocol.replies import ReplyBuilder
+from dsmoe_local.engine.interface import ReloadableEngine
 from dsmoe_local.serve.errors import ServeError, shutting_down, too_slow
 from dsmoe_local.serve.generation import Generation, Mailbox
 from dsmoe_local.serve.metrics import Metrics
@@ -22,7 +21,8 @@ from dsmoe_local.serve.options import ServeOptions
 
 T = TypeVar("T")
 
-_THREADS = 4  # for calls of the engine that are not replies
+_THREADS = 4  # for files, and to load and free models
+_TOKENIZER_THREADS = 2  # of their own, so that they leave those of the replies free
 _LOGGED = 100_000  # characters of a body
 _LONGEST_WAIT = 60  # seconds, the most that Retry-After says
 
@@ -36,9 +36,11 @@ class ServerState:
         self.draining = False
         n_threads = options.max_queued + first.engine.info.n_parallel + _THREADS
         self.executor = ThreadPoolExecutor(n_threads, thread_name_prefix="dsmoe-serve")
+        self._tokenizers = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="dsmoe-tokenize")
         self.models = Models(first, source, self.executor, log)
         self.metrics = Metrics(self)
-        self._mailbox = Mailbox(asyncio.get_running_loop())
+        self.mailbox = Mailbox(asyncio.get_running_loop())
+        self._admitted: set[Generation] = set()  # those that wait for their model, too
         self._running: dict[Generation, ServedModel] = {}
         self._mean_seconds = 1.0
 
@@ -62,27 +64,42 @@ class ServerState:
             self.log(safe_line(json.dumps(body, ensure_ascii=False), _LOGGED))
 
     @asynccontextmanager
-    async def admitted(self, name: str, request: Request) -> AsyncIterator[Generation]:
-        """Load the model and take a place in its queue until the block ends. Raises ServeError if the queue
-        is full, and errors of loading.
+    async def admitted(self, name: str, generation: Generation) -> AsyncIterator[None]:
+        """Load the model, take a place in its queue and start the request. Keep both until the block ends.
+
+        Raises ServeError if the queue is full, errors of loading, and the reason if the request is cancelled.
         """
-        if self.draining:
-            raise shutting_down()
+        self.check_accepting()
         if self.models.n_waiting > self.options.max_queued:
             raise self._busy(1)
-        async with self.models.using(name) as model:
-            n_parallel, n_active = model.engine.info.n_parallel, self._n_active_of(model)
-            if n_active and n_active + request.n > n_parallel + self.options.max_queued:
-                raise self._busy(n_parallel)
-            generation = Generation(model.engine, request, ReplyBuilder(request, model.lead), self._mailbox)
-            began = time.perf_counter()
-            self._running[generation] = model
-            try:
-                with self._time_limit(generation):
-                    yield generation
-            finally:
-                del self._running[generation]
-                self._mean_seconds += 0.1 * (time.perf_counter() - began - self._mean_seconds)
+        self._admitted.add(generation)
+        try:
+            with self._time_limit(generation), self.models.kept(name):
+                model = await generation.wait_for(self.models.get(name))
+                with self._place(model, generation):
+                    await generation.start(model.engine, model.lead, self.executor)
+                    yield
+        finally:
+            self._admitted.remove(generation)
+
+    def check_accepting(self) -> None:
+        """Raise ServeError if the server is shutting down."""
+        if self.draining:
+            raise shutting_down()
+
+    @contextmanager
+    def _place(self, model: ServedModel, generation: Generation) -> Iterator[None]:
+        """Take a place in the queue of a model. Raises ServeError if it is full."""
+        n_parallel, n_active, n = model.engine.info.n_parallel, self._n_active_of(model), generation.request.n
+        if n_active and n_active + n > n_parallel + self.options.max_queued:
+            raise self._busy(n_parallel)
+        began = time.perf_counter()
+        self._running[generation] = model
+        try:
+            yield
+        finally:
+            del self._running[generation]
+            self._mean_seconds += 0.1 * (time.perf_counter() - began - self._mean_seconds)
 
     @contextmanager
     def _time_limit(self, generation: Generation) -> Iterator[None]:
@@ -94,19 +111,25 @@ class ServerState:
         finally:
             timer.cancel()
 
-    async def call(self, function: Callable[[], T]) -> T:
-        """Call a function in a thread. Those of engines may wait for a model that is loaded after a crash."""
-        return await asyncio.get_running_loop().run_in_executor(self.executor, function)
+    async def ask_tokenizer(self, name: str, function: Callable[[ReloadableEngine], T]) -> T:
+        """Call a function of the tokenizer of a model in a thread. Raises errors of loading."""
+        self.check_accepting()
+        with self.models.kept(name):
+            model = await self.models.get(name)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._tokenizers, function, model.engine)
 
     def end_all(self) -> None:
-        """Cancel all requests, because the server is shutting down."""
-        for generation in self._running:
+        """Cancel all requests and loads, because the server is shutting down."""
+        for generation in self._admitted:
             generation.cancel(shutting_down())
+        self.models.stop_loads()
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Free the models and end the threads."""
-        self.models.close()
-        self.executor.shutdown(wait=False, cancel_futures=True)
+        await self.models.close()
+        for executor in (self.executor, self._tokenizers):
+            executor.shutdown(wait=False, cancel_futures=True)
 
     def _busy(self, n_parallel: int) -> ServeError:
         seconds = math.ceil(self._mean_seconds * (self.n_queued + 1) / n_parallel)

@@ -10,13 +10,19 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
+import uvicorn
 from support.fake_engine import FakeEngine
 from support.mutations import damaged_json
 from support.serving import HELLO, Gate, Serving, serving
+from uvicorn.server import ServerState
 
+from dsmoe_local.engine.interface import Ticket
 from dsmoe_local.engine.types import Request
+from dsmoe_local.serve import generation
+from dsmoe_local.serve.connection import connection_type
 
 
 class WatchedEngine(FakeEngine):
@@ -190,6 +196,46 @@ def test_a_client_that_hangs_up(stream: bool, n_tokens: int) -> None:
         assert answer.status == 200
 
 
+def test_a_client_that_gives_up_while_the_model_is_loaded_again() -> None:
+    """Guards: a load after a crash that each client ends, so that it never completes; the wrong reason."""
+    go = threading.Event()
+
+    class Reloading(WatchedEngine):
+        def start(self, request: Request, deliver: Any) -> Ticket:
+            assert go.wait(60)
+            return super().start(request, deliver)
+
+    gate = Gate()
+    engine = Reloading(gate=gate)
+    with serving(engine, max_seconds=0.2) as server:
+        answer = server.chat()
+        assert (answer.status, answer.error["code"]) == (408, "timeout")
+        assert not engine.cancelled.acquire(blocking=False)
+        go.set()
+        assert engine.cancelled.acquire(timeout=60)
+        gate.open()
+        assert len(engine.requests) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_that_does_not_answer(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a client that waits for an engine that hangs; a slot that stays taken."""
+    monkeypatch.setattr(generation, "KILL_SECONDS", 0.05)
+    gate = Gate()
+    killed = threading.Event()
+
+    class Hanging(FakeEngine):
+        def kill(self) -> None:
+            super().kill()
+            gate.open()
+            killed.set()
+
+    with serving(Hanging(gate=gate), max_seconds=0.2) as server:
+        assert server.chat(stream=stream).status == 408
+        assert killed.wait(60)
+        assert server.chat(stream=stream).status == 200
+
+
 def test_a_reader_that_stops_reading() -> None:
     """Guards: a stream that grows in memory, or a connection that is never closed."""
     held = threading.Event()
@@ -210,6 +256,21 @@ def test_a_reader_that_stops_reading() -> None:
             assert b"[DONE]" not in read_until_closed(connection)
         while server.send("/health").json["running"]:
             pass  # the engine's last event is on its way
+
+
+def test_a_slow_reader_is_kept() -> None:
+    """Guards: a client that reads steadily but slowly, and is dropped."""
+    loop, transport = MagicMock(), MagicMock()
+    connection = connection_type(30.0)(uvicorn.Config(lambda: None), ServerState(), {}, loop)
+    transport.get_extra_info.return_value = None
+    connection.connection_made(transport)
+    transport.get_write_buffer_size.return_value = 3000
+    connection.pause_writing()
+    for size, aborts in ((2000, 0), (1999, 0), (1999, 1)):
+        transport.get_write_buffer_size.return_value = size
+        seconds, check = loop.call_later.call_args.args
+        check()
+        assert (seconds, transport.abort.call_count) == (30.0, aborts)
 
 
 def test_connections_without_a_request(server: Serving) -> None:
@@ -294,6 +355,44 @@ def test_the_tokenizer(server: Serving, body: dict[str, Any]) -> None:
     assert server.send("/detokenize", {"tokens": [10**9]}).status == 400
     assert server.send("/detokenize", {"tokens": "abc"}).error["param"] == "tokens"
     assert server.send("/tokenize", {"content": "a", "prompt": "b"}).status == 400
+
+
+def test_many_tokenizer_requests() -> None:
+    """Guards: replies that wait for the tokenizer's clients; a wait without end for a server that ends."""
+    busy, go = threading.Event(), threading.Event()
+
+    class Slow(FakeEngine):
+        def encode(self, *arguments: Any, **options: Any) -> tuple[int, ...]:
+            assert not busy.is_set() or go.wait(60)
+            return super().encode(*arguments, **options)
+
+    with serving(Slow(), max_queued=0, grace=60.0) as server, ThreadPoolExecutor(8) as pool:
+        busy.set()
+        asked = [pool.submit(server.send, "/tokenize", {"content": "a"}) for _ in range(8)]
+        assert server.chat().status == 200
+        go.set()
+        assert {request.result().status for request in asked} == {200}
+        with closing(server.connect()) as connection:
+            connection.sendall(post(b"", "content-length: 16", "expect: 100-continue", path="/tokenize"))
+            assert b" 100 " in connection.recv(1 << 10)
+            server.stop()
+            connection.sendall(b'{"content": "a"}')
+            assert b" 503 " in read_until_closed(connection)
+
+
+def test_figures_are_read_in_the_event_loop() -> None:
+    """Guards: figures that another thread changes while they are added up."""
+    threads = []
+
+    class Watched(FakeEngine):
+        @property
+        def pid(self) -> int:
+            threads.append(threading.current_thread())
+            return super().pid
+
+    with serving(Watched()) as server:
+        assert server.send("/metrics").status == 200
+        assert threads == [server.thread]
 
 
 def test_defaults_of_requests() -> None:

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 from support.fake_engine import FakeEngine
 from support.serving import Gate, serving
 
+from dsmoe_local.base.errors import InterruptedRunError
 from dsmoe_local.engine.errors import ModelLoadError
 from dsmoe_local.serve.models import ModelSource
 
 
 class Shelf:
-    """Models a, b and c; `broken` cannot be loaded. Each replies with its name."""
+    """Models a, b and c; `broken` cannot be loaded, `slow` once `go` is set. Each replies with its name."""
 
     def __init__(self, keep: int = 1, idle_seconds: float = 0.0) -> None:
         self.loads: list[str] = []
         self.n_closed = 0
         self.closed = threading.Semaphore(0)
-        names = ("a", "b", "c", "broken")
+        self.go = threading.Event()
+        names = ("a", "b", "c", "broken", "slow")
         self.source = ModelSource(
             lambda: {name: Path(name) for name in names}, self.load, self.fits, keep, idle_seconds
         )
@@ -49,6 +53,9 @@ class Shelf:
         self.loads.append(path.name)
         if path.name == "broken":
             raise ModelLoadError("the file is damaged")
+        while path.name == "slow" and not self.go.wait(0.01):
+            if self.source.stop.is_set():
+                raise InterruptedRunError("the load was stopped")
         return self.engine(path.name)
 
 
@@ -57,8 +64,8 @@ def test_models_on_demand() -> None:
     shelf = Shelf(keep=2)
     with serving(shelf.first, source=shelf.source) as server, ThreadPoolExecutor(8) as pool:
         listed = server.send("/v1/models").json["data"]
-        assert [model["id"] for model in listed] == ["fake", "a", "b", "c", "broken"]
-        assert [model["loaded"] for model in listed] == [True, False, False, False, False]
+        assert [model["id"] for model in listed] == ["fake", "a", "b", "c", "broken", "slow"]
+        assert [model["loaded"] for model in listed] == [True, *[False] * 5]
         for reply in pool.map(lambda _: server.chat(model="a").json, range(8)):
             assert reply["choices"][0]["message"]["content"] == "I am a"
             assert reply["model"] == "a"
@@ -119,3 +126,63 @@ def test_models_within_memory() -> None:
             assert server.chat(model=name).status == 200
         loaded = [model["id"] for model in server.send("/v1/models").json["data"] if model["loaded"]]
         assert loaded == ["b", "c"]
+
+
+def test_the_time_limit_includes_the_load() -> None:
+    """Guards: a wait without a limit; a load that each impatient client starts again."""
+    shelf = Shelf()
+    with serving(shelf.first, source=shelf.source, max_seconds=0.2) as server:
+        for _ in range(2):
+            assert server.chat(model="slow").status == 408
+        shelf.go.set()
+        while not any(model["loaded"] for model in server.send("/v1/models").json["data"]):
+            pass  # the load goes on
+        assert server.chat(model="slow").json["choices"][0]["message"]["content"] == "I am slow"
+        assert shelf.loads == ["slow"]
+
+
+def test_a_client_that_hangs_up_while_it_waits_for_room() -> None:
+    """Guards: a model that is unloaded for a client that has gone."""
+    gate = Gate()
+    shelf = Shelf()
+    shelf.first._gate = gate
+    with serving(shelf.first, source=shelf.source) as server, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(server.chat)
+        gate.wait()
+        with closing(server.connect()) as connection:
+            body = b'{"model": "a", "prompt": "x"}'
+            head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n"
+            connection.sendall(head % len(body) + body)
+            while server.send("/health").json["queued"] == 0:
+                pass  # the request arrives
+        while server.send("/health").json["queued"]:
+            pass  # its end is noticed
+        gate.open()
+        assert first.result().status == 200
+        assert server.chat().status == 200
+        assert shelf.loads == []
+        assert server.chat(model="a").status == 200
+
+
+def test_the_end_of_the_server_during_a_load() -> None:
+    """Guards: a second signal without effect; a traceback; a client that is not told why."""
+    shelf = Shelf()
+    with serving(shelf.first, source=shelf.source, grace=60.0) as server, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(server.chat, model="slow")
+        while not shelf.loads:
+            pass  # the load begins
+        server.stop()
+        server.stop()
+        answer = asked.result()
+        assert (answer.status, answer.error["code"]) == (503, "shutting_down")
+        server.thread.join(60)
+        assert not server.thread.is_alive()
+
+
+def test_a_model_that_is_deleted_while_its_request_waits() -> None:
+    """Guards: an internal error for a file that has gone."""
+    lists: Iterator[dict[str, Path]] = iter([{"gone": Path("gone")}, {}, {}])
+    source = ModelSource(lambda: next(lists), lambda path: FakeEngine(), lambda path: True, keep=2)
+    with serving(FakeEngine(), source=source) as server:
+        answer = server.chat(model="gone")
+    assert (answer.status, answer.error["code"]) == (404, "model_not_found")
