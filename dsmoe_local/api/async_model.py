@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Self, Unpack
 
 from dsmoe_local.api.model import load_engine
-from dsmoe_local.api.options import LoadOptions, ReplyOptions
+from dsmoe_local.api.options import LoadOptions, ReplyOptions, Warn, warning_at_caller
 from dsmoe_local.api.requests import (
     OF_ONE_REQUEST,
     Messages,
@@ -41,15 +41,16 @@ def open_model_async(model: str | Path, **options: Unpack[LoadOptions]) -> Openi
     """Load a model in a child process, as `open_model` does. Use it as an async context manager, or await it
     and close the model.
     """
-    return Opening(model, options)
+    return Opening(model, options, warning_at_caller())
 
 
 class Opening:
     """A model that is loaded when this is awaited or entered."""
 
-    def __init__(self, model: str | Path, options: LoadOptions) -> None:
+    def __init__(self, model: str | Path, options: LoadOptions, warn: Warn) -> None:
         self._name = model
         self._options = options
+        self._warn = warn
         self._model: AsyncModel
 
     def __await__(self) -> Generator[Any, None, AsyncModel]:
@@ -67,7 +68,9 @@ class Opening:
     async def _load(self) -> AsyncModel:
         stop = threading.Event()
         try:
-            return await asyncio.to_thread(lambda: AsyncModel(load_engine(self._name, self._options, stop)))
+            return await asyncio.to_thread(
+                lambda: AsyncModel(load_engine(self._name, self._options, self._warn, stop))
+            )
         except asyncio.CancelledError:
             stop.set()
             raise

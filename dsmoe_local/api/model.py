@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
-from dsmoe_local.api.options import LoadOptions, ReplyOptions, model_options
+from dsmoe_local.api.options import LoadOptions, ReplyOptions, Warn, model_options, warning_at_caller
 from dsmoe_local.api.requests import (
     OF_ONE_REQUEST,
     Messages,
@@ -35,17 +35,19 @@ def open_model(model: str | Path, **options: Unpack[LoadOptions]) -> Model:
     Use it as a context manager, or call `close`. Raises UsageError, FileError or FormatError if there is no
     such model or it cannot be used, EngineError if it cannot be loaded, TypeError for an unknown option.
     """
-    return Model(load_engine(model, options))
+    return Model(load_engine(model, options, warning_at_caller()))
 
 
-def load_engine(model: str | Path, options: LoadOptions, stop: threading.Event | None = None) -> EngineClient:
+def load_engine(
+    model: str | Path, options: LoadOptions, warn: Warn, stop: threading.Event | None = None
+) -> EngineClient:
     """Load an engine, and remember the model as a recent one. Raises as `open_model` does.
 
     Also raises InterruptedRunError once `stop` is set.
     """
     given: dict[str, Any] = {**options}
     log_file = given.pop("log_file", None)
-    chosen = model_options(model, given)
+    chosen = model_options(model, given, warn)
     engine = EngineClient.load(
         chosen, progress.ignore, stop, log_file=None if log_file is None else Path(log_file)
     )

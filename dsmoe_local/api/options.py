@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import traceback
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypeAlias, TypedDict
 
 from dsmoe_local.base.config_file import models_folder
 from dsmoe_local.base.paths import absolute
@@ -20,6 +21,7 @@ class LoadOptions(TypedDict, total=False):
     """How to load a model: the fields of ModelOptions, which `dsmoe chat --help` describes as options.
 
     `n_parallel` requests are decoded at once. `n_gpu_layers` -1 means all. `log_file` gets llama.cpp's log.
+    `prompt_ratio` is the number of prompt tokens for each token of a reply; `kernels` "auto" depends on it.
     """
 
     n_context: int | None
@@ -41,6 +43,7 @@ class LoadOptions(TypedDict, total=False):
     devices: Sequence[str] | None
     offload_cache: bool
     kernels: str
+    prompt_ratio: float
     log_file: str | Path | None
 
 
@@ -76,27 +79,36 @@ class ReplyOptions(TypedDict, total=False):
     continue_final_message: bool
 
 
+Warn: TypeAlias = Callable[[str], None]
+"""Shows a warning to the user."""
+
 NOT_OPTIONS = frozenset({"path", "observers"})
 """Fields of ModelOptions that are not keyword options."""
 
 
-def model_options(model: str | Path, options: Mapping[str, Any]) -> ModelOptions:
+def warning_at_caller() -> Warn:
+    """Return a function that warns at the line that called the caller of this one, in any thread."""
+    place = traceback.extract_stack(limit=3)[0]
+    return lambda text: warnings.warn_explicit(text, UserWarning, place.filename, place.lineno or 0)
+
+
+def model_options(model: str | Path, options: Mapping[str, Any], warn: Warn) -> ModelOptions:
     """Return how to load the model with a path or a name.
 
     Raises UsageError or FileError if there is none, FormatError if its file cannot be used, TypeError for an
-    unknown option. A warning says so if the context is shortened to what the model was trained for.
+    unknown option. `warn` is told if the context is shortened to what the model was trained for.
     """
     known = [field.name for field in fields(ModelOptions) if field.name not in NOT_OPTIONS]
     check_names(options, known, "open_model")
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
     paths = find_model_files(str(model), models_folder()[0])
     if len(paths) > 1:
-        warnings.warn(several_of_one_name(paths), stacklevel=4)
+        warn(several_of_one_name(paths))
     asked = ModelOptions(absolute(paths[0]), **options)
     # As in the commands, 0 means what the model was trained for.
     n_context = asked.n_context or None
     if n_context is not None and (n_trained := trained_context(asked.path, n_context)) < n_context:
-        warnings.warn(f"n_context is {n_trained}: the model was trained for no more", stacklevel=4)
+        warn(f"n_context is {n_trained}: the model was trained for no more")
         n_context = n_trained
     return ModelOptions(asked.path, **{**options, "n_context": n_context})
 

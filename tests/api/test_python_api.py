@@ -174,14 +174,24 @@ def test_models_that_cannot_be_opened(
 
 
 def test_a_name_and_the_context(path: Path) -> None:
-    """Guards: names that only commands know; a context beyond what the model was trained for."""
+    """Guards: names that only commands know; a context beyond what the model was trained for; a warning
+    whose line is not the script's.
+    """
     folder = data_folder() / "models"
     folder.mkdir(parents=True)
     (folder / "small.gguf").symlink_to(path)
-    with pytest.warns(UserWarning, match="n_context is 256"):
+    with pytest.warns(UserWarning, match="n_context is 256") as warned:
         opened = dsmoe_local.open_model("SMALL", n_context=9999)
     with opened:
         assert opened.info.n_context == 256
+
+    async def open_it() -> int:
+        async with dsmoe_local.open_model_async("SMALL", n_context=9999) as model:
+            return model.info.n_context
+
+    with pytest.warns(UserWarning, match="n_context is 256") as warned_async:
+        assert asyncio.run(open_it()) == 256
+    assert {each.filename for each in (*warned, *warned_async)} == {__file__}
     assert recent_models() == [folder / "small.gguf"]
 
 
