@@ -5,6 +5,9 @@ from __future__ import annotations
 from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.base.text import safe_line
 
+LESS_MEMORY = "memory is full: offload less (-ngl, --n-cpu-moe), or use a smaller context (-c)"
+"""The remedy if a buffer on a device, or in main memory, cannot be allocated."""
+
 
 class EngineError(DsmoeError):
     """The engine cannot do what it was asked."""

@@ -23,7 +23,7 @@ from dsmoe_local.base.errors import FileError, InterruptedRunError
 from dsmoe_local.engine.errors import EngineCrashError, EngineError, OutOfMemoryError
 from dsmoe_local.engine.process import child, wire
 from dsmoe_local.engine.process.client import EngineClient
-from dsmoe_local.engine.process.spawn import spawn_engine
+from dsmoe_local.engine.process.spawn import crash_error, spawn_engine
 from dsmoe_local.engine.types import (
     FinishReason,
     ModelOptions,
@@ -100,6 +100,20 @@ def test_loads_that_fail() -> None:
         load(hosted.BROKEN)
     with pytest.raises(EngineError, match="ModuleNotFoundError"):
         load("support.no_such:thing")
+
+
+@pytest.mark.parametrize(
+    ("last", "remedy"),
+    [
+        ("  what():  vk::Device::allocateMemory: ErrorOutOfDeviceMemory", "offload less"),
+        ("CUDA error: out of memory", "offload less"),
+        ("GGML_ASSERT(a == b) failed", "--log-file"),
+    ],
+)
+def test_advice_after_a_crash(last: str, remedy: str) -> None:
+    """Guards: a full device that looks like a bug in llama.cpp."""
+    error = crash_error(-signal.SIGABRT, ("loaded", last, "in function alloc"), loading=None)
+    assert remedy in error.remedy
 
 
 @pytest.mark.parametrize("factory", [hosted.FAKE, hosted.STUCK, hosted.HALTING])

@@ -6,8 +6,8 @@ The available memory and the size of a context are measured here; `memory` and `
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 from dsmoe_local.base.errors import UsageError
@@ -158,20 +158,41 @@ def _place(
     largest: dict[str, int] = {}
     placement = place(weights, devices, options, cache=cache, compute=largest)
     for _ in range(_MAX_MEASUREMENTS):
-        if not placement.n_gpu_layers:
+        if not placement.devices:
             break
         model = probe.open(placement)
         try:
             measured = measure_context(model, context, placement.devices).compute
         finally:
             model.close()
-        # Keep the largest sizes so far, so that two placements cannot alternate.
-        largest |= {name: max(size, largest.get(name, 0)) for name, size in measured.items()}
-        previous = placement
-        placement = place(weights, devices, options, cache=cache, compute=largest)
-        if placement == previous:
+        if placement.n_gpu_layers:
+            # Keep the largest sizes so far, so that two placements cannot alternate.
+            largest |= {name: max(size, largest.get(name, 0)) for name, size in measured.items()}
+            found = place(weights, devices, options, cache=cache, compute=largest)
+        else:
+            found = _without_full(placement, devices, measured)
+        if found == placement:
             break
+        placement = found
     return placement
+
+
+def _without_full(
+    placement: Placement, devices: Sequence[DeviceMemory], compute: Mapping[str, int]
+) -> Placement:
+    """Drop devices without weights that have no room for `compute`, their buffers for long prompts."""
+    room = {device.name: device.n_bytes for device in devices}
+    kept = [
+        index
+        for index, share in enumerate(placement.shares)
+        if share.weights or compute[share.name] <= room[share.name]
+    ]
+    return replace(
+        placement,
+        devices=tuple(placement.devices[index] for index in kept),
+        split=tuple(placement.split[index] for index in kept),
+        shares=tuple(placement.shares[index] for index in kept),
+    )
 
 
 def _devices(

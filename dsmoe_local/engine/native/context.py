@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.engine.errors import ModelLoadError, NativeError
-from dsmoe_local.engine.native.library import clear_log, last_error, lib
+from dsmoe_local.engine.errors import NativeError
+from dsmoe_local.engine.native.library import clear_log, last_error, lib, load_error
 from dsmoe_local.engine.native.model import Model
 
 CACHE_TYPES = {
@@ -109,7 +109,7 @@ class Context:
         clear_log()
         self.handle = lib.llama_init_from_model(model.handle, parameters)
         if not self.handle:
-            raise ModelLoadError("llama.cpp cannot create a context for the model", where=last_error())
+            raise load_error("llama.cpp cannot create a context for the model")
         self.n_batch: int = lib.llama_n_batch(self.handle)
         self.n_ubatch: int = lib.llama_n_ubatch(self.handle)
         self._memory = lib.llama_get_memory(self.handle)

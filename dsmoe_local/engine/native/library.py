@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ from llama_cpp import __version__ as VERSION  # noqa: N812, TID251
 from llama_cpp import llama_cpp as lib  # noqa: TID251
 
 from dsmoe_local.base.text import safe_line
+from dsmoe_local.engine.errors import LESS_MEMORY, ModelLoadError
 
 __all__ = [
     "VERSION",
@@ -20,6 +22,7 @@ __all__ = [
     "keep_log",
     "last_error",
     "lib",
+    "load_error",
     "log_lines",
 ]
 
@@ -81,6 +84,13 @@ def last_error() -> str:
         elif errors:
             break
     return errors[-1] if errors else ""
+
+
+def load_error(what: str) -> ModelLoadError:
+    """Return the error for a model or context that llama.cpp did not create, with its reason."""
+    reason = last_error()
+    is_full = re.search(r"allocate .*buffer", reason)
+    return ModelLoadError(what, where=reason, remedy=LESS_MEMORY if is_full else "")
 
 
 def backend_function(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:  # noqa: ANN401 - ctypes types

@@ -10,9 +10,9 @@ from typing import Any
 
 from dsmoe_local.base.errors import InterruptedRunError, UsageError
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.engine.errors import ModelLoadError, NativeError
+from dsmoe_local.engine.errors import NativeError
 from dsmoe_local.engine.native.devices import buffer_types, device_list
-from dsmoe_local.engine.native.library import clear_log, keep_log, last_error, lib
+from dsmoe_local.engine.native.library import clear_log, keep_log, last_error, lib, load_error
 from dsmoe_local.engine.native.repack import repack_buffer
 
 
@@ -83,7 +83,7 @@ class Model:
         if not self.handle:
             if interrupted:
                 raise InterruptedRunError("loading was interrupted")
-            raise ModelLoadError(f"llama.cpp cannot load {safe_line(path.name)}", where=last_error())
+            raise load_error(f"llama.cpp cannot load {safe_line(path.name)}")
         self.vocabulary = lib.llama_model_get_vocab(self.handle)
         self.n_vocab: int = lib.llama_vocab_n_tokens(self.vocabulary)
         self.n_context_trained: int = lib.llama_model_n_ctx_train(self.handle)

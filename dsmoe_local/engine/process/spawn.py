@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 import socket
@@ -13,14 +14,16 @@ from pathlib import Path
 
 import dsmoe_local
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.engine.errors import EngineCrashError, EngineError
+from dsmoe_local.engine.errors import LESS_MEMORY, EngineCrashError, EngineError
 
 _HOST = "dsmoe_local.engine.process.host"
 _CRASH_LINES = 20
 SPIN_COUNT = 1000
 """How often a waiting thread checks before it sleeps. `benchmarks/settings.py` compares it with others."""
+_FULL = re.compile("OutOfDeviceMemory|out of memory")  # how Vulkan and CUDA end the process
 _INTERRUPTED = "failed to decode, ret = 2"  # llama.cpp's message for a cancelled step, never a cause
 
+_KEEP_LOG = "run again with --log-file FILE to keep its whole log"
 _REMEDIES = {
     "SIGKILL": "memory may have run out: use a smaller context (-c) or model, or close other programs",
     "SIGBUS": "the model's file was truncated, or its disk cannot be read: check the file with dsmoe inspect",
@@ -106,10 +109,11 @@ def crash_error(status: int, log: tuple[str, ...], *, loading: Path | None) -> E
     when = f" while it loaded {safe_line(loading.name, 60)}" if loading else ""
     how = f"was killed by {name}" if name else f"ended with exit status {status}"
     relevant = [line for line in log if _INTERRUPTED not in line]
+    is_full = any(map(_FULL.search, relevant[-_CRASH_LINES:]))
     return EngineCrashError(
         f"the engine {how}{when}",
         where=f"its log ends: {relevant[-1]}" if relevant else "",
-        remedy=_REMEDIES.get(name, "run again with --log-file FILE to keep its whole log"),
+        remedy=LESS_MEMORY if is_full else _REMEDIES.get(name, _KEEP_LOG),
         log=log[-_CRASH_LINES:],
     )
 
