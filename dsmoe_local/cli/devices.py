@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 BACKENDS: Mapping[str, tuple[str, str, str]] = {
     "MTL": ("Metal", "GGML_METAL", "Apple silicon; needs Xcode's command line tools"),
     "CUDA": ("CUDA", "GGML_CUDA", "NVIDIA; needs the CUDA toolkit (nvcc)"),
-    "Vulkan": ("Vulkan", "GGML_VULKAN", "AMD, Intel, NVIDIA; needs the Vulkan SDK (glslc)"),
+    "Vulkan": ("Vulkan", "GGML_VULKAN", "AMD, Intel, NVIDIA; needs the Vulkan SDK (glslc, SPIR-V headers)"),
 }
 """For each backend of ggml: its usual name, the CMake option, hardware and tools."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from support.rpc_device import rpc_worker, run_with_devices
+from support.devices import BACKENDS, open_devices, run_with_devices
 
 from dsmoe_local.cli.commands import load_command
 from dsmoe_local.cli.devices import build_command
@@ -35,18 +35,20 @@ def test_the_processor_is_listed_and_builds_are_told() -> None:
         assert switch in text
 
 
-def test_a_device_that_is_registered_is_listed() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_device_that_is_there_is_listed(backend: str) -> None:
     """Guards: devices read from another copy of ggml than the one that computes; memory read wrongly."""
-    with rpc_worker(2) as endpoint:
-        done = run_with_devices(endpoint, "dsmoe", "devices", "--json")
+    with open_devices(backend, 2) as opened:
+        done = run_with_devices(opened, "dsmoe", "devices", "--json")
         assert done.returncode == 0, done.stderr
         listed = {device["name"]: device for device in json.loads(done.stdout)["devices"]}
-        assert set(listed) == {"CPU", "RPC0", "RPC1"}
-        assert listed["RPC1"]["backend"] == "RPC"
-        assert listed["RPC1"]["offload"]
-        assert listed["RPC1"]["total_bytes"] == listed["CPU"]["total_bytes"]
-        table = run_with_devices(endpoint, "dsmoe", "devices").stdout
-        assert "RPC0" in table
+        assert set(listed) == {"CPU", opened.name(0), opened.name(1)}
+        device = listed[opened.name(1)]
+        assert device["backend"] == backend
+        assert device["offload"]
+        assert device["total_bytes"] == listed["CPU"]["total_bytes"]
+        table = run_with_devices(opened, "dsmoe", "devices").stdout
+        assert opened.name(0) in table
         assert "No GPU" not in table
 
 

@@ -132,6 +132,7 @@ def test_deterministic_on_trained_weights_beyond_a_flash_attention_block() -> No
     assert [tokens(together[request.id]) for request in wanted] == alone
 
 
+@pytest.mark.any_device
 @pytest.mark.parametrize("shared_cells", [True, False])
 def test_first_tokens_agree_with_the_bare_loop(shared_cells: bool, path: Path) -> None:
     """Guards: rows, positions or logits of one request given to another."""
@@ -148,6 +149,7 @@ def test_first_tokens_agree_with_the_bare_loop(shared_cells: bool, path: Path) -
         engine.check()
 
 
+@pytest.mark.any_device
 def test_shared_beginnings_are_read_once(unified: Engine) -> None:
     """Guards: prompts with one header each reading it again; a copy that holds other cells than it says."""
     prompts = [SHARED + str(number) * 3 for number in range(6)]

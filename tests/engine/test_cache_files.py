@@ -28,13 +28,16 @@ from dsmoe_local.model.gguf_file import read_gguf
 
 GREEDY = SamplingParameters(temperature=0)
 SHARED = "The quick brown fox jumps over the lazy dog. " * 8
-SHAPES: list[dict[str, Any]] = [
+SHAPES: list[Any] = [
     {},
     {"cache_type_k": "f32", "cache_type_v": "f32"},
     {"flash_attention": "off"},
-    {"n_parallel": 3},
+    pytest.param({"n_parallel": 3}, marks=pytest.mark.any_device),
     {"architecture": "deepseek2"},
-    {"architecture": "deepseek2", "cache_type_k": "q8_0", "cache_type_v": "q8_0"},
+    pytest.param(
+        {"architecture": "deepseek2", "cache_type_k": "q8_0", "cache_type_v": "q8_0"},
+        marks=pytest.mark.any_device,
+    ),
     {"architecture": "deepseek2", "flash_attention": "off"},
     {"architecture": "deepseek2", "n_parallel": 3},
 ]

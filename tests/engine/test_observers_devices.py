@@ -1,4 +1,4 @@
-"""Observers of a model on an RPC device, whose memory this process cannot read."""
+"""Observers of a model on a device whose memory this process cannot read."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.devices import BACKENDS, Devices, open_devices
 from support.family import MEMBERS, write_member
 from support.family import tiny_model as transformers_model
 from support.models import tiny_model
 from support.observed import graph_summaries, graph_summaries_on
-from support.rpc_device import rpc_worker
 
 from dsmoe_convert.convert import convert_folder
 from dsmoe_local.engine.native import tensors
@@ -23,10 +23,10 @@ IDS = [0, *range(20, 58), 5, 5, 300]
 EXPERTS_ON_CPU = [[r"\.ffn_(up|down|gate)_exps", "CPU"]]
 
 
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    with rpc_worker(1) as running:
-        yield running
+@pytest.fixture(scope="module", params=BACKENDS)
+def devices(request: pytest.FixtureRequest) -> Iterator[Devices]:
+    with open_devices(request.param, 1) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +48,14 @@ def mla(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=["all", "two layers", "experts on the CPU", "MLA"],
 )
-def test_device_memory_is_fetched(endpoint: str, mla: Path, has_mla: bool, placement: dict[str, Any]) -> None:
+def test_device_memory_is_fetched(
+    devices: Devices, mla: Path, has_mla: bool, placement: dict[str, Any]
+) -> None:
     """Guards: a device's address read as one of this process; names of weights that are overwritten."""
     model = mla if has_mla else tiny_model()
     expected = graph_summaries(model, IDS)
-    found = graph_summaries_on(endpoint, model, IDS, **placement)
-    assert any("RPC0" in line for line in found["buffers"])
+    found = graph_summaries_on(devices, model, IDS, **placement)
+    assert any(devices.name(0) in line for line in found["buffers"])
     for one, other in zip(found["routing"]["layers"], expected["routing"]["layers"], strict=True):
         assert one["counts"] == other["counts"]
         for name in ("captured_mass", "router_entropy", "routed_norm", "shared_norm"):

@@ -1,4 +1,4 @@
-"""Offloading, on devices that a loopback worker provides: llama.cpp itself says what lies where."""
+"""Offloading, on devices without a GPU: llama.cpp itself says what lies where."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.rpc_device import rpc_worker, run_cases
+from support.devices import BACKENDS, Devices, open_devices, run_cases
 from support.tiny_gguf import DENSE, FILES, MOE, write_tiny
 
 from dsmoe_local.engine.load.placement import weight_sizes
@@ -30,7 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
     "three without experts": {"n_gpu_layers": -1, "n_cpu_moe": 3},
     "all without experts": {"n_gpu_layers": -1, "n_cpu_moe": -1},
     "auto": {},
-    "second device": {"devices": ["RPC1"]},
+    "second device": {},  # by its name, which depends on the backend
     "override": {"tensor_overrides": [[r"blk\.[2-4]\.attn", "CPU"], ["output", "CPU"]]},
     "cache on the host": {"offload_cache": False},
     "parallel": {"n_parallel": 4, "unified": False},
@@ -53,10 +53,10 @@ ON_DEVICE = {
 }
 
 
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    with rpc_worker(2) as running:
-        yield running
+@pytest.fixture(scope="module", params=BACKENDS)
+def devices(request: pytest.FixtureRequest) -> Iterator[Devices]:
+    with open_devices(request.param, 2) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +65,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(endpoint: str, model: Path) -> dict[str, dict[str, Any]]:
+def results(devices: Devices, model: Path) -> dict[str, dict[str, Any]]:
     cases = [{"model": str(model), "options": options} for options in CASES.values()]
-    return dict(zip(CASES, run_cases(endpoint, cases), strict=True))
+    cases[list(CASES).index("second device")]["options"] = {"devices": [devices.name(1)]}
+    return dict(zip(CASES, run_cases(devices, cases), strict=True))
 
 
 def offloaded(buffers: dict[str, dict[str, float]], kind: str) -> float:
-    return sum(size for device, size in buffers[kind].items() if device.startswith("RPC"))
+    return sum(size for name, size in buffers[kind].items() if is_device(name))
+
+
+def is_device(name: str) -> bool:
+    """False for the CPU, and for main memory of a device, such as Vulkan_Host."""
+    return name[-1].isdigit()
 
 
 def expected(model: Path, n_gpu_layers: int, n_cpu_moe: int) -> float:
@@ -99,7 +105,7 @@ def test_weights_and_cache_lie_where_they_should(
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_architecture_is_placed(name: str, endpoint: str, tmp_path: Path) -> None:
+def test_every_architecture_is_placed(name: str, devices: Devices, tmp_path: Path) -> None:
     """Tensors of an architecture that are counted for the wrong layer or device."""
     hp = replace(FILES[name], n_context=256)
     path = write_tiny(tmp_path / "tiny.gguf", hp)
@@ -107,7 +113,7 @@ def test_every_architecture_is_placed(name: str, endpoint: str, tmp_path: Path) 
     weights = weight_sizes(loaded_tensors(file, hp), hp)
     wanted = {(0, 0): "host", (2 + hp.n_mtp_layers, 0): "one layer", (-1, 2): "all but experts"}
     cases = [{"model": str(path), "options": {"n_gpu_layers": n, "n_cpu_moe": moe}} for n, moe in wanted]
-    for found, (n_gpu, n_cpu_moe) in zip(run_cases(endpoint, cases), wanted, strict=True):
+    for found, (n_gpu, n_cpu_moe) in zip(run_cases(devices, cases), wanted, strict=True):
         first = weights.n_parts - (n_gpu if n_gpu >= 0 else weights.n_parts)
         on_device = sum(weights.layers[first:]) + sum(weights.experts[max(first, n_cpu_moe) :])
         on_device += weights.output if n_gpu else 0
@@ -129,11 +135,11 @@ def test_the_bar_fills_however_weights_are_read(results: dict[str, dict[str, Any
         assert found["progress"] == {"done": model.stat().st_size, "total": model.stat().st_size}
 
 
-def test_devices_are_those_asked_for(results: dict[str, dict[str, Any]]) -> None:
+def test_devices_are_those_asked_for(devices: Devices, results: dict[str, dict[str, Any]]) -> None:
     """Guards: --device that is not obeyed; buffers on a device without weights."""
-    for name, device in (("second device", "RPC1"), ("all", "RPC0")):
+    for name, device in (("second device", devices.name(1)), ("all", devices.name(0))):
         buffers = results[name]["buffers"]
-        assert {key for kind in buffers.values() for key in kind if key.startswith("RPC")} == {device}
+        assert {key for kind in buffers.values() for key in kind if is_device(key)} == {device}
     for kind in results["no device"]["buffers"].values():
         assert set(kind) == {"CPU"}
 
@@ -153,16 +159,16 @@ def test_overrides_and_cache_on_the_host(results: dict[str, dict[str, Any]], mod
     assert offloaded(results["cache on the host"]["buffers"], "KV") == 0
 
 
-def test_where_things_lie_is_told(results: dict[str, dict[str, Any]]) -> None:
+def test_where_things_lie_is_told(devices: Devices, results: dict[str, dict[str, Any]]) -> None:
     """Guards: an offload without a note; a note although nothing is offloaded."""
     for name, found in results.items():
-        told = [note for note in found["notes"] if "RPC" in note]
+        told = [note for note in found["notes"] if devices.backend in note]
         assert told == ([found["placement"]] if ON_DEVICE.get(name, (1, 0))[0] else [])
     assert "routed experts of 2 layers" in results["three without experts"]["placement"]
 
 
 @pytest.mark.parametrize("hp", [HP, DENSE], ids=["moe", "dense"])
-def test_auto_fits_what_llama_cpp_allocates(hp: Hyperparameters, endpoint: str, tmp_path: Path) -> None:
+def test_auto_fits_what_llama_cpp_allocates(hp: Hyperparameters, devices: Devices, tmp_path: Path) -> None:
     """Guards: buffers that the arithmetic forgot; a device that is left half empty."""
     path = write_tiny(tmp_path / "m.gguf", hp)
     rooms = [share * MIB for share in (1, 3, 6, 9, 14, 40)]
@@ -170,11 +176,11 @@ def test_auto_fits_what_llama_cpp_allocates(hp: Hyperparameters, endpoint: str, 
         {"model": str(path), "free": list(free)}
         for free in [*((room, 0) for room in rooms), (3 * MIB, 6 * MIB)]
     ]
-    results = run_cases(endpoint, cases)
+    results = run_cases(devices, cases)
     used = []
     for case, found in zip(cases, results, strict=True):
         for index, free in enumerate(case["free"]):
-            held = sum(kind.get(f"RPC{index}", 0) for kind in found["buffers"].values())
+            held = sum(kind.get(devices.name(index), 0) for kind in found["buffers"].values())
             assert held * MIB <= free - free // 8 + ROUNDING * MIB
         used.append(offloaded(found["buffers"], "model"))
         assert found["token_ids"] == results[0]["token_ids"]
@@ -187,21 +193,21 @@ def test_auto_fits_what_llama_cpp_allocates(hp: Hyperparameters, endpoint: str, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"devices": ["RPC7"]}, "there is no such GPU\nit takes none, or some of RPC0, RPC1"),
+        ({"devices": ["GPU7"]}, "there is no such GPU\nit takes none, or some of {}0, {}1"),
         ({"tensor_overrides": [["attn", "CUDA0"]]}, "there is no buffer CUDA0"),
         ({"tensor_overrides": [["(", "CPU"]]}, "not a regular expression"),
         ({"n_gpu_layers": -2}, "-ngl -2"),
     ],
 )
-def test_impossible_options(options: dict[str, Any], message: str, endpoint: str, model: Path) -> None:
+def test_impossible_options(options: dict[str, Any], message: str, devices: Devices, model: Path) -> None:
     """Guards: a typing error that is treated as the default."""
-    (found,) = run_cases(endpoint, [{"model": str(model), "options": options}])
+    (found,) = run_cases(devices, [{"model": str(model), "options": options}])
     assert found["error"] == "UsageError"
-    assert message in found["message"]
+    assert message.replace("{}", devices.backend) in found["message"]
 
 
-def test_more_than_fits_is_said(endpoint: str, model: Path) -> None:
+def test_more_than_fits_is_said(devices: Devices, model: Path) -> None:
     """Guards: a crash without a note beforehand."""
     case = {"model": str(model), "free": [MIB, 0], "options": {"n_gpu_layers": -1, "n_cpu_moe": 0}}
-    (found,) = run_cases(endpoint, [case])
+    (found,) = run_cases(devices, [case])
     assert any("loading may fail" in note for note in found["notes"])

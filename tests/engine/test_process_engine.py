@@ -126,7 +126,10 @@ def outcome(engine: TextEngine, prompt: object) -> object:
         return (type(error), str(error), error.exit_code)
 
 
-@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGSEGV, signal.SIGABRT, pytest.param(signal.SIGKILL, marks=pytest.mark.any_device)],
+)
 def test_engine_killed_in_the_middle_of_a_reply(trained: EngineClient, number: signal.Signals) -> None:
     """Guards: a crash in native code that ends more than what was in flight."""
     stream = trained.submit(Request("r", "Once upon a time", GREEDY))

@@ -22,6 +22,9 @@ def loaded(path: Path, *, vocab_only: bool = False) -> Iterator[Any]:
     llama_cpp.llama_backend_init()
     parameters = llama_cpp.llama_model_default_params()
     parameters.vocab_only = vocab_only
+    # Without devices, since even with no layers there, a GPU would compute long prompts.
+    devices = (ctypes.c_void_p * 1)()
+    parameters.devices = ctypes.addressof(devices)
     parameters.n_gpu_layers = 0
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
     assert model, f"llama.cpp refuses {path}"

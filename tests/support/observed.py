@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +23,7 @@ from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.hyperparameters import Hyperparameters
 from dsmoe_local.model.layout import tensor_specs
 from support import torch_deepseek
+from support.devices import Devices, run_with_devices
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +77,11 @@ def observed(
     """Load a model with an F32 cache and without flash attention, to compute as torch does."""
     _, hp = read_model(path)
     model = native.Model(
-        path, n_experts_per_token=n_experts_per_token, n_gpu_layers=n_gpu_layers, overrides=overrides
+        path,
+        n_experts_per_token=n_experts_per_token,
+        n_gpu_layers=n_gpu_layers,
+        devices=None if n_gpu_layers else (),  # a GPU would compute long prompts even with no layers there
+        overrides=overrides,
     )
     try:
         dispatcher = Dispatcher(observers, model, hp)
@@ -118,16 +120,9 @@ def graph_summaries(path: Path, ids: Sequence[int], **placement: Any) -> dict[st
         return {"buffers": buffers, **{name: model.summary(name) for name in names}}
 
 
-def graph_summaries_on(endpoint: str, path: Path, ids: Sequence[int], **placement: Any) -> dict[str, Any]:
-    """Do the same in another process with the devices of an RPC worker, which stay until it ends."""
-    done = subprocess.run(
-        [sys.executable, "-m", "support.observed", endpoint, str(path), json.dumps([ids, placement])],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        timeout=300,
-        check=False,
-    )
+def graph_summaries_on(devices: Devices, path: Path, ids: Sequence[int], **placement: Any) -> dict[str, Any]:
+    """Do the same in another process that has the devices."""
+    done = run_with_devices(devices, "observe", json.dumps([str(path), ids, placement]))
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -172,11 +167,3 @@ def stacked_squares(
         sums = np.stack([part.double().square().sum(0).numpy() for part in parts])
         found[spec.name] = (sums, [len(part) for part in parts])
     return found
-
-
-if __name__ == "__main__":
-    from support.rpc_device import register
-
-    register(sys.argv[1])
-    prompt, where = json.loads(sys.argv[3])
-    json.dump(graph_summaries(Path(sys.argv[2]), prompt, **where), sys.stdout)

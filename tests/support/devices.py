@@ -1,7 +1,8 @@
-"""Devices without a GPU: a loopback worker makes llama.cpp see GPUs that compute on this processor.
+"""Devices that models can be offloaded to, without a GPU: those of an RPC worker, and Mesa's Vulkan driver.
 
-A registered device stays for the life of a process and a lost worker ends it, so that everything that uses
-one runs in a process of its own: `python -m support.rpc_device TASK …`.
+A worker on loopback makes llama.cpp see GPUs that compute on this processor, and so does Vulkan. A registered
+device stays for the life of a process and a lost worker ends it, so that everything that uses one runs in a
+process of its own: `python -m support.devices TASK …`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,14 +25,46 @@ from unittest.mock import patch
 import pytest
 
 FAKE_FREE = 2 << 30
+BACKENDS = ("RPC", pytest.param("Vulkan", marks=pytest.mark.gpu))
+"""Parameters of a fixture that yields `open_devices`."""
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-def has_rpc() -> bool:
-    """Return whether this build of llama.cpp has the RPC backend."""
+@dataclass(frozen=True, slots=True)
+class Devices:
+    """Devices of a backend of ggml: what a process needs to see them."""
+
+    backend: str
+    endpoint: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def name(self, index: int) -> str:
+        """Return the name of a device."""
+        return f"{self.backend}{index}"
+
+
+@contextlib.contextmanager
+def open_devices(backend: str, n_devices: int) -> Iterator[Devices]:
+    """Yield devices of "RPC" or "Vulkan". Skips the test where there are none."""
+    if not has_backend(backend):
+        pytest.skip(f"this build of llama.cpp has no {backend} backend")
+    if backend == "RPC":
+        with rpc_worker(n_devices) as endpoint:
+            yield Devices(backend, endpoint)
+        return
+    # The same device, as often as it is named.
+    devices = Devices(backend, environment={"GGML_VK_VISIBLE_DEVICES": ",".join("0" * n_devices)})
+    listed = run_with_devices(devices, "dsmoe", "devices", "--json").stdout
+    if devices.name(0) not in listed:
+        pytest.skip("Vulkan finds no device: install a driver, such as Debian's mesa-vulkan-drivers")
+    yield devices
+
+
+def has_backend(name: str) -> bool:
+    """Return whether this build of llama.cpp has a backend."""
     from dsmoe_local.engine.native.library import backend_function
 
-    return bool(backend_function("ggml_backend_reg_by_name", ctypes.c_void_p, ctypes.c_char_p)(b"RPC"))
+    return bool(backend_function("ggml_backend_reg_by_name", ctypes.c_void_p, ctypes.c_char_p)(name.encode()))
 
 
 def _rpc_function(name: bytes, result: Any, *arguments: Any) -> Any:
@@ -46,16 +79,15 @@ def _rpc_function(name: bytes, result: Any, *arguments: Any) -> Any:
 
 @contextlib.contextmanager
 def rpc_worker(n_devices: int) -> Iterator[str]:
-    """Run a worker with `n_devices` devices and yield its endpoint. Skips the test without RPC."""
-    if not has_rpc():
-        pytest.skip("this build of llama.cpp has no RPC backend: CMAKE_ARGS=-DGGML_RPC=ON")
+    """Run a worker with `n_devices` devices and yield its endpoint."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
     worker = subprocess.Popen(
         _command("serve", endpoint, str(n_devices)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        # Its log would fill a pipe that nobody reads.
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
         cwd=_ROOT,
         env=_environment(),
     )
@@ -64,32 +96,32 @@ def rpc_worker(n_devices: int) -> Iterator[str]:
         yield endpoint
     finally:
         worker.kill()
-        worker.communicate()
+        worker.wait()
 
 
-def run_cases(endpoint: str, cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Load and run each of the cases (see `_run`) in one process that has the devices registered."""
-    done = run_with_devices(endpoint, "run", json.dumps(cases))
+def run_cases(devices: Devices, cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Load and run each of the cases (see `_run`) in one process that has the devices."""
+    done = run_with_devices(devices, "run", json.dumps(cases))
     assert done.returncode == 0, done.stderr[-3000:]
     results: list[dict[str, Any]] = json.loads(done.stdout)
     return results
 
 
-def run_with_devices(endpoint: str, task: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a `task` of `main` in a process that has the devices registered."""
+def run_with_devices(devices: Devices, task: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a `task` of `main` in a process that has the devices."""
     return subprocess.run(
-        _command(task, endpoint, *arguments),
+        _command(task, devices.endpoint, *arguments),
         capture_output=True,
         text=True,
         cwd=_ROOT,
-        env=_environment(),
+        env={**_environment(), **devices.environment},
         timeout=300,
         check=False,
     )
 
 
 def _command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "support.rpc_device", *arguments]
+    return [sys.executable, "-m", "support.devices", *arguments]
 
 
 def _environment() -> dict[str, str]:
@@ -125,11 +157,19 @@ def _serve(endpoint: str, n_devices: int) -> None:
 
 
 def register(endpoint: str) -> None:
-    """Register the worker's devices with llama.cpp in this process."""
+    """Register a worker's devices with llama.cpp in this process; nothing to do without an endpoint."""
+    if not endpoint:
+        return
     from dsmoe_local.engine.native.library import backend_function
 
     add = _rpc_function(b"ggml_backend_rpc_add_server", ctypes.c_void_p, ctypes.c_char_p)
     backend_function("ggml_backend_register", None, ctypes.c_void_p)(add(endpoint.encode()))
+
+
+def _summaries(path: str, ids: Sequence[int], placement: dict[str, Any]) -> dict[str, Any]:
+    from support.observed import graph_summaries
+
+    return graph_summaries(Path(path), ids, **placement)
 
 
 def _run(case: dict[str, Any]) -> dict[str, Any]:
@@ -198,19 +238,22 @@ def _buffers(log: Sequence[str]) -> dict[str, dict[str, float]]:
     for line in log:
         match = re.search(r"(\w+?)(?:\[\S*)? +(model|KV|compute) buffer size = +([\d.]+) MiB", line)
         if match:
+            # "MTL0_Private" is memory of a device, "Vulkan_Host" is not.
             device = match[1].partition("_")[0]
             found[match[2]][device] = found[match[2]].get(device, 0.0) + float(match[3])
     return found
 
 
 def main(task: str, endpoint: str, *arguments: str) -> None:
-    """`serve` devices; or register them, then `run` cases or a `dsmoe` command line."""
+    """`serve` devices; or register them, then `run` cases, `observe` a model, or run a `dsmoe` command."""
     if task == "serve":
         _serve(endpoint, int(arguments[0]))
         return
     register(endpoint)
     if task == "run":
         json.dump([_run(case) for case in json.loads(arguments[0])], sys.stdout)
+    elif task == "observe":
+        json.dump(_summaries(*json.loads(arguments[0])), sys.stdout)
     else:
         from dsmoe_local.cli.main import dsmoe
 
