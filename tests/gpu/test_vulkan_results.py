@@ -87,7 +87,7 @@ def test_caches(architecture: str, name: str, vulkan: str) -> None:
 def test_trained_weights(vulkan: str) -> None:
     """Guards: errors that only show in activations as large as those of a trained model.
 
-    The bound is wider: a CPU quantizes activations to 8 bits, llama.cpp's Vulkan shaders accumulate in F16.
+    The bound is wider: a CPU quantizes activations to 8 bits, llama.cpp's Vulkan backend computes in F16.
     """
     with llama_oracle.vocabulary(smollm2()) as vocabulary:
         ids = vocabulary.encode(TEXT)
