@@ -38,7 +38,7 @@ def run(
 
 def test_answer_alone_on_stdout() -> None:
     """Guards: logs, statistics or colours in what a script reads."""
-    done = run("-p", "Hi! My name is Bob. What is the capital of France?", "--temp", "0", model=smollm2())
+    done = run("-p", "Tell me the capital of France.", "--temp", "0", model=smollm2())
     assert done.returncode == 0
     assert "Paris" in done.stdout
     assert done.stdout.endswith("\n")

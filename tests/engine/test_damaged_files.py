@@ -39,7 +39,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     work.mkdir()
     windows = Windows((IDS[:32], IDS[16:48]), "text", "digest", "vocabulary")
     options = options_for(
-        ModelOptions(tiny_model(), n_threads=1, n_ubatch=64), 32, *recorders(work, tiny_model())
+        ModelOptions(tiny_model(), n_threads=1, n_ubatch=64, flash_attention="off"),
+        32,
+        *recorders(work, tiny_model()),
     )
     with Engine.load(options) as engine:
         reference = record_reference(engine, windows, work)[0]

@@ -61,7 +61,7 @@ def engine_of(folder: Path, template: str) -> Engine:
     checkpoint = write_checkpoint(folder / "checkpoint", hp)
     vocabularies.write_files(checkpoint, tokenizer, {"chat_template": template})
     model = convert_folder(checkpoint, folder / "model.gguf").path
-    return Engine.load(ModelOptions(model, n_threads=1))
+    return Engine.load(ModelOptions(model, n_context=1024, n_threads=1))
 
 
 @pytest.fixture(scope="module", params=[HERMES, DEEPSEEK_V31])
@@ -72,7 +72,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def ask(engine: Engine, tools: Tools, **more: Any) -> tuple[str, tuple[CallDelta, ...], list[TokenEvent]]:
     """Return text, calls and the events."""
-    values: dict[str, Any] = {"sampling": SamplingParameters(seed=1), "max_tokens": 150, **more}
+    values: dict[str, Any] = {"sampling": SamplingParameters(seed=1), "max_tokens": 500, **more}
     events = list(engine.submit(Request("r", (QUESTION,), tools=tools, **values)))
     calls = joined_calls(call for event in events for call in event.calls)
     return "".join(event.text for event in events), calls, events
