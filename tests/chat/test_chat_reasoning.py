@@ -43,7 +43,7 @@ def test_reasoning_is_shown_and_summed_up() -> None:
     assert (turn.content, turn.reasoning) == ("yes", "hm, well")
     assert len(turn.token_ids) == len(WRITTEN)
     chat.take("/stats")
-    assert f"({N_REASONING} of reasoning)" in screen.notices[-1]
+    assert f"({N_REASONING} of reasoning)" in "\n".join(screen.notices)
     chat.close()
 
 
