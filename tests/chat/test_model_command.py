@@ -216,7 +216,7 @@ def test_the_template_of_the_new_model() -> None:
     )
     with EngineClient.load(ModelOptions(first, n_context=256)) as engine:
         chat, screen = chat_with(engine)
-        take(chat, "/set max_tokens 2", "a", f"/model {second}", "b")
+        take(chat, "/set seed 1", "/set max_tokens 2", "a", f"/model {second}", "b")
         text = "".join(engine.decode(chat.conversation.context_ids()[1:]))  # without BOS
         assert not screen.errors
         assert engine.options.path == second
