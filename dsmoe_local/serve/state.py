@@ -137,7 +137,7 @@ class ServerState:
         return ServeError(
             429,
             "queue_full",
-            f"{count(self.n_active, 'reply').replace('replys', 'replies')} are running or waiting",
+            f"too many replies are running or waiting: {self.n_active}",
             remedy=f"try again in {count(wait, 'second')}",
             headers={"retry-after": str(wait)},
         )

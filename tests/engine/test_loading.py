@@ -15,7 +15,7 @@ from dsmoe_local.base.errors import DsmoeError, FileError, FormatError, Interrup
 from dsmoe_local.base.progress import Advanced, Event, Finished, Listener, Note, Started
 from dsmoe_local.engine import native
 from dsmoe_local.engine.engine import Engine
-from dsmoe_local.engine.errors import ModelLoadError, TemplateError
+from dsmoe_local.engine.errors import ModelLoadError, OutOfMemoryError, TemplateError
 from dsmoe_local.engine.load import fit, loaded_model
 from dsmoe_local.engine.prompts.template import ChatTemplate
 from dsmoe_local.engine.types import ALL_LAYERS, ModelOptions, Request
@@ -145,6 +145,15 @@ def test_attention_is_plain_for_one_sequence_if_memory_allows_it(
     monkeypatch.setattr(fit, "available_memory", lambda: megabytes << 20)
     with Engine.load(ModelOptions(tiny_model(), **options)) as engine:
         assert re.search(rf"weights (repacked|as in the file){expected}, steps of", engine.info.kernels)
+
+
+def test_scores_that_do_not_fit_are_no_reason_to_refuse_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: out of memory with plain attention, where flash attention fits."""
+    monkeypatch.setattr(fit, "available_memory", lambda: 100 << 20)
+    with pytest.raises(OutOfMemoryError):
+        Engine.load(ModelOptions(tiny_model(), n_context=512, flash_attention="off"))
+    with Engine.load(ModelOptions(tiny_model(), n_context=512)) as engine:
+        assert engine.info.n_context == 512
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,6 +15,7 @@ from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.engine import native
+from dsmoe_local.engine.errors import OutOfMemoryError
 from dsmoe_local.engine.load.machine import available_memory
 from dsmoe_local.engine.load.memory import (
     PROCESS_BYTES,
@@ -99,15 +101,10 @@ def fit_model(
     with Probe(file, outline) as probe:
         model = probe.open()
         try:
-            for flash_attention in _attention_modes(
-                options, offloads=bool(devices) and options.n_gpu_layers != 0
-            ):
-                context_for = partial(context_of, flash_attention)
-                sizes = sizes_by_context(model, context_for)
-                plan = plan_memory(request, partial(_total, sizes), weights=n_weights, available=total)
-                buffers = sizes(plan.n_context)
-                if not plan.notes and buffers.compute[HOST] <= available // _SCORES_SHARE:
-                    break
+            plans = partial(_plan, model, request, context_of, weights=n_weights, available=total)
+            offloads = bool(devices) and options.n_gpu_layers != 0
+            most = None if offloads else available // _SCORES_SHARE
+            flash_attention, plan, buffers = _plan_attention(options, plans, most)
         finally:
             model.close()
         weights = weight_sizes(tensors, outline, overrides if devices else ())
@@ -117,7 +114,7 @@ def fit_model(
             overrides if devices else (),
             options.offload_cache,
         )
-        context = context_for(plan.n_context)
+        context = context_of(flash_attention, plan.n_context)
         placement = _place(probe, context, weights, devices, asked, buffers.cache // outline.n_layers)
     paged, more = _paged(plan, placement, devices, available)
     if placement.n_gpu_layers:
@@ -126,21 +123,38 @@ def fit_model(
     return Fit(plan.n_context, flash_attention, paged, placement, buffers.total, tuple(notes))
 
 
-def _total(sizes: Callable[[int], BufferSizes], n_context: int) -> int:
-    return sizes(n_context).total
+def _plan(
+    model: native.Model,
+    request: ContextRequest,
+    context_of: Callable[[str, int], native.ContextOptions],
+    flash_attention: str,
+    *,
+    weights: int,
+    available: int,
+) -> tuple[MemoryPlan, BufferSizes]:
+    """Return the plan for a mode of flash attention, and its buffers. Raises OutOfMemoryError."""
+    sizes = sizes_by_context(model, partial(context_of, flash_attention))
+    plan = plan_memory(request, lambda n: sizes(n).total, weights=weights, available=available)
+    return plan, sizes(plan.n_context)
 
 
-def _attention_modes(options: ModelOptions, *, offloads: bool) -> tuple[str, ...]:
-    """Return the modes of flash attention to try, the preferred one first.
+def _plan_attention(
+    options: ModelOptions, plans: Callable[[str], tuple[MemoryPlan, BufferSizes]], most: int | None
+) -> tuple[str, MemoryPlan, BufferSizes]:
+    """Return the mode of flash attention with its plan and buffers. Raises OutOfMemoryError.
 
-    On CPUs, plain attention is faster for one sequence, above all after a long context. For several sequences
-    flash attention is: it skips the cells of others (benchmarks/settings.py). Plain attention also needs
-    memory for the scores of all cells.
+    On CPUs, plain attention is faster for one sequence, above all after a long context
+    (benchmarks/settings.py). For several sequences, flash attention skips the cells of other sequences. Plain
+    attention also needs memory for the scores of all cells: its compute buffers may have `most` bytes. None:
+    a GPU computes.
     """
-    if options.flash_attention != "auto":
-        return (options.flash_attention,)
-    is_alone = options.n_parallel == 1 and not offloads
-    return ("off", "auto") if is_alone and options.cache_type_v in native.FLOAT_CACHE_TYPES else ("auto",)
+    is_free = options.flash_attention == "auto" and options.cache_type_v in native.FLOAT_CACHE_TYPES
+    if is_free and most is not None and options.n_parallel == 1:
+        with suppress(OutOfMemoryError):  # flash attention needs less
+            plan, buffers = plans("off")
+            if not plan.notes and buffers.compute[HOST] <= most:
+                return "off", plan, buffers
+    return options.flash_attention, *plans(options.flash_attention)
 
 
 def _place(
