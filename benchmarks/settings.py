@@ -61,7 +61,10 @@ def arguments() -> argparse.Namespace:
 def contenders() -> dict[str, dict[str, Any]]:
     """Return what each contender changes: fields of ModelOptions, or the variable SPINS."""
     cores = physical_cores()
-    changes: dict[str, dict[str, Any]] = {f"ubatch {size}": {"n_ubatch": size} for size in (256, 1024, 2048)}
+    changes: dict[str, dict[str, Any]] = {
+        "llama.cpp's": {"kernels": "repack", "flash_attention": "on", SPINS: 300_000}
+    }
+    changes |= {f"ubatch {size}": {"n_ubatch": size} for size in (256, 1024, 2048)}
     changes |= {f"flash attention {mode}": {"flash_attention": mode} for mode in ("on", "off")}
     changes |= {f"kernels {form}": {"kernels": form} for form in ("repack", "tiled", "plain")}
     fewer = {max(1, cores - 1), os.cpu_count() or 1} - {cores}

@@ -1,7 +1,7 @@
 """Train a small real DeepSeekMoE from scratch, to measure quantization with weights that mean something.
 
-    python -m benchmarks.train_reference                  half an hour, into the cache, if it is not there yet
-    python -m benchmarks.train_reference --minutes 60     longer
+    python -m benchmarks.train_reference                  1,200 steps (half an hour), into the cache
+    python -m benchmarks.train_reference --steps 2400     longer
     python -m benchmarks.train_reference --architecture deepseek2    with the attention of DeepSeek-V2
     python -m benchmarks.train_reference -o FOLDER        elsewhere, anew
 
@@ -19,10 +19,10 @@ import math
 import os
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,8 @@ from benchmarks.support.reference_shape import (
     CALIBRATION,
     HELD_OUT,
     HP,
-    MINUTES,
     SHAPES,
+    STEPS,
     TRAINING,
     reference_folder,
 )
@@ -53,7 +53,7 @@ from dsmoe_local.model.hyperparameters import Hyperparameters
 
 _BATCH = 4  # windows of n_context tokens
 _RATE, _LEAST_RATE = 3e-3, 1e-4
-_WARM_UP = 0.02  # of the time
+_WARM_UP = 0.02  # of the steps
 _BALANCE = 0.003
 _CALIBRATION_CHARACTERS = 200_000
 
@@ -64,7 +64,6 @@ Ids = NDArray[np.int64]
 class Trained:
     """How it went. Losses in nats per token: of the last steps, and of the held-out text."""
 
-    minutes: float
     seed: int
     n_steps: int
     n_tokens: int
@@ -145,20 +144,17 @@ def held_out_loss(model: ReferenceModel, ids: Ids) -> float:
     return float(np.mean(losses))
 
 
-def train(model: ReferenceModel, ids: Ids, minutes: float, seed: int) -> tuple[int, float]:
-    """Train for so long. Returns the steps made, and the mean loss of the last ones."""
+def train(model: ReferenceModel, ids: Ids, n_steps: int, seed: int) -> float:
+    """Train, and return the mean loss of the last steps."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=_RATE, betas=(0.9, 0.95), fused=True)
     losses: list[float] = []
-    began = time.monotonic()
     with Progress(transient=True) as progress:
-        task = progress.add_task("training", total=1.0)
-        for batch in batches(ids, seed):
-            share = (time.monotonic() - began) / (60 * minutes)
-            if share >= 1:
-                break
+        task = progress.add_task("training", total=n_steps)
+        for batch in islice(batches(ids, seed), n_steps):
+            share = len(losses) / n_steps
             for group in optimizer.param_groups:
                 group["lr"] = rate_at(share)
             loss = loss_of(model, batch)
@@ -168,10 +164,10 @@ def train(model: ReferenceModel, ids: Ids, minutes: float, seed: int) -> tuple[i
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss.item())
             recent = float(np.mean(losses[-50:]))
-            progress.update(task, completed=share, description=f"step {len(losses)}: loss {recent:.3f}")
+            progress.update(task, advance=1, description=f"step {len(losses)}: loss {recent:.3f}")
             if len(losses) % 200 == 0 and not progress.console.is_terminal:
                 print(f"{share:.0%} step {len(losses)}: loss {recent:.3f}", file=sys.stderr, flush=True)
-    return len(losses), float(np.mean(losses[-50:]))
+    return float(np.mean(losses[-50:]))
 
 
 def write(
@@ -207,7 +203,7 @@ def write(
     temporary.rename(folder)
 
 
-def make_reference(folder: Path, minutes: float, seed: int, hp: Hyperparameters = HP) -> Trained:
+def make_reference(folder: Path, n_steps: int, seed: int, hp: Hyperparameters = HP) -> Trained:
     """Train one and write it to `folder`."""
     torch.manual_seed(seed)
     torch.set_num_threads(
@@ -221,11 +217,11 @@ def make_reference(folder: Path, minutes: float, seed: int, hp: Hyperparameters 
     print(
         f"{n_weights / 1e6:.1f}M weights, {len(ids) / 1e6:.2f}M tokens of text", file=sys.stderr, flush=True
     )
-    n_steps, loss = train(model, ids, minutes, seed)
+    loss = train(model, ids, n_steps, seed)
     n_tokens = n_steps * _BATCH * HP.n_context
     measured = held_out_loss(model, encode(tokenizer, (corpus.held_out,)))
     products = "bf16" if computes_bf16() else "f32"
-    trained = Trained(minutes, seed, n_steps, n_tokens, n_tokens / len(ids), loss, measured, products)
+    trained = Trained(seed, n_steps, n_tokens, n_tokens / len(ids), loss, measured, products)
     write(folder, hp, model, tokenizer, corpus, trained)
     return trained
 
@@ -235,16 +231,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=MINUTES)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--architecture", choices=SHAPES, default=HP.architecture)
     parser.add_argument("-o", "--output", type=Path, help="a folder, which is replaced")
     given = parser.parse_args()
-    folder = given.output or reference_folder(given.minutes, given.seed, given.architecture)
+    folder = given.output or reference_folder(given.steps, given.seed, given.architecture)
     if given.output is None and (folder / TRAINING).is_file():
         print(f"{folder} is there already", file=sys.stderr)
     else:
-        make_reference(folder, given.minutes, given.seed, SHAPES[given.architecture])
+        make_reference(folder, given.steps, given.seed, SHAPES[given.architecture])
     print(json.dumps({"folder": str(folder), **json.loads((folder / TRAINING).read_text())}))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from dsmoe_local.base.paths import cache_folder
 from dsmoe_local.model.hyperparameters import Hyperparameters
 
-MINUTES = 30.0
+STEPS = 1200
 HELD_OUT, CALIBRATION, TRAINING = "held-out.txt", "calibration.txt", "training.json"
 
 HP = Hyperparameters(
@@ -47,7 +47,7 @@ LATENT = replace(
 SHAPES: Mapping[str, Hyperparameters] = {shape.architecture: shape for shape in (HP, LATENT)}
 
 
-def reference_folder(minutes: float = MINUTES, seed: int = 0, architecture: str = HP.architecture) -> Path:
+def reference_folder(n_steps: int = STEPS, seed: int = 0, architecture: str = HP.architecture) -> Path:
     """Where the checkpoint is kept."""
     kind = "" if architecture == HP.architecture else f"-{architecture}"
-    return cache_folder() / "benchmarks" / f"reference{kind}-{minutes:g}min-{seed}"
+    return cache_folder() / "benchmarks" / f"reference{kind}-{n_steps}-steps-{seed}"

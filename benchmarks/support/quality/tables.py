@@ -255,7 +255,7 @@ def _training_lines(part: Part[Any]) -> Iterator[tuple[str, str]]:
     amount = (
         f"{found['n_steps']:,} steps, {found['n_tokens'] / 1e6:.1f}M tokens, {found['n_epochs']:.1f} epochs"
     )
-    yield "training", f"{found['minutes']:g} minutes, seed {found['seed']}: {amount}"
+    yield "training", f"seed {found['seed']}: {amount}"
     yield "trained with", f"{found['products']} products, torch {found['torch']}, Python {found['python']}"
     yield "held-out loss", f"{found['held_out_loss']:.3f} nats per token"
 
