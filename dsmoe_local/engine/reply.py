@@ -195,6 +195,7 @@ class Reply:
                 dropped_from=dropped_from,
                 reasoning=parts.reasoning,
                 calls=parts.calls,
+                stop=self._stream.stopped_by,
             )
         )
         return reason

@@ -28,7 +28,12 @@ class TextStream:
         self._tools = tools
         self._stop = tuple(stop)
         self._held = ""
-        self.stopped = False
+        self.stopped_by = ""
+
+    @property
+    def stopped(self) -> bool:
+        """True if the answer has reached a stop string, which is then `stopped_by`."""
+        return bool(self.stopped_by)
 
     @property
     def holds(self) -> bool:
@@ -61,11 +66,11 @@ class TextStream:
         if self.stopped:
             return Parts()
         text = self._held + new.answer
-        found = [place for place in (text.find(stop) for stop in self._stop) if place >= 0]
+        found = [(place, stop) for stop in self._stop if (place := text.find(stop)) >= 0]
         if found:
-            self.stopped = True
+            end, self.stopped_by = min(found)
             self._held = ""
-            return Parts(text[: min(found)], new.reasoning, new.calls)
+            return Parts(text[:end], new.reasoning, new.calls)
         hold = 0 if final else self._possible_start(text)
         self._held = text[len(text) - hold :]
         return Parts(text[: len(text) - hold], new.reasoning, new.calls)

@@ -248,6 +248,7 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     - `seconds` since the request was submitted.
     - `logprob` is the natural log-probability, before the sampling parameters are applied. `alternatives` are
       the chosen token, then the `top_logprobs` likeliest tokens, the likeliest first.
+    - `stop` is the stop string that ended the reply, in its last event.
     - `dropped`: just before this event, a context shift dropped that many tokens from index `dropped_from`.
 
     A Struct instead of a dataclass: one is created for each token, which takes a tenth of the time.
@@ -269,6 +270,7 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     reasoning: str = ""
     in_reasoning: bool = False
     calls: tuple[CallDelta, ...] = ()
+    stop: str = ""
 
 
 @dataclass(frozen=True, slots=True)

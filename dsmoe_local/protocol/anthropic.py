@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dsmoe_local.engine.types import FinishReason
+from dsmoe_local.base.text import safe_line
+from dsmoe_local.engine.types import CallDelta, FinishReason
 from dsmoe_local.protocol.errors import RequestError
 from dsmoe_local.protocol.replies import Choice, Delta, Reply
-from dsmoe_local.protocol.tools import refuse_tools
 from dsmoe_local.protocol.writers import Event
 
-_STOP_REASONS = {
-    FinishReason.STOP: "end_turn",
-    FinishReason.LENGTH: "max_tokens",
-    FinishReason.CONTEXT_FULL: "model_context_window_exceeded",
-}
+_STATEFUL = ("thread", "container", "mcp_servers")
+_TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
 def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -23,17 +21,25 @@ def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:
 
     As in Anthropic's API, a last message of the assistant is continued.
     """
+    for key in _STATEFUL:
+        if body.get(key):
+            # Anthropic's client looks for this kind, and then sends the whole conversation.
+            raise RequestError(
+                f"{key} is not supported: nothing is stored between requests",
+                remedy="send the whole conversation as messages, and tools as tools",
+                kind=f"{key}_unsupported_request",
+                param=key,
+            )
     if not isinstance(body.get("max_tokens"), int):
         raise RequestError("max_tokens is missing", remedy="set it to a number of tokens", param="max_tokens")
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise RequestError("messages is not a list of messages", param="messages")
-    refuse_tools(body)
-    translated = {"system", "messages", "stop_sequences", "thinking"}
+    translated = {"system", "messages", "stop_sequences", "thinking", "tools", "tool_choice", "output_config"}
     chat = {key: value for key, value in body.items() if key not in translated}
-    turns = [_message(message) for message in messages]
+    turns = [turn for message in messages for turn in _turns(message)]
     if body.get("system"):
-        turns.insert(0, {"role": "system", "content": _plain_blocks(body["system"])})
+        turns.insert(0, {"role": "system", "content": body["system"]})
     if isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
         chat["continue_final_message"] = True
     chat["messages"] = turns
@@ -41,35 +47,102 @@ def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:
         chat["stop"] = body["stop_sequences"]
     if body.get("thinking") is not None:
         chat["reasoning_budget"] = _reasoning_budget(body["thinking"])
-    return chat
+    return chat | _tools(body) | _output_format(body.get("output_config"))
 
 
-def _message(message: object) -> object:
-    """Return a message in OpenAI's form. Whatever is not known is left as it is, to be refused by name."""
+def _turns(message: object) -> Iterator[object]:
+    """Yield a message in OpenAI's form, after those with the results of calls that it contains.
+
+    Whatever is not known is left as it is, to be refused by name.
+    """
     if not isinstance(message, dict) or not isinstance(message.get("content"), list):
-        return message
+        yield message
+        return
     blocks = message["content"]
-    reasoning = [
-        str(block.get("thinking", ""))
-        for block in blocks
-        if isinstance(block, dict) and block.get("type") == "thinking"
-    ]
-    turn = {**message, "content": _plain_blocks(blocks)}
-    return {**turn, "reasoning_content": "".join(reasoning)} if reasoning else turn
+    others = []
+    for block in blocks:
+        if isinstance(block, dict) and block.get("type") == "tool_result":
+            result = {"tool_call_id": block.get("tool_use_id"), "content": block.get("content") or ""}
+            yield {"role": "tool", **result}
+        else:
+            others.append(block)
+    if others or not blocks:
+        yield _turn(message, others)
 
 
-def _plain_blocks(content: object) -> object:
-    """Return content without blocks of reasoning and without marks for caching."""
-    if not isinstance(content, list):
-        return content
-    hidden = ("thinking", "redacted_thinking")
-    return [
-        {key: value for key, value in block.items() if key != "cache_control"}
-        if isinstance(block, dict)
-        else block
-        for block in content
-        if not (isinstance(block, dict) and block.get("type") in hidden)
-    ]
+def _turn(message: Mapping[str, Any], blocks: list[Any]) -> dict[str, Any]:
+    """Return a message of these blocks: text, calls and reasoning each have a key of their own."""
+    texts, calls, reasoning = [], [], ""
+    for block in blocks:
+        match block:
+            case {"type": "tool_use"}:
+                function = {"name": block.get("name"), "arguments": block.get("input")}
+                calls.append({"id": block.get("id"), "function": function})
+            case {"type": "thinking"}:
+                reasoning += str(block.get("thinking", ""))
+            case {"type": "redacted_thinking"}:
+                pass
+            case _:
+                texts.append(block)
+    parts = {"tool_calls": calls, "reasoning_content": reasoning}
+    return {**message, "content": texts, **{key: part for key, part in parts.items() if part}}
+
+
+def _tools(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tools of a body and the choice among them in OpenAI's form."""
+    found: dict[str, Any] = {}
+    if isinstance(offered := body.get("tools"), list):
+        found["tools"] = [_tool(index, tool) for index, tool in enumerate(offered)]
+    elif offered is not None:
+        found["tools"] = offered
+    choice = body.get("tool_choice")
+    if choice is None:
+        return found
+    match choice:
+        case {"type": "tool", "name": name}:
+            found["tool_choice"] = {"type": "function", "function": {"name": name}}
+        case {"type": "auto" | "any" | "none" as kind}:
+            found["tool_choice"] = _TOOL_CHOICES[kind]
+        case _:
+            raise RequestError(
+                f"tool_choice {safe_line(json.dumps(choice), 60)} is not supported",
+                remedy='its type is "auto", "any", "none", or "tool" with the name of a tool',
+                param="tool_choice",
+            )
+    if choice.get("disable_parallel_tool_use"):
+        found["parallel_tool_calls"] = False
+    return found
+
+
+def _tool(index: int, tool: object) -> object:
+    if not isinstance(tool, dict):
+        return tool
+    if tool.get("type") not in (None, "custom"):
+        raise RequestError(
+            f"tools[{index}]: the type {safe_line(str(tool['type']), 40)!r} is not supported",
+            remedy="describe a tool of your program: name, description and input_schema",
+            param="tools",
+        )
+    function = {key: tool[key] for key in ("name", "description", "strict") if key in tool}
+    return {"type": "function", "function": {**function, "parameters": tool.get("input_schema")}}
+
+
+def _output_format(config: object) -> dict[str, Any]:
+    """Return the schema that `output_config` has for the answer, in OpenAI's form."""
+    if config is None:
+        return {}
+    if not isinstance(config, dict):
+        raise RequestError("output_config is not an object", param="output_config")
+    match config.get("format"):
+        case None:
+            return {}
+        case {"type": "json_schema", "schema": schema}:
+            return {"json_schema": schema}
+    raise RequestError(
+        "output_config.format is not supported",
+        remedy='it takes {"type": "json_schema", "schema": {...}}',
+        param="output_config",
+    )
 
 
 def _reasoning_budget(thinking: object) -> object:
@@ -106,37 +179,34 @@ class MessageWriter:
     def whole(self, reply: Reply) -> dict[str, Any]:
         """Return the message."""
         (choice,) = reply.choices
-        return {
-            **self._message,
-            "content": _content(choice),
-            "stop_reason": _STOP_REASONS[choice.finish_reason],
-            "usage": _usage(reply),
-        }
+        return {**self._message, "content": _content(choice), **_ending(choice), "usage": _usage(reply)}
 
     def events(self, delta: Delta) -> list[Event]:
-        """Return the events of a delta: blocks of thinking and text begin and end as needed."""
+        """Return the events of a delta: blocks of thinking, text and calls begin and end as needed."""
         found: list[Event] = []
         if not self._begun:
             self._begun = True
             # The number of prompt tokens is not known yet; the last event has it.
             usage = {"input_tokens": 0, "output_tokens": 0}
             found.append(("message_start", {"message": {**self._message, "usage": usage}}))
-        for kind, key, text in (
-            ("thinking", "thinking", delta.reasoning),
-            ("text", "text", delta.text),
-        ):
+        for block, text in ((_thinking(""), delta.reasoning), (_text(""), delta.text)):
             if text:
-                found += self._switch(kind)
-                part = {"type": f"{kind}_delta", key: text}
-                found.append(("content_block_delta", {"index": self._n_blocks - 1, "delta": part}))
+                kind = block["type"]
+                if self._open != kind:
+                    found += [*self._end_block(), self._begin_block(block)]
+                found.append(self._part({"type": f"{kind}_delta", kind: text}))
+        for call in delta.calls:
+            if call.id:
+                found += [*self._end_block(), self._begin_block(_tool_use(call, {}))]
+            if call.arguments:
+                found.append(self._part({"type": "input_json_delta", "partial_json": call.arguments}))
         return [(name, {"type": name, **value}) for name, value in found]
 
     def end(self, reply: Reply) -> list[Event]:
         """Return the last events."""
         (choice,) = reply.choices
-        found = self._switch("")
-        ending = {"stop_reason": _STOP_REASONS[choice.finish_reason], "stop_sequence": None}
-        found.append(("message_delta", {"delta": ending, "usage": _usage(reply)}))
+        found = self._end_block()
+        found.append(("message_delta", {"delta": _ending(choice), "usage": _usage(reply)}))
         found.append(("message_stop", {}))
         return [(name, {"type": name, **value}) for name, value in found]
 
@@ -144,28 +214,57 @@ class MessageWriter:
         """Return the event for an error object."""
         return "error", {"type": "error", **error}
 
-    def _switch(self, kind: str) -> list[Event]:
-        """End the current block if it has another type, and begin the next one, if `kind` is not empty."""
-        if self._open == kind:
+    def _begin_block(self, block: dict[str, Any]) -> Event:
+        self._open = block["type"]
+        self._n_blocks += 1
+        return "content_block_start", {"index": self._n_blocks - 1, "content_block": block}
+
+    def _part(self, delta: dict[str, Any]) -> Event:
+        return "content_block_delta", {"index": self._n_blocks - 1, "delta": delta}
+
+    def _end_block(self) -> list[Event]:
+        if not self._open:
             return []
-        found: list[Event] = []
-        if self._open:
-            found.append(("content_block_stop", {"index": self._n_blocks - 1}))
-        if kind:
-            block = {"type": kind, kind: "", **({"signature": ""} if kind == "thinking" else {})}
-            found.append(("content_block_start", {"index": self._n_blocks, "content_block": block}))
-            self._n_blocks += 1
-        self._open = kind
-        return found
+        self._open = ""
+        return [("content_block_stop", {"index": self._n_blocks - 1})]
+
+
+def _thinking(text: str) -> dict[str, Any]:
+    return {"type": "thinking", "thinking": text, "signature": ""}
+
+
+def _text(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def _tool_use(call: CallDelta, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "tool_use", "id": call.id, "name": call.name, "input": arguments}
 
 
 def _content(choice: Choice) -> list[dict[str, Any]]:
+    """Return the blocks of a reply. A call whose arguments a limit has cut is left out: they are not JSON."""
     blocks: list[dict[str, Any]] = []
     if choice.reasoning:
-        blocks.append({"type": "thinking", "thinking": choice.reasoning, "signature": ""})
-    if choice.text or not blocks:
-        blocks.append({"type": "text", "text": choice.text})
-    return blocks
+        blocks.append(_thinking(choice.reasoning))
+    if choice.text:
+        blocks.append(_text(choice.text))
+    for call in choice.calls:
+        try:
+            blocks.append(_tool_use(call, json.loads(call.arguments)))
+        except ValueError:
+            continue
+    return blocks or [_text("")]
+
+
+def _ending(choice: Choice) -> dict[str, str | None]:
+    """Return why a reply ended."""
+    reason = {
+        FinishReason.LENGTH: "max_tokens",
+        FinishReason.CONTEXT_FULL: "model_context_window_exceeded",
+    }.get(choice.finish_reason)
+    if reason is None:
+        reason = "stop_sequence" if choice.stop else "tool_use" if choice.calls else "end_turn"
+    return {"stop_reason": reason, "stop_sequence": choice.stop or None}
 
 
 def _usage(reply: Reply) -> dict[str, int]:

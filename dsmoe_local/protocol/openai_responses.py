@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+from dsmoe_local.base.text import safe_line
 from dsmoe_local.engine.types import FinishReason
 from dsmoe_local.protocol.errors import RequestError
 from dsmoe_local.protocol.replies import Delta, Reply
-from dsmoe_local.protocol.tools import refuse_tools
 from dsmoe_local.protocol.writers import Event
 
 _TEXT_PARTS = frozenset({"input_text", "output_text", "text"})
 _STATEFUL = ("previous_response_id", "conversation", "background", "prompt")
 _IGNORED = frozenset({"include", "truncation", "max_tool_calls", "top_logprobs"})
 _RENAMED = {"max_output_tokens": "max_tokens"}
+_TURN = ("reasoning_content", "content", "tool_calls")
+"""The parts of a message of the assistant, in their order."""
 
 
 def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,8 +29,7 @@ def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:
                 remedy="send the whole conversation as input",
                 param=key,
             )
-    refuse_tools(body)
-    translated = {"input", "instructions", "text", "reasoning", *_STATEFUL, *_IGNORED}
+    translated = {"input", "instructions", "text", "reasoning", "tools", *_STATEFUL, *_IGNORED}
     chat = {_RENAMED.get(key, key): value for key, value in body.items() if key not in translated}
     chat["messages"] = _messages(body)
     form = _object("text.format", _object("text", body.get("text")).get("format"))
@@ -39,7 +40,20 @@ def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:
     reasoning = _object("reasoning", body.get("reasoning"))
     if reasoning.get("effort") is not None:
         chat["reasoning_effort"] = reasoning["effort"]
+    # Functions are not wrapped either.
+    offered, choice = body.get("tools"), body.get("tool_choice")
+    chat["tools"] = [*map(_wrapped, offered)] if isinstance(offered, list) else offered
+    chat["tool_choice"] = _wrapped(choice)
     return chat
+
+
+def _wrapped(value: object) -> object:
+    """Return a function, or the choice of one, in the form of chat completions. Leave other values as they
+    are.
+    """
+    if not isinstance(value, dict) or value.get("type") != "function":
+        return value
+    return {"type": "function", "function": {key: part for key, part in value.items() if key != "type"}}
 
 
 def _object(key: str, value: object) -> dict[str, Any]:
@@ -57,121 +71,170 @@ def _messages(body: Mapping[str, Any]) -> list[object]:
         given = [{"role": "user", "content": given}]
     if not isinstance(given, list) or not given:
         raise RequestError("input is not text or a list of messages", param="input")
-    messages = [message for item in given if (message := _message(item)) is not None]
+    messages: list[dict[str, Any]] = []
     if body.get("instructions"):
-        messages.insert(0, {"role": "system", "content": body["instructions"]})
-    return messages
+        messages.append({"role": "system", "content": body["instructions"]})
+    for item in given:
+        if not isinstance(item, dict):
+            raise RequestError("an item of input is not an object", param="input")
+        message = _message(item)
+        if not messages or not _continues(messages[-1], message):
+            messages.append(message)
+        elif "tool_calls" in message:
+            messages[-1].setdefault("tool_calls", []).extend(message["tool_calls"])
+        else:
+            messages[-1] |= message
+    return [{"content": "", **message} for message in messages]
 
 
-def _message(item: object) -> object:
-    """Return an item as a message; None for reasoning, which clients send back."""
-    if not isinstance(item, dict):
-        return item
-    kind = item.get("type", "message")
-    if kind == "reasoning":
-        return None
-    if kind != "message":
-        raise RequestError(f"input of the type {str(kind)[:40]!r} is not supported", param="input")
-    content = item.get("content")
-    if isinstance(content, list):
-        content = [
-            {"type": "text", "text": part.get("text")}
-            if isinstance(part, dict) and part.get("type") in _TEXT_PARTS
-            else part
-            for part in content
-        ]
-    return {"role": item.get("role"), "content": content}
+def _continues(last: Mapping[str, Any], message: Mapping[str, Any]) -> bool:
+    """Return whether a message is a later part of the same turn of the assistant as the one before it."""
+    if not last["role"] == message["role"] == "assistant":
+        return False
+    place = next(place for place, key in enumerate(_TURN) if key in message)
+    return "tool_calls" in message or not any(key in last for key in _TURN[place:])
+
+
+def _message(item: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an item as a message, or as a part of one of the assistant."""
+    match item.get("type") or "message":
+        case "message":
+            return {"role": item.get("role"), "content": _content(item.get("content"))}
+        case "reasoning":
+            parts = item.get("content") or []
+            texts = [str(part.get("text", "")) for part in parts if isinstance(part, dict)]
+            return {"role": "assistant", "reasoning_content": "\n".join(texts)}
+        case "function_call":
+            function = {"name": item.get("name"), "arguments": item.get("arguments")}
+            return {"role": "assistant", "tool_calls": [{"id": item.get("call_id"), "function": function}]}
+        case "function_call_output":
+            result = {"tool_call_id": item.get("call_id"), "content": _content(item.get("output"))}
+            return {"role": "tool", **result}
+        case kind:
+            raise RequestError(
+                f"input of the type {safe_line(str(kind), 40)!r} is not supported", param="input"
+            )
+
+
+def _content(content: object) -> object:
+    """Return the content of a message in the form of chat completions."""
+    if not isinstance(content, list):
+        return content
+    return [
+        {"type": "text", "text": part.get("text")}
+        if isinstance(part, dict) and part.get("type") in _TEXT_PARTS
+        else part
+        for part in content
+    ]
 
 
 class ResponseWriter:
-    """Writes the reply to one request of /v1/responses. `name` is the unique part of its ids."""
+    """Writes the reply to one request of /v1/responses. `name` is the unique part of its ids. Some fields of
+    the `body` are part of the response.
+    """
 
     done = b""
 
-    def __init__(self, name: str, model: str) -> None:
+    def __init__(self, name: str, model: str, body: Mapping[str, Any]) -> None:
         self._name = name
         self._model = model
+        self._echoed = {key: value if body.get(key) is None else body[key] for key, value in _ECHOED.items()}
         self._created = int(time.time())
         self._n_events = 0
-        self._open = ""  # the type of the item that is being sent
-        self._texts: list[str] = []
+        self._item: dict[str, Any] = {}  # the one that is being sent; empty if there is none
+        self._pieces: list[str] = []
         self._items: list[dict[str, Any]] = []
 
     def whole(self, reply: Reply) -> dict[str, Any]:
         """Return the response."""
         (choice,) = reply.choices
-        output: list[dict[str, Any]] = []
-        if choice.reasoning:
-            output.append(self._item("reasoning", choice.reasoning, len(output)))
-        if choice.text or not output:
-            output.append(self._item("message", choice.text, len(output)))
-        return self._response(output, reply)
+        self.events(Delta(0, choice.text, choice.reasoning, choice.calls, (), choice.finish_reason))
+        return dict(self.end(reply)[-1][1]["response"])
 
     def events(self, delta: Delta) -> list[Event]:
-        """Return the events of a delta: items of reasoning and messages begin and end as needed."""
+        """Return the events of a delta: items of reasoning, messages and calls begin and end as needed."""
         found: list[Event] = []
         if not self._n_events:
             names = ("response.created", "response.in_progress")
             found += [self._event(name, response=self._response([], None)) for name in names]
         for kind, text in (("reasoning", delta.reasoning), ("message", delta.text)):
             if text:
-                found += self._switch(kind)
-                self._texts.append(text)
-                found.append(self._event(f"{_PART_EVENTS[kind]}.delta", **self._place(), delta=text))
+                if self._item.get("type") != kind:
+                    found += [*self._end_item("completed"), *self._begin_item(kind)]
+                found.append(self._grow(text))
+        for call in delta.calls:
+            if call.id:
+                found += self._end_item("completed")
+                found += self._begin_item("function_call", call_id=call.id, name=call.name)
+            if call.arguments:
+                found.append(self._grow(call.arguments))
         return found
 
     def end(self, reply: Reply) -> list[Event]:
         """Return the last events."""
-        found = self._switch("") if self._items or self._open else self._switch("message") + self._switch("")
-        response = self._response(self._items, reply)
-        return [*found, self._event(f"response.{response['status']}", response=response)]
+        finished = reply.choices[0].finish_reason is FinishReason.STOP
+        status = "completed" if finished else "incomplete"
+        found = [] if self._item else self._begin_item("message")
+        found += self._end_item(status)
+        return [*found, self._event(f"response.{status}", response=self._response(self._items, reply))]
 
     def failure(self, error: Mapping[str, Any]) -> Event:
         """Return the event for an error object."""
         fields = {key: error["error"][key] for key in ("message", "code", "param")}
         return self._event("error", **fields)
 
-    def _event(self, name: str, **values: Any) -> Event:  # noqa: ANN401 - JSON
+    def _event(self, name: str, /, **values: Any) -> Event:  # noqa: ANN401 - JSON
         self._n_events += 1
         return name, {"type": name, "sequence_number": self._n_events - 1, **values}
 
-    def _place(self) -> dict[str, Any]:
+    def _begin_item(self, kind: str, **values: Any) -> list[Event]:  # noqa: ANN401 - JSON
         index = len(self._items)
-        place = {"item_id": self._id(self._open, index), "output_index": index, "content_index": 0}
-        return {**place, "logprobs": []} if self._open == "message" else place
-
-    def _switch(self, kind: str) -> list[Event]:
-        """End the current item if it has another type, and begin the next one, if `kind` is not empty."""
-        if self._open == kind:
-            return []
-        found: list[Event] = []
-        index = len(self._items)
-        if self._open:
-            text = "".join(self._texts)
-            item = self._item(self._open, text, index)
-            found.append(self._event(f"{_PART_EVENTS[self._open]}.done", **self._place(), text=text))
-            found.append(self._event("response.content_part.done", **self._place(), part=item["content"][0]))
-            found.append(self._event("response.output_item.done", output_index=index, item=item))
-            self._items.append(item)
-            self._texts = []
-            index += 1
-        self._open = kind
-        if kind:
-            item = self._item(kind, "", index)
-            begun = {**item, "status": "in_progress", "content": []}
-            found.append(self._event("response.output_item.added", output_index=index, item=begun))
-            found.append(self._event("response.content_part.added", **self._place(), part=item["content"][0]))
+        item_id = f"{_KINDS[kind].prefix}_{self._name}_{index}"
+        self._item = {"id": item_id, "type": kind, "status": "in_progress", **values}
+        begun = self._filled("")
+        added = begun if kind == "function_call" else {**begun, "content": []}
+        found = [self._event("response.output_item.added", output_index=index, item=added)]
+        if kind != "function_call":
+            part = begun["content"][0]
+            found.append(self._event("response.content_part.added", **self._place(), part=part))
         return found
 
-    def _id(self, kind: str, index: int) -> str:
-        return f"{'rs' if kind == 'reasoning' else 'msg'}_{self._name}_{index}"
+    def _grow(self, text: str) -> Event:
+        self._pieces.append(text)
+        return self._event(f"{_KINDS[self._item['type']].event}.delta", **self._place(), delta=text)
 
-    def _item(self, kind: str, text: str, index: int) -> dict[str, Any]:
-        item: dict[str, Any] = {"id": self._id(kind, index), "type": kind, "status": "completed"}
-        if kind == "reasoning":
-            return {**item, "summary": [], "content": [{"type": "reasoning_text", "text": text}]}
+    def _end_item(self, status: str) -> list[Event]:
+        """End the current item, if there is one."""
+        if not self._item:
+            return []
+        text = "".join(self._pieces)
+        self._item["status"] = status
+        item = self._filled(text)
+        kind = _KINDS[item["type"]]
+        if item["type"] == "function_call":
+            found = [self._event(f"{kind.event}.done", **self._place(), arguments=text)]
+        else:
+            found = [
+                self._event(f"{kind.event}.done", **self._place(), text=text),
+                self._event("response.content_part.done", **self._place(), part=item["content"][0]),
+            ]
+        found.append(self._event("response.output_item.done", output_index=len(self._items), item=item))
+        self._items.append(item)
+        self._item, self._pieces = {}, []
+        return found
+
+    def _place(self) -> dict[str, Any]:
+        place = {"item_id": self._item["id"], "output_index": len(self._items)}
+        return {**place, **_KINDS[self._item["type"]].place}
+
+    def _filled(self, text: str) -> dict[str, Any]:
+        """Return the current item with its text."""
+        if self._item["type"] == "function_call":
+            return {**self._item, "arguments": text}
+        if self._item["type"] == "reasoning":
+            return {**self._item, "summary": [], "content": [{"type": "reasoning_text", "text": text}]}
         part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-        return {**item, "role": "assistant", "content": [part]}
+        return {**self._item, "role": "assistant", "content": [part]}
 
     def _response(self, output: list[dict[str, Any]], reply: Reply | None) -> dict[str, Any]:
         status, incomplete = "in_progress", None
@@ -188,18 +251,38 @@ class ResponseWriter:
             "output": output,
             "error": None,
             "incomplete_details": incomplete,
-            "instructions": None,
-            "metadata": {},
-            "parallel_tool_calls": False,
-            "temperature": None,
-            "tool_choice": "auto",
-            "tools": [],
-            "top_p": None,
+            **self._echoed,
             "usage": None if reply is None else _usage(reply),
         }
 
 
-_PART_EVENTS = {"reasoning": "response.reasoning_text", "message": "response.output_text"}
+class _Kind(NamedTuple):
+    """How an item of one type is sent: the beginning of its id and of the names of its events, and what they
+    contain.
+    """
+
+    prefix: str
+    event: str
+    place: Mapping[str, Any]
+
+
+_KINDS = {
+    "reasoning": _Kind("rs", "response.reasoning_text", {"content_index": 0}),
+    "message": _Kind("msg", "response.output_text", {"content_index": 0, "logprobs": []}),
+    "function_call": _Kind("fc", "response.function_call_arguments", {}),
+}
+_ECHOED: Mapping[str, Any] = {
+    "instructions": None,
+    "max_output_tokens": None,
+    "metadata": {},
+    "parallel_tool_calls": True,
+    "temperature": None,
+    "text": {"format": {"type": "text"}},
+    "tool_choice": "auto",
+    "tools": [],
+    "top_p": None,
+}
+"""Fields of a request that a response repeats, with their defaults."""
 
 
 def _usage(reply: Reply) -> dict[str, Any]:

@@ -25,13 +25,17 @@ ScoredToken: TypeAlias = tuple[TokenLogprob, tuple[TokenLogprob, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One reply to a prompt. `tokens` are those of `text` and `calls`; None without log-probabilities."""
+    """One reply to a prompt. `tokens` are those of `text` and `calls`; None without log-probabilities.
+
+    `stop` is the stop string that ended it.
+    """
 
     text: str
     finish_reason: FinishReason
     tokens: tuple[ScoredToken, ...] | None = None
     reasoning: str = ""
     calls: tuple[CallDelta, ...] = ()
+    stop: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +122,7 @@ class _Draft:
     tokens: list[ScoredToken] = field(default_factory=list)
     calls: list[CallDelta] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    stop: str = ""
     usage: Usage | None = None
     n_pieces: int = 0
     n_reasoning: int = 0
@@ -185,6 +190,7 @@ class ReplyBuilder:
                 draft.tokens.append(_scored(event))
         if event.finish_reason is not None:
             draft.finish_reason, draft.usage = event.finish_reason, event.usage
+            draft.stop = event.stop
             self._seconds = max(self._seconds, event.seconds)
 
     def deltas(self) -> list[Delta]:
@@ -203,7 +209,8 @@ class ReplyBuilder:
             text = "".join(draft.pieces).removeprefix(self._lead)
             tokens = tuple(draft.tokens) if self._request.logprobs else None
             reasoning = "".join(draft.reasoning).rstrip()
-            choices.append(Choice(text, reason, tokens, reasoning, joined_calls(draft.calls)))
+            calls = joined_calls(draft.calls)
+            choices.append(Choice(text, reason, tokens, reasoning, calls, draft.stop))
             usages.append(usage)
         return Reply(self._request.id, model, self._chat, tuple(choices), tuple(usages), self._seconds)
 

@@ -44,12 +44,6 @@ def offered_tools(body: Mapping[str, Any]) -> Tools | None:
         raise RequestError(error.what, remedy=error.remedy, param="tools") from error
 
 
-def refuse_tools(body: Mapping[str, Any]) -> None:
-    """Raise RequestError if a body of another form than that of chat completions offers tools."""
-    if body.get("tools"):
-        raise RequestError("tools is not supported here", remedy="use /v1/chat/completions", param="tools")
-
-
 def _named(choice: object) -> str | None:
     """Return the name of the function that a tool_choice selects."""
     match choice:

@@ -26,6 +26,7 @@ from dsmoe_local.serve.state import ServerState
 
 ROUTES = (
     *(Route(url, complete, methods=["POST"]) for url in (*ENDPOINTS, *TRANSLATED)),
+    Route("/v1/messages/count_tokens", endpoints.count_tokens, methods=["POST"]),
     Route("/v1/models", endpoints.list_models),
     Route("/v1/models/{name:path}", endpoints.show_model),
     Route("/health", endpoints.health),

@@ -25,15 +25,17 @@ from dsmoe_local.serve.state import ServerState
 @dataclass(frozen=True, slots=True)
 class Translation:
     """Another API: how its body becomes that of a chat completion, and what writes its replies, given the
-    unique part of their id and the name of the model.
+    unique part of their id, the name of the model, and the body.
     """
 
     chat_body: Callable[[Mapping[str, Any]], dict[str, Any]]
-    writer: Callable[[str, str], ReplyWriter]
+    writer: Callable[[str, str, Mapping[str, Any]], ReplyWriter]
 
 
 TRANSLATED: Mapping[str, Translation] = {
-    "/v1/messages": Translation(anthropic.chat_body, anthropic.MessageWriter),
+    "/v1/messages": Translation(
+        anthropic.chat_body, lambda name, model, body: anthropic.MessageWriter(name, model)
+    ),
     "/v1/responses": Translation(openai_responses.chat_body, openai_responses.ResponseWriter),
 }
 
@@ -46,8 +48,9 @@ async def complete(http: HttpRequest) -> ReplyResponse:
     state.log_body(body)
     model = await state.models.resolve(body.get("model"))
     translation = TRANSLATED.get(path)
+    given = body
     if translation is not None:
-        body = translation.chat_body(body)
+        body = translation.chat_body(given)
     chat = translation is not None or check_endpoint(path, body)
     name = uuid.uuid4().hex
     request = read_request(name, body, state.options.defaults, chat=chat)
@@ -57,7 +60,7 @@ async def complete(http: HttpRequest) -> ReplyResponse:
     else:
         if request.n > 1:
             raise RequestError("n is not supported", remedy="leave it out", param="n")
-        writer = translation.writer(name, model)
+        writer = translation.writer(name, model, given)
     return ReplyResponse(state, model, request, writer, _warning(body), stream=stream)
 
 

@@ -7,9 +7,12 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from dsmoe_local.engine.reasoning import template_variables
 from dsmoe_local.engine.types import Prompt
+from dsmoe_local.protocol import anthropic
 from dsmoe_local.protocol.errors import RequestError
 from dsmoe_local.protocol.messages import messages
+from dsmoe_local.protocol.requests import read_request
 from dsmoe_local.protocol.tools import offered_tools
 from dsmoe_local.protocol.values import integer, text
 from dsmoe_local.serve.bodies import read_object
@@ -67,6 +70,26 @@ async def tokenize(http: Request) -> JSONResponse:
         lambda engine: (engine.encode(prompt, tools=tools), engine.info.n_context),
     )
     return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": n_context})
+
+
+async def count_tokens(http: Request) -> JSONResponse:
+    """POST /v1/messages/count_tokens: the number of prompt tokens that the same body of /v1/messages has."""
+    state: ServerState = http.app.state.server
+    body = await read_object(http, state.options)
+    name = await state.models.resolve(body.get("model"))
+    chat = anthropic.chat_body({"max_tokens": 1, **body})
+    request = read_request("", chat, state.options.defaults, chat=True)
+    variables = template_variables(request.chat_template_kwargs, request.reasoning_budget)
+    ids = await state.ask_tokenizer(
+        name,
+        lambda engine: engine.encode(
+            request.prompt,
+            continue_final_message=request.continue_final_message,
+            chat_template_kwargs=variables,
+            tools=() if request.tools is None else request.tools.tools,
+        ),
+    )
+    return JSONResponse({"input_tokens": len(ids)})
 
 
 async def detokenize(http: Request) -> JSONResponse:

@@ -82,6 +82,8 @@ def error_response(error: DsmoeError, path: str = "") -> JSONResponse:
     """Return the response for an error of a request for `path`."""
     headers = error.headers if isinstance(error, ServeError) else {}
     content = error_object(error)
-    if path == "/v1/messages":
+    if path.startswith("/v1/messages"):
         content["type"] = "error"  # Anthropic's form
+        if isinstance(error, RequestError):
+            content["error"]["details"] = {"error_code": error.kind}
     return JSONResponse(content, status_of(error), headers)

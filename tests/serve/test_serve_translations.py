@@ -149,7 +149,9 @@ def test_conversations_and_schemas_of_responses() -> None:
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"input": []}, "input"),
-        ({"tools": [{"type": "function", "name": "f", "parameters": {}, "strict": False}]}, "tools"),
+        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}}, "tool_choice"),
+        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input"),
         ({"extra_body": {"n": 2}}, "n"),
         ({"text": "json"}, "text"),
         ({"text": {"format": "json"}}, "text.format"),

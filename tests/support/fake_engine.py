@@ -257,6 +257,7 @@ class FakeEngine:
             usage=Usage(len(prompt), n_cached, done, 0.0, float(done), request.sampling.seed, n_reasoning),
             reasoning=parts.reasoning,
             calls=parts.calls,
+            stop=stream.stopped_by,
         )
 
     def _make_room(self, request: Request, held: list[int]) -> tuple[int, int]:
