@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # OpenMP threads that wait by spinning take the processor from the other test processes. Both libraries and
 # child processes read this when they start, so it is set before any test module is imported.
@@ -17,9 +18,15 @@ os.environ.update(OMP_WAIT_POLICY="passive", OMP_NUM_THREADS="1")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
-# A background job of a shell ignores SIGINT, and so would the children that tests interrupt.
+# A background job of a shell ignores SIGINT, one of nohup SIGHUP. So would the children that tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# A busy machine is no failure of a test.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 
 @pytest.fixture(autouse=True)

@@ -52,7 +52,7 @@ def without_last_mark(out: Path) -> None:
     journal_path(out).write_bytes(b"".join(lines))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_any_end_of_a_group_without_a_mark_may_be_missing(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -264,7 +264,7 @@ def test_mentions_around_code(folder: Path) -> None:
     assert [file.name for file in expand("```x``` or\n@a.py", folder).files] == ["a.py"]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.sampled_from(["@", "a.py", "\\", "```\n", "~~~", "\n", " ", '"', "my notes.txt", "x/", "."]))
 )

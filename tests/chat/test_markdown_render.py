@@ -142,7 +142,7 @@ CHARACTERS = [*"ab, .-中文。，（）“”한글", "e\u0301", "👍🏽", "�
 some_text = st.lists(st.sampled_from(CHARACTERS), max_size=30).map("".join)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(some_text, some_text, st.integers(4, 30))
 def test_wrapping_keeps_text_and_width(text: str, strong: str, width: int) -> None:
     """Guards: characters lost at the ends of lines, lines too wide, characters torn apart."""
@@ -280,7 +280,7 @@ OTHERS = ["php", "ruby", "bash", "console", "erb", "html+jinja", "markdown", "lu
 OTHERS += ["tex", "unknown", "../x", "[red]"]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @pytest.mark.parametrize("language", OTHERS)
 @given(st.lists(st.text(st.sampled_from("ab '\"`/*<!->{}()[]%$#\\=|:;?1_\t"), max_size=30), max_size=6))
 def test_highlighting_changes_no_character(language: str, lines: list[str]) -> None:

@@ -73,14 +73,14 @@ def drawn(source: str, width: int = 40) -> str:
     return render_markdown(source, width, colour=True).plain
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(document, st.lists(st.integers(0, 2000), max_size=12))
 def test_pieces_do_not_matter(source: str, cuts: list[int]) -> None:
     """Guards: lines, marks or colours that depend on where the stream was cut or looked at."""
     assert streamed(source, cuts) == streamed(source, [])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(document.filter(lambda source: not ITEM_AND_TABLE.search(source)))
 @example("   1.\n   10. ```\n2. -   ```\n* b c")
 @example("```\n\t```")
@@ -101,7 +101,7 @@ def test_reading_on_is_reading_all(source: str) -> None:
     assert got == [line.plain for line in rendered]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(document)
 @example("[a b](c 'd e')\n\n![f](g)\n\n[h]: i\n\n<j@k.de> <http://l>\n```m n\no\n```\n```unknown\n```")
 @example("| a |\n|--|\n| b | c | d |\n||||x|\n")
@@ -117,7 +117,7 @@ def test_no_word_is_lost(source: str) -> None:
     assert [w for w in shown if not w.isdecimal()] == [w for w in words if not w.isdecimal()]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text() | document, st.integers(1, 60), st.integers(1, 6))
 def test_open_part_fits(source: str, width: int, height: int) -> None:
     """Guards: a live part that is wider or higher than its place, and leaves its lines in the scrollback."""

@@ -261,7 +261,6 @@ TestSessions = Sessions.TestCase
 TestSessions.settings = settings(
     max_examples=int(os.environ.get("STORE_EXAMPLES", "20")),
     stateful_step_count=30,
-    deadline=None,
     suppress_health_check=list(HealthCheck),
 )
 

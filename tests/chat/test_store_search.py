@@ -60,7 +60,7 @@ def test_what_is_found(store: SessionStore, words: str, turns: list[int]) -> Non
 pieces = st.sampled_from(["alpha", "Beta", "beta2", "café", "专家", "混合", "家", "模", "x"])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     text=st.lists(pieces, max_size=8),
     glue=st.sampled_from([" ", "\n", ", ", "。"]),
@@ -73,7 +73,7 @@ def test_the_index_finds_what_python_finds(text: list[str], glue: str, wanted: l
     )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.text(max_size=40))
 @example('"')
 @example("a\x00b")
@@ -122,7 +122,7 @@ def test_snippets(text: str, words: str, shown: str) -> None:
     assert snippet(text, words) == shown
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(max_size=300), st.text(max_size=10))
 def test_snippets_are_pieces_of_the_text(text: str, words: str) -> None:
     """Guards: places in the folded text taken for places in the text itself."""

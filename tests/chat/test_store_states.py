@@ -154,7 +154,7 @@ def test_forks_share_their_states(store: SessionStore, states: StateStore) -> No
     assert [content.split()[0] for content in found(states, fork, "f", own)] == [b"again", b"fork"]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(place=st.integers(0, 10_000), change=st.sampled_from(["flip", "cut", "grow", "gone", "folder"]))
 def test_damage_is_removed_without_a_word(
     store: SessionStore, states: StateStore, tmp_path: Path, place: int, change: str

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyte
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len, set_cell_size
 from support.screens import RigidScreen
@@ -54,7 +54,6 @@ STEPS = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(STEPS)
 def test_what_is_printed_stays_and_what_is_drawn_goes(steps: list[tuple[list[str], int, list[str]]]) -> None:
     """Guards: a frame that leaves lines behind, overwrites printed ones, or shows old contents."""

@@ -28,7 +28,7 @@ from dsmoe_local.cli.reply_options import reply_settings
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ALL_LAYERS, ModelOptions, SamplingParameters
 
-SHARED = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SHARED = settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.mark.parametrize("name", COMMANDS)

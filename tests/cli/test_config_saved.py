@@ -19,7 +19,7 @@ from dsmoe_local.chat.commands.settings import COMMANDS as CHAT_COMMANDS
 from dsmoe_local.chat.settings import ChatSettings, OnFull, change, presets_of
 from dsmoe_local.cli.reply_options import reply_settings
 
-SHARED = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SHARED = settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def as_set() -> st.SearchStrategy[dict[str, str]]:

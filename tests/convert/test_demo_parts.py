@@ -57,7 +57,7 @@ def source() -> Source:
     return open_source()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_assignment_is_the_cheapest(data: st.DataObject) -> None:
     """A wrong augmenting path would leave neurons in experts that drop them more often than need be."""

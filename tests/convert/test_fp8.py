@@ -169,7 +169,7 @@ def stored(name: str, tensor: torch.Tensor, dtype: str) -> StoredTensor:
     return StoredTensor(name, dtype, tuple(tensor.shape), name, 0, tensor.nbytes)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     shape=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     block=st.tuples(st.integers(1, 50), st.integers(1, 50)),

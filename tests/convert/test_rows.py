@@ -42,7 +42,7 @@ class Memory:
         pass
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     half=st.integers(1, 9),
     n_heads=st.integers(1, 4),

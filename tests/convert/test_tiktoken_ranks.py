@@ -91,7 +91,6 @@ def test_random_texts(n: int, tmp_path: Path) -> None:
             max_examples=n,
             derandomize=n < 1000,
             database=None,
-            deadline=None,
             suppress_health_check=list(HealthCheck),
         )
         @given(vocabularies.random_texts("kimi-k2"))

@@ -62,7 +62,6 @@ def test_random_texts(n: int, pair: tuple[str, Tokenizer, llama_oracle.Vocabular
         max_examples=n,
         derandomize=n < 1000,
         database=None,
-        deadline=None,
         suppress_health_check=list(HealthCheck),
     )
     @given(vocabularies.random_texts(pre))

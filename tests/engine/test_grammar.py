@@ -122,7 +122,7 @@ def _group(items: list[tuple[str, str]], theirs: str, pythons: str) -> tuple[str
 
 
 @given(_ITEMS, st.lists(st.text(alphabet="abc", max_size=7), min_size=1, max_size=8))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_regular_grammars_are_those_of_re(item: tuple[str, str], texts: list[str]) -> None:
     """Guards: automata that are joined wrongly: loops that leak into their neighbours."""
     notation, regex = item

@@ -207,7 +207,7 @@ def test_formats(name: str, text: str, wanted: bool) -> None:
 
 
 @given(_TREES, st.integers(0, 2**32))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_texts_of_random_schemas_are_valid(schema: Any, seed: int) -> None:
     """Guards: combinations of keywords that are each right alone."""
     try:
@@ -227,7 +227,7 @@ def test_texts_of_random_schemas_are_valid(schema: Any, seed: int) -> None:
     st.booleans(),
     st.booleans(),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_integers_within_bounds_are_exactly_those(
     low: int, size: int, value: int, low_out: bool, high_out: bool
 ) -> None:

@@ -156,7 +156,7 @@ def test_several_devices_are_filled_in_turn() -> None:
     assert (chosen.devices, chosen.split) == (("GPU0",), (5,))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     layers=st.lists(st.tuples(st.integers(1, 50), st.integers(0, 200)), min_size=1, max_size=8),
     output=st.integers(0, 60),

@@ -117,7 +117,7 @@ OPTIONS = st.builds(
 INFOS = st.builds(ModelInfo, path=PATHS, name=ANY_TEXT, template=st.none() | ANY_TEXT)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(REQUESTS)
 def test_requests_cross_exactly(request: Request) -> None:
     """Guards: a field that is lost or mixed up, a message read as token ids, half a surrogate pair."""
@@ -126,7 +126,7 @@ def test_requests_cross_exactly(request: Request) -> None:
     assert repr(back) == repr(request)  # also the types of numbers, and tuples that are lists
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(EVENTS)
 def test_events_cross_exactly(event: TokenEvent) -> None:
     """Guards: the short form of events taken where something would be lost."""
@@ -136,14 +136,14 @@ def test_events_cross_exactly(event: TokenEvent) -> None:
     assert repr(wire.event_from_plain("r", plain)) == repr(event)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(OPTIONS | INFOS)
 def test_options_and_model_cross_exactly(value: ModelOptions | ModelInfo) -> None:
     """Guards: a path that is not UTF-8 refused, pairs that come back as lists."""
     assert repr(wire.from_plain(type(value), crossed(wire.to_plain(value)))) == repr(value)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(PROMPTS)
 def test_prompts_cross_exactly(prompt: Any) -> None:
     """Guards: the three kinds of prompt told apart wrongly."""

@@ -117,7 +117,7 @@ TALKS = st.one_of(
 
 # Those of reasoning models are tested in test_reasoning_prompts.
 @pytest.mark.parametrize("name", [name for name, text in ALL.items() if markers_in(text) is None])
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, suppress_health_check=list(HealthCheck))
 @given(talk=TALKS, continued=st.booleans())
 def test_ids_are_those_of_the_slow_way(name: str, talk: list[Message], continued: bool) -> None:
     """Guards: a rendering that goes on where another one ended, and differs from one that began anew."""
@@ -198,7 +198,7 @@ def test_stopping_ends_the_work() -> None:
 
 @pytest.mark.soak
 @pytest.mark.parametrize("name", ALL)
-@settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=1500, suppress_health_check=list(HealthCheck))
 @given(talk=TALKS, continued=st.booleans())
 def test_soak_ids_are_those_of_the_slow_way(name: str, talk: list[Message], continued: bool) -> None:
     """As above, for longer."""

@@ -219,7 +219,7 @@ ODD_CONTENTS = st.one_of(
 ODD_ROLES = st.sampled_from(["user", "assistant", "system", "user", "tool", "", "user\n", EOS, "Assistant: "])
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(talk=st.lists(st.builds(Message, ODD_ROLES, ODD_CONTENTS), min_size=1, max_size=5))
 def test_odd_conversations_are_encoded_whole_or_refused(model: native.Model, talk: list[Message]) -> None:
     """Guards: contents that become template text or special tokens, or end the process; odd roles let in."""

@@ -65,7 +65,7 @@ REPLIES = st.builds(
 
 
 @pytest.mark.parametrize("name", ["qwen", "r1", "keeps"])
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
 @given(
     said=st.lists(st.tuples(TEXTS, REPLIES), max_size=3),
     last=TEXTS,

@@ -190,7 +190,7 @@ def test_logprobs_and_alternatives(model: native.Model, context: native.Context,
     st.integers(0, 2**32 - 1),
     st.sampled_from([0, 1, 3]),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_likeliest_are_those_of_a_full_sort(
     size: int, count: int, spread: float, seed: int, digits: int
 ) -> None:

@@ -189,7 +189,7 @@ def plays(draw: st.DrawFn) -> tuple[Limits, list[tuple[str, int, int, int, bool]
 _PREFIXES: tuple[list[int], ...] = ([], list(range(30)), [*range(20), *range(500, 530)], [7] * 25, [5] * 8)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(plays())
 def test_random_work_ends_and_the_books_agree(
     play: tuple[Limits, list[tuple[str, int, int, int, bool]]],

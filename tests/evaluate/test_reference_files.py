@@ -193,7 +193,7 @@ def test_forged_references_are_refused(kind: str, written: Path) -> None:
         PredictionReader(path).find("first", 1)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_damaged_references_are_refused(written: Path, data: st.DataObject) -> None:
     """Guards: a torn or altered file that is compared with, or that fails inside numpy; one cut between two

@@ -45,7 +45,7 @@ def cells(line: str) -> int:
     return cell_len(Text.from_ansi(line).plain)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(20, 200), st.sampled_from(SYSTEMS), st.booleans(), st.booleans())
 def test_nothing_is_wider_than_the_screen(width: int, system: Any, tall: bool, big: bool) -> None:
     """Guards: rows that the terminal breaks, which ruins a picture and a live panel's height."""

@@ -310,7 +310,7 @@ def test_a_hollow_file(case: str, tmp_path: Path) -> None:
 BYTES = GOOD.encode()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(position=st.integers(0, 3000), value=st.integers(0, 255), cut=st.just(0) | st.integers(1, 3000))
 def test_any_damage_is_an_error_or_harmless(
     tmp_path_factory: pytest.TempPathFactory, position: int, value: int, cut: int

@@ -69,7 +69,7 @@ def recipes(draw: st.DrawFn) -> LayeredRecipe:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(recipes())
 def test_round_trip(recipe: LayeredRecipe) -> None:
     """Guards: layers that get lost in ranges, texts that break the TOML, a table that is read another way."""

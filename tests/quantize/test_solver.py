@@ -53,7 +53,7 @@ def problems(draw: st.DrawFn) -> Problem:
     return Problem(groups, limits)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(problems())
 def test_optimal_on_small_cases(problem: Problem) -> None:
     """Guards: rows and columns in the wrong order; a budget that is exceeded; an answer where there is none,

@@ -113,7 +113,7 @@ def test_a_model_that_fits_is_one_file(source: Path, tmp_path: Path) -> None:
     assert len(written(source, tmp_path / "two.gguf", size=n_bytes - 1)) == 2
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     columns=st.lists(st.integers(1, 3000), min_size=1, max_size=12),
     max_size=st.integers(1, 20_000),
