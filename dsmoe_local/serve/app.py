@@ -17,7 +17,7 @@ from starlette.routing import Route
 from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.protocol.requests import ENDPOINTS
-from dsmoe_local.serve import endpoints
+from dsmoe_local.serve import endpoints, page
 from dsmoe_local.serve.completions import TRANSLATED, complete
 from dsmoe_local.serve.errors import ServeError, error_response
 from dsmoe_local.serve.guard import HostGuard, KeyGuard
@@ -29,10 +29,12 @@ ROUTES = (
     Route("/v1/messages/count_tokens", endpoints.count_tokens, methods=["POST"]),
     Route("/v1/models", endpoints.list_models),
     Route("/v1/models/{name:path}", endpoints.show_model),
+    Route("/v1/experts/last", endpoints.last_experts),
     Route("/health", endpoints.health),
     Route("/metrics", endpoints.metrics),
     Route("/tokenize", endpoints.tokenize, methods=["POST"]),
     Route("/detokenize", endpoints.detokenize, methods=["POST"]),
+    Route("/", page.show),
 )
 
 

@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse, Response
 
 from dsmoe_local.engine.reasoning import template_variables
 from dsmoe_local.engine.types import Prompt
+from dsmoe_local.experts.picture import activity_json
 from dsmoe_local.protocol import anthropic
 from dsmoe_local.protocol.errors import RequestError
 from dsmoe_local.protocol.messages import messages
@@ -16,6 +17,7 @@ from dsmoe_local.protocol.requests import read_request
 from dsmoe_local.protocol.tools import offered_tools
 from dsmoe_local.protocol.values import integer, text
 from dsmoe_local.serve.bodies import read_object
+from dsmoe_local.serve.errors import ServeError
 from dsmoe_local.serve.state import ServerState
 
 
@@ -38,6 +40,24 @@ def _model_object(state: ServerState, name: str) -> dict[str, Any]:
     # The other fields are not OpenAI's; the context has vLLM's name.
     context = {} if loaded is None else {"max_model_len": loaded.engine.info.n_context}
     return {**fields, "loaded": loaded is not None, **context}
+
+
+async def last_experts(http: Request) -> JSONResponse:
+    """GET /v1/experts/last: the activity of the routed experts during the last finished reply."""
+    state: ServerState = http.app.state.server
+    if not state.options.experts:
+        raise ServeError(
+            404, "experts_not_observed", "experts are not observed", remedy="start the server with --experts"
+        )
+    last = state.last_experts
+    if last is None or not last.activity.tokens:
+        raise ServeError(
+            404,
+            "no_experts",
+            "the last reply has no experts: there was none, it was too short, or its model is dense",
+        )
+    about = {"id": last.id, "object": "experts", "model": last.model, "completion_tokens": last.n_tokens}
+    return JSONResponse({**about, **activity_json(last.activity)})
 
 
 async def health(http: Request) -> JSONResponse:

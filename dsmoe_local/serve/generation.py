@@ -11,11 +11,14 @@ from typing import TypeAlias, TypeVar
 from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.engine.errors import EngineError
 from dsmoe_local.engine.interface import ReloadableEngine, Ticket
-from dsmoe_local.engine.types import Request, TokenEvent
+from dsmoe_local.engine.types import ObserverOptions, Request, TokenEvent
+from dsmoe_local.experts.activity import Activity, activity_of
 from dsmoe_local.protocol.replies import Delta, ReplyBuilder
 
 T = TypeVar("T")
 
+OBSERVERS = (ObserverOptions("routing"),)
+"""What `Generation.activity` needs."""
 KILL_SECONDS = 10.0  # for the engine to end a cancelled request
 
 Item: TypeAlias = TokenEvent | BaseException | None
@@ -63,6 +66,8 @@ class Generation:
         self._mailbox = mailbox
         self._loop = asyncio.get_running_loop()
         self._engine: ReloadableEngine | None = None
+        self._executor: Executor | None = None
+        self._earlier: asyncio.Future[Activity] | None = None  # the model's activity up to the first token
         self._ticket: Ticket | None = None
         self._kill_timer: asyncio.TimerHandle | None = None
         self._changed = asyncio.Event()
@@ -88,7 +93,7 @@ class Generation:
         A request that is cancelled meanwhile does not stop that load: the next one would start it again.
         """
         self.builder = ReplyBuilder(self.request, lead)
-        self._engine = engine
+        self._engine, self._executor = engine, executor
         starting = self._loop.run_in_executor(
             executor, engine.start, self.request, lambda item: self._mailbox.put(self._take, item)
         )
@@ -131,6 +136,19 @@ class Generation:
         if self._error is not None:
             raise self._error
 
+    async def activity(self) -> Activity:
+        """Return the activity of the routed experts from the first token to now. It includes that of other
+        replies of the model at the same time. Empty if the model is not observed, or has crashed.
+        """
+        if self._earlier is None:
+            return Activity()
+        earlier, now = await self._earlier, await self._observe()
+        return now - earlier if now.follows(earlier) else Activity()
+
+    def _observe(self) -> asyncio.Future[Activity]:
+        assert self._engine is not None
+        return self._loop.run_in_executor(self._executor, _observed, self._engine)
+
     def _check(self) -> None:
         if self._cancelled.done():
             raise self._cancelled.result()
@@ -153,12 +171,21 @@ class Generation:
             self.builder.add(item)
             if self.first_seconds is None and item.token_id is not None:
                 self.first_seconds = item.seconds
+                if self._engine is not None and OBSERVERS[0] in self._engine.options.observers:
+                    self._earlier = self._observe()
         else:
             self._ended = True
             self._error = _as_error(item)
             if self._kill_timer is not None:
                 self._kill_timer.cancel()
         self._changed.set()
+
+
+def _observed(engine: ReloadableEngine) -> Activity:
+    try:
+        return activity_of(engine.observe("routing"))
+    except EngineError:
+        return Activity()
 
 
 def _as_error(item: BaseException | None) -> BaseException | None:

@@ -20,6 +20,7 @@ class ServeOptions:
     - `stall_seconds`: a client that reads nothing for so long is dropped.
     - `grace`: how long running requests may go on after SIGTERM.
     - `log_text`: log the bodies of requests.
+    - `experts`: keep the activity of the routed experts of the last reply.
     """
 
     defaults: RequestDefaults
@@ -36,6 +37,7 @@ class ServeOptions:
     stall_seconds: float = 30.0
     grace: float = 10.0
     log_text: bool = False
+    experts: bool = False
 
     def __post_init__(self) -> None:
         if self.api_key is not None and not self.api_key:

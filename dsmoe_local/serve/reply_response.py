@@ -18,7 +18,7 @@ from dsmoe_local.protocol.replies import Reply
 from dsmoe_local.protocol.writers import Event, ReplyWriter
 from dsmoe_local.serve.errors import error_object, error_response, hung_up, status_of
 from dsmoe_local.serve.generation import Generation
-from dsmoe_local.serve.state import ServerState
+from dsmoe_local.serve.state import LastExperts, ServerState
 
 _encode = msgspec.json.Encoder().encode
 
@@ -71,7 +71,7 @@ class ReplyResponse:
 
     async def _send_whole(self, generation: Generation, scope: Scope, receive: Receive, send: Send) -> Reply:
         await generation.finish()
-        reply = self._whole_reply(generation)
+        reply = await self._whole_reply(generation)
         await JSONResponse(self._writer.whole(reply), headers=self._headers)(scope, receive, send)
         return reply
 
@@ -82,15 +82,19 @@ class ReplyResponse:
             body = _encoded(event for delta in deltas for event in self._writer.events(delta))
             if body:
                 await send({"type": "http.response.body", "body": body, "more_body": True})
-        reply = self._whole_reply(generation)
+        reply = await self._whole_reply(generation)
         await send(
             {"type": "http.response.body", "body": _encoded(self._writer.end(reply)) + self._writer.done}
         )
         return reply
 
-    def _whole_reply(self, generation: Generation) -> Reply:
+    async def _whole_reply(self, generation: Generation) -> Reply:
         reply = generation.builder.reply(self._model)
         assert reply is not None, "a cancelled request raises its reason"
+        if self._state.options.experts:
+            # Before the end of the response: the client may ask for the experts right after it.
+            activity = await generation.wait_for(generation.activity())
+            self._state.last_experts = LastExperts(reply.id, reply.model, reply.n_completion_tokens, activity)
         return reply
 
     async def _start_stream(self, send: Send) -> None:

@@ -9,10 +9,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from dsmoe_local.base.text import count, safe_line
 from dsmoe_local.engine.interface import ReloadableEngine
+from dsmoe_local.experts.activity import Activity
 from dsmoe_local.serve.errors import ServeError, shutting_down, too_slow
 from dsmoe_local.serve.generation import Generation, Mailbox
 from dsmoe_local.serve.metrics import Metrics
@@ -25,6 +27,18 @@ _THREADS = 4  # for files, and to load and free models
 _TOKENIZER_THREADS = 2  # of their own, so that they leave those of the replies free
 _LOGGED = 100_000  # characters of a body
 _LONGEST_WAIT = 60  # seconds, the most that Retry-After says
+
+
+@dataclass(frozen=True, slots=True)
+class LastExperts:
+    """The activity of the routed experts during the last finished reply, which has `n_tokens` tokens. `id` is
+    the unique part of the reply's id.
+    """
+
+    id: str
+    model: str
+    n_tokens: int
+    activity: Activity
 
 
 class ServerState:
@@ -40,6 +54,7 @@ class ServerState:
         self.models = Models(first, source, self.executor, log)
         self.metrics = Metrics(self)
         self.mailbox = Mailbox(asyncio.get_running_loop())
+        self.last_experts: LastExperts | None = None
         self._admitted: set[Generation] = set()  # those that wait for their model, too
         self._running: dict[Generation, ServedModel] = {}
         self._mean_seconds = 1.0

@@ -14,6 +14,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from openai import OpenAI
 from support.configured import complaint
@@ -120,6 +121,7 @@ def test_the_command(tmp_path: Path) -> None:
     """Guards: wiring that only the command has; an exit status of 143 after a clean end."""
     shutil.copy(tiny_model(), tmp_path / "other.gguf")
     command = [sys.executable, "-c", START, "serve", str(tiny_model()), "--port", "0", "--keep", "2"]
+    command.append("--experts")
     with subprocess.Popen(
         [*command, "-t", "1", "--temp", "0"],
         stderr=subprocess.PIPE,
@@ -141,6 +143,9 @@ def test_the_command(tmp_path: Path) -> None:
             assert "other" in [model.id for model in client.models.list()]
             other = client.chat.completions.create(**{**asked, "model": "other"})
             assert (other.model, other.choices[0].message.content) == ("other", text)
+            # 3 tokens may be over before the counts are read.
+            found = httpx.get(f"{url}/experts/last").json()
+            assert "completion_tokens" in found or found["error"]["code"] == "no_experts"
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
         assert "Traceback" not in process.stderr.read()
