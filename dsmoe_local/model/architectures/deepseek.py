@@ -62,4 +62,5 @@ ARCHITECTURE = Architecture(
     ),
     ignored=common.ROPE_FREQUENCIES,
     ignored_sources=common.INVERSE_FREQUENCIES,
+    rotates_adjacent_values=True,
 )

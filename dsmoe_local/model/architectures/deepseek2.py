@@ -158,4 +158,5 @@ ARCHITECTURE = Architecture(
     ),
     has_mtp_layers=True,
     yarn_scales_attention=True,
+    rotates_adjacent_values=True,
 )

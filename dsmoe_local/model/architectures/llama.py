@@ -34,4 +34,5 @@ ARCHITECTURE = Architecture(
     ignored=re.compile(
         rf"{common.ROPE_FREQUENCIES.pattern}|blk\.\d+\.(attn_(q|k|v|output)|ffn_(gate|up|down))\.bias"
     ),
+    rotates_adjacent_values=True,
 )

@@ -134,6 +134,8 @@ class Architecture:
     `ignored` matches tensors of GGUF files that the table does not describe, and `ignored_sources` those of
     checkpoints. `has_mtp_layers`: files may have layers for multi-token prediction after the others.
     `yarn_scales_attention`: with YaRN, the model has DeepSeek-V2's `mscale_all_dim`.
+    `rotates_adjacent_values`: each angle of RoPE rotates two adjacent values of a head, as stored in GGUF
+    files (LLAMA_ROPE_TYPE_NORM); otherwise it rotates two that are half of the rotated part apart.
     """
 
     name: str
@@ -151,3 +153,4 @@ class Architecture:
     ignored_sources: re.Pattern[str] | None = None
     has_mtp_layers: bool = False
     yarn_scales_attention: bool = False
+    rotates_adjacent_values: bool = False
