@@ -18,7 +18,7 @@ from dsmoe_local.engine.engine import Engine
 from dsmoe_local.engine.errors import ModelLoadError, OutOfMemoryError, TemplateError
 from dsmoe_local.engine.load import fit, loaded_model
 from dsmoe_local.engine.prompts.template import ChatTemplate
-from dsmoe_local.engine.types import ALL_LAYERS, ModelOptions, Request
+from dsmoe_local.engine.types import ALL_LAYERS, PROMPTS_ONLY, ModelOptions, Request
 
 
 def test_progress_adds_up_and_the_log_stays_off_the_screen(capfd: pytest.CaptureFixture[str]) -> None:
@@ -133,6 +133,7 @@ def test_memory_notes_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({}, 9000, ", plain attention"),
         ({"flash_attention": "on"}, 9000, ", flash attention"),
+        ({"prompt_ratio": PROMPTS_ONLY}, 9000, ""),
         ({"flash_attention": "off", "n_context": 8192}, 300, ", plain attention"),
         ({"n_context": 8192}, 300, ""),
         ({"n_parallel": 2}, 9000, ""),

@@ -35,7 +35,7 @@ from dsmoe_local.engine.load.placement import (
     weight_sizes,
 )
 from dsmoe_local.engine.load.probe import BufferSizes, Probe, measure_context, sizes_by_context
-from dsmoe_local.engine.types import ModelOptions
+from dsmoe_local.engine.types import CHAT_RATIO, ModelOptions
 from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.gguf_model import loaded_tensors
 from dsmoe_local.model.hyperparameters import ModelOutline
@@ -143,13 +143,14 @@ def _plan_attention(
 ) -> tuple[str, MemoryPlan, BufferSizes]:
     """Return the mode of flash attention with its plan and buffers. Raises OutOfMemoryError.
 
-    On CPUs, plain attention is faster for one sequence, above all after a long context
-    (benchmarks/settings.py). For several sequences, flash attention skips the cells of other sequences. Plain
-    attention also needs memory for the scores of all cells: its compute buffers may have `most` bytes. None:
-    a GPU computes.
+    On CPUs, plain attention is faster for decoding one sequence, above all after a long context, but not for
+    prompts (benchmarks/settings.py). For several sequences, flash attention skips the cells of other
+    sequences. Plain attention also needs memory for the scores of all cells: its compute buffers may have
+    `most` bytes. None: a GPU computes.
     """
     is_free = options.flash_attention == "auto" and options.cache_type_v in native.FLOAT_CACHE_TYPES
-    if is_free and most is not None and options.n_parallel == 1:
+    decodes = options.n_parallel == 1 and options.prompt_ratio <= CHAT_RATIO
+    if is_free and most is not None and decodes:
         with suppress(OutOfMemoryError):  # flash attention needs less
             plan, buffers = plans("off")
             if not plan.notes and buffers.compute[HOST] <= most:
