@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dsmoe_local.base.errors import UsageError
@@ -161,6 +161,8 @@ class Core:
             if not self._loaded.context.handle:
                 self.lost = error
             raise
+        n_outputs = self._loaded.context.options.n_outputs
+        self.scheduler.limits = replace(self.scheduler.limits, n_outputs=n_outputs)
 
     def _apply_operations(self) -> None:
         for operation in self.scheduler.cache.take_operations():
@@ -270,7 +272,10 @@ class Core:
             reply = self._replies.get(sequence)
             if reply is None:  # its request failed in this step
                 continue
+            _, start, n_tokens, n_outputs = place.row
+            end = place.output_index + 1
             try:
+                reply.score(start + n_tokens - n_outputs + 1, logits[end - n_outputs : end])
                 if sequence.n_cached < len(sequence.tokens):
                     reply.progress(sequence.n_cached, len(sequence.tokens))
                     continue

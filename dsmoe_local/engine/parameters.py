@@ -135,9 +135,10 @@ RANGES: Ranges = {
 REQUEST_RANGES: Ranges = {
     "id": (_is(str), "text"),
     "sampling": (_is(SamplingParameters), "sampling parameters"),
-    "max_tokens": (_or_none(_whole(1)), "a whole number from 1"),
+    "max_tokens": (_or_none(_whole(0)), "a whole number from 0"),
     "stop": (_all(lambda text: type(text) is str and bool(text)), "stop strings that are not empty"),
     "n": (_whole(1, MAX_REPLIES), f"a whole number from 1 to {MAX_REPLIES}"),
+    "echo": (_is(bool), "true or false"),
     "logprobs": (_is(bool), "true or false"),
     "top_logprobs": (_whole(0, MAX_TOP_LOGPROBS), f"a whole number from 0 to {MAX_TOP_LOGPROBS}"),
     "logit_bias": (_all(_is_bias), "pairs of a token id and a number from -1000 to 1000"),

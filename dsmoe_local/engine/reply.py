@@ -7,13 +7,22 @@ from dataclasses import dataclass, field
 
 from dsmoe_local.engine import native
 from dsmoe_local.engine.interface import Deliver
+from dsmoe_local.engine.observe.observer import StepLogits
 from dsmoe_local.engine.reasoning import ReasoningFormat, ReasoningGuide
 from dsmoe_local.engine.sampling import Choice, CompiledGrammar, TokenSampler, choose_seed
 from dsmoe_local.engine.sampling.likeliest import Logits
 from dsmoe_local.engine.schedule.plan import Sequence
 from dsmoe_local.engine.text_stream import TextStream
 from dsmoe_local.engine.tools.support import ToolSupport
-from dsmoe_local.engine.types import MAX_SEED, FinishReason, PromptProgress, Request, TokenEvent, Usage
+from dsmoe_local.engine.types import (
+    MAX_SEED,
+    FinishReason,
+    PromptProgress,
+    Request,
+    TokenEvent,
+    TokenLogprob,
+    Usage,
+)
 
 
 @dataclass(slots=True, eq=False)
@@ -96,12 +105,13 @@ class Reply:
             FinishReason.LENGTH if self._limit == request.max_tokens else FinishReason.CONTEXT_FULL
         )
         self._n_generated = 0
+        score_from = 0 if request.scores_prompt else request.score_from
         self._prompt_read: float | None = None
         self.sequence = Sequence(
             list(prompt),
             n_most=None if request.max_tokens is None else len(prompt) + request.max_tokens,
-            n_reusable=request.score_from,
-            score_from=request.score_from,
+            n_reusable=score_from,
+            score_from=score_from,
             can_shift=request.context_shift,
             n_keep=request.n_keep,
         )
@@ -110,12 +120,47 @@ class Reply:
         """Sample the next token. `logits` are those of the latest token."""
         if self._prompt_read is None:
             self._prompt_read = self.job.seconds
+            if self.job.request.echo:
+                self._echo()
         if self._guide is None:
             return self._sampler.choose(logits)
         return self._sampler.choose(logits, self._guide.replace)
 
+    def _echo(self) -> None:
+        """Deliver the text of the prompt."""
+        prompt = self.job.request.prompt
+        if not isinstance(prompt, str):
+            prompt = self._model.text_of_all(self.sequence.tokens)
+        self.job.deliver(TokenEvent(self.job.request.id, prompt, self.job.seconds, index=self.index))
+
+    def score(self, start: int, logits: StepLogits) -> None:
+        """Deliver the log-probabilities of the prompt's tokens from index `start` on, if they are wanted.
+
+        Row j of `logits` predicts the token at index `start` + j.
+        """
+        if not self.job.request.scores_prompt or start > self.sequence.n_prompt:
+            return
+        tokens = self.sequence.tokens[start : min(start + len(logits), self.sequence.n_prompt)]
+        scored = [self._sampler.score(row, token) for row, token in zip(logits, tokens, strict=False)]
+        if start == 1:
+            first = self.sequence.tokens[0]
+            scored.insert(0, (TokenLogprob(first, self._model.text_of(first), 0.0),))
+            start = 0
+        self.job.deliver(
+            TokenEvent(
+                self.job.request.id,
+                "",
+                self.job.seconds,
+                index=self.index,
+                prompt_tokens=tuple(scored),
+                prompt_start=start,
+            )
+        )
+
     def take(self, choice: Choice) -> FinishReason | None:
         """Deliver a sampled token. Returns the finish reason if the reply has ended, otherwise None."""
+        if self._limit == 0:
+            return self.end(self._limit_reason)
         if self._model.ends(choice.token_id):
             self.end(FinishReason.STOP, choice)
             return FinishReason.STOP

@@ -83,10 +83,14 @@ class Request:
     """A prompt, and the parameters of the reply.
 
     - `id` identifies the request for `cancel`; it must be unique among running requests.
-    - `max_tokens` limits the reply. None: generate until the model stops or the context is full.
+    - `max_tokens` limits the reply. None: generate until the model stops or the context is full. 0: read the
+      prompt only.
     - `stop`: the reply ends before the first occurrence of one of these strings in its answer.
     - `n` replies are generated for the prompt. `TokenEvent.index` numbers them; reply i is sampled with the
       seed plus i.
+    - `echo`: the reply begins with the text of the prompt, which is not a conversation. With `logprobs`, the
+      prompt's tokens have log-probabilities, too; `n` is then 1, and no part of the prompt is taken from the
+      cache.
     - `logprobs` adds the log-probability of each token, `top_logprobs` also those of the likeliest tokens.
     - `logit_bias` is added to the logits of token ids before anything else; -100 bans a token.
     - `grammar` is GBNF, `json_schema` the text of a JSON schema. At most one of them is set. It constrains
@@ -111,6 +115,7 @@ class Request:
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     n: int = 1
+    echo: bool = False
     logprobs: bool = False
     top_logprobs: int = 0
     logit_bias: tuple[tuple[int, float], ...] = ()
@@ -130,6 +135,10 @@ class Request:
         check_prompt(self.prompt)
         if self.score_from is not None and (self.n > 1 or self.max_tokens is None):
             raise UsageError("score_from requires n = 1 and max_tokens", remedy="set both, or leave it out")
+        if self.echo and any(isinstance(item, Message) for item in self.prompt):
+            raise UsageError("echo is for prompts, not for messages", remedy="leave it out")
+        if self.scores_prompt and self.n > 1:
+            raise UsageError("echo with logprobs requires n = 1", remedy="leave one of them out")
         if self.grammar is not None and self.json_schema is not None:
             raise UsageError("grammar and json_schema are both set", remedy="set only one of them")
         if self.tools is not None:
@@ -150,6 +159,11 @@ class Request:
                 "a reply with tools cannot be continued",
                 remedy="leave out continue_final_message, or the tools",
             )
+
+    @property
+    def scores_prompt(self) -> bool:
+        """True if the tokens of the prompt have log-probabilities."""
+        return self.echo and (self.logprobs or self.top_logprobs > 0)
 
     @property
     def start(self) -> ReplyStart:
@@ -248,6 +262,8 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     - `seconds` since the request was submitted.
     - `logprob` is the natural log-probability, before the sampling parameters are applied. `alternatives` are
       the chosen token, then the `top_logprobs` likeliest tokens, the likeliest first.
+    - `prompt_tokens` are those of an echoed prompt from index `prompt_start` on, each as in `alternatives`.
+      The log-probability of a prompt's first token is 0, since nothing predicts it. A part may come again.
     - `stop` is the stop string that ended the reply, in its last event.
     - `dropped`: just before this event, a context shift dropped that many tokens from index `dropped_from`.
 
@@ -271,6 +287,8 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     in_reasoning: bool = False
     calls: tuple[CallDelta, ...] = ()
     stop: str = ""
+    prompt_tokens: tuple[tuple[TokenLogprob, ...], ...] = ()
+    prompt_start: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import TypeAlias
 
@@ -20,7 +21,7 @@ from dsmoe_local.engine.types import (
 )
 
 ScoredToken: TypeAlias = tuple[TokenLogprob, tuple[TokenLogprob, ...]]
-"""A generated token, and its most likely alternatives."""
+"""A token, and its most likely alternatives. The log-probability of an echoed prompt's first token is NaN."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,8 @@ class Choice:
 @dataclass(frozen=True, slots=True)
 class Reply:
     """The replies to a request. `chat`: it had messages, not a prompt. `usages` has one item for each choice.
-    `seconds` is the wall time from submission to the last event.
+    `seconds` is the wall time from submission to the last event. If there are several prompts, each has the
+    same number of choices.
     """
 
     id: str
@@ -50,6 +52,7 @@ class Reply:
     choices: tuple[Choice, ...]
     usages: tuple[Usage, ...]
     seconds: float
+    n_prompts: int = 1
 
     @property
     def text(self) -> str:
@@ -74,13 +77,18 @@ class Reply:
 
     @property
     def n_prompt_tokens(self) -> int:
-        """Tokens of the prompt, which all choices share."""
-        return self.usages[0].prompt_tokens
+        """Tokens of the prompts. All choices of a prompt share it."""
+        return sum(usage.prompt_tokens for usage in self._first_usages)
 
     @property
     def n_cached_tokens(self) -> int:
         """Prompt tokens that were in the KV cache."""
-        return self.usages[0].cached_tokens
+        return sum(usage.cached_tokens for usage in self._first_usages)
+
+    @property
+    def _first_usages(self) -> tuple[Usage, ...]:
+        """The usage of the first choice of each prompt."""
+        return self.usages[:: len(self.usages) // self.n_prompts]
 
     @property
     def n_completion_tokens(self) -> int:
@@ -181,6 +189,11 @@ class ReplyBuilder:
         if event.reasoning:
             draft.reasoning.append(event.reasoning)
         draft.calls += event.calls
+        if event.prompt_tokens:
+            scored = [(token[0], token[1:]) for token in event.prompt_tokens]
+            if event.prompt_start == 0:
+                scored[0] = (replace(scored[0][0], logprob=math.nan), ())
+            draft.tokens[event.prompt_start : event.prompt_start + len(scored)] = scored
         if event.token_id is not None and event.finish_reason is None:
             self.n_tokens += 1
             if event.in_reasoning:
@@ -213,6 +226,17 @@ class ReplyBuilder:
             choices.append(Choice(text, reason, tokens, reasoning, calls, draft.stop))
             usages.append(usage)
         return Reply(self._request.id, model, self._chat, tuple(choices), tuple(usages), self._seconds)
+
+
+def joined_replies(replies: Sequence[Reply]) -> Reply:
+    """Return the replies to several prompts as one."""
+    return replace(
+        replies[0],
+        choices=tuple(choice for reply in replies for choice in reply.choices),
+        usages=tuple(usage for reply in replies for usage in reply.usages),
+        seconds=max(reply.seconds for reply in replies),
+        n_prompts=len(replies),
+    )
 
 
 def reply_lead(engine: TextEngine) -> str:

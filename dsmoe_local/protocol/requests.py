@@ -16,6 +16,8 @@ ENDPOINTS: Mapping[str, bool] = {"/v1/chat/completions": True, "/v1/completions"
 """By URL: True if the body has messages, False if it has a prompt."""
 KNOWN = HONOURED.keys() | IGNORED | NEUTRAL.keys()
 """The names of all fields that have a meaning here."""
+MAX_PROMPTS = 256
+"""Prompts in one body."""
 _SAMPLING = frozenset(item.name for item in fields(SamplingParameters))
 
 
@@ -48,6 +50,26 @@ def read_request(name: str, body: Mapping[str, Any], defaults: RequestDefaults, 
     given["chat_template_kwargs"] = {**defaults.chat_template_kwargs, **parts.get("chat_template_kwargs", {})}
     chosen = replace(defaults.sampling, **sampling) if sampling else defaults.sampling
     return Request(name, sampling=chosen, **given)
+
+
+def read_requests(
+    name: str, body: Mapping[str, Any], defaults: RequestDefaults, *, chat: bool
+) -> tuple[Request, ...]:
+    """Return a request for each prompt of a body, in their order. Raises RequestError, UsageError."""
+    given = body.get("prompt")
+    prompts = given if isinstance(given, list) and not chat else []
+    if len(prompts) < 2 or not all(isinstance(prompt, str | list) for prompt in prompts):
+        return (read_request(name, body, defaults, chat=chat),)
+    if len(prompts) > MAX_PROMPTS:
+        raise RequestError(
+            f"prompt is a list of {len(prompts):,} prompts",
+            remedy=f"send at most {MAX_PROMPTS} at once",
+            param="prompt",
+        )
+    return tuple(
+        read_request(f"{name}-{index}" if index else name, {**body, "prompt": prompt}, defaults, chat=False)
+        for index, prompt in enumerate(prompts)
+    )
 
 
 def check_endpoint(url: str, body: Mapping[str, Any]) -> bool:

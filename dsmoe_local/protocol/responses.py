@@ -102,8 +102,12 @@ def completion_scores(tokens: tuple[ScoredToken, ...], offset: int = 0) -> tuple
         offset += len(token.text)
     scores = {
         "tokens": [token.text for token, _ in tokens],
-        "token_logprobs": [_finite(token.logprob) for token, _ in tokens],
-        "top_logprobs": [_by_text(token, others) for token, others in tokens],
+        "token_logprobs": [
+            None if math.isnan(token.logprob) else _finite(token.logprob) for token, _ in tokens
+        ],
+        "top_logprobs": [
+            None if math.isnan(token.logprob) else _by_text(token, others) for token, others in tokens
+        ],
         "text_offset": offsets,
     }
     return scores, offset

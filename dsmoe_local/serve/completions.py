@@ -10,11 +10,10 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.engine.types import Request
 from dsmoe_local.protocol import anthropic, openai_responses
 from dsmoe_local.protocol.chunks import CompletionWriter
 from dsmoe_local.protocol.errors import RequestError
-from dsmoe_local.protocol.requests import check_endpoint, read_request, unknown_fields
+from dsmoe_local.protocol.requests import check_endpoint, read_requests, unknown_fields
 from dsmoe_local.protocol.values import flag
 from dsmoe_local.protocol.writers import ReplyWriter
 from dsmoe_local.serve.bodies import read_object
@@ -53,19 +52,21 @@ async def complete(http: HttpRequest) -> ReplyResponse:
         body = translation.chat_body(given)
     chat = translation is not None or check_endpoint(path, body)
     name = uuid.uuid4().hex
-    request = read_request(name, body, state.options.defaults, chat=chat)
+    requests = read_requests(name, body, state.options.defaults, chat=chat)
     stream = flag("stream", body.get("stream") or False)
     if translation is None:
-        writer: ReplyWriter = _completion_writer(request, model, body, chat=chat, stream=stream)
+        writer: ReplyWriter = _completion_writer(
+            name, model, body, chat=chat, stream=stream, logprobs=requests[0].logprobs
+        )
     else:
-        if request.n > 1:
+        if requests[0].n > 1:
             raise RequestError("n is not supported", remedy="leave it out", param="n")
         writer = translation.writer(name, model, given)
-    return ReplyResponse(state, model, request, writer, _warning(body), stream=stream)
+    return ReplyResponse(state, model, requests, writer, _warning(body), stream=stream)
 
 
 def _completion_writer(
-    request: Request, model: str, body: Mapping[str, Any], *, chat: bool, stream: bool
+    name: str, model: str, body: Mapping[str, Any], *, chat: bool, stream: bool, logprobs: bool
 ) -> CompletionWriter:
     """Return what writes a completion. RequestError for wrong stream_options."""
     options = body.get("stream_options") or {}
@@ -74,7 +75,7 @@ def _completion_writer(
     if options and not stream:
         raise RequestError("stream_options is for stream: true", param="stream_options")
     usage = flag("stream_options.include_usage", options.get("include_usage") or False)
-    return CompletionWriter(request.id, model, chat=chat, usage=usage, logprobs=request.logprobs)
+    return CompletionWriter(name, model, chat=chat, usage=usage, logprobs=logprobs)
 
 
 def _warning(body: Mapping[str, Any]) -> dict[str, str]:

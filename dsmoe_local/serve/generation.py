@@ -1,11 +1,13 @@
-"""A request that the engine works on, seen from the event loop of the server."""
+"""The requests that the engine works on for a client, seen from the event loop of the server."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Executor
+from dataclasses import replace
+from functools import partial
 from typing import TypeAlias, TypeVar
 
 from dsmoe_local.base.errors import DsmoeError
@@ -13,7 +15,7 @@ from dsmoe_local.engine.errors import EngineError
 from dsmoe_local.engine.interface import ReloadableEngine, Ticket
 from dsmoe_local.engine.types import ObserverOptions, Request, TokenEvent
 from dsmoe_local.experts.activity import Activity, activity_of
-from dsmoe_local.protocol.replies import Delta, ReplyBuilder
+from dsmoe_local.protocol.replies import Delta, Reply, ReplyBuilder, joined_replies
 
 T = TypeVar("T")
 
@@ -53,25 +55,26 @@ class Mailbox:
 
 
 class Generation:
-    """One request, from its arrival to its end. All methods are called in the event loop.
+    """What a client has asked for, from its arrival to its end. All methods are called in the event loop.
 
-    `first_seconds` is the time to the first token, once there is one. `builder` is set by `start`.
+    There are several requests if there are several prompts. `n` is the number of replies to all of them.
+    `first_seconds` is the time to the first token, once there is one.
     """
 
-    builder: ReplyBuilder
-
-    def __init__(self, request: Request, mailbox: Mailbox) -> None:
-        self.request = request
+    def __init__(self, requests: Sequence[Request], mailbox: Mailbox) -> None:
+        self.n = sum(request.n for request in requests)
         self.first_seconds: float | None = None
+        self._requests = tuple(requests)
+        self._builders: list[ReplyBuilder] = []
+        self._n_open = len(requests)
         self._mailbox = mailbox
         self._loop = asyncio.get_running_loop()
         self._engine: ReloadableEngine | None = None
         self._executor: Executor | None = None
         self._earlier: asyncio.Future[Activity] | None = None  # the model's activity up to the first token
-        self._ticket: Ticket | None = None
+        self._tickets: list[Ticket] = []
         self._kill_timer: asyncio.TimerHandle | None = None
         self._changed = asyncio.Event()
-        self._ended = False
         self._error: BaseException | None = None
         self._cancelled: asyncio.Future[DsmoeError] = self._loop.create_future()  # its result is the reason
 
@@ -88,38 +91,49 @@ class Generation:
             future.cancel()
 
     async def start(self, engine: ReloadableEngine, lead: str, executor: Executor) -> None:
-        """Pass the request to the engine. After a crash this waits until the model is loaded again.
+        """Pass the requests to the engine. After a crash this waits until the model is loaded again.
 
         A request that is cancelled meanwhile does not stop that load: the next one would start it again.
         """
-        self.builder = ReplyBuilder(self.request, lead)
+        self._builders = [ReplyBuilder(request, lead) for request in self._requests]
         self._engine, self._executor = engine, executor
-        starting = self._loop.run_in_executor(
-            executor, engine.start, self.request, lambda item: self._mailbox.put(self._take, item)
-        )
+        starting = self._loop.run_in_executor(executor, self._start_all, engine)
         starting.add_done_callback(self._started)
         await self.wait_for(asyncio.shield(starting))
 
+    def _start_all(self, engine: ReloadableEngine) -> list[Ticket]:
+        """Start all requests, or none. Runs in a thread."""
+        tickets: list[Ticket] = []
+        try:
+            for request, builder in zip(self._requests, self._builders, strict=True):
+                take = partial(self._take, builder)
+                tickets.append(engine.start(request, partial(self._mailbox.put, take)))
+        except BaseException:
+            for ticket in tickets:
+                ticket.cancel()
+            raise
+        return tickets
+
     def cancel(self, reason: DsmoeError) -> None:
-        """End the request, unless it has ended. What waits for it raises `reason`, without waiting for the
-        engine.
+        """End the requests, unless they have ended. What waits for them raises `reason`, without waiting for
+        the engine.
         """
-        if self._ended or self._cancelled.done():
+        if not self._n_open or self._cancelled.done():
             return
         self._cancelled.set_result(reason)
         self._changed.set()
-        self._cancel_ticket()
+        self._cancel_tickets()
 
     async def deltas(self) -> AsyncIterator[list[Delta]]:
-        """Yield what is new, whenever something is; the list may be empty. Raises the error that ended the
+        """Yield what is new, whenever something is; the list may be empty. Raises the error that ended a
         request.
         """
         while True:
             await self._changed.wait()
             self._changed.clear()
             self._check()
-            ended = self._ended
-            found = self.builder.deltas()
+            ended = not self._n_open
+            found = self._new_deltas()
             if found or not ended or self._error is None:
                 yield found
             if ended and self._error is not None:
@@ -127,9 +141,23 @@ class Generation:
             if ended:
                 return
 
+    def _new_deltas(self) -> list[Delta]:
+        """Return what is new. Replies to the second prompt have indices after those to the first one."""
+        found: list[Delta] = []
+        offset = 0
+        for request, builder in zip(self._requests, self._builders, strict=True):
+            found += [replace(delta, index=offset + delta.index) for delta in builder.deltas()]
+            offset += request.n
+        return found
+
+    def reply(self, model: str) -> Reply:
+        """Return the replies of the model with this name, after the end."""
+        replies = [builder.reply(model) for builder in self._builders]
+        return joined_replies([reply for reply in replies if reply is not None])
+
     async def finish(self) -> None:
-        """Wait for the end of the request. Raises the error that ended it."""
-        while not self._ended:
+        """Wait for the end of the requests. Raises the error that ended one of them."""
+        while self._n_open:
             await self._changed.wait()
             self._changed.clear()
             self._check()
@@ -153,30 +181,34 @@ class Generation:
         if self._cancelled.done():
             raise self._cancelled.result()
 
-    def _started(self, starting: asyncio.Future[Ticket]) -> None:
+    def _started(self, starting: asyncio.Future[list[Ticket]]) -> None:
         if starting.cancelled() or starting.exception() is not None:
             return
-        self._ticket = starting.result()
-        if self._cancelled.done():
-            self._cancel_ticket()
+        self._tickets = starting.result()
+        if self._cancelled.done() or self._error is not None:
+            self._cancel_tickets()
 
-    def _cancel_ticket(self) -> None:
-        """Cancel the request in the engine. Kill an engine that does not react, so that its slot is freed."""
-        if self._ticket is not None and self._engine is not None and not self._ended:
-            self._ticket.cancel()
+    def _cancel_tickets(self) -> None:
+        """Cancel the requests in the engine. Kill an engine that does not react, so that slots are freed."""
+        if self._tickets and self._engine is not None and self._n_open and self._kill_timer is None:
+            for ticket in self._tickets:
+                ticket.cancel()
             self._kill_timer = self._loop.call_later(KILL_SECONDS, self._engine.kill)
 
-    def _take(self, item: Item) -> None:
+    def _take(self, builder: ReplyBuilder, item: Item) -> None:
         if isinstance(item, TokenEvent):
-            self.builder.add(item)
+            builder.add(item)
             if self.first_seconds is None and item.token_id is not None:
                 self.first_seconds = item.seconds
                 if self._engine is not None and OBSERVERS[0] in self._engine.options.observers:
                     self._earlier = self._observe()
         else:
-            self._ended = True
-            self._error = _as_error(item)
-            if self._kill_timer is not None:
+            self._n_open -= 1
+            if self._error is None and item is not None:
+                # The other requests have no use without this one.
+                self._error = _as_error(item)
+                self._cancel_tickets()
+            if not self._n_open and self._kill_timer is not None:
                 self._kill_timer.cancel()
         self._changed.set()
 
@@ -188,7 +220,7 @@ def _observed(engine: ReloadableEngine) -> Activity:
         return Activity()
 
 
-def _as_error(item: BaseException | None) -> BaseException | None:
-    if item is None or isinstance(item, DsmoeError):
+def _as_error(item: BaseException) -> BaseException:
+    if isinstance(item, DsmoeError):
         return item
     return EngineError(f"internal error: {type(item).__name__}: {item}")

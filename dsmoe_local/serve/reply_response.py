@@ -1,10 +1,10 @@
-"""The response to a request for a reply, which is generated while it is sent."""
+"""The response to a request for replies, which are generated while it is sent."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -24,13 +24,13 @@ _encode = msgspec.json.Encoder().encode
 
 
 class ReplyResponse:
-    """An ASGI application that generates the reply to one request and sends it."""
+    """An ASGI application that generates the replies to a client's prompts and sends them."""
 
     def __init__(
         self,
         state: ServerState,
         model: str,
-        request: Request,
+        requests: Sequence[Request],
         writer: ReplyWriter,
         headers: Mapping[str, str],
         *,
@@ -38,7 +38,7 @@ class ReplyResponse:
     ) -> None:
         self._state = state
         self._model = model
-        self._request = request
+        self._requests = requests
         self._writer = writer
         self._headers = dict(headers)
         self._stream = stream
@@ -51,7 +51,7 @@ class ReplyResponse:
         """
         status, reply = 200, None
         try:
-            generation = Generation(self._request, self._state.mailbox)
+            generation = Generation(self._requests, self._state.mailbox)
             async with _hang_ups(receive, generation), self._state.admitted(self._model, generation):
                 if self._stream:
                     reply = await self._send_stream(generation, send)
@@ -89,8 +89,7 @@ class ReplyResponse:
         return reply
 
     async def _whole_reply(self, generation: Generation) -> Reply:
-        reply = generation.builder.reply(self._model)
-        assert reply is not None, "a cancelled request raises its reason"
+        reply = generation.reply(self._model)
         if self._state.options.experts:
             # Before the end of the response: the client may ask for the experts right after it.
             activity = await generation.wait_for(generation.activity())

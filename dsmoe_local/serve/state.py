@@ -62,7 +62,7 @@ class ServerState:
     @property
     def n_active(self) -> int:
         """Replies that run or wait."""
-        return sum(generation.request.n for generation in self._running) + self.models.n_waiting
+        return sum(generation.n for generation in self._running) + self.models.n_waiting
 
     @property
     def n_queued(self) -> int:
@@ -71,7 +71,7 @@ class ServerState:
         return sum(max(0, n) for n in waiting) + self.models.n_waiting
 
     def _n_active_of(self, model: ServedModel) -> int:
-        return sum(generation.request.n for generation, its in self._running.items() if its is model)
+        return sum(generation.n for generation, its in self._running.items() if its is model)
 
     def log_body(self, body: Mapping[str, Any]) -> None:
         """Log the body of a request, if the user asked for it."""
@@ -105,7 +105,7 @@ class ServerState:
     @contextmanager
     def _place(self, model: ServedModel, generation: Generation) -> Iterator[None]:
         """Take a place in the queue of a model. Raises ServeError if it is full."""
-        n_parallel, n_active, n = model.engine.info.n_parallel, self._n_active_of(model), generation.request.n
+        n_parallel, n_active, n = model.engine.info.n_parallel, self._n_active_of(model), generation.n
         if n_active and n_active + n > n_parallel + self.options.max_queued:
             raise self._busy(n_parallel)
         began = time.perf_counter()

@@ -341,7 +341,7 @@ def test_bad_requests(tmp_path: Path, line: dict[str, Any], message: str) -> Non
         (b'{"messages": [{"role": "user", "content": null}]}', "content is not text"),
         (b'{"prompt": "a", "temprature": 1}', "temprature"),
         (b'{"prompt": "a", "temperature": "hot"}', "temperature is not a number"),
-        (b'{"prompt": "a", "max_tokens": 0}', "max_tokens"),
+        (b'{"prompt": "a", "max_tokens": -2}', "max_tokens"),
         (b'{"prompt": "a", "top_k": 1.5}', "top_k is not a whole number"),
         (b'{"prompt": "a", "stop": [""]}', "stop string"),
     ],

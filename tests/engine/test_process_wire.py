@@ -98,6 +98,14 @@ EVENTS = (
         TokenEvent, st.just("r"), ANY_TEXT, FLOATS, COUNTS, dropped=st.integers(1, 9), dropped_from=COUNTS
     )
     | st.builds(TokenEvent, st.just("r"), ANY_TEXT, FLOATS, COUNTS, held=st.just(True))
+    | st.builds(
+        TokenEvent,
+        st.just("r"),
+        ANY_TEXT,
+        FLOATS,
+        prompt_tokens=st.just(((TokenLogprob(1, "a", -0.5), TokenLogprob(2, "b", -0.7)),)),
+        prompt_start=COUNTS,
+    )
 )
 PATHS = st.sampled_from(["m.gguf", "/a b/ü.gguf", "half \udcff name.gguf"]).map(Path)
 OBSERVERS = st.builds(

@@ -102,6 +102,8 @@ class Play:
         self.cache.do(step)
         self.scheduler.commit(step)
         self.steps.append(step)
+        most = self.scheduler.limits.n_outputs
+        assert most is None or sum(row.n_outputs for row in step.rows) <= most, "llama.cpp would abort"
         by_sequence = {id(run.sequence): run for run in self.runs}
         for sequence in step.full:
             self.end(by_sequence[id(sequence)], "full")
@@ -163,6 +165,7 @@ def limits(draw: st.DrawFn) -> Limits:
         unified=unified,
         deterministic=not unified and draw(st.booleans()),
         n_ids=n_slots + draw(st.integers(0, 4)),
+        n_outputs=draw(st.none() | st.integers(n_slots, n_slots + 20)),
     )
 
 
@@ -201,7 +204,9 @@ def test_random_work_ends_and_the_books_agree(
         if kind == "add":
             prompt = [*_PREFIXES[prefix], *(10_000 + number % 3 * 100 + place for place in range(tail))]
             prompt = prompt[: chosen.n_context - 1]
-            stage.add(prompt, length, stated=stated, can_shift=stated and tail % 5 == 0, n_keep=tail % 3 * 10)
+            scored = {"score_from": 0, "n_reusable": 0} if tail % 7 == 0 else {}
+            shifts = stated and tail % 5 == 0
+            stage.add(prompt, length, stated=stated, can_shift=shifts, n_keep=tail % 3 * 10, **scored)
         elif kind == "cancel" and stage.runs:
             run = stage.runs[prefix * 7 % len(stage.runs)]
             if not run.ended:
@@ -398,9 +403,10 @@ def test_a_shift_keeps_what_it_is_told_to() -> None:
     assert keeps_all.ended == "full"
 
 
-def test_scored_prompts_get_all_their_logits() -> None:
+@pytest.mark.parametrize("n_outputs", [None, 7])
+def test_scored_prompts_get_all_their_logits(n_outputs: int | None) -> None:
     """Guards: a perplexity over fewer tokens than asked for, or over cached ones."""
-    stage = Play(Limits(n_slots=1, n_cells=512, n_context=512, n_step_tokens=50))
+    stage = Play(Limits(n_slots=1, n_cells=512, n_context=512, n_step_tokens=50, n_outputs=n_outputs))
     stage.add(list(range(200)), 1)
     stage.finish_all()
     stage.steps.clear()

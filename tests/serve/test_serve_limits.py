@@ -330,7 +330,7 @@ def test_metrics() -> None:
     with serving(FakeEngine(n_parallel=2)) as server:
         server.chat()
         server.chat(stream=True)
-        server.send("/v1/completions", {"prompt": "x", "max_tokens": 0})
+        server.send("/v1/completions", {"prompt": "x", "max_tokens": -2})
         text = server.send("/metrics").body.decode()
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert float(values["dsmoe_prompt_tokens_total"]) == 18

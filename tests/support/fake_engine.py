@@ -212,6 +212,10 @@ class FakeEngine:
         ended_by: int | None = END
         reason = FinishReason.STOP
         done = n_reasoning = 0
+        if request.echo:
+            scored = tuple(_alternatives(request, token_id - 1) for token_id in prompt)
+            text = request.prompt if isinstance(request.prompt, str) else _bytes_of(prompt).decode()
+            yield TokenEvent(request.id, text, 0.0, prompt_tokens=scored if request.scores_prompt else ())
         for byte in answer:
             self._gate(done)
             if self._killed:

@@ -155,6 +155,7 @@ def _limits(
         deterministic=options.deterministic,
         n_ids=native.MAX_SEQUENCES if rewindable else options.n_parallel,
         rewindable=rewindable,
+        n_outputs=context.options.n_outputs,
     )
 
 

@@ -90,7 +90,7 @@ class Context:
         parameters.n_seq_max = options.n_sequences
         parameters.kv_unified = options.unified
         parameters.offload_kqv = options.offload_cache
-        # Usually one row of logits per sequence. Rows for a whole ubatch would take 200 MB for the 16B model.
+        # Rows of logits for a whole ubatch would take 200 MB for the 16B model.
         parameters.n_outputs_max = options.n_outputs
         parameters.n_threads = options.n_threads
         parameters.n_threads_batch = options.n_threads_batch

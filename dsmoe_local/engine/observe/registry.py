@@ -103,10 +103,15 @@ def make_observer(option: ObserverOptions, model: Model, outline: ModelOutline) 
     return make(model, outline, **dict(option.parameters))
 
 
+ECHO_ROWS = 64
+"""Rows of logits for prompts that requests score themselves. They take 50 MB for a 16B model."""
+
+
 def n_outputs(options: Sequence[ObserverOptions], n_ubatch: int, n_sequences: int) -> int:
     """Return the largest number of rows of logits in a step.
 
-    That is one for each sequence, or one for each token if an observer reads the logits of prompts.
+    There is one for each sequence. An observer that reads the logits of prompts needs one for each token; a
+    request that scores its prompt reads it in steps of ECHO_ROWS.
     """
     scores = any(_entry(option).kind.reads_logits for option in options)
-    return max(n_ubatch, n_sequences) if scores else n_sequences
+    return max(n_ubatch if scores else min(n_ubatch, ECHO_ROWS), n_sequences)

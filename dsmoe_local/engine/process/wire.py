@@ -138,6 +138,7 @@ def event_to_plain(number: int, event: TokenEvent) -> Plain:
         and not event.in_reasoning
         and not event.reasoning
         and not event.calls
+        and not event.prompt_tokens
     ):
         return (number, event.text, event.seconds, event.token_id)
     _, *values = to_plain(event)

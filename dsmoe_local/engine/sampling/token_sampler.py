@@ -66,10 +66,7 @@ class TokenSampler:
         restricts nor sees it. `logits` are not changed. Raises NativeError if they are not finite,
         EngineError if the grammar permits no token.
         """
-        best = int(logits.argmax())
-        # argmax returns the index of a NaN if there is one.
-        if not np.isfinite(logits[best]):
-            raise NativeError("the model computes NaN or infinity", remedy="check the file: dsmoe inspect")
+        best = _likeliest_of(logits)
         if self._sampler is None and self._adjustments.keeps_first(best):
             token_id = best
         else:
@@ -86,6 +83,16 @@ class TokenSampler:
         if not self._logprobs:
             return Choice(token_id, None, ())
         return self._with_logprobs(logits, token_id, float(logits[best]))
+
+    def score(self, logits: Logits, token_id: int) -> tuple[TokenLogprob, ...]:
+        """Return a token that follows, and the likeliest ones, as in `TokenEvent.alternatives`.
+
+        Raises NativeError if the logits are not finite.
+        """
+        peak = float(logits[_likeliest_of(logits)])
+        _, logprob, alternatives = self._with_logprobs(logits, token_id, peak)
+        assert logprob is not None
+        return alternatives or (TokenLogprob(token_id, self._model.text_of(token_id), logprob),)
 
     def _pick(self, logits: Logits) -> int:
         if self._sampler is None:
@@ -114,6 +121,15 @@ class TokenSampler:
         """Free the sampler chain."""
         if self._sampler is not None:
             self._sampler.close()
+
+
+def _likeliest_of(logits: Logits) -> int:
+    """Return the index of the highest logit. Raises NativeError if it is not finite."""
+    best = int(logits.argmax())
+    # argmax returns the index of a NaN if there is one.
+    if not np.isfinite(logits[best]):
+        raise NativeError("the model computes NaN or infinity", remedy="check the file: dsmoe inspect")
+    return best
 
 
 def choose_seed(sampling: SamplingParameters) -> int | None:

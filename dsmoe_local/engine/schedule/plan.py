@@ -13,7 +13,8 @@ class Limits:
     """The capacity of the cache and of a step.
 
     The cache has `n_cells` cells in total if `unified`, otherwise for each slot. A sequence has at most
-    `n_context` tokens, a step `n_step_tokens`. Sequence ids below `n_slots` can be decoded. The others, below
+    `n_context` tokens, a step `n_step_tokens`, and logits for `n_outputs` of them (None: for all), which is
+    at least `n_slots`. Sequence ids below `n_slots` can be decoded. The others, below
     `n_ids`, can only hold parked prefixes, in a unified cache. If not `rewindable`, a sequence can be
     continued or dropped as a whole, but not cut or copied.
     """
@@ -26,6 +27,7 @@ class Limits:
     deterministic: bool = False
     n_ids: int = 256
     rewindable: bool = True
+    n_outputs: int | None = None
 
 
 @dataclass(slots=True, eq=False)

@@ -74,7 +74,7 @@ class Scheduler:
         if self.limits.deterministic:
             # Only whole prefill chunks are bit-identical to those that another prompt would compute.
             chunk = self.limits.n_step_tokens
-            keep = min(keep, sequence.n_prompt) // chunk * chunk
+            keep = min(keep, sequence.n_prompt) // chunk * chunk if sequence.score_from is None else 0
         self.cache.truncate(sequence.slot, keep)
         self.cache.touch(sequence.slot)
         sequence.slot = -1
@@ -110,12 +110,11 @@ class Scheduler:
 
     def _hold(self, sequence: Sequence, start: int, end: int) -> None:
         """Record that the cache holds the tokens from `start` to `end` of a sequence."""
-        # Cells from decoding differ in the last bits from those of a prefill, so in the deterministic mode
-        # they must not be shared.
-        decoded = self.limits.deterministic and start >= sequence.n_prompt
-        self.cells.extend(
-            sequence.slot, sequence.tokens[start:end], exact=not sequence.shifted and not decoded
-        )
+        # Cells from decoding, or from the smaller steps of a scored prompt, differ in the last bits from
+        # those of a prefill, so in the deterministic mode they must not be shared.
+        in_chunks = start < sequence.n_prompt and sequence.score_from is None
+        exact = not sequence.shifted and (in_chunks or not self.limits.deterministic)
+        self.cells.extend(sequence.slot, sequence.tokens[start:end], exact=exact)
 
     def lose(self, sequence: Sequence) -> None:
         """Drop all cells of a running sequence after a failed step."""
@@ -324,13 +323,37 @@ class Scheduler:
         decoding = [sequence for sequence in able if not sequence.prefilling]
         reading = [sequence for sequence in able if sequence.prefilling]
         if self.limits.unified:
-            return _decode_rows(decoding) + _prefill_rows(reading, self.limits.n_step_tokens - len(decoding))
+            return _decode_rows(decoding) + self._prefill_rows(reading, len(decoding))
         # llama.cpp would split rows of different lengths into several ubatches, so prefill and decoding steps
         # alternate.
         self._reads = bool(reading) and not (decoding and self._reads)
         if not self._reads:
             return _decode_rows(sorted(decoding, key=lambda sequence: sequence.slot))
-        return _prefill_rows(reading[:1] if self.limits.deterministic else reading, self.limits.n_step_tokens)
+        return self._prefill_rows(reading[:1] if self.limits.deterministic else reading, 0)
+
+    def _prefill_rows(self, reading: list[Sequence], n_decoding: int) -> tuple[StepRow, ...]:
+        """Return rows with tokens of the prompts in their order, but at least one token.
+
+        `n_decoding` other tokens are in the step.
+        """
+        rows = []
+        left = max(1, self.limits.n_step_tokens - n_decoding)
+        outputs = left if self.limits.n_outputs is None else self.limits.n_outputs - n_decoding
+        for sequence in reading:
+            start, end = sequence.n_cached, len(sequence.tokens)
+            count = min(left, end - start)
+            if sequence.score_from is not None:
+                # Each token from there on takes an output.
+                count = min(count, max(0, sequence.score_from - start) + outputs)
+            n_outputs = int(start + count == end)
+            if sequence.score_from is not None:
+                n_outputs = max(n_outputs, start + count - max(start, sequence.score_from))
+            if count <= 0 or n_outputs > outputs:
+                break
+            rows.append(StepRow(sequence, start, count, n_outputs))
+            left -= count
+            outputs -= n_outputs
+        return tuple(rows)
 
     def _padding(self, rows: tuple[StepRow, ...]) -> tuple[Padding, ...]:
         """Return padding for the idle slots in a step that decodes."""
@@ -350,20 +373,3 @@ class Scheduler:
 def _decode_rows(decoding: list[Sequence]) -> tuple[StepRow, ...]:
     """Return a row with the latest token of each sequence."""
     return tuple(StepRow(sequence, sequence.n_cached, 1, 1) for sequence in decoding)
-
-
-def _prefill_rows(reading: list[Sequence], n_tokens: int) -> tuple[StepRow, ...]:
-    """Return rows with up to `n_tokens` tokens, but at least one, of the prompts in their order."""
-    rows = []
-    left = max(1, n_tokens)
-    for sequence in reading:
-        if left <= 0:
-            break
-        start, end = sequence.n_cached, len(sequence.tokens)
-        count = min(left, end - start)
-        n_outputs = int(start + count == end)
-        if sequence.score_from is not None:
-            n_outputs = max(n_outputs, start + count - max(start, sequence.score_from))
-        rows.append(StepRow(sequence, start, count, n_outputs))
-        left -= count
-    return tuple(rows)
