@@ -43,6 +43,7 @@ _TYPE = re.compile(
     r"(?<![^-._])((?:UD-)?I?Q\d\w*(?:-fast|-small)?|TQ\d_\d|BF16|FP?16|FP?32|MXFP4\w*|NVFP4)(?![^-.])",
     re.IGNORECASE | re.ASCII,
 )
+_NAME = re.compile(r"[^\W.][\w.-]{0,150}")
 _NOT_MODELS = ("mmproj", "imatrix")
 _PREFIXES = ("https://", "http://", "huggingface.co/", "hf.co/")
 _BLOCK = 1 << 24
@@ -95,13 +96,20 @@ def pull(
     listen: Listener,
     stop: threading.Event,
     *,
+    name: str = "",
     force: bool = False,
 ) -> Pulled:
     """Download a model of a repository to `folder`. `wanted` is its type or its name; "" means about 4 bits.
 
-    `force` replaces a file of the same name with other content. Raises UsageError, HubError, NoSpaceError,
-    LockedError, FileError, InterruptedRunError.
+    `name` is the name that it gets, if not that of the repository's file. `force` replaces a file of the same
+    name with other content. Raises UsageError, HubError, NoSpaceError, LockedError, FileError,
+    InterruptedRunError.
     """
+    if name and not _NAME.fullmatch(name):
+        raise UsageError(
+            f"{safe_line(name, 80)!r} cannot be the name of a model",
+            remedy="use letters, digits, and the characters - . _ with no . in front",
+        )
     repository = HubRepository(request, listen, stop)
     if repository.offline:
         raise HubError(
@@ -111,7 +119,7 @@ def pull(
     _refuse_large(repository, request.repository, model, folder)
     _check_digests(repository, request.repository, model)
     make_folders(folder)
-    return _Pull(repository, model, folder, listen, stop, force).run()
+    return _Pull(repository, model, folder, name or model.name, listen, stop, force).run()
 
 
 def models_of(sizes: Mapping[str, int]) -> list[HubModel]:
@@ -189,6 +197,16 @@ def _check_digests(repository: HubRepository, name: str, model: HubModel) -> Non
             )
 
 
+def _final(folder: Path, name: str, file: Path) -> Path:
+    """Return the path of a file of the model with this name."""
+    split = SplitName.of(file)
+    return (
+        folder / f"{name}.gguf"
+        if split is None
+        else SplitName(folder, name, 0, split.count).path(split.number)
+    )
+
+
 class _Pull:
     """One download of a model to `folder`."""
 
@@ -197,6 +215,7 @@ class _Pull:
         repository: HubRepository,
         model: HubModel,
         folder: Path,
+        name: str,
         listen: Listener,
         stop: threading.Event,
         force: bool,
@@ -205,7 +224,7 @@ class _Pull:
         self._listen = listen
         self._stop = stop
         self._force = force
-        self._finals = {name: folder / Path(name).name for name in model.files}
+        self._finals = {file: _final(folder, name, Path(file)) for file in model.files}
         self._first = self._finals[model.files[0]]
 
     def run(self) -> Pulled:
@@ -241,7 +260,7 @@ class _Pull:
         raise FileError(
             "a file of that name is there, with other content than in the repository",
             where=final,
-            remedy="--force replaces it",
+            remedy="--as NAME gives the download another name; --force replaces the file",
         )
 
     def _part(self, name: str) -> Path:

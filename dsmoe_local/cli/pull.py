@@ -10,7 +10,7 @@ from dsmoe_local.base.text import safe_line
 from dsmoe_local.cli.command import define_command
 from dsmoe_local.cli.hub_options import check_hub_options, hub_options
 from dsmoe_local.cli.model_argument import models_folder
-from dsmoe_local.cli.options import FLAG, option
+from dsmoe_local.cli.options import FLAG, option, text_value
 from dsmoe_local.cli.output import show_result
 from dsmoe_local.cli.progress import run_with_progress
 
@@ -22,8 +22,15 @@ from dsmoe_local.cli.progress import run_with_progress
 )
 @click.argument("source", metavar="OWNER/REPO[:TYPE]")
 @hub_options
+@option(
+    "--as",
+    "name",
+    "Name that the model gets, such as when another one has the name of its file.",
+    text_value("NAME"),
+    default="",
+)
 @option("--force", "force", "Replace a file of the same name that has other content.", FLAG)
-def command(source: str, revision: str | None, token: str | None, force: bool) -> None:
+def command(source: str, revision: str | None, token: str | None, name: str, force: bool) -> None:
     """Download a GGUF model from the Hugging Face hub to the models folder.
 
     TYPE is the type that the file's name ends with, such as Q4_K_M, or the whole name. Without it, the model
@@ -40,7 +47,7 @@ def command(source: str, revision: str | None, token: str | None, force: bool) -
     folder, _ = models_folder()
     pulled = run_with_progress(
         lambda listen, stop: pull(
-            HubRequest(repository, revision, token), wanted, folder, listen, stop, force=force
+            HubRequest(repository, revision, token), wanted, folder, listen, stop, name=name, force=force
         )
     )
     name = model_stem(pulled.path)

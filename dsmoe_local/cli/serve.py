@@ -65,6 +65,7 @@ _SECONDS = typed(_Seconds(0, _MAX_SECONDS), "SECONDS")
     section_only=True,
     envvar="DSMOE_SERVE_KEEP",
 )
+@option("--only", "only", "Serve this model only: requests cannot name another one.", FLAG)
 @option(
     "--idle",
     "idle_seconds",
@@ -156,7 +157,7 @@ def command(
         raise MissingExtraError("serve", error.name or "a package", "dsmoe serve") from error
 
     options = _options(values)
-    keep, idle_seconds = values.pop("keep"), values.pop("idle_seconds")
+    keep, idle_seconds, only = values.pop("keep"), values.pop("idle_seconds"), values.pop("only")
     path = find_model(argument, named_model)
     stop = threading.Event()
     loading = dict(values)
@@ -177,7 +178,7 @@ def command(
         _log(f"{safe_line(first.name, 60)}: {url_of(listener)}/v1")
         _log(f"chat in a browser: {url_of(listener)}")
         _log(f"up to {info.n_parallel} requests at once, {info.n_context:,} tokens of context each")
-        source = ModelSource(_known, load, _fits, keep, idle_seconds, stop)
+        source = ModelSource(dict if only else _known, load, _fits, keep, idle_seconds, stop=stop)
         asyncio.run(serve(first, source, options, listener, _log))
 
 

@@ -45,6 +45,9 @@ def _top_k(key: str, value: object) -> int:
 
 
 def _bias(key: str, value: object) -> tuple[tuple[int, float], ...]:
+    if isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        # llama.cpp's form
+        return tuple((integer(key, token_id), number(key, bias)) for token_id, bias in value)
     if not isinstance(value, dict):
         raise RequestError(f"{key} is not an object of token ids")
     pairs = []
@@ -107,7 +110,9 @@ def _response_format(key: str, value: object) -> Parts:
     if kind == "text":
         return {}
     if kind == "json_object":
-        return {"json_schema": '{"type": "object"}'}
+        # The schema is an addition of llama.cpp.
+        schema = value.get("schema") if isinstance(value, dict) else None
+        return {"json_schema": '{"type": "object"}' if schema is None else _schema(f"{key}.schema", schema)}
     wrapped = value.get("json_schema") if isinstance(value, dict) else None
     if kind != "json_schema" or not isinstance(wrapped, dict) or "schema" not in wrapped:
         raise RequestError(

@@ -18,6 +18,7 @@ from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.protocol.requests import ENDPOINTS
 from dsmoe_local.serve import endpoints, page
+from dsmoe_local.serve.bodies import BodyReader
 from dsmoe_local.serve.completions import TRANSLATED, complete
 from dsmoe_local.serve.errors import ServeError, error_response
 from dsmoe_local.serve.guard import HostGuard, KeyGuard
@@ -64,6 +65,7 @@ def _middleware(options: ServeOptions) -> list[Middleware]:
         expose_headers=["warning", "retry-after"],
     )
     return [
+        Middleware(BodyReader, options=options),
         Middleware(HostGuard, options=options),
         *([cors] if options.cors_origins else []),
         Middleware(KeyGuard, api_key=options.api_key),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
+from starlette.datastructures import Headers
 from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.protocol.errors import RequestError
@@ -34,32 +37,22 @@ async def read_object(request: Request, options: ServeOptions) -> dict[str, Any]
 
 
 async def _read(request: Request, options: ServeOptions) -> bytes:
-    """Return the body.
-
-    Of a body that is too large, more is read and dropped: most clients read the response only after they have
-    sent everything.
-    """
+    """Return the body. Raises ServeError as soon as it turns out to be too large or too slow."""
     limit = options.max_body
     length = request.headers.get("content-length", "")
-    is_too_large = length.isdigit() and int(length) > limit
-    if is_too_large and "expect" in request.headers:
-        raise _too_large(limit)  # this client waits for a word before it sends the body
+    if length.isdigit() and int(length) > limit:
+        raise _too_large(limit)
     parts: list[bytes] = []
     n_bytes = 0
     try:
         async with asyncio.timeout(options.body_seconds):
             async for part in request.stream():
                 n_bytes += len(part)
-                is_too_large = is_too_large or n_bytes > limit
-                if not is_too_large:
-                    parts.append(part)
-                elif n_bytes > limit + _MAX_DROPPED:
-                    break
+                if n_bytes > limit:
+                    raise _too_large(limit)
+                parts.append(part)
     except TimeoutError:
-        if not is_too_large:
-            raise too_slow(f"the body did not arrive within {options.body_seconds:g} seconds") from None
-    if is_too_large:
-        raise _too_large(limit)
+        raise too_slow(f"the body did not arrive within {options.body_seconds:g} seconds") from None
     return b"".join(parts)
 
 
@@ -71,3 +64,39 @@ def _too_large(limit: int) -> ServeError:
         f"the body is larger than {format_size(limit)}",
         headers={"connection": "close"},
     )
+
+
+class BodyReader:
+    """Reads and drops what is left of a request's body before the response to it begins.
+
+    Most clients read the response only after they have sent everything, and closing a connection with data
+    that was not read resets it: the client would not see why it was refused.
+    """
+
+    def __init__(self, app: ASGIApp, options: ServeOptions) -> None:
+        self._app = app
+        self._seconds = options.body_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request."""
+        # A client that expects 100-continue waits for a word before it sends the body.
+        is_read = scope["type"] != "http" or "expect" in Headers(scope=scope)
+
+        async def receive_part() -> Message:
+            nonlocal is_read
+            message = await receive()
+            is_read = is_read or not message.get("more_body", False)
+            return message
+
+        async def send_after_body(message: Message) -> None:
+            nonlocal is_read
+            if not is_read:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._seconds):
+                        n_bytes = 0
+                        while not is_read and n_bytes < _MAX_DROPPED:
+                            n_bytes += len((await receive_part()).get("body", b""))
+                is_read = True
+            await send(message)
+
+        await self._app(scope, receive_part, send_after_body)

@@ -44,7 +44,8 @@ class ModelSource:
     for one, `load` loads it. All of them may block.
 
     At most `keep` models are loaded at once. A model that is not used for `idle_seconds` is unloaded (0: none
-    is). `stop` is set when the server ends its requests; loads that are in progress should end, too.
+    is). If a load has waited for room for `patience_seconds`, new requests for a model that is in use wait
+    for that load. `stop` is set when the server ends its requests; loads in progress should end, too.
     """
 
     known: Callable[[], Mapping[str, Path]]
@@ -52,6 +53,7 @@ class ModelSource:
     fits: Callable[[Path], bool]
     keep: int = 1
     idle_seconds: float = 0.0
+    patience_seconds: float = 30.0
     stop: threading.Event = field(default_factory=threading.Event)
 
 
@@ -73,6 +75,10 @@ class Models:
         self._turn = asyncio.Lock()  # one load at a time
         self._loads: dict[str, asyncio.Task[ServedModel]] = {}
         self._freed = asyncio.Event()
+        self.leaving = ""
+        """A model in use that is to make room for another one: new requests for it call `wait_turn`."""
+        self._left = asyncio.Event()
+        self._n_held = 0
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
     @property
@@ -83,7 +89,7 @@ class Models:
     @property
     def n_waiting(self) -> int:
         """Requests that wait for a model to be loaded."""
-        return sum(n for name, n in self._users.items() if name not in self._loaded)
+        return sum(n for name, n in self._users.items() if name not in self._loaded) + self._n_held
 
     async def known(self) -> dict[str, Path]:
         """Return the files of all models by name. The first one is that of requests that name none."""
@@ -107,6 +113,14 @@ class Models:
             remedy=f"leave model out, or use one of /v1/models: {near}",
             param="model",
         )
+
+    async def wait_turn(self) -> None:
+        """Wait until the model that is `leaving` has made room for another one."""
+        self._n_held += 1
+        try:
+            await self._left.wait()
+        finally:
+            self._n_held -= 1
 
     @contextmanager
     def kept(self, name: str) -> Iterator[None]:
@@ -161,19 +175,26 @@ class Models:
                     self._keep_unused(name)
                 return model
         finally:
+            self._stay()
             # At once, so that no request joins a load that has failed.
             del self._loads[name]
+
+    def _stay(self) -> None:
+        """Let requests go on that wait for a model to leave."""
+        self.leaving = ""
+        self._left.set()
 
     async def _room_for(self, name: str) -> Path:
         """Unload others until a model has room. Return its file."""
         path = (await self.known()).get(name)
         if path is None:  # it was there when the request came
             raise await self._not_found(name)
+        patient_until = asyncio.get_running_loop().time() + self._source.patience_seconds
         while len(self._loaded) >= self._source.keep:
             self._check_wanted(name)
-            await self._make_room()
+            await self._make_room(patient_until)
         while self._unused_names() and not await self._in_thread(lambda: self._source.fits(path)):
-            await self._make_room()
+            await self._make_room(patient_until)
         self._check_wanted(name)
         return path
 
@@ -184,14 +205,21 @@ class Models:
         if not self._users[name]:
             raise hung_up()
 
-    async def _make_room(self) -> None:
-        """Unload the model that was not used for the longest time. Waits until one is not used."""
+    async def _make_room(self, patient_until: float) -> None:
+        """Unload the model that was not used for the longest time. Waits until one is not used. After the
+        time `patient_until`, one of them gets no new requests.
+        """
         unused = self._unused_names()
         if unused:
             await self._in_thread(self._take_out(unused[0]).close)
-        else:
-            self._freed.clear()
-            await self._freed.wait()
+            return
+        self._freed.clear()
+        try:
+            async with asyncio.timeout_at(None if self.leaving else patient_until):
+                await self._freed.wait()
+        except TimeoutError:
+            self.leaving = next(iter(self._loaded))
+            self._left.clear()
 
     def _unused_names(self) -> list[str]:
         return [name for name in self._loaded if not self._users[name]]

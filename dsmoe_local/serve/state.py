@@ -89,11 +89,14 @@ class ServerState:
             raise self._busy(1)
         self._admitted.add(generation)
         try:
-            with self._time_limit(generation), self.models.kept(name):
-                model = await generation.wait_for(self.models.get(name))
-                with self._place(model, generation):
-                    await generation.start(model.engine, model.lead, self.executor)
-                    yield
+            with self._time_limit(generation):
+                while name == self.models.leaving:
+                    await generation.wait_for(self.models.wait_turn())
+                with self.models.kept(name):
+                    model = await generation.wait_for(self.models.get(name))
+                    with self._place(model, generation):
+                        await generation.start(model.engine, model.lead, self.executor)
+                        yield
         finally:
             self._admitted.remove(generation)
 
@@ -119,20 +122,30 @@ class ServerState:
     @contextmanager
     def _time_limit(self, generation: Generation) -> Iterator[None]:
         limit = self.options.max_seconds
-        error = too_slow(f"the request took longer than {limit:g} seconds")
-        timer = asyncio.get_running_loop().call_later(limit, generation.cancel, error)
+        timer = asyncio.get_running_loop().call_later(limit, generation.cancel, self._too_slow())
         try:
             yield
         finally:
             timer.cancel()
 
+    def _too_slow(self) -> ServeError:
+        return too_slow(f"the request took longer than {self.options.max_seconds:g} seconds")
+
     async def ask_tokenizer(self, name: str, function: Callable[[ReloadableEngine], T]) -> T:
-        """Call a function of the tokenizer of a model in a thread. Raises errors of loading."""
+        """Call a function of the tokenizer of a model in a thread. Raises errors of loading, and ServeError
+        after the time limit.
+        """
         self.check_accepting()
-        with self.models.kept(name):
-            model = await self.models.get(name)
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._tokenizers, function, model.engine)
+        try:
+            async with asyncio.timeout(self.options.max_seconds):
+                while name == self.models.leaving:
+                    await self.models.wait_turn()
+                with self.models.kept(name):
+                    model = await self.models.get(name)
+                    loop = asyncio.get_running_loop()
+                    return await loop.run_in_executor(self._tokenizers, function, model.engine)
+        except TimeoutError:
+            raise self._too_slow() from None
 
     def end_all(self) -> None:
         """Cancel all requests and loads, because the server is shutting down."""

@@ -57,10 +57,9 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
         yield running
 
 
-def fetch(hub: Hub, folder: Path, wanted: str = "", *, force: bool = False) -> Pulled:
-    return pull(
-        HubRequest(REPOSITORY, endpoint=hub.url), wanted, folder, ignore, threading.Event(), force=force
-    )
+def fetch(hub: Hub, folder: Path, wanted: str = "", *, name: str = "", force: bool = False) -> Pulled:
+    request, stop = HubRequest(REPOSITORY, endpoint=hub.url), threading.Event()
+    return pull(request, wanted, folder, ignore, stop, name=name, force=force)
 
 
 def ignore(event: Event) -> None:
@@ -245,8 +244,26 @@ def test_another_file_of_that_name(hub: Hub, tmp_path: Path) -> None:
             fetch(hub, folder)
         assert mine.read_bytes() == content
     assert hub.downloads() == []
+    assert fetch(hub, folder, name="theirs").path == folder / "theirs.gguf"
+    assert not fetch(hub, folder, name="theirs").is_new
+    assert mine.read_bytes() == content
     assert fetch(hub, folder, force=True).is_new
     assert mine.read_bytes() == source.read_bytes()
+
+
+def test_another_name_for_a_split_model(hub: Hub, tmp_path: Path) -> None:
+    """Guards: files of two models that are taken for one; a name that leaves the models folder."""
+    folder = tmp_path / "models"
+    pulled = fetch(hub, folder, "Q8_0", name="large")
+    assert pulled.path == folder / "large-00001-of-00003.gguf"
+    assert names_in(folder) == [name.replace("tiny-Q8_0", "large") for name in SPLIT]
+    fetch(hub, tmp_path / "same", "Q8_0")
+    for path in folder.iterdir():
+        same = tmp_path / "same" / path.name.replace("large", "tiny-Q8_0")
+        assert path.read_bytes() == same.read_bytes()
+    for name in ("../large", ".large", "a/b", "a\nb", "~"):
+        with pytest.raises(UsageError, match="cannot be the name of a model"):
+            fetch(hub, folder, name=name)
 
 
 def test_a_link_of_that_name(hub: Hub, tmp_path: Path) -> None:

@@ -136,3 +136,24 @@ def test_cors(chosen: str, shown: str) -> None:
             assert answer.headers["access-control-allow-origin"] == shown
         other = server.send("/v1/completions", {"prompt": "a"}, origin="http://evil.example")
         assert other.status == (401 if chosen == "*" else 403)
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "headers", "status"),
+    [
+        ("/v1/completions", "POST", {"authorization": "Bearer wrong"}, 401),
+        ("/v1/completions", "POST", {"host": "evil.example"}, 403),
+        ("/v1/completions", "POST", {"content_type": "text/plain"}, 415),
+        ("/completions", "POST", {}, 404),
+        ("/health", "POST", {}, 405),
+        ("/v1/completions", "POST", {}, 413),
+    ],
+)
+def test_refused_before_the_body_is_read(
+    locked: Serving, path: str, method: str, headers: dict[str, str], status: int
+) -> None:
+    """Guards: a connection that is reset while the client still sends, so that it does not see the reason."""
+    body = b" " * (32 << 20)  # more than the system's buffers hold
+    answer = locked.send(path, body, method, **{"authorization": "Bearer sesame", **headers})
+    assert answer.status == status
+    assert answer.error["message"]

@@ -27,6 +27,7 @@ from dsmoe_local.cli import serve
 from dsmoe_local.cli.commands import load_command
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions
+from dsmoe_local.serve.models import ModelSource, ServedModel
 from dsmoe_local.serve.server import listen
 
 START = "from dsmoe_local.cli.main import dsmoe; dsmoe()"
@@ -149,6 +150,22 @@ def test_the_command(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
         assert "Traceback" not in process.stderr.read()
+
+
+def test_only_one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: clients that load any model of the computer, although the user wants to serve one."""
+    sources: list[ModelSource] = []
+
+    async def end(first: ServedModel, source: ModelSource, *others: object) -> None:
+        sources.append(source)
+
+    shutil.copy(tiny_model(), tmp_path / "other.gguf")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dsmoe_local.serve.server.serve", end)
+    for flags in ([], ["--only"]):
+        arguments = [str(tiny_model()), "--port", "0", "-t", "1", *flags]
+        load_command("serve").main(arguments, standalone_mode=False)
+    assert ["other" in source.known() for source in sources] == [True, False]
 
 
 def test_mistakes_with_addresses(capsys: pytest.CaptureFixture[str]) -> None:

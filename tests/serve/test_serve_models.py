@@ -19,14 +19,19 @@ from dsmoe_local.serve.models import ModelSource
 class Shelf:
     """Models a, b and c; `broken` cannot be loaded, `slow` once `go` is set. Each replies with its name."""
 
-    def __init__(self, keep: int = 1, idle_seconds: float = 0.0) -> None:
+    def __init__(self, keep: int = 1, idle_seconds: float = 0.0, patience_seconds: float = 60.0) -> None:
         self.loads: list[str] = []
         self.n_closed = 0
         self.closed = threading.Semaphore(0)
         self.go = threading.Event()
         names = ("a", "b", "c", "broken", "slow")
         self.source = ModelSource(
-            lambda: {name: Path(name) for name in names}, self.load, self.fits, keep, idle_seconds
+            lambda: {name: Path(name) for name in names},
+            self.load,
+            self.fits,
+            keep,
+            idle_seconds,
+            patience_seconds,
         )
         self.room = 10
         self.first = self.engine("fake")
@@ -94,6 +99,49 @@ def test_a_model_in_use_is_not_unloaded() -> None:
         assert second.result().json["choices"][0]["message"]["content"] == "I am a"
 
 
+def test_a_busy_model_makes_room() -> None:
+    """Guards: a client that waits for another model as long as somebody uses the loaded one."""
+    gate = Gate()
+    shelf = Shelf(patience_seconds=0)
+    shelf.first._gate = gate
+    with serving(shelf.first, source=shelf.source) as server, ThreadPoolExecutor(3) as pool:
+        first = pool.submit(server.chat)
+        gate.wait()
+        second = pool.submit(server.chat, model="a")
+        while server.send("/health").json["queued"] == 0:
+            pass  # the second request arrives
+        third = pool.submit(server.chat)
+        while server.send("/health").json["queued"] < 2:
+            pass  # the third one waits, although its model is loaded and could decode it, too
+        assert (len(shelf.first.requests), shelf.loads) == (1, [])
+        gate.open()
+        replies = [each.result().json["choices"][0]["message"]["content"] for each in (first, second, third)]
+    assert replies == ["I am fake", "I am a", "I am fake.gguf"]
+    assert shelf.loads == ["a", "fake.gguf"]
+
+
+def test_a_busy_model_stays_if_nobody_wants_the_other_one() -> None:
+    """Guards: requests that wait for a load that was given up."""
+    gate = Gate()
+    shelf = Shelf(patience_seconds=0)
+    shelf.first._gate = gate
+    with serving(shelf.first, source=shelf.source, max_seconds=60) as server, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(server.chat)
+        gate.wait()
+        with closing(server.connect()) as connection:
+            body = b'{"model": "broken", "prompt": "x"}'
+            head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n"
+            connection.sendall(head % len(body) + body)
+            while server.send("/health").json["queued"] == 0:
+                pass  # the request arrives
+            second = pool.submit(server.chat)
+            while server.send("/health").json["queued"] < 2:
+                pass  # the second one waits for it
+        gate.open()
+        assert first.result().status == second.result().status == 200
+        assert server.chat().status == 200
+
+
 def test_a_model_that_cannot_be_loaded() -> None:
     """Guards: a failed load that blocks the server, or that unloads a model for good."""
     shelf = Shelf()
@@ -132,8 +180,8 @@ def test_the_time_limit_includes_the_load() -> None:
     """Guards: a wait without a limit; a load that each impatient client starts again."""
     shelf = Shelf()
     with serving(shelf.first, source=shelf.source, max_seconds=0.2) as server:
-        for _ in range(2):
-            assert server.chat(model="slow").status == 408
+        assert server.chat(model="slow").status == 408
+        assert server.send("/tokenize", {"model": "slow", "content": "x"}).status == 408
         shelf.go.set()
         while not any(model["loaded"] for model in server.send("/v1/models").json["data"]):
             pass  # the load goes on
