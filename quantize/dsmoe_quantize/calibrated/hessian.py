@@ -1,0 +1,105 @@
+"""Hessians of a layer's matrices: products of each two columns of their inputs, summed over tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dsmoe_local.base.errors import FormatError
+
+ENOUGH = 10
+"""Tokens for each column. The Hessian of a matrix that saw fewer is blended with its tensor's mean."""
+
+
+@dataclass(slots=True)
+class _Sums:
+    """The Hessians of all matrices with the same inputs, (n_matrices, n_columns, n_columns)."""
+
+    products: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """Tensors with the same inputs, the Hessians of their matrices, and how many tokens each matrix saw."""
+
+    tensors: Sequence[str]
+    hessian: Tensor
+    counts: Tensor
+
+
+@dataclass(slots=True)
+class HessianTap:
+    """Sums up the Hessians of a layer while the layer runs. `shapes` are those of all tensors to quantize.
+
+    The inputs of an expert are weighted by its gate: its error is multiplied by the gate, too.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    _sums: dict[str, _Sums] = field(default_factory=dict)
+    _first: dict[str, str] = field(default_factory=dict)
+    """The tensor whose sums a tensor shares, because their inputs are the same."""
+    _last: tuple[str, Tensor, int | None] | None = None
+
+    def __call__(
+        self, tensor: str, inputs: Tensor, *, expert: int | None = None, gate: Tensor | None = None
+    ) -> None:
+        """Add the inputs of one matrix. Raises FormatError if one is NaN or infinite."""
+        if tensor not in self.shapes:
+            return
+        owner = self._first.setdefault(tensor, self._owner(tensor, inputs, expert))
+        if owner != tensor:
+            return
+        self._last = (tensor, inputs, expert)
+        sums = self._sums.setdefault(tensor, self._empty(tensor, inputs.device))
+        at = expert or 0
+        weighted = inputs if gate is None else inputs * gate[:, None]
+        sums.products[at].addmm_(weighted.T, weighted)
+        sums.counts[at] += len(inputs)
+        if not sums.products[at].diagonal().isfinite().all():
+            where = tensor if expert is None else f"{tensor}, expert {expert}"
+            raise FormatError(
+                "the model computes a NaN or an infinity", where=where, remedy="it cannot be calibrated"
+            )
+
+    def _owner(self, tensor: str, inputs: Tensor, expert: int | None) -> str:
+        if self._last is None or self.shapes[tensor][-1] != inputs.shape[-1]:
+            return tensor
+        owner, last, last_expert = self._last
+        same = last.data_ptr() == inputs.data_ptr() and last.shape == inputs.shape and last_expert == expert
+        return owner if same and len(self.shapes[owner]) == len(self.shapes[tensor]) else tensor
+
+    def _empty(self, tensor: str, device: torch.device) -> _Sums:
+        shape = self.shapes[tensor]
+        n_matrices = shape[0] if len(shape) > 2 else 1
+        return _Sums(
+            torch.zeros(n_matrices, shape[-1], shape[-1], device=device),
+            torch.zeros(n_matrices, dtype=torch.int64),
+        )
+
+    def groups(self) -> list[Group]:
+        """Return all groups. Call it once: the sums become the Hessians.
+
+        The Hessian of n tokens is their mean H. With n < N = ENOUGH * n_columns it is (n H + (N - n) M) / N,
+        where M is the mean over the tokens of all matrices of the tensor.
+        """
+        found = []
+        for owner, sums in self._sums.items():
+            members = [name for name, first in self._first.items() if first == owner]
+            found.append(Group(members, _blended(sums), sums.counts))
+        return found
+
+
+def _blended(sums: _Sums) -> Tensor:
+    products, counts = sums.products, sums.counts
+    mean = products.sum(0) / max(1, int(counts.sum()))
+    wanted = ENOUGH * products.shape[-1]
+    for product, count in zip(products, counts.tolist(), strict=True):
+        if count >= wanted or len(counts) == 1:
+            product /= max(1, count)
+        else:
+            product.add_(mean, alpha=wanted - count).div_(wanted)
+    return products
