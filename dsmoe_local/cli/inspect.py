@@ -185,7 +185,12 @@ def _facts(report: ModelReport) -> Table:
 
 def _weights(report: ModelReport) -> str:
     size = f"{format_size(report.n_bytes)}, {_bits(report.n_bytes, report.n_parameters)} bits each"
-    parts = [size, report.type, report.imatrix and f"importance matrix {report.imatrix}"]
+    parts = [
+        size,
+        report.type,
+        report.imatrix and f"importance matrix {report.imatrix}",
+        report.calibration and f"calibrated ({report.calibration})",
+    ]
     return ", ".join(filter(None, parts))
 
 

@@ -30,6 +30,7 @@ class Group(StrEnum):
     LIMITS = "Limits"
     TYPES = "Types of single tensors"
     TARGET = "Types for a target"
+    CALIBRATION = "Calibrated rounding"
     SENSITIVITY = "Sensitivity"
     SAMPLING = "Sampling"
     DEVICES = "Memory and devices"

@@ -10,11 +10,16 @@ import click
 from dsmoe_local.base.errors import UsageError
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.base.text import safe_line
+from dsmoe_local.cli.calibration_options import (
+    CalibrationOptions,
+    calibration_options,
+    with_room_for_record,
+)
 from dsmoe_local.cli.command import define_command
 from dsmoe_local.cli.model_argument import find_model, model_argument
 from dsmoe_local.cli.option_sources import from_command_line, source_in_errors
 from dsmoe_local.cli.options import FLAG, option, path_value
-from dsmoe_local.cli.output import show_notes, show_result
+from dsmoe_local.cli.output import built_in_text, console, show_notes, show_result
 from dsmoe_local.cli.progress import run_with_progress
 from dsmoe_local.cli.target_options import TARGETS, TargetOptions, show_offers, show_reasons, target_options
 from dsmoe_local.cli.type_options import (
@@ -29,6 +34,7 @@ from dsmoe_local.cli.type_options import (
 from dsmoe_quantize.policy.named_recipes import RECIPES
 
 if TYPE_CHECKING:
+    from dsmoe_quantize.budget.target import Request
     from dsmoe_quantize.policy.types import TypeChoice
     from dsmoe_quantize.quantize import Plan
 
@@ -37,6 +43,7 @@ if TYPE_CHECKING:
     "quantize",
     ("dsmoe quantize model-bf16.gguf --type q4", "Write model-bf16-q4.gguf."),
     ("dsmoe quantize m.gguf --target-size 9.2GiB", "Choose types for a size."),
+    ("dsmoe quantize m.gguf --type q4 --calibrate", "Lose less: calibrate."),
     ("dsmoe quantize m.gguf --type q8 --dry-run", "Only show the types."),
 )
 @model_argument("model", "MODEL")
@@ -50,6 +57,7 @@ if TYPE_CHECKING:
 )
 @type_options
 @target_options
+@calibration_options
 @option("--allow-requantize", "allow_requantize", "Accept tensors that are already quantized.", FLAG)
 @option("--force", "force", "Replace an existing output or recipe.", FLAG)
 def command(
@@ -61,7 +69,7 @@ def command(
     split_max_size: str | None,
     allow_requantize: bool,
     force: bool,
-    **values: Any,  # noqa: ANN401 - the options about types and targets
+    **values: Any,  # noqa: ANN401 - the options about types, targets and calibration
 ) -> None:
     """Quantize a GGUF file.
 
@@ -76,19 +84,25 @@ def command(
     interrupted run.
     """
     from dsmoe_quantize.budget.explanation import stated_reasons
-    from dsmoe_quantize.quantize import default_output, output_called, plan_quantization, quantize_file
+    from dsmoe_quantize.quantize import default_output, output_called, plan_quantization
 
     if out is not None and named is not None:
         raise UsageError("two outputs are named", remedy="leave out -o or the second argument")
     source, out = find_model(model), out or named
     values = settle_types(values, *TARGETS)
     types, targets = TypeOptions.of(values), TargetOptions.of(values)
+    calibration = CalibrationOptions.of(values)
     targets.check(types)
+    if calibration.calibrate is not None:
+        calibration.check()
     may_lose, split = allow_requantize or dry_run, parse_split_size(split_max_size)
     if targets.has_target:
         output = out or output_called(source, targets.request().name)
         _check_places(source, output, targets.recipe_out, force=force, dry_run=dry_run, split=bool(split))
-        plan = _solved(source, types, targets, threads or 0, may_lose=may_lose, dry_run=dry_run)
+        request = targets.request()
+        if calibration.calibrate is not None:
+            request = with_room_for_record(request)
+        plan = _solved(source, types, targets, request, threads or 0, may_lose=may_lose, dry_run=dry_run)
     else:
         choice, overrides = _choice(types, out), types.parsed_overrides()
         output = out or default_output(source, choice, overrides)
@@ -104,18 +118,37 @@ def command(
         _show(plan, output, split)
         show_notes(plan.notes)
         return
+    _write(
+        plan,
+        output,
+        calibration,
+        split_max_size=split,
+        threads=threads or 0,
+        force=force,
+    )
+
+
+def _write(plan: Plan, output: Path, calibration: CalibrationOptions, **others: Any) -> None:  # noqa: ANN401
+    """Quantize, calibrated or not, and print what was written."""
+    from dsmoe_quantize.quantize import quantize_file
+
+    if calibration.calibrate is None:
+        summary = run_with_progress(
+            lambda listen, stop: quantize_file(plan, output, **others, listen=listen, stop=stop)
+        )
+        show_result(summary_line(summary))
+        return
+    from dsmoe_quantize.calibrated.calibrator import quantize_calibrated
+
+    tokens = calibration.calibration(plan.file.path)
     summary = run_with_progress(
-        lambda listen, stop: quantize_file(
-            plan,
-            output,
-            split_max_size=split,
-            threads=threads or 0,
-            force=force,
-            listen=listen,
-            stop=stop,
+        lambda listen, stop: quantize_calibrated(
+            plan, output, tokens, device=calibration.device, **others, listen=listen, stop=stop
         )
     )
     show_result(summary_line(summary))
+    if not calibration.calibrate:
+        console(stderr=True).print(built_in_text())
 
 
 def _check_places(
@@ -153,6 +186,7 @@ def _solved(
     source: Path,
     types: TypeOptions,
     targets: TargetOptions,
+    request: Request,
     threads: int,
     *,
     may_lose: bool,
@@ -165,7 +199,7 @@ def _solved(
     from dsmoe_quantize.policy.choice import refuse_unmatched
     from dsmoe_quantize.policy.plan import refuse_foreign
 
-    request, overrides, imatrix = targets.request(), types.parsed_overrides(), types.imatrix()
+    overrides, imatrix = types.parsed_overrides(), types.imatrix()
     file, hp = read_model(source)
     if not may_lose:
         refuse_quantized(file)

@@ -19,6 +19,9 @@ FILE_TYPES: Mapping[str, int] = {
 RECIPE_KEY = "dsmoe.recipe"
 """The metadata key of the recipe that a file was made with, in the format of recipe files."""
 
+CALIBRATION_KEY = "dsmoe.calibration"
+"""The metadata key of how weights were calibrated: method, text, number of tokens, seed."""
+
 RECIPE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 """The pattern that a recipe's name must match."""
 
@@ -54,6 +57,12 @@ def imatrix_name(file: GgufFile) -> str:
     """Return the name of the importance matrix that the file was quantized with; empty if there was none."""
     name = file.get("quantize.imatrix.file")
     return safe_line(name, 80) if isinstance(name, str) else ""
+
+
+def calibration_of(file: GgufFile) -> str:
+    """Return how the file's weights were calibrated; empty if they were not."""
+    record = file.get(CALIBRATION_KEY)
+    return safe_line(record, 300) if isinstance(record, str) else ""
 
 
 def _recipe_names(file: GgufFile) -> tuple[str | None, str | None]:

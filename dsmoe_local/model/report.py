@@ -19,7 +19,7 @@ from dsmoe_local.model.cost import (
     parameters,
     shares,
 )
-from dsmoe_local.model.file_type import file_type_name, imatrix_name
+from dsmoe_local.model.file_type import calibration_of, file_type_name, imatrix_name
 from dsmoe_local.model.ggml import GgmlType
 from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.gguf_model import loaded_tensors, read_any_model
@@ -76,8 +76,8 @@ class ModelReport:
     FLOPs are for a sequence of 4,096 tokens. For models of arXiv 2401.06066, recognized by their dimensions,
     `flops_paper` are FLOPs with the paper's nominal widths, and `ratios` those relative to other models of
     the paper. `type` is the name of the file's type, and `imatrix` that of the importance matrix it was made
-    with, if any. `assumed_type` is the type of the weights if there is no GGUF file. `flops` is None if no
-    table describes the model.
+    with, if any. `calibration` says how its weights were calibrated, if they were. `assumed_type` is the type
+    of the weights if there is no GGUF file. `flops` is None if no table describes the model.
     """
 
     source: str
@@ -93,6 +93,7 @@ class ModelReport:
     assumed_type: GgmlType | None
     type: str = ""
     imatrix: str = ""
+    calibration: str = ""
 
     @property
     def n_bytes(self) -> int:
@@ -145,6 +146,7 @@ def _report_on_file(path: Path) -> ModelReport:
         assumed_type=None,
         type=file_type_name(file),
         imatrix=imatrix_name(file),
+        calibration=calibration_of(file),
     )
 
 
@@ -180,6 +182,7 @@ def _report(source: str, hp: Hyperparameters, assumed: GgmlType, file: GgufFile 
         assumed_type=None if file else assumed,
         type=file_type_name(file) if file else "",
         imatrix=imatrix_name(file) if file else "",
+        calibration=calibration_of(file) if file else "",
     )
 
 
@@ -229,6 +232,7 @@ def as_json(report: ModelReport) -> dict[str, Any]:
         "flops_ratio": dict(report.ratios),
         "type": report.type or None,
         "imatrix": report.imatrix or None,
+        "calibration": report.calibration or None,
         "bytes": report.n_bytes,
         "bits_per_weight": 8 * report.n_bytes / report.n_parameters,
         "bytes_read_per_token": report.n_bytes_per_token,

@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
+
+from gguf.constants import GGUFValueType
 
 from dsmoe_local.base.durable import read_into
 from dsmoe_local.base.errors import FileError
 from dsmoe_local.base.progress import Listener, Note, ignore
 from dsmoe_local.model.cost import bytes_per_token
+from dsmoe_local.model.file_type import CALIBRATION_KEY
 from dsmoe_local.model.ggml import GgmlType, row_bytes
 from dsmoe_local.model.gguf_file import Field, GgufFile, TensorInfo, identity_of
 from dsmoe_local.model.gguf_model import read_model
@@ -26,20 +30,29 @@ from dsmoe_quantize.policy.choice import Overrides, label_of
 from dsmoe_quantize.policy.mixes import ALIASES
 from dsmoe_quantize.policy.plan import TypePlan, plan_types
 from dsmoe_quantize.policy.types import TypeChoice, known_words
-from dsmoe_quantize.write.encoder import Bytes, TensorJob
+from dsmoe_quantize.write.encoder import Bytes, RowSource, TensorJob
 from dsmoe_quantize.write.output import Summary, write_output
+
+NONE_ENCODED: Mapping[str, RowSource] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
 class Plan(TypePlan):
-    """The plan to quantize `file`: the types of all tensors, and the size of the result."""
+    """The plan to quantize `file`: the types of all tensors, and the size of the result.
+
+    `calibration` is what the metadata says about calibrated weights; "" if they are not calibrated.
+    """
 
     file: GgufFile = field(kw_only=True)
+    calibration: str = field(default="", kw_only=True)
 
     @property
     def metadata(self) -> dict[str, Field]:
         """The metadata of the new file."""
-        return self.metadata_of(self.file.metadata)
+        metadata = self.metadata_of(self.file.metadata)
+        if self.calibration:
+            metadata[CALIBRATION_KEY] = Field(self.calibration, GGUFValueType.STRING)
+        return metadata
 
     @property
     def file_size(self) -> int:
@@ -101,15 +114,19 @@ def quantize_file(
     plan: Plan,
     out: Path,
     *,
+    encoded: Mapping[str, RowSource] = NONE_ENCODED,
     split_max_size: int | None = None,
     threads: int = 0,
     force: bool = False,
     listen: Listener = ignore,
     stop: threading.Event | None = None,
 ) -> Summary:
-    """Write the file that `plan` describes to `out`. See `write_output` for splits, resuming and errors."""
+    """Write the file that `plan` describes to `out`. See `write_output` for splits, resuming and errors.
+
+    `encoded` has the tensors that are encoded already, in their new types, by name.
+    """
     with opened(plan.file) as source:
-        jobs = jobs_of(plan, source)
+        jobs = jobs_of(plan, source, encoded)
         for text in plan.notes:
             listen(Note(text))
         return write_output(
@@ -119,6 +136,7 @@ def quantize_file(
             {
                 "the source": [part.identity for part in plan.file.parts],
                 **plan.fingerprint,
+                "the calibration": plan.calibration or None,
             },
             sources=[part.path for part in plan.file.parts],
             split_max_size=split_max_size,
@@ -129,10 +147,12 @@ def quantize_file(
         )
 
 
-def jobs_of(plan: Plan, source: OpenGguf) -> list[TensorJob]:
-    """Return the job for each tensor of `plan`, whose source is open."""
+def jobs_of(plan: Plan, source: OpenGguf, encoded: Mapping[str, RowSource] = NONE_ENCODED) -> list[TensorJob]:
+    """Return the job for each tensor of `plan`, whose source is open; see `quantize_file` for `encoded`."""
     return [
-        TensorJob(
+        TensorJob(choice.name, choice.shape, choice.type, encoded[choice.name])
+        if choice.name in encoded
+        else TensorJob(
             choice.name,
             choice.shape,
             choice.type,

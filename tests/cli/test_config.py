@@ -31,6 +31,14 @@ from dsmoe_local.engine.types import ALL_LAYERS, ModelOptions, SamplingParameter
 SHARED = settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
+_OWN_VARIABLES = {
+    ("eval", "--sensitivity"): "EVAL_",
+    ("quantize", "--device"): "QUANTIZE_",
+    ("serve", "--keep"): "SERVE_",
+}
+"""Prefixes of variables where another command gives the same flag another meaning."""
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_has_a_variable_and_a_key(name: str) -> None:
     """Guards: an option that only the command line can give; two options that share a key; a file that one
@@ -44,7 +52,7 @@ def test_every_option_has_a_variable_and_a_key(name: str) -> None:
     for option in options:
         flags = [flag for flag in option.opts if flag.startswith("--")]
         assert flags, f"{option.opts} has no long flag"
-        own = {("eval", "--sensitivity"): "EVAL_", ("serve", "--keep"): "SERVE_"}.get((name, flags[0]), "")
+        own = _OWN_VARIABLES.get((name, flags[0]), "")
         assert f"DSMOE_{own}{flags[0][2:].upper().replace('-', '_')}" in option.variables
 
 

@@ -80,8 +80,10 @@ def factor_of(hessian: Tensor) -> tuple[Tensor, Tensor]:
     # Without any activation, all columns count the same.
     damping = DAMPING * diagonal.mean(-1, keepdim=True)
     ordered.diagonal(dim1=-2, dim2=-1).add_(torch.where(damping > 0, damping, 1))
+    # torch cannot factorize on MPS.
+    device, ordered = ordered.device, ordered.cpu() if ordered.device.type == "mps" else ordered
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))
-    return order, torch.linalg.cholesky(inverse, upper=True)
+    return order, torch.linalg.cholesky(inverse, upper=True).to(device)
 
 
 def gptq(weights: Tensor, grid: Grid, order: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,9 @@ class HessianTap:
         if owner != tensor:
             return
         self._last = (tensor, inputs, expert)
-        sums = self._sums.setdefault(tensor, self._empty(tensor, inputs.device))
+        if tensor not in self._sums:
+            self._sums[tensor] = self._empty(tensor, inputs.device)
+        sums = self._sums[tensor]
         at = expert or 0
         weighted = inputs if gate is None else inputs * gate[:, None]
         sums.products[at].addmm_(weighted.T, weighted)

@@ -15,7 +15,7 @@ from gguf.constants import GGML_QUANT_VERSION, GGUFValueType
 from numpy.typing import NDArray
 
 from dsmoe_local.base.errors import UsageError
-from dsmoe_local.model.file_type import RECIPE_KEY
+from dsmoe_local.model.file_type import CALIBRATION_KEY, RECIPE_KEY
 from dsmoe_local.model.ggml import FLOATS, GgmlType, Tensor
 from dsmoe_local.model.gguf_file import Field
 from dsmoe_local.model.hyperparameters import Hyperparameters
@@ -38,7 +38,7 @@ CHANGED = "-changed"
 UNWEIGHTED = FLOATS | {GgmlType.Q8_0}
 """Types whose encoders do not use an importance matrix."""
 
-_DROPPED = ("general.quantization_version", "general.file_type", RECIPE_KEY)
+_DROPPED = ("general.quantization_version", "general.file_type", RECIPE_KEY, CALIBRATION_KEY)
 # llama.cpp keeps these keys of the source, and its tool writes them for every matrix that it is given. Here
 # they are written only if weights were encoded with the matrix.
 _DROPPED_PREFIX = "quantize.imatrix."

@@ -1,0 +1,353 @@
+"""Calibrates layer after layer: each is rounded on the hidden states that the rounded ones before it give.
+
+The codes of a layer go to `layer_files`, and from there through the usual writer to the output.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dsmoe_local.base import durable
+from dsmoe_local.base.errors import InterruptedRunError, UsageError
+from dsmoe_local.base.faults import reach
+from dsmoe_local.base.progress import Advanced, Finished, Listener, Note, Started, ignore
+from dsmoe_local.model.ggml import GgmlType
+from dsmoe_local.model.layout import layer_of
+from dsmoe_quantize.calibrated.blocks import FORMATS, Bytes, decode, encode
+from dsmoe_quantize.calibrated.calibration import Calibration, Rounding
+from dsmoe_quantize.calibrated.gptq import factor_of, gptq, grid_of
+from dsmoe_quantize.calibrated.hessian import ENOUGH, Group, HessianTap
+from dsmoe_quantize.calibrated.layer_files import LayerFiles, folder_of
+from dsmoe_quantize.calibrated.learned import STEPS, Rounded, Teacher, TrainedTensor, index_of, train
+from dsmoe_quantize.calibrated.network.layer import Tap
+from dsmoe_quantize.calibrated.network.network import Network, open_network
+from dsmoe_quantize.imatrix import MIN_IMPORTANCE
+from dsmoe_quantize.policy.choice import TensorChoice
+from dsmoe_quantize.quantize import Plan, quantize_file
+from dsmoe_quantize.write.output import Summary, disk_errors
+from dsmoe_quantize.write.pipeline import n_cores
+
+BATCH_TOKENS = 2048
+"""Tokens that a layer computes at a time."""
+_BATCH_WEIGHTS = 32 << 20
+"""Elements of the Hessians of the experts that are rounded at a time."""
+HELD_OUT = 0.1
+"""Share of the sequences that judge learned rounding. They are not trained on."""
+_N_RAREST = 5
+
+
+def quantize_calibrated(
+    plan: Plan,
+    out: Path,
+    calibration: Calibration,
+    *,
+    device: str = "auto",
+    split_max_size: int | None = None,
+    threads: int = 0,
+    force: bool = False,
+    listen: Listener = ignore,
+    stop: threading.Event | None = None,
+) -> Summary:
+    """Calibrate the weights of all layers, then write the file like `quantize_file`.
+
+    Finished layers are kept in a folder beside `out` until it is complete, so that the same call continues
+    an interrupted run.
+
+    Raises UsageError for a device that is not there, or if there is nothing to calibrate. Raises FormatError
+    if the model computes NaN or infinities, and the errors of `quantize_file`.
+    """
+    plan = replace(plan, calibration=calibration.record)
+    place = device_of(device)
+    torch.set_num_threads(threads or n_cores())
+    layers = _layers(plan)
+    if not any(layers):
+        raise UsageError(
+            "--calibrate has no effect: no matrix of a layer is quantized", remedy="leave it out"
+        )
+    shape = (*calibration.tokens.shape, plan.hp.hidden_size)
+    fingerprint = {
+        "the source": [part.identity for part in plan.file.parts],
+        **plan.fingerprint,
+        "the calibration": calibration.record,
+        "the tokens": calibration.tokens_digest,
+    }
+    with disk_errors(out), durable.locked(folder_of(out.resolve())):
+        folder = folder_of(out.resolve())
+        with LayerFiles(folder, layers, shape, fingerprint, listen) as files:
+            with open_network(plan.file, plan.hp) as network, torch.no_grad():
+                _Run(network, layers, calibration, files, place, listen, stop or threading.Event()).run()
+            summary = quantize_file(
+                plan,
+                out,
+                encoded=files.rows(),
+                split_max_size=split_max_size,
+                threads=threads,
+                force=force,
+                listen=listen,
+                stop=stop,
+            )
+        shutil.rmtree(folder)
+    return summary
+
+
+def device_of(word: str) -> torch.device:
+    """Return the device called `word`; "auto" is a GPU if there is one. Raises UsageError without it."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if word == "auto":
+        word = next(name for name, is_there in there.items() if is_there)
+    if not there[word]:
+        raise UsageError(
+            f"torch finds no {word} device", remedy="--device cpu, or install torch for your GPU"
+        )
+    return torch.device(word)
+
+
+def _layers(plan: Plan) -> list[list[TensorChoice]]:
+    """Return the tensors of each layer that are encoded in a type whose codes can be chosen."""
+    layers: list[list[TensorChoice]] = [[] for _ in range(plan.hp.n_layers)]
+    for choice in plan.choices:
+        layer = layer_of(choice.name)
+        if layer is not None and layer < len(layers) and choice.changes and choice.type in FORMATS:
+            layers[layer].append(choice)
+    return layers
+
+
+def _n_matrices(choice: TensorChoice) -> int:
+    return choice.shape[0] if len(choice.shape) > 2 else 1
+
+
+class _Run:
+    """One run over the layers that are left."""
+
+    def __init__(
+        self,
+        network: Network,
+        layers: Sequence[Sequence[TensorChoice]],
+        calibration: Calibration,
+        files: LayerFiles,
+        device: torch.device,
+        listen: Listener,
+        stop: threading.Event,
+    ) -> None:
+        self._network = network
+        self._layers = layers
+        self._calibration = calibration
+        self._files = files
+        self._device = device
+        self._listen = listen
+        self._stop = stop
+        n_sequences, n_tokens = calibration.tokens.shape
+        self._n_together = max(1, BATCH_TOKENS // n_tokens)
+        self._n_batches = -(-n_sequences // self._n_together)
+
+    def run(self) -> None:
+        """Calibrate the layers that are left. Raises InterruptedRunError; finished layers are kept."""
+        n_training = 2 * STEPS if self._calibration.rounding is Rounding.LEARNED else 0
+        steps = [2 * self._n_batches + n_training + sum(map(_n_matrices, layer)) for layer in self._layers]
+        steps[-1] -= self._n_batches
+        first = self._files.n_done
+        self._listen(Started("calibrating", sum(steps), sum(steps[:first]), unit="steps"))
+        if first == 0:
+            tokens = torch.from_numpy(self._calibration.tokens).long()
+            batches = tokens.split(self._n_together)
+            self._files.save_states(0, (self._network.embed(batch) for batch in batches))
+        for layer in range(first, len(self._layers)):
+            self._calibrate(layer)
+        self._listen(Finished("calibrating"))
+        if note := rare_experts(self._files.reports):
+            self._listen(Note(note))
+
+    def _calibrate(self, layer: int) -> None:
+        choices = {choice.name: choice for choice in self._layers[layer]}
+        weights = self._network.weights(layer, self._device)
+        rounded: dict[str, Rounded] = {}
+        few: dict[str, list[tuple[int, int]]] = {}
+        for group in self._groups(layer, choices, weights):
+            for name in group.tensors:
+                few[name] = _few(group, choices[name])
+            rounded |= self._round(layer, group, choices, weights)
+        for name in choices.keys() - rounded.keys():
+            raise RuntimeError(f"{name}: the forward pass does not report its inputs")
+        if self._calibration.rounding is Rounding.LEARNED:
+            encoded = self._learn(layer, weights, rounded)
+        else:
+            encoded = {name: each.rows for name, each in rounded.items()}
+        del rounded
+        if layer + 1 < len(self._layers):
+            for name, rows in encoded.items():
+                weights[name] = self._decoded(choices[name], rows)
+            self._files.save_states(layer + 1, self._forward(layer, weights))
+            reach("calibration.states")
+        self._files.save(layer, encoded, {name: found for name, found in few.items() if found})
+
+    def _groups(
+        self, layer: int, choices: Mapping[str, TensorChoice], weights: Mapping[str, torch.Tensor]
+    ) -> list[Group]:
+        tap = HessianTap({name: choice.shape for name, choice in choices.items()})
+        for _ in self._forward(layer, weights, tap):
+            pass
+        return tap.groups()
+
+    def _decoded(self, choice: TensorChoice, rows: Bytes) -> torch.Tensor:
+        decoded = decode(choice.type, rows, choice.shape[-1])
+        return torch.from_numpy(decoded).view(choice.shape).to(self._device)
+
+    def _forward(
+        self, layer: int, weights: Mapping[str, torch.Tensor], tap: HessianTap | None = None
+    ) -> Iterator[torch.Tensor]:
+        """Yield the hidden states after a layer, in batches."""
+        for batch in self._files.states(layer).split(self._n_together):
+            states = batch.to(self._device).float()
+            yield self._network.forward(layer, weights, states, self._stoppable(tap))
+            self._advance(1, layer)
+
+    def _advance(self, amount: int, layer: int) -> None:
+        self._listen(Advanced(amount, f"layer {layer}"))
+        self._refuse_stop()
+
+    def _stoppable(self, tap: Tap | None = None) -> Tap:
+        """Return a tap that calls `tap`, and ends the forward pass when the run is stopped."""
+
+        def observe(
+            tensor: str,
+            inputs: torch.Tensor,
+            *,
+            expert: int | None = None,
+            gate: torch.Tensor | None = None,
+        ) -> None:
+            self._refuse_stop()
+            if tap is not None:
+                tap(tensor, inputs, expert=expert, gate=gate)
+
+        return observe
+
+    def _refuse_stop(self) -> None:
+        if self._stop.is_set():
+            n_done, n_layers = self._files.n_done, len(self._layers)
+            raise InterruptedRunError(
+                f"interrupted: {n_done} of {n_layers} layers calibrated",
+                remedy="run the same command again to continue",
+            )
+
+    def _round(
+        self,
+        layer: int,
+        group: Group,
+        choices: Mapping[str, TensorChoice],
+        weights: Mapping[str, torch.Tensor],
+    ) -> dict[str, Rounded]:
+        """Round the tensors of a group, several of their matrices at a time."""
+        parts: dict[str, list[Rounded]] = {name: [] for name in group.tensors}
+        together = max(1, _BATCH_WEIGHTS // group.hessian.shape[-1] ** 2)
+        for first in range(0, len(group.hessian), together):
+            hessian = group.hessian[first : first + together]
+            is_nearest = self._calibration.rounding is Rounding.NEAREST
+            factor = None if is_nearest else factor_of(hessian)
+            for name in group.tensors:
+                whole = weights[name] if weights[name].dim() > 2 else weights[name][None]
+                matrices = whole[first : first + together]
+                parts[name].append(self._rounded(choices[name].type, matrices, hessian, factor))
+                self._advance(len(matrices), layer)
+        return {name: _joined(found) for name, found in parts.items()}
+
+    def _rounded(
+        self,
+        kind: GgmlType,
+        matrices: torch.Tensor,
+        hessian: torch.Tensor,
+        factor: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> Rounded:
+        rows = _encoded(kind, matrices, hessian)
+        if factor is None:
+            return Rounded(rows)
+        form = FORMATS[kind]
+        grid = grid_of(form, rows, matrices.shape, self._device)
+        codes, positions = gptq(matrices, grid, *factor)
+        form.write_codes(rows, codes.cpu().numpy())
+        is_learned = self._calibration.rounding is Rounding.LEARNED
+        return Rounded(rows, index_of(grid.levels, positions) if is_learned else None)
+
+    def _learn(
+        self, layer: int, weights: Mapping[str, torch.Tensor], rounded: Mapping[str, Rounded]
+    ) -> dict[str, Bytes]:
+        """Train scales, and then scales and codes, each from those of GPTQ on. Return the best of the three.
+
+        The last sequences judge. The others are used for training, in a random order.
+        """
+        choices = {choice.name: choice for choice in self._layers[layer]}
+        states = self._files.states(layer)
+        n_held = min(len(states) - 1, max(self._n_together, round(HELD_OUT * len(states)))) or len(states)
+        held = [batch.to(self._device).float() for batch in states[-n_held:].split(self._n_together)]
+        teacher = Teacher(partial(self._network.forward, layer, tap=self._stoppable()), weights)
+
+        def error(candidate: Mapping[str, Bytes]) -> float:
+            found = {name: self._decoded(choices[name], rows) for name, rows in candidate.items()}
+            return sum(float(teacher.error(found, batch)) * len(batch) for batch in held)
+
+        best = {name: each.rows for name, each in rounded.items()}
+        least = error(best)
+        for with_codes in (False, True):
+            tensors = {
+                name: TrainedTensor(FORMATS[choices[name].type], each, choices[name].shape, with_codes)
+                for name, each in rounded.items()
+            }
+            generator = torch.Generator().manual_seed(self._calibration.seed * len(self._layers) + layer)
+            n_training = max(1, len(states) - n_held)
+            picks = torch.randint(n_training, (STEPS, self._n_together), generator=generator)
+            batches = (states[pick].to(self._device).float() for pick in picks)
+            train(teacher, tensors, batches, lambda: self._advance(1, layer))
+            trained = {name: tensor.rows() for name, tensor in tensors.items()}
+            if (found := error(trained)) < least:
+                best, least = trained, found
+        return best
+
+
+def _joined(parts: Sequence[Rounded]) -> Rounded:
+    indexes = [part.indexes for part in parts if part.indexes is not None]
+    return Rounded(np.concatenate([part.rows for part in parts]), torch.cat(indexes) if indexes else None)
+
+
+def _encoded(kind: GgmlType, matrices: torch.Tensor, hessian: torch.Tensor) -> Bytes:
+    """Encode matrices with ggml, by the importance that the diagonals of their Hessians give."""
+    importance = hessian.diagonal(dim1=-2, dim2=-1)
+    mean = importance.mean(-1, keepdim=True)
+    importance = torch.where(mean > 0, importance.clamp(min=float(MIN_IMPORTANCE) * mean), 1)
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        parts = threads.map(partial(encode, kind), matrices.cpu().numpy(), importance.cpu().numpy())
+        return np.concatenate(list(parts))
+
+
+def _few(group: Group, choice: TensorChoice) -> list[tuple[int, int]]:
+    """Return the experts of a tensor with too few tokens, and how many these are."""
+    if "_exps." not in choice.name:
+        return []
+    wanted = ENOUGH * choice.shape[-1]
+    return [(expert, count) for expert, count in enumerate(group.counts.tolist()) if count < wanted]
+
+
+def rare_experts(reports: Sequence[Any]) -> str:
+    """Return a note about experts that saw too few tokens, from the reports of all layers; "" without any."""
+    found = {
+        (layer, expert): count
+        for layer, report in enumerate(reports)
+        for few in report.values()
+        for expert, count in few
+    }
+    if not found:
+        return ""
+    rarest = sorted(found, key=lambda place: (found[place], place))[:_N_RAREST]
+    named = ", ".join(f"layer {layer} expert {expert}: {found[layer, expert]:,}" for layer, expert in rarest)
+    return (
+        f"{len(found):,} experts saw fewer than {ENOUGH} tokens for each input column, and were blended with"
+        f" the mean of their layer. Fewest tokens: {named}. More --calibration-tokens help"
+    )
