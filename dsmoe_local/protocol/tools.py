@@ -63,7 +63,11 @@ def _tool(index: int, value: object) -> Tool:
         )
     function = value.get("function")
     if not isinstance(function, dict):
-        raise RequestError(f"{where}.function is not an object", param="tools")
+        raise RequestError(
+            f"{where}.function is not an object",
+            remedy='use {"type": "function", "function": {"name": ..., "parameters": ...}}',
+            param="tools",
+        )
     parameters = function.get("parameters")
     try:
         return Tool(

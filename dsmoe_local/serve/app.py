@@ -16,6 +16,7 @@ from starlette.routing import Route
 
 from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.base.text import safe_line
+from dsmoe_local.protocol.errors import describe
 from dsmoe_local.protocol.requests import ENDPOINTS
 from dsmoe_local.serve import endpoints, page
 from dsmoe_local.serve.bodies import BodyReader
@@ -76,18 +77,23 @@ async def _on_error(http: Request, error: Exception) -> Response:
     state: ServerState = http.app.state.server
     response = error_response(cast(DsmoeError, error), http.url.path)
     state.metrics.count_request(response.status_code)
-    state.log(f"{safe_line(http.url.path, 60)} {response.status_code}: {safe_line(str(error), 200)}")
+    _, message = describe(cast(DsmoeError, error))
+    state.log(f"{safe_line(http.url.path, 60)} {response.status_code}: {safe_line(message, 200)}")
     return response
 
 
 async def _on_http_error(http: Request, error: Exception) -> Response:
     """Return the response for a path or a method that does not exist."""
     missing = cast(HTTPException, error)
-    paths = [route.path for route in ROUTES]
+    paths = [route.path for route in ROUTES if "{" not in route.path]
     what = f"there is no {http.method} {safe_line(http.url.path, 60)}"
     if missing.status_code == 405:
-        return await _on_error(http, ServeError(405, "method_not_allowed", what, headers=missing.headers))
-    near = next((path for path in paths if path.endswith(http.url.path)), None)
+        allowed = ", ".join(sorted((missing.headers or {})["Allow"].split(", ")))
+        error = ServeError(405, "method_not_allowed", what, remedy=f"use {allowed}", headers=missing.headers)
+        return await _on_error(http, error)
+    # The base URL lacks /v1, or has it twice, since Anthropic's clients add it.
+    asked = http.url.path
+    near = next((path for path in paths if path.endswith(asked) or asked == f"/v1{path}"), None)
     remedy = f"did you mean {near}?" if near else f"use one of {', '.join(paths)}"
     return await _on_error(http, ServeError(404, "not_found", what, remedy=remedy))
 

@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 from dsmoe_local.base.errors import DsmoeError
 from dsmoe_local.base.text import count, safe_line
 from dsmoe_local.engine.types import Request
+from dsmoe_local.protocol.errors import describe
 from dsmoe_local.protocol.replies import Reply
 from dsmoe_local.protocol.writers import Event, ReplyWriter
 from dsmoe_local.serve.errors import error_object, error_response, hung_up, status_of
@@ -65,7 +66,7 @@ class ReplyResponse:
                 await send({"type": "http.response.body", "body": _encoded([failure])})
             else:
                 await error_response(error, scope["path"])(scope, receive, send)
-            self._state.log(f"{scope['path']}: {safe_line(str(error), 200)}")
+            self._state.log(f"{scope['path']}: {safe_line(describe(error)[1], 200)}")
         self._state.metrics.count_request(status)
         self._state.log(self._line(scope["path"], status, reply))
 

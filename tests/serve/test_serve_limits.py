@@ -110,7 +110,9 @@ def test_unknown_fields(server: Serving) -> None:
     ("path", "method", "status", "hint"),
     [
         ("/chat/completions", "POST", 404, "did you mean /v1/chat/completions?"),
+        ("/v1/v1/messages", "POST", 404, "did you mean /v1/messages?"),
         ("/v1/embeddings", "POST", 404, "use one of /v1/chat/completions"),
+        ("/v1/models", "POST", 405, "there is no POST /v1/models; use GET, HEAD"),
         ("/v1/chat/completions", "GET", 405, "there is no GET"),
     ],
 )
