@@ -1,9 +1,10 @@
-"""llama.cpp's own programs as contenders: llama-bench, llama-batched-bench, and llama-server over HTTP."""
+"""Other programs as contenders: llama-bench, llama-batched-bench, and servers over HTTP."""
 
 from __future__ import annotations
 
 import http.client
 import json
+import os
 import socket
 import subprocess
 import tempfile
@@ -11,13 +12,14 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 _START_SECONDS = 600.0
 _STOP_SECONDS = 20.0
 _POLL_SECONDS = 0.1
+_MAX_LOG = 64 << 20
 
 
 class Failure(SystemExit):
@@ -71,16 +73,16 @@ def llama_batched_bench(
 
 
 class Server:
-    """A running llama-server. `arguments` are its own; every other setting is its default."""
+    """A running server on a free port of this computer. `command` is without --host and --port."""
 
-    def __init__(self, folder: Path, model: Path, arguments: Sequence[str]) -> None:
-        program = find_program(folder, "llama-server")
+    def __init__(self, command: Sequence[str | Path]) -> None:
+        self._name = Path(command[0]).name
         with socket.create_server(("127.0.0.1", 0)) as probe:
-            self._port: int = probe.getsockname()[1]
+            self.port: int = probe.getsockname()[1]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the server
-        command: list[str | Path] = [program, "-m", model, "--host", "127.0.0.1"]
-        command += ["--port", str(self._port), *arguments]
-        self._process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT)
+        address = ("--host", "127.0.0.1", "--port", str(self.port))
+        self._process = subprocess.Popen([*command, *address], stdout=self._log, stderr=subprocess.STDOUT)
+        self.pid = self._process.pid
         try:
             self._wait()
         except BaseException:
@@ -91,13 +93,11 @@ class Server:
         give_up = time.monotonic() + _START_SECONDS
         while not self._healthy():
             if self._process.poll() is not None or time.monotonic() > give_up:
-                self._log.seek(0)
-                tail = self._log.read().decode("utf-8", "replace")[-600:]
-                raise Failure(f"llama-server did not start: {tail}")
+                raise Failure(f"{self._name} did not start: {self.log()[-600:]}")
             time.sleep(_POLL_SECONDS)
 
     def _healthy(self) -> bool:
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=5)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
         try:
             connection.request("GET", "/health")
             return connection.getresponse().status == http.HTTPStatus.OK
@@ -105,6 +105,10 @@ class Server:
             return False
         finally:
             connection.close()
+
+    def log(self) -> str:
+        """What the server has printed."""
+        return os.pread(self._log.fileno(), _MAX_LOG, 0).decode("utf-8", "replace")
 
     def throughput(self, prompts: Sequence[Sequence[int]], n_new: int, n_clients: int) -> float:
         """New tokens a second from the first request to the last reply, prompts included.
@@ -116,7 +120,7 @@ class Server:
 
         def ask(prompt: Sequence[int]) -> int:
             if not hasattr(local, "connection"):
-                local.connection = http.client.HTTPConnection("127.0.0.1", self._port)
+                local.connection = http.client.HTTPConnection("127.0.0.1", self.port)
             return self._complete(local.connection, prompt, n_new)
 
         started = time.perf_counter()
@@ -159,10 +163,15 @@ class Server:
 
 
 @contextmanager
-def serving(folder: Path, model: Path, arguments: Sequence[str]) -> Iterator[Server]:
+def running(command: Sequence[str | Path]) -> Iterator[Server]:
     """A server for the length of a `with`."""
-    server = Server(folder, model, arguments)
+    server = Server(command)
     try:
         yield server
     finally:
         server.close()
+
+
+def serving(folder: Path, model: Path, arguments: Sequence[str]) -> AbstractContextManager[Server]:
+    """A llama-server for the length of a `with`. `arguments` are its own; other settings are its defaults."""
+    return running([find_program(folder, "llama-server"), "-m", model, *arguments])

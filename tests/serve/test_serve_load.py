@@ -14,6 +14,8 @@ import pytest
 from support.fake_engine import FakeEngine
 from support.serving import HELLO, Serving, serving
 
+from benchmarks.support.clients import run_load
+
 _N_CLIENTS = 16
 _N_REQUESTS = 400
 
@@ -50,3 +52,12 @@ def test_many_clients() -> None:
         assert set(found) == {"200", "400", "hung up"}
         while server.send("/health").json["running"] or len(os.listdir("/proc/self/fd")) > n_descriptors:
             pass  # the last connections are being closed
+
+
+def test_the_mixed_load() -> None:
+    """Guards: a benchmark that counts correct answers as wrong; an endpoint that fails beside others."""
+    with serving(FakeEngine(n_parallel=4), stall_seconds=1) as server:
+        load = run_load(server.port, n_clients=8, seconds=2, seed=1, n_context=4096)
+        assert not load.wrong
+        assert {"chat, streamed", "malformed", "hangs up during the reply"} <= set(load.kinds)
+        assert load.first_seconds
