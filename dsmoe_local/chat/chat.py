@@ -25,7 +25,7 @@ from dsmoe_local.chat.store.sessions import Session, SessionStore
 from dsmoe_local.chat.terminal.screen import ReplyView, Screen, Status
 from dsmoe_local.chat.turns import Transcript
 from dsmoe_local.engine.errors import EngineCrashError, PromptError
-from dsmoe_local.engine.types import FinishReason, ModelOptions, TokenEvent
+from dsmoe_local.engine.types import FinishReason, ModelInfo, ModelOptions, TokenEvent
 
 _NEARLY_FULL = 0.85  # share of the context from which the user is warned
 _IDLE_SECONDS = 30.0  # the KV cache is stored after this time without input
@@ -213,7 +213,7 @@ class Chat:
         if self.session is None:
             info = self.conversation.engine.info
             self.session = sessions.create(info.name, info.vocabulary, self.conversation.system)
-            self.session.model_path = str(absolute(info.path))
+            self.session.model_path = _place_of(info)
         return self.session
 
     def adopt(self, session: Session | None, system: str = "", *, own_model: bool = False) -> None:
@@ -253,7 +253,8 @@ class Chat:
                 self.screen.notice("[stopped]")
             else:
                 self.screen.error(error)
-            self.screen.notice(f"{before.name} stays in use; the next message loads it again")
+            again = "" if before.server else "; the next message loads it again"
+            self.screen.notice(f"{before.name} stays in use{again}")
             return
         self._tokens_per_second = 0.0
         notices.greet(self.screen, self.conversation)
@@ -288,7 +289,7 @@ class Chat:
             return
         if session.model != info.name:
             notices.other_model(self.screen, self.conversation, session.model)
-        session.model, session.model_path = info.name, str(absolute(info.path))
+        session.model, session.model_path = info.name, _place_of(info)
         if self._caches is not None:
             self._caches.restore(self.conversation, session)
 
@@ -341,6 +342,8 @@ class Chat:
                     f"{text.split()[0]} takes no argument",
                     remedy=f"to send this as a message, put it between lines with {multiline.MARK}",
                 )
+            if command.local and self.conversation.engine.info.server:
+                raise UsageError(f"{text.split()[0]} needs the model on this computer, not on a server")
             command.run(self, argument)
         elif text.strip():
             self.send(text)
@@ -403,7 +406,8 @@ class Chat:
         conversation = self.conversation
         if self._stats and conversation.usage is not None:
             self.screen.notice(notices.usage(conversation.usage))
-        share = conversation.n_used / conversation.engine.info.n_context
+        n_context = conversation.engine.info.n_context  # 0: not known
+        share = conversation.n_used / n_context if n_context else 0.0
         nearly = share >= _NEARLY_FULL and conversation.settings.on_full is OnFull.STOP
         if nearly and not self._warned and conversation.finish_reason is not FinishReason.CONTEXT_FULL:
             self.screen.notice(notices.nearly_full(share))
@@ -436,3 +440,8 @@ class Chat:
         if self._idle_timer is not None:
             self._idle_timer.cancel()
             self._idle_timer = None
+
+
+def _place_of(info: ModelInfo) -> str:
+    """Return where a model is: its file, or its server."""
+    return info.server or str(absolute(info.path))

@@ -11,13 +11,23 @@ from typing import TypeAlias
 from dsmoe_local.base.errors import DsmoeError, InterruptedRunError, UsageError
 from dsmoe_local.chat import context
 from dsmoe_local.chat.context import MadeRoom
+from dsmoe_local.chat.remote.connection import ServerError
 from dsmoe_local.chat.settings import ChatSettings, OnFull
 from dsmoe_local.chat.tool_calls import CallBlocks
 from dsmoe_local.chat.turns import Role, Transcript, Turn
 from dsmoe_local.engine.errors import EngineCrashError, EngineError
 from dsmoe_local.engine.interface import ReloadableEngine
 from dsmoe_local.engine.reasoning import template_variables
-from dsmoe_local.engine.types import FinishReason, Message, ReplyStart, Request, TokenEvent, Tools, Usage
+from dsmoe_local.engine.types import (
+    FinishReason,
+    Message,
+    ReplyStart,
+    Request,
+    TokenEvent,
+    Tools,
+    Usage,
+    ends_with_reply,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,10 +154,10 @@ class Conversation:
     @property
     def partial_transcript(self) -> Transcript | None:
         """The transcript with the running reply so far; None if there is no text yet."""
-        reply = self._partial
-        if reply is None or not reply.n_ids:
+        reply = None if self._partial is None else self._partial.exact()
+        if reply is None or not (reply.ids or reply.text or reply.reasoning):
             return None
-        turns = self._turns_with(reply.exact(), FinishReason.CANCELLED, None)
+        turns = self._turns_with(reply, FinishReason.CANCELLED, None)
         return replace(self._state.transcript, turns=turns)
 
     def restore(self, transcript: Transcript) -> None:
@@ -184,7 +194,8 @@ class Conversation:
         if not self.turns:
             raise UsageError("there is no reply to continue yet")
         last = self.turns[-1]
-        if not self.completes and last.token_ids and last.ending is FinishReason.STOP:
+        is_known = bool(last.token_ids or self.engine.info.server)
+        if not self.completes and is_known and last.ending is FinishReason.STOP:
             raise UsageError("the reply is complete", remedy="/regen generates another one; or ask for more")
         return self._reply(self.turns)
 
@@ -282,21 +293,13 @@ class Conversation:
         try:
             yield Asked()
             encoder = self.encoder()
-            transcript, room = context.fitted(
-                self._state.transcript,
-                encoder,
-                self.settings.on_full,
-                self.settings.max_tokens,
-                lambda: self._cancelled,
-            )
-            self._change(transcript=transcript)
-            if room is not None:
-                yield room
+            if not self.engine.info.server:
+                yield from self._make_room(encoder)
             yield from self._run(encoder)
             while (room := self._room_to_continue(encoder)) is not None:
                 yield room
                 yield from self._run(encoder)
-        except (EngineCrashError, InterruptedRunError):
+        except (EngineCrashError, ServerError, InterruptedRunError):
             # Keep a new message: it can be answered next time.
             raise
         except DsmoeError:
@@ -309,6 +312,19 @@ class Conversation:
                 self._state = replace(self._state, transcript=transcript)
             elif self.turns == asked:
                 self._state = before
+
+    def _make_room(self, encoder: context.Encoder) -> Reply:
+        """Make room for the reply, if the setting `on_full` allows it."""
+        transcript, room = context.fitted(
+            self._state.transcript,
+            encoder,
+            self.settings.on_full,
+            self.settings.max_tokens,
+            lambda: self._cancelled,
+        )
+        self._change(transcript=transcript)
+        if room is not None:
+            yield room
 
     def _room_to_continue(self, encoder: context.Encoder) -> MadeRoom | None:
         """Remove old messages if a full context cut the reply. Return None if nothing was removed."""
@@ -332,7 +348,8 @@ class Conversation:
                 self._change(n_used=len(context.token_ids(self._state.transcript, encoder)))
             yield TokenEvent("", "", 0.0, finish_reason=FinishReason.CANCELLED)
             return
-        request = self._request(encoder)
+        is_remote = bool(self.engine.info.server)
+        request = self._remote_request() if is_remote else self._request(encoder)
         self._partial = reply
         end: TokenEvent | None = None
         try:
@@ -340,13 +357,16 @@ class Conversation:
             if self._cancelled:
                 # `cancel` was called before the engine knew the request.
                 self.cancel()
-            self._change(n_used=len(request.prompt))
+            if not is_remote:
+                self._change(n_used=len(request.prompt))
             for event in events:
                 if event.dropped:
                     yield self._shift(event.dropped)
                 reply.add(event)
                 if event.finish_reason is not None:
                     end = event
+                    if is_remote and event.usage is not None:
+                        self._change(n_used=event.usage.prompt_tokens + event.usage.completion_tokens)
                 elif event.token_id is not None:
                     self._change(n_used=self.n_used + 1)
                 yield event
@@ -382,6 +402,22 @@ class Conversation:
             n_keep=context.n_never_shifted(transcript, encoder) if shift else 0,
             reply_start=self._reply_start(),
             reasoning_budget=self.settings.budget,
+        )
+
+    def _remote_request(self) -> Request:
+        """Return the request for a server, which tokenizes the messages itself."""
+        settings, prompt = self.settings, self.messages()
+        return Request(
+            f"chat-{next(self._numbers)}",
+            prompt,
+            settings.sampling,
+            max_tokens=settings.max_tokens,
+            stop=settings.stop,
+            json_schema=self.json_schema,
+            tools=self.tools,
+            continue_final_message=ends_with_reply(prompt),
+            reasoning_budget=settings.budget,
+            chat_template_kwargs=template_variables(settings.chat_template_kwargs, settings.budget),
         )
 
     def _reply_start(self) -> ReplyStart:

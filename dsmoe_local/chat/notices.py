@@ -30,8 +30,10 @@ ENDINGS: Mapping[FinishReason | None, str] = {
 def greet(screen: Screen, conversation: Conversation) -> None:
     """Show what the model is, when the chat begins or another model was loaded."""
     info = conversation.engine.info
-    head = (info.name, info.type, f"{info.n_context:,} tokens of context", "/help")
-    screen.notice(" · ".join(filter(None, head)))
+    n_context = f"{info.n_context:,} tokens of context" if info.n_context else ""
+    screen.notice(" · ".join(filter(None, (info.name, info.type, info.server, n_context, "/help"))))
+    if info.server and conversation.settings.on_full is not OnFull.STOP:
+        screen.notice("note: on_full needs the model on this computer; a server ends the reply instead")
     if conversation.completes:
         screen.notice("a base model without a chat template: it completes your text; Enter alone continues")
 

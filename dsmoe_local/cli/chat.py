@@ -25,10 +25,11 @@ from dsmoe_local.cli.options import FLAG, Group, json_option, option, text_value
 from dsmoe_local.cli.reply_options import reply_options, reply_settings, setting_option
 
 if TYPE_CHECKING:
+    from dsmoe_local.chat.remote.engine import RemoteEngine
     from dsmoe_local.chat.settings import ChatSettings
     from dsmoe_local.chat.store.sessions import Session, SessionStore
     from dsmoe_local.chat.terminal.screen import Choice, Status
-    from dsmoe_local.engine.process.client import EngineClient
+    from dsmoe_local.engine.interface import ReloadableEngine
     from dsmoe_local.engine.types import ModelOptions, Tools
 
 
@@ -50,9 +51,23 @@ class _ChatOptions:
     ("dsmoe chat model.gguf", "Chat; /help lists the commands."),
     ('dsmoe chat model.gguf -p "Why is the sky blue?"', "Answer once."),
     ("git diff | dsmoe chat -p 'Review this.'", "Add stdin to the prompt."),
+    ("dsmoe chat --server http://192.168.0.2:8080", "Use the model of another computer."),
 )
 @model_argument("words", "[MODEL] [-]", nargs=-1)
 @model_option
+@option(
+    "--server",
+    "server",
+    "Use a server with OpenAI's API, such as dsmoe serve on another computer. MODEL is a name there.",
+    text_value("URL"),
+)
+@option(
+    "--api-key",
+    "api_key",
+    "Key for --server. Better set DSMOE_API_KEY: others can see command lines.",
+    text_value("KEY"),
+    secret=True,
+)
 @option("-p, --prompt", "prompt", "Answer TEXT and exit; - reads it from stdin.")
 @option("-f, --file", "prompt_file", "Answer the text of a file and exit.", typed(click.Path(), "FILE"))
 @option("-sys, --system, --system-prompt", "system", "System prompt.", default="", show_default=False)
@@ -104,6 +119,8 @@ class _ChatOptions:
 def command(
     words: tuple[str, ...],
     named_model: str | None,
+    server: str | None,
+    api_key: str | None,
     prompt: str | None,
     prompt_file: str | None,
     system: str,
@@ -128,8 +145,11 @@ def command(
 
     model, dash = _model_and_dash(words, named_model)
     # Report a wrong path first, but a missing demo model only if there is something to answer.
-    path = _find(model, named_model) if model or named_model else None
+    path = _find(model, named_model) if server is None and (model or named_model) else None
     settings = reply_settings(values)
+    if server is not None:
+        # The options of the model are left.
+        _check_local([*values, "experts"])
     text = one_prompt(prompt, prompt_file, dash)
     if text is None and not (sys.stdout.isatty() and sys.stdin.isatty()):
         raise UsageError("a chat needs a terminal", remedy="use -p TEXT for one answer")
@@ -138,18 +158,28 @@ def command(
     offered = None if tools is None else read_tools(tools)
     if json_schema is not None and offered is not None:
         raise UsageError("--schema and --tools exclude each other", remedy="leave one of them out")
+    asked_model = model or (named_model if from_command_line("named_model") else None)
     if text is not None:
-        with load_engine(path or find_model(), values) as engine:
+        with (
+            load_engine(path or find_model(), values)
+            if server is None
+            else _connect(server, api_key, asked_model)
+        ) as engine:
             _answer(engine, settings, system, text, json_schema, offered, as_json=as_json, stats=stats)
         return
     history = {"session": session, "latest": latest, "no_history": no_history}
     settled = settle(history, ("session",), ("latest",), ("no_history",))
-    options = _ChatOptions(**settled, plain=plain, experts=experts, stats=stats, tools=offered)
+    shows_experts = experts and server is None
+    options = _ChatOptions(**settled, plain=plain, experts=shows_experts, stats=stats, tools=offered)
     with ExitStack() as resources:
         storage = _open_storage(options, resources)
         typed_ahead = resources.enter_context(ExitStack())
         typed_ahead.enter_context(keys_withheld())
-        session_model = None if model or from_command_line("named_model") else _session_model(storage)
+        if server is not None:
+            remote = resources.enter_context(_connect(server, api_key, asked_model))
+            _converse(remote, settings, system, options, storage, typed_ahead, remote.options)
+            return
+        session_model = None if asked_model else _session_model(storage)
         path = session_model or path or find_model()
         asked = loading_options(path, dict(values))
         engine = resources.enter_context(load_engine(path, values))
@@ -157,6 +187,24 @@ def command(
         for problem in storage.problems.result() if storage.problems else ():
             click.echo(f"note: {problem}", err=True)
         _converse(engine, settings, system, options, storage, typed_ahead, asked)
+
+
+def _check_local(names: Iterable[str]) -> None:
+    """Raise UsageError for flags on the command line that need the model on this computer."""
+    for name in names:
+        if from_command_line(name):
+            raise UsageError(
+                f"{flag_of(name)} needs the model on this computer, not on a server",
+                remedy="leave it or --server out",
+            )
+
+
+def _connect(server: str, api_key: str | None, model: str | None) -> RemoteEngine:
+    """Return the model on a server. Raises UsageError, ServerError."""
+    from dsmoe_local.chat.remote.connection import Server
+    from dsmoe_local.chat.remote.engine import RemoteEngine
+
+    return RemoteEngine(Server.at(server, api_key), model)
 
 
 def _check_combinations(*, is_chat: bool) -> None:
@@ -196,7 +244,7 @@ def _find(model: str | None, named_model: str | None) -> Path:
 
 
 def _answer(
-    engine: EngineClient,
+    engine: ReloadableEngine,
     settings: ChatSettings,
     system: str,
     text: str,
@@ -264,6 +312,11 @@ def _session_model(storage: _Storage) -> Path | None:
     summary = storage.sessions.summary(storage.session) if storage.sessions and storage.session else None
     if summary is None or summary.model_path is None:
         return None
+    if "://" in summary.model_path:
+        raise UsageError(
+            f"the model of the session {safe_line(summary.name, 60)} is on a server",
+            remedy=f"add --server {summary.model_path}, or name a model with -m MODEL",
+        )
     path = Path(summary.model_path)
     # Path.is_file raises OSError for names that are too long.
     if not os.path.isfile(path):
@@ -283,7 +336,7 @@ def settings_given() -> frozenset[str]:
 
 
 def _converse(
-    engine: EngineClient,
+    engine: ReloadableEngine,
     settings: ChatSettings,
     system: str,
     options: _ChatOptions,
@@ -312,7 +365,8 @@ def _converse(
     if storage.session is not None and not from_command_line("system"):
         # The session has its own system text.
         system = ""
-    caches = None if storage.sessions is None else CacheKeeper(StateStore(data_folder() / "sessions"))
+    stores_caches = storage.sessions is not None and not engine.info.server
+    caches = None if not stores_caches else CacheKeeper(StateStore(data_folder() / "sessions"))
 
     def status() -> Status:
         return chat.status()

@@ -362,6 +362,8 @@ class ModelInfo:
     - `cache_identity`: a digest of everything that the KV cache depends on besides its tokens, including the
       inode of the model file. `load_cache` refuses a file that was saved with another one.
     - `type`: the file's type as in `model.file_type`.
+    - `server`: the URL of the server that runs the model; empty if it runs on this computer. Tokens, sizes
+      and the file of a model on a server are not known.
     """
 
     path: Path
@@ -387,3 +389,4 @@ class ModelInfo:
     vocabulary: str = ""
     cache_identity: str = ""
     type: str = ""
+    server: str = ""

@@ -78,6 +78,7 @@ class Command:
     """A slash command. `run` gets the chat and the stripped text after the name, and may raise DsmoeErrors.
 
     `arguments` are for the help: `[NAME [VALUE]]`. `files`: the last word is also completed as a file name.
+    `local`: the command needs a model on this computer.
     """
 
     run: Callable[[Chat, str], None]
@@ -86,6 +87,7 @@ class Command:
     aliases: tuple[str, ...] = ()
     complete: Complete = no_words
     files: bool = False
+    local: bool = False
 
 
 def read_count(text: str) -> int | None:

@@ -146,11 +146,13 @@ COMMANDS: Commands = {
         "observe and show which experts replies use",
         f"[{_EXPERTS_ARGUMENTS.replace(', ', '|')}]",
         complete=_complete_experts,
+        local=True,
     ),
     "active": Command(
         _active,
         "show or change how many routed experts a token uses, until the chat ends",
         f"[N|{_DEFAULT}]",
         complete=_complete_active,
+        local=True,
     ),
 }

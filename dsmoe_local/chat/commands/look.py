@@ -23,11 +23,17 @@ def _show(chat: Chat, what: str) -> None:
     show = _SHOWN.get(what or "info")
     if show is None:
         raise UsageError(f"/show takes {', '.join(_SHOWN)}, not {safe_line(what, 40)!r}")
+    if what in ("template", "prompt") and chat.conversation.engine.info.server:
+        raise UsageError(f"/show {what} needs the model on this computer, not on a server")
     show(chat)
 
 
 def _show_info(chat: Chat) -> None:
     info = chat.conversation.engine.info
+    if info.server:
+        n_context = f"{info.n_context:,} tokens" if info.n_context else "not known"
+        chat.screen.table([("model", info.name), ("server", info.server), ("context", n_context)])
+        return
     experts = (
         f"{info.n_experts_per_token} of {info.n_routed_experts}"
         if info.n_routed_experts
@@ -163,6 +169,6 @@ COMMANDS: Commands = {
         complete=lambda chat, typed: _SHOWN,
     ),
     "stats": Command(_stats, "show tokens and time of the last reply"),
-    "context": Command(_context, "show what fills the context"),
-    "tokens": Command(_tokens, "show the tokens of the last reply, or of TEXT", "[TEXT]"),
+    "context": Command(_context, "show what fills the context", local=True),
+    "tokens": Command(_tokens, "show the tokens of the last reply, or of TEXT", "[TEXT]", local=True),
 }

@@ -15,6 +15,7 @@ from dsmoe_local.base.progress import Advanced, Event, Finished, Note, Started
 from dsmoe_local.base.sizes import format_size
 from dsmoe_local.base.text import safe_line
 from dsmoe_local.chat.commands.declare import Chat, Command, Commands
+from dsmoe_local.chat.remote.engine import RemoteEngine
 from dsmoe_local.chat.terminal.screen import Screen
 from dsmoe_local.engine.types import ModelOptions
 from dsmoe_local.model.discovery import (
@@ -37,6 +38,9 @@ def load_model(chat: Chat, options: ModelOptions) -> None:
 
 
 def _model(chat: Chat, word: str) -> None:
+    if chat.conversation.engine.info.server:
+        _model_of_server(chat, word)
+        return
     if not word:
         _list(chat)
         return
@@ -55,6 +59,17 @@ def _model(chat: Chat, word: str) -> None:
         note_use(path)
 
     chat.switch_model(load)
+
+
+def _model_of_server(chat: Chat, word: str) -> None:
+    """List the models of the server, or use another one of them."""
+    engine = chat.conversation.engine
+    if not word:
+        assert isinstance(engine, RemoteEngine)
+        names = engine.models()
+        chat.screen.table((f"{'*' if name == engine.model else ' '}{safe_line(name, 80)}",) for name in names)
+        return
+    chat.switch_model(lambda: engine.reload(replace(engine.options, path=Path(word))))
 
 
 def _options(chat: Chat, path: Path) -> ModelOptions:

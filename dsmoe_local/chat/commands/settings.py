@@ -193,7 +193,8 @@ def _think(chat: Chat, word: str) -> None:
     if before is Think.HIDE and think is Think.SHOW and last is not None and last.reasoning:
         chat.screen.show(Text(safe_text(last.reasoning.strip()), style="dim"))
     chat.screen.notice(f"think {think}: {_THINK[think]}")
-    if markers_in(conversation.engine.info.template_text) is None:
+    info = conversation.engine.info
+    if not info.server and markers_in(info.template_text) is None:
         chat.screen.notice("note: the chat template of this model has no markers of reasoning")
 
 
