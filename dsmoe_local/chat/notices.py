@@ -26,6 +26,10 @@ ENDINGS: Mapping[FinishReason | None, str] = {
     FinishReason.CANCELLED: "stopped: /continue continues it",
 }
 
+ON_FULL_IS_LOCAL = (
+    "note: on_full needs the model on this computer; with a server, a full context ends the reply"
+)
+
 
 def greet(screen: Screen, conversation: Conversation) -> None:
     """Show what the model is, when the chat begins or another model was loaded."""
@@ -33,7 +37,7 @@ def greet(screen: Screen, conversation: Conversation) -> None:
     n_context = f"{info.n_context:,} tokens of context" if info.n_context else ""
     screen.notice(" · ".join(filter(None, (info.name, info.type, info.server, n_context, "/help"))))
     if info.server and conversation.settings.on_full is not OnFull.STOP:
-        screen.notice("note: on_full needs the model on this computer; a server ends the reply instead")
+        screen.notice(ON_FULL_IS_LOCAL)
     if conversation.completes:
         screen.notice("a base model without a chat template: it completes your text; Enter alone continues")
 

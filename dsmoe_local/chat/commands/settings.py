@@ -11,11 +11,13 @@ from rich.text import Text
 from dsmoe_local.base.config_file import Value, spellings
 from dsmoe_local.base.errors import DsmoeError, UsageError
 from dsmoe_local.base.text import safe_line, safe_text
+from dsmoe_local.chat import notices
 from dsmoe_local.chat.commands.declare import Chat, Command, Commands
 from dsmoe_local.chat.settings import (
     PRESETS,
     SETTINGS,
     ChatSettings,
+    OnFull,
     Preset,
     Think,
     apply,
@@ -54,7 +56,9 @@ def _set(chat: Chat, argument: str) -> None:
 
 def _choose(chat: Chat, settings: ChatSettings) -> None:
     """Use `settings` from now on, and store them with the session."""
-    chat.conversation.settings = settings
+    before, chat.conversation.settings = chat.conversation.settings.on_full, settings
+    if chat.conversation.engine.info.server and settings.on_full not in (before, OnFull.STOP):
+        chat.screen.notice(notices.ON_FULL_IS_LOCAL)
     chat.save()
 
 
