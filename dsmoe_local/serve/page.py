@@ -26,7 +26,8 @@ def _page() -> tuple[bytes, dict[str, str]]:
     The policy allows its one script and one style sheet, by their digests, and requests to this server. It
     forbids the script to make elements from text (`require-trusted-types-for`): text of a model stays text.
     """
-    body = _PAGE.read_bytes()
+    # Browsers normalize newlines before they compute the digests. Git may have written CRLF.
+    body = _PAGE.read_bytes().replace(b"\r\n", b"\n")
     policy = {
         "default-src": "'none'",
         "script-src": _digest(body, b"script"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from support.browser import CHROMIUM, Browser, Page, browser
 from support.fake_engine import FakeEngine
 from support.serving import Gate, Serving, serving
 
-from dsmoe_local.engine.types import Message
+from dsmoe_local.engine.types import Message, Observation
+from dsmoe_local.serve import page as web_page
+from dsmoe_local.serve.generation import OBSERVERS
 from dsmoe_local.serve.models import ModelSource
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
@@ -81,6 +84,31 @@ def test_a_conversation(chromium: Browser) -> None:
         ended(page)
         assert sent(engine) == [("user", "New")]
         assert page.complaints() == []
+
+
+def test_a_reload_during_a_reply(chromium: Browser) -> None:
+    """Guards: a reload during a reply, or a crash of the browser, that loses the question and the reply so
+    far.
+    """
+    gate = Gate()
+    engine = FakeEngine(replies=["one two three", "four"], gate=gate)
+    with serving(engine) as server:
+        page = opened(chromium, server)
+        page.type("Hello")
+        assert "Hello" in page.run("sessionStorage.turns")
+        gate.let(3)
+        page.wait("sessionStorage.turns.includes('one')")
+        gate.let(4)
+        page.wait("document.querySelector('.reply').innerText === 'one two'")
+        page.go(server.url)
+        ended(page)
+        assert page.text(".user .plain") == "Hello"
+        assert page.text(".reply") == "one two"
+        assert page.text(".assistant .bad") == "The connection ended before the reply was complete."
+        gate.open()
+        page.type("And?")
+        ended(page)
+        assert sent(engine) == [("user", "Hello"), ("assistant", "one two"), ("user", "And?")]
 
 
 HOSTILE = """<script>window.hacked = 1</script> <img src="x" onerror="window.hacked = 2">
@@ -174,11 +202,100 @@ def test_markdown(reader: Page, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["> " * 3000 + "a", "- " * 3000 + "a", "*a " * 3000, "`" * 9000, "[" * 9000, "|" * 9000]
+    "text",
+    [
+        "> " * 3000 + "a",
+        "- " * 3000 + "a",
+        "*a " * 3000,
+        "`" * 9000,
+        "[" * 9000,
+        "|" * 9000,
+        "|\n" + " " * 300_000,
+        "# " + " " * 300_000 + "\r",
+        f"![c](data:{'a' * 4880}\n\n" * 200,
+    ],
+    ids=["quotes", "lists", "stars", "ticks", "brackets", "bars", "divider", "heading", "urls"],
 )
 def test_markdown_that_is_slow(reader: Page, text: str) -> None:
     """Guards: a page that hangs because of a reply."""
-    reader.run(f"showMarkdown(document.createElement('div'), {text!r})")
+    # Quadratic regular expressions take minutes. The browser then ends the script.
+    shown = f"showMarkdown(document.createElement('div'), {text!r})"
+    assert "exceptionDetails" not in reader.call("Runtime.evaluate", expression=shown, timeout=10_000)
+
+
+def test_a_page_with_crlf(chromium: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: digests that no browser computes, if Git checks the page out with CRLF: nothing on it works."""
+    copy = tmp_path / "page.html"
+    text = web_page._PAGE.read_bytes().replace(b"\r\n", b"\n")
+    copy.write_bytes(text.replace(b"\n", b"\r\n"))
+    monkeypatch.setattr(web_page, "_PAGE", copy)
+    web_page._page.cache_clear()
+    try:
+        with serving(FakeEngine()) as server:
+            page = opened(chromium, server)
+            assert page.complaints() == []
+    finally:
+        web_page._page.cache_clear()
+
+
+class Observed(FakeEngine):
+    """An engine whose routers have chosen expert 0 once more whenever they are asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.options = replace(self.options, observers=OBSERVERS)
+        self._n_tokens = 0
+
+    def observe(self, name: str) -> Observation:
+        """See TextEngine."""
+        self._n_tokens += 1
+        n = self._n_tokens
+        layer = {"layer": 1, "tokens": n, "counts": [n, 0], "expert_mass": [0.0, 0.0], "sampled": 0}
+        sums = ("captured_mass", "captured_mass_deviation", "router_entropy", "routed_norm", "shared_norm")
+        layers = [{**layer, **dict.fromkeys(sums, 0.0)}]
+        return {"n_routed_experts": 2, "gating": "softmax", "n_groups": 1, "layers": layers}
+
+
+def test_experts(chromium: Browser) -> None:
+    """Guards: no heatmap below a reply; a heatmap of the reply to another client."""
+    engine = Observed()
+    with serving(engine, experts=True) as server:
+        page = opened(chromium, server)
+        page.type("Hi")
+        page.wait("document.querySelector('canvas')")
+        # Another client's reply ends after ours, before the page asks for its experts.
+        page.run("""{
+            const asked = window.request;
+            request = async (path, options) => {
+              if (path === "/v1/experts/last") {
+                const body = JSON.stringify({ messages: [{ role: "user", content: "other" }] });
+                const headers = { "content-type": "application/json" };
+                await asked("/v1/chat/completions", { method: "POST", headers, body });
+              }
+              const response = await asked(path, options);
+              if (path === "/v1/experts/last") setTimeout(() => { window.shown = true; });
+              return response;
+            };
+        }""")
+        page.type("Hi again")
+        page.wait("window.shown")
+        ended(page)
+        assert page.run("document.querySelectorAll('canvas').length") == 1
+        assert page.complaints() == []
+
+
+def test_the_end_is_in_view(chromium: Browser) -> None:
+    """Guards: an error, the remark or the buttons below a reply that are outside the window."""
+    with serving(FakeEngine(replies=["line\n\n" * 100, "short"])) as server:
+        page = opened(chromium, server)
+        end = "chat.scrollHeight - chat.scrollTop - chat.clientHeight < 2"
+        for text in ("long " * 500, "Hi"):
+            page.type(text)
+            ended(page)
+            assert page.run(end)
+        page.go(server.url)
+        ended(page)
+        assert page.run(end)
 
 
 def test_models(chromium: Browser) -> None:
@@ -206,10 +323,8 @@ def test_a_key(chromium: Browser) -> None:
         page.wait("document.querySelector('#notice').innerText === 'This server needs its API key.'")
         assert page.run("ask.hidden")
         page.type("wrong")
-        page.wait("document.querySelector('#notice').innerText.includes('missing or wrong')")
-        page.run("secret.value = ''")
-        page.run("secret.focus()")
-        page.type("sesame")
+        page.wait("document.querySelector('#notice').innerText.startsWith('This is not the API key')")
+        page.type("sesame")  # replaces the wrong key
         page.wait("model.options.length && !ask.hidden")
         page.type("Hi")
         ended(page)
@@ -224,6 +339,8 @@ def test_errors(chromium: Browser) -> None:
         page.type("x" * 100)
         ended(page)
         assert "context" in page.text(".assistant .bad")
+        assert page.run("text.value") == "x" * 100  # to be shortened
+        page.run("text.value = ''")
         page.type("short")
         ended(page)
         assert sent(engine) == [("user", "short")]
