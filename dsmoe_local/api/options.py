@@ -20,8 +20,9 @@ from dsmoe_local.model.gguf_model import trained_context
 class LoadOptions(TypedDict, total=False):
     """How to load a model: the fields of ModelOptions, which `dsmoe chat --help` describes as options.
 
-    `n_parallel` requests are decoded at once. `n_gpu_layers` -1 means all. `log_file` gets llama.cpp's log.
-    `prompt_ratio` is the number of prompt tokens for each token of a reply; `kernels` "auto" depends on it.
+    `n_parallel` requests are decoded at once. `n_gpu_layers` -1 means all. `workers` are addresses of
+    `dsmoe worker`. `log_file` gets llama.cpp's log. `prompt_ratio` is the number of prompt tokens for each
+    token of a reply; `kernels` "auto" depends on it.
     """
 
     n_context: int | None
@@ -44,6 +45,7 @@ class LoadOptions(TypedDict, total=False):
     offload_cache: bool
     kernels: str
     prompt_ratio: float
+    workers: Sequence[str]
     log_file: str | Path | None
 
 

@@ -25,6 +25,7 @@ from dsmoe_local.engine.errors import (
     ModelLoadError,
     NativeError,
     OutOfMemoryError,
+    WorkerLostError,
 )
 from dsmoe_local.engine.interface import TextEngine, Ticket
 from dsmoe_local.protocol.errors import describe
@@ -272,6 +273,8 @@ class _Run:
 
     def _crashed(self, task: int, line: Line, error: EngineError, *, alone: bool) -> None:
         """Queue the request for a retry on its own; if it was running on its own, fail its line."""
+        if alone and isinstance(error, WorkerLostError):
+            raise error  # not the fault of the line
         if alone:
             self._fail(task, line, error)
             return

@@ -27,6 +27,7 @@ COMMANDS: Mapping[str, CommandEntry] = {
     "chat": CommandEntry("dsmoe_local.cli.chat", "Chat with a model in the terminal, or ask once."),
     "batch": CommandEntry("dsmoe_local.cli.batch", "Answer a file of prompts, one JSON record each."),
     "serve": CommandEntry("dsmoe_local.cli.serve", "Serve a model over HTTP with OpenAI's API."),
+    "worker": CommandEntry("dsmoe_local.cli.worker", "Compute layers of other machines' models."),
     "inspect": CommandEntry("dsmoe_local.cli.inspect", "Show a model's shape, sizes and costs."),
     "eval": CommandEntry("dsmoe_local.cli.eval", "Measure perplexity and KL divergence."),
     "imatrix": CommandEntry("dsmoe_local.cli.imatrix", "Collect an importance matrix for quantize."),

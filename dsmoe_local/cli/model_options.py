@@ -66,6 +66,19 @@ def _device_list(text: str) -> tuple[str, ...]:
     return names
 
 
+def _worker_list(text: str) -> tuple[str, ...]:
+    """Read addresses of workers separated by commas."""
+    from dsmoe_local.engine.workers import parse_worker
+
+    texts = tuple(part.strip() for part in text.split(","))
+    for part in texts:
+        try:
+            parse_worker(part)
+        except UsageError as error:
+            raise ValueError(f"{error.what}: {error.remedy}") from error
+    return texts
+
+
 _context_option = option(
     "-c, --ctx-size",
     "n_context",
@@ -121,6 +134,13 @@ _loading_options = all_of(
         parsed(_device_list, "LIST"),
         _DEVICES,
         shown="all",
+    ),
+    option(
+        "--rpc",
+        "workers",
+        "Machines that run `dsmoe worker` get the layers that do not fit here. SIZE limits their memory.",
+        parsed(_worker_list, "HOST:PORT[=SIZE],…"),
+        _DEVICES,
     ),
     option(
         "-ot, --tensor-override, --override-tensor",
@@ -296,5 +316,6 @@ def loading_options(path: Path, values: dict[str, Any]) -> ModelOptions:
         n_cpu_moe=ALL_LAYERS if settled["cpu_moe"] else settled["n_cpu_moe"],
         tensor_overrides=tuple(pair for pairs in values.pop("tensor_overrides") for pair in pairs),
         offload_cache=not values.pop("keep_cache"),
+        workers=values.pop("workers") or (),
         **{name: values.pop(name) for name in _SAME_NAMES},
     )

@@ -17,6 +17,10 @@ class ModelLoadError(EngineError):
     """llama.cpp cannot load a model, or create its context. `where` is llama.cpp's log message."""
 
 
+class WorkerError(ModelLoadError):
+    """A worker cannot be used: it cannot be reached, hangs, is another program, or has another version."""
+
+
 class OutOfMemoryError(EngineError):
     """The smallest possible context does not fit into the available memory."""
 
@@ -59,6 +63,10 @@ class EngineCrashError(EngineError):
     def __init__(self, what: str, *, where: str = "", remedy: str = "", log: tuple[str, ...] = ()) -> None:
         super().__init__(what, where=where, remedy=remedy)
         self.log = log
+
+
+class WorkerLostError(EngineCrashError):
+    """The engine's process died because it lost a worker, or waited for one in vain."""
 
 
 class EngineKilledError(EngineCrashError):

@@ -319,6 +319,7 @@ class ModelOptions:
     `n_gpu_layers` and `n_cpu_moe` count layers; ALL_LAYERS means all. `tensor_overrides` are pairs of a
     regular expression of tensor names and the name of a buffer type or device. `devices` are the names of the
     devices that may be used. If `offload_cache` is false, the whole KV cache is in main memory.
+    `workers` are other machines that compute layers, as `workers.parse_worker` reads them.
     `chat_template` is a file, the name of a built-in template, or `NO_TEMPLATE`. `kernels` is one of
     `engine.load.kernels.Kernels`; "auto" depends on `prompt_ratio`, the prompt tokens that the job reads for
     each token of a reply.
@@ -346,6 +347,7 @@ class ModelOptions:
     kernels: str = "auto"
     prompt_ratio: float = CHAT_RATIO
     observers: tuple[ObserverOptions, ...] = ()
+    workers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

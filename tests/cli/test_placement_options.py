@@ -44,6 +44,7 @@ def test_the_defaults_are_those_of_the_engine() -> None:
         ("--cpu-moe", "n_cpu_moe", ALL_LAYERS),
         ("-dev CUDA0,CUDA1", "devices", ("CUDA0", "CUDA1")),
         ("--device none", "devices", ()),
+        ("--rpc a:1,b=2GiB", "workers", ("a:1", "b=2GiB")),
         ("-nkvo", "offload_cache", False),
         ("-ot exps=CPU", "tensor_overrides", (("exps", "CPU"),)),
         ("--override-tensor a=CPU,b{1,2}=CUDA0", "tensor_overrides", (("a", "CPU"), ("b{1,2}", "CUDA0"))),
@@ -57,7 +58,18 @@ def test_spellings(arguments: str, name: str, value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", ["-ngl -3", "-ngl few", "-ot exps", "-ot =CPU", "-ot a=", "-dev a,,b", "-ngl ²"]
+    "arguments",
+    [
+        "-ngl -3",
+        "-ngl few",
+        "-ot exps",
+        "-ot =CPU",
+        "-ot a=",
+        "-dev a,,b",
+        "--rpc a:b",
+        "--rpc a:1,,b:2",
+        "-ngl ²",
+    ],
 )
 def test_nonsense_is_refused(arguments: str) -> None:
     """Guards: half an override that is dropped in silence."""

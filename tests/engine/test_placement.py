@@ -146,6 +146,41 @@ def test_cache_can_stay_on_the_host() -> None:
     assert (chosen.n_cpu_moe, chosen.host.cache, chosen.shares[0].cache) == (0, 4, 0)
 
 
+@pytest.mark.parametrize(
+    ("main_memory", "split", "n_cpu_moe"),
+    [
+        (7 + EVERYTHING, (), 0),
+        (7 + EVERYTHING - 1, (1, 0), 0),  # the output
+        (7 + EVERYTHING - 21, (2, 0), 0),
+        (7 + EVERYTHING - 20 - 111, (2, 0), 0),
+        (7 + EVERYTHING - 20 - 112, (1, 2), 0),
+        (7, None, 0),
+    ],
+)
+def test_workers_get_what_does_not_fit_here(
+    main_memory: int, split: tuple[int, ...] | None, n_cpu_moe: int
+) -> None:
+    """Guards: layers on another machine although this one has room; experts apart from their layers."""
+    workers = [DeviceMemory(f"RPC{n}", 20 + 111 + 5, worker=f"host:{n}") for n in range(2)]
+    chosen = place(MOE, workers, PlacementOptions(main_memory=main_memory), cache=1, compute={})
+    if split is None:
+        assert not chosen.fits or chosen.host.weights > main_memory
+        return
+    assert (chosen.split, chosen.n_cpu_moe, chosen.fits) == (tuple(n for n in split if n), n_cpu_moe, True)
+    assert chosen.host.weights + chosen.host.cache <= main_memory
+
+
+def test_a_gpu_of_this_machine_comes_before_workers() -> None:
+    """Guards: a GPU that stays empty because there are workers."""
+    devices = [DeviceMemory("GPU0", 150), DeviceMemory("RPC0", 1000, worker="host:1")]
+    chosen = place(MOE, devices, PlacementOptions(main_memory=7 + 31 + 111), cache=1, compute={})
+    assert chosen.devices == ("GPU0", "RPC0")
+    assert chosen.describe().startswith("GPU0: 1 layer")
+    assert "worker host:1 (RPC0): 1 layer, the output" in chosen.describe()
+    enough = place(MOE, devices, PlacementOptions(main_memory=7 + 400), cache=1, compute={})
+    assert enough.devices == ("GPU0",)
+
+
 def test_several_devices_are_filled_in_turn() -> None:
     """Guards: a layer that is larger than what is left on the device it is given to."""
     rooms = [DeviceMemory("GPU0", 150), DeviceMemory("GPU1", 120), DeviceMemory("GPU2", 1000)]

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import json
 import os
+import random
 import re
 import socket
 import subprocess
@@ -77,12 +78,22 @@ def _rpc_function(name: bytes, result: Any, *arguments: Any) -> Any:
     return ctypes.CFUNCTYPE(result, *arguments)(look_up(registry, name))
 
 
+def free_port() -> int:
+    """Return a port where nothing listens.
+
+    It is below those that the system gives to connections: while nothing listens at one of these, attempts to
+    connect sooner or later connect to themselves.
+    """
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+
+
 @contextlib.contextmanager
 def rpc_worker(n_devices: int) -> Iterator[str]:
     """Run a worker with `n_devices` devices and yield its endpoint."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    endpoint = f"127.0.0.1:{free_port()}"
     worker = subprocess.Popen(
         _command("serve", endpoint, str(n_devices)),
         # Its log would fill a pipe that nobody reads.

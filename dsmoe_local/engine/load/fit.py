@@ -36,6 +36,7 @@ from dsmoe_local.engine.load.placement import (
 )
 from dsmoe_local.engine.load.probe import BufferSizes, Probe, measure_context, sizes_by_context
 from dsmoe_local.engine.types import CHAT_RATIO, ModelOptions
+from dsmoe_local.engine.workers import Worker, check_workers, parse_worker
 from dsmoe_local.model.gguf_file import GgufFile
 from dsmoe_local.model.gguf_model import loaded_tensors
 from dsmoe_local.model.hyperparameters import ModelOutline
@@ -71,6 +72,20 @@ class Fit:
         return self.paged or all(device != HOST for _, device in self.placement.overrides)
 
 
+def connect_workers(texts: Sequence[str]) -> dict[str, Worker]:
+    """Make the devices of workers known to llama.cpp. Return the workers by endpoint.
+
+    Raises UsageError for a wrong address, WorkerError for a worker that cannot be used.
+    """
+    workers = {worker.endpoint: worker for worker in map(parse_worker, texts)}
+    if workers:
+        native.check_rpc()
+        check_workers(list(workers.values()))
+    for endpoint in workers:
+        native.add_worker(endpoint)
+    return workers
+
+
 def fit_model(
     options: ModelOptions,
     file: GgufFile,
@@ -84,15 +99,13 @@ def fit_model(
 
     Raises UsageError, OutOfMemoryError, and ModelLoadError if llama.cpp refuses the model.
     """
+    workers = connect_workers(options.workers)
     known = native.list_devices()
     can_offload = native.offload_devices(known)
     overrides = _overrides(options, known, can_offload)
     found, notes = _devices(options, known, can_offload)
     available = available_memory()
-    devices = [
-        usable_memory(device.name, device.n_free, shared=device.shares_memory, available=available)
-        for device in found
-    ]
+    devices = [_memory(device, workers, available) for device in found]
     total = available
     if options.n_gpu_layers != 0:
         total += sum(device.n_bytes for device in devices if not device.shared)
@@ -113,14 +126,28 @@ def fit_model(
             options.n_cpu_moe,
             overrides if devices else (),
             options.offload_cache,
+            available - PROCESS_BYTES - buffers.compute[HOST] if workers else None,
         )
         context = context_of(flash_attention, plan.n_context)
         placement = _place(probe, context, weights, devices, asked, buffers.cache // outline.n_layers)
     paged, more = _paged(plan, placement, devices, available)
     if placement.n_gpu_layers:
         notes.append(placement.describe())
+    if workers and options.n_gpu_layers is None and not any(share.worker for share in placement.shares):
+        notes.append("the workers are not used: the model fits here. -ngl all places all layers on them")
     notes += [*plan.notes, *more, *_overcommitment(placement, devices)]
     return Fit(plan.n_context, flash_attention, paged, placement, buffers.total, tuple(notes))
+
+
+def _memory(device: native.Device, workers: Mapping[str, Worker], available: int) -> DeviceMemory:
+    """Return the memory that may be used on a device. A worker's size, if the user gives one, counts."""
+    worker = workers.get(device.description) if device.is_remote else None
+    if worker is None:
+        return usable_memory(device.name, device.n_free, shared=device.shares_memory, available=available)
+    if worker.n_bytes is not None:
+        return DeviceMemory(device.name, worker.n_bytes, worker=worker.endpoint)
+    usable = usable_memory(device.name, device.n_free, shared=False, available=available)
+    return replace(usable, worker=worker.endpoint)
 
 
 def _plan(
@@ -226,6 +253,9 @@ def _devices(
         note = f"no GPU in this build of llama.cpp: {', '.join(asked)} {verb} no effect"
         return (), [note] if asked else []
     if options.devices is None:
+        if options.workers:
+            # Devices are filled in this order: those of this machine first.
+            can_offload = sorted(can_offload, key=lambda device: device.is_remote)
         return can_offload[:_MAX_DEVICES], []
     by_name = {device.name: device for device in known if device.is_gpu}
     for name in options.devices:

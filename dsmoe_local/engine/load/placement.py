@@ -1,7 +1,8 @@
 """Chooses the device of each weight and of each layer's KV cache. It only computes with sizes.
 
 The weights that every token reads are offloaded first: attention, shared experts, dense FFNs and the output.
-Routed experts are offloaded last, since a token reads only a few of them.
+Routed experts are offloaded last, since a token reads only a few of them. Workers get what this machine has
+no room for.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ _RESERVED_SHARE = 8  # or one part in 8, if that is less
 class DeviceMemory:
     """The bytes that weights, cache and buffers may take on a device.
 
-    `shared`: the device uses the machine's main memory.
+    `shared`: the device uses the machine's main memory. `worker` is the address of the worker that the device
+    belongs to; "" for a device of this machine.
     """
 
     name: str
     n_bytes: int
     shared: bool = False
+    worker: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +41,14 @@ class PlacementOptions:
     """The user's options. None: offload as much as fits. ALL_LAYERS: all layers.
 
     `overrides` are pairs of a regular expression of tensor names and a device; the first match counts.
+    `main_memory`: if `n_gpu_layers` is None, fill that many bytes of main memory before using workers.
     """
 
     n_gpu_layers: int | None = None
     n_cpu_moe: int | None = None
     overrides: tuple[tuple[str, str], ...] = ()
     offload_cache: bool = True
+    main_memory: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +89,7 @@ class DeviceShare:
     weights: int
     cache: int
     has_output: bool = False
+    worker: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +125,8 @@ class Placement:
         offloaded = [share for share in self.shares if share.weights or share.cache]
         experts = f"the routed experts of {_layers(self.n_cpu_moe)}" if self.n_cpu_moe else ""
         host = f"{self.host.name}: {_parts(self.host) if offloaded else ''}{experts}{_amounts(self.host)}"
-        return "; ".join([*(f"{share.name}: {_parts(share)}{_amounts(share)}" for share in offloaded), host])
+        parts = (f"{_name(share)}: {_parts(share)}{_amounts(share)}" for share in offloaded)
+        return "; ".join([*parts, host])
 
 
 def usable_memory(name: str, n_free: int, *, shared: bool, available: int) -> DeviceMemory:
@@ -166,9 +173,11 @@ def place(
 
     `cache`: bytes of one layer's KV cache. `compute`: bytes of compute buffers by device.
     """
-    devices = [
-        replace(device, n_bytes=device.n_bytes - weights.fixed.get(device.name, 0)) for device in devices
-    ]
+    if options.main_memory is not None and options.n_gpu_layers is None:
+        placement = _place_here_first(weights, devices, options, cache, compute, options.main_memory)
+        if placement is not None:
+            return placement
+    devices = [_without_fixed(device, weights) for device in devices]
     candidates = list(_candidates(weights, options)) if devices else [(0, 0)]
     for n_gpu, n_cpu_moe in candidates:
         items = _items(weights, n_gpu, n_cpu_moe, cache if options.offload_cache else 0)
@@ -180,6 +189,48 @@ def place(
     split = _proportional_split(n_gpu, devices)
     placement = _placement(weights, devices, options, n_gpu, n_cpu_moe, split, cache)
     return replace(placement, fits=False)
+
+
+def _without_fixed(device: DeviceMemory, weights: WeightSizes) -> DeviceMemory:
+    """Return a device without the bytes that overrides place there."""
+    return replace(device, n_bytes=device.n_bytes - weights.fixed.get(device.name, 0))
+
+
+def _place_here_first(
+    weights: WeightSizes,
+    devices: Sequence[DeviceMemory],
+    options: PlacementOptions,
+    cache: int,
+    compute: Mapping[str, int],
+    main_memory: int,
+) -> Placement | None:
+    """Return the placement with the fewest layers on workers; None if the model does not fit.
+
+    Workers get whole layers: each change between machines costs a trip through the network.
+    """
+    shared = {device.name for device in devices if device.shared}
+
+    def fits(placement: Placement) -> bool:
+        held = [placement.host, *(share for share in placement.shares if share.name in shared)]
+        return placement.fits and sum(share.weights + share.cache for share in held) <= main_memory
+
+    here = [device for device in devices if not device.worker]
+    placement = place(weights, here, replace(options, main_memory=None), cache=cache, compute=compute)
+    if fits(placement):
+        return placement
+    devices = [_without_fixed(device, weights) for device in devices]
+    n_cpu_moe = options.n_cpu_moe or 0
+    if n_cpu_moe == ALL_LAYERS:
+        n_cpu_moe = len(weights.layers)
+    for n_gpu in range(1, weights.n_parts + 1):
+        items = _items(weights, n_gpu, n_cpu_moe, cache if options.offload_cache else 0)
+        split = _fill(items, devices, compute)
+        if split is None:
+            return None
+        placement = _placement(weights, devices, options, n_gpu, n_cpu_moe, split, cache)
+        if fits(placement):
+            return placement
+    return None
 
 
 def _candidates(weights: WeightSizes, options: PlacementOptions) -> Iterable[tuple[int, int]]:
@@ -264,7 +315,7 @@ def _placement(
         held += weights.output if has_output else 0
         n_used = sum(layer < weights.n_used for layer in layers)
         cached = cache * n_used if options.offload_cache else 0
-        shares.append(DeviceShare(device.name, n_used, held, cached, has_output))
+        shares.append(DeviceShare(device.name, n_used, held, cached, has_output, device.worker))
         position += count
     n_host = min(first, weights.n_used)
     held = weights.embedding + weights.fixed.get(HOST, 0)
@@ -293,6 +344,10 @@ def _experts_pattern(layers: Sequence[int]) -> str:
 
 def _layers(count: int) -> str:
     return f"{count} layer{'' if count == 1 else 's'}, "
+
+
+def _name(share: DeviceShare) -> str:
+    return f"worker {share.worker} ({share.name})" if share.worker else share.name
 
 
 def _parts(share: DeviceShare) -> str:

@@ -25,6 +25,7 @@ from dsmoe_local.engine.native.devices import (
 from dsmoe_local.engine.native.library import VERSION, add_log, last_error, log_lines
 from dsmoe_local.engine.native.model import Model
 from dsmoe_local.engine.native.repack import can_repack, repack_buffer
+from dsmoe_local.engine.native.rpc import add_worker, check_rpc, serve_devices
 from dsmoe_local.engine.native.samplers import Sampler
 
 __all__ = [
@@ -43,12 +44,15 @@ __all__ = [
     "Row",
     "Sampler",
     "add_log",
+    "add_worker",
     "buffer_types",
     "can_repack",
     "check_modes",
+    "check_rpc",
     "last_error",
     "list_devices",
     "log_lines",
     "offload_devices",
     "repack_buffer",
+    "serve_devices",
 ]

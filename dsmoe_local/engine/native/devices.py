@@ -44,6 +44,11 @@ class Device:
     hardware: str = ""
 
     @property
+    def is_remote(self) -> bool:
+        """True if it belongs to a worker."""
+        return self.backend == "RPC"
+
+    @property
     def is_gpu(self) -> bool:
         """True if layers can be offloaded to it."""
         return self.kind in (DeviceKind.GPU, DeviceKind.INTEGRATED)
@@ -77,11 +82,11 @@ def offload_devices(devices: Sequence[Device]) -> tuple[Device, ...]:
 
     A card that several backends report is used once. Integrated GPUs are used only if there are no others.
     """
-    remote = [device for device in devices if device.kind is DeviceKind.GPU and device.backend == "RPC"]
+    remote = [device for device in devices if device.kind is DeviceKind.GPU and device.is_remote]
     gpus: list[Device] = []
     for device in devices:
         known = any(device.hardware and device.hardware == other.hardware for other in gpus)
-        if device.kind is DeviceKind.GPU and device.backend != "RPC" and not known:
+        if device.kind is DeviceKind.GPU and not device.is_remote and not known:
             gpus.append(device)
     integrated = [device for device in devices if device.kind is DeviceKind.INTEGRATED]
     if not gpus and integrated:
@@ -112,13 +117,18 @@ def device_list(names: Sequence[str]) -> Any:  # noqa: ANN401 - a ctypes array
 
     Raises UsageError for an unknown name.
     """
+    return (ctypes.c_void_p * (len(names) + 1))(*handles_of(names), None)
+
+
+def handles_of(names: Sequence[str]) -> list[int]:
+    """Return the handles of devices. Raises UsageError for an unknown name."""
     handles = {_describe(handle).name: handle for handle in _handles()}
     for name in names:
         if name not in handles:
             raise UsageError(
                 f"there is no device {safe_line(name, 60)}", remedy=f"use one of: {', '.join(handles)}"
             )
-    return (ctypes.c_void_p * (len(names) + 1))(*(handles[name] for name in names), None)
+    return [handles[name] for name in names]
 
 
 def _handles() -> list[int]:

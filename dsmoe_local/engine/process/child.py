@@ -1,7 +1,8 @@
 """The client's side of one child process: its start, messages and end.
 
 There are three threads. The reader starts the process, reads messages and delivers events. The sender writes
-frames, so that Ctrl-C in a caller cannot leave half a frame. The third thread reads the log.
+frames, so that Ctrl-C in a caller cannot leave half a frame. The third thread reads the log. With workers, a
+fourth one kills a process that waits for a worker in vain.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Concatenate, ParamSpec, Self, TypeVar
@@ -23,10 +25,17 @@ from dsmoe_local.engine.errors import EngineError
 from dsmoe_local.engine.interface import Deliver, TextEngine
 from dsmoe_local.engine.process import wire
 from dsmoe_local.engine.process.log import LogKeeper
-from dsmoe_local.engine.process.spawn import broken_error, crash_error, spawn_engine
+from dsmoe_local.engine.process.spawn import (
+    broken_error,
+    crash_error,
+    lost_a_worker,
+    lost_worker_error,
+    spawn_engine,
+)
 from dsmoe_local.engine.types import ModelInfo, ModelOptions, Request, TokenEvent
 
 POLL = 0.05  # seconds between checks whether a load must stop
+SILENT_SECONDS = 300.0  # without a message, although there is work, until a worker is taken to hang
 _EXIT_SECONDS = 1.0  # for a child that was asked to exit
 _KILL_SECONDS = 5.0  # for a child that was killed; after that the system must reap it
 
@@ -93,6 +102,9 @@ class Child:
         self._ignored: set[int] = set()  # requests whose `deliver` raised; more events may arrive
         self._calls: dict[int, _PendingCall] = {}
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._ended = threading.Event()
+        self._last_message = time.monotonic()
+        self._silent = False  # True if it was killed because it was silent for too long
         self._reader = threading.Thread(target=self._run, name="dsmoe-client", daemon=True)
 
     @classmethod
@@ -258,6 +270,8 @@ class Child:
                 process.stdout.close()
                 raise
             send.start()
+            if self.options.workers:
+                threading.Thread(target=self._watch, args=(process,), name="dsmoe-watch", daemon=True).start()
             garbled = self._read(source)
             status = self._reap(process, at_once=garbled is not None)
             self._outbox.put(None)
@@ -265,10 +279,23 @@ class Child:
                 thread.join(_EXIT_SECONDS)
         return self._reason(status, garbled)
 
+    def _watch(self, process: subprocess.Popen[bytes]) -> None:
+        """Kill the process if it has work, but sends nothing for SILENT_SECONDS: llama.cpp waits for workers
+        without a limit.
+        """
+        while not self._ended.wait(POLL):
+            if not (self._running or self._calls) and self._loaded.is_set():
+                self._last_message = time.monotonic()
+            elif time.monotonic() - self._last_message > SILENT_SECONDS:
+                self._silent = True
+                process.kill()
+                return
+
     def _read(self, source: wire.Source) -> Exception | None:
         """Handle messages until the socket is closed. Returns the error if a message is malformed."""
         try:
             while (message := wire.receive(source)) is not None:
+                self._last_message = time.monotonic()
                 kind, *arguments = message
                 _TAKE[kind](self, *arguments)
         except (wire.WireError, LookupError, TypeError, ValueError) as error:
@@ -292,12 +319,15 @@ class Child:
         if self._kill_reason is not None:
             return self._kill_reason
         log = self._log.lines()
+        if garbled is None and self.options.workers and (self._silent or lost_a_worker(log)):
+            return lost_worker_error(self.options.workers, log)
         if garbled is None:
             return crash_error(status, log, loading=None if self._loaded.is_set() else self.options.path)
         return broken_error("the engine's process sent a malformed message", garbled, log)
 
     def _end(self, failure: EngineError) -> None:
         """Deliver `failure` to all running requests and calls."""
+        self._ended.set()
         with self._lock:
             self.failure = failure
             running, calls = list(self._running.values()), list(self._calls.values())

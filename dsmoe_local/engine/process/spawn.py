@@ -14,13 +14,16 @@ from pathlib import Path
 
 import dsmoe_local
 from dsmoe_local.base.text import safe_line
-from dsmoe_local.engine.errors import LESS_MEMORY, EngineCrashError, EngineError
+from dsmoe_local.engine.errors import LESS_MEMORY, EngineCrashError, EngineError, WorkerLostError
+from dsmoe_local.engine.workers import lost_worker, parse_worker
 
 _HOST = "dsmoe_local.engine.process.host"
 _CRASH_LINES = 20
 SPIN_COUNT = 1000
 """How often a waiting thread checks before it sleeps. `benchmarks/settings.py` compares it with others."""
 _FULL = re.compile("OutOfDeviceMemory|out of memory")  # how Vulkan and CUDA end the process
+_LOST = re.compile("Remote RPC server crashed|RPC handshake failed|Failed to connect to")
+"""llama.cpp's last words if a worker is lost."""
 _INTERRUPTED = "failed to decode, ret = 2"  # llama.cpp's message for a cancelled step, never a cause
 
 _KEEP_LOG = "run again with --log-file FILE to keep its whole log"
@@ -114,6 +117,20 @@ def crash_error(status: int, log: tuple[str, ...], *, loading: Path | None) -> E
         f"the engine {how}{when}",
         where=f"its log ends: {relevant[-1]}" if relevant else "",
         remedy=LESS_MEMORY if is_full else _REMEDIES.get(name, _KEEP_LOG),
+        log=log[-_CRASH_LINES:],
+    )
+
+
+def lost_a_worker(log: tuple[str, ...]) -> bool:
+    """Return whether the engine's process ended because a worker was lost, by its log."""
+    return any(map(_LOST.search, log[-_CRASH_LINES:]))
+
+
+def lost_worker_error(workers: tuple[str, ...], log: tuple[str, ...]) -> WorkerLostError:
+    """Return the error for an engine process that lost a worker. Asks the workers which one it was."""
+    return WorkerLostError(
+        f"a worker was lost: {lost_worker([parse_worker(text) for text in workers])}",
+        remedy="start `dsmoe worker` there again, then try again",
         log=log[-_CRASH_LINES:],
     )
 

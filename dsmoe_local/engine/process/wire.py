@@ -209,6 +209,7 @@ _ERRORS: dict[str, type[DsmoeError]] = {
         errors.PromptError,
         errors.ContextLengthError,
         errors.NativeError,
+        errors.WorkerError,
     )
 }
 

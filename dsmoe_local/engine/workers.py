@@ -1,0 +1,103 @@
+"""Workers: other machines that compute layers of a model, with llama.cpp's RPC protocol.
+
+llama.cpp ends the process if a worker cannot be reached or is not one, so each is asked first.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dsmoe_local.base.errors import UsageError
+from dsmoe_local.base.sizes import parse_size
+from dsmoe_local.base.text import safe_line
+from dsmoe_local.engine.errors import WorkerError
+
+DEFAULT_PORT = 50052
+"""That of llama.cpp's rpc-server, too."""
+PROTOCOL = (7, 0, 0)
+"""The version of the protocol in llama.cpp's header ggml-rpc.h. The last number stands for the operations."""
+_SECONDS = 10.0  # for an answer; a worker first frees the memory of the client before
+_HELLO = 14
+_CAPABILITIES = 24  # bytes; zeros: TCP only
+_ANSWER = struct.Struct(f"<Q4B{_CAPABILITIES}x")  # its size without this field, the version, padding
+_CLOSES = "closes the connection: another program listens there, or its version is older"
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """The address of a worker. `n_bytes`: the memory to use there; None: what it reports as free."""
+
+    host: str
+    port: int
+    n_bytes: int | None = None
+
+    @property
+    def endpoint(self) -> str:
+        """The address in llama.cpp's form."""
+        return f"{self.host}:{self.port}"
+
+
+def parse_worker(text: str) -> Worker:
+    """Return the worker that `HOST`, `HOST:PORT` or `HOST:PORT=SIZE` names. Raises UsageError."""
+    match = re.fullmatch(r"([A-Za-z0-9_.-]+)(?::(\d{1,5}))?(?:=(.+))?", text.strip())
+    if match is None or not 0 < int(match[2] or DEFAULT_PORT) < 1 << 16:
+        raise UsageError(
+            f"{safe_line(text, 60)!r} is not a worker",
+            remedy="write HOST:PORT, or HOST:PORT=SIZE to limit the memory that is used there",
+        )
+    return Worker(match[1], int(match[2] or DEFAULT_PORT), parse_size(match[3]) if match[3] else None)
+
+
+def check_workers(workers: Sequence[Worker]) -> None:
+    """Raise WorkerError for the first worker that cannot be used."""
+    for worker in workers:
+        reason = _obstacle(worker)
+        if reason:
+            raise WorkerError(
+                f"the worker {worker.endpoint} {reason}",
+                remedy="start `dsmoe worker` there, or leave it out of --rpc",
+            )
+
+
+def lost_worker(workers: Sequence[Worker]) -> str:
+    """Return what is known of a worker that was lost, for a message: its address and the reason."""
+    for worker in workers:
+        if reason := _obstacle(worker):
+            return f"the worker {worker.endpoint} {reason}"
+    names = " or ".join(worker.endpoint for worker in workers)
+    return f"the connection to a worker ({names}) broke; it can be reached again"
+
+
+def _obstacle(worker: Worker) -> str:
+    """Return why a worker cannot be used; an empty text if it can. Waits at most _SECONDS."""
+    try:
+        with socket.create_connection((worker.host, worker.port), _SECONDS) as connection:
+            connection.sendall(struct.pack("<BQ", _HELLO, _CAPABILITIES) + bytes(_CAPABILITIES))
+            with connection.makefile("rb") as source:
+                answer = source.read(_ANSWER.size)
+    except TimeoutError:
+        return (
+            f"does not answer within {_SECONDS:g} s: it hangs, it serves another client (it serves one at a "
+            "time), or another program listens there"
+        )
+    except (ConnectionResetError, BrokenPipeError):
+        return _CLOSES
+    except ConnectionRefusedError:
+        return "refuses connections: nothing listens there"
+    except OSError as error:
+        return f"cannot be reached: {safe_line(error.strerror or str(error), 80)}"
+    if len(answer) < _ANSWER.size:
+        return _CLOSES
+    size, *version, _ = _ANSWER.unpack(answer)
+    if size != _ANSWER.size - 8:
+        return "is not a worker: another program listens there"
+    if tuple(version) != PROTOCOL:
+        theirs, ours = (".".join(map(str, each)) for each in (version, PROTOCOL))
+        return (
+            f"has version {theirs} of llama.cpp's protocol, this machine {ours}: install the same llama.cpp"
+        )
+    return ""
