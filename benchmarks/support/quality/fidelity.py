@@ -28,6 +28,7 @@ from dsmoe_local.evaluate.text import Text
 from dsmoe_local.evaluate.windows import cut_windows
 from dsmoe_local.model.gguf_model import read_model
 from dsmoe_local.model.identity import file_identity
+from dsmoe_quantize.calibrated.calibration import Calibration
 from dsmoe_quantize.imatrix import Imatrix
 from dsmoe_quantize.policy.choice import Overrides
 from dsmoe_quantize.policy.types import TypeChoice, resolve
@@ -84,9 +85,11 @@ class Bench:
         assert self.imatrix is not None or not wanted
         return self.imatrix if wanted else None
 
-    def measure(self, plan: Plan, variant: Variant, digest: str) -> FidelityRow:
+    def measure(
+        self, plan: Plan, variant: Variant, digest: str, calibration: Calibration | None = None
+    ) -> FidelityRow:
         """Quantize the model, compare the file with it, and remove the file."""
-        path = self._write(plan)
+        path = self._write(plan, calibration)
         try:
             with load(path, self.amount, *self.reference.observers(path)) as engine:
                 found = compare(engine, self.reference)
@@ -104,9 +107,14 @@ class Bench:
         finally:
             path.unlink()
 
-    def _write(self, plan: Plan) -> Path:
+    def _write(self, plan: Plan, calibration: Calibration | None = None) -> Path:
         path = self.folder / "quantized.gguf"
-        quantize_file(plan, path, threads=self.amount.threads)
+        if calibration is None:
+            quantize_file(plan, path, threads=self.amount.threads)
+        else:
+            from dsmoe_quantize.calibrated.calibrator import quantize_calibrated  # needs torch
+
+            quantize_calibrated(plan, path, calibration, device="cpu", threads=self.amount.threads)
         return path
 
     def settings(self) -> dict[str, Any]:
