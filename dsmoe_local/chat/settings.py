@@ -36,8 +36,13 @@ class Think(StrEnum):
     OFF = "off"
 
 
+def _is_positive(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
 _RANGES: Ranges = {
-    "max_tokens": (REQUEST_RANGES["max_tokens"][0], "1 or more, or -1 for no limit"),
+    # A request may ask for 0 tokens, to get the log-probabilities of its prompt.
+    "max_tokens": (lambda value: value is None or _is_positive(value), "1 or more, or -1 for no limit"),
     "reasoning_budget": (REQUEST_RANGES["reasoning_budget"][0], "0 or more, or -1 for no limit"),
     "chat_template_kwargs": REQUEST_RANGES["chat_template_kwargs"],
 }

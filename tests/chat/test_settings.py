@@ -10,6 +10,7 @@ from typing import cast
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.fake_engine import FakeEngine
 
 from dsmoe_local.base.config_file import ConfigFile
 from dsmoe_local.base.errors import FormatError, UsageError
@@ -34,6 +35,7 @@ class Recorder:
 
     def __init__(self, path: Path) -> None:
         self.conversation = self
+        self.engine = FakeEngine()
         self.screen = self
         self.settings = ChatSettings()
         self.config = ConfigFile(path)

@@ -57,7 +57,7 @@ def _set(chat: Chat, argument: str) -> None:
 def _choose(chat: Chat, settings: ChatSettings) -> None:
     """Use `settings` from now on, and store them with the session."""
     before, chat.conversation.settings = chat.conversation.settings.on_full, settings
-    if chat.conversation.engine.info.server and settings.on_full not in (before, OnFull.STOP):
+    if settings.on_full not in (before, OnFull.STOP) and chat.conversation.engine.info.server:
         chat.screen.notice(notices.ON_FULL_IS_LOCAL)
     chat.save()
 
