@@ -144,7 +144,10 @@ class Reply:
         scored = [self._sampler.score(row, token) for row, token in zip(logits, tokens, strict=False)]
         if start == 1:
             first = self.sequence.tokens[0]
-            scored.insert(0, (TokenLogprob(first, self._model.text_of(first), 0.0),))
+            # The text of a prompt lacks the BOS that encoding adds.
+            is_added = isinstance(self.job.request.prompt, str) and self._model.adds_bos
+            text = "" if is_added else self._model.text_of(first)
+            scored.insert(0, (TokenLogprob(first, text, 0.0),))
             start = 0
         self.job.deliver(
             TokenEvent(

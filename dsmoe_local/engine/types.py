@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -160,6 +161,17 @@ class Request:
                 remedy="leave out continue_final_message, or the tools",
             )
 
+    def with_prompt(self, name: str, prompt: str | tuple[int, ...]) -> Request:
+        """Return the same request for another prompt that is not a conversation, with the id `name`.
+
+        The other fields are not checked again: a large `logit_bias` takes long. Raises UsageError.
+        """
+        check_prompt(prompt)
+        other = copy(self)
+        object.__setattr__(other, "id", name)
+        object.__setattr__(other, "prompt", prompt)
+        return other
+
     @property
     def scores_prompt(self) -> bool:
         """True if the tokens of the prompt have log-probabilities."""
@@ -263,7 +275,8 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     - `logprob` is the natural log-probability, before the sampling parameters are applied. `alternatives` are
       the chosen token, then the `top_logprobs` likeliest tokens, the likeliest first.
     - `prompt_tokens` are those of an echoed prompt from index `prompt_start` on, each as in `alternatives`.
-      The log-probability of a prompt's first token is 0, since nothing predicts it. A part may come again.
+      The log-probability of a prompt's first token is 0, since nothing predicts it. If the prompt is processed
+      again after a preemption, later events repeat tokens of earlier ones.
     - `stop` is the stop string that ended the reply, in its last event.
     - `dropped`: just before this event, a context shift dropped that many tokens from index `dropped_from`.
 

@@ -75,7 +75,7 @@ def _prompt(key: str, value: object) -> str | tuple[int, ...]:
     if not isinstance(value, list):
         return text(key, value)
     if not value:
-        raise RequestError(f"{key} is an empty list")
+        raise RequestError(f"{key} is an empty list", param=key)
     if all(isinstance(item, str | list) for item in value):
         if len(value) > 1:
             raise RequestError(f"{key} is a list of {len(value)} prompts", remedy="send a request for each")

@@ -26,7 +26,8 @@ ScoredToken: TypeAlias = tuple[TokenLogprob, tuple[TokenLogprob, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One reply to a prompt. `tokens` are those of `text` and `calls`; None without log-probabilities.
+    """One reply to a prompt. `tokens` are those of `text` and `calls`; None without log-probabilities. Those of
+    a reply without messages include its end token, if there is one.
 
     `stop` is the stop string that ended it.
     """
@@ -200,8 +201,11 @@ class ReplyBuilder:
                 # The tokens so far are the marker before the reasoning.
                 draft.tokens.clear()
             elif self._request.logprobs:
-                draft.tokens.append(_scored(event))
+                draft.tokens.append(_scored(event, event.text))
         if event.finish_reason is not None:
+            if event.token_id is not None and self._request.logprobs and not self._chat:
+                # As in OpenAI's completions. Its text is not that of the event, which was held back before.
+                draft.tokens.append(_scored(event, ""))
             draft.finish_reason, draft.usage = event.finish_reason, event.usage
             draft.stop = event.stop
             self._seconds = max(self._seconds, event.seconds)
@@ -270,8 +274,10 @@ def joined_calls(parts: Iterable[CallDelta]) -> tuple[CallDelta, ...]:
     return tuple(calls)
 
 
-def _scored(event: TokenEvent) -> ScoredToken:
-    """Return the token and its alternatives. The first alternative is the token itself."""
+def _scored(event: TokenEvent, text: str) -> ScoredToken:
+    """Return the token and its alternatives. The first alternative is the token itself. Without alternatives,
+    `text` is the text of the token.
+    """
     if event.alternatives:
         return event.alternatives[0], event.alternatives[1:]
-    return TokenLogprob(event.token_id or 0, event.text, event.logprob or 0.0), ()
+    return TokenLogprob(event.token_id or 0, text, event.logprob or 0.0), ()

@@ -66,10 +66,10 @@ def read_requests(
             remedy=f"send at most {MAX_PROMPTS} at once",
             param="prompt",
         )
-    return tuple(
-        read_request(f"{name}-{index}" if index else name, {**body, "prompt": prompt}, defaults, chat=False)
-        for index, prompt in enumerate(prompts)
-    )
+    # The other fields are read only once: they are the same for all prompts, and some are large.
+    first = read_request(name, {**body, "prompt": prompts[0]}, defaults, chat=False)
+    others = [HONOURED["prompt"]("prompt", prompt)["prompt"] for prompt in prompts[1:]]
+    return (first, *(first.with_prompt(f"{name}-{i}", prompt) for i, prompt in enumerate(others, 1)))
 
 
 def check_endpoint(url: str, body: Mapping[str, Any]) -> bool:

@@ -58,6 +58,17 @@ def test_several_prompts(client: OpenAI, prompts: Any, texts: list[str], n: int)
     assert streamed == expected
 
 
+def test_a_large_field_of_several_prompts(server: Serving, engine: FakeEngine) -> None:
+    """Guards: other fields that are read and stored once for each prompt, while all other clients wait."""
+    bias = {str(token_id): 1 for token_id in range(200)}
+    answer = server.send("/v1/completions", {"prompt": ["a", [99], "c"], "logit_bias": bias})
+    assert [choice["text"] for choice in answer.json["choices"]] == ["a", "b", "c"]
+    assert len({request.id for request in engine.requests}) == 3
+    first, *others = (request.logit_bias for request in engine.requests)
+    assert len(first) == 200
+    assert all(other is first for other in others)
+
+
 @pytest.mark.parametrize("prompt", ["ab", [98, 99]])
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("limit", "text"), [(0, "ab"), (1, "aba"), (None, "abab")])
@@ -71,14 +82,16 @@ def test_echo(client: OpenAI, prompt: Any, stream: bool, limit: int | None, text
     assert "".join(choice.text for choice in choices) == text
     assert choices[-1].finish_reason == ("stop" if limit is None else "length")
     scores = [choice.logprobs for choice in choices if choice.logprobs is not None]
-    assert [token for score in scores for token in score.tokens or ()] == list(text)
+    # The end token has a score, but no text.
+    tokens = [*text, "<end>"] if limit is None else list(text)
+    assert [token for score in scores for token in score.tokens or ()] == tokens
     assert [value for score in scores for value in score.token_logprobs or ()] == [
         None,
-        *[0.0] * (len(text) - 1),
+        *[0.0] * (len(tokens) - 1),
     ]
     top = [values for score in scores for values in score.top_logprobs or ()]
-    assert top == [None, *({char: 0.0} for char in text[1:])]
-    assert [place for score in scores for place in score.text_offset or ()] == list(range(len(text)))
+    assert top == [None, *({token: 0.0} for token in tokens[1:])]
+    assert [place for score in scores for place in score.text_offset or ()] == list(range(len(tokens)))
 
 
 def test_echoed_text(client: OpenAI, engine: FakeEngine) -> None:

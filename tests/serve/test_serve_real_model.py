@@ -47,9 +47,10 @@ def client(server: Serving) -> Iterator[OpenAI]:
         yield client
 
 
-@pytest.mark.parametrize("max_tokens", [0, 1])
-def test_log_likelihoods_of_a_harness(server: Serving, max_tokens: int) -> None:
-    """Guards: scores of lm-evaluation-harness that are off by a token, or not those of the model.
+@pytest.mark.parametrize(("max_tokens", "ends"), [(0, False), (1, False), (1, True)])
+def test_log_likelihoods_of_a_harness(server: Serving, max_tokens: int, ends: bool) -> None:
+    """Guards: scores of lm-evaluation-harness that are off by a token, or not those of the model; a token too
+    few if the model would end its reply.
 
     The body and the reading of the response follow its `local-completions`, which sends 1 as max_tokens, and
     leaves out the last token.
@@ -70,8 +71,12 @@ def test_log_likelihoods_of_a_harness(server: Serving, max_tokens: int) -> None:
         "seed": 1234,
         "echo": True,
     }
+    if ends:
+        with llama_oracle.vocabulary(tiny_model()) as vocabulary:
+            body["logit_bias"] = {str(vocabulary.special()["eos"]): 100}
     choices = sorted(server.send("/v1/completions", body).json["choices"], key=itemgetter("index"))
     for (n_context, ids), choice in zip(pairs, choices, strict=True):
+        assert choice["finish_reason"] == ("stop" if ends else "length")
         scores = choice["logprobs"]
         assert len(scores["tokens"]) == len(ids) + max_tokens
         end = len(ids)
@@ -81,6 +86,18 @@ def test_log_likelihoods_of_a_harness(server: Serving, max_tokens: int) -> None:
         assert scores["token_logprobs"][n_context:end] == pytest.approx(chosen, abs=2e-2)
         greedy = [max(top.values()) for top in scores["top_logprobs"][n_context:end]]
         assert greedy == pytest.approx([expected[row].max() for row in rows], abs=2e-2)
+
+
+def test_offsets_of_tokens(server: Serving) -> None:
+    """Guards: offsets that count the text of the BOS, which is not part of the text."""
+    body = {"prompt": "A capital is Paris", "max_tokens": 2, "echo": True, "logprobs": 0}
+    (choice,) = server.send("/v1/completions", body).json["choices"]
+    scores = choice["logprobs"]
+    with llama_oracle.vocabulary(tiny_model()) as vocabulary:
+        assert vocabulary.special()["add_bos"]
+    assert (scores["tokens"][0], scores["text_offset"][:2]) == ("", [0, 0])
+    places = zip(scores["tokens"], scores["text_offset"], strict=True)
+    assert all(choice["text"].startswith(token, offset) for token, offset in places)
 
 
 def test_tool_calls_of_all_apis(server: Serving, client: OpenAI) -> None:

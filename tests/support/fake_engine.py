@@ -40,6 +40,7 @@ from dsmoe_local.engine.types import (
 )
 
 END = 0  # the id of the token that ends a reply; a byte b has the id b + 1
+_END_SCORE = TokenLogprob(END, "<end>", 0.0)
 
 
 def echo(prompt: str) -> str:
@@ -257,6 +258,8 @@ class FakeEngine:
             parts.answer,
             float(done),
             ended_by,
+            logprob=None if ended_by is None else 0.0,
+            alternatives=() if ended_by is None or not request.logprobs else (_END_SCORE,) * (1 + request.top_logprobs),
             finish_reason=reason,
             usage=Usage(len(prompt), n_cached, done, 0.0, float(done), request.sampling.seed, n_reasoning),
             reasoning=parts.reasoning,
