@@ -84,7 +84,7 @@ class ReplyOptions(TypedDict, total=False):
 Warn: TypeAlias = Callable[[str], None]
 """Shows a warning to the user."""
 
-NOT_OPTIONS = frozenset({"path", "observers"})
+NOT_OPTIONS = frozenset({"path", "observers", "scores_prompts"})
 """Fields of ModelOptions that are not keyword options."""
 
 

@@ -34,11 +34,13 @@ class WorkloadMeter:
         self.n_reply_tokens = 0
         self.n_messages = 0
         self.n_longest: int | None = 0
+        self.scores_prompts = False
 
     def add(self, request: Request) -> None:
         """Count one request."""
         prompt = request.prompt
         self.n_sequences += request.n
+        self.scores_prompts = self.scores_prompts or request.scores_prompt
         if prompt and isinstance(prompt[0], Message):
             self.n_messages = max(self.n_messages, len(prompt))
         n_reply = request.max_tokens or _UNLIMITED_REPLY

@@ -199,7 +199,12 @@ def _complete(options: ModelOptions, n_parallel: int, job: Job) -> ModelOptions:
     """Set the number of requests at once; 0: what suits the remaining work."""
     from dsmoe_local.engine.load.parallel import choose_parallel
 
-    options = replace(options, deterministic=job.options.deterministic, prompt_ratio=job.prompt_ratio)
+    options = replace(
+        options,
+        deterministic=job.options.deterministic,
+        prompt_ratio=job.prompt_ratio,
+        scores_prompts=job.index.workload.scores_prompts,
+    )
     return choose_parallel(options, job.workload, n_parallel or None)
 
 

@@ -101,7 +101,9 @@ def exchange_observers(
     before = loaded.context.options
     after = replace(
         before,
-        n_outputs=n_outputs(options, before.n_ubatch, before.n_sequences),
+        n_outputs=n_outputs(
+            options, before.n_ubatch, before.n_sequences, scores_prompts=loaded.scores_prompts
+        ),
         eval_callback=successor.eval_callback,
     )
     cache.forget_parked()

@@ -275,8 +275,8 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     - `logprob` is the natural log-probability, before the sampling parameters are applied. `alternatives` are
       the chosen token, then the `top_logprobs` likeliest tokens, the likeliest first.
     - `prompt_tokens` are those of an echoed prompt from index `prompt_start` on, each as in `alternatives`.
-      The log-probability of a prompt's first token is 0, since nothing predicts it. If the prompt is processed
-      again after a preemption, later events repeat tokens of earlier ones.
+      The log-probability of a prompt's first token is 0, since nothing predicts it. If the prompt is
+      processed again after a preemption, later events repeat tokens of earlier ones.
     - `stop` is the stop string that ended the reply, in its last event.
     - `dropped`: just before this event, a context shift dropped that many tokens from index `dropped_from`.
 
@@ -336,6 +336,9 @@ class ModelOptions:
     `chat_template` is a file, the name of a built-in template, or `NO_TEMPLATE`. `kernels` is one of
     `engine.load.kernels.Kernels`; "auto" depends on `prompt_ratio`, the prompt tokens that the job reads for
     each token of a reply.
+
+    `scores_prompts`: requests with `echo` and `logprobs` are expected. They work without it, too, but their
+    prompts are then processed a few tokens at a time.
     """
 
     path: Path
@@ -359,6 +362,7 @@ class ModelOptions:
     offload_cache: bool = True
     kernels: str = "auto"
     prompt_ratio: float = CHAT_RATIO
+    scores_prompts: bool = False
     observers: tuple[ObserverOptions, ...] = ()
     workers: tuple[str, ...] = ()
 

@@ -48,6 +48,8 @@ def test_what_is_left(tmp_path: Path) -> None:
         assert job.workload == Workload(16, 3, 32)
     with prepared(batch(tmp_path, {"prompt": "a" * 100, "n": 2, "max_tokens": 5}, restart=True)) as job:
         assert job.prompt_ratio == 2.5
+    assert not meter(Request("a", "a", echo=True), Request("b", "b", logprobs=True)).scores_prompts
+    assert meter(Request("a", "a", echo=True, logprobs=True), Request("b", "b")).scores_prompts
     made = meter(Request("a", "a", n=16, max_tokens=2), *(Request("b", "b", max_tokens=2) for _ in range(3)))
     assert made.remaining(4, 4, 0) == Workload(19, 3, 38)
     assert made.remaining(2, 4, 5) == Workload(9, 3, 13)

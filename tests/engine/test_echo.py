@@ -26,10 +26,17 @@ from dsmoe_local.engine.types import (
 TEXT = "Once upon a time there was a small model. " * 12
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["unified", "separate"])
+@pytest.fixture(scope="module", params=[(True, True), (False, True), (True, False)], ids=str)
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    unified, scores_prompts = request.param
     options = ModelOptions(
-        tiny_model(), n_threads=2, n_parallel=3, n_context=1536, unified=request.param, cache_type_k="f32"
+        tiny_model(),
+        n_threads=2,
+        n_parallel=3,
+        n_context=1536,
+        unified=unified,
+        cache_type_k="f32",
+        scores_prompts=scores_prompts,
     )
     with Engine.load(options) as loaded:
         yield loaded
@@ -120,10 +127,37 @@ def test_scored_prompts_after_observers_have_changed(engine: Engine) -> None:
         check(ids, prompt_tokens(list(engine.submit(request("a", ids)))))
 
 
+@pytest.mark.parametrize(
+    ("options", "n_rows"),
+    [
+        ({}, 3),
+        ({"scores_prompts": True}, 64),
+        ({"scores_prompts": True, "n_ubatch": 32}, 32),
+        ({"observers": (ObserverOptions("logprobs"),)}, 512),
+    ],
+)
+def test_room_for_logits(options: dict[str, Any], n_rows: int) -> None:
+    """Guards: 50 MB for jobs without such requests; prompts that are processed token by token."""
+    with Engine.load(ModelOptions(tiny_model(), n_parallel=3, n_context=1536, **options)) as engine:
+        loaded = engine._loaded
+        assert loaded is not None
+        assert loaded.context.options.n_outputs == n_rows
+        observers = (ObserverOptions("routing"), *options.get("observers", ()))
+        engine.set_observers(observers)
+        assert loaded.context.options.n_outputs == n_rows
+
+
 def test_deterministic_prompts_beside_scored_ones() -> None:
     """Guards: cells of a scored prompt, which has other steps, shared with prompts that are not scored."""
     options = ModelOptions(
-        tiny_model(), n_threads=2, n_parallel=2, n_context=1024, deterministic=True, n_ubatch=128, n_batch=128
+        tiny_model(),
+        n_threads=2,
+        n_parallel=2,
+        n_context=1024,
+        deterministic=True,
+        n_ubatch=128,
+        n_batch=128,
+        scores_prompts=True,
     )
     results = []
     for echo in (False, True):

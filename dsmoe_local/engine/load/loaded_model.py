@@ -51,7 +51,7 @@ class LoadedModel:
     """A model in memory with its context, encoder and observers.
 
     Only the engine's thread may use it, except for `info`, `encoder`, `log` and the model's vocabulary, which
-    are thread-safe. `context` and `observers` may be replaced.
+    are thread-safe. `context` and `observers` may be replaced. `scores_prompts` is that of ModelOptions.
     """
 
     info: ModelInfo
@@ -60,6 +60,7 @@ class LoadedModel:
     encoder: PromptEncoder
     observers: Dispatcher
     limits: Limits
+    scores_prompts: bool
 
     def log(self) -> tuple[str, ...]:
         """Return llama.cpp's latest log lines."""
@@ -137,6 +138,7 @@ def load_model(options: ModelOptions, listen: progress.Listener, stop: threading
             encoder,
             observers,
             _limits(options, fit, n_context, unified, context),
+            options.scores_prompts,
         )
         made.pop_all()  # closed by LoadedModel.close from here on
     return loaded
@@ -291,7 +293,9 @@ def _context_options(
         n_sequences=options.n_parallel,
         unified=unified,
         offload_cache=options.offload_cache,
-        n_outputs=n_outputs(options.observers, n_ubatch, options.n_parallel),
+        n_outputs=n_outputs(
+            options.observers, n_ubatch, options.n_parallel, scores_prompts=options.scores_prompts
+        ),
         eval_callback=eval_callback,
     )
 

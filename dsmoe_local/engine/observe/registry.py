@@ -107,11 +107,14 @@ ECHO_ROWS = 64
 """Rows of logits for prompts that requests score themselves. They take 50 MB for a 16B model."""
 
 
-def n_outputs(options: Sequence[ObserverOptions], n_ubatch: int, n_sequences: int) -> int:
+def n_outputs(
+    options: Sequence[ObserverOptions], n_ubatch: int, n_sequences: int, *, scores_prompts: bool
+) -> int:
     """Return the largest number of rows of logits in a step.
 
-    There is one for each sequence. An observer that reads the logits of prompts needs one for each token; a
-    request that scores its prompt reads it in steps of ECHO_ROWS.
+    There is one for each sequence. An observer that reads the logits of prompts needs one for each token.
+    With `scores_prompts`, requests that score their prompts are processed in steps of ECHO_ROWS tokens.
     """
-    scores = any(_entry(option).kind.reads_logits for option in options)
-    return max(n_ubatch if scores else min(n_ubatch, ECHO_ROWS), n_sequences)
+    if any(_entry(option).kind.reads_logits for option in options):
+        return max(n_ubatch, n_sequences)
+    return max(min(n_ubatch, ECHO_ROWS), n_sequences) if scores_prompts else n_sequences

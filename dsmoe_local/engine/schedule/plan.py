@@ -13,8 +13,8 @@ class Limits:
     """The capacity of the cache and of a step.
 
     The cache has `n_cells` cells in total if `unified`, otherwise for each slot. A sequence has at most
-    `n_context` tokens, a step `n_step_tokens`, and logits for `n_outputs` of them (None: for all), which is
-    at least `n_slots`. Sequence ids below `n_slots` can be decoded. The others, below
+    `n_context` tokens. A step has at most `n_step_tokens` tokens, with logits for at most `n_outputs` of
+    them (at least `n_slots`; None: for all). Sequence ids below `n_slots` can be decoded. The others, below
     `n_ids`, can only hold parked prefixes, in a unified cache. If not `rewindable`, a sequence can be
     continued or dropped as a whole, but not cut or copied.
     """
