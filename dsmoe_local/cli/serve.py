@@ -101,7 +101,7 @@ _SECONDS = typed(_Seconds(0, _MAX_SECONDS), "SECONDS")
 @option(
     "--max-queue",
     "max_queued",
-    "Requests that may wait; more are refused with status 429.",
+    "Replies that may wait; more are refused with status 429.",
     typed(click.IntRange(0), "N"),
     Group.LIMITS,
     default=64,
@@ -235,6 +235,7 @@ def _complete(options: ModelOptions, n_parallel: int) -> ModelOptions:
     """Set the number of requests at once, and the context that they need."""
     from dsmoe_local.engine.load.parallel import Workload, choose_parallel
 
+    options = replace(options, scores_prompts=True)
     return choose_parallel(options, Workload(n_parallel, None, n_parallel * _MEAN_TOKENS), n_parallel)
 
 

@@ -88,7 +88,7 @@ class Models:
 
     @property
     def n_waiting(self) -> int:
-        """Requests that wait for a model to be loaded."""
+        """Replies that wait for a model to be loaded."""
         return sum(n for name, n in self._users.items() if name not in self._loaded) + self._n_held
 
     async def known(self) -> dict[str, Path]:
@@ -114,24 +114,24 @@ class Models:
             param="model",
         )
 
-    async def wait_turn(self) -> None:
-        """Wait until the model that is `leaving` has made room for another one."""
-        self._n_held += 1
+    async def wait_turn(self, n: int = 1) -> None:
+        """Wait until the model that is `leaving` has made room for another one, with `n` replies."""
+        self._n_held += n
         try:
             await self._left.wait()
         finally:
-            self._n_held -= 1
+            self._n_held -= n
 
     @contextmanager
-    def kept(self, name: str) -> Iterator[None]:
-        """Keep a model until the block ends, once `get` has loaded it."""
-        self._users[name] += 1
+    def kept(self, name: str, n: int = 1) -> Iterator[None]:
+        """Keep a model for `n` replies until the block ends, once `get` has loaded it."""
+        self._users[name] += n
         if timer := self._timers.pop(name, None):
             timer.cancel()
         try:
             yield
         finally:
-            self._users[name] -= 1
+            self._users[name] -= n
             if not self._users[name]:
                 self._unused(name)
 

@@ -15,7 +15,7 @@ class ServeOptions:
 
     - `allowed_hosts`: names under which browsers may reach the server, besides addresses and localhost.
     - `cors_origins`: web pages that may use the API; `*` means all.
-    - `max_queued`: requests that may wait for a slot; more are refused.
+    - `max_queued`: replies that may wait for a slot; more are refused.
     - `max_seconds` limits a request, `body_seconds` the upload of its body.
     - `stall_seconds`: a client that reads nothing for so long is dropped.
     - `grace`: how long running requests may go on after SIGTERM.

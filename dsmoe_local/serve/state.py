@@ -82,17 +82,19 @@ class ServerState:
     async def admitted(self, name: str, generation: Generation) -> AsyncIterator[None]:
         """Load the model, take a place in its queue and start the request. Keep both until the block ends.
 
-        Raises ServeError if the queue is full, errors of loading, and the reason if the request is cancelled.
+        Raises ServeError if the queue is full or the request is too large for it, errors of loading, and the
+        reason if the request is cancelled.
         """
         self.check_accepting()
-        if self.models.n_waiting > self.options.max_queued:
-            raise self._busy(1)
+        n = generation.n
+        if self.models.n_waiting:
+            self._check_room(self.models.n_waiting, n, 1)
         self._admitted.add(generation)
         try:
             with self._time_limit(generation):
                 while name == self.models.leaving:
-                    await generation.wait_for(self.models.wait_turn())
-                with self.models.kept(name):
+                    await generation.wait_for(self.models.wait_turn(n))
+                with self.models.kept(name, n):
                     model = await generation.wait_for(self.models.get(name))
                     with self._place(model, generation):
                         await generation.start(model.engine, model.lead, self.executor)
@@ -107,10 +109,18 @@ class ServerState:
 
     @contextmanager
     def _place(self, model: ServedModel, generation: Generation) -> Iterator[None]:
-        """Take a place in the queue of a model. Raises ServeError if it is full."""
-        n_parallel, n_active, n = model.engine.info.n_parallel, self._n_active_of(model), generation.n
-        if n_active and n_active + n > n_parallel + self.options.max_queued:
-            raise self._busy(n_parallel)
+        """Take a place in the queue of a model for each reply. Raises ServeError if there are too few."""
+        n_parallel = model.engine.info.n_parallel
+        n_places = n_parallel + self.options.max_queued
+        if generation.n > n_places:
+            raise ServeError(
+                400,
+                "too_many_replies",
+                f"the request asks for {generation.n:,} replies (prompts times n), but the server takes"
+                f" {n_places:,} at once: {n_parallel} running and {self.options.max_queued:,} waiting",
+                remedy="send fewer prompts at once, or start the server with a larger --max-queue",
+            )
+        self._check_room(self._n_active_of(model), generation.n, n_parallel)
         began = time.perf_counter()
         self._running[generation] = model
         try:
@@ -159,13 +169,17 @@ class ServerState:
         for executor in (self.executor, self._tokenizers):
             executor.shutdown(wait=False, cancel_futures=True)
 
-    def _busy(self, n_parallel: int) -> ServeError:
+    def _check_room(self, n_active: int, n: int, n_parallel: int) -> None:
+        """Raise ServeError if there is no room for `n` replies beside `n_active`."""
+        n_places = n_parallel + self.options.max_queued
+        if n_active + n <= n_places:
+            return
         seconds = math.ceil(self._mean_seconds * (self.n_queued + 1) / n_parallel)
         wait = min(max(1, seconds), _LONGEST_WAIT)
-        return ServeError(
+        raise ServeError(
             429,
             "queue_full",
-            f"too many replies are running or waiting: {self.n_active}",
+            f"{n_active:,} of {count(n_places, 'place')} for replies are taken, the request needs {n:,}",
             remedy=f"try again in {count(wait, 'second')}",
             headers={"retry-after": str(wait)},
         )

@@ -208,6 +208,11 @@ def test_options_of_one_model(
     assert options.n_threads == 3
 
 
+def test_prompts_of_harnesses() -> None:
+    """Guards: a server that processes echoed prompts token by token."""
+    assert serve._complete(ModelOptions(tiny_model(), n_context=256), 1).scores_prompts
+
+
 def test_the_size_of_a_split_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: a model of several files that is loaded beside another one, although it does not fit."""
     paths = [tmp_path / f"m-0000{number}-of-00003.gguf" for number in (1, 2, 3)]

@@ -156,9 +156,45 @@ def test_the_queue() -> None:
         assert refused.status == 429
         assert int(refused.headers["retry-after"]) >= 1
         assert refused.error["code"] == "queue_full"
+        assert "2 of 2 places for replies are taken, the request needs 1" in refused.error["message"]
         gate.open()
         assert [request.result().status for request in running] == [200, 200]
-        assert server.chat(n=3).status == 200
+        assert server.chat(n=2).status == 200
+
+
+@pytest.mark.parametrize("is_busy", [False, True])
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({"prompt": ["a", "b"], "n": 2}, 200),
+        ({"prompt": ["a", "b", "c"], "n": 2}, 400),
+        ({"prompt": ["a"] * 6}, 400),
+        ({"prompt": "a", "n": 6}, 400),
+    ],
+)
+def test_a_request_for_many_replies(body: dict[str, Any], status: int, is_busy: bool) -> None:
+    """Guards: a request that fills the queue for everybody else; one that never fits and is told to try
+    again.
+    """
+    gate = Gate()
+    with serving(FakeEngine(gate=gate, n_parallel=2), max_queued=3) as server, ThreadPoolExecutor(2) as pool:
+        running = pool.submit(server.chat, n=2)
+        gate.wait()
+        if not is_busy:
+            gate.open()
+            running.result()
+        answer = server.send("/v1/completions", body)
+        if status == 400:
+            assert (answer.status, answer.error["code"]) == (400, "too_many_replies")
+            assert "6 replies" in answer.error["message"]
+            assert "5 at once: 2 running and 3 waiting" in answer.error["message"]
+        elif is_busy:
+            assert answer.status == 429
+            assert "2 of 5 places for replies are taken, the request needs 4" in answer.error["message"]
+        else:
+            assert answer.status == 200
+        gate.open()
+        assert running.result().status == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])
