@@ -22,6 +22,7 @@ T = TypeVar("T")
 OBSERVERS = (ObserverOptions("routing"),)
 """What `Generation.activity` needs."""
 KILL_SECONDS = 10.0  # for the engine to end a cancelled request
+ACTIVITY_SECONDS = 2.0  # the longest that a finished reply waits for its activity
 
 Item: TypeAlias = TokenEvent | BaseException | None
 """What an engine delivers: see `engine.interface.Deliver`."""
@@ -115,10 +116,10 @@ class Generation:
         return tickets
 
     def cancel(self, reason: DsmoeError) -> None:
-        """End the requests, unless they have ended. What waits for them raises `reason`, without waiting for
+        """End the requests. What waits for them, or for their activity, raises `reason`, without waiting for
         the engine.
         """
-        if not self._n_open or self._cancelled.done():
+        if self._cancelled.done():
             return
         self._cancelled.set_result(reason)
         self._changed.set()
@@ -152,8 +153,13 @@ class Generation:
 
     def reply(self, model: str) -> Reply:
         """Return the replies of the model with this name, after the end."""
-        replies = [builder.reply(model) for builder in self._builders]
-        return joined_replies([reply for reply in replies if reply is not None])
+        replies = []
+        for builder in self._builders:
+            reply = builder.reply(model)
+            # A cancelled request has raised the reason before.
+            assert reply is not None
+            replies.append(reply)
+        return joined_replies(replies)
 
     async def finish(self) -> None:
         """Wait for the end of the requests. Raises the error that ended one of them."""
@@ -166,11 +172,16 @@ class Generation:
 
     async def activity(self) -> Activity:
         """Return the activity of the routed experts from the first token to now. It includes that of other
-        replies of the model at the same time. Empty if the model is not observed, or has crashed.
+        replies of the model at the same time. Empty if the model is not observed, has crashed, or does not
+        answer within ACTIVITY_SECONDS.
         """
         if self._earlier is None:
             return Activity()
-        earlier, now = await self._earlier, await self._observe()
+        try:
+            async with asyncio.timeout(ACTIVITY_SECONDS):
+                earlier, now = await self._earlier, await self._observe()
+        except TimeoutError:
+            return Activity()
         return now - earlier if now.follows(earlier) else Activity()
 
     def _observe(self) -> asyncio.Future[Activity]:
@@ -205,7 +216,7 @@ class Generation:
         else:
             self._n_open -= 1
             if self._error is None and item is not None:
-                # The other requests have no use without this one.
+                # A reply to some of the prompts would be useless.
                 self._error = _as_error(item)
                 self._cancel_tickets()
             if not self._n_open and self._kill_timer is not None:

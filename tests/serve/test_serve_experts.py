@@ -13,6 +13,7 @@ from support.serving import HELLO, Serving, serving
 
 from dsmoe_local.engine.process.client import EngineClient
 from dsmoe_local.engine.types import ModelOptions, Observation
+from dsmoe_local.serve import generation
 from dsmoe_local.serve.generation import OBSERVERS
 
 
@@ -61,6 +62,32 @@ def test_the_last_reply(stream: bool) -> None:
             assert found["id"] in sent.body.decode()
             assert (found["model"], found["completion_tokens"]) == ("fake", 5)
             assert found["tokens"] == found["layers"][0]["counts"][0] == 4
+
+
+@pytest.mark.parametrize(("limit", "status"), [(60.0, 408), (0.05, 200)])
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_that_does_not_tell(
+    stream: bool, limit: float, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: a finished reply that waits for its experts forever, and that nothing can end."""
+    monkeypatch.setattr(generation, "ACTIVITY_SECONDS", limit)
+    go = threading.Event()
+
+    class Silent(Counting):
+        def observe(self, name: str) -> Observation:
+            assert not self.observed.is_set() or go.wait(60)
+            return super().observe(name)
+
+    # A long limit of the request must not end the reply, a short one must.
+    with serving(Silent(), experts=True, max_seconds=0.5 if status == 408 else 60.0) as server:
+        answer = server.chat(stream=stream)
+        if stream:
+            assert ("[DONE]" in answer.body.decode()) == (status == 200)
+            assert ('"timeout"' in answer.body.decode()) == (status == 408)
+        else:
+            assert answer.status == status
+        assert refused(server) == "no_experts"
+        go.set()
 
 
 def test_a_real_engine() -> None:
