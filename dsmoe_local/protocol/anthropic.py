@@ -12,7 +12,25 @@ from dsmoe_local.protocol.errors import RequestError
 from dsmoe_local.protocol.replies import Choice, Delta, Reply
 from dsmoe_local.protocol.writers import Event
 
-_STATEFUL = ("thread", "container", "mcp_servers")
+_REFUSED = {
+    # Anthropic's client looks for this kind, and then sends the whole conversation.
+    "thread": (
+        "nothing is stored between requests",
+        "send the whole conversation as messages",
+        "thread_unsupported_request",
+    ),
+    "container": (
+        "the server runs no code",
+        "leave it out, and run tools in your program",
+        "invalid_request",
+    ),
+    "mcp_servers": (
+        "the server connects to no other servers",
+        "connect to them in your program, and describe their tools in tools",
+        "invalid_request",
+    ),
+}
+"""Fields that are refused: why, what to do, and the kind of the error."""
 _TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
@@ -21,15 +39,9 @@ def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:
 
     As in Anthropic's API, a last message of the assistant is continued.
     """
-    for key in _STATEFUL:
+    for key, (reason, remedy, kind) in _REFUSED.items():
         if body.get(key):
-            # Anthropic's client looks for this kind, and then sends the whole conversation.
-            raise RequestError(
-                f"{key} is not supported: nothing is stored between requests",
-                remedy="send the whole conversation as messages, and tools as tools",
-                kind=f"{key}_unsupported_request",
-                param=key,
-            )
+            raise RequestError(f"{key} is not supported: {reason}", remedy=remedy, kind=kind, param=key)
     if not isinstance(body.get("max_tokens"), int):
         raise RequestError("max_tokens is missing", remedy="set it to a number of tokens", param="max_tokens")
     messages = body.get("messages")
@@ -40,14 +52,21 @@ def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:
     turns = [turn for message in messages for turn in _turns(message)]
     if body.get("system"):
         turns.insert(0, {"role": "system", "content": body["system"]})
+    tools = _tools(body)
     if isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
+        if tools.get("tools") and tools.get("tool_choice") != "none":
+            raise RequestError(
+                "with tools, the last message cannot be the assistant's",
+                remedy="end messages with a user turn, or leave out tools",
+                param="messages",
+            )
         chat["continue_final_message"] = True
     chat["messages"] = turns
     if "stop_sequences" in body:
         chat["stop"] = body["stop_sequences"]
     if body.get("thinking") is not None:
         chat["reasoning_budget"] = _reasoning_budget(body["thinking"])
-    return chat | _tools(body) | _output_format(body.get("output_config"))
+    return chat | tools | _output_format(body.get("output_config"))
 
 
 def _turns(message: object) -> Iterator[object]:
@@ -179,7 +198,10 @@ class MessageWriter:
     def whole(self, reply: Reply) -> dict[str, Any]:
         """Return the message."""
         (choice,) = reply.choices
-        return {**self._message, "content": _content(choice), **_ending(choice), "usage": _usage(reply)}
+        content = _content(choice)
+        calls = any(block["type"] == "tool_use" for block in content)
+        ending = _ending(choice, calls=calls)
+        return {**self._message, "content": content, **ending, "usage": _usage(reply)}
 
     def events(self, delta: Delta) -> list[Event]:
         """Return the events of a delta: blocks of thinking, text and calls begin and end as needed."""
@@ -206,13 +228,14 @@ class MessageWriter:
         """Return the last events."""
         (choice,) = reply.choices
         found = self._end_block()
-        found.append(("message_delta", {"delta": _ending(choice), "usage": _usage(reply)}))
+        ending = _ending(choice, calls=bool(choice.calls))
+        found.append(("message_delta", {"delta": ending, "usage": _usage(reply)}))
         found.append(("message_stop", {}))
         return [(name, {"type": name, **value}) for name, value in found]
 
     def failure(self, error: Mapping[str, Any]) -> Event:
         """Return the event for an error object."""
-        return "error", {"type": "error", **error}
+        return "error", error
 
     def _begin_block(self, block: dict[str, Any]) -> Event:
         self._open = block["type"]
@@ -242,7 +265,9 @@ def _tool_use(call: CallDelta, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _content(choice: Choice) -> list[dict[str, Any]]:
-    """Return the blocks of a reply. A call whose arguments a limit has cut is left out: they are not JSON."""
+    """Return the blocks of a reply. A call is left out if a limit has cut its arguments. If the model has
+    written arguments that are not a JSON object, the call is text.
+    """
     blocks: list[dict[str, Any]] = []
     if choice.reasoning:
         blocks.append(_thinking(choice.reasoning))
@@ -250,20 +275,24 @@ def _content(choice: Choice) -> list[dict[str, Any]]:
         blocks.append(_text(choice.text))
     for call in choice.calls:
         try:
-            blocks.append(_tool_use(call, json.loads(call.arguments)))
+            arguments = json.loads(call.arguments)
         except ValueError:
-            continue
+            arguments = None
+        if isinstance(arguments, dict):
+            blocks.append(_tool_use(call, arguments))
+        elif choice.finish_reason is FinishReason.STOP:
+            blocks.append(_text(f'{{"name": {json.dumps(call.name)}, "arguments": {call.arguments}}}'))
     return blocks or [_text("")]
 
 
-def _ending(choice: Choice) -> dict[str, str | None]:
-    """Return why a reply ended."""
+def _ending(choice: Choice, *, calls: bool) -> dict[str, str | None]:
+    """Return why a reply ended. `calls`: it was sent with blocks of calls."""
     reason = {
         FinishReason.LENGTH: "max_tokens",
         FinishReason.CONTEXT_FULL: "model_context_window_exceeded",
     }.get(choice.finish_reason)
     if reason is None:
-        reason = "stop_sequence" if choice.stop else "tool_use" if choice.calls else "end_turn"
+        reason = "stop_sequence" if choice.stop else "tool_use" if calls else "end_turn"
     return {"stop_reason": reason, "stop_sequence": choice.stop or None}
 
 

@@ -37,9 +37,9 @@ def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:
         # Here the parts of the schema are not wrapped once more.
         is_schema = form.get("type") == "json_schema"
         chat["response_format"] = {"type": "json_schema", "json_schema": form} if is_schema else form
-    reasoning = _object("reasoning", body.get("reasoning"))
-    if reasoning.get("effort") is not None:
-        chat["reasoning_effort"] = reasoning["effort"]
+    # Models differ in what they make of the other levels, which agents send with every request.
+    if _object("reasoning", body.get("reasoning")).get("effort") == "none":
+        chat["reasoning_effort"] = "none"
     # Functions are not wrapped either.
     offered, choice = body.get("tools"), body.get("tool_choice")
     chat["tools"] = [*map(_wrapped, offered)] if isinstance(offered, list) else offered
@@ -91,8 +91,8 @@ def _continues(last: Mapping[str, Any], message: Mapping[str, Any]) -> bool:
     """Return whether a message is a later part of the same turn of the assistant as the one before it."""
     if not last["role"] == message["role"] == "assistant":
         return False
-    place = next(place for place, key in enumerate(_TURN) if key in message)
-    return "tool_calls" in message or not any(key in last for key in _TURN[place:])
+    part = next(index for index, key in enumerate(_TURN) if key in message)
+    return "tool_calls" in message or not any(key in last for key in _TURN[part:])
 
 
 def _message(item: Mapping[str, Any]) -> dict[str, Any]:

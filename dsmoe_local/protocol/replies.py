@@ -27,7 +27,7 @@ ScoredToken: TypeAlias = tuple[TokenLogprob, tuple[TokenLogprob, ...]]
 @dataclass(frozen=True, slots=True)
 class Choice:
     """One reply to a prompt. `tokens` are those of `text` and `calls`; None without log-probabilities. Those of
-    a reply without messages include its end token, if there is one.
+    a completion include the end token of the reply.
 
     `stop` is the stop string that ended it.
     """

@@ -29,5 +29,5 @@ class ReplyWriter(Protocol):
         ...
 
     def failure(self, error: Mapping[str, Any]) -> Event:
-        """Return the event for an error, given as OpenAI's error object."""
+        """Return the event for an error, given as the body of an error's response."""
         ...

@@ -106,4 +106,4 @@ async def _on_disconnect(http: Request, error: Exception) -> Response:
 async def _on_bug(http: Request, error: Exception) -> Response:
     # The traceback has no values of variables, so no text of the request.
     traceback.print_exception(error, file=sys.stderr)
-    return error_response(DsmoeError(f"internal error: {type(error).__name__}"))
+    return error_response(DsmoeError(f"internal error: {type(error).__name__}"), http.url.path)

@@ -47,13 +47,11 @@ async def complete(http: HttpRequest) -> ReplyResponse:
     state.log_body(body)
     model = await state.models.resolve(body.get("model"))
     translation = TRANSLATED.get(path)
-    given = body
-    if translation is not None:
-        body = translation.chat_body(given)
+    translated = body if translation is None else translation.chat_body(body)
     chat = translation is not None or check_endpoint(path, body)
     name = uuid.uuid4().hex
-    requests = read_requests(name, body, state.options.defaults, chat=chat)
-    stream = flag("stream", body.get("stream") or False)
+    requests = read_requests(name, translated, state.options.defaults, chat=chat)
+    stream = flag("stream", translated.get("stream") or False)
     if translation is None:
         writer: ReplyWriter = _completion_writer(
             name, model, body, chat=chat, stream=stream, logprobs=requests[0].logprobs
@@ -61,8 +59,8 @@ async def complete(http: HttpRequest) -> ReplyResponse:
     else:
         if requests[0].n > 1:
             raise RequestError("n is not supported", remedy="leave it out", param="n")
-        writer = translation.writer(name, model, given)
-    return ReplyResponse(state, model, requests, writer, _warning(body), stream=stream)
+        writer = translation.writer(name, model, body)
+    return ReplyResponse(state, model, requests, writer, _warning(translated), stream=stream)
 
 
 def _completion_writer(

@@ -1,4 +1,4 @@
-"""Errors in OpenAI's form, with the HTTP status of each."""
+"""Errors in the form of OpenAI or Anthropic, with the HTTP status of each."""
 
 from __future__ import annotations
 
@@ -13,6 +13,13 @@ from dsmoe_local.engine.parameters import FieldError
 from dsmoe_local.protocol.errors import RequestError, describe
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_ANTHROPIC_TYPES = {
+    **_TYPES,
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    503: "overloaded_error",
+}
 _NO_RETRY = {"x-should-retry": "false"}  # OpenAI's clients repeat a request after 408 and 5xx otherwise
 
 
@@ -61,8 +68,10 @@ def status_of(error: DsmoeError) -> int:
     return 503 if isinstance(error, EngineError | InterruptedRunError) else 500
 
 
-def error_object(error: DsmoeError) -> dict[str, Any]:
-    """Return OpenAI's error object."""
+def error_object(error: DsmoeError, path: str) -> dict[str, Any]:
+    """Return the error object for a request for `path`: Anthropic's, which has OpenAI's keys as well, for
+    /v1/messages, and OpenAI's for other paths.
+    """
     status = status_of(error)
     code, message = describe(error)
     param = None
@@ -74,16 +83,18 @@ def error_object(error: DsmoeError) -> dict[str, Any]:
         code = error.code
     elif isinstance(error, ContextLengthError):
         code = "context_length_exceeded"
-    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    is_anthropic = path.startswith("/v1/messages")
+    types, failed = (_ANTHROPIC_TYPES, "api_error") if is_anthropic else (_TYPES, "server_error")
+    kind = types.get(status, "invalid_request_error" if status < 500 else failed)
+    found: dict[str, Any] = {"message": message, "type": kind, "param": param, "code": code}
+    if not is_anthropic:
+        return {"error": found}
+    if isinstance(error, RequestError):
+        found["details"] = {"error_code": error.kind}
+    return {"type": "error", "error": found}
 
 
-def error_response(error: DsmoeError, path: str = "") -> JSONResponse:
+def error_response(error: DsmoeError, path: str) -> JSONResponse:
     """Return the response for an error of a request for `path`."""
     headers = error.headers if isinstance(error, ServeError) else {}
-    content = error_object(error)
-    if path.startswith("/v1/messages"):
-        content["type"] = "error"  # Anthropic's form
-        if isinstance(error, RequestError):
-            content["error"]["details"] = {"error_code": error.kind}
-    return JSONResponse(content, status_of(error), headers)
+    return JSONResponse(error_object(error, path), status_of(error), headers)

@@ -32,7 +32,7 @@ class HostGuard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
         if scope["type"] == "http" and (refusal := self._refusal(Headers(scope=scope))):
-            await error_response(refusal)(scope, receive, send)
+            await error_response(refusal, scope["path"])(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
@@ -78,7 +78,7 @@ class KeyGuard:
             remedy="send it as Authorization: Bearer KEY",
             headers={"www-authenticate": "Bearer"},
         )
-        await error_response(refusal)(scope, receive, send)
+        await error_response(refusal, scope["path"])(scope, receive, send)
 
     def _has_key(self, headers: Headers) -> bool:
         if self._key is None:

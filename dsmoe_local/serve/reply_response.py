@@ -62,7 +62,7 @@ class ReplyResponse:
         except DsmoeError as error:
             status = status_of(error)
             if self._sent_start:
-                failure = self._writer.failure(error_object(error))
+                failure = self._writer.failure(error_object(error, scope["path"]))
                 await send({"type": "http.response.body", "body": _encoded([failure])})
             else:
                 await error_response(error, scope["path"])(scope, receive, send)

@@ -13,7 +13,9 @@ from pydantic import BaseModel
 from support.fake_engine import FakeEngine
 from support.serving import HELLO, Serving, serving
 
-from dsmoe_local.engine.types import Message, Tool, ToolCall, Tools
+from dsmoe_local.engine.types import CallDelta, FinishReason, Message, Tool, ToolCall, Tools, Usage
+from dsmoe_local.protocol.anthropic import MessageWriter
+from dsmoe_local.protocol.replies import Choice, Reply
 
 
 class Weather(BaseModel):
@@ -157,7 +159,12 @@ def test_what_messages_with_results_become() -> None:
         ({"tools": [CLAUDE], "tool_choice": {"type": "function"}}, "tool_choice"),
         ({"tools": [CLAUDE], "tool_choice": {"type": "tool", "name": "other"}}, "no tool 'other'"),
         ({"tool_choice": {"type": "any"}}, "there are no tools"),
-        ({"extra_body": {"mcp_servers": [{"url": "x"}]}}, "mcp_servers is not supported"),
+        ({"extra_body": {"mcp_servers": [{"url": "x"}]}}, "describe their tools in tools"),
+        ({"extra_body": {"container": "c"}}, "run tools in your program"),
+        (
+            {"tools": [CLAUDE], "messages": [*HELLO, {"role": "assistant", "content": "I"}]},
+            "end messages with a user turn, or leave out tools",
+        ),
         ({"output_config": {"format": {"type": "regex"}}}, "output_config.format"),
     ],
 )
@@ -207,6 +214,30 @@ def test_a_call_that_is_cut(limit: int) -> None:
     assert [block.type for block in message.content] == ["text"]
     assert response.status == "incomplete"
     assert [getattr(item, "status", "") for item in response.output] == ["incomplete"]
+
+
+@pytest.mark.parametrize("arguments", ["[1, 2]", '"Rome"'])
+def test_arguments_that_are_not_an_object(arguments: str) -> None:
+    """Guards: a message that ends with a call, but has none; a client that is sent another type of input."""
+    call = CallDelta(0, arguments, "call_1", "weather")
+    choice = Choice("", FinishReason.STOP, calls=(call,))
+    reply = Reply("id", "fake", True, (choice,), (Usage(1, 0, 1, 0.0, 0.0, None),), 0.0)
+    message = anthropic.types.Message(**MessageWriter("name", "fake").whole(reply))
+    assert message.stop_reason == "end_turn"
+    (block,) = message.content
+    assert block.type == "text"
+    assert json.loads(block.text) == {"name": "weather", "arguments": json.loads(arguments)}
+
+
+def test_a_prefill_with_tools_that_cannot_be_called() -> None:
+    """Guards: a last message of the assistant that is refused, although no call is possible."""
+    engine = FakeEngine()
+    messages: Any = [*HELLO, {"role": "assistant", "content": "I"}]
+    with serving(engine) as server, claude(server) as client:
+        client.messages.create(
+            model="fake", max_tokens=5, messages=messages, tools=[CLAUDE], tool_choice={"type": "none"}
+        )
+    assert engine.requests[0].continue_final_message
 
 
 def test_stop_sequences() -> None:

@@ -102,6 +102,48 @@ def test_errors_in_anthropics_form() -> None:
         stream.get_final_message()
 
 
+@pytest.mark.parametrize(
+    ("options", "headers", "body", "status", "kind"),
+    [
+        ({"api_key": "k"}, {}, {}, 401, "authentication_error"),
+        ({}, {"host": "evil.example"}, {}, 403, "permission_error"),
+        ({}, {}, {"thread": "t"}, 400, "invalid_request_error"),
+        ({}, {}, {"model": "claude"}, 404, "not_found_error"),
+        ({"max_body": 10}, {}, {}, 413, "request_too_large"),
+        ({}, {}, {}, 503, "overloaded_error"),
+    ],
+)
+def test_types_of_errors(
+    options: dict[str, Any], headers: dict[str, str], body: dict[str, Any], status: int, kind: str
+) -> None:
+    """Guards: errors of /v1/messages in OpenAI's form, above all those before the body is read."""
+
+    def gate(index: int) -> None:
+        raise NativeError("llama.cpp failed")
+
+    asked = {"max_tokens": 5, "messages": HELLO, **body}
+    with serving(FakeEngine(gate=gate), **options) as server:
+        answer = server.send("/v1/messages", asked, **headers)
+    assert answer.status == status
+    error = answer.json
+    assert (error["type"], error["error"]["type"]) == ("error", kind)
+    assert ("details" in error["error"]) == (status == 400)
+    if status == 400:
+        assert error["error"]["details"] == {"error_code": "thread_unsupported_request"}
+
+
+@pytest.mark.parametrize(
+    ("effort", "budget"), [(None, None), ("none", 0), ("minimal", None), ("medium", None), ("xhigh", None)]
+)
+def test_effort(effort: str | None, budget: int | None) -> None:
+    """Guards: agents that are refused, since they send an effort with every request."""
+    engine = FakeEngine()
+    reasoning: Any = {"effort": effort, "summary": "auto"}
+    with serving(engine) as server, openai_client(server) as client:
+        client.responses.create(model="fake", input="hi", reasoning=reasoning)
+    assert engine.requests[0].reasoning_budget == budget
+
+
 @pytest.mark.parametrize("reasons", [False, True])
 def test_responses(reasons: bool) -> None:
     """Guards: events that OpenAI's client cannot put together; another result streamed than as a whole."""

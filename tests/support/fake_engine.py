@@ -259,7 +259,9 @@ class FakeEngine:
             float(done),
             ended_by,
             logprob=None if ended_by is None else 0.0,
-            alternatives=() if ended_by is None or not request.logprobs else (_END_SCORE,) * (1 + request.top_logprobs),
+            alternatives=()
+            if ended_by is None or not request.logprobs
+            else (_END_SCORE,) * (1 + request.top_logprobs),
             finish_reason=reason,
             usage=Usage(len(prompt), n_cached, done, 0.0, float(done), request.sampling.seed, n_reasoning),
             reasoning=parts.reasoning,
