@@ -26,8 +26,8 @@ ScoredToken: TypeAlias = tuple[TokenLogprob, tuple[TokenLogprob, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One reply to a prompt. `tokens` are those of `text` and `calls`; None without log-probabilities. Those of
-    a completion include the end token of the reply.
+    """One reply to a prompt. `tokens` are those of `text` and `calls`; None without log-probabilities. For a
+    completion they include the end token, if there is one.
 
     `stop` is the stop string that ended it.
     """
