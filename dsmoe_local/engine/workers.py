@@ -24,7 +24,7 @@ _SECONDS = 10.0  # for an answer; a worker first frees the memory of the client 
 _HELLO = 14
 _CAPABILITIES = 24  # bytes; zeros: TCP only
 _ANSWER = struct.Struct(f"<Q4B{_CAPABILITIES}x")  # its size without this field, the version, padding
-_CLOSES = "closes the connection: another program listens there, or its version is older"
+_CLOSES = "closes the connection: it is ending, has an older version, or is another program"
 
 
 @dataclass(frozen=True, slots=True)

@@ -164,7 +164,8 @@ def test_a_lost_worker(worker: RunningWorker, local: str, n_kills: int, n_gpu_la
             for _ in range(1 + n_tokens):
                 next(events)
             worker.kill()
-            with pytest.raises(WorkerLostError, match=f"{worker.endpoint} refuses connections"):
+            # While the process is being ended, the system may still accept connections.
+            with pytest.raises(WorkerLostError, match=f"{worker.endpoint} (refuses|closes)"):
                 list(events)
             with pytest.raises(WorkerError, match=worker.endpoint):
                 text(engine)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -51,7 +50,7 @@ class RunningWorker:
         os.kill(self._process.pid, number)
 
     def kill(self) -> None:
-        self.send(signal.SIGKILL)
+        self._process.kill()
         self._process.wait()
 
 
