@@ -6,7 +6,6 @@ import os
 import shlex
 import signal
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -50,14 +49,6 @@ if TYPE_CHECKING:
 )
 @option("-t, --threads", "n_threads", "Threads.", NUMBER, shown="physical cores")
 @option(
-    "--cache",
-    "cache",
-    "Keep the tensors that clients send in a folder, so that a model is sent only once.",
-    typed(click.Path(path_type=Path), "FOLDER"),
-    section_only=True,
-    envvar="DSMOE_WORKER_CACHE",
-)
-@option(
     "--ssh",
     "ssh",
     "Print the commands that use a worker on HOST through ssh.",
@@ -72,9 +63,7 @@ if TYPE_CHECKING:
     section_only=True,
     envvar="DSMOE_WORKER_INSECURE",
 )
-def command(
-    host: str, port: int, n_threads: int | None, cache: Path | None, ssh: str | None, insecure: bool
-) -> None:
+def command(host: str, port: int, n_threads: int | None, ssh: str | None, insecure: bool) -> None:
     """Compute layers of models that run on other machines, with llama.cpp's RPC protocol.
 
     A worker serves one model at a time. It uses its GPUs, or else its CPU. docs/workers.md explains which
@@ -91,7 +80,7 @@ def command(
             "no encryption: whoever reaches the port can read the conversation and crash the worker",
             remedy="use ssh (dsmoe worker --ssh HOST shows how), or --insecure in a network that you trust",
         )
-    _serve(host, port, n_threads, cache)
+    _serve(host, port, n_threads)
 
 
 def _show_tunnel(ssh: str, port: int) -> None:
@@ -102,7 +91,7 @@ def _show_tunnel(ssh: str, port: int) -> None:
     click.echo(f"  dsmoe chat MODEL --rpc 127.0.0.1:{port}")
 
 
-def _serve(host: str, port: int, n_threads: int | None, cache: Path | None) -> None:
+def _serve(host: str, port: int, n_threads: int | None) -> None:
     # Both must be set before llama.cpp's libraries are loaded.
     from dsmoe_local.engine.process.spawn import child_environment
 
@@ -112,8 +101,6 @@ def _serve(host: str, port: int, n_threads: int | None, cache: Path | None) -> N
 
     native.check_rpc()
     _check_address(host, port)
-    if cache is not None:
-        _make_folder(cache)
     found = native.list_devices()
     devices = native.offload_devices(found) or [each for each in found if each.kind is native.DeviceKind.CPU]
     threads = n_threads or physical_cores()
@@ -121,7 +108,7 @@ def _serve(host: str, port: int, n_threads: int | None, cache: Path | None) -> N
     # llama.cpp's loop does not return to Python, so that only the default actions can end it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.stdout.flush()
-    native.serve_devices(f"{host}:{port}", [device.name for device in devices], threads, cache)
+    native.serve_devices(f"{host}:{port}", [device.name for device in devices], threads)
     raise DsmoeError(f"{host}:{port} cannot be used", remedy="name another port with --port")
 
 
@@ -138,13 +125,6 @@ def _check_address(host: str, port: int) -> None:
                 f"{safe_line(host, 60)}:{port} cannot be used: {error.strerror}",
                 remedy="name another port with --port, or an IPv4 address of this machine with --host",
             ) from error
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DsmoeError(f"the cache cannot be made: {error.strerror}", where=path) from error
 
 
 def _announce(devices: Sequence[Device], host: str, port: int, n_threads: int, available: int) -> None:

@@ -35,7 +35,7 @@ _OWN_VARIABLES = {
     ("eval", "--sensitivity"): "EVAL_",
     ("quantize", "--device"): "QUANTIZE_",
     ("serve", "--keep"): "SERVE_",
-    **{("worker", flag): "WORKER_" for flag in ("--host", "--port", "--cache", "--insecure")},
+    **{("worker", flag): "WORKER_" for flag in ("--host", "--port", "--insecure")},
 }
 """Prefixes of variables where another command gives the same flag another meaning."""
 

@@ -131,15 +131,15 @@ def worker() -> Iterator[RunningWorker]:
         yield running
 
 
-def test_three_workers(local: str, tmp_path: Path) -> None:
-    """Guards: layers in the wrong order or on the wrong machine; a cache that changes the text."""
+def test_three_workers(local: str) -> None:
+    """Guards: layers in the wrong order or on the wrong machine."""
     notes: list[str] = []
 
     def listen(event: Event) -> None:
         if isinstance(event, Note):
             notes.append(event.text)
 
-    with workers(3, "--cache", str(tmp_path / "cache")) as running:
+    with workers(3) as running:
         sizes = ("600KiB", "600KiB", "1MiB")
         addresses = [f"{each.endpoint}={size}" for each, size in zip(running, sizes, strict=True)]
         for _ in range(2):

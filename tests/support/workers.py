@@ -20,11 +20,10 @@ _COMMAND = "from dsmoe_local.cli.main import dsmoe; dsmoe()"
 class RunningWorker:
     """A worker that runs until `kill`. `start` starts it again at the same port."""
 
-    def __init__(self, *flags: str) -> None:
+    def __init__(self) -> None:
         if not has_backend("RPC"):
             pytest.skip("this build of llama.cpp has no RPC backend")
         self.port = free_port()
-        self._flags = flags
         self.start()
 
     @property
@@ -33,7 +32,7 @@ class RunningWorker:
 
     def start(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _COMMAND, "worker", "--port", str(self.port), "-t", "1", *self._flags],
+            [sys.executable, "-c", _COMMAND, "worker", "--port", str(self.port), "-t", "1"],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             stdin=subprocess.DEVNULL,
@@ -55,9 +54,9 @@ class RunningWorker:
 
 
 @contextmanager
-def workers(count: int, *flags: str) -> Iterator[list[RunningWorker]]:
+def workers(count: int) -> Iterator[list[RunningWorker]]:
     """Run workers until the block ends."""
-    running = [RunningWorker(*flags) for _ in range(count)]
+    running = [RunningWorker() for _ in range(count)]
     try:
         yield running
     finally:

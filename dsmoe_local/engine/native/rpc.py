@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from dsmoe_local.base.errors import UsageError
@@ -34,11 +33,8 @@ def add_worker(endpoint: str) -> None:
     _added.add(endpoint)
 
 
-def serve_devices(endpoint: str, devices: Sequence[str], n_threads: int, cache: Path | None) -> None:
-    """Serve devices, by name, to one client after another. Returns only if it cannot listen at `endpoint`.
-
-    `cache` is a folder for tensors that clients have sent.
-    """
+def serve_devices(endpoint: str, devices: Sequence[str], n_threads: int) -> None:
+    """Serve devices, by name, to one client after another. Returns only if it cannot listen at `endpoint`."""
     handles = (ctypes.c_void_p * len(devices))(*handles_of(devices))
     start = _function(
         b"ggml_backend_rpc_start_server",
@@ -49,8 +45,8 @@ def serve_devices(endpoint: str, devices: Sequence[str], n_threads: int, cache: 
         ctypes.c_size_t,
         ctypes.c_void_p,
     )
-    folder = None if cache is None else str(cache).encode()
-    start(endpoint.encode(), folder, n_threads, len(handles), ctypes.addressof(handles))
+    # llama.cpp's folder for tensors (the second argument) is not used: it loads a truncated file as it is.
+    start(endpoint.encode(), None, n_threads, len(handles), ctypes.addressof(handles))
 
 
 def _registry() -> int | None:
