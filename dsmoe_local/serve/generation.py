@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 OBSERVERS = (ObserverOptions("routing"),)
 """What `Generation.activity` needs."""
-KILL_SECONDS = 10.0  # for the engine to end a cancelled request
+KILL_SECONDS = 10.0  # for the engine to end a cancelled request; without a limit if it has workers
 ACTIVITY_SECONDS = 2.0  # the longest that a finished reply waits for its activity
 
 Item: TypeAlias = TokenEvent | BaseException | None
@@ -200,11 +200,16 @@ class Generation:
             self._cancel_tickets()
 
     def _cancel_tickets(self) -> None:
-        """Cancel the requests in the engine. Kill an engine that does not react, so that slots are freed."""
+        """Cancel the requests in the engine. Kill an engine that does not react, so that slots are freed.
+
+        An engine with workers is not killed here: it ends a request between two steps only, and a step may
+        take minutes. Its client ends it if it hangs.
+        """
         if self._tickets and self._engine is not None and self._n_open and self._kill_timer is None:
             for ticket in self._tickets:
                 ticket.cancel()
-            self._kill_timer = self._loop.call_later(KILL_SECONDS, self._engine.kill)
+            if not self._engine.options.workers:
+                self._kill_timer = self._loop.call_later(KILL_SECONDS, self._engine.kill)
 
     def _take(self, builder: ReplyBuilder, item: Item) -> None:
         if isinstance(item, TokenEvent):

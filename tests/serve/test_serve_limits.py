@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -272,6 +273,21 @@ def test_an_engine_that_does_not_answer(stream: bool, monkeypatch: pytest.Monkey
         assert server.chat(stream=stream).status == 408
         assert killed.wait(60)
         assert server.chat(stream=stream).status == 200
+
+
+def test_a_slow_step_of_workers_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: a model that is sent to its workers again because a client hung up during a slow step."""
+    monkeypatch.setattr(generation, "KILL_SECONDS", 0)
+    gate = Gate()
+    engine = WatchedEngine(gate=gate)
+    engine.options = replace(engine.options, workers=("127.0.0.1:1",))
+    with serving(engine, max_seconds=0.2) as server:
+        assert server.chat().status == 408
+        assert engine.cancelled.acquire(timeout=60)
+        gate.open()
+        while server.send("/health").json["running"]:
+            pass  # the engine's last event is on its way
+    assert engine.kills == 0
 
 
 def test_a_reader_that_stops_reading() -> None:
