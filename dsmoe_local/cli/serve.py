@@ -104,7 +104,7 @@ _SECONDS = typed(_Seconds(0, _MAX_SECONDS), "SECONDS")
     "Replies that may wait; more are refused with status 429.",
     typed(click.IntRange(0), "N"),
     Group.LIMITS,
-    default=64,
+    default=256,
 )
 @option(
     "--max-body",

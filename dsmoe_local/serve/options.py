@@ -31,7 +31,7 @@ class ServeOptions:
     allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     max_body: int = 16 << 20
-    max_queued: int = 64
+    max_queued: int = 256
     max_seconds: float = 1800.0
     body_seconds: float = 30.0
     stall_seconds: float = 30.0
