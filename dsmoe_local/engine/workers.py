@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import socket
 import struct
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,21 +76,9 @@ def lost_worker(workers: Sequence[Worker]) -> str:
 def _obstacle(worker: Worker) -> str:
     """Return why a worker cannot be used; an empty text if it can. Waits at most _SECONDS."""
     try:
-        with socket.create_connection((worker.host, worker.port), _SECONDS) as connection:
-            connection.sendall(struct.pack("<BQ", _HELLO, _CAPABILITIES) + bytes(_CAPABILITIES))
-            with connection.makefile("rb") as source:
-                answer = source.read(_ANSWER.size)
-    except TimeoutError:
-        return (
-            f"does not answer within {_SECONDS:g} s: it hangs, it serves another client (it serves one at a "
-            "time), or another program listens there"
-        )
-    except (ConnectionResetError, BrokenPipeError):
-        return _CLOSES
-    except ConnectionRefusedError:
-        return "refuses connections: nothing listens there"
+        answer = _greet(worker, time.monotonic() + _SECONDS)
     except OSError as error:
-        return f"cannot be reached: {safe_line(error.strerror or str(error), 80)}"
+        return _reason(error)
     if len(answer) < _ANSWER.size:
         return _CLOSES
     size, *version, _ = _ANSWER.unpack(answer)
@@ -101,3 +90,49 @@ def _obstacle(worker: Worker) -> str:
             f"has version {theirs} of llama.cpp's protocol, this machine {ours}: install the same llama.cpp"
         )
     return ""
+
+
+def _greet(worker: Worker, deadline: float) -> bytes:
+    """Return the answer to llama.cpp's first message. It is shorter if the connection is closed.
+
+    Raises OSError, and TimeoutError after `deadline`.
+    """
+    with _connect(worker) as connection:
+        connection.sendall(struct.pack("<BQ", _HELLO, _CAPABILITIES) + bytes(_CAPABILITIES))
+        answer = b""
+        while len(answer) < _ANSWER.size:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            connection.settimeout(left)
+            part = connection.recv(_ANSWER.size - len(answer))
+            if not part:
+                break
+            answer += part
+    return answer
+
+
+def _connect(worker: Worker) -> socket.socket:
+    """Connect to the IPv4 address that llama.cpp uses. Raises OSError."""
+    connection = socket.socket(socket.AF_INET)
+    try:
+        connection.settimeout(_SECONDS)
+        connection.connect((worker.host, worker.port))
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _reason(error: OSError) -> str:
+    """Return what an error of a connection says about the worker."""
+    if isinstance(error, TimeoutError):
+        return (
+            f"does not answer within {_SECONDS:g} s: it hangs, it serves another client (it serves one at a "
+            "time), or another program listens there"
+        )
+    if isinstance(error, ConnectionResetError | BrokenPipeError):
+        return _CLOSES
+    if isinstance(error, ConnectionRefusedError):
+        return "refuses connections: nothing listens there"
+    return f"cannot be reached: {safe_line(error.strerror or str(error), 80)}"

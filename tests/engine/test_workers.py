@@ -67,6 +67,17 @@ def sends(greeting: bytes) -> Callable[[socket.socket], None]:
     return answer
 
 
+def trickles(connection: socket.socket) -> None:
+    """Send a byte whenever nothing has come for a while, until the client has gone."""
+    connection.settimeout(0.1)
+    while True:
+        try:
+            if not connection.recv(100):
+                return
+        except TimeoutError:
+            connection.sendall(bytes(1))
+
+
 def closes(connection: socket.socket) -> None:
     connection.recv(1)
 
@@ -82,6 +93,7 @@ def closes(connection: socket.socket) -> None:
         ),
         (sends(b"SSH-2.0\r\n"), "another program listens there"),
         (sends(b""), "does not answer within"),
+        (trickles, "does not answer within"),
         (closes, "closes the connection"),
     ],
 )
