@@ -128,8 +128,8 @@ def _reason(error: OSError) -> str:
     """Return what an error of a connection says about the worker."""
     if isinstance(error, TimeoutError):
         return (
-            f"does not answer within {_SECONDS:g} s: it hangs, it serves another client (it serves one at a "
-            "time), or another program listens there"
+            f"does not answer within {_SECONDS:g} s: it hangs, another program listens there, or it serves "
+            "another client (if that client is gone, restart the worker)"
         )
     if isinstance(error, ConnectionResetError | BrokenPipeError):
         return _CLOSES

@@ -92,7 +92,7 @@ def closes(connection: socket.socket) -> None:
             "another program listens there",
         ),
         (sends(b"SSH-2.0\r\n"), "another program listens there"),
-        (sends(b""), "does not answer within"),
+        (sends(b""), "if that client is gone, restart the worker"),
         (trickles, "does not answer within"),
         (closes, "closes the connection"),
     ],
